@@ -1,0 +1,93 @@
+"""Mimi behind a small interface: waveforms <-> codes.
+
+Everything else in the project sees codes of shape (T, Q) and never a `transformers` model, so that training,
+evaluation and generation share one encode and one decode.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import MimiConfig, MimiModel
+
+from llama_mimi.errors import UserError
+from llama_mimi.hub import load_pretrained
+
+DEFAULT_CODEC = "kyutai/mimi"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def load_codec_config(name: str, num_quantizers: int) -> MimiConfig:
+    """The codec's configuration, checked to hold ``num_quantizers`` levels.
+
+    Raises:
+        UserError: no such codec, or one with fewer levels.
+    """
+    config = load_pretrained(MimiConfig, name, what="codec")
+    if not config.num_semantic_quantizers <= num_quantizers <= config.num_quantizers:
+        raise UserError(
+            f"num_quantizers is {num_quantizers}, but the codec '{name}' has {config.num_semantic_quantizers} to "
+            f"{config.num_quantizers} levels; choose a number in that range or another codec"
+        )
+    return config
+
+
+class MimiCodec:
+    """Mimi at a fixed depth.
+
+    Args:
+        name: hub id or folder.
+        num_quantizers: Q, levels to encode and decode.
+        device: where the model runs.
+        dtype: of weights and activations; bfloat16 changes about 2 % of the codes.
+    """
+
+    def __init__(
+        self, name: str, num_quantizers: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
+        config = load_codec_config(name, num_quantizers)
+        self.name = name
+        self.num_quantizers = num_quantizers
+        self.codebook_size: int = config.codebook_size
+        self.sample_rate_hz: int = config.sampling_rate
+        self.frame_size: int = config.frame_size
+        self.frame_rate_hz: float = config.sampling_rate / config.frame_size
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.model = load_pretrained(MimiModel, name, what="codec", dtype=dtype).to(self.device).eval()
+
+    def num_frames(self, num_samples: int) -> int:
+        """T of a clip of ``num_samples`` samples; a partial last frame counts as one."""
+        return math.ceil(num_samples / self.frame_size)
+
+    @torch.inference_mode()
+    def encode(self, waveforms: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Encode clips of any lengths in one batch.
+
+        Each clip is padded with zeros to whole frames, then to the longest clip; Mimi is causal, so a clip has the
+        same codes alone and in a batch.
+
+        Args:
+            waveforms: mono float32 clips (S,) at ``sample_rate_hz``.
+
+        Returns:
+            For each clip its codes_TQ, int64 on the CPU.
+        """
+        if not waveforms:
+            return []
+        frames = [self.num_frames(len(samples_S)) for samples_S in waveforms]
+        audio_BS = pad_sequence(list(waveforms), batch_first=True)
+        audio_BS = torch.nn.functional.pad(audio_BS, (0, max(frames) * self.frame_size - audio_BS.shape[1]))
+        audio_B1S = audio_BS[:, None].to(self.device, self.dtype)
+        codes_BQT = self.model.encode(audio_B1S, num_quantizers=self.num_quantizers, return_dict=True).audio_codes
+        codes_BTQ = codes_BQT.transpose(1, 2).cpu()
+        # clone() gives up the padding's memory and lets the codes out of inference mode
+        return [codes_TQ[:T].clone() for codes_TQ, T in zip(codes_BTQ, frames, strict=True)]
+
+    @torch.inference_mode()
+    def decode(self, codes_TQ: torch.Tensor) -> torch.Tensor:
+        """Codes (T, Q) to mono float32 samples (T * frame_size,) on the CPU."""
+        codes_1QT = codes_TQ.to(self.device).T[None]
+        samples_11S = self.model.decode(codes_1QT, return_dict=True).audio_values
+        return samples_11S[0, 0].float().cpu().clone()

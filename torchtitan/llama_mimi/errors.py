@@ -1,0 +1,17 @@
+"""How a user's mistake is reported: one sentence on stderr and exit code 1, never a traceback."""
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Something the user can put right. The message says what was wrong, with which value, and what to do."""
+
+
+def run_cli(main: Callable[[], None]) -> None:
+    """Run a script's ``main`` and turn a `UserError` into one sentence and exit code 1."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

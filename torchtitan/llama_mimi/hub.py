@@ -1,0 +1,39 @@
+"""Loading configurations, tokenizers and weights from a folder or the Hugging Face Hub, with errors users can act on."""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from llama_mimi.errors import UserError
+
+
+def load_pretrained(cls: Any, name: str, *, what: str, **kwargs: Any) -> Any:
+    """``cls.from_pretrained(name)``, refusing pickled weights and remote code.
+
+    Args:
+        cls: a `transformers` class.
+        name: hub id or folder.
+        what: what is being loaded ("codec", "model", "tokenizer"), for the message.
+
+    Raises:
+        UserError: the folder or hub model is missing, gated, unreachable, or not of this kind.
+    """
+    if Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        if not Path(name).expanduser().is_dir():
+            raise UserError(f"the {what} folder '{name}' does not exist; check the path or name a hub id (owner/name)")
+    if Path(name).is_dir() and not any((Path(name) / f).is_file() for f in ("config.json", "tokenizer_config.json")):
+        raise UserError(f"'{name}' holds no {what} (no config.json in it); name a Hugging Face model folder")
+    if "dtype" in kwargs:  # a model, not a configuration or tokenizer
+        kwargs["use_safetensors"] = True
+    try:
+        return cls.from_pretrained(name, **kwargs)
+    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        if Path(name).is_dir():
+            raise UserError(f"the {what} in '{name}' could not be loaded: {first_line}") from error
+        raise UserError(
+            f"the {what} '{name}' could not be loaded from the Hugging Face Hub ({first_line}); if it is gated, accept "
+            f"its licence on its page and run `hf auth login`; without a network, download it elsewhere with "
+            f"`hf download {name} --local-dir FOLDER` and name that folder"
+        ) from error
