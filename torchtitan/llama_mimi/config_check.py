@@ -1,0 +1,194 @@
+"""Reading a job config and refusing, before any work, what cannot run."""
+
+import dataclasses
+import difflib
+import os
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchtitan.config import ConfigManager, JobConfig
+from transformers import LlamaConfig
+
+import llama_mimi.job_config
+from llama_mimi.corpora import check_corpus
+from llama_mimi.errors import UserError
+from llama_mimi.hub import load_pretrained
+from llama_mimi.model import FLAVORS
+from llama_mimi.run_record import ASSETS_FOLDER, speech_config
+from llama_mimi.sequences import load_sequences
+
+# What must agree between a flavour, a Hugging Face folder and an earlier run in the same dump_folder.
+SHAPE_KEYS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "rope_parameters",
+    "tie_word_embeddings",
+)
+
+
+def parse_config(args: list[str]) -> Any:
+    """Command line and TOML file to a checked job config.
+
+    Raises:
+        UserError: an unreadable file, an unknown key, or a combination that cannot run.
+    """
+    config_class = ConfigManager._merge_configs(JobConfig, llama_mimi.job_config.JobConfig)
+    path = _config_file(args)
+    if path is not None:
+        _check_keys(config_class, _read_toml(path), prefix="", path=path)
+    job_config = ConfigManager().parse_args(args)
+    if job_config.model.name != "llama_mimi":
+        raise UserError(f"model.name is '{job_config.model.name}'; llama_mimi.train trains 'llama_mimi'")
+    check_config(job_config, world_size=int(os.environ.get("WORLD_SIZE", 1)))
+    return job_config
+
+
+def check_config(job_config: Any, world_size: int) -> None:
+    """Refuse what cannot run, in order of cost: names, parallelism, files, model.
+
+    Raises:
+        UserError: one sentence for the first thing that is wrong.
+    """
+    _check_values(job_config)
+    _check_parallelism(job_config, world_size)
+    check_corpus(job_config.training.dataset, job_config.training.dataset_path)
+    if job_config.validation.enable:
+        check_corpus(job_config.validation.dataset, job_config.validation.dataset_path)
+    _check_model(job_config)
+
+
+def _config_file(args: list[str]) -> Path | None:
+    for flag, following in zip(args, [*args[1:], ""], strict=True):
+        key, has_value, value = flag.partition("=")
+        if key.replace("-", "_") == "__job.config_file":
+            return Path(value if has_value else following)
+    return None
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        shipped = ", ".join(sorted(str(p) for p in Path("config").glob("*.toml"))) or "none here"
+        raise UserError(f"the config file '{path}' cannot be read ({error.strerror}); shipped: {shipped}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"'{path}' is no valid TOML: {error}") from error
+
+
+def _check_keys(config_class: Any, values: dict[str, Any], prefix: str, path: Path) -> None:
+    fields = {field.name: field.type for field in dataclasses.fields(config_class)}
+    for key, value in values.items():
+        if key not in fields:
+            nearest = difflib.get_close_matches(key, fields, n=1, cutoff=0)
+            raise UserError(
+                f"'{path}' sets the unknown key '{prefix}{key}'; the nearest valid key is '{prefix}{nearest[0]}'"
+            )
+        if dataclasses.is_dataclass(fields[key]):
+            if not isinstance(value, dict):
+                raise UserError(f"'{path}' sets '{prefix}{key}' to {value!r}; it is a section, written [{prefix}{key}]")
+            _check_keys(fields[key], value, f"{prefix}{key}.", path)
+
+
+def _check_values(job_config: Any) -> None:
+    training, data, codec = job_config.training, job_config.data, job_config.codec
+    if job_config.model.flavor not in FLAVORS:
+        raise UserError(f"model.flavor is '{job_config.model.flavor}'; choose one of: {', '.join(FLAVORS)}")
+    for key, value in {
+        "training.steps": training.steps,
+        "training.local_batch_size": training.local_batch_size,
+        "data.max_audio_seconds": data.max_audio_seconds,
+        "data.shuffle_block": data.shuffle_block,
+        "codec.num_quantizers": codec.num_quantizers,
+    }.items():
+        if value <= 0:
+            raise UserError(f"{key} is {value}; it must be positive")
+    if not 0 <= data.max_bad_share <= 1:
+        raise UserError(f"data.max_bad_share is {data.max_bad_share}; it is a share between 0 and 1")
+    for section, seq_len in (("training", training.seq_len), ("validation", job_config.validation.seq_len)):
+        if seq_len < codec.num_quantizers + 2:
+            raise UserError(
+                f"{section}.seq_len is {seq_len}, too short for one frame of {codec.num_quantizers} levels; "
+                "20 s of audio take 250 * num_quantizers + 3 tokens"
+            )
+    checkpoint = job_config.checkpoint
+    if checkpoint.enable and checkpoint.keep_latest_k == 1:
+        raise UserError("checkpoint.keep_latest_k is 1; keep at least 2, as the last may be half written, or 0 for all")
+
+
+def _check_parallelism(job_config: Any, world_size: int) -> None:
+    parallelism, training = job_config.parallelism, job_config.training
+    if parallelism.pipeline_parallel_degree > 1:
+        raise UserError(
+            f"parallelism.pipeline_parallel_degree is {parallelism.pipeline_parallel_degree}, but pipeline parallelism "
+            "is not supported (its gradients are not scaled by the number of targets); use FSDP or tensor parallelism"
+        )
+    tp, cp = parallelism.tensor_parallel_degree, parallelism.context_parallel_degree
+    if cp > 1 and not torch.accelerator.is_available():
+        raise UserError(f"parallelism.context_parallel_degree is {cp}, but it needs GPUs; set it to 1")
+    replicas, shards = parallelism.data_parallel_replicate_degree, parallelism.data_parallel_shard_degree
+    if shards == -1:
+        shards = world_size // (replicas * tp * cp)
+    if replicas * shards * tp * cp != world_size:
+        raise UserError(
+            f"{world_size} processes do not split into replicate {replicas} x shard {shards} x tensor {tp} x context "
+            f"{cp}; change the parallelism degrees or torchrun's --nproc_per_node"
+        )
+    if replicas > 1 and shards == 1:
+        raise UserError(
+            f"parallelism.data_parallel_replicate_degree is {replicas} without sharding (DDP), whose gradients are "
+            "divided once more by the ranks; leave it at 1 for FSDP, or set data_parallel_shard_degree > 1 for HSDP"
+        )
+    if training.seq_len % (tp * (2 * cp if cp > 1 else 1)):
+        raise UserError(
+            f"training.seq_len is {training.seq_len}, not a multiple of tensor_parallel_degree {tp} "
+            f"(x 2 x context_parallel_degree {cp}); change seq_len"
+        )
+    per_pass = training.local_batch_size * replicas * shards
+    if training.global_batch_size > 0 and training.global_batch_size % per_pass:
+        raise UserError(
+            f"training.global_batch_size is {training.global_batch_size}, not a multiple of local_batch_size "
+            f"{training.local_batch_size} x {replicas * shards} data-parallel ranks; try {per_pass}"
+        )
+
+
+def _check_model(job_config: Any) -> None:
+    model, codec = job_config.model, job_config.codec
+    if not Path(model.hf_assets_path).is_dir():
+        raise UserError(
+            f"model.hf_assets_path is '{model.hf_assets_path}', which is no folder; make it once with "
+            f"`python scripts/prepare_base_model.py --base_model HUB_ID_OR_FOLDER --codec {codec.name} "
+            f"--num_quantizers {codec.num_quantizers} --output_dir {model.hf_assets_path}`"
+        )
+    sequences = load_sequences(model.hf_assets_path, codec.name, codec.num_quantizers)
+    args = dataclasses.replace(FLAVORS[model.flavor], vocab_size=sequences.vocabulary.size)
+    wanted = speech_config(args, sequences, codec.name)
+    base = load_pretrained(LlamaConfig, model.hf_assets_path, what="model")
+    _require_same(wanted, base, SHAPE_KEYS, f"model.flavor '{model.flavor}' is not the model in '{model.hf_assets_path}'")
+    if job_config.checkpoint.enable and job_config.checkpoint.initial_load_in_hf:
+        if base.vocab_size != sequences.vocabulary.size:
+            raise UserError(
+                f"'{model.hf_assets_path}' has {base.vocab_size} vocabulary entries, not the "
+                f"{sequences.vocabulary.size} of {codec.num_quantizers} quantizers; extend it with "
+                "scripts/prepare_base_model.py and name the result as model.hf_assets_path"
+            )
+    record = Path(job_config.job.dump_folder) / ASSETS_FOLDER
+    if (Path(job_config.job.dump_folder) / job_config.checkpoint.folder).is_dir() and record.is_dir():
+        earlier = load_pretrained(LlamaConfig, str(record), what="model")
+        keys = (*SHAPE_KEYS, "vocab_size", "num_quantizers", "codec")
+        _require_same(wanted, earlier, keys, f"job.dump_folder '{job_config.job.dump_folder}' holds another model's run")
+
+
+def _require_same(wanted: LlamaConfig, found: LlamaConfig, keys: tuple[str, ...], problem: str) -> None:
+    for key in keys:
+        a, b = getattr(wanted, key, None), getattr(found, key, None)
+        if a != b:
+            raise UserError(f"{problem}: {key} is {b!r} there and {a!r} in this config; change one of them")
+
+

@@ -1,0 +1,43 @@
+"""TorchTitan on machines without an accelerator."""
+
+import os
+import platform
+import resource
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+
+def use_cpu_without_accelerator() -> None:
+    """Let TorchTitan see the CPU as its device; call before the first ``torchtitan`` import.
+
+    TorchTitan asks PyTorch for the accelerator, falls back to "cuda" when there is none, and expects memory
+    statistics that ``torch.cpu`` lacks. Where there is an accelerator nothing changes.
+    """
+    if torch.accelerator.is_available():
+        return
+    assert "torchtitan.tools.utils" not in sys.modules, "TorchTitan has looked for its device already"
+    torch._utils._get_available_device_type = lambda: "cpu"
+    for name, function in {
+        "get_device_name": lambda device=None: platform.processor() or "cpu",
+        "get_device_properties": lambda device=None: SimpleNamespace(total_memory=_total_memory()),
+        "memory_stats": _memory_stats,
+        "reset_peak_memory_stats": lambda device=None: None,
+        "empty_cache": lambda: None,
+    }.items():
+        if not hasattr(torch.cpu, name):
+            setattr(torch.cpu, name, function)
+
+
+def _total_memory() -> int:
+    """Bytes of physical memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _memory_stats(device: Any = None) -> dict[str, int]:
+    """The process's peak resident memory in bytes, under the keys TorchTitan reads."""
+    kib = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes on macOS, KiB on Linux
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kib
+    return {"active_bytes.all.peak": peak, "reserved_bytes.all.peak": peak}

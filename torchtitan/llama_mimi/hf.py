@@ -1,0 +1,69 @@
+"""The same model in Hugging Face terms: `LlamaConfig` <-> TorchTitan arguments."""
+
+from typing import Any
+
+from torchtitan.models.llama3.model.args import RoPEScalingArgs
+from transformers import LlamaConfig
+
+from llama_mimi.model import LlamaMimiArgs
+
+
+def hf_config(args: LlamaMimiArgs, **extra: Any) -> LlamaConfig:
+    """The configuration of the ordinary Llama that has the logits of ``args``.
+
+    Args:
+        args: shape, with ``vocab_size`` set.
+        extra: further entries, such as token ids, ``num_quantizers`` and ``codec``.
+    """
+    scaling = args.rope_scaling_args
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(args.rope_theta)}
+    if scaling.scaling_factor != 1:
+        rope |= {
+            "rope_type": "llama3",
+            "factor": scaling.scaling_factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_position_embeddings,
+        }
+    return LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=args.vocab_size,
+        hidden_size=args.dim,
+        intermediate_size=args.ffn_dim,
+        num_hidden_layers=args.n_layers,
+        num_attention_heads=args.n_heads,
+        num_key_value_heads=args.n_kv_heads or args.n_heads,
+        head_dim=args.dim // args.n_heads,
+        rms_norm_eps=args.norm_eps,
+        rope_parameters=rope,
+        max_position_embeddings=131072,  # of Llama 3.1 and 3.2
+        tie_word_embeddings=args.enable_weight_tying,
+        **extra,
+    )
+
+
+def model_args(config: LlamaConfig) -> LlamaMimiArgs:
+    """Inverse of `hf_config`, for any Llama configuration."""
+    rope = config.rope_parameters
+    scaling = RoPEScalingArgs(scaling_factor=1.0)
+    if rope["rope_type"] == "llama3":
+        scaling = RoPEScalingArgs(
+            rope["factor"],
+            rope["low_freq_factor"],
+            rope["high_freq_factor"],
+            rope["original_max_position_embeddings"],
+        )
+    return LlamaMimiArgs(
+        dim=config.hidden_size,
+        n_layers=config.num_hidden_layers,
+        n_heads=config.num_attention_heads,
+        n_kv_heads=config.num_key_value_heads,
+        vocab_size=config.vocab_size,
+        # TorchTitan rounds a derived width up to multiple_of: this pair gives intermediate_size itself
+        multiple_of=config.intermediate_size,
+        ffn_dim_multiplier=config.intermediate_size / int(8 * config.hidden_size / 3),
+        norm_eps=config.rms_norm_eps,
+        rope_theta=rope["rope_theta"],
+        rope_scaling_args=scaling,
+        enable_weight_tying=config.tie_word_embeddings,
+    )

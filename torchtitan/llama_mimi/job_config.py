@@ -1,0 +1,60 @@
+"""Settings this project adds to TorchTitan's job config, and what it defaults differently.
+
+Merged by TorchTitan through ``[job] custom_config_module = "llama_mimi.job_config"``.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass
+class Job:
+    save_config_file: str | None = "job_config.json"
+    """Where in dump_folder the resolved config is saved"""
+
+
+@dataclass
+class Metrics:
+    enable_tensorboard: bool = True
+    """Whether to log metrics to TensorBoard"""
+
+
+@dataclass
+class Codec:
+    name: str = "kyutai/mimi"
+    """Mimi codec: hub id or folder"""
+
+    num_quantizers: int = 4
+    """Q, quantizer levels a frame; each adds 12.5 tokens per second of audio"""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the codec; bfloat16 changes about 2 % of the codes"""
+
+
+@dataclass
+class Data:
+    task: Literal["a2a", "tts"] = "a2a"
+    """a2a: audio alone; tts: the transcript, then the audio"""
+
+    max_audio_seconds: float = 20.0
+    """Longer clips are cut here (and get no </audio>)"""
+
+    audio_column: str = "audio"
+    """Column of audio{bytes,path} structs; named corpora know theirs"""
+
+    text_column: str = "text"
+    """Column of transcripts, read by the task tts only"""
+
+    shuffle_block: int = 256
+    """Rows permuted together; files are shuffled as a whole"""
+
+    max_bad_share: float = 0.01
+    """Training stops when a larger share of the clips read (at least 100) cannot be used"""
+
+
+@dataclass
+class JobConfig:
+    job: Job = field(default_factory=Job)
+    metrics: Metrics = field(default_factory=Metrics)
+    codec: Codec = field(default_factory=Codec)
+    data: Data = field(default_factory=Data)

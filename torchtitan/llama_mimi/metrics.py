@@ -1,0 +1,126 @@
+"""TorchTitan's metrics seam: useful tokens only, per-level losses, audio-seconds per second and time left."""
+
+import math
+import os
+import time
+from typing import Any
+
+import torch
+from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.distributed import ParallelDims
+from torchtitan.tools.logging import logger
+
+from llama_mimi.losses import LevelMeter, reduce_sums
+
+
+class SpeechMetrics(MetricsProcessor):
+    """Metrics of a speech run.
+
+    TorchTitan counts every position of a batch as a token; here a token is one that enters the loss, so that padding
+    never counts as work done.
+
+    Args:
+        train_meter, validation_meter: filled by the losses of training and validation.
+        frame_rate_hz: of the codec; level-0 targets over it are seconds of audio.
+    """
+
+    def __init__(
+        self,
+        job_config: Any,
+        parallel_dims: ParallelDims,
+        *,
+        train_meter: LevelMeter,
+        validation_meter: LevelMeter,
+        frame_rate_hz: float,
+    ) -> None:
+        if job_config.metrics.enable_wandb:
+            os.environ.setdefault("WANDB_PROJECT", "llama_mimi")
+        super().__init__(job_config, parallel_dims)
+        self._train_meter, self._validation_meter = train_meter, validation_meter
+        self._frame_rate_hz = frame_rate_hz
+        self._has_peak_flops = torch.cuda.is_available()
+        self._last_step: int | None = None
+
+    def log(
+        self,
+        step: int,
+        global_avg_loss: float,
+        global_max_loss: float,
+        grad_norm: float,
+        extra_metrics: dict[str, Any] | None = None,
+    ) -> None:
+        seconds = time.perf_counter() - self.time_last_log
+        sums = self._reduced(self._train_meter)
+        tokens_per_s = float(sums[1].sum()) / seconds
+        devices = self.parallel_dims.world_size
+        steps = step - (self._last_step if self._last_step is not None else step - 1)
+        memory = self.device_memory_monitor.get_peak_stats()
+        metrics: dict[str, Any] = {
+            "loss_metrics/global_avg_loss": global_avg_loss,
+            "loss_metrics/global_max_loss": global_max_loss,
+            **{f"loss_metrics/{name}": loss for name, loss in self._level_losses(sums).items()},
+            "grad_norm": grad_norm,
+            "throughput/useful_tokens_per_s": tokens_per_s,
+            "throughput/audio_seconds_per_s": float(sums[1, 0]) / self._frame_rate_hz / seconds,
+            "time_metrics/end_to_end(s)": seconds / steps,
+            "time_metrics/data_loading(%)": 100 * sum(self.data_loading_times) / seconds,
+            "memory/max_reserved(GiB)": memory.max_reserved_gib,
+            # TorchTitan's own count of tokens seen includes padding
+            **{key: value for key, value in (extra_metrics or {}).items() if key != "n_tokens_seen"},
+        }
+        if self._has_peak_flops:  # a CPU has no published peak to compare with
+            flops_per_device = self.num_flops_per_token * tokens_per_s / devices
+            metrics["throughput/mfu(%)"] = 100 * flops_per_device / self.gpu_peak_flops
+        self.logger.log(metrics, step)
+        left_s = seconds / steps * (self.job_config.training.steps - step)
+        mfu = f"  mfu: {metrics['throughput/mfu(%)']:.1f}%" if self._has_peak_flops else ""
+        logger.info(
+            f"step: {step}/{self.job_config.training.steps}  loss: {global_avg_loss:.5f}  "
+            f"levels: {self._format_levels(sums)}  grad_norm: {grad_norm:.3f}  tokens/s: {tokens_per_s:,.0f}  "
+            f"audio-s/s: {metrics['throughput/audio_seconds_per_s']:,.1f}{mfu}  "
+            f"memory: {memory.max_reserved_gib:.2f}GiB  left: {_clock(left_s)}"
+        )
+        self._last_step = step
+        self._restart_clock()
+
+    def log_validation(
+        self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None, *, seconds: float = 0.0
+    ) -> None:
+        """Log the validation that just took ``seconds``, which are no training time."""
+        self.time_last_log += seconds
+        sums = self._reduced(self._validation_meter)
+        levels = {f"validation_metrics/{name}": loss for name, loss in self._level_losses(sums).items()}
+        self.logger.log({"validation_metrics/loss": loss, **levels, **(extra_metrics or {})}, step)
+        logger.info(
+            f"validate step: {step}  loss: {loss:.5f}  levels: {self._format_levels(sums)}  "
+            f"({sums[1, 0] / self._frame_rate_hz:,.0f} s of audio)"
+        )
+
+    def _reduced(self, meter: LevelMeter) -> torch.Tensor:
+        sums = meter.take()
+        assert sums is not None, "nothing was added to the meter since the last log"
+        return reduce_sums(sums, self.parallel_dims.get_optional_mesh("loss"))
+
+    def _restart_clock(self) -> None:
+        self.ntokens_since_last_log = 0
+        self.data_loading_times.clear()
+        self.time_last_log = time.perf_counter()
+        self.device_memory_monitor.reset_peak_stats()
+
+    @staticmethod
+    def _level_losses(sums: torch.Tensor) -> dict[str, float]:
+        """Mean loss of each level that had targets; the last row is ``</audio>``."""
+        names = [*(f"level_{level}" for level in range(sums.shape[1] - 1)), "audio_end"]
+        return {name: s / n for name, (s, n) in zip(names, sums.T.tolist(), strict=True) if n}
+
+    @staticmethod
+    def _format_levels(sums: torch.Tensor) -> str:
+        return " ".join(f"{s / n:.3f}" if n else "-" for s, n in sums.T.tolist()[:-1])
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(math.ceil(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
+
+

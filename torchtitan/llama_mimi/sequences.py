@@ -1,0 +1,68 @@
+"""Clips as model inputs: codes and text -> token sequences -> padded batches.
+
+``BOS <audio> c[0,0] c[0,1] ... c[T-1,Q-1] </audio>``, with the text between BOS and ``<audio>`` for the task "tts".
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from llama_mimi.codec import load_codec_config
+from llama_mimi.hub import load_pretrained
+from llama_mimi.units import UnitVocabulary, extend_tokenizer
+
+IGNORE_INDEX = -100  # PyTorch's default, and TorchTitan's
+
+
+@dataclass(frozen=True)
+class SequenceBuilder:
+    """Token sequences of one tokenizer and unit vocabulary."""
+
+    tokenizer: PreTrainedTokenizerBase
+    vocabulary: UnitVocabulary
+
+    def sequence(self, codes_TQ: torch.Tensor, *, is_cut: bool, text: str | None = None) -> torch.Tensor:
+        """One clip as ids (L,).
+
+        Args:
+            codes_TQ: the clip's codes.
+            is_cut: the speech went on; the sequence then has no ``</audio>``.
+            text: transcript in front of the audio (task "tts").
+        """
+        text_ids = [] if text is None else self.tokenizer(text, add_special_tokens=False).input_ids
+        head = torch.tensor([self.tokenizer.bos_token_id, *text_ids, self.vocabulary.audio_start_id])
+        tail = torch.tensor([] if is_cut else [self.vocabulary.audio_end_id], dtype=torch.long)
+        return torch.cat([head, self.vocabulary.ids_from_codes(codes_TQ), tail])
+
+    def is_target(self, ids: torch.Tensor) -> torch.Tensor:
+        """True for what the model is trained to predict: units and ``</audio>``; text and ``<audio>`` are given."""
+        return self.vocabulary.is_unit(ids) | (ids == self.vocabulary.audio_end_id)
+
+    def pad_batch(self, sequences: Sequence[torch.Tensor], seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sequences of any lengths to inputs and labels, both (B, seq_len).
+
+        Longer sequences are cut, which also removes their ``</audio>``. Labels are the next tokens where those are
+        targets and ``IGNORE_INDEX`` elsewhere, so that padding (whatever its id) never enters the loss.
+        """
+        inputs_BL = torch.zeros(len(sequences), seq_len, dtype=torch.long)
+        labels_BL = torch.full_like(inputs_BL, IGNORE_INDEX)
+        for row, ids_L in enumerate(sequences):
+            inputs_L, next_L = ids_L[:-1][:seq_len], ids_L[1:][:seq_len]
+            inputs_BL[row, : len(inputs_L)] = inputs_L
+            labels_BL[row, : len(next_L)] = next_L.masked_fill(~self.is_target(next_L), IGNORE_INDEX)
+        return inputs_BL, labels_BL
+
+
+@lru_cache(maxsize=4)
+def load_sequences(tokenizer_name: str, codec_name: str, num_quantizers: int) -> SequenceBuilder:
+    """A text tokenizer (hub id or folder) extended by the units of a codec, or one that holds them already.
+
+    Raises:
+        UserError: the tokenizer or codec is missing, or the two do not fit.
+    """
+    codebook_size = load_codec_config(codec_name, num_quantizers).codebook_size
+    tokenizer = load_pretrained(AutoTokenizer, tokenizer_name, what="tokenizer")
+    return SequenceBuilder(*extend_tokenizer(tokenizer, codebook_size, num_quantizers))

@@ -1,0 +1,43 @@
+"""``torchrun -m llama_mimi.train --job.config_file config/tiny.toml``: TorchTitan's trainer, on GPUs or without one."""
+
+import os
+import sys
+import time
+
+import torch
+
+from llama_mimi.cpu import use_cpu_without_accelerator
+from llama_mimi.errors import UserError
+
+use_cpu_without_accelerator()  # before anything imports TorchTitan
+
+from torchtitan.tools.logging import init_logger  # noqa: E402
+from torchtitan.train import Trainer  # noqa: E402
+
+from llama_mimi.config_check import parse_config  # noqa: E402
+
+
+def main() -> None:
+    init_logger()
+    try:
+        job_config = parse_config(sys.argv[1:])
+    except UserError as error:
+        # Every rank finds the same mistake; rank 0 reports it, and torchrun then ends the others.
+        if int(os.environ.get("RANK", 0)) > 0:
+            time.sleep(10)
+            sys.exit(1)
+        sys.exit(f"error: {error}")
+    trainer: Trainer | None = None
+    try:
+        trainer = Trainer(job_config)
+        trainer.train()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    finally:
+        if trainer is not None:
+            trainer.close()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Registers the train spec "llama_mimi" with TorchTitan: ``[experimental] custom_import = "llama_mimi.train_spec"``."""
+
+from typing import Any
+
+import torch
+from torchtitan.components.lr_scheduler import build_lr_schedulers
+from torchtitan.components.optimizer import build_optimizers
+from torchtitan.distributed import ParallelDims
+from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
+from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
+
+from llama_mimi.codec import load_codec_config
+from llama_mimi.dataloader import build_dataloader
+from llama_mimi.losses import LevelMeter, UnitLoss
+from llama_mimi.metrics import SpeechMetrics
+from llama_mimi.model import FLAVORS, LlamaMimi, LlamaMimiArgs, parallelize
+from llama_mimi.run_record import save_run_record, speech_config
+from llama_mimi.sequences import SequenceBuilder, load_sequences
+from llama_mimi.validate import SpeechValidator
+
+# TorchTitan builds metrics and losses apart from each other; the meters are what they share.
+_train_meter, _validation_meter = LevelMeter(), LevelMeter()
+
+
+def build_sequences(job_config: Any) -> SequenceBuilder:
+    codec = job_config.codec
+    return load_sequences(job_config.model.hf_assets_path, codec.name, codec.num_quantizers)
+
+
+def build_loss(job_config: Any, meter: LevelMeter = _train_meter, **kwargs: Any) -> UnitLoss:
+    compile_fn = None
+    if job_config.compile.enable and "loss" in job_config.compile.components:
+
+        def compile_fn(function):
+            return torch.compile(function, backend=job_config.compile.backend)
+
+    return UnitLoss(build_sequences(job_config).vocabulary, meter, compile_fn)
+
+
+def build_validator(job_config: Any, **kwargs: Any) -> SpeechValidator:
+    seams = {key: value for key, value in kwargs.items() if not key.startswith("pp_")}
+    return SpeechValidator(job_config=job_config, **seams | {"loss_fn": build_loss(job_config, _validation_meter)})
+
+
+def build_metrics(job_config: Any, parallel_dims: ParallelDims, model_args: LlamaMimiArgs) -> SpeechMetrics:
+    """The metrics of a run, and the record of its model beside them."""
+    codec = job_config.codec
+    sequences = build_sequences(job_config)
+    config = speech_config(model_args, sequences, codec.name)
+    save_run_record(job_config.job.dump_folder, config, sequences)
+    codec_config = load_codec_config(codec.name, codec.num_quantizers)
+    return SpeechMetrics(
+        job_config,
+        parallel_dims,
+        train_meter=_train_meter,
+        validation_meter=_validation_meter,
+        frame_rate_hz=codec_config.sampling_rate / codec_config.frame_size,
+    )
+
+
+register_train_spec(
+    "llama_mimi",
+    TrainSpec(
+        model_cls=LlamaMimi,
+        model_args=FLAVORS,
+        parallelize_fn=parallelize,
+        pipelining_fn=None,  # refused with a sentence by config_check
+        build_optimizers_fn=build_optimizers,
+        build_lr_schedulers_fn=build_lr_schedulers,
+        build_dataloader_fn=build_dataloader,
+        build_tokenizer_fn=build_sequences,
+        build_loss_fn=build_loss,
+        build_validator_fn=build_validator,
+        build_metrics_processor_fn=build_metrics,
+        state_dict_adapter=Llama3StateDictAdapter,
+    ),
+)
