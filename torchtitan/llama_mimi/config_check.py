@@ -1,9 +1,9 @@
 """Reading a job config and refusing, before any work, what cannot run."""
 
+import copy
 import dataclasses
 import difflib
 import os
-import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -167,10 +167,12 @@ def _check_model(job_config: Any) -> None:
             f"--num_quantizers {codec.num_quantizers} --output_dir {model.hf_assets_path}`"
         )
     sequences = load_sequences(model.hf_assets_path, codec.name, codec.num_quantizers)
-    args = dataclasses.replace(FLAVORS[model.flavor], vocab_size=sequences.vocabulary.size)
+    args = copy.copy(FLAVORS[model.flavor])
+    args.vocab_size = sequences.vocabulary.size
     wanted = speech_config(args, sequences, codec.name)
     base = load_pretrained(LlamaConfig, model.hf_assets_path, what="model")
-    _require_same(wanted, base, SHAPE_KEYS, f"model.flavor '{model.flavor}' is not the model in '{model.hf_assets_path}'")
+    problem = f"model.flavor '{model.flavor}' is not the model in '{model.hf_assets_path}'"
+    _require_same(wanted, base, SHAPE_KEYS, problem)
     if job_config.checkpoint.enable and job_config.checkpoint.initial_load_in_hf:
         if base.vocab_size != sequences.vocabulary.size:
             raise UserError(
@@ -182,7 +184,8 @@ def _check_model(job_config: Any) -> None:
     if (Path(job_config.job.dump_folder) / job_config.checkpoint.folder).is_dir() and record.is_dir():
         earlier = load_pretrained(LlamaConfig, str(record), what="model")
         keys = (*SHAPE_KEYS, "vocab_size", "num_quantizers", "codec")
-        _require_same(wanted, earlier, keys, f"job.dump_folder '{job_config.job.dump_folder}' holds another model's run")
+        problem = f"job.dump_folder '{job_config.job.dump_folder}' holds the run of another model"
+        _require_same(wanted, earlier, keys, problem)
 
 
 def _require_same(wanted: LlamaConfig, found: LlamaConfig, keys: tuple[str, ...], problem: str) -> None:
@@ -190,5 +193,3 @@ def _require_same(wanted: LlamaConfig, found: LlamaConfig, keys: tuple[str, ...]
         a, b = getattr(wanted, key, None), getattr(found, key, None)
         if a != b:
             raise UserError(f"{problem}: {key} is {b!r} there and {a!r} in this config; change one of them")
-
-

@@ -130,9 +130,7 @@ def _parquet_files(dataset: str) -> list[str]:
     return files
 
 
-def _select_columns(
-    rows: IterableDataset, dataset: str, audio_column: str, text_column: str | None
-) -> IterableDataset:
+def _select_columns(rows: IterableDataset, dataset: str, audio_column: str, text_column: str | None) -> IterableDataset:
     columns = rows.column_names or list(next(iter(rows)))
     wanted = {"audio": audio_column} | ({"text": text_column} if text_column is not None else {})
     for role, column in wanted.items():

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torchtitan.components.dataloader import BaseDataLoader, ParallelAwareDataloader
-from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_type
 
@@ -116,9 +115,7 @@ class UnitDataLoader(BaseDataLoader):
             )
 
 
-def build_dataloader(
-    dp_world_size: int, dp_rank: int, tokenizer: SequenceBuilder, job_config: Any
-) -> UnitDataLoader:
+def build_dataloader(dp_world_size: int, dp_rank: int, tokenizer: SequenceBuilder, job_config: Any) -> UnitDataLoader:
     """The training loader: endless and shuffled by ``debug.seed`` (0 if unset)."""
     training = job_config.training
     return _build(
@@ -182,10 +179,10 @@ def _build(
             f"not {workers['num_workers']}"
         )
         workers["num_workers"] = stream.max_workers
-    clips = ParallelAwareDataloader(
-        stream, dp_rank, dp_world_size, batch_size=None, collate_fn=_unchanged, **workers
+    clips = ParallelAwareDataloader(stream, dp_rank, dp_world_size, batch_size=None, collate_fn=_unchanged, **workers)
+    return UnitDataLoader(
+        clips, codec, sequences, dataset=split.dataset, seq_len=split.seq_len, max_bad_share=data.max_bad_share
     )
-    return UnitDataLoader(clips, codec, sequences, dataset=split.dataset, seq_len=split.seq_len, max_bad_share=data.max_bad_share)
 
 
 def _unchanged(batch: ClipBatch) -> ClipBatch:

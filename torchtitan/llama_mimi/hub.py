@@ -1,4 +1,4 @@
-"""Loading configurations, tokenizers and weights from a folder or the Hugging Face Hub, with errors users can act on."""
+"""Loading configurations, tokenizers and weights from a folder or the hub, with errors users can act on."""
 
 from pathlib import Path
 from typing import Any

@@ -1,0 +1,61 @@
+"""Continue a spoken prompt.
+
+uv run python inference.py --model_name models/tiny --prompt assets/tiny/prompt.wav --output_file continuation.wav
+"""
+
+import argparse
+from pathlib import Path
+
+from llama_mimi.audio import Waveform, audio_seconds, read_audio, write_wav
+from llama_mimi.codec import DTYPES
+from llama_mimi.errors import UserError, run_cli
+from llama_mimi.generation import SamplingOptions, continue_codes
+from llama_mimi.speech_model import load_speech_model
+
+MAX_PROMPT_SECONDS = 60.0  # three times the longest clip of the paper's training
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name", default="llm-jp/Llama-Mimi-1.3B", help="hub id or folder")
+    parser.add_argument("--prompt", default="assets/tiny/prompt.wav", help="WAV, FLAC, MP3 or OGG file")
+    parser.add_argument("--output_file", type=Path, default=Path("continuation.wav"))
+    parser.add_argument("--seconds", type=float, default=10.0, help="new audio at most")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
+    parser.add_argument("--top_k", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num_samples", type=int, default=1, help="more than one writes <output_file>_0.wav, ...")
+    parser.add_argument("--codec", help="hub id or folder; by default what the model names")
+    parser.add_argument("--device", help="by default the accelerator where there is one")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of the decoder")
+    flags = parser.parse_args()
+    for flag, is_valid in {
+        "seconds": flags.seconds >= 0.08,
+        "temperature": flags.temperature >= 0,
+        "top_k": flags.top_k >= 1,
+        "num_samples": flags.num_samples >= 1,
+    }.items():
+        if not is_valid:
+            raise UserError(f"--{flag} is {getattr(flags, flag)}, which is too small; see --help")
+
+    prompt_seconds = audio_seconds(flags.prompt)  # refuses a bad prompt before the model is loaded
+    if prompt_seconds > MAX_PROMPT_SECONDS:
+        raise UserError(
+            f"the prompt '{flags.prompt}' is {prompt_seconds:,.0f} s long; give at most {MAX_PROMPT_SECONDS:g} s"
+        )
+    model = load_speech_model(flags.model_name, codec_name=flags.codec, device=flags.device, dtype=flags.dtype)
+    codec = model.codec
+    prompt = read_audio(flags.prompt, codec.sample_rate_hz, min_samples=codec.frame_size)
+    (prompt_TQ,) = codec.encode([prompt.samples_S])
+    options = SamplingOptions(flags.seconds, flags.temperature, flags.top_k, flags.seed, flags.num_samples)
+    for index, codes_TQ in enumerate(continue_codes(model, prompt_TQ, options)):
+        path = flags.output_file
+        if flags.num_samples > 1:
+            path = path.with_name(f"{path.stem}_{index}{path.suffix}")
+        write_wav(path, Waveform(codec.decode(codes_TQ), codec.sample_rate_hz))
+        new_s = (len(codes_TQ) - len(prompt_TQ)) / codec.frame_rate_hz
+        print(f"{path}: {len(prompt_TQ) / codec.frame_rate_hz:.2f} s of prompt, {new_s:.2f} s of continuation")
+
+
+if __name__ == "__main__":
+    run_cli(main)

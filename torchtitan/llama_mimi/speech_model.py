@@ -1,0 +1,69 @@
+"""A converted or released checkpoint, ready to score or continue speech."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from llama_mimi.codec import DEFAULT_CODEC, DTYPES, MimiCodec
+from llama_mimi.errors import UserError
+from llama_mimi.hub import load_pretrained
+from llama_mimi.sequences import SequenceBuilder
+from llama_mimi.units import extend_tokenizer
+
+
+@dataclass(frozen=True)
+class SpeechModel:
+    """Decoder, tokenizer with units, and codec of one checkpoint, on one device."""
+
+    decoder: LlamaForCausalLM
+    sequences: SequenceBuilder
+    codec: MimiCodec
+
+    @property
+    def device(self) -> torch.device:
+        return self.codec.device
+
+
+def default_device() -> str:
+    """The accelerator where there is one, else the CPU."""
+    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+
+
+def load_speech_model(
+    model_name: str, *, codec_name: str | None = None, device: str | None = None, dtype: str = "float32"
+) -> SpeechModel:
+    """Load a Hugging Face checkpoint of a speech language model.
+
+    Args:
+        model_name: hub id or folder.
+        codec_name: hub id or folder of its codec; None takes what the checkpoint names, else ``kyutai/mimi``, which
+            all released checkpoints use without naming it.
+        device: torch device; None takes the accelerator where there is one.
+        dtype: of the decoder, a key of `DTYPES`. The codec always runs in float32.
+
+    Raises:
+        UserError: something is missing, or decoder, tokenizer and codec do not fit together.
+    """
+    device = device or default_device()
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"the device '{device}' is not available here; use --device cpu") from error
+    decoder = load_pretrained(AutoModelForCausalLM, model_name, what="model", dtype=DTYPES[dtype])
+    num_quantizers = getattr(decoder.config, "num_quantizers", None)
+    if num_quantizers is None:
+        raise UserError(
+            f"the config of '{model_name}' has no num_quantizers, so it is no speech language model; "
+            "convert a training checkpoint with scripts/convert_dcp_to_hf.py"
+        )
+    codec = MimiCodec(codec_name or getattr(decoder.config, "codec", DEFAULT_CODEC), num_quantizers, device)
+    tokenizer = load_pretrained(AutoTokenizer, model_name, what="tokenizer")
+    sequences = SequenceBuilder(*extend_tokenizer(tokenizer, codec.codebook_size, num_quantizers))
+    rows = decoder.get_input_embeddings().num_embeddings
+    if rows != sequences.vocabulary.size:
+        raise UserError(
+            f"'{model_name}' has {rows} vocabulary entries, but {num_quantizers} quantizers of '{codec.name}' "
+            f"({codec.codebook_size} codes each) need {sequences.vocabulary.size}; name its own codec with --codec"
+        )
+    return SpeechModel(decoder.to(device).eval(), sequences, codec)
