@@ -35,8 +35,8 @@ def main() -> None:
     tokenizer = load_pretrained(AutoTokenizer, flags.base_model, what="tokenizer")
     if config.vocab_size != len(tokenizer):
         raise UserError(
-            f"'{flags.base_model}' has {config.vocab_size} embedding rows but {len(tokenizer)} tokens; units must follow "
-            "the text vocabulary directly, so use the unmodified base model"
+            f"'{flags.base_model}' has {config.vocab_size} embedding rows but {len(tokenizer)} tokens; units must "
+            "follow the text vocabulary directly, so use the unmodified base model"
         )
     tokenizer, vocabulary = extend_tokenizer(tokenizer, codec.codebook_size, flags.num_quantizers)
 

@@ -30,7 +30,7 @@ def find_step(checkpoint: Path) -> tuple[Path, list[Path]]:
         return checkpoint, []
     numbered = [(int(m[1]), path) for path in checkpoint.iterdir() if (m := re.fullmatch(r"step-(\d+)", path.name))]
     steps = [path for _, path in sorted(numbered, reverse=True)]
-    incomplete = []
+    incomplete: list[Path] = []
     for step in steps:
         if (step / _METADATA).is_file():
             return step, incomplete

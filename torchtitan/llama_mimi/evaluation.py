@@ -72,7 +72,7 @@ def run_benchmark(
         "versions": versions(),
         "pairs": scored_pairs,
     }
-    path = flags.output_dir / name / Path(flags.model_name).name / "original.json"
+    path = flags.output_dir / name / Path(flags.model_name).name / "scores.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n")
     for part, result in report["parts"].items():

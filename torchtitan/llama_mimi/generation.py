@@ -1,6 +1,7 @@
 """Continuing speech: sampling that can only produce whole, ordered frames."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
@@ -75,7 +76,7 @@ def continue_codes(model: SpeechModel, prompt_TQ: torch.Tensor, options: Samplin
             f"prompt and continuation take {len(prompt_L) + num_new_tokens:,} tokens, more than the model's context of "
             f"{context:,}; shorten the prompt or --seconds"
         )
-    sampling = {"do_sample": False}
+    sampling: dict[str, Any] = {"do_sample": False}
     if options.temperature > 0:
         sampling = {"do_sample": True, "temperature": options.temperature, "top_k": options.top_k}
     config = GenerationConfig(

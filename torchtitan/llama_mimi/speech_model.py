@@ -57,7 +57,8 @@ def load_speech_model(
             f"the config of '{model_name}' has no num_quantizers, so it is no speech language model; "
             "convert a training checkpoint with scripts/convert_dcp_to_hf.py"
         )
-    codec = MimiCodec(codec_name or getattr(decoder.config, "codec", DEFAULT_CODEC), num_quantizers, device)
+    codec_name = codec_name or getattr(decoder.config, "codec", None) or DEFAULT_CODEC
+    codec = MimiCodec(codec_name, num_quantizers, device)
     tokenizer = load_pretrained(AutoTokenizer, model_name, what="tokenizer")
     sequences = SequenceBuilder(*extend_tokenizer(tokenizer, codec.codebook_size, num_quantizers))
     rows = decoder.get_input_embeddings().num_embeddings
