@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets import Audio, IterableDataset, load_dataset
+from datasets import Audio, IterableDataset, Value, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 
 from llama_mimi.errors import UserError
@@ -142,6 +142,7 @@ def _select_columns(rows: IterableDataset, dataset: str, audio_column: str, text
     if "id" in columns:
         wanted["id"] = "id"
     if rows.features is not None and isinstance(rows.features[audio_column], Audio):
-        rows = rows.cast_column(audio_column, Audio(decode=False))
+        # A plain struct: even with decode=False the Audio feature wants torchcodec.
+        rows = rows.cast_column(audio_column, {"bytes": Value("binary"), "path": Value("string")})
     rows = rows.select_columns(list(wanted.values()))
     return rows.rename_columns({column: role for role, column in wanted.items() if column != role})

@@ -26,9 +26,9 @@ def use_cpu_without_accelerator() -> None:
         "memory_stats": _memory_stats,
         "reset_peak_memory_stats": lambda device=None: None,
         "empty_cache": lambda: None,
+        "current_device": lambda: 0,  # torch.cpu answers "cpu"; a barrier wants an index
     }.items():
-        if not hasattr(torch.cpu, name):
-            setattr(torch.cpu, name, function)
+        setattr(torch.cpu, name, function)
 
 
 def _total_memory() -> int:

@@ -11,7 +11,6 @@ from torch.distributed.tensor import DTensor, Replicate
 from torchtitan.distributed import ParallelDims
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs, parallelize_llama
 from torchtitan.models.llama3.model.args import RoPEScalingArgs
-from torchtitan.models.utils import trunc_normal_
 
 from llama_mimi.sequences import load_sequences
 
@@ -63,9 +62,8 @@ class LlamaMimi(Transformer):
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
         super().init_weights(buffer_device)
-        if self.is_tied:  # as TorchTitan draws an output projection: unit embeddings would give logits of sqrt(dim)
-            std = self.model_args.dim**-0.5
-            trunc_normal_(self.tok_embeddings.weight, std=std, a=-3 * std, b=3 * std)
+        if self.is_tied:  # as Hugging Face draws embeddings: of unit variance, each token would predict itself
+            nn.init.normal_(self.tok_embeddings.weight, std=0.02)
 
     def forward(self, tokens: torch.Tensor, attention_masks: Any = None, positions: Any = None) -> torch.Tensor:
         """Token ids (B, L) to logits (B, L, V)."""

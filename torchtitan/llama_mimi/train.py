@@ -1,5 +1,6 @@
 """``torchrun -m llama_mimi.train --job.config_file config/tiny.toml``: TorchTitan's trainer, on GPUs or without one."""
 
+import logging
 import os
 import sys
 import time
@@ -11,7 +12,7 @@ from llama_mimi.errors import UserError
 
 use_cpu_without_accelerator()  # before anything imports TorchTitan
 
-from torchtitan.tools.logging import init_logger  # noqa: E402
+from torchtitan.tools.logging import init_logger, logger  # noqa: E402
 from torchtitan.train import Trainer  # noqa: E402
 
 from llama_mimi.config_check import parse_config  # noqa: E402
@@ -19,6 +20,8 @@ from llama_mimi.config_check import parse_config  # noqa: E402
 
 def main() -> None:
     init_logger()
+    if int(os.environ.get("RANK", 0)) > 0:
+        logger.setLevel(logging.WARNING)  # what all ranks would say, rank 0 says
     try:
         job_config = parse_config(sys.argv[1:])
     except UserError as error:

@@ -122,7 +122,8 @@ def extend_tokenizer(
     Raises:
         UserError: the tokenizer holds units of another depth or codebook size.
     """
-    start_id = tokenizer.get_vocab().get(AUDIO_START)
+    ids = tokenizer.get_vocab()
+    start_id = ids.get(AUDIO_START)
     if start_id is None:
         vocabulary = UnitVocabulary(len(tokenizer), codebook_size, num_quantizers)
         # Not normalised and not split, so that the text form of a clip tokenizes to the arithmetic ids.
@@ -130,10 +131,8 @@ def extend_tokenizer(
         tokenizer.add_tokens(tokens)
         return tokenizer, vocabulary
     vocabulary = UnitVocabulary(start_id - codebook_size * num_quantizers, codebook_size, num_quantizers)
-    expected = {vocabulary.base: "<0_0>", start_id - 1: f"<{codebook_size - 1}_{num_quantizers - 1}>"}
-    if len(tokenizer) != vocabulary.size or any(
-        tokenizer.convert_ids_to_tokens(i) != token for i, token in expected.items()
-    ):
+    first, last = "<0_0>", f"<{codebook_size - 1}_{num_quantizers - 1}>"
+    if (len(tokenizer), ids.get(first), ids.get(last)) != (vocabulary.size, vocabulary.base, start_id - 1):
         raise UserError(
             f"the tokenizer '{tokenizer.name_or_path}' already holds audio units, but not those of {num_quantizers} "
             f"quantizers with {codebook_size} codes; use the codec and num_quantizers it was extended for, or extend "

@@ -1,0 +1,399 @@
+"""Builds assets/tiny: a spoken corpus, a small Mimi codec, a Llama base without weights, and benchmark folders.
+
+    uv run python scripts/build_tiny_assets.py --output_dir assets/tiny
+
+Everything is synthesised with espeak-ng from text written for this project and depends only on fixed seeds, so that
+the whole project can be trained and evaluated offline in minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import math
+import platform
+import random
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import soundfile as sf
+import tiny_text as text
+import torch
+import torchaudio
+import transformers
+from datasets import Audio, Features, Value
+from tiny_text import SPEAKERS, Speaker
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import nn
+from transformers import LlamaConfig, MimiConfig, MimiModel, PreTrainedTokenizerFast
+
+SAMPLE_RATE = 24_000  # Hz
+OPUS_LEVEL = 0.95  # libsndfile's compression level; about 20 kbit/s for mono speech
+PAUSE = np.zeros(SAMPLE_RATE // 8, dtype=np.float32)  # 0.125 s between parts that are synthesised separately
+SPECIALS = ["<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>", "<|eot_id|>"]
+REVERSED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
+PAIRS = 100
+FIT_SECONDS = 330.0  # corpus audio that fits the codec
+SEMANTIC_DIMS = 12  # leading principal directions the semantic codebook sees
+
+
+def speak(sentence: str, speaker: Speaker) -> np.ndarray:
+    """Speech of `sentence`: float32 mono at 24 kHz, silence at both ends cut to 50 ms, peak 0.9."""
+    command = ["espeak-ng", "--stdout", "-v", speaker.voice, "-p", str(speaker.pitch), "-s", str(speaker.speed)]
+    wav = subprocess.run([*command, sentence], check=True, capture_output=True).stdout
+    # espeak-ng writes a placeholder length into the header when it streams, so the samples are read past it.
+    rate = struct.unpack_from("<I", wav, 24)[0]
+    samples = np.frombuffer(wav[44 : len(wav) - len(wav) % 2], dtype="<i2").astype(np.float32) / 32768
+    audio = torchaudio.functional.resample(torch.from_numpy(samples), rate, SAMPLE_RATE).numpy()
+    loud = np.flatnonzero(np.abs(audio) > 0.01 * np.abs(audio).max())
+    margin = SAMPLE_RATE // 20
+    audio = audio[max(0, loud[0] - margin) : loud[-1] + margin]
+    return (audio * (0.9 / np.abs(audio).max())).astype(np.float32)
+
+
+def fix_ogg_serial(data: bytes) -> bytes:
+    """Sets the stream number of every Ogg page to 1; libsndfile draws it at random, which would change every build."""
+    pages = bytearray(data)
+    start = 0
+    while start < len(pages):
+        segments = pages[start + 26]
+        end = start + 27 + segments + sum(pages[start + 27 : start + 27 + segments])
+        struct.pack_into("<III", pages, start + 14, 1, struct.unpack_from("<I", pages, start + 18)[0], 0)
+        # Ogg's checksum is zlib's CRC-32 with the bits of every byte, and of the result, in the other order.
+        crc = zlib.crc32(bytes(pages[start:end]).translate(REVERSED_BITS), 0xFFFFFFFF) ^ 0xFFFFFFFF
+        struct.pack_into("<I", pages, start + 22, int(f"{crc:032b}"[::-1], 2))
+        start = end
+    return bytes(pages)
+
+
+def to_opus(audio: np.ndarray) -> bytes:
+    """Ogg Opus bytes of a 24 kHz mono clip, checked to decode to the same number of samples."""
+    buffer = io.BytesIO()
+    sf.write(buffer, audio, SAMPLE_RATE, format="OGG", subtype="OPUS", compression_level=OPUS_LEVEL)
+    data = fix_ogg_serial(buffer.getvalue())
+    decoded, rate = sf.read(io.BytesIO(data), dtype="float32")
+    if rate != SAMPLE_RATE or abs(len(decoded) - len(audio)) > 8 or not np.isfinite(decoded).all():
+        raise RuntimeError(f"Opus clip decodes to {len(decoded)} samples at {rate} Hz, expected {len(audio)}.")
+    return data
+
+
+def write_opus(path: Path, audio: np.ndarray) -> None:
+    """Writes a clip as Ogg Opus; makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(to_opus(audio))
+
+
+def make_rows(maker: text.SentenceMaker, split: str, seconds: float) -> list[dict]:
+    """Corpus rows of clips of 2.0 to 4.8 s, speakers in turn, until their total exceeds `seconds`."""
+    rows: list[dict] = []
+    total, turn = 0.0, 0
+    while total < seconds:
+        speaker, sentence = SPEAKERS[turn % len(SPEAKERS)], maker.corpus()
+        turn += 1
+        audio = speak(sentence, speaker)
+        duration = len(audio) / SAMPLE_RATE
+        if not 2.0 <= duration <= 4.8:
+            continue
+        name = f"{split}-{len(rows):05d}"
+        clip = {"bytes": to_opus(audio), "path": f"{name}.ogg"}
+        rows.append({"id": name, "audio": clip, "text": sentence, "speaker": speaker.name, "duration": duration})
+        total += duration
+    maker.rng.shuffle(rows)
+    return rows
+
+
+def write_corpus(folder: Path, split: str, rows: list[dict], shards: int) -> None:
+    """Writes rows to parquet shards, in row groups of 32, with the schema metadata that `datasets` reads."""
+    string = Value("string")
+    names = {"id": string, "audio": Audio(), "text": string, "speaker": string, "duration": Value("float64")}
+    schema = Features(names).arrow_schema
+    folder.mkdir(parents=True, exist_ok=True)
+    for shard in range(shards):
+        table = pa.Table.from_pylist(rows[shard::shards], schema=schema)
+        path = folder / f"{split}-{shard:05d}-of-{shards:05d}.parquet"
+        pq.write_table(table, path, row_group_size=32, compression="none")
+
+
+def write_llama(folder: Path, lines: list[str]) -> None:
+    """Writes the base Llama folder: a config without weights and a byte-level BPE tokenizer of 512 entries."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=512 - len(SPECIALS), initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(lines, trainer)
+    tokenizer.add_special_tokens(SPECIALS)
+    bos, eos, pad, _ = SPECIALS
+    ids = {token: tokenizer.token_to_id(token) for token in SPECIALS}
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, ids[bos])]
+    )
+    names = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names, model_max_length=131072)
+    rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0}
+    rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    shape = {"vocab_size": 512, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4}
+    shape |= {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 131072}
+    other = {"rms_norm_eps": 1e-5, "rope_parameters": rope, "tie_word_embeddings": True}
+    other |= {"bos_token_id": ids[bos], "eos_token_id": ids[eos], "architectures": ["LlamaForCausalLM"]}
+    config = LlamaConfig(**shape, **other)
+    config.save_pretrained(folder)
+    fast.save_pretrained(folder)
+    if len(fast) != 512 or fast("hello").input_ids[0] != ids[bos] or list(ids.values()) != [508, 509, 510, 511]:
+        raise RuntimeError("The tokenizer does not have 512 entries with the special tokens last.")
+
+
+def nearest(points: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
+    """Index of the nearest center for each point; points (n, d), centers (k, d)."""
+    return torch.cdist(points, centers).argmin(dim=-1)
+
+
+def k_means(points: torch.Tensor, k: int, generator: torch.Generator, steps: int = 30) -> torch.Tensor:
+    """Centers (k, d) of Lloyd's algorithm on points (n, d); an empty cluster restarts at a random point."""
+    centers = points[torch.randperm(len(points), generator=generator)[:k]].clone()
+    for _ in range(steps):
+        owner = nearest(points, centers)
+        counts = torch.bincount(owner, minlength=k)
+        centers = torch.zeros_like(centers).index_add_(0, owner, points) / counts.clamp(min=1)[:, None]
+        empty = counts == 0
+        centers[empty] = points[torch.randint(len(points), (int(empty.sum()),), generator=generator)]
+    return centers
+
+
+def fit_quantizer(rvq: nn.Module, latents: torch.Tensor, projection: torch.Tensor, generator: torch.Generator) -> None:
+    """Fits a residual quantizer level by level; latents (n, hidden), projection (vq_dim, hidden)."""
+    rvq.input_proj.weight.data.copy_(projection[:, :, None])
+    # Both quantizers describe the same latents and the model adds their outputs: each contributes half.
+    rvq.output_proj.weight.data.copy_(0.5 * torch.linalg.pinv(projection)[:, :, None])
+    residual = latents @ projection.T
+    for layer in rvq.layers:
+        book = layer.codebook
+        centers = k_means(residual, book.codebook_size, generator)
+        usage = torch.bincount(nearest(residual, centers), minlength=book.codebook_size).clamp(min=1).float()
+        book.cluster_usage.copy_(usage)
+        book.embed_sum.copy_(centers * usage[:, None])
+        book.initialized.fill_(1.0)
+        book._embed = None  # computed once and kept: without this the old, empty codebook stays in use
+        residual = residual - book.embed[nearest(residual, book.embed)]
+
+
+def random_mimi() -> MimiModel:
+    """A small MimiModel whose filters have PyTorch's default scale."""
+    filters = {"hidden_size": 64, "num_filters": 8, "num_residual_layers": 1, "upsampling_ratios": [8, 6, 5, 4]}
+    books = {"codebook_size": 256, "codebook_dim": 32, "vector_quantization_hidden_dimension": 32}
+    books |= {"num_quantizers": 8, "num_semantic_quantizers": 1, "frame_rate": 12.5, "upsample_groups": 64}
+    layers = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16}
+    config = MimiConfig(**filters, **books, **layers, intermediate_size=128)
+    torch.manual_seed(1234)
+    model = MimiModel(config).eval()
+    for name, module in model.named_modules():
+        # The library's init is made for training from scratch; random features need the usual fan-in scale.
+        if isinstance(module, nn.Conv1d | nn.ConvTranspose1d | nn.Linear):
+            module.reset_parameters()
+        elif name.endswith("layer_scale"):
+            nn.init.constant_(module.scale, 0.2)
+    return model
+
+
+def decode_rows(rows: list[dict]) -> list[torch.Tensor]:
+    """Waveforms (1, 1, samples) of corpus rows, as a reader of the corpus hears them."""
+    clips = [sf.read(io.BytesIO(row["audio"]["bytes"]), dtype="float32")[0] for row in rows]
+    return [torch.from_numpy(clip)[None, None] for clip in clips]
+
+
+@torch.no_grad()
+def write_mimi(folder: Path, clips: list[torch.Tensor]) -> list[float]:
+    """Builds, fits and saves the codec; returns the perplexity of each level over all clips."""
+    model = random_mimi()
+    latents, heard = [], 0
+    for clip in clips:
+        if heard > FIT_SECONDS * SAMPLE_RATE:
+            break
+        latents.append(model.encoder(clip).latents[0].T)
+        heard += clip.shape[-1]
+    points = torch.cat(latents)  # (frames, hidden)
+    values, vectors = torch.linalg.eigh(torch.cov(points.T.double()))
+    order = values.argsort(descending=True)[: model.config.vector_quantization_hidden_dimension]
+    # eigh's sign is arbitrary: fix it, so that a rebuild gives the same codec.
+    axes = vectors[:, order] * vectors[:, order].gather(0, vectors[:, order].abs().argmax(0, keepdim=True)).sign()
+    whiten = (axes / values[order].clamp(min=1e-12).sqrt()).T.float()
+    # The semantic codebook sees only the leading directions, so its codes differ from the first acoustic level's.
+    semantic = whiten.clone()
+    semantic[SEMANTIC_DIMS:] = 0
+    generator = torch.Generator().manual_seed(99)
+    fit_quantizer(model.quantizer.semantic_residual_vector_quantizer, points, semantic, generator)
+    fit_quantizer(model.quantizer.acoustic_residual_vector_quantizer, points, whiten, generator)
+    codes = [model.encode(clip).audio_codes[0] for clip in clips]
+    model.save_pretrained(folder)
+    loaded = MimiModel.from_pretrained(folder).eval()
+    for clip, code in zip(clips[:40], codes[:40], strict=True):
+        if not torch.equal(loaded.encode(clip).audio_codes[0], code):
+            raise RuntimeError("The saved codec gives other codes.")
+    if not torch.isfinite(loaded.decode(codes[0][None]).audio_values).all():
+        raise RuntimeError("The saved codec decodes to non-finite samples.")
+    perplexities = []
+    for level in torch.cat(codes, dim=1):
+        share = torch.bincount(level, minlength=256).double() / len(level)
+        perplexities.append(torch.exp(-(share * share.clamp(min=1e-12).log()).sum()).item())
+    return perplexities
+
+
+def write_speaker_consistency(folder: Path, maker: text.SentenceMaker) -> None:
+    """SALMon pairs: one speaker throughout against a change of speaker half-way, same words."""
+    for index in range(PAIRS):
+        # The second speaker runs through all seven others as `index` grows.
+        speaker, other = (SPEAKERS[i % len(SPEAKERS)] for i in (index, index + 1 + index // 8 % 7))
+        while True:
+            first, second = maker.halves()
+            opening = speak(first, speaker)
+            clips = [np.concatenate([opening, PAUSE, speak(second, voice)]) for voice in (speaker, other)]
+            if all(2.0 <= len(clip) / SAMPLE_RATE <= 5.0 for clip in clips):
+                break
+        for k, clip in enumerate(clips):
+            write_opus(folder / f"sample_{index}_{k}.ogg", clip)
+
+
+def phones_of(word: str, speaker: Speaker) -> list[str]:
+    """Phones of a word in the accent of `speaker`, in espeak-ng's IPA."""
+    command = ["espeak-ng", "-q", "--ipa", "--sep= ", "-v", speaker.voice, word]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+
+
+def write_lexical(folder: Path, counts: Counter[str], rng: random.Random) -> None:
+    """sLM21 lexical pairs: a word of the training text against the same word with two letters changed."""
+    names = {name.lower() for name in (*text.NAMES, "Saturday")}
+    words = sorted(word for word in counts if len(word) >= 5 and text.syllables(word) >= 2 and word not in names)
+    rng.shuffle(words)
+    rows: list[dict] = []
+    taken = set(counts)
+    for word in words:
+        speaker, pair = SPEAKERS[len(rows) // 2 % len(SPEAKERS)], len(rows) // 2
+        made = text.non_word(word, random.Random(f"non-word of {word}"), taken)
+        if made is None or phones_of(word, speaker) == phones_of(made, speaker):
+            continue
+        taken.add(made)
+        for item, correct in ((word, 1), (made, 0)):
+            name = f"{item}_{speaker.name}"
+            phones = phones_of(item, speaker)
+            row = {"filename": name, "id": pair, "voice": speaker.name, "frequency": counts[word], "word": item}
+            rows.append(row | {"phones": " ".join(phones), "length_phone": len(phones), "correct": correct})
+            write_opus(folder / f"{name}.ogg", speak(item, speaker))
+        if len(rows) == 2 * PAIRS:
+            break
+    if len(rows) != 2 * PAIRS:
+        raise RuntimeError(f"Only {len(rows) // 2} word pairs could be made.")
+    pd.DataFrame(rows).to_csv(folder / "gold.csv", index=False, lineterminator="\n")
+
+
+def write_syntactic(folder: Path, maker: text.SentenceMaker) -> None:
+    """sLM21 syntactic pairs: a new sentence against the same words in a wrong order."""
+    rows: list[dict] = []
+    for pair in range(PAIRS):
+        # The kind advances every eight pairs, so that kinds and speakers mix.
+        kind = text.SYNTACTIC_TYPES[(pair + pair // len(SPEAKERS)) % len(text.SYNTACTIC_TYPES)]
+        speaker = SPEAKERS[pair % len(SPEAKERS)]
+        for sentence, correct in zip(maker.order_pair(kind), (1, 0), strict=True):
+            name = f"syntactic_{pair:03d}_{correct}"
+            row = {"id": pair, "filename": name, "voice": speaker.name, "type": "word_order", "subtype": kind}
+            rows.append(row | {"transcription": sentence, "correct": correct})
+            write_opus(folder / f"{name}.ogg", speak(sentence, speaker))
+    pd.DataFrame(rows).to_csv(folder / "gold.csv", index=False, lineterminator="\n")
+
+
+def write_storycloze(folder: Path, maker: text.SentenceMaker) -> None:
+    """Story pairs (2i, 2i+1): the same opening with a fitting and with an unrelated ending, under 10 s."""
+    for index in range(PAIRS):
+        speaker = SPEAKERS[index % len(SPEAKERS)]
+        story, *endings = maker.story()
+        opening = speak(story, speaker)
+        for offset, (name, ending) in enumerate(zip(("fitting", "unrelated"), endings, strict=True)):
+            clip = np.concatenate([opening, PAUSE, speak(ending, speaker)])
+            if len(clip) >= 10 * SAMPLE_RATE:
+                raise RuntimeError(f"Story {index} is {len(clip) / SAMPLE_RATE:.1f} s long.")
+            write_opus(folder / f"{2 * index + offset}_{name}.ogg", clip)
+
+
+def write_readme(root: Path, train: list[dict], validation: list[dict], perplexities: list[float]) -> None:
+    """Writes what the folder holds and how to make it again."""
+    espeak = subprocess.run(["espeak-ng", "--version"], check=True, capture_output=True, text=True).stdout
+    parts = ("corpus", "llama", "mimi", "benchmarks")
+    seconds = [sum(row["duration"] for row in rows) for rows in (train, validation)]
+    fields = {part: sum(f.stat().st_size for f in (root / part).rglob("*") if f.is_file()) / 1e6 for part in parts}
+    fields |= {"prompt": (root / "prompt.wav").stat().st_size / 1e6, "pairs": PAIRS}
+    fields |= {"train_clips": len(train), "train_minutes": seconds[0] / 60}
+    fields |= {"validation_clips": len(validation), "validation_minutes": seconds[1] / 60}
+    fields["levels"] = ", ".join(f"{value:.0f}" for value in perplexities)
+    fields["voices"] = "\n".join(f"| {s.name} | `{s.voice}` | {s.pitch} | {s.speed} |" for s in SPEAKERS)
+    fields["command"] = "uv run python scripts/build_tiny_assets.py --output_dir assets/tiny"
+    fields["versions"] = (
+        f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__},\n"
+        f"soundfile {sf.__version__} ({sf.__libsndfile_version__}), espeak-ng {espeak.split(':')[1].split()[0]}"
+    )
+    (root / "README.md").write_text(text.README.format(**fields))
+
+
+def parse_args() -> argparse.Namespace:
+    """Command-line arguments."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("assets/tiny"), help="folder to fill")
+    parser.add_argument("--train_minutes", type=float, default=23.0, help="speech in the training split")
+    parser.add_argument("--validation_minutes", type=float, default=2.5, help="speech in the validation split")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Builds every part in turn."""
+    args = parse_args()
+    if shutil.which("espeak-ng") is None:
+        sys.exit("espeak-ng is not on PATH: install it (for example `apt-get install espeak-ng`) and run this again.")
+    torch.set_num_threads(1)  # one thread adds in one order: the same codec on every build
+    root: Path = args.output_dir
+    for part in ("corpus", "llama", "mimi", "benchmarks"):
+        shutil.rmtree(root / part, ignore_errors=True)
+    maker = text.SentenceMaker(random.Random(2024))
+
+    train = make_rows(maker, "train", args.train_minutes * 60)
+    validation = make_rows(maker, "validation", args.validation_minutes * 60)
+    write_corpus(root / "corpus", "train", train, 4)
+    write_corpus(root / "corpus", "validation", validation, 1)
+    minutes = sum(row["duration"] for row in train) / 60
+    print(f"corpus: {len(train)} training clips ({minutes:.2f} min), {len(validation)} validation clips", flush=True)
+
+    write_llama(root / "llama", [row["text"] for row in train])
+    print("llama: config and tokenizer of 512 entries", flush=True)
+
+    perplexities = write_mimi(root / "mimi", decode_rows(train))
+    print("mimi: perplexity per level " + " ".join(f"{value:.1f}" for value in perplexities), flush=True)
+    if not all(math.isfinite(value) and value > 128 for value in perplexities):
+        print("mimi: warning: a level uses less than half of its codes evenly", flush=True)
+
+    prompt = speak(text.render(maker.plain()), SPEAKERS[4])
+    sf.write(root / "prompt.wav", prompt, SAMPLE_RATE, subtype="PCM_16")
+    print(f"prompt: {len(prompt) / SAMPLE_RATE:.2f} s", flush=True)
+
+    benchmarks = root / "benchmarks"
+    counts = Counter(word for row in train for word in text.words_of(row["text"]))
+    write_speaker_consistency(benchmarks / "salmon" / "speaker_consistency", maker)
+    print("benchmarks: speaker consistency", flush=True)
+    write_lexical(benchmarks / "sLM21" / "lexical" / "dev", counts, random.Random(7))
+    write_syntactic(benchmarks / "sLM21" / "syntactic" / "dev", maker)
+    print("benchmarks: lexical and syntactic", flush=True)
+    write_storycloze(benchmarks / "storycloze", maker)
+    print("benchmarks: storycloze", flush=True)
+
+    write_readme(root, train, validation, perplexities)
+    total = sum(file.stat().st_size for file in root.rglob("*") if file.is_file())
+    print(f"total: {total / 1e6:.2f} MB in {root}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

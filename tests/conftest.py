@@ -1,0 +1,34 @@
+"""Shared fixtures. Everything runs offline on ``assets/tiny`` and on what the tests make themselves."""
+
+import os
+
+# Before any import of transformers or datasets: a test that reaches for the network fails at once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from llama_mimi.cpu import use_cpu_without_accelerator
+
+use_cpu_without_accelerator()
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from llama_mimi.codec import MimiCodec
+from llama_mimi.sequences import SequenceBuilder, load_sequences
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "assets" / "tiny"
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def codec() -> MimiCodec:
+    return MimiCodec(str(TINY / "mimi"), num_quantizers=4)
+
+
+@pytest.fixture(scope="session")
+def sequences() -> SequenceBuilder:
+    return load_sequences(str(TINY / "llama"), str(TINY / "mimi"), 4)

@@ -1,0 +1,61 @@
+"""What the rest of the project relies on in the codec."""
+
+import pytest
+import torch
+from conftest import TINY
+
+from llama_mimi.audio import read_audio
+from llama_mimi.codec import MimiCodec
+from llama_mimi.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def speech():
+    return read_audio(TINY / "prompt.wav", 24_000).samples_S
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_codes_are_the_same_alone_and_in_a_batch(speech, dtype):
+    codec = MimiCodec(str(TINY / "mimi"), 4, dtype=dtype)
+    clips = [speech[: 1920 * frames + rest] for frames, rest in ((12, 0), (3, 0), (25, 0), (1, 0), (7, 100))]
+    for samples_S, codes_TQ in zip(clips, codec.encode(clips), strict=True):
+        assert torch.equal(codec.encode([samples_S])[0], codes_TQ)
+        assert codes_TQ.shape == (codec.num_frames(len(samples_S)), 4)
+
+
+def test_a_partial_frame_is_padded_with_zeros(codec, speech):
+    clip = speech[:5000]
+    padded = torch.cat([clip, torch.zeros(3 * 1920 - 5000)])
+    assert torch.equal(codec.encode([clip])[0], codec.encode([padded])[0])
+
+
+def test_fewer_levels_are_a_prefix(speech):
+    deep = MimiCodec(str(TINY / "mimi"), 8).encode([speech])[0]
+    for Q in (1, 4):
+        assert torch.equal(MimiCodec(str(TINY / "mimi"), Q).encode([speech])[0], deep[:, :Q])
+
+
+def test_codes_follow_the_content(codec, speech):
+    codes_TQ = codec.encode([speech])[0]
+    assert len(codes_TQ[:, 0].unique()) > len(codes_TQ) / 4
+    assert codes_TQ.min() >= 0 and codes_TQ.max() < codec.codebook_size
+
+
+def test_decode_gives_whole_frames(codec, speech):
+    codes_TQ = codec.encode([speech[: 10 * 1920]])[0]
+    samples_S = codec.decode(codes_TQ)
+    assert samples_S.shape == (10 * 1920,) and samples_S.dtype == torch.float32
+    assert bool(torch.isfinite(samples_S).all())
+
+
+@pytest.mark.parametrize("num_quantizers", [0, 9])
+def test_depth_outside_the_codec_is_refused(num_quantizers):
+    with pytest.raises(UserError, match="1 to 8 levels"):
+        MimiCodec(str(TINY / "mimi"), num_quantizers)
+
+
+def test_a_missing_codec_is_refused(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        MimiCodec(str(tmp_path / "nothing"), 4)
+    with pytest.raises(UserError, match="hf download kyutai/mimi"):
+        MimiCodec("kyutai/mimi", 4)

@@ -1,0 +1,94 @@
+"""Codes <-> ids <-> text: DESIGN's arithmetic, for any Q and K, and against the tokenizer on the text form."""
+
+import copy
+
+import pytest
+import torch
+from conftest import TINY
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from llama_mimi.errors import UserError
+from llama_mimi.units import UnitVocabulary, codes_from_text, extend_tokenizer, text_from_codes
+
+
+@st.composite
+def vocabularies_and_codes(draw):
+    vocabulary = UnitVocabulary(draw(st.integers(1, 200_000)), draw(st.integers(1, 4096)), draw(st.integers(1, 32)))
+    num_frames = draw(st.integers(0, 8))
+    code = st.integers(0, vocabulary.codebook_size - 1)
+    num_codes = num_frames * vocabulary.num_quantizers
+    codes = draw(st.lists(code, min_size=num_codes, max_size=num_codes))
+    return vocabulary, torch.tensor(codes, dtype=torch.long).view(num_frames, vocabulary.num_quantizers)
+
+
+@given(vocabularies_and_codes())
+def test_round_trips(case):
+    vocabulary, codes_TQ = case
+    ids_L = vocabulary.ids_from_codes(codes_TQ)
+    assert torch.equal(vocabulary.codes_from_ids(ids_L), codes_TQ)
+    assert torch.equal(codes_from_text(text_from_codes(codes_TQ), vocabulary.num_quantizers), codes_TQ)
+    Q = vocabulary.num_quantizers
+    assert ids_L.tolist() == [vocabulary.base + c * Q + q for frame in codes_TQ.tolist() for q, c in enumerate(frame)]
+
+
+def test_llama_3_ids():
+    vocabulary = UnitVocabulary(base=128_256, codebook_size=2048, num_quantizers=4)
+    assert vocabulary.size == 136_450
+    assert vocabulary.ids_from_codes(torch.tensor([[0, 0, 0, 0], [2047, 2047, 2047, 2047]])).tolist() == [
+        *(128_256, 128_257, 128_258, 128_259),
+        *(136_444, 136_445, 136_446, 136_447),
+    ]
+    assert (vocabulary.audio_start_id, vocabulary.audio_end_id) == (136_448, 136_449)
+
+
+@pytest.mark.parametrize("num_quantizers", [1, 4, 8])
+def test_tokenizer_agrees_with_arithmetic(num_quantizers):
+    tokenizer, vocabulary = extend_tokenizer(AutoTokenizer.from_pretrained(TINY / "llama"), 256, num_quantizers)
+    codes_TQ = torch.randint(256, (50, num_quantizers), generator=torch.Generator().manual_seed(0))
+    ids = tokenizer(text_from_codes(codes_TQ)).input_ids
+    assert ids == [
+        tokenizer.bos_token_id,
+        vocabulary.audio_start_id,
+        *vocabulary.ids_from_codes(codes_TQ).tolist(),
+        vocabulary.audio_end_id,
+    ]
+    assert len(tokenizer) == vocabulary.size == 512 + 256 * num_quantizers + 2
+
+
+def test_text_ids_stay_when_the_tokenizer_is_extended():
+    base = AutoTokenizer.from_pretrained(TINY / "llama")
+    before = base("The old doctor, 12_3 <b>").input_ids
+    extended, _ = extend_tokenizer(copy.deepcopy(base), 256, 4)
+    assert extended("The old doctor, 12_3 <b>").input_ids == before
+
+
+def test_an_extended_tokenizer_is_recognised(tmp_path):
+    tokenizer, vocabulary = extend_tokenizer(AutoTokenizer.from_pretrained(TINY / "llama"), 256, 4)
+    tokenizer.save_pretrained(tmp_path)
+    again, same = extend_tokenizer(AutoTokenizer.from_pretrained(tmp_path), 256, 4)
+    assert same == vocabulary and len(again) == vocabulary.size
+    for K, Q in ((256, 8), (512, 4), (128, 8)):
+        with pytest.raises(UserError, match=f"{Q} quantizers with {K} codes"):
+            extend_tokenizer(AutoTokenizer.from_pretrained(tmp_path), K, Q)
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([10, 11, 12], "whole frames"),
+        ([11, 10], "out of order"),
+        ([9, 11], "no audio units"),
+        ([10, 30], "no audio units"),
+    ],
+)
+def test_malformed_ids_are_refused(ids, message):
+    with pytest.raises(ValueError, match=message):
+        UnitVocabulary(base=10, codebook_size=5, num_quantizers=2).codes_from_ids(torch.tensor(ids))
+
+
+@pytest.mark.parametrize("code", [-1, 5])
+def test_codes_outside_the_codebook_are_refused(code):
+    with pytest.raises(ValueError, match=r"\[0, 5\)"):
+        UnitVocabulary(base=10, codebook_size=5, num_quantizers=2).ids_from_codes(torch.tensor([[0, code]]))
