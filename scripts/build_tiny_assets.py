@@ -9,6 +9,7 @@ the whole project can be trained and evaluated offline in minutes.
 from __future__ import annotations
 
 import argparse
+import csv
 import io
 import math
 import platform
@@ -22,7 +23,6 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import soundfile as sf
@@ -31,19 +31,17 @@ import torch
 import torchaudio
 import transformers
 from datasets import Audio, Features, Value
+from tiny_codec import write_mimi
 from tiny_text import SPEAKERS, Speaker
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from torch import nn
-from transformers import LlamaConfig, MimiConfig, MimiModel, PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 SAMPLE_RATE = 24_000  # Hz
-OPUS_LEVEL = 0.95  # libsndfile's compression level; about 20 kbit/s for mono speech
+OPUS_LEVEL = 0.95  # libsndfile's compression level; about 22 kbit/s for mono speech
 PAUSE = np.zeros(SAMPLE_RATE // 8, dtype=np.float32)  # 0.125 s between parts that are synthesised separately
 SPECIALS = ["<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>", "<|eot_id|>"]
 REVERSED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 PAIRS = 100
-FIT_SECONDS = 330.0  # corpus audio that fits the codec
-SEMANTIC_DIMS = 12  # leading principal directions the semantic codebook sees
 
 
 def speak(sentence: str, speaker: Speaker) -> np.ndarray:
@@ -75,10 +73,10 @@ def fix_ogg_serial(data: bytes) -> bytes:
     return bytes(pages)
 
 
-def to_opus(audio: np.ndarray) -> bytes:
+def to_opus(audio: np.ndarray, level: float = OPUS_LEVEL) -> bytes:
     """Ogg Opus bytes of a 24 kHz mono clip, checked to decode to the same number of samples."""
     buffer = io.BytesIO()
-    sf.write(buffer, audio, SAMPLE_RATE, format="OGG", subtype="OPUS", compression_level=OPUS_LEVEL)
+    sf.write(buffer, audio, SAMPLE_RATE, format="OGG", subtype="OPUS", compression_level=level)
     data = fix_ogg_serial(buffer.getvalue())
     decoded, rate = sf.read(io.BytesIO(data), dtype="float32")
     if rate != SAMPLE_RATE or abs(len(decoded) - len(audio)) > 8 or not np.isfinite(decoded).all():
@@ -86,10 +84,10 @@ def to_opus(audio: np.ndarray) -> bytes:
     return data
 
 
-def write_opus(path: Path, audio: np.ndarray) -> None:
+def write_opus(path: Path, audio: np.ndarray, level: float = OPUS_LEVEL) -> None:
     """Writes a clip as Ogg Opus; makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(to_opus(audio))
+    path.write_bytes(to_opus(audio, level))
 
 
 def make_rows(maker: text.SentenceMaker, split: str, seconds: float) -> list[dict]:
@@ -152,99 +150,10 @@ def write_llama(folder: Path, lines: list[str]) -> None:
         raise RuntimeError("The tokenizer does not have 512 entries with the special tokens last.")
 
 
-def nearest(points: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
-    """Index of the nearest center for each point; points (n, d), centers (k, d)."""
-    return torch.cdist(points, centers).argmin(dim=-1)
-
-
-def k_means(points: torch.Tensor, k: int, generator: torch.Generator, steps: int = 30) -> torch.Tensor:
-    """Centers (k, d) of Lloyd's algorithm on points (n, d); an empty cluster restarts at a random point."""
-    centers = points[torch.randperm(len(points), generator=generator)[:k]].clone()
-    for _ in range(steps):
-        owner = nearest(points, centers)
-        counts = torch.bincount(owner, minlength=k)
-        centers = torch.zeros_like(centers).index_add_(0, owner, points) / counts.clamp(min=1)[:, None]
-        empty = counts == 0
-        centers[empty] = points[torch.randint(len(points), (int(empty.sum()),), generator=generator)]
-    return centers
-
-
-def fit_quantizer(rvq: nn.Module, latents: torch.Tensor, projection: torch.Tensor, generator: torch.Generator) -> None:
-    """Fits a residual quantizer level by level; latents (n, hidden), projection (vq_dim, hidden)."""
-    rvq.input_proj.weight.data.copy_(projection[:, :, None])
-    # Both quantizers describe the same latents and the model adds their outputs: each contributes half.
-    rvq.output_proj.weight.data.copy_(0.5 * torch.linalg.pinv(projection)[:, :, None])
-    residual = latents @ projection.T
-    for layer in rvq.layers:
-        book = layer.codebook
-        centers = k_means(residual, book.codebook_size, generator)
-        usage = torch.bincount(nearest(residual, centers), minlength=book.codebook_size).clamp(min=1).float()
-        book.cluster_usage.copy_(usage)
-        book.embed_sum.copy_(centers * usage[:, None])
-        book.initialized.fill_(1.0)
-        book._embed = None  # computed once and kept: without this the old, empty codebook stays in use
-        residual = residual - book.embed[nearest(residual, book.embed)]
-
-
-def random_mimi() -> MimiModel:
-    """A small MimiModel whose filters have PyTorch's default scale."""
-    filters = {"hidden_size": 64, "num_filters": 8, "num_residual_layers": 1, "upsampling_ratios": [8, 6, 5, 4]}
-    books = {"codebook_size": 256, "codebook_dim": 32, "vector_quantization_hidden_dimension": 32}
-    books |= {"num_quantizers": 8, "num_semantic_quantizers": 1, "frame_rate": 12.5, "upsample_groups": 64}
-    layers = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16}
-    config = MimiConfig(**filters, **books, **layers, intermediate_size=128)
-    torch.manual_seed(1234)
-    model = MimiModel(config).eval()
-    for name, module in model.named_modules():
-        # The library's init is made for training from scratch; random features need the usual fan-in scale.
-        if isinstance(module, nn.Conv1d | nn.ConvTranspose1d | nn.Linear):
-            module.reset_parameters()
-        elif name.endswith("layer_scale"):
-            nn.init.constant_(module.scale, 0.2)
-    return model
-
-
 def decode_rows(rows: list[dict]) -> list[torch.Tensor]:
     """Waveforms (1, 1, samples) of corpus rows, as a reader of the corpus hears them."""
     clips = [sf.read(io.BytesIO(row["audio"]["bytes"]), dtype="float32")[0] for row in rows]
     return [torch.from_numpy(clip)[None, None] for clip in clips]
-
-
-@torch.no_grad()
-def write_mimi(folder: Path, clips: list[torch.Tensor]) -> list[float]:
-    """Builds, fits and saves the codec; returns the perplexity of each level over all clips."""
-    model = random_mimi()
-    latents, heard = [], 0
-    for clip in clips:
-        if heard > FIT_SECONDS * SAMPLE_RATE:
-            break
-        latents.append(model.encoder(clip).latents[0].T)
-        heard += clip.shape[-1]
-    points = torch.cat(latents)  # (frames, hidden)
-    values, vectors = torch.linalg.eigh(torch.cov(points.T.double()))
-    order = values.argsort(descending=True)[: model.config.vector_quantization_hidden_dimension]
-    # eigh's sign is arbitrary: fix it, so that a rebuild gives the same codec.
-    axes = vectors[:, order] * vectors[:, order].gather(0, vectors[:, order].abs().argmax(0, keepdim=True)).sign()
-    whiten = (axes / values[order].clamp(min=1e-12).sqrt()).T.float()
-    # The semantic codebook sees only the leading directions, so its codes differ from the first acoustic level's.
-    semantic = whiten.clone()
-    semantic[SEMANTIC_DIMS:] = 0
-    generator = torch.Generator().manual_seed(99)
-    fit_quantizer(model.quantizer.semantic_residual_vector_quantizer, points, semantic, generator)
-    fit_quantizer(model.quantizer.acoustic_residual_vector_quantizer, points, whiten, generator)
-    codes = [model.encode(clip).audio_codes[0] for clip in clips]
-    model.save_pretrained(folder)
-    loaded = MimiModel.from_pretrained(folder).eval()
-    for clip, code in zip(clips[:40], codes[:40], strict=True):
-        if not torch.equal(loaded.encode(clip).audio_codes[0], code):
-            raise RuntimeError("The saved codec gives other codes.")
-    if not torch.isfinite(loaded.decode(codes[0][None]).audio_values).all():
-        raise RuntimeError("The saved codec decodes to non-finite samples.")
-    perplexities = []
-    for level in torch.cat(codes, dim=1):
-        share = torch.bincount(level, minlength=256).double() / len(level)
-        perplexities.append(torch.exp(-(share * share.clamp(min=1e-12).log()).sum()).item())
-    return perplexities
 
 
 def write_speaker_consistency(folder: Path, maker: text.SentenceMaker) -> None:
@@ -268,6 +177,14 @@ def phones_of(word: str, speaker: Speaker) -> list[str]:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
 
 
+def write_gold(path: Path, rows: list[dict]) -> None:
+    """The benchmark's table of clips, one row each."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def write_lexical(folder: Path, counts: Counter[str], rng: random.Random) -> None:
     """sLM21 lexical pairs: a word of the training text against the same word with two letters changed."""
     names = {name.lower() for name in (*text.NAMES, "Saturday")}
@@ -285,13 +202,13 @@ def write_lexical(folder: Path, counts: Counter[str], rng: random.Random) -> Non
             name = f"{item}_{speaker.name}"
             phones = phones_of(item, speaker)
             row = {"filename": name, "id": pair, "voice": speaker.name, "frequency": counts[word], "word": item}
-            rows.append(row | {"phones": " ".join(phones), "length_phone": len(phones), "correct": correct})
+            rows.append(row | {"phones": " ".join(phones), "length": len(phones), "correct": correct})
             write_opus(folder / f"{name}.ogg", speak(item, speaker))
         if len(rows) == 2 * PAIRS:
             break
     if len(rows) != 2 * PAIRS:
         raise RuntimeError(f"Only {len(rows) // 2} word pairs could be made.")
-    pd.DataFrame(rows).to_csv(folder / "gold.csv", index=False, lineterminator="\n")
+    write_gold(folder / "gold.csv", rows)
 
 
 def write_syntactic(folder: Path, maker: text.SentenceMaker) -> None:
@@ -306,7 +223,7 @@ def write_syntactic(folder: Path, maker: text.SentenceMaker) -> None:
             row = {"id": pair, "filename": name, "voice": speaker.name, "type": "word_order", "subtype": kind}
             rows.append(row | {"transcription": sentence, "correct": correct})
             write_opus(folder / f"{name}.ogg", speak(sentence, speaker))
-    pd.DataFrame(rows).to_csv(folder / "gold.csv", index=False, lineterminator="\n")
+    write_gold(folder / "gold.csv", rows)
 
 
 def write_storycloze(folder: Path, maker: text.SentenceMaker) -> None:
@@ -317,9 +234,9 @@ def write_storycloze(folder: Path, maker: text.SentenceMaker) -> None:
         opening = speak(story, speaker)
         for offset, (name, ending) in enumerate(zip(("fitting", "unrelated"), endings, strict=True)):
             clip = np.concatenate([opening, PAUSE, speak(ending, speaker)])
-            if len(clip) >= 10 * SAMPLE_RATE:
-                raise RuntimeError(f"Story {index} is {len(clip) / SAMPLE_RATE:.1f} s long.")
-            write_opus(folder / f"{2 * index + offset}_{name}.ogg", clip)
+            assert len(clip) < 10 * SAMPLE_RATE, f"Story {index} is too long."
+            # The longest clips get a lower rate (about 16 kbit/s), which keeps the whole folder under 14 MB.
+            write_opus(folder / f"{2 * index + offset}_{name}.ogg", clip, 0.971)
 
 
 def write_readme(root: Path, train: list[dict], validation: list[dict], perplexities: list[float]) -> None:
@@ -327,7 +244,9 @@ def write_readme(root: Path, train: list[dict], validation: list[dict], perplexi
     espeak = subprocess.run(["espeak-ng", "--version"], check=True, capture_output=True, text=True).stdout
     parts = ("corpus", "llama", "mimi", "benchmarks")
     seconds = [sum(row["duration"] for row in rows) for rows in (train, validation)]
-    fields = {part: sum(f.stat().st_size for f in (root / part).rglob("*") if f.is_file()) / 1e6 for part in parts}
+    fields: dict[str, float | str] = {
+        part: sum(f.stat().st_size for f in (root / part).rglob("*") if f.is_file()) / 1e6 for part in parts
+    }
     fields |= {"prompt": (root / "prompt.wav").stat().st_size / 1e6, "pairs": PAIRS}
     fields |= {"train_clips": len(train), "train_minutes": seconds[0] / 60}
     fields |= {"validation_clips": len(validation), "validation_minutes": seconds[1] / 60}
@@ -335,7 +254,7 @@ def write_readme(root: Path, train: list[dict], validation: list[dict], perplexi
     fields["voices"] = "\n".join(f"| {s.name} | `{s.voice}` | {s.pitch} | {s.speed} |" for s in SPEAKERS)
     fields["command"] = "uv run python scripts/build_tiny_assets.py --output_dir assets/tiny"
     fields["versions"] = (
-        f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__},\n"
+        f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, "
         f"soundfile {sf.__version__} ({sf.__libsndfile_version__}), espeak-ng {espeak.split(':')[1].split()[0]}"
     )
     (root / "README.md").write_text(text.README.format(**fields))
@@ -376,7 +295,7 @@ def main() -> None:
     if not all(math.isfinite(value) and value > 128 for value in perplexities):
         print("mimi: warning: a level uses less than half of its codes evenly", flush=True)
 
-    prompt = speak(text.render(maker.plain()), SPEAKERS[4])
+    prompt = speak(text.render(maker.plain()), SPEAKERS[7])
     sf.write(root / "prompt.wav", prompt, SAMPLE_RATE, subtype="PCM_16")
     print(f"prompt: {len(prompt) / SAMPLE_RATE:.2f} s", flush=True)
 

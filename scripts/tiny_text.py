@@ -49,8 +49,8 @@ class Topic:
 
 def _topic(line: str) -> Topic:
     """Parses "agents | verbs | objects | adjectives | preposition place ..."."""
-    *words, places = (part.split() for part in line.split("|"))
-    return Topic(*map(tuple, words), tuple(zip(places[::2], places[1::2], strict=True)))
+    agents, verbs, objects, adjectives, places = (tuple(part.split()) for part in line.split("|"))
+    return Topic(agents, verbs, objects, adjectives, tuple(zip(places[::2], places[1::2], strict=True)))
 
 
 _TABLE = """
@@ -90,7 +90,10 @@ PERSON_ADJECTIVES = (
 )
 NAMES = ("Amanda", "Benjamin", "Camilla", "Dominic", "Helena", "Martin", "Nicola", "Oliver")
 TIMES = ("yesterday", "last summer", "after dinner", "every morning", "before midnight", "on Saturday")
-SYNTACTIC_TYPES = ("determiner_noun", "adjective_noun", "verb_object", "preposition_place")
+# Wrong order of a basic sentence's seven tokens, by kind.
+WRONG_ORDERS = {"determiner_noun": (1, 2, 0, 3, 4, 5, 6), "adjective_noun": (0, 2, 1, 3, 4, 5, 6)}
+WRONG_ORDERS |= {"verb_object": (0, 1, 2, 4, 3, 5, 6), "preposition_place": (0, 1, 2, 3, 4, 6, 5)}
+SYNTACTIC_TYPES = tuple(WRONG_ORDERS)
 
 
 def article(word: str) -> str:
@@ -175,15 +178,9 @@ class SentenceMaker:
         return first, " ".join(words for _, words in tokens[4:]) + "."
 
     def order_pair(self, kind: str) -> tuple[str, str]:
-        """A new basic sentence and the same words with one pair of neighbours swapped (see SYNTACTIC_TYPES)."""
+        """A new basic sentence and the same words in a wrong order (see WRONG_ORDERS)."""
         tokens = self.plain()
-        left = {"determiner_noun": 0, "adjective_noun": 1, "verb_object": 3, "preposition_place": 5}[kind]
-        wrong = list(tokens)
-        if kind == "determiner_noun":
-            wrong[0:3] = [tokens[1], tokens[2], tokens[0]]
-        else:
-            wrong[left], wrong[left + 1] = tokens[left + 1], tokens[left]
-        return render(tokens), render(wrong)
+        return render(tokens), render([tokens[i] for i in WRONG_ORDERS[kind]])
 
     def story(self) -> tuple[str, str, str]:
         """A story of two sentences, an ending inside its topic, and an ending from another topic."""
@@ -214,21 +211,8 @@ def syllables(word: str) -> int:
 
 
 # Non-words that happen to be real words or names, or sound like one.
-BANNED = {
-    "warden",
-    "harden",
-    "mender",
-    "sander",
-    "render",
-    "rubber",
-    "minger",
-    "roper",
-    "tearer",
-    "pesty",
-    "torry",
-    "diker",
-}
-BANNED |= {"leddy", "dinger", "linger", "bugger", "bummer", "biker", "bitter", "tinker", "rocker"}
+BANNED = {"ravage", "emory", "ganger", "calious", "neager", "clozer", "gudger", "softed", "tinger", "parkit", "goble"}
+BANNED |= {"mormer", "nasty", "vested", "middle", "copious", "gitler", "sodger", "minger", "linger", "bitter", "warden"}
 
 
 def _changeable(word: str) -> list[int]:
@@ -274,7 +258,8 @@ on a laptop without a network. Scores on it say whether the code works, not how 
 
     {command}
 
-builds the folder again from fixed seeds (`espeak-ng` must be installed). Built with {versions}.
+builds the folder again from fixed seeds (`espeak-ng` must be installed). Built with
+{versions}.
 
 | part | what | size |
 |---|---|---|
@@ -284,12 +269,12 @@ builds the folder again from fixed seeds (`espeak-ng` must be installed). Built 
 | `llama/` | Llama configuration without weights, byte-level BPE tokenizer of 512 entries | {llama:.2f} MB |
 | `benchmarks/` | SALMon speaker consistency, sLM21 lexical and syntactic, StoryCloze: {pairs} pairs each \
 | {benchmarks:.1f} MB |
-| `prompt.wav` | one sentence that is in no other part, 16-bit PCM, 24 kHz | \
-{prompt:.2f} MB |
+| `prompt.wav` | one sentence that is in no other part, 16-bit PCM, 24 kHz | {prompt:.2f} MB |
 
-Clips are Ogg Opus, 24 kHz mono, about 20 kbit/s. Corpus columns: `id`, `audio` (bytes, path), `text`, `speaker`,
-`duration` in seconds. The codec has random filters and fitted codebooks: its codes carry speech and speaker, but what
-it decodes does not sound like speech. Code perplexity per level over the training clips (of 256): {levels}.
+Clips are Ogg Opus, 24 kHz mono, about 22 kbit/s (StoryCloze 16). Corpus columns: `id`, `audio` (bytes, path),
+`text`, `speaker`, `duration` in seconds. The codec has random filters and fitted codebooks: its codes carry
+speech and speaker, but what it decodes does not sound like speech.
+Code perplexity per level over the training clips (of 256): {levels}.
 
 The two clips of a speaker-consistency or StoryCloze pair share their opening before compression; Opus may code it a
 little differently in the two files. The negative of a StoryCloze pair has an ending from another topic. `frequency` in

@@ -32,3 +32,7 @@ def codec() -> MimiCodec:
 @pytest.fixture(scope="session")
 def sequences() -> SequenceBuilder:
     return load_sequences(str(TINY / "llama"), str(TINY / "mimi"), 4)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--regenerate-golden", action="store_true", help="rewrite tests/golden from this run")

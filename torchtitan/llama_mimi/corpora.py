@@ -63,17 +63,14 @@ def open_corpus(dataset: str, dataset_path: str | None, audio_column: str, text_
     Raises:
         UserError: nothing there, or a column is missing.
     """
+    files = _local_files(dataset, dataset_path)
     named = CORPORA.get(dataset)
-    if named is not None:
-        text_column = named.text_column if text_column is not None else None
-        rows = _open_named(dataset, named, dataset_path)
+    if named is not None and text_column is not None:
+        text_column = named.text_column
+    if files is not None:
+        rows = load_dataset("parquet", data_files=files, split="train", streaming=True)
     else:
-        if dataset_path is not None:
-            raise UserError(
-                f"dataset_path is '{dataset_path}', but dataset '{dataset}' is no named corpus; "
-                f"name the folder itself as dataset, or one of: {', '.join(CORPORA)}"
-            )
-        rows = _open_files(_parquet_files(dataset))
+        rows = _open_on_hub(dataset, CORPORA[dataset])
     return _select_columns(rows, dataset, audio_column, text_column)
 
 
@@ -83,20 +80,23 @@ def check_corpus(dataset: str, dataset_path: str | None) -> None:
     Raises:
         UserError: as `open_corpus`.
     """
+    _local_files(dataset, dataset_path)
+
+
+def _local_files(dataset: str, dataset_path: str | None) -> list[str] | None:
+    """The Parquet files of a corpus, or None for one that streams from the hub."""
     named = CORPORA.get(dataset)
-    if named is None:
-        _parquet_files(dataset)
-    elif dataset_path is not None:
-        _named_files(dataset, named, dataset_path)
-
-
-def _open_files(files: list[str]) -> IterableDataset:
-    return load_dataset("parquet", data_files=files, split="train", streaming=True)
-
-
-def _open_named(name: str, named: NamedCorpus, dataset_path: str | None) -> IterableDataset:
+    if named is not None:
+        return None if dataset_path is None else _named_files(dataset, named, dataset_path)
     if dataset_path is not None:
-        return _open_files(_named_files(name, named, dataset_path))
+        raise UserError(
+            f"dataset_path is '{dataset_path}', but dataset '{dataset}' is no named corpus; "
+            f"name the folder itself as dataset, or one of: {', '.join(CORPORA)}"
+        )
+    return _parquet_files(dataset)
+
+
+def _open_on_hub(name: str, named: NamedCorpus) -> IterableDataset:
     try:
         return load_dataset(named.hub_id, named.config, split=named.split, streaming=True)
     except (OSError, DatasetNotFoundError) as error:

@@ -1,0 +1,138 @@
+"""Every shipped config parses, resolves its names and builds; every mistake gets one sentence."""
+
+import tomllib
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+from datasets import Dataset
+from tokenizers import Tokenizer, models
+from transformers import MimiConfig, PreTrainedTokenizerFast
+
+from llama_mimi.config_check import check_config, parse_config
+from llama_mimi.errors import UserError
+from llama_mimi.hf import hf_config
+from llama_mimi.model import FLAVORS, LlamaMimi
+
+CONFIGS = sorted((ROOT / "config").glob("*.toml"))
+
+
+@pytest.fixture(scope="module")
+def downloads(tmp_path_factory):
+    """What a user has after the commands at the top of a large config: all of it but the numbers in the weights."""
+    folder = tmp_path_factory.mktemp("downloads")
+    MimiConfig(num_quantizers=32).save_pretrained(folder / "mimi")
+    words = {f"w{i}": i for i in range(128_256)}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, "w0")), bos_token="w128000")
+    for flavor in ("1B", "8B"):
+        args = FLAVORS[flavor]
+        args.vocab_size = 136_450
+        hf_config(args).save_pretrained(folder / flavor)
+        tokenizer.save_pretrained(folder / flavor)
+    for config, split in (("clean", "train"), ("validation", "validation")):
+        (folder / "peoples_speech" / config).mkdir(parents=True)
+        row = {"id": "a", "audio": {"bytes": b"", "path": "a"}, "text": "a"}
+        Dataset.from_list([row]).to_parquet(folder / "peoples_speech" / config / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_config_builds_with_its_real_vocabulary(path, downloads, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("WORLD_SIZE", "2" if path.stem == "tiny" else "8")
+    text = path.read_text()
+    assert f"--job.config_file config/{path.name}" in text.split("[job]")[0], "opens with its launch command"
+    flags = ["--job.config_file", str(path)]
+    if path.stem != "tiny":
+        flavor = tomllib.loads(text)["model"]["flavor"]
+        flags += ["--model.hf_assets_path", str(downloads / flavor), "--codec.name", str(downloads / "mimi")]
+        flags += ["--training.dataset_path", str(downloads / "peoples_speech")]
+        flags += ["--validation.dataset_path", str(downloads / "peoples_speech")]
+    job_config = parse_config(flags)
+    args = FLAVORS[job_config.model.flavor]
+    args.update_from_config(job_config)
+    assert args.vocab_size == (1538 if path.stem == "tiny" else 136_450)
+    with torch.device("meta"):
+        model = LlamaMimi(args)
+    assert model(torch.zeros(1, 8, dtype=torch.long, device="meta")).shape == (1, 8, args.vocab_size)
+    assert job_config.job.save_config_file and job_config.metrics.enable_tensorboard
+
+
+def tiny_with(*flags, config="config/tiny.toml"):
+    return ["--job.config_file", str(ROOT / config), *flags]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model.flavor", "2B"], "choose one of: tiny, 1B, 8B"),
+        (["--model.flavor", "1B"], "hidden_size is 192 there and 2048"),
+        (["--codec.num_quantizers", "9"], "1 to 8 levels"),
+        (["--codec.num_quantizers", "0"], "must be positive"),
+        (["--codec.name", "models/nothing/here"], "codec folder 'models/nothing/here' does not exist"),
+        (["--model.hf_assets_path", "models/nothing"], "prepare_base_model.py"),
+        (["--training.dataset", "nothing/*.parquet"], "no Parquet file matches"),
+        (["--training.dataset_path", "data"], "no named corpus"),
+        (["--validation.dataset", "nothing.parquet"], "no Parquet file matches"),
+        (["--training.seq_len", "5"], "too short for one frame"),
+        (["--training.global_batch_size", "6"], "not a multiple of local_batch_size"),
+        (["--parallelism.pipeline_parallel_degree", "2"], "pipeline parallelism is not supported"),
+        (["--parallelism.data_parallel_replicate_degree", "2"], "DDP"),
+        (["--parallelism.tensor_parallel_degree", "4"], "do not split"),
+        (["--parallelism.context_parallel_degree", "2"], "needs GPUs"),
+        (["--data.max_bad_share", "2"], "share between 0 and 1"),
+        (["--checkpoint.keep_latest_k", "1"], "keep at least 2"),
+        (["--checkpoint.initial_load_in_hf"], "has 512 vocabulary entries, not the 1538"),
+    ],
+    ids=lambda value: value[0].lstrip("-") if isinstance(value, list) else "",
+)
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="the sentences of a machine without a GPU")
+def test_impossible_configs_are_refused(flags, message, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError) as error:
+        parse_config(tiny_with(*flags))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_unknown_keys_name_the_nearest(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "run.toml"
+    path.write_text("[training]\nstepz = 3\n")
+    with pytest.raises(UserError, match=r"'training.stepz'; the nearest valid key is 'training.steps'"):
+        parse_config(["--job.config_file", str(path)])
+    path.write_text("[codecs]\nname = 'a'\n")
+    with pytest.raises(UserError, match="nearest valid key is 'codec'"):
+        parse_config([f"--job.config_file={path}"])
+    path.write_text("codec = 4\n")
+    with pytest.raises(UserError, match="it is a section"):
+        parse_config(["--job.config-file", str(path)])
+    path.write_text("[codec\n")
+    with pytest.raises(UserError, match="no valid TOML"):
+        parse_config(["--job.config_file", str(path)])
+    with pytest.raises(UserError, match="cannot be read"):
+        parse_config(["--job.config_file", str(tmp_path / "none.toml")])
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit):
+        parse_config(tiny_with("--training.stepz", "3"))
+    assert "--training.steps" in capsys.readouterr().err
+
+
+def test_another_models_run_is_not_continued(tmp_path, monkeypatch, sequences):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    job_config = parse_config(tiny_with("--job.dump_folder", str(tmp_path)))
+    (tmp_path / "checkpoint").mkdir()
+    args = FLAVORS["tiny"]
+    args.update_from_config(job_config)
+    config = hf_config(args, num_quantizers=4, codec=str(TINY / "mimi"))
+    config.save_pretrained(tmp_path / "hf_assets")
+    with pytest.raises(UserError, match="holds the run of another model: codec"):
+        check_config(job_config, world_size=1)
+
+
+def test_large_config_says_how_to_get_its_model(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.chdir(ROOT)
+    path = "config/llama3_2_1b.toml"
+    with pytest.raises(UserError, match="hf download MLCommons/peoples_speech"):
+        parse_config(["--job.config_file", path])

@@ -1,0 +1,226 @@
+"""The chain behind training, as commands: convert, load with stock transformers, continue, evaluate."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import torch.distributed.checkpoint as dcp
+from conftest import ROOT, TINY
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from llama_mimi.checkpoint import find_step, load_model_state
+from llama_mimi.errors import UserError
+from llama_mimi.hf import model_args
+from llama_mimi.model import FLAVORS, LlamaMimi, LlamaMimiArgs
+from llama_mimi.run_record import save_run_record, speech_config
+from llama_mimi.units import text_from_codes
+
+
+def run(*command: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, text=True, capture_output=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, sequences):
+    """A run's folder as training leaves it, with random weights: two weights-only steps, the newer one cut off."""
+    folder = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    args = LlamaMimiArgs(**{**vars(FLAVORS["tiny"]), "vocab_size": sequences.vocabulary.size, "max_seq_len": 256})
+    model = LlamaMimi(args)
+    with torch.no_grad():
+        model.init_weights()
+    dcp.save(model.state_dict(), checkpoint_id=folder / "checkpoint" / "step-20", no_dist=True)
+    (folder / "checkpoint" / "step-30").mkdir()
+    save_run_record(str(folder), speech_config(args, sequences, str(TINY / "mimi")), sequences)
+    return folder, model
+
+
+@pytest.fixture(scope="module")
+def converted(trained, tmp_path_factory):
+    output = tmp_path_factory.mktemp("models") / "tiny"
+    result = run("scripts/convert_dcp_to_hf.py", "--checkpoint", trained[0] / "checkpoint", "--output_dir", output)
+    assert result.returncode == 0, result.stderr
+    assert "step-30' is incomplete" in result.stdout and "step-20" in result.stdout
+    return output
+
+
+def test_stock_transformers_loads_the_result(trained, converted):
+    code = f"""
+import sys
+sys.modules["llama_mimi"] = None  # none of our code
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained({str(converted)!r})
+tokenizer = AutoTokenizer.from_pretrained({str(converted)!r})
+ids = tokenizer("<audio><3_0><5_1><7_2><9_3></audio>", return_tensors="pt").input_ids
+print(ids.tolist(), model(ids).logits[0, -1, :3].tolist(), model.config.num_quantizers)
+"""
+    result = run("-c", code)
+    assert result.returncode == 0, result.stderr
+    tokenizer = AutoTokenizer.from_pretrained(converted)
+    ids = [tokenizer.bos_token_id, 1536, 512 + 12, 512 + 21, 512 + 30, 512 + 39, 1537]
+    logits = trained[1](torch.tensor([ids]))[0, -1, :3].tolist()
+    assert result.stdout.startswith(str([ids])) and result.stdout.strip().endswith("4")
+    printed = json.loads(result.stdout.split("]] ")[1].rsplit(" ", 1)[0])
+    assert printed == pytest.approx(logits, abs=1e-5)
+    assert text_from_codes(torch.tensor([[3, 5, 7, 9]])) == "<audio><3_0><5_1><7_2><9_3></audio>"
+
+
+def test_converted_folder_explains_itself(converted):
+    config = json.loads((converted / "config.json").read_text())
+    assert config["num_quantizers"] == 4 and config["codec"] == str(TINY / "mimi") and config["tie_word_embeddings"]
+    assert not list(converted.glob("*.bin")) and list(converted.glob("*.safetensors"))
+    generation = json.loads((converted / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == 1537
+    assert "| quantizer levels | 4 |" in (converted / "README.md").read_text()
+
+
+def test_bfloat16_and_a_single_step(trained, tmp_path):
+    step = trained[0] / "checkpoint" / "step-20"
+    result = run(
+        "scripts/convert_dcp_to_hf.py", "--checkpoint", step, "--output_dir", tmp_path / "m", "--dtype", "bfloat16"
+    )
+    assert result.returncode == 0, result.stderr
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    assert model.dtype == torch.bfloat16
+    expected = trained[1].tok_embeddings.weight.bfloat16()
+    assert torch.equal(model.get_input_embeddings().weight, expected)
+    assert model.lm_head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+
+
+def damage_nothing(step):
+    shutil.rmtree(step)
+
+
+def damage_metadata(step):
+    (step / ".metadata").write_bytes(b"not a pickle")
+
+
+def damage_missing(step):
+    next(step.glob("*.distcp")).unlink()
+
+
+def damage_truncated(step):
+    path = next(step.glob("*.distcp"))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def damage_bytes(step):
+    path = next(step.glob("*.distcp"))
+    path.write_bytes(b"\0" * path.stat().st_size)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_nothing, "no older step is complete"),
+        (damage_metadata, "is damaged"),
+        (damage_missing, "is missing"),
+        (damage_truncated, "is truncated"),
+        (damage_bytes, "is damaged"),
+    ],
+)
+def test_damaged_checkpoints_are_refused_by_name(trained, tmp_path, damage, message):
+    shutil.copytree(trained[0] / "checkpoint", tmp_path / "checkpoint")
+    damage(tmp_path / "checkpoint" / "step-20")
+    args = model_args(LlamaConfig.from_pretrained(trained[0] / "hf_assets"))
+    with pytest.raises(UserError, match=message) as error:
+        step, _ = find_step(tmp_path / "checkpoint")
+        load_model_state(step, args)
+    assert "step-" in str(error.value)
+
+
+def test_a_checkpoint_of_another_shape_is_refused(trained):
+    args = model_args(LlamaConfig.from_pretrained(trained[0] / "hf_assets"))
+    step = trained[0] / "checkpoint" / "step-20"
+    args.vocab_size += 4
+    with pytest.raises(UserError, match="vocabulary, num_quantizers or shape"):
+        load_model_state(step, args)
+    args.vocab_size -= 4
+    args.n_layers += 1
+    with pytest.raises(UserError, match="lacks the weight 'layers.4"):
+        load_model_state(step, args)
+
+
+def test_continuation(converted, tmp_path):
+    outputs = []
+    for name in ("a.wav", "b.wav"):
+        result = run(
+            *("inference.py", "--model_name", converted, "--output_file", tmp_path / name, "--seconds", 1, "--seed", 3)
+        )
+        assert result.returncode == 0, result.stderr
+        outputs.append(soundfile.read(tmp_path / name))
+    assert outputs[0][1] == 24_000 and len(outputs[0][0]) % 1920 == 0
+    assert np.array_equal(outputs[0][0], outputs[1][0])
+    prompt_samples = soundfile.info(TINY / "prompt.wav").frames
+    assert prompt_samples <= len(outputs[0][0]) <= prompt_samples + 1920 + 24_000
+
+
+def test_released_layout_works(sequences, tmp_path):
+    """As llm-jp/Llama-Mimi-*: num_quantizers in the config and no codec, which is then named on the command line."""
+    config = LlamaConfig.from_pretrained(TINY / "llama")
+    config.update({"vocab_size": sequences.vocabulary.size, "num_quantizers": 4})
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    sequences.tokenizer.save_pretrained(tmp_path)
+    assert "codec" not in json.loads((tmp_path / "config.json").read_text())
+    command = ("inference.py", "--model_name", tmp_path, "--output_file", tmp_path / "c.wav", "--seconds", 0.5)
+    result = run(*command, "--num_samples", 2, "--codec", TINY / "mimi")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "c_0.wav").exists() and (tmp_path / "c_1.wav").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--prompt", "nothing.wav"), "'nothing.wav' does not exist"),
+        (("--prompt", "assets"), "is a directory"),
+        (("--prompt", "README.md"), "no readable audio"),
+        (("--seconds", "0"), "--seconds is 0"),
+        (("--model_name", "models/no/such"), "model folder 'models/no/such' does not exist"),
+        (("--model_name", "assets/tiny/mimi"), "could not be loaded"),
+        (("--device", "nothing"), "device 'nothing' is not available"),
+    ],
+)
+def test_inference_mistakes_get_one_sentence(converted, tmp_path, flags, message):
+    result = run("inference.py", "--model_name", converted, "--output_file", tmp_path / "c.wav", *flags)
+    assert result.returncode == 1
+    assert message in result.stderr and result.stderr.count("error: ") == 1 and "Traceback" not in result.stderr
+
+
+def test_a_benchmark_run_writes_what_explains_it(converted, tmp_path):
+    data = tmp_path / "storycloze"
+    data.mkdir()
+    for index in range(8):
+        shutil.copy(next((TINY / "benchmarks/storycloze").glob(f"{index}_*.ogg")), data)
+    result = run(
+        *("eval/sStoryCloze.py", "--model_name", converted, "--data_dir", data, "--output_dir", tmp_path / "results")
+    )
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "results/sStoryCloze/tiny/scores.json").read_text())
+    part = report["parts"]["storycloze"]
+    assert part["count"] == 4 == len(report["pairs"]) and part["interval"][0] <= part["accuracy"] <= part["interval"][1]
+    assert {"torch", "transformers", "commit"} <= report["versions"].keys() and len(report["codes_sha256"]) == 64
+    (data / "9_odd.ogg").write_bytes((data / "0_fitting.ogg").read_bytes())
+    result = run("eval/sStoryCloze.py", "--model_name", converted, "--data_dir", data)
+    assert result.returncode == 1 and "9_odd.ogg" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_prepare_base_model(tmp_path):
+    base = tmp_path / "base"
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig.from_pretrained(TINY / "llama")).save_pretrained(base)
+    AutoTokenizer.from_pretrained(TINY / "llama").save_pretrained(base)
+    common = ("scripts/prepare_base_model.py", "--base_model", base, "--codec", TINY / "mimi", "--num_quantizers", 8)
+    result = run(*common, "--output_dir", tmp_path / "extended")
+    assert result.returncode == 0, result.stderr
+    old, new = (
+        LlamaForCausalLM.from_pretrained(tmp_path / name).get_input_embeddings().weight for name in ("base", "extended")
+    )
+    assert new.shape == (512 + 8 * 256 + 2, 192) and torch.equal(new[:512], old)
+    assert new[512:].mean() == pytest.approx(old.mean().item(), abs=2e-3)
+    again = run(*common[:2], tmp_path / "extended", *common[3:], "--output_dir", tmp_path / "twice")
+    assert again.returncode == 0 and "0 units" not in again.stdout

@@ -1,0 +1,184 @@
+"""The trainer under torchrun on CPU, compared with a plain loop, with itself resumed, and with a golden run.
+
+Regenerate the golden curve after an intended change:
+
+    uv run pytest tests/test_training.py -k golden --regenerate-golden
+"""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, TINY
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llama_mimi.config_check import parse_config
+from llama_mimi.dataloader import build_dataloader
+from llama_mimi.sequences import IGNORE_INDEX, load_sequences
+
+pytestmark = pytest.mark.distributed
+GOLDEN = Path(__file__).parent / "golden" / "tiny_loss.json"
+LOSS = "loss_metrics/global_avg_loss"
+
+
+def start(nproc: int, dump_folder: Path, **overrides) -> subprocess.Popen:
+    """The tiny run with every step logged, validation off, and ``section__key=value`` overrides."""
+    overrides = {"metrics__log_freq": 1, "validation__enable": False, **overrides}
+    flags = []
+    for key, value in overrides.items():
+        key = key.replace("__", ".")
+        if isinstance(value, bool):
+            section, name = key.rsplit(".", 1)
+            flags.append(f"--{section}.{name if value else 'no-' + name}")
+        else:
+            flags += [f"--{key}", str(value)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={nproc}", "--standalone"]
+    config = ["-m", "llama_mimi.train", "--job.config_file", "config/tiny.toml", "--job.dump_folder", str(dump_folder)]
+    return subprocess.Popen(
+        [*torchrun, *config, *flags],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def train(nproc: int, dump_folder: Path, **overrides) -> dict[int, float]:
+    process = start(nproc, dump_folder, **overrides)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-4000:]
+    return losses(dump_folder)
+
+
+def losses(dump_folder: Path, tag: str = LOSS) -> dict[int, float]:
+    """Step -> value from all TensorBoard files of a run, later files first to speak."""
+    values: dict[int, float] = {}
+    for folder in sorted((dump_folder / "tb").iterdir()):
+        events = EventAccumulator(str(folder))
+        events.Reload()
+        if tag in events.Tags()["scalars"]:
+            values |= {event.step: event.value for event in events.Scalars(tag)}
+    return values
+
+
+@pytest.fixture(scope="module")
+def golden_run(tmp_path_factory):
+    """20 steps of the README's run, with a checkpoint at step 10."""
+    folder = tmp_path_factory.mktemp("golden")
+    train(2, folder, training__steps=20, lr_scheduler__total_steps=80, checkpoint__interval=10)
+    return folder
+
+
+def test_golden_loss_curve(golden_run, pytestconfig):
+    measured = losses(golden_run)
+    if pytestconfig.getoption("--regenerate-golden"):
+        GOLDEN.parent.mkdir(exist_ok=True)
+        GOLDEN.write_text(json.dumps(measured, indent=1) + "\n")
+    golden = {int(step): loss for step, loss in json.loads(GOLDEN.read_text()).items()}
+    assert measured.keys() == golden.keys() == set(range(1, 21))
+    assert measured == pytest.approx(golden, abs=2e-3)  # other CPUs add in other orders
+    assert measured[20] < measured[1] - 0.5
+
+
+def test_level_losses_average_to_the_loss(golden_run):
+    total = losses(golden_run)
+    levels = [losses(golden_run, f"loss_metrics/level_{level}") for level in range(4)]
+    for step in (1, 20):
+        mean = sum(level[step] for level in levels) / 4
+        assert mean == pytest.approx(total[step], abs=0.02)  # </audio>, one target a clip, is the rest
+
+
+def test_a_killed_run_continues_as_if_it_had_not_been(golden_run, tmp_path):
+    overrides = {"training__steps": 20, "lr_scheduler__total_steps": 80, "checkpoint__interval": 10}
+    process = start(2, tmp_path, **overrides)
+    deadline = time.monotonic() + 240
+    while not (tmp_path / "checkpoint" / "step-10" / ".metadata").exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0][-4000:]
+        time.sleep(0.05)
+    for pid in children(process.pid):  # torchrun and its ranks, all at once
+        subprocess.run(["kill", "-KILL", str(pid)], check=False)
+    process.communicate()
+    resumed = train(2, tmp_path, **overrides)
+    whole = losses(golden_run)
+    assert resumed.keys() >= set(range(11, 21))
+    assert {step: resumed[step] for step in range(11, 21)} == pytest.approx(
+        {step: whole[step] for step in range(11, 21)}, abs=1e-5
+    )
+
+
+def children(pid: int) -> list[int]:
+    listing = subprocess.run(["ps", "-o", "pid=", "-g", str(pid)], capture_output=True, text=True)
+    grandchildren = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
+    return sorted({pid, *map(int, listing.stdout.split()), *map(int, grandchildren.stdout.split())})
+
+
+@pytest.fixture(scope="module")
+def base_model(tmp_path_factory):
+    """A random Llama with the extended vocabulary, as scripts/prepare_base_model.py writes one."""
+    folder = tmp_path_factory.mktemp("base")
+    sequences = load_sequences(str(TINY / "llama"), str(TINY / "mimi"), 4)
+    config = LlamaConfig.from_pretrained(TINY / "llama")
+    config.vocab_size = sequences.vocabulary.size
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    sequences.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_20_steps_equal_a_plain_loop_over_hugging_face(base_model, tmp_path):
+    overrides = {
+        "model__hf_assets_path": base_model,
+        "checkpoint__initial_load_in_hf": True,
+        "training__steps": 20,
+        "lr_scheduler__warmup_steps": 0,
+        "lr_scheduler__decay_ratio": 0.0,
+        "training__local_batch_size": 2,
+    }
+    measured = train(1, tmp_path, **overrides)
+
+    flags = {
+        "--job.config_file": ROOT / "config/tiny.toml",
+        "--job.dump_folder": tmp_path / "none",
+        "--model.hf_assets_path": base_model,
+        "--training.local_batch_size": 2,
+    }
+    job_config = parse_config([str(word) for flag in flags.items() for word in flag])
+    sequences = load_sequences(str(base_model), str(TINY / "mimi"), 4)
+    batches = iter(build_dataloader(dp_world_size=1, dp_rank=0, tokenizer=sequences, job_config=job_config))
+    model = LlamaForCausalLM.from_pretrained(base_model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    for step in range(1, 21):
+        inputs, labels_BL = next(batches)
+        logits_BLV = model(inputs["input"]).logits
+        loss = F.cross_entropy(logits_BLV.flatten(0, 1), labels_BL.flatten(), ignore_index=IGNORE_INDEX)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        assert measured[step] == pytest.approx(loss.item(), abs=1e-4), step
+
+
+def test_two_fsdp_ranks_equal_one_process(base_model, tmp_path):
+    """On a corpus of eight clips that are one global batch, so that both see the same clips at each step."""
+    rows = pq.read_table(TINY / "corpus" / "train-00000-of-00004.parquet").slice(0, 8)
+    pq.write_table(rows, tmp_path / "eight.parquet", row_group_size=4)
+    flags = {
+        "model__hf_assets_path": base_model,
+        "checkpoint__initial_load_in_hf": True,
+        "training__dataset": tmp_path / "eight.parquet",
+        "training__steps": 6,
+        "lr_scheduler__warmup_steps": 0,
+    }
+    one = train(1, tmp_path / "one", training__local_batch_size=8, **flags)
+    two = train(2, tmp_path / "two", training__local_batch_size=4, **flags)
+    assert two == pytest.approx(one, abs=1e-4)
+    norms = [losses(tmp_path / name, "grad_norm") for name in ("one", "two")]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)  # clipping and Adam would hide a wrong scale
