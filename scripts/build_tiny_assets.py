@@ -42,6 +42,7 @@ PAUSE = np.zeros(SAMPLE_RATE // 8, dtype=np.float32)  # 0.125 s between parts th
 SPECIALS = ["<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>", "<|eot_id|>"]
 REVERSED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 PAIRS = 100
+PROMPT_SECONDS = 1.6
 
 
 def speak(sentence: str, speaker: Speaker) -> np.ndarray:
@@ -295,7 +296,8 @@ def main() -> None:
     if not all(math.isfinite(value) and value > 128 for value in perplexities):
         print("mimi: warning: a level uses less than half of its codes evenly", flush=True)
 
-    prompt = speak(text.render(maker.plain()), SPEAKERS[7])
+    # Cut in mid-sentence: after a whole one, the likeliest continuation is none.
+    prompt = speak(text.render(maker.plain()), SPEAKERS[7])[: round(PROMPT_SECONDS * SAMPLE_RATE)]
     sf.write(root / "prompt.wav", prompt, SAMPLE_RATE, subtype="PCM_16")
     print(f"prompt: {len(prompt) / SAMPLE_RATE:.2f} s", flush=True)
 

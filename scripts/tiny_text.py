@@ -269,7 +269,7 @@ builds the folder again from fixed seeds (`espeak-ng` must be installed). Built 
 | `llama/` | Llama configuration without weights, byte-level BPE tokenizer of 512 entries | {llama:.2f} MB |
 | `benchmarks/` | SALMon speaker consistency, sLM21 lexical and syntactic, StoryCloze: {pairs} pairs each \
 | {benchmarks:.1f} MB |
-| `prompt.wav` | one sentence that is in no other part, 16-bit PCM, 24 kHz | {prompt:.2f} MB |
+| `prompt.wav` | the beginning of a sentence that is in no other part, 16-bit PCM, 24 kHz | {prompt:.2f} MB |
 
 Clips are Ogg Opus, 24 kHz mono, about 22 kbit/s (StoryCloze 16). Corpus columns: `id`, `audio` (bytes, path),
 `text`, `speaker`, `duration` in seconds. The codec has random filters and fitted codebooks: its codes carry

@@ -73,7 +73,7 @@ def losses(dump_folder: Path, tag: str = LOSS) -> dict[int, float]:
 def golden_run(tmp_path_factory):
     """20 steps of the README's run, with a checkpoint at step 10."""
     folder = tmp_path_factory.mktemp("golden")
-    train(2, folder, training__steps=20, lr_scheduler__total_steps=80, checkpoint__interval=10)
+    train(2, folder, training__steps=20, lr_scheduler__total_steps=150, checkpoint__interval=10)
     return folder
 
 
@@ -84,7 +84,7 @@ def test_golden_loss_curve(golden_run, pytestconfig):
         GOLDEN.write_text(json.dumps(measured, indent=1) + "\n")
     golden = {int(step): loss for step, loss in json.loads(GOLDEN.read_text()).items()}
     assert measured.keys() == golden.keys() == set(range(1, 21))
-    assert measured == pytest.approx(golden, abs=2e-3)  # other CPUs add in other orders
+    assert measured == pytest.approx(golden, abs=5e-3)  # other CPUs add in other orders
     assert measured[20] < measured[1] - 0.5
 
 
@@ -97,7 +97,7 @@ def test_level_losses_average_to_the_loss(golden_run):
 
 
 def test_a_killed_run_continues_as_if_it_had_not_been(golden_run, tmp_path):
-    overrides = {"training__steps": 20, "lr_scheduler__total_steps": 80, "checkpoint__interval": 10}
+    overrides = {"training__steps": 20, "lr_scheduler__total_steps": 150, "checkpoint__interval": 10}
     process = start(2, tmp_path, **overrides)
     deadline = time.monotonic() + 240
     while not (tmp_path / "checkpoint" / "step-10" / ".metadata").exists():
@@ -106,6 +106,7 @@ def test_a_killed_run_continues_as_if_it_had_not_been(golden_run, tmp_path):
     for pid in children(process.pid):  # torchrun and its ranks, all at once
         subprocess.run(["kill", "-KILL", str(pid)], check=False)
     process.communicate()
+    assert process.returncode != 0 and not (tmp_path / "checkpoint" / "step-20").exists(), "it was killed too late"
     resumed = train(2, tmp_path, **overrides)
     whole = losses(golden_run)
     assert resumed.keys() >= set(range(11, 21))
@@ -154,7 +155,7 @@ def test_20_steps_equal_a_plain_loop_over_hugging_face(base_model, tmp_path):
     sequences = load_sequences(str(base_model), str(TINY / "mimi"), 4)
     batches = iter(build_dataloader(dp_world_size=1, dp_rank=0, tokenizer=sequences, job_config=job_config))
     model = LlamaForCausalLM.from_pretrained(base_model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     for step in range(1, 21):
         inputs, labels_BL = next(batches)
         logits_BLV = model(inputs["input"]).logits

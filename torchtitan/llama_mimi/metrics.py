@@ -51,6 +51,8 @@ class SpeechMetrics(MetricsProcessor):
     ) -> None:
         seconds = time.perf_counter() - self.time_last_log
         sums = self._reduced(self._train_meter)
+        # Over all targets since the last line, as the levels are; TorchTitan's own is that of the last step alone.
+        global_avg_loss = float(sums[0].sum() / sums[1].sum())
         tokens_per_s = float(sums[1].sum()) / seconds
         devices = self.parallel_dims.world_size
         steps = step - (self._last_step if self._last_step is not None else step - 1)
