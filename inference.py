@@ -30,13 +30,15 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of the decoder")
     flags = parser.parse_args()
     for flag, is_valid in {
-        "seconds": flags.seconds >= 0.08,
+        "seconds": 0.08 <= flags.seconds < float("inf"),
         "temperature": flags.temperature >= 0,
         "top_k": flags.top_k >= 1,
         "num_samples": flags.num_samples >= 1,
     }.items():
         if not is_valid:
-            raise UserError(f"--{flag} is {getattr(flags, flag)}, which is too small; see --help")
+            raise UserError(f"--{flag} is {getattr(flags, flag)}, which is out of range; see --help")
+    if flags.output_file.suffix.lower() != ".wav" or flags.output_file.is_dir():
+        raise UserError(f"--output_file is '{flags.output_file}'; name a .wav file")
 
     prompt_seconds = audio_seconds(flags.prompt)  # refuses a bad prompt before the model is loaded
     if prompt_seconds > MAX_PROMPT_SECONDS:

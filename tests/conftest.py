@@ -6,9 +6,9 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from llama_mimi.cpu import use_cpu_without_accelerator
+from llama_mimi.cpu import use_cpu_without_gpu
 
-use_cpu_without_accelerator()
+use_cpu_without_gpu()
 
 from pathlib import Path
 

@@ -1,14 +1,17 @@
 """Every shipped config parses, resolves its names and builds; every mistake gets one sentence."""
 
+import json
 import tomllib
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from conftest import ROOT, TINY
 from datasets import Dataset
 from tokenizers import Tokenizer, models
 from transformers import MimiConfig, PreTrainedTokenizerFast
 
+from llama_mimi.checkpoint import set_aside_incomplete
 from llama_mimi.config_check import check_config, parse_config
 from llama_mimi.errors import UserError
 from llama_mimi.hf import hf_config
@@ -29,6 +32,7 @@ def downloads(tmp_path_factory):
         args.vocab_size = 136_450
         hf_config(args).save_pretrained(folder / flavor)
         tokenizer.save_pretrained(folder / flavor)
+        (folder / flavor / "model.safetensors").touch()
     for config, split in (("clean", "train"), ("validation", "validation")):
         (folder / "peoples_speech" / config).mkdir(parents=True)
         row = {"id": "a", "audio": {"bytes": b"", "path": "a"}, "text": "a"}
@@ -42,7 +46,7 @@ def test_shipped_config_builds_with_its_real_vocabulary(path, downloads, monkeyp
     monkeypatch.setenv("WORLD_SIZE", "2" if path.stem == "tiny" else "8")
     text = path.read_text()
     assert f"--job.config_file config/{path.name}" in text.split("[job]")[0], "opens with its launch command"
-    flags = ["--job.config_file", str(path)]
+    flags = ["--job.config_file", str(path), "--job.dump_folder", str(downloads / "run")]
     if path.stem != "tiny":
         flavor = tomllib.loads(text)["model"]["flavor"]
         flags += ["--model.hf_assets_path", str(downloads / flavor), "--codec.name", str(downloads / "mimi")]
@@ -58,8 +62,10 @@ def test_shipped_config_builds_with_its_real_vocabulary(path, downloads, monkeyp
     assert job_config.job.save_config_file and job_config.metrics.enable_tensorboard
 
 
-def tiny_with(*flags, config="config/tiny.toml"):
-    return ["--job.config_file", str(ROOT / config), *flags]
+def tiny_with(*flags):
+    """The tiny config, away from the folder of a run that the README's first command may have left."""
+    elsewhere = () if "--job.dump_folder" in flags else ("--job.dump_folder", "outputs/of_no_run")
+    return ["--job.config_file", str(ROOT / "config/tiny.toml"), *elsewhere, *flags]
 
 
 @pytest.mark.parametrize(
@@ -80,13 +86,18 @@ def tiny_with(*flags, config="config/tiny.toml"):
         (["--parallelism.data_parallel_replicate_degree", "2"], "DDP"),
         (["--parallelism.tensor_parallel_degree", "4"], "do not split"),
         (["--parallelism.context_parallel_degree", "2"], "needs GPUs"),
+        (["--parallelism.tensor_parallel_degree", "0"], "must be positive"),
+        (["--metrics.log_freq", "0"], "must be positive"),
+        (["--validation.seq_len", "512"], "more than training.seq_len"),
+        (["--job.dump_folder", "README.md"], "is a file"),
         (["--data.max_bad_share", "2"], "share between 0 and 1"),
         (["--checkpoint.keep_latest_k", "1"], "keep at least 2"),
-        (["--checkpoint.initial_load_in_hf"], "has 512 vocabulary entries, not the 1538"),
+        (["--checkpoint.initial_load_in_hf"], "holds no *.safetensors weights"),
+        (["--checkpoint.initial_load_in_hf", "--checkpoint.no-enable"], "needs checkpoint.enable"),
     ],
     ids=lambda value: value[0].lstrip("-") if isinstance(value, list) else "",
 )
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="the sentences of a machine without a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the sentences of a machine without a GPU")
 def test_impossible_configs_are_refused(flags, message, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -136,3 +147,79 @@ def test_large_config_says_how_to_get_its_model(monkeypatch):
     path = "config/llama3_2_1b.toml"
     with pytest.raises(UserError, match="hf download MLCommons/peoples_speech"):
         parse_config(["--job.config_file", path])
+
+
+@pytest.mark.parametrize(
+    ("toml", "message"),
+    [
+        ('[data]\ntask = "asr"\n', "it takes 'a2a', 'tts'"),
+        ('[codec]\ndtype = "bf16"\n', "it takes 'float32', 'bfloat16'"),
+        ('[training]\nsteps = "150"\n', "it takes int"),
+        ("[training]\nsteps = 1.5\n", "it takes int"),
+        ("[checkpoint]\nenable = 1\n", "it takes bool"),
+        ("[training]\ndataset_path = 4\n", "it takes str | None"),
+        ("[model]\nconverters = [4]\n", "it takes list[str]"),
+    ],
+)
+def test_values_of_another_type_are_refused(toml, message, tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(toml)
+    with pytest.raises(UserError) as error:
+        parse_config(["--job.config_file", str(path)])
+    assert message in str(error.value)
+
+
+def test_a_config_needs_no_custom_modules(tmp_path, monkeypatch):
+    """llama_mimi.train knows its own; only TorchTitan's entry point must be told."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    path = tmp_path / "run.toml"
+    lines = (ROOT / "config" / "tiny.toml").read_text().splitlines()
+    path.write_text("\n".join(line for line in lines if not line.startswith("custom_")))
+    job_config = parse_config(["--job.config_file", str(path), "--job.dump_folder", str(tmp_path / "run")])
+    assert job_config.codec.name == "assets/tiny/mimi"
+
+
+def save_loader_positions(folder, job_config, dp_degree, **changes):
+    """What a run leaves behind, as far as resuming looks at it."""
+    state = {"dataloader": {f"dp_rank_{rank}": b"position" for rank in range(dp_degree)}}
+    dcp.save(state, checkpoint_id=folder / "checkpoint" / "step-5", no_dist=True)
+    earlier = job_config.to_dict()
+    earlier["training"] |= changes
+    (folder / "job_config.json").write_text(json.dumps(earlier))
+
+
+@pytest.mark.parametrize(
+    ("saved_degree", "changes", "message"),
+    [
+        (2, {}, None),
+        (3, {}, "saved by 3 data-parallel ranks, not 2"),
+        (2, {"dataset": "other.parquet"}, "training.dataset = 'other.parquet'"),
+        (2, {"local_batch_size": 1}, "training.local_batch_size = 1"),
+        (0, {}, "holds weights only"),
+    ],
+)
+def test_a_position_of_another_run_is_not_resumed(saved_degree, changes, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    flags = tiny_with("--job.dump_folder", str(tmp_path))
+    save_loader_positions(tmp_path, parse_config(flags), saved_degree, **changes)
+    if message is None:
+        parse_config(flags)
+        return
+    with pytest.raises(UserError, match="step-5") as error:
+        parse_config(flags)
+    assert message in str(error.value)
+    parse_config([*flags, "--checkpoint.exclude_from_loading", "dataloader"])
+
+
+def test_a_save_cut_off_is_set_aside(tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    assert set_aside_incomplete(checkpoint) is None
+    (checkpoint / "step-5").mkdir(parents=True)
+    aside = set_aside_incomplete(checkpoint)
+    assert not checkpoint.exists() and (aside / "step-5").is_dir()
+    (checkpoint / "step-5").mkdir(parents=True)
+    (checkpoint / "step-10").mkdir()
+    (checkpoint / "step-5" / ".metadata").touch()
+    assert set_aside_incomplete(checkpoint) is None and (checkpoint / "step-10").is_dir()

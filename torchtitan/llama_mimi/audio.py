@@ -111,7 +111,9 @@ def write_wav(path: str | Path, waveform: Waveform) -> None:
     """Write 16-bit PCM WAV, clipped to [-1, 1]; folders on the way are made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(path, waveform.samples_S.clamp(-1, 1).numpy(), waveform.sample_rate_hz, subtype="PCM_16")
+    soundfile.write(
+        path, waveform.samples_S.clamp(-1, 1).numpy(), waveform.sample_rate_hz, format="WAV", subtype="PCM_16"
+    )
 
 
 def _existing_file(path: Path, name: str) -> Path:

@@ -53,7 +53,10 @@ def salmon_pairs(source: str) -> list[Pair]:
         for index, paths in sorted(groups.items()):
             if len(paths) < 2:
                 raise UserError(f"'{paths[0]}' has no counterpart of the same index; add it or move the odd file out")
-            positive, *negatives = sorted(paths, key=lambda path: int(path.stem.rsplit("_", 1)[1]))
+            by_number = {int(path.stem.rsplit("_", 1)[1]): path for path in paths}
+            if len(by_number) < len(paths):
+                raise UserError(f"'{folder}' has two files of the same name for index {index}; move the odd file out")
+            positive, *negatives = [path for _, path in sorted(by_number.items())]
             pairs += [_file_pair(folder.name, str(index), positive, negative) for negative in negatives]
     return _not_empty(pairs, source, "<part>/sample_<index>_<k>.wav")
 
@@ -68,7 +71,12 @@ def slm21_pairs(source: str) -> list[Pair]:
         parts = {"lexical": f"{source}/sWUGGY", "syntactic": f"{source}/sBLIMP"}
         return [pair for part, hub_id in parts.items() for pair in _hub_pairs(hub_id, None, part)]
     pairs: list[Pair] = []
-    for gold in sorted(root.glob("*/*/gold.csv")):
+    for split_folder in sorted(root.glob("*/*/")):
+        gold = split_folder / "gold.csv"
+        if not gold.is_file():
+            raise UserError(
+                f"'{split_folder}' has no gold.csv, which says what is right; add it or move the folder out"
+            )
         part = gold.parent.parent.name
         if part not in ("lexical", "syntactic"):
             raise UserError(f"'{gold}' belongs to neither lexical nor syntactic; move the odd folder out")
@@ -140,7 +148,7 @@ def _gold_rows(part: str, rows: list[dict[str, str]], gold: Path) -> Iterator[tu
 
 
 def _stem(filename: str) -> str:
-    return Path(filename).stem if filename.endswith(AUDIO_ENDINGS) else filename
+    return Path(filename).stem if filename.lower().endswith(AUDIO_ENDINGS) else filename
 
 
 def _audio_files(folder: Path) -> list[Path]:

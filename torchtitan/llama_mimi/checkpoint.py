@@ -42,6 +42,24 @@ def find_step(checkpoint: Path) -> tuple[Path, list[Path]]:
     raise UserError(f"'{checkpoint}' holds no step-N folder; name <dump_folder>/checkpoint or one step of it")
 
 
+def set_aside_incomplete(checkpoint: Path) -> Path | None:
+    """Move a checkpoint folder without any complete step out of the way, and say where to.
+
+    TorchTitan starts from initial weights only where there is no checkpoint folder at all; a run that was killed
+    while it saved its first step would otherwise start anew from random ones.
+    """
+    steps = list(checkpoint.glob("step-*"))
+    if not steps or any((step / _METADATA).is_file() for step in steps):
+        return None
+    number = len(list(checkpoint.parent.glob(f"{checkpoint.name}.incomplete-*")))
+    return checkpoint.rename(checkpoint.with_name(f"{checkpoint.name}.incomplete-{number}"))
+
+
+def data_parallel_degree(step: Path) -> int:
+    """How many data-parallel ranks saved their loader positions; 0 in a weights-only checkpoint."""
+    return sum(key.startswith("dataloader.dp_rank_") for key in _read_metadata(step).state_dict_metadata)
+
+
 def load_model_state(step: Path, args: LlamaMimiArgs) -> dict[str, torch.Tensor]:
     """The weights of a model of shape ``args`` from one step, in the precision they were saved in.
 

@@ -133,7 +133,10 @@ class ClipStream(torch.utils.data.IterableDataset, Stateful):
     def _rest_of_epoch(self) -> Iterator[dict[str, Any]]:
         """Rows from the position on; the position is moved before a row is handed out."""
         position = self._position
-        rows = split_dataset_by_node(self._shuffled_files(position.epoch), self._dp_rank, self._dp_world_size)
+        rows = self._shuffled_files(position.epoch)
+        # Uneven shares are fine, as epochs have no common end; only a corpus of too few shards is dealt out row by row.
+        strategy = "shards" if rows.num_shards >= self._dp_world_size else "auto"
+        rows = split_dataset_by_node(rows, self._dp_rank, self._dp_world_size, strategy=strategy)
         if position.rows is not None:
             rows.load_state_dict(position.rows)
         stream = iter(rows)

@@ -3,16 +3,19 @@
 import copy
 import dataclasses
 import difflib
+import json
 import os
 import tomllib
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import torch
 from torchtitan.config import ConfigManager, JobConfig
 from transformers import LlamaConfig
 
 import llama_mimi.job_config
+from llama_mimi.checkpoint import data_parallel_degree, find_step
 from llama_mimi.corpora import check_corpus
 from llama_mimi.errors import UserError
 from llama_mimi.hub import load_pretrained
@@ -33,6 +36,14 @@ SHAPE_KEYS = (
 )
 
 
+# What a loader's position depends on.
+RESUME_KEYS = (
+    *(("training", key) for key in ("dataset", "dataset_path", "local_batch_size", "dataloader")),
+    *(("data", key) for key in ("audio_column", "task", "shuffle_block")),
+    ("debug", "seed"),
+)
+
+
 def parse_config(args: list[str]) -> Any:
     """Command line and TOML file to a checked job config.
 
@@ -43,7 +54,7 @@ def parse_config(args: list[str]) -> Any:
     path = _config_file(args)
     if path is not None:
         _check_keys(config_class, _read_toml(path), prefix="", path=path)
-    job_config = ConfigManager().parse_args(args)
+    job_config = ConfigManager(config_class).parse_args(args)
     if job_config.model.name != "llama_mimi":
         raise UserError(f"model.name is '{job_config.model.name}'; llama_mimi.train trains 'llama_mimi'")
     check_config(job_config, world_size=int(os.environ.get("WORLD_SIZE", 1)))
@@ -57,11 +68,12 @@ def check_config(job_config: Any, world_size: int) -> None:
         UserError: one sentence for the first thing that is wrong.
     """
     _check_values(job_config)
-    _check_parallelism(job_config, world_size)
+    dp_degree = _check_parallelism(job_config, world_size)
     check_corpus(job_config.training.dataset, job_config.training.dataset_path)
     if job_config.validation.enable:
         check_corpus(job_config.validation.dataset, job_config.validation.dataset_path)
     _check_model(job_config)
+    _check_resume(job_config, dp_degree)
 
 
 def _config_file(args: list[str]) -> Path | None:
@@ -94,10 +106,31 @@ def _check_keys(config_class: Any, values: dict[str, Any], prefix: str, path: Pa
             if not isinstance(value, dict):
                 raise UserError(f"'{path}' sets '{prefix}{key}' to {value!r}; it is a section, written [{prefix}{key}]")
             _check_keys(fields[key], value, f"{prefix}{key}.", path)
+        elif not _fits(value, fields[key]):
+            wanted = str(fields[key]) if get_origin(fields[key]) else fields[key].__name__
+            wanted = ", ".join(map(repr, get_args(fields[key]))) if get_origin(fields[key]) is Literal else wanted
+            raise UserError(f"'{path}' sets '{prefix}{key}' to {value!r}; it takes {wanted}")
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether a TOML value is of the annotated type; annotations outside TOML's types are left to TorchTitan."""
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return value in args
+    if origin in (Union, UnionType):
+        return any(_fits(value, arg) for arg in args)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, args[0]) for item in value)
+    if annotation is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if annotation in (int, str, bool):
+        return type(value) is annotation
+    return annotation is not type(None)
 
 
 def _check_values(job_config: Any) -> None:
     training, data, codec = job_config.training, job_config.data, job_config.codec
+    validation, checkpoint, parallelism = job_config.validation, job_config.checkpoint, job_config.parallelism
     if job_config.model.flavor not in FLAVORS:
         raise UserError(f"model.flavor is '{job_config.model.flavor}'; choose one of: {', '.join(FLAVORS)}")
     for key, value in {
@@ -106,6 +139,14 @@ def _check_values(job_config: Any) -> None:
         "data.max_audio_seconds": data.max_audio_seconds,
         "data.shuffle_block": data.shuffle_block,
         "codec.num_quantizers": codec.num_quantizers,
+        "validation.local_batch_size": validation.local_batch_size,
+        "validation.freq": validation.freq,
+        "metrics.log_freq": job_config.metrics.log_freq,
+        "checkpoint.interval": checkpoint.interval,
+        "parallelism.tensor_parallel_degree": parallelism.tensor_parallel_degree,
+        "parallelism.context_parallel_degree": parallelism.context_parallel_degree,
+        "parallelism.pipeline_parallel_degree": parallelism.pipeline_parallel_degree,
+        "parallelism.data_parallel_replicate_degree": parallelism.data_parallel_replicate_degree,
     }.items():
         if value <= 0:
             raise UserError(f"{key} is {value}; it must be positive")
@@ -117,12 +158,27 @@ def _check_values(job_config: Any) -> None:
                 f"{section}.seq_len is {seq_len}, too short for one frame of {codec.num_quantizers} levels; "
                 "20 s of audio take 250 * num_quantizers + 3 tokens"
             )
-    checkpoint = job_config.checkpoint
+    if training.global_batch_size == 0 or parallelism.data_parallel_shard_degree == 0:
+        raise UserError(
+            "training.global_batch_size and parallelism.data_parallel_shard_degree are positive or -1, not 0"
+        )
+    if validation.enable and validation.seq_len > training.seq_len:
+        raise UserError(
+            f"validation.seq_len is {validation.seq_len}, more than training.seq_len {training.seq_len}, which the "
+            "model's positions are made for; lower it"
+        )
+    if Path(job_config.job.dump_folder).is_file():
+        raise UserError(f"job.dump_folder '{job_config.job.dump_folder}' is a file; name a folder")
+    if checkpoint.initial_load_in_hf and not checkpoint.enable:
+        raise UserError(
+            "checkpoint.initial_load_in_hf needs checkpoint.enable; set both, or neither for random weights"
+        )
     if checkpoint.enable and checkpoint.keep_latest_k == 1:
         raise UserError("checkpoint.keep_latest_k is 1; keep at least 2, as the last may be half written, or 0 for all")
 
 
-def _check_parallelism(job_config: Any, world_size: int) -> None:
+def _check_parallelism(job_config: Any, world_size: int) -> int:
+    """Returns the data-parallel degree."""
     parallelism, training = job_config.parallelism, job_config.training
     if parallelism.pipeline_parallel_degree > 1:
         raise UserError(
@@ -130,7 +186,7 @@ def _check_parallelism(job_config: Any, world_size: int) -> None:
             "is not supported (its gradients are not scaled by the number of targets); use FSDP or tensor parallelism"
         )
     tp, cp = parallelism.tensor_parallel_degree, parallelism.context_parallel_degree
-    if cp > 1 and not torch.accelerator.is_available():
+    if cp > 1 and not torch.cuda.is_available():
         raise UserError(f"parallelism.context_parallel_degree is {cp}, but it needs GPUs; set it to 1")
     replicas, shards = parallelism.data_parallel_replicate_degree, parallelism.data_parallel_shard_degree
     if shards == -1:
@@ -145,9 +201,14 @@ def _check_parallelism(job_config: Any, world_size: int) -> None:
             f"parallelism.data_parallel_replicate_degree is {replicas} without sharding (DDP), whose gradients are "
             "divided once more by the ranks; leave it at 1 for FSDP, or set data_parallel_shard_degree > 1 for HSDP"
         )
-    if training.seq_len % (tp * (2 * cp if cp > 1 else 1)):
+    if tp > 1 and parallelism.disable_loss_parallel and FLAVORS[job_config.model.flavor].enable_weight_tying:
+        raise UserError("parallelism.disable_loss_parallel is not supported with tied embeddings; leave it out")
+    sections = {"training": training} | ({"validation": job_config.validation} if job_config.validation.enable else {})
+    for section, seq_len in ((name, values.seq_len) for name, values in sections.items()):
+        if seq_len % (tp * (2 * cp if cp > 1 else 1)) == 0:
+            continue
         raise UserError(
-            f"training.seq_len is {training.seq_len}, not a multiple of tensor_parallel_degree {tp} "
+            f"{section}.seq_len is {seq_len}, not a multiple of tensor_parallel_degree {tp} "
             f"(x 2 x context_parallel_degree {cp}); change seq_len"
         )
     per_pass = training.local_batch_size * replicas * shards
@@ -156,6 +217,7 @@ def _check_parallelism(job_config: Any, world_size: int) -> None:
             f"training.global_batch_size is {training.global_batch_size}, not a multiple of local_batch_size "
             f"{training.local_batch_size} x {replicas * shards} data-parallel ranks; try {per_pass}"
         )
+    return replicas * shards
 
 
 def _check_model(job_config: Any) -> None:
@@ -173,19 +235,46 @@ def _check_model(job_config: Any) -> None:
     base = load_pretrained(LlamaConfig, model.hf_assets_path, what="model")
     problem = f"model.flavor '{model.flavor}' is not the model in '{model.hf_assets_path}'"
     _require_same(wanted, base, SHAPE_KEYS, problem)
-    if job_config.checkpoint.enable and job_config.checkpoint.initial_load_in_hf:
+    if job_config.checkpoint.initial_load_in_hf:
+        if not list(Path(model.hf_assets_path).glob("*.safetensors")):
+            raise UserError(
+                f"'{model.hf_assets_path}' holds no *.safetensors weights; prepare it without --random_weights, or "
+                "start from random weights with --checkpoint.no-initial_load_in_hf"
+            )
         if base.vocab_size != sequences.vocabulary.size:
             raise UserError(
                 f"'{model.hf_assets_path}' has {base.vocab_size} vocabulary entries, not the "
                 f"{sequences.vocabulary.size} of {codec.num_quantizers} quantizers; extend it with "
                 "scripts/prepare_base_model.py and name the result as model.hf_assets_path"
             )
-    record = Path(job_config.job.dump_folder) / ASSETS_FOLDER
-    if (Path(job_config.job.dump_folder) / job_config.checkpoint.folder).is_dir() and record.is_dir():
-        earlier = load_pretrained(LlamaConfig, str(record), what="model")
+    folder = Path(job_config.job.dump_folder)
+    if (folder / job_config.checkpoint.folder).is_dir() and (folder / ASSETS_FOLDER).is_dir():
+        earlier = load_pretrained(LlamaConfig, str(folder / ASSETS_FOLDER), what="model")
         keys = (*SHAPE_KEYS, "vocab_size", "num_quantizers", "codec")
-        problem = f"job.dump_folder '{job_config.job.dump_folder}' holds the run of another model"
-        _require_same(wanted, earlier, keys, problem)
+        _require_same(wanted, earlier, keys, f"job.dump_folder '{folder}' holds the run of another model")
+
+
+def _check_resume(job_config: Any, dp_degree: int) -> None:
+    """A position in the corpus means something only to the same ranks, workers and corpus."""
+    folder = Path(job_config.job.dump_folder)
+    checkpoint = folder / job_config.checkpoint.folder
+    steps = [step for step in checkpoint.glob("step-*") if (step / ".metadata").is_file()]
+    if not job_config.checkpoint.enable or not steps or "dataloader" in job_config.checkpoint.exclude_from_loading:
+        return
+    step, _ = find_step(checkpoint)
+    remedy = "keep it, or begin the corpus anew with --checkpoint.exclude_from_loading dataloader"
+    saved_degree = data_parallel_degree(step)
+    if saved_degree == 0:
+        raise UserError(f"'{step}' holds weights only and cannot be resumed; name it as checkpoint.initial_load_path")
+    if saved_degree != dp_degree:
+        raise UserError(f"'{step}' was saved by {saved_degree} data-parallel ranks, not {dp_degree}; {remedy}")
+    record = folder / (job_config.job.save_config_file or "")
+    if record.is_file():
+        earlier, now = json.loads(record.read_text()), job_config.to_dict()
+        for section, key in RESUME_KEYS:
+            before, after = earlier[section].get(key), now[section].get(key)
+            if before != after:
+                raise UserError(f"'{step}' was saved with {section}.{key} = {before!r}, not {after!r}; {remedy}")
 
 
 def _require_same(wanted: LlamaConfig, found: LlamaConfig, keys: tuple[str, ...], problem: str) -> None:

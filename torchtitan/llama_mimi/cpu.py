@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 
-def use_cpu_without_accelerator() -> None:
+def use_cpu_without_gpu() -> None:
     """Let TorchTitan see the CPU as its device; call before the first ``torchtitan`` import.
 
     TorchTitan asks PyTorch for the accelerator, falls back to "cuda" when there is none, and expects memory
-    statistics that ``torch.cpu`` lacks. Where there is an accelerator nothing changes.
+    statistics that ``torch.cpu`` lacks. Where there is a GPU nothing changes.
     """
-    if torch.accelerator.is_available():
+    if torch.cuda.is_available():
         return
     assert "torchtitan.tools.utils" not in sys.modules, "TorchTitan has looked for its device already"
     torch._utils._get_available_device_type = lambda: "cpu"

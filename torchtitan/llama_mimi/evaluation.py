@@ -63,7 +63,7 @@ def run_benchmark(
         "benchmark": name,
         "model": flags.model_name,
         "data": flags.data_dir,
-        "scoring": {"tokens": scored, "statistic": "mean log-likelihood per token", "tie": 0.5},
+        "scoring": {"tokens": scored, "statistic": "mean log-likelihood per token", "tie": 0.5, "count": "rows"},
         "parts": part_results(scored_pairs),
         "codec": model.codec.name,
         "codes_sha256": codes_hash.hexdigest(),

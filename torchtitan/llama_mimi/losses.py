@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from llama_mimi.sequences import IGNORE_INDEX
 from llama_mimi.units import UnitVocabulary
@@ -17,10 +18,11 @@ class LevelMeter:
         self._sums: torch.Tensor | None = None
 
     def add(self, losses: torch.Tensor, rows: torch.Tensor, num_rows: int) -> None:
-        """Add ``losses`` (N,) to ``rows`` (N,) in ``[0, num_rows)``."""
-        sums = torch.zeros(2, num_rows, device=losses.device, dtype=torch.float64)
+        """Add ``losses`` (N,) to ``rows`` (N,) in ``[0, num_rows]``; the last row is thrown away."""
+        sums = torch.zeros(2, num_rows + 1, device=losses.device, dtype=torch.float64)
         sums[0].index_add_(0, rows, losses.double())
         sums[1].index_add_(0, rows, torch.ones_like(losses, dtype=torch.float64))
+        sums = sums[:, :num_rows]
         self._sums = sums if self._sums is None else self._sums + sums
 
     def take(self) -> torch.Tensor | None:
@@ -54,11 +56,13 @@ class UnitLoss:
 
     def __call__(self, logits_BLV: torch.Tensor, labels_BL: torch.Tensor) -> torch.Tensor:
         losses_N = self._cross_entropy(logits_BLV, labels_BL)
-        labels_N = labels_BL.flatten()
-        Q = self._vocabulary.num_quantizers
-        is_target_N = labels_N != IGNORE_INDEX
+        if isinstance(losses_N, DTensor):  # loss parallel: replicated after the reduction over the vocabulary
+            losses_N = losses_N.to_local()
+        labels_N, Q = labels_BL.flatten(), self._vocabulary.num_quantizers
         rows_N = torch.where(self._vocabulary.is_unit(labels_N), self._vocabulary.level(labels_N), Q)
-        self._meter.add(losses_N.detach()[is_target_N], rows_N[is_target_N], Q + 1)
+        # Ignored positions get a row that is thrown away: picking the others out would make the GPU wait for the host.
+        rows_N = rows_N.masked_fill(labels_N == IGNORE_INDEX, Q + 1)
+        self._meter.add(losses_N.detach(), rows_N, Q + 1)
         return losses_N.sum()
 
 

@@ -41,6 +41,11 @@ class SpeechMetrics(MetricsProcessor):
         self._has_peak_flops = torch.cuda.is_available()
         self._last_step: int | None = None
 
+    def should_log(self, step: int) -> bool:
+        if self._last_step is None:  # the first step of this process, which a resumed run does not begin at 1
+            self._last_step = step - 1
+        return super().should_log(step)
+
     def log(
         self,
         step: int,
@@ -55,11 +60,11 @@ class SpeechMetrics(MetricsProcessor):
         global_avg_loss = float(sums[0].sum() / sums[1].sum())
         tokens_per_s = float(sums[1].sum()) / seconds
         devices = self.parallel_dims.world_size
-        steps = step - (self._last_step if self._last_step is not None else step - 1)
+        assert self._last_step is not None, "should_log is asked at every step"
+        steps = step - self._last_step
         memory = self.device_memory_monitor.get_peak_stats()
         metrics: dict[str, Any] = {
             "loss_metrics/global_avg_loss": global_avg_loss,
-            "loss_metrics/global_max_loss": global_max_loss,
             **{f"loss_metrics/{name}": loss for name, loss in self._level_losses(sums).items()},
             "grad_norm": grad_norm,
             "throughput/useful_tokens_per_s": tokens_per_s,

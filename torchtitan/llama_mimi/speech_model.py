@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 from llama_mimi.codec import DEFAULT_CODEC, DTYPES, MimiCodec
 from llama_mimi.errors import UserError
@@ -26,8 +26,8 @@ class SpeechModel:
 
 
 def default_device() -> str:
-    """The accelerator where there is one, else the CPU."""
-    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    """The GPU where there is one, else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load_speech_model(
@@ -51,6 +51,7 @@ def load_speech_model(
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"the device '{device}' is not available here; use --device cpu") from error
     decoder = load_pretrained(AutoModelForCausalLM, model_name, what="model", dtype=DTYPES[dtype])
+    decoder.generation_config = GenerationConfig()  # sampling is set by the caller alone
     num_quantizers = getattr(decoder.config, "num_quantizers", None)
     if num_quantizers is None:
         raise UserError(

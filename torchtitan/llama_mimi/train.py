@@ -4,17 +4,20 @@ import logging
 import os
 import sys
 import time
+from pathlib import Path
 
 import torch
 
-from llama_mimi.cpu import use_cpu_without_accelerator
+from llama_mimi.cpu import use_cpu_without_gpu
 from llama_mimi.errors import UserError
 
-use_cpu_without_accelerator()  # before anything imports TorchTitan
+use_cpu_without_gpu()  # before anything imports TorchTitan
 
 from torchtitan.tools.logging import init_logger, logger  # noqa: E402
 from torchtitan.train import Trainer  # noqa: E402
 
+import llama_mimi.train_spec  # noqa: E402, F401  (registers the model, also for a config without custom_import)
+from llama_mimi.checkpoint import set_aside_incomplete  # noqa: E402
 from llama_mimi.config_check import parse_config  # noqa: E402
 
 
@@ -30,6 +33,9 @@ def main() -> None:
             time.sleep(10)
             sys.exit(1)
         sys.exit(f"error: {error}")
+    checkpoint = Path(job_config.job.dump_folder) / job_config.checkpoint.folder
+    if int(os.environ.get("RANK", 0)) == 0 and (aside := set_aside_incomplete(checkpoint)):
+        logger.warning(f"no step in '{checkpoint}' is complete (its saving was cut off); moved to '{aside}'")
     trainer: Trainer | None = None
     try:
         trainer = Trainer(job_config)

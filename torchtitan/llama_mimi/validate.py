@@ -56,9 +56,9 @@ class SpeechValidator(Validator):
         sums = torch.zeros(2, device=device_type, dtype=torch.float64)  # loss, targets
         for input_dict, labels in self._batches():
             labels = labels.to(device_type)
-            num_targets = (labels != IGNORE_INDEX).sum()
             input_dict = {key: value.to(device_type) for key, value in input_dict.items()}
             inputs, labels, extra_inputs, extra_kwargs = self.post_dataloading_process(input_dict, labels, model_parts)
+            num_targets = (labels != IGNORE_INDEX).sum()  # of this rank's part of the sequence
             with self._context(), self._amp:
                 loss = self._loss_fn(model(inputs, **extra_inputs, **extra_kwargs), labels)
             sums += torch.stack([loss.double(), num_targets.double()])
