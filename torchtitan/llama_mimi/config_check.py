@@ -107,7 +107,7 @@ def _check_keys(config_class: Any, values: dict[str, Any], prefix: str, path: Pa
                 raise UserError(f"'{path}' sets '{prefix}{key}' to {value!r}; it is a section, written [{prefix}{key}]")
             _check_keys(fields[key], value, f"{prefix}{key}.", path)
         elif not _fits(value, fields[key]):
-            wanted = str(fields[key]) if get_origin(fields[key]) else fields[key].__name__
+            wanted = str(fields[key]) if get_origin(fields[key]) else getattr(fields[key], "__name__", "")
             wanted = ", ".join(map(repr, get_args(fields[key]))) if get_origin(fields[key]) is Literal else wanted
             raise UserError(f"'{path}' sets '{prefix}{key}' to {value!r}; it takes {wanted}")
 
