@@ -185,14 +185,14 @@ def test_two_ranks_equal_one_process(base_model, tmp_path):
         "training__dataset": tmp_path / "eight.parquet",
         "training__steps": 6,
         "lr_scheduler__warmup_steps": 0,
+        "optimizer__lr": 5e-4,  # Adam turns rounding of small gradients into steps of this size
     }
     one = train(1, tmp_path / "one", training__local_batch_size=8, **flags)
     two = train(2, tmp_path / "two", training__local_batch_size=4, **flags)
     assert two == pytest.approx(one, abs=1e-4)
     tensor_parallel = {"parallelism__tensor_parallel_degree": 2, "training__local_batch_size": 8}
     split = train(2, tmp_path / "split", **flags, **tensor_parallel)
-    assert split[1] == pytest.approx(one[1], abs=1e-5)
-    assert split == pytest.approx(one, abs=5e-4)  # the products are split, and Adam magnifies their rounding
+    assert split == pytest.approx(one, abs=1e-4)
     norms = [losses(tmp_path / name, "grad_norm") for name in ("one", "two", "split")]
     for other in norms[1:]:  # clipping and Adam would hide a wrong scale
         assert other == pytest.approx(norms[0], rel=1e-3)
