@@ -141,12 +141,17 @@ def test_another_models_run_is_not_continued(tmp_path, monkeypatch, sequences):
         check_config(job_config, world_size=1)
 
 
-def test_large_config_says_how_to_get_its_model(monkeypatch):
+def test_large_config_says_how_to_get_its_data_and_model(monkeypatch, downloads, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.chdir(ROOT)
-    path = "config/llama3_2_1b.toml"
+    flags = ["--job.config_file", "config/llama3_2_1b.toml", "--job.dump_folder", str(tmp_path / "run")]
+    flags += ["--model.hf_assets_path", str(tmp_path / "none")]
     with pytest.raises(UserError, match="hf download MLCommons/peoples_speech"):
-        parse_config(["--job.config_file", path])
+        parse_config([*flags, "--training.dataset_path", str(tmp_path)])
+    corpus = str(downloads / "peoples_speech")
+    flags += ["--training.dataset_path", corpus, "--validation.dataset_path", corpus]
+    with pytest.raises(UserError, match="prepare_base_model.py --base_model HUB_ID_OR_FOLDER"):
+        parse_config(flags)
 
 
 @pytest.mark.parametrize(
