@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import math
 import platform
 import random
 import shutil
@@ -31,7 +30,6 @@ import torch
 import torchaudio
 import transformers
 from datasets import Audio, Features, Value
-from tiny_codec import write_mimi
 from tiny_text import SPEAKERS, Speaker
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
@@ -290,11 +288,6 @@ def main() -> None:
 
     write_llama(root / "llama", [row["text"] for row in train])
     print("llama: config and tokenizer of 512 entries", flush=True)
-
-    perplexities = write_mimi(root / "mimi", decode_rows(train))
-    print("mimi: perplexity per level " + " ".join(f"{value:.1f}" for value in perplexities), flush=True)
-    if not all(math.isfinite(value) and value > 128 for value in perplexities):
-        print("mimi: warning: a level uses less than half of its codes evenly", flush=True)
 
     # Cut in mid-sentence: after a whole one, the likeliest continuation is none.
     prompt = speak(text.render(maker.plain()), SPEAKERS[7])[: round(PROMPT_SECONDS * SAMPLE_RATE)]

@@ -1,130 +1,205 @@
-"""The small codec of assets/tiny: Mimi's architecture with random filters and fitted codebooks.
+"""A small Mimi that can be trained: `transformers.MimiModel` unchanged, with a quantizer whose codebooks learn.
 
-No gradient is used. Filters are drawn and standardised on speech, quantizers are fitted to what they let through.
+Shapes: B batch, S samples, T frames, D latent width, E width of the quantizer, K codebook size, N vectors.
 """
 
-from pathlib import Path
+from collections.abc import Iterator
 
 import torch
+import torchaudio
 from torch import nn
+from torch.nn import functional as F
 from transformers import MimiConfig, MimiModel
 
-SAMPLE_RATE = 24_000  # Hz
-SEMANTIC_DIMS = 12  # leading principal directions the semantic codebook sees
+LAYER_SCALE = 0.2  # of a new codec; Mimi's 0.01 is meant for far longer training
+EMA_DECAY = 0.99  # of codebooks, per step; as in VQ-VAE (arXiv 1711.00937, appendix A)
+DEAD_SHARE = 0.1  # a code used less often than this share of an even use is drawn anew
+# STFT windows in samples (10.7, 21.3, 42.7, 85.3 ms at 24 kHz) and mel bands; four hops a window.
+RESOLUTIONS = ((256, 20), (512, 40), (1024, 80), (2048, 128))
+MEL_FLOOR = 3e-4  # magnitude below which nothing counts; a sine of full scale has 0.5
 
 
-def nearest(points: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
-    """Index of the nearest center for each point; points (n, d), centers (k, d)."""
-    return torch.cdist(points, centers).argmin(dim=-1)
+def tiny_mimi_config(codebook_size: int) -> MimiConfig:
+    """24 kHz, 12.5 frames/s, 8 levels, 1.8 million parameters.
+
+    The strides are Mimi's in the other order: the highest rate is left at once, which halves the work. The window of
+    the transformers is one training crop, so that a long clip is nothing new to them.
+    """
+    filters = {"num_filters": 16, "hidden_size": 128, "upsampling_ratios": [4, 5, 6, 8], "frame_rate": 12.5}
+    books = {"codebook_size": codebook_size, "codebook_dim": 32, "vector_quantization_hidden_dimension": 32}
+    books |= {"num_quantizers": 8, "num_semantic_quantizers": 1, "upsample_groups": 128}
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32}
+    return MimiConfig(**filters, **books, **layers, intermediate_size=256, sliding_window=24)
 
 
-def k_means(points: torch.Tensor, k: int, generator: torch.Generator, steps: int = 30) -> torch.Tensor:
-    """Centers (k, d) of Lloyd's algorithm on points (n, d); an empty cluster restarts at a random point."""
-    centers = points[torch.randperm(len(points), generator=generator)[:k]].clone()
-    for _ in range(steps):
-        owner = nearest(points, centers)
-        counts = torch.bincount(owner, minlength=k)
-        centers = torch.zeros_like(centers).index_add_(0, owner, points) / counts.clamp(min=1)[:, None]
-        empty = counts == 0
-        centers[empty] = points[torch.randint(len(points), (int(empty.sum()),), generator=generator)]
-    return centers
-
-
-def fit_quantizer(
-    rvq: nn.Module, latents: torch.Tensor, projection: torch.Tensor, share: torch.Tensor, generator: torch.Generator
-) -> None:
-    """Fits a residual quantizer level by level; latents (n, hidden), projection (vq_dim, hidden), share (vq_dim,)."""
-    rvq.input_proj.weight.data.copy_(projection[:, :, None])
-    rvq.output_proj.weight.data.copy_((torch.linalg.pinv(projection) * share)[:, :, None])
-    residual = latents @ projection.T
-    for layer in rvq.layers:
-        book = layer.codebook
-        centers = k_means(residual, book.codebook_size, generator)
-        usage = torch.bincount(nearest(residual, centers), minlength=book.codebook_size).clamp(min=1).float()
-        book.cluster_usage.copy_(usage)
-        book.embed_sum.copy_(centers * usage[:, None])
-        book.initialized.fill_(1.0)
-        book._embed = None  # computed once and kept: without this the old, empty codebook stays in use
-        residual = residual - book.embed[nearest(residual, book.embed)]
-
-
-def random_mimi() -> MimiModel:
-    """A small MimiModel whose filters have PyTorch's default scale."""
-    filters = {"hidden_size": 64, "num_filters": 8, "num_residual_layers": 1, "upsampling_ratios": [8, 6, 5, 4]}
-    books: dict[str, float] = {"codebook_size": 256, "codebook_dim": 32, "vector_quantization_hidden_dimension": 32}
-    books |= {"num_quantizers": 8, "num_semantic_quantizers": 1, "frame_rate": 12.5, "upsample_groups": 64}
-    layers = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16}
-    config = MimiConfig(**filters, **books, **layers, intermediate_size=128)
-    torch.manual_seed(1234)
-    model = MimiModel(config).eval()
+def new_codec(config: MimiConfig) -> MimiModel:
+    """A codec to train. The library's own initial values are made to be overwritten by loading and hardly learn."""
+    model = MimiModel(config)
     for name, module in model.named_modules():
-        # The library's init is made for training from scratch; random features need the usual fan-in scale.
         if isinstance(module, nn.Conv1d | nn.ConvTranspose1d | nn.Linear):
             module.reset_parameters()
         elif name.endswith("layer_scale"):
-            nn.init.constant_(module.scale, 0.2)
+            nn.init.constant_(module.scale, LAYER_SCALE)
+    for book in codebooks(model):
+        nn.init.normal_(book.embed_sum)
     return model
 
 
 @torch.no_grad()
-def standardize_encoder(model: MimiModel, clips: torch.Tensor) -> None:
-    """Makes random filters hear speech; clips (n, 1, samples).
+def standardize(model: MimiModel, audio_B1S: torch.Tensor) -> None:
+    """Scales every convolution to zero mean and unit variance per channel on speech (after arXiv 1511.06422).
 
-    As drawn, the filters stay almost linear, so what is left at 12.5 Hz is the phase of the waveform. Unit variance
-    into every ELU makes it rectify, and strided filters that are one smooth window per channel pair then average what
-    was rectified: the latents follow the energy in random bands, as a scattering transform does.
+    As drawn, each layer shrinks what it is given towards its bias; after some twenty of them the output hardly depends
+    on the input, and training stays at the average spectrum for a long time.
     """
 
-    def standardize(conv: nn.Conv1d, _inputs: tuple, output: torch.Tensor) -> torch.Tensor:
-        mean, deviation = output.mean(dim=(0, 2)), output.std(dim=(0, 2)).clamp(min=1e-6)
+    def scale(conv: nn.Conv1d | nn.ConvTranspose1d, _inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+        mean_C, deviation_C = output.mean(dim=(0, 2)), output.std(dim=(0, 2)).clamp(min=1e-6)
         if conv.bias is None:
-            mean = torch.zeros_like(mean)
+            mean_C = torch.zeros_like(mean_C)
         else:
-            conv.bias.copy_((conv.bias - mean) / deviation)
-        conv.weight.div_(deviation[:, None, None])
-        return (output - mean[None, :, None]) / deviation[None, :, None]
+            conv.bias.sub_(mean_C).div_(deviation_C)
+        is_output_first = isinstance(conv, nn.Conv1d) or conv.groups > 1
+        conv.weight.div_(deviation_C.view((-1, 1, 1) if is_output_first else (1, -1, 1)))
+        return (output - mean_C[:, None]) / deviation_C[:, None]
 
-    convs = [module for module in model.encoder.modules() if isinstance(module, nn.Conv1d)]
-    for conv in convs:
-        if conv.stride[0] > 1:
-            window = torch.hann_window(conv.kernel_size[0] + 2, periodic=False)[1:-1]
-            conv.weight.copy_(torch.randn(conv.weight.shape[:2])[:, :, None] * window)
-    handles = [conv.register_forward_hook(standardize) for conv in convs]
-    model.encoder(clips)
+    convs = [module for module in model.modules() if isinstance(module, nn.Conv1d | nn.ConvTranspose1d)]
+    handles = [conv.register_forward_hook(scale) for conv in convs]
+    every_level_B = torch.full((len(audio_B1S),), model.config.num_quantizers, device=audio_B1S.device)
+    reconstruct(model, audio_B1S, every_level_B, is_quantized=False)
     for handle in handles:
         handle.remove()
+    last = model.decoder.decoder_seanet.layers[-1].conv
+    last.weight.mul_(audio_B1S.std())
+    last.bias.mul_(audio_B1S.std())
+
+
+def codebooks(model: MimiModel) -> Iterator[nn.Module]:
+    """The codebook of every level, in order."""
+    for quantizer in _branches(model):
+        for layer in quantizer.layers:
+            yield layer.codebook
+
+
+def _branches(model: MimiModel) -> tuple[nn.Module, nn.Module]:
+    """Mimi quantizes the same latents twice, by one semantic and by residual acoustic levels, and adds the two."""
+    quantizer = model.quantizer
+    return quantizer.semantic_residual_vector_quantizer, quantizer.acoustic_residual_vector_quantizer
+
+
+def reconstruct(
+    model: MimiModel, audio_B1S: torch.Tensor, depth_B: torch.Tensor, *, is_quantized: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One training pass; codebooks move towards what they are given.
+
+    Args:
+        audio_B1S: whole frames.
+        depth_B: levels that each clip is decoded from; the rest is left out.
+        is_quantized: False lets the projected latents through as they are, for warming up.
+
+    Returns:
+        audio_B1S as decoded, and the commitment loss: the mean square distance of latents from their codes.
+    """
+    latents_BDT = model.encoder(audio_B1S).latents
+    total_BDT, commitment, first = torch.zeros_like(latents_BDT), latents_BDT.new_zeros(()), 0
+    for branch in _branches(model):
+        vectors_BTE = branch.input_proj(latents_BDT).mT
+        if is_quantized:
+            vectors_BTE, distance = _quantize(branch, vectors_BTE, depth_B - first)
+            commitment = commitment + distance
+        is_kept_B11 = (depth_B > first)[:, None, None]
+        total_BDT = total_BDT + branch.output_proj(vectors_BTE.mT) * is_kept_B11
+        first += len(branch.layers)
+    return model.decoder(total_BDT).audio_values, commitment
+
+
+def _quantize(branch: nn.Module, vectors_BTE: torch.Tensor, depth_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum of the first ``depth_B`` codes with the gradient of ``vectors_BTE`` (straight-through)."""
+    residual_BTE, kept_BTE = vectors_BTE, torch.zeros_like(vectors_BTE)
+    commitment = vectors_BTE.new_zeros(())
+    for level, layer in enumerate(branch.layers):
+        residual_NE = residual_BTE.detach().flatten(0, 1)
+        index_N = layer.codebook.quantize(residual_NE)
+        code_BTE = layer.codebook.decode(index_N).view_as(residual_BTE)
+        _move_codebook(layer.codebook, residual_NE, index_N)
+        commitment = commitment + F.mse_loss(residual_BTE, code_BTE) / len(branch.layers)
+        kept_BTE = kept_BTE + code_BTE * (depth_B > level)[:, None, None]
+        residual_BTE = residual_BTE - code_BTE
+    return vectors_BTE + (kept_BTE - vectors_BTE).detach(), commitment
 
 
 @torch.no_grad()
-def write_mimi(folder: Path, clips: list[torch.Tensor]) -> list[float]:
-    """Builds, fits and saves the codec; returns the perplexity of each level over all clips."""
-    model = random_mimi()
-    standardize_encoder(model, torch.cat([clip[..., : 2 * SAMPLE_RATE] for clip in clips[::8]]))
-    points = torch.cat([model.encoder(clip).latents[0].T for clip in clips])  # (frames, hidden)
-    values, vectors = torch.linalg.eigh(torch.cov(points.T.double()))
-    order = values.argsort(descending=True)[: model.config.vector_quantization_hidden_dimension]
-    # eigh's sign is arbitrary: fix it, so that a rebuild gives the same codec.
-    axes = vectors[:, order] * vectors[:, order].gather(0, vectors[:, order].abs().argmax(0, keepdim=True)).sign()
-    whiten = (axes / values[order].clamp(min=1e-12).sqrt()).T.float()
-    # The semantic codebook sees only the leading directions, so its codes differ from the first acoustic level's.
-    semantic = whiten.clone()
-    semantic[SEMANTIC_DIMS:] = 0
-    # The model adds both outputs: the directions that both quantizers describe count half from each.
-    share = torch.ones(len(whiten))
-    share[:SEMANTIC_DIMS] = 0.5
-    generator = torch.Generator().manual_seed(99)
-    fit_quantizer(model.quantizer.semantic_residual_vector_quantizer, points, semantic, share, generator)
-    fit_quantizer(model.quantizer.acoustic_residual_vector_quantizer, points, whiten, share, generator)
-    codes = [model.encode(clip).audio_codes[0] for clip in clips]
-    model.save_pretrained(folder)
-    loaded = MimiModel.from_pretrained(folder).eval()
-    for clip, code in zip(clips[:40], codes[:40], strict=True):
-        if not torch.equal(loaded.encode(clip).audio_codes[0], code):
-            raise RuntimeError("The saved codec gives other codes.")
-    if not torch.isfinite(loaded.decode(codes[0][None]).audio_values).all():
-        raise RuntimeError("The saved codec decodes to non-finite samples.")
-    perplexities = []
-    for level in torch.cat(codes, dim=1):
-        share = torch.bincount(level, minlength=256).double() / len(level)
-        perplexities.append(torch.exp(-(share * share.clamp(min=1e-12).log()).sum()).item())
-    return perplexities
+def _move_codebook(book: nn.Module, vectors_NE: torch.Tensor, index_N: torch.Tensor) -> None:
+    """Moving averages of the vectors of each code; a dead code restarts at a random vector of the batch."""
+    size = book.codebook_size
+    usage_K = torch.bincount(index_N, minlength=size).to(vectors_NE)
+    sum_KE = torch.zeros_like(book.embed_sum).index_add_(0, index_N, vectors_NE)
+    book.cluster_usage.lerp_(usage_K, 1 - EMA_DECAY)
+    book.embed_sum.lerp_(sum_KE, 1 - EMA_DECAY)
+    even = len(vectors_NE) / size
+    is_dead_K = book.cluster_usage < DEAD_SHARE * even
+    drawn_NE = vectors_NE[torch.randint(len(vectors_NE), (int(is_dead_K.sum()),), device=vectors_NE.device)]
+    book.embed_sum[is_dead_K] = drawn_NE * even
+    book.cluster_usage[is_dead_K] = even
+    book._embed = None  # transformers caches the quotient of the two
+
+
+@torch.no_grad()
+def fit_codebooks(model: MimiModel, crops: list[torch.Tensor]) -> None:
+    """k-means codebooks, level after level, for a model that was warmed up without them; crops (B, 1, S) each."""
+    latents_NDT = torch.cat([model.encoder(audio_B1S).latents for audio_B1S in crops])
+    for branch in _branches(model):
+        residual_NE = branch.input_proj(latents_NDT).mT.flatten(0, 1)
+        for layer in branch.layers:
+            book = layer.codebook
+            center_KE = _k_means(residual_NE, book.codebook_size)
+            # As if every code had been used evenly, at the rate of a training step.
+            even = len(residual_NE) / len(crops) / book.codebook_size
+            book.cluster_usage.fill_(even)
+            book.embed_sum.copy_(center_KE * even)
+            book._embed = None
+            residual_NE = residual_NE - book.decode(book.quantize(residual_NE))
+
+
+def _k_means(vectors_NE: torch.Tensor, k: int, steps: int = 20) -> torch.Tensor:
+    """Centers (K, E) of Lloyd's algorithm; an empty cluster restarts at a random vector."""
+    center_KE = vectors_NE[torch.randperm(len(vectors_NE), device=vectors_NE.device)[:k]].clone()
+    for _ in range(steps):
+        index_N = torch.cdist(vectors_NE, center_KE).argmin(dim=1)
+        count_K = torch.bincount(index_N, minlength=k)
+        sum_KE = torch.zeros_like(center_KE).index_add_(0, index_N, vectors_NE)
+        center_KE = sum_KE / count_K.clamp(min=1)[:, None]
+        empty_K = count_K == 0
+        center_KE[empty_K] = vectors_NE[torch.randint(len(vectors_NE), (int(empty_K.sum()),), device=center_KE.device)]
+    return center_KE
+
+
+class LogMel(nn.Module):
+    """Mel magnitudes of one resolution, relative to full scale; audio (..., S) to (..., bands, windows)."""
+
+    def __init__(self, sample_rate_hz: int, window: int, num_bands: int) -> None:
+        super().__init__()
+        self.mel = torchaudio.transforms.MelSpectrogram(
+            sample_rate_hz, n_fft=window, hop_length=window // 4, n_mels=num_bands, power=1.0
+        )
+        self.scale = 1 / float(torch.hann_window(window).sum())
+
+    def forward(self, audio: torch.Tensor) -> torch.Tensor:
+        return (self.mel(audio) * self.scale).clamp(min=MEL_FLOOR)
+
+
+class SpectralLoss(nn.Module):
+    """Multi-resolution distance of two signals (B, 1, S), as in Parallel WaveGAN (arXiv 1910.11480, section 2.2):
+    mean absolute difference of log magnitudes plus spectral convergence, here of mel bands."""
+
+    def __init__(self, sample_rate_hz: int) -> None:
+        super().__init__()
+        self.scales = nn.ModuleList(LogMel(sample_rate_hz, window, bands) for window, bands in RESOLUTIONS)
+
+    def forward(self, decoded_B1S: torch.Tensor, original_B1S: torch.Tensor) -> torch.Tensor:
+        loss = decoded_B1S.new_zeros(())
+        for scale in self.scales:
+            decoded, original = scale(decoded_B1S), scale(original_B1S)
+            convergence = torch.linalg.vector_norm(decoded - original) / torch.linalg.vector_norm(original)
+            loss = loss + F.l1_loss(decoded.log(), original.log()) + convergence
+        return loss / len(self.scales)

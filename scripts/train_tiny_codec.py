@@ -1,0 +1,272 @@
+"""Train a small Mimi on any corpus: the codec of assets/tiny, or one for your own speech.
+
+uv run python scripts/train_tiny_codec.py --corpus "assets/tiny/corpus/train-*.parquet" \\
+    --validation_corpus "assets/tiny/corpus/validation-*.parquet" --output_dir outputs/tiny_codec
+
+The same command continues a run that was stopped. `--output_dir` gets `codec/` (what `MimiModel.from_pretrained` loads,
+float16 storage), `samples/`, `tb/` (loss curves) and `checkpoint.pt` (all state; read with weights-only loading).
+"""
+
+import argparse
+import json
+import math
+import os
+import shlex
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny_codec import LogMel, SpectralLoss, fit_codebooks, new_codec, reconstruct, standardize, tiny_mimi_config
+from torch.utils.tensorboard import SummaryWriter
+from transformers import MimiModel
+
+from llama_mimi.audio import Waveform, write_wav
+from llama_mimi.clips import ClipBatch, ClipStream
+from llama_mimi.corpora import open_corpus
+from llama_mimi.errors import UserError, run_cli
+from llama_mimi.evaluation import versions
+
+CROP_FRAMES = 12  # 0.96 s
+WARMUP_SHARE = 0.4  # of the steps without quantization
+FIT_BATCHES = 60  # whose frames k-means sees
+COMMITMENT_WEIGHT = 0.25  # as in VQ-VAE (arXiv 1711.00937, section 3.2)
+GRADIENT_NORM = 1.0
+DEPTHS = (1, 2, 4, 8)
+LOG_EVERY, SAVE_EVERY = 50, 500  # steps
+HELD_OUT_CLIPS, HELD_OUT_SECONDS = 16, 3.0
+
+
+class CodecRun:
+    """A training run and all of its state."""
+
+    def __init__(self, flags: argparse.Namespace) -> None:
+        self.flags = flags
+        self.folder: Path = flags.output_dir
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        torch.manual_seed(flags.seed)
+        config = tiny_mimi_config(flags.codebook_size)
+        self.frame_size, self.sample_rate_hz = config.frame_size, config.sampling_rate
+        self.stream = self._open(flags.corpus, flags.batch_size, seed=flags.seed, max_seconds=20.0)
+        self.batches = iter(self.stream)
+        held_out = iter(self._open(flags.validation_corpus, HELD_OUT_CLIPS, seed=None, max_seconds=HELD_OUT_SECONDS))
+        self.held_out = next(held_out).clips
+        self.skipped: Counter[str] = Counter()
+        self.step, self.seconds, self.clips_seen = 0, 0.0, 0
+        self.model = new_codec(config).to(self.device)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=flags.learning_rate, betas=(0.8, 0.99), weight_decay=0.0
+        )
+        self.loss = SpectralLoss(self.sample_rate_hz).to(self.device)
+        self.log_mel = LogMel(self.sample_rate_hz, 1024, 80).to(self.device)
+
+    def _open(self, corpus: str, batch_size: int, *, seed: int | None, max_seconds: float) -> ClipStream:
+        return ClipStream(
+            open_corpus(corpus, None, "audio", None),
+            batch_size=batch_size,
+            dp_rank=0,
+            dp_world_size=1,
+            sample_rate_hz=self.sample_rate_hz,
+            frame_size=self.frame_size,
+            max_seconds=max_seconds,
+            seed=seed,
+            shuffle_block=1024,
+            is_endless=seed is not None,
+        )
+
+    @property
+    def fit_step(self) -> int:
+        """The step before which the codebooks are fitted and from which on codes are used."""
+        return round(self.flags.steps * WARMUP_SHARE)
+
+    def crops(self) -> torch.Tensor:
+        """The next batch of random crops (B, 1, S); a clip that is shorter is filled up with silence."""
+        batch: ClipBatch = next(self.batches)
+        for skipped in batch.skipped:
+            self.skipped[skipped.reason] += 1
+            print(f"skipped: {skipped.message}", flush=True)
+        if not batch.clips:
+            raise UserError(f"the corpus '{self.flags.corpus}' has no usable clip; see the skipped ones above")
+        self.clips_seen += len(batch.clips)
+        size = CROP_FRAMES * self.frame_size
+        crops = []
+        for clip in batch.clips:
+            start = int(torch.randint(max(len(clip.samples_S) - size, 0) + 1, ()))
+            crop_S = clip.samples_S[start : start + size]
+            crops.append(torch.nn.functional.pad(crop_S, (0, size - len(crop_S))))
+        return torch.stack(crops)[:, None].to(self.device)
+
+    def learning_rate(self) -> float:
+        """Linear warm-up over 100 steps, then constant, then from `fit_step` on a cosine to 2 % of the peak."""
+        share = max(self.step - self.fit_step, 0) / max(self.flags.steps - self.fit_step, 1)
+        decay = 0.02 + 0.98 * (1 + math.cos(math.pi * share)) / 2
+        return self.flags.learning_rate * min(1.0, (self.step + 1) / 100) * decay
+
+    def train_step(self) -> dict[str, float]:
+        """One optimizer step; everything random in it depends on the seed and the step alone."""
+        torch.manual_seed(self.flags.seed * 1_000_003 + self.step)
+        if self.step == 0:
+            standardize(self.model, torch.cat([self.crops() for _ in range(8)]))
+        if self.step == self.fit_step:
+            fit_codebooks(self.model, [self.crops() for _ in range(FIT_BATCHES)])
+        audio_B1S = self.crops()
+        # Half of the clips at full depth; the others teach every prefix of levels to be a codec of its own.
+        num_levels = self.model.config.num_quantizers
+        depth_B = torch.randint(1, num_levels + 1, (len(audio_B1S),), device=self.device)
+        depth_B[: len(audio_B1S) // 2] = num_levels
+        decoded_B1S, commitment = reconstruct(self.model, audio_B1S, depth_B, is_quantized=self.step >= self.fit_step)
+        spectral = self.loss(decoded_B1S, audio_B1S)
+        waveform = torch.nn.functional.l1_loss(decoded_B1S, audio_B1S)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        self.optimizer.zero_grad()
+        (spectral + waveform + COMMITMENT_WEIGHT * commitment).backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_NORM, error_if_nonfinite=True)
+        self.optimizer.step()
+        self.step += 1
+        values = {"spectral": spectral, "waveform": waveform, "commitment": commitment, "gradient_norm": norm}
+        return {name: value.detach().item() for name, value in values.items()}
+
+    @torch.no_grad()
+    def held_out_distances(self) -> dict[int, float]:
+        """Mean log-mel distance of held-out clips at each depth; while warming up without quantization."""
+        torch.manual_seed(0)
+        distances = dict.fromkeys(DEPTHS, 0.0)
+        self.model.eval()
+        for clip in self.held_out:
+            num_frames = math.ceil(len(clip.samples_S) / self.frame_size)
+            padding = num_frames * self.frame_size - len(clip.samples_S)
+            audio_11S = torch.nn.functional.pad(clip.samples_S, (0, padding))[None, None].to(self.device)
+            for depth in DEPTHS:
+                if self.step > self.fit_step:
+                    codes = self.model.encode(audio_11S, num_quantizers=depth).audio_codes
+                    decoded_11S = self.model.decode(codes).audio_values
+                else:
+                    depth_B = torch.tensor([depth], device=self.device)
+                    decoded_11S, _ = reconstruct(self.model, audio_11S, depth_B, is_quantized=False)
+                difference = self.log_mel(decoded_11S).log() - self.log_mel(audio_11S).log()
+                distances[depth] += float(difference.abs().mean()) / len(self.held_out)
+                if clip is self.held_out[0]:
+                    samples = self.folder / "samples" / f"step-{self.step:06d}"
+                    write_wav(samples / f"{depth}_levels.wav", Waveform(decoded_11S[0, 0].cpu(), self.sample_rate_hz))
+                    write_wav(self.folder / "samples" / "original.wav", Waveform(clip.samples_S, self.sample_rate_hz))
+        self.model.train()
+        return distances
+
+    def save(self) -> None:
+        """Writes the checkpoint aside, moves it into place, and exports the codec."""
+        state = {
+            "settings": _settings(self.flags),
+            "step": self.step,
+            "seconds": self.seconds,
+            "clips_seen": self.clips_seen,
+            "skipped": dict(self.skipped),
+            "stream": self.stream.state_dict(),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        path = self.folder / "checkpoint.pt"
+        torch.save(state, path.with_suffix(".tmp"))
+        os.replace(path.with_suffix(".tmp"), path)
+        if self.step > self.fit_step:
+            self.export(self.folder / "codec")
+
+    def resume(self) -> None:
+        """Continues from `checkpoint.pt`, if there is one."""
+        path = self.folder / "checkpoint.pt"
+        if not path.exists():
+            return
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        if state["settings"] != _settings(self.flags):
+            raise UserError(
+                f"'{path}' was made with other settings ({state['settings']}); repeat its command line or choose "
+                f"another --output_dir"
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.stream.load_state_dict(state["stream"])
+        self.skipped.update(state["skipped"])
+        self.step, self.seconds, self.clips_seen = state["step"], state["seconds"], state["clips_seen"]
+        print(f"continuing after step {self.step}", flush=True)
+
+    def export(self, folder: Path) -> None:
+        """Writes the codec as float16 with a note of how it was made; it is to be used in float32."""
+        half = MimiModel(self.model.config)
+        half.load_state_dict(self.model.state_dict())
+        for book in [m for m in half.modules() if hasattr(m, "embed_sum")]:
+            book.embed_sum.copy_(book.embed)  # usage 1: float16 then rounds each center once
+            book.cluster_usage.fill_(1.0)
+        half.half().save_pretrained(folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
+        flags = self.flags
+        record = {
+            "command": shlex.join(["uv", "run", "python", *sys.argv]),
+            "corpus": flags.corpus,
+            "steps": self.step,
+            "clips_seen": self.clips_seen,
+            "skipped": dict(self.skipped),
+            "audio_hours_seen": round(
+                self.step * flags.batch_size * CROP_FRAMES * self.frame_size / self.sample_rate_hz / 3600, 2
+            ),
+            "wall_hours": round(self.seconds / 3600, 2),
+            "device": torch.cuda.get_device_name()
+            if self.device.type == "cuda"
+            else f"CPU, {torch.get_num_threads()} threads",
+            "versions": versions(),
+        }
+        (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+
+    def run(self) -> None:
+        """Trains to the last step with progress, loss curves, samples and checkpoints on the way."""
+        writer = SummaryWriter(self.folder / "tb", purge_step=self.step)
+        started, first = time.monotonic() - self.seconds, self.step
+        since = time.monotonic()
+        while self.step < self.flags.steps:
+            values = self.train_step()
+            self.seconds = time.monotonic() - started
+            if self.step % LOG_EVERY == 0:
+                rate = (self.step - first) / (time.monotonic() - since)
+                for name, value in values.items():
+                    writer.add_scalar(f"train/{name}", value, self.step)
+                parts = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+                minutes = (self.flags.steps - self.step) / rate / 60
+                print(
+                    f"step {self.step}/{self.flags.steps}: {parts}; {rate:.2f} steps/s, {minutes:.0f} min left",
+                    flush=True,
+                )
+            if self.step % SAVE_EVERY == 0 or self.step == self.flags.steps:
+                for depth, distance in self.held_out_distances().items():
+                    writer.add_scalar(f"held_out_log_mel/{depth}_levels", distance, self.step)
+                    print(f"held-out log-mel distance at {depth} levels: {distance:.3f}", flush=True)
+                self.save()
+        writer.close()
+
+
+def _settings(flags: argparse.Namespace) -> dict[str, Any]:
+    """What a continued run must share."""
+    return {name: value for name, value in vars(flags).items() if name not in ("output_dir", "validation_corpus")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", required=True, help="name, folder, or Parquet path or glob to train on")
+    parser.add_argument("--validation_corpus", required=True, help="the same, of held-out clips")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--steps", type=int, default=8000, help="optimizer steps")
+    parser.add_argument("--batch_size", type=int, default=8, help="crops of 0.96 s a step")
+    parser.add_argument("--codebook_size", type=int, default=256, help="codes of a level")
+    parser.add_argument("--learning_rate", type=float, default=1e-3, help="peak")
+    parser.add_argument("--seed", type=int, default=1, help="of weights, order and crops")
+    flags = parser.parse_args()
+    torch.set_flush_denormal(True)
+    run = CodecRun(flags)
+    run.resume()
+    run.run()
+    print(f"codec: {flags.output_dir / 'codec'}")
+
+
+if __name__ == "__main__":
+    run_cli(main)
