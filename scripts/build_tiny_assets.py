@@ -1,6 +1,8 @@
-"""Builds assets/tiny: a spoken corpus, a small Mimi codec, a Llama base without weights, and benchmark folders.
+"""Builds assets/tiny: a spoken corpus, isolated words, a Llama base without weights, and benchmark folders.
 
     uv run python scripts/build_tiny_assets.py --output_dir assets/tiny
+
+The codec, `mimi/`, is trained on that corpus by scripts/train_tiny_codec.py and is left alone here.
 
 Everything is synthesised with espeak-ng from text written for this project and depends only on fixed seeds, so that
 the whole project can be trained and evaluated offline in minutes.
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import itertools
 import platform
 import random
 import shutil
@@ -19,6 +22,7 @@ import subprocess
 import sys
 import zlib
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +44,9 @@ PAUSE = np.zeros(SAMPLE_RATE // 8, dtype=np.float32)  # 0.125 s between parts th
 SPECIALS = ["<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>", "<|eot_id|>"]
 REVERSED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 PAIRS = 100
+SPEAKER_PAIRS = 200
+PARTS = ("corpus", "words", "llama", "benchmarks")
+TAKES = {"train": (-1, 0, 1), "validation": (0.5,)}  # of an isolated word, each in its own pitch and speed
 PROMPT_SECONDS = 1.6
 
 
@@ -108,6 +115,19 @@ def make_rows(maker: text.SentenceMaker, split: str, seconds: float) -> list[dic
     return rows
 
 
+def make_words(split: str) -> list[dict]:
+    """Corpus rows of the ten digits said alone by every speaker, a little off their usual pitch and speed."""
+    rows: list[dict] = []
+    for speaker, take, word in itertools.product(SPEAKERS, TAKES[split], text.DIGITS):
+        pitch, speed = round(speaker.pitch + 6 * take), round(speaker.speed + 15 * take)
+        audio = speak(word, replace(speaker, pitch=min(max(pitch, 0), 99), speed=speed))
+        name = f"word-{split}-{len(rows):03d}"
+        clip = {"bytes": to_opus(audio), "path": f"{name}.ogg"}
+        duration = len(audio) / SAMPLE_RATE
+        rows.append({"id": name, "audio": clip, "text": word, "speaker": speaker.name, "duration": duration})
+    return rows
+
+
 def write_corpus(folder: Path, split: str, rows: list[dict], shards: int) -> None:
     """Writes rows to parquet shards, in row groups of 32, with the schema metadata that `datasets` reads."""
     string = Value("string")
@@ -149,15 +169,9 @@ def write_llama(folder: Path, lines: list[str]) -> None:
         raise RuntimeError("The tokenizer does not have 512 entries with the special tokens last.")
 
 
-def decode_rows(rows: list[dict]) -> list[torch.Tensor]:
-    """Waveforms (1, 1, samples) of corpus rows, as a reader of the corpus hears them."""
-    clips = [sf.read(io.BytesIO(row["audio"]["bytes"]), dtype="float32")[0] for row in rows]
-    return [torch.from_numpy(clip)[None, None] for clip in clips]
-
-
 def write_speaker_consistency(folder: Path, maker: text.SentenceMaker) -> None:
     """SALMon pairs: one speaker throughout against a change of speaker half-way, same words."""
-    for index in range(PAIRS):
+    for index in range(SPEAKER_PAIRS):
         # The second speaker runs through all seven others as `index` grows.
         speaker, other = (SPEAKERS[i % len(SPEAKERS)] for i in (index, index + 1 + index // 8 % 7))
         while True:
@@ -238,18 +252,18 @@ def write_storycloze(folder: Path, maker: text.SentenceMaker) -> None:
             write_opus(folder / f"{2 * index + offset}_{name}.ogg", clip, 0.971)
 
 
-def write_readme(root: Path, train: list[dict], validation: list[dict], perplexities: list[float]) -> None:
+def write_readme(root: Path, train: list[dict], validation: list[dict]) -> None:
     """Writes what the folder holds and how to make it again."""
     espeak = subprocess.run(["espeak-ng", "--version"], check=True, capture_output=True, text=True).stdout
-    parts = ("corpus", "llama", "mimi", "benchmarks")
     seconds = [sum(row["duration"] for row in rows) for rows in (train, validation)]
     fields: dict[str, float | str] = {
-        part: sum(f.stat().st_size for f in (root / part).rglob("*") if f.is_file()) / 1e6 for part in parts
+        part: sum(f.stat().st_size for f in (root / part).rglob("*") if f.is_file()) / 1e6 for part in PARTS
     }
     fields |= {"prompt": (root / "prompt.wav").stat().st_size / 1e6, "pairs": PAIRS}
     fields |= {"train_clips": len(train), "train_minutes": seconds[0] / 60}
     fields |= {"validation_clips": len(validation), "validation_minutes": seconds[1] / 60}
-    fields["levels"] = ", ".join(f"{value:.0f}" for value in perplexities)
+    fields["words_mb"] = fields.pop("words")
+    fields |= {"takes": len(TAKES["train"]), "words": len(text.DIGITS) * len(SPEAKERS), "speaker_pairs": SPEAKER_PAIRS}
     fields["voices"] = "\n".join(f"| {s.name} | `{s.voice}` | {s.pitch} | {s.speed} |" for s in SPEAKERS)
     fields["command"] = "uv run python scripts/build_tiny_assets.py --output_dir assets/tiny"
     fields["versions"] = (
@@ -273,9 +287,8 @@ def main() -> None:
     args = parse_args()
     if shutil.which("espeak-ng") is None:
         sys.exit("espeak-ng is not on PATH: install it (for example `apt-get install espeak-ng`) and run this again.")
-    torch.set_num_threads(1)  # one thread adds in one order: the same codec on every build
     root: Path = args.output_dir
-    for part in ("corpus", "llama", "mimi", "benchmarks"):
+    for part in PARTS:
         shutil.rmtree(root / part, ignore_errors=True)
     maker = text.SentenceMaker(random.Random(2024))
 
@@ -285,6 +298,10 @@ def main() -> None:
     write_corpus(root / "corpus", "validation", validation, 1)
     minutes = sum(row["duration"] for row in train) / 60
     print(f"corpus: {len(train)} training clips ({minutes:.2f} min), {len(validation)} validation clips", flush=True)
+
+    for split in TAKES:
+        write_corpus(root / "words", split, make_words(split), 1)
+    print("words: digits by every speaker", flush=True)
 
     write_llama(root / "llama", [row["text"] for row in train])
     print("llama: config and tokenizer of 512 entries", flush=True)
@@ -304,7 +321,7 @@ def main() -> None:
     write_storycloze(benchmarks / "storycloze", maker)
     print("benchmarks: storycloze", flush=True)
 
-    write_readme(root, train, validation, perplexities)
+    write_readme(root, train, validation)
     total = sum(file.stat().st_size for file in root.rglob("*") if file.is_file())
     print(f"total: {total / 1e6:.2f} MB in {root}", flush=True)
 

@@ -89,6 +89,7 @@ PERSON_ADJECTIVES = (
     "tired",
 )
 NAMES = ("Amanda", "Benjamin", "Camilla", "Dominic", "Helena", "Martin", "Nicola", "Oliver")
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TIMES = ("yesterday", "last summer", "after dinner", "every morning", "before midnight", "on Saturday")
 # Wrong order of a basic sentence's seven tokens, by kind.
 WRONG_ORDERS = {"determiner_noun": (1, 2, 0, 3, 4, 5, 6), "adjective_noun": (0, 2, 1, 3, 4, 5, 6)}
@@ -265,16 +266,17 @@ builds the folder again from fixed seeds (`espeak-ng` must be installed). Built 
 |---|---|---|
 | `corpus/` | {train_clips} training clips ({train_minutes:.1f} min, 4 shards) and {validation_clips} validation clips \
 ({validation_minutes:.1f} min, other sentences) | {corpus:.1f} MB |
-| `mimi/` | codec in the Mimi architecture: 24 kHz, 12.5 frames/s, 8 levels of 256 codes | {mimi:.1f} MB |
+| `words/` | the ten digits said alone, {words} clips a take: {takes} takes for training, one held out \
+| {words_mb:.1f} MB |
+| `mimi/` | codec in the Mimi architecture, 24 kHz, 12.5 frames/s, 8 levels of 256 codes, trained on `corpus/` by \
+`scripts/train_tiny_codec.py`: how in `mimi/training.json`, how good in the main README | 3.6 MB |
 | `llama/` | Llama configuration without weights, byte-level BPE tokenizer of 512 entries | {llama:.2f} MB |
-| `benchmarks/` | SALMon speaker consistency, sLM21 lexical and syntactic, StoryCloze: {pairs} pairs each \
-| {benchmarks:.1f} MB |
+| `benchmarks/` | SALMon speaker consistency ({speaker_pairs} pairs), sLM21 lexical and syntactic, StoryCloze \
+({pairs} pairs each) | {benchmarks:.1f} MB |
 | `prompt.wav` | the beginning of a sentence that is in no other part, 16-bit PCM, 24 kHz | {prompt:.2f} MB |
 
 Clips are Ogg Opus, 24 kHz mono, about 22 kbit/s (StoryCloze 16). Corpus columns: `id`, `audio` (bytes, path),
-`text`, `speaker`, `duration` in seconds. The codec has random filters and fitted codebooks: its codes carry
-speech and speaker, but what it decodes does not sound like speech.
-Code perplexity per level over the training clips (of 256): {levels}.
+`text`, `speaker`, `duration` in seconds.
 
 The two clips of a speaker-consistency or StoryCloze pair share their opening before compression; Opus may code it a
 little differently in the two files. The negative of a StoryCloze pair has an ending from another topic. `frequency` in

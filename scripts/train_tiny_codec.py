@@ -19,7 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_codec import LogMel, SpectralLoss, fit_codebooks, new_codec, reconstruct, standardize, tiny_mimi_config
+from tiny_codec import (
+    LogMel,
+    SpectralLoss,
+    codebooks,
+    fit_codebooks,
+    new_codec,
+    reconstruct,
+    standardize,
+    tiny_mimi_config,
+)
 from torch.utils.tensorboard import SummaryWriter
 from transformers import MimiModel
 
@@ -45,7 +54,13 @@ class CodecRun:
     def __init__(self, flags: argparse.Namespace) -> None:
         self.flags = flags
         self.folder: Path = flags.output_dir
+        self.versions = versions()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self.num_fit_frames < flags.codebook_size:
+            raise UserError(
+                f"--codebook_size is {flags.codebook_size}, but they are fitted to {self.num_fit_frames} frames; "
+                f"choose fewer codes or a larger --batch_size"
+            )
         torch.manual_seed(flags.seed)
         config = tiny_mimi_config(flags.codebook_size)
         self.frame_size, self.sample_rate_hz = config.frame_size, config.sampling_rate
@@ -53,6 +68,8 @@ class CodecRun:
         self.batches = iter(self.stream)
         held_out = iter(self._open(flags.validation_corpus, HELD_OUT_CLIPS, seed=None, max_seconds=HELD_OUT_SECONDS))
         self.held_out = next(held_out).clips
+        if not self.held_out:
+            raise UserError(f"the corpus '{flags.validation_corpus}' has no usable clip to judge by")
         self.skipped: Counter[str] = Counter()
         self.step, self.seconds, self.clips_seen = 0, 0.0, 0
         self.model = new_codec(config).to(self.device)
@@ -75,6 +92,11 @@ class CodecRun:
             shuffle_block=1024,
             is_endless=seed is not None,
         )
+
+    @property
+    def num_fit_frames(self) -> int:
+        """Frames that k-means sees."""
+        return FIT_BATCHES * self.flags.batch_size * CROP_FRAMES
 
     @property
     def fit_step(self) -> int:
@@ -156,7 +178,12 @@ class CodecRun:
         return distances
 
     def save(self) -> None:
-        """Writes the checkpoint aside, moves it into place, and exports the codec."""
+        """Exports the codec, then writes the checkpoint aside and moves it into place.
+
+        In this order: what is killed in between repeats some steps and exports again.
+        """
+        if self.step > self.fit_step:
+            self.export(self.folder / "codec")
         state = {
             "settings": _settings(self.flags),
             "step": self.step,
@@ -170,8 +197,6 @@ class CodecRun:
         path = self.folder / "checkpoint.pt"
         torch.save(state, path.with_suffix(".tmp"))
         os.replace(path.with_suffix(".tmp"), path)
-        if self.step > self.fit_step:
-            self.export(self.folder / "codec")
 
     def resume(self) -> None:
         """Continues from `checkpoint.pt`, if there is one."""
@@ -195,52 +220,54 @@ class CodecRun:
         """Writes the codec as float16 with a note of how it was made; it is to be used in float32."""
         half = MimiModel(self.model.config)
         half.load_state_dict(self.model.state_dict())
-        for book in [m for m in half.modules() if hasattr(m, "embed_sum")]:
+        for book in codebooks(half):
             book.embed_sum.copy_(book.embed)  # usage 1: float16 then rounds each center once
             book.cluster_usage.fill_(1.0)
         half.half().save_pretrained(folder)
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
         flags = self.flags
+        crop_seconds = CROP_FRAMES * self.frame_size / self.sample_rate_hz
+        is_cpu = self.device.type == "cpu"
+        device = f"CPU, {torch.get_num_threads()} threads" if is_cpu else torch.cuda.get_device_name(self.device)
         record = {
             "command": shlex.join(["uv", "run", "python", *sys.argv]),
             "corpus": flags.corpus,
             "steps": self.step,
             "clips_seen": self.clips_seen,
             "skipped": dict(self.skipped),
-            "audio_hours_seen": round(
-                self.step * flags.batch_size * CROP_FRAMES * self.frame_size / self.sample_rate_hz / 3600, 2
-            ),
+            "audio_hours_seen": round(self.step * flags.batch_size * crop_seconds / 3600, 2),
             "wall_hours": round(self.seconds / 3600, 2),
-            "device": torch.cuda.get_device_name()
-            if self.device.type == "cuda"
-            else f"CPU, {torch.get_num_threads()} threads",
-            "versions": versions(),
+            "device": device,
+            "versions": self.versions,
         }
         (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
 
     def run(self) -> None:
         """Trains to the last step with progress, loss curves, samples and checkpoints on the way."""
         writer = SummaryWriter(self.folder / "tb", purge_step=self.step)
-        started, first = time.monotonic() - self.seconds, self.step
-        since = time.monotonic()
+        first, began, before = self.step, time.monotonic(), self.seconds
+        sums: Counter[str] = Counter()
         while self.step < self.flags.steps:
-            values = self.train_step()
-            self.seconds = time.monotonic() - started
+            sums.update(self.train_step())
+            self.seconds = before + time.monotonic() - began
             if self.step % LOG_EVERY == 0:
-                rate = (self.step - first) / (time.monotonic() - since)
-                for name, value in values.items():
-                    writer.add_scalar(f"train/{name}", value, self.step)
-                parts = ", ".join(f"{name} {value:.3f}" for name, value in values.items())
-                minutes = (self.flags.steps - self.step) / rate / 60
+                means = {name: total / LOG_EVERY for name, total in sums.items()}
+                sums.clear()
+                for name, mean in means.items():
+                    writer.add_scalar(f"train/{name}", mean, self.step)
+                parts = ", ".join(f"{name} {mean:.3f}" for name, mean in means.items())
+                rate = (self.step - first) / (time.monotonic() - began)
+                left = (self.flags.steps - self.step) / rate / 60
                 print(
-                    f"step {self.step}/{self.flags.steps}: {parts}; {rate:.2f} steps/s, {minutes:.0f} min left",
-                    flush=True,
+                    f"step {self.step}/{self.flags.steps}: {parts}; {rate:.2f} steps/s, {left:.0f} min left", flush=True
                 )
             if self.step % SAVE_EVERY == 0 or self.step == self.flags.steps:
-                for depth, distance in self.held_out_distances().items():
+                distances = self.held_out_distances()
+                for depth, distance in distances.items():
                     writer.add_scalar(f"held_out_log_mel/{depth}_levels", distance, self.step)
-                    print(f"held-out log-mel distance at {depth} levels: {distance:.3f}", flush=True)
+                parts = ", ".join(f"{distance:.3f} at {depth}" for depth, distance in distances.items())
+                print(f"held-out log-mel distance: {parts} levels", flush=True)
                 self.save()
         writer.close()
 
@@ -261,7 +288,12 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="peak")
     parser.add_argument("--seed", type=int, default=1, help="of weights, order and crops")
     flags = parser.parse_args()
-    torch.set_flush_denormal(True)
+    for flag in ("steps", "batch_size", "learning_rate"):
+        if not getattr(flags, flag) > 0:
+            raise UserError(f"--{flag} is {getattr(flags, flag)}; it must be greater than 0")
+    if flags.codebook_size < 2 or flags.codebook_size & (flags.codebook_size - 1):
+        raise UserError(f"--codebook_size is {flags.codebook_size}; Mimi takes a power of 2, such as 256")
+    torch.set_flush_denormal(True)  # numbers near zero would otherwise slow the CPU down
     run = CodecRun(flags)
     run.resume()
     run.run()

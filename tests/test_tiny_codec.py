@@ -1,66 +1,218 @@
-"""The offline codec carries speech; the ledger's figures: `uv run pytest tests/test_tiny_codec.py -n 0 -s`."""
+"""The offline codec, how it is trained, and how it is judged."""
+
+import argparse
+import copy
+import json
 
 import pyarrow.parquet as pq
 import pytest
 import torch
-import torchaudio
+import train_tiny_codec
 from conftest import TINY
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from score_codec import perplexities
+from speech_classifier import LabelledClip, SpeechClassifier, isolated_words
+from tiny_codec import (
+    LogMel,
+    codebooks,
+    fit_codebooks,
+    new_codec,
+    reconstruct,
+    standardize,
+    tiny_mimi_config,
+)
+from torch import nn
+from transformers import MimiModel
 
 from llama_mimi.audio import read_audio
 from llama_mimi.codec import MimiCodec
+from llama_mimi.errors import UserError
 
-NUM_TRAIN = 200  # clips that the linear map and the centroids are fitted to
+FRAME = 1920  # samples
 
 
-def rows(pattern, limit=None):
-    files = sorted((TINY / "corpus").glob(pattern))
-    return [row for file in files for row in pq.read_table(file).to_pylist()][:limit]
+def held_out_clips(count, corpus="corpus/validation-00000-of-00001.parquet"):
+    rows = pq.read_table(TINY / corpus).slice(0, count).to_pylist()
+    return [LabelledClip(read_audio(r["audio"]["bytes"], 24_000).samples_S, r["speaker"], r["text"]) for r in rows]
 
 
 @pytest.fixture(scope="module")
-def features():
-    """For train and validation: per clip the dequantized latents (T, D), log-mel bands (T, 20) and the speaker."""
-    codec = MimiCodec(str(TINY / "mimi"), 8)
-    log_mel = torchaudio.transforms.MelSpectrogram(24_000, n_fft=1024, hop_length=480, n_mels=20)
-    splits = []
-    for clips in (rows("train-*", NUM_TRAIN), rows("validation-*")):
-        split = []
-        for row in clips:
-            samples_S = read_audio(row["audio"]["bytes"], 24_000).samples_S
-            (codes_TQ,) = codec.encode([samples_S])
-            with torch.no_grad():
-                latents_TD = codec.model.quantizer.decode(codes_TQ.T[None])[0].T
-            padded_S = torch.nn.functional.pad(samples_S, (0, len(codes_TQ) * 1920 - len(samples_S)))
-            bands = (log_mel(padded_S)[:, : 4 * len(codes_TQ)] + 1e-4).log()  # four hops of 20 ms a frame
-            split.append((latents_TD, bands.unflatten(1, (-1, 4)).mean(-1).T, row["speaker"]))
-        splits.append(split)
-    return splits
+def speech_B1S():
+    """Half a second of four held-out clips."""
+    return torch.stack([clip.samples_S[: 6 * FRAME] for clip in held_out_clips(4)])[:, None]
 
 
-def test_a_linear_map_finds_the_spectrum(features):
-    def stack(split):
-        latents_ND = torch.cat([latents for latents, _, _ in split])
-        with_bias = torch.cat([latents_ND, torch.ones(len(latents_ND), 1)], dim=1).double()
-        return with_bias, torch.cat([bands for _, bands, _ in split]).double()
-
-    (x_train, y_train), (x, y) = map(stack, features)
-    weights = torch.linalg.lstsq(x_train, y_train, driver="gelsd").solution
-    explained = 1 - float(((x @ weights - y) ** 2).sum() / ((y - y.mean(0)) ** 2).sum())
-    print(f"\nlog-mel variance explained by the codes of 8 levels: {explained:.3f}")
-    assert explained > 0.25  # a codec of unscaled random filters reached 0.02
+@pytest.fixture(scope="module")
+def model(speech_B1S):
+    """A small codec as a run has it after fitting the codebooks."""
+    torch.manual_seed(0)
+    model = new_codec(tiny_mimi_config(codebook_size=16))
+    standardize(model, speech_B1S)
+    fit_codebooks(model, [speech_B1S])
+    return model
 
 
-def test_the_nearest_centroid_is_the_speaker(features):
-    train, validation = features
-    scale = torch.cat([latents for latents, _, _ in train]).std(0) + 1e-9
-    speakers = sorted({speaker for _, _, speaker in train})
-    mean_D = {
-        speaker: torch.stack([(latents / scale).mean(0) for latents, _, s in train if s == speaker]).mean(0)
-        for speaker in speakers
+@pytest.mark.parametrize("depth", [1, 2, 8])
+def test_training_decodes_what_transformers_decodes(model, speech_B1S, depth):
+    codes = model.encode(speech_B1S, num_quantizers=depth).audio_codes
+    expected = model.decode(codes).audio_values
+    decoded, _ = reconstruct(copy.deepcopy(model), speech_B1S, torch.full((4,), depth), is_quantized=True)
+    torch.testing.assert_close(decoded, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_clips_of_a_batch_have_their_own_depth(model, speech_B1S):
+    mixed, _ = reconstruct(copy.deepcopy(model), speech_B1S, torch.tensor([1, 3, 8, 1]), is_quantized=True)
+    for index, depth in enumerate([1, 3, 8, 1]):
+        alone, _ = reconstruct(
+            copy.deepcopy(model), speech_B1S[index : index + 1], torch.tensor([depth]), is_quantized=True
+        )
+        torch.testing.assert_close(mixed[index], alone[0], atol=1e-5, rtol=1e-4)
+
+
+def test_the_gradient_passes_the_codes_straight_through(model, speech_B1S):
+    """The encoder learns although codes have no gradient; acoustic levels that are left out teach it nothing."""
+    trained = copy.deepcopy(model)
+    decoded, _ = reconstruct(trained, speech_B1S, torch.ones(4, dtype=torch.long), is_quantized=True)
+    decoded.square().sum().backward()
+    semantic = trained.quantizer.semantic_residual_vector_quantizer.input_proj.weight.grad
+    acoustic = trained.quantizer.acoustic_residual_vector_quantizer.input_proj.weight.grad
+    assert semantic.abs().sum() > 0
+    assert acoustic is None or acoustic.abs().sum() == 0
+
+
+def test_codebooks_follow_what_they_code_and_none_stays_dead(model, speech_B1S):
+    trained = copy.deepcopy(model)
+    for book in codebooks(trained):
+        book.embed_sum[8:] = 1e4 * book.cluster_usage[8:, None]  # far from anything: nobody's nearest
+        book._embed = None
+
+    def distance():
+        with torch.no_grad():
+            return reconstruct(trained, speech_B1S, torch.full((4,), 8), is_quantized=True)[1]
+
+    before = distance()
+    for _ in range(300):
+        after = distance()
+    assert after < before / 2
+    codes = trained.encode(speech_B1S).audio_codes
+    assert all(len(level.unique()) > 8 for level in codes.transpose(0, 1))
+
+
+def test_k_means_quantizes_better_than_random_codebooks(speech_B1S):
+    torch.manual_seed(0)
+    model = new_codec(tiny_mimi_config(codebook_size=16))
+    standardize(model, speech_B1S)
+    everything = torch.full((4,), 8)
+    _, random = reconstruct(copy.deepcopy(model), speech_B1S, everything, is_quantized=True)
+    fit_codebooks(model, [speech_B1S])
+    _, fitted = reconstruct(model, speech_B1S, everything, is_quantized=True)
+    assert fitted < random / 2
+
+
+def test_a_new_codec_starts_with_outputs_of_unit_variance(speech_B1S):
+    torch.manual_seed(0)
+    model = new_codec(tiny_mimi_config(codebook_size=16))
+    deviations = {}
+
+    def record(name):
+        return lambda _module, _inputs, output: deviations.__setitem__(name, output.std(dim=(0, 2)))
+
+    standardize(model, speech_B1S)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
+            module.register_forward_hook(record(name))
+    decoded, _ = reconstruct(model, speech_B1S, torch.full((4,), 8), is_quantized=False)
+    deviations.popitem()  # the last one gives samples
+    for name, deviation_C in deviations.items():
+        torch.testing.assert_close(deviation_C, torch.ones_like(deviation_C), atol=1e-2, rtol=0, msg=name)
+    torch.testing.assert_close(decoded.std(), speech_B1S.std(), atol=1e-3, rtol=1e-2)
+
+
+def flags(folder, **changes):
+    corpus = {"corpus": str(TINY / "words/train-*.parquet"), "validation_corpus": str(TINY / "words/val*.parquet")}
+    numbers = {"steps": 6, "batch_size": 2, "codebook_size": 16, "learning_rate": 1e-3, "seed": 3}
+    return argparse.Namespace(**corpus | numbers | {"output_dir": folder} | changes)
+
+
+def test_a_stopped_run_continues_exactly(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_tiny_codec, "FIT_BATCHES", 2)
+    whole = train_tiny_codec.CodecRun(flags(tmp_path / "whole"))
+    whole.run()  # warms up for two steps, fits, and quantizes for four
+    stopped = train_tiny_codec.CodecRun(flags(tmp_path / "stopped"))
+    for _ in range(4):
+        stopped.train_step()
+    stopped.save()
+    again = train_tiny_codec.CodecRun(flags(tmp_path / "stopped"))
+    again.resume()
+    assert again.step == 4
+    again.run()
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[name]), name
+    assert again.clips_seen == whole.clips_seen
+    assert {path.name for path in (tmp_path / "whole" / "samples" / "step-000006").iterdir()} == {
+        f"{depth}_levels.wav" for depth in (1, 2, 4, 8)
     }
-    centroids = torch.stack([mean_D[speaker] for speaker in speakers])
-    clips = torch.stack([(latents / scale).mean(0) for latents, _, _ in validation])
-    named = torch.cdist(clips, centroids).argmin(1).tolist()
-    share = sum(speakers[i] == speaker for i, (_, _, speaker) in zip(named, validation, strict=True)) / len(clips)
-    print(f"\nspeaker named by the nearest centroid: {share:.2f} of {len(clips)} clips, {len(speakers)} speakers")
-    assert share > 0.7  # a codec of unscaled random filters reached 0.26
+
+    # what is exported is what was trained, up to float16
+    exported = MimiModel.from_pretrained(tmp_path / "whole" / "codec")
+    assert exported.dtype == torch.float32
+    for ours, theirs in zip(codebooks(whole.model), codebooks(exported), strict=True):
+        torch.testing.assert_close(theirs.embed, ours.embed, atol=1e-3, rtol=1e-3)
+    record = json.loads((tmp_path / "whole" / "codec" / "training.json").read_text())
+    assert record["steps"] == 6 and record["corpus"].endswith("train-*.parquet")
+
+    with pytest.raises(UserError, match=r"other settings .*'batch_size': 2"):
+        train_tiny_codec.CodecRun(flags(tmp_path / "whole", batch_size=1)).resume()
+
+
+def test_more_codes_than_frames_are_refused(tmp_path):
+    with pytest.raises(UserError, match="--codebook_size is 4096"):
+        train_tiny_codec.CodecRun(flags(tmp_path, codebook_size=4096))
+
+
+def test_the_offline_codec_reconstructs_speech_the_better_the_deeper():
+    codec = MimiCodec(str(TINY / "mimi"), 8)
+    log_mel = LogMel(24_000, 1024, 80)
+    distances = dict.fromkeys((1, 2, 4, 8), 0.0)
+    for clip in held_out_clips(8):
+        (codes_TQ,) = codec.encode([clip.samples_S])
+        for depth in distances:
+            decoded_S = codec.decode(codes_TQ[:, :depth])[: len(clip.samples_S)]
+            distances[depth] += float((log_mel(decoded_S).log() - log_mel(clip.samples_S).log()).abs().mean()) / 8
+    assert distances[1] > distances[2] > distances[4] > distances[8]
+    assert distances[8] < 0.6
+
+
+def test_the_offline_codec_has_few_megabytes():
+    assert sum(path.stat().st_size for path in (TINY / "mimi").iterdir()) < 8e6
+    assert MimiModel.from_pretrained(TINY / "mimi").dtype == torch.float32
+
+
+def test_perplexity_counts_evenly_used_codes():
+    codes_TQ = torch.stack([torch.arange(64) % 8, torch.zeros(64, dtype=torch.long)], dim=1)
+    assert perplexities(codes_TQ, 16) == pytest.approx([8.0, 1.0])
+
+
+@settings(max_examples=30, deadline=None)
+@given(lengths=st.lists(st.integers(2000, 9000), min_size=2, max_size=6), gap=st.integers(800, 4000))
+def test_words_are_cut_out_at_digital_silence(lengths, gap):
+    parts = [0.1 + torch.rand(length) for length in lengths]
+    joined = torch.cat([torch.cat([part, torch.zeros(gap)]) for part in parts])
+    text = " ".join(f"word{index}" for index in range(len(parts)))
+    words, uncut = isolated_words([LabelledClip(joined, "a", text)], 24_000)
+    assert uncut == 0 and [word.text for word in words] == text.split()
+    assert all(torch.equal(word.samples_S, part) for word, part in zip(words, parts, strict=True))
+    assert isolated_words([LabelledClip(joined, "a", text + " more")], 24_000) == ([], 1)
+
+
+def test_the_classifier_knows_speakers_and_words_of_the_offline_corpus():
+    train, held_out = (
+        held_out_clips(None, "words/train-00000-of-00001.parquet"),
+        held_out_clips(None, "words/validation-00000-of-00001.parquet"),
+    )
+    for kind, num_parts in (("speaker", 1), ("text", 5)):
+        classifier = SpeechClassifier(train, [getattr(c, kind) for c in train], 24_000, num_parts=num_parts)
+        names = classifier.names([clip.samples_S for clip in held_out])
+        right = sum(name == getattr(clip, kind) for name, clip in zip(names, held_out, strict=True))
+        assert right / len(held_out) > 0.9, kind

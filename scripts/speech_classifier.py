@@ -1,0 +1,123 @@
+"""Who speaks, and which word: MFCC statistics and logistic regression, to judge what a codec or a model keeps.
+
+Shapes: S samples, F spectral windows, C cepstral coefficients, N clips.
+"""
+
+import glob
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+import torchaudio
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from llama_mimi.audio import read_audio
+from llama_mimi.errors import UserError
+
+WINDOW, HOP, BANDS, COEFFICIENTS = 1024, 240, 40, 20  # 43 ms windows every 10 ms at 24 kHz
+DYNAMIC_RANGE_DB = 50.0  # below the loudest band of a clip; what is fainter is recording noise, not a voice
+ENERGY_SHARE = 0.99  # of the mean magnitude spectrum; the rest above is no band of this material
+SILENCE_SECONDS = 0.03  # digital silence at least this long separates isolated words
+
+
+@dataclass(frozen=True)
+class LabelledClip:
+    """A clip and what is said about it."""
+
+    samples_S: torch.Tensor
+    speaker: str
+    text: str
+
+
+def read_clips(corpus: str, sample_rate_hz: int) -> list[LabelledClip]:
+    """Clips of a Parquet path or glob with columns audio, speaker and text.
+
+    Raises:
+        UserError: no such file or column.
+    """
+    files = sorted(glob.glob(corpus))
+    if not files:
+        raise UserError(f"no Parquet file matches '{corpus}'; name a path or glob")
+    clips = []
+    for file in files:
+        missing = {"audio", "speaker", "text"} - set(pq.read_schema(file).names)
+        if missing:
+            raise UserError(f"'{file}' has no column {', '.join(sorted(missing))}; name a corpus with speaker and text")
+        for row in pq.read_table(file, columns=["audio", "speaker", "text"]).to_pylist():
+            samples_S = read_audio(row["audio"]["bytes"], sample_rate_hz).samples_S
+            clips.append(LabelledClip(samples_S, row["speaker"], row["text"]))
+    return clips
+
+
+def isolated_words(clips: Sequence[LabelledClip], sample_rate_hz: int) -> tuple[list[LabelledClip], int]:
+    """One clip a word, and the number of clips that could not be cut.
+
+    A clip of one word is that word. Others are cut at digital silence, if that leaves as many parts as words.
+    """
+    words: list[LabelledClip] = []
+    uncut = 0
+    for clip in clips:
+        names = clip.text.split()
+        parts = [clip.samples_S] if len(names) == 1 else _sounding_parts(clip.samples_S, sample_rate_hz)
+        if len(parts) != len(names):
+            uncut += 1
+            continue
+        words += [LabelledClip(part_S, clip.speaker, name) for part_S, name in zip(parts, names, strict=True)]
+    return words, uncut
+
+
+def _sounding_parts(samples_S: torch.Tensor, sample_rate_hz: int) -> list[torch.Tensor]:
+    loud = np.flatnonzero(samples_S.abs().numpy() > 1e-6)
+    gaps = np.flatnonzero(np.diff(loud) > SILENCE_SECONDS * sample_rate_hz)
+    starts, ends = np.append(0, gaps + 1), np.append(gaps, len(loud) - 1)
+    return [samples_S[loud[start] : loud[end] + 1] for start, end in zip(starts, ends, strict=True)]
+
+
+def upper_band_edge(clips: Sequence[LabelledClip], sample_rate_hz: int) -> float:
+    """Frequency in Hz under which `ENERGY_SHARE` of the mean magnitude spectrum lies.
+
+    Material recorded at a low rate has nothing above; coefficients of that nothing would be what a codec adds to it.
+    """
+    spectrum = torchaudio.transforms.Spectrogram(WINDOW, hop_length=HOP, power=1.0)
+    mean_F = torch.stack([spectrum(clip.samples_S).mean(dim=1) for clip in clips]).mean(dim=0)
+    share_F = mean_F.cumsum(0) / mean_F.sum()
+    return float((share_F < ENERGY_SHARE).sum() + 1) * sample_rate_hz / WINDOW
+
+
+class SpeechClassifier:
+    """Logistic regression on statistics of MFCCs.
+
+    Args:
+        clips: original recordings, to fit to.
+        labels: what to tell apart, one a clip.
+        num_parts: equal parts of a clip whose statistics are kept apart.
+    """
+
+    def __init__(
+        self, clips: Sequence[LabelledClip], labels: Sequence[str], sample_rate_hz: int, *, num_parts: int = 1
+    ) -> None:
+        self.num_parts = num_parts
+        mel = {"n_fft": WINDOW, "hop_length": HOP, "n_mels": BANDS, "f_max": upper_band_edge(clips, sample_rate_hz)}
+        self.mfcc = torchaudio.transforms.MFCC(sample_rate_hz, COEFFICIENTS, log_mels=False, melkwargs=mel)
+        self.mfcc.amplitude_to_DB.top_db = DYNAMIC_RANGE_DB
+        self.model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
+        self.model.fit(self._features([clip.samples_S for clip in clips]), labels)
+
+    def names(self, clips: Sequence[torch.Tensor]) -> list[str]:
+        """The likeliest label of each clip (S,)."""
+        return self.model.predict(self._features(clips)).tolist()
+
+    def _features(self, clips: Sequence[torch.Tensor]) -> np.ndarray:
+        """Mean and standard deviation of every coefficient in every part; the same level for every clip."""
+        rows = []
+        for samples_S in clips:
+            mfcc_CF = self.mfcc(samples_S / samples_S.abs().max().clamp(min=1e-6))
+            parts = [part_CF for part_CF in mfcc_CF.tensor_split(self.num_parts, dim=1) if part_CF.shape[1]]
+            parts += parts[-1:] * (self.num_parts - len(parts))
+            statistics = [torch.cat([p.mean(dim=1), p.std(dim=1, correction=0)]) for p in parts]
+            rows.append(torch.cat(statistics).numpy())
+        return np.stack(rows)
