@@ -105,7 +105,7 @@ def reconstruct(
     for branch in _branches(model):
         vectors_BTE = branch.input_proj(latents_BDT).mT
         if is_quantized:
-            vectors_BTE, distance = _quantize(branch, vectors_BTE, depth_B - first)
+            vectors_BTE, distance = quantize(branch, vectors_BTE, depth_B - first)
             commitment = commitment + distance
         is_kept_B11 = (depth_B > first)[:, None, None]
         total_BDT = total_BDT + branch.output_proj(vectors_BTE.mT) * is_kept_B11
@@ -113,7 +113,7 @@ def reconstruct(
     return model.decoder(total_BDT).audio_values, commitment
 
 
-def _quantize(branch: nn.Module, vectors_BTE: torch.Tensor, depth_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize(branch: nn.Module, vectors_BTE: torch.Tensor, depth_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The sum of the first ``depth_B`` codes with the gradient of ``vectors_BTE`` (straight-through)."""
     residual_BTE, kept_BTE = vectors_BTE, torch.zeros_like(vectors_BTE)
     commitment = vectors_BTE.new_zeros(())
