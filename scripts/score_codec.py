@@ -24,7 +24,7 @@ from llama_mimi.errors import UserError, run_cli
 from llama_mimi.evaluation import versions, wilson_interval
 
 DEPTHS = (1, 2, 4, 8)
-WORD_PARTS = 5  # a word's statistics are taken in as many equal parts, because order makes the word
+WORD_PARTS = 5  # a word is judged by the means of as many equal parts, because order makes the word
 
 
 def reconstructions(

@@ -1,6 +1,6 @@
 """Who speaks, and which word: MFCC statistics and logistic regression, to judge what a codec or a model keeps.
 
-Shapes: S samples, F spectral windows, C cepstral coefficients, N clips.
+Shapes: S samples, F spectral windows, B mel bands, C cepstral coefficients.
 """
 
 import glob
@@ -20,6 +20,7 @@ from llama_mimi.errors import UserError
 
 WINDOW, HOP, BANDS, COEFFICIENTS = 1024, 240, 40, 20  # 43 ms windows every 10 ms at 24 kHz
 DYNAMIC_RANGE_DB = 50.0  # below the loudest band of a clip; what is fainter is recording noise, not a voice
+LOUD_RANGE_DB = 30.0  # below the loudest window; the others are pauses
 ENERGY_SHARE = 0.99  # of the mean magnitude spectrum; the rest above is no band of this material
 SILENCE_SECONDS = 0.03  # digital silence at least this long separates isolated words
 
@@ -89,21 +90,29 @@ def upper_band_edge(clips: Sequence[LabelledClip], sample_rate_hz: int) -> float
 
 
 class SpeechClassifier:
-    """Logistic regression on statistics of MFCCs.
+    """Logistic regression on mean MFCCs.
+
+    Deviations over time are left out: every codec smooths a little, which is heard as less of a voice than it is. (On
+    reconstructions of training clips by a half-trained codec, means named 85 % of the speakers, both together 18 %.)
 
     Args:
         clips: original recordings, to fit to.
         labels: what to tell apart, one a clip.
-        num_parts: equal parts of a clip whose statistics are kept apart.
+        num_parts: equal parts of a clip whose means are kept apart.
     """
 
     def __init__(
         self, clips: Sequence[LabelledClip], labels: Sequence[str], sample_rate_hz: int, *, num_parts: int = 1
     ) -> None:
         self.num_parts = num_parts
-        mel = {"n_fft": WINDOW, "hop_length": HOP, "n_mels": BANDS, "f_max": upper_band_edge(clips, sample_rate_hz)}
-        self.mfcc = torchaudio.transforms.MFCC(sample_rate_hz, COEFFICIENTS, log_mels=False, melkwargs=mel)
-        self.mfcc.amplitude_to_DB.top_db = DYNAMIC_RANGE_DB
+        self.mel = torchaudio.transforms.MelSpectrogram(
+            sample_rate_hz,
+            n_fft=WINDOW,
+            hop_length=HOP,
+            n_mels=BANDS,
+            f_max=upper_band_edge(clips, sample_rate_hz),
+        )
+        self.dct_BC = torchaudio.functional.create_dct(COEFFICIENTS, BANDS, norm="ortho")
         self.model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
         self.model.fit(self._features([clip.samples_S for clip in clips]), labels)
 
@@ -112,12 +121,14 @@ class SpeechClassifier:
         return self.model.predict(self._features(clips)).tolist()
 
     def _features(self, clips: Sequence[torch.Tensor]) -> np.ndarray:
-        """Mean and standard deviation of every coefficient in every part; the same level for every clip."""
+        """Mean coefficients (parts * C,) of the loud windows of every part of each clip."""
         rows = []
         for samples_S in clips:
-            mfcc_CF = self.mfcc(samples_S / samples_S.abs().max().clamp(min=1e-6))
-            parts = [part_CF for part_CF in mfcc_CF.tensor_split(self.num_parts, dim=1) if part_CF.shape[1]]
+            level_BF = 10 * self.mel(samples_S / samples_S.abs().max().clamp(min=1e-6)).clamp(min=1e-10).log10()
+            level_BF = level_BF.clamp(min=level_BF.max() - DYNAMIC_RANGE_DB)
+            loudness_F = level_BF.max(dim=0).values
+            loud_BF = level_BF[:, loudness_F > loudness_F.max() - LOUD_RANGE_DB]
+            parts = [part_BF for part_BF in loud_BF.tensor_split(self.num_parts, dim=1) if part_BF.shape[1]]
             parts += parts[-1:] * (self.num_parts - len(parts))
-            statistics = [torch.cat([p.mean(dim=1), p.std(dim=1, correction=0)]) for p in parts]
-            rows.append(torch.cat(statistics).numpy())
+            rows.append(torch.cat([part_BF.mean(dim=1) @ self.dct_BC for part_BF in parts]).numpy())
         return np.stack(rows)

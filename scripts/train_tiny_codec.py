@@ -121,9 +121,8 @@ class CodecRun:
         return torch.stack(crops)[:, None].to(self.device)
 
     def learning_rate(self) -> float:
-        """Linear warm-up over 100 steps, then constant, then from `fit_step` on a cosine to 2 % of the peak."""
-        share = max(self.step - self.fit_step, 0) / max(self.flags.steps - self.fit_step, 1)
-        decay = 0.02 + 0.98 * (1 + math.cos(math.pi * share)) / 2
+        """Linear warm-up over 100 steps, then a cosine to 2 % of the peak."""
+        decay = 0.02 + 0.98 * (1 + math.cos(math.pi * self.step / self.flags.steps)) / 2
         return self.flags.learning_rate * min(1.0, (self.step + 1) / 100) * decay
 
     def train_step(self) -> dict[str, float]:
