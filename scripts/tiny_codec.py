@@ -13,7 +13,7 @@ from transformers import MimiConfig, MimiModel
 
 LAYER_SCALE = 0.2  # of a new codec; Mimi's 0.01 is meant for far longer training
 EMA_DECAY = 0.99  # of codebooks, per step; as in VQ-VAE (arXiv 1711.00937, appendix A)
-DEAD_SHARE = 0.1  # a code used less often than this share of an even use is drawn anew
+DEAD_SHARE = 0.25  # a code used less often than this share of an even use is drawn anew
 # STFT windows in samples (10.7, 21.3, 42.7, 85.3 ms at 24 kHz) and mel bands; four hops a window.
 RESOLUTIONS = ((256, 20), (512, 40), (1024, 80), (2048, 128))
 MEL_FLOOR = 3e-4  # magnitude below which nothing counts; a sine of full scale has 0.5

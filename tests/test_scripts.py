@@ -209,6 +209,43 @@ def test_a_benchmark_run_writes_what_explains_it(converted, tmp_path):
     assert result.returncode == 1 and "9_odd.ogg" in result.stderr and "Traceback" not in result.stderr
 
 
+def test_a_continuation_is_judged_by_its_voice(converted, tmp_path):
+    clips = TINY / "corpus" / "validation-00000-of-00001.parquet"
+    output, picture = tmp_path / "voice.json", tmp_path / "voice.png"
+    command = ("scripts/score_continuation.py", "--model_name", converted, "--corpus", clips)
+    command += ("--validation_corpus", clips, "--num_samples", 2, "--output_file", output, "--picture", picture)
+    result = run(*command)
+    assert result.returncode == 0, result.stderr
+    report = json.loads(output.read_text())
+    assert report["count"] == len(report["samples"]) == 2 and report["speaker_kept"]["recording"] == 1.0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "continuation: speaker named in" in result.stdout
+    result = run(*command, "--prompt_seconds", 60)
+    assert result.returncode == 1 and "goes on for a second after 60 s" in result.stderr
+
+
+def test_a_codec_is_judged_level_by_level(tmp_path):
+    words = TINY / "words"
+    output, picture = tmp_path / "codec.json", tmp_path / "codec.png"
+    result = run(
+        *("scripts/score_codec.py", "--codec", TINY / "mimi", "--corpus", words / "train-*.parquet"),
+        *("--validation_corpus", words / "validation-*.parquet", "--output_file", output, "--picture", picture),
+    )
+    assert result.returncode == 0, result.stderr
+    report = json.loads(output.read_text())
+    rows = report["rows"]
+    assert list(rows) == ["original", "1 level", "2 levels", "4 levels", "8 levels", "untrained, 8 levels"]
+    assert rows["original"]["log_mel_distance"] == 0 and rows["original"]["word"] > 0.9
+    assert rows["8 levels"]["log_mel_distance"] < rows["untrained, 8 levels"]["log_mel_distance"] / 2
+    assert report["counts"]["held_out_words"] == 80 and len(report["perplexity"]) == 8
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert all(f"| {name} |" in result.stdout for name in rows)
+    result = run(
+        "scripts/score_codec.py", "--codec", TINY / "mimi", "--corpus", "no.parquet", "--validation_corpus", "x"
+    )
+    assert result.returncode == 1 and "no Parquet file matches 'no.parquet'" in result.stderr
+
+
 def test_prepare_base_model(tmp_path):
     base = tmp_path / "base"
     torch.manual_seed(0)
