@@ -54,7 +54,7 @@ class CodecRun:
     def __init__(self, flags: argparse.Namespace) -> None:
         self.flags = flags
         self.folder: Path = flags.output_dir
-        self.versions = versions()
+        self.starts: list[dict[str, Any]] = []
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self.num_fit_frames < flags.codebook_size:
             raise UserError(
@@ -152,7 +152,10 @@ class CodecRun:
 
     @torch.no_grad()
     def held_out_distances(self) -> dict[int, float]:
-        """Mean log-mel distance of held-out clips at each depth; while warming up without quantization."""
+        """Mean log-mel distance of held-out clips at each depth, with samples of the first one.
+
+        While warming up, latents are not quantized, and depth only decides which of the two branches takes part.
+        """
         torch.manual_seed(0)
         distances = dict.fromkeys(DEPTHS, 0.0)
         self.model.eval()
@@ -189,6 +192,7 @@ class CodecRun:
             "seconds": self.seconds,
             "clips_seen": self.clips_seen,
             "skipped": dict(self.skipped),
+            "starts": self.starts,
             "stream": self.stream.state_dict(),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -197,11 +201,15 @@ class CodecRun:
         torch.save(state, path.with_suffix(".tmp"))
         os.replace(path.with_suffix(".tmp"), path)
 
-    def resume(self) -> None:
-        """Continues from `checkpoint.pt`, if there is one."""
+    def start(self) -> None:
+        """Continues from `checkpoint.pt`, if there is one, and notes where and by which code."""
         path = self.folder / "checkpoint.pt"
-        if not path.exists():
-            return
+        if path.exists():
+            self._load(path)
+            print(f"continuing after step {self.step}", flush=True)
+        self.starts.append({"step": self.step, "commit": versions()["commit"]})
+
+    def _load(self, path: Path) -> None:
         state = torch.load(path, map_location=self.device, weights_only=True)
         if state["settings"] != _settings(self.flags):
             raise UserError(
@@ -213,7 +221,7 @@ class CodecRun:
         self.stream.load_state_dict(state["stream"])
         self.skipped.update(state["skipped"])
         self.step, self.seconds, self.clips_seen = state["step"], state["seconds"], state["clips_seen"]
-        print(f"continuing after step {self.step}", flush=True)
+        self.starts = state["starts"]
 
     def export(self, folder: Path) -> None:
         """Writes the codec as float16 with a note of how it was made; it is to be used in float32."""
@@ -238,7 +246,8 @@ class CodecRun:
             "audio_hours_seen": round(self.step * flags.batch_size * crop_seconds / 3600, 2),
             "wall_hours": round(self.seconds / 3600, 2),
             "device": device,
-            "versions": self.versions,
+            "starts": self.starts,
+            "versions": {name: number for name, number in versions().items() if name != "commit"},
         }
         (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
 
@@ -261,14 +270,18 @@ class CodecRun:
                 print(
                     f"step {self.step}/{self.flags.steps}: {parts}; {rate:.2f} steps/s, {left:.0f} min left", flush=True
                 )
-            if self.step % SAVE_EVERY == 0 or self.step == self.flags.steps:
-                distances = self.held_out_distances()
-                for depth, distance in distances.items():
-                    writer.add_scalar(f"held_out_log_mel/{depth}_levels", distance, self.step)
-                parts = ", ".join(f"{distance:.3f} at {depth}" for depth, distance in distances.items())
-                print(f"held-out log-mel distance: {parts} levels", flush=True)
-                self.save()
+            if self.step % SAVE_EVERY == 0 and self.step < self.flags.steps:
+                self._judge_and_save(writer)
+        self._judge_and_save(writer)
         writer.close()
+
+    def _judge_and_save(self, writer: SummaryWriter) -> None:
+        distances = self.held_out_distances()
+        for depth, distance in distances.items():
+            writer.add_scalar(f"held_out_log_mel/{depth}_levels", distance, self.step)
+        parts = ", ".join(f"{distance:.3f} at {depth}" for depth, distance in distances.items())
+        print(f"step {self.step}/{self.flags.steps}: held-out log-mel distance {parts} levels", flush=True)
+        self.save()
 
 
 def _settings(flags: argparse.Namespace) -> dict[str, Any]:
@@ -294,7 +307,7 @@ def main() -> None:
         raise UserError(f"--codebook_size is {flags.codebook_size}; Mimi takes a power of 2, such as 256")
     torch.set_flush_denormal(True)  # numbers near zero would otherwise slow the CPU down
     run = CodecRun(flags)
-    run.resume()
+    run.start()
     run.run()
     print(f"codec: {flags.output_dir / 'codec'}")
 

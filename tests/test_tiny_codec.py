@@ -136,14 +136,16 @@ def flags(folder, **changes):
 def test_a_stopped_run_continues_exactly(tmp_path, monkeypatch):
     monkeypatch.setattr(train_tiny_codec, "FIT_BATCHES", 2)
     whole = train_tiny_codec.CodecRun(flags(tmp_path / "whole"))
+    whole.start()
     whole.run()  # warms up for two steps, fits, and quantizes for four
     stopped = train_tiny_codec.CodecRun(flags(tmp_path / "stopped"))
+    stopped.start()
     for _ in range(4):
         stopped.train_step()
     stopped.save()
     again = train_tiny_codec.CodecRun(flags(tmp_path / "stopped"))
-    again.resume()
-    assert again.step == 4
+    again.start()
+    assert again.step == 4 and [start["step"] for start in again.starts] == [0, 4]
     again.run()
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, again.model.state_dict()[name]), name
@@ -161,7 +163,7 @@ def test_a_stopped_run_continues_exactly(tmp_path, monkeypatch):
     assert record["steps"] == 6 and record["corpus"].endswith("train-*.parquet")
 
     with pytest.raises(UserError, match=r"other settings .*'batch_size': 2"):
-        train_tiny_codec.CodecRun(flags(tmp_path / "whole", batch_size=1)).resume()
+        train_tiny_codec.CodecRun(flags(tmp_path / "whole", batch_size=1)).start()
 
 
 def test_more_codes_than_frames_are_refused(tmp_path):
