@@ -294,7 +294,7 @@ def main() -> None:
     parser.add_argument("--corpus", required=True, help="name, folder, or Parquet path or glob to train on")
     parser.add_argument("--validation_corpus", required=True, help="the same, of held-out clips")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of the run")
-    parser.add_argument("--steps", type=int, default=8000, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=6000, help="optimizer steps")
     parser.add_argument("--batch_size", type=int, default=8, help="crops of 0.96 s a step")
     parser.add_argument("--codebook_size", type=int, default=256, help="codes of a level")
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="peak")
