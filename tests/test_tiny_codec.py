@@ -181,7 +181,7 @@ def test_the_offline_codec_reconstructs_speech_the_better_the_deeper():
             decoded_S = codec.decode(codes_TQ[:, :depth])[: len(clip.samples_S)]
             distances[depth] += float((log_mel(decoded_S).log() - log_mel(clip.samples_S).log()).abs().mean()) / 8
     assert distances[1] > distances[2] > distances[4] > distances[8]
-    assert distances[8] < 0.6
+    assert distances[8] < 0.45  # 0.39 over all held-out clips; an untrained codec has 1.8
 
 
 def test_the_offline_codec_has_few_megabytes():

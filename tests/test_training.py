@@ -74,7 +74,7 @@ def losses(dump_folder: Path, tag: str = LOSS) -> dict[int, float]:
 def golden_run(tmp_path_factory):
     """20 steps of the README's run, with a checkpoint at step 10."""
     folder = tmp_path_factory.mktemp("golden")
-    train(2, folder, training__steps=20, lr_scheduler__total_steps=250, checkpoint__interval=10)
+    train(2, folder, training__steps=20, lr_scheduler__total_steps=420, checkpoint__interval=10)
     return folder
 
 
