@@ -29,14 +29,7 @@ def main() -> None:
     parser.add_argument("--device", help="by default the accelerator where there is one")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of the decoder")
     flags = parser.parse_args()
-    for flag, is_valid in {
-        "seconds": 0.08 <= flags.seconds < float("inf"),
-        "temperature": flags.temperature >= 0,
-        "top_k": flags.top_k >= 1,
-        "num_samples": flags.num_samples >= 1,
-    }.items():
-        if not is_valid:
-            raise UserError(f"--{flag} is {getattr(flags, flag)}, which is out of range; see --help")
+    options = SamplingOptions(flags.seconds, flags.temperature, flags.top_k, flags.seed, flags.num_samples)
     if flags.output_file.suffix.lower() != ".wav" or flags.output_file.is_dir():
         raise UserError(f"--output_file is '{flags.output_file}'; name a .wav file")
 
@@ -49,7 +42,6 @@ def main() -> None:
     codec = model.codec
     prompt = read_audio(flags.prompt, codec.sample_rate_hz, min_samples=codec.frame_size)
     (prompt_TQ,) = codec.encode([prompt.samples_S])
-    options = SamplingOptions(flags.seconds, flags.temperature, flags.top_k, flags.seed, flags.num_samples)
     for index, codes_TQ in enumerate(continue_codes(model, prompt_TQ, options)):
         path = flags.output_file
         if flags.num_samples > 1:

@@ -6,6 +6,8 @@ uv run python scripts/score_codec.py --codec assets/tiny/mimi --corpus "assets/t
 
 Classifiers are fitted to original recordings of the first corpora and name what they hear in reconstructions of the
 second ones. Without --words_corpus, words are cut out of the corpus itself where digital silence separates them.
+
+Shapes: S samples, T frames, Q quantizers, K codebook size.
 """
 
 import argparse
@@ -13,17 +15,17 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 
 import torch
 from spectrograms import draw_spectrograms
 from speech_classifier import LabelledClip, SpeechClassifier, isolated_words, read_clips
-from tiny_codec import LogMel, new_codec
+from tiny_codec import DEPTHS, MelMagnitude, new_codec
 
 from llama_mimi.codec import MimiCodec
 from llama_mimi.errors import UserError, run_cli
 from llama_mimi.evaluation import versions, wilson_interval
 
-DEPTHS = (1, 2, 4, 8)
 WORD_PARTS = 5  # a word is judged by the means of as many equal parts, because order makes the word
 
 
@@ -40,17 +42,6 @@ def reconstructions(
         for depth in depths
     }
     return decoded, torch.cat(codes)
-
-
-def distances(log_mel: LogMel, decoded: Sequence[torch.Tensor], clips: Sequence[LabelledClip]) -> tuple[float, float]:
-    """Mean over clips of the log-mel distance (mean absolute difference of natural logarithms) and of the spectral
-    convergence (norm of the difference of mel magnitudes over the norm of the original's)."""
-    log_distance = convergence = 0.0
-    for decoded_S, clip in zip(decoded, clips, strict=True):
-        ours, original = log_mel(decoded_S), log_mel(clip.samples_S)
-        log_distance += float((ours.log() - original.log()).abs().mean()) / len(clips)
-        convergence += float((ours - original).norm() / original.norm()) / len(clips)
-    return log_distance, convergence
 
 
 def perplexities(codes_TQ: torch.Tensor, codebook_size: int) -> list[float]:
@@ -74,18 +65,21 @@ def score(codec: MimiCodec, flags: argparse.Namespace) -> dict:
     spoken, uncut_held_out = isolated_words(
         read_clips(flags.words_validation_corpus, rate) if flags.words_validation_corpus else held_out, rate
     )
-    if not spoken:
-        raise UserError(f"no isolated words in '{flags.validation_corpus}'; name a corpus with --words_corpus")
+    if not words or not spoken:
+        raise UserError(
+            f"{len(words)} isolated words to fit to and {len(spoken)} held out were found ({uncut + uncut_held_out} "
+            f"clips could not be cut); name corpora of words with --words_corpus and --words_validation_corpus"
+        )
     by_speaker = SpeechClassifier(train, [clip.speaker for clip in train], rate)
     by_word = SpeechClassifier(words, [clip.text for clip in words], rate, num_parts=WORD_PARTS)
-    log_mel = LogMel(rate, 1024, 80)
+    mel = MelMagnitude(rate)
     speakers, texts = [clip.speaker for clip in held_out], [clip.text for clip in spoken]
 
     def row(clips: list[torch.Tensor], word_clips: list[torch.Tensor]) -> dict[str, float]:
-        log_distance, convergence = distances(log_mel, clips, held_out)
+        both = [(clip_S, original.samples_S) for clip_S, original in zip(clips, held_out, strict=True)]
         return {
-            "log_mel_distance": log_distance,
-            "spectral_convergence": convergence,
+            "log_mel_distance": mean(mel.log_distance(*signals) for signals in both),
+            "spectral_convergence": mean(mel.convergence(*signals) for signals in both),
             "speaker": share_named(by_speaker, clips, speakers),
             "word": share_named(by_word, word_clips, texts),
         }
@@ -151,6 +145,8 @@ def main() -> None:
     parser.add_argument("--output_file", type=Path, default=Path("results/codec.json"))
     parser.add_argument("--picture", type=Path, help="PNG of the first held-out clip's spectrograms")
     flags = parser.parse_args()
+    if (flags.words_corpus is None) != (flags.words_validation_corpus is None):
+        raise UserError("--words_corpus and --words_validation_corpus go together; give both or neither")
     report = score(MimiCodec(flags.codec, DEPTHS[-1]), flags)
     flags.output_file.parent.mkdir(parents=True, exist_ok=True)
     flags.output_file.write_text(json.dumps(report, indent=1) + "\n")

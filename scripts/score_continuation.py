@@ -4,13 +4,14 @@ uv run python scripts/score_continuation.py --model_name models/tiny --corpus "a
     --validation_corpus "assets/tiny/corpus/validation-*.parquet"
 
 A classifier fitted to original recordings names the speaker of what comes after the prompt: of the recording itself, of
-its reconstruction by the codec, and of what the model says instead. Only recordings that go on for a second after
-the prompt are used. A continuation shorter than `MIN_SECONDS` counts as a voice not kept.
+its reconstruction by the codec at the model's depth, and of what the model says instead. Only recordings that go on for
+a second after the prompt are used. A continuation shorter than `MIN_SECONDS` counts as a voice not kept.
 """
 
 import argparse
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from spectrograms import draw_spectrograms
@@ -38,6 +39,10 @@ def main() -> None:
     parser.add_argument("--output_file", type=Path, default=Path("results/continuation.json"))
     parser.add_argument("--picture", type=Path, help="PNG of the first continuation and its recording")
     flags = parser.parse_args()
+    options = SamplingOptions(flags.seconds, flags.temperature, flags.top_k)
+    for flag in ("num_samples", "prompt_seconds"):
+        if not getattr(flags, flag) > 0:
+            raise UserError(f"--{flag} is {getattr(flags, flag)}; it must be greater than 0")
 
     model = load_speech_model(flags.model_name)
     codec = model.codec
@@ -54,27 +59,25 @@ def main() -> None:
     classifier = SpeechClassifier(train, [clip.speaker for clip in train], rate)
 
     samples, too_short = [], 0
+    heard: dict[str, list[bool]] = {"recording": [], "reconstruction": [], "continuation": []}
     used = list(itertools.islice(itertools.cycle(held_out), flags.num_samples))
     for seed, clip in enumerate(tqdm(used, unit="sample")):
         (codes_TQ,) = codec.encode([clip.samples_S])
-        options = SamplingOptions(flags.seconds, flags.temperature, flags.top_k, seed)
-        (continued_TQ,) = continue_codes(model, codes_TQ[:prompt_frames], options)
+        if seed < len(held_out):  # each clip once; only what is sampled differs the second time
+            decoded_S = codec.decode(codes_TQ)[: len(clip.samples_S)]
+            for kind, samples_S in (("recording", clip.samples_S), ("reconstruction", decoded_S)):
+                heard[kind].append(classifier.names([samples_S[cut:]]) == [clip.speaker])
+        (continued_TQ,) = continue_codes(model, codes_TQ[:prompt_frames], replace(options, seed=seed))
         continued_S = codec.decode(continued_TQ)
-        heard = {"recording": clip.samples_S[cut:], "reconstruction": codec.decode(codes_TQ)[cut : len(clip.samples_S)]}
-        is_long_enough = len(continued_S) - cut >= MIN_SECONDS * rate
-        too_short += not is_long_enough
-        if is_long_enough:
-            heard["continuation"] = continued_S[cut:]
-        names = dict(zip(heard, classifier.names(list(heard.values())), strict=True))
         seconds = (len(continued_S) - cut) / rate
-        samples.append({"speaker": clip.speaker, "text": clip.text, "seed": seed, "seconds": seconds, "heard": names})
+        name = classifier.names([continued_S[cut:]])[0] if seconds >= MIN_SECONDS else None
+        too_short += name is None
+        heard["continuation"].append(name == clip.speaker)
+        samples.append({"speaker": clip.speaker, "heard": name, "text": clip.text, "seed": seed, "seconds": seconds})
         if seed == 0 and flags.picture:
             shown = {"recording": clip.samples_S, "prompt, then continuation": continued_S}
             draw_spectrograms(flags.picture, shown, rate, title=f"“{clip.text}”", mark_seconds=cut / rate)
-    shares = {
-        kind: sum(sample["heard"].get(kind) == sample["speaker"] for sample in samples) / len(samples)
-        for kind in ("recording", "reconstruction", "continuation")
-    }
+    shares = {kind: sum(kept) / len(kept) for kind, kept in heard.items()}
     report = {
         "model": flags.model_name,
         "speaker_kept": shares,
@@ -88,8 +91,9 @@ def main() -> None:
     flags.output_file.parent.mkdir(parents=True, exist_ok=True)
     flags.output_file.write_text(json.dumps(report, indent=1) + "\n")
     for kind, share in shares.items():
-        low, high = wilson_interval(share, len(samples))
-        print(f"{kind}: speaker named in {100 * share:.1f} % (95 % interval {100 * low:.1f} to {100 * high:.1f})")
+        low, high = wilson_interval(share, len(heard[kind]))
+        interval = f"95 % interval {100 * low:.1f} to {100 * high:.1f}"
+        print(f"{kind}: speaker named in {100 * share:.1f} % of {len(heard[kind])} ({interval})")
     mean_s = sum(sample["seconds"] for sample in samples) / len(samples)
     print(f"{len(samples)} samples of {len(held_out)} clips, {mean_s:.2f} s on average, {too_short} too short to judge")
 

@@ -1,9 +1,11 @@
 """A small Mimi that can be trained: `transformers.MimiModel` unchanged, with a quantizer whose codebooks learn.
 
-Shapes: B batch, S samples, T frames, D latent width, E width of the quantizer, K codebook size, N vectors.
+Shapes: B batch, S samples, T frames, D latent width, E width of the quantizer, K codebook size, N vectors, C channels.
 """
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torchaudio
@@ -16,6 +18,7 @@ EMA_DECAY = 0.99  # of codebooks, per step; as in VQ-VAE (arXiv 1711.00937, appe
 DEAD_SHARE = 0.25  # a code used less often than this share of an even use is drawn anew
 # STFT windows in samples (10.7, 21.3, 42.7, 85.3 ms at 24 kHz) and mel bands; four hops a window.
 RESOLUTIONS = ((256, 20), (512, 40), (1024, 80), (2048, 128))
+DEPTHS = (1, 2, 4, 8)  # levels at which a codec is judged
 MEL_FLOOR = 3e-4  # magnitude below which nothing counts; a sine of full scale has 0.5
 
 
@@ -147,9 +150,9 @@ def _move_codebook(book: nn.Module, vectors_NE: torch.Tensor, index_N: torch.Ten
 @torch.no_grad()
 def fit_codebooks(model: MimiModel, crops: list[torch.Tensor]) -> None:
     """k-means codebooks, level after level, for a model that was warmed up without them; crops (B, 1, S) each."""
-    latents_NDT = torch.cat([model.encoder(audio_B1S).latents for audio_B1S in crops])
+    latents_BDT = torch.cat([model.encoder(audio_B1S).latents for audio_B1S in crops])
     for branch in _branches(model):
-        residual_NE = branch.input_proj(latents_NDT).mT.flatten(0, 1)
+        residual_NE = branch.input_proj(latents_BDT).mT.flatten(0, 1)
         for layer in branch.layers:
             book = layer.codebook
             center_KE = _k_means(residual_NE, book.codebook_size)
@@ -174,10 +177,10 @@ def _k_means(vectors_NE: torch.Tensor, k: int, steps: int = 20) -> torch.Tensor:
     return center_KE
 
 
-class LogMel(nn.Module):
+class MelMagnitude(nn.Module):
     """Mel magnitudes of one resolution, relative to full scale; audio (..., S) to (..., bands, windows)."""
 
-    def __init__(self, sample_rate_hz: int, window: int, num_bands: int) -> None:
+    def __init__(self, sample_rate_hz: int, window: int = 1024, num_bands: int = 80) -> None:
         super().__init__()
         self.mel = torchaudio.transforms.MelSpectrogram(
             sample_rate_hz, n_fft=window, hop_length=window // 4, n_mels=num_bands, power=1.0
@@ -187,6 +190,14 @@ class LogMel(nn.Module):
     def forward(self, audio: torch.Tensor) -> torch.Tensor:
         return (self.mel(audio) * self.scale).clamp(min=MEL_FLOOR)
 
+    def log_distance(self, decoded: torch.Tensor, original: torch.Tensor) -> float:
+        """Mean absolute difference of natural logarithms: the log-mel distance of two signals (..., S)."""
+        return float((self(decoded).log() - self(original).log()).abs().mean())
+
+    def convergence(self, decoded: torch.Tensor, original: torch.Tensor) -> float:
+        """Norm of the difference over the norm of the original: spectral convergence of two signals (..., S)."""
+        return float((self(decoded) - self(original)).norm() / self(original).norm())
+
 
 class SpectralLoss(nn.Module):
     """Multi-resolution distance of two signals (B, 1, S), as in Parallel WaveGAN (arXiv 1910.11480, section 2.2):
@@ -194,7 +205,7 @@ class SpectralLoss(nn.Module):
 
     def __init__(self, sample_rate_hz: int) -> None:
         super().__init__()
-        self.scales = nn.ModuleList(LogMel(sample_rate_hz, window, bands) for window, bands in RESOLUTIONS)
+        self.scales = nn.ModuleList(MelMagnitude(sample_rate_hz, window, bands) for window, bands in RESOLUTIONS)
 
     def forward(self, decoded_B1S: torch.Tensor, original_B1S: torch.Tensor) -> torch.Tensor:
         loss = decoded_B1S.new_zeros(())
@@ -203,3 +214,15 @@ class SpectralLoss(nn.Module):
             convergence = torch.linalg.vector_norm(decoded - original) / torch.linalg.vector_norm(original)
             loss = loss + F.l1_loss(decoded.log(), original.log()) + convergence
         return loss / len(self.scales)
+
+
+def save_half(model: MimiModel, folder: Path) -> None:
+    """Saves a codec in float16 storage, with a config that has it loaded in float32."""
+    half = MimiModel(model.config)
+    half.load_state_dict(model.state_dict())
+    for book in codebooks(half):
+        book.embed_sum.copy_(book.embed)  # usage 1: float16 then rounds each center once
+        book.cluster_usage.fill_(1.0)
+    half.half().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")

@@ -269,7 +269,7 @@ builds the folder again from fixed seeds (`espeak-ng` must be installed). Built 
 | `words/` | the ten digits said alone, {words} clips a take: {takes} takes for training, one held out \
 | {words_mb:.1f} MB |
 | `mimi/` | codec in the Mimi architecture, 24 kHz, 12.5 frames/s, 8 levels of 256 codes, trained on `corpus/` by \
-`scripts/train_tiny_codec.py`: how in `mimi/training.json`, how good in the main README | 3.6 MB |
+`scripts/train_tiny_codec.py`: how in `mimi/training.json`, how good in the main README | {mimi:.1f} MB |
 | `llama/` | Llama configuration without weights, byte-level BPE tokenizer of 512 entries | {llama:.2f} MB |
 | `benchmarks/` | SALMon speaker consistency ({speaker_pairs} pairs), sLM21 lexical and syntactic, StoryCloze \
 ({pairs} pairs each) | {benchmarks:.1f} MB |

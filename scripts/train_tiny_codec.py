@@ -20,17 +20,17 @@ from typing import Any
 
 import torch
 from tiny_codec import (
-    LogMel,
+    DEPTHS,
+    MelMagnitude,
     SpectralLoss,
-    codebooks,
     fit_codebooks,
     new_codec,
     reconstruct,
+    save_half,
     standardize,
     tiny_mimi_config,
 )
 from torch.utils.tensorboard import SummaryWriter
-from transformers import MimiModel
 
 from llama_mimi.audio import Waveform, write_wav
 from llama_mimi.clips import ClipBatch, ClipStream
@@ -43,7 +43,7 @@ WARMUP_SHARE = 0.4  # of the steps without quantization
 FIT_BATCHES = 60  # whose frames k-means sees
 COMMITMENT_WEIGHT = 0.25  # as in VQ-VAE (arXiv 1711.00937, section 3.2)
 GRADIENT_NORM = 1.0
-DEPTHS = (1, 2, 4, 8)
+MAX_BAD_SHARE = 0.01  # of clips, as in training on units
 LOG_EVERY, SAVE_EVERY = 50, 500  # steps
 HELD_OUT_CLIPS, HELD_OUT_SECONDS = 16, 3.0
 
@@ -67,7 +67,10 @@ class CodecRun:
         self.stream = self._open(flags.corpus, flags.batch_size, seed=flags.seed, max_seconds=20.0)
         self.batches = iter(self.stream)
         held_out = iter(self._open(flags.validation_corpus, HELD_OUT_CLIPS, seed=None, max_seconds=HELD_OUT_SECONDS))
-        self.held_out = next(held_out).clips
+        judged = next(held_out, ClipBatch())
+        for skipped in judged.skipped:
+            print(f"skipped: {skipped.message}", flush=True)
+        self.held_out = judged.clips
         if not self.held_out:
             raise UserError(f"the corpus '{flags.validation_corpus}' has no usable clip to judge by")
         self.skipped: Counter[str] = Counter()
@@ -77,7 +80,7 @@ class CodecRun:
             self.model.parameters(), lr=flags.learning_rate, betas=(0.8, 0.99), weight_decay=0.0
         )
         self.loss = SpectralLoss(self.sample_rate_hz).to(self.device)
-        self.log_mel = LogMel(self.sample_rate_hz, 1024, 80).to(self.device)
+        self.mel = MelMagnitude(self.sample_rate_hz).to(self.device)
 
     def _open(self, corpus: str, batch_size: int, *, seed: int | None, max_seconds: float) -> ClipStream:
         return ClipStream(
@@ -112,6 +115,11 @@ class CodecRun:
         if not batch.clips:
             raise UserError(f"the corpus '{self.flags.corpus}' has no usable clip; see the skipped ones above")
         self.clips_seen += len(batch.clips)
+        if self.skipped.total() > MAX_BAD_SHARE * max(self.clips_seen + self.skipped.total(), 100):
+            raise UserError(
+                f"{self.skipped.total()} clips of '{self.flags.corpus}' could not be used and {self.clips_seen} could, "
+                f"more than {100 * MAX_BAD_SHARE:g} % of all; repair the corpus"
+            )
         size = CROP_FRAMES * self.frame_size
         crops = []
         for clip in batch.clips:
@@ -121,7 +129,7 @@ class CodecRun:
         return torch.stack(crops)[:, None].to(self.device)
 
     def learning_rate(self) -> float:
-        """Linear warm-up over 100 steps, then a cosine to 2 % of the peak."""
+        """A cosine from the peak to 2 % of it over all steps, with a linear warm-up over the first 100."""
         decay = 0.02 + 0.98 * (1 + math.cos(math.pi * self.step / self.flags.steps)) / 2
         return self.flags.learning_rate * min(1.0, (self.step + 1) / 100) * decay
 
@@ -144,7 +152,12 @@ class CodecRun:
             group["lr"] = self.learning_rate()
         self.optimizer.zero_grad()
         (spectral + waveform + COMMITMENT_WEIGHT * commitment).backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_NORM, error_if_nonfinite=True)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_NORM)
+        if not torch.isfinite(norm):
+            raise UserError(
+                f"the gradient of step {self.step + 1} is {norm.item()}; start again with a --learning_rate below "
+                f"{self.flags.learning_rate:g}"
+            )
         self.optimizer.step()
         self.step += 1
         values = {"spectral": spectral, "waveform": waveform, "commitment": commitment, "gradient_norm": norm}
@@ -170,12 +183,12 @@ class CodecRun:
                 else:
                     depth_B = torch.tensor([depth], device=self.device)
                     decoded_11S, _ = reconstruct(self.model, audio_11S, depth_B, is_quantized=False)
-                difference = self.log_mel(decoded_11S).log() - self.log_mel(audio_11S).log()
-                distances[depth] += float(difference.abs().mean()) / len(self.held_out)
+                distances[depth] += self.mel.log_distance(decoded_11S, audio_11S) / len(self.held_out)
                 if clip is self.held_out[0]:
                     samples = self.folder / "samples" / f"step-{self.step:06d}"
                     write_wav(samples / f"{depth}_levels.wav", Waveform(decoded_11S[0, 0].cpu(), self.sample_rate_hz))
-                    write_wav(self.folder / "samples" / "original.wav", Waveform(clip.samples_S, self.sample_rate_hz))
+        original = Waveform(self.held_out[0].samples_S, self.sample_rate_hz)
+        write_wav(self.folder / "samples" / "original.wav", original)
         self.model.train()
         return distances
 
@@ -206,8 +219,9 @@ class CodecRun:
         path = self.folder / "checkpoint.pt"
         if path.exists():
             self._load(path)
-            print(f"continuing after step {self.step}", flush=True)
-        self.starts.append({"step": self.step, "commit": versions()["commit"]})
+            print(f"continuing after step {self.step} of {self.flags.steps}", flush=True)
+        if self.step < self.flags.steps:
+            self.starts.append({"step": self.step, "commit": versions()["commit"]})
 
     def _load(self, path: Path) -> None:
         state = torch.load(path, map_location=self.device, weights_only=True)
@@ -224,15 +238,8 @@ class CodecRun:
         self.starts = state["starts"]
 
     def export(self, folder: Path) -> None:
-        """Writes the codec as float16 with a note of how it was made; it is to be used in float32."""
-        half = MimiModel(self.model.config)
-        half.load_state_dict(self.model.state_dict())
-        for book in codebooks(half):
-            book.embed_sum.copy_(book.embed)  # usage 1: float16 then rounds each center once
-            book.cluster_usage.fill_(1.0)
-        half.half().save_pretrained(folder)
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
+        """Writes the codec and a note of how it was made."""
+        save_half(self.model, folder)
         flags = self.flags
         crop_seconds = CROP_FRAMES * self.frame_size / self.sample_rate_hz
         is_cpu = self.device.type == "cpu"
@@ -253,7 +260,9 @@ class CodecRun:
 
     def run(self) -> None:
         """Trains to the last step with progress, loss curves, samples and checkpoints on the way."""
-        writer = SummaryWriter(self.folder / "tb", purge_step=self.step)
+        if self.step == self.flags.steps:
+            return
+        writer = SummaryWriter(self.folder / "tb", purge_step=self.step + 1)
         first, began, before = self.step, time.monotonic(), self.seconds
         sums: Counter[str] = Counter()
         while self.step < self.flags.steps:
@@ -303,6 +312,10 @@ def main() -> None:
     for flag in ("steps", "batch_size", "learning_rate"):
         if not getattr(flags, flag) > 0:
             raise UserError(f"--{flag} is {getattr(flags, flag)}; it must be greater than 0")
+    if flags.seed < 0:
+        raise UserError(f"--seed is {flags.seed}; it must not be negative")
+    if flags.output_dir.exists() and not flags.output_dir.is_dir():
+        raise UserError(f"--output_dir is '{flags.output_dir}', which is a file; name a folder")
     if flags.codebook_size < 2 or flags.codebook_size & (flags.codebook_size - 1):
         raise UserError(f"--codebook_size is {flags.codebook_size}; Mimi takes a power of 2, such as 256")
     torch.set_flush_denormal(True)  # numbers near zero would otherwise slow the CPU down

@@ -220,6 +220,9 @@ def test_a_continuation_is_judged_by_its_voice(converted, tmp_path):
     assert report["count"] == len(report["samples"]) == 2 and report["speaker_kept"]["recording"] == 1.0
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "continuation: speaker named in" in result.stdout
+    for mistake, sentence in ((("--num_samples", 0), "--num_samples is 0"), (("--top_k", 0), "--top_k is 0")):
+        result = run(*command, *mistake)
+        assert result.returncode == 1 and sentence in result.stderr and "Traceback" not in result.stderr
     result = run(*command, "--prompt_seconds", 60)
     assert result.returncode == 1 and "goes on for a second after 60 s" in result.stderr
 

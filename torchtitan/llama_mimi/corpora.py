@@ -93,7 +93,7 @@ def _local_files(dataset: str, dataset_path: str | None) -> list[str] | None:
             f"dataset_path is '{dataset_path}', but dataset '{dataset}' is no named corpus; "
             f"name the folder itself as dataset, or one of: {', '.join(CORPORA)}"
         )
-    return _parquet_files(dataset)
+    return parquet_files(dataset)
 
 
 def _open_on_hub(name: str, named: NamedCorpus) -> IterableDataset:
@@ -117,7 +117,12 @@ def _named_files(name: str, named: NamedCorpus, dataset_path: str) -> list[str]:
     )
 
 
-def _parquet_files(dataset: str) -> list[str]:
+def parquet_files(dataset: str) -> list[str]:
+    """Parquet files of a folder, path or glob, in order.
+
+    Raises:
+        UserError: there is none.
+    """
     if "://" in dataset:  # any fsspec URL; resolved by `datasets`
         return [dataset]
     pattern = os.path.join(dataset, "**", "*.parquet") if Path(dataset).is_dir() else dataset

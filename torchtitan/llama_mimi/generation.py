@@ -21,6 +21,9 @@ class SamplingOptions:
         top_k: candidates a token.
         seed: same seed, same samples.
         num_samples: continuations of the same prompt.
+
+    Raises:
+        UserError: a value out of range.
     """
 
     seconds: float = 10.0
@@ -28,6 +31,16 @@ class SamplingOptions:
     top_k: int = 30
     seed: int = 0
     num_samples: int = 1
+
+    def __post_init__(self) -> None:
+        for name, is_valid in {
+            "seconds": 0.08 <= self.seconds < float("inf"),
+            "temperature": self.temperature >= 0,
+            "top_k": self.top_k >= 1,
+            "num_samples": self.num_samples >= 1,
+        }.items():
+            if not is_valid:
+                raise UserError(f"--{name} is {getattr(self, name)}, which is out of range; see --help")
 
 
 class FrameGrammar(LogitsProcessor):
