@@ -53,6 +53,8 @@ def test_shipped_config_builds_with_its_real_vocabulary(path, downloads, monkeyp
         flags += ["--training.dataset_path", str(downloads / "peoples_speech")]
         flags += ["--validation.dataset_path", str(downloads / "peoples_speech")]
     job_config = parse_config(flags)
+    (row,) = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(f"| `{path.name}` |")]
+    assert row.endswith(f"| {job_config.training.steps:,} |"), "the README states the number of steps"
     args = FLAVORS[job_config.model.flavor]
     args.update_from_config(job_config)
     assert args.vocab_size == (1538 if path.stem == "tiny" else 136_450)
