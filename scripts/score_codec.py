@@ -76,10 +76,10 @@ def score(codec: MimiCodec, flags: argparse.Namespace) -> dict:
     speakers, texts = [clip.speaker for clip in held_out], [clip.text for clip in spoken]
 
     def row(clips: list[torch.Tensor], word_clips: list[torch.Tensor]) -> dict[str, float]:
-        both = [(clip_S, original.samples_S) for clip_S, original in zip(clips, held_out, strict=True)]
+        both = [mel.distances(clip_S, original.samples_S) for clip_S, original in zip(clips, held_out, strict=True)]
         return {
-            "log_mel_distance": mean(mel.log_distance(*signals) for signals in both),
-            "spectral_convergence": mean(mel.convergence(*signals) for signals in both),
+            "log_mel_distance": mean(float(log_distance) for log_distance, _ in both),
+            "spectral_convergence": mean(float(convergence) for _, convergence in both),
             "speaker": share_named(by_speaker, clips, speakers),
             "word": share_named(by_word, word_clips, texts),
         }

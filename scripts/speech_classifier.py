@@ -52,7 +52,7 @@ def read_clips(corpus: str, sample_rate_hz: int) -> list[LabelledClip]:
         for index, row in enumerate(pq.read_table(file, columns=["audio", "speaker", "text"]).to_pylist()):
             name = f"row {index} of {file}"
             audio = row["audio"] or {}
-            source = audio.get("bytes") or audio.get("path")
+            source = audio.get("bytes") if audio.get("bytes") is not None else audio.get("path")
             if source is None or not row["speaker"] or not row["text"]:
                 raise UserError(f"{name} lacks its audio, speaker or text; remove the row")
             waveform = read_audio(source, sample_rate_hz, name=name, min_samples=WINDOW)

@@ -190,18 +190,17 @@ class MelMagnitude(nn.Module):
     def forward(self, audio: torch.Tensor) -> torch.Tensor:
         return (self.mel(audio) * self.scale).clamp(min=MEL_FLOOR)
 
-    def log_distance(self, decoded: torch.Tensor, original: torch.Tensor) -> float:
-        """Mean absolute difference of natural logarithms: the log-mel distance of two signals (..., S)."""
-        return float((self(decoded).log() - self(original).log()).abs().mean())
-
-    def convergence(self, decoded: torch.Tensor, original: torch.Tensor) -> float:
-        """Norm of the difference over the norm of the original: spectral convergence of two signals (..., S)."""
-        return float((self(decoded) - self(original)).norm() / self(original).norm())
+    def distances(self, decoded: torch.Tensor, original: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of two signals (..., S): the log-mel distance (mean absolute difference of natural logarithms) and the
+        spectral convergence (norm of the difference over the norm of the original)."""
+        ours, theirs = self(decoded), self(original)
+        convergence = torch.linalg.vector_norm(ours - theirs) / torch.linalg.vector_norm(theirs)
+        return F.l1_loss(ours.log(), theirs.log()), convergence
 
 
 class SpectralLoss(nn.Module):
     """Multi-resolution distance of two signals (B, 1, S), as in Parallel WaveGAN (arXiv 1910.11480, section 2.2):
-    mean absolute difference of log magnitudes plus spectral convergence, here of mel bands."""
+    log distance plus spectral convergence, here of mel bands."""
 
     def __init__(self, sample_rate_hz: int) -> None:
         super().__init__()
@@ -210,9 +209,8 @@ class SpectralLoss(nn.Module):
     def forward(self, decoded_B1S: torch.Tensor, original_B1S: torch.Tensor) -> torch.Tensor:
         loss = decoded_B1S.new_zeros(())
         for scale in self.scales:
-            decoded, original = scale(decoded_B1S), scale(original_B1S)
-            convergence = torch.linalg.vector_norm(decoded - original) / torch.linalg.vector_norm(original)
-            loss = loss + F.l1_loss(decoded.log(), original.log()) + convergence
+            log_distance, convergence = scale.distances(decoded_B1S, original_B1S)
+            loss = loss + log_distance + convergence
         return loss / len(self.scales)
 
 

@@ -176,14 +176,15 @@ class CodecRun:
             num_frames = math.ceil(len(clip.samples_S) / self.frame_size)
             padding = num_frames * self.frame_size - len(clip.samples_S)
             audio_11S = torch.nn.functional.pad(clip.samples_S, (0, padding))[None, None].to(self.device)
+            codes_1QT = self.model.encode(audio_11S).audio_codes if self.step > self.fit_step else None
             for depth in DEPTHS:
-                if self.step > self.fit_step:
-                    codes = self.model.encode(audio_11S, num_quantizers=depth).audio_codes
-                    decoded_11S = self.model.decode(codes).audio_values
+                if codes_1QT is not None:
+                    decoded_11S = self.model.decode(codes_1QT[:, :depth]).audio_values
                 else:
                     depth_B = torch.tensor([depth], device=self.device)
                     decoded_11S, _ = reconstruct(self.model, audio_11S, depth_B, is_quantized=False)
-                distances[depth] += self.mel.log_distance(decoded_11S, audio_11S) / len(self.held_out)
+                log_distance, _ = self.mel.distances(decoded_11S, audio_11S)
+                distances[depth] += float(log_distance) / len(self.held_out)
                 if clip is self.held_out[0]:
                     samples = self.folder / "samples" / f"step-{self.step:06d}"
                     write_wav(samples / f"{depth}_levels.wav", Waveform(decoded_11S[0, 0].cpu(), self.sample_rate_hz))
