@@ -8,6 +8,7 @@ float16 storage), `samples/`, `tb/` (loss curves) and `checkpoint.pt` (all state
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -33,10 +34,11 @@ from tiny_codec import (
 from torch.utils.tensorboard import SummaryWriter
 
 from llama_mimi.audio import Waveform, write_wav
-from llama_mimi.clips import ClipBatch, ClipStream
+from llama_mimi.clips import AudioClip, AudioReader, Clip, ClipStream, SkippedClip
 from llama_mimi.corpora import open_corpus
 from llama_mimi.errors import UserError, run_cli
 from llama_mimi.evaluation import versions
+from llama_mimi.order import Position, RowsInOrder, ShuffledOrder
 
 CROP_FRAMES = 12  # 0.96 s
 WARMUP_SHARE = 0.4  # of the steps without quantization
@@ -46,6 +48,14 @@ GRADIENT_NORM = 1.0
 MAX_BAD_SHARE = 0.01  # of clips, as in training on units
 LOG_EVERY, SAVE_EVERY = 50, 500  # steps
 HELD_OUT_CLIPS, HELD_OUT_SECONDS = 16, 3.0
+
+
+def usable(clips: list[Clip]) -> list[AudioClip]:
+    """The clips that could be read; the others are named."""
+    for clip in clips:
+        if isinstance(clip, SkippedClip):
+            print(f"skipped: {clip.message}", flush=True)
+    return [clip for clip in clips if isinstance(clip, AudioClip)]
 
 
 class CodecRun:
@@ -64,13 +74,17 @@ class CodecRun:
         torch.manual_seed(flags.seed)
         config = tiny_mimi_config(flags.codebook_size)
         self.frame_size, self.sample_rate_hz = config.frame_size, config.sampling_rate
-        self.stream = self._open(flags.corpus, flags.batch_size, seed=flags.seed, max_seconds=20.0)
+        reader = self._open(flags.corpus, max_seconds=20.0)
+        self.order = ShuffledOrder(
+            [reader.corpus.sizes_G], [1.0], dp_rank=0, dp_world_size=1, shuffle_block=1024, seed=flags.seed
+        )
+        self.stream = ClipStream([reader], self.order, flags.batch_size)
         self.batches = iter(self.stream)
-        held_out = iter(self._open(flags.validation_corpus, HELD_OUT_CLIPS, seed=None, max_seconds=HELD_OUT_SECONDS))
-        judged = next(held_out, ClipBatch())
-        for skipped in judged.skipped:
-            print(f"skipped: {skipped.message}", flush=True)
-        self.held_out = judged.clips
+        reader = self._open(flags.validation_corpus, max_seconds=HELD_OUT_SECONDS)
+        sizes_G = reader.corpus.sizes_G
+        chunks = ClipStream([reader], RowsInOrder(sizes_G, range(len(sizes_G))), 1)
+        clips = (clip for chunk in chunks for clip in usable(chunk.clips))
+        self.held_out = list(itertools.islice(clips, HELD_OUT_CLIPS))
         if not self.held_out:
             raise UserError(f"the corpus '{flags.validation_corpus}' has no usable clip to judge by")
         self.skipped: Counter[str] = Counter()
@@ -82,18 +96,12 @@ class CodecRun:
         self.loss = SpectralLoss(self.sample_rate_hz).to(self.device)
         self.mel = MelMagnitude(self.sample_rate_hz).to(self.device)
 
-    def _open(self, corpus: str, batch_size: int, *, seed: int | None, max_seconds: float) -> ClipStream:
-        return ClipStream(
+    def _open(self, corpus: str, *, max_seconds: float) -> AudioReader:
+        return AudioReader(
             open_corpus(corpus, None, "audio", None),
-            batch_size=batch_size,
-            dp_rank=0,
-            dp_world_size=1,
             sample_rate_hz=self.sample_rate_hz,
             frame_size=self.frame_size,
-            max_seconds=max_seconds,
-            seed=seed,
-            shuffle_block=1024,
-            is_endless=seed is not None,
+            max_frames=int(max_seconds * self.sample_rate_hz / self.frame_size),
         )
 
     @property
@@ -108,13 +116,14 @@ class CodecRun:
 
     def crops(self) -> torch.Tensor:
         """The next batch of random crops (B, 1, S); a clip that is shorter is filled up with silence."""
-        batch: ClipBatch = next(self.batches)
-        for skipped in batch.skipped:
-            self.skipped[skipped.reason] += 1
-            print(f"skipped: {skipped.message}", flush=True)
-        if not batch.clips:
+        chunk = next(self.batches)
+        for _ in chunk.refs:
+            self.order.take()
+        self.skipped.update(clip.reason for clip in chunk.clips if isinstance(clip, SkippedClip))
+        clips = usable(chunk.clips)
+        if not clips:
             raise UserError(f"the corpus '{self.flags.corpus}' has no usable clip; see the skipped ones above")
-        self.clips_seen += len(batch.clips)
+        self.clips_seen += len(clips)
         if self.skipped.total() > MAX_BAD_SHARE * max(self.clips_seen + self.skipped.total(), 100):
             raise UserError(
                 f"{self.skipped.total()} clips of '{self.flags.corpus}' could not be used and {self.clips_seen} could, "
@@ -122,7 +131,7 @@ class CodecRun:
             )
         size = CROP_FRAMES * self.frame_size
         crops = []
-        for clip in batch.clips:
+        for clip in clips:
             start = int(torch.randint(max(len(clip.samples_S) - size, 0) + 1, ()))
             crop_S = clip.samples_S[start : start + size]
             crops.append(torch.nn.functional.pad(crop_S, (0, size - len(crop_S))))
@@ -207,7 +216,7 @@ class CodecRun:
             "clips_seen": self.clips_seen,
             "skipped": dict(self.skipped),
             "starts": self.starts,
-            "stream": self.stream.state_dict(),
+            "position": self.order.position.to_json(),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
@@ -233,7 +242,8 @@ class CodecRun:
             )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.stream.load_state_dict(state["stream"])
+        self.order.position = Position.from_json(state["position"])
+        self.batches = iter(self.stream)
         self.skipped.update(state["skipped"])
         self.step, self.seconds, self.clips_seen = state["step"], state["seconds"], state["clips_seen"]
         self.starts = state["starts"]

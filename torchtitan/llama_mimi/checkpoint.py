@@ -55,9 +55,9 @@ def set_aside_incomplete(checkpoint: Path) -> Path | None:
     return checkpoint.rename(checkpoint.with_name(f"{checkpoint.name}.incomplete-{number}"))
 
 
-def data_parallel_degree(step: Path) -> int:
-    """How many data-parallel ranks saved their loader positions; 0 in a weights-only checkpoint."""
-    return sum(key.startswith("dataloader.dp_rank_") for key in _read_metadata(step).state_dict_metadata)
+def has_loader_position(step: Path) -> bool:
+    """Whether a step can be resumed; a weights-only checkpoint cannot."""
+    return "dataloader.position" in _read_metadata(step).state_dict_metadata
 
 
 def load_model_state(step: Path, args: LlamaMimiArgs) -> dict[str, torch.Tensor]:

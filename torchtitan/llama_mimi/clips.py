@@ -1,17 +1,21 @@
-"""The reading half of the loader: an endless, resumable, sharded stream of clips, run in loader workers."""
+"""The reading half of the loader: clips of one rank, in order, read in loader workers.
 
-import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+Workers divide the work and not the order: worker w of n reads every n-th chunk, and the loader hands the chunks out
+in turn, so that the main process sees one sequence whatever n is.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
-from datasets import IterableDataset
-from datasets.distributed import split_dataset_by_node
-from torch.distributed.checkpoint.stateful import Stateful
 
 from llama_mimi.audio import AudioError, read_audio
+from llama_mimi.corpora import AudioCorpus
+from llama_mimi.order import ClipRef, RowsInOrder, ShuffledOrder, chunks
+from llama_mimi.token_store import CodeCorpus, CodeGroup
 
 
 @dataclass(frozen=True)
@@ -23,146 +27,75 @@ class SkippedClip:
 
 
 @dataclass(frozen=True)
-class Clip:
-    """One usable row.
+class AudioClip:
+    """One usable row of audio.
 
     Args:
         name: id or path, for messages.
         samples_S: mono float32 at the codec's rate.
-        is_cut: the recording went on after ``max_audio_seconds``.
+        is_cut: the recording went on after the longest audio wanted.
         text: transcript, or None where the task needs none.
+        speaker: where the corpus says it and it was asked for.
     """
 
     name: str
     samples_S: torch.Tensor
     is_cut: bool
     text: str | None
+    speaker: str | None = None
 
 
-@dataclass
-class ClipBatch:
-    """``batch_size`` clips (fewer at the end of a finite stream) and the rows skipped on the way to them."""
-
-    clips: list[Clip] = field(default_factory=list)
-    skipped: list[SkippedClip] = field(default_factory=list)
-
-
-@dataclass
-class _Position:
-    """Where a stream stands: enough to continue it exactly."""
-
-    epoch: int = 0
-    block: int = 0
-    rows: dict[str, Any] | None = None  # state of the row stream at the start of the block; None is its beginning
-    taken: int = 0  # rows of the block already read
-
-
-class ClipStream(torch.utils.data.IterableDataset, Stateful):
-    """Rows -> batches of clips, sharded by `datasets` over data-parallel ranks and loader workers.
-
-    Order: files are shuffled each epoch; rows are read in blocks of ``shuffle_block`` and permuted inside. Every
-    permutation is a function of (seed, epoch, block), so the state is a position and not a buffer, and a resumed
-    stream is the same stream.
+@dataclass(frozen=True)
+class CodedClip:
+    """One usable row of codes.
 
     Args:
-        rows: from `open_corpus`.
-        batch_size: clips a batch.
-        dp_rank, dp_world_size: this process's share.
+        name: id or path, for messages.
+        codes_TQ: of the levels wanted.
+        is_cut: the recording went on.
+        text: transcript, or None where the task needs none.
+    """
+
+    name: str
+    codes_TQ: np.ndarray
+    is_cut: bool
+    text: str | None
+
+
+Clip = AudioClip | CodedClip | SkippedClip
+
+
+@dataclass
+class Chunk:
+    """Consecutive clips of a sequence, with where each lies."""
+
+    refs: list[ClipRef]
+    clips: list[Clip]
+
+
+class AudioReader:
+    """Rows of audio -> waveforms.
+
+    Args:
+        corpus: where they lie.
         sample_rate_hz, frame_size: of the codec; shorter clips than a frame are skipped.
-        max_seconds: longer clips are cut.
-        seed: of the order; None keeps the corpus order.
-        shuffle_block: rows permuted together.
-        is_endless: start a new epoch at the end.
+        max_frames: longer clips are cut.
+        with_text: rows without a transcript are skipped.
     """
 
     def __init__(
-        self,
-        rows: IterableDataset,
-        *,
-        batch_size: int,
-        dp_rank: int,
-        dp_world_size: int,
-        sample_rate_hz: int,
-        frame_size: int,
-        max_seconds: float,
-        seed: int | None,
-        shuffle_block: int,
-        is_endless: bool,
+        self, corpus: AudioCorpus, *, sample_rate_hz: int, frame_size: int, max_frames: int, with_text: bool = False
     ) -> None:
-        if rows.num_shards % dp_world_size:  # split Parquet files by row group, so that ranks read different bytes
-            rows = rows.reshard()
-        self._rows = rows
-        self._batch_size = batch_size
-        self._dp_rank, self._dp_world_size = dp_rank, dp_world_size
-        self._sample_rate_hz, self._frame_size, self._max_seconds = sample_rate_hz, frame_size, max_seconds
-        self._seed, self._shuffle_block, self._is_endless = seed, shuffle_block, is_endless
-        self._position = _Position()
-        self.max_workers = max(rows.num_shards // dp_world_size, 1)
+        self.corpus = corpus
+        self._sample_rate_hz, self._frame_size, self._with_text = sample_rate_hz, frame_size, with_text
+        self._max_seconds = max_frames * frame_size / sample_rate_hz
 
-    def __iter__(self) -> Iterator[ClipBatch]:
-        """Batches without end, or one epoch; a batch without clips says that a whole epoch had none to offer."""
-        batch = ClipBatch()
-        while True:
-            is_whole_epoch = self._position == _Position(epoch=self._position.epoch)
-            has_clips = False
-            for row in self._rest_of_epoch():
-                clip = self._read(row)
-                if isinstance(clip, SkippedClip):
-                    batch.skipped.append(clip)
-                    continue
-                batch.clips.append(clip)
-                has_clips = True
-                if len(batch.clips) == self._batch_size:
-                    yield batch
-                    batch = ClipBatch()
-            self._position = _Position(epoch=self._position.epoch + 1 if self._is_endless else 0)
-            if not self._is_endless:
-                if batch.clips or batch.skipped:
-                    yield batch
-                return
-            if is_whole_epoch and not has_clips:
-                yield batch
-                batch = ClipBatch()
-
-    def state_dict(self) -> dict[str, Any]:
-        return dict(vars(self._position))
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._position = _Position(**state_dict)
-
-    def _rest_of_epoch(self) -> Iterator[dict[str, Any]]:
-        """Rows from the position on; the position is moved before a row is handed out."""
-        position = self._position
-        rows = self._shuffled_files(position.epoch)
-        # Uneven shares are fine, as epochs have no common end; only a corpus of too few shards is dealt out row by row.
-        strategy = "shards" if rows.num_shards >= self._dp_world_size else "auto"
-        rows = split_dataset_by_node(rows, self._dp_rank, self._dp_world_size, strategy=strategy)
-        if position.rows is not None:
-            rows.load_state_dict(position.rows)
-        stream = iter(rows)
-        while block := list(itertools.islice(stream, self._shuffle_block)):
-            for index in self._block_order(len(block))[position.taken :]:
-                position.taken += 1
-                yield block[index]
-            position.rows, position.block, position.taken = rows.state_dict(), position.block + 1, 0
-
-    def _shuffled_files(self, epoch: int) -> IterableDataset:
-        if self._seed is None:
-            return self._rows
-        # A buffer of one row shuffles the files only, and keeps the stream resumable to the row.
-        seed = int(np.random.default_rng((self._seed, epoch)).integers(2**31))
-        return self._rows.shuffle(seed=seed, buffer_size=1, max_buffer_input_shards=1)
-
-    def _block_order(self, num_rows: int) -> list[int]:
-        if self._seed is None:
-            return list(range(num_rows))
-        generator = np.random.default_rng((self._seed, self._position.epoch, self._position.block))
-        return generator.permutation(num_rows).tolist()
-
-    def _read(self, row: dict[str, Any]) -> Clip | SkippedClip:
-        audio = row["audio"] or {}
-        name = str(row.get("id") or audio.get("path") or "a row without id")
-        if "text" in row and not row["text"]:
+    def clip(self, table: pa.Table, ref: ClipRef) -> Clip:
+        """One row of the row group ``table``."""
+        values = {name: table[name][ref.row].as_py() for name in table.column_names}
+        audio = values["audio"] or {}
+        name = str(values.get("id") or audio.get("path") or self.corpus.row_name(ref.group, ref.row))
+        if self._with_text and not values["text"]:
             return SkippedClip("no text", f"'{name}' has no text")
         source = audio.get("bytes") if audio.get("bytes") is not None else audio.get("path")
         if source is None:
@@ -177,4 +110,69 @@ class ClipStream(torch.utils.data.IterableDataset, Stateful):
             )
         except AudioError as error:
             return SkippedClip(error.reason, str(error))
-        return Clip(name, waveform.samples_S, waveform.is_cut, row.get("text"))
+        speaker = values.get("speaker")
+        return AudioClip(
+            name, waveform.samples_S, waveform.is_cut, values.get("text"), None if speaker is None else str(speaker)
+        )
+
+
+class CodeReader:
+    """Rows of a tokenised corpus -> codes.
+
+    Args:
+        corpus: where they lie.
+        max_frames: longer clips are cut.
+        with_text: rows without a transcript are skipped.
+    """
+
+    def __init__(self, corpus: CodeCorpus, *, max_frames: int, with_text: bool) -> None:
+        self.corpus = corpus
+        self._max_frames, self._with_text = max_frames, with_text
+
+    def clip(self, group: CodeGroup, ref: ClipRef) -> Clip:
+        """One row of a row group."""
+        row = ref.row
+        name = group.table["id"][row].as_py()
+        text = group.table["text"][row].as_py() if self._with_text else None
+        if self._with_text and not text:
+            return SkippedClip("no text", f"'{name}' has no text")
+        codes_TQ = group.codes(row)
+        is_cut = group.table["is_cut"][row].as_py() or len(codes_TQ) > self._max_frames
+        return CodedClip(name, codes_TQ[: self._max_frames].copy(), is_cut, text)
+
+
+ClipReader = AudioReader | CodeReader
+
+
+class ClipStream(torch.utils.data.IterableDataset):
+    """Chunks of clips; in a loader worker only that worker's.
+
+    Args:
+        readers: one a corpus.
+        order: where to read. A `ShuffledOrder` is cloned at each iteration, so that it can be moved as clips are
+            used.
+        chunk_size: clips read at once.
+    """
+
+    def __init__(self, readers: Sequence[ClipReader], order: ShuffledOrder | RowsInOrder, chunk_size: int) -> None:
+        self._readers, self._order, self._chunk_size = readers, order, chunk_size
+        # Row groups of the window that is being read, for each corpus.
+        self._window: list[int | None] = [None] * len(readers)
+        self._groups: list[dict[int, Any]] = [{} for _ in readers]
+
+    def __iter__(self) -> Iterator[Chunk]:
+        worker = torch.utils.data.get_worker_info()
+        number, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        refs = self._order.clone() if isinstance(self._order, ShuffledOrder) else self._order
+        for index, chunk in enumerate(chunks(refs, self._chunk_size)):
+            if index % num_workers == number:
+                yield Chunk(chunk, [self._read(ref) for ref in chunk])
+
+    def _read(self, ref: ClipRef) -> Clip:
+        reader, groups = self._readers[ref.corpus], self._groups[ref.corpus]
+        if self._window[ref.corpus] != ref.window:
+            groups.clear()
+            self._window[ref.corpus] = ref.window
+        if ref.group not in groups:
+            groups[ref.group] = reader.corpus.read_group(ref.group)
+        return reader.clip(groups[ref.group], ref)

@@ -4,12 +4,15 @@ Everything else in the project sees codes of shape (T, Q) and never a `transform
 evaluation and generation share one encode and one decode.
 """
 
+import hashlib
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import MimiConfig, MimiModel
+from transformers.utils import cached_file
 
 from llama_mimi.errors import UserError
 from llama_mimi.hub import load_pretrained
@@ -91,3 +94,24 @@ class MimiCodec:
         codes_1QT = codes_TQ.to(self.device).T[None]
         samples_11S = self.model.decode(codes_1QT, return_dict=True).audio_values
         return samples_11S[0, 0].float().cpu().clone()
+
+
+@lru_cache(maxsize=4)
+def codec_hash(name: str) -> str:
+    """SHA-256 of a codec's weights, which says whether two runs speak the same codes.
+
+    Args:
+        name: hub id or folder.
+
+    Raises:
+        UserError: no weights there.
+    """
+    try:
+        path = cached_file(name, "model.safetensors")
+    except OSError as error:
+        raise UserError(
+            f"the weights of the codec '{name}' could not be read ({str(error).splitlines()[0]}); they are needed to "
+            "check that tokenised corpora are of this codec"
+        ) from error
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -15,13 +15,16 @@ from torchtitan.config import ConfigManager, JobConfig
 from transformers import LlamaConfig
 
 import llama_mimi.job_config
-from llama_mimi.checkpoint import data_parallel_degree, find_step
+from llama_mimi.checkpoint import find_step, has_loader_position
+from llama_mimi.codec import load_codec_config
 from llama_mimi.corpora import check_corpus
+from llama_mimi.dataloader import dataset_names
 from llama_mimi.errors import UserError
 from llama_mimi.hub import load_pretrained
 from llama_mimi.model import FLAVORS
 from llama_mimi.run_record import ASSETS_FOLDER, speech_config
 from llama_mimi.sequences import load_sequences
+from llama_mimi.token_store import CodeCorpus, is_store
 
 # What must agree between a flavour, a Hugging Face folder and an earlier run in the same dump_folder.
 SHAPE_KEYS = (
@@ -36,10 +39,11 @@ SHAPE_KEYS = (
 )
 
 
-# What a loader's position depends on.
+# What a loader's position depends on; the number of ranks and workers, batch size and packing are free.
 RESUME_KEYS = (
-    *(("training", key) for key in ("dataset", "dataset_path", "local_batch_size", "dataloader")),
-    *(("data", key) for key in ("audio_column", "task", "shuffle_block")),
+    ("training", "dataset"),
+    ("training", "dataset_path"),
+    ("data", "shuffle_block"),
     ("debug", "seed"),
 )
 
@@ -68,12 +72,10 @@ def check_config(job_config: Any, world_size: int) -> None:
         UserError: one sentence for the first thing that is wrong.
     """
     _check_values(job_config)
-    dp_degree = _check_parallelism(job_config, world_size)
-    check_corpus(job_config.training.dataset, job_config.training.dataset_path)
-    if job_config.validation.enable:
-        check_corpus(job_config.validation.dataset, job_config.validation.dataset_path)
+    _check_parallelism(job_config, world_size)
+    _check_data(job_config)
     _check_model(job_config)
-    _check_resume(job_config, dp_degree)
+    _check_resume(job_config)
 
 
 def _config_file(args: list[str]) -> Path | None:
@@ -177,8 +179,7 @@ def _check_values(job_config: Any) -> None:
         raise UserError("checkpoint.keep_latest_k is 1; keep at least 2, as the last may be half written, or 0 for all")
 
 
-def _check_parallelism(job_config: Any, world_size: int) -> int:
-    """Returns the data-parallel degree."""
+def _check_parallelism(job_config: Any, world_size: int) -> None:
     parallelism, training = job_config.parallelism, job_config.training
     if parallelism.pipeline_parallel_degree > 1:
         raise UserError(
@@ -217,7 +218,52 @@ def _check_parallelism(job_config: Any, world_size: int) -> int:
             f"training.global_batch_size is {training.global_batch_size}, not a multiple of local_batch_size "
             f"{training.local_batch_size} x {replicas * shards} data-parallel ranks; try {per_pass}"
         )
-    return replicas * shards
+    if job_config.data.packing == "pack":
+        if cp > 1:
+            raise UserError(
+                f"parallelism.context_parallel_degree is {cp}, but packed rows cannot be split over ranks; set it "
+                "to 1, or data.packing to 'pad'"
+            )
+        if torch.cuda.is_available() and training.mixed_precision_param != "bfloat16":
+            raise UserError(
+                f"training.mixed_precision_param is '{training.mixed_precision_param}', but attention over packed rows "
+                "computes in bfloat16 on a GPU; set it to 'bfloat16', or data.packing to 'pad'"
+            )
+
+
+def _check_data(job_config: Any) -> None:
+    data, codec = job_config.data, job_config.codec
+    sections = {"training": job_config.training}
+    if job_config.validation.enable:
+        sections["validation"] = job_config.validation
+    for section, split in sections.items():
+        names = dataset_names(split)
+        if len(names) != 1:
+            if section == "validation" or not names:
+                raise UserError(f"{section}.dataset is '{split.dataset}'; name one corpus")
+            for name in names:
+                if not is_store(name):
+                    raise UserError(
+                        f"training.dataset mixes '{name}' with others, but it is no tokenised corpus; tokenise it with "
+                        "scripts/tokenize_corpus.py and name the folder"
+                    )
+        for name in names:
+            if is_store(name):
+                CodeCorpus(name, codec.name, codec.num_quantizers, with_text=data.task == "tts")
+            else:
+                check_corpus(name, split.dataset_path)
+    names = dataset_names(job_config.training)
+    if data.weights and (len(data.weights) != len(names) or min(data.weights) <= 0):
+        raise UserError(
+            f"data.weights is {data.weights}; it takes one positive number for each of the {len(names)} corpora in "
+            "training.dataset"
+        )
+    config = load_codec_config(codec.name, codec.num_quantizers)
+    if data.max_audio_seconds * config.sampling_rate < config.frame_size:
+        raise UserError(
+            f"data.max_audio_seconds is {data.max_audio_seconds}, less than one frame of the codec "
+            f"({config.frame_size / config.sampling_rate:g} s); raise it"
+        )
 
 
 def _check_model(job_config: Any) -> None:
@@ -254,8 +300,8 @@ def _check_model(job_config: Any) -> None:
         _require_same(wanted, earlier, keys, f"job.dump_folder '{folder}' holds the run of another model")
 
 
-def _check_resume(job_config: Any, dp_degree: int) -> None:
-    """A position in the corpus means something only to the same ranks, workers and corpus."""
+def _check_resume(job_config: Any) -> None:
+    """A position in the data means something only in the same data and order."""
     folder = Path(job_config.job.dump_folder)
     checkpoint = folder / job_config.checkpoint.folder
     steps = [step for step in checkpoint.glob("step-*") if (step / ".metadata").is_file()]
@@ -263,11 +309,8 @@ def _check_resume(job_config: Any, dp_degree: int) -> None:
         return
     step, _ = find_step(checkpoint)
     remedy = "keep it, or begin the corpus anew with --checkpoint.exclude_from_loading dataloader"
-    saved_degree = data_parallel_degree(step)
-    if saved_degree == 0:
+    if not has_loader_position(step):
         raise UserError(f"'{step}' holds weights only and cannot be resumed; name it as checkpoint.initial_load_path")
-    if saved_degree != dp_degree:
-        raise UserError(f"'{step}' was saved by {saved_degree} data-parallel ranks, not {dp_degree}; {remedy}")
     record = folder / (job_config.job.save_config_file or "")
     if record.is_file():
         earlier, now = json.loads(record.read_text()), job_config.to_dict()

@@ -1,18 +1,23 @@
-"""Speech corpora as streams of rows, local or on the hub.
+"""Speech corpora: where they lie, and their clips by row group.
 
-A corpus is a name from `CORPORA`, a folder of Parquet files, or a Parquet path or glob. Rows are streamed by
-`datasets` with their audio undecoded: bytes are turned into samples by `llama_mimi.audio`, which needs no FFmpeg.
+A corpus is a name from `CORPORA`, a folder of Parquet files, or a Parquet path or glob, local or on any fsspec
+file system. Audio stays undecoded here: bytes are turned into samples by `llama_mimi.audio`, which needs no FFmpeg.
 """
 
-import glob
-import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from types import MappingProxyType
 
-from datasets import Audio, IterableDataset, Value, load_dataset
-from datasets.exceptions import DatasetNotFoundError
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from llama_mimi.errors import UserError
+
+# Footers are read by so many threads at once: a remote one is mostly waiting.
+FOOTER_THREADS = 16
 
 
 @dataclass(frozen=True)
@@ -51,27 +56,98 @@ CORPORA = {
 }
 
 
-def open_corpus(dataset: str, dataset_path: str | None, audio_column: str, text_column: str | None) -> IterableDataset:
-    """Open a corpus as a stream of rows ``{"audio": {"bytes", "path"}, "text": str, "id": str}``.
+class AudioCorpus:
+    """Rows ``{"audio": {"bytes", "path"}, "text": str, "id": str}`` of Parquet files, read by row group.
+
+    Args:
+        name: for messages.
+        files: fsspec paths, in corpus order.
+        audio_column: column of ``audio{bytes,path}`` structs.
+        text_column: transcript column; None means that rows have no text.
+        extra_columns: further columns to read where the corpus has them, and what to call them.
+
+    Raises:
+        UserError: a file cannot be read, or a column is missing.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        files: Sequence[str],
+        audio_column: str,
+        text_column: str | None,
+        extra_columns: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        self.name, self.files = name, tuple(files)
+        with ThreadPoolExecutor(FOOTER_THREADS) as pool:
+            footers = list(pool.map(read_footer, self.files))
+        self._columns = {audio_column: "audio"} | ({text_column: "text"} if text_column is not None else {})
+        found = footers[0].schema.to_arrow_schema().names
+        for column, role in self._columns.items():
+            if column not in found:
+                raise UserError(
+                    f"the dataset '{name}' has no column '{column}' for the {role}, only {', '.join(found)}; "
+                    f"set data.{role}_column"
+                )
+        for column, role in {"id": "id", **extra_columns}.items():
+            if column in found and role not in self.columns:
+                self._columns[column] = role
+        groups = [
+            (file, group, footer.row_group(group).num_rows)
+            for file, footer in enumerate(footers)
+            for group in range(footer.num_row_groups)
+        ]
+        # Each row group G as its file, its number in the file, and its rows.
+        self._file_G, self._number_G, self.sizes_G = np.array(groups, dtype=np.int64).reshape(-1, 3).T
+        if not self.sizes_G.sum():
+            raise UserError(f"the dataset '{name}' has no rows; name another")
+
+    @property
+    def columns(self) -> list[str]:
+        """What rows hold, as they are called here."""
+        return list(self._columns.values())
+
+    def row_name(self, group: int, row: int) -> str:
+        """What to call a row without an id."""
+        return f"row {row} of row group {self._number_G[group]} of {self.files[self._file_G[group]]}"
+
+    def read_group(self, group: int) -> pa.Table:
+        """One row group with columns audio, text and id, as far as the corpus has them.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        path = self.files[self._file_G[group]]
+        try:
+            with fsspec.open(path) as stream:
+                table = pq.ParquetFile(stream).read_row_group(int(self._number_G[group]), columns=list(self._columns))
+        except (OSError, pa.ArrowException) as error:
+            raise unreadable(path, error) from error
+        return table.select(list(self._columns)).rename_columns(list(self._columns.values()))
+
+
+def open_corpus(
+    dataset: str,
+    dataset_path: str | None,
+    audio_column: str,
+    text_column: str | None,
+    extra_columns: Mapping[str, str] = MappingProxyType({}),
+) -> AudioCorpus:
+    """Find a corpus and read its footers.
 
     Args:
         dataset: a name in `CORPORA`, a folder, or a Parquet path or glob.
-        dataset_path: local download of a named corpus; None streams it from the hub.
-        audio_column: column of ``audio{bytes,path}`` structs.
-        text_column: transcript column; None means that rows have no text.
+        dataset_path: local download of a named corpus; None reads it from the hub.
+        audio_column, text_column, extra_columns: as `AudioCorpus`; named corpora know their text column.
 
     Raises:
         UserError: nothing there, or a column is missing.
     """
-    files = _local_files(dataset, dataset_path)
     named = CORPORA.get(dataset)
     if named is not None and text_column is not None:
         text_column = named.text_column
-    if files is not None:
-        rows = load_dataset("parquet", data_files=files, split="train", streaming=True)
-    else:
-        rows = _open_on_hub(dataset, CORPORA[dataset])
-    return _select_columns(rows, dataset, audio_column, text_column)
+    files = _corpus_files(dataset, dataset_path)
+    return AudioCorpus(dataset, files, audio_column, text_column, extra_columns)
 
 
 def check_corpus(dataset: str, dataset_path: str | None) -> None:
@@ -80,53 +156,17 @@ def check_corpus(dataset: str, dataset_path: str | None) -> None:
     Raises:
         UserError: as `open_corpus`.
     """
-    _local_files(dataset, dataset_path)
-
-
-def _local_files(dataset: str, dataset_path: str | None) -> list[str] | None:
-    """The Parquet files of a corpus, or None for one that streams from the hub."""
-    named = CORPORA.get(dataset)
-    if named is not None:
-        return None if dataset_path is None else _named_files(dataset, named, dataset_path)
-    if dataset_path is not None:
-        raise UserError(
-            f"dataset_path is '{dataset_path}', but dataset '{dataset}' is no named corpus; "
-            f"name the folder itself as dataset, or one of: {', '.join(CORPORA)}"
-        )
-    return parquet_files(dataset)
-
-
-def _open_on_hub(name: str, named: NamedCorpus) -> IterableDataset:
-    try:
-        return load_dataset(named.hub_id, named.config, split=named.split, streaming=True)
-    except (OSError, DatasetNotFoundError) as error:
-        raise UserError(
-            f"the corpus '{name}' could not be opened on the hub ({str(error).splitlines()[0]}); download it with "
-            f"`hf download {named.hub_id} --repo-type dataset --local-dir FOLDER` and set dataset_path to FOLDER"
-        ) from error
-
-
-def _named_files(name: str, named: NamedCorpus, dataset_path: str) -> list[str]:
-    for pattern in (f"{named.config}/{named.split}-*.parquet", f"{named.config}/{named.split}/*.parquet"):
-        files = sorted(glob.glob(os.path.join(dataset_path, pattern)))
-        if files:
-            return files
-    raise UserError(
-        f"'{dataset_path}' holds no {named.config}/{named.split}-*.parquet of the corpus '{name}'; download it with "
-        f"`hf download {named.hub_id} --repo-type dataset --local-dir {dataset_path}`"
-    )
+    if dataset not in CORPORA or dataset_path is not None:
+        _corpus_files(dataset, dataset_path)
 
 
 def parquet_files(dataset: str) -> list[str]:
-    """Parquet files of a folder, path or glob, in order.
+    """Parquet files of a folder, path or glob, in order, as fsspec paths.
 
     Raises:
         UserError: there is none.
     """
-    if "://" in dataset:  # any fsspec URL; resolved by `datasets`
-        return [dataset]
-    pattern = os.path.join(dataset, "**", "*.parquet") if Path(dataset).is_dir() else dataset
-    files = sorted(glob.glob(pattern, recursive=True))
+    files = find_files(dataset, "**/*.parquet")
     if not files:
         raise UserError(
             f"no Parquet file matches the dataset '{dataset}'; name a folder, a Parquet path or glob, "
@@ -135,19 +175,71 @@ def parquet_files(dataset: str) -> list[str]:
     return files
 
 
-def _select_columns(rows: IterableDataset, dataset: str, audio_column: str, text_column: str | None) -> IterableDataset:
-    columns = rows.column_names or list(next(iter(rows)))
-    wanted = {"audio": audio_column} | ({"text": text_column} if text_column is not None else {})
-    for role, column in wanted.items():
-        if column not in columns:
-            raise UserError(
-                f"the dataset '{dataset}' has no column '{column}' for the {role}, only {', '.join(columns)}; "
-                f"set data.{role}_column"
-            )
-    if "id" in columns:
-        wanted["id"] = "id"
-    if rows.features is not None and isinstance(rows.features[audio_column], Audio):
-        # A plain struct: even with decode=False the Audio feature wants torchcodec.
-        rows = rows.cast_column(audio_column, {"bytes": Value("binary"), "path": Value("string")})
-    rows = rows.select_columns(list(wanted.values()))
-    return rows.rename_columns({column: role for role, column in wanted.items() if column != role})
+def find_files(path: str, in_folder: str) -> list[str]:
+    """Sorted fsspec paths that match ``path``, or ``in_folder`` inside of it where it is a folder."""
+    fs, bare = fsspec.url_to_fs(path)
+    pattern = f"{bare.rstrip('/')}/{in_folder}" if fs.isdir(bare) else bare
+    found = sorted(fs.glob(pattern))
+    return found if fs.protocol in ("file", ("file", "local")) else [fs.unstrip_protocol(file) for file in found]
+
+
+def read_footer(path: str) -> pq.FileMetaData:
+    """Metadata of a Parquet file.
+
+    Raises:
+        UserError: missing or damaged.
+    """
+    try:
+        with fsspec.open(path) as stream:
+            return pq.read_metadata(stream)
+    except (OSError, pa.ArrowException) as error:
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: str, error: Exception) -> UserError:
+    detail = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return UserError(f"'{path}' is no readable Parquet file ({detail}); copy or make it anew")
+
+
+def _corpus_files(dataset: str, dataset_path: str | None) -> list[str]:
+    named = CORPORA.get(dataset)
+    if named is not None:
+        return _hub_files(dataset, named) if dataset_path is None else _local_files(dataset, named, dataset_path)
+    if dataset_path is not None:
+        raise UserError(
+            f"dataset_path is '{dataset_path}', but dataset '{dataset}' is no named corpus; "
+            f"name the folder itself as dataset, or one of: {', '.join(CORPORA)}"
+        )
+    return parquet_files(dataset)
+
+
+def _hub_files(name: str, named: NamedCorpus) -> list[str]:
+    try:
+        files = _named_files(f"hf://datasets/{named.hub_id}", named)
+        reason = "no such files"
+    except Exception as error:  # the hub's client raises what its transports raise
+        files, reason = [], (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if not files:
+        raise UserError(
+            f"the corpus '{name}' could not be opened on the hub ({reason}); download it with "
+            f"`hf download {named.hub_id} --repo-type dataset --local-dir FOLDER` and set dataset_path to FOLDER"
+        )
+    return files
+
+
+def _local_files(name: str, named: NamedCorpus, dataset_path: str) -> list[str]:
+    files = _named_files(dataset_path, named)
+    if not files:
+        raise UserError(
+            f"'{dataset_path}' holds no {named.config}/{named.split}-*.parquet of the corpus '{name}'; download it "
+            f"with `hf download {named.hub_id} --repo-type dataset --local-dir {dataset_path}`"
+        )
+    return files
+
+
+def _named_files(root: str, named: NamedCorpus) -> list[str]:
+    for pattern in (f"{named.config}/{named.split}-*.parquet", f"{named.config}/{named.split}/*.parquet"):
+        files = find_files(f"{root.rstrip('/')}/{pattern}", "*.parquet")
+        if files:
+            return files
+    return []

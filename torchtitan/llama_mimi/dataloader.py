@@ -1,24 +1,32 @@
-"""TorchTitan's dataloader seam: audio is read in workers, Mimi runs here in batches on the training device.
+"""TorchTitan's dataloader seam: clips come from workers; here audio is encoded, in batches on the training device,
+and codes become rows of tokens.
 
-A source of pre-computed codes takes the place of `ClipStream` and `MimiCodec`; everything after the codes stays.
+The state is a position (`llama_mimi.order`): behind the last clip that a batch has used up, not behind what workers
+have read ahead.
 """
 
 import dataclasses
 import json
+import time
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torchtitan.components.dataloader import BaseDataLoader, ParallelAwareDataloader
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_type
 
-from llama_mimi.clips import ClipBatch, ClipStream
-from llama_mimi.codec import DTYPES, MimiCodec
+from llama_mimi.clips import AudioClip, AudioReader, Chunk, ClipReader, ClipStream, CodedClip, CodeReader, SkippedClip
+from llama_mimi.codec import DTYPES, MimiCodec, load_codec_config
 from llama_mimi.corpora import open_corpus
 from llama_mimi.errors import UserError
+from llama_mimi.order import ClipRef, Position, RowsInOrder, ShuffledOrder, deal
+from llama_mimi.packing import Batch, BatchPacker
 from llama_mimi.sequences import SequenceBuilder
+from llama_mimi.token_store import CodeCorpus, is_store
 
 # A share is judged on at least this many clips: one bad clip among the first ten is no 10 %.
 MIN_CLIPS_FOR_SHARE = 100
@@ -26,164 +34,318 @@ MIN_CLIPS_FOR_SHARE = 100
 MAX_NAMED_CLIPS = 20
 # How often the counts are logged.
 CLIPS_PER_REPORT = 1000
+# Audio goes through the codec in batches of at least so many clips, and codes come from workers as many at a time.
+MIN_CHUNK = 8
+
+
+class Stopwatch:
+    """Seconds spent since the last `take`; shared by the loader, which spends them, and the metrics."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def take(self) -> float:
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
+
+
+codec_time = Stopwatch()
 
 
 class UnitDataLoader(BaseDataLoader):
-    """Batches of token ids from batches of clips.
+    """Batches of token ids from chunks of clips.
 
     Args:
-        clips: loader of `ClipBatch`.
-        codec: turns samples into codes, on the training device.
-        sequences: turns codes into ids.
+        readers: one a corpus.
+        order: this rank's sequence of clips: a `ShuffledOrder`, endless and resumable, or rows to read once.
+        packer: fills the batches.
+        codec: turns samples into codes, on the training device; None where all corpora are codes.
+        dp_rank, dp_world_size: this rank and how many there are.
         dataset: its name, for messages.
-        seq_len: L of the batches.
+        chunk_size: clips read and encoded at once.
         max_bad_share: raise when a larger share of the clips cannot be used.
+        workers: keyword arguments of PyTorch's DataLoader.
     """
 
     def __init__(
         self,
-        clips: ParallelAwareDataloader,
-        codec: MimiCodec,
-        sequences: SequenceBuilder,
+        readers: list[ClipReader],
+        order: ShuffledOrder | RowsInOrder,
+        packer: BatchPacker,
+        codec: MimiCodec | None,
         *,
+        dp_rank: int,
+        dp_world_size: int,
         dataset: str,
-        seq_len: int,
+        chunk_size: int,
         max_bad_share: float,
+        workers: dict[str, Any],
     ) -> None:
-        self._clips, self._codec, self._sequences = clips, codec, sequences
-        self._dataset = dataset
-        self._seq_len, self._max_bad_share = seq_len, max_bad_share
-        self._counts_key = f"counts_dp_rank_{clips.dp_rank}"
+        self._readers, self._order, self._packer, self._codec = readers, order, packer, codec
+        self._dp_rank, self._dp_world_size = dp_rank, dp_world_size
+        self._dataset, self._chunk_size, self._max_bad_share = dataset, chunk_size, max_bad_share
+        self._workers = workers
         self._counts: Counter[str] = Counter()  # clips read, cut, and skipped by reason
+        # What a position means depends on these.
+        self._sizes = [[int(sizes_G.sum()), len(sizes_G)] for sizes_G in (reader.corpus.sizes_G for reader in readers)]
 
-    def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
-        for batch in self._clips:
-            self._count(batch)
-            if not batch.clips:
-                raise UserError(
-                    f"none of the {len(batch.skipped)} clips of '{self._dataset}' that this rank reads can be used; "
-                    "repair the corpus, or use fewer ranks than it has clips"
-                )
-            inputs_BL, labels_BL = self._tokens(batch)
-            yield {"input": inputs_BL}, labels_BL
-
-    def empty_batch(self) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """A batch of padding, for a rank that has run out of clips while others have not."""
-        inputs_BL, labels_BL = self._sequences.pad_batch([torch.empty(0, dtype=torch.long)], self._seq_len)
-        return {"input": inputs_BL}, labels_BL
-
-    def state_dict(self) -> dict[str, Any]:
-        # One JSON string, because a checkpoint loads only keys that exist beforehand and reasons come and go.
-        return {**self._clips.state_dict(), self._counts_key: json.dumps(self._counts)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict:
-            self._clips.load_state_dict(state_dict)
-            self._counts = Counter(json.loads(state_dict[self._counts_key]))
-
-    def _tokens(self, batch: ClipBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        codes = self._codec.encode([clip.samples_S for clip in batch.clips])
-        sequences = [
-            self._sequences.sequence(codes_TQ, is_cut=clip.is_cut, text=clip.text)
-            for clip, codes_TQ in zip(batch.clips, codes, strict=True)
-        ]
-        self._counts["cut at seq_len"] += sum(len(ids_L) > self._seq_len + 1 for ids_L in sequences)
-        return self._sequences.pad_batch(sequences, self._seq_len)
-
-    def _count(self, batch: ClipBatch) -> None:
-        """Count and name what was skipped.
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches without end, or the refs once, the last batch filled up with padding.
 
         Raises:
-            UserError: more than the allowed share is bad.
+            UserError: too many clips, or all of them, cannot be used.
         """
-        read_before = self._counts["read"]
-        self._counts["read"] += len(batch.clips) + len(batch.skipped)
-        self._counts["cut at max_audio_seconds"] += sum(clip.is_cut for clip in batch.clips)
-        for clip in batch.skipped:
-            self._counts["skipped"] += 1
-            self._counts[f"skipped: {clip.reason}"] += 1
-            if self._counts["skipped"] <= MAX_NAMED_CLIPS:
-                logger.warning(f"skipped clip {self._counts['skipped']} ({clip.reason}): {clip.message}")
-        if self._counts["read"] // CLIPS_PER_REPORT > read_before // CLIPS_PER_REPORT:
-            logger.info("clips: " + ", ".join(f"{number:,} {what}" for what, number in self._counts.items()))
-        read, skipped = self._counts["read"], self._counts["skipped"]
+        for ref, clip in self._clips():
+            self._count(ref, clip)
+            if isinstance(clip, SkippedClip):
+                self._use_up(ref)
+                continue
+            codes_TQ, frame = torch.as_tensor(clip.codes_TQ), ref.frame
+            while frame < len(codes_TQ):
+                frame += self._packer.add(codes_TQ[frame:], is_cut=clip.is_cut, text=clip.text)
+                if frame < len(codes_TQ):
+                    self._use_frames(frame)
+                else:
+                    self._use_up(ref)
+                if self._packer.is_full:
+                    yield self._packer.take()
+        if not self._packer.is_empty:
+            yield self._packer.take()
+
+    def empty_batch(self) -> Batch:
+        """A batch of padding, for a rank that has run out of clips while others have not."""
+        assert self._packer.is_empty
+        return self._packer.take()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position of all ranks, which every rank returns alike: a collective."""
+        assert isinstance(self._order, ShuffledOrder)
+        ranks = _gather({"rank": self._dp_rank, "position": self._order.position.to_json(), "counts": self._counts})
+        by_rank = {rank["rank"]: rank for rank in ranks}  # tensor-parallel ranks share a position
+        state = {
+            "ranks": [by_rank[rank]["position"] for rank in sorted(by_rank)],
+            "counts": sum((Counter(rank["counts"]) for rank in by_rank.values()), Counter()),
+            "sizes": self._sizes,
+        }
+        # One JSON string, because a checkpoint loads only keys that exist beforehand.
+        return {"position": json.dumps(state)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a position, saved by any number of ranks.
+
+        Raises:
+            UserError: it is a position in other data.
+        """
+        if not state_dict:
+            return
+        assert isinstance(self._order, ShuffledOrder)
+        state = json.loads(state_dict["position"])
+        if state["sizes"] != self._sizes:
+            raise UserError(
+                f"the checkpoint is of data with {state['sizes']} clips and row groups, but '{self._dataset}' has "
+                f"{self._sizes}; restore the data, or begin it anew with "
+                "--checkpoint.exclude_from_loading dataloader"
+            )
+        positions = deal([Position.from_json(position) for position in state["ranks"]], self._dp_world_size)
+        self._order.position = positions[self._dp_rank]
+        self._counts = Counter(state["counts"] if self._dp_rank == 0 else {})
+
+    def _clips(self) -> Iterator[tuple[ClipRef, CodedClip | SkippedClip]]:
+        stream = ClipStream(self._readers, self._order, self._chunk_size)
+        chunks: Iterator[Chunk] = iter(DataLoader(stream, batch_size=None, collate_fn=_unchanged, **self._workers))
+        for chunk in chunks:
+            audio = [clip for clip in chunk.clips if isinstance(clip, AudioClip)]
+            codes = iter(self._encode(audio))
+            for ref, clip in zip(chunk.refs, chunk.clips, strict=True):
+                if isinstance(clip, AudioClip):
+                    yield ref, CodedClip(clip.name, next(codes).numpy(), clip.is_cut, clip.text)
+                else:
+                    yield ref, clip
+
+    def _encode(self, clips: list[AudioClip]) -> list[torch.Tensor]:
+        if not clips:
+            return []
+        assert self._codec is not None
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the codec is not charged for the step before it
+        start = time.perf_counter()
+        codes = self._codec.encode([clip.samples_S for clip in clips])
+        codec_time.seconds += time.perf_counter() - start
+        return codes
+
+    def _use_up(self, ref: ClipRef) -> None:
+        if isinstance(self._order, ShuffledOrder):
+            taken = self._order.take()
+            assert taken == ref or (taken.row, taken.group) == (ref.row, ref.group), "the stream left its order"
+
+    def _use_frames(self, frames: int) -> None:
+        if isinstance(self._order, ShuffledOrder):
+            self._order.use_frames(frames)
+
+    def _count(self, ref: ClipRef, clip: CodedClip | SkippedClip) -> None:
+        """Count a clip, and name it if it is skipped.
+
+        Raises:
+            UserError: more than the allowed share is bad, or all are.
+        """
+        if ref.frame:  # counted when its beginning was read
+            return
+        counts = self._counts
+        counts["read"] += 1
+        counts["cut at max_audio_seconds"] += not isinstance(clip, SkippedClip) and clip.is_cut
+        if counts["read"] % CLIPS_PER_REPORT == 0:
+            self._report()
+        if not isinstance(clip, SkippedClip):
+            return
+        counts["skipped"] += 1
+        counts[f"skipped: {clip.reason}"] += 1
+        if counts["skipped"] <= MAX_NAMED_CLIPS:
+            logger.warning(f"skipped clip {counts['skipped']} ({clip.reason}): {clip.message}")
+        read, skipped = counts["read"], counts["skipped"]
+        reasons = ", ".join(f"{n} {key[9:]}" for key, n in counts.items() if key.startswith("skipped: "))
+        if skipped == read and skipped >= min(MIN_CLIPS_FOR_SHARE, sum(clips for clips, _ in self._sizes)):
+            raise UserError(
+                f"none of the first {read} clips of '{self._dataset}' that this rank read can be used ({reasons}); "
+                "repair the corpus"
+            )
         if skipped > self._max_bad_share * max(read, MIN_CLIPS_FOR_SHARE):
-            reasons = ", ".join(f"{n} {key[9:]}" for key, n in self._counts.items() if key.startswith("skipped: "))
             raise UserError(
                 f"{skipped} of {read} clips could not be used ({reasons}), more than data.max_bad_share = "
                 f"{self._max_bad_share:g}; repair the corpus or raise data.max_bad_share"
             )
 
+    def _report(self) -> None:
+        counts = {
+            **self._counts,
+            "cut at seq_len": self._packer.num_cut,
+            "going on in the next row": self._packer.num_split,
+        }
+        logger.info("clips: " + ", ".join(f"{number:,} {what}" for what, number in counts.items()))
+
 
 def build_dataloader(dp_world_size: int, dp_rank: int, tokenizer: SequenceBuilder, job_config: Any) -> UnitDataLoader:
-    """The training loader: endless and shuffled by ``debug.seed`` (0 if unset)."""
-    training = job_config.training
-    return _build(
-        job_config,
-        tokenizer,
-        training,
+    """The training loader: endless, shuffled by ``debug.seed`` (0 if unset), rows as ``data.packing`` says."""
+    data, training = job_config.data, job_config.training
+    readers = open_readers(job_config, training)
+    order = ShuffledOrder(
+        [reader.corpus.sizes_G for reader in readers],
+        clip_shares(readers, data.weights),
         dp_rank=dp_rank,
         dp_world_size=dp_world_size,
+        shuffle_block=data.shuffle_block,
         seed=job_config.debug.seed or 0,
-        is_endless=True,
+    )
+    return _build(
+        job_config, tokenizer, training, readers, order, dp_rank, dp_world_size, is_packed=_is_packed(job_config)
     )
 
 
 def build_validation_dataloader(
     dp_world_size: int, dp_rank: int, tokenizer: SequenceBuilder, job_config: Any
 ) -> UnitDataLoader:
-    """The held-out corpus once, in its own order."""
-    return _build(
-        job_config,
-        tokenizer,
-        job_config.validation,
-        dp_rank=dp_rank,
-        dp_world_size=dp_world_size,
-        seed=None,
-        is_endless=False,
-    )
+    """The held-out corpus once, in its own order, one clip a row: the loss does not depend on how training packs."""
+    readers = open_readers(job_config, job_config.validation)
+    sizes_G = readers[0].corpus.sizes_G
+    order = RowsInOrder(sizes_G, range(len(sizes_G)), dp_rank, dp_world_size)
+    return _build(job_config, tokenizer, job_config.validation, readers, order, dp_rank, dp_world_size, is_packed=False)
+
+
+def dataset_names(split: Any) -> list[str]:
+    """The corpora of ``[training]`` or ``[validation]``: names divided by commas."""
+    return [name.strip() for name in split.dataset.split(",") if name.strip()]
+
+
+def open_readers(job_config: Any, split: Any) -> list[ClipReader]:
+    """The corpora of a split, each as audio or as codes.
+
+    Raises:
+        UserError: one is missing, damaged or does not fit.
+    """
+    data, codec = job_config.data, job_config.codec
+    config = load_codec_config(codec.name, codec.num_quantizers)
+    max_frames = int(data.max_audio_seconds * config.sampling_rate / config.frame_size + 1e-6)
+    with_text = data.task == "tts"
+    readers: list[ClipReader] = []
+    for name in dataset_names(split):
+        if is_store(name):
+            corpus = CodeCorpus(name, codec.name, codec.num_quantizers, with_text=with_text)
+            readers.append(CodeReader(corpus, max_frames=max_frames, with_text=with_text))
+            continue
+        readers.append(
+            AudioReader(
+                open_corpus(name, split.dataset_path, data.audio_column, data.text_column if with_text else None),
+                sample_rate_hz=config.sampling_rate,
+                frame_size=config.frame_size,
+                max_frames=max_frames,
+                with_text=with_text,
+            )
+        )
+    return readers
+
+
+def clip_shares(readers: list[ClipReader], weights: list[float]) -> list[float]:
+    """How often a clip is drawn from each corpus.
+
+    Args:
+        weights: wanted shares of audio; empty for each corpus's own share, so that all have their epochs together.
+    """
+    if not weights or len(readers) == 1:
+        return [float(reader.corpus.sizes_G.sum()) for reader in readers]
+    corpora = [reader.corpus for reader in readers]
+    return [
+        w / corpus.mean_seconds for w, corpus in zip(weights, corpora, strict=True) if isinstance(corpus, CodeCorpus)
+    ]
+
+
+def _is_packed(job_config: Any) -> bool:
+    return job_config.data.packing == "pack"
 
 
 def _build(
     job_config: Any,
     sequences: SequenceBuilder,
     split: Any,
-    *,
+    readers: list[ClipReader],
+    order: ShuffledOrder | RowsInOrder,
     dp_rank: int,
     dp_world_size: int,
-    seed: int | None,
-    is_endless: bool,
+    *,
+    is_packed: bool,
 ) -> UnitDataLoader:
     """``split`` is ``[training]`` or ``[validation]``: dataset, batch size, seq_len and workers."""
-    data, codec_config = job_config.data, job_config.codec
-    codec = MimiCodec(
-        codec_config.name, codec_config.num_quantizers, torch.device(device_type), DTYPES[codec_config.dtype]
+    codec = None
+    if any(isinstance(reader, AudioReader) for reader in readers):
+        name, num_quantizers, dtype = (getattr(job_config.codec, key) for key in ("name", "num_quantizers", "dtype"))
+        codec = MimiCodec(name, num_quantizers, torch.device(device_type), DTYPES[dtype])
+    packer = BatchPacker(
+        sequences,
+        split.local_batch_size,
+        split.seq_len,
+        is_packed=is_packed,
+        has_positions=_is_packed(job_config),
     )
-    text_column = data.text_column if data.task == "tts" else None
-    stream = ClipStream(
-        open_corpus(split.dataset, split.dataset_path, data.audio_column, text_column),
-        batch_size=split.local_batch_size,
+    return UnitDataLoader(
+        readers,
+        order,
+        packer,
+        codec,
         dp_rank=dp_rank,
         dp_world_size=dp_world_size,
-        sample_rate_hz=codec.sample_rate_hz,
-        frame_size=codec.frame_size,
-        max_seconds=data.max_audio_seconds,
-        seed=seed,
-        shuffle_block=data.shuffle_block,
-        is_endless=is_endless,
-    )
-    workers = dataclasses.asdict(split.dataloader)
-    if workers["num_workers"] > stream.max_workers:
-        logger.warning(
-            f"'{split.dataset}' has {stream.max_workers} shards a rank: {stream.max_workers} loader workers are used, "
-            f"not {workers['num_workers']}"
-        )
-        workers["num_workers"] = stream.max_workers
-    clips = ParallelAwareDataloader(stream, dp_rank, dp_world_size, batch_size=None, collate_fn=_unchanged, **workers)
-    return UnitDataLoader(
-        clips, codec, sequences, dataset=split.dataset, seq_len=split.seq_len, max_bad_share=data.max_bad_share
+        dataset=split.dataset,
+        chunk_size=max(split.local_batch_size, MIN_CHUNK),
+        max_bad_share=job_config.data.max_bad_share,
+        workers=dataclasses.asdict(split.dataloader),
     )
 
 
-def _unchanged(batch: ClipBatch) -> ClipBatch:
-    return batch
+def _gather(value: Any) -> list[Any]:
+    """``value`` of every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _unchanged(chunk: Chunk) -> Chunk:
+    return chunk

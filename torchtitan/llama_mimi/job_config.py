@@ -37,7 +37,13 @@ class Data:
     """a2a: audio alone; tts: the transcript, then the audio"""
 
     max_audio_seconds: float = 20.0
-    """Longer clips are cut here (and get no </audio>)"""
+    """Longer clips are cut here, after a whole frame (and get no </audio>)"""
+
+    packing: Literal["pad", "pack"] = "pad"
+    """Rows of a training batch: one clip and padding, or clips end to end, with attention within a clip only"""
+
+    weights: list[float] = field(default_factory=list)
+    """Shares of audio of the corpora in training.dataset; empty for each in proportion to its size"""
 
     audio_column: str = "audio"
     """Column of audio{bytes,path} structs; named corpora know theirs"""
@@ -46,7 +52,7 @@ class Data:
     """Column of transcripts, read by the task tts only"""
 
     shuffle_block: int = 256
-    """Rows permuted together; files are shuffled as a whole"""
+    """Clips permuted together; row groups, of which a block has at least one, are permuted as a whole"""
 
     max_bad_share: float = 0.01
     """Training stops when a larger share of the clips read (at least 100) cannot be used"""

@@ -10,6 +10,7 @@ from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 
+from llama_mimi.dataloader import Stopwatch
 from llama_mimi.losses import LevelMeter, reduce_sums
 
 
@@ -21,6 +22,7 @@ class SpeechMetrics(MetricsProcessor):
 
     Args:
         train_meter, validation_meter: filled by the losses of training and validation.
+        codec_time: filled by the loader where it encodes audio.
         frame_rate_hz: of the codec; level-0 targets over it are seconds of audio.
     """
 
@@ -31,13 +33,14 @@ class SpeechMetrics(MetricsProcessor):
         *,
         train_meter: LevelMeter,
         validation_meter: LevelMeter,
+        codec_time: Stopwatch,
         frame_rate_hz: float,
     ) -> None:
         if job_config.metrics.enable_wandb:
             os.environ.setdefault("WANDB_PROJECT", "llama_mimi")
         super().__init__(job_config, parallel_dims)
         self._train_meter, self._validation_meter = train_meter, validation_meter
-        self._frame_rate_hz = frame_rate_hz
+        self._codec_time, self._frame_rate_hz = codec_time, frame_rate_hz
         self._has_peak_flops = torch.cuda.is_available()
         self._last_step: int | None = None
 
@@ -70,7 +73,8 @@ class SpeechMetrics(MetricsProcessor):
             "throughput/useful_tokens_per_s": tokens_per_s,
             "throughput/audio_seconds_per_s": float(sums[1, 0]) / self._frame_rate_hz / seconds,
             "time_metrics/end_to_end(s)": seconds / steps,
-            "time_metrics/data_loading(%)": 100 * sum(self.data_loading_times) / seconds,
+            "time_metrics/data_loading(%)": 100 * sum(self.data_loading_times) / seconds,  # with the codec's share
+            "time_metrics/codec(%)": 100 * self._codec_time.take() / seconds,
             "memory/max_reserved(GiB)": memory.max_reserved_gib,
             # TorchTitan's own count of tokens seen includes padding
             **{key: value for key, value in (extra_metrics or {}).items() if key != "n_tokens_seen"},
@@ -85,6 +89,7 @@ class SpeechMetrics(MetricsProcessor):
             f"step: {step}/{self.job_config.training.steps}  loss: {global_avg_loss:.5f}  "
             f"levels: {self._format_levels(sums)}  grad_norm: {grad_norm:.3f}  tokens/s: {tokens_per_s:,.0f}  "
             f"audio-s/s: {metrics['throughput/audio_seconds_per_s']:,.1f}{mfu}  "
+            f"data: {metrics['time_metrics/data_loading(%)']:.1f}% (codec {metrics['time_metrics/codec(%)']:.1f}%)  "
             f"memory: {memory.max_reserved_gib:.2f}GiB  left: {_clock(left_s)}"
         )
         self._last_step = step
@@ -95,6 +100,7 @@ class SpeechMetrics(MetricsProcessor):
     ) -> None:
         """Log the validation that just took ``seconds``, which are no training time."""
         self.time_last_log += seconds
+        self._codec_time.take()  # nor is what it encoded
         sums = self._reduced(self._validation_meter)
         levels = {f"validation_metrics/{name}": loss for name, loss in self._level_losses(sums).items()}
         self.logger.log({"validation_metrics/loss": loss, **levels, **(extra_metrics or {})}, step)

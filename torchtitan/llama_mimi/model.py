@@ -1,4 +1,4 @@
-"""TorchTitan's Llama 3 with what Llama-3.2-1B needs besides: tied embeddings and a 1B shape."""
+"""TorchTitan's Llama 3 with what Llama-3.2-1B and packed rows need besides: tied weights, attention within a clip."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 from torchtitan.distributed import ParallelDims
+from torchtitan.models.attention import VarlenMetadata
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs, parallelize_llama
 from torchtitan.models.llama3.model.args import RoPEScalingArgs
 
@@ -34,6 +35,8 @@ class LlamaMimiArgs(TransformerModelArgs):
         codec = job_config.codec
         sequences = load_sequences(job_config.model.hf_assets_path, codec.name, codec.num_quantizers)
         self.vocab_size = sequences.vocabulary.size
+        if job_config.data.packing == "pack":
+            self.attn_type, self.attn_mask_type = "varlen", "block_causal"
 
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
         """Parameters and training FLOPs per token (6 a multiplied weight, plus attention).
@@ -47,11 +50,30 @@ class LlamaMimiArgs(TransformerModelArgs):
         return num_params, 6 * num_multiplied + attention
 
 
+class MaskedAttention(nn.Module):
+    """Causal attention within each sequence of a packed row, where TorchTitan's kernel (CUDA, 16 bit) cannot run."""
+
+    def forward(
+        self, q_BHLD: torch.Tensor, k_BGLD: torch.Tensor, v_BGLD: torch.Tensor, sequences: VarlenMetadata
+    ) -> torch.Tensor:
+        """H query heads share G key heads; returns (B, L, H, D)."""
+        B, _, L, _ = q_BHLD.shape
+        place_N = torch.arange(B * L, device=q_BHLD.device, dtype=sequences.cu_seq_q.dtype)
+        sequence_BL = torch.bucketize(place_N, sequences.cu_seq_q, right=True).view(B, L)
+        mask_BLL = (sequence_BL[:, :, None] == sequence_BL[:, None]).tril()
+        output_BHLD = F.scaled_dot_product_attention(
+            q_BHLD, k_BGLD, v_BGLD, attn_mask=mask_BLL[:, None], enable_gqa=q_BHLD.shape[1] != k_BGLD.shape[1]
+        )
+        return output_BHLD.transpose(1, 2).contiguous()
+
+
 class LlamaMimi(Transformer):
     """A plain Llama 3 decoder.
 
     With tied embeddings there is one matrix and one parameter, ``tok_embeddings.weight``: ``output`` is None, which
     TorchTitan's Transformer allows, and the logits are a product with the embedding.
+
+    With ``attn_type`` "varlen" rows hold several sequences, each of which begins where ``positions`` are 0.
     """
 
     def __init__(self, model_args: LlamaMimiArgs) -> None:
@@ -59,11 +81,35 @@ class LlamaMimi(Transformer):
         self.is_tied = model_args.enable_weight_tying
         if self.is_tied:
             self.output = None
+        if model_args.attn_type == "varlen" and not torch.cuda.is_available():
+            for layer in self.layers.values():
+                layer.attention.inner_attention = MaskedAttention()
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
         super().init_weights(buffer_device)
         if self.is_tied:  # as Hugging Face draws embeddings: of unit variance, each token would predict itself
             nn.init.normal_(self.tok_embeddings.weight, std=0.02)
+
+    def get_attention_masks(
+        self, input_batch: torch.Tensor, tokenizer: Any, extra_inputs: dict[str, torch.Tensor] | None = None
+    ) -> VarlenMetadata:
+        """Where the sequences of a batch begin.
+
+        Args:
+            input_batch: ids (B, L).
+            extra_inputs: with ``positions`` (B, L).
+
+        Raises:
+            TypeError: the model takes no masks, which TorchTitan's validator expects to hear in this way.
+        """
+        if self.model_args.attn_type != "varlen":
+            raise TypeError("rows of one sequence need no mask")
+        assert extra_inputs is not None
+        starts_N = (extra_inputs["positions"].flatten() == 0).nonzero().flatten().to(torch.int32)
+        bounds = F.pad(starts_N, (0, 1), value=input_batch.numel())
+        # The row's length bounds every sequence's; the longest itself would make the host wait for the GPU once more.
+        longest = input_batch.shape[1]
+        return VarlenMetadata(cu_seq_q=bounds, cu_seq_k=bounds, max_q=longest, max_k=longest)
 
     def forward(self, tokens: torch.Tensor, attention_masks: Any = None, positions: Any = None) -> torch.Tensor:
         """Token ids (B, L) to logits (B, L, V)."""

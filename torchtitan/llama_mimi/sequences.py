@@ -1,9 +1,8 @@
-"""Clips as model inputs: codes and text -> token sequences -> padded batches.
+"""Clips as token sequences: codes and text -> ids.
 
 ``BOS <audio> c[0,0] c[0,1] ... c[T-1,Q-1] </audio>``, with the text between BOS and ``<audio>`` for the task "tts".
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -40,20 +39,6 @@ class SequenceBuilder:
     def is_target(self, ids: torch.Tensor) -> torch.Tensor:
         """True for what the model is trained to predict: units and ``</audio>``; text and ``<audio>`` are given."""
         return self.vocabulary.is_unit(ids) | (ids == self.vocabulary.audio_end_id)
-
-    def pad_batch(self, sequences: Sequence[torch.Tensor], seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sequences of any lengths to inputs and labels, both (B, seq_len).
-
-        Longer sequences are cut, which also removes their ``</audio>``. Labels are the next tokens where those are
-        targets and ``IGNORE_INDEX`` elsewhere, so that padding (whatever its id) never enters the loss.
-        """
-        inputs_BL = torch.zeros(len(sequences), seq_len, dtype=torch.long)
-        labels_BL = torch.full_like(inputs_BL, IGNORE_INDEX)
-        for row, ids_L in enumerate(sequences):
-            inputs_L, next_L = ids_L[:-1][:seq_len], ids_L[1:][:seq_len]
-            inputs_BL[row, : len(inputs_L)] = inputs_L
-            labels_BL[row, : len(next_L)] = next_L.masked_fill(~self.is_target(next_L), IGNORE_INDEX)
-        return inputs_BL, labels_BL
 
 
 @lru_cache(maxsize=4)

@@ -10,7 +10,7 @@ from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAda
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 
 from llama_mimi.codec import load_codec_config
-from llama_mimi.dataloader import build_dataloader
+from llama_mimi.dataloader import build_dataloader, codec_time
 from llama_mimi.losses import LevelMeter, UnitLoss
 from llama_mimi.metrics import SpeechMetrics
 from llama_mimi.model import FLAVORS, LlamaMimi, LlamaMimiArgs, parallelize
@@ -54,6 +54,7 @@ def build_metrics(job_config: Any, parallel_dims: ParallelDims, model_args: Llam
         parallel_dims,
         train_meter=_train_meter,
         validation_meter=_validation_meter,
+        codec_time=codec_time,
         frame_rate_hz=codec_config.sampling_rate / codec_config.frame_size,
     )
 

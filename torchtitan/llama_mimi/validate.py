@@ -15,9 +15,8 @@ from torchtitan.tools.utils import device_type
 from llama_mimi.dataloader import build_validation_dataloader
 from llama_mimi.losses import UnitLoss
 from llama_mimi.metrics import SpeechMetrics
+from llama_mimi.packing import Batch
 from llama_mimi.sequences import IGNORE_INDEX, SequenceBuilder
-
-Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
 
 
 class SpeechValidator(Validator):

@@ -1,0 +1,362 @@
+"""Tokenise a corpus once: audio -> shards of Mimi codes that training reads.
+
+    uv run torchrun --nproc_per_node=2 scripts/tokenize_corpus.py --corpus "assets/tiny/corpus/train-*.parquet" \
+        --codec assets/tiny/mimi --output_dir data/codes/tiny
+
+The plan, which row groups make which shard, depends on the corpus alone. Ranks share the shards that are missing, and
+a shard appears when it is whole: a run that was killed is started again, on any number of ranks, and finishes with
+every clip once. The manifest is written last.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import fsspec
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+
+from llama_mimi.clips import AudioClip, AudioReader, ClipStream, SkippedClip
+from llama_mimi.codec import DEFAULT_CODEC, DTYPES, MimiCodec, codec_hash
+from llama_mimi.corpora import AudioCorpus, open_corpus, read_footer
+from llama_mimi.errors import UserError, run_cli
+from llama_mimi.evaluation import versions
+from llama_mimi.order import RowsInOrder
+from llama_mimi.token_store import (
+    CLIPS_PER_GROUP,
+    FORMAT,
+    MANIFEST,
+    NOTES,
+    OPTIONAL_COLUMNS,
+    PARTIAL,
+    PLAN,
+    StoredClip,
+    read_json,
+    shard_bytes,
+    write_aside,
+)
+
+# Clips that are sorted by length before they are batched, and that a worker reads at once.
+CLIPS_PER_CHUNK = 64
+SECONDS_PER_REPORT = 10.0
+MIN_CLIPS_FOR_SHARE = 100
+MAX_NAMED_CLIPS = 20
+# Ranks wait for the slowest at the end.
+TIMEOUT = timedelta(days=7)
+
+
+class Ranks:
+    """The processes of torchrun, or this one alone, and the counters that they share."""
+
+    def __init__(self) -> None:
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = int(os.environ.get("RANK", 0))
+        self._store: dist.Store = dist.HashStore()
+        if self.world_size > 1:
+            self._store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+            dist.init_process_group(
+                "gloo", store=self._store, rank=self.rank, world_size=self.world_size, timeout=TIMEOUT
+            )
+        self.device = torch.device("cpu")
+        if torch.cuda.is_available():
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(self.device)
+
+    def add(self, counter: str, number: int) -> int:
+        """Add to a shared counter; returns its value."""
+        return self._store.add(counter, number)
+
+    def from_first(self, value: Any) -> Any:
+        """``value`` of rank 0."""
+        if self.world_size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def wait(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        if self.world_size > 1:
+            dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", required=True, help="named corpus, folder, or Parquet path or glob")
+    parser.add_argument("--dataset_path", help="local download of a named corpus")
+    parser.add_argument("--output_dir", required=True, help="folder of the shards, local or any fsspec path")
+    parser.add_argument("--codec", default=DEFAULT_CODEC, help="hub id or folder")
+    parser.add_argument("--num_quantizers", type=int, default=8, help="levels to store; training takes any prefix")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="bfloat16 changes about 2 %% of the codes")
+    parser.add_argument("--audio_column", default="audio")
+    parser.add_argument("--max_audio_seconds", type=float, default=120.0, help="longer clips are cut, and counted")
+    parser.add_argument("--clips_per_shard", type=int, default=2048, help="what a kill can cost each rank")
+    parser.add_argument("--batch_seconds", type=float, default=160.0, help="audio that is encoded at once, padded")
+    parser.add_argument("--num_workers", type=int, default=2, help="processes a rank that read and resample")
+    parser.add_argument("--max_bad_share", type=float, default=0.01, help="stop when more clips cannot be used")
+    flags = parser.parse_args()
+    for name in ("max_audio_seconds", "clips_per_shard", "batch_seconds"):
+        if getattr(flags, name) <= 0:
+            raise UserError(f"--{name} is {getattr(flags, name)}; it must be positive")
+    if flags.num_workers < 0 or not 0 <= flags.max_bad_share <= 1:
+        raise UserError("--num_workers is 0 or more, and --max_bad_share a share between 0 and 1")
+    ranks = Ranks()
+    with alone(flags.output_dir, ranks):
+        corpus = open_corpus(
+            flags.corpus,
+            flags.dataset_path,
+            flags.audio_column,
+            None,
+            {"text": "text", "speaker": "speaker", "speaker_id": "speaker"},
+        )
+        codec = MimiCodec(flags.codec, flags.num_quantizers, ranks.device, DTYPES[flags.dtype])
+        plan = make_plan(flags, corpus, codec)
+        todo = ranks.from_first(begin(flags.output_dir, plan) if ranks.rank == 0 else None)
+        tokenize(flags, ranks, corpus, codec, plan, todo)
+        ranks.wait()
+        if ranks.rank == 0:
+            finish(flags, plan)
+    ranks.close()
+
+
+def make_plan(flags: argparse.Namespace, corpus: AudioCorpus, codec: MimiCodec) -> dict[str, Any]:
+    """What will be made of what; the same on every rank and at every start."""
+    shards: list[dict[str, Any]] = []
+    first, clips = 0, 0
+    for group, size in enumerate(corpus.sizes_G.tolist()):
+        clips += size
+        if clips >= flags.clips_per_shard or group + 1 == len(corpus.sizes_G):
+            shards.append({"file": f"shard-{len(shards):06d}.parquet", "groups": [first, group + 1], "clips": clips})
+            first, clips = group + 1, 0
+    content = [[Path(file).name for file in corpus.files], corpus.sizes_G.tolist()]
+    return {
+        "format": FORMAT,
+        "corpus": flags.corpus,
+        "corpus_sha256": hashlib.sha256(json.dumps(content).encode()).hexdigest(),
+        "codec": {
+            "name": flags.codec,
+            "sha256": codec_hash(flags.codec),
+            "num_quantizers": flags.num_quantizers,
+            "codebook_size": codec.codebook_size,
+            "frame_rate_hz": codec.frame_rate_hz,
+            "dtype": flags.dtype,
+        },
+        "max_audio_seconds": flags.max_audio_seconds,
+        "columns": ["id", "codes", "duration", "is_cut", *(c for c in OPTIONAL_COLUMNS if c in corpus.columns)],
+        "clips_per_group": CLIPS_PER_GROUP,
+        "shards": shards,
+    }
+
+
+def begin(output_dir: str, plan: dict[str, Any]) -> list[int]:
+    """Write or compare the plan, remove what was cut off, and list the shards that are missing."""
+    earlier = read_json(output_dir, PLAN)
+    if earlier is None:
+        write_aside(output_dir, PLAN, json.dumps(plan, indent=1).encode(), uuid4().hex)
+    else:
+        for key in [key for key in plan if key != "corpus"]:  # the same files may be named in other ways
+            if earlier.get(key) != plan[key]:
+                detail = "" if key == "shards" else f" ({earlier.get(key)!r}, not {plan[key]!r})"
+                raise UserError(
+                    f"'{output_dir}' was begun with another {key}{detail}, of the corpus '{earlier.get('corpus')}'; "
+                    "start again as it was begun, or choose another --output_dir"
+                )
+    fs, folder = fsspec.url_to_fs(output_dir)
+    found = {path.rsplit("/", 1)[-1] for path in fs.find(folder, maxdepth=1)}
+    for name in found:
+        if name.endswith(PARTIAL):
+            fs.rm_file(f"{folder}/{name}")
+    return [index for index, shard in enumerate(plan["shards"]) if shard["file"] not in found]
+
+
+@contextmanager
+def alone(output_dir: str, ranks: Ranks) -> Iterator[None]:
+    """Rank 0 holds a lock on a local output folder, which ends with its process, however that ends.
+
+    On other file systems two runs make the same shards twice and each appears whole.
+    """
+    fs, folder = fsspec.url_to_fs(output_dir)
+    if ranks.rank or "file" not in fs.protocol:
+        yield
+        return
+    try:
+        fs.makedirs(folder, exist_ok=True)
+        lock = open(Path(folder) / ".lock", "w")  # noqa: SIM115  (held until the process ends)
+    except OSError as error:
+        raise UserError(f"--output_dir '{output_dir}' cannot be written ({error.strerror}); choose another") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"another run is writing to '{output_dir}'; wait for it, stop it, or choose another --output_dir"
+            ) from error
+        yield
+
+
+def tokenize(
+    flags: argparse.Namespace,
+    ranks: Ranks,
+    corpus: AudioCorpus,
+    codec: MimiCodec,
+    plan: dict[str, Any],
+    todo: list[int],
+) -> None:
+    """Make this rank's part of the missing shards."""
+    mine = todo[ranks.rank :: ranks.world_size]
+    total = sum(plan["shards"][index]["clips"] for index in todo)
+    if ranks.rank == 0:
+        print(f"{len(plan['shards']) - len(todo)} of {len(plan['shards'])} shards are there", flush=True)
+    shard_of_group = {group: index for index in mine for group in range(*plan["shards"][index]["groups"])}
+    reader = AudioReader(
+        corpus,
+        sample_rate_hz=codec.sample_rate_hz,
+        frame_size=codec.frame_size,
+        max_frames=max(1, int(flags.max_audio_seconds * codec.frame_rate_hz)),
+    )
+    chunks = DataLoader(
+        ClipStream([reader], RowsInOrder(corpus.sizes_G, list(shard_of_group)), CLIPS_PER_CHUNK),
+        batch_size=None,
+        collate_fn=_unchanged,
+        num_workers=flags.num_workers,
+    )
+    # Clips of the shard that is being made, and of no other: rows come in the order of the shards.
+    shard = mine[0] if mine else -1
+    stored: list[StoredClip] = []
+    skipped: list[dict[str, str]] = []
+    num_read = num_skipped = 0
+    start = last_report = time.monotonic()
+    for chunk in chunks:
+        encoded = iter(
+            encode(codec, [clip for clip in chunk.clips if isinstance(clip, AudioClip)], flags.batch_seconds)
+        )
+        for ref, clip in zip(chunk.refs, chunk.clips, strict=True):
+            if shard_of_group[ref.group] != shard:
+                write_shard(flags.output_dir, plan, shard, stored, skipped)
+                shard, stored, skipped = shard_of_group[ref.group], [], []
+            if isinstance(clip, SkippedClip):
+                skipped.append({"reason": clip.reason, "message": clip.message})
+                num_skipped += 1
+            else:
+                stored.append(next(encoded))
+        num_read += len(chunk.refs)
+        if num_skipped > flags.max_bad_share * max(num_read, MIN_CLIPS_FOR_SHARE):
+            raise too_many(num_skipped, num_read, flags.max_bad_share, skipped[-1]["message"])
+        seconds = sum(len(clip.samples_S) for clip in chunk.clips if isinstance(clip, AudioClip)) / codec.sample_rate_hz
+        clips_done = ranks.add("clips", len(chunk.refs))
+        hours_done = ranks.add("milliseconds", round(1000 * seconds)) / 3.6e6
+        now = time.monotonic()
+        if ranks.rank == 0 and (now - last_report > SECONDS_PER_REPORT or clips_done == total):
+            last_report = now
+            left_s = (now - start) / clips_done * (total - clips_done)
+            print(
+                f"{clips_done:,}/{total:,} clips  {hours_done:.2f} h  {3600 * hours_done / (now - start):,.1f} "
+                f"audio-s/s  left: {timedelta(seconds=round(left_s))}",
+                flush=True,
+            )
+    if mine:
+        write_shard(flags.output_dir, plan, shard, stored, skipped)
+
+
+def encode(codec: MimiCodec, clips: list[AudioClip], batch_seconds: float) -> list[StoredClip]:
+    """Clips in batches of like length, at most ``batch_seconds`` long together with their padding."""
+    by_length = sorted(range(len(clips)), key=lambda i: len(clips[i].samples_S))
+    batches: list[list[int]] = []
+    for index in by_length:  # the last of a batch is its longest
+        longest_s = len(clips[index].samples_S) / codec.sample_rate_hz
+        if batches and (len(batches[-1]) + 1) * longest_s <= batch_seconds:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    codes: dict[int, np.ndarray] = {}
+    for batch in batches:
+        encoded = codec.encode([clips[index].samples_S for index in batch])
+        codes |= {index: codes_TQ.numpy().astype(np.uint16) for index, codes_TQ in zip(batch, encoded, strict=True)}
+    return [
+        StoredClip(
+            clip.name, codes[index], len(clip.samples_S) / codec.sample_rate_hz, clip.is_cut, clip.text, clip.speaker
+        )
+        for index, clip in enumerate(clips)
+    ]
+
+
+def write_shard(
+    output_dir: str, plan: dict[str, Any], shard: int, clips: list[StoredClip], skipped: list[dict[str, str]]
+) -> None:
+    notes = {
+        "columns": plan["columns"],
+        "clips": len(clips),
+        "cut": sum(clip.is_cut for clip in clips),
+        "seconds": sum(clip.seconds for clip in clips),
+        "skipped": skipped,
+    }
+    content = shard_bytes(clips, plan["codec"]["num_quantizers"], notes)
+    write_aside(output_dir, plan["shards"][shard]["file"], content, uuid4().hex)
+
+
+def finish(flags: argparse.Namespace, plan: dict[str, Any]) -> None:
+    """Add up what the shards say of themselves, and write the manifest."""
+    fs, folder = fsspec.url_to_fs(flags.output_dir)
+    sizes = {path.rsplit("/", 1)[-1]: info["size"] for path, info in fs.find(folder, maxdepth=1, detail=True).items()}
+    shards, seconds, cut = [], 0.0, 0
+    reasons: Counter[str] = Counter()
+    messages: list[str] = []
+    for shard in plan["shards"]:
+        footer = read_footer(f"{flags.output_dir.rstrip('/')}/{shard['file']}")
+        notes = json.loads(footer.schema.to_arrow_schema().metadata[NOTES])
+        if notes["clips"] + len(notes["skipped"]) != shard["clips"] or footer.num_rows != notes["clips"]:
+            raise UserError(f"'{shard['file']}' does not hold its {shard['clips']} clips; delete it and start again")
+        shards.append({"file": shard["file"], "clips": notes["clips"], "bytes": sizes[shard["file"]]})
+        seconds, cut = seconds + notes["seconds"], cut + notes["cut"]
+        reasons.update(clip["reason"] for clip in notes["skipped"])
+        messages += [clip["message"] for clip in notes["skipped"]][: MAX_NAMED_CLIPS - len(messages)]
+    clips = sum(shard["clips"] for shard in shards)
+    for message in messages:
+        print(f"skipped: {message}", flush=True)
+    if reasons.total() > flags.max_bad_share * max(clips + reasons.total(), MIN_CLIPS_FOR_SHARE):
+        raise too_many(reasons.total(), clips + reasons.total(), flags.max_bad_share, messages[-1])
+    manifest = {
+        **plan,
+        "shards": shards,
+        "clips": clips,
+        "hours": seconds / 3600,
+        "cut": cut,
+        "skipped": dict(reasons),
+        "skipped_first": messages,
+        "versions": versions(),
+    }
+    write_aside(flags.output_dir, MANIFEST, json.dumps(manifest, indent=1).encode(), uuid4().hex)
+    print(
+        f"{flags.output_dir}: {clips:,} clips, {seconds / 3600:.2f} h, {len(shards)} shards, "
+        f"{sum(shard['bytes'] for shard in shards) / 1e6:.1f} MB; {cut} cut, {reasons.total()} skipped"
+    )
+
+
+def too_many(num_skipped: int, num_read: int, allowed: float, last: str) -> UserError:
+    return UserError(
+        f"{num_skipped} of {num_read} clips could not be used, more than --max_bad_share {allowed:g} (the last: "
+        f"{last}); repair the corpus or raise --max_bad_share"
+    )
+
+
+def _unchanged(chunk: Any) -> Any:
+    return chunk
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,207 @@
+"""The order in which clips are read: a position in an endless sequence, not a buffer.
+
+Row groups are permuted as a whole in each epoch; consecutive ones form a window, and rows are permuted inside it.
+Windows are numbered without end (the next epoch goes on counting) and dealt to the data-parallel ranks in turn:
+rank k of W reads windows k, k + W, k + 2 W. Every permutation is a function of the seed and a number, so the state
+of a run is, for each rank, the windows that it has begun and the first that it has not. Loader workers have no
+part in the order, and on another number of ranks the windows left are dealt anew.
+"""
+
+import copy
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+# The additive recurrence with the golden ratio spreads draws most evenly: after n draws every share is met to within
+# a few of n clips (Kuipers and Niederreiter, Uniform Distribution of Sequences, 1974, ch. 2, sec. 3).
+_GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+@dataclass(frozen=True)
+class ClipRef:
+    """A row of a corpus, and the frame from which on it is still to be used."""
+
+    corpus: int
+    window: int
+    group: int
+    row: int
+    frame: int
+
+
+@dataclass
+class Cursor:
+    """One rank's place in one corpus.
+
+    Args:
+        begun: windows to finish first, as [window, rows used, frames used of the next row].
+        next_window: the first window of this rank that is not begun.
+    """
+
+    begun: list[list[int]] = field(default_factory=list)
+    next_window: int = 0
+
+
+@dataclass
+class Position:
+    """One rank's place in a mixture: clips drawn so far, and a cursor a corpus."""
+
+    drawn: int
+    cursors: list[Cursor]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> "Position":
+        return Position(values["drawn"], [Cursor(**cursor) for cursor in values["cursors"]])
+
+
+class CorpusOrder:
+    """The windows of one corpus.
+
+    Args:
+        sizes_G: rows of each row group.
+        shuffle_block: rows that a window should have; it has at least one row group.
+        seed: of all permutations.
+    """
+
+    def __init__(self, sizes_G: np.ndarray, shuffle_block: int, seed: int) -> None:
+        self._sizes_G, self._seed = sizes_G, seed
+        self._groups_per_window = max(1, round(shuffle_block / float(sizes_G.mean())))
+        self.windows_per_epoch = math.ceil(len(sizes_G) / self._groups_per_window)
+        self._epoch_groups = lru_cache(maxsize=2)(self._permuted_groups)
+        self._rows = lru_cache(maxsize=2)(self._permuted_rows)
+
+    def num_rows(self, window: int) -> int:
+        return int(self._sizes_G[self._groups(window)].sum())
+
+    def row(self, window: int, index: int) -> tuple[int, int]:
+        """Row group and row of the ``index``-th clip of a window."""
+        group, row = self._rows(window)[index]
+        return int(group), int(row)
+
+    def _groups(self, window: int) -> np.ndarray:
+        epoch, number = divmod(window, self.windows_per_epoch)
+        start = number * self._groups_per_window
+        return self._epoch_groups(epoch)[start : start + self._groups_per_window]
+
+    def _permuted_groups(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self._seed, epoch)).permutation(len(self._sizes_G))
+
+    def _permuted_rows(self, window: int) -> np.ndarray:
+        rows = [
+            np.stack([np.full(n, g), np.arange(n)], axis=1) for g in self._groups(window) for n in [self._sizes_G[g]]
+        ]
+        return np.random.default_rng((self._seed, window, 1)).permutation(np.concatenate(rows))
+
+
+class ShuffledOrder:
+    """One rank's endless sequence of clips from a mixture of corpora.
+
+    Args:
+        corpora: their row groups' sizes.
+        shares: of the clips drawn that each corpus has; they are scaled to sum to one.
+        dp_rank, dp_world_size: this rank and how many there are.
+        shuffle_block, seed: as `CorpusOrder`.
+    """
+
+    def __init__(
+        self,
+        corpora: Sequence[np.ndarray],
+        shares: Sequence[float],
+        *,
+        dp_rank: int,
+        dp_world_size: int,
+        shuffle_block: int,
+        seed: int,
+    ) -> None:
+        self._orders = [CorpusOrder(sizes_G, shuffle_block, seed + k) for k, sizes_G in enumerate(corpora)]
+        self._bounds = np.cumsum(shares)[:-1] / np.sum(shares)
+        self._dp_world_size = dp_world_size
+        self.position = Position(0, [Cursor(next_window=dp_rank) for _ in corpora])
+
+    def clone(self) -> "ShuffledOrder":
+        """The same sequence from here on, moved on its own."""
+        other = copy.copy(self)
+        other.position = copy.deepcopy(self.position)
+        return other
+
+    def __iter__(self) -> Iterator[ClipRef]:
+        while True:
+            yield self.take()
+
+    def take(self) -> ClipRef:
+        """The next clip; the position is then behind it."""
+        corpus, begun = self._upcoming()
+        window, index, frame = begun[0]
+        order = self._orders[corpus]
+        if index + 1 == order.num_rows(window):
+            begun.pop(0)
+        else:
+            begun[0] = [window, index + 1, 0]
+        self.position.drawn += 1
+        return ClipRef(corpus, window, *order.row(window, index), frame)
+
+    def use_frames(self, frames: int) -> None:
+        """The next clip is used up to ``frames``."""
+        _, begun = self._upcoming()
+        begun[0][2] = frames
+
+    def _upcoming(self) -> tuple[int, list[list[int]]]:
+        corpus = int(np.searchsorted(self._bounds, (self.position.drawn * _GOLDEN) % 1.0, side="right"))
+        cursor = self.position.cursors[corpus]
+        if not cursor.begun:
+            cursor.begun.append([cursor.next_window, 0, 0])
+            cursor.next_window += self._dp_world_size
+        return corpus, cursor.begun
+
+
+@dataclass(frozen=True)
+class RowsInOrder:
+    """Row groups once, in the order given, their rows dealt to the ranks one by one."""
+
+    sizes_G: np.ndarray
+    groups: Sequence[int]
+    dp_rank: int = 0
+    dp_world_size: int = 1
+
+    def __iter__(self) -> Iterator[ClipRef]:
+        rows = ((group, row) for group in self.groups for row in range(int(self.sizes_G[group])))
+        for group, row in itertools.islice(rows, self.dp_rank, None, self.dp_world_size):
+            yield ClipRef(0, group, group, row, 0)
+
+
+def deal(positions: Sequence[Position], dp_world_size: int) -> list[Position]:
+    """The positions of all ranks, continued on ``dp_world_size`` ranks.
+
+    As many ranks go on as they were. Other numbers share the begun windows, and those between them that were not
+    begun, before they take new ones: every clip left in the epoch is read once.
+    """
+    if len(positions) == dp_world_size:
+        return list(positions)
+    dealt = [Position(max(p.drawn for p in positions), []) for _ in range(dp_world_size)]
+    for cursors in zip(*(p.cursors for p in positions), strict=True):
+        end = max(cursor.next_window for cursor in cursors)
+        windows = [window for cursor in cursors for window in cursor.begun]
+        windows += [[w, 0, 0] for c in cursors for w in range(c.next_window, end, len(positions))]
+        windows.sort()
+        for rank, position in enumerate(dealt):
+            position.cursors.append(Cursor(windows[rank::dp_world_size], end + rank))
+    return dealt
+
+
+def chunks(refs: Iterable[ClipRef], size: int) -> Iterator[list[ClipRef]]:
+    """Consecutive lists of ``size`` clips; the last may be shorter."""
+    chunk: list[ClipRef] = []
+    for ref in refs:
+        chunk.append(ref)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
