@@ -12,6 +12,7 @@ use_cpu_without_gpu()
 
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -22,6 +23,9 @@ ROOT = Path(__file__).parent.parent
 TINY = ROOT / "assets" / "tiny"
 
 torch.set_num_threads(1)
+# The same examples at every run: a failure can be seen again, and CI does not depend on luck.
+hypothesis.settings.register_profile("repeatable", derandomize=True)
+hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")

@@ -1,22 +1,22 @@
-"""The clip stream: every clip once an epoch, whatever the ranks, workers and kill points; nothing lost in silence."""
+"""Corpora of audio: found, read in workers, and nothing lost in silence."""
 
-import json
-from collections import Counter
+from pathlib import Path
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
 import torch
 from conftest import TINY
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torchtitan.components.dataloader import ParallelAwareDataloader
+from torch.utils.data import DataLoader
 
-from llama_mimi.clips import ClipStream
+from llama_mimi.clips import AudioClip, AudioReader, ClipStream, SkippedClip
 from llama_mimi.corpora import open_corpus
-from llama_mimi.dataloader import UnitDataLoader
+from llama_mimi.dataloader import UnitDataLoader, codec_time
 from llama_mimi.errors import UserError
+from llama_mimi.order import RowsInOrder, ShuffledOrder
+from llama_mimi.packing import BatchPacker
 
 RATE = 24_000
 GOOD = object()
@@ -42,29 +42,23 @@ def write_corpus(folder, contents, num_files=3, rows_per_group=4):
     return str(folder)
 
 
-def stream(corpus, dp_rank=0, dp_world_size=1, *, batch_size=2, seed=0, is_endless=True, shuffle_block=5, text=None):
-    return ClipStream(
+def reader(corpus, text=None, max_frames=12):
+    return AudioReader(
         open_corpus(corpus, None, "audio", text),
-        batch_size=batch_size,
-        dp_rank=dp_rank,
-        dp_world_size=dp_world_size,
         sample_rate_hz=RATE,
         frame_size=1920,
-        max_seconds=1.0,
-        seed=seed,
-        shuffle_block=shuffle_block,
-        is_endless=is_endless,
+        max_frames=max_frames,
+        with_text=text is not None,
     )
 
 
-def batch_loader(clips, dp_rank=0, dp_world_size=1, num_workers=0):
-    return ParallelAwareDataloader(
-        clips, dp_rank, dp_world_size, batch_size=None, collate_fn=lambda batch: batch, num_workers=num_workers
-    )
-
-
-def names(batches):
-    return [clip.name for batch in batches for clip in batch.clips]
+def read_all(reader, dp_rank=0, dp_world_size=1, num_workers=0):
+    """Every clip of one rank once, in corpus order, through the loader that training uses."""
+    sizes_G = reader.corpus.sizes_G
+    order = RowsInOrder(sizes_G, range(len(sizes_G)), dp_rank, dp_world_size)
+    stream = ClipStream([reader], order, 3)
+    chunks = DataLoader(stream, batch_size=None, collate_fn=lambda chunk: chunk, num_workers=num_workers)
+    return [clip for chunk in chunks for clip in chunk.clips]
 
 
 @pytest.fixture(scope="module")
@@ -73,78 +67,46 @@ def corpus(tmp_path_factory):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("dp_world_size", [1, 2, 3, 5])
-@pytest.mark.parametrize("seed", [None, 7])
-def test_every_clip_once_an_epoch(corpus, dp_world_size, num_workers, seed):
-    seen = []
-    for rank in range(dp_world_size):
-        clips = stream(corpus, rank, dp_world_size, seed=seed, is_endless=False)
-        workers = min(num_workers, clips.max_workers)
-        seen += names(batch_loader(clips, rank, dp_world_size, workers))
-    assert Counter(seen) == Counter(f"clip-{i:03}" for i in range(26))
+@pytest.mark.parametrize("dp_world_size", [1, 3])
+def test_every_clip_once_in_corpus_order(corpus, dp_world_size, num_workers):
+    ranks = [read_all(reader(corpus), rank, dp_world_size, num_workers) for rank in range(dp_world_size)]
+    names = [[clip.name for clip in clips] for clips in ranks]
+    expected = [f"clip-{i:03}" for k in range(3) for i in range(k, 26, 3)]  # file by file
+    assert names == [expected[rank::dp_world_size] for rank in range(dp_world_size)]
 
 
-def test_epochs_are_permutations_that_differ(corpus):
-    batches = iter(stream(corpus, batch_size=1))
-    first, second = (names(next(batches) for _ in range(26)) for _ in range(2))
-    assert sorted(first) == sorted(second) and first != second
-    assert first != sorted(first)
-
-
-@settings(max_examples=15, deadline=None)
-@given(
-    kill_after=st.integers(0, 40),
-    batch_size=st.integers(1, 4),
-    shuffle_block=st.integers(1, 30),
-    rank=st.integers(0, 1),
-)
-def test_a_resumed_stream_is_the_same_stream(corpus, kill_after, batch_size, shuffle_block, rank):
-    def make():
-        return stream(corpus, rank, 2, batch_size=batch_size, shuffle_block=shuffle_block)
-
-    whole = make()
-    batches = iter(whole)
-    for _ in range(kill_after):
-        next(batches)
-    state = json.loads(json.dumps(whole.state_dict()))  # small and plain: a position, not a buffer
-    expected = names(next(batches) for _ in range(12))
-    resumed = make()
-    resumed.load_state_dict(state)
-    batches = iter(resumed)
-    assert names(next(batches) for _ in range(12)) == expected
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_resumed_loader_is_the_same_loader(corpus, num_workers):
-    def make():
-        return batch_loader(stream(corpus), num_workers=num_workers)
-
-    whole = make()
-    batches = iter(whole)
-    for _ in range(9):
-        next(batches)
-    state = whole.state_dict()
-    expected = names(next(batches) for _ in range(9))
-    resumed = make()
-    resumed.load_state_dict(state)
-    batches = iter(resumed)
-    assert names(next(batches) for _ in range(9)) == expected
+def test_clips_are_cut_after_a_whole_frame(corpus):
+    (clip, *_) = read_all(reader(corpus, max_frames=1))
+    assert len(clip.samples_S) == 1920 and clip.is_cut
+    (clip, *_) = read_all(reader(corpus, max_frames=2))
+    assert len(clip.samples_S) == 2000 and not clip.is_cut
 
 
 BAD = [b"", b"no audio at all", None]
 
 
-def test_bad_clips_are_counted_and_named(tmp_path):
-    corpus = write_corpus(tmp_path, [GOOD] * 10 + BAD)
-    batches = list(stream(corpus, is_endless=False, seed=None))
-    assert sorted(names(batches)) == [f"clip-{i:03}" for i in range(10)]
-    skipped = {clip.message.split("'")[1]: clip.reason for batch in batches for clip in batch.skipped}
+def test_bad_clips_are_named(tmp_path):
+    clips = read_all(reader(write_corpus(tmp_path, [GOOD] * 10 + BAD)))
+    good = [clip.name for clip in clips if isinstance(clip, AudioClip)]
+    assert sorted(good) == [f"clip-{i:03}" for i in range(10)]
+    skipped = {clip.message.split("'")[1]: clip.reason for clip in clips if isinstance(clip, SkippedClip)}
     assert skipped == {"clip-010": "empty", "clip-011": "unreadable", "clip-012": "no audio"}
 
 
-def unit_loader(corpus, codec, sequences, max_bad_share):
+def unit_loader(corpus, codec, sequences, max_bad_share, is_packed=False):
+    audio = reader(corpus)
+    order = ShuffledOrder([audio.corpus.sizes_G], [1.0], dp_rank=0, dp_world_size=1, shuffle_block=5, seed=0)
     return UnitDataLoader(
-        batch_loader(stream(corpus)), codec, sequences, dataset=corpus, seq_len=16, max_bad_share=max_bad_share
+        [audio],
+        order,
+        BatchPacker(sequences, 2, 16, is_packed=is_packed, has_positions=is_packed),
+        codec,
+        dp_rank=0,
+        dp_world_size=1,
+        dataset=corpus,
+        chunk_size=8,
+        max_bad_share=max_bad_share,
+        workers={},
     )
 
 
@@ -174,7 +136,31 @@ def test_counts_survive_a_checkpoint(tmp_path, codec, sequences):
         next(batches)
     again = unit_loader(corpus, codec, sequences, 0.5)
     again.load_state_dict(loader.state_dict())
-    assert again._counts == loader._counts and again._counts["read"] >= 80
+    assert again._counts["read"] == loader._counts["read"] >= 80
+
+
+def test_the_codecs_share_is_measured(corpus, codec, sequences):
+    codec_time.take()
+    next(iter(unit_loader(corpus, codec, sequences, 0.0, is_packed=True)))
+    assert codec_time.take() > 0 and codec_time.take() == 0
+
+
+def test_audio_is_packed_as_its_codes_are(codec, sequences):
+    """The online path: the same rows as from codes that were made before."""
+    loader = unit_loader(str(TINY / "corpus" / "validation-*.parquet"), codec, sequences, 0.0, is_packed=True)
+    refs, clone = [], loader._order.clone()
+    packer = BatchPacker(sequences, 2, 16, is_packed=True, has_positions=True)
+    batches = iter(loader)
+    while not packer.is_full:
+        refs.append(clone.take())
+        table = loader._readers[0].corpus.read_group(refs[-1].group)
+        clip = loader._readers[0].clip(table, refs[-1])
+        (codes_TQ,) = codec.encode([clip.samples_S])
+        packer.add(codes_TQ, is_cut=clip.is_cut)
+    inputs, labels_BL = next(batches)
+    expected, expected_labels_BL = packer.take()
+    assert inputs["input"].equal(expected["input"]) and labels_BL.equal(expected_labels_BL)
+    assert inputs["positions"].equal(expected["positions"])
 
 
 def test_columns_and_paths_are_checked(corpus, tmp_path):
@@ -193,11 +179,29 @@ def test_named_corpora_read_a_local_download(tmp_path):
     write_corpus(tmp_path / "clean", [GOOD] * 8)
     for file in (tmp_path / "clean").glob("train-*.parquet"):
         file.rename(file.with_name(f"{file.stem}-of-00003.parquet"))
-    rows = open_corpus("peoples_speech", str(tmp_path), "audio", "text")
-    assert sorted(row["id"] for row in rows) == [f"clip-{i:03}" for i in range(8)]
+    corpus = open_corpus("peoples_speech", str(tmp_path), "audio", "text")
+    ids = [name for group in range(len(corpus.sizes_G)) for name in corpus.read_group(group)["id"].to_pylist()]
+    assert sorted(ids) == [f"clip-{i:03}" for i in range(8)]
 
 
-def test_tiny_corpus_reads_without_torchcodec():
-    rows = open_corpus(str(TINY / "corpus" / "validation-*.parquet"), None, "audio", "text")
-    row = next(iter(rows))
+def test_corpora_lie_on_any_file_system(corpus):
+    memory = fsspec.filesystem("memory")
+    for path in sorted(Path(corpus).glob("*.parquet")):
+        memory.pipe_file(f"/speech/{path.name}", path.read_bytes())
+    there, here = open_corpus("memory://speech", None, "audio", "text"), open_corpus(corpus, None, "audio", "text")
+    assert there.sizes_G.tolist() == here.sizes_G.tolist()
+    assert there.read_group(4).equals(here.read_group(4))
+    assert open_corpus("memory://speech/train-1.parquet", None, "audio", "text").sizes_G.sum() == 9
+
+
+def test_a_damaged_file_is_named(corpus, tmp_path):
+    whole = (Path(corpus) / "train-0.parquet").read_bytes()
+    (tmp_path / "half.parquet").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"half.parquet' is no readable Parquet file"):
+        open_corpus(str(tmp_path), None, "audio", None)
+
+
+def test_the_tiny_corpus_has_ids_and_texts():
+    corpus = open_corpus(str(TINY / "corpus" / "validation-*.parquet"), None, "audio", "text")
+    row = corpus.read_group(0).slice(0, 1).to_pylist()[0]
     assert row["audio"]["bytes"][:4] == b"OggS" and row["text"] and row["id"]

@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llama_mimi.hf import hf_config, model_args
 from llama_mimi.losses import LevelMeter, UnitLoss
 from llama_mimi.model import FLAVORS, LlamaMimi, LlamaMimiArgs
+from llama_mimi.packing import BatchPacker
 from llama_mimi.sequences import IGNORE_INDEX
 
 VOCAB = 300
@@ -115,25 +116,38 @@ def model(sequences):
     return model
 
 
-def loss_and_gradient(model, sequences, clips, seq_len, pad_id=0):
-    inputs_BL, labels_BL = sequences.pad_batch(clips, seq_len)
-    lengths = torch.tensor([[len(ids_L) - 1] for ids_L in clips])
-    inputs_BL[torch.arange(seq_len) >= lengths] = pad_id
+def rows(sequences, clips, seq_len, is_packed=False):
+    """One full batch of codes_TQ, as the loader makes it; pieces that do not fit are a mistake of the test."""
+    packer = BatchPacker(sequences, 1 if is_packed else len(clips), seq_len, is_packed=is_packed, has_positions=True)
+    for codes_TQ in clips:
+        assert packer.add(codes_TQ, is_cut=False) == len(codes_TQ)
+    return packer.take()
+
+
+def loss_and_gradient(model, sequences, clips, seq_len, pad_id=0, is_packed=False):
+    inputs, labels_BL = rows(sequences, clips, seq_len, is_packed)
+    inputs_BL, positions_BL = inputs["input"], inputs["positions"]
+    lengths = [len(sequences.sequence(codes_TQ, is_cut=False)) - 1 for codes_TQ in clips]
+    lengths_B1 = torch.tensor([[sum(lengths)]] if is_packed else [[length] for length in lengths])
+    inputs_BL[torch.arange(seq_len) >= lengths_B1] = pad_id
+    extra = {}
+    if model.model_args.attn_type == "varlen":
+        masks = model.get_attention_masks(inputs_BL, None, {"positions": positions_BL})
+        extra = {"attention_masks": masks, "positions": positions_BL}
     meter = LevelMeter()
-    loss_sum = UnitLoss(sequences.vocabulary, meter)(model(inputs_BL), labels_BL)
+    loss_sum = UnitLoss(sequences.vocabulary, meter)(model(inputs_BL, **extra), labels_BL)
     loss = loss_sum / (labels_BL != IGNORE_INDEX).sum()
     model.zero_grad()
     loss.backward()
     return loss.detach(), model.tok_embeddings.weight.grad.clone(), meter.take()
 
 
-def clip(sequences, num_frames, seed):
-    codes_TQ = torch.randint(256, (num_frames, 4), generator=torch.Generator().manual_seed(seed))
-    return sequences.sequence(codes_TQ, is_cut=False)
+def clip(num_frames, seed):
+    return torch.randint(256, (num_frames, 4), generator=torch.Generator().manual_seed(seed))
 
 
 def test_padding_changes_no_loss(model, sequences):
-    clips = [clip(sequences, 8, 0), clip(sequences, 5, 1)]
+    clips = [clip(8, 0), clip(5, 1)]
     loss, gradient, _ = loss_and_gradient(model, sequences, clips, 40)
     for seq_len, pad_id in ((40, 7), (40, sequences.vocabulary.audio_end_id), (96, 0)):
         other_loss, other_gradient, _ = loss_and_gradient(model, sequences, clips, seq_len, pad_id)
@@ -142,15 +156,54 @@ def test_padding_changes_no_loss(model, sequences):
 
 
 def test_another_clip_changes_no_loss(model, sequences):
-    clips = [clip(sequences, frames, frames) for frames in (8, 3, 5)]
+    clips = [clip(frames, frames) for frames in (8, 3, 5)]
     _, _, together = loss_and_gradient(model, sequences, clips, 40)
-    alone = sum(loss_and_gradient(model, sequences, [ids_L], 40)[2] for ids_L in clips)
+    alone = sum(loss_and_gradient(model, sequences, [codes_TQ], 40)[2] for codes_TQ in clips)
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-6)
 
 
+def packed_twin(model):
+    """The same weights, with attention within the clips of a row."""
+    args = LlamaMimiArgs(**{**vars(model.model_args), "attn_type": "varlen", "attn_mask_type": "block_causal"})
+    twin = LlamaMimi(args)
+    with torch.no_grad():
+        twin.init_weights()
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+@pytest.mark.parametrize("seq_len", [76, 90])  # filled to the last place, and with padding behind
+@pytest.mark.parametrize("pad_id", [0, 7])
+def test_packed_clips_are_as_if_alone(model, sequences, seq_len, pad_id):
+    clips = [clip(8, 0), clip(1, 1), clip(5, 2), clip(3, 3)]
+    packed = packed_twin(model)
+    loss, gradient, sums = loss_and_gradient(packed, sequences, clips, seq_len, pad_id, is_packed=True)
+    padded_loss, padded_gradient, padded_sums = loss_and_gradient(model, sequences, clips, 48)
+    torch.testing.assert_close(loss, padded_loss, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(gradient, padded_gradient, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(sums, padded_sums, atol=1e-4, rtol=1e-6)
+    alone = [loss_and_gradient(model, sequences, [codes_TQ], 48) for codes_TQ in clips]
+    counts = torch.stack([sums[1].sum() for _, _, sums in alone]).float()
+    mean_gradient = sum(n * g for n, (_, g, _) in zip(counts, alone, strict=True)) / counts.sum()
+    torch.testing.assert_close(gradient, mean_gradient, atol=1e-5, rtol=1e-5)
+    loss_and_gradient(model, sequences, clips, 48)
+    for (name, parameter), other in zip(packed.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad, atol=1e-5, rtol=1e-5, msg=name)
+
+
+def test_without_the_mask_clips_would_hear_each_other(model, sequences):
+    """What the test above would miss, if attention and positions did nothing."""
+    clips = [clip(8, 0), clip(5, 2)]
+    loss, _, _ = loss_and_gradient(packed_twin(model), sequences, clips, 60, is_packed=True)
+    inputs, labels_BL = rows(sequences, clips, 60, is_packed=True)
+    crossed = UnitLoss(sequences.vocabulary, LevelMeter())(model(inputs["input"]), labels_BL)
+    assert abs(crossed / (labels_BL != IGNORE_INDEX).sum() - loss) > 1e-4
+
+
 def test_level_losses_are_those_of_a_plain_loop(model, sequences):
-    ids_L = clip(sequences, 6, 0)
-    loss, _, sums = loss_and_gradient(model, sequences, [ids_L], 32)
+    codes_TQ = clip(6, 0)
+    ids_L = sequences.sequence(codes_TQ, is_cut=False)
+    loss, _, sums = loss_and_gradient(model, sequences, [codes_TQ], 32)
     log_probs_LV = model(ids_L[None, :-1])[0].log_softmax(-1)
     expected = torch.zeros(2, 5, dtype=torch.float64)
     for position, target in enumerate(ids_L[1:].tolist()):

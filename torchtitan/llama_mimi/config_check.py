@@ -258,12 +258,6 @@ def _check_data(job_config: Any) -> None:
             f"data.weights is {data.weights}; it takes one positive number for each of the {len(names)} corpora in "
             "training.dataset"
         )
-    config = load_codec_config(codec.name, codec.num_quantizers)
-    if data.max_audio_seconds * config.sampling_rate < config.frame_size:
-        raise UserError(
-            f"data.max_audio_seconds is {data.max_audio_seconds}, less than one frame of the codec "
-            f"({config.frame_size / config.sampling_rate:g} s); raise it"
-        )
 
 
 def _check_model(job_config: Any) -> None:
@@ -273,6 +267,12 @@ def _check_model(job_config: Any) -> None:
             f"model.hf_assets_path is '{model.hf_assets_path}', which is no folder; make it once with "
             f"`python scripts/prepare_base_model.py --base_model HUB_ID_OR_FOLDER --codec {codec.name} "
             f"--num_quantizers {codec.num_quantizers} --output_dir {model.hf_assets_path}`"
+        )
+    frames = load_codec_config(codec.name, codec.num_quantizers)
+    if job_config.data.max_audio_seconds * frames.sampling_rate < frames.frame_size:
+        raise UserError(
+            f"data.max_audio_seconds is {job_config.data.max_audio_seconds}, less than one frame of the codec "
+            f"({frames.frame_size / frames.sampling_rate:g} s); raise it"
         )
     sequences = load_sequences(model.hf_assets_path, codec.name, codec.num_quantizers)
     args = copy.copy(FLAVORS[model.flavor])

@@ -83,14 +83,14 @@ class UnitDataLoader(BaseDataLoader):
     ) -> None:
         self._readers, self._order, self._packer, self._codec = readers, order, packer, codec
         self._dp_rank, self._dp_world_size = dp_rank, dp_world_size
-        self._dataset, self._chunk_size, self._max_bad_share = dataset, chunk_size, max_bad_share
+        self.dataset, self._chunk_size, self._max_bad_share = dataset, chunk_size, max_bad_share
         self._workers = workers
         self._counts: Counter[str] = Counter()  # clips read, cut, and skipped by reason
         # What a position means depends on these.
         self._sizes = [[int(sizes_G.sum()), len(sizes_G)] for sizes_G in (reader.corpus.sizes_G for reader in readers)]
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches without end, or the refs once, the last batch filled up with padding.
+        """Batches without end, or the rows once, the last batch filled up with padding.
 
         Raises:
             UserError: too many clips, or all of them, cannot be used.
@@ -142,7 +142,7 @@ class UnitDataLoader(BaseDataLoader):
         state = json.loads(state_dict["position"])
         if state["sizes"] != self._sizes:
             raise UserError(
-                f"the checkpoint is of data with {state['sizes']} clips and row groups, but '{self._dataset}' has "
+                f"the checkpoint is of data with {state['sizes']} clips and row groups, but '{self.dataset}' has "
                 f"{self._sizes}; restore the data, or begin it anew with "
                 "--checkpoint.exclude_from_loading dataloader"
             )
@@ -205,7 +205,7 @@ class UnitDataLoader(BaseDataLoader):
         reasons = ", ".join(f"{n} {key[9:]}" for key, n in counts.items() if key.startswith("skipped: "))
         if skipped == read and skipped >= min(MIN_CLIPS_FOR_SHARE, sum(clips for clips, _ in self._sizes)):
             raise UserError(
-                f"none of the first {read} clips of '{self._dataset}' that this rank read can be used ({reasons}); "
+                f"none of the first {read} clips of '{self.dataset}' that this rank read can be used ({reasons}); "
                 "repair the corpus"
             )
         if skipped > self._max_bad_share * max(read, MIN_CLIPS_FOR_SHARE):

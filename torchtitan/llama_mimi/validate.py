@@ -13,6 +13,7 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.tools.utils import device_type
 
 from llama_mimi.dataloader import build_validation_dataloader
+from llama_mimi.errors import UserError
 from llama_mimi.losses import UnitLoss
 from llama_mimi.metrics import SpeechMetrics
 from llama_mimi.packing import Batch
@@ -64,6 +65,10 @@ class SpeechValidator(Validator):
         mesh = self.parallel_dims.get_optional_mesh("loss")
         if mesh is not None:
             dist.all_reduce(sums, group=mesh.get_group())
+        if not sums[1]:
+            raise UserError(
+                f"none of the clips of validation.dataset '{self._loader.dataset}' can be used; name another"
+            )
         self._metrics.log_validation(loss=float(sums[0] / sums[1]), step=step, seconds=time.perf_counter() - start)
         model.train()
 

@@ -1,0 +1,208 @@
+"""Every frame once an epoch, whatever the ranks, workers and kill points; the same order on the same ranks.
+
+Codes say which clip and frame they are, so that what was trained on is read back from the tokens of the batches.
+"""
+
+import json
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llama_mimi.clips import CodedClip
+from llama_mimi.dataloader import UnitDataLoader
+from llama_mimi.errors import UserError
+from llama_mimi.order import CorpusOrder, ShuffledOrder
+from llama_mimi.packing import BatchPacker
+from llama_mimi.sequences import IGNORE_INDEX
+
+BLOCK = 6
+
+
+class MadeUpReader:
+    """Clips of 1 to 40 frames in row groups of 1 to 5; the codes of a frame are its corpus, clip, and number."""
+
+    def __init__(self, number: int, num_groups: int) -> None:
+        generator = np.random.default_rng(number)
+        sizes_G = generator.integers(1, 6, num_groups)
+        self.number, self.starts_G = number, np.cumsum([0, *sizes_G])
+        self.lengths = generator.integers(1, 41, sizes_G.sum())
+        self.corpus = SimpleNamespace(sizes_G=sizes_G, read_group=lambda group: None)
+
+    def clip(self, table, ref):
+        number = int(self.starts_G[ref.group]) + ref.row
+        frames = np.arange(self.lengths[number])
+        codes_TQ = np.stack([np.full_like(frames, self.number), np.full_like(frames, number), frames, 0 * frames], 1)
+        return CodedClip(f"{self.number}-{number}", codes_TQ, is_cut=False, text=None)
+
+
+def make_loaders(readers, sequences, dp_world_size, num_workers, *, is_packed=True, batch_size=2, seed=3):
+    loaders = []
+    for rank in range(dp_world_size):
+        order = ShuffledOrder(
+            [reader.corpus.sizes_G for reader in readers],
+            [float(len(reader.lengths)) for reader in readers],
+            dp_rank=rank,
+            dp_world_size=dp_world_size,
+            shuffle_block=BLOCK,
+            seed=seed,
+        )
+        packer = BatchPacker(sequences, batch_size, 170, is_packed=is_packed, has_positions=True)
+        loaders.append(
+            UnitDataLoader(
+                readers,
+                order,
+                packer,
+                None,
+                dp_rank=rank,
+                dp_world_size=dp_world_size,
+                dataset="made up",
+                chunk_size=3,
+                max_bad_share=0.0,
+                workers={"num_workers": num_workers},
+            )
+        )
+    return loaders
+
+
+def world_state(loaders):
+    """What `state_dict` gives on every rank, where there are no ranks to gather from."""
+    states = [json.loads(loader.state_dict()["position"]) for loader in loaders]
+    counts = sum((Counter(state["counts"]) for state in states), Counter())
+    ranks = [state["ranks"][0] for state in states]
+    return {"position": json.dumps({"ranks": ranks, "counts": counts, "sizes": states[0]["sizes"]})}
+
+
+def frames_in(batch, sequences):
+    """(corpus, clip, frame) of everything that a batch trains on."""
+    labels_L = batch[1].flatten()
+    units_L = labels_L[(labels_L != IGNORE_INDEX) & sequences.vocabulary.is_unit(labels_L)]
+    codes_TQ = sequences.vocabulary.codes_from_ids(units_L)
+    assert (codes_TQ[:, 3] == 0).all()
+    return [tuple(frame) for frame in codes_TQ[:, :3].tolist()]
+
+
+def frames_of_windows(readers, state, seed=3):
+    """What a run must have read by a state: all windows that any rank has begun, but for what is left of them."""
+    positions = json.loads(state["position"])["ranks"]
+    expected = Counter()
+    for number, reader in enumerate(readers):
+        order = CorpusOrder(reader.corpus.sizes_G, BLOCK, seed + number)
+        cursors = [position["cursors"][number] for position in positions]
+        end = max(cursor["next_window"] for cursor in cursors)
+        left = {w: (0, 0) for c in cursors for w in range(c["next_window"], end, len(positions))}
+        left |= {window: (row, frame) for cursor in cursors for window, row, frame in cursor["begun"]}
+        for window in range(end):
+            num_rows, first_frame = left.get(window, (order.num_rows(window), 0))
+            for index in range(num_rows + (first_frame > 0)):
+                group, row = order.row(window, index)
+                clip = int(reader.starts_G[group]) + row
+                stop = first_frame if index == num_rows else reader.lengths[clip]
+                expected.update((number, clip, frame) for frame in range(stop))
+    return expected
+
+
+segments = st.lists(
+    st.tuples(st.integers(1, 5), st.sampled_from([0, 0, 0, 1, 2, 3]), st.integers(0, 6)), min_size=2, max_size=5
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(segments=segments, num_corpora=st.integers(1, 2), is_packed=st.booleans(), num_groups=st.integers(1, 30))
+def test_every_frame_once_over_changing_ranks(sequences, segments, num_corpora, is_packed, num_groups):
+    """Segments of (ranks, workers, steps), each killed after its steps: what workers read ahead is lost with them."""
+    readers = [MadeUpReader(number, num_groups) for number in range(num_corpora)]
+    state, seen = None, Counter()
+    for dp_world_size, num_workers, steps in segments:
+        loaders = make_loaders(readers, sequences, dp_world_size, num_workers, is_packed=is_packed)
+        for loader in loaders:
+            if state is not None:
+                loader.load_state_dict(state)
+            batches = iter(loader)
+            for _ in range(steps):
+                seen.update(frames_in(next(batches), sequences))
+        state = world_state(loaders)
+    assert seen == frames_of_windows(readers, state)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    dp_world_size=st.integers(1, 4),
+    workers=st.tuples(st.sampled_from([0, 1, 2, 3]), st.sampled_from([0, 0, 2])),
+    kill_after=st.integers(0, 12),
+    is_packed=st.booleans(),
+)
+def test_the_same_ranks_go_on_as_if_never_killed(sequences, dp_world_size, workers, kill_after, is_packed):
+    """Also with another number of loader workers."""
+    readers = [MadeUpReader(0, 20), MadeUpReader(1, 7)]
+    whole = make_loaders(readers, sequences, dp_world_size, workers[0], is_packed=is_packed)
+    streams = [iter(loader) for loader in whole]
+    for stream in streams:
+        for _ in range(kill_after):
+            next(stream)
+    state = world_state(whole)
+    expected = [[next(stream) for _ in range(5)] for stream in streams]
+    resumed = make_loaders(readers, sequences, dp_world_size, workers[1], is_packed=is_packed)
+    for loader, batches in zip(resumed, expected, strict=True):
+        loader.load_state_dict(state)
+        for (inputs, labels_BL), batch in zip(batches, loader, strict=False):
+            assert labels_BL.equal(batch[1]) and inputs["input"].equal(batch[0]["input"])
+            assert inputs["positions"].equal(batch[0]["positions"])
+
+
+@settings(max_examples=50, deadline=None)
+@given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=40), block=st.integers(1, 100), seed=st.integers(0, 9))
+def test_an_epoch_of_windows_is_a_permutation(sizes, block, seed):
+    order = CorpusOrder(np.array(sizes), block, seed)
+    rows = [(group, row) for group, size in enumerate(sizes) for row in range(size)]
+    epochs = []
+    for epoch in range(2):
+        windows = range(epoch * order.windows_per_epoch, (epoch + 1) * order.windows_per_epoch)
+        epochs.append([order.row(window, index) for window in windows for index in range(order.num_rows(window))])
+        assert sorted(epochs[-1]) == rows
+    if len(rows) > 8:
+        assert epochs[0] != epochs[1] and epochs[0] != rows
+
+
+def test_shares_are_met_at_once():
+    sizes = [np.full(100, 50), np.full(40, 50), np.full(10, 50)]
+    order = ShuffledOrder(sizes, [0.5, 0.3, 0.2], dp_rank=1, dp_world_size=3, shuffle_block=100, seed=0)
+    drawn = Counter(order.take().corpus for _ in range(200))
+    assert [drawn[corpus] for corpus in range(3)] == pytest.approx([100, 60, 40], abs=3)
+
+
+def test_the_state_is_small_and_the_loader_lazy(sequences):
+    """A million clips: no list of clips is made, and the state is a few numbers a rank."""
+    sizes = [np.full(1_000_000 // 256, 256)]
+    order = ShuffledOrder(sizes, [1.0], dp_rank=0, dp_world_size=64, shuffle_block=4096, seed=0)
+    for _ in range(5000):
+        order.take()
+    assert len(json.dumps(order.position.to_json())) < 200
+
+
+def test_a_position_in_other_data_is_refused(sequences):
+    loader, other = (make_loaders([MadeUpReader(k, 9)], sequences, 1, 0)[0] for k in (0, 1))
+    with pytest.raises(UserError, match="exclude_from_loading dataloader"):
+        other.load_state_dict(loader.state_dict())
+
+
+def test_workers_divide_the_reading(sequences):
+    """Each chunk is read by one worker; if all read everything, n workers would be no faster than one."""
+    from llama_mimi.clips import ClipStream
+
+    reader = MadeUpReader(0, 20)
+    order = make_loaders([reader], sequences, 1, 0)[0]._order
+    parts = []
+    for number in range(3):
+        info = SimpleNamespace(id=number, num_workers=3)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.utils.data, "get_worker_info", lambda info=info: info)
+            stream = iter(ClipStream([reader], order, 3))
+            parts.append([next(stream).refs for _ in range(4)])
+    chunks = [parts[i % 3][i // 3] for i in range(12)]
+    clone = order.clone()
+    assert [ref for chunk in chunks for ref in chunk] == [clone.take() for _ in range(36)]

@@ -1,0 +1,117 @@
+"""Rows of a batch: nothing lost, nothing twice, and labels that are the next targets."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llama_mimi.packing import BatchPacker
+from llama_mimi.sequences import IGNORE_INDEX
+
+
+def codes(num_frames: int) -> torch.Tensor:
+    return torch.randint(256, (num_frames, 4), generator=torch.Generator().manual_seed(num_frames))
+
+
+def packer(sequences, batch_size, seq_len, is_packed=True):
+    return BatchPacker(sequences, batch_size, seq_len, is_packed=is_packed, has_positions=True)
+
+
+def fill(packer, clips):
+    """All batches that clips of (codes, is_cut, text) make."""
+    batches = []
+    for codes_TQ, is_cut, text in clips:
+        taken = 0
+        while taken < len(codes_TQ):
+            taken += packer.add(codes_TQ[taken:], is_cut=is_cut, text=text)
+            if packer.is_full:
+                batches.append(packer.take())
+    if not packer.is_empty:
+        batches.append(packer.take())
+    return batches
+
+
+def pieces(batches):
+    """The sequences that rows hold, read back by their positions: ids and the labels under them."""
+    for inputs, labels_BL in batches:
+        for ids_L, positions_L, labels_L in zip(inputs["input"], inputs["positions"], labels_BL, strict=True):
+            starts = [*(positions_L == 0).nonzero().flatten().tolist(), len(ids_L)]
+            for start, end in itertools.pairwise(starts):
+                if (labels_L[start:end] != IGNORE_INDEX).any():
+                    assert positions_L[start:end].tolist() == list(range(end - start))
+                    yield ids_L[start:end], labels_L[start:end]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12),
+    cuts=st.lists(st.booleans(), min_size=12, max_size=12),
+    batch_size=st.integers(1, 3),
+    seq_len=st.integers(6, 90),
+)
+def test_packed_rows_hold_every_frame_once(sequences, lengths, cuts, batch_size, seq_len):
+    vocabulary = sequences.vocabulary
+    clips = [(codes(length), is_cut, None) for length, is_cut in zip(lengths, cuts, strict=False)]
+    batches = fill(packer(sequences, batch_size, seq_len), clips)
+    units, ends = [], 0
+    for ids_L, labels_L in pieces(batches):
+        assert ids_L[:2].tolist() == [sequences.tokenizer.bos_token_id, vocabulary.audio_start_id]
+        targets = labels_L[labels_L != IGNORE_INDEX]
+        assert labels_L[0] == IGNORE_INDEX and labels_L[1:][: len(targets)].equal(targets)
+        assert ids_L[2 : 1 + len(targets)].equal(targets[:-1]), "inputs are the targets, one place later"
+        ends += int(targets[-1] == vocabulary.audio_end_id)
+        units.append(targets[vocabulary.is_unit(targets)])
+        assert len(units[-1]) % 4 == 0 and len(units[-1]), "cut after whole frames"
+    expected = torch.cat([vocabulary.ids_from_codes(codes_TQ) for codes_TQ, _, _ in clips])
+    assert torch.cat(units).equal(expected)
+    assert ends == sum(not is_cut for _, is_cut, _ in clips), "speech that ended ends once"
+
+
+def test_packed_rows_are_nearly_full(sequences):
+    clips = [(codes(length), False, None) for length in range(150, 200)]
+    batches = fill(packer(sequences, 4, 1024), clips)[:-1]
+    targets = sum(int((labels_BL != IGNORE_INDEX).sum()) for _, labels_BL in batches)
+    assert targets / (len(batches) * 4 * 1024) > 0.99
+
+
+def test_text_stays_with_its_audio(sequences):
+    clips = [(codes(length), False, "the doctor") for length in (10, 12, 30, 5)]
+    rows = packer(sequences, 1, 100)
+    found = list(pieces(fill(rows, clips)))
+    assert rows.num_cut == 1 and rows.num_split == 0  # 30 frames are 120 units
+    text_ids = sequences.tokenizer("the doctor", add_special_tokens=False).input_ids
+    assert all(ids_L[1 : 1 + len(text_ids)].tolist() == text_ids for ids_L, _ in found)
+    units = [int(sequences.vocabulary.is_unit(labels_L).sum()) for _, labels_L in found]
+    assert units[0] == 40 and units[1] == 48 and units[3] == 20 and 80 < units[2] < 100
+
+
+def test_padded_rows_hold_one_clip(sequences):
+    vocabulary = sequences.vocabulary
+    clips = [(codes(length), False, None) for length in (3, 9, 1)]
+    (batch,) = fill(packer(sequences, 3, 32, is_packed=False), clips)
+    inputs, labels_BL = batch
+    assert inputs["positions"].tolist()[2] == [*range(6), *range(26)]
+    for row, length in enumerate((3, 9, 1)):
+        ids_L = sequences.sequence(codes(length), is_cut=False)
+        held = min(len(ids_L) - 1, 32)
+        assert inputs["input"][row, :held].equal(ids_L[:held])
+        assert labels_BL[row, 1:held].equal(ids_L[2 : held + 1]) and labels_BL[row, 0] == IGNORE_INDEX
+        assert labels_BL[row, held:].eq(IGNORE_INDEX).all()
+        assert (vocabulary.audio_end_id in labels_BL[row]) == (length != 9), "a row too short has no </audio>"
+
+
+def test_labels_are_the_next_targets(sequences):
+    ids_L = sequences.sequence(codes(2), is_cut=False, text="the doctor")
+    (batch,) = fill(packer(sequences, 1, 32, is_packed=False), [(codes(2), False, "the doctor")])
+    labels_L, length = batch[1][0], len(ids_L) - 1
+    num_given = length - 9  # all but 8 units and </audio>
+    assert labels_L[:num_given].eq(IGNORE_INDEX).all() and labels_L[length:].eq(IGNORE_INDEX).all()
+    assert labels_L[num_given:length].tolist() == ids_L[-9:].tolist()
+
+
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_an_empty_batch_has_no_target(sequences, is_packed):
+    inputs, labels_BL = packer(sequences, 2, 16, is_packed).take()
+    assert labels_BL.eq(IGNORE_INDEX).all() and inputs["positions"].tolist() == [list(range(16))] * 2
