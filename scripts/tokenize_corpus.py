@@ -249,14 +249,14 @@ def tokenize(
             if shard_of_group[ref.group] != shard:
                 write_shard(flags.output_dir, plan, shard, stored, skipped)
                 shard, stored, skipped = shard_of_group[ref.group], [], []
+            num_read += 1
             if isinstance(clip, SkippedClip):
                 skipped.append({"reason": clip.reason, "message": clip.message})
                 num_skipped += 1
+                if num_skipped > flags.max_bad_share * max(num_read, MIN_CLIPS_FOR_SHARE):
+                    raise too_many(num_skipped, num_read, flags.max_bad_share, clip.message)
             else:
                 stored.append(next(encoded))
-        num_read += len(chunk.refs)
-        if num_skipped > flags.max_bad_share * max(num_read, MIN_CLIPS_FOR_SHARE):
-            raise too_many(num_skipped, num_read, flags.max_bad_share, skipped[-1]["message"])
         seconds = sum(len(clip.samples_S) for clip in chunk.clips if isinstance(clip, AudioClip)) / codec.sample_rate_hz
         clips_done = ranks.add("clips", len(chunk.refs))
         hours_done = ranks.add("milliseconds", round(1000 * seconds)) / 3.6e6

@@ -156,7 +156,7 @@ def test_audio_is_packed_as_its_codes_are(codec, sequences):
         table = loader._readers[0].corpus.read_group(refs[-1].group)
         clip = loader._readers[0].clip(table, refs[-1])
         (codes_TQ,) = codec.encode([clip.samples_S])
-        packer.add(codes_TQ, is_cut=clip.is_cut)
+        packer.add(codes_TQ.numpy(), is_cut=clip.is_cut)
     inputs, labels_BL = next(batches)
     expected, expected_labels_BL = packer.take()
     assert inputs["input"].equal(expected["input"]) and labels_BL.equal(expected_labels_BL)

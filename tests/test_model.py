@@ -120,7 +120,7 @@ def rows(sequences, clips, seq_len, is_packed=False):
     """One full batch of codes_TQ, as the loader makes it; pieces that do not fit are a mistake of the test."""
     packer = BatchPacker(sequences, 1 if is_packed else len(clips), seq_len, is_packed=is_packed, has_positions=True)
     for codes_TQ in clips:
-        assert packer.add(codes_TQ, is_cut=False) == len(codes_TQ)
+        assert packer.add(codes_TQ.numpy(), is_cut=False) == len(codes_TQ)
     return packer.take()
 
 

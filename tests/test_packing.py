@@ -25,7 +25,7 @@ def fill(packer, clips):
     for codes_TQ, is_cut, text in clips:
         taken = 0
         while taken < len(codes_TQ):
-            taken += packer.add(codes_TQ[taken:], is_cut=is_cut, text=text)
+            taken += packer.add(codes_TQ[taken:].numpy(), is_cut=is_cut, text=text)
             if packer.is_full:
                 batches.append(packer.take())
     if not packer.is_empty:

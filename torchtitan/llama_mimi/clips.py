@@ -132,12 +132,12 @@ class CodeReader:
     def clip(self, group: CodeGroup, ref: ClipRef) -> Clip:
         """One row of a row group."""
         row = ref.row
-        name = group.table["id"][row].as_py()
-        text = group.table["text"][row].as_py() if self._with_text else None
+        name = group.columns["id"][row]
+        text = group.columns["text"][row] if self._with_text else None
         if self._with_text and not text:
             return SkippedClip("no text", f"'{name}' has no text")
         codes_TQ = group.codes(row)
-        is_cut = group.table["is_cut"][row].as_py() or len(codes_TQ) > self._max_frames
+        is_cut = group.columns["is_cut"][row] or len(codes_TQ) > self._max_frames
         return CodedClip(name, codes_TQ[: self._max_frames].copy(), is_cut, text)
 
 

@@ -100,7 +100,7 @@ class UnitDataLoader(BaseDataLoader):
             if isinstance(clip, SkippedClip):
                 self._use_up(ref)
                 continue
-            codes_TQ, frame = torch.as_tensor(clip.codes_TQ), ref.frame
+            codes_TQ, frame = clip.codes_TQ, ref.frame
             while frame < len(codes_TQ):
                 frame += self._packer.add(codes_TQ[frame:], is_cut=clip.is_cut, text=clip.text)
                 if frame < len(codes_TQ):

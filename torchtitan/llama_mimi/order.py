@@ -10,6 +10,7 @@ part in the order, and on another number of ranks the windows left are dealt ane
 import copy
 import itertools
 import math
+from bisect import bisect
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -76,8 +77,9 @@ class CorpusOrder:
         self.windows_per_epoch = math.ceil(len(sizes_G) / self._groups_per_window)
         self._epoch_groups = lru_cache(maxsize=2)(self._permuted_groups)
         self._rows = lru_cache(maxsize=2)(self._permuted_rows)
+        self.num_rows = lru_cache(maxsize=2)(self._num_rows)
 
-    def num_rows(self, window: int) -> int:
+    def _num_rows(self, window: int) -> int:
         return int(self._sizes_G[self._groups(window)].sum())
 
     def row(self, window: int, index: int) -> tuple[int, int]:
@@ -121,7 +123,7 @@ class ShuffledOrder:
         seed: int,
     ) -> None:
         self._orders = [CorpusOrder(sizes_G, shuffle_block, seed + k) for k, sizes_G in enumerate(corpora)]
-        self._bounds = np.cumsum(shares)[:-1] / np.sum(shares)
+        self._bounds = (np.cumsum(shares)[:-1] / np.sum(shares)).tolist()
         self._dp_world_size = dp_world_size
         self.position = Position(0, [Cursor(next_window=dp_rank) for _ in corpora])
 
@@ -153,7 +155,7 @@ class ShuffledOrder:
         begun[0][2] = frames
 
     def _upcoming(self) -> tuple[int, list[list[int]]]:
-        corpus = int(np.searchsorted(self._bounds, (self.position.drawn * _GOLDEN) % 1.0, side="right"))
+        corpus = bisect(self._bounds, (self.position.drawn * _GOLDEN) % 1.0)
         cursor = self.position.cursors[corpus]
         if not cursor.begun:
             cursor.begun.append([cursor.next_window, 0, 0])

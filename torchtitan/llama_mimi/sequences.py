@@ -4,7 +4,7 @@
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -23,6 +23,11 @@ class SequenceBuilder:
     tokenizer: PreTrainedTokenizerBase
     vocabulary: UnitVocabulary
 
+    def head(self, text: str | None = None) -> list[int]:
+        """What stands before the units: BOS, the transcript (task "tts") and ``<audio>``."""
+        text_ids = [] if text is None else self.tokenizer(text, add_special_tokens=False).input_ids
+        return [self._bos_id, *text_ids, self.vocabulary.audio_start_id]
+
     def sequence(self, codes_TQ: torch.Tensor, *, is_cut: bool, text: str | None = None) -> torch.Tensor:
         """One clip as ids (L,).
 
@@ -31,14 +36,12 @@ class SequenceBuilder:
             is_cut: the speech went on; the sequence then has no ``</audio>``.
             text: transcript in front of the audio (task "tts").
         """
-        text_ids = [] if text is None else self.tokenizer(text, add_special_tokens=False).input_ids
-        head = torch.tensor([self.tokenizer.bos_token_id, *text_ids, self.vocabulary.audio_start_id])
         tail = torch.tensor([] if is_cut else [self.vocabulary.audio_end_id], dtype=torch.long)
-        return torch.cat([head, self.vocabulary.ids_from_codes(codes_TQ), tail])
+        return torch.cat([torch.tensor(self.head(text)), self.vocabulary.ids_from_codes(codes_TQ), tail])
 
-    def is_target(self, ids: torch.Tensor) -> torch.Tensor:
-        """True for what the model is trained to predict: units and ``</audio>``; text and ``<audio>`` are given."""
-        return self.vocabulary.is_unit(ids) | (ids == self.vocabulary.audio_end_id)
+    @cached_property
+    def _bos_id(self) -> int:
+        return self.tokenizer.bos_token_id
 
 
 @lru_cache(maxsize=4)

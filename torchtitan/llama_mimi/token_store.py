@@ -110,7 +110,8 @@ class CodeCorpus:
                 "the shard is damaged, tokenise it anew"
             )
         starts = codes.offsets.to_numpy() - codes.offsets[0].as_py()
-        return CodeGroup(table, starts, frames_NQ[:, : self._num_quantizers])
+        columns = {name: table[name].to_pylist() for name in self._columns if name != "codes"}
+        return CodeGroup(columns, starts.tolist(), frames_NQ[:, : self._num_quantizers])
 
     def _check(self, codec: str, with_text: bool) -> None:
         made_by = self.manifest["codec"]
@@ -143,10 +144,10 @@ class CodeCorpus:
 
 @dataclass(frozen=True)
 class CodeGroup:
-    """Rows of a row group: ``frames_NQ`` of all of them, and where each starts."""
+    """Rows of a row group: their columns but the codes, all of their frames, and where each row's start."""
 
-    table: pa.Table
-    starts: np.ndarray
+    columns: dict[str, list[Any]]
+    starts: list[int]
     frames_NQ: np.ndarray
 
     def codes(self, row: int) -> np.ndarray:
