@@ -49,7 +49,18 @@ def watched_use_frames(self: UnitDataLoader, frames: int) -> None:
 
 
 def watched_step(self: Trainer, data_iterator: Iterator[Any]) -> None:
-    train_step(self, data_iterator)
+    """A step, whose batches must hold what the loader says that it used."""
+    num_units = 0
+
+    def watched_batches() -> Iterator[Any]:
+        nonlocal num_units
+        for inputs, labels_BL in data_iterator:
+            num_units += int(self.tokenizer.vocabulary.is_unit(labels_BL).sum())
+            yield inputs, labels_BL
+
+    train_step(self, watched_batches())
+    num_frames = sum(end - start for _, _, start, end in pieces)
+    assert num_units == num_frames * self.tokenizer.vocabulary.num_quantizers, "the batches hold other frames"
     print(json.dumps({"step": self.step, "pieces": pieces}), file=audit, flush=True)
     pieces.clear()
 

@@ -10,6 +10,7 @@ up to the last checkpoint used is compared with the data.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -25,12 +26,13 @@ import pyarrow.parquet as pq
 import torch.distributed.checkpoint as dcp
 
 from llama_mimi.checkpoint import find_step
+from llama_mimi.codec import load_codec_config, whole_frames
 from llama_mimi.errors import UserError, run_cli
 from llama_mimi.order import CorpusOrder
 from llama_mimi.token_store import CodeCorpus
 
 CORPUS, CODEC = "assets/tiny/corpus/train-*.parquet", "assets/tiny/mimi"
-SHUFFLE_BLOCK, SEED = 64, 42
+SHUFFLE_BLOCK = 64
 
 
 def main() -> None:
@@ -77,11 +79,13 @@ def kill_at(process: subprocess.Popen, seconds: float) -> bool:
         return False
     except subprocess.TimeoutExpired:
         pass
-    for pid in family(process.pid):
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+    os.kill(process.pid, signal.SIGSTOP)  # torchrun starts nothing more while its ranks are killed
+    pids = family(process.pid)
+    while pids:
+        for pid in reversed(pids):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        pids = [pid for pid in pids if is_alive(pid)]
     process.wait()
     return True
 
@@ -93,6 +97,14 @@ def family(pid: int) -> list[int]:
     for parent in found:  # grows while it is walked
         found += [child for child, its_parent in pairs if its_parent == parent]
     return found
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that was killed and not yet waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def kill_tokenization(flags: argparse.Namespace, codes: Path) -> None:
@@ -151,7 +163,6 @@ def kill_training(flags: argparse.Namespace, codes: Path) -> None:
             "--lr_scheduler.total_steps": 1000,
             "--data.packing": "pack",
             "--data.shuffle_block": SHUFFLE_BLOCK,
-            "--debug.seed": SEED,
             "--checkpoint.interval": 7,
         }
         command = ["scripts/audited_training.py", *(str(word) for pair in config.items() for word in pair)]
@@ -212,8 +223,10 @@ def frames_of_position(run: Path, codes: Path) -> Counter[tuple[int, int, int]]:
     state = {"dataloader": {"position": ""}}
     dcp.load(state, checkpoint_id=step, no_dist=True)
     cursors = [position["cursors"][0] for position in json.loads(state["dataloader"]["position"])["ranks"]]
-    corpus = CodeCorpus(str(codes), CODEC, 4, with_text=False)
-    order = CorpusOrder(corpus.sizes_G, SHUFFLE_BLOCK, SEED)
+    config = json.loads((run / "job_config.json").read_text())
+    corpus = CodeCorpus(str(codes), CODEC, config["codec"]["num_quantizers"], with_text=False)
+    order = CorpusOrder(corpus.sizes_G, config["data"]["shuffle_block"], config["debug"]["seed"])
+    max_frames = whole_frames(config["data"]["max_audio_seconds"], load_codec_config(CODEC, 1))
     end = max(cursor["next_window"] for cursor in cursors)
     left = {window: (0, 0) for c in cursors for window in range(c["next_window"], end, len(cursors))}
     left |= {window: (row, frame) for cursor in cursors for window, row, frame in cursor["begun"]}
@@ -223,7 +236,7 @@ def frames_of_position(run: Path, codes: Path) -> Counter[tuple[int, int, int]]:
         num_rows, first_frame = left.get(window, (order.num_rows(window), 0))
         for index in range(num_rows + (first_frame > 0)):
             group, row = order.row(window, index)
-            stop = first_frame if index == num_rows else min(lengths[group][row], 62)  # 5 s, max_audio_seconds
+            stop = first_frame if index == num_rows else min(lengths[group][row], max_frames)
             frames.update((group, row, frame) for frame in range(stop))
     return frames
 

@@ -10,29 +10,27 @@ every clip once. The manifest is written last.
 
 import argparse
 import fcntl
-import hashlib
 import json
 import os
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
-import fsspec
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader
 
-from llama_mimi.clips import AudioClip, AudioReader, ClipStream, SkippedClip
-from llama_mimi.codec import DEFAULT_CODEC, DTYPES, MimiCodec, codec_hash
-from llama_mimi.corpora import AudioCorpus, open_corpus, read_footer
+from llama_mimi.clips import MAX_NAMED_CLIPS, AudioClip, AudioReader, ClipStream, SkippedClip, is_too_many
+from llama_mimi.codec import DEFAULT_CODEC, DTYPES, MimiCodec, codec_hash, whole_frames
+from llama_mimi.corpora import FOOTER_THREADS, AudioCorpus, open_corpus, read_footer
 from llama_mimi.errors import UserError, run_cli
 from llama_mimi.evaluation import versions
+from llama_mimi.files import PARTIAL, file_system, is_local, read_json, sizes_in, write_whole
 from llama_mimi.order import RowsInOrder
 from llama_mimi.token_store import (
     CLIPS_PER_GROUP,
@@ -40,19 +38,15 @@ from llama_mimi.token_store import (
     MANIFEST,
     NOTES,
     OPTIONAL_COLUMNS,
-    PARTIAL,
     PLAN,
     StoredClip,
-    read_json,
     shard_bytes,
-    write_aside,
 )
 
-# Clips that are sorted by length before they are batched, and that a worker reads at once.
-CLIPS_PER_CHUNK = 64
+# Clips that a worker reads at once and that are sorted by length before they are batched: a row group as `datasets`
+# writes audio, so that no two workers read the same.
+CLIPS_PER_CHUNK = 100
 SECONDS_PER_REPORT = 10.0
-MIN_CLIPS_FOR_SHARE = 100
-MAX_NAMED_CLIPS = 20
 # Ranks wait for the slowest at the end.
 TIMEOUT = timedelta(days=7)
 
@@ -104,6 +98,8 @@ def main() -> None:
     parser.add_argument("--num_quantizers", type=int, default=8, help="levels to store; training takes any prefix")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="bfloat16 changes about 2 %% of the codes")
     parser.add_argument("--audio_column", default="audio")
+    parser.add_argument("--text_column", default="text", help="stored where the corpus has it")
+    parser.add_argument("--speaker_column", default="speaker", help="stored where the corpus has it")
     parser.add_argument("--max_audio_seconds", type=float, default=120.0, help="longer clips are cut, and counted")
     parser.add_argument("--clips_per_shard", type=int, default=2048, help="what a kill can cost each rank")
     parser.add_argument("--batch_seconds", type=float, default=160.0, help="audio that is encoded at once, padded")
@@ -116,22 +112,45 @@ def main() -> None:
     if flags.num_workers < 0 or not 0 <= flags.max_bad_share <= 1:
         raise UserError("--num_workers is 0 or more, and --max_bad_share a share between 0 and 1")
     ranks = Ranks()
+    try:
+        run(flags, ranks)
+    except UserError:
+        if ranks.rank:  # all ranks find the same mistake; rank 0 reports it, and torchrun then ends the others
+            time.sleep(10)
+        raise
+    ranks.close()
+
+
+def run(flags: argparse.Namespace, ranks: Ranks) -> None:
+    extra_columns = {flags.text_column: "text", flags.speaker_column: "speaker"}
     with alone(flags.output_dir, ranks):
-        corpus = open_corpus(
-            flags.corpus,
-            flags.dataset_path,
-            flags.audio_column,
-            None,
-            {"text": "text", "speaker": "speaker", "speaker_id": "speaker"},
-        )
+        corpus = open_corpus(flags.corpus, flags.dataset_path, flags.audio_column, None, extra_columns)
+        folder = os.path.join(os.path.abspath(flags.output_dir), "")
+        if any(os.path.abspath(file).startswith(folder) for file in corpus.files) or folder.startswith(
+            os.path.join(os.path.abspath(flags.corpus), "")
+        ):
+            raise UserError(
+                f"--output_dir '{flags.output_dir}' lies inside the corpus '{flags.corpus}', whose files would then be "
+                "taken for audio; choose another"
+            )
         codec = MimiCodec(flags.codec, flags.num_quantizers, ranks.device, DTYPES[flags.dtype])
+        if not whole_frames(flags.max_audio_seconds, codec.config):
+            raise UserError(
+                f"--max_audio_seconds is {flags.max_audio_seconds}, less than a frame of the codec; raise it"
+            )
         plan = make_plan(flags, corpus, codec)
         todo = ranks.from_first(begin(flags.output_dir, plan) if ranks.rank == 0 else None)
+        if ranks.rank == 0:
+            there = len(plan["shards"]) - len(todo)
+            print(
+                f"{there} of {len(plan['shards'])} shards are there; columns: {', '.join(plan['columns'])}", flush=True
+            )
         tokenize(flags, ranks, corpus, codec, plan, todo)
+        if ranks.rank == 0 and ranks.world_size > 1:
+            print("this rank is done, waiting for the others", flush=True)
         ranks.wait()
         if ranks.rank == 0:
             finish(flags, plan)
-    ranks.close()
 
 
 def make_plan(flags: argparse.Namespace, corpus: AudioCorpus, codec: MimiCodec) -> dict[str, Any]:
@@ -143,11 +162,10 @@ def make_plan(flags: argparse.Namespace, corpus: AudioCorpus, codec: MimiCodec) 
         if clips >= flags.clips_per_shard or group + 1 == len(corpus.sizes_G):
             shards.append({"file": f"shard-{len(shards):06d}.parquet", "groups": [first, group + 1], "clips": clips})
             first, clips = group + 1, 0
-    content = [[Path(file).name for file in corpus.files], corpus.sizes_G.tolist()]
     return {
         "format": FORMAT,
         "corpus": flags.corpus,
-        "corpus_sha256": hashlib.sha256(json.dumps(content).encode()).hexdigest(),
+        "corpus_sha256": corpus.fingerprint,
         "codec": {
             "name": flags.codec,
             "sha256": codec_hash(flags.codec),
@@ -167,21 +185,40 @@ def begin(output_dir: str, plan: dict[str, Any]) -> list[int]:
     """Write or compare the plan, remove what was cut off, and list the shards that are missing."""
     earlier = read_json(output_dir, PLAN)
     if earlier is None:
-        write_aside(output_dir, PLAN, json.dumps(plan, indent=1).encode(), uuid4().hex)
+        write_whole(output_dir, PLAN, json.dumps(plan, indent=1).encode())
     else:
-        for key in [key for key in plan if key != "corpus"]:  # the same files may be named in other ways
-            if earlier.get(key) != plan[key]:
-                detail = "" if key == "shards" else f" ({earlier.get(key)!r}, not {plan[key]!r})"
-                raise UserError(
-                    f"'{output_dir}' was begun with another {key}{detail}, of the corpus '{earlier.get('corpus')}'; "
-                    "start again as it was begun, or choose another --output_dir"
-                )
-    fs, folder = fsspec.url_to_fs(output_dir)
-    found = {path.rsplit("/", 1)[-1] for path in fs.find(folder, maxdepth=1)}
+        compare(output_dir, earlier, plan)
+    fs, folder = file_system(output_dir)
+    found = sizes_in(output_dir)
     for name in found:
         if name.endswith(PARTIAL):
             fs.rm_file(f"{folder}/{name}")
     return [index for index, shard in enumerate(plan["shards"]) if shard["file"] not in found]
+
+
+def compare(output_dir: str, earlier: dict[str, Any], plan: dict[str, Any]) -> None:
+    """Refuse to go on with what was begun in another way.
+
+    Raises:
+        UserError: what differs, and how it was.
+    """
+    remedy = "start again as it was begun, or choose another --output_dir"
+    if earlier.get("corpus_sha256") != plan["corpus_sha256"]:
+        raise UserError(
+            f"'{output_dir}' was begun with the corpus '{earlier.get('corpus')}', which is not what "
+            f"'{plan['corpus']}' holds now; {remedy}"
+        )
+    # The same codec may be named in other ways.
+    parts = {f"--{key}": (earlier.get("codec", {}).get(key), value) for key, value in plan["codec"].items()}
+    del parts["--name"]
+    parts["--codec (its hash)"] = parts.pop("--sha256")
+    parts |= {name: (earlier.get(name), plan[name]) for name in ("format", "columns")}
+    parts["--max_audio_seconds"] = (earlier.get("max_audio_seconds"), plan["max_audio_seconds"])
+    for name, (before, now) in parts.items():
+        if before != now:
+            raise UserError(f"'{output_dir}' was begun with {name} {before!r}, not {now!r}; {remedy}")
+    if earlier.get("shards") != plan["shards"]:
+        raise UserError(f"'{output_dir}' was begun with another --clips_per_shard; {remedy}")
 
 
 @contextmanager
@@ -190,8 +227,8 @@ def alone(output_dir: str, ranks: Ranks) -> Iterator[None]:
 
     On other file systems two runs make the same shards twice and each appears whole.
     """
-    fs, folder = fsspec.url_to_fs(output_dir)
-    if ranks.rank or "file" not in fs.protocol:
+    fs, folder = file_system(output_dir)
+    if ranks.rank or not is_local(fs):
         yield
         return
     try:
@@ -201,11 +238,13 @@ def alone(output_dir: str, ranks: Ranks) -> Iterator[None]:
         raise UserError(f"--output_dir '{output_dir}' cannot be written ({error.strerror}); choose another") from error
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by loader workers
+        except (BlockingIOError, PermissionError) as error:
             raise UserError(
                 f"another run is writing to '{output_dir}'; wait for it, stop it, or choose another --output_dir"
             ) from error
+        except OSError as error:
+            print(f"'{output_dir}' cannot be locked ({error.strerror}): start only one run on it", flush=True)
         yield
 
 
@@ -220,28 +259,21 @@ def tokenize(
     """Make this rank's part of the missing shards."""
     mine = todo[ranks.rank :: ranks.world_size]
     total = sum(plan["shards"][index]["clips"] for index in todo)
-    if ranks.rank == 0:
-        print(f"{len(plan['shards']) - len(todo)} of {len(plan['shards'])} shards are there", flush=True)
     shard_of_group = {group: index for index in mine for group in range(*plan["shards"][index]["groups"])}
     reader = AudioReader(
         corpus,
         sample_rate_hz=codec.sample_rate_hz,
         frame_size=codec.frame_size,
-        max_frames=max(1, int(flags.max_audio_seconds * codec.frame_rate_hz)),
+        max_frames=whole_frames(flags.max_audio_seconds, codec.config),
     )
-    chunks = DataLoader(
-        ClipStream([reader], RowsInOrder(corpus.sizes_G, list(shard_of_group)), CLIPS_PER_CHUNK),
-        batch_size=None,
-        collate_fn=_unchanged,
-        num_workers=flags.num_workers,
-    )
+    stream = ClipStream([reader], RowsInOrder(corpus.sizes_G, list(shard_of_group)), CLIPS_PER_CHUNK)
     # Clips of the shard that is being made, and of no other: rows come in the order of the shards.
     shard = mine[0] if mine else -1
     stored: list[StoredClip] = []
     skipped: list[dict[str, str]] = []
     num_read = num_skipped = 0
     start = last_report = time.monotonic()
-    for chunk in chunks:
+    for chunk in stream.load(num_workers=flags.num_workers):
         encoded = iter(
             encode(codec, [clip for clip in chunk.clips if isinstance(clip, AudioClip)], flags.batch_seconds)
         )
@@ -253,7 +285,7 @@ def tokenize(
             if isinstance(clip, SkippedClip):
                 skipped.append({"reason": clip.reason, "message": clip.message})
                 num_skipped += 1
-                if num_skipped > flags.max_bad_share * max(num_read, MIN_CLIPS_FOR_SHARE):
+                if is_too_many(num_skipped, num_read, flags.max_bad_share):
                     raise too_many(num_skipped, num_read, flags.max_bad_share, clip.message)
             else:
                 stored.append(next(encoded))
@@ -306,20 +338,20 @@ def write_shard(
         "skipped": skipped,
     }
     content = shard_bytes(clips, plan["codec"]["num_quantizers"], notes)
-    write_aside(output_dir, plan["shards"][shard]["file"], content, uuid4().hex)
+    write_whole(output_dir, plan["shards"][shard]["file"], content)
 
 
 def finish(flags: argparse.Namespace, plan: dict[str, Any]) -> None:
     """Add up what the shards say of themselves, and write the manifest."""
-    fs, folder = fsspec.url_to_fs(flags.output_dir)
-    sizes = {path.rsplit("/", 1)[-1]: info["size"] for path, info in fs.find(folder, maxdepth=1, detail=True).items()}
+    sizes = sizes_in(flags.output_dir)
+    paths = [f"{flags.output_dir.rstrip('/')}/{shard['file']}" for shard in plan["shards"]]
+    with ThreadPoolExecutor(FOOTER_THREADS) as pool:
+        said = list(pool.map(read_notes, paths))
     shards, seconds, cut = [], 0.0, 0
     reasons: Counter[str] = Counter()
     messages: list[str] = []
-    for shard in plan["shards"]:
-        footer = read_footer(f"{flags.output_dir.rstrip('/')}/{shard['file']}")
-        notes = json.loads(footer.schema.to_arrow_schema().metadata[NOTES])
-        if notes["clips"] + len(notes["skipped"]) != shard["clips"] or footer.num_rows != notes["clips"]:
+    for shard, (num_rows, notes) in zip(plan["shards"], said, strict=True):
+        if notes["clips"] + len(notes["skipped"]) != shard["clips"] or num_rows != notes["clips"]:
             raise UserError(f"'{shard['file']}' does not hold its {shard['clips']} clips; delete it and start again")
         shards.append({"file": shard["file"], "clips": notes["clips"], "bytes": sizes[shard["file"]]})
         seconds, cut = seconds + notes["seconds"], cut + notes["cut"]
@@ -328,7 +360,7 @@ def finish(flags: argparse.Namespace, plan: dict[str, Any]) -> None:
     clips = sum(shard["clips"] for shard in shards)
     for message in messages:
         print(f"skipped: {message}", flush=True)
-    if reasons.total() > flags.max_bad_share * max(clips + reasons.total(), MIN_CLIPS_FOR_SHARE):
+    if is_too_many(reasons.total(), clips + reasons.total(), flags.max_bad_share):
         raise too_many(reasons.total(), clips + reasons.total(), flags.max_bad_share, messages[-1])
     manifest = {
         **plan,
@@ -340,11 +372,17 @@ def finish(flags: argparse.Namespace, plan: dict[str, Any]) -> None:
         "skipped_first": messages,
         "versions": versions(),
     }
-    write_aside(flags.output_dir, MANIFEST, json.dumps(manifest, indent=1).encode(), uuid4().hex)
+    write_whole(flags.output_dir, MANIFEST, json.dumps(manifest, indent=1).encode())
     print(
         f"{flags.output_dir}: {clips:,} clips, {seconds / 3600:.2f} h, {len(shards)} shards, "
         f"{sum(shard['bytes'] for shard in shards) / 1e6:.1f} MB; {cut} cut, {reasons.total()} skipped"
     )
+
+
+def read_notes(path: str) -> tuple[int, dict[str, Any]]:
+    """Rows of a shard, and what it says about itself."""
+    footer = read_footer(path)
+    return footer.num_rows, json.loads(footer.schema.to_arrow_schema().metadata[NOTES])
 
 
 def too_many(num_skipped: int, num_read: int, allowed: float, last: str) -> UserError:
@@ -352,10 +390,6 @@ def too_many(num_skipped: int, num_read: int, allowed: float, last: str) -> User
         f"{num_skipped} of {num_read} clips could not be used, more than --max_bad_share {allowed:g} (the last: "
         f"{last}); repair the corpus or raise --max_bad_share"
     )
-
-
-def _unchanged(chunk: Any) -> Any:
-    return chunk
 
 
 if __name__ == "__main__":

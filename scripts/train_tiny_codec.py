@@ -76,14 +76,14 @@ class CodecRun:
         self.frame_size, self.sample_rate_hz = config.frame_size, config.sampling_rate
         reader = self._open(flags.corpus, max_seconds=20.0)
         self.order = ShuffledOrder(
-            [reader.corpus.sizes_G], [1.0], dp_rank=0, dp_world_size=1, shuffle_block=1024, seed=flags.seed
+            [reader.corpus], [1.0], dp_rank=0, dp_world_size=1, shuffle_block=1024, seed=flags.seed
         )
         self.stream = ClipStream([reader], self.order, flags.batch_size)
-        self.batches = iter(self.stream)
+        self.batches = self.stream.load()
         reader = self._open(flags.validation_corpus, max_seconds=HELD_OUT_SECONDS)
         sizes_G = reader.corpus.sizes_G
         chunks = ClipStream([reader], RowsInOrder(sizes_G, range(len(sizes_G))), 1)
-        clips = (clip for chunk in chunks for clip in usable(chunk.clips))
+        clips = (clip for chunk in chunks.load() for clip in usable(chunk.clips))
         self.held_out = list(itertools.islice(clips, HELD_OUT_CLIPS))
         if not self.held_out:
             raise UserError(f"the corpus '{flags.validation_corpus}' has no usable clip to judge by")
@@ -243,7 +243,7 @@ class CodecRun:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.order.position = Position.from_json(state["position"])
-        self.batches = iter(self.stream)
+        self.batches = self.stream.load()
         self.skipped.update(state["skipped"])
         self.step, self.seconds, self.clips_seen = state["step"], state["seconds"], state["clips_seen"]
         self.starts = state["starts"]

@@ -9,7 +9,6 @@ import pytest
 import soundfile
 import torch
 from conftest import TINY
-from torch.utils.data import DataLoader
 
 from llama_mimi.clips import AudioClip, AudioReader, ClipStream, SkippedClip
 from llama_mimi.corpora import open_corpus
@@ -56,9 +55,7 @@ def read_all(reader, dp_rank=0, dp_world_size=1, num_workers=0):
     """Every clip of one rank once, in corpus order, through the loader that training uses."""
     sizes_G = reader.corpus.sizes_G
     order = RowsInOrder(sizes_G, range(len(sizes_G)), dp_rank, dp_world_size)
-    stream = ClipStream([reader], order, 3)
-    chunks = DataLoader(stream, batch_size=None, collate_fn=lambda chunk: chunk, num_workers=num_workers)
-    return [clip for chunk in chunks for clip in chunk.clips]
+    return [clip for chunk in ClipStream([reader], order, 3).load(num_workers=num_workers) for clip in chunk.clips]
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +92,7 @@ def test_bad_clips_are_named(tmp_path):
 
 def unit_loader(corpus, codec, sequences, max_bad_share, is_packed=False):
     audio = reader(corpus)
-    order = ShuffledOrder([audio.corpus.sizes_G], [1.0], dp_rank=0, dp_world_size=1, shuffle_block=5, seed=0)
+    order = ShuffledOrder([audio.corpus], [1.0], dp_rank=0, dp_world_size=1, shuffle_block=5, seed=0)
     return UnitDataLoader(
         [audio],
         order,
@@ -199,6 +196,39 @@ def test_a_damaged_file_is_named(corpus, tmp_path):
     (tmp_path / "half.parquet").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"half.parquet' is no readable Parquet file"):
         open_corpus(str(tmp_path), None, "audio", None)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_damage_behind_a_sound_footer_is_one_sentence(corpus, tmp_path, num_workers):
+    """Also where a loader worker finds it."""
+    content = bytearray((Path(corpus) / "train-0.parquet").read_bytes())
+    content[4:40] = bytes(36)
+    (tmp_path / "damaged.parquet").write_bytes(content)
+    with pytest.raises(UserError, match="no readable Parquet file") as error:
+        read_all(reader(str(tmp_path)), num_workers=num_workers)
+    assert "Traceback" not in str(error.value)
+
+
+def test_every_file_needs_the_columns(corpus, tmp_path):
+    for path in Path(corpus).glob("*.parquet"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    table = pq.read_table(tmp_path / "train-2.parquet").drop_columns(["text"])
+    pq.write_table(table, tmp_path / "train-2.parquet")
+    with pytest.raises(UserError, match=r"train-2.parquet' of the dataset .* has no column 'text'"):
+        open_corpus(str(tmp_path), None, "audio", "text")
+
+
+def test_empty_files_are_no_windows(corpus, tmp_path):
+    table = pq.read_table(Path(corpus) / "train-0.parquet")
+    pq.write_table(table, tmp_path / "train-0.parquet")
+    pq.write_table(table.slice(0, 0), tmp_path / "train-1.parquet")
+    assert open_corpus(str(tmp_path), None, "audio", None).sizes_G.tolist() == [9]
+
+
+@pytest.mark.parametrize("path", ["nothing://speech", "s3://speech"])
+def test_protocols_that_cannot_be_opened(path):
+    with pytest.raises(UserError, match="cannot be opened"):
+        open_corpus(path, None, "audio", None)
 
 
 def test_the_tiny_corpus_has_ids_and_texts():

@@ -205,7 +205,6 @@ def save_loader_position(folder, job_config, has_position, **changes):
     [
         (True, {}, None),
         (True, {"local_batch_size": 1, "dataloader": {"num_workers": 3}}, None),
-        (True, {"dataset": "other.parquet"}, "training.dataset = 'other.parquet'"),
         (False, {}, "holds weights only"),
     ],
 )

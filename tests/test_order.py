@@ -4,6 +4,7 @@ Codes say which clip and frame they are, so that what was trained on is read bac
 """
 
 import json
+import pickle
 from collections import Counter
 from types import SimpleNamespace
 
@@ -23,6 +24,10 @@ from llama_mimi.sequences import IGNORE_INDEX
 BLOCK = 6
 
 
+def read_nothing(group):
+    return None
+
+
 class MadeUpReader:
     """Clips of 1 to 40 frames in row groups of 1 to 5; the codes of a frame are its corpus, clip, and number."""
 
@@ -31,7 +36,7 @@ class MadeUpReader:
         sizes_G = generator.integers(1, 6, num_groups)
         self.number, self.starts_G = number, np.cumsum([0, *sizes_G])
         self.lengths = generator.integers(1, 41, sizes_G.sum())
-        self.corpus = SimpleNamespace(sizes_G=sizes_G, read_group=lambda group: None)
+        self.corpus = SimpleNamespace(sizes_G=sizes_G, fingerprint=f"made up {number}", read_group=read_nothing)
 
     def clip(self, table, ref):
         number = int(self.starts_G[ref.group]) + ref.row
@@ -44,7 +49,7 @@ def make_loaders(readers, sequences, dp_world_size, num_workers, *, is_packed=Tr
     loaders = []
     for rank in range(dp_world_size):
         order = ShuffledOrder(
-            [reader.corpus.sizes_G for reader in readers],
+            [reader.corpus for reader in readers],
             [float(len(reader.lengths)) for reader in readers],
             dp_rank=rank,
             dp_world_size=dp_world_size,
@@ -74,7 +79,7 @@ def world_state(loaders):
     states = [json.loads(loader.state_dict()["position"]) for loader in loaders]
     counts = sum((Counter(state["counts"]) for state in states), Counter())
     ranks = [state["ranks"][0] for state in states]
-    return {"position": json.dumps({"ranks": ranks, "counts": counts, "sizes": states[0]["sizes"]})}
+    return {"position": json.dumps({"ranks": ranks, "counts": counts, "of": states[0]["of"]})}
 
 
 def frames_in(batch, sequences):
@@ -168,26 +173,60 @@ def test_an_epoch_of_windows_is_a_permutation(sizes, block, seed):
         assert epochs[0] != epochs[1] and epochs[0] != rows
 
 
+def corpus(*sizes):
+    return SimpleNamespace(sizes_G=np.array(sizes), fingerprint="made up")
+
+
+def test_windows_are_of_one_size():
+    """So that ranks, which read windows in turn, stay beside each other."""
+    order = CorpusOrder(np.full(1000, 10), 100, 0)
+    assert {order.num_rows(window) for window in range(order.windows_per_epoch)} <= {100}
+    order = CorpusOrder(np.full(16, 32), 256, 0)
+    assert order.windows_per_epoch == 16, "a small corpus has as many windows as row groups"
+
+
 def test_shares_are_met_at_once():
-    sizes = [np.full(100, 50), np.full(40, 50), np.full(10, 50)]
-    order = ShuffledOrder(sizes, [0.5, 0.3, 0.2], dp_rank=1, dp_world_size=3, shuffle_block=100, seed=0)
+    corpora = [corpus(*[50] * 100), corpus(*[50] * 40), corpus(*[50] * 10)]
+    order = ShuffledOrder(corpora, [0.5, 0.3, 0.2], dp_rank=1, dp_world_size=3, shuffle_block=100, seed=0)
     drawn = Counter(order.take().corpus for _ in range(200))
-    assert [drawn[corpus] for corpus in range(3)] == pytest.approx([100, 60, 40], abs=3)
+    assert [drawn[number] for number in range(3)] == pytest.approx([100, 60, 40], abs=3)
 
 
-def test_the_state_is_small_and_the_loader_lazy(sequences):
-    """A million clips: no list of clips is made, and the state is a few numbers a rank."""
-    sizes = [np.full(1_000_000 // 256, 256)]
-    order = ShuffledOrder(sizes, [1.0], dp_rank=0, dp_world_size=64, shuffle_block=4096, seed=0)
+def test_the_state_of_a_million_clips_is_small():
+    order = ShuffledOrder([corpus(*[256] * 3906)], [1.0], dp_rank=0, dp_world_size=64, shuffle_block=4096, seed=0)
     for _ in range(5000):
         order.take()
     assert len(json.dumps(order.position.to_json())) < 200
+
+
+def test_a_shorter_longest_clip_may_be_set_on_resuming(sequences):
+    """The clip that a packed row was in the middle of may end before the place reached in it."""
+    (whole,) = make_loaders([MadeUpReader(0, 9)], sequences, 1, 0)
+    batches = iter(whole)
+    while not any(frame for _, _, frame in whole._order.position.cursors[0].begun):
+        next(batches)
+    reader = MadeUpReader(0, 9)
+    reader.lengths = np.ones_like(reader.lengths)
+    (resumed,) = make_loaders([reader], sequences, 1, 0)
+    resumed.load_state_dict(whole.state_dict())
+    assert len(frames_in(next(iter(resumed)), sequences)) > 20
+
+
+def test_workers_may_be_spawned(sequences):
+    """What is sent to them can be pickled."""
+    (loader,) = make_loaders([MadeUpReader(0, 9)], sequences, 1, 0)
+    loader._order.take()
+    order = pickle.loads(pickle.dumps(loader._order))
+    assert [order.take() for _ in range(5)] == [loader._order.take() for _ in range(5)]
 
 
 def test_a_position_in_other_data_is_refused(sequences):
     loader, other = (make_loaders([MadeUpReader(k, 9)], sequences, 1, 0)[0] for k in (0, 1))
     with pytest.raises(UserError, match="exclude_from_loading dataloader"):
         other.load_state_dict(loader.state_dict())
+    (reseeded,) = make_loaders([MadeUpReader(0, 9)], sequences, 1, 0, seed=4)
+    with pytest.raises(UserError, match=r"with seed 3, not 4"):
+        reseeded.load_state_dict(loader.state_dict())
 
 
 def test_workers_divide_the_reading(sequences):

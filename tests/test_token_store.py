@@ -19,11 +19,14 @@ from conftest import ROOT, TINY
 from datasets import load_dataset
 
 from llama_mimi.audio import read_audio
+from llama_mimi.clips import ClipStream, CodeReader
 from llama_mimi.codec import MimiCodec, codec_hash
 from llama_mimi.config_check import parse_config
 from llama_mimi.dataloader import build_dataloader, build_validation_dataloader
 from llama_mimi.errors import UserError
-from llama_mimi.token_store import CodeCorpus, StoredClip, shard_bytes, write_aside
+from llama_mimi.files import write_whole
+from llama_mimi.order import RowsInOrder
+from llama_mimi.token_store import CodeCorpus, StoredClip, is_store, shard_bytes
 from llama_mimi.train_spec import build_sequences
 
 pytestmark = pytest.mark.distributed
@@ -129,11 +132,15 @@ def test_output_on_another_file_system(speech, store, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--num_quantizers", 4], "begun with another codec"),
-        (["--max_audio_seconds", 3], "begun with another max_audio_seconds (4.0, not 3.0)"),
-        (["--clips_per_shard", 16], "begun with another shards"),
+        (["--num_quantizers", 4], "begun with --num_quantizers 8, not 4"),
+        (["--max_audio_seconds", 3], "begun with --max_audio_seconds 4.0, not 3.0"),
+        (["--clips_per_shard", 16], "begun with another --clips_per_shard"),
         (["--num_quantizers", 9], "1 to 8 levels"),
+        (["--corpus", TINY / "words"], "which is not what"),
+        (["--text_column", "none"], "begun with columns"),
         (["--batch_seconds", 0], "must be positive"),
+        (["--max_audio_seconds", 0.01], "less than a frame"),
+        (["--output_dir", "nothing://codes"], "cannot be opened"),
         (["--max_bad_share", 2], "share between 0 and 1"),
         (["--corpus", "nothing/*.parquet"], "no Parquet file matches"),
         (["--audio_column", "sound"], "no column 'sound'"),
@@ -168,9 +175,14 @@ def test_too_many_bad_clips_stop_before_the_manifest(speech, tmp_path, monkeypat
     assert not (tmp_path / "store" / "manifest.json").exists()
 
 
+def test_the_output_is_no_part_of_the_corpus(speech, monkeypatch):
+    with pytest.raises(UserError, match="lies inside the corpus"):
+        run_alone(monkeypatch, "--corpus", speech, "--codec", CODEC, "--output_dir", speech / "codes")
+
+
 def test_two_runs_do_not_share_an_output(speech, tmp_path, monkeypatch):
     first = subprocess.Popen(
-        [sys.executable, "-c", f"import fcntl,time;f=open('{tmp_path}/.lock','w');fcntl.flock(f,2);print(1,flush=True);"
+        [sys.executable, "-c", f"import fcntl,time;f=open('{tmp_path}/.lock','w');fcntl.lockf(f,2);print(1,flush=True);"
          "time.sleep(60)"],
         stdout=subprocess.PIPE,
     )  # fmt: skip
@@ -190,7 +202,7 @@ def test_a_full_disk_leaves_no_half_shard(tmp_path, monkeypatch):
     local = type(fsspec.filesystem("file"))
     monkeypatch.setattr(local, "pipe_file", lambda self, path, content: os.write(full, content))
     with pytest.raises(UserError, match=r"No space left on device\); make room"):
-        write_aside(str(tmp_path), "shard-000000.parquet", b"codes", "0")
+        write_whole(str(tmp_path), "shard-000000.parquet", b"codes")
     os.close(full)
     assert not (tmp_path / "shard-000000.parquet").exists()
 
@@ -297,12 +309,13 @@ def edit_codec(**changes):
         (truncate, "bytes, not"),
         (lambda folder: next(folder.glob("shard-000002*")).unlink(), "shard-000002.parquet"),
         (lambda folder: (folder / "manifest.json").unlink(), "its tokenisation is not finished"),
-        (lambda folder: (folder / "manifest.json").write_text("{"), "no valid JSON"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), "no readable JSON"),
+        (lambda folder: (folder / "manifest.json").write_text("[]"), "no JSON object"),
         (edit_manifest(format=2), "format 2, not 1"),
         (edit_codec(sha256="0" * 64), "hash 000000000000"),
         (edit_codec(num_quantizers=2), "has 2 levels, fewer than codec.num_quantizers = 4"),
     ],
-    ids=["truncated", "missing", "unfinished", "no_json", "format", "another_codec", "levels"],
+    ids=["truncated", "missing", "unfinished", "no_json", "no_object", "format", "another_codec", "levels"],
 )
 def test_damaged_stores_are_refused_at_the_start(damage, message, store, tmp_path, world_of_one):
     folder = shutil.copytree(store, tmp_path / "store")
@@ -310,6 +323,11 @@ def test_damaged_stores_are_refused_at_the_start(damage, message, store, tmp_pat
     with pytest.raises(UserError) as error:
         config(folder)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_folder_of_another_program_is_no_store(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"audio_filepath": "a.wav"}\n{"audio_filepath": "b.wav"}\n')
+    assert not is_store(str(tmp_path)) and not is_store("peoples_speech")
 
 
 def test_a_store_without_text_trains_no_tts(store, tmp_path, world_of_one):
@@ -328,11 +346,13 @@ def test_a_flipped_bit_is_found(store, tmp_path):
     folder = write_store(tmp_path / "store", [50] * 20, like=store)
     path = folder / "shard-000000.parquet"
     content = bytearray(path.read_bytes())
-    start = content.index(b"clip-0") + 2000  # in the codes behind the ids
-    content[start] ^= 0x10
+    content[len(content) // 2] ^= 0x10  # in the codes
     path.write_bytes(content)
-    with pytest.raises(UserError, match="no readable Parquet file"):
-        CodeCorpus(str(folder), CODEC, 4, with_text=False).read_group(0)
+    for num_workers in (0, 1):
+        reader = CodeReader(CodeCorpus(str(folder), CODEC, 4, with_text=False), max_frames=62, with_text=False)
+        with pytest.raises(UserError, match="no readable Parquet file") as error:
+            list(ClipStream([reader], RowsInOrder(reader.corpus.sizes_G, [0]), 3).load(num_workers=num_workers))
+        assert "Traceback" not in str(error.value)
 
 
 def test_a_shard_with_fewer_clips_than_the_manifest_says(store, tmp_path):

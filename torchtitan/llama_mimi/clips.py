@@ -11,11 +11,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from torch.utils.data import DataLoader
 
 from llama_mimi.audio import AudioError, read_audio
 from llama_mimi.corpora import AudioCorpus
+from llama_mimi.errors import UserError
 from llama_mimi.order import ClipRef, RowsInOrder, ShuffledOrder, chunks
 from llama_mimi.token_store import CodeCorpus, CodeGroup
+
+# A share is judged on at least this many clips: one bad clip among the first ten is no 10 %.
+MIN_CLIPS_FOR_SHARE = 100
+# Every skipped clip is counted; only so many are named one by one.
+MAX_NAMED_CLIPS = 20
 
 
 @dataclass(frozen=True)
@@ -110,9 +117,13 @@ class AudioReader:
             )
         except AudioError as error:
             return SkippedClip(error.reason, str(error))
-        speaker = values.get("speaker")
+        text, speaker = values.get("text"), values.get("speaker")
         return AudioClip(
-            name, waveform.samples_S, waveform.is_cut, values.get("text"), None if speaker is None else str(speaker)
+            name,
+            waveform.samples_S,
+            waveform.is_cut,
+            None if text is None else str(text),
+            None if speaker is None else str(speaker),
         )
 
 
@@ -160,13 +171,34 @@ class ClipStream(torch.utils.data.IterableDataset):
         self._window: list[int | None] = [None] * len(readers)
         self._groups: list[dict[int, Any]] = [{} for _ in readers]
 
-    def __iter__(self) -> Iterator[Chunk]:
+    def load(self, **workers: Any) -> Iterator[Chunk]:
+        """All chunks, read in loader workers.
+
+        Args:
+            workers: keyword arguments of PyTorch's DataLoader.
+
+        Raises:
+            UserError: a file is damaged.
+        """
+        # Its own generator: PyTorch draws a seed for the workers, which must not move the one that training draws from.
+        generator = torch.Generator()
+        for chunk in DataLoader(self, batch_size=None, collate_fn=_unchanged, generator=generator, **workers):
+            if isinstance(chunk, UserError):
+                raise chunk
+            yield chunk
+
+    def __iter__(self) -> Iterator[Chunk | UserError]:
+        """Chunks; an error is handed over as a value, as what a worker raises would come with its traceback."""
         worker = torch.utils.data.get_worker_info()
         number, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
         refs = self._order.clone() if isinstance(self._order, ShuffledOrder) else self._order
         for index, chunk in enumerate(chunks(refs, self._chunk_size)):
             if index % num_workers == number:
-                yield Chunk(chunk, [self._read(ref) for ref in chunk])
+                try:
+                    yield Chunk(chunk, [self._read(ref) for ref in chunk])
+                except UserError as error:
+                    yield UserError(str(error))
+                    return
 
     def _read(self, ref: ClipRef) -> Clip:
         reader, groups = self._readers[ref.corpus], self._groups[ref.corpus]
@@ -176,3 +208,12 @@ class ClipStream(torch.utils.data.IterableDataset):
         if ref.group not in groups:
             groups[ref.group] = reader.corpus.read_group(ref.group)
         return reader.clip(groups[ref.group], ref)
+
+
+def is_too_many(num_skipped: int, num_read: int, max_bad_share: float) -> bool:
+    """Whether more than the allowed share of the clips was skipped."""
+    return num_skipped > max_bad_share * max(num_read, MIN_CLIPS_FOR_SHARE)
+
+
+def _unchanged(chunk: Any) -> Any:
+    return chunk

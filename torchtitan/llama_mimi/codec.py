@@ -36,6 +36,11 @@ def load_codec_config(name: str, num_quantizers: int) -> MimiConfig:
     return config
 
 
+def whole_frames(seconds: float, config: MimiConfig) -> int:
+    """Whole frames of a codec in so many seconds; 20 s are 250, whatever the rounding of ``seconds``."""
+    return int(seconds * config.sampling_rate / config.frame_size + 1e-6)
+
+
 class MimiCodec:
     """Mimi at a fixed depth.
 
@@ -51,6 +56,7 @@ class MimiCodec:
     ) -> None:
         config = load_codec_config(name, num_quantizers)
         self.name = name
+        self.config = config
         self.num_quantizers = num_quantizers
         self.codebook_size: int = config.codebook_size
         self.sample_rate_hz: int = config.sampling_rate

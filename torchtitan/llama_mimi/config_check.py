@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import difflib
-import json
 import os
 import tomllib
 from pathlib import Path
@@ -16,7 +15,7 @@ from transformers import LlamaConfig
 
 import llama_mimi.job_config
 from llama_mimi.checkpoint import find_step, has_loader_position
-from llama_mimi.codec import load_codec_config
+from llama_mimi.codec import load_codec_config, whole_frames
 from llama_mimi.corpora import check_corpus
 from llama_mimi.dataloader import dataset_names
 from llama_mimi.errors import UserError
@@ -36,15 +35,6 @@ SHAPE_KEYS = (
     "rms_norm_eps",
     "rope_parameters",
     "tie_word_embeddings",
-)
-
-
-# What a loader's position depends on; the number of ranks and workers, batch size and packing are free.
-RESUME_KEYS = (
-    ("training", "dataset"),
-    ("training", "dataset_path"),
-    ("data", "shuffle_block"),
-    ("debug", "seed"),
 )
 
 
@@ -218,17 +208,11 @@ def _check_parallelism(job_config: Any, world_size: int) -> None:
             f"training.global_batch_size is {training.global_batch_size}, not a multiple of local_batch_size "
             f"{training.local_batch_size} x {replicas * shards} data-parallel ranks; try {per_pass}"
         )
-    if job_config.data.packing == "pack":
-        if cp > 1:
-            raise UserError(
-                f"parallelism.context_parallel_degree is {cp}, but packed rows cannot be split over ranks; set it "
-                "to 1, or data.packing to 'pad'"
-            )
-        if torch.cuda.is_available() and training.mixed_precision_param != "bfloat16":
-            raise UserError(
-                f"training.mixed_precision_param is '{training.mixed_precision_param}', but attention over packed rows "
-                "computes in bfloat16 on a GPU; set it to 'bfloat16', or data.packing to 'pad'"
-            )
+    if job_config.data.packing == "pack" and cp > 1:
+        raise UserError(
+            f"parallelism.context_parallel_degree is {cp}, but packed rows cannot be split over ranks; set it to 1, or "
+            "data.packing to 'pad'"
+        )
 
 
 def _check_data(job_config: Any) -> None:
@@ -249,6 +233,11 @@ def _check_data(job_config: Any) -> None:
                     )
         for name in names:
             if is_store(name):
+                if split.dataset_path is not None:
+                    raise UserError(
+                        f"{section}.dataset_path is '{split.dataset_path}', but '{name}' is a tokenised corpus; leave "
+                        "the path out"
+                    )
                 CodeCorpus(name, codec.name, codec.num_quantizers, with_text=data.task == "tts")
             else:
                 check_corpus(name, split.dataset_path)
@@ -268,11 +257,9 @@ def _check_model(job_config: Any) -> None:
             f"`python scripts/prepare_base_model.py --base_model HUB_ID_OR_FOLDER --codec {codec.name} "
             f"--num_quantizers {codec.num_quantizers} --output_dir {model.hf_assets_path}`"
         )
-    frames = load_codec_config(codec.name, codec.num_quantizers)
-    if job_config.data.max_audio_seconds * frames.sampling_rate < frames.frame_size:
+    if not whole_frames(job_config.data.max_audio_seconds, load_codec_config(codec.name, codec.num_quantizers)):
         raise UserError(
-            f"data.max_audio_seconds is {job_config.data.max_audio_seconds}, less than one frame of the codec "
-            f"({frames.frame_size / frames.sampling_rate:g} s); raise it"
+            f"data.max_audio_seconds is {job_config.data.max_audio_seconds}, less than one frame of the codec; raise it"
         )
     sequences = load_sequences(model.hf_assets_path, codec.name, codec.num_quantizers)
     args = copy.copy(FLAVORS[model.flavor])
@@ -301,23 +288,18 @@ def _check_model(job_config: Any) -> None:
 
 
 def _check_resume(job_config: Any) -> None:
-    """A position in the data means something only in the same data and order."""
+    """Of a position the loader itself says whether it is one in the same data and order."""
     folder = Path(job_config.job.dump_folder)
     checkpoint = folder / job_config.checkpoint.folder
     steps = [step for step in checkpoint.glob("step-*") if (step / ".metadata").is_file()]
     if not job_config.checkpoint.enable or not steps or "dataloader" in job_config.checkpoint.exclude_from_loading:
         return
     step, _ = find_step(checkpoint)
-    remedy = "keep it, or begin the corpus anew with --checkpoint.exclude_from_loading dataloader"
     if not has_loader_position(step):
-        raise UserError(f"'{step}' holds weights only and cannot be resumed; name it as checkpoint.initial_load_path")
-    record = folder / (job_config.job.save_config_file or "")
-    if record.is_file():
-        earlier, now = json.loads(record.read_text()), job_config.to_dict()
-        for section, key in RESUME_KEYS:
-            before, after = earlier[section].get(key), now[section].get(key)
-            if before != after:
-                raise UserError(f"'{step}' was saved with {section}.{key} = {before!r}, not {after!r}; {remedy}")
+        raise UserError(
+            f"'{step}' holds weights only, no position in the data, and cannot be resumed; name it as "
+            "checkpoint.initial_load_path"
+        )
 
 
 def _require_same(wanted: LlamaConfig, found: LlamaConfig, keys: tuple[str, ...], problem: str) -> None:

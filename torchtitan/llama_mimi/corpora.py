@@ -4,17 +4,20 @@ A corpus is a name from `CORPORA`, a folder of Parquet files, or a Parquet path 
 file system. Audio stays undecoded here: bytes are turned into samples by `llama_mimi.audio`, which needs no FFmpeg.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llama_mimi.errors import UserError
+from llama_mimi.files import file_system, find_files
 
 # Footers are read by so many threads at once: a remote one is mostly waiting.
 FOOTER_THREADS = 16
@@ -80,27 +83,32 @@ class AudioCorpus:
     ) -> None:
         self.name, self.files = name, tuple(files)
         with ThreadPoolExecutor(FOOTER_THREADS) as pool:
-            footers = list(pool.map(read_footer, self.files))
+            contents = list(pool.map(_contents, self.files))
         self._columns = {audio_column: "audio"} | ({text_column: "text"} if text_column is not None else {})
-        found = footers[0].schema.to_arrow_schema().names
-        for column, role in self._columns.items():
-            if column not in found:
-                raise UserError(
-                    f"the dataset '{name}' has no column '{column}' for the {role}, only {', '.join(found)}; "
-                    f"set data.{role}_column"
-                )
+        for file, (found, _) in zip(self.files, contents, strict=True):
+            for column, role in self._columns.items():
+                if column not in found:
+                    raise UserError(
+                        f"'{file}' of the dataset '{name}' has no column '{column}' for the {role}, only "
+                        f"{', '.join(found)}; set data.{role}_column"
+                    )
+        in_all = set.intersection(*(set(found) for found, _ in contents))
         for column, role in {"id": "id", **extra_columns}.items():
-            if column in found and role not in self.columns:
+            if column in in_all and role not in self.columns:
                 self._columns[column] = role
         groups = [
-            (file, group, footer.row_group(group).num_rows)
-            for file, footer in enumerate(footers)
-            for group in range(footer.num_row_groups)
+            (file, group, size)
+            for file, (_, sizes) in enumerate(contents)
+            for group, (size, _) in enumerate(sizes)
+            if size
         ]
-        # Each row group G as its file, its number in the file, and its rows.
-        self._file_G, self._number_G, self.sizes_G = np.array(groups, dtype=np.int64).reshape(-1, 3).T
-        if not self.sizes_G.sum():
+        if not groups:
             raise UserError(f"the dataset '{name}' has no rows; name another")
+        # Each row group G as its file, its number in the file, and its rows.
+        self._file_G, self._number_G, self.sizes_G = np.array(groups, dtype=np.int64).T
+        names = [file.rsplit("/", 1)[-1] for file in self.files]
+        # Says whether two corpora hold the same: file names, rows and bytes of their row groups.
+        self.fingerprint = digest([names, [sizes for _, sizes in contents]])
 
     @property
     def columns(self) -> list[str]:
@@ -119,7 +127,8 @@ class AudioCorpus:
         """
         path = self.files[self._file_G[group]]
         try:
-            with fsspec.open(path) as stream:
+            fs, bare = file_system(path)
+            with fs.open(bare) as stream:
                 table = pq.ParquetFile(stream).read_row_group(int(self._number_G[group]), columns=list(self._columns))
         except (OSError, pa.ArrowException) as error:
             raise unreadable(path, error) from error
@@ -175,25 +184,30 @@ def parquet_files(dataset: str) -> list[str]:
     return files
 
 
-def find_files(path: str, in_folder: str) -> list[str]:
-    """Sorted fsspec paths that match ``path``, or ``in_folder`` inside of it where it is a folder."""
-    fs, bare = fsspec.url_to_fs(path)
-    pattern = f"{bare.rstrip('/')}/{in_folder}" if fs.isdir(bare) else bare
-    found = sorted(fs.glob(pattern))
-    return found if fs.protocol in ("file", ("file", "local")) else [fs.unstrip_protocol(file) for file in found]
-
-
 def read_footer(path: str) -> pq.FileMetaData:
     """Metadata of a Parquet file.
 
     Raises:
         UserError: missing or damaged.
     """
+    fs, bare = file_system(path)
     try:
-        with fsspec.open(path) as stream:
+        with fs.open(bare) as stream:
             return pq.read_metadata(stream)
     except (OSError, pa.ArrowException) as error:
         raise unreadable(path, error) from error
+
+
+def _contents(path: str) -> tuple[list[str], list[tuple[int, int]]]:
+    """Columns of a file, and rows and bytes of its row groups; there may be too many footers to keep."""
+    footer = read_footer(path)
+    groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
+    return footer.schema.to_arrow_schema().names, [(group.num_rows, group.total_byte_size) for group in groups]
+
+
+def digest(content: Any) -> str:
+    """SHA-256 of what JSON can hold."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def unreadable(path: str, error: Exception) -> UserError:

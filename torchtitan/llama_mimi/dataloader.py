@@ -14,13 +14,23 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_type
 
-from llama_mimi.clips import AudioClip, AudioReader, Chunk, ClipReader, ClipStream, CodedClip, CodeReader, SkippedClip
-from llama_mimi.codec import DTYPES, MimiCodec, load_codec_config
+from llama_mimi.clips import (
+    MAX_NAMED_CLIPS,
+    MIN_CLIPS_FOR_SHARE,
+    AudioClip,
+    AudioReader,
+    ClipReader,
+    ClipStream,
+    CodedClip,
+    CodeReader,
+    SkippedClip,
+    is_too_many,
+)
+from llama_mimi.codec import DTYPES, MimiCodec, load_codec_config, whole_frames
 from llama_mimi.corpora import open_corpus
 from llama_mimi.errors import UserError
 from llama_mimi.order import ClipRef, Position, RowsInOrder, ShuffledOrder, deal
@@ -28,10 +38,6 @@ from llama_mimi.packing import Batch, BatchPacker
 from llama_mimi.sequences import SequenceBuilder
 from llama_mimi.token_store import CodeCorpus, is_store
 
-# A share is judged on at least this many clips: one bad clip among the first ten is no 10 %.
-MIN_CLIPS_FOR_SHARE = 100
-# Every skipped clip is counted; only so many are named one by one.
-MAX_NAMED_CLIPS = 20
 # How often the counts are logged.
 CLIPS_PER_REPORT = 1000
 # Audio goes through the codec in batches of at least so many clips, and codes come from workers as many at a time.
@@ -86,8 +92,7 @@ class UnitDataLoader(BaseDataLoader):
         self.dataset, self._chunk_size, self._max_bad_share = dataset, chunk_size, max_bad_share
         self._workers = workers
         self._counts: Counter[str] = Counter()  # clips read, cut, and skipped by reason
-        # What a position means depends on these.
-        self._sizes = [[int(sizes_G.sum()), len(sizes_G)] for sizes_G in (reader.corpus.sizes_G for reader in readers)]
+        self._num_clips = sum(int(reader.corpus.sizes_G.sum()) for reader in readers)
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches without end, or the rows once, the last batch filled up with padding.
@@ -101,6 +106,8 @@ class UnitDataLoader(BaseDataLoader):
                 self._use_up(ref)
                 continue
             codes_TQ, frame = clip.codes_TQ, ref.frame
+            if frame >= len(codes_TQ):  # resumed with a shorter max_audio_seconds
+                self._use_up(ref)
             while frame < len(codes_TQ):
                 frame += self._packer.add(codes_TQ[frame:], is_cut=clip.is_cut, text=clip.text)
                 if frame < len(codes_TQ):
@@ -125,7 +132,7 @@ class UnitDataLoader(BaseDataLoader):
         state = {
             "ranks": [by_rank[rank]["position"] for rank in sorted(by_rank)],
             "counts": sum((Counter(rank["counts"]) for rank in by_rank.values()), Counter()),
-            "sizes": self._sizes,
+            "of": self._order.fingerprint,
         }
         # One JSON string, because a checkpoint loads only keys that exist beforehand.
         return {"position": json.dumps(state)}
@@ -140,20 +147,19 @@ class UnitDataLoader(BaseDataLoader):
             return
         assert isinstance(self._order, ShuffledOrder)
         state = json.loads(state_dict["position"])
-        if state["sizes"] != self._sizes:
-            raise UserError(
-                f"the checkpoint is of data with {state['sizes']} clips and row groups, but '{self.dataset}' has "
-                f"{self._sizes}; restore the data, or begin it anew with "
-                "--checkpoint.exclude_from_loading dataloader"
-            )
+        for key, now in self._order.fingerprint.items():
+            if (saved := state["of"][key]) != now:
+                raise UserError(
+                    f"the checkpoint is a position in data with {key} {saved!r}, not {now!r} as '{self.dataset}' now; "
+                    "restore that, or begin the data anew with --checkpoint.exclude_from_loading dataloader"
+                )
         positions = deal([Position.from_json(position) for position in state["ranks"]], self._dp_world_size)
         self._order.position = positions[self._dp_rank]
         self._counts = Counter(state["counts"] if self._dp_rank == 0 else {})
 
     def _clips(self) -> Iterator[tuple[ClipRef, CodedClip | SkippedClip]]:
         stream = ClipStream(self._readers, self._order, self._chunk_size)
-        chunks: Iterator[Chunk] = iter(DataLoader(stream, batch_size=None, collate_fn=_unchanged, **self._workers))
-        for chunk in chunks:
+        for chunk in stream.load(**self._workers):
             audio = [clip for clip in chunk.clips if isinstance(clip, AudioClip)]
             codes = iter(self._encode(audio))
             for ref, clip in zip(chunk.refs, chunk.clips, strict=True):
@@ -176,7 +182,7 @@ class UnitDataLoader(BaseDataLoader):
     def _use_up(self, ref: ClipRef) -> None:
         if isinstance(self._order, ShuffledOrder):
             taken = self._order.take()
-            assert taken == ref or (taken.row, taken.group) == (ref.row, ref.group), "the stream left its order"
+            assert dataclasses.replace(taken, frame=0) == dataclasses.replace(ref, frame=0), "the stream left its order"
 
     def _use_frames(self, frames: int) -> None:
         if isinstance(self._order, ShuffledOrder):
@@ -203,12 +209,12 @@ class UnitDataLoader(BaseDataLoader):
             logger.warning(f"skipped clip {counts['skipped']} ({clip.reason}): {clip.message}")
         read, skipped = counts["read"], counts["skipped"]
         reasons = ", ".join(f"{n} {key[9:]}" for key, n in counts.items() if key.startswith("skipped: "))
-        if skipped == read and skipped >= min(MIN_CLIPS_FOR_SHARE, sum(clips for clips, _ in self._sizes)):
+        if skipped == read and skipped >= min(MIN_CLIPS_FOR_SHARE, self._num_clips):
             raise UserError(
                 f"none of the first {read} clips of '{self.dataset}' that this rank read can be used ({reasons}); "
                 "repair the corpus"
             )
-        if skipped > self._max_bad_share * max(read, MIN_CLIPS_FOR_SHARE):
+        if is_too_many(skipped, read, self._max_bad_share):
             raise UserError(
                 f"{skipped} of {read} clips could not be used ({reasons}), more than data.max_bad_share = "
                 f"{self._max_bad_share:g}; repair the corpus or raise data.max_bad_share"
@@ -228,8 +234,8 @@ def build_dataloader(dp_world_size: int, dp_rank: int, tokenizer: SequenceBuilde
     data, training = job_config.data, job_config.training
     readers = open_readers(job_config, training)
     order = ShuffledOrder(
-        [reader.corpus.sizes_G for reader in readers],
-        clip_shares(readers, data.weights),
+        [reader.corpus for reader in readers],
+        clip_shares(readers, data.weights, data.max_audio_seconds),
         dp_rank=dp_rank,
         dp_world_size=dp_world_size,
         shuffle_block=data.shuffle_block,
@@ -263,7 +269,7 @@ def open_readers(job_config: Any, split: Any) -> list[ClipReader]:
     """
     data, codec = job_config.data, job_config.codec
     config = load_codec_config(codec.name, codec.num_quantizers)
-    max_frames = int(data.max_audio_seconds * config.sampling_rate / config.frame_size + 1e-6)
+    max_frames = whole_frames(data.max_audio_seconds, config)
     with_text = data.task == "tts"
     readers: list[ClipReader] = []
     for name in dataset_names(split):
@@ -283,18 +289,25 @@ def open_readers(job_config: Any, split: Any) -> list[ClipReader]:
     return readers
 
 
-def clip_shares(readers: list[ClipReader], weights: list[float]) -> list[float]:
+def clip_shares(readers: list[ClipReader], weights: list[float], max_audio_seconds: float) -> list[float]:
     """How often a clip is drawn from each corpus.
 
     Args:
         weights: wanted shares of audio; empty for each corpus's own share, so that all have their epochs together.
+        max_audio_seconds: training takes no more of a clip, so a corpus of longer ones counts as if cut on average.
+
+    Raises:
+        UserError: weights for a corpus of audio, whose mean length is not known.
     """
-    if not weights or len(readers) == 1:
-        return [float(reader.corpus.sizes_G.sum()) for reader in readers]
     corpora = [reader.corpus for reader in readers]
-    return [
-        w / corpus.mean_seconds for w, corpus in zip(weights, corpora, strict=True) if isinstance(corpus, CodeCorpus)
-    ]
+    if not weights or len(corpora) == 1:
+        return [float(corpus.sizes_G.sum()) for corpus in corpora]
+    shares = []
+    for weight, corpus in zip(weights, corpora, strict=True):
+        if not isinstance(corpus, CodeCorpus):
+            raise UserError(f"data.weights needs tokenised corpora, but '{corpus.name}' is audio; tokenise it")
+        shares.append(weight / min(corpus.mean_seconds, max_audio_seconds))
+    return shares
 
 
 def _is_packed(job_config: Any) -> bool:
@@ -345,7 +358,3 @@ def _gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
-
-
-def _unchanged(chunk: Chunk) -> Chunk:
-    return chunk

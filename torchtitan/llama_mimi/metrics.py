@@ -100,7 +100,6 @@ class SpeechMetrics(MetricsProcessor):
     ) -> None:
         """Log the validation that just took ``seconds``, which are no training time."""
         self.time_last_log += seconds
-        self._codec_time.take()  # nor is what it encoded
         sums = self._reduced(self._validation_meter)
         levels = {f"validation_metrics/{name}": loss for name, loss in self._level_losses(sums).items()}
         self.logger.log({"validation_metrics/loss": loss, **levels, **(extra_metrics or {})}, step)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 from torchtitan.distributed import ParallelDims
-from torchtitan.models.attention import VarlenMetadata
+from torchtitan.models.attention import VarlenAttentionWrapper, VarlenMetadata
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs, parallelize_llama
 from torchtitan.models.llama3.model.args import RoPEScalingArgs
 
@@ -50,13 +50,15 @@ class LlamaMimiArgs(TransformerModelArgs):
         return num_params, 6 * num_multiplied + attention
 
 
-class MaskedAttention(nn.Module):
-    """Causal attention within each sequence of a packed row, where TorchTitan's kernel (CUDA, 16 bit) cannot run."""
+class PackedAttention(VarlenAttentionWrapper):
+    """Causal attention within each sequence of a packed row: TorchTitan's kernel, or a mask where that cannot run."""
 
     def forward(
         self, q_BHLD: torch.Tensor, k_BGLD: torch.Tensor, v_BGLD: torch.Tensor, sequences: VarlenMetadata
     ) -> torch.Tensor:
-        """H query heads share G key heads; returns (B, L, H, D)."""
+        """H query heads share G key heads; returns (B, L, H, D), or (B * L, H, D) from the kernel."""
+        if q_BHLD.is_cuda and q_BHLD.dtype in (torch.bfloat16, torch.float16):
+            return super().forward(q_BHLD, k_BGLD, v_BGLD, sequences)
         B, _, L, _ = q_BHLD.shape
         place_N = torch.arange(B * L, device=q_BHLD.device, dtype=sequences.cu_seq_q.dtype)
         sequence_BL = torch.bucketize(place_N, sequences.cu_seq_q, right=True).view(B, L)
@@ -81,9 +83,9 @@ class LlamaMimi(Transformer):
         self.is_tied = model_args.enable_weight_tying
         if self.is_tied:
             self.output = None
-        if model_args.attn_type == "varlen" and not torch.cuda.is_available():
+        if model_args.attn_type == "varlen":
             for layer in self.layers.values():
-                layer.attention.inner_attention = MaskedAttention()
+                layer.attention.inner_attention = PackedAttention()
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
         super().init_weights(buffer_device)

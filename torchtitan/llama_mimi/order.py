@@ -11,16 +11,20 @@ import copy
 import itertools
 import math
 from bisect import bisect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 # The additive recurrence with the golden ratio spreads draws most evenly: after n draws every share is met to within
 # a few of n clips (Kuipers and Niederreiter, Uniform Distribution of Sequences, 1974, ch. 2, sec. 3).
 _GOLDEN = (math.sqrt(5) - 1) / 2
+
+# Windows that an epoch has at least, where there are as many row groups.
+MIN_WINDOWS = 64
+# Permutations that are kept.
+KEPT = 4
 
 
 @dataclass(frozen=True)
@@ -67,46 +71,64 @@ class CorpusOrder:
 
     Args:
         sizes_G: rows of each row group.
-        shuffle_block: rows that a window should have; it has at least one row group.
+        shuffle_block: rows that a window should have at most; it has at least one row group.
         seed: of all permutations.
     """
 
     def __init__(self, sizes_G: np.ndarray, shuffle_block: int, seed: int) -> None:
         self._sizes_G, self._seed = sizes_G, seed
-        self._groups_per_window = max(1, round(shuffle_block / float(sizes_G.mean())))
-        self.windows_per_epoch = math.ceil(len(sizes_G) / self._groups_per_window)
-        self._epoch_groups = lru_cache(maxsize=2)(self._permuted_groups)
-        self._rows = lru_cache(maxsize=2)(self._permuted_rows)
-        self.num_rows = lru_cache(maxsize=2)(self._num_rows)
+        # Small corpora have small windows, so that ranks read in the same epoch; windows of one size, so that they
+        # stay beside each other.
+        per_window = min(round(shuffle_block / float(sizes_G.mean())), len(sizes_G) // MIN_WINDOWS)
+        self.windows_per_epoch = math.ceil(len(sizes_G) / max(1, per_window))
+        self._bounds = np.linspace(0, len(sizes_G), self.windows_per_epoch + 1).round().astype(int)
+        # What was computed last, by epoch and by window.
+        self._group_orders: dict[int, np.ndarray] = {}
+        self._windows: dict[int, np.ndarray] = {}
 
-    def _num_rows(self, window: int) -> int:
-        return int(self._sizes_G[self._groups(window)].sum())
+    def num_rows(self, window: int) -> int:
+        return len(self._rows(window))
 
     def row(self, window: int, index: int) -> tuple[int, int]:
         """Row group and row of the ``index``-th clip of a window."""
         group, row = self._rows(window)[index]
         return int(group), int(row)
 
-    def _groups(self, window: int) -> np.ndarray:
-        epoch, number = divmod(window, self.windows_per_epoch)
-        start = number * self._groups_per_window
-        return self._epoch_groups(epoch)[start : start + self._groups_per_window]
+    def _rows(self, window: int) -> np.ndarray:
+        if window not in self._windows:
+            epoch, number = divmod(window, self.windows_per_epoch)
+            groups = self._group_order(epoch)[self._bounds[number] : self._bounds[number + 1]]
+            rows = [np.stack([np.full(n, g), np.arange(n)], 1) for g in groups for n in [self._sizes_G[g]]]
+            order = np.random.default_rng((self._seed, window, 1)).permutation(np.concatenate(rows))
+            _keep(self._windows, window, order)
+        return self._windows[window]
 
-    def _permuted_groups(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng((self._seed, epoch)).permutation(len(self._sizes_G))
+    def _group_order(self, epoch: int) -> np.ndarray:
+        if epoch not in self._group_orders:
+            order = np.random.default_rng((self._seed, epoch)).permutation(len(self._sizes_G))
+            _keep(self._group_orders, epoch, order)
+        return self._group_orders[epoch]
 
-    def _permuted_rows(self, window: int) -> np.ndarray:
-        rows = [
-            np.stack([np.full(n, g), np.arange(n)], axis=1) for g in self._groups(window) for n in [self._sizes_G[g]]
-        ]
-        return np.random.default_rng((self._seed, window, 1)).permutation(np.concatenate(rows))
+
+def _keep(cache: dict[int, np.ndarray], key: int, value: np.ndarray) -> None:
+    """Keep the last few: where the loader reads ahead, and where training stands."""
+    while len(cache) >= KEPT:
+        cache.pop(next(iter(cache)))
+    cache[key] = value
+
+
+class Corpus(Protocol):
+    """What an order needs to know of a corpus: rows of its row groups, and what tells it from others."""
+
+    sizes_G: np.ndarray
+    fingerprint: str
 
 
 class ShuffledOrder:
     """One rank's endless sequence of clips from a mixture of corpora.
 
     Args:
-        corpora: their row groups' sizes.
+        corpora: with ``sizes_G``, rows of their row groups, and a ``fingerprint``.
         shares: of the clips drawn that each corpus has; they are scaled to sum to one.
         dp_rank, dp_world_size: this rank and how many there are.
         shuffle_block, seed: as `CorpusOrder`.
@@ -114,7 +136,7 @@ class ShuffledOrder:
 
     def __init__(
         self,
-        corpora: Sequence[np.ndarray],
+        corpora: Sequence[Corpus],
         shares: Sequence[float],
         *,
         dp_rank: int,
@@ -122,7 +144,13 @@ class ShuffledOrder:
         shuffle_block: int,
         seed: int,
     ) -> None:
-        self._orders = [CorpusOrder(sizes_G, shuffle_block, seed + k) for k, sizes_G in enumerate(corpora)]
+        # Positions mean something only in the same data and order.
+        self.fingerprint = {
+            "corpora": [corpus.fingerprint for corpus in corpora],
+            "shuffle_block": shuffle_block,
+            "seed": seed,
+        }
+        self._orders = [CorpusOrder(corpus.sizes_G, shuffle_block, seed + k) for k, corpus in enumerate(corpora)]
         self._bounds = (np.cumsum(shares)[:-1] / np.sum(shares)).tolist()
         self._dp_world_size = dp_world_size
         self.position = Position(0, [Cursor(next_window=dp_rank) for _ in corpora])
@@ -197,13 +225,13 @@ def deal(positions: Sequence[Position], dp_world_size: int) -> list[Position]:
     return dealt
 
 
-def chunks(refs: Iterable[ClipRef], size: int) -> Iterator[list[ClipRef]]:
-    """Consecutive lists of ``size`` clips; the last may be shorter."""
+def chunks(refs: ShuffledOrder | RowsInOrder, size: int) -> Iterator[list[ClipRef]]:
+    """Consecutive lists of at most ``size`` clips; in corpus order none goes over the end of a row group."""
     chunk: list[ClipRef] = []
     for ref in refs:
-        chunk.append(ref)
-        if len(chunk) == size:
+        if len(chunk) == size or (chunk and isinstance(refs, RowsInOrder) and ref.group != chunk[0].group):
             yield chunk
             chunk = []
+        chunk.append(ref)
     if chunk:
         yield chunk

@@ -1,8 +1,8 @@
 """Tokenised corpora: shards of codes that training reads in place of audio.
 
-A store is a folder (any fsspec path) of Parquet shards with one row a clip, which `datasets` opens as they are, and a
-manifest that is written last. Columns: ``id``, ``codes`` (uint16, T x Q), ``duration`` in seconds, ``is_cut`` (the
-recording went on), and ``text`` and ``speaker`` where the corpus has them.
+A store is a folder (any fsspec path) of Parquet shards ``shard-*.parquet`` with one row a clip, which `datasets` opens
+as they are, and a manifest that is written last. Columns: ``id``, ``codes`` (uint16, T x Q), ``duration`` in seconds,
+``is_cut`` (the recording went on), and ``text`` and ``speaker`` where the corpus has them.
 """
 
 import io
@@ -11,24 +11,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llama_mimi.codec import codec_hash, load_codec_config
-from llama_mimi.corpora import unreadable
+from llama_mimi.corpora import digest, unreadable
 from llama_mimi.errors import UserError
+from llama_mimi.files import file_system, read_json, sizes_in
 
 MANIFEST = "manifest.json"
-PLAN = "plan.json"
+PLAN = "tokenization.json"
 # Key of what a shard says about itself, in its Parquet metadata.
 NOTES = b"llama_mimi"
 FORMAT = 1
 # Rows of a row group, the least that is read at once: 3 MB of 14 s clips at 8 levels.
 CLIPS_PER_GROUP = 256
-# Written aside under this ending, then moved into place.
-PARTIAL = ".partial"
 OPTIONAL_COLUMNS = ("text", "speaker")
 
 
@@ -78,9 +76,12 @@ class CodeCorpus:
             for shard, n in enumerate(clips)
             for group in range(-(-n // per_group))
         ]
-        self._shard_G, self._number_G, self.sizes_G = np.array(groups, dtype=np.int64).reshape(-1, 3).T
         if not groups:
             raise UserError(f"the tokenised corpus '{path}' has no clips; tokenise another corpus")
+        self.fingerprint = digest(
+            [[shard["file"], shard["clips"], shard["bytes"]] for shard in self.manifest["shards"]]
+        )
+        self._shard_G, self._number_G, self.sizes_G = np.array(groups, dtype=np.int64).reshape(-1, 3).T
 
     @property
     def mean_seconds(self) -> float:
@@ -95,10 +96,11 @@ class CodeCorpus:
         """
         path = f"{self.name.rstrip('/')}/{self.manifest['shards'][self._shard_G[group]]['file']}"
         try:
-            with fsspec.open(path) as stream:
+            fs, bare = file_system(path)
+            with fs.open(bare) as stream:
                 file = pq.ParquetFile(stream, page_checksum_verification=True)
                 table = file.read_row_group(int(self._number_G[group]), columns=self._columns)
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, pa.ArrowException, ValueError, AttributeError) as error:  # damage takes many forms
             raise unreadable(path, error) from error
         codes = table["codes"].combine_chunks()
         frames_NQ = codes.flatten().flatten().to_numpy().reshape(-1, self.manifest["codec"]["num_quantizers"])
@@ -129,10 +131,7 @@ class CodeCorpus:
             )
         if with_text and "text" not in self.manifest["columns"]:
             raise UserError(f"the tokenised corpus '{self.name}' has no text, which data.task = 'tts' needs; use 'a2a'")
-        fs, folder = fsspec.url_to_fs(self.name)
-        sizes = {
-            file.rsplit("/", 1)[-1]: info["size"] for file, info in fs.find(folder, maxdepth=1, detail=True).items()
-        }
+        sizes = sizes_in(self.name)
         for shard in self.manifest["shards"]:
             if (size := sizes.get(shard["file"])) != shard["bytes"]:
                 raise UserError(
@@ -157,8 +156,13 @@ class CodeGroup:
 
 def is_store(path: str) -> bool:
     """Whether ``path`` is a folder that tokenisation has written to, finished or not."""
-    fs, folder = fsspec.url_to_fs(path)
-    return any(fs.exists(f"{folder.rstrip('/')}/{name}") for name in (MANIFEST, PLAN))
+    fs, folder = file_system(path)
+    if fs.exists(f"{folder.rstrip('/')}/{PLAN}"):
+        return True
+    try:
+        return "codec" in json.loads(fs.cat_file(f"{folder.rstrip('/')}/{MANIFEST}"))
+    except (OSError, ValueError, TypeError):  # no such file, or another program's
+        return False
 
 
 def read_manifest(path: str) -> dict[str, Any]:
@@ -172,27 +176,11 @@ def read_manifest(path: str) -> dict[str, Any]:
         raise UserError(
             f"'{path}' has no {MANIFEST}: its tokenisation is not finished; start scripts/tokenize_corpus.py again"
         )
-    if manifest.get("format") != FORMAT:
+    if manifest.get("format") != FORMAT or not manifest.keys() >= {"codec", "columns", "clips", "hours", "shards"}:
         raise UserError(
             f"'{path}/{MANIFEST}' has format {manifest.get('format')!r}, not {FORMAT}; tokenise the corpus anew"
         )
     return manifest
-
-
-def read_json(folder: str, name: str) -> dict[str, Any] | None:
-    """A JSON file of a folder, or None where there is none.
-
-    Raises:
-        UserError: it is no JSON.
-    """
-    path = f"{folder.rstrip('/')}/{name}"
-    try:
-        with fsspec.open(path, "rt") as stream:
-            return json.load(stream)
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise UserError(f"'{path}' is no valid JSON ({error}); remove it and start again") from error
 
 
 def shard_bytes(clips: Sequence[StoredClip], num_quantizers: int, notes: dict[str, Any]) -> bytes:
@@ -213,26 +201,3 @@ def shard_bytes(clips: Sequence[StoredClip], num_quantizers: int, notes: dict[st
     stream = io.BytesIO()
     pq.write_table(table, stream, row_group_size=CLIPS_PER_GROUP, compression="zstd", write_page_checksum=True)
     return stream.getvalue()
-
-
-def write_aside(folder: str, name: str, content: bytes, writer: str) -> None:
-    """Write a file under another name, then move it into place: it is whole or not there.
-
-    Args:
-        writer: unlike any other process's, so that two never share the name aside.
-
-    Raises:
-        UserError: the file system is full or refuses.
-    """
-    fs, bare = fsspec.url_to_fs(folder)
-    path = f"{bare.rstrip('/')}/{name}"
-    aside = f"{path}.{writer}{PARTIAL}"
-    try:
-        fs.makedirs(bare, exist_ok=True)
-        fs.pipe_file(aside, content)
-        fs.mv(aside, path)
-    except OSError as error:
-        raise UserError(
-            f"'{folder}/{name}' could not be written ({error.strerror or error}); make room or mend the folder and "
-            "start again: what is finished is kept"
-        ) from error

@@ -12,7 +12,7 @@ from torchtitan.components.validate import ValidationContext, Validator
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools.utils import device_type
 
-from llama_mimi.dataloader import build_validation_dataloader
+from llama_mimi.dataloader import build_validation_dataloader, codec_time
 from llama_mimi.errors import UserError
 from llama_mimi.losses import UnitLoss
 from llama_mimi.metrics import SpeechMetrics
@@ -75,7 +75,9 @@ class SpeechValidator(Validator):
     def _batches(self) -> Iterator[Batch]:
         """This rank's batches, then padding until the last rank is done."""
         if self._kept is None:
+            spent = codec_time.seconds
             self._kept = list(self._read())
+            codec_time.seconds = spent  # what is encoded here is no part of a training step
         num_batches = torch.tensor(len(self._kept), device=device_type)
         dist.all_reduce(num_batches, op=dist.ReduceOp.MAX)
         yield from self._kept
