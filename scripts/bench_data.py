@@ -40,6 +40,7 @@ from llama_mimi.units import text_from_codes
 # Useful tokens a second that a 1B training step is meant to reach on one GPU, so what a loader must keep up with.
 GPU_TOKENS_PER_S = 60_000
 CLIPS_PER_SHARD = 2048
+SHARDS, LONG_SHARDS = "shard loader (pack)", "shard loader (pack), lengths like The People's Speech"
 
 
 def main() -> None:
@@ -87,6 +88,11 @@ def read_clips(reader: AudioReader, limit: int) -> Iterator[AudioClip]:
         yield clip
 
 
+def code_reader(flags: argparse.Namespace, store: str) -> CodeReader:
+    corpus = CodeCorpus(store, flags.codec, flags.num_quantizers, with_text=False)
+    return CodeReader(corpus, max_frames=250, with_text=False)
+
+
 def shuffled(reader: AudioReader | CodeReader) -> ShuffledOrder:
     return ShuffledOrder([reader.corpus], [1.0], dp_rank=0, dp_world_size=1, shuffle_block=4096, seed=0)
 
@@ -121,9 +127,9 @@ def rates(flags: argparse.Namespace, folder: Path) -> None:
     sequences = load_sequences(flags.tokenizer, flags.codec, flags.num_quantizers)
     clips = list(read_clips(reader, flags.clips))
     seconds = sum(len(clip.samples_S) for clip in clips) / codec.sample_rate_hz
-    write_store(folder / "store", flags, [encode_one(codec, clip) for clip in clips] * -(-4096 // len(clips)), 1)
-    stored = CodeReader(CodeCorpus(str(folder / "store"), flags.codec, flags.num_quantizers, with_text=False),
-                        max_frames=int(20 * codec.frame_rate_hz), with_text=False)  # fmt: skip
+    same = write_store(folder / "same", flags, [encode_one(codec, clip) for clip in clips] * -(-4096 // len(clips)))
+    simulated = random_clips(speech_lengths(4096), flags.num_quantizers, codec.codebook_size)
+    longer = write_store(folder / "longer", flags, simulated)
     ways: dict[str, Callable[[], float]] = {
         "reading and resampling": lambda: consume(read_clips(reader, flags.clips), seconds)
     }
@@ -133,7 +139,8 @@ def rates(flags: argparse.Namespace, folder: Path) -> None:
             ways[f"encoding, {dtype}, {batch_size} clips at once"] = encoding(model, clips, batch_size, seconds)
     ways["the reference way"] = lambda: consume(reference(flags, codec, sequences, reader), seconds)
     ways["online loader (pack)"] = batches_of(loader(flags, reader, sequences, codec, batch_size=4), 3, codec)
-    ways["shard loader (pack)"] = batches_of(loader(flags, stored, sequences, None, batch_size=32), 30, codec)
+    for name, store in ((SHARDS, same), (LONG_SHARDS, longer)):
+        ways[name] = batches_of(loader(flags, code_reader(flags, store), sequences, None, batch_size=32), 30, codec)
     measured: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(flags.repeats):  # in turn, so that a slow minute of the machine hits all of them
         for name, way in ways.items():
@@ -142,11 +149,12 @@ def rates(flags: argparse.Namespace, folder: Path) -> None:
     rate = {name: statistics.median(values) for name, values in measured.items()}
     for name, values in measured.items():
         print(f"| {name} | {rate[name]:,.0f} ({min(values):,.0f} to {max(values):,.0f}) |")
-    fast, slow = rate["shard loader (pack)"], rate["the reference way"]
+    fast, slow = rate[SHARDS], rate["the reference way"]
     needed = GPU_TOKENS_PER_S / (codec.frame_rate_hz * flags.num_quantizers)
     print(f"\nshard loader / reference way: {fast / slow:,.0f} times")
     print(
-        f"share of a step of {GPU_TOKENS_PER_S:,} tokens/s that the shard loader takes: {100 * needed / fast:.2f} %\n"
+        f"share of a step of {GPU_TOKENS_PER_S:,} tokens/s that the shard loader takes: "
+        f"{100 * needed / rate[LONG_SHARDS]:.2f} % ({100 * needed / fast:.2f} % with the clips of the corpus)\n"
     )
 
 
@@ -212,14 +220,14 @@ def useful_shares(flags: argparse.Namespace, folder: Path) -> None:
     sequences = load_sequences(flags.tokenizer, flags.codec, flags.num_quantizers)
     print("| useful share of tokens | clips | mean | pad | pack |\n|---|---|---|---|---|")
     for number, (name, frames) in enumerate(distributions.items()):
-        store = folder / f"lengths-{number}"
-        write_store(store, flags, random_clips(frames, flags.num_quantizers, codec.codebook_size), 1)
+        clips = random_clips(frames, flags.num_quantizers, codec.codebook_size)
+        store = write_store(folder / f"lengths-{number}", flags, clips)
         shares = []
         for is_packed in (False, True):
-            corpus = CodeCorpus(str(store), flags.codec, flags.num_quantizers, with_text=False)
-            codes = CodeReader(corpus, max_frames=250, with_text=False)
             batch_size = max(1, len(frames) // 40)
-            batches = loader(flags, codes, sequences, None, batch_size=batch_size, is_packed=is_packed)
+            batches = loader(
+                flags, code_reader(flags, store), sequences, None, batch_size=batch_size, is_packed=is_packed
+            )
             useful = [
                 float((labels != IGNORE_INDEX).float().mean())
                 for (_, labels), _ in zip(batches, range(10), strict=False)
@@ -245,8 +253,8 @@ def random_clips(frames: np.ndarray, num_quantizers: int, codebook_size: int) ->
     ]
 
 
-def write_store(folder: Path, flags: argparse.Namespace, clips: list[StoredClip], num_shards: int) -> None:
-    """A finished store of ``num_shards`` shards, all the same file."""
+def write_store(folder: Path, flags: argparse.Namespace, clips: list[StoredClip], num_shards: int = 1) -> str:
+    """A finished store of ``num_shards`` shards, all the same file; returns its folder."""
     columns = ["id", "codes", "duration", "is_cut"]
     content = shard_bytes(clips, flags.num_quantizers, {"columns": columns})
     folder.mkdir()
@@ -272,6 +280,7 @@ def write_store(folder: Path, flags: argparse.Namespace, clips: list[StoredClip]
         ],
     }
     (folder / MANIFEST).write_text(json.dumps(manifest))
+    return str(folder)
 
 
 def sizes(flags: argparse.Namespace, folder: Path) -> None:
@@ -280,10 +289,10 @@ def sizes(flags: argparse.Namespace, folder: Path) -> None:
     codebook_size = MimiCodec(flags.codec, flags.num_quantizers).codebook_size
     clips = random_clips(speech_lengths(CLIPS_PER_SHARD), flags.num_quantizers, codebook_size)
     for number in (1000, 10_000, 100_000, 1_000_000):
-        store = folder / f"store-{number}"
-        write_store(store, flags, clips[:number], max(1, round(number / CLIPS_PER_SHARD)))
+        num_shards = max(1, round(number / CLIPS_PER_SHARD))
+        store = write_store(folder / f"store-{number}", flags, clips[:number], num_shards)
         words = [word for key, value in vars(flags).items() if key != "probe" for word in (f"--{key}", str(value))]
-        command = [sys.executable, __file__, *words, "--probe", str(store)]
+        command = [sys.executable, __file__, *words, "--probe", store]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         found = json.loads(done.stdout.splitlines()[-1])
         print(
@@ -302,15 +311,15 @@ def probe(flags: argparse.Namespace) -> dict[str, float]:
     sequences = load_sequences(flags.tokenizer, flags.codec, flags.num_quantizers)
     before_mb = peak_mb()
     start = time.perf_counter()
-    corpus = CodeCorpus(flags.probe, flags.codec, flags.num_quantizers, with_text=False)
-    batches = loader(flags, CodeReader(corpus, max_frames=250, with_text=False), sequences, None, batch_size=32)
+    reader = code_reader(flags, flags.probe)
+    batches = loader(flags, reader, sequences, None, batch_size=32)
     iterator = iter(batches)
     next(iterator)
     start_s = time.perf_counter() - start
     for _ in range(300):
         next(iterator)
     return {
-        "clips": int(corpus.sizes_G.sum()),
+        "clips": int(reader.corpus.sizes_G.sum()),
         "start_s": start_s,
         "before_mb": before_mb,
         "peak_mb": peak_mb(),

@@ -1,21 +1,26 @@
 """Every shipped config parses, resolves its names and builds; every mistake gets one sentence."""
 
+import copy
 import json
 import tomllib
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from conftest import ROOT, TINY
 from datasets import Dataset
 from tokenizers import Tokenizer, models
+from torchtitan.models.attention import VarlenMetadata
 from transformers import MimiConfig, PreTrainedTokenizerFast
 
 from llama_mimi.checkpoint import set_aside_incomplete
+from llama_mimi.codec import codec_hash
 from llama_mimi.config_check import check_config, parse_config
 from llama_mimi.errors import UserError
 from llama_mimi.hf import hf_config
 from llama_mimi.model import FLAVORS, LlamaMimi
+from llama_mimi.token_store import StoredClip, shard_bytes
 
 CONFIGS = sorted((ROOT / "config").glob("*.toml"))
 
@@ -37,7 +42,28 @@ def downloads(tmp_path_factory):
         (folder / "peoples_speech" / config).mkdir(parents=True)
         row = {"id": "a", "audio": {"bytes": b"", "path": "a"}, "text": "a"}
         Dataset.from_list([row]).to_parquet(folder / "peoples_speech" / config / f"{split}-00000-of-00001.parquet")
+    (folder / "mimi" / "model.safetensors").touch()
+    for name in ("libri_light", "peoples_speech", "voxpopuli_en", "emilia_en"):
+        write_store(folder / "data" / "codes" / name, folder / "mimi")
     return folder
+
+
+def write_store(folder, codec):
+    """A tokenised corpus of one clip."""
+    columns = ["id", "codes", "duration", "is_cut"]
+    content = shard_bytes([StoredClip("a", np.zeros((10, 8), np.uint16), 0.8, False)], 8, {"columns": columns})
+    folder.mkdir(parents=True)
+    (folder / "shard-000000.parquet").write_bytes(content)
+    manifest = {
+        "format": 1,
+        "codec": {"name": "kyutai/mimi", "sha256": codec_hash(str(codec)), "num_quantizers": 8, "codebook_size": 2048},
+        "columns": columns,
+        "clips_per_group": 256,
+        "clips": 1,
+        "hours": 0.8 / 3600,
+        "shards": [{"file": "shard-000000.parquet", "clips": 1, "bytes": len(content)}],
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -50,17 +76,27 @@ def test_shipped_config_builds_with_its_real_vocabulary(path, downloads, monkeyp
     if path.stem != "tiny":
         flavor = tomllib.loads(text)["model"]["flavor"]
         flags += ["--model.hf_assets_path", str(downloads / flavor), "--codec.name", str(downloads / "mimi")]
-        flags += ["--training.dataset_path", str(downloads / "peoples_speech")]
+        if path.stem == "llama3_2_1b_peoples_speech":
+            flags += ["--training.dataset_path", str(downloads / "peoples_speech")]
+        else:  # the corpora that the file names, as they lie in the working directory of its user
+            dataset = tomllib.loads(text)["training"]["dataset"]
+            flags += ["--training.dataset", dataset.replace("data/", f"{downloads}/data/")]
         flags += ["--validation.dataset_path", str(downloads / "peoples_speech")]
     job_config = parse_config(flags)
     (row,) = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(f"| `{path.name}` |")]
     assert row.endswith(f"| {job_config.training.steps:,} |"), "the README states the number of steps"
-    args = FLAVORS[job_config.model.flavor]
+    args = copy.copy(FLAVORS[job_config.model.flavor])
     args.update_from_config(job_config)
+    assert args.attn_type == ("sdpa" if path.stem == "tiny" else "varlen")
     assert args.vocab_size == (1538 if path.stem == "tiny" else 136_450)
     with torch.device("meta"):
         model = LlamaMimi(args)
-    assert model(torch.zeros(1, 8, dtype=torch.long, device="meta")).shape == (1, 8, args.vocab_size)
+    tokens, extra = torch.zeros(1, 8, dtype=torch.long, device="meta"), {}
+    if args.attn_type == "varlen":
+        bounds = torch.zeros(2, dtype=torch.int32, device="meta")
+        masks = VarlenMetadata(bounds, bounds, 8, 8)
+        extra = {"attention_masks": masks, "positions": torch.zeros(1, 8, dtype=torch.long, device="meta")}
+    assert model(tokens, **extra).shape == (1, 8, args.vocab_size)
     assert job_config.job.save_config_file and job_config.metrics.enable_tensorboard
 
 
@@ -150,7 +186,7 @@ def test_another_models_run_is_not_continued(tmp_path, monkeypatch, sequences):
 def test_large_config_says_how_to_get_its_data_and_model(monkeypatch, downloads, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.chdir(ROOT)
-    flags = ["--job.config_file", "config/llama3_2_1b.toml", "--job.dump_folder", str(tmp_path / "run")]
+    flags = ["--job.config_file", "config/llama3_2_1b_peoples_speech.toml", "--job.dump_folder", str(tmp_path / "run")]
     flags += ["--model.hf_assets_path", str(tmp_path / "none")]
     with pytest.raises(UserError, match="hf download MLCommons/peoples_speech"):
         parse_config([*flags, "--training.dataset_path", str(tmp_path)])

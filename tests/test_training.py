@@ -5,6 +5,7 @@ Regenerate the golden curve after an intended change:
     uv run pytest tests/test_training.py -k golden --regenerate-golden
 """
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -123,6 +124,19 @@ def test_a_killed_run_continues_as_if_it_had_not_been(tmp_path):
     assert resumed == pytest.approx({step: whole[step] for step in resumed}, abs=1e-5)
 
 
+def test_a_run_goes_on_on_other_ranks(golden_run, tmp_path):
+    """A checkpoint of two ranks, on one and on three; but not in other data."""
+    for nproc, steps in ((1, 22), (3, 24)):
+        folder = shutil.copytree(golden_run, tmp_path / f"{nproc}")
+        shutil.rmtree(folder / "tb")
+        resumed = train(nproc, folder, training__steps=steps, lr_scheduler__total_steps=420)
+        assert resumed.keys() == set(range(21, steps + 1)) and max(resumed.values()) < 7.4
+    process = start(1, shutil.copytree(golden_run, tmp_path / "seed"), training__steps=22, debug__seed=43)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert "error: the checkpoint is a position in data with seed 42, not 43" in output
+
+
 def children(pid: int) -> list[int]:
     listing = subprocess.run(["ps", "-o", "pid=", "-g", str(pid)], capture_output=True, text=True)
     grandchildren = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
@@ -159,22 +173,71 @@ def test_20_steps_equal_a_plain_loop_over_hugging_face(base_model, tmp_path):
         "--model.hf_assets_path": base_model,
         "--training.local_batch_size": 2,
     }
-    job_config = parse_config([str(word) for flag in flags.items() for word in flag])
-    sequences = load_sequences(str(base_model), str(TINY / "mimi"), 4)
-    batches = iter(build_dataloader(dp_world_size=1, dp_rank=0, tokenizer=sequences, job_config=job_config))
-    model = LlamaForCausalLM.from_pretrained(base_model)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=job_config.optimizer.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1
-    )
+    (batches,), model, optimizer = plain_loop(base_model, flags, dp_world_size=1)
     for step in range(1, 21):
         inputs, labels_BL = next(batches)
         logits_BLV = model(inputs["input"]).logits
         loss = F.cross_entropy(logits_BLV.flatten(0, 1), labels_BL.flatten(), ignore_index=IGNORE_INDEX)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        plain_step(model, optimizer, loss)
         assert measured[step] == pytest.approx(loss.item(), abs=1e-4), step
+
+
+def plain_loop(base_model, flags, dp_world_size):
+    """Every rank's batches, and Hugging Face's model with the run's optimizer, in this process."""
+    job_config = parse_config([str(word) for flag in flags.items() for word in flag])
+    sequences = load_sequences(str(base_model), str(TINY / "mimi"), 4)
+    ranks = [iter(build_dataloader(dp_world_size, rank, sequences, job_config)) for rank in range(dp_world_size)]
+    model = LlamaForCausalLM.from_pretrained(base_model)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=job_config.optimizer.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1
+    )
+    return ranks, model, optimizer
+
+
+def plain_step(model, optimizer, loss):
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+
+
+def test_packed_ranks_equal_hugging_face_clip_by_clip(base_model, tmp_path):
+    """FSDP and tensor parallel over packed rows, against each clip of those rows in a forward pass of its own."""
+    overrides = {
+        "model__hf_assets_path": base_model,
+        "checkpoint__initial_load_in_hf": True,
+        "data__packing": "pack",
+        "training__steps": 4,
+        "lr_scheduler__warmup_steps": 0,
+        "lr_scheduler__decay_ratio": 0.0,
+        "optimizer__lr": 5e-4,
+    }
+    flags = {
+        "--job.config_file": ROOT / "config/tiny.toml",
+        "--job.dump_folder": tmp_path / "none",
+        "--model.hf_assets_path": base_model,
+        "--data.packing": "pack",
+        "--optimizer.lr": 5e-4,
+    }
+    for dp_world_size, extra in ((2, {}), (1, {"parallelism__tensor_parallel_degree": 2})):
+        measured = train(2, tmp_path / f"{dp_world_size}", **overrides, **extra)
+        ranks, model, optimizer = plain_loop(base_model, flags, dp_world_size)
+        for step in range(1, 5):
+            losses_of_clips, num_targets = [], 0
+            for inputs, labels_BL in (next(batches) for batches in ranks):
+                for row, starts_L in enumerate(inputs["positions"] == 0):
+                    bounds = [*starts_L.nonzero().flatten().tolist(), len(starts_L)]
+                    for begin, end in itertools.pairwise(bounds):
+                        logits_LV = model(inputs["input"][row : row + 1, begin:end]).logits[0]
+                        labels_L = labels_BL[row, begin:end]
+                        num_targets += int((labels_L != IGNORE_INDEX).sum())
+                        losses_of_clips.append(
+                            F.cross_entropy(logits_LV, labels_L, ignore_index=IGNORE_INDEX, reduction="sum")
+                        )
+            assert len(losses_of_clips) > 2 * 2 * dp_world_size, "rows hold several clips"
+            loss = torch.stack(losses_of_clips).sum() / num_targets
+            plain_step(model, optimizer, loss)
+            assert measured[step] == pytest.approx(loss.item(), abs=1e-4), (dp_world_size, step)
 
 
 def test_two_ranks_equal_one_process(base_model, tmp_path):
@@ -185,6 +248,7 @@ def test_two_ranks_equal_one_process(base_model, tmp_path):
         "model__hf_assets_path": base_model,
         "checkpoint__initial_load_in_hf": True,
         "training__dataset": tmp_path / "eight.parquet",
+        "data__shuffle_block": 4,
         "training__steps": 6,
         "lr_scheduler__warmup_steps": 0,
         "optimizer__lr": 5e-4,  # Adam turns rounding of small gradients into steps of this size
