@@ -22,9 +22,9 @@ from llama_mimi.audio import read_audio
 from llama_mimi.clips import ClipStream, CodeReader
 from llama_mimi.codec import MimiCodec, codec_hash
 from llama_mimi.config_check import parse_config
-from llama_mimi.dataloader import build_dataloader, build_validation_dataloader
 from llama_mimi.errors import UserError
 from llama_mimi.files import write_whole
+from llama_mimi.open_data import build_dataloader, build_validation_dataloader
 from llama_mimi.order import RowsInOrder
 from llama_mimi.token_store import CodeCorpus, StoredClip, is_store, shard_bytes
 from llama_mimi.train_spec import build_sequences

@@ -22,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama_mimi.config_check import parse_config
-from llama_mimi.dataloader import build_dataloader
+from llama_mimi.open_data import build_dataloader
 from llama_mimi.sequences import IGNORE_INDEX, load_sequences
 
 pytestmark = pytest.mark.distributed

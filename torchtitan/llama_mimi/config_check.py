@@ -17,10 +17,10 @@ import llama_mimi.job_config
 from llama_mimi.checkpoint import find_step, has_loader_position
 from llama_mimi.codec import load_codec_config, whole_frames
 from llama_mimi.corpora import check_corpus
-from llama_mimi.dataloader import dataset_names
 from llama_mimi.errors import UserError
 from llama_mimi.hub import load_pretrained
 from llama_mimi.model import FLAVORS
+from llama_mimi.open_data import dataset_names
 from llama_mimi.run_record import ASSETS_FOLDER, speech_config
 from llama_mimi.sequences import load_sequences
 from llama_mimi.token_store import CodeCorpus, is_store

@@ -10,10 +10,11 @@ from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAda
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 
 from llama_mimi.codec import load_codec_config
-from llama_mimi.dataloader import build_dataloader, codec_time
+from llama_mimi.dataloader import codec_time
 from llama_mimi.losses import LevelMeter, UnitLoss
 from llama_mimi.metrics import SpeechMetrics
 from llama_mimi.model import FLAVORS, LlamaMimi, LlamaMimiArgs, parallelize
+from llama_mimi.open_data import build_dataloader
 from llama_mimi.run_record import save_run_record, speech_config
 from llama_mimi.sequences import SequenceBuilder, load_sequences
 from llama_mimi.validate import SpeechValidator

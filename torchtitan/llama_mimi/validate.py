@@ -12,10 +12,11 @@ from torchtitan.components.validate import ValidationContext, Validator
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools.utils import device_type
 
-from llama_mimi.dataloader import build_validation_dataloader, codec_time
+from llama_mimi.dataloader import codec_time
 from llama_mimi.errors import UserError
 from llama_mimi.losses import UnitLoss
 from llama_mimi.metrics import SpeechMetrics
+from llama_mimi.open_data import build_validation_dataloader
 from llama_mimi.packing import Batch
 from llama_mimi.sequences import IGNORE_INDEX, SequenceBuilder
 

@@ -1,0 +1,142 @@
+"""From the settings to the loaders of training and validation: which corpora, as audio or as codes, in which order."""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torchtitan.tools.utils import device_type
+
+from llama_mimi.clips import AudioReader, ClipReader, CodeReader
+from llama_mimi.codec import DTYPES, MimiCodec, load_codec_config, whole_frames
+from llama_mimi.corpora import open_corpus
+from llama_mimi.dataloader import UnitDataLoader
+from llama_mimi.errors import UserError
+from llama_mimi.order import RowsInOrder, ShuffledOrder
+from llama_mimi.packing import BatchPacker
+from llama_mimi.sequences import SequenceBuilder
+from llama_mimi.token_store import CodeCorpus, is_store
+
+# Audio goes through the codec in batches of at least so many clips, and codes come from workers as many at a time.
+MIN_CHUNK = 8
+
+
+def build_dataloader(dp_world_size: int, dp_rank: int, tokenizer: SequenceBuilder, job_config: Any) -> UnitDataLoader:
+    """The training loader: endless, shuffled by ``debug.seed`` (0 if unset), rows as ``data.packing`` says."""
+    data, training = job_config.data, job_config.training
+    readers = open_readers(job_config, training)
+    order = ShuffledOrder(
+        [reader.corpus for reader in readers],
+        clip_shares(readers, data.weights, data.max_audio_seconds),
+        dp_rank=dp_rank,
+        dp_world_size=dp_world_size,
+        shuffle_block=data.shuffle_block,
+        seed=job_config.debug.seed or 0,
+    )
+    return _build(
+        job_config, tokenizer, training, readers, order, dp_rank, dp_world_size, is_packed=_is_packed(job_config)
+    )
+
+
+def build_validation_dataloader(
+    dp_world_size: int, dp_rank: int, tokenizer: SequenceBuilder, job_config: Any
+) -> UnitDataLoader:
+    """The held-out corpus once, in its own order, one clip a row: the loss does not depend on how training packs."""
+    readers = open_readers(job_config, job_config.validation)
+    sizes_G = readers[0].corpus.sizes_G
+    order = RowsInOrder(sizes_G, range(len(sizes_G)), dp_rank, dp_world_size)
+    return _build(job_config, tokenizer, job_config.validation, readers, order, dp_rank, dp_world_size, is_packed=False)
+
+
+def dataset_names(split: Any) -> list[str]:
+    """The corpora of ``[training]`` or ``[validation]``: names divided by commas."""
+    return [name.strip() for name in split.dataset.split(",") if name.strip()]
+
+
+def open_readers(job_config: Any, split: Any) -> list[ClipReader]:
+    """The corpora of a split, each as audio or as codes.
+
+    Raises:
+        UserError: one is missing, damaged or does not fit.
+    """
+    data, codec = job_config.data, job_config.codec
+    config = load_codec_config(codec.name, codec.num_quantizers)
+    max_frames = whole_frames(data.max_audio_seconds, config)
+    with_text = data.task == "tts"
+    readers: list[ClipReader] = []
+    for name in dataset_names(split):
+        if is_store(name):
+            corpus = CodeCorpus(name, codec.name, codec.num_quantizers, with_text=with_text)
+            readers.append(CodeReader(corpus, max_frames=max_frames, with_text=with_text))
+            continue
+        readers.append(
+            AudioReader(
+                open_corpus(name, split.dataset_path, data.audio_column, data.text_column if with_text else None),
+                sample_rate_hz=config.sampling_rate,
+                frame_size=config.frame_size,
+                max_frames=max_frames,
+                with_text=with_text,
+            )
+        )
+    return readers
+
+
+def clip_shares(readers: list[ClipReader], weights: list[float], max_audio_seconds: float) -> list[float]:
+    """How often a clip is drawn from each corpus.
+
+    Args:
+        weights: wanted shares of audio; empty for each corpus's own share, so that all have their epochs together.
+        max_audio_seconds: training takes no more of a clip, so a corpus of longer ones counts as if cut on average.
+
+    Raises:
+        UserError: weights for a corpus of audio, whose mean length is not known.
+    """
+    corpora = [reader.corpus for reader in readers]
+    if not weights or len(corpora) == 1:
+        return [float(corpus.sizes_G.sum()) for corpus in corpora]
+    shares = []
+    for weight, corpus in zip(weights, corpora, strict=True):
+        if not isinstance(corpus, CodeCorpus):
+            raise UserError(f"data.weights needs tokenised corpora, but '{corpus.name}' is audio; tokenise it")
+        shares.append(weight / min(corpus.mean_seconds, max_audio_seconds))
+    return shares
+
+
+def _is_packed(job_config: Any) -> bool:
+    return job_config.data.packing == "pack"
+
+
+def _build(
+    job_config: Any,
+    sequences: SequenceBuilder,
+    split: Any,
+    readers: list[ClipReader],
+    order: ShuffledOrder | RowsInOrder,
+    dp_rank: int,
+    dp_world_size: int,
+    *,
+    is_packed: bool,
+) -> UnitDataLoader:
+    """``split`` is ``[training]`` or ``[validation]``: dataset, batch size, seq_len and workers."""
+    codec = None
+    if any(isinstance(reader, AudioReader) for reader in readers):
+        name, num_quantizers, dtype = (getattr(job_config.codec, key) for key in ("name", "num_quantizers", "dtype"))
+        codec = MimiCodec(name, num_quantizers, torch.device(device_type), DTYPES[dtype])
+    packer = BatchPacker(
+        sequences,
+        split.local_batch_size,
+        split.seq_len,
+        is_packed=is_packed,
+        has_positions=_is_packed(job_config),
+    )
+    return UnitDataLoader(
+        readers,
+        order,
+        packer,
+        codec,
+        dp_rank=dp_rank,
+        dp_world_size=dp_world_size,
+        dataset=split.dataset,
+        chunk_size=max(split.local_batch_size, MIN_CHUNK),
+        max_bad_share=job_config.data.max_bad_share,
+        workers=dataclasses.asdict(split.dataloader),
+    )
