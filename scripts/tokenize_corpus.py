@@ -14,9 +14,9 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -72,13 +72,23 @@ class Ranks:
         """Add to a shared counter; returns its value."""
         return self._store.add(counter, number)
 
-    def from_first(self, value: Any) -> Any:
-        """``value`` of rank 0."""
-        if self.world_size == 1:
-            return value
-        values = [value]
-        dist.broadcast_object_list(values, src=0)
-        return values[0]
+    def from_first(self, make: Callable[[], Any]) -> Any:
+        """What ``make`` returns on rank 0, which alone calls it.
+
+        Raises:
+            UserError: on every rank what it raised there, so that none waits for a rank that has gone.
+        """
+        outcome: list[Any] = [None]
+        if self.rank == 0:
+            try:
+                outcome = [make()]
+            except UserError as error:
+                outcome = [error]
+        if self.world_size > 1:
+            dist.broadcast_object_list(outcome, src=0)
+        if isinstance(outcome[0], UserError):
+            raise outcome[0]
+        return outcome[0]
 
     def wait(self) -> None:
         if self.world_size > 1:
@@ -123,28 +133,30 @@ def main() -> None:
 
 def run(flags: argparse.Namespace, ranks: Ranks) -> None:
     extra_columns = {flags.text_column: "text", flags.speaker_column: "speaker"}
-    with alone(flags.output_dir, ranks):
-        corpus = open_corpus(flags.corpus, flags.dataset_path, flags.audio_column, None, extra_columns)
-        folder = os.path.join(os.path.abspath(flags.output_dir), "")
-        if any(os.path.abspath(file).startswith(folder) for file in corpus.files) or folder.startswith(
-            os.path.join(os.path.abspath(flags.corpus), "")
-        ):
-            raise UserError(
-                f"--output_dir '{flags.output_dir}' lies inside the corpus '{flags.corpus}', whose files would then be "
-                "taken for audio; choose another"
-            )
-        codec = MimiCodec(flags.codec, flags.num_quantizers, ranks.device, DTYPES[flags.dtype])
-        if not whole_frames(flags.max_audio_seconds, codec.config):
-            raise UserError(
-                f"--max_audio_seconds is {flags.max_audio_seconds}, less than a frame of the codec; raise it"
-            )
-        plan = make_plan(flags, corpus, codec)
-        todo = ranks.from_first(begin(flags.output_dir, plan) if ranks.rank == 0 else None)
+    corpus = open_corpus(flags.corpus, flags.dataset_path, flags.audio_column, None, extra_columns)
+    folder = os.path.join(os.path.abspath(flags.output_dir), "")
+    if any(os.path.abspath(file).startswith(folder) for file in corpus.files) or folder.startswith(
+        os.path.join(os.path.abspath(flags.corpus), "")
+    ):
+        raise UserError(
+            f"--output_dir '{flags.output_dir}' lies inside the corpus '{flags.corpus}', whose files would then be "
+            "taken for audio; choose another"
+        )
+    codec = MimiCodec(flags.codec, flags.num_quantizers, ranks.device, DTYPES[flags.dtype])
+    if not whole_frames(flags.max_audio_seconds, codec.config):
+        raise UserError(f"--max_audio_seconds is {flags.max_audio_seconds}, less than a frame of the codec; raise it")
+    plan = make_plan(flags, corpus, codec)
+    with ExitStack() as held:
+
+        def begin_alone() -> list[int]:
+            held.enter_context(alone(flags.output_dir))  # to the end
+            return begin(flags.output_dir, plan)
+
+        todo = ranks.from_first(begin_alone)
         if ranks.rank == 0:
             there = len(plan["shards"]) - len(todo)
-            print(
-                f"{there} of {len(plan['shards'])} shards are there; columns: {', '.join(plan['columns'])}", flush=True
-            )
+            columns = ", ".join(plan["columns"])
+            print(f"{there} of {len(plan['shards'])} shards are there; columns: {columns}", flush=True)
         tokenize(flags, ranks, corpus, codec, plan, todo)
         if ranks.rank == 0 and ranks.world_size > 1:
             print("this rank is done, waiting for the others", flush=True)
@@ -222,13 +234,16 @@ def compare(output_dir: str, earlier: dict[str, Any], plan: dict[str, Any]) -> N
 
 
 @contextmanager
-def alone(output_dir: str, ranks: Ranks) -> Iterator[None]:
-    """Rank 0 holds a lock on a local output folder, which ends with its process, however that ends.
+def alone(output_dir: str) -> Iterator[None]:
+    """Hold a lock on a local output folder, which ends with this process, however that ends.
 
     On other file systems two runs make the same shards twice and each appears whole.
+
+    Raises:
+        UserError: another process holds it.
     """
     fs, folder = file_system(output_dir)
-    if ranks.rank or not is_local(fs):
+    if not is_local(fs):
         yield
         return
     try:
