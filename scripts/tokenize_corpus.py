@@ -11,7 +11,9 @@ every clip once. The manifest is written last.
 import argparse
 import fcntl
 import json
+import math
 import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -27,7 +29,7 @@ import torch.distributed as dist
 
 from llama_mimi.clips import MAX_NAMED_CLIPS, AudioClip, AudioReader, ClipStream, SkippedClip, is_too_many
 from llama_mimi.codec import DEFAULT_CODEC, DTYPES, MimiCodec, codec_hash, whole_frames
-from llama_mimi.corpora import FOOTER_THREADS, AudioCorpus, open_corpus, read_footer
+from llama_mimi.corpora import CORPORA, FOOTER_THREADS, AudioCorpus, open_corpus, read_footer
 from llama_mimi.errors import UserError, run_cli
 from llama_mimi.evaluation import versions
 from llama_mimi.files import PARTIAL, file_system, is_local, read_json, sizes_in, write_whole
@@ -44,7 +46,7 @@ from llama_mimi.token_store import (
 )
 
 # Clips that a worker reads at once and that are sorted by length before they are batched: a row group as `datasets`
-# writes audio, so that no two workers read the same.
+# writes audio, so that mostly no two workers read the same.
 CLIPS_PER_CHUNK = 100
 SECONDS_PER_REPORT = 10.0
 # Ranks wait for the slowest at the end.
@@ -65,7 +67,12 @@ class Ranks:
             )
         self.device = torch.device("cpu")
         if torch.cuda.is_available():
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            local_rank = int(os.environ.get("LOCAL_RANK", 0))
+            if local_rank >= torch.cuda.device_count():
+                raise UserError(
+                    f"there are {torch.cuda.device_count()} GPUs; lower torchrun's --nproc_per_node to that"
+                )
+            self.device = torch.device("cuda", local_rank)
             torch.cuda.set_device(self.device)
 
     def add(self, counter: str, number: int) -> int:
@@ -92,7 +99,10 @@ class Ranks:
 
     def wait(self) -> None:
         if self.world_size > 1:
-            dist.barrier()
+            try:
+                dist.barrier()
+            except RuntimeError:  # another rank has gone, and has said why
+                sys.exit(1)
 
     def close(self) -> None:
         if self.world_size > 1:
@@ -111,14 +121,14 @@ def main() -> None:
     parser.add_argument("--text_column", default="text", help="stored where the corpus has it")
     parser.add_argument("--speaker_column", default="speaker", help="stored where the corpus has it")
     parser.add_argument("--max_audio_seconds", type=float, default=120.0, help="longer clips are cut, and counted")
-    parser.add_argument("--clips_per_shard", type=int, default=2048, help="what a kill can cost each rank")
+    parser.add_argument("--clips_per_shard", type=int, default=2048, help="at least; what a kill can cost each rank")
     parser.add_argument("--batch_seconds", type=float, default=160.0, help="audio that is encoded at once, padded")
     parser.add_argument("--num_workers", type=int, default=2, help="processes a rank that read and resample")
     parser.add_argument("--max_bad_share", type=float, default=0.01, help="stop when more clips cannot be used")
     flags = parser.parse_args()
     for name in ("max_audio_seconds", "clips_per_shard", "batch_seconds"):
-        if getattr(flags, name) <= 0:
-            raise UserError(f"--{name} is {getattr(flags, name)}; it must be positive")
+        if not 0 < getattr(flags, name) < math.inf:
+            raise UserError(f"--{name} is {getattr(flags, name)}; it must be a positive number")
     if flags.num_workers < 0 or not 0 <= flags.max_bad_share <= 1:
         raise UserError("--num_workers is 0 or more, and --max_bad_share a share between 0 and 1")
     ranks = Ranks()
@@ -132,16 +142,13 @@ def main() -> None:
 
 
 def run(flags: argparse.Namespace, ranks: Ranks) -> None:
+    if flags.corpus not in CORPORA and lies_inside(flags.output_dir, flags.corpus):
+        raise UserError(
+            f"--output_dir '{flags.output_dir}' lies inside the corpus '{flags.corpus}', so that shards would be taken "
+            "for audio; choose another"
+        )
     extra_columns = {flags.text_column: "text", flags.speaker_column: "speaker"}
     corpus = open_corpus(flags.corpus, flags.dataset_path, flags.audio_column, None, extra_columns)
-    folder = os.path.join(os.path.abspath(flags.output_dir), "")
-    if any(os.path.abspath(file).startswith(folder) for file in corpus.files) or folder.startswith(
-        os.path.join(os.path.abspath(flags.corpus), "")
-    ):
-        raise UserError(
-            f"--output_dir '{flags.output_dir}' lies inside the corpus '{flags.corpus}', whose files would then be "
-            "taken for audio; choose another"
-        )
     codec = MimiCodec(flags.codec, flags.num_quantizers, ranks.device, DTYPES[flags.dtype])
     if not whole_frames(flags.max_audio_seconds, codec.config):
         raise UserError(f"--max_audio_seconds is {flags.max_audio_seconds}, less than a frame of the codec; raise it")
@@ -163,6 +170,14 @@ def run(flags: argparse.Namespace, ranks: Ranks) -> None:
         ranks.wait()
         if ranks.rank == 0:
             finish(flags, plan)
+
+
+def lies_inside(output_dir: str, corpus: str) -> bool:
+    """Whether the files of a folder or glob would come to hold the shards."""
+    if "**" in corpus:
+        corpus = corpus[: corpus.index("**")]
+    folder = os.path.join(os.path.abspath(corpus), "")
+    return os.path.join(os.path.abspath(output_dir), "").startswith(folder)
 
 
 def make_plan(flags: argparse.Namespace, corpus: AudioCorpus, codec: MimiCodec) -> dict[str, Any]:
@@ -220,10 +235,9 @@ def compare(output_dir: str, earlier: dict[str, Any], plan: dict[str, Any]) -> N
             f"'{output_dir}' was begun with the corpus '{earlier.get('corpus')}', which is not what "
             f"'{plan['corpus']}' holds now; {remedy}"
         )
-    # The same codec may be named in other ways.
-    parts = {f"--{key}": (earlier.get("codec", {}).get(key), value) for key, value in plan["codec"].items()}
-    del parts["--name"]
-    parts["--codec (its hash)"] = parts.pop("--sha256")
+    codec, codec_before = plan["codec"], earlier.get("codec", {})
+    parts = {"--codec with the hash": (codec_before.get("sha256"), codec["sha256"])}  # it may be named in other ways
+    parts |= {f"--{key}": (codec_before.get(key), codec[key]) for key in ("num_quantizers", "dtype")}
     parts |= {name: (earlier.get(name), plan[name]) for name in ("format", "columns")}
     parts["--max_audio_seconds"] = (earlier.get("max_audio_seconds"), plan["max_audio_seconds"])
     for name, (before, now) in parts.items():
@@ -350,10 +364,20 @@ def write_shard(
         "clips": len(clips),
         "cut": sum(clip.is_cut for clip in clips),
         "seconds": sum(clip.seconds for clip in clips),
+        "by_second": by_second(clips),
         "skipped": skipped,
     }
     content = shard_bytes(clips, plan["codec"]["num_quantizers"], notes)
     write_whole(output_dir, plan["shards"][shard]["file"], content)
+
+
+def by_second(clips: list[StoredClip]) -> list[list[float]]:
+    """Number and seconds of the clips that last less than 1 s, less than 2 s, and so on."""
+    totals = [[0, 0.0] for _ in range(max((int(clip.seconds) for clip in clips), default=0) + 1)]
+    for clip in clips:
+        totals[int(clip.seconds)][0] += 1
+        totals[int(clip.seconds)][1] += clip.seconds
+    return totals
 
 
 def finish(flags: argparse.Namespace, plan: dict[str, Any]) -> None:
@@ -364,12 +388,17 @@ def finish(flags: argparse.Namespace, plan: dict[str, Any]) -> None:
         said = list(pool.map(read_notes, paths))
     shards, seconds, cut = [], 0.0, 0
     reasons: Counter[str] = Counter()
+    numbers: Counter[int] = Counter()
+    totals: Counter[float] = Counter()
     messages: list[str] = []
     for shard, (num_rows, notes) in zip(plan["shards"], said, strict=True):
         if notes["clips"] + len(notes["skipped"]) != shard["clips"] or num_rows != notes["clips"]:
             raise UserError(f"'{shard['file']}' does not hold its {shard['clips']} clips; delete it and start again")
         shards.append({"file": shard["file"], "clips": notes["clips"], "bytes": sizes[shard["file"]]})
         seconds, cut = seconds + notes["seconds"], cut + notes["cut"]
+        for second, (number, total) in enumerate(notes["by_second"]):
+            numbers[second] += number
+            totals[second] += total
         reasons.update(clip["reason"] for clip in notes["skipped"])
         messages += [clip["message"] for clip in notes["skipped"]][: MAX_NAMED_CLIPS - len(messages)]
     clips = sum(shard["clips"] for shard in shards)
@@ -382,6 +411,7 @@ def finish(flags: argparse.Namespace, plan: dict[str, Any]) -> None:
         "shards": shards,
         "clips": clips,
         "hours": seconds / 3600,
+        "by_second": [[numbers[second], totals[second]] for second in range(max(numbers) + 1)],
         "cut": cut,
         "skipped": dict(reasons),
         "skipped_first": messages,

@@ -163,7 +163,7 @@ def test_audio_is_packed_as_its_codes_are(codec, sequences):
 def test_columns_and_paths_are_checked(corpus, tmp_path):
     with pytest.raises(UserError, match="no column 'sound' for the audio, only"):
         open_corpus(corpus, None, "sound", None)
-    with pytest.raises(UserError, match="set data.text_column"):
+    with pytest.raises(UserError, match="has no column 'transcript' for the text, only"):
         open_corpus(corpus, None, "audio", "transcript")
     with pytest.raises(UserError, match="no Parquet file matches"):
         open_corpus(str(tmp_path / "*.parquet"), None, "audio", None)

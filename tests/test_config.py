@@ -60,7 +60,7 @@ def write_store(folder, codec):
         "columns": columns,
         "clips_per_group": 256,
         "clips": 1,
-        "hours": 0.8 / 3600,
+        "by_second": [[1, 0.8]],
         "shards": [{"file": "shard-000000.parquet", "clips": 1, "bytes": len(content)}],
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -132,6 +132,12 @@ def tiny_with(*flags):
         (["--data.max_audio_seconds", "0.05"], "less than one frame of the codec"),
         (["--training.dataset", "assets/tiny/corpus,assets/tiny/words"], "no tokenised corpus"),
         (["--training.dataset", " , "], "name one corpus"),
+        (["--data.weights", "nan"], "one positive number for each of the 1 corpora"),
+        (["--data.max_audio_seconds", "inf"], "a number of seconds"),
+        (["--validation.steps", "0"], "validation steps must be positive or -1"),
+        (["--debug.seed", "-1"], "0 or more"),
+        (["--training.dataloader.num_workers", "-1"], "0 or more"),
+        (["--training.dataloader.prefetch_factor", "2"], "need at least 1"),
         (["--data.weights", "1.0", "2.0"], "one positive number for each of the 1 corpora"),
         (["--checkpoint.keep_latest_k", "1"], "keep at least 2"),
         (["--checkpoint.initial_load_in_hf"], "holds no *.safetensors weights"),

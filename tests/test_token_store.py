@@ -88,6 +88,10 @@ def test_the_manifest_says_what_is_there(store):
         and "no readable audio" in found["skipped_first"][0]
     )
     rows = pq.read_table([store / shard["file"] for shard in found["shards"]])
+    seconds = rows["duration"].to_pylist()
+    assert sum(n for n, _ in found["by_second"]) == 23
+    cut_mean = sum(min(s, 3.0) for s in seconds) / len(seconds)
+    assert CodeCorpus(str(store), CODEC, 8, with_text=False).mean_seconds(3.0) == pytest.approx(cut_mean)
     assert found["hours"] == pytest.approx(sum(rows["duration"].to_pylist()) / 3600)
     assert found["cut"] == sum(rows["is_cut"].to_pylist()) and "torch" in found["versions"]
     assert {shard["file"]: shard["bytes"] for shard in found["shards"]} == {
@@ -138,8 +142,10 @@ def test_output_on_another_file_system(speech, store, monkeypatch):
         (["--num_quantizers", 9], "1 to 8 levels"),
         (["--corpus", TINY / "words"], "which is not what"),
         (["--text_column", "none"], "begun with columns"),
-        (["--batch_seconds", 0], "must be positive"),
+        (["--batch_seconds", 0], "must be a positive number"),
         (["--max_audio_seconds", 0.01], "less than a frame"),
+        (["--max_audio_seconds", "inf"], "must be a positive number"),
+        (["--audio_column", "text"], "not a struct of audio bytes and path"),
         (["--output_dir", "nothing://codes"], "cannot be opened"),
         (["--max_bad_share", 2], "share between 0 and 1"),
         (["--corpus", "nothing/*.parquet"], "no Parquet file matches"),
@@ -280,7 +286,11 @@ def write_store(folder, lengths, like, **changes):
     content = shard_bytes(clips, 8, {"columns": columns})
     folder.mkdir()
     (folder / "shard-000000.parquet").write_bytes(content)
-    made = manifest(like) | {"columns": columns, "clips": len(clips), "hours": sum(lengths) / 12.5 / 3600}
+    made = manifest(like) | {
+        "columns": columns,
+        "clips": len(clips),
+        "by_second": [[len(lengths), sum(lengths) / 12.5]],
+    }
     made["codec"] |= changes
     made["shards"] = [{"file": "shard-000000.parquet", "clips": len(clips), "bytes": len(content)}]
     (folder / "manifest.json").write_text(json.dumps(made))

@@ -1,9 +1,11 @@
 """The reading half of the loader: clips of one rank, in order, read in loader workers.
 
 Workers divide the work and not the order: worker w of n reads every n-th chunk, and the loader hands the chunks out
-in turn, so that the main process sees one sequence whatever n is.
+in turn, so that the main process sees one sequence whatever n is. Each worker reads the row groups that its chunks have
+rows of, which in a shuffled block are all: decoding and resampling are divided, fetching the bytes is not.
 """
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -185,6 +187,7 @@ class ClipStream(torch.utils.data.IterableDataset):
         for chunk in DataLoader(self, batch_size=None, collate_fn=_unchanged, generator=generator, **workers):
             if isinstance(chunk, UserError):
                 raise chunk
+            chunk.clips = [_with_tensor(clip) for clip in chunk.clips]
             yield chunk
 
     def __iter__(self) -> Iterator[Chunk | UserError]:
@@ -195,10 +198,13 @@ class ClipStream(torch.utils.data.IterableDataset):
         for index, chunk in enumerate(chunks(refs, self._chunk_size)):
             if index % num_workers == number:
                 try:
-                    yield Chunk(chunk, [self._read(ref) for ref in chunk])
+                    clips = [self._read(ref) for ref in chunk]
                 except UserError as error:
                     yield UserError(str(error))
                     return
+                if worker:
+                    clips = [_without_tensor(clip) for clip in clips]
+                yield Chunk(chunk, clips)
 
     def _read(self, ref: ClipRef) -> Clip:
         reader, groups = self._readers[ref.corpus], self._groups[ref.corpus]
@@ -213,6 +219,19 @@ class ClipStream(torch.utils.data.IterableDataset):
 def is_too_many(num_skipped: int, num_read: int, max_bad_share: float) -> bool:
     """Whether more than the allowed share of the clips was skipped."""
     return num_skipped > max_bad_share * max(num_read, MIN_CLIPS_FOR_SHARE)
+
+
+def _without_tensor(clip: Clip) -> Clip:
+    """For the way to the main process, on which each tensor would cost a file descriptor."""
+    if not isinstance(clip, AudioClip):
+        return clip
+    return dataclasses.replace(clip, samples_S=clip.samples_S.numpy())
+
+
+def _with_tensor(clip: Clip) -> Clip:
+    if not isinstance(clip, AudioClip):
+        return clip
+    return dataclasses.replace(clip, samples_S=torch.as_tensor(clip.samples_S))
 
 
 def _unchanged(chunk: Any) -> Any:

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import difflib
+import math
 import os
 import tomllib
 from pathlib import Path
@@ -48,7 +49,10 @@ def parse_config(args: list[str]) -> Any:
     path = _config_file(args)
     if path is not None:
         _check_keys(config_class, _read_toml(path), prefix="", path=path)
-    job_config = ConfigManager(config_class).parse_args(args)
+    try:
+        job_config = ConfigManager(config_class).parse_args(args)
+    except AssertionError as error:  # some of TorchTitan's settings check themselves
+        raise UserError(f"TorchTitan refuses a setting: {error}") from error
     if job_config.model.name != "llama_mimi":
         raise UserError(f"model.name is '{job_config.model.name}'; llama_mimi.train trains 'llama_mimi'")
     check_config(job_config, world_size=int(os.environ.get("WORLD_SIZE", 1)))
@@ -142,6 +146,17 @@ def _check_values(job_config: Any) -> None:
     }.items():
         if value <= 0:
             raise UserError(f"{key} is {value}; it must be positive")
+    if not math.isfinite(data.max_audio_seconds):
+        raise UserError(f"data.max_audio_seconds is {data.max_audio_seconds}; it is a number of seconds")
+    if (job_config.debug.seed or 0) < 0:
+        raise UserError(f"debug.seed is {job_config.debug.seed}; it is 0 or more")
+    for section, workers in (("training", training.dataloader), ("validation", validation.dataloader)):
+        needs_workers = workers.prefetch_factor is not None or workers.persistent_workers
+        if workers.num_workers < 0 or (needs_workers and not workers.num_workers):
+            raise UserError(
+                f"{section}.dataloader.num_workers is {workers.num_workers}; it is 0 or more, and prefetch_factor and "
+                "persistent_workers need at least 1"
+            )
     if not 0 <= data.max_bad_share <= 1:
         raise UserError(f"data.max_bad_share is {data.max_bad_share}; it is a share between 0 and 1")
     for section, seq_len in (("training", training.seq_len), ("validation", job_config.validation.seq_len)):
@@ -242,7 +257,7 @@ def _check_data(job_config: Any) -> None:
             else:
                 check_corpus(name, split.dataset_path)
     names = dataset_names(job_config.training)
-    if data.weights and (len(data.weights) != len(names) or min(data.weights) <= 0):
+    if data.weights and (len(data.weights) != len(names) or not all(0 < w < math.inf for w in data.weights)):
         raise UserError(
             f"data.weights is {data.weights}; it takes one positive number for each of the {len(names)} corpora in "
             "training.dataset"

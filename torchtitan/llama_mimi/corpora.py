@@ -90,8 +90,14 @@ class AudioCorpus:
                 if column not in found:
                     raise UserError(
                         f"'{file}' of the dataset '{name}' has no column '{column}' for the {role}, only "
-                        f"{', '.join(found)}; set data.{role}_column"
+                        f"{', '.join(found)}; say which it is (data.{role}_column, or --{role}_column of a script)"
                     )
+        kind = read_footer(self.files[0]).schema.to_arrow_schema().field(audio_column).type
+        if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
+            raise UserError(
+                f"the column '{audio_column}' of the dataset '{name}' is {kind}, not a struct of audio bytes and path; "
+                "say which it is (data.audio_column, or --audio_column of a script)"
+            )
         in_all = set.intersection(*(set(found) for found, _ in contents))
         for column, role in {"id": "id", **extra_columns}.items():
             if column in in_all and role not in self.columns:
@@ -212,7 +218,9 @@ def digest(content: Any) -> str:
 
 def unreadable(path: str, error: Exception) -> UserError:
     detail = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return UserError(f"'{path}' is no readable Parquet file ({detail}); copy or make it anew")
+    return UserError(
+        f"'{path}' is no readable Parquet file ({detail}); mend what keeps it from being read, or copy it anew"
+    )
 
 
 def _corpus_files(dataset: str, dataset_path: str | None) -> list[str]:

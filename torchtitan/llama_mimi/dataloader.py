@@ -111,6 +111,11 @@ class UnitDataLoader(BaseDataLoader):
         if not self._packer.is_empty:
             yield self._packer.take()
 
+    @property
+    def num_read(self) -> int:
+        """Clips read so far, skipped ones among them."""
+        return self._counts["read"]
+
     def empty_batch(self) -> Batch:
         """A batch of padding, for a rank that has run out of clips while others have not."""
         assert self._packer.is_empty

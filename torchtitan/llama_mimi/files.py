@@ -31,10 +31,18 @@ def is_local(fs: fsspec.AbstractFileSystem) -> bool:
 
 
 def find_files(path: str, in_folder: str) -> list[str]:
-    """Sorted fsspec paths that match ``path``, or ``in_folder`` inside of it where it is a folder."""
+    """Sorted fsspec paths that match ``path``, or ``in_folder`` inside of it where it is a folder.
+
+    Raises:
+        UserError: the file system cannot be reached.
+    """
     fs, bare = file_system(path)
-    pattern = f"{bare.rstrip('/')}/{in_folder}" if fs.isdir(bare) else bare
-    found = sorted(fs.glob(pattern))
+    try:
+        pattern = f"{bare.rstrip('/')}/{in_folder}" if fs.isdir(bare) else bare
+        found = sorted(fs.glob(pattern))
+    except Exception as error:  # remote file systems raise what their transports raise
+        detail = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"'{path}' cannot be listed ({detail}); check the path and the network") from error
     return found if is_local(fs) else [fs.unstrip_protocol(file) for file in found]
 
 

@@ -85,7 +85,7 @@ def clip_shares(readers: list[ClipReader], weights: list[float], max_audio_secon
 
     Args:
         weights: wanted shares of audio; empty for each corpus's own share, so that all have their epochs together.
-        max_audio_seconds: training takes no more of a clip, so a corpus of longer ones counts as if cut on average.
+        max_audio_seconds: training takes no more of a clip.
 
     Raises:
         UserError: weights for a corpus of audio, whose mean length is not known.
@@ -97,7 +97,7 @@ def clip_shares(readers: list[ClipReader], weights: list[float], max_audio_secon
     for weight, corpus in zip(weights, corpora, strict=True):
         if not isinstance(corpus, CodeCorpus):
             raise UserError(f"data.weights needs tokenised corpora, but '{corpus.name}' is audio; tokenise it")
-        shares.append(weight / min(corpus.mean_seconds, max_audio_seconds))
+        shares.append(weight / corpus.mean_seconds(max_audio_seconds))
     return shares
 
 

@@ -96,11 +96,12 @@ class BatchPacker:
         if self._pieces:
             codes_NQ = np.concatenate([piece.codes_TQ for piece in self._pieces]).astype(np.int64)
             units_N = vocabulary.ids_from_codes(torch.from_numpy(codes_NQ)).numpy()
+        end_N = np.array([vocabulary.audio_end_id])
         used = 0
         for piece in self._pieces:
             units = units_N[used : used + piece.codes_TQ.size]
             used += len(units)
-            ids = np.concatenate([piece.head, units, [vocabulary.audio_end_id] if piece.has_end else []])
+            ids = np.concatenate([piece.head, units, end_N[: piece.has_end]])
             start, end = piece.start, min(piece.start + len(ids) - 1, L)
             inputs_BL[piece.row, start:end] = ids[: end - start]
             first_target = len(piece.head) - 1  # text and <audio> are given

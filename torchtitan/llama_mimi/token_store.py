@@ -27,6 +27,7 @@ NOTES = b"llama_mimi"
 FORMAT = 1
 # Rows of a row group, the least that is read at once: 0.7 MB of codes for clips of 14 s at 8 levels.
 CLIPS_PER_GROUP = 256
+REQUIRED_KEYS = {"codec", "columns", "clips", "by_second", "clips_per_group", "shards"}
 OPTIONAL_COLUMNS = ("text", "speaker")
 
 
@@ -83,10 +84,10 @@ class CodeCorpus:
         )
         self._shard_G, self._number_G, self.sizes_G = np.array(groups, dtype=np.int64).reshape(-1, 3).T
 
-    @property
-    def mean_seconds(self) -> float:
-        """Mean duration of a clip."""
-        return 3600 * self.manifest["hours"] / self.manifest["clips"]
+    def mean_seconds(self, max_audio_seconds: float) -> float:
+        """Mean duration of a clip cut at ``max_audio_seconds`` (exact for whole seconds)."""
+        total = sum(n * min(seconds / n, max_audio_seconds) for n, seconds in self.manifest["by_second"] if n)
+        return total / self.manifest["clips"]
 
     def read_group(self, group: int) -> "CodeGroup":
         """One row group.
@@ -176,7 +177,7 @@ def read_manifest(path: str) -> dict[str, Any]:
         raise UserError(
             f"'{path}' has no {MANIFEST}: its tokenisation is not finished; start scripts/tokenize_corpus.py again"
         )
-    if manifest.get("format") != FORMAT or not manifest.keys() >= {"codec", "columns", "clips", "hours", "shards"}:
+    if manifest.get("format") != FORMAT or not manifest.keys() >= REQUIRED_KEYS:
         raise UserError(
             f"'{path}/{MANIFEST}' has format {manifest.get('format')!r}, not {FORMAT}; tokenise the corpus anew"
         )
