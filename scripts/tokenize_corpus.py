@@ -122,12 +122,12 @@ def main() -> None:
     parser.add_argument("--speaker_column", default="speaker", help="stored where the corpus has it")
     parser.add_argument("--max_audio_seconds", type=float, default=120.0, help="longer clips are cut, and counted")
     parser.add_argument("--clips_per_shard", type=int, default=2048, help="at least; what a kill can cost each rank")
-    parser.add_argument("--batch_seconds", type=float, default=160.0, help="audio that is encoded at once, padded")
+    parser.add_argument("--batch_seconds", type=float, help="audio encoded at once, padded; default by device")
     parser.add_argument("--num_workers", type=int, default=2, help="processes a rank that read and resample")
     parser.add_argument("--max_bad_share", type=float, default=0.01, help="stop when more clips cannot be used")
     flags = parser.parse_args()
     for name in ("max_audio_seconds", "clips_per_shard", "batch_seconds"):
-        if not 0 < getattr(flags, name) < math.inf:
+        if getattr(flags, name) is not None and not 0 < getattr(flags, name) < math.inf:
             raise UserError(f"--{name} is {getattr(flags, name)}; it must be a positive number")
     if flags.num_workers < 0 or not 0 <= flags.max_bad_share <= 1:
         raise UserError("--num_workers is 0 or more, and --max_bad_share a share between 0 and 1")
@@ -303,9 +303,7 @@ def tokenize(
     num_read = num_skipped = 0
     start = last_report = time.monotonic()
     for chunk in stream.load(num_workers=flags.num_workers):
-        encoded = iter(
-            encode(codec, [clip for clip in chunk.clips if isinstance(clip, AudioClip)], flags.batch_seconds)
-        )
+        encoded = encode(codec, [clip for clip in chunk.clips if isinstance(clip, AudioClip)], flags.batch_seconds)
         for ref, clip in zip(chunk.refs, chunk.clips, strict=True):
             if shard_of_group[ref.group] != shard:
                 write_shard(flags.output_dir, plan, shard, stored, skipped)
@@ -334,26 +332,11 @@ def tokenize(
         write_shard(flags.output_dir, plan, shard, stored, skipped)
 
 
-def encode(codec: MimiCodec, clips: list[AudioClip], batch_seconds: float) -> list[StoredClip]:
-    """Clips in batches of like length, at most ``batch_seconds`` long together with their padding."""
-    by_length = sorted(range(len(clips)), key=lambda i: len(clips[i].samples_S))
-    batches: list[list[int]] = []
-    for index in by_length:  # the last of a batch is its longest
-        longest_s = len(clips[index].samples_S) / codec.sample_rate_hz
-        if batches and (len(batches[-1]) + 1) * longest_s <= batch_seconds:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
-    codes: dict[int, np.ndarray] = {}
-    for batch in batches:
-        encoded = codec.encode([clips[index].samples_S for index in batch])
-        codes |= {index: codes_TQ.numpy().astype(np.uint16) for index, codes_TQ in zip(batch, encoded, strict=True)}
-    return [
-        StoredClip(
-            clip.name, codes[index], len(clip.samples_S) / codec.sample_rate_hz, clip.is_cut, clip.text, clip.speaker
-        )
-        for index, clip in enumerate(clips)
-    ]
+def encode(codec: MimiCodec, clips: list[AudioClip], batch_seconds: float | None) -> Iterator[StoredClip]:
+    codes = codec.encode_many([clip.samples_S for clip in clips], batch_seconds)
+    for clip, codes_TQ in zip(clips, codes, strict=True):
+        seconds = len(clip.samples_S) / codec.sample_rate_hz
+        yield StoredClip(clip.name, codes_TQ.numpy().astype(np.uint16), seconds, clip.is_cut, clip.text, clip.speaker)
 
 
 def write_shard(

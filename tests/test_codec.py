@@ -29,6 +29,14 @@ def test_a_partial_frame_is_padded_with_zeros(codec, speech):
     assert torch.equal(codec.encode([clip])[0], codec.encode([padded])[0])
 
 
+@pytest.mark.parametrize("batch_seconds", [None, 0.5, 2.0, 100.0])
+def test_many_clips_come_back_in_their_order(codec, speech, batch_seconds):
+    clips = [speech[: 1920 * frames] for frames in (9, 2, 14, 5, 2, 11)]
+    for codes_TQ, clip_S in zip(codec.encode_many(clips, batch_seconds), clips, strict=True):
+        assert codes_TQ.equal(codec.encode([clip_S])[0])
+    assert codec.encode_many([], batch_seconds) == []
+
+
 def test_fewer_levels_are_a_prefix(speech):
     deep = MimiCodec(str(TINY / "mimi"), 8).encode([speech])[0]
     for Q in (1, 4):

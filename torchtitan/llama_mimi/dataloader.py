@@ -172,7 +172,7 @@ class UnitDataLoader(BaseDataLoader):
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # the codec is not charged for the step before it
         start = time.perf_counter()
-        codes = self._codec.encode([clip.samples_S for clip in clips])
+        codes = self._codec.encode_many([clip.samples_S for clip in clips])
         codec_time.seconds += time.perf_counter() - start
         return codes
 
