@@ -48,6 +48,8 @@ from llama_mimi.token_store import (
 # Clips that a worker reads at once and that are sorted by length before they are batched: a row group as `datasets`
 # writes audio, so that mostly no two workers read the same.
 CLIPS_PER_CHUNK = 100
+# By default shards are of so many clips, 3 MB for clips of 14 s, but a small corpus has so many shards for its ranks.
+CLIPS_PER_SHARD, MIN_SHARDS = 2048, 64
 SECONDS_PER_REPORT = 10.0
 # Ranks wait for the slowest at the end.
 TIMEOUT = timedelta(days=7)
@@ -121,7 +123,11 @@ def main() -> None:
     parser.add_argument("--text_column", default="text", help="stored where the corpus has it")
     parser.add_argument("--speaker_column", default="speaker", help="stored where the corpus has it")
     parser.add_argument("--max_audio_seconds", type=float, default=120.0, help="longer clips are cut, and counted")
-    parser.add_argument("--clips_per_shard", type=int, default=2048, help="at least; what a kill can cost each rank")
+    parser.add_argument(
+        "--clips_per_shard",
+        type=int,
+        help=f"at least; lost by a kill (default {CLIPS_PER_SHARD:,}, or fewer to have {MIN_SHARDS} shards)",
+    )
     parser.add_argument("--batch_seconds", type=float, help="audio encoded at once, padded; default by device")
     parser.add_argument("--num_workers", type=int, default=2, help="processes a rank that read and resample")
     parser.add_argument("--max_bad_share", type=float, default=0.01, help="stop when more clips cannot be used")
@@ -183,10 +189,11 @@ def lies_inside(output_dir: str, corpus: str) -> bool:
 def make_plan(flags: argparse.Namespace, corpus: AudioCorpus, codec: MimiCodec) -> dict[str, Any]:
     """What will be made of what; the same on every rank and at every start."""
     shards: list[dict[str, Any]] = []
+    wanted = flags.clips_per_shard or min(CLIPS_PER_SHARD, math.ceil(int(corpus.sizes_G.sum()) / MIN_SHARDS))
     first, clips = 0, 0
     for group, size in enumerate(corpus.sizes_G.tolist()):
         clips += size
-        if clips >= flags.clips_per_shard or group + 1 == len(corpus.sizes_G):
+        if clips >= wanted or group + 1 == len(corpus.sizes_G):
             shards.append({"file": f"shard-{len(shards):06d}.parquet", "groups": [first, group + 1], "clips": clips})
             first, clips = group + 1, 0
     return {
