@@ -1,5 +1,7 @@
 """Corpora of audio: found, read in workers, and nothing lost in silence."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import fsspec
@@ -235,3 +237,22 @@ def test_the_tiny_corpus_has_ids_and_texts():
     corpus = open_corpus(str(TINY / "corpus" / "validation-*.parquet"), None, "audio", "text")
     row = corpus.read_group(0).slice(0, 1).to_pylist()[0]
     assert row["audio"]["bytes"][:4] == b"OggS" and row["text"] and row["id"]
+
+
+def test_workers_end_with_a_killed_process(corpus):
+    """They hold more than a pipe takes, so that waiting for a reader would be for ever."""
+    script = f"""
+import sys, time
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_clips import AudioReader, ClipStream, RowsInOrder, reader
+audio = reader({corpus!r})
+sizes_G = audio.corpus.sizes_G
+chunks = ClipStream([audio], RowsInOrder(sizes_G, list(range(len(sizes_G))) * 9), 40).load(num_workers=2)
+next(chunks)
+print("reading", flush=True)
+time.sleep(60)
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"reading\n"
+    process.kill()
+    process.communicate(timeout=30)  # the output ends when the last of its holders does

@@ -5,9 +5,14 @@ in turn, so that the main process sees one sequence whatever n is. Each worker r
 rows of, which in a shuffled block are all: decoding and resampling are divided, fetching the bytes is not.
 """
 
+import ctypes
 import dataclasses
+import os
+import signal
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,11 +23,12 @@ from torch.utils.data import DataLoader
 from llama_mimi.audio import AudioError, read_audio
 from llama_mimi.corpora import AudioCorpus
 from llama_mimi.errors import UserError
-from llama_mimi.order import ClipRef, RowsInOrder, ShuffledOrder, chunks
+from llama_mimi.order import ClipRef, RowsInOrder, ShuffledOrder, in_chunks
 from llama_mimi.token_store import CodeCorpus, CodeGroup
 
 # A share is judged on at least this many clips: one bad clip among the first ten is no 10 %.
 MIN_CLIPS_FOR_SHARE = 100
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 # Every skipped clip is counted; only so many are named one by one.
 MAX_NAMED_CLIPS = 20
 
@@ -184,7 +190,15 @@ class ClipStream(torch.utils.data.IterableDataset):
         """
         # Its own generator: PyTorch draws a seed for the workers, which must not move the one that training draws from.
         generator = torch.Generator()
-        for chunk in DataLoader(self, batch_size=None, collate_fn=_unchanged, generator=generator, **workers):
+        chunks = DataLoader(
+            self,
+            batch_size=None,
+            collate_fn=_unchanged,
+            generator=generator,
+            worker_init_fn=partial(_end_with, os.getpid()),
+            **workers,
+        )
+        for chunk in chunks:
             if isinstance(chunk, UserError):
                 raise chunk
             chunk.clips = [_with_tensor(clip) for clip in chunk.clips]
@@ -195,7 +209,7 @@ class ClipStream(torch.utils.data.IterableDataset):
         worker = torch.utils.data.get_worker_info()
         number, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
         refs = self._order.clone() if isinstance(self._order, ShuffledOrder) else self._order
-        for index, chunk in enumerate(chunks(refs, self._chunk_size)):
+        for index, chunk in enumerate(in_chunks(refs, self._chunk_size)):
             if index % num_workers == number:
                 try:
                     clips = [self._read(ref) for ref in chunk]
@@ -219,6 +233,18 @@ class ClipStream(torch.utils.data.IterableDataset):
 def is_too_many(num_skipped: int, num_read: int, max_bad_share: float) -> bool:
     """Whether more than the allowed share of the clips was skipped."""
     return num_skipped > max_bad_share * max(num_read, MIN_CLIPS_FOR_SHARE)
+
+
+def _end_with(parent: int, worker: int) -> None:
+    """Ends a worker with the process that reads from it, also if that is killed.
+
+    It would otherwise wait for ever to hand over what it has read, as its siblings hold the pipe open, and with it the
+    run's output. Linux only; elsewhere such workers are left over.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it was killed before
+            os._exit(1)
 
 
 def _without_tensor(clip: Clip) -> Clip:

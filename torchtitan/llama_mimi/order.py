@@ -225,7 +225,7 @@ def deal(positions: Sequence[Position], dp_world_size: int) -> list[Position]:
     return dealt
 
 
-def chunks(refs: ShuffledOrder | RowsInOrder, size: int) -> Iterator[list[ClipRef]]:
+def in_chunks(refs: ShuffledOrder | RowsInOrder, size: int) -> Iterator[list[ClipRef]]:
     """Consecutive lists of at most ``size`` clips; in corpus order none goes over the end of a row group."""
     chunk: list[ClipRef] = []
     for ref in refs:
