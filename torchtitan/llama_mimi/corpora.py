@@ -85,20 +85,21 @@ class AudioCorpus:
         with ThreadPoolExecutor(FOOTER_THREADS) as pool:
             contents = list(pool.map(_contents, self.files))
         self._columns = {audio_column: "audio"} | ({text_column: "text"} if text_column is not None else {})
-        for file, (found, _) in zip(self.files, contents, strict=True):
+        for file, (schema, _) in zip(self.files, contents, strict=True):
             for column, role in self._columns.items():
-                if column not in found:
+                if column not in schema.names:
                     raise UserError(
                         f"'{file}' of the dataset '{name}' has no column '{column}' for the {role}, only "
-                        f"{', '.join(found)}; say which it is (data.{role}_column, or --{role}_column of a script)"
+                        f"{', '.join(schema.names)}; say which it is (data.{role}_column, or --{role}_column of a "
+                        "script)"
                     )
-        kind = read_footer(self.files[0]).schema.to_arrow_schema().field(audio_column).type
-        if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
-            raise UserError(
-                f"the column '{audio_column}' of the dataset '{name}' is {kind}, not a struct of audio bytes and path; "
-                "say which it is (data.audio_column, or --audio_column of a script)"
-            )
-        in_all = set.intersection(*(set(found) for found, _ in contents))
+            kind = schema.field(audio_column).type
+            if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
+                raise UserError(
+                    f"the column '{audio_column}' in '{file}' of the dataset '{name}' is {kind}, not a struct of audio "
+                    "bytes and path; say which it is (data.audio_column, or --audio_column of a script)"
+                )
+        in_all = set.intersection(*(set(schema.names) for schema, _ in contents))
         for column, role in {"id": "id", **extra_columns}.items():
             if column in in_all and role not in self.columns:
                 self._columns[column] = role
@@ -204,11 +205,12 @@ def read_footer(path: str) -> pq.FileMetaData:
         raise unreadable(path, error) from error
 
 
-def _contents(path: str) -> tuple[list[str], list[tuple[int, int]]]:
-    """Columns of a file, and rows and bytes of its row groups; there may be too many footers to keep."""
+def _contents(path: str) -> tuple[pa.Schema, list[tuple[int, int]]]:
+    """Schema of a file, and rows and bytes of its row groups; there may be too many footers to keep."""
     footer = read_footer(path)
     groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
-    return footer.schema.to_arrow_schema().names, [(group.num_rows, group.total_byte_size) for group in groups]
+    schema = footer.schema.to_arrow_schema().remove_metadata()
+    return schema, [(group.num_rows, group.total_byte_size) for group in groups]
 
 
 def digest(content: Any) -> str:

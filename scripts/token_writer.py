@@ -1,0 +1,177 @@
+"""What scripts/tokenize_corpus.py writes: the plan of a tokenised corpus, its shards, and the manifest at the end."""
+
+import argparse
+import json
+import math
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from llama_mimi.clips import MAX_NAMED_CLIPS, is_too_many
+from llama_mimi.codec import MimiCodec, codec_hash
+from llama_mimi.corpora import FOOTER_THREADS, AudioCorpus, read_footer
+from llama_mimi.errors import UserError
+from llama_mimi.evaluation import versions
+from llama_mimi.files import PARTIAL, file_system, read_json, sizes_in, write_whole
+from llama_mimi.token_store import (
+    CLIPS_PER_GROUP,
+    FORMAT,
+    MANIFEST,
+    NOTES,
+    OPTIONAL_COLUMNS,
+    PLAN,
+    StoredClip,
+    shard_bytes,
+)
+
+# By default shards are of so many clips, 3 MB for clips of 14 s, but a small corpus has so many shards for its ranks.
+CLIPS_PER_SHARD, MIN_SHARDS = 2048, 64
+
+
+def make_plan(flags: argparse.Namespace, corpus: AudioCorpus, codec: MimiCodec) -> dict[str, Any]:
+    """What will be made of what; the same on every rank and at every start."""
+    shards: list[dict[str, Any]] = []
+    wanted = flags.clips_per_shard or min(CLIPS_PER_SHARD, math.ceil(int(corpus.sizes_G.sum()) / MIN_SHARDS))
+    first, clips = 0, 0
+    for group, size in enumerate(corpus.sizes_G.tolist()):
+        clips += size
+        if clips >= wanted or group + 1 == len(corpus.sizes_G):
+            shards.append({"file": f"shard-{len(shards):06d}.parquet", "groups": [first, group + 1], "clips": clips})
+            first, clips = group + 1, 0
+    return {
+        "format": FORMAT,
+        "corpus": flags.corpus,
+        "corpus_sha256": corpus.fingerprint,
+        "codec": {
+            "name": flags.codec,
+            "sha256": codec_hash(flags.codec),
+            "num_quantizers": flags.num_quantizers,
+            "codebook_size": codec.codebook_size,
+            "frame_rate_hz": codec.frame_rate_hz,
+            "dtype": flags.dtype,
+        },
+        "max_audio_seconds": flags.max_audio_seconds,
+        "columns": ["id", "codes", "duration", "is_cut", *(c for c in OPTIONAL_COLUMNS if c in corpus.columns)],
+        "clips_per_group": CLIPS_PER_GROUP,
+        "shards": shards,
+    }
+
+
+def begin(output_dir: str, plan: dict[str, Any]) -> list[int]:
+    """Write or compare the plan, remove what was cut off, and list the shards that are missing."""
+    earlier = read_json(output_dir, PLAN)
+    if earlier is None:
+        write_whole(output_dir, PLAN, json.dumps(plan, indent=1).encode())
+    else:
+        compare(output_dir, earlier, plan)
+    fs, folder = file_system(output_dir)
+    found = sizes_in(output_dir)
+    for name in found:
+        if name.endswith(PARTIAL):
+            fs.rm_file(f"{folder}/{name}")
+    return [index for index, shard in enumerate(plan["shards"]) if shard["file"] not in found]
+
+
+def compare(output_dir: str, earlier: dict[str, Any], plan: dict[str, Any]) -> None:
+    """Refuse to go on with what was begun in another way.
+
+    Raises:
+        UserError: what differs, and how it was.
+    """
+    remedy = "start again as it was begun, or choose another --output_dir"
+    if earlier.get("corpus_sha256") != plan["corpus_sha256"]:
+        raise UserError(
+            f"'{output_dir}' was begun with the corpus '{earlier.get('corpus')}', which is not what "
+            f"'{plan['corpus']}' holds now; {remedy}"
+        )
+    codec, codec_before = plan["codec"], earlier.get("codec", {})
+    parts = {"--codec with the hash": (codec_before.get("sha256"), codec["sha256"])}  # it may be named in other ways
+    parts |= {f"--{key}": (codec_before.get(key), codec[key]) for key in ("num_quantizers", "dtype")}
+    parts |= {name: (earlier.get(name), plan[name]) for name in ("format", "columns")}
+    parts["--max_audio_seconds"] = (earlier.get("max_audio_seconds"), plan["max_audio_seconds"])
+    for name, (before, now) in parts.items():
+        if before != now:
+            raise UserError(f"'{output_dir}' was begun with {name} {before!r}, not {now!r}; {remedy}")
+    if earlier.get("shards") != plan["shards"]:
+        raise UserError(f"'{output_dir}' was begun with another --clips_per_shard; {remedy}")
+
+
+def write_shard(
+    output_dir: str, plan: dict[str, Any], shard: int, clips: list[StoredClip], skipped: list[dict[str, str]]
+) -> None:
+    notes = {
+        "columns": plan["columns"],
+        "clips": len(clips),
+        "cut": sum(clip.is_cut for clip in clips),
+        "seconds": sum(clip.seconds for clip in clips),
+        "by_second": by_second(clips),
+        "skipped": skipped,
+    }
+    content = shard_bytes(clips, plan["codec"]["num_quantizers"], notes)
+    write_whole(output_dir, plan["shards"][shard]["file"], content)
+
+
+def by_second(clips: list[StoredClip]) -> list[list[float]]:
+    """Number and seconds of the clips that last less than 1 s, less than 2 s, and so on."""
+    totals = [[0, 0.0] for _ in range(max((int(clip.seconds) for clip in clips), default=0) + 1)]
+    for clip in clips:
+        totals[int(clip.seconds)][0] += 1
+        totals[int(clip.seconds)][1] += clip.seconds
+    return totals
+
+
+def finish(flags: argparse.Namespace, plan: dict[str, Any]) -> None:
+    """Add up what the shards say of themselves, and write the manifest."""
+    sizes = sizes_in(flags.output_dir)
+    paths = [f"{flags.output_dir.rstrip('/')}/{shard['file']}" for shard in plan["shards"]]
+    with ThreadPoolExecutor(FOOTER_THREADS) as pool:
+        said = list(pool.map(read_notes, paths))
+    shards, seconds, cut = [], 0.0, 0
+    reasons: Counter[str] = Counter()
+    numbers: Counter[int] = Counter()
+    totals: Counter[float] = Counter()
+    messages: list[str] = []
+    for shard, (num_rows, notes) in zip(plan["shards"], said, strict=True):
+        if notes["clips"] + len(notes["skipped"]) != shard["clips"] or num_rows != notes["clips"]:
+            raise UserError(f"'{shard['file']}' does not hold its {shard['clips']} clips; delete it and start again")
+        shards.append({"file": shard["file"], "clips": notes["clips"], "bytes": sizes[shard["file"]]})
+        seconds, cut = seconds + notes["seconds"], cut + notes["cut"]
+        for second, (number, total) in enumerate(notes["by_second"]):
+            numbers[second] += number
+            totals[second] += total
+        reasons.update(clip["reason"] for clip in notes["skipped"])
+        messages += [clip["message"] for clip in notes["skipped"]][: MAX_NAMED_CLIPS - len(messages)]
+    clips = sum(shard["clips"] for shard in shards)
+    for message in messages:
+        print(f"skipped: {message}", flush=True)
+    if is_too_many(reasons.total(), clips + reasons.total(), flags.max_bad_share):
+        raise too_many(reasons.total(), clips + reasons.total(), flags.max_bad_share, messages[-1])
+    manifest = {
+        **plan,
+        "shards": shards,
+        "clips": clips,
+        "hours": seconds / 3600,
+        "by_second": [[numbers[second], totals[second]] for second in range(max(numbers) + 1)],
+        "cut": cut,
+        "skipped": dict(reasons),
+        "skipped_first": messages,
+        "versions": versions(),
+    }
+    write_whole(flags.output_dir, MANIFEST, json.dumps(manifest, indent=1).encode())
+    print(
+        f"{flags.output_dir}: {clips:,} clips, {seconds / 3600:.2f} h, {len(shards)} shards, "
+        f"{sum(shard['bytes'] for shard in shards) / 1e6:.1f} MB; {cut} cut, {reasons.total()} skipped"
+    )
+
+
+def read_notes(path: str) -> tuple[int, dict[str, Any]]:
+    """Rows of a shard, and what it says about itself."""
+    footer = read_footer(path)
+    return footer.num_rows, json.loads(footer.schema.to_arrow_schema().metadata[NOTES])
+
+
+def too_many(num_skipped: int, num_read: int, allowed: float, last: str) -> UserError:
+    return UserError(
+        f"{num_skipped} of {num_read} clips could not be used, more than --max_bad_share {allowed:g} (the last: "
+        f"{last}); repair the corpus or raise --max_bad_share"
+    )
