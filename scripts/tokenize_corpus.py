@@ -12,17 +12,14 @@ import argparse
 import fcntl
 import math
 import os
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.distributed as dist
 from token_writer import CLIPS_PER_SHARD, MIN_SHARDS, begin, finish, make_plan, too_many, write_shard
 
 from llama_mimi.clips import AudioClip, AudioReader, ClipStream, SkippedClip, is_too_many
@@ -31,70 +28,13 @@ from llama_mimi.corpora import CORPORA, AudioCorpus, open_corpus
 from llama_mimi.errors import UserError, run_cli
 from llama_mimi.files import file_system, is_local
 from llama_mimi.order import RowsInOrder
+from llama_mimi.ranks import Ranks, torchrun_ranks
 from llama_mimi.token_store import StoredClip
 
 # Clips that a worker reads at once and that are sorted by length before they are batched: a row group as `datasets`
 # writes audio, so that mostly no two workers read the same.
 CLIPS_PER_CHUNK = 100
 SECONDS_PER_REPORT = 10.0
-# Ranks wait for the slowest at the end.
-TIMEOUT = timedelta(days=7)
-
-
-class Ranks:
-    """The processes of torchrun, or this one alone, and the counters that they share."""
-
-    def __init__(self) -> None:
-        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
-        self.rank = int(os.environ.get("RANK", 0))
-        self._store: dist.Store = dist.HashStore()
-        if self.world_size > 1:
-            self._store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
-            dist.init_process_group(
-                "gloo", store=self._store, rank=self.rank, world_size=self.world_size, timeout=TIMEOUT
-            )
-        self.device = torch.device("cpu")
-        if torch.cuda.is_available():
-            local_rank = int(os.environ.get("LOCAL_RANK", 0))
-            if local_rank >= torch.cuda.device_count():
-                raise UserError(
-                    f"there are {torch.cuda.device_count()} GPUs; lower torchrun's --nproc_per_node to that"
-                )
-            self.device = torch.device("cuda", local_rank)
-            torch.cuda.set_device(self.device)
-
-    def add(self, counter: str, number: int) -> int:
-        """Add to a shared counter; returns its value."""
-        return self._store.add(counter, number)
-
-    def from_first(self, make: Callable[[], Any]) -> Any:
-        """What ``make`` returns on rank 0, which alone calls it.
-
-        Raises:
-            UserError: on every rank what it raised there, so that none waits for a rank that has gone.
-        """
-        outcome: list[Any] = [None]
-        if self.rank == 0:
-            try:
-                outcome = [make()]
-            except UserError as error:
-                outcome = [error]
-        if self.world_size > 1:
-            dist.broadcast_object_list(outcome, src=0)
-        if isinstance(outcome[0], UserError):
-            raise outcome[0]
-        return outcome[0]
-
-    def wait(self) -> None:
-        if self.world_size > 1:
-            try:
-                dist.barrier()
-            except RuntimeError:  # another rank has gone, and has said why
-                sys.exit(1)
-
-    def close(self) -> None:
-        if self.world_size > 1:
-            dist.destroy_process_group()
 
 
 def main() -> None:
@@ -123,14 +63,8 @@ def main() -> None:
             raise UserError(f"--{name} is {getattr(flags, name)}; it must be a positive number")
     if flags.num_workers < 0 or not 0 <= flags.max_bad_share <= 1:
         raise UserError("--num_workers is 0 or more, and --max_bad_share a share between 0 and 1")
-    ranks = Ranks()
-    try:
+    with torchrun_ranks() as ranks:
         run(flags, ranks)
-    except UserError:
-        if ranks.rank:  # all ranks find the same mistake; rank 0 reports it, and torchrun then ends the others
-            time.sleep(10)
-        raise
-    ranks.close()
 
 
 def run(flags: argparse.Namespace, ranks: Ranks) -> None:

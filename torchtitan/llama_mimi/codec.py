@@ -14,13 +14,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import MimiConfig, MimiModel
 from transformers.utils import cached_file
 
+from llama_mimi.batching import batches_of_like_size
+from llama_mimi.cpu import keep_freed_memory
 from llama_mimi.errors import UserError
 from llama_mimi.hub import load_pretrained
 
 DEFAULT_CODEC = "kyutai/mimi"
-# Audio encoded at once without and with a GPU. A core is fastest clip by clip: 74 audio-seconds/s, 39 in batches of 16
-# (scripts/bench_data.py).
-BATCH_SECONDS = (0.0, 160.0)
+BATCH_SECONDS = (64.0, 160.0)  # of audio encoded at once without and with a GPU (scripts/bench_data.py)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -67,6 +67,8 @@ class MimiCodec:
         self.frame_rate_hz: float = config.sampling_rate / config.frame_size
         self.device = torch.device(device)
         self.dtype = dtype
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.model = load_pretrained(MimiModel, name, what="codec", dtype=dtype).to(self.device).eval()
 
     def num_frames(self, num_samples: int) -> int:
@@ -97,6 +99,22 @@ class MimiCodec:
         # clone() gives up the padding's memory and lets the codes out of inference mode
         return [codes_TQ[:T].clone() for codes_TQ, T in zip(codes_BTQ, frames, strict=True)]
 
+    @torch.inference_mode()
+    def encode_as_released(self, samples_S: torch.Tensor) -> torch.Tensor:
+        """Encode one clip as the first release of Llama-Mimi does: a partial last frame is left to the model.
+
+        Each convolution then pads its own input, so that the codes of that frame differ from `encode`'s.
+
+        Args:
+            samples_S: mono float32 (S,) at ``sample_rate_hz``.
+
+        Returns:
+            codes_TQ, int64 on the CPU.
+        """
+        audio_11S = samples_S[None, None].to(self.device, self.dtype)
+        codes_1QT = self.model.encode(audio_11S, num_quantizers=self.num_quantizers, return_dict=True).audio_codes
+        return codes_1QT[0].T.cpu().clone()
+
     def encode_many(self, waveforms: Sequence[torch.Tensor], batch_seconds: float | None = None) -> list[torch.Tensor]:
         """Encode any number of clips, in batches of like length.
 
@@ -109,15 +127,10 @@ class MimiCodec:
         """
         if batch_seconds is None:
             batch_seconds = BATCH_SECONDS[self.device.type == "cuda"]
-        batches: list[list[int]] = []
-        for index in sorted(range(len(waveforms)), key=lambda i: len(waveforms[i])):  # the last is its batch's longest
-            seconds = len(waveforms[index]) / self.sample_rate_hz
-            if batches and (len(batches[-1]) + 1) * seconds <= batch_seconds:
-                batches[-1].append(index)
-            else:
-                batches.append([index])
         codes: dict[int, torch.Tensor] = {}
-        for batch in batches:
+        for batch in batches_of_like_size(
+            [len(samples_S) for samples_S in waveforms], batch_seconds * self.sample_rate_hz
+        ):
             codes |= zip(batch, self.encode([waveforms[index] for index in batch]), strict=True)
         return [codes[index] for index in range(len(waveforms))]
 

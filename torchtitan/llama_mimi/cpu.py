@@ -1,5 +1,6 @@
-"""TorchTitan on machines without an accelerator."""
+"""Machines without an accelerator."""
 
+import ctypes
 import os
 import platform
 import resource
@@ -8,6 +9,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+
+# Of glibc's malloc.h: how many blocks may be mapped one by one, and how much free memory is kept.
+M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
 
 
 def use_cpu_without_gpu() -> None:
@@ -29,6 +33,18 @@ def use_cpu_without_gpu() -> None:
         "current_device": lambda: 0,  # torch.cpu answers "cpu"; a barrier wants an index
     }.items():
         setattr(torch.cpu, name, function)
+
+
+def keep_freed_memory() -> None:
+    """Let this process reuse large blocks of memory in place of asking the kernel for each anew.
+
+    The C library of Linux gives a freed block back at once, and the kernel fills the next one with zeros page by page:
+    half the time of a codec's convolutions (scripts/bench_data.py). Other C libraries are left as they are.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _total_memory() -> int:

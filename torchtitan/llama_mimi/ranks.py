@@ -1,0 +1,107 @@
+"""The processes of torchrun for work without collectives of tensors: tokenising and evaluation."""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from llama_mimi.errors import UserError
+
+# Ranks wait for the slowest at the end.
+TIMEOUT = timedelta(days=7)
+# All ranks find the same mistake; rank 0 reports it, and torchrun then ends the others.
+SECONDS_BEFORE_OTHERS_REPORT = 10
+
+
+class Ranks:
+    """The processes of torchrun, or this one alone, and what they share.
+
+    Args:
+        device: of this rank; None takes its own GPU where there is one.
+
+    Raises:
+        UserError: more ranks than GPUs.
+    """
+
+    def __init__(self, device: str | None = None) -> None:
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = int(os.environ.get("RANK", 0))
+        self._store: dist.Store = dist.HashStore()
+        if self.world_size > 1:
+            self._store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+            dist.init_process_group(
+                "gloo", store=self._store, rank=self.rank, world_size=self.world_size, timeout=TIMEOUT
+            )
+        self.device = torch.device(device or "cpu")
+        if device is None and torch.cuda.is_available():
+            local_rank = int(os.environ.get("LOCAL_RANK", 0))
+            if local_rank >= torch.cuda.device_count():
+                raise UserError(
+                    f"there are {torch.cuda.device_count()} GPUs; lower torchrun's --nproc_per_node to that"
+                )
+            self.device = torch.device("cuda", local_rank)
+            torch.cuda.set_device(self.device)
+
+    def add(self, counter: str, number: int) -> int:
+        """Add to a shared counter; returns its value."""
+        return self._store.add(counter, number)
+
+    def from_first(self, make: Callable[[], Any]) -> Any:
+        """What ``make`` returns on rank 0, which alone calls it.
+
+        Raises:
+            UserError: on every rank what it raised there, so that none waits for a rank that has gone.
+        """
+        outcome: list[Any] = [None]
+        if self.rank == 0:
+            try:
+                outcome = [make()]
+            except UserError as error:
+                outcome = [error]
+        if self.world_size > 1:
+            dist.broadcast_object_list(outcome, src=0)
+        if isinstance(outcome[0], UserError):
+            raise outcome[0]
+        return outcome[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        self._unless_gone(lambda: dist.all_gather_object(values, value))
+        return values
+
+    def wait(self) -> None:
+        if self.world_size > 1:
+            self._unless_gone(dist.barrier)
+
+    def close(self) -> None:
+        if self.world_size > 1:
+            dist.destroy_process_group()
+
+    @staticmethod
+    def _unless_gone(collective: Callable[[], Any]) -> None:
+        try:
+            collective()
+        except RuntimeError:  # another rank has gone, and has said why
+            sys.exit(1)
+
+
+@contextmanager
+def torchrun_ranks(device: str | None = None) -> Iterator[Ranks]:
+    """`Ranks` that are closed at the end; a mistake that all ranks find is reported once."""
+    ranks = Ranks(device)
+    try:
+        yield ranks
+    except UserError:
+        if ranks.rank:
+            time.sleep(SECONDS_BEFORE_OTHERS_REPORT)
+        raise
+    ranks.close()
