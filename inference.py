@@ -7,10 +7,9 @@ import argparse
 from pathlib import Path
 
 from llama_mimi.audio import Waveform, audio_seconds, read_audio, write_wav
-from llama_mimi.codec import DTYPES
 from llama_mimi.errors import UserError, run_cli
 from llama_mimi.generation import SamplingOptions, continue_codes
-from llama_mimi.speech_model import load_speech_model
+from llama_mimi.speech_model import DECODER_DTYPES, load_speech_model
 
 MAX_PROMPT_SECONDS = 60.0  # three times the longest clip of the paper's training
 
@@ -27,7 +26,7 @@ def main() -> None:
     parser.add_argument("--num_samples", type=int, default=1, help="more than one writes <output_file>_0.wav, ...")
     parser.add_argument("--codec", help="hub id or folder; by default what the model names")
     parser.add_argument("--device", help="by default the accelerator where there is one")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of the decoder")
+    parser.add_argument("--dtype", choices=DECODER_DTYPES, default="float32", help="precision of the decoder")
     flags = parser.parse_args()
     options = SamplingOptions(flags.seconds, flags.temperature, flags.top_k, flags.seed, flags.num_samples)
     if flags.output_file.suffix.lower() != ".wav" or flags.output_file.is_dir():

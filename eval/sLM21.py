@@ -1,11 +1,15 @@
 """sLM21: sWUGGY (lexical) and sBLIMP (syntactic).
 
-uv run python eval/sLM21.py --model_name models/tiny --data_dir assets/tiny/benchmarks/sLM21
+    uv run python eval/sLM21.py --model_name models/tiny --data_dir assets/tiny/benchmarks/sLM21
+
+Starts under torchrun, too: each rank then encodes and scores a part of the clips.
 """
 
-from llama_mimi.benchmarks import slm21_pairs
+from llama_mimi.benchmarks import read_slm21
 from llama_mimi.errors import run_cli
-from llama_mimi.evaluation import run_benchmark
+from llama_mimi.evaluation import BenchmarkScript
+
+SLM21 = BenchmarkScript("sLM21", "speed", read_slm21, levels=(0,))
 
 if __name__ == "__main__":
-    run_cli(lambda: run_benchmark("sLM21", __doc__, "speed", slm21_pairs, scored="semantic"))
+    run_cli(lambda: SLM21.run(__doc__))

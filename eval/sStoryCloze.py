@@ -1,11 +1,15 @@
-"""StoryCloze: does a story go on as it should.
+"""StoryCloze: does a story go on as it should, against its own wrong ending (s) or a random one (t).
 
-uv run python eval/sStoryCloze.py --model_name models/tiny --data_dir assets/tiny/benchmarks/storycloze
+    uv run python eval/sStoryCloze.py --model_name models/tiny --data_dir assets/tiny/benchmarks/storycloze
+
+Starts under torchrun, too: each rank then encodes and scores a part of the clips.
 """
 
-from llama_mimi.benchmarks import storycloze_pairs
+from llama_mimi.benchmarks import read_storycloze
 from llama_mimi.errors import run_cli
-from llama_mimi.evaluation import run_benchmark
+from llama_mimi.evaluation import BenchmarkScript
+
+STORYCLOZE = BenchmarkScript("sStoryCloze", "speed", read_storycloze, levels=(0,))
 
 if __name__ == "__main__":
-    run_cli(lambda: run_benchmark("sStoryCloze", __doc__, "speed", storycloze_pairs, scored="semantic"))
+    run_cli(lambda: STORYCLOZE.run(__doc__))

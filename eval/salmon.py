@@ -1,11 +1,15 @@
 """SALMon: acoustic consistency and alignment.
 
-uv run python eval/salmon.py --model_name models/tiny --data_dir assets/tiny/benchmarks/salmon
+    uv run python eval/salmon.py --model_name models/tiny --data_dir assets/tiny/benchmarks/salmon
+
+Starts under torchrun, too: each rank then encodes and scores a part of the clips.
 """
 
-from llama_mimi.benchmarks import salmon_pairs
+from llama_mimi.benchmarks import SALMON_PARTS, read_salmon
 from llama_mimi.errors import run_cli
-from llama_mimi.evaluation import run_benchmark
+from llama_mimi.evaluation import BenchmarkScript
+
+SALMON = BenchmarkScript("salmon", "slprl/SALMon", read_salmon, levels=None, mean_of=SALMON_PARTS, has_windows=True)
 
 if __name__ == "__main__":
-    run_cli(lambda: run_benchmark("salmon", __doc__, "slprl/SALMon", salmon_pairs, scored="all"))
+    run_cli(lambda: SALMON.run(__doc__))

@@ -32,12 +32,12 @@ from llama_mimi.codec import DTYPES, MimiCodec, codec_hash, load_codec_config, w
 from llama_mimi.corpora import open_corpus
 from llama_mimi.dataloader import UnitDataLoader
 from llama_mimi.errors import UserError, run_cli
-from llama_mimi.evaluation import versions
 from llama_mimi.order import RowsInOrder, ShuffledOrder
 from llama_mimi.packing import BatchPacker
 from llama_mimi.sequences import IGNORE_INDEX, SequenceBuilder, load_sequences
 from llama_mimi.token_store import CLIPS_PER_GROUP, FORMAT, MANIFEST, CodeCorpus, StoredClip, shard_bytes
 from llama_mimi.units import text_from_codes
+from llama_mimi.versions import versions
 
 # Useful tokens a second that a 1B training step is meant to reach on one GPU, so what a loader must keep up with.
 GPU_TOKENS_PER_S = 60_000

@@ -22,9 +22,10 @@ from spectrograms import draw_spectrograms
 from speech_classifier import LabelledClip, SpeechClassifier, isolated_words, read_clips
 from tiny_codec import DEPTHS, MelMagnitude, new_codec
 
+from llama_mimi.accuracy import wilson_interval
 from llama_mimi.codec import MimiCodec
 from llama_mimi.errors import UserError, run_cli
-from llama_mimi.evaluation import versions, wilson_interval
+from llama_mimi.versions import versions
 
 WORD_PARTS = 5  # a word is judged by the means of as many equal parts, because order makes the word
 

@@ -18,10 +18,11 @@ from spectrograms import draw_spectrograms
 from speech_classifier import SpeechClassifier, read_clips
 from tqdm import tqdm
 
+from llama_mimi.accuracy import wilson_interval
 from llama_mimi.errors import UserError, run_cli
-from llama_mimi.evaluation import versions, wilson_interval
 from llama_mimi.generation import SamplingOptions, continue_codes
 from llama_mimi.speech_model import load_speech_model
+from llama_mimi.versions import versions
 
 MIN_SECONDS = 0.25  # below, statistics say nothing about a voice
 

@@ -11,7 +11,6 @@ from llama_mimi.clips import MAX_NAMED_CLIPS, is_too_many
 from llama_mimi.codec import MimiCodec, codec_hash
 from llama_mimi.corpora import FOOTER_THREADS, AudioCorpus, read_footer
 from llama_mimi.errors import UserError
-from llama_mimi.evaluation import versions
 from llama_mimi.files import PARTIAL, file_system, read_json, sizes_in, write_whole
 from llama_mimi.token_store import (
     CLIPS_PER_GROUP,
@@ -23,6 +22,7 @@ from llama_mimi.token_store import (
     StoredClip,
     shard_bytes,
 )
+from llama_mimi.versions import versions
 
 # By default shards are of so many clips, 3 MB for clips of 14 s, but a small corpus has so many shards for its ranks.
 CLIPS_PER_SHARD, MIN_SHARDS = 2048, 64

@@ -37,8 +37,8 @@ from llama_mimi.audio import Waveform, write_wav
 from llama_mimi.clips import AudioClip, AudioReader, Clip, ClipStream, SkippedClip
 from llama_mimi.corpora import open_corpus
 from llama_mimi.errors import UserError, run_cli
-from llama_mimi.evaluation import versions
 from llama_mimi.order import Position, RowsInOrder, ShuffledOrder
+from llama_mimi.versions import versions
 
 CROP_FRAMES = 12  # 0.96 s
 WARMUP_SHARE = 0.4  # of the steps without quantization

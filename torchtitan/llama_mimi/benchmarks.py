@@ -1,117 +1,209 @@
-"""The pairs of SALMon, sLM21 and StoryCloze, from the official folder layouts or the hub."""
+"""The pairs of SALMon, sLM21 and StoryCloze from folders in the official layouts.
+
+Each reader also takes what `benchmark_tables` reads: a hub id, or a folder of Parquet files.
+"""
 
 import csv
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
-from datasets import Audio, get_dataset_config_names, load_dataset
-
+from llama_mimi.benchmark_tables import PairTable, open_tables
 from llama_mimi.errors import UserError
 
 AUDIO_ENDINGS = (".wav", ".flac", ".ogg", ".mp3")
+# SALMon's own list (arXiv 2409.07437); its mean is that of these eight.
+SALMON_PARTS = (
+    "bg_alignment",
+    "bg_all_consistency",
+    "bg_domain_consistency",
+    "gender_consistency",
+    "rir_consistency",
+    "sentiment_alignment",
+    "sentiment_consistency",
+    "speaker_consistency",
+)
+# sLM21's own tool: a word belongs to the band whose edge is the last one not above its count in LibriSpeech. So a
+# count of 5 is in the band that is called 6-20, as there.
+FREQUENCY_BANDS = ((0, "oov"), (1, "1-5"), (5, "6-20"), (20, "21-100"), (100, ">100"))
 
 
 @dataclass(frozen=True)
-class BenchmarkClip:
-    """A clip to be scored: its name, and a path or the bytes of a file."""
+class Clip:
+    """A clip to be scored.
+
+    Args:
+        name: in the result file, and in messages.
+        source: a file, or a place in a table.
+        split: of sLM21 ("lexical/dev"), whose submission file lists the clip.
+    """
 
     name: str
-    source: Path | bytes
+    source: Path | PairTable.Cell
+    split: str | None = None
+
+    def read(self) -> bytes:
+        """The bytes of the audio file."""
+        return self.source.read_bytes()
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A model is right where ``positive`` is likelier than ``negative``."""
+    """A model is right where ``positive`` is likelier than ``negative``.
+
+    Args:
+        part: of the benchmark.
+        name: within the part.
+        group: pairs of one part and group are averaged first by preset "official": the voices of a word.
+        labels: what accuracy is also given by, such as {"type": "anaphor_agreement"}.
+    """
 
     part: str
     name: str
-    positive: BenchmarkClip
-    negative: BenchmarkClip
+    positive: Clip
+    negative: Clip
+    group: str
+    labels: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
 
-def salmon_pairs(source: str) -> list[Pair]:
-    """SALMon: ``<root>/<part>/sample_<index>_<k>.wav``, or the hub data set.
+@dataclass(frozen=True)
+class Benchmark:
+    """What a source holds.
+
+    Args:
+        pairs: to be judged.
+        unpaired: clips whose right answers are not published (sLM21's test split), scored for the submission alone.
+        left_out: what the source holds and no preset scores, one sentence each.
+    """
+
+    pairs: list[Pair]
+    unpaired: list[Clip] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    @property
+    def clips(self) -> list[Clip]:
+        """Every clip, pair by pair."""
+        return [clip for pair in self.pairs for clip in (pair.positive, pair.negative)] + self.unpaired
+
+
+def read_salmon(source: str) -> Benchmark:
+    """SALMon: ``<root>/<part>/sample_<index>_<k>.wav``, or tables of the eight parts.
 
     Files of an index are sorted; the first is the positive and each other one a negative. Parts named ``all`` or
-    ``all_*`` on the hub repeat the others and are left out.
+    ``all_*`` repeat pairs of the others and are left out.
+
+    Raises:
+        UserError: no pairs, or files that belong to none.
     """
-    root = Path(source)
-    if not root.is_dir():
-        parts = [part for part in _hub_configs(source) if part != "all" and not part.startswith("all_")]
-        return [pair for part in parts for pair in _hub_pairs(source, part, part, "positive_audio", "negative_audio")]
-    pairs = []
-    for folder in sorted(path for path in root.iterdir() if path.is_dir()):
-        groups: dict[int, list[Path]] = defaultdict(list)
-        for path in _audio_files(folder):
-            match = re.fullmatch(r"sample_(\d+)_(\d+)", path.stem)
-            if match is None:
-                raise UserError(f"'{path}' is not named sample_<index>_<k>; move the odd file out")
-            groups[int(match[1])].append(path)
-        for index, paths in sorted(groups.items()):
-            if len(paths) < 2:
-                raise UserError(f"'{paths[0]}' has no counterpart of the same index; add it or move the odd file out")
-            by_number = {int(path.stem.rsplit("_", 1)[1]): path for path in paths}
-            if len(by_number) < len(paths):
-                raise UserError(f"'{folder}' has two files of the same name for index {index}; move the odd file out")
-            positive, *negatives = [path for _, path in sorted(by_number.items())]
-            pairs += [_file_pair(folder.name, str(index), positive, negative) for negative in negatives]
-    return _not_empty(pairs, source, "<part>/sample_<index>_<k>.wav")
-
-
-def slm21_pairs(source: str) -> list[Pair]:
-    """sLM21: ``lexical`` (sWUGGY) and ``syntactic`` (sBLIMP) with ``{dev,test}/*.wav`` and ``gold.csv``, or the hub.
-
-    Lexical pairs join on (id, voice); syntactic pairs are consecutive rows.
-    """
-    root = Path(source)
-    if not root.is_dir():
-        parts = {"lexical": f"{source}/sWUGGY", "syntactic": f"{source}/sBLIMP"}
-        return [pair for part, hub_id in parts.items() for pair in _hub_pairs(hub_id, None, part)]
     pairs: list[Pair] = []
-    for split_folder in sorted(root.glob("*/*/")):
-        gold = split_folder / "gold.csv"
-        if not gold.is_file():
-            raise UserError(
-                f"'{split_folder}' has no gold.csv, which says what is right; add it or move the folder out"
-            )
-        part = gold.parent.parent.name
-        if part not in ("lexical", "syntactic"):
-            raise UserError(f"'{gold}' belongs to neither lexical nor syntactic; move the odd folder out")
-        split = f"{part}_{gold.parent.name}"
-        with gold.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        keys = {"filename", "id", "voice", "correct"}
-        if not rows or not keys <= rows[0].keys():
-            raise UserError(f"'{gold}' needs rows with the columns {', '.join(sorted(keys))}")
-        files = {path.stem: path for path in _audio_files(gold.parent)}
-        listed = {_stem(row["filename"]) for row in rows}
-        if odd := sorted(files.keys() - listed):
-            raise UserError(f"'{files[odd[0]]}' is not listed in '{gold}'; move the odd file out")
-        if missing := sorted(listed - files.keys()):
-            raise UserError(f"'{gold}' lists '{missing[0]}', but there is no such audio file beside it")
-        for first, second in _gold_rows(part, rows, gold):
-            if {first["correct"], second["correct"]} != {"0", "1"}:
-                raise UserError(f"'{gold}': '{first['filename']}' and '{second['filename']}' need one correct each")
-            right, wrong = (first, second) if first["correct"] == "1" else (second, first)
-            name = f"{first['id']}_{first['voice']}"
-            pairs.append(_file_pair(split, name, files[_stem(right["filename"])], files[_stem(wrong["filename"])]))
-    return _not_empty(pairs, source, "{lexical,syntactic}/{dev,test}/gold.csv")
+    left_out: list[str] = []
+    if tables := open_tables(source, None, ("positive_audio", "negative_audio")):
+        for table in tables:
+            if _is_aggregate(table.name):
+                left_out.append(_repeats(table.name))
+                continue
+            pairs += [
+                Pair(_salmon_part(table, row), str(index), *_table_clips(table, index), group=str(index))
+                for index, row in enumerate(table.rows())
+            ]
+    else:
+        for folder in sorted(path for path in Path(source).iterdir() if path.is_dir()):
+            if _is_aggregate(folder.name):
+                left_out.append(_repeats(folder.name))
+            else:
+                pairs += _samples(folder)
+    return Benchmark(_not_empty(pairs, source, "<part>/sample_<index>_<k>.wav"), left_out=left_out)
 
 
-def storycloze_pairs(source: str) -> list[Pair]:
-    """StoryCloze: a flat folder sorted by integer prefix, consecutive files being positive and negative, or the hub.
+def read_slm21(source: str) -> Benchmark:
+    """sLM21: ``lexical`` (sWUGGY) and ``syntactic`` (sBLIMP) with ``{dev,test}/*.wav`` and ``gold.csv``, or tables.
 
-    On the hub ``source`` is the owner of sStoryCloze (its own wrong ending) and tStoryCloze (a random ending).
+    Lexical pairs join on (id, voice) and their group is the id; syntactic pairs are consecutive rows and their group is
+    (type, subtype, id). A test split without ``gold.csv``, as it is published, is scored for the submission alone.
+
+    Raises:
+        UserError: no pairs, or files that ``gold.csv`` does not list.
     """
+    pairs: list[Pair] = []
+    unpaired: list[Clip] = []
+    names = {"sWUGGY": "lexical_dev", "sBLIMP": "syntactic_dev"}
+    if tables := open_tables(source, list(names), ("positive", "negative")):
+        for table in tables:
+            for index, row in enumerate(table.rows()):
+                group = "_".join(str(row[key]) for key in ("type", "subtype", "id") if row.get(key) is not None)
+                clips = _table_clips(table, index)
+                pairs.append(Pair(names[table.name], str(index), *clips, group or str(index), _labels(row)))
+        return Benchmark(_not_empty(pairs, source, "a table of pairs"))
+    for folder in sorted(Path(source).glob("*/*/")):
+        task, split = folder.parent.name, folder.name
+        if task not in ("lexical", "syntactic"):
+            raise UserError(f"'{folder}' belongs to neither lexical nor syntactic; move the odd folder out")
+        files = {path.stem: Clip(path.name, path, f"{task}/{split}") for path in _audio_files(folder)}
+        if (folder / "gold.csv").is_file():
+            pairs += _gold_pairs(folder / "gold.csv", f"{task}_{split}", files)
+        elif split == "test":
+            unpaired += files.values()
+        else:
+            raise UserError(f"'{folder}' has no gold.csv, which says what is right; add it or move the folder out")
+    if not unpaired:
+        _not_empty(pairs, source, "{lexical,syntactic}/{dev,test}/gold.csv")
+    return Benchmark(pairs, unpaired)
+
+
+def read_storycloze(source: str) -> Benchmark:
+    """StoryCloze: a flat folder sorted by integer prefix, consecutive files being positive and negative, or tables.
+
+    A folder of such folders has one part each: sStoryCloze (its own wrong ending) and tStoryCloze (a random ending).
+
+    Raises:
+        UserError: no pairs, or files that belong to none.
+    """
+    pairs: list[Pair]
+    if tables := open_tables(source, ["sStoryCloze", "tStoryCloze"], ("positive", "negative")):
+        pairs = [
+            Pair(table.name, str(index), *_table_clips(table, index), group=str(index))
+            for table in tables
+            for index in range(len(table))
+        ]
+        return Benchmark(_not_empty(pairs, source, "a table of pairs"))
     root = Path(source)
-    if not root.is_dir():
-        parts = ("sStoryCloze", "tStoryCloze")
-        return [pair for part in parts for pair in _hub_pairs(f"{source}/{part}", None, part)]
+    folders = [folder for folder in sorted(root.iterdir()) if folder.is_dir() and _audio_files(folder)]
+    if folders and (odd := _audio_files(root)):
+        raise UserError(f"'{odd[0]}' lies beside folders of stories; move the odd file out, or name one folder")
+    pairs = [pair for folder in folders or [root] for pair in _stories(folder)]
+    return Benchmark(_not_empty(pairs, source, "<number>_*.wav"))
+
+
+def frequency_band(frequency: int) -> str:
+    """Band of a word that occurs so often in LibriSpeech, as sLM21's own tool has it."""
+    return [name for edge, name in FREQUENCY_BANDS if edge <= frequency][-1]
+
+
+def _samples(folder: Path) -> Iterator[Pair]:
+    """Pairs of one part of SALMon."""
+    groups: dict[int, list[Path]] = defaultdict(list)
+    for path in _audio_files(folder):
+        match = re.fullmatch(r"sample_(\d+)_(\d+)", path.stem)
+        if match is None:
+            raise UserError(f"'{path}' is not named sample_<index>_<k>; move the odd file out")
+        groups[int(match[1])].append(path)
+    for index, paths in sorted(groups.items()):
+        if len(paths) < 2:
+            raise UserError(f"'{paths[0]}' has no counterpart of the same index; add it or move the odd file out")
+        by_number = {int(path.stem.rsplit("_", 1)[1]): path for path in paths}
+        if len(by_number) < len(paths):
+            raise UserError(f"'{folder}' has two files of the same name for index {index}; move the odd file out")
+        positive, *negatives = [Clip(path.name, path) for _, path in sorted(by_number.items())]
+        for negative in negatives:
+            yield Pair(folder.name, str(index), positive, negative, group=negative.name)
+
+
+def _stories(folder: Path) -> list[Pair]:
     numbered: dict[int, Path] = {}
-    for path in _audio_files(root):
+    for path in _audio_files(folder):
         match = re.match(r"(\d+)", path.stem)
         if match is None:
             raise UserError(f"'{path}' does not begin with a number; move the odd file out")
@@ -121,21 +213,41 @@ def storycloze_pairs(source: str) -> list[Pair]:
     paths = [path for _, path in sorted(numbered.items())]
     if len(paths) % 2:
         raise UserError(
-            f"'{root}' holds {len(paths)} files, an odd number; the last one, '{paths[-1]}', has no partner"
+            f"'{folder}' holds {len(paths)} files, an odd number; the last one, '{paths[-1]}', has no partner"
         )
-    pairs = [
-        _file_pair(root.name, positive.stem, positive, negative)
+    return [
+        Pair(folder.name, positive.stem, Clip(positive.name, positive), Clip(negative.name, negative), positive.stem)
         for positive, negative in zip(paths[::2], paths[1::2], strict=True)
     ]
-    return _not_empty(pairs, source, "<number>_*.wav")
 
 
-def _gold_rows(part: str, rows: list[dict[str, str]], gold: Path) -> Iterator[tuple[dict[str, str], dict[str, str]]]:
-    if part == "syntactic":
-        if len(rows) % 2:
-            raise UserError(f"'{gold}' has {len(rows)} rows, an odd number; pairs are consecutive rows")
-        yield from zip(rows[::2], rows[1::2], strict=True)
-        return
+def _gold_pairs(gold: Path, part: str, files: Mapping[str, Clip]) -> Iterator[Pair]:
+    with gold.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    keys = {"filename", "id", "voice", "correct"}
+    if not rows or not keys <= rows[0].keys():
+        raise UserError(f"'{gold}' needs rows with the columns {', '.join(sorted(keys))}")
+    listed = {_stem(row["filename"]) for row in rows}
+    if odd := sorted(files.keys() - listed):
+        raise UserError(f"'{files[odd[0]].source}' is not listed in '{gold}'; move the odd file out")
+    if missing := sorted(listed - files.keys()):
+        raise UserError(f"'{gold}' lists '{missing[0]}', but there is no such audio file beside it")
+    is_lexical = part.startswith("lexical")
+    for first, second in _by_id_and_voice(rows, gold) if is_lexical else _consecutive(rows, gold):
+        if {first["correct"], second["correct"]} != {"0", "1"}:
+            raise UserError(f"'{gold}': '{first['filename']}' and '{second['filename']}' need one correct each")
+        right, wrong = (first, second) if first["correct"] == "1" else (second, first)
+        yield Pair(
+            part,
+            f"{right['id']}_{right['voice']}",
+            files[_stem(right["filename"])],
+            files[_stem(wrong["filename"])],
+            group=right["id"] if is_lexical else "_".join(right.get(key, "") for key in ("type", "subtype", "id")),
+            labels=_labels(right),
+        )
+
+
+def _by_id_and_voice(rows: list[dict[str, str]], gold: Path) -> Iterator[tuple[dict[str, str], dict[str, str]]]:
     groups: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
     for row in rows:
         groups[row["id"], row["voice"]].append(row)
@@ -147,6 +259,43 @@ def _gold_rows(part: str, rows: list[dict[str, str]], gold: Path) -> Iterator[tu
         yield group[0], group[1]
 
 
+def _consecutive(rows: list[dict[str, str]], gold: Path) -> Iterator[tuple[dict[str, str], dict[str, str]]]:
+    if len(rows) % 2:
+        raise UserError(f"'{gold}' has {len(rows)} rows, an odd number; pairs are consecutive rows")
+    for first, second in zip(rows[::2], rows[1::2], strict=True):
+        if (first["id"], first["voice"]) != (second["id"], second["voice"]):
+            names = f"'{first['filename']}' and '{second['filename']}'"
+            raise UserError(f"'{gold}': {names} follow each other, but differ in id or voice; sort it as published")
+        yield first, second
+
+
+def _labels(row: Mapping[str, object]) -> dict[str, str]:
+    """Labels of a pair, from the row of its right clip."""
+    labels = {key: str(row[key]) for key in ("type", "subtype") if row.get(key) not in (None, "")}
+    if (frequency := row.get("frequency")) not in (None, ""):
+        labels["frequency"] = frequency_band(int(float(str(frequency))))
+    return labels
+
+
+def _salmon_part(table: PairTable, row: Mapping[str, object]) -> str:
+    """The folder or configuration, unless one table holds several parts."""
+    task = str(row.get("task"))
+    return task if table.name not in SALMON_PARTS and task in SALMON_PARTS else table.name
+
+
+def _is_aggregate(part: str) -> bool:
+    return part == "all" or part.startswith("all_")
+
+
+def _repeats(part: str) -> str:
+    return f"the part '{part}' repeats pairs of the others and is left out"
+
+
+def _table_clips(table: PairTable, index: int) -> tuple[Clip, Clip]:
+    positive, negative = (Clip(f"{table.name}_{index}_{cell.column}", cell) for cell in table.cells(index))
+    return positive, negative
+
+
 def _stem(filename: str) -> str:
     return Path(filename).stem if filename.lower().endswith(AUDIO_ENDINGS) else filename
 
@@ -155,41 +304,10 @@ def _audio_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in AUDIO_ENDINGS)
 
 
-def _file_pair(part: str, name: str, positive: Path, negative: Path) -> Pair:
-    return Pair(part, name, BenchmarkClip(positive.name, positive), BenchmarkClip(negative.name, negative))
-
-
 def _not_empty(pairs: list[Pair], source: str, layout: str) -> list[Pair]:
     if not pairs:
         raise UserError(
-            f"'{source}' holds no pairs; the official layout is {layout} (any of {', '.join(AUDIO_ENDINGS)})"
+            f"'{source}' holds no pairs; the official layout is {layout} (any of {', '.join(AUDIO_ENDINGS)}), and "
+            "Parquet files are read, too"
         )
     return pairs
-
-
-def _hub_configs(hub_id: str) -> list[str]:
-    try:
-        return get_dataset_config_names(hub_id)
-    except (OSError, ValueError) as error:
-        raise _hub_error(hub_id, error) from error
-
-
-def _hub_pairs(
-    hub_id: str, config: str | None, part: str, positive: str = "positive", negative: str = "negative"
-) -> Iterable[Pair]:
-    try:
-        rows = load_dataset(hub_id, config, split="train")
-    except (OSError, ValueError) as error:
-        raise _hub_error(hub_id, error) from error
-    for column in (positive, negative):
-        rows = rows.cast_column(column, Audio(decode=False))
-    for index, row in enumerate(rows):
-        clips = [BenchmarkClip(f"{part}_{index}_{column}", row[column]["bytes"]) for column in (positive, negative)]
-        yield Pair(part, str(index), *clips)
-
-
-def _hub_error(hub_id: str, error: Exception) -> UserError:
-    return UserError(
-        f"'{hub_id}' is neither a folder nor a data set that could be opened on the hub "
-        f"({str(error).strip().splitlines()[0]}); download it and give its folder with --data_dir"
-    )

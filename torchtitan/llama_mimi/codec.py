@@ -7,6 +7,7 @@ evaluation and generation share one encode and one decode.
 import hashlib
 import math
 from collections.abc import Sequence
+from copy import copy
 from functools import lru_cache
 
 import torch
@@ -70,6 +71,12 @@ class MimiCodec:
         if self.device.type == "cpu":
             keep_freed_memory()
         self.model = load_pretrained(MimiModel, name, what="codec", dtype=dtype).to(self.device).eval()
+
+    def at_depth(self, num_quantizers: int) -> "MimiCodec":
+        """The same codec at another depth, with the same weights in memory."""
+        other = copy(self)
+        other.num_quantizers = num_quantizers
+        return other
 
     def num_frames(self, num_samples: int) -> int:
         """T of a clip of ``num_samples`` samples; a partial last frame counts as one."""

@@ -1,174 +1,225 @@
-"""What the three benchmark scripts share: flags, scoring of pairs, intervals, and the result file."""
+"""What the three benchmark scripts share: flags, the way from a source to scores, and the result file."""
 
 import argparse
 import hashlib
 import json
 import math
-import subprocess
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import version
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from tqdm import tqdm
+import numpy as np
 
-from llama_mimi.audio import read_audio
-from llama_mimi.benchmarks import BenchmarkClip, Pair
-from llama_mimi.codec import DTYPES
-from llama_mimi.likelihood import ScoredTokens, mean_log_likelihoods
-from llama_mimi.speech_model import SpeechModel, load_speech_model
+from llama_mimi.accuracy import credit, mean_of_parts, part_results
+from llama_mimi.benchmarks import Benchmark, Clip
+from llama_mimi.clip_codes import CachedCodes, CodeCache, encode_clips, made_by
+from llama_mimi.clip_scores import ScoreLog, score_clips
+from llama_mimi.codec import codec_hash
+from llama_mimi.errors import UserError
+from llama_mimi.files import write_whole
+from llama_mimi.hub import weights_sha256
+from llama_mimi.ranks import Ranks, torchrun_ranks
+from llama_mimi.scoring import Preset, preset, with_options
+from llama_mimi.speech_model import DECODER_DTYPES, load_speech_model
+from llama_mimi.versions import versions
 
-Z_95 = 1.959964  # 97.5 % quantile of the normal distribution
+BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
+FORMAT = 1
 
 
-def run_benchmark(
-    name: str, doc: str | None, hub_source: str, read_pairs: Callable[[str], list[Pair]], scored: ScoredTokens
-) -> None:
-    """A benchmark script: parse, score, report.
+@dataclass(frozen=True)
+class BenchmarkScript:
+    """One of the scripts in eval/.
 
     Args:
         name: of the benchmark, and of its folder of results.
-        doc: the script's docstring.
         hub_source: read when no ``--data_dir`` is given.
-        read_pairs: a reader of `llama_mimi.benchmarks`.
-        scored: the tokens that enter a score.
+        read: a reader of `llama_mimi.benchmarks`.
+        levels: that both presets score; None is all.
+        mean_of: parts whose mean is the benchmark's one number, where it has one.
+        has_windows: offers ``--window_seconds``.
     """
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name", default="llm-jp/Llama-Mimi-1.3B", help="hub id or folder")
-    parser.add_argument("--data_dir", default=hub_source, help="official folder layout, or a hub id")
-    parser.add_argument("--output_dir", type=Path, default=Path("results"))
-    parser.add_argument("--codec", help="hub id or folder; by default what the model names")
-    parser.add_argument("--device", help="by default the accelerator where there is one")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of the decoder")
-    parser.add_argument("--batch_size", type=int, default=8, help="clips a batch")
-    parser.add_argument("--max_audio_seconds", type=float, default=20.0, help="longer clips are cut, and counted")
-    flags = parser.parse_args()
 
-    pairs = read_pairs(flags.data_dir)
-    model = load_speech_model(flags.model_name, codec_name=flags.codec, device=flags.device, dtype=flags.dtype)
-    clips = [clip for pair in pairs for clip in (pair.positive, pair.negative)]
-    codes_hash = hashlib.sha256()
-    results: list[dict[str, Any]] = []
-    for clip, score, is_cut in score_clips(
-        model, clips, scored, flags.batch_size, flags.max_audio_seconds, codes_hash, description=name
-    ):
-        results.append({"clip": clip.name, "score": score, "is_cut": is_cut})
-    scored_pairs = [
-        _scored_pair(pair, positive, negative)
-        for pair, positive, negative in zip(pairs, results[::2], results[1::2], strict=True)
-    ]
-    report = {
-        "benchmark": name,
-        "model": flags.model_name,
-        "data": flags.data_dir,
-        "scoring": {"tokens": scored, "statistic": "mean log-likelihood per token", "tie": 0.5, "count": "rows"},
-        "parts": part_results(scored_pairs),
-        "codec": model.codec.name,
-        "codes_sha256": codes_hash.hexdigest(),
-        "settings": {key: getattr(flags, key) for key in ("dtype", "batch_size", "max_audio_seconds")}
-        | {"device": str(model.device)},
-        "versions": versions(),
-        "pairs": scored_pairs,
-    }
-    path = flags.output_dir / name / Path(flags.model_name).name / "scores.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    for part, result in report["parts"].items():
-        low, high = result["interval"]
-        cut = f", {result['pairs_cut']} pairs cut at {flags.max_audio_seconds:g} s" if result["pairs_cut"] else ""
-        print(
-            f"{part}: {100 * result['accuracy']:.1f} % (95 % interval {100 * low:.1f} to {100 * high:.1f}, "
-            f"{result['count']} pairs, {result['ties']} ties{cut})"
+    name: str
+    hub_source: str
+    read: Callable[[str], Benchmark]
+    levels: tuple[int, ...] | None
+    mean_of: Sequence[str] = ()
+    has_windows: bool = False
+
+    def run(self, doc: str | None) -> None:
+        """Parse the command line, score, report.
+
+        Args:
+            doc: the script's docstring.
+
+        Raises:
+            UserError: a flag, the data or the model cannot be used.
+        """
+        flags = self._parse(doc)
+        chosen = with_options(
+            preset(flags.preset, self.levels),
+            levels=flags.levels,
+            end_token=None if flags.end_token is None else flags.end_token == "in",
+            statistic=flags.statistic,
+            window_seconds=flags.window_seconds if self.has_windows else None,
         )
-    print(f"written to {path}")
+        with torchrun_ranks(flags.device) as ranks:
+            self._evaluate(flags, chosen, ranks)
 
+    def _parse(self, doc: str | None) -> argparse.Namespace:
+        parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("--model_name", default="llm-jp/Llama-Mimi-1.3B", help="hub id or folder")
+        parser.add_argument("--data_dir", default=self.hub_source, help="official layout, Parquet, or a hub id")
+        parser.add_argument("--output_dir", type=Path, default=Path("results"))
+        parser.add_argument("--codes_dir", help="codes of clips, kept for other runs (default <output_dir>/codes)")
+        parser.add_argument("--codec", help="hub id or folder; by default what the model names")
+        parser.add_argument("--device", help="by default the accelerator where there is one")
+        parser.add_argument(
+            "--dtype", choices=DECODER_DTYPES, default="float32", help="of the decoder; the first release: float16"
+        )
+        parser.add_argument("--batch_tokens", type=int, help="tokens of a batch, with padding; default by device")
+        parser.add_argument("--max_audio_seconds", type=float, default=20.0, help="longer clips are cut, and counted")
+        parser.add_argument(
+            "--preset",
+            choices=("official", "original"),
+            default="official",
+            help="the benchmark's own rule, or what the first release of Llama-Mimi computes",
+        )
+        options = parser.add_argument_group("other scoring, which is named in the result file")
+        options.add_argument("--levels", help="quantizer levels to score: all, or 0, or 0,1")
+        options.add_argument("--end_token", choices=("in", "out"), help="score </audio> or not")
+        options.add_argument("--statistic", choices=("mean", "sum"), help="of the log-likelihoods of a clip's tokens")
+        if self.has_windows:
+            options.add_argument("--window_seconds", type=float, help="score the least likely window of this length")
+        flags = parser.parse_args()
+        for name in ("max_audio_seconds", "batch_tokens"):
+            value = getattr(flags, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"--{name} is {value}; it must be a positive number")
+        return flags
 
-def score_clips(
-    model: SpeechModel,
-    clips: Sequence[BenchmarkClip],
-    scored: ScoredTokens,
-    batch_size: int,
-    max_seconds: float,
-    codes_hash: Any,
-    description: str = "",
-) -> Iterator[tuple[BenchmarkClip, float, bool]]:
-    """Score clips in order; yields each with its score and whether it was cut.
-
-    Args:
-        codes_hash: a `hashlib` object that takes in all codes: results compare only where it is the same.
-
-    Raises:
-        AudioError: a clip cannot be used. No pair is ever left out.
-    """
-    with tqdm(total=len(clips), unit="clip", desc=description) as progress:
-        for start in range(0, len(clips), batch_size):
-            batch = clips[start : start + batch_size]
-            codec = model.codec
-            waveforms = [
-                read_audio(
-                    clip.source,
-                    codec.sample_rate_hz,
-                    max_seconds=max_seconds,
-                    name=clip.name if isinstance(clip.source, bytes) else str(clip.source),
-                    min_samples=codec.frame_size,
-                )
-                for clip in batch
-            ]
-            codes = codec.encode([waveform.samples_S for waveform in waveforms])
-            for codes_TQ in codes:
-                codes_hash.update(codes_TQ.to(torch.int32).numpy().tobytes())
-            cut = [waveform.is_cut for waveform in waveforms]
-            scores = mean_log_likelihoods(model, list(zip(codes, cut, strict=True)), scored)
-            yield from zip(batch, scores, cut, strict=True)
-            progress.update(len(batch))
-
-
-def part_results(scored_pairs: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Accuracy, 95 % interval and counts of each part; a tie counts half."""
-    parts: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for pair in scored_pairs:
-        parts[pair["part"]].append(pair)
-    results = {}
-    for part, members in sorted(parts.items()):
-        accuracy = sum(pair["correct"] for pair in members) / len(members)
-        results[part] = {
-            "accuracy": accuracy,
-            "interval": wilson_interval(accuracy, len(members)),
-            "count": len(members),
-            "ties": sum(pair["correct"] == 0.5 for pair in members),
-            "pairs_cut": sum(pair["is_cut"] for pair in members),
+    def _evaluate(self, flags: argparse.Namespace, chosen: Preset, ranks: Ranks) -> None:
+        benchmark = self.read(flags.data_dir)
+        model = load_speech_model(flags.model_name, codec_name=flags.codec, device=str(ranks.device), dtype=flags.dtype)
+        clips = benchmark.clips
+        scoring = chosen.scoring
+        codes_dir = flags.codes_dir or str(flags.output_dir / "codes")
+        cache = CodeCache(codes_dir, made_by(model.codec, flags.max_audio_seconds, as_released=scoring.as_released))
+        audio_ids, codes = encode_clips(
+            model.codec, clips, cache, ranks, flags.max_audio_seconds, as_released=scoring.as_released
+        )
+        header = {
+            "format": FORMAT,
+            "benchmark": self.name,
+            "preset": chosen.name,
+            "model": flags.model_name,
+            "model_sha256": ranks.from_first(lambda: weights_sha256(flags.model_name)),
+            "data": flags.data_dir,
+            "scoring": chosen.describe(),
+            "num_quantizers": model.codec.num_quantizers,
+            "codec": {"name": model.codec.name, "sha256": codec_hash(model.codec.name)},
+            "codes_sha256": codes_sha256(audio_ids, codes),
+            "settings": {
+                "dtype": flags.dtype,
+                "device": ranks.device.type,
+                "batch_tokens": flags.batch_tokens or BATCH_TOKENS[ranks.device.type],
+                "max_audio_seconds": flags.max_audio_seconds,
+            },
+            "versions": versions(),
         }
-    return results
+        folder = flags.output_dir / self.name / Path(flags.model_name).name
+        log = ScoreLog(folder / f"{chosen.name}.partial", header)
+        scores = score_clips(model, codes, scoring, header["settings"]["batch_tokens"], log, ranks)
+        if ranks.rank == 0:
+            report = header | results(benchmark, audio_ids, codes, scores, chosen, self.mean_of)
+            write_whole(str(folder), f"{chosen.name}.json", (json.dumps(report, indent=1) + "\n").encode())
+            submissions = write_submissions(
+                folder / f"{chosen.name}_submission", clips, [scores[audio_id] for audio_id in audio_ids]
+            )
+            log.close()
+            for line in [*summary(report), *submissions, f"written to {folder / chosen.name}.json"]:
+                print(line)
 
 
-def wilson_interval(accuracy: float, count: int) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927, score interval without continuity correction)."""
-    center = accuracy + Z_95**2 / (2 * count)
-    half = Z_95 * math.sqrt(accuracy * (1 - accuracy) / count + Z_95**2 / (4 * count**2))
-    scale = 1 + Z_95**2 / count
-    return (center - half) / scale, (center + half) / scale
+def results(
+    benchmark: Benchmark,
+    audio_ids: Sequence[str],
+    codes: Mapping[str, CachedCodes],
+    scores: Mapping[str, float],
+    chosen: Preset,
+    mean_of: Sequence[str],
+) -> dict[str, Any]:
+    """What a result file holds beside how it was made: accuracies by part, their mean, and every pair."""
+    pairs = []
+    for pair, positive_id, negative_id in zip(benchmark.pairs, audio_ids[::2], audio_ids[1::2], strict=False):
+        positive, negative = scores[positive_id], scores[negative_id]
+        pairs.append(
+            {
+                "part": pair.part,
+                "name": pair.name,
+                "group": pair.group,
+                "labels": dict(pair.labels),
+                "positive": pair.positive.name,
+                "negative": pair.negative.name,
+                "positive_score": positive,
+                "negative_score": negative,
+                "correct": credit(positive, negative, chosen.tie),
+                "is_tie": positive == negative,
+                "is_cut": codes[positive_id].is_cut or codes[negative_id].is_cut,
+            }
+        )
+    parts = part_results(pairs, by_group=chosen.by_group)
+    of_parts = {"mean_of_parts": mean_of_parts(parts, mean_of)} if mean_of else {}
+    unpaired = {"unpaired_clips": len(benchmark.unpaired), "left_out": benchmark.left_out}
+    return {"parts": parts, **of_parts, **unpaired, "pairs": pairs}
 
 
-def versions() -> dict[str, str]:
-    """Versions a score depends on, and this repository's commit where it is one."""
-    packages = ("llama-mimi", "torch", "torchaudio", "transformers", "soundfile")
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
+def summary(report: Mapping[str, Any]) -> list[str]:
+    """The lines that a script prints."""
+    seconds = report["settings"]["max_audio_seconds"]
+    lines = list(report["left_out"])
+    for part, result in report["parts"].items():
+        lines.append(f"{part}: {_accuracy(result)}{_touched(result, seconds)}")
+        for label, values in result["by"].items():
+            lines += [f"  {label} {value}: {_accuracy(some)}" for value, some in values.items()]
+    if report.get("mean_of_parts") is not None:
+        lines.append(f"mean of the parts: {_accuracy(report['mean_of_parts'])}")
+    elif "mean_of_parts" in report:
+        lines.append("no mean: it is that of all eight parts, and some are not there")
+    return lines
+
+
+def codes_sha256(audio_ids: Sequence[str], codes: Mapping[str, CachedCodes]) -> str:
+    """SHA-256 of the codes of all clips in order: results compare only where it is the same."""
+    digest = hashlib.sha256()
+    for audio_id in audio_ids:
+        digest.update(codes[audio_id].codes_TQ.astype(np.int32).tobytes())
+    return digest.hexdigest()
+
+
+def write_submissions(folder: Path, clips: Sequence[Clip], scores: Sequence[float]) -> list[str]:
+    """Write sLM21's submission, ``<task>/<split>.txt`` with lines ``filename score``; returns what to say of it."""
+    lines: dict[str, list[str]] = defaultdict(list)
+    for clip, score in zip(clips, scores, strict=True):
+        if clip.split is not None:
+            lines[clip.split].append(f"{Path(clip.name).stem} {score!r}\n")
+    for split, rows in lines.items():
+        task, name = split.split("/")
+        write_whole(str(folder / task), f"{name}.txt", "".join(rows).encode())
+    return [f"submission files of {', '.join(sorted(lines))} in {folder}"] if lines else []
+
+
+def _accuracy(result: Mapping[str, Any]) -> str:
+    low, high = result["interval"]
+    return (
+        f"{100 * result['accuracy']:.1f} % (95 % interval {100 * low:.1f} to {100 * high:.1f}, "
+        f"{result['count']:,} counted)"
     )
-    return {package: version(package) for package in packages} | {"commit": git.stdout.strip() or "unknown"}
 
 
-def _scored_pair(pair: Pair, positive: dict[str, Any], negative: dict[str, Any]) -> dict[str, Any]:
-    difference = positive["score"] - negative["score"]
-    return {
-        "part": pair.part,
-        "name": pair.name,
-        "positive": positive["clip"],
-        "negative": negative["clip"],
-        "positive_score": positive["score"],
-        "negative_score": negative["score"],
-        "correct": 0.5 if difference == 0 else float(difference > 0),
-        "is_cut": positive["is_cut"] or negative["is_cut"],
-    }
+def _touched(result: Mapping[str, Any], seconds: float) -> str:
+    cut = f", {result['pairs_cut']:,} cut at {seconds:g} s" if result["pairs_cut"] else ""
+    return f" of {result['pairs']:,} pairs, {result['ties']:,} ties{cut}"

@@ -1,8 +1,10 @@
 """Loading configurations, tokenizers and weights from a folder or the hub, with errors users can act on."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from llama_mimi.errors import UserError
@@ -37,3 +39,19 @@ def load_pretrained(cls: Any, name: str, *, what: str, **kwargs: Any) -> Any:
             f"its licence on its page and run `hf auth login`; without a network, download it elsewhere with "
             f"`hf download {name} --local-dir FOLDER` and name that folder"
         ) from error
+
+
+def weights_sha256(name: str) -> str:
+    """SHA-256 of the safetensors files of a model that was loaded before, in the order of their names.
+
+    Args:
+        name: hub id or folder.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(name, allow_patterns="*.safetensors", local_files_only=True))
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()

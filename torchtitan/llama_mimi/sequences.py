@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llama_mimi.codec import load_codec_config
 from llama_mimi.hub import load_pretrained
-from llama_mimi.units import UnitVocabulary, extend_tokenizer
+from llama_mimi.units import AUDIO_START, UnitVocabulary, extend_tokenizer
 
 IGNORE_INDEX = -100  # PyTorch's default, and TorchTitan's
 
@@ -38,6 +38,11 @@ class SequenceBuilder:
         """
         tail = torch.tensor([] if is_cut else [self.vocabulary.audio_end_id], dtype=torch.long)
         return torch.cat([torch.tensor(self.head(text)), self.vocabulary.ids_from_codes(codes_TQ), tail])
+
+    @cached_property
+    def adds_bos(self) -> bool:
+        """Whether the tokenizer itself puts BOS in front of a text, as those of released checkpoints do."""
+        return self.tokenizer(AUDIO_START).input_ids[0] == self._bos_id
 
     @cached_property
     def _bos_id(self) -> int:

@@ -11,6 +11,9 @@ from llama_mimi.hub import load_pretrained
 from llama_mimi.sequences import SequenceBuilder
 from llama_mimi.units import extend_tokenizer
 
+# Of the decoder: float16 is what the first release evaluates in.
+DECODER_DTYPES = {**DTYPES, "float16": torch.float16}
+
 
 @dataclass(frozen=True)
 class SpeechModel:
@@ -40,7 +43,7 @@ def load_speech_model(
         codec_name: hub id or folder of its codec; None takes what the checkpoint names, else ``kyutai/mimi``, which
             all released checkpoints use without naming it.
         device: torch device; None takes the accelerator where there is one.
-        dtype: of the decoder, a key of `DTYPES`. The codec always runs in float32.
+        dtype: of the decoder, a key of `DECODER_DTYPES`. The codec always runs in float32.
 
     Raises:
         UserError: something is missing, or decoder, tokenizer and codec do not fit together.
@@ -50,7 +53,7 @@ def load_speech_model(
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"the device '{device}' is not available here; use --device cpu") from error
-    decoder = load_pretrained(AutoModelForCausalLM, model_name, what="model", dtype=DTYPES[dtype])
+    decoder = load_pretrained(AutoModelForCausalLM, model_name, what="model", dtype=DECODER_DTYPES[dtype])
     decoder.generation_config = GenerationConfig()  # sampling is set by the caller alone
     num_quantizers = getattr(decoder.config, "num_quantizers", None)
     if num_quantizers is None:

@@ -1,0 +1,130 @@
+"""From scores to accuracies, as data."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binomtest
+
+from llama_mimi.accuracy import credit, group_credits, mcnemar, mean_of_parts, part_results, wilson_interval
+from llama_mimi.benchmarks import SALMON_PARTS, frequency_band
+
+
+def pair(part="a", name="0", correct=1.0, group=None, is_tie=False, is_cut=False, **labels):
+    return {
+        "part": part,
+        "name": name,
+        "group": name if group is None else group,
+        "correct": correct,
+        "is_tie": is_tie,
+        "is_cut": is_cut,
+        "labels": labels,
+    }
+
+
+@pytest.mark.parametrize(
+    ("positive", "negative", "tie", "expected"),
+    [
+        (-1.0, -2.0, 0.5, 1.0),
+        (-2.0, -1.0, 0.5, 0.0),
+        (-1.0, -1.0, 0.5, 0.5),
+        (-1.0, -1.0, 0.0, 0.0),  # the first release's strict comparison
+        (-1.0, -1.0000001, 0.5, 1.0),
+    ],
+)
+def test_credit(positive, negative, tie, expected):
+    assert credit(positive, negative, tie) == expected
+
+
+@pytest.mark.parametrize(
+    ("corrects", "accuracy", "ties"),
+    [([1.0, 1.0, 0.0, 1.0], 0.75, 0), ([0.5, 0.5], 0.5, 2), ([1.0, 0.5, 0.0, 0.0], 0.375, 1)],
+)
+def test_ties_count_half(corrects, accuracy, ties):
+    pairs = [pair(name=str(i), correct=correct, is_tie=correct == 0.5) for i, correct in enumerate(corrects)]
+    result = part_results(pairs, by_group=True)["a"]
+    assert (result["accuracy"], result["ties"], result["count"]) == (accuracy, ties, len(corrects))
+
+
+# Word 0 in four voices, word 1 in one, word 2 in two.
+VOICES = [("0", 1.0), ("0", 1.0), ("0", 1.0), ("0", 0.0), ("1", 0.0), ("2", 1.0), ("2", 0.5)]
+
+
+@pytest.mark.parametrize(
+    ("by_group", "accuracy", "count"),
+    [(True, (0.75 + 0.0 + 0.75) / 3, 3), (False, 4.5 / 7, 7)],
+)
+def test_voices_are_averaged_before_words(by_group, accuracy, count):
+    pairs = [pair(name=f"{word}_{i}", group=word, correct=correct) for i, (word, correct) in enumerate(VOICES)]
+    result = part_results(pairs, by_group=by_group)["a"]
+    assert result["accuracy"] == pytest.approx(accuracy)
+    assert (result["count"], result["pairs"]) == (count, 7)
+    assert result["interval"] == wilson_interval(result["accuracy"], count)
+
+
+def test_pairs_of_one_name_are_not_merged_where_groups_do_not_count():
+    assert len(group_credits([pair(name="x"), pair(name="x")], by_group=False)) == 2
+
+
+@pytest.mark.parametrize(
+    ("frequency", "band"),
+    # The edges of the official tool are 0, 1, 5, 20 and 100, each with its band: 5 is in the one it calls 6-20.
+    [(0, "oov"), (1, "1-5"), (4, "1-5"), (5, "6-20"), (19, "6-20"), (20, "21-100"), (99, "21-100"), (100, ">100")],
+)
+def test_frequency_bands_are_those_of_the_official_tool(frequency, band):
+    assert frequency_band(frequency) == band
+
+
+def test_bands_and_types():
+    pairs = [
+        pair(name="0", correct=1.0, frequency="oov"),
+        pair(name="1", correct=0.0, frequency="oov", is_cut=True),
+        pair(name="2", correct=1.0, frequency=">100"),
+        pair(name="3", correct=0.0),  # a word without a frequency is in no band, as in the official tool
+        pair(part="b", name="0", correct=0.5, is_tie=True, type="order", subtype="noun"),
+    ]
+    results = part_results(pairs, by_group=True)
+    by = results["a"]["by"]["frequency"]
+    assert (by["oov"]["accuracy"], by["oov"]["count"], by["oov"]["pairs_cut"]) == (0.5, 2, 1)
+    assert by[">100"]["accuracy"] == 1.0 and results["a"]["count"] == 4 and results["a"]["accuracy"] == 0.5
+    assert results["b"]["by"]["type"]["order"]["ties"] == 1 and list(results["b"]["by"]) == ["subtype", "type"]
+
+
+def test_the_mean_is_that_of_all_eight_parts_or_none():
+    parts = {part: {"accuracy": i / 10, "count": 200} for i, part in enumerate(SALMON_PARTS)}
+    mean = mean_of_parts(parts, SALMON_PARTS)
+    assert mean["accuracy"] == pytest.approx(0.35) and mean["count"] == 1600
+    assert mean["interval"] == wilson_interval(mean["accuracy"], 1600)
+    uneven = parts | {SALMON_PARTS[0]: {"accuracy": 0.0, "count": 20}}
+    assert mean_of_parts(uneven, SALMON_PARTS)["count"] == round(64 / (7 / 200 + 1 / 20))
+    parts["all"] = {"accuracy": 1.0, "count": 1600}  # an aggregate changes nothing
+    assert mean_of_parts(parts, SALMON_PARTS) == mean
+    del parts[SALMON_PARTS[3]]
+    assert mean_of_parts(parts, SALMON_PARTS) is None
+
+
+@pytest.mark.parametrize(
+    # computed with statsmodels.stats.proportion.proportion_confint(method="wilson")
+    ("accuracy", "count", "expected"),
+    [(0.5, 200, (0.4313608, 0.5686392)), (1.0, 100, (0.9630065, 1.0)), (0.0, 10, (0.0, 0.2775328))],
+)
+def test_wilson_interval(accuracy, count, expected):
+    assert wilson_interval(accuracy, count) == pytest.approx(expected, abs=1e-6)
+
+
+@given(a_better=st.integers(0, 60), b_better=st.integers(0, 60), same=st.integers(0, 20))
+def test_mcnemar_is_the_exact_binomial_test(a_better, b_better, same):
+    keys = range(a_better + b_better + same)
+    credits_a = {key: float(key < a_better or key >= a_better + b_better) for key in keys}
+    credits_b = {key: float(key >= a_better) for key in keys}
+    result = mcnemar(credits_a, credits_b)
+    assert (result["a_better"], result["b_better"]) == (a_better, b_better)
+    discordant = a_better + b_better
+    expected = binomtest(a_better, discordant).pvalue if discordant else 1.0
+    assert result["p"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_mcnemar_of_many_pairs_is_finite_and_of_other_pairs_is_refused():
+    credits = dict.fromkeys(range(25_200), 1.0)
+    assert mcnemar(credits, dict.fromkeys(range(25_200), 0.0))["p"] == 0.0
+    with pytest.raises(ValueError, match="not scored on the same pairs"):
+        mcnemar(credits, {0: 1.0})

@@ -1,0 +1,164 @@
+"""Scores of clips, against the plainest loop over one clip's full logits."""
+
+import copy
+
+import pytest
+import torch
+from conftest import TINY
+from tokenizers import processors
+from transformers import LlamaForCausalLM
+
+from llama_mimi.codec import MimiCodec
+from llama_mimi.errors import UserError
+from llama_mimi.hf import hf_config
+from llama_mimi.likelihood import batch_scores
+from llama_mimi.model import FLAVORS, LlamaMimiArgs
+from llama_mimi.scoring import Scoring, preset, with_options
+from llama_mimi.sequences import SequenceBuilder, load_sequences
+from llama_mimi.speech_model import SpeechModel
+from llama_mimi.units import text_from_codes
+
+
+@pytest.fixture(scope="module")
+def models():
+    """Models of random weights with 4 and 8 levels, whose tokenizers add BOS or do not."""
+    made = {}
+    for Q in (4, 8):
+        sequences = load_sequences(str(TINY / "llama"), str(TINY / "mimi"), Q)
+        torch.manual_seed(Q)
+        args = LlamaMimiArgs(**{**vars(FLAVORS["tiny"]), "vocab_size": sequences.vocabulary.size})
+        decoder = LlamaForCausalLM(hf_config(args)).eval()
+        codec = MimiCodec(str(TINY / "mimi"), Q)
+        made[Q, True] = SpeechModel(decoder, sequences, codec)
+        tokenizer = copy.deepcopy(sequences.tokenizer)
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+        made[Q, False] = SpeechModel(decoder, SequenceBuilder(tokenizer, sequences.vocabulary), codec)
+    return made
+
+
+def random_codes(num_frames, Q=4):
+    return torch.randint(256, (num_frames, Q), generator=torch.Generator().manual_seed(num_frames))
+
+
+def plain_mean(model, ids, scored_positions):
+    """Mean log-likelihood of the tokens at some positions: full logits, one clip, one label after the other."""
+    with torch.no_grad():
+        logits_LV = model.decoder(torch.tensor([ids])).logits[0]
+    values = [float(torch.log_softmax(logits_LV[i - 1], dim=-1)[ids[i]]) for i in scored_positions]
+    return sum(values) / len(values)
+
+
+@pytest.mark.parametrize("is_cut", [False, True])
+@pytest.mark.parametrize("adds_bos", [True, False])
+@pytest.mark.parametrize("Q", [4, 8])
+@pytest.mark.parametrize("levels", [None, (0,)])
+def test_preset_original_is_the_first_release(models, levels, Q, adds_bos, is_cut):
+    """Text through a tokenizer that may add BOS, ``</audio>`` also where the clip was cut, labels by position."""
+    model = models[Q, adds_bos]
+    codes_TQ = random_codes(7, Q)
+    ids = model.sequences.tokenizer(text_from_codes(codes_TQ)).input_ids
+    assert len(ids) == adds_bos + 1 + 7 * Q + 1
+    positions = list(range(1, len(ids))) if levels is None else list(range(2, len(ids), Q))
+    tokens = [model.sequences.tokenizer.convert_ids_to_tokens(ids[i]) for i in positions]
+    if levels is None:
+        assert tokens[0] == ("<audio>" if adds_bos else f"<{codes_TQ[0, 0]}_0>") and tokens[-1] == "</audio>"
+    elif adds_bos:
+        assert tokens == [f"<{code}_0>" for code in codes_TQ[:, 0].tolist()] + ["</audio>"]
+    else:  # without BOS it would score the wrong level
+        assert tokens == [f"<{code}_1>" for code in codes_TQ[:, 1].tolist()]
+    (score,) = batch_scores(model, [(codes_TQ, is_cut)], preset("original", levels).scoring)
+    assert score == pytest.approx(plain_mean(model, ids, positions), abs=1e-5)
+
+
+@pytest.mark.parametrize("is_cut", [False, True])
+@pytest.mark.parametrize("adds_bos", [True, False])
+@pytest.mark.parametrize("Q", [4, 8])
+@pytest.mark.parametrize("levels", [None, (0,), (0, 2)])
+@pytest.mark.parametrize("end_token", [True, False])
+def test_preset_official_scores_what_it_says(models, levels, end_token, Q, adds_bos, is_cut):
+    """BOS is always there, whatever the tokenizer does; ``<audio>`` is never scored, as no model is trained on it."""
+    model = models[Q, adds_bos]
+    vocabulary = model.sequences.vocabulary
+    codes_TQ = random_codes(7, Q)
+    ids = [model.sequences.tokenizer.bos_token_id, vocabulary.audio_start_id]
+    positions = []
+    for frame in codes_TQ.tolist():
+        for level, code in enumerate(frame):
+            if levels is None or level in levels:
+                positions.append(len(ids))
+            ids.append(vocabulary.base + code * Q + level)
+    if not is_cut:
+        if end_token:
+            positions.append(len(ids))
+        ids.append(vocabulary.audio_end_id)
+    chosen = with_options(preset("official", levels), end_token=end_token)
+    (score,) = batch_scores(model, [(codes_TQ, is_cut)], chosen.scoring)
+    assert score == pytest.approx(plain_mean(model, ids, positions), abs=1e-5)
+    (total,) = batch_scores(model, [(codes_TQ, is_cut)], with_options(chosen, statistic="sum").scoring)
+    assert total == pytest.approx(len(positions) * plain_mean(model, ids, positions), abs=1e-3)
+
+
+@pytest.mark.parametrize("window_frames", [1, 4, 7, 30])
+def test_a_window_is_the_least_likely_stretch(models, window_frames):
+    model = models[4, True]
+    codes_TQ = random_codes(7)
+    ids = model.sequences.sequence(codes_TQ, is_cut=True).tolist()
+    frames = [plain_mean(model, ids, range(2 + 4 * t, 6 + 4 * t)) for t in range(7)]
+    width = min(window_frames, 7)
+    expected = min(sum(frames[t : t + width]) / width for t in range(7 - width + 1))
+    chosen = with_options(preset("official", None), window_seconds=window_frames / 12.5)
+    (score,) = batch_scores(model, [(codes_TQ, False)], chosen.scoring)
+    assert score == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["official", "original"])
+@pytest.mark.parametrize("levels", [None, (0,)])
+def test_company_and_padding_change_no_score(models, name, levels):
+    clips = [(random_codes(frames), frames % 2 == 0) for frames in (3, 20, 1, 8)]
+    scoring = preset(name, levels).scoring
+    together = batch_scores(models[4, True], clips, scoring)
+    alone = [batch_scores(models[4, True], [clip], scoring)[0] for clip in clips]
+    assert together == pytest.approx(alone, abs=1e-5)
+
+
+def test_scores_do_not_depend_on_how_many_logits_are_made_at_once(models, monkeypatch):
+    clips = [(random_codes(frames), False) for frames in (3, 20)]
+    expected = batch_scores(models[4, True], clips, Scoring(None))
+    monkeypatch.setattr("llama_mimi.likelihood.POSITIONS_AT_ONCE", 7)
+    assert batch_scores(models[4, True], clips, Scoring(None)) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("levels", "options", "name"),
+    [
+        (None, {}, "official"),
+        (None, {"levels": "all", "end_token": True, "statistic": "mean"}, "official"),
+        ((0,), {"levels": "all"}, "official-all_levels"),
+        (None, {"levels": "1,0"}, "official-levels_0_1"),
+        (None, {"levels": "0", "end_token": False, "statistic": "sum"}, "official-levels_0-without_end-sum"),
+        (None, {"window_seconds": 0.5}, "official-window_0.5s"),
+    ],
+)
+def test_other_options_have_another_name(levels, options, name):
+    assert with_options(preset("official", levels), **options).name == name
+
+
+@pytest.mark.parametrize(
+    ("base", "options", "message"),
+    [
+        ("official", {"levels": "first"}, "--levels is 'first'"),
+        ("official", {"levels": "0,-1"}, "--levels is '0,-1'"),
+        ("official", {"window_seconds": 0.0}, "--window_seconds is 0.0"),
+        ("official", {"window_seconds": 1.0, "statistic": "sum"}, "leave out --statistic"),
+        ("original", {"levels": "0"}, "--preset original is fixed"),
+        ("original", {"window_seconds": 1.0}, "--preset original is fixed"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(base, options, message):
+    with pytest.raises(UserError, match=message):
+        with_options(preset(base, None), **options)
+
+
+def test_a_level_that_is_not_there_is_refused(models):
+    with pytest.raises(UserError, match="level 4, but the model has the levels 0 to 3"):
+        batch_scores(models[4, True], [(random_codes(2), False)], Scoring((0, 4)))

@@ -1,0 +1,111 @@
+"""From scores of pairs to accuracies: ties, groups, bands, intervals, and whether two models differ."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+Z_95 = 1.959964  # 97.5 % quantile of the normal distribution
+
+
+def credit(positive_score: float, negative_score: float, tie: float) -> float:
+    """What a pair counts: 1 where the positive is likelier, 0 where the negative is, ``tie`` where neither."""
+    return tie if positive_score == negative_score else float(positive_score > negative_score)
+
+
+def wilson_interval(accuracy: float, count: float) -> tuple[float, float]:
+    """95 % interval of a share (Wilson 1927, score interval without continuity correction)."""
+    center = accuracy + Z_95**2 / (2 * count)
+    half = Z_95 * math.sqrt(accuracy * (1 - accuracy) / count + Z_95**2 / (4 * count**2))
+    scale = 1 + Z_95**2 / count
+    return (center - half) / scale, (center + half) / scale
+
+
+def group_credits(pairs: Iterable[Mapping[str, Any]], *, by_group: bool) -> dict[tuple[str, str], float]:
+    """Mean credit of each (part, group), or each pair's own where ``by_group`` is false.
+
+    Args:
+        pairs: with the keys part, name, group and correct.
+        by_group: average the pairs of one group, such as the voices of a word, first.
+    """
+    credits: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for index, pair in enumerate(pairs):
+        credits[pair["part"], pair["group"] if by_group else f"{pair['name']} {index}"].append(pair["correct"])
+    return {key: sum(values) / len(values) for key, values in credits.items()}
+
+
+def part_results(pairs: Sequence[Mapping[str, Any]], *, by_group: bool) -> dict[str, dict[str, Any]]:
+    """Accuracy of each part, and within it by each label.
+
+    Args:
+        pairs: with the keys part, name, group, labels, correct, is_tie and is_cut.
+        by_group: as `group_credits`.
+
+    Returns:
+        For each part `accuracy`, `interval` (95 %), `count` (groups, what the interval is of), `pairs`, `ties`,
+        `pairs_cut`, and `by`: the same by the values of each label, such as {"type": {"agreement": ...}}.
+    """
+    parts: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for pair in pairs:
+        parts[pair["part"]].append(pair)
+    results = {}
+    for part, members in sorted(parts.items()):
+        by_label: dict[str, dict[str, list[Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+        for pair in members:
+            for label, value in pair["labels"].items():
+                by_label[label][value].append(pair)
+        results[part] = _result(members, by_group) | {
+            "by": {
+                label: {value: _result(some, by_group) for value, some in sorted(values.items())}
+                for label, values in sorted(by_label.items())
+            }
+        }
+    return results
+
+
+def mean_of_parts(results: Mapping[str, Mapping[str, Any]], parts: Sequence[str]) -> dict[str, Any] | None:
+    """The mean accuracy of ``parts``, each with the same weight; None unless all are there.
+
+    The interval is that of a share of as many pairs as have the variance of this mean: (number of parts) squared by
+    the sum of the inverse counts, which for parts of one size is the number of all pairs.
+    """
+    if any(part not in results for part in parts):
+        return None
+    accuracy = sum(results[part]["accuracy"] for part in parts) / len(parts)
+    count = len(parts) ** 2 / sum(1 / results[part]["count"] for part in parts)
+    return {"accuracy": accuracy, "interval": wilson_interval(accuracy, count), "count": round(count)}
+
+
+def mcnemar(credits_a: Mapping[Any, float], credits_b: Mapping[Any, float]) -> dict[str, Any]:
+    """Exact McNemar test of two models on the same pairs (McNemar 1947; the binomial form).
+
+    Args:
+        credits_a, credits_b: credit by pair or group; one counts for a model where its credit is the higher.
+
+    Returns:
+        `a_better` and `b_better`, how many, and the two-sided `p`.
+
+    Raises:
+        ValueError: the two are not of the same pairs.
+    """
+    if credits_a.keys() != credits_b.keys():
+        raise ValueError("the two models were not scored on the same pairs")
+    a_better = sum(credits_a[key] > credits_b[key] for key in credits_a)
+    b_better = sum(credits_a[key] < credits_b[key] for key in credits_a)
+    discordant = a_better + b_better
+    tail = sum(math.comb(discordant, k) for k in range(min(a_better, b_better) + 1))
+    # In integers: 2**discordant is no float where there are more than a thousand.
+    return {"a_better": a_better, "b_better": b_better, "p": min(1.0, 2 * tail / 2**discordant)}
+
+
+def _result(pairs: Sequence[Mapping[str, Any]], by_group: bool) -> dict[str, Any]:
+    credits = group_credits(pairs, by_group=by_group).values()
+    accuracy = sum(credits) / len(credits)
+    return {
+        "accuracy": accuracy,
+        "interval": wilson_interval(accuracy, len(credits)),
+        "count": len(credits),
+        "pairs": len(pairs),
+        "ties": sum(pair["is_tie"] for pair in pairs),
+        "pairs_cut": sum(pair["is_cut"] for pair in pairs),
+    }

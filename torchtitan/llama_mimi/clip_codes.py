@@ -1,0 +1,195 @@
+"""Codes of benchmark clips, kept on disk so that a second model or preset does not encode them again.
+
+A cache is a folder of Parquet shards as tokenised corpora have them, each written whole; ``id`` is the SHA-256 of the
+audio file. Everything that codes depend on is in the name of the folder, so that nothing is ever mistaken.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from llama_mimi.audio import Waveform, read_audio
+from llama_mimi.benchmarks import Clip
+from llama_mimi.codec import MimiCodec, codec_hash
+from llama_mimi.corpora import unreadable
+from llama_mimi.files import file_system, find_files, write_whole
+from llama_mimi.ranks import Ranks
+from llama_mimi.token_store import StoredClip, shard_bytes
+from llama_mimi.versions import versions
+
+# Levels that are kept where the codec has them: models of fewer take a prefix.
+STORED_LEVELS = 8
+# Clips that are read ahead, sorted by length, encoded and written at once: what a kill loses.
+CLIPS_PER_CHUNK = 256
+READERS = 4  # threads that read and resample
+
+
+@dataclass(frozen=True)
+class CachedCodes:
+    """Codes of one clip: uint16 codes_TQ, and whether the recording went on after the cut."""
+
+    codes_TQ: np.ndarray
+    is_cut: bool
+
+
+class CodeCache:
+    """Codes by the SHA-256 of their audio.
+
+    Args:
+        folder: of all caches, local or on any fsspec path.
+        made_by: what codes depend on: codec hash, levels, cut, padding, versions.
+    """
+
+    def __init__(self, folder: str, made_by: dict[str, Any]) -> None:
+        key = hashlib.sha256(json.dumps(made_by, sort_keys=True).encode()).hexdigest()[:16]
+        self.folder = f"{folder.rstrip('/')}/{key}"
+        self._made_by = made_by
+
+    def load(self) -> dict[str, CachedCodes]:
+        """All that is there.
+
+        Raises:
+            UserError: a shard is damaged.
+        """
+        found: dict[str, CachedCodes] = {}
+        for path in find_files(f"{self.folder}/*.parquet", "*.parquet"):
+            try:
+                fs, bare = file_system(path)
+                with fs.open(bare) as stream:
+                    table = pq.ParquetFile(stream, page_checksum_verification=True).read(["id", "codes", "is_cut"])
+            except (OSError, pa.ArrowException) as error:
+                raise unreadable(path, error) from error
+            for name, codes, is_cut in zip(*(table[column].to_pylist() for column in table.column_names), strict=True):
+                found[name] = CachedCodes(np.array(codes, dtype=np.uint16), is_cut)
+        return found
+
+    def add(self, codes: dict[str, CachedCodes], frame_rate_hz: float) -> None:
+        """Write codes by the hash of their audio as one shard.
+
+        Raises:
+            UserError: the file system is full or refuses.
+        """
+        stored = [
+            StoredClip(audio_id, some.codes_TQ, len(some.codes_TQ) / frame_rate_hz, some.is_cut)
+            for audio_id, some in codes.items()
+        ]
+        if stored:
+            content = shard_bytes(stored, stored[0].codes_TQ.shape[1], {"columns": [], **self._made_by})
+            write_whole(self.folder, f"shard-{uuid4().hex}.parquet", content)
+
+
+def made_by(codec: MimiCodec, max_seconds: float, *, as_released: bool) -> dict[str, Any]:
+    """Everything that codes of a clip depend on.
+
+    Args:
+        codec: that encodes.
+        max_seconds: where clips are cut.
+        as_released: as `encode_clips`.
+    """
+    return {
+        "codec_sha256": codec_hash(codec.name),
+        "levels": _stored_levels(codec),
+        "dtype": str(codec.dtype),
+        "device": codec.device.type,
+        "max_audio_seconds": max_seconds,
+        "partial_frame": "as released" if as_released else "zeros",
+        "versions": {package: number for package, number in versions().items() if package != "commit"},
+    }
+
+
+def encode_clips(
+    codec: MimiCodec,
+    clips: Sequence[Clip],
+    cache: CodeCache,
+    ranks: Ranks,
+    max_seconds: float,
+    *,
+    as_released: bool = False,
+) -> tuple[list[str], dict[str, CachedCodes]]:
+    """Codes of all clips, from the cache or encoded now, a part by each rank.
+
+    Args:
+        codec: whose levels are returned; up to `STORED_LEVELS` are kept.
+        clips: to encode.
+        cache: taken from and added to.
+        ranks: that share the work.
+        max_seconds: longer clips are cut.
+        as_released: leave a partial last frame to the codec, as the first release does, one clip at a time.
+
+    Returns:
+        For each clip the SHA-256 of its audio, and codes by that.
+
+    Raises:
+        AudioError: a clip cannot be used. None is ever left out.
+        UserError: the cache is damaged or cannot be written.
+    """
+    known = cache.load()
+    deep = codec.at_depth(_stored_levels(codec))
+    mine = list(clips[ranks.rank :: ranks.world_size])
+    audio_ids: list[str] = []
+    with (
+        ThreadPoolExecutor(READERS) as pool,
+        tqdm(total=len(mine), unit="clip", desc="codes", disable=ranks.rank > 0) as progress,
+    ):
+        read = partial(_read, codec=deep, max_seconds=max_seconds, known=frozenset(known))
+        chunks = [mine[start : start + CLIPS_PER_CHUNK] for start in range(0, len(mine), CLIPS_PER_CHUNK)]
+        ahead: list[Future[tuple[str, Waveform | None]]] = [pool.submit(read, clip) for clip in (chunks or [[]])[0]]
+        for number, _ in enumerate(chunks):
+            current = ahead
+            ahead = [pool.submit(read, clip) for clip in chunks[number + 1]] if number + 1 < len(chunks) else []
+            try:
+                clips_read = [future.result() for future in current]
+            except Exception:
+                pool.shutdown(cancel_futures=True)
+                raise
+            audio_ids += [audio_id for audio_id, _ in clips_read]
+            new = {audio_id: waveform for audio_id, waveform in clips_read if waveform is not None}
+            if as_released:
+                codes = [deep.encode_as_released(waveform.samples_S) for waveform in new.values()]
+            else:
+                codes = deep.encode_many([waveform.samples_S for waveform in new.values()])
+            encoded = {
+                audio_id: CachedCodes(codes_TQ.numpy().astype(np.uint16), waveform.is_cut)
+                for (audio_id, waveform), codes_TQ in zip(new.items(), codes, strict=True)
+            }
+            cache.add(encoded, codec.frame_rate_hz)
+            known |= encoded
+            progress.update(len(clips_read))
+    all_ids = [""] * len(clips)
+    everything: dict[str, CachedCodes] = {}
+    mine_by_id = {audio_id: known[audio_id] for audio_id in audio_ids}
+    for rank, (some_ids, some_codes) in enumerate(ranks.gather((audio_ids, mine_by_id))):
+        all_ids[rank :: ranks.world_size] = some_ids
+        everything |= some_codes
+    Q = codec.num_quantizers
+    return all_ids, {audio_id: CachedCodes(some.codes_TQ[:, :Q], some.is_cut) for audio_id, some in everything.items()}
+
+
+def _stored_levels(codec: MimiCodec) -> int:
+    return max(codec.num_quantizers, min(STORED_LEVELS, codec.config.num_quantizers))
+
+
+def _read(clip: Clip, *, codec: MimiCodec, max_seconds: float, known: frozenset[str]) -> tuple[str, Waveform | None]:
+    """The SHA-256 of a clip's file, and its samples where they are needed."""
+    content = clip.read()
+    audio_id = hashlib.sha256(content).hexdigest()
+    if audio_id in known:
+        return audio_id, None
+    return audio_id, read_audio(
+        content,
+        codec.sample_rate_hz,
+        max_seconds=max_seconds,
+        name=str(clip.source) if isinstance(clip.source, Path) else clip.name,
+        min_samples=codec.frame_size,
+    )
