@@ -191,7 +191,7 @@ def test_inference_mistakes_get_one_sentence(converted, tmp_path, flags, message
     assert message in result.stderr and result.stderr.count("error: ") == 1 and "Traceback" not in result.stderr
 
 
-def test_a_benchmark_run_writes_what_explains_it(converted, tmp_path):
+def test_a_converted_model_is_scored(converted, tmp_path):
     data = tmp_path / "storycloze"
     data.mkdir()
     for index in range(8):
@@ -200,10 +200,8 @@ def test_a_benchmark_run_writes_what_explains_it(converted, tmp_path):
         *("eval/sStoryCloze.py", "--model_name", converted, "--data_dir", data, "--output_dir", tmp_path / "results")
     )
     assert result.returncode == 0, result.stderr
-    report = json.loads((tmp_path / "results/sStoryCloze/tiny/scores.json").read_text())
-    part = report["parts"]["storycloze"]
-    assert part["count"] == 4 == len(report["pairs"]) and part["interval"][0] <= part["accuracy"] <= part["interval"][1]
-    assert {"torch", "transformers", "commit"} <= report["versions"].keys() and len(report["codes_sha256"]) == 64
+    report = json.loads((tmp_path / "results/sStoryCloze/tiny/official.json").read_text())
+    assert report["parts"]["storycloze"]["count"] == 4 == len(report["pairs"])
     (data / "9_odd.ogg").write_bytes((data / "0_fitting.ogg").read_bytes())
     result = run("eval/sStoryCloze.py", "--model_name", converted, "--data_dir", data)
     assert result.returncode == 1 and "9_odd.ogg" in result.stderr and "Traceback" not in result.stderr

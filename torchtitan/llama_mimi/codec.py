@@ -78,6 +78,13 @@ class MimiCodec:
         other.num_quantizers = num_quantizers
         return other
 
+    def to(self, device: torch.device | str) -> "MimiCodec":
+        """The same codec on another device; its weights are moved, not copied."""
+        other = copy(self)
+        other.device = torch.device(device)
+        other.model = self.model.to(other.device)
+        return other
+
     def num_frames(self, num_samples: int) -> int:
         """T of a clip of ``num_samples`` samples; a partial last frame counts as one."""
         return math.ceil(num_samples / self.frame_size)

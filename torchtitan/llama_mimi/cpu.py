@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from llama_mimi.errors import UserError
+
 # Of glibc's malloc.h: how many blocks may be mapped one by one, and how much free memory is kept.
 M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
 
@@ -45,6 +47,18 @@ def keep_freed_memory() -> None:
     if hasattr(libc, "mallopt"):
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def available_device(name: str) -> torch.device:
+    """The device of this name.
+
+    Raises:
+        UserError: there is none here.
+    """
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"the device '{name}' is not available here; use --device cpu") from error
 
 
 def _total_memory() -> int:

@@ -25,7 +25,7 @@ from llama_mimi.scoring import Preset, preset, with_options
 from llama_mimi.speech_model import DECODER_DTYPES, load_speech_model
 from llama_mimi.versions import versions
 
-BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
+BATCH_TOKENS = (4096, 32768)  # without and with a GPU (scripts/bench_eval.py)
 FORMAT = 1
 
 
@@ -125,7 +125,7 @@ class BenchmarkScript:
             "settings": {
                 "dtype": flags.dtype,
                 "device": ranks.device.type,
-                "batch_tokens": flags.batch_tokens or BATCH_TOKENS[ranks.device.type],
+                "batch_tokens": flags.batch_tokens or BATCH_TOKENS[ranks.device.type == "cuda"],
                 "max_audio_seconds": flags.max_audio_seconds,
             },
             "versions": versions(),

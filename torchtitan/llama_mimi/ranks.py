@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from llama_mimi.cpu import available_device
 from llama_mimi.errors import UserError
 
 # Ranks wait for the slowest at the end.
@@ -38,7 +39,7 @@ class Ranks:
             dist.init_process_group(
                 "gloo", store=self._store, rank=self.rank, world_size=self.world_size, timeout=TIMEOUT
             )
-        self.device = torch.device(device or "cpu")
+        self.device = available_device(device or "cpu")
         if device is None and torch.cuda.is_available():
             local_rank = int(os.environ.get("LOCAL_RANK", 0))
             if local_rank >= torch.cuda.device_count():

@@ -6,6 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 from llama_mimi.codec import DEFAULT_CODEC, DTYPES, MimiCodec
+from llama_mimi.cpu import available_device
 from llama_mimi.errors import UserError
 from llama_mimi.hub import load_pretrained
 from llama_mimi.sequences import SequenceBuilder
@@ -26,6 +27,10 @@ class SpeechModel:
     @property
     def device(self) -> torch.device:
         return self.codec.device
+
+    def to(self, device: torch.device | str) -> "SpeechModel":
+        """The same model on another device; its weights are moved, not copied."""
+        return SpeechModel(self.decoder.to(device), self.sequences, self.codec.to(device))
 
 
 def default_device() -> str:
@@ -48,11 +53,7 @@ def load_speech_model(
     Raises:
         UserError: something is missing, or decoder, tokenizer and codec do not fit together.
     """
-    device = device or default_device()
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"the device '{device}' is not available here; use --device cpu") from error
+    device = available_device(device or default_device())
     decoder = load_pretrained(AutoModelForCausalLM, model_name, what="model", dtype=DECODER_DTYPES[dtype])
     decoder.generation_config = GenerationConfig()  # sampling is set by the caller alone
     num_quantizers = getattr(decoder.config, "num_quantizers", None)

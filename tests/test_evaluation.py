@@ -1,0 +1,353 @@
+"""The way from a benchmark to its result file: encoding, scoring, kills, ranks, and what is written."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import ROOT, TINY
+from transformers import LlamaForCausalLM
+
+from llama_mimi.accuracy import part_results
+from llama_mimi.audio import AudioError, read_audio
+from llama_mimi.benchmarks import SALMON_PARTS, Benchmark, Clip, Pair, read_salmon
+from llama_mimi.clip_codes import CodeCache, encode_clips, made_by
+from llama_mimi.clip_scores import ScoreLog, score_clips
+from llama_mimi.errors import UserError
+from llama_mimi.evaluation import results
+from llama_mimi.hf import hf_config
+from llama_mimi.likelihood import batch_scores
+from llama_mimi.model import FLAVORS, LlamaMimiArgs
+from llama_mimi.ranks import Ranks
+from llama_mimi.salmon_model import SalmonModel
+from llama_mimi.scoring import Scoring, preset
+from llama_mimi.speech_model import SpeechModel, load_speech_model
+
+SALMON = TINY / "benchmarks" / "salmon"
+
+
+@pytest.fixture(scope="module")
+def model(codec, sequences):
+    torch.manual_seed(0)
+    args = LlamaMimiArgs(**{**vars(FLAVORS["tiny"]), "vocab_size": sequences.vocabulary.size})
+    return SpeechModel(LlamaForCausalLM(hf_config(args)).eval(), sequences, codec)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory, model):
+    folder = tmp_path_factory.mktemp("models") / "random"
+    model.decoder.config.update({"num_quantizers": 4, "codec": str(TINY / "mimi")})
+    model.decoder.save_pretrained(folder)
+    model.sequences.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def cache(folder, codec, max_seconds=20.0, as_released=False):
+    return CodeCache(str(folder), made_by(codec, max_seconds, as_released=as_released))
+
+
+def clips_of(*paths):
+    return [Clip(path.name, path) for path in paths]
+
+
+def speech(tmp_path, name, seconds, rate_hz=24_000, channels=1):
+    """A clip of real duration made of the prompt, over and over."""
+    samples_S = read_audio(TINY / "prompt.wav", rate_hz).samples_S.numpy()
+    samples_S = np.resize(samples_S, round(seconds * rate_hz))
+    path = tmp_path / name
+    soundfile.write(path, np.repeat(samples_S[:, None], channels, axis=1), rate_hz)
+    return path
+
+
+# Encoding
+
+
+def test_codes_are_encoded_once(tmp_path, codec, monkeypatch):
+    clips = clips_of(*sorted((SALMON / "speaker_consistency").glob("sample_1?_0.ogg")))
+    monkeypatch.setattr("llama_mimi.clip_codes.CLIPS_PER_CHUNK", 4)
+    ids, codes = encode_clips(codec, clips, cache(tmp_path, codec), Ranks(), 20.0)
+    for clip, audio_id in zip(clips, ids, strict=True):
+        (expected_TQ,) = codec.encode([read_audio(clip.source, 24_000).samples_S])
+        assert np.array_equal(codes[audio_id].codes_TQ, expected_TQ.numpy())
+    assert len(list(tmp_path.rglob("*.parquet"))) == 3
+    monkeypatch.setattr("llama_mimi.codec.MimiCodec.encode_many", lambda *_: [])  # nothing is left to encode
+    again = encode_clips(codec, clips, cache(tmp_path, codec), Ranks(), 20.0)
+    assert again[0] == ids and all(np.array_equal(again[1][i].codes_TQ, codes[i].codes_TQ) for i in ids)
+    deeper = codec.at_depth(8)  # a model of more levels finds them, too
+    _, deep = encode_clips(deeper, clips, cache(tmp_path, deeper), Ranks(), 20.0)
+    assert all(
+        deep[i].codes_TQ.shape[1] == 8 and np.array_equal(deep[i].codes_TQ[:, :4], codes[i].codes_TQ) for i in ids
+    )
+
+
+@pytest.mark.parametrize(("max_seconds", "as_released"), [(1.0, False), (20.0, True)])
+def test_codes_made_in_another_way_are_kept_apart(tmp_path, codec, max_seconds, as_released):
+    clips = clips_of(*sorted((SALMON / "speaker_consistency").glob("sample_1?_0.ogg")))
+    ids, plain = encode_clips(codec, clips, cache(tmp_path, codec), Ranks(), 20.0)
+    other_cache = cache(tmp_path, codec, max_seconds, as_released)
+    _, other = encode_clips(codec, clips, other_cache, Ranks(), max_seconds, as_released=as_released)
+    assert any(not np.array_equal(plain[i].codes_TQ, other[i].codes_TQ) for i in ids)
+    assert len(list(tmp_path.iterdir())) == 2
+    if as_released:  # only a partial last frame is encoded otherwise
+        assert all(np.array_equal(plain[i].codes_TQ[:-1], other[i].codes_TQ[:-1]) for i in ids)
+
+
+def test_a_damaged_cache_is_named(tmp_path, codec):
+    clips = clips_of(TINY / "prompt.wav")
+    encode_clips(codec, clips, cache(tmp_path, codec), Ranks(), 20.0)
+    (shard,) = tmp_path.rglob("*.parquet")
+    shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(UserError, match=shard.name):
+        encode_clips(codec, clips, cache(tmp_path, codec), Ranks(), 20.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nothing.wav", "is empty (0 bytes)"),
+        ("short.wav", "less than one codec frame"),
+        ("text.wav", "no readable audio"),
+    ],
+)
+def test_a_clip_that_cannot_be_used_stops_the_run(tmp_path, codec, name, message):
+    path = tmp_path / name
+    if name == "short.wav":
+        speech(tmp_path, name, 0.05)
+    else:
+        path.write_bytes(b"" if name == "nothing.wav" else b"no audio")
+    with pytest.raises(AudioError) as error:
+        encode_clips(codec, clips_of(TINY / "prompt.wav", path), cache(tmp_path / "codes", codec), Ranks(), 20.0)
+    assert message in str(error.value) and str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(("rate_hz", "channels"), [(16_000, 1), (44_100, 2)])
+def test_clips_of_another_rate_are_resampled(tmp_path, codec, rate_hz, channels):
+    path = speech(tmp_path, "other.wav", 1.6, rate_hz, channels)
+    (audio_id,), codes = encode_clips(codec, clips_of(path), cache(tmp_path / "codes", codec), Ranks(), 20.0)
+    assert codes[audio_id].codes_TQ.shape == (20, 4)
+
+
+def test_pairs_touched_by_the_cut_are_counted(tmp_path, codec, model):
+    long, exact, short = (speech(tmp_path, f"{s}.wav", s) for s in (20.5, 20.0, 1.0))
+    clips = clips_of(long, exact, short, short)
+    ids, codes = encode_clips(codec, clips, cache(tmp_path / "codes", codec), Ranks(), 20.0)
+    assert [codes[i].is_cut for i in ids] == [True, False, False, False]
+    assert [len(codes[i].codes_TQ) for i in ids] == [250, 250, 13, 13]
+    pairs = [Pair("a", "0", clips[0], clips[1], "0"), Pair("a", "1", clips[2], clips[3], "1")]
+    chosen = preset("official", None)
+    scores = score_clips(model, codes, chosen.scoring, 4096, ScoreLog(tmp_path / "log", {}), Ranks())
+    report = results(Benchmark(pairs), ids, codes, scores, chosen, SALMON_PARTS)
+    assert (report["parts"]["a"]["pairs_cut"], report["parts"]["a"]["ties"]) == (1, 1)
+    assert [pair["correct"] for pair in report["pairs"]][1] == 0.5 and report["mean_of_parts"] is None
+    strict = results(Benchmark(pairs), ids, codes, scores, preset("original", None), ())
+    assert strict["pairs"][1]["correct"] == 0.0 and strict["pairs"][1]["is_tie"]
+
+
+# Scoring
+
+
+@pytest.mark.parametrize("name", ["official", "original"])
+@pytest.mark.parametrize("levels", [None, (0,)])
+def test_batches_score_as_clips_alone_do(tmp_path, codec, model, name, levels):
+    """Within 1e-4, and every decision the same, on all pairs of a tiny set."""
+    pairs = read_salmon(str(SALMON)).pairs[:40]
+    clips = [clip for pair in pairs for clip in (pair.positive, pair.negative)]
+    ids, codes = encode_clips(codec, clips, cache(tmp_path / "codes", codec), Ranks(), 20.0)
+    scoring = preset(name, levels).scoring
+    batched = score_clips(model, codes, scoring, 4096, ScoreLog(tmp_path / "log", {}), Ranks())
+    alone = {
+        i: batch_scores(model, [(torch.from_numpy(codes[i].codes_TQ.astype("int64")), codes[i].is_cut)], scoring)[0]
+        for i in codes
+    }
+    assert batched == pytest.approx(alone, abs=1e-4)
+    for positive, negative in zip(ids[::2], ids[1::2], strict=True):
+        assert (batched[positive] > batched[negative]) == (alone[positive] > alone[negative])
+
+
+def test_what_was_scored_before_a_kill_is_kept(tmp_path, codec, model, monkeypatch):
+    clips = clips_of(*sorted((SALMON / "speaker_consistency").glob("sample_1?_0.ogg")))
+    _, codes = encode_clips(codec, clips, cache(tmp_path / "codes", codec), Ranks(), 20.0)
+    scoring = Scoring(None)
+    whole = score_clips(model, codes, scoring, 500, ScoreLog(tmp_path / "whole", {"a": 1}), Ranks())
+    calls = []
+
+    def counted(*args):
+        calls.append(len(args[1]))
+        return batch_scores(*args)
+
+    monkeypatch.setattr("llama_mimi.clip_scores.batch_scores", counted)
+    (log,) = (tmp_path / "whole").iterdir()
+    lines = log.read_text().splitlines(keepends=True)
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / "1.jsonl").write_text("".join(lines[:3]) + lines[3][:20])  # cut off in the third batch
+    (tmp_path / "killed" / "2.jsonl").write_text(lines[0].replace("1", "2") + "".join(lines[3:]))  # of another model
+    (tmp_path / "killed" / "3.jsonl").write_text(lines[0][:5])
+    resumed = score_clips(model, codes, scoring, 500, ScoreLog(tmp_path / "killed", {"a": 1}), Ranks())
+    assert resumed == whole and len(calls) == len(lines) - 1 - 2
+
+
+# SALMon's own loop
+
+
+def test_salmons_own_loop_gives_the_same_accuracy(tmp_path, codec, model):
+    """The benchmark's semantics, written anew: pairs one by one, likelier is right, a tie is half."""
+    pairs = read_salmon(str(SALMON)).pairs[:30]
+    salmon_model = SalmonModel(model, sample_rate_hz=24_000).to("cpu")
+    right = []
+    for pair in pairs:
+        samples = [soundfile.read(clip.source, dtype="float32")[0] for clip in (pair.positive, pair.negative)]
+        positive, negative = (salmon_model.log_likelihood([torch.from_numpy(wav)[None]]) for wav in samples)
+        outcome = torch.zeros_like(positive)
+        outcome[positive > negative] = 1
+        outcome[positive == negative] = 0.5
+        right.append(outcome)
+    expected = torch.cat(right).mean().item()
+
+    ids, codes = encode_clips(codec, Benchmark(pairs).clips, cache(tmp_path / "codes", codec), Ranks(), 20.0)
+    chosen = preset("official", None)
+    scores = score_clips(model, codes, chosen.scoring, 4096, ScoreLog(tmp_path / "log", {}), Ranks())
+    report = results(Benchmark(pairs), ids, codes, scores, chosen, SALMON_PARTS)
+    assert report["parts"]["speaker_consistency"]["accuracy"] == expected
+    assert 0 < expected < 1
+    together = salmon_model.log_likelihood([torch.from_numpy(wav) for wav in samples])
+    assert together.tolist() == pytest.approx([positive.item(), negative.item()], abs=1e-5)
+
+
+# The scripts
+
+
+def command(model_folder, output_dir, data_dir=SALMON, *flags, script="eval/salmon.py"):
+    common = ["--model_name", model_folder, "--data_dir", data_dir, "--output_dir", output_dir, *flags]
+    return [ROOT / script, *common]
+
+
+def run(*parts, ranks=1):
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", ranks] if ranks > 1 else []
+    return subprocess.run(
+        [sys.executable, *map(str, [*launcher, *parts])], cwd=ROOT, text=True, capture_output=True, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def some_pairs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "salmon" / "speaker_consistency"
+    folder.mkdir(parents=True)
+    for path in (SALMON / "speaker_consistency").glob("sample_[1-3]?_*.ogg"):
+        shutil.copy(path, folder)
+    return folder.parent
+
+
+def report_of(output_dir, name="official"):
+    return json.loads((output_dir / "salmon" / "random" / f"{name}.json").read_text())
+
+
+@pytest.mark.distributed
+def test_ranks_and_kills_give_the_same_file(model_folder, some_pairs, tmp_path):
+    result = run(*command(model_folder, tmp_path / "one", some_pairs))
+    assert result.returncode == 0, result.stderr
+    expected = (tmp_path / "one" / "salmon" / "random" / "official.json").read_bytes()
+
+    result = run(*command(model_folder, tmp_path / "two", some_pairs), ranks=2)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "two" / "salmon" / "random" / "official.json").read_bytes() == expected
+
+    # Killed when some batches are scored, and started again; the codes are there from the first run.
+    shutil.copytree(tmp_path / "one" / "codes", tmp_path / "killed" / "codes")
+    partial = tmp_path / "killed" / "salmon" / "random" / "official.partial"
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command(model_folder, tmp_path / "killed", some_pairs, "--batch_tokens", 4096))],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not list(partial.glob("*.jsonl")) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert list(partial.glob("*.jsonl")) and not partial.with_name("official.json").exists()
+    result = run(*command(model_folder, tmp_path / "killed", some_pairs))
+    assert result.returncode == 0, result.stderr
+    assert partial.with_name("official.json").read_bytes() == expected and not partial.exists()
+
+
+def test_result_files_explain_themselves(model_folder, some_pairs, tmp_path):
+    result = run(*command(model_folder, tmp_path, some_pairs, "--levels", "0,1", "--window_seconds", "0.4"))
+    assert result.returncode == 0, result.stderr
+    report = report_of(tmp_path, "official-levels_0_1-window_0.4s")
+    assert report["preset"] == "official-levels_0_1-window_0.4s" and report["scoring"]["window_seconds"] == 0.4
+    part = report["parts"]["speaker_consistency"]
+    assert part["count"] == 30 == len(report["pairs"]) and part["interval"][0] < part["accuracy"] < part["interval"][1]
+    assert report["pairs"][0].keys() >= {"positive_score", "negative_score", "correct"}
+    assert {"torch", "transformers", "commit"} <= report["versions"].keys()
+    assert all(len(report[key]) == 64 for key in ("codes_sha256", "model_sha256"))
+    assert len(report["codec"]["sha256"]) == 64 and report["settings"]["dtype"] == "float32"
+    assert "no mean" in result.stdout and part_results(report["pairs"], by_group=True)["speaker_consistency"] == {
+        **part,
+        "interval": tuple(part["interval"]),
+    }
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_other_precisions_stay_close(model_folder, dtype):
+    clips = [(torch.randint(256, (T, 4), generator=torch.Generator().manual_seed(T)), False) for T in (12, 40)]
+    full, low = (
+        batch_scores(load_speech_model(str(model_folder), dtype=name), clips, Scoring(None))
+        for name in ("float32", dtype)
+    )
+    assert low == pytest.approx(full, abs=0.02) and low != full
+
+
+def test_slm21_writes_the_official_submission(model_folder, tmp_path):
+    data = tmp_path / "sLM21"
+    for task in ("lexical", "syntactic"):
+        source = TINY / "benchmarks" / "sLM21" / task / "dev"
+        (data / task / "dev").mkdir(parents=True)
+        rows = (source / "gold.csv").read_text().splitlines()[:9]
+        (data / task / "dev" / "gold.csv").write_text("\n".join(rows) + "\n")
+        column = rows[0].split(",").index("filename")
+        for row in rows[1:]:
+            shutil.copy(source / f"{row.split(',')[column]}.ogg", data / task / "dev")
+    (data / "lexical" / "test").mkdir()
+    shutil.copy(TINY / "prompt.wav", data / "lexical" / "test" / "xyz.wav")
+    result = run(*command(model_folder, tmp_path / "results", data, script="eval/sLM21.py"))
+    assert result.returncode == 0, result.stderr
+    folder = tmp_path / "results" / "sLM21" / "random"
+    report = json.loads((folder / "official.json").read_text())
+    scores = {}
+    for task, split in (("lexical", "dev"), ("lexical", "test"), ("syntactic", "dev")):
+        for line in (folder / "official_submission" / task / f"{split}.txt").read_text().splitlines():
+            name, score = line.split(" ")
+            scores[name] = float(score)
+    assert "xyz" in scores and len(scores) == 17 and report["unpaired_clips"] == 1
+    for pair in report["pairs"]:
+        assert scores[pair["positive"].removesuffix(".ogg")] == pair["positive_score"]
+        assert scores[pair["negative"].removesuffix(".ogg")] == pair["negative_score"]
+    assert report["parts"]["syntactic_dev"]["by"]["type"]["word_order"]["count"] == 4
+    assert report["scoring"]["levels"] == [0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--preset", "original", "--levels", "0"), "--preset original is fixed"),
+        (("--levels", "9"), "level 9, but the model has the levels 0 to 3"),
+        (("--batch_tokens", "0"), "--batch_tokens is 0"),
+        (("--max_audio_seconds", "-1"), "--max_audio_seconds is -1"),
+        (("--device", "nothing"), "device 'nothing' is not available"),
+        (("--data_dir", "README.md"), "'README.md' is neither a folder"),
+        (("--output_dir", "README.md"), "'README.md"),
+    ],
+)
+def test_mistakes_get_one_sentence(model_folder, some_pairs, tmp_path, flags, message):
+    result = run(*command(model_folder, tmp_path, some_pairs, *flags))
+    assert result.returncode == 1
+    assert message in result.stderr and result.stderr.count("error: ") == 1 and "Traceback" not in result.stderr

@@ -1,0 +1,56 @@
+"""A speech model as SALMon's own evaluation loop wants it (arXiv 2409.07437, its ``InferenceModel``)."""
+
+from collections.abc import Sequence
+
+import torch
+import torchaudio.functional
+
+from llama_mimi.likelihood import batch_scores
+from llama_mimi.scoring import Scoring
+from llama_mimi.speech_model import SpeechModel
+
+SALMON_RATE_HZ = 16_000  # of the benchmark's files; its loop hands over samples without their rate
+
+
+class SalmonModel:
+    """``log_likelihood(wavs)`` and ``to(device)``, which is all that SALMon's loop calls.
+
+    Args:
+        model: that scores.
+        sample_rate_hz: of the samples that will come.
+        scoring: by default that of preset "official".
+        max_audio_seconds: longer clips are cut, as by the scripts in eval/.
+    """
+
+    def __init__(
+        self,
+        model: SpeechModel,
+        sample_rate_hz: int = SALMON_RATE_HZ,
+        scoring: Scoring | None = None,
+        max_audio_seconds: float = 20.0,
+    ) -> None:
+        self._model, self._rate_hz, self._max_seconds = model, sample_rate_hz, max_audio_seconds
+        self._scoring = scoring or Scoring(levels=None)
+
+    def log_likelihood(self, wavs: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Scores (B,), float64; higher is likelier.
+
+        Args:
+            wavs: clips of shape (channels, S) or (S,).
+        """
+        codec = self._model.codec
+        limit = round(self._max_seconds * codec.sample_rate_hz)
+        samples = [
+            torchaudio.functional.resample(
+                wav.float().cpu().reshape(-1, wav.shape[-1]).mean(dim=0), self._rate_hz, codec.sample_rate_hz
+            )
+            for wav in wavs
+        ]
+        codes = codec.encode_many([samples_S[:limit] for samples_S in samples])
+        is_cut = [len(samples_S) > limit for samples_S in samples]
+        scores = batch_scores(self._model, list(zip(codes, is_cut, strict=True)), self._scoring)
+        return torch.tensor(scores, dtype=torch.float64)
+
+    def to(self, device: torch.device | str) -> "SalmonModel":
+        """The same model on another device."""
+        return SalmonModel(self._model.to(device), self._rate_hz, self._scoring, self._max_seconds)
