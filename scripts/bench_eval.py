@@ -1,0 +1,174 @@
+"""How fast benchmarks are scored: one clip at a time, in batches, and with codes that are there already.
+
+    uv run python scripts/bench_eval.py --model_name models/tiny
+    uv run python scripts/bench_eval.py --flavor 1B --dtype bfloat16 --pairs 100
+
+One clip at a time is what the first release does: read, encode, write the codes as text, call the tokenizer, make all
+logits, take the mean over the labels. It is written here only, with `transformers` as it comes. Every measurement is a
+process of its own, which loads the model before the clock starts; the ways take turns. Scores of one clip at a time must
+be those of preset "original" to 1e-4, and every decision the same.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, MimiModel
+
+from llama_mimi.audio import read_audio
+from llama_mimi.benchmarks import Benchmark, read_salmon, read_slm21, read_storycloze
+from llama_mimi.clip_codes import CodeCache, encode_clips, made_by
+from llama_mimi.clip_scores import ScoreLog, score_clips
+from llama_mimi.codec import DEFAULT_CODEC, MimiCodec
+from llama_mimi.errors import UserError, run_cli
+from llama_mimi.evaluation import BATCH_TOKENS
+from llama_mimi.hf import hf_config
+from llama_mimi.hub import load_pretrained
+from llama_mimi.model import FLAVORS, LlamaMimiArgs
+from llama_mimi.ranks import Ranks
+from llama_mimi.scoring import preset
+from llama_mimi.sequences import SequenceBuilder, load_sequences
+from llama_mimi.speech_model import DECODER_DTYPES, SpeechModel
+from llama_mimi.units import text_from_codes
+from llama_mimi.versions import versions
+
+READERS: dict[str, tuple[Callable[[str], Benchmark], str, tuple[int, ...] | None]] = {
+    "SALMon": (read_salmon, "salmon", None),
+    "sLM21": (read_slm21, "sLM21", (0,)),
+    "StoryCloze": (read_storycloze, "storycloze", (0,)),
+}
+ALONE, BATCHED, CACHED = "one clip at a time", "in batches", "in batches, codes cached"
+LLAMA_3_ROWS = 136_450  # of a vocabulary with 4 levels, so that a random model has the output layer of a real one
+MAX_SECONDS = 20.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name", default="models/tiny", help="hub id or folder")
+    parser.add_argument("--flavor", choices=FLAVORS, help="random weights of this shape in place of --model_name")
+    parser.add_argument("--codec", default="assets/tiny/mimi", help="of a random model")
+    parser.add_argument("--data_dir", type=Path, default=Path("assets/tiny/benchmarks"))
+    parser.add_argument("--dtype", choices=DECODER_DTYPES, default="float32", help="of the decoder")
+    parser.add_argument("--pairs", type=int, default=60, help="of each benchmark, spread over it")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--probe", nargs=3, help=argparse.SUPPRESS)  # benchmark, way, folder: one measurement
+    flags = parser.parse_args()
+    if flags.probe:
+        print(json.dumps(probe(flags, *flags.probe)))
+        return
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    threads = torch.get_num_threads()
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {gpu}, {threads} threads")
+    print(", ".join(f"{name} {version}" for name, version in versions().items()) + "\n")
+    print(f"| pairs per second | {ALONE} | {BATCHED} | {CACHED} | ratios |\n|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [row(flags, benchmark, Path(folder)) for benchmark in READERS]
+    print("\n" + "\n".join(check for _, check in rows) + "\n")
+    print(json.dumps({"device": gpu, "model": flags.flavor or flags.model_name, "ratios": dict(r for r, _ in rows)}))
+
+
+def row(flags: argparse.Namespace, benchmark: str, folder: Path) -> tuple[tuple[str, list[float]], str]:
+    """Measure one benchmark and print its line."""
+    rates: dict[str, list[float]] = {way: [] for way in (ALONE, BATCHED, CACHED)}
+    for repeat in range(flags.repeats):  # in turn, so that a slow minute of the machine hits all of them
+        for way, measured in rates.items():
+            # The codes that the batches made are there for the last way.
+            result = measure(flags, benchmark, way, folder / f"{benchmark}_{repeat}")
+            measured.append(result["pairs"] / result["seconds"])
+    medians = {way: statistics.median(measured) for way, measured in rates.items()}
+    cells = [f"{medians[way]:.1f} ({min(m):.1f} to {max(m):.1f})" for way, m in rates.items()]
+    ratios = [medians[way] / medians[ALONE] for way in (BATCHED, CACHED)]
+    print(f"| {benchmark} | {' | '.join(cells)} | {ratios[0]:.1f}, {ratios[1]:.1f} |", flush=True)
+    alone, original = (measure(flags, benchmark, way, folder / benchmark)["scores"] for way in (ALONE, "original"))
+    difference = max(abs(a - b) for a, b in zip(alone, original, strict=True))
+    flipped = sum(
+        (a0 > a1) != (b0 > b1)
+        for a0, a1, b0, b1 in zip(alone[::2], alone[1::2], original[::2], original[1::2], strict=True)
+    )
+    check = f"{benchmark}: scores differ by {difference:.1e} at most, {flipped} of {len(alone) // 2} decisions differ"
+    return (benchmark, ratios), check
+
+
+def measure(flags: argparse.Namespace, benchmark: str, way: str, folder: Path) -> dict[str, Any]:
+    """One measurement in its own process."""
+    result = subprocess.run(
+        [sys.executable, __file__, *sys.argv[1:], "--probe", benchmark, way, str(folder)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    if result.returncode:
+        raise UserError(f"scoring {benchmark} {way} failed; what was wrong stands above")
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def probe(flags: argparse.Namespace, benchmark: str, way: str, folder: str) -> dict[str, Any]:
+    read, name, levels = READERS[benchmark]
+    pairs = read(str(flags.data_dir / name)).pairs
+    pairs = pairs[:: max(1, len(pairs) // flags.pairs)][: flags.pairs]
+    clips = Benchmark(pairs).clips
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if way == ALONE:
+        decoder, sequences, codec_name = load_parts(flags, device)
+        codec = load_pretrained(MimiModel, codec_name, what="codec", dtype=torch.float32).to(device).eval()
+        start = time.perf_counter()
+        scores = [score_alone(clip.read(), decoder, sequences.tokenizer, codec, levels) for clip in clips]
+        return {"pairs": len(pairs), "seconds": time.perf_counter() - start, "scores": scores}
+    decoder, sequences, codec_name = load_parts(flags, device)
+    model = SpeechModel(decoder, sequences, MimiCodec(codec_name, decoder.config.num_quantizers, device))
+    chosen = preset("original" if way == "original" else "official", levels)
+    cache = CodeCache(folder, made_by(model.codec, MAX_SECONDS, as_released=chosen.scoring.as_released))
+    start = time.perf_counter()
+    ids, codes = encode_clips(model.codec, clips, cache, Ranks(), MAX_SECONDS, as_released=chosen.scoring.as_released)
+    with tempfile.TemporaryDirectory() as log:
+        scored = score_clips(
+            model, codes, chosen.scoring, BATCH_TOKENS[device == "cuda"], ScoreLog(Path(log), {}), Ranks()
+        )
+    seconds = time.perf_counter() - start
+    return {"pairs": len(pairs), "seconds": seconds, "scores": [scored[audio_id] for audio_id in ids]}
+
+
+def load_parts(flags: argparse.Namespace, device: str) -> tuple[LlamaForCausalLM, SequenceBuilder, str]:
+    """Decoder, token sequences and the codec's name of the model, or of a random one.
+
+    Nothing of the codec is loaded here: it changes how the process keeps memory, and one clip at a time is to go as it
+    would without this project.
+    """
+    dtype = DECODER_DTYPES[flags.dtype]
+    if flags.flavor is None:
+        decoder = load_pretrained(AutoModelForCausalLM, flags.model_name, what="model", dtype=dtype).to(device).eval()
+        codec_name = getattr(decoder.config, "codec", DEFAULT_CODEC)
+        return decoder, load_sequences(flags.model_name, codec_name, decoder.config.num_quantizers), codec_name
+    torch.manual_seed(0)
+    args = LlamaMimiArgs(**{**vars(FLAVORS[flags.flavor]), "vocab_size": LLAMA_3_ROWS})
+    with torch.device(device):
+        decoder = LlamaForCausalLM(hf_config(args, num_quantizers=4)).to(dtype).eval()
+    return decoder, load_sequences("assets/tiny/llama", flags.codec, 4), flags.codec
+
+
+@torch.no_grad()
+def score_alone(
+    content: bytes, decoder: LlamaForCausalLM, tokenizer: Any, codec: MimiModel, levels: tuple[int, ...] | None
+) -> float:
+    """The first release's way to a score; higher is likelier."""
+    Q = decoder.config.num_quantizers
+    samples_S = read_audio(content, codec.config.sampling_rate, max_seconds=MAX_SECONDS).samples_S
+    codes_QT = codec.encode(samples_S[None, None].to(decoder.device), num_quantizers=Q).audio_codes[0]
+    ids_1L = tokenizer(text_from_codes(codes_QT.T.cpu()), return_tensors="pt").input_ids
+    labels_1L = ids_1L.clone()
+    if levels is not None:
+        labels_1L[:, [position for position in range(ids_1L.shape[1]) if (position - 2) % Q or position < 2]] = -100
+    return -decoder(input_ids=ids_1L.to(decoder.device), labels=labels_1L.to(decoder.device)).loss.item()
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,143 @@
+"""The report over result files: what is in the table, beside it, and what is refused."""
+
+import json
+import tomllib
+
+import pytest
+import report
+from conftest import ROOT
+
+from llama_mimi.accuracy import mean_of_parts, part_results
+from llama_mimi.benchmarks import SALMON_PARTS
+from llama_mimi.errors import UserError
+
+PUBLISHED = ROOT / "eval" / "published.toml"
+
+
+def result_file(folder, model, preset, benchmark, corrects, *, cut=0, sha256="a" * 64, data="data", voices=1):
+    """Writes a result file with the given credits in every part; returns its path."""
+    pairs = [
+        {
+            "part": part,
+            "name": str(i),
+            "group": str(i // voices),
+            "labels": {},
+            "correct": float(correct),
+            "is_tie": correct == 0.5,
+            "is_cut": i < cut,
+        }
+        for part, of_part in corrects.items()
+        for i, correct in enumerate(of_part)
+    ]
+    parts = part_results(pairs, by_group=preset != "original")
+    content = {
+        "format": 1,
+        "benchmark": benchmark,
+        "preset": preset,
+        "model": model,
+        "model_sha256": sha256,
+        "data": data,
+        "scoring": {"by_group": preset != "original"},
+        "settings": {"max_audio_seconds": 20.0},
+        "parts": parts,
+        "mean_of_parts": mean_of_parts(parts, SALMON_PARTS),
+        "pairs": pairs,
+    }
+    path = folder / benchmark / model.split("/")[-1] / f"{preset}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.fixture
+def make(monkeypatch, capsys):
+    """Runs the script with some flags; returns what it prints."""
+
+    def run(*flags):
+        monkeypatch.setattr("sys.argv", ["report.py", "--published", str(PUBLISHED), *map(str, flags)])
+        report.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def cells(text, name):
+    """Cells by heading of the row that begins with a name."""
+    table = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")
+    ]
+    (row,) = [line for line in table if line[0] == name]
+    return dict(zip(table[0], row, strict=True))
+
+
+def test_a_table_of_models_by_benchmarks(tmp_path, make):
+    salmon = {part: [1] * (10 + i) + [0] * (10 - i) for i, part in enumerate(SALMON_PARTS)}
+    result_file(tmp_path / "one", "org/big", "official", "salmon", salmon, cut=3)
+    words = {"lexical_dev": [1, 1, 1, 0, 0, 0, 0, 0]}
+    result_file(tmp_path / "one", "org/big", "official", "sLM21", words, voices=4)
+    result_file(tmp_path / "two", "org/big", "original", "sLM21", words, voices=4)
+    result_file(tmp_path / "two", "small", "official", "salmon", {"speaker_consistency": [0.5] * 20}, data="other")
+    result_file(tmp_path / "two", "small", "official-window_1s", "salmon", {"speaker_consistency": [1] * 20})
+    text = make("--results", tmp_path / "one", tmp_path / "two", "--picture", tmp_path / "bars.png")
+    standard, other = text.split("## Other scoring")
+    big = cells(standard, "big (official)")
+    assert list(big)[1:3] == ["SALMon background alignment", "SALMon background all consistency"]
+    assert big["SALMon speaker consistency"] == "85.0 (64.0 to 94.8)" and big["SALMon mean"].startswith("67.5 (")
+    # Three of four voices of one word, none of the other: official counts two words, original eight pairs.
+    assert big["sWUGGY"].startswith("37.5 (") and cells(standard, "big (original)")["sWUGGY"].startswith("37.5 (")
+    assert big["sWUGGY"] != cells(standard, "big (original)")["sWUGGY"]
+    small = cells(standard, "small (official)")
+    assert small["SALMon speaker consistency"].startswith("50.0") and small["SALMon mean"] == small["sWUGGY"] == ""
+    rerun = cells(standard, "Llama-Mimi-1.3B [independent rerun of the released checkpoint]")
+    assert (rerun["SALMon mean"], rerun["sWUGGY"]) == ("73.3", "")
+    assert "3 of 20 pairs were touched by the cut at 20 s" in standard and "window" not in standard
+    assert "Rows of salmon were scored on different data: data, other" in standard
+    assert cells(other.split("## Differences")[0], "small (official-window_1s)")["SALMon speaker consistency"]
+    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_two_models_on_the_same_pairs_are_compared(tmp_path, make):
+    for folder, corrects in (("x", [1] * 12 + [0] * 8), ("y", [1] * 2 + [0] * 10 + [1] * 1 + [0] * 7)):
+        result_file(tmp_path / folder, "model", "official", "salmon", {"rir_consistency": corrects}, sha256=folder * 64)
+    result_file(tmp_path, "fewer", "official", "salmon", {"rir_consistency": [1] * 5})
+    text = make("--results", tmp_path, "--output_file", tmp_path / "report.md")
+    # 10 pairs against 1: 2 * (1 + 11) / 2**11
+    a, b = f"model (model, {'x' * 8}, official)", f"model (model, {'y' * 8}, official)"
+    _, differences = text.split("## Differences between models")
+    assert f"| SALMon rir consistency | {a} | {b} | 10 | 1 | 0.012 |" in differences
+    assert differences.count("SALMon rir consistency") == 1 and "fewer" not in differences
+    assert (tmp_path / "report.md").read_text() + "
+" == text
+
+
+def test_published_numbers_have_sources():
+    rows = tomllib.loads(PUBLISHED.read_text())["rows"]
+    assert all(row["source"] and row["scores"] for row in rows)
+    assert all(0 < score <= 100 for row in rows for score in row["scores"].values())
+    known = {f"salmon/{part}" for part in (*SALMON_PARTS, "mean")} | {"sLM21/lexical_dev", "sLM21/syntactic_dev"}
+    known |= {"sStoryCloze/sStoryCloze", "sStoryCloze/tStoryCloze"}
+    assert {column for row in rows for column in row["scores"]} <= known
+    of_rerun = [score for column, score in rows[0]["scores"].items() if column != "salmon/mean"]
+    assert sum(of_rerun) / 8 == pytest.approx(rows[0]["scores"]["salmon/mean"], abs=0.01)
+
+
+@pytest.mark.parametrize("mistake", ["nothing", "damaged", "format", "twice", "published"])
+def test_mistakes_get_one_sentence(tmp_path, make, mistake):
+    flags = ["--results", tmp_path]
+    message = "there is no result file"
+    if mistake != "nothing":
+        path = result_file(tmp_path, "m", "official", "salmon", {"rir_consistency": [1]})
+    if mistake == "damaged":
+        path.write_text("{")
+        message = "is no readable JSON"
+    elif mistake == "format":
+        path.write_text(path.read_text().replace('"format": 1', '"format": 0'))
+        message = "has format 0, not 1"
+    elif mistake == "twice":
+        result_file(tmp_path / "again", "m", "official", "salmon", {"rir_consistency": [1]})
+        message = "is a second result of m on salmon"
+    elif mistake == "published":
+        flags += ["--published", ROOT / "README.md"]
+        message = "is no list of published rows"
+    with pytest.raises(UserError, match=message):
+        make(*flags)
