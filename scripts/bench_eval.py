@@ -5,8 +5,8 @@
 
 One clip at a time is what the first release does: read, encode, write the codes as text, call the tokenizer, make all
 logits, take the mean over the labels. It is written here only, with `transformers` as it comes. Every measurement is a
-process of its own, which loads the model before the clock starts; the ways take turns. Scores of one clip at a time must
-be those of preset "original" to 1e-4, and every decision the same.
+process of its own, which loads the model before the clock starts; the ways take turns. Scores of one clip at a time
+must be those of preset "original" to 1e-4, and every decision the same.
 """
 
 import argparse

@@ -5,8 +5,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from llama_mimi.accuracy import credit, group_credits, mcnemar, mean_of_parts, part_results, wilson_interval
-from llama_mimi.benchmarks import SALMON_PARTS, frequency_band
+from llama_mimi.accuracy import (
+    credit,
+    frequency_band,
+    group_credits,
+    mcnemar,
+    mean_of_parts,
+    part_results,
+    wilson_interval,
+)
+from llama_mimi.benchmarks import SALMON_PARTS
 
 
 def pair(part="a", name="0", correct=1.0, group=None, is_tie=False, is_cut=False, **labels):
@@ -84,6 +92,7 @@ def test_bands_and_types():
     ]
     results = part_results(pairs, by_group=True)
     by = results["a"]["by"]["frequency"]
+    assert list(by) == ["oov", ">100"]  # in the order of the bands
     assert (by["oov"]["accuracy"], by["oov"]["count"], by["oov"]["pairs_cut"]) == (0.5, 2, 1)
     assert by[">100"]["accuracy"] == 1.0 and results["a"]["count"] == 4 and results["a"]["accuracy"] == 0.5
     assert results["b"]["by"]["type"]["order"]["ties"] == 1 and list(results["b"]["by"]) == ["subtype", "type"]

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 from conftest import TINY
-from datasets import Audio, Dataset
+from datasets import Audio, Dataset, Features, Value
 
 from llama_mimi.benchmarks import SALMON_PARTS, read_salmon, read_slm21, read_storycloze
 from llama_mimi.errors import UserError
@@ -140,8 +140,9 @@ def test_a_test_split_without_gold_is_for_the_submission(tmp_path):
     shutil.copy(TINY / "prompt.wav", tmp_path / "sLM21" / "lexical" / "test" / "xyz.wav")
     benchmark = read_slm21(str(tmp_path / "sLM21"))
     assert [(clip.name, clip.split) for clip in benchmark.unpaired] == [("xyz.wav", "lexical/test")]
-    assert len(benchmark.clips) == 2 * len(benchmark.pairs) + 1
+    assert len(benchmark.clips) == 2 * len(benchmark.pairs) + 1 and "its 1 clips are scored" in benchmark.notes[0]
     (tmp_path / "sLM21" / "syntactic" / "dev" / "gold.csv").unlink()
+    (tmp_path / "sLM21" / "phonetic" / "dev-clean").mkdir(parents=True)  # the rest of ZeroSpeech 2021
     with pytest.raises(UserError, match="syntactic/dev' has no gold.csv"):
         read_slm21(str(tmp_path / "sLM21"))
 
@@ -170,7 +171,7 @@ def test_an_aggregate_part_is_left_out_and_named(tmp_path, name):
             (tmp_path / part / f"sample_0_{k}.wav").touch()
     benchmark = read_salmon(str(tmp_path))
     assert [pair.part for pair in benchmark.pairs] == ["rir_consistency"]
-    assert benchmark.left_out == [f"the part '{name}' repeats pairs of the others and is left out"]
+    assert benchmark.notes == [f"the part '{name}' repeats pairs of the others and is left out"]
 
 
 def table(columns, **others):
@@ -192,10 +193,16 @@ def test_salmon_as_parquet(tmp_path, monkeypatch):
         dataset.to_parquet(tmp_path / "SALMon" / part / "train-00000-of-00001.parquet")
     benchmark = read_salmon(str(tmp_path / "SALMon"))
     assert [(pair.part, pair.group) for pair in benchmark.pairs] == [("rir_consistency", "0"), ("rir_consistency", "1")]
-    assert [clip.read() for clip in benchmark.clips] == contents and len(benchmark.left_out) == 1
+    assert [clip.read() for clip in benchmark.clips] == contents and len(benchmark.notes) == 1
     several, _ = table(("positive_audio", "negative_audio"), task=list(SALMON_PARTS[:2]))
     several.to_parquet(tmp_path / "one_file.parquet")
     assert [pair.part for pair in read_salmon(str(tmp_path / "one_file.parquet")).pairs] == list(SALMON_PARTS[:2])
+    for name in ("all", *SALMON_PARTS[:2]):  # files in place of folders
+        (tmp_path / "files").mkdir(exist_ok=True)
+        dataset.to_parquet(tmp_path / "files" / f"{name}.parquet")
+    assert Counter(pair.part for pair in read_salmon(str(tmp_path / "files")).pairs) == dict.fromkeys(
+        SALMON_PARTS[:2], 2
+    )
 
 
 def test_slm21_and_stories_as_parquet(tmp_path, monkeypatch):
@@ -206,10 +213,11 @@ def test_slm21_and_stories_as_parquet(tmp_path, monkeypatch):
     for name, dataset in (("sWUGGY", words), ("sBLIMP", sentences), ("tStoryCloze", words)):
         (tmp_path / "speed" / name / "data").mkdir(parents=True)
         dataset.to_parquet(tmp_path / "speed" / name / "data" / "train-00000-of-00001.parquet")
-    with pytest.raises(UserError, match="lies in no folder named sWUGGY or sBLIMP"):
-        read_slm21(str(tmp_path / "speed"))
-    shutil.move(tmp_path / "speed" / "tStoryCloze", tmp_path / "tStoryCloze")
-    pairs = read_slm21(str(tmp_path / "speed")).pairs
+    benchmark = read_slm21(str(tmp_path / "speed"))  # a mirror of the owner: stories lie beside
+    assert benchmark.notes == ["'sWUGGY' has no column 'id': its rows are counted one by one, not by word or sentence"]
+    pairs = benchmark.pairs
+    one_alone = read_slm21(str(tmp_path / "speed" / "sBLIMP")).pairs
+    assert [pair.part for pair in one_alone] == ["syntactic_dev"] * 2
     assert [(pair.part, pair.group) for pair in pairs] == [
         ("syntactic_dev", "t_s_5"),
         ("syntactic_dev", "t_s_5"),
@@ -218,7 +226,12 @@ def test_slm21_and_stories_as_parquet(tmp_path, monkeypatch):
     ]
     assert pairs[0].labels == {"type": "t", "subtype": "s"}
     assert [clip.read() for pair in pairs[2:] for clip in (pair.positive, pair.negative)] == contents
-    assert [pair.part for pair in read_storycloze(str(tmp_path / "tStoryCloze")).pairs] == ["tStoryCloze"] * 2
+    stories = tmp_path / "speed" / "tStoryCloze"
+    assert [pair.part for pair in read_storycloze(str(stories)).pairs] == ["tStoryCloze"] * 2
+    (tmp_path / "speed" / "tStoryCloze").rename(tmp_path / "unknown")
+    with pytest.raises(UserError, match="lies in no folder named sStoryCloze or tStoryCloze"):
+        read_storycloze(str(tmp_path / "unknown"))
+    (tmp_path / "unknown").rename(tmp_path / "tStoryCloze")
     words.rename_column("negative", "other").to_parquet(
         tmp_path / "tStoryCloze" / "data" / "train-00000-of-00001.parquet"
     )
@@ -246,10 +259,58 @@ def test_hub_data_sets_are_opened_by_name(monkeypatch):
     opened.clear()
     assert Counter(pair.part for pair in read_slm21("speed").pairs) == {"lexical_dev": 2, "syntactic_dev": 2}
     assert Counter(pair.part for pair in read_storycloze("speed").pairs) == {"sStoryCloze": 2, "tStoryCloze": 2}
-    names = ["sWUGGY", "sBLIMP", "sStoryCloze", "tStoryCloze"]
+    assert len(read_slm21("speed/sBLIMP").pairs) == 2
+    names = ["sWUGGY", "sBLIMP", "sStoryCloze", "tStoryCloze", "sBLIMP"]
     assert opened == [(f"speed/{name}", None, "train") for name in names]
 
 
 def write_gold(path, header, rows):
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([header, *rows])
+
+
+def test_a_hole_in_the_numbers_of_stories_is_said(tmp_path):
+    for number in (1, 2, 3, 5, 6, 8):
+        (tmp_path / f"{number}.wav").touch()
+    (note,) = read_storycloze(str(tmp_path)).notes
+    assert "the numbers of 2 of 3 pairs do not follow each other, as in '3.wav' and '5.wav'" in note
+    assert read_storycloze(str(BENCHMARKS / "storycloze")).notes == []
+
+
+def test_audio_goes_before_other_files(tmp_path):
+    """A cache of codes or other results in the folder of a benchmark are not taken for it."""
+    shutil.copytree(BENCHMARKS / "storycloze", tmp_path / "stories")
+    (tmp_path / "stories" / "codes").mkdir()
+    table(("positive", "negative"))[0].to_parquet(tmp_path / "stories" / "codes" / "x.parquet")
+    assert len(read_storycloze(str(tmp_path / "stories")).pairs) == 100
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["filename,id,voice,frequency,correct", "a,0,A,many,1", "b,0,A,,0"], "has the frequency 'many'"),
+        (["filename,id,voice,frequency,correct", "a,0,A,-3,1", "b,0,A,,0"], "has the frequency '-3'"),
+        (["filename,id,voice,frequency,correct", "a,0,A,1,1", "b,0"], "too few cells in line 3"),
+        (["filename,id,voice,frequency,correct", "a,0,A,1,1", "b,0,A,,1"], "need one correct each"),
+        (["filename,voice,correct", "a,A,1"], "needs rows with the columns correct, filename, id, voice"),
+    ],
+)
+def test_a_damaged_gold_file_is_named(tmp_path, lines, message):
+    folder = tmp_path / "lexical" / "dev"
+    folder.mkdir(parents=True)
+    for name in ("a.wav", "b.wav"):
+        (folder / name).touch()
+    (folder / "gold.csv").write_text("\n".join(lines) + "\n")
+    with pytest.raises(UserError, match=message):
+        read_slm21(str(tmp_path))
+
+
+def test_a_row_without_audio_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = {"positive": [{"bytes": None, "path": "lost.wav"}], "negative": [None]}
+    features = Features({column: {"bytes": Value("binary"), "path": Value("string")} for column in rows})
+    (tmp_path / "sStoryCloze").mkdir()
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "sStoryCloze" / "train.parquet")
+    for clip in read_storycloze(str(tmp_path)).clips:
+        with pytest.raises(UserError, match="row 0 of the table has no audio bytes"):
+            clip.read()

@@ -1,9 +1,8 @@
 """The way from a benchmark to its result file: encoding, scoring, kills, ranks, and what is written."""
 
+import copy
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -15,13 +14,14 @@ import torch
 from conftest import ROOT, TINY
 from transformers import LlamaForCausalLM
 
-from llama_mimi.accuracy import part_results
 from llama_mimi.audio import AudioError, read_audio
 from llama_mimi.benchmarks import SALMON_PARTS, Benchmark, Clip, Pair, read_salmon
-from llama_mimi.clip_codes import CodeCache, encode_clips, made_by
+from llama_mimi.clip_codes import CachedCodes, CodeCache, encode_clips, made_by
 from llama_mimi.clip_scores import ScoreLog, score_clips
+from llama_mimi.codec import MimiCodec
 from llama_mimi.errors import UserError
-from llama_mimi.evaluation import results
+from llama_mimi.evaluation import check_earlier, results
+from llama_mimi.evaluation import model_folder as model_folder_name
 from llama_mimi.hf import hf_config
 from llama_mimi.likelihood import batch_scores
 from llama_mimi.model import FLAVORS, LlamaMimiArgs
@@ -99,6 +99,23 @@ def test_codes_made_in_another_way_are_kept_apart(tmp_path, codec, max_seconds, 
         assert all(np.array_equal(plain[i].codes_TQ[:-1], other[i].codes_TQ[:-1]) for i in ids)
 
 
+def test_a_cache_may_hold_some_of_the_clips(tmp_path, codec, monkeypatch):
+    """And a clip that comes again, in one chunk or in the next, is encoded once."""
+    paths = sorted((SALMON / "speaker_consistency").glob("sample_1?_0.ogg"))[:6]
+    encode_clips(codec, clips_of(*paths[:2]), cache(tmp_path, codec), Ranks(), 20.0)
+    encoded = []
+
+    def counted(self, waveforms):
+        encoded.extend(waveforms)
+        return MimiCodec.encode(self, waveforms)
+
+    monkeypatch.setattr("llama_mimi.codec.MimiCodec.encode_many", counted)
+    monkeypatch.setattr("llama_mimi.clip_codes.CLIPS_PER_CHUNK", 3)
+    again = [paths[i] for i in (2, 0, 2, 2, 3, 1, 4, 5, 3)]
+    ids, codes = encode_clips(codec, clips_of(*again), cache(tmp_path, codec), Ranks(), 20.0)
+    assert len(encoded) == 4 and len(set(ids)) == 6 == len(codes) and len(cache(tmp_path, codec).load()) == 6
+
+
 def test_a_damaged_cache_is_named(tmp_path, codec):
     clips = clips_of(TINY / "prompt.wav")
     encode_clips(codec, clips, cache(tmp_path, codec), Ranks(), 20.0)
@@ -171,7 +188,7 @@ def test_batches_score_as_clips_alone_do(tmp_path, codec, model, name, levels):
         assert (batched[positive] > batched[negative]) == (alone[positive] > alone[negative])
 
 
-def test_what_was_scored_before_a_kill_is_kept(tmp_path, codec, model, monkeypatch):
+def test_what_was_scored_before_a_kill_is_kept(tmp_path, codec, model, monkeypatch, capsys):
     clips = clips_of(*sorted((SALMON / "speaker_consistency").glob("sample_1?_0.ogg")))
     _, codes = encode_clips(codec, clips, cache(tmp_path / "codes", codec), Ranks(), 20.0)
     scoring = Scoring(None)
@@ -183,14 +200,60 @@ def test_what_was_scored_before_a_kill_is_kept(tmp_path, codec, model, monkeypat
         return batch_scores(*args)
 
     monkeypatch.setattr("llama_mimi.clip_scores.batch_scores", counted)
-    (log,) = (tmp_path / "whole").iterdir()
+    (log,) = (tmp_path / "whole").rglob("*.jsonl")
     lines = log.read_text().splitlines(keepends=True)
-    (tmp_path / "killed").mkdir()
-    (tmp_path / "killed" / "1.jsonl").write_text("".join(lines[:3]) + lines[3][:20])  # cut off in the third batch
-    (tmp_path / "killed" / "2.jsonl").write_text(lines[0].replace("1", "2") + "".join(lines[3:]))  # of another model
-    (tmp_path / "killed" / "3.jsonl").write_text(lines[0][:5])
+    assert len(lines) > 3
+    folder = tmp_path / "killed" / log.parent.name
+    folder.mkdir(parents=True)
+    (folder / "1.jsonl").write_text("".join(lines[:2]) + lines[2][:20])  # cut off in the third batch
+    (folder / "2.jsonl").write_text(lines[3][:5])
     resumed = score_clips(model, codes, scoring, 500, ScoreLog(tmp_path / "killed", {"a": 1}), Ranks())
-    assert resumed == whole and len(calls) == len(lines) - 1 - 2
+    assert resumed == whole and len(calls) == len(lines) - 2
+    assert f"2 of {len(lines)} batches were scored before" in capsys.readouterr().out
+    score_clips(model, codes, scoring, 500, ScoreLog(tmp_path / "killed", {"a": 2}), Ranks())  # of another model
+    assert len(calls) == 2 * len(lines) - 2
+
+
+def test_other_audio_never_gets_the_scores_of_a_run_that_was_killed(tmp_path, codec, model):
+    """The same codes may come from other files, or have been cut: scores go by what they are scores of."""
+    clip = CachedCodes(
+        codec.encode([read_audio(TINY / "prompt.wav", 24_000).samples_S])[0].numpy().astype("uint16"), False
+    )
+    others = [CachedCodes(np.roll(clip.codes_TQ, shift, axis=0), False) for shift in (1, 2, 3)]
+    before = {"a": clip, **{f"x{i}": other for i, other in enumerate(others)}}
+    expected = score_clips(model, before, Scoring(None), 4096, ScoreLog(tmp_path / "log", {}), Ranks())
+    renamed = {"z": clip, "cut": CachedCodes(clip.codes_TQ, True), **{f"a{i}": other for i, other in enumerate(others)}}
+    scores = score_clips(model, renamed, Scoring(None), 4096, ScoreLog(tmp_path / "log", {}), Ranks())
+    assert scores["z"] == expected["a"] and [scores[f"a{i}"] for i in range(3)] == [expected[f"x{i}"] for i in range(3)]
+    assert scores["cut"] != scores["z"]
+    released = preset("original", None).scoring  # which puts </audio> behind a clip that was cut, too
+    scores = score_clips(model, renamed, released, 4096, ScoreLog(tmp_path / "log2", {}), Ranks())
+    assert scores["cut"] == scores["z"]
+
+
+def test_what_the_cut_has_made_equal_is_a_tie(tmp_path, codec, model):
+    """Two recordings that differ after 20 s only, among others of about their length."""
+    long = read_audio(speech(tmp_path, "long.wav", 22.0), 24_000).samples_S.numpy()
+    long[20 * 24_000 + 100 :] *= 0.5
+    soundfile.write(tmp_path / "other_end.wav", long, 24_000)
+    lengths = (19.5, 18.0, 19.9)
+    clips = clips_of(
+        tmp_path / "long.wav", tmp_path / "other_end.wav", *(speech(tmp_path, f"{s}.wav", s) for s in lengths)
+    )
+    ids, codes = encode_clips(codec, clips, cache(tmp_path / "codes", codec), Ranks(), 20.0)
+    assert ids[0] != ids[1]
+    scores = score_clips(model, codes, Scoring(None), 2100, ScoreLog(tmp_path / "log", {}), Ranks())
+    assert scores[ids[0]] == scores[ids[1]]
+
+
+def test_a_score_that_is_not_finite_is_refused(tmp_path, codec, model):
+    broken = copy.deepcopy(model.decoder)
+    broken.model.norm.weight.data[0] = float("inf")
+    codes = {"a": CachedCodes(np.zeros((3, 4), np.uint16), False)}
+    with pytest.raises(UserError, match="overflows in float32"):
+        score_clips(
+            SpeechModel(broken, model.sequences, codec), codes, Scoring(None), 4096, ScoreLog(tmp_path, {}), Ranks()
+        )
 
 
 # SALMon's own loop
@@ -216,6 +279,10 @@ def test_salmons_own_loop_gives_the_same_accuracy(tmp_path, codec, model):
     report = results(Benchmark(pairs), ids, codes, scores, chosen, SALMON_PARTS)
     assert report["parts"]["speaker_consistency"]["accuracy"] == expected
     assert 0 < expected < 1
+    with pytest.raises(AudioError, match="less than one codec frame"):
+        salmon_model.log_likelihood([torch.zeros(1, 100)])
+    released = SalmonModel(model, 24_000, preset("original", None).scoring)
+    assert released.log_likelihood([torch.from_numpy(samples[0])]).item() != positive.item()
     together = salmon_model.log_likelihood([torch.from_numpy(wav) for wav in samples])
     assert together.tolist() == pytest.approx([positive.item(), negative.item()], abs=1e-5)
 
@@ -258,25 +325,59 @@ def test_ranks_and_kills_give_the_same_file(model_folder, some_pairs, tmp_path):
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "two" / "salmon" / "random" / "official.json").read_bytes() == expected
 
-    # Killed when some batches are scored, and started again; the codes are there from the first run.
-    shutil.copytree(tmp_path / "one" / "codes", tmp_path / "killed" / "codes")
-    partial = tmp_path / "killed" / "salmon" / "random" / "official.partial"
-    process = subprocess.Popen(
-        [sys.executable, *map(str, command(model_folder, tmp_path / "killed", some_pairs, "--batch_tokens", 4096))],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 120
-    while not list(partial.glob("*.jsonl")) and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert list(partial.glob("*.jsonl")) and not partial.with_name("official.json").exists()
-    result = run(*command(model_folder, tmp_path / "killed", some_pairs))
+    # Killed after the first shard of codes, then when some batches are scored, and started again on other ranks.
+    folder = tmp_path / "killed"
+    partial = folder / "salmon" / "random" / "official.partial"
+    kill_when(command(model_folder, folder, some_pairs), lambda: list((folder / "codes").rglob("shard-*.parquet")))
+    kill_when(command(model_folder, folder, some_pairs), lambda: list(partial.rglob("*.jsonl")))
+    scored = sum(len(log.read_text().splitlines()) for log in partial.rglob("*.jsonl"))
+    assert scored and not partial.with_name("official.json").exists()
+    result = run(*command(model_folder, folder, some_pairs), ranks=2)
     assert result.returncode == 0, result.stderr
+    assert "batches were scored before" in result.stdout
     assert partial.with_name("official.json").read_bytes() == expected and not partial.exists()
+
+
+def kill_when(parts, is_time):
+    """Start a script and kill it with SIGKILL as soon as something is there."""
+    output = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([sys.executable, *map(str, parts)], cwd=ROOT, **output)
+    deadline = time.monotonic() + 120
+    while not is_time():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+
+
+def test_another_run_does_not_replace_a_result(tmp_path):
+    path = tmp_path / "official.json"
+    header = {
+        "model": "m",
+        "model_sha256": "a" * 64,
+        "data": "one",
+        "codec": {"sha256": "c"},
+        "settings": {"dtype": "float32", "max_audio_seconds": 20.0},
+    }
+    assert check_earlier(path, header) == []
+    path.write_text(json.dumps(header))
+    assert check_earlier(path, header) == []
+    for change, message in (
+        ({"data": "two"}, "--data_dir 'one', not 'two'"),
+        ({"model": "other/m"}, "--model_name 'm', not 'other/m'"),
+        ({"settings": {"dtype": "bfloat16", "max_audio_seconds": 20.0}}, "--dtype 'float32', not 'bfloat16'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_earlier(path, header | change)
+    (sentence,) = check_earlier(path, header | {"model_sha256": "b" * 64})  # trained anew
+    assert sentence.startswith("replaced: ")
+
+
+def test_results_are_called_by_the_model(tmp_path, monkeypatch):
+    assert model_folder_name("llm-jp/Llama-Mimi-1.3B") == "Llama-Mimi-1.3B"
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    assert model_folder_name(".") == "mine" == model_folder_name(str(tmp_path / "mine") + "/")
 
 
 def test_result_files_explain_themselves(model_folder, some_pairs, tmp_path):
@@ -290,10 +391,15 @@ def test_result_files_explain_themselves(model_folder, some_pairs, tmp_path):
     assert {"torch", "transformers", "commit"} <= report["versions"].keys()
     assert all(len(report[key]) == 64 for key in ("codes_sha256", "model_sha256"))
     assert len(report["codec"]["sha256"]) == 64 and report["settings"]["dtype"] == "float32"
-    assert "no mean" in result.stdout and part_results(report["pairs"], by_group=True)["speaker_consistency"] == {
-        **part,
-        "interval": tuple(part["interval"]),
-    }
+    right = sum(pair["positive_score"] > pair["negative_score"] for pair in report["pairs"])
+    assert part["accuracy"] == (right + part["ties"] / 2) / 30 and "no mean of the parts" in result.stdout
+    assert len(report["missing_parts"]) == 7 and report["mean_of_parts"] is None
+
+    result = run(*command(model_folder, tmp_path, some_pairs, "--preset", "original"))
+    assert result.returncode == 0, result.stderr
+    original = report_of(tmp_path, "original")
+    assert original["scoring"]["as_released"] and original["scoring"]["tie"] == 0.0
+    assert original["codes_sha256"] != report["codes_sha256"]  # a partial last frame
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -339,6 +445,8 @@ def test_slm21_writes_the_official_submission(model_folder, tmp_path):
     ("flags", "message"),
     [
         (("--preset", "original", "--levels", "0"), "--preset original is fixed"),
+        (("--preset", "original", "--max_audio_seconds", "5"), "--preset original cuts at 20 s"),
+        (("--max_audio_seconds", "0.01"), "less than a frame of the codec"),
         (("--levels", "9"), "level 9, but the model has the levels 0 to 3"),
         (("--batch_tokens", "0"), "--batch_tokens is 0"),
         (("--max_audio_seconds", "-1"), "--max_audio_seconds is -1"),

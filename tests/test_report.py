@@ -106,8 +106,7 @@ def test_two_models_on_the_same_pairs_are_compared(tmp_path, make):
     _, differences = text.split("## Differences between models")
     assert f"| SALMon rir consistency | {a} | {b} | 10 | 1 | 0.012 |" in differences
     assert differences.count("SALMon rir consistency") == 1 and "fewer" not in differences
-    assert (tmp_path / "report.md").read_text() + "
-" == text
+    assert (tmp_path / "report.md").read_text() + "\n" == text
 
 
 def test_published_numbers_have_sources():

@@ -6,11 +6,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Z_95 = 1.959964  # 97.5 % quantile of the normal distribution
+# sLM21's own tool: a word belongs to the band whose edge is the last one not above its count in LibriSpeech. So a
+# count of 5 is in the band that is called 6-20, as there.
+FREQUENCY_BANDS = ((0, "oov"), (1, "1-5"), (5, "6-20"), (20, "21-100"), (100, ">100"))
 
 
 def credit(positive_score: float, negative_score: float, tie: float) -> float:
     """What a pair counts: 1 where the positive is likelier, 0 where the negative is, ``tie`` where neither."""
     return tie if positive_score == negative_score else float(positive_score > negative_score)
+
+
+def frequency_band(frequency: float) -> str:
+    """Band of a word that occurs so often in LibriSpeech, as sLM21's own tool has it.
+
+    Raises:
+        ValueError: a negative count.
+    """
+    if frequency < 0:
+        raise ValueError(f"a word cannot occur {frequency} times")
+    return [name for edge, name in FREQUENCY_BANDS if edge <= frequency][-1]
 
 
 def wilson_interval(accuracy: float, count: float) -> tuple[float, float]:
@@ -56,7 +70,7 @@ def part_results(pairs: Sequence[Mapping[str, Any]], *, by_group: bool) -> dict[
                 by_label[label][value].append(pair)
         results[part] = _result(members, by_group) | {
             "by": {
-                label: {value: _result(some, by_group) for value, some in sorted(values.items())}
+                label: {value: _result(values[value], by_group) for value in sorted(values, key=_place)}
                 for label, values in sorted(by_label.items())
             }
         }
@@ -96,6 +110,12 @@ def mcnemar(credits_a: Mapping[Any, float], credits_b: Mapping[Any, float]) -> d
     tail = sum(math.comb(discordant, k) for k in range(min(a_better, b_better) + 1))
     # In integers: 2**discordant is no float where there are more than a thousand.
     return {"a_better": a_better, "b_better": b_better, "p": min(1.0, 2 * tail / 2**discordant)}
+
+
+def _place(value: str) -> tuple[int, str]:
+    """Bands in their order, other values by name."""
+    bands = [name for _, name in FREQUENCY_BANDS]
+    return (bands.index(value), "") if value in bands else (len(bands), value)
 
 
 def _result(pairs: Sequence[Mapping[str, Any]], by_group: bool) -> dict[str, Any]:

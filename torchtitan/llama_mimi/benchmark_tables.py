@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from datasets import Audio, Dataset, get_dataset_config_names, load_dataset
+from datasets.exceptions import DatasetsError
 
 from llama_mimi.errors import UserError
 
@@ -31,9 +33,18 @@ class PairTable:
         column: str
 
         def read_bytes(self) -> bytes:
-            """The bytes of the audio file."""
+            """The bytes of the audio file.
+
+            Raises:
+                UserError: there are none.
+            """
             audio = self.dataset[self.index][self.column]
-            return audio["bytes"] or b""
+            if audio is None or audio["bytes"] is None:
+                raise UserError(
+                    f"row {self.index} of the table has no audio bytes in the column '{self.column}'; embed the audio "
+                    "when the table is written"
+                )
+            return audio["bytes"]
 
     def __init__(self, name: str, load: Callable[[], Dataset], columns: tuple[str, str]) -> None:
         self.name, self._load, self._columns = name, load, columns
@@ -68,39 +79,54 @@ class PairTable:
         return [(self._dataset.select_columns([column]), column) for column in self._columns]
 
 
-def open_tables(source: str, names: Sequence[str] | None, columns: tuple[str, str]) -> list[PairTable]:
+def open_tables(
+    source: str, names: Collection[str] | None, known: Collection[str], columns: tuple[str, str]
+) -> list[PairTable]:
     """The tables of a benchmark; none where ``source`` is a folder without Parquet files.
 
     Args:
-        source: a hub id (of the owner, where ``names`` are its data sets), a folder, or a Parquet file.
-        names: data sets of the benchmark, folders below a local ``source``; None takes every configuration.
+        source: a hub id (of the owner, or of one of ``names``), a folder, or a Parquet file.
+        names: data sets of the benchmark; None takes every configuration or folder.
+        known: data sets of all benchmarks, which may lie beside each other.
         columns: of the positive and the negative.
 
     Raises:
-        UserError: neither a folder nor on the hub.
+        UserError: neither a folder nor on the hub, or files that it is not clear what they hold.
     """
     root = Path(source)
     if root.is_dir() or root.suffix == ".parquet":
-        return _local_tables(root, names, columns)
+        return _local_tables(root, names, known, columns)
     if names is None:
         return [PairTable(config, partial(_load, source, config), columns) for config in _configs(source)]
+    if (name := source.rsplit("/", 1)[-1]) in names:
+        return [PairTable(name, partial(_load, source, None), columns)]
     return [PairTable(name, partial(_load, f"{source}/{name}", None), columns) for name in names]
 
 
-def _local_tables(root: Path, names: Sequence[str] | None, columns: tuple[str, str]) -> list[PairTable]:
-    """One table for each folder of Parquet files, called by the last part of its path that says something."""
+def _local_tables(
+    root: Path, names: Collection[str] | None, known: Collection[str], columns: tuple[str, str]
+) -> list[PairTable]:
+    """Tables by data set, or by file or folder where any will do."""
     files: dict[str, list[str]] = {}
     for path in sorted(root.rglob("*.parquet")) if root.is_dir() else [root]:
         folders = [part for part in path.absolute().parent.parts if part not in ("data", "train", "default")]
         if names is not None:
-            folders = [part for part in folders if part in names]
+            folders = [part for part in folders if part in known]
             if not folders:
                 raise UserError(
                     f"'{path}' lies in no folder named {' or '.join(names)}, so that it is not clear what it holds; "
                     "move it into one"
                 )
-        files.setdefault(folders[-1], []).append(str(path))
+            if folders[-1] not in names:
+                continue  # of another benchmark
+        name = folders[-1] if names is not None or is_shard(path) else path.stem
+        files.setdefault(name, []).append(str(path))
     return [PairTable(name, partial(_load_files, paths), columns) for name, paths in sorted(files.items())]
+
+
+def is_shard(path: Path) -> bool:
+    """Whether a file is called as one part of a split, so that its folder says what it holds."""
+    return re.match(r"(train|test|validation|data|part|shard)?[-_.]?(\d|$)", path.stem) is not None
 
 
 def _load_files(paths: Sequence[str]) -> Dataset:
@@ -115,14 +141,14 @@ def _load_files(paths: Sequence[str]) -> Dataset:
 def _configs(hub_id: str) -> list[str]:
     try:
         return get_dataset_config_names(hub_id)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         raise _hub_error(hub_id, error) from error
 
 
 def _load(hub_id: str, config: str | None) -> Dataset:
     try:
         return load_dataset(hub_id, config, split="train")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         raise _hub_error(hub_id, error) from error
 
 

@@ -4,13 +4,15 @@ Each reader also takes what `benchmark_tables` reads: a hub id, or a folder of P
 """
 
 import csv
+import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
+from llama_mimi.accuracy import frequency_band
 from llama_mimi.benchmark_tables import PairTable, open_tables
 from llama_mimi.errors import UserError
 
@@ -26,9 +28,10 @@ SALMON_PARTS = (
     "sentiment_consistency",
     "speaker_consistency",
 )
-# sLM21's own tool: a word belongs to the band whose edge is the last one not above its count in LibriSpeech. So a
-# count of 5 is in the band that is called 6-20, as there.
-FREQUENCY_BANDS = ((0, "oov"), (1, "1-5"), (5, "6-20"), (20, "21-100"), (100, ">100"))
+# Data sets of sLM21 and StoryCloze on the hub, and their parts. sWUGGY and sBLIMP are dev splits: the right answers of
+# test are not published.
+SLM21_TABLES = {"sWUGGY": "lexical_dev", "sBLIMP": "syntactic_dev"}
+STORYCLOZE_TABLES = ("sStoryCloze", "tStoryCloze")
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,15 @@ class Clip:
     split: str | None = None
 
     def read(self) -> bytes:
-        """The bytes of the audio file."""
-        return self.source.read_bytes()
+        """The bytes of the audio file.
+
+        Raises:
+            UserError: there are none, or they cannot be read.
+        """
+        try:
+            return self.source.read_bytes()
+        except OSError as error:
+            raise UserError(f"'{self.source}' cannot be read ({error.strerror}); mend that or copy it anew") from error
 
 
 @dataclass(frozen=True)
@@ -76,12 +86,12 @@ class Benchmark:
     Args:
         pairs: to be judged.
         unpaired: clips whose right answers are not published (sLM21's test split), scored for the submission alone.
-        left_out: what the source holds and no preset scores, one sentence each.
+        notes: what must be known of the source, such as what it holds and no preset scores, one sentence each.
     """
 
     pairs: list[Pair]
     unpaired: list[Clip] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def clips(self) -> list[Clip]:
@@ -99,11 +109,11 @@ def read_salmon(source: str) -> Benchmark:
         UserError: no pairs, or files that belong to none.
     """
     pairs: list[Pair] = []
-    left_out: list[str] = []
-    if tables := open_tables(source, None, ("positive_audio", "negative_audio")):
+    notes: list[str] = []
+    if tables := _tables(source, None, ("positive_audio", "negative_audio")):
         for table in tables:
             if _is_aggregate(table.name):
-                left_out.append(_repeats(table.name))
+                notes.append(_repeats(table.name))
                 continue
             pairs += [
                 Pair(_salmon_part(table, row), str(index), *_table_clips(table, index), group=str(index))
@@ -112,10 +122,10 @@ def read_salmon(source: str) -> Benchmark:
     else:
         for folder in sorted(path for path in Path(source).iterdir() if path.is_dir()):
             if _is_aggregate(folder.name):
-                left_out.append(_repeats(folder.name))
+                notes.append(_repeats(folder.name))
             else:
                 pairs += _samples(folder)
-    return Benchmark(_not_empty(pairs, source, "<part>/sample_<index>_<k>.wav"), left_out=left_out)
+    return Benchmark(_not_empty(pairs, source, "<part>/sample_<index>_<k>.wav"), notes=notes)
 
 
 def read_slm21(source: str) -> Benchmark:
@@ -129,28 +139,42 @@ def read_slm21(source: str) -> Benchmark:
     """
     pairs: list[Pair] = []
     unpaired: list[Clip] = []
-    names = {"sWUGGY": "lexical_dev", "sBLIMP": "syntactic_dev"}
-    if tables := open_tables(source, list(names), ("positive", "negative")):
+    notes: list[str] = []
+    if tables := _tables(source, SLM21_TABLES, ("positive", "negative")):
         for table in tables:
-            for index, row in enumerate(table.rows()):
-                group = "_".join(str(row[key]) for key in ("type", "subtype", "id") if row.get(key) is not None)
+            rows = list(table.rows())
+            has_ids = all(row.get("id") is not None for row in rows)
+            if not has_ids:
+                notes.append(
+                    f"'{table.name}' has no column 'id': its rows are counted one by one, not by word or sentence"
+                )
+            for index, row in enumerate(rows):
+                group = "_".join(str(row.get(key)) for key in ("type", "subtype", "id")) if has_ids else str(index)
                 clips = _table_clips(table, index)
-                pairs.append(Pair(names[table.name], str(index), *clips, group or str(index), _labels(row)))
-        return Benchmark(_not_empty(pairs, source, "a table of pairs"))
+                pairs.append(Pair(SLM21_TABLES[table.name], str(index), *clips, group, _labels(row, table.name)))
+        return Benchmark(_not_empty(pairs, source, "a table of pairs"), notes=notes)
     for folder in sorted(Path(source).glob("*/*/")):
         task, split = folder.parent.name, folder.name
+        if task in ("phonetic", "semantic"):
+            notes.append(f"'{folder}' belongs to other tasks of ZeroSpeech 2021 and is left out")
+            continue
         if task not in ("lexical", "syntactic"):
             raise UserError(f"'{folder}' belongs to neither lexical nor syntactic; move the odd folder out")
-        files = {path.stem: Clip(path.name, path, f"{task}/{split}") for path in _audio_files(folder)}
+        files: dict[str, Clip] = {}
+        for path in _audio_files(folder):
+            if path.stem in files:
+                raise UserError(f"'{path}' and '{files[path.stem].name}' have one name; move the odd file out")
+            files[path.stem] = Clip(path.name, path, f"{task}/{split}")
         if (folder / "gold.csv").is_file():
             pairs += _gold_pairs(folder / "gold.csv", f"{task}_{split}", files)
         elif split == "test":
             unpaired += files.values()
+            notes.append(f"'{folder}' has no gold.csv: its {len(files):,} clips are scored for the submission alone")
         else:
             raise UserError(f"'{folder}' has no gold.csv, which says what is right; add it or move the folder out")
     if not unpaired:
         _not_empty(pairs, source, "{lexical,syntactic}/{dev,test}/gold.csv")
-    return Benchmark(pairs, unpaired)
+    return Benchmark(pairs, unpaired, notes)
 
 
 def read_storycloze(source: str) -> Benchmark:
@@ -162,7 +186,7 @@ def read_storycloze(source: str) -> Benchmark:
         UserError: no pairs, or files that belong to none.
     """
     pairs: list[Pair]
-    if tables := open_tables(source, ["sStoryCloze", "tStoryCloze"], ("positive", "negative")):
+    if tables := _tables(source, STORYCLOZE_TABLES, ("positive", "negative")):
         pairs = [
             Pair(table.name, str(index), *_table_clips(table, index), group=str(index))
             for table in tables
@@ -173,13 +197,9 @@ def read_storycloze(source: str) -> Benchmark:
     folders = [folder for folder in sorted(root.iterdir()) if folder.is_dir() and _audio_files(folder)]
     if folders and (odd := _audio_files(root)):
         raise UserError(f"'{odd[0]}' lies beside folders of stories; move the odd file out, or name one folder")
-    pairs = [pair for folder in folders or [root] for pair in _stories(folder)]
-    return Benchmark(_not_empty(pairs, source, "<number>_*.wav"))
-
-
-def frequency_band(frequency: int) -> str:
-    """Band of a word that occurs so often in LibriSpeech, as sLM21's own tool has it."""
-    return [name for edge, name in FREQUENCY_BANDS if edge <= frequency][-1]
+    notes: list[str] = []
+    pairs = [pair for folder in folders or [root] for pair in _stories(folder, notes)]
+    return Benchmark(_not_empty(pairs, source, "<number>_*.wav"), notes=notes)
 
 
 def _samples(folder: Path) -> Iterator[Pair]:
@@ -201,7 +221,7 @@ def _samples(folder: Path) -> Iterator[Pair]:
             yield Pair(folder.name, str(index), positive, negative, group=negative.name)
 
 
-def _stories(folder: Path) -> list[Pair]:
+def _stories(folder: Path, notes: list[str]) -> list[Pair]:
     numbered: dict[int, Path] = {}
     for path in _audio_files(folder):
         match = re.match(r"(\d+)", path.stem)
@@ -210,23 +230,30 @@ def _stories(folder: Path) -> list[Pair]:
         if int(match[1]) in numbered:
             raise UserError(f"'{path}' and '{numbered[int(match[1])]}' have the same number; move the odd file out")
         numbered[int(match[1])] = path
-    paths = [path for _, path in sorted(numbered.items())]
-    if len(paths) % 2:
-        raise UserError(
-            f"'{folder}' holds {len(paths)} files, an odd number; the last one, '{paths[-1]}', has no partner"
+    numbers = sorted(numbered)
+    if len(numbers) % 2:
+        last = numbered[numbers[-1]]
+        raise UserError(f"'{folder}' holds {len(numbers)} files, an odd number; the last one, '{last}', has no partner")
+    pairs = list(zip(numbers[::2], numbers[1::2], strict=True))
+    apart = [(numbered[first].name, numbered[second].name) for first, second in pairs if second != first + 1]
+    if apart:
+        notes.append(
+            f"'{folder}': the numbers of {len(apart):,} of {len(pairs):,} pairs do not follow each other, as in "
+            f"'{apart[0][0]}' and '{apart[0][1]}'; make sure that no file is missing"
         )
-    return [
-        Pair(folder.name, positive.stem, Clip(positive.name, positive), Clip(negative.name, negative), positive.stem)
-        for positive, negative in zip(paths[::2], paths[1::2], strict=True)
-    ]
+    clips = {number: Clip(path.name, path) for number, path in numbered.items()}
+    part = folder.resolve().name
+    return [Pair(part, numbered[a].stem, clips[a], clips[b], group=numbered[a].stem) for a, b in pairs]
 
 
 def _gold_pairs(gold: Path, part: str, files: Mapping[str, Clip]) -> Iterator[Pair]:
-    with gold.open(newline="") as file:
+    with gold.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     keys = {"filename", "id", "voice", "correct"}
     if not rows or not keys <= rows[0].keys():
         raise UserError(f"'{gold}' needs rows with the columns {', '.join(sorted(keys))}")
+    if short := [number for number, row in enumerate(rows, 2) if None in row.values()]:
+        raise UserError(f"'{gold}' has too few cells in line {short[0]}; copy it anew")
     listed = {_stem(row["filename"]) for row in rows}
     if odd := sorted(files.keys() - listed):
         raise UserError(f"'{files[odd[0]].source}' is not listed in '{gold}'; move the odd file out")
@@ -243,7 +270,7 @@ def _gold_pairs(gold: Path, part: str, files: Mapping[str, Clip]) -> Iterator[Pa
             files[_stem(right["filename"])],
             files[_stem(wrong["filename"])],
             group=right["id"] if is_lexical else "_".join(right.get(key, "") for key in ("type", "subtype", "id")),
-            labels=_labels(right),
+            labels=_labels(right, str(gold)),
         )
 
 
@@ -269,12 +296,25 @@ def _consecutive(rows: list[dict[str, str]], gold: Path) -> Iterator[tuple[dict[
         yield first, second
 
 
-def _labels(row: Mapping[str, object]) -> dict[str, str]:
+def _labels(row: Mapping[str, object], where: str) -> dict[str, str]:
     """Labels of a pair, from the row of its right clip."""
     labels = {key: str(row[key]) for key in ("type", "subtype") if row.get(key) not in (None, "")}
-    if (frequency := row.get("frequency")) not in (None, ""):
-        labels["frequency"] = frequency_band(int(float(str(frequency))))
+    try:
+        given = row.get("frequency")
+        frequency = math.nan if given in (None, "") else float(str(given))
+        if not math.isnan(frequency):  # a word without one is in no band, as in the official tool
+            labels["frequency"] = frequency_band(frequency)
+    except ValueError as error:
+        raise UserError(f"'{where}' has the frequency '{row['frequency']}', which is no count; copy it anew") from error
     return labels
+
+
+def _tables(source: str, names: Collection[str] | None, columns: tuple[str, str]) -> list[PairTable]:
+    """Tables of pairs; none where a folder holds audio files, whatever else lies in it."""
+    root = Path(source)
+    if root.is_dir() and any(path.suffix.lower() in AUDIO_ENDINGS for path in root.rglob("*")):
+        return []
+    return open_tables(source, names, {*SLM21_TABLES, *STORYCLOZE_TABLES}, columns)
 
 
 def _salmon_part(table: PairTable, row: Mapping[str, object]) -> str:
@@ -301,7 +341,7 @@ def _stem(filename: str) -> str:
 
 
 def _audio_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in AUDIO_ENDINGS)
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in AUDIO_ENDINGS and path.is_file())
 
 
 def _not_empty(pairs: list[Pair], source: str, layout: str) -> list[Pair]:

@@ -6,7 +6,7 @@ audio file. Everything that codes depend on is in the name of the folder, so tha
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -31,8 +31,10 @@ from llama_mimi.versions import versions
 # Levels that are kept where the codec has them: models of fewer take a prefix.
 STORED_LEVELS = 8
 # Clips that are read ahead, sorted by length, encoded and written at once: what a kill loses.
-CLIPS_PER_CHUNK = 256
+CLIPS_PER_CHUNK = 128
 READERS = 4  # threads that read and resample
+# Raised when reading, resampling, cutting or encoding changes in this project, so that older codes are left alone.
+ENCODING = 1
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,12 @@ class CodeCache:
                     table = pq.ParquetFile(stream, page_checksum_verification=True).read(["id", "codes", "is_cut"])
             except (OSError, pa.ArrowException) as error:
                 raise unreadable(path, error) from error
-            for name, codes, is_cut in zip(*(table[column].to_pylist() for column in table.column_names), strict=True):
-                found[name] = CachedCodes(np.array(codes, dtype=np.uint16), is_cut)
+            codes = table["codes"].combine_chunks()
+            frames_NQ = codes.flatten().flatten().to_numpy().reshape(-1, self._made_by["levels"])
+            ends = (codes.offsets.to_numpy() - codes.offsets[0].as_py()).tolist()
+            ids, is_cut = table["id"].to_pylist(), table["is_cut"].to_pylist()
+            for row, audio_id in enumerate(ids):
+                found[audio_id] = CachedCodes(frames_NQ[ends[row] : ends[row + 1]], is_cut[row])
         return found
 
     def add(self, codes: dict[str, CachedCodes], frame_rate_hz: float) -> None:
@@ -85,7 +91,7 @@ class CodeCache:
             for audio_id, some in codes.items()
         ]
         if stored:
-            content = shard_bytes(stored, stored[0].codes_TQ.shape[1], {"columns": [], **self._made_by})
+            content = shard_bytes(stored, self._made_by["levels"], {"columns": [], **self._made_by})
             write_whole(self.folder, f"shard-{uuid4().hex}.parquet", content)
 
 
@@ -98,6 +104,7 @@ def made_by(codec: MimiCodec, max_seconds: float, *, as_released: bool) -> dict[
         as_released: as `encode_clips`.
     """
     return {
+        "encoding": ENCODING,
         "codec_sha256": codec_hash(codec.name),
         "levels": _stored_levels(codec),
         "dtype": str(codec.dtype),
@@ -142,7 +149,7 @@ def encode_clips(
         ThreadPoolExecutor(READERS) as pool,
         tqdm(total=len(mine), unit="clip", desc="codes", disable=ranks.rank > 0) as progress,
     ):
-        read = partial(_read, codec=deep, max_seconds=max_seconds, known=frozenset(known))
+        read = partial(_read, codec=deep, max_seconds=max_seconds, known=known)
         chunks = [mine[start : start + CLIPS_PER_CHUNK] for start in range(0, len(mine), CLIPS_PER_CHUNK)]
         ahead: list[Future[tuple[str, Waveform | None]]] = [pool.submit(read, clip) for clip in (chunks or [[]])[0]]
         for number, _ in enumerate(chunks):
@@ -154,7 +161,11 @@ def encode_clips(
                 pool.shutdown(cancel_futures=True)
                 raise
             audio_ids += [audio_id for audio_id, _ in clips_read]
-            new = {audio_id: waveform for audio_id, waveform in clips_read if waveform is not None}
+            new = {
+                audio_id: waveform
+                for audio_id, waveform in clips_read
+                if waveform is not None and audio_id not in known  # the chunk before may have had it
+            }
             if as_released:
                 codes = [deep.encode_as_released(waveform.samples_S) for waveform in new.values()]
             else:
@@ -180,7 +191,9 @@ def _stored_levels(codec: MimiCodec) -> int:
     return max(codec.num_quantizers, min(STORED_LEVELS, codec.config.num_quantizers))
 
 
-def _read(clip: Clip, *, codec: MimiCodec, max_seconds: float, known: frozenset[str]) -> tuple[str, Waveform | None]:
+def _read(
+    clip: Clip, *, codec: MimiCodec, max_seconds: float, known: Mapping[str, CachedCodes]
+) -> tuple[str, Waveform | None]:
     """The SHA-256 of a clip's file, and its samples where they are needed."""
     content = clip.read()
     audio_id = hashlib.sha256(content).hexdigest()

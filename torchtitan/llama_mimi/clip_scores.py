@@ -1,12 +1,16 @@
 """Scores of all clips of a benchmark: in batches of like length, shared by ranks, and kept when a run is killed."""
 
+import contextlib
+import hashlib
 import json
+import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -23,28 +27,24 @@ class ScoreLog:
     """What a run that was killed has scored: lines of JSON, a file for each process.
 
     Args:
-        folder: of the log, gone when the run is over.
-        header: everything that scores depend on; a log with another one is not read.
+        folder: of logs; this one is a folder in it, called by the hash of ``header``.
+        header: everything but the codes that scores depend on.
     """
 
     def __init__(self, folder: Path, header: Mapping[str, Any]) -> None:
-        self._folder = folder
-        self._header = json.dumps(header, sort_keys=True)
-        self._path = folder / f"{uuid4().hex}.jsonl"
+        key = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:16]
+        self._folder = folder / key
+        self._path = self._folder / f"{uuid4().hex}.jsonl"
 
-    def load(self) -> dict[int, list[float]]:
-        """Scores by batch."""
-        done: dict[int, list[float]] = {}
+    def load(self) -> dict[str, float]:
+        """Scores by the hash of codes."""
+        done: dict[str, float] = {}
         for path in sorted(self._folder.glob("*.jsonl")):
-            first, *lines = path.read_text().split("\n")
-            if first != self._header:
-                continue
-            for line in lines[:-1]:  # what follows the last line end was cut off
-                batch, scores = json.loads(line)
-                done[batch] = scores
+            for line in path.read_text().split("\n")[:-1]:  # what follows the last line end was cut off
+                done |= json.loads(line)
         return done
 
-    def add(self, batch: int, scores: list[float]) -> None:
+    def add(self, scores: Mapping[str, float]) -> None:
         """Keep the scores of a batch.
 
         Raises:
@@ -52,9 +52,8 @@ class ScoreLog:
         """
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            is_new = not self._path.exists()
             with self._path.open("a") as file:
-                file.write((f"{self._header}\n" if is_new else "") + json.dumps([batch, scores]) + "\n")
+                file.write(json.dumps(scores) + "\n")
         except OSError as error:
             raise UserError(
                 f"'{self._path}' could not be written ({error.strerror}); make room or mend --output_dir and start "
@@ -62,8 +61,10 @@ class ScoreLog:
             ) from error
 
     def close(self) -> None:
-        """Remove the log."""
+        """Remove this log, and the folder of logs if it was the last."""
         shutil.rmtree(self._folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self._folder.parent.rmdir()
 
 
 def score_clips(
@@ -74,37 +75,60 @@ def score_clips(
     log: ScoreLog,
     ranks: Ranks,
 ) -> dict[str, float]:
-    """Scores by clip.
+    """Scores by clip. Clips of the same codes have the very same score, so that a tie is one.
 
     Args:
         model: that scores.
         codes: of the clips, by what they are called.
         scoring: which tokens enter a score, and how.
         batch_tokens: the most a batch holds with its padding; one clip always fits.
-        log: of what was scored before; batches are planned from the clips alone, so that they are the same again.
+        log: of what was scored before.
         ranks: that share the batches.
 
     Raises:
-        UserError: the scoring does not fit the model, or the log cannot be written.
+        UserError: the scoring does not fit the model, a score is not finite, a batch does not fit the device, or the
+            log cannot be written.
     """
-    names = sorted(codes)
-    lengths = [codes[name].codes_TQ.size for name in names]
-    plan = batches_of_like_size(lengths, batch_tokens)
+    hashes = {name: _content_hash(clip, scoring) for name, clip in codes.items()}
+    unique = {hashes[name]: clip for name, clip in codes.items()}
+    names = sorted(unique)  # batches depend on the codes alone, so that they are the same after a kill
+    plan = batches_of_like_size([unique[name].codes_TQ.size for name in names], batch_tokens)
+    batches = [[names[index] for index in batch] for batch in reversed(plan)]  # too long a batch fails at once
     done = ranks.from_first(log.load)
-    mine = [batch for batch in reversed(range(len(plan))) if batch not in done][ranks.rank :: ranks.world_size]
-    new: dict[int, list[float]] = {}
-    with tqdm(
-        total=sum(len(plan[batch]) for batch in mine), unit="clip", desc="scores", disable=ranks.rank > 0
-    ) as progress:
-        for batch in mine:  # the longest first: too large a batch fails at once
-            clips = [codes[names[index]] for index in plan[batch]]
-            new[batch] = batch_scores(
-                model, [(torch.from_numpy(clip.codes_TQ.astype("int64")), clip.is_cut) for clip in clips], scoring
-            )
-            log.add(batch, new[batch])
-            progress.update(len(clips))
+    todo = [batch for batch in batches if not done.keys() >= set(batch)]
+    if ranks.rank == 0 and len(todo) < len(batches):
+        print(f"{len(batches) - len(todo):,} of {len(batches):,} batches were scored before", flush=True)
+    mine = todo[ranks.rank :: ranks.world_size]
+    new: dict[str, float] = {}
+    with tqdm(total=sum(map(len, mine)), unit="clip", desc="scores", disable=ranks.rank > 0) as progress:
+        for batch in mine:
+            scores = dict(zip(batch, _score_batch(model, [unique[name] for name in batch], scoring), strict=True))
+            log.add(scores)
+            new |= scores
+            progress.update(len(batch))
     for others in ranks.gather(new):
         done |= others
-    return {
-        names[index]: score for batch, scores in done.items() for index, score in zip(plan[batch], scores, strict=True)
-    }
+    return {name: done[content] for name, content in hashes.items()}
+
+
+def _score_batch(model: SpeechModel, clips: Sequence[CachedCodes], scoring: Scoring) -> list[float]:
+    try:
+        scores = batch_scores(
+            model, [(torch.from_numpy(clip.codes_TQ.astype("int64")), clip.is_cut) for clip in clips], scoring
+        )
+    except torch.OutOfMemoryError as error:
+        tokens = len(clips) * max(clip.codes_TQ.size for clip in clips)
+        raise UserError(
+            f"a batch of {tokens:,} tokens does not fit the memory of the device; lower --batch_tokens"
+        ) from error
+    if not all(map(math.isfinite, scores)):
+        dtype = str(model.decoder.dtype).removeprefix("torch.")
+        raise UserError(f"a score is not finite: the model overflows in {dtype}; score it in another --dtype")
+    return scores
+
+
+def _content_hash(clip: CachedCodes, scoring: Scoring) -> str:
+    """Of everything in a clip that its score depends on."""
+    has_end = scoring.as_released or not clip.is_cut
+    content = np.ascontiguousarray(clip.codes_TQ, dtype=np.uint16).tobytes() + bytes([has_end])
+    return hashlib.sha256(content).hexdigest()

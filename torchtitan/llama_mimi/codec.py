@@ -171,7 +171,7 @@ def codec_hash(name: str) -> str:
     except OSError as error:
         raise UserError(
             f"the weights of the codec '{name}' could not be read ({str(error).splitlines()[0]}); they are needed to "
-            "check that tokenised corpora are of this codec"
+            "say which codes these are"
         ) from error
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

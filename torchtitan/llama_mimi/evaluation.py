@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from llama_mimi.accuracy import credit, mean_of_parts, part_results
 from llama_mimi.benchmarks import Benchmark, Clip
 from llama_mimi.clip_codes import CachedCodes, CodeCache, encode_clips, made_by
 from llama_mimi.clip_scores import ScoreLog, score_clips
-from llama_mimi.codec import codec_hash
+from llama_mimi.codec import codec_hash, whole_frames
 from llama_mimi.errors import UserError
-from llama_mimi.files import write_whole
+from llama_mimi.files import read_json, write_whole
 from llama_mimi.hub import weights_sha256
 from llama_mimi.ranks import Ranks, torchrun_ranks
 from llama_mimi.scoring import Preset, preset, with_options
@@ -26,6 +27,7 @@ from llama_mimi.speech_model import DECODER_DTYPES, load_speech_model
 from llama_mimi.versions import versions
 
 BATCH_TOKENS = (4096, 32768)  # without and with a GPU (scripts/bench_eval.py)
+MAX_AUDIO_SECONDS = 20.0  # of the paper's training
 FORMAT = 1
 
 
@@ -59,15 +61,24 @@ class BenchmarkScript:
             UserError: a flag, the data or the model cannot be used.
         """
         flags = self._parse(doc)
-        chosen = with_options(
+        with torchrun_ranks(flags.device) as ranks:
+            chosen = self._preset(flags)
+            self._evaluate(flags, chosen, ranks)
+
+    def _preset(self, flags: argparse.Namespace) -> Preset:
+        for name in ("max_audio_seconds", "batch_tokens"):
+            value = getattr(flags, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"--{name} is {value}; it must be a positive number")
+        if flags.preset == "original" and flags.max_audio_seconds != MAX_AUDIO_SECONDS:
+            raise UserError(f"--preset original cuts at {MAX_AUDIO_SECONDS:g} s; leave out --max_audio_seconds")
+        return with_options(
             preset(flags.preset, self.levels),
             levels=flags.levels,
             end_token=None if flags.end_token is None else flags.end_token == "in",
             statistic=flags.statistic,
             window_seconds=flags.window_seconds if self.has_windows else None,
         )
-        with torchrun_ranks(flags.device) as ranks:
-            self._evaluate(flags, chosen, ranks)
 
     def _parse(self, doc: str | None) -> argparse.Namespace:
         parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -81,7 +92,9 @@ class BenchmarkScript:
             "--dtype", choices=DECODER_DTYPES, default="float32", help="of the decoder; the first release: float16"
         )
         parser.add_argument("--batch_tokens", type=int, help="tokens of a batch, with padding; default by device")
-        parser.add_argument("--max_audio_seconds", type=float, default=20.0, help="longer clips are cut, and counted")
+        parser.add_argument(
+            "--max_audio_seconds", type=float, default=MAX_AUDIO_SECONDS, help="longer clips are cut, and counted"
+        )
         parser.add_argument(
             "--preset",
             choices=("official", "original"),
@@ -94,23 +107,17 @@ class BenchmarkScript:
         options.add_argument("--statistic", choices=("mean", "sum"), help="of the log-likelihoods of a clip's tokens")
         if self.has_windows:
             options.add_argument("--window_seconds", type=float, help="score the least likely window of this length")
-        flags = parser.parse_args()
-        for name in ("max_audio_seconds", "batch_tokens"):
-            value = getattr(flags, name)
-            if value is not None and not 0 < value < math.inf:
-                raise UserError(f"--{name} is {value}; it must be a positive number")
-        return flags
+        return parser.parse_args()
 
     def _evaluate(self, flags: argparse.Namespace, chosen: Preset, ranks: Ranks) -> None:
         benchmark = self.read(flags.data_dir)
         model = load_speech_model(flags.model_name, codec_name=flags.codec, device=str(ranks.device), dtype=flags.dtype)
-        clips = benchmark.clips
-        scoring = chosen.scoring
-        codes_dir = flags.codes_dir or str(flags.output_dir / "codes")
-        cache = CodeCache(codes_dir, made_by(model.codec, flags.max_audio_seconds, as_released=scoring.as_released))
-        audio_ids, codes = encode_clips(
-            model.codec, clips, cache, ranks, flags.max_audio_seconds, as_released=scoring.as_released
-        )
+        if not whole_frames(flags.max_audio_seconds, model.codec.config):
+            raise UserError(
+                f"--max_audio_seconds is {flags.max_audio_seconds}, less than a frame of the codec; raise it"
+            )
+        # Codes are to be those of other machines: by default convolutions on a GPU round to TF32.
+        torch.backends.cudnn.allow_tf32 = False
         header = {
             "format": FORMAT,
             "benchmark": self.name,
@@ -121,7 +128,6 @@ class BenchmarkScript:
             "scoring": chosen.describe(),
             "num_quantizers": model.codec.num_quantizers,
             "codec": {"name": model.codec.name, "sha256": codec_hash(model.codec.name)},
-            "codes_sha256": codes_sha256(audio_ids, codes),
             "settings": {
                 "dtype": flags.dtype,
                 "device": ranks.device.type,
@@ -130,18 +136,69 @@ class BenchmarkScript:
             },
             "versions": versions(),
         }
-        folder = flags.output_dir / self.name / Path(flags.model_name).name
-        log = ScoreLog(folder / f"{chosen.name}.partial", header)
-        scores = score_clips(model, codes, scoring, header["settings"]["batch_tokens"], log, ranks)
+        path = flags.output_dir / self.name / model_folder(flags.model_name) / f"{chosen.name}.json"
+        replaced = ranks.from_first(lambda: check_earlier(path, header))
+
+        clips = benchmark.clips
+        as_released = chosen.scoring.as_released
+        codes_dir = flags.codes_dir or str(flags.output_dir / "codes")
+        cache = CodeCache(codes_dir, made_by(model.codec, flags.max_audio_seconds, as_released=as_released))
+        audio_ids, codes = encode_clips(
+            model.codec, clips, cache, ranks, flags.max_audio_seconds, as_released=as_released
+        )
+        header["codes_sha256"] = codes_sha256(audio_ids, codes)
+        log = ScoreLog(path.with_suffix(".partial"), log_key(header, adds_bos=model.sequences.adds_bos))
+        scores = score_clips(model, codes, chosen.scoring, header["settings"]["batch_tokens"], log, ranks)
         if ranks.rank == 0:
             report = header | results(benchmark, audio_ids, codes, scores, chosen, self.mean_of)
-            write_whole(str(folder), f"{chosen.name}.json", (json.dumps(report, indent=1) + "\n").encode())
+            write_whole(str(path.parent), path.name, (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
             submissions = write_submissions(
-                folder / f"{chosen.name}_submission", clips, [scores[audio_id] for audio_id in audio_ids]
+                path.with_name(f"{chosen.name}_submission"), clips, [scores[audio_id] for audio_id in audio_ids]
             )
             log.close()
-            for line in [*summary(report), *submissions, f"written to {folder / chosen.name}.json"]:
+            for line in [*summary(report), *submissions, *replaced, f"written to {path}"]:
                 print(line)
+
+
+def model_folder(model_name: str) -> str:
+    """What the folder of a model's results is called: the last part of its path or hub id."""
+    path = Path(model_name)
+    return path.resolve().name if path.is_dir() else path.name
+
+
+def log_key(header: Mapping[str, Any], *, adds_bos: bool) -> dict[str, Any]:
+    """What scores of given codes depend on; the commit is not in it, so that a file may be edited meanwhile."""
+    keys = ("model_sha256", "scoring", "num_quantizers", "settings")
+    numbers = {package: number for package, number in header["versions"].items() if package != "commit"}
+    return {key: header[key] for key in keys} | {"versions": numbers, "adds_bos": adds_bos}
+
+
+def check_earlier(path: Path, header: Mapping[str, Any]) -> list[str]:
+    """What to say of a result file that will be replaced, if there is one.
+
+    Raises:
+        UserError: it is of other data or was made in another way, so that it would be lost.
+    """
+    earlier = read_json(str(path.parent), path.name)
+    if earlier is None:
+        return []
+    differing = {
+        "--model_name": (earlier.get("model"), header["model"]),
+        "--data_dir": (earlier.get("data"), header["data"]),
+        "--codec with the hash": (earlier.get("codec", {}).get("sha256"), header["codec"]["sha256"]),
+        **{
+            f"--{name}": (earlier.get("settings", {}).get(name), header["settings"][name])
+            for name in ("dtype", "max_audio_seconds")
+        },
+    }
+    for name, (before, now) in differing.items():
+        if before != now:
+            raise UserError(
+                f"'{path}' was made with {name} {before!r}, not {now!r}; choose another --output_dir, or move it away"
+            )
+    if earlier.get("model_sha256") != header["model_sha256"]:
+        return [f"replaced: '{path}' was of other weights ({str(earlier.get('model_sha256'))[:12]})"]
+    return []
 
 
 def results(
@@ -154,7 +211,8 @@ def results(
 ) -> dict[str, Any]:
     """What a result file holds beside how it was made: accuracies by part, their mean, and every pair."""
     pairs = []
-    for pair, positive_id, negative_id in zip(benchmark.pairs, audio_ids[::2], audio_ids[1::2], strict=False):
+    paired = audio_ids[: 2 * len(benchmark.pairs)]
+    for pair, positive_id, negative_id in zip(benchmark.pairs, paired[::2], paired[1::2], strict=True):
         positive, negative = scores[positive_id], scores[negative_id]
         pairs.append(
             {
@@ -172,15 +230,25 @@ def results(
             }
         )
     parts = part_results(pairs, by_group=chosen.by_group)
-    of_parts = {"mean_of_parts": mean_of_parts(parts, mean_of)} if mean_of else {}
-    unpaired = {"unpaired_clips": len(benchmark.unpaired), "left_out": benchmark.left_out}
-    return {"parts": parts, **of_parts, **unpaired, "pairs": pairs}
+    of_parts = {}
+    if mean_of:
+        of_parts = {
+            "mean_of_parts": mean_of_parts(parts, mean_of),
+            "missing_parts": [part for part in mean_of if part not in parts],
+        }
+    return {
+        "parts": parts,
+        **of_parts,
+        "unpaired_clips": len(benchmark.unpaired),
+        "notes": benchmark.notes,
+        "pairs": pairs,
+    }
 
 
 def summary(report: Mapping[str, Any]) -> list[str]:
     """The lines that a script prints."""
     seconds = report["settings"]["max_audio_seconds"]
-    lines = list(report["left_out"])
+    lines = list(report["notes"])
     for part, result in report["parts"].items():
         lines.append(f"{part}: {_accuracy(result)}{_touched(result, seconds)}")
         for label, values in result["by"].items():
@@ -188,7 +256,7 @@ def summary(report: Mapping[str, Any]) -> list[str]:
     if report.get("mean_of_parts") is not None:
         lines.append(f"mean of the parts: {_accuracy(report['mean_of_parts'])}")
     elif "mean_of_parts" in report:
-        lines.append("no mean: it is that of all eight parts, and some are not there")
+        lines.append(f"no mean of the parts, as some are not there: {', '.join(report['missing_parts'])}")
     return lines
 
 

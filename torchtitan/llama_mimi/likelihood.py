@@ -31,7 +31,7 @@ def batch_scores(model: SpeechModel, clips: Sequence[tuple[torch.Tensor, bool]],
     ]
     ids_BL = pad_sequence([ids_L for ids_L, _ in sequences], batch_first=True).to(model.device)
     is_scored_BL = pad_sequence([is_scored_L for _, is_scored_L in sequences], batch_first=True).to(model.device)
-    hidden_BLD = model.decoder.model(ids_BL[:, :-1]).last_hidden_state
+    hidden_BLD = model.decoder.model(ids_BL[:, :-1], use_cache=False).last_hidden_state
     # Only what is scored goes through the output layer: the logits of a whole batch would not fit.
     hidden_ND = hidden_BLD[is_scored_BL[:, 1:]]
     targets_N = ids_BL[:, 1:][is_scored_BL[:, 1:]]

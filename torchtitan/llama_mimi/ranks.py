@@ -24,10 +24,10 @@ class Ranks:
     """The processes of torchrun, or this one alone, and what they share.
 
     Args:
-        device: of this rank; None takes its own GPU where there is one.
+        device: of this rank; None, or "cuda" without a number, takes its own GPU where there is one.
 
     Raises:
-        UserError: more ranks than GPUs.
+        UserError: more ranks than GPUs, one GPU for several ranks, or no such device.
     """
 
     def __init__(self, device: str | None = None) -> None:
@@ -40,7 +40,9 @@ class Ranks:
                 "gloo", store=self._store, rank=self.rank, world_size=self.world_size, timeout=TIMEOUT
             )
         self.device = available_device(device or "cpu")
-        if device is None and torch.cuda.is_available():
+        if self.world_size > 1 and device is not None and device.startswith("cuda:"):
+            raise UserError(f"--device {device} is one GPU for {self.world_size} ranks; leave the number out")
+        if device in (None, "cuda") and torch.cuda.is_available():
             local_rank = int(os.environ.get("LOCAL_RANK", 0))
             if local_rank >= torch.cuda.device_count():
                 raise UserError(
@@ -66,7 +68,7 @@ class Ranks:
             except UserError as error:
                 outcome = [error]
         if self.world_size > 1:
-            dist.broadcast_object_list(outcome, src=0)
+            self._unless_gone(lambda: dist.broadcast_object_list(outcome, src=0))
         if isinstance(outcome[0], UserError):
             raise outcome[0]
         return outcome[0]
@@ -91,18 +93,19 @@ class Ranks:
     def _unless_gone(collective: Callable[[], Any]) -> None:
         try:
             collective()
-        except RuntimeError:  # another rank has gone, and has said why
+        except RuntimeError as error:
+            print(f"another rank has ended, so this one does, too ({str(error).splitlines()[0]})", file=sys.stderr)
             sys.exit(1)
 
 
 @contextmanager
 def torchrun_ranks(device: str | None = None) -> Iterator[Ranks]:
     """`Ranks` that are closed at the end; a mistake that all ranks find is reported once."""
-    ranks = Ranks(device)
     try:
+        ranks = Ranks(device)
         yield ranks
+        ranks.close()
     except UserError:
-        if ranks.rank:
+        if int(os.environ.get("RANK", 0)):
             time.sleep(SECONDS_BEFORE_OTHERS_REPORT)
         raise
-    ranks.close()

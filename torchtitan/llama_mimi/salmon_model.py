@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 import torchaudio.functional
 
+from llama_mimi.audio import AudioError
 from llama_mimi.likelihood import batch_scores
 from llama_mimi.scoring import Scoring
 from llama_mimi.speech_model import SpeechModel
@@ -37,6 +38,9 @@ class SalmonModel:
 
         Args:
             wavs: clips of shape (channels, S) or (S,).
+
+        Raises:
+            AudioError: a clip is shorter than a frame of the codec.
         """
         codec = self._model.codec
         limit = round(self._max_seconds * codec.sample_rate_hz)
@@ -46,7 +50,18 @@ class SalmonModel:
             )
             for wav in wavs
         ]
-        codes = codec.encode_many([samples_S[:limit] for samples_S in samples])
+        for samples_S in samples:
+            if len(samples_S) < codec.frame_size:
+                raise AudioError(
+                    "too short",
+                    f"a clip of {1000 * len(samples_S) / codec.sample_rate_hz:.1f} ms is less than one codec frame "
+                    f"({1000 / codec.frame_rate_hz:.0f} ms); give longer clips",
+                )
+        cut = [samples_S[:limit] for samples_S in samples]
+        if self._scoring.as_released:
+            codes = [codec.encode_as_released(samples_S) for samples_S in cut]
+        else:
+            codes = codec.encode_many(cut)
         is_cut = [len(samples_S) > limit for samples_S in samples]
         scores = batch_scores(self._model, list(zip(codes, is_cut, strict=True)), self._scoring)
         return torch.tensor(scores, dtype=torch.float64)

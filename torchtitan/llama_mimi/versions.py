@@ -4,11 +4,19 @@ import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
+FOLDER = Path(__file__).parent
+
 
 def versions() -> dict[str, str]:
-    """Versions a score depends on, and this repository's commit where it is one."""
+    """Versions that numbers depend on, and this repository's commit where the package lies in it."""
     packages = ("llama-mimi", "torch", "torchaudio", "transformers", "soundfile")
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
-    return {package: version(package) for package in packages} | {"commit": git.stdout.strip() or "unknown"}
+    is_ours = _git("rev-parse", "--show-prefix") == f"torchtitan/{FOLDER.name}/"  # not a repository that it lies in
+    commit = _git("describe", "--always", "--dirty") if is_ours else ""
+    return {package: version(package) for package in packages} | {"commit": commit or "unknown"}
+
+
+def _git(*command: str) -> str:
+    try:
+        return subprocess.run(["git", *command], cwd=FOLDER, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git here
+        return ""
