@@ -80,29 +80,38 @@ def main() -> None:
 def row(flags: argparse.Namespace, benchmark: str, folder: Path) -> tuple[tuple[str, list[float]], str]:
     """Measure one benchmark and print its line."""
     rates: dict[str, list[float]] = {way: [] for way in (ALONE, BATCHED, CACHED)}
+    scores: dict[str, list[float]] = {}
     for repeat in range(flags.repeats):  # in turn, so that a slow minute of the machine hits all of them
         for way, measured in rates.items():
             # The codes that the batches made are there for the last way.
             result = measure(flags, benchmark, way, folder / f"{benchmark}_{repeat}")
             measured.append(result["pairs"] / result["seconds"])
+            scores[way] = result["scores"]
     medians = {way: statistics.median(measured) for way, measured in rates.items()}
     cells = [f"{medians[way]:.1f} ({min(m):.1f} to {max(m):.1f})" for way, m in rates.items()]
-    ratios = [medians[way] / medians[ALONE] for way in (BATCHED, CACHED)]
+    ratios = [round(medians[way] / medians[ALONE], 2) for way in (BATCHED, CACHED)]
     print(f"| {benchmark} | {' | '.join(cells)} | {ratios[0]:.1f}, {ratios[1]:.1f} |", flush=True)
-    alone, original = (measure(flags, benchmark, way, folder / benchmark)["scores"] for way in (ALONE, "original"))
-    difference = max(abs(a - b) for a, b in zip(alone, original, strict=True))
-    flipped = sum(
-        (a0 > a1) != (b0 > b1)
-        for a0, a1, b0, b1 in zip(alone[::2], alone[1::2], original[::2], original[1::2], strict=True)
-    )
-    check = f"{benchmark}: scores differ by {difference:.1e} at most, {flipped} of {len(alone) // 2} decisions differ"
-    return (benchmark, ratios), check
+    original = measure(flags, benchmark, "original", folder / benchmark)["scores"]
+    checks = [f"{benchmark}, one clip at a time and preset original: {compare(scores[ALONE], original)}"]
+    for dtype in DECODER_DTYPES:
+        if dtype != flags.dtype:
+            other = measure(flags, benchmark, CACHED, folder / f"{benchmark}_0", "--dtype", dtype)["scores"]
+            checks.append(f"{benchmark}, {flags.dtype} and {dtype}: {compare(scores[CACHED], other)}")
+    return (benchmark, ratios), "\n".join(checks)
 
 
-def measure(flags: argparse.Namespace, benchmark: str, way: str, folder: Path) -> dict[str, Any]:
+def compare(scores_a: list[float], scores_b: list[float]) -> str:
+    """How far two ways to score the same pairs differ."""
+    difference = max(abs(a - b) for a, b in zip(scores_a, scores_b, strict=True))
+    decisions = [[x > y for x, y in zip(scores[::2], scores[1::2], strict=True)] for scores in (scores_a, scores_b)]
+    flipped = sum(a != b for a, b in zip(*decisions, strict=True))
+    return f"scores differ by {difference:.1e} at most, {flipped} of {len(decisions[0])} decisions differ"
+
+
+def measure(flags: argparse.Namespace, benchmark: str, way: str, folder: Path, *more: str) -> dict[str, Any]:
     """One measurement in its own process."""
     result = subprocess.run(
-        [sys.executable, __file__, *sys.argv[1:], "--probe", benchmark, way, str(folder)],
+        [sys.executable, __file__, *sys.argv[1:], *more, "--probe", benchmark, way, str(folder)],
         stdout=subprocess.PIPE,
         text=True,
     )
