@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from bench_eval import score_alone
 from conftest import ROOT, TINY
 from transformers import LlamaForCausalLM
 
@@ -186,6 +187,20 @@ def test_batches_score_as_clips_alone_do(tmp_path, codec, model, name, levels):
     assert batched == pytest.approx(alone, abs=1e-4)
     for positive, negative in zip(ids[::2], ids[1::2], strict=True):
         assert (batched[positive] > batched[negative]) == (alone[positive] > alone[negative])
+
+
+@pytest.mark.parametrize("levels", [None, (0,)])
+def test_preset_original_is_the_release_from_file_to_score(tmp_path, codec, model, levels):
+    """Against the plainest way, with stock `transformers` alone: one clip, text, tokenizer, full logits, labels."""
+    clips = clips_of(*sorted((SALMON / "speaker_consistency").glob("sample_1?_0.ogg"))[:4])
+    ids, codes = encode_clips(codec, clips, cache(tmp_path, codec, as_released=True), Ranks(), 20.0, as_released=True)
+    scoring = preset("original", levels).scoring
+    scores = score_clips(model, codes, scoring, 4096, ScoreLog(tmp_path / "log", {}), Ranks())
+    model.decoder.config.update({"num_quantizers": 4})
+    expected = [
+        score_alone(clip.read(), model.decoder, model.sequences.tokenizer, codec.model, levels) for clip in clips
+    ]
+    assert [scores[i] for i in ids] == pytest.approx(expected, abs=1e-5)
 
 
 def test_what_was_scored_before_a_kill_is_kept(tmp_path, codec, model, monkeypatch, capsys):

@@ -6,7 +6,7 @@ audio file. Everything that codes depend on is in the name of the folder, so tha
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -143,40 +143,25 @@ def encode_clips(
     """
     known = cache.load()
     deep = codec.at_depth(_stored_levels(codec))
-    mine = list(clips[ranks.rank :: ranks.world_size])
+    mine = clips[ranks.rank :: ranks.world_size]
     audio_ids: list[str] = []
-    with (
-        ThreadPoolExecutor(READERS) as pool,
-        tqdm(total=len(mine), unit="clip", desc="codes", disable=ranks.rank > 0) as progress,
-    ):
-        read = partial(_read, codec=deep, max_seconds=max_seconds, known=known)
-        chunks = [mine[start : start + CLIPS_PER_CHUNK] for start in range(0, len(mine), CLIPS_PER_CHUNK)]
-        ahead: list[Future[tuple[str, Waveform | None]]] = [pool.submit(read, clip) for clip in (chunks or [[]])[0]]
-        for number, _ in enumerate(chunks):
-            current = ahead
-            ahead = [pool.submit(read, clip) for clip in chunks[number + 1]] if number + 1 < len(chunks) else []
-            try:
-                clips_read = [future.result() for future in current]
-            except Exception:
-                pool.shutdown(cancel_futures=True)
-                raise
-            audio_ids += [audio_id for audio_id, _ in clips_read]
+    with tqdm(total=len(mine), unit="clip", desc="codes", disable=ranks.rank > 0) as progress:
+        for chunk in _read_ahead(mine, partial(_read, codec=deep, max_seconds=max_seconds, known=known)):
             new = {
                 audio_id: waveform
-                for audio_id, waveform in clips_read
+                for audio_id, waveform in chunk
                 if waveform is not None and audio_id not in known  # the chunk before may have had it
             }
-            if as_released:
-                codes = [deep.encode_as_released(waveform.samples_S) for waveform in new.values()]
-            else:
-                codes = deep.encode_many([waveform.samples_S for waveform in new.values()])
+            samples = [waveform.samples_S for waveform in new.values()]
+            codes = list(map(deep.encode_as_released, samples)) if as_released else deep.encode_many(samples)
             encoded = {
                 audio_id: CachedCodes(codes_TQ.numpy().astype(np.uint16), waveform.is_cut)
                 for (audio_id, waveform), codes_TQ in zip(new.items(), codes, strict=True)
             }
             cache.add(encoded, codec.frame_rate_hz)
             known |= encoded
-            progress.update(len(clips_read))
+            audio_ids += [audio_id for audio_id, _ in chunk]
+            progress.update(len(chunk))
     all_ids = [""] * len(clips)
     everything: dict[str, CachedCodes] = {}
     mine_by_id = {audio_id: known[audio_id] for audio_id in audio_ids}
@@ -189,6 +174,22 @@ def encode_clips(
 
 def _stored_levels(codec: MimiCodec) -> int:
     return max(codec.num_quantizers, min(STORED_LEVELS, codec.config.num_quantizers))
+
+
+def _read_ahead(
+    clips: Sequence[Clip], read: Callable[[Clip], tuple[str, Waveform | None]]
+) -> Iterator[list[tuple[str, Waveform | None]]]:
+    """Clips in chunks, each read by threads while the one before is used."""
+    chunks = [clips[start : start + CLIPS_PER_CHUNK] for start in range(0, len(clips), CLIPS_PER_CHUNK)]
+    pool = ThreadPoolExecutor(READERS)
+    try:
+        ahead: list[Future[tuple[str, Waveform | None]]] = []
+        for chunk in [*chunks, []]:
+            current, ahead = ahead, [pool.submit(read, clip) for clip in chunk]
+            if current:
+                yield [future.result() for future in current]
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _read(

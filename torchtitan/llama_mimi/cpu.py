@@ -12,8 +12,9 @@ import torch
 
 from llama_mimi.errors import UserError
 
-# Of glibc's malloc.h: how many blocks may be mapped one by one, and how much free memory is kept.
-M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
+# Of glibc's malloc.h: how many blocks may be mapped one by one, how much free memory is kept, and how many heaps there are
+# (those of threads are small, and given back when they are empty).
+M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX = -4, -1, -8
 
 
 def use_cpu_without_gpu() -> None:
@@ -47,6 +48,7 @@ def keep_freed_memory() -> None:
     if hasattr(libc, "mallopt"):
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_ARENA_MAX, 1)
 
 
 def available_device(name: str) -> torch.device:

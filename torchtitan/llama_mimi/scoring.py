@@ -6,6 +6,7 @@ comparison and codes. The resampler is ours (the release uses that of `datasets`
 ``--dtype float16`` is not given, so that scores agree to rounding, not to the last bit.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -91,34 +92,25 @@ def with_options(
     Raises:
         UserError: an option that cannot be, or one to the preset "original", which is fixed.
     """
-    changes: dict[str, Any] = {}
-    if levels is not None:
-        changes["levels"] = _levels(levels)
-    if end_token is not None:
-        changes["end_token"] = end_token
-    if statistic is not None:
-        changes["statistic"] = statistic
     if window_seconds is not None:
-        if not 0 < window_seconds < float("inf"):
+        if not 0 < window_seconds < math.inf:
             raise UserError(f"--window_seconds is {window_seconds}; it must be a positive number")
-        changes["window_seconds"] = window_seconds
-    changes = {key: value for key, value in changes.items() if getattr(base.scoring, key) != value}
-    if not changes:
-        return base
-    if base.scoring.as_released:
-        raise UserError(
-            f"--{next(iter(changes))} changes the scoring, but --preset {base.name} is fixed; use --preset official"
-        )
-    if "window_seconds" in changes:
         if statistic == "sum" or end_token:
             raise UserError(
                 "--window_seconds takes the mean over frames, without </audio>; leave out --statistic and --end_token"
             )
-        changes.pop("end_token", None)
-        scoring = replace(base.scoring, **changes, end_token=False)
-    else:
-        scoring = replace(base.scoring, **changes)
-    return replace(base, name="-".join([base.name, *(_label(*change) for change in changes.items())]), scoring=scoring)
+    given: dict[str, Any] = {"end_token": end_token, "statistic": statistic, "window_seconds": window_seconds}
+    changes = {key: value for key, value in given.items() if value not in (None, getattr(base.scoring, key))}
+    if levels is not None and (chosen := _levels(levels)) != base.scoring.levels:
+        changes = {"levels": chosen} | changes
+    if changes and base.scoring.as_released:
+        raise UserError(
+            f"--{next(iter(changes))} changes the scoring, but --preset {base.name} is fixed; use --preset official"
+        )
+    if window_seconds is not None:
+        changes["end_token"] = False  # in no window
+    names = [_label(*change) for change in changes.items() if window_seconds is None or change[0] != "end_token"]
+    return replace(base, name="-".join([base.name, *names]), scoring=replace(base.scoring, **changes))
 
 
 def scored_sequence(
