@@ -1,7 +1,7 @@
 """How fast benchmarks are scored: one clip at a time, in batches, and with codes that are there already.
 
     uv run python scripts/bench_eval.py --model_name models/tiny
-    uv run python scripts/bench_eval.py --flavor 1B --dtype bfloat16 --pairs 100
+    uv run python scripts/bench_eval.py --random_1b --dtype bfloat16 --pairs 100   # on a GPU, without a network
 
 One clip at a time is what the first release does: read, encode, write the codes as text, call the tokenizer, make all
 logits, take the mean over the labels. It is written here only, with `transformers` as it comes. Every measurement is a
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_check import write_stand_ins
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, MimiModel
 
 from llama_mimi.audio import read_audio
@@ -48,15 +49,13 @@ READERS: dict[str, tuple[Callable[[str], Benchmark], str, tuple[int, ...] | None
     "StoryCloze": (read_storycloze, "storycloze", (0,)),
 }
 ALONE, BATCHED, CACHED = "one clip at a time", "in batches", "in batches, codes cached"
-LLAMA_3_ROWS = 136_450  # of a vocabulary with 4 levels, so that a random model has the output layer of a real one
 MAX_SECONDS = 20.0
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name", default="models/tiny", help="hub id or folder")
-    parser.add_argument("--flavor", choices=FLAVORS, help="random weights of this shape in place of --model_name")
-    parser.add_argument("--codec", default="assets/tiny/mimi", help="of a random model")
+    parser.add_argument("--random_1b", action="store_true", help="random weights of the 1B shape in place of a model")
     parser.add_argument("--data_dir", type=Path, default=Path("assets/tiny/benchmarks"))
     parser.add_argument("--dtype", choices=DECODER_DTYPES, default="float32", help="of the decoder")
     parser.add_argument("--pairs", type=int, default=60, help="of each benchmark, spread over it")
@@ -72,9 +71,12 @@ def main() -> None:
     print(", ".join(f"{name} {version}" for name, version in versions().items()) + "\n")
     print(f"| pairs per second | {ALONE} | {BATCHED} | {CACHED} | ratios |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
+        if flags.random_1b:
+            flags.model_name = write_random_model(Path(folder) / "random")
         rows = [row(flags, benchmark, Path(folder)) for benchmark in READERS]
     print("\n" + "\n".join(check for _, check in rows) + "\n")
-    print(json.dumps({"device": gpu, "model": flags.flavor or flags.model_name, "ratios": dict(r for r, _ in rows)}))
+    name = "random 1B" if flags.random_1b else flags.model_name
+    print(json.dumps({"device": gpu, "model": name, "ratios": dict(ratios for ratios, _ in rows)}))
 
 
 def row(flags: argparse.Namespace, benchmark: str, folder: Path) -> tuple[tuple[str, list[float]], str]:
@@ -111,7 +113,18 @@ def compare(scores_a: list[float], scores_b: list[float]) -> str:
 def measure(flags: argparse.Namespace, benchmark: str, way: str, folder: Path, *more: str) -> dict[str, Any]:
     """One measurement in its own process."""
     result = subprocess.run(
-        [sys.executable, __file__, *sys.argv[1:], *more, "--probe", benchmark, way, str(folder)],
+        [
+            sys.executable,
+            __file__,
+            *sys.argv[1:],
+            "--model_name",
+            flags.model_name,
+            *more,
+            "--probe",
+            benchmark,
+            way,
+            str(folder),
+        ],
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -147,21 +160,31 @@ def probe(flags: argparse.Namespace, benchmark: str, way: str, folder: str) -> d
 
 
 def load_parts(flags: argparse.Namespace, device: str) -> tuple[LlamaForCausalLM, SequenceBuilder, str]:
-    """Decoder, token sequences and the codec's name of the model, or of a random one.
+    """Decoder, token sequences and the codec's name of the model.
 
     Nothing of the codec is loaded here: it changes how the process keeps memory, and one clip at a time is to go as it
     would without this project.
     """
     dtype = DECODER_DTYPES[flags.dtype]
-    if flags.flavor is None:
-        decoder = load_pretrained(AutoModelForCausalLM, flags.model_name, what="model", dtype=dtype).to(device).eval()
-        codec_name = getattr(decoder.config, "codec", DEFAULT_CODEC)
-        return decoder, load_sequences(flags.model_name, codec_name, decoder.config.num_quantizers), codec_name
+    decoder = load_pretrained(AutoModelForCausalLM, flags.model_name, what="model", dtype=dtype).to(device).eval()
+    codec_name = getattr(decoder.config, "codec", DEFAULT_CODEC)
+    return decoder, load_sequences(flags.model_name, codec_name, decoder.config.num_quantizers), codec_name
+
+
+def write_random_model(folder: Path) -> str:
+    """A model of the shape of Llama-3.2-1B with 136,450 entries, and of Mimi, all weights random.
+
+    Returns:
+        Its folder.
+    """
+    write_stand_ins(folder)
+    sequences = load_sequences(str(folder / "llama"), str(folder / "mimi"), 4)
+    args = LlamaMimiArgs(**{**vars(FLAVORS["1B"]), "vocab_size": sequences.vocabulary.size})
     torch.manual_seed(0)
-    args = LlamaMimiArgs(**{**vars(FLAVORS[flags.flavor]), "vocab_size": LLAMA_3_ROWS})
-    with torch.device(device):
-        decoder = LlamaForCausalLM(hf_config(args, num_quantizers=4)).to(dtype).eval()
-    return decoder, load_sequences("assets/tiny/llama", flags.codec, 4), flags.codec
+    decoder = LlamaForCausalLM(hf_config(args, num_quantizers=4, codec=str(folder / "mimi"))).bfloat16()
+    decoder.save_pretrained(folder / "1b")
+    sequences.tokenizer.save_pretrained(folder / "1b")
+    return str(folder / "1b")
 
 
 @torch.no_grad()
