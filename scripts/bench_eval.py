@@ -69,18 +69,27 @@ def main() -> None:
     threads = torch.get_num_threads()
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {gpu}, {threads} threads")
     print(", ".join(f"{name} {version}" for name, version in versions().items()) + "\n")
-    print(f"| pairs per second | {ALONE} | {BATCHED} | {CACHED} | ratios |\n|---|---|---|---|---|")
+    print(f"| pairs per second | {ALONE} | {BATCHED} | {CACHED} | times as fast |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         if flags.random_1b:
             flags.model_name = write_random_model(Path(folder) / "random")
         rows = [row(flags, benchmark, Path(folder)) for benchmark in READERS]
-    print("\n" + "\n".join(check for _, check in rows) + "\n")
+    together = [len(rows) / sum(1 / rates[way] for _, rates, _ in rows) for way in (ALONE, BATCHED, CACHED)]
+    ratios = {name: [rates[BATCHED] / rates[ALONE], rates[CACHED] / rates[ALONE]] for name, rates, _ in rows}
+    ratios["together"] = [together[1] / together[0], together[2] / together[0]]
+    cells = [f"{rate:.1f}" for rate in together]
+    print(f"| together | {' | '.join(cells)} | {' and '.join(f'{ratio:.1f}' for ratio in ratios['together'])} |")
+    print("\n" + "\n".join(check for *_, checks in rows for check in checks) + "\n")
     name = "random 1B" if flags.random_1b else flags.model_name
-    print(json.dumps({"device": gpu, "model": name, "ratios": dict(ratios for ratios, _ in rows)}))
+    print(json.dumps({"device": gpu, "model": name, "pairs": flags.pairs, "ratios": ratios}))
 
 
-def row(flags: argparse.Namespace, benchmark: str, folder: Path) -> tuple[tuple[str, list[float]], str]:
-    """Measure one benchmark and print its line."""
+def row(flags: argparse.Namespace, benchmark: str, folder: Path) -> tuple[str, dict[str, float], list[str]]:
+    """Measure one benchmark and print its line.
+
+    Returns:
+        Its name, pairs per second by way, and what else was compared.
+    """
     rates: dict[str, list[float]] = {way: [] for way in (ALONE, BATCHED, CACHED)}
     scores: dict[str, list[float]] = {}
     for repeat in range(flags.repeats):  # in turn, so that a slow minute of the machine hits all of them
@@ -91,15 +100,18 @@ def row(flags: argparse.Namespace, benchmark: str, folder: Path) -> tuple[tuple[
             scores[way] = result["scores"]
     medians = {way: statistics.median(measured) for way, measured in rates.items()}
     cells = [f"{medians[way]:.1f} ({min(m):.1f} to {max(m):.1f})" for way, m in rates.items()]
-    ratios = [round(medians[way] / medians[ALONE], 2) for way in (BATCHED, CACHED)]
-    print(f"| {benchmark} | {' | '.join(cells)} | {ratios[0]:.1f}, {ratios[1]:.1f} |", flush=True)
+    ratios = [f"{medians[way] / medians[ALONE]:.1f}" for way in (BATCHED, CACHED)]
+    print(f"| {benchmark} | {' | '.join(cells)} | {' and '.join(ratios)} |", flush=True)
     original = measure(flags, benchmark, "original", folder / benchmark)["scores"]
+    furthest = max(abs(a - b) for a, b in zip(scores[ALONE], original, strict=True))
+    if flags.dtype == "float32" and furthest > 1e-4:
+        raise UserError(f"{benchmark}: scores of preset original are off by {furthest:.1e}; this is a bug, report it")
     checks = [f"{benchmark}, one clip at a time and preset original: {compare(scores[ALONE], original)}"]
     for dtype in DECODER_DTYPES:
         if dtype != flags.dtype:
             other = measure(flags, benchmark, CACHED, folder / f"{benchmark}_0", "--dtype", dtype)["scores"]
             checks.append(f"{benchmark}, {flags.dtype} and {dtype}: {compare(scores[CACHED], other)}")
-    return (benchmark, ratios), "\n".join(checks)
+    return benchmark, medians, checks
 
 
 def compare(scores_a: list[float], scores_b: list[float]) -> str:
