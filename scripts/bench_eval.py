@@ -5,8 +5,9 @@
 
 One clip at a time is what the first release does: read, encode, write the codes as text, call the tokenizer, make all
 logits, take the mean over the labels. It is written here only, with `transformers` as it comes. Every measurement is a
-process of its own, which loads the model before the clock starts; the ways take turns. Scores of one clip at a time
-must be those of preset "original" to 1e-4, and every decision the same.
+process of its own, which loads the model before the clock starts; the ways take turns. Batches are of preset
+"official": "original" encodes clip by clip, to have the codes of the release. Scores of one clip at a time must be
+those of preset "original" to 1e-4.
 """
 
 import argparse
@@ -62,6 +63,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--probe", nargs=3, help=argparse.SUPPRESS)  # benchmark, way, folder: one measurement
     flags = parser.parse_args()
+    if flags.pairs < 1 or flags.repeats < 1:
+        raise UserError("--pairs and --repeats must be 1 or more")
     if flags.probe:
         print(json.dumps(probe(flags, *flags.probe)))
         return
@@ -95,21 +98,21 @@ def row(flags: argparse.Namespace, benchmark: str, folder: Path) -> tuple[str, d
     for repeat in range(flags.repeats):  # in turn, so that a slow minute of the machine hits all of them
         for way, measured in rates.items():
             # The codes that the batches made are there for the last way.
-            result = measure(flags, benchmark, way, folder / f"{benchmark}_{repeat}")
+            result = measure(flags.model_name, benchmark, way, folder / f"{benchmark}_{repeat}")
             measured.append(result["pairs"] / result["seconds"])
             scores[way] = result["scores"]
     medians = {way: statistics.median(measured) for way, measured in rates.items()}
     cells = [f"{medians[way]:.1f} ({min(m):.1f} to {max(m):.1f})" for way, m in rates.items()]
     ratios = [f"{medians[way] / medians[ALONE]:.1f}" for way in (BATCHED, CACHED)]
     print(f"| {benchmark} | {' | '.join(cells)} | {' and '.join(ratios)} |", flush=True)
-    original = measure(flags, benchmark, "original", folder / benchmark)["scores"]
+    original = measure(flags.model_name, benchmark, "original", folder / benchmark)["scores"]
     furthest = max(abs(a - b) for a, b in zip(scores[ALONE], original, strict=True))
     if flags.dtype == "float32" and furthest > 1e-4:
         raise UserError(f"{benchmark}: scores of preset original are off by {furthest:.1e}; this is a bug, report it")
     checks = [f"{benchmark}, one clip at a time and preset original: {compare(scores[ALONE], original)}"]
     for dtype in DECODER_DTYPES:
         if dtype != flags.dtype:
-            other = measure(flags, benchmark, CACHED, folder / f"{benchmark}_0", "--dtype", dtype)["scores"]
+            other = measure(flags.model_name, benchmark, CACHED, folder / f"{benchmark}_0", "--dtype", dtype)["scores"]
             checks.append(f"{benchmark}, {flags.dtype} and {dtype}: {compare(scores[CACHED], other)}")
     return benchmark, medians, checks
 
@@ -122,7 +125,7 @@ def compare(scores_a: list[float], scores_b: list[float]) -> str:
     return f"scores differ by {difference:.1e} at most, {flipped} of {len(decisions[0])} decisions differ"
 
 
-def measure(flags: argparse.Namespace, benchmark: str, way: str, folder: Path, *more: str) -> dict[str, Any]:
+def measure(model_name: str, benchmark: str, way: str, folder: Path, *more: str) -> dict[str, Any]:
     """One measurement in its own process."""
     result = subprocess.run(
         [
@@ -130,7 +133,7 @@ def measure(flags: argparse.Namespace, benchmark: str, way: str, folder: Path, *
             __file__,
             *sys.argv[1:],
             "--model_name",
-            flags.model_name,
+            model_name,
             *more,
             "--probe",
             benchmark,
@@ -179,7 +182,7 @@ def load_parts(flags: argparse.Namespace, device: str) -> tuple[LlamaForCausalLM
     """
     dtype = DECODER_DTYPES[flags.dtype]
     decoder = load_pretrained(AutoModelForCausalLM, flags.model_name, what="model", dtype=dtype).to(device).eval()
-    codec_name = getattr(decoder.config, "codec", DEFAULT_CODEC)
+    codec_name = getattr(decoder.config, "codec", None) or DEFAULT_CODEC
     return decoder, load_sequences(flags.model_name, codec_name, decoder.config.num_quantizers), codec_name
 
 

@@ -24,7 +24,8 @@ import matplotlib.pyplot as plt
 from llama_mimi.accuracy import group_credits, mcnemar
 from llama_mimi.benchmarks import SALMON_PARTS
 from llama_mimi.errors import UserError, run_cli
-from llama_mimi.evaluation import FORMAT
+from llama_mimi.evaluation import FORMAT, MAX_AUDIO_SECONDS
+from llama_mimi.files import write_whole
 
 STANDARD = ("official", "original")
 # Columns in the order of the table, and what they are called there; parts of other names follow.
@@ -38,21 +39,33 @@ HEADINGS = {
 }
 
 
+@dataclass(frozen=True)
+class Key:
+    """What results must share to stand in one row."""
+
+    model_sha256: str
+    preset: str
+    dtype: str
+    max_audio_seconds: float
+
+
 @dataclass
 class Row:
     """One model under one scoring, or one published row.
 
     Args:
-        name: of the row.
+        name: of the model.
         accuracies: percent by column.
         intervals: percent by column, none where the source gives none.
         reports: result files by benchmark; none for what others have published.
+        label: of the row: the name, and what tells it from others.
     """
 
     name: str
     accuracies: dict[str, float]
     intervals: dict[str, tuple[float, float]]
     reports: dict[str, dict[str, Any]]
+    label: str = ""
 
 
 def main() -> None:
@@ -65,43 +78,39 @@ def main() -> None:
 
     rows = read_rows(flags.results)
     published = read_published(flags.published)
-    standard = {key: row for key, row in rows.items() if key[2] in STANDARD}
-    other = {key: row for key, row in rows.items() if key[2] not in STANDARD}
+    standard = {key: row for key, row in rows.items() if is_standard(key)}
+    other = {key: row for key, row in rows.items() if not is_standard(key)}
     sections = []
+    columns = ordered(column for row in standard.values() for column in row.accuracies)
     if standard:
-        columns = ordered(column for row in standard.values() for column in row.accuracies)
         beside = [row for row in published if row.accuracies.keys() & set(columns)]
         sections += ["## Accuracy", table([*standard.values(), *beside], columns), notes(standard.values())]
         if beside:
-            sections.append(
-                "Rows with a source in brackets are numbers of others on the full benchmarks, by their own scoring."
-            )
+            sections.append("Rows with a source in brackets are numbers of others, by their own scoring.")
     if other:
-        columns = ordered(column for row in other.values() for column in row.accuracies)
-        sections += ["## Other scoring, not to be compared with the above", table(list(other.values()), columns)]
+        others = ordered(column for row in other.values() for column in row.accuracies)
+        sections += ["## Other scoring, not to be compared with the above", table(list(other.values()), others)]
         sections += [notes(other.values())]
     if differences := compare(rows):
         sections += ["## Differences between models", differences]
     text = "\n\n".join(sections) + "\n"
     print(text)
     if flags.output_file is not None:
-        flags.output_file.parent.mkdir(parents=True, exist_ok=True)
-        flags.output_file.write_text(text)
+        write_whole(str(flags.output_file.parent), flags.output_file.name, text.encode())
     if flags.picture is not None:
         if not standard:
             raise UserError("there is no result of a standard preset to draw; leave out --picture")
-        draw(list(standard.values()), beside, columns_of_picture(standard.values()), flags.picture)
+        draw(list(standard.values()), beside, columns, flags.picture)
 
 
-def read_rows(folders: Sequence[Path]) -> dict[tuple[str, str, str], Row]:
-    """Rows by model, hash of its weights, and preset.
+def read_rows(folders: Sequence[Path]) -> dict[Key, Row]:
+    """Rows by what they are of.
 
     Raises:
         UserError: no result file, one that cannot be read, or two of the same.
     """
-    rows: dict[tuple[str, str, str], Row] = {}
-    paths = sorted({path for folder in folders for path in folder.rglob("*.json")})
-    for path in paths:
+    rows: dict[Key, Row] = {}
+    for path in result_files(folders):
         try:
             report = json.loads(path.read_text())
         except (OSError, ValueError) as error:
@@ -110,11 +119,12 @@ def read_rows(folders: Sequence[Path]) -> dict[tuple[str, str, str], Row]:
             continue  # another program's
         if report.get("format") != FORMAT:
             raise UserError(f"'{path}' has format {report.get('format')!r}, not {FORMAT}; score the model anew")
-        key = (report["model"], report["model_sha256"], report["preset"])
-        row = rows.setdefault(key, Row("", {}, {}, {}))
+        settings = report["settings"]
+        key = Key(report["model_sha256"], report["preset"], settings["dtype"], settings["max_audio_seconds"])
+        row = rows.setdefault(key, Row(path.parent.name, {}, {}, {}))
         benchmark = report["benchmark"]
         if benchmark in row.reports:
-            raise UserError(f"'{path}' is a second result of {key[0]} on {benchmark} ({key[2]}); leave one out")
+            raise UserError(f"'{path}' is a second result of {row.name} on {benchmark} ({key.preset}); leave one out")
         row.reports[benchmark] = report
         results = {f"{benchmark}/{part}": result for part, result in report["parts"].items()}
         if report.get("mean_of_parts"):
@@ -125,11 +135,25 @@ def read_rows(folders: Sequence[Path]) -> dict[tuple[str, str, str], Row]:
             row.intervals[column] = (100 * low, 100 * high)
     if not rows:
         raise UserError(f"there is no result file in {', '.join(map(str, folders))}; run the scripts in eval/ first")
-    names = [(Path(model).name, preset) for model, _, preset in rows]
-    for (model, sha256, preset), row in rows.items():
-        is_alone = names.count((Path(model).name, preset)) == 1
-        row.name = f"{Path(model).name} ({'' if is_alone else f'{model}, {sha256[:8]}, '}{preset})"
+    weights = {(row.name, key.model_sha256) for key, row in rows.items()}
+    for key, row in rows.items():
+        is_alone = len([name for name, _ in weights if name == row.name]) == 1
+        about = [] if is_alone else [key.model_sha256[:8]]
+        about += [key.preset] + ([key.dtype] if key.dtype != "float32" else [])
+        about += [f"cut at {key.max_audio_seconds:g} s"] if key.max_audio_seconds != MAX_AUDIO_SECONDS else []
+        row.label = f"{row.name} ({', '.join(about)})"
     return rows
+
+
+def result_files(paths: Sequence[Path]) -> list[Path]:
+    """JSON files, and those below folders.
+
+    Raises:
+        UserError: a path that does not exist.
+    """
+    if missing := [path for path in paths if not path.exists()]:
+        raise UserError(f"'{missing[0]}' does not exist; name folders of result files")
+    return sorted({file for path in paths for file in (path.rglob("*.json") if path.is_dir() else [path])})
 
 
 def read_published(path: Path) -> list[Row]:
@@ -140,9 +164,25 @@ def read_published(path: Path) -> list[Row]:
     """
     try:
         rows = tomllib.loads(path.read_text())["rows"]
-        return [Row(f"{row['model']} [{row['source']}]", dict(row["scores"]), {}, {}) for row in rows]
+        published = [
+            Row(
+                row["model"],
+                {column: float(score) for column, score in row["scores"].items()},
+                {},
+                {},
+                f"{row['model']} [{row['source']}]",
+            )
+            for row in rows
+        ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"'{path}' is no list of published rows ({error}); see eval/published.toml") from error
+    if odd := [column for row in published for column in row.accuracies if column not in HEADINGS]:
+        raise UserError(f"'{path}' has the column '{odd[0]}', which is none of {', '.join(HEADINGS)}")
+    return published
+
+
+def is_standard(key: Key) -> bool:
+    return key.preset in STANDARD and key.max_audio_seconds == MAX_AUDIO_SECONDS
 
 
 def ordered(columns: Iterable[str]) -> list[str]:
@@ -167,67 +207,66 @@ def table(rows: Sequence[Row], columns: Sequence[str]) -> str:
         )
 
     lines = [["model", *map(heading, columns)], ["---"] * (len(columns) + 1)]
-    lines += [[row.name, *(cell(row, column) for column in columns)] for row in rows]
+    lines += [[row.label, *(cell(row, column) for column in columns)] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def notes(rows: Iterable[Row]) -> str:
     """What must be known beside the numbers: counts, pairs touched by the cut, and rows that do not compare."""
     lines = []
-    reports = [(row.name, report) for row in rows for report in row.reports.values()]
-    counts: dict[str, set[str]] = defaultdict(set)
-    sources: dict[str, set[str]] = defaultdict(set)
-    for name, report in reports:
-        sources[report["benchmark"]].add(report["data"])
+    counts: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    audio: dict[str, set[str]] = defaultdict(set)
+    for row, report in [(one, report) for one in rows for report in one.reports.values()]:
+        benchmark = report["benchmark"]
+        audio[benchmark].add(report["audio_sha256"])
+        lines += [f"- {row.label}, {benchmark}: {note}." for note in report["notes"]]
         for part, result in report["parts"].items():
-            column = heading(f"{report['benchmark']}/{part}")
-            counts[column].add(f"{result['count']:,}")
+            column = heading(f"{benchmark}/{part}")
+            counts[column][f"{result['count']:,}"].append(row.label)
             if result["pairs_cut"]:
-                seconds = report["settings"]["max_audio_seconds"]
                 lines.append(
-                    f"- {name}, {column}: {result['pairs_cut']:,} of {result['pairs']:,} pairs were touched by the cut "
-                    f"at {seconds:g} s."
+                    f"- {row.label}, {column}: {result['pairs_cut']:,} of {result['pairs']:,} pairs were touched by "
+                    f"the cut at {report['settings']['max_audio_seconds']:g} s."
                 )
-    if not lines:
+    if not any("touched by the cut" in line for line in lines):
         lines.append("- No pair was touched by the cut.")
-    numbers = "; ".join(f"{column} {' or '.join(sorted(number))}" for column, number in counts.items())
-    lines.insert(0, f"- In percent, with 95 % intervals (Wilson) of so many words, sentences or pairs: {numbers}.")
-    lines += [
-        f"- Rows of {benchmark} were scored on different data: {', '.join(sorted(names))}."
-        for benchmark, names in sources.items()
-        if len(names) > 1
+    numbers = "; ".join(
+        f"{column} " + " or ".join(f"{n} ({', '.join(who)})" if len(by_count) > 1 else n for n, who in by_count.items())
+        for column, by_count in counts.items()
+    )
+    first = [
+        f"- In percent, with 95 % intervals (Wilson) of so many words, sentences or pairs: {numbers}. Where rows are "
+        "counted (preset original), voices of one word or sentence are taken as independent."
     ]
-    return "\n".join(lines)
+    lines += [f"- Rows of {name} were scored on different audio." for name, found in audio.items() if len(found) > 1]
+    return "\n".join(first + lines)
 
 
-def compare(rows: Mapping[tuple[str, str, str], Row]) -> str:
-    """McNemar's test of every two models under the same scoring on the same pairs; empty where there are none."""
-    lines = []
+def compare(rows: Mapping[Key, Row]) -> str:
+    """McNemar's test of every two rows under the same scoring on the same audio; empty where there are none."""
+    lines, left_out = [], []
     for (key_a, a), (key_b, b) in itertools.combinations(rows.items(), 2):
-        if key_a[2] != key_b[2]:
+        if (key_a.preset, key_a.max_audio_seconds) != (key_b.preset, key_b.max_audio_seconds):
             continue
         for benchmark in sorted(a.reports.keys() & b.reports.keys()):
-            by_group = a.reports[benchmark]["scoring"]["by_group"]
-            credits_a, credits_b = (group_credits(row.reports[benchmark]["pairs"], by_group=by_group) for row in (a, b))
-            for part in sorted({part for part, _ in credits_a} & {part for part, _ in credits_b}):
-                of_part = [
-                    {key: c for key, c in credits.items() if key[0] == part} for credits in (credits_a, credits_b)
-                ]
-                if of_part[0].keys() != of_part[1].keys():
-                    continue
-                test = mcnemar(*of_part)
+            reports = [row.reports[benchmark] for row in (a, b)]
+            if reports[0]["audio_sha256"] != reports[1]["audio_sha256"]:
+                left_out.append(f"{a.label} and {b.label} are not compared on {benchmark}: their audio differs.")
+                continue
+            credits = [group_credits(r["pairs"], by_group=r["scoring"]["by_group"]) for r in reports]
+            for part in reports[0]["parts"]:
+                test = mcnemar(*({key: c for key, c in some.items() if key[0] == part} for some in credits))
                 lines.append(
-                    f"| {heading(f'{benchmark}/{part}')} | {a.name} | {b.name} | {test['a_better']:,} | "
+                    f"| {heading(f'{benchmark}/{part}')} | {a.label} | {b.label} | {test['a_better']:,} | "
                     f"{test['b_better']:,} | {test['p']:.2g} |"
                 )
-    if not lines:
-        return ""
-    header = ["| | A | B | only A right | only B right | p |", "|---|---|---|---|---|---|"]
-    return "\n".join([*header, *lines, "", "McNemar's exact test, two-sided, not corrected for the number of tests."])
-
-
-def columns_of_picture(rows: Iterable[Row]) -> list[str]:
-    return ordered(column for row in rows for column in row.accuracies)
+    header = ["| | A | B | A better | B better | p |", "|---|---|---|---|---|---|"]
+    note = (
+        "McNemar's exact test, two-sided, not corrected for the number of tests: pairs that one decides better than "
+        "the other; where voices are averaged first, words or sentences (a sign test)."
+    )
+    table = ["\n".join([*header, *lines]), note] if lines else []
+    return "\n\n".join([*table, *left_out])
 
 
 def draw(rows: Sequence[Row], published: Sequence[Row], columns: Sequence[str], path: Path) -> None:
@@ -237,7 +276,7 @@ def draw(rows: Sequence[Row], published: Sequence[Row], columns: Sequence[str], 
         UserError: the picture cannot be written.
     """
     groups = [[row for row in (*rows, *published) if column in row.accuracies] for column in columns]
-    colors = {row.name: plt.get_cmap("tab20")(i % 20) for i, row in enumerate((*rows, *published))}
+    colors = {row.label: plt.get_cmap("tab20")(i % 20) for i, row in enumerate((*rows, *published))}
     height = 0.28 * sum(len(group) for group in groups) + 0.3 * len(groups) + 1.2
     figure, axes = plt.subplots(figsize=(9, height), layout="constrained")
     y, ticks, labels = 0.0, [], []
@@ -249,10 +288,10 @@ def draw(rows: Sequence[Row], published: Sequence[Row], columns: Sequence[str], 
             low, high = row.intervals.get(column, (value, value))
             error = [[value - low], [high - value]] if column in row.intervals else None
             hatch = None if row.reports else "///"
-            axes.barh(y, value, height=0.8, color=colors[row.name], hatch=hatch, edgecolor="white", xerr=error)
+            axes.barh(y, value, height=0.8, color=colors[row.label], hatch=hatch, edgecolor="white", xerr=error)
             axes.text(max(value, high) + 1, y, f"{value:.1f}", va="center", fontsize=8)
             ticks.append(y)
-            labels.append(row.name)
+            labels.append(row.label)
             y += 1
         y += 0.4
     axes.axvline(50, color="black", linewidth=0.8, linestyle=":")

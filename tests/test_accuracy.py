@@ -114,9 +114,16 @@ def test_the_mean_is_that_of_all_eight_parts_or_none():
 @pytest.mark.parametrize(
     # computed with statsmodels.stats.proportion.proportion_confint(method="wilson")
     ("accuracy", "count", "expected"),
-    [(0.5, 200, (0.4313608, 0.5686392)), (1.0, 100, (0.9630065, 1.0)), (0.0, 10, (0.0, 0.2775328))],
+    [
+        (0.5, 200, (0.4313608, 0.5686392)),
+        (1.0, 200, (0.9811546, 1.0)),
+        (1.0, 100, (0.9630065, 1.0)),
+        (0.0, 10, (0.0, 0.2775328)),
+    ],
 )
 def test_wilson_interval(accuracy, count, expected):
+    low, high = wilson_interval(accuracy, count)
+    assert 0 <= low <= accuracy <= high <= 1
     assert wilson_interval(accuracy, count) == pytest.approx(expected, abs=1e-6)
 
 

@@ -321,7 +321,7 @@ def run(*parts, ranks=1):
 def some_pairs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "salmon" / "speaker_consistency"
     folder.mkdir(parents=True)
-    for path in (SALMON / "speaker_consistency").glob("sample_[1-3]?_*.ogg"):
+    for path in (SALMON / "speaker_consistency").glob("sample_[1-4]?_*.ogg"):
         shutil.copy(path, folder)
     return folder.parent
 
@@ -343,8 +343,13 @@ def test_ranks_and_kills_give_the_same_file(model_folder, some_pairs, tmp_path):
     # Killed after the first shard of codes, then when some batches are scored, and started again on other ranks.
     folder = tmp_path / "killed"
     partial = folder / "salmon" / "random" / "official.partial"
-    kill_when(command(model_folder, folder, some_pairs), lambda: list((folder / "codes").rglob("shard-*.parquet")))
-    kill_when(command(model_folder, folder, some_pairs), lambda: list(partial.rglob("*.jsonl")))
+    shards = (folder / "codes").rglob
+    kill_when(command(model_folder, folder, some_pairs), lambda: list(shards("shard-*.parquet")))
+    assert len(list(shards("shard-*.parquet"))) == 1 and not partial.exists()  # of two
+    kill_when(
+        command(model_folder, folder, some_pairs),
+        lambda: any("\n" in log.read_text() for log in partial.rglob("*.jsonl")),
+    )
     scored = sum(len(log.read_text().splitlines()) for log in partial.rglob("*.jsonl"))
     assert scored and not partial.with_name("official.json").exists()
     result = run(*command(model_folder, folder, some_pairs), ranks=2)
@@ -358,11 +363,13 @@ def kill_when(parts, is_time):
     output = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen([sys.executable, *map(str, parts)], cwd=ROOT, **output)
     deadline = time.monotonic() + 120
-    while not is_time():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.001)
-    process.kill()
-    process.wait()
+    try:
+        while not is_time():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.001)
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_another_run_does_not_replace_a_result(tmp_path):
@@ -401,13 +408,13 @@ def test_result_files_explain_themselves(model_folder, some_pairs, tmp_path):
     report = report_of(tmp_path, "official-levels_0_1-window_0.4s")
     assert report["preset"] == "official-levels_0_1-window_0.4s" and report["scoring"]["window_seconds"] == 0.4
     part = report["parts"]["speaker_consistency"]
-    assert part["count"] == 30 == len(report["pairs"]) and part["interval"][0] < part["accuracy"] < part["interval"][1]
+    assert part["count"] == 40 == len(report["pairs"]) and part["interval"][0] < part["accuracy"] < part["interval"][1]
     assert report["pairs"][0].keys() >= {"positive_score", "negative_score", "correct"}
     assert {"torch", "transformers", "commit"} <= report["versions"].keys()
     assert all(len(report[key]) == 64 for key in ("codes_sha256", "model_sha256"))
     assert len(report["codec"]["sha256"]) == 64 and report["settings"]["dtype"] == "float32"
     right = sum(pair["positive_score"] > pair["negative_score"] for pair in report["pairs"])
-    assert part["accuracy"] == (right + part["ties"] / 2) / 30 and "no mean of the parts" in result.stdout
+    assert part["accuracy"] == (right + part["ties"] / 2) / 40 and "no mean of the parts" in result.stdout
     assert len(report["missing_parts"]) == 7 and report["mean_of_parts"] is None
 
     result = run(*command(model_folder, tmp_path, some_pairs, "--preset", "original"))

@@ -36,9 +36,10 @@ def result_file(folder, model, preset, benchmark, corrects, *, cut=0, sha256="a"
         "preset": preset,
         "model": model,
         "model_sha256": sha256,
-        "data": data,
         "scoring": {"by_group": preset != "original"},
-        "settings": {"max_audio_seconds": 20.0},
+        "settings": {"max_audio_seconds": 20.0, "dtype": "float32"},
+        "audio_sha256": data,
+        "notes": [],
         "parts": parts,
         "mean_of_parts": mean_of_parts(parts, SALMON_PARTS),
         "pairs": pairs,
@@ -76,8 +77,18 @@ def test_a_table_of_models_by_benchmarks(tmp_path, make):
     words = {"lexical_dev": [1, 1, 1, 0, 0, 0, 0, 0]}
     result_file(tmp_path / "one", "org/big", "official", "sLM21", words, voices=4)
     result_file(tmp_path / "two", "org/big", "original", "sLM21", words, voices=4)
-    result_file(tmp_path / "two", "small", "official", "salmon", {"speaker_consistency": [0.5] * 20}, data="other")
-    result_file(tmp_path / "two", "small", "official-window_1s", "salmon", {"speaker_consistency": [1] * 20})
+    result_file(
+        tmp_path / "two",
+        "small",
+        "official",
+        "salmon",
+        {"speaker_consistency": [0.5] * 20},
+        data="other",
+        sha256="b" * 64,
+    )
+    result_file(
+        tmp_path / "two", "small", "official-window_1s", "salmon", {"speaker_consistency": [1] * 20}, sha256="b" * 64
+    )
     text = make("--results", tmp_path / "one", tmp_path / "two", "--picture", tmp_path / "bars.png")
     standard, other = text.split("## Other scoring")
     big = cells(standard, "big (official)")
@@ -91,7 +102,7 @@ def test_a_table_of_models_by_benchmarks(tmp_path, make):
     rerun = cells(standard, "Llama-Mimi-1.3B [independent rerun of the released checkpoint]")
     assert (rerun["SALMon mean"], rerun["sWUGGY"]) == ("73.3", "")
     assert "3 of 20 pairs were touched by the cut at 20 s" in standard and "window" not in standard
-    assert "Rows of salmon were scored on different data: data, other" in standard
+    assert "Rows of salmon were scored on different audio" in standard
     assert cells(other.split("## Differences")[0], "small (official-window_1s)")["SALMon speaker consistency"]
     assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
 
@@ -99,13 +110,14 @@ def test_a_table_of_models_by_benchmarks(tmp_path, make):
 def test_two_models_on_the_same_pairs_are_compared(tmp_path, make):
     for folder, corrects in (("x", [1] * 12 + [0] * 8), ("y", [1] * 2 + [0] * 10 + [1] * 1 + [0] * 7)):
         result_file(tmp_path / folder, "model", "official", "salmon", {"rir_consistency": corrects}, sha256=folder * 64)
-    result_file(tmp_path, "fewer", "official", "salmon", {"rir_consistency": [1] * 5})
+    result_file(tmp_path, "fewer", "official", "salmon", {"rir_consistency": [1] * 20}, data="other", sha256="z" * 64)
     text = make("--results", tmp_path, "--output_file", tmp_path / "report.md")
     # 10 pairs against 1: 2 * (1 + 11) / 2**11
-    a, b = f"model (model, {'x' * 8}, official)", f"model (model, {'y' * 8}, official)"
+    a, b = f"model ({'x' * 8}, official)", f"model ({'y' * 8}, official)"
     _, differences = text.split("## Differences between models")
     assert f"| SALMon rir consistency | {a} | {b} | 10 | 1 | 0.012 |" in differences
-    assert differences.count("SALMon rir consistency") == 1 and "fewer" not in differences
+    assert differences.count("SALMon rir consistency") == 1
+    assert f"fewer (official) and {a} are not compared on salmon" in differences
     assert (tmp_path / "report.md").read_text() + "\n" == text
 
 
@@ -113,14 +125,15 @@ def test_published_numbers_have_sources():
     rows = tomllib.loads(PUBLISHED.read_text())["rows"]
     assert all(row["source"] and row["scores"] for row in rows)
     assert all(0 < score <= 100 for row in rows for score in row["scores"].values())
-    known = {f"salmon/{part}" for part in (*SALMON_PARTS, "mean")} | {"sLM21/lexical_dev", "sLM21/syntactic_dev"}
-    known |= {"sStoryCloze/sStoryCloze", "sStoryCloze/tStoryCloze"}
-    assert {column for row in rows for column in row["scores"]} <= known
+    by_model = {row["model"]: row["scores"] for row in rows}
+    human, of_8b = by_model["human"], by_model["Llama-Mimi-8B"]
+    assert (human["salmon/gender_consistency"], human["salmon/bg_all_consistency"]) == (98.6, 88.7)
+    assert [of_8b[f"sLM21/{part}_dev"] for part in ("lexical", "syntactic")] == [68.8, 55.1]
     of_rerun = [score for column, score in rows[0]["scores"].items() if column != "salmon/mean"]
     assert sum(of_rerun) / 8 == pytest.approx(rows[0]["scores"]["salmon/mean"], abs=0.01)
 
 
-@pytest.mark.parametrize("mistake", ["nothing", "damaged", "format", "twice", "published"])
+@pytest.mark.parametrize("mistake", ["nothing", "damaged", "format", "twice", "published", "column", "folder"])
 def test_mistakes_get_one_sentence(tmp_path, make, mistake):
     flags = ["--results", tmp_path]
     message = "there is no result file"
@@ -138,5 +151,20 @@ def test_mistakes_get_one_sentence(tmp_path, make, mistake):
     elif mistake == "published":
         flags += ["--published", ROOT / "README.md"]
         message = "is no list of published rows"
+    elif mistake == "column":
+        (tmp_path / "odd.toml").write_text(PUBLISHED.read_text().replace("salmon/mean", "salmon/man"))
+        flags += ["--published", tmp_path / "odd.toml"]
+        message = "has the column 'salmon/man'"
+    elif mistake == "folder":
+        flags.append(tmp_path / "typo")
+        message = "typo' does not exist"
     with pytest.raises(UserError, match=message):
         make(*flags)
+
+
+def test_a_perfect_model_is_drawn(tmp_path, make):
+    result_file(tmp_path, "m", "official", "salmon", {"rir_consistency": [1] * 200, "gender_consistency": [0] * 75})
+    text = make("--results", tmp_path, "--picture", tmp_path / "bars.png")
+    assert cells(text, "m (official)")["SALMon rir consistency"] == "100.0 (98.1 to 100.0)"
+    assert cells(text, "m (official)")["SALMon gender consistency"] == "0.0 (0.0 to 4.9)"
+    assert (tmp_path / "bars.png").exists()

@@ -32,7 +32,8 @@ def wilson_interval(accuracy: float, count: float) -> tuple[float, float]:
     center = accuracy + Z_95**2 / (2 * count)
     half = Z_95 * math.sqrt(accuracy * (1 - accuracy) / count + Z_95**2 / (4 * count**2))
     scale = 1 + Z_95**2 / count
-    return (center - half) / scale, (center + half) / scale
+    # At 0 and 1 rounding would leave the accuracy itself outside.
+    return max(0.0, min(accuracy, (center - half) / scale)), min(1.0, max(accuracy, (center + half) / scale))
 
 
 def group_credits(pairs: Iterable[Mapping[str, Any]], *, by_group: bool) -> dict[tuple[str, str], float]:
@@ -43,8 +44,10 @@ def group_credits(pairs: Iterable[Mapping[str, Any]], *, by_group: bool) -> dict
         by_group: average the pairs of one group, such as the voices of a word, first.
     """
     credits: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for index, pair in enumerate(pairs):
-        credits[pair["part"], pair["group"] if by_group else f"{pair['name']} {index}"].append(pair["correct"])
+    places: dict[str, int] = defaultdict(int)
+    for pair in pairs:
+        places[pair["part"]] += 1
+        credits[pair["part"], pair["group"] if by_group else f"{places[pair['part']]}"].append(pair["correct"])
     return {key: sum(values) / len(values) for key, values in credits.items()}
 
 
@@ -107,7 +110,10 @@ def mcnemar(credits_a: Mapping[Any, float], credits_b: Mapping[Any, float]) -> d
     a_better = sum(credits_a[key] > credits_b[key] for key in credits_a)
     b_better = sum(credits_a[key] < credits_b[key] for key in credits_a)
     discordant = a_better + b_better
-    tail = sum(math.comb(discordant, k) for k in range(min(a_better, b_better) + 1))
+    tail = term = 1  # of the binomial coefficients up to the smaller number
+    for k in range(min(a_better, b_better)):
+        term = term * (discordant - k) // (k + 1)
+        tail += term
     # In integers: 2**discordant is no float where there are more than a thousand.
     return {"a_better": a_better, "b_better": b_better, "p": min(1.0, 2 * tail / 2**discordant)}
 

@@ -17,6 +17,7 @@ from llama_mimi.benchmark_tables import PairTable, open_tables
 from llama_mimi.errors import UserError
 
 AUDIO_ENDINGS = (".wav", ".flac", ".ogg", ".mp3")
+OTHER_AUDIO_ENDINGS = (".aac", ".aif", ".aiff", ".m4a", ".mp4", ".opus", ".sph", ".webm", ".wma")
 # SALMon's own list (arXiv 2409.07437); its mean is that of these eight.
 SALMON_PARTS = (
     "bg_alignment",
@@ -247,14 +248,19 @@ def _stories(folder: Path, notes: list[str]) -> list[Pair]:
 
 
 def _gold_pairs(gold: Path, part: str, files: Mapping[str, Clip]) -> Iterator[Pair]:
-    with gold.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    try:
+        with gold.open(newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"'{gold}' cannot be read ({error}); save it as UTF-8 or copy it anew") from error
     keys = {"filename", "id", "voice", "correct"}
     if not rows or not keys <= rows[0].keys():
         raise UserError(f"'{gold}' needs rows with the columns {', '.join(sorted(keys))}")
     if short := [number for number, row in enumerate(rows, 2) if None in row.values()]:
         raise UserError(f"'{gold}' has too few cells in line {short[0]}; copy it anew")
     listed = {_stem(row["filename"]) for row in rows}
+    if len(listed) < len(rows):
+        raise UserError(f"'{gold}' lists {len(rows)} files, but only {len(listed)} names; copy it anew")
     if odd := sorted(files.keys() - listed):
         raise UserError(f"'{files[odd[0]].source}' is not listed in '{gold}'; move the odd file out")
     if missing := sorted(listed - files.keys()):
@@ -341,7 +347,10 @@ def _stem(filename: str) -> str:
 
 
 def _audio_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in AUDIO_ENDINGS and path.is_file())
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    if other := [path for path in files if path.suffix.lower() in OTHER_AUDIO_ENDINGS]:
+        raise UserError(f"'{other[0]}' is no {', '.join(AUDIO_ENDINGS)} file; convert it, or move it out")
+    return [path for path in files if path.suffix.lower() in AUDIO_ENDINGS]
 
 
 def _not_empty(pairs: list[Pair], source: str, layout: str) -> list[Pair]:

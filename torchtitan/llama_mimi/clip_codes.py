@@ -22,7 +22,7 @@ from tqdm import tqdm
 from llama_mimi.audio import Waveform, read_audio
 from llama_mimi.benchmarks import Clip
 from llama_mimi.codec import MimiCodec, codec_hash
-from llama_mimi.corpora import unreadable
+from llama_mimi.errors import UserError
 from llama_mimi.files import file_system, find_files, write_whole
 from llama_mimi.ranks import Ranks
 from llama_mimi.token_store import StoredClip, shard_bytes
@@ -31,7 +31,7 @@ from llama_mimi.versions import versions
 # Levels that are kept where the codec has them: models of fewer take a prefix.
 STORED_LEVELS = 8
 # Clips that are read ahead, sorted by length, encoded and written at once: what a kill loses.
-CLIPS_PER_CHUNK = 128
+CLIPS_PER_CHUNK = 64
 READERS = 4  # threads that read and resample
 # Raised when reading, resampling, cutting or encoding changes in this project, so that older codes are left alone.
 ENCODING = 1
@@ -70,12 +70,21 @@ class CodeCache:
                 fs, bare = file_system(path)
                 with fs.open(bare) as stream:
                     table = pq.ParquetFile(stream, page_checksum_verification=True).read(["id", "codes", "is_cut"])
-            except (OSError, pa.ArrowException) as error:
-                raise unreadable(path, error) from error
-            codes = table["codes"].combine_chunks()
-            frames_NQ = codes.flatten().flatten().to_numpy().reshape(-1, self._made_by["levels"])
-            ends = (codes.offsets.to_numpy() - codes.offsets[0].as_py()).tolist()
-            ids, is_cut = table["id"].to_pylist(), table["is_cut"].to_pylist()
+                codes = table["codes"].combine_chunks()
+                frames_NQ = codes.flatten().flatten().to_numpy().reshape(-1, self._made_by["levels"])
+                ends = (codes.offsets.to_numpy() - codes.offsets[0].as_py()).tolist()
+                ids, is_cut = table["id"].to_pylist(), table["is_cut"].to_pylist()
+            except (
+                OSError,
+                pa.ArrowException,
+                ValueError,
+                AttributeError,
+                KeyError,
+            ) as error:  # damage takes many forms
+                detail = (str(error).splitlines() or [type(error).__name__])[0]
+                raise UserError(
+                    f"the kept codes '{path}' are damaged ({detail}); delete that file, it is made again"
+                ) from error
             for row, audio_id in enumerate(ids):
                 found[audio_id] = CachedCodes(frames_NQ[ends[row] : ends[row + 1]], is_cut[row])
         return found

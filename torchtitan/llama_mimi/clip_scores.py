@@ -86,8 +86,7 @@ def score_clips(
         ranks: that share the batches.
 
     Raises:
-        UserError: the scoring does not fit the model, a score is not finite, a batch does not fit the device, or the
-            log cannot be written.
+        UserError: the scoring does not fit the model, a score is not finite, or the log cannot be written.
     """
     hashes = {name: _content_hash(clip, scoring) for name, clip in codes.items()}
     unique = {hashes[name]: clip for name, clip in codes.items()}
@@ -112,15 +111,8 @@ def score_clips(
 
 
 def _score_batch(model: SpeechModel, clips: Sequence[CachedCodes], scoring: Scoring) -> list[float]:
-    try:
-        scores = batch_scores(
-            model, [(torch.from_numpy(clip.codes_TQ.astype("int64")), clip.is_cut) for clip in clips], scoring
-        )
-    except torch.OutOfMemoryError as error:
-        tokens = len(clips) * max(clip.codes_TQ.size for clip in clips)
-        raise UserError(
-            f"a batch of {tokens:,} tokens does not fit the memory of the device; lower --batch_tokens"
-        ) from error
+    codes = [(torch.from_numpy(clip.codes_TQ.astype(np.int64)), clip.is_cut) for clip in clips]
+    scores = batch_scores(model, codes, scoring)
     if not all(map(math.isfinite, scores)):
         dtype = str(model.decoder.dtype).removeprefix("torch.")
         raise UserError(f"a score is not finite: the model overflows in {dtype}; score it in another --dtype")

@@ -72,6 +72,8 @@ class MimiCodec:
         self.dtype = dtype
         if self.device.type == "cpu":
             keep_freed_memory()
+        # float32 is meant: by default convolutions on a GPU round to TF32. Nothing else here has convolutions.
+        torch.backends.cudnn.allow_tf32 = False
         self.model = load_pretrained(MimiModel, name, what="codec", dtype=dtype).to(self.device).eval()
 
     def at_depth(self, num_quantizers: int) -> "MimiCodec":

@@ -22,11 +22,11 @@ from llama_mimi.errors import UserError
 from llama_mimi.files import read_json, write_whole
 from llama_mimi.hub import weights_sha256
 from llama_mimi.ranks import Ranks, torchrun_ranks
-from llama_mimi.scoring import Preset, preset, with_options
+from llama_mimi.scoring import Preset, check_levels, preset, with_options
 from llama_mimi.speech_model import DECODER_DTYPES, load_speech_model
 from llama_mimi.versions import versions
 
-BATCH_TOKENS = (4096, 32768)  # without and with a GPU (scripts/bench_eval.py)
+BATCH_TOKENS = (4096, 32768)  # without and with a GPU
 MAX_AUDIO_SECONDS = 20.0  # of the paper's training
 FORMAT = 1
 
@@ -63,7 +63,12 @@ class BenchmarkScript:
         flags = self._parse(doc)
         with torchrun_ranks(flags.device) as ranks:
             chosen = self._preset(flags)
-            self._evaluate(flags, chosen, ranks)
+            try:
+                self._evaluate(flags, chosen, ranks)
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    f"the memory of '{ranks.device}' is full; lower --batch_tokens, or score in --dtype bfloat16"
+                ) from error
 
     def _preset(self, flags: argparse.Namespace) -> Preset:
         for name in ("max_audio_seconds", "batch_tokens"):
@@ -116,8 +121,7 @@ class BenchmarkScript:
             raise UserError(
                 f"--max_audio_seconds is {flags.max_audio_seconds}, less than a frame of the codec; raise it"
             )
-        # Codes are to be those of other machines: by default convolutions on a GPU round to TF32.
-        torch.backends.cudnn.allow_tf32 = False
+        check_levels(chosen.scoring, model.codec.num_quantizers)
         header = {
             "format": FORMAT,
             "benchmark": self.name,
@@ -146,6 +150,7 @@ class BenchmarkScript:
         audio_ids, codes = encode_clips(
             model.codec, clips, cache, ranks, flags.max_audio_seconds, as_released=as_released
         )
+        header["audio_sha256"] = hashlib.sha256("".join(audio_ids).encode()).hexdigest()
         header["codes_sha256"] = codes_sha256(audio_ids, codes)
         log = ScoreLog(path.with_suffix(".partial"), log_key(header, adds_bos=model.sequences.adds_bos))
         scores = score_clips(model, codes, chosen.scoring, header["settings"]["batch_tokens"], log, ranks)

@@ -113,6 +113,18 @@ def with_options(
     return replace(base, name="-".join([base.name, *names]), scoring=replace(base.scoring, **changes))
 
 
+def check_levels(scoring: Scoring, num_quantizers: int) -> None:
+    """Refuse levels that a model does not have.
+
+    Raises:
+        UserError: the highest of them.
+    """
+    if scoring.levels is not None and max(scoring.levels) >= num_quantizers:
+        raise UserError(
+            f"--levels names level {max(scoring.levels)}, but the model has the levels 0 to {num_quantizers - 1}"
+        )
+
+
 def scored_sequence(
     sequences: SequenceBuilder, codes_TQ: torch.Tensor, *, is_cut: bool, scoring: Scoring
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -129,9 +141,8 @@ def scored_sequence(
         is_scored_L = torch.zeros_like(ids_L, dtype=torch.bool)
         is_scored_L[(slice(1, None) if scoring.levels is None else slice(2, None, Q))] = True
         return ids_L, is_scored_L
+    check_levels(scoring, Q)
     levels = range(Q) if scoring.levels is None else scoring.levels
-    if max(levels) >= Q:
-        raise UserError(f"--levels names level {max(levels)}, but the model has the levels 0 to {Q - 1}")
     ids_L = sequences.sequence(codes_TQ, is_cut=is_cut)
     level_L = sequences.vocabulary.level(ids_L)
     is_scored_L = sequences.vocabulary.is_unit(ids_L) & torch.isin(level_L, torch.tensor(list(levels)))
