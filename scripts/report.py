@@ -3,7 +3,7 @@
     uv run python scripts/report.py --results results --output_file results/report.md --picture results/report.png
 
 Reads every result file of eval/ below the folders. Standard presets and other scoring stand in tables of their own.
-Models that were scored on the same pairs are compared by McNemar's exact test.
+Models that were scored on the same audio are compared by McNemar's exact test.
 """
 
 import argparse
@@ -250,12 +250,17 @@ def compare(rows: Mapping[Key, Row]) -> str:
             continue
         for benchmark in sorted(a.reports.keys() & b.reports.keys()):
             reports = [row.reports[benchmark] for row in (a, b)]
-            if reports[0]["audio_sha256"] != reports[1]["audio_sha256"]:
-                left_out.append(f"{a.label} and {b.label} are not compared on {benchmark}: their audio differs.")
+            # Of the same audio, pairs come in the same order, whatever they are called in a folder or a table.
+            credits_a, credits_b = (credits_in_order(report) for report in reports)
+            if reports[0]["audio_sha256"] != reports[1]["audio_sha256"] or credits_a.keys() != credits_b.keys():
+                left_out.append(
+                    f"{a.label} and {b.label} are not compared on {benchmark}: their audio or parts differ."
+                )
                 continue
-            credits = [group_credits(r["pairs"], by_group=r["scoring"]["by_group"]) for r in reports]
             for part in reports[0]["parts"]:
-                test = mcnemar(*({key: c for key, c in some.items() if key[0] == part} for some in credits))
+                test = mcnemar(
+                    *({key: c for key, c in some.items() if key[0] == part} for some in (credits_a, credits_b))
+                )
                 lines.append(
                     f"| {heading(f'{benchmark}/{part}')} | {a.label} | {b.label} | {test['a_better']:,} | "
                     f"{test['b_better']:,} | {test['p']:.2g} |"
@@ -267,6 +272,17 @@ def compare(rows: Mapping[Key, Row]) -> str:
     )
     table = ["\n".join([*header, *lines]), note] if lines else []
     return "\n\n".join([*table, *left_out])
+
+
+def credits_in_order(report: Mapping[str, Any]) -> dict[tuple[str, int], float]:
+    """Credits by part and place."""
+    credits = group_credits(report["pairs"], by_group=report["scoring"]["by_group"])
+    places: dict[str, int] = defaultdict(int)
+    in_order = {}
+    for (part, _), value in credits.items():
+        in_order[part, places[part]] = value
+        places[part] += 1
+    return in_order
 
 
 def draw(rows: Sequence[Row], published: Sequence[Row], columns: Sequence[str], path: Path) -> None:

@@ -117,8 +117,19 @@ def test_two_models_on_the_same_pairs_are_compared(tmp_path, make):
     _, differences = text.split("## Differences between models")
     assert f"| SALMon rir consistency | {a} | {b} | 10 | 1 | 0.012 |" in differences
     assert differences.count("SALMon rir consistency") == 1
-    assert f"fewer (official) and {a} are not compared on salmon" in differences
+    assert f"fewer (official) and {a} are not compared on salmon: their audio" in differences
     assert (tmp_path / "report.md").read_text() + "\n" == text
+
+
+def test_the_same_audio_may_come_with_other_names(tmp_path, make):
+    """From a folder of files and from a table, where groups are called otherwise."""
+    result_file(tmp_path / "x", "a", "official", "salmon", {"rir_consistency": [1] * 9})
+    path = result_file(tmp_path / "x", "b", "official", "salmon", {"rir_consistency": [0] * 9}, sha256="b" * 64)
+    content = json.loads(path.read_text())
+    for pair in content["pairs"]:
+        pair["group"] = f"sample_{pair['group']}_1.wav"
+    path.write_text(json.dumps(content))
+    assert "| a (official) | b (official) | 9 | 0 | 0.0039 |" in make("--results", tmp_path)
 
 
 def test_published_numbers_have_sources():
