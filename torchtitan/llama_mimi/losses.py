@@ -3,10 +3,9 @@
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
+from llama_mimi.cross_entropy import PendingLogits, chunk_losses, cross_entropy
 from llama_mimi.sequences import IGNORE_INDEX
 from llama_mimi.units import UnitVocabulary
 
@@ -18,11 +17,10 @@ class LevelMeter:
         self._sums: torch.Tensor | None = None
 
     def add(self, losses: torch.Tensor, rows: torch.Tensor, num_rows: int) -> None:
-        """Add ``losses`` (N,) to ``rows`` (N,) in ``[0, num_rows]``; the last row is thrown away."""
-        sums = torch.zeros(2, num_rows + 1, device=losses.device, dtype=torch.float64)
+        """Add ``losses`` (N,) to ``rows`` (N,) in ``[0, num_rows)``."""
+        sums = torch.zeros(2, num_rows, device=losses.device, dtype=torch.float64)
         sums[0].index_add_(0, rows, losses.double())
         sums[1].index_add_(0, rows, torch.ones_like(losses, dtype=torch.float64))
-        sums = sums[:, :num_rows]
         self._sums = sums if self._sums is None else self._sums + sums
 
     def take(self) -> torch.Tensor | None:
@@ -45,29 +43,20 @@ class UnitLoss:
     Args:
         vocabulary: tells the level of a label.
         meter: where the levels are recorded.
-        compile_fn: compiles the cross-entropy, or leaves it.
+        compile_fn: compiles what is done with a chunk of logits, or leaves it.
     """
 
     def __init__(
         self, vocabulary: UnitVocabulary, meter: LevelMeter, compile_fn: Callable[[Callable], Callable] | None = None
     ) -> None:
         self._vocabulary, self._meter = vocabulary, meter
-        self._cross_entropy = compile_fn(_cross_entropy) if compile_fn else _cross_entropy
+        self._chunk_step = compile_fn(chunk_losses) if compile_fn else None
 
-    def __call__(self, logits_BLV: torch.Tensor, labels_BL: torch.Tensor) -> torch.Tensor:
-        losses_N = self._cross_entropy(logits_BLV, labels_BL)
-        if isinstance(losses_N, DTensor):  # loss parallel: replicated after the reduction over the vocabulary
-            losses_N = losses_N.to_local()
-        labels_N, Q = labels_BL.flatten(), self._vocabulary.num_quantizers
-        rows_N = torch.where(self._vocabulary.is_unit(labels_N), self._vocabulary.level(labels_N), Q)
-        # Ignored positions get a row that is thrown away: picking the others out would make the GPU wait for the host.
-        rows_N = rows_N.masked_fill(labels_N == IGNORE_INDEX, Q + 1)
-        self._meter.add(losses_N.detach(), rows_N, Q + 1)
-        return losses_N.sum()
-
-
-def _cross_entropy(logits_BLV: torch.Tensor, labels_BL: torch.Tensor) -> torch.Tensor:
-    """Losses (B * L,) in float32; 0 where the label is ignored."""
-    return F.cross_entropy(
-        logits_BLV.flatten(0, 1).float(), labels_BL.flatten(), reduction="none", ignore_index=IGNORE_INDEX
-    )
+    def __call__(self, logits: PendingLogits, labels_BL: torch.Tensor) -> torch.Tensor:
+        labels_L, Q = labels_BL.flatten(), self._vocabulary.num_quantizers
+        positions_N = (labels_L != IGNORE_INDEX).nonzero()[:, 0]
+        targets_N = labels_L[positions_N]
+        loss_sum, losses_N = cross_entropy(logits, positions_N, targets_N, self._chunk_step)
+        rows_N = torch.where(self._vocabulary.is_unit(targets_N), self._vocabulary.level(targets_N), Q)
+        self._meter.add(losses_N, rows_N, Q + 1)
+        return loss_sum

@@ -13,6 +13,7 @@ from torchtitan.models.attention import VarlenAttentionWrapper, VarlenMetadata
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs, parallelize_llama
 from torchtitan.models.llama3.model.args import RoPEScalingArgs
 
+from llama_mimi.cross_entropy import PendingLogits, PendingOutput, pending_logits
 from llama_mimi.sequences import load_sequences
 
 
@@ -72,8 +73,8 @@ class PackedAttention(VarlenAttentionWrapper):
 class LlamaMimi(Transformer):
     """A plain Llama 3 decoder.
 
-    With tied embeddings there is one matrix and one parameter, ``tok_embeddings.weight``: ``output`` is None, which
-    TorchTitan's Transformer allows, and the logits are a product with the embedding.
+    It ends before the logits, which the loss makes a chunk at a time. With tied embeddings there is one matrix and one
+    parameter, ``tok_embeddings.weight``: ``output`` is None, which TorchTitan's Transformer allows.
 
     With ``attn_type`` "varlen" rows hold several sequences, each of which begins where ``positions`` are 0.
     """
@@ -81,8 +82,7 @@ class LlamaMimi(Transformer):
     def __init__(self, model_args: LlamaMimiArgs) -> None:
         super().__init__(model_args)
         self.is_tied = model_args.enable_weight_tying
-        if self.is_tied:
-            self.output = None
+        self.output = None if self.is_tied else PendingOutput(model_args.dim, model_args.vocab_size, bias=False)
         if model_args.attn_type == "varlen":
             for layer in self.layers.values():
                 layer.attention.inner_attention = PackedAttention()
@@ -113,22 +113,24 @@ class LlamaMimi(Transformer):
         longest = input_batch.shape[1]
         return VarlenMetadata(cu_seq_q=bounds, cu_seq_k=bounds, max_q=longest, max_k=longest)
 
-    def forward(self, tokens: torch.Tensor, attention_masks: Any = None, positions: Any = None) -> torch.Tensor:
-        """Token ids (B, L) to logits (B, L, V)."""
-        hidden_BLD = super().forward(tokens, attention_masks, positions)
+    def forward(self, tokens: torch.Tensor, attention_masks: Any = None, positions: Any = None) -> PendingLogits:
+        """Token ids (B, L) to what their logits (B, L, V) are made of."""
+        output = super().forward(tokens, attention_masks, positions)
         if not self.is_tied:
-            return hidden_BLD
-        if isinstance(hidden_BLD, DTensor):  # tensor parallel: rows of the vocabulary stay on their ranks
-            hidden_BLD = hidden_BLD.redistribute(placements=[Replicate()])
-        return F.linear(hidden_BLD, self.tok_embeddings.weight)
+            return output
+        if isinstance(
+            output, DTensor
+        ):  # tensor parallel: positions are split, the vocabulary's rows stay where they are
+            output = output.redistribute(placements=[Replicate()])
+        return pending_logits(output, self.tok_embeddings.weight)
 
 
 def parallelize(model: LlamaMimi, parallel_dims: ParallelDims, job_config: Any) -> nn.Module:
     """TorchTitan's Llama 3 plan, with what tied embeddings and gloo need."""
     model = parallelize_llama(model, parallel_dims, job_config)
-    if model.is_tied and isinstance(model.tok_embeddings, FSDPModule):
-        # The matrix is needed again for the logits, so it stays gathered between the two uses.
-        model.tok_embeddings.set_reshard_after_forward(False)
+    output = model.tok_embeddings if model.is_tied else model.output
+    if isinstance(output, FSDPModule):  # the loss needs the matrix, so it stays gathered
+        output.set_reshard_after_forward(False)
     if not torch.cuda.is_available():
         for module in model.modules():
             if isinstance(module, FSDPModule):  # gloo lacks the pre-multiplied sum that FSDP2 divides gradients by

@@ -1,0 +1,114 @@
+"""The loss made in chunks is PyTorch's cross-entropy of all logits, in value and gradient."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llama_mimi import cross_entropy as module
+from llama_mimi.cross_entropy import cross_entropy, pending_logits
+from llama_mimi.losses import LevelMeter, UnitLoss
+from llama_mimi.sequences import IGNORE_INDEX
+from llama_mimi.units import UnitVocabulary
+
+V, D = 23, 8
+
+
+def case(B, L, seed=0, dtype=torch.float32, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden_BLD = (scale * torch.randn(B, L, D, generator=generator)).to(dtype).requires_grad_()
+    weight_VD = torch.randn(V, D, generator=generator).to(dtype).requires_grad_()
+    labels_BL = torch.randint(V, (B, L), generator=generator)
+    labels_BL[torch.rand(B, L, generator=generator) < 0.3] = IGNORE_INDEX
+    return hidden_BLD, weight_VD, labels_BL
+
+
+def in_chunks(hidden_BLD, weight_VD, labels_BL, rows, monkeypatch, step=None):
+    monkeypatch.setattr(module, "CHUNK_BYTES", rows * 4 * V)
+    positions_N = (labels_BL.flatten() != IGNORE_INDEX).nonzero()[:, 0]
+    targets_N = labels_BL.flatten()[positions_N]
+    return cross_entropy(pending_logits(hidden_BLD, weight_VD), positions_N, targets_N, step)
+
+
+def plain(hidden_BLD, weight_VD, labels_BL):
+    logits_NV = F.linear(hidden_BLD, weight_VD).float().flatten(0, 1)
+    return F.cross_entropy(logits_NV, labels_BL.flatten(), reduction="none", ignore_index=IGNORE_INDEX)
+
+
+@given(B=st.integers(1, 3), L=st.integers(1, 9), rows=st.integers(1, 30), seed=st.integers(0, 99))
+def test_value_and_gradients_are_those_of_the_full_logits(B, L, rows, seed):
+    hidden_BLD, weight_VD, labels_BL = case(B, L, seed)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        loss_sum, losses_N = in_chunks(hidden_BLD, weight_VD, labels_BL, rows, monkeypatch)
+    wanted_L = plain(hidden_BLD, weight_VD, labels_BL)
+    torch.testing.assert_close(losses_N, wanted_L[labels_BL.flatten() != IGNORE_INDEX].detach())
+    torch.testing.assert_close(loss_sum, wanted_L.sum())
+    # The trainer divides the sum by the number of targets.
+    found = torch.autograd.grad(loss_sum / 7, (hidden_BLD, weight_VD))
+    torch.testing.assert_close(found, torch.autograd.grad(wanted_L.sum() / 7, (hidden_BLD, weight_VD)))
+
+
+def test_gradients_of_long_sums_are_kept_in_float32(monkeypatch):
+    hidden_BLD, weight_VD, labels_BL = case(16, 256, dtype=torch.bfloat16)
+    exact = torch.autograd.grad(
+        plain(hidden_BLD.double(), weight_VD.double(), labels_BL).sum(), (hidden_BLD, weight_VD)
+    )
+    found = torch.autograd.grad(in_chunks(hidden_BLD, weight_VD, labels_BL, 8, monkeypatch)[0], (hidden_BLD, weight_VD))
+    for a, b in zip(found, exact, strict=True):
+        assert a.dtype == torch.bfloat16
+        assert float((a.double() - b.double()).norm() / b.double().norm()) < 4e-3  # half a step of bfloat16
+
+
+def test_large_logits_do_not_overflow(monkeypatch):
+    hidden_BLD, weight_VD, labels_BL = case(2, 6, scale=1e3)
+    loss_sum, _ = in_chunks(hidden_BLD, weight_VD, labels_BL, 5, monkeypatch)
+    torch.testing.assert_close(loss_sum, plain(hidden_BLD, weight_VD, labels_BL).sum())
+
+
+def test_no_targets_and_no_gradients(monkeypatch):
+    hidden_BLD, weight_VD, labels_BL = case(2, 6)
+    loss_sum, losses_N = in_chunks(hidden_BLD, weight_VD, torch.full_like(labels_BL, IGNORE_INDEX), 5, monkeypatch)
+    loss_sum.backward()
+    assert loss_sum == 0 and not len(losses_N) and not weight_VD.grad.any() and not hidden_BLD.grad.any()
+    with torch.no_grad():
+        loss_sum, _ = in_chunks(hidden_BLD, weight_VD, labels_BL, 5, monkeypatch)
+    assert not loss_sum.requires_grad
+    torch.testing.assert_close(loss_sum, plain(hidden_BLD, weight_VD, labels_BL).sum().detach())
+
+
+def test_autocast_multiplies_in_bfloat16_and_keeps_float32_gradients(monkeypatch):
+    hidden_BLD, weight_VD, labels_BL = case(2, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss_sum, _ = in_chunks(hidden_BLD, weight_VD, labels_BL, 5, monkeypatch)
+        wanted = plain(hidden_BLD, weight_VD, labels_BL).sum()
+    torch.testing.assert_close(loss_sum, wanted)
+    found = torch.autograd.grad(loss_sum, (hidden_BLD, weight_VD))
+    assert [gradient.dtype for gradient in found] == [torch.float32, torch.float32]
+    torch.testing.assert_close(found, torch.autograd.grad(wanted, (hidden_BLD, weight_VD)), rtol=2e-2, atol=2e-2)
+
+
+def test_a_chunk_can_be_compiled(monkeypatch):
+    hidden_BLD, weight_VD, labels_BL = case(2, 6)
+    compiled = torch.compile(module.chunk_losses, backend="aot_eager")
+    loss_sum, _ = in_chunks(hidden_BLD, weight_VD, labels_BL, 4, monkeypatch, compiled)
+    found = torch.autograd.grad(loss_sum, (hidden_BLD, weight_VD))
+    wanted = plain(hidden_BLD, weight_VD, labels_BL).sum()
+    torch.testing.assert_close(loss_sum, wanted)
+    torch.testing.assert_close(found, torch.autograd.grad(wanted, (hidden_BLD, weight_VD)))
+
+
+def test_levels_come_from_the_same_pass():
+    vocabulary = UnitVocabulary(base=5, codebook_size=8, num_quantizers=2)  # 23 entries
+    hidden_BLD, weight_VD, labels_BL = case(3, 40)
+    labels_BL[labels_BL < 5] = vocabulary.audio_end_id
+    labels_BL[labels_BL == vocabulary.audio_start_id] = IGNORE_INDEX
+    meter = LevelMeter()
+    loss_sum = UnitLoss(vocabulary, meter)(pending_logits(hidden_BLD, weight_VD), labels_BL)
+    wanted_L, labels_L = plain(hidden_BLD, weight_VD, labels_BL), labels_BL.flatten()
+    sums = meter.take()
+    rows = [(labels_L >= 5) & (labels_L < 21) & ((labels_L - 5) % 2 == level) for level in range(2)]
+    for row, is_in in enumerate([*rows, labels_L == vocabulary.audio_end_id]):
+        assert sums[1, row] == is_in.sum()
+        assert sums[0, row].item() == pytest.approx(wanted_L[is_in].sum().item(), rel=1e-6)
+    assert sums[0].sum().item() == pytest.approx(loss_sum.item(), rel=1e-6)

@@ -1,0 +1,170 @@
+"""Cross-entropy from hidden states: the logits of a batch, 18 GB for 32 x 1,024 positions of Llama 3, are never made.
+
+Positions without a target are left out; the others are multiplied with the output matrix a chunk at a time. The
+gradient of a sum of losses is known as soon as a chunk's logits are, so it is taken at once: nothing is computed twice.
+N targets, V entries (on this rank, of a vocabulary that tensor parallelism splits), D the model's width.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor, Partial, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.utils import _pytree as pytree
+
+# float32 logits made at once, in bytes: 1,967 rows of Llama 3 with 4 levels. Every chunk adds a gradient of the size of
+# the output matrix to that of the others, which small ones would do too often.
+CHUNK_BYTES = 2**30
+
+
+@dataclass
+class PendingLogits:
+    """What logits are made of. A pytree, as FSDP looks for tensors in what a model returns.
+
+    Args:
+        hidden_BLD: the last hidden states; a replicated DTensor under tensor parallelism.
+        weight_VD: the output matrix; there a DTensor split by rows.
+    """
+
+    hidden_BLD: torch.Tensor
+    weight_VD: torch.Tensor
+
+    @property
+    def placements(self) -> tuple[Shard]:
+        """Of the logits, which TorchTitan's tensor-parallel plan wants split by the vocabulary, and they will be."""
+        return (Shard(-1),)
+
+    def compute(self) -> torch.Tensor:
+        """All logits (B, L, V)."""
+        return F.linear(self.hidden_BLD, self.weight_VD)
+
+
+pytree.register_dataclass(PendingLogits)
+
+
+class PendingOutput(nn.Linear):
+    """An output layer whose product is left to the loss."""
+
+    def forward(self, hidden_BLD: torch.Tensor) -> PendingLogits:
+        return pending_logits(hidden_BLD, self.weight)
+
+
+def pending_logits(hidden_BLD: torch.Tensor, weight_VD: torch.Tensor) -> PendingLogits:
+    """Hidden states and output matrix, as a model returns them."""
+    # A view: FSDP puts a hook on every tensor that is returned, and on a parameter one a step would pile up.
+    return PendingLogits(hidden_BLD, weight_VD.view_as(weight_VD))
+
+
+def cross_entropy(
+    logits: PendingLogits, positions_N: torch.Tensor, targets_N: torch.Tensor, chunk_step: Callable | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy at some positions of a batch.
+
+    Args:
+        logits: of the batch.
+        positions_N: where in the flattened batch (B * L) there is a target.
+        targets_N: the ids there.
+        chunk_step: `chunk_losses`, compiled.
+
+    Returns:
+        The sum of the losses, which has a gradient, and the losses (N,) in float32, which have none.
+    """
+    hidden_BLD, weight_VD, first_row, group = _local(logits)
+    if torch.is_autocast_enabled(hidden_BLD.device.type):  # one GPU without FSDP: the weights are float32
+        dtype = torch.get_autocast_dtype(hidden_BLD.device.type)
+        hidden_BLD, weight_VD = hidden_BLD.to(dtype), weight_VD.to(dtype)
+    with_gradient = torch.is_grad_enabled() and (hidden_BLD.requires_grad or weight_VD.requires_grad)
+    hidden_ND = hidden_BLD.flatten(0, 1)[positions_N]
+    step = chunk_step if chunk_step is not None and group is None else chunk_losses
+    return _SummedCrossEntropy.apply(hidden_ND, weight_VD, targets_N - first_row, group, with_gradient, step)
+
+
+def chunk_losses(
+    hidden_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    targets_N: torch.Tensor,
+    group: dist.ProcessGroup | None,
+    with_gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Losses (N,) in float32 and their gradient by the logits (N, V), softmax minus one at the target.
+
+    Args:
+        targets_N: rows of ``weight_VD``; outside it where another rank of ``group`` has the target.
+        group: ranks that share the vocabulary; None without tensor parallelism.
+        with_gradient: otherwise the second result is None.
+    """
+    scores_NV = F.linear(hidden_ND, weight_VD).float()
+    largest_N = _reduced(scores_NV.amax(dim=1), dist.ReduceOp.MAX, group)
+    is_here_N = ((targets_N >= 0) & (targets_N < len(weight_VD))).float()
+    row_N1 = targets_N.clamp(0, len(weight_VD) - 1)[:, None]
+    scores_NV.sub_(largest_N[:, None])
+    target_N = _reduced(scores_NV.gather(1, row_N1)[:, 0] * is_here_N, dist.ReduceOp.SUM, group)
+    scores_NV.exp_()
+    sum_N = _reduced(scores_NV.sum(dim=1), dist.ReduceOp.SUM, group)
+    losses_N = sum_N.log() - target_N
+    if not with_gradient:
+        return losses_N, None
+    scores_NV.div_(sum_N[:, None]).scatter_add_(1, row_N1, -is_here_N[:, None])
+    return losses_N, scores_NV.to(weight_VD.dtype)
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: torch.Tensor,
+        weight_VD: torch.Tensor,
+        targets_N: torch.Tensor,
+        group: dist.ProcessGroup | None,
+        with_gradient: bool,
+        step: Callable,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        losses_N = torch.zeros(len(targets_N), device=hidden_ND.device)
+        if with_gradient:
+            grad_ND = torch.empty_like(hidden_ND)
+            grad_VD = torch.zeros_like(weight_VD, dtype=torch.float32)  # bfloat16 would lose most of a long sum
+        chunk_size = max(1, CHUNK_BYTES // (4 * len(weight_VD)))
+        for start in range(0, len(targets_N), chunk_size):
+            chunk = slice(start, start + chunk_size)
+            losses_N[chunk], grad_NV = step(hidden_ND[chunk], weight_VD, targets_N[chunk], group, with_gradient)
+            if with_gradient:
+                torch.mm(grad_NV, weight_VD, out=grad_ND[chunk])
+                if weight_VD.dtype == torch.float32:
+                    grad_VD.addmm_(grad_NV.T, hidden_ND[chunk])
+                else:
+                    grad_VD += grad_NV.T @ hidden_ND[chunk]
+        ctx.mark_non_differentiable(losses_N)
+        if with_gradient:
+            ctx.save_for_backward(grad_ND, grad_VD)
+            ctx.weight_dtype = weight_VD.dtype
+        return losses_N.sum(), losses_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_sum: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grad_ND, grad_VD = ctx.saved_tensors
+        return grad_ND * grad_sum, grad_VD.mul_(grad_sum).to(ctx.weight_dtype), None, None, None, None
+
+
+def _local(logits: PendingLogits) -> tuple[torch.Tensor, torch.Tensor, int, dist.ProcessGroup | None]:
+    """Hidden states and this rank's rows of the output matrix, which row is its first, and who has the others."""
+    hidden_BLD, weight_VD = logits.hidden_BLD, logits.weight_VD
+    if not isinstance(weight_VD, DTensor):
+        return hidden_BLD, weight_VD, 0, None
+    assert isinstance(hidden_BLD, DTensor) and hidden_BLD.placements[0].is_replicate()
+    mesh = weight_VD.device_mesh
+    _, (first_row, _) = compute_local_shape_and_global_offset(weight_VD.shape, mesh, weight_VD.placements)
+    # Each rank's gradient of the hidden states is that through its own rows.
+    return hidden_BLD.to_local(grad_placements=[Partial()]), weight_VD.to_local(), first_row, mesh.get_group()
+
+
+def _reduced(values_N: torch.Tensor, op: Any, group: dist.ProcessGroup | None) -> torch.Tensor:
+    if group is not None:
+        dist.all_reduce(values_N, op=op, group=group)
+    return values_N
