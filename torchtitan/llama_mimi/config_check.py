@@ -186,29 +186,26 @@ def _check_values(job_config: Any) -> None:
 
 def _check_parallelism(job_config: Any, world_size: int) -> None:
     parallelism, training = job_config.parallelism, job_config.training
-    if parallelism.pipeline_parallel_degree > 1:
-        raise UserError(
-            f"parallelism.pipeline_parallel_degree is {parallelism.pipeline_parallel_degree}, but pipeline parallelism "
-            "is not supported (its gradients are not scaled by the number of targets); use FSDP or tensor parallelism"
-        )
-    tp, cp = parallelism.tensor_parallel_degree, parallelism.context_parallel_degree
+    tp, cp, pp = (getattr(parallelism, f"{kind}_parallel_degree") for kind in ("tensor", "context", "pipeline"))
+    if pp > 1:
+        _check_pipeline(job_config)
     if cp > 1 and not torch.cuda.is_available():
         raise UserError(f"parallelism.context_parallel_degree is {cp}, but it needs GPUs; set it to 1")
     replicas, shards = parallelism.data_parallel_replicate_degree, parallelism.data_parallel_shard_degree
     if shards == -1:
-        shards = world_size // (replicas * tp * cp)
-    if replicas * shards * tp * cp != world_size:
+        shards = world_size // (replicas * tp * cp * pp)
+    if replicas * shards * tp * cp * pp != world_size:
         raise UserError(
             f"{world_size} processes do not split into replicate {replicas} x shard {shards} x tensor {tp} x context "
-            f"{cp}; change the parallelism degrees or torchrun's --nproc_per_node"
+            f"{cp} x pipeline {pp}; change the parallelism degrees or torchrun's --nproc_per_node"
         )
     if replicas > 1 and shards == 1:
         raise UserError(
             f"parallelism.data_parallel_replicate_degree is {replicas} without sharding (DDP), whose gradients are "
             "divided once more by the ranks; leave it at 1 for FSDP, or set data_parallel_shard_degree > 1 for HSDP"
         )
-    if tp > 1 and parallelism.disable_loss_parallel and FLAVORS[job_config.model.flavor].enable_weight_tying:
-        raise UserError("parallelism.disable_loss_parallel is not supported with tied embeddings; leave it out")
+    if tp > 1 and parallelism.disable_loss_parallel:
+        raise UserError("parallelism.disable_loss_parallel is not supported; leave it out")
     sections = {"training": training} | ({"validation": job_config.validation} if job_config.validation.enable else {})
     for section, seq_len in ((name, values.seq_len) for name, values in sections.items()):
         if seq_len % (tp * (2 * cp if cp > 1 else 1)) == 0:
@@ -227,6 +224,25 @@ def _check_parallelism(job_config: Any, world_size: int) -> None:
         raise UserError(
             f"parallelism.context_parallel_degree is {cp}, but packed rows cannot be split over ranks; set it to 1, or "
             "data.packing to 'pad'"
+        )
+
+
+def _check_pipeline(job_config: Any) -> None:
+    degree = job_config.parallelism.pipeline_parallel_degree
+    if FLAVORS[job_config.model.flavor].enable_weight_tying:
+        raise UserError(
+            f"parallelism.pipeline_parallel_degree is {degree}, but the embeddings of '{job_config.model.flavor}' are "
+            "tied, and the first and the last stage of a pipeline cannot share a matrix; use FSDP or tensor parallelism"
+        )
+    if job_config.data.packing == "pack":
+        raise UserError(
+            f"parallelism.pipeline_parallel_degree is {degree}, but packed rows cannot be split into microbatches; set "
+            "it to 1, or data.packing to 'pad'"
+        )
+    if job_config.validation.enable:
+        raise UserError(
+            f"parallelism.pipeline_parallel_degree is {degree}, but validation does not run in a pipeline; set "
+            "--validation.no-enable"
         )
 
 

@@ -9,6 +9,7 @@ import torch
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
+from torchtitan.tools.utils import device_type
 
 from llama_mimi.dataloader import Stopwatch
 from llama_mimi.losses import LevelMeter, reduce_sums
@@ -23,6 +24,7 @@ class SpeechMetrics(MetricsProcessor):
     Args:
         train_meter, validation_meter: filled by the losses of training and validation.
         codec_time: filled by the loader where it encodes audio.
+        num_quantizers: Q.
         frame_rate_hz: of the codec; level-0 targets over it are seconds of audio.
     """
 
@@ -34,13 +36,15 @@ class SpeechMetrics(MetricsProcessor):
         train_meter: LevelMeter,
         validation_meter: LevelMeter,
         codec_time: Stopwatch,
+        num_quantizers: int,
         frame_rate_hz: float,
     ) -> None:
         if job_config.metrics.enable_wandb:
             os.environ.setdefault("WANDB_PROJECT", "llama_mimi")
         super().__init__(job_config, parallel_dims)
         self._train_meter, self._validation_meter = train_meter, validation_meter
-        self._codec_time, self._frame_rate_hz = codec_time, frame_rate_hz
+        self._codec_time = codec_time
+        self._num_quantizers, self._frame_rate_hz = num_quantizers, frame_rate_hz
         self._has_peak_flops = torch.cuda.is_available()
         self._last_step: int | None = None
 
@@ -110,8 +114,11 @@ class SpeechMetrics(MetricsProcessor):
 
     def _reduced(self, meter: LevelMeter) -> torch.Tensor:
         sums = meter.take()
-        assert sums is not None, "nothing was added to the meter since the last log"
-        return reduce_sums(sums, self.parallel_dims.get_optional_mesh("loss"))
+        if sums is None:  # of a pipeline only the last stage has losses
+            sums = torch.zeros(2, self._num_quantizers + 1, device=device_type, dtype=torch.float64)
+        for mesh in ("loss", "pp"):
+            sums = reduce_sums(sums, self.parallel_dims.get_optional_mesh(mesh))
+        return sums
 
     def _restart_clock(self) -> None:
         self.ntokens_since_last_log = 0

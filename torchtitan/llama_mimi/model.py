@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 from torchtitan.distributed import ParallelDims
+from torchtitan.distributed.pipeline_parallel import pipeline_llm
 from torchtitan.models.attention import VarlenAttentionWrapper, VarlenMetadata
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs, parallelize_llama
 from torchtitan.models.llama3.model.args import RoPEScalingArgs
@@ -136,6 +137,17 @@ def parallelize(model: LlamaMimi, parallel_dims: ParallelDims, job_config: Any) 
             if isinstance(module, FSDPModule):  # gloo lacks the pre-multiplied sum that FSDP2 divides gradients by
                 module.set_force_sum_reduction_for_comms(True)
     return model
+
+
+def pipeline(model: LlamaMimi, *args: Any) -> Any:
+    """TorchTitan's pipeline of a model whose output has a matrix of its own.
+
+    Its last stage makes logits, as stages hand on tensors; those of one microbatch are few.
+    """
+    assert model.output is not None, "config_check refuses tied embeddings"
+    V, D = model.output.weight.shape
+    model.output = nn.Linear(D, V, bias=False, device="meta", dtype=model.output.weight.dtype)
+    return pipeline_llm(model, *args)
 
 
 LLAMA_3_2_ROPE = RoPEScalingArgs(32.0, 1.0, 4.0, 8192)

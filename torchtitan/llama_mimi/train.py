@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +20,15 @@ from torchtitan.train import Trainer  # noqa: E402
 import llama_mimi.train_spec  # noqa: E402, F401  (registers the model, also for a config without custom_import)
 from llama_mimi.checkpoint import set_aside_incomplete  # noqa: E402
 from llama_mimi.config_check import parse_config  # noqa: E402
+
+
+class SpeechTrainer(Trainer):
+    """TorchTitan's trainer; the gradients of a pipeline are divided by the number of targets, as all others are."""
+
+    def forward_backward_step(self, *, global_valid_tokens: torch.Tensor, **batch: Any) -> torch.Tensor:
+        if self.parallel_dims.pp_enabled:
+            self.loss_fn.pipeline_scale = 1 / global_valid_tokens
+        return super().forward_backward_step(global_valid_tokens=global_valid_tokens, **batch)
 
 
 def main() -> None:
@@ -36,9 +46,9 @@ def main() -> None:
     checkpoint = Path(job_config.job.dump_folder) / job_config.checkpoint.folder
     if int(os.environ.get("RANK", 0)) == 0 and (aside := set_aside_incomplete(checkpoint)):
         logger.warning(f"no step in '{checkpoint}' is complete (its saving was cut off); moved to '{aside}'")
-    trainer: Trainer | None = None
+    trainer: SpeechTrainer | None = None
     try:
-        trainer = Trainer(job_config)
+        trainer = SpeechTrainer(job_config)
         trainer.train()
     except UserError as error:
         sys.exit(f"error: {error}")

@@ -13,7 +13,7 @@ from llama_mimi.codec import load_codec_config
 from llama_mimi.dataloader import codec_time
 from llama_mimi.losses import LevelMeter, UnitLoss
 from llama_mimi.metrics import SpeechMetrics
-from llama_mimi.model import FLAVORS, LlamaMimi, LlamaMimiArgs, parallelize
+from llama_mimi.model import FLAVORS, LlamaMimi, LlamaMimiArgs, parallelize, pipeline
 from llama_mimi.open_data import build_dataloader
 from llama_mimi.run_record import save_run_record, speech_config
 from llama_mimi.sequences import SequenceBuilder, load_sequences
@@ -56,6 +56,7 @@ def build_metrics(job_config: Any, parallel_dims: ParallelDims, model_args: Llam
         train_meter=_train_meter,
         validation_meter=_validation_meter,
         codec_time=codec_time,
+        num_quantizers=codec.num_quantizers,
         frame_rate_hz=codec_config.sampling_rate / codec_config.frame_size,
     )
 
@@ -66,7 +67,7 @@ register_train_spec(
         model_cls=LlamaMimi,
         model_args=FLAVORS,
         parallelize_fn=parallelize,
-        pipelining_fn=None,  # refused with a sentence by config_check
+        pipelining_fn=pipeline,
         build_optimizers_fn=build_optimizers,
         build_lr_schedulers_fn=build_lr_schedulers,
         build_dataloader_fn=build_dataloader,

@@ -1,0 +1,97 @@
+"""Ten steps under every parallelism that CPUs can run are those of one process, in losses and gradient norms."""
+
+import json
+import subprocess
+import sys
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import ROOT, TINY
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llama_mimi.sequences import load_sequences
+
+pytestmark = pytest.mark.distributed
+
+STEPS, GLOBAL_BATCH = 10, 8
+FSDP = "--parallelism.data_parallel_shard_degree"
+HSDP = "--parallelism.data_parallel_replicate_degree"
+TP = "--parallelism.tensor_parallel_degree"
+PP = "--parallelism.pipeline_parallel_degree"
+BATCH = "--training.local_batch_size"
+UNTIED = ["--model.flavor", "tiny_untied"]
+# name: ranks, flags; what is not one process alone is compared with the first run of the same model
+RUNS = {
+    "one process": (1, [BATCH, "8"]),
+    "gradient accumulation": (1, [BATCH, "2", "--training.global_batch_size", "8"]),
+    "selective checkpointing, compiled blocks": (
+        1,
+        [BATCH, "8", "--activation_checkpoint.mode", "selective", "--compile.enable", "--compile.backend", "aot_eager"],
+    ),
+    "FSDP": (2, [BATCH, "4"]),
+    "FSDP, gradient accumulation": (2, [BATCH, "2", "--training.global_batch_size", "8"]),
+    "TP": (2, [BATCH, "8", TP, "2"]),
+    "HSDP": (4, [BATCH, "2", HSDP, "2", FSDP, "2"]),
+    "FSDP x TP": (4, [BATCH, "4", FSDP, "2", TP, "2"]),
+    "untied: one process": (1, [*UNTIED, BATCH, "8"]),
+    "untied: FSDP, resharded": (2, [*UNTIED, BATCH, "4", "--parallelism.fsdp_reshard_after_forward", "always"]),
+    "untied: TP": (2, [*UNTIED, BATCH, "8", TP, "2"]),
+    "untied: PP": (2, [*UNTIED, BATCH, "8", PP, "2"]),
+    "untied: PP, gradient accumulation": (2, [*UNTIED, BATCH, "4", PP, "2", "--training.global_batch_size", "8"]),
+    "untied: FSDP x PP": (4, [*UNTIED, BATCH, "4", FSDP, "2", PP, "2"]),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """All runs, each in a folder of its own, on eight clips that are one global batch."""
+    folder = tmp_path_factory.mktemp("parallelism")
+    clips = pq.read_table(TINY / "corpus" / "train-00000-of-00004.parquet").slice(0, GLOBAL_BATCH)
+    pq.write_table(clips, folder / "eight.parquet", row_group_size=2)
+    sequences = load_sequences(str(TINY / "llama"), str(TINY / "mimi"), 4)
+    for tied in (True, False):
+        config = LlamaConfig.from_pretrained(TINY / "llama")
+        config.update({"vocab_size": sequences.vocabulary.size, "tie_word_embeddings": tied})
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder / f"base_{tied}")
+        sequences.tokenizer.save_pretrained(folder / f"base_{tied}")
+    common = {
+        "--job.config_file": ROOT / "config/tiny.toml",
+        "--checkpoint.interval": 100,
+        "--training.dataset": folder / "eight.parquet",
+        "--data.shuffle_block": 2,
+        "--training.steps": STEPS,
+        "--lr_scheduler.warmup_steps": 0,
+        "--optimizer.lr": 5e-4,  # Adam turns rounding of small gradients into steps of this size
+        "--metrics.log_freq": 1,
+    }
+    runs = []
+    for name, (num_ranks, flags) in RUNS.items():
+        own = {"--job.dump_folder": folder / name, "--model.hf_assets_path": folder / f"base_{flags[:2] != UNTIED}"}
+        words = [str(word) for item in (common | own).items() for word in item]
+        runs.append((num_ranks, [*words, "--validation.no-enable", "--checkpoint.initial_load_in_hf", *flags]))
+    command = [sys.executable, ROOT / "tests" / "forked_runs.py"]
+    done = subprocess.run(command, input=json.dumps(runs), cwd=ROOT, text=True, capture_output=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if not name.endswith("one process")])
+def test_ten_steps_equal_one_process(folder, name):
+    one = read(folder, "untied: one process" if name.startswith("untied") else "one process")
+    found = read(folder, name)
+    for tag, tolerance in (("loss_metrics/global_avg_loss", {"abs": 1e-4}), ("grad_norm", {"rel": 1e-3})):
+        assert len(one[tag]) == STEPS
+        # Clipping and Adam would hide a wrong scale of the gradients, their norms show it.
+        assert found[tag] == pytest.approx(one[tag], **tolerance)
+
+
+def read(folder, name) -> dict[str, list[float]]:
+    (logs,) = [path for path in (folder / name / "tb").rglob("events*") if path.is_file()]
+    events = EventAccumulator(str(logs))
+    events.Reload()
+    return {
+        tag: [event.value for event in events.Scalars(tag)] for tag in ("loss_metrics/global_avg_loss", "grad_norm")
+    }
