@@ -46,8 +46,8 @@ class Panel:
 
 
 PANELS = (
-    Panel("Training loss", {TOTAL: "all targets"}, "loss_metrics/level_", from_zero=False),
-    Panel("Validation loss", {"validation_metrics/loss": "all targets"}, "validation_metrics/level_", from_zero=False),
+    Panel("Training loss", {TOTAL: "mean"}, "loss_metrics/level_", from_zero=False),
+    Panel("Validation loss", {"validation_metrics/loss": "mean"}, "validation_metrics/level_", from_zero=False),
     # It falls far below that of the levels, which on one scale with it could not be told apart.
     Panel("Loss of </audio>", {"loss_metrics/audio_end": "training", "validation_metrics/audio_end": "validation"}),
     Panel("Share of time (%)", {"time_metrics/data_loading(%)": "data", "time_metrics/codec(%)": "of which codec"}),
@@ -93,7 +93,8 @@ def read_run(folder: Path) -> dict[str, Series]:
         series = {tag: {step: v for step, v in values.items() if step < first_step} for tag, values in series.items()}
         for tag, values in logged.items():
             series.setdefault(tag, {}).update(values)
-    if not series.get(TOTAL):
+    series = {tag: values for tag, values in series.items() if values}
+    if TOTAL not in series:
         raise UserError(f"'{folder / 'tb'}' holds no log with a training step; train with metrics.enable_tensorboard")
     return series
 
@@ -107,9 +108,9 @@ def draw(runs: Mapping[str, Mapping[str, Series]], path: Path) -> None:
     drawn = [panel for panel in PANELS if any(panel.total in run for run in runs.values())]
     # Of an odd number, the first panel, the one looked at most, has a row of its own.
     places = [0] * (len(drawn) % 2) + list(range(len(drawn)))
-    rows = [places[i : i + 2] for i in range(0, len(places), 2)]
+    rows: list[Any] = [places[i : i + 2] for i in range(0, len(places), 2)]
     figure, axes = plt.subplot_mosaic(rows, figsize=(9, 2 * len(rows)), sharex=True, layout="constrained")
-    small = {"fontsize": 8, "frameon": False, "handlelength": 1.2, "columnspacing": 1.0}
+    plain: dict[str, Any] = {"frameon": False, "borderpad": 0}
     for i, panel in enumerate(drawn):
         axis, is_one, label = axes[i], len(runs) == 1, panel.tags[panel.total]
         for series, style in lines_of_one(panel, *runs.values()) if is_one else lines_of_runs(panel, runs):
@@ -124,12 +125,12 @@ def draw(runs: Mapping[str, Mapping[str, Series]], path: Path) -> None:
         axis.grid(alpha=0.3)
         handles, labels = axis.get_legend_handles_labels()
         if is_one and labels:  # on the line of the title, where it never lies over data
-            beside = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.3, "borderpad": 0}
-            axis.legend(ncols=len(labels), handletextpad=0.4, **beside, **small)
+            spaces = {"handlelength": 0.8, "borderaxespad": 0.3, "columnspacing": 0.6, "handletextpad": 0.3}
+            axis.legend(ncols=len(labels), loc="lower right", bbox_to_anchor=(1, 1), fontsize=7, **spaces, **plain)
         elif labels and i == 0:
-            figure.legend(handles, labels, loc="outside upper center", ncols=3, **small)
-    for place in rows[-1]:
-        axes[place].set_xlabel("step", fontsize=8)
+            figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=8, **plain)
+    for i in rows[-1]:
+        axes[i].set_xlabel("step", fontsize=8)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
@@ -143,11 +144,13 @@ def lines_of_one(panel: Panel, run: Mapping[str, Series]) -> Iterator[Line]:
     """Levels from dark to light, and the total in black above them."""
     levels = {tag.removeprefix(panel.levels): tag for tag in run if panel.levels and tag.startswith(panel.levels)}
     for i, level in enumerate(sorted(levels, key=int)):
-        color = plt.get_cmap("viridis")(0.9 * i / len(levels))
-        yield run[levels[level]], {"color": color, "linewidth": 0.8, "label": f"level {level}" if i == 0 else level}
-    for color, (tag, label) in zip(("black", "tab:orange"), panel.tags.items(), strict=False):
+        shade = plt.get_cmap("viridis")(0.9 * i / len(levels))
+        is_named = len(levels) <= 8 or i == len(levels) - 1  # as many as stand beside the title
+        label = f"level {level}" if i == 0 else level if is_named else None
+        yield run[levels[level]], {"color": shade, "linewidth": 0.8, "label": label}
+    for color, (tag, name) in zip(("black", "tab:orange"), panel.tags.items(), strict=False):
         if tag in run:
-            yield run[tag], {"color": color, "label": label}
+            yield run[tag], {"color": color, "label": name}
 
 
 def lines_of_runs(panel: Panel, runs: Mapping[str, Mapping[str, Series]]) -> Iterator[Line]:

@@ -56,6 +56,8 @@ def test_a_later_start_takes_over_where_it_begins(tmp_path, folders):
     read = plot_run.read_run(tmp_path)
     assert read[LOSS] == {1: 1, 2: 1, 3: 1, 4: 1, 5: 1, 6: 2, 7: 2}
     assert read["validation_metrics/loss"] == {1: 1, 5: 1}
+    write_log(tmp_path, {LOSS: {1: 3.0}}, time=400)  # begun anew, this time without validation
+    assert plot_run.read_run(tmp_path) == {LOSS: {1: 3}}
 
 
 def test_one_run_is_drawn_level_by_level(tmp_path, figure):
@@ -67,11 +69,9 @@ def test_one_run_is_drawn_level_by_level(tmp_path, figure):
     assert printed == f"1 run drawn to {picture}: {tmp_path / 'run'} (steps 1 to 2)\n"
     by_title = {axis.get_title(loc="left"): axis for axis in drawn.axes}
     assert list(by_title) == ["Training loss", "Share of time (%)", "Learning rate"]  # the rest was not logged
-    labels = [line.get_label() for line in by_title["Training loss"].get_lines()]
-    assert labels == ["level 0", *map(str, range(1, 11)), "all targets"]
-    assert [list(line.get_ydata()) for line in by_title["Training loss"].get_lines()][:11] == [
-        [level, level] for level in range(11)
-    ]
+    levels = [list(line.get_ydata()) for line in by_title["Training loss"].get_lines()][:-1]
+    assert levels == [[level, level] for level in range(11)]
+    assert by_title["Training loss"].get_legend_handles_labels()[1] == ["level 0", "10", "mean"]
     assert [line.get_label() for line in by_title["Share of time (%)"].get_lines()] == ["data"]
 
 
@@ -86,7 +86,7 @@ def test_of_several_runs_totals_are_compared(tmp_path, figure):
     lines = {axis.get_title(loc="left"): axis.get_lines() for axis in drawn.axes}
     a, b = ((str(run), color) for run, color in zip(runs, map(plot_run.plt.get_cmap("tab10"), (0, 1)), strict=True))
     assert {title: [(line.get_label(), line.get_color()) for line in of] for title, of in lines.items()} == {
-        "Training loss, all targets": [a, b],
+        "Training loss, mean": [a, b],
         "Model FLOPs utilization (%)": [a, b],
         "Learning rate": [b],
     }
