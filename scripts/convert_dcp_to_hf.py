@@ -26,7 +26,7 @@ tags: [speech-language-model, mimi]
 
 # {name}
 
-A speech language model: a plain Llama decoder over text and flattened Mimi codec tokens (arXiv 2509.14882).
+A speech language model: a plain Llama decoder over flattened Mimi codec tokens (arXiv 2509.14882).
 
 | | |
 |---|---|

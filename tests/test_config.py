@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import tomllib
 
 import numpy as np
@@ -20,6 +21,8 @@ from llama_mimi.config_check import check_config, parse_config
 from llama_mimi.errors import UserError
 from llama_mimi.hf import hf_config
 from llama_mimi.model import FLAVORS, LlamaMimi
+from llama_mimi.run_record import save_run_record, speech_config
+from llama_mimi.sequences import load_sequences
 from llama_mimi.token_store import StoredClip, shard_bytes
 
 CONFIGS = sorted((ROOT / "config").glob("*.toml"))
@@ -141,6 +144,10 @@ def tiny_with(*flags):
         (["--data.weights", "1.0", "2.0"], "one positive number for each of the 1 corpora"),
         (["--checkpoint.keep_latest_k", "1"], "keep at least 2"),
         (["--checkpoint.initial_load_in_hf"], "holds no *.safetensors weights"),
+        (
+            ["--model.vocabulary", "audio", "--data.task", "tts"],
+            "set model.vocabulary to 'llama', or data.task",
+        ),
         (["--checkpoint.initial_load_in_hf", "--checkpoint.no-enable"], "needs checkpoint.enable"),
     ],
     ids=lambda value: value[0].lstrip("-") if isinstance(value, list) else "",
@@ -187,6 +194,36 @@ def test_another_models_run_is_not_continued(tmp_path, monkeypatch, sequences):
     config.save_pretrained(tmp_path / "hf_assets")
     with pytest.raises(UserError, match="holds the run of another model: codec"):
         check_config(job_config, world_size=1)
+
+
+def test_a_vocabulary_is_not_changed_on_the_way(tmp_path, monkeypatch, sequences):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    flags = tiny_with("--job.dump_folder", str(tmp_path))
+    (tmp_path / "checkpoint").mkdir()
+    args = copy.copy(FLAVORS["tiny"])
+    args.update_from_config(parse_config(flags))
+    save_run_record(str(tmp_path), speech_config(args, sequences, "assets/tiny/mimi"), sequences)
+    parse_config(flags)
+    with pytest.raises(UserError, match="another model.vocabulary or tokenizer: vocab_size is 1538 there and 1029 in"):
+        parse_config([*flags, "--model.vocabulary", "audio"])
+
+
+def test_the_folder_and_the_vocabulary_must_fit(tmp_path, monkeypatch, downloads):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    corpus = str(downloads / "peoples_speech")
+    flags = ["--job.config_file", "config/llama3_2_1b_peoples_speech.toml", "--job.dump_folder", str(tmp_path / "run")]
+    flags += ["--model.hf_assets_path", str(downloads / "1B"), "--codec.name", str(downloads / "mimi")]
+    flags += ["--training.dataset_path", corpus, "--validation.dataset_path", corpus]
+    with pytest.raises(UserError, match="136450 vocabulary entries, not the 8195 .* --vocabulary audio"):
+        parse_config([*flags, "--model.vocabulary", "audio"])
+    parse_config([*flags, "--model.vocabulary", "audio", "--checkpoint.no-initial_load_in_hf"])
+
+    shutil.copy(TINY / "llama" / "config.json", tmp_path)
+    load_sequences(str(TINY / "llama"), str(TINY / "mimi"), 4, "audio").tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="holds no text; set it to 'audio'"):
+        parse_config(tiny_with("--model.hf_assets_path", str(tmp_path)))
 
 
 def test_large_config_says_how_to_get_its_data_and_model(monkeypatch, downloads, tmp_path):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import numpy as np
+import prepare_base_model
 import pytest
 import soundfile
 import torch
@@ -263,3 +264,30 @@ def test_prepare_base_model(tmp_path):
     assert new[512:].mean().item() == pytest.approx(old.mean().item(), abs=2e-3)
     again = run(*common[:2], tmp_path / "extended", *common[3:], "--output_dir", tmp_path / "twice")
     assert again.returncode == 0 and "2,562 vocabulary entries" in again.stdout
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_prepare_base_model_without_text(tied, tmp_path, monkeypatch):
+    config = LlamaConfig.from_pretrained(TINY / "llama", tie_word_embeddings=tied)
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(TINY / "llama").save_pretrained(tmp_path / "base")
+
+    def prepare(base: str, vocabulary: str) -> LlamaForCausalLM:
+        words = ["--base_model", tmp_path / base, "--output_dir", tmp_path / vocabulary, "--vocabulary", vocabulary]
+        monkeypatch.setattr("sys.argv", ["prepare", "--codec", str(TINY / "mimi"), *map(str, words)])
+        prepare_base_model.main()
+        return LlamaForCausalLM.from_pretrained(tmp_path / vocabulary)
+
+    whole, small = prepare("base", "llama"), prepare("base", "audio")
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "audio")) == small.config.vocab_size == 3 + 4 * 256 + 2
+    rows = [508, 509, 510, *range(512, 512 + 4 * 256 + 2)]  # BOS, EOS, padding; units
+    weights, small_weights = whole.state_dict(), small.state_dict()
+    assert weights.keys() == small_weights.keys()
+    for name, weight in weights.items():
+        of_tokens = name in ("model.embed_tokens.weight", "lm_head.weight")
+        assert torch.equal(small_weights[name], weight[rows] if of_tokens else weight), name
+    for settings in (small.config, small.generation_config):
+        assert (settings.bos_token_id, settings.eos_token_id, settings.pad_token_id) == (0, 1, 2)
+    with pytest.raises(UserError, match="holds no text"):
+        prepare("audio", "llama")

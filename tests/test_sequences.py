@@ -1,6 +1,11 @@
 """Token sequences: what the model sees."""
 
+import pytest
 import torch
+from conftest import TINY
+
+from llama_mimi.scoring import preset, scored_sequence
+from llama_mimi.sequences import load_sequences
 
 
 def codes(num_frames: int) -> torch.Tensor:
@@ -16,3 +21,18 @@ def test_a2a_and_tts(sequences):
     text_ids = tokenizer("the doctor", add_special_tokens=False).input_ids
     tts = sequences.sequence(codes(3), is_cut=False, text="the doctor").tolist()
     assert tts == [bos, *text_ids, start, *units, end]
+
+
+@pytest.mark.parametrize("is_cut", [False, True])
+@pytest.mark.parametrize("levels", [None, (0,)])
+@pytest.mark.parametrize("name", ["official", "original"])
+def test_without_text_sequences_and_scores_are_of_the_same_tokens(sequences, name, levels, is_cut):
+    small = load_sequences(str(TINY / "llama"), str(TINY / "mimi"), 4, "audio")
+    assert small.vocabulary.base == 3 and small.adds_bos
+    tokens, scored = [], []
+    for kind in (sequences, small):
+        ids_L, is_scored_L = scored_sequence(kind, codes(5), is_cut=is_cut, scoring=preset(name, levels).scoring)
+        tokens.append(kind.tokenizer.convert_ids_to_tokens(ids_L.tolist()))
+        scored.append(is_scored_L.tolist())
+    assert tokens[0] == tokens[1] and tokens[0][:2] == ["<|begin_of_text|>", "<audio>"]
+    assert scored[0] == scored[1]

@@ -13,17 +13,21 @@ import sys
 import time
 from pathlib import Path
 
+import convert_dcp_to_hf
+import prepare_base_model
 import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, TINY
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from llama_mimi.config_check import parse_config
+from llama_mimi.generation import SamplingOptions, continue_codes
 from llama_mimi.open_data import build_dataloader
 from llama_mimi.sequences import IGNORE_INDEX, load_sequences
+from llama_mimi.speech_model import load_speech_model
 
 pytestmark = pytest.mark.distributed
 GOLDEN = Path(__file__).parent / "golden" / "tiny_loss.json"
@@ -180,6 +184,55 @@ def test_20_steps_equal_a_plain_loop_over_hugging_face(base_model, tmp_path):
         loss = F.cross_entropy(logits_BLV.flatten(0, 1), labels_BL.flatten(), ignore_index=IGNORE_INDEX)
         plain_step(model, optimizer, loss)
         assert measured[step] == pytest.approx(loss.item(), abs=1e-4), step
+
+
+def test_without_text_from_the_base_model_to_a_converted_one(base_model, tmp_path, monkeypatch):
+    """Preparation, training and conversion with ``model.vocabulary = "audio"``, against Hugging Face's model."""
+    prepared, run, converted = (str(tmp_path / name) for name in ("prepared", "run", "converted"))
+    of_base = ["--base_model", str(base_model), "--codec", str(TINY / "mimi"), "--vocabulary", "audio"]
+    monkeypatch.setattr("sys.argv", ["prepare", *of_base, "--output_dir", prepared])
+    prepare_base_model.main()
+    overrides = {
+        "model__hf_assets_path": prepared,
+        "model__vocabulary": "audio",
+        "checkpoint__initial_load_in_hf": True,
+        "checkpoint__last_save_model_only": True,
+        "training__steps": 4,
+        "lr_scheduler__warmup_steps": 0,
+        "lr_scheduler__decay_ratio": 0.0,
+    }
+    measured = train(2, Path(run), **overrides)
+
+    flags = {
+        "--job.config_file": ROOT / "config/tiny.toml",
+        "--job.dump_folder": tmp_path / "none",
+        "--model.hf_assets_path": prepared,
+        "--model.vocabulary": "audio",
+    }
+    ranks, model, optimizer = plain_loop(prepared, flags, dp_world_size=2)
+    for step in range(1, 5):
+        inputs, labels_BL = (torch.cat(parts) for parts in zip(*map(inputs_and_labels, ranks), strict=True))
+        logits_BLV = model(inputs).logits
+        loss = F.cross_entropy(logits_BLV.flatten(0, 1), labels_BL.flatten(), ignore_index=IGNORE_INDEX)
+        plain_step(model, optimizer, loss)
+        assert measured[step] == pytest.approx(loss.item(), abs=1e-4), step
+    assert logits_BLV.shape[-1] == 3 + 4 * 256 + 2
+
+    monkeypatch.setattr("sys.argv", ["convert", "--checkpoint", f"{run}/checkpoint", "--output_dir", converted])
+    convert_dcp_to_hf.main()
+    ids_1L = AutoTokenizer.from_pretrained(converted)("<audio><3_0><5_1><7_2><9_3>", return_tensors="pt").input_ids
+    assert ids_1L.tolist() == [[0, 1027, 3 + 12, 3 + 21, 3 + 30, 3 + 39]]
+    stock = AutoModelForCausalLM.from_pretrained(converted)
+    torch.testing.assert_close(stock(ids_1L).logits, model(ids_1L).logits, atol=1e-4, rtol=0)
+    speech = load_speech_model(converted, device="cpu")
+    prompt_TQ = torch.tensor([[3, 5, 7, 9]])
+    (codes_TQ,) = continue_codes(speech, prompt_TQ, SamplingOptions(seconds=0.4))
+    assert torch.equal(codes_TQ[:1], prompt_TQ)
+
+
+def inputs_and_labels(batches):
+    inputs, labels_BL = next(batches)
+    return inputs["input"], labels_BL
 
 
 def plain_loop(base_model, flags, dp_world_size):

@@ -1,16 +1,28 @@
 """Codes <-> ids <-> text: DESIGN's arithmetic, for any Q and K, and against the tokenizer on the text form."""
 
 import copy
+import string
 
 import pytest
 import torch
 from conftest import TINY
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from llama_mimi.errors import UserError
-from llama_mimi.units import UnitVocabulary, codes_from_text, extend_tokenizer, text_from_codes
+from llama_mimi.sequences import SequenceBuilder
+from llama_mimi.units import (
+    UnitVocabulary,
+    audio_tokenizer,
+    codes_from_text,
+    extend_tokenizer,
+    has_text,
+    text_from_codes,
+)
+
+SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>"]
 
 
 @st.composite
@@ -72,6 +84,53 @@ def test_an_extended_tokenizer_is_recognised(tmp_path):
     for K, Q in ((256, 8), (512, 4), (128, 8)):
         with pytest.raises(UserError, match=f"{Q} quantizers with {K} codes"):
             extend_tokenizer(AutoTokenizer.from_pretrained(tmp_path), K, Q)
+
+
+@st.composite
+def text_tokenizers(draw):
+    """Tokenizers with BOS and perhaps other special tokens, which may be one, somewhere among the words."""
+    words = draw(st.permutations(["<s>", "</s>", "<pad>", *string.ascii_letters]))
+    others = st.dictionaries(st.sampled_from(["eos_token", "pad_token"]), st.sampled_from(["<s>", "</s>", "<pad>"]))
+    roles = {"bos_token": "<s>"} | dict(sorted(draw(others).items()))
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="a"))
+    adds_bos = draw(st.booleans())
+    if adds_bos:
+        bos = ("<s>", words.index("<s>"))
+        tokenizer.post_processor = processors.TemplateProcessing(single=["<s>", "$A"], special_tokens=[bos])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles), roles, adds_bos
+
+
+@given(text_tokenizers(), st.integers(1, 8), st.integers(1, 4), st.data())
+def test_without_text_the_units_follow_the_special_tokens(case, K, Q, data):
+    text_tokenizer, roles, adds_bos = case
+    assert has_text(text_tokenizer)
+    tokenizer, vocabulary = extend_tokenizer(audio_tokenizer(text_tokenizer), K, Q)
+    special = list(dict.fromkeys(roles.values()))  # in the order bos, eos, pad
+    assert tokenizer.convert_ids_to_tokens(range(len(special))) == special
+    assert tokenizer.special_tokens_map == roles and not has_text(tokenizer)
+    assert vocabulary == UnitVocabulary(len(special), K, Q) and len(tokenizer) == vocabulary.size
+    assert SequenceBuilder(tokenizer, vocabulary).adds_bos == adds_bos
+
+    codes = data.draw(st.lists(st.lists(st.integers(0, K - 1), min_size=Q, max_size=Q), min_size=1, max_size=4))
+    text = text_from_codes(torch.tensor(codes))
+    units = [len(special) + code * Q + level for frame in codes for level, code in enumerate(frame)]
+    ids = [0] * adds_bos + [vocabulary.audio_start_id, *units, vocabulary.audio_end_id]
+    assert tokenizer(text).input_ids == ids
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def test_a_tokenizer_without_text_stays_as_it_is(tmp_path):
+    base = AutoTokenizer.from_pretrained(TINY / "llama")
+    tokenizer, vocabulary = extend_tokenizer(audio_tokenizer(base), 256, 4)
+    extended, _ = extend_tokenizer(base, 256, 8)
+    assert audio_tokenizer(extended).get_vocab() == {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
+    tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert audio_tokenizer(again) is again and extend_tokenizer(again, 256, 4) == (again, vocabulary)
+    text = text_from_codes(torch.arange(8).view(2, 4))
+    assert again.decode(again(text).input_ids) == base.bos_token + text
+    with pytest.raises(UserError, match="8 quantizers with 128 codes"):
+        extend_tokenizer(audio_tokenizer(again), 128, 8)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from llama_mimi.open_data import dataset_names
 from llama_mimi.run_record import ASSETS_FOLDER, speech_config
 from llama_mimi.sequences import load_sequences
 from llama_mimi.token_store import CodeCorpus, is_store
+from llama_mimi.units import has_text
 
 # What must agree between a flavour, a Hugging Face folder and an earlier run in the same dump_folder.
 SHAPE_KEYS = (
@@ -157,6 +158,11 @@ def _check_values(job_config: Any) -> None:
                 f"{section}.dataloader.num_workers is {workers.num_workers}; it is 0 or more, and prefetch_factor and "
                 "persistent_workers need at least 1"
             )
+    if data.task == "tts" and job_config.model.vocabulary == "audio":
+        raise UserError(
+            "data.task is 'tts', but model.vocabulary 'audio' holds no text; set model.vocabulary to 'llama', or "
+            "data.task to 'a2a'"
+        )
     if not 0 <= data.max_bad_share <= 1:
         raise UserError(f"data.max_bad_share is {data.max_bad_share}; it is a share between 0 and 1")
     for section, seq_len in (("training", training.seq_len), ("validation", job_config.validation.seq_len)):
@@ -286,13 +292,19 @@ def _check_model(job_config: Any) -> None:
         raise UserError(
             f"model.hf_assets_path is '{model.hf_assets_path}', which is no folder; make it once with "
             f"`python scripts/prepare_base_model.py --base_model HUB_ID_OR_FOLDER --codec {codec.name} "
-            f"--num_quantizers {codec.num_quantizers} --output_dir {model.hf_assets_path}`"
+            f"--num_quantizers {codec.num_quantizers} --vocabulary {model.vocabulary} "
+            f"--output_dir {model.hf_assets_path}`"
         )
     if not whole_frames(job_config.data.max_audio_seconds, load_codec_config(codec.name, codec.num_quantizers)):
         raise UserError(
             f"data.max_audio_seconds is {job_config.data.max_audio_seconds}, less than one frame of the codec; raise it"
         )
-    sequences = load_sequences(model.hf_assets_path, codec.name, codec.num_quantizers)
+    sequences = load_sequences(model.hf_assets_path, codec.name, codec.num_quantizers, model.vocabulary)
+    if model.vocabulary == "llama" and not has_text(sequences.tokenizer):
+        raise UserError(
+            f"model.vocabulary is 'llama', but the tokenizer in '{model.hf_assets_path}' holds no text; set it to "
+            "'audio', or name a folder prepared by scripts/prepare_base_model.py with --vocabulary llama"
+        )
     args = copy.copy(FLAVORS[model.flavor])
     args.vocab_size = sequences.vocabulary.size
     wanted = speech_config(args, sequences, codec.name)
@@ -308,14 +320,16 @@ def _check_model(job_config: Any) -> None:
         if base.vocab_size != sequences.vocabulary.size:
             raise UserError(
                 f"'{model.hf_assets_path}' has {base.vocab_size} vocabulary entries, not the "
-                f"{sequences.vocabulary.size} of {codec.num_quantizers} quantizers; extend it with "
-                "scripts/prepare_base_model.py and name the result as model.hf_assets_path"
+                f"{sequences.vocabulary.size} of model.vocabulary '{model.vocabulary}' and {codec.num_quantizers} "
+                "quantizers; prepare it by scripts/prepare_base_model.py with "
+                f"--vocabulary {model.vocabulary} and name the result as model.hf_assets_path"
             )
     folder = Path(job_config.job.dump_folder)
     if (folder / job_config.checkpoint.folder).is_dir() and (folder / ASSETS_FOLDER).is_dir():
         earlier = load_pretrained(LlamaConfig, str(folder / ASSETS_FOLDER), what="model")
-        keys = (*SHAPE_KEYS, "vocab_size", "num_quantizers", "codec")
-        _require_same(wanted, earlier, keys, f"job.dump_folder '{folder}' holds the run of another model")
+        problem = f"job.dump_folder '{folder}' holds the run of another model"
+        _require_same(wanted, earlier, (*SHAPE_KEYS, "num_quantizers", "codec"), problem)
+        _require_same(wanted, earlier, ("vocab_size",), f"{problem}.vocabulary or tokenizer")
 
 
 def _check_resume(job_config: Any) -> None:

@@ -6,6 +6,8 @@ Merged by TorchTitan through ``[job] custom_config_module = "llama_mimi.job_conf
 from dataclasses import dataclass, field
 from typing import Literal
 
+from llama_mimi.units import VocabularyKind
+
 
 @dataclass
 class Job:
@@ -17,6 +19,12 @@ class Job:
 class Metrics:
     enable_tensorboard: bool = True
     """Whether to log metrics to TensorBoard"""
+
+
+@dataclass
+class Model:
+    vocabulary: VocabularyKind = "llama"
+    """llama: the text of the tokenizer in hf_assets_path, then units; audio: its special tokens, then units, no text"""
 
 
 @dataclass
@@ -62,5 +70,6 @@ class Data:
 class JobConfig:
     job: Job = field(default_factory=Job)
     metrics: Metrics = field(default_factory=Metrics)
+    model: Model = field(default_factory=Model)
     codec: Codec = field(default_factory=Codec)
     data: Data = field(default_factory=Data)

@@ -34,8 +34,8 @@ class LlamaMimiArgs(TransformerModelArgs):
 
     def update_from_config(self, job_config: Any, **kwargs: Any) -> None:
         super().update_from_config(job_config, **kwargs)
-        codec = job_config.codec
-        sequences = load_sequences(job_config.model.hf_assets_path, codec.name, codec.num_quantizers)
+        codec, model = job_config.codec, job_config.model
+        sequences = load_sequences(model.hf_assets_path, codec.name, codec.num_quantizers, model.vocabulary)
         self.vocab_size = sequences.vocabulary.size
         if job_config.data.packing == "pack":
             self.attn_type, self.attn_mask_type = "varlen", "block_causal"

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llama_mimi.codec import load_codec_config
 from llama_mimi.hub import load_pretrained
-from llama_mimi.units import AUDIO_START, UnitVocabulary, extend_tokenizer
+from llama_mimi.units import AUDIO_START, UnitVocabulary, VocabularyKind, audio_tokenizer, extend_tokenizer
 
 IGNORE_INDEX = -100  # PyTorch's default, and TorchTitan's
 
@@ -50,12 +50,19 @@ class SequenceBuilder:
 
 
 @lru_cache(maxsize=4)
-def load_sequences(tokenizer_name: str, codec_name: str, num_quantizers: int) -> SequenceBuilder:
+def load_sequences(
+    tokenizer_name: str, codec_name: str, num_quantizers: int, vocabulary: VocabularyKind = "llama"
+) -> SequenceBuilder:
     """A text tokenizer (hub id or folder) extended by the units of a codec, or one that holds them already.
+
+    Args:
+        vocabulary: "llama" takes the tokenizer as it is, "audio" leaves its text out.
 
     Raises:
         UserError: the tokenizer or codec is missing, or the two do not fit.
     """
     codebook_size = load_codec_config(codec_name, num_quantizers).codebook_size
     tokenizer = load_pretrained(AutoTokenizer, tokenizer_name, what="tokenizer")
+    if vocabulary == "audio":
+        tokenizer = audio_tokenizer(tokenizer)
     return SequenceBuilder(*extend_tokenizer(tokenizer, codebook_size, num_quantizers))

@@ -24,8 +24,8 @@ _train_meter, _validation_meter = LevelMeter(), LevelMeter()
 
 
 def build_sequences(job_config: Any) -> SequenceBuilder:
-    codec = job_config.codec
-    return load_sequences(job_config.model.hf_assets_path, codec.name, codec.num_quantizers)
+    codec, model = job_config.codec, job_config.model
+    return load_sequences(model.hf_assets_path, codec.name, codec.num_quantizers, model.vocabulary)
 
 
 def build_loss(job_config: Any, meter: LevelMeter = _train_meter, **kwargs: Any) -> UnitLoss:

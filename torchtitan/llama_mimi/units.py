@@ -7,15 +7,18 @@ last unit. Released Llama-Mimi checkpoints use exactly this order, so it never c
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from tokenizers import AddedToken
-from transformers import PreTrainedTokenizerBase
+from tokenizers import AddedToken, Tokenizer, decoders, models, processors
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from llama_mimi.errors import UserError
 
 AUDIO_START = "<audio>"
 AUDIO_END = "</audio>"
+SPECIAL_ROLES = ("bos_token", "eos_token", "pad_token")  # the order of their ids where there is no text
+VocabularyKind = Literal["llama", "audio"]
 _UNIT_PATTERN = re.compile(r"<(\d+)_(\d+)>")
 
 
@@ -24,7 +27,7 @@ class UnitVocabulary:
     """Arithmetic between codes and token ids; needs no tokenizer.
 
     Args:
-        base: entries of the text vocabulary in front of the units (128,256 for Llama 3).
+        base: entries of the text vocabulary in front of the units (128,256 for Llama 3), or special tokens alone.
         codebook_size: K, codes per quantizer level (2,048 for Mimi).
         num_quantizers: Q, levels per frame.
     """
@@ -111,10 +114,40 @@ def codes_from_text(text: str, num_quantizers: int) -> torch.Tensor:
     return torch.tensor([code for code, _ in units], dtype=torch.long).view(-1, num_quantizers)
 
 
+def has_text(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether anything but its special tokens and units is in a tokenizer."""
+    return tokenizer.get_vocab().get("<0_0>", len(tokenizer)) > len(set(_special_tokens(tokenizer).values()))
+
+
+def audio_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """What is left of a Llama tokenizer without text: BOS, EOS and padding as far as it has them, units to come.
+
+    Strings and roles stay, and so does whether BOS is put in front. Text is no longer tokenized but an exception.
+    One that has no text already is returned as it is, with its units.
+    """
+    if not has_text(tokenizer):
+        return tokenizer
+    roles = _special_tokens(tokenizer)
+    ids = {token: index for index, token in enumerate(dict.fromkeys(roles.values()))}
+    small = Tokenizer(models.WordLevel(ids, unk_token=""))
+    small.decoder = decoders.Fuse()  # no spaces between units
+    bos = tokenizer.bos_token
+    if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:
+        small.post_processor = processors.TemplateProcessing(
+            single=[bos, "$A"], pair=[bos, "$A", bos, "$B"], special_tokens=[(bos, ids[bos])]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=small, **roles)
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    given = tokenizer.special_tokens_map
+    return {role: given[role] for role in SPECIAL_ROLES if role in given}
+
+
 def extend_tokenizer(
     tokenizer: PreTrainedTokenizerBase, codebook_size: int, num_quantizers: int
 ) -> tuple[PreTrainedTokenizerBase, UnitVocabulary]:
-    """Append the units to a text tokenizer, or recognise one that has them already.
+    """Append the units to a tokenizer, or recognise one that has them already.
 
     Returns:
         The tokenizer (changed in place) and the vocabulary it now holds.
