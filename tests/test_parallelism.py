@@ -33,6 +33,7 @@ RUNS = {
     "FSDP": (2, [BATCH, "4"]),
     "FSDP, gradient accumulation": (2, [BATCH, "2", "--training.global_batch_size", "8"]),
     "TP": (2, [BATCH, "8", TP, "2"]),
+    "FSDP, more ranks than key heads": (4, [BATCH, "2"]),
     "HSDP": (4, [BATCH, "2", HSDP, "2", FSDP, "2"]),
     "FSDP x TP": (4, [BATCH, "4", FSDP, "2", TP, "2"]),
     "untied: one process": (1, [*UNTIED, BATCH, "8"]),

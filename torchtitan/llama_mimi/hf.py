@@ -1,8 +1,11 @@
-"""The same model in Hugging Face terms: `LlamaConfig` <-> TorchTitan arguments."""
+"""The same model in Hugging Face terms: `LlamaConfig` <-> TorchTitan arguments, and the names of the weights."""
 
 from typing import Any
 
+import torch
+from torch.distributed.tensor import DTensor, Replicate
 from torchtitan.models.llama3.model.args import RoPEScalingArgs
+from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
 from transformers import LlamaConfig
 
 from llama_mimi.model import LlamaMimiArgs
@@ -67,3 +70,26 @@ def model_args(config: LlamaConfig) -> LlamaMimiArgs:
         rope_scaling_args=scaling,
         enable_weight_tying=config.tie_word_embeddings,
     )
+
+
+class LlamaMimiStateDictAdapter(Llama3StateDictAdapter):
+    """TorchTitan's adapter, for any number of ranks.
+
+    The two implementations of rotary embeddings order the rows of a head otherwise. TorchTitan reorders a matrix where
+    it lies, which fails when ranks have parts of heads: with more ranks than key heads, and with FSDP x TP.
+    """
+
+    def _permute(self, weight: torch.Tensor, *shape: int) -> torch.Tensor:
+        return _as_one(super()._permute, weight, *shape)
+
+    def _reverse_permute(self, weight: torch.Tensor, *shape: int) -> torch.Tensor:
+        return _as_one(super()._reverse_permute, weight, *shape)
+
+
+def _as_one(reorder: Any, weight: torch.Tensor, *shape: int) -> torch.Tensor:
+    """Gather a matrix, reorder it, and keep this rank's part as before; one matrix at a time is little memory."""
+    if not isinstance(weight, DTensor):
+        return reorder(weight, *shape)
+    mesh = weight.device_mesh
+    whole = DTensor.from_local(reorder(weight.full_tensor(), *shape), mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return whole.redistribute(placements=weight.placements)

@@ -6,11 +6,11 @@ import torch
 from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.components.optimizer import build_optimizers
 from torchtitan.distributed import ParallelDims
-from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 
 from llama_mimi.codec import load_codec_config
 from llama_mimi.dataloader import codec_time
+from llama_mimi.hf import LlamaMimiStateDictAdapter
 from llama_mimi.losses import LevelMeter, UnitLoss
 from llama_mimi.metrics import SpeechMetrics
 from llama_mimi.model import FLAVORS, LlamaMimi, LlamaMimiArgs, parallelize, pipeline
@@ -75,6 +75,6 @@ register_train_spec(
         build_loss_fn=build_loss,
         build_validator_fn=build_validator,
         build_metrics_processor_fn=build_metrics,
-        state_dict_adapter=Llama3StateDictAdapter,
+        state_dict_adapter=LlamaMimiStateDictAdapter,
     ),
 )
