@@ -64,6 +64,7 @@ def folder(tmp_path_factory):
         "--checkpoint.interval": 100,
         "--training.dataset": folder / "codes",
         "--data.shuffle_block": 2,
+        "--training.seq_len": 64,
         "--training.steps": STEPS,
         "--lr_scheduler.warmup_steps": 0,
         "--optimizer.lr": 2e-4,  # Adam turns rounding of small gradients into steps of this size
@@ -86,7 +87,7 @@ def write_codes(folder):
     generator = np.random.default_rng(0)
     columns, shards = ["id", "codes", "duration", "is_cut"], []
     for name in ("a", "b", "c", "d"):
-        codes = [generator.integers(0, 256, (T, 8)).astype(np.uint16) for T in generator.integers(20, 60, 2)]
+        codes = [generator.integers(0, 256, (T, 8)).astype(np.uint16) for T in generator.integers(5, 15, 2)]
         clips = [StoredClip(f"{name}{i}", codes_TQ, len(codes_TQ) / 12.5, False) for i, codes_TQ in enumerate(codes)]
         (folder / f"{name}.parquet").write_bytes(content := shard_bytes(clips, 8, {"columns": columns}))
         shards.append({"file": f"{name}.parquet", "clips": 2, "bytes": len(content)})
