@@ -23,12 +23,17 @@ CONFIG = "config/llama3_2_1b_peoples_speech.toml"
 LLAMA_3_VOCABULARY = 128_256
 
 
-def write_stand_ins(folder: Path) -> None:
-    """A Llama-3.2-1B without weights, a tokenizer of Llama 3's size, and a Mimi with random weights."""
+def write_tokenizer(folder: Path) -> None:
+    """A tokenizer of Llama 3's size, whose words mean nothing."""
     words = {f"w{i}": i for i in range(LLAMA_3_VOCABULARY)}
     PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, "w0")), bos_token="w128000", pad_token="w128004"
-    ).save_pretrained(folder / "llama")
+    ).save_pretrained(folder)
+
+
+def write_stand_ins(folder: Path) -> None:
+    """A Llama-3.2-1B without weights, a tokenizer of Llama 3's size, and a Mimi with random weights."""
+    write_tokenizer(folder / "llama")
     args = FLAVORS["1B"]
     args.vocab_size = LLAMA_3_VOCABULARY
     hf_config(args).save_pretrained(folder / "llama")

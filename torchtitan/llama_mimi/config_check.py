@@ -40,8 +40,12 @@ SHAPE_KEYS = (
 )
 
 
-def parse_config(args: list[str]) -> Any:
+def parse_config(args: list[str], *, has_files: bool = True) -> Any:
     """Command line and TOML file to a checked job config.
+
+    Args:
+        args: what follows the program's name.
+        has_files: corpora, model and earlier runs lie here and are checked, too.
 
     Raises:
         UserError: an unreadable file, an unknown key, or a combination that cannot run.
@@ -56,11 +60,11 @@ def parse_config(args: list[str]) -> Any:
         raise UserError(f"TorchTitan refuses a setting: {error}") from error
     if job_config.model.name != "llama_mimi":
         raise UserError(f"model.name is '{job_config.model.name}'; llama_mimi.train trains 'llama_mimi'")
-    check_config(job_config, world_size=int(os.environ.get("WORLD_SIZE", 1)))
+    check_config(job_config, world_size=int(os.environ.get("WORLD_SIZE", 1)), has_files=has_files)
     return job_config
 
 
-def check_config(job_config: Any, world_size: int) -> None:
+def check_config(job_config: Any, world_size: int, *, has_files: bool = True) -> None:
     """Refuse what cannot run, in order of cost: names, parallelism, files, model.
 
     Raises:
@@ -68,9 +72,10 @@ def check_config(job_config: Any, world_size: int) -> None:
     """
     _check_values(job_config)
     _check_parallelism(job_config, world_size)
-    _check_data(job_config)
-    _check_model(job_config)
-    _check_resume(job_config)
+    if has_files:
+        _check_data(job_config)
+        _check_model(job_config)
+        _check_resume(job_config)
 
 
 def _config_file(args: list[str]) -> Path | None:

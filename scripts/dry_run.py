@@ -1,0 +1,366 @@
+"""Check that a config would run on so many GPUs, and say how much memory each needs; needs no GPU and no files.
+
+    uv run python scripts/dry_run.py --num_gpus 64 --job.config_file config/llama3_1_8b.toml
+
+Every option of training may follow. One process takes the part of rank 0: the config is checked, the meshes are built,
+and the model is parallelized and takes one step, all on tensors that have a shape and no content. Where the model's
+folder is not here, the vocabulary is Llama 3's with the units of Mimi.
+"""
+
+import argparse
+import contextlib
+import copy
+import logging
+import os
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same answer on every machine
+
+import torch
+from torch import nn
+
+from llama_mimi.cpu import use_cpu_without_gpu
+from llama_mimi.errors import UserError, run_cli
+
+use_cpu_without_gpu()  # before anything imports TorchTitan
+
+from gpu_check import write_tokenizer  # noqa: E402
+from torch._subclasses.fake_impls import op_implementations_dict  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from torch.distributed.tensor import DTensor  # noqa: E402
+from torch.distributed.tensor._sharding_prop import ShardingPropagator  # noqa: E402
+from torch.nn.attention import SDPBackend  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_map_only  # noqa: E402
+from torchtitan.config import TORCH_DTYPE_MAP  # noqa: E402
+from torchtitan.distributed import ParallelDims  # noqa: E402
+from torchtitan.distributed import utils as dist_utils  # noqa: E402
+from torchtitan.models.attention import VarlenAttentionWrapper, VarlenMetadata  # noqa: E402
+from torchtitan.protocols.train_spec import get_train_spec  # noqa: E402
+from torchtitan.tools.logging import init_logger, logger  # noqa: E402
+from torchtitan.tools.utils import set_default_dtype  # noqa: E402
+from transformers import MimiConfig  # noqa: E402
+
+import llama_mimi.train_spec  # noqa: E402  (registers the model)
+from llama_mimi.codec import DEFAULT_CODEC  # noqa: E402
+from llama_mimi.config_check import parse_config  # noqa: E402
+
+DEVICE = torch.device("cpu")  # of tensors without content: FSDP's streams and the autograd engine ask CUDA for a driver
+TOKENS_PER_CLIP = 700  # of packed rows: 14 s, as in The People's Speech; only the few bytes of the bounds depend on it
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one GPU."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    peak: int
+
+    @property
+    def rest(self) -> int:
+        """At the peak: activations, gathered weights, the loss."""
+        return self.peak - self.parameters - self.gradients - self.optimizer
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts what tensors hold, from their first operation in this mode to their end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._sizes: dict[int, int] = {}
+        self._is_paused = False
+
+    def __torch_dispatch__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if DTensor in types:
+            return NotImplemented  # comes back as operations on what this rank holds
+        is_wait = func is torch.ops._c10d_functional.wait_tensor.default  # in place, but without content a copy
+        result = args[0] if is_wait else func(*args, **(kwargs or {}))
+        if not self._is_paused:
+            tree_map_only(torch.Tensor, self.watch, result)
+        return result
+
+    def watch(self, tensor: torch.Tensor) -> None:
+        storage = local(tensor).untyped_storage()
+        if storage._cdata not in self._sizes:
+            weakref.finalize(storage, self._set_size, storage._cdata, None)
+        self._set_size(storage._cdata, storage.nbytes())
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Count, also what is no operation: FSDP frees and fills gathered weights by resizing their storage.
+
+        And leave out what is no tensor of the step: DTensor finds shapes by trying whole tensors without content.
+        """
+        resize, find_shape = torch.UntypedStorage.resize_, ShardingPropagator._propagate_tensor_meta_non_cached
+
+        def resize_and_count(storage: torch.UntypedStorage, size: int) -> None:
+            resize(storage, size)
+            if storage._cdata in self._sizes:
+                self._set_size(storage._cdata, size)
+
+        def find_shape_unseen(*args: Any) -> Any:
+            self._is_paused = True
+            try:
+                return find_shape(*args)
+            finally:
+                self._is_paused = False
+
+        with (
+            patch.object(torch.UntypedStorage, "resize_", resize_and_count),
+            patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", find_shape_unseen),
+            self,
+        ):
+            yield
+
+    def _set_size(self, key: int, size: int | None) -> None:
+        """``size`` is None where a storage ends."""
+        self.now += (size or 0) - self._sizes.pop(key, 0)
+        self.peak = max(self.peak, self.now)
+        if size is not None:
+            self._sizes[key] = size
+
+
+class HalfPrecisionAttention(nn.Module):
+    """The operator that GPUs take for rows of one clip; the one of CPUs is unknown to activation checkpointing."""
+
+    def forward(self, q_BHLD: torch.Tensor, k_BGLD: torch.Tensor, v_BGLD: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return torch.ops.aten._scaled_dot_product_flash_attention(q_BHLD, k_BGLD, v_BGLD, is_causal=True)[0]
+
+
+def nonzero(mode: FakeTensorMode, func: Callable, condition: torch.Tensor) -> torch.Tensor:
+    """Of tensors without content: as if all were true. Every position then has a target: the most memory."""
+    return condition.new_empty((condition.numel(), condition.ndim), dtype=torch.long)
+
+
+class FusedRMSNorm(torch.autograd.Function):
+    """What the fused operator of GPUs holds; the single steps that CPUs take keep float32 copies."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight, x[..., :1].float())
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
+
+
+def rms_norm(x: torch.Tensor, shape: list[int], weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return FusedRMSNorm.apply(x, weight)
+
+
+@contextlib.contextmanager
+def no_content() -> Iterator[None]:
+    """Tensors with a shape and no content, in the operators that a GPU would be given, and nothing compiled."""
+    with (
+        torch.compiler.set_stance("force_eager"),
+        patch.object(nn.functional, "rms_norm", rms_norm),
+        patch.dict(op_implementations_dict, {torch.ops.aten.nonzero.default: nonzero}),
+        FakeTensorMode(allow_non_fake_inputs=True),  # the model is built before, as meshes need content
+    ):
+        yield
+
+
+def read_config(args: list[str], num_gpus: int) -> Any:
+    """The config, checked as far as it needs no files.
+
+    Raises:
+        UserError: it is refused, or sets something that is not looked at here.
+    """
+    os.environ["WORLD_SIZE"] = str(num_gpus)
+    job_config = parse_config(args, has_files=False)
+    for key, is_set in {
+        "parallelism.context_parallel_degree": job_config.parallelism.context_parallel_degree > 1,
+        "model.converters": bool(job_config.model.converters),
+        "training.enable_cpu_offload": job_config.training.enable_cpu_offload,
+    }.items():
+        if is_set:
+            raise UserError(f"{key} is set, but the dry run does not cover it; leave it out")
+    return job_config
+
+
+def write_missing(job_config: Any, folder: Path) -> None:
+    """Let the config name stand-ins for a model folder and a codec that need not be here."""
+    if not Path(job_config.model.hf_assets_path).is_dir():
+        job_config.model.hf_assets_path = str(folder / "llama")
+        write_tokenizer(folder / "llama")
+    if job_config.codec.name == DEFAULT_CODEC:
+        job_config.codec.name = str(folder / "mimi")
+        MimiConfig(num_quantizers=32).save_pretrained(folder / "mimi")
+
+
+def build_meshes(job_config: Any, num_gpus: int) -> ParallelDims:
+    """The meshes of a run, seen from rank 0 of a group whose collectives do nothing."""
+    torch.distributed.init_process_group("fake", rank=0, world_size=num_gpus)
+    parallelism = job_config.parallelism
+    parallel_dims = ParallelDims(
+        dp_shard=parallelism.data_parallel_shard_degree,
+        dp_replicate=parallelism.data_parallel_replicate_degree,
+        cp=1,
+        tp=parallelism.tensor_parallel_degree,
+        pp=1,
+        ep=parallelism.expert_parallel_degree,
+        etp=parallelism.expert_tensor_parallel_degree,
+        world_size=num_gpus,
+    )
+    parallel_dims.build_mesh()
+    return parallel_dims
+
+
+def build_model(job_config: Any, parallel_dims: ParallelDims) -> nn.Module:
+    """This rank's part of the model, on no device, with the attention that it would have on a GPU."""
+    train_spec = get_train_spec(job_config.model.name)
+    args = copy.copy(train_spec.model_args[job_config.model.flavor])
+    args.update_from_config(job_config)
+    with torch.device("meta"), set_default_dtype(TORCH_DTYPE_MAP[job_config.training.dtype]):
+        model = train_spec.model_cls(args)
+    is_half = "float32" not in (job_config.training.mixed_precision_param, "")
+    for layer in model.layers.values():
+        if args.attn_type == "sdpa" and not is_half:
+            layer.attention.inner_attention.sdpa_backends = [SDPBackend.MATH]  # all that GPUs have for float32
+        elif is_half:
+            layer.attention.inner_attention = (
+                VarlenAttentionWrapper() if args.attn_type == "varlen" else HalfPrecisionAttention()
+            )
+    return train_spec.parallelize_fn(model, parallel_dims, job_config)
+
+
+def make_batch(job_config: Any) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """Inputs, labels and what else the model takes."""
+    B, L = job_config.training.local_batch_size, job_config.training.seq_len
+    inputs_BL, labels_BL = (torch.zeros(B, L, dtype=torch.long, device=DEVICE) for _ in range(2))
+    if job_config.data.packing != "pack":
+        return inputs_BL, labels_BL, {}
+    bounds = torch.zeros(B * -(-L // TOKENS_PER_CLIP) + 1, dtype=torch.int32, device=DEVICE)
+    masks = VarlenMetadata(cu_seq_q=bounds, cu_seq_k=bounds, max_q=L, max_k=L)
+    return inputs_BL, labels_BL, {"attention_masks": masks, "positions": torch.zeros_like(inputs_BL)}
+
+
+def build_states(job_config: Any, parallel_dims: ParallelDims, model: nn.Module) -> tuple[Any, dict[str, int]]:
+    """Fill the model, build an optimizer as every step but the first finds it, and count what is theirs, in bytes."""
+    model.to_empty(device=DEVICE)
+    optimizers = get_train_spec(job_config.model.name).build_optimizers_fn([model], job_config.optimizer, parallel_dims)
+    parameters = list(model.parameters())
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizers.step()
+    sizes = {
+        "parameters": local_bytes(parameters),
+        "gradients": local_bytes(parameter.grad for parameter in parameters),
+        "optimizer": local_bytes(optimizer_states(optimizers)),
+    }
+    optimizers.zero_grad()
+    return optimizers, sizes
+
+
+def measure(job_config: Any, parallel_dims: ParallelDims, model: nn.Module) -> Memory:
+    """Take one step as TorchTitan's trainer does, but not compiled, and see what it holds."""
+    optimizers, sizes = build_states(job_config, parallel_dims, model)
+    loss_fn = get_train_spec(job_config.model.name).build_loss_fn(job_config, parallel_dims=parallel_dims)
+    has_loss_parallel = parallel_dims.tp_enabled and not job_config.parallelism.disable_loss_parallel
+    train_context = dist_utils.get_train_context(has_loss_parallel)
+    amp = dist_utils.maybe_enable_amp(parallel_dims, job_config.training.mixed_precision_param, DEVICE.type)
+    inputs_BL, labels_BL, extra = make_batch(job_config)
+    live = LiveBytes()
+    for tensor in (*model.parameters(), *model.buffers(), *optimizer_states(optimizers), inputs_BL, labels_BL):
+        live.watch(tensor)
+    with live.running():
+        # From the second pass of a step on its gradients are there, too.
+        for _ in range(min(2, accumulation_steps(job_config, parallel_dims))):
+            with train_context():
+                with amp:
+                    pred = model(inputs_BL, **extra)
+                    loss = loss_fn(pred, labels_BL) / torch.ones((), device=DEVICE)
+                del pred
+                loss.backward()
+        dist_utils.clip_grad_norm_(list(model.parameters()), job_config.training.max_norm, foreach=True)
+        optimizers.step()
+    return Memory(**sizes, peak=live.peak)
+
+
+def optimizer_states(optimizers: Any) -> list[torch.Tensor]:
+    return [tensor for optimizer in optimizers for state in optimizer.state.values() for tensor in state.values()]
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(local(tensor).numel() * tensor.element_size() for tensor in tensors)
+
+
+def accumulation_steps(job_config: Any, parallel_dims: ParallelDims) -> int:
+    training = job_config.training
+    per_pass = training.local_batch_size * parallel_dims.dp_replicate * parallel_dims.dp_shard
+    return max(1, training.global_batch_size // per_pass)
+
+
+def print_table(job_config: Any, parallel_dims: ParallelDims, vocab_size: int, memory: Memory) -> None:
+    training, steps = job_config.training, accumulation_steps(job_config, parallel_dims)
+    global_batch = training.local_batch_size * parallel_dims.dp_replicate * parallel_dims.dp_shard * steps
+    meshes = {name: mesh.size() for name, mesh in parallel_dims.get_all_one_dimensional_meshes().items()}
+    checkpointing = job_config.activation_checkpoint
+    option = f" {checkpointing.selective_ac_option}" if checkpointing.mode == "selective" else ""
+    rows = {
+        "model": f"{job_config.model.flavor}, {vocab_size:,} vocabulary entries",
+        "GPUs": f"{parallel_dims.world_size}",
+        "meshes": ", ".join(f"{name} {size}" for name, size in meshes.items()) or "none",
+        "activation checkpointing": f"{checkpointing.mode}{option}",
+        "rows": f"{training.local_batch_size} a GPU and pass x {steps} passes, {global_batch:,} a step",
+        "tokens a step": f"{global_batch * training.seq_len:,}",
+        "parameters": readable(memory.parameters),
+        "gradients": readable(memory.gradients),
+        "optimizer states": readable(memory.optimizer),
+        "activations, gathered weights, loss": readable(memory.rest),
+        "peak": readable(memory.peak),
+    }
+    print("| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items()), sep="\n")
+
+
+def readable(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:,.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:,.2f} MB"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--num_gpus", type=int, required=True)
+    # A card of "80 GB" has 85e9 bytes; the difference is left to CUDA, NCCL and fragmentation.
+    parser.add_argument("--gpu_gb", type=float, default=80.0, help="what a GPU may hold, in 10^9 bytes")
+    flags, args = parser.parse_known_args()
+    if flags.num_gpus < 1:
+        raise UserError(f"--num_gpus is {flags.num_gpus}; it must be positive")
+    init_logger()
+    logger.setLevel(logging.ERROR)  # a folder that is not here is no news
+    job_config = read_config(args, flags.num_gpus)
+    with contextlib.ExitStack() as stack:
+        write_missing(job_config, Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        vocab_size = llama_mimi.train_spec.build_sequences(job_config).vocabulary.size
+        parallel_dims = build_meshes(job_config, flags.num_gpus)
+        stack.callback(torch.distributed.destroy_process_group)
+        model = build_model(job_config, parallel_dims)
+        stack.enter_context(no_content())
+        memory = measure(job_config, parallel_dims, model)
+        print_table(job_config, parallel_dims, vocab_size, memory)
+    if memory.peak > flags.gpu_gb * 1e9:
+        raise UserError(
+            f"a GPU would need {readable(memory.peak)} of {flags.gpu_gb:g}; lower training.local_batch_size "
+            f"({job_config.training.local_batch_size}), set activation_checkpoint.mode to 'full', or use more GPUs"
+        )
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,130 @@
+"""The dry run: what it counts, what it refuses. A process of its own measures, as its world is not torchrun's."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from transformers import LlamaForCausalLM
+
+from llama_mimi.config_check import parse_config
+from llama_mimi.errors import UserError
+from llama_mimi.hf import hf_config
+from llama_mimi.model import FLAVORS, LlamaMimi
+
+SCRIPT = ROOT / "scripts" / "dry_run.py"
+TINY_FLAGS = ["--job.config_file", "config/tiny.toml"]
+HSDP_TP = ["--parallelism.data_parallel_replicate_degree", "2", "--parallelism.tensor_parallel_degree", "2"]
+CASES = {  # name: GPUs, whether a step is taken, flags
+    "tiny": (8, True, TINY_FLAGS),
+    "tiny, content": (8, True, TINY_FLAGS),
+    "tiny, full checkpointing": (8, True, [*TINY_FLAGS, "--activation_checkpoint.mode", "full"]),
+    "tiny, hsdp and tp": (8, True, [*TINY_FLAGS, *HSDP_TP]),
+    "1B, 8": (8, False, ["--job.config_file", "config/llama3_2_1b.toml"]),
+    "1B speech, 8": (8, False, ["--job.config_file", "config/llama3_2_1b_peoples_speech.toml"]),
+    "8B, 8": (8, False, ["--job.config_file", "config/llama3_1_8b.toml"]),
+    "8B, 64": (64, False, ["--job.config_file", "config/llama3_1_8b.toml"]),
+}
+MEASURE = """
+import contextlib, dataclasses, json, sys
+from pathlib import Path
+from unittest.mock import patch
+import dry_run, torch
+
+found = {}
+for name, (num_gpus, takes_step, flags) in json.loads(sys.argv[1]).items():
+    job_config = dry_run.read_config(flags, num_gpus)
+    dry_run.write_missing(job_config, Path(sys.argv[2]))
+    parallel_dims = dry_run.build_meshes(job_config, num_gpus)
+    model = dry_run.build_model(job_config, parallel_dims)
+    has_content = name.endswith("content")
+    with contextlib.ExitStack() as stack:
+        if not has_content:  # what has content runs with a CPU's norm, and is compared with
+            stack.enter_context(patch.object(dry_run, "rms_norm", torch.nn.functional.rms_norm))
+            stack.enter_context(dry_run.no_content())
+        if takes_step:
+            sizes = dataclasses.asdict(dry_run.measure(job_config, parallel_dims, model))
+        else:
+            sizes = dry_run.build_states(job_config, parallel_dims, model)[1]
+    meshes = {mesh: m.size() for mesh, m in parallel_dims.get_all_one_dimensional_meshes().items()}
+    found[name] = sizes | {"meshes": meshes}
+    torch.distributed.destroy_process_group()
+print(json.dumps(found))
+"""
+
+
+def run(*words):
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")])}
+    return subprocess.run([sys.executable, *words], cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    result = run("-c", MEASURE, json.dumps(CASES), str(tmp_path_factory.mktemp("stand_ins")))
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def shard_numel(flavor, vocab_size, num_shards):
+    """Entries of a rank's shards, the rows of each matrix divided and rounded up, as FSDP pads them."""
+    args = FLAVORS[flavor]
+    args.vocab_size = vocab_size
+    with torch.device("meta"):
+        model = LlamaMimi(args)
+    return sum(-(-p.shape[0] // num_shards) * p[0].numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "flavor", "num_shards"),
+    [("tiny", "tiny", 8), ("1B, 8", "1B", 8), ("1B speech, 8", "1B", 8), ("8B, 8", "8B", 8), ("8B, 64", "8B", 64)],
+)
+def test_states_are_those_of_the_shards(found, name, flavor, num_shards):
+    vocab_size = 1538 if flavor == "tiny" else 136_450
+    expected = 4 * shard_numel(flavor, vocab_size, num_shards)
+    sizes = found[name]
+    assert sizes["parameters"] == sizes["gradients"] == expected
+    assert 2 * expected < sizes["optimizer"] < 2 * expected + 4096, "two moments, and a step counter a matrix"
+
+
+def test_the_step_holds_what_it_would_hold_with_content(found):
+    peaks = [found[name].pop("peak") for name in ("tiny", "tiny, content")]
+    assert found["tiny"] == found["tiny, content"]
+    assert peaks[0] == pytest.approx(peaks[1], abs=1024), "nothing but counters and the like"
+    states = sum(found["tiny"][key] for key in ("parameters", "gradients", "optimizer"))
+    assert peaks[0] > states
+    assert found["tiny, full checkpointing"]["peak"] < 0.7 * peaks[0]
+
+
+def test_meshes_are_as_configured(found):
+    assert found["8B, 64"]["meshes"]["fsdp"] == 64 and "tp" not in found["8B, 64"]["meshes"]
+    meshes = found["tiny, hsdp and tp"]["meshes"]
+    wanted = {"dp_replicate": 2, "fsdp": 2, "tp": 2, "batch": 4, "loss": 4}
+    assert {name: meshes[name] for name in wanted} == wanted
+    shards = 4  # replicas hold the same; the few norms are split by FSDP alone
+    whole = 4 * sum(p.numel() for p in hf_parameters())
+    assert whole / shards < found["tiny, hsdp and tp"]["parameters"] < 1.01 * whole / shards
+
+
+def hf_parameters():
+    args = FLAVORS["tiny"]
+    args.vocab_size = 1538
+    with torch.device("meta"):
+        return list(LlamaForCausalLM(hf_config(args)).parameters())
+
+
+def test_a_batch_that_does_not_split_is_refused(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("WORLD_SIZE", "64")
+    flags = ["--job.config_file", "config/llama3_2_1b.toml"]
+    with pytest.raises(UserError, match="not a multiple of local_batch_size 32 x 64 data-parallel ranks"):
+        parse_config(flags, has_files=False)
+    parse_config([*flags, "--training.local_batch_size", "16"], has_files=False)
+
+
+def test_one_sentence_says_that_it_does_not_fit():
+    result = run(str(SCRIPT), "--num_gpus", "8", *TINY_FLAGS, "--gpu_gb", "0.01")
+    assert result.returncode == 1 and "error: a GPU would need" in result.stderr
+    assert "Traceback" not in result.stderr and "| peak |" in result.stdout
