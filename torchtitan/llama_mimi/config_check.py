@@ -229,7 +229,8 @@ def _check_parallelism(job_config: Any, world_size: int) -> None:
     if training.global_batch_size > 0 and training.global_batch_size % per_pass:
         raise UserError(
             f"training.global_batch_size is {training.global_batch_size}, not a multiple of local_batch_size "
-            f"{training.local_batch_size} x {replicas * shards} data-parallel ranks; try {per_pass}"
+            f"{training.local_batch_size} x {replicas * shards} data-parallel ranks; change local_batch_size, or "
+            f"make it a multiple of {per_pass}"
         )
     if job_config.data.packing == "pack" and cp > 1:
         raise UserError(

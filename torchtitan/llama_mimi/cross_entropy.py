@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Partial, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils import _pytree as pytree
 
 # float32 logits made at once, in bytes: 1,967 rows of Llama 3 with 4 levels. Every chunk adds a gradient of the size of
@@ -159,7 +158,7 @@ def _local(logits: PendingLogits) -> tuple[torch.Tensor, torch.Tensor, int, dist
         return hidden_BLD, weight_VD, 0, None
     assert isinstance(hidden_BLD, DTensor) and hidden_BLD.placements[0].is_replicate()
     mesh = weight_VD.device_mesh
-    _, (first_row, _) = compute_local_shape_and_global_offset(weight_VD.shape, mesh, weight_VD.placements)
+    _, first_row = Shard.local_shard_size_and_offset(len(weight_VD), mesh.size(), mesh.get_local_rank())
     # Each rank's gradient of the hidden states is that through its own rows.
     return hidden_BLD.to_local(grad_placements=[Partial()]), weight_VD.to_local(), first_row, mesh.get_group()
 

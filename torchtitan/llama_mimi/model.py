@@ -15,6 +15,7 @@ from torchtitan.models.llama3 import Transformer, TransformerModelArgs, parallel
 from torchtitan.models.llama3.model.args import RoPEScalingArgs
 
 from llama_mimi.cross_entropy import PendingLogits, PendingOutput, pending_logits
+from llama_mimi.errors import UserError
 from llama_mimi.sequences import load_sequences
 
 
@@ -53,7 +54,10 @@ class LlamaMimiArgs(TransformerModelArgs):
 
 
 class PackedAttention(VarlenAttentionWrapper):
-    """Causal attention within each sequence of a packed row: TorchTitan's kernel, or a mask where that cannot run."""
+    """Causal attention within each sequence of a packed row: TorchTitan's kernel where it runs, else clip by clip.
+
+    On CPUs that is as fast as a mask over the rows, made beforehand, or up to 2.8 times as fast (README, Ledger).
+    """
 
     def forward(
         self, q_BHLD: torch.Tensor, k_BGLD: torch.Tensor, v_BGLD: torch.Tensor, sequences: VarlenMetadata
@@ -61,14 +65,15 @@ class PackedAttention(VarlenAttentionWrapper):
         """H query heads share G key heads; returns (B, L, H, D), or (B * L, H, D) from the kernel."""
         if q_BHLD.is_cuda and q_BHLD.dtype in (torch.bfloat16, torch.float16):
             return super().forward(q_BHLD, k_BGLD, v_BGLD, sequences)
-        B, _, L, _ = q_BHLD.shape
-        place_N = torch.arange(B * L, device=q_BHLD.device, dtype=sequences.cu_seq_q.dtype)
-        sequence_BL = torch.bucketize(place_N, sequences.cu_seq_q, right=True).view(B, L)
-        mask_BLL = (sequence_BL[:, :, None] == sequence_BL[:, None]).tril()
-        output_BHLD = F.scaled_dot_product_attention(
-            q_BHLD, k_BGLD, v_BGLD, attn_mask=mask_BLL[:, None], enable_gqa=q_BHLD.shape[1] != k_BGLD.shape[1]
-        )
-        return output_BHLD.transpose(1, 2).contiguous()
+        B, H, L, D = q_BHLD.shape
+        lengths = sequences.cu_seq_q.diff().tolist()
+        # All rows end to end, heads first: a clip is then a slice whose gradient needs no zeros around it.
+        clips = zip(*(x.transpose(0, 1).flatten(1, 2).split(lengths, 1) for x in (q_BHLD, k_BGLD, v_BGLD)), strict=True)
+        outputs = [
+            F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=len(q) != len(k))
+            for q, k, v in clips
+        ]
+        return torch.cat(outputs, 2).view(H, B, L, D).permute(1, 2, 0, 3).contiguous()
 
 
 class LlamaMimi(Transformer):
@@ -127,7 +132,22 @@ class LlamaMimi(Transformer):
 
 
 def parallelize(model: LlamaMimi, parallel_dims: ParallelDims, job_config: Any) -> nn.Module:
-    """TorchTitan's Llama 3 plan, with what tied embeddings and gloo need."""
+    """TorchTitan's Llama 3 plan, with what the loss and gloo need.
+
+    Raises:
+        UserError: packed rows cannot be compiled here.
+    """
+    training, compile = job_config.training, job_config.compile
+    # TorchTitan computes in lower precision under FSDP, and on one device alone.
+    is_mixed = training.mixed_precision_param != "float32" and (
+        parallel_dims.fsdp_enabled or parallel_dims.world_size == 1
+    )
+    has_kernel = torch.cuda.is_available() and is_mixed
+    if model.model_args.attn_type == "varlen" and compile.enable and "model" in compile.components and not has_kernel:
+        raise UserError(
+            "compile.enable compiles the model, but packed rows in float32 or without a GPU are attended clip by clip, "
+            "which cannot be compiled; set --compile.components loss, or data.packing to 'pad'"
+        )
     model = parallelize_llama(model, parallel_dims, job_config)
     output = model.tok_embeddings if model.is_tied else model.output
     if isinstance(output, FSDPModule):  # the loss needs the matrix, so it stays gathered
