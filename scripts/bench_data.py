@@ -133,8 +133,8 @@ def rates(flags: argparse.Namespace, folder: Path) -> None:
     clips = list(read_clips(reader, flags.clips))
     seconds = sum(len(clip.samples_S) for clip in clips) / codec.sample_rate_hz
     frames = np.array([codec.num_frames(len(clip.samples_S)) for clip in clips])
-    same = write_store(folder / "same", flags, random_clips(np.resize(frames, 4096), codec.config))
-    longer = write_store(folder / "longer", flags, random_clips(speech_lengths(4096), codec.config))
+    same = write_store(folder / "same", flags.codec, random_clips(np.resize(frames, 4096), codec.config))
+    longer = write_store(folder / "longer", flags.codec, random_clips(speech_lengths(4096), codec.config))
     ways: dict[str, Callable[[], float]] = {
         "reading and resampling": lambda: consume(read_clips(reader, flags.clips), seconds)
     }
@@ -233,7 +233,7 @@ def useful_shares(flags: argparse.Namespace, folder: Path) -> None:
     print("| useful share of tokens | clips | mean | pad | pack |\n|---|---|---|---|---|")
     for number, (name, frames) in enumerate(distributions.items()):
         clips = random_clips(frames, codec.config)
-        store = write_store(folder / f"lengths-{number}", flags, clips)
+        store = write_store(folder / f"lengths-{number}", flags.codec, clips)
         shares = []
         for is_packed in (False, True):
             batch_size = max(1, len(frames) // 40)
@@ -263,7 +263,7 @@ def random_clips(frames: np.ndarray, config: MimiConfig) -> list[StoredClip]:
     return [StoredClip(f"clip-{i}", codes_TQ, len(codes_TQ) * frame_s, False) for i, codes_TQ in enumerate(codes)]
 
 
-def write_store(folder: Path, flags: argparse.Namespace, clips: list[StoredClip], num_shards: int = 1) -> str:
+def write_store(folder: Path, codec: str, clips: list[StoredClip], num_shards: int = 1) -> str:
     """A finished store of ``num_shards`` shards, all the same file; returns its folder."""
     columns = ["id", "codes", "duration", "is_cut"]
     content = shard_bytes(clips, STORED_LEVELS, {"columns": columns})
@@ -275,10 +275,10 @@ def write_store(folder: Path, flags: argparse.Namespace, clips: list[StoredClip]
     manifest = {
         "format": FORMAT,
         "codec": {
-            "name": flags.codec,
-            "sha256": codec_hash(flags.codec),
+            "name": codec,
+            "sha256": codec_hash(codec),
             "num_quantizers": STORED_LEVELS,
-            "codebook_size": load_codec_config(flags.codec, STORED_LEVELS).codebook_size,
+            "codebook_size": load_codec_config(codec, STORED_LEVELS).codebook_size,
         },
         "columns": columns,
         "clips_per_group": CLIPS_PER_GROUP,
@@ -299,7 +299,7 @@ def sizes(flags: argparse.Namespace, folder: Path) -> None:
     clips = random_clips(speech_lengths(CLIPS_PER_SHARD), load_codec_config(flags.codec, STORED_LEVELS))
     for number in (1000, 10_000, 100_000, 1_000_000):
         num_shards = max(1, round(number / CLIPS_PER_SHARD))
-        store = write_store(folder / f"store-{number}", flags, clips[:number], num_shards)
+        store = write_store(folder / f"store-{number}", flags.codec, clips[:number], num_shards)
         words = [word for key, value in vars(flags).items() if key != "probe" for word in (f"--{key}", str(value))]
         command = [sys.executable, __file__, *words, "--probe", store]
         done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -181,11 +181,13 @@ def read_config(args: list[str], num_gpus: int) -> Any:
     job_config = parse_config(args, has_files=False)
     for key, is_set in {
         "parallelism.context_parallel_degree": job_config.parallelism.context_parallel_degree > 1,
+        "parallelism.pipeline_parallel_degree": job_config.parallelism.pipeline_parallel_degree > 1,
         "model.converters": bool(job_config.model.converters),
         "training.enable_cpu_offload": job_config.training.enable_cpu_offload,
     }.items():
         if is_set:
             raise UserError(f"{key} is set, but the dry run does not cover it; leave it out")
+    job_config.compile.enable = False  # nothing is compiled here
     return job_config
 
 
