@@ -24,6 +24,7 @@ from llama_mimi.run_record import save_run_record, speech_config
 from llama_mimi.sequences import load_sequences
 from llama_mimi.token_store import StoredClip, shard_bytes
 
+UNTIED_PIPELINE = ["--model.flavor", "8B", "--parallelism.pipeline_parallel_degree", "2"]
 CONFIGS = sorted((ROOT / "config").glob("*.toml"))
 
 
@@ -118,6 +119,10 @@ def tiny_with(*flags):
         (["--training.seq_len", "5"], "too short for one frame"),
         (["--training.global_batch_size", "6"], "not a multiple of local_batch_size"),
         (["--parallelism.pipeline_parallel_degree", "2"], "are tied"),
+        ([*UNTIED_PIPELINE, "--data.packing", "pack"], "cannot be split into microbatches"),
+        (UNTIED_PIPELINE, "validation does not run in a pipeline"),
+        (["--parallelism.tensor_parallel_degree", "2", "--parallelism.disable_loss_parallel"], "leave it out"),
+        (["--model.flavor", "8B", "--model.converters", "float8"], "filter_fqns output"),
         (["--parallelism.data_parallel_replicate_degree", "2"], "DDP"),
         (["--parallelism.tensor_parallel_degree", "4"], "do not split"),
         (["--parallelism.context_parallel_degree", "2"], "needs GPUs"),
@@ -153,6 +158,13 @@ def test_impossible_configs_are_refused(flags, message, monkeypatch):
     with pytest.raises(UserError) as error:
         parse_config(tiny_with(*flags))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_float8_without_its_package_says_how_to_install_it(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="uv sync --extra float8"):
+        parse_config(tiny_with("--model.converters", "float8"))
 
 
 def test_unknown_keys_name_the_nearest(tmp_path, monkeypatch, capsys):

@@ -2,13 +2,16 @@
 
 import pytest
 import torch
+from torchtitan.config import JobConfig
+from torchtitan.distributed import ParallelDims
 from torchtitan.models.llama3.model.args import RoPEScalingArgs
 from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from llama_mimi.errors import UserError
 from llama_mimi.hf import hf_config, model_args
 from llama_mimi.losses import LevelMeter, UnitLoss
-from llama_mimi.model import FLAVORS, LlamaMimi, LlamaMimiArgs
+from llama_mimi.model import FLAVORS, LlamaMimi, LlamaMimiArgs, parallelize
 from llama_mimi.packing import BatchPacker
 from llama_mimi.sequences import IGNORE_INDEX
 
@@ -214,3 +217,11 @@ def test_level_losses_are_those_of_a_plain_loop(model, sequences):
         expected[1, row] += 1
     torch.testing.assert_close(sums, expected, atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(loss.double(), expected[0].sum() / expected[1].sum(), atol=1e-5, rtol=1e-5)
+
+
+def test_packed_rows_without_the_kernel_are_not_compiled():
+    args = LlamaMimiArgs(dim=64, n_layers=1, n_heads=4, vocab_size=VOCAB, max_seq_len=64, attn_type="varlen")
+    job_config = JobConfig()
+    job_config.compile.enable = True
+    with pytest.raises(UserError, match="--compile.components loss"):
+        parallelize(LlamaMimi(args), ParallelDims(1, 1, 1, 1, 1, 1, 1, world_size=1), job_config)

@@ -103,8 +103,9 @@ def test_level_losses_average_to_the_loss(golden_run):
 
 
 def test_a_killed_run_continues_as_if_it_had_not_been(tmp_path):
-    """With gradient accumulation and loader workers, whose positions must fit together."""
+    """With gradient accumulation, loader workers, whose positions must fit together, and saving in the background."""
     overrides = {
+        "checkpoint__async_mode": "async",
         "training__steps": 12,
         "training__local_batch_size": 2,
         "training__global_batch_size": 8,

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import difflib
+import importlib.util
 import math
 import os
 import tomllib
@@ -191,8 +192,23 @@ def _check_values(job_config: Any) -> None:
         raise UserError(
             "checkpoint.initial_load_in_hf needs checkpoint.enable; set both, or neither for random weights"
         )
+    if "float8" in job_config.model.converters:
+        _check_float8(job_config)
     if checkpoint.enable and checkpoint.keep_latest_k == 1:
         raise UserError("checkpoint.keep_latest_k is 1; keep at least 2, as the last may be half written, or 0 for all")
+
+
+def _check_float8(job_config: Any) -> None:
+    is_tied = FLAVORS[job_config.model.flavor].enable_weight_tying
+    if not is_tied and "output" not in job_config.quantize.linear.float8.filter_fqns:
+        raise UserError(
+            "model.converters has float8, which would take the output matrix as well, but the loss needs it as it is; "
+            "set --quantize.linear.float8.filter_fqns output"
+        )
+    if importlib.util.find_spec("torchao") is None:
+        raise UserError(
+            "model.converters has float8, which needs the package torchao; install it with `uv sync --extra float8`"
+        )
 
 
 def _check_parallelism(job_config: Any, world_size: int) -> None:
