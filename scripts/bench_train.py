@@ -5,9 +5,10 @@
     uv run python scripts/bench_train.py --shapes 1B --profile outputs/profile.txt
 
 Every way trains on the same clips of random codes, simulated lengths, in a process of its own, all ways in turn,
---repeats times. The plain loop is written here only: `LlamaForCausalLM`, one clip a row and padding with its mask,
-logits of everything, AdamW. A useful token is one that enters the loss. FLOPs are 6 a multiplied weight and useful
-token, and attention over a whole row; on a CPU MFU is the share of what a large matrix product reaches there.
+--repeats times. The plain loop is written here only: `LlamaForCausalLM`, one clip a row, padding with its mask as a
+tokenizer gives it (and without, which a decoder could do), logits of everything, AdamW. No way checkpoints activations.
+A useful token is one that enters the loss. FLOPs are 6 a multiplied weight and useful token, and attention over a whole
+row; on a CPU MFU is the share of what a large matrix product reaches there.
 """
 
 import argparse
@@ -55,6 +56,8 @@ from llama_mimi.versions import versions
 
 NUM_QUANTIZERS = 4
 OUT_OF_MEMORY = 3  # exit code
+LOSS_POSITIONS = {"cpu": 4096, "cuda": 32_768}
+WARM_UP = {"cpu": 2, "cuda": 5}  # steps: compilation, also for another number of clips, and allocations
 
 
 @dataclass(frozen=True)
@@ -86,22 +89,23 @@ SHAPES = {
         512,
         2048,
         1024,
-        4,
+        2,
         13.4,
-        4,
+        6,
     ),
     "1B": Shape(FLAVORS["1B"], 128_256, 2048, 1024, 16, 13.4, 20),
     "8B": Shape(FLAVORS["8B"], 128_256, 2048, 1024, 4, 13.4, 20),
 }
-PLAIN, STOCK, OURS = "plain loop", "TorchTitan's Llama 3", "this trainer"
+PLAIN, UNMASKED, STOCK, OURS = "plain loop", "plain loop without its mask", "TorchTitan's Llama 3", "this trainer"
 AUDIO = "--model.vocabulary audio"
 PADDED = "--data.packing pad"
 COMPILED = "--compile.enable"
-FLOAT8 = "--compile.enable --model.converters float8 --quantize.linear.float8.filter_fqns output"
+FLOAT8 = f"{COMPILED} --model.converters quantize.linear.float8 --quantize.linear.float8.filter_fqns output"
 # Rows of the table: way and flags. Packed rows are not compiled on CPUs.
-CPU_ROWS = [(PLAIN, ""), (STOCK, ""), (OURS, PADDED), (OURS, ""), (OURS, AUDIO)]
+CPU_ROWS = [(PLAIN, ""), (UNMASKED, ""), (STOCK, ""), (OURS, PADDED), (OURS, ""), (OURS, AUDIO)]
 GPU_ROWS = [
     (PLAIN, ""),
+    (UNMASKED, ""),
     (STOCK, COMPILED),
     (OURS, f"{PADDED} {COMPILED}"),
     (OURS, ""),
@@ -139,7 +143,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             results.append(rows_of(shape, Path(folder), flags, device, peak_flops))
     loss_memory(flags)
-    print(json.dumps({"device": name, **results[-1], "all": results}))
+    compared = [result for result in results if result["ratio_to_plain_loop"]] or results
+    print(json.dumps({"device": name, **compared[-1], "all": results}))
 
 
 def rows_of(shape: str, folder: Path, flags: argparse.Namespace, device: str, peak_flops: float) -> dict[str, Any]:
@@ -148,15 +153,19 @@ def rows_of(shape: str, folder: Path, flags: argparse.Namespace, device: str, pe
     rows = CPU_ROWS if device == "cpu" else GPU_ROWS
     job = {"shape": shape, "folder": str(folder), "num_layers": SHAPES[shape].args.n_layers}
     if shape == "8B":  # all layers and the optimizer's states are 160 GB
-        rows = [row for row in rows if row[0] == OURS]
+        rows = [(OURS, COMPILED)]
         job["num_layers"] = most_layers(job, flags)
     runs: dict[tuple[str, str], list[dict[str, Any]]] = {row: [] for row in rows}
     for _ in range(flags.repeats):
         for way, options in rows:
-            runs[way, options].append(worker({**job, "way": way, "options": options}, flags))
-    medians = {row: statistics.median(run["useful_tokens_per_s"] for run in own) for row, own in runs.items()}
+            run = worker({**job, "way": way, "options": options}, flags)
+            runs[way, options] += [run] if run else []
+    medians = {row: statistics.median(run["useful_tokens_per_s"] for run in own) for row, own in runs.items() if own}
     plain = medians.get((PLAIN, ""))
     for (way, options), own in runs.items():
+        if not own:
+            print(f"| {shape}, {job['num_layers']} layers | {way} `{options}` | none: see above | | | | |", flush=True)
+            continue
         rates = sorted(run["useful_tokens_per_s"] for run in own)
         median = medians[way, options]
         times = f"{median / plain:.2f}" if plain else ""
@@ -169,12 +178,19 @@ def rows_of(shape: str, folder: Path, flags: argparse.Namespace, device: str, pe
             flush=True,
         )
     if flags.profile:
-        worker({**job, "way": OURS, "options": DEFAULT_FLAGS[device], "profile": str(flags.profile.resolve())}, flags)
+        path = flags.profile.resolve().with_stem(f"{flags.profile.stem}-{shape}")
+        worker({**job, "way": OURS, "options": DEFAULT_FLAGS[device], "profile": str(path)}, flags)
     ours = runs[OURS, DEFAULT_FLAGS[device]]
+    if not ours:
+        raise UserError(f"this trainer did not run at the shape {shape}; see above")
     rate = medians[OURS, DEFAULT_FLAGS[device]]
     return {
         "shape": shape,
         "num_layers": job["num_layers"],
+        # With all layers, at the same share of the peak; fewer are trained where all do not fit.
+        "useful_tokens_per_s_of_all_layers": rate
+        * ours[0]["flops_per_token"]
+        / ours[0]["flops_per_token_of_all_layers"],
         "useful_tokens_per_s": rate,
         "plain_loop_useful_tokens_per_s": plain,
         "ratio_to_plain_loop": rate / plain if plain else None,
@@ -186,30 +202,31 @@ def rows_of(shape: str, folder: Path, flags: argparse.Namespace, device: str, pe
 def most_layers(job: dict[str, Any], flags: argparse.Namespace) -> int:
     for num_layers in range(SHAPES["8B"].args.n_layers, 0, -2):
         attempt = {**job, "num_layers": num_layers, "way": OURS, "options": COMPILED}
-        if worker(attempt, flags, may_fail=True) is not None:
+        if worker(attempt, flags):
             return num_layers
     raise UserError("not even two layers of the 8B shape fit into this GPU's memory")
 
 
-def worker(job: dict[str, Any], flags: argparse.Namespace, may_fail: bool = False) -> Any:
-    """One measurement in a process of its own; None if that ran out of memory and may."""
+def worker(job: dict[str, Any], flags: argparse.Namespace) -> Any:
+    """One measurement in a process of its own; None, and why on standard error, if it failed."""
     command = [sys.executable, __file__, "--num_threads", str(flags.num_threads), "--worker", json.dumps(job)]
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     env = os.environ | ranks | {"OMP_NUM_THREADS": str(flags.num_threads)}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
-    if done.returncode == OUT_OF_MEMORY and may_fail:
-        return None
-    if done.returncode:
-        raise UserError(f"'{job['way']} {job['options']}' of {job['shape']} failed: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    why = "out of memory" if done.returncode == OUT_OF_MEMORY else done.stderr[-2000:]
+    measured = None if done.returncode else json.loads(done.stdout.splitlines()[-1])
+    print(json.dumps(job), measured or f"failed: {why}", file=sys.stderr, flush=True)  # what was measured is not lost
+    return measured
 
 
 def measure(shape: str, folder: str, way: str, options: str, num_layers: int, profile: str | None = None) -> Any:
     """Useful tokens/s and peak memory of one way to train."""
     FLAVORS[shape] = changed(SHAPES[shape].args, n_layers=num_layers)
+    text_only = changed(FLAVORS[shape], vocab_size=SHAPES[shape].text_entries)
+    hf_config(text_only).save_pretrained(Path(folder) / "llama")
     try:
-        step, flops = (plain_loop if way == PLAIN else trainer)(shape, Path(folder), way, options)
-        for _ in range(2):  # compilation, allocations
+        step, job_config = (trainer if way in (OURS, STOCK) else plain_loop)(shape, Path(folder), way, options)
+        for _ in range(WARM_UP["cuda" if torch.cuda.is_available() else "cpu"]):
             step()
         tokens, positions, start = 0, 0, seconds()
         for _ in range(SHAPES[shape].steps):
@@ -223,15 +240,15 @@ def measure(shape: str, folder: str, way: str, options: str, num_layers: int, pr
     return {
         "useful_tokens_per_s": tokens / took,
         "useful_share": tokens / positions,
-        "flops_per_token": flops,
+        "flops_per_token": model_flops(shape, job_config),
+        "flops_per_token_of_all_layers": model_flops(shape, job_config, SHAPES[shape].args.n_layers),
         "peak_memory_bytes": memory_bytes(),
     }
 
 
-def trainer(shape: str, folder: Path, way: str, options: str) -> tuple[Callable[[], tuple[int, int]], float]:
+def trainer(shape: str, folder: Path, way: str, options: str) -> tuple[Callable[[], tuple[int, int]], Any]:
     """A step of TorchTitan's trainer, with this project's train spec or with the stock model and loss."""
     job_config = parse_config([*training_flags(shape, folder, packed=way == OURS), *options.split()])
-    flops = model_flops(shape, job_config)
     if way == STOCK:
         register_stock(shape, job_config)
     built = SpeechTrainer(job_config)
@@ -251,7 +268,7 @@ def trainer(shape: str, folder: Path, way: str, options: str) -> tuple[Callable[
         built.train_step(batches)
         return counted[0], counted[1]
 
-    return step, flops
+    return step, job_config
 
 
 def register_stock(shape: str, job_config: Any) -> None:
@@ -271,7 +288,7 @@ def register_stock(shape: str, job_config: Any) -> None:
     job_config.model.name = "stock"
 
 
-def plain_loop(shape: str, folder: Path, way: str, options: str) -> tuple[Callable[[], tuple[int, int]], float]:
+def plain_loop(shape: str, folder: Path, way: str, options: str) -> tuple[Callable[[], tuple[int, int]], Any]:
     job_config = parse_config(training_flags(shape, folder, packed=False))
     sequences = sequences_of(job_config)
     args = changed(FLAVORS[shape], vocab_size=sequences.vocabulary.size)
@@ -291,16 +308,21 @@ def plain_loop(shape: str, folder: Path, way: str, options: str) -> tuple[Callab
             ids_L = sequences.sequence(torch.from_numpy(codes[next(order)]), is_cut=False)[:L]
             inputs_BL[row, : len(ids_L)] = ids_L
             labels_BL[row, 2 : len(ids_L)] = ids_L[2:]
-        mask_BL = (torch.arange(L) < (labels_BL != IGNORE_INDEX).sum(dim=1, keepdim=True) + 2).long()
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            loss = model(inputs_BL.to(device), attention_mask=mask_BL.to(device), labels=labels_BL.to(device)).loss
+        mask_BL = (torch.arange(L) < (labels_BL != IGNORE_INDEX).sum(dim=1, keepdim=True) + 2).long().to(device)
         optimizer.zero_grad()
-        loss.backward()
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            output = model(
+                inputs_BL.to(device),
+                attention_mask=None if way == UNMASKED else mask_BL,
+                labels=labels_BL.to(device),
+                use_cache=False,
+            )
+        output.loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         return int((labels_BL != IGNORE_INDEX).sum()), labels_BL.numel()
 
-    return step, model_flops(shape, job_config)
+    return step, job_config
 
 
 def training_flags(shape: str, folder: Path, *, packed: bool) -> list[str]:
@@ -319,6 +341,7 @@ def training_flags(shape: str, folder: Path, *, packed: bool) -> list[str]:
         "training.local_batch_size": own.batch_size,
         "training.seq_len": own.seq_len,
         "training.mixed_precision_param": precision,
+        "training.dataloader.num_workers": int(torch.cuda.is_available()),  # as in the large configs
         "metrics.log_freq": 1_000_000,
     }
     words = [str(word) for key, value in flags.items() for word in (f"--{key}", value)]
@@ -330,10 +353,11 @@ def sequences_of(job_config: Any) -> SequenceBuilder:
     return load_sequences(model.hf_assets_path, codec.name, codec.num_quantizers, model.vocabulary)
 
 
-def model_flops(shape: str, job_config: Any) -> float:
+def model_flops(shape: str, job_config: Any, num_layers: int | None = None) -> float:
     """Training FLOPs a token, of the model with its own vocabulary."""
     L = SHAPES[shape].seq_len
-    args = changed(FLAVORS[shape], vocab_size=sequences_of(job_config).vocabulary.size, max_seq_len=L)
+    args = changed(FLAVORS[shape], n_layers=num_layers or FLAVORS[shape].n_layers)
+    args = changed(args, vocab_size=sequences_of(job_config).vocabulary.size, max_seq_len=L)
     with torch.device("meta"):
         return args.get_nparams_and_flops(LlamaMimi(args), L)[1]
 
@@ -346,12 +370,11 @@ def changed(args: LlamaMimiArgs, **values: Any) -> LlamaMimiArgs:
 
 
 def write_stand_ins(shape: str, folder: Path) -> None:
-    """A tokenizer, a model and a codec without weights, and codes of simulated lengths."""
+    """A tokenizer, a codec without weights, and codes of simulated lengths."""
     own = SHAPES[shape]
     words = {f"w{i}": i for i in range(own.text_entries)}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, "w0")), bos_token="w1")
     tokenizer.save_pretrained(folder / "llama")
-    hf_config(changed(own.args, vocab_size=own.text_entries)).save_pretrained(folder / "llama")
     MimiConfig(codebook_size=own.codebook_size).save_pretrained(folder / "mimi")
     (folder / "mimi" / "model.safetensors").touch()  # of a codec for codes only its name and hash matter
     frames = np.maximum(1, (speech_lengths(2048) * (own.seconds_per_clip / 13.4)).astype(int))
@@ -363,26 +386,25 @@ def loss_memory(flags: argparse.Namespace) -> None:
     """Print what the loss alone takes, forward and backward, at the width and vocabulary of the 1B model."""
     for way in ("in chunks", "full logits"):
         run = worker({"way": way, "shape": "loss", "options": ""}, flags)
-        print(
-            f"loss of {run['positions']:,} positions of the 1B model, {way}: {run['bytes'] / 1e9:.2f} GB more at the "
-            f"peak, {run['seconds']:.2f} s"
-        )
+        held = f"{run['bytes'] / 1e9:.2f} GB more at the peak" if run else "out of memory"
+        print(f"\nloss of {LOSS_POSITIONS['cuda' if torch.cuda.is_available() else 'cpu']:,} positions, {way}: {held}")
 
 
 def measure_loss(way: str) -> dict[str, float]:
-    device, dtype, N = ("cuda", torch.bfloat16, 32_768) if torch.cuda.is_available() else ("cpu", torch.float32, 4096)
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    N = LOSS_POSITIONS[device]
     hidden_BLD = torch.randn(1, N, 2048, device=device, dtype=dtype, requires_grad=True)
-    weight_VD = (0.02 * torch.randn(136_450, 2048, device=device)).to(dtype).requires_grad_()
+    weight_VD = torch.empty(136_450, 2048, device=device, dtype=dtype).normal_(std=0.02).requires_grad_()
     targets_N = torch.randint(len(weight_VD), (N,), device=device)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    before, start = memory_bytes(), seconds()
+    before = memory_bytes()
     if way == "in chunks":
         loss, _ = cross_entropy(pending_logits(hidden_BLD, weight_VD), torch.arange(N, device=device), targets_N)
     else:
         loss = F.cross_entropy(F.linear(hidden_BLD, weight_VD).flatten(0, 1).float(), targets_N, reduction="sum")
     loss.backward()
-    return {"positions": N, "bytes": memory_bytes() - before, "seconds": seconds() - start}
+    return {"bytes": memory_bytes() - before}
 
 
 def write_profile(step: Callable[[], Any], path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Check that a config would run on so many GPUs, and say how much memory each needs; needs no GPU and no files.
+"""Check the settings and meshes of a config for so many GPUs, and say what each holds; needs no GPU and no files.
 
     uv run python scripts/dry_run.py --num_gpus 64 --job.config_file config/llama3_1_8b.toml
 
@@ -178,7 +178,7 @@ def read_config(args: list[str], num_gpus: int) -> Any:
         UserError: it is refused, or sets something that is not looked at here.
     """
     os.environ["WORLD_SIZE"] = str(num_gpus)
-    job_config = parse_config(args, has_files=False)
+    job_config = parse_config(args, is_here=False)
     for key, is_set in {
         "parallelism.context_parallel_degree": job_config.parallelism.context_parallel_degree > 1,
         "parallelism.pipeline_parallel_degree": job_config.parallelism.pipeline_parallel_degree > 1,

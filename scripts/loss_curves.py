@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -68,8 +69,8 @@ def main() -> None:
 
 
 def tokenize(split: str, folder: Path) -> None:
-    command = [sys.executable, Path(__file__).with_name("tokenize_corpus.py"), "--codec", "assets/tiny/mimi"]
-    corpus = ["--corpus", f"assets/tiny/corpus/{split}-*.parquet", "--output_dir", folder]
+    command = [sys.executable, str(Path(__file__).with_name("tokenize_corpus.py")), "--codec", "assets/tiny/mimi"]
+    corpus = ["--corpus", f"assets/tiny/corpus/{split}-*.parquet", "--output_dir", str(folder)]
     if subprocess.run([*command, *corpus]).returncode:
         raise UserError(f"'{split}' of assets/tiny could not be tokenised; see above")
 
@@ -104,7 +105,7 @@ def train(name: str, arguments: list[str]) -> None:
 
 
 def full_cross_entropy(
-    logits: PendingLogits, positions_N: torch.Tensor, targets_N: torch.Tensor, _: object
+    logits: PendingLogits, positions_N: torch.Tensor, targets_N: torch.Tensor, chunk_step: Callable | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`llama_mimi.cross_entropy.cross_entropy` with all logits at once."""
     logits_NV = logits.compute().float().flatten(0, 1)[positions_N]

@@ -121,8 +121,9 @@ def tiny_with(*flags):
         (["--parallelism.pipeline_parallel_degree", "2"], "are tied"),
         ([*UNTIED_PIPELINE, "--data.packing", "pack"], "cannot be split into microbatches"),
         (UNTIED_PIPELINE, "validation does not run in a pipeline"),
+        (["--model.converters", "float8"], "'quantize.linear.float8'"),
         (["--parallelism.tensor_parallel_degree", "2", "--parallelism.disable_loss_parallel"], "leave it out"),
-        (["--model.flavor", "8B", "--model.converters", "float8"], "filter_fqns output"),
+        (["--model.flavor", "8B", "--model.converters", "quantize.linear.float8"], "filter_fqns output"),
         (["--parallelism.data_parallel_replicate_degree", "2"], "DDP"),
         (["--parallelism.tensor_parallel_degree", "4"], "do not split"),
         (["--parallelism.context_parallel_degree", "2"], "needs GPUs"),
@@ -164,7 +165,7 @@ def test_float8_without_its_package_says_how_to_install_it(monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="uv sync --extra float8"):
-        parse_config(tiny_with("--model.converters", "float8"))
+        parse_config(tiny_with("--model.converters", "quantize.linear.float8"))
 
 
 def test_unknown_keys_name_the_nearest(tmp_path, monkeypatch, capsys):

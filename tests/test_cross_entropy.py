@@ -90,7 +90,7 @@ def test_autocast_multiplies_in_bfloat16_and_keeps_float32_gradients(monkeypatch
 
 def test_a_chunk_can_be_compiled(monkeypatch):
     hidden_BLD, weight_VD, labels_BL = case(2, 6)
-    compiled = torch.compile(module.chunk_losses, backend="aot_eager")
+    compiled = torch.compile(module.chunk_losses, backend="aot_eager", fullgraph=True)
     loss_sum, _ = in_chunks(hidden_BLD, weight_VD, labels_BL, 4, monkeypatch, compiled)
     found = torch.autograd.grad(loss_sum, (hidden_BLD, weight_VD))
     wanted = plain(hidden_BLD, weight_VD, labels_BL).sum()

@@ -23,8 +23,11 @@ HSDP = "--parallelism.data_parallel_replicate_degree"
 TP = "--parallelism.tensor_parallel_degree"
 PP = "--parallelism.pipeline_parallel_degree"
 BATCH = "--training.local_batch_size"
+AUDIO = ["--model.vocabulary", "audio"]
 UNTIED = ["--model.flavor", "tiny_untied"]
 FLOAT8 = "FSDP, float8 emulated"
+BFLOAT16 = "FSDP, bfloat16"
+LOOSE = {FLOAT8: ({"rel": 5e-3}, {"rel": 0.1}), BFLOAT16: ({"rel": 1e-3}, {"rel": 0.05})}  # losses, gradient norms
 # name: ranks, flags; what is not one process alone is compared with the first run of the same model
 RUNS = {
     "one process": (1, [BATCH, "8"]),
@@ -35,14 +38,17 @@ RUNS = {
     ),
     FLOAT8: (
         2,
-        [BATCH, "4", "--model.converters", "float8", "--quantize.linear.float8.emulate"],
+        [BATCH, "4", "--model.converters", "quantize.linear.float8", "--quantize.linear.float8.emulate"],
     ),
+    BFLOAT16: (2, [BATCH, "4", "--training.mixed_precision_param", "bfloat16"]),
     "FSDP": (2, [BATCH, "4"]),
     "FSDP, gradient accumulation": (2, [BATCH, "2", "--training.global_batch_size", "8"]),
     "TP": (2, [BATCH, "8", TP, "2"]),
     "FSDP, more ranks than key heads": (4, [BATCH, "2"]),
     "HSDP": (4, [BATCH, "2", HSDP, "2", FSDP, "2"]),
     "FSDP x TP": (4, [BATCH, "4", FSDP, "2", TP, "2"]),
+    "without text: one process": (1, [*AUDIO, BATCH, "8"]),
+    "without text: TP": (2, [*AUDIO, BATCH, "8", TP, "2"]),
     "untied: one process": (1, [*UNTIED, BATCH, "8"]),
     "untied: FSDP, resharded": (2, [*UNTIED, BATCH, "4", "--parallelism.fsdp_reshard_after_forward", "always"]),
     "untied: TP": (2, [*UNTIED, BATCH, "8", TP, "2"]),
@@ -57,13 +63,13 @@ def folder(tmp_path_factory):
     """All runs, each in a folder of its own, on eight clips that are one global batch."""
     folder = tmp_path_factory.mktemp("parallelism")
     write_codes(folder / "codes")
-    sequences = load_sequences(str(TINY / "llama"), str(TINY / "mimi"), 4)
-    for tied in (True, False):
+    for base, vocabulary in (("tied", "llama"), ("untied", "llama"), ("without text", "audio")):
+        sequences = load_sequences(str(TINY / "llama"), str(TINY / "mimi"), 4, vocabulary)
         config = LlamaConfig.from_pretrained(TINY / "llama")
-        config.update({"vocab_size": sequences.vocabulary.size, "tie_word_embeddings": tied})
+        config.update({"vocab_size": sequences.vocabulary.size, "tie_word_embeddings": base != "untied"})
         torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(folder / f"base_{tied}")
-        sequences.tokenizer.save_pretrained(folder / f"base_{tied}")
+        LlamaForCausalLM(config).save_pretrained(folder / "base" / base)
+        sequences.tokenizer.save_pretrained(folder / "base" / base)
     common = {
         "--job.config_file": ROOT / "config/tiny.toml",
         "--checkpoint.interval": 100,
@@ -77,7 +83,7 @@ def folder(tmp_path_factory):
     }
     runs = []
     for name, (num_ranks, flags) in RUNS.items():
-        own = {"--job.dump_folder": folder / name, "--model.hf_assets_path": folder / f"base_{flags[:2] != UNTIED}"}
+        own = {"--job.dump_folder": folder / name, "--model.hf_assets_path": folder / "base" / base_of(name)}
         words = [str(word) for item in (common | own).items() for word in item]
         runs.append((num_ranks, [*words, "--validation.no-enable", "--checkpoint.initial_load_in_hf", *flags]))
     command = [sys.executable, ROOT / "tests" / "forked_runs.py"]
@@ -110,14 +116,18 @@ def write_codes(folder):
 
 @pytest.mark.parametrize("name", [name for name in RUNS if not name.endswith("one process")])
 def test_ten_steps_equal_one_process(folder, name):
-    one = read(folder, "untied: one process" if name.startswith("untied") else "one process")
+    one = read(folder, "one process" if base_of(name) == "tied" else f"{base_of(name)}: one process")
     found = read(folder, name)
-    # Eight bits in every product but that of the loss.
-    loss, norm = ({"rel": 5e-3}, {"rel": 0.1}) if name == FLOAT8 else ({"abs": 1e-4}, {"rel": 1e-3})
+    loss, norm = LOOSE.get(name, ({"abs": 1e-4}, {"rel": 1e-3}))
     for tag, tolerance in (("loss_metrics/global_avg_loss", loss), ("grad_norm", norm)):
         assert len(one[tag]) == STEPS
         # Clipping and Adam would hide a wrong scale of the gradients, their norms show it.
         assert found[tag] == pytest.approx(one[tag], **tolerance)
+
+
+def base_of(name: str) -> str:
+    """The model of a run: what its name begins with."""
+    return name.split(":")[0] if ":" in name else "tied"
 
 
 def read(folder, name) -> dict[str, list[float]]:

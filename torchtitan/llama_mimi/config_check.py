@@ -28,6 +28,7 @@ from llama_mimi.sequences import load_sequences
 from llama_mimi.token_store import CodeCorpus, is_store
 from llama_mimi.units import has_text
 
+FLOAT8 = "quantize.linear.float8"  # TorchTitan's name of the converter
 # What must agree between a flavour, a Hugging Face folder and an earlier run in the same dump_folder.
 SHAPE_KEYS = (
     "hidden_size",
@@ -41,12 +42,12 @@ SHAPE_KEYS = (
 )
 
 
-def parse_config(args: list[str], *, has_files: bool = True) -> Any:
+def parse_config(args: list[str], *, is_here: bool = True) -> Any:
     """Command line and TOML file to a checked job config.
 
     Args:
         args: what follows the program's name.
-        has_files: corpora, model and earlier runs lie here and are checked, too.
+        is_here: this machine is to train; device, corpora, model and earlier runs are checked, too.
 
     Raises:
         UserError: an unreadable file, an unknown key, or a combination that cannot run.
@@ -61,11 +62,11 @@ def parse_config(args: list[str], *, has_files: bool = True) -> Any:
         raise UserError(f"TorchTitan refuses a setting: {error}") from error
     if job_config.model.name != "llama_mimi":
         raise UserError(f"model.name is '{job_config.model.name}'; llama_mimi.train trains 'llama_mimi'")
-    check_config(job_config, world_size=int(os.environ.get("WORLD_SIZE", 1)), has_files=has_files)
+    check_config(job_config, world_size=int(os.environ.get("WORLD_SIZE", 1)), is_here=is_here)
     return job_config
 
 
-def check_config(job_config: Any, world_size: int, *, has_files: bool = True) -> None:
+def check_config(job_config: Any, world_size: int, *, is_here: bool = True) -> None:
     """Refuse what cannot run, in order of cost: names, parallelism, files, model.
 
     Raises:
@@ -73,7 +74,8 @@ def check_config(job_config: Any, world_size: int, *, has_files: bool = True) ->
     """
     _check_values(job_config)
     _check_parallelism(job_config, world_size)
-    if has_files:
+    if is_here:
+        _check_device(job_config)
         _check_data(job_config)
         _check_model(job_config)
         _check_resume(job_config)
@@ -192,22 +194,25 @@ def _check_values(job_config: Any) -> None:
         raise UserError(
             "checkpoint.initial_load_in_hf needs checkpoint.enable; set both, or neither for random weights"
         )
-    if "float8" in job_config.model.converters:
-        _check_float8(job_config)
+    if job_config.model.converters:
+        _check_converters(job_config)
     if checkpoint.enable and checkpoint.keep_latest_k == 1:
         raise UserError("checkpoint.keep_latest_k is 1; keep at least 2, as the last may be half written, or 0 for all")
 
 
-def _check_float8(job_config: Any) -> None:
+def _check_converters(job_config: Any) -> None:
+    converters = job_config.model.converters
+    if converters != [FLOAT8]:
+        raise UserError(f"model.converters is {converters}; the one converter for this model is '{FLOAT8}'")
     is_tied = FLAVORS[job_config.model.flavor].enable_weight_tying
     if not is_tied and "output" not in job_config.quantize.linear.float8.filter_fqns:
         raise UserError(
-            "model.converters has float8, which would take the output matrix as well, but the loss needs it as it is; "
+            f"model.converters has {FLOAT8}, which would take the output matrix, too, but the loss needs it as it is; "
             "set --quantize.linear.float8.filter_fqns output"
         )
     if importlib.util.find_spec("torchao") is None:
         raise UserError(
-            "model.converters has float8, which needs the package torchao; install it with `uv sync --extra float8`"
+            f"model.converters has {FLOAT8}, which needs the package torchao; install it with `uv sync --extra float8`"
         )
 
 
@@ -216,8 +221,6 @@ def _check_parallelism(job_config: Any, world_size: int) -> None:
     tp, cp, pp = (getattr(parallelism, f"{kind}_parallel_degree") for kind in ("tensor", "context", "pipeline"))
     if pp > 1:
         _check_pipeline(job_config)
-    if cp > 1 and not torch.cuda.is_available():
-        raise UserError(f"parallelism.context_parallel_degree is {cp}, but it needs GPUs; set it to 1")
     replicas, shards = parallelism.data_parallel_replicate_degree, parallelism.data_parallel_shard_degree
     if shards == -1:
         shards = world_size // (replicas * tp * cp * pp)
@@ -272,6 +275,12 @@ def _check_pipeline(job_config: Any) -> None:
             f"parallelism.pipeline_parallel_degree is {degree}, but validation does not run in a pipeline; set "
             "--validation.no-enable"
         )
+
+
+def _check_device(job_config: Any) -> None:
+    cp = job_config.parallelism.context_parallel_degree
+    if cp > 1 and not torch.cuda.is_available():
+        raise UserError(f"parallelism.context_parallel_degree is {cp}, but it needs GPUs; set it to 1")
 
 
 def _check_data(job_config: Any) -> None:

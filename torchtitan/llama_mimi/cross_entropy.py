@@ -75,13 +75,18 @@ def cross_entropy(
         The sum of the losses, which has a gradient, and the losses (N,) in float32, which have none.
     """
     hidden_BLD, weight_VD, first_row, group = _local(logits)
+    # Alike on all ranks, whose rows may differ by a few, as each chunk is a collective.
+    rows_of_largest = -(-len(logits.weight_VD) // (group.size() if group is not None else 1))
+    chunk_size = max(1, CHUNK_BYTES // (4 * rows_of_largest))
     if torch.is_autocast_enabled(hidden_BLD.device.type):  # one GPU without FSDP: the weights are float32
         dtype = torch.get_autocast_dtype(hidden_BLD.device.type)
         hidden_BLD, weight_VD = hidden_BLD.to(dtype), weight_VD.to(dtype)
     with_gradient = torch.is_grad_enabled() and (hidden_BLD.requires_grad or weight_VD.requires_grad)
-    hidden_ND = hidden_BLD.flatten(0, 1)[positions_N]
+    hidden_ND = hidden_BLD.flatten(0, 1).index_select(0, positions_N)
     step = chunk_step if chunk_step is not None and group is None else chunk_losses
-    return _SummedCrossEntropy.apply(hidden_ND, weight_VD, targets_N - first_row, group, with_gradient, step)
+    return _SummedCrossEntropy.apply(
+        hidden_ND, weight_VD, targets_N - first_row, group, with_gradient, chunk_size, step
+    )
 
 
 def chunk_losses(
@@ -122,13 +127,13 @@ class _SummedCrossEntropy(torch.autograd.Function):
         targets_N: torch.Tensor,
         group: dist.ProcessGroup | None,
         with_gradient: bool,
+        chunk_size: int,
         step: Callable,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         losses_N = torch.zeros(len(targets_N), device=hidden_ND.device)
         if with_gradient:
             grad_ND = torch.empty_like(hidden_ND)
             grad_VD = torch.zeros_like(weight_VD, dtype=torch.float32)  # bfloat16 would lose most of a long sum
-        chunk_size = max(1, CHUNK_BYTES // (4 * len(weight_VD)))
         for start in range(0, len(targets_N), chunk_size):
             chunk = slice(start, start + chunk_size)
             losses_N[chunk], grad_NV = step(hidden_ND[chunk], weight_VD, targets_N[chunk], group, with_gradient)
@@ -148,7 +153,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_sum: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_ND, grad_VD = ctx.saved_tensors
-        return grad_ND * grad_sum, grad_VD.mul_(grad_sum).to(ctx.weight_dtype), None, None, None, None
+        return grad_ND * grad_sum, grad_VD.mul_(grad_sum).to(ctx.weight_dtype), None, None, None, None, None
 
 
 def _local(logits: PendingLogits) -> tuple[torch.Tensor, torch.Tensor, int, dist.ProcessGroup | None]:

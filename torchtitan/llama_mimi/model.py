@@ -124,9 +124,8 @@ class LlamaMimi(Transformer):
         output = super().forward(tokens, attention_masks, positions)
         if not self.is_tied:
             return output
-        if isinstance(
-            output, DTensor
-        ):  # tensor parallel: positions are split, the vocabulary's rows stay where they are
+        # Tensor parallel: positions are split, the vocabulary's rows stay where they are.
+        if isinstance(output, DTensor):
             output = output.redistribute(placements=[Replicate()])
         return pending_logits(output, self.tok_embeddings.weight)
 
@@ -137,13 +136,18 @@ def parallelize(model: LlamaMimi, parallel_dims: ParallelDims, job_config: Any) 
     Raises:
         UserError: packed rows cannot be compiled here.
     """
-    training, compile = job_config.training, job_config.compile
+    training, compilation = job_config.training, job_config.compile
     # TorchTitan computes in lower precision under FSDP, and on one device alone.
     is_mixed = training.mixed_precision_param != "float32" and (
         parallel_dims.fsdp_enabled or parallel_dims.world_size == 1
     )
     has_kernel = torch.cuda.is_available() and is_mixed
-    if model.model_args.attn_type == "varlen" and compile.enable and "model" in compile.components and not has_kernel:
+    if (
+        model.model_args.attn_type == "varlen"
+        and compilation.enable
+        and "model" in compilation.components
+        and not has_kernel
+    ):
         raise UserError(
             "compile.enable compiles the model, but packed rows in float32 or without a GPU are attended clip by clip, "
             "which cannot be compiled; set --compile.components loss, or data.packing to 'pad'"
