@@ -27,7 +27,7 @@ AUDIO = ["--model.vocabulary", "audio"]
 UNTIED = ["--model.flavor", "tiny_untied"]
 FLOAT8 = "FSDP, float8 emulated"
 BFLOAT16 = "FSDP, bfloat16"
-LOOSE = {FLOAT8: ({"rel": 5e-3}, {"rel": 0.1}), BFLOAT16: ({"rel": 1e-3}, {"rel": 0.05})}  # losses, gradient norms
+LOOSE = {FLOAT8: ({"rel": 5e-3}, {"rel": 0.3}), BFLOAT16: ({"rel": 1e-3}, {"rel": 0.05})}  # losses, gradient norms
 # name: ranks, flags; what is not one process alone is compared with the first run of the same model
 RUNS = {
     "one process": (1, [BATCH, "8"]),
