@@ -1,6 +1,9 @@
 """Ten steps under every parallelism that CPUs can run are those of one process, in losses and gradient norms."""
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -87,8 +90,14 @@ def folder(tmp_path_factory):
         words = [str(word) for item in (common | own).items() for word in item]
         runs.append((num_ranks, [*words, "--validation.no-enable", "--checkpoint.initial_load_in_hf", *flags]))
     command = [sys.executable, ROOT / "tests" / "forked_runs.py"]
-    done = subprocess.run(command, input=json.dumps(runs), cwd=ROOT, text=True, capture_output=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, cwd=ROOT, text=True, start_new_session=True, **pipes)
+    try:
+        out, err = process.communicate(json.dumps(runs), timeout=600)
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # ranks of a run that hangs
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, out[-3000:] + err[-3000:]
     return folder
 
 
