@@ -143,6 +143,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
                     grad_VD.addmm_(grad_NV.T, hidden_ND[chunk])
                 else:
                     grad_VD += grad_NV.T @ hidden_ND[chunk]
+            del grad_NV  # before the next chunk has its own
         ctx.mark_non_differentiable(losses_N)
         if with_gradient:
             ctx.save_for_backward(grad_ND, grad_VD)
