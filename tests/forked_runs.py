@@ -8,14 +8,23 @@ import os
 import signal
 import socket
 import sys
+import time
 import traceback
 from dataclasses import replace
+from types import SimpleNamespace
 
-from llama_mimi import cross_entropy, train
+from llama_mimi import cross_entropy, train  # first, as TorchTitan looks for its device when it is imported
+
+# isort: split
+
+import torchtitan.train
+
 from llama_mimi.model import FLAVORS
 
 # A pipeline needs an output matrix of its own; of the shipped flavours only the 8B one has it.
 FLAVORS["tiny_untied"] = replace(FLAVORS["tiny"], enable_weight_tying=False)
+# TorchTitan waits two seconds at the end of every run.
+torchtitan.train.time = SimpleNamespace(perf_counter=time.perf_counter, sleep=lambda seconds: None)
 # Several chunks a step; by the 515 rows that the first of two ranks has of 1,029 and by the second's 514 they would
 # be of other sizes.
 cross_entropy.CHUNK_BYTES = 4 * 514 * 127

@@ -64,7 +64,7 @@ print(ids.tolist(), model(ids).logits[0, -1, :3].tolist(), model.config.num_quan
     assert result.returncode == 0, result.stderr
     tokenizer = AutoTokenizer.from_pretrained(converted)
     ids = [tokenizer.bos_token_id, 1536, 512 + 12, 512 + 21, 512 + 30, 512 + 39, 1537]
-    logits = trained[1](torch.tensor([ids]))[0, -1, :3].tolist()
+    logits = trained[1](torch.tensor([ids])).compute()[0, -1, :3].tolist()
     assert result.stdout.startswith(str([ids])) and result.stdout.strip().endswith("4")
     printed = json.loads(result.stdout.split("]] ")[1].rsplit(" ", 1)[0])
     assert printed == pytest.approx(logits, abs=1e-5)
