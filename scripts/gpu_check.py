@@ -23,12 +23,12 @@ CONFIG = "config/llama3_2_1b_peoples_speech.toml"
 LLAMA_3_VOCABULARY = 128_256
 
 
-def write_tokenizer(folder: Path) -> None:
-    """A tokenizer of Llama 3's size, whose words mean nothing."""
-    words = {f"w{i}": i for i in range(LLAMA_3_VOCABULARY)}
-    PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, "w0")), bos_token="w128000", pad_token="w128004"
-    ).save_pretrained(folder)
+def write_tokenizer(folder: Path, num_entries: int = LLAMA_3_VOCABULARY) -> None:
+    """A tokenizer whose words mean nothing, with BOS and padding among its last 256, where Llama 3 has them."""
+    words = {f"w{i}": i for i in range(num_entries)}
+    bos, pad = f"w{num_entries - 256}", f"w{num_entries - 252}"
+    tokenizer = Tokenizer(models.WordLevel(words, "w0"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, pad_token=pad).save_pretrained(folder)
 
 
 def write_stand_ins(folder: Path) -> None:

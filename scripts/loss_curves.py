@@ -18,7 +18,9 @@ from pathlib import Path
 import matplotlib
 import torch
 import torch.nn.functional as F
+from pictures import save
 from plot_run import read_run
+from training_ways import ONE_RANK
 
 from llama_mimi.cross_entropy import PendingLogits
 from llama_mimi.errors import UserError, run_cli
@@ -89,8 +91,7 @@ def start(name: str, folder: Path, flags: argparse.Namespace) -> None:
     words = [str(word) for item in arguments.items() for word in item]
     job = json.dumps([name, [*words, *RUNS[name]]])
     command = [sys.executable, __file__, "--output_dir", flags.output_dir, "--picture", flags.picture, "--worker", job]
-    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    if subprocess.run(command, env=os.environ | ranks).returncode:
+    if subprocess.run(command, env=os.environ | ONE_RANK).returncode:
         raise UserError(f"the run '{name}' failed; see above")
 
 
@@ -144,8 +145,7 @@ def draw(runs: dict[str, dict[str, dict[int, float]]], path: Path) -> None:
         panel.legend(fontsize=8, title="validation (thin: training)", title_fontsize=8)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("loss (nats a unit)")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    save(figure, path, dpi=120)
 
 
 if __name__ == "__main__":

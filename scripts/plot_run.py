@@ -16,6 +16,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from pictures import save
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from llama_mimi.errors import UserError, run_cli
@@ -131,13 +132,7 @@ def draw(runs: Mapping[str, Mapping[str, Series]], path: Path) -> None:
             figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=8, **plain)
     for i in rows[-1]:
         axes[i].set_xlabel("step", fontsize=8)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise UserError(f"the picture '{path}' could not be written ({error}); choose another --picture") from error
-    finally:
-        plt.close(figure)
+    save(figure, path, dpi=150)
 
 
 def lines_of_one(panel: Panel, run: Mapping[str, Series]) -> Iterator[Line]:

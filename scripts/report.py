@@ -20,6 +20,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from pictures import save
 
 from llama_mimi.accuracy import group_credits, mcnemar
 from llama_mimi.benchmarks import SALMON_PARTS
@@ -315,13 +316,7 @@ def draw(rows: Sequence[Row], published: Sequence[Row], columns: Sequence[str], 
     axes.set_yticks(ticks, labels, fontsize=8)
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:
-        raise UserError(f"the picture '{path}' could not be written ({error}); choose another --picture") from error
-    finally:
-        plt.close(figure)
+    save(figure, path, dpi=120)
 
 
 if __name__ == "__main__":
