@@ -38,6 +38,8 @@ from tiny_text import SPEAKERS, Speaker
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
+from llama_mimi.hf import save_folder
+
 SAMPLE_RATE = 24_000  # Hz
 OPUS_LEVEL = 0.95  # libsndfile's compression level; about 22 kbit/s for mono speech
 PAUSE = np.zeros(SAMPLE_RATE // 8, dtype=np.float32)  # 0.125 s between parts that are synthesised separately
@@ -163,8 +165,7 @@ def write_llama(folder: Path, lines: list[str]) -> None:
     other = {"rms_norm_eps": 1e-5, "rope_parameters": rope, "tie_word_embeddings": True}
     other |= {"bos_token_id": ids[bos], "eos_token_id": ids[eos], "architectures": ["LlamaForCausalLM"]}
     config = LlamaConfig(**shape, **other)
-    config.save_pretrained(folder)
-    fast.save_pretrained(folder)
+    save_folder(folder, config, fast)
     if len(fast) != 512 or fast("hello").input_ids[0] != ids[bos] or list(ids.values()) != [508, 509, 510, 511]:
         raise RuntimeError("The tokenizer does not have 512 entries with the special tokens last.")
 

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForC
 from llama_mimi.checkpoint import find_step, load_model_state
 from llama_mimi.codec import DTYPES
 from llama_mimi.errors import run_cli
-from llama_mimi.hf import model_args
+from llama_mimi.hf import model_args, save_folder
 from llama_mimi.hub import load_pretrained
 from llama_mimi.run_record import find_run_record
 
@@ -77,8 +77,7 @@ def main() -> None:
         top_k=30,
     )
     model.config.dtype = dtype
-    model.save_pretrained(flags.output_dir)
-    tokenizer.save_pretrained(flags.output_dir)
+    save_folder(flags.output_dir, model, tokenizer)
     card = MODEL_CARD.format(
         name=flags.output_dir.name,
         parameters=model.num_parameters(),

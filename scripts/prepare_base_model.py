@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from llama_mimi.codec import DEFAULT_CODEC, DTYPES, load_codec_config
 from llama_mimi.errors import UserError, run_cli
+from llama_mimi.hf import save_folder
 from llama_mimi.hub import load_pretrained
 from llama_mimi.units import SPECIAL_ROLES, VocabularyKind, audio_tokenizer, extend_tokenizer, has_text
 
@@ -55,7 +56,7 @@ def main() -> None:
     extra = {"num_quantizers": flags.num_quantizers, "codec": flags.codec, **special_ids}
     if flags.random_weights:
         config.update({"vocab_size": vocabulary.size, **extra})
-        config.save_pretrained(flags.output_dir)
+        save_folder(flags.output_dir, config, kept)
     else:
         model = load_pretrained(LlamaForCausalLM, flags.base_model, what="base model", dtype=DTYPES[flags.dtype])
         torch.manual_seed(flags.seed)
@@ -65,8 +66,7 @@ def main() -> None:
             keep_rows(model, whole.convert_tokens_to_ids(kept.convert_ids_to_tokens(range(vocabulary.size))))
         model.config.update(extra)
         model.generation_config.update(**special_ids)
-        model.save_pretrained(flags.output_dir)
-    kept.save_pretrained(flags.output_dir)
+        save_folder(flags.output_dir, model, kept)
     print(
         f"{flags.base_model} + {vocabulary.size - vocabulary.base:,} units -> {flags.output_dir} "
         f"({vocabulary.size:,} vocabulary entries)"

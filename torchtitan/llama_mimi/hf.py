@@ -1,12 +1,14 @@
-"""The same model in Hugging Face terms: `LlamaConfig` <-> TorchTitan arguments, and the names of the weights."""
+"""The same model in Hugging Face terms: configuration, folder and names of the weights, to and from TorchTitan's."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor, Replicate
 from torchtitan.models.llama3.model.args import RoPEScalingArgs
 from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from llama_mimi.model import LlamaMimiArgs
 
@@ -70,6 +72,35 @@ def model_args(config: LlamaConfig) -> LlamaMimiArgs:
         rope_scaling_args=scaling,
         enable_weight_tying=config.tie_word_embeddings,
     )
+
+
+def save_folder(folder: Path, model: LlamaForCausalLM | LlamaConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write a model, or its configuration alone, and its tokenizer, for transformers 4.x as well as 5.x.
+
+    5.x reads what 4.x writes, but not the other way round. 4.x takes ``rope_theta`` and ``rope_scaling`` (10,000 and no
+    scaling where they lack: `LlamaConfig` of 4.56.2) and, before 4.56, ``torch_dtype``; it has no ``TokenizersBackend``
+    and wants a dict of ``extra_special_tokens`` (`PreTrainedTokenizerBase.__init__` of 4.56.2).
+    """
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    rope = config["rope_parameters"]
+    config["rope_theta"] = rope["rope_theta"]
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    config["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
+    if "dtype" in config:
+        config["torch_dtype"] = config["dtype"]
+
+    tokens = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    if tokens["tokenizer_class"] == "TokenizersBackend":
+        tokens["tokenizer_class"] = "PreTrainedTokenizerFast"  # its name in 4.x, and an alias in 5.x
+    if isinstance(tokens.get("extra_special_tokens"), list):
+        tokens["additional_special_tokens"] = tokens.pop("extra_special_tokens")
+
+    for name, content in (("config.json", config), ("tokenizer_config.json", tokens)):
+        text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
+        (folder / name).write_text(text + "\n", encoding="utf-8")
 
 
 class LlamaMimiStateDictAdapter(Llama3StateDictAdapter):

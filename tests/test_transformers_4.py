@@ -1,0 +1,193 @@
+"""Folders that this project writes are the same model, with the same tokens, in transformers 4.x as in 5.x."""
+
+import json
+import logging
+import math
+import shutil
+import subprocess
+import sys
+
+import build_tiny_assets
+import convert_dcp_to_hf
+import prepare_base_model
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from conftest import TINY
+from torchtitan.models.llama3.model.args import RoPEScalingArgs
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from llama_mimi.hf import hf_config, model_args, save_folder
+from llama_mimi.model import FLAVORS, LLAMA_3_1_ROPE, LLAMA_3_2_ROPE, LlamaMimi, LlamaMimiArgs
+from llama_mimi.run_record import save_run_record, speech_config
+from llama_mimi.sequences import load_sequences
+
+SCALINGS = {"default": RoPEScalingArgs(scaling_factor=1.0), "factor 32": LLAMA_3_2_ROPE, "factor 8": LLAMA_3_1_ROPE}
+ROPE_KEYS_OF_4 = {"rope_type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+
+
+def args_of(scaling: str, vocab_size: int = 512, tied: bool = True) -> LlamaMimiArgs:
+    own = {"n_layers": 2, "max_seq_len": 256, "vocab_size": vocab_size, "enable_weight_tying": tied}
+    return LlamaMimiArgs(**vars(FLAVORS["tiny"]) | own | {"rope_scaling_args": SCALINGS[scaling]})
+
+
+def run(script, **flags):
+    words = [f"--{name}{'' if value is True else f'={value}'}" for name, value in flags.items()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["script", *words])
+        script.main()
+
+
+def record(folder, scaling, vocabulary="llama", tied=True):
+    sequences = load_sequences(str(TINY / "llama"), str(TINY / "mimi"), 4, vocabulary)
+    args = args_of(scaling, sequences.vocabulary.size, tied)
+    save_run_record(str(folder), speech_config(args, sequences, str(TINY / "mimi")), sequences)
+    return folder / "hf_assets"
+
+
+def convert(folder, scaling, vocabulary="llama", tied=True):
+    torch.manual_seed(0)
+    model = LlamaMimi(model_args(LlamaConfig.from_pretrained(record(folder, scaling, vocabulary, tied))))
+    with torch.no_grad():
+        model.init_weights()
+    dcp.save(model.state_dict(), checkpoint_id=folder / "checkpoint" / "step-1", no_dist=True)
+    run(convert_dcp_to_hf, checkpoint=folder / "checkpoint", output_dir=folder / "converted")
+    return folder / "converted"
+
+
+def prepare(folder, scaling, vocabulary="llama", tied=True, **flags):
+    if not (folder / "base").exists():
+        torch.manual_seed(0)
+        base = LlamaForCausalLM(hf_config(args_of(scaling, tied=tied), bos_token_id=508, eos_token_id=509))
+        base.save_pretrained(folder / "base")
+        AutoTokenizer.from_pretrained(TINY / "llama").save_pretrained(folder / "base")
+    flags |= {"base_model": folder / "base", "codec": TINY / "mimi", "vocabulary": vocabulary}
+    run(prepare_base_model, **flags, output_dir=folder / "prepared")
+    return folder / "prepared"
+
+
+def prepare_without_weights(folder, scaling, vocabulary="llama", tied=True):
+    return prepare(folder, scaling, vocabulary, tied, random_weights=True)
+
+
+def json_files(folder):
+    return {name: json.loads((folder / name).read_text()) for name in ("config.json", "tokenizer_config.json")}
+
+
+def frequencies_of_4(config: dict) -> torch.Tensor:
+    """Of the rotary embedding, from what 4.56.2 takes from a config (`LlamaConfig`, `modeling_rope_utils.py`)."""
+    theta, scaling = config.get("rope_theta", 10000.0), config.get("rope_scaling")
+    frequency = 1.0 / theta ** (torch.arange(0, config["head_dim"], 2) / config["head_dim"])
+    if scaling is None:
+        return frequency
+    assert scaling.keys() == ROPE_KEYS_OF_4 and scaling["rope_type"] == "llama3"
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)  # fast ones stay, slow ones are divided, those between are mixed
+    return kept * frequency + (1 - kept) * frequency / scaling["factor"]
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("write", [record, convert, prepare, prepare_without_weights])
+def test_a_written_folder_is_read_alike(write, scaling, tmp_path, monkeypatch, caplog, recwarn):
+    folder = write(tmp_path, scaling)
+    config, words = json_files(folder).values()
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    caplog.clear()
+    recwarn.clear()
+    loaded = LlamaConfig.from_pretrained(folder)
+    assert not caplog.records and not recwarn.list
+    assert loaded.rope_parameters == hf_config(args_of(scaling)).rope_parameters
+    assert model_args(loaded).rope_scaling_args == SCALINGS[scaling]
+    expected = LlamaRotaryEmbedding(loaded).inv_freq
+    torch.testing.assert_close(frequencies_of_4(config), expected, atol=0, rtol=1e-6)
+    assert config.get("torch_dtype") == config.get("dtype")
+    assert ("dtype" in config) == (write is not record)
+
+    assert words["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert "extra_special_tokens" not in words
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer("<audio><3_0></audio>").input_ids == [508, 1536, 524, 1537]
+
+    save_folder(tmp_path / "again", loaded, tokenizer)
+    again, _ = json_files(tmp_path / "again").values()
+    assert again == config
+
+
+@pytest.mark.parametrize("flags", [{}, {"random_weights": True}], ids=["weights", "no weights"])
+def test_a_base_model_written_by_4_gives_the_same_folder(flags, tmp_path):
+    """The form of Llama 3's own repositories; <|eot_id|> is also named as a special token without a role."""
+    config, words = json_files(prepare(tmp_path, "factor 8", **flags)).values()
+    ids = AutoTokenizer.from_pretrained(tmp_path / "prepared")("old <|eot_id|><audio><3_0>").input_ids
+
+    base = json_files(tmp_path / "base")
+    for key in ("rope_parameters", "dtype"):
+        del base["config.json"][key]
+    base["config.json"] |= {key: config[key] for key in ("rope_theta", "rope_scaling", "torch_dtype")}
+    base["tokenizer_config.json"] |= {"tokenizer_class": "PreTrainedTokenizerFast", "extra_special_tokens": {}}
+    base["tokenizer_config.json"]["additional_special_tokens"] = ["<|eot_id|>"]
+    for name, content in base.items():
+        (tmp_path / "base" / name).write_text(json.dumps(content))
+    shutil.rmtree(tmp_path / "prepared")
+    config_again, words_again = json_files(prepare(tmp_path, "factor 8", **flags)).values()
+    assert config_again == config
+    assert words_again == words | {"additional_special_tokens": ["<|eot_id|>"]}
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "prepared")
+    assert tokenizer.extra_special_tokens == ["<|eot_id|>"] and tokenizer("old <|eot_id|><audio><3_0>").input_ids == ids
+
+
+def test_the_tiny_base_model_is_what_its_script_writes(tmp_path):
+    lines = [line for path in sorted(TINY.glob("corpus/train-*")) for line in pq.read_table(path)["text"].to_pylist()]
+    build_tiny_assets.write_llama(tmp_path, lines)
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (TINY / "llama").iterdir()}
+    for path in tmp_path.iterdir():
+        assert path.read_bytes() == (TINY / "llama" / path.name).read_bytes(), path.name
+    expected = LlamaRotaryEmbedding(LlamaConfig.from_pretrained(tmp_path)).inv_freq
+    torch.testing.assert_close(frequencies_of_4(json_files(tmp_path)["config.json"]), expected, atol=0, rtol=1e-6)
+
+
+READ = """
+import sys, torch, transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+version, output, *folders = sys.argv[1:]
+assert transformers.__version__.startswith(version), transformers.__version__
+found = []
+for folder in folders:
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    text = "The old doctor, 12_3 <b> " if len(tokenizer) > 1100 else ""  # "audio" has none
+    ids = [tokenizer(t).input_ids for t in ("", f"{text}<audio><3_0><5_1><7_2><255_3></audio>{text}")]
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+    tokens = torch.randint(len(tokenizer), (1, 200), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(3)  # at a start all tokens are about as likely, whatever the positions
+        found.append((ids, special, tokenizer.decode(ids[1]), str(model.dtype), model(tokens).logits))
+torch.save(found, output)
+"""
+
+
+@pytest.mark.network
+def test_transformers_4_computes_the_same(tmp_path):
+    folders = [
+        write(tmp_path / f"{write.__name__}-{scaling}-{vocabulary}", scaling, vocabulary, tied)
+        for write, scaling, vocabulary, tied in (
+            (convert, "factor 32", "llama", True),
+            (convert, "factor 8", "audio", False),
+            (convert, "default", "audio", True),
+            (prepare, "factor 8", "llama", False),
+            (prepare, "factor 32", "audio", True),
+        )
+    ]
+    alone = ["uv", "run", "--isolated", "--no-project", "--python", sys.executable]
+    alone += ["--with", "transformers==4.56.2", "--with", "torch==2.11.0", "python"]
+    for version, python in (("4.56.2", alone), ("5.", [sys.executable])):
+        command = [*python, "-c", READ, version, tmp_path / version, *folders]
+        result = subprocess.run(list(map(str, command)), text=True, capture_output=True, timeout=1200)
+        assert result.returncode == 0, result.stderr
+    of_4, of_5 = torch.load(tmp_path / "4.56.2"), torch.load(tmp_path / "5.")
+    for folder, (*a, logits_4), (*b, logits_5) in zip(folders, of_4, of_5, strict=True):
+        assert a == b, folder
+        assert logits_5.abs().max() > 1, "differences would show"
+        torch.testing.assert_close(logits_4, logits_5, atol=1e-5, rtol=0, msg=str(folder))
