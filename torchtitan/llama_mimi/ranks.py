@@ -1,6 +1,8 @@
 """The processes of torchrun for work without collectives of tensors: tokenising and evaluation."""
 
+import ctypes
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,8 +18,24 @@ from llama_mimi.errors import UserError
 
 # Ranks wait for the slowest at the end.
 TIMEOUT = timedelta(days=7)
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 # All ranks find the same mistake; rank 0 reports it, and torchrun then ends the others.
 SECONDS_BEFORE_OTHERS_REPORT = 10
+
+
+def end_with_parent() -> None:
+    """Let the kernel end this process when the one that started it ends, also if that is killed.
+
+    A rank whose torchrun has gone would wait for others until its timeout. Linux only; elsewhere it is left over.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def end_with_torchrun() -> None:
+    """As `end_with_parent`, for a rank that torchrun started; ranks that are started otherwise may outlive a shell."""
+    if dist.is_torchelastic_launched():
+        end_with_parent()
 
 
 class Ranks:
@@ -31,6 +49,7 @@ class Ranks:
     """
 
     def __init__(self, device: str | None = None) -> None:
+        end_with_torchrun()
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.rank = int(os.environ.get("RANK", 0))
         self._store: dist.Store = dist.HashStore()
@@ -94,7 +113,10 @@ class Ranks:
         try:
             collective()
         except RuntimeError as error:
-            print(f"another rank has ended, so this one does, too ({str(error).splitlines()[0]})", file=sys.stderr)
+            print(
+                f"another rank has ended, so this one does, too ({(str(error).strip().splitlines() or [''])[0]})",
+                file=sys.stderr,
+            )
             sys.exit(1)
 
 

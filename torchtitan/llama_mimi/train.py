@@ -20,6 +20,7 @@ from torchtitan.train import Trainer  # noqa: E402
 import llama_mimi.train_spec  # noqa: E402, F401  (registers the model, also for a config without custom_import)
 from llama_mimi.checkpoint import set_aside_incomplete  # noqa: E402
 from llama_mimi.config_check import parse_config  # noqa: E402
+from llama_mimi.ranks import end_with_torchrun  # noqa: E402
 
 
 class SpeechTrainer(Trainer):
@@ -32,6 +33,7 @@ class SpeechTrainer(Trainer):
 
 
 def main() -> None:
+    end_with_torchrun()
     init_logger()
     if int(os.environ.get("RANK", 0)) > 0:
         logger.setLevel(logging.WARNING)  # what all ranks would say, rank 0 says

@@ -1,0 +1,37 @@
+"""Processes of torchrun end with it."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+# The process group is never formed, as when a rank waits for one that has gone.
+WAITING = """
+import sys, time
+from llama_mimi.{module} import {name}
+import torch.distributed as dist
+
+def wait(*args, **kwargs):
+    print("waiting", flush=True)
+    time.sleep(100)
+
+dist.rendezvous = dist.init_process_group = wait
+sys.argv[1:] = ["--job.config_file", "config/tiny.toml"]
+{name}()
+"""
+
+
+@pytest.mark.parametrize(("module", "name"), [("ranks", "Ranks"), ("train", "main")])
+def test_a_rank_ends_with_its_torchrun_while_others_are_awaited(tmp_path, module, name):
+    script = tmp_path / "rank.py"
+    script.write_text(WAITING.format(module=module, name=name))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    waiting = 0
+    while waiting < 2:
+        line = process.stdout.readline()
+        assert line, "it ended before"
+        waiting += line == b"waiting\n"
+    process.kill()
+    process.communicate(timeout=20)  # the output ends when the last of its holders does
