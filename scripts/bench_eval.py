@@ -31,7 +31,7 @@ from llama_mimi.audio import read_audio
 from llama_mimi.benchmarks import Benchmark, read_salmon, read_slm21, read_storycloze
 from llama_mimi.clip_codes import CodeCache, encode_clips, made_by
 from llama_mimi.clip_scores import ScoreLog, score_clips
-from llama_mimi.codec import DEFAULT_CODEC, MimiCodec
+from llama_mimi.codec import DEFAULT_CODEC, CodecAttention, MimiCodec
 from llama_mimi.errors import UserError, run_cli
 from llama_mimi.evaluation import BATCH_TOKENS
 from llama_mimi.hf import hf_config
@@ -156,13 +156,16 @@ def probe(flags: argparse.Namespace, benchmark: str, way: str, folder: str) -> d
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if way == ALONE:
         decoder, sequences, codec_name = load_parts(flags, device)
-        codec = load_pretrained(MimiModel, codec_name, what="codec", dtype=torch.float32).to(device).eval()
+        codec = MimiCodec(codec_name, decoder.config.num_quantizers, device, attention="whole").model
         start = time.perf_counter()
         scores = [score_alone(clip.read(), decoder, sequences.tokenizer, codec, levels) for clip in clips]
         return {"pairs": len(pairs), "seconds": time.perf_counter() - start, "scores": scores}
     decoder, sequences, codec_name = load_parts(flags, device)
-    model = SpeechModel(decoder, sequences, MimiCodec(codec_name, decoder.config.num_quantizers, device))
     chosen = preset("original" if way == "original" else "official", levels)
+    attention: CodecAttention = "whole" if chosen.scoring.as_released else "windowed"
+    model = SpeechModel(
+        decoder, sequences, MimiCodec(codec_name, decoder.config.num_quantizers, device, attention=attention)
+    )
     cache = CodeCache(folder, made_by(model.codec, MAX_SECONDS, as_released=chosen.scoring.as_released))
     start = time.perf_counter()
     ids, codes = encode_clips(model.codec, clips, cache, Ranks(), MAX_SECONDS, as_released=chosen.scoring.as_released)

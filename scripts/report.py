@@ -48,6 +48,7 @@ class Key:
     preset: str
     dtype: str
     max_audio_seconds: float
+    codec_attention: str
 
 
 @dataclass
@@ -121,7 +122,9 @@ def read_rows(folders: Sequence[Path]) -> dict[Key, Row]:
         if report.get("format") != FORMAT:
             raise UserError(f"'{path}' has format {report.get('format')!r}, not {FORMAT}; score the model anew")
         settings = report["settings"]
-        key = Key(report["model_sha256"], report["preset"], settings["dtype"], settings["max_audio_seconds"])
+        attention = report["codec"].get("attention", "windowed")  # of results from before there was a choice
+        made_with = settings["dtype"], settings["max_audio_seconds"], attention
+        key = Key(report["model_sha256"], report["preset"], *made_with)
         row = rows.setdefault(key, Row(path.parent.name, {}, {}, {}))
         benchmark = report["benchmark"]
         if benchmark in row.reports:
@@ -142,6 +145,7 @@ def read_rows(folders: Sequence[Path]) -> dict[Key, Row]:
         about = [] if is_alone else [key.model_sha256[:8]]
         about += [key.preset] + ([key.dtype] if key.dtype != "float32" else [])
         about += [f"cut at {key.max_audio_seconds:g} s"] if key.max_audio_seconds != MAX_AUDIO_SECONDS else []
+        about += ["codec without window"] if key.codec_attention == "whole" and key.preset != "original" else []
         row.label = f"{row.name} ({', '.join(about)})"
     return rows
 

@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--output_file", type=Path, default=Path("results/continuation.json"))
     parser.add_argument("--picture", type=Path, help="PNG of the first continuation and its recording")
     flags = parser.parse_args()
-    options = SamplingOptions(flags.seconds, flags.temperature, flags.top_k)
+    options = SamplingOptions(seconds=flags.seconds, temperature=flags.temperature, top_k=flags.top_k)
     for flag in ("num_samples", "prompt_seconds"):
         if not getattr(flags, flag) > 0:
             raise UserError(f"--{flag} is {getattr(flags, flag)}; it must be greater than 0")

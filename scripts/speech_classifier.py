@@ -15,7 +15,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from llama_mimi.audio import read_audio
-from llama_mimi.corpora import parquet_files
+from llama_mimi.corpus_files import parquet_files
 from llama_mimi.errors import UserError
 
 WINDOW, HOP, BANDS, COEFFICIENTS = 1024, 240, 40, 20  # 43 ms windows every 10 ms at 24 kHz

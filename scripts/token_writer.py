@@ -7,6 +7,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from llama_mimi.audio import DAMAGED, RESAMPLER
 from llama_mimi.clips import MAX_NAMED_CLIPS, is_too_many
 from llama_mimi.codec import MimiCodec, codec_hash
 from llama_mimi.corpora import FOOTER_THREADS, AudioCorpus, read_footer
@@ -49,7 +50,9 @@ def make_plan(flags: argparse.Namespace, corpus: AudioCorpus, codec: MimiCodec) 
             "codebook_size": codec.codebook_size,
             "frame_rate_hz": codec.frame_rate_hz,
             "dtype": flags.dtype,
+            "attention": codec.attention,
         },
+        "resampler": RESAMPLER,
         "max_audio_seconds": flags.max_audio_seconds,
         "columns": ["id", "codes", "duration", "is_cut", *(c for c in OPTIONAL_COLUMNS if c in corpus.columns)],
         "clips_per_group": CLIPS_PER_GROUP,
@@ -88,6 +91,8 @@ def compare(output_dir: str, earlier: dict[str, Any], plan: dict[str, Any]) -> N
     parts = {"--codec with the hash": (codec_before.get("sha256"), codec["sha256"])}  # it may be named in other ways
     parts |= {f"--{key}": (codec_before.get(key), codec[key]) for key in ("num_quantizers", "dtype")}
     parts |= {name: (earlier.get(name), plan[name]) for name in ("format", "columns")}
+    parts["--attention"] = (codec_before.get("attention", "windowed"), codec["attention"])
+    parts["the resampler"] = (earlier.get("resampler", "torchaudio"), plan["resampler"])
     parts["--max_audio_seconds"] = (earlier.get("max_audio_seconds"), plan["max_audio_seconds"])
     for name, (before, now) in parts.items():
         if before != now:
@@ -102,7 +107,8 @@ def write_shard(
     notes = {
         "columns": plan["columns"],
         "clips": len(clips),
-        "cut": sum(clip.is_cut for clip in clips),
+        "cut": sum(clip.is_cut and DAMAGED not in clip.remarks for clip in clips),
+        "remarks": [[clip.name, remark] for clip in clips for remark in clip.remarks],
         "seconds": sum(clip.seconds for clip in clips),
         "by_second": by_second(clips),
         "skipped": skipped,
@@ -130,7 +136,9 @@ def finish(flags: argparse.Namespace, plan: dict[str, Any]) -> None:
     reasons: Counter[str] = Counter()
     numbers: Counter[int] = Counter()
     totals: Counter[float] = Counter()
+    remarks: Counter[str] = Counter()
     messages: list[str] = []
+    remarked: list[str] = []
     for shard, (num_rows, notes) in zip(plan["shards"], said, strict=True):
         if notes["clips"] + len(notes["skipped"]) != shard["clips"] or num_rows != notes["clips"]:
             raise UserError(f"'{shard['file']}' does not hold its {shard['clips']} clips; delete it and start again")
@@ -141,9 +149,13 @@ def finish(flags: argparse.Namespace, plan: dict[str, Any]) -> None:
             totals[second] += total
         reasons.update(clip["reason"] for clip in notes["skipped"])
         messages += [clip["message"] for clip in notes["skipped"]][: MAX_NAMED_CLIPS - len(messages)]
+        remarks.update(remark for _, remark in notes["remarks"])
+        remarked += [f"'{name}': {remark}" for name, remark in notes["remarks"]][: MAX_NAMED_CLIPS - len(remarked)]
     clips = sum(shard["clips"] for shard in shards)
     for message in messages:
         print(f"skipped: {message}", flush=True)
+    for line in remarked:
+        print(f"clip {line}", flush=True)
     if is_too_many(reasons.total(), clips + reasons.total(), flags.max_bad_share):
         raise too_many(reasons.total(), clips + reasons.total(), flags.max_bad_share, messages[-1])
     manifest = {
@@ -155,12 +167,14 @@ def finish(flags: argparse.Namespace, plan: dict[str, Any]) -> None:
         "cut": cut,
         "skipped": dict(reasons),
         "skipped_first": messages,
+        "remarks": dict(remarks),
         "versions": versions(),
     }
     write_whole(flags.output_dir, MANIFEST, json.dumps(manifest, indent=1).encode())
     print(
         f"{flags.output_dir}: {clips:,} clips, {seconds / 3600:.2f} h, {len(shards)} shards, "
         f"{sum(shard['bytes'] for shard in shards) / 1e6:.1f} MB; {cut} cut, {reasons.total()} skipped"
+        + "".join(f", {number} {remark}" for remark, number in remarks.items())
     )
 
 

@@ -17,14 +17,15 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from token_writer import CLIPS_PER_SHARD, MIN_SHARDS, begin, finish, make_plan, too_many, write_shard
 
 from llama_mimi.clips import AudioClip, AudioReader, ClipStream, SkippedClip, is_too_many
-from llama_mimi.codec import DEFAULT_CODEC, DTYPES, MimiCodec, whole_frames
-from llama_mimi.corpora import CORPORA, AudioCorpus, open_corpus
+from llama_mimi.codec import DEFAULT_CODEC, DTYPES, CodecAttention, MimiCodec, whole_frames
+from llama_mimi.corpora import AudioCorpus, open_corpus
+from llama_mimi.corpus_files import CORPORA
 from llama_mimi.errors import UserError, run_cli
 from llama_mimi.files import file_system, is_local
 from llama_mimi.order import RowsInOrder
@@ -41,10 +42,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", required=True, help="named corpus, folder, or Parquet path or glob")
     parser.add_argument("--dataset_path", help="local download of a named corpus")
+    parser.add_argument("--split", help="of a folder that holds several, such as train-*, test-*")
     parser.add_argument("--output_dir", required=True, help="folder of the shards, local or any fsspec path")
     parser.add_argument("--codec", default=DEFAULT_CODEC, help="hub id or folder")
     parser.add_argument("--num_quantizers", type=int, default=8, help="levels to store; training takes any prefix")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="bfloat16 changes about 2 %% of the codes")
+    parser.add_argument(
+        "--attention", choices=get_args(CodecAttention), default="windowed", help="of the codec; see codec.attention"
+    )
     parser.add_argument("--audio_column", default="audio")
     parser.add_argument("--text_column", default="text", help="stored where the corpus has it")
     parser.add_argument("--speaker_column", default="speaker", help="stored where the corpus has it")
@@ -73,9 +78,9 @@ def run(flags: argparse.Namespace, ranks: Ranks) -> None:
             f"--output_dir '{flags.output_dir}' lies inside the corpus '{flags.corpus}', so that shards would be taken "
             "for audio; choose another"
         )
-    extra_columns = {flags.text_column: "text", flags.speaker_column: "speaker"}
-    corpus = open_corpus(flags.corpus, flags.dataset_path, flags.audio_column, None, extra_columns)
-    codec = MimiCodec(flags.codec, flags.num_quantizers, ranks.device, DTYPES[flags.dtype])
+    extra_columns = {"text": flags.text_column, "speaker": flags.speaker_column}
+    corpus = open_corpus(flags.corpus, flags.dataset_path, flags.audio_column, None, extra_columns, flags.split)
+    codec = MimiCodec(flags.codec, flags.num_quantizers, ranks.device, DTYPES[flags.dtype], flags.attention)
     if not whole_frames(flags.max_audio_seconds, codec.config):
         raise UserError(f"--max_audio_seconds is {flags.max_audio_seconds}, less than a frame of the codec; raise it")
     plan = make_plan(flags, corpus, codec)
@@ -195,7 +200,9 @@ def encode(codec: MimiCodec, clips: list[AudioClip], batch_seconds: float | None
     codes = codec.encode_many([clip.samples_S for clip in clips], batch_seconds)
     for clip, codes_TQ in zip(clips, codes, strict=True):
         seconds = len(clip.samples_S) / codec.sample_rate_hz
-        yield StoredClip(clip.name, codes_TQ.numpy().astype(np.uint16), seconds, clip.is_cut, clip.text, clip.speaker)
+        yield StoredClip(
+            clip.name, codes_TQ.numpy().astype(np.uint16), seconds, clip.is_cut, clip.text, clip.speaker, clip.remarks
+        )
 
 
 if __name__ == "__main__":

@@ -190,8 +190,9 @@ def test_batches_score_as_clips_alone_do(tmp_path, codec, model, name, levels):
 
 
 @pytest.mark.parametrize("levels", [None, (0,)])
-def test_preset_original_is_the_release_from_file_to_score(tmp_path, codec, model, levels):
+def test_preset_original_is_the_release_from_file_to_score(tmp_path, model, levels):
     """Against the plainest way, with stock `transformers` alone: one clip, text, tokenizer, full logits, labels."""
+    codec = MimiCodec(str(TINY / "mimi"), 4, attention="whole")
     clips = clips_of(*sorted((SALMON / "speaker_consistency").glob("sample_1?_0.ogg"))[:4])
     ids, codes = encode_clips(codec, clips, cache(tmp_path, codec, as_released=True), Ranks(), 20.0, as_released=True)
     scoring = preset("original", levels).scoring
@@ -296,7 +297,11 @@ def test_salmons_own_loop_gives_the_same_accuracy(tmp_path, codec, model):
     assert 0 < expected < 1
     with pytest.raises(AudioError, match="less than one codec frame"):
         salmon_model.log_likelihood([torch.zeros(1, 100)])
-    released = SalmonModel(model, 24_000, preset("original", None).scoring)
+    as_released = preset("original", None).scoring
+    with pytest.raises(UserError, match="needs a codec without window"):
+        SalmonModel(model, 24_000, as_released)
+    whole = MimiCodec(codec.name, 4, attention="whole")
+    released = SalmonModel(SpeechModel(model.decoder, model.sequences, whole), 24_000, as_released)
     assert released.log_likelihood([torch.from_numpy(samples[0])]).item() != positive.item()
     together = salmon_model.log_likelihood([torch.from_numpy(wav) for wav in samples])
     assert together.tolist() == pytest.approx([positive.item(), negative.item()], abs=1e-5)
@@ -378,7 +383,7 @@ def test_another_run_does_not_replace_a_result(tmp_path):
         "model": "m",
         "model_sha256": "a" * 64,
         "data": "one",
-        "codec": {"sha256": "c"},
+        "codec": {"sha256": "c", "attention": "windowed"},
         "settings": {"dtype": "float32", "max_audio_seconds": 20.0},
     }
     assert check_earlier(path, header) == []
@@ -387,6 +392,7 @@ def test_another_run_does_not_replace_a_result(tmp_path):
     for change, message in (
         ({"data": "two"}, "--data_dir 'one', not 'two'"),
         ({"model": "other/m"}, "--model_name 'm', not 'other/m'"),
+        ({"codec": {"sha256": "c", "attention": "whole"}}, "--codec_attention 'windowed', not 'whole'"),
         ({"settings": {"dtype": "bfloat16", "max_audio_seconds": 20.0}}, "--dtype 'float32', not 'bfloat16'"),
     ):
         with pytest.raises(UserError, match=message):

@@ -1,14 +1,30 @@
 """Audio bytes or files of any kind -> mono float32 at the codec's rate."""
 
-import io
-from dataclasses import dataclass
+import contextlib
+import math
+from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO
 
+import numpy as np
 import soundfile
+import soxr
 import torch
-import torchaudio.functional
 
+from llama_mimi.decoders import NeedsFFmpeg, Recording, next_link, opened
 from llama_mimi.errors import UserError
+
+# Samples beyond it are no audio in [-1, 1] but integers that were stored as floats. 16 is 24 dB over full scale: mixes
+# and lossy codecs go over it by a few dB, and speech of 16-bit integers that stays below is quieter than -66 dB.
+MAX_PEAK = 16.0
+# What speech may be recorded at. Headers outside are damaged, and would stretch a clip or make endless work of it.
+RATES_HZ = (1_000, 1_000_000)
+# How `read_audio` resamples; codes depend on it.
+RESAMPLER = "soxr HQ"
+# What was done to make a clip usable; each is counted.
+DAMAGED = "damaged, read as far as it goes"
+OPPOSITE = "channels of opposite phase, the loudest taken"
 
 
 class AudioError(UserError):
@@ -31,12 +47,14 @@ class Waveform:
     Args:
         samples_S: mono float32 (S,).
         sample_rate_hz: of ``samples_S``.
-        is_cut: the source went on after ``max_seconds``.
+        is_cut: the source went on after ``max_seconds``, or broke off.
+        remarks: `DAMAGED` and `OPPOSITE`, as far as they hold.
     """
 
     samples_S: torch.Tensor
     sample_rate_hz: int
     is_cut: bool = False
+    remarks: tuple[str, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -45,66 +63,63 @@ class Waveform:
 
 def read_audio(
     source: str | Path | bytes,
-    sample_rate_hz: int,
+    sample_rate_hz: int | None,
     *,
     max_seconds: float | None = None,
     name: str | None = None,
     min_samples: int = 1,
 ) -> Waveform:
-    """Read WAV, FLAC, MP3 or OGG (whatever libsndfile reads) as mono float32 at ``sample_rate_hz``.
+    """Read WAV, FLAC, MP3, OGG (whatever libsndfile reads), with PyAV also M4A, AAC, WebM and WMA, as mono float32.
 
-    Channels are averaged and other rates resampled. Only the first ``max_seconds`` are decoded, so that a
-    two-hour file costs no more than a short one.
+    Channels are averaged, but where they cancel each other the loudest is taken. Other rates are resampled by soxr
+    ("HQ", 20 bits). Memory depends on the length of the result alone, whatever the file says. Only the first
+    ``max_seconds`` are decoded, so that a two-hour file costs no more than a short one.
 
     Args:
         source: a path, or the bytes of a file.
-        sample_rate_hz: the rate wanted, usually the codec's.
+        sample_rate_hz: the rate wanted, usually the codec's; None keeps that of the file.
         max_seconds: cut longer audio here and say so in ``is_cut``; None reads everything.
         name: what to call the clip in messages; by default its path.
         min_samples: the fewest samples at ``sample_rate_hz`` that make a clip; a codec's frame.
 
     Raises:
-        AudioError: missing, not audio, empty, shorter than ``min_samples``, or with NaN or infinite samples.
+        AudioError: missing, not audio, empty, shorter than ``min_samples``, with NaN or infinite samples, or with
+            samples that are not in [-1, 1] by far.
     """
-    if isinstance(source, bytes):
-        name = name or "audio bytes"
-        stream: io.BytesIO | str = io.BytesIO(source)
-        if not source:
-            raise AudioError("empty", f"'{name}' is empty (0 bytes); give a WAV, FLAC, MP3 or OGG file")
-    else:
-        name = name or str(source)
-        stream = str(_existing_file(Path(source), name))
-    samples_CS, source_rate_hz, is_cut = _decode(stream, name, max_seconds)
-    if samples_CS.shape[1] == 0:
-        raise AudioError("empty", f"'{name}' holds no audio samples; give a clip with sound in it")
-    if not bool(torch.isfinite(samples_CS).all()):
-        raise AudioError("non-finite", f"'{name}' holds NaN or infinite samples; repair or remove the file")
-    samples_S = samples_CS.mean(dim=0)
-    if source_rate_hz != sample_rate_hz:
-        samples_S = torchaudio.functional.resample(samples_S, source_rate_hz, sample_rate_hz)
-    if max_seconds is not None:
-        samples_S = samples_S[: round(max_seconds * sample_rate_hz)]
-    if len(samples_S) < min_samples:
+    name = name or ("audio bytes" if isinstance(source, bytes) else str(source))
+    with contextlib.ExitStack() as held:
+        stream: BinaryIO
+        if isinstance(source, bytes):
+            if not source:
+                raise AudioError("empty", f"'{name}' is empty (0 bytes); give a WAV, FLAC, MP3 or OGG file")
+            stream = BytesIO(source)
+        else:
+            stream = held.enter_context(_existing_file(Path(source), name).open("rb", buffering=0))
+        try:
+            waveform = _read(stream, name, sample_rate_hz, max_seconds)
+        except AudioError:
+            raise
+        except NeedsFFmpeg as error:
+            raise AudioError(
+                "needs FFmpeg",
+                f"'{name}' is {error}, which FFmpeg reads; install it with `uv sync --extra ffmpeg`, or convert the "
+                "file to WAV, FLAC, MP3 or OGG",
+            ) from error
+        except Exception as error:  # decoders raise whatever a damaged file makes of them
+            raise _unreadable(name, error) from error
+    if len(waveform.samples_S) < min_samples:
+        rate_hz = waveform.sample_rate_hz
         raise AudioError(
             "too short",
-            f"'{name}' is {1000 * len(samples_S) / sample_rate_hz:.1f} ms long, less than one codec frame "
-            f"({1000 * min_samples / sample_rate_hz:.0f} ms); give a longer clip",
+            f"'{name}' is {1000 * waveform.seconds:.1f} ms long, less than one codec frame "
+            f"({1000 * min_samples / rate_hz:.0f} ms); give a longer clip",
         )
-    return Waveform(samples_S.contiguous(), sample_rate_hz, is_cut)
+    return waveform
 
 
-def audio_seconds(path: str | Path) -> float:
-    """Duration of a file from its header alone, in seconds.
-
-    Raises:
-        AudioError: missing or not audio.
-    """
-    path = _existing_file(Path(path), str(path))
-    try:
-        info = soundfile.info(str(path))
-    except soundfile.SoundFileError as error:
-        raise _unreadable(str(path), error) from error
-    return info.frames / info.samplerate
+def resample(samples_S: np.ndarray, from_hz: int, to_hz: int) -> np.ndarray:
+    """Mono samples (S,) in float32 at another rate, as `read_audio` resamples."""
+    return soxr.resample(samples_S, from_hz, to_hz)
 
 
 def write_wav(path: str | Path, waveform: Waveform) -> None:
@@ -119,29 +134,113 @@ def write_wav(path: str | Path, waveform: Waveform) -> None:
 def _existing_file(path: Path, name: str) -> Path:
     if path.is_dir():
         raise AudioError("unreadable", f"'{name}' is a directory; name one audio file")
-    if not path.exists():
-        raise AudioError("missing", f"'{name}' does not exist; check the path")
-    if path.stat().st_size == 0:
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError as error:
+        raise AudioError("missing", f"'{name}' does not exist; check the path") from error
+    except OSError as error:
+        raise _unreadable(name, error) from error
+    if size == 0:
         raise AudioError("empty", f"'{name}' is empty (0 bytes); give a WAV, FLAC, MP3 or OGG file")
     return path
 
 
-def _decode(stream: io.BytesIO | str, name: str, max_seconds: float | None) -> tuple[torch.Tensor, int, bool]:
-    """Samples (channels, S) at the source's rate, that rate, and whether the source went on."""
+def _read(stream: BinaryIO, name: str, wanted_hz: int | None, max_seconds: float | None) -> Waveform:
+    """All recordings of a file, one behind the other."""
+    parts: list[Waveform] = []
+    offset: int | None = 0
+    while offset is not None:
+        left = None if max_seconds is None else max_seconds - sum(part.seconds for part in parts)
+        part = _read_recording(stream, offset, name, wanted_hz, left)
+        parts.append(part)
+        wanted_hz = part.sample_rate_hz
+        offset = None if part.is_cut else next_link(stream, offset)
+    # In NumPy: a process that was forked from one in which PyTorch has used its threads waits for them for ever.
+    samples_S = torch.from_numpy(np.concatenate([part.samples_S.numpy() for part in parts]))
+    if max_seconds is not None:
+        samples_S = samples_S[: round(max_seconds * parts[0].sample_rate_hz)]
+    if len(samples_S) == 0:
+        raise AudioError("empty", f"'{name}' holds no audio samples; give a clip with sound in it")
+    remarks = tuple(dict.fromkeys(remark for part in parts for remark in part.remarks))
+    return Waveform(samples_S, parts[0].sample_rate_hz, parts[-1].is_cut, remarks)
+
+
+def _read_recording(
+    stream: BinaryIO, offset: int, name: str, wanted_hz: int | None, max_seconds: float | None
+) -> Waveform:
+    """One recording; read a second time where its channels cancel each other."""
+    with opened(stream, offset) as recording:
+        waveform, loudest = _mono(recording, name, wanted_hz, max_seconds, None)
+    if loudest is None:
+        return waveform
+    with opened(stream, offset) as recording:
+        waveform, _ = _mono(recording, name, wanted_hz, max_seconds, loudest)
+    return replace(waveform, remarks=(*waveform.remarks, OPPOSITE))
+
+
+def _mono(
+    recording: Recording, name: str, wanted_hz: int | None, max_seconds: float | None, channel: int | None
+) -> tuple[Waveform, int | None]:
+    """A recording as mono at the rate wanted, and the channel to take if the mean of all is not to be used.
+
+    Args:
+        channel: the one to take; None takes the mean.
+    """
+    rate_hz, C = recording.rate_hz, recording.num_channels
+    if not RATES_HZ[0] <= rate_hz <= RATES_HZ[1]:
+        raise AudioError(
+            "sample rate", f"'{name}' says that its sample rate is {rate_hz:,} Hz, at which nobody records; mend it"
+        )
+    wanted_hz = wanted_hz or rate_hz
+    resampled = soxr.ResampleStream(rate_hz, wanted_hz, 1) if wanted_hz != rate_hz else None
+    limit = None if max_seconds is None else math.ceil(max_seconds * rate_hz)
+    parts: list[np.ndarray] = []
+    num_read, is_cut, is_damaged = 0, False, False
+    energy, energy_C = 0.0, np.zeros(C)
     try:
-        with soundfile.SoundFile(stream) as file:
-            frames = -1 if max_seconds is None else _ceil(max_seconds * file.samplerate)
-            samples_SC = file.read(frames, dtype="float32", always_2d=True)
-            is_cut = frames >= 0 and len(file.read(1)) > 0
-            return torch.from_numpy(samples_SC.T), file.samplerate, is_cut
-    except soundfile.SoundFileError as error:
-        raise _unreadable(name, error) from error
+        for block_SC in recording.blocks:
+            if limit is not None and num_read + len(block_SC) > limit:
+                is_cut, block_SC = True, block_SC[: limit - num_read]
+            num_read += len(block_SC)
+            _check_samples(block_SC, name)
+            mono_S = block_SC.mean(axis=1) if channel is None and C > 1 else block_SC[:, channel or 0]
+            if channel is None and C > 1:
+                energy += float(np.square(mono_S, dtype=np.float64).sum())
+                energy_C += np.square(block_SC, dtype=np.float64).sum(axis=0)
+            parts.append(resampled.resample_chunk(mono_S) if resampled else mono_S)
+            if is_cut:
+                break
+        is_damaged = not is_cut and num_read < (recording.num_samples or 0)
+    except AudioError:
+        raise
+    except Exception:  # decoders raise whatever a damaged file makes of them; what came before is sound
+        if num_read == 0:
+            raise
+        is_damaged = True
+    if resampled:
+        parts.append(resampled.resample_chunk(np.empty(0, np.float32), last=True))
+    samples_S = np.concatenate(parts) if parts else np.empty(0, np.float32)
+    waveform = Waveform(torch.from_numpy(samples_S), wanted_hz, is_cut or is_damaged, (DAMAGED,) if is_damaged else ())
+    # Channels that do not cancel leave at least what the loudest alone would leave of a mean, a C-th of it; half of
+    # that (6 dB less) is taken as cancelled.
+    is_cancelled = energy < 0.25 * energy_C.max() / C**2
+    return waveform, int(energy_C.argmax()) if is_cancelled else None
 
 
-def _ceil(value: float) -> int:
-    return -int(-value // 1)
+def _check_samples(block_SC: np.ndarray, name: str) -> None:
+    if not block_SC.size:
+        return
+    peak = float(np.abs(block_SC).max())
+    if not math.isfinite(peak):
+        raise AudioError("non-finite", f"'{name}' holds NaN or infinite samples; repair or remove the file")
+    if peak > MAX_PEAK:
+        raise AudioError(
+            "out of range",
+            f"'{name}' has samples up to {peak:,.0f}, which are not in [-1, 1] (more than {MAX_PEAK:g} is no "
+            "overshoot): integers that were stored as floats? divide them by their full scale",
+        )
 
 
 def _unreadable(name: str, error: Exception) -> AudioError:
-    detail = str(error).split(": ", 1)[-1].rstrip(".")
+    detail = (str(error).split(": ", 1)[-1].strip() or type(error).__name__).splitlines()[0].rstrip(".")
     return AudioError("unreadable", f"'{name}' is no readable audio ({detail}); give a WAV, FLAC, MP3 or OGG file")

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from llama_mimi.audio import Waveform, read_audio
+from llama_mimi.audio import DAMAGED, AudioError, Waveform, read_audio
 from llama_mimi.benchmarks import Clip
 from llama_mimi.codec import MimiCodec, codec_hash
 from llama_mimi.errors import UserError
@@ -34,7 +34,7 @@ STORED_LEVELS = 8
 CLIPS_PER_CHUNK = 64
 READERS = 4  # threads that read and resample
 # Raised when reading, resampling, cutting or encoding changes in this project, so that older codes are left alone.
-ENCODING = 1
+ENCODING = 2
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class CodeCache:
             UserError: a shard is damaged.
         """
         found: dict[str, CachedCodes] = {}
-        for path in find_files(f"{self.folder}/*.parquet", "*.parquet"):
+        for path in find_files(self.folder, (".parquet",)):
             try:
                 fs, bare = file_system(path)
                 with fs.open(bare) as stream:
@@ -115,6 +115,7 @@ def made_by(codec: MimiCodec, max_seconds: float, *, as_released: bool) -> dict[
     return {
         "encoding": ENCODING,
         "codec_sha256": codec_hash(codec.name),
+        "attention": codec.attention,
         "levels": _stored_levels(codec),
         "dtype": str(codec.dtype),
         "device": codec.device.type,
@@ -209,10 +210,10 @@ def _read(
     audio_id = hashlib.sha256(content).hexdigest()
     if audio_id in known:
         return audio_id, None
-    return audio_id, read_audio(
-        content,
-        codec.sample_rate_hz,
-        max_seconds=max_seconds,
-        name=str(clip.source) if isinstance(clip.source, Path) else clip.name,
-        min_samples=codec.frame_size,
+    name = str(clip.source) if isinstance(clip.source, Path) else clip.name
+    waveform = read_audio(
+        content, codec.sample_rate_hz, max_seconds=max_seconds, name=name, min_samples=codec.frame_size
     )
+    if DAMAGED in waveform.remarks:  # half a clip has another score
+        raise AudioError("damaged", f"'{name}' is damaged: its end is missing; copy it anew")
+    return audio_id, waveform

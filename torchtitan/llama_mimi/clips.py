@@ -5,11 +5,8 @@ in turn, so that the main process sees one sequence whatever n is. Each worker r
 rows of, which in a shuffled block are all: decoding and resampling are divided, fetching the bytes is not.
 """
 
-import ctypes
 import dataclasses
 import os
-import signal
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,11 +21,11 @@ from llama_mimi.audio import AudioError, read_audio
 from llama_mimi.corpora import AudioCorpus
 from llama_mimi.errors import UserError
 from llama_mimi.order import ClipRef, RowsInOrder, ShuffledOrder, in_chunks
+from llama_mimi.ranks import end_with_parent
 from llama_mimi.token_store import CodeCorpus, CodeGroup
 
 # A share is judged on at least this many clips: one bad clip among the first ten is no 10 %.
 MIN_CLIPS_FOR_SHARE = 100
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
 # Every skipped clip is counted; only so many are named one by one.
 MAX_NAMED_CLIPS = 20
 
@@ -48,9 +45,10 @@ class AudioClip:
     Args:
         name: id or path, for messages.
         samples_S: mono float32 at the codec's rate.
-        is_cut: the recording went on after the longest audio wanted.
+        is_cut: the recording went on after the longest audio wanted, or broke off.
         text: transcript, or None where the task needs none.
         speaker: where the corpus says it and it was asked for.
+        remarks: as `llama_mimi.audio.Waveform`.
     """
 
     name: str
@@ -58,6 +56,7 @@ class AudioClip:
     is_cut: bool
     text: str | None
     speaker: str | None = None
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,12 +68,14 @@ class CodedClip:
         codes_TQ: of the levels wanted.
         is_cut: the recording went on.
         text: transcript, or None where the task needs none.
+        remarks: as `AudioClip`; codes do not keep them.
     """
 
     name: str
     codes_TQ: np.ndarray
     is_cut: bool
     text: str | None
+    remarks: tuple[str, ...] = ()
 
 
 Clip = AudioClip | CodedClip | SkippedClip
@@ -106,33 +107,56 @@ class AudioReader:
         self._max_seconds = max_frames * frame_size / sample_rate_hz
 
     def clip(self, table: pa.Table, ref: ClipRef) -> Clip:
-        """One row of the row group ``table``."""
-        values = {name: table[name][ref.row].as_py() for name in table.column_names}
-        audio = values["audio"] or {}
-        name = str(values.get("id") or audio.get("path") or self.corpus.row_name(ref.group, ref.row))
-        if self._with_text and not values["text"]:
-            return SkippedClip("no text", f"'{name}' has no text")
-        source = audio.get("bytes") if audio.get("bytes") is not None else audio.get("path")
-        if source is None:
-            return SkippedClip("no audio", f"'{name}' has neither audio bytes nor a path")
+        """One row of the row group ``table``; whatever is wrong with it, it is skipped with a reason."""
+        name = self.corpus.row_name(ref.group, ref.row)
         try:
-            waveform = read_audio(
-                source,
-                self._sample_rate_hz,
-                max_seconds=self._max_seconds,
-                name=name,
-                min_samples=self._frame_size,
-            )
+            values = {role: table[role][ref.row].as_py() for role in table.column_names}
+            audio = values["audio"] or {}
+            name = _label(values.get("id")) or audio.get("path") or name
+            return self._clip(name, audio, values, ref)
         except AudioError as error:
             return SkippedClip(error.reason, str(error))
-        text, speaker = values.get("text"), values.get("speaker")
+        except Exception as error:  # one odd row in a million must not end the run, whatever is odd about it
+            detail = (str(error).strip().splitlines() or [""])[0][:200]
+            return SkippedClip("unexpected", f"'{name}' cannot be read ({type(error).__name__}: {detail})")
+
+    def _clip(self, name: str, audio: dict[str, Any], values: dict[str, Any], ref: ClipRef) -> AudioClip:
+        if self._with_text and not values["text"]:
+            raise AudioError("no text", f"'{name}' has no text")
+        waveform = read_audio(
+            self._source(name, audio, ref),
+            self._sample_rate_hz,
+            max_seconds=self._max_seconds,
+            name=name,
+            min_samples=self._frame_size,
+        )
         return AudioClip(
             name,
             waveform.samples_S,
             waveform.is_cut,
-            None if text is None else str(text),
-            None if speaker is None else str(speaker),
+            _transcript(name, values.get("text")),
+            _label(values.get("speaker")),
+            waveform.remarks,
         )
+
+    def _source(self, name: str, audio: dict[str, Any], ref: ClipRef) -> bytes | str:
+        content, path = audio.get("bytes"), audio.get("path")
+        if content is None and path is None:
+            raise AudioError("no audio", f"'{name}' has neither audio bytes nor a path")
+        content = b"" if content is None else content
+        if not isinstance(content, bytes):
+            raise AudioError(
+                "not bytes",
+                f"'{name}' holds its audio as {type(content).__name__}, not as bytes; write the bytes of its file",
+            )
+        if content or path is None:
+            return content
+        try:
+            source = self.corpus.open_path(path, ref.group)
+        except OSError as error:
+            raise AudioError("missing", f"'{name}' cannot be opened ({error}); check its path") from error
+        is_there = isinstance(source, bytes) or os.path.exists(source)
+        return source if is_there or audio["bytes"] is None else content
 
 
 class CodeReader:
@@ -230,21 +254,34 @@ class ClipStream(torch.utils.data.IterableDataset):
         return reader.clip(groups[ref.group], ref)
 
 
+def _transcript(name: str, value: Any) -> str | None:
+    try:
+        return value.decode() if isinstance(value, bytes) else value
+    except UnicodeDecodeError as error:
+        raise AudioError("text is no UTF-8", f"the text of '{name}' is no UTF-8 ({error})") from error
+
+
+def _label(value: Any) -> str | None:
+    """An id or a speaker: text, bytes of it, or a number."""
+    if isinstance(value, bytes):
+        return value.decode(errors="backslashreplace")
+    return None if value is None else str(value)
+
+
 def is_too_many(num_skipped: int, num_read: int, max_bad_share: float) -> bool:
     """Whether more than the allowed share of the clips was skipped."""
     return num_skipped > max_bad_share * max(num_read, MIN_CLIPS_FOR_SHARE)
 
 
 def _end_with(parent: int, worker: int) -> None:
-    """Ends a worker with the process that reads from it, also if that is killed.
+    """End a loader worker with the process that reads from it, also if that is killed.
 
     It would otherwise wait for ever to hand over what it has read, as its siblings hold the pipe open, and with it the
-    run's output. Linux only; elsewhere such workers are left over.
+    run's output.
     """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it was killed before
-            os._exit(1)
+    end_with_parent()
+    if os.getppid() != parent:  # it was killed before
+        os._exit(1)
 
 
 def _without_tensor(clip: Clip) -> Clip:

@@ -11,10 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from functools import lru_cache
 from itertools import chain
+from typing import Literal
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import MimiConfig, MimiModel
+from transformers import MimiConfig, MimiModel, PreTrainedConfig
 from transformers.utils import cached_file
 
 from llama_mimi.batching import batches_of_like_size
@@ -24,6 +25,9 @@ from llama_mimi.hub import load_pretrained
 
 DEFAULT_CODEC = "kyutai/mimi"
 BATCH_SECONDS = (32.0, 160.0)  # of audio encoded at once without and with a GPU (scripts/bench_data.py)
+# Positions that Mimi's Transformers attend to: its window (250, which are 10 s), as it was trained and as transformers
+# has it since February 2026 (pull request 43971), or everything before, as transformers had it until then.
+CodecAttention = Literal["windowed", "whole"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -47,6 +51,15 @@ def whole_frames(seconds: float, config: MimiConfig) -> int:
     return int(seconds * config.sampling_rate / config.frame_size + 1e-6)
 
 
+def attention_of(config: PreTrainedConfig) -> CodecAttention:
+    """How the codes were made that a model speaks.
+
+    A config that names its codec but no attention is of this project, before it said so, and windowed. One that names
+    neither is a released checkpoint: none of them says, but all are from before transformers had the window.
+    """
+    return getattr(config, "codec_attention", "windowed" if hasattr(config, "codec") else "whole")
+
+
 class MimiCodec:
     """Mimi at a fixed depth.
 
@@ -55,10 +68,16 @@ class MimiCodec:
         num_quantizers: Q, levels to encode and decode.
         device: where the model runs.
         dtype: of weights and activations; bfloat16 changes about 2 % of the codes.
+        attention: see `CodecAttention`; both give the same codes until the window is full.
     """
 
     def __init__(
-        self, name: str, num_quantizers: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        name: str,
+        num_quantizers: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        attention: CodecAttention = "windowed",
     ) -> None:
         config = load_codec_config(name, num_quantizers)
         self.name = name
@@ -70,11 +89,14 @@ class MimiCodec:
         self.frame_rate_hz: float = config.sampling_rate / config.frame_size
         self.device = torch.device(device)
         self.dtype = dtype
+        self.attention = attention
         if self.device.type == "cpu":
             keep_freed_memory()
         # float32 is meant: by default convolutions on a GPU round to TF32. Nothing else here has convolutions.
         torch.backends.cudnn.allow_tf32 = False
-        self.model = load_pretrained(MimiModel, name, what="codec", dtype=dtype).to(self.device).eval()
+        # A window as wide as there are positions is none.
+        window = {} if attention == "windowed" else {"sliding_window": config.max_position_embeddings}
+        self.model = load_pretrained(MimiModel, name, what="codec", dtype=dtype, **window).to(self.device).eval()
 
     def at_depth(self, num_quantizers: int) -> "MimiCodec":
         """The same codec at another depth, with the same weights in memory."""

@@ -17,12 +17,12 @@ from transformers import LlamaConfig
 
 import llama_mimi.job_config
 from llama_mimi.checkpoint import find_step, has_loader_position
-from llama_mimi.codec import load_codec_config, whole_frames
-from llama_mimi.corpora import check_corpus
+from llama_mimi.codec import attention_of, load_codec_config, whole_frames
+from llama_mimi.corpus_files import check_corpus
 from llama_mimi.errors import UserError
 from llama_mimi.hub import load_pretrained
 from llama_mimi.model import FLAVORS
-from llama_mimi.open_data import dataset_names
+from llama_mimi.open_data import chosen_split, dataset_names
 from llama_mimi.run_record import ASSETS_FOLDER, speech_config
 from llama_mimi.sequences import load_sequences
 from llama_mimi.token_store import CodeCorpus, is_store
@@ -288,11 +288,12 @@ def _check_data(job_config: Any) -> None:
     sections = {"training": job_config.training}
     if job_config.validation.enable:
         sections["validation"] = job_config.validation
-    for section, split in sections.items():
-        names = dataset_names(split)
+    for section, values in sections.items():
+        names = dataset_names(values)
+        split = chosen_split(job_config, values)
         if len(names) != 1:
             if section == "validation" or not names:
-                raise UserError(f"{section}.dataset is '{split.dataset}'; name one corpus")
+                raise UserError(f"{section}.dataset is '{values.dataset}'; name one corpus")
             for name in names:
                 if not is_store(name):
                     raise UserError(
@@ -301,14 +302,14 @@ def _check_data(job_config: Any) -> None:
                     )
         for name in names:
             if is_store(name):
-                if split.dataset_path is not None:
-                    raise UserError(
-                        f"{section}.dataset_path is '{split.dataset_path}', but '{name}' is a tokenised corpus; leave "
-                        "the path out"
-                    )
-                CodeCorpus(name, codec.name, codec.num_quantizers, with_text=data.task == "tts")
+                for key, value in (("dataset_path", values.dataset_path), ("split", split)):
+                    if value is not None:
+                        raise UserError(
+                            f"the {key} of {section} is '{value}', but '{name}' is a tokenised corpus; leave it out"
+                        )
+                CodeCorpus(name, codec.name, codec.num_quantizers, codec.attention, with_text=data.task == "tts")
             else:
-                check_corpus(name, split.dataset_path)
+                check_corpus(name, values.dataset_path, split)
     names = dataset_names(job_config.training)
     if data.weights and (len(data.weights) != len(names) or not all(0 < w < math.inf for w in data.weights)):
         raise UserError(
@@ -338,7 +339,7 @@ def _check_model(job_config: Any) -> None:
         )
     args = copy.copy(FLAVORS[model.flavor])
     args.vocab_size = sequences.vocabulary.size
-    wanted = speech_config(args, sequences, codec.name)
+    wanted = speech_config(args, sequences, codec.name, codec.attention)
     base = load_pretrained(LlamaConfig, model.hf_assets_path, what="model")
     problem = f"model.flavor '{model.flavor}' is not the model in '{model.hf_assets_path}'"
     _require_same(wanted, base, SHAPE_KEYS, problem)
@@ -358,8 +359,9 @@ def _check_model(job_config: Any) -> None:
     folder = Path(job_config.job.dump_folder)
     if (folder / job_config.checkpoint.folder).is_dir() and (folder / ASSETS_FOLDER).is_dir():
         earlier = load_pretrained(LlamaConfig, str(folder / ASSETS_FOLDER), what="model")
+        earlier.codec_attention = attention_of(earlier)
         problem = f"job.dump_folder '{folder}' holds the run of another model"
-        _require_same(wanted, earlier, (*SHAPE_KEYS, "num_quantizers", "codec"), problem)
+        _require_same(wanted, earlier, (*SHAPE_KEYS, "num_quantizers", "codec", "codec_attention"), problem)
         _require_same(wanted, earlier, ("vocab_size",), f"{problem}.vocabulary or tokenizer")
 
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.tools.logging import logger
 
+from llama_mimi.audio import DAMAGED
 from llama_mimi.clips import (
     MAX_NAMED_CLIPS,
     MIN_CLIPS_FOR_SHARE,
@@ -161,7 +162,7 @@ class UnitDataLoader(BaseDataLoader):
             codes = iter(self._encode(audio))
             for ref, clip in zip(chunk.refs, chunk.clips, strict=True):
                 if isinstance(clip, AudioClip):
-                    yield ref, CodedClip(clip.name, next(codes).numpy(), clip.is_cut, clip.text)
+                    yield ref, CodedClip(clip.name, next(codes).numpy(), clip.is_cut, clip.text, clip.remarks)
                 else:
                     yield ref, clip
 
@@ -195,10 +196,11 @@ class UnitDataLoader(BaseDataLoader):
             return
         counts = self._counts
         counts["read"] += 1
-        counts["cut at max_audio_seconds"] += not isinstance(clip, SkippedClip) and clip.is_cut
+        if isinstance(clip, CodedClip):
+            self._count_remarks(clip)
         if counts["read"] % CLIPS_PER_REPORT == 0:
             self._report()
-        if not isinstance(clip, SkippedClip):
+        if isinstance(clip, CodedClip):
             return
         counts["skipped"] += 1
         counts[f"skipped: {clip.reason}"] += 1
@@ -216,6 +218,13 @@ class UnitDataLoader(BaseDataLoader):
                 f"{skipped} of {read} clips could not be used ({reasons}), more than data.max_bad_share = "
                 f"{self._max_bad_share:g}; repair the corpus or raise data.max_bad_share"
             )
+
+    def _count_remarks(self, clip: CodedClip) -> None:
+        self._counts["cut at max_audio_seconds"] += clip.is_cut and DAMAGED not in clip.remarks
+        for remark in clip.remarks:
+            self._counts[remark] += 1
+            if self._counts[remark] <= MAX_NAMED_CLIPS:
+                logger.warning(f"clip '{clip.name}': {remark}")
 
     def _report(self) -> None:
         counts = {

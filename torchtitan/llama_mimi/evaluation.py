@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from llama_mimi.accuracy import credit, mean_of_parts, part_results
 from llama_mimi.benchmarks import Benchmark, Clip
 from llama_mimi.clip_codes import CachedCodes, CodeCache, encode_clips, made_by
 from llama_mimi.clip_scores import ScoreLog, score_clips
-from llama_mimi.codec import codec_hash, whole_frames
+from llama_mimi.codec import CodecAttention, codec_hash, whole_frames
 from llama_mimi.errors import UserError
 from llama_mimi.files import read_json, write_whole
 from llama_mimi.hub import weights_sha256
@@ -77,6 +77,8 @@ class BenchmarkScript:
                 raise UserError(f"--{name} is {value}; it must be a positive number")
         if flags.preset == "original" and flags.max_audio_seconds != MAX_AUDIO_SECONDS:
             raise UserError(f"--preset original cuts at {MAX_AUDIO_SECONDS:g} s; leave out --max_audio_seconds")
+        if flags.preset == "original" and flags.codec_attention == "windowed":
+            raise UserError("--preset original encodes without the codec's window; leave out --codec_attention")
         return with_options(
             preset(flags.preset, self.levels),
             levels=flags.levels,
@@ -92,6 +94,9 @@ class BenchmarkScript:
         parser.add_argument("--output_dir", type=Path, default=Path("results"))
         parser.add_argument("--codes_dir", help="codes of clips, kept for other runs (default <output_dir>/codes)")
         parser.add_argument("--codec", help="hub id or folder; by default what the model names")
+        parser.add_argument(
+            "--codec_attention", choices=get_args(CodecAttention), help="by default that of the model's training codes"
+        )
         parser.add_argument("--device", help="by default the accelerator where there is one")
         parser.add_argument(
             "--dtype", choices=DECODER_DTYPES, default="float32", help="of the decoder; the first release: float16"
@@ -116,7 +121,13 @@ class BenchmarkScript:
 
     def _evaluate(self, flags: argparse.Namespace, chosen: Preset, ranks: Ranks) -> None:
         benchmark = self.read(flags.data_dir)
-        model = load_speech_model(flags.model_name, codec_name=flags.codec, device=str(ranks.device), dtype=flags.dtype)
+        model = load_speech_model(
+            flags.model_name,
+            codec_name=flags.codec,
+            attention="whole" if chosen.scoring.as_released else flags.codec_attention,
+            device=str(ranks.device),
+            dtype=flags.dtype,
+        )
         if not whole_frames(flags.max_audio_seconds, model.codec.config):
             raise UserError(
                 f"--max_audio_seconds is {flags.max_audio_seconds}, less than a frame of the codec; raise it"
@@ -131,7 +142,11 @@ class BenchmarkScript:
             "data": flags.data_dir,
             "scoring": chosen.describe(),
             "num_quantizers": model.codec.num_quantizers,
-            "codec": {"name": model.codec.name, "sha256": codec_hash(model.codec.name)},
+            "codec": {
+                "name": model.codec.name,
+                "sha256": codec_hash(model.codec.name),
+                "attention": model.codec.attention,
+            },
             "settings": {
                 "dtype": flags.dtype,
                 "device": ranks.device.type,
@@ -191,6 +206,7 @@ def check_earlier(path: Path, header: Mapping[str, Any]) -> list[str]:
         "--model_name": (earlier.get("model"), header["model"]),
         "--data_dir": (earlier.get("data"), header["data"]),
         "--codec with the hash": (earlier.get("codec", {}).get("sha256"), header["codec"]["sha256"]),
+        "--codec_attention": (earlier.get("codec", {}).get("attention", "windowed"), header["codec"]["attention"]),
         **{
             f"--{name}": (earlier.get("settings", {}).get(name), header["settings"][name])
             for name in ("dtype", "max_audio_seconds")

@@ -1,6 +1,7 @@
 """Files on any fsspec path: found, read as JSON, and written so that they are whole or not there."""
 
 import json
+from glob import escape
 from typing import Any
 from uuid import uuid4
 
@@ -30,20 +31,56 @@ def is_local(fs: fsspec.AbstractFileSystem) -> bool:
     return "file" in fs.protocol
 
 
-def find_files(path: str, in_folder: str) -> list[str]:
-    """Sorted fsspec paths that match ``path``, or ``in_folder`` inside of it where it is a folder.
+def find_files(path: str, endings: tuple[str, ...]) -> list[str]:
+    """Sorted fsspec paths of the files that ``path`` means: a folder, a file, or a glob.
+
+    Args:
+        path: a folder stands for its files at any depth that end so, but hidden ones: what begins with a dot, as
+            macOS's ``._`` sidecars and the ``.cache`` of a download, or with two underscores.
+        endings: such as ".parquet"; capitals do not matter.
 
     Raises:
         UserError: the file system cannot be reached.
     """
     fs, bare = file_system(path)
     try:
-        pattern = f"{bare.rstrip('/')}/{in_folder}" if fs.isdir(bare) else bare
-        found = sorted(fs.glob(pattern))
+        if fs.isdir(bare):
+            inside = fs.find(bare)
+            found = [file for file in inside if file.lower().endswith(endings) and not is_hidden(_below(file, bare))]
+        else:
+            found = _matches(fs, bare)
     except Exception as error:  # remote file systems raise what their transports raise
         detail = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"'{path}' cannot be listed ({detail}); check the path and the network") from error
-    return found if is_local(fs) else [fs.unstrip_protocol(file) for file in found]
+    return sorted(found if is_local(fs) else map(fs.unstrip_protocol, found))
+
+
+def is_hidden(relative: str) -> bool:
+    """Whether a path is, or lies in, what nobody put there on purpose: ``.cache/x``, ``a/._b``, ``__MACOSX/c``.
+
+    It is the rule by which `datasets` leaves them out of a folder.
+    """
+    return any(part.startswith((".", "__")) for part in relative.split("/"))
+
+
+def _matches(fs: fsspec.AbstractFileSystem, pattern: str) -> list[str]:
+    """The file of that name, or what the glob matches; brackets in names of folders that exist are no pattern."""
+    if fs.isfile(pattern):
+        return [pattern]
+    parts = pattern.split("/")
+    literal = 0  # parts that exist as they are spelt
+    for index, part in enumerate(parts):
+        if set(part) & set("*?[") and not ("[" in part and fs.exists("/".join(parts[: index + 1]))):
+            break
+        literal = index + 1
+    found = fs.glob("/".join([*map(escape, parts[:literal]), *parts[literal:]]))
+    if any(is_hidden(part) for part in parts[literal:]):  # asked for
+        return found
+    return [file for file in found if not is_hidden(_below(file, "/".join(parts[:literal])))]
+
+
+def _below(file: str, folder: str) -> str:
+    return file[len(folder) :].lstrip("/")
 
 
 def sizes_in(folder: str) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """Continuing speech: sampling that can only produce whole, ordered frames."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +12,13 @@ from llama_mimi.speech_model import SpeechModel
 from llama_mimi.units import UnitVocabulary
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
     """How tokens are drawn.
 
     Args:
         seconds: of new audio at most; a sample ends earlier where the model ends the speech.
+        min_seconds: of new audio at least; the model cannot end the speech before.
         temperature: 0 takes the likeliest token.
         top_k: candidates a token.
         seed: same seed, same samples.
@@ -27,6 +29,7 @@ class SamplingOptions:
     """
 
     seconds: float = 10.0
+    min_seconds: float = 0.0
     temperature: float = 0.8
     top_k: int = 30
     seed: int = 0
@@ -35,6 +38,7 @@ class SamplingOptions:
     def __post_init__(self) -> None:
         for name, is_valid in {
             "seconds": 0.08 <= self.seconds < float("inf"),
+            "min_seconds": 0 <= self.min_seconds <= self.seconds,
             "temperature": self.temperature >= 0,
             "top_k": self.top_k >= 1,
             "num_samples": self.num_samples >= 1,
@@ -49,18 +53,19 @@ class FrameGrammar(LogitsProcessor):
     Args:
         vocabulary: of the model.
         num_head_tokens: tokens up to and including ``<audio>``.
+        min_frames: of prompt and continuation, before which the speech cannot end.
     """
 
-    def __init__(self, vocabulary: UnitVocabulary, num_head_tokens: int) -> None:
-        self._vocabulary, self._num_head_tokens = vocabulary, num_head_tokens
+    def __init__(self, vocabulary: UnitVocabulary, num_head_tokens: int, min_frames: int = 0) -> None:
+        self._vocabulary, self._num_head_tokens, self._min_frames = vocabulary, num_head_tokens, min_frames
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         vocabulary = self._vocabulary
-        level = (input_ids.shape[1] - self._num_head_tokens) % vocabulary.num_quantizers
+        frame, level = divmod(input_ids.shape[1] - self._num_head_tokens, vocabulary.num_quantizers)
         units = slice(vocabulary.base + level, vocabulary.audio_start_id, vocabulary.num_quantizers)
         allowed = torch.full_like(scores, -torch.inf)
         allowed[:, units] = scores[:, units]
-        if level == 0:
+        if level == 0 and frame >= self._min_frames:
             allowed[:, vocabulary.audio_end_id] = scores[:, vocabulary.audio_end_id]
         return allowed
 
@@ -82,6 +87,7 @@ def continue_codes(model: SpeechModel, prompt_TQ: torch.Tensor, options: Samplin
     prompt_L = model.sequences.sequence(prompt_TQ, is_cut=True)  # no </audio>: the speech goes on
     num_head_tokens = len(prompt_L) - prompt_TQ.numel()
     num_new_frames = round(options.seconds * model.codec.frame_rate_hz)
+    min_frames = len(prompt_TQ) + math.ceil(options.min_seconds * model.codec.frame_rate_hz - 1e-6)
     num_new_tokens = num_new_frames * vocabulary.num_quantizers
     context = decoder.config.max_position_embeddings
     if len(prompt_L) + num_new_tokens > context:
@@ -105,7 +111,7 @@ def continue_codes(model: SpeechModel, prompt_TQ: torch.Tensor, options: Samplin
         prompt_BL,
         attention_mask=torch.ones_like(prompt_BL),
         generation_config=config,
-        logits_processor=LogitsProcessorList([FrameGrammar(vocabulary, num_head_tokens)]),
+        logits_processor=LogitsProcessorList([FrameGrammar(vocabulary, num_head_tokens, min_frames)]),
     )
     samples = []
     for ids_L in ids_BL[:, num_head_tokens:].cpu():

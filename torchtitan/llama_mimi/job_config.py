@@ -6,6 +6,7 @@ Merged by TorchTitan through ``[job] custom_config_module = "llama_mimi.job_conf
 from dataclasses import dataclass, field
 from typing import Literal
 
+from llama_mimi.codec import CodecAttention
 from llama_mimi.units import VocabularyKind
 
 
@@ -38,6 +39,9 @@ class Codec:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the codec; bfloat16 changes about 2 % of the codes"""
 
+    attention: CodecAttention = "windowed"
+    """windowed: as Mimi was trained; whole: without its window of 10 s, as released checkpoints most probably were"""
+
 
 @dataclass
 class Data:
@@ -52,6 +56,12 @@ class Data:
 
     weights: list[float] = field(default_factory=list)
     """Shares of audio of the corpora in training.dataset; empty for each in proportion to its size"""
+
+    split: str | None = None
+    """Split of training.dataset where that is a folder that holds several, such as train-*, test-*"""
+
+    validation_split: str | None = None
+    """The same of validation.dataset"""
 
     audio_column: str = "audio"
     """Column of audio{bytes,path} structs; named corpora know theirs"""

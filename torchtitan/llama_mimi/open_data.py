@@ -52,6 +52,12 @@ def dataset_names(split: Any) -> list[str]:
     return [name.strip() for name in split.dataset.split(",") if name.strip()]
 
 
+def chosen_split(job_config: Any, section: Any) -> str | None:
+    """Which split of a folder of several ``[training]`` or ``[validation]`` takes."""
+    data = job_config.data
+    return data.split if section is job_config.training else data.validation_split
+
+
 def open_readers(job_config: Any, split: Any) -> list[ClipReader]:
     """The corpora of a split, each as audio or as codes.
 
@@ -65,12 +71,18 @@ def open_readers(job_config: Any, split: Any) -> list[ClipReader]:
     readers: list[ClipReader] = []
     for name in dataset_names(split):
         if is_store(name):
-            corpus = CodeCorpus(name, codec.name, codec.num_quantizers, with_text=with_text)
+            corpus = CodeCorpus(name, codec.name, codec.num_quantizers, codec.attention, with_text=with_text)
             readers.append(CodeReader(corpus, max_frames=max_frames, with_text=with_text))
             continue
         readers.append(
             AudioReader(
-                open_corpus(name, split.dataset_path, data.audio_column, data.text_column if with_text else None),
+                open_corpus(
+                    name,
+                    split.dataset_path,
+                    data.audio_column,
+                    data.text_column if with_text else None,
+                    split=chosen_split(job_config, split),
+                ),
                 sample_rate_hz=config.sampling_rate,
                 frame_size=config.frame_size,
                 max_frames=max_frames,
@@ -119,8 +131,10 @@ def _build(
     """``split`` is ``[training]`` or ``[validation]``: dataset, batch size, seq_len and workers."""
     codec = None
     if any(isinstance(reader, AudioReader) for reader in readers):
-        name, num_quantizers, dtype = (getattr(job_config.codec, key) for key in ("name", "num_quantizers", "dtype"))
-        codec = MimiCodec(name, num_quantizers, torch.device(device_type), DTYPES[dtype])
+        own = job_config.codec
+        codec = MimiCodec(
+            own.name, own.num_quantizers, torch.device(device_type), DTYPES[own.dtype], attention=own.attention
+        )
     packer = BatchPacker(
         sequences,
         split.local_batch_size,

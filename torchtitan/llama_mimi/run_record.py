@@ -1,7 +1,7 @@
 """What a run writes down about its model, so that a checkpoint can be converted without its config.
 
-``<dump_folder>/hf_assets`` holds the extended tokenizer and the `LlamaConfig` of the model with ``num_quantizers``
-and ``codec``: all of a Hugging Face model folder but the weights.
+``<dump_folder>/hf_assets`` holds the extended tokenizer and the `LlamaConfig` of the model with ``num_quantizers``,
+``codec`` and ``codec_attention``: all of a Hugging Face model folder but the weights.
 """
 
 from pathlib import Path
@@ -9,15 +9,18 @@ from pathlib import Path
 import torch.distributed as dist
 from transformers import LlamaConfig
 
+from llama_mimi.codec import CodecAttention
 from llama_mimi.errors import UserError
-from llama_mimi.hf import hf_config
+from llama_mimi.hf import hf_config, save_folder
 from llama_mimi.model import LlamaMimiArgs
 from llama_mimi.sequences import SequenceBuilder
 
 ASSETS_FOLDER = "hf_assets"
 
 
-def speech_config(args: LlamaMimiArgs, sequences: SequenceBuilder, codec_name: str) -> LlamaConfig:
+def speech_config(
+    args: LlamaMimiArgs, sequences: SequenceBuilder, codec_name: str, attention: CodecAttention = "windowed"
+) -> LlamaConfig:
     """The Hugging Face configuration of a speech language model."""
     return hf_config(
         args,
@@ -26,15 +29,14 @@ def speech_config(args: LlamaMimiArgs, sequences: SequenceBuilder, codec_name: s
         pad_token_id=sequences.tokenizer.pad_token_id,
         num_quantizers=sequences.vocabulary.num_quantizers,
         codec=codec_name,
+        codec_attention=attention,
     )
 
 
 def save_run_record(dump_folder: str, config: LlamaConfig, sequences: SequenceBuilder) -> None:
     """Write ``hf_assets``; one rank writes, the others go on."""
     if not dist.is_initialized() or dist.get_rank() == 0:
-        folder = Path(dump_folder) / ASSETS_FOLDER
-        config.save_pretrained(folder)
-        sequences.tokenizer.save_pretrained(folder)
+        save_folder(Path(dump_folder) / ASSETS_FOLDER, config, sequences.tokenizer)
 
 
 def find_run_record(checkpoint: Path) -> Path:

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 import torch
-import torchaudio.functional
 
-from llama_mimi.audio import AudioError
+from llama_mimi.audio import AudioError, resample
+from llama_mimi.errors import UserError
 from llama_mimi.likelihood import batch_scores
 from llama_mimi.scoring import Scoring
 from llama_mimi.speech_model import SpeechModel
@@ -21,6 +21,9 @@ class SalmonModel:
         sample_rate_hz: of the samples that will come.
         scoring: by default that of preset "official".
         max_audio_seconds: longer clips are cut, as by the scripts in eval/.
+
+    Raises:
+        UserError: scoring as released by a codec with its window.
     """
 
     def __init__(
@@ -32,6 +35,8 @@ class SalmonModel:
     ) -> None:
         self._model, self._rate_hz, self._max_seconds = model, sample_rate_hz, max_audio_seconds
         self._scoring = scoring or Scoring(levels=None)
+        if self._scoring.as_released and model.codec.attention != "whole":
+            raise UserError("scoring as released needs a codec without window; load the model with attention='whole'")
 
     def log_likelihood(self, wavs: Sequence[torch.Tensor]) -> torch.Tensor:
         """Scores (B,), float64; higher is likelier.
@@ -45,8 +50,12 @@ class SalmonModel:
         codec = self._model.codec
         limit = round(self._max_seconds * codec.sample_rate_hz)
         samples = [
-            torchaudio.functional.resample(
-                wav.float().cpu().reshape(-1, wav.shape[-1]).mean(dim=0), self._rate_hz, codec.sample_rate_hz
+            torch.from_numpy(
+                resample(
+                    wav.float().cpu().reshape(-1, wav.shape[-1]).mean(dim=0).numpy(),
+                    self._rate_hz,
+                    codec.sample_rate_hz,
+                )
             )
             for wav in wavs
         ]

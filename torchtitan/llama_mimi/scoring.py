@@ -28,9 +28,9 @@ class Scoring:
         statistic: mean over the scored tokens, or their sum.
         window_seconds: the score is that of the least likely window of this length; None takes the whole clip.
         as_released: sequence, tokens and codes of the first release: BOS only if the tokenizer adds it, ``</audio>``
-            also behind a clip that was cut, a partial last frame left to the codec. With ``levels`` None every token
-            after the first is scored, ``<audio>`` too; with ``(0,)`` every Q-th from position 2 on, which is level 0
-            and ``</audio>`` behind BOS, and level 1 without it.
+            also behind a clip that was cut, a partial last frame left to the codec, whose attention is "whole". With
+            ``levels`` None every token after the first is scored, ``<audio>`` too; with ``(0,)`` every Q-th from
+            position 2 on, which is level 0 and ``</audio>`` behind BOS, and level 1 without it.
     """
 
     levels: tuple[int, ...] | None

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
-from llama_mimi.codec import DEFAULT_CODEC, DTYPES, MimiCodec
+from llama_mimi.codec import DEFAULT_CODEC, DTYPES, CodecAttention, MimiCodec, attention_of
 from llama_mimi.cpu import available_device
 from llama_mimi.errors import UserError
 from llama_mimi.hub import load_pretrained
@@ -39,7 +39,12 @@ def default_device() -> str:
 
 
 def load_speech_model(
-    model_name: str, *, codec_name: str | None = None, device: str | None = None, dtype: str = "float32"
+    model_name: str,
+    *,
+    codec_name: str | None = None,
+    attention: CodecAttention | None = None,
+    device: str | None = None,
+    dtype: str = "float32",
 ) -> SpeechModel:
     """Load a Hugging Face checkpoint of a speech language model.
 
@@ -47,6 +52,7 @@ def load_speech_model(
         model_name: hub id or folder.
         codec_name: hub id or folder of its codec; None takes what the checkpoint names, else ``kyutai/mimi``, which
             all released checkpoints use without naming it.
+        attention: of the codec; None takes what the checkpoint was trained on (`llama_mimi.codec.attention_of`).
         device: torch device; None takes the accelerator where there is one.
         dtype: of the decoder, a key of `DECODER_DTYPES`. The codec always runs in float32.
 
@@ -63,7 +69,7 @@ def load_speech_model(
             "convert a training checkpoint with scripts/convert_dcp_to_hf.py"
         )
     codec_name = codec_name or getattr(decoder.config, "codec", None) or DEFAULT_CODEC
-    codec = MimiCodec(codec_name, num_quantizers, device)
+    codec = MimiCodec(codec_name, num_quantizers, device, attention=attention or attention_of(decoder.config))
     tokenizer = load_pretrained(AutoTokenizer, model_name, what="tokenizer")
     sequences = SequenceBuilder(*extend_tokenizer(tokenizer, codec.codebook_size, num_quantizers))
     rows = decoder.get_input_embeddings().num_embeddings

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llama_mimi.codec import codec_hash, load_codec_config
+from llama_mimi.codec import CodecAttention, codec_hash, load_codec_config
 from llama_mimi.corpora import digest, unreadable
 from llama_mimi.errors import UserError
 from llama_mimi.files import file_system, read_json, sizes_in
@@ -41,6 +41,7 @@ class StoredClip:
         seconds: of audio.
         is_cut: the recording went on.
         text, speaker: where the corpus has them.
+        remarks: as `llama_mimi.audio.Waveform`, counted in the manifest.
     """
 
     name: str
@@ -49,6 +50,7 @@ class StoredClip:
     is_cut: bool
     text: str | None = None
     speaker: str | None = None
+    remarks: tuple[str, ...] = ()
 
 
 class CodeCorpus:
@@ -58,16 +60,19 @@ class CodeCorpus:
         path: its folder.
         codec: name of the codec that training uses; its weights must have the hash in the manifest.
         num_quantizers: Q that training uses, at most what is stored.
+        attention: of the codec, which must be what made the codes.
         with_text: rows need transcripts.
 
     Raises:
         UserError: unfinished, damaged, incomplete, of another codec, too few levels, or without the text wanted.
     """
 
-    def __init__(self, path: str, codec: str, num_quantizers: int, *, with_text: bool) -> None:
+    def __init__(
+        self, path: str, codec: str, num_quantizers: int, attention: CodecAttention = "windowed", *, with_text: bool
+    ) -> None:
         self.name, self._num_quantizers = path, num_quantizers
         self.manifest = read_manifest(path)
-        self._check(codec, with_text)
+        self._check(codec, attention, with_text)
         self._codebook_size: int = self.manifest["codec"]["codebook_size"]
         self._columns = ["id", "codes", "is_cut", *(["text"] if with_text else [])]
         clips = [shard["clips"] for shard in self.manifest["shards"]]
@@ -116,7 +121,7 @@ class CodeCorpus:
         columns = {name: table[name].to_pylist() for name in self._columns if name != "codes"}
         return CodeGroup(columns, starts.tolist(), frames_NQ[:, : self._num_quantizers])
 
-    def _check(self, codec: str, with_text: bool) -> None:
+    def _check(self, codec: str, attention: CodecAttention, with_text: bool) -> None:
         made_by = self.manifest["codec"]
         if made_by["num_quantizers"] < self._num_quantizers:
             raise UserError(
@@ -129,6 +134,11 @@ class CodeCorpus:
                 f"the tokenised corpus '{self.name}' was made by the codec '{made_by['name']}' with the hash "
                 f"{made_by['sha256'][:12]}, but codec.name '{codec}' has {found[:12]}; name that codec, or "
                 "tokenise anew"
+            )
+        if (found := made_by.get("attention", "windowed")) != attention:
+            raise UserError(
+                f"the tokenised corpus '{self.name}' was made with the codec's attention '{found}', but "
+                f"codec.attention is '{attention}'; set it to '{found}', or tokenise anew"
             )
         if with_text and "text" not in self.manifest["columns"]:
             raise UserError(f"the tokenised corpus '{self.name}' has no text, which data.task = 'tts' needs; use 'a2a'")

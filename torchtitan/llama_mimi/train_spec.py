@@ -47,7 +47,7 @@ def build_metrics(job_config: Any, parallel_dims: ParallelDims, model_args: Llam
     """The metrics of a run, and the record of its model beside them."""
     codec = job_config.codec
     sequences = build_sequences(job_config)
-    config = speech_config(model_args, sequences, codec.name)
+    config = speech_config(model_args, sequences, codec.name, codec.attention)
     save_run_record(job_config.job.dump_folder, config, sequences)
     codec_config = load_codec_config(codec.name, codec.num_quantizers)
     return SpeechMetrics(

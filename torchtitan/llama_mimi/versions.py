@@ -9,7 +9,7 @@ FOLDER = Path(__file__).parent
 
 def versions() -> dict[str, str]:
     """Versions that numbers depend on, and this repository's commit where the package lies in it."""
-    packages = ("llama-mimi", "torch", "torchaudio", "transformers", "soundfile")
+    packages = ("llama-mimi", "torch", "torchaudio", "transformers", "soundfile", "soxr")
     is_ours = _git("rev-parse", "--show-prefix") == f"torchtitan/{FOLDER.name}/"  # not a repository that it lies in
     commit = _git("describe", "--always", "--dirty") if is_ours else ""
     return {package: version(package) for package in packages} | {"commit": commit or "unknown"}
