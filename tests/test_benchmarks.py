@@ -4,6 +4,8 @@ import csv
 import shutil
 from collections import Counter
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import TINY
 from datasets import Audio, Dataset, Features, Value
@@ -314,3 +316,29 @@ def test_a_row_without_audio_is_named(tmp_path, monkeypatch):
     for clip in read_storycloze(str(tmp_path)).clips:
         with pytest.raises(UserError, match="row 0 of the table has no audio bytes"):
             clip.read()
+
+
+def test_what_a_download_leaves_beside_the_files_is_ignored(tmp_path):
+    root = tmp_path / "salmon"
+    shutil.copytree(TINY / "benchmarks" / "salmon", root)
+    expected = [pair.name for pair in read_salmon(str(root)).pairs]
+    part = next(root.iterdir())
+    (part / "._sample_0_0.ogg").write_bytes(b"a sidecar")
+    (root / ".cache" / "huggingface").mkdir(parents=True)
+    (root / ".cache" / "huggingface" / "sample_0_0.wav").write_bytes(b"a part")
+    assert [pair.name for pair in read_salmon(str(root)).pairs] == expected
+    root = tmp_path / "sLM21"
+    shutil.copytree(TINY / "benchmarks" / "sLM21", root)
+    (root / ".cache" / "huggingface").mkdir(parents=True)
+    assert len(read_slm21(str(root)).pairs) == 200
+
+
+def test_a_table_of_several_splits_is_refused(tmp_path):
+    for split in ("train", "test"):
+        path = tmp_path / "gender_consistency" / f"{split}-00000-of-00001.parquet"
+        path.parent.mkdir(exist_ok=True)
+        struct = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+        cell = pa.array([{"bytes": b"x", "path": None}], struct)
+        pq.write_table(pa.table({"positive_audio": cell, "negative_audio": cell}), path)
+    with pytest.raises(UserError, match="has the splits test, train; move all but one out"):
+        read_salmon(str(tmp_path))

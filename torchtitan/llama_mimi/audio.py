@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import stat
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -132,15 +133,15 @@ def write_wav(path: str | Path, waveform: Waveform) -> None:
 
 
 def _existing_file(path: Path, name: str) -> Path:
-    if path.is_dir():
-        raise AudioError("unreadable", f"'{name}' is a directory; name one audio file")
     try:
-        size = path.stat().st_size
+        found = path.stat()
     except FileNotFoundError as error:
         raise AudioError("missing", f"'{name}' does not exist; check the path") from error
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise _unreadable(name, error) from error
-    if size == 0:
+    if stat.S_ISDIR(found.st_mode):
+        raise AudioError("unreadable", f"'{name}' is a directory; name one audio file")
+    if found.st_size == 0:
         raise AudioError("empty", f"'{name}' is empty (0 bytes); give a WAV, FLAC, MP3 or OGG file")
     return path
 

@@ -12,7 +12,9 @@ from typing import Any
 from datasets import Audio, Dataset, get_dataset_config_names, load_dataset
 from datasets.exceptions import DatasetsError
 
+from llama_mimi.corpus_files import PARQUET_ENDINGS, splits_in
 from llama_mimi.errors import UserError
+from llama_mimi.files import find_files
 
 
 class PairTable:
@@ -94,7 +96,7 @@ def open_tables(
         UserError: neither a folder nor on the hub, or files that it is not clear what they hold.
     """
     root = Path(source)
-    if root.is_dir() or root.suffix == ".parquet":
+    if root.is_dir() or root.suffix.lower() in PARQUET_ENDINGS:
         return _local_tables(root, names, known, columns)
     if names is None:
         return [PairTable(config, partial(_load, source, config), columns) for config in _configs(source)]
@@ -108,7 +110,7 @@ def _local_tables(
 ) -> list[PairTable]:
     """Tables by data set, or by file or folder where any will do."""
     files: dict[str, list[str]] = {}
-    for path in sorted(root.rglob("*.parquet")) if root.is_dir() else [root]:
+    for path in map(Path, find_files(str(root), PARQUET_ENDINGS) if root.is_dir() else [str(root)]):
         folders = [part for part in path.absolute().parent.parts if part not in ("data", "train", "default")]
         if names is not None:
             folders = [part for part in folders if part in known]
@@ -121,6 +123,10 @@ def _local_tables(
                 continue  # of another benchmark
         name = folders[-1] if names is not None or is_shard(path) else path.stem
         files.setdefault(name, []).append(str(path))
+    for name, paths in files.items():
+        splits = sorted({split for split in splits_in(str(root.absolute()), paths) if split})
+        if len(splits) > 1:
+            raise UserError(f"the table '{name}' in '{root}' has the splits {', '.join(splits)}; move all but one out")
     return [PairTable(name, partial(_load_files, paths), columns) for name, paths in sorted(files.items())]
 
 

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from llama_mimi.accuracy import frequency_band
 from llama_mimi.benchmark_tables import PairTable, open_tables
 from llama_mimi.errors import UserError
+from llama_mimi.files import is_hidden
 
 AUDIO_ENDINGS = (".wav", ".flac", ".ogg", ".mp3")
 OTHER_AUDIO_ENDINGS = (".aac", ".aif", ".aiff", ".m4a", ".mp4", ".opus", ".sph", ".webm", ".wma")
@@ -154,7 +155,7 @@ def read_slm21(source: str) -> Benchmark:
                 clips = _table_clips(table, index)
                 pairs.append(Pair(SLM21_TABLES[table.name], str(index), *clips, group, _labels(row, table.name)))
         return Benchmark(_not_empty(pairs, source, "a table of pairs"), notes=notes)
-    for folder in sorted(Path(source).glob("*/*/")):
+    for folder in sorted(path for path in Path(source).glob("*/*/") if not _is_hidden(path, source)):
         task, split = folder.parent.name, folder.name
         if task in ("phonetic", "semantic"):
             notes.append(f"'{folder}' belongs to other tasks of ZeroSpeech 2021 and is left out")
@@ -318,7 +319,8 @@ def _labels(row: Mapping[str, object], where: str) -> dict[str, str]:
 def _tables(source: str, names: Collection[str] | None, columns: tuple[str, str]) -> list[PairTable]:
     """Tables of pairs; none where a folder holds audio files, whatever else lies in it."""
     root = Path(source)
-    if root.is_dir() and any(path.suffix.lower() in AUDIO_ENDINGS for path in root.rglob("*")):
+    files = root.rglob("*") if root.is_dir() else ()
+    if any(path.suffix.lower() in AUDIO_ENDINGS and not _is_hidden(path, root) for path in files):
         return []
     return open_tables(source, names, {*SLM21_TABLES, *STORYCLOZE_TABLES}, columns)
 
@@ -347,10 +349,14 @@ def _stem(filename: str) -> str:
 
 
 def _audio_files(folder: Path) -> list[Path]:
-    files = sorted(path for path in folder.iterdir() if path.is_file())
+    files = sorted(path for path in folder.iterdir() if path.is_file() and not _is_hidden(path, folder))
     if other := [path for path in files if path.suffix.lower() in OTHER_AUDIO_ENDINGS]:
         raise UserError(f"'{other[0]}' is no {', '.join(AUDIO_ENDINGS)} file; convert it, or move it out")
     return [path for path in files if path.suffix.lower() in AUDIO_ENDINGS]
+
+
+def _is_hidden(path: Path, root: Path | str) -> bool:
+    return is_hidden(path.relative_to(root).as_posix())
 
 
 def _not_empty(pairs: list[Pair], source: str, layout: str) -> list[Pair]:

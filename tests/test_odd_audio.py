@@ -1,0 +1,207 @@
+"""Audio as other programs write, cut and damage it: each file as a row, with what is wanted of it."""
+
+import io
+import struct
+import sys
+
+import fuzz_audio
+import numpy as np
+import pytest
+import scipy.signal
+import soundfile
+import torch
+from conftest import TINY
+
+from llama_mimi.audio import DAMAGED, MAX_PEAK, OPPOSITE, AudioError, read_audio, resample
+
+RATE = 24_000
+SPEECH = soundfile.read(TINY / "prompt.wav", dtype="float32")[0][: RATE * 3 // 2]  # 1.5 s
+
+
+def written(samples=SPEECH, rate_hz=RATE, **form) -> bytes:
+    stream = io.BytesIO()
+    soundfile.write(stream, samples, rate_hz, **form)
+    return stream.getvalue()
+
+
+def wav(samples, rate_hz=RATE, subtype="FLOAT") -> bytes:
+    return written(samples, rate_hz, format="WAV", subtype=subtype)
+
+
+def with_rate(content: bytes, rate_hz: int) -> bytes:
+    """A WAV file whose header says another rate: bytes 24 to 27."""
+    return content[:24] + struct.pack("<I", rate_hz) + content[28:]
+
+
+def flac_of_length(num_samples: int) -> bytes:
+    """A FLAC file whose header says another length: the last 36 bits before the MD5 sum (RFC 9639, 8.2)."""
+    content = bytearray(written(format="FLAC"))
+    field = int.from_bytes(content[18:26], "big") >> 36 << 36 | num_samples
+    content[18:26] = field.to_bytes(8, "big")
+    return bytes(content)
+
+
+def with_damage(content: bytes) -> bytes:
+    """A tenth of the bytes from the middle on are noise."""
+    middle, rng = len(content) // 2, np.random.default_rng(0)
+    return content[:middle] + rng.bytes(len(content) // 10) + content[middle + len(content) // 10 :]
+
+
+def by_ffmpeg(form: str, codec: str, rate_hz: int = RATE) -> bytes:
+    return fuzz_audio._written_by_ffmpeg(SPEECH[:, None], form, codec, rate_hz)
+
+
+OPUS, VORBIS = (written(format="OGG", subtype=subtype) for subtype in ("OPUS", "VORBIS"))
+QUIET = np.zeros(RATE, np.float32)
+# Name -> the file, seconds that are wanted of it, and remarks.
+READ = {
+    "flac through a pipe": (flac_of_length(0), 1.5, ()),
+    "flac that says twice its length": (flac_of_length(2 * len(SPEECH)), 1.5, (DAMAGED,)),
+    "chained opus": (OPUS + OPUS, 3.0, ()),
+    "chained opus, vorbis, opus": (OPUS + VORBIS + OPUS, 4.5, ()),
+    "chained vorbis of other rates": (VORBIS + written(resample(SPEECH, RATE, 8000), 8000, format="OGG"), 3.0, ()),
+    "opus behind noise": (OPUS + bytes(100), 1.5, ()),
+    "gsm": (wav(resample(SPEECH, RATE, 8000), 8000, "GSM610"), 1.5, ()),
+    "44,101 Hz": (wav(resample(SPEECH, RATE, 44_101), 44_101), 1.5, ()),
+    "47,999 Hz": (wav(resample(SPEECH, RATE, 47_999), 47_999), 1.5, ()),
+    "192,001 Hz": (wav(resample(SPEECH, RATE, 192_001), 192_001), 1.5, ()),
+    "opposite phases": (wav(np.stack([SPEECH, -SPEECH], 1)), 1.5, (OPPOSITE,)),
+    "nearly opposite phases": (wav(np.stack([SPEECH, -0.9 * SPEECH], 1)), 1.5, (OPPOSITE,)),
+    "one of two channels": (wav(np.stack([SPEECH, 0 * SPEECH], 1)), 1.5, ()),
+    "one of eight channels": (wav(np.stack([0 * SPEECH] * 7 + [SPEECH], 1)), 1.5, ()),
+    "silence in stereo": (wav(np.stack([QUIET, QUIET], 1)), 1.0, ()),
+    "peaks of 15": (wav(SPEECH / np.abs(SPEECH).max() * 15), 1.5, ()),
+    "mp4": (by_ffmpeg("ipod", "aac"), 1.5, ()),
+    "adts aac": (by_ffmpeg("adts", "aac"), 1.5, ()),
+    "webm": (by_ffmpeg("webm", "libopus"), 1.5, ()),
+    "wma": (by_ffmpeg("asf", "wmav2"), 1.5, ()),
+}
+# Name -> the file, the reason why it is refused, and words of the sentence.
+REFUSED = {
+    "16-bit integers as floats": (wav(SPEECH * 32768), "out of range", "divide them by their full scale"),
+    "peaks of 17": (wav(SPEECH / np.abs(SPEECH).max() * 17), "out of range", "samples up to 17"),
+    "1 Hz": (with_rate(wav(SPEECH), 1), "sample rate", "its sample rate is 1 Hz"),
+    "2 GHz": (with_rate(wav(SPEECH), 2**31 - 1), "sample rate", "2,147,483,647 Hz"),
+    "base64": (b"T2dnUwACAAAAAAAAAAABAAAAAAAAAF3pgQoBE09wdXNIZWFk" * 9, "unreadable", "no readable audio"),
+    "a playlist": (b"#EXTM3U\n#EXTINF:9,\nhttp://127.0.0.1:9/a.aac\n", "unreadable", "no readable audio"),
+    "mp4 of nothing": (by_ffmpeg("ipod", "aac")[:40], "unreadable", "no readable audio"),
+    "aac of nothing": (by_ffmpeg("adts", "aac")[:30], "unreadable", "no readable audio"),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_odd_audio_is_read(name, tmp_path):
+    content, seconds, remarks = READ[name]
+    path = tmp_path / "clip"
+    path.write_bytes(content)
+    for source in (content, path):
+        waveform = read_audio(source, RATE, name=name)
+        assert waveform.remarks == remarks and waveform.is_cut == (DAMAGED in remarks)
+        assert waveform.seconds == pytest.approx(seconds, abs=0.08)  # lossy formats pad
+    if len(waveform.samples_S) >= len(SPEECH) and "silence" not in name:
+        # it is the speech, not something of its length; some formats delay it
+        heard = waveform.samples_S.numpy()[: len(SPEECH)]
+        match = scipy.signal.correlate(heard, SPEECH).max() / np.linalg.norm(heard) / np.linalg.norm(SPEECH)
+        assert match > 0.9
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_odd_audio_is_refused(name, tmp_path):
+    content, reason, words = REFUSED[name]
+    path = tmp_path / "clip"
+    path.write_bytes(content)
+    for source in (content, path):
+        with pytest.raises(AudioError, match=words) as error:
+            read_audio(source, RATE, name="clip")
+        assert error.value.reason == reason and "'clip'" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_damage_on_the_way_keeps_what_comes_before():
+    long = np.tile(SPEECH, 40)
+    waveform = read_audio(with_damage(written(long, format="FLAC")), RATE)
+    assert waveform.remarks == (DAMAGED,) and waveform.is_cut and 25 < waveform.seconds < 60
+    whole = read_audio(written(long, format="FLAC"), RATE)
+    same = RATE * 25
+    assert torch.equal(waveform.samples_S[:same], whole.samples_S[:same])
+
+
+@pytest.mark.parametrize("kind", ["mp4", "adts aac", "webm", "wma"])
+def test_without_ffmpeg_the_sentence_names_the_extra(kind, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(AudioError, match="uv sync --extra ffmpeg") as error:
+        read_audio(READ[kind][0], RATE, name="clip")
+    assert error.value.reason == "needs FFmpeg"
+
+
+def test_raw_is_not_guessed(tmp_path):
+    """soundfile would take its format from the name, and ask for the rest."""
+    path = tmp_path / "clip.raw"
+    path.write_bytes(np.arange(9000, dtype=np.int16).tobytes())
+    with pytest.raises(AudioError, match="no readable audio"):
+        read_audio(path, RATE)
+    path.write_bytes(OPUS)
+    assert read_audio(path, RATE).seconds == pytest.approx(1.5, abs=0.08)
+
+
+@pytest.mark.parametrize("rate_hz", [8_000, 11_025, 16_000, 22_050, 44_100, 44_101, 48_000, 96_000])
+def test_resampling_in_blocks_is_resampling_at_once(rate_hz):
+    """And a tone stays what it is, to -100 dB."""
+    times = np.arange(rate_hz * 10) / rate_hz
+    tone = 0.5 * np.sin(2 * np.pi * 1000 * times).astype(np.float32)
+    heard = read_audio(wav(tone, rate_hz), RATE).samples_S.numpy()
+    assert np.array_equal(heard, resample(tone, rate_hz, RATE))
+    expected = 0.5 * np.sin(2 * np.pi * 1000 * np.arange(len(heard)) / RATE)
+    inner = slice(RATE, -RATE)
+    assert np.abs(heard - expected)[inner].max() < 1e-5 and len(heard) == RATE * 10
+
+
+def test_a_chain_is_cut_where_it_is_wanted():
+    for max_seconds in (1.0, 1.5, 1.6, 2.9):
+        waveform = read_audio(OPUS + OPUS, RATE, max_seconds=max_seconds)
+        assert waveform.is_cut and len(waveform.samples_S) == round(max_seconds * RATE)
+    assert not read_audio(OPUS + OPUS, RATE, max_seconds=3.5).is_cut
+
+
+def test_peaks_are_judged_in_every_channel_and_block():
+    samples = np.stack([SPEECH, np.zeros_like(SPEECH)], 1)
+    samples[-1, 1] = MAX_PEAK * 1.01
+    with pytest.raises(AudioError, match="not in"):
+        read_audio(wav(samples), RATE)
+    assert read_audio(wav(samples), RATE, max_seconds=1.0).is_cut  # what is not read is not judged
+
+
+def test_mutated_files_are_clips_or_have_a_reason():
+    """500 of the files of scripts/fuzz_audio.py, read in processes that are watched."""
+    fuzzer = fuzz_audio.Fuzzer(TINY / "prompt.wav", seed=0)
+    outcomes = dict(fuzz_audio.read_all(fuzzer, range(500), max_seconds=10.0, num_processes=1))
+    assert sorted(outcomes) == list(range(500))
+    for index, outcome in outcomes.items():
+        assert "FAULT" not in outcome.kind, (index, outcome)
+        assert outcome.seconds < 10 and outcome.megabytes < 1000, (index, outcome)
+    kinds = {outcome.kind for outcome in outcomes.values()}
+    assert {"a clip", f"a clip, {DAMAGED}", "unreadable", "non-finite", "out of range"} <= kinds
+
+
+def test_the_watch_over_mutated_files_sees_faults(monkeypatch):
+    """A process that dies, one that hangs and an error that is no reason are named; what follows is read."""
+
+    def read(content):
+        number = numbers[content]
+        if number == 2:
+            import os
+
+            os._exit(7)
+        if number == 4:
+            import time
+
+            time.sleep(100)
+        if number == 6:
+            raise ZeroDivisionError("six")
+        return "a clip"
+
+    fuzzer = fuzz_audio.Fuzzer(TINY / "prompt.wav", seed=0)
+    numbers = {fuzzer.content(index): index for index in range(8)}
+    monkeypatch.setattr(fuzz_audio, "read_one", read)
+    outcomes = {i: outcome.kind for i, outcome in fuzz_audio.read_all(fuzzer, range(8), 0.5, num_processes=1)}
+    faults = {2: "FAULT: exit code 7", 4: "FAULT: hung", 6: "FAULT: ZeroDivisionError: six"}
+    assert outcomes == {index: faults.get(index, "a clip") for index in range(8)}
