@@ -128,7 +128,7 @@ class Fuzzer:
                 samples_S = read_audio(speech, rate_hz, max_seconds=1.5).samples_S.numpy()
                 samples_SC = np.stack([samples_S * (1 - 0.2 * c) for c in range(channels)], axis=1)
                 if (form, subtype, rate_hz) in FFMPEG:
-                    content = _written_by_ffmpeg(samples_SC, form, subtype, rate_hz)
+                    content = written_by_ffmpeg(samples_SC, form, subtype, rate_hz)
                 else:
                     stream = io.BytesIO()
                     soundfile.write(stream, samples_SC, rate_hz, format=form, subtype=subtype)
@@ -151,7 +151,7 @@ class Fuzzer:
         return np.random.default_rng((self._seed, index))
 
 
-def _written_by_ffmpeg(samples_SC: np.ndarray, form: str, codec: str, rate_hz: int) -> bytes:
+def written_by_ffmpeg(samples_SC: np.ndarray, form: str, codec: str, rate_hz: int) -> bytes:
     stream = io.BytesIO()
     layout = ("mono", "stereo")[samples_SC.shape[1] - 1]
     with av.open(stream, "w", format=form) as container:

@@ -48,7 +48,7 @@ def with_damage(content: bytes) -> bytes:
 
 
 def by_ffmpeg(form: str, codec: str, rate_hz: int = RATE) -> bytes:
-    return fuzz_audio._written_by_ffmpeg(SPEECH[:, None], form, codec, rate_hz)
+    return fuzz_audio.written_by_ffmpeg(SPEECH[:, None], form, codec, rate_hz)
 
 
 OPUS, VORBIS = (written(format="OGG", subtype=subtype) for subtype in ("OPUS", "VORBIS"))
