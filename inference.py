@@ -19,7 +19,9 @@ MAX_PROMPT_SECONDS = 60.0  # three times the longest clip of the paper's trainin
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name", default="llm-jp/Llama-Mimi-1.3B", help="hub id or folder")
-    parser.add_argument("--prompt", default="assets/tiny/prompt.wav", help="WAV, FLAC, MP3 or OGG file")
+    parser.add_argument(
+        "--prompt", default="assets/tiny/prompt.wav", help="WAV, FLAC, MP3 or OGG file; others with FFmpeg"
+    )
     parser.add_argument("--output_file", type=Path, default=Path("continuation.wav"))
     parser.add_argument("--seconds", type=float, default=10.0, help="new audio at most")
     parser.add_argument(

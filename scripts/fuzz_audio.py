@@ -12,6 +12,7 @@ import argparse
 import io
 import multiprocessing
 import os
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -134,6 +135,9 @@ class Fuzzer:
                     soundfile.write(stream, samples_SC, rate_hz, format=form, subtype=subtype)
                     content = stream.getvalue()
                 self.originals.append((f"{form} {subtype}, {channels} channels", content))
+        of_kind = dict(self.originals)
+        opus, vorbis = (of_kind[f"OGG {subtype}, 1 channels"] for subtype in ("OPUS", "VORBIS"))
+        self.originals += [("a chain", opus + vorbis + opus)] * 2
 
     def content(self, index: int) -> bytes:
         """The bytes of file ``index``."""
@@ -210,14 +214,20 @@ MUTATIONS: tuple[Callable[..., bytearray], ...] = (
 )
 
 
-def read_one(content: bytes) -> str:
+def read_one(content: bytes, path: Path | None) -> str:
     """What becomes of a file: "a clip" with its remarks, or the reason why it is none.
+
+    Args:
+        content: its bytes.
+        path: write them there and read from there, or None.
 
     Raises:
         Exception: nothing but `AudioError` should come out of `read_audio`.
     """
+    if path is not None:
+        path.write_bytes(content)
     try:
-        waveform = read_audio(content, RATE_HZ, max_seconds=MAX_SECONDS, min_samples=1920)
+        waveform = read_audio(path or content, RATE_HZ, max_seconds=MAX_SECONDS, min_samples=1920)
     except AudioError as error:
         return error.reason
     return ", ".join(["a clip", *waveform.remarks])
@@ -228,13 +238,14 @@ def read_all(
 ) -> Any:
     """Yields (index, Outcome) of all files, read by processes that are begun anew when one dies or hangs."""
     context = multiprocessing.get_context("fork")
+    folder = tempfile.TemporaryDirectory()  # where every second file is read from
     shares = [list(indices[start : start + FILES_PER_PROCESS]) for start in range(0, len(indices), FILES_PER_PROCESS)]
     running: list[tuple[Any, Connection, list[int], float]] = []
     while shares or running:
         while shares and len(running) < num_processes:
             share = shares.pop(0)
             receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=_read_share, args=(fuzzer, share, sender))
+            process = context.Process(target=_read_share, args=(fuzzer, share, Path(folder.name), sender))
             process.start()
             sender.close()
             running.append((process, receiver, share, time.monotonic()))
@@ -260,13 +271,14 @@ def read_all(
                 shares.insert(0, share[1:])
 
 
-def _read_share(fuzzer: Fuzzer, share: Sequence[int], sender: Connection) -> None:
+def _read_share(fuzzer: Fuzzer, share: Sequence[int], folder: Path, sender: Connection) -> None:
+    path = folder / str(os.getpid())
     for index in share:
         content = fuzzer.content(index)
         before = _reset_peak()
         start = time.perf_counter()
         try:
-            kind = read_one(content)
+            kind = read_one(content, path if index % 2 else None)
         except BaseException as error:
             kind = f"FAULT: {type(error).__name__}: {error}"
         sender.send(Outcome(kind, time.perf_counter() - start, _peak_megabytes() - before))

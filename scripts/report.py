@@ -145,7 +145,8 @@ def read_rows(folders: Sequence[Path]) -> dict[Key, Row]:
         about = [] if is_alone else [key.model_sha256[:8]]
         about += [key.preset] + ([key.dtype] if key.dtype != "float32" else [])
         about += [f"cut at {key.max_audio_seconds:g} s"] if key.max_audio_seconds != MAX_AUDIO_SECONDS else []
-        about += ["codec without window"] if key.codec_attention == "whole" and key.preset != "original" else []
+        if (key.codec_attention == "whole") != (key.preset == "original"):  # each preset has its own by default
+            about.append(f"codec {key.codec_attention}")
         row.label = f"{row.name} ({', '.join(about)})"
     return rows
 

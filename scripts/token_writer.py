@@ -87,12 +87,16 @@ def compare(output_dir: str, earlier: dict[str, Any], plan: dict[str, Any]) -> N
             f"'{output_dir}' was begun with the corpus '{earlier.get('corpus')}', which is not what "
             f"'{plan['corpus']}' holds now; {remedy}"
         )
+    if (resampler := earlier.get("resampler", "torchaudio")) != plan["resampler"]:
+        raise UserError(
+            f"'{output_dir}' was begun by a version that resampled by {resampler}, not {plan['resampler']}, and cannot "
+            "be continued; choose another --output_dir"
+        )
     codec, codec_before = plan["codec"], earlier.get("codec", {})
     parts = {"--codec with the hash": (codec_before.get("sha256"), codec["sha256"])}  # it may be named in other ways
     parts |= {f"--{key}": (codec_before.get(key), codec[key]) for key in ("num_quantizers", "dtype")}
     parts |= {name: (earlier.get(name), plan[name]) for name in ("format", "columns")}
-    parts["--attention"] = (codec_before.get("attention", "windowed"), codec["attention"])
-    parts["the resampler"] = (earlier.get("resampler", "torchaudio"), plan["resampler"])
+    parts["--codec_attention"] = (codec_before.get("attention", "windowed"), codec["attention"])
     parts["--max_audio_seconds"] = (earlier.get("max_audio_seconds"), plan["max_audio_seconds"])
     for name, (before, now) in parts.items():
         if before != now:
@@ -149,8 +153,9 @@ def finish(flags: argparse.Namespace, plan: dict[str, Any]) -> None:
             totals[second] += total
         reasons.update(clip["reason"] for clip in notes["skipped"])
         messages += [clip["message"] for clip in notes["skipped"]][: MAX_NAMED_CLIPS - len(messages)]
-        remarks.update(remark for _, remark in notes["remarks"])
-        remarked += [f"'{name}': {remark}" for name, remark in notes["remarks"]][: MAX_NAMED_CLIPS - len(remarked)]
+        of_shard = notes.get("remarks", [])  # there were none once
+        remarks.update(remark for _, remark in of_shard)
+        remarked += [f"'{name}': {remark}" for name, remark in of_shard][: MAX_NAMED_CLIPS - len(remarked)]
     clips = sum(shard["clips"] for shard in shards)
     for message in messages:
         print(f"skipped: {message}", flush=True)

@@ -48,7 +48,10 @@ def main() -> None:
     parser.add_argument("--num_quantizers", type=int, default=8, help="levels to store; training takes any prefix")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="bfloat16 changes about 2 %% of the codes")
     parser.add_argument(
-        "--attention", choices=get_args(CodecAttention), default="windowed", help="of the codec; see codec.attention"
+        "--codec_attention",
+        choices=get_args(CodecAttention),
+        default="windowed",
+        help="of the codec; see codec.attention",
     )
     parser.add_argument("--audio_column", default="audio")
     parser.add_argument("--text_column", default="text", help="stored where the corpus has it")
@@ -80,7 +83,7 @@ def run(flags: argparse.Namespace, ranks: Ranks) -> None:
         )
     extra_columns = {"text": flags.text_column, "speaker": flags.speaker_column}
     corpus = open_corpus(flags.corpus, flags.dataset_path, flags.audio_column, None, extra_columns, flags.split)
-    codec = MimiCodec(flags.codec, flags.num_quantizers, ranks.device, DTYPES[flags.dtype], flags.attention)
+    codec = MimiCodec(flags.codec, flags.num_quantizers, ranks.device, DTYPES[flags.dtype], flags.codec_attention)
     if not whole_frames(flags.max_audio_seconds, codec.config):
         raise UserError(f"--max_audio_seconds is {flags.max_audio_seconds}, less than a frame of the codec; raise it")
     plan = make_plan(flags, corpus, codec)

@@ -326,6 +326,8 @@ def test_what_a_download_leaves_beside_the_files_is_ignored(tmp_path):
     (part / "._sample_0_0.ogg").write_bytes(b"a sidecar")
     (root / ".cache" / "huggingface").mkdir(parents=True)
     (root / ".cache" / "huggingface" / "sample_0_0.wav").write_bytes(b"a part")
+    for folder in (".ipynb_checkpoints", "__MACOSX"):
+        shutil.copytree(part, root / folder)
     assert [pair.name for pair in read_salmon(str(root)).pairs] == expected
     root = tmp_path / "sLM21"
     shutil.copytree(TINY / "benchmarks" / "sLM21", root)
@@ -333,10 +335,11 @@ def test_what_a_download_leaves_beside_the_files_is_ignored(tmp_path):
     assert len(read_slm21(str(root)).pairs) == 200
 
 
-def test_a_table_of_several_splits_is_refused(tmp_path):
+@pytest.mark.parametrize("file", ["{split}-00000-of-00001.parquet", "{split}/0.parquet"])
+def test_a_table_of_several_splits_is_refused(tmp_path, file):
     for split in ("train", "test"):
-        path = tmp_path / "gender_consistency" / f"{split}-00000-of-00001.parquet"
-        path.parent.mkdir(exist_ok=True)
+        path = tmp_path / "gender_consistency" / file.format(split=split)
+        path.parent.mkdir(exist_ok=True, parents=True)
         struct = pa.struct({"bytes": pa.binary(), "path": pa.string()})
         cell = pa.array([{"bytes": b"x", "path": None}], struct)
         pq.write_table(pa.table({"positive_audio": cell, "negative_audio": cell}), path)

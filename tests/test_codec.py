@@ -3,9 +3,10 @@
 import pytest
 import torch
 from conftest import TINY
+from transformers import LlamaConfig
 
 from llama_mimi.audio import read_audio
-from llama_mimi.codec import MimiCodec
+from llama_mimi.codec import MimiCodec, attention_of
 from llama_mimi.errors import UserError
 
 
@@ -35,6 +36,32 @@ def test_many_clips_come_back_in_their_order(codec, speech, batch_seconds):
     for codes_TQ, clip_S in zip(codec.encode_many(clips, batch_seconds), clips, strict=True):
         assert codes_TQ.equal(codec.encode([clip_S])[0])
     assert codec.encode_many([], batch_seconds) == []
+
+
+def test_without_its_window_the_codec_attends_to_all_that_came_before(codec, speech):
+    """The tiny codec's window is 24 positions at 25 Hz; each of its layers looks back by so many."""
+    whole = MimiCodec(codec.name, 4, attention="whole")
+    (windowed_TQ,), (whole_TQ,) = codec.encode([speech]), whole.encode([speech])
+    assert torch.equal(windowed_TQ[:12], whole_TQ[:12]) and not torch.equal(windowed_TQ, whole_TQ)
+    # what came first has no part in codes beyond the reach of all windows, and has in those of whole attention
+    reach = 1 + codec.config.num_hidden_layers * codec.config.sliding_window // 2
+    long = torch.cat([speech] * (reach * 1920 // len(speech) + 2))
+    other = torch.cat([torch.zeros(4 * 1920), long[4 * 1920 :]])
+    ends = [[c.encode([samples_S])[0][reach + 10 :] for samples_S in (long, other)] for c in (codec, whole)]
+    assert torch.equal(*ends[0]) and not torch.equal(*ends[1])
+    assert (codec.attention, whole.attention) == ("windowed", "whole")
+
+
+@pytest.mark.parametrize(
+    ("entries", "attention"),
+    [
+        ({"num_quantizers": 4}, "whole"),  # a released checkpoint
+        ({"num_quantizers": 4, "codec": "kyutai/mimi"}, "windowed"),
+        ({"num_quantizers": 4, "codec": "kyutai/mimi", "codec_attention": "whole"}, "whole"),
+    ],
+)
+def test_a_checkpoint_says_how_its_codes_were_made(entries, attention):
+    assert attention_of(LlamaConfig(**entries)) == attention
 
 
 def test_fewer_levels_are_a_prefix(speech):

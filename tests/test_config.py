@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from llama_mimi.config_check import check_config, parse_config
 from llama_mimi.errors import UserError
 from llama_mimi.hf import hf_config
 from llama_mimi.model import FLAVORS, LlamaMimi
+from llama_mimi.open_data import open_readers
 from llama_mimi.run_record import save_run_record, speech_config
 from llama_mimi.sequences import load_sequences
 from llama_mimi.token_store import StoredClip, shard_bytes
@@ -135,6 +137,10 @@ def tiny_with(*flags):
         (["--data.max_audio_seconds", "0.05"], "less than one frame of the codec"),
         (["--training.dataset", "assets/tiny/corpus,assets/tiny/words"], "no tokenised corpus"),
         (["--training.dataset", " , "], "name one corpus"),
+        (["--training.dataset", "assets/tiny/corpus"], "holds the splits train, validation; choose one (data.split"),
+        (["--validation.dataset", "assets/tiny/corpus"], "holds the splits train, validation"),
+        (["--training.dataset", "assets/tiny/corpus", "--data.split", "test"], "holds train, validation; leave it out"),
+        (["--data.split", "train"], "is no folder; leave it out"),
         (["--data.weights", "nan"], "one positive number for each of the 1 corpora"),
         (["--data.max_audio_seconds", "inf"], "a number of seconds"),
         (["--validation.steps", "0"], "validation steps must be positive or -1"),
@@ -159,6 +165,18 @@ def test_impossible_configs_are_refused(flags, message, monkeypatch):
     with pytest.raises(UserError) as error:
         parse_config(tiny_with(*flags))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_each_section_takes_its_split(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    folder = "assets/tiny/corpus"
+    flags = ["--training.dataset", folder, "--validation.dataset", folder, "--data.split", "train"]
+    job_config = parse_config(tiny_with(*flags, "--data.validation_split", "dev"))
+    for section, number in ((job_config.training, 4), (job_config.validation, 1)):
+        (reader,) = open_readers(job_config, section)
+        name = "train" if section is job_config.training else "validation"
+        assert [Path(file).name[: len(name)] for file in reader.corpus.files] == [name] * number
 
 
 def test_float8_without_its_package_says_how_to_install_it(monkeypatch):

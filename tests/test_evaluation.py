@@ -392,7 +392,7 @@ def test_another_run_does_not_replace_a_result(tmp_path):
     for change, message in (
         ({"data": "two"}, "--data_dir 'one', not 'two'"),
         ({"model": "other/m"}, "--model_name 'm', not 'other/m'"),
-        ({"codec": {"sha256": "c", "attention": "whole"}}, "--codec_attention 'windowed', not 'whole'"),
+        ({"codec": {"sha256": "c", "attention": "whole"}}, "the codec's attention 'windowed', not 'whole'"),
         ({"settings": {"dtype": "bfloat16", "max_audio_seconds": 20.0}}, "--dtype 'float32', not 'bfloat16'"),
     ):
         with pytest.raises(UserError, match=message):

@@ -64,16 +64,37 @@ def test_speech_ends_between_frames_and_samples_end_apart(model, monkeypatch):
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.integers(1, 8), st.integers(2, 20), st.integers(0, 30), st.integers(1, 5))
-def test_grammar(Q, K, num_new_tokens, num_head_tokens):
+@given(st.integers(1, 8), st.integers(2, 20), st.integers(0, 30), st.integers(1, 5), st.integers(0, 6))
+def test_grammar(Q, K, num_new_tokens, num_head_tokens, min_frames):
     vocabulary = UnitVocabulary(base=11, codebook_size=K, num_quantizers=Q)
     ids = torch.zeros(1, num_head_tokens + num_new_tokens, dtype=torch.long)
-    scores = FrameGrammar(vocabulary, num_head_tokens)(ids, torch.zeros(1, vocabulary.size))
-    level = num_new_tokens % Q
+    scores = FrameGrammar(vocabulary, num_head_tokens, min_frames)(ids, torch.zeros(1, vocabulary.size))
+    frame, level = divmod(num_new_tokens, Q)
     allowed = {vocabulary.base + code * Q + level for code in range(K)} | (
-        {vocabulary.audio_end_id} if level == 0 else set()
+        {vocabulary.audio_end_id} if level == 0 and frame >= min_frames else set()
     )
     assert set(torch.isfinite(scores[0]).nonzero().flatten().tolist()) == allowed
+
+
+def test_speech_does_not_end_before_min_seconds(model, monkeypatch):
+    end_id, forward = model.sequences.vocabulary.audio_end_id, model.decoder.forward
+
+    def ends_at_once(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits[..., end_id] = output.logits.max() + 100
+        return output
+
+    monkeypatch.setattr(model.decoder, "forward", ends_at_once)
+    for min_seconds, num_frames in ((0.0, 0), (0.08, 1), (0.56, 7), (0.6, 8), (2.0, 25)):
+        (codes_TQ,) = continue_codes(model, PROMPT, SamplingOptions(seconds=2.0, min_seconds=min_seconds))
+        assert len(codes_TQ) == 6 + num_frames
+    (codes_TQ,) = continue_codes(model, PROMPT, SamplingOptions(seconds=1.0, min_seconds=1.0))
+    assert len(codes_TQ) == 6 + 13  # 12.5 are not enough
+    for min_seconds in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(UserError, match="--min_seconds is .* out of range"):
+            SamplingOptions(seconds=2.0, min_seconds=min_seconds)
+    with pytest.raises(UserError, match="--min_seconds is 2.1, more than --seconds 2"):
+        SamplingOptions(seconds=2.0, min_seconds=2.1)
 
 
 def test_too_long_for_the_context_is_refused(model):

@@ -49,6 +49,8 @@ HUB = ("train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-0000
         (["train/0.parquet", "eval/0.parquet"], "test, train"),
         (["clean/train/a.parquet", "clean/valid/a.parquet"], "train, validation"),
         (["my_training 1.parquet", "my_testing 1.parquet"], "test, train"),
+        (["split=train/0.parquet", "split=test/0.parquet"], "test, train"),
+        (["Train-0.parquet", "Test-0.parquet"], "test, train"),
         (["data/train.100-00000-of-00001.parquet", "data/train.360-00000-of-00001.parquet"], "train.100, train.360"),
     ],
 )
@@ -103,6 +105,22 @@ def test_what_lies_beside_a_corpus_is_ignored(tmp_path):
 def test_a_corpus_in_a_hidden_folder_is_read(tmp_path):
     folder = write(tmp_path / ".cache" / "speech" / "train-0.parquet")
     assert names_of(parquet_files(folder)) == names_of(parquet_files(f"{folder}/*.parquet")) == ["train-0.parquet"]
+
+
+def test_links_to_folders_are_followed(tmp_path):
+    write(tmp_path / "elsewhere" / "b.parquet")
+    folder = write(tmp_path / "corpus" / "a.parquet")
+    (tmp_path / "corpus" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "round").symlink_to(tmp_path / "corpus")
+    for source in (folder, f"{folder}/**/[ab].parquet"):
+        assert set(names_of(parquet_files(source))) == {"a.parquet", "b.parquet"}
+    assert len(parquet_files(folder)) == 2 and len(parquet_files(f"{folder}/*/*.parquet")) == 1
+
+
+def test_two_underscores_hide_folders_not_files(tmp_path):
+    folder = write(tmp_path / "__0.parquet")
+    write(tmp_path / "__pycache__" / "1.parquet")
+    assert names_of(parquet_files(folder)) == ["__0.parquet"]
 
 
 def test_other_endings(tmp_path):
@@ -199,6 +217,8 @@ def clip_of(tmp_path, row, kind=AUDIO):
         ({"bytes": None, "path": "memory://nowhere.wav"}, AUDIO, "missing"),
         ({"bytes": None, "path": "nothing://a.wav"}, AUDIO, "unexpected"),
         ({"bytes": None, "path": "."}, AUDIO, "unreadable"),
+        ({"bytes": None, "path": ""}, AUDIO, "no audio"),
+        ({"bytes": b"", "path": ""}, AUDIO, "empty"),
         ({"bytes": None, "path": 7}, pa.struct({"bytes": pa.binary(), "path": pa.int64()}), "unexpected"),
         (None, AUDIO, "no audio"),
     ],
@@ -207,6 +227,12 @@ def test_an_odd_row_is_skipped_with_its_reason(tmp_path, row, kind, reason):
     clip = clip_of(tmp_path, row, kind)
     assert isinstance(clip, SkippedClip) and clip.reason == reason and "\n" not in clip.message, clip
     assert len(clip.message) < 6000
+
+
+def test_a_path_of_another_type_beside_good_bytes(tmp_path):
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.int64()})
+    (clip,) = read_all(reader(write(tmp_path / "train-0.parquet", [{"bytes": PROMPT, "path": 7}], kind)))
+    assert isinstance(clip, AudioClip) and clip.name == "7"
 
 
 @pytest.mark.parametrize("content", [None, b""])

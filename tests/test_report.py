@@ -37,7 +37,7 @@ def result_file(folder, model, preset, benchmark, corrects, *, cut=0, sha256="a"
         "model": model,
         "model_sha256": sha256,
         "scoring": {"by_group": preset != "original"},
-        "codec": {"name": "a", "sha256": "b", "attention": "windowed"},
+        "codec": {"name": "a", "sha256": "b", "attention": "whole" if preset == "original" else "windowed"},
         "settings": {"max_audio_seconds": 20.0, "dtype": "float32"},
         "audio_sha256": data,
         "notes": [],

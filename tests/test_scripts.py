@@ -1,5 +1,6 @@
 """The chain behind training, as commands: convert, load with stock transformers, continue, evaluate."""
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -159,6 +160,22 @@ def test_continuation(converted, tmp_path):
     assert np.array_equal(outputs[0][0], outputs[1][0])
     prompt_samples = soundfile.info(TINY / "prompt.wav").frames
     assert prompt_samples <= len(outputs[0][0]) <= prompt_samples + 1920 + 24_000
+
+
+def test_a_prompt_that_ends_the_speech_is_said_and_min_seconds_helps(converted, tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("inference", ROOT / "inference.py")
+    inference = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(inference)
+    output = tmp_path / "a.wav"
+    command = ["inference.py", "--model_name", str(converted), "--output_file", str(output), "--seconds", "0.8"]
+    monkeypatch.setattr("sys.argv", [*command, "--min_seconds", "0.8"])
+    inference.main()
+    assert "0.80 s of continuation" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", command)
+    monkeypatch.setattr(inference, "continue_codes", lambda model, prompt_TQ, options: [prompt_TQ])
+    inference.main()
+    said = capsys.readouterr().out
+    assert "0.00 s of continuation" in said and "the speech ends with it" in said and "--min_seconds" in said
 
 
 def test_released_layout_works(sequences, tmp_path):

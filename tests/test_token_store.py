@@ -1,5 +1,6 @@
 """Tokenising a corpus once, as a user does it, and training from what that leaves; every damage gets one sentence."""
 
+import io
 import json
 import os
 import shutil
@@ -13,12 +14,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import soundfile
 import tokenize_corpus
 import torch
 from conftest import ROOT, TINY
 from datasets import load_dataset
 
-from llama_mimi.audio import read_audio
+from llama_mimi.audio import OPPOSITE, read_audio
 from llama_mimi.clips import ClipStream, CodeReader
 from llama_mimi.codec import MimiCodec, codec_hash
 from llama_mimi.config_check import parse_config
@@ -40,6 +42,7 @@ def speech(tmp_path_factory):
     table = pq.read_table(TINY / "corpus" / "validation-00000-of-00001.parquet").slice(0, 24)
     rows = table.to_pylist()
     rows[13]["audio"]["bytes"] = b"no audio"
+    rows[14]["audio"]["bytes"] = in_opposite_phases(rows[14]["audio"]["bytes"])
     pq.write_table(pa.Table.from_pylist(rows, table.schema), folder / "clips.parquet", row_group_size=8)
     return folder
 
@@ -51,6 +54,13 @@ def tokenize(corpus, output_dir, *flags, nproc=1, timeout=240):
     return subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=timeout)
 
 
+def in_opposite_phases(content: bytes) -> bytes:
+    samples_S, rate_hz = soundfile.read(io.BytesIO(content))
+    stream = io.BytesIO()
+    soundfile.write(stream, np.stack([samples_S, -samples_S], axis=1), rate_hz, format="FLAC")
+    return stream.getvalue()
+
+
 @pytest.fixture(scope="module")
 def store(speech, tmp_path_factory):
     """The corpus tokenised on two ranks."""
@@ -58,6 +68,7 @@ def store(speech, tmp_path_factory):
     done = tokenize(speech, folder, "--max_audio_seconds", 4, "--max_bad_share", 0.1, nproc=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "23 clips" in done.stdout and "1 skipped" in done.stdout and "no readable audio" in done.stdout
+    assert f"clip 'validation-00014': {OPPOSITE}" in done.stdout and manifest(folder)["remarks"] == {OPPOSITE: 1}
     return folder
 
 
@@ -142,7 +153,7 @@ def test_output_on_another_file_system(speech, store, monkeypatch):
         (["--num_quantizers", 9], "1 to 8 levels"),
         (["--corpus", TINY / "words" / "train-*.parquet"], "which is not what"),
         (["--corpus", TINY / "words"], "holds the splits train, validation; choose one (data.split"),
-        (["--attention", "whole"], "begun with --attention 'windowed', not 'whole'"),
+        (["--codec_attention", "whole"], "begun with --codec_attention 'windowed', not 'whole'"),
         (["--text_column", "none"], "begun with columns"),
         (["--batch_seconds", 0], "must be a positive number"),
         (["--max_audio_seconds", 0.01], "less than a frame"),
@@ -326,8 +337,19 @@ def edit_codec(**changes):
         (edit_manifest(format=2), "format 2, not 1"),
         (edit_codec(sha256="0" * 64), "hash 000000000000"),
         (edit_codec(num_quantizers=2), "has 2 levels, fewer than codec.num_quantizers = 4"),
+        (edit_codec(attention="whole"), "codec's attention 'whole', but codec.attention is 'windowed'"),
     ],
-    ids=["truncated", "missing", "unfinished", "no_json", "no_object", "format", "another_codec", "levels"],
+    ids=[
+        "truncated",
+        "missing",
+        "unfinished",
+        "no_json",
+        "no_object",
+        "format",
+        "another_codec",
+        "levels",
+        "attention",
+    ],
 )
 def test_damaged_stores_are_refused_at_the_start(damage, message, store, tmp_path, world_of_one):
     folder = shutil.copytree(store, tmp_path / "store")
@@ -340,6 +362,11 @@ def test_damaged_stores_are_refused_at_the_start(damage, message, store, tmp_pat
 def test_a_folder_of_another_program_is_no_store(tmp_path):
     (tmp_path / "manifest.json").write_text('{"audio_filepath": "a.wav"}\n{"audio_filepath": "b.wav"}\n')
     assert not is_store(str(tmp_path)) and not is_store("peoples_speech")
+
+
+def test_a_store_has_no_splits(store, world_of_one):
+    with pytest.raises(UserError, match="the split of training is 'train', but .* is a tokenised corpus"):
+        config(store, "--data.split", "train")
 
 
 def test_a_store_without_text_trains_no_tts(store, tmp_path, world_of_one):

@@ -19,6 +19,8 @@ from torchtitan.models.llama3.model.args import RoPEScalingArgs
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from llama_mimi.audio import read_audio
+from llama_mimi.codec import MimiCodec
 from llama_mimi.hf import hf_config, model_args, save_folder
 from llama_mimi.model import FLAVORS, LLAMA_3_1_ROPE, LLAMA_3_2_ROPE, LlamaMimi, LlamaMimiArgs
 from llama_mimi.run_record import save_run_record, speech_config
@@ -148,6 +150,9 @@ def test_the_tiny_base_model_is_what_its_script_writes(tmp_path):
     torch.testing.assert_close(frequencies_of_4(json_files(tmp_path)["config.json"]), expected, atol=0, rtol=1e-6)
 
 
+ALONE = ["uv", "run", "--isolated", "--no-project", "--python", sys.executable]
+ALONE += ["--with", "transformers==4.56.2", "--with", "torch==2.11.0", "python"]
+
 READ = """
 import sys, torch, transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -180,9 +185,7 @@ def test_transformers_4_computes_the_same(tmp_path):
             (prepare, "factor 32", "audio", True),
         )
     ]
-    alone = ["uv", "run", "--isolated", "--no-project", "--python", sys.executable]
-    alone += ["--with", "transformers==4.56.2", "--with", "torch==2.11.0", "python"]
-    for version, python in (("4.56.2", alone), ("5.", [sys.executable])):
+    for version, python in (("4.56.2", ALONE), ("5.", [sys.executable])):
         command = [*python, "-c", READ, version, tmp_path / version, *folders]
         result = subprocess.run(list(map(str, command)), text=True, capture_output=True, timeout=1200)
         assert result.returncode == 0, result.stderr
@@ -191,3 +194,34 @@ def test_transformers_4_computes_the_same(tmp_path):
         assert a == b, folder
         assert logits_5.abs().max() > 1, "differences would show"
         torch.testing.assert_close(logits_4, logits_5, atol=1e-5, rtol=0, msg=str(folder))
+
+
+ENCODE = """
+import sys, torch
+from transformers import MimiModel
+samples_S, codes_TQ = torch.load(sys.argv[2])
+codec = MimiModel.from_pretrained(sys.argv[1]).eval()
+with torch.no_grad():
+    codes = codec.encode(samples_S[None, None], num_quantizers=8).audio_codes[0].T
+    audio = codec.decode(codes_TQ.T[None]).audio_values[0, 0]
+torch.save((codes, audio), sys.argv[2])
+"""
+
+
+@pytest.mark.network
+def test_transformers_4_has_no_window(tmp_path):
+    """What our "whole" attention gives: the codes and the audio of transformers from before February 2026."""
+    samples_S = read_audio(TINY / "prompt.wav", 24_000).samples_S[
+        : 20 * 1920
+    ]  # more than the tiny codec's window of 1 s
+    windowed, whole = (MimiCodec(str(TINY / "mimi"), 8, attention=attention) for attention in ("windowed", "whole"))
+    codes_TQ = windowed.encode_as_released(samples_S)
+    path = tmp_path / "of_4"
+    torch.save((samples_S, codes_TQ), path)
+    command = [*ALONE, "-c", ENCODE, str(TINY / "mimi"), str(path)]
+    result = subprocess.run(command, text=True, capture_output=True, timeout=1200)
+    assert result.returncode == 0, result.stderr
+    codes_4_TQ, audio_4_S = torch.load(path)
+    assert torch.equal(whole.encode_as_released(samples_S), codes_4_TQ) and not torch.equal(codes_TQ, codes_4_TQ)
+    torch.testing.assert_close(whole.decode(codes_TQ), audio_4_S, atol=1e-6, rtol=0)
+    assert not torch.allclose(windowed.decode(codes_TQ), audio_4_S, atol=1e-3)

@@ -1,6 +1,5 @@
 """Audio bytes or files of any kind -> mono float32 at the codec's rate."""
 
-import contextlib
 import math
 import stat
 from dataclasses import dataclass, replace
@@ -13,8 +12,8 @@ import soundfile
 import soxr
 import torch
 
-from llama_mimi.decoders import NeedsFFmpeg, Recording, next_link, opened
-from llama_mimi.errors import UserError
+from llama_mimi.decoders import NeedsFFmpeg, OggLink, Recording, breaks_off, ogg_links, opened
+from llama_mimi.errors import UserError, first_line
 
 # Samples beyond it are no audio in [-1, 1] but integers that were stored as floats. 16 is 24 dB over full scale: mixes
 # and lossy codecs go over it by a few dB, and speech of 16-bit integers that stays below is quieter than -66 dB.
@@ -25,7 +24,9 @@ RATES_HZ = (1_000, 1_000_000)
 RESAMPLER = "soxr HQ"
 # What was done to make a clip usable; each is counted.
 DAMAGED = "damaged, read as far as it goes"
-OPPOSITE = "channels of opposite phase, the loudest taken"
+OPPOSITE = "in opposite phases, the loudest channel taken"
+# Of the energy of a clip: where so much of it would cancel, the mean of its channels is not used.
+MAX_CANCELLED = 0.1
 
 
 class AudioError(UserError):
@@ -73,8 +74,8 @@ def read_audio(
     """Read WAV, FLAC, MP3, OGG (whatever libsndfile reads), with PyAV also M4A, AAC, WebM and WMA, as mono float32.
 
     Channels are averaged, but where they cancel each other the loudest is taken. Other rates are resampled by soxr
-    ("HQ", 20 bits). Memory depends on the length of the result alone, whatever the file says. Only the first
-    ``max_seconds`` are decoded, so that a two-hour file costs no more than a short one.
+    ("HQ", 20 bits). Only the first ``max_seconds`` are decoded, in blocks, so that a two-hour file costs no more than a
+    short one, in memory, too.
 
     Args:
         source: a path, or the bytes of a file.
@@ -88,26 +89,24 @@ def read_audio(
             samples that are not in [-1, 1] by far.
     """
     name = name or ("audio bytes" if isinstance(source, bytes) else str(source))
-    with contextlib.ExitStack() as held:
-        stream: BinaryIO
+    try:
         if isinstance(source, bytes):
             if not source:
                 raise AudioError("empty", f"'{name}' is empty (0 bytes); give a WAV, FLAC, MP3 or OGG file")
-            stream = BytesIO(source)
+            waveform = _read(BytesIO(source), name, sample_rate_hz, max_seconds)
         else:
-            stream = held.enter_context(_existing_file(Path(source), name).open("rb", buffering=0))
-        try:
-            waveform = _read(stream, name, sample_rate_hz, max_seconds)
-        except AudioError:
-            raise
-        except NeedsFFmpeg as error:
-            raise AudioError(
-                "needs FFmpeg",
-                f"'{name}' is {error}, which FFmpeg reads; install it with `uv sync --extra ffmpeg`, or convert the "
-                "file to WAV, FLAC, MP3 or OGG",
-            ) from error
-        except Exception as error:  # decoders raise whatever a damaged file makes of them
-            raise _unreadable(name, error) from error
+            with _existing_file(Path(source), name).open("rb", buffering=0) as file:
+                waveform = _read(file, name, sample_rate_hz, max_seconds)
+    except AudioError:
+        raise
+    except NeedsFFmpeg as error:
+        raise AudioError(
+            "needs FFmpeg",
+            f"'{name}' is {error}, which FFmpeg reads; install it with `uv sync --extra ffmpeg`, or convert the "
+            "file to WAV, FLAC, MP3 or OGG",
+        ) from error
+    except Exception as error:  # decoders raise whatever a damaged file makes of them
+        raise _unreadable(name, error) from error
     if len(waveform.samples_S) < min_samples:
         rate_hz = waveform.sample_rate_hz
         raise AudioError(
@@ -137,8 +136,6 @@ def _existing_file(path: Path, name: str) -> Path:
         found = path.stat()
     except FileNotFoundError as error:
         raise AudioError("missing", f"'{name}' does not exist; check the path") from error
-    except (OSError, ValueError) as error:
-        raise _unreadable(name, error) from error
     if stat.S_ISDIR(found.st_mode):
         raise AudioError("unreadable", f"'{name}' is a directory; name one audio file")
     if found.st_size == 0:
@@ -148,33 +145,40 @@ def _existing_file(path: Path, name: str) -> Path:
 
 def _read(stream: BinaryIO, name: str, wanted_hz: int | None, max_seconds: float | None) -> Waveform:
     """All recordings of a file, one behind the other."""
-    parts: list[Waveform] = []
-    offset: int | None = 0
-    while offset is not None:
-        left = None if max_seconds is None else max_seconds - sum(part.seconds for part in parts)
-        part = _read_recording(stream, offset, name, wanted_hz, left)
-        parts.append(part)
-        wanted_hz = part.sample_rate_hz
-        offset = None if part.is_cut else next_link(stream, offset)
+    parts = [_read_recording(stream, None, name, wanted_hz, max_seconds)]
+    rate_hz = parts[0].sample_rate_hz
+    is_damaged = not parts[0].is_cut and breaks_off(stream)
+    for number, link in enumerate(() if parts[0].is_cut else ogg_links(stream)):
+        if number:
+            left = None if max_seconds is None else max_seconds - sum(part.seconds for part in parts)
+            try:
+                parts.append(_read_recording(stream, link, name, rate_hz, left))
+            except AudioError:
+                raise
+            except Exception:  # as above; what came before is sound
+                is_damaged = True
+        is_damaged |= not link.is_whole
+        if is_damaged or parts[-1].is_cut:
+            break
     # In NumPy: a process that was forked from one in which PyTorch has used its threads waits for them for ever.
     samples_S = torch.from_numpy(np.concatenate([part.samples_S.numpy() for part in parts]))
     if max_seconds is not None:
-        samples_S = samples_S[: round(max_seconds * parts[0].sample_rate_hz)]
+        samples_S = samples_S[: round(max_seconds * rate_hz)]
     if len(samples_S) == 0:
         raise AudioError("empty", f"'{name}' holds no audio samples; give a clip with sound in it")
-    remarks = tuple(dict.fromkeys(remark for part in parts for remark in part.remarks))
-    return Waveform(samples_S, parts[0].sample_rate_hz, parts[-1].is_cut, remarks)
+    remarks = [remark for part in parts for remark in part.remarks] + [DAMAGED] * is_damaged
+    return Waveform(samples_S, rate_hz, is_damaged or parts[-1].is_cut, tuple(dict.fromkeys(remarks)))
 
 
 def _read_recording(
-    stream: BinaryIO, offset: int, name: str, wanted_hz: int | None, max_seconds: float | None
+    stream: BinaryIO, link: OggLink | None, name: str, wanted_hz: int | None, max_seconds: float | None
 ) -> Waveform:
     """One recording; read a second time where its channels cancel each other."""
-    with opened(stream, offset) as recording:
+    with opened(stream, link) as recording:
         waveform, loudest = _mono(recording, name, wanted_hz, max_seconds, None)
     if loudest is None:
         return waveform
-    with opened(stream, offset) as recording:
+    with opened(stream, link) as recording:
         waveform, _ = _mono(recording, name, wanted_hz, max_seconds, loudest)
     return replace(waveform, remarks=(*waveform.remarks, OPPOSITE))
 
@@ -197,22 +201,27 @@ def _mono(
     limit = None if max_seconds is None else math.ceil(max_seconds * rate_hz)
     parts: list[np.ndarray] = []
     num_read, is_cut, is_damaged = 0, False, False
-    energy, energy_C = 0.0, np.zeros(C)
+    energy_C, cancelled = np.zeros(C), 0.0
     try:
         for block_SC in recording.blocks:
             if limit is not None and num_read + len(block_SC) > limit:
                 is_cut, block_SC = True, block_SC[: limit - num_read]
             num_read += len(block_SC)
             _check_samples(block_SC, name)
-            mono_S = block_SC.mean(axis=1) if channel is None and C > 1 else block_SC[:, channel or 0]
-            if channel is None and C > 1:
-                energy += float(np.square(mono_S, dtype=np.float64).sum())
-                energy_C += np.square(block_SC, dtype=np.float64).sum(axis=0)
+            if C == 1:
+                mono_S = block_SC[:, 0]
+            elif channel is None:
+                mono_S = block_SC.mean(axis=1)
+                of_block_C = np.square(block_SC, dtype=np.float64).sum(axis=0)
+                energy_C += of_block_C
+                cancelled += _cancelled(mono_S, of_block_C)
+            else:
+                mono_S = block_SC[:, channel].copy()  # and let the others go
             parts.append(resampled.resample_chunk(mono_S) if resampled else mono_S)
             if is_cut:
                 break
         is_damaged = not is_cut and num_read < (recording.num_samples or 0)
-    except AudioError:
+    except (AudioError, MemoryError, OSError):  # not for what the file holds
         raise
     except Exception:  # decoders raise whatever a damaged file makes of them; what came before is sound
         if num_read == 0:
@@ -221,11 +230,19 @@ def _mono(
     if resampled:
         parts.append(resampled.resample_chunk(np.empty(0, np.float32), last=True))
     samples_S = np.concatenate(parts) if parts else np.empty(0, np.float32)
-    waveform = Waveform(torch.from_numpy(samples_S), wanted_hz, is_cut or is_damaged, (DAMAGED,) if is_damaged else ())
-    # Channels that do not cancel leave at least what the loudest alone would leave of a mean, a C-th of it; half of
-    # that (6 dB less) is taken as cancelled.
-    is_cancelled = energy < 0.25 * energy_C.max() / C**2
-    return waveform, int(energy_C.argmax()) if is_cancelled else None
+    waveform = Waveform(torch.from_numpy(samples_S), wanted_hz, is_cut or is_damaged, (DAMAGED,) * is_damaged)
+    is_opposite = cancelled > MAX_CANCELLED * energy_C.max()
+    return waveform, int(energy_C.argmax()) if is_opposite else None
+
+
+def _cancelled(mono_S: np.ndarray, energy_C: np.ndarray) -> float:
+    """The energy of the loudest channel of a block if the channels cancel each other in it, else 0.
+
+    Channels that do not cancel leave at least what the loudest alone would leave of a mean, a C-th of it; half of that
+    (6 dB less) is taken as cancelled.
+    """
+    left = float(np.square(mono_S, dtype=np.float64).sum())
+    return float(energy_C.max()) if left < 0.25 * energy_C.max() / len(energy_C) ** 2 else 0.0
 
 
 def _check_samples(block_SC: np.ndarray, name: str) -> None:
@@ -243,5 +260,5 @@ def _check_samples(block_SC: np.ndarray, name: str) -> None:
 
 
 def _unreadable(name: str, error: Exception) -> AudioError:
-    detail = (str(error).split(": ", 1)[-1].strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    detail = first_line(error).split(": ", 1)[-1].rstrip(".")
     return AudioError("unreadable", f"'{name}' is no readable audio ({detail}); give a WAV, FLAC, MP3 or OGG file")

@@ -12,8 +12,8 @@ from typing import Any
 from datasets import Audio, Dataset, get_dataset_config_names, load_dataset
 from datasets.exceptions import DatasetsError
 
-from llama_mimi.corpus_files import PARQUET_ENDINGS, splits_in
-from llama_mimi.errors import UserError
+from llama_mimi.corpus_files import PARQUET_ENDINGS, SPLIT_WORDS, splits_in
+from llama_mimi.errors import UserError, first_line
 from llama_mimi.files import find_files
 
 
@@ -111,7 +111,7 @@ def _local_tables(
     """Tables by data set, or by file or folder where any will do."""
     files: dict[str, list[str]] = {}
     for path in map(Path, find_files(str(root), PARQUET_ENDINGS) if root.is_dir() else [str(root)]):
-        folders = [part for part in path.absolute().parent.parts if part not in ("data", "train", "default")]
+        folders = [part for part in path.absolute().parent.parts if part not in ("data", "default", *SPLIT_WORDS)]
         if names is not None:
             folders = [part for part in folders if part in known]
             if not folders:
@@ -140,7 +140,7 @@ def _load_files(paths: Sequence[str]) -> Dataset:
         return load_dataset("parquet", data_files=list(paths), split="train")
     except Exception as error:  # datasets wraps what its readers raise
         raise UserError(
-            f"'{paths[0]}' or a file beside it is no readable Parquet ({_first_line(error)}); copy it anew"
+            f"'{paths[0]}' or a file beside it is no readable Parquet ({first_line(error)}); copy it anew"
         ) from error
 
 
@@ -161,9 +161,5 @@ def _load(hub_id: str, config: str | None) -> Dataset:
 def _hub_error(hub_id: str, error: Exception) -> UserError:
     return UserError(
         f"'{hub_id}' is neither a folder nor a data set that could be opened on the hub "
-        f"({_first_line(error)}); download it and give its folder with --data_dir"
+        f"({first_line(error)}); download it and give its folder with --data_dir"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -122,7 +122,7 @@ def read_salmon(source: str) -> Benchmark:
                 for index, row in enumerate(table.rows())
             ]
     else:
-        for folder in sorted(path for path in Path(source).iterdir() if path.is_dir()):
+        for folder in _folders(Path(source)):
             if _is_aggregate(folder.name):
                 notes.append(_repeats(folder.name))
             else:
@@ -196,7 +196,7 @@ def read_storycloze(source: str) -> Benchmark:
         ]
         return Benchmark(_not_empty(pairs, source, "a table of pairs"))
     root = Path(source)
-    folders = [folder for folder in sorted(root.iterdir()) if folder.is_dir() and _audio_files(folder)]
+    folders = [folder for folder in _folders(root) if _audio_files(folder)]
     if folders and (odd := _audio_files(root)):
         raise UserError(f"'{odd[0]}' lies beside folders of stories; move the odd file out, or name one folder")
     notes: list[str] = []
@@ -346,6 +346,10 @@ def _table_clips(table: PairTable, index: int) -> tuple[Clip, Clip]:
 
 def _stem(filename: str) -> str:
     return Path(filename).stem if filename.lower().endswith(AUDIO_ENDINGS) else filename
+
+
+def _folders(root: Path) -> list[Path]:
+    return sorted(path for path in root.iterdir() if path.is_dir() and not is_hidden(f"{path.name}/"))
 
 
 def _audio_files(folder: Path) -> list[Path]:

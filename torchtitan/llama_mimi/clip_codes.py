@@ -19,10 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from llama_mimi.audio import DAMAGED, AudioError, Waveform, read_audio
+from llama_mimi.audio import AudioError, Waveform, read_audio
 from llama_mimi.benchmarks import Clip
 from llama_mimi.codec import MimiCodec, codec_hash
-from llama_mimi.errors import UserError
+from llama_mimi.errors import UserError, first_line
 from llama_mimi.files import file_system, find_files, write_whole
 from llama_mimi.ranks import Ranks
 from llama_mimi.token_store import StoredClip, shard_bytes
@@ -81,9 +81,8 @@ class CodeCache:
                 AttributeError,
                 KeyError,
             ) as error:  # damage takes many forms
-                detail = (str(error).splitlines() or [type(error).__name__])[0]
                 raise UserError(
-                    f"the kept codes '{path}' are damaged ({detail}); delete that file, it is made again"
+                    f"the kept codes '{path}' are damaged ({first_line(error)}); delete that file, it is made again"
                 ) from error
             for row, audio_id in enumerate(ids):
                 found[audio_id] = CachedCodes(frames_NQ[ends[row] : ends[row + 1]], is_cut[row])
@@ -214,6 +213,6 @@ def _read(
     waveform = read_audio(
         content, codec.sample_rate_hz, max_seconds=max_seconds, name=name, min_samples=codec.frame_size
     )
-    if DAMAGED in waveform.remarks:  # half a clip has another score
-        raise AudioError("damaged", f"'{name}' is damaged: its end is missing; copy it anew")
+    if waveform.remarks:  # half a clip, or one channel, has another score
+        raise AudioError("damaged", f"'{name}' is {waveform.remarks[0]}; mend it or copy it anew")
     return audio_id, waveform

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from llama_mimi.audio import AudioError, read_audio
 from llama_mimi.corpora import AudioCorpus
-from llama_mimi.errors import UserError
+from llama_mimi.errors import UserError, first_line
 from llama_mimi.order import ClipRef, RowsInOrder, ShuffledOrder, in_chunks
 from llama_mimi.ranks import end_with_parent
 from llama_mimi.token_store import CodeCorpus, CodeGroup
@@ -112,13 +112,13 @@ class AudioReader:
         try:
             values = {role: table[role][ref.row].as_py() for role in table.column_names}
             audio = values["audio"] or {}
-            name = _label(values.get("id")) or audio.get("path") or name
+            name = _label(values.get("id")) or _label(audio.get("path")) or name
             return self._clip(name, audio, values, ref)
         except AudioError as error:
             return SkippedClip(error.reason, str(error))
         except Exception as error:  # one odd row in a million must not end the run, whatever is odd about it
-            detail = (str(error).strip().splitlines() or [""])[0][:200]
-            return SkippedClip("unexpected", f"'{name}' cannot be read ({type(error).__name__}: {detail})")
+            what = f"{type(error).__name__}: {first_line(error)[:200]}"
+            return SkippedClip("unexpected", f"'{name}' cannot be read ({what})")
 
     def _clip(self, name: str, audio: dict[str, Any], values: dict[str, Any], ref: ClipRef) -> AudioClip:
         if self._with_text and not values["text"]:
@@ -140,7 +140,7 @@ class AudioReader:
         )
 
     def _source(self, name: str, audio: dict[str, Any], ref: ClipRef) -> bytes | str:
-        content, path = audio.get("bytes"), audio.get("path")
+        content, path = audio.get("bytes"), audio.get("path") or None
         if content is None and path is None:
             raise AudioError("no audio", f"'{name}' has neither audio bytes nor a path")
         content = b"" if content is None else content

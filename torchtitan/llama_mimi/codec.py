@@ -20,7 +20,7 @@ from transformers.utils import cached_file
 
 from llama_mimi.batching import batches_of_like_size
 from llama_mimi.cpu import keep_freed_memory
-from llama_mimi.errors import UserError
+from llama_mimi.errors import UserError, first_line
 from llama_mimi.hub import load_pretrained
 
 DEFAULT_CODEC = "kyutai/mimi"
@@ -55,7 +55,7 @@ def attention_of(config: PreTrainedConfig) -> CodecAttention:
     """How the codes were made that a model speaks.
 
     A config that names its codec but no attention is of this project, before it said so, and windowed. One that names
-    neither is a released checkpoint: none of them says, but all are from before transformers had the window.
+    neither is a released checkpoint: as all are from before transformers had the window, they are taken for "whole".
     """
     return getattr(config, "codec_attention", "windowed" if hasattr(config, "codec") else "whole")
 
@@ -94,8 +94,7 @@ class MimiCodec:
             keep_freed_memory()
         # float32 is meant: by default convolutions on a GPU round to TF32. Nothing else here has convolutions.
         torch.backends.cudnn.allow_tf32 = False
-        # A window as wide as there are positions is none.
-        window = {} if attention == "windowed" else {"sliding_window": config.max_position_embeddings}
+        window = {} if attention == "windowed" else {"sliding_window": 10**9}  # wider than any clip is none
         self.model = load_pretrained(MimiModel, name, what="codec", dtype=dtype, **window).to(self.device).eval()
 
     def at_depth(self, num_quantizers: int) -> "MimiCodec":
@@ -205,7 +204,7 @@ def codec_hash(name: str) -> str:
         path = cached_file(name, "model.safetensors")
     except OSError as error:
         raise UserError(
-            f"the weights of the codec '{name}' could not be read ({str(error).splitlines()[0]}); they are needed to "
+            f"the weights of the codec '{name}' could not be read ({first_line(error)}); they are needed to "
             "say which codes these are"
         ) from error
     with open(path, "rb") as stream:

@@ -343,6 +343,12 @@ def _check_model(job_config: Any) -> None:
     base = load_pretrained(LlamaConfig, model.hf_assets_path, what="model")
     problem = f"model.flavor '{model.flavor}' is not the model in '{model.hf_assets_path}'"
     _require_same(wanted, base, SHAPE_KEYS, problem)
+    is_trained = hasattr(base, "codec_attention") or (hasattr(base, "num_quantizers") and not hasattr(base, "codec"))
+    if job_config.checkpoint.initial_load_in_hf and is_trained and attention_of(base) != codec.attention:
+        raise UserError(
+            f"'{model.hf_assets_path}' was trained on codes of the codec's attention '{attention_of(base)}', but "
+            f"codec.attention is '{codec.attention}'; set it to '{attention_of(base)}'"
+        )
     if job_config.checkpoint.initial_load_in_hf:
         if not list(Path(model.hf_assets_path).glob("*.safetensors")):
             raise UserError(

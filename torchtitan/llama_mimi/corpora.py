@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llama_mimi.corpus_files import CORPORA, corpus_files
-from llama_mimi.errors import UserError
+from llama_mimi.errors import UserError, first_line
 from llama_mimi.files import file_system, is_local
 
 # Footers are read by so many threads at once: a remote one is mostly waiting.
@@ -198,7 +198,7 @@ def digest(content: Any) -> str:
 
 
 def unreadable(path: str, error: Exception) -> UserError:
-    detail = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    what = first_line(error)
     return UserError(
-        f"'{path}' is no readable Parquet file ({detail}); mend what keeps it from being read, or copy it anew"
+        f"'{path}' is no readable Parquet file ({what}); mend what keeps it from being read, or copy it anew"
     )

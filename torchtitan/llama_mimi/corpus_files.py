@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llama_mimi.errors import UserError
+from llama_mimi.errors import UserError, first_line
 from llama_mimi.files import file_system, find_files
 
 PARQUET_ENDINGS = (".parquet", ".pq")
@@ -52,7 +52,8 @@ SPLIT_WORDS = {
     **dict.fromkeys(("validation", "valid", "dev", "val"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-_SPLIT_WORD = re.compile(rf"(?:^|[-._ 0-9])({'|'.join(SPLIT_WORDS)})(?=[-._ 0-9]|$)")
+# Beyond these rules capitals do not matter, and "=" stands between words, too: split=train is a folder of Hive.
+_SPLIT_WORD = re.compile(rf"(?:^|[-._= 0-9])({'|'.join(SPLIT_WORDS)})(?=[-._= 0-9]|$)")
 _SPLIT_OF_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\S*\.\w+")
 
 
@@ -88,7 +89,7 @@ def _hub_files(name: str, named: NamedCorpus) -> list[str]:
         files = _named_files(f"hf://datasets/{named.hub_id}", named)
         reason = "no such files"
     except Exception as error:  # the hub's client raises what its transports raise
-        files, reason = [], (str(error).strip().splitlines() or [type(error).__name__])[0]
+        files, reason = [], first_line(error)
     if not files:
         raise UserError(
             f"the corpus '{name}' could not be opened on the hub ({reason}); download it with "
@@ -176,5 +177,5 @@ def splits_in(folder: str, files: Sequence[str]) -> list[str | None]:
 
 
 def _split_word(name: str) -> str | None:
-    match = _SPLIT_WORD.search(name)
+    match = _SPLIT_WORD.search(name.lower())
     return SPLIT_WORDS[match[1]] if match else None

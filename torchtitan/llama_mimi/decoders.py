@@ -1,14 +1,17 @@
 """Files of any kind -> blocks of samples as they were recorded: libsndfile's formats, and some of FFmpeg's with PyAV.
 
-Nothing that a header says is relied on: lengths may be unknown or wrong, so files are read in blocks to their end.
+Lengths in headers may be unknown or too large, and files end early: they are read in blocks as far as they go. One that
+a FLAC or WAV header puts too small, or the Xing frame of an MP3, is believed, as libsndfile ends there.
 """
 
+import os
+import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from io import BytesIO
+from io import SEEK_END, BytesIO
 from itertools import chain
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import soundfile
@@ -21,6 +24,10 @@ UNKNOWN_LENGTH = 2**63 - 1
 # of FFmpeg's formats are lists of addresses, and bytes that claim to be audio must not make anybody fetch them.
 FFMPEG_FORMATS = {"MP4 or M4A": "mov", "WebM or Matroska": "matroska", "AAC": "aac", "WMA": "asf"}
 HEAD_BYTES = 16
+# A WAV or AIFF file may miss so many bytes of what its header says and be whole: some programs count the header, too.
+MISCOUNTED_BYTES = 256
+# Sizes from here on mean that the size was not known when the header was written.
+UNKNOWN_SIZE = 0x7FFF_F000
 
 
 class NeedsFFmpeg(Exception):
@@ -34,7 +41,7 @@ class Recording:
     Args:
         rate_hz: sample rate.
         num_channels: C.
-        num_samples: of a channel, as the header says; None where it does not.
+        num_samples: of a channel, as the header says; None where it does not, or estimates.
         blocks: of shape (S, C) in float32, none empty.
     """
 
@@ -44,54 +51,102 @@ class Recording:
     blocks: Iterator[np.ndarray]
 
 
+@dataclass(frozen=True)
+class OggLink:
+    """One of the recordings that a chained Ogg file holds, one behind the other.
+
+    Args:
+        start, end: where its bytes lie.
+        is_whole: its last page is complete, and nothing but it lies behind it where the next should begin.
+    """
+
+    start: int
+    end: int
+    is_whole: bool
+
+
 @contextmanager
-def opened(stream: BinaryIO, offset: int = 0) -> Iterator[Recording]:
-    """The recording that begins at ``offset``.
+def opened(stream: BinaryIO, link: OggLink | None = None) -> Iterator[Recording]:
+    """A recording in a file.
 
     Args:
         stream: bytes, or a file that was opened without a buffer.
-        offset: 0, or what `next_link` returned.
+        link: of a chained Ogg file; None takes the first, or all that other files hold.
 
     Raises:
         NeedsFFmpeg: see there.
         Exception: what the decoders raise when a file is damaged or is no audio, here and while blocks are read.
     """
-    stream.seek(offset)
+    if link is not None:
+        stream.seek(link.start)
+        stream = BytesIO(stream.read(link.end - link.start))
+    stream.seek(0)
     kind = _ffmpeg_format(stream.read(HEAD_BYTES))
-    stream.seek(offset)
+    stream.seek(0)
     if kind is not None:
         with closing(_open_ffmpeg(stream, kind)) as container:
             yield _ffmpeg_recording(container)
         return
-    # libsndfile itself reads from a file on disk; whatever else it is, it is read through Python.
-    source: Any = BytesIO(stream.read()) if offset else stream
-    if not isinstance(source, BytesIO):
-        source = stream.fileno()
-    with _Forward(source, closefd=False) as file:
-        length = None if file.frames == UNKNOWN_LENGTH else file.frames
-        yield Recording(file.samplerate, file.channels, length, _blocks(file))
+    # libsndfile itself reads from a file on disk; bytes are read through Python.
+    with _Forward(stream if isinstance(stream, BytesIO) else stream.fileno(), closefd=False) as file:
+        if file.format != "MP3":
+            yield _recording(file)
+            return
+    # Without a Xing frame the length of an MP3 is a guess, at which libsndfile ends, unless it cannot seek.
+    with _piped(stream) as source, _Forward(source, closefd=False) as file:
+        yield _recording(file)
 
 
-def next_link(stream: BinaryIO, offset: int) -> int | None:
-    """Where the next recording of a chained Ogg file begins, or None; libsndfile reads the first and stops.
+def ogg_links(stream: BinaryIO) -> Iterator[OggLink]:
+    """The recordings of a chained Ogg file in order; of other files none.
 
-    A chain is Ogg files one behind the other, each with a first page that says so (RFC 3533, section 6).
-
-    Args:
-        stream: a file or bytes.
-        offset: where the recording begins that was read.
+    A chain is Ogg files one behind the other, each with a first page that says so (RFC 3533, section 6). libsndfile
+    reads the first and stops.
     """
+    size = stream.seek(0, SEEK_END)
+    start = offset = 0
     is_begun = False
     while True:
         stream.seek(offset)
         header = stream.read(27)
         if len(header) < 27 or not header.startswith(b"OggS"):
-            return None
+            if offset:
+                stream.seek(offset)
+                yield OggLink(start, offset, b"OggS" not in stream.read())
+            return
+        num_bytes = 27 + header[26] + sum(stream.read(header[26]))
         is_first = bool(header[5] & 2)
         if is_first and is_begun:
-            return offset
+            yield OggLink(start, offset, True)
+            start, is_begun = offset, False
         is_begun |= not is_first  # streams beside each other all begin at the start
-        offset += 27 + header[26] + sum(stream.read(header[26]))
+        offset += num_bytes
+        if offset > size:
+            yield OggLink(start, size, False)
+            return
+
+
+def breaks_off(stream: BinaryIO) -> bool:
+    """Whether a WAV or AIFF file ends before the samples that its header says; libsndfile does not tell."""
+    size = stream.seek(0, SEEK_END)
+    stream.seek(0)
+    order: Literal["little", "big"]
+    match stream.read(12):
+        case head if head.startswith(b"RIFF") and head.endswith(b"WAVE"):
+            order, samples = "little", b"data"
+        case head if head.startswith(b"FORM") and head[8:11] == b"AIF":
+            order, samples = "big", b"SSND"
+        case _:
+            return False
+    offset = 12
+    while len(head := stream.read(8)) == 8:
+        length = int.from_bytes(head[4:], order)
+        offset += 8 + length
+        if head.startswith(samples):
+            return length < UNKNOWN_SIZE and offset > size + MISCOUNTED_BYTES
+        offset += length % 2
+        stream.seek(offset)
+    return False
 
 
 class _Forward(soundfile.SoundFile):
@@ -101,10 +156,53 @@ class _Forward(soundfile.SoundFile):
         return False
 
 
-def _blocks(file: soundfile.SoundFile) -> Iterator[np.ndarray]:
-    num_samples = max(1, BLOCK_SAMPLES // file.channels)
-    while len(block_SC := file.read(num_samples, dtype="float32", always_2d=True)):
-        yield block_SC
+@contextmanager
+def _piped(stream: BinaryIO) -> Iterator[int]:
+    """A file descriptor from which the bytes of ``stream`` are read, and which cannot seek."""
+    stream.seek(0)
+    reader, writer = os.pipe()
+
+    def feed() -> None:
+        with open(writer, "wb", buffering=0) as file:
+            try:
+                while some := stream.read(2**16):
+                    view = memoryview(some)
+                    while view:
+                        view = view[file.write(view) :]
+            except BrokenPipeError:  # the rest is not wanted
+                pass
+
+    thread = threading.Thread(target=feed, daemon=True)
+    thread.start()
+    try:
+        yield reader
+    finally:
+        os.close(reader)
+        thread.join()
+
+
+def _recording(file: soundfile.SoundFile) -> Recording:
+    is_exact = file.frames != UNKNOWN_LENGTH and not file.subtype.startswith("MPEG")
+    length = file.frames if is_exact else None
+    return Recording(file.samplerate, file.channels, length, _blocks(file, length))
+
+
+def _blocks(file: soundfile.SoundFile, length: int | None) -> Iterator[np.ndarray]:
+    """Blocks to the end; where decoding fails, what was decoded before comes first."""
+    num_read = 0
+    while length is None or num_read < length:  # behind the last frame of a sound FLAC file there may be something else
+        wanted = max(1, BLOCK_SAMPLES // file.channels)
+        block_SC = np.empty((wanted if length is None else min(wanted, length - num_read), file.channels), np.float32)
+        try:
+            num_new = len(file.read(out=block_SC))
+        except soundfile.SoundFileError:
+            if num_new := file.tell() - num_read:
+                yield block_SC[:num_new]
+            raise
+        if num_new == 0:
+            return
+        num_read += num_new
+        yield block_SC[:num_new]
 
 
 def _ffmpeg_format(head: bytes) -> str | None:

@@ -8,6 +8,11 @@ class UserError(Exception):
     """Something the user can put right. The message says what was wrong, with which value, and what to do."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, for a sentence of ours; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def run_cli(main: Callable[[], None]) -> None:
     """Run a script's ``main`` and turn a `UserError` into one sentence and exit code 1."""
     try:

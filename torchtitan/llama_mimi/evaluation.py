@@ -206,7 +206,7 @@ def check_earlier(path: Path, header: Mapping[str, Any]) -> list[str]:
         "--model_name": (earlier.get("model"), header["model"]),
         "--data_dir": (earlier.get("data"), header["data"]),
         "--codec with the hash": (earlier.get("codec", {}).get("sha256"), header["codec"]["sha256"]),
-        "--codec_attention": (earlier.get("codec", {}).get("attention", "windowed"), header["codec"]["attention"]),
+        "the codec's attention": (earlier.get("codec", {}).get("attention", "windowed"), header["codec"]["attention"]),
         **{
             f"--{name}": (earlier.get("settings", {}).get(name), header["settings"][name])
             for name in ("dtype", "max_audio_seconds")

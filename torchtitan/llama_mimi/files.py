@@ -1,13 +1,14 @@
 """Files on any fsspec path: found, read as JSON, and written so that they are whole or not there."""
 
 import json
-from glob import escape
+import os
+from glob import escape, glob
 from typing import Any
 from uuid import uuid4
 
 import fsspec
 
-from llama_mimi.errors import UserError
+from llama_mimi.errors import UserError, first_line
 
 # What is written under another name first, before it is moved into place.
 PARTIAL = ".partial"
@@ -45,13 +46,12 @@ def find_files(path: str, endings: tuple[str, ...]) -> list[str]:
     fs, bare = file_system(path)
     try:
         if fs.isdir(bare):
-            inside = fs.find(bare)
+            inside = _below_local(bare) if is_local(fs) else fs.find(bare)
             found = [file for file in inside if file.lower().endswith(endings) and not is_hidden(_below(file, bare))]
         else:
             found = _matches(fs, bare)
     except Exception as error:  # remote file systems raise what their transports raise
-        detail = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"'{path}' cannot be listed ({detail}); check the path and the network") from error
+        raise UserError(f"'{path}' cannot be listed ({first_line(error)}); check the path and the network") from error
     return sorted(found if is_local(fs) else map(fs.unstrip_protocol, found))
 
 
@@ -60,7 +60,21 @@ def is_hidden(relative: str) -> bool:
 
     It is the rule by which `datasets` leaves them out of a folder.
     """
-    return any(part.startswith((".", "__")) for part in relative.split("/"))
+    *folders, name = relative.split("/")
+    return name.startswith(".") or any(folder.startswith((".", "__")) for folder in folders)
+
+
+def _below_local(folder: str) -> list[str]:
+    """Files below a folder, also through links to folders, each folder once; fsspec does not follow them."""
+    found: list[str] = []
+    seen: set[str] = set()
+    for path, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(path)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [f"{path}/{name}" for name in names]
+    return found
 
 
 def _matches(fs: fsspec.AbstractFileSystem, pattern: str) -> list[str]:
@@ -73,7 +87,9 @@ def _matches(fs: fsspec.AbstractFileSystem, pattern: str) -> list[str]:
         if set(part) & set("*?[") and not ("[" in part and fs.exists("/".join(parts[: index + 1]))):
             break
         literal = index + 1
-    found = fs.glob("/".join([*map(escape, parts[:literal]), *parts[literal:]]))
+    escaped = "/".join([*map(escape, parts[:literal]), *parts[literal:]])
+    # fsspec does not look through links to folders
+    found = glob(escaped, recursive=True, include_hidden=True) if is_local(fs) else fs.glob(escaped)
     if any(is_hidden(part) for part in parts[literal:]):  # asked for
         return found
     return [file for file in found if not is_hidden(_below(file, "/".join(parts[:literal])))]

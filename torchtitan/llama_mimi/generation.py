@@ -38,13 +38,15 @@ class SamplingOptions:
     def __post_init__(self) -> None:
         for name, is_valid in {
             "seconds": 0.08 <= self.seconds < float("inf"),
-            "min_seconds": 0 <= self.min_seconds <= self.seconds,
+            "min_seconds": 0 <= self.min_seconds < float("inf"),
             "temperature": self.temperature >= 0,
             "top_k": self.top_k >= 1,
             "num_samples": self.num_samples >= 1,
         }.items():
             if not is_valid:
                 raise UserError(f"--{name} is {getattr(self, name)}, which is out of range; see --help")
+        if self.min_seconds > self.seconds:
+            raise UserError(f"--min_seconds is {self.min_seconds:g}, more than --seconds {self.seconds:g}; raise that")
 
 
 class FrameGrammar(LogitsProcessor):
@@ -87,7 +89,8 @@ def continue_codes(model: SpeechModel, prompt_TQ: torch.Tensor, options: Samplin
     prompt_L = model.sequences.sequence(prompt_TQ, is_cut=True)  # no </audio>: the speech goes on
     num_head_tokens = len(prompt_L) - prompt_TQ.numel()
     num_new_frames = round(options.seconds * model.codec.frame_rate_hz)
-    min_frames = len(prompt_TQ) + math.ceil(options.min_seconds * model.codec.frame_rate_hz - 1e-6)
+    min_new_frames = math.ceil(options.min_seconds * model.codec.frame_rate_hz - 1e-6)
+    num_new_frames = max(num_new_frames, min_new_frames)
     num_new_tokens = num_new_frames * vocabulary.num_quantizers
     context = decoder.config.max_position_embeddings
     if len(prompt_L) + num_new_tokens > context:
@@ -111,7 +114,9 @@ def continue_codes(model: SpeechModel, prompt_TQ: torch.Tensor, options: Samplin
         prompt_BL,
         attention_mask=torch.ones_like(prompt_BL),
         generation_config=config,
-        logits_processor=LogitsProcessorList([FrameGrammar(vocabulary, num_head_tokens, min_frames)]),
+        logits_processor=LogitsProcessorList(
+            [FrameGrammar(vocabulary, num_head_tokens, len(prompt_TQ) + min_new_frames)]
+        ),
     )
     samples = []
     for ids_L in ids_BL[:, num_head_tokens:].cpu():

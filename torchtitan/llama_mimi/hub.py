@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from llama_mimi.errors import UserError
+from llama_mimi.errors import UserError, first_line
 
 
 def load_pretrained(cls: Any, name: str, *, what: str, **kwargs: Any) -> Any:
@@ -31,12 +31,11 @@ def load_pretrained(cls: Any, name: str, *, what: str, **kwargs: Any) -> Any:
     try:
         return cls.from_pretrained(name, **kwargs)
     except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
-        first_line = str(error).strip().splitlines()[0]
         if Path(name).is_dir():
-            raise UserError(f"the {what} in '{name}' could not be loaded: {first_line}") from error
+            raise UserError(f"the {what} in '{name}' could not be loaded: {first_line(error)}") from error
         raise UserError(
-            f"the {what} '{name}' could not be loaded from the Hugging Face Hub ({first_line}); if it is gated, accept "
-            f"its licence on its page and run `hf auth login`; without a network, download it elsewhere with "
+            f"the {what} '{name}' could not be loaded from the Hugging Face Hub ({first_line(error)}); if it is gated, "
+            f"accept its licence on its page and run `hf auth login`; without a network, download it elsewhere with "
             f"`hf download {name} --local-dir FOLDER` and name that folder"
         ) from error
 

@@ -8,13 +8,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from llama_mimi.cpu import available_device
-from llama_mimi.errors import UserError
+from llama_mimi.errors import UserError, first_line
 
 # Ranks wait for the slowest at the end.
 TIMEOUT = timedelta(days=7)
@@ -34,8 +35,14 @@ def end_with_parent() -> None:
 
 def end_with_torchrun() -> None:
     """As `end_with_parent`, for a rank that torchrun started; ranks that are started otherwise may outlive a shell."""
-    if dist.is_torchelastic_launched():
-        end_with_parent()
+    if not dist.is_torchelastic_launched():
+        return
+    end_with_parent()
+    # It may have been killed while this process imported what it needs. Orphans go to process 1, which in a container
+    # may be torchrun itself, but then it is Python.
+    first = Path("/proc/1/cmdline")
+    if os.getppid() == 1 and first.exists() and b"python" not in first.read_bytes():
+        os._exit(1)
 
 
 class Ranks:
@@ -114,7 +121,7 @@ class Ranks:
             collective()
         except RuntimeError as error:
             print(
-                f"another rank has ended, so this one does, too ({(str(error).strip().splitlines() or [''])[0]})",
+                f"another rank has ended, so this one does, too ({first_line(error)})",
                 file=sys.stderr,
             )
             sys.exit(1)
