@@ -68,7 +68,8 @@ def store(speech, tmp_path_factory):
     done = tokenize(speech, folder, "--max_audio_seconds", 4, "--max_bad_share", 0.1, nproc=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "23 clips" in done.stdout and "1 skipped" in done.stdout and "no readable audio" in done.stdout
-    assert f"clip 'validation-00014': {OPPOSITE}" in done.stdout and manifest(folder)["remarks"] == {OPPOSITE: 1}
+    name = pq.read_table(speech, columns=["id"])["id"][14].as_py()
+    assert f"clip '{name}': {OPPOSITE}" in done.stdout and manifest(folder)["remarks"] == {OPPOSITE: 1}
     return folder
 
 

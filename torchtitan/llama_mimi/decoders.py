@@ -158,9 +158,14 @@ class _Forward(soundfile.SoundFile):
 
 @contextmanager
 def _piped(stream: BinaryIO) -> Iterator[int]:
-    """A file descriptor from which the bytes of ``stream`` are read, and which cannot seek."""
+    """A file descriptor from which the bytes of ``stream`` are read, and which cannot seek.
+
+    Raises:
+        OSError: the file could not be read to its end.
+    """
     stream.seek(0)
     reader, writer = os.pipe()
+    failed: list[OSError] = []
 
     def feed() -> None:
         with open(writer, "wb", buffering=0) as file:
@@ -169,8 +174,10 @@ def _piped(stream: BinaryIO) -> Iterator[int]:
                     view = memoryview(some)
                     while view:
                         view = view[file.write(view) :]
-            except BrokenPipeError:  # the rest is not wanted
-                pass
+            except BrokenPipeError:
+                pass  # the rest is not wanted
+            except OSError as error:
+                failed.append(error)
 
     thread = threading.Thread(target=feed, daemon=True)
     thread.start()
@@ -179,6 +186,8 @@ def _piped(stream: BinaryIO) -> Iterator[int]:
     finally:
         os.close(reader)
         thread.join()
+    if failed:
+        raise failed[0]
 
 
 def _recording(file: soundfile.SoundFile) -> Recording:

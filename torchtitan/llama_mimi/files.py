@@ -36,8 +36,8 @@ def find_files(path: str, endings: tuple[str, ...]) -> list[str]:
     """Sorted fsspec paths of the files that ``path`` means: a folder, a file, or a glob.
 
     Args:
-        path: a folder stands for its files at any depth that end so, but hidden ones: what begins with a dot, as
-            macOS's ``._`` sidecars and the ``.cache`` of a download, or with two underscores.
+        path: a folder stands for its files at any depth that end so, but hidden ones (`is_hidden`), as macOS's ``._``
+            sidecars and the ``.cache`` of a download.
         endings: such as ".parquet"; capitals do not matter.
 
     Raises:
