@@ -13,6 +13,7 @@ import soundfile
 import torch
 from conftest import TINY
 
+from llama_mimi import audio
 from llama_mimi.audio import DAMAGED, MAX_PEAK, OPPOSITE, AudioError, read_audio, resample
 
 RATE = 24_000
@@ -152,6 +153,22 @@ def test_odd_audio_is_refused(name, tmp_path):
         with pytest.raises(AudioError, match=words) as error:
             read_audio(source, RATE, name="clip")
         assert error.value.reason == reason and "'clip'" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), MemoryError()])
+def test_a_machine_in_need_is_no_damage(error, monkeypatch):
+    """A later recording of a chain that cannot be fetched now is no half clip, but a reason."""
+    read = audio._read_recording
+
+    def fails_at_the_second(stream, link, *args):
+        if link is not None:
+            raise error
+        return read(stream, link, *args)
+
+    monkeypatch.setattr(audio, "_read_recording", fails_at_the_second)
+    with pytest.raises(AudioError) as raised:
+        read_audio(OPUS + OPUS, RATE)
+    assert raised.value.reason == "unreadable"
 
 
 @pytest.mark.parametrize("subtype", ["OPUS", "VORBIS"])

@@ -42,6 +42,10 @@ class AudioError(UserError):
         self.reason = reason
 
 
+# Errors that do not say that the rest of a file is damaged: a clip that is refused, or a machine in need.
+NOT_OF_THE_FILE = (AudioError, MemoryError, OSError)
+
+
 @dataclass(frozen=True)
 class Waveform:
     """One clip.
@@ -153,9 +157,9 @@ def _read(stream: BinaryIO, name: str, wanted_hz: int | None, max_seconds: float
             left = None if max_seconds is None else max_seconds - sum(part.seconds for part in parts)
             try:
                 parts.append(_read_recording(stream, link, name, rate_hz, left))
-            except AudioError:
+            except NOT_OF_THE_FILE:
                 raise
-            except Exception:  # as above; what came before is sound
+            except Exception:  # decoders raise whatever a damaged file makes of them; what came before is sound
                 is_damaged = True
         is_damaged |= not link.is_whole
         if is_damaged or parts[-1].is_cut:
@@ -221,7 +225,7 @@ def _mono(
             if is_cut:
                 break
         is_damaged = not is_cut and num_read < (recording.num_samples or 0)
-    except (AudioError, MemoryError, OSError):  # not for what the file holds
+    except NOT_OF_THE_FILE:
         raise
     except Exception:  # decoders raise whatever a damaged file makes of them; what came before is sound
         if num_read == 0:

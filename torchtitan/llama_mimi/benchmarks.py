@@ -353,7 +353,7 @@ def _folders(root: Path) -> list[Path]:
 
 
 def _audio_files(folder: Path) -> list[Path]:
-    files = sorted(path for path in folder.iterdir() if path.is_file() and not _is_hidden(path, folder))
+    files = sorted(path for path in folder.iterdir() if path.is_file() and not is_hidden(path.name))
     if other := [path for path in files if path.suffix.lower() in OTHER_AUDIO_ENDINGS]:
         raise UserError(f"'{other[0]}' is no {', '.join(AUDIO_ENDINGS)} file; convert it, or move it out")
     return [path for path in files if path.suffix.lower() in AUDIO_ENDINGS]

@@ -120,10 +120,7 @@ class Ranks:
         try:
             collective()
         except RuntimeError as error:
-            print(
-                f"another rank has ended, so this one does, too ({first_line(error)})",
-                file=sys.stderr,
-            )
+            print(f"another rank has ended, so this one does, too ({first_line(error)})", file=sys.stderr)
             sys.exit(1)
 
 
