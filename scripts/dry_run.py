@@ -178,7 +178,7 @@ def read_config(args: list[str], num_gpus: int) -> Any:
         UserError: it is refused, or sets something that is not looked at here.
     """
     os.environ["WORLD_SIZE"] = str(num_gpus)
-    job_config = parse_config(args, is_here=False)
+    job_config = parse_config(args)
     for key, is_set in {
         "parallelism.context_parallel_degree": job_config.parallelism.context_parallel_degree > 1,
         "parallelism.pipeline_parallel_degree": job_config.parallelism.pipeline_parallel_degree > 1,

@@ -29,7 +29,7 @@ from llama_mimi.corpus_files import CORPORA
 from llama_mimi.errors import UserError, run_cli
 from llama_mimi.files import file_system, is_local
 from llama_mimi.order import RowsInOrder
-from llama_mimi.ranks import Ranks, torchrun_ranks
+from llama_mimi.ranks import Ranks, from_first, torchrun_ranks
 from llama_mimi.token_store import StoredClip
 
 # Clips that a worker reads at once and that are sorted by length before they are batched: a row group as `datasets`
@@ -93,7 +93,7 @@ def run(flags: argparse.Namespace, ranks: Ranks) -> None:
             held.enter_context(alone(flags.output_dir))  # to the end
             return begin(flags.output_dir, plan)
 
-        todo = ranks.from_first(begin_alone)
+        todo = from_first(begin_alone)
         if ranks.rank == 0:
             there = len(plan["shards"]) - len(todo)
             columns = ", ".join(plan["columns"])

@@ -11,12 +11,14 @@ from llama_mimi.cpu import use_cpu_without_gpu
 use_cpu_without_gpu()
 
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
 import torch
 
 from llama_mimi.codec import MimiCodec
+from llama_mimi.config_check import check_files, parse_config
 from llama_mimi.sequences import SequenceBuilder, load_sequences
 
 ROOT = Path(__file__).parent.parent
@@ -26,6 +28,13 @@ torch.set_num_threads(1)
 # The same examples at every run: a failure can be seen again, and CI does not depend on luck.
 hypothesis.settings.register_profile("repeatable", derandomize=True)
 hypothesis.settings.load_profile("repeatable")
+
+
+def checked_config(flags: list[str]) -> Any:
+    """A config that may run here."""
+    job_config = parse_config(flags)
+    check_files(job_config)
+    return job_config
 
 
 @pytest.fixture(scope="session")

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, checked_config
 from datasets import Dataset
 from tokenizers import Tokenizer, models
 from transformers import MimiConfig, PreTrainedTokenizerFast
 
 from llama_mimi.checkpoint import set_aside_incomplete
 from llama_mimi.codec import codec_hash
-from llama_mimi.config_check import check_config, parse_config
+from llama_mimi.config_check import check_files, prepare_run
 from llama_mimi.errors import UserError
 from llama_mimi.hf import hf_config
 from llama_mimi.model import FLAVORS, LlamaMimi
@@ -87,7 +87,7 @@ def test_shipped_config_builds_with_its_real_vocabulary(path, downloads, monkeyp
             dataset = tomllib.loads(text)["training"]["dataset"]
             flags += ["--training.dataset", dataset.replace("data/", f"{downloads}/data/")]
         flags += ["--validation.dataset_path", str(downloads / "peoples_speech")]
-    job_config = parse_config(flags)
+    job_config = checked_config(flags)
     (row,) = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(f"| `{path.name}` |")]
     assert row.endswith(f"| {job_config.training.steps:,} |"), "the README states the number of steps"
     args = copy.copy(FLAVORS[job_config.model.flavor])
@@ -163,7 +163,7 @@ def test_impossible_configs_are_refused(flags, message, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError) as error:
-        parse_config(tiny_with(*flags))
+        checked_config(tiny_with(*flags))
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -172,7 +172,7 @@ def test_each_section_takes_its_split(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     folder = "assets/tiny/corpus"
     flags = ["--training.dataset", folder, "--validation.dataset", folder, "--data.split", "train"]
-    job_config = parse_config(tiny_with(*flags, "--data.validation_split", "dev"))
+    job_config = checked_config(tiny_with(*flags, "--data.validation_split", "dev"))
     for section, number in ((job_config.training, 4), (job_config.validation, 1)):
         (reader,) = open_readers(job_config, section)
         name = "train" if section is job_config.training else "validation"
@@ -183,42 +183,42 @@ def test_float8_without_its_package_says_how_to_install_it(monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="uv sync --extra float8"):
-        parse_config(tiny_with("--model.converters", "quantize.linear.float8"))
+        checked_config(tiny_with("--model.converters", "quantize.linear.float8"))
 
 
 def test_unknown_keys_name_the_nearest(tmp_path, monkeypatch, capsys):
     path = tmp_path / "run.toml"
     path.write_text("[training]\nstepz = 3\n")
     with pytest.raises(UserError, match=r"'training.stepz'; the nearest valid key is 'training.steps'"):
-        parse_config(["--job.config_file", str(path)])
+        checked_config(["--job.config_file", str(path)])
     path.write_text("[codecs]\nname = 'a'\n")
     with pytest.raises(UserError, match="nearest valid key is 'codec'"):
-        parse_config([f"--job.config_file={path}"])
+        checked_config([f"--job.config_file={path}"])
     path.write_text("codec = 4\n")
     with pytest.raises(UserError, match="it is a section"):
-        parse_config(["--job.config-file", str(path)])
+        checked_config(["--job.config-file", str(path)])
     path.write_text("[codec\n")
     with pytest.raises(UserError, match="no valid TOML"):
-        parse_config(["--job.config_file", str(path)])
+        checked_config(["--job.config_file", str(path)])
     with pytest.raises(UserError, match="cannot be read"):
-        parse_config(["--job.config_file", str(tmp_path / "none.toml")])
+        checked_config(["--job.config_file", str(tmp_path / "none.toml")])
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit):
-        parse_config(tiny_with("--training.stepz", "3"))
+        checked_config(tiny_with("--training.stepz", "3"))
     assert "--training.steps" in capsys.readouterr().err
 
 
 def test_another_models_run_is_not_continued(tmp_path, monkeypatch, sequences):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("WORLD_SIZE", "1")
-    job_config = parse_config(tiny_with("--job.dump_folder", str(tmp_path)))
+    job_config = checked_config(tiny_with("--job.dump_folder", str(tmp_path)))
     (tmp_path / "checkpoint").mkdir()
     args = FLAVORS["tiny"]
     args.update_from_config(job_config)
     config = hf_config(args, num_quantizers=4, codec=str(TINY / "mimi"))
     config.save_pretrained(tmp_path / "hf_assets")
     with pytest.raises(UserError, match="holds the run of another model: codec"):
-        check_config(job_config, world_size=1)
+        check_files(job_config)
 
 
 def test_a_vocabulary_is_not_changed_on_the_way(tmp_path, monkeypatch, sequences):
@@ -227,11 +227,11 @@ def test_a_vocabulary_is_not_changed_on_the_way(tmp_path, monkeypatch, sequences
     flags = tiny_with("--job.dump_folder", str(tmp_path))
     (tmp_path / "checkpoint").mkdir()
     args = copy.copy(FLAVORS["tiny"])
-    args.update_from_config(parse_config(flags))
+    args.update_from_config(checked_config(flags))
     save_run_record(str(tmp_path), speech_config(args, sequences, "assets/tiny/mimi"), sequences)
-    parse_config(flags)
+    checked_config(flags)
     with pytest.raises(UserError, match="another model.vocabulary or tokenizer: vocab_size is 1538 there and 1029 in"):
-        parse_config([*flags, "--model.vocabulary", "audio"])
+        checked_config([*flags, "--model.vocabulary", "audio"])
 
 
 def test_the_folder_and_the_vocabulary_must_fit(tmp_path, monkeypatch, downloads):
@@ -242,13 +242,13 @@ def test_the_folder_and_the_vocabulary_must_fit(tmp_path, monkeypatch, downloads
     flags += ["--model.hf_assets_path", str(downloads / "1B"), "--codec.name", str(downloads / "mimi")]
     flags += ["--training.dataset_path", corpus, "--validation.dataset_path", corpus]
     with pytest.raises(UserError, match="136450 vocabulary entries, not the 8195 .* --vocabulary audio"):
-        parse_config([*flags, "--model.vocabulary", "audio"])
-    parse_config([*flags, "--model.vocabulary", "audio", "--checkpoint.no-initial_load_in_hf"])
+        checked_config([*flags, "--model.vocabulary", "audio"])
+    checked_config([*flags, "--model.vocabulary", "audio", "--checkpoint.no-initial_load_in_hf"])
 
     shutil.copy(TINY / "llama" / "config.json", tmp_path)
     load_sequences(str(TINY / "llama"), str(TINY / "mimi"), 4, "audio").tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="holds no text; set it to 'audio'"):
-        parse_config(tiny_with("--model.hf_assets_path", str(tmp_path)))
+        checked_config(tiny_with("--model.hf_assets_path", str(tmp_path)))
 
 
 def test_large_config_says_how_to_get_its_data_and_model(monkeypatch, downloads, tmp_path):
@@ -257,11 +257,11 @@ def test_large_config_says_how_to_get_its_data_and_model(monkeypatch, downloads,
     flags = ["--job.config_file", "config/llama3_2_1b_peoples_speech.toml", "--job.dump_folder", str(tmp_path / "run")]
     flags += ["--model.hf_assets_path", str(tmp_path / "none")]
     with pytest.raises(UserError, match="hf download MLCommons/peoples_speech"):
-        parse_config([*flags, "--training.dataset_path", str(tmp_path)])
+        checked_config([*flags, "--training.dataset_path", str(tmp_path)])
     corpus = str(downloads / "peoples_speech")
     flags += ["--training.dataset_path", corpus, "--validation.dataset_path", corpus]
     with pytest.raises(UserError, match="prepare_base_model.py --base_model HUB_ID_OR_FOLDER"):
-        parse_config(flags)
+        checked_config(flags)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ def test_values_of_another_type_are_refused(toml, message, tmp_path):
     path = tmp_path / "run.toml"
     path.write_text(toml)
     with pytest.raises(UserError) as error:
-        parse_config(["--job.config_file", str(path)])
+        checked_config(["--job.config_file", str(path)])
     assert message in str(error.value)
 
 
@@ -291,7 +291,7 @@ def test_a_config_needs_no_custom_modules(tmp_path, monkeypatch):
     path = tmp_path / "run.toml"
     lines = (ROOT / "config" / "tiny.toml").read_text().splitlines()
     path.write_text("\n".join(line for line in lines if not line.startswith("custom_")))
-    job_config = parse_config(["--job.config_file", str(path), "--job.dump_folder", str(tmp_path / "run")])
+    job_config = checked_config(["--job.config_file", str(path), "--job.dump_folder", str(tmp_path / "run")])
     assert job_config.codec.name == "assets/tiny/mimi"
 
 
@@ -316,19 +316,36 @@ def test_a_position_of_another_run_is_not_resumed(has_position, changes, message
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("WORLD_SIZE", "2")
     flags = tiny_with("--job.dump_folder", str(tmp_path))
-    save_loader_position(tmp_path, parse_config(flags), has_position, **changes)
+    save_loader_position(tmp_path, checked_config(flags), has_position, **changes)
     if message is None:
-        parse_config(flags)
+        checked_config(flags)
         return
     with pytest.raises(UserError, match="step-5") as error:
-        parse_config(flags)
+        checked_config(flags)
     assert message in str(error.value)
-    parse_config([*flags, "--checkpoint.exclude_from_loading", "dataloader"])
+    checked_config([*flags, "--checkpoint.exclude_from_loading", "dataloader"])
+
+
+def test_the_step_that_is_resumed_is_the_one_that_is_looked_at(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    flags = tiny_with("--job.dump_folder", str(tmp_path))
+    save_loader_position(tmp_path, checked_config(flags), has_position=True)
+    newest = tmp_path / "checkpoint" / "step-10"
+    newest.mkdir()
+    (newest / "model.safetensors.index.json").touch()  # a last save in Hugging Face's format
+    with pytest.raises(UserError, match=r"step-10' holds weights only"):
+        checked_config(flags)
+    checked_config([*flags, "--checkpoint.load_step", "5"])
+    with pytest.raises(UserError, match=r"load_step is 6, but the complete steps in '.*' are: 5, 10"):
+        checked_config([*flags, "--checkpoint.load_step", "6"])
 
 
 def test_a_save_cut_off_is_set_aside(tmp_path):
     checkpoint = tmp_path / "checkpoint"
     assert set_aside_incomplete(checkpoint) is None
+    checkpoint.mkdir()
+    assert set_aside_incomplete(checkpoint) and not checkpoint.exists()  # its steps were removed by hand
     (checkpoint / "step-5").mkdir(parents=True)
     aside = set_aside_incomplete(checkpoint)
     assert not checkpoint.exists() and (aside / "step-5").is_dir()
@@ -336,3 +353,19 @@ def test_a_save_cut_off_is_set_aside(tmp_path):
     (checkpoint / "step-10").mkdir()
     (checkpoint / "step-5" / ".metadata").touch()
     assert set_aside_incomplete(checkpoint) is None and (checkpoint / "step-10").is_dir()
+    (checkpoint / "step-5" / ".metadata").rename(checkpoint / "step-5" / "model.safetensors.index.json")
+    assert set_aside_incomplete(checkpoint) is None
+
+
+def test_no_run_starts_from_random_weights_in_place_of_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    job_config = checked_config(tiny_with("--job.dump_folder", str(tmp_path)))
+    (tmp_path / "checkpoint").mkdir()
+    prepare_run(job_config)
+    assert not (tmp_path / "checkpoint").exists()
+    (tmp_path / "checkpoint").mkdir()
+    monkeypatch.setattr("llama_mimi.config_check.from_first", lambda prepare: None)  # a node that sees it longer
+    with pytest.raises(UserError, match="neither a step nor initial weights would be loaded"):
+        prepare_run(job_config)
+    job_config.checkpoint.enable = False
+    prepare_run(job_config)

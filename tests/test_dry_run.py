@@ -120,8 +120,8 @@ def test_a_batch_that_does_not_split_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "64")
     flags = ["--job.config_file", "config/llama3_2_1b.toml"]
     with pytest.raises(UserError, match="not a multiple of local_batch_size 32 x 64 data-parallel ranks"):
-        parse_config(flags, is_here=False)
-    parse_config([*flags, "--training.local_batch_size", "16"], is_here=False)
+        parse_config(flags)
+    parse_config([*flags, "--training.local_batch_size", "16"])
 
 
 def test_one_sentence_says_that_it_does_not_fit():

@@ -17,13 +17,12 @@ import pytest
 import soundfile
 import tokenize_corpus
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, checked_config
 from datasets import load_dataset
 
 from llama_mimi.audio import OPPOSITE, read_audio
 from llama_mimi.clips import ClipStream, CodeReader
 from llama_mimi.codec import MimiCodec, codec_hash
-from llama_mimi.config_check import parse_config
 from llama_mimi.errors import UserError
 from llama_mimi.files import write_whole
 from llama_mimi.open_data import build_dataloader, build_validation_dataloader
@@ -240,7 +239,7 @@ def config(dataset, *flags):
         "--codec.name": CODEC,
         "--data.max_audio_seconds": 3.2,
     }
-    return parse_config([*(str(word) for pair in names.items() for word in pair), *map(str, flags)])
+    return checked_config([*(str(word) for pair in names.items() for word in pair), *map(str, flags)])
 
 
 @pytest.fixture

@@ -34,7 +34,10 @@ GOLDEN = Path(__file__).parent / "golden" / "tiny_loss.json"
 LOSS = "loss_metrics/global_avg_loss"
 
 
-def start(nproc: int, dump_folder: Path, **overrides) -> subprocess.Popen:
+OURS = ("-m", "llama_mimi.train")
+
+
+def start(nproc: int, dump_folder: Path, program: tuple[str, ...] = OURS, **overrides) -> subprocess.Popen:
     """The tiny run with every step logged, validation off, and ``section__key=value`` overrides."""
     overrides = {"metrics__log_freq": 1, "validation__enable": False, **overrides}
     flags = []
@@ -46,9 +49,9 @@ def start(nproc: int, dump_folder: Path, **overrides) -> subprocess.Popen:
         else:
             flags += [f"--{key}", str(value)]
     torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={nproc}", "--standalone"]
-    config = ["-m", "llama_mimi.train", "--job.config_file", "config/tiny.toml", "--job.dump_folder", str(dump_folder)]
+    config = ["--job.config_file", "config/tiny.toml", "--job.dump_folder", str(dump_folder)]
     return subprocess.Popen(
-        [*torchrun, *config, *flags],
+        [*torchrun, *program, *config, *flags],
         cwd=ROOT,
         text=True,
         stdout=subprocess.PIPE,
@@ -57,8 +60,8 @@ def start(nproc: int, dump_folder: Path, **overrides) -> subprocess.Popen:
     )
 
 
-def train(nproc: int, dump_folder: Path, **overrides) -> dict[int, float]:
-    process = start(nproc, dump_folder, **overrides)
+def train(nproc: int, dump_folder: Path, program: tuple[str, ...] = OURS, **overrides) -> dict[int, float]:
+    process = start(nproc, dump_folder, program, **overrides)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output[-4000:]
     return losses(dump_folder)
@@ -187,6 +190,30 @@ def test_20_steps_equal_a_plain_loop_over_hugging_face(base_model, tmp_path):
         loss = F.cross_entropy(logits_BLV.flatten(0, 1), labels_BL.flatten(), ignore_index=IGNORE_INDEX)
         plain_step(model, optimizer, loss)
         assert measured[step] == pytest.approx(loss.item(), abs=1e-4), step
+
+
+def test_torchtitans_entry_point_is_the_same_trainer(base_model, tmp_path):
+    """It prepares its runs, too: weights are loaded beside an empty checkpoint folder, and DDP is refused."""
+    program = tmp_path / "torchtitan_train.py"  # on a GPU `-m torchtitan.train`
+    program.write_text(
+        "import runpy\nfrom llama_mimi.cpu import use_cpu_without_gpu\n"
+        "use_cpu_without_gpu()\nrunpy.run_module('torchtitan.train', run_name='__main__')\n"
+    )
+    overrides = {"model__hf_assets_path": base_model, "checkpoint__initial_load_in_hf": True, "training__steps": 1}
+    (tmp_path / "run" / "checkpoint").mkdir(parents=True)
+    measured = train(1, tmp_path / "run", (str(program),), **overrides)
+    flags = {"--job.config_file": ROOT / "config/tiny.toml", "--model.hf_assets_path": base_model}
+    (batches,), model, _ = plain_loop(base_model, flags, dp_world_size=1)
+    inputs, labels_BL = next(batches)
+    logits_BLV = model(inputs["input"]).logits
+    loss = F.cross_entropy(logits_BLV.flatten(0, 1), labels_BL.flatten(), ignore_index=IGNORE_INDEX)
+    assert measured == {1: pytest.approx(loss.item(), abs=1e-4)}
+
+    process = start(2, tmp_path / "ddp", (str(program),), parallelism__data_parallel_replicate_degree=2)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert "error: parallelism.data_parallel_replicate_degree is 2 without sharding (DDP)" in output
+    assert "UserError" not in output
 
 
 def test_without_text_from_the_base_model_to_a_converted_one(base_model, tmp_path, monkeypatch):

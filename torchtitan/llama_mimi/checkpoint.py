@@ -13,6 +13,7 @@ from llama_mimi.errors import UserError
 from llama_mimi.model import LlamaMimi, LlamaMimiArgs
 
 _METADATA = ".metadata"
+_HF_INDEX = "model.safetensors.index.json"  # of a last save in Hugging Face's format
 
 
 def find_step(checkpoint: Path) -> tuple[Path, list[Path]]:
@@ -45,18 +46,29 @@ def find_step(checkpoint: Path) -> tuple[Path, list[Path]]:
 def set_aside_incomplete(checkpoint: Path) -> Path | None:
     """Move a checkpoint folder without any complete step out of the way, and say where to.
 
-    TorchTitan starts from initial weights only where there is no checkpoint folder at all; a run that was killed
-    while it saved its first step would otherwise start anew from random ones.
+    TorchTitan loads initial weights only where there is no checkpoint folder at all. A run that was killed while it
+    saved its first step, or whose steps were removed, would otherwise start anew from random ones.
     """
-    steps = list(checkpoint.glob("step-*"))
-    if not steps or any((step / _METADATA).is_file() for step in steps):
+    if not checkpoint.is_dir() or complete_steps(checkpoint):
         return None
     number = len(list(checkpoint.parent.glob(f"{checkpoint.name}.incomplete-*")))
     return checkpoint.rename(checkpoint.with_name(f"{checkpoint.name}.incomplete-{number}"))
 
 
+def complete_steps(checkpoint: Path) -> dict[int, Path]:
+    """The steps that were saved to their end, by number, as TorchTitan tells them (`CheckpointManager`)."""
+    return {
+        int(match[1]): step
+        for step in checkpoint.glob("step-*")
+        if (match := re.fullmatch(r"step-(\d+)", step.name))
+        and any((step / name).is_file() for name in (_METADATA, _HF_INDEX))
+    }
+
+
 def has_loader_position(step: Path) -> bool:
-    """Whether a step can be resumed; a weights-only checkpoint cannot."""
+    """Whether a step can be resumed; one that holds weights only cannot."""
+    if not (step / _METADATA).is_file():
+        return False
     return "dataloader.position" in _read_metadata(step).state_dict_metadata
 
 

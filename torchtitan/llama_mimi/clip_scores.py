@@ -18,7 +18,7 @@ from llama_mimi.batching import batches_of_like_size
 from llama_mimi.clip_codes import CachedCodes
 from llama_mimi.errors import UserError
 from llama_mimi.likelihood import batch_scores
-from llama_mimi.ranks import Ranks
+from llama_mimi.ranks import Ranks, from_first
 from llama_mimi.scoring import Scoring
 from llama_mimi.speech_model import SpeechModel
 
@@ -93,7 +93,7 @@ def score_clips(
     names = sorted(unique)  # batches depend on the codes alone, so that they are the same after a kill
     plan = batches_of_like_size([unique[name].codes_TQ.size for name in names], batch_tokens)
     batches = [[names[index] for index in batch] for batch in reversed(plan)]  # too long a batch fails at once
-    done = ranks.from_first(log.load)
+    done = from_first(log.load)
     todo = [batch for batch in batches if not done.keys() >= set(batch)]
     if ranks.rank == 0 and len(todo) < len(batches):
         print(f"{len(batches) - len(todo):,} of {len(batches):,} batches were scored before", flush=True)

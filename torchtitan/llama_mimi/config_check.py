@@ -6,23 +6,27 @@ import difflib
 import importlib.util
 import math
 import os
+import socket
 import tomllib
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import torch
+import torch.distributed as dist
 from torchtitan.config import ConfigManager, JobConfig
+from torchtitan.tools.logging import logger
 from transformers import LlamaConfig
 
 import llama_mimi.job_config
-from llama_mimi.checkpoint import find_step, has_loader_position
+from llama_mimi.checkpoint import complete_steps, has_loader_position, set_aside_incomplete
 from llama_mimi.codec import attention_of, load_codec_config, whole_frames
 from llama_mimi.corpus_files import check_corpus
 from llama_mimi.errors import UserError
 from llama_mimi.hub import load_pretrained
 from llama_mimi.model import FLAVORS
 from llama_mimi.open_data import chosen_split, dataset_names
+from llama_mimi.ranks import from_first
 from llama_mimi.run_record import ASSETS_FOLDER, speech_config
 from llama_mimi.sequences import load_sequences
 from llama_mimi.token_store import CodeCorpus, is_store
@@ -42,12 +46,11 @@ SHAPE_KEYS = (
 )
 
 
-def parse_config(args: list[str], *, is_here: bool = True) -> Any:
-    """Command line and TOML file to a checked job config.
+def parse_config(args: list[str]) -> Any:
+    """Command line and TOML file to a job config, checked as far as that needs no other files.
 
     Args:
         args: what follows the program's name.
-        is_here: this machine is to train; device, corpora, model and earlier runs are checked, too.
 
     Raises:
         UserError: an unreadable file, an unknown key, or a combination that cannot run.
@@ -62,23 +65,59 @@ def parse_config(args: list[str], *, is_here: bool = True) -> Any:
         raise UserError(f"TorchTitan refuses a setting: {error}") from error
     if job_config.model.name != "llama_mimi":
         raise UserError(f"model.name is '{job_config.model.name}'; llama_mimi.train trains 'llama_mimi'")
-    check_config(job_config, world_size=int(os.environ.get("WORLD_SIZE", 1)), is_here=is_here)
+    check_settings(job_config, world_size=int(os.environ.get("WORLD_SIZE", 1)))
     return job_config
 
 
-def check_config(job_config: Any, world_size: int, *, is_here: bool = True) -> None:
-    """Refuse what cannot run, in order of cost: names, parallelism, files, model.
+def check_settings(job_config: Any, world_size: int) -> None:
+    """Refuse values and combinations of them that cannot run, wherever it is.
 
     Raises:
         UserError: one sentence for the first thing that is wrong.
     """
     _check_values(job_config)
     _check_parallelism(job_config, world_size)
-    if is_here:
-        _check_device(job_config)
-        _check_data(job_config)
-        _check_model(job_config)
-        _check_resume(job_config)
+
+
+def check_files(job_config: Any) -> None:
+    """Refuse what cannot run on this machine: device, corpora, model folder, earlier runs.
+
+    Raises:
+        UserError: one sentence for the first thing that is wrong.
+    """
+    _check_device(job_config)
+    _check_data(job_config)
+    _check_model(job_config)
+    _check_resume(job_config)
+
+
+def prepare_run(job_config: Any) -> None:
+    """What stands before a run, whichever entry point starts it; rank 0 looks, and the others wait for it.
+
+    Settings and files are checked, and a checkpoint folder that nothing can be loaded from is moved out of the way.
+
+    Raises:
+        UserError: on every rank what is wrong.
+    """
+    checkpoint = _checkpoint_folder(job_config)
+
+    def prepare() -> None:
+        check_settings(job_config, dist.get_world_size() if dist.is_initialized() else 1)
+        if job_config.checkpoint.enable and (aside := set_aside_incomplete(checkpoint)):
+            logger.warning(f"no step in '{checkpoint}' is complete, so it was moved to '{aside}'")
+        check_files(job_config)
+
+    from_first(prepare)
+    # TorchTitan would go on with random weights. Another node may see the folder a while longer than the first.
+    if job_config.checkpoint.enable and checkpoint.is_dir() and not complete_steps(checkpoint):
+        raise UserError(
+            f"'{checkpoint}' holds no complete step on {socket.gethostname()}, so neither a step nor initial weights "
+            "would be loaded there; remove it, and let all nodes see the same job.dump_folder"
+        )
+
+
+def _checkpoint_folder(job_config: Any) -> Path:
+    return Path(job_config.job.dump_folder) / job_config.checkpoint.folder
 
 
 def _config_file(args: list[str]) -> Path | None:
@@ -373,13 +412,18 @@ def _check_model(job_config: Any) -> None:
 
 def _check_resume(job_config: Any) -> None:
     """Of a position the loader itself says whether it is one in the same data and order."""
-    folder = Path(job_config.job.dump_folder)
-    checkpoint = folder / job_config.checkpoint.folder
-    steps = [step for step in checkpoint.glob("step-*") if (step / ".metadata").is_file()]
-    if not job_config.checkpoint.enable or not steps or "dataloader" in job_config.checkpoint.exclude_from_loading:
+    folder, number = _checkpoint_folder(job_config), job_config.checkpoint.load_step
+    steps = complete_steps(folder)
+    if not job_config.checkpoint.enable:
         return
-    step, _ = find_step(checkpoint)
-    if not has_loader_position(step):
+    if number != -1 and number not in steps:
+        there = ", ".join(map(str, sorted(steps))) or "none"
+        raise UserError(f"checkpoint.load_step is {number}, but the complete steps in '{folder}' are: {there}")
+    if not steps or "dataloader" in job_config.checkpoint.exclude_from_loading:
+        return
+    number = max(steps) if number == -1 else number
+    step = steps[number]
+    if number and not has_loader_position(step):  # of step 0, a seed, TorchTitan takes the weights alone
         raise UserError(
             f"'{step}' holds weights only, no position in the data, and cannot be resumed; name it as "
             "checkpoint.initial_load_path"

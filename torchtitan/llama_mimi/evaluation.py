@@ -21,7 +21,7 @@ from llama_mimi.codec import CodecAttention, codec_hash, whole_frames
 from llama_mimi.errors import UserError
 from llama_mimi.files import read_json, write_whole
 from llama_mimi.hub import weights_sha256
-from llama_mimi.ranks import Ranks, torchrun_ranks
+from llama_mimi.ranks import Ranks, from_first, torchrun_ranks
 from llama_mimi.scoring import Preset, check_levels, preset, with_options
 from llama_mimi.speech_model import DECODER_DTYPES, load_speech_model
 from llama_mimi.versions import versions
@@ -138,7 +138,7 @@ class BenchmarkScript:
             "benchmark": self.name,
             "preset": chosen.name,
             "model": flags.model_name,
-            "model_sha256": ranks.from_first(lambda: weights_sha256(flags.model_name)),
+            "model_sha256": from_first(lambda: weights_sha256(flags.model_name)),
             "data": flags.data_dir,
             "scoring": chosen.describe(),
             "num_quantizers": model.codec.num_quantizers,
@@ -156,7 +156,7 @@ class BenchmarkScript:
             "versions": versions(),
         }
         path = flags.output_dir / self.name / model_folder(flags.model_name) / f"{chosen.name}.json"
-        replaced = ranks.from_first(lambda: check_earlier(path, header))
+        replaced = from_first(lambda: check_earlier(path, header))
 
         clips = benchmark.clips
         as_released = chosen.scoring.as_released

@@ -1,4 +1,4 @@
-"""The processes of torchrun for work without collectives of tensors: tokenising and evaluation."""
+"""The processes of torchrun: what they share without collectives of tensors, and how they end."""
 
 import ctypes
 import os
@@ -20,7 +20,6 @@ from llama_mimi.errors import UserError, first_line
 # Ranks wait for the slowest at the end.
 TIMEOUT = timedelta(days=7)
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
-# All ranks find the same mistake; rank 0 reports it, and torchrun then ends the others.
 SECONDS_BEFORE_OTHERS_REPORT = 10
 
 
@@ -81,47 +80,54 @@ class Ranks:
         """Add to a shared counter; returns its value."""
         return self._store.add(counter, number)
 
-    def from_first(self, make: Callable[[], Any]) -> Any:
-        """What ``make`` returns on rank 0, which alone calls it.
-
-        Raises:
-            UserError: on every rank what it raised there, so that none waits for a rank that has gone.
-        """
-        outcome: list[Any] = [None]
-        if self.rank == 0:
-            try:
-                outcome = [make()]
-            except UserError as error:
-                outcome = [error]
-        if self.world_size > 1:
-            self._unless_gone(lambda: dist.broadcast_object_list(outcome, src=0))
-        if isinstance(outcome[0], UserError):
-            raise outcome[0]
-        return outcome[0]
-
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, on every rank."""
         if self.world_size == 1:
             return [value]
         values = [None] * self.world_size
-        self._unless_gone(lambda: dist.all_gather_object(values, value))
+        _unless_gone(lambda: dist.all_gather_object(values, value))
         return values
 
     def wait(self) -> None:
         if self.world_size > 1:
-            self._unless_gone(dist.barrier)
+            _unless_gone(dist.barrier)
 
     def close(self) -> None:
         if self.world_size > 1:
             dist.destroy_process_group()
 
-    @staticmethod
-    def _unless_gone(collective: Callable[[], Any]) -> None:
+
+def from_first(make: Callable[[], Any]) -> Any:
+    """What ``make`` returns on rank 0, which alone calls it; without a process group this process is rank 0.
+
+    Raises:
+        UserError: on every rank what it raised there, so that none waits for a rank that has gone.
+    """
+    outcome: list[Any] = [None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
         try:
-            collective()
-        except RuntimeError as error:
-            print(f"another rank has ended, so this one does, too ({first_line(error)})", file=sys.stderr)
-            sys.exit(1)
+            outcome = [make()]
+        except UserError as error:
+            outcome = [error]
+    if dist.is_initialized():
+        _unless_gone(lambda: dist.broadcast_object_list(outcome, src=0))
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    return outcome[0]
+
+
+def let_first_report() -> None:
+    """Before a mistake is reported that all ranks find: rank 0 says it, and torchrun then ends the others."""
+    if int(os.environ.get("RANK", 0)):
+        time.sleep(SECONDS_BEFORE_OTHERS_REPORT)
+
+
+def _unless_gone(collective: Callable[[], Any]) -> None:
+    try:
+        collective()
+    except RuntimeError as error:
+        print(f"another rank has ended, so this one does, too ({first_line(error)})", file=sys.stderr)
+        sys.exit(1)
 
 
 @contextmanager
@@ -132,6 +138,5 @@ def torchrun_ranks(device: str | None = None) -> Iterator[Ranks]:
         yield ranks
         ranks.close()
     except UserError:
-        if int(os.environ.get("RANK", 0)):
-            time.sleep(SECONDS_BEFORE_OTHERS_REPORT)
+        let_first_report()
         raise

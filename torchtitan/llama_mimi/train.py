@@ -3,8 +3,6 @@
 import logging
 import os
 import sys
-import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +16,8 @@ from torchtitan.tools.logging import init_logger, logger  # noqa: E402
 from torchtitan.train import Trainer  # noqa: E402
 
 import llama_mimi.train_spec  # noqa: E402, F401  (registers the model, also for a config without custom_import)
-from llama_mimi.checkpoint import set_aside_incomplete  # noqa: E402
 from llama_mimi.config_check import parse_config  # noqa: E402
-from llama_mimi.ranks import end_with_torchrun  # noqa: E402
+from llama_mimi.ranks import end_with_torchrun, let_first_report  # noqa: E402
 
 
 class SpeechTrainer(Trainer):
@@ -37,22 +34,12 @@ def main() -> None:
     init_logger()
     if int(os.environ.get("RANK", 0)) > 0:
         logger.setLevel(logging.WARNING)  # what all ranks would say, rank 0 says
-    try:
-        job_config = parse_config(sys.argv[1:])
-    except UserError as error:
-        # Every rank finds the same mistake; rank 0 reports it, and torchrun then ends the others.
-        if int(os.environ.get("RANK", 0)) > 0:
-            time.sleep(10)
-            sys.exit(1)
-        sys.exit(f"error: {error}")
-    checkpoint = Path(job_config.job.dump_folder) / job_config.checkpoint.folder
-    if int(os.environ.get("RANK", 0)) == 0 and (aside := set_aside_incomplete(checkpoint)):
-        logger.warning(f"no step in '{checkpoint}' is complete (its saving was cut off); moved to '{aside}'")
     trainer: SpeechTrainer | None = None
     try:
-        trainer = SpeechTrainer(job_config)
+        trainer = SpeechTrainer(parse_config(sys.argv[1:]))
         trainer.train()
     except UserError as error:
+        let_first_report()
         sys.exit(f"error: {error}")
     finally:
         if trainer is not None:

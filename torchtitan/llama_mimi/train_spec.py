@@ -1,5 +1,6 @@
 """Registers the train spec "llama_mimi" with TorchTitan: ``[experimental] custom_import = "llama_mimi.train_spec"``."""
 
+import sys
 from typing import Any
 
 import torch
@@ -9,18 +10,35 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 
 from llama_mimi.codec import load_codec_config
+from llama_mimi.config_check import prepare_run
 from llama_mimi.dataloader import codec_time
+from llama_mimi.errors import UserError
 from llama_mimi.hf import LlamaMimiStateDictAdapter
 from llama_mimi.losses import LevelMeter, UnitLoss
 from llama_mimi.metrics import SpeechMetrics
 from llama_mimi.model import FLAVORS, LlamaMimi, LlamaMimiArgs, parallelize, pipeline
 from llama_mimi.open_data import build_dataloader
+from llama_mimi.ranks import end_with_torchrun, let_first_report
 from llama_mimi.run_record import save_run_record, speech_config
 from llama_mimi.sequences import SequenceBuilder, load_sequences
 from llama_mimi.validate import SpeechValidator
 
 # TorchTitan builds metrics and losses apart from each other; the meters are what they share.
 _train_meter, _validation_meter = LevelMeter(), LevelMeter()
+
+
+def build_tokenizer(job_config: Any) -> SequenceBuilder:
+    """The tokens of a run. TorchTitan asks for them before all else, so here every run is checked and prepared.
+
+    Its own entry point knows nothing of `UserError`, nor that ranks should end with torchrun.
+    """
+    end_with_torchrun()
+    try:
+        prepare_run(job_config)
+    except UserError as error:
+        let_first_report()
+        sys.exit(f"error: {error}")
+    return build_sequences(job_config)
 
 
 def build_sequences(job_config: Any) -> SequenceBuilder:
@@ -71,7 +89,7 @@ register_train_spec(
         build_optimizers_fn=build_optimizers,
         build_lr_schedulers_fn=build_lr_schedulers,
         build_dataloader_fn=build_dataloader,
-        build_tokenizer_fn=build_sequences,
+        build_tokenizer_fn=build_tokenizer,
         build_loss_fn=build_loss,
         build_validator_fn=build_validator,
         build_metrics_processor_fn=build_metrics,
