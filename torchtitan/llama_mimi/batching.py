@@ -1,6 +1,12 @@
-"""Batches of like size, so that little of them is padding."""
+"""Batches of like size, so that little of them is padding, and work that is done beside other work."""
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def batches_of_like_size(sizes: Sequence[int], limit: float) -> list[list[int]]:
@@ -20,3 +26,24 @@ def batches_of_like_size(sizes: Sequence[int], limit: float) -> list[list[int]]:
         else:
             batches.append([index])
     return batches
+
+
+def map_ahead(function: Callable[[Item], Result], items: Iterable[Item], num_ahead: int) -> Iterator[Result]:
+    """``function`` of each item, in their order; a thread is up to ``num_ahead`` items ahead of what is taken.
+
+    Items are taken from ``items`` by the caller's thread. With 0 there is no other.
+    """
+    if not num_ahead:
+        yield from map(function, items)
+        return
+    ahead: deque[Future[Result]] = deque()
+    pool = ThreadPoolExecutor(1, thread_name_prefix="ahead")
+    try:
+        for item in items:
+            ahead.append(pool.submit(function, item))
+            if len(ahead) > num_ahead:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

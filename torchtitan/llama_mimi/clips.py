@@ -26,6 +26,7 @@ from llama_mimi.token_store import CodeCorpus, CodeGroup
 
 # A share is judged on at least this many clips: one bad clip among the first ten is no 10 %.
 MIN_CLIPS_FOR_SHARE = 100
+_NO_SAMPLES = torch.empty(0)
 # Every skipped clip is counted; only so many are named one by one.
 MAX_NAMED_CLIPS = 20
 
@@ -87,6 +88,38 @@ class Chunk:
 
     refs: list[ClipRef]
     clips: list[Clip]
+
+
+@dataclass
+class SentChunk:
+    """A chunk on its way from a loader worker. The main process gets a tensor as shared memory and copies nothing.
+
+    Args:
+        refs, clips: as `Chunk`, but the clips' samples are empty.
+        lengths_B: samples of each clip.
+        samples_N: of all clips, end to end: one tensor, as each costs a file descriptor.
+    """
+
+    refs: list[ClipRef]
+    clips: list[Clip]
+    lengths_B: list[int]
+    samples_N: torch.Tensor
+
+    @classmethod
+    def pack(cls, refs: list[ClipRef], clips: list[Clip]) -> "SentChunk":
+        samples = [(clip.samples_S if isinstance(clip, AudioClip) else _NO_SAMPLES).numpy() for clip in clips]
+        # With NumPy: PyTorch's own threads may hang in a process that was forked from one that has used them.
+        samples_N = torch.from_numpy(np.concatenate(samples))
+        lengths_B = [len(samples_S) for samples_S in samples]
+        return cls(refs, [_with_samples(clip, _NO_SAMPLES) for clip in clips], lengths_B, samples_N)
+
+    def unpack(self) -> Chunk:
+        parts = self.samples_N.split(self.lengths_B)
+        return Chunk(self.refs, [_with_samples(clip, part) for clip, part in zip(self.clips, parts, strict=True)])
+
+
+def _with_samples(clip: Clip, samples_S: torch.Tensor) -> Clip:
+    return dataclasses.replace(clip, samples_S=samples_S) if isinstance(clip, AudioClip) else clip
 
 
 class AudioReader:
@@ -225,10 +258,9 @@ class ClipStream(torch.utils.data.IterableDataset):
         for chunk in chunks:
             if isinstance(chunk, UserError):
                 raise chunk
-            chunk.clips = [_with_tensor(clip) for clip in chunk.clips]
-            yield chunk
+            yield chunk.unpack() if isinstance(chunk, SentChunk) else chunk
 
-    def __iter__(self) -> Iterator[Chunk | UserError]:
+    def __iter__(self) -> Iterator[Chunk | SentChunk | UserError]:
         """Chunks; an error is handed over as a value, as what a worker raises would come with its traceback."""
         worker = torch.utils.data.get_worker_info()
         number, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
@@ -240,9 +272,7 @@ class ClipStream(torch.utils.data.IterableDataset):
                 except UserError as error:
                     yield UserError(str(error))
                     return
-                if worker:
-                    clips = [_without_tensor(clip) for clip in clips]
-                yield Chunk(chunk, clips)
+                yield SentChunk.pack(chunk, clips) if worker else Chunk(chunk, clips)
 
     def _read(self, ref: ClipRef) -> Clip:
         reader, groups = self._readers[ref.corpus], self._groups[ref.corpus]
@@ -282,19 +312,6 @@ def _end_with(parent: int, worker: int) -> None:
     end_with_parent()
     if os.getppid() != parent:  # it was killed before
         os._exit(1)
-
-
-def _without_tensor(clip: Clip) -> Clip:
-    """For the way to the main process, on which each tensor would cost a file descriptor."""
-    if not isinstance(clip, AudioClip):
-        return clip
-    return dataclasses.replace(clip, samples_S=clip.samples_S.numpy())
-
-
-def _with_tensor(clip: Clip) -> Clip:
-    if not isinstance(clip, AudioClip):
-        return clip
-    return dataclasses.replace(clip, samples_S=torch.as_tensor(clip.samples_S))
 
 
 def _unchanged(chunk: Any) -> Any:

@@ -186,6 +186,7 @@ def _check_values(job_config: Any) -> None:
         "validation.local_batch_size": validation.local_batch_size,
         "validation.freq": validation.freq,
         "metrics.log_freq": job_config.metrics.log_freq,
+        "comm.train_timeout_seconds": job_config.comm.train_timeout_seconds,
         "checkpoint.interval": checkpoint.interval,
         "parallelism.tensor_parallel_degree": parallelism.tensor_parallel_degree,
         "parallelism.context_parallel_degree": parallelism.context_parallel_degree,
@@ -210,6 +211,13 @@ def _check_values(job_config: Any) -> None:
             "data.task is 'tts', but model.vocabulary 'audio' holds no text; set model.vocabulary to 'llama', or "
             "data.task to 'a2a'"
         )
+    if validation.steps != -1:
+        raise UserError(
+            f"validation.steps is {validation.steps}, which counts the batches of each rank, so that other numbers of "
+            "ranks would see other clips; leave it out, and set data.validation_clips for fewer than all"
+        )
+    if data.validation_clips != -1 and data.validation_clips <= 0:
+        raise UserError(f"data.validation_clips is {data.validation_clips}; it is positive, or -1 for all")
     if not 0 <= data.max_bad_share <= 1:
         raise UserError(f"data.max_bad_share is {data.max_bad_share}; it is a share between 0 and 1")
     for section, seq_len in (("training", training.seq_len), ("validation", job_config.validation.seq_len)):

@@ -10,6 +10,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,10 +19,12 @@ from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.tools.logging import logger
 
 from llama_mimi.audio import DAMAGED
+from llama_mimi.batching import map_ahead
 from llama_mimi.clips import (
     MAX_NAMED_CLIPS,
     MIN_CLIPS_FOR_SHARE,
     AudioClip,
+    Chunk,
     ClipReader,
     ClipStream,
     CodedClip,
@@ -37,18 +40,18 @@ from llama_mimi.packing import Batch, BatchPacker
 CLIPS_PER_REPORT = 1000
 
 
-class Stopwatch:
-    """Seconds spent since the last `take`; shared by the loader, which spends them, and the metrics."""
+@dataclass
+class DataMeter:
+    """What a loader tells the metrics.
 
-    def __init__(self) -> None:
-        self.seconds = 0.0
+    Args:
+        codec_seconds: spent encoding since this was last set to 0.
+        num_clips, num_frames: in batches since the run began; after a resume rank 0 goes on from the sum of all.
+    """
 
-    def take(self) -> float:
-        seconds, self.seconds = self.seconds, 0.0
-        return seconds
-
-
-codec_time = Stopwatch()
+    codec_seconds: float = 0.0
+    num_clips: int = 0
+    num_frames: int = 0
 
 
 class UnitDataLoader(BaseDataLoader):
@@ -64,6 +67,9 @@ class UnitDataLoader(BaseDataLoader):
         chunk_size: clips read and encoded at once.
         max_bad_share: raise when a larger share of the clips cannot be used.
         workers: keyword arguments of PyTorch's DataLoader.
+        meter: told what goes on here.
+        chunks_ahead: encoded by a thread, on a stream of its own, while batches before are trained on. The position
+            does not depend on it.
     """
 
     def __init__(
@@ -79,11 +85,15 @@ class UnitDataLoader(BaseDataLoader):
         chunk_size: int,
         max_bad_share: float,
         workers: dict[str, Any],
+        meter: DataMeter | None = None,
+        chunks_ahead: int = 0,
     ) -> None:
         self._readers, self._order, self._packer, self._codec = readers, order, packer, codec
         self._dp_rank, self._dp_world_size = dp_rank, dp_world_size
         self.dataset, self._chunk_size, self._max_bad_share = dataset, chunk_size, max_bad_share
         self._workers = workers
+        self._meter, self._chunks_ahead = meter or DataMeter(), chunks_ahead
+        self._stream = torch.cuda.Stream() if chunks_ahead and torch.cuda.is_available() else None
         self._counts: Counter[str] = Counter()  # clips read, cut, and skipped by reason
         self._num_clips = sum(int(reader.corpus.sizes_G.sum()) for reader in readers)
 
@@ -108,9 +118,9 @@ class UnitDataLoader(BaseDataLoader):
                 else:
                     self._use_up(ref)
                 if self._packer.is_full:
-                    yield self._packer.take()
+                    yield self._take()
         if not self._packer.is_empty:
-            yield self._packer.take()
+            yield self._take()
 
     @property
     def num_read(self) -> int:
@@ -155,27 +165,33 @@ class UnitDataLoader(BaseDataLoader):
         self._order.position = positions[self._dp_rank]
         self._counts = Counter(state["counts"] if self._dp_rank == 0 else {})
 
+    def _take(self) -> Batch:
+        counts, meter = self._counts, self._meter
+        counts["frames"] += self._packer.num_frames
+        meter.num_clips, meter.num_frames = counts["read"] - counts["skipped"], counts["frames"]
+        return self._packer.take()
+
     def _clips(self) -> Iterator[tuple[ClipRef, CodedClip | SkippedClip]]:
         stream = ClipStream(self._readers, self._order, self._chunk_size)
-        for chunk in stream.load(**self._workers):
-            audio = [clip for clip in chunk.clips if isinstance(clip, AudioClip)]
-            codes = iter(self._encode(audio))
+        for chunk, encoded, seconds in map_ahead(self._encode, stream.load(**self._workers), self._chunks_ahead):
+            self._meter.codec_seconds += seconds
+            codes = iter(encoded)
             for ref, clip in zip(chunk.refs, chunk.clips, strict=True):
                 if isinstance(clip, AudioClip):
                     yield ref, CodedClip(clip.name, next(codes).numpy(), clip.is_cut, clip.text, clip.remarks)
                 else:
                     yield ref, clip
 
-    def _encode(self, clips: list[AudioClip]) -> list[torch.Tensor]:
-        if not clips:
-            return []
+    def _encode(self, chunk: Chunk) -> tuple[Chunk, list[torch.Tensor], float]:
+        """The chunk, the codes of its audio, and the seconds that took."""
+        waveforms = [clip.samples_S for clip in chunk.clips if isinstance(clip, AudioClip)]
+        if not waveforms:
+            return chunk, [], 0.0
         assert self._codec is not None
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # the codec is not charged for the step before it
         start = time.perf_counter()
-        codes = self._codec.encode_many([clip.samples_S for clip in clips])
-        codec_time.seconds += time.perf_counter() - start
-        return codes
+        with torch.cuda.stream(self._stream):  # None changes nothing
+            codes = self._codec.encode_many(waveforms)
+        return chunk, codes, time.perf_counter() - start
 
     def _use_up(self, ref: ClipRef) -> None:
         if isinstance(self._order, ShuffledOrder):
@@ -228,7 +244,7 @@ class UnitDataLoader(BaseDataLoader):
 
     def _report(self) -> None:
         counts = {
-            **self._counts,
+            **{what: number for what, number in self._counts.items() if what != "frames"},
             "cut at seq_len": self._packer.num_cut,
             "going on in the next row": self._packer.num_split,
         }

@@ -63,6 +63,9 @@ class Data:
     validation_split: str | None = None
     """The same of validation.dataset"""
 
+    validation_clips: int = -1
+    """Clips of validation.dataset that are used, from its beginning and by all ranks together; -1 for all"""
+
     audio_column: str = "audio"
     """Column of audio{bytes,path} structs; named corpora know theirs"""
 

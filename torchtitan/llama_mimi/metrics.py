@@ -11,8 +11,11 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_type
 
-from llama_mimi.dataloader import Stopwatch
+from llama_mimi.dataloader import DataMeter
 from llama_mimi.losses import LevelMeter, reduce_sums
+
+# What TorchTitan 0.2.2 falls back to (`get_peak_flops`).
+A100_PEAK_FLOPS = 312e12
 
 
 class SpeechMetrics(MetricsProcessor):
@@ -23,7 +26,7 @@ class SpeechMetrics(MetricsProcessor):
 
     Args:
         train_meter, validation_meter: filled by the losses of training and validation.
-        codec_time: filled by the loader where it encodes audio.
+        data_meter: filled by the loader of training.
         num_quantizers: Q.
         frame_rate_hz: of the codec; level-0 targets over it are seconds of audio.
     """
@@ -35,7 +38,7 @@ class SpeechMetrics(MetricsProcessor):
         *,
         train_meter: LevelMeter,
         validation_meter: LevelMeter,
-        codec_time: Stopwatch,
+        data_meter: DataMeter,
         num_quantizers: int,
         frame_rate_hz: float,
     ) -> None:
@@ -43,9 +46,11 @@ class SpeechMetrics(MetricsProcessor):
             os.environ.setdefault("WANDB_PROJECT", "llama_mimi")
         super().__init__(job_config, parallel_dims)
         self._train_meter, self._validation_meter = train_meter, validation_meter
-        self._codec_time = codec_time
+        self._data_meter = data_meter
         self._num_quantizers, self._frame_rate_hz = num_quantizers, frame_rate_hz
-        self._has_peak_flops = torch.cuda.is_available()
+        # TorchTitan takes a card that it does not know for an A100, and a CPU, too.
+        name = self.device_memory_monitor.device_name
+        self._has_peak_flops = torch.cuda.is_available() and ("A100" in name or self.gpu_peak_flops != A100_PEAK_FLOPS)
         self._last_step: int | None = None
 
     def should_log(self, step: int) -> bool:
@@ -70,6 +75,7 @@ class SpeechMetrics(MetricsProcessor):
         assert self._last_step is not None, "should_log is asked at every step"
         steps = step - self._last_step
         memory = self.device_memory_monitor.get_peak_stats()
+        num_clips, hours = self._seen()
         metrics: dict[str, Any] = {
             "loss_metrics/global_avg_loss": global_avg_loss,
             **{f"loss_metrics/{name}": loss for name, loss in self._level_losses(sums).items()},
@@ -77,13 +83,16 @@ class SpeechMetrics(MetricsProcessor):
             "throughput/useful_tokens_per_s": tokens_per_s,
             "throughput/audio_seconds_per_s": float(sums[1, 0]) / self._frame_rate_hz / seconds,
             "time_metrics/end_to_end(s)": seconds / steps,
-            "time_metrics/data_loading(%)": 100 * sum(self.data_loading_times) / seconds,  # with the codec's share
-            "time_metrics/codec(%)": 100 * self._codec_time.take() / seconds,
+            # Where the codec does not run beside the step, its share is in that of the loader.
+            "time_metrics/data_loading(%)": 100 * sum(self.data_loading_times) / seconds,
+            "time_metrics/codec(%)": 100 * self._data_meter.codec_seconds / seconds,
+            "data/clips_seen": num_clips,
+            "data/hours_seen": hours,
             "memory/max_reserved(GiB)": memory.max_reserved_gib,
             # TorchTitan's own count of tokens seen includes padding
             **{key: value for key, value in (extra_metrics or {}).items() if key != "n_tokens_seen"},
         }
-        if self._has_peak_flops:  # a CPU has no published peak to compare with
+        if self._has_peak_flops:
             flops_per_device = self.num_flops_per_token * tokens_per_s / devices
             metrics["throughput/mfu(%)"] = 100 * flops_per_device / self.gpu_peak_flops
         self.logger.log(metrics, step)
@@ -93,6 +102,7 @@ class SpeechMetrics(MetricsProcessor):
             f"step: {step}/{self.job_config.training.steps}  loss: {global_avg_loss:.5f}  "
             f"levels: {self._format_levels(sums)}  grad_norm: {grad_norm:.3f}  tokens/s: {tokens_per_s:,.0f}  "
             f"audio-s/s: {metrics['throughput/audio_seconds_per_s']:,.1f}{mfu}  "
+            f"seen: {num_clips:,} clips, {hours:,.2f} h  "
             f"data: {metrics['time_metrics/data_loading(%)']:.1f}% (codec {metrics['time_metrics/codec(%)']:.1f}%)  "
             f"memory: {memory.max_reserved_gib:.2f}GiB  left: {_clock(left_s)}"
         )
@@ -120,9 +130,16 @@ class SpeechMetrics(MetricsProcessor):
             sums = reduce_sums(sums, self.parallel_dims.get_optional_mesh(mesh))
         return sums
 
+    def _seen(self) -> tuple[int, float]:
+        """Clips and hours of audio that all ranks have trained on since the run began."""
+        seen = torch.tensor([self._data_meter.num_clips, self._data_meter.num_frames], device=device_type)
+        num_clips, num_frames = reduce_sums(seen, self.parallel_dims.get_optional_mesh("batch")).tolist()
+        return num_clips, num_frames / self._frame_rate_hz / 3600
+
     def _restart_clock(self) -> None:
         self.ntokens_since_last_log = 0
         self.data_loading_times.clear()
+        self._data_meter.codec_seconds = 0.0
         self.time_last_log = time.perf_counter()
         self.device_memory_monitor.reset_peak_stats()
 

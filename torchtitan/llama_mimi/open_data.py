@@ -9,7 +9,7 @@ from torchtitan.tools.utils import device_type
 from llama_mimi.clips import AudioReader, ClipReader, CodeReader
 from llama_mimi.codec import DTYPES, MimiCodec, load_codec_config, whole_frames
 from llama_mimi.corpora import open_corpus
-from llama_mimi.dataloader import UnitDataLoader
+from llama_mimi.dataloader import DataMeter, UnitDataLoader
 from llama_mimi.errors import UserError
 from llama_mimi.order import RowsInOrder, ShuffledOrder
 from llama_mimi.packing import BatchPacker
@@ -18,10 +18,17 @@ from llama_mimi.token_store import CodeCorpus, is_store
 
 # Audio goes through the codec in batches of at least so many clips, and codes come from workers as many at a time.
 MIN_CHUNK = 8
+# A chunk has as many clips as a batch has rows, and rows of 20 s hold four clips of 5 s.
+CHUNKS_A_PACKED_BATCH = 4
 
 
-def build_dataloader(dp_world_size: int, dp_rank: int, tokenizer: SequenceBuilder, job_config: Any) -> UnitDataLoader:
-    """The training loader: endless, shuffled by ``debug.seed`` (0 if unset), rows as ``data.packing`` says."""
+def build_dataloader(
+    dp_world_size: int, dp_rank: int, tokenizer: SequenceBuilder, job_config: Any, meter: DataMeter | None = None
+) -> UnitDataLoader:
+    """The training loader: endless, shuffled by ``debug.seed`` (0 if unset), rows as ``data.packing`` says.
+
+    On a GPU the clips of the next step are encoded beside the step that runs.
+    """
     data, training = job_config.data, job_config.training
     readers = open_readers(job_config, training)
     order = ShuffledOrder(
@@ -32,18 +39,34 @@ def build_dataloader(dp_world_size: int, dp_rank: int, tokenizer: SequenceBuilde
         shuffle_block=data.shuffle_block,
         seed=job_config.debug.seed or 0,
     )
+    batches_a_step = max(1, training.global_batch_size // (training.local_batch_size * dp_world_size))
+    chunks_a_batch = CHUNKS_A_PACKED_BATCH if _is_packed(job_config) else 1
     return _build(
-        job_config, tokenizer, training, readers, order, dp_rank, dp_world_size, is_packed=_is_packed(job_config)
+        job_config,
+        tokenizer,
+        training,
+        readers,
+        order,
+        dp_rank,
+        dp_world_size,
+        is_packed=_is_packed(job_config),
+        meter=meter,
+        chunks_ahead=chunks_a_batch * batches_a_step if device_type == "cuda" else 0,
     )
 
 
 def build_validation_dataloader(
     dp_world_size: int, dp_rank: int, tokenizer: SequenceBuilder, job_config: Any
 ) -> UnitDataLoader:
-    """The held-out corpus once, in its own order, one clip a row: the loss does not depend on how training packs."""
+    """The held-out corpus once, or its first ``data.validation_clips``, in its own order.
+
+    Rows are of one clip, so that the loss does not depend on how training packs, and the clips are the same on any
+    number of ranks.
+    """
     readers = open_readers(job_config, job_config.validation)
     sizes_G = readers[0].corpus.sizes_G
-    order = RowsInOrder(sizes_G, range(len(sizes_G)), dp_rank, dp_world_size)
+    limit = job_config.data.validation_clips
+    order = RowsInOrder(sizes_G, range(len(sizes_G)), dp_rank, dp_world_size, None if limit == -1 else limit)
     return _build(job_config, tokenizer, job_config.validation, readers, order, dp_rank, dp_world_size, is_packed=False)
 
 
@@ -127,6 +150,8 @@ def _build(
     dp_world_size: int,
     *,
     is_packed: bool,
+    meter: DataMeter | None = None,
+    chunks_ahead: int = 0,
 ) -> UnitDataLoader:
     """``split`` is ``[training]`` or ``[validation]``: dataset, batch size, seq_len and workers."""
     codec = None
@@ -153,4 +178,6 @@ def _build(
         chunk_size=max(split.local_batch_size, MIN_CHUNK),
         max_bad_share=job_config.data.max_bad_share,
         workers=dataclasses.asdict(split.dataloader),
+        meter=meter,
+        chunks_ahead=chunks_ahead,
     )

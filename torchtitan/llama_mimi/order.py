@@ -193,16 +193,21 @@ class ShuffledOrder:
 
 @dataclass(frozen=True)
 class RowsInOrder:
-    """Row groups once, in the order given, their rows dealt to the ranks one by one."""
+    """Row groups once, in the order given, their rows dealt to the ranks one by one.
+
+    Args:
+        limit: rows of all ranks together; None for all there are.
+    """
 
     sizes_G: np.ndarray
     groups: Sequence[int]
     dp_rank: int = 0
     dp_world_size: int = 1
+    limit: int | None = None
 
     def __iter__(self) -> Iterator[ClipRef]:
         rows = ((group, row) for group in self.groups for row in range(int(self.sizes_G[group])))
-        for group, row in itertools.islice(rows, self.dp_rank, None, self.dp_world_size):
+        for group, row in itertools.islice(rows, self.dp_rank, self.limit, self.dp_world_size):
             yield ClipRef(0, group, group, row, 0)
 
 

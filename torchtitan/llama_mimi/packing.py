@@ -118,6 +118,7 @@ class BatchPacker:
     def _begin(self) -> None:
         self._pieces: list[Piece] = []
         self._row, self._used = 0, 0
+        self.num_frames = 0  # in the batch so far, without what is cut off
 
     def _next_row(self) -> None:
         self._row, self._used = self._row + 1, 0
@@ -128,6 +129,9 @@ class BatchPacker:
 
     def _place(self, piece: Piece, length: int) -> None:
         self._pieces.append(piece)
+        Q = self._sequences.vocabulary.num_quantizers
+        room = max(0, self._seq_len + 1 - piece.start - len(piece.head)) // Q
+        self.num_frames += min(len(piece.codes_TQ), room)
         self._used += length
         self.num_cut += self._used > self._seq_len
         if not self._is_packed or self._used >= self._seq_len:

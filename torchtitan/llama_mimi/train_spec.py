@@ -9,22 +9,23 @@ from torchtitan.components.optimizer import build_optimizers
 from torchtitan.distributed import ParallelDims
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 
+from llama_mimi import open_data
 from llama_mimi.codec import load_codec_config
 from llama_mimi.config_check import prepare_run
-from llama_mimi.dataloader import codec_time
+from llama_mimi.dataloader import DataMeter, UnitDataLoader
 from llama_mimi.errors import UserError
 from llama_mimi.hf import LlamaMimiStateDictAdapter
 from llama_mimi.losses import LevelMeter, UnitLoss
 from llama_mimi.metrics import SpeechMetrics
 from llama_mimi.model import FLAVORS, LlamaMimi, LlamaMimiArgs, parallelize, pipeline
-from llama_mimi.open_data import build_dataloader
 from llama_mimi.ranks import end_with_torchrun, let_first_report
 from llama_mimi.run_record import save_run_record, speech_config
 from llama_mimi.sequences import SequenceBuilder, load_sequences
 from llama_mimi.validate import SpeechValidator
 
-# TorchTitan builds metrics and losses apart from each other; the meters are what they share.
+# TorchTitan builds metrics apart from losses and loader; the meters are what they share.
 _train_meter, _validation_meter = LevelMeter(), LevelMeter()
+_data_meter = DataMeter()
 
 
 def build_tokenizer(job_config: Any) -> SequenceBuilder:
@@ -44,6 +45,10 @@ def build_tokenizer(job_config: Any) -> SequenceBuilder:
 def build_sequences(job_config: Any) -> SequenceBuilder:
     codec, model = job_config.codec, job_config.model
     return load_sequences(model.hf_assets_path, codec.name, codec.num_quantizers, model.vocabulary)
+
+
+def build_dataloader(**kwargs: Any) -> UnitDataLoader:
+    return open_data.build_dataloader(**kwargs, meter=_data_meter)
 
 
 def build_loss(job_config: Any, meter: LevelMeter = _train_meter, **kwargs: Any) -> UnitLoss:
@@ -73,7 +78,7 @@ def build_metrics(job_config: Any, parallel_dims: ParallelDims, model_args: Llam
         parallel_dims,
         train_meter=_train_meter,
         validation_meter=_validation_meter,
-        codec_time=codec_time,
+        data_meter=_data_meter,
         num_quantizers=codec.num_quantizers,
         frame_rate_hz=codec_config.sampling_rate / codec_config.frame_size,
     )

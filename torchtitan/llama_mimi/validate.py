@@ -12,7 +12,6 @@ from torchtitan.components.validate import ValidationContext, Validator
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools.utils import device_type
 
-from llama_mimi.dataloader import codec_time
 from llama_mimi.errors import UserError
 from llama_mimi.losses import UnitLoss
 from llama_mimi.metrics import SpeechMetrics
@@ -25,7 +24,7 @@ class SpeechValidator(Validator):
     """The same tokens at every visit: the corpus is encoded once and kept as ids.
 
     The loss is a mean over all targets, not over batches. Ranks with fewer batches take part with padding, so that
-    the collectives of a sharded model match up; ``validation.steps`` limits the batches a rank, -1 takes them all.
+    the collectives of a sharded model match up.
     """
 
     def __init__(
@@ -76,18 +75,9 @@ class SpeechValidator(Validator):
     def _batches(self) -> Iterator[Batch]:
         """This rank's batches, then padding until the last rank is done."""
         if self._kept is None:
-            spent = codec_time.seconds
-            self._kept = list(self._read())
-            codec_time.seconds = spent  # what is encoded here is no part of a training step
+            self._kept = list(self._loader)
         num_batches = torch.tensor(len(self._kept), device=device_type)
         dist.all_reduce(num_batches, op=dist.ReduceOp.MAX)
         yield from self._kept
         for _ in range(int(num_batches) - len(self._kept)):
             yield self._loader.empty_batch()
-
-    def _read(self) -> Iterator[Batch]:
-        limit = self.job_config.validation.steps
-        for index, batch in enumerate(self._loader):
-            if index == limit:
-                return
-            yield batch
