@@ -1,12 +1,15 @@
-"""Run the 1B recipe for 20 steps on GPUs with random weights: everything but the numbers in the weights is real.
+"""Run the 1B recipe on GPUs with random weights: everything but the numbers in the weights is real.
 
     uv run python scripts/gpu_check.py --num_gpus 1
 
 Llama-3.2-1B and Mimi are replaced by random models of the same shape (136,450 vocabulary entries, 2,048 codes), the
-corpus by assets/tiny; the settings are those of config/llama3_2_1b_peoples_speech.toml. Needs no network.
+corpus by assets/tiny; the settings are those of config/llama3_2_1b_peoples_speech.toml. The corpus is tokenised, 20
+steps are trained on its codes, one clip a row, and 20 on its audio, encoded beside them, in packed rows. Needs no
+network.
 """
 
 import argparse
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -15,11 +18,14 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import MimiConfig, MimiModel, PreTrainedTokenizerFast
 
+from llama_mimi.checkpoint import complete_steps
 from llama_mimi.errors import UserError, run_cli
 from llama_mimi.hf import hf_config
 from llama_mimi.model import FLAVORS
 
 CONFIG = "config/llama3_2_1b_peoples_speech.toml"
+CORPUS = "assets/tiny/corpus/train-*.parquet"
+VALIDATION_CORPUS = "assets/tiny/corpus/validation-*.parquet"
 LLAMA_3_VOCABULARY = 128_256
 
 
@@ -34,11 +40,45 @@ def write_tokenizer(folder: Path, num_entries: int = LLAMA_3_VOCABULARY) -> None
 def write_stand_ins(folder: Path) -> None:
     """A Llama-3.2-1B without weights, a tokenizer of Llama 3's size, and a Mimi with random weights."""
     write_tokenizer(folder / "llama")
-    args = FLAVORS["1B"]
+    args = copy.copy(FLAVORS["1B"])
     args.vocab_size = LLAMA_3_VOCABULARY
     hf_config(args).save_pretrained(folder / "llama")
     torch.manual_seed(0)
     MimiModel(MimiConfig()).save_pretrained(folder / "mimi")
+
+
+def launch(flags: argparse.Namespace, *words: object) -> None:
+    """One process a GPU; this one ends with theirs if they fail."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={flags.num_gpus}"]
+    returncode = subprocess.run([*torchrun, *map(str, words)]).returncode
+    if returncode:
+        sys.exit(returncode)
+
+
+def train(flags: argparse.Namespace, name: str, overrides: dict[str, object]) -> None:
+    """The recipe with ``overrides``.
+
+    Raises:
+        UserError: it would be resumed, or took no step.
+    """
+    run = flags.output_dir / name
+    if complete_steps(run / "checkpoint"):
+        raise UserError(f"'{run}' holds an earlier run, which would only be resumed; remove it or change --output_dir")
+    overrides = {
+        "job.dump_folder": run,
+        "model.hf_assets_path": flags.output_dir / "stand_ins" / "llama",
+        "codec.name": flags.output_dir / "stand_ins" / "mimi",
+        "training.global_batch_size": 32 * flags.num_gpus,
+        "training.steps": flags.steps,
+        "validation.dataset": VALIDATION_CORPUS,
+        "validation.dataset_path": "None",
+        "metrics.log_freq": 5,
+        **overrides,
+    }
+    words = [word for key, value in overrides.items() for word in (f"--{key}", value)]
+    launch(flags, "-m", "llama_mimi.train", "--job.config_file", CONFIG, "--checkpoint.no-initial_load_in_hf", *words)
+    if flags.steps not in complete_steps(run / "checkpoint"):
+        raise UserError(f"training ended without an error, but '{run}/checkpoint' has no step {flags.steps}")
 
 
 def main() -> None:
@@ -51,23 +91,15 @@ def main() -> None:
         raise UserError(f"--num_gpus is {flags.num_gpus}, but {torch.cuda.device_count()} GPUs are visible here")
 
     write_stand_ins(flags.output_dir / "stand_ins")
-    overrides = {
-        "job.dump_folder": flags.output_dir / "run",
-        "model.hf_assets_path": flags.output_dir / "stand_ins" / "llama",
-        "codec.name": flags.output_dir / "stand_ins" / "mimi",
-        "training.dataset": "assets/tiny/corpus/train-*.parquet",
-        "training.dataset_path": "None",
-        "training.dataloader.num_workers": 2,
-        "training.global_batch_size": 32 * flags.num_gpus,
-        "training.steps": flags.steps,
-        "validation.dataset": "assets/tiny/corpus/validation-*.parquet",
-        "validation.dataset_path": "None",
-        "metrics.log_freq": 5,
-    }
-    words = [str(word) for key, value in overrides.items() for word in (f"--{key}", value)]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={flags.num_gpus}"]
-    train = ["-m", "llama_mimi.train", "--job.config_file", CONFIG, "--checkpoint.no-initial_load_in_hf", *words]
-    sys.exit(subprocess.run([*torchrun, *train]).returncode)
+    codes, codec = flags.output_dir / "codes", flags.output_dir / "stand_ins" / "mimi"
+    tokenize = ["scripts/tokenize_corpus.py", "--corpus", CORPUS, "--codec", codec, "--output_dir", codes]
+    launch(flags, *tokenize)
+    train(flags, "codes", {"training.dataset": codes})
+    train(
+        flags,
+        "audio",
+        {"training.dataset": CORPUS, "training.dataloader.num_workers": 2, "data.packing": "pack"},
+    )
 
 
 if __name__ == "__main__":

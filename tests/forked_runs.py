@@ -27,7 +27,7 @@ FLAVORS["tiny_untied"] = replace(FLAVORS["tiny"], enable_weight_tying=False)
 torchtitan.train.time = SimpleNamespace(perf_counter=time.perf_counter, sleep=lambda seconds: None)
 # Several chunks a step; by the 515 rows that the first of two ranks has of 1,029 and by the second's 514 they would
 # be of other sizes.
-cross_entropy.CHUNK_BYTES = 4 * 514 * 127
+cross_entropy.CHUNK_BYTES, cross_entropy.CHUNK_MULTIPLE = 4 * 514 * 127, 1
 
 
 def train_on_ranks(num_ranks: int, arguments: list[str]) -> None:

@@ -1,7 +1,9 @@
 """Corpora of audio: found, read in workers, and nothing lost in silence."""
 
+import itertools
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import fsspec
@@ -10,14 +12,20 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 import torch
-from conftest import TINY
+from conftest import ROOT, TINY
+from hypothesis import given
+from hypothesis import strategies as st
 
+from llama_mimi.batching import map_ahead
 from llama_mimi.clips import AudioClip, AudioReader, ClipStream, SkippedClip
+from llama_mimi.config_check import parse_config
 from llama_mimi.corpora import open_corpus
-from llama_mimi.dataloader import UnitDataLoader, codec_time
+from llama_mimi.dataloader import DataMeter, UnitDataLoader
 from llama_mimi.errors import UserError
+from llama_mimi.open_data import build_validation_dataloader
 from llama_mimi.order import RowsInOrder, ShuffledOrder
 from llama_mimi.packing import BatchPacker
+from llama_mimi.sequences import IGNORE_INDEX
 
 RATE = 24_000
 GOOD = object()
@@ -92,7 +100,7 @@ def test_bad_clips_are_named(tmp_path):
     assert skipped == {"clip-010": "empty", "clip-011": "unreadable", "clip-012": "no audio"}
 
 
-def unit_loader(corpus, codec, sequences, max_bad_share, is_packed=False):
+def unit_loader(corpus, codec, sequences, max_bad_share, is_packed=False, **extra):
     audio = reader(corpus)
     order = ShuffledOrder([audio.corpus], [1.0], dp_rank=0, dp_world_size=1, shuffle_block=5, seed=0)
     return UnitDataLoader(
@@ -106,6 +114,7 @@ def unit_loader(corpus, codec, sequences, max_bad_share, is_packed=False):
         chunk_size=8,
         max_bad_share=max_bad_share,
         workers={},
+        **extra,
     )
 
 
@@ -136,12 +145,90 @@ def test_counts_survive_a_checkpoint(tmp_path, codec, sequences):
     again = unit_loader(corpus, codec, sequences, 0.5)
     again.load_state_dict(loader.state_dict())
     assert again._counts["read"] == loader._counts["read"] >= 80
+    again._meter = meter = DataMeter()
+    next(iter(again))
+    assert (meter.num_clips, meter.num_frames) == (82, 164), "two rows of two frames a batch"
 
 
-def test_the_codecs_share_is_measured(corpus, codec, sequences):
-    codec_time.take()
-    next(iter(unit_loader(corpus, codec, sequences, 0.0, is_packed=True)))
-    assert codec_time.take() > 0 and codec_time.take() == 0
+def test_a_packed_row_counts_the_frames_that_it_holds(corpus, codec, sequences):
+    meter = DataMeter()
+    batches = iter(unit_loader(corpus, codec, sequences, 0.0, is_packed=True, meter=meter))
+    for _ in range(5):
+        next(batches)
+    assert meter.codec_seconds > 0
+    inputs = [inputs["input"] for inputs, _ in itertools.islice(unit_loader(corpus, codec, sequences, 0.0, True), 5)]
+    is_start = torch.cat(inputs).flatten() == sequences.vocabulary.audio_start_id
+    is_level_0 = sequences.vocabulary.is_unit(torch.cat(inputs)) & (sequences.vocabulary.level(torch.cat(inputs)) == 0)
+    assert meter.num_frames == is_level_0.sum() and 0 < meter.num_clips <= is_start.sum()
+
+
+def test_codes_are_made_ahead_of_the_step_that_takes_them(corpus, codec, sequences):
+    """While the codec is held up, batches come from the chunks that it was ahead."""
+    may_encode, two_ahead, in_time = threading.Event(), threading.Event(), []
+
+    class Codec:
+        def encode_many(self, waveforms):
+            in_time.append(may_encode.wait(20))
+            codes = codec.encode_many(waveforms)
+            if len(in_time) == 3:
+                two_ahead.set()
+            return codes
+
+    may_encode.set()
+    batches = iter(unit_loader(corpus, Codec(), sequences, 0.0, chunks_ahead=2))
+    expected = iter(unit_loader(corpus, codec, sequences, 0.0))
+    for number in range(12):  # batches of two clips, from three chunks of eight
+        (inputs, labels_BL), (expected_inputs, expected_labels_BL) = next(batches), next(expected)
+        assert inputs["input"].equal(expected_inputs["input"]) and labels_BL.equal(expected_labels_BL)
+        if number == 0:
+            assert two_ahead.wait(20)
+            may_encode.clear()
+    may_encode.set()
+    batches.close()
+    assert all(in_time)
+
+
+@given(num_items=st.integers(0, 12), num_ahead=st.integers(0, 5), fails_at=st.integers(0, 12))
+def test_map_ahead_is_map(num_items, num_ahead, fails_at):
+    def function(item):
+        if item == fails_at:
+            raise ValueError
+        return -item
+
+    def run(results):
+        found = []
+        try:
+            found.extend(results)  # keeps what came before an error
+        except ValueError:
+            found.append("error")
+        return found
+
+    assert run(map_ahead(function, range(num_items), num_ahead)) == run(map(function, range(num_items)))
+
+
+def test_workers_hand_over_one_shared_tensor_a_chunk(corpus):
+    audio = reader(corpus)
+    order = RowsInOrder(audio.corpus.sizes_G, range(len(audio.corpus.sizes_G)))
+    (chunk, *_), (expected, *_) = (ClipStream([audio], order, 4).load(num_workers=n) for n in (1, 0))
+    assert len({clip.samples_S.untyped_storage().data_ptr() for clip in chunk.clips}) == 1
+    assert all(clip.samples_S.is_shared() for clip in chunk.clips)
+    for clip, wanted in zip(chunk.clips, expected.clips, strict=True):
+        assert clip.samples_S.equal(wanted.samples_S) and clip.name == wanted.name
+
+
+def test_validation_takes_the_same_clips_on_any_number_of_ranks(sequences, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    flags = ["--job.config_file", "config/tiny.toml", "--data.validation_clips", "7"]
+
+    def rows(num_ranks):
+        monkeypatch.setenv("WORLD_SIZE", str(num_ranks))
+        loaders = [
+            build_validation_dataloader(num_ranks, rank, sequences, parse_config(flags)) for rank in range(num_ranks)
+        ]
+        labels = torch.cat([labels_BL for loader in loaders for _, labels_BL in loader]).tolist()
+        return sorted(row for row in labels if set(row) != {IGNORE_INDEX})
+
+    assert rows(1) == rows(2) == rows(3) and len(rows(1)) == 7
 
 
 def test_audio_is_packed_as_its_codes_are(codec, sequences):

@@ -81,18 +81,18 @@ def test_shipped_config_builds_with_its_real_vocabulary(path, downloads, monkeyp
     if path.stem != "tiny":
         flavor = tomllib.loads(text)["model"]["flavor"]
         flags += ["--model.hf_assets_path", str(downloads / flavor), "--codec.name", str(downloads / "mimi")]
-        if path.stem == "llama3_2_1b_peoples_speech":
-            flags += ["--training.dataset_path", str(downloads / "peoples_speech")]
-        else:  # the corpora that the file names, as they lie in the working directory of its user
-            dataset = tomllib.loads(text)["training"]["dataset"]
-            flags += ["--training.dataset", dataset.replace("data/", f"{downloads}/data/")]
+        # The corpora that the file names, as they lie in the working directory of its user.
+        dataset = tomllib.loads(text)["training"]["dataset"]
+        flags += ["--training.dataset", dataset.replace("data/", f"{downloads}/data/")]
         flags += ["--validation.dataset_path", str(downloads / "peoples_speech")]
     job_config = checked_config(flags)
     (row,) = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(f"| `{path.name}` |")]
     assert row.endswith(f"| {job_config.training.steps:,} |"), "the README states the number of steps"
     args = copy.copy(FLAVORS[job_config.model.flavor])
     args.update_from_config(job_config)
-    assert args.attn_type == ("sdpa" if path.stem == "tiny" else "varlen")
+    assert args.attn_type == ("sdpa" if job_config.data.packing == "pad" else "varlen")
+    if path.stem == "llama3_2_1b_peoples_speech":  # the paper's batch
+        assert job_config.data.packing == "pad" and job_config.training.global_batch_size == 1024
     assert args.vocab_size == (1538 if path.stem == "tiny" else 136_450)
     with torch.device("meta"):
         model = LlamaMimi(args)
@@ -144,6 +144,9 @@ def tiny_with(*flags):
         (["--data.weights", "nan"], "one positive number for each of the 1 corpora"),
         (["--data.max_audio_seconds", "inf"], "a number of seconds"),
         (["--validation.steps", "0"], "validation steps must be positive or -1"),
+        (["--validation.steps", "20"], "other numbers of ranks would see other clips"),
+        (["--data.validation_clips", "0"], "positive, or -1 for all"),
+        (["--comm.train_timeout_seconds", "0"], "must be positive"),
         (["--debug.seed", "-1"], "0 or more"),
         (["--training.dataloader.num_workers", "-1"], "0 or more"),
         (["--training.dataloader.prefetch_factor", "2"], "need at least 1"),
@@ -240,7 +243,7 @@ def test_the_folder_and_the_vocabulary_must_fit(tmp_path, monkeypatch, downloads
     corpus = str(downloads / "peoples_speech")
     flags = ["--job.config_file", "config/llama3_2_1b_peoples_speech.toml", "--job.dump_folder", str(tmp_path / "run")]
     flags += ["--model.hf_assets_path", str(downloads / "1B"), "--codec.name", str(downloads / "mimi")]
-    flags += ["--training.dataset_path", corpus, "--validation.dataset_path", corpus]
+    flags += ["--training.dataset", str(downloads / "data/codes/peoples_speech"), "--validation.dataset_path", corpus]
     with pytest.raises(UserError, match="136450 vocabulary entries, not the 8195 .* --vocabulary audio"):
         checked_config([*flags, "--model.vocabulary", "audio"])
     checked_config([*flags, "--model.vocabulary", "audio", "--checkpoint.no-initial_load_in_hf"])
@@ -256,10 +259,13 @@ def test_large_config_says_how_to_get_its_data_and_model(monkeypatch, downloads,
     monkeypatch.chdir(ROOT)
     flags = ["--job.config_file", "config/llama3_2_1b_peoples_speech.toml", "--job.dump_folder", str(tmp_path / "run")]
     flags += ["--model.hf_assets_path", str(tmp_path / "none")]
+    with pytest.raises(UserError, match="folder of codes by scripts/tokenize_corpus.py"):
+        checked_config(flags)
+    flags += ["--training.dataset", str(downloads / "data/codes/peoples_speech")]
+    flags += ["--codec.name", str(downloads / "mimi")]
     with pytest.raises(UserError, match="hf download MLCommons/peoples_speech"):
-        checked_config([*flags, "--training.dataset_path", str(tmp_path)])
-    corpus = str(downloads / "peoples_speech")
-    flags += ["--training.dataset_path", corpus, "--validation.dataset_path", corpus]
+        checked_config([*flags, "--validation.dataset_path", str(tmp_path)])
+    flags += ["--validation.dataset_path", str(downloads / "peoples_speech")]
     with pytest.raises(UserError, match="prepare_base_model.py --base_model HUB_ID_OR_FOLDER"):
         checked_config(flags)
 

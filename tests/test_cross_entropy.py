@@ -26,6 +26,7 @@ def case(B, L, seed=0, dtype=torch.float32, scale=1.0):
 
 def in_chunks(hidden_BLD, weight_VD, labels_BL, rows, monkeypatch, step=None):
     monkeypatch.setattr(module, "CHUNK_BYTES", rows * 4 * V)
+    monkeypatch.setattr(module, "CHUNK_MULTIPLE", 1)
     positions_N = (labels_BL.flatten() != IGNORE_INDEX).nonzero()[:, 0]
     targets_N = labels_BL.flatten()[positions_N]
     return cross_entropy(pending_logits(hidden_BLD, weight_VD), positions_N, targets_N, step)
@@ -47,6 +48,24 @@ def test_value_and_gradients_are_those_of_the_full_logits(B, L, rows, seed):
     # The trainer divides the sum by the number of targets.
     found = torch.autograd.grad(loss_sum / 7, (hidden_BLD, weight_VD))
     torch.testing.assert_close(found, torch.autograd.grad(wanted_L.sum() / 7, (hidden_BLD, weight_VD)))
+
+
+def test_products_are_of_sizes_that_tensor_cores_divide_well(monkeypatch):
+    hidden_BLD, weight_VD, labels_BL = case(2, 300)
+    seen = []
+
+    def step(hidden_ND, weight_VD, num_entries, targets_N, *rest):
+        seen.append((len(hidden_ND), len(weight_VD), num_entries))
+        return module.chunk_losses(hidden_ND, weight_VD, num_entries, targets_N, *rest)
+
+    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * V * 300)
+    positions_N = (labels_BL.flatten() != IGNORE_INDEX).nonzero()[:, 0]
+    loss_sum, _ = cross_entropy(
+        pending_logits(hidden_BLD, weight_VD), positions_N, labels_BL.flatten()[positions_N], step
+    )
+    assert seen == [(256, 64, V), (len(positions_N) - 256, 64, V)]
+    (gradient_VD,) = torch.autograd.grad(loss_sum, weight_VD)
+    assert gradient_VD.shape == weight_VD.shape
 
 
 def test_gradients_of_long_sums_are_kept_in_float32(monkeypatch):

@@ -186,6 +186,7 @@ def _check_values(job_config: Any) -> None:
         "validation.local_batch_size": validation.local_batch_size,
         "validation.freq": validation.freq,
         "metrics.log_freq": job_config.metrics.log_freq,
+        "comm.init_timeout_seconds": job_config.comm.init_timeout_seconds,
         "comm.train_timeout_seconds": job_config.comm.train_timeout_seconds,
         "checkpoint.interval": checkpoint.interval,
         "parallelism.tensor_parallel_degree": parallelism.tensor_parallel_degree,

@@ -135,7 +135,8 @@ def parquet_files(dataset: str, split: str | None = None) -> list[str]:
     files = find_files(dataset, PARQUET_ENDINGS)
     if not files:
         raise UserError(
-            f"no Parquet file matches the dataset '{dataset}'; name a folder, a Parquet path or glob, "
+            f"no Parquet file matches the dataset '{dataset}'; name a folder, a Parquet path or glob, a "
+            "folder of codes by scripts/tokenize_corpus.py, "
             f"or one of: {', '.join(CORPORA)}"
         )
     fs, bare = file_system(dataset)

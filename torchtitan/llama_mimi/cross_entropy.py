@@ -17,9 +17,13 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.utils import _pytree as pytree
 
-# float32 logits made at once, in bytes: 1,967 rows of Llama 3 with 4 levels. Every chunk adds a gradient of the size of
+# float32 logits made at once, in bytes: 1,920 rows of Llama 3 with 4 levels. Every chunk adds a gradient of the size of
 # the output matrix to that of the others, which small ones would do too often.
 CHUNK_BYTES = 2**30
+# What tensor cores divide products into: rows of a chunk, and entries of the vocabulary. Llama 3's with 4 levels has
+# 136,450, so that its rows of bfloat16 logits would begin at multiples of 4 bytes, where fast kernels want 16.
+CHUNK_MULTIPLE = 128
+VOCABULARY_MULTIPLE = 64
 
 
 @dataclass
@@ -77,7 +81,7 @@ def cross_entropy(
     hidden_BLD, weight_VD, first_row, group = _local(logits)
     # Alike on all ranks, whose rows may differ by a few, as each chunk is a collective.
     rows_of_largest = -(-len(logits.weight_VD) // (group.size() if group is not None else 1))
-    chunk_size = max(1, CHUNK_BYTES // (4 * rows_of_largest))
+    chunk_size = max(CHUNK_MULTIPLE, CHUNK_BYTES // (4 * rows_of_largest) // CHUNK_MULTIPLE * CHUNK_MULTIPLE)
     if torch.is_autocast_enabled(hidden_BLD.device.type):  # one GPU without FSDP: the weights are float32
         dtype = torch.get_autocast_dtype(hidden_BLD.device.type)
         hidden_BLD, weight_VD = hidden_BLD.to(dtype), weight_VD.to(dtype)
@@ -89,9 +93,16 @@ def cross_entropy(
     )
 
 
+def padded(weight_VD: torch.Tensor) -> torch.Tensor:
+    """The output matrix with rows of zeros up to a multiple that tensor cores divide well."""
+    missing = -len(weight_VD) % VOCABULARY_MULTIPLE
+    return F.pad(weight_VD, (0, 0, 0, missing)) if missing else weight_VD
+
+
 def chunk_losses(
     hidden_ND: torch.Tensor,
     weight_VD: torch.Tensor,
+    num_entries: int,
     targets_N: torch.Tensor,
     group: dist.ProcessGroup | None,
     with_gradient: bool,
@@ -99,14 +110,17 @@ def chunk_losses(
     """Losses (N,) in float32 and their gradient by the logits (N, V), softmax minus one at the target.
 
     Args:
-        targets_N: rows of ``weight_VD``; outside it where another rank of ``group`` has the target.
+        weight_VD: padded; see `padded`.
+        num_entries: rows of ``weight_VD`` that are entries. The others have logits of -inf: no share, no gradient.
+        targets_N: entries; outside of them where another rank of ``group`` has the target.
         group: ranks that share the vocabulary; None without tensor parallelism.
         with_gradient: otherwise the second result is None.
     """
     scores_NV = F.linear(hidden_ND, weight_VD).float()
+    scores_NV[:, num_entries:] = -torch.inf
     largest_N = _reduced(scores_NV.amax(dim=1), dist.ReduceOp.MAX, group)
-    is_here_N = ((targets_N >= 0) & (targets_N < len(weight_VD))).float()
-    row_N1 = targets_N.clamp(0, len(weight_VD) - 1)[:, None]
+    is_here_N = ((targets_N >= 0) & (targets_N < num_entries)).float()
+    row_N1 = targets_N.clamp(0, num_entries - 1)[:, None]
     scores_NV.sub_(largest_N[:, None])
     target_N = _reduced(scores_NV.gather(1, row_N1)[:, 0] * is_here_N, dist.ReduceOp.SUM, group)
     scores_NV.exp_()
@@ -131,12 +145,15 @@ class _SummedCrossEntropy(torch.autograd.Function):
         step: Callable,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         losses_N = torch.zeros(len(targets_N), device=hidden_ND.device)
+        num_entries, weight_VD = len(weight_VD), padded(weight_VD)
         if with_gradient:
             grad_ND = torch.empty_like(hidden_ND)
             grad_VD = torch.zeros_like(weight_VD, dtype=torch.float32)  # bfloat16 would lose most of a long sum
         for start in range(0, len(targets_N), chunk_size):
             chunk = slice(start, start + chunk_size)
-            losses_N[chunk], grad_NV = step(hidden_ND[chunk], weight_VD, targets_N[chunk], group, with_gradient)
+            losses_N[chunk], grad_NV = step(
+                hidden_ND[chunk], weight_VD, num_entries, targets_N[chunk], group, with_gradient
+            )
             if with_gradient:
                 torch.mm(grad_NV, weight_VD, out=grad_ND[chunk])
                 if weight_VD.dtype == torch.float32:
@@ -146,7 +163,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
             del grad_NV  # before the next chunk has its own
         ctx.mark_non_differentiable(losses_N)
         if with_gradient:
-            ctx.save_for_backward(grad_ND, grad_VD)
+            ctx.save_for_backward(grad_ND, grad_VD[:num_entries])
             ctx.weight_dtype = weight_VD.dtype
         return losses_N.sum(), losses_N
 

@@ -1,0 +1,48 @@
+"""What the log says of a run, on cards that nobody here has."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT
+
+from llama_mimi.config_check import parse_config
+from llama_mimi.dataloader import DataMeter
+from llama_mimi.losses import LevelMeter
+from llama_mimi.metrics import SpeechMetrics
+
+
+@pytest.mark.parametrize(
+    ("card", "peak"),
+    [("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA GH200 480GB", 989e12), ("NVIDIA H800", None), ("NVIDIA L40S", None)],
+)
+def test_mfu_is_that_of_a_known_card(card, peak, monkeypatch, tmp_path):
+    """TorchTitan takes the others for an A100."""
+    monkeypatch.chdir(ROOT)
+    memory = SimpleNamespace(device_name=card, reset_peak_stats=lambda: None)
+    memory.get_peak_stats = lambda: SimpleNamespace(max_reserved_gib=1.0)
+    monkeypatch.setattr("torchtitan.components.metrics.build_device_memory_monitor", lambda: memory)
+    monkeypatch.setattr("torchtitan.tools.utils.subprocess.run", lambda *args, **kwargs: SimpleNamespace(stdout=""))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    flags = ["--job.config_file", "config/tiny.toml", "--metrics.no-enable_tensorboard"]
+    job_config = parse_config([*flags, "--job.dump_folder", str(tmp_path)])
+    meter = LevelMeter()
+    metrics = SpeechMetrics(
+        job_config,
+        SimpleNamespace(world_size=1, pp_enabled=False, get_optional_mesh=lambda name: None),
+        train_meter=meter,
+        validation_meter=LevelMeter(),
+        data_meter=DataMeter(num_clips=3, num_frames=45_000),
+        num_quantizers=4,
+        frame_rate_hz=12.5,
+    )
+    logged = {}
+    metrics.logger = SimpleNamespace(log=lambda values, step: logged.update(values))
+    metrics.num_flops_per_token = 1_000_000
+    assert metrics.should_log(1)
+    meter.add(torch.ones(100), torch.zeros(100, dtype=torch.long), 5)
+    metrics.log(1, 1.0, 1.0, 1.0)
+    assert logged["data/clips_seen"] == 3 and logged["data/hours_seen"] == 1.0
+    mfu = logged.get("throughput/mfu(%)")
+    expected = peak and 100 * 1e6 * logged["throughput/useful_tokens_per_s"] / peak
+    assert mfu == (peak and pytest.approx(expected))
