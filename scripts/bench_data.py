@@ -25,9 +25,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from torch.utils.data import DataLoader
 from transformers import MimiConfig
 
-from llama_mimi.clips import AudioClip, AudioReader, ClipStream, CodeReader
+from llama_mimi.clips import AudioClip, AudioReader, ClipStream, CodeReader, SentChunk
 from llama_mimi.codec import DTYPES, MimiCodec, codec_hash, load_codec_config, whole_frames
 from llama_mimi.corpora import open_corpus
 from llama_mimi.dataloader import UnitDataLoader
@@ -43,6 +44,8 @@ from llama_mimi.versions import versions
 GPU_TOKENS_PER_S = 60_000
 CLIPS_PER_SHARD = 2048
 STORED_LEVELS = 8
+CLIPS_HANDED_OVER = 136
+SECONDS_OF_A_STEP = 5.0
 SHARDS, LONG_SHARDS = "shard loader (pack)", "shard loader (pack), simulated lengths of 14 s"
 
 
@@ -68,6 +71,7 @@ def main() -> None:
     print(", ".join(f"{name} {version}" for name, version in versions().items()) + "\n")
     with tempfile.TemporaryDirectory() as folder:
         rates(flags, Path(folder))
+        handing_over(flags)
         useful_shares(flags, Path(folder))
         sizes(flags, Path(folder))
 
@@ -89,6 +93,39 @@ def read_clips(reader: AudioReader, limit: int) -> Iterator[AudioClip]:
         if not isinstance(clip, AudioClip):
             raise UserError(f"a clip of '{reader.corpus.name}' cannot be used; name a corpus without bad clips")
         yield clip
+
+
+class ArraysStream(ClipStream):
+    """Hands each clip's samples over as a NumPy array of its own, which is pickled: the way until 2026-11-25."""
+
+    def __iter__(self) -> Iterator[Any]:
+        for chunk in super().__iter__():
+            assert isinstance(chunk, SentChunk)
+            yield chunk.refs, [clip.samples_S.numpy() for clip in chunk.unpack().clips if isinstance(clip, AudioClip)]
+
+    def load(self, **workers: Any) -> Iterator[Any]:
+        for refs, arrays in DataLoader(self, batch_size=None, collate_fn=lambda chunk: chunk, **workers):
+            yield refs, [torch.from_numpy(array) for array in arrays]
+
+
+def handing_over(flags: argparse.Namespace) -> None:
+    """What a chunk that is read costs the training process."""
+    codec = MimiCodec(flags.codec, flags.num_quantizers)
+    reader = audio_reader(flags, codec)
+    first = next(ClipStream([reader], shuffled(reader), CLIPS_HANDED_OVER).load())
+    seconds = sum(len(clip.samples_S) for clip in first.clips if isinstance(clip, AudioClip)) / codec.sample_rate_hz
+    print(f"| a chunk of {CLIPS_HANDED_OVER} clips, {seconds:,.0f} s, handed over as | ms |\n|---|---|")
+    for name, stream in (("an array a clip, pickled", ArraysStream), ("one shared tensor", ClipStream)):
+        taken = []
+        for _ in range(flags.repeats):
+            chunks = iter(stream([reader], shuffled(reader), CLIPS_HANDED_OVER).load(num_workers=1))
+            next(chunks)
+            time.sleep(SECONDS_OF_A_STEP)  # the next is read meanwhile
+            start = time.perf_counter()
+            next(chunks)
+            taken.append(1000 * (time.perf_counter() - start))
+        print(f"| {name} | {statistics.median(taken):,.1f} ({min(taken):,.1f} to {max(taken):,.1f}) |")
+    print()
 
 
 def code_reader(flags: argparse.Namespace, store: str) -> CodeReader:

@@ -93,6 +93,12 @@ def test_torchtitan_to_hugging_face(tied, tokens_BL):
     assert hf_config(model_args(config)).to_dict() == config.to_dict()
 
 
+def test_a_scaling_of_positions_that_is_unknown_here_is_refused():
+    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    with pytest.raises(UserError, match="rope_type is 'linear'"):
+        model_args(LlamaConfig(rope_parameters=rope))
+
+
 @pytest.mark.parametrize(
     ("flavor", "vocab_size", "num_params"),
     # Llama-3.2-1B has 1,235,814,400 parameters and Llama-3.1-8B 8,030,261,248, by their model cards, at 128,256 entries

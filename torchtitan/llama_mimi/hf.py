@@ -10,6 +10,7 @@ from torchtitan.models.llama3.model.args import RoPEScalingArgs
 from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
+from llama_mimi.errors import UserError
 from llama_mimi.model import LlamaMimiArgs
 
 
@@ -48,8 +49,14 @@ def hf_config(args: LlamaMimiArgs, **extra: Any) -> LlamaConfig:
 
 
 def model_args(config: LlamaConfig) -> LlamaMimiArgs:
-    """Inverse of `hf_config`, for any Llama configuration."""
+    """Inverse of `hf_config`, for any Llama configuration.
+
+    Raises:
+        UserError: its rotary embeddings are scaled in a way that TorchTitan's Llama 3 does not know.
+    """
     rope = config.rope_parameters
+    if rope["rope_type"] not in ("default", "llama3"):
+        raise UserError(f"rope_type is '{rope['rope_type']}'; this model has 'default' and 'llama3' only")
     scaling = RoPEScalingArgs(scaling_factor=1.0)
     if rope["rope_type"] == "llama3":
         scaling = RoPEScalingArgs(

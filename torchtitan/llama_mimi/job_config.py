@@ -85,7 +85,7 @@ class Data:
 
     shuffle_block: int = 4096
     """Clips permuted together; row groups, of which a block has at least one, are permuted as a whole. A loader worker
-    holds the files of a block's audio in memory (about 1 GB of 14 s FLAC at 16 kHz), or its codes (23 MB)"""
+    holds a block in memory: of 4,096 clips of 14 s about 1 GB of FLAC at 16 kHz, or 11 MB of codes"""
 
     max_bad_share: float = 0.01
     """Training stops when a larger share of the clips read (at least 100) cannot be used"""

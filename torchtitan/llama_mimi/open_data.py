@@ -156,10 +156,10 @@ def _build(
     """``split`` is ``[training]`` or ``[validation]``: dataset, batch size, seq_len and workers."""
     codec = None
     if any(isinstance(reader, AudioReader) for reader in readers):
-        own = job_config.codec
-        codec = MimiCodec(
-            own.name, own.num_quantizers, torch.device(device_type), DTYPES[own.dtype], attention=own.attention
-        )
+        own, device = job_config.codec, torch.device(device_type)
+        if device.type == "cuda":  # with its number, as a thread begins on the first GPU
+            device = torch.device("cuda", torch.cuda.current_device())
+        codec = MimiCodec(own.name, own.num_quantizers, device, DTYPES[own.dtype], attention=own.attention)
     packer = BatchPacker(
         sequences,
         split.local_batch_size,
