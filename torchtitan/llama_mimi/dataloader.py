@@ -173,25 +173,28 @@ class UnitDataLoader(BaseDataLoader):
 
     def _clips(self) -> Iterator[tuple[ClipRef, CodedClip | SkippedClip]]:
         stream = ClipStream(self._readers, self._order, self._chunk_size)
-        for chunk, encoded, seconds in map_ahead(self._encode, stream.load(**self._workers), self._chunks_ahead):
+        for refs, clips, seconds in map_ahead(self._encode, stream.load(**self._workers), self._chunks_ahead):
             self._meter.codec_seconds += seconds
-            codes = iter(encoded)
-            for ref, clip in zip(chunk.refs, chunk.clips, strict=True):
-                if isinstance(clip, AudioClip):
-                    yield ref, CodedClip(clip.name, next(codes).numpy(), clip.is_cut, clip.text, clip.remarks)
-                else:
-                    yield ref, clip
+            yield from zip(refs, clips, strict=True)
 
-    def _encode(self, chunk: Chunk) -> tuple[Chunk, list[torch.Tensor], float]:
-        """The chunk, the codes of its audio, and the seconds that took."""
+    def _encode(self, chunk: Chunk) -> tuple[list[ClipRef], list[CodedClip | SkippedClip], float]:
+        """Where clips lie, their codes, and the seconds that took. The samples, which are large, are let go."""
         waveforms = [clip.samples_S for clip in chunk.clips if isinstance(clip, AudioClip)]
-        if not waveforms:
-            return chunk, [], 0.0
-        assert self._codec is not None
         start = time.perf_counter()
-        with torch.cuda.stream(self._stream):  # None changes nothing
-            codes = self._codec.encode_many(waveforms)
-        return chunk, codes, time.perf_counter() - start
+        codes: list[torch.Tensor] = []
+        if waveforms:
+            assert self._codec is not None
+            with torch.cuda.stream(self._stream):  # None changes nothing
+                codes = self._codec.encode_many(waveforms)
+        seconds = time.perf_counter() - start
+        codes_of_audio = iter(codes)
+        clips = [
+            CodedClip(clip.name, next(codes_of_audio).numpy(), clip.is_cut, clip.text, clip.remarks)
+            if isinstance(clip, AudioClip)
+            else clip
+            for clip in chunk.clips
+        ]
+        return chunk.refs, clips, seconds
 
     def _use_up(self, ref: ClipRef) -> None:
         if isinstance(self._order, ShuffledOrder):
