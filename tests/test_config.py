@@ -15,7 +15,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models
 from transformers import MimiConfig, PreTrainedTokenizerFast
 
-from llama_mimi.checkpoint import set_aside_incomplete
+from llama_mimi.checkpoint import complete_steps, set_aside_incomplete
 from llama_mimi.codec import codec_hash
 from llama_mimi.config_check import check_files, prepare_run
 from llama_mimi.errors import UserError
@@ -158,6 +158,11 @@ def tiny_with(*flags):
             "set model.vocabulary to 'llama', or data.task",
         ),
         (["--checkpoint.initial_load_in_hf", "--checkpoint.no-enable"], "needs checkpoint.enable"),
+        (["--checkpoint.initial_load_path", "assets", "--checkpoint.no-enable"], "needs checkpoint.enable"),
+        (["--checkpoint.initial_load_path", "models/nothing"], "is no folder; name a step"),
+        (["--checkpoint.folder", ""], "a folder of its own in job.dump_folder"),
+        (["--checkpoint.folder", "hf_assets"], "a folder of its own in job.dump_folder"),
+        (["--checkpoint.folder", "/elsewhere/checkpoints"], "a folder of its own in job.dump_folder"),
     ],
     ids=lambda value: value[0].lstrip("-") if isinstance(value, list) else "",
 )
@@ -340,8 +345,9 @@ def test_the_step_that_is_resumed_is_the_one_that_is_looked_at(tmp_path, monkeyp
     newest = tmp_path / "checkpoint" / "step-10"
     newest.mkdir()
     (newest / "model.safetensors.index.json").touch()  # a last save in Hugging Face's format
-    with pytest.raises(UserError, match=r"step-10' holds weights only"):
-        checked_config(flags)
+    for extra in ([], ["--checkpoint.exclude_from_loading", "dataloader"]):
+        with pytest.raises(UserError, match=r"step-10' holds weights only, in Hugging Face's format"):
+            checked_config([*flags, *extra])
     checked_config([*flags, "--checkpoint.load_step", "5"])
     with pytest.raises(UserError, match=r"load_step is 6, but the complete steps in '.*' are: 5, 10"):
         checked_config([*flags, "--checkpoint.load_step", "6"])
@@ -363,15 +369,54 @@ def test_a_save_cut_off_is_set_aside(tmp_path):
     assert set_aside_incomplete(checkpoint) is None
 
 
+def test_what_is_no_step_is_left_alone(tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    (checkpoint / "step-5").mkdir(parents=True)
+    (checkpoint / "pretrained").mkdir()
+    with pytest.raises(UserError, match="holds 'pretrained', it is left alone"):
+        set_aside_incomplete(checkpoint)
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "link").symlink_to("scratch")
+    with pytest.raises(UserError, match="is a link, it is left alone"):
+        set_aside_incomplete(tmp_path / "link")
+    (tmp_path / "empty.incomplete-1").mkdir()
+    (tmp_path / "empty").mkdir()
+    assert set_aside_incomplete(tmp_path / "empty") == tmp_path / "empty.incomplete-0"
+
+
+def test_a_name_that_torchtitan_takes_for_a_step_is_refused(tmp_path):
+    for name in ("step-5", "step-9-best"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ".metadata").touch()
+    with pytest.raises(UserError, match="step-9-best' would be taken for a step"):
+        complete_steps(tmp_path)
+
+
 def test_no_run_starts_from_random_weights_in_place_of_a_checkpoint(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     job_config = checked_config(tiny_with("--job.dump_folder", str(tmp_path)))
     (tmp_path / "checkpoint").mkdir()
     prepare_run(job_config)
+    assert (tmp_path / "checkpoint").is_dir(), "random weights are what was asked for"
+    job_config.checkpoint.initial_load_path = str(TINY)
+    prepare_run(job_config)
     assert not (tmp_path / "checkpoint").exists()
+    job_config.training.dataset = "nothing.parquet"
     (tmp_path / "checkpoint").mkdir()
-    monkeypatch.setattr("llama_mimi.config_check.from_first", lambda prepare: None)  # a node that sees it longer
-    with pytest.raises(UserError, match="neither a step nor initial weights would be loaded"):
+    with pytest.raises(UserError, match="no Parquet file"):
+        prepare_run(job_config)
+    assert (tmp_path / "checkpoint").is_dir(), "nothing is moved for a run that does not start"
+
+
+@pytest.mark.parametrize("of_first", [None, [5]], ids=["removed", "written"])
+def test_nodes_wait_until_they_see_what_the_first_sees(of_first, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    job_config = checked_config(tiny_with("--job.dump_folder", str(tmp_path)))
+    (tmp_path / "checkpoint").mkdir()
+    monkeypatch.setattr("llama_mimi.config_check.from_first", lambda prepare: of_first)
+    monkeypatch.setattr("llama_mimi.config_check.SECONDS_FOR_NODES_TO_AGREE", 0)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    with pytest.raises(UserError, match=r"the steps in '.*' are \[\] on .*, but .* on the first node"):
         prepare_run(job_config)
     job_config.checkpoint.enable = False
     prepare_run(job_config)

@@ -1,6 +1,7 @@
 """The check on GPUs, as far as it can be tried without one: it must not pass where nothing was trained."""
 
 import subprocess
+from pathlib import Path
 
 import gpu_check
 import pytest
@@ -13,11 +14,26 @@ def test_a_check_without_a_step_fails(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["gpu_check", "--output_dir", str(tmp_path), "--steps", "3"])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(gpu_check, "write_stand_ins", lambda folder: None)
-    monkeypatch.setattr(subprocess, "run", lambda command: subprocess.CompletedProcess(command, 0))
-    with pytest.raises(UserError, match="has no step 3"):
+    launched = []
+
+    def run(command):
+        launched.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    def trained(command):
+        if "--job.dump_folder" in command:
+            step = Path(command[command.index("--job.dump_folder") + 1]) / "checkpoint" / "step-3"
+            step.mkdir(parents=True)
+            (step / ".metadata").touch()
+        return run(command)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(UserError, match="codes/checkpoint' has no step 3"):
         gpu_check.main()
-    step = tmp_path / "codes" / "checkpoint" / "step-3"
-    step.mkdir(parents=True)
-    (step / ".metadata").touch()
-    with pytest.raises(UserError, match="holds an earlier run"):
+    launched.clear()
+    monkeypatch.setattr(subprocess, "run", trained)
+    gpu_check.main()
+    datasets = [command[command.index("--training.dataset") + 1] for command in launched[1:]]
+    assert datasets == [str(tmp_path / "codes"), gpu_check.CORPUS]
+    with pytest.raises(UserError, match="codes' holds an earlier run"):
         gpu_check.main()

@@ -1,5 +1,6 @@
 """What the log says of a run, on cards that nobody here has."""
 
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -14,16 +15,25 @@ from llama_mimi.metrics import SpeechMetrics
 
 @pytest.mark.parametrize(
     ("card", "peak"),
-    [("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA GH200 480GB", 989e12), ("NVIDIA H800", None), ("NVIDIA L40S", None)],
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA H800", None),
+        ("NVIDIA B300 SXM6 AC", None),
+        ("NVIDIA L40S", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+    ],
 )
 def test_mfu_is_that_of_a_known_card(card, peak, monkeypatch, tmp_path):
-    """TorchTitan takes the others for an A100."""
+    """TorchTitan takes some of the others for an A100, and this H800 for an H100 because of what lspci says."""
     monkeypatch.chdir(ROOT)
     memory = SimpleNamespace(device_name=card, reset_peak_stats=lambda: None)
     memory.get_peak_stats = lambda: SimpleNamespace(max_reserved_gib=1.0)
+    lspci = SimpleNamespace(stdout="1b:00.0 3D controller: NVIDIA Corporation GH100 [H800] (rev a1)")
     monkeypatch.setattr("torchtitan.components.metrics.build_device_memory_monitor", lambda: memory)
-    monkeypatch.setattr("torchtitan.tools.utils.subprocess.run", lambda *args, **kwargs: SimpleNamespace(stdout=""))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("torchtitan.tools.utils.subprocess.run", lambda *args, **kwargs: lspci)
     flags = ["--job.config_file", "config/tiny.toml", "--metrics.no-enable_tensorboard"]
     job_config = parse_config([*flags, "--job.dump_folder", str(tmp_path)])
     meter = LevelMeter()
@@ -32,7 +42,7 @@ def test_mfu_is_that_of_a_known_card(card, peak, monkeypatch, tmp_path):
         SimpleNamespace(world_size=1, pp_enabled=False, get_optional_mesh=lambda name: None),
         train_meter=meter,
         validation_meter=LevelMeter(),
-        data_meter=DataMeter(num_clips=3, num_frames=45_000),
+        data_meter=(data_meter := DataMeter(codec_seconds=2.0, num_clips=3, num_frames=45_000)),
         num_quantizers=4,
         frame_rate_hz=12.5,
     )
@@ -41,7 +51,11 @@ def test_mfu_is_that_of_a_known_card(card, peak, monkeypatch, tmp_path):
     metrics.num_flops_per_token = 1_000_000
     assert metrics.should_log(1)
     meter.add(torch.ones(100), torch.zeros(100, dtype=torch.long), 5)
+    metrics.data_loading_times.append(1.0)
+    metrics.time_last_log = time.perf_counter() - 8.0
     metrics.log(1, 1.0, 1.0, 1.0)
+    assert logged["time_metrics/data_loading(%)"] == pytest.approx(12.5, rel=0.1)
+    assert logged["time_metrics/codec(%)"] == pytest.approx(25, rel=0.1) and data_meter.codec_seconds == 0
     assert logged["data/clips_seen"] == 3 and logged["data/hours_seen"] == 1.0
     mfu = logged.get("throughput/mfu(%)")
     expected = peak and 100 * 1e6 * logged["throughput/useful_tokens_per_s"] / peak

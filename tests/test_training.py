@@ -105,6 +105,15 @@ def test_level_losses_average_to_the_loss(golden_run):
         assert mean == pytest.approx(total[step], abs=0.05)  # </audio>, one target a clip, is the rest
 
 
+def test_hours_seen_are_those_of_the_targets(golden_run):
+    """Counted by the loader of each rank, and by the loss."""
+    rates, seconds = (
+        losses(golden_run, tag) for tag in ("throughput/audio_seconds_per_s", "time_metrics/end_to_end(s)")
+    )
+    total = sum(rates[step] * seconds[step] for step in range(1, 21))
+    assert losses(golden_run, "data/hours_seen")[20] == pytest.approx(total / 3600, rel=1e-4)
+
+
 def test_a_killed_run_continues_as_if_it_had_not_been(tmp_path):
     """With gradient accumulation, loader workers, whose positions must fit together, and saving in the background."""
     overrides = {

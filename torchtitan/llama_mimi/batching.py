@@ -38,12 +38,23 @@ def map_ahead(function: Callable[[Item], Result], items: Iterable[Item], num_ahe
         return
     ahead: deque[Future[Result]] = deque()
     pool = ThreadPoolExecutor(1, thread_name_prefix="ahead")
+    failure: Exception | None = None
+    iterator = iter(items)
     try:
-        for item in items:
+        while True:
+            try:
+                item = next(iterator)
+            except StopIteration:
+                break
+            except Exception as error:
+                failure = error  # after the results of what came before
+                break
             ahead.append(pool.submit(function, item))
             if len(ahead) > num_ahead:
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
+        if failure:
+            raise failure
     finally:
         pool.shutdown(cancel_futures=True)

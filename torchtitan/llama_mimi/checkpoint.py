@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from llama_mimi.errors import UserError
 from llama_mimi.model import LlamaMimi, LlamaMimiArgs
 
+_STEP = r"step-(\d+)"
 _METADATA = ".metadata"
 _HF_INDEX = "model.safetensors.index.json"  # of a last save in Hugging Face's format
 
@@ -27,49 +28,76 @@ def find_step(checkpoint: Path) -> tuple[Path, list[Path]]:
     """
     if not checkpoint.is_dir():
         raise UserError(f"the checkpoint '{checkpoint}' is no folder; name <dump_folder>/checkpoint or one step of it")
-    if (checkpoint / _METADATA).is_file():
+    if is_distributed(checkpoint):
         return checkpoint, []
-    numbered = [(int(m[1]), path) for path in checkpoint.iterdir() if (m := re.fullmatch(r"step-(\d+)", path.name))]
-    steps = [path for _, path in sorted(numbered, reverse=True)]
-    incomplete: list[Path] = []
-    for step in steps:
-        if (step / _METADATA).is_file():
-            return step, incomplete
-        incomplete.append(step)
-    if incomplete:
-        raise UserError(f"'{incomplete[0]}' has no {_METADATA}: its saving was cut off, and no older step is complete")
-    if re.fullmatch(r"step-\d+", checkpoint.name):
+    there = {int(m[1]): path for path in checkpoint.iterdir() if (m := re.fullmatch(_STEP, path.name))}
+    complete = complete_steps(checkpoint)
+    if complete:
+        newest = max(complete)
+        if not is_distributed(complete[newest]):
+            raise UserError(f"'{complete[newest]}' was saved in Hugging Face's format; name a step that was not")
+        return complete[newest], [there[number] for number in sorted(there, reverse=True) if number > newest]
+    if there:
+        step = there[max(there)]
+        raise UserError(f"'{step}' has no {_METADATA}: its saving was cut off, and no older step is complete")
+    if re.fullmatch(_STEP, checkpoint.name):
         raise UserError(f"'{checkpoint}' has no {_METADATA}: its saving was cut off; name another step")
     raise UserError(f"'{checkpoint}' holds no step-N folder; name <dump_folder>/checkpoint or one step of it")
 
 
 def set_aside_incomplete(checkpoint: Path) -> Path | None:
-    """Move a checkpoint folder without any complete step out of the way, and say where to.
+    """Move a checkpoint folder that is empty, or holds nothing but steps whose saving was cut off, out of the way.
 
     TorchTitan loads initial weights only where there is no checkpoint folder at all. A run that was killed while it
     saved its first step, or whose steps were removed, would otherwise start anew from random ones.
+
+    Returns:
+        Where to, or None where there is no folder or it has a complete step.
+
+    Raises:
+        UserError: the folder holds something else, or cannot be moved.
     """
     if not checkpoint.is_dir() or complete_steps(checkpoint):
         return None
-    number = len(list(checkpoint.parent.glob(f"{checkpoint.name}.incomplete-*")))
-    return checkpoint.rename(checkpoint.with_name(f"{checkpoint.name}.incomplete-{number}"))
+    problem = f"'{checkpoint}' has no complete step to go on from, and initial weights are loaded only where it is not"
+    others = [path.name for path in checkpoint.iterdir() if not re.fullmatch(_STEP, path.name)]
+    if others or checkpoint.is_symlink():
+        what = f"holds '{sorted(others)[0]}'" if others else "is a link"
+        raise UserError(f"{problem}; as it {what}, it is left alone: move it, or choose another checkpoint.folder")
+    number = 0
+    while (aside := checkpoint.with_name(f"{checkpoint.name}.incomplete-{number}")).exists():
+        number += 1
+    try:
+        return checkpoint.rename(aside)
+    except OSError as error:
+        raise UserError(f"{problem}; it cannot be moved ({error.strerror}): remove it") from error
 
 
 def complete_steps(checkpoint: Path) -> dict[int, Path]:
-    """The steps that were saved to their end, by number, as TorchTitan tells them (`CheckpointManager`)."""
-    return {
-        int(match[1]): step
-        for step in checkpoint.glob("step-*")
-        if (match := re.fullmatch(r"step-(\d+)", step.name))
-        and any((step / name).is_file() for name in (_METADATA, _HF_INDEX))
-    }
+    """The steps that were saved to their end, by number.
+
+    Raises:
+        UserError: a folder that TorchTitan would take for another step than its name says.
+    """
+    steps = {}
+    for path in sorted(checkpoint.glob("*")):
+        if not any((path / name).is_file() for name in (_METADATA, _HF_INDEX)):
+            continue
+        if match := re.fullmatch(_STEP, path.name):
+            steps[int(match[1])] = path
+        elif re.search(_STEP, path.name):  # TorchTitan looks for it anywhere in a name
+            raise UserError(f"'{path}' would be taken for a step of the run; move it out of '{checkpoint}'")
+    return steps
+
+
+def is_distributed(step: Path) -> bool:
+    """Whether a complete step is a distributed checkpoint; a last save may be weights in Hugging Face's format."""
+    return (step / _METADATA).is_file()
 
 
 def has_loader_position(step: Path) -> bool:
     """Whether a step can be resumed; one that holds weights only cannot."""
-    if not (step / _METADATA).is_file():
-        return False
-    return "dataloader.position" in _read_metadata(step).state_dict_metadata
+    return is_distributed(step) and "dataloader.position" in _read_metadata(step).state_dict_metadata
 
 
 def load_model_state(step: Path, args: LlamaMimiArgs) -> dict[str, torch.Tensor]:

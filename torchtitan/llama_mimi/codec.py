@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from functools import lru_cache
 from itertools import chain
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -94,8 +94,12 @@ class MimiCodec:
             keep_freed_memory()
         # float32 is meant: by default convolutions on a GPU round to TF32. Nothing else here has convolutions.
         torch.backends.cudnn.allow_tf32 = False
-        window = {} if attention == "windowed" else {"sliding_window": 10**9}  # wider than any clip is none
-        self.model = load_pretrained(MimiModel, name, what="codec", dtype=dtype, **window).to(self.device).eval()
+        extra: dict[str, Any] = {} if attention == "windowed" else {"sliding_window": 10**9}  # wider than any clip
+        if self.device.type == "cuda":
+            # Which kernel scaled_dot_product_attention takes is a switch of the process, which TorchTitan turns while
+            # it trains: codes that are made beside a step would depend on the moment.
+            extra["attn_implementation"] = "eager"
+        self.model = load_pretrained(MimiModel, name, what="codec", dtype=dtype, **extra).to(self.device).eval()
 
     def at_depth(self, num_quantizers: int) -> "MimiCodec":
         """The same codec at another depth, with the same weights in memory."""

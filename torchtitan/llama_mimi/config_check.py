@@ -7,6 +7,7 @@ import importlib.util
 import math
 import os
 import socket
+import time
 import tomllib
 from pathlib import Path
 from types import UnionType
@@ -19,7 +20,7 @@ from torchtitan.tools.logging import logger
 from transformers import LlamaConfig
 
 import llama_mimi.job_config
-from llama_mimi.checkpoint import complete_steps, has_loader_position, set_aside_incomplete
+from llama_mimi.checkpoint import complete_steps, has_loader_position, is_distributed, set_aside_incomplete
 from llama_mimi.codec import attention_of, load_codec_config, whole_frames
 from llama_mimi.corpus_files import check_corpus
 from llama_mimi.errors import UserError
@@ -32,6 +33,8 @@ from llama_mimi.sequences import load_sequences
 from llama_mimi.token_store import CodeCorpus, is_store
 from llama_mimi.units import has_text
 
+# What one node of a network file system has changed, others may see a minute later (acdirmax of NFS).
+SECONDS_FOR_NODES_TO_AGREE = 90
 FLOAT8 = "quantize.linear.float8"  # TorchTitan's name of the converter
 # What must agree between a flavour, a Hugging Face folder and an earlier run in the same dump_folder.
 SHAPE_KEYS = (
@@ -97,23 +100,31 @@ def prepare_run(job_config: Any) -> None:
     Settings and files are checked, and a checkpoint folder that nothing can be loaded from is moved out of the way.
 
     Raises:
-        UserError: on every rank what is wrong.
+        UserError: on every rank what is wrong; on a node that sees other steps than the first one does, that.
     """
-    checkpoint = _checkpoint_folder(job_config)
+    checkpoint, settings = _checkpoint_folder(job_config), job_config.checkpoint
 
-    def prepare() -> None:
+    def steps() -> list[int] | None:
+        return sorted(complete_steps(checkpoint)) if checkpoint.is_dir() else None
+
+    def prepare() -> list[int] | None:
         check_settings(job_config, dist.get_world_size() if dist.is_initialized() else 1)
-        if job_config.checkpoint.enable and (aside := set_aside_incomplete(checkpoint)):
-            logger.warning(f"no step in '{checkpoint}' is complete, so it was moved to '{aside}'")
         check_files(job_config)
+        has_initial_weights = settings.initial_load_in_hf or settings.initial_load_path
+        if settings.enable and has_initial_weights and (aside := set_aside_incomplete(checkpoint)):
+            logger.warning(f"no step in '{checkpoint}' is complete, so it was moved to '{aside}'")
+        return steps()
 
-    from_first(prepare)
-    # TorchTitan would go on with random weights. Another node may see the folder a while longer than the first.
-    if job_config.checkpoint.enable and checkpoint.is_dir() and not complete_steps(checkpoint):
-        raise UserError(
-            f"'{checkpoint}' holds no complete step on {socket.gethostname()}, so neither a step nor initial weights "
-            "would be loaded there; remove it, and let all nodes see the same job.dump_folder"
-        )
+    of_first = from_first(prepare)
+    # TorchTitan would go on with random weights where the folder is there without a step, and each node looks itself.
+    deadline = time.monotonic() + SECONDS_FOR_NODES_TO_AGREE
+    while settings.enable and steps() != of_first:
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"the steps in '{checkpoint}' are {steps()} on {socket.gethostname()}, but {of_first} on the first "
+                "node; let all nodes see the same job.dump_folder"
+            )
+        time.sleep(1)
 
 
 def _checkpoint_folder(job_config: Any) -> Path:
@@ -238,9 +249,13 @@ def _check_values(job_config: Any) -> None:
         )
     if Path(job_config.job.dump_folder).is_file():
         raise UserError(f"job.dump_folder '{job_config.job.dump_folder}' is a file; name a folder")
-    if checkpoint.initial_load_in_hf and not checkpoint.enable:
+    for key in ("initial_load_in_hf", "initial_load_path"):
+        if getattr(checkpoint, key) and not checkpoint.enable:
+            raise UserError(f"checkpoint.{key} needs checkpoint.enable; set both, or neither for random weights")
+    taken = (job_config.metrics.save_tb_folder, job_config.comm.save_traces_folder, ASSETS_FOLDER, "", ".", "..")
+    if checkpoint.folder in taken or "/" in checkpoint.folder:
         raise UserError(
-            "checkpoint.initial_load_in_hf needs checkpoint.enable; set both, or neither for random weights"
+            f"checkpoint.folder is '{checkpoint.folder}'; it is the name of a folder of its own in job.dump_folder"
         )
     if job_config.model.converters:
         _check_converters(job_config)
@@ -421,22 +436,30 @@ def _check_model(job_config: Any) -> None:
 
 def _check_resume(job_config: Any) -> None:
     """Of a position the loader itself says whether it is one in the same data and order."""
-    folder, number = _checkpoint_folder(job_config), job_config.checkpoint.load_step
+    settings, folder = job_config.checkpoint, _checkpoint_folder(job_config)
+    if not settings.enable:
+        return
+    if settings.initial_load_path and not Path(settings.initial_load_path).is_dir():
+        raise UserError(f"checkpoint.initial_load_path '{settings.initial_load_path}' is no folder; name a step")
     steps = complete_steps(folder)
-    if not job_config.checkpoint.enable:
-        return
-    if number != -1 and number not in steps:
+    if settings.load_step != -1 and settings.load_step not in steps:
         there = ", ".join(map(str, sorted(steps))) or "none"
-        raise UserError(f"checkpoint.load_step is {number}, but the complete steps in '{folder}' are: {there}")
-    if not steps or "dataloader" in job_config.checkpoint.exclude_from_loading:
-        return
-    number = max(steps) if number == -1 else number
-    step = steps[number]
-    if number and not has_loader_position(step):  # of step 0, a seed, TorchTitan takes the weights alone
         raise UserError(
-            f"'{step}' holds weights only, no position in the data, and cannot be resumed; name it as "
-            "checkpoint.initial_load_path"
+            f"checkpoint.load_step is {settings.load_step}, but the complete steps in '{folder}' are: {there}"
         )
+    if not steps:
+        return
+    number = max(steps) if settings.load_step == -1 else settings.load_step
+    step = steps[number]
+    instead = "start another job.dump_folder with it as checkpoint.initial_load_path"
+    if not is_distributed(step):
+        raise UserError(
+            f"'{step}' holds weights only, in Hugging Face's format, and cannot be resumed; {instead} and with "
+            "checkpoint.initial_load_in_hf"
+        )
+    # Of step 0, a seed, TorchTitan takes the weights alone.
+    if number and "dataloader" not in settings.exclude_from_loading and not has_loader_position(step):
+        raise UserError(f"'{step}' holds weights only, no position in the data, and cannot be resumed; {instead}")
 
 
 def _require_same(wanted: LlamaConfig, found: LlamaConfig, keys: tuple[str, ...], problem: str) -> None:

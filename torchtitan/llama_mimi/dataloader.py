@@ -10,6 +10,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,6 +165,8 @@ class UnitDataLoader(BaseDataLoader):
         positions = deal([Position.from_json(position) for position in state["ranks"]], self._dp_world_size)
         self._order.position = positions[self._dp_rank]
         self._counts = Counter(state["counts"] if self._dp_rank == 0 else {})
+        if self._counts["read"] and "frames" not in self._counts:
+            logger.warning("the checkpoint is older than the count of hours seen, which begins here")
 
     def _take(self) -> Batch:
         counts, meter = self._counts, self._meter
@@ -184,7 +187,10 @@ class UnitDataLoader(BaseDataLoader):
         codes: list[torch.Tensor] = []
         if waveforms:
             assert self._codec is not None
-            with torch.cuda.stream(self._stream):  # None changes nothing
+            with ExitStack() as beside:
+                if self._stream is not None:  # with its device, as a thread begins, and would end, on the first one
+                    beside.enter_context(torch.cuda.device(self._stream.device))
+                    beside.enter_context(torch.cuda.stream(self._stream))
                 codes = self._codec.encode_many(waveforms)
         seconds = time.perf_counter() - start
         codes_of_audio = iter(codes)

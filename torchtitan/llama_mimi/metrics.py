@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import time
 from typing import Any
 
@@ -14,8 +15,18 @@ from torchtitan.tools.utils import device_type
 from llama_mimi.dataloader import DataMeter
 from llama_mimi.losses import LevelMeter, reduce_sums
 
-# What TorchTitan 0.2.2 falls back to (`get_peak_flops`).
-A100_PEAK_FLOPS = 312e12
+# Dense bfloat16 FLOP/s of a card, by what its name has in it, from NVIDIA's and AMD's data sheets; the first that fits.
+# TorchTitan's own (`get_peak_flops`) takes cards that it does not know for an A100, and lspci's H800 for an H100.
+PEAK_FLOPS = {
+    "A100": 312e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "GH200": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "MI300X": 1307e12,
+}
 
 
 class SpeechMetrics(MetricsProcessor):
@@ -48,9 +59,7 @@ class SpeechMetrics(MetricsProcessor):
         self._train_meter, self._validation_meter = train_meter, validation_meter
         self._data_meter = data_meter
         self._num_quantizers, self._frame_rate_hz = num_quantizers, frame_rate_hz
-        # TorchTitan takes a card that it does not know for an A100, and a CPU, too.
-        name = self.device_memory_monitor.device_name
-        self._has_peak_flops = torch.cuda.is_available() and ("A100" in name or self.gpu_peak_flops != A100_PEAK_FLOPS)
+        self._peak_flops = peak_flops(self.device_memory_monitor.device_name)
         self._last_step: int | None = None
 
     def should_log(self, step: int) -> bool:
@@ -92,12 +101,12 @@ class SpeechMetrics(MetricsProcessor):
             # TorchTitan's own count of tokens seen includes padding
             **{key: value for key, value in (extra_metrics or {}).items() if key != "n_tokens_seen"},
         }
-        if self._has_peak_flops:
+        if self._peak_flops is not None:
             flops_per_device = self.num_flops_per_token * tokens_per_s / devices
-            metrics["throughput/mfu(%)"] = 100 * flops_per_device / self.gpu_peak_flops
+            metrics["throughput/mfu(%)"] = 100 * flops_per_device / self._peak_flops
         self.logger.log(metrics, step)
         left_s = seconds / steps * (self.job_config.training.steps - step)
-        mfu = f"  mfu: {metrics['throughput/mfu(%)']:.1f}%" if self._has_peak_flops else ""
+        mfu = f"  mfu: {metrics['throughput/mfu(%)']:.1f}%" if self._peak_flops is not None else ""
         logger.info(
             f"step: {step}/{self.job_config.training.steps}  loss: {global_avg_loss:.5f}  "
             f"levels: {self._format_levels(sums)}  grad_norm: {grad_norm:.3f}  tokens/s: {tokens_per_s:,.0f}  "
@@ -152,6 +161,13 @@ class SpeechMetrics(MetricsProcessor):
     @staticmethod
     def _format_levels(sums: torch.Tensor) -> str:
         return " ".join(f"{s / n:.3f}" if n else "-" for s, n in sums.T.tolist()[:-1])
+
+
+def peak_flops(card: str) -> float | None:
+    """What `PEAK_FLOPS` has of a card; None of others, and of parts of a card (MIG)."""
+    if "MIG" in card:
+        return None
+    return next((flops for name, flops in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", card)), None)
 
 
 def _clock(seconds: float) -> str:

@@ -18,7 +18,8 @@ from llama_mimi.token_store import CodeCorpus, is_store
 
 # Audio goes through the codec in batches of at least so many clips, and codes come from workers as many at a time.
 MIN_CHUNK = 8
-# A chunk has as many clips as a batch has rows, and rows of 20 s hold four clips of 5 s.
+# A chunk has as many clips as a batch has rows, and rows of 20 s hold four clips of 5 s. Longer clips need fewer,
+# and their samples wait in memory; of shorter ones a part is encoded while the step waits.
 CHUNKS_A_PACKED_BATCH = 4
 
 
@@ -157,7 +158,7 @@ def _build(
     codec = None
     if any(isinstance(reader, AudioReader) for reader in readers):
         own, device = job_config.codec, torch.device(device_type)
-        if device.type == "cuda":  # with its number, as a thread begins on the first GPU
+        if device.type == "cuda":  # with its number, as the thread that encodes begins on the first GPU
             device = torch.device("cuda", torch.cuda.current_device())
         codec = MimiCodec(own.name, own.num_quantizers, device, DTYPES[own.dtype], attention=own.attention)
     packer = BatchPacker(
@@ -179,5 +180,5 @@ def _build(
         max_bad_share=job_config.data.max_bad_share,
         workers=dataclasses.asdict(split.dataloader),
         meter=meter,
-        chunks_ahead=chunks_ahead,
+        chunks_ahead=chunks_ahead if codec is not None else 0,
     )

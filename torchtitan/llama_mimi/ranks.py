@@ -126,7 +126,8 @@ def _unless_gone(collective: Callable[[], Any]) -> None:
     try:
         collective()
     except RuntimeError as error:
-        print(f"another rank has ended, so this one does, too ({first_line(error)})", file=sys.stderr)
+        what = "ranks cannot reach each other, most likely because another has ended, so this one does, too"
+        print(f"{what} ({first_line(error)})", file=sys.stderr)
         sys.exit(1)
 
 

@@ -1,6 +1,7 @@
 """Registers the train spec "llama_mimi" with TorchTitan: ``[experimental] custom_import = "llama_mimi.train_spec"``."""
 
 import sys
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,15 +10,15 @@ from torchtitan.components.optimizer import build_optimizers
 from torchtitan.distributed import ParallelDims
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 
-from llama_mimi import open_data
 from llama_mimi.codec import load_codec_config
 from llama_mimi.config_check import prepare_run
-from llama_mimi.dataloader import DataMeter, UnitDataLoader
+from llama_mimi.dataloader import DataMeter
 from llama_mimi.errors import UserError
 from llama_mimi.hf import LlamaMimiStateDictAdapter
 from llama_mimi.losses import LevelMeter, UnitLoss
 from llama_mimi.metrics import SpeechMetrics
 from llama_mimi.model import FLAVORS, LlamaMimi, LlamaMimiArgs, parallelize, pipeline
+from llama_mimi.open_data import build_dataloader
 from llama_mimi.ranks import end_with_torchrun, let_first_report
 from llama_mimi.run_record import save_run_record, speech_config
 from llama_mimi.sequences import SequenceBuilder, load_sequences
@@ -45,10 +46,6 @@ def build_tokenizer(job_config: Any) -> SequenceBuilder:
 def build_sequences(job_config: Any) -> SequenceBuilder:
     codec, model = job_config.codec, job_config.model
     return load_sequences(model.hf_assets_path, codec.name, codec.num_quantizers, model.vocabulary)
-
-
-def build_dataloader(**kwargs: Any) -> UnitDataLoader:
-    return open_data.build_dataloader(**kwargs, meter=_data_meter)
 
 
 def build_loss(job_config: Any, meter: LevelMeter = _train_meter, **kwargs: Any) -> UnitLoss:
@@ -93,7 +90,7 @@ register_train_spec(
         pipelining_fn=pipeline,
         build_optimizers_fn=build_optimizers,
         build_lr_schedulers_fn=build_lr_schedulers,
-        build_dataloader_fn=build_dataloader,
+        build_dataloader_fn=partial(build_dataloader, meter=_data_meter),
         build_tokenizer_fn=build_tokenizer,
         build_loss_fn=build_loss,
         build_validator_fn=build_validator,
