@@ -7,11 +7,11 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
-from llama_mimi.audio import Waveform, read_audio, write_wav
-from llama_mimi.codec import CodecAttention
-from llama_mimi.errors import UserError, run_cli
-from llama_mimi.generation import SamplingOptions, continue_codes
-from llama_mimi.speech_model import DECODER_DTYPES, load_speech_model
+from llama_mimi.audio.mimi import CodecAttention
+from llama_mimi.audio.reading import Waveform, read_audio, write_wav
+from llama_mimi.common.errors import UserError, run_cli
+from llama_mimi.generation.continuation import SamplingOptions, continue_codes
+from llama_mimi.generation.speech_model import DECODER_DTYPES, load_speech_model
 
 MAX_PROMPT_SECONDS = 60.0  # three times the longest clip of the paper's training
 

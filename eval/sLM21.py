@@ -5,9 +5,9 @@
 Starts under torchrun, too: each rank then encodes and scores a part of the clips.
 """
 
-from llama_mimi.benchmarks import read_slm21
-from llama_mimi.errors import run_cli
-from llama_mimi.evaluation import BenchmarkScript
+from llama_mimi.common.errors import run_cli
+from llama_mimi.evaluation.benchmarks import read_slm21
+from llama_mimi.evaluation.script import BenchmarkScript
 
 SLM21 = BenchmarkScript("sLM21", "speed", read_slm21, levels=(0,))
 

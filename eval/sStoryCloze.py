@@ -5,9 +5,9 @@
 Starts under torchrun, too: each rank then encodes and scores a part of the clips.
 """
 
-from llama_mimi.benchmarks import read_storycloze
-from llama_mimi.errors import run_cli
-from llama_mimi.evaluation import BenchmarkScript
+from llama_mimi.common.errors import run_cli
+from llama_mimi.evaluation.benchmarks import read_storycloze
+from llama_mimi.evaluation.script import BenchmarkScript
 
 STORYCLOZE = BenchmarkScript("sStoryCloze", "speed", read_storycloze, levels=(0,))
 

@@ -5,9 +5,9 @@
 Starts under torchrun, too: each rank then encodes and scores a part of the clips.
 """
 
-from llama_mimi.benchmarks import SALMON_PARTS, read_salmon
-from llama_mimi.errors import run_cli
-from llama_mimi.evaluation import BenchmarkScript
+from llama_mimi.common.errors import run_cli
+from llama_mimi.evaluation.benchmarks import SALMON_PARTS, read_salmon
+from llama_mimi.evaluation.script import BenchmarkScript
 
 SALMON = BenchmarkScript("salmon", "slprl/SALMon", read_salmon, levels=None, mean_of=SALMON_PARTS, has_windows=True)
 

@@ -25,12 +25,11 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same answer on every machine
 import torch
 from torch import nn
 
-from llama_mimi.cpu import use_cpu_without_gpu
-from llama_mimi.errors import UserError, run_cli
+from llama_mimi.common.cpu import use_cpu_without_gpu
+from llama_mimi.common.errors import UserError, run_cli
 
 use_cpu_without_gpu()  # before anything imports TorchTitan
 
-from gpu_check import write_tokenizer  # noqa: E402
 from torch._subclasses.fake_impls import op_implementations_dict  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
@@ -48,8 +47,9 @@ from torchtitan.tools.utils import set_default_dtype  # noqa: E402
 from transformers import MimiConfig  # noqa: E402
 
 import llama_mimi.train_spec  # noqa: E402  (registers the model)
-from llama_mimi.codec import DEFAULT_CODEC  # noqa: E402
-from llama_mimi.config_check import parse_config  # noqa: E402
+from llama_mimi.audio.mimi import DEFAULT_CODEC  # noqa: E402
+from llama_mimi.checkpoint.stand_ins import write_tokenizer  # noqa: E402
+from llama_mimi.training.config_file import parse_config  # noqa: E402
 
 DEVICE = torch.device("cpu")  # of tensors without content: FSDP's streams and the autograd engine ask CUDA for a driver
 TOKENS_PER_CLIP = 700  # of packed rows: 14 s, as in The People's Speech; only the few bytes of the bounds depend on it

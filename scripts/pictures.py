@@ -5,7 +5,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from llama_mimi.errors import UserError
+from llama_mimi.common.errors import UserError
 
 
 def save(figure: Figure, path: Path, *, dpi: int) -> None:

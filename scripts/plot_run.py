@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 from pictures import save
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from llama_mimi.errors import UserError, run_cli
+from llama_mimi.common.errors import UserError, run_cli
 
 Series = dict[int, float]  # step -> value
 Line = tuple[Series, dict[str, Any]]  # and how it is drawn

@@ -22,11 +22,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from pictures import save
 
-from llama_mimi.accuracy import group_credits, mcnemar
-from llama_mimi.benchmarks import SALMON_PARTS
-from llama_mimi.errors import UserError, run_cli
-from llama_mimi.evaluation import FORMAT, MAX_AUDIO_SECONDS
-from llama_mimi.files import write_whole
+from llama_mimi.common.errors import UserError, run_cli
+from llama_mimi.common.files import write_atomically
+from llama_mimi.evaluation.accuracy import group_credits, mcnemar
+from llama_mimi.evaluation.benchmarks import SALMON_PARTS
+from llama_mimi.evaluation.script import FORMAT, MAX_AUDIO_SECONDS
 
 STANDARD = ("official", "original")
 # Columns in the order of the table, and what they are called there; parts of other names follow.
@@ -98,7 +98,7 @@ def main() -> None:
     text = "\n\n".join(sections) + "\n"
     print(text)
     if flags.output_file is not None:
-        write_whole(str(flags.output_file.parent), flags.output_file.name, text.encode())
+        write_atomically(str(flags.output_file.parent), flags.output_file.name, text.encode())
     if flags.picture is not None:
         if not standard:
             raise UserError("there is no result of a standard preset to draw; leave out --picture")

@@ -6,7 +6,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from llama_mimi.cpu import use_cpu_without_gpu
+from llama_mimi.common.cpu import use_cpu_without_gpu
 
 use_cpu_without_gpu()
 
@@ -17,9 +17,10 @@ import hypothesis
 import pytest
 import torch
 
-from llama_mimi.codec import MimiCodec
-from llama_mimi.config_check import check_files, parse_config
-from llama_mimi.sequences import SequenceBuilder, load_sequences
+from llama_mimi.audio.mimi import MimiCodec
+from llama_mimi.tokens.sequences import SequenceBuilder, load_sequences
+from llama_mimi.training.config_check import check_files
+from llama_mimi.training.config_file import parse_config
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "assets" / "tiny"

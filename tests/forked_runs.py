@@ -13,13 +13,14 @@ import traceback
 from dataclasses import replace
 from types import SimpleNamespace
 
-from llama_mimi import cross_entropy, train  # first, as TorchTitan looks for its device when it is imported
+from llama_mimi import train  # first, as TorchTitan looks for its device when it is imported
+from llama_mimi.model import cross_entropy
 
 # isort: split
 
 import torchtitan.train
 
-from llama_mimi.model import FLAVORS
+from llama_mimi.model.llama import FLAVORS
 
 # A pipeline needs an output matrix of its own; of the shipped flavours only the 8B one has it.
 FLAVORS["tiny_untied"] = replace(FLAVORS["tiny"], enable_weight_tying=False)

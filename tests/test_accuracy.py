@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from llama_mimi.accuracy import (
+from llama_mimi.evaluation.accuracy import (
     credit,
     frequency_band,
     group_credits,
@@ -14,7 +14,7 @@ from llama_mimi.accuracy import (
     part_results,
     wilson_interval,
 )
-from llama_mimi.benchmarks import SALMON_PARTS
+from llama_mimi.evaluation.benchmarks import SALMON_PARTS
 
 
 def pair(part="a", name="0", correct=1.0, group=None, is_tie=False, is_cut=False, **labels):

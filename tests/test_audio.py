@@ -7,7 +7,7 @@ import pytest
 import soundfile
 import torch
 
-from llama_mimi.audio import AudioError, read_audio
+from llama_mimi.audio.reading import AudioError, read_audio
 
 RATE = 24_000
 

@@ -10,8 +10,8 @@ import pytest
 from conftest import TINY
 from datasets import Audio, Dataset, Features, Value
 
-from llama_mimi.benchmarks import SALMON_PARTS, read_salmon, read_slm21, read_storycloze
-from llama_mimi.errors import UserError
+from llama_mimi.common.errors import UserError
+from llama_mimi.evaluation.benchmarks import SALMON_PARTS, read_salmon, read_slm21, read_storycloze
 
 BENCHMARKS = TINY / "benchmarks"
 
@@ -252,9 +252,9 @@ def test_hub_data_sets_are_opened_by_name(monkeypatch):
         opened.append((hub_id, config, split))
         return table(("positive_audio", "negative_audio") if config else ("positive", "negative"))[0]
 
-    monkeypatch.setattr("llama_mimi.benchmark_tables.load_dataset", load)
+    monkeypatch.setattr("llama_mimi.evaluation.pair_tables.load_dataset", load)
     monkeypatch.setattr(
-        "llama_mimi.benchmark_tables.get_dataset_config_names", lambda hub_id: ["all", "all_x", *SALMON_PARTS]
+        "llama_mimi.evaluation.pair_tables.get_dataset_config_names", lambda hub_id: ["all", "all_x", *SALMON_PARTS]
     )
     assert Counter(pair.part for pair in read_salmon("slprl/SALMon").pairs) == dict.fromkeys(SALMON_PARTS, 2)
     assert opened == [("slprl/SALMon", part, "train") for part in SALMON_PARTS]

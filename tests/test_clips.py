@@ -16,16 +16,16 @@ from conftest import ROOT, TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_mimi.batching import map_ahead
-from llama_mimi.clips import AudioClip, AudioReader, ClipStream, SkippedClip
-from llama_mimi.config_check import parse_config
-from llama_mimi.corpora import open_corpus
-from llama_mimi.dataloader import DataMeter, UnitDataLoader
-from llama_mimi.errors import UserError
-from llama_mimi.open_data import build_validation_dataloader
-from llama_mimi.order import RowsInOrder, ShuffledOrder
-from llama_mimi.packing import BatchPacker
-from llama_mimi.sequences import IGNORE_INDEX
+from llama_mimi.common.batching import map_ahead
+from llama_mimi.common.errors import UserError
+from llama_mimi.data.build import build_validation_dataloader
+from llama_mimi.data.clips import AudioClip, AudioReader, ClipStream, SkippedClip
+from llama_mimi.data.corpora import open_corpus
+from llama_mimi.data.dataloader import DataMeter, UnitDataLoader
+from llama_mimi.data.order import RowsInOrder, ShuffledOrder
+from llama_mimi.data.packing import BatchPacker
+from llama_mimi.tokens.sequences import IGNORE_INDEX
+from llama_mimi.training.config_file import parse_config
 
 RATE = 24_000
 GOOD = object()

@@ -5,9 +5,9 @@ import torch
 from conftest import TINY
 from transformers import LlamaConfig
 
-from llama_mimi.audio import read_audio
-from llama_mimi.codec import MimiCodec, attention_of
-from llama_mimi.errors import UserError
+from llama_mimi.audio.mimi import MimiCodec, attention_of
+from llama_mimi.audio.reading import read_audio
+from llama_mimi.common.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -15,16 +15,16 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models
 from transformers import MimiConfig, PreTrainedTokenizerFast
 
-from llama_mimi.checkpoint import complete_steps, set_aside_incomplete
-from llama_mimi.codec import codec_hash
-from llama_mimi.config_check import check_files, prepare_run
-from llama_mimi.errors import UserError
-from llama_mimi.hf import hf_config
-from llama_mimi.model import FLAVORS, LlamaMimi
-from llama_mimi.open_data import open_readers
-from llama_mimi.run_record import save_run_record, speech_config
-from llama_mimi.sequences import load_sequences
-from llama_mimi.token_store import StoredClip, shard_bytes
+from llama_mimi.audio.mimi import codec_hash
+from llama_mimi.checkpoint.dcp import complete_steps, set_aside_incomplete
+from llama_mimi.checkpoint.huggingface import hf_config
+from llama_mimi.checkpoint.run_record import save_run_record, speech_config
+from llama_mimi.common.errors import UserError
+from llama_mimi.data.build import open_readers
+from llama_mimi.data.code_store import StoredClip, shard_bytes
+from llama_mimi.model.llama import FLAVORS, LlamaMimi
+from llama_mimi.tokens.sequences import load_sequences
+from llama_mimi.training.config_check import check_files, prepare_run
 
 UNTIED_PIPELINE = ["--model.flavor", "8B", "--parallelism.pipeline_parallel_degree", "2"]
 CONFIGS = sorted((ROOT / "config").glob("*.toml"))
@@ -413,8 +413,8 @@ def test_nodes_wait_until_they_see_what_the_first_sees(of_first, tmp_path, monke
     monkeypatch.chdir(ROOT)
     job_config = checked_config(tiny_with("--job.dump_folder", str(tmp_path)))
     (tmp_path / "checkpoint").mkdir()
-    monkeypatch.setattr("llama_mimi.config_check.from_first", lambda prepare: of_first)
-    monkeypatch.setattr("llama_mimi.config_check.SECONDS_FOR_NODES_TO_AGREE", 0)
+    monkeypatch.setattr("llama_mimi.training.config_check.from_first", lambda prepare: of_first)
+    monkeypatch.setattr("llama_mimi.training.config_check.SECONDS_FOR_NODES_TO_AGREE", 0)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     with pytest.raises(UserError, match=r"the steps in '.*' are \[\] on .*, but .* on the first node"):
         prepare_run(job_config)

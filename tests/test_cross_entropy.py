@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_mimi import cross_entropy as module
-from llama_mimi.cross_entropy import cross_entropy, pending_logits
-from llama_mimi.losses import LevelMeter, UnitLoss
-from llama_mimi.sequences import IGNORE_INDEX
-from llama_mimi.units import UnitVocabulary
+from llama_mimi.model import cross_entropy as module
+from llama_mimi.model.cross_entropy import cross_entropy, pending_logits
+from llama_mimi.tokens.sequences import IGNORE_INDEX
+from llama_mimi.tokens.units import UnitVocabulary
+from llama_mimi.training.loss import LevelMeter, UnitLoss
 
 V, D = 23, 8
 

@@ -10,10 +10,10 @@ import torch
 from conftest import ROOT
 from transformers import LlamaForCausalLM
 
-from llama_mimi.config_check import parse_config
-from llama_mimi.errors import UserError
-from llama_mimi.hf import hf_config
-from llama_mimi.model import FLAVORS, LlamaMimi
+from llama_mimi.checkpoint.huggingface import hf_config
+from llama_mimi.common.errors import UserError
+from llama_mimi.model.llama import FLAVORS, LlamaMimi
+from llama_mimi.training.config_file import parse_config
 
 SCRIPT = ROOT / "scripts" / "dry_run.py"
 TINY_FLAGS = ["--job.config_file", "config/tiny.toml"]

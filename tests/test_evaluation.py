@@ -15,21 +15,21 @@ from bench_eval import score_alone
 from conftest import ROOT, TINY
 from transformers import LlamaForCausalLM
 
-from llama_mimi.audio import AudioError, read_audio
-from llama_mimi.benchmarks import SALMON_PARTS, Benchmark, Clip, Pair, read_salmon
-from llama_mimi.clip_codes import CachedCodes, CodeCache, encode_clips, made_by
-from llama_mimi.clip_scores import ScoreLog, score_clips
-from llama_mimi.codec import MimiCodec
-from llama_mimi.errors import UserError
-from llama_mimi.evaluation import check_earlier, results
-from llama_mimi.evaluation import model_folder as model_folder_name
-from llama_mimi.hf import hf_config
-from llama_mimi.likelihood import batch_scores
-from llama_mimi.model import FLAVORS, LlamaMimiArgs
-from llama_mimi.ranks import Ranks
-from llama_mimi.salmon_model import SalmonModel
-from llama_mimi.scoring import Scoring, preset
-from llama_mimi.speech_model import SpeechModel, load_speech_model
+from llama_mimi.audio.mimi import MimiCodec
+from llama_mimi.audio.reading import AudioError, read_audio
+from llama_mimi.checkpoint.huggingface import hf_config
+from llama_mimi.common.errors import UserError
+from llama_mimi.common.ranks import Ranks
+from llama_mimi.evaluation.benchmarks import SALMON_PARTS, Benchmark, BenchmarkClip, Pair, read_salmon
+from llama_mimi.evaluation.clip_codes import CachedCodes, CodeCache, cache_key, encode_clips
+from llama_mimi.evaluation.clip_scores import ScoreLog, score_clips
+from llama_mimi.evaluation.likelihood import batch_scores
+from llama_mimi.evaluation.salmon_model import SalmonModel
+from llama_mimi.evaluation.scoring import Scoring, preset
+from llama_mimi.evaluation.script import check_earlier, results
+from llama_mimi.evaluation.script import model_folder as model_folder_name
+from llama_mimi.generation.speech_model import SpeechModel, load_speech_model
+from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs
 
 SALMON = TINY / "benchmarks" / "salmon"
 
@@ -51,11 +51,11 @@ def model_folder(tmp_path_factory, model):
 
 
 def cache(folder, codec, max_seconds=20.0, as_released=False):
-    return CodeCache(str(folder), made_by(codec, max_seconds, as_released=as_released))
+    return CodeCache(str(folder), cache_key(codec, max_seconds, as_released=as_released))
 
 
 def clips_of(*paths):
-    return [Clip(path.name, path) for path in paths]
+    return [BenchmarkClip(path.name, path) for path in paths]
 
 
 def speech(tmp_path, name, seconds, rate_hz=24_000, channels=1):
@@ -72,13 +72,13 @@ def speech(tmp_path, name, seconds, rate_hz=24_000, channels=1):
 
 def test_codes_are_encoded_once(tmp_path, codec, monkeypatch):
     clips = clips_of(*sorted((SALMON / "speaker_consistency").glob("sample_1?_0.ogg")))
-    monkeypatch.setattr("llama_mimi.clip_codes.CLIPS_PER_CHUNK", 4)
+    monkeypatch.setattr("llama_mimi.evaluation.clip_codes.CLIPS_PER_CHUNK", 4)
     ids, codes = encode_clips(codec, clips, cache(tmp_path, codec), Ranks(), 20.0)
     for clip, audio_id in zip(clips, ids, strict=True):
         (expected_TQ,) = codec.encode([read_audio(clip.source, 24_000).samples_S])
         assert np.array_equal(codes[audio_id].codes_TQ, expected_TQ.numpy())
     assert len(list(tmp_path.rglob("*.parquet"))) == 3
-    monkeypatch.setattr("llama_mimi.codec.MimiCodec.encode_many", lambda *_: [])  # nothing is left to encode
+    monkeypatch.setattr("llama_mimi.audio.mimi.MimiCodec.encode_many", lambda *_: [])  # nothing is left to encode
     again = encode_clips(codec, clips, cache(tmp_path, codec), Ranks(), 20.0)
     assert again[0] == ids and all(np.array_equal(again[1][i].codes_TQ, codes[i].codes_TQ) for i in ids)
     deeper = codec.at_depth(8)  # a model of more levels finds them, too
@@ -110,8 +110,8 @@ def test_a_cache_may_hold_some_of_the_clips(tmp_path, codec, monkeypatch):
         encoded.extend(waveforms)
         return MimiCodec.encode(self, waveforms)
 
-    monkeypatch.setattr("llama_mimi.codec.MimiCodec.encode_many", counted)
-    monkeypatch.setattr("llama_mimi.clip_codes.CLIPS_PER_CHUNK", 3)
+    monkeypatch.setattr("llama_mimi.audio.mimi.MimiCodec.encode_many", counted)
+    monkeypatch.setattr("llama_mimi.evaluation.clip_codes.CLIPS_PER_CHUNK", 3)
     again = [paths[i] for i in (2, 0, 2, 2, 3, 1, 4, 5, 3)]
     ids, codes = encode_clips(codec, clips_of(*again), cache(tmp_path, codec), Ranks(), 20.0)
     assert len(encoded) == 4 and len(set(ids)) == 6 == len(codes) and len(cache(tmp_path, codec).load()) == 6
@@ -215,7 +215,7 @@ def test_what_was_scored_before_a_kill_is_kept(tmp_path, codec, model, monkeypat
         calls.append(len(args[1]))
         return batch_scores(*args)
 
-    monkeypatch.setattr("llama_mimi.clip_scores.batch_scores", counted)
+    monkeypatch.setattr("llama_mimi.evaluation.clip_scores.batch_scores", counted)
     (log,) = (tmp_path / "whole").rglob("*.jsonl")
     lines = log.read_text().splitlines(keepends=True)
     assert len(lines) > 3

@@ -6,12 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
-from llama_mimi.errors import UserError
-from llama_mimi.generation import FrameGrammar, SamplingOptions, continue_codes
-from llama_mimi.hf import hf_config
-from llama_mimi.model import FLAVORS, LlamaMimiArgs
-from llama_mimi.speech_model import SpeechModel
-from llama_mimi.units import UnitVocabulary
+from llama_mimi.checkpoint.huggingface import hf_config
+from llama_mimi.common.errors import UserError
+from llama_mimi.generation.continuation import FrameGrammar, SamplingOptions, continue_codes
+from llama_mimi.generation.speech_model import SpeechModel
+from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs
+from llama_mimi.tokens.units import UnitVocabulary
 
 
 @pytest.fixture(scope="module")

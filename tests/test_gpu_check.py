@@ -7,7 +7,7 @@ import gpu_check
 import pytest
 import torch
 
-from llama_mimi.errors import UserError
+from llama_mimi.common.errors import UserError
 
 
 def test_a_check_without_a_step_fails(tmp_path, monkeypatch):

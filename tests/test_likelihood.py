@@ -8,15 +8,15 @@ from conftest import TINY
 from tokenizers import processors
 from transformers import LlamaForCausalLM
 
-from llama_mimi.codec import MimiCodec
-from llama_mimi.errors import UserError
-from llama_mimi.hf import hf_config
-from llama_mimi.likelihood import batch_scores
-from llama_mimi.model import FLAVORS, LlamaMimiArgs
-from llama_mimi.scoring import Scoring, preset, with_options
-from llama_mimi.sequences import SequenceBuilder, load_sequences
-from llama_mimi.speech_model import SpeechModel
-from llama_mimi.units import text_from_codes
+from llama_mimi.audio.mimi import MimiCodec
+from llama_mimi.checkpoint.huggingface import hf_config
+from llama_mimi.common.errors import UserError
+from llama_mimi.evaluation.likelihood import batch_scores
+from llama_mimi.evaluation.scoring import Scoring, preset, with_options
+from llama_mimi.generation.speech_model import SpeechModel
+from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs
+from llama_mimi.tokens.sequences import SequenceBuilder, load_sequences
+from llama_mimi.tokens.units import text_from_codes
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_company_and_padding_change_no_score(models, name, levels):
 def test_scores_do_not_depend_on_how_many_logits_are_made_at_once(models, monkeypatch):
     clips = [(random_codes(frames), False) for frames in (3, 20)]
     expected = batch_scores(models[4, True], clips, Scoring(None))
-    monkeypatch.setattr("llama_mimi.likelihood.POSITIONS_AT_ONCE", 7)
+    monkeypatch.setattr("llama_mimi.evaluation.likelihood.POSITIONS_AT_ONCE", 7)
     assert batch_scores(models[4, True], clips, Scoring(None)) == pytest.approx(expected, abs=1e-6)
 
 

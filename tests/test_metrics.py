@@ -7,10 +7,10 @@ import pytest
 import torch
 from conftest import ROOT
 
-from llama_mimi.config_check import parse_config
-from llama_mimi.dataloader import DataMeter
-from llama_mimi.losses import LevelMeter
-from llama_mimi.metrics import SpeechMetrics
+from llama_mimi.data.dataloader import DataMeter
+from llama_mimi.training.config_file import parse_config
+from llama_mimi.training.loss import LevelMeter
+from llama_mimi.training.metrics import SpeechMetrics
 
 
 @pytest.mark.parametrize(

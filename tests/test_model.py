@@ -8,12 +8,12 @@ from torchtitan.models.llama3.model.args import RoPEScalingArgs
 from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llama_mimi.errors import UserError
-from llama_mimi.hf import hf_config, model_args
-from llama_mimi.losses import LevelMeter, UnitLoss
-from llama_mimi.model import FLAVORS, LlamaMimi, LlamaMimiArgs, parallelize
-from llama_mimi.packing import BatchPacker
-from llama_mimi.sequences import IGNORE_INDEX
+from llama_mimi.checkpoint.huggingface import hf_config, model_args
+from llama_mimi.common.errors import UserError
+from llama_mimi.data.packing import BatchPacker
+from llama_mimi.model.llama import FLAVORS, LlamaMimi, LlamaMimiArgs, parallelize
+from llama_mimi.tokens.sequences import IGNORE_INDEX
+from llama_mimi.training.loss import LevelMeter, UnitLoss
 
 VOCAB = 300
 

@@ -13,8 +13,8 @@ import soundfile
 import torch
 from conftest import TINY
 
-from llama_mimi import audio
-from llama_mimi.audio import DAMAGED, MAX_PEAK, OPPOSITE, AudioError, read_audio, resample
+from llama_mimi.audio import reading as audio
+from llama_mimi.audio.reading import DAMAGED, MAX_PEAK, OPPOSITE, AudioError, read_audio, resample
 
 RATE = 24_000
 SPEECH = soundfile.read(TINY / "prompt.wav", dtype="float32")[0][: RATE * 3 // 2]  # 1.5 s
@@ -235,7 +235,7 @@ def test_peaks_are_judged_in_every_channel_and_block():
 
 
 def test_mutated_files_are_clips_or_have_a_reason():
-    """500 of the files of scripts/fuzz_audio.py, read in processes that are watched."""
+    """500 of the files of scripts/benchmarks/fuzz_audio.py, read in processes that are watched."""
     fuzzer = fuzz_audio.Fuzzer(TINY / "prompt.wav", seed=0)
     outcomes = dict(fuzz_audio.read_all(fuzzer, range(500), max_seconds=10.0, num_processes=1))
     assert sorted(outcomes) == list(range(500))

@@ -11,11 +11,11 @@ import soundfile
 from conftest import TINY
 from test_clips import read_all, reader
 
-from llama_mimi.audio import DAMAGED, OPPOSITE
-from llama_mimi.clips import AudioClip, SkippedClip
-from llama_mimi.corpora import open_corpus
-from llama_mimi.corpus_files import parquet_files
-from llama_mimi.errors import UserError
+from llama_mimi.audio.reading import DAMAGED, OPPOSITE
+from llama_mimi.common.errors import UserError
+from llama_mimi.data.clips import AudioClip, SkippedClip
+from llama_mimi.data.corpora import open_corpus
+from llama_mimi.data.corpus_files import parquet_files
 
 PROMPT = (TINY / "prompt.wav").read_bytes()
 AUDIO = pa.struct({"bytes": pa.binary(), "path": pa.string()})

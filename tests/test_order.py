@@ -14,12 +14,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_mimi.clips import CodedClip
-from llama_mimi.dataloader import UnitDataLoader
-from llama_mimi.errors import UserError
-from llama_mimi.order import CorpusOrder, ShuffledOrder
-from llama_mimi.packing import BatchPacker
-from llama_mimi.sequences import IGNORE_INDEX
+from llama_mimi.common.errors import UserError
+from llama_mimi.data.clips import CodedClip
+from llama_mimi.data.dataloader import UnitDataLoader
+from llama_mimi.data.order import CorpusOrder, ShuffledOrder
+from llama_mimi.data.packing import BatchPacker
+from llama_mimi.tokens.sequences import IGNORE_INDEX
 
 BLOCK = 6
 
@@ -231,7 +231,7 @@ def test_a_position_in_other_data_is_refused(sequences):
 
 def test_workers_divide_the_reading(sequences):
     """Each chunk is read by one worker; if all read everything, n workers would be no faster than one."""
-    from llama_mimi.clips import ClipStream
+    from llama_mimi.data.clips import ClipStream
 
     reader = MadeUpReader(0, 20)
     order = make_loaders([reader], sequences, 1, 0)[0]._order

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_mimi.packing import BatchPacker
-from llama_mimi.sequences import IGNORE_INDEX
+from llama_mimi.data.packing import BatchPacker
+from llama_mimi.tokens.sequences import IGNORE_INDEX
 
 
 def codes(num_frames: int) -> torch.Tensor:

@@ -14,9 +14,9 @@ from conftest import ROOT, TINY
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llama_mimi.codec import codec_hash
-from llama_mimi.sequences import load_sequences
-from llama_mimi.token_store import CLIPS_PER_GROUP, FORMAT, StoredClip, shard_bytes
+from llama_mimi.audio.mimi import codec_hash
+from llama_mimi.data.code_store import CLIPS_PER_GROUP, FORMAT, StoredClip, shard_bytes
+from llama_mimi.tokens.sequences import load_sequences
 
 pytestmark = pytest.mark.distributed
 

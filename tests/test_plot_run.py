@@ -6,7 +6,7 @@ import plot_run
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from llama_mimi.errors import UserError
+from llama_mimi.common.errors import UserError
 
 LOSS = plot_run.TOTAL
 

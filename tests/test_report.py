@@ -7,9 +7,9 @@ import pytest
 import report
 from conftest import ROOT
 
-from llama_mimi.accuracy import mean_of_parts, part_results
-from llama_mimi.benchmarks import SALMON_PARTS
-from llama_mimi.errors import UserError
+from llama_mimi.common.errors import UserError
+from llama_mimi.evaluation.accuracy import mean_of_parts, part_results
+from llama_mimi.evaluation.benchmarks import SALMON_PARTS
 
 PUBLISHED = ROOT / "eval" / "published.toml"
 

@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import numpy as np
-import prepare_base_model
 import pytest
 import soundfile
 import torch
@@ -15,12 +14,13 @@ import torch.distributed.checkpoint as dcp
 from conftest import ROOT, TINY
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from llama_mimi.checkpoint import find_step, load_model_state
-from llama_mimi.errors import UserError
-from llama_mimi.hf import model_args
-from llama_mimi.model import FLAVORS, LlamaMimi, LlamaMimiArgs
-from llama_mimi.run_record import save_run_record, speech_config
-from llama_mimi.units import text_from_codes
+from llama_mimi.checkpoint.conversion import prepare_base_model
+from llama_mimi.checkpoint.dcp import find_step, load_model_state
+from llama_mimi.checkpoint.huggingface import model_args
+from llama_mimi.checkpoint.run_record import save_run_record, speech_config
+from llama_mimi.common.errors import UserError
+from llama_mimi.model.llama import FLAVORS, LlamaMimi, LlamaMimiArgs
+from llama_mimi.tokens.units import text_from_codes
 
 
 def run(*command: object) -> subprocess.CompletedProcess[str]:
@@ -228,7 +228,7 @@ def test_a_converted_model_is_scored(converted, tmp_path):
 def test_a_continuation_is_judged_by_its_voice(converted, tmp_path):
     clips = TINY / "corpus" / "validation-00000-of-00001.parquet"
     output, picture = tmp_path / "voice.json", tmp_path / "voice.png"
-    command = ("scripts/score_continuation.py", "--model_name", converted, "--corpus", clips)
+    command = ("scripts/tiny/score_continuation.py", "--model_name", converted, "--corpus", clips)
     command += ("--validation_corpus", clips, "--num_samples", 2, "--output_file", output, "--picture", picture)
     result = run(*command)
     assert result.returncode == 0, result.stderr
@@ -247,7 +247,7 @@ def test_a_codec_is_judged_level_by_level(tmp_path):
     words = TINY / "words"
     output, picture = tmp_path / "codec.json", tmp_path / "codec.png"
     result = run(
-        *("scripts/score_codec.py", "--codec", TINY / "mimi", "--corpus", words / "train-*.parquet"),
+        *("scripts/tiny/score_codec.py", "--codec", TINY / "mimi", "--corpus", words / "train-*.parquet"),
         *("--validation_corpus", words / "validation-*.parquet", "--output_file", output, "--picture", picture),
     )
     assert result.returncode == 0, result.stderr
@@ -260,7 +260,7 @@ def test_a_codec_is_judged_level_by_level(tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert all(f"| {name} |" in result.stdout for name in rows)
     result = run(
-        "scripts/score_codec.py", "--codec", TINY / "mimi", "--corpus", "no.parquet", "--validation_corpus", "x"
+        "scripts/tiny/score_codec.py", "--codec", TINY / "mimi", "--corpus", "no.parquet", "--validation_corpus", "x"
     )
     assert result.returncode == 1 and "no Parquet file matches 'no.parquet'" in result.stderr
 
@@ -284,16 +284,14 @@ def test_prepare_base_model(tmp_path):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_prepare_base_model_without_text(tied, tmp_path, monkeypatch):
+def test_prepare_base_model_without_text(tied, tmp_path):
     config = LlamaConfig.from_pretrained(TINY / "llama", tie_word_embeddings=tied)
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
     AutoTokenizer.from_pretrained(TINY / "llama").save_pretrained(tmp_path / "base")
 
     def prepare(base: str, vocabulary: str) -> LlamaForCausalLM:
-        words = ["--base_model", tmp_path / base, "--output_dir", tmp_path / vocabulary, "--vocabulary", vocabulary]
-        monkeypatch.setattr("sys.argv", ["prepare", "--codec", str(TINY / "mimi"), *map(str, words)])
-        prepare_base_model.main()
+        prepare_base_model(str(tmp_path / base), tmp_path / vocabulary, codec=str(TINY / "mimi"), vocabulary=vocabulary)
         return LlamaForCausalLM.from_pretrained(tmp_path / vocabulary)
 
     whole, small = prepare("base", "llama"), prepare("base", "audio")

@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import TINY
 
-from llama_mimi.scoring import preset, scored_sequence
-from llama_mimi.sequences import load_sequences
+from llama_mimi.evaluation.scoring import preset, scored_sequence
+from llama_mimi.tokens.sequences import load_sequences
 
 
 def codes(num_frames: int) -> torch.Tensor:

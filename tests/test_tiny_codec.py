@@ -27,9 +27,9 @@ from tiny_codec import (
 from torch import nn
 from transformers import MimiModel
 
-from llama_mimi.audio import read_audio
-from llama_mimi.codec import MimiCodec
-from llama_mimi.errors import UserError
+from llama_mimi.audio.mimi import MimiCodec
+from llama_mimi.audio.reading import read_audio
+from llama_mimi.common.errors import UserError
 
 FRAME = 1920  # samples
 

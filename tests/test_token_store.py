@@ -15,19 +15,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
-import tokenize_corpus
 import torch
 from conftest import ROOT, TINY, checked_config
 from datasets import load_dataset
 
-from llama_mimi.audio import OPPOSITE, read_audio
-from llama_mimi.clips import ClipStream, CodeReader
-from llama_mimi.codec import MimiCodec, codec_hash
-from llama_mimi.errors import UserError
-from llama_mimi.files import write_whole
-from llama_mimi.open_data import build_dataloader, build_validation_dataloader
-from llama_mimi.order import RowsInOrder
-from llama_mimi.token_store import CodeCorpus, StoredClip, is_store, shard_bytes
+from llama_mimi.audio.mimi import MimiCodec, codec_hash
+from llama_mimi.audio.reading import OPPOSITE, read_audio
+from llama_mimi.common.errors import UserError
+from llama_mimi.common.files import write_atomically
+from llama_mimi.data.build import build_dataloader, build_validation_dataloader
+from llama_mimi.data.clips import ClipStream, CodeReader
+from llama_mimi.data.code_store import CodeCorpus, StoredClip, is_store, shard_bytes
+from llama_mimi.data.code_writer import TokenizationOptions
+from llama_mimi.data.order import RowsInOrder
+from llama_mimi.data.tokenization import tokenize_corpus
 from llama_mimi.train_spec import build_sequences
 
 pytestmark = pytest.mark.distributed
@@ -127,11 +128,14 @@ def test_a_run_that_was_cut_off_finishes_on_other_ranks(store, speech, tmp_path)
 
 
 def run_alone(monkeypatch, *flags):
-    """The script in this process, as `python scripts/tokenize_corpus.py`."""
+    """In this process, as `python scripts/tokenize_corpus.py` does it."""
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(sys, "argv", ["tokenize_corpus.py", *map(str, flags), "--num_workers", "0"])
-    tokenize_corpus.main()
+    values = {
+        flag[2:]: str(value) if isinstance(value, Path) else value
+        for flag, value in zip(flags[::2], flags[1::2], strict=True)
+    }
+    tokenize_corpus(TokenizationOptions(**values, num_workers=0))
 
 
 def test_output_on_another_file_system(speech, store, monkeypatch):
@@ -221,7 +225,7 @@ def test_a_full_disk_leaves_no_half_shard(tmp_path, monkeypatch):
     local = type(fsspec.filesystem("file"))
     monkeypatch.setattr(local, "pipe_file", lambda self, path, content: os.write(full, content))
     with pytest.raises(UserError, match=r"No space left on device\); make room"):
-        write_whole(str(tmp_path), "shard-000000.parquet", b"codes")
+        write_atomically(str(tmp_path), "shard-000000.parquet", b"codes")
     os.close(full)
     assert not (tmp_path / "shard-000000.parquet").exists()
 

@@ -13,8 +13,6 @@ import sys
 import time
 from pathlib import Path
 
-import convert_dcp_to_hf
-import prepare_base_model
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -23,11 +21,12 @@ from conftest import ROOT, TINY
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from llama_mimi.config_check import parse_config
-from llama_mimi.generation import SamplingOptions, continue_codes
-from llama_mimi.open_data import build_dataloader
-from llama_mimi.sequences import IGNORE_INDEX, load_sequences
-from llama_mimi.speech_model import load_speech_model
+from llama_mimi.checkpoint.conversion import convert_checkpoint, prepare_base_model
+from llama_mimi.data.build import build_dataloader
+from llama_mimi.generation.continuation import SamplingOptions, continue_codes
+from llama_mimi.generation.speech_model import load_speech_model
+from llama_mimi.tokens.sequences import IGNORE_INDEX, load_sequences
+from llama_mimi.training.config_file import parse_config
 
 pytestmark = pytest.mark.distributed
 GOLDEN = Path(__file__).parent / "golden" / "tiny_loss.json"
@@ -207,7 +206,7 @@ def test_torchtitans_entry_point_is_the_same_trainer(base_model, tmp_path):
     """It prepares its runs, too: weights are loaded beside an empty checkpoint folder, and DDP is refused."""
     program = tmp_path / "torchtitan_train.py"  # on a GPU `-m torchtitan.train`
     program.write_text(
-        "import runpy\nfrom llama_mimi.cpu import use_cpu_without_gpu\n"
+        "import runpy\nfrom llama_mimi.common.cpu import use_cpu_without_gpu\n"
         "use_cpu_without_gpu()\nrunpy.run_module('torchtitan.train', run_name='__main__')\n"
     )
     overrides = {"model__hf_assets_path": base_model, "checkpoint__initial_load_in_hf": True, "training__steps": 1}
@@ -227,12 +226,10 @@ def test_torchtitans_entry_point_is_the_same_trainer(base_model, tmp_path):
     assert "UserError" not in output
 
 
-def test_without_text_from_the_base_model_to_a_converted_one(base_model, tmp_path, monkeypatch):
+def test_without_text_from_the_base_model_to_a_converted_one(base_model, tmp_path):
     """Preparation, training and conversion with ``model.vocabulary = "audio"``, against Hugging Face's model."""
     prepared, run, converted = (str(tmp_path / name) for name in ("prepared", "run", "converted"))
-    of_base = ["--base_model", str(base_model), "--codec", str(TINY / "mimi"), "--vocabulary", "audio"]
-    monkeypatch.setattr("sys.argv", ["prepare", *of_base, "--output_dir", prepared])
-    prepare_base_model.main()
+    prepare_base_model(str(base_model), Path(prepared), codec=str(TINY / "mimi"), vocabulary="audio")
     overrides = {
         "model__hf_assets_path": prepared,
         "model__vocabulary": "audio",
@@ -259,8 +256,7 @@ def test_without_text_from_the_base_model_to_a_converted_one(base_model, tmp_pat
         assert measured[step] == pytest.approx(loss.item(), abs=1e-4), step
     assert logits_BLV.shape[-1] == 3 + 4 * 256 + 2
 
-    monkeypatch.setattr("sys.argv", ["convert", "--checkpoint", f"{run}/checkpoint", "--output_dir", converted])
-    convert_dcp_to_hf.main()
+    convert_checkpoint(Path(run) / "checkpoint", Path(converted))
     ids_1L = AutoTokenizer.from_pretrained(converted)("<audio><3_0><5_1><7_2><9_3>", return_tensors="pt").input_ids
     assert ids_1L.tolist() == [[0, 1027, 3 + 12, 3 + 21, 3 + 30, 3 + 39]]
     stock = AutoModelForCausalLM.from_pretrained(converted)

@@ -8,8 +8,6 @@ import subprocess
 import sys
 
 import build_tiny_assets
-import convert_dcp_to_hf
-import prepare_base_model
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -19,12 +17,13 @@ from torchtitan.models.llama3.model.args import RoPEScalingArgs
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from llama_mimi.audio import read_audio
-from llama_mimi.codec import MimiCodec
-from llama_mimi.hf import hf_config, model_args, save_folder
-from llama_mimi.model import FLAVORS, LLAMA_3_1_ROPE, LLAMA_3_2_ROPE, LlamaMimi, LlamaMimiArgs
-from llama_mimi.run_record import save_run_record, speech_config
-from llama_mimi.sequences import load_sequences
+from llama_mimi.audio.mimi import MimiCodec
+from llama_mimi.audio.reading import read_audio
+from llama_mimi.checkpoint.conversion import convert_checkpoint, prepare_base_model
+from llama_mimi.checkpoint.huggingface import hf_config, model_args, save_folder
+from llama_mimi.checkpoint.run_record import save_run_record, speech_config
+from llama_mimi.model.llama import FLAVORS, LLAMA_3_1_ROPE, LLAMA_3_2_ROPE, LlamaMimi, LlamaMimiArgs
+from llama_mimi.tokens.sequences import load_sequences
 
 SCALINGS = {"default": RoPEScalingArgs(scaling_factor=1.0), "factor 32": LLAMA_3_2_ROPE, "factor 8": LLAMA_3_1_ROPE}
 ROPE_KEYS_OF_4 = {"rope_type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
@@ -33,13 +32,6 @@ ROPE_KEYS_OF_4 = {"rope_type", "factor", "low_freq_factor", "high_freq_factor", 
 def args_of(scaling: str, vocab_size: int = 512, tied: bool = True) -> LlamaMimiArgs:
     own = {"n_layers": 2, "max_seq_len": 256, "vocab_size": vocab_size, "enable_weight_tying": tied}
     return LlamaMimiArgs(**vars(FLAVORS["tiny"]) | own | {"rope_scaling_args": SCALINGS[scaling]})
-
-
-def run(script, **flags):
-    words = [f"--{name}{'' if value is True else f'={value}'}" for name, value in flags.items()]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["script", *words])
-        script.main()
 
 
 def record(folder, scaling, vocabulary="llama", tied=True):
@@ -55,7 +47,7 @@ def convert(folder, scaling, vocabulary="llama", tied=True):
     with torch.no_grad():
         model.init_weights()
     dcp.save(model.state_dict(), checkpoint_id=folder / "checkpoint" / "step-1", no_dist=True)
-    run(convert_dcp_to_hf, checkpoint=folder / "checkpoint", output_dir=folder / "converted")
+    convert_checkpoint(folder / "checkpoint", folder / "converted")
     return folder / "converted"
 
 
@@ -65,8 +57,8 @@ def prepare(folder, scaling, vocabulary="llama", tied=True, **flags):
         base = LlamaForCausalLM(hf_config(args_of(scaling, tied=tied), bos_token_id=508, eos_token_id=509))
         base.save_pretrained(folder / "base")
         AutoTokenizer.from_pretrained(TINY / "llama").save_pretrained(folder / "base")
-    flags |= {"base_model": folder / "base", "codec": TINY / "mimi", "vocabulary": vocabulary}
-    run(prepare_base_model, **flags, output_dir=folder / "prepared")
+    flags |= {"codec": str(TINY / "mimi"), "vocabulary": vocabulary}
+    prepare_base_model(str(folder / "base"), folder / "prepared", **flags)
     return folder / "prepared"
 
 

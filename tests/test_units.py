@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from llama_mimi.errors import UserError
-from llama_mimi.sequences import SequenceBuilder
-from llama_mimi.units import (
+from llama_mimi.common.errors import UserError
+from llama_mimi.tokens.sequences import SequenceBuilder
+from llama_mimi.tokens.units import (
     UnitVocabulary,
     audio_tokenizer,
     codes_from_text,

@@ -1,13 +1,33 @@
 """Flattened speech language models on Mimi codec codes: everything this project adds to TorchTitan.
 
+The rooms, from the top; each says what it may import, and `tests/test_layout.py` holds it to that:
+
+| room | holds |
+|---|---|
+| `train` `train_spec` `job_config` | the entry point, the seams put together, the settings: TOML files name them |
+| `training` | settings and their checks, loss, metrics, validation |
+| `checkpoint` | distributed checkpoints, Hugging Face folders, and the way between |
+| `evaluation` | benchmarks, scores, accuracies, result files |
+| `generation` | converted models at work |
+| `data` | corpora, order, packing, the loader; making codes of audio |
+| `model` | the decoder and its cross-entropy |
+| `tokens` | ids, text and sequences of codes |
+| `audio` | recordings and Mimi |
+| `common` | errors, files, hub, processes, versions |
+
 Shape suffixes used throughout:
 
 | suffix | axis |
 |---|---|
-| B | clips in a batch |
+| B | clips or rows in a batch |
 | S | audio samples at the codec's rate (24,000 Hz for Mimi) |
 | T | codec frames (12.5 frames/s for Mimi) |
 | Q | residual quantizer levels; level 0 is the semantic one |
 | L | tokens of a flattened sequence |
 | V | vocabulary entries |
+| N | items of any kind, laid end to end: targets, units, frames of several clips |
+| D | width of the model; in attention, of a head |
+| H | query heads in attention |
+| G | key heads in attention; elsewhere row groups of a corpus |
+| K | codes of a level |
 """

@@ -6,8 +6,8 @@ Merged by TorchTitan through ``[job] custom_config_module = "llama_mimi.job_conf
 from dataclasses import dataclass, field
 from typing import Literal
 
-from llama_mimi.codec import CodecAttention
-from llama_mimi.units import VocabularyKind
+from llama_mimi.audio.mimi import CodecAttention
+from llama_mimi.tokens.units import VocabularyKind
 
 
 @dataclass

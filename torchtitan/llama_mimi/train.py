@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from llama_mimi.cpu import use_cpu_without_gpu
-from llama_mimi.errors import UserError
+from llama_mimi.common.cpu import use_cpu_without_gpu
+from llama_mimi.common.errors import UserError
 
 use_cpu_without_gpu()  # before anything imports TorchTitan
 
@@ -16,8 +16,8 @@ from torchtitan.tools.logging import init_logger, logger  # noqa: E402
 from torchtitan.train import Trainer  # noqa: E402
 
 import llama_mimi.train_spec  # noqa: E402, F401  (registers the model, also for a config without custom_import)
-from llama_mimi.config_check import parse_config  # noqa: E402
-from llama_mimi.ranks import end_with_torchrun, let_first_report  # noqa: E402
+from llama_mimi.common.ranks import end_with_torchrun, let_first_report  # noqa: E402
+from llama_mimi.training.config_file import parse_config  # noqa: E402
 
 
 class SpeechTrainer(Trainer):

@@ -10,19 +10,19 @@ from torchtitan.components.optimizer import build_optimizers
 from torchtitan.distributed import ParallelDims
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 
-from llama_mimi.codec import load_codec_config
-from llama_mimi.config_check import prepare_run
-from llama_mimi.dataloader import DataMeter
-from llama_mimi.errors import UserError
-from llama_mimi.hf import LlamaMimiStateDictAdapter
-from llama_mimi.losses import LevelMeter, UnitLoss
-from llama_mimi.metrics import SpeechMetrics
-from llama_mimi.model import FLAVORS, LlamaMimi, LlamaMimiArgs, parallelize, pipeline
-from llama_mimi.open_data import build_dataloader
-from llama_mimi.ranks import end_with_torchrun, let_first_report
-from llama_mimi.run_record import save_run_record, speech_config
-from llama_mimi.sequences import SequenceBuilder, load_sequences
-from llama_mimi.validate import SpeechValidator
+from llama_mimi.audio.mimi import load_codec_config
+from llama_mimi.checkpoint.huggingface import LlamaMimiStateDictAdapter
+from llama_mimi.checkpoint.run_record import save_run_record, speech_config
+from llama_mimi.common.errors import UserError
+from llama_mimi.common.ranks import end_with_torchrun, let_first_report
+from llama_mimi.data.build import build_dataloader
+from llama_mimi.data.dataloader import DataMeter
+from llama_mimi.model.llama import FLAVORS, LlamaMimi, LlamaMimiArgs, parallelize, pipeline
+from llama_mimi.tokens.sequences import SequenceBuilder, load_sequences
+from llama_mimi.training.config_check import prepare_run
+from llama_mimi.training.loss import LevelMeter, UnitLoss
+from llama_mimi.training.metrics import SpeechMetrics
+from llama_mimi.training.validator import SpeechValidator
 
 # TorchTitan builds metrics apart from losses and loader; the meters are what they share.
 _train_meter, _validation_meter = LevelMeter(), LevelMeter()

@@ -1,0 +1,377 @@
+"""What the data path costs, in one table: reading, encoding, the reference way, the online loader, the shard loader.
+
+    uv run python scripts/benchmarks/bench_data.py
+    uv run python scripts/benchmarks/bench_data.py --corpus my_speech/train.parquet --codec kyutai/mimi
+
+Rates are audio-seconds per second of one process (with --num_threads threads), the median of --repeats runs in turn.
+The reference way is what the first release of Llama-Mimi does in its training loop: clip by clip, codes as text, a
+tokenizer call, padding to the sequence length. It is written here only.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch.utils.data import DataLoader
+from transformers import MimiConfig
+
+from llama_mimi.audio.mimi import DTYPES, MimiCodec, codec_hash, load_codec_config, whole_frames
+from llama_mimi.common.errors import UserError, run_cli
+from llama_mimi.common.versions import versions
+from llama_mimi.data.clips import AudioClip, AudioReader, ClipStream, CodeReader, SentChunk
+from llama_mimi.data.code_store import CLIPS_PER_GROUP, FORMAT, MANIFEST, CodeCorpus, StoredClip, shard_bytes
+from llama_mimi.data.corpora import open_corpus
+from llama_mimi.data.dataloader import UnitDataLoader
+from llama_mimi.data.order import RowsInOrder, ShuffledOrder
+from llama_mimi.data.packing import BatchPacker
+from llama_mimi.tokens.sequences import IGNORE_INDEX, SequenceBuilder, load_sequences
+from llama_mimi.tokens.units import text_from_codes
+
+# Useful tokens a second that a 1B training step is meant to reach on one GPU, so what a loader must keep up with.
+GPU_TOKENS_PER_S = 60_000
+CLIPS_PER_SHARD = 2048
+STORED_LEVELS = 8
+CLIPS_HANDED_OVER = 136
+SECONDS_OF_A_STEP = 5.0
+SHARDS, LONG_SHARDS = "shard loader (pack)", "shard loader (pack), simulated lengths of 14 s"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", default="assets/tiny/corpus/train-*.parquet")
+    parser.add_argument("--codec", default="assets/tiny/mimi")
+    parser.add_argument("--tokenizer", default="assets/tiny/llama")
+    parser.add_argument("--num_quantizers", type=int, default=4)
+    parser.add_argument("--seq_len", type=int, default=1024)
+    parser.add_argument("--clips", type=int, default=64, help="clips of the corpus that the rates are measured on")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--num_threads", type=int, default=1)
+    parser.add_argument("--probe", help=argparse.SUPPRESS)  # a store: one measurement of memory, in its own process
+    flags = parser.parse_args()
+    torch.set_num_threads(flags.num_threads)
+    pa.set_cpu_count(flags.num_threads)
+    if flags.probe:
+        print(json.dumps(probe(flags)))
+        return
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores{gpu}, {flags.num_threads} threads")
+    print(", ".join(f"{name} {version}" for name, version in versions().items()) + "\n")
+    with tempfile.TemporaryDirectory() as folder:
+        rates(flags, Path(folder))
+        handing_over(flags)
+        useful_shares(flags, Path(folder))
+        sizes(flags, Path(folder))
+
+
+def audio_reader(flags: argparse.Namespace, codec: MimiCodec) -> AudioReader:
+    return AudioReader(
+        open_corpus(flags.corpus, None, "audio", None),
+        sample_rate_hz=codec.sample_rate_hz,
+        frame_size=codec.frame_size,
+        max_frames=whole_frames(20, codec.config),
+    )
+
+
+def read_clips(reader: AudioReader, limit: int) -> Iterator[AudioClip]:
+    """The first clips of the corpus, each row group read once."""
+    sizes_G = reader.corpus.sizes_G
+    stream = ClipStream([reader], RowsInOrder(sizes_G, range(len(sizes_G))), 1)
+    for (clip,) in (chunk.clips for chunk in itertools.islice(stream.load(), limit)):
+        if not isinstance(clip, AudioClip):
+            raise UserError(f"a clip of '{reader.corpus.name}' cannot be used; name a corpus without bad clips")
+        yield clip
+
+
+class ArraysStream(ClipStream):
+    """Hands each clip's samples over as a NumPy array of its own, which is pickled: the way until 2026-11-25."""
+
+    def __iter__(self) -> Iterator[Any]:
+        for chunk in super().__iter__():
+            assert isinstance(chunk, SentChunk)
+            yield chunk.refs, [clip.samples_S.numpy() for clip in chunk.unpack().clips if isinstance(clip, AudioClip)]
+
+    def load(self, **workers: Any) -> Iterator[Any]:
+        for refs, arrays in DataLoader(self, batch_size=None, collate_fn=lambda chunk: chunk, **workers):
+            yield refs, [torch.from_numpy(array) for array in arrays]
+
+
+def handing_over(flags: argparse.Namespace) -> None:
+    """What a chunk that is read costs the training process."""
+    codec = MimiCodec(flags.codec, flags.num_quantizers)
+    reader = audio_reader(flags, codec)
+    first = next(ClipStream([reader], shuffled(reader), CLIPS_HANDED_OVER).load())
+    seconds = sum(len(clip.samples_S) for clip in first.clips if isinstance(clip, AudioClip)) / codec.sample_rate_hz
+    print(f"| a chunk of {CLIPS_HANDED_OVER} clips, {seconds:,.0f} s, handed over as | ms |\n|---|---|")
+    for name, stream in (("an array a clip, pickled", ArraysStream), ("one shared tensor", ClipStream)):
+        taken = []
+        for _ in range(flags.repeats):
+            chunks = iter(stream([reader], shuffled(reader), CLIPS_HANDED_OVER).load(num_workers=1))
+            next(chunks)
+            time.sleep(SECONDS_OF_A_STEP)  # the next is read meanwhile
+            start = time.perf_counter()
+            next(chunks)
+            taken.append(1000 * (time.perf_counter() - start))
+        print(f"| {name} | {statistics.median(taken):,.1f} ({min(taken):,.1f} to {max(taken):,.1f}) |")
+    print()
+
+
+def code_reader(flags: argparse.Namespace, store: str) -> CodeReader:
+    corpus = CodeCorpus(store, flags.codec, flags.num_quantizers, with_text=False)
+    max_frames = whole_frames(20, load_codec_config(flags.codec, flags.num_quantizers))
+    return CodeReader(corpus, max_frames=max_frames, with_text=False)
+
+
+def shuffled(reader: AudioReader | CodeReader) -> ShuffledOrder:
+    return ShuffledOrder([reader.corpus], [1.0], dp_rank=0, dp_world_size=1, shuffle_block=4096, seed=0)
+
+
+def loader(
+    flags: argparse.Namespace,
+    reader: AudioReader | CodeReader,
+    sequences: SequenceBuilder,
+    codec: MimiCodec | None,
+    *,
+    batch_size: int,
+    is_packed: bool = True,
+    chunk_size: int = 32,
+) -> UnitDataLoader:
+    packer = BatchPacker(sequences, batch_size, flags.seq_len, is_packed=is_packed, has_positions=is_packed)
+    return UnitDataLoader(
+        [reader],
+        shuffled(reader),
+        packer,
+        codec,
+        dp_rank=0,
+        dp_world_size=1,
+        dataset=flags.corpus,
+        chunk_size=chunk_size,
+        max_bad_share=0.0,
+        workers={},
+    )
+
+
+def rates(flags: argparse.Namespace, folder: Path) -> None:
+    codec = MimiCodec(flags.codec, flags.num_quantizers, device())
+    reader = audio_reader(flags, codec)
+    sequences = load_sequences(flags.tokenizer, flags.codec, flags.num_quantizers)
+    clips = list(read_clips(reader, flags.clips))
+    seconds = sum(len(clip.samples_S) for clip in clips) / codec.sample_rate_hz
+    frames = np.array([codec.num_frames(len(clip.samples_S)) for clip in clips])
+    same = write_store(folder / "same", flags.codec, random_clips(np.resize(frames, 4096), codec.config))
+    longer = write_store(folder / "longer", flags.codec, random_clips(speech_lengths(4096), codec.config))
+    ways: dict[str, Callable[[], float]] = {
+        "reading and resampling": lambda: consume(read_clips(reader, flags.clips), seconds)
+    }
+    for dtype in DTYPES:
+        model = MimiCodec(flags.codec, flags.num_quantizers, device(), DTYPES[dtype])
+        for batch_size in (1, 4, 16):
+            ways[f"encoding, {dtype}, {batch_size} clips at once"] = encoding(model, clips, batch_size, seconds)
+    ways["the reference way"] = lambda: consume(reference(flags, codec, sequences, reader), seconds)
+    ways["online loader (pack)"] = lambda: online(flags, reader, sequences, codec)
+    for name, store in ((SHARDS, same), (LONG_SHARDS, longer)):
+        ways[name] = batches_of(loader(flags, code_reader(flags, store), sequences, None, batch_size=32), 30, codec)
+    measured: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(flags.repeats):  # in turn, so that a slow minute of the machine hits all of them
+        for name, way in ways.items():
+            measured[name].append(way())
+    print("| | audio-seconds per second |\n|---|---|")
+    rate = {name: statistics.median(values) for name, values in measured.items()}
+    for name, values in measured.items():
+        print(f"| {name} | {rate[name]:,.0f} ({min(values):,.0f} to {max(values):,.0f}) |")
+    fast, slow = rate[SHARDS], rate["the reference way"]
+    needed = GPU_TOKENS_PER_S / (codec.frame_rate_hz * flags.num_quantizers)
+    print(f"\nshard loader / reference way: {fast / slow:,.0f} times (codes are made once, at the rate of encoding)")
+    print(
+        f"share of a step of {GPU_TOKENS_PER_S:,} tokens/s that the shard loader takes: "
+        f"{100 * needed / rate[LONG_SHARDS]:.2f} % ({100 * needed / fast:.2f} % with the clips of the corpus)\n"
+    )
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def consume(items: Iterator[Any], seconds: float) -> float:
+    start = time.perf_counter()
+    for _ in items:
+        pass
+    return seconds / (time.perf_counter() - start)
+
+
+def encoding(codec: MimiCodec, clips: list[AudioClip], batch_size: int, seconds: float) -> Callable[[], float]:
+    samples = sorted((clip.samples_S for clip in clips), key=len)
+    batches = [samples[i : i + batch_size] for i in range(0, len(samples), batch_size)]
+    return lambda: consume((codec.encode(batch) for batch in batches), seconds)
+
+
+def online(flags: argparse.Namespace, reader: AudioReader, sequences: SequenceBuilder, codec: MimiCodec) -> float:
+    """From a fresh start until so many clips are in batches; at most a chunk of eight is encoded besides."""
+    start = time.perf_counter()
+    batches = loader(flags, reader, sequences, codec, batch_size=1, chunk_size=8)
+    units = 0
+    for _, labels_BL in batches:
+        units += int((labels_BL != IGNORE_INDEX).sum())
+        if batches.num_read >= min(flags.clips, int(reader.corpus.sizes_G.sum())):
+            break
+    return units / codec.num_quantizers / codec.frame_rate_hz / (time.perf_counter() - start)
+
+
+def reference(
+    flags: argparse.Namespace, codec: MimiCodec, sequences: SequenceBuilder, reader: AudioReader
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Clip by clip, as text, through the tokenizer, padded to the sequence length."""
+    tokenizer = sequences.tokenizer
+    for clip in read_clips(reader, flags.clips):
+        text = tokenizer.bos_token + text_from_codes(codec.encode([clip.samples_S])[0])
+        tokens = tokenizer(
+            text,
+            add_special_tokens=False,
+            max_length=flags.seq_len + 1,
+            padding="max_length",
+            truncation=True,
+            return_tensors="pt",
+        )
+        yield tokens.input_ids[:, :-1], tokens.input_ids[:, 1:]
+
+
+def batches_of(loader: UnitDataLoader, number: int, codec: MimiCodec) -> Callable[[], float]:
+    batches = iter(loader)
+    next(batches)
+
+    def run() -> float:
+        start, units = time.perf_counter(), 0
+        for _ in range(number):
+            _, labels_BL = next(batches)
+            units += int((labels_BL != IGNORE_INDEX).sum())
+        return units / codec.num_quantizers / codec.frame_rate_hz / (time.perf_counter() - start)
+
+    return run
+
+
+def useful_shares(flags: argparse.Namespace, folder: Path) -> None:
+    codec = MimiCodec(flags.codec, flags.num_quantizers)
+    reader = audio_reader(flags, codec)
+    lengths = [codec.num_frames(len(clip.samples_S)) for clip in read_clips(reader, 10**9)]
+    distributions = {flags.corpus: np.array(lengths), "simulated, like The People's Speech": speech_lengths(2000)}
+    sequences = load_sequences(flags.tokenizer, flags.codec, flags.num_quantizers)
+    print("| useful share of tokens | clips | mean | pad | pack |\n|---|---|---|---|---|")
+    for number, (name, frames) in enumerate(distributions.items()):
+        clips = random_clips(frames, codec.config)
+        store = write_store(folder / f"lengths-{number}", flags.codec, clips)
+        shares = []
+        for is_packed in (False, True):
+            batch_size = max(1, len(frames) // 40)
+            batches = loader(
+                flags, code_reader(flags, store), sequences, None, batch_size=batch_size, is_packed=is_packed
+            )
+            useful = [
+                float((labels != IGNORE_INDEX).float().mean())
+                for (_, labels), _ in zip(batches, range(10), strict=False)
+            ]
+            shares.append(100 * statistics.mean(useful))
+        print(f"| {name} | {len(frames):,} | {frames.mean() / 12.5:.1f} s | {shares[0]:.1f} % | {shares[1]:.1f} % |")
+    print()
+
+
+def speech_lengths(number: int) -> np.ndarray:
+    """Frames of simulated clips like The People's Speech: 14 s on average before those over 20 s are left out."""
+    seconds = np.random.default_rng(0).normal(14, 4, 4 * number)
+    return np.ceil(12.5 * seconds[(seconds > 1) & (seconds < 20)][:number]).astype(int)
+
+
+def random_clips(frames: np.ndarray, config: MimiConfig) -> list[StoredClip]:
+    """Clips of so many frames of random codes, at the levels that are stored by default."""
+    generator = np.random.default_rng(0)
+    codes = [generator.integers(0, config.codebook_size, (T, STORED_LEVELS)).astype(np.uint16) for T in frames]
+    frame_s = config.frame_size / config.sampling_rate
+    return [StoredClip(f"clip-{i}", codes_TQ, len(codes_TQ) * frame_s, False) for i, codes_TQ in enumerate(codes)]
+
+
+def write_store(folder: Path, codec: str, clips: list[StoredClip], num_shards: int = 1) -> str:
+    """A finished store of ``num_shards`` shards, all the same file; returns its folder."""
+    columns = ["id", "codes", "duration", "is_cut"]
+    content = shard_bytes(clips, STORED_LEVELS, {"columns": columns})
+    folder.mkdir()
+    first = folder / "shard-000000.parquet"
+    first.write_bytes(content)
+    for number in range(1, num_shards):
+        os.link(first, folder / f"shard-{number:06d}.parquet")
+    manifest = {
+        "format": FORMAT,
+        "codec": {
+            "name": codec,
+            "sha256": codec_hash(codec),
+            "num_quantizers": STORED_LEVELS,
+            "codebook_size": load_codec_config(codec, STORED_LEVELS).codebook_size,
+        },
+        "columns": columns,
+        "clips_per_group": CLIPS_PER_GROUP,
+        "clips": num_shards * len(clips),
+        "by_second": [],  # asked for in mixtures only
+        "shards": [
+            {"file": f"shard-{number:06d}.parquet", "clips": len(clips), "bytes": len(content)}
+            for number in range(num_shards)
+        ],
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    return str(folder)
+
+
+def sizes(flags: argparse.Namespace, folder: Path) -> None:
+    """Memory, start-up and state from a thousand clips to a million (a shard of 2,048 clips under many names)."""
+    print("| clips | start-up to the first batch | peak memory | state |\n|---|---|---|---|")
+    clips = random_clips(speech_lengths(CLIPS_PER_SHARD), load_codec_config(flags.codec, STORED_LEVELS))
+    for number in (1000, 10_000, 100_000, 1_000_000):
+        num_shards = max(1, round(number / CLIPS_PER_SHARD))
+        store = write_store(folder / f"store-{number}", flags.codec, clips[:number], num_shards)
+        words = [word for key, value in vars(flags).items() if key != "probe" for word in (f"--{key}", str(value))]
+        command = [sys.executable, __file__, *words, "--probe", store]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        print(
+            f"| {found['clips']:,} | {found['start_s']:.2f} s | {found['peak_mb']:,.0f} MB (before the loader "
+            f"{found['before_mb']:,.0f} MB) | {found['state_bytes']:,} bytes a rank |"
+        )
+
+
+def peak_mb() -> float:
+    """Most memory this process has held; getrusage would count what its parent held before it."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) / 1024
+
+
+def probe(flags: argparse.Namespace) -> dict[str, float]:
+    sequences = load_sequences(flags.tokenizer, flags.codec, flags.num_quantizers)
+    before_mb = peak_mb()
+    start = time.perf_counter()
+    reader = code_reader(flags, flags.probe)
+    batches = loader(flags, reader, sequences, None, batch_size=32)
+    iterator = iter(batches)
+    next(iterator)
+    start_s = time.perf_counter() - start
+    for _ in range(300):
+        next(iterator)
+    return {
+        "clips": int(reader.corpus.sizes_G.sum()),
+        "start_s": start_s,
+        "before_mb": before_mb,
+        "peak_mb": peak_mb(),
+        "state_bytes": len(batches.state_dict()["position"]),
+    }
+
+
+if __name__ == "__main__":
+    run_cli(main)

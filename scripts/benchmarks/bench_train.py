@@ -1,0 +1,167 @@
+"""What a training step costs, in one table: this trainer, a plain loop, and TorchTitan's own Llama 3 of the same size.
+
+    uv run python scripts/benchmarks/bench_train.py                          # CPU: tiny and mid
+    uv run python scripts/benchmarks/bench_train.py --shapes 1B 8B           # one GPU
+    uv run python scripts/benchmarks/bench_train.py --shapes 1B --profile outputs/profile.txt
+
+Every way trains on the same clips of random codes, simulated lengths, in a process of its own, all ways in turn,
+--repeats times. The plain loop (in training_ways.py only) is `LlamaForCausalLM`, one clip a row, padding with its mask
+as a tokenizer gives it (and without, which a decoder could do), logits of everything, AdamW. No way checkpoints
+activations. A useful token is one that enters the loss. FLOPs are 6 a multiplied weight and useful token, and attention
+over a whole row; on a CPU MFU is the share of what a large matrix product reaches there.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import training_ways
+from torchtitan.tools.utils import get_peak_flops
+from training_ways import DEVICE, LOSS_POSITIONS, ONE_RANK, OURS, OUT_OF_MEMORY, PLAIN, SHAPES, STOCK, UNMASKED
+
+from llama_mimi.common.errors import UserError, run_cli
+from llama_mimi.common.versions import versions
+
+AUDIO = "--model.vocabulary audio"
+PADDED = "--data.packing pad"
+COMPILED = "--compile.enable"
+FLOAT8 = f"{COMPILED} --model.converters quantize.linear.float8 --quantize.linear.float8.filter_fqns output"
+# Rows of the table: way and flags. Packed rows are not compiled on CPUs.
+CPU_ROWS = [(PLAIN, ""), (UNMASKED, ""), (STOCK, ""), (OURS, PADDED), (OURS, ""), (OURS, AUDIO)]
+GPU_ROWS = [
+    (PLAIN, ""),
+    (UNMASKED, ""),
+    (STOCK, COMPILED),
+    (OURS, f"{PADDED} {COMPILED}"),
+    (OURS, ""),
+    (OURS, COMPILED),
+    (OURS, f"{COMPILED} {AUDIO}"),
+    (OURS, FLOAT8),
+]
+DEFAULT_FLAGS = {"cpu": "", "cuda": COMPILED}[DEVICE]  # of this trainer, as its figures are given in the last line
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["tiny", "mid"] if DEVICE == "cpu" else ["1B"])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--num_threads", type=int, default=os.cpu_count())
+    parser.add_argument("--profile", type=Path, help="write where the time of this trainer's steps goes")
+    flags = parser.parse_args()
+    torch.set_num_threads(flags.num_threads)
+    name = torch.cuda.get_device_name() if DEVICE == "cuda" else platform.processor() or platform.machine()
+    peak_flops = get_peak_flops(name) if DEVICE == "cuda" else matmul_flops()
+    print(f"{name}, {os.cpu_count()} cores, {flags.num_threads} threads; 100 % MFU is {peak_flops / 1e12:.3f} TFLOP/s")
+    print(", ".join(f"{package} {version}" for package, version in versions().items()) + "\n")
+    print("| shape | way | useful tokens/s | times the plain loop | MFU | peak memory | useful tokens |")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    results = []
+    for shape in flags.shapes:
+        with tempfile.TemporaryDirectory() as folder:
+            results.append(rows_of(shape, Path(folder), flags, peak_flops))
+    loss_memory(flags)
+    compared = [result for result in results if result["ratio_to_plain_loop"]] or results
+    print(json.dumps({"device": name, **compared[-1], "all": results}))
+
+
+def rows_of(shape: str, folder: Path, flags: argparse.Namespace, peak_flops: float) -> dict[str, Any]:
+    """Measure and print the rows of a shape; returns what the last line says of it."""
+    training_ways.write_stand_ins(shape, folder)
+    rows = CPU_ROWS if DEVICE == "cpu" else GPU_ROWS
+    job = {"shape": shape, "folder": str(folder), "num_layers": SHAPES[shape].args.n_layers}
+    if shape == "8B":  # all layers and the optimizer's states are 160 GB
+        rows = [(OURS, COMPILED)]
+        job["num_layers"] = most_layers(job, flags)
+    runs: dict[tuple[str, str], list[dict[str, Any]]] = {row: [] for row in rows}
+    for _ in range(flags.repeats):
+        for way, options in rows:
+            run = worker({**job, "way": way, "options": options}, flags)
+            runs[way, options] += [run] if run else []
+    medians = {row: statistics.median(run["useful_tokens_per_s"] for run in own) for row, own in runs.items() if own}
+    plain = medians.get((PLAIN, ""))
+    for (way, options), own in runs.items():
+        if not own:
+            print(f"| {shape}, {job['num_layers']} layers | {way} `{options}` | none: see above | | | | |", flush=True)
+            continue
+        rates = sorted(run["useful_tokens_per_s"] for run in own)
+        median = medians[way, options]
+        times = f"{median / plain:.2f}" if plain else ""
+        mfu = own[0]["flops_per_token"] * median / peak_flops
+        memory = max(run["peak_memory_bytes"] for run in own)
+        print(
+            f"| {shape}, {job['num_layers']} layers | {way} `{options}` | {median:,.0f} "
+            f"({rates[0]:,.0f} to {rates[-1]:,.0f}) | {times} | {100 * mfu:.1f} % | {memory / 1e9:.2f} GB | "
+            f"{100 * own[0]['useful_share']:.0f} % |".replace(" ``", ""),
+            flush=True,
+        )
+    if flags.profile:
+        path = flags.profile.resolve().with_stem(f"{flags.profile.stem}-{shape}")
+        worker({**job, "way": OURS, "options": DEFAULT_FLAGS, "profile": str(path)}, flags)
+    ours = runs[OURS, DEFAULT_FLAGS]
+    if not ours:
+        raise UserError(f"this trainer did not run at the shape {shape}; see above")
+    rate = medians[OURS, DEFAULT_FLAGS]
+    return {
+        "shape": shape,
+        "num_layers": job["num_layers"],
+        # With all layers, at the same share of the peak; fewer are trained where all do not fit.
+        "useful_tokens_per_s_of_all_layers": rate
+        * ours[0]["flops_per_token"]
+        / ours[0]["flops_per_token_of_all_layers"],
+        "useful_tokens_per_s": rate,
+        "plain_loop_useful_tokens_per_s": plain,
+        "ratio_to_plain_loop": rate / plain if plain else None,
+        "mfu": ours[0]["flops_per_token"] * rate / peak_flops,
+        "peak_memory_bytes": max(run["peak_memory_bytes"] for run in ours),
+    }
+
+
+def most_layers(job: dict[str, Any], flags: argparse.Namespace) -> int:
+    for num_layers in range(SHAPES["8B"].args.n_layers, 0, -2):
+        attempt = {**job, "num_layers": num_layers, "way": OURS, "options": COMPILED}
+        if worker(attempt, flags):
+            return num_layers
+    raise UserError("not even two layers of the 8B shape fit into this GPU's memory")
+
+
+def worker(job: dict[str, Any], flags: argparse.Namespace) -> Any:
+    """One measurement in a process of its own; None, and why on standard error, if it failed."""
+    command = [sys.executable, training_ways.__file__, json.dumps(job)]
+    env = os.environ | ONE_RANK | {"OMP_NUM_THREADS": str(flags.num_threads)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    why = "out of memory" if done.returncode == OUT_OF_MEMORY else done.stderr[-2000:]
+    measured = None if done.returncode else json.loads(done.stdout.splitlines()[-1])
+    print(json.dumps(job), measured or f"failed: {why}", file=sys.stderr, flush=True)  # what was measured is not lost
+    return measured
+
+
+def loss_memory(flags: argparse.Namespace) -> None:
+    """Print what the loss alone takes, forward and backward, at the width and vocabulary of the 1B model."""
+    for way in ("in chunks", "full logits"):
+        run = worker({"way": way, "shape": "loss", "options": ""}, flags)
+        held = f"{run['bytes'] / 1e9:.2f} GB more at the peak" if run else "out of memory"
+        print(f"\nloss of {LOSS_POSITIONS:,} positions, {way}: {held}")
+
+
+def matmul_flops() -> float:
+    """FLOP/s of a float32 matrix product on this CPU, the best of ten."""
+    a, b = torch.randn(2, 2048, 2048)
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - start)
+    return 2 * 2048**3 / min(times)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,245 @@
+"""Kill tokenisation or training with SIGKILL at random moments, on 1 to 4 ranks, and count what is lost or twice.
+
+    uv run python scripts/benchmarks/kill_runs.py --of tokenization --kills 100 --seed 0 --folder outputs/kills
+    uv run python scripts/benchmarks/kill_runs.py --of training --kills 50 --seed 0 --folder outputs/kills
+
+Tokenisation is started again until it finishes, its shards are compared with an undisturbed run's, and the folder is
+begun anew, until there were enough kills. Training (the tiny recipe, packed, from those codes) goes on from its last
+checkpoint on another number of ranks; every step writes down which frames of which clips it used, and what the steps
+up to the last checkpoint used is compared with the data.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import torch.distributed.checkpoint as dcp
+
+from llama_mimi.audio.mimi import load_codec_config, whole_frames
+from llama_mimi.checkpoint.dcp import find_step
+from llama_mimi.common.errors import UserError, run_cli
+from llama_mimi.data.code_store import CodeCorpus
+from llama_mimi.data.order import CorpusOrder
+
+CORPUS, CODEC = "assets/tiny/corpus/train-*.parquet", "assets/tiny/mimi"
+SHUFFLE_BLOCK = 64
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--of", choices=["tokenization", "training"], required=True)
+    parser.add_argument("--kills", type=int, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--max_seconds", type=float, default=40.0, help="a run is killed at a random moment up to this")
+    flags = parser.parse_args()
+    flags.folder.mkdir(parents=True, exist_ok=True)
+    codes = flags.folder / "codes"
+    if not (codes / "manifest.json").exists():
+        log = flags.folder / "codes.log"
+        if start(tokenization(codes), 2, log).wait():
+            raise UserError(f"the undisturbed tokenisation failed; see {log}")
+    print(f"{flags.kills} kills of {flags.of}, seed {flags.seed}", flush=True)
+    if flags.of == "tokenization":
+        kill_tokenization(flags, codes)
+    else:
+        kill_training(flags, codes)
+
+
+def tokenization(output_dir: Path) -> list[str]:
+    names = {"--corpus": CORPUS, "--codec": CODEC, "--output_dir": str(output_dir), "--clips_per_shard": "32"}
+    return ["scripts/tokenize_corpus.py", *(word for pair in names.items() for word in pair), "--num_workers", "1"]
+
+
+def start(command: list[str], nproc: int, log: Path, **environment: str) -> subprocess.Popen:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={nproc}", "--standalone"]
+    with open(log, "w") as output:
+        return subprocess.Popen(
+            [*torchrun, *command],
+            stdout=output,
+            stderr=output,
+            env={**os.environ, "OMP_NUM_THREADS": "1"} | environment,
+        )
+
+
+def kill_at(process: subprocess.Popen, seconds: float) -> bool:
+    """SIGKILL a process and all below it after ``seconds``; False if it had ended before."""
+    try:
+        process.wait(timeout=seconds)
+        return False
+    except subprocess.TimeoutExpired:
+        pass
+    os.kill(process.pid, signal.SIGSTOP)  # torchrun starts nothing more while its ranks are killed
+    pids = family(process.pid)
+    while pids:
+        for pid in reversed(pids):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        pids = [pid for pid in pids if is_alive(pid)]
+    process.wait()
+    return True
+
+
+def family(pid: int) -> list[int]:
+    listing = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    pairs = [tuple(map(int, line.split())) for line in listing.splitlines()]
+    found = [pid]
+    for parent in found:  # grows while it is walked
+        found += [child for child, its_parent in pairs if its_parent == parent]
+    return found
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that was killed and not yet waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def kill_tokenization(flags: argparse.Namespace, codes: Path) -> None:
+    expected = {path.name: pq.read_table(path) for path in sorted(codes.glob("shard-*.parquet"))}
+    generator = random.Random(flags.seed)
+    output = flags.folder / "killed_codes"
+    shutil.rmtree(output, ignore_errors=True)
+    kills = finished = with_shards = 0
+    began = time.monotonic()
+    while kills < flags.kills or not (output / "manifest.json").exists():
+        if (output / "manifest.json").exists():
+            finished += 1
+            shutil.rmtree(output)
+        nproc = generator.randint(1, 4)
+        process = start(tokenization(output), nproc, flags.folder / "killed_codes.log")
+        seconds = generator.uniform(0, flags.max_seconds) if kills < flags.kills else 600
+        if kill_at(process, seconds):
+            kills += 1
+        elif process.returncode:
+            raise UserError(f"tokenisation ended with {process.returncode}; see {flags.folder / 'killed_codes.log'}")
+        shards = sorted(output.glob("shard-*.parquet"))
+        with_shards += bool(shards)
+        for shard in shards:  # whatever is visible is whole and right
+            if not pq.read_table(shard).equals(expected[shard.name]):
+                raise UserError(f"'{shard}' differs from the undisturbed run's after {kills} kills")
+        if (output / "manifest.json").exists() and [shard.name for shard in shards] != list(expected):
+            raise UserError(f"a manifest was written with {len(shards)} of {len(expected)} shards after {kills} kills")
+        print(f"kill {kills}: {nproc} ranks, {seconds:.1f} s, {len(shards)}/{len(expected)} shards", flush=True)
+    finished += 1
+    ids = Counter(name for shard in expected for name in pq.read_table(output / shard)["id"].to_pylist())
+    wanted = Counter(name for table in expected.values() for name in table["id"].to_pylist())
+    print(
+        f"tokenisation: {kills} kills (seed {flags.seed}, {with_shards} starts ended with shards there), {finished} "
+        f"times finished; of {len(wanted)} clips {sum((wanted - ids).values())} were lost and "
+        f"{sum((ids - wanted).values())} there twice; {(time.monotonic() - began) / 60:.0f} min"
+    )
+
+
+def kill_training(flags: argparse.Namespace, codes: Path) -> None:
+    generator = random.Random(flags.seed)
+    run, audit = flags.folder / "run", flags.folder / "audit"
+    for folder in (run, audit):
+        shutil.rmtree(folder, ignore_errors=True)
+    audit.mkdir()
+    kills, number, began, resumed = 0, 0, time.monotonic(), []
+    while True:
+        nproc, workers = generator.randint(1, 4), generator.choice([0, 1, 2])
+        is_last = kills == flags.kills
+        steps = last_step(run) + 20 if is_last else 100_000
+        config = {
+            "--job.config_file": "config/tiny.toml",
+            "--job.dump_folder": run,
+            "--training.dataset": codes,
+            "--training.steps": steps,
+            "--training.dataloader.num_workers": workers,
+            "--lr_scheduler.total_steps": 1000,
+            "--data.packing": "pack",
+            "--data.shuffle_block": SHUFFLE_BLOCK,
+            "--checkpoint.interval": 7,
+        }
+        command = ["scripts/benchmarks/audited_training.py", *(str(word) for pair in config.items() for word in pair)]
+        process = start(
+            [*command, "--validation.no-enable"],
+            nproc,
+            flags.folder / "run.log",
+            AUDIT=str(audit / f"{number:04}"),
+        )
+        resumed.append(last_step(run))
+        seconds = 600.0 if is_last else generator.uniform(0, flags.max_seconds)
+        if kill_at(process, seconds):
+            kills += 1
+        elif process.returncode or not is_last:
+            raise UserError(f"training ended with {process.returncode}; see {flags.folder / 'run.log'}")
+        print(f"kill {kills}: {nproc} ranks, {workers} workers, {seconds:.1f} s, step {last_step(run)}", flush=True)
+        number += 1
+        if is_last:
+            break
+    used = Counter(frame for frames in trained_on(audit).values() for frame in frames)
+    expected = frames_of_position(run, codes)
+    lost, twice = sum((expected - used).values()), sum((used - expected).values())
+    print(
+        f"training: {kills} kills (seed {flags.seed}), resumed from {len(set(resumed)) - 1} checkpoints on 1 to 4 "
+        f"ranks; {last_step(run)} steps used {used.total():,} frames, {used.total() / len(set(used)):.2f} epochs; "
+        f"{lost} frames lost, {twice} twice; {(time.monotonic() - began) / 60:.0f} min"
+    )
+    if lost or twice:
+        raise UserError("the frames used are not those of the data's order")
+
+
+def last_step(run: Path) -> int:
+    checkpoint = run / "checkpoint"
+    try:
+        return int(find_step(checkpoint)[0].name.removeprefix("step-"))
+    except UserError:
+        return 0
+
+
+def trained_on(audit: Path) -> dict[int, list[tuple[int, int, int]]]:
+    """Frames (row group, row, frame) that each step used, in the run that did it last: the others were undone."""
+    steps: dict[int, tuple[str, list[tuple[int, int, int]]]] = {}
+    for file in sorted(audit.glob("*.jsonl")):
+        run = file.name.split("-")[0]
+        lines = file.read_text().split("\n")[:-1]  # a line that was cut off has no end
+        for entry in map(json.loads, lines):
+            earlier_run, frames = steps.get(entry["step"], ("", []))
+            if earlier_run != run:
+                frames = []
+            frames += [(g, r, frame) for g, r, start, end in entry["pieces"] for frame in range(start, end)]
+            steps[entry["step"]] = (run, frames)
+    return {step: frames for step, (_, frames) in steps.items()}
+
+
+def frames_of_position(run: Path, codes: Path) -> Counter[tuple[int, int, int]]:
+    """All frames of the windows that the last checkpoint says were begun, but for what is left of them."""
+    step, _ = find_step(run / "checkpoint")
+    state = {"dataloader": {"position": ""}}
+    dcp.load(state, checkpoint_id=step, no_dist=True)
+    cursors = [position["cursors"][0] for position in json.loads(state["dataloader"]["position"])["ranks"]]
+    config = json.loads((run / "job_config.json").read_text())
+    corpus = CodeCorpus(str(codes), CODEC, config["codec"]["num_quantizers"], with_text=False)
+    order = CorpusOrder(corpus.sizes_G, config["data"]["shuffle_block"], config["debug"]["seed"])
+    max_frames = whole_frames(config["data"]["max_audio_seconds"], load_codec_config(CODEC, 1))
+    end = max(cursor["next_window"] for cursor in cursors)
+    left = {window: (0, 0) for c in cursors for window in range(c["next_window"], end, len(cursors))}
+    left |= {window: (row, frame) for cursor in cursors for window, row, frame in cursor["begun"]}
+    lengths = [[len(corpus.read_group(g).codes(row)) for row in range(n)] for g, n in enumerate(corpus.sizes_G)]
+    frames: Counter[tuple[int, int, int]] = Counter()
+    for window in range(end):
+        num_rows, first_frame = left.get(window, (order.num_rows(window), 0))
+        for index in range(num_rows + (first_frame > 0)):
+            group, row = order.row(window, index)
+            stop = first_frame if index == num_rows else min(lengths[group][row], max_frames)
+            frames.update((group, row, frame) for frame in range(stop))
+    return frames
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,294 @@
+"""One way to train at one shape, measured in a process of its own; see bench_train.py.
+
+    python scripts/benchmarks/training_ways.py '{"way": "this trainer", "shape": "tiny", ...}'
+
+The last line is what was measured, as JSON. The plain loop and TorchTitan's own Llama 3 are written here only.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import itertools
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llama_mimi.checkpoint.stand_ins import LLAMA_3_VOCABULARY, write_tokenizer
+from llama_mimi.train import SpeechTrainer  # first, as TorchTitan looks for its device when it is imported
+
+# isort: split
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+from bench_data import random_clips, speech_lengths, write_store
+from torchtitan.components.loss import build_cross_entropy_loss
+from torchtitan.models.llama3 import Transformer, TransformerModelArgs, parallelize_llama
+from torchtitan.protocols.train_spec import get_train_spec, register_train_spec
+from transformers import LlamaForCausalLM, MimiConfig
+
+from llama_mimi.checkpoint.huggingface import hf_config
+from llama_mimi.model.cross_entropy import cross_entropy, pending_logits
+from llama_mimi.model.llama import FLAVORS, LLAMA_3_2_ROPE, LlamaMimi, LlamaMimiArgs
+from llama_mimi.tokens.sequences import IGNORE_INDEX
+from llama_mimi.train_spec import build_sequences
+from llama_mimi.training.config_file import parse_config
+
+NUM_QUANTIZERS = 4
+OUT_OF_MEMORY = 3  # exit code
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LOSS_POSITIONS = {"cpu": 4096, "cuda": 32_768}[DEVICE]
+WARM_UP = {"cpu": 2, "cuda": 5}[DEVICE]  # steps: compilation, also for another number of clips, and allocations
+# What torchrun tells the one process that it starts.
+ONE_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model and its rows. ``seconds_per_clip`` is the mean of simulated lengths; steps are timed after a warm-up."""
+
+    args: LlamaMimiArgs
+    text_entries: int
+    codebook_size: int
+    seq_len: int
+    batch_size: int
+    seconds_per_clip: float
+    steps: int
+
+
+SHAPES = {
+    "tiny": Shape(FLAVORS["tiny"], 512, 256, 256, 8, 3.3, 20),
+    "mid": Shape(
+        LlamaMimiArgs(
+            dim=512,
+            n_layers=8,
+            n_heads=8,
+            n_kv_heads=4,
+            multiple_of=64,
+            rope_theta=500000,
+            rope_scaling_args=LLAMA_3_2_ROPE,
+            enable_weight_tying=True,
+        ),
+        512,
+        2048,
+        1024,
+        2,
+        13.4,
+        6,
+    ),
+    "1B": Shape(FLAVORS["1B"], LLAMA_3_VOCABULARY, 2048, 1024, 16, 13.4, 20),
+    "8B": Shape(FLAVORS["8B"], LLAMA_3_VOCABULARY, 2048, 1024, 4, 13.4, 20),
+}
+PLAIN, UNMASKED, STOCK, OURS = "plain loop", "plain loop without its mask", "TorchTitan's Llama 3", "this trainer"
+
+
+def main() -> None:
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    job = json.loads(sys.argv[1])
+    with contextlib.redirect_stdout(sys.stderr):
+        measured = measure_loss(job["way"]) if job["shape"] == "loss" else measure(**job)
+    print(json.dumps(measured))
+
+
+def measure(shape: str, folder: str, way: str, options: str, num_layers: int, profile: str | None = None) -> Any:
+    """Useful tokens/s and peak memory of one way to train."""
+    FLAVORS[shape] = changed(SHAPES[shape].args, n_layers=num_layers)
+    text_only = changed(FLAVORS[shape], vocab_size=SHAPES[shape].text_entries)
+    hf_config(text_only).save_pretrained(Path(folder) / "llama")
+    try:
+        step, job_config = (trainer if way in (OURS, STOCK) else plain_loop)(shape, Path(folder), way, options)
+        for _ in range(WARM_UP):
+            step()
+        tokens, positions, start = 0, 0, seconds()
+        for _ in range(SHAPES[shape].steps):
+            useful, all_of_it = step()
+            tokens, positions = tokens + useful, positions + all_of_it
+        took = seconds() - start
+        if profile:
+            write_profile(step, Path(profile))
+    except torch.OutOfMemoryError:
+        sys.exit(OUT_OF_MEMORY)
+    return {
+        "useful_tokens_per_s": tokens / took,
+        "useful_share": tokens / positions,
+        "flops_per_token": model_flops(shape, job_config),
+        "flops_per_token_of_all_layers": model_flops(shape, job_config, SHAPES[shape].args.n_layers),
+        "peak_memory_bytes": memory_bytes(),
+    }
+
+
+def trainer(shape: str, folder: Path, way: str, options: str) -> tuple[Callable[[], tuple[int, int]], Any]:
+    """A step of TorchTitan's trainer, with this project's train spec or with the stock model and loss."""
+    job_config = parse_config([*training_flags(shape, folder, packed=way == OURS), *options.split()])
+    if way == STOCK:
+        register_stock(shape, job_config)
+    built = SpeechTrainer(job_config)
+    counted = [0, 0]
+
+    def counting() -> Iterator[Any]:
+        for batch in built.batch_generator(built.dataloader):
+            counted[0] += int((batch[1] != IGNORE_INDEX).sum())
+            counted[1] += batch[1].numel()
+            yield batch
+
+    batches = counting()
+
+    def step() -> tuple[int, int]:
+        counted[:] = 0, 0
+        built.step += 1
+        built.train_step(batches)
+        return counted[0], counted[1]
+
+    return step, job_config
+
+
+def register_stock(shape: str, job_config: Any) -> None:
+    """TorchTitan's own Llama 3, which has no tied embeddings, with its loss, on this project's batches."""
+    args = FLAVORS[shape]
+    values = vars(args) | {"vocab_size": build_sequences(job_config).vocabulary.size}
+    stock = TransformerModelArgs(**{key: value for key, value in values.items() if key != "enable_weight_tying"})
+    spec = dataclasses.replace(
+        get_train_spec("llama_mimi"),
+        model_cls=Transformer,
+        model_args={shape: stock},
+        parallelize_fn=parallelize_llama,
+        build_loss_fn=build_cross_entropy_loss,
+        build_metrics_processor_fn=None,
+    )
+    register_train_spec("stock", spec)
+    job_config.model.name = "stock"
+
+
+def plain_loop(shape: str, folder: Path, way: str, options: str) -> tuple[Callable[[], tuple[int, int]], Any]:
+    job_config = parse_config(training_flags(shape, folder, packed=False))
+    sequences = build_sequences(job_config)
+    args = changed(FLAVORS[shape], vocab_size=sequences.vocabulary.size)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(hf_config(args)).to(DEVICE)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    table = pq.read_table(folder / "codes" / "shard-000000.parquet", columns=["codes"])
+    codes = [np.stack(clip)[:, :NUM_QUANTIZERS] for clip in table["codes"].to_numpy()]
+    order = itertools.cycle(np.random.default_rng(0).permutation(len(codes)))
+    B, L = SHAPES[shape].batch_size, SHAPES[shape].seq_len
+
+    def step() -> tuple[int, int]:
+        inputs_BL = torch.zeros(B, L, dtype=torch.long)
+        labels_BL = torch.full((B, L), IGNORE_INDEX)
+        for row in range(B):
+            ids_L = sequences.sequence(torch.from_numpy(codes[next(order)]), is_cut=False)[:L]
+            inputs_BL[row, : len(ids_L)] = ids_L
+            labels_BL[row, 2 : len(ids_L)] = ids_L[2:]
+        mask_BL = (torch.arange(L) < (labels_BL != IGNORE_INDEX).sum(dim=1, keepdim=True) + 2).long().to(DEVICE)
+        optimizer.zero_grad()
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
+            output = model(
+                inputs_BL.to(DEVICE),
+                attention_mask=None if way == UNMASKED else mask_BL,
+                labels=labels_BL.to(DEVICE),
+                use_cache=False,
+            )
+        output.loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return int((labels_BL != IGNORE_INDEX).sum()), labels_BL.numel()
+
+    return step, job_config
+
+
+def training_flags(shape: str, folder: Path, *, packed: bool) -> list[str]:
+    own = SHAPES[shape]
+    precision = "bfloat16" if DEVICE == "cuda" else "float32"
+    flags = {
+        "job.config_file": "config/tiny.toml",
+        "job.dump_folder": folder / f"run-{os.getpid()}",
+        "model.flavor": shape,
+        "model.hf_assets_path": folder / "llama",
+        "codec.name": folder / "mimi",
+        "codec.num_quantizers": NUM_QUANTIZERS,
+        "data.packing": "pack" if packed else "pad",
+        "data.max_audio_seconds": 20.0,
+        "training.dataset": folder / "codes",
+        "training.local_batch_size": own.batch_size,
+        "training.seq_len": own.seq_len,
+        "training.mixed_precision_param": precision,
+        "training.dataloader.num_workers": int(DEVICE == "cuda"),  # as in the large configs
+        "metrics.log_freq": 1_000_000,
+    }
+    words = [str(word) for key, value in flags.items() for word in (f"--{key}", value)]
+    return [*words, "--validation.no-enable", "--checkpoint.no-enable", "--metrics.no-enable_tensorboard"]
+
+
+def model_flops(shape: str, job_config: Any, num_layers: int | None = None) -> float:
+    """Training FLOPs a token, of the model with its own vocabulary."""
+    L = SHAPES[shape].seq_len
+    args = changed(FLAVORS[shape], n_layers=num_layers or FLAVORS[shape].n_layers)
+    args = changed(args, vocab_size=build_sequences(job_config).vocabulary.size, max_seq_len=L)
+    with torch.device("meta"):
+        return args.get_nparams_and_flops(LlamaMimi(args), L)[1]
+
+
+def changed(args: LlamaMimiArgs, **values: Any) -> LlamaMimiArgs:
+    args = copy.copy(args)
+    for name, value in values.items():
+        setattr(args, name, value)
+    return args
+
+
+def write_stand_ins(shape: str, folder: Path) -> None:
+    """A tokenizer, a codec without weights, and codes of simulated lengths."""
+    own = SHAPES[shape]
+    write_tokenizer(folder / "llama", own.text_entries)
+    MimiConfig(codebook_size=own.codebook_size).save_pretrained(folder / "mimi")
+    (folder / "mimi" / "model.safetensors").touch()  # of a codec for codes only its name and hash matter
+    frames = np.maximum(1, (speech_lengths(2048) * (own.seconds_per_clip / 13.4)).astype(int))
+    clips = random_clips(frames, MimiConfig(codebook_size=own.codebook_size))
+    write_store(folder / "codes", str(folder / "mimi"), clips)
+
+
+def measure_loss(way: str) -> dict[str, float]:
+    N, dtype = LOSS_POSITIONS, torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    hidden_BLD = torch.randn(1, N, 2048, device=DEVICE, dtype=dtype, requires_grad=True)
+    weight_VD = torch.empty(136_450, 2048, device=DEVICE, dtype=dtype).normal_(std=0.02).requires_grad_()
+    targets_N = torch.randint(len(weight_VD), (N,), device=DEVICE)
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    before = memory_bytes()
+    if way == "in chunks":
+        loss, _ = cross_entropy(pending_logits(hidden_BLD, weight_VD), torch.arange(N, device=DEVICE), targets_N)
+    else:
+        loss = F.cross_entropy(F.linear(hidden_BLD, weight_VD).flatten(0, 1).float(), targets_N, reduction="sum")
+    loss.backward()
+    return {"bytes": memory_bytes() - before}
+
+
+def write_profile(step: Callable[[], Any], path: Path) -> None:
+    with torch.profiler.profile() as profiler:
+        for _ in range(3):
+            step()
+    key = "self_cuda_time_total" if DEVICE == "cuda" else "self_cpu_time_total"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(profiler.key_averages().table(sort_by=key, row_limit=40))
+
+
+def seconds() -> float:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def memory_bytes() -> int:
+    """The most that this process has held so far: on the GPU, or resident on a CPU."""
+    if DEVICE == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""Commands of all READMEs: run as they stand in a copy of the repository, or listed with what runs them instead."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+
+def tracked(*patterns: str) -> list[Path]:
+    listing = subprocess.run(["git", "ls-files", *patterns], cwd=ROOT, text=True, capture_output=True, check=True)
+    return [path for name in listing.stdout.splitlines() if (path := ROOT / name).exists()]
+
+
+READMES = tracked("*.md")
+PROGRAMS = ("pip", "uv", "sbatch", "NUM_NODES")
+# The beginning of a command, and why it is not run here.
+ELSEWHERE = {
+    "uv run pytest": "this is it",
+    "uv run python scripts/prepare_base_model.py --base_model meta-llama/": "needs the hub; tests/test_scripts.py",
+    "uv run hf download": "needs the hub",
+    "uv run torchrun --nproc_per_node=8": "needs the hub and GPUs; tests/test_config.py, tests/test_token_store.py",
+    "sbatch": "tests/test_launch.py",
+    "NUM_NODES": "tests/test_launch.py",
+    "uv run python scripts/benchmarks/gpu_check.py": "needs a GPU; tests/test_gpu_check.py",
+    "uv run python scripts/benchmarks/": "measures for minutes, or needs a GPU",
+    "uv run python scripts/tiny/train_tiny_codec.py": "74 minutes; tests/test_tiny_codec.py",
+    "uv run python scripts/tiny/build_tiny_assets.py": "needs espeak-ng; tests/test_benchmarks.py",
+}
+
+
+def commands(readme: Path) -> list[str]:
+    """Lines of code blocks and commands between backticks, each once."""
+    text = readme.read_text()
+    blocks = re.findall(r"^```\n(.*?)^```", text, re.M | re.S)
+    found = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    found += re.findall(r"`((?:uv|pip) [^`]+)`", text) + re.findall(r"^    (uv run .*)$", text, re.M)
+    found = [" ".join(line.split()) for line in found]
+    return list(dict.fromkeys(line for line in found if line.startswith(PROGRAMS)))
+
+
+def is_elsewhere(command: str) -> bool:
+    return any(command.startswith(beginning) for beginning in ELSEWHERE)
+
+
+def test_what_is_listed_is_there():
+    everything = [command for readme in READMES for command in commands(readme)]
+    for beginning in ELSEWHERE:
+        assert any(command.startswith(beginning) for command in everything), f"no README has '{beginning}'"
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(ROOT).parent))
+def test_files_and_links_are_there(readme):
+    text = readme.read_text()
+    for target in re.findall(r"\]\((?!http)([^)#]+)", text):
+        assert (readme.parent / target).exists(), target
+    for command in commands(readme):
+        for word in shlex.split(command):
+            if word.endswith((".py", ".toml", ".slurm", ".sh")):
+                assert (ROOT / word).is_file(), command
+
+
+def test_the_first_page_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 180
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_commands_run_as_they_stand(tmp_path):
+    for path in tracked():
+        copy = tmp_path / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+    (tmp_path / "my_speech").mkdir()
+    shutil.copy(next((ROOT / "assets/tiny/corpus").glob("train-*.parquet")), tmp_path / "my_speech")
+    first = [ROOT / "README.md", *(readme for readme in READMES if readme != ROOT / "README.md")]  # trains the model
+    done = dict.fromkeys(c for readme in first for c in commands(readme) if not is_elsewhere(c))
+    for command in done:
+        words = shlex.split(command.removeprefix("pip install uv && ").removeprefix("uv run "))
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        program = {"python": [sys.executable], "torchrun": torchrun}[words[0]]
+        result = subprocess.run(
+            [*program, *words[1:]],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(tmp_path / "torchtitan")},
+            text=True,
+            capture_output=True,
+            timeout=600,
+        )
+        assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
+    assert (tmp_path / "continuation.wav").stat().st_size > 40_000

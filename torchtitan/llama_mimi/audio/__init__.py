@@ -1,0 +1,4 @@
+"""From any recording to mono samples, and between samples and Mimi's codes.
+
+May import: common.
+"""

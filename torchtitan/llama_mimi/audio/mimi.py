@@ -1,0 +1,215 @@
+"""Mimi behind a small interface: waveforms <-> codes.
+
+Everything else in the project sees codes of shape (T, Q) and never a `transformers` model, so that training,
+evaluation and generation share one encode and one decode.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from copy import copy
+from functools import lru_cache
+from itertools import chain
+from typing import Any, Literal
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import MimiConfig, MimiModel, PreTrainedConfig
+from transformers.utils import cached_file
+
+from llama_mimi.common.batching import batches_of_like_size
+from llama_mimi.common.cpu import keep_freed_memory
+from llama_mimi.common.errors import UserError, first_line
+from llama_mimi.common.hub import load_pretrained
+
+DEFAULT_CODEC = "kyutai/mimi"
+BATCH_SECONDS = (32.0, 160.0)  # of audio encoded at once without and with a GPU (scripts/benchmarks/bench_data.py)
+# Positions that Mimi's Transformers attend to: its window (250, which are 10 s), as it was trained and as transformers
+# has it since February 2026 (pull request 43971), or everything before, as transformers had it until then.
+CodecAttention = Literal["windowed", "whole"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def load_codec_config(name: str, num_quantizers: int) -> MimiConfig:
+    """The codec's configuration, checked to hold ``num_quantizers`` levels.
+
+    Raises:
+        UserError: no such codec, or one with fewer levels.
+    """
+    config = load_pretrained(MimiConfig, name, what="codec")
+    if not config.num_semantic_quantizers <= num_quantizers <= config.num_quantizers:
+        raise UserError(
+            f"num_quantizers is {num_quantizers}, but the codec '{name}' has {config.num_semantic_quantizers} to "
+            f"{config.num_quantizers} levels; choose a number in that range or another codec"
+        )
+    return config
+
+
+def whole_frames(seconds: float, config: MimiConfig) -> int:
+    """Whole frames of a codec in so many seconds; 20 s are 250, whatever the rounding of ``seconds``."""
+    return int(seconds * config.sampling_rate / config.frame_size + 1e-6)
+
+
+def attention_of(config: PreTrainedConfig) -> CodecAttention:
+    """How the codes were made that a model speaks.
+
+    A config that names its codec but no attention is of this project, before it said so, and windowed. One that names
+    neither is a released checkpoint: as all are from before transformers had the window, they are taken for "whole".
+    """
+    return getattr(config, "codec_attention", "windowed" if hasattr(config, "codec") else "whole")
+
+
+class MimiCodec:
+    """Mimi at a fixed depth.
+
+    Args:
+        name: hub id or folder.
+        num_quantizers: Q, levels to encode and decode.
+        device: where the model runs.
+        dtype: of weights and activations; bfloat16 changes about 2 % of the codes.
+        attention: see `CodecAttention`; both give the same codes until the window is full.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        num_quantizers: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        attention: CodecAttention = "windowed",
+    ) -> None:
+        config = load_codec_config(name, num_quantizers)
+        self.name = name
+        self.config = config
+        self.num_quantizers = num_quantizers
+        self.codebook_size: int = config.codebook_size
+        self.sample_rate_hz: int = config.sampling_rate
+        self.frame_size: int = config.frame_size
+        self.frame_rate_hz: float = config.sampling_rate / config.frame_size
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.attention = attention
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        # float32 is meant: by default convolutions on a GPU round to TF32. Nothing else here has convolutions.
+        torch.backends.cudnn.allow_tf32 = False
+        extra: dict[str, Any] = {} if attention == "windowed" else {"sliding_window": 10**9}  # wider than any clip
+        if self.device.type == "cuda":
+            # Which kernel scaled_dot_product_attention takes is a switch of the process, which TorchTitan turns while
+            # it trains: codes that are made beside a step would depend on the moment.
+            extra["attn_implementation"] = "eager"
+        self.model = load_pretrained(MimiModel, name, what="codec", dtype=dtype, **extra).to(self.device).eval()
+
+    def at_depth(self, num_quantizers: int) -> "MimiCodec":
+        """The same codec at another depth, with the same weights in memory."""
+        other = copy(self)
+        other.num_quantizers = num_quantizers
+        return other
+
+    def to(self, device: torch.device | str) -> "MimiCodec":
+        """The same codec on another device; its weights are moved, not copied."""
+        other = copy(self)
+        other.device = torch.device(device)
+        other.model = self.model.to(other.device)
+        return other
+
+    def num_frames(self, num_samples: int) -> int:
+        """T of a clip of ``num_samples`` samples; a partial last frame counts as one."""
+        return math.ceil(num_samples / self.frame_size)
+
+    @torch.inference_mode()
+    def encode(self, waveforms: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Encode clips of any lengths in one batch.
+
+        Each clip is padded with zeros to whole frames, then to the longest clip; Mimi is causal, so a clip has the
+        same codes alone and in a batch.
+
+        Args:
+            waveforms: mono float32 clips (S,) at ``sample_rate_hz``.
+
+        Returns:
+            For each clip its codes_TQ, int64 on the CPU.
+        """
+        if not waveforms:
+            return []
+        frames = [self.num_frames(len(samples_S)) for samples_S in waveforms]
+        audio_BS = pad_sequence(list(waveforms), batch_first=True)
+        audio_BS = torch.nn.functional.pad(audio_BS, (0, max(frames) * self.frame_size - audio_BS.shape[1]))
+        audio_B1S = audio_BS[:, None].to(self.device, self.dtype)
+        codes_BQT = self.model.encode(audio_B1S, num_quantizers=self.num_quantizers, return_dict=True).audio_codes
+        codes_BTQ = codes_BQT.transpose(1, 2).cpu()
+        # clone() gives up the padding's memory and lets the codes out of inference mode
+        return [codes_TQ[:T].clone() for codes_TQ, T in zip(codes_BTQ, frames, strict=True)]
+
+    @torch.inference_mode()
+    def encode_as_released(self, samples_S: torch.Tensor) -> torch.Tensor:
+        """Encode one clip as the first release of Llama-Mimi does: a partial last frame is left to the model.
+
+        Each convolution then pads its own input, so that the codes of that frame differ from `encode`'s.
+
+        Args:
+            samples_S: mono float32 (S,) at ``sample_rate_hz``.
+
+        Returns:
+            codes_TQ, int64 on the CPU.
+        """
+        audio_11S = samples_S[None, None].to(self.device, self.dtype)
+        codes_1QT = self.model.encode(audio_11S, num_quantizers=self.num_quantizers, return_dict=True).audio_codes
+        return codes_1QT[0].T.cpu().clone()
+
+    def encode_many(self, waveforms: Sequence[torch.Tensor], batch_seconds: float | None = None) -> list[torch.Tensor]:
+        """Encode any number of clips, in batches of like length.
+
+        Args:
+            waveforms: as `encode`.
+            batch_seconds: audio of a batch with its padding; by default what suits the device.
+
+        Returns:
+            As `encode`.
+        """
+        if batch_seconds is None:
+            batch_seconds = BATCH_SECONDS[self.device.type == "cuda"]
+        sizes = [len(samples_S) for samples_S in waveforms]
+        batches = batches_of_like_size(sizes, batch_seconds * self.sample_rate_hz)
+        encoded = self._encode_each([[waveforms[index] for index in batch] for batch in batches])
+        codes = dict(zip((index for batch in batches for index in batch), chain(*encoded), strict=True))
+        return [codes[index] for index in range(len(waveforms))]
+
+    def _encode_each(self, batches: Sequence[Sequence[torch.Tensor]]) -> list[list[torch.Tensor]]:
+        """Codes of each batch; on CPUs each core takes its own, which is faster than to share every convolution."""
+        num_threads = torch.get_num_threads()
+        if self.device.type != "cpu" or num_threads == 1 or len(batches) == 1:
+            return list(map(self.encode, batches))
+        with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            encoded = list(pool.map(self.encode, batches))
+        torch.set_num_threads(num_threads)  # what the pool has set holds for threads that begin later, too
+        return encoded
+
+    @torch.inference_mode()
+    def decode(self, codes_TQ: torch.Tensor) -> torch.Tensor:
+        """Codes (T, Q) to mono float32 samples (T * frame_size,) on the CPU."""
+        codes_1QT = codes_TQ.to(self.device).T[None]
+        samples_11S = self.model.decode(codes_1QT, return_dict=True).audio_values
+        return samples_11S[0, 0].float().cpu().clone()
+
+
+@lru_cache(maxsize=4)
+def codec_hash(name: str) -> str:
+    """SHA-256 of a codec's weights, which says whether two runs speak the same codes.
+
+    Args:
+        name: hub id or folder.
+
+    Raises:
+        UserError: no weights there.
+    """
+    try:
+        path = cached_file(name, "model.safetensors")
+    except OSError as error:
+        raise UserError(
+            f"the weights of the codec '{name}' could not be read ({first_line(error)}); they are needed to "
+            "say which codes these are"
+        ) from error
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,4 @@
+"""What a run saves: distributed checkpoints, and the same model in Hugging Face's format.
+
+May import: model, tokens, audio, common.
+"""

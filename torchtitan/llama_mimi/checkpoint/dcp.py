@@ -1,0 +1,161 @@
+"""Reading the model out of a distributed checkpoint (DCP), in one process and without the trainer."""
+
+import re
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from llama_mimi.common.errors import UserError
+from llama_mimi.model.llama import LlamaMimi, LlamaMimiArgs
+
+_STEP = r"step-(\d+)"
+_METADATA = ".metadata"
+_HF_INDEX = "model.safetensors.index.json"  # of a last save in Hugging Face's format
+
+
+def find_step(checkpoint: Path) -> tuple[Path, list[Path]]:
+    """The step to read: ``checkpoint`` itself, or the newest complete step in it.
+
+    Returns:
+        The step's folder, and the newer steps that were passed over because their saving was cut off.
+
+    Raises:
+        UserError: no such folder, no step in it, or none that is complete.
+    """
+    if not checkpoint.is_dir():
+        raise UserError(f"the checkpoint '{checkpoint}' is no folder; name <dump_folder>/checkpoint or one step of it")
+    if is_distributed(checkpoint):
+        return checkpoint, []
+    there = {int(m[1]): path for path in checkpoint.iterdir() if (m := re.fullmatch(_STEP, path.name))}
+    complete = complete_steps(checkpoint)
+    if complete:
+        newest = max(complete)
+        if not is_distributed(complete[newest]):
+            raise UserError(f"'{complete[newest]}' was saved in Hugging Face's format; name a step that was not")
+        return complete[newest], [there[number] for number in sorted(there, reverse=True) if number > newest]
+    if there:
+        step = there[max(there)]
+        raise UserError(f"'{step}' has no {_METADATA}: its saving was cut off, and no older step is complete")
+    if re.fullmatch(_STEP, checkpoint.name):
+        raise UserError(f"'{checkpoint}' has no {_METADATA}: its saving was cut off; name another step")
+    raise UserError(f"'{checkpoint}' holds no step-N folder; name <dump_folder>/checkpoint or one step of it")
+
+
+def set_aside_incomplete(checkpoint: Path) -> Path | None:
+    """Move a checkpoint folder that is empty, or holds nothing but steps whose saving was cut off, out of the way.
+
+    TorchTitan loads initial weights only where there is no checkpoint folder at all. A run that was killed while it
+    saved its first step, or whose steps were removed, would otherwise start anew from random ones.
+
+    Returns:
+        Where to, or None where there is no folder or it has a complete step.
+
+    Raises:
+        UserError: the folder holds something else, or cannot be moved.
+    """
+    if not checkpoint.is_dir() or complete_steps(checkpoint):
+        return None
+    problem = f"'{checkpoint}' has no complete step to go on from, and initial weights are loaded only where it is not"
+    others = [path.name for path in checkpoint.iterdir() if not re.fullmatch(_STEP, path.name)]
+    if others or checkpoint.is_symlink():
+        what = f"holds '{sorted(others)[0]}'" if others else "is a link"
+        raise UserError(f"{problem}; as it {what}, it is left alone: move it, or choose another checkpoint.folder")
+    number = 0
+    while (aside := checkpoint.with_name(f"{checkpoint.name}.incomplete-{number}")).exists():
+        number += 1
+    try:
+        return checkpoint.rename(aside)
+    except OSError as error:
+        raise UserError(f"{problem}; it cannot be moved ({error.strerror}): remove it") from error
+
+
+def complete_steps(checkpoint: Path) -> dict[int, Path]:
+    """The steps that were saved to their end, by number.
+
+    Raises:
+        UserError: a folder that TorchTitan would take for another step than its name says.
+    """
+    steps = {}
+    for path in sorted(checkpoint.glob("*")):
+        if not any((path / name).is_file() for name in (_METADATA, _HF_INDEX)):
+            continue
+        if match := re.fullmatch(_STEP, path.name):
+            steps[int(match[1])] = path
+        elif re.search(_STEP, path.name):  # TorchTitan looks for it anywhere in a name
+            raise UserError(f"'{path}' would be taken for a step of the run; move it out of '{checkpoint}'")
+    return steps
+
+
+def is_distributed(step: Path) -> bool:
+    """Whether a complete step is a distributed checkpoint; a last save may be weights in Hugging Face's format."""
+    return (step / _METADATA).is_file()
+
+
+def has_loader_position(step: Path) -> bool:
+    """Whether a step can be resumed; one that holds weights only cannot."""
+    return is_distributed(step) and "dataloader.position" in _read_metadata(step).state_dict_metadata
+
+
+def load_model_state(step: Path, args: LlamaMimiArgs) -> dict[str, torch.Tensor]:
+    """The weights of a model of shape ``args`` from one step, in the precision they were saved in.
+
+    Weights-only and full checkpoints look alike here: optimizer and loader states are not read. DCP keeps its
+    index in a pickle, so only checkpoints of your own runs should be read.
+
+    Raises:
+        UserError: files are damaged or missing, or the weights are not those of ``args``.
+    """
+    metadata = _read_metadata(step)
+    _check_files(step, metadata)
+    with torch.device("meta"):
+        expected = LlamaMimi(args).state_dict()
+    state = {}
+    for name, tensor in expected.items():
+        saved = metadata.state_dict_metadata.get(name)
+        if not isinstance(saved, TensorStorageMetadata):
+            raise UserError(f"'{step}' lacks the weight '{name}'; it is no checkpoint of this model")
+        if saved.size != tensor.shape:
+            raise UserError(
+                f"'{step}' has '{name}' of shape {tuple(saved.size)}, but the run's model needs "
+                f"{tuple(tensor.shape)}; vocabulary, num_quantizers or shape are of another run"
+            )
+        state[name] = torch.empty(saved.size, dtype=saved.properties.dtype)
+    try:
+        dcp.load(state, storage_reader=FileSystemReader(step), no_dist=True)
+    except (CheckpointException, RuntimeError, OSError, EOFError) as error:
+        raise UserError(f"'{step}' is damaged and cannot be read: {_last_line(error)}") from error
+    for name, tensor in state.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"'{step}' has NaN or infinite values in '{name}'; use an earlier step")
+    return state
+
+
+def _read_metadata(step: Path) -> Metadata:
+    try:
+        return FileSystemReader(step).read_metadata()
+    except Exception as error:  # a damaged pickle raises whatever its bytes spell
+        raise UserError(f"'{step / _METADATA}' is damaged ({_last_line(error)}); use another step") from error
+
+
+def _check_files(step: Path, metadata: Metadata) -> None:
+    """Every file the index points into is there, and long enough."""
+    needed: dict[str, int] = {}
+    for info in (metadata.storage_data or {}).values():
+        needed[info.relative_path] = max(needed.get(info.relative_path, 0), info.offset + info.length)
+    for name, num_bytes in needed.items():
+        path = step / name
+        if not path.is_file():
+            raise UserError(f"'{path}' is missing: the checkpoint is incomplete; copy it anew or use another step")
+        if path.stat().st_size < num_bytes:
+            raise UserError(
+                f"'{path}' has {path.stat().st_size:,} of {num_bytes:,} bytes: the checkpoint is truncated; "
+                "copy it anew or use another step"
+            )
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]

@@ -1,0 +1,133 @@
+"""The same model in Hugging Face terms: configuration, folder and names of the weights, to and from TorchTitan's."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor, Replicate
+from torchtitan.models.llama3.model.args import RoPEScalingArgs
+from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from llama_mimi.common.errors import UserError
+from llama_mimi.model.llama import LlamaMimiArgs
+
+
+def hf_config(args: LlamaMimiArgs, **extra: Any) -> LlamaConfig:
+    """The configuration of the ordinary Llama that has the logits of ``args``.
+
+    Args:
+        args: shape, with ``vocab_size`` set.
+        extra: further entries, such as token ids, ``num_quantizers`` and ``codec``.
+    """
+    scaling = args.rope_scaling_args
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(args.rope_theta)}
+    if scaling.scaling_factor != 1:
+        rope |= {
+            "rope_type": "llama3",
+            "factor": scaling.scaling_factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_position_embeddings,
+        }
+    return LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=args.vocab_size,
+        hidden_size=args.dim,
+        intermediate_size=args.ffn_dim,
+        num_hidden_layers=args.n_layers,
+        num_attention_heads=args.n_heads,
+        num_key_value_heads=args.n_kv_heads or args.n_heads,
+        head_dim=args.dim // args.n_heads,
+        rms_norm_eps=args.norm_eps,
+        rope_parameters=rope,
+        max_position_embeddings=131072,  # of Llama 3.1 and 3.2
+        tie_word_embeddings=args.enable_weight_tying,
+        **extra,
+    )
+
+
+def model_args(config: LlamaConfig) -> LlamaMimiArgs:
+    """Inverse of `hf_config`, for any Llama configuration.
+
+    Raises:
+        UserError: its rotary embeddings are scaled in a way that TorchTitan's Llama 3 does not know.
+    """
+    rope = config.rope_parameters
+    if rope["rope_type"] not in ("default", "llama3"):
+        raise UserError(f"rope_type is '{rope['rope_type']}'; this model has 'default' and 'llama3' only")
+    scaling = RoPEScalingArgs(scaling_factor=1.0)
+    if rope["rope_type"] == "llama3":
+        scaling = RoPEScalingArgs(
+            rope["factor"],
+            rope["low_freq_factor"],
+            rope["high_freq_factor"],
+            rope["original_max_position_embeddings"],
+        )
+    return LlamaMimiArgs(
+        dim=config.hidden_size,
+        n_layers=config.num_hidden_layers,
+        n_heads=config.num_attention_heads,
+        n_kv_heads=config.num_key_value_heads,
+        vocab_size=config.vocab_size,
+        # TorchTitan rounds a derived width up to multiple_of: this pair gives intermediate_size itself
+        multiple_of=config.intermediate_size,
+        ffn_dim_multiplier=config.intermediate_size / int(8 * config.hidden_size / 3),
+        norm_eps=config.rms_norm_eps,
+        rope_theta=rope["rope_theta"],
+        rope_scaling_args=scaling,
+        enable_weight_tying=config.tie_word_embeddings,
+    )
+
+
+def save_folder(folder: Path, model: LlamaForCausalLM | LlamaConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write a model, or its configuration alone, and its tokenizer, for transformers 4.x as well as 5.x.
+
+    5.x reads what 4.x writes, but not the other way round. 4.x takes ``rope_theta`` and ``rope_scaling`` (10,000 and no
+    scaling where they lack: `LlamaConfig` of 4.56.2) and, before 4.56, ``torch_dtype``; it has no ``TokenizersBackend``
+    and wants a dict of ``extra_special_tokens`` (`PreTrainedTokenizerBase.__init__` of 4.56.2).
+    """
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    rope = config["rope_parameters"]
+    config["rope_theta"] = rope["rope_theta"]
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    config["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
+    if "dtype" in config:
+        config["torch_dtype"] = config["dtype"]
+
+    tokens = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    if tokens["tokenizer_class"] == "TokenizersBackend":
+        tokens["tokenizer_class"] = "PreTrainedTokenizerFast"  # its name in 4.x, and an alias in 5.x
+    if isinstance(tokens.get("extra_special_tokens"), list):
+        tokens["additional_special_tokens"] = tokens.pop("extra_special_tokens")
+
+    for name, content in (("config.json", config), ("tokenizer_config.json", tokens)):
+        text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
+        (folder / name).write_text(text + "\n", encoding="utf-8")
+
+
+class LlamaMimiStateDictAdapter(Llama3StateDictAdapter):
+    """TorchTitan's adapter, for any number of ranks.
+
+    The two implementations of rotary embeddings order the rows of a head otherwise. TorchTitan reorders a matrix where
+    it lies, which fails when ranks have parts of heads: with more ranks than key heads, and with FSDP x TP.
+    """
+
+    def _permute(self, weight: torch.Tensor, *shape: int) -> torch.Tensor:
+        return _as_one(super()._permute, weight, *shape)
+
+    def _reverse_permute(self, weight: torch.Tensor, *shape: int) -> torch.Tensor:
+        return _as_one(super()._reverse_permute, weight, *shape)
+
+
+def _as_one(reorder: Any, weight: torch.Tensor, *shape: int) -> torch.Tensor:
+    """Gather a matrix, reorder it, and keep this rank's part as before; one matrix at a time is little memory."""
+    if not isinstance(weight, DTensor):
+        return reorder(weight, *shape)
+    mesh = weight.device_mesh
+    whole = DTensor.from_local(reorder(weight.full_tensor(), *shape), mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return whole.redistribute(placements=weight.placements)

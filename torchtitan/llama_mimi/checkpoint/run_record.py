@@ -1,0 +1,54 @@
+"""What a run writes down about its model, so that a checkpoint can be converted without its config.
+
+``<dump_folder>/hf_assets`` holds the extended tokenizer and the `LlamaConfig` of the model with ``num_quantizers``,
+``codec`` and ``codec_attention``: all of a Hugging Face model folder but the weights.
+"""
+
+from pathlib import Path
+
+import torch.distributed as dist
+from transformers import LlamaConfig
+
+from llama_mimi.audio.mimi import CodecAttention
+from llama_mimi.checkpoint.huggingface import hf_config, save_folder
+from llama_mimi.common.errors import UserError
+from llama_mimi.model.llama import LlamaMimiArgs
+from llama_mimi.tokens.sequences import SequenceBuilder
+
+ASSETS_FOLDER = "hf_assets"
+
+
+def speech_config(
+    args: LlamaMimiArgs, sequences: SequenceBuilder, codec_name: str, attention: CodecAttention = "windowed"
+) -> LlamaConfig:
+    """The Hugging Face configuration of a speech language model."""
+    return hf_config(
+        args,
+        bos_token_id=sequences.tokenizer.bos_token_id,
+        eos_token_id=sequences.vocabulary.audio_end_id,
+        pad_token_id=sequences.tokenizer.pad_token_id,
+        num_quantizers=sequences.vocabulary.num_quantizers,
+        codec=codec_name,
+        codec_attention=attention,
+    )
+
+
+def save_run_record(dump_folder: str, config: LlamaConfig, sequences: SequenceBuilder) -> None:
+    """Write ``hf_assets``; one rank writes, the others go on."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        save_folder(Path(dump_folder) / ASSETS_FOLDER, config, sequences.tokenizer)
+
+
+def find_run_record(checkpoint: Path) -> Path:
+    """``hf_assets`` of the run that ``checkpoint`` (a checkpoint folder or one step of it) belongs to.
+
+    Raises:
+        UserError: none beside the checkpoint.
+    """
+    for folder in (checkpoint, *checkpoint.resolve().parents[:2]):
+        if (folder / ASSETS_FOLDER / "config.json").is_file():
+            return folder / ASSETS_FOLDER
+    raise UserError(
+        f"no {ASSETS_FOLDER}/config.json beside '{checkpoint}', so the model's shape is not known; "
+        "keep the run's folder together (hf_assets and checkpoint) and name the checkpoint inside it"
+    )

@@ -1,0 +1,148 @@
+"""Files on any fsspec path: found, read as JSON, and written so that they are whole or not there."""
+
+import json
+import os
+from glob import escape, glob
+from typing import Any
+from uuid import uuid4
+
+import fsspec
+
+from llama_mimi.common.errors import UserError, first_line
+
+# What is written under another name first, before it is moved into place.
+PARTIAL = ".partial"
+
+
+def file_system(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of a path, and the path on it.
+
+    Raises:
+        UserError: a protocol that is unknown or needs another package.
+    """
+    try:
+        return fsspec.url_to_fs(path)
+    except (ImportError, ValueError) as error:
+        raise UserError(
+            f"'{path}' cannot be opened ({error}); install what that protocol needs, or use another"
+        ) from error
+
+
+def is_local(fs: fsspec.AbstractFileSystem) -> bool:
+    return "file" in fs.protocol
+
+
+def find_files(path: str, endings: tuple[str, ...]) -> list[str]:
+    """Sorted fsspec paths of the files that ``path`` means: a folder, a file, or a glob.
+
+    Args:
+        path: a folder stands for its files at any depth that end so, but hidden ones (`is_hidden`), as macOS's ``._``
+            sidecars and the ``.cache`` of a download.
+        endings: such as ".parquet"; capitals do not matter.
+
+    Raises:
+        UserError: the file system cannot be reached.
+    """
+    fs, bare = file_system(path)
+    try:
+        if fs.isdir(bare):
+            inside = _below_local(bare) if is_local(fs) else fs.find(bare)
+            found = [file for file in inside if file.lower().endswith(endings) and not is_hidden(_below(file, bare))]
+        else:
+            found = _matches(fs, bare)
+    except Exception as error:  # remote file systems raise what their transports raise
+        raise UserError(f"'{path}' cannot be listed ({first_line(error)}); check the path and the network") from error
+    return sorted(found if is_local(fs) else map(fs.unstrip_protocol, found))
+
+
+def is_hidden(relative: str) -> bool:
+    """Whether a path is, or lies in, what nobody put there on purpose: ``.cache/x``, ``a/._b``, ``__MACOSX/c``.
+
+    It is the rule by which `datasets` leaves them out of a folder.
+    """
+    *folders, name = relative.split("/")
+    return name.startswith(".") or any(folder.startswith((".", "__")) for folder in folders)
+
+
+def _below_local(folder: str) -> list[str]:
+    """Files below a folder, also through links to folders, each folder once; fsspec does not follow them."""
+    found: list[str] = []
+    seen: set[str] = set()
+    for path, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(path)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [f"{path}/{name}" for name in names]
+    return found
+
+
+def _matches(fs: fsspec.AbstractFileSystem, pattern: str) -> list[str]:
+    """The file of that name, or what the glob matches; brackets in names of folders that exist are no pattern."""
+    if fs.isfile(pattern):
+        return [pattern]
+    parts = pattern.split("/")
+    literal = 0  # parts that exist as they are spelt
+    for index, part in enumerate(parts):
+        if set(part) & set("*?[") and not ("[" in part and fs.exists("/".join(parts[: index + 1]))):
+            break
+        literal = index + 1
+    escaped = "/".join([*map(escape, parts[:literal]), *parts[literal:]])
+    # fsspec does not look through links to folders
+    found = glob(escaped, recursive=True, include_hidden=True) if is_local(fs) else fs.glob(escaped)
+    if any(is_hidden(part) for part in parts[literal:]):  # asked for
+        return found
+    return [file for file in found if not is_hidden(_below(file, "/".join(parts[:literal])))]
+
+
+def _below(file: str, folder: str) -> str:
+    return file[len(folder) :].lstrip("/")
+
+
+def sizes_in(folder: str) -> dict[str, int]:
+    """Name -> bytes of the files in a folder; none where there is no folder."""
+    fs, bare = file_system(folder)
+    found = fs.find(bare, maxdepth=1, detail=True)
+    return {path.rsplit("/", 1)[-1]: info["size"] for path, info in found.items()}
+
+
+def read_json(folder: str, name: str) -> dict[str, Any] | None:
+    """A JSON object in a folder, or None where there is no such file.
+
+    Raises:
+        UserError: it cannot be read, or is no JSON object.
+    """
+    fs, bare = file_system(folder)
+    path = f"{bare.rstrip('/')}/{name}"
+    try:
+        values = json.loads(fs.cat_file(path))
+    except FileNotFoundError:
+        return None
+    except (ValueError, OSError) as error:
+        raise UserError(f"'{folder}/{name}' is no readable JSON ({error}); mend it or make the folder anew") from error
+    if not isinstance(values, dict):
+        raise UserError(f"'{folder}/{name}' is no JSON object; mend it or make the folder anew")
+    return values
+
+
+def write_atomically(folder: str, name: str, content: bytes) -> None:
+    """Write a file that nobody sees half: aside and then moved on a local file system, in one upload elsewhere.
+
+    Raises:
+        UserError: the file system is full or refuses.
+    """
+    fs, bare = file_system(folder)
+    path = f"{bare.rstrip('/')}/{name}"
+    try:
+        fs.makedirs(bare, exist_ok=True)
+        if is_local(fs):
+            aside = f"{path}.{uuid4().hex}{PARTIAL}"
+            fs.pipe_file(aside, content)
+            fs.mv(aside, path)
+        else:
+            fs.pipe_file(path, content)
+    except OSError as error:
+        raise UserError(
+            f"'{folder}/{name}' could not be written ({error.strerror or error}); make room or mend the folder and "
+            "start again: what is finished is kept"
+        ) from error

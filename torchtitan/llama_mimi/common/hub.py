@@ -1,0 +1,56 @@
+"""Loading configurations, tokenizers and weights from a folder or the hub, with errors users can act on."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from llama_mimi.common.errors import UserError, first_line
+
+
+def load_pretrained(cls: Any, name: str, *, what: str, **kwargs: Any) -> Any:
+    """``cls.from_pretrained(name)``, refusing pickled weights and remote code.
+
+    Args:
+        cls: a `transformers` class.
+        name: hub id or folder.
+        what: what is being loaded ("codec", "model", "tokenizer"), for the message.
+
+    Raises:
+        UserError: the folder or hub model is missing, gated, unreachable, or not of this kind.
+    """
+    if Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        if not Path(name).expanduser().is_dir():
+            raise UserError(f"the {what} folder '{name}' does not exist; check the path or name a hub id (owner/name)")
+    if Path(name).is_dir() and not any((Path(name) / f).is_file() for f in ("config.json", "tokenizer_config.json")):
+        raise UserError(f"'{name}' holds no {what} (no config.json in it); name a Hugging Face model folder")
+    if "dtype" in kwargs:  # a model, not a configuration or tokenizer
+        kwargs["use_safetensors"] = True
+    try:
+        return cls.from_pretrained(name, **kwargs)
+    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
+        if Path(name).is_dir():
+            raise UserError(f"the {what} in '{name}' could not be loaded: {first_line(error)}") from error
+        raise UserError(
+            f"the {what} '{name}' could not be loaded from the Hugging Face Hub ({first_line(error)}); if it is gated, "
+            f"accept its licence on its page and run `hf auth login`; without a network, download it elsewhere with "
+            f"`hf download {name} --local-dir FOLDER` and name that folder"
+        ) from error
+
+
+def weights_sha256(name: str) -> str:
+    """SHA-256 of the safetensors files of a model that was loaded before, in the order of their names.
+
+    Args:
+        name: hub id or folder.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(name, allow_patterns="*.safetensors", local_files_only=True))
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()

@@ -1,0 +1,143 @@
+"""The processes of torchrun: what they share without collectives of tensors, and how they end."""
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from llama_mimi.common.cpu import available_device
+from llama_mimi.common.errors import UserError, first_line
+
+# Ranks wait for the slowest at the end.
+TIMEOUT = timedelta(days=7)
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
+SECONDS_BEFORE_OTHERS_REPORT = 10
+
+
+def end_with_parent() -> None:
+    """Let the kernel end this process when the one that started it ends, also if that is killed.
+
+    A rank whose torchrun has gone would wait for others until its timeout. Linux only; elsewhere it is left over.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def end_with_torchrun() -> None:
+    """As `end_with_parent`, for a rank that torchrun started; ranks that are started otherwise may outlive a shell."""
+    if not dist.is_torchelastic_launched():
+        return
+    end_with_parent()
+    # It may have been killed while this process imported what it needs. Orphans go to process 1, which in a container
+    # may be torchrun itself, but then it is Python.
+    first = Path("/proc/1/cmdline")
+    if os.getppid() == 1 and first.exists() and b"python" not in first.read_bytes():
+        os._exit(1)
+
+
+class Ranks:
+    """The processes of torchrun, or this one alone, and what they share.
+
+    Args:
+        device: of this rank; None, or "cuda" without a number, takes its own GPU where there is one.
+
+    Raises:
+        UserError: more ranks than GPUs, one GPU for several ranks, or no such device.
+    """
+
+    def __init__(self, device: str | None = None) -> None:
+        end_with_torchrun()
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = int(os.environ.get("RANK", 0))
+        self._store: dist.Store = dist.HashStore()
+        if self.world_size > 1:
+            self._store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+            dist.init_process_group(
+                "gloo", store=self._store, rank=self.rank, world_size=self.world_size, timeout=TIMEOUT
+            )
+        self.device = available_device(device or "cpu")
+        if self.world_size > 1 and device is not None and device.startswith("cuda:"):
+            raise UserError(f"--device {device} is one GPU for {self.world_size} ranks; leave the number out")
+        if device in (None, "cuda") and torch.cuda.is_available():
+            local_rank = int(os.environ.get("LOCAL_RANK", 0))
+            if local_rank >= torch.cuda.device_count():
+                raise UserError(
+                    f"there are {torch.cuda.device_count()} GPUs; lower torchrun's --nproc_per_node to that"
+                )
+            self.device = torch.device("cuda", local_rank)
+            torch.cuda.set_device(self.device)
+
+    def add(self, counter: str, number: int) -> int:
+        """Add to a shared counter; returns its value."""
+        return self._store.add(counter, number)
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        _unless_gone(lambda: dist.all_gather_object(values, value))
+        return values
+
+    def wait(self) -> None:
+        if self.world_size > 1:
+            _unless_gone(dist.barrier)
+
+    def close(self) -> None:
+        if self.world_size > 1:
+            dist.destroy_process_group()
+
+
+def from_first(make: Callable[[], Any]) -> Any:
+    """What ``make`` returns on rank 0, which alone calls it; without a process group this process is rank 0.
+
+    Raises:
+        UserError: on every rank what it raised there, so that none waits for a rank that has gone.
+    """
+    outcome: list[Any] = [None]
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            outcome = [make()]
+        except UserError as error:
+            outcome = [error]
+    if dist.is_initialized():
+        _unless_gone(lambda: dist.broadcast_object_list(outcome, src=0))
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    return outcome[0]
+
+
+def let_first_report() -> None:
+    """Before a mistake is reported that all ranks find: rank 0 says it, and torchrun then ends the others."""
+    if int(os.environ.get("RANK", 0)):
+        time.sleep(SECONDS_BEFORE_OTHERS_REPORT)
+
+
+def _unless_gone(collective: Callable[[], Any]) -> None:
+    try:
+        collective()
+    except RuntimeError as error:
+        what = "ranks cannot reach each other, most likely because another has ended, so this one does, too"
+        print(f"{what} ({first_line(error)})", file=sys.stderr)
+        sys.exit(1)
+
+
+@contextmanager
+def torchrun_ranks(device: str | None = None) -> Iterator[Ranks]:
+    """`Ranks` that are closed at the end; a mistake that all ranks find is reported once."""
+    try:
+        ranks = Ranks(device)
+        yield ranks
+        ranks.close()
+    except UserError:
+        let_first_report()
+        raise

@@ -1,0 +1,318 @@
+"""The reading half of the loader: clips of one rank, in order, read in loader workers.
+
+Workers divide the work and not the order: worker w of n reads every n-th chunk, and the loader hands the chunks out
+in turn, so that the main process sees one sequence whatever n is. Each worker reads the row groups that its chunks have
+rows of, which in a shuffled block are all: decoding and resampling are divided, fetching the bytes is not.
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch.utils.data import DataLoader
+
+from llama_mimi.audio.reading import AudioError, read_audio
+from llama_mimi.data.corpora import AudioCorpus
+from llama_mimi.common.errors import UserError, first_line
+from llama_mimi.data.order import ClipRef, RowsInOrder, ShuffledOrder, in_chunks
+from llama_mimi.common.ranks import end_with_parent
+from llama_mimi.data.code_store import CodeCorpus, CodeGroup
+
+# A share is judged on at least this many clips: one bad clip among the first ten is no 10 %.
+MIN_CLIPS_FOR_SHARE = 100
+_NO_SAMPLES = torch.empty(0)
+# Every skipped clip is counted; only so many are named one by one.
+MAX_NAMED_CLIPS = 20
+
+
+@dataclass(frozen=True)
+class SkippedClip:
+    """A row that could not be used: its reason (a short category) and one sentence that names it."""
+
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
+class AudioClip:
+    """One usable row of audio.
+
+    Args:
+        name: id or path, for messages.
+        samples_S: mono float32 at the codec's rate.
+        is_cut: the recording went on after the longest audio wanted, or broke off.
+        text: transcript, or None where the task needs none.
+        speaker: where the corpus says it and it was asked for.
+        remarks: as `llama_mimi.audio.reading.Waveform`.
+    """
+
+    name: str
+    samples_S: torch.Tensor
+    is_cut: bool
+    text: str | None
+    speaker: str | None = None
+    remarks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class CodedClip:
+    """One usable row of codes.
+
+    Args:
+        name: id or path, for messages.
+        codes_TQ: of the levels wanted.
+        is_cut: the recording went on.
+        text: transcript, or None where the task needs none.
+        remarks: as `AudioClip`; codes do not keep them.
+    """
+
+    name: str
+    codes_TQ: np.ndarray
+    is_cut: bool
+    text: str | None
+    remarks: tuple[str, ...] = ()
+
+
+Clip = AudioClip | CodedClip | SkippedClip
+
+
+@dataclass
+class Chunk:
+    """Consecutive clips of a sequence, with where each lies."""
+
+    refs: list[ClipRef]
+    clips: list[Clip]
+
+
+@dataclass
+class SentChunk:
+    """A chunk on its way from a loader worker. The main process gets a tensor as shared memory and copies nothing.
+
+    Args:
+        refs, clips: as `Chunk`, but the clips' samples are empty.
+        lengths_B: samples of each clip.
+        samples_N: of all clips, end to end: one tensor, as each costs a file descriptor.
+    """
+
+    refs: list[ClipRef]
+    clips: list[Clip]
+    lengths_B: list[int]
+    samples_N: torch.Tensor
+
+    @classmethod
+    def pack(cls, refs: list[ClipRef], clips: list[Clip]) -> "SentChunk":
+        samples = [(clip.samples_S if isinstance(clip, AudioClip) else _NO_SAMPLES).numpy() for clip in clips]
+        # With NumPy: PyTorch's own threads may hang in a process that was forked from one that has used them.
+        samples_N = torch.from_numpy(np.concatenate(samples))
+        lengths_B = [len(samples_S) for samples_S in samples]
+        return cls(refs, [_with_samples(clip, _NO_SAMPLES) for clip in clips], lengths_B, samples_N)
+
+    def unpack(self) -> Chunk:
+        parts = self.samples_N.split(self.lengths_B)
+        return Chunk(self.refs, [_with_samples(clip, part) for clip, part in zip(self.clips, parts, strict=True)])
+
+
+def _with_samples(clip: Clip, samples_S: torch.Tensor) -> Clip:
+    return dataclasses.replace(clip, samples_S=samples_S) if isinstance(clip, AudioClip) else clip
+
+
+class AudioReader:
+    """Rows of audio -> waveforms.
+
+    Args:
+        corpus: where they lie.
+        sample_rate_hz, frame_size: of the codec; shorter clips than a frame are skipped.
+        max_frames: longer clips are cut.
+        with_text: rows without a transcript are skipped.
+    """
+
+    def __init__(
+        self, corpus: AudioCorpus, *, sample_rate_hz: int, frame_size: int, max_frames: int, with_text: bool = False
+    ) -> None:
+        self.corpus = corpus
+        self._sample_rate_hz, self._frame_size, self._with_text = sample_rate_hz, frame_size, with_text
+        self._max_seconds = max_frames * frame_size / sample_rate_hz
+
+    def clip(self, table: pa.Table, ref: ClipRef) -> Clip:
+        """One row of the row group ``table``; whatever is wrong with it, it is skipped with a reason."""
+        name = self.corpus.row_name(ref.group, ref.row)
+        try:
+            values = {role: table[role][ref.row].as_py() for role in table.column_names}
+            audio = values["audio"] or {}
+            name = _label(values.get("id")) or _label(audio.get("path")) or name
+            return self._clip(name, audio, values, ref)
+        except AudioError as error:
+            return SkippedClip(error.reason, str(error))
+        except Exception as error:  # one odd row in a million must not end the run, whatever is odd about it
+            what = f"{type(error).__name__}: {first_line(error)[:200]}"
+            return SkippedClip("unexpected", f"'{name}' cannot be read ({what})")
+
+    def _clip(self, name: str, audio: dict[str, Any], values: dict[str, Any], ref: ClipRef) -> AudioClip:
+        if self._with_text and not values["text"]:
+            raise AudioError("no text", f"'{name}' has no text")
+        waveform = read_audio(
+            self._source(name, audio, ref),
+            self._sample_rate_hz,
+            max_seconds=self._max_seconds,
+            name=name,
+            min_samples=self._frame_size,
+        )
+        return AudioClip(
+            name,
+            waveform.samples_S,
+            waveform.is_cut,
+            _transcript(name, values.get("text")),
+            _label(values.get("speaker")),
+            waveform.remarks,
+        )
+
+    def _source(self, name: str, audio: dict[str, Any], ref: ClipRef) -> bytes | str:
+        content, path = audio.get("bytes"), audio.get("path") or None
+        if content is None and path is None:
+            raise AudioError("no audio", f"'{name}' has neither audio bytes nor a path")
+        content = b"" if content is None else content
+        if not isinstance(content, bytes):
+            raise AudioError(
+                "not bytes",
+                f"'{name}' holds its audio as {type(content).__name__}, not as bytes; write the bytes of its file",
+            )
+        if content or path is None:
+            return content
+        try:
+            source = self.corpus.open_path(path, ref.group)
+        except OSError as error:
+            raise AudioError("missing", f"'{name}' cannot be opened ({error}); check its path") from error
+        is_there = isinstance(source, bytes) or os.path.exists(source)
+        return source if is_there or audio["bytes"] is None else content
+
+
+class CodeReader:
+    """Rows of a tokenised corpus -> codes.
+
+    Args:
+        corpus: where they lie.
+        max_frames: longer clips are cut.
+        with_text: rows without a transcript are skipped.
+    """
+
+    def __init__(self, corpus: CodeCorpus, *, max_frames: int, with_text: bool) -> None:
+        self.corpus = corpus
+        self._max_frames, self._with_text = max_frames, with_text
+
+    def clip(self, group: CodeGroup, ref: ClipRef) -> Clip:
+        """One row of a row group."""
+        row = ref.row
+        name = group.columns["id"][row]
+        text = group.columns["text"][row] if self._with_text else None
+        if self._with_text and not text:
+            return SkippedClip("no text", f"'{name}' has no text")
+        codes_TQ = group.codes(row)
+        is_cut = group.columns["is_cut"][row] or len(codes_TQ) > self._max_frames
+        return CodedClip(name, codes_TQ[: self._max_frames].copy(), is_cut, text)
+
+
+ClipReader = AudioReader | CodeReader
+
+
+class ClipStream(torch.utils.data.IterableDataset):
+    """Chunks of clips; in a loader worker only that worker's.
+
+    Args:
+        readers: one a corpus.
+        order: where to read. A `ShuffledOrder` is cloned at each iteration, so that it can be moved as clips are
+            used.
+        chunk_size: clips read at once.
+    """
+
+    def __init__(self, readers: Sequence[ClipReader], order: ShuffledOrder | RowsInOrder, chunk_size: int) -> None:
+        self._readers, self._order, self._chunk_size = readers, order, chunk_size
+        # Row groups of the window that is being read, for each corpus.
+        self._window: list[int | None] = [None] * len(readers)
+        self._groups: list[dict[int, Any]] = [{} for _ in readers]
+
+    def load(self, **workers: Any) -> Iterator[Chunk]:
+        """All chunks, read in loader workers.
+
+        Args:
+            workers: keyword arguments of PyTorch's DataLoader.
+
+        Raises:
+            UserError: a file is damaged.
+        """
+        # Its own generator: PyTorch draws a seed for the workers, which must not move the one that training draws from.
+        generator = torch.Generator()
+        chunks = DataLoader(
+            self,
+            batch_size=None,
+            collate_fn=_unchanged,
+            generator=generator,
+            worker_init_fn=partial(_end_with, os.getpid()),
+            **workers,
+        )
+        for chunk in chunks:
+            if isinstance(chunk, UserError):
+                raise chunk
+            yield chunk.unpack() if isinstance(chunk, SentChunk) else chunk
+
+    def __iter__(self) -> Iterator[Chunk | SentChunk | UserError]:
+        """Chunks; an error is handed over as a value, as what a worker raises would come with its traceback."""
+        worker = torch.utils.data.get_worker_info()
+        number, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        refs = self._order.clone() if isinstance(self._order, ShuffledOrder) else self._order
+        for index, chunk in enumerate(in_chunks(refs, self._chunk_size)):
+            if index % num_workers == number:
+                try:
+                    clips = [self._read(ref) for ref in chunk]
+                except UserError as error:
+                    yield UserError(str(error))
+                    return
+                yield SentChunk.pack(chunk, clips) if worker else Chunk(chunk, clips)
+
+    def _read(self, ref: ClipRef) -> Clip:
+        reader, groups = self._readers[ref.corpus], self._groups[ref.corpus]
+        if self._window[ref.corpus] != ref.window:
+            groups.clear()
+            self._window[ref.corpus] = ref.window
+        if ref.group not in groups:
+            groups[ref.group] = reader.corpus.read_group(ref.group)
+        return reader.clip(groups[ref.group], ref)
+
+
+def _transcript(name: str, value: Any) -> str | None:
+    try:
+        return value.decode() if isinstance(value, bytes) else value
+    except UnicodeDecodeError as error:
+        raise AudioError("text is no UTF-8", f"the text of '{name}' is no UTF-8 ({error})") from error
+
+
+def _label(value: Any) -> str | None:
+    """An id or a speaker: text, bytes of it, or a number."""
+    if isinstance(value, bytes):
+        return value.decode(errors="backslashreplace")
+    return None if value is None else str(value)
+
+
+def is_too_many(num_skipped: int, num_read: int, max_bad_share: float) -> bool:
+    """Whether more than the allowed share of the clips was skipped."""
+    return num_skipped > max_bad_share * max(num_read, MIN_CLIPS_FOR_SHARE)
+
+
+def _end_with(parent: int, worker: int) -> None:
+    """End a loader worker with the process that reads from it, also if that is killed.
+
+    It would otherwise wait for ever to hand over what it has read, as its siblings hold the pipe open, and with it the
+    run's output.
+    """
+    end_with_parent()
+    if os.getppid() != parent:  # it was killed before
+        os._exit(1)
+
+
+def _unchanged(chunk: Any) -> Any:
+    return chunk

@@ -1,0 +1,246 @@
+"""Writing a tokenised corpus: its plan, its shards, and the manifest at the end."""
+
+import json
+import math
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from llama_mimi.audio.mimi import DEFAULT_CODEC, CodecAttention, MimiCodec, codec_hash
+from llama_mimi.audio.reading import DAMAGED, RESAMPLER
+from llama_mimi.common.errors import UserError
+from llama_mimi.common.files import PARTIAL, file_system, read_json, sizes_in, write_atomically
+from llama_mimi.common.versions import versions
+from llama_mimi.data.clips import MAX_NAMED_CLIPS, is_too_many
+from llama_mimi.data.code_store import (
+    CLIPS_PER_GROUP,
+    FORMAT,
+    MANIFEST,
+    NOTES,
+    OPTIONAL_COLUMNS,
+    PLAN,
+    StoredClip,
+    shard_bytes,
+)
+from llama_mimi.data.corpora import FOOTER_THREADS, AudioCorpus, read_footer
+
+# By default shards are of so many clips, 3 MB for clips of 14 s, but a small corpus has so many shards for its ranks.
+CLIPS_PER_SHARD, MIN_SHARDS = 2048, 64
+
+
+@dataclass
+class TokenizationOptions:
+    corpus: str
+    """Named corpus, folder, or Parquet path or glob"""
+
+    output_dir: str
+    """Folder of the shards, local or any fsspec path"""
+
+    dataset_path: str | None = None
+    """Local download of a named corpus"""
+
+    split: str | None = None
+    """Of a folder that holds several, such as train-*, test-*"""
+
+    codec: str = DEFAULT_CODEC
+    """Hub id or folder"""
+
+    num_quantizers: int = 8
+    """Levels to store; training takes any prefix"""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 changes about 2 % of the codes"""
+
+    codec_attention: CodecAttention = "windowed"
+    """Of the codec; see codec.attention of training"""
+
+    audio_column: str = "audio"
+
+    text_column: str = "text"
+    """Stored where the corpus has it"""
+
+    speaker_column: str = "speaker"
+    """Stored where the corpus has it"""
+
+    max_audio_seconds: float = 120.0
+    """Longer clips are cut, and counted"""
+
+    clips_per_shard: int | None = None
+    """At least; lost by a kill. By default 2,048, or fewer to have 64 shards"""
+
+    batch_seconds: float | None = None
+    """Audio encoded at once, padded; by default what suits the device"""
+
+    num_workers: int = 2
+    """Processes a rank that read and resample"""
+
+    max_bad_share: float = 0.01
+    """Stop when a larger share of the clips cannot be used"""
+
+
+def make_plan(options: TokenizationOptions, corpus: AudioCorpus, codec: MimiCodec) -> dict[str, Any]:
+    """What will be made of what; the same on every rank and at every start."""
+    shards: list[dict[str, Any]] = []
+    wanted = options.clips_per_shard or min(CLIPS_PER_SHARD, math.ceil(int(corpus.sizes_G.sum()) / MIN_SHARDS))
+    first, clips = 0, 0
+    for group, size in enumerate(corpus.sizes_G.tolist()):
+        clips += size
+        if clips >= wanted or group + 1 == len(corpus.sizes_G):
+            shards.append({"file": f"shard-{len(shards):06d}.parquet", "groups": [first, group + 1], "clips": clips})
+            first, clips = group + 1, 0
+    return {
+        "format": FORMAT,
+        "corpus": options.corpus,
+        "corpus_sha256": corpus.fingerprint,
+        "codec": {
+            "name": options.codec,
+            "sha256": codec_hash(options.codec),
+            "num_quantizers": options.num_quantizers,
+            "codebook_size": codec.codebook_size,
+            "frame_rate_hz": codec.frame_rate_hz,
+            "dtype": options.dtype,
+            "attention": codec.attention,
+        },
+        "resampler": RESAMPLER,
+        "max_audio_seconds": options.max_audio_seconds,
+        "columns": ["id", "codes", "duration", "is_cut", *(c for c in OPTIONAL_COLUMNS if c in corpus.columns)],
+        "clips_per_group": CLIPS_PER_GROUP,
+        "shards": shards,
+    }
+
+
+def begin(output_dir: str, plan: dict[str, Any]) -> list[int]:
+    """Write or compare the plan, remove what was cut off, and list the shards that are missing."""
+    earlier = read_json(output_dir, PLAN)
+    if earlier is None:
+        write_atomically(output_dir, PLAN, json.dumps(plan, indent=1).encode())
+    else:
+        compare(output_dir, earlier, plan)
+    fs, folder = file_system(output_dir)
+    found = sizes_in(output_dir)
+    for name in found:
+        if name.endswith(PARTIAL):
+            fs.rm_file(f"{folder}/{name}")
+    return [index for index, shard in enumerate(plan["shards"]) if shard["file"] not in found]
+
+
+def compare(output_dir: str, earlier: dict[str, Any], plan: dict[str, Any]) -> None:
+    """Refuse to go on with what was begun in another way.
+
+    Raises:
+        UserError: what differs, and how it was.
+    """
+    remedy = "start again as it was begun, or choose another --output_dir"
+    if earlier.get("corpus_sha256") != plan["corpus_sha256"]:
+        raise UserError(
+            f"'{output_dir}' was begun with the corpus '{earlier.get('corpus')}', which is not what "
+            f"'{plan['corpus']}' holds now; {remedy}"
+        )
+    if (resampler := earlier.get("resampler", "torchaudio")) != plan["resampler"]:
+        raise UserError(
+            f"'{output_dir}' was begun by a version that resampled by {resampler}, not {plan['resampler']}, and cannot "
+            "be continued; choose another --output_dir"
+        )
+    codec, codec_before = plan["codec"], earlier.get("codec", {})
+    parts = {"--codec with the hash": (codec_before.get("sha256"), codec["sha256"])}  # it may be named in other ways
+    parts |= {f"--{key}": (codec_before.get(key), codec[key]) for key in ("num_quantizers", "dtype")}
+    parts |= {name: (earlier.get(name), plan[name]) for name in ("format", "columns")}
+    parts["--codec_attention"] = (codec_before.get("attention", "windowed"), codec["attention"])
+    parts["--max_audio_seconds"] = (earlier.get("max_audio_seconds"), plan["max_audio_seconds"])
+    for name, (before, now) in parts.items():
+        if before != now:
+            raise UserError(f"'{output_dir}' was begun with {name} {before!r}, not {now!r}; {remedy}")
+    if earlier.get("shards") != plan["shards"]:
+        raise UserError(f"'{output_dir}' was begun with another --clips_per_shard; {remedy}")
+
+
+def write_shard(
+    output_dir: str, plan: dict[str, Any], shard: int, clips: list[StoredClip], skipped: list[dict[str, str]]
+) -> None:
+    notes = {
+        "columns": plan["columns"],
+        "clips": len(clips),
+        "cut": sum(clip.is_cut and DAMAGED not in clip.remarks for clip in clips),
+        "remarks": [[clip.name, remark] for clip in clips for remark in clip.remarks],
+        "seconds": sum(clip.seconds for clip in clips),
+        "by_second": by_second(clips),
+        "skipped": skipped,
+    }
+    content = shard_bytes(clips, plan["codec"]["num_quantizers"], notes)
+    write_atomically(output_dir, plan["shards"][shard]["file"], content)
+
+
+def by_second(clips: list[StoredClip]) -> list[list[float]]:
+    """Number and seconds of the clips that last less than 1 s, less than 2 s, and so on."""
+    totals = [[0, 0.0] for _ in range(max((int(clip.seconds) for clip in clips), default=0) + 1)]
+    for clip in clips:
+        totals[int(clip.seconds)][0] += 1
+        totals[int(clip.seconds)][1] += clip.seconds
+    return totals
+
+
+def finish(options: TokenizationOptions, plan: dict[str, Any]) -> None:
+    """Add up what the shards say of themselves, and write the manifest."""
+    sizes = sizes_in(options.output_dir)
+    paths = [f"{options.output_dir.rstrip('/')}/{shard['file']}" for shard in plan["shards"]]
+    with ThreadPoolExecutor(FOOTER_THREADS) as pool:
+        said = list(pool.map(read_notes, paths))
+    shards, seconds, cut = [], 0.0, 0
+    reasons: Counter[str] = Counter()
+    numbers: Counter[int] = Counter()
+    totals: Counter[float] = Counter()
+    remarks: Counter[str] = Counter()
+    messages: list[str] = []
+    remarked: list[str] = []
+    for shard, (num_rows, notes) in zip(plan["shards"], said, strict=True):
+        if notes["clips"] + len(notes["skipped"]) != shard["clips"] or num_rows != notes["clips"]:
+            raise UserError(f"'{shard['file']}' does not hold its {shard['clips']} clips; delete it and start again")
+        shards.append({"file": shard["file"], "clips": notes["clips"], "bytes": sizes[shard["file"]]})
+        seconds, cut = seconds + notes["seconds"], cut + notes["cut"]
+        for second, (number, total) in enumerate(notes["by_second"]):
+            numbers[second] += number
+            totals[second] += total
+        reasons.update(clip["reason"] for clip in notes["skipped"])
+        messages += [clip["message"] for clip in notes["skipped"]][: MAX_NAMED_CLIPS - len(messages)]
+        of_shard = notes.get("remarks", [])  # there were none once
+        remarks.update(remark for _, remark in of_shard)
+        remarked += [f"'{name}': {remark}" for name, remark in of_shard][: MAX_NAMED_CLIPS - len(remarked)]
+    clips = sum(shard["clips"] for shard in shards)
+    for message in messages:
+        print(f"skipped: {message}", flush=True)
+    for line in remarked:
+        print(f"clip {line}", flush=True)
+    if is_too_many(reasons.total(), clips + reasons.total(), options.max_bad_share):
+        raise too_many(reasons.total(), clips + reasons.total(), options.max_bad_share, messages[-1])
+    manifest = {
+        **plan,
+        "shards": shards,
+        "clips": clips,
+        "hours": seconds / 3600,
+        "by_second": [[numbers[second], totals[second]] for second in range(max(numbers) + 1)],
+        "cut": cut,
+        "skipped": dict(reasons),
+        "skipped_first": messages,
+        "remarks": dict(remarks),
+        "versions": versions(),
+    }
+    write_atomically(options.output_dir, MANIFEST, json.dumps(manifest, indent=1).encode())
+    print(
+        f"{options.output_dir}: {clips:,} clips, {seconds / 3600:.2f} h, {len(shards)} shards, "
+        f"{sum(shard['bytes'] for shard in shards) / 1e6:.1f} MB; {cut} cut, {reasons.total()} skipped"
+        + "".join(f", {number} {remark}" for remark, number in remarks.items())
+    )
+
+
+def read_notes(path: str) -> tuple[int, dict[str, Any]]:
+    """Rows of a shard, and what it says about itself."""
+    footer = read_footer(path)
+    return footer.num_rows, json.loads(footer.schema.to_arrow_schema().metadata[NOTES])
+
+
+def too_many(num_skipped: int, num_read: int, allowed: float, last: str) -> UserError:
+    return UserError(
+        f"{num_skipped} of {num_read} clips could not be used, more than --max_bad_share {allowed:g} (the last: "
+        f"{last}); repair the corpus or raise --max_bad_share"
+    )

@@ -1,0 +1,182 @@
+"""Where a corpus lies: a name, a folder, a Parquet path or a glob, local or on any fsspec file system, to its files."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llama_mimi.common.errors import UserError, first_line
+from llama_mimi.common.files import file_system, find_files
+
+PARQUET_ENDINGS = (".parquet", ".pq")
+
+
+@dataclass(frozen=True)
+class NamedCorpus:
+    """Where a published corpus lies and what its columns are called.
+
+    Args:
+        hub_id: dataset repository.
+        config: its configuration on the hub, which is also the folder of a local download.
+        split: its split, which is also how the Parquet files of a local download begin.
+        text_column: transcript.
+    """
+
+    hub_id: str
+    config: str
+    split: str
+    text_column: str = "text"
+
+
+# Layouts as published on the hub: <config>/<split>-*.parquet with columns audio{bytes,path} and text.
+CORPORA = {
+    "peoples_speech": NamedCorpus("MLCommons/peoples_speech", "clean", "train"),
+    "peoples_speech_validation": NamedCorpus("MLCommons/peoples_speech", "validation", "validation"),
+    **{
+        f"librispeech_{config}_{split}": NamedCorpus("openslr/librispeech_asr", config, split)
+        for config, split in (
+            ("clean", "train.100"),
+            ("clean", "train.360"),
+            ("other", "train.500"),
+            ("clean", "validation"),
+            ("other", "validation"),
+            ("clean", "test"),
+            ("other", "test"),
+        )
+    },
+}
+
+
+# Words that name a split, by the hub's rules (huggingface.co/docs/hub/datasets-file-names-and-splits).
+SPLIT_WORDS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "dev", "val"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+# Beyond these rules capitals do not matter, and "=" stands between words, too: split=train is a folder of Hive.
+_SPLIT_WORD = re.compile(rf"(?:^|[-._= 0-9])({'|'.join(SPLIT_WORDS)})(?=[-._= 0-9]|$)")
+_SPLIT_OF_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\S*\.\w+")
+
+
+def corpus_files(dataset: str, dataset_path: str | None, split: str | None) -> list[str]:
+    """Parquet files of a corpus, in order, as fsspec paths.
+
+    Args:
+        dataset: a name in `CORPORA`, a folder, or a Parquet path or glob.
+        dataset_path: local download of a named corpus; None finds it on the hub.
+        split: of a folder that holds several.
+
+    Raises:
+        UserError: there is none, or a folder holds several splits and it is not said which.
+    """
+    named = CORPORA.get(dataset)
+    if named is not None:
+        if split is not None:
+            raise UserError(
+                f"the split '{split}' was asked for, but the corpus '{dataset}' is the split '{named.split}' of "
+                f"{named.hub_id}; leave it out"
+            )
+        return _hub_files(dataset, named) if dataset_path is None else _local_files(dataset, named, dataset_path)
+    if dataset_path is not None:
+        raise UserError(
+            f"dataset_path is '{dataset_path}', but dataset '{dataset}' is no named corpus; "
+            f"name the folder itself as dataset, or one of: {', '.join(CORPORA)}"
+        )
+    return parquet_files(dataset, split)
+
+
+def _hub_files(name: str, named: NamedCorpus) -> list[str]:
+    try:
+        files = _named_files(f"hf://datasets/{named.hub_id}", named)
+        reason = "no such files"
+    except Exception as error:  # the hub's client raises what its transports raise
+        files, reason = [], first_line(error)
+    if not files:
+        raise UserError(
+            f"the corpus '{name}' could not be opened on the hub ({reason}); download it with "
+            f"`hf download {named.hub_id} --repo-type dataset --local-dir FOLDER` and set dataset_path to FOLDER"
+        )
+    return files
+
+
+def _local_files(name: str, named: NamedCorpus, dataset_path: str) -> list[str]:
+    files = _named_files(dataset_path, named)
+    if not files:
+        raise UserError(
+            f"'{dataset_path}' holds no {named.config}/{named.split}-*.parquet of the corpus '{name}'; download it "
+            f"with `hf download {named.hub_id} --repo-type dataset --local-dir {dataset_path}`"
+        )
+    return files
+
+
+def _named_files(root: str, named: NamedCorpus) -> list[str]:
+    for pattern in (f"{named.config}/{named.split}-*.parquet", f"{named.config}/{named.split}/*.parquet"):
+        files = find_files(f"{root.rstrip('/')}/{pattern}", PARQUET_ENDINGS)
+        if files:
+            return files
+    return []
+
+
+def check_corpus(dataset: str, dataset_path: str | None, split: str | None) -> None:
+    """Fail early, without opening a file, if a local corpus is not there.
+
+    Raises:
+        UserError: as `open_corpus`.
+    """
+    if dataset not in CORPORA or dataset_path is not None:
+        corpus_files(dataset, dataset_path, split)
+
+
+def parquet_files(dataset: str, split: str | None = None) -> list[str]:
+    """Parquet files of a folder, path or glob, in order, as fsspec paths.
+
+    Raises:
+        UserError: there is none, or a folder holds several splits and it is not said which.
+    """
+    files = find_files(dataset, PARQUET_ENDINGS)
+    if not files:
+        raise UserError(
+            f"no Parquet file matches the dataset '{dataset}'; name a folder, a Parquet path or glob, a "
+            "folder of codes by scripts/tokenize_corpus.py, "
+            f"or one of: {', '.join(CORPORA)}"
+        )
+    fs, bare = file_system(dataset)
+    is_folder = fs.isdir(bare)
+    splits = splits_in(bare, [file_system(file)[1] for file in files]) if is_folder else [None] * len(files)
+    found = list(dict.fromkeys(name for name in splits if name))
+    if split is None:
+        if len(found) > 1:
+            raise UserError(
+                f"the folder '{dataset}' holds the splits {', '.join(found)}; choose one (data.split, "
+                "data.validation_split, or --split of a script), or name its files by a glob"
+            )
+        return files
+    wanted = SPLIT_WORDS.get(split, split)
+    chosen = [file for file, name in zip(files, splits, strict=True) if name == wanted]
+    if not chosen:
+        raise UserError(
+            f"the split '{split}' was asked for, but '{dataset}' "
+            + (f"holds {', '.join(found) or 'no splits'}" if is_folder else "is no folder")
+            + "; leave it out, or name files by a glob"
+        )
+    return chosen
+
+
+def splits_in(folder: str, files: Sequence[str]) -> list[str | None]:
+    """The split of each file, by the hub's rules; None where its path names none.
+
+    Files are called ``data/<split>-00000-of-00001.parquet``, or have one of `SPLIT_WORDS` between other characters than
+    letters in the name of a folder below ``folder``, or in their own; the first rule that any file meets holds for all.
+    """
+    below = [file[len(folder.rstrip("/")) + 1 :].split("/") for file in files]
+    shards = [
+        match[1] if parts[:-1] == ["data"] and (match := _SPLIT_OF_SHARD.fullmatch(parts[-1])) else None
+        for parts in below
+    ]
+    folders = [next((word for part in reversed(parts[:-1]) if (word := _split_word(part))), None) for parts in below]
+    names = [_split_word(parts[-1]) for parts in below]
+    return next((rule for rule in (shards, folders, names) if any(rule)), names)
+
+
+def _split_word(name: str) -> str | None:
+    match = _SPLIT_WORD.search(name.lower())
+    return SPLIT_WORDS[match[1]] if match else None

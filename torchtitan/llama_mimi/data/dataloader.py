@@ -1,0 +1,269 @@
+"""TorchTitan's dataloader seam: clips come from workers; here audio is encoded, in batches on the training device,
+and codes become rows of tokens.
+
+The state is a position (`llama_mimi.data.order`): behind the last clip that a batch has used up, not behind what workers
+have read ahead.
+"""
+
+import dataclasses
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torchtitan.components.dataloader import BaseDataLoader
+from torchtitan.tools.logging import logger
+
+from llama_mimi.audio.reading import DAMAGED
+from llama_mimi.common.batching import map_ahead
+from llama_mimi.data.clips import (
+    MAX_NAMED_CLIPS,
+    MIN_CLIPS_FOR_SHARE,
+    AudioClip,
+    Chunk,
+    ClipReader,
+    ClipStream,
+    CodedClip,
+    SkippedClip,
+    is_too_many,
+)
+from llama_mimi.audio.mimi import MimiCodec
+from llama_mimi.common.errors import UserError
+from llama_mimi.data.order import ClipRef, Position, RowsInOrder, ShuffledOrder, deal
+from llama_mimi.data.packing import Batch, BatchPacker
+
+# How often the counts are logged.
+CLIPS_PER_REPORT = 1000
+
+
+@dataclass
+class DataMeter:
+    """What a loader tells the metrics.
+
+    Args:
+        codec_seconds: spent encoding since this was last set to 0.
+        num_clips, num_frames: in batches since the run began; after a resume rank 0 goes on from the sum of all.
+    """
+
+    codec_seconds: float = 0.0
+    num_clips: int = 0
+    num_frames: int = 0
+
+
+class UnitDataLoader(BaseDataLoader):
+    """Batches of token ids from chunks of clips.
+
+    Args:
+        readers: one a corpus.
+        order: this rank's sequence of clips: a `ShuffledOrder`, endless and resumable, or rows to read once.
+        packer: fills the batches.
+        codec: turns samples into codes, on the training device; None where all corpora are codes.
+        dp_rank, dp_world_size: this rank and how many there are.
+        dataset: its name, for messages.
+        chunk_size: clips read and encoded at once.
+        max_bad_share: raise when a larger share of the clips cannot be used.
+        workers: keyword arguments of PyTorch's DataLoader.
+        meter: told what goes on here.
+        chunks_ahead: encoded by a thread, on a stream of its own, while batches before are trained on. The position
+            does not depend on it.
+    """
+
+    def __init__(
+        self,
+        readers: list[ClipReader],
+        order: ShuffledOrder | RowsInOrder,
+        packer: BatchPacker,
+        codec: MimiCodec | None,
+        *,
+        dp_rank: int,
+        dp_world_size: int,
+        dataset: str,
+        chunk_size: int,
+        max_bad_share: float,
+        workers: dict[str, Any],
+        meter: DataMeter | None = None,
+        chunks_ahead: int = 0,
+    ) -> None:
+        self._readers, self._order, self._packer, self._codec = readers, order, packer, codec
+        self._dp_rank, self._dp_world_size = dp_rank, dp_world_size
+        self.dataset, self._chunk_size, self._max_bad_share = dataset, chunk_size, max_bad_share
+        self._workers = workers
+        self._meter, self._chunks_ahead = meter or DataMeter(), chunks_ahead
+        self._stream = torch.cuda.Stream() if chunks_ahead and torch.cuda.is_available() else None
+        self._counts: Counter[str] = Counter()  # clips read, cut, and skipped by reason
+        self._num_clips = sum(int(reader.corpus.sizes_G.sum()) for reader in readers)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches without end, or the rows once, the last batch filled up with padding.
+
+        Raises:
+            UserError: too many clips, or all of them, cannot be used.
+        """
+        for ref, clip in self._clips():
+            self._count(ref, clip)
+            if isinstance(clip, SkippedClip):
+                self._use_up(ref)
+                continue
+            codes_TQ, frame = clip.codes_TQ, ref.frame
+            if frame >= len(codes_TQ):  # resumed with a shorter max_audio_seconds
+                self._use_up(ref)
+            while frame < len(codes_TQ):
+                frame += self._packer.add(codes_TQ[frame:], is_cut=clip.is_cut, text=clip.text)
+                if frame < len(codes_TQ):
+                    self._use_frames(frame)
+                else:
+                    self._use_up(ref)
+                if self._packer.is_full:
+                    yield self._take()
+        if not self._packer.is_empty:
+            yield self._take()
+
+    @property
+    def num_read(self) -> int:
+        """Clips read so far, skipped ones among them."""
+        return self._counts["read"]
+
+    def empty_batch(self) -> Batch:
+        """A batch of padding, for a rank that has run out of clips while others have not."""
+        assert self._packer.is_empty
+        return self._packer.take()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position of all ranks, which every rank returns alike: a collective."""
+        assert isinstance(self._order, ShuffledOrder)
+        ranks = _gather({"rank": self._dp_rank, "position": self._order.position.to_json(), "counts": self._counts})
+        by_rank = {rank["rank"]: rank for rank in ranks}  # tensor-parallel ranks share a position
+        state = {
+            "ranks": [by_rank[rank]["position"] for rank in sorted(by_rank)],
+            "counts": sum((Counter(rank["counts"]) for rank in by_rank.values()), Counter()),
+            "of": self._order.fingerprint,
+        }
+        # One JSON string, because a checkpoint loads only keys that exist beforehand.
+        return {"position": json.dumps(state)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a position, saved by any number of ranks.
+
+        Raises:
+            UserError: it is a position in other data.
+        """
+        if not state_dict:
+            return
+        assert isinstance(self._order, ShuffledOrder)
+        state = json.loads(state_dict["position"])
+        for key, now in self._order.fingerprint.items():
+            if (saved := state["of"][key]) != now:
+                raise UserError(
+                    f"the checkpoint is a position in data with {key} {saved!r}, not {now!r} as '{self.dataset}' now; "
+                    "restore that, or begin the data anew with --checkpoint.exclude_from_loading dataloader"
+                )
+        positions = deal([Position.from_json(position) for position in state["ranks"]], self._dp_world_size)
+        self._order.position = positions[self._dp_rank]
+        self._counts = Counter(state["counts"] if self._dp_rank == 0 else {})
+        if self._counts["read"] and "frames" not in self._counts:
+            logger.warning("the checkpoint is older than the count of hours seen, which begins here")
+
+    def _take(self) -> Batch:
+        counts, meter = self._counts, self._meter
+        counts["frames"] += self._packer.num_frames
+        meter.num_clips, meter.num_frames = counts["read"] - counts["skipped"], counts["frames"]
+        return self._packer.take()
+
+    def _clips(self) -> Iterator[tuple[ClipRef, CodedClip | SkippedClip]]:
+        stream = ClipStream(self._readers, self._order, self._chunk_size)
+        for refs, clips, seconds in map_ahead(self._encode, stream.load(**self._workers), self._chunks_ahead):
+            self._meter.codec_seconds += seconds
+            yield from zip(refs, clips, strict=True)
+
+    def _encode(self, chunk: Chunk) -> tuple[list[ClipRef], list[CodedClip | SkippedClip], float]:
+        """Where clips lie, their codes, and the seconds that took. The samples, which are large, are let go."""
+        waveforms = [clip.samples_S for clip in chunk.clips if isinstance(clip, AudioClip)]
+        start = time.perf_counter()
+        codes: list[torch.Tensor] = []
+        if waveforms:
+            assert self._codec is not None
+            with ExitStack() as beside:
+                if self._stream is not None:  # with its device, as a thread begins, and would end, on the first one
+                    beside.enter_context(torch.cuda.device(self._stream.device))
+                    beside.enter_context(torch.cuda.stream(self._stream))
+                codes = self._codec.encode_many(waveforms)
+        seconds = time.perf_counter() - start
+        codes_of_audio = iter(codes)
+        clips = [
+            CodedClip(clip.name, next(codes_of_audio).numpy(), clip.is_cut, clip.text, clip.remarks)
+            if isinstance(clip, AudioClip)
+            else clip
+            for clip in chunk.clips
+        ]
+        return chunk.refs, clips, seconds
+
+    def _use_up(self, ref: ClipRef) -> None:
+        if isinstance(self._order, ShuffledOrder):
+            taken = self._order.take()
+            assert dataclasses.replace(taken, frame=0) == dataclasses.replace(ref, frame=0), "the stream left its order"
+
+    def _use_frames(self, frames: int) -> None:
+        if isinstance(self._order, ShuffledOrder):
+            self._order.use_frames(frames)
+
+    def _count(self, ref: ClipRef, clip: CodedClip | SkippedClip) -> None:
+        """Count a clip, and name it if it is skipped.
+
+        Raises:
+            UserError: more than the allowed share is bad, or all are.
+        """
+        if ref.frame:  # counted when its beginning was read
+            return
+        counts = self._counts
+        counts["read"] += 1
+        if isinstance(clip, CodedClip):
+            self._count_remarks(clip)
+        if counts["read"] % CLIPS_PER_REPORT == 0:
+            self._report()
+        if isinstance(clip, CodedClip):
+            return
+        counts["skipped"] += 1
+        counts[f"skipped: {clip.reason}"] += 1
+        if counts["skipped"] <= MAX_NAMED_CLIPS:
+            logger.warning(f"skipped clip {counts['skipped']} ({clip.reason}): {clip.message}")
+        read, skipped = counts["read"], counts["skipped"]
+        reasons = ", ".join(f"{n} {key[9:]}" for key, n in counts.items() if key.startswith("skipped: "))
+        if skipped == read and skipped >= min(MIN_CLIPS_FOR_SHARE, self._num_clips):
+            raise UserError(
+                f"none of the first {read} clips of '{self.dataset}' that this rank read can be used ({reasons}); "
+                "repair the corpus"
+            )
+        if is_too_many(skipped, read, self._max_bad_share):
+            raise UserError(
+                f"{skipped} of {read} clips could not be used ({reasons}), more than data.max_bad_share = "
+                f"{self._max_bad_share:g}; repair the corpus or raise data.max_bad_share"
+            )
+
+    def _count_remarks(self, clip: CodedClip) -> None:
+        self._counts["cut at max_audio_seconds"] += clip.is_cut and DAMAGED not in clip.remarks
+        for remark in clip.remarks:
+            self._counts[remark] += 1
+            if self._counts[remark] <= MAX_NAMED_CLIPS:
+                logger.warning(f"clip '{clip.name}': {remark}")
+
+    def _report(self) -> None:
+        counts = {
+            **{what: number for what, number in self._counts.items() if what != "frames"},
+            "cut at seq_len": self._packer.num_cut,
+            "going on in the next row": self._packer.num_split,
+        }
+        logger.info("clips: " + ", ".join(f"{number:,} {what}" for what, number in counts.items()))
+
+
+def _gather(value: Any) -> list[Any]:
+    """``value`` of every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

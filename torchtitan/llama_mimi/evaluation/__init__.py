@@ -1,0 +1,4 @@
+"""Benchmarks: pairs of clips, how likely a model finds them, accuracies and result files.
+
+May import: generation, data, tokens, audio, common.
+"""

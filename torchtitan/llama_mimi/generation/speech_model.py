@@ -1,0 +1,81 @@
+"""A converted or released checkpoint, ready to score or continue speech."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
+
+from llama_mimi.audio.mimi import DEFAULT_CODEC, DTYPES, CodecAttention, MimiCodec, attention_of
+from llama_mimi.common.cpu import available_device
+from llama_mimi.common.errors import UserError
+from llama_mimi.common.hub import load_pretrained
+from llama_mimi.tokens.sequences import SequenceBuilder
+from llama_mimi.tokens.units import extend_tokenizer
+
+# Of the decoder: float16 is what the first release evaluates in.
+DECODER_DTYPES = {**DTYPES, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class SpeechModel:
+    """Decoder, tokenizer with units, and codec of one checkpoint, on one device."""
+
+    decoder: LlamaForCausalLM
+    sequences: SequenceBuilder
+    codec: MimiCodec
+
+    @property
+    def device(self) -> torch.device:
+        return self.codec.device
+
+    def to(self, device: torch.device | str) -> "SpeechModel":
+        """The same model on another device; its weights are moved, not copied."""
+        return SpeechModel(self.decoder.to(device), self.sequences, self.codec.to(device))
+
+
+def default_device() -> str:
+    """The GPU where there is one, else the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_speech_model(
+    model_name: str,
+    *,
+    codec_name: str | None = None,
+    attention: CodecAttention | None = None,
+    device: str | None = None,
+    dtype: str = "float32",
+) -> SpeechModel:
+    """Load a Hugging Face checkpoint of a speech language model.
+
+    Args:
+        model_name: hub id or folder.
+        codec_name: hub id or folder of its codec; None takes what the checkpoint names, else ``kyutai/mimi``, which
+            all released checkpoints use without naming it.
+        attention: of the codec; None takes what the checkpoint was trained on (`llama_mimi.audio.mimi.attention_of`).
+        device: torch device; None takes the accelerator where there is one.
+        dtype: of the decoder, a key of `DECODER_DTYPES`. The codec always runs in float32.
+
+    Raises:
+        UserError: something is missing, or decoder, tokenizer and codec do not fit together.
+    """
+    device = available_device(device or default_device())
+    decoder = load_pretrained(AutoModelForCausalLM, model_name, what="model", dtype=DECODER_DTYPES[dtype])
+    decoder.generation_config = GenerationConfig()  # sampling is set by the caller alone
+    num_quantizers = getattr(decoder.config, "num_quantizers", None)
+    if num_quantizers is None:
+        raise UserError(
+            f"the config of '{model_name}' has no num_quantizers, so it is no speech language model; "
+            "convert a training checkpoint with scripts/convert_dcp_to_hf.py"
+        )
+    codec_name = codec_name or getattr(decoder.config, "codec", None) or DEFAULT_CODEC
+    codec = MimiCodec(codec_name, num_quantizers, device, attention=attention or attention_of(decoder.config))
+    tokenizer = load_pretrained(AutoTokenizer, model_name, what="tokenizer")
+    sequences = SequenceBuilder(*extend_tokenizer(tokenizer, codec.codebook_size, num_quantizers))
+    rows = decoder.get_input_embeddings().num_embeddings
+    if rows != sequences.vocabulary.size:
+        raise UserError(
+            f"'{model_name}' has {rows} vocabulary entries, but {num_quantizers} quantizers of '{codec.name}' "
+            f"({codec.codebook_size} codes each) need {sequences.vocabulary.size}; name its own codec with --codec"
+        )
+    return SpeechModel(decoder.to(device).eval(), sequences, codec)

@@ -1,0 +1,213 @@
+"""TorchTitan's Llama 3 with what Llama-3.2-1B and packed rows need besides: tied weights, attention within a clip."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed.pipeline_parallel import pipeline_llm
+from torchtitan.models.attention import VarlenAttentionWrapper, VarlenMetadata
+from torchtitan.models.llama3 import Transformer, TransformerModelArgs, parallelize_llama
+from torchtitan.models.llama3.model.args import RoPEScalingArgs
+
+from llama_mimi.common.errors import UserError
+from llama_mimi.model.cross_entropy import PendingLogits, PendingOutput, pending_logits
+from llama_mimi.tokens.sequences import load_sequences
+
+
+@dataclass
+class LlamaMimiArgs(TransformerModelArgs):
+    """Llama 3 hyperparameters; ``vocab_size`` is set from the tokenizer and codec, never written in a flavour."""
+
+    enable_weight_tying: bool = False
+
+    @property
+    def ffn_dim(self) -> int:
+        """Width of the feed-forward layer, as TorchTitan derives it."""
+        width = int(2 * 4 * self.dim / 3)
+        if self.ffn_dim_multiplier is not None:
+            width = int(self.ffn_dim_multiplier * width)
+        return -(-width // self.multiple_of) * self.multiple_of
+
+    def update_from_config(self, job_config: Any, **kwargs: Any) -> None:
+        super().update_from_config(job_config, **kwargs)
+        codec, model = job_config.codec, job_config.model
+        sequences = load_sequences(model.hf_assets_path, codec.name, codec.num_quantizers, model.vocabulary)
+        self.vocab_size = sequences.vocabulary.size
+        if job_config.data.packing == "pack":
+            self.attn_type, self.attn_mask_type = "varlen", "block_causal"
+
+    def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
+        """Parameters and training FLOPs per token (6 a multiplied weight, plus attention).
+
+        TorchTitan leaves the embedding out of the products, which is right for a lookup; a tied embedding is also
+        the output projection and is multiplied.
+        """
+        num_params = sum(p.numel() for p in model.parameters())
+        num_multiplied = num_params - (0 if self.enable_weight_tying else self.vocab_size * self.dim)
+        attention = 6 * self.n_layers * self.n_heads * 2 * (self.dim // self.n_heads) * seq_len
+        return num_params, 6 * num_multiplied + attention
+
+
+class PackedAttention(VarlenAttentionWrapper):
+    """Causal attention within each sequence of a packed row: TorchTitan's kernel where it runs, else clip by clip.
+
+    On CPUs that is as fast as a mask over the rows, made beforehand, or up to 2.8 times as fast
+    (scripts/benchmarks/LEDGER.md).
+    """
+
+    def forward(
+        self, q_BHLD: torch.Tensor, k_BGLD: torch.Tensor, v_BGLD: torch.Tensor, sequences: VarlenMetadata
+    ) -> torch.Tensor:
+        """H query heads share G key heads; returns (B, L, H, D), or (B * L, H, D) from the kernel."""
+        if q_BHLD.is_cuda and q_BHLD.dtype in (torch.bfloat16, torch.float16):
+            return super().forward(q_BHLD, k_BGLD, v_BGLD, sequences)
+        B, H, L, D = q_BHLD.shape
+        lengths = sequences.cu_seq_q.diff().tolist()
+        # All rows end to end, heads first: a clip is then a slice whose gradient needs no zeros around it.
+        clips = zip(*(x.transpose(0, 1).flatten(1, 2).split(lengths, 1) for x in (q_BHLD, k_BGLD, v_BGLD)), strict=True)
+        outputs = [
+            F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=len(q) != len(k))
+            for q, k, v in clips
+        ]
+        return torch.cat(outputs, 2).view(H, B, L, D).permute(1, 2, 0, 3).contiguous()
+
+
+class LlamaMimi(Transformer):
+    """A plain Llama 3 decoder.
+
+    It ends before the logits, which the loss makes a chunk at a time. With tied embeddings there is one matrix and one
+    parameter, ``tok_embeddings.weight``: ``output`` is None, which TorchTitan's Transformer allows.
+
+    With ``attn_type`` "varlen" rows hold several sequences, each of which begins where ``positions`` are 0.
+    """
+
+    def __init__(self, model_args: LlamaMimiArgs) -> None:
+        super().__init__(model_args)
+        self.is_tied = model_args.enable_weight_tying
+        self.output = None if self.is_tied else PendingOutput(model_args.dim, model_args.vocab_size, bias=False)
+        if model_args.attn_type == "varlen":
+            for layer in self.layers.values():
+                layer.attention.inner_attention = PackedAttention()
+
+    def init_weights(self, buffer_device: torch.device | None = None) -> None:
+        super().init_weights(buffer_device)
+        if self.is_tied:  # as Hugging Face draws embeddings: of unit variance, each token would predict itself
+            nn.init.normal_(self.tok_embeddings.weight, std=0.02)
+
+    def get_attention_masks(
+        self, input_batch: torch.Tensor, tokenizer: Any, extra_inputs: dict[str, torch.Tensor] | None = None
+    ) -> VarlenMetadata:
+        """Where the sequences of a batch begin.
+
+        Args:
+            input_batch: ids (B, L).
+            extra_inputs: with ``positions`` (B, L).
+
+        Raises:
+            TypeError: the model takes no masks, which TorchTitan's validator expects to hear in this way.
+        """
+        if self.model_args.attn_type != "varlen":
+            raise TypeError("rows of one sequence need no mask")
+        assert extra_inputs is not None
+        starts_N = (extra_inputs["positions"].flatten() == 0).nonzero().flatten().to(torch.int32)
+        bounds = F.pad(starts_N, (0, 1), value=input_batch.numel())
+        # The row's length bounds every sequence's; the longest itself would make the host wait for the GPU once more.
+        longest = input_batch.shape[1]
+        return VarlenMetadata(cu_seq_q=bounds, cu_seq_k=bounds, max_q=longest, max_k=longest)
+
+    def forward(self, tokens: torch.Tensor, attention_masks: Any = None, positions: Any = None) -> PendingLogits:
+        """Token ids (B, L) to what their logits (B, L, V) are made of."""
+        output = super().forward(tokens, attention_masks, positions)
+        if not self.is_tied:
+            return output
+        # Tensor parallel: positions are split, the vocabulary's rows stay where they are.
+        if isinstance(output, DTensor):
+            output = output.redistribute(placements=[Replicate()])
+        return pending_logits(output, self.tok_embeddings.weight)
+
+
+def parallelize(model: LlamaMimi, parallel_dims: ParallelDims, job_config: Any) -> nn.Module:
+    """TorchTitan's Llama 3 plan, with what the loss and gloo need.
+
+    Raises:
+        UserError: packed rows cannot be compiled here.
+    """
+    training, compilation = job_config.training, job_config.compile
+    # TorchTitan computes in lower precision under FSDP, and on one device alone.
+    is_mixed = training.mixed_precision_param != "float32" and (
+        parallel_dims.fsdp_enabled or parallel_dims.world_size == 1
+    )
+    has_kernel = torch.cuda.is_available() and is_mixed
+    if (
+        model.model_args.attn_type == "varlen"
+        and compilation.enable
+        and "model" in compilation.components
+        and not has_kernel
+    ):
+        raise UserError(
+            "compile.enable compiles the model, but packed rows in float32 or without a GPU are attended clip by clip, "
+            "which cannot be compiled; set --compile.components loss, or data.packing to 'pad'"
+        )
+    model = parallelize_llama(model, parallel_dims, job_config)
+    output = model.tok_embeddings if model.is_tied else model.output
+    if isinstance(output, FSDPModule):  # the loss needs the matrix, so it stays gathered
+        output.set_reshard_after_forward(False)
+    if not torch.cuda.is_available():
+        for module in model.modules():
+            if isinstance(module, FSDPModule):  # gloo lacks the pre-multiplied sum that FSDP2 divides gradients by
+                module.set_force_sum_reduction_for_comms(True)
+    return model
+
+
+def pipeline(model: LlamaMimi, *args: Any) -> Any:
+    """TorchTitan's pipeline of a model whose output has a matrix of its own.
+
+    Its last stage makes logits, as stages hand on tensors; those of one microbatch are few.
+    """
+    assert model.output is not None, "config_check refuses tied embeddings"
+    V, D = model.output.weight.shape
+    model.output = nn.Linear(D, V, bias=False, device="meta", dtype=model.output.weight.dtype)
+    return pipeline_llm(model, *args)
+
+
+LLAMA_3_2_ROPE = RoPEScalingArgs(32.0, 1.0, 4.0, 8192)
+LLAMA_3_1_ROPE = RoPEScalingArgs(8.0, 1.0, 4.0, 8192)
+
+FLAVORS = {
+    "tiny": LlamaMimiArgs(
+        dim=192,
+        n_layers=4,
+        n_heads=6,
+        n_kv_heads=2,
+        multiple_of=64,
+        rope_theta=500000,
+        rope_scaling_args=LLAMA_3_2_ROPE,
+        enable_weight_tying=True,
+    ),
+    "1B": LlamaMimiArgs(  # Llama-3.2-1B
+        dim=2048,
+        n_layers=16,
+        n_heads=32,
+        n_kv_heads=8,
+        ffn_dim_multiplier=1.5,
+        multiple_of=256,
+        rope_theta=500000,
+        rope_scaling_args=LLAMA_3_2_ROPE,
+        enable_weight_tying=True,
+    ),
+    "8B": LlamaMimiArgs(  # Llama-3.1-8B
+        dim=4096,
+        n_layers=32,
+        n_heads=32,
+        n_kv_heads=8,
+        ffn_dim_multiplier=1.3,
+        multiple_of=1024,
+        rope_theta=500000,
+        rope_scaling_args=LLAMA_3_1_ROPE,
+    ),
+}

@@ -1,0 +1,4 @@
+"""Between codes and token ids: the vocabulary, and a clip as a sequence.
+
+May import: audio, common.
+"""

@@ -1,0 +1,68 @@
+"""Clips as token sequences: codes and text -> ids.
+
+``BOS <audio> c[0,0] c[0,1] ... c[T-1,Q-1] </audio>``, with the text between BOS and ``<audio>`` for the task "tts".
+"""
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from llama_mimi.audio.mimi import load_codec_config
+from llama_mimi.common.hub import load_pretrained
+from llama_mimi.tokens.units import AUDIO_START, UnitVocabulary, VocabularyKind, audio_tokenizer, extend_tokenizer
+
+IGNORE_INDEX = -100  # PyTorch's default, and TorchTitan's
+
+
+@dataclass(frozen=True)
+class SequenceBuilder:
+    """Token sequences of one tokenizer and unit vocabulary."""
+
+    tokenizer: PreTrainedTokenizerBase
+    vocabulary: UnitVocabulary
+
+    def head(self, text: str | None = None) -> list[int]:
+        """What stands before the units: BOS, the transcript (task "tts") and ``<audio>``."""
+        text_ids = [] if text is None else self.tokenizer(text, add_special_tokens=False).input_ids
+        return [self._bos_id, *text_ids, self.vocabulary.audio_start_id]
+
+    def sequence(self, codes_TQ: torch.Tensor, *, is_cut: bool, text: str | None = None) -> torch.Tensor:
+        """One clip as ids (L,).
+
+        Args:
+            codes_TQ: the clip's codes.
+            is_cut: the speech went on; the sequence then has no ``</audio>``.
+            text: transcript in front of the audio (task "tts").
+        """
+        tail = torch.tensor([] if is_cut else [self.vocabulary.audio_end_id], dtype=torch.long)
+        return torch.cat([torch.tensor(self.head(text)), self.vocabulary.ids_from_codes(codes_TQ), tail])
+
+    @cached_property
+    def adds_bos(self) -> bool:
+        """Whether the tokenizer itself puts BOS in front of a text, as those of released checkpoints do."""
+        return self.tokenizer(AUDIO_START).input_ids[0] == self._bos_id
+
+    @cached_property
+    def _bos_id(self) -> int:
+        return self.tokenizer.bos_token_id
+
+
+@lru_cache(maxsize=4)
+def load_sequences(
+    tokenizer_name: str, codec_name: str, num_quantizers: int, vocabulary: VocabularyKind = "llama"
+) -> SequenceBuilder:
+    """A text tokenizer (hub id or folder) extended by the units of a codec, or one that holds them already.
+
+    Args:
+        vocabulary: "llama" takes the tokenizer as it is, "audio" leaves its text out.
+
+    Raises:
+        UserError: the tokenizer or codec is missing, or the two do not fit.
+    """
+    codebook_size = load_codec_config(codec_name, num_quantizers).codebook_size
+    tokenizer = load_pretrained(AutoTokenizer, tokenizer_name, what="tokenizer")
+    if vocabulary == "audio":
+        tokenizer = audio_tokenizer(tokenizer)
+    return SequenceBuilder(*extend_tokenizer(tokenizer, codebook_size, num_quantizers))

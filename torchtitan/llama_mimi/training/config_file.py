@@ -1,0 +1,90 @@
+"""Reading a job config: a TOML file and what the command line overrides."""
+
+import dataclasses
+import difflib
+import os
+import tomllib
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from torchtitan.config import ConfigManager, JobConfig
+
+import llama_mimi.job_config
+from llama_mimi.common.errors import UserError
+from llama_mimi.training.config_check import check_settings
+
+
+def parse_config(args: list[str]) -> Any:
+    """Command line and TOML file to a job config, checked as far as that needs no other files.
+
+    Args:
+        args: what follows the program's name.
+
+    Raises:
+        UserError: an unreadable file, an unknown key, or a combination that cannot run.
+    """
+    config_class = ConfigManager._merge_configs(JobConfig, llama_mimi.job_config.JobConfig)
+    path = _config_file(args)
+    if path is not None:
+        _check_keys(config_class, _read_toml(path), prefix="", path=path)
+    try:
+        job_config = ConfigManager(config_class).parse_args(args)
+    except AssertionError as error:  # some of TorchTitan's settings check themselves
+        raise UserError(f"TorchTitan refuses a setting: {error}") from error
+    if job_config.model.name != "llama_mimi":
+        raise UserError(f"model.name is '{job_config.model.name}'; llama_mimi.train trains 'llama_mimi'")
+    check_settings(job_config, world_size=int(os.environ.get("WORLD_SIZE", 1)))
+    return job_config
+
+
+def _config_file(args: list[str]) -> Path | None:
+    for flag, following in zip(args, [*args[1:], ""], strict=True):
+        key, has_value, value = flag.partition("=")
+        if key.replace("-", "_") == "__job.config_file":
+            return Path(value if has_value else following)
+    return None
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        shipped = ", ".join(sorted(str(p) for p in Path("config").glob("*.toml"))) or "none here"
+        raise UserError(f"the config file '{path}' cannot be read ({error.strerror}); shipped: {shipped}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"'{path}' is no valid TOML: {error}") from error
+
+
+def _check_keys(config_class: Any, values: dict[str, Any], prefix: str, path: Path) -> None:
+    fields = {field.name: field.type for field in dataclasses.fields(config_class)}
+    for key, value in values.items():
+        if key not in fields:
+            nearest = difflib.get_close_matches(key, fields, n=1, cutoff=0)
+            raise UserError(
+                f"'{path}' sets the unknown key '{prefix}{key}'; the nearest valid key is '{prefix}{nearest[0]}'"
+            )
+        if dataclasses.is_dataclass(fields[key]):
+            if not isinstance(value, dict):
+                raise UserError(f"'{path}' sets '{prefix}{key}' to {value!r}; it is a section, written [{prefix}{key}]")
+            _check_keys(fields[key], value, f"{prefix}{key}.", path)
+        elif not _fits(value, fields[key]):
+            wanted = str(fields[key]) if get_origin(fields[key]) else getattr(fields[key], "__name__", "")
+            wanted = ", ".join(map(repr, get_args(fields[key]))) if get_origin(fields[key]) is Literal else wanted
+            raise UserError(f"'{path}' sets '{prefix}{key}' to {value!r}; it takes {wanted}")
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether a TOML value is of the annotated type; annotations outside TOML's types are left to TorchTitan."""
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return value in args
+    if origin in (Union, UnionType):
+        return any(_fits(value, arg) for arg in args)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, args[0]) for item in value)
+    if annotation is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if annotation in (int, str, bool):
+        return type(value) is annotation
+    return annotation is not type(None)

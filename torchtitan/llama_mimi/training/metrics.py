@@ -1,0 +1,176 @@
+"""TorchTitan's metrics seam: useful tokens only, per-level losses, audio-seconds per second and time left."""
+
+import math
+import os
+import re
+import time
+from typing import Any
+
+import torch
+from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.distributed import ParallelDims
+from torchtitan.tools.logging import logger
+from torchtitan.tools.utils import device_type
+
+from llama_mimi.data.dataloader import DataMeter
+from llama_mimi.training.loss import LevelMeter, reduce_sums
+
+# Dense bfloat16 FLOP/s of a card, by what its name has in it, from NVIDIA's and AMD's data sheets; the first that fits.
+# TorchTitan's own (`get_peak_flops`) takes cards that it does not know for an A100, and lspci's H800 for an H100.
+PEAK_FLOPS = {
+    "A100": 312e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "GH200": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "MI300X": 1307e12,
+}
+
+
+class SpeechMetrics(MetricsProcessor):
+    """Metrics of a speech run.
+
+    TorchTitan counts every position of a batch as a token; here a token is one that enters the loss, so that padding
+    never counts as work done.
+
+    Args:
+        train_meter, validation_meter: filled by the losses of training and validation.
+        data_meter: filled by the loader of training.
+        num_quantizers: Q.
+        frame_rate_hz: of the codec; level-0 targets over it are seconds of audio.
+    """
+
+    def __init__(
+        self,
+        job_config: Any,
+        parallel_dims: ParallelDims,
+        *,
+        train_meter: LevelMeter,
+        validation_meter: LevelMeter,
+        data_meter: DataMeter,
+        num_quantizers: int,
+        frame_rate_hz: float,
+    ) -> None:
+        if job_config.metrics.enable_wandb:
+            os.environ.setdefault("WANDB_PROJECT", "llama_mimi")
+        super().__init__(job_config, parallel_dims)
+        self._train_meter, self._validation_meter = train_meter, validation_meter
+        self._data_meter = data_meter
+        self._num_quantizers, self._frame_rate_hz = num_quantizers, frame_rate_hz
+        self._peak_flops = peak_flops(self.device_memory_monitor.device_name)
+        self._last_step: int | None = None
+
+    def should_log(self, step: int) -> bool:
+        if self._last_step is None:  # the first step of this process, which a resumed run does not begin at 1
+            self._last_step = step - 1
+        return super().should_log(step)
+
+    def log(
+        self,
+        step: int,
+        global_avg_loss: float,
+        global_max_loss: float,
+        grad_norm: float,
+        extra_metrics: dict[str, Any] | None = None,
+    ) -> None:
+        seconds = time.perf_counter() - self.time_last_log
+        sums = self._reduced(self._train_meter)
+        # Over all targets since the last line, as the levels are; TorchTitan's own is that of the last step alone.
+        global_avg_loss = float(sums[0].sum() / sums[1].sum())
+        tokens_per_s = float(sums[1].sum()) / seconds
+        devices = self.parallel_dims.world_size
+        assert self._last_step is not None, "should_log is asked at every step"
+        steps = step - self._last_step
+        memory = self.device_memory_monitor.get_peak_stats()
+        num_clips, hours = self._seen()
+        metrics: dict[str, Any] = {
+            "loss_metrics/global_avg_loss": global_avg_loss,
+            **{f"loss_metrics/{name}": loss for name, loss in self._level_losses(sums).items()},
+            "grad_norm": grad_norm,
+            "throughput/useful_tokens_per_s": tokens_per_s,
+            "throughput/audio_seconds_per_s": float(sums[1, 0]) / self._frame_rate_hz / seconds,
+            "time_metrics/end_to_end(s)": seconds / steps,
+            # Where the codec does not run beside the step, its share is in that of the loader.
+            "time_metrics/data_loading(%)": 100 * sum(self.data_loading_times) / seconds,
+            "time_metrics/codec(%)": 100 * self._data_meter.codec_seconds / seconds,
+            "data/clips_seen": num_clips,
+            "data/hours_seen": hours,
+            "memory/max_reserved(GiB)": memory.max_reserved_gib,
+            # TorchTitan's own count of tokens seen includes padding
+            **{key: value for key, value in (extra_metrics or {}).items() if key != "n_tokens_seen"},
+        }
+        if self._peak_flops is not None:
+            flops_per_device = self.num_flops_per_token * tokens_per_s / devices
+            metrics["throughput/mfu(%)"] = 100 * flops_per_device / self._peak_flops
+        self.logger.log(metrics, step)
+        left_s = seconds / steps * (self.job_config.training.steps - step)
+        mfu = f"  mfu: {metrics['throughput/mfu(%)']:.1f}%" if self._peak_flops is not None else ""
+        logger.info(
+            f"step: {step}/{self.job_config.training.steps}  loss: {global_avg_loss:.5f}  "
+            f"levels: {self._format_levels(sums)}  grad_norm: {grad_norm:.3f}  tokens/s: {tokens_per_s:,.0f}  "
+            f"audio-s/s: {metrics['throughput/audio_seconds_per_s']:,.1f}{mfu}  "
+            f"seen: {num_clips:,} clips, {hours:,.2f} h  "
+            f"data: {metrics['time_metrics/data_loading(%)']:.1f}% (codec {metrics['time_metrics/codec(%)']:.1f}%)  "
+            f"memory: {memory.max_reserved_gib:.2f}GiB  left: {_clock(left_s)}"
+        )
+        self._last_step = step
+        self._restart_clock()
+
+    def log_validation(
+        self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None, *, seconds: float = 0.0
+    ) -> None:
+        """Log the validation that just took ``seconds``, which are no training time."""
+        self.time_last_log += seconds
+        sums = self._reduced(self._validation_meter)
+        levels = {f"validation_metrics/{name}": loss for name, loss in self._level_losses(sums).items()}
+        self.logger.log({"validation_metrics/loss": loss, **levels, **(extra_metrics or {})}, step)
+        logger.info(
+            f"validate step: {step}  loss: {loss:.5f}  levels: {self._format_levels(sums)}  "
+            f"({sums[1, 0] / self._frame_rate_hz:,.0f} s of audio)"
+        )
+
+    def _reduced(self, meter: LevelMeter) -> torch.Tensor:
+        sums = meter.take()
+        if sums is None:  # of a pipeline only the last stage has losses
+            sums = torch.zeros(2, self._num_quantizers + 1, device=device_type, dtype=torch.float64)
+        for mesh in ("loss", "pp"):
+            sums = reduce_sums(sums, self.parallel_dims.get_optional_mesh(mesh))
+        return sums
+
+    def _seen(self) -> tuple[int, float]:
+        """Clips and hours of audio that all ranks have trained on since the run began."""
+        seen = torch.tensor([self._data_meter.num_clips, self._data_meter.num_frames], device=device_type)
+        num_clips, num_frames = reduce_sums(seen, self.parallel_dims.get_optional_mesh("batch")).tolist()
+        return num_clips, num_frames / self._frame_rate_hz / 3600
+
+    def _restart_clock(self) -> None:
+        self.ntokens_since_last_log = 0
+        self.data_loading_times.clear()
+        self._data_meter.codec_seconds = 0.0
+        self.time_last_log = time.perf_counter()
+        self.device_memory_monitor.reset_peak_stats()
+
+    @staticmethod
+    def _level_losses(sums: torch.Tensor) -> dict[str, float]:
+        """Mean loss of each level that had targets; the last row is ``</audio>``."""
+        names = [*(f"level_{level}" for level in range(sums.shape[1] - 1)), "audio_end"]
+        return {name: s / n for name, (s, n) in zip(names, sums.T.tolist(), strict=True) if n}
+
+    @staticmethod
+    def _format_levels(sums: torch.Tensor) -> str:
+        return " ".join(f"{s / n:.3f}" if n else "-" for s, n in sums.T.tolist()[:-1])
+
+
+def peak_flops(card: str) -> float | None:
+    """What `PEAK_FLOPS` has of a card; None of others, and of parts of a card (MIG)."""
+    if "MIG" in card:
+        return None
+    return next((flops for name, flops in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", card)), None)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(math.ceil(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"

@@ -1,0 +1,83 @@
+"""TorchTitan's validation seam: the mean loss over a held-out corpus."""
+
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torchtitan.components.validate import ValidationContext, Validator
+from torchtitan.distributed import ParallelDims
+from torchtitan.tools.utils import device_type
+
+from llama_mimi.common.errors import UserError
+from llama_mimi.data.build import build_validation_dataloader
+from llama_mimi.data.packing import Batch
+from llama_mimi.tokens.sequences import IGNORE_INDEX, SequenceBuilder
+from llama_mimi.training.loss import UnitLoss
+from llama_mimi.training.metrics import SpeechMetrics
+
+
+class SpeechValidator(Validator):
+    """The same tokens at every visit: the corpus is encoded once and kept as ids.
+
+    The loss is a mean over all targets, not over batches. Ranks with fewer batches take part with padding, so that
+    the collectives of a sharded model match up.
+    """
+
+    def __init__(
+        self,
+        *,
+        job_config: Any,
+        dp_world_size: int,
+        dp_rank: int,
+        tokenizer: SequenceBuilder,
+        parallel_dims: ParallelDims,
+        loss_fn: UnitLoss,
+        validation_context: ValidationContext,
+        maybe_enable_amp: AbstractContextManager[None],
+        metrics_processor: SpeechMetrics,
+    ) -> None:
+        # Validator.__init__ would open a text corpus; of its attributes post_dataloading_process needs these.
+        self.job_config, self.tokenizer, self.parallel_dims = job_config, tokenizer, parallel_dims
+        self._loss_fn = loss_fn
+        self._context, self._amp = validation_context, maybe_enable_amp
+        self._metrics = metrics_processor
+        self._loader = build_validation_dataloader(dp_world_size, dp_rank, tokenizer, job_config)
+        self._kept: list[Batch] | None = None
+
+    @torch.no_grad()
+    def validate(self, model_parts: list[nn.Module], step: int) -> None:
+        (model,) = model_parts
+        model.eval()
+        start = time.perf_counter()
+        sums = torch.zeros(2, device=device_type, dtype=torch.float64)  # loss, targets
+        for input_dict, labels in self._batches():
+            labels = labels.to(device_type)
+            input_dict = {key: value.to(device_type) for key, value in input_dict.items()}
+            inputs, labels, extra_inputs, extra_kwargs = self.post_dataloading_process(input_dict, labels, model_parts)
+            num_targets = (labels != IGNORE_INDEX).sum()  # of this rank's part of the sequence
+            with self._context(), self._amp:
+                loss = self._loss_fn(model(inputs, **extra_inputs, **extra_kwargs), labels)
+            sums += torch.stack([loss.double(), num_targets.double()])
+        mesh = self.parallel_dims.get_optional_mesh("loss")
+        if mesh is not None:
+            dist.all_reduce(sums, group=mesh.get_group())
+        if not sums[1]:
+            raise UserError(
+                f"none of the clips of validation.dataset '{self._loader.dataset}' can be used; name another"
+            )
+        self._metrics.log_validation(loss=float(sums[0] / sums[1]), step=step, seconds=time.perf_counter() - start)
+        model.train()
+
+    def _batches(self) -> Iterator[Batch]:
+        """This rank's batches, then padding until the last rank is done."""
+        if self._kept is None:
+            self._kept = list(self._loader)
+        num_batches = torch.tensor(len(self._kept), device=device_type)
+        dist.all_reduce(num_batches, op=dist.ReduceOp.MAX)
+        yield from self._kept
+        for _ in range(int(num_batches) - len(self._kept)):
+            yield self._loader.empty_batch()
