@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 import torch
+import tyro
 from conftest import ROOT, TINY, checked_config
 from datasets import load_dataset
 
@@ -131,11 +132,8 @@ def run_alone(monkeypatch, *flags):
     """In this process, as `python scripts/tokenize_corpus.py` does it."""
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    values = {
-        flag[2:]: str(value) if isinstance(value, Path) else value
-        for flag, value in zip(flags[::2], flags[1::2], strict=True)
-    }
-    tokenize_corpus(TokenizationOptions(**values, num_workers=0))
+    options = tyro.cli(TokenizationOptions, args=[*map(str, flags), "--num_workers", "0"], use_underscores=True)
+    tokenize_corpus(options)
 
 
 def test_output_on_another_file_system(speech, store, monkeypatch):
