@@ -50,12 +50,24 @@ def test_mfu_is_that_of_a_known_card(card, peak, monkeypatch, tmp_path):
     metrics.logger = SimpleNamespace(log=lambda values, step: logged.update(values))
     metrics.num_flops_per_token = 1_000_000
     assert metrics.should_log(1)
-    meter.add(torch.ones(100), torch.zeros(100, dtype=torch.long), 5)
+    levels_N = torch.tensor([0, 1, 2, 3] * 24 + [4] * 4)  # 24 frames, four clips that end
+    meter.add(levels_N + 1.0, levels_N, 5)
     metrics.data_loading_times.append(1.0)
     metrics.time_last_log = time.perf_counter() - 8.0
-    metrics.log(1, 1.0, 1.0, 1.0)
+    metrics.log(1, 1.0, 1.0, 0.5, {"n_tokens_seen": 1000, "lr": 1e-3})
     assert logged["time_metrics/data_loading(%)"] == pytest.approx(12.5, rel=0.1)
     assert logged["time_metrics/codec(%)"] == pytest.approx(25, rel=0.1) and data_meter.codec_seconds == 0
+    assert {key: logged[f"loss_metrics/{key}"] for key in ("level_0", "level_3", "audio_end")} == {
+        "level_0": 1,
+        "level_3": 4,
+        "audio_end": 5,
+    }
+    assert logged["loss_metrics/global_avg_loss"] == (24 * (1 + 2 + 3 + 4) + 4 * 5) / 100
+    assert logged["throughput/useful_tokens_per_s"] == pytest.approx(100 / 8, rel=0.1)
+    assert logged["throughput/audio_seconds_per_s"] == pytest.approx(24 / 12.5 / 8, rel=0.1)
+    assert logged["time_metrics/end_to_end(s)"] == pytest.approx(8, rel=0.1)
+    assert (logged["grad_norm"], logged["memory/max_reserved(GiB)"], logged["lr"]) == (0.5, 1.0, 1e-3)
+    assert "n_tokens_seen" not in logged, "TorchTitan counts padding"
     assert logged["data/clips_seen"] == 3 and logged["data/hours_seen"] == 1.0
     mfu = logged.get("throughput/mfu(%)")
     expected = peak and 100 * 1e6 * logged["throughput/useful_tokens_per_s"] / peak

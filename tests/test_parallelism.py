@@ -21,6 +21,7 @@ from llama_mimi.tokens.sequences import load_sequences
 pytestmark = pytest.mark.distributed
 
 STEPS, GLOBAL_BATCH = 10, 8
+LOSS, NORM, VALIDATION = "loss_metrics/global_avg_loss", "grad_norm", "validation_metrics/loss"
 FSDP = "--parallelism.data_parallel_shard_degree"
 HSDP = "--parallelism.data_parallel_replicate_degree"
 TP = "--parallelism.tensor_parallel_degree"
@@ -83,12 +84,19 @@ def folder(tmp_path_factory):
         "--lr_scheduler.warmup_steps": 0,
         "--optimizer.lr": 2e-4,  # Adam turns rounding of small gradients into steps of this size
         "--metrics.log_freq": 1,
+        # Of two ranks one has a batch more than the other.
+        "--validation.dataset": folder / "codes",
+        "--data.validation_clips": 7,
+        "--validation.local_batch_size": 1,
+        "--validation.seq_len": 64,
+        "--validation.freq": STEPS,
     }
     runs = []
     for name, (num_ranks, flags) in RUNS.items():
         own = {"--job.dump_folder": folder / name, "--model.hf_assets_path": folder / "base" / base_of(name)}
         words = [str(word) for item in (common | own).items() for word in item]
-        runs.append((num_ranks, [*words, "--validation.no-enable", "--checkpoint.initial_load_in_hf", *flags]))
+        validates = [] if PP not in flags else ["--validation.no-enable"]
+        runs.append((num_ranks, [*words, *validates, "--checkpoint.initial_load_in_hf", *flags]))
     command = [sys.executable, ROOT / "tests" / "forked_runs.py"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(command, cwd=ROOT, text=True, start_new_session=True, **pipes)
@@ -128,10 +136,14 @@ def test_ten_steps_equal_one_process(folder, name):
     one = read(folder, "one process" if base_of(name) == "tied" else f"{base_of(name)}: one process")
     found = read(folder, name)
     loss, norm = LOOSE.get(name, ({"abs": 1e-4}, {"rel": 1e-3}))
-    for tag, tolerance in (("loss_metrics/global_avg_loss", loss), ("grad_norm", norm)):
-        assert len(one[tag]) == STEPS
-        # Clipping and Adam would hide a wrong scale of the gradients, their norms show it.
-        assert found[tag] == pytest.approx(one[tag], **tolerance)
+    assert len(one[LOSS]) == len(one[NORM]) == STEPS
+    assert found[LOSS] == pytest.approx(one[LOSS], **loss)
+    assert found[NORM] == pytest.approx(
+        one[NORM], **norm
+    )  # clipping and Adam would hide a wrong scale of the gradients
+    if "PP" not in name:
+        assert len(one[VALIDATION]) == 2
+        assert found[VALIDATION] == pytest.approx(one[VALIDATION], **loss)
 
 
 def base_of(name: str) -> str:
@@ -143,6 +155,5 @@ def read(folder, name) -> dict[str, list[float]]:
     (logs,) = [path for path in (folder / name / "tb").rglob("events*") if path.is_file()]
     events = EventAccumulator(str(logs))
     events.Reload()
-    return {
-        tag: [event.value for event in events.Scalars(tag)] for tag in ("loss_metrics/global_avg_loss", "grad_norm")
-    }
+    tags = {LOSS, NORM, VALIDATION} & set(events.Tags()["scalars"])
+    return {tag: [event.value for event in events.Scalars(tag)] for tag in tags}

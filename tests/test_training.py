@@ -226,6 +226,39 @@ def test_torchtitans_entry_point_is_the_same_trainer(base_model, tmp_path):
     assert "UserError" not in output
 
 
+def test_text_in_front_of_the_audio_is_read_and_not_predicted(base_model, tmp_path):
+    """The task "tts", against Hugging Face's model; what a batch holds is text, `<audio>` and units, in this order."""
+    overrides = {
+        "model__hf_assets_path": base_model,
+        "checkpoint__initial_load_in_hf": True,
+        "data__task": "tts",
+        "training__steps": 2,
+        "lr_scheduler__warmup_steps": 0,
+        "lr_scheduler__decay_ratio": 0.0,
+        "optimizer__lr": 5e-4,
+    }
+    measured = train(1, tmp_path, **overrides)
+    flags = {
+        "--job.config_file": ROOT / "config/tiny.toml",
+        "--job.dump_folder": tmp_path / "none",
+        "--data.task": "tts",
+        "--optimizer.lr": 5e-4,
+    }
+    (batches,), model, optimizer = plain_loop(base_model, flags, dp_world_size=1)
+    vocabulary = load_sequences(str(base_model), str(TINY / "mimi"), 4).vocabulary
+    for step in (1, 2):
+        inputs, labels_BL = next(batches)
+        for ids_L, labels_L in zip(inputs["input"], labels_BL, strict=True):
+            start = (ids_L == vocabulary.audio_start_id).nonzero().item()
+            assert start > 5 and (ids_L[:start] < vocabulary.base).all(), "text"
+            assert (labels_L[:start] == IGNORE_INDEX).all() and vocabulary.is_unit(labels_L[start])
+        loss = F.cross_entropy(
+            model(inputs["input"]).logits.flatten(0, 1), labels_BL.flatten(), ignore_index=IGNORE_INDEX
+        )
+        plain_step(model, optimizer, loss)
+        assert measured[step] == pytest.approx(loss.item(), abs=1e-4), step
+
+
 def test_without_text_from_the_base_model_to_a_converted_one(base_model, tmp_path):
     """Preparation, training and conversion with ``model.vocabulary = "audio"``, against Hugging Face's model."""
     prepared, run, converted = (str(tmp_path / name) for name in ("prepared", "run", "converted"))

@@ -23,7 +23,7 @@ def use_cpu_without_gpu() -> None:
     TorchTitan asks PyTorch for the accelerator, falls back to "cuda" when there is none, and expects memory
     statistics that ``torch.cpu`` lacks. Where there is a GPU nothing changes.
     """
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() or torch._utils._get_available_device_type() == "cpu":  # done before
         return
     assert "torchtitan.tools.utils" not in sys.modules, "TorchTitan has looked for its device already"
     torch._utils._get_available_device_type = lambda: "cpu"

@@ -1,6 +1,6 @@
 """The pairs of SALMon, sLM21 and StoryCloze from folders in the official layouts.
 
-Each reader also takes what `benchmark_tables` reads: a hub id, or a folder of Parquet files.
+Each reader also takes what `pair_tables` reads: a hub id, or a folder of Parquet files.
 """
 
 import csv
