@@ -12,16 +12,16 @@ import torch
 import torch.distributed.checkpoint as dcp
 from conftest import ROOT, TINY, checked_config
 from datasets import Dataset
-from tokenizers import Tokenizer, models
-from transformers import MimiConfig, PreTrainedTokenizerFast
+from simulated import write_codes
+from transformers import MimiConfig
 
-from llama_mimi.audio.mimi import codec_hash
 from llama_mimi.checkpoint.dcp import complete_steps, set_aside_incomplete
 from llama_mimi.checkpoint.huggingface import hf_config
 from llama_mimi.checkpoint.run_record import save_run_record, speech_config
+from llama_mimi.checkpoint.stand_ins import write_tokenizer
 from llama_mimi.common.errors import UserError
 from llama_mimi.data.build import open_readers
-from llama_mimi.data.code_store import StoredClip, shard_bytes
+from llama_mimi.data.code_store import StoredClip
 from llama_mimi.model.llama import FLAVORS, LlamaMimi
 from llama_mimi.tokens.sequences import load_sequences
 from llama_mimi.training.config_check import check_files, prepare_run
@@ -35,13 +35,11 @@ def downloads(tmp_path_factory):
     """What a user has after the commands at the top of a large config: all of it but the numbers in the weights."""
     folder = tmp_path_factory.mktemp("downloads")
     MimiConfig(num_quantizers=32).save_pretrained(folder / "mimi")
-    words = {f"w{i}": i for i in range(128_256)}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, "w0")), bos_token="w128000")
     for flavor in ("1B", "8B"):
         args = FLAVORS[flavor]
         args.vocab_size = 136_450
         hf_config(args).save_pretrained(folder / flavor)
-        tokenizer.save_pretrained(folder / flavor)
+        write_tokenizer(folder / flavor)
         (folder / flavor / "model.safetensors").touch()
     for config, split in (("clean", "train"), ("validation", "validation")):
         (folder / "peoples_speech" / config).mkdir(parents=True)
@@ -49,26 +47,9 @@ def downloads(tmp_path_factory):
         Dataset.from_list([row]).to_parquet(folder / "peoples_speech" / config / f"{split}-00000-of-00001.parquet")
     (folder / "mimi" / "model.safetensors").touch()
     for name in ("libri_light", "peoples_speech", "voxpopuli_en", "emilia_en"):
-        write_store(folder / "data" / "codes" / name, folder / "mimi")
+        clips = [StoredClip("a", np.zeros((10, 8), np.uint16), 0.8, False)]
+        write_codes(folder / "data" / "codes" / name, str(folder / "mimi"), [clips])
     return folder
-
-
-def write_store(folder, codec):
-    """A tokenised corpus of one clip."""
-    columns = ["id", "codes", "duration", "is_cut"]
-    content = shard_bytes([StoredClip("a", np.zeros((10, 8), np.uint16), 0.8, False)], 8, {"columns": columns})
-    folder.mkdir(parents=True)
-    (folder / "shard-000000.parquet").write_bytes(content)
-    manifest = {
-        "format": 1,
-        "codec": {"name": "kyutai/mimi", "sha256": codec_hash(str(codec)), "num_quantizers": 8, "codebook_size": 2048},
-        "columns": columns,
-        "clips_per_group": 256,
-        "clips": 1,
-        "by_second": [[1, 0.8]],
-        "shards": [{"file": "shard-000000.parquet", "clips": 1, "bytes": len(content)}],
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -249,7 +230,7 @@ def test_the_folder_and_the_vocabulary_must_fit(tmp_path, monkeypatch, downloads
     flags = ["--job.config_file", "config/llama3_2_1b_peoples_speech.toml", "--job.dump_folder", str(tmp_path / "run")]
     flags += ["--model.hf_assets_path", str(downloads / "1B"), "--codec.name", str(downloads / "mimi")]
     flags += ["--training.dataset", str(downloads / "data/codes/peoples_speech"), "--validation.dataset_path", corpus]
-    with pytest.raises(UserError, match="136450 vocabulary entries, not the 8195 .* --vocabulary audio"):
+    with pytest.raises(UserError, match="136450 vocabulary entries, not the 8196 .* --vocabulary audio"):
         checked_config([*flags, "--model.vocabulary", "audio"])
     checked_config([*flags, "--model.vocabulary", "audio", "--checkpoint.no-initial_load_in_hf"])
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY
+from simulated import write_codes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llama_mimi.audio.mimi import codec_hash
-from llama_mimi.data.code_store import CLIPS_PER_GROUP, FORMAT, StoredClip, shard_bytes
+from llama_mimi.data.code_store import StoredClip
 from llama_mimi.tokens.sequences import load_sequences
 
 pytestmark = pytest.mark.distributed
@@ -66,7 +66,7 @@ RUNS = {
 def folder(tmp_path_factory):
     """All runs, each in a folder of its own, on eight clips that are one global batch."""
     folder = tmp_path_factory.mktemp("parallelism")
-    write_codes(folder / "codes")
+    write_eight_clips(folder / "codes")
     for base, vocabulary in (("tied", "llama"), ("untied", "llama"), ("without text", "audio")):
         sequences = load_sequences(str(TINY / "llama"), str(TINY / "mimi"), 4, vocabulary)
         config = LlamaConfig.from_pretrained(TINY / "llama")
@@ -109,26 +109,16 @@ def folder(tmp_path_factory):
     return folder
 
 
-def write_codes(folder):
-    """Eight clips of random codes in four shards, so that four ranks have row groups of their own."""
-    folder.mkdir()
+def write_eight_clips(folder):
+    """Of random codes in four shards, so that four ranks have row groups of their own."""
     generator = np.random.default_rng(0)
-    columns, shards = ["id", "codes", "duration", "is_cut"], []
+    shards = []
     for name in ("a", "b", "c", "d"):
         codes = [generator.integers(0, 256, (T, 8)).astype(np.uint16) for T in generator.integers(5, 15, 2)]
-        clips = [StoredClip(f"{name}{i}", codes_TQ, len(codes_TQ) / 12.5, False) for i, codes_TQ in enumerate(codes)]
-        (folder / f"{name}.parquet").write_bytes(content := shard_bytes(clips, 8, {"columns": columns}))
-        shards.append({"file": f"{name}.parquet", "clips": 2, "bytes": len(content)})
-    manifest = {
-        "format": FORMAT,
-        "codec": {"sha256": codec_hash(str(TINY / "mimi")), "num_quantizers": 8, "codebook_size": 256},
-        "columns": columns,
-        "clips_per_group": CLIPS_PER_GROUP,
-        "clips": GLOBAL_BATCH,
-        "by_second": [],
-        "shards": shards,
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+        shards.append(
+            [StoredClip(f"{name}{i}", codes_TQ, len(codes_TQ) / 12.5, False) for i, codes_TQ in enumerate(codes)]
+        )
+    write_codes(folder, str(TINY / "mimi"), shards)
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if not name.endswith("one process")])

@@ -25,14 +25,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from simulated import STORED_LEVELS, random_clips, speech_lengths, write_codes
 from torch.utils.data import DataLoader
-from transformers import MimiConfig
 
-from llama_mimi.audio.mimi import DTYPES, MimiCodec, codec_hash, load_codec_config, whole_frames
+from llama_mimi.audio.mimi import DTYPES, MimiCodec, load_codec_config, whole_frames
 from llama_mimi.common.errors import UserError, run_cli
 from llama_mimi.common.versions import versions
 from llama_mimi.data.clips import AudioClip, AudioReader, ClipStream, CodeReader, SentChunk
-from llama_mimi.data.code_store import CLIPS_PER_GROUP, FORMAT, MANIFEST, CodeCorpus, StoredClip, shard_bytes
+from llama_mimi.data.code_store import CodeCorpus
 from llama_mimi.data.corpora import open_corpus
 from llama_mimi.data.dataloader import UnitDataLoader
 from llama_mimi.data.order import RowsInOrder, ShuffledOrder
@@ -43,7 +43,6 @@ from llama_mimi.tokens.units import text_from_codes
 # Useful tokens a second that a 1B training step is meant to reach on one GPU, so what a loader must keep up with.
 GPU_TOKENS_PER_S = 60_000
 CLIPS_PER_SHARD = 2048
-STORED_LEVELS = 8
 CLIPS_HANDED_OVER = 136
 SECONDS_OF_A_STEP = 5.0
 SHARDS, LONG_SHARDS = "shard loader (pack)", "shard loader (pack), simulated lengths of 14 s"
@@ -170,8 +169,8 @@ def rates(flags: argparse.Namespace, folder: Path) -> None:
     clips = list(read_clips(reader, flags.clips))
     seconds = sum(len(clip.samples_S) for clip in clips) / codec.sample_rate_hz
     frames = np.array([codec.num_frames(len(clip.samples_S)) for clip in clips])
-    same = write_store(folder / "same", flags.codec, random_clips(np.resize(frames, 4096), codec.config))
-    longer = write_store(folder / "longer", flags.codec, random_clips(speech_lengths(4096), codec.config))
+    same = write_codes(folder / "same", flags.codec, [random_clips(np.resize(frames, 4096), codec.config)])
+    longer = write_codes(folder / "longer", flags.codec, [random_clips(speech_lengths(4096), codec.config)])
     ways: dict[str, Callable[[], float]] = {
         "reading and resampling": lambda: consume(read_clips(reader, flags.clips), seconds)
     }
@@ -270,7 +269,7 @@ def useful_shares(flags: argparse.Namespace, folder: Path) -> None:
     print("| useful share of tokens | clips | mean | pad | pack |\n|---|---|---|---|---|")
     for number, (name, frames) in enumerate(distributions.items()):
         clips = random_clips(frames, codec.config)
-        store = write_store(folder / f"lengths-{number}", flags.codec, clips)
+        store = write_codes(folder / f"lengths-{number}", flags.codec, [clips])
         shares = []
         for is_packed in (False, True):
             batch_size = max(1, len(frames) // 40)
@@ -286,57 +285,13 @@ def useful_shares(flags: argparse.Namespace, folder: Path) -> None:
     print()
 
 
-def speech_lengths(number: int) -> np.ndarray:
-    """Frames of simulated clips like The People's Speech: 14 s on average before those over 20 s are left out."""
-    seconds = np.random.default_rng(0).normal(14, 4, 4 * number)
-    return np.ceil(12.5 * seconds[(seconds > 1) & (seconds < 20)][:number]).astype(int)
-
-
-def random_clips(frames: np.ndarray, config: MimiConfig) -> list[StoredClip]:
-    """Clips of so many frames of random codes, at the levels that are stored by default."""
-    generator = np.random.default_rng(0)
-    codes = [generator.integers(0, config.codebook_size, (T, STORED_LEVELS)).astype(np.uint16) for T in frames]
-    frame_s = config.frame_size / config.sampling_rate
-    return [StoredClip(f"clip-{i}", codes_TQ, len(codes_TQ) * frame_s, False) for i, codes_TQ in enumerate(codes)]
-
-
-def write_store(folder: Path, codec: str, clips: list[StoredClip], num_shards: int = 1) -> str:
-    """A finished store of ``num_shards`` shards, all the same file; returns its folder."""
-    columns = ["id", "codes", "duration", "is_cut"]
-    content = shard_bytes(clips, STORED_LEVELS, {"columns": columns})
-    folder.mkdir()
-    first = folder / "shard-000000.parquet"
-    first.write_bytes(content)
-    for number in range(1, num_shards):
-        os.link(first, folder / f"shard-{number:06d}.parquet")
-    manifest = {
-        "format": FORMAT,
-        "codec": {
-            "name": codec,
-            "sha256": codec_hash(codec),
-            "num_quantizers": STORED_LEVELS,
-            "codebook_size": load_codec_config(codec, STORED_LEVELS).codebook_size,
-        },
-        "columns": columns,
-        "clips_per_group": CLIPS_PER_GROUP,
-        "clips": num_shards * len(clips),
-        "by_second": [],  # asked for in mixtures only
-        "shards": [
-            {"file": f"shard-{number:06d}.parquet", "clips": len(clips), "bytes": len(content)}
-            for number in range(num_shards)
-        ],
-    }
-    (folder / MANIFEST).write_text(json.dumps(manifest))
-    return str(folder)
-
-
 def sizes(flags: argparse.Namespace, folder: Path) -> None:
     """Memory, start-up and state from a thousand clips to a million (a shard of 2,048 clips under many names)."""
     print("| clips | start-up to the first batch | peak memory | state |\n|---|---|---|---|")
     clips = random_clips(speech_lengths(CLIPS_PER_SHARD), load_codec_config(flags.codec, STORED_LEVELS))
     for number in (1000, 10_000, 100_000, 1_000_000):
         num_shards = max(1, round(number / CLIPS_PER_SHARD))
-        store = write_store(folder / f"store-{number}", flags.codec, clips[:number], num_shards)
+        store = write_codes(folder / f"store-{number}", flags.codec, [clips[:number]] * num_shards)
         words = [word for key, value in vars(flags).items() if key != "probe" for word in (f"--{key}", str(value))]
         command = [sys.executable, __file__, *words, "--probe", store]
         done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -28,7 +28,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
-from bench_data import random_clips, speech_lengths, write_store
+from simulated import random_clips, speech_lengths, write_codes
 from torchtitan.components.loss import build_cross_entropy_loss
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs, parallelize_llama
 from torchtitan.protocols.train_spec import get_train_spec, register_train_spec
@@ -249,7 +249,7 @@ def write_stand_ins(shape: str, folder: Path) -> None:
     (folder / "mimi" / "model.safetensors").touch()  # of a codec for codes only its name and hash matter
     frames = np.maximum(1, (speech_lengths(2048) * (own.seconds_per_clip / 13.4)).astype(int))
     clips = random_clips(frames, MimiConfig(codebook_size=own.codebook_size))
-    write_store(folder / "codes", str(folder / "mimi"), clips)
+    write_codes(folder / "codes", str(folder / "mimi"), [clips])
 
 
 def measure_loss(way: str) -> dict[str, float]:

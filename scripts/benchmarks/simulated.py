@@ -1,0 +1,60 @@
+"""Tokenised corpora of random codes: lengths like real speech, nothing to hear."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from transformers import MimiConfig
+
+from llama_mimi.audio.mimi import codec_hash, load_codec_config
+from llama_mimi.data.code_store import CLIPS_PER_GROUP, FORMAT, MANIFEST, StoredClip, shard_bytes
+from llama_mimi.data.code_writer import by_second
+
+STORED_LEVELS = 8
+
+
+def speech_lengths(number: int) -> np.ndarray:
+    """Frames of simulated clips like The People's Speech: 14 s on average before those over 20 s are left out."""
+    seconds = np.random.default_rng(0).normal(14, 4, 4 * number)
+    return np.ceil(12.5 * seconds[(seconds > 1) & (seconds < 20)][:number]).astype(int)
+
+
+def random_clips(frames: np.ndarray, config: MimiConfig) -> list[StoredClip]:
+    """Clips of so many frames of random codes, at the levels that are stored by default."""
+    generator = np.random.default_rng(0)
+    codes = [generator.integers(0, config.codebook_size, (T, STORED_LEVELS)).astype(np.uint16) for T in frames]
+    frame_s = config.frame_size / config.sampling_rate
+    return [StoredClip(f"clip-{i}", codes_TQ, len(codes_TQ) * frame_s, False) for i, codes_TQ in enumerate(codes)]
+
+
+def write_codes(folder: Path, codec: str, shards: Sequence[list[StoredClip]]) -> str:
+    """A finished tokenised corpus; a shard that is the same list as the first is the same file. Returns its folder."""
+    columns = ["id", "codes", "duration", "is_cut"]
+    folder.mkdir(parents=True)
+    paths = [folder / f"shard-{number:06d}.parquet" for number in range(len(shards))]
+    for path, clips in zip(paths, shards, strict=True):
+        if clips is shards[0] and path != paths[0]:
+            os.link(paths[0], path)
+        else:
+            path.write_bytes(shard_bytes(clips, STORED_LEVELS, {"columns": columns}))
+    manifest = {
+        "format": FORMAT,
+        "codec": {
+            "name": codec,
+            "sha256": codec_hash(codec),
+            "num_quantizers": STORED_LEVELS,
+            "codebook_size": load_codec_config(codec, STORED_LEVELS).codebook_size,
+        },
+        "columns": columns,
+        "clips_per_group": CLIPS_PER_GROUP,
+        "clips": sum(map(len, shards)),
+        "by_second": by_second([clip for clips in shards for clip in clips]),
+        "shards": [
+            {"file": path.name, "clips": len(clips), "bytes": path.stat().st_size}
+            for path, clips in zip(paths, shards, strict=True)
+        ],
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    return str(folder)
