@@ -11,11 +11,7 @@ tokenizer call, padding to the sequence length. It is written here only.
 import argparse
 import itertools
 import json
-import os
-import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -25,12 +21,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from measuring import machine, measured, median_and_range
 from simulated import STORED_LEVELS, random_clips, speech_lengths, write_codes
 from torch.utils.data import DataLoader
 
 from llama_mimi.audio.mimi import DTYPES, MimiCodec, load_codec_config, whole_frames
 from llama_mimi.common.errors import UserError, run_cli
-from llama_mimi.common.versions import versions
 from llama_mimi.data.clips import AudioClip, AudioReader, ClipStream, CodeReader, SentChunk
 from llama_mimi.data.code_store import CodeCorpus
 from llama_mimi.data.corpora import open_corpus
@@ -65,9 +61,7 @@ def main() -> None:
     if flags.probe:
         print(json.dumps(probe(flags)))
         return
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores{gpu}, {flags.num_threads} threads")
-    print(", ".join(f"{name} {version}" for name, version in versions().items()) + "\n")
+    print(machine())
     with tempfile.TemporaryDirectory() as folder:
         rates(flags, Path(folder))
         handing_over(flags)
@@ -123,7 +117,7 @@ def handing_over(flags: argparse.Namespace) -> None:
             start = time.perf_counter()
             next(chunks)
             taken.append(1000 * (time.perf_counter() - start))
-        print(f"| {name} | {statistics.median(taken):,.1f} ({min(taken):,.1f} to {max(taken):,.1f}) |")
+        print(f"| {name} | {median_and_range(taken, 1)} |")
     print()
 
 
@@ -182,14 +176,14 @@ def rates(flags: argparse.Namespace, folder: Path) -> None:
     ways["online loader (pack)"] = lambda: online(flags, reader, sequences, codec)
     for name, store in ((SHARDS, same), (LONG_SHARDS, longer)):
         ways[name] = batches_of(loader(flags, code_reader(flags, store), sequences, None, batch_size=32), 30, codec)
-    measured: dict[str, list[float]] = {name: [] for name in ways}
+    found: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(flags.repeats):  # in turn, so that a slow minute of the machine hits all of them
         for name, way in ways.items():
-            measured[name].append(way())
+            found[name].append(way())
     print("| | audio-seconds per second |\n|---|---|")
-    rate = {name: statistics.median(values) for name, values in measured.items()}
-    for name, values in measured.items():
-        print(f"| {name} | {rate[name]:,.0f} ({min(values):,.0f} to {max(values):,.0f}) |")
+    rate = {name: statistics.median(values) for name, values in found.items()}
+    for name, values in found.items():
+        print(f"| {name} | {median_and_range(values)} |")
     fast, slow = rate[SHARDS], rate["the reference way"]
     needed = GPU_TOKENS_PER_S / (codec.frame_rate_hz * flags.num_quantizers)
     print(f"\nshard loader / reference way: {fast / slow:,.0f} times (codes are made once, at the rate of encoding)")
@@ -293,9 +287,9 @@ def sizes(flags: argparse.Namespace, folder: Path) -> None:
         num_shards = max(1, round(number / CLIPS_PER_SHARD))
         store = write_codes(folder / f"store-{number}", flags.codec, [clips[:number]] * num_shards)
         words = [word for key, value in vars(flags).items() if key != "probe" for word in (f"--{key}", str(value))]
-        command = [sys.executable, __file__, *words, "--probe", store]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        found = json.loads(done.stdout.splitlines()[-1])
+        found, done = measured(__file__, *words, "--probe", store)
+        if found is None:
+            raise UserError(f"the probe of {number:,} clips failed: {done.stderr[-2000:]}")
         print(
             f"| {found['clips']:,} | {found['start_s']:.2f} s | {found['peak_mb']:,.0f} MB (before the loader "
             f"{found['before_mb']:,.0f} MB) | {found['state_bytes']:,} bytes a rank |"

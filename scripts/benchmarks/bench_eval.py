@@ -12,10 +12,7 @@ those of preset "original" to 1e-4.
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import device_name, machine, measured, median_and_range
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, MimiModel
 
 from llama_mimi.audio.mimi import DEFAULT_CODEC, CodecAttention, MimiCodec
@@ -33,7 +31,6 @@ from llama_mimi.checkpoint.stand_ins import write_stand_ins
 from llama_mimi.common.errors import UserError, run_cli
 from llama_mimi.common.hub import load_pretrained
 from llama_mimi.common.ranks import Ranks
-from llama_mimi.common.versions import versions
 from llama_mimi.evaluation.benchmarks import Benchmark, read_salmon, read_slm21, read_storycloze
 from llama_mimi.evaluation.clip_codes import CodeCache, cache_key, encode_clips
 from llama_mimi.evaluation.clip_scores import ScoreLog, score_clips
@@ -68,10 +65,7 @@ def main() -> None:
     if flags.probe:
         print(json.dumps(probe(flags, *flags.probe)))
         return
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    threads = torch.get_num_threads()
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {gpu}, {threads} threads")
-    print(", ".join(f"{name} {version}" for name, version in versions().items()) + "\n")
+    print(machine())
     print(f"| pairs per second | {ALONE} | {BATCHED} | {CACHED} | times as fast |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         if flags.random_1b:
@@ -84,7 +78,7 @@ def main() -> None:
     print(f"| together | {' | '.join(cells)} | {' and '.join(f'{ratio:.1f}' for ratio in ratios['together'])} |")
     print("\n" + "\n".join(check for *_, checks in rows for check in checks) + "\n")
     name = "random 1B" if flags.random_1b else flags.model_name
-    print(json.dumps({"device": gpu, "model": name, "pairs": flags.pairs, "ratios": ratios}))
+    print(json.dumps({"device": device_name(), "model": name, "pairs": flags.pairs, "ratios": ratios}))
 
 
 def row(flags: argparse.Namespace, benchmark: str, folder: Path) -> tuple[str, dict[str, float], list[str]]:
@@ -96,13 +90,13 @@ def row(flags: argparse.Namespace, benchmark: str, folder: Path) -> tuple[str, d
     rates: dict[str, list[float]] = {way: [] for way in (ALONE, BATCHED, CACHED)}
     scores: dict[str, list[float]] = {}
     for repeat in range(flags.repeats):  # in turn, so that a slow minute of the machine hits all of them
-        for way, measured in rates.items():
+        for way, of_way in rates.items():
             # The codes that the batches made are there for the last way.
             result = measure(flags.model_name, benchmark, way, folder / f"{benchmark}_{repeat}")
-            measured.append(result["pairs"] / result["seconds"])
+            of_way.append(result["pairs"] / result["seconds"])
             scores[way] = result["scores"]
-    medians = {way: statistics.median(measured) for way, measured in rates.items()}
-    cells = [f"{medians[way]:.1f} ({min(m):.1f} to {max(m):.1f})" for way, m in rates.items()]
+    medians = {way: statistics.median(of_way) for way, of_way in rates.items()}
+    cells = [median_and_range(measured_rates, 1) for measured_rates in rates.values()]
     ratios = [f"{medians[way] / medians[ALONE]:.1f}" for way in (BATCHED, CACHED)]
     print(f"| {benchmark} | {' | '.join(cells)} | {' and '.join(ratios)} |", flush=True)
     original = measure(flags.model_name, benchmark, "original", folder / benchmark)["scores"]
@@ -127,25 +121,11 @@ def compare(scores_a: list[float], scores_b: list[float]) -> str:
 
 def measure(model_name: str, benchmark: str, way: str, folder: Path, *more: str) -> dict[str, Any]:
     """One measurement in its own process."""
-    result = subprocess.run(
-        [
-            sys.executable,
-            __file__,
-            *sys.argv[1:],
-            "--model_name",
-            model_name,
-            *more,
-            "--probe",
-            benchmark,
-            way,
-            str(folder),
-        ],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    if result.returncode:
-        raise UserError(f"scoring {benchmark} {way} failed; what was wrong stands above")
-    return json.loads(result.stdout.splitlines()[-1])
+    words = (*sys.argv[1:], "--model_name", model_name, *more, "--probe", benchmark, way, folder)
+    found, done = measured(__file__, *words)
+    if found is None:
+        raise UserError(f"scoring {benchmark} {way} failed: {done.stderr[-2000:]}")
+    return found
 
 
 def probe(flags: argparse.Namespace, benchmark: str, way: str, folder: str) -> dict[str, Any]:

@@ -26,11 +26,11 @@ import torch
 import torchaudio.functional
 from bench_data import GPU_TOKENS_PER_S, audio_reader, read_clips
 from fuzz_audio import written_by_ffmpeg
+from measuring import machine
 
 from llama_mimi.audio.mimi import MimiCodec
 from llama_mimi.audio.reading import read_audio, resample
 from llama_mimi.common.errors import run_cli
-from llama_mimi.common.versions import versions
 
 RATES_HZ = (8_000, 16_000, 22_050, 44_100, 48_000)
 FORMATS = {
@@ -58,8 +58,8 @@ def main() -> None:
     rate_hz = codec.sample_rate_hz
     clips = [clip.samples_S.numpy() for clip in read_clips(audio_reader(flags, codec), flags.clips)]
     seconds = sum(map(len, clips)) / rate_hz
-    print(f"{len(clips)} clips, {seconds:,.0f} s, one thread")
-    print(", ".join(f"{name} {version}" for name, version in versions().items()))
+    print(machine())
+    print(f"{len(clips)} clips, {seconds:,.0f} s")
 
     print(f"\n| to {rate_hz:,} Hz from | by | audio-s/s | tone at 90 % | what is not there | codes that differ |")
     print("|---|---|---|---|---|---|")

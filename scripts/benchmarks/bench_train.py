@@ -14,9 +14,7 @@ over a whole row; on a CPU MFU is the share of what a large matrix product reach
 import argparse
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,11 +23,11 @@ from typing import Any
 
 import torch
 import training_ways
-from torchtitan.tools.utils import get_peak_flops
+from measuring import device_name, machine, measured
 from training_ways import DEVICE, LOSS_POSITIONS, ONE_RANK, OURS, OUT_OF_MEMORY, PLAIN, SHAPES, STOCK, UNMASKED
 
 from llama_mimi.common.errors import UserError, run_cli
-from llama_mimi.common.versions import versions
+from llama_mimi.training.metrics import peak_flops
 
 AUDIO = "--model.vocabulary audio"
 PADDED = "--data.packing pad"
@@ -58,22 +56,25 @@ def main() -> None:
     parser.add_argument("--profile", type=Path, help="write where the time of this trainer's steps goes")
     flags = parser.parse_args()
     torch.set_num_threads(flags.num_threads)
-    name = torch.cuda.get_device_name() if DEVICE == "cuda" else platform.processor() or platform.machine()
-    peak_flops = get_peak_flops(name) if DEVICE == "cuda" else matmul_flops()
-    print(f"{name}, {os.cpu_count()} cores, {flags.num_threads} threads; 100 % MFU is {peak_flops / 1e12:.3f} TFLOP/s")
-    print(", ".join(f"{package} {version}" for package, version in versions().items()) + "\n")
+    reference_flops = peak_flops(device_name()) if DEVICE == "cuda" else matmul_flops()
+    if reference_flops is None:
+        raise UserError(
+            f"the peak of '{device_name()}' is not known; add it to PEAK_FLOPS of llama_mimi.training.metrics"
+        )
+    print(machine())
+    print(f"100 % MFU is {reference_flops / 1e12:.3f} TFLOP/s\n")
     print("| shape | way | useful tokens/s | times the plain loop | MFU | peak memory | useful tokens |")
     print("|---|---|---|---|---|---|---|", flush=True)
     results = []
     for shape in flags.shapes:
         with tempfile.TemporaryDirectory() as folder:
-            results.append(rows_of(shape, Path(folder), flags, peak_flops))
+            results.append(rows_of(shape, Path(folder), flags, reference_flops))
     loss_memory(flags)
     compared = [result for result in results if result["ratio_to_plain_loop"]] or results
-    print(json.dumps({"device": name, **compared[-1], "all": results}))
+    print(json.dumps({"device": device_name(), **compared[-1], "all": results}))
 
 
-def rows_of(shape: str, folder: Path, flags: argparse.Namespace, peak_flops: float) -> dict[str, Any]:
+def rows_of(shape: str, folder: Path, flags: argparse.Namespace, reference_flops: float) -> dict[str, Any]:
     """Measure and print the rows of a shape; returns what the last line says of it."""
     training_ways.write_stand_ins(shape, folder)
     rows = CPU_ROWS if DEVICE == "cpu" else GPU_ROWS
@@ -95,7 +96,7 @@ def rows_of(shape: str, folder: Path, flags: argparse.Namespace, peak_flops: flo
         rates = sorted(run["useful_tokens_per_s"] for run in own)
         median = medians[way, options]
         times = f"{median / plain:.2f}" if plain else ""
-        mfu = own[0]["flops_per_token"] * median / peak_flops
+        mfu = own[0]["flops_per_token"] * median / reference_flops
         memory = max(run["peak_memory_bytes"] for run in own)
         print(
             f"| {shape}, {job['num_layers']} layers | {way} `{options}` | {median:,.0f} "
@@ -120,7 +121,7 @@ def rows_of(shape: str, folder: Path, flags: argparse.Namespace, peak_flops: flo
         "useful_tokens_per_s": rate,
         "plain_loop_useful_tokens_per_s": plain,
         "ratio_to_plain_loop": rate / plain if plain else None,
-        "mfu": ours[0]["flops_per_token"] * rate / peak_flops,
+        "mfu": ours[0]["flops_per_token"] * rate / reference_flops,
         "peak_memory_bytes": max(run["peak_memory_bytes"] for run in ours),
     }
 
@@ -135,13 +136,11 @@ def most_layers(job: dict[str, Any], flags: argparse.Namespace) -> int:
 
 def worker(job: dict[str, Any], flags: argparse.Namespace) -> Any:
     """One measurement in a process of its own; None, and why on standard error, if it failed."""
-    command = [sys.executable, training_ways.__file__, json.dumps(job)]
     env = os.environ | ONE_RANK | {"OMP_NUM_THREADS": str(flags.num_threads)}
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    found, done = measured(training_ways.__file__, json.dumps(job), env=env)
     why = "out of memory" if done.returncode == OUT_OF_MEMORY else done.stderr[-2000:]
-    measured = None if done.returncode else json.loads(done.stdout.splitlines()[-1])
-    print(json.dumps(job), measured or f"failed: {why}", file=sys.stderr, flush=True)  # what was measured is not lost
-    return measured
+    print(json.dumps(job), found or f"failed: {why}", file=sys.stderr, flush=True)  # what was measured is not lost
+    return found
 
 
 def loss_memory(flags: argparse.Namespace) -> None:
