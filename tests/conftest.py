@@ -1,6 +1,10 @@
 """Shared fixtures. Everything runs offline on ``assets/tiny`` and on what the tests make themselves."""
 
+import contextlib
+import io
 import os
+import runpy
+import sys
 
 # Before any import of transformers or datasets: a test that reaches for the network fails at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -26,9 +30,33 @@ ROOT = Path(__file__).parent.parent
 TINY = ROOT / "assets" / "tiny"
 
 torch.set_num_threads(1)
+# Heavy modules first, so that no worker begins one when the others are done.
+HEAVY = ["test_training", "test_evaluation", "test_parallelism", "test_scripts", "test_order", "test_token_store"]
 # The same examples at every run: a failure can be seen again, and CI does not depend on luck.
 hypothesis.settings.register_profile("repeatable", derandomize=True)
 hypothesis.settings.load_profile("repeatable")
+
+
+def costly(max_examples: int) -> hypothesis.settings:
+    """Of a property whose examples take a second: all of them with THOROUGH set, as .ci/run does, else a third."""
+    return hypothesis.settings(max_examples=max_examples // (1 if os.environ.get("THOROUGH") else 3), deadline=None)
+
+
+def run_here(path: str, *words: object) -> tuple[int, str]:
+    """A command in this process, which has imported what it needs: its exit code and standard error."""
+    stderr = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(stderr):
+        patch.chdir(ROOT)
+        patch.setattr("sys.argv", [path, *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / path), run_name="__main__")
+            sys.exit(0)
+    return end.value.code or 0, stderr.getvalue()
+
+
+def pytest_collection_modifyitems(items):
+    names = [*HEAVY, ""]
+    items.sort(key=lambda item: names.index(item.path.stem if item.path.stem in names else ""))
 
 
 def checked_config(flags: list[str]) -> Any:

@@ -12,7 +12,7 @@ import pytest
 import soundfile
 import torch
 from bench_eval import score_alone
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, run_here
 from transformers import LlamaForCausalLM
 
 from llama_mimi.audio.mimi import MimiCodec
@@ -484,6 +484,5 @@ def test_slm21_writes_the_official_submission(model_folder, tmp_path):
     ],
 )
 def test_mistakes_get_one_sentence(model_folder, some_pairs, tmp_path, flags, message):
-    result = run(*command(model_folder, tmp_path, some_pairs, *flags))
-    assert result.returncode == 1
-    assert message in result.stderr and result.stderr.count("error: ") == 1 and "Traceback" not in result.stderr
+    code, stderr = run_here(*command(model_folder, tmp_path, some_pairs, *flags))
+    assert code == 1 and message in stderr and stderr.count("error: ") == 1

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,12 @@ def test_every_module_has_a_room():
     assert not [path for path in PACKAGE.rglob("*.py") if not (path.parent / "__init__.py").exists()]
     for room in ROOMS:  # a docstring; nothing is re-exported
         assert len(ast.parse((PACKAGE / room / "__init__.py").read_text()).body) == 1
+
+
+def test_no_module_is_ignored_by_git():
+    """A pattern such as `data/` would leave it out of commits and of the built package."""
+    files = [str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*.py")]
+    assert not subprocess.run(["git", "check-ignore", "--no-index", *files], cwd=ROOT, capture_output=True).stdout
 
 
 def test_the_package_needs_no_script():

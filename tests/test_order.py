@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import costly
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -116,7 +117,7 @@ segments = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@costly(max_examples=40)
 @given(segments=segments, num_corpora=st.integers(1, 2), is_packed=st.booleans(), num_groups=st.integers(1, 30))
 def test_every_frame_once_over_changing_ranks(sequences, segments, num_corpora, is_packed, num_groups):
     """Segments of (ranks, workers, steps), each killed after its steps: what workers read ahead is lost with them."""
@@ -134,7 +135,7 @@ def test_every_frame_once_over_changing_ranks(sequences, segments, num_corpora, 
     assert seen == frames_of_windows(readers, state)
 
 
-@settings(max_examples=25, deadline=None)
+@costly(max_examples=25)
 @given(
     dp_world_size=st.integers(1, 4),
     workers=st.tuples(st.sampled_from([0, 1, 2, 3]), st.sampled_from([0, 0, 2])),

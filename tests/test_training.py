@@ -13,7 +13,6 @@ import sys
 import time
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
@@ -361,27 +360,3 @@ def test_packed_ranks_equal_hugging_face_clip_by_clip(base_model, tmp_path):
             loss = torch.stack(losses_of_clips).sum() / num_targets
             plain_step(model, optimizer, loss)
             assert measured[step] == pytest.approx(loss.item(), abs=1e-4), (dp_world_size, step)
-
-
-def test_two_ranks_equal_one_process(base_model, tmp_path):
-    """FSDP and tensor parallel, on eight clips that are one global batch, so that all see the same at each step."""
-    rows = pq.read_table(TINY / "corpus" / "train-00000-of-00004.parquet").slice(0, 8)
-    pq.write_table(rows, tmp_path / "eight.parquet", row_group_size=4)
-    flags = {
-        "model__hf_assets_path": base_model,
-        "checkpoint__initial_load_in_hf": True,
-        "training__dataset": tmp_path / "eight.parquet",
-        "data__shuffle_block": 4,
-        "training__steps": 6,
-        "lr_scheduler__warmup_steps": 0,
-        "optimizer__lr": 5e-4,  # Adam turns rounding of small gradients into steps of this size
-    }
-    one = train(1, tmp_path / "one", training__local_batch_size=8, **flags)
-    two = train(2, tmp_path / "two", training__local_batch_size=4, **flags)
-    assert two == pytest.approx(one, abs=1e-4)
-    tensor_parallel = {"parallelism__tensor_parallel_degree": 2, "training__local_batch_size": 8}
-    split = train(2, tmp_path / "split", **flags, **tensor_parallel)
-    assert split == pytest.approx(one, abs=1e-4)
-    norms = [losses(tmp_path / name, "grad_norm") for name in ("one", "two", "split")]
-    for other in norms[1:]:  # clipping and Adam would hide a wrong scale
-        assert other == pytest.approx(norms[0], rel=1e-3)

@@ -6,15 +6,15 @@ from typing import Any
 import torch
 from torchtitan.tools.utils import device_type
 
-from llama_mimi.data.clips import AudioReader, ClipReader, CodeReader
 from llama_mimi.audio.mimi import DTYPES, MimiCodec, load_codec_config, whole_frames
+from llama_mimi.common.errors import UserError
+from llama_mimi.data.clips import AudioReader, ClipReader, CodeReader
+from llama_mimi.data.code_store import CodeCorpus, is_store
 from llama_mimi.data.corpora import open_corpus
 from llama_mimi.data.dataloader import DataMeter, UnitDataLoader
-from llama_mimi.common.errors import UserError
 from llama_mimi.data.order import RowsInOrder, ShuffledOrder
 from llama_mimi.data.packing import BatchPacker
 from llama_mimi.tokens.sequences import SequenceBuilder
-from llama_mimi.data.code_store import CodeCorpus, is_store
 
 # Audio goes through the codec in batches of at least so many clips, and codes come from workers as many at a time.
 MIN_CHUNK = 8

@@ -18,11 +18,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from llama_mimi.audio.reading import AudioError, read_audio
-from llama_mimi.data.corpora import AudioCorpus
 from llama_mimi.common.errors import UserError, first_line
-from llama_mimi.data.order import ClipRef, RowsInOrder, ShuffledOrder, in_chunks
 from llama_mimi.common.ranks import end_with_parent
 from llama_mimi.data.code_store import CodeCorpus, CodeGroup
+from llama_mimi.data.corpora import AudioCorpus
+from llama_mimi.data.order import ClipRef, RowsInOrder, ShuffledOrder, in_chunks
 
 # A share is judged on at least this many clips: one bad clip among the first ten is no 10 %.
 MIN_CLIPS_FOR_SHARE = 100

@@ -15,9 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llama_mimi.data.corpus_files import CORPORA, corpus_files
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import file_system, is_local
+from llama_mimi.data.corpus_files import CORPORA, corpus_files
 
 # Footers are read by so many threads at once: a remote one is mostly waiting.
 FOOTER_THREADS = 16

@@ -1,8 +1,8 @@
 """TorchTitan's dataloader seam: clips come from workers; here audio is encoded, in batches on the training device,
 and codes become rows of tokens.
 
-The state is a position (`llama_mimi.data.order`): behind the last clip that a batch has used up, not behind what workers
-have read ahead.
+The state is a position (`llama_mimi.data.order`): behind the last clip that a batch has used up, not behind what
+workers have read ahead.
 """
 
 import dataclasses
@@ -19,8 +19,10 @@ import torch.distributed as dist
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.tools.logging import logger
 
+from llama_mimi.audio.mimi import MimiCodec
 from llama_mimi.audio.reading import DAMAGED
 from llama_mimi.common.batching import map_ahead
+from llama_mimi.common.errors import UserError
 from llama_mimi.data.clips import (
     MAX_NAMED_CLIPS,
     MIN_CLIPS_FOR_SHARE,
@@ -32,8 +34,6 @@ from llama_mimi.data.clips import (
     SkippedClip,
     is_too_many,
 )
-from llama_mimi.audio.mimi import MimiCodec
-from llama_mimi.common.errors import UserError
 from llama_mimi.data.order import ClipRef, Position, RowsInOrder, ShuffledOrder, deal
 from llama_mimi.data.packing import Batch, BatchPacker
 

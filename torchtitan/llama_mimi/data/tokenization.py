@@ -1,0 +1,184 @@
+"""Tokenising a corpus: audio -> shards of codes, by the ranks of torchrun.
+
+The plan, which row groups make which shard, depends on the corpus alone. Ranks share the shards that are missing, and
+a shard appears when it is whole: a run that was killed is started again, on any number of ranks, and finishes with
+every clip once. The manifest is written last.
+"""
+
+import fcntl
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llama_mimi.audio.mimi import DTYPES, MimiCodec, whole_frames
+from llama_mimi.common.errors import UserError
+from llama_mimi.common.files import file_system, is_local
+from llama_mimi.common.ranks import Ranks, from_first, torchrun_ranks
+from llama_mimi.data.clips import AudioClip, AudioReader, ClipStream, SkippedClip, is_too_many
+from llama_mimi.data.code_store import StoredClip
+from llama_mimi.data.code_writer import TokenizationOptions, begin, finish, make_plan, too_many, write_shard
+from llama_mimi.data.corpora import AudioCorpus, open_corpus
+from llama_mimi.data.corpus_files import CORPORA
+from llama_mimi.data.order import RowsInOrder
+
+# Clips that a worker reads at once and that are sorted by length before they are batched: a row group as `datasets`
+# writes audio, so that mostly no two workers read the same.
+CLIPS_PER_CHUNK = 100
+SECONDS_PER_REPORT = 10.0
+
+
+def tokenize_corpus(options: TokenizationOptions) -> None:
+    """Make what is missing of a tokenised corpus.
+
+    Raises:
+        UserError: an option, the corpus or what was begun before cannot be used, or too many clips are bad.
+    """
+    for name in ("max_audio_seconds", "clips_per_shard", "batch_seconds"):
+        if getattr(options, name) is not None and not 0 < getattr(options, name) < math.inf:
+            raise UserError(f"--{name} is {getattr(options, name)}; it must be a positive number")
+    if options.num_workers < 0 or not 0 <= options.max_bad_share <= 1:
+        raise UserError("--num_workers is 0 or more, and --max_bad_share a share between 0 and 1")
+    with torchrun_ranks() as ranks:
+        run(options, ranks)
+
+
+def run(options: TokenizationOptions, ranks: Ranks) -> None:
+    if options.corpus not in CORPORA and lies_inside(options.output_dir, options.corpus):
+        raise UserError(
+            f"--output_dir '{options.output_dir}' lies inside the corpus '{options.corpus}', so that shards would be "
+            "taken for audio; choose another"
+        )
+    extra_columns = {"text": options.text_column, "speaker": options.speaker_column}
+    corpus = open_corpus(options.corpus, options.dataset_path, options.audio_column, None, extra_columns, options.split)
+    codec = MimiCodec(
+        options.codec, options.num_quantizers, ranks.device, DTYPES[options.dtype], options.codec_attention
+    )
+    if not whole_frames(options.max_audio_seconds, codec.config):
+        raise UserError(f"--max_audio_seconds is {options.max_audio_seconds}, less than a frame of the codec; raise it")
+    plan = make_plan(options, corpus, codec)
+    with ExitStack() as held:
+
+        def begin_alone() -> list[int]:
+            held.enter_context(lock_output(options.output_dir))  # to the end
+            return begin(options.output_dir, plan)
+
+        todo = from_first(begin_alone)
+        if ranks.rank == 0:
+            there = len(plan["shards"]) - len(todo)
+            columns = ", ".join(plan["columns"])
+            print(f"{there} of {len(plan['shards'])} shards are there; columns: {columns}", flush=True)
+        tokenize(options, ranks, corpus, codec, plan, todo)
+        if ranks.rank == 0 and ranks.world_size > 1:
+            print("this rank is done, waiting for the others", flush=True)
+        ranks.wait()
+        if ranks.rank == 0:
+            finish(options, plan)
+
+
+def lies_inside(output_dir: str, corpus: str) -> bool:
+    """Whether the files of a folder or glob would come to hold the shards."""
+    if "**" in corpus:
+        corpus = corpus[: corpus.index("**")]
+    folder = os.path.join(os.path.abspath(corpus), "")
+    return os.path.join(os.path.abspath(output_dir), "").startswith(folder)
+
+
+@contextmanager
+def lock_output(output_dir: str) -> Iterator[None]:
+    """Hold a lock on a local output folder, which ends with this process, however that ends.
+
+    On other file systems two runs make the same shards twice and each appears whole.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    fs, folder = file_system(output_dir)
+    if not is_local(fs):
+        yield
+        return
+    try:
+        fs.makedirs(folder, exist_ok=True)
+        lock = open(Path(folder) / ".lock", "w")  # noqa: SIM115  (held until the process ends)
+    except OSError as error:
+        raise UserError(f"--output_dir '{output_dir}' cannot be written ({error.strerror}); choose another") from error
+    with lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by loader workers
+        except (BlockingIOError, PermissionError) as error:
+            raise UserError(
+                f"another run is writing to '{output_dir}'; wait for it, stop it, or choose another --output_dir"
+            ) from error
+        except OSError as error:
+            print(f"'{output_dir}' cannot be locked ({error.strerror}): start only one run on it", flush=True)
+        yield
+
+
+def tokenize(
+    options: TokenizationOptions,
+    ranks: Ranks,
+    corpus: AudioCorpus,
+    codec: MimiCodec,
+    plan: dict[str, Any],
+    todo: list[int],
+) -> None:
+    """Make this rank's part of the missing shards."""
+    mine = todo[ranks.rank :: ranks.world_size]
+    total = sum(plan["shards"][index]["clips"] for index in todo)
+    shard_of_group = {group: index for index in mine for group in range(*plan["shards"][index]["groups"])}
+    reader = AudioReader(
+        corpus,
+        sample_rate_hz=codec.sample_rate_hz,
+        frame_size=codec.frame_size,
+        max_frames=whole_frames(options.max_audio_seconds, codec.config),
+    )
+    stream = ClipStream([reader], RowsInOrder(corpus.sizes_G, list(shard_of_group)), CLIPS_PER_CHUNK)
+    # Clips of the shard that is being made, and of no other: rows come in the order of the shards.
+    shard = mine[0] if mine else -1
+    stored: list[StoredClip] = []
+    skipped: list[dict[str, str]] = []
+    num_read = num_skipped = 0
+    start = last_report = time.monotonic()
+    for chunk in stream.load(num_workers=options.num_workers):
+        encoded = encode(codec, [clip for clip in chunk.clips if isinstance(clip, AudioClip)], options.batch_seconds)
+        for ref, clip in zip(chunk.refs, chunk.clips, strict=True):
+            if shard_of_group[ref.group] != shard:
+                write_shard(options.output_dir, plan, shard, stored, skipped)
+                shard, stored, skipped = shard_of_group[ref.group], [], []
+            num_read += 1
+            if isinstance(clip, SkippedClip):
+                skipped.append({"reason": clip.reason, "message": clip.message})
+                num_skipped += 1
+                if is_too_many(num_skipped, num_read, options.max_bad_share):
+                    raise too_many(num_skipped, num_read, options.max_bad_share, clip.message)
+            else:
+                stored.append(next(encoded))
+        seconds = sum(len(clip.samples_S) for clip in chunk.clips if isinstance(clip, AudioClip)) / codec.sample_rate_hz
+        clips_done = ranks.add("clips", len(chunk.refs))
+        hours_done = ranks.add("milliseconds", round(1000 * seconds)) / 3.6e6
+        now = time.monotonic()
+        if ranks.rank == 0 and (now - last_report > SECONDS_PER_REPORT or clips_done == total):
+            last_report = now
+            left_s = (now - start) / clips_done * (total - clips_done)
+            print(
+                f"{clips_done:,}/{total:,} clips  {hours_done:.2f} h  {3600 * hours_done / (now - start):,.1f} "
+                f"audio-s/s  left: {timedelta(seconds=round(left_s))}",
+                flush=True,
+            )
+    if mine:
+        write_shard(options.output_dir, plan, shard, stored, skipped)
+
+
+def encode(codec: MimiCodec, clips: list[AudioClip], batch_seconds: float | None) -> Iterator[StoredClip]:
+    codes = codec.encode_many([clip.samples_S for clip in clips], batch_seconds)
+    for clip, codes_TQ in zip(clips, codes, strict=True):
+        seconds = len(clip.samples_S) / codec.sample_rate_hz
+        yield StoredClip(
+            clip.name, codes_TQ.numpy().astype(np.uint16), seconds, clip.is_cut, clip.text, clip.speaker, clip.remarks
+        )
