@@ -116,31 +116,31 @@ def test_a_killed_run_continues_as_if_it_had_not_been(tmp_path):
     """With gradient accumulation, loader workers, whose positions must fit together, and saving in the background."""
     overrides = {
         "checkpoint__async_mode": "async",
-        "training__steps": 12,
+        "training__steps": 8,
         "training__local_batch_size": 2,
         "training__global_batch_size": 8,
         "training__dataloader__num_workers": 2,
-        "checkpoint__interval": 6,
+        "checkpoint__interval": 4,
     }
     whole = train(2, tmp_path / "whole", **overrides)
     killed = tmp_path / "killed"
     process = start(2, killed, **overrides)
     deadline = time.monotonic() + 240
-    while not (killed / "checkpoint" / "step-6" / ".metadata").exists():
+    while not (killed / "checkpoint" / "step-4" / ".metadata").exists():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0][-4000:]
         time.sleep(0.05)
     for pid in children(process.pid):  # torchrun and its ranks, all at once
         subprocess.run(["kill", "-KILL", str(pid)], check=False)
     process.communicate()
-    assert process.returncode != 0 and not (killed / "checkpoint" / "step-12").exists(), "it was killed too late"
+    assert process.returncode != 0 and not (killed / "checkpoint" / "step-8").exists(), "it was killed too late"
     shutil.rmtree(killed / "tb")  # what is read below was written after the kill
     resumed = train(2, killed, **overrides)
-    assert resumed.keys() == set(range(7, 13)), "it did not start after the checkpoint"
+    assert resumed.keys() == set(range(5, 9)), "it did not start after the checkpoint"
     assert resumed == pytest.approx({step: whole[step] for step in resumed}, abs=1e-5)
 
 
 def test_a_run_goes_on_on_other_ranks(golden_run, tmp_path):
-    """A checkpoint of two ranks, on one and on three; but not in other data."""
+    """A checkpoint of two ranks, on one and on three."""
     for nproc, steps in ((1, 22), (3, 24)):
         folder = shutil.copytree(golden_run, tmp_path / f"{nproc}")
         shutil.rmtree(folder / "tb")
@@ -148,10 +148,6 @@ def test_a_run_goes_on_on_other_ranks(golden_run, tmp_path):
         assert resumed.keys() == set(range(21, steps + 1)) and max(resumed.values()) < 7.4
         # A rank takes two clips a step; 20 steps of two ranks were before.
         assert losses(folder, "data/clips_seen") == {step: 80 + 2 * nproc * (step - 20) for step in resumed}
-    process = start(1, shutil.copytree(golden_run, tmp_path / "seed"), training__steps=22, debug__seed=43)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode != 0
-    assert "error: the checkpoint is a position in data with seed 42, not 43" in output
 
 
 def children(pid: int) -> list[int]:
