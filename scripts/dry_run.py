@@ -137,7 +137,7 @@ class HalfPrecisionAttention(nn.Module):
 
 
 def nonzero(mode: FakeTensorMode, func: Callable, condition: torch.Tensor) -> torch.Tensor:
-    """Of tensors without content: as if all were true. Every position then has a target: the most memory."""
+    """Pretend that every element is nonzero: the most targets, so the most memory."""
     return condition.new_empty((condition.numel(), condition.ndim), dtype=torch.long)
 
 

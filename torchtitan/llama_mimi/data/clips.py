@@ -24,7 +24,7 @@ from llama_mimi.data.code_store import CodeCorpus, CodeGroup
 from llama_mimi.data.corpora import AudioCorpus
 from llama_mimi.data.order import ClipRef, RowsInOrder, ShuffledOrder, in_chunks
 
-# A share is judged on at least this many clips: one bad clip among the first ten is no 10 %.
+# Judge the share of bad clips only after this many were read: one among the first ten is no 10 %.
 MIN_CLIPS_FOR_SHARE = 100
 _NO_SAMPLES = torch.empty(0)
 # Every skipped clip is counted; only so many are named one by one.

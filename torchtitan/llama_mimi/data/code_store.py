@@ -154,7 +154,7 @@ class CodeCorpus:
 
 @dataclass(frozen=True)
 class CodeGroup:
-    """Rows of a row group: their columns but the codes, all of their frames, and where each row's start."""
+    """One row group in memory: its other columns, the frames (N, Q) of all rows, and where each row's frames start."""
 
     columns: dict[str, list[Any]]
     starts: list[int]

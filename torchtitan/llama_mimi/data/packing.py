@@ -72,7 +72,7 @@ class BatchPacker:
             num_frames = T - taken
             if self._length(head, num_frames, is_cut) > self._seq_len - self._used:
                 if can_be_cut:
-                    # A last frame is kept back for the next row, as </audio> is learned behind one.
+                    # Keep a frame for the next row: </audio> must follow one.
                     num_frames = min((self._seq_len - self._used + 1 - len(head)) // Q, num_frames - 1)
                 if num_frames <= 0 or (self._used and not can_be_cut):
                     self._next_row()

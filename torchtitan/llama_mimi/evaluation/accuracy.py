@@ -12,7 +12,7 @@ FREQUENCY_BANDS = ((0, "oov"), (1, "1-5"), (5, "6-20"), (20, "21-100"), (100, ">
 
 
 def credit(positive_score: float, negative_score: float, tie: float) -> float:
-    """What a pair counts: 1 where the positive is likelier, 0 where the negative is, ``tie`` where neither."""
+    """1 if the positive clip scores higher, 0 if the negative one does, ``tie`` if they are equal."""
     return tie if positive_score == negative_score else float(positive_score > negative_score)
 
 

@@ -20,7 +20,7 @@ class SamplingOptions:
         seconds: of new audio at most; a sample ends earlier where the model ends the speech.
         min_seconds: of new audio at least; the model cannot end the speech before.
         temperature: 0 takes the likeliest token.
-        top_k: candidates a token.
+        top_k: sample from so many likeliest tokens.
         seed: same seed, same samples.
         num_samples: continuations of the same prompt.
 

@@ -40,7 +40,7 @@ class PendingLogits:
 
     @property
     def placements(self) -> tuple[Shard]:
-        """Of the logits, which TorchTitan's tensor-parallel plan wants split by the vocabulary, and they will be."""
+        """Placement that TorchTitan's tensor-parallel plan reads: logits split by the vocabulary, as they will be."""
         return (Shard(-1),)
 
     def compute(self) -> torch.Tensor:
@@ -79,7 +79,7 @@ def cross_entropy(
         The sum of the losses, which has a gradient, and the losses (N,) in float32, which have none.
     """
     hidden_BLD, weight_VD, first_row, group = _local(logits)
-    # Alike on all ranks, whose rows may differ by a few, as each chunk is a collective.
+    # The same chunk size on every rank, though shards may differ by a row: each chunk runs collectives.
     rows_of_largest = -(-len(logits.weight_VD) // (group.size() if group is not None else 1))
     chunk_size = max(CHUNK_MULTIPLE, CHUNK_BYTES // (4 * rows_of_largest) // CHUNK_MULTIPLE * CHUNK_MULTIPLE)
     if torch.is_autocast_enabled(hidden_BLD.device.type):  # one GPU without FSDP: the weights are float32

@@ -353,7 +353,7 @@ def _check_model(job_config: Any) -> None:
 
 
 def _check_resume(job_config: Any) -> None:
-    """Of a position the loader itself says whether it is one in the same data and order."""
+    """Refuse a step that cannot be resumed. The loader itself checks that a saved position fits the data."""
     settings, folder = job_config.checkpoint, _checkpoint_folder(job_config)
     if not settings.enable:
         return

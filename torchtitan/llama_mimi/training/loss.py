@@ -20,7 +20,7 @@ class LevelMeter:
         self._sums: torch.Tensor | None = None
 
     def add(self, losses_N: torch.Tensor, rows_N: torch.Tensor, num_rows: int) -> None:
-        """Add losses to rows in ``[0, num_rows)``."""
+        """Add losses (N,), each to its row (N,) in ``[0, num_rows)``."""
         sums = torch.zeros(2, num_rows, device=losses_N.device, dtype=torch.float64)
         sums[0].index_add_(0, rows_N, losses_N.double())
         sums[1].index_add_(0, rows_N, torch.ones_like(losses_N, dtype=torch.float64))
@@ -54,7 +54,7 @@ class UnitLoss:
     ) -> None:
         self._vocabulary, self._meter = vocabulary, meter
         self._chunk_step = compile_fn(chunk_losses) if compile_fn else None
-        # Of a pipeline's gradients, which TorchTitan 0.2.2 does not divide by the targets; see train.SpeechTrainer.
+        # 1 / number of targets: TorchTitan 0.2.2 does not divide a pipeline's gradients; see train.SpeechTrainer.
         self.pipeline_scale: torch.Tensor | None = None
 
     def __call__(self, logits: PendingLogits | torch.Tensor, labels_BL: torch.Tensor) -> torch.Tensor:
