@@ -26,7 +26,7 @@ from llama_mimi.common.errors import UserError, run_cli
 from llama_mimi.common.files import write_atomically
 from llama_mimi.evaluation.accuracy import group_credits, mcnemar
 from llama_mimi.evaluation.benchmarks import SALMON_PARTS
-from llama_mimi.evaluation.script import FORMAT, MAX_AUDIO_SECONDS
+from llama_mimi.evaluation.results import FORMAT, MAX_AUDIO_SECONDS
 
 STANDARD = ("official", "original")
 # Columns in the order of the table, and what they are called there; parts of other names follow.

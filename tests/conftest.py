@@ -31,7 +31,15 @@ TINY = ROOT / "assets" / "tiny"
 
 torch.set_num_threads(1)
 # Heavy modules first, so that no worker begins one when the others are done.
-HEAVY = ["test_training", "test_evaluation", "test_parallelism", "test_scripts", "test_order", "test_token_store"]
+HEAVY = [
+    "test_readme",
+    "test_training",
+    "test_evaluation",
+    "test_parallelism",
+    "test_scripts",
+    "test_order",
+    "test_token_store",
+]
 # The same examples at every run: a failure can be seen again, and CI does not depend on luck.
 hypothesis.settings.register_profile("repeatable", derandomize=True)
 hypothesis.settings.load_profile("repeatable")

@@ -1,12 +1,14 @@
 """Every command explains its flags."""
 
 import ast
+import json
 import os
 import runpy
+import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, TINY, run_here
 
 INTERNAL = {"audited_training", "training_ways"}  # started by other commands, with their own arguments
 COMMANDS = [
@@ -28,7 +30,27 @@ def test_help(path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert end.value.code in (0, None)
     first_sentence = ast.get_docstring(ast.parse(path.read_text())).split("\n")[0]
-    assert first_sentence[:30] in shown and "--" in shown
+    assert first_sentence[:30] in shown and shown.count("--") > 2
+
+
+@pytest.mark.parametrize(
+    "module", ["scripts/benchmarks/training_ways.py", "scripts/tiny/score_codec.py", "scripts/report.py"]
+)
+def test_a_script_finds_what_it_imports(module):
+    """In a fresh interpreter that knows its folder alone, and in the order that it imports it."""
+    folder, name = (ROOT / module).parent, (ROOT / module).stem
+    code = f"import sys; sys.path.insert(0, {str(folder)!r}); import {name}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
+    assert not done.returncode, done.stderr
+
+
+def test_the_flags_of_a_function(tmp_path):
+    """`--random_weights` and a choice, from the command line to the files."""
+    words = ("--base_model", TINY / "llama", "--codec", TINY / "mimi", "--vocabulary", "audio", "--random_weights")
+    code, stderr = run_here("scripts/prepare_base_model.py", *words, "--output_dir", tmp_path)
+    assert code == 0, stderr
+    assert json.loads((tmp_path / "config.json").read_text())["vocab_size"] == 3 + 4 * 256 + 2
+    assert not (tmp_path / "model.safetensors").exists()
 
 
 def test_training_lists_its_keys(monkeypatch, capsys):

@@ -22,6 +22,7 @@ PROGRAMS = ("pip", "uv", "sbatch", "NUM_NODES")
 # The beginning of a command, and why it is not run here.
 ELSEWHERE = {
     "uv run pytest": "this is it",
+    "uv sync": ".ci/run",
     "uv run python scripts/prepare_base_model.py --base_model meta-llama/": "needs the hub; tests/test_scripts.py",
     "uv run hf download": "needs the hub",
     "uv run torchrun --nproc_per_node=8": "needs the hub and GPUs; tests/test_config.py, tests/test_token_store.py",
@@ -30,14 +31,14 @@ ELSEWHERE = {
     "uv run python scripts/benchmarks/gpu_check.py": "needs a GPU; tests/test_gpu_check.py",
     "uv run python scripts/benchmarks/": "measures for minutes, or needs a GPU",
     "uv run python scripts/tiny/train_tiny_codec.py": "74 minutes; tests/test_tiny_codec.py",
-    "uv run python scripts/tiny/build_tiny_assets.py": "needs espeak-ng; tests/test_benchmarks.py",
+    "uv run python scripts/tiny/build_tiny_assets.py": "needs espeak-ng",
 }
 
 
 def commands(readme: Path) -> list[str]:
     """Lines of code blocks and commands between backticks, each once."""
     text = readme.read_text()
-    blocks = re.findall(r"^```\n(.*?)^```", text, re.M | re.S)
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)
     found = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     found += re.findall(r"`((?:uv|pip) [^`]+)`", text) + re.findall(r"^    (uv run .*)$", text, re.M)
     found = [" ".join(line.split()) for line in found]
@@ -48,10 +49,19 @@ def is_elsewhere(command: str) -> bool:
     return any(command.startswith(beginning) for beginning in ELSEWHERE)
 
 
+def program(command: str) -> list[str]:
+    """What a command starts, without installing anew."""
+    name, *words = shlex.split(command.removeprefix("pip install uv && ").removeprefix("uv run "))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*{"python": [sys.executable], "torchrun": torchrun}[name], *words]
+
+
 def test_what_is_listed_is_there():
     everything = [command for readme in READMES for command in commands(readme)]
     for beginning in ELSEWHERE:
         assert any(command.startswith(beginning) for command in everything), f"no README has '{beginning}'"
+    for command in everything:
+        assert is_elsewhere(command) or program(command)[0] == sys.executable
 
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(ROOT).parent))
@@ -81,11 +91,8 @@ def test_commands_run_as_they_stand(tmp_path):
     first = [ROOT / "README.md", *(readme for readme in READMES if readme != ROOT / "README.md")]  # trains the model
     done = dict.fromkeys(c for readme in first for c in commands(readme) if not is_elsewhere(c))
     for command in done:
-        words = shlex.split(command.removeprefix("pip install uv && ").removeprefix("uv run "))
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        program = {"python": [sys.executable], "torchrun": torchrun}[words[0]]
         result = subprocess.run(
-            [*program, *words[1:]],
+            program(command),
             cwd=tmp_path,
             env=os.environ | {"PYTHONPATH": str(tmp_path / "torchtitan")},
             text=True,

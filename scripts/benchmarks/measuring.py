@@ -15,7 +15,7 @@ from llama_mimi.common.versions import versions
 
 
 def device_name() -> str:
-    """Of the GPU, or of the processor where there is none."""
+    """Name of the GPU, or of the processor where there is none."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{platform.processor() or platform.machine()} without a GPU"

@@ -30,7 +30,13 @@ def random_clips(frames: np.ndarray, config: MimiConfig) -> list[StoredClip]:
 
 
 def write_codes(folder: Path, codec: str, shards: Sequence[list[StoredClip]]) -> str:
-    """A finished tokenised corpus; a shard that is the same list as the first is the same file. Returns its folder."""
+    """Write a finished tokenised corpus, and return its folder.
+
+    Args:
+        folder: to be made.
+        codec: hub id or folder.
+        shards: clips of each; where one is the very list of the first, its file is a hard link to that of the first.
+    """
     columns = ["id", "codes", "duration", "is_cut"]
     folder.mkdir(parents=True)
     paths = [folder / f"shard-{number:06d}.parquet" for number in range(len(shards))]

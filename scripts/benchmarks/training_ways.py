@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llama_mimi.checkpoint.stand_ins import LLAMA_3_VOCABULARY, write_tokenizer
 from llama_mimi.train import SpeechTrainer  # first, as TorchTitan looks for its device when it is imported
 
 # isort: split
@@ -35,6 +34,7 @@ from torchtitan.protocols.train_spec import get_train_spec, register_train_spec
 from transformers import LlamaForCausalLM, MimiConfig
 
 from llama_mimi.checkpoint.huggingface import hf_config
+from llama_mimi.checkpoint.stand_ins import LLAMA_3_VOCABULARY, write_tokenizer
 from llama_mimi.model.cross_entropy import cross_entropy, pending_logits
 from llama_mimi.model.llama import FLAVORS, LLAMA_3_2_ROPE, LlamaMimi, LlamaMimiArgs
 from llama_mimi.tokens.sequences import IGNORE_INDEX

@@ -4,7 +4,7 @@ The rooms, from the top; each says what it may import, and `tests/test_layout.py
 
 | room | holds |
 |---|---|
-| `train` `train_spec` `job_config` | the entry point, the seams put together, the settings: TOML files name them |
+| `train` `train_spec` `job_config` | the entry point, the seams put together, the settings: what users name |
 | `training` | settings and their checks, loss, metrics, validation |
 | `checkpoint` | distributed checkpoints, Hugging Face folders, and the way between |
 | `evaluation` | benchmarks, scores, accuracies, result files |

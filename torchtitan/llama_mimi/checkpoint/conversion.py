@@ -114,7 +114,7 @@ def prepare_base_model(
         output_dir: what model.hf_assets_path names
         codec: Mimi codec: hub id or folder
         num_quantizers: quantizer levels a frame
-        vocabulary: audio: no text
+        vocabulary: llama keeps the text tokens, audio drops them
         dtype: precision of the saved weights
         seed: of the new embedding rows
         random_weights: write tokenizer and config only

@@ -3,8 +3,6 @@
 import sys
 from collections.abc import Callable
 
-import tyro
-
 
 class UserError(Exception):
     """Something the user can put right. The message says what was wrong, with which value, and what to do."""
@@ -22,6 +20,8 @@ def run_command(command: Callable[..., None], doc: str | None) -> None:
         command: its annotated parameters are the flags, or the fields of a dataclass that it takes.
         doc: of the script.
     """
+    import tyro  # needed by commands alone, and UserError by every loader worker
+
     run_cli(lambda: tyro.cli(command, description=doc, use_underscores=True, config=(tyro.conf.OmitArgPrefixes,)))
 
 

@@ -41,7 +41,7 @@ class TokenizationOptions:
     """Local download of a named corpus"""
 
     split: str | None = None
-    """Of a folder that holds several, such as train-*, test-*"""
+    """Split to take, where a folder holds several (train-*, test-*)"""
 
     codec: str = DEFAULT_CODEC
     """Hub id or folder"""
@@ -53,7 +53,7 @@ class TokenizationOptions:
     """bfloat16 changes about 2 % of the codes"""
 
     codec_attention: CodecAttention = "windowed"
-    """Of the codec; see codec.attention of training"""
+    """How the codec attends; see codec.attention in the training settings"""
 
     audio_column: str = "audio"
 

@@ -16,6 +16,7 @@ from llama_mimi.evaluation.clip_codes import CachedCodes
 from llama_mimi.evaluation.scoring import Preset
 
 FORMAT = 1
+MAX_AUDIO_SECONDS = 20.0  # of the paper's training
 
 
 def model_folder(model_name: str) -> str:

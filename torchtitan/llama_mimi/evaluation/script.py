@@ -22,6 +22,7 @@ from llama_mimi.evaluation.clip_codes import CodeCache, cache_key, encode_clips
 from llama_mimi.evaluation.clip_scores import ScoreLog, score_clips
 from llama_mimi.evaluation.results import (
     FORMAT,
+    MAX_AUDIO_SECONDS,
     check_earlier,
     codes_sha256,
     log_key,
@@ -34,7 +35,6 @@ from llama_mimi.evaluation.scoring import Preset, check_levels, preset, with_opt
 from llama_mimi.generation.speech_model import DECODER_DTYPES, load_speech_model
 
 BATCH_TOKENS = (4096, 32768)  # without and with a GPU
-MAX_AUDIO_SECONDS = 20.0  # of the paper's training
 
 
 @dataclass(frozen=True)
