@@ -6,7 +6,6 @@ One run is drawn level by level. With --run given several times, totals are comp
 logged (validation, the share of a GPU's peak) has no panel.
 """
 
-import argparse
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +15,11 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import tyro
 from pictures import save
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from llama_mimi.common.errors import UserError, run_cli
+from llama_mimi.common.errors import UserError, run_command
 
 Series = dict[int, float]  # step -> value
 Line = tuple[Series, dict[str, Any]]  # and how it is drawn
@@ -60,15 +60,22 @@ PANELS = (
 )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, action="append", required=True, help="dump folder; repeat it to compare")
-    parser.add_argument("--picture", type=Path, required=True, help="PNG or PDF to write")
-    flags = parser.parse_args()
-    runs = {str(run): read_run(run) for run in flags.run}
-    draw(runs, flags.picture)
-    drawn = ", ".join(f"{name} (steps {min(run[TOTAL])} to {max(run[TOTAL])})" for name, run in runs.items())
-    print(f"{len(runs)} run{'s' * (len(runs) > 1)} drawn to {flags.picture}: {drawn}")
+def plot_runs(run: tyro.conf.UseAppendAction[list[Path]], picture: Path) -> None:
+    """Draw the course of one run or of several.
+
+    Args:
+        run: dump folder; repeat it to compare
+        picture: PNG or PDF to write
+
+    Raises:
+        UserError: nothing is logged there, or the picture cannot be written.
+    """
+    if not run:
+        raise UserError("no run is named; give one or several as --run")
+    runs = {str(folder): read_run(folder) for folder in run}
+    draw(runs, picture)
+    drawn = ", ".join(f"{name} (steps {min(series[TOTAL])} to {max(series[TOTAL])})" for name, series in runs.items())
+    print(f"{len(runs)} run{'s' * (len(runs) > 1)} drawn to {picture}: {drawn}")
 
 
 def read_run(folder: Path) -> dict[str, Series]:
@@ -156,4 +163,4 @@ def lines_of_runs(panel: Panel, runs: Mapping[str, Mapping[str, Series]]) -> Ite
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_command(plot_runs, __doc__)

@@ -6,7 +6,6 @@ Reads every result file of eval/ below the folders. Standard presets and other s
 Models that were scored on the same audio are compared by McNemar's exact test.
 """
 
-import argparse
 import itertools
 import json
 import tomllib
@@ -22,7 +21,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from pictures import save
 
-from llama_mimi.common.errors import UserError, run_cli
+from llama_mimi.common.errors import UserError, run_command
 from llama_mimi.common.files import write_atomically
 from llama_mimi.evaluation.accuracy import group_credits, mcnemar
 from llama_mimi.evaluation.benchmarks import SALMON_PARTS
@@ -70,22 +69,31 @@ class Row:
     label: str = ""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", nargs="+", type=Path, default=[Path("results")], help="folders of result files")
-    parser.add_argument("--published", type=Path, default=Path("eval/published.toml"), help="numbers of others")
-    parser.add_argument("--output_file", type=Path, help="Markdown; it is printed in any case")
-    parser.add_argument("--picture", type=Path, help="bar chart of the standard presets, PNG or PDF")
-    flags = parser.parse_args()
+def report(
+    results: tuple[Path, ...] = (Path("results"),),
+    published: Path = Path("eval/published.toml"),
+    output_file: Path | None = None,
+    picture: Path | None = None,
+) -> None:
+    """Put result files into one table.
 
-    rows = read_rows(flags.results)
-    published = read_published(flags.published)
+    Args:
+        results: folders of result files
+        published: numbers of others
+        output_file: Markdown; it is printed in any case
+        picture: bar chart of the standard presets, PNG or PDF
+
+    Raises:
+        UserError: there are no results, or one cannot be read.
+    """
+    rows = read_rows(results)
+    of_others = read_published(published)
     standard = {key: row for key, row in rows.items() if is_standard(key)}
     other = {key: row for key, row in rows.items() if not is_standard(key)}
     sections = []
     columns = ordered(column for row in standard.values() for column in row.accuracies)
     if standard:
-        beside = [row for row in published if row.accuracies.keys() & set(columns)]
+        beside = [row for row in of_others if row.accuracies.keys() & set(columns)]
         sections += ["## Accuracy", table([*standard.values(), *beside], columns), notes(standard.values())]
         if beside:
             sections.append("Rows with a source in brackets are numbers of others, by their own scoring.")
@@ -97,12 +105,12 @@ def main() -> None:
         sections += ["## Differences between models", differences]
     text = "\n\n".join(sections) + "\n"
     print(text)
-    if flags.output_file is not None:
-        write_atomically(str(flags.output_file.parent), flags.output_file.name, text.encode())
-    if flags.picture is not None:
+    if output_file is not None:
+        write_atomically(str(output_file.parent), output_file.name, text.encode())
+    if picture is not None:
         if not standard:
             raise UserError("there is no result of a standard preset to draw; leave out --picture")
-        draw(list(standard.values()), beside, columns, flags.picture)
+        draw(list(standard.values()), beside, columns, picture)
 
 
 def read_rows(folders: Sequence[Path]) -> dict[Key, Row]:
@@ -325,4 +333,4 @@ def draw(rows: Sequence[Row], published: Sequence[Row], columns: Sequence[str], 
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_command(report, __doc__)

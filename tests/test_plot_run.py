@@ -4,6 +4,7 @@ import math
 
 import plot_run
 import pytest
+import tyro
 from torch.utils.tensorboard import SummaryWriter
 
 from llama_mimi.common.errors import UserError
@@ -28,9 +29,8 @@ def figure(monkeypatch, capsys):
 
     def run(*flags):
         figures = []
-        monkeypatch.setattr("sys.argv", ["plot_run.py", *map(str, flags)])
         monkeypatch.setattr(plot_run.plt, "close", figures.append)
-        plot_run.main()
+        tyro.cli(plot_run.plot_runs, args=[*map(str, flags)])
         (drawn,) = figures
         return drawn, capsys.readouterr().out
 

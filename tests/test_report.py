@@ -5,6 +5,7 @@ import tomllib
 
 import pytest
 import report
+import tyro
 from conftest import ROOT
 
 from llama_mimi.common.errors import UserError
@@ -56,8 +57,8 @@ def make(monkeypatch, capsys):
     """Runs the script with some flags; returns what it prints."""
 
     def run(*flags):
-        monkeypatch.setattr("sys.argv", ["report.py", "--published", str(PUBLISHED), *map(str, flags)])
-        report.main()
+        published = () if "--published" in flags else ("--published", PUBLISHED)
+        tyro.cli(report.report, args=[*map(str, (*published, *flags))])
         return capsys.readouterr().out
 
     return run

@@ -19,6 +19,7 @@ from llama_mimi.checkpoint.dcp import find_step, load_model_state
 from llama_mimi.checkpoint.huggingface import model_args
 from llama_mimi.checkpoint.run_record import save_run_record, speech_config
 from llama_mimi.common.errors import UserError
+from llama_mimi.generation.continuation import SamplingOptions
 from llama_mimi.model.llama import FLAVORS, LlamaMimi, LlamaMimiArgs
 from llama_mimi.tokens.units import text_from_codes
 
@@ -167,13 +168,11 @@ def test_a_prompt_that_ends_the_speech_is_said_and_min_seconds_helps(converted, 
     inference = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(inference)
     output = tmp_path / "a.wav"
-    command = ["inference.py", "--model_name", str(converted), "--output_file", str(output), "--seconds", "0.8"]
-    monkeypatch.setattr("sys.argv", [*command, "--min_seconds", "0.8"])
-    inference.main()
+    flags = {"model_name": str(converted), "prompt": str(TINY / "prompt.wav"), "output_file": output}
+    inference.continue_prompt(SamplingOptions(seconds=0.8, min_seconds=0.8), **flags)
     assert "0.80 s of continuation" in capsys.readouterr().out
-    monkeypatch.setattr("sys.argv", command)
-    monkeypatch.setattr(inference, "continue_codes", lambda model, prompt_TQ, options: [prompt_TQ])
-    inference.main()
+    monkeypatch.setattr(inference, "continue_codes", lambda model, prompt_TQ, sampling: [prompt_TQ])
+    inference.continue_prompt(SamplingOptions(seconds=0.8), **flags)
     said = capsys.readouterr().out
     assert "0.00 s of continuation" in said and "the speech ends with it" in said and "--min_seconds" in said
 

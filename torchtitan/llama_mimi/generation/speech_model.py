@@ -1,6 +1,7 @@
 """A converted or released checkpoint, ready to score or continue speech."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
@@ -13,6 +14,7 @@ from llama_mimi.tokens.sequences import SequenceBuilder
 from llama_mimi.tokens.units import extend_tokenizer
 
 # Of the decoder: float16 is what the first release evaluates in.
+DecoderPrecision = Literal["float32", "bfloat16", "float16"]
 DECODER_DTYPES = {**DTYPES, "float16": torch.float16}
 
 
