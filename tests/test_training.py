@@ -191,8 +191,7 @@ def test_20_steps_equal_a_plain_loop_over_hugging_face(base_model, tmp_path):
     (batches,), model, optimizer = plain_loop(base_model, flags, dp_world_size=1)
     for step in range(1, 21):
         inputs, labels_BL = next(batches)
-        logits_BLV = model(inputs["input"]).logits
-        loss = F.cross_entropy(logits_BLV.flatten(0, 1), labels_BL.flatten(), ignore_index=IGNORE_INDEX)
+        loss = plain_loss(model, inputs["input"], labels_BL)
         plain_step(model, optimizer, loss)
         assert measured[step] == pytest.approx(loss.item(), abs=1e-4), step
 
@@ -210,8 +209,7 @@ def test_torchtitans_entry_point_is_the_same_trainer(base_model, tmp_path):
     flags = {"--job.config_file": ROOT / "config/tiny.toml", "--model.hf_assets_path": base_model}
     (batches,), model, _ = plain_loop(base_model, flags, dp_world_size=1)
     inputs, labels_BL = next(batches)
-    logits_BLV = model(inputs["input"]).logits
-    loss = F.cross_entropy(logits_BLV.flatten(0, 1), labels_BL.flatten(), ignore_index=IGNORE_INDEX)
+    loss = plain_loss(model, inputs["input"], labels_BL)
     assert measured == {1: pytest.approx(loss.item(), abs=1e-4)}
 
     process = start(2, tmp_path / "ddp", (str(program),), parallelism__data_parallel_replicate_degree=2)
@@ -247,9 +245,7 @@ def test_text_in_front_of_the_audio_is_read_and_not_predicted(base_model, tmp_pa
             start = (ids_L == vocabulary.audio_start_id).nonzero().item()
             assert start > 5 and (ids_L[:start] < vocabulary.base).all(), "text"
             assert (labels_L[:start] == IGNORE_INDEX).all() and vocabulary.is_unit(labels_L[start])
-        loss = F.cross_entropy(
-            model(inputs["input"]).logits.flatten(0, 1), labels_BL.flatten(), ignore_index=IGNORE_INDEX
-        )
+        loss = plain_loss(model, inputs["input"], labels_BL)
         plain_step(model, optimizer, loss)
         assert measured[step] == pytest.approx(loss.item(), abs=1e-4), step
 
@@ -278,11 +274,10 @@ def test_without_text_from_the_base_model_to_a_converted_one(base_model, tmp_pat
     ranks, model, optimizer = plain_loop(prepared, flags, dp_world_size=2)
     for step in range(1, 5):
         inputs, labels_BL = (torch.cat(parts) for parts in zip(*map(inputs_and_labels, ranks), strict=True))
-        logits_BLV = model(inputs).logits
-        loss = F.cross_entropy(logits_BLV.flatten(0, 1), labels_BL.flatten(), ignore_index=IGNORE_INDEX)
+        loss = plain_loss(model, inputs, labels_BL)
         plain_step(model, optimizer, loss)
         assert measured[step] == pytest.approx(loss.item(), abs=1e-4), step
-    assert logits_BLV.shape[-1] == 3 + 4 * 256 + 2
+    assert model.config.vocab_size == 3 + 4 * 256 + 2
 
     convert_checkpoint(Path(run) / "checkpoint", Path(converted))
     ids_1L = AutoTokenizer.from_pretrained(converted)("<audio><3_0><5_1><7_2><9_3>", return_tensors="pt").input_ids
@@ -310,6 +305,13 @@ def plain_loop(base_model, flags, dp_world_size):
         model.parameters(), lr=job_config.optimizer.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1
     )
     return ranks, model, optimizer
+
+
+def plain_loss(model, inputs_BL, labels_BL):
+    """Mean over the targets, from all logits."""
+    logits_BLV = model(inputs_BL).logits
+    assert logits_BLV.shape[-1] == model.config.vocab_size
+    return F.cross_entropy(logits_BLV.flatten(0, 1), labels_BL.flatten(), ignore_index=IGNORE_INDEX)
 
 
 def plain_step(model, optimizer, loss):

@@ -6,7 +6,7 @@ Merged by TorchTitan through ``[job] custom_config_module = "llama_mimi.job_conf
 from dataclasses import dataclass, field
 from typing import Literal
 
-from llama_mimi.audio.mimi import CodecAttention
+from llama_mimi.audio.mimi import CodecAttention, Precision
 from llama_mimi.tokens.units import VocabularyKind
 
 
@@ -47,7 +47,7 @@ class Codec:
     num_quantizers: int = 4
     """Q, quantizer levels a frame; each adds 12.5 tokens per second of audio"""
 
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Precision = "float32"
     """Precision of the codec; bfloat16 changes about 2 % of the codes"""
 
     attention: CodecAttention = "windowed"

@@ -28,6 +28,7 @@ BATCH_SECONDS = (32.0, 160.0)  # of audio encoded at once without and with a GPU
 # Positions that Mimi's Transformers attend to: its window (250, which are 10 s), as it was trained and as transformers
 # has it since February 2026 (pull request 43971), or everything before, as transformers had it until then.
 CodecAttention = Literal["windowed", "whole"]
+Precision = Literal["float32", "bfloat16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 

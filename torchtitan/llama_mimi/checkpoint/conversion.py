@@ -1,13 +1,12 @@
 """From a Hugging Face Llama to what training starts from, and from a training checkpoint to a Hugging Face model."""
 
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from llama_mimi.audio.mimi import DEFAULT_CODEC, DTYPES, load_codec_config
+from llama_mimi.audio.mimi import DEFAULT_CODEC, DTYPES, Precision, load_codec_config
 from llama_mimi.checkpoint.dcp import find_step, load_model_state
 from llama_mimi.checkpoint.huggingface import model_args, save_folder
 from llama_mimi.checkpoint.run_record import find_run_record
@@ -15,7 +14,6 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.common.hub import load_pretrained
 from llama_mimi.tokens.units import SPECIAL_ROLES, VocabularyKind, audio_tokenizer, extend_tokenizer, has_text
 
-Precision = Literal["float32", "bfloat16"]
 MODEL_CARD = """\
 ---
 library_name: transformers

@@ -5,9 +5,9 @@ import math
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from llama_mimi.audio.mimi import DEFAULT_CODEC, CodecAttention, MimiCodec, codec_hash
+from llama_mimi.audio.mimi import DEFAULT_CODEC, CodecAttention, MimiCodec, Precision, codec_hash
 from llama_mimi.audio.reading import DAMAGED, RESAMPLER
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import PARTIAL, file_system, read_json, sizes_in, write_atomically
@@ -31,6 +31,8 @@ CLIPS_PER_SHARD, MIN_SHARDS = 2048, 64
 
 @dataclass
 class TokenizationOptions:
+    """What is tokenised, how, and where to."""
+
     corpus: str
     """Named corpus, folder, or Parquet path or glob"""
 
@@ -49,7 +51,7 @@ class TokenizationOptions:
     num_quantizers: int = 8
     """Levels to store; training takes any prefix"""
 
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Precision = "float32"
     """bfloat16 changes about 2 % of the codes"""
 
     codec_attention: CodecAttention = "windowed"
