@@ -5,11 +5,11 @@
 Starts under torchrun, too: each rank then encodes and scores a part of the clips.
 """
 
-from llama_mimi.common.errors import run_cli
+from llama_mimi.common.errors import run_command
 from llama_mimi.evaluation.benchmarks import read_storycloze
 from llama_mimi.evaluation.script import BenchmarkScript
 
 STORYCLOZE = BenchmarkScript("sStoryCloze", "speed", read_storycloze, levels=(0,))
 
 if __name__ == "__main__":
-    run_cli(lambda: STORYCLOZE.run(__doc__))
+    run_command(STORYCLOZE.run, __doc__)

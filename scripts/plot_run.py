@@ -114,7 +114,7 @@ def draw(runs: Mapping[str, Mapping[str, Series]], path: Path) -> None:
         UserError: the picture cannot be written.
     """
     drawn = [panel for panel in PANELS if any(panel.total in run for run in runs.values())]
-    # Of an odd number, the first panel, the one looked at most, has a row of its own.
+    # With an odd number of panels the first, which is looked at most, has a row of its own.
     places = [0] * (len(drawn) % 2) + list(range(len(drawn)))
     rows: list[Any] = [places[i : i + 2] for i in range(0, len(places), 2)]
     figure, axes = plt.subplot_mosaic(rows, figsize=(9, 2 * len(rows)), sharex=True, layout="constrained")

@@ -130,8 +130,7 @@ def read_rows(folders: Sequence[Path]) -> dict[Key, Row]:
         if report.get("format") != FORMAT:
             raise UserError(f"'{path}' has format {report.get('format')!r}, not {FORMAT}; score the model anew")
         settings = report["settings"]
-        attention = report["codec"].get("attention", "windowed")  # of results from before there was a choice
-        made_with = settings["dtype"], settings["max_audio_seconds"], attention
+        made_with = settings["dtype"], settings["max_audio_seconds"], report["codec"]["attention"]
         key = Key(report["model_sha256"], report["preset"], *made_with)
         row = rows.setdefault(key, Row(path.parent.name, {}, {}, {}))
         benchmark = report["benchmark"]
@@ -264,7 +263,7 @@ def compare(rows: Mapping[Key, Row]) -> str:
             continue
         for benchmark in sorted(a.reports.keys() & b.reports.keys()):
             reports = [row.reports[benchmark] for row in (a, b)]
-            # Of the same audio, pairs come in the same order, whatever they are called in a folder or a table.
+            # The same audio gives pairs in the same order, whatever they are called in a folder or a table.
             credits_a, credits_b = (credits_in_order(report) for report in reports)
             if reports[0]["audio_sha256"] != reports[1]["audio_sha256"] or credits_a.keys() != credits_b.keys():
                 left_out.append(

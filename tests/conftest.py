@@ -38,7 +38,7 @@ HEAVY = [
     "test_parallelism",
     "test_scripts",
     "test_order",
-    "test_token_store",
+    "test_code_store",
 ]
 # The same examples at every run: a failure can be seen again, and CI does not depend on luck.
 hypothesis.settings.register_profile("repeatable", derandomize=True)

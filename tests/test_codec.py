@@ -56,7 +56,7 @@ def test_without_its_window_the_codec_attends_to_all_that_came_before(codec, spe
     ("entries", "attention"),
     [
         ({"num_quantizers": 4}, "whole"),  # a released checkpoint
-        ({"num_quantizers": 4, "codec": "kyutai/mimi"}, "windowed"),
+        ({"num_quantizers": 4, "codec": "kyutai/mimi", "codec_attention": "windowed"}, "windowed"),
         ({"num_quantizers": 4, "codec": "kyutai/mimi", "codec_attention": "whole"}, "whole"),
     ],
 )

@@ -115,7 +115,7 @@ def tiny_with(*flags):
         (["--validation.seq_len", "512"], "more than training.seq_len"),
         (["--job.dump_folder", "README.md"], "is a file"),
         (["--data.max_bad_share", "2"], "share between 0 and 1"),
-        (["--data.max_audio_seconds", "0.05"], "less than one frame of the codec"),
+        (["--data.max_audio_seconds", "0.05"], "less than a frame of the codec"),
         (["--training.dataset", "assets/tiny/corpus,assets/tiny/words"], "no tokenised corpus"),
         (["--training.dataset", " , "], "name one corpus"),
         (["--training.dataset", "assets/tiny/corpus"], "holds the splits train, validation; choose one (data.split"),

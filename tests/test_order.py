@@ -80,7 +80,8 @@ def world_state(loaders):
     states = [json.loads(loader.state_dict()["position"]) for loader in loaders]
     counts = sum((Counter(state["counts"]) for state in states), Counter())
     ranks = [state["ranks"][0] for state in states]
-    return {"position": json.dumps({"ranks": ranks, "counts": counts, "of": states[0]["of"]})}
+    frames = sum(state["frames"] for state in states)
+    return {"position": json.dumps({"ranks": ranks, "counts": counts, "frames": frames, "of": states[0]["of"]})}
 
 
 def frames_in(batch, sequences):
@@ -100,8 +101,8 @@ def frames_of_windows(readers, state, seed=3):
         order = CorpusOrder(reader.corpus.sizes_G, BLOCK, seed + number)
         cursors = [position["cursors"][number] for position in positions]
         end = max(cursor["next_window"] for cursor in cursors)
-        left = {w: (0, 0) for c in cursors for w in range(c["next_window"], end, len(positions))}
-        left |= {window: (row, frame) for cursor in cursors for window, row, frame in cursor["begun"]}
+        left = {window: (0, 0) for c in cursors for window in range(c["next_window"], end, len(positions))}
+        left |= {b["window"]: (b["rows_used"], b["frames_used"]) for cursor in cursors for b in cursor["begun"]}
         for window in range(end):
             num_rows, first_frame = left.get(window, (order.num_rows(window), 0))
             for index in range(num_rows + (first_frame > 0)):
@@ -204,7 +205,7 @@ def test_a_shorter_longest_clip_may_be_set_on_resuming(sequences):
     """The clip that a packed row was in the middle of may end before the place reached in it."""
     (whole,) = make_loaders([MadeUpReader(0, 9)], sequences, 1, 0)
     batches = iter(whole)
-    while not any(frame for _, _, frame in whole._order.position.cursors[0].begun):
+    while not any(begun.frames_used for begun in whole._order.position.cursors[0].begun):
         next(batches)
     reader = MadeUpReader(0, 9)
     reader.lengths = np.ones_like(reader.lengths)

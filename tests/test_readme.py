@@ -25,7 +25,7 @@ ELSEWHERE = {
     "uv sync": ".ci/run",
     "uv run python scripts/prepare_base_model.py --base_model meta-llama/": "needs the hub; tests/test_scripts.py",
     "uv run hf download": "needs the hub",
-    "uv run torchrun --nproc_per_node=8": "needs the hub and GPUs; tests/test_config.py, tests/test_token_store.py",
+    "uv run torchrun --nproc_per_node=8": "needs the hub and GPUs; tests/test_config.py, tests/test_code_store.py",
     "sbatch": "tests/test_launch.py",
     "NUM_NODES": "tests/test_launch.py",
     "uv run python scripts/benchmarks/gpu_check.py": "needs a GPU; tests/test_gpu_check.py",

@@ -24,8 +24,8 @@ class Metrics:
 
 @dataclass
 class Comm:
-    # All ranks wait for the slowest: for a file system that stalls (many share one), for the rank whose part of the
-    # validation corpus is long to encode. TorchTitan's 300 s and, after the first step, 100 s would end the run.
+    # All ranks wait for the slowest one: a shared file system may stall, or one rank may have more validation audio to
+    # encode. TorchTitan's limits, 300 s and after the first step 100 s, would end the run.
     init_timeout_seconds: int = 1800
     """Timeout of collectives until the first step, and of all in a run that is resumed"""
 
@@ -51,7 +51,8 @@ class Codec:
     """Precision of the codec; bfloat16 changes about 2 % of the codes"""
 
     attention: CodecAttention = "windowed"
-    """windowed: as Mimi was trained; whole: without its window of 10 s, as released checkpoints most probably were"""
+    """windowed: to the last 10 s, as Mimi was trained; whole: to all that came before, as released checkpoints most
+    probably did"""
 
 
 @dataclass
@@ -72,19 +73,19 @@ class Data:
     """Split of training.dataset where that is a folder that holds several, such as train-*, test-*"""
 
     validation_split: str | None = None
-    """The same of validation.dataset"""
+    """Split of validation.dataset where that is a folder that holds several"""
 
     validation_clips: int = -1
     """Clips of validation.dataset that are used, from its beginning and by all ranks together; -1 for all"""
 
     audio_column: str = "audio"
-    """Column of audio{bytes,path} structs; named corpora know theirs"""
+    """Column of audio{bytes,path} structs"""
 
     text_column: str = "text"
     """Column of transcripts, read by the task tts only"""
 
     shuffle_block: int = 4096
-    """Clips permuted together; row groups, of which a block has at least one, are permuted as a whole. A loader worker
+    """Clips shuffled together. Row groups are shuffled as a whole, and a block has at least one. Each loader worker
     holds a block in memory: of 4,096 clips of 14 s about 1 GB of FLAC at 16 kHz, or 11 MB of codes"""
 
     max_bad_share: float = 0.01

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from llama_mimi.common.cpu import use_cpu_without_gpu
-from llama_mimi.common.errors import UserError
+from llama_mimi.common.errors import run_cli
 
 use_cpu_without_gpu()  # before anything imports TorchTitan
 
@@ -16,12 +16,12 @@ from torchtitan.tools.logging import init_logger, logger  # noqa: E402
 from torchtitan.train import Trainer  # noqa: E402
 
 import llama_mimi.train_spec  # noqa: E402, F401  (registers the model, also for a config without custom_import)
-from llama_mimi.common.ranks import end_with_torchrun, let_first_report  # noqa: E402
+from llama_mimi.common.ranks import end_with_torchrun, first_reports  # noqa: E402
 from llama_mimi.training.config_file import parse_config  # noqa: E402
 
 
 class SpeechTrainer(Trainer):
-    """TorchTitan's trainer; the gradients of a pipeline are divided by the number of targets, as all others are."""
+    """TorchTitan's trainer, whose pipelines divide gradients by the number of targets, as all other meshes do."""
 
     def forward_backward_step(self, *, global_valid_tokens: torch.Tensor, **batch: Any) -> torch.Tensor:
         if self.parallel_dims.pp_enabled:
@@ -33,14 +33,12 @@ def main() -> None:
     end_with_torchrun()
     init_logger()
     if int(os.environ.get("RANK", 0)) > 0:
-        logger.setLevel(logging.WARNING)  # what all ranks would say, rank 0 says
+        logger.setLevel(logging.WARNING)  # rank 0 alone says what all ranks would
     trainer: SpeechTrainer | None = None
     try:
-        trainer = SpeechTrainer(parse_config(sys.argv[1:]))
-        trainer.train()
-    except UserError as error:
-        let_first_report()
-        sys.exit(f"error: {error}")
+        with first_reports():
+            trainer = SpeechTrainer(parse_config(sys.argv[1:]))
+            trainer.train()
     finally:
         if trainer is not None:
             trainer.close()
@@ -48,4 +46,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

@@ -1,6 +1,5 @@
 """Registers the train spec "llama_mimi" with TorchTitan: ``[experimental] custom_import = "llama_mimi.train_spec"``."""
 
-import sys
 from functools import partial
 from typing import Any
 
@@ -13,8 +12,8 @@ from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 from llama_mimi.audio.mimi import load_codec_config
 from llama_mimi.checkpoint.huggingface import LlamaMimiStateDictAdapter
 from llama_mimi.checkpoint.run_record import save_run_record, speech_config
-from llama_mimi.common.errors import UserError
-from llama_mimi.common.ranks import end_with_torchrun, let_first_report
+from llama_mimi.common.errors import run_cli
+from llama_mimi.common.ranks import end_with_torchrun, first_reports
 from llama_mimi.data.build import build_dataloader
 from llama_mimi.data.dataloader import DataMeter
 from llama_mimi.model.llama import FLAVORS, LlamaMimi, LlamaMimiArgs, parallelize, pipeline
@@ -24,7 +23,7 @@ from llama_mimi.training.loss import LevelMeter, UnitLoss
 from llama_mimi.training.metrics import SpeechMetrics
 from llama_mimi.training.validator import SpeechValidator
 
-# TorchTitan builds metrics apart from losses and loader; the meters are what they share.
+# TorchTitan builds metrics apart from losses and loader; these meters connect them.
 _train_meter, _validation_meter = LevelMeter(), LevelMeter()
 _data_meter = DataMeter()
 
@@ -35,11 +34,12 @@ def build_tokenizer(job_config: Any) -> SequenceBuilder:
     Its own entry point knows nothing of `UserError`, nor that ranks should end with torchrun.
     """
     end_with_torchrun()
-    try:
-        prepare_run(job_config)
-    except UserError as error:
-        let_first_report()
-        sys.exit(f"error: {error}")
+
+    def prepare() -> None:
+        with first_reports():
+            prepare_run(job_config)
+
+    run_cli(prepare)
     return build_sequences(job_config)
 
 

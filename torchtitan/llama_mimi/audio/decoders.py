@@ -41,7 +41,7 @@ class Recording:
     Args:
         rate_hz: sample rate.
         num_channels: C.
-        num_samples: of a channel, as the header says; None where it does not, or estimates.
+        num_samples: of each channel by the header; None where it gives none, or only an estimate.
         blocks: of shape (S, C) in float32, none empty.
     """
 
@@ -57,7 +57,7 @@ class OggLink:
 
     Args:
         start, end: where its bytes lie.
-        is_whole: its last page is complete, and nothing but it lies behind it where the next should begin.
+        is_whole: its last page is complete, and only the next recording, if any, follows.
     """
 
     start: int
@@ -71,7 +71,7 @@ def opened(stream: BinaryIO, link: OggLink | None = None) -> Iterator[Recording]
 
     Args:
         stream: bytes, or a file that was opened without a buffer.
-        link: of a chained Ogg file; None takes the first, or all that other files hold.
+        link: recording of a chained Ogg file to open; None opens the first, which in other files is the only one.
 
     Raises:
         NeedsFFmpeg: see there.

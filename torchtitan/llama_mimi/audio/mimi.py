@@ -25,8 +25,8 @@ from llama_mimi.common.hub import load_pretrained
 
 DEFAULT_CODEC = "kyutai/mimi"
 BATCH_SECONDS = (32.0, 160.0)  # of audio encoded at once without and with a GPU (scripts/benchmarks/bench_data.py)
-# Positions that Mimi's Transformers attend to: its window (250, which are 10 s), as it was trained and as transformers
-# has it since February 2026 (pull request 43971), or everything before, as transformers had it until then.
+# Which earlier positions Mimi's Transformers attend to. "windowed" is the last 250 (10 s), as Mimi was trained and as
+# transformers does since February 2026 (pull request 43971); "whole" is all of them, as transformers did before.
 CodecAttention = Literal["windowed", "whole"]
 Precision = Literal["float32", "bfloat16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -47,18 +47,25 @@ def load_codec_config(name: str, num_quantizers: int) -> MimiConfig:
     return config
 
 
-def whole_frames(seconds: float, config: MimiConfig) -> int:
-    """Whole frames of a codec in so many seconds; 20 s are 250, whatever the rounding of ``seconds``."""
-    return int(seconds * config.sampling_rate / config.frame_size + 1e-6)
+def whole_frames(seconds: float, config: MimiConfig, setting: str = "data.max_audio_seconds") -> int:
+    """Whole frames of a codec in so many seconds; 20 s are 250, whatever the rounding of ``seconds``.
+
+    Raises:
+        UserError: there is none, said of the flag or key ``setting`` that ``seconds`` are of.
+    """
+    frames = int(seconds * config.sampling_rate / config.frame_size + 1e-6)
+    if not frames:
+        raise UserError(f"{setting} is {seconds}, less than a frame of the codec; raise it")
+    return frames
 
 
 def attention_of(config: PreTrainedConfig) -> CodecAttention:
-    """How the codes were made that a model speaks.
+    """Attention of the codec that made a model's training codes.
 
-    A config that names its codec but no attention is of this project, before it said so, and windowed. One that names
-    neither is a released checkpoint: as all are from before transformers had the window, they are taken for "whole".
+    A config that does not name it is a released checkpoint: as all are from before transformers had the window, they
+    are taken for "whole".
     """
-    return getattr(config, "codec_attention", "windowed" if hasattr(config, "codec") else "whole")
+    return getattr(config, "codec_attention", "whole")
 
 
 class MimiCodec:

@@ -25,7 +25,7 @@ RESAMPLER = "soxr HQ"
 # What was done to make a clip usable; each is counted.
 DAMAGED = "damaged, read as far as it goes"
 OPPOSITE = "in opposite phases, the loudest channel taken"
-# Of the energy of a clip: where so much of it would cancel, the mean of its channels is not used.
+# Where the mean of the channels would cancel more than this share of the energy, the loudest channel is used.
 MAX_CANCELLED = 0.1
 
 
@@ -42,7 +42,7 @@ class AudioError(UserError):
         self.reason = reason
 
 
-# Errors that do not say that the rest of a file is damaged: a clip that is refused, or a machine in need.
+# Errors that do not mean that the file is damaged: we refused the clip, or memory or the disk failed.
 NOT_OF_THE_FILE = (AudioError, MemoryError, OSError)
 
 
@@ -54,7 +54,7 @@ class Waveform:
         samples_S: mono float32 (S,).
         sample_rate_hz: of ``samples_S``.
         is_cut: the source went on after ``max_seconds``, or broke off.
-        remarks: `DAMAGED` and `OPPOSITE`, as far as they hold.
+        remarks: `DAMAGED` and `OPPOSITE`, where they apply.
     """
 
     samples_S: torch.Tensor

@@ -15,7 +15,7 @@ from llama_mimi.model.llama import LlamaMimiArgs
 
 
 def hf_config(args: LlamaMimiArgs, **extra: Any) -> LlamaConfig:
-    """The configuration of the ordinary Llama that has the logits of ``args``.
+    """The configuration of the plain Hugging Face Llama that computes the same logits as ``args``.
 
     Args:
         args: shape, with ``vocab_size`` set.
@@ -113,8 +113,8 @@ def save_folder(folder: Path, model: LlamaForCausalLM | LlamaConfig, tokenizer: 
 class LlamaMimiStateDictAdapter(Llama3StateDictAdapter):
     """TorchTitan's adapter, for any number of ranks.
 
-    The two implementations of rotary embeddings order the rows of a head otherwise. TorchTitan reorders a matrix where
-    it lies, which fails when ranks have parts of heads: with more ranks than key heads, and with FSDP x TP.
+    The two implementations of rotary embeddings order the rows of a head differently. TorchTitan reorders each rank's
+    part of a matrix, which fails when ranks have parts of heads: with more ranks than key heads, and with FSDP x TP.
     """
 
     def _permute(self, weight: torch.Tensor, *shape: int) -> torch.Tensor:

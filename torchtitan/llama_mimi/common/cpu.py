@@ -12,8 +12,8 @@ import torch
 
 from llama_mimi.common.errors import UserError
 
-# Of glibc's malloc.h: how many blocks may be mapped one by one, how much free memory is kept, and how many heaps there
-# are (those of threads are small, and given back when they are empty).
+# Options of glibc's mallopt (malloc.h): how many blocks may be mapped one by one, how much free memory is kept, and how
+# many heaps there are (those of threads are small, and given back when they are empty).
 M_MMAP_MAX, M_TRIM_THRESHOLD, M_ARENA_MAX = -4, -1, -8
 
 

@@ -10,7 +10,7 @@ import fsspec
 
 from llama_mimi.common.errors import UserError, first_line
 
-# What is written under another name first, before it is moved into place.
+# Ending of files that are still being written.
 PARTIAL = ".partial"
 
 
@@ -78,7 +78,7 @@ def _below_local(folder: str) -> list[str]:
 
 
 def _matches(fs: fsspec.AbstractFileSystem, pattern: str) -> list[str]:
-    """The file of that name, or what the glob matches; brackets in names of folders that exist are no pattern."""
+    """The file of that name, or what the glob matches. Brackets in the name of a folder that exists are no pattern."""
     if fs.isfile(pattern):
         return [pattern]
     parts = pattern.split("/")
@@ -126,7 +126,7 @@ def read_json(folder: str, name: str) -> dict[str, Any] | None:
 
 
 def write_atomically(folder: str, name: str, content: bytes) -> None:
-    """Write a file that nobody sees half: aside and then moved on a local file system, in one upload elsewhere.
+    """Write a file so that nobody sees half of it: aside and then moved, or on other file systems in one upload.
 
     Raises:
         UserError: the file system is full or refuses.

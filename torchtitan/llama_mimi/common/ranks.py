@@ -17,7 +17,7 @@ import torch.distributed as dist
 from llama_mimi.common.cpu import available_device
 from llama_mimi.common.errors import UserError, first_line
 
-# Ranks wait for the slowest at the end.
+# At the end all ranks wait for the slowest.
 TIMEOUT = timedelta(days=7)
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 SECONDS_BEFORE_OTHERS_REPORT = 10
@@ -33,7 +33,7 @@ def end_with_parent() -> None:
 
 
 def end_with_torchrun() -> None:
-    """As `end_with_parent`, for a rank that torchrun started; ranks that are started otherwise may outlive a shell."""
+    """As `end_with_parent`, but only in ranks that torchrun started; others may outlive their shell."""
     if not dist.is_torchelastic_launched():
         return
     end_with_parent()
@@ -48,7 +48,7 @@ class Ranks:
     """The processes of torchrun, or this one alone, and what they share.
 
     Args:
-        device: of this rank; None, or "cuda" without a number, takes its own GPU where there is one.
+        device: of this rank; None, or "cuda" without a number, takes the rank's own GPU where there is one.
 
     Raises:
         UserError: more ranks than GPUs, one GPU for several ranks, or no such device.
@@ -80,14 +80,6 @@ class Ranks:
         """Add to a shared counter; returns its value."""
         return self._store.add(counter, number)
 
-    def gather(self, value: Any) -> list[Any]:
-        """The values of all ranks, on every rank."""
-        if self.world_size == 1:
-            return [value]
-        values = [None] * self.world_size
-        _unless_gone(lambda: dist.all_gather_object(values, value))
-        return values
-
     def wait(self) -> None:
         if self.world_size > 1:
             _unless_gone(dist.barrier)
@@ -95,6 +87,15 @@ class Ranks:
     def close(self) -> None:
         if self.world_size > 1:
             dist.destroy_process_group()
+
+
+def gather(value: Any) -> list[Any]:
+    """``value`` of every rank, on every rank; without a process group there is this one."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    _unless_gone(lambda: dist.all_gather_object(values, value))
+    return values
 
 
 def from_first(make: Callable[[], Any]) -> Any:
@@ -116,10 +117,15 @@ def from_first(make: Callable[[], Any]) -> Any:
     return outcome[0]
 
 
-def let_first_report() -> None:
-    """Before a mistake is reported that all ranks find: rank 0 says it, and torchrun then ends the others."""
-    if int(os.environ.get("RANK", 0)):
-        time.sleep(SECONDS_BEFORE_OTHERS_REPORT)
+@contextmanager
+def first_reports() -> Iterator[None]:
+    """Hold back a `UserError` that all ranks find: rank 0 reports it, and torchrun then ends the others."""
+    try:
+        yield
+    except UserError:
+        if int(os.environ.get("RANK", 0)):
+            time.sleep(SECONDS_BEFORE_OTHERS_REPORT)
+        raise
 
 
 def _unless_gone(collective: Callable[[], Any]) -> None:
@@ -134,10 +140,7 @@ def _unless_gone(collective: Callable[[], Any]) -> None:
 @contextmanager
 def torchrun_ranks(device: str | None = None) -> Iterator[Ranks]:
     """`Ranks` that are closed at the end; a mistake that all ranks find is reported once."""
-    try:
+    with first_reports():
         ranks = Ranks(device)
         yield ranks
         ranks.close()
-    except UserError:
-        let_first_report()
-        raise

@@ -1,4 +1,4 @@
-"""What a result was made with."""
+"""Package versions and commit that a result was made with."""
 
 import subprocess
 from importlib.metadata import version

@@ -18,8 +18,8 @@ from llama_mimi.tokens.sequences import SequenceBuilder
 
 # Audio goes through the codec in batches of at least so many clips, and codes come from workers as many at a time.
 MIN_CHUNK = 8
-# A chunk has as many clips as a batch has rows, and rows of 20 s hold four clips of 5 s. Longer clips need fewer,
-# and their samples wait in memory; of shorter ones a part is encoded while the step waits.
+# A chunk has as many clips as a batch has rows, but a packed row of 20 s holds four clips of 5 s. With longer clips
+# some samples wait in memory; with shorter ones the step waits while a part of them is encoded.
 CHUNKS_A_PACKED_BATCH = 4
 
 

@@ -24,7 +24,7 @@ from llama_mimi.data.code_store import CodeCorpus, CodeGroup
 from llama_mimi.data.corpora import AudioCorpus
 from llama_mimi.data.order import ClipRef, RowsInOrder, ShuffledOrder, in_chunks
 
-# Judge the share of bad clips only after this many were read: one among the first ten is no 10 %.
+# The share of bad clips is judged only once this many were read: one among the first ten is no 10 %.
 MIN_CLIPS_FOR_SHARE = 100
 _NO_SAMPLES = torch.empty(0)
 # Every skipped clip is counted; only so many are named one by one.
@@ -48,7 +48,7 @@ class AudioClip:
         samples_S: mono float32 at the codec's rate.
         is_cut: the recording went on after the longest audio wanted, or broke off.
         text: transcript, or None where the task needs none.
-        speaker: where the corpus says it and it was asked for.
+        speaker: label, where the corpus has one and it was asked for.
         remarks: as `llama_mimi.audio.reading.Waveform`.
     """
 
@@ -69,7 +69,7 @@ class CodedClip:
         codes_TQ: of the levels wanted.
         is_cut: the recording went on.
         text: transcript, or None where the task needs none.
-        remarks: as `AudioClip`; codes do not keep them.
+        remarks: as `AudioClip`; stored codes have none.
     """
 
     name: str

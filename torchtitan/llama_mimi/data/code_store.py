@@ -1,8 +1,8 @@
 """Tokenised corpora: shards of codes that training reads in place of audio.
 
-A store is a folder (any fsspec path) of Parquet shards ``shard-*.parquet`` with one row a clip, which `datasets` opens
-as they are, and a manifest that is written last. Columns: ``id``, ``codes`` (uint16, T x Q), ``duration`` in seconds,
-``is_cut`` (the recording went on), and ``text`` and ``speaker`` where the corpus has them.
+A tokenised corpus is a folder (any fsspec path) of Parquet shards ``shard-*.parquet`` with one row a clip, which
+`datasets` opens as they are, and a manifest that is written last. Columns: ``id``, ``codes`` (uint16, T x Q),
+``duration`` in seconds, ``is_cut`` (the recording went on), and ``text`` and ``speaker`` where the corpus has them.
 """
 
 import io
@@ -25,7 +25,7 @@ PLAN = "tokenization.json"
 # Key of what a shard says about itself, in its Parquet metadata.
 NOTES = b"llama_mimi"
 FORMAT = 1
-# Rows of a row group, the least that is read at once: 0.7 MB of codes for clips of 14 s at 8 levels.
+# Rows of a row group, the smallest unit that is read: 0.7 MB of codes for clips of 14 s at 8 levels.
 CLIPS_PER_GROUP = 256
 REQUIRED_KEYS = {"codec", "columns", "clips", "by_second", "clips_per_group", "shards"}
 OPTIONAL_COLUMNS = ("text", "speaker")
@@ -101,25 +101,15 @@ class CodeCorpus:
             UserError: the shard is damaged, or holds what no codec gives.
         """
         path = f"{self.name.rstrip('/')}/{self.manifest['shards'][self._shard_G[group]]['file']}"
-        try:
-            fs, bare = file_system(path)
-            with fs.open(bare) as stream:
-                file = pq.ParquetFile(stream, page_checksum_verification=True)
-                table = file.read_row_group(int(self._number_G[group]), columns=self._columns)
-        except (OSError, pa.ArrowException, ValueError, AttributeError) as error:  # damage takes many forms
-            raise unreadable(path, error) from error
-        codes = table["codes"].combine_chunks()
-        frames_NQ = codes.flatten().flatten().to_numpy().reshape(-1, self.manifest["codec"]["num_quantizers"])
-        if len(table) != self.sizes_G[group] or table["codes"].null_count:
+        found = read_codes(path, self._columns, self.manifest["codec"]["num_quantizers"], int(self._number_G[group]))
+        if len(found.starts) - 1 != self.sizes_G[group]:
             raise UserError(f"'{path}' does not hold the clips that {MANIFEST} says; copy or make it anew")
-        if len(frames_NQ) and (highest := int(frames_NQ.max())) >= self._codebook_size:
+        if len(found.frames_NQ) and (highest := int(found.frames_NQ.max())) >= self._codebook_size:
             raise UserError(
                 f"'{path}' holds the code {highest}, outside the codebook of {self._codebook_size}; "
                 "the shard is damaged, tokenise it anew"
             )
-        starts = codes.offsets.to_numpy() - codes.offsets[0].as_py()
-        columns = {name: table[name].to_pylist() for name in self._columns if name != "codes"}
-        return CodeGroup(columns, starts.tolist(), frames_NQ[:, : self._num_quantizers])
+        return CodeGroup(found.columns, found.starts, found.frames_NQ[:, : self._num_quantizers])
 
     def _check(self, codec: str, attention: CodecAttention, with_text: bool) -> None:
         made_by = self.manifest["codec"]
@@ -135,7 +125,7 @@ class CodeCorpus:
                 f"{made_by['sha256'][:12]}, but codec.name '{codec}' has {found[:12]}; name that codec, or "
                 "tokenise anew"
             )
-        if (found := made_by.get("attention", "windowed")) != attention:
+        if (found := made_by["attention"]) != attention:
             raise UserError(
                 f"the tokenised corpus '{self.name}' was made with the codec's attention '{found}', but "
                 f"codec.attention is '{attention}'; set it to '{found}', or tokenise anew"
@@ -165,6 +155,34 @@ class CodeGroup:
         return self.frames_NQ[self.starts[row] : self.starts[row + 1]]
 
 
+def read_codes(path: str, columns: Sequence[str], num_quantizers: int, group: int | None = None) -> CodeGroup:
+    """Rows of a shard.
+
+    Args:
+        path: on any fsspec file system.
+        columns: "codes" among them.
+        num_quantizers: that are stored.
+        group: one row group; None reads all.
+
+    Raises:
+        UserError: the shard is damaged.
+    """
+    try:
+        fs, bare = file_system(path)
+        with fs.open(bare) as stream:
+            file = pq.ParquetFile(stream, page_checksum_verification=True)
+            table = file.read(columns) if group is None else file.read_row_group(group, columns=columns)
+        codes = table["codes"].combine_chunks()
+        if codes.null_count:
+            raise ValueError("rows without codes")
+        frames_NQ = codes.flatten().flatten().to_numpy().reshape(-1, num_quantizers)
+        starts = codes.offsets.to_numpy() - codes.offsets[0].as_py()
+        others = {name: table[name].to_pylist() for name in columns if name != "codes"}
+    except (OSError, pa.ArrowException, ValueError, AttributeError, KeyError) as error:  # damage takes many forms
+        raise unreadable(path, error) from error
+    return CodeGroup(others, starts.tolist(), frames_NQ)
+
+
 def is_store(path: str) -> bool:
     """Whether ``path`` is a folder that tokenisation has written to, finished or not."""
     fs, folder = file_system(path)
@@ -177,7 +195,7 @@ def is_store(path: str) -> bool:
 
 
 def read_manifest(path: str) -> dict[str, Any]:
-    """The manifest of a finished store.
+    """The manifest of a finished tokenised corpus.
 
     Raises:
         UserError: there is none yet, or it is of another format.

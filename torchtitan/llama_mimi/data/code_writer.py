@@ -25,7 +25,8 @@ from llama_mimi.data.code_store import (
 )
 from llama_mimi.data.corpora import FOOTER_THREADS, AudioCorpus, read_footer
 
-# By default shards are of so many clips, 3 MB for clips of 14 s, but a small corpus has so many shards for its ranks.
+# Clips of a shard by default (3 MB for clips of 14 s), and the fewest shards, so that a small corpus has work for all
+# ranks.
 CLIPS_PER_SHARD, MIN_SHARDS = 2048, 64
 
 
@@ -69,13 +70,14 @@ class TokenizationOptions:
     """Longer clips are cut, and counted"""
 
     clips_per_shard: int | None = None
-    """At least; lost by a kill. By default 2,048, or fewer to have 64 shards"""
+    """Clips of a shard, at least; a kill loses the shards that are not whole. By default 2,048, or fewer, so that there
+    are 64 shards"""
 
     batch_seconds: float | None = None
-    """Audio encoded at once, padded; by default what suits the device"""
+    """Seconds of audio encoded at once, padding included; by default what suits the device"""
 
     num_workers: int = 2
-    """Processes a rank that read and resample"""
+    """Processes of each rank that read and resample"""
 
     max_bad_share: float = 0.01
     """Stop when a larger share of the clips cannot be used"""
@@ -139,16 +141,11 @@ def compare(output_dir: str, earlier: dict[str, Any], plan: dict[str, Any]) -> N
             f"'{output_dir}' was begun with the corpus '{earlier.get('corpus')}', which is not what "
             f"'{plan['corpus']}' holds now; {remedy}"
         )
-    if (resampler := earlier.get("resampler", "torchaudio")) != plan["resampler"]:
-        raise UserError(
-            f"'{output_dir}' was begun by a version that resampled by {resampler}, not {plan['resampler']}, and cannot "
-            "be continued; choose another --output_dir"
-        )
     codec, codec_before = plan["codec"], earlier.get("codec", {})
     parts = {"--codec with the hash": (codec_before.get("sha256"), codec["sha256"])}  # it may be named in other ways
     parts |= {f"--{key}": (codec_before.get(key), codec[key]) for key in ("num_quantizers", "dtype")}
-    parts |= {name: (earlier.get(name), plan[name]) for name in ("format", "columns")}
-    parts["--codec_attention"] = (codec_before.get("attention", "windowed"), codec["attention"])
+    parts |= {name: (earlier.get(name), plan[name]) for name in ("format", "resampler", "columns")}
+    parts["--codec_attention"] = (codec_before.get("attention"), codec["attention"])
     parts["--max_audio_seconds"] = (earlier.get("max_audio_seconds"), plan["max_audio_seconds"])
     for name, (before, now) in parts.items():
         if before != now:
@@ -205,7 +202,7 @@ def finish(options: TokenizationOptions, plan: dict[str, Any]) -> None:
             totals[second] += total
         reasons.update(clip["reason"] for clip in notes["skipped"])
         messages += [clip["message"] for clip in notes["skipped"]][: MAX_NAMED_CLIPS - len(messages)]
-        of_shard = notes.get("remarks", [])  # there were none once
+        of_shard = notes["remarks"]
         remarks.update(remark for _, remark in of_shard)
         remarked += [f"'{name}': {remark}" for name, remark in of_shard][: MAX_NAMED_CLIPS - len(remarked)]
     clips = sum(shard["clips"] for shard in shards)

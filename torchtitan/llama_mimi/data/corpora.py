@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import file_system, is_local
-from llama_mimi.data.corpus_files import CORPORA, corpus_files
+from llama_mimi.data.corpus_files import corpus_files
 
 # Footers are read by so many threads at once: a remote one is mostly waiting.
 FOOTER_THREADS = 16
@@ -48,7 +48,7 @@ class AudioCorpus:
         self.name, self.files = name, tuple(files)
         with ThreadPoolExecutor(FOOTER_THREADS) as pool:
             contents = list(pool.map(_contents, self.files))
-        # What rows hold, as it is called here, and its column.
+        # Our name of each column (audio, text, id, ...), and its name in the files.
         self._columns = {"audio": audio_column} | ({"text": text_column} if text_column is not None else {})
         in_all = set.intersection(*(set(schema.names) for schema, _ in contents))
         self._columns |= {role: column for role, column in extra_columns.items() if column in in_all}
@@ -76,7 +76,7 @@ class AudioCorpus:
         return list(self._columns)
 
     def row_name(self, group: int, row: int) -> str:
-        """What to call a row without an id."""
+        """Name of a row that has no id."""
         return f"row {row} of row group {self._number_G[group]} of {self.files[self._file_G[group]]}"
 
     def read_group(self, group: int) -> pa.Table:
@@ -141,20 +141,17 @@ def open_corpus(
         dataset: a name in `CORPORA`, a folder, or a Parquet path or glob.
         dataset_path: local download of a named corpus; None reads it from the hub.
         split: of a folder that holds several.
-        audio_column, text_column, extra_columns: as `AudioCorpus`; named corpora know their text column.
+        audio_column, text_column, extra_columns: as `AudioCorpus`.
 
     Raises:
         UserError: nothing there, several splits, or a column is missing.
     """
-    named = CORPORA.get(dataset)
-    if named is not None and text_column is not None:
-        text_column = named.text_column
     files = corpus_files(dataset, dataset_path, split)
     return AudioCorpus(dataset, files, audio_column, text_column, extra_columns)
 
 
 def _is_text(schema: pa.Schema, column: str) -> bool:
-    """Strings, or bytes of them."""
+    """Whether a column holds strings, or bytes of them."""
     if schema.names.count(column) != 1:
         return False
     kind = schema.field(column).type

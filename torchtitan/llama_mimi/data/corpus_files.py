@@ -12,19 +12,17 @@ PARQUET_ENDINGS = (".parquet", ".pq")
 
 @dataclass(frozen=True)
 class NamedCorpus:
-    """Where a published corpus lies and what its columns are called.
+    """Where a published corpus lies; its columns are called audio and text.
 
     Args:
         hub_id: dataset repository.
         config: its configuration on the hub, which is also the folder of a local download.
         split: its split, which is also how the Parquet files of a local download begin.
-        text_column: transcript.
     """
 
     hub_id: str
     config: str
     split: str
-    text_column: str = "text"
 
 
 # Layouts as published on the hub: <config>/<split>-*.parquet with columns audio{bytes,path} and text.

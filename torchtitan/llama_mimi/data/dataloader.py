@@ -1,7 +1,7 @@
 """TorchTitan's dataloader seam: clips come from workers; here audio is encoded, in batches on the training device,
 and codes become rows of tokens.
 
-The state is a position (`llama_mimi.data.order`): behind the last clip that a batch has used up, not behind what
+The state is a position (`llama_mimi.data.order`): that after the last clip that a batch has used, not after what
 workers have read ahead.
 """
 
@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.tools.logging import logger
 
@@ -23,6 +22,7 @@ from llama_mimi.audio.mimi import MimiCodec
 from llama_mimi.audio.reading import DAMAGED
 from llama_mimi.common.batching import map_ahead
 from llama_mimi.common.errors import UserError
+from llama_mimi.common.ranks import gather
 from llama_mimi.data.clips import (
     MAX_NAMED_CLIPS,
     MIN_CLIPS_FOR_SHARE,
@@ -46,8 +46,8 @@ class DataMeter:
     """What a loader tells the metrics.
 
     Args:
-        codec_seconds: spent encoding since this was last set to 0.
-        num_clips, num_frames: in batches since the run began; after a resume rank 0 goes on from the sum of all.
+        codec_seconds: time spent encoding since it was last reset.
+        num_clips, num_frames: in the batches so far; after a resume rank 0 goes on from the sum of all ranks.
     """
 
     codec_seconds: float = 0.0
@@ -96,6 +96,7 @@ class UnitDataLoader(BaseDataLoader):
         self._meter, self._chunks_ahead = meter or DataMeter(), chunks_ahead
         self._stream = torch.cuda.Stream() if chunks_ahead and torch.cuda.is_available() else None
         self._counts: Counter[str] = Counter()  # clips read, cut, and skipped by reason
+        self._num_frames = 0
         self._num_clips = sum(int(reader.corpus.sizes_G.sum()) for reader in readers)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -136,11 +137,19 @@ class UnitDataLoader(BaseDataLoader):
     def state_dict(self) -> dict[str, Any]:
         """The position of all ranks, which every rank returns alike: a collective."""
         assert isinstance(self._order, ShuffledOrder)
-        ranks = _gather({"rank": self._dp_rank, "position": self._order.position.to_json(), "counts": self._counts})
+        ranks = gather(
+            {
+                "rank": self._dp_rank,
+                "position": self._order.position.to_json(),
+                "counts": self._counts,
+                "frames": self._num_frames,
+            }
+        )
         by_rank = {rank["rank"]: rank for rank in ranks}  # tensor-parallel ranks share a position
         state = {
             "ranks": [by_rank[rank]["position"] for rank in sorted(by_rank)],
             "counts": sum((Counter(rank["counts"]) for rank in by_rank.values()), Counter()),
+            "frames": sum(rank["frames"] for rank in by_rank.values()),
             "of": self._order.fingerprint,
         }
         # One JSON string, because a checkpoint loads only keys that exist beforehand.
@@ -164,14 +173,15 @@ class UnitDataLoader(BaseDataLoader):
                 )
         positions = deal([Position.from_json(position) for position in state["ranks"]], self._dp_world_size)
         self._order.position = positions[self._dp_rank]
-        self._counts = Counter(state["counts"] if self._dp_rank == 0 else {})
-        if self._counts["read"] and "frames" not in self._counts:
-            logger.warning("the checkpoint is older than the count of hours seen, which begins here")
+        if self._dp_rank == 0:  # goes on from the sum of all
+            self._counts, self._num_frames = Counter(state["counts"]), state["frames"]
+        else:
+            self._counts, self._num_frames = Counter(), 0
 
     def _take(self) -> Batch:
         counts, meter = self._counts, self._meter
-        counts["frames"] += self._packer.num_frames
-        meter.num_clips, meter.num_frames = counts["read"] - counts["skipped"], counts["frames"]
+        self._num_frames += self._packer.num_frames
+        meter.num_clips, meter.num_frames = counts["read"] - counts["skipped"], self._num_frames
         return self._packer.take()
 
     def _clips(self) -> Iterator[tuple[ClipRef, CodedClip | SkippedClip]]:
@@ -181,7 +191,7 @@ class UnitDataLoader(BaseDataLoader):
             yield from zip(refs, clips, strict=True)
 
     def _encode(self, chunk: Chunk) -> tuple[list[ClipRef], list[CodedClip | SkippedClip], float]:
-        """Where clips lie, their codes, and the seconds that took. The samples, which are large, are let go."""
+        """Where clips lie, their codes, and the seconds encoding took. The samples, which are large, are not kept."""
         waveforms = [clip.samples_S for clip in chunk.clips if isinstance(clip, AudioClip)]
         start = time.perf_counter()
         codes: list[torch.Tensor] = []
@@ -253,17 +263,8 @@ class UnitDataLoader(BaseDataLoader):
 
     def _report(self) -> None:
         counts = {
-            **{what: number for what, number in self._counts.items() if what != "frames"},
+            **self._counts,
             "cut at seq_len": self._packer.num_cut,
             "going on in the next row": self._packer.num_split,
         }
         logger.info("clips: " + ", ".join(f"{number:,} {what}" for what, number in counts.items()))
-
-
-def _gather(value: Any) -> list[Any]:
-    """``value`` of every rank."""
-    if not dist.is_initialized():
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values

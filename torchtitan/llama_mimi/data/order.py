@@ -21,9 +21,9 @@ import numpy as np
 # a few of n clips (Kuipers and Niederreiter, Uniform Distribution of Sequences, 1974, ch. 2, sec. 3).
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
-# Windows that an epoch has at least, where there are as many row groups.
+# Fewest windows of an epoch, if there are that many row groups.
 MIN_WINDOWS = 64
-# Permutations that are kept.
+# Number of permutations that are kept in memory.
 KEPT = 4
 
 
@@ -38,16 +38,25 @@ class ClipRef:
     frame: int
 
 
+@dataclass(order=True)
+class BegunWindow:
+    """A window, how many of its rows are used, and how many frames of the next row."""
+
+    window: int
+    rows_used: int = 0
+    frames_used: int = 0
+
+
 @dataclass
 class Cursor:
     """One rank's place in one corpus.
 
     Args:
-        begun: windows to finish first, as [window, rows used, frames used of the next row].
+        begun: windows to finish first.
         next_window: the first window of this rank that is not begun.
     """
 
-    begun: list[list[int]] = field(default_factory=list)
+    begun: list[BegunWindow] = field(default_factory=list)
     next_window: int = 0
 
 
@@ -63,7 +72,11 @@ class Position:
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> "Position":
-        return Position(values["drawn"], [Cursor(**cursor) for cursor in values["cursors"]])
+        cursors = [
+            Cursor([BegunWindow(**begun) for begun in cursor["begun"]], cursor["next_window"])
+            for cursor in values["cursors"]
+        ]
+        return Position(values["drawn"], cursors)
 
 
 class CorpusOrder:
@@ -156,7 +169,7 @@ class ShuffledOrder:
         self.position = Position(0, [Cursor(next_window=dp_rank) for _ in corpora])
 
     def clone(self) -> "ShuffledOrder":
-        """The same sequence from here on, moved on its own."""
+        """An independent copy that goes on from the same position."""
         other = copy.copy(self)
         other.position = copy.deepcopy(self.position)
         return other
@@ -168,25 +181,24 @@ class ShuffledOrder:
     def take(self) -> ClipRef:
         """The next clip; the position is then behind it."""
         corpus, begun = self._upcoming()
-        window, index, frame = begun[0]
-        order = self._orders[corpus]
-        if index + 1 == order.num_rows(window):
+        place, order = begun[0], self._orders[corpus]
+        ref = ClipRef(corpus, place.window, *order.row(place.window, place.rows_used), place.frames_used)
+        place.rows_used, place.frames_used = place.rows_used + 1, 0
+        if place.rows_used == order.num_rows(place.window):
             begun.pop(0)
-        else:
-            begun[0] = [window, index + 1, 0]
         self.position.drawn += 1
-        return ClipRef(corpus, window, *order.row(window, index), frame)
+        return ref
 
     def use_frames(self, frames: int) -> None:
-        """The next clip is used up to ``frames``."""
+        """Note that the first ``frames`` frames of the next clip are used up."""
         _, begun = self._upcoming()
-        begun[0][2] = frames
+        begun[0].frames_used = frames
 
-    def _upcoming(self) -> tuple[int, list[list[int]]]:
+    def _upcoming(self) -> tuple[int, list[BegunWindow]]:
         corpus = bisect(self._bounds, (self.position.drawn * _GOLDEN) % 1.0)
         cursor = self.position.cursors[corpus]
         if not cursor.begun:
-            cursor.begun.append([cursor.next_window, 0, 0])
+            cursor.begun.append(BegunWindow(cursor.next_window))
             cursor.next_window += self._dp_world_size
         return corpus, cursor.begun
 
@@ -214,8 +226,8 @@ class RowsInOrder:
 def deal(positions: Sequence[Position], dp_world_size: int) -> list[Position]:
     """The positions of all ranks, continued on ``dp_world_size`` ranks.
 
-    As many ranks go on as they were. Other numbers share the begun windows, and those between them that were not
-    begun, before they take new ones: every clip left in the epoch is read once.
+    On the same number of ranks each goes on where it was. On another number the unfinished windows, and those between
+    them, are shared out before new ones are taken: every clip left in the epoch is read once.
     """
     if len(positions) == dp_world_size:
         return list(positions)
@@ -223,7 +235,7 @@ def deal(positions: Sequence[Position], dp_world_size: int) -> list[Position]:
     for cursors in zip(*(p.cursors for p in positions), strict=True):
         end = max(cursor.next_window for cursor in cursors)
         windows = [window for cursor in cursors for window in cursor.begun]
-        windows += [[w, 0, 0] for c in cursors for w in range(c.next_window, end, len(positions))]
+        windows += [BegunWindow(w) for c in cursors for w in range(c.next_window, end, len(positions))]
         windows.sort()
         for rank, position in enumerate(dealt):
             position.cursors.append(Cursor(windows[rank::dp_world_size], end + rank))

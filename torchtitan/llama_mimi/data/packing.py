@@ -34,8 +34,8 @@ class BatchPacker:
         sequences: says what a sequence is.
         batch_size, seq_len: B and L.
         is_packed: several clips a row; otherwise one.
-        has_positions: batches say where clips begin, for attention within a clip. Rows of one clip need it only
-            beside packed ones.
+        has_positions: batches carry positions that restart at every clip, for attention within a clip. Rows of one
+            clip need them only where training rows are packed.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class BatchPacker:
         self._sequences = sequences
         self._batch_size, self._seq_len = batch_size, seq_len
         self._is_packed, self._has_positions = is_packed, has_positions
-        self.num_cut = self.num_split = 0  # clips so far that lost their end, or go on in the next row
+        self.num_cut = self.num_split = 0  # clips so far that were cut, or that go on in the next row
         self._begin()
 
     @property

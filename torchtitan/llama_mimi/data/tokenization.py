@@ -60,8 +60,7 @@ def run(options: TokenizationOptions, ranks: Ranks) -> None:
     codec = MimiCodec(
         options.codec, options.num_quantizers, ranks.device, DTYPES[options.dtype], options.codec_attention
     )
-    if not whole_frames(options.max_audio_seconds, codec.config):
-        raise UserError(f"--max_audio_seconds is {options.max_audio_seconds}, less than a frame of the codec; raise it")
+    max_frames = whole_frames(options.max_audio_seconds, codec.config, "--max_audio_seconds")
     plan = make_plan(options, corpus, codec)
     with ExitStack() as held:
 
@@ -74,7 +73,7 @@ def run(options: TokenizationOptions, ranks: Ranks) -> None:
             there = len(plan["shards"]) - len(todo)
             columns = ", ".join(plan["columns"])
             print(f"{there} of {len(plan['shards'])} shards are there; columns: {columns}", flush=True)
-        tokenize(options, ranks, corpus, codec, plan, todo)
+        tokenize(options, ranks, corpus, codec, max_frames, plan, todo)
         if ranks.rank == 0 and ranks.world_size > 1:
             print("this rank is done, waiting for the others", flush=True)
         ranks.wait()
@@ -92,9 +91,9 @@ def lies_inside(output_dir: str, corpus: str) -> bool:
 
 @contextmanager
 def lock_output(output_dir: str) -> Iterator[None]:
-    """Hold a lock on a local output folder, which ends with this process, however that ends.
+    """Lock a local output folder until this process ends, however it ends.
 
-    On other file systems two runs make the same shards twice and each appears whole.
+    Other file systems are not locked: two runs would do the same work twice, but every shard would still be whole.
 
     Raises:
         UserError: another process holds it.
@@ -125,6 +124,7 @@ def tokenize(
     ranks: Ranks,
     corpus: AudioCorpus,
     codec: MimiCodec,
+    max_frames: int,
     plan: dict[str, Any],
     todo: list[int],
 ) -> None:
@@ -136,7 +136,7 @@ def tokenize(
         corpus,
         sample_rate_hz=codec.sample_rate_hz,
         frame_size=codec.frame_size,
-        max_frames=whole_frames(options.max_audio_seconds, codec.config),
+        max_frames=max_frames,
     )
     stream = ClipStream([reader], RowsInOrder(corpus.sizes_G, list(shard_of_group)), CLIPS_PER_CHUNK)
     # Clips of the shard that is being made, and of no other: rows come in the order of the shards.

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Z_95 = 1.959964  # 97.5 % quantile of the normal distribution
-# sLM21's own tool: a word belongs to the band whose edge is the last one not above its count in LibriSpeech. So a
-# count of 5 is in the band that is called 6-20, as there.
+# (lowest count in LibriSpeech, label) of each band, as in sLM21's own tool. Its labels are off by one: a count of 5 is
+# in the band "6-20".
 FREQUENCY_BANDS = ((0, "oov"), (1, "1-5"), (5, "6-20"), (20, "21-100"), (100, ">100"))
 
 
@@ -17,7 +17,7 @@ def credit(positive_score: float, negative_score: float, tie: float) -> float:
 
 
 def frequency_band(frequency: float) -> str:
-    """Band of a word that occurs so often in LibriSpeech, as sLM21's own tool has it.
+    """Band of a word that occurs so often in LibriSpeech; see `FREQUENCY_BANDS`.
 
     Raises:
         ValueError: a negative count.
@@ -83,8 +83,8 @@ def part_results(pairs: Sequence[Mapping[str, Any]], *, by_group: bool) -> dict[
 def mean_of_parts(results: Mapping[str, Mapping[str, Any]], parts: Sequence[str]) -> dict[str, Any] | None:
     """The mean accuracy of ``parts``, each with the same weight; None unless all are there.
 
-    The interval is that of a share of as many pairs as have the variance of this mean: (number of parts) squared by
-    the sum of the inverse counts, which for parts of one size is the number of all pairs.
+    The interval is Wilson's for an effective count: the square of the number of parts, divided by the sum of the
+    inverse counts n_i. If all k parts are equal, k^2 / sum(1/n_i) is the total number of pairs.
     """
     if any(part not in results for part in parts):
         return None
@@ -110,7 +110,7 @@ def mcnemar(credits_a: Mapping[Any, float], credits_b: Mapping[Any, float]) -> d
     a_better = sum(credits_a[key] > credits_b[key] for key in credits_a)
     b_better = sum(credits_a[key] < credits_b[key] for key in credits_a)
     discordant = a_better + b_better
-    tail = term = 1  # of the binomial coefficients up to the smaller number
+    tail = term = 1  # the sum of the binomial coefficients up to the smaller number, and the last of them
     for k in range(min(a_better, b_better)):
         term = term * (discordant - k) // (k + 1)
         tail += term

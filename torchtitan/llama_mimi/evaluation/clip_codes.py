@@ -15,25 +15,24 @@ from typing import Any
 from uuid import uuid4
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from llama_mimi.audio.mimi import MimiCodec, codec_hash
 from llama_mimi.audio.reading import AudioError, Waveform, read_audio
-from llama_mimi.common.errors import UserError, first_line
-from llama_mimi.common.files import file_system, find_files, write_atomically
-from llama_mimi.common.ranks import Ranks
+from llama_mimi.common.errors import UserError
+from llama_mimi.common.files import find_files, write_atomically
+from llama_mimi.common.ranks import Ranks, gather
 from llama_mimi.common.versions import versions
-from llama_mimi.data.code_store import StoredClip, shard_bytes
+from llama_mimi.data.code_store import StoredClip, read_codes, shard_bytes
 from llama_mimi.evaluation.benchmarks import BenchmarkClip
 
 # Levels that are kept where the codec has them: models of fewer take a prefix.
 STORED_LEVELS = 8
-# Clips that are read ahead, sorted by length, encoded and written at once: what a kill loses.
+# Clips that are read ahead, sorted by length, encoded and written together; a kill loses at most these.
 CLIPS_PER_CHUNK = 64
 READERS = 4  # threads that read and resample
-# Raised when reading, resampling, cutting or encoding changes in this project, so that older codes are left alone.
+# To be raised when reading, resampling, cutting or encoding changes in this project, so that codes kept before are not
+# used.
 ENCODING = 2
 
 
@@ -67,25 +66,11 @@ class CodeCache:
         found: dict[str, CachedCodes] = {}
         for path in find_files(self.folder, (".parquet",)):
             try:
-                fs, bare = file_system(path)
-                with fs.open(bare) as stream:
-                    table = pq.ParquetFile(stream, page_checksum_verification=True).read(["id", "codes", "is_cut"])
-                codes = table["codes"].combine_chunks()
-                frames_NQ = codes.flatten().flatten().to_numpy().reshape(-1, self._key["levels"])
-                ends = (codes.offsets.to_numpy() - codes.offsets[0].as_py()).tolist()
-                ids, is_cut = table["id"].to_pylist(), table["is_cut"].to_pylist()
-            except (
-                OSError,
-                pa.ArrowException,
-                ValueError,
-                AttributeError,
-                KeyError,
-            ) as error:  # damage takes many forms
-                raise UserError(
-                    f"the kept codes '{path}' are damaged ({first_line(error)}); delete that file, it is made again"
-                ) from error
-            for row, audio_id in enumerate(ids):
-                found[audio_id] = CachedCodes(frames_NQ[ends[row] : ends[row + 1]], is_cut[row])
+                shard = read_codes(path, ["id", "codes", "is_cut"], self._key["levels"])
+            except UserError as error:
+                raise UserError(f"the kept codes are damaged ({error}); delete that file, it is made again") from error
+            for row, (audio_id, is_cut) in enumerate(zip(shard.columns["id"], shard.columns["is_cut"], strict=True)):
+                found[audio_id] = CachedCodes(shard.codes(row), is_cut)
         return found
 
     def add(self, codes: dict[str, CachedCodes], frame_rate_hz: float) -> None:
@@ -104,13 +89,7 @@ class CodeCache:
 
 
 def cache_key(codec: MimiCodec, max_seconds: float, *, as_released: bool) -> dict[str, Any]:
-    """Everything that codes of a clip depend on.
-
-    Args:
-        codec: that encodes.
-        max_seconds: where clips are cut.
-        as_released: as `encode_clips`.
-    """
+    """Everything that codes of a clip depend on, given what `encode_clips` takes."""
     return {
         "encoding": ENCODING,
         "codec_sha256": codec_hash(codec.name),
@@ -174,7 +153,7 @@ def encode_clips(
     all_ids = [""] * len(clips)
     everything: dict[str, CachedCodes] = {}
     mine_by_id = {audio_id: known[audio_id] for audio_id in audio_ids}
-    for rank, (some_ids, some_codes) in enumerate(ranks.gather((audio_ids, mine_by_id))):
+    for rank, (some_ids, some_codes) in enumerate(gather((audio_ids, mine_by_id))):
         all_ids[rank :: ranks.world_size] = some_ids
         everything |= some_codes
     Q = codec.num_quantizers

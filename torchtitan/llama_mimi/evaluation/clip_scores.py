@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from llama_mimi.common.batching import batches_of_like_size
 from llama_mimi.common.errors import UserError
-from llama_mimi.common.ranks import Ranks, from_first
+from llama_mimi.common.ranks import Ranks, from_first, gather
 from llama_mimi.evaluation.clip_codes import CachedCodes
 from llama_mimi.evaluation.likelihood import batch_scores
 from llama_mimi.evaluation.scoring import Scoring
@@ -105,7 +105,7 @@ def score_clips(
             log.add(scores)
             new |= scores
             progress.update(len(batch))
-    for others in ranks.gather(new):
+    for others in gather(new):
         done |= others
     return {name: done[content] for name, content in hashes.items()}
 
@@ -120,7 +120,7 @@ def _score_batch(model: SpeechModel, clips: Sequence[CachedCodes], scoring: Scor
 
 
 def _content_hash(clip: CachedCodes, scoring: Scoring) -> str:
-    """Of everything in a clip that its score depends on."""
+    """SHA-256 of everything in a clip that its score depends on."""
     has_end = scoring.as_released or not clip.is_cut
     content = np.ascontiguousarray(clip.codes_TQ, dtype=np.uint16).tobytes() + bytes([has_end])
     return hashlib.sha256(content).hexdigest()

@@ -26,7 +26,7 @@ def model_folder(model_name: str) -> str:
 
 
 def log_key(header: Mapping[str, Any], *, adds_bos: bool) -> dict[str, Any]:
-    """What scores of given codes depend on; the commit is not in it, so that a file may be edited meanwhile."""
+    """What scores depend on, given the codes; the commit is left out, so that an edited file does not void the log."""
     keys = ("model_sha256", "scoring", "num_quantizers", "settings")
     numbers = {package: number for package, number in header["versions"].items() if package != "commit"}
     return {key: header[key] for key in keys} | {"versions": numbers, "adds_bos": adds_bos}
@@ -45,7 +45,7 @@ def check_earlier(path: Path, header: Mapping[str, Any]) -> list[str]:
         "--model_name": (earlier.get("model"), header["model"]),
         "--data_dir": (earlier.get("data"), header["data"]),
         "--codec with the hash": (earlier.get("codec", {}).get("sha256"), header["codec"]["sha256"]),
-        "the codec's attention": (earlier.get("codec", {}).get("attention", "windowed"), header["codec"]["attention"]),
+        "the codec's attention": (earlier.get("codec", {}).get("attention"), header["codec"]["attention"]),
         **{
             f"--{name}": (earlier.get("settings", {}).get(name), header["settings"][name])
             for name in ("dtype", "max_audio_seconds")

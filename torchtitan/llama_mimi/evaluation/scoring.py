@@ -16,6 +16,7 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.tokens.sequences import SequenceBuilder
 
 Statistic = Literal["mean", "sum"]
+PresetName = Literal["official", "original"]
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,8 @@ class Preset:
         return {**vars(self.scoring), "tie": self.tie, "by_group": self.by_group}
 
 
-def preset(name: str, levels: tuple[int, ...] | None) -> Preset:
-    """A preset by its name.
-
-    Args:
-        name: "original" or "official".
-        levels: that the benchmark is scored on, by both.
-    """
+def preset(name: PresetName, levels: tuple[int, ...] | None) -> Preset:
+    """A preset by its name; ``levels`` are those that the benchmark is scored on, by both."""
     return {
         "official": Preset("official", Scoring(levels), tie=0.5, by_group=True),
         "original": Preset("original", Scoring(levels, as_released=True), tie=0.0, by_group=False),
@@ -82,7 +78,7 @@ def with_options(
     statistic: Statistic | None = None,
     window_seconds: float | None = None,
 ) -> Preset:
-    """A preset with other options, whose name says which, so that it is never taken for the standard one.
+    """A preset with changed options. Its name lists them, so that a result is never taken for the standard one.
 
     Args:
         base: the preset.

@@ -1,13 +1,12 @@
 """What the three benchmark scripts share: flags, and the way from a source to scores."""
 
-import argparse
 import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Literal
 
 import torch
 
@@ -31,10 +30,83 @@ from llama_mimi.evaluation.results import (
     summary,
     write_submissions,
 )
-from llama_mimi.evaluation.scoring import Preset, check_levels, preset, with_options
-from llama_mimi.generation.speech_model import DECODER_DTYPES, load_speech_model
+from llama_mimi.evaluation.scoring import Preset, PresetName, Statistic, check_levels, preset, with_options
+from llama_mimi.generation.speech_model import DecoderPrecision, load_speech_model
 
 BATCH_TOKENS = (4096, 32768)  # without and with a GPU
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """Flags of the scripts in eval/."""
+
+    model_name: str = "llm-jp/Llama-Mimi-1.3B"
+    """Hub id or folder"""
+
+    data_dir: str | None = None
+    """Official layout, Parquet, or a hub id; by default where the benchmark lies on the hub"""
+
+    output_dir: Path = Path("results")
+
+    codes_dir: str | None = None
+    """Codes of clips, kept for other runs; by default <output_dir>/codes"""
+
+    codec: str | None = None
+    """Hub id or folder; by default what the model names"""
+
+    codec_attention: CodecAttention | None = None
+    """By default that of the model's training codes"""
+
+    device: str | None = None
+    """By default the accelerator where there is one"""
+
+    dtype: DecoderPrecision = "float32"
+    """Precision of the decoder; the first release evaluates in float16"""
+
+    batch_tokens: int | None = None
+    """Tokens of a batch, with padding; by default what suits the device"""
+
+    max_audio_seconds: float = MAX_AUDIO_SECONDS
+    """Longer clips are cut, and counted"""
+
+    preset: PresetName = "official"
+    """The benchmark's own rule, or what the first release of Llama-Mimi computes"""
+
+    levels: str | None = None
+    """Quantizer levels to score: all, or 0, or 0,1. This and the next flags are named in the result file"""
+
+    end_token: Literal["in", "out"] | None = None
+    """Score </audio> or not"""
+
+    statistic: Statistic | None = None
+    """What is taken of the log-likelihoods of a clip's tokens"""
+
+    window_seconds: float | None = None
+    """Score the least likely window of this length"""
+
+    def chosen_preset(self, levels: tuple[int, ...] | None) -> Preset:
+        """The scoring that the flags ask for.
+
+        Args:
+            levels: that the benchmark's presets score; None is all.
+
+        Raises:
+            UserError: flags that are out of range or do not go together.
+        """
+        for name, value in {"max_audio_seconds": self.max_audio_seconds, "batch_tokens": self.batch_tokens}.items():
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"--{name} is {value}; it must be a positive number")
+        if self.preset == "original" and self.max_audio_seconds != MAX_AUDIO_SECONDS:
+            raise UserError(f"--preset original cuts at {MAX_AUDIO_SECONDS:g} s; leave out --max_audio_seconds")
+        if self.preset == "original" and self.codec_attention == "windowed":
+            raise UserError("--preset original encodes without the codec's window; leave out --codec_attention")
+        return with_options(
+            preset(self.preset, levels),
+            levels=self.levels,
+            end_token=None if self.end_token is None else self.end_token == "in",
+            statistic=self.statistic,
+            window_seconds=self.window_seconds,
+        )
 
 
 @dataclass(frozen=True)
@@ -47,7 +119,6 @@ class BenchmarkScript:
         read: a reader of `llama_mimi.evaluation.benchmarks`.
         levels: that both presets score; None is all.
         mean_of: parts whose mean is the benchmark's one number, where it has one.
-        has_windows: offers ``--window_seconds``.
     """
 
     name: str
@@ -55,97 +126,41 @@ class BenchmarkScript:
     read: Callable[[str], Benchmark]
     levels: tuple[int, ...] | None
     mean_of: Sequence[str] = ()
-    has_windows: bool = False
 
-    def run(self, doc: str | None) -> None:
-        """Parse the command line, score, report.
-
-        Args:
-            doc: the script's docstring.
+    def run(self, options: EvaluationOptions) -> None:
+        """Score and report.
 
         Raises:
             UserError: a flag, the data or the model cannot be used.
         """
-        flags = self._parse(doc)
-        with torchrun_ranks(flags.device) as ranks:
-            chosen = self._preset(flags)
+        chosen = options.chosen_preset(self.levels)
+        with torchrun_ranks(options.device) as ranks:
             try:
-                self._evaluate(flags, chosen, ranks)
+                self._evaluate(options, chosen, ranks)
             except torch.OutOfMemoryError as error:
                 raise UserError(
                     f"the memory of '{ranks.device}' is full; lower --batch_tokens, or score in --dtype bfloat16"
                 ) from error
 
-    def _preset(self, flags: argparse.Namespace) -> Preset:
-        for name in ("max_audio_seconds", "batch_tokens"):
-            value = getattr(flags, name)
-            if value is not None and not 0 < value < math.inf:
-                raise UserError(f"--{name} is {value}; it must be a positive number")
-        if flags.preset == "original" and flags.max_audio_seconds != MAX_AUDIO_SECONDS:
-            raise UserError(f"--preset original cuts at {MAX_AUDIO_SECONDS:g} s; leave out --max_audio_seconds")
-        if flags.preset == "original" and flags.codec_attention == "windowed":
-            raise UserError("--preset original encodes without the codec's window; leave out --codec_attention")
-        return with_options(
-            preset(flags.preset, self.levels),
-            levels=flags.levels,
-            end_token=None if flags.end_token is None else flags.end_token == "in",
-            statistic=flags.statistic,
-            window_seconds=flags.window_seconds if self.has_windows else None,
-        )
-
-    def _parse(self, doc: str | None) -> argparse.Namespace:
-        parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-        parser.add_argument("--model_name", default="llm-jp/Llama-Mimi-1.3B", help="hub id or folder")
-        parser.add_argument("--data_dir", default=self.hub_source, help="official layout, Parquet, or a hub id")
-        parser.add_argument("--output_dir", type=Path, default=Path("results"))
-        parser.add_argument("--codes_dir", help="codes of clips, kept for other runs (default <output_dir>/codes)")
-        parser.add_argument("--codec", help="hub id or folder; by default what the model names")
-        parser.add_argument(
-            "--codec_attention", choices=get_args(CodecAttention), help="by default that of the model's training codes"
-        )
-        parser.add_argument("--device", help="by default the accelerator where there is one")
-        parser.add_argument(
-            "--dtype", choices=DECODER_DTYPES, default="float32", help="of the decoder; the first release: float16"
-        )
-        parser.add_argument("--batch_tokens", type=int, help="tokens of a batch, with padding; default by device")
-        parser.add_argument(
-            "--max_audio_seconds", type=float, default=MAX_AUDIO_SECONDS, help="longer clips are cut, and counted"
-        )
-        parser.add_argument(
-            "--preset",
-            choices=("official", "original"),
-            default="official",
-            help="the benchmark's own rule, or what the first release of Llama-Mimi computes",
-        )
-        options = parser.add_argument_group("other scoring, which is named in the result file")
-        options.add_argument("--levels", help="quantizer levels to score: all, or 0, or 0,1")
-        options.add_argument("--end_token", choices=("in", "out"), help="score </audio> or not")
-        options.add_argument("--statistic", choices=("mean", "sum"), help="of the log-likelihoods of a clip's tokens")
-        if self.has_windows:
-            options.add_argument("--window_seconds", type=float, help="score the least likely window of this length")
-        return parser.parse_args()
-
-    def _evaluate(self, flags: argparse.Namespace, chosen: Preset, ranks: Ranks) -> None:
-        benchmark = self.read(flags.data_dir)
+    def _evaluate(self, options: EvaluationOptions, chosen: Preset, ranks: Ranks) -> None:
+        data_dir = options.data_dir or self.hub_source
+        benchmark = self.read(data_dir)
         model = load_speech_model(
-            flags.model_name,
-            codec_name=flags.codec,
-            attention="whole" if chosen.scoring.as_released else flags.codec_attention,
+            options.model_name,
+            codec_name=options.codec,
+            attention="whole" if chosen.scoring.as_released else options.codec_attention,
             device=str(ranks.device),
-            dtype=flags.dtype,
+            dtype=options.dtype,
         )
-        if not whole_frames(flags.max_audio_seconds, model.codec.config):
-            raise UserError(
-                f"--max_audio_seconds is {flags.max_audio_seconds}, less than a frame of the codec; raise it"
-            )
+        whole_frames(options.max_audio_seconds, model.codec.config, "--max_audio_seconds")
         check_levels(chosen.scoring, model.codec.num_quantizers)
         header = {
             "format": FORMAT,
             "benchmark": self.name,
             "preset": chosen.name,
-            "model": flags.model_name,
-            "model_sha256": from_first(lambda: weights_sha256(flags.model_name)),
-            "data": flags.data_dir,
+            "model": options.model_name,
+            "model_sha256": from_first(lambda: weights_sha256(options.model_name)),
+            "data": data_dir,
             "scoring": chosen.describe(),
             "num_quantizers": model.codec.num_quantizers,
             "codec": {
@@ -154,22 +169,22 @@ class BenchmarkScript:
                 "attention": model.codec.attention,
             },
             "settings": {
-                "dtype": flags.dtype,
+                "dtype": options.dtype,
                 "device": ranks.device.type,
-                "batch_tokens": flags.batch_tokens or BATCH_TOKENS[ranks.device.type == "cuda"],
-                "max_audio_seconds": flags.max_audio_seconds,
+                "batch_tokens": options.batch_tokens or BATCH_TOKENS[ranks.device.type == "cuda"],
+                "max_audio_seconds": options.max_audio_seconds,
             },
             "versions": versions(),
         }
-        path = flags.output_dir / self.name / model_folder(flags.model_name) / f"{chosen.name}.json"
+        path = options.output_dir / self.name / model_folder(options.model_name) / f"{chosen.name}.json"
         replaced = from_first(lambda: check_earlier(path, header))
 
         clips = benchmark.clips
         as_released = chosen.scoring.as_released
-        codes_dir = flags.codes_dir or str(flags.output_dir / "codes")
-        cache = CodeCache(codes_dir, cache_key(model.codec, flags.max_audio_seconds, as_released=as_released))
+        codes_dir = options.codes_dir or str(options.output_dir / "codes")
+        cache = CodeCache(codes_dir, cache_key(model.codec, options.max_audio_seconds, as_released=as_released))
         audio_ids, codes = encode_clips(
-            model.codec, clips, cache, ranks, flags.max_audio_seconds, as_released=as_released
+            model.codec, clips, cache, ranks, options.max_audio_seconds, as_released=as_released
         )
         header["audio_sha256"] = hashlib.sha256("".join(audio_ids).encode()).hexdigest()
         header["codes_sha256"] = codes_sha256(audio_ids, codes)

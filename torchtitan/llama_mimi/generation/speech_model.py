@@ -13,7 +13,7 @@ from llama_mimi.common.hub import load_pretrained
 from llama_mimi.tokens.sequences import SequenceBuilder
 from llama_mimi.tokens.units import extend_tokenizer
 
-# Of the decoder: float16 is what the first release evaluates in.
+# Precisions of the decoder. The first release of Llama-Mimi is evaluated in float16.
 DecoderPrecision = Literal["float32", "bfloat16", "float16"]
 DECODER_DTYPES = {**DTYPES, "float16": torch.float16}
 
@@ -33,11 +33,6 @@ class SpeechModel:
     def to(self, device: torch.device | str) -> "SpeechModel":
         """The same model on another device; its weights are moved, not copied."""
         return SpeechModel(self.decoder.to(device), self.sequences, self.codec.to(device))
-
-
-def default_device() -> str:
-    """The GPU where there is one, else the CPU."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load_speech_model(
@@ -61,7 +56,7 @@ def load_speech_model(
     Raises:
         UserError: something is missing, or decoder, tokenizer and codec do not fit together.
     """
-    device = available_device(device or default_device())
+    device = available_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     decoder = load_pretrained(AutoModelForCausalLM, model_name, what="model", dtype=DECODER_DTYPES[dtype])
     decoder.generation_config = GenerationConfig()  # sampling is set by the caller alone
     num_quantizers = getattr(decoder.config, "num_quantizers", None)

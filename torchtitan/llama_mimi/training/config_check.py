@@ -1,4 +1,4 @@
-"""Refusing, before any work, what cannot run."""
+"""Checks that refuse, before any work is done, a run that cannot succeed."""
 
 import copy
 import importlib.util
@@ -26,7 +26,7 @@ from llama_mimi.model.llama import FLAVORS
 from llama_mimi.tokens.sequences import load_sequences
 from llama_mimi.tokens.units import has_text
 
-# What one node of a network file system has changed, others may see a minute later (acdirmax of NFS).
+# Other nodes may see a change on a network file system a minute later (acdirmax of NFS).
 SECONDS_FOR_NODES_TO_AGREE = 90
 FLOAT8 = "quantize.linear.float8"  # TorchTitan's name of the converter
 # What must agree between a flavour, a Hugging Face folder and an earlier run in the same dump_folder.
@@ -65,7 +65,7 @@ def check_files(job_config: Any) -> None:
 
 
 def prepare_run(job_config: Any) -> None:
-    """What stands before a run, whichever entry point starts it; rank 0 looks, and the others wait for it.
+    """Check and prepare a run, whichever entry point starts it. Rank 0 does it, and the others wait.
 
     Settings and files are checked, and a checkpoint folder that nothing can be loaded from is moved out of the way.
 
@@ -308,10 +308,7 @@ def _check_model(job_config: Any) -> None:
             f"--num_quantizers {codec.num_quantizers} --vocabulary {model.vocabulary} "
             f"--output_dir {model.hf_assets_path}`"
         )
-    if not whole_frames(job_config.data.max_audio_seconds, load_codec_config(codec.name, codec.num_quantizers)):
-        raise UserError(
-            f"data.max_audio_seconds is {job_config.data.max_audio_seconds}, less than one frame of the codec; raise it"
-        )
+    whole_frames(job_config.data.max_audio_seconds, load_codec_config(codec.name, codec.num_quantizers))
     sequences = load_sequences(model.hf_assets_path, codec.name, codec.num_quantizers, model.vocabulary)
     if model.vocabulary == "llama" and not has_text(sequences.tokenizer):
         raise UserError(
@@ -324,6 +321,7 @@ def _check_model(job_config: Any) -> None:
     base = load_pretrained(LlamaConfig, model.hf_assets_path, what="model")
     problem = f"model.flavor '{model.flavor}' is not the model in '{model.hf_assets_path}'"
     _require_same(wanted, base, SHAPE_KEYS, problem)
+    # What prepare_base_model writes names its codec, but was trained on no codes.
     is_trained = hasattr(base, "codec_attention") or (hasattr(base, "num_quantizers") and not hasattr(base, "codec"))
     if job_config.checkpoint.initial_load_in_hf and is_trained and attention_of(base) != codec.attention:
         raise UserError(
@@ -375,7 +373,7 @@ def _check_resume(job_config: Any) -> None:
             f"'{step}' holds weights only, in Hugging Face's format, and cannot be resumed; {instead} and with "
             "checkpoint.initial_load_in_hf"
         )
-    # Of step 0, a seed, TorchTitan takes the weights alone.
+    # From step 0, a seed checkpoint, TorchTitan loads the weights alone, so that no position is needed.
     if number and "dataloader" not in settings.exclude_from_loading and not has_loader_position(step):
         raise UserError(f"'{step}' holds weights only, no position in the data, and cannot be resumed; {instead}")
 

@@ -4,6 +4,7 @@ import math
 import os
 import re
 import time
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -113,7 +114,7 @@ class SpeechMetrics(MetricsProcessor):
             f"audio-s/s: {metrics['throughput/audio_seconds_per_s']:,.1f}{mfu}  "
             f"seen: {num_clips:,} clips, {hours:,.2f} h  "
             f"data: {metrics['time_metrics/data_loading(%)']:.1f}% (codec {metrics['time_metrics/codec(%)']:.1f}%)  "
-            f"memory: {memory.max_reserved_gib:.2f}GiB  left: {_clock(left_s)}"
+            f"memory: {memory.max_reserved_gib:.2f}GiB  left: {timedelta(seconds=math.ceil(left_s))}"
         )
         self._last_step = step
         self._restart_clock()
@@ -133,7 +134,7 @@ class SpeechMetrics(MetricsProcessor):
 
     def _reduced(self, meter: LevelMeter) -> torch.Tensor:
         sums = meter.take()
-        if sums is None:  # of a pipeline only the last stage has losses
+        if sums is None:  # in a pipeline only the last stage has losses
             sums = torch.zeros(2, self._num_quantizers + 1, device=device_type, dtype=torch.float64)
         for mesh in ("loss", "pp"):
             sums = reduce_sums(sums, self.parallel_dims.get_optional_mesh(mesh))
@@ -164,13 +165,7 @@ class SpeechMetrics(MetricsProcessor):
 
 
 def peak_flops(card: str) -> float | None:
-    """What `PEAK_FLOPS` has of a card; None of others, and of parts of a card (MIG)."""
+    """FLOP/s of a card by `PEAK_FLOPS`; None for unknown cards, and for parts of a card (MIG)."""
     if "MIG" in card:
         return None
     return next((flops for name, flops in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", card)), None)
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(math.ceil(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"
