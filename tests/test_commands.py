@@ -10,7 +10,7 @@ import sys
 import pytest
 from conftest import ROOT, TINY, run_here
 
-INTERNAL = {"audited_training", "training_ways"}  # started by other commands, with their own arguments
+INTERNAL = {"audited_training", "measuring"}  # started by other commands, with their own arguments
 COMMANDS = [
     path
     for folder in ("scripts", "scripts/benchmarks", "scripts/tiny", "eval", ".")

@@ -11,7 +11,6 @@ from llama_mimi.common.errors import UserError
 
 
 def test_a_check_without_a_step_fails(tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["gpu_check", "--output_dir", str(tmp_path), "--steps", "3"])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(gpu_check, "write_stand_ins", lambda folder: None)
     launched = []
@@ -29,11 +28,11 @@ def test_a_check_without_a_step_fails(tmp_path, monkeypatch):
 
     monkeypatch.setattr(subprocess, "run", run)
     with pytest.raises(UserError, match="codes/checkpoint' has no step 3"):
-        gpu_check.main()
+        gpu_check.check_gpus(steps=3, output_dir=tmp_path)
     launched.clear()
     monkeypatch.setattr(subprocess, "run", trained)
-    gpu_check.main()
+    gpu_check.check_gpus(steps=3, output_dir=tmp_path)
     datasets = [command[command.index("--training.dataset") + 1] for command in launched[1:]]
     assert datasets == [str(tmp_path / "codes"), gpu_check.CORPUS]
     with pytest.raises(UserError, match="codes' holds an earlier run"):
-        gpu_check.main()
+        gpu_check.check_gpus(steps=3, output_dir=tmp_path)

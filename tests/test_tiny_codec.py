@@ -1,6 +1,5 @@
 """The offline codec, how it is trained, and how it is judged."""
 
-import argparse
 import copy
 import json
 
@@ -131,7 +130,7 @@ def test_a_new_codec_starts_with_outputs_of_unit_variance(speech_B1S):
 def flags(folder, **changes):
     corpus = {"corpus": str(TINY / "words/train-*.parquet"), "validation_corpus": str(TINY / "words/val*.parquet")}
     numbers = {"steps": 6, "batch_size": 2, "codebook_size": 16, "learning_rate": 1e-3, "seed": 3}
-    return argparse.Namespace(**corpus | numbers | {"output_dir": folder} | changes)
+    return train_tiny_codec.CodecFlags(**corpus | numbers | {"output_dir": folder} | changes)
 
 
 def test_a_stopped_run_continues_exactly(tmp_path, monkeypatch):

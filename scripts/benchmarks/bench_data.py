@@ -8,25 +8,24 @@ The reference way is what the first release of Llama-Mimi does in its training l
 tokenizer call, padding to the sequence length. It is written here only.
 """
 
-import argparse
 import itertools
-import json
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
-from measuring import machine, measured, median_and_range
+from measuring import DEVICE, in_turn, machine, measured, median_and_range, peak_mb
 from simulated import STORED_LEVELS, random_clips, speech_lengths, write_codes
 from torch.utils.data import DataLoader
 
 from llama_mimi.audio.mimi import DTYPES, MimiCodec, load_codec_config, whole_frames
-from llama_mimi.common.errors import UserError, run_cli
+from llama_mimi.common.errors import UserError, run_command
 from llama_mimi.data.clips import AudioClip, AudioReader, ClipStream, CodeReader, SentChunk
 from llama_mimi.data.code_store import CodeCorpus
 from llama_mimi.data.corpora import open_corpus
@@ -44,23 +43,27 @@ SECONDS_OF_A_STEP = 5.0
 SHARDS, LONG_SHARDS = "shard loader (pack)", "shard loader (pack), simulated lengths of 14 s"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", default="assets/tiny/corpus/train-*.parquet")
-    parser.add_argument("--codec", default="assets/tiny/mimi")
-    parser.add_argument("--tokenizer", default="assets/tiny/llama")
-    parser.add_argument("--num_quantizers", type=int, default=4)
-    parser.add_argument("--seq_len", type=int, default=1024)
-    parser.add_argument("--clips", type=int, default=64, help="clips of the corpus that the rates are measured on")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--num_threads", type=int, default=1)
-    parser.add_argument("--probe", help=argparse.SUPPRESS)  # a store: one measurement of memory, in its own process
-    flags = parser.parse_args()
+@dataclass(frozen=True)
+class DataFlags:
+    """What is measured, and how.
+
+    Args:
+        clips: clips of the corpus that the rates are measured on
+    """
+
+    corpus: str = "assets/tiny/corpus/train-*.parquet"
+    codec: str = "assets/tiny/mimi"
+    tokenizer: str = "assets/tiny/llama"
+    num_quantizers: int = 4
+    seq_len: int = 1024
+    clips: int = 64
+    repeats: int = 3
+    num_threads: int = 1
+
+
+def bench_data(flags: DataFlags) -> None:
     torch.set_num_threads(flags.num_threads)
     pa.set_cpu_count(flags.num_threads)
-    if flags.probe:
-        print(json.dumps(probe(flags)))
-        return
     print(machine())
     with tempfile.TemporaryDirectory() as folder:
         rates(flags, Path(folder))
@@ -69,9 +72,9 @@ def main() -> None:
         sizes(flags, Path(folder))
 
 
-def audio_reader(flags: argparse.Namespace, codec: MimiCodec) -> AudioReader:
+def audio_reader(corpus: str, codec: MimiCodec) -> AudioReader:
     return AudioReader(
-        open_corpus(flags.corpus, None, "audio", None),
+        open_corpus(corpus, None, "audio", None),
         sample_rate_hz=codec.sample_rate_hz,
         frame_size=codec.frame_size,
         max_frames=whole_frames(20, codec.config),
@@ -101,10 +104,10 @@ class ArraysStream(ClipStream):
             yield refs, [torch.from_numpy(array) for array in arrays]
 
 
-def handing_over(flags: argparse.Namespace) -> None:
+def handing_over(flags: DataFlags) -> None:
     """What a chunk that is read costs the training process."""
     codec = MimiCodec(flags.codec, flags.num_quantizers)
-    reader = audio_reader(flags, codec)
+    reader = audio_reader(flags.corpus, codec)
     first = next(ClipStream([reader], shuffled(reader), CLIPS_HANDED_OVER).load())
     seconds = sum(len(clip.samples_S) for clip in first.clips if isinstance(clip, AudioClip)) / codec.sample_rate_hz
     print(f"| a chunk of {CLIPS_HANDED_OVER} clips, {seconds:,.0f} s, handed over as | ms |\n|---|---|")
@@ -121,7 +124,7 @@ def handing_over(flags: argparse.Namespace) -> None:
     print()
 
 
-def code_reader(flags: argparse.Namespace, store: str) -> CodeReader:
+def code_reader(flags: DataFlags, store: str) -> CodeReader:
     corpus = CodeCorpus(store, flags.codec, flags.num_quantizers, with_text=False)
     max_frames = whole_frames(20, load_codec_config(flags.codec, flags.num_quantizers))
     return CodeReader(corpus, max_frames=max_frames, with_text=False)
@@ -132,7 +135,7 @@ def shuffled(reader: AudioReader | CodeReader) -> ShuffledOrder:
 
 
 def loader(
-    flags: argparse.Namespace,
+    flags: DataFlags,
     reader: AudioReader | CodeReader,
     sequences: SequenceBuilder,
     codec: MimiCodec | None,
@@ -156,9 +159,9 @@ def loader(
     )
 
 
-def rates(flags: argparse.Namespace, folder: Path) -> None:
-    codec = MimiCodec(flags.codec, flags.num_quantizers, device())
-    reader = audio_reader(flags, codec)
+def rates(flags: DataFlags, folder: Path) -> None:
+    codec = MimiCodec(flags.codec, flags.num_quantizers, DEVICE)
+    reader = audio_reader(flags.corpus, codec)
     sequences = load_sequences(flags.tokenizer, flags.codec, flags.num_quantizers)
     clips = list(read_clips(reader, flags.clips))
     seconds = sum(len(clip.samples_S) for clip in clips) / codec.sample_rate_hz
@@ -169,17 +172,14 @@ def rates(flags: argparse.Namespace, folder: Path) -> None:
         "reading and resampling": lambda: consume(read_clips(reader, flags.clips), seconds)
     }
     for dtype in DTYPES:
-        model = MimiCodec(flags.codec, flags.num_quantizers, device(), DTYPES[dtype])
+        model = MimiCodec(flags.codec, flags.num_quantizers, DEVICE, DTYPES[dtype])
         for batch_size in (1, 4, 16):
             ways[f"encoding, {dtype}, {batch_size} clips at once"] = encoding(model, clips, batch_size, seconds)
     ways["the reference way"] = lambda: consume(reference(flags, codec, sequences, reader), seconds)
     ways["online loader (pack)"] = lambda: online(flags, reader, sequences, codec)
     for name, store in ((SHARDS, same), (LONG_SHARDS, longer)):
         ways[name] = batches_of(loader(flags, code_reader(flags, store), sequences, None, batch_size=32), 30, codec)
-    found: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(flags.repeats):  # in turn, so that a slow minute of the machine hits all of them
-        for name, way in ways.items():
-            found[name].append(way())
+    found = in_turn(ways, flags.repeats)
     print("| | audio-seconds per second |\n|---|---|")
     rate = {name: statistics.median(values) for name, values in found.items()}
     for name, values in found.items():
@@ -191,10 +191,6 @@ def rates(flags: argparse.Namespace, folder: Path) -> None:
         f"share of a step of {GPU_TOKENS_PER_S:,} tokens/s that the shard loader takes: "
         f"{100 * needed / rate[LONG_SHARDS]:.2f} % ({100 * needed / fast:.2f} % with the clips of the corpus)\n"
     )
-
-
-def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def consume(items: Iterator[Any], seconds: float) -> float:
@@ -210,7 +206,7 @@ def encoding(codec: MimiCodec, clips: list[AudioClip], batch_size: int, seconds:
     return lambda: consume((codec.encode(batch) for batch in batches), seconds)
 
 
-def online(flags: argparse.Namespace, reader: AudioReader, sequences: SequenceBuilder, codec: MimiCodec) -> float:
+def online(flags: DataFlags, reader: AudioReader, sequences: SequenceBuilder, codec: MimiCodec) -> float:
     """From a fresh start until so many clips are in batches; at most a chunk of eight is encoded besides."""
     start = time.perf_counter()
     batches = loader(flags, reader, sequences, codec, batch_size=1, chunk_size=8)
@@ -223,7 +219,7 @@ def online(flags: argparse.Namespace, reader: AudioReader, sequences: SequenceBu
 
 
 def reference(
-    flags: argparse.Namespace, codec: MimiCodec, sequences: SequenceBuilder, reader: AudioReader
+    flags: DataFlags, codec: MimiCodec, sequences: SequenceBuilder, reader: AudioReader
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Clip by clip, as text, through the tokenizer, padded to the sequence length."""
     tokenizer = sequences.tokenizer
@@ -254,9 +250,9 @@ def batches_of(loader: UnitDataLoader, number: int, codec: MimiCodec) -> Callabl
     return run
 
 
-def useful_shares(flags: argparse.Namespace, folder: Path) -> None:
+def useful_shares(flags: DataFlags, folder: Path) -> None:
     codec = MimiCodec(flags.codec, flags.num_quantizers)
-    reader = audio_reader(flags, codec)
+    reader = audio_reader(flags.corpus, codec)
     lengths = [codec.num_frames(len(clip.samples_S)) for clip in read_clips(reader, 10**9)]
     distributions = {flags.corpus: np.array(lengths), "simulated, like The People's Speech": speech_lengths(2000)}
     sequences = load_sequences(flags.tokenizer, flags.codec, flags.num_quantizers)
@@ -279,15 +275,14 @@ def useful_shares(flags: argparse.Namespace, folder: Path) -> None:
     print()
 
 
-def sizes(flags: argparse.Namespace, folder: Path) -> None:
+def sizes(flags: DataFlags, folder: Path) -> None:
     """Memory, start-up and state from a thousand clips to a million (a shard of 2,048 clips under many names)."""
     print("| clips | start-up to the first batch | peak memory | state |\n|---|---|---|---|")
     clips = random_clips(speech_lengths(CLIPS_PER_SHARD), load_codec_config(flags.codec, STORED_LEVELS))
     for number in (1000, 10_000, 100_000, 1_000_000):
         num_shards = max(1, round(number / CLIPS_PER_SHARD))
         store = write_codes(folder / f"store-{number}", flags.codec, [clips[:number]] * num_shards)
-        words = [word for key, value in vars(flags).items() if key != "probe" for word in (f"--{key}", str(value))]
-        found, done = measured(__file__, *words, "--probe", store)
+        found, done = measured(probe, store=store, **vars(flags))
         if found is None:
             raise UserError(f"the probe of {number:,} clips failed: {done.stderr[-2000:]}")
         print(
@@ -296,17 +291,13 @@ def sizes(flags: argparse.Namespace, folder: Path) -> None:
         )
 
 
-def peak_mb() -> float:
-    """Most memory this process has held; getrusage would count what its parent held before it."""
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
-    return int(line.split()[1]) / 1024
-
-
-def probe(flags: argparse.Namespace) -> dict[str, float]:
+def probe(store: str, **values: Any) -> dict[str, float]:
+    """Memory, start-up and state of a loader of a store."""
+    flags = DataFlags(**values)
     sequences = load_sequences(flags.tokenizer, flags.codec, flags.num_quantizers)
     before_mb = peak_mb()
     start = time.perf_counter()
-    reader = code_reader(flags, flags.probe)
+    reader = code_reader(flags, store)
     batches = loader(flags, reader, sequences, None, batch_size=32)
     iterator = iter(batches)
     next(iterator)
@@ -323,4 +314,4 @@ def probe(flags: argparse.Namespace) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_command(bench_data, __doc__)

@@ -10,25 +10,24 @@ process of its own, which loads the model before the clock starts; the ways take
 those of preset "original" to 1e-4.
 """
 
-import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
-from measuring import device_name, machine, measured, median_and_range
+from measuring import DEVICE, device_name, machine, measured, median_and_range
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, MimiModel
 
 from llama_mimi.audio.mimi import DEFAULT_CODEC, CodecAttention, MimiCodec
 from llama_mimi.audio.reading import read_audio
 from llama_mimi.checkpoint.huggingface import hf_config
 from llama_mimi.checkpoint.stand_ins import write_stand_ins
-from llama_mimi.common.errors import UserError, run_cli
+from llama_mimi.common.errors import UserError, run_command
 from llama_mimi.common.hub import load_pretrained
 from llama_mimi.common.ranks import Ranks
 from llama_mimi.evaluation.benchmarks import Benchmark, read_salmon, read_slm21, read_storycloze
@@ -36,7 +35,7 @@ from llama_mimi.evaluation.clip_codes import CodeCache, cache_key, encode_clips
 from llama_mimi.evaluation.clip_scores import ScoreLog, score_clips
 from llama_mimi.evaluation.scoring import preset
 from llama_mimi.evaluation.script import BATCH_TOKENS
-from llama_mimi.generation.speech_model import DECODER_DTYPES, SpeechModel
+from llama_mimi.generation.speech_model import DECODER_DTYPES, DecoderPrecision, SpeechModel
 from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs
 from llama_mimi.tokens.sequences import SequenceBuilder, load_sequences
 from llama_mimi.tokens.units import text_from_codes
@@ -50,38 +49,47 @@ ALONE, BATCHED, CACHED = "one clip at a time", "in batches", "in batches, codes 
 MAX_SECONDS = 20.0
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name", default="models/tiny", help="hub id or folder")
-    parser.add_argument("--random_1b", action="store_true", help="random weights of the 1B shape in place of a model")
-    parser.add_argument("--data_dir", type=Path, default=Path("assets/tiny/benchmarks"))
-    parser.add_argument("--dtype", choices=DECODER_DTYPES, default="float32", help="of the decoder")
-    parser.add_argument("--pairs", type=int, default=60, help="of each benchmark, spread over it")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--probe", nargs=3, help=argparse.SUPPRESS)  # benchmark, way, folder: one measurement
-    flags = parser.parse_args()
-    if flags.pairs < 1 or flags.repeats < 1:
+@dataclass(frozen=True)
+class Scored:
+    """What is scored.
+
+    Args:
+        model_name: hub id or folder
+        dtype: precision of the decoder
+        pairs: so many of each benchmark, spread over it
+    """
+
+    model_name: str = "models/tiny"
+    data_dir: Path = Path("assets/tiny/benchmarks")
+    dtype: DecoderPrecision = "float32"
+    pairs: int = 60
+
+
+def bench_eval(scored: Scored, random_1b: bool = False, repeats: int = 3) -> None:
+    """Measure all benchmarks.
+
+    Args:
+        random_1b: random weights of the 1B shape in place of a model
+    """
+    if scored.pairs < 1 or repeats < 1:
         raise UserError("--pairs and --repeats must be 1 or more")
-    if flags.probe:
-        print(json.dumps(probe(flags, *flags.probe)))
-        return
     print(machine())
     print(f"| pairs per second | {ALONE} | {BATCHED} | {CACHED} | times as fast |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        if flags.random_1b:
-            flags.model_name = write_random_model(Path(folder) / "random")
-        rows = [row(flags, benchmark, Path(folder)) for benchmark in READERS]
+        if random_1b:
+            scored = replace(scored, model_name=write_random_model(Path(folder) / "random"))
+        rows = [row(scored, benchmark, Path(folder), repeats) for benchmark in READERS]
     together = [len(rows) / sum(1 / rates[way] for _, rates, _ in rows) for way in (ALONE, BATCHED, CACHED)]
     ratios = {name: [rates[BATCHED] / rates[ALONE], rates[CACHED] / rates[ALONE]] for name, rates, _ in rows}
     ratios["together"] = [together[1] / together[0], together[2] / together[0]]
     cells = [f"{rate:.1f}" for rate in together]
     print(f"| together | {' | '.join(cells)} | {' and '.join(f'{ratio:.1f}' for ratio in ratios['together'])} |")
     print("\n" + "\n".join(check for *_, checks in rows for check in checks) + "\n")
-    name = "random 1B" if flags.random_1b else flags.model_name
-    print(json.dumps({"device": device_name(), "model": name, "pairs": flags.pairs, "ratios": ratios}))
+    name = "random 1B" if random_1b else scored.model_name
+    print(json.dumps({"device": device_name(), "model": name, "pairs": scored.pairs, "ratios": ratios}))
 
 
-def row(flags: argparse.Namespace, benchmark: str, folder: Path) -> tuple[str, dict[str, float], list[str]]:
+def row(scored: Scored, benchmark: str, folder: Path, repeats: int) -> tuple[str, dict[str, float], list[str]]:
     """Measure one benchmark and print its line.
 
     Returns:
@@ -89,25 +97,25 @@ def row(flags: argparse.Namespace, benchmark: str, folder: Path) -> tuple[str, d
     """
     rates: dict[str, list[float]] = {way: [] for way in (ALONE, BATCHED, CACHED)}
     scores: dict[str, list[float]] = {}
-    for repeat in range(flags.repeats):  # in turn, so that a slow minute of the machine hits all of them
+    for repeat in range(repeats):  # in turn, so that a slow minute of the machine hits all of them
         for way, of_way in rates.items():
             # The codes that the batches made are there for the last way.
-            result = measure(flags.model_name, benchmark, way, folder / f"{benchmark}_{repeat}")
+            result = measure(scored, benchmark, way, folder / f"{benchmark}_{repeat}")
             of_way.append(result["pairs"] / result["seconds"])
             scores[way] = result["scores"]
     medians = {way: statistics.median(of_way) for way, of_way in rates.items()}
     cells = [median_and_range(measured_rates, 1) for measured_rates in rates.values()]
     ratios = [f"{medians[way] / medians[ALONE]:.1f}" for way in (BATCHED, CACHED)]
     print(f"| {benchmark} | {' | '.join(cells)} | {' and '.join(ratios)} |", flush=True)
-    original = measure(flags.model_name, benchmark, "original", folder / benchmark)["scores"]
+    original = measure(scored, benchmark, "original", folder / benchmark)["scores"]
     furthest = max(abs(a - b) for a, b in zip(scores[ALONE], original, strict=True))
-    if flags.dtype == "float32" and furthest > 1e-4:
+    if scored.dtype == "float32" and furthest > 1e-4:
         raise UserError(f"{benchmark}: scores of preset original are off by {furthest:.1e}; this is a bug, report it")
     checks = [f"{benchmark}, one clip at a time and preset original: {compare(scores[ALONE], original)}"]
-    for dtype in DECODER_DTYPES:
-        if dtype != flags.dtype:
-            other = measure(flags.model_name, benchmark, CACHED, folder / f"{benchmark}_0", "--dtype", dtype)["scores"]
-            checks.append(f"{benchmark}, {flags.dtype} and {dtype}: {compare(scores[CACHED], other)}")
+    for dtype in get_args(DecoderPrecision):
+        if dtype != scored.dtype:
+            other = measure(replace(scored, dtype=dtype), benchmark, CACHED, folder / f"{benchmark}_0")["scores"]
+            checks.append(f"{benchmark}, {scored.dtype} and {dtype}: {compare(scores[CACHED], other)}")
     return benchmark, medians, checks
 
 
@@ -119,54 +127,52 @@ def compare(scores_a: list[float], scores_b: list[float]) -> str:
     return f"scores differ by {difference:.1e} at most, {flipped} of {len(decisions[0])} decisions differ"
 
 
-def measure(model_name: str, benchmark: str, way: str, folder: Path, *more: str) -> dict[str, Any]:
+def measure(scored: Scored, benchmark: str, way: str, folder: Path) -> dict[str, Any]:
     """One measurement in its own process."""
-    words = (*sys.argv[1:], "--model_name", model_name, *more, "--probe", benchmark, way, folder)
-    found, done = measured(__file__, *words)
+    found, done = measured(probe, benchmark=benchmark, way=way, folder=folder, **vars(scored))
     if found is None:
         raise UserError(f"scoring {benchmark} {way} failed: {done.stderr[-2000:]}")
     return found
 
 
-def probe(flags: argparse.Namespace, benchmark: str, way: str, folder: str) -> dict[str, Any]:
+def probe(
+    benchmark: str, way: str, folder: str, model_name: str, data_dir: str, dtype: DecoderPrecision, pairs: int
+) -> dict[str, Any]:
     read, name, levels = READERS[benchmark]
-    pairs = read(str(flags.data_dir / name)).pairs
-    pairs = pairs[:: max(1, len(pairs) // flags.pairs)][: flags.pairs]
-    clips = Benchmark(pairs).clips
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    all_pairs = read(f"{data_dir}/{name}").pairs
+    some_pairs = all_pairs[:: max(1, len(all_pairs) // pairs)][:pairs]
+    clips = Benchmark(some_pairs).clips
+    decoder, sequences, codec_name = load_parts(model_name, dtype)
     if way == ALONE:
-        decoder, sequences, codec_name = load_parts(flags, device)
-        codec = MimiCodec(codec_name, decoder.config.num_quantizers, device, attention="whole").model
+        codec = MimiCodec(codec_name, decoder.config.num_quantizers, DEVICE, attention="whole").model
         start = time.perf_counter()
         scores = [score_alone(clip.read(), decoder, sequences.tokenizer, codec, levels) for clip in clips]
-        return {"pairs": len(pairs), "seconds": time.perf_counter() - start, "scores": scores}
-    decoder, sequences, codec_name = load_parts(flags, device)
+        return {"pairs": len(some_pairs), "seconds": time.perf_counter() - start, "scores": scores}
     chosen = preset("original" if way == "original" else "official", levels)
     attention: CodecAttention = "whole" if chosen.scoring.as_released else "windowed"
     model = SpeechModel(
-        decoder, sequences, MimiCodec(codec_name, decoder.config.num_quantizers, device, attention=attention)
+        decoder, sequences, MimiCodec(codec_name, decoder.config.num_quantizers, DEVICE, attention=attention)
     )
     cache = CodeCache(folder, cache_key(model.codec, MAX_SECONDS, as_released=chosen.scoring.as_released))
     start = time.perf_counter()
     ids, codes = encode_clips(model.codec, clips, cache, Ranks(), MAX_SECONDS, as_released=chosen.scoring.as_released)
     with tempfile.TemporaryDirectory() as log:
         scored = score_clips(
-            model, codes, chosen.scoring, BATCH_TOKENS[device == "cuda"], ScoreLog(Path(log), {}), Ranks()
+            model, codes, chosen.scoring, BATCH_TOKENS[DEVICE == "cuda"], ScoreLog(Path(log), {}), Ranks()
         )
     seconds = time.perf_counter() - start
-    return {"pairs": len(pairs), "seconds": seconds, "scores": [scored[audio_id] for audio_id in ids]}
+    return {"pairs": len(some_pairs), "seconds": seconds, "scores": [scored[audio_id] for audio_id in ids]}
 
 
-def load_parts(flags: argparse.Namespace, device: str) -> tuple[LlamaForCausalLM, SequenceBuilder, str]:
+def load_parts(model_name: str, dtype: DecoderPrecision) -> tuple[LlamaForCausalLM, SequenceBuilder, str]:
     """Decoder, token sequences and the codec's name of the model.
 
     Nothing of the codec is loaded here: it changes how the process keeps memory, and one clip at a time is to go as it
     would without this project.
     """
-    dtype = DECODER_DTYPES[flags.dtype]
-    decoder = load_pretrained(AutoModelForCausalLM, flags.model_name, what="model", dtype=dtype).to(device).eval()
+    decoder = load_pretrained(AutoModelForCausalLM, model_name, what="model", dtype=DECODER_DTYPES[dtype])
     codec_name = getattr(decoder.config, "codec", None) or DEFAULT_CODEC
-    return decoder, load_sequences(flags.model_name, codec_name, decoder.config.num_quantizers), codec_name
+    return decoder.to(DEVICE).eval(), load_sequences(model_name, codec_name, decoder.config.num_quantizers), codec_name
 
 
 def write_random_model(folder: Path) -> str:
@@ -201,4 +207,4 @@ def score_alone(
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_command(bench_eval, __doc__)

@@ -9,9 +9,7 @@ runs in turn. Quality is measured on tones: what is left of one at 90 % of the l
 thing that is not there, an image of that tone or, where the rate is lowered, an alias of one at 110 %.
 """
 
-import argparse
 import io
-import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -26,11 +24,11 @@ import torch
 import torchaudio.functional
 from bench_data import GPU_TOKENS_PER_S, audio_reader, read_clips
 from fuzz_audio import written_by_ffmpeg
-from measuring import machine
+from measuring import in_turn, machine
 
 from llama_mimi.audio.mimi import MimiCodec
 from llama_mimi.audio.reading import read_audio, resample
-from llama_mimi.common.errors import run_cli
+from llama_mimi.common.errors import run_command
 
 RATES_HZ = (8_000, 16_000, 22_050, 44_100, 48_000)
 FORMATS = {
@@ -45,61 +43,57 @@ FORMATS = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", default="assets/tiny/corpus/train-*.parquet")
-    parser.add_argument("--codec", default="assets/tiny/mimi")
-    parser.add_argument("--num_quantizers", type=int, default=8)
-    parser.add_argument("--clips", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=5)
-    flags = parser.parse_args()
+def bench_reading(
+    corpus: str = "assets/tiny/corpus/train-*.parquet",
+    codec: str = "assets/tiny/mimi",
+    num_quantizers: int = 8,
+    clips: int = 64,
+    repeats: int = 5,
+) -> None:
     torch.set_num_threads(1)
-    codec = MimiCodec(flags.codec, flags.num_quantizers)
-    rate_hz = codec.sample_rate_hz
-    clips = [clip.samples_S.numpy() for clip in read_clips(audio_reader(flags, codec), flags.clips)]
-    seconds = sum(map(len, clips)) / rate_hz
+    mimi = MimiCodec(codec, num_quantizers)
+    rate_hz = mimi.sample_rate_hz
+    originals = [clip.samples_S.numpy() for clip in read_clips(audio_reader(corpus, mimi), clips)]
+    seconds = sum(map(len, originals)) / rate_hz
     print(machine())
-    print(f"{len(clips)} clips, {seconds:,.0f} s")
+    print(f"{len(originals)} clips, {seconds:,.0f} s")
 
     print(f"\n| to {rate_hz:,} Hz from | by | audio-s/s | tone at 90 % | what is not there | codes that differ |")
     print("|---|---|---|---|---|---|")
     ways = {"soxr": resample, "torchaudio": by_torchaudio}
     for source_hz in RATES_HZ:
-        at_rate = [by_scipy(clip_S, rate_hz, source_hz) for clip_S in clips]
-        speeds = measured({name: partial(each, way, at_rate, source_hz, rate_hz) for name, way in ways.items()}, flags)
+        at_rate = [by_scipy(clip_S, rate_hz, source_hz) for clip_S in originals]
+        timed = {name: partial(seconds_of, way, at_rate, source_hz, rate_hz) for name, way in ways.items()}
+        taken = {name: statistics.median(times) for name, times in in_turn(timed, repeats).items()}
         codes = {}
         for name, way in ways.items():
-            codes[name] = codec.encode_many(list(map(torch.from_numpy, each(way, at_rate, source_hz, rate_hz))))
+            codes[name] = mimi.encode_many(list(map(torch.from_numpy, each(way, at_rate, source_hz, rate_hz))))
         for name, way in ways.items():
             differing = "" if name == "soxr" else "{:.2f} % (level 0: {:.2f} %)".format(*difference(*codes.values()))
             kept, stray = quality(way, source_hz, rate_hz)
             print(
-                f"| {source_hz:,} Hz | {name} | {seconds / speeds[name]:,.0f} | {kept:+.2f} dB | {stray:.0f} dB | "
+                f"| {source_hz:,} Hz | {name} | {seconds / taken[name]:,.0f} | {kept:+.2f} dB | {stray:.0f} dB | "
                 f"{differing} |",
                 flush=True,
             )
 
-    needed = GPU_TOKENS_PER_S / (4 * codec.frame_rate_hz)
+    needed = GPU_TOKENS_PER_S / (4 * mimi.frame_rate_hz)
     print(f"\n| file | read and resampled, audio-s/s | processes for {needed:,.0f} audio-s/s |")
     print("|---|---|---|")
     for name, (form, subtype, source_hz) in FORMATS.items():
-        files = [encoded(by_scipy(clip_S, rate_hz, source_hz), form, subtype, source_hz) for clip_S in clips]
-        speed = measured({name: partial(each, read_audio, files, rate_hz)}, flags)[name]
-        print(f"| {name} | {seconds / speed:,.0f} | {needed * speed / seconds:.1f} |", flush=True)
+        files = [encoded(by_scipy(clip_S, rate_hz, source_hz), form, subtype, source_hz) for clip_S in originals]
+        took = statistics.median(seconds_of(read_audio, files, rate_hz) for _ in range(repeats))
+        print(f"| {name} | {seconds / took:,.0f} | {needed * took / seconds:.1f} |", flush=True)
 
 
 def each(way: Callable[..., Any], items: Sequence[Any], *args: int) -> list[Any]:
     return [way(item, *args) for item in items]
 
 
-def measured(ways: dict[str, Callable[[], object]], flags: argparse.Namespace) -> dict[str, float]:
-    """Median seconds of each way, in turn."""
-    took: dict[str, list[float]] = {name: [] for name in ways}
-    for _, (name, way) in itertools.product(range(flags.repeats), ways.items()):
-        start = time.perf_counter()
-        way()
-        took[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in took.items()}
+def seconds_of(way: Callable[..., Any], items: Sequence[Any], *args: int) -> float:
+    start = time.perf_counter()
+    each(way, items, *args)
+    return time.perf_counter() - start
 
 
 def by_torchaudio(samples_S: np.ndarray, from_hz: int, to_hz: int) -> np.ndarray:
@@ -149,4 +143,4 @@ def encoded(samples_S: np.ndarray, form: str, subtype: str, rate_hz: int) -> byt
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_command(bench_reading, __doc__)

@@ -11,22 +11,22 @@ activations. A useful token is one that enters the loss. FLOPs are 6 a multiplie
 over a whole row; on a CPU MFU is the share of what a large matrix product reaches there.
 """
 
-import argparse
 import json
 import os
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import training_ways
-from measuring import device_name, machine, measured
-from training_ways import DEVICE, LOSS_POSITIONS, ONE_RANK, OURS, OUT_OF_MEMORY, PLAIN, SHAPES, STOCK, UNMASKED
+from measuring import DEVICE, device_name, machine, measured, median_and_range
+from training_ways import LOSS_POSITIONS, OURS, PLAIN, SHAPES, STOCK, UNMASKED
 
-from llama_mimi.common.errors import UserError, run_cli
+from llama_mimi.common.errors import UserError, run_command
 from llama_mimi.training.metrics import peak_flops
 
 AUDIO = "--model.vocabulary audio"
@@ -45,17 +45,23 @@ GPU_ROWS = [
     (OURS, f"{COMPILED} {AUDIO}"),
     (OURS, FLOAT8),
 ]
-DEFAULT_FLAGS = {"cpu": "", "cuda": COMPILED}[DEVICE]  # of this trainer, as its figures are given in the last line
+DEFAULT_FLAGS = {"cpu": "", "cuda": COMPILED}[DEVICE]  # this trainer's, whose figures the last line gives
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["tiny", "mid"] if DEVICE == "cpu" else ["1B"])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--num_threads", type=int, default=os.cpu_count())
-    parser.add_argument("--profile", type=Path, help="write where the time of this trainer's steps goes")
-    flags = parser.parse_args()
-    torch.set_num_threads(flags.num_threads)
+def bench_train(
+    shapes: tuple[Literal["tiny", "mid", "1B", "8B"], ...] = ("tiny", "mid") if DEVICE == "cpu" else ("1B",),
+    repeats: int = 5,
+    num_threads: int = os.cpu_count() or 1,
+    profile: Path | None = None,
+) -> None:
+    """Measure all ways to train at each shape.
+
+    Args:
+        profile: write where the time of this trainer's steps goes
+    """
+    if not shapes:
+        raise UserError(f"no shape is named; give some of {', '.join(SHAPES)} as --shapes")
+    torch.set_num_threads(num_threads)
     reference_flops = peak_flops(device_name()) if DEVICE == "cuda" else matmul_flops()
     if reference_flops is None:
         raise UserError(
@@ -66,26 +72,26 @@ def main() -> None:
     print("| shape | way | useful tokens/s | times the plain loop | MFU | peak memory | useful tokens |")
     print("|---|---|---|---|---|---|---|", flush=True)
     results = []
-    for shape in flags.shapes:
+    for shape in shapes:
         with tempfile.TemporaryDirectory() as folder:
-            results.append(rows_of(shape, Path(folder), flags, reference_flops))
-    loss_memory(flags)
+            results.append(rows_of(shape, Path(folder), repeats, profile, reference_flops))
+    loss_memory()
     compared = [result for result in results if result["ratio_to_plain_loop"]] or results
     print(json.dumps({"device": device_name(), **compared[-1], "all": results}))
 
 
-def rows_of(shape: str, folder: Path, flags: argparse.Namespace, reference_flops: float) -> dict[str, Any]:
+def rows_of(shape: str, folder: Path, repeats: int, profile: Path | None, reference_flops: float) -> dict[str, Any]:
     """Measure and print the rows of a shape; returns what the last line says of it."""
     training_ways.write_stand_ins(shape, folder)
     rows = CPU_ROWS if DEVICE == "cpu" else GPU_ROWS
-    job = {"shape": shape, "folder": str(folder), "num_layers": SHAPES[shape].args.n_layers}
+    job = {"shape": shape, "folder": folder, "num_layers": SHAPES[shape].args.n_layers}
     if shape == "8B":  # all layers and the optimizer's states are 160 GB
         rows = [(OURS, COMPILED)]
-        job["num_layers"] = most_layers(job, flags)
+        job["num_layers"] = most_layers(job)
     runs: dict[tuple[str, str], list[dict[str, Any]]] = {row: [] for row in rows}
-    for _ in range(flags.repeats):
+    for _ in range(repeats):
         for way, options in rows:
-            run = worker({**job, "way": way, "options": options}, flags)
+            run = worker(training_ways.measure, **job, way=way, options=options)
             runs[way, options] += [run] if run else []
     medians = {row: statistics.median(run["useful_tokens_per_s"] for run in own) for row, own in runs.items() if own}
     plain = medians.get((PLAIN, ""))
@@ -93,20 +99,19 @@ def rows_of(shape: str, folder: Path, flags: argparse.Namespace, reference_flops
         if not own:
             print(f"| {shape}, {job['num_layers']} layers | {way} `{options}` | none: see above | | | | |", flush=True)
             continue
-        rates = sorted(run["useful_tokens_per_s"] for run in own)
+        rates = [run["useful_tokens_per_s"] for run in own]
         median = medians[way, options]
         times = f"{median / plain:.2f}" if plain else ""
         mfu = own[0]["flops_per_token"] * median / reference_flops
         memory = max(run["peak_memory_bytes"] for run in own)
         print(
-            f"| {shape}, {job['num_layers']} layers | {way} `{options}` | {median:,.0f} "
-            f"({rates[0]:,.0f} to {rates[-1]:,.0f}) | {times} | {100 * mfu:.1f} % | {memory / 1e9:.2f} GB | "
-            f"{100 * own[0]['useful_share']:.0f} % |".replace(" ``", ""),
+            f"| {shape}, {job['num_layers']} layers | {way} `{options}` | {median_and_range(rates)} | {times} | "
+            f"{100 * mfu:.1f} % | {memory / 1e9:.2f} GB | {100 * own[0]['useful_share']:.0f} % |".replace(" ``", ""),
             flush=True,
         )
-    if flags.profile:
-        path = flags.profile.resolve().with_stem(f"{flags.profile.stem}-{shape}")
-        worker({**job, "way": OURS, "options": DEFAULT_FLAGS, "profile": str(path)}, flags)
+    if profile:
+        path = profile.with_stem(f"{profile.stem}-{shape}")
+        worker(training_ways.measure, **job, way=OURS, options=DEFAULT_FLAGS, profile=path)
     ours = runs[OURS, DEFAULT_FLAGS]
     if not ours:
         raise UserError(f"this trainer did not run at the shape {shape}; see above")
@@ -126,27 +131,25 @@ def rows_of(shape: str, folder: Path, flags: argparse.Namespace, reference_flops
     }
 
 
-def most_layers(job: dict[str, Any], flags: argparse.Namespace) -> int:
+def most_layers(job: dict[str, Any]) -> int:
     for num_layers in range(SHAPES["8B"].args.n_layers, 0, -2):
-        attempt = {**job, "num_layers": num_layers, "way": OURS, "options": COMPILED}
-        if worker(attempt, flags):
+        if worker(training_ways.measure, **job | {"num_layers": num_layers}, way=OURS, options=COMPILED):
             return num_layers
     raise UserError("not even two layers of the 8B shape fit into this GPU's memory")
 
 
-def worker(job: dict[str, Any], flags: argparse.Namespace) -> Any:
+def worker(function: Callable[..., Any], **job: Any) -> Any:
     """One measurement in a process of its own; None, and why on standard error, if it failed."""
-    env = os.environ | ONE_RANK | {"OMP_NUM_THREADS": str(flags.num_threads)}
-    found, done = measured(training_ways.__file__, json.dumps(job), env=env)
-    why = "out of memory" if done.returncode == OUT_OF_MEMORY else done.stderr[-2000:]
-    print(json.dumps(job), found or f"failed: {why}", file=sys.stderr, flush=True)  # what was measured is not lost
+    found, done = measured(function, **job)
+    outcome = found or f"failed: {done.stderr[-2000:] if done.returncode else 'out of memory'}"
+    print(json.dumps(job, default=str), outcome, file=sys.stderr, flush=True)  # what was measured is not lost
     return found
 
 
-def loss_memory(flags: argparse.Namespace) -> None:
+def loss_memory() -> None:
     """Print what the loss alone takes, forward and backward, at the width and vocabulary of the 1B model."""
     for way in ("in chunks", "full logits"):
-        run = worker({"way": way, "shape": "loss", "options": ""}, flags)
+        run = worker(training_ways.measure_loss, way=way)
         held = f"{run['bytes'] / 1e9:.2f} GB more at the peak" if run else "out of memory"
         print(f"\nloss of {LOSS_POSITIONS:,} positions, {way}: {held}")
 
@@ -163,4 +166,4 @@ def matmul_flops() -> float:
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_command(bench_train, __doc__)

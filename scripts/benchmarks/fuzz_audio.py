@@ -8,7 +8,6 @@ read in processes of their own, which are watched from outside: one that dies or
 is one file that takes more than --max_megabytes over what the process held when it began.
 """
 
-import argparse
 import io
 import multiprocessing
 import os
@@ -24,9 +23,10 @@ from typing import Any
 import av
 import numpy as np
 import soundfile
+from measuring import peak_mb
 
 from llama_mimi.audio.reading import AudioError, read_audio
-from llama_mimi.common.errors import UserError, run_cli
+from llama_mimi.common.errors import UserError, run_command
 
 RATE_HZ, MAX_SECONDS = 24_000, 20.0  # as training reads
 FILES_PER_PROCESS = 500
@@ -74,41 +74,44 @@ class Outcome:
     megabytes: float
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num_files", type=int, default=10_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--speech", type=Path, default=Path("assets/tiny/prompt.wav"), help="what is written and damaged"
-    )
-    parser.add_argument("--max_seconds", type=float, default=10.0)
-    parser.add_argument("--max_megabytes", type=float, default=1000.0)
-    parser.add_argument("--faults_dir", type=Path, help="keep files at fault here")
-    flags = parser.parse_args()
-    fuzzer = Fuzzer(flags.speech, flags.seed)
+def fuzz_audio(
+    num_files: int = 10_000,
+    seed: int = 0,
+    speech: Path = Path("assets/tiny/prompt.wav"),
+    max_seconds: float = 10.0,
+    max_megabytes: float = 1000.0,
+    faults_dir: Path | None = None,
+) -> None:
+    """Read mutated files, and count what becomes of them.
+
+    Args:
+        speech: what is written and damaged
+        faults_dir: keep files at fault here
+    """
+    fuzzer = Fuzzer(speech, seed)
     outcomes: Counter[str] = Counter()
     faults: list[str] = []
     slowest, largest = 0.0, 0.0
-    for index, outcome in read_all(fuzzer, range(flags.num_files), flags.max_seconds):
+    for index, outcome in read_all(fuzzer, range(num_files), max_seconds):
         kind = outcome.kind
         slowest, largest = max(slowest, outcome.seconds), max(largest, outcome.megabytes)
-        if outcome.seconds > flags.max_seconds or outcome.megabytes > flags.max_megabytes:
+        if outcome.seconds > max_seconds or outcome.megabytes > max_megabytes:
             kind = f"FAULT: {kind} after {outcome.seconds:.1f} s with {outcome.megabytes:,.0f} MB"
         outcomes[kind.split(" after ")[0]] += 1
         if kind.startswith("FAULT"):
             faults.append(f"file {index} ({fuzzer.describe(index)}): {kind}")
             print(faults[-1], flush=True)
-            if flags.faults_dir:
-                flags.faults_dir.mkdir(parents=True, exist_ok=True)
-                (flags.faults_dir / f"{flags.seed}-{index}").write_bytes(fuzzer.content(index))
+            if faults_dir:
+                faults_dir.mkdir(parents=True, exist_ok=True)
+                (faults_dir / f"{seed}-{index}").write_bytes(fuzzer.content(index))
         if sum(outcomes.values()) % 1000 == 0:
             print(f"{sum(outcomes.values()):,} files", flush=True)
-    print(f"\n| {flags.num_files:,} files, seed {flags.seed} | |\n|---|---|")
+    print(f"\n| {num_files:,} files, seed {seed} | |\n|---|---|")
     for kind, number in outcomes.most_common():
         print(f"| {kind} | {number:,} |")
     print(f"\nslowest {slowest:.2f} s, {largest:,.0f} MB more than before at most")
     if faults:
-        raise UserError(f"{len(faults):,} of {flags.num_files:,} files crashed, hung or filled the memory; see above")
+        raise UserError(f"{len(faults):,} of {num_files:,} files crashed, hung or filled the memory; see above")
 
 
 class Fuzzer:
@@ -116,7 +119,7 @@ class Fuzzer:
 
     Args:
         speech: audio of which the first 1.5 s are written in every format, mono and stereo.
-        seed: of all mutations.
+        seed: all mutations follow from it.
     """
 
     def __init__(self, speech: Path, seed: int) -> None:
@@ -275,25 +278,15 @@ def _read_share(fuzzer: Fuzzer, share: Sequence[int], folder: Path, sender: Conn
     path = folder / str(os.getpid())
     for index in share:
         content = fuzzer.content(index)
-        before = _reset_peak()
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak resident set to what is held now
+        before = peak_mb()
         start = time.perf_counter()
         try:
             kind = read_one(content, path if index % 2 else None)
         except BaseException as error:
             kind = f"FAULT: {type(error).__name__}: {error}"
-        sender.send(Outcome(kind, time.perf_counter() - start, _peak_megabytes() - before))
-
-
-def _reset_peak() -> float:
-    """Start to measure the peak anew; returns the megabytes held now."""
-    Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak resident set
-    return _peak_megabytes()
-
-
-def _peak_megabytes() -> float:
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 1000
+        sender.send(Outcome(kind, time.perf_counter() - start, peak_mb() - before))
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_command(fuzz_audio, __doc__)

@@ -9,8 +9,8 @@ checkpoint on another number of ranks; every step writes down which frames of wh
 up to the last checkpoint used is compared with the data.
 """
 
-import argparse
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -20,29 +20,40 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pyarrow.parquet as pq
 import torch.distributed.checkpoint as dcp
+from measuring import as_words
 
 from llama_mimi.audio.mimi import load_codec_config, whole_frames
 from llama_mimi.checkpoint.dcp import find_step
-from llama_mimi.common.errors import UserError, run_cli
+from llama_mimi.common.errors import UserError, run_command
 from llama_mimi.data.code_store import CodeCorpus
-from llama_mimi.data.order import CorpusOrder
+from llama_mimi.data.order import CorpusOrder, Position
 
 CORPUS, CODEC = "assets/tiny/corpus/train-*.parquet", "assets/tiny/mimi"
 SHUFFLE_BLOCK = 64
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--of", choices=["tokenization", "training"], required=True)
-    parser.add_argument("--kills", type=int, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--max_seconds", type=float, default=40.0, help="a run is killed at a random moment up to this")
-    flags = parser.parse_args()
+@dataclass(frozen=True)
+class KillFlags:
+    """What is killed, and how often.
+
+    Args:
+        max_seconds: a run is killed at a random moment up to this
+    """
+
+    of: Literal["tokenization", "training"]
+    kills: int
+    folder: Path
+    seed: int = 0
+    max_seconds: float = 40.0
+
+
+def kill_runs(flags: KillFlags) -> None:
     flags.folder.mkdir(parents=True, exist_ok=True)
     codes = flags.folder / "codes"
     if not (codes / "manifest.json").exists():
@@ -57,28 +68,22 @@ def main() -> None:
 
 
 def tokenization(output_dir: Path) -> list[str]:
-    names = {"--corpus": CORPUS, "--codec": CODEC, "--output_dir": str(output_dir), "--clips_per_shard": "32"}
-    return ["scripts/tokenize_corpus.py", *(word for pair in names.items() for word in pair), "--num_workers", "1"]
+    flags = {"corpus": CORPUS, "codec": CODEC, "output_dir": output_dir, "clips_per_shard": 32, "num_workers": 1}
+    return ["scripts/tokenize_corpus.py", *as_words(flags)]
 
 
 def start(command: list[str], nproc: int, log: Path, **environment: str) -> subprocess.Popen:
     torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={nproc}", "--standalone"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     with open(log, "w") as output:
-        return subprocess.Popen(
-            [*torchrun, *command],
-            stdout=output,
-            stderr=output,
-            env={**os.environ, "OMP_NUM_THREADS": "1"} | environment,
-        )
+        return subprocess.Popen([*torchrun, *command], stdout=output, stderr=output, env=env)
 
 
 def kill_at(process: subprocess.Popen, seconds: float) -> bool:
     """SIGKILL a process and all below it after ``seconds``; False if it had ended before."""
-    try:
+    with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(timeout=seconds)
         return False
-    except subprocess.TimeoutExpired:
-        pass
     os.kill(process.pid, signal.SIGSTOP)  # torchrun starts nothing more while its ranks are killed
     pids = family(process.pid)
     while pids:
@@ -107,7 +112,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def kill_tokenization(flags: argparse.Namespace, codes: Path) -> None:
+def kill_tokenization(flags: KillFlags, codes: Path) -> None:
     expected = {path.name: pq.read_table(path) for path in sorted(codes.glob("shard-*.parquet"))}
     generator = random.Random(flags.seed)
     output = flags.folder / "killed_codes"
@@ -143,35 +148,30 @@ def kill_tokenization(flags: argparse.Namespace, codes: Path) -> None:
     )
 
 
-def kill_training(flags: argparse.Namespace, codes: Path) -> None:
+def kill_training(flags: KillFlags, codes: Path) -> None:
     generator = random.Random(flags.seed)
     run, audit = flags.folder / "run", flags.folder / "audit"
     for folder in (run, audit):
         shutil.rmtree(folder, ignore_errors=True)
     audit.mkdir()
-    kills, number, began, resumed = 0, 0, time.monotonic(), []
-    while True:
+    kills, began, resumed = 0, time.monotonic(), []
+    for number in itertools.count():
         nproc, workers = generator.randint(1, 4), generator.choice([0, 1, 2])
         is_last = kills == flags.kills
         steps = last_step(run) + 20 if is_last else 100_000
         config = {
-            "--job.config_file": "config/tiny.toml",
-            "--job.dump_folder": run,
-            "--training.dataset": codes,
-            "--training.steps": steps,
-            "--training.dataloader.num_workers": workers,
-            "--lr_scheduler.total_steps": 1000,
-            "--data.packing": "pack",
-            "--data.shuffle_block": SHUFFLE_BLOCK,
-            "--checkpoint.interval": 7,
+            "job.config_file": "config/tiny.toml",
+            "job.dump_folder": run,
+            "training.dataset": codes,
+            "training.steps": steps,
+            "training.dataloader.num_workers": workers,
+            "lr_scheduler.total_steps": 1000,
+            "data.packing": "pack",
+            "data.shuffle_block": SHUFFLE_BLOCK,
+            "checkpoint.interval": 7,
         }
-        command = ["scripts/benchmarks/audited_training.py", *(str(word) for pair in config.items() for word in pair)]
-        process = start(
-            [*command, "--validation.no-enable"],
-            nproc,
-            flags.folder / "run.log",
-            AUDIT=str(audit / f"{number:04}"),
-        )
+        command = ["scripts/benchmarks/audited_training.py", *as_words(config), "--validation.no-enable"]
+        process = start(command, nproc, flags.folder / "run.log", AUDIT=str(audit / f"{number:04}"))
         resumed.append(last_step(run))
         seconds = 600.0 if is_last else generator.uniform(0, flags.max_seconds)
         if kill_at(process, seconds):
@@ -179,7 +179,6 @@ def kill_training(flags: argparse.Namespace, codes: Path) -> None:
         elif process.returncode or not is_last:
             raise UserError(f"training ended with {process.returncode}; see {flags.folder / 'run.log'}")
         print(f"kill {kills}: {nproc} ranks, {workers} workers, {seconds:.1f} s, step {last_step(run)}", flush=True)
-        number += 1
         if is_last:
             break
     used = Counter(frame for frames in trained_on(audit).values() for frame in frames)
@@ -222,14 +221,15 @@ def frames_of_position(run: Path, codes: Path) -> Counter[tuple[int, int, int]]:
     step, _ = find_step(run / "checkpoint")
     state = {"dataloader": {"position": ""}}
     dcp.load(state, checkpoint_id=step, no_dist=True)
-    cursors = [position["cursors"][0] for position in json.loads(state["dataloader"]["position"])["ranks"]]
+    ranks = json.loads(state["dataloader"]["position"])["ranks"]
+    cursors = [Position.from_json(position).cursors[0] for position in ranks]
     config = json.loads((run / "job_config.json").read_text())
     corpus = CodeCorpus(str(codes), CODEC, config["codec"]["num_quantizers"], with_text=False)
     order = CorpusOrder(corpus.sizes_G, config["data"]["shuffle_block"], config["debug"]["seed"])
     max_frames = whole_frames(config["data"]["max_audio_seconds"], load_codec_config(CODEC, 1))
-    end = max(cursor["next_window"] for cursor in cursors)
-    left = {window: (0, 0) for c in cursors for window in range(c["next_window"], end, len(cursors))}
-    left |= {window: (row, frame) for cursor in cursors for window, row, frame in cursor["begun"]}
+    end = max(cursor.next_window for cursor in cursors)
+    left = {window: (0, 0) for c in cursors for window in range(c.next_window, end, len(cursors))}
+    left |= {begun.window: (begun.rows_used, begun.frames_used) for cursor in cursors for begun in cursor.begun}
     lengths = [[len(corpus.read_group(g).codes(row)) for row in range(n)] for g, n in enumerate(corpus.sizes_G)]
     frames: Counter[tuple[int, int, int]] = Counter()
     for window in range(end):
@@ -242,4 +242,4 @@ def frames_of_position(run: Path, codes: Path) -> Counter[tuple[int, int, int]]:
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_command(kill_runs, __doc__)

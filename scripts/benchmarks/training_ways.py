@@ -1,18 +1,13 @@
 """One way to train at one shape, measured in a process of its own; see bench_train.py.
 
-    python scripts/benchmarks/training_ways.py '{"way": "this trainer", "shape": "tiny", ...}'
-
-The last line is what was measured, as JSON. The plain loop and TorchTitan's own Llama 3 are written here only.
+The plain loop and TorchTitan's own Llama 3 are written here only.
 """
 
-import contextlib
 import copy
 import dataclasses
 import itertools
-import json
 import os
 import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,6 +22,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
+from measuring import DEVICE, as_words
 from simulated import random_clips, speech_lengths, write_codes
 from torchtitan.components.loss import build_cross_entropy_loss
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs, parallelize_llama
@@ -42,8 +38,6 @@ from llama_mimi.train_spec import build_sequences
 from llama_mimi.training.config_file import parse_config
 
 NUM_QUANTIZERS = 4
-OUT_OF_MEMORY = 3  # exit code
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LOSS_POSITIONS = {"cpu": 4096, "cuda": 32_768}[DEVICE]
 WARM_UP = {"cpu": 2, "cuda": 5}[DEVICE]  # steps: compilation, also for another number of clips, and allocations
 # What torchrun tells the one process that it starts.
@@ -89,16 +83,9 @@ SHAPES = {
 PLAIN, UNMASKED, STOCK, OURS = "plain loop", "plain loop without its mask", "TorchTitan's Llama 3", "this trainer"
 
 
-def main() -> None:
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    job = json.loads(sys.argv[1])
-    with contextlib.redirect_stdout(sys.stderr):
-        measured = measure_loss(job["way"]) if job["shape"] == "loss" else measure(**job)
-    print(json.dumps(measured))
-
-
 def measure(shape: str, folder: str, way: str, options: str, num_layers: int, profile: str | None = None) -> Any:
-    """Useful tokens/s and peak memory of one way to train."""
+    """Useful tokens/s and peak memory of one way to train; None if the memory was not enough."""
+    os.environ.update(ONE_RANK)
     FLAVORS[shape] = changed(SHAPES[shape].args, n_layers=num_layers)
     text_only = changed(FLAVORS[shape], vocab_size=SHAPES[shape].text_entries)
     hf_config(text_only).save_pretrained(Path(folder) / "llama")
@@ -114,7 +101,7 @@ def measure(shape: str, folder: str, way: str, options: str, num_layers: int, pr
         if profile:
             write_profile(step, Path(profile))
     except torch.OutOfMemoryError:
-        sys.exit(OUT_OF_MEMORY)
+        return None
     return {
         "useful_tokens_per_s": tokens / took,
         "useful_share": tokens / positions,
@@ -221,8 +208,7 @@ def training_flags(shape: str, folder: Path, *, packed: bool) -> list[str]:
         "training.dataloader.num_workers": int(DEVICE == "cuda"),  # as in the large configs
         "metrics.log_freq": 1_000_000,
     }
-    words = [str(word) for key, value in flags.items() for word in (f"--{key}", value)]
-    return [*words, "--validation.no-enable", "--checkpoint.no-enable", "--metrics.no-enable_tensorboard"]
+    return [*as_words(flags), "--validation.no-enable", "--checkpoint.no-enable", "--metrics.no-enable_tensorboard"]
 
 
 def model_flops(shape: str, job_config: Any, num_layers: int | None = None) -> float:
@@ -246,7 +232,7 @@ def write_stand_ins(shape: str, folder: Path) -> None:
     own = SHAPES[shape]
     write_tokenizer(folder / "llama", own.text_entries)
     MimiConfig(codebook_size=own.codebook_size).save_pretrained(folder / "mimi")
-    (folder / "mimi" / "model.safetensors").touch()  # of a codec for codes only its name and hash matter
+    (folder / "mimi" / "model.safetensors").touch()  # for codes only the codec's name and hash matter
     frames = np.maximum(1, (speech_lengths(2048) * (own.seconds_per_clip / 13.4)).astype(int))
     clips = random_clips(frames, MimiConfig(codebook_size=own.codebook_size))
     write_codes(folder / "codes", str(folder / "mimi"), [clips])
@@ -288,7 +274,3 @@ def memory_bytes() -> int:
     if DEVICE == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-if __name__ == "__main__":
-    main()

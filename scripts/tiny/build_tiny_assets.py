@@ -10,7 +10,6 @@ the whole project can be trained and evaluated offline in minutes.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import itertools
@@ -19,7 +18,6 @@ import random
 import shutil
 import struct
 import subprocess
-import sys
 import zlib
 from collections import Counter
 from dataclasses import replace
@@ -39,6 +37,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from llama_mimi.checkpoint.huggingface import save_folder
+from llama_mimi.common.errors import UserError, run_command
 
 SAMPLE_RATE = 24_000  # Hz
 OPUS_LEVEL = 0.95  # libsndfile's compression level; about 22 kbit/s for mono speech
@@ -48,7 +47,7 @@ REVERSED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 PAIRS = 100
 SPEAKER_PAIRS = 200
 PARTS = ("corpus", "words", "llama", "benchmarks")
-TAKES = {"train": (-1, 0, 1), "validation": (0.5,)}  # of an isolated word, each in its own pitch and speed
+TAKES = {"train": (-1, 0, 1), "validation": (0.5,)}  # an isolated word's, each in its own pitch and speed
 PROMPT_SECONDS = 1.6
 
 
@@ -274,45 +273,42 @@ def write_readme(root: Path, train: list[dict], validation: list[dict]) -> None:
     (root / "README.md").write_text(text.README.format(**fields))
 
 
-def parse_args() -> argparse.Namespace:
-    """Command-line arguments."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("assets/tiny"), help="folder to fill")
-    parser.add_argument("--train_minutes", type=float, default=23.0, help="speech in the training split")
-    parser.add_argument("--validation_minutes", type=float, default=2.5, help="speech in the validation split")
-    return parser.parse_args()
+def build_tiny_assets(
+    output_dir: Path = Path("assets/tiny"), train_minutes: float = 23.0, validation_minutes: float = 2.5
+) -> None:
+    """Builds every part in turn.
 
-
-def main() -> None:
-    """Builds every part in turn."""
-    args = parse_args()
+    Args:
+        output_dir: folder to fill
+        train_minutes: speech in the training split
+        validation_minutes: speech in the validation split
+    """
     if shutil.which("espeak-ng") is None:
-        sys.exit("espeak-ng is not on PATH: install it (for example `apt-get install espeak-ng`) and run this again.")
-    root: Path = args.output_dir
+        raise UserError("espeak-ng is not on PATH; install it (for example `apt-get install espeak-ng`)")
     for part in PARTS:
-        shutil.rmtree(root / part, ignore_errors=True)
+        shutil.rmtree(output_dir / part, ignore_errors=True)
     maker = text.SentenceMaker(random.Random(2024))
 
-    train = make_rows(maker, "train", args.train_minutes * 60)
-    validation = make_rows(maker, "validation", args.validation_minutes * 60)
-    write_corpus(root / "corpus", "train", train, 4)
-    write_corpus(root / "corpus", "validation", validation, 1)
+    train = make_rows(maker, "train", train_minutes * 60)
+    validation = make_rows(maker, "validation", validation_minutes * 60)
+    write_corpus(output_dir / "corpus", "train", train, 4)
+    write_corpus(output_dir / "corpus", "validation", validation, 1)
     minutes = sum(row["duration"] for row in train) / 60
     print(f"corpus: {len(train)} training clips ({minutes:.2f} min), {len(validation)} validation clips", flush=True)
 
     for split in TAKES:
-        write_corpus(root / "words", split, make_words(split), 1)
+        write_corpus(output_dir / "words", split, make_words(split), 1)
     print("words: digits by every speaker", flush=True)
 
-    write_llama(root / "llama", [row["text"] for row in train])
+    write_llama(output_dir / "llama", [row["text"] for row in train])
     print("llama: config and tokenizer of 512 entries", flush=True)
 
     # Cut in mid-sentence: after a whole one, the likeliest continuation is none.
     prompt = speak(text.render(maker.plain()), SPEAKERS[7])[: round(PROMPT_SECONDS * SAMPLE_RATE)]
-    sf.write(root / "prompt.wav", prompt, SAMPLE_RATE, subtype="PCM_16")
+    sf.write(output_dir / "prompt.wav", prompt, SAMPLE_RATE, subtype="PCM_16")
     print(f"prompt: {len(prompt) / SAMPLE_RATE:.2f} s", flush=True)
 
-    benchmarks = root / "benchmarks"
+    benchmarks = output_dir / "benchmarks"
     counts = Counter(word for row in train for word in text.words_of(row["text"]))
     write_speaker_consistency(benchmarks / "salmon" / "speaker_consistency", maker)
     print("benchmarks: speaker consistency", flush=True)
@@ -322,10 +318,10 @@ def main() -> None:
     write_storycloze(benchmarks / "storycloze", maker)
     print("benchmarks: storycloze", flush=True)
 
-    write_readme(root, train, validation)
-    total = sum(file.stat().st_size for file in root.rglob("*") if file.is_file())
-    print(f"total: {total / 1e6:.2f} MB in {root}", flush=True)
+    write_readme(output_dir, train, validation)
+    total = sum(file.stat().st_size for file in output_dir.rglob("*") if file.is_file())
+    print(f"total: {total / 1e6:.2f} MB in {output_dir}", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(build_tiny_assets, __doc__)

@@ -10,7 +10,6 @@ second ones. Without --words_corpus, words are cut out of the corpus itself wher
 Shapes: S samples, T frames, Q quantizers, K codebook size.
 """
 
-import argparse
 import json
 import tempfile
 from collections.abc import Sequence
@@ -23,7 +22,8 @@ from speech_classifier import LabelledClip, SpeechClassifier, isolated_words, re
 from tiny_codec import DEPTHS, MelMagnitude, new_codec
 
 from llama_mimi.audio.mimi import MimiCodec
-from llama_mimi.common.errors import UserError, run_cli
+from llama_mimi.common.errors import UserError, run_command
+from llama_mimi.common.files import write_atomically
 from llama_mimi.common.versions import versions
 from llama_mimi.evaluation.accuracy import wilson_interval
 
@@ -46,7 +46,7 @@ def reconstructions(
 
 
 def perplexities(codes_TQ: torch.Tensor, codebook_size: int) -> list[float]:
-    """Of the codes of each level: how many codes an even use would have."""
+    """How many codes an even use would have, for each level."""
     shares_QK = torch.stack([torch.bincount(codes_T, minlength=codebook_size) for codes_T in codes_TQ.T]) / len(
         codes_TQ
     )
@@ -58,14 +58,12 @@ def share_named(classifier: SpeechClassifier, clips: Sequence[torch.Tensor], lab
     return sum(name == label for name, label in zip(classifier.names(clips), labels, strict=True)) / len(labels)
 
 
-def score(codec: MimiCodec, flags: argparse.Namespace) -> dict:
-    """Every figure of the table."""
+def score(codec: MimiCodec, corpora: Sequence[str], words_corpora: Sequence[str], picture: Path | None) -> dict:
+    """Every figure of the table. Corpora are one to fit to and a held-out one; those of words may be missing."""
     rate = codec.sample_rate_hz
-    train, held_out = (read_clips(corpus, rate) for corpus in (flags.corpus, flags.validation_corpus))
-    words, uncut = isolated_words(read_clips(flags.words_corpus, rate) if flags.words_corpus else train, rate)
-    spoken, uncut_held_out = isolated_words(
-        read_clips(flags.words_validation_corpus, rate) if flags.words_validation_corpus else held_out, rate
-    )
+    train, held_out = (read_clips(corpus, rate) for corpus in corpora)
+    with_words = [read_clips(corpus, rate) for corpus in words_corpora] or [train, held_out]
+    (words, uncut), (spoken, uncut_held_out) = (isolated_words(clips, rate) for clips in with_words)
     if not words or not spoken:
         raise UserError(
             f"{len(words)} isolated words to fit to and {len(spoken)} held out were found ({uncut + uncut_held_out} "
@@ -98,10 +96,10 @@ def score(codec: MimiCodec, flags: argparse.Namespace) -> dict:
             reconstructions(untrained, clips, DEPTHS[-1:])[0][DEPTHS[-1]] for clips in (held_out, spoken)
         )
     rows["untrained, 8 levels"] = row(untrained_clips, untrained_words)
-    if flags.picture:
+    if picture:
         clip = held_out[0]
         shown = {"original": clip.samples_S} | {f"{d} level{'s' * (d > 1)}": decoded[d][0] for d in reversed(DEPTHS)}
-        draw_spectrograms(flags.picture, shown, rate, title=clip.text)
+        draw_spectrograms(picture, shown, rate, title=clip.text)
     return {
         "codec": codec.name,
         "rows": rows,
@@ -136,23 +134,32 @@ def table(report: dict) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--codec", required=True, help="hub id or folder")
-    parser.add_argument("--corpus", required=True, help="Parquet path or glob with columns audio, speaker, text")
-    parser.add_argument("--validation_corpus", required=True, help="the same, of held-out clips")
-    parser.add_argument("--words_corpus", help="the same, of isolated words; by default cut out of --corpus")
-    parser.add_argument("--words_validation_corpus", help="the same, of held-out words")
-    parser.add_argument("--output_file", type=Path, default=Path("results/codec.json"))
-    parser.add_argument("--picture", type=Path, help="PNG of the first held-out clip's spectrograms")
-    flags = parser.parse_args()
-    if (flags.words_corpus is None) != (flags.words_validation_corpus is None):
+def score_codec(
+    codec: str,
+    corpus: str,
+    validation_corpus: str,
+    words_corpus: str | None = None,
+    words_validation_corpus: str | None = None,
+    output_file: Path = Path("results/codec.json"),
+    picture: Path | None = None,
+) -> None:
+    """Score a codec, write the figures, and print their table.
+
+    Args:
+        codec: hub id or folder
+        corpus: Parquet path or glob with columns audio, speaker, text
+        validation_corpus: the same, of held-out clips
+        words_corpus: the same, of isolated words; by default cut out of --corpus
+        words_validation_corpus: the same, of held-out words
+        picture: PNG of the first held-out clip's spectrograms
+    """
+    words_corpora = [words for words in (words_corpus, words_validation_corpus) if words is not None]
+    if len(words_corpora) == 1:
         raise UserError("--words_corpus and --words_validation_corpus go together; give both or neither")
-    report = score(MimiCodec(flags.codec, DEPTHS[-1]), flags)
-    flags.output_file.parent.mkdir(parents=True, exist_ok=True)
-    flags.output_file.write_text(json.dumps(report, indent=1) + "\n")
+    report = score(MimiCodec(codec, DEPTHS[-1]), [corpus, validation_corpus], words_corpora, picture)
+    write_atomically(str(output_file.parent), output_file.name, (json.dumps(report, indent=1) + "\n").encode())
     print(table(report))
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_command(score_codec, __doc__)

@@ -8,17 +8,17 @@ its reconstruction by the codec at the model's depth, and of what the model says
 a second after the prompt are used. A continuation shorter than `MIN_SECONDS` counts as a voice not kept.
 """
 
-import argparse
 import itertools
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from spectrograms import draw_spectrograms
 from speech_classifier import SpeechClassifier, read_clips
 from tqdm import tqdm
 
-from llama_mimi.common.errors import UserError, run_cli
+from llama_mimi.common.errors import UserError, run_command
+from llama_mimi.common.files import write_atomically
 from llama_mimi.common.versions import versions
 from llama_mimi.evaluation.accuracy import wilson_interval
 from llama_mimi.generation.continuation import SamplingOptions, continue_codes
@@ -27,19 +27,33 @@ from llama_mimi.generation.speech_model import load_speech_model
 MIN_SECONDS = 0.25  # below, statistics say nothing about a voice
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name", required=True, help="hub id or folder")
-    parser.add_argument("--corpus", required=True, help="Parquet path or glob with columns audio, speaker, text")
-    parser.add_argument("--validation_corpus", required=True, help="the same, of held-out clips")
-    parser.add_argument("--num_samples", type=int, default=50, help="continuations, of one clip after the other")
-    parser.add_argument("--prompt_seconds", type=float, default=1.6)
-    parser.add_argument("--seconds", type=float, default=2.0, help="new audio at most")
-    parser.add_argument("--temperature", type=float, default=0.8)
-    parser.add_argument("--top_k", type=int, default=30)
-    parser.add_argument("--output_file", type=Path, default=Path("results/continuation.json"))
-    parser.add_argument("--picture", type=Path, help="PNG of the first continuation and its recording")
-    flags = parser.parse_args()
+@dataclass(frozen=True)
+class ScoringFlags:
+    """What is continued, how, and where the result goes.
+
+    Args:
+        model_name: hub id or folder
+        corpus: Parquet path or glob with columns audio, speaker, text
+        validation_corpus: the same, of held-out clips
+        num_samples: continuations, of one clip after the other
+        seconds: new audio at most
+        picture: PNG of the first continuation and its recording
+    """
+
+    model_name: str
+    corpus: str
+    validation_corpus: str
+    num_samples: int = 50
+    prompt_seconds: float = 1.6
+    seconds: float = 2.0
+    temperature: float = 0.8
+    top_k: int = 30
+    output_file: Path = Path("results/continuation.json")
+    picture: Path | None = None
+
+
+def score_continuation(flags: ScoringFlags) -> None:
+    """Continue held-out prompts, write what was heard, and print shares."""
     options = SamplingOptions(seconds=flags.seconds, temperature=flags.temperature, top_k=flags.top_k)
     for flag in ("num_samples", "prompt_seconds"):
         if not getattr(flags, flag) > 0:
@@ -89,8 +103,9 @@ def main() -> None:
         "versions": versions(),
         "samples": samples,
     }
-    flags.output_file.parent.mkdir(parents=True, exist_ok=True)
-    flags.output_file.write_text(json.dumps(report, indent=1) + "\n")
+    write_atomically(
+        str(flags.output_file.parent), flags.output_file.name, (json.dumps(report, indent=1) + "\n").encode()
+    )
     for kind, share in shares.items():
         low, high = wilson_interval(share, len(heard[kind]))
         interval = f"95 % interval {100 * low:.1f} to {100 * high:.1f}"
@@ -100,4 +115,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_command(score_continuation, __doc__)

@@ -21,7 +21,7 @@ from llama_mimi.data.corpus_files import parquet_files
 WINDOW, HOP, BANDS, COEFFICIENTS = 1024, 240, 40, 20  # 43 ms windows every 10 ms at 24 kHz
 DYNAMIC_RANGE_DB = 50.0  # below the loudest band of a clip; what is fainter is recording noise, not a voice
 LOUD_RANGE_DB = 30.0  # below the loudest window; the others are pauses
-ENERGY_SHARE = 0.99  # of the mean magnitude spectrum; the rest above is no band of this material
+ENERGY_SHARE = 0.99  # so much of the mean magnitude spectrum; the rest above is no band of this material
 SILENCE_SECONDS = 0.03  # digital silence at least this long separates isolated words
 
 

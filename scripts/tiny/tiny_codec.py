@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import MimiConfig, MimiModel
 
-LAYER_SCALE = 0.2  # of a new codec; Mimi's 0.01 is meant for far longer training
-EMA_DECAY = 0.99  # of codebooks, per step; as in VQ-VAE (arXiv 1711.00937, appendix A)
+LAYER_SCALE = 0.2  # where a codec begins; Mimi's 0.01 is meant for far longer training
+EMA_DECAY = 0.99  # codebooks', per step; as in VQ-VAE (arXiv 1711.00937, appendix A)
 DEAD_SHARE = 0.25  # a code used less often than this share of an even use is drawn anew
 # STFT windows in samples (10.7, 21.3, 42.7, 85.3 ms at 24 kHz) and mel bands; four hops a window.
 RESOLUTIONS = ((256, 20), (512, 40), (1024, 80), (2048, 128))
@@ -191,7 +191,7 @@ class MelMagnitude(nn.Module):
         return (self.mel(audio) * self.scale).clamp(min=MEL_FLOOR)
 
     def distances(self, decoded: torch.Tensor, original: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of two signals (..., S): the log-mel distance (mean absolute difference of natural logarithms) and the
+        """Log-mel distance of two signals (..., S) (mean absolute difference of natural logarithms), and their
         spectral convergence (norm of the difference over the norm of the original)."""
         ours, theirs = self(decoded), self(original)
         convergence = torch.linalg.vector_norm(ours - theirs) / torch.linalg.vector_norm(theirs)

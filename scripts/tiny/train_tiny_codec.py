@@ -7,7 +7,6 @@ The same command continues a run that was stopped. `--output_dir` gets `codec/` 
 float16 storage), `samples/`, `tb/` (loss curves) and `checkpoint.pt` (all state; read with weights-only loading).
 """
 
-import argparse
 import itertools
 import json
 import math
@@ -16,6 +15,7 @@ import shlex
 import sys
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +34,18 @@ from tiny_codec import (
 from torch.utils.tensorboard import SummaryWriter
 
 from llama_mimi.audio.reading import Waveform, write_wav
-from llama_mimi.common.errors import UserError, run_cli
+from llama_mimi.common.errors import UserError, run_command
 from llama_mimi.common.versions import versions
 from llama_mimi.data.clips import AudioClip, AudioReader, Clip, ClipStream, SkippedClip
 from llama_mimi.data.corpora import open_corpus
 from llama_mimi.data.order import Position, RowsInOrder, ShuffledOrder
 
 CROP_FRAMES = 12  # 0.96 s
-WARMUP_SHARE = 0.4  # of the steps without quantization
+WARMUP_SHARE = 0.4  # so much of all steps is without quantization
 FIT_BATCHES = 60  # whose frames k-means sees
 COMMITMENT_WEIGHT = 0.25  # as in VQ-VAE (arXiv 1711.00937, section 3.2)
 GRADIENT_NORM = 1.0
-MAX_BAD_SHARE = 0.01  # of clips, as in training on units
+MAX_BAD_SHARE = 0.01  # more bad clips end the run, as in training on units
 LOG_EVERY, SAVE_EVERY = 50, 500  # steps
 HELD_OUT_CLIPS, HELD_OUT_SECONDS = 16, 3.0
 
@@ -58,12 +58,37 @@ def usable(clips: list[Clip]) -> list[AudioClip]:
     return [clip for clip in clips if isinstance(clip, AudioClip)]
 
 
+@dataclass(frozen=True)
+class CodecFlags:
+    """What is trained, on what, and where to.
+
+    Args:
+        corpus: name, folder, or Parquet path or glob to train on
+        validation_corpus: the same, of held-out clips
+        output_dir: folder of the run
+        steps: optimizer steps
+        batch_size: crops of 0.96 s a step
+        codebook_size: codes of a level
+        learning_rate: peak
+        seed: decides on weights, order and crops
+    """
+
+    corpus: str
+    validation_corpus: str
+    output_dir: Path
+    steps: int = 6000
+    batch_size: int = 8
+    codebook_size: int = 256
+    learning_rate: float = 1e-3
+    seed: int = 1
+
+
 class CodecRun:
     """A training run and all of its state."""
 
-    def __init__(self, flags: argparse.Namespace) -> None:
+    def __init__(self, flags: CodecFlags) -> None:
         self.flags = flags
-        self.folder: Path = flags.output_dir
+        self.folder = flags.output_dir
         self.starts: list[dict[str, Any]] = []
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self.num_fit_frames < flags.codebook_size:
@@ -304,22 +329,13 @@ class CodecRun:
         self.save()
 
 
-def _settings(flags: argparse.Namespace) -> dict[str, Any]:
+def _settings(flags: CodecFlags) -> dict[str, Any]:
     """What a continued run must share."""
     return {name: value for name, value in vars(flags).items() if name not in ("output_dir", "validation_corpus")}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", required=True, help="name, folder, or Parquet path or glob to train on")
-    parser.add_argument("--validation_corpus", required=True, help="the same, of held-out clips")
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder of the run")
-    parser.add_argument("--steps", type=int, default=6000, help="optimizer steps")
-    parser.add_argument("--batch_size", type=int, default=8, help="crops of 0.96 s a step")
-    parser.add_argument("--codebook_size", type=int, default=256, help="codes of a level")
-    parser.add_argument("--learning_rate", type=float, default=1e-3, help="peak")
-    parser.add_argument("--seed", type=int, default=1, help="of weights, order and crops")
-    flags = parser.parse_args()
+def train_tiny_codec(flags: CodecFlags) -> None:
+    """Train a codec, or continue."""
     for flag in ("steps", "batch_size", "learning_rate"):
         if not getattr(flags, flag) > 0:
             raise UserError(f"--{flag} is {getattr(flags, flag)}; it must be greater than 0")
@@ -337,4 +353,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_command(train_tiny_codec, __doc__)
