@@ -9,7 +9,8 @@ from llama_mimi.audio.mimi import CodecAttention
 from llama_mimi.audio.reading import Waveform, read_audio, write_wav
 from llama_mimi.common.errors import UserError, run_command
 from llama_mimi.generation.continuation import SamplingOptions, continue_codes
-from llama_mimi.generation.speech_model import DecoderPrecision, load_speech_model
+from llama_mimi.generation.loading import load_speech_model
+from llama_mimi.generation.speech_model import DecoderPrecision
 
 MAX_PROMPT_SECONDS = 60.0  # three times the longest clip of the paper's training
 

@@ -10,6 +10,7 @@ the vocabulary is Llama 3's with the units of Mimi.
 import contextlib
 import copy
 import logging
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -39,6 +40,7 @@ from torchtitan.config import TORCH_DTYPE_MAP  # noqa: E402
 from torchtitan.distributed import ParallelDims  # noqa: E402
 from torchtitan.distributed import utils as dist_utils  # noqa: E402
 from torchtitan.models.attention import VarlenAttentionWrapper, VarlenMetadata  # noqa: E402
+from torchtitan.models.llama3.model.model import Attention  # noqa: E402
 from torchtitan.protocols.train_spec import get_train_spec  # noqa: E402
 from torchtitan.tools.logging import init_logger, logger  # noqa: E402
 from torchtitan.tools.utils import set_default_dtype  # noqa: E402
@@ -47,10 +49,11 @@ from transformers import MimiConfig  # noqa: E402
 import llama_mimi.train_spec  # noqa: E402  (registers the model)
 from llama_mimi.audio.mimi import DEFAULT_CODEC  # noqa: E402
 from llama_mimi.checkpoint.stand_ins import write_tokenizer  # noqa: E402
+from llama_mimi.model.hierarchical import HierarchicalLlamaMimi  # noqa: E402
 from llama_mimi.training.config_file import parse_config  # noqa: E402
 
 DEVICE = torch.device("cpu")  # of tensors without content: FSDP's streams and the autograd engine ask CUDA for a driver
-TOKENS_PER_CLIP = 700  # of packed rows: 14 s, as in The People's Speech; only the few bytes of the bounds depend on it
+POSITIONS_PER_CLIP = 700  # 14 s, as in The People's Speech, at Q = 4; only the few bytes of the bounds depend on it
 
 
 @dataclass(frozen=True)
@@ -140,12 +143,19 @@ def rms_norm(x: torch.Tensor, shape: list[int], weight: torch.Tensor, eps: float
     return FusedRMSNorm.apply(x, weight)
 
 
+def deep_frames(model: HierarchicalLlamaMimi, targets_NQ: torch.Tensor) -> torch.Tensor:
+    """As many frames as will train the depth decoder on average; which ones is not known without content."""
+    num_frames = math.ceil(model.model_args.depth_share * len(targets_NQ))
+    return targets_NQ.new_empty(num_frames)
+
+
 @contextlib.contextmanager
 def no_content() -> Iterator[None]:
     """Tensors with a shape and no content, in the operators that a GPU would be given, and nothing compiled."""
     with (
         torch.compiler.set_stance("force_eager"),
         patch.object(nn.functional, "rms_norm", rms_norm),
+        patch.object(HierarchicalLlamaMimi, "deep_frames", deep_frames),
         patch.dict(op_implementations_dict, {torch.ops.aten.nonzero.default: nonzero}),
         FakeTensorMode(allow_non_fake_inputs=True),  # the model is built before, as meshes need content
     ):
@@ -208,25 +218,27 @@ def build_model(job_config: Any, parallel_dims: ParallelDims) -> nn.Module:
     with torch.device("meta"), set_default_dtype(TORCH_DTYPE_MAP[job_config.training.dtype]):
         model = train_spec.model_cls(args)
     is_half = "float32" not in (job_config.training.mixed_precision_param, "")
-    for layer in model.layers.values():
-        if args.attn_type == "sdpa" and not is_half:
-            layer.attention.inner_attention.sdpa_backends = [SDPBackend.MATH]  # all that GPUs have for float32
+    for attention in (module for module in model.modules() if isinstance(module, Attention)):
+        if attention.attn_type == "sdpa" and not is_half:
+            attention.inner_attention.sdpa_backends = [SDPBackend.MATH]  # all that GPUs have for float32
         elif is_half:
-            layer.attention.inner_attention = (
-                VarlenAttentionWrapper() if args.attn_type == "varlen" else HalfPrecisionAttention()
-            )
+            is_varlen = attention.attn_type == "varlen"
+            attention.inner_attention = VarlenAttentionWrapper() if is_varlen else HalfPrecisionAttention()
     return train_spec.parallelize_fn(model, parallel_dims, job_config)
 
 
 def make_batch(job_config: Any) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
     """Inputs, labels and what else the model takes."""
     B, L = job_config.training.local_batch_size, job_config.training.seq_len
-    inputs_BL, labels_BL = (torch.zeros(B, L, dtype=torch.long, device=DEVICE) for _ in range(2))
-    if job_config.data.packing != "pack":
-        return inputs_BL, labels_BL, {}
-    bounds = torch.zeros(B * -(-L // TOKENS_PER_CLIP) + 1, dtype=torch.int32, device=DEVICE)
-    masks = VarlenMetadata(cu_seq_q=bounds, cu_seq_k=bounds, max_q=L, max_k=L)
-    return inputs_BL, labels_BL, {"attention_masks": masks, "positions": torch.zeros_like(inputs_BL)}
+    sequences = llama_mimi.train_spec.build_sequences(job_config)
+    ids_BLW = torch.zeros(B, L, sequences.ids_per_position, dtype=torch.long, device=DEVICE)
+    inputs, labels = sequences.batch(ids_BLW, torch.zeros_like(ids_BLW))
+    extra: dict[str, Any] = {name: values for name, values in inputs.items() if name != "input"}
+    if job_config.data.packing == "pack":
+        bounds = torch.zeros(B * -(-L // POSITIONS_PER_CLIP) + 1, dtype=torch.int32, device=DEVICE)
+        extra["attention_masks"] = VarlenMetadata(cu_seq_q=bounds, cu_seq_k=bounds, max_q=L, max_k=L)
+        extra["positions"] = torch.zeros(B, L, dtype=torch.long, device=DEVICE)
+    return inputs["input"], labels, extra
 
 
 def build_states(job_config: Any, parallel_dims: ParallelDims, model: nn.Module) -> tuple[Any, dict[str, int]]:
@@ -253,16 +265,16 @@ def measure(job_config: Any, parallel_dims: ParallelDims, model: nn.Module) -> M
     has_loss_parallel = parallel_dims.tp_enabled and not job_config.parallelism.disable_loss_parallel
     train_context = dist_utils.get_train_context(has_loss_parallel)
     amp = dist_utils.maybe_enable_amp(parallel_dims, job_config.training.mixed_precision_param, DEVICE.type)
-    inputs_BL, labels_BL, extra = make_batch(job_config)
+    inputs, labels, extra = make_batch(job_config)
     tracker = StepMemory()
-    tracker.track_external(model, *optimizers, inputs_BL, labels_BL)
+    tracker.track_external(model, *optimizers, inputs, labels)
     with tracker.running():
         # From the second pass of a step on, gradients are in memory, too.
         for _ in range(min(2, accumulation_steps(job_config, parallel_dims))):
             with train_context():
                 with amp:
-                    pred = model(inputs_BL, **extra)
-                    loss = loss_fn(pred, labels_BL) / torch.ones((), device=DEVICE)
+                    pred = model(inputs, **extra)
+                    loss = loss_fn(pred, labels) / torch.ones((), device=DEVICE)
                 del pred
                 loss.backward()
             tracker.reset_mod_stats()
@@ -302,7 +314,7 @@ def print_table(job_config: Any, parallel_dims: ParallelDims, vocab_size: int, m
         "meshes": ", ".join(f"{name} {size}" for name, size in meshes.items()) or "none",
         "activation checkpointing": f"{checkpointing.mode}{option}",
         "rows": f"{training.local_batch_size} a GPU and pass x {steps} passes, {global_batch:,} a step",
-        "tokens a step": f"{global_batch * training.seq_len:,}",
+        "positions a step": f"{global_batch * training.seq_len:,}",
         "parameters": readable(memory.parameters),
         "gradients": readable(memory.gradients),
         "optimizer states": readable(memory.optimizer),

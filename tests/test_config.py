@@ -22,11 +22,13 @@ from llama_mimi.checkpoint.stand_ins import write_tokenizer
 from llama_mimi.common.errors import UserError
 from llama_mimi.data.build import open_readers
 from llama_mimi.data.code_store import StoredClip
-from llama_mimi.model.llama import FLAVORS, LlamaMimi
+from llama_mimi.model.architectures import build_model
+from llama_mimi.model.llama import FLAVORS
 from llama_mimi.tokens.sequences import load_sequences
 from llama_mimi.training.config_check import check_files, prepare_run
 
 UNTIED_PIPELINE = ["--model.flavor", "8B", "--parallelism.pipeline_parallel_degree", "2"]
+HIERARCHICAL = ["--model.architecture", "hierarchical"]
 CONFIGS = sorted((ROOT / "config").glob("*.toml"))
 
 
@@ -55,11 +57,12 @@ def downloads(tmp_path_factory):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_config_builds_with_its_real_vocabulary(path, downloads, monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("WORLD_SIZE", "2" if path.stem == "tiny" else "8")
+    monkeypatch.setenv("WORLD_SIZE", "2" if path.stem.startswith("tiny") else "8")
     text = path.read_text()
     assert f"--job.config_file config/{path.name}" in text.split("[job]")[0], "opens with its launch command"
     flags = ["--job.config_file", str(path), "--job.dump_folder", str(downloads / "run")]
-    if path.stem != "tiny":
+    is_tiny = path.stem.startswith("tiny")
+    if not is_tiny:
         flavor = tomllib.loads(text)["model"]["flavor"]
         flags += ["--model.hf_assets_path", str(downloads / flavor), "--codec.name", str(downloads / "mimi")]
         # The corpora that the file names, as they lie in the working directory of its user.
@@ -74,9 +77,9 @@ def test_shipped_config_builds_with_its_real_vocabulary(path, downloads, monkeyp
     assert args.attn_type == ("sdpa" if job_config.data.packing == "pad" else "varlen")
     if path.stem == "llama3_2_1b_peoples_speech":  # the paper's batch
         assert job_config.data.packing == "pad" and job_config.training.global_batch_size == 1024
-    assert args.vocab_size == (1538 if path.stem == "tiny" else 136_450)
+    assert args.vocab_size == (1538 if is_tiny else 136_450)
     with torch.device("meta"):
-        model = LlamaMimi(args)
+        model = build_model(args)
     assert model.tok_embeddings.weight.shape == (args.vocab_size, args.dim)  # tests/test_dry_run.py takes a step
     assert job_config.job.save_config_file and job_config.metrics.enable_tensorboard
 
@@ -115,6 +118,13 @@ def tiny_with(*flags):
         (["--validation.seq_len", "512"], "more than training.seq_len"),
         (["--job.dump_folder", "README.md"], "is a file"),
         (["--data.max_bad_share", "2"], "share between 0 and 1"),
+        (["--model.depth_share", "0.5"], "model.architecture 'flattened' has no depth"),
+        (["--loss.level_weights", "1,2"], "4 positive numbers"),
+        ([*HIERARCHICAL, "--model.depth_share", "0"], "it is a share above 0"),
+        ([*HIERARCHICAL, "--codec.num_quantizers", "1"], "needs at least 2 levels"),
+        ([*HIERARCHICAL, "--parallelism.tensor_parallel_degree", "2"], "runs with FSDP and HSDP"),
+        ([*HIERARCHICAL, "--parallelism.pipeline_parallel_degree", "2"], "runs with FSDP and HSDP"),
+        ([*HIERARCHICAL, "--checkpoint.last_save_in_hf"], "checkpoint.last_save_in_hf is set"),
         (["--data.max_audio_seconds", "0.05"], "less than a frame of the codec"),
         (["--training.dataset", "assets/tiny/corpus,assets/tiny/words"], "no tokenised corpus"),
         (["--training.dataset", " , "], "name one corpus"),

@@ -29,7 +29,9 @@ def in_chunks(hidden_BLD, weight_VD, labels_BL, rows, monkeypatch, step=None):
     monkeypatch.setattr(module, "CHUNK_MULTIPLE", 1)
     positions_N = (labels_BL.flatten() != IGNORE_INDEX).nonzero()[:, 0]
     targets_N = labels_BL.flatten()[positions_N]
-    return cross_entropy(pending_logits(hidden_BLD, weight_VD), positions_N, targets_N, step)
+    return cross_entropy(
+        pending_logits(hidden_BLD, weight_VD), positions_N, targets_N, torch.ones(len(targets_N)), step
+    )
 
 
 def plain(hidden_BLD, weight_VD, labels_BL):
@@ -60,8 +62,9 @@ def test_products_are_of_sizes_that_tensor_cores_divide_well(monkeypatch):
 
     monkeypatch.setattr(module, "CHUNK_BYTES", 4 * V * 300)
     positions_N = (labels_BL.flatten() != IGNORE_INDEX).nonzero()[:, 0]
+    targets_N = labels_BL.flatten()[positions_N]
     loss_sum, _ = cross_entropy(
-        pending_logits(hidden_BLD, weight_VD), positions_N, labels_BL.flatten()[positions_N], step
+        pending_logits(hidden_BLD, weight_VD), positions_N, targets_N, torch.ones(len(targets_N)), step
     )
     assert seen == [(256, 64, V), (len(positions_N) - 256, 64, V)]
     (gradient_VD,) = torch.autograd.grad(loss_sum, weight_VD)
@@ -123,7 +126,9 @@ def test_levels_come_from_the_same_pass():
     labels_BL[labels_BL < 5] = vocabulary.audio_end_id
     labels_BL[labels_BL == vocabulary.audio_start_id] = IGNORE_INDEX
     meter = LevelMeter()
-    loss_sum = UnitLoss(vocabulary, meter)(pending_logits(hidden_BLD, weight_VD), labels_BL)
+    loss_sum = UnitLoss(vocabulary, meter, [1.0] * vocabulary.num_quantizers)(
+        pending_logits(hidden_BLD, weight_VD), labels_BL
+    )
     wanted_L, labels_L = plain(hidden_BLD, weight_VD, labels_BL), labels_BL.flatten()
     sums = meter.take()
     rows = [(labels_L >= 5) & (labels_L < 21) & ((labels_L - 5) % 2 == level) for level in range(2)]

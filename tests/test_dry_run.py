@@ -21,6 +21,8 @@ HSDP_TP = ["--parallelism.data_parallel_replicate_degree", "2", "--parallelism.t
 CASES = {  # name: GPUs, whether a step is taken, flags
     "tiny": (8, True, TINY_FLAGS),
     "tiny, content": (8, True, TINY_FLAGS),
+    "tiny, hierarchical": (8, True, [*TINY_FLAGS, "--model.architecture", "hierarchical"]),
+    "tiny, hierarchical, content": (8, True, [*TINY_FLAGS, "--model.architecture", "hierarchical"]),
     "tiny, full checkpointing": (8, True, [*TINY_FLAGS, "--activation_checkpoint.mode", "full"]),
     "tiny, hsdp and tp": (8, True, [*TINY_FLAGS, *HSDP_TP]),
     "1B, 8": (8, False, ["--job.config_file", "config/llama3_2_1b.toml"]),
@@ -96,6 +98,8 @@ def test_the_step_holds_what_it_would_hold_with_content(found):
     states = sum(found["tiny"][key] for key in ("parameters", "gradients", "optimizer"))
     assert peaks[0] > states
     assert found["tiny, full checkpointing"]["peak"] < 0.7 * peaks[0]
+    hierarchical = [found[f"tiny, hierarchical{end}"]["peak"] for end in ("", ", content")]
+    assert hierarchical[0] == pytest.approx(hierarchical[1], abs=4096)
 
 
 def test_meshes_are_as_configured(found):

@@ -28,7 +28,8 @@ from llama_mimi.evaluation.salmon_model import SalmonModel
 from llama_mimi.evaluation.scoring import Scoring, preset
 from llama_mimi.evaluation.script import check_earlier, results
 from llama_mimi.evaluation.script import model_folder as model_folder_name
-from llama_mimi.generation.speech_model import SpeechModel, load_speech_model
+from llama_mimi.generation.flattened import FlattenedModel
+from llama_mimi.generation.loading import load_speech_model
 from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs
 
 SALMON = TINY / "benchmarks" / "salmon"
@@ -38,7 +39,7 @@ SALMON = TINY / "benchmarks" / "salmon"
 def model(codec, sequences):
     torch.manual_seed(0)
     args = LlamaMimiArgs(**{**vars(FLAVORS["tiny"]), "vocab_size": sequences.vocabulary.size})
-    return SpeechModel(LlamaForCausalLM(hf_config(args)).eval(), sequences, codec)
+    return FlattenedModel(LlamaForCausalLM(hf_config(args)).eval(), sequences, codec)
 
 
 @pytest.fixture(scope="module")
@@ -268,7 +269,7 @@ def test_a_score_that_is_not_finite_is_refused(tmp_path, codec, model):
     codes = {"a": CachedCodes(np.zeros((3, 4), np.uint16), False)}
     with pytest.raises(UserError, match="overflows in float32"):
         score_clips(
-            SpeechModel(broken, model.sequences, codec), codes, Scoring(None), 4096, ScoreLog(tmp_path, {}), Ranks()
+            FlattenedModel(broken, model.sequences, codec), codes, Scoring(None), 4096, ScoreLog(tmp_path, {}), Ranks()
         )
 
 
@@ -301,7 +302,7 @@ def test_salmons_own_loop_gives_the_same_accuracy(tmp_path, codec, model):
     with pytest.raises(UserError, match="needs a codec without window"):
         SalmonModel(model, 24_000, as_released)
     whole = MimiCodec(codec.name, 4, attention="whole")
-    released = SalmonModel(SpeechModel(model.decoder, model.sequences, whole), 24_000, as_released)
+    released = SalmonModel(FlattenedModel(model.decoder, model.sequences, whole), 24_000, as_released)
     assert released.log_likelihood([torch.from_numpy(samples[0])]).item() != positive.item()
     together = salmon_model.log_likelihood([torch.from_numpy(wav) for wav in samples])
     assert together.tolist() == pytest.approx([positive.item(), negative.item()], abs=1e-5)

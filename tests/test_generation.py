@@ -8,8 +8,8 @@ from transformers import LlamaForCausalLM
 
 from llama_mimi.checkpoint.huggingface import hf_config
 from llama_mimi.common.errors import UserError
-from llama_mimi.generation.continuation import FrameGrammar, SamplingOptions, continue_codes
-from llama_mimi.generation.speech_model import SpeechModel
+from llama_mimi.generation.continuation import SamplingOptions, continue_codes
+from llama_mimi.generation.flattened import FlattenedModel, FrameGrammar
 from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs
 from llama_mimi.tokens.units import UnitVocabulary
 
@@ -23,7 +23,7 @@ def model(codec, sequences):
     with torch.no_grad():
         for parameter in decoder.parameters():
             parameter.mul_(5)
-    return SpeechModel(decoder, sequences, codec)
+    return FlattenedModel(decoder, sequences, codec)
 
 
 PROMPT = torch.randint(256, (6, 4), generator=torch.Generator().manual_seed(0))

@@ -13,7 +13,7 @@ from llama_mimi.checkpoint.huggingface import hf_config
 from llama_mimi.common.errors import UserError
 from llama_mimi.evaluation.likelihood import batch_scores
 from llama_mimi.evaluation.scoring import Scoring, preset, with_options
-from llama_mimi.generation.speech_model import SpeechModel
+from llama_mimi.generation.flattened import FlattenedModel
 from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs
 from llama_mimi.tokens.sequences import SequenceBuilder, load_sequences
 from llama_mimi.tokens.units import text_from_codes
@@ -29,10 +29,10 @@ def models():
         args = LlamaMimiArgs(**{**vars(FLAVORS["tiny"]), "vocab_size": sequences.vocabulary.size})
         decoder = LlamaForCausalLM(hf_config(args)).eval()
         codec = MimiCodec(str(TINY / "mimi"), Q)
-        made[Q, True] = SpeechModel(decoder, sequences, codec)
+        made[Q, True] = FlattenedModel(decoder, sequences, codec)
         tokenizer = copy.deepcopy(sequences.tokenizer)
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
-        made[Q, False] = SpeechModel(decoder, SequenceBuilder(tokenizer, sequences.vocabulary), codec)
+        made[Q, False] = FlattenedModel(decoder, SequenceBuilder(tokenizer, sequences.vocabulary), codec)
     return made
 
 
@@ -124,7 +124,7 @@ def test_company_and_padding_change_no_score(models, name, levels):
 def test_scores_do_not_depend_on_how_many_logits_are_made_at_once(models, monkeypatch):
     clips = [(random_codes(frames), False) for frames in (3, 20)]
     expected = batch_scores(models[4, True], clips, Scoring(None))
-    monkeypatch.setattr("llama_mimi.evaluation.likelihood.POSITIONS_AT_ONCE", 7)
+    monkeypatch.setattr("llama_mimi.generation.flattened.POSITIONS_AT_ONCE", 7)
     assert batch_scores(models[4, True], clips, Scoring(None)) == pytest.approx(expected, abs=1e-6)
 
 

@@ -11,7 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llama_mimi.checkpoint.huggingface import hf_config, model_args
 from llama_mimi.common.errors import UserError
 from llama_mimi.data.packing import BatchPacker
-from llama_mimi.model.llama import FLAVORS, LlamaMimi, LlamaMimiArgs, parallelize
+from llama_mimi.model.architectures import parallelize
+from llama_mimi.model.llama import FLAVORS, LlamaMimi, LlamaMimiArgs
 from llama_mimi.tokens.sequences import IGNORE_INDEX
 from llama_mimi.training.loss import LevelMeter, UnitLoss
 
@@ -144,7 +145,7 @@ def loss_and_gradient(model, sequences, clips, seq_len, pad_id=0, is_packed=Fals
         masks = model.get_attention_masks(inputs_BL, None, {"positions": positions_BL})
         extra = {"attention_masks": masks, "positions": positions_BL}
     meter = LevelMeter()
-    loss_sum = UnitLoss(sequences.vocabulary, meter)(model(inputs_BL, **extra), labels_BL)
+    loss_sum = UnitLoss(sequences.vocabulary, meter, [1.0] * 4)(model(inputs_BL, **extra), labels_BL)
     loss = loss_sum / (labels_BL != IGNORE_INDEX).sum()
     model.zero_grad()
     loss.backward()
@@ -205,7 +206,7 @@ def test_without_the_mask_clips_would_hear_each_other(model, sequences):
     clips = [clip(8, 0), clip(5, 2)]
     loss, _, _ = loss_and_gradient(packed_twin(model), sequences, clips, 60, is_packed=True)
     inputs, labels_BL = rows(sequences, clips, 60, is_packed=True)
-    crossed = UnitLoss(sequences.vocabulary, LevelMeter())(model(inputs["input"]), labels_BL)
+    crossed = UnitLoss(sequences.vocabulary, LevelMeter(), [1.0] * 4)(model(inputs["input"]), labels_BL)
     assert abs(crossed / (labels_BL != IGNORE_INDEX).sum() - loss) > 1e-4
 
 

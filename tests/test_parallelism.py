@@ -6,16 +6,20 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from conftest import ROOT, TINY
 from simulated import write_codes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama_mimi.data.code_store import StoredClip
+from llama_mimi.model.architectures import build_model
+from llama_mimi.model.llama import FLAVORS
 from llama_mimi.tokens.sequences import load_sequences
 
 pytestmark = pytest.mark.distributed
@@ -29,6 +33,7 @@ PP = "--parallelism.pipeline_parallel_degree"
 BATCH = "--training.local_batch_size"
 AUDIO = ["--model.vocabulary", "audio"]
 UNTIED = ["--model.flavor", "tiny_untied"]
+HIERARCHICAL = ["--model.architecture", "hierarchical", "--model.depth_share", "0.5", "--loss.level_weights", "4,2,1,1"]
 FLOAT8 = "FSDP, float8 emulated"
 BFLOAT16 = "FSDP, bfloat16"
 LOOSE = {FLOAT8: ({"rel": 5e-3}, {"rel": 0.3}), BFLOAT16: ({"rel": 1e-3}, {"rel": 0.05})}  # losses, gradient norms
@@ -58,6 +63,17 @@ RUNS = {
     "untied: TP": (2, [*UNTIED, BATCH, "8", TP, "2"]),
     "untied: PP": (2, [*UNTIED, BATCH, "8", PP, "2"]),
     "untied: PP, gradient accumulation": (2, [*UNTIED, BATCH, "4", PP, "2", "--training.global_batch_size", "8"]),
+    "hierarchical: one process": (1, [*HIERARCHICAL, BATCH, "8"]),
+    "hierarchical: selective checkpointing, compiled blocks, gradient accumulation": (
+        1,
+        [
+            *HIERARCHICAL,
+            *(BATCH, "4", "--training.global_batch_size", "8"),
+            *("--activation_checkpoint.mode", "selective", "--compile.enable", "--compile.backend", "aot_eager"),
+        ],
+    ),
+    "hierarchical: FSDP": (2, [*HIERARCHICAL, BATCH, "4"]),
+    "hierarchical: HSDP": (4, [*HIERARCHICAL, BATCH, "2", HSDP, "2", FSDP, "2"]),
     "untied: FSDP x PP": (4, [*UNTIED, BATCH, "4", FSDP, "2", PP, "2"]),
 }
 
@@ -74,6 +90,7 @@ def folder(tmp_path_factory):
         torch.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(folder / "base" / base)
         sequences.tokenizer.save_pretrained(folder / "base" / base)
+    save_hierarchical(folder / "seed" / "step-0")
     common = {
         "--job.config_file": ROOT / "config/tiny.toml",
         "--checkpoint.interval": 100,
@@ -93,10 +110,14 @@ def folder(tmp_path_factory):
     }
     runs = []
     for name, (num_ranks, flags) in RUNS.items():
-        own = {"--job.dump_folder": folder / name, "--model.hf_assets_path": folder / "base" / base_of(name)}
+        base = {"hierarchical": "tied"}.get(base_of(name), base_of(name))
+        own = {"--job.dump_folder": folder / name, "--model.hf_assets_path": folder / "base" / base}
         words = [str(word) for item in (common | own).items() for word in item]
         validates = [] if PP not in flags else ["--validation.no-enable"]
-        runs.append((num_ranks, [*words, *validates, "--checkpoint.initial_load_in_hf", *flags]))
+        initial = ["--checkpoint.initial_load_in_hf"]
+        if base_of(name) == "hierarchical":  # a Llama's folder has no depth decoder
+            initial = ["--checkpoint.initial_load_path", str(folder / "seed" / "step-0")]
+        runs.append((num_ranks, [*words, *validates, *initial, *flags]))
     command = [sys.executable, ROOT / "tests" / "forked_runs.py"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(command, cwd=ROOT, text=True, start_new_session=True, **pipes)
@@ -107,6 +128,24 @@ def folder(tmp_path_factory):
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, out[-3000:] + err[-3000:]
     return folder
+
+
+def save_hierarchical(step):
+    """First weights, which every run of that architecture loads."""
+    torch.manual_seed(0)
+    args = replace(
+        FLAVORS["tiny"],
+        architecture="hierarchical",
+        enable_weight_tying=False,
+        vocab_size=1538,
+        num_quantizers=4,
+        codebook_size=256,
+        max_seq_len=64,
+    )
+    model = build_model(args)
+    with torch.no_grad():
+        model.init_weights()
+    dcp.save(model.state_dict(), checkpoint_id=step, no_dist=True)
 
 
 def write_eight_clips(folder):

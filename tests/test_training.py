@@ -5,6 +5,7 @@ Regenerate the golden curve after an intended change:
     uv run pytest tests/test_training.py -k golden --regenerate-golden
 """
 
+import copy
 import itertools
 import json
 import shutil
@@ -15,15 +16,25 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from conftest import ROOT, TINY
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CsmForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from llama_mimi.checkpoint.conversion import convert_checkpoint, prepare_base_model
+from llama_mimi.checkpoint.csm import csm_config, csm_state
 from llama_mimi.data.build import build_dataloader
 from llama_mimi.generation.continuation import SamplingOptions, continue_codes
-from llama_mimi.generation.speech_model import load_speech_model
+from llama_mimi.generation.loading import load_speech_model
+from llama_mimi.model.architectures import build_model
+from llama_mimi.model.llama import FLAVORS
 from llama_mimi.tokens.sequences import IGNORE_INDEX, load_sequences
 from llama_mimi.training.config_file import parse_config
 
@@ -112,9 +123,15 @@ def test_hours_seen_are_those_of_the_targets(golden_run):
     assert losses(golden_run, "data/hours_seen")[20] == pytest.approx(total / 3600, rel=1e-4)
 
 
-def test_a_killed_run_continues_as_if_it_had_not_been(tmp_path):
+@pytest.mark.parametrize(
+    "arm",
+    [{}, {"model__architecture": "hierarchical", "model__depth_share": 0.25, "data__packing": "pack"}],
+    ids=["flattened", "hierarchical"],
+)
+def test_a_killed_run_continues_as_if_it_had_not_been(tmp_path, arm):
     """With gradient accumulation, loader workers, whose positions must fit together, and saving in the background."""
     overrides = {
+        **arm,
         "checkpoint__async_mode": "async",
         "training__steps": 8,
         "training__local_batch_size": 2,
@@ -288,6 +305,55 @@ def test_without_text_from_the_base_model_to_a_converted_one(base_model, tmp_pat
     prompt_TQ = torch.tensor([[3, 5, 7, 9]])
     (codes_TQ,) = continue_codes(speech, prompt_TQ, SamplingOptions(seconds=0.4))
     assert torch.equal(codes_TQ[:1], prompt_TQ)
+
+
+def test_hierarchical_ranks_equal_transformers(tmp_path):
+    """20 steps of FSDP against a plain loop over `CsmForConditionalGeneration`, with the same first weights.
+
+    Clips are cut: the rows of the ends, one for each level there, are one row here, which Adam moves otherwise.
+    """
+    sequences = load_sequences(str(TINY / "llama"), str(TINY / "mimi"), 4, "llama", "hierarchical")
+    settings = {"model.architecture": "hierarchical", "data.max_audio_seconds": 0.8, "optimizer.lr": 5e-4}
+    flags = [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
+    job_config = parse_config(["--job.config_file", str(ROOT / "config/tiny.toml"), *flags])
+    args = copy.copy(FLAVORS["tiny"])
+    args.update_from_config(job_config)
+    torch.manual_seed(0)
+    model = build_model(args)
+    with torch.no_grad():
+        model.init_weights()
+    dcp.save(model.state_dict(), checkpoint_id=tmp_path / "step-0", no_dist=True)
+    measured = train(
+        2,
+        tmp_path / "run",
+        checkpoint__initial_load_path=tmp_path / "step-0",
+        training__steps=20,
+        lr_scheduler__warmup_steps=0,
+        lr_scheduler__decay_ratio=0.0,
+        **{key.replace(".", "__"): value for key, value in settings.items()},
+    )
+    csm = CsmForConditionalGeneration(csm_config(args, codec=str(TINY / "mimi"), num_quantizers=4))
+    csm.load_state_dict(csm_state(model.state_dict(), args), strict=False)
+    csm.tie_weights()
+    optimizer = torch.optim.AdamW(csm.parameters(), lr=5e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    ranks = [iter(build_dataloader(2, rank, sequences, job_config)) for rank in range(2)]
+    for step in range(1, 21):
+        inputs_BLQ, labels_BLQ = (torch.cat(parts) for parts in zip(*map(inputs_and_labels, ranks), strict=True))
+        is_frame_BL = inputs_BLQ[..., 1] >= 0
+        frames_BLD = csm.backbone_model.embed_tokens(sequences.vocabulary.entries(inputs_BLQ))
+        text_BLD = csm.embed_text_tokens(inputs_BLQ[..., 0])
+        embedded_BLD = torch.where(is_frame_BL[..., None], frames_BLD, text_BLD)
+        hidden_BLD = csm.backbone_model(inputs_embeds=embedded_BLD).last_hidden_state
+        is_target_BL = labels_BLQ[..., 0] != IGNORE_INDEX
+        codes_NQ = sequences.vocabulary.entries(labels_BLQ[is_target_BL])
+        assert codes_NQ.max() < 256, "no clip ends"
+        level_0_NV = csm.lm_head(hidden_BLD[is_target_BL])
+        depth_NqV = csm.depth_decoder(
+            input_ids=F.pad(codes_NQ[:, :-1], (1, 0)), backbone_last_hidden_state=hidden_BLD[is_target_BL]
+        ).logits
+        loss = F.cross_entropy(torch.cat([level_0_NV[:, None], depth_NqV], 1).flatten(0, 1), codes_NQ.flatten())
+        plain_step(csm, optimizer, loss)
+        assert measured[step] == pytest.approx(loss.item(), abs=1e-4), step
 
 
 def inputs_and_labels(batches):

@@ -35,7 +35,8 @@ from llama_mimi.evaluation.clip_codes import CodeCache, cache_key, encode_clips
 from llama_mimi.evaluation.clip_scores import ScoreLog, score_clips
 from llama_mimi.evaluation.scoring import preset
 from llama_mimi.evaluation.script import BATCH_TOKENS
-from llama_mimi.generation.speech_model import DECODER_DTYPES, DecoderPrecision, SpeechModel
+from llama_mimi.generation.flattened import FlattenedModel
+from llama_mimi.generation.speech_model import DECODER_DTYPES, DecoderPrecision
 from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs
 from llama_mimi.tokens.sequences import SequenceBuilder, load_sequences
 from llama_mimi.tokens.units import text_from_codes
@@ -150,7 +151,7 @@ def probe(
         return {"pairs": len(some_pairs), "seconds": time.perf_counter() - start, "scores": scores}
     chosen = preset("original" if way == "original" else "official", levels)
     attention: CodecAttention = "whole" if chosen.scoring.as_released else "windowed"
-    model = SpeechModel(
+    model = FlattenedModel(
         decoder, sequences, MimiCodec(codec_name, decoder.config.num_quantizers, DEVICE, attention=attention)
     )
     cache = CodeCache(folder, cache_key(model.codec, MAX_SECONDS, as_released=chosen.scoring.as_released))

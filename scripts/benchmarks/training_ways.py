@@ -27,12 +27,14 @@ from simulated import random_clips, speech_lengths, write_codes
 from torchtitan.components.loss import build_cross_entropy_loss
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs, parallelize_llama
 from torchtitan.protocols.train_spec import get_train_spec, register_train_spec
-from transformers import LlamaForCausalLM, MimiConfig
+from transformers import CsmForConditionalGeneration, LlamaForCausalLM, MimiConfig
 
+from llama_mimi.checkpoint.csm import csm_config
 from llama_mimi.checkpoint.huggingface import hf_config
 from llama_mimi.checkpoint.stand_ins import LLAMA_3_VOCABULARY, write_tokenizer
+from llama_mimi.model.architectures import build_model
 from llama_mimi.model.cross_entropy import cross_entropy, pending_logits
-from llama_mimi.model.llama import FLAVORS, LLAMA_3_2_ROPE, LlamaMimi, LlamaMimiArgs
+from llama_mimi.model.llama import FLAVORS, LLAMA_3_2_ROPE, LlamaMimiArgs, depth_args
 from llama_mimi.tokens.sequences import IGNORE_INDEX
 from llama_mimi.train_spec import build_sequences
 from llama_mimi.training.config_file import parse_config
@@ -69,6 +71,7 @@ SHAPES = {
             rope_theta=500000,
             rope_scaling_args=LLAMA_3_2_ROPE,
             enable_weight_tying=True,
+            depth=depth_args(dim=256, n_layers=2, n_heads=4, n_kv_heads=1, ffn_dim=2048),
         ),
         512,
         2048,
@@ -81,6 +84,7 @@ SHAPES = {
     "8B": Shape(FLAVORS["8B"], LLAMA_3_VOCABULARY, 2048, 1024, 4, 13.4, 20),
 }
 PLAIN, UNMASKED, STOCK, OURS = "plain loop", "plain loop without its mask", "TorchTitan's Llama 3", "this trainer"
+PLAIN_CSM, OURS_CSM = "plain loop over CSM", "this trainer, hierarchical"
 
 
 def measure(shape: str, folder: str, way: str, options: str, num_layers: int, profile: str | None = None) -> Any:
@@ -90,7 +94,7 @@ def measure(shape: str, folder: str, way: str, options: str, num_layers: int, pr
     text_only = changed(FLAVORS[shape], vocab_size=SHAPES[shape].text_entries)
     hf_config(text_only).save_pretrained(Path(folder) / "llama")
     try:
-        step, job_config = (trainer if way in (OURS, STOCK) else plain_loop)(shape, Path(folder), way, options)
+        step, job_config = WAYS.get(way, plain_loop)(shape, Path(folder), way, options)
         for _ in range(WARM_UP):
             step()
         tokens, positions, start = 0, 0, seconds()
@@ -113,7 +117,10 @@ def measure(shape: str, folder: str, way: str, options: str, num_layers: int, pr
 
 def trainer(shape: str, folder: Path, way: str, options: str) -> tuple[Callable[[], tuple[int, int]], Any]:
     """A step of TorchTitan's trainer, with this project's train spec or with the stock model and loss."""
-    job_config = parse_config([*training_flags(shape, folder, packed=way == OURS), *options.split()])
+    flags = training_flags(shape, folder, packed=way != STOCK)
+    if way == OURS_CSM:
+        flags += hierarchical_flags(shape)
+    job_config = parse_config([*flags, *options.split()])
     if way == STOCK:
         register_stock(shape, job_config)
     built = SpeechTrainer(job_config)
@@ -140,7 +147,8 @@ def register_stock(shape: str, job_config: Any) -> None:
     """TorchTitan's own Llama 3, which has no tied embeddings, with its loss, on this project's batches."""
     args = FLAVORS[shape]
     values = vars(args) | {"vocab_size": build_sequences(job_config).vocabulary.size}
-    stock = TransformerModelArgs(**{key: value for key, value in values.items() if key != "enable_weight_tying"})
+    names = {field.name for field in dataclasses.fields(TransformerModelArgs)}
+    stock = TransformerModelArgs(**{name: value for name, value in values.items() if name in names})
     spec = dataclasses.replace(
         get_train_spec("llama_mimi"),
         model_cls=Transformer,
@@ -160,16 +168,14 @@ def plain_loop(shape: str, folder: Path, way: str, options: str) -> tuple[Callab
     torch.manual_seed(0)
     model = LlamaForCausalLM(hf_config(args)).to(DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-    table = pq.read_table(folder / "codes" / "shard-000000.parquet", columns=["codes"])
-    codes = [np.stack(clip)[:, :NUM_QUANTIZERS] for clip in table["codes"].to_numpy()]
-    order = itertools.cycle(np.random.default_rng(0).permutation(len(codes)))
+    order = clips_in_order(folder)
     B, L = SHAPES[shape].batch_size, SHAPES[shape].seq_len
 
     def step() -> tuple[int, int]:
         inputs_BL = torch.zeros(B, L, dtype=torch.long)
         labels_BL = torch.full((B, L), IGNORE_INDEX)
         for row in range(B):
-            ids_L = sequences.sequence(torch.from_numpy(codes[next(order)]), is_cut=False)[:L]
+            ids_L = sequences.sequence(torch.from_numpy(next(order)), is_cut=False)[:L]
             inputs_BL[row, : len(ids_L)] = ids_L
             labels_BL[row, 2 : len(ids_L)] = ids_L[2:]
         mask_BL = (torch.arange(L) < (labels_BL != IGNORE_INDEX).sum(dim=1, keepdim=True) + 2).long().to(DEVICE)
@@ -187,6 +193,60 @@ def plain_loop(shape: str, folder: Path, way: str, options: str) -> tuple[Callab
         return int((labels_BL != IGNORE_INDEX).sum()), labels_BL.numel()
 
     return step, job_config
+
+
+def csm_loop(shape: str, folder: Path, way: str, options: str) -> tuple[Callable[[], tuple[int, int]], Any]:
+    """`CsmForConditionalGeneration` with its own loss, one clip a row, padding with its mask."""
+    job_config = parse_config([*training_flags(shape, folder, packed=False), *hierarchical_flags(shape)])
+    sequences = build_sequences(job_config)
+    args = changed(FLAVORS[shape])
+    args.update_from_config(job_config)
+    torch.manual_seed(0)
+    model = CsmForConditionalGeneration(csm_config(args, codec=str(folder / "mimi"))).to(DEVICE)
+    weights = [parameter for name, parameter in model.named_parameters() if not name.startswith("codec_model.")]
+    optimizer = torch.optim.AdamW(weights, lr=3e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    order = clips_in_order(folder)
+    B, L, K = SHAPES[shape].batch_size, job_config.training.seq_len, args.codebook_size
+    head = torch.tensor(sequences.head())
+
+    def step() -> tuple[int, int]:
+        labels_BLQ = torch.full((B, L, NUM_QUANTIZERS), IGNORE_INDEX)
+        for row in range(B):
+            frames_TQ = torch.from_numpy(next(order).astype(np.int64))
+            frames_TQ = torch.cat([frames_TQ, torch.full((1, NUM_QUANTIZERS), K)])[: L - len(head)]
+            labels_BLQ[row, len(head) : len(head) + len(frames_TQ)] = frames_TQ
+        labels_BLQ = labels_BLQ.to(DEVICE)
+        is_frame_BL = labels_BLQ[..., 0] != IGNORE_INDEX
+        mask_BL = is_frame_BL.long()
+        mask_BL[:, : len(head)] = 1
+        optimizer.zero_grad()
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
+            embedded_BLD = model.backbone_model.embed_tokens(labels_BLQ.clamp(min=0))
+            text_BnD = model.embed_text_tokens(head.to(DEVICE)).expand(B, -1, -1)
+            inputs_BLD = torch.cat([text_BnD, embedded_BLD[:, len(head) :]], dim=1)
+            output = model(inputs_embeds=inputs_BLD, attention_mask=mask_BL, labels=labels_BLQ, use_cache=False)
+        output.loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        return int(is_frame_BL.sum()) * NUM_QUANTIZERS, labels_BLQ.numel()
+
+    return step, job_config
+
+
+WAYS = {OURS: trainer, STOCK: trainer, OURS_CSM: trainer, PLAIN_CSM: csm_loop}
+
+
+def clips_in_order(folder: Path) -> Iterator[np.ndarray]:
+    """Codes of clips, shuffled once, without end."""
+    table = pq.read_table(folder / "codes" / "shard-000000.parquet", columns=["codes"])
+    codes = [np.stack(clip)[:, :NUM_QUANTIZERS] for clip in table["codes"].to_numpy()]
+    return (codes[index] for index in itertools.cycle(np.random.default_rng(0).permutation(len(codes))))
+
+
+def hierarchical_flags(shape: str) -> list[str]:
+    """Rows of as much audio as those of tokens."""
+    seq_len = SHAPES[shape].seq_len // NUM_QUANTIZERS
+    return ["--model.architecture", "hierarchical", "--training.seq_len", str(seq_len)]
 
 
 def training_flags(shape: str, folder: Path, *, packed: bool) -> list[str]:
@@ -213,11 +273,10 @@ def training_flags(shape: str, folder: Path, *, packed: bool) -> list[str]:
 
 def model_flops(shape: str, job_config: Any, num_layers: int | None = None) -> float:
     """Training FLOPs a token, of the model with its own vocabulary."""
-    L = SHAPES[shape].seq_len
     args = changed(FLAVORS[shape], n_layers=num_layers or FLAVORS[shape].n_layers)
-    args = changed(args, vocab_size=build_sequences(job_config).vocabulary.size, max_seq_len=L)
+    args.update_from_config(job_config)
     with torch.device("meta"):
-        return args.get_nparams_and_flops(LlamaMimi(args), L)[1]
+        return args.get_nparams_and_flops(build_model(args), job_config.training.seq_len)[1]
 
 
 def changed(args: LlamaMimiArgs, **values: Any) -> LlamaMimiArgs:
@@ -247,7 +306,8 @@ def measure_loss(way: str) -> dict[str, float]:
         torch.cuda.reset_peak_memory_stats()
     before = memory_bytes()
     if way == "in chunks":
-        loss, _ = cross_entropy(pending_logits(hidden_BLD, weight_VD), torch.arange(N, device=DEVICE), targets_N)
+        positions_N, weights_N = torch.arange(N, device=DEVICE), torch.ones(N, device=DEVICE)
+        loss, _ = cross_entropy(pending_logits(hidden_BLD, weight_VD), positions_N, targets_N, weights_N)
     else:
         loss = F.cross_entropy(F.linear(hidden_BLD, weight_VD).flatten(0, 1).float(), targets_N, reduction="sum")
     loss.backward()

@@ -22,7 +22,7 @@ from llama_mimi.common.files import write_atomically
 from llama_mimi.common.versions import versions
 from llama_mimi.evaluation.accuracy import wilson_interval
 from llama_mimi.generation.continuation import SamplingOptions, continue_codes
-from llama_mimi.generation.speech_model import load_speech_model
+from llama_mimi.generation.loading import load_speech_model
 
 MIN_SECONDS = 0.25  # below, statistics say nothing about a voice
 

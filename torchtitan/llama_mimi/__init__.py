@@ -1,4 +1,4 @@
-"""Flattened speech language models on Mimi codec codes: everything this project adds to TorchTitan.
+"""Speech language models on Mimi codec codes, flattened or hierarchical: everything this project adds to TorchTitan.
 
 The rooms, from the top; each says what it may import, and `tests/test_layout.py` holds it to that:
 
@@ -10,7 +10,7 @@ The rooms, from the top; each says what it may import, and `tests/test_layout.py
 | `evaluation` | benchmarks, scores, accuracies, result files |
 | `generation` | converted models at work |
 | `data` | corpora, order, packing, the loader; making codes of audio |
-| `model` | the decoder and its cross-entropy |
+| `model` | the decoders and their cross-entropy |
 | `tokens` | ids, text and sequences of codes |
 | `audio` | recordings and Mimi |
 | `common` | errors, files, hub, processes, versions |
@@ -23,6 +23,7 @@ Shape suffixes used throughout:
 | S | audio samples at the codec's rate (24,000 Hz for Mimi) |
 | T | codec frames (12.5 frames/s for Mimi) |
 | Q | residual quantizer levels; level 0 is the semantic one |
+| W | ids of a position: 1, or Q in the hierarchical architecture |
 | L | tokens of a flattened sequence |
 | V | vocabulary entries |
 | N | items of any kind, laid end to end: targets, units, frames of several clips |

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from llama_mimi.audio.mimi import CodecAttention, Precision
-from llama_mimi.tokens.units import VocabularyKind
+from llama_mimi.tokens.units import Architecture, VocabularyKind
 
 
 @dataclass
@@ -37,6 +37,20 @@ class Comm:
 class Model:
     vocabulary: VocabularyKind = "llama"
     """llama: the text of the tokenizer in hf_assets_path, then units; audio: its special tokens, then units, no text"""
+
+    architecture: Architecture = "flattened"
+    """flattened: one decoder over the units of all levels; hierarchical: one over frames, and a small one over the
+    levels of a frame, as CSM"""
+
+    depth_share: float = 1.0
+    """Share of the frames that train the small decoder of the hierarchical architecture, drawn anew in each epoch"""
+
+
+@dataclass
+class Loss:
+    level_weights: str = "uniform"
+    """Weights of the levels' losses, scaled to a mean of one: uniform; semantic:100, level 0 100 times as much as each
+    other; geometric:100, falling from the first to the last level to a hundredth; or Q numbers divided by commas"""
 
 
 @dataclass
@@ -98,5 +112,6 @@ class JobConfig:
     comm: Comm = field(default_factory=Comm)
     metrics: Metrics = field(default_factory=Metrics)
     model: Model = field(default_factory=Model)
+    loss: Loss = field(default_factory=Loss)
     codec: Codec = field(default_factory=Codec)
     data: Data = field(default_factory=Data)

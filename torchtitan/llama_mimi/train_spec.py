@@ -10,16 +10,17 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 
 from llama_mimi.audio.mimi import load_codec_config
-from llama_mimi.checkpoint.huggingface import LlamaMimiStateDictAdapter
+from llama_mimi.checkpoint.architectures import state_dict_adapter
 from llama_mimi.checkpoint.run_record import save_run_record, speech_config
 from llama_mimi.common.errors import run_cli
 from llama_mimi.common.ranks import end_with_torchrun, first_reports
 from llama_mimi.data.build import build_dataloader
 from llama_mimi.data.dataloader import DataMeter
-from llama_mimi.model.llama import FLAVORS, LlamaMimi, LlamaMimiArgs, parallelize, pipeline
+from llama_mimi.model.architectures import build_model, parallelize
+from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs, pipeline
 from llama_mimi.tokens.sequences import SequenceBuilder, load_sequences
 from llama_mimi.training.config_check import prepare_run
-from llama_mimi.training.loss import LevelMeter, UnitLoss
+from llama_mimi.training.loss import LevelMeter, UnitLoss, level_weights
 from llama_mimi.training.metrics import SpeechMetrics
 from llama_mimi.training.validator import SpeechValidator
 
@@ -45,22 +46,28 @@ def build_tokenizer(job_config: Any) -> SequenceBuilder:
 
 def build_sequences(job_config: Any) -> SequenceBuilder:
     codec, model = job_config.codec, job_config.model
-    return load_sequences(model.hf_assets_path, codec.name, codec.num_quantizers, model.vocabulary)
+    return load_sequences(model.hf_assets_path, codec.name, codec.num_quantizers, model.vocabulary, model.architecture)
 
 
-def build_loss(job_config: Any, meter: LevelMeter = _train_meter, **kwargs: Any) -> UnitLoss:
+def build_loss(job_config: Any, **kwargs: Any) -> UnitLoss:
+    depth_shares = [job_config.model.depth_share] * (job_config.codec.num_quantizers - 1)
+    return _build_loss(job_config, _train_meter, level_weights(job_config.loss.level_weights, [1.0, *depth_shares]))
+
+
+def _build_loss(job_config: Any, meter: LevelMeter, weights: list[float]) -> UnitLoss:
     compile_fn = None
     if job_config.compile.enable and "loss" in job_config.compile.components:
 
         def compile_fn(function):
             return torch.compile(function, backend=job_config.compile.backend)
 
-    return UnitLoss(build_sequences(job_config).vocabulary, meter, compile_fn)
+    return UnitLoss(build_sequences(job_config).vocabulary, meter, weights, compile_fn)
 
 
 def build_validator(job_config: Any, **kwargs: Any) -> SpeechValidator:
     seams = {key: value for key, value in kwargs.items() if not key.startswith("pp_")}
-    return SpeechValidator(job_config=job_config, **seams | {"loss_fn": build_loss(job_config, _validation_meter)})
+    loss_fn = _build_loss(job_config, _validation_meter, [1.0] * job_config.codec.num_quantizers)
+    return SpeechValidator(job_config=job_config, **seams | {"loss_fn": loss_fn})
 
 
 def build_metrics(job_config: Any, parallel_dims: ParallelDims, model_args: LlamaMimiArgs) -> SpeechMetrics:
@@ -84,7 +91,7 @@ def build_metrics(job_config: Any, parallel_dims: ParallelDims, model_args: Llam
 register_train_spec(
     "llama_mimi",
     TrainSpec(
-        model_cls=LlamaMimi,
+        model_cls=build_model,
         model_args=FLAVORS,
         parallelize_fn=parallelize,
         pipelining_fn=pipeline,
@@ -95,6 +102,6 @@ register_train_spec(
         build_loss_fn=build_loss,
         build_validator_fn=build_validator,
         build_metrics_processor_fn=build_metrics,
-        state_dict_adapter=LlamaMimiStateDictAdapter,
+        state_dict_adapter=state_dict_adapter,
     ),
 )

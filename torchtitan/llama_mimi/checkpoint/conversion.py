@@ -1,14 +1,15 @@
 """From a Hugging Face Llama to what training starts from, and from a training checkpoint to a Hugging Face model."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
-from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, MimiModel
 
 from llama_mimi.audio.mimi import DEFAULT_CODEC, DTYPES, Precision, load_codec_config
+from llama_mimi.checkpoint.architectures import load_config
 from llama_mimi.checkpoint.dcp import find_step, load_model_state
-from llama_mimi.checkpoint.huggingface import model_args, save_folder
+from llama_mimi.checkpoint.huggingface import save_folder
 from llama_mimi.checkpoint.run_record import find_run_record
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.hub import load_pretrained
@@ -23,7 +24,7 @@ tags: [speech-language-model, mimi]
 
 # {name}
 
-A speech language model: a plain Llama decoder over flattened Mimi codec tokens (arXiv 2509.14882).
+A speech language model: {what}.
 
 | | |
 |---|---|
@@ -35,9 +36,13 @@ A speech language model: a plain Llama decoder over flattened Mimi codec tokens 
 | precision | {dtype} |
 
 A clip is `<|begin_of_text|><audio><c_0>...<c_{last_level}>...</audio>`, frame by frame. Load it with
-`AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`; continue speech with `inference.py` of
+`{stock_class}.from_pretrained` and `AutoTokenizer.from_pretrained`; continue speech with `inference.py` of
 Llama-Mimi.
 """
+DESCRIPTIONS = {
+    "llama": "a plain Llama decoder over flattened Mimi codec tokens (arXiv 2509.14882)",
+    "csm": "a Llama over the frames of Mimi codec tokens, and a small decoder over the levels of each frame, as CSM",
+}
 
 
 def convert_checkpoint(checkpoint: Path, output_dir: Path, dtype: Precision = "float32") -> None:
@@ -55,29 +60,27 @@ def convert_checkpoint(checkpoint: Path, output_dir: Path, dtype: Precision = "f
     for path in incomplete:
         print(f"note: '{path}' is incomplete (its saving was cut off); reading the older '{step}'")
     record = find_run_record(checkpoint)
-    config = load_pretrained(LlamaConfig, str(record), what="run record")
+    config, kind = load_config(str(record), "run record")
     tokenizer = load_pretrained(AutoTokenizer, str(record), what="tokenizer")
 
-    args = model_args(config)
-    state = Llama3StateDictAdapter(args, None).to_hf(load_model_state(step, args))
+    args = kind.args(config)
+    state = kind.state(load_model_state(step, args), args)
     torch_dtype = DTYPES[dtype]
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    # assign: the meta parameters become the loaded ones; a tied lm_head is the embedding and not in the state
-    missing, unexpected = model.load_state_dict(
-        {k: v.to(torch_dtype) for k, v in state.items()}, strict=False, assign=True
-    )
+        model = kind.stock_class(config)
+    if config.model_type == "csm":
+        codec = load_pretrained(MimiModel, config.codec, what="codec").state_dict()
+        state |= {f"codec_model.{name}": weight for name, weight in codec.items()}
+    # assign: the meta parameters become the loaded ones
+    model.load_state_dict({k: v.to(torch_dtype) for k, v in state.items()}, assign=True)
     model.tie_weights()
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    assert set(missing) == tied and not unexpected, (missing, unexpected)
 
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_k": 30}
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id,
         eos_token_id=config.eos_token_id,
         pad_token_id=config.pad_token_id,
-        do_sample=True,
-        temperature=0.8,
-        top_k=30,
+        **sampling,
     )
     model.config.dtype = torch_dtype
     save_folder(output_dir, model, tokenizer)
@@ -87,7 +90,9 @@ def convert_checkpoint(checkpoint: Path, output_dir: Path, dtype: Precision = "f
         codec=config.codec,
         num_quantizers=config.num_quantizers,
         last_level=config.num_quantizers - 1,
-        vocab_size=config.vocab_size,
+        vocab_size=getattr(config, kind.entries_key),
+        what=DESCRIPTIONS[config.model_type],
+        stock_class=kind.stock_class.__name__,
         step=step,
         dtype=dtype,
     )

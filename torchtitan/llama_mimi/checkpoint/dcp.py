@@ -10,7 +10,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from llama_mimi.common.errors import UserError
-from llama_mimi.model.llama import LlamaMimi, LlamaMimiArgs
+from llama_mimi.model.architectures import build_model
+from llama_mimi.model.llama import LlamaMimiArgs
 
 _STEP = r"step-(\d+)"
 _METADATA = ".metadata"
@@ -112,7 +113,7 @@ def load_model_state(step: Path, args: LlamaMimiArgs) -> dict[str, torch.Tensor]
     metadata = _read_metadata(step)
     _check_files(step, metadata)
     with torch.device("meta"):
-        expected = LlamaMimi(args).state_dict()
+        expected = build_model(args).state_dict()
     state = {}
     for name, tensor in expected.items():
         saved = metadata.state_dict_metadata.get(name)

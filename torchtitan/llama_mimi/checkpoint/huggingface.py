@@ -8,7 +8,7 @@ import torch
 from torch.distributed.tensor import DTensor, Replicate
 from torchtitan.models.llama3.model.args import RoPEScalingArgs
 from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llama_mimi.common.errors import UserError
 from llama_mimi.model.llama import LlamaMimiArgs
@@ -77,11 +77,17 @@ def model_args(config: LlamaConfig) -> LlamaMimiArgs:
         norm_eps=config.rms_norm_eps,
         rope_theta=rope["rope_theta"],
         rope_scaling_args=scaling,
-        enable_weight_tying=config.tie_word_embeddings,
+        enable_weight_tying=getattr(config, "tie_word_embeddings", False),  # networks of CSM have no such entry
     )
 
 
-def save_folder(folder: Path, model: LlamaForCausalLM | LlamaConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def llama_state(state: dict[str, torch.Tensor], args: LlamaMimiArgs) -> dict[str, torch.Tensor]:
+    """Our weights under the names of `LlamaForCausalLM`; a tied ``lm_head`` is the embedding's."""
+    theirs = Llama3StateDictAdapter(args, None).to_hf(state)
+    return {"lm_head.weight": theirs["model.embed_tokens.weight"]} | theirs
+
+
+def save_folder(folder: Path, model: PreTrainedModel | PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write a model, or its configuration alone, and its tokenizer, for transformers 4.x as well as 5.x.
 
     5.x reads what 4.x writes, but not the other way round. 4.x takes ``rope_theta`` and ``rope_scaling`` (10,000 and no
@@ -92,10 +98,11 @@ def save_folder(folder: Path, model: LlamaForCausalLM | LlamaConfig, tokenizer: 
     tokenizer.save_pretrained(folder)
 
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    rope = config["rope_parameters"]
-    config["rope_theta"] = rope["rope_theta"]
-    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-    config["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
+    for network in (config, *([config["depth_decoder_config"]] if "depth_decoder_config" in config else [])):
+        rope = network["rope_parameters"]
+        network["rope_theta"] = rope["rope_theta"]
+        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+        network["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
     if "dtype" in config:
         config["torch_dtype"] = config["dtype"]
 

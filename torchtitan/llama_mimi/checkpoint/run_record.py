@@ -1,16 +1,17 @@
 """What a run writes down about its model, so that a checkpoint can be converted without its config.
 
-``<dump_folder>/hf_assets`` holds the extended tokenizer and the `LlamaConfig` of the model with ``num_quantizers``,
+``<dump_folder>/hf_assets`` holds the extended tokenizer and the configuration of the model with ``num_quantizers``,
 ``codec`` and ``codec_attention``: all of a Hugging Face model folder but the weights.
 """
 
 from pathlib import Path
 
 import torch.distributed as dist
-from transformers import LlamaConfig
+from transformers import PreTrainedConfig
 
 from llama_mimi.audio.mimi import CodecAttention
-from llama_mimi.checkpoint.huggingface import hf_config, save_folder
+from llama_mimi.checkpoint.architectures import KINDS
+from llama_mimi.checkpoint.huggingface import save_folder
 from llama_mimi.common.errors import UserError
 from llama_mimi.model.llama import LlamaMimiArgs
 from llama_mimi.tokens.sequences import SequenceBuilder
@@ -20,9 +21,9 @@ ASSETS_FOLDER = "hf_assets"
 
 def speech_config(
     args: LlamaMimiArgs, sequences: SequenceBuilder, codec_name: str, attention: CodecAttention = "windowed"
-) -> LlamaConfig:
+) -> PreTrainedConfig:
     """The Hugging Face configuration of a speech language model."""
-    return hf_config(
+    return KINDS[args.architecture].config(
         args,
         bos_token_id=sequences.tokenizer.bos_token_id,
         eos_token_id=sequences.vocabulary.audio_end_id,
@@ -33,7 +34,7 @@ def speech_config(
     )
 
 
-def save_run_record(dump_folder: str, config: LlamaConfig, sequences: SequenceBuilder) -> None:
+def save_run_record(dump_folder: str, config: PreTrainedConfig, sequences: SequenceBuilder) -> None:
     """Write ``hf_assets``; one rank writes, the others go on."""
     if not dist.is_initialized() or dist.get_rank() == 0:
         save_folder(Path(dump_folder) / ASSETS_FOLDER, config, sequences.tokenizer)

@@ -52,6 +52,7 @@ def build_dataloader(
         dp_world_size,
         is_packed=_is_packed(job_config),
         meter=meter,
+        depth_share=job_config.model.depth_share,
         chunks_ahead=chunks_a_batch * batches_a_step if device_type == "cuda" else 0,
     )
 
@@ -152,6 +153,7 @@ def _build(
     *,
     is_packed: bool,
     meter: DataMeter | None = None,
+    depth_share: float = 1.0,
     chunks_ahead: int = 0,
 ) -> UnitDataLoader:
     """``split`` is ``[training]`` or ``[validation]``: dataset, batch size, seq_len and workers."""
@@ -180,5 +182,6 @@ def _build(
         max_bad_share=job_config.data.max_bad_share,
         workers=dataclasses.asdict(split.dataloader),
         meter=meter,
+        depth_share=depth_share,
         chunks_ahead=chunks_ahead if codec is not None else 0,
     )

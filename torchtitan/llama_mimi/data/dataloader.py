@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.tools.logging import logger
@@ -69,6 +70,7 @@ class UnitDataLoader(BaseDataLoader):
         max_bad_share: raise when a larger share of the clips cannot be used.
         workers: keyword arguments of PyTorch's DataLoader.
         meter: told what goes on here.
+        depth_share: of the frames, which train the depth decoder of the hierarchical architecture.
         chunks_ahead: encoded by a thread, on a stream of its own, while batches before are trained on. The position
             does not depend on it.
     """
@@ -87,13 +89,14 @@ class UnitDataLoader(BaseDataLoader):
         max_bad_share: float,
         workers: dict[str, Any],
         meter: DataMeter | None = None,
+        depth_share: float = 1.0,
         chunks_ahead: int = 0,
     ) -> None:
         self._readers, self._order, self._packer, self._codec = readers, order, packer, codec
         self._dp_rank, self._dp_world_size = dp_rank, dp_world_size
         self.dataset, self._chunk_size, self._max_bad_share = dataset, chunk_size, max_bad_share
         self._workers = workers
-        self._meter, self._chunks_ahead = meter or DataMeter(), chunks_ahead
+        self._meter, self._depth_share, self._chunks_ahead = meter or DataMeter(), depth_share, chunks_ahead
         self._stream = torch.cuda.Stream() if chunks_ahead and torch.cuda.is_available() else None
         self._counts: Counter[str] = Counter()  # clips read, cut, and skipped by reason
         self._num_frames = 0
@@ -113,8 +116,14 @@ class UnitDataLoader(BaseDataLoader):
             codes_TQ, frame = clip.codes_TQ, ref.frame
             if frame >= len(codes_TQ):  # resumed with a shorter max_audio_seconds
                 self._use_up(ref)
+            is_deep_T = self._deep_frames(ref, len(codes_TQ))
             while frame < len(codes_TQ):
-                frame += self._packer.add(codes_TQ[frame:], is_cut=clip.is_cut, text=clip.text)
+                frame += self._packer.add(
+                    codes_TQ[frame:],
+                    is_cut=clip.is_cut,
+                    text=clip.text,
+                    is_deep_T=None if is_deep_T is None else is_deep_T[frame:],
+                )
                 if frame < len(codes_TQ):
                     self._use_frames(frame)
                 else:
@@ -211,6 +220,14 @@ class UnitDataLoader(BaseDataLoader):
             for clip in chunk.clips
         ]
         return chunk.refs, clips, seconds
+
+    def _deep_frames(self, ref: ClipRef, num_frames: int) -> np.ndarray | None:
+        """Which frames train the depth decoder: others in each epoch, but the same on any number of ranks."""
+        if self._depth_share == 1:
+            return None
+        assert isinstance(self._order, ShuffledOrder)
+        key = (self._order.seed, ref.corpus, ref.window, ref.group, ref.row)
+        return np.random.default_rng(key).random(num_frames) < self._depth_share
 
     def _use_up(self, ref: ClipRef) -> None:
         if isinstance(self._order, ShuffledOrder):

@@ -157,6 +157,7 @@ class ShuffledOrder:
         shuffle_block: int,
         seed: int,
     ) -> None:
+        self.seed = seed
         # Positions mean something only in the same data and order.
         self.fingerprint = {
             "corpora": [corpus.fingerprint for corpus in corpora],

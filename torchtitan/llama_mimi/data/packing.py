@@ -11,20 +11,23 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from llama_mimi.tokens.sequences import IGNORE_INDEX, SequenceBuilder
-
-Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
+from llama_mimi.tokens.sequences import IGNORE_INDEX, NO_TOKEN, Batch, SequenceBuilder
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Frames of a clip in a row: ``head`` from ``start`` on, then their units, then ``</audio>`` if it has an end."""
+    """Frames of a clip in a row: ``head`` from ``start`` on, then their units, then ``</audio>`` if it has an end.
+
+    Args:
+        is_deep_T: which of them train the depth decoder of the hierarchical arm, where there is one; None for all.
+    """
 
     row: int
     start: int
     head: list[int]
     codes_TQ: np.ndarray
     has_end: bool
+    is_deep_T: np.ndarray | None
 
 
 class BatchPacker:
@@ -56,8 +59,14 @@ class BatchPacker:
     def is_full(self) -> bool:
         return self._row == self._batch_size
 
-    def add(self, codes_TQ: np.ndarray, *, is_cut: bool, text: str | None = None) -> int:
+    def add(
+        self, codes_TQ: np.ndarray, *, is_cut: bool, text: str | None = None, is_deep_T: np.ndarray | None = None
+    ) -> int:
         """Put a clip behind the last one.
+
+        Args:
+            codes_TQ, is_cut, text: as of a clip.
+            is_deep_T: as `Piece`.
 
         Returns:
             How many of its T frames the batch took. Fewer than T mean that the batch is full; the others belong in
@@ -66,21 +75,27 @@ class BatchPacker:
         """
         head = self._sequences.head(text)
         can_be_cut = self._is_packed and text is None
-        Q = self._sequences.vocabulary.num_quantizers
+        P = self._sequences.positions_per_frame
         taken, T = 0, len(codes_TQ)
         while taken < T and self._row < self._batch_size:
             num_frames = T - taken
             if self._length(head, num_frames, is_cut) > self._seq_len - self._used:
                 if can_be_cut:
                     # Keep a frame for the next row: </audio> must follow one.
-                    num_frames = min((self._seq_len - self._used + 1 - len(head)) // Q, num_frames - 1)
+                    num_frames = min((self._seq_len - self._used + 1 - len(head)) // P, num_frames - 1)
                 if num_frames <= 0 or (self._used and not can_be_cut):
                     self._next_row()
                     continue
             goes_on = taken + num_frames < T
             self.num_split += goes_on
+            frames = slice(taken, taken + num_frames)
             piece = Piece(
-                self._row, self._used, head, codes_TQ[taken : taken + num_frames], has_end=not (is_cut or goes_on)
+                self._row,
+                self._used,
+                head,
+                codes_TQ[frames],
+                has_end=not (is_cut or goes_on),
+                is_deep_T=None if is_deep_T is None else is_deep_T[frames],
             )
             self._place(piece, self._length(head, num_frames, is_cut or goes_on))
             taken += num_frames
@@ -88,32 +103,38 @@ class BatchPacker:
 
     def take(self) -> Batch:
         """The batch, filled up with padding, and begin another."""
-        B, L, vocabulary = self._batch_size, self._seq_len, self._sequences.vocabulary
-        inputs_BL = np.zeros((B, L), dtype=np.int64)
-        labels_BL = np.full((B, L), IGNORE_INDEX)
+        B, L, W = self._batch_size, self._seq_len, self._sequences.ids_per_position
+        vocabulary = self._sequences.vocabulary
+        inputs_BLW = np.zeros((B, L, W), dtype=np.int64)
+        inputs_BLW[..., 1:] = NO_TOKEN
+        labels_BLW = np.full((B, L, W), IGNORE_INDEX)
         arange_L = np.arange(L)
         positions_BL = np.tile(arange_L, (B, 1))
         if self._pieces:
             codes_NQ = np.concatenate([piece.codes_TQ for piece in self._pieces]).astype(np.int64)
-            units_N = vocabulary.ids_from_codes(torch.from_numpy(codes_NQ)).numpy()
-        end_N = np.array([vocabulary.audio_end_id])
+            units_NW = vocabulary.ids_from_codes(torch.from_numpy(codes_NQ)).numpy().reshape(-1, W)
+        end_1W = np.full((1, W), vocabulary.audio_end_id)
         used = 0
         for piece in self._pieces:
-            units = units_N[used : used + piece.codes_TQ.size]
-            used += len(units)
-            ids = np.concatenate([piece.head, units, end_N[: piece.has_end]])
-            start, end = piece.start, min(piece.start + len(ids) - 1, L)
-            inputs_BL[piece.row, start:end] = ids[: end - start]
+            units_nW = units_NW[used : used + piece.codes_TQ.size // W]
+            used += len(units_nW)
+            head_nW = np.full((len(piece.head), W), NO_TOKEN)
+            head_nW[:, 0] = piece.head
+            ids_nW = np.concatenate([head_nW, units_nW, end_1W[: piece.has_end]])
+            start, end = piece.start, min(piece.start + len(ids_nW) - 1, L)
+            inputs_BLW[piece.row, start:end] = ids_nW[: end - start]
+            if piece.is_deep_T is not None:
+                ids_nW[len(piece.head) :][: len(units_nW)][~piece.is_deep_T, 1:] = IGNORE_INDEX
             first_target = len(piece.head) - 1  # text and <audio> are given
-            labels_BL[piece.row, start + first_target : end] = ids[1:][first_target : end - start]
+            labels_BLW[piece.row, start + first_target : end] = ids_nW[1:][first_target : end - start]
             positions_BL[piece.row, start:end] = arange_L[: end - start]
             # What is left of the row, padding or not, begins another sequence.
             positions_BL[piece.row, end:] = arange_L[: L - end]
         self._begin()
-        inputs = {"input": torch.from_numpy(inputs_BL)}
+        inputs, labels = self._sequences.batch(torch.from_numpy(inputs_BLW), torch.from_numpy(labels_BLW))
         if self._has_positions:
             inputs["positions"] = torch.from_numpy(positions_BL)
-        return inputs, torch.from_numpy(labels_BL)
+        return inputs, labels
 
     def _begin(self) -> None:
         self._pieces: list[Piece] = []
@@ -125,12 +146,11 @@ class BatchPacker:
 
     def _length(self, head: list[int], num_frames: int, is_cut: bool) -> int:
         """Places that a sequence takes: one for each token but the last, which is predicted and not read."""
-        return len(head) + num_frames * self._sequences.vocabulary.num_quantizers - is_cut
+        return len(head) + num_frames * self._sequences.positions_per_frame - is_cut
 
     def _place(self, piece: Piece, length: int) -> None:
         self._pieces.append(piece)
-        Q = self._sequences.vocabulary.num_quantizers
-        room = max(0, self._seq_len + 1 - piece.start - len(piece.head)) // Q
+        room = max(0, self._seq_len + 1 - piece.start - len(piece.head)) // self._sequences.positions_per_frame
         self.num_frames += min(len(piece.codes_TQ), room)
         self._used += length
         self.num_cut += self._used > self._seq_len

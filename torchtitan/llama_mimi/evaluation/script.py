@@ -31,7 +31,8 @@ from llama_mimi.evaluation.results import (
     write_submissions,
 )
 from llama_mimi.evaluation.scoring import Preset, PresetName, Statistic, check_levels, preset, with_options
-from llama_mimi.generation.speech_model import DecoderPrecision, load_speech_model
+from llama_mimi.generation.loading import load_speech_model
+from llama_mimi.generation.speech_model import DecoderPrecision
 
 BATCH_TOKENS = (4096, 32768)  # without and with a GPU
 

@@ -1,28 +1,46 @@
-"""A converted or released checkpoint, ready to score or continue speech."""
+"""A converted or released checkpoint, ready to score or continue speech: what both architectures do alike."""
 
-from dataclasses import dataclass
-from typing import Literal
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
+from transformers import PreTrainedModel
 
-from llama_mimi.audio.mimi import DEFAULT_CODEC, DTYPES, CodecAttention, MimiCodec, attention_of
-from llama_mimi.common.cpu import available_device
-from llama_mimi.common.errors import UserError
-from llama_mimi.common.hub import load_pretrained
+from llama_mimi.audio.mimi import DTYPES, MimiCodec
 from llama_mimi.tokens.sequences import SequenceBuilder
-from llama_mimi.tokens.units import extend_tokenizer
 
 # Precisions of the decoder. The first release of Llama-Mimi is evaluated in float16.
 DecoderPrecision = Literal["float32", "bfloat16", "float16"]
 DECODER_DTYPES = {**DTYPES, "float16": torch.float16}
+# Positions whose logits are made at once: 1.1 GB in float32 at the 136,450 entries of Llama 3 with 4 levels.
+POSITIONS_AT_ONCE = 2048
 
 
 @dataclass(frozen=True)
-class SpeechModel:
+class Sampling:
+    """How new frames are drawn.
+
+    Args:
+        max_frames, min_frames: of new audio; the speech cannot end before, and does not go on after.
+        temperature: 0 takes the likeliest entry.
+        top_k: sample from so many likeliest entries.
+        num_samples: B, continuations of one prompt.
+    """
+
+    max_frames: int
+    min_frames: int
+    temperature: float
+    top_k: int
+    num_samples: int
+
+
+@dataclass(frozen=True)
+class SpeechModel(ABC):
     """Decoder, tokenizer with units, and codec of one checkpoint, on one device."""
 
-    decoder: LlamaForCausalLM
+    decoder: PreTrainedModel
     sequences: SequenceBuilder
     codec: MimiCodec
 
@@ -30,49 +48,39 @@ class SpeechModel:
     def device(self) -> torch.device:
         return self.codec.device
 
-    def to(self, device: torch.device | str) -> "SpeechModel":
+    def to(self, device: torch.device | str) -> Self:
         """The same model on another device; its weights are moved, not copied."""
-        return SpeechModel(self.decoder.to(device), self.sequences, self.codec.to(device))
+        return replace(self, decoder=self.decoder.to(device), codec=self.codec.to(device))
+
+    @abstractmethod
+    def log_likelihoods(self, ids: Sequence[torch.Tensor], is_scored: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Log-likelihoods (N,) in nats, float64 on the CPU, of the scored tokens of clips that share a batch.
+
+        Args:
+            ids: of each clip, flattened (L,).
+            is_scored: for each of them whether it is one of the N.
+        """
+
+    @abstractmethod
+    def num_positions(self, num_head_tokens: int, num_frames: int) -> int:
+        """Positions of the context that a sequence takes."""
+
+    @abstractmethod
+    def generate(self, prompt_TQ: torch.Tensor, sampling: Sampling) -> list[torch.Tensor]:
+        """Continuations of a prompt, from PyTorch's own random numbers: for each codes_TQ, the prompt's first."""
 
 
-def load_speech_model(
-    model_name: str,
-    *,
-    codec_name: str | None = None,
-    attention: CodecAttention | None = None,
-    device: str | None = None,
-    dtype: str = "float32",
-) -> SpeechModel:
-    """Load a Hugging Face checkpoint of a speech language model.
+def log_likelihoods(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+    """Log-likelihoods (N,) in nats, float64, of targets under logits of any precision."""
+    logits_NV = logits_NV.float()
+    target_N = logits_NV.gather(1, targets_N[:, None])[:, 0]
+    return target_N.double() - logits_NV.logsumexp(dim=1).double()
 
-    Args:
-        model_name: hub id or folder.
-        codec_name: hub id or folder of its codec; None takes what the checkpoint names, else ``kyutai/mimi``, which
-            all released checkpoints use without naming it.
-        attention: of the codec; None takes what the checkpoint was trained on (`llama_mimi.audio.mimi.attention_of`).
-        device: torch device; None takes the accelerator where there is one.
-        dtype: of the decoder, a key of `DECODER_DTYPES`. The codec always runs in float32.
 
-    Raises:
-        UserError: something is missing, or decoder, tokenizer and codec do not fit together.
-    """
-    device = available_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    decoder = load_pretrained(AutoModelForCausalLM, model_name, what="model", dtype=DECODER_DTYPES[dtype])
-    decoder.generation_config = GenerationConfig()  # sampling is set by the caller alone
-    num_quantizers = getattr(decoder.config, "num_quantizers", None)
-    if num_quantizers is None:
-        raise UserError(
-            f"the config of '{model_name}' has no num_quantizers, so it is no speech language model; "
-            "convert a training checkpoint with scripts/convert_dcp_to_hf.py"
-        )
-    codec_name = codec_name or getattr(decoder.config, "codec", None) or DEFAULT_CODEC
-    codec = MimiCodec(codec_name, num_quantizers, device, attention=attention or attention_of(decoder.config))
-    tokenizer = load_pretrained(AutoTokenizer, model_name, what="tokenizer")
-    sequences = SequenceBuilder(*extend_tokenizer(tokenizer, codec.codebook_size, num_quantizers))
-    rows = decoder.get_input_embeddings().num_embeddings
-    if rows != sequences.vocabulary.size:
-        raise UserError(
-            f"'{model_name}' has {rows} vocabulary entries, but {num_quantizers} quantizers of '{codec.name}' "
-            f"({codec.codebook_size} codes each) need {sequences.vocabulary.size}; name its own codec with --codec"
-        )
-    return SpeechModel(decoder.to(device).eval(), sequences, codec)
+def draw(logits_BV: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Entries (B,) by temperature and top-k."""
+    if sampling.temperature == 0:
+        return logits_BV.argmax(dim=-1)
+    values_Bk, entries_Bk = logits_BV.topk(min(sampling.top_k, logits_BV.shape[-1]))
+    places_B1 = torch.multinomial((values_Bk / sampling.temperature).softmax(dim=-1), 1)
+    return entries_Bk.gather(1, places_B1)[:, 0]

@@ -1,4 +1,4 @@
-"""The Llama decoder as TorchTitan trains it, and its cross-entropy.
+"""The Llama decoder as TorchTitan trains it, the hierarchical model made of two, and their cross-entropy.
 
 May import: tokens, common.
 """

@@ -17,6 +17,9 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.utils import _pytree as pytree
 
+from llama_mimi.tokens.sequences import IGNORE_INDEX
+from llama_mimi.tokens.units import UnitVocabulary
+
 # float32 logits made at once, in bytes: 1,920 rows of Llama 3 with 4 levels. Every chunk adds a gradient of the size of
 # the output matrix to that of the others, which small ones would do too often.
 CHUNK_BYTES = 2**30
@@ -38,6 +41,15 @@ class PendingLogits:
     hidden_BLD: torch.Tensor
     weight_VD: torch.Tensor
 
+    def heads(self, labels_BL: torch.Tensor, vocabulary: UnitVocabulary) -> list["Head"]:
+        """The targets of a batch, by the matrix that predicts them.
+
+        Args:
+            labels_BL: what the positions predict, ids or `IGNORE_INDEX`.
+            vocabulary: of the ids.
+        """
+        return [Head(self, unit_targets(labels_BL, vocabulary))]
+
     @property
     def placements(self) -> tuple[Shard]:
         """Placement that TorchTitan's tensor-parallel plan reads: logits split by the vocabulary, as they will be."""
@@ -49,6 +61,40 @@ class PendingLogits:
 
 
 pytree.register_dataclass(PendingLogits)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What a matrix shall predict.
+
+    Args:
+        positions_N: where in the flattened batch there is a target.
+        entries_N: the matrix's rows that are right.
+        levels_N: of the targets; the end of the speech stands in the place of a level 0.
+        rows_N: what they are recorded as: their level, Q for the end, or Q + 1 for nothing.
+    """
+
+    positions_N: torch.Tensor
+    entries_N: torch.Tensor
+    levels_N: torch.Tensor
+    rows_N: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Head:
+    """Logits that are made with one matrix, and their targets."""
+
+    logits: PendingLogits
+    targets: Targets
+
+
+def unit_targets(labels_BL: torch.Tensor, vocabulary: UnitVocabulary) -> Targets:
+    """Targets of a matrix with a row for every id, from labels that are ids or `IGNORE_INDEX`."""
+    labels_N = labels_BL.flatten()
+    positions_N = (labels_N != IGNORE_INDEX).nonzero()[:, 0]
+    ids_N = labels_N[positions_N]
+    is_unit_N, level_N = vocabulary.is_unit(ids_N), vocabulary.level(ids_N)
+    return Targets(positions_N, ids_N, level_N * is_unit_N, torch.where(is_unit_N, level_N, vocabulary.num_quantizers))
 
 
 class PendingOutput(nn.Linear):
@@ -65,7 +111,11 @@ def pending_logits(hidden_BLD: torch.Tensor, weight_VD: torch.Tensor) -> Pending
 
 
 def cross_entropy(
-    logits: PendingLogits, positions_N: torch.Tensor, targets_N: torch.Tensor, chunk_step: Callable | None = None
+    logits: PendingLogits,
+    positions_N: torch.Tensor,
+    targets_N: torch.Tensor,
+    weights_N: torch.Tensor,
+    chunk_step: Callable | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy at some positions of a batch.
 
@@ -73,10 +123,12 @@ def cross_entropy(
         logits: of the batch.
         positions_N: where in the flattened batch (B * L) there is a target.
         targets_N: the ids there.
+        weights_N: of the losses in the sum, float32.
         chunk_step: `chunk_losses`, compiled.
 
     Returns:
-        The sum of the losses, which has a gradient, and the losses (N,) in float32, which have none.
+        The weighted sum of the losses, which has a gradient, and the losses (N,) in float32, without weights and
+        gradient.
     """
     hidden_BLD, weight_VD, first_row, group = _local(logits)
     # The same chunk size on every rank, though shards may differ by a row: each chunk runs collectives.
@@ -89,7 +141,7 @@ def cross_entropy(
     hidden_ND = hidden_BLD.flatten(0, 1).index_select(0, positions_N)
     step = chunk_step if chunk_step is not None and group is None else chunk_losses
     return _SummedCrossEntropy.apply(
-        hidden_ND, weight_VD, targets_N - first_row, group, with_gradient, chunk_size, step
+        hidden_ND, weight_VD, targets_N - first_row, weights_N, group, with_gradient, chunk_size, step
     )
 
 
@@ -104,10 +156,13 @@ def chunk_losses(
     weight_VD: torch.Tensor,
     num_entries: int,
     targets_N: torch.Tensor,
+    weights_N: torch.Tensor,
     group: dist.ProcessGroup | None,
     with_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Losses (N,) in float32 and their gradient by the logits (N, V), softmax minus one at the target.
+    """Losses (N,) in float32, and the gradient of their weighted sum by the logits (N, V).
+
+    That is the softmax minus one at the target, times the weight.
 
     Args:
         weight_VD: padded; see `padded`.
@@ -128,7 +183,7 @@ def chunk_losses(
     losses_N = sum_N.log() - target_N
     if not with_gradient:
         return losses_N, None
-    scores_NV.div_(sum_N[:, None]).scatter_add_(1, row_N1, -is_here_N[:, None])
+    scores_NV.div_((sum_N / weights_N)[:, None]).scatter_add_(1, row_N1, -(is_here_N * weights_N)[:, None])
     return losses_N, scores_NV.to(weight_VD.dtype)
 
 
@@ -139,6 +194,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         hidden_ND: torch.Tensor,
         weight_VD: torch.Tensor,
         targets_N: torch.Tensor,
+        weights_N: torch.Tensor,
         group: dist.ProcessGroup | None,
         with_gradient: bool,
         chunk_size: int,
@@ -152,7 +208,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(targets_N), chunk_size):
             chunk = slice(start, start + chunk_size)
             losses_N[chunk], grad_NV = step(
-                hidden_ND[chunk], weight_VD, num_entries, targets_N[chunk], group, with_gradient
+                hidden_ND[chunk], weight_VD, num_entries, targets_N[chunk], weights_N[chunk], group, with_gradient
             )
             if with_gradient:
                 torch.mm(grad_NV, weight_VD, out=grad_ND[chunk])
@@ -165,13 +221,13 @@ class _SummedCrossEntropy(torch.autograd.Function):
         if with_gradient:
             ctx.save_for_backward(grad_ND, grad_VD[:num_entries])
             ctx.weight_dtype = weight_VD.dtype
-        return losses_N.sum(), losses_N
+        return (losses_N * weights_N).sum(), losses_N
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_sum: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_ND, grad_VD = ctx.saved_tensors
-        return grad_ND * grad_sum, grad_VD.mul_(grad_sum).to(ctx.weight_dtype), None, None, None, None, None
+        return grad_ND * grad_sum, grad_VD.mul_(grad_sum).to(ctx.weight_dtype), *[None] * 6
 
 
 def _local(logits: PendingLogits) -> tuple[torch.Tensor, torch.Tensor, int, dist.ProcessGroup | None]:

@@ -17,13 +17,26 @@ from torchtitan.models.llama3.model.args import RoPEScalingArgs
 from llama_mimi.common.errors import UserError
 from llama_mimi.model.cross_entropy import PendingLogits, PendingOutput, pending_logits
 from llama_mimi.tokens.sequences import load_sequences
+from llama_mimi.tokens.units import Architecture, UnitVocabulary
 
 
 @dataclass
 class LlamaMimiArgs(TransformerModelArgs):
-    """Llama 3 hyperparameters; ``vocab_size`` is set from the tokenizer and codec, never written in a flavour."""
+    """Llama 3 hyperparameters, and what the settings of a run add to them.
+
+    A flavour never says ``vocab_size`` and what follows ``depth``: the tokenizer, the codec and the settings do.
+
+    Args:
+        depth: shape of the hierarchical arm's decoder over the levels of a frame.
+        depth_share: of the frames, which train that.
+    """
 
     enable_weight_tying: bool = False
+    depth: "LlamaMimiArgs | None" = None
+    architecture: Architecture = "flattened"
+    num_quantizers: int = 0
+    codebook_size: int = 0
+    depth_share: float = 1.0
 
     @property
     def ffn_dim(self) -> int:
@@ -36,21 +49,36 @@ class LlamaMimiArgs(TransformerModelArgs):
     def update_from_config(self, job_config: Any, **kwargs: Any) -> None:
         super().update_from_config(job_config, **kwargs)
         codec, model = job_config.codec, job_config.model
-        sequences = load_sequences(model.hf_assets_path, codec.name, codec.num_quantizers, model.vocabulary)
+        sequences = load_sequences(
+            model.hf_assets_path, codec.name, codec.num_quantizers, model.vocabulary, model.architecture
+        )
         self.vocab_size = sequences.vocabulary.size
+        self.num_quantizers, self.codebook_size = codec.num_quantizers, sequences.vocabulary.codebook_size
+        self.architecture, self.depth_share = model.architecture, model.depth_share
+        if self.architecture == "hierarchical":
+            self.enable_weight_tying = False  # a matrix of its own predicts level 0
         if job_config.data.packing == "pack":
             self.attn_type, self.attn_mask_type = "varlen", "block_causal"
 
-    def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
-        """Parameters and training FLOPs per token (6 a multiplied weight, plus attention).
+    @property
+    def vocabulary(self) -> UnitVocabulary:
+        """Of the units; text stands before them."""
+        num_units = self.codebook_size * self.num_quantizers
+        return UnitVocabulary(self.vocab_size - num_units - 2, self.codebook_size, self.num_quantizers)
 
-        TorchTitan leaves the embedding out of the products, which is right for a lookup; a tied embedding is also
-        the output projection and is multiplied.
-        """
-        num_params = sum(p.numel() for p in model.parameters())
-        num_multiplied = num_params - (0 if self.enable_weight_tying else self.vocab_size * self.dim)
-        attention = 6 * self.n_layers * self.n_heads * 2 * (self.dim // self.n_heads) * seq_len
-        return num_params, 6 * num_multiplied + attention
+    def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
+        """Parameters, and training FLOPs per target; see `LlamaMimi.flops_per_target`."""
+        assert isinstance(model, LlamaMimi)
+        return sum(p.numel() for p in model.parameters()), model.flops_per_target(seq_len)
+
+
+def training_flops(num_weights: int, args: TransformerModelArgs, seq_len: int) -> int:
+    """FLOPs of a position, forward and backward: 6 a weight that it is multiplied with, plus attention."""
+    return 6 * num_weights + 6 * args.n_layers * args.n_heads * 2 * (args.dim // args.n_heads) * seq_len
+
+
+def num_weights(*modules: nn.Module | None) -> int:
+    return sum(p.numel() for module in modules if module is not None for p in module.parameters())
 
 
 class PackedAttention(VarlenAttentionWrapper):
@@ -94,6 +122,11 @@ class LlamaMimi(Transformer):
             for layer in self.layers.values():
                 layer.attention.inner_attention = PackedAttention()
 
+    def flops_per_target(self, seq_len: int) -> int:
+        """Training FLOPs per target. A lookup of an embedding is no product; a tied one is the output's matrix, too."""
+        matrix = self.tok_embeddings if self.is_tied else self.output
+        return training_flops(num_weights(self.layers, self.norm, matrix), self.model_args, seq_len)
+
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
         super().init_weights(buffer_device)
         if self.is_tied:  # as Hugging Face draws embeddings: of unit variance, each token would predict itself
@@ -105,7 +138,7 @@ class LlamaMimi(Transformer):
         """Where the sequences of a batch begin.
 
         Args:
-            input_batch: ids (B, L).
+            input_batch: not looked at.
             extra_inputs: with ``positions`` (B, L).
 
         Raises:
@@ -114,10 +147,11 @@ class LlamaMimi(Transformer):
         if self.model_args.attn_type != "varlen":
             raise TypeError("rows of one sequence need no mask")
         assert extra_inputs is not None
-        starts_N = (extra_inputs["positions"].flatten() == 0).nonzero().flatten().to(torch.int32)
-        bounds = F.pad(starts_N, (0, 1), value=input_batch.numel())
+        positions_BL = extra_inputs["positions"]
+        starts_N = (positions_BL.flatten() == 0).nonzero().flatten().to(torch.int32)
+        bounds = F.pad(starts_N, (0, 1), value=positions_BL.numel())
         # The row's length bounds every sequence's; the longest itself would make the host wait for the GPU once more.
-        longest = input_batch.shape[1]
+        longest = positions_BL.shape[1]
         return VarlenMetadata(cu_seq_q=bounds, cu_seq_k=bounds, max_q=longest, max_k=longest)
 
     def forward(self, tokens: torch.Tensor, attention_masks: Any = None, positions: Any = None) -> PendingLogits:
@@ -131,7 +165,7 @@ class LlamaMimi(Transformer):
         return pending_logits(output, self.tok_embeddings.weight)
 
 
-def parallelize(model: LlamaMimi, parallel_dims: ParallelDims, job_config: Any) -> nn.Module:
+def parallelize_flattened(model: LlamaMimi, parallel_dims: ParallelDims, job_config: Any) -> nn.Module:
     """TorchTitan's Llama 3 plan, with what the loss and gloo need.
 
     Raises:
@@ -175,6 +209,21 @@ def pipeline(model: LlamaMimi, *args: Any) -> Any:
     return pipeline_llm(model, *args)
 
 
+def depth_args(*, dim: int, n_layers: int, n_heads: int, n_kv_heads: int, ffn_dim: int) -> LlamaMimiArgs:
+    """Shape of a depth decoder: a Llama whose positions are the levels of a frame, too few to scale their rotation."""
+    return LlamaMimiArgs(
+        dim=dim,
+        n_layers=n_layers,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        # TorchTitan rounds a derived width up to multiple_of: this pair gives ffn_dim itself
+        multiple_of=ffn_dim,
+        ffn_dim_multiplier=ffn_dim / int(8 * dim / 3),
+        rope_theta=500000,
+        rope_scaling_args=RoPEScalingArgs(scaling_factor=1.0),
+    )
+
+
 LLAMA_3_2_ROPE = RoPEScalingArgs(32.0, 1.0, 4.0, 8192)
 LLAMA_3_1_ROPE = RoPEScalingArgs(8.0, 1.0, 4.0, 8192)
 
@@ -188,6 +237,7 @@ FLAVORS = {
         rope_theta=500000,
         rope_scaling_args=LLAMA_3_2_ROPE,
         enable_weight_tying=True,
+        depth=depth_args(dim=96, n_layers=1, n_heads=3, n_kv_heads=1, ffn_dim=768),
     ),
     "1B": LlamaMimiArgs(  # Llama-3.2-1B
         dim=2048,
@@ -199,6 +249,7 @@ FLAVORS = {
         rope_theta=500000,
         rope_scaling_args=LLAMA_3_2_ROPE,
         enable_weight_tying=True,
+        depth=depth_args(dim=1024, n_layers=4, n_heads=8, n_kv_heads=2, ffn_dim=8192),  # as CSM-1B
     ),
     "8B": LlamaMimiArgs(  # Llama-3.1-8B
         dim=4096,
@@ -209,5 +260,6 @@ FLAVORS = {
         multiple_of=1024,
         rope_theta=500000,
         rope_scaling_args=LLAMA_3_1_ROPE,
+        depth=depth_args(dim=2048, n_layers=8, n_heads=16, n_kv_heads=4, ffn_dim=16384),
     ),
 }

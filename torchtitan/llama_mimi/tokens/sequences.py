@@ -11,9 +11,18 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llama_mimi.audio.mimi import load_codec_config
 from llama_mimi.common.hub import load_pretrained
-from llama_mimi.tokens.units import AUDIO_START, UnitVocabulary, VocabularyKind, audio_tokenizer, extend_tokenizer
+from llama_mimi.tokens.units import (
+    AUDIO_START,
+    Architecture,
+    UnitVocabulary,
+    VocabularyKind,
+    audio_tokenizer,
+    extend_tokenizer,
+)
 
 IGNORE_INDEX = -100  # PyTorch's default, and TorchTitan's
+NO_TOKEN = -1  # in a frame's place of a level, where there is a token of text
+Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -22,6 +31,19 @@ class SequenceBuilder:
 
     tokenizer: PreTrainedTokenizerBase
     vocabulary: UnitVocabulary
+
+    @property
+    def ids_per_position(self) -> int:
+        """W, ids that the model reads at once, and predicts at once."""
+        return 1
+
+    @property
+    def positions_per_frame(self) -> int:
+        return self.vocabulary.num_quantizers // self.ids_per_position
+
+    def batch(self, inputs_BLW: torch.Tensor, labels_BLW: torch.Tensor) -> Batch:
+        """What a training step takes: the model's inputs by name, and labels."""
+        return {"input": inputs_BLW[..., 0]}, labels_BLW[..., 0]
 
     def head(self, text: str | None = None) -> list[int]:
         """What stands before the units: BOS, the transcript (task "tts") and ``<audio>``."""
@@ -49,14 +71,37 @@ class SequenceBuilder:
         return self.tokenizer.bos_token_id
 
 
+class FrameSequenceBuilder(SequenceBuilder):
+    """Sequences of the hierarchical arm: a position is a frame of Q ids, or one token of text and nothing else."""
+
+    @property
+    def ids_per_position(self) -> int:
+        return self.vocabulary.num_quantizers
+
+    def batch(self, inputs_BLW: torch.Tensor, labels_BLW: torch.Tensor) -> Batch:
+        """The labels are inputs, too: the depth decoder reads a frame level by level."""
+        return {"input": inputs_BLW, "targets": labels_BLW}, labels_BLW
+
+
+BUILDERS: dict[Architecture, type[SequenceBuilder]] = {
+    "flattened": SequenceBuilder,
+    "hierarchical": FrameSequenceBuilder,
+}
+
+
 @lru_cache(maxsize=4)
 def load_sequences(
-    tokenizer_name: str, codec_name: str, num_quantizers: int, vocabulary: VocabularyKind = "llama"
+    tokenizer_name: str,
+    codec_name: str,
+    num_quantizers: int,
+    vocabulary: VocabularyKind = "llama",
+    architecture: Architecture = "flattened",
 ) -> SequenceBuilder:
     """A text tokenizer (hub id or folder) extended by the units of a codec, or one that holds them already.
 
     Args:
         vocabulary: "llama" takes the tokenizer as it is, "audio" leaves its text out.
+        architecture: what a position of a training batch is.
 
     Raises:
         UserError: the tokenizer or codec is missing, or the two do not fit.
@@ -65,4 +110,4 @@ def load_sequences(
     tokenizer = load_pretrained(AutoTokenizer, tokenizer_name, what="tokenizer")
     if vocabulary == "audio":
         tokenizer = audio_tokenizer(tokenizer)
-    return SequenceBuilder(*extend_tokenizer(tokenizer, codebook_size, num_quantizers))
+    return BUILDERS[architecture](*extend_tokenizer(tokenizer, codebook_size, num_quantizers))

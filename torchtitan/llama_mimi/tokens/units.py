@@ -19,6 +19,7 @@ AUDIO_START = "<audio>"
 AUDIO_END = "</audio>"
 SPECIAL_ROLES = ("bos_token", "eos_token", "pad_token")  # the order of their ids where there is no text
 VocabularyKind = Literal["llama", "audio"]
+Architecture = Literal["flattened", "hierarchical"]
 _UNIT_PATTERN = re.compile(r"<(\d+)_(\d+)>")
 
 
@@ -88,6 +89,10 @@ class UnitVocabulary:
     def level(self, ids: torch.Tensor) -> torch.Tensor:
         """Quantizer level of each id; only meaningful where `is_unit` holds."""
         return (ids - self.base) % self.num_quantizers
+
+    def entries(self, ids: torch.Tensor) -> torch.Tensor:
+        """Which entry of its own level each id is: its code, or K for ``</audio>``; any shape."""
+        return torch.where(self.is_unit(ids), (ids - self.base) // self.num_quantizers, self.codebook_size)
 
     def unit_tokens(self) -> list[str]:
         """All unit texts in id order, then ``<audio>`` and ``</audio>``: what extends the tokenizer."""

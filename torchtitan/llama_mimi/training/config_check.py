@@ -14,7 +14,9 @@ from torchtitan.tools.logging import logger
 from transformers import LlamaConfig
 
 from llama_mimi.audio.mimi import attention_of, load_codec_config, whole_frames
+from llama_mimi.checkpoint.architectures import load_config
 from llama_mimi.checkpoint.dcp import complete_steps, has_loader_position, is_distributed, set_aside_incomplete
+from llama_mimi.checkpoint.huggingface import hf_config
 from llama_mimi.checkpoint.run_record import ASSETS_FOLDER, speech_config
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.hub import load_pretrained
@@ -25,6 +27,7 @@ from llama_mimi.data.corpus_files import check_corpus
 from llama_mimi.model.llama import FLAVORS
 from llama_mimi.tokens.sequences import load_sequences
 from llama_mimi.tokens.units import has_text
+from llama_mimi.training.loss import level_weights
 
 # Other nodes may see a change on a network file system a minute later (acdirmax of NFS).
 SECONDS_FOR_NODES_TO_AGREE = 90
@@ -49,6 +52,7 @@ def check_settings(job_config: Any, world_size: int) -> None:
         UserError: one sentence for the first thing that is wrong.
     """
     _check_values(job_config)
+    _check_architecture(job_config)
     _check_parallelism(job_config, world_size)
 
 
@@ -179,6 +183,35 @@ def _check_values(job_config: Any) -> None:
         _check_converters(job_config)
     if checkpoint.enable and checkpoint.keep_latest_k == 1:
         raise UserError("checkpoint.keep_latest_k is 1; keep at least 2, as the last may be half written, or 0 for all")
+
+
+def _check_architecture(job_config: Any) -> None:
+    model, parallelism = job_config.model, job_config.parallelism
+    Q = job_config.codec.num_quantizers
+    level_weights(job_config.loss.level_weights, [1.0] * Q)
+    if not 0 < model.depth_share <= 1:
+        raise UserError(f"model.depth_share is {model.depth_share}; it is a share above 0, up to 1 for all frames")
+    if model.architecture == "flattened":
+        if model.depth_share != 1:
+            raise UserError(
+                f"model.depth_share is {model.depth_share}, but model.architecture 'flattened' has no depth"
+            )
+        return
+    if Q < 2:
+        raise UserError(f"codec.num_quantizers is {Q}, but model.architecture 'hierarchical' needs at least 2 levels")
+    refused = {
+        "parallelism.tensor_parallel_degree": parallelism.tensor_parallel_degree > 1,
+        "parallelism.context_parallel_degree": parallelism.context_parallel_degree > 1,
+        "parallelism.pipeline_parallel_degree": parallelism.pipeline_parallel_degree > 1,
+        "model.converters": bool(model.converters),
+        "checkpoint.last_save_in_hf": job_config.checkpoint.last_save_in_hf,
+    }
+    for key, is_set in refused.items():
+        if is_set:
+            raise UserError(
+                f"{key} is set, which model.architecture 'hierarchical' does not have; leave it out: it runs with FSDP "
+                "and HSDP, and scripts/convert_dcp_to_hf.py converts it"
+            )
 
 
 def _check_converters(job_config: Any) -> None:
@@ -316,11 +349,9 @@ def _check_model(job_config: Any) -> None:
             "'audio', or name a folder prepared by scripts/prepare_base_model.py with --vocabulary llama"
         )
     args = copy.copy(FLAVORS[model.flavor])
-    args.vocab_size = sequences.vocabulary.size
-    wanted = speech_config(args, sequences, codec.name, codec.attention)
     base = load_pretrained(LlamaConfig, model.hf_assets_path, what="model")
     problem = f"model.flavor '{model.flavor}' is not the model in '{model.hf_assets_path}'"
-    _require_same(wanted, base, SHAPE_KEYS, problem)
+    _require_same(hf_config(args), base, SHAPE_KEYS, problem)
     # What prepare_base_model writes names its codec, but was trained on no codes.
     is_trained = hasattr(base, "codec_attention") or (hasattr(base, "num_quantizers") and not hasattr(base, "codec"))
     if job_config.checkpoint.initial_load_in_hf and is_trained and attention_of(base) != codec.attention:
@@ -343,11 +374,13 @@ def _check_model(job_config: Any) -> None:
             )
     folder = Path(job_config.job.dump_folder)
     if (folder / job_config.checkpoint.folder).is_dir() and (folder / ASSETS_FOLDER).is_dir():
-        earlier = load_pretrained(LlamaConfig, str(folder / ASSETS_FOLDER), what="model")
-        earlier.codec_attention = attention_of(earlier)
+        args.update_from_config(job_config)
+        wanted = speech_config(args, sequences, codec.name, codec.attention)
+        earlier, kind = load_config(str(folder / ASSETS_FOLDER), "run record")
         problem = f"job.dump_folder '{folder}' holds the run of another model"
+        _require_same(wanted, earlier, ("model_type",), f"{problem}.architecture")
         _require_same(wanted, earlier, (*SHAPE_KEYS, "num_quantizers", "codec", "codec_attention"), problem)
-        _require_same(wanted, earlier, ("vocab_size",), f"{problem}.vocabulary or tokenizer")
+        _require_same(wanted, earlier, (kind.entries_key,), f"{problem}.vocabulary or tokenizer")
 
 
 def _check_resume(job_config: Any) -> None:

@@ -1,6 +1,7 @@
-"""Cross-entropy over units, in total and per quantizer level."""
+"""Cross-entropy over units, weighted by level in total, and as it is per quantizer level."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +9,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from llama_mimi.common.errors import UserError
-from llama_mimi.model.cross_entropy import PendingLogits, chunk_losses, cross_entropy
+from llama_mimi.model.cross_entropy import PendingLogits, Targets, chunk_losses, cross_entropy, unit_targets
+from llama_mimi.model.hierarchical import PendingFrames
 from llama_mimi.tokens.sequences import IGNORE_INDEX
 from llama_mimi.tokens.units import UnitVocabulary
 
@@ -20,10 +22,11 @@ class LevelMeter:
         self._sums: torch.Tensor | None = None
 
     def add(self, losses_N: torch.Tensor, rows_N: torch.Tensor, num_rows: int) -> None:
-        """Add losses (N,), each to its row (N,) in ``[0, num_rows)``."""
-        sums = torch.zeros(2, num_rows, device=losses_N.device, dtype=torch.float64)
+        """Add losses (N,), each to its row (N,); what is in row ``num_rows`` is not recorded."""
+        sums = torch.zeros(2, num_rows + 1, device=losses_N.device, dtype=torch.float64)
         sums[0].index_add_(0, rows_N, losses_N.double())
         sums[1].index_add_(0, rows_N, torch.ones_like(losses_N, dtype=torch.float64))
+        sums = sums[:, :num_rows]
         self._sums = sums if self._sums is None else self._sums + sums
 
     def take(self) -> torch.Tensor | None:
@@ -40,47 +43,100 @@ def reduce_sums(sums: torch.Tensor, mesh: DeviceMesh | None) -> torch.Tensor:
     return sums
 
 
+def level_weights(recipe: str, shares: Sequence[float]) -> list[float]:
+    """Weights of the losses of each level, such that the mean weight of the targets of a frame is one.
+
+    So the learning rate keeps its meaning, whatever the recipe.
+
+    Args:
+        recipe: "uniform"; "semantic:R", level 0 R times as much as each other level (lambda in arXiv 2509.14882);
+            "geometric:R", from level 0 to the last one down to one R-th in equal ratios; or Q numbers with commas.
+        shares: of the frames in which each level has a target, Q of them. A level with few counts as if it had all.
+
+    Raises:
+        UserError: no such recipe, or numbers that are not Q or not positive.
+    """
+    Q = len(shares)
+    name, _, number = recipe.partition(":")
+    try:
+        if recipe == "uniform":
+            weights = [1.0] * Q
+        elif name == "semantic":
+            weights = [float(number), *[1.0] * (Q - 1)]
+        elif name == "geometric":
+            weights = [float(number) ** (1 - level / max(Q - 1, 1)) for level in range(Q)]
+        else:
+            weights = [float(part) for part in recipe.split(",")]
+    except ValueError:
+        weights = []
+    if len(weights) != Q or not all(0 < weight < math.inf for weight in weights):
+        raise UserError(
+            f"loss.level_weights is '{recipe}'; it is uniform, semantic:100, geometric:100, or {Q} positive numbers "
+            "divided by commas, one for each level"
+        )
+    weights = [weight / share for weight, share in zip(weights, shares, strict=True)]
+    mean = sum(weight * share for weight, share in zip(weights, shares, strict=True)) / sum(shares)
+    return [weight / mean for weight in weights]
+
+
 class UnitLoss:
-    """TorchTitan's loss seam: the sum of cross-entropies over targets, recorded per level on the way.
+    """TorchTitan's loss seam: the weighted sum of cross-entropies over targets, recorded per level on the way.
 
     Args:
         vocabulary: tells the level of a label.
-        meter: where the levels are recorded.
+        meter: where the levels are recorded, without weights.
+        weights: of the Q levels; the end of the speech stands in the place of a level 0.
         compile_fn: compiles what is done with a chunk of logits, or leaves it.
     """
 
     def __init__(
-        self, vocabulary: UnitVocabulary, meter: LevelMeter, compile_fn: Callable[[Callable], Callable] | None = None
+        self,
+        vocabulary: UnitVocabulary,
+        meter: LevelMeter,
+        weights: Sequence[float],
+        compile_fn: Callable[[Callable], Callable] | None = None,
     ) -> None:
         self._vocabulary, self._meter = vocabulary, meter
+        self._weights_Q = torch.tensor(weights)
         self._chunk_step = compile_fn(chunk_losses) if compile_fn else None
         # 1 / number of targets: TorchTitan 0.2.2 does not divide a pipeline's gradients; see train.SpeechTrainer.
         self.pipeline_scale: torch.Tensor | None = None
 
-    def __call__(self, logits: PendingLogits | torch.Tensor, labels_BL: torch.Tensor) -> torch.Tensor:
+    def __call__(self, logits: PendingLogits | PendingFrames | torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The sum over the batch.
 
         Args:
             logits: of the batch; a pipeline's last stage has them as they are (B, L, V), for a few rows at a time.
-            labels_BL: the targets.
+            labels: the targets (B, L), or (B, L, Q) of the hierarchical arm.
         """
-        labels_L, Q = labels_BL.flatten(), self._vocabulary.num_quantizers
-        positions_N = (labels_L != IGNORE_INDEX).nonzero()[:, 0]
-        targets_N = labels_L[positions_N]
-        if isinstance(logits, PendingLogits):
-            loss_sum, losses_N = cross_entropy(logits, positions_N, targets_N, self._chunk_step)
-        else:
-            losses_L = F.cross_entropy(
-                logits.flatten(0, 1).float(), labels_L, reduction="none", ignore_index=IGNORE_INDEX
+        if isinstance(logits, torch.Tensor):
+            return self._of_pipeline(logits, labels)
+        sums = []
+        for head in logits.heads(labels, self._vocabulary):
+            targets = head.targets
+            loss_sum, losses_N = cross_entropy(
+                head.logits, targets.positions_N, targets.entries_N, self._weights(targets), self._chunk_step
             )
-            if isinstance(losses_L, DTensor):  # loss parallel: replicated after the reduction over the vocabulary
-                losses_L = losses_L.to_local()
-            if self.pipeline_scale is None:
-                raise UserError(
-                    "pipeline parallelism needs `-m llama_mimi.train`, as TorchTitan's own entry point does not divide "
-                    "its gradients by the number of targets"
-                )
-            loss_sum, losses_N = losses_L.sum() * self.pipeline_scale, losses_L.detach()[positions_N]
-        rows_N = torch.where(self._vocabulary.is_unit(targets_N), self._vocabulary.level(targets_N), Q)
-        self._meter.add(losses_N, rows_N, Q + 1)
-        return loss_sum
+            self._meter.add(losses_N, targets.rows_N, self._vocabulary.num_quantizers + 1)
+            sums.append(loss_sum)
+        return torch.stack(sums).sum()
+
+    def _of_pipeline(self, logits_BLV: torch.Tensor, labels_BL: torch.Tensor) -> torch.Tensor:
+        if self.pipeline_scale is None:
+            raise UserError(
+                "pipeline parallelism needs `-m llama_mimi.train`, as TorchTitan's own entry point does not divide its "
+                "gradients by the number of targets"
+            )
+        losses_L = F.cross_entropy(
+            logits_BLV.flatten(0, 1).float(), labels_BL.flatten(), reduction="none", ignore_index=IGNORE_INDEX
+        )
+        if isinstance(losses_L, DTensor):  # loss parallel: replicated after the reduction over the vocabulary
+            losses_L = losses_L.to_local()
+        targets = unit_targets(labels_BL, self._vocabulary)
+        losses_N = losses_L[targets.positions_N]
+        self._meter.add(losses_N.detach(), targets.rows_N, self._vocabulary.num_quantizers + 1)
+        return (losses_N * self._weights(targets)).sum() * self.pipeline_scale
+
+    def _weights(self, targets: Targets) -> torch.Tensor:
+        self._weights_Q = self._weights_Q.to(targets.levels_N.device)
+        return self._weights_Q[targets.levels_N]

@@ -89,6 +89,7 @@ class SpeechMetrics(MetricsProcessor):
         metrics: dict[str, Any] = {
             "loss_metrics/global_avg_loss": global_avg_loss,
             **{f"loss_metrics/{name}": loss for name, loss in self._level_losses(sums).items()},
+            **{f"bits_per_audio_second/{name}": bits for name, bits in self._bits(sums).items()},
             "grad_norm": grad_norm,
             "throughput/useful_tokens_per_s": tokens_per_s,
             "throughput/audio_seconds_per_s": float(sums[1, 0]) / self._frame_rate_hz / seconds,
@@ -126,7 +127,8 @@ class SpeechMetrics(MetricsProcessor):
         self.time_last_log += seconds
         sums = self._reduced(self._validation_meter)
         levels = {f"validation_metrics/{name}": loss for name, loss in self._level_losses(sums).items()}
-        self.logger.log({"validation_metrics/loss": loss, **levels, **(extra_metrics or {})}, step)
+        bits = {f"validation_bits_per_audio_second/{name}": bits for name, bits in self._bits(sums).items()}
+        self.logger.log({"validation_metrics/loss": loss, **levels, **bits, **(extra_metrics or {})}, step)
         logger.info(
             f"validate step: {step}  loss: {loss:.5f}  levels: {self._format_levels(sums)}  "
             f"({sums[1, 0] / self._frame_rate_hz:,.0f} s of audio)"
@@ -153,11 +155,19 @@ class SpeechMetrics(MetricsProcessor):
         self.time_last_log = time.perf_counter()
         self.device_memory_monitor.reset_peak_stats()
 
-    @staticmethod
-    def _level_losses(sums: torch.Tensor) -> dict[str, float]:
-        """Mean loss of each level that had targets; the last row is ``</audio>``."""
-        names = [*(f"level_{level}" for level in range(sums.shape[1] - 1)), "audio_end"]
-        return {name: s / n for name, (s, n) in zip(names, sums.T.tolist(), strict=True) if n}
+    def _level_losses(self, sums: torch.Tensor) -> dict[str, float]:
+        """Mean loss of each level that had targets, and of ``</audio>``, the last of Q + 1 rows."""
+        names = [*(f"level_{level}" for level in range(self._num_quantizers)), "audio_end"]
+        return {name: s / n for name, (s, n) in zip(names, sums.T.tolist(), strict=False) if n}
+
+    def _bits(self, sums: torch.Tensor) -> dict[str, float]:
+        """What a second of audio costs in bits, by level and in total: it compares recipes and architectures.
+
+        The end of the speech is left out, as it is no code.
+        """
+        nats_to_bits = self._frame_rate_hz / math.log(2)
+        losses = self._level_losses(sums[:, :-1])
+        return {name: nats_to_bits * loss for name, loss in (losses | {"all": sum(losses.values())}).items()}
 
     @staticmethod
     def _format_levels(sums: torch.Tensor) -> str:

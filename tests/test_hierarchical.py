@@ -1,0 +1,342 @@
+"""The hierarchical arm against `CsmForConditionalGeneration` of transformers: logits, losses, scores, generation."""
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY
+from transformers import CsmForConditionalGeneration
+
+from llama_mimi.audio.mimi import MimiCodec
+from llama_mimi.checkpoint.csm import csm_args, csm_config, csm_state
+from llama_mimi.common.errors import UserError
+from llama_mimi.data.packing import BatchPacker
+from llama_mimi.evaluation.likelihood import batch_scores
+from llama_mimi.evaluation.scoring import Scoring
+from llama_mimi.generation.continuation import SamplingOptions, continue_codes
+from llama_mimi.generation.hierarchical import HierarchicalModel
+from llama_mimi.model.architectures import build_model
+from llama_mimi.model.llama import FLAVORS
+from llama_mimi.tokens.sequences import IGNORE_INDEX, load_sequences
+from llama_mimi.training.loss import LevelMeter, UnitLoss, level_weights
+
+Q, K = 4, 256
+
+
+@pytest.fixture(scope="module")
+def sequences():
+    return load_sequences(str(TINY / "llama"), str(TINY / "mimi"), Q, "llama", "hierarchical")
+
+
+@pytest.fixture(scope="module")
+def args(sequences):
+    return replace(
+        FLAVORS["tiny"],
+        architecture="hierarchical",
+        enable_weight_tying=False,
+        vocab_size=sequences.vocabulary.size,
+        num_quantizers=Q,
+        codebook_size=K,
+        max_seq_len=256,
+    )
+
+
+def built(args, seed=0):
+    torch.manual_seed(seed)
+    model = build_model(args)
+    with torch.no_grad():
+        model.init_weights()
+        for head in (model.output, model.depth.heads):  # so that nothing is nearly uniform
+            head.weight.mul_(4)
+    return model
+
+
+def in_transformers(model):
+    """The same model as transformers has it, in its plainest attention."""
+    config = csm_config(model.model_args, codec=str(TINY / "mimi"), num_quantizers=Q)
+    csm = CsmForConditionalGeneration(config).eval()
+    missing, unexpected = csm.load_state_dict(csm_state(model.state_dict(), model.model_args), strict=False)
+    assert not unexpected and all(name.startswith("codec_model.") for name in missing)
+    csm.tie_weights()
+    return csm
+
+
+@pytest.fixture(scope="module")
+def pair(args):
+    model = built(args)
+    return model, in_transformers(model)
+
+
+def clip(num_frames, seed=0):
+    return torch.randint(K, (num_frames, Q), generator=torch.Generator().manual_seed(seed))
+
+
+def batch(sequences, clips, seq_len, is_packed=False, depth=None):
+    packer = BatchPacker(sequences, 1 if is_packed else len(clips), seq_len, is_packed=is_packed, has_positions=True)
+    for codes_TQ in clips:
+        is_deep_T = None if depth is None else depth[: len(codes_TQ)]
+        assert packer.add(codes_TQ.numpy(), is_cut=False, is_deep_T=is_deep_T) == len(codes_TQ)
+    return packer.take()
+
+
+def run(model, inputs):
+    """What logits are made of, with or without a mask."""
+    extra = {}
+    if model.model_args.attn_type == "varlen":
+        extra["attention_masks"] = model.get_attention_masks(inputs["input"], None, inputs)
+        extra["positions"] = inputs["positions"]
+    return model(inputs["input"], targets=inputs["targets"], **extra)
+
+
+def loss_of(model, sequences, clips, seq_len, weights=(1.0,) * Q, is_packed=False, depth=None):
+    """Loss and sums by level of a batch; the gradients are left in the model."""
+    inputs, labels_BLQ = batch(sequences, clips, seq_len, is_packed, depth)
+    meter = LevelMeter()
+    loss = UnitLoss(sequences.vocabulary, meter, weights)(run(model, inputs), labels_BLQ)
+    loss = loss / (labels_BLQ != IGNORE_INDEX).sum()
+    model.zero_grad()
+    loss.backward()
+    return loss.detach(), meter.take()
+
+
+def frames_of(sequences, codes_TQ):
+    """A clip as CSM's code has it: embeddings' codes (T + 1, Q) with the end, whose every level is K."""
+    return torch.cat([codes_TQ, torch.full((1, Q), K)])
+
+
+def csm_inputs(csm, sequences, codes_TQ):
+    """Embeddings (1, L, D) of ``BOS <audio>`` and all frames of a clip, without the end."""
+    head_1LD = csm.embed_text_tokens(torch.tensor([sequences.head()]))
+    return torch.cat([head_1LD, csm.backbone_model.embed_tokens(codes_TQ[None])], dim=1)
+
+
+def test_logits_of_both_networks_are_those_of_transformers(pair, sequences):
+    model, csm = pair
+    codes_TQ = clip(9)
+    pending = run(model, batch(sequences, [codes_TQ], 16)[0])
+    frames_TQ = frames_of(sequences, codes_TQ)
+    with torch.no_grad():
+        out = csm.backbone_model(inputs_embeds=csm_inputs(csm, sequences, codes_TQ)).last_hidden_state[0, 1:]
+        level_0_TV = csm.lm_head(out)
+        given_TQ = F.pad(frames_TQ[:, :-1], (1, 0))
+        depth_TqV = csm.depth_decoder(input_ids=given_TQ, backbone_last_hidden_state=out).logits
+    torch.testing.assert_close(pending.level_0.compute()[0, 1:11], level_0_TV, atol=1e-5, rtol=1e-5)
+    for level, logits in enumerate(pending.levels, start=1):
+        torch.testing.assert_close(logits.compute()[0], depth_TqV[:, level - 1], atol=1e-5, rtol=1e-5)
+
+
+def from_transformers(theirs, model):
+    """Weights under our names: `csm_state` only moves numbers, so numbers of places say where each went."""
+    sizes = {name: weight.numel() for name, weight in model.state_dict().items()}
+    starts = dict(zip(sizes, itertools.accumulate(sizes.values(), initial=0), strict=False))
+    places = {
+        name: torch.arange(starts[name], starts[name] + sizes[name]).view(weight.shape)
+        for name, weight in model.state_dict().items()
+    }
+    values = torch.zeros(sum(sizes.values()))
+    for name, place in csm_state(places, model.model_args).items():
+        values[place.flatten()] = theirs[name].flatten()
+    return {name: values[place] for name, place in places.items()}
+
+
+def test_weights_of_transformers_have_the_same_logits_here(sequences, args):
+    """The other direction: weights that its own class has drawn."""
+    torch.manual_seed(3)
+    csm = CsmForConditionalGeneration(csm_config(args, codec=str(TINY / "mimi"), num_quantizers=Q)).eval()
+    model = built(replace(csm_args(csm.config), max_seq_len=256))
+    model.load_state_dict(from_transformers(csm.state_dict(), model))
+    codes_TQ = clip(7)
+    pending = run(model, batch(sequences, [codes_TQ], 12)[0])
+    with torch.no_grad():
+        hidden_TD = csm.backbone_model(inputs_embeds=csm_inputs(csm, sequences, codes_TQ)).last_hidden_state[0, 1:]
+        given_TQ = F.pad(codes_TQ[:, :-1], (1, 0))
+        depth_TqV = csm.depth_decoder(input_ids=given_TQ, backbone_last_hidden_state=hidden_TD[:7]).logits
+    torch.testing.assert_close(pending.level_0.compute()[0, 1:9], csm.lm_head(hidden_TD), atol=1e-5, rtol=1e-5)
+    for level, logits in enumerate(pending.levels, start=1):
+        torch.testing.assert_close(logits.compute()[0, :7], depth_TqV[:, level - 1], atol=1e-5, rtol=1e-5)
+
+
+def test_the_loss_is_that_of_transformers(pair, sequences):
+    """Its sum of two means, from the sums of ours; the end is a frame like others there."""
+    model, csm = pair
+    codes_TQ = clip(9)
+    frames_TQ = frames_of(sequences, codes_TQ)
+    labels_1LQ = torch.cat([torch.full((2, Q), IGNORE_INDEX), frames_TQ])[None]
+    with torch.no_grad():
+        theirs = csm(inputs_embeds=csm_inputs(csm, sequences, frames_TQ), labels=labels_1LQ)
+    ours, _ = loss_of(model, sequences, [codes_TQ], 32)
+    wanted = (theirs.backbone_loss + (Q - 1) * theirs.depth_decoder_loss) / Q
+    torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("seq_len", [25, 32])  # filled to the last place, and with padding behind
+def test_packed_clips_are_as_if_alone(args, sequences, seq_len):
+    model, packed = built(args), built(replace(args, attn_type="varlen", attn_mask_type="block_causal"))
+    clips = [clip(8, 0), clip(1, 1), clip(5, 2), clip(3, 3)]
+    loss, sums = loss_of(packed, sequences, clips, seq_len, is_packed=True)
+    alone = [loss_of(model, sequences, [codes_TQ], 16) for codes_TQ in clips]
+    torch.testing.assert_close(sums, sum(sums for _, sums in alone), atol=1e-4, rtol=1e-6)
+    padded_loss, _ = loss_of(model, sequences, clips, 16)
+    torch.testing.assert_close(loss, padded_loss, atol=1e-5, rtol=1e-5)
+    for (name, parameter), other in zip(packed.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad, atol=1e-5, rtol=1e-5, msg=name)
+
+
+def test_frames_that_do_not_train_the_depth_decoder(pair, sequences):
+    """Their level 0 counts, their other levels do not, and the others' losses are as before."""
+    model, _ = pair
+    codes_TQ, is_deep_T = clip(8), np.array([True, False, False, True, False, False, False, False])
+    _, sums = loss_of(model, sequences, [codes_TQ], 16, depth=is_deep_T)
+    assert sums[1].tolist() == [8, 2, 2, 2, 1]
+    inputs, labels_BLQ = batch(sequences, [codes_TQ], 16)
+    meter = LevelMeter()
+    labels_BLQ[0, 1:9][~torch.from_numpy(is_deep_T), 1:] = IGNORE_INDEX
+    UnitLoss(sequences.vocabulary, meter, [1.0] * Q)(run(model, inputs | {"targets": labels_BLQ}), labels_BLQ)
+    torch.testing.assert_close(meter.take(), sums)
+
+
+def test_a_batch_without_targets_has_gradients(pair, sequences):
+    """Every rank of a sharded model needs one of every weight."""
+    model, _ = pair
+    packer = BatchPacker(sequences, 2, 16, is_packed=False, has_positions=False)
+    inputs, labels_BLQ = packer.take()
+    loss = UnitLoss(sequences.vocabulary, LevelMeter(), [1.0] * Q)(run(model, inputs), labels_BLQ)
+    model.zero_grad()
+    loss.backward()
+    assert loss == 0
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("weights", [(2.0, 1.0, 0.5, 0.5), tuple(level_weights("semantic:100", [1.0] * Q))])
+def test_weighted_gradients_are_those_of_the_plain_formula(pair, sequences, weights):
+    model, _ = pair
+    clips = [clip(6, 1), clip(3, 2)]
+    loss, sums = loss_of(model, sequences, clips, 12, weights)
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    inputs, labels_BLQ = batch(sequences, clips, 12)
+    pending = run(model, inputs)
+    entries_BLQ = torch.where(
+        labels_BLQ == IGNORE_INDEX, IGNORE_INDEX, sequences.vocabulary.entries(labels_BLQ)
+    ).flatten(0, 1)
+    logits = [pending.level_0.compute().flatten(0, 1), *(level.compute()[0] for level in pending.levels)]
+    kept = [slice(None), *[pending.depth_N] * (Q - 1)]
+    plain = (
+        sum(
+            weight * F.cross_entropy(logits_NV, entries_BLQ[rows, level], reduction="sum", ignore_index=IGNORE_INDEX)
+            for level, (weight, logits_NV, rows) in enumerate(zip(weights, logits, kept, strict=True))
+        )
+        / (labels_BLQ != IGNORE_INDEX).sum()
+    )
+    torch.testing.assert_close(loss, plain.detach(), atol=1e-6, rtol=1e-5)
+    for gradient, wanted in zip(gradients, torch.autograd.grad(plain, list(model.parameters())), strict=True):
+        torch.testing.assert_close(gradient, wanted, atol=1e-6, rtol=1e-4)
+    _, unweighted = loss_of(model, sequences, clips, 12)
+    torch.testing.assert_close(sums, unweighted)
+
+
+@pytest.fixture(scope="module")
+def speech_model(pair, sequences):
+    return HierarchicalModel(pair[1], sequences, MimiCodec(str(TINY / "mimi"), Q))
+
+
+def plain_frame(csm, state_D, entries_Q):
+    """Log-likelihood of each level of one frame, its codes one after the other."""
+    values = [float(csm.lm_head(state_D).log_softmax(-1)[entries_Q[0]])]
+    for level in range(1, Q):
+        given = torch.tensor([[0, *entries_Q[:level].tolist()]])
+        logits_V = csm.depth_decoder(input_ids=given, backbone_last_hidden_state=state_D[None]).logits[0, level - 1]
+        values.append(float(logits_V.log_softmax(-1)[entries_Q[level]]))
+    return values
+
+
+@pytest.mark.parametrize("is_cut", [False, True])
+@pytest.mark.parametrize(
+    "scoring", [Scoring(None), Scoring((0,)), Scoring((1, 3), end_token=False, statistic="sum")], ids=str
+)
+@torch.no_grad()
+def test_a_score_is_that_of_the_plainest_loop(speech_model, sequences, scoring, is_cut):
+    """In a batch with a longer clip, against one clip, one frame and one level after the other."""
+    csm, codes_TQ = speech_model.csm, clip(6, 5)
+    found, _ = batch_scores(speech_model, [(codes_TQ, is_cut), (clip(11, 6), False)], scoring)
+    states_LD = csm.backbone_model(inputs_embeds=csm_inputs(csm, sequences, codes_TQ)).last_hidden_state[0]
+    values = []
+    for frame, entries_Q in enumerate(codes_TQ):
+        by_level = plain_frame(csm, states_LD[1 + frame], entries_Q)
+        values += [by_level[level] for level in (range(Q) if scoring.levels is None else scoring.levels)]
+    if scoring.end_token and not is_cut:
+        values.append(float(csm.lm_head(states_LD[-1]).log_softmax(-1)[K]))
+    wanted = sum(values) if scoring.statistic == "sum" else sum(values) / len(values)
+    assert found == pytest.approx(wanted, abs=1e-5)
+
+
+def test_the_first_release_has_no_hierarchical_scores(speech_model):
+    with pytest.raises(UserError, match="use --preset official"):
+        batch_scores(speech_model, [(clip(3), False)], Scoring(None, as_released=True))
+
+
+def test_greedy_generation_is_that_of_transformers(speech_model, sequences):
+    csm, prompt_TQ = speech_model.csm, clip(5, 7)
+    (ours_TQ,) = continue_codes(speech_model, prompt_TQ, SamplingOptions(seconds=1.6, temperature=0))
+    theirs_1TQ = csm.generate(
+        inputs_embeds=csm_inputs(csm, sequences, prompt_TQ),
+        max_new_tokens=20,
+        do_sample=False,
+        depth_decoder_do_sample=False,
+    )
+    # Theirs may draw an end in a deep level alone, ours cannot; from there on they differ.
+    is_end_T = (theirs_1TQ[0] == K).any(dim=1).tolist()
+    length = is_end_T.index(True) if True in is_end_T else len(is_end_T)
+    assert length > 5, "the comparison has frames"
+    assert torch.equal(ours_TQ[5 : 5 + length], theirs_1TQ[0, :length])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_samples_are_whole_frames_after_the_prompt(speech_model, temperature):
+    options = SamplingOptions(seconds=2.0, min_seconds=0.4, temperature=temperature, num_samples=6)
+    prompt_TQ = clip(4, 8)
+    samples = continue_codes(speech_model, prompt_TQ, options)
+    assert len(samples) == 6
+    for codes_TQ in samples:
+        assert codes_TQ.shape[1] == Q and 4 + 5 <= len(codes_TQ) <= 4 + 25
+        assert torch.equal(codes_TQ[:4], prompt_TQ) and 0 <= codes_TQ.min() and codes_TQ.max() < K
+    again = continue_codes(speech_model, prompt_TQ, options)
+    assert all(torch.equal(a, b) for a, b in zip(samples, again, strict=True))
+
+
+def test_the_speech_ends_where_the_model_ends_it(speech_model):
+    """An end that is nearly certain ends at once, or after the least that was asked for."""
+    csm = speech_model.csm
+    csm.lm_head.bias = torch.nn.Parameter(F.one_hot(torch.tensor(K), K + 1) * 1e4)
+    try:
+        for min_seconds, frames in ((0.0, 0), (0.8, 10)):
+            options = SamplingOptions(seconds=2.0, min_seconds=min_seconds)
+            (codes_TQ,) = continue_codes(speech_model, clip(4), options)
+            assert len(codes_TQ) == 4 + frames
+    finally:
+        csm.lm_head.bias = None
+
+
+@pytest.mark.parametrize(
+    ("recipe", "shares", "wanted"),
+    [
+        ("uniform", [1.0] * 4, [1.0, 1.0, 1.0, 1.0]),
+        ("semantic:100", [1.0] * 4, [400 / 103, 4 / 103, 4 / 103, 4 / 103]),
+        ("geometric:8", [1.0] * 4, [32 / 15, 16 / 15, 8 / 15, 4 / 15]),
+        ("3, 2, 2, 1", [1.0] * 4, [1.5, 1.0, 1.0, 0.5]),
+        # A quarter of the frames stands for all of them; the mean over the targets that are there is one.
+        ("uniform", [1.0, 0.25, 0.25, 0.25], [7 / 16, 7 / 4, 7 / 4, 7 / 4]),
+    ],
+)
+def test_level_weights(recipe, shares, wanted):
+    found = level_weights(recipe, shares)
+    assert found == pytest.approx(wanted)
+    assert sum(w * s for w, s in zip(found, shares, strict=True)) / sum(shares) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("recipe", ["semantic", "semantic:0", "geometric:x", "1,1,1", "1,1,1,-1", "linear", ""])
+def test_impossible_level_weights_are_refused(recipe):
+    with pytest.raises(UserError, match=r"loss.level_weights is '.*'; it is uniform"):
+        level_weights(recipe, [1.0] * 4)

@@ -1,0 +1,115 @@
+"""The hierarchical arm in Hugging Face terms: an ordinary `CsmForConditionalGeneration`, with its codec inside.
+
+Ids mean the same in both arms: ``embed_text_tokens`` is the whole embedding table, so that one tokenizer serves both,
+and a prompt of text begins ``BOS text <audio>``. Where stock code puts audio into text, ``<0_0>`` stands for a frame
+and ``</audio>`` for the end. A frame's codes are numbers below K; K is the end, in every level, and the padding.
+"""
+
+from typing import Any
+
+import torch
+from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
+from transformers import CsmConfig, CsmDepthDecoderConfig
+
+from llama_mimi.audio.mimi import load_codec_config
+from llama_mimi.checkpoint.huggingface import LlamaMimiStateDictAdapter, hf_config, model_args
+from llama_mimi.model.llama import LlamaMimiArgs
+from llama_mimi.tokens.units import UnitVocabulary
+
+# Name of a network in our state, and what stands before and in place of "model." in theirs.
+BACKBONE, DEPTH = "backbone_model", "depth_decoder.model"
+# Entries of a plain Llama's configuration that a network of CSM has, too.
+SHAPE_KEYS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "rope_parameters",
+)
+
+
+def csm_config(args: LlamaMimiArgs, **extra: Any) -> CsmConfig:
+    """The configuration of the CSM that computes the same logits as ``args``.
+
+    Args:
+        args: with vocabulary and levels set.
+        extra: further entries, as of `llama_mimi.checkpoint.huggingface.hf_config`; the codec among them goes into the
+            folder.
+    """
+    assert args.depth is not None
+    vocabulary = args.vocabulary
+    network, depth = hf_config(args), hf_config(args.depth)
+    levels = {"num_codebooks": args.num_quantizers, "vocab_size": args.codebook_size + 1}
+    return CsmConfig(
+        **{key: getattr(network, key) for key in SHAPE_KEYS},
+        **levels,
+        **extra,
+        architectures=["CsmForConditionalGeneration"],
+        max_position_embeddings=network.max_position_embeddings,
+        text_vocab_size=vocabulary.size,
+        codebook_eos_token_id=args.codebook_size,
+        codebook_pad_token_id=args.codebook_size,
+        audio_token_id=vocabulary.base,
+        audio_eos_token_id=vocabulary.audio_end_id,
+        tie_codebooks_embeddings=True,
+        depth_decoder_config=CsmDepthDecoderConfig(
+            **{key: getattr(depth, key) for key in SHAPE_KEYS},
+            **levels,
+            backbone_hidden_size=args.dim,
+            max_position_embeddings=args.num_quantizers + 1,
+        ),
+        codec_config=load_codec_config(extra["codec"], args.num_quantizers),
+    )
+
+
+def csm_args(config: CsmConfig) -> LlamaMimiArgs:
+    """Inverse of `csm_config`.
+
+    Raises:
+        UserError: see `llama_mimi.checkpoint.huggingface.model_args`.
+    """
+    args = model_args(config)
+    args.vocab_size, args.enable_weight_tying = config.text_vocab_size, False
+    args.architecture, args.depth = "hierarchical", model_args(config.depth_decoder_config)
+    args.num_quantizers, args.codebook_size = config.num_codebooks, config.vocab_size - 1
+    return args
+
+
+def csm_state(state: dict[str, torch.Tensor], args: LlamaMimiArgs) -> dict[str, torch.Tensor]:
+    """Our weights under the names and in the shapes of `CsmForConditionalGeneration`, but for those of the codec."""
+    theirs: dict[str, torch.Tensor] = {}
+    for prefix, name, network in (("", BACKBONE, args), ("depth.", DEPTH, args.depth)):
+        parts = (f"{prefix}layers.", f"{prefix}norm.")
+        own = {key.removeprefix(prefix): weight for key, weight in state.items() if key.startswith(parts)}
+        for key, weight in Llama3StateDictAdapter(network, None).to_hf(own).items():
+            theirs[key.replace("model", name, 1)] = weight
+    table_VD = state["tok_embeddings.weight"]
+    codes_QD = table_VD[_rows_of_levels(args.vocabulary)]
+    heads_qVD = state["depth.heads.weight"].unflatten(0, (args.num_quantizers - 1, -1))
+    return theirs | {
+        "embed_text_tokens.weight": table_VD,
+        f"{BACKBONE}.embed_tokens.embed_audio_tokens.weight": codes_QD,
+        f"{DEPTH}.embed_tokens.weight": codes_QD,
+        "lm_head.weight": state["output.weight"],
+        f"{DEPTH}.inputs_embeds_projector.weight": state["depth.projection.weight"],
+        "depth_decoder.codebooks_head.weight": heads_qVD.transpose(1, 2).contiguous(),
+    }
+
+
+def _rows_of_levels(vocabulary: UnitVocabulary) -> torch.Tensor:
+    """Ids of the codes of level 0 and its end, then of level 1 and its end, and so on; all ends are ``</audio>``."""
+    K, Q = vocabulary.codebook_size, vocabulary.num_quantizers
+    ids_KQ = vocabulary.ids_from_codes(torch.arange(K)[:, None].expand(K, Q)).view(K, Q)
+    ends_1Q = torch.full((1, Q), vocabulary.audio_end_id)
+    return torch.cat([ids_KQ, ends_1Q]).T.flatten()
+
+
+class HierarchicalStateDictAdapter(LlamaMimiStateDictAdapter):
+    """A Llama's folder fills the backbone and the embeddings; what it has not, keeps its first weights."""
+
+    def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        parts = ("layers.", "norm.", "tok_embeddings.")
+        return super().to_hf({key: weight for key, weight in state_dict.items() if key.startswith(parts)})

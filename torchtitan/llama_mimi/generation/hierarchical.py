@@ -1,0 +1,139 @@
+"""The hierarchical arm at work: the backbone takes a step a frame, the depth decoder one a level.
+
+The logits are those of the stock `CsmForConditionalGeneration`; what is drawn from them is decided here. Its own
+``generate`` starts another ``generate`` for every frame, and cannot keep a frame from being half an end.
+"""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from transformers import CsmForConditionalGeneration, DynamicCache
+
+from llama_mimi.common.errors import UserError
+from llama_mimi.generation.speech_model import POSITIONS_AT_ONCE, Sampling, SpeechModel, draw, log_likelihoods
+
+
+class HierarchicalModel(SpeechModel):
+    @property
+    def csm(self) -> CsmForConditionalGeneration:
+        return cast(CsmForConditionalGeneration, self.decoder)
+
+    def num_positions(self, num_head_tokens: int, num_frames: int) -> int:
+        return num_head_tokens + num_frames
+
+    @torch.inference_mode()
+    def log_likelihoods(self, ids: Sequence[torch.Tensor], is_scored: Sequence[torch.Tensor]) -> torch.Tensor:
+        """See `SpeechModel.log_likelihoods`.
+
+        Raises:
+            UserError: a token before the first frame is scored, which this model does not predict.
+        """
+        hidden, entries, wanted = [], [], []
+        for (hidden_LD, num_head, entries_TQ), is_scored_L in zip(self._read(ids), is_scored, strict=True):
+            if bool(is_scored_L[:num_head].any()):
+                raise UserError(
+                    "this scoring takes the likelihood of <audio>, which a hierarchical model does not give; use "
+                    "--preset official"
+                )
+            T = len(entries_TQ)
+            hidden.append(hidden_LD[num_head - 1 : num_head - 1 + T])
+            entries.append(entries_TQ)
+            # The end has the place of a level 0, and its other levels are no events.
+            is_wanted = torch.zeros(entries_TQ.numel(), dtype=torch.bool)
+            is_wanted[: len(is_scored_L) - num_head] = is_scored_L[num_head:]
+            wanted.append(is_wanted)
+        frames = zip(
+            torch.cat(hidden).split(POSITIONS_AT_ONCE), torch.cat(entries).split(POSITIONS_AT_ONCE), strict=True
+        )
+        values_NQ = torch.cat([self._frame_log_likelihoods(hidden_ND, entries_NQ) for hidden_ND, entries_NQ in frames])
+        return values_NQ.flatten()[torch.cat(wanted)]
+
+    def _read(self, ids: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, int, torch.Tensor]]:
+        """For each clip the backbone's states (L, D), the number of tokens before the frames, and entries (T, Q).
+
+        The end is the last frame, where the clip has one.
+        """
+        vocabulary = self.sequences.vocabulary
+        heads, entries = [], []
+        for ids_L in ids:
+            num_head = int((ids_L == vocabulary.audio_start_id).nonzero()[0]) + 1
+            has_end = bool(ids_L[-1] == vocabulary.audio_end_id)
+            codes_TQ = vocabulary.codes_from_ids(ids_L[num_head : len(ids_L) - has_end])
+            end_1Q = torch.full((1, vocabulary.num_quantizers), vocabulary.codebook_size)
+            heads.append(ids_L[:num_head])
+            entries.append(torch.cat([codes_TQ, end_1Q[:has_end]]))
+        embedded = [
+            torch.cat([self._embed_text(head_L), self._embed_frames(entries_TQ)])
+            for head_L, entries_TQ in zip(heads, entries, strict=True)
+        ]
+        # The backbone is causal, so padding on the right changes nothing.
+        padded_BLD = torch.nn.utils.rnn.pad_sequence(embedded, batch_first=True)
+        hidden_BLD = self.csm.backbone_model(inputs_embeds=padded_BLD, use_cache=False).last_hidden_state
+        return [
+            (hidden_LD, len(head_L), entries_TQ)
+            for hidden_LD, head_L, entries_TQ in zip(hidden_BLD, heads, entries, strict=True)
+        ]
+
+    def _frame_log_likelihoods(self, hidden_ND: torch.Tensor, entries_NQ: torch.Tensor) -> torch.Tensor:
+        """Log-likelihoods (N, Q), float64 on the CPU, of frames after the backbone's states."""
+        entries_NQ = entries_NQ.to(self.device)
+        given_NQ = torch.nn.functional.pad(entries_NQ[:, :-1], (1, 0))  # the first place is the backbone's state's
+        logits_NqV = self.csm.depth_decoder(
+            input_ids=given_NQ, backbone_last_hidden_state=hidden_ND, use_cache=False
+        ).logits
+        logits_NQV = torch.cat([self.csm.lm_head(hidden_ND)[:, None], logits_NqV], dim=1)
+        values_N = log_likelihoods(logits_NQV.flatten(0, 1), entries_NQ.flatten())
+        return values_N.view(entries_NQ.shape).cpu()
+
+    @torch.inference_mode()
+    def generate(self, prompt_TQ: torch.Tensor, sampling: Sampling) -> list[torch.Tensor]:
+        """See `SpeechModel.generate`. One cache for the frames, and for the levels of each frame another."""
+        end = self.sequences.vocabulary.codebook_size
+        prompt_LD = torch.cat([self._embed_text(torch.tensor(self.sequences.head())), self._embed_frames(prompt_TQ)])
+        inputs_BLD = prompt_LD[None].expand(sampling.num_samples, -1, -1)
+        cache = DynamicCache(config=self.csm.config)
+        frames: list[torch.Tensor] = []
+        lengths_B = torch.full((sampling.num_samples,), sampling.max_frames, device=self.device)
+        for number in range(sampling.max_frames):
+            hidden_BLD = self.csm.backbone_model(
+                inputs_embeds=inputs_BLD, past_key_values=cache, use_cache=True
+            ).last_hidden_state
+            logits_BV = self.csm.lm_head(hidden_BLD[:, -1]).float()
+            if number < sampling.min_frames:
+                logits_BV[:, end] = -torch.inf
+            level_0_B = draw(logits_BV, sampling)
+            lengths_B = torch.where(level_0_B == end, lengths_B.clamp(max=number), lengths_B)
+            if bool((lengths_B <= number).all()):
+                break
+            codes_BQ = self._levels(hidden_BLD[:, -1], level_0_B.clamp(max=end - 1), sampling)
+            frames.append(codes_BQ.cpu())
+            inputs_BLD = self.csm.backbone_model.embed_tokens(codes_BQ[:, None])
+        drawn_BTQ = torch.stack(frames, dim=1) if frames else prompt_TQ.new_empty(sampling.num_samples, 0, 0)
+        return [
+            torch.cat([prompt_TQ, codes_TQ[:length]]) if length else prompt_TQ.clone()
+            for codes_TQ, length in zip(drawn_BTQ, lengths_B.tolist(), strict=True)
+        ]
+
+    def _levels(self, hidden_BD: torch.Tensor, level_0_B: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+        """Codes (B, Q) of a frame, given its level 0."""
+        cache = DynamicCache(config=self.csm.depth_decoder.config)
+        codes = [level_0_B]
+        given_Bn, state = torch.nn.functional.pad(level_0_B[:, None], (1, 0)), hidden_BD
+        for _ in range(1, self.sequences.vocabulary.num_quantizers):
+            logits_BV = self.csm.depth_decoder(
+                input_ids=given_Bn,
+                backbone_last_hidden_state=state,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+            codes.append(draw(logits_BV[:, : self.sequences.vocabulary.codebook_size].float(), sampling))
+            given_Bn, state = codes[-1][:, None], None
+        return torch.stack(codes, dim=1)
+
+    def _embed_text(self, ids_L: torch.Tensor) -> torch.Tensor:
+        return self.csm.embed_text_tokens(ids_L.to(self.device))
+
+    def _embed_frames(self, entries_TQ: torch.Tensor) -> torch.Tensor:
+        return self.csm.backbone_model.embed_tokens(entries_TQ[None].to(self.device))[0]

@@ -1,0 +1,67 @@
+"""Loading a checkpoint of either architecture from a Hugging Face folder or the hub."""
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, CsmForConditionalGeneration, GenerationConfig, LlamaForCausalLM
+
+from llama_mimi.audio.mimi import DEFAULT_CODEC, CodecAttention, MimiCodec, attention_of
+from llama_mimi.common.cpu import available_device
+from llama_mimi.common.errors import UserError
+from llama_mimi.common.hub import load_pretrained
+from llama_mimi.generation.flattened import FlattenedModel
+from llama_mimi.generation.hierarchical import HierarchicalModel
+from llama_mimi.generation.speech_model import DECODER_DTYPES, DecoderPrecision, SpeechModel
+from llama_mimi.tokens.sequences import SequenceBuilder
+from llama_mimi.tokens.units import extend_tokenizer
+
+# By what a folder says of itself: the stock class of its weights, and what we do with it.
+MODELS = {
+    "llama": (LlamaForCausalLM, FlattenedModel),
+    "csm": (CsmForConditionalGeneration, HierarchicalModel),
+}
+
+
+def load_speech_model(
+    model_name: str,
+    *,
+    codec_name: str | None = None,
+    attention: CodecAttention | None = None,
+    device: str | None = None,
+    dtype: DecoderPrecision = "float32",
+) -> SpeechModel:
+    """Load a Hugging Face checkpoint of a speech language model.
+
+    Args:
+        model_name: hub id or folder.
+        codec_name: hub id or folder of its codec; None takes what the checkpoint names, else ``kyutai/mimi``, which
+            all released checkpoints use without naming it.
+        attention: of the codec; None takes what the checkpoint was trained on (`llama_mimi.audio.mimi.attention_of`).
+        device: torch device; None takes the accelerator where there is one.
+        dtype: of the decoder. The codec always runs in float32.
+
+    Raises:
+        UserError: something is missing, or decoder, tokenizer and codec do not fit together.
+    """
+    device = available_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    kind = load_pretrained(AutoConfig, model_name, what="model").model_type
+    if kind not in MODELS:
+        raise UserError(f"'{model_name}' is a '{kind}', not one of: {', '.join(MODELS)}; name a converted checkpoint")
+    stock_class, model_class = MODELS[kind]
+    decoder = load_pretrained(stock_class, model_name, what="model", dtype=DECODER_DTYPES[dtype])
+    decoder.generation_config = GenerationConfig()  # sampling is set by the caller alone
+    num_quantizers = getattr(decoder.config, "num_quantizers", None)
+    if num_quantizers is None:
+        raise UserError(
+            f"the config of '{model_name}' has no num_quantizers, so it is no speech language model; "
+            "convert a training checkpoint with scripts/convert_dcp_to_hf.py"
+        )
+    codec_name = codec_name or getattr(decoder.config, "codec", None) or DEFAULT_CODEC
+    codec = MimiCodec(codec_name, num_quantizers, device, attention=attention or attention_of(decoder.config))
+    tokenizer = load_pretrained(AutoTokenizer, model_name, what="tokenizer")
+    sequences = SequenceBuilder(*extend_tokenizer(tokenizer, codec.codebook_size, num_quantizers))
+    rows = getattr(decoder.config, "text_vocab_size", decoder.config.vocab_size)
+    if rows != sequences.vocabulary.size:
+        raise UserError(
+            f"'{model_name}' has {rows} vocabulary entries, but {num_quantizers} quantizers of '{codec.name}' "
+            f"({codec.codebook_size} codes each) need {sequences.vocabulary.size}; name its own codec with --codec"
+        )
+    return model_class(decoder.to(device).eval(), sequences, codec)

@@ -1,0 +1,180 @@
+"""The hierarchical arm: a Llama over frames, and a small decoder over the levels of each frame, as CSM has them.
+
+A position of the backbone is a frame: the sum of the embeddings of its Q units, or one token of text. The backbone
+predicts level 0 of the next frame, or the end of the speech; the depth decoder predicts levels 1 to Q - 1 from the
+backbone's state and the codes of the levels before. The end is a frame of its own, whose every level is the entry
+after the last code: so `CsmForConditionalGeneration` of transformers, whose logits these networks have, knows when to
+stop. N frames that train the depth decoder.
+"""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed.activation_checkpoint import apply_ac
+from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list, apply_compile
+from torchtitan.models.llama3.model.model import TransformerBlock, precompute_freqs_cis
+
+from llama_mimi.model.cross_entropy import Head, PendingLogits, PendingOutput, Targets, pending_logits
+from llama_mimi.model.llama import LlamaMimi, LlamaMimiArgs, num_weights, parallelize_flattened, training_flops
+from llama_mimi.tokens.sequences import IGNORE_INDEX
+from llama_mimi.tokens.units import UnitVocabulary
+
+
+@dataclass
+class PendingFrames:
+    """What the logits of all levels are made of. A pytree, as `PendingLogits` is.
+
+    Args:
+        level_0: of the backbone, at all positions.
+        depth_N: which positions of the flattened batch (B * L) are frames that train the depth decoder. At least one:
+            where there is none, its targets are ignored.
+        levels: of the depth decoder, hidden states (1, N, D) each, for levels 1 to Q - 1.
+    """
+
+    level_0: PendingLogits
+    depth_N: torch.Tensor
+    levels: list[PendingLogits]
+
+    def heads(self, labels_BLQ: torch.Tensor, vocabulary: UnitVocabulary) -> list[Head]:
+        """See `llama_mimi.model.cross_entropy.PendingLogits.heads`."""
+        labels_NQ = labels_BLQ.flatten(0, 1)
+        ids_and_logits = [(labels_NQ[:, 0], self.level_0)]
+        ids_and_logits += [
+            (labels_NQ[self.depth_N, level], logits) for level, logits in enumerate(self.levels, start=1)
+        ]
+        heads = []
+        for level, (ids_N, logits) in enumerate(ids_and_logits):
+            positions_N = (ids_N != IGNORE_INDEX).nonzero()[:, 0]
+            ids_N = ids_N[positions_N]
+            entries_N = vocabulary.entries(ids_N)
+            is_end_N = entries_N == vocabulary.codebook_size
+            # The end is one event, as in the flattened arm: its other levels train the decoder and are not recorded.
+            rows_N = torch.where(is_end_N, vocabulary.num_quantizers + (level > 0), level)
+            heads.append(Head(logits, Targets(positions_N, entries_N, torch.full_like(rows_N, level), rows_N)))
+        return heads
+
+
+pytree.register_dataclass(PendingFrames)
+
+
+class DepthDecoder(nn.Module):
+    """A small Llama over the levels of one frame, with a matrix for each level that it predicts.
+
+    Args:
+        args: of the whole model; ``args.depth`` is the shape of this one.
+    """
+
+    def __init__(self, args: LlamaMimiArgs) -> None:
+        super().__init__()
+        assert args.depth is not None
+        self.args = depth = args.depth
+        self.num_levels, self.num_entries = args.num_quantizers - 1, args.codebook_size + 1
+        self.projection = nn.Linear(args.dim, depth.dim, bias=False)
+        self.freqs_cis: torch.Tensor
+        self.register_buffer("freqs_cis", self._freqs_cis(), persistent=False)
+        self.layers = nn.ModuleDict({str(index): TransformerBlock(index, depth) for index in range(depth.n_layers)})
+        self.norm = nn.RMSNorm(depth.dim, eps=depth.norm_eps)
+        # Rows of level 1, then of level 2, and so on.
+        self.heads = nn.Linear(depth.dim, self.num_levels * self.num_entries, bias=False)
+
+    def init_weights(self, buffer_device: torch.device | None) -> None:
+        with torch.device(buffer_device or self.freqs_cis.device):
+            self.freqs_cis = self._freqs_cis()
+        for layer in self.layers.values():
+            cast(TransformerBlock, layer).init_weights()
+        self.norm.reset_parameters()
+        for linear in (self.projection, self.heads):
+            nn.init.trunc_normal_(linear.weight, std=linear.in_features**-0.5)
+
+    def forward(self, hidden_ND: torch.Tensor, codes_NqD: torch.Tensor) -> list[PendingLogits]:
+        """Hidden states of the backbone, and embeddings of levels 0 to Q - 2, to levels 1 to Q - 1."""
+        states_NQD = self.projection(torch.cat([hidden_ND[:, None], codes_NqD], dim=1))
+        for layer in self.layers.values():
+            states_NQD = layer(states_NQD, self.freqs_cis, None)
+        states_NQD = self.norm(states_NQD)
+        matrices = self.heads.weight.split(self.num_entries)
+        return [
+            pending_logits(states_NQD[None, :, level], matrix_VD) for level, matrix_VD in enumerate(matrices, start=1)
+        ]
+
+    def _freqs_cis(self) -> torch.Tensor:
+        depth = self.args
+        return precompute_freqs_cis(
+            depth.dim // depth.n_heads, self.num_levels + 1, depth.rope_theta, depth.rope_scaling_args
+        )
+
+
+class HierarchicalLlamaMimi(LlamaMimi):
+    """A Llama over frames and its `DepthDecoder`. The text of the vocabulary and the units share one table."""
+
+    def __init__(self, model_args: LlamaMimiArgs) -> None:
+        super().__init__(model_args)
+        self.is_tied = False
+        self.output = PendingOutput(model_args.dim, model_args.codebook_size + 1, bias=False)
+        self.depth = DepthDecoder(model_args)
+
+    def init_weights(self, buffer_device: torch.device | None = None) -> None:
+        super().init_weights(buffer_device)
+        nn.init.normal_(self.tok_embeddings.weight, std=0.02)  # as the flattened arm with tied embeddings
+        self.depth.init_weights(buffer_device)
+
+    def flops_per_target(self, seq_len: int) -> int:
+        """A mean over the targets of a frame: one of the backbone, and in `depth_share` of the frames Q - 1 more."""
+        args, depth = self.model_args, self.depth
+        Q, share = args.num_quantizers, args.depth_share
+        backbone = training_flops(num_weights(self.layers, self.norm, self.output), args, seq_len)
+        levels = training_flops(num_weights(depth.layers, depth.norm, depth.projection), depth.args, Q)
+        frame = backbone + share * (Q * levels + 6 * num_weights(depth.heads))
+        return round(frame / (1 + share * (Q - 1)))
+
+    def deep_frames(self, targets_NQ: torch.Tensor) -> torch.Tensor:
+        """Which positions train the depth decoder: at least one, so that every rank has gradients of every weight."""
+        depth_N = (targets_NQ[:, 1:] != IGNORE_INDEX).any(dim=1).nonzero()[:, 0]
+        return depth_N if len(depth_N) else depth_N.new_zeros(1)
+
+    def forward(  # type: ignore[override]
+        self, tokens: torch.Tensor, attention_masks: Any = None, positions: Any = None, *, targets: torch.Tensor
+    ) -> PendingFrames:
+        """Ids (B, L, Q) of positions, below 0 where there is none, to what logits are made of.
+
+        Args:
+            targets: ids (B, L, Q) of the frames that the positions predict; the depth decoder sees them level by level.
+        """
+        B, L, Q = tokens.shape
+        targets_NQ = targets.flatten(0, 1)
+        depth_N = self.deep_frames(targets_NQ)
+        codes_Nq = targets_NQ[depth_N, :-1]
+        # One call, as the table of a sharded model is gathered for each.
+        embeddings_ND = self.tok_embeddings(torch.cat([tokens.flatten(), codes_Nq.flatten()]).clamp(min=0))
+        frames_ND, codes_ND = embeddings_ND.split([tokens.numel(), codes_Nq.numel()])
+        h_BLD = (frames_ND.view(B, L, Q, -1) * (tokens >= 0)[..., None]).sum(dim=2)
+        for layer in self.layers.values():
+            h_BLD = layer(h_BLD, self.freqs_cis, attention_masks, positions)
+        assert self.norm is not None and self.output is not None  # this is no stage of a pipeline
+        h_BLD = self.norm(h_BLD)
+        levels = self.depth(h_BLD.flatten(0, 1)[depth_N], codes_ND.view(len(depth_N), Q - 1, -1))
+        return PendingFrames(self.output(h_BLD), depth_N, levels)
+
+
+def parallelize_hierarchical(model: HierarchicalLlamaMimi, parallel_dims: ParallelDims, job_config: Any) -> nn.Module:
+    """The plan of the flattened arm for the backbone, and checkpointing and compilation for the depth decoder, too.
+
+    Its weights, a tenth of all, are sharded with the root's, which stay gathered from forward to backward.
+    """
+    compilation, checkpointing = job_config.compile, job_config.activation_checkpoint
+    is_compiled = compilation.enable and "model" in compilation.components
+    if checkpointing.mode != "none":
+        apply_ac(
+            model.depth,
+            checkpointing,
+            model_compile_enabled=is_compiled,
+            op_sac_save_list=_op_sac_save_list,
+            base_folder=job_config.job.dump_folder,
+        )
+    if is_compiled:
+        apply_compile(model.depth, compilation)
+    return parallelize_flattened(model, parallel_dims, job_config)
