@@ -52,6 +52,43 @@ def test_value_and_gradients_are_those_of_the_full_logits(B, L, rows, seed):
     torch.testing.assert_close(found, torch.autograd.grad(wanted_L.sum() / 7, (hidden_BLD, weight_VD)))
 
 
+def test_weights_of_one_change_no_bit(monkeypatch):
+    """Against the same steps without weights."""
+
+    def step(hidden_ND, weight_VD, num_entries, targets_N, weights_N, group, with_gradient):
+        scores_NV = F.linear(hidden_ND, weight_VD).float()
+        scores_NV[:, num_entries:] = -torch.inf
+        scores_NV -= scores_NV.amax(dim=1, keepdim=True)
+        target_N = scores_NV.gather(1, targets_N[:, None])[:, 0]
+        scores_NV.exp_()
+        sum_N = scores_NV.sum(dim=1)
+        scores_NV.div_(sum_N[:, None]).scatter_add_(1, targets_N[:, None], -torch.ones(len(targets_N), 1))
+        return sum_N.log() - target_N, scores_NV
+
+    hidden_BLD, weight_VD, labels_BL = case(2, 60)
+    found = in_chunks(hidden_BLD, weight_VD, labels_BL, 50, monkeypatch)
+    wanted = in_chunks(hidden_BLD, weight_VD, labels_BL, 50, monkeypatch, step)
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.equal(a, b)
+    gradients = [torch.autograd.grad(result[0], (hidden_BLD, weight_VD)) for result in (found, wanted)]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_weighted_sums_and_gradients_are_those_of_the_plain_formula():
+    hidden_BLD, weight_VD, labels_BL = case(3, 40)
+    weights_L = torch.rand(labels_BL.numel(), generator=torch.Generator().manual_seed(1)) * 4
+    positions_N = (labels_BL.flatten() != IGNORE_INDEX).nonzero()[:, 0]
+    targets_N = labels_BL.flatten()[positions_N]
+    pending = pending_logits(hidden_BLD, weight_VD)
+    loss_sum, losses_N = cross_entropy(pending, positions_N, targets_N, weights_L[positions_N])
+    plain_L = plain(hidden_BLD, weight_VD, labels_BL)
+    torch.testing.assert_close(losses_N, plain_L[positions_N].detach())
+    wanted = (weights_L * plain_L).sum()
+    torch.testing.assert_close(loss_sum, wanted)
+    found = torch.autograd.grad(loss_sum, (hidden_BLD, weight_VD))
+    torch.testing.assert_close(found, torch.autograd.grad(wanted, (hidden_BLD, weight_VD)))
+
+
 def test_products_are_of_sizes_that_tensor_cores_divide_well(monkeypatch):
     hidden_BLD, weight_VD, labels_BL = case(2, 300)
     seen = []

@@ -2,25 +2,33 @@
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from conftest import TINY
-from transformers import CsmForConditionalGeneration
+from transformers import AutoTokenizer, CsmForConditionalGeneration, LlamaForCausalLM, MimiModel
 
 from llama_mimi.audio.mimi import MimiCodec
-from llama_mimi.checkpoint.csm import csm_args, csm_config, csm_state
+from llama_mimi.checkpoint.conversion import convert_checkpoint
+from llama_mimi.checkpoint.csm import HierarchicalStateDictAdapter, csm_args, csm_config, csm_state
+from llama_mimi.checkpoint.huggingface import hf_config
+from llama_mimi.checkpoint.run_record import save_run_record, speech_config
 from llama_mimi.common.errors import UserError
+from llama_mimi.data.dataloader import UnitDataLoader
+from llama_mimi.data.order import ShuffledOrder
 from llama_mimi.data.packing import BatchPacker
 from llama_mimi.evaluation.likelihood import batch_scores
 from llama_mimi.evaluation.scoring import Scoring
 from llama_mimi.generation.continuation import SamplingOptions, continue_codes
 from llama_mimi.generation.hierarchical import HierarchicalModel
+from llama_mimi.generation.loading import load_speech_model
 from llama_mimi.model.architectures import build_model
 from llama_mimi.model.llama import FLAVORS
-from llama_mimi.tokens.sequences import IGNORE_INDEX, load_sequences
+from llama_mimi.tokens.sequences import IGNORE_INDEX, NO_TOKEN, load_sequences
 from llama_mimi.training.loss import LevelMeter, UnitLoss, level_weights
 
 Q, K = 4, 256
@@ -317,6 +325,80 @@ def test_the_speech_ends_where_the_model_ends_it(speech_model):
             assert len(codes_TQ) == 4 + frames
     finally:
         csm.lm_head.bias = None
+
+
+def test_a_llama_fills_the_backbone(args):
+    """What prepare_base_model writes: layers and embeddings are loaded, the rest is left as it was drawn."""
+    torch.manual_seed(5)
+    llama = LlamaForCausalLM(hf_config(replace(args, architecture="flattened", enable_weight_tying=True))).eval()
+    model, adapter = built(args), HierarchicalStateDictAdapter(args, None)
+    drawn = {name: weight.clone() for name, weight in model.state_dict().items()}
+    names = adapter.to_hf(model.state_dict()).keys()
+    theirs = llama.state_dict()
+    assert names == theirs.keys() - {"lm_head.weight"}
+    model.load_state_dict(adapter.from_hf({name: theirs[name] for name in names}), strict=False)
+    ids_1L = torch.tensor([[3, 7, 500, 9, 2]])
+    inputs = {"input": F.pad(ids_1L[..., None], (0, Q - 1), value=NO_TOKEN)}
+    inputs["targets"] = torch.full_like(inputs["input"], IGNORE_INDEX)
+    with torch.no_grad():
+        wanted_1LD = llama.model(ids_1L).last_hidden_state
+        torch.testing.assert_close(run(model, inputs).level_0.hidden_BLD, wanted_1LD, atol=1e-5, rtol=1e-5)
+    for name, weight in model.state_dict().items():
+        assert name.startswith(("layers.", "norm.", "tok_")) or torch.equal(weight, drawn[name])
+
+
+def test_a_checkpoint_becomes_a_stock_folder(args, sequences, tmp_path):
+    """Which transformers loads and generates audio from, and which scores and continues here."""
+    model = built(args)
+    config = speech_config(args, sequences, str(TINY / "mimi"))
+    save_run_record(str(tmp_path / "run"), config, sequences)
+    dcp.save(model.state_dict(), checkpoint_id=tmp_path / "run" / "checkpoint" / "step-1", no_dist=True)
+    convert_checkpoint(tmp_path / "run" / "checkpoint", tmp_path / "folder")
+    csm = CsmForConditionalGeneration.from_pretrained(tmp_path / "folder").eval()
+    wanted = in_transformers(model).state_dict()
+    codec = MimiModel.from_pretrained(TINY / "mimi").state_dict()
+    for name, weight in csm.state_dict().items():
+        torch.testing.assert_close(weight, codec.get(name.removeprefix("codec_model."), wanted[name]), rtol=0, atol=0)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "folder")
+    ids_1L = tokenizer("<audio>", return_tensors="pt").input_ids
+    assert ids_1L[0].tolist() == sequences.head()
+    torch.manual_seed(0)
+    (audio_S,) = csm.generate(ids_1L, output_audio=True, max_new_tokens=6)
+    frame_size = csm.config.codec_config.frame_size
+    assert len(audio_S) % frame_size == 0 and 0 < len(audio_S) <= 6 * frame_size
+    speech = load_speech_model(str(tmp_path / "folder"), device="cpu")
+    reference = HierarchicalModel(in_transformers(model), sequences, speech.codec)
+    clips = [(clip(6), False), (clip(4, 1), True)]
+    assert batch_scores(speech, clips, Scoring(None)) == pytest.approx(batch_scores(reference, clips, Scoring(None)))
+
+
+@pytest.mark.parametrize("share", [0.0625, 0.5])
+def test_frames_are_drawn_anew_in_each_epoch_and_alike_on_any_ranks(share):
+    """By the place of a clip in the order, not by who reads it."""
+    corpora = [SimpleNamespace(sizes_G=np.array([50, 50]), fingerprint="a")]
+    drawn = {}
+    for dp_world_size in (1, 2):
+        for rank in range(dp_world_size):
+            order = ShuffledOrder(corpora, [1.0], dp_rank=rank, dp_world_size=dp_world_size, shuffle_block=50, seed=1)
+            loader = UnitDataLoader(
+                [],
+                order,
+                None,
+                None,
+                dp_rank=rank,
+                dp_world_size=dp_world_size,
+                dataset="",
+                chunk_size=1,
+                max_bad_share=0.0,
+                workers={},
+                depth_share=share,
+            )
+            for ref in itertools.islice(order, 200 // dp_world_size):
+                frames_T = loader._deep_frames(ref, 200)
+                assert np.array_equal(drawn.setdefault(ref, frames_T), frames_T)
+    assert len(drawn) == 200, "two epochs"
+    assert len({frames_T.tobytes() for frames_T in drawn.values()}) == 200
+    assert np.mean(list(drawn.values())) == pytest.approx(share, rel=0.05)
 
 
 @pytest.mark.parametrize(

@@ -29,10 +29,31 @@ ELSEWHERE = {
     "sbatch": "tests/test_launch.py",
     "NUM_NODES": "tests/test_launch.py",
     "uv run python scripts/benchmarks/gpu_check.py": "needs a GPU; tests/test_gpu_check.py",
-    "uv run python scripts/benchmarks/": "measures for minutes, or needs a GPU",
+    "uv run python scripts/benchmarks/compare_arms.py": "an hour; tests/test_compare_arms.py",
     "uv run python scripts/tiny/train_tiny_codec.py": "74 minutes; tests/test_tiny_codec.py",
     "uv run python scripts/tiny/build_tiny_assets.py": "needs espeak-ng",
 }
+
+# Benchmarks measure for minutes, or need a GPU: each is run with these flags in place of its own.
+SMALLEST = {
+    "bench_reading.py": "--clips 4 --repeats 1",
+    "bench_data.py": "--clips 4 --repeats 1",
+    "bench_eval.py": "--pairs 1 --repeats 1",
+    "bench_train.py": "--shapes tiny --repeats 1",
+    "bench_hierarchical.py": "--shapes tiny --repeats 1",
+    "fuzz_audio.py": "--num_files 30",
+    "kill_runs.py --of tokenization": "--kills 1 --folder kills",
+    "kill_runs.py --of training": "--kills 1 --max_seconds 20 --folder kills",
+}
+
+
+def smallest(command: str) -> str:
+    """The command, or what stands for that of a benchmark."""
+    folder = "uv run python scripts/benchmarks/"
+    for beginning, flags in SMALLEST.items():
+        if command.startswith(folder + beginning):
+            return f"{folder}{beginning} {flags}"
+    return command
 
 
 def commands(readme: Path) -> list[str]:
@@ -89,7 +110,8 @@ def test_commands_run_as_they_stand(tmp_path):
     (tmp_path / "my_speech").mkdir()
     shutil.copy(next((ROOT / "assets/tiny/corpus").glob("train-*.parquet")), tmp_path / "my_speech")
     first = [ROOT / "README.md", *(readme for readme in READMES if readme != ROOT / "README.md")]  # trains the model
-    done = dict.fromkeys(c for readme in first for c in commands(readme) if not is_elsewhere(c))
+    done = dict.fromkeys(smallest(c) for readme in first for c in commands(readme) if not is_elsewhere(c))
+    assert sum("scripts/benchmarks/" in command for command in done) == len(SMALLEST)
     for command in done:
         result = subprocess.run(
             program(command),

@@ -31,7 +31,6 @@ import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from measuring import as_words, machine  # noqa: E402
-from pictures import save  # noqa: E402
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
 
 from llama_mimi.common.errors import UserError, run_command  # noqa: E402
@@ -83,7 +82,7 @@ def compare_arms(
     output_dir: Path = Path("outputs/arms"),
     seeds: tuple[int, ...] = (0, 1, 2),
     steps: int = STEPS,
-    num_prompts: int = 40,
+    num_prompts: int = 30,
     arms: tuple[str, ...] = ALL_ARMS,
 ) -> None:
     """Train every arm with every seed, and print what became of them.
@@ -103,7 +102,8 @@ def compare_arms(
         raise UserError(f"--arms is {', '.join(arms)}; choose of: {'; '.join(arm.name for arm in ARMS)}")
     print(machine())
     for part in ("train", "validation"):
-        command("scripts/tokenize_corpus.py", corpus=f"{TINY}/corpus/{part}-*.parquet", output_dir=output_dir / part)
+        corpus = f"{TINY}/corpus/{part}-*.parquet"
+        command("scripts/tokenize_corpus.py", corpus=corpus, codec=f"{TINY}/mimi", output_dir=output_dir / part)
     one = partial(run_arm, output_dir=output_dir, steps=steps, num_prompts=num_prompts)
     # The first run encodes what all score; the others go two at a time, each on one core.
     jobs = [(arm, seed) for seed in seeds for arm in chosen]
@@ -147,8 +147,6 @@ def run_arm(arm: Arm, seed: int, *, output_dir: Path, steps: int, num_prompts: i
         command(f"eval/{benchmark}.py", model_name=model, codes_dir=output_dir / "clip_codes", **places)
         report = json.loads((folder / "results" / benchmark / "model" / "official.json").read_text())
         scores |= {f"{benchmark}/{part}": result for part, result in report["parts"].items()}
-        if report.get("mean_of_parts"):
-            scores[f"{benchmark}/mean"] = report["mean_of_parts"]
     summary = {
         "settings": settings,
         "steps": own_steps,
@@ -217,7 +215,7 @@ def generate(model_folder: Path, codes: Path, num_prompts: int) -> dict[str, Any
 def print_table(by_arm: dict[Arm, list[dict[str, Any]]]) -> None:
     """One row an arm: means over seeds with the least and the most; accuracies with the interval of one seed."""
     names = {
-        "salmon/mean": "SALMon",
+        "salmon/speaker_consistency": "SALMon speaker",
         "sLM21/lexical_dev": "sWUGGY",
         "sLM21/syntactic_dev": "sBLIMP",
         "sStoryCloze/storycloze": "StoryCloze",
@@ -254,7 +252,7 @@ def draw(by_arm: dict[Arm, list[dict[str, Any]]], path: Path) -> None:
         bottom += heights
     left.set_ylabel("validation, bits per second of audio")
     left.legend(loc="lower right")
-    scores = ["salmon/mean", "sLM21/lexical_dev", "sLM21/syntactic_dev", "sStoryCloze/storycloze"]
+    scores = ["salmon/speaker_consistency", "sLM21/lexical_dev", "sLM21/syntactic_dev", "sStoryCloze/storycloze"]
     for number, name in enumerate(scores):
         for place, runs in zip(places, by_arm.values(), strict=True):
             values = [100 * found["scores"][name]["accuracy"] for found in runs]
@@ -266,7 +264,9 @@ def draw(by_arm: dict[Arm, list[dict[str, Any]]], path: Path) -> None:
     right.legend(fontsize="small")
     for axes in (left, right):
         axes.set_xticks(places, names, fontsize="small")
-    save(figure, path, dpi=110)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    print(f"\n{path}")
 
 
 if __name__ == "__main__":
