@@ -12,6 +12,8 @@ def test_the_table_of_the_architectures(tmp_path, capsys):
         return {
             "steps": 7,
             "flops_per_frame": 3.2e7,
+            "frames_per_s": 1000.0,
+            "generated_frames_per_s": 20.0,
             "bits": {"all": 4 * bits, **{f"level_{level}": bits for level in range(4)}},
             "scores": {name: {"accuracy": 0.5 + 0.1 * seed, "count": 100} for name in names},
             "ended": seed,
@@ -23,7 +25,7 @@ def test_the_table_of_the_architectures(tmp_path, capsys):
     heads, _, row, *others = capsys.readouterr().out.splitlines()
     cells = dict(zip(heads.split(" | "), row.split(" | "), strict=True))
     assert cells["bits/s"] == "44.0 (40.0 to 48.0)" and cells["level 2"] == "11.0 (10.0 to 12.0)"
-    assert cells["sWUGGY"] == "60.0 % (50 to 69)" and cells["ended by itself |"] == "25 % of 12 |"
+    assert cells["sWUGGY"] == "60.0 % (50 to 69)" and cells["ended by itself"] == "25 % of 12"
     assert cells["MFLOPs a frame"] == "32" and len(others) == len(compare_arms.ARMS) - 1
     compare_arms.draw(runs, tmp_path / "arms.png")
     assert (tmp_path / "arms.png").stat().st_size > 10_000

@@ -1,6 +1,7 @@
 """The hierarchical arm against `CsmForConditionalGeneration` of transformers: logits, losses, scores, generation."""
 
 import itertools
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -26,6 +27,7 @@ from llama_mimi.evaluation.scoring import Scoring
 from llama_mimi.generation.continuation import SamplingOptions, continue_codes
 from llama_mimi.generation.hierarchical import HierarchicalModel
 from llama_mimi.generation.loading import load_speech_model
+from llama_mimi.generation.speech_model import draw
 from llama_mimi.model.architectures import build_model
 from llama_mimi.model.llama import FLAVORS
 from llama_mimi.tokens.sequences import IGNORE_INDEX, NO_TOKEN, load_sequences
@@ -85,7 +87,7 @@ def clip(num_frames, seed=0):
 def batch(sequences, clips, seq_len, is_packed=False, depth=None):
     packer = BatchPacker(sequences, 1 if is_packed else len(clips), seq_len, is_packed=is_packed, has_positions=True)
     for codes_TQ in clips:
-        is_deep_T = None if depth is None else depth[: len(codes_TQ)]
+        is_deep_T = None if depth is None else depth[: len(codes_TQ) + 1]
         assert packer.add(codes_TQ.numpy(), is_cut=False, is_deep_T=is_deep_T) == len(codes_TQ)
     return packer.take()
 
@@ -196,12 +198,13 @@ def test_packed_clips_are_as_if_alone(args, sequences, seq_len):
 def test_frames_that_do_not_train_the_depth_decoder(pair, sequences):
     """Their level 0 counts, their other levels do not, and the others' losses are as before."""
     model, _ = pair
-    codes_TQ, is_deep_T = clip(8), np.array([True, False, False, True, False, False, False, False])
+    codes_TQ, is_deep_T = clip(8), np.array([True, False, False, True, False, False, False, False, False])
     _, sums = loss_of(model, sequences, [codes_TQ], 16, depth=is_deep_T)
     assert sums[1].tolist() == [8, 2, 2, 2, 1]
     inputs, labels_BLQ = batch(sequences, [codes_TQ], 16)
     meter = LevelMeter()
-    labels_BLQ[0, 1:9][~torch.from_numpy(is_deep_T), 1:] = IGNORE_INDEX
+    labels_BLQ[0, 1:10][~torch.from_numpy(is_deep_T), 1:] = IGNORE_INDEX
+    assert labels_BLQ[0, 9].tolist() == [sequences.vocabulary.audio_end_id, *[IGNORE_INDEX] * 3]
     UnitLoss(sequences.vocabulary, meter, [1.0] * Q)(run(model, inputs | {"targets": labels_BLQ}), labels_BLQ)
     torch.testing.assert_close(meter.take(), sums)
 
@@ -285,22 +288,6 @@ def test_the_first_release_has_no_hierarchical_scores(speech_model):
         batch_scores(speech_model, [(clip(3), False)], Scoring(None, as_released=True))
 
 
-def test_greedy_generation_is_that_of_transformers(speech_model, sequences):
-    csm, prompt_TQ = speech_model.csm, clip(5, 7)
-    (ours_TQ,) = continue_codes(speech_model, prompt_TQ, SamplingOptions(seconds=1.6, temperature=0))
-    theirs_1TQ = csm.generate(
-        inputs_embeds=csm_inputs(csm, sequences, prompt_TQ),
-        max_new_tokens=20,
-        do_sample=False,
-        depth_decoder_do_sample=False,
-    )
-    # Theirs may draw an end in a deep level alone, ours cannot; from there on they differ.
-    is_end_T = (theirs_1TQ[0] == K).any(dim=1).tolist()
-    length = is_end_T.index(True) if True in is_end_T else len(is_end_T)
-    assert length > 5, "the comparison has frames"
-    assert torch.equal(ours_TQ[5 : 5 + length], theirs_1TQ[0, :length])
-
-
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_samples_are_whole_frames_after_the_prompt(speech_model, temperature):
     options = SamplingOptions(seconds=2.0, min_seconds=0.4, temperature=temperature, num_samples=6)
@@ -327,6 +314,30 @@ def test_the_speech_ends_where_the_model_ends_it(speech_model):
         csm.lm_head.bias = None
 
 
+def test_samples_of_a_batch_end_on_their_own(speech_model, monkeypatch):
+    """Each where its level 0 is the end, whatever the others do."""
+    csm, drawn = speech_model.csm, []
+
+    def noted(logits_BV, sampling):
+        entries_B = draw(logits_BV, sampling)
+        if logits_BV.shape[1] == K + 1:
+            drawn.append(entries_B.tolist())
+        return entries_B
+
+    monkeypatch.setattr("llama_mimi.generation.hierarchical.draw", noted)
+    csm.lm_head.bias = torch.nn.Parameter(F.one_hot(torch.tensor(K), K + 1) * 6.0)
+    try:
+        options = SamplingOptions(seconds=2.0, min_seconds=0.16, temperature=1.0, num_samples=12)
+        samples = continue_codes(speech_model, clip(3), options)
+    finally:
+        csm.lm_head.bias = None
+    wanted = [[*level_0, K].index(K) for level_0 in zip(*drawn, strict=True)]
+    assert [len(codes_TQ) - 3 for codes_TQ in samples] == wanted
+    assert len(set(wanted)) > 3 and min(wanted) >= 2, "they end at different frames"
+    for codes_TQ, level_0 in zip(samples, zip(*drawn, strict=True), strict=True):
+        assert codes_TQ[3:, 0].tolist() == list(level_0[: len(codes_TQ) - 3])
+
+
 def test_a_llama_fills_the_backbone(args):
     """What prepare_base_model writes: layers and embeddings are loaded, the rest is left as it was drawn."""
     torch.manual_seed(5)
@@ -349,7 +360,7 @@ def test_a_llama_fills_the_backbone(args):
 
 def test_a_checkpoint_becomes_a_stock_folder(args, sequences, tmp_path):
     """Which transformers loads and generates audio from, and which scores and continues here."""
-    model = built(args)
+    model = built(args, seed=1)
     config = speech_config(args, sequences, str(TINY / "mimi"))
     save_run_record(str(tmp_path / "run"), config, sequences)
     dcp.save(model.state_dict(), checkpoint_id=tmp_path / "run" / "checkpoint" / "step-1", no_dist=True)
@@ -362,14 +373,28 @@ def test_a_checkpoint_becomes_a_stock_folder(args, sequences, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "folder")
     ids_1L = tokenizer("<audio>", return_tensors="pt").input_ids
     assert ids_1L[0].tolist() == sequences.head()
-    torch.manual_seed(0)
-    (audio_S,) = csm.generate(ids_1L, output_audio=True, max_new_tokens=6)
-    frame_size = csm.config.codec_config.frame_size
-    assert len(audio_S) % frame_size == 0 and 0 < len(audio_S) <= 6 * frame_size
+    sampling = csm.depth_decoder.generation_config
+    assert sampling.do_sample and (sampling.temperature, sampling.top_k) == (0.8, 30), "levels are drawn, too"
+    config = json.loads((tmp_path / "folder" / "config.json").read_text())
+    for network in (config, config["depth_decoder_config"]):  # as transformers 4.x reads them
+        assert network["rope_theta"] == network["rope_parameters"]["rope_theta"] == 500_000
+    assert config["rope_scaling"]["factor"] == 32 and config["depth_decoder_config"]["rope_scaling"] is None
     speech = load_speech_model(str(tmp_path / "folder"), device="cpu")
     reference = HierarchicalModel(in_transformers(model), sequences, speech.codec)
     clips = [(clip(6), False), (clip(4, 1), True)]
     assert batch_scores(speech, clips, Scoring(None)) == pytest.approx(batch_scores(reference, clips, Scoring(None)))
+
+    # Greedy, with the codec inside: the same codes, up to where the class draws an end in a deep level alone.
+    greedy = {"do_sample": False, "depth_decoder_do_sample": False}
+    theirs_TQ = csm.generate(ids_1L, max_new_tokens=25, **greedy)[0]
+    none_TQ = torch.empty(0, Q, dtype=torch.long)
+    (ours_TQ,) = continue_codes(speech, none_TQ, SamplingOptions(seconds=2.0, temperature=0))
+    is_end_T = (theirs_TQ == K).any(dim=1).tolist()
+    length = is_end_T.index(True) if True in is_end_T else len(is_end_T)
+    assert length > 5, "the comparison has frames"
+    assert torch.equal(ours_TQ[:length], theirs_TQ[:length])
+    (audio_S,) = csm.generate(ids_1L, output_audio=True, max_new_tokens=length, **greedy)
+    torch.testing.assert_close(audio_S, speech.codec.decode(ours_TQ[:length]), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("share", [0.0625, 0.5])

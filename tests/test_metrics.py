@@ -43,7 +43,7 @@ def test_mfu_is_that_of_a_known_card(card, peak, monkeypatch, tmp_path):
         train_meter=meter,
         validation_meter=LevelMeter(),
         data_meter=(data_meter := DataMeter(codec_seconds=2.0, num_clips=3, num_frames=45_000)),
-        num_quantizers=4,
+        level_shares=[1.0] * 4,
         frame_rate_hz=12.5,
     )
     logged = {}

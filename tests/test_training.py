@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from conftest import ROOT, TINY
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     CsmForConditionalGeneration,
@@ -29,7 +30,8 @@ from transformers import (
 )
 
 from llama_mimi.checkpoint.conversion import convert_checkpoint, prepare_base_model
-from llama_mimi.checkpoint.csm import csm_config, csm_state
+from llama_mimi.checkpoint.csm import csm_args, csm_config, csm_state
+from llama_mimi.checkpoint.dcp import load_model_state
 from llama_mimi.data.build import build_dataloader
 from llama_mimi.generation.continuation import SamplingOptions, continue_codes
 from llama_mimi.generation.loading import load_speech_model
@@ -354,6 +356,26 @@ def test_hierarchical_ranks_equal_transformers(tmp_path):
         loss = F.cross_entropy(torch.cat([level_0_NV[:, None], depth_NqV], 1).flatten(0, 1), codes_NQ.flatten())
         plain_step(csm, optimizer, loss)
         assert measured[step] == pytest.approx(loss.item(), abs=1e-4), step
+
+
+def test_a_llama_is_where_a_hierarchical_run_begins(base_model, tmp_path):
+    """The path of the 1B config, on two ranks: a learning rate of zero leaves what was loaded."""
+    train(
+        2,
+        tmp_path,
+        model__architecture="hierarchical",
+        model__hf_assets_path=base_model,
+        checkpoint__initial_load_in_hf=True,
+        training__steps=1,
+        optimizer__lr=0.0,
+    )
+    config = AutoConfig.from_pretrained(tmp_path / "hf_assets")
+    state = load_model_state(tmp_path / "checkpoint" / "step-1", csm_args(config))
+    theirs = csm_state(state, csm_args(config))
+    llama = LlamaForCausalLM.from_pretrained(base_model).state_dict()
+    assert torch.equal(theirs["embed_text_tokens.weight"], llama["model.embed_tokens.weight"])
+    for name in ("layers.3.self_attn.q_proj.weight", "layers.0.mlp.up_proj.weight", "norm.weight"):
+        assert torch.equal(theirs[f"backbone_model.{name}"], llama[f"model.{name}"])
 
 
 def inputs_and_labels(batches):

@@ -4,7 +4,8 @@
 
 Every arm is trained, converted, scored and continues prompts, with each seed. All train on the same codes in the same
 order. "same frames" is as many steps as the flattened arm has, "same FLOPs" as many as cost the same. What is done is
-kept, so that a study that was stopped goes on.
+kept, so that a study that was stopped goes on. Training speed is that of a run on one core beside as many others as there
+are cores; generation is measured alone.
 """
 
 import json
@@ -13,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,7 +32,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from measuring import as_words, machine  # noqa: E402
+from measuring import as_words, machine, measured  # noqa: E402
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
 
 from llama_mimi.common.errors import UserError, run_command  # noqa: E402
@@ -104,26 +106,27 @@ def compare_arms(
     for part in ("train", "validation"):
         corpus = f"{TINY}/corpus/{part}-*.parquet"
         command("scripts/tokenize_corpus.py", corpus=corpus, codec=f"{TINY}/mimi", output_dir=output_dir / part)
-    one = partial(run_arm, output_dir=output_dir, steps=steps, num_prompts=num_prompts)
-    # The first run encodes what all score; the others go two at a time, each on one core.
+    one = partial(run_arm, output_dir=output_dir, steps=steps)
+    # The first run encodes what all score; then each core takes one.
     jobs = [(arm, seed) for seed in seeds for arm in chosen]
     found = {jobs[0]: one(*jobs[0])}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found |= dict(zip(jobs[1:], pool.map(lambda job: one(*job), jobs[1:]), strict=True))
+    torch.set_num_threads(1)
+    for summary in found.values():  # one after the other, as its speed is measured
+        summary |= continuations(Path(summary["folder"]), output_dir / "validation", num_prompts)
     by_arm = {arm: [found[arm, seed] for seed in seeds] for arm in chosen}
     print_table(by_arm)
     draw(by_arm, output_dir / "arms.png")
 
 
-def run_arm(arm: Arm, seed: int, *, output_dir: Path, steps: int, num_prompts: int) -> dict[str, Any]:
-    """Everything that is known of one run; read where it was made before."""
-    folder = output_dir / f"{arm.name.replace(', ', '_').replace(':', '_').replace(' ', '_')}-{seed}"
-    settings = {"steps": steps, "num_prompts": num_prompts}
-    if (earlier := read_json(str(folder), "summary.json")) and earlier["settings"] == settings:
-        return earlier
+def run_arm(arm: Arm, seed: int, *, output_dir: Path, steps: int) -> dict[str, Any]:
+    """Train, convert and score; read where that was done before."""
     flops = {architecture: flops_per_frame(architecture) for architecture in CONFIGS}
     own_steps = round(steps * flops["flattened"] / flops[arm.architecture]) if arm.has_same_flops else steps
-    start = time.perf_counter()
+    folder = output_dir / f"{arm.name.replace(', ', '_').replace(':', '_').replace(' ', '_')}-{own_steps}-{seed}"
+    if earlier := read_json(str(folder), "summary.json"):
+        return earlier
     flags = {
         "job.config_file": CONFIGS[arm.architecture],
         "job.dump_folder": folder / "run",
@@ -138,7 +141,6 @@ def run_arm(arm: Arm, seed: int, *, output_dir: Path, steps: int, num_prompts: i
     }
     launch = ("torch.distributed.run", "--nproc_per_node=1", "--standalone")
     run(sys.executable, "-m", *launch, "-m", "llama_mimi.train", *as_words(flags))
-    seconds = time.perf_counter() - start
     model = folder / "model"
     command("scripts/convert_dcp_to_hf.py", checkpoint=folder / "run" / "checkpoint", output_dir=model)
     scores: dict[str, Any] = {}
@@ -148,18 +150,16 @@ def run_arm(arm: Arm, seed: int, *, output_dir: Path, steps: int, num_prompts: i
         report = json.loads((folder / "results" / benchmark / "model" / "official.json").read_text())
         scores |= {f"{benchmark}/{part}": result for part, result in report["parts"].items()}
     summary = {
-        "settings": settings,
+        "folder": str(folder),
         "steps": own_steps,
         "flops_per_frame": flops[arm.architecture],
-        "seconds": seconds,
-        "bits": validation_bits(folder / "run"),
+        **what_was_logged(folder / "run"),
         "scores": {
             name: {key: result[key] for key in ("accuracy", "interval", "count")} for name, result in scores.items()
         },
-        **generate(model, output_dir / "validation", num_prompts),
     }
     write_atomically(str(folder), "summary.json", json.dumps(summary, indent=1).encode())
-    print(f"{arm.name}, seed {seed}: {own_steps} steps, {seconds:.0f} s of training", flush=True)
+    print(f"{arm.name}, seed {seed}: {own_steps} steps", flush=True)
     return summary
 
 
@@ -184,20 +184,37 @@ def flops_per_frame(architecture: Architecture) -> float:
     return Q * args.get_nparams_and_flops(model, job_config.training.seq_len)[1]
 
 
-def validation_bits(run_folder: Path) -> dict[str, float]:
-    """Bits a second of audio at the last validation, by level and of all levels together."""
-    (log,) = (run_folder / "tb").rglob("events*")
-    events = EventAccumulator(str(log))
-    events.Reload()
+def what_was_logged(run_folder: Path) -> dict[str, Any]:
+    """Bits a second of audio at the last validation, by level and of all together, and the median speed of training."""
+    values: dict[str, dict[int, float]] = defaultdict(dict)
+    for log in sorted((run_folder / "tb").rglob("events*")):  # a run that was stopped has one for each start
+        events = EventAccumulator(str(log))
+        events.Reload()
+        for tag in events.Tags()["scalars"]:
+            values[tag] |= {event.step: event.value for event in events.Scalars(tag)}
     prefix = "validation_bits_per_audio_second/"
-    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith(prefix)]
-    return {tag.removeprefix(prefix): events.Scalars(tag)[-1].value for tag in tags}
+    return {
+        "bits": {tag.removeprefix(prefix): of[max(of)] for tag, of in values.items() if tag.startswith(prefix)},
+        "frames_per_s": FRAME_RATE_HZ * statistics.median(values["throughput/audio_seconds_per_s"].values()),
+    }
 
 
-def generate(model_folder: Path, codes: Path, num_prompts: int) -> dict[str, Any]:
+def continuations(folder: Path, codes: Path, num_prompts: int) -> dict[str, Any]:
+    """What `generate` finds of a model, in a process of its own; read where that was done before."""
+    name = f"continuations-{num_prompts}.json"
+    if earlier := read_json(str(folder), name):
+        return earlier
+    found, done = measured(generate, model_folder=folder / "model", codes=codes, num_prompts=num_prompts)
+    if not found:
+        raise UserError(f"the model in '{folder}' does not generate: {done.stderr[-600:]}")
+    write_atomically(str(folder), name, json.dumps(found).encode())
+    return found
+
+
+def generate(model_folder: str, codes: str, num_prompts: int) -> dict[str, Any]:
     """How many continuations end by themselves within `MAX_NEW_SECONDS`, and new frames a second."""
-    model = load_speech_model(str(model_folder), device="cpu")
-    corpus = CodeCorpus(str(codes), model.codec.name, Q, with_text=False)
+    model = load_speech_model(model_folder, device="cpu")
+    corpus = CodeCorpus(codes, model.codec.name, Q, with_text=False)
     clips = [corpus.read_group(group) for group in range(len(corpus.sizes_G))]
     prompts = [group.codes(row)[:PROMPT_FRAMES] for group in clips for row in range(len(group.starts) - 1)]
     num_ended = num_frames = 0
@@ -221,11 +238,21 @@ def print_table(by_arm: dict[Arm, list[dict[str, Any]]]) -> None:
         "sStoryCloze/storycloze": "StoryCloze",
     }
     levels = [f"level_{level}" for level in range(Q)]
-    heads = ["arm", "steps", "MFLOPs a frame", "bits/s", *(f"level {level}" for level in range(Q)), *names.values()]
-    print("|", " | ".join([*heads, "ended by itself"]), "|")
-    print("|---" * (len(heads) + 1) + "|")
+    heads = [
+        "arm",
+        "steps",
+        "MFLOPs a frame",
+        "frames/s",
+        "bits/s",
+        *(f"level {level}" for level in range(Q)),
+        *names.values(),
+    ]
+    heads += ["ended by itself", "new frames/s"]
+    print("|", " | ".join(heads), "|")
+    print("|---" * len(heads) + "|")
     for arm, runs in by_arm.items():
         cells = [arm.name, f"{runs[0]['steps']:,}", f"{runs[0]['flops_per_frame'] / 1e6:.0f}"]
+        cells.append(mean_and_range([found["frames_per_s"] for found in runs], 0))
         cells += [mean_and_range([found["bits"][name] for found in runs]) for name in ("all", *levels)]
         for name in names:
             accuracies = [found["scores"][name]["accuracy"] for found in runs]
@@ -233,11 +260,12 @@ def print_table(by_arm: dict[Arm, list[dict[str, Any]]]) -> None:
             cells.append(f"{100 * statistics.mean(accuracies):.1f} % ({100 * low:.0f} to {100 * high:.0f})")
         ended, prompts = (sum(found[key] for found in runs) for key in ("ended", "prompts"))
         cells.append(f"{100 * ended / prompts:.0f} % of {prompts}")
+        cells.append(mean_and_range([found["generated_frames_per_s"] for found in runs]))
         print("|", " | ".join(cells), "|")
 
 
-def mean_and_range(values: Sequence[float]) -> str:
-    return f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+def mean_and_range(values: Sequence[float], digits: int = 1) -> str:
+    return f"{statistics.mean(values):,.{digits}f} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
 
 
 def draw(by_arm: dict[Arm, list[dict[str, Any]]], path: Path) -> None:

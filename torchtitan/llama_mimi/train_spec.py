@@ -50,8 +50,13 @@ def build_sequences(job_config: Any) -> SequenceBuilder:
 
 
 def build_loss(job_config: Any, **kwargs: Any) -> UnitLoss:
-    depth_shares = [job_config.model.depth_share] * (job_config.codec.num_quantizers - 1)
-    return _build_loss(job_config, _train_meter, level_weights(job_config.loss.level_weights, [1.0, *depth_shares]))
+    weights = level_weights(job_config.loss.level_weights, _level_shares(job_config))
+    return _build_loss(job_config, _train_meter, weights)
+
+
+def _level_shares(job_config: Any) -> list[float]:
+    """Shares of the frames in which each level has a target."""
+    return [1.0, *[job_config.model.depth_share] * (job_config.codec.num_quantizers - 1)]
 
 
 def _build_loss(job_config: Any, meter: LevelMeter, weights: list[float]) -> UnitLoss:
@@ -83,7 +88,7 @@ def build_metrics(job_config: Any, parallel_dims: ParallelDims, model_args: Llam
         train_meter=_train_meter,
         validation_meter=_validation_meter,
         data_meter=_data_meter,
-        num_quantizers=codec.num_quantizers,
+        level_shares=_level_shares(job_config),
         frame_rate_hz=codec_config.sampling_rate / codec_config.frame_size,
     )
 

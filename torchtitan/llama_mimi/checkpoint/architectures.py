@@ -11,7 +11,7 @@ import torch
 from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
 from transformers import AutoConfig, CsmForConditionalGeneration, LlamaForCausalLM, PreTrainedConfig
 
-from llama_mimi.checkpoint.csm import HierarchicalStateDictAdapter, csm_args, csm_config, csm_state
+from llama_mimi.checkpoint.csm import HierarchicalStateDictAdapter, codec_state, csm_args, csm_config, csm_state
 from llama_mimi.checkpoint.huggingface import LlamaMimiStateDictAdapter, hf_config, llama_state, model_args
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.hub import load_pretrained
@@ -31,6 +31,9 @@ class FolderKind:
         config: from our arguments and further entries to its configuration.
         args: the inverse.
         state: from our weights to its own.
+        extra_state: what else is in it, by its configuration.
+        sampled: parts of the stock model that draw with a generation config of their own.
+        description, usage: for the model card.
     """
 
     model_type: str
@@ -40,6 +43,10 @@ class FolderKind:
     config: Callable[..., PreTrainedConfig]
     args: Callable[[Any], LlamaMimiArgs]
     state: Callable[[dict[str, torch.Tensor], Any], dict[str, torch.Tensor]]
+    extra_state: Callable[[Any], dict[str, torch.Tensor]]
+    sampled: tuple[str, ...]
+    description: str
+    usage: str
 
 
 KINDS: dict[Architecture, FolderKind] = {
@@ -51,6 +58,13 @@ KINDS: dict[Architecture, FolderKind] = {
         config=hf_config,
         args=model_args,
         state=llama_state,
+        extra_state=lambda config: {},
+        sampled=(),
+        description="a plain Llama decoder over flattened Mimi codec tokens (arXiv 2509.14882)",
+        usage="""\
+A clip is `<|begin_of_text|><audio><c_0>...<c_{last_level}>...</audio>`, frame by frame. Load it with
+`AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`; continue speech with `inference.py` of
+Llama-Mimi.""",
     ),
     "hierarchical": FolderKind(
         model_type="csm",
@@ -60,6 +74,19 @@ KINDS: dict[Architecture, FolderKind] = {
         config=csm_config,
         args=csm_args,
         state=csm_state,
+        extra_state=codec_state,
+        sampled=("depth_decoder",),
+        description="a Llama over frames of Mimi codec tokens, and a small decoder over the levels of a frame, as CSM",
+        usage="""\
+A position is a frame of {num_quantizers} codes, behind `<|begin_of_text|><audio>`; the end is a frame of
+{codebook_size}s. Without a prompt (12.5 positions are a second):
+
+    model = CsmForConditionalGeneration.from_pretrained(folder)
+    ids = AutoTokenizer.from_pretrained(folder)("<audio>", return_tensors="pt").input_ids
+    audio = model.generate(ids, output_audio=True, max_new_tokens=125)
+
+The class may draw an end in a few levels alone, which its codec cannot decode; `inference.py` of Llama-Mimi cannot, and
+continues a spoken prompt.""",
     ),
 }
 

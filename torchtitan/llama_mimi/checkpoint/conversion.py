@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, MimiModel
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from llama_mimi.audio.mimi import DEFAULT_CODEC, DTYPES, Precision, load_codec_config
 from llama_mimi.checkpoint.architectures import load_config
@@ -24,7 +24,7 @@ tags: [speech-language-model, mimi]
 
 # {name}
 
-A speech language model: {what}.
+A speech language model: {description}.
 
 | | |
 |---|---|
@@ -35,14 +35,8 @@ A speech language model: {what}.
 | converted from | `{step}` |
 | precision | {dtype} |
 
-A clip is `<|begin_of_text|><audio><c_0>...<c_{last_level}>...</audio>`, frame by frame. Load it with
-`{stock_class}.from_pretrained` and `AutoTokenizer.from_pretrained`; continue speech with `inference.py` of
-Llama-Mimi.
+{usage}
 """
-DESCRIPTIONS = {
-    "llama": "a plain Llama decoder over flattened Mimi codec tokens (arXiv 2509.14882)",
-    "csm": "a Llama over the frames of Mimi codec tokens, and a small decoder over the levels of each frame, as CSM",
-}
 
 
 def convert_checkpoint(checkpoint: Path, output_dir: Path, dtype: Precision = "float32") -> None:
@@ -68,10 +62,8 @@ def convert_checkpoint(checkpoint: Path, output_dir: Path, dtype: Precision = "f
     torch_dtype = DTYPES[dtype]
     with torch.device("meta"):
         model = kind.stock_class(config)
-    if config.model_type == "csm":
-        codec = load_pretrained(MimiModel, config.codec, what="codec").state_dict()
-        state |= {f"codec_model.{name}": weight for name, weight in codec.items()}
     # assign: the meta parameters become the loaded ones
+    state |= kind.extra_state(config)
     model.load_state_dict({k: v.to(torch_dtype) for k, v in state.items()}, assign=True)
     model.tie_weights()
 
@@ -82,6 +74,8 @@ def convert_checkpoint(checkpoint: Path, output_dir: Path, dtype: Precision = "f
         pad_token_id=config.pad_token_id,
         **sampling,
     )
+    for part in kind.sampled:
+        getattr(model, part).generation_config = GenerationConfig(**sampling)
     model.config.dtype = torch_dtype
     save_folder(output_dir, model, tokenizer)
     card = MODEL_CARD.format(
@@ -89,10 +83,13 @@ def convert_checkpoint(checkpoint: Path, output_dir: Path, dtype: Precision = "f
         parameters=model.num_parameters(),
         codec=config.codec,
         num_quantizers=config.num_quantizers,
-        last_level=config.num_quantizers - 1,
         vocab_size=getattr(config, kind.entries_key),
-        what=DESCRIPTIONS[config.model_type],
-        stock_class=kind.stock_class.__name__,
+        description=kind.description,
+        usage=kind.usage.format(
+            num_quantizers=config.num_quantizers,
+            last_level=config.num_quantizers - 1,
+            codebook_size=args.codebook_size,
+        ),
         step=step,
         dtype=dtype,
     )

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
-from transformers import CsmConfig, CsmDepthDecoderConfig
+from transformers import CsmConfig, CsmDepthDecoderConfig, MimiModel
 
 from llama_mimi.audio.mimi import load_codec_config
 from llama_mimi.checkpoint.huggingface import LlamaMimiStateDictAdapter, hf_config, model_args
+from llama_mimi.common.hub import load_pretrained
 from llama_mimi.model.llama import LlamaMimiArgs
 from llama_mimi.tokens.units import UnitVocabulary
 
@@ -37,8 +38,9 @@ def csm_config(args: LlamaMimiArgs, **extra: Any) -> CsmConfig:
     Args:
         args: with vocabulary and levels set.
         extra: further entries, as of `llama_mimi.checkpoint.huggingface.hf_config`; the codec among them goes into the
-            folder.
+            folder. Its networks draw entries of a level, so that there is no id that ends them.
     """
+    extra["eos_token_id"] = None
     assert args.depth is not None
     vocabulary = args.vocabulary
     network, depth = hf_config(args), hf_config(args.depth)
@@ -105,6 +107,12 @@ def _rows_of_levels(vocabulary: UnitVocabulary) -> torch.Tensor:
     ids_KQ = vocabulary.ids_from_codes(torch.arange(K)[:, None].expand(K, Q)).view(K, Q)
     ends_1Q = torch.full((1, Q), vocabulary.audio_end_id)
     return torch.cat([ids_KQ, ends_1Q]).T.flatten()
+
+
+def codec_state(config: CsmConfig) -> dict[str, torch.Tensor]:
+    """Weights of the codec that goes into the folder."""
+    codec = load_pretrained(MimiModel, config.codec, what="codec")
+    return {f"codec_model.{name}": weight for name, weight in codec.state_dict().items()}
 
 
 class HierarchicalStateDictAdapter(LlamaMimiStateDictAdapter):

@@ -77,7 +77,7 @@ def model_args(config: LlamaConfig) -> LlamaMimiArgs:
         norm_eps=config.rms_norm_eps,
         rope_theta=rope["rope_theta"],
         rope_scaling_args=scaling,
-        enable_weight_tying=getattr(config, "tie_word_embeddings", False),  # networks of CSM have no such entry
+        enable_weight_tying=getattr(config, "tie_word_embeddings", False),  # the depth decoder of CSM has no such entry
     )
 
 
@@ -98,7 +98,8 @@ def save_folder(folder: Path, model: PreTrainedModel | PreTrainedConfig, tokeniz
     tokenizer.save_pretrained(folder)
 
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    for network in (config, *([config["depth_decoder_config"]] if "depth_decoder_config" in config else [])):
+    parts = [part for part in config.values() if isinstance(part, dict) and "rope_parameters" in part]
+    for network in (config, *parts):
         rope = network["rope_parameters"]
         network["rope_theta"] = rope["rope_theta"]
         scaling = {key: value for key, value in rope.items() if key != "rope_theta"}

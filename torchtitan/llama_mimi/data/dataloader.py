@@ -222,12 +222,12 @@ class UnitDataLoader(BaseDataLoader):
         return chunk.refs, clips, seconds
 
     def _deep_frames(self, ref: ClipRef, num_frames: int) -> np.ndarray | None:
-        """Which frames train the depth decoder: others in each epoch, but the same on any number of ranks."""
+        """Which frames, and whether the end, train the depth decoder: others in each epoch, the same on any ranks."""
         if self._depth_share == 1:
             return None
         assert isinstance(self._order, ShuffledOrder)
         key = (self._order.seed, ref.corpus, ref.window, ref.group, ref.row)
-        return np.random.default_rng(key).random(num_frames) < self._depth_share
+        return np.random.default_rng(key).random(num_frames + 1) < self._depth_share
 
     def _use_up(self, ref: ClipRef) -> None:
         if isinstance(self._order, ShuffledOrder):

@@ -19,7 +19,8 @@ class Piece:
     """Frames of a clip in a row: ``head`` from ``start`` on, then their units, then ``</audio>`` if it has an end.
 
     Args:
-        is_deep_T: which of them train the depth decoder of the hierarchical arm, where there is one; None for all.
+        is_deep_T: which of them, and of the end behind them, train the depth decoder of the hierarchical arm; None for
+            all.
     """
 
     row: int
@@ -66,7 +67,7 @@ class BatchPacker:
 
         Args:
             codes_TQ, is_cut, text: as of a clip.
-            is_deep_T: as `Piece`.
+            is_deep_T: as `Piece`; the last, T + 1st, is of the end.
 
         Returns:
             How many of its T frames the batch took. Fewer than T mean that the batch is full; the others belong in
@@ -88,14 +89,14 @@ class BatchPacker:
                     continue
             goes_on = taken + num_frames < T
             self.num_split += goes_on
-            frames = slice(taken, taken + num_frames)
+            frames, end = slice(taken, taken + num_frames), taken + num_frames + 1
             piece = Piece(
                 self._row,
                 self._used,
                 head,
                 codes_TQ[frames],
                 has_end=not (is_cut or goes_on),
-                is_deep_T=None if is_deep_T is None else is_deep_T[frames],
+                is_deep_T=None if is_deep_T is None else is_deep_T[taken:end],
             )
             self._place(piece, self._length(head, num_frames, is_cut or goes_on))
             taken += num_frames
@@ -124,7 +125,8 @@ class BatchPacker:
             start, end = piece.start, min(piece.start + len(ids_nW) - 1, L)
             inputs_BLW[piece.row, start:end] = ids_nW[: end - start]
             if piece.is_deep_T is not None:
-                ids_nW[len(piece.head) :][: len(units_nW)][~piece.is_deep_T, 1:] = IGNORE_INDEX
+                frames_nW = ids_nW[len(piece.head) :]
+                frames_nW[~piece.is_deep_T[: len(frames_nW)], 1:] = IGNORE_INDEX
             first_target = len(piece.head) - 1  # text and <audio> are given
             labels_BLW[piece.row, start + first_target : end] = ids_nW[1:][first_target : end - start]
             positions_BL[piece.row, start:end] = arange_L[: end - start]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from llama_mimi.evaluation.scoring import Scoring, join, scored_sequence
+from llama_mimi.evaluation.scoring import Scoring, check_model, join, scored_sequence
 from llama_mimi.generation.speech_model import SpeechModel
 
 
@@ -17,8 +17,9 @@ def batch_scores(model: SpeechModel, clips: Sequence[tuple[torch.Tensor, bool]],
         scoring: which tokens enter a score, and how.
 
     Raises:
-        UserError: the scoring names a level that the model does not have.
+        UserError: the scoring does not fit the model.
     """
+    check_model(scoring, model.sequences.vocabulary.num_quantizers, has_release=model.has_release)
     sequences = [
         scored_sequence(model.sequences, codes_TQ, is_cut=is_cut, scoring=scoring) for codes_TQ, is_cut in clips
     ]

@@ -109,12 +109,14 @@ def with_options(
     return replace(base, name="-".join([base.name, *names]), scoring=replace(base.scoring, **changes))
 
 
-def check_levels(scoring: Scoring, num_quantizers: int) -> None:
-    """Refuse levels that a model does not have.
+def check_model(scoring: Scoring, num_quantizers: int, *, has_release: bool) -> None:
+    """Refuse what a model does not have.
 
     Raises:
-        UserError: the highest of them.
+        UserError: the highest level that it lacks, or the scoring of a release that its kind has not had.
     """
+    if scoring.as_released and not has_release:
+        raise UserError("no hierarchical model was released, so that none can be scored so; use --preset official")
     if scoring.levels is not None and max(scoring.levels) >= num_quantizers:
         raise UserError(
             f"--levels names level {max(scoring.levels)}, but the model has the levels 0 to {num_quantizers - 1}"
@@ -124,11 +126,7 @@ def check_levels(scoring: Scoring, num_quantizers: int) -> None:
 def scored_sequence(
     sequences: SequenceBuilder, codes_TQ: torch.Tensor, *, is_cut: bool, scoring: Scoring
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A clip as ids (L,) and, for each of them, whether its log-likelihood enters the score (L,).
-
-    Raises:
-        UserError: a level that the model does not have.
-    """
+    """A clip as ids (L,) and, for each of them, whether its log-likelihood enters the score (L,)."""
     Q = sequences.vocabulary.num_quantizers
     if scoring.as_released:
         ids_L = sequences.sequence(codes_TQ, is_cut=False)
@@ -137,7 +135,6 @@ def scored_sequence(
         is_scored_L = torch.zeros_like(ids_L, dtype=torch.bool)
         is_scored_L[(slice(1, None) if scoring.levels is None else slice(2, None, Q))] = True
         return ids_L, is_scored_L
-    check_levels(scoring, Q)
     levels = range(Q) if scoring.levels is None else scoring.levels
     ids_L = sequences.sequence(codes_TQ, is_cut=is_cut)
     level_L = sequences.vocabulary.level(ids_L)

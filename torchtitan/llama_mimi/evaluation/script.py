@@ -30,7 +30,7 @@ from llama_mimi.evaluation.results import (
     summary,
     write_submissions,
 )
-from llama_mimi.evaluation.scoring import Preset, PresetName, Statistic, check_levels, preset, with_options
+from llama_mimi.evaluation.scoring import Preset, PresetName, Statistic, check_model, preset, with_options
 from llama_mimi.generation.loading import load_speech_model
 from llama_mimi.generation.speech_model import DecoderPrecision
 
@@ -154,7 +154,7 @@ class BenchmarkScript:
             dtype=options.dtype,
         )
         whole_frames(options.max_audio_seconds, model.codec.config, "--max_audio_seconds")
-        check_levels(chosen.scoring, model.codec.num_quantizers)
+        check_model(chosen.scoring, model.codec.num_quantizers, has_release=model.has_release)
         header = {
             "format": FORMAT,
             "benchmark": self.name,

@@ -35,6 +35,8 @@ class FrameGrammar(LogitsProcessor):
 
 
 class FlattenedModel(SpeechModel):
+    has_release = True
+
     def num_positions(self, num_head_tokens: int, num_frames: int) -> int:
         return num_head_tokens + num_frames * self.sequences.vocabulary.num_quantizers
 

@@ -10,11 +10,12 @@ from typing import cast
 import torch
 from transformers import CsmForConditionalGeneration, DynamicCache
 
-from llama_mimi.common.errors import UserError
 from llama_mimi.generation.speech_model import POSITIONS_AT_ONCE, Sampling, SpeechModel, draw, log_likelihoods
 
 
 class HierarchicalModel(SpeechModel):
+    has_release = False
+
     @property
     def csm(self) -> CsmForConditionalGeneration:
         return cast(CsmForConditionalGeneration, self.decoder)
@@ -24,18 +25,10 @@ class HierarchicalModel(SpeechModel):
 
     @torch.inference_mode()
     def log_likelihoods(self, ids: Sequence[torch.Tensor], is_scored: Sequence[torch.Tensor]) -> torch.Tensor:
-        """See `SpeechModel.log_likelihoods`.
-
-        Raises:
-            UserError: a token before the first frame is scored, which this model does not predict.
-        """
+        """See `SpeechModel.log_likelihoods`."""
         hidden, entries, wanted = [], [], []
         for (hidden_LD, num_head, entries_TQ), is_scored_L in zip(self._read(ids), is_scored, strict=True):
-            if bool(is_scored_L[:num_head].any()):
-                raise UserError(
-                    "this scoring takes the likelihood of <audio>, which a hierarchical model does not give; use "
-                    "--preset official"
-                )
+            assert not bool(is_scored_L[:num_head].any()), "no text is predicted, nor <audio>"
             T = len(entries_TQ)
             hidden.append(hidden_LD[num_head - 1 : num_head - 1 + T])
             entries.append(entries_TQ)
@@ -43,11 +36,15 @@ class HierarchicalModel(SpeechModel):
             is_wanted = torch.zeros(entries_TQ.numel(), dtype=torch.bool)
             is_wanted[: len(is_scored_L) - num_head] = is_scored_L[num_head:]
             wanted.append(is_wanted)
+        wanted_NQ = torch.cat(wanted).view(-1, self.sequences.vocabulary.num_quantizers)
+        levels = slice(None) if bool(wanted_NQ[:, 1:].any()) else slice(1)  # a score of level 0 needs no depth decoder
         frames = zip(
-            torch.cat(hidden).split(POSITIONS_AT_ONCE), torch.cat(entries).split(POSITIONS_AT_ONCE), strict=True
+            torch.cat(hidden).split(POSITIONS_AT_ONCE),
+            torch.cat(entries)[:, levels].split(POSITIONS_AT_ONCE),
+            strict=True,
         )
-        values_NQ = torch.cat([self._frame_log_likelihoods(hidden_ND, entries_NQ) for hidden_ND, entries_NQ in frames])
-        return values_NQ.flatten()[torch.cat(wanted)]
+        values = [self._frame_log_likelihoods(hidden_ND, entries_NQ) for hidden_ND, entries_NQ in frames]
+        return torch.cat(values)[wanted_NQ[:, levels]]
 
     def _read(self, ids: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, int, torch.Tensor]]:
         """For each clip the backbone's states (L, D), the number of tokens before the frames, and entries (T, Q).
@@ -76,13 +73,13 @@ class HierarchicalModel(SpeechModel):
         ]
 
     def _frame_log_likelihoods(self, hidden_ND: torch.Tensor, entries_NQ: torch.Tensor) -> torch.Tensor:
-        """Log-likelihoods (N, Q), float64 on the CPU, of frames after the backbone's states."""
+        """Log-likelihoods (N, Q), float64 on the CPU, of frames after the backbone's states; of level 0 (N, 1)."""
         entries_NQ = entries_NQ.to(self.device)
-        given_NQ = torch.nn.functional.pad(entries_NQ[:, :-1], (1, 0))  # the first place is the backbone's state's
-        logits_NqV = self.csm.depth_decoder(
-            input_ids=given_NQ, backbone_last_hidden_state=hidden_ND, use_cache=False
-        ).logits
-        logits_NQV = torch.cat([self.csm.lm_head(hidden_ND)[:, None], logits_NqV], dim=1)
+        logits_NQV = self.csm.lm_head(hidden_ND)[:, None]
+        if entries_NQ.shape[1] > 1:
+            given_NQ = torch.nn.functional.pad(entries_NQ[:, :-1], (1, 0))  # the first place is the backbone's state's
+            depth = self.csm.depth_decoder(input_ids=given_NQ, backbone_last_hidden_state=hidden_ND, use_cache=False)
+            logits_NQV = torch.cat([logits_NQV, depth.logits], dim=1)
         values_N = log_likelihoods(logits_NQV.flatten(0, 1), entries_NQ.flatten())
         return values_N.view(entries_NQ.shape).cpu()
 

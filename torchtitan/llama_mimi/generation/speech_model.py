@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from transformers import PreTrainedModel
@@ -39,6 +39,8 @@ class Sampling:
 @dataclass(frozen=True)
 class SpeechModel(ABC):
     """Decoder, tokenizer with units, and codec of one checkpoint, on one device."""
+
+    has_release: ClassVar[bool]  # models of its kind, and so a scoring of theirs
 
     decoder: PreTrainedModel
     sequences: SequenceBuilder

@@ -23,6 +23,9 @@ from llama_mimi.model.llama import LlamaMimi, LlamaMimiArgs, num_weights, parall
 from llama_mimi.tokens.sequences import IGNORE_INDEX
 from llama_mimi.tokens.units import UnitVocabulary
 
+# Kinds of inputs of a block: backbone and depth decoder, training and validation, packed rows, one frame alone.
+RECOMPILE_LIMIT = 32
+
 
 @dataclass
 class PendingFrames:
@@ -42,14 +45,13 @@ class PendingFrames:
     def heads(self, labels_BLQ: torch.Tensor, vocabulary: UnitVocabulary) -> list[Head]:
         """See `llama_mimi.model.cross_entropy.PendingLogits.heads`."""
         labels_NQ = labels_BLQ.flatten(0, 1)
-        ids_and_logits = [(labels_NQ[:, 0], self.level_0)]
-        ids_and_logits += [
-            (labels_NQ[self.depth_N, level], logits) for level, logits in enumerate(self.levels, start=1)
-        ]
+        frames_NQ = labels_NQ[self.depth_N]
+        is_target_N, is_deep_N = labels_NQ[:, 0] != IGNORE_INDEX, frames_NQ[:, 1] != IGNORE_INDEX
+        places = [is_target_N.nonzero()[:, 0], is_deep_N.nonzero()[:, 0]]  # deep levels have theirs together
         heads = []
-        for level, (ids_N, logits) in enumerate(ids_and_logits):
-            positions_N = (ids_N != IGNORE_INDEX).nonzero()[:, 0]
-            ids_N = ids_N[positions_N]
+        for level, logits in enumerate([self.level_0, *self.levels]):
+            positions_N = places[level > 0]
+            ids_N = (frames_NQ if level else labels_NQ)[positions_N, level]
             entries_N = vocabulary.entries(ids_N)
             is_end_N = entries_N == vocabulary.codebook_size
             # The end is one event, as in the flattened arm: its other levels train the decoder and are not recorded.
@@ -176,5 +178,7 @@ def parallelize_hierarchical(model: HierarchicalLlamaMimi, parallel_dims: Parall
             base_folder=job_config.job.dump_folder,
         )
     if is_compiled:
+        # Blocks of both networks share their code, and the number of frames that train the second varies.
+        torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
         apply_compile(model.depth, compilation)
     return parallelize_flattened(model, parallel_dims, job_config)

@@ -19,7 +19,6 @@ from llama_mimi.checkpoint.dcp import complete_steps, has_loader_position, is_di
 from llama_mimi.checkpoint.huggingface import hf_config
 from llama_mimi.checkpoint.run_record import ASSETS_FOLDER, speech_config
 from llama_mimi.common.errors import UserError
-from llama_mimi.common.hub import load_pretrained
 from llama_mimi.common.ranks import from_first
 from llama_mimi.data.build import chosen_split, dataset_names
 from llama_mimi.data.code_store import CodeCorpus, is_store
@@ -349,7 +348,12 @@ def _check_model(job_config: Any) -> None:
             "'audio', or name a folder prepared by scripts/prepare_base_model.py with --vocabulary llama"
         )
     args = copy.copy(FLAVORS[model.flavor])
-    base = load_pretrained(LlamaConfig, model.hf_assets_path, what="model")
+    base, kind = load_config(model.hf_assets_path, "model")
+    if kind.model_type != "llama":
+        raise UserError(
+            f"model.hf_assets_path '{model.hf_assets_path}' is a '{kind.model_type}'; name a prepared Llama, or "
+            "go on from a run by a step of it as checkpoint.initial_load_path"
+        )
     problem = f"model.flavor '{model.flavor}' is not the model in '{model.hf_assets_path}'"
     _require_same(hf_config(args), base, SHAPE_KEYS, problem)
     # What prepare_base_model writes names its codec, but was trained on no codes.

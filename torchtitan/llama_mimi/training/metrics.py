@@ -4,6 +4,7 @@ import math
 import os
 import re
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -39,7 +40,7 @@ class SpeechMetrics(MetricsProcessor):
     Args:
         train_meter, validation_meter: filled by the losses of training and validation.
         data_meter: filled by the loader of training.
-        num_quantizers: Q.
+        level_shares: of the frames in which each of the Q levels has targets.
         frame_rate_hz: of the codec; level-0 targets over it are seconds of audio.
     """
 
@@ -51,7 +52,7 @@ class SpeechMetrics(MetricsProcessor):
         train_meter: LevelMeter,
         validation_meter: LevelMeter,
         data_meter: DataMeter,
-        num_quantizers: int,
+        level_shares: Sequence[float],
         frame_rate_hz: float,
     ) -> None:
         if job_config.metrics.enable_wandb:
@@ -59,7 +60,8 @@ class SpeechMetrics(MetricsProcessor):
         super().__init__(job_config, parallel_dims)
         self._train_meter, self._validation_meter = train_meter, validation_meter
         self._data_meter = data_meter
-        self._num_quantizers, self._frame_rate_hz = num_quantizers, frame_rate_hz
+        self._num_quantizers, self._frame_rate_hz = len(level_shares), frame_rate_hz
+        self._level_shares = level_shares
         self._peak_flops = peak_flops(self.device_memory_monitor.device_name)
         self._last_step: int | None = None
 
@@ -79,7 +81,7 @@ class SpeechMetrics(MetricsProcessor):
         seconds = time.perf_counter() - self.time_last_log
         sums = self._reduced(self._train_meter)
         # Over all targets since the last line, as the levels are; TorchTitan's own is that of the last step alone.
-        global_avg_loss = float(sums[0].sum() / sums[1].sum())
+        global_avg_loss = self._mean_loss(sums, self._level_shares)
         tokens_per_s = float(sums[1].sum()) / seconds
         devices = self.parallel_dims.world_size
         assert self._last_step is not None, "should_log is asked at every step"
@@ -120,15 +122,14 @@ class SpeechMetrics(MetricsProcessor):
         self._last_step = step
         self._restart_clock()
 
-    def log_validation(
-        self, loss: float, step: int, extra_metrics: dict[str, Any] | None = None, *, seconds: float = 0.0
-    ) -> None:
+    def log_validation(self, step: int, seconds: float) -> None:
         """Log the validation that just took ``seconds``, which are no training time."""
         self.time_last_log += seconds
         sums = self._reduced(self._validation_meter)
+        loss = self._mean_loss(sums, [1.0] * self._num_quantizers)
         levels = {f"validation_metrics/{name}": loss for name, loss in self._level_losses(sums).items()}
         bits = {f"validation_bits_per_audio_second/{name}": bits for name, bits in self._bits(sums).items()}
-        self.logger.log({"validation_metrics/loss": loss, **levels, **bits, **(extra_metrics or {})}, step)
+        self.logger.log({"validation_metrics/loss": loss, **levels, **bits}, step)
         logger.info(
             f"validate step: {step}  loss: {loss:.5f}  levels: {self._format_levels(sums)}  "
             f"({sums[1, 0] / self._frame_rate_hz:,.0f} s of audio)"
@@ -167,7 +168,15 @@ class SpeechMetrics(MetricsProcessor):
         """
         nats_to_bits = self._frame_rate_hz / math.log(2)
         losses = self._level_losses(sums[:, :-1])
-        return {name: nats_to_bits * loss for name, loss in (losses | {"all": sum(losses.values())}).items()}
+        if len(losses) == self._num_quantizers:
+            losses["all"] = sum(losses.values())
+        return {name: nats_to_bits * loss for name, loss in losses.items()}
+
+    @staticmethod
+    def _mean_loss(sums: torch.Tensor, level_shares: Sequence[float]) -> float:
+        """Mean over codes and ends; a level with targets in a share of the frames counts as if it had all."""
+        weights = torch.tensor([*(1 / share for share in level_shares), 1.0], dtype=torch.float64, device=sums.device)
+        return float((weights * sums[0]).sum() / (weights * sums[1]).sum())
 
     @staticmethod
     def _format_levels(sums: torch.Tensor) -> str:

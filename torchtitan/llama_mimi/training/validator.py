@@ -16,7 +16,7 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.data.build import build_validation_dataloader
 from llama_mimi.data.packing import Batch
 from llama_mimi.tokens.sequences import IGNORE_INDEX, SequenceBuilder
-from llama_mimi.training.loss import UnitLoss
+from llama_mimi.training.loss import UnitLoss, reduce_sums
 from llama_mimi.training.metrics import SpeechMetrics
 
 
@@ -53,23 +53,19 @@ class SpeechValidator(Validator):
         (model,) = model_parts
         model.eval()
         start = time.perf_counter()
-        sums = torch.zeros(2, device=device_type, dtype=torch.float64)  # loss, targets
+        num_targets = torch.zeros((), device=device_type, dtype=torch.int64)
         for input_dict, labels in self._batches():
             labels = labels.to(device_type)
             input_dict = {key: value.to(device_type) for key, value in input_dict.items()}
             inputs, labels, extra_inputs, extra_kwargs = self.post_dataloading_process(input_dict, labels, model_parts)
-            num_targets = (labels != IGNORE_INDEX).sum()  # of this rank's part of the sequence
+            num_targets += (labels != IGNORE_INDEX).sum()
             with self._context(), self._amp:
-                loss = self._loss_fn(model(inputs, **extra_inputs, **extra_kwargs), labels)
-            sums += torch.stack([loss.double(), num_targets.double()])
-        mesh = self.parallel_dims.get_optional_mesh("loss")
-        if mesh is not None:
-            dist.all_reduce(sums, group=mesh.get_group())
-        if not sums[1]:
+                self._loss_fn(model(inputs, **extra_inputs, **extra_kwargs), labels)  # its meter is read below
+        if not reduce_sums(num_targets, self.parallel_dims.get_optional_mesh("loss")):
             raise UserError(
                 f"none of the clips of validation.dataset '{self._loader.dataset}' can be used; name another"
             )
-        self._metrics.log_validation(loss=float(sums[0] / sums[1]), step=step, seconds=time.perf_counter() - start)
+        self._metrics.log_validation(step, seconds=time.perf_counter() - start)
         model.train()
 
     def _batches(self) -> Iterator[Batch]:
