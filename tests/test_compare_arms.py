@@ -12,7 +12,6 @@ def test_the_table_of_the_architectures(tmp_path, capsys):
         return {
             "steps": 7,
             "flops_per_frame": 3.2e7,
-            "frames_per_s": 1000.0,
             "generated_frames_per_s": 20.0,
             "bits": {"all": 4 * bits, **{f"level_{level}": bits for level in range(4)}},
             "scores": {name: {"accuracy": 0.5 + 0.1 * seed, "count": 100} for name in names},

@@ -4,8 +4,8 @@
 
 Every arm is trained, converted, scored and continues prompts, with each seed. All train on the same codes in the same
 order. "same frames" is as many steps as the flattened arm has, "same FLOPs" as many as cost the same. What is done is
-kept, so that a study that was stopped goes on. Training speed is that of a run on one core beside as many others as there
-are cores; generation is measured alone.
+kept, so that a study that was stopped goes on. What training costs says
+bench_hierarchical.py.
 """
 
 import json
@@ -153,7 +153,7 @@ def run_arm(arm: Arm, seed: int, *, output_dir: Path, steps: int) -> dict[str, A
         "folder": str(folder),
         "steps": own_steps,
         "flops_per_frame": flops[arm.architecture],
-        **what_was_logged(folder / "run"),
+        "bits": validation_bits(folder / "run"),
         "scores": {
             name: {key: result[key] for key in ("accuracy", "interval", "count")} for name, result in scores.items()
         },
@@ -184,8 +184,8 @@ def flops_per_frame(architecture: Architecture) -> float:
     return Q * args.get_nparams_and_flops(model, job_config.training.seq_len)[1]
 
 
-def what_was_logged(run_folder: Path) -> dict[str, Any]:
-    """Bits a second of audio at the last validation, by level and of all together, and the median speed of training."""
+def validation_bits(run_folder: Path) -> dict[str, float]:
+    """Bits a second of audio at the last validation, by level and of all levels together."""
     values: dict[str, dict[int, float]] = defaultdict(dict)
     for log in sorted((run_folder / "tb").rglob("events*")):  # a run that was stopped has one for each start
         events = EventAccumulator(str(log))
@@ -193,10 +193,7 @@ def what_was_logged(run_folder: Path) -> dict[str, Any]:
         for tag in events.Tags()["scalars"]:
             values[tag] |= {event.step: event.value for event in events.Scalars(tag)}
     prefix = "validation_bits_per_audio_second/"
-    return {
-        "bits": {tag.removeprefix(prefix): of[max(of)] for tag, of in values.items() if tag.startswith(prefix)},
-        "frames_per_s": FRAME_RATE_HZ * statistics.median(values["throughput/audio_seconds_per_s"].values()),
-    }
+    return {tag.removeprefix(prefix): of[max(of)] for tag, of in values.items() if tag.startswith(prefix)}
 
 
 def continuations(folder: Path, codes: Path, num_prompts: int) -> dict[str, Any]:
@@ -238,21 +235,12 @@ def print_table(by_arm: dict[Arm, list[dict[str, Any]]]) -> None:
         "sStoryCloze/storycloze": "StoryCloze",
     }
     levels = [f"level_{level}" for level in range(Q)]
-    heads = [
-        "arm",
-        "steps",
-        "MFLOPs a frame",
-        "frames/s",
-        "bits/s",
-        *(f"level {level}" for level in range(Q)),
-        *names.values(),
-    ]
-    heads += ["ended by itself", "new frames/s"]
+    heads = ["arm", "steps", "MFLOPs a frame", "bits/s", *(f"level {level}" for level in range(Q))]
+    heads += [*names.values(), "ended by itself", "new frames/s"]
     print("|", " | ".join(heads), "|")
     print("|---" * len(heads) + "|")
     for arm, runs in by_arm.items():
         cells = [arm.name, f"{runs[0]['steps']:,}", f"{runs[0]['flops_per_frame'] / 1e6:.0f}"]
-        cells.append(mean_and_range([found["frames_per_s"] for found in runs], 0))
         cells += [mean_and_range([found["bits"][name] for found in runs]) for name in ("all", *levels)]
         for name in names:
             accuracies = [found["scores"][name]["accuracy"] for found in runs]
@@ -264,8 +252,8 @@ def print_table(by_arm: dict[Arm, list[dict[str, Any]]]) -> None:
         print("|", " | ".join(cells), "|")
 
 
-def mean_and_range(values: Sequence[float], digits: int = 1) -> str:
-    return f"{statistics.mean(values):,.{digits}f} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
+def mean_and_range(values: Sequence[float]) -> str:
+    return f"{statistics.mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
 
 
 def draw(by_arm: dict[Arm, list[dict[str, Any]]], path: Path) -> None:
