@@ -51,6 +51,13 @@ Q, FRAME_RATE_HZ = 4, 12.5
 STEPS, BATCH = 420, 4  # as config/tiny.toml on two ranks
 PROMPT_FRAMES, MAX_NEW_SECONDS = 19, 5.0
 BENCHMARKS = {"salmon": "salmon", "sLM21": "sLM21", "sStoryCloze": "storycloze"}
+# What stands in the table, and its heading.
+SCORES = {
+    "salmon/speaker_consistency": "SALMon speaker",
+    "sLM21/lexical_dev": "sWUGGY",
+    "sLM21/syntactic_dev": "sBLIMP",
+    "sStoryCloze/storycloze": "StoryCloze",
+}
 CONFIGS: dict[Architecture, str] = {"flattened": "config/tiny.toml", "hierarchical": "config/tiny_hierarchical.toml"}
 
 
@@ -228,21 +235,15 @@ def generate(model_folder: str, codes: str, num_prompts: int) -> dict[str, Any]:
 
 def print_table(by_arm: dict[Arm, list[dict[str, Any]]]) -> None:
     """One row an arm: means over seeds with the least and the most; accuracies with the interval of one seed."""
-    names = {
-        "salmon/speaker_consistency": "SALMon speaker",
-        "sLM21/lexical_dev": "sWUGGY",
-        "sLM21/syntactic_dev": "sBLIMP",
-        "sStoryCloze/storycloze": "StoryCloze",
-    }
     levels = [f"level_{level}" for level in range(Q)]
     heads = ["arm", "steps", "MFLOPs a frame", "bits/s", *(f"level {level}" for level in range(Q))]
-    heads += [*names.values(), "ended by itself", "new frames/s"]
+    heads += [*SCORES.values(), "ended by itself", "new frames/s"]
     print("|", " | ".join(heads), "|")
     print("|---" * len(heads) + "|")
     for arm, runs in by_arm.items():
         cells = [arm.name, f"{runs[0]['steps']:,}", f"{runs[0]['flops_per_frame'] / 1e6:.0f}"]
         cells += [mean_and_range([found["bits"][name] for found in runs]) for name in ("all", *levels)]
-        for name in names:
+        for name in SCORES:
             accuracies = [found["scores"][name]["accuracy"] for found in runs]
             low, high = wilson_interval(statistics.mean(accuracies), runs[0]["scores"][name]["count"])
             cells.append(f"{100 * statistics.mean(accuracies):.1f} % ({100 * low:.0f} to {100 * high:.0f})")
@@ -267,18 +268,16 @@ def draw(by_arm: dict[Arm, list[dict[str, Any]]], path: Path) -> None:
         left.bar(places, heights, bottom=bottom, label=f"level {level}")
         bottom += heights
     left.set_ylabel("validation, bits per second of audio")
-    left.legend(loc="lower right")
-    scores = ["salmon/speaker_consistency", "sLM21/lexical_dev", "sLM21/syntactic_dev", "sStoryCloze/storycloze"]
-    for number, name in enumerate(scores):
+    for number, (name, title) in enumerate(SCORES.items()):
         for place, runs in zip(places, by_arm.values(), strict=True):
             values = [100 * found["scores"][name]["accuracy"] for found in runs]
             x = place + 0.18 * (number - 1.5)
-            label = name.replace("/", " ") if place == 0 else None
+            label = title if place == 0 else None
             right.plot([x] * len(values), values, "o", color=f"C{number}", alpha=0.7, label=label)
     right.axhline(50, color="gray", linewidth=0.8)
     right.set_ylabel("accuracy, %, a point for each seed")
-    right.legend(fontsize="small")
     for axes in (left, right):
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=4, fontsize="small", frameon=False)
         axes.set_xticks(places, names, fontsize="small")
     figure.savefig(path, dpi=110)
     plt.close(figure)
