@@ -198,7 +198,7 @@ def test_released_layout_works(sequences, tmp_path):
         (("--prompt", "README.md"), "no readable audio"),
         (("--seconds", "0"), "--seconds is 0"),
         (("--model_name", "models/no/such"), "model folder 'models/no/such' does not exist"),
-        (("--model_name", "assets/tiny/mimi"), "could not be loaded"),
+        (("--model_name", "assets/tiny/mimi"), "is a 'mimi', not one of: llama, csm"),
         (("--device", "nothing"), "device 'nothing' is not available"),
     ],
 )
