@@ -29,6 +29,9 @@ ELSEWHERE = {
     "sbatch": "tests/test_launch.py",
     "NUM_NODES": "tests/test_launch.py",
     "uv run python scripts/benchmarks/gpu_check.py": "needs a GPU; tests/test_gpu_check.py",
+    "uv run python scripts/benchmarks/bench_train.py": "minutes and 7 GB at its smallest; tests/test_commands.py",
+    "uv run python scripts/benchmarks/kill_runs.py": "minutes at its smallest; tests/test_training.py kills a run",
+    "uv run python scripts/benchmarks/bench_data.py": "minutes at its smallest; tests/test_commands.py",
     "uv run python scripts/benchmarks/compare_arms.py": "an hour; tests/test_compare_arms.py",
     "uv run python scripts/tiny/train_tiny_codec.py": "74 minutes; tests/test_tiny_codec.py",
     "uv run python scripts/tiny/build_tiny_assets.py": "needs espeak-ng",
@@ -41,13 +44,9 @@ SMALLEST = {
         "--training.steps 10 --checkpoint.interval 10"
     ),
     f"{BENCHMARKS}bench_reading.py": "--clips 4 --repeats 1",
-    f"{BENCHMARKS}bench_data.py": "--clips 4 --repeats 1",
     f"{BENCHMARKS}bench_eval.py": "--pairs 1 --repeats 1",
-    f"{BENCHMARKS}bench_train.py": "--shapes tiny --repeats 1",
     f"{BENCHMARKS}bench_hierarchical.py": "--shapes tiny --repeats 1",
     f"{BENCHMARKS}fuzz_audio.py": "--num_files 30",
-    f"{BENCHMARKS}kill_runs.py --of tokenization": "--kills 1 --folder kills",
-    f"{BENCHMARKS}kill_runs.py --of training": "--kills 1 --max_seconds 20 --folder kills",
 }
 
 
