@@ -32,6 +32,7 @@ ELSEWHERE = {
     "uv run python scripts/benchmarks/bench_train.py": "minutes and 7 GB at its smallest; tests/test_commands.py",
     "uv run python scripts/benchmarks/kill_runs.py": "minutes at its smallest; tests/test_training.py kills a run",
     "uv run python scripts/benchmarks/bench_data.py": "minutes at its smallest; tests/test_commands.py",
+    "uv run python scripts/benchmarks/bench_eval.py": "minutes at its smallest; tests/test_likelihood.py compares what it does",
     "uv run python scripts/benchmarks/compare_arms.py": "an hour; tests/test_compare_arms.py",
     "uv run python scripts/tiny/train_tiny_codec.py": "74 minutes; tests/test_tiny_codec.py",
     "uv run python scripts/tiny/build_tiny_assets.py": "needs espeak-ng",
@@ -44,7 +45,6 @@ SMALLEST = {
         "--training.steps 10 --checkpoint.interval 10"
     ),
     f"{BENCHMARKS}bench_reading.py": "--clips 4 --repeats 1",
-    f"{BENCHMARKS}bench_eval.py": "--pairs 1 --repeats 1",
     f"{BENCHMARKS}bench_hierarchical.py": "--shapes tiny --repeats 1",
     f"{BENCHMARKS}fuzz_audio.py": "--num_files 30",
 }
