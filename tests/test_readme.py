@@ -32,7 +32,7 @@ ELSEWHERE = {
     "uv run python scripts/benchmarks/bench_train.py": "minutes and 7 GB at its smallest; tests/test_commands.py",
     "uv run python scripts/benchmarks/kill_runs.py": "minutes at its smallest; tests/test_training.py kills a run",
     "uv run python scripts/benchmarks/bench_data.py": "minutes at its smallest; tests/test_commands.py",
-    "uv run python scripts/benchmarks/bench_eval.py": "minutes at its smallest; tests/test_likelihood.py compares what it does",
+    "uv run python scripts/benchmarks/bench_eval.py": "minutes at its smallest; tests/test_likelihood.py",
     "uv run python scripts/benchmarks/compare_arms.py": "an hour; tests/test_compare_arms.py",
     "uv run python scripts/tiny/train_tiny_codec.py": "74 minutes; tests/test_tiny_codec.py",
     "uv run python scripts/tiny/build_tiny_assets.py": "needs espeak-ng",
