@@ -12,24 +12,13 @@ from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAda
 from transformers import CsmConfig, CsmDepthDecoderConfig, MimiModel
 
 from llama_mimi.audio.mimi import load_codec_config
-from llama_mimi.checkpoint.huggingface import LlamaMimiStateDictAdapter, hf_config, model_args
+from llama_mimi.checkpoint.huggingface import NETWORK_KEYS, LlamaMimiStateDictAdapter, hf_config, model_args
 from llama_mimi.common.hub import load_pretrained
 from llama_mimi.model.llama import LlamaMimiArgs
 from llama_mimi.tokens.units import UnitVocabulary
 
-# Name of a network in our state, and what stands before and in place of "model." in theirs.
+# Where CSM has the layers and the norm of its two networks.
 BACKBONE, DEPTH = "backbone_model", "depth_decoder.model"
-# Entries of a plain Llama's configuration that a network of CSM has, too.
-SHAPE_KEYS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "rms_norm_eps",
-    "rope_parameters",
-)
 
 
 def csm_config(args: LlamaMimiArgs, **extra: Any) -> CsmConfig:
@@ -46,7 +35,7 @@ def csm_config(args: LlamaMimiArgs, **extra: Any) -> CsmConfig:
     network, depth = hf_config(args), hf_config(args.depth)
     levels = {"num_codebooks": args.num_quantizers, "vocab_size": args.codebook_size + 1}
     return CsmConfig(
-        **{key: getattr(network, key) for key in SHAPE_KEYS},
+        **{key: getattr(network, key) for key in NETWORK_KEYS},
         **levels,
         **extra,
         architectures=["CsmForConditionalGeneration"],
@@ -58,7 +47,7 @@ def csm_config(args: LlamaMimiArgs, **extra: Any) -> CsmConfig:
         audio_eos_token_id=vocabulary.audio_end_id,
         tie_codebooks_embeddings=True,
         depth_decoder_config=CsmDepthDecoderConfig(
-            **{key: getattr(depth, key) for key in SHAPE_KEYS},
+            **{key: getattr(depth, key) for key in NETWORK_KEYS},
             **levels,
             backbone_hidden_size=args.dim,
             max_position_embeddings=args.num_quantizers + 1,

@@ -13,6 +13,18 @@ from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel, PreTrai
 from llama_mimi.common.errors import UserError
 from llama_mimi.model.llama import LlamaMimiArgs
 
+# Entries of a configuration that say the shape of a network, a Llama's or one of CSM's two.
+NETWORK_KEYS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "rope_parameters",
+)
+
 
 def hf_config(args: LlamaMimiArgs, **extra: Any) -> LlamaConfig:
     """The configuration of the plain Hugging Face Llama that computes the same logits as ``args``.

@@ -16,7 +16,7 @@ from transformers import LlamaConfig
 from llama_mimi.audio.mimi import attention_of, load_codec_config, whole_frames
 from llama_mimi.checkpoint.architectures import load_config
 from llama_mimi.checkpoint.dcp import complete_steps, has_loader_position, is_distributed, set_aside_incomplete
-from llama_mimi.checkpoint.huggingface import hf_config
+from llama_mimi.checkpoint.huggingface import NETWORK_KEYS, hf_config
 from llama_mimi.checkpoint.run_record import ASSETS_FOLDER, speech_config
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.ranks import from_first
@@ -32,16 +32,7 @@ from llama_mimi.training.loss import level_weights
 SECONDS_FOR_NODES_TO_AGREE = 90
 FLOAT8 = "quantize.linear.float8"  # TorchTitan's name of the converter
 # What must agree between a flavour, a Hugging Face folder and an earlier run in the same dump_folder.
-SHAPE_KEYS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "rms_norm_eps",
-    "rope_parameters",
-    "tie_word_embeddings",
-)
+SHAPE_KEYS = (*NETWORK_KEYS, "tie_word_embeddings")
 
 
 def check_settings(job_config: Any, world_size: int) -> None:
