@@ -1,37 +1,56 @@
-"""Continue a spoken prompt.
+"""Continue speech: one prompt, or all in a folder.
 
 uv run python inference.py --model_name models/tiny --prompt assets/tiny/prompt.wav --output_file continuation.wav
 """
 
+import time
 from pathlib import Path
 
-from llama_mimi.audio.mimi import CodecAttention
-from llama_mimi.audio.reading import Waveform, read_audio, write_wav
+import soundfile
+import torch
+
+from llama_mimi.audio.mimi import CodecAttention, codec_hash
+from llama_mimi.audio.reading import Waveform, write_wav
+from llama_mimi.audio.silence import silences
+from llama_mimi.audio.streaming import DecodingStream
 from llama_mimi.common.errors import UserError, run_command
-from llama_mimi.generation.continuation import SamplingOptions, continue_codes
+from llama_mimi.common.hub import weights_sha256
+from llama_mimi.common.ranks import from_first, torchrun_ranks
+from llama_mimi.common.versions import versions
+from llama_mimi.generation.continuation import SamplingOptions, check_text, continue_codes, read_prompt
+from llama_mimi.generation.decoding import End, Request, decode
 from llama_mimi.generation.loading import load_speech_model
-from llama_mimi.generation.speech_model import DecoderPrecision
+from llama_mimi.generation.prompt_folder import LONG_SILENCE_SECONDS, RESULTS, continue_folder
+from llama_mimi.generation.speech_model import DecoderPrecision, SpeechModel
 
-MAX_PROMPT_SECONDS = 60.0  # three times the longest clip of the paper's training
 
-
-def continue_prompt(
+def continue_speech(
     sampling: SamplingOptions,
     model_name: str = "llm-jp/Llama-Mimi-1.3B",
-    prompt: str = "assets/tiny/prompt.wav",
+    prompt: str | None = None,
+    prompts: str | None = None,
+    text: str | None = None,
     output_file: Path = Path("continuation.wav"),
+    output_dir: Path | None = None,
+    stream: bool = False,
+    batch_size: int | None = None,
     codec: str | None = None,
     codec_attention: CodecAttention | None = None,
     device: str | None = None,
     dtype: DecoderPrecision = "float32",
 ) -> None:
-    """Continue a spoken prompt.
+    """Continue speech.
 
     Args:
         sampling: how tokens are drawn
         model_name: hub id or folder
         prompt: WAV, FLAC, MP3 or OGG file; others with FFmpeg
+        prompts: folder of such files, each to be continued into --output_dir; a killed run goes on where it was
+        text: what is to be said, for models of the task tts; with --prompt as the voice, what it says comes first
         output_file: with several samples their numbers are added to its name
+        output_dir: of --prompts
+        stream: write the sample while it is made
+        batch_size: samples of --prompts that are drawn at once, by default 8, on GPUs 64
         codec: hub id or folder; by default what the model names
         codec_attention: by default that of the model's training codes
         device: by default the accelerator where there is one
@@ -40,37 +59,102 @@ def continue_prompt(
     Raises:
         UserError: the prompt, the model or an option cannot be used.
     """
+    if (prompts is None) == (prompt is None and text is None):
+        raise UserError("give a spoken --prompt, a --text, or both, or else a folder of --prompts")
+    if (prompts is None) != (output_dir is None):
+        raise UserError("--prompts and --output_dir go together; one prompt goes into --output_file")
+    if prompts is not None and stream:
+        raise UserError("--stream is for one prompt; leave it out, or --prompts")
+    if batch_size is not None and batch_size < 1:
+        raise UserError(f"--batch_size is {batch_size}; it must be 1 or more")
+    if stream and sampling.num_samples > 1:
+        raise UserError(f"--stream makes one sample, not {sampling.num_samples}; leave out --num_samples")
     if output_file.suffix.lower() != ".wav" or output_file.is_dir():
         raise UserError(f"--output_file is '{output_file}'; name a .wav file")
+    if prompt is not None:  # a bad one ends before the model is loaded
+        for remark in read_prompt(prompt).remarks:
+            print(f"note: '{prompt}' is {remark}")
 
-    whole = read_audio(prompt, None, max_seconds=MAX_PROMPT_SECONDS)  # a bad one ends before the model is loaded
-    for remark in whole.remarks:
-        print(f"note: '{prompt}' is {remark}")
-    if whole.is_cut and whole.seconds >= MAX_PROMPT_SECONDS:
-        raise UserError(f"the prompt '{prompt}' is longer than {MAX_PROMPT_SECONDS:g} s; give a shorter one")
-    model = load_speech_model(
-        model_name,
-        codec_name=codec,
-        attention=codec_attention,
-        device=device,
-        dtype=dtype,
+    with torchrun_ranks(device) as ranks:
+        model = load_speech_model(
+            model_name, codec_name=codec, attention=codec_attention, device=str(ranks.device), dtype=dtype
+        )
+        if prompts is not None and output_dir is not None:
+            made_by = {
+                "model": model_name,
+                "model_sha256": from_first(lambda: weights_sha256(model_name)),
+                "codec_sha256": codec_hash(model.codec.name),
+                "codec_attention": model.codec.attention,
+                "dtype": dtype,
+                "versions": versions(),
+            }
+            num_rows = batch_size or (64 if ranks.device.type == "cuda" else 8)
+            records = continue_folder(model, prompts, output_dir, sampling, num_rows, ranks, made_by)
+            if ranks.rank == 0:
+                _report(records, output_dir)
+            return
+        check_text(model, text)
+        prompt_TQ = torch.zeros(0, model.codec.num_quantizers, dtype=torch.long)
+        began = time.perf_counter()
+        if prompt is not None:
+            (prompt_TQ,) = model.codec.encode([read_prompt(prompt, model.codec).samples_S])
+        if stream:
+            _stream(model, Request(prompt_TQ, sampling.seed, text), sampling, output_file, began)
+            return
+        for index, codes_TQ in enumerate(continue_codes(model, prompt_TQ, sampling, text)):
+            path = output_file
+            if sampling.num_samples > 1:
+                path = path.with_name(f"{path.stem}_{index}{path.suffix}")
+            waveform = Waveform(model.codec.decode(codes_TQ), model.codec.sample_rate_hz)
+            write_wav(path, waveform)
+            _describe(path, len(prompt_TQ), len(codes_TQ) - len(prompt_TQ), model)
+            for start, length in silences(waveform, LONG_SILENCE_SECONDS):
+                print(f"note: {path} is silent for {length:.1f} s from {start:.1f} s on")
+
+
+def _stream(model: SpeechModel, request: Request, options: SamplingOptions, path: Path, began: float) -> None:
+    """Write a sample frame by frame; the file can be played while it grows."""
+    codec, decoding = model.codec, DecodingStream(model.codec)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    num_new, first = 0, 0.0
+    with soundfile.SoundFile(path, "w", codec.sample_rate_hz, 1, format="WAV", subtype="PCM_16") as file:
+        if len(request.prompt_TQ):
+            file.write(decoding.decode(request.prompt_TQ).clamp(-1, 1).numpy())
+        for _, new in decode(model, [request], options.for_model(model), 1):
+            if isinstance(new, End):
+                continue
+            file.write(decoding.decode(new[None]).clamp(-1, 1).numpy())
+            file.flush()
+            num_new += 1
+            first = first or time.perf_counter() - began
+    spent = time.perf_counter() - began
+    _describe(path, len(request.prompt_TQ), num_new, model)
+    if num_new:
+        print(f"first audio after {first:.2f} s; real-time factor {num_new / codec.frame_rate_hz / spent:.2f}")
+
+
+def _describe(path: Path, prompt_frames: int, new_frames: int, model: SpeechModel) -> None:
+    rate_hz = model.codec.frame_rate_hz
+    print(f"{path}: {prompt_frames / rate_hz:.2f} s of prompt, {new_frames / rate_hz:.2f} s of continuation")
+    if not new_frames:
+        print(
+            f"{path} holds the prompt alone: to the model the speech ends with it; cut the prompt in mid-sentence, "
+            "set --min_seconds, or try another --seed"
+        )
+
+
+def _report(records: list[dict], output_dir: Path) -> None:
+    made = [record for record in records if "error" not in record]
+    ended = sum(record["end"] == End.BY_MODEL.value for record in made)
+    silent = sum(bool(record["silences"]) for record in made)
+    print(
+        f"{len(made):,} samples in {output_dir}, {ended:,} ended by the model and {len(made) - ended:,} cut; {silent:,} "
+        f"with {LONG_SILENCE_SECONDS:g} s or more of silence; see {output_dir / RESULTS}"
     )
-    mimi = model.codec
-    waveform = read_audio(prompt, mimi.sample_rate_hz, min_samples=mimi.frame_size)
-    (prompt_TQ,) = mimi.encode([waveform.samples_S])
-    for index, codes_TQ in enumerate(continue_codes(model, prompt_TQ, sampling)):
-        path = output_file
-        if sampling.num_samples > 1:
-            path = path.with_name(f"{path.stem}_{index}{path.suffix}")
-        write_wav(path, Waveform(mimi.decode(codes_TQ), mimi.sample_rate_hz))
-        new_s = (len(codes_TQ) - len(prompt_TQ)) / mimi.frame_rate_hz
-        print(f"{path}: {len(prompt_TQ) / mimi.frame_rate_hz:.2f} s of prompt, {new_s:.2f} s of continuation")
-        if len(codes_TQ) == len(prompt_TQ):
-            print(
-                f"{path} holds the prompt alone: to the model the speech ends with it; cut the prompt in mid-sentence, "
-                "set --min_seconds, or try another --seed"
-            )
+    failed = [record["error"] for record in records if "error" in record]
+    if failed:
+        raise UserError(f"{len(failed):,} samples could not be made; the first: {failed[0]}")
 
 
 if __name__ == "__main__":
-    run_command(continue_prompt, __doc__)
+    run_command(continue_speech, __doc__)

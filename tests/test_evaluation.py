@@ -19,10 +19,11 @@ from llama_mimi.audio.mimi import MimiCodec
 from llama_mimi.audio.reading import AudioError, read_audio
 from llama_mimi.checkpoint.huggingface import hf_config
 from llama_mimi.common.errors import UserError
+from llama_mimi.common.progress_log import ProgressLog
 from llama_mimi.common.ranks import Ranks
 from llama_mimi.evaluation.benchmarks import SALMON_PARTS, Benchmark, BenchmarkClip, Pair, read_salmon
 from llama_mimi.evaluation.clip_codes import CachedCodes, CodeCache, cache_key, encode_clips
-from llama_mimi.evaluation.clip_scores import ScoreLog, score_clips
+from llama_mimi.evaluation.clip_scores import score_clips
 from llama_mimi.evaluation.likelihood import batch_scores
 from llama_mimi.evaluation.salmon_model import SalmonModel
 from llama_mimi.evaluation.scoring import Scoring, preset
@@ -161,7 +162,7 @@ def test_pairs_touched_by_the_cut_are_counted(tmp_path, codec, model):
     assert [len(codes[i].codes_TQ) for i in ids] == [250, 250, 13, 13]
     pairs = [Pair("a", "0", clips[0], clips[1], "0"), Pair("a", "1", clips[2], clips[3], "1")]
     chosen = preset("official", None)
-    scores = score_clips(model, codes, chosen.scoring, 4096, ScoreLog(tmp_path / "log", {}), Ranks())
+    scores = score_clips(model, codes, chosen.scoring, 4096, ProgressLog(tmp_path / "log", {}), Ranks())
     report = results(Benchmark(pairs), ids, codes, scores, chosen, SALMON_PARTS)
     assert (report["parts"]["a"]["pairs_cut"], report["parts"]["a"]["ties"]) == (1, 1)
     assert [pair["correct"] for pair in report["pairs"]][1] == 0.5 and report["mean_of_parts"] is None
@@ -180,7 +181,7 @@ def test_batches_score_as_clips_alone_do(tmp_path, codec, model, name, levels):
     clips = [clip for pair in pairs for clip in (pair.positive, pair.negative)]
     ids, codes = encode_clips(codec, clips, cache(tmp_path / "codes", codec), Ranks(), 20.0)
     scoring = preset(name, levels).scoring
-    batched = score_clips(model, codes, scoring, 4096, ScoreLog(tmp_path / "log", {}), Ranks())
+    batched = score_clips(model, codes, scoring, 4096, ProgressLog(tmp_path / "log", {}), Ranks())
     alone = {
         i: batch_scores(model, [(torch.from_numpy(codes[i].codes_TQ.astype("int64")), codes[i].is_cut)], scoring)[0]
         for i in codes
@@ -197,7 +198,7 @@ def test_preset_original_is_the_release_from_file_to_score(tmp_path, model, leve
     clips = clips_of(*sorted((SALMON / "speaker_consistency").glob("sample_1?_0.ogg"))[:4])
     ids, codes = encode_clips(codec, clips, cache(tmp_path, codec, as_released=True), Ranks(), 20.0, as_released=True)
     scoring = preset("original", levels).scoring
-    scores = score_clips(model, codes, scoring, 4096, ScoreLog(tmp_path / "log", {}), Ranks())
+    scores = score_clips(model, codes, scoring, 4096, ProgressLog(tmp_path / "log", {}), Ranks())
     model.decoder.config.update({"num_quantizers": 4})
     expected = [
         score_alone(clip.read(), model.decoder, model.sequences.tokenizer, codec.model, levels) for clip in clips
@@ -209,7 +210,7 @@ def test_what_was_scored_before_a_kill_is_kept(tmp_path, codec, model, monkeypat
     clips = clips_of(*sorted((SALMON / "speaker_consistency").glob("sample_1?_0.ogg")))
     _, codes = encode_clips(codec, clips, cache(tmp_path / "codes", codec), Ranks(), 20.0)
     scoring = Scoring(None)
-    whole = score_clips(model, codes, scoring, 500, ScoreLog(tmp_path / "whole", {"a": 1}), Ranks())
+    whole = score_clips(model, codes, scoring, 500, ProgressLog(tmp_path / "whole", {"a": 1}), Ranks())
     calls = []
 
     def counted(*args):
@@ -224,10 +225,10 @@ def test_what_was_scored_before_a_kill_is_kept(tmp_path, codec, model, monkeypat
     folder.mkdir(parents=True)
     (folder / "1.jsonl").write_text("".join(lines[:2]) + lines[2][:20])  # cut off in the third batch
     (folder / "2.jsonl").write_text(lines[3][:5])
-    resumed = score_clips(model, codes, scoring, 500, ScoreLog(tmp_path / "killed", {"a": 1}), Ranks())
+    resumed = score_clips(model, codes, scoring, 500, ProgressLog(tmp_path / "killed", {"a": 1}), Ranks())
     assert resumed == whole and len(calls) == len(lines) - 2
     assert f"2 of {len(lines)} batches were scored before" in capsys.readouterr().out
-    score_clips(model, codes, scoring, 500, ScoreLog(tmp_path / "killed", {"a": 2}), Ranks())  # of another model
+    score_clips(model, codes, scoring, 500, ProgressLog(tmp_path / "killed", {"a": 2}), Ranks())  # of another model
     assert len(calls) == 2 * len(lines) - 2
 
 
@@ -238,13 +239,13 @@ def test_other_audio_never_gets_the_scores_of_a_run_that_was_killed(tmp_path, co
     )
     others = [CachedCodes(np.roll(clip.codes_TQ, shift, axis=0), False) for shift in (1, 2, 3)]
     before = {"a": clip, **{f"x{i}": other for i, other in enumerate(others)}}
-    expected = score_clips(model, before, Scoring(None), 4096, ScoreLog(tmp_path / "log", {}), Ranks())
+    expected = score_clips(model, before, Scoring(None), 4096, ProgressLog(tmp_path / "log", {}), Ranks())
     renamed = {"z": clip, "cut": CachedCodes(clip.codes_TQ, True), **{f"a{i}": other for i, other in enumerate(others)}}
-    scores = score_clips(model, renamed, Scoring(None), 4096, ScoreLog(tmp_path / "log", {}), Ranks())
+    scores = score_clips(model, renamed, Scoring(None), 4096, ProgressLog(tmp_path / "log", {}), Ranks())
     assert scores["z"] == expected["a"] and [scores[f"a{i}"] for i in range(3)] == [expected[f"x{i}"] for i in range(3)]
     assert scores["cut"] != scores["z"]
     released = preset("original", None).scoring  # which puts </audio> behind a clip that was cut, too
-    scores = score_clips(model, renamed, released, 4096, ScoreLog(tmp_path / "log2", {}), Ranks())
+    scores = score_clips(model, renamed, released, 4096, ProgressLog(tmp_path / "log2", {}), Ranks())
     assert scores["cut"] == scores["z"]
 
 
@@ -259,7 +260,7 @@ def test_what_the_cut_has_made_equal_is_a_tie(tmp_path, codec, model):
     )
     ids, codes = encode_clips(codec, clips, cache(tmp_path / "codes", codec), Ranks(), 20.0)
     assert ids[0] != ids[1]
-    scores = score_clips(model, codes, Scoring(None), 2100, ScoreLog(tmp_path / "log", {}), Ranks())
+    scores = score_clips(model, codes, Scoring(None), 2100, ProgressLog(tmp_path / "log", {}), Ranks())
     assert scores[ids[0]] == scores[ids[1]]
 
 
@@ -269,7 +270,12 @@ def test_a_score_that_is_not_finite_is_refused(tmp_path, codec, model):
     codes = {"a": CachedCodes(np.zeros((3, 4), np.uint16), False)}
     with pytest.raises(UserError, match="overflows in float32"):
         score_clips(
-            FlattenedModel(broken, model.sequences, codec), codes, Scoring(None), 4096, ScoreLog(tmp_path, {}), Ranks()
+            FlattenedModel(broken, model.sequences, codec),
+            codes,
+            Scoring(None),
+            4096,
+            ProgressLog(tmp_path, {}),
+            Ranks(),
         )
 
 
@@ -292,7 +298,7 @@ def test_salmons_own_loop_gives_the_same_accuracy(tmp_path, codec, model):
 
     ids, codes = encode_clips(codec, Benchmark(pairs).clips, cache(tmp_path / "codes", codec), Ranks(), 20.0)
     chosen = preset("official", None)
-    scores = score_clips(model, codes, chosen.scoring, 4096, ScoreLog(tmp_path / "log", {}), Ranks())
+    scores = score_clips(model, codes, chosen.scoring, 4096, ProgressLog(tmp_path / "log", {}), Ranks())
     report = results(Benchmark(pairs), ids, codes, scores, chosen, SALMON_PARTS)
     assert report["parts"]["speaker_consistency"]["accuracy"] == expected
     assert 0 < expected < 1

@@ -1,102 +1,354 @@
-"""No sample is ever malformed, whatever the model prefers."""
+"""The decoding loop: whole frames, stock `transformers`' greedy choice, and the distribution of the model."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
+import scipy.stats
 import torch
+from conftest import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaForCausalLM
+from transformers import CsmForConditionalGeneration, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
 
+from llama_mimi.checkpoint.csm import csm_config
 from llama_mimi.checkpoint.huggingface import hf_config
 from llama_mimi.common.errors import UserError
-from llama_mimi.generation.continuation import SamplingOptions, continue_codes
-from llama_mimi.generation.flattened import FlattenedModel, FrameGrammar
-from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs
-from llama_mimi.tokens.units import UnitVocabulary
+from llama_mimi.generation.continuation import SamplingOptions, check_text, continue_codes, finished
+from llama_mimi.generation.decoding import End, Request, Sampling, _Draw, decode
+from llama_mimi.generation.flattened import FlattenedModel
+from llama_mimi.generation.hierarchical import HierarchicalModel
+from llama_mimi.generation.row_cache import RowCache
+from llama_mimi.model.llama import FLAVORS
+from llama_mimi.tokens.sequences import load_sequences
+
+K = 256
+GREEDY = Sampling(max_frames=12, min_frames=0, window_frames=100, temperature=0, top_k=30, top_p=1.0)
 
 
-@pytest.fixture(scope="module")
-def model(codec, sequences):
-    """A random decoder, whose unconstrained samples would be malformed at once."""
-    torch.manual_seed(0)
-    args = LlamaMimiArgs(**{**vars(FLAVORS["tiny"]), "vocab_size": sequences.vocabulary.size})
-    decoder = LlamaForCausalLM(hf_config(args)).eval()
+def flattened(codec, Q, vocabulary="llama", **shape):
+    sequences = load_sequences(str(TINY / "llama"), str(TINY / "mimi"), Q, vocabulary)
+    decoder = LlamaForCausalLM(hf_config(replace(FLAVORS["tiny"], vocab_size=sequences.vocabulary.size, **shape)))
+    return FlattenedModel(decoder.eval(), sequences, codec.at_depth(Q))
+
+
+def hierarchical(codec, Q, **shape):
+    sequences = load_sequences(str(TINY / "llama"), str(TINY / "mimi"), Q)
+    shape |= {"architecture": "hierarchical", "enable_weight_tying": False, "num_quantizers": Q, "codebook_size": K}
+    args = replace(FLAVORS["tiny"], vocab_size=sequences.vocabulary.size, **shape)
+    csm = CsmForConditionalGeneration(csm_config(args, codec=str(TINY / "mimi"), num_quantizers=Q))
+    return HierarchicalModel(csm.eval(), sequences, codec.at_depth(Q))
+
+
+ARMS = {"flattened": flattened, "hierarchical": hierarchical}
+
+
+def built(codec, arm, Q=4, **shape):
+    """A random model, whose unconstrained samples would be malformed at once."""
+    torch.manual_seed(Q)
+    model = ARMS[arm](codec, Q, **shape)
     with torch.no_grad():
-        for parameter in decoder.parameters():
-            parameter.mul_(5)
-    return FlattenedModel(decoder, sequences, codec)
+        for name, parameter in model.decoder.named_parameters():
+            if not name.startswith("codec_model"):
+                parameter.mul_(3)
+    return model
 
 
-PROMPT = torch.randint(256, (6, 4), generator=torch.Generator().manual_seed(0))
+@pytest.fixture(scope="module", params=ARMS)
+def model(codec, request):
+    return built(codec, request.param)
+
+
+def clip(num_frames, Q=4, seed=0):
+    return torch.randint(K, (num_frames, Q), generator=torch.Generator().manual_seed(seed))
+
+
+PROMPT = clip(6)
+
+
+class FrameGrammar(LogitsProcessor):
+    """For stock ``generate``: at each position the codes of its level, and ``</audio>`` between frames only."""
+
+    def __init__(self, vocabulary, num_head_tokens):
+        self.vocabulary, self.num_head_tokens = vocabulary, num_head_tokens
+
+    def __call__(self, ids_BL, scores_BV):
+        vocabulary = self.vocabulary
+        level = (ids_BL.shape[1] - self.num_head_tokens) % vocabulary.num_quantizers
+        units = slice(vocabulary.base + level, vocabulary.audio_start_id, vocabulary.num_quantizers)
+        allowed_BV = torch.full_like(scores_BV, -torch.inf)
+        allowed_BV[:, units] = scores_BV[:, units]
+        if level == 0:
+            allowed_BV[:, vocabulary.audio_end_id] = scores_BV[:, vocabulary.audio_end_id]
+        return allowed_BV
+
+
+def stock_greedy(model, prompt_TQ, max_frames):
+    """`LlamaForCausalLM.generate` with the grammar."""
+    vocabulary = model.sequences.vocabulary
+    ids_1L = model.sequences.sequence(prompt_TQ, is_cut=True)[None]
+    out_1L = model.decoder.generate(
+        ids_1L,
+        attention_mask=torch.ones_like(ids_1L),
+        max_new_tokens=max_frames * vocabulary.num_quantizers,
+        do_sample=False,
+        eos_token_id=vocabulary.audio_end_id,
+        pad_token_id=vocabulary.audio_end_id,
+        logits_processor=LogitsProcessorList([FrameGrammar(vocabulary, len(model.sequences.head()))]),
+    )
+    ids_L = out_1L[0, len(model.sequences.head()) :]
+    return vocabulary.codes_from_ids(ids_L[ids_L != vocabulary.audio_end_id])
+
+
+@torch.no_grad()
+def plain_greedy(model, prompt_TQ, max_frames):
+    """The stock CSM without any cache, one level after the other; its own ``generate`` may draw half an end."""
+    csm, codes_TQ = model.csm, prompt_TQ
+    for _ in range(max_frames):
+        inputs_LD = torch.cat(
+            [
+                csm.embed_text_tokens(torch.tensor(model.sequences.head())),
+                csm.backbone_model.embed_tokens(codes_TQ[None])[0],
+            ]
+        )
+        state_1D = csm.backbone_model(inputs_embeds=inputs_LD[None]).last_hidden_state[:, -1]
+        frame = [int(csm.lm_head(state_1D).argmax())]
+        if frame[0] == K:
+            break
+        while len(frame) < codes_TQ.shape[1]:
+            logits_V = csm.depth_decoder(torch.tensor([[0, *frame]]), state_1D).logits[0, -1]
+            frame.append(int(logits_V[:K].argmax()))
+        codes_TQ = torch.cat([codes_TQ, torch.tensor([frame])])
+    return codes_TQ
+
+
+def all_samples(model, requests, sampling, num_rows):
+    drawn = finished(decode(model, requests, sampling, num_rows), model.codec.num_quantizers)
+    return {number: (new_TQ, end) for number, new_TQ, end in drawn}
+
+
+class Ending:
+    """A model whose end is so much likelier: ``ending(model, 6.0)``."""
+
+    def __init__(self, model, added):
+        self.model, self.added = model, added
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def next_frame(self, hidden_BD, draw, step):
+        def draw_with_end(logits_BV, level):
+            if level == 0:
+                logits_BV = torch.cat([logits_BV[:, :-1], logits_BV[:, -1:] + self.added], dim=1)
+            return draw(logits_BV, level)
+
+        return self.model.next_frame(hidden_BD, draw_with_end, step)
+
+
+@pytest.mark.parametrize(
+    ("arm", "Q"),
+    [
+        ("flattened", 1),
+        ("flattened", 4),
+        ("flattened", 8),
+        ("hierarchical", 2),
+        ("hierarchical", 4),
+        ("hierarchical", 8),
+    ],
+)
+def test_greedy_is_what_transformers_generates(codec, arm, Q):
+    """Prompts of unequal lengths in one batch, more of them than rows; one prompt alone each there."""
+    model = built(codec, arm, Q)
+    prompts = [clip(length, Q, seed=length) for length in (1, 9, 4, 17, 2)]
+    reference = stock_greedy if arm == "flattened" else plain_greedy
+    found = all_samples(model, [Request(prompt_TQ, seed=0) for prompt_TQ in prompts], GREEDY, num_rows=3)
+    lengths = []
+    for number, prompt_TQ in enumerate(prompts):
+        wanted_TQ = reference(model, prompt_TQ, GREEDY.max_frames)
+        new_TQ, end = found[number]
+        assert torch.equal(torch.cat([prompt_TQ, new_TQ]), wanted_TQ)
+        assert end == (End.BY_LENGTH if len(new_TQ) == GREEDY.max_frames else End.BY_MODEL)
+        lengths.append(len(new_TQ))
+    assert sum(lengths) > 20, "the comparison has frames"
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_a_compiled_step_draws_the_same(codec, arm, monkeypatch):
+    """What a GPU runs as one graph, here compiled for the CPU: attention sees all positions under a mask."""
+    model = built(codec, arm, n_layers=1)
+    wanted = all_samples(model, [Request(clip(n), 0) for n in (3, 8)], GREEDY, num_rows=2)
+    plain = RowCache.__init__
+    monkeypatch.setattr(RowCache, "__init__", lambda self, *args: plain(self, *args, as_graph=True))
+    found = all_samples(model, [Request(clip(n), 0) for n in (3, 8)], GREEDY, num_rows=2)
+    assert all(torch.equal(found[number][0], wanted[number][0]) for number in (0, 1))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8, 5.0])
 def test_samples_are_whole_frames_after_the_prompt(model, temperature):
-    options = SamplingOptions(seconds=2.0, temperature=temperature, top_k=30, num_samples=3)
-    samples = continue_codes(model, PROMPT, options)
+    samples = continue_codes(model, PROMPT, SamplingOptions(seconds=2.0, temperature=temperature, num_samples=3))
     assert len(samples) == 3
     for codes_TQ in samples:
         assert torch.equal(codes_TQ[:6], PROMPT)
         assert codes_TQ.shape[1] == 4 and 6 <= len(codes_TQ) <= 6 + 25
-        assert codes_TQ.min() >= 0 and codes_TQ.max() < 256
+        assert codes_TQ.min() >= 0 and codes_TQ.max() < K
+
+
+def test_a_sample_does_not_depend_on_its_batch(model):
+    """Nor on what had its row before: alone, and as one of ten in three rows."""
+    options = SamplingOptions(seconds=1.2, temperature=1.0)
+    model = Ending(model, 2.0)
+    sampling = options.for_model(model)
+    requests = [Request(clip(2 + number % 5, seed=number), seed=number) for number in range(10)]
+    together = all_samples(model, requests, sampling, num_rows=3)
+    assert sorted(together) == list(range(10)) and len({len(new_TQ) for new_TQ, _ in together.values()}) > 2
+    for number, request in enumerate(requests):
+        (alone_TQ,) = continue_codes(model, request.prompt_TQ, replace(options, seed=number))
+        assert torch.equal(alone_TQ[len(request.prompt_TQ) :], together[number][0])
 
 
 def test_same_seed_same_samples(model):
-    samples = [continue_codes(model, PROMPT, SamplingOptions(seconds=1.0, seed=seed))[0] for seed in (1, 1, 2)]
-    assert torch.equal(samples[0], samples[1]) and not (
-        samples[0].shape == samples[2].shape and torch.equal(samples[0], samples[2])
-    )
+    options = [SamplingOptions(seconds=1.0, min_seconds=1.0, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
+    samples = [continue_codes(model, PROMPT, each)[0] for each in options]
+    assert torch.equal(samples[0], samples[1]) and not torch.equal(samples[0], samples[2])
 
 
-def test_speech_ends_between_frames_and_samples_end_apart(model, monkeypatch):
-    """A decoder that likes </audio> more and more: samples of different lengths, all of whole frames."""
-    end_id = model.sequences.vocabulary.audio_end_id
-    forward = model.decoder.forward
-
-    def eager_to_end(*args, **kwargs):
-        output = forward(*args, **kwargs)
-        output.logits[..., end_id] = output.logits[..., : end_id - 1].max(dim=-1).values - 1
-        return output
-
-    monkeypatch.setattr(model.decoder, "forward", eager_to_end)
-    samples = continue_codes(model, PROMPT, SamplingOptions(seconds=8.0, num_samples=8, top_k=5, temperature=2.0))
-    lengths = {len(codes_TQ) for codes_TQ in samples}
-    assert len(lengths) > 1 and min(lengths) < 6 + 100
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.integers(1, 8), st.integers(2, 20), st.integers(0, 30), st.integers(1, 5), st.integers(0, 6))
-def test_grammar(Q, K, num_new_tokens, num_head_tokens, min_frames):
-    vocabulary = UnitVocabulary(base=11, codebook_size=K, num_quantizers=Q)
-    ids = torch.zeros(1, num_head_tokens + num_new_tokens, dtype=torch.long)
-    scores = FrameGrammar(vocabulary, num_head_tokens, min_frames)(ids, torch.zeros(1, vocabulary.size))
-    frame, level = divmod(num_new_tokens, Q)
-    allowed = {vocabulary.base + code * Q + level for code in range(K)} | (
-        {vocabulary.audio_end_id} if level == 0 and frame >= min_frames else set()
-    )
-    assert set(torch.isfinite(scores[0]).nonzero().flatten().tolist()) == allowed
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 12), st.integers(1, 12), st.floats(0.05, 1.0), st.floats(0.3, 3.0), st.integers(0, 2**30))
+def test_what_may_be_drawn(num_entries, top_k, top_p, temperature, seed):
+    """The fewest of the ``top_k`` likeliest that have ``top_p``, each as often as its share says (in a plain loop)."""
+    generator = torch.Generator().manual_seed(seed)
+    logits_V = torch.randn(num_entries, generator=generator) * 2
+    order = logits_V.argsort(descending=True).tolist()[:top_k]
+    weights = np.exp(logits_V[order].double().numpy() / temperature)
+    shares, kept, total = weights / weights.sum(), [], 0.0
+    for entry, share in zip(order, shares, strict=True):
+        if total >= top_p - 1e-6:
+            break
+        kept.append((entry, share))
+        total += share
+    wanted = np.zeros(num_entries)
+    wanted[[entry for entry, _ in kept]] = np.array([share for _, share in kept]) / total
+    n = 4000  # at even steps, so that each share is met to a step
+    sampling = Sampling(1, 0, 10, temperature, top_k, top_p)
+    draw = _Draw(sampling, ((torch.arange(n) + 0.5) / n)[:, None].expand(n, 2), torch.ones(n, dtype=torch.bool))
+    found = torch.bincount(draw(logits_V.expand(n, -1), 1), minlength=num_entries).numpy() / n
+    assert np.abs(found - wanted).max() <= 2 / n
 
 
-def test_speech_does_not_end_before_min_seconds(model, monkeypatch):
-    end_id, forward = model.sequences.vocabulary.audio_end_id, model.decoder.forward
+def test_frames_have_the_distribution_of_the_model(codec):
+    """First frames of 1,000 samples against the logits of the stock model: chi-square of levels 0 and 1."""
+    model = built(codec, "flattened", 2)
+    sampling = Sampling(max_frames=1, min_frames=1, window_frames=50, temperature=1.5, top_k=12, top_p=1.0)
+    n = 1000
+    found = all_samples(model, [Request(PROMPT[:, :2], seed) for seed in range(n)], sampling, num_rows=250)
+    frames_NQ = torch.cat([found[number][0] for number in range(n)])
+    vocabulary = model.sequences.vocabulary
+    ids_L = model.sequences.sequence(PROMPT[:, :2], is_cut=True)
+    common = int(frames_NQ[:, 0].mode().values)
+    for level, given in enumerate([[], [vocabulary.base + common * 2]]):
+        context_1L = torch.cat([ids_L, torch.tensor(given, dtype=torch.long)])[None]
+        with torch.no_grad():
+            logits_V = model.decoder(context_1L).logits[0, -1]
+        logits_K = logits_V[vocabulary.base + level : vocabulary.audio_start_id : 2]
+        top = (logits_K / 1.5).topk(12)
+        shares = top.values.double().softmax(0).numpy()
+        drawn_N = frames_NQ[:, level] if level == 0 else frames_NQ[frames_NQ[:, 0] == common, 1]
+        counts = np.array([int((drawn_N == entry).sum()) for entry in top.indices])
+        assert counts.sum() == len(drawn_N) > 100, "nothing else is drawn"
+        rare = shares * len(drawn_N) < 5  # chi-square wants five expected of each
+        if rare.any():
+            shares = np.append(shares[~rare], shares[rare].sum())
+            counts = np.append(counts[~rare], counts[rare].sum())
+        assert scipy.stats.chisquare(counts, shares * len(drawn_N)).pvalue > 0.001
 
-    def ends_at_once(*args, **kwargs):
-        output = forward(*args, **kwargs)
-        output.logits[..., end_id] = output.logits.max() + 100
-        return output
 
-    monkeypatch.setattr(model.decoder, "forward", ends_at_once)
+def test_samples_of_a_batch_end_on_their_own(model):
+    eager = Ending(model, 1.5)
+    samples = continue_codes(eager, PROMPT, SamplingOptions(seconds=8.0, num_samples=8, temperature=2.0))
+    lengths = [len(codes_TQ) for codes_TQ in samples]
+    assert len(set(lengths)) > 2 and min(lengths) < 6 + 100
+    for seed in (0, 5):
+        (alone_TQ,) = continue_codes(eager, PROMPT, SamplingOptions(seconds=8.0, seed=seed, temperature=2.0))
+        assert torch.equal(alone_TQ, samples[seed])
+
+
+def test_speech_does_not_end_before_min_seconds(model):
+    ends_at_once = Ending(model, 1e4)
     for min_seconds, num_frames in ((0.0, 0), (0.08, 1), (0.56, 7), (0.6, 8), (2.0, 25)):
-        (codes_TQ,) = continue_codes(model, PROMPT, SamplingOptions(seconds=2.0, min_seconds=min_seconds))
+        (codes_TQ,) = continue_codes(ends_at_once, PROMPT, SamplingOptions(seconds=2.0, min_seconds=min_seconds))
         assert len(codes_TQ) == 6 + num_frames
-    (codes_TQ,) = continue_codes(model, PROMPT, SamplingOptions(seconds=1.0, min_seconds=1.0))
+    (codes_TQ,) = continue_codes(ends_at_once, PROMPT, SamplingOptions(seconds=1.0, min_seconds=1.0))
     assert len(codes_TQ) == 6 + 13  # 12.5 are not enough
-    for min_seconds in (-1.0, float("nan"), float("inf")):
-        with pytest.raises(UserError, match="--min_seconds is .* out of range"):
-            SamplingOptions(seconds=2.0, min_seconds=min_seconds)
-    with pytest.raises(UserError, match="--min_seconds is 2.1, more than --seconds 2"):
-        SamplingOptions(seconds=2.0, min_seconds=2.1)
 
 
-def test_too_long_for_the_context_is_refused(model):
-    with pytest.raises(UserError, match="more than the model's context of 131,072"):
-        continue_codes(model, PROMPT, SamplingOptions(seconds=3000.0))
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"min_seconds": -1.0}, "--min_seconds is -1.0, which is out of range"),
+        ({"min_seconds": float("nan")}, "--min_seconds is nan"),
+        ({"min_seconds": float("inf")}, "--min_seconds is inf"),
+        ({"min_seconds": 10.1}, "--min_seconds is 10.1, more than --seconds 10"),
+        ({"seconds": float("inf")}, "--seconds is inf"),
+        ({"top_k": 0}, "--top_k is 0"),
+        ({"top_p": 0.0}, "--top_p is 0.0"),
+        ({"top_p": 1.5}, "--top_p is 1.5"),
+        ({"temperature": float("nan")}, "--temperature is nan"),
+        ({"window_seconds": 0.0}, "--window_seconds is 0.0"),
+        ({"seed": -1}, "--seed is -1"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        SamplingOptions(**options)
+
+
+def test_a_window_has_four_frames_and_fits_the_context(model):
+    with pytest.raises(UserError, match="--window_seconds is 0.3, 3 frames; it holds 4 or more"):
+        continue_codes(model, PROMPT, SamplingOptions(window_seconds=0.3))
+    with pytest.raises(UserError, match="positions, more than the model's context of 131,072"):
+        continue_codes(model, PROMPT, SamplingOptions(seconds=20_000.0, window_seconds=20_000.0))
+
+
+def test_past_the_window_the_prompts_beginning_and_the_last_frames_go_on(model):
+    """Each new context is one that a fresh prompt of the same frames would have; none is longer than the window."""
+    window, max_frames = 16, 60
+    sampling = replace(GREEDY, window_frames=window, max_frames=max_frames, min_frames=max_frames)
+    ((new_TQ, end),) = all_samples(model, [Request(PROMPT, 0)], sampling, num_rows=1).values()
+    assert len(new_TQ) == max_frames and end is End.BY_LENGTH
+    codes_TQ, context_TQ = PROMPT, PROMPT
+    while len(codes_TQ) < 6 + max_frames:
+        num_new = min(window - len(context_TQ), 6 + max_frames - len(codes_TQ))
+        step = replace(GREEDY, window_frames=100, max_frames=num_new, min_frames=num_new)
+        ((part_TQ, _),) = all_samples(model, [Request(context_TQ, 0)], step, num_rows=1).values()
+        codes_TQ = torch.cat([codes_TQ, part_TQ])
+        context_TQ = torch.cat([PROMPT[: window // 4], codes_TQ[-(window // 2) :]])
+    assert torch.equal(torch.cat([PROMPT, new_TQ]), codes_TQ)
+
+
+def test_a_prompt_longer_than_the_window_is_read_as_one_that_grew(model):
+    sampling = replace(GREEDY, window_frames=12, min_frames=12)
+    ((new_TQ, _),) = all_samples(model, [Request(clip(40), 0)], sampling, num_rows=1).values()
+    shortened_TQ = torch.cat([clip(40)[:3], clip(40)[-6:]])
+    ((wanted_TQ, _),) = all_samples(
+        model, [Request(shortened_TQ, 0)], replace(sampling, max_frames=3, min_frames=3), 1
+    ).values()
+    assert len(new_TQ) == 12 and torch.equal(new_TQ[:3], wanted_TQ)
+
+
+def test_text_comes_before_the_speech(codec):
+    """As in training (task "tts"): BOS, text, <audio>; with or without a voice."""
+    model = built(codec, "flattened")
+    options = SamplingOptions(seconds=1.0, min_seconds=1.0, temperature=0)
+    for prompt_TQ in (torch.zeros(0, 4, dtype=torch.long), PROMPT):
+        said = [continue_codes(model, prompt_TQ, options, text)[0] for text in ("one two", "three", None)]
+        assert not torch.equal(said[0], said[1]) and not torch.equal(said[0], said[2])
+        ids_L = model.sequences.sequence(prompt_TQ, is_cut=True, text="one two")
+        with torch.no_grad():
+            logits_V = model.decoder(ids_L[None]).logits[0, -1]
+        vocabulary = model.sequences.vocabulary
+        first = logits_V[vocabulary.base : vocabulary.audio_start_id : 4].argmax()
+        assert said[0][len(prompt_TQ), 0] == first
+    with pytest.raises(UserError, match="the model's vocabulary holds no text"):
+        check_text(flattened(codec, 4, "audio"), "one")
+    check_text(model, "one")
+    check_text(flattened(codec, 4, "audio"), None)

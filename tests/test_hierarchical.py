@@ -27,7 +27,6 @@ from llama_mimi.evaluation.scoring import Scoring
 from llama_mimi.generation.continuation import SamplingOptions, continue_codes
 from llama_mimi.generation.hierarchical import HierarchicalModel
 from llama_mimi.generation.loading import load_speech_model
-from llama_mimi.generation.speech_model import draw
 from llama_mimi.model.architectures import build_model
 from llama_mimi.model.llama import FLAVORS
 from llama_mimi.tokens.sequences import IGNORE_INDEX, NO_TOKEN, load_sequences
@@ -286,56 +285,6 @@ def test_a_score_is_that_of_the_plainest_loop(speech_model, sequences, scoring, 
 def test_the_first_release_has_no_hierarchical_scores(speech_model):
     with pytest.raises(UserError, match="use --preset official"):
         batch_scores(speech_model, [(clip(3), False)], Scoring(None, as_released=True))
-
-
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_samples_are_whole_frames_after_the_prompt(speech_model, temperature):
-    options = SamplingOptions(seconds=2.0, min_seconds=0.4, temperature=temperature, num_samples=6)
-    prompt_TQ = clip(4, 8)
-    samples = continue_codes(speech_model, prompt_TQ, options)
-    assert len(samples) == 6
-    for codes_TQ in samples:
-        assert codes_TQ.shape[1] == Q and 4 + 5 <= len(codes_TQ) <= 4 + 25
-        assert torch.equal(codes_TQ[:4], prompt_TQ) and 0 <= codes_TQ.min() and codes_TQ.max() < K
-    again = continue_codes(speech_model, prompt_TQ, options)
-    assert all(torch.equal(a, b) for a, b in zip(samples, again, strict=True))
-
-
-def test_the_speech_ends_where_the_model_ends_it(speech_model):
-    """An end that is nearly certain ends at once, or after the least that was asked for."""
-    csm = speech_model.csm
-    csm.lm_head.bias = torch.nn.Parameter(F.one_hot(torch.tensor(K), K + 1) * 1e4)
-    try:
-        for min_seconds, frames in ((0.0, 0), (0.8, 10)):
-            options = SamplingOptions(seconds=2.0, min_seconds=min_seconds)
-            (codes_TQ,) = continue_codes(speech_model, clip(4), options)
-            assert len(codes_TQ) == 4 + frames
-    finally:
-        csm.lm_head.bias = None
-
-
-def test_samples_of_a_batch_end_on_their_own(speech_model, monkeypatch):
-    """Each where its level 0 is the end, whatever the others do."""
-    csm, drawn = speech_model.csm, []
-
-    def noted(logits_BV, sampling):
-        entries_B = draw(logits_BV, sampling)
-        if logits_BV.shape[1] == K + 1:
-            drawn.append(entries_B.tolist())
-        return entries_B
-
-    monkeypatch.setattr("llama_mimi.generation.hierarchical.draw", noted)
-    csm.lm_head.bias = torch.nn.Parameter(F.one_hot(torch.tensor(K), K + 1) * 6.0)
-    try:
-        options = SamplingOptions(seconds=2.0, min_seconds=0.16, temperature=1.0, num_samples=12)
-        samples = continue_codes(speech_model, clip(3), options)
-    finally:
-        csm.lm_head.bias = None
-    wanted = [[*level_0, K].index(K) for level_0 in zip(*drawn, strict=True)]
-    assert [len(codes_TQ) - 3 for codes_TQ in samples] == wanted
-    assert len(set(wanted)) > 3 and min(wanted) >= 2, "they end at different frames"
-    for codes_TQ, level_0 in zip(samples, zip(*drawn, strict=True), strict=True):
-        assert codes_TQ[3:, 0].tolist() == list(level_0[: len(codes_TQ) - 3])
 
 
 def test_a_llama_fills_the_backbone(args):

@@ -153,7 +153,8 @@ def test_continuation(converted, tmp_path):
     outputs = []
     for name in ("a.wav", "b.wav"):
         result = run(
-            *("inference.py", "--model_name", converted, "--output_file", tmp_path / name, "--seconds", 1, "--seed", 3)
+            *("inference.py", "--model_name", converted, "--prompt", TINY / "prompt.wav"),
+            *("--output_file", tmp_path / name, "--seconds", 1, "--seed", 3),
         )
         assert result.returncode == 0, result.stderr
         outputs.append(soundfile.read(tmp_path / name))
@@ -169,10 +170,10 @@ def test_a_prompt_that_ends_the_speech_is_said_and_min_seconds_helps(converted, 
     spec.loader.exec_module(inference)
     output = tmp_path / "a.wav"
     flags = {"model_name": str(converted), "prompt": str(TINY / "prompt.wav"), "output_file": output}
-    inference.continue_prompt(SamplingOptions(seconds=0.8, min_seconds=0.8), **flags)
+    inference.continue_speech(SamplingOptions(seconds=0.8, min_seconds=0.8), **flags)
     assert "0.80 s of continuation" in capsys.readouterr().out
-    monkeypatch.setattr(inference, "continue_codes", lambda model, prompt_TQ, sampling: [prompt_TQ])
-    inference.continue_prompt(SamplingOptions(seconds=0.8), **flags)
+    monkeypatch.setattr(inference, "continue_codes", lambda model, prompt_TQ, sampling, text: [prompt_TQ])
+    inference.continue_speech(SamplingOptions(seconds=0.8), **flags)
     said = capsys.readouterr().out
     assert "0.00 s of continuation" in said and "the speech ends with it" in said and "--min_seconds" in said
 
@@ -184,8 +185,8 @@ def test_released_layout_works(sequences, tmp_path):
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     sequences.tokenizer.save_pretrained(tmp_path)
     assert "codec" not in json.loads((tmp_path / "config.json").read_text())
-    command = ("inference.py", "--model_name", tmp_path, "--output_file", tmp_path / "c.wav", "--seconds", 0.5)
-    result = run(*command, "--num_samples", 2, "--codec", TINY / "mimi")
+    command = ("inference.py", "--model_name", tmp_path, "--prompt", TINY / "prompt.wav", "--seconds", 0.5)
+    result = run(*command, "--output_file", tmp_path / "c.wav", "--num_samples", 2, "--codec", TINY / "mimi")
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "c_0.wav").exists() and (tmp_path / "c_1.wav").exists()
 
@@ -197,13 +198,20 @@ def test_released_layout_works(sequences, tmp_path):
         (("--prompt", "assets"), "is a directory"),
         (("--prompt", "README.md"), "no readable audio"),
         (("--seconds", "0"), "--seconds is 0"),
+        (("--text", "a", "--prompts", "assets/tiny"), "or else a folder of --prompts"),
+        (("--prompts", "assets/tiny"), "or else a folder of --prompts"),
+        (("--output_dir", "there"), "--prompts and --output_dir go together"),
+        (("--batch_size", "0"), "--batch_size is 0"),
+        (("--stream", "--num_samples", "2"), "--stream makes one sample, not 2"),
         (("--model_name", "models/no/such"), "model folder 'models/no/such' does not exist"),
         (("--model_name", "assets/tiny/mimi"), "is a 'mimi', not one of: llama, csm"),
         (("--device", "nothing"), "device 'nothing' is not available"),
     ],
 )
 def test_inference_mistakes_get_one_sentence(converted, tmp_path, flags, message):
-    code, stderr = run_here("inference.py", "--model_name", converted, "--output_file", tmp_path / "c.wav", *flags)
+    model = () if "--model_name" in flags else ("--model_name", converted)
+    prompt = () if "--prompt" in flags else ("--prompt", TINY / "prompt.wav")
+    code, stderr = run_here("inference.py", *model, *prompt, "--output_file", tmp_path / "c.wav", *flags)
     assert code == 1 and message in stderr and stderr.count("error: ") == 1
 
 

@@ -29,10 +29,11 @@ from llama_mimi.checkpoint.huggingface import hf_config
 from llama_mimi.checkpoint.stand_ins import write_stand_ins
 from llama_mimi.common.errors import UserError, run_command
 from llama_mimi.common.hub import load_pretrained
+from llama_mimi.common.progress_log import ProgressLog
 from llama_mimi.common.ranks import Ranks
 from llama_mimi.evaluation.benchmarks import Benchmark, read_salmon, read_slm21, read_storycloze
 from llama_mimi.evaluation.clip_codes import CodeCache, cache_key, encode_clips
-from llama_mimi.evaluation.clip_scores import ScoreLog, score_clips
+from llama_mimi.evaluation.clip_scores import score_clips
 from llama_mimi.evaluation.scoring import preset
 from llama_mimi.evaluation.script import BATCH_TOKENS
 from llama_mimi.generation.flattened import FlattenedModel
@@ -159,7 +160,7 @@ def probe(
     ids, codes = encode_clips(model.codec, clips, cache, Ranks(), MAX_SECONDS, as_released=chosen.scoring.as_released)
     with tempfile.TemporaryDirectory() as log:
         scored = score_clips(
-            model, codes, chosen.scoring, BATCH_TOKENS[DEVICE == "cuda"], ScoreLog(Path(log), {}), Ranks()
+            model, codes, chosen.scoring, BATCH_TOKENS[DEVICE == "cuda"], ProgressLog(Path(log), {}), Ranks()
         )
     seconds = time.perf_counter() - start
     return {"pairs": len(some_pairs), "seconds": seconds, "scores": [scored[audio_id] for audio_id in ids]}

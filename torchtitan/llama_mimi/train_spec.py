@@ -79,9 +79,12 @@ def build_metrics(job_config: Any, parallel_dims: ParallelDims, model_args: Llam
     """The metrics of a run, and the record of its model beside them."""
     codec = job_config.codec
     sequences = build_sequences(job_config)
-    config = speech_config(model_args, sequences, codec.name, codec.attention)
-    save_run_record(job_config.job.dump_folder, config, sequences)
     codec_config = load_codec_config(codec.name, codec.num_quantizers)
+    frame_rate_hz = codec_config.sampling_rate / codec_config.frame_size
+    row_seconds = job_config.training.seq_len // sequences.positions_per_frame / frame_rate_hz
+    max_audio_seconds = min(job_config.data.max_audio_seconds, row_seconds)
+    config = speech_config(model_args, sequences, codec.name, codec.attention, max_audio_seconds)
+    save_run_record(job_config.job.dump_folder, config, sequences)
     return SpeechMetrics(
         job_config,
         parallel_dims,
@@ -89,7 +92,7 @@ def build_metrics(job_config: Any, parallel_dims: ParallelDims, model_args: Llam
         validation_meter=_validation_meter,
         data_meter=_data_meter,
         level_shares=_level_shares(job_config),
-        frame_rate_hz=codec_config.sampling_rate / codec_config.frame_size,
+        frame_rate_hz=frame_rate_hz,
     )
 
 

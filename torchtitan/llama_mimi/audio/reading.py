@@ -18,6 +18,8 @@ from llama_mimi.common.errors import UserError, first_line
 # Samples beyond it are no audio in [-1, 1] but integers that were stored as floats. 16 is 24 dB over full scale: mixes
 # and lossy codecs go over it by a few dB, and speech of 16-bit integers that stays below is quieter than -66 dB.
 MAX_PEAK = 16.0
+# Of the files that are looked for in a folder; by name others are read as well.
+AUDIO_ENDINGS = (".wav", ".flac", ".ogg", ".mp3")
 # What speech may be recorded at. Headers outside are damaged, and would stretch a clip or make endless work of it.
 RATES_HZ = (1_000, 1_000_000)
 # How `read_audio` resamples; codes depend on it.

@@ -20,9 +20,17 @@ ASSETS_FOLDER = "hf_assets"
 
 
 def speech_config(
-    args: LlamaMimiArgs, sequences: SequenceBuilder, codec_name: str, attention: CodecAttention = "windowed"
+    args: LlamaMimiArgs,
+    sequences: SequenceBuilder,
+    codec_name: str,
+    attention: CodecAttention = "windowed",
+    max_audio_seconds: float | None = None,
 ) -> PreTrainedConfig:
-    """The Hugging Face configuration of a speech language model."""
+    """The Hugging Face configuration of a speech language model.
+
+    Args:
+        max_audio_seconds: the longest clip of its training; None leaves it unsaid.
+    """
     return KINDS[args.architecture].config(
         args,
         bos_token_id=sequences.tokenizer.bos_token_id,
@@ -31,6 +39,7 @@ def speech_config(
         num_quantizers=sequences.vocabulary.num_quantizers,
         codec=codec_name,
         codec_attention=attention,
+        **({} if max_audio_seconds is None else {"max_audio_seconds": max_audio_seconds}),
     )
 
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
+from llama_mimi.audio.reading import AUDIO_ENDINGS
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import is_hidden
 from llama_mimi.evaluation.accuracy import frequency_band
 from llama_mimi.evaluation.pair_tables import PairTable, open_tables
 
-AUDIO_ENDINGS = (".wav", ".flac", ".ogg", ".mp3")
 OTHER_AUDIO_ENDINGS = (".aac", ".aif", ".aiff", ".m4a", ".mp4", ".opus", ".sph", ".webm", ".wma")
 # SALMon's own list (arXiv 2409.07437); its mean is that of these eight.
 SALMON_PARTS = (

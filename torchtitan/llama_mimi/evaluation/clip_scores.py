@@ -1,14 +1,8 @@
 """Scores of all clips of a benchmark: in batches of like length, shared by ranks, and kept when a run is killed."""
 
-import contextlib
 import hashlib
-import json
 import math
-import shutil
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import torch
@@ -16,6 +10,7 @@ from tqdm import tqdm
 
 from llama_mimi.common.batching import batches_of_like_size
 from llama_mimi.common.errors import UserError
+from llama_mimi.common.progress_log import ProgressLog
 from llama_mimi.common.ranks import Ranks, from_first, gather
 from llama_mimi.evaluation.clip_codes import CachedCodes
 from llama_mimi.evaluation.likelihood import batch_scores
@@ -23,56 +18,12 @@ from llama_mimi.evaluation.scoring import Scoring
 from llama_mimi.generation.speech_model import SpeechModel
 
 
-class ScoreLog:
-    """What a run that was killed has scored: lines of JSON, a file for each process.
-
-    Args:
-        folder: of logs; this one is a folder in it, called by the hash of ``header``.
-        header: everything but the codes that scores depend on.
-    """
-
-    def __init__(self, folder: Path, header: Mapping[str, Any]) -> None:
-        key = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:16]
-        self._folder = folder / key
-        self._path = self._folder / f"{uuid4().hex}.jsonl"
-
-    def load(self) -> dict[str, float]:
-        """Scores by the hash of codes."""
-        done: dict[str, float] = {}
-        for path in sorted(self._folder.glob("*.jsonl")):
-            for line in path.read_text().split("\n")[:-1]:  # what follows the last line end was cut off
-                done |= json.loads(line)
-        return done
-
-    def add(self, scores: Mapping[str, float]) -> None:
-        """Keep the scores of a batch.
-
-        Raises:
-            UserError: the file system is full or refuses.
-        """
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a") as file:
-                file.write(json.dumps(scores) + "\n")
-        except OSError as error:
-            raise UserError(
-                f"'{self._path}' could not be written ({error.strerror}); make room or mend --output_dir and start "
-                "again: what is scored is kept"
-            ) from error
-
-    def close(self) -> None:
-        """Remove this log, and the folder of logs if it was the last."""
-        shutil.rmtree(self._folder, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            self._folder.parent.rmdir()
-
-
 def score_clips(
     model: SpeechModel,
     codes: Mapping[str, CachedCodes],
     scoring: Scoring,
     batch_tokens: int,
-    log: ScoreLog,
+    log: ProgressLog,
     ranks: Ranks,
 ) -> dict[str, float]:
     """Scores by clip. Clips of the same codes have the very same score, so that a tie is one.

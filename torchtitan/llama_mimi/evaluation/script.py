@@ -14,11 +14,12 @@ from llama_mimi.audio.mimi import CodecAttention, codec_hash, whole_frames
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import write_atomically
 from llama_mimi.common.hub import weights_sha256
+from llama_mimi.common.progress_log import ProgressLog
 from llama_mimi.common.ranks import Ranks, from_first, torchrun_ranks
 from llama_mimi.common.versions import versions
 from llama_mimi.evaluation.benchmarks import Benchmark
 from llama_mimi.evaluation.clip_codes import CodeCache, cache_key, encode_clips
-from llama_mimi.evaluation.clip_scores import ScoreLog, score_clips
+from llama_mimi.evaluation.clip_scores import score_clips
 from llama_mimi.evaluation.results import (
     FORMAT,
     MAX_AUDIO_SECONDS,
@@ -189,7 +190,7 @@ class BenchmarkScript:
         )
         header["audio_sha256"] = hashlib.sha256("".join(audio_ids).encode()).hexdigest()
         header["codes_sha256"] = codes_sha256(audio_ids, codes)
-        log = ScoreLog(path.with_suffix(".partial"), log_key(header, adds_bos=model.sequences.adds_bos))
+        log = ProgressLog(path.with_suffix(".partial"), log_key(header, adds_bos=model.sequences.adds_bos))
         scores = score_clips(model, codes, chosen.scoring, header["settings"]["batch_tokens"], log, ranks)
         if ranks.rank == 0:
             report = header | results(benchmark, audio_ids, codes, scores, chosen, self.mean_of)

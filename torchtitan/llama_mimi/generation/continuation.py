@@ -1,12 +1,21 @@
-"""Continuing speech: how long, and how it is drawn."""
+"""Continuing speech: what a user chooses, and the samples of one prompt."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
+from llama_mimi.audio.mimi import MimiCodec, whole_frames
+from llama_mimi.audio.reading import AudioError, Waveform, read_audio
 from llama_mimi.common.errors import UserError
-from llama_mimi.generation.speech_model import Sampling, SpeechModel
+from llama_mimi.generation.decoding import End, Request, Sampling, decode
+from llama_mimi.generation.speech_model import SpeechModel
+from llama_mimi.tokens.units import has_text
+
+MIN_WINDOW_FRAMES = 4  # one of the anchor, two of the last, and one to grow by
+ROWS = 16  # samples of one prompt that are drawn at once
+MAX_PROMPT_SECONDS = 60.0  # three times the longest clip of the paper's training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +26,10 @@ class SamplingOptions:
         seconds: of new audio at most; a sample ends earlier where the model ends the speech.
         min_seconds: of new audio at least; the model cannot end the speech before.
         temperature: 0 takes the likeliest token.
-        top_k: sample from so many likeliest tokens.
+        top_k: sample from so many likeliest of the tokens that a position can have.
+        top_p: sample from as few of those as have this probability together.
+        window_seconds: of prompt and new audio that the model sees at once, by default as long as the clips it was
+            trained on; beyond it goes on from the prompt's beginning and the last half of the window.
         seed: same seed, same samples.
         num_samples: continuations of the same prompt.
 
@@ -29,6 +41,8 @@ class SamplingOptions:
     min_seconds: float = 0.0
     temperature: float = 0.8
     top_k: int = 30
+    top_p: float = 1.0
+    window_seconds: float | None = None
     seed: int = 0
     num_samples: int = 1
 
@@ -36,8 +50,11 @@ class SamplingOptions:
         for name, is_valid in {
             "seconds": 0.08 <= self.seconds < float("inf"),
             "min_seconds": 0 <= self.min_seconds < float("inf"),
-            "temperature": self.temperature >= 0,
+            "temperature": 0 <= self.temperature < float("inf"),
             "top_k": self.top_k >= 1,
+            "top_p": 0 < self.top_p <= 1,
+            "window_seconds": self.window_seconds is None or 0 < self.window_seconds < float("inf"),
+            "seed": 0 <= self.seed < 2**63,
             "num_samples": self.num_samples >= 1,
         }.items():
             if not is_valid:
@@ -45,30 +62,84 @@ class SamplingOptions:
         if self.min_seconds > self.seconds:
             raise UserError(f"--min_seconds is {self.min_seconds:g}, more than --seconds {self.seconds:g}; raise that")
 
+    def for_model(self, model: SpeechModel) -> Sampling:
+        """The same in frames of the model's codec.
 
-def continue_codes(model: SpeechModel, prompt_TQ: torch.Tensor, options: SamplingOptions) -> list[torch.Tensor]:
+        Raises:
+            UserError: too short a window.
+        """
+        min_frames = math.ceil(self.min_seconds * model.codec.frame_rate_hz - 1e-6)
+        window_seconds = self.window_seconds or model.trained_seconds
+        window_frames = whole_frames(window_seconds, model.codec.config, "--window_seconds")
+        if window_frames < MIN_WINDOW_FRAMES:
+            raise UserError(
+                f"--window_seconds is {window_seconds:g}, {window_frames} frames; it holds {MIN_WINDOW_FRAMES} or more"
+            )
+        return Sampling(
+            max_frames=max(round(self.seconds * model.codec.frame_rate_hz), min_frames),
+            min_frames=min_frames,
+            window_frames=window_frames,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+        )
+
+
+def read_prompt(path: str, codec: MimiCodec | None = None) -> Waveform:
+    """A spoken prompt, at its own rate or, with a codec, at that one's and of a frame or more.
+
+    Raises:
+        AudioError: it cannot be used, or is longer than `MAX_PROMPT_SECONDS`.
+    """
+    rate_hz, min_samples = (codec.sample_rate_hz, codec.frame_size) if codec else (None, 1)
+    prompt = read_audio(path, rate_hz, max_seconds=MAX_PROMPT_SECONDS, min_samples=min_samples)
+    if prompt.is_cut and prompt.seconds >= MAX_PROMPT_SECONDS:
+        message = f"the prompt '{path}' is longer than {MAX_PROMPT_SECONDS:g} s; give a shorter one"
+        raise AudioError("too long", message)
+    return prompt
+
+
+def check_text(model: SpeechModel, text: str | None) -> None:
+    """Refuse a text that the model cannot read.
+
+    Raises:
+        UserError: its vocabulary holds no text.
+    """
+    if text is not None and not has_text(model.sequences.tokenizer):
+        raise UserError("--text is given, but the model's vocabulary holds no text; take one of the task 'tts'")
+
+
+def continue_codes(
+    model: SpeechModel, prompt_TQ: torch.Tensor, options: SamplingOptions, text: str | None = None
+) -> list[torch.Tensor]:
     """Continuations of a prompt.
 
     Args:
-        prompt_TQ: codes of the prompt, which stay as they are.
+        prompt_TQ: codes of the prompt, which stay as they are; none (0, Q) where there is only text.
+        text: of prompt and continuation, for models of the task "tts".
 
     Returns:
         For each sample its codes_TQ, the prompt's frames first.
 
     Raises:
-        UserError: prompt and continuation do not fit into the model's context.
+        UserError: the options do not fit the model.
     """
-    num_head_tokens = len(model.sequences.head())
-    max_frames = round(options.seconds * model.codec.frame_rate_hz)
-    min_frames = math.ceil(options.min_seconds * model.codec.frame_rate_hz - 1e-6)
-    max_frames = max(max_frames, min_frames)
-    num_positions = model.num_positions(num_head_tokens, len(prompt_TQ) + max_frames)
-    context = model.decoder.config.max_position_embeddings
-    if num_positions > context:
-        raise UserError(
-            f"prompt and continuation take {num_positions:,} positions, more than the model's context of {context:,}; "
-            "shorten the prompt or --seconds"
-        )
-    torch.manual_seed(options.seed)
-    sampling = Sampling(max_frames, min_frames, options.temperature, options.top_k, options.num_samples)
-    return model.generate(prompt_TQ, sampling)
+    requests = [Request(prompt_TQ, options.seed + number, text) for number in range(options.num_samples)]
+    drawn = decode(model, requests, options.for_model(model), ROWS)
+    samples: list[torch.Tensor] = [prompt_TQ] * options.num_samples
+    for number, new_TQ, _ in finished(drawn, model.codec.num_quantizers):
+        samples[number] = torch.cat([prompt_TQ, new_TQ])
+    return samples
+
+
+def finished(
+    drawn: Iterator[tuple[int, torch.Tensor | End]], num_quantizers: int
+) -> Iterator[tuple[int, torch.Tensor, End]]:
+    """Samples of `decode` as they end: their number, new frames (T, Q), and why there are no more."""
+    frames: dict[int, list[torch.Tensor]] = {}
+    for number, new in drawn:
+        if isinstance(new, End):
+            done = frames.pop(number, [])
+            yield number, torch.stack(done) if done else torch.zeros(0, num_quantizers, dtype=torch.long), new
+        else:
+            frames.setdefault(number, []).append(new)

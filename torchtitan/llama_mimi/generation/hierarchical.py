@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
-from transformers import CsmForConditionalGeneration, DynamicCache
+from transformers import CsmForConditionalGeneration, DynamicCache, PreTrainedModel
 
-from llama_mimi.generation.speech_model import POSITIONS_AT_ONCE, Sampling, SpeechModel, draw, log_likelihoods
+from llama_mimi.generation.speech_model import POSITIONS_AT_ONCE, Draw, SpeechModel, Step, log_likelihoods
 
 
 class HierarchicalModel(SpeechModel):
@@ -20,8 +20,13 @@ class HierarchicalModel(SpeechModel):
     def csm(self) -> CsmForConditionalGeneration:
         return cast(CsmForConditionalGeneration, self.decoder)
 
-    def num_positions(self, num_head_tokens: int, num_frames: int) -> int:
-        return num_head_tokens + num_frames
+    @property
+    def body(self) -> PreTrainedModel:
+        return self.csm.backbone_model
+
+    @property
+    def positions_per_frame(self) -> int:
+        return 1
 
     @torch.inference_mode()
     def log_likelihoods(self, ids: Sequence[torch.Tensor], is_scored: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -66,7 +71,7 @@ class HierarchicalModel(SpeechModel):
         ]
         # The backbone is causal, so padding on the right changes nothing.
         padded_BLD = torch.nn.utils.rnn.pad_sequence(embedded, batch_first=True)
-        hidden_BLD = self.csm.backbone_model(inputs_embeds=padded_BLD, use_cache=False).last_hidden_state
+        hidden_BLD = self.body(inputs_embeds=padded_BLD, use_cache=False).last_hidden_state
         return [
             (hidden_LD, len(head_L), entries_TQ)
             for hidden_LD, head_L, entries_TQ in zip(hidden_BLD, heads, entries, strict=True)
@@ -83,41 +88,17 @@ class HierarchicalModel(SpeechModel):
         values_N = log_likelihoods(logits_NQV.flatten(0, 1), entries_NQ.flatten())
         return values_N.view(entries_NQ.shape).cpu()
 
-    @torch.inference_mode()
-    def generate(self, prompt_TQ: torch.Tensor, sampling: Sampling) -> list[torch.Tensor]:
-        """See `SpeechModel.generate`. One cache for the frames, and for the levels of each frame another."""
-        end = self.sequences.vocabulary.codebook_size
-        prompt_LD = torch.cat([self._embed_text(torch.tensor(self.sequences.head())), self._embed_frames(prompt_TQ)])
-        inputs_BLD = prompt_LD[None].expand(sampling.num_samples, -1, -1)
-        cache = DynamicCache(config=self.csm.config)
-        frames: list[torch.Tensor] = []
-        lengths_B = torch.full((sampling.num_samples,), sampling.max_frames, device=self.device)
-        for number in range(sampling.max_frames):
-            hidden_BLD = self.csm.backbone_model(
-                inputs_embeds=inputs_BLD, past_key_values=cache, use_cache=True
-            ).last_hidden_state
-            logits_BV = self.csm.lm_head(hidden_BLD[:, -1]).float()
-            if number < sampling.min_frames:
-                logits_BV[:, end] = -torch.inf
-            level_0_B = draw(logits_BV, sampling)
-            lengths_B = torch.where(level_0_B == end, lengths_B.clamp(max=number), lengths_B)
-            if bool((lengths_B <= number).all()):
-                break
-            codes_BQ = self._levels(hidden_BLD[:, -1], level_0_B.clamp(max=end - 1), sampling)
-            frames.append(codes_BQ.cpu())
-            inputs_BLD = self.csm.backbone_model.embed_tokens(codes_BQ[:, None])
-        drawn_BTQ = torch.stack(frames, dim=1) if frames else prompt_TQ.new_empty(sampling.num_samples, 0, 0)
-        return [
-            torch.cat([prompt_TQ, codes_TQ[:length]]) if length else prompt_TQ.clone()
-            for codes_TQ, length in zip(drawn_BTQ, lengths_B.tolist(), strict=True)
-        ]
+    def embed(self, head: Sequence[int], codes_TQ: torch.Tensor) -> torch.Tensor:
+        """See `SpeechModel.embed`."""
+        return torch.cat([self._embed_text(torch.tensor(head)), self._embed_frames(codes_TQ)])
 
-    def _levels(self, hidden_BD: torch.Tensor, level_0_B: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-        """Codes (B, Q) of a frame, given its level 0."""
+    def next_frame(self, hidden_BD: torch.Tensor, draw: Draw, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `SpeechModel.next_frame`. The levels of each frame have a cache of their own."""
+        entries_B = draw(self.csm.lm_head(hidden_BD)[:, : self.end_entry + 1], 0)
+        entries = [entries_B]
+        given_Bn, state = torch.nn.functional.pad(self._codes(entries_B)[:, None], (1, 0)), hidden_BD
         cache = DynamicCache(config=self.csm.depth_decoder.config)
-        codes = [level_0_B]
-        given_Bn, state = torch.nn.functional.pad(level_0_B[:, None], (1, 0)), hidden_BD
-        for _ in range(1, self.sequences.vocabulary.num_quantizers):
+        for level in range(1, self.sequences.vocabulary.num_quantizers):
             logits_BV = self.csm.depth_decoder(
                 input_ids=given_Bn,
                 backbone_last_hidden_state=state,
@@ -125,12 +106,17 @@ class HierarchicalModel(SpeechModel):
                 use_cache=True,
                 logits_to_keep=1,
             ).logits[:, -1]
-            codes.append(draw(logits_BV[:, : self.sequences.vocabulary.codebook_size].float(), sampling))
-            given_Bn, state = codes[-1][:, None], None
-        return torch.stack(codes, dim=1)
+            entries.append(draw(logits_BV[:, : self.end_entry], level))
+            given_Bn, state = entries[-1][:, None], None
+        entries_BQ = torch.stack(entries, dim=1)
+        return entries_BQ, step(self.body.embed_tokens(self._codes(entries_BQ)[:, None])[:, 0])
+
+    def _codes(self, entries: torch.Tensor) -> torch.Tensor:
+        """Entries without the end, in whose place there is some code."""
+        return entries.clamp(max=self.end_entry - 1)
 
     def _embed_text(self, ids_L: torch.Tensor) -> torch.Tensor:
         return self.csm.embed_text_tokens(ids_L.to(self.device))
 
     def _embed_frames(self, entries_TQ: torch.Tensor) -> torch.Tensor:
-        return self.csm.backbone_model.embed_tokens(entries_TQ[None].to(self.device))[0]
+        return self.body.embed_tokens(entries_TQ[None].to(self.device))[0]

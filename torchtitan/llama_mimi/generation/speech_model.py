@@ -1,7 +1,7 @@
 """A converted or released checkpoint, ready to score or continue speech: what both architectures do alike."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self
 
@@ -16,24 +16,10 @@ DecoderPrecision = Literal["float32", "bfloat16", "float16"]
 DECODER_DTYPES = {**DTYPES, "float16": torch.float16}
 # Positions whose logits are made at once: 1.1 GB in float32 at the 136,450 entries of Llama 3 with 4 levels.
 POSITIONS_AT_ONCE = 2048
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How new frames are drawn.
-
-    Args:
-        max_frames, min_frames: of new audio; the speech cannot end before, and does not go on after.
-        temperature: 0 takes the likeliest entry.
-        top_k: sample from so many likeliest entries.
-        num_samples: B, continuations of one prompt.
-    """
-
-    max_frames: int
-    min_frames: int
-    temperature: float
-    top_k: int
-    num_samples: int
+# Draws entries (B,) of a level from their logits (B, K), or (B, K + 1) at level 0, whose entry K ends the speech.
+Draw = Callable[[torch.Tensor, int], torch.Tensor]
+# Lets each of B contexts grow by an embedded position (B, D); returns what the body makes of it (B, D).
+Step = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -50,6 +36,16 @@ class SpeechModel(ABC):
     def device(self) -> torch.device:
         return self.codec.device
 
+    @property
+    def trained_seconds(self) -> float:
+        """The longest clip of its training; a checkpoint that does not say is taken for the paper's, 20 s."""
+        return getattr(self.decoder.config, "max_audio_seconds", 20.0)
+
+    @property
+    def end_entry(self) -> int:
+        """K, the entry of level 0 that stands for the end of the speech."""
+        return self.sequences.vocabulary.codebook_size
+
     def to(self, device: torch.device | str) -> Self:
         """The same model on another device; its weights are moved, not copied."""
         return replace(self, decoder=self.decoder.to(device), codec=self.codec.to(device))
@@ -63,13 +59,31 @@ class SpeechModel(ABC):
             is_scored: for each of them whether it is one of the N.
         """
 
+    @property
     @abstractmethod
-    def num_positions(self, num_head_tokens: int, num_frames: int) -> int:
-        """Positions of the context that a sequence takes."""
+    def body(self) -> PreTrainedModel:
+        """The causal Transformer that reads a sequence, without its output layer."""
+
+    @property
+    @abstractmethod
+    def positions_per_frame(self) -> int:
+        """Positions of the body that a frame takes."""
 
     @abstractmethod
-    def generate(self, prompt_TQ: torch.Tensor, sampling: Sampling) -> list[torch.Tensor]:
-        """Continuations of a prompt, from PyTorch's own random numbers: for each codes_TQ, the prompt's first."""
+    def embed(self, head: Sequence[int], codes_TQ: torch.Tensor) -> torch.Tensor:
+        """What the body reads (L, D) of the tokens before the frames, and of frames."""
+
+    @abstractmethod
+    def next_frame(self, hidden_BD: torch.Tensor, draw: Draw, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw the next frame of each of B contexts.
+
+        Args:
+            hidden_BD: the body's states at the last position of each.
+
+        Returns:
+            Its entries (B, Q), and the body's states (B, D) once it has read them. A frame whose level 0 is the end
+            is to be left out: what its other levels hold means nothing.
+        """
 
 
 def log_likelihoods(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
@@ -77,12 +91,3 @@ def log_likelihoods(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.T
     logits_NV = logits_NV.float()
     target_N = logits_NV.gather(1, targets_N[:, None])[:, 0]
     return target_N.double() - logits_NV.logsumexp(dim=1).double()
-
-
-def draw(logits_BV: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """Entries (B,) by temperature and top-k."""
-    if sampling.temperature == 0:
-        return logits_BV.argmax(dim=-1)
-    values_Bk, entries_Bk = logits_BV.topk(min(sampling.top_k, logits_BV.shape[-1]))
-    places_B1 = torch.multinomial((values_Bk / sampling.temperature).softmax(dim=-1), 1)
-    return entries_Bk.gather(1, places_B1)[:, 0]

@@ -1,0 +1,129 @@
+"""Continuations of a folder of prompts: each once, the same bytes, however often the run is killed."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import soundfile
+from conftest import TINY
+from test_generation import Ending, flattened
+
+from llama_mimi.common.errors import UserError
+from llama_mimi.common.ranks import Ranks
+from llama_mimi.generation import prompt_folder
+from llama_mimi.generation.continuation import SamplingOptions
+from llama_mimi.generation.prompt_folder import continue_folder
+
+OPTIONS = SamplingOptions(seconds=0.8, temperature=1.0, num_samples=2)
+
+
+@pytest.fixture(scope="module")
+def model(codec):
+    return Ending(flattened(codec, 4, n_layers=1), 3.0)
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    """Eleven prompts of several lengths, one of them in stereo in a folder of its own."""
+    folder = tmp_path_factory.mktemp("prompts")
+    samples, rate = soundfile.read(TINY / "prompt.wav", dtype="float32")
+    for number in range(10):
+        soundfile.write(folder / f"{number}.flac", samples[: rate * (4 + number) // 10], rate)
+    (folder / "speaker").mkdir()
+    soundfile.write(folder / "speaker" / "0.wav", np.stack([samples, samples * 0.5], axis=1)[::2], rate // 2)
+    return folder
+
+
+def run(model, prompts, output_dir, options=OPTIONS, num_rows=2, **made_by):
+    return continue_folder(model, str(prompts), output_dir, options, num_rows, Ranks(), made_by)
+
+
+def content(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.wav")}
+
+
+@pytest.fixture(scope="module")
+def whole(model, prompts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, run(model, prompts, folder)
+
+
+def test_each_prompt_is_continued(whole):
+    folder, records = whole
+    written = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    assert written == json.loads(json.dumps(records)) and len(records) == 22 == len(content(folder))
+    assert {path.name for path in folder.iterdir() if not path.name.endswith(".wav")} == {
+        "results.jsonl",
+        "settings.json",
+        "speaker",
+    }
+    for record in records:
+        info = soundfile.info(folder / record["file"])
+        assert info.samplerate == 24_000 and info.frames == (record["prompt_frames"] + record["frames"]) * 1920
+        assert (record["end"] == "cut") == (record["frames"] == 10)
+    assert len({record["seed"] for record in records}) == 22 and {record["end"] for record in records} == {
+        "cut",
+        "ended",
+    }
+
+
+def test_finished_ones_are_kept(model, prompts, whole, tmp_path, capsys, monkeypatch):
+    shutil.copytree(whole[0], tmp_path / "again")
+    monkeypatch.setattr(prompt_folder, "decode", None)  # nothing is drawn
+    assert run(model, prompts, tmp_path / "again") == json.loads(json.dumps(whole[1]))
+    assert "22 of 22 samples were finished before" in capsys.readouterr().out
+
+
+def test_killed_and_started_again_is_the_same_bytes(model, prompts, whole, tmp_path, monkeypatch):
+    """Interrupted after each number of written files in turn, which leaves groups half done."""
+    write_wav, left = prompt_folder.write_wav, 0
+
+    def failing(path, waveform):
+        nonlocal left
+        if not left:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"half")
+            raise KeyboardInterrupt
+        left -= 1
+        write_wav(path, waveform)
+
+    monkeypatch.setattr(prompt_folder, "write_wav", failing)
+    kills = 0
+    for left in (0, 3, 9, 8, 5, 100):
+        try:
+            records = run(model, prompts, tmp_path)
+        except KeyboardInterrupt:
+            kills += 1
+    assert kills == 4 and content(tmp_path) == content(whole[0])
+    timeless = [[{**record, "seconds": 0} for record in each] for each in (records, json.loads(json.dumps(whole[1])))]
+    assert json.loads(json.dumps(timeless[0])) == timeless[1]
+
+
+def test_other_settings_are_refused(model, prompts, whole):
+    for changed, message in (
+        ({"options": SamplingOptions(seconds=0.8, temperature=0.9, num_samples=2)}, "temperature 1.0, not 0.9"),
+        ({"num_rows": 3}, "batch_size 2, not 3"),
+        ({"model_sha256": "a"}, "model_sha256 None, not 'a'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(model, prompts, whole[0], **changed)
+
+
+def test_a_bad_prompt_is_named_and_the_others_go_on(model, prompts, tmp_path):
+    shutil.copytree(prompts / "speaker", tmp_path / "in")
+    (tmp_path / "in" / "broken.wav").write_bytes(b"RIFF")
+    soundfile.write(tmp_path / "in" / "empty.wav", np.zeros(0, dtype="float32"), 24_000)
+    soundfile.write(tmp_path / "in" / "long.wav", np.ones(61 * 8000, dtype="float32") / 10, 8000)
+    (tmp_path / "in" / ".hidden.wav").write_bytes(b"")
+    records = run(model, tmp_path / "in", tmp_path / "out")
+    errors = {record["prompt"]: record["error"] for record in records if "error" in record}
+    assert errors.keys() == {"broken.wav", "empty.wav", "long.wav"} and len(records) == 8
+    assert "longer than 60 s" in errors["long.wav"]
+    assert content(tmp_path / "out").keys() == {"0_0.wav", "0_1.wav"}
+    shutil.copy(prompts / "1.flac", tmp_path / "in" / "0.flac")
+    with pytest.raises(UserError, match="'0.wav' and '0.flac' would have one name"):
+        run(model, tmp_path / "in", tmp_path / "out")
+    (tmp_path / "none").mkdir()
+    with pytest.raises(UserError, match="holds no .wav"):
+        run(model, tmp_path / "none", tmp_path / "out")

@@ -1,0 +1,92 @@
+"""Audio that is decoded as codes arrive is the audio of the whole."""
+
+import pytest
+import soundfile
+import torch
+from conftest import ROOT, TINY
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import MimiConfig, MimiModel
+
+from llama_mimi.audio.mimi import MimiCodec
+from llama_mimi.audio.reading import Waveform
+from llama_mimi.audio.silence import silences
+from llama_mimi.audio.streaming import DecodingStream
+
+
+def streamed(codec, codes_TQ, chunks):
+    stream = DecodingStream(codec)
+    return torch.cat([stream.decode(part_TQ) for part_TQ in codes_TQ.split(chunks)])
+
+
+def test_any_chunks_give_the_audio_of_the_whole(codec):
+    """On real codes, past the window of the codec's attention (12 frames)."""
+    samples = torch.from_numpy(soundfile.read(TINY / "prompt.wav", dtype="float32")[0])
+    (codes_TQ,) = codec.encode([samples.repeat(3)[: 40 * codec.frame_size]])
+    whole_S = codec.decode(codes_TQ)
+    assert len(codes_TQ) == 40 and whole_S.abs().max() > 0.1
+
+    @settings(max_examples=25, deadline=None)
+    @given(st.lists(st.integers(1, 12), min_size=1, max_size=40))
+    def check(chunks):
+        total = 0
+        chunks = [c for c in chunks if (total := total + c) <= 40]
+        chunks = [*chunks, *([40 - sum(chunks)] if sum(chunks) < 40 else [])]
+        torch.testing.assert_close(streamed(codec, codes_TQ, chunks), whole_S, atol=1e-5, rtol=0)
+
+    check()
+    check_single = streamed(codec, codes_TQ, [1] * 40)
+    torch.testing.assert_close(check_single, whole_S, atol=1e-5, rtol=0)
+    torch.testing.assert_close(codec.decode(codes_TQ), whole_S, atol=0, rtol=0)  # other users are left alone
+
+
+@pytest.mark.parametrize("attention", ["windowed", "whole"])
+def test_the_shape_of_mimi_itself(tmp_path, attention):
+    """Random weights in kyutai/mimi's own shape (transformers' default), 8 levels; the window is shortened to be met."""
+    torch.manual_seed(0)
+    MimiModel(MimiConfig(sliding_window=10)).save_pretrained(tmp_path)
+    codec = MimiCodec(str(tmp_path), 8, attention=attention)
+    codes_TQ = torch.randint(2048, (14, 8))
+    whole_S = codec.decode(codes_TQ)
+    for chunks in ([1] * 14, [2, 5, 1, 6]):
+        error = (streamed(codec, codes_TQ, chunks) - whole_S).abs().max()
+        assert error <= 1e-5 * max(float(whole_S.abs().max()), 1)
+
+
+def test_streams_do_not_share_state(codec):
+    codes = [torch.randint(256, (6, 4), generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    one, two = DecodingStream(codec), DecodingStream(codec)
+    parts = [(one.decode(codes[0][t : t + 2]), two.decode(codes[1][t : t + 2])) for t in (0, 2, 4)]
+    for number in (0, 1):
+        found_S = torch.cat([part[number] for part in parts])
+        torch.testing.assert_close(found_S, codec.decode(codes[number]), atol=1e-5, rtol=0)
+
+
+def test_memory_of_a_stream_does_not_grow(codec):
+    stream, codes_TQ = DecodingStream(codec), torch.randint(256, (20, 4))
+
+    def held():
+        tensors = [*stream._inputs.values()]
+        tensors += [tensor for layer in stream._cache.layers for tensor in (layer.keys, layer.values)]
+        return sum(tensor.numel() for tensor in tensors)
+
+    sizes = []
+    for _ in range(4):
+        stream.decode(codes_TQ)
+        sizes.append(held())
+    assert sizes[1] == sizes[2] == sizes[3]
+
+
+def test_silences_are_found():
+    rate = 1000
+    tone = torch.sin(torch.arange(2 * rate) * 0.6)
+    clip = torch.cat([tone, torch.zeros(2500), tone, torch.zeros(1000), tone])
+    assert silences(Waveform(clip, rate), 2.0) == [(2.0, 2.5)]
+    assert silences(Waveform(clip, rate), 1.0) == [(2.0, 2.5), (6.5, 1.0)]
+    assert silences(Waveform(torch.zeros(0), rate), 1.0) == []
+    assert silences(Waveform(torch.zeros(3000), rate), 2.0) == [(0.0, 3.0)]
+
+
+def test_the_real_prompt_has_no_long_silence():
+    samples, rate = soundfile.read(ROOT / "assets/tiny/prompt.wav", dtype="float32")
+    assert silences(Waveform(torch.from_numpy(samples), rate), 2.0) == []

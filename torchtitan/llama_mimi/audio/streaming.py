@@ -1,0 +1,68 @@
+"""Decoding as codes arrive: audio in chunks that is the audio of the whole."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+from transformers.models.mimi.modeling_mimi import MimiConv1d, MimiConvTranspose1d
+
+from llama_mimi.audio.mimi import MimiCodec
+
+
+class DecodingStream:
+    """Decodes one clip chunk by chunk; any chunks give the samples of `MimiCodec.decode` up to rounding.
+
+    Mimi's decoder is causal. Its Transformer keeps keys and values in a cache of transformers' own. A convolution has
+    no such state there: here it is given its last inputs again in front of the new ones, as many as its kernel reaches
+    back, and what it makes of those is dropped. With the codec's attention "windowed" memory does not grow.
+
+    Args:
+        codec: that made the codes.
+    """
+
+    def __init__(self, codec: MimiCodec) -> None:
+        self._codec = codec
+        self._cache = DynamicCache(config=codec.model.config)
+        self._inputs: dict[torch.nn.Module, torch.Tensor] = {}  # the last ones of each convolution
+        self._convolutions = [
+            module
+            for name, module in codec.model.named_modules()
+            if isinstance(module, MimiConv1d | MimiConvTranspose1d)
+            and "encoder" not in name
+            and "downsample" not in name
+        ]
+
+    @torch.inference_mode()
+    def decode(self, codes_TQ: torch.Tensor) -> torch.Tensor:
+        """The next codes (T, Q), T of 1 or more, to mono float32 samples (T * frame_size,) on the CPU."""
+        codes_1QT = codes_TQ.to(self._codec.device).T[None]
+        with self._with_state():
+            decoded = self._codec.model.decode(codes_1QT, decoder_past_key_values=self._cache, return_dict=True)
+        return decoded.audio_values[0, 0].float().cpu().clone()
+
+    @contextmanager
+    def _with_state(self) -> Iterator[None]:
+        """The convolutions read their last inputs, for this stream and no other user of the codec."""
+        with ExitStack() as hooks:
+            for module in self._convolutions:
+                hooks.callback(module.register_forward_pre_hook(self._prepend).remove)
+                hooks.callback(module.register_forward_hook(self._drop).remove)
+            yield
+
+    def _prepend(self, module: Any, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        earlier_1CT = self._inputs.get(module)
+        return args if earlier_1CT is None else (torch.cat([earlier_1CT, args[0]], dim=2),)
+
+    def _drop(self, module: Any, args: tuple[torch.Tensor], outputs_1CT: torch.Tensor) -> torch.Tensor:
+        conv = module.conv
+        if isinstance(module, MimiConv1d):
+            reach, made = conv.dilation[0] * (conv.kernel_size[0] - 1), 1
+            assert conv.stride[0] == 1, "Mimi's decoder has no convolution that skips"
+        else:
+            reach, made = -(-conv.kernel_size[0] // conv.stride[0]) - 1, conv.stride[0]
+        num_earlier = self._inputs[module].shape[2] if module in self._inputs else 0
+        inputs_1CT = args[0]
+        self._inputs[module] = inputs_1CT[..., max(inputs_1CT.shape[2] - reach, 0) :].clone()
+        return outputs_1CT[..., num_earlier * made :]

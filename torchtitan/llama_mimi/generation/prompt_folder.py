@@ -1,0 +1,182 @@
+"""Continuations of every prompt in a folder: shared by ranks, and kept when a run is killed."""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from llama_mimi.audio.reading import AUDIO_ENDINGS, AudioError, Waveform, write_wav
+from llama_mimi.audio.silence import silences
+from llama_mimi.common.errors import UserError
+from llama_mimi.common.files import find_files, read_json, write_atomically
+from llama_mimi.common.progress_log import ProgressLog
+from llama_mimi.common.ranks import Ranks, from_first, gather
+from llama_mimi.generation.continuation import SamplingOptions, finished, read_prompt
+from llama_mimi.generation.decoding import Request, Sampling, decode
+from llama_mimi.generation.speech_model import SpeechModel
+
+RESULTS, SETTINGS = "results.jsonl", "settings.json"
+# Samples that are drawn together, in rows; a killed run begins the groups that it has not finished anew, so that each
+# sample has the same neighbours in its batch, and so the same rounding and the same bytes.
+ROUNDS_OF_A_GROUP = 4
+LONG_SILENCE_SECONDS = 2.0
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Sample:
+    prompt: str  # relative to the folder
+    number: int
+    seed: int
+
+    @property
+    def file(self) -> str:
+        return f"{Path(self.prompt).with_suffix('')}_{self.number}.wav"
+
+    def record(self, **found: Any) -> Record:
+        return {"prompt": self.prompt, "sample": self.number, "seed": self.seed, **found}
+
+
+def continue_folder(
+    model: SpeechModel,
+    prompts: str,
+    output_dir: Path,
+    options: SamplingOptions,
+    num_rows: int,
+    ranks: Ranks,
+    made_by: Mapping[str, Any],
+) -> list[Record]:
+    """Continue every audio file below a folder; what an earlier run has finished is kept.
+
+    Args:
+        prompts: folder, file or glob.
+        output_dir: gets ``<prompt>_<sample>.wav``, ``settings.json`` and, when all is done, ``results.jsonl``.
+        num_rows: samples that are drawn at once.
+        made_by: what the samples depend on besides the options, such as the model's hash.
+
+    Returns:
+        On every rank the lines of ``results.jsonl``: of each sample ``prompt``, ``sample``, ``seed``, and ``file``,
+        ``prompt_frames``, ``frames``, ``remarks`` on the prompt, ``end`` ("ended" by the model or "cut"), ``silences`` (start and length of those
+        of 2 s or more) and ``seconds`` it took, or the ``error`` for which there is none.
+
+    Raises:
+        UserError: no prompts, two of one name, or a folder of other settings.
+    """
+    sampling = options.for_model(model)
+    samples = list(_samples(prompts, options))
+    settings = {**asdict(options), **made_by, "batch_size": num_rows}
+    from_first(lambda: _keep_settings(output_dir, settings))
+    log = ProgressLog(output_dir / "unfinished", {})  # of these settings, as the folder is
+    done = from_first(lambda: _finished_before(output_dir) | log.load())
+    size = ROUNDS_OF_A_GROUP * num_rows
+    groups = [samples[start : start + size] for start in range(0, len(samples), size)]
+    todo = [group for group in groups if not all(_is_done(sample, done, output_dir) for sample in group)]
+    if ranks.rank == 0 and len(todo) < len(groups):
+        print(f"{len(samples) - sum(map(len, todo)):,} of {len(samples):,} samples were finished before", flush=True)
+    mine = todo[ranks.rank :: ranks.world_size]
+    new: dict[str, Record] = {}
+    with tqdm(total=sum(map(len, mine)), unit="sample", disable=ranks.rank > 0) as progress:
+        for group in mine:
+            records = {}
+            for record in _continue_group(model, Path(_root(prompts)), output_dir, group, sampling, num_rows):
+                records[_key(record)] = record
+                progress.update()
+            log.add(records)
+            new |= records
+    for others in gather(new):
+        done |= others
+    results = [done[_key(sample.record())] for sample in samples]
+    if ranks.rank == 0:
+        content = "".join(json.dumps(record) + "\n" for record in results)
+        write_atomically(str(output_dir), RESULTS, content.encode())
+        log.close()
+    ranks.wait()
+    return results
+
+
+def _samples(prompts: str, options: SamplingOptions) -> Iterator[_Sample]:
+    root = _root(prompts)
+    paths = [str(Path(path).relative_to(root)) for path in find_files(prompts, AUDIO_ENDINGS)]
+    if not paths:
+        raise UserError(f"'{prompts}' holds no {', '.join(AUDIO_ENDINGS)} file; name a folder of prompts")
+    of_name: dict[str, str] = {}
+    for path in paths:
+        name = str(Path(path).with_suffix(""))
+        if name in of_name:
+            raise UserError(f"'{path}' and '{of_name[name]}' would have one name in --output_dir; rename one of them")
+        of_name[name] = path
+        for number in range(options.num_samples):
+            digest = hashlib.sha256(f"{options.seed}/{path}/{number}".encode()).digest()
+            yield _Sample(path, number, int.from_bytes(digest[:4]))
+
+
+def _root(prompts: str) -> str:
+    """The folder that names are relative to."""
+    return prompts if Path(prompts).is_dir() else str(Path(prompts).parent)
+
+
+def _key(record: Record) -> str:
+    return f"{record['prompt']}/{record['sample']}"
+
+
+def _keep_settings(output_dir: Path, settings: Record) -> None:
+    earlier = read_json(str(output_dir), SETTINGS)
+    for key, value in settings.items() if earlier is not None else ():
+        if key != "versions" and earlier.get(key) != value:
+            raise UserError(
+                f"'{output_dir}' holds continuations with {key} {earlier.get(key)!r}, not {value!r}; name another "
+                "--output_dir"
+            )
+    write_atomically(str(output_dir), SETTINGS, (json.dumps(settings, indent=1) + "\n").encode())
+
+
+def _finished_before(output_dir: Path) -> dict[str, Record]:
+    path = output_dir / RESULTS
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {_key(record): record for record in map(json.loads, lines)}
+
+
+def _is_done(sample: _Sample, done: Mapping[str, Record], output_dir: Path) -> bool:
+    record = done.get(_key(sample.record()))
+    return record is not None and "error" not in record and (output_dir / sample.file).exists()
+
+
+def _continue_group(
+    model: SpeechModel, root: Path, output_dir: Path, group: Sequence[_Sample], sampling: Sampling, num_rows: int
+) -> Iterator[Record]:
+    codec = model.codec
+    waveforms: dict[str, Waveform] = {}
+    for prompt in dict.fromkeys(sample.prompt for sample in group):
+        try:
+            waveforms[prompt] = read_prompt(str(root / prompt), codec)
+        except AudioError as error:
+            yield from (sample.record(error=str(error)) for sample in group if sample.prompt == prompt)
+    codes = dict(zip(waveforms, codec.encode_many([clip.samples_S for clip in waveforms.values()]), strict=True))
+    usable = [sample for sample in group if sample.prompt in codes]
+    requests = [Request(codes[sample.prompt], sample.seed) for sample in usable]
+    began: dict[int, float] = {}
+
+    def noted() -> Iterator[Any]:
+        for number, new in decode(model, requests, sampling, num_rows):
+            began.setdefault(number, time.perf_counter())
+            yield number, new
+
+    for number, new_TQ, end in finished(noted(), codec.num_quantizers):
+        sample, prompt_TQ = usable[number], requests[number].prompt_TQ
+        waveform = Waveform(codec.decode(torch.cat([prompt_TQ, new_TQ])), codec.sample_rate_hz)
+        write_wav(output_dir / sample.file, waveform)
+        yield sample.record(
+            file=sample.file,
+            prompt_frames=len(prompt_TQ),
+            frames=len(new_TQ),
+            end=end.value,
+            remarks=list(waveforms[sample.prompt].remarks),
+            silences=silences(waveform, LONG_SILENCE_SECONDS),
+            seconds=round(time.perf_counter() - began[number], 3),
+        )
