@@ -148,8 +148,8 @@ def _report(records: list[dict], output_dir: Path) -> None:
     ended = sum(record["end"] == End.BY_MODEL.value for record in made)
     silent = sum(bool(record["silences"]) for record in made)
     print(
-        f"{len(made):,} samples in {output_dir}, {ended:,} ended by the model and {len(made) - ended:,} cut; {silent:,} "
-        f"with {LONG_SILENCE_SECONDS:g} s or more of silence; see {output_dir / RESULTS}"
+        f"{len(made):,} samples in {output_dir}, {ended:,} ended by the model and {len(made) - ended:,} cut; "
+        f"{silent:,} with {LONG_SILENCE_SECONDS:g} s or more of silence; see {output_dir / RESULTS}"
     )
     failed = [record["error"] for record in records if "error" in record]
     if failed:

@@ -6,8 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import numpy as np
@@ -19,6 +21,7 @@ import torch
 import tyro
 from conftest import ROOT, TINY, checked_config
 from datasets import load_dataset
+from forked_ranks import ForkedRanks
 
 from llama_mimi.audio.mimi import MimiCodec, codec_hash
 from llama_mimi.audio.reading import OPPOSITE, read_audio
@@ -49,10 +52,11 @@ def speech(tmp_path_factory):
 
 
 def tokenize(corpus, output_dir, *flags, nproc=1, timeout=240):
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={nproc}", "--standalone"]
     names = ["--corpus", corpus, "--codec", CODEC, "--output_dir", output_dir, "--clips_per_shard", 8]
-    command += ["scripts/tokenize_corpus.py", *map(str, names), "--num_workers", "1", *map(str, flags)]
-    return subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=timeout)
+    command = ["scripts/tokenize_corpus.py", *names, "--num_workers", 1, *flags]
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = ForkedRanks(nproc, command, Path(folder) / "log")
+        return SimpleNamespace(returncode=ranks.wait(timeout), output=ranks.output)
 
 
 def in_opposite_phases(content: bytes) -> bytes:
@@ -67,10 +71,10 @@ def store(speech, tmp_path_factory):
     """The corpus tokenised on two ranks."""
     folder = tmp_path_factory.mktemp("codes") / "store"
     done = tokenize(speech, folder, "--max_audio_seconds", 4, "--max_bad_share", 0.1, nproc=2)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "23 clips" in done.stdout and "1 skipped" in done.stdout and "no readable audio" in done.stdout
+    assert done.returncode == 0, done.output[-3000:]
+    assert "23 clips" in done.output and "1 skipped" in done.output and "no readable audio" in done.output
     name = pq.read_table(speech, columns=["id"])["id"][14].as_py()
-    assert f"clip '{name}': {OPPOSITE}" in done.stdout and manifest(folder)["remarks"] == {OPPOSITE: 1}
+    assert f"clip '{name}': {OPPOSITE}" in done.output and manifest(folder)["remarks"] == {OPPOSITE: 1}
     return folder
 
 
@@ -119,7 +123,7 @@ def test_a_run_that_was_cut_off_finishes_on_other_ranks(store, speech, tmp_path)
     (again / "shard-000001.parquet").rename(again / "shard-000001.parquet.0123.partial")
     kept = {path.name: path.stat().st_mtime_ns for path in again.glob("shard-*.parquet")}
     done = tokenize(speech, again, "--max_audio_seconds", 4, "--max_bad_share", 0.1, nproc=1)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.output[-3000:]
     assert not list(again.glob("*.partial"))
     for name, time_ns in kept.items():
         assert (again / name).stat().st_mtime_ns == time_ns, "what is there is not made again"

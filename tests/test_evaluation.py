@@ -3,8 +3,6 @@
 import copy
 import json
 import shutil
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -13,6 +11,7 @@ import soundfile
 import torch
 from bench_eval import score_alone
 from conftest import ROOT, TINY, run_here
+from forked_ranks import ForkedRanks, run_ranks
 from transformers import LlamaForCausalLM
 
 from llama_mimi.audio.mimi import MimiCodec
@@ -322,13 +321,6 @@ def command(model_folder, output_dir, data_dir=SALMON, *flags, script="eval/salm
     return [ROOT / script, *common]
 
 
-def run(*parts, ranks=1):
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", ranks] if ranks > 1 else []
-    return subprocess.run(
-        [sys.executable, *map(str, [*launcher, *parts])], cwd=ROOT, text=True, capture_output=True, timeout=300
-    )
-
-
 @pytest.fixture(scope="module")
 def some_pairs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "salmon" / "speaker_consistency"
@@ -344,44 +336,37 @@ def report_of(output_dir, name="official"):
 
 @pytest.mark.distributed
 def test_ranks_and_kills_give_the_same_file(model_folder, some_pairs, tmp_path):
-    result = run(*command(model_folder, tmp_path / "one", some_pairs))
-    assert result.returncode == 0, result.stderr
+    run_ranks(1, command(model_folder, tmp_path / "one", some_pairs), tmp_path / "log")
     expected = (tmp_path / "one" / "salmon" / "random" / "official.json").read_bytes()
-
-    result = run(*command(model_folder, tmp_path / "two", some_pairs), ranks=2)
-    assert result.returncode == 0, result.stderr
-    assert (tmp_path / "two" / "salmon" / "random" / "official.json").read_bytes() == expected
 
     # Killed after the first shard of codes, then when some batches are scored, and started again on other ranks.
     folder = tmp_path / "killed"
     partial = folder / "salmon" / "random" / "official.partial"
     shards = (folder / "codes").rglob
-    kill_when(command(model_folder, folder, some_pairs), lambda: list(shards("shard-*.parquet")))
+    kill_when(command(model_folder, folder, some_pairs), lambda: list(shards("shard-*.parquet")), tmp_path / "log")
     assert len(list(shards("shard-*.parquet"))) == 1 and not partial.exists()  # of two
     kill_when(
         command(model_folder, folder, some_pairs),
         lambda: any("\n" in log.read_text() for log in partial.rglob("*.jsonl")),
+        tmp_path / "log",
     )
     scored = sum(len(log.read_text().splitlines()) for log in partial.rglob("*.jsonl"))
     assert scored and not partial.with_name("official.json").exists()
-    result = run(*command(model_folder, folder, some_pairs), ranks=2)
-    assert result.returncode == 0, result.stderr
-    assert "batches were scored before" in result.stdout
+    said = run_ranks(2, command(model_folder, folder, some_pairs), tmp_path / "log")
+    assert "batches were scored before" in said
     assert partial.with_name("official.json").read_bytes() == expected and not partial.exists()
 
 
-def kill_when(parts, is_time):
+def kill_when(parts, is_time, log):
     """Start a script and kill it with SIGKILL as soon as something is there."""
-    output = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen([sys.executable, *map(str, parts)], cwd=ROOT, **output)
+    ranks = ForkedRanks(1, parts, log)
     deadline = time.monotonic() + 120
     try:
         while not is_time():
-            assert process.poll() is None and time.monotonic() < deadline
+            assert ranks.is_running() and time.monotonic() < deadline, ranks.output
             time.sleep(0.001)
     finally:
-        process.kill()
-        process.wait()
+        ranks.kill()
 
 
 def test_another_run_does_not_replace_a_result(tmp_path):
@@ -416,8 +401,8 @@ def test_results_are_called_by_the_model(tmp_path, monkeypatch):
 
 
 def test_result_files_explain_themselves(model_folder, some_pairs, tmp_path):
-    result = run(*command(model_folder, tmp_path, some_pairs, "--levels", "0,1", "--window_seconds", "0.4"))
-    assert result.returncode == 0, result.stderr
+    flags = ("--levels", "0,1", "--window_seconds", "0.4")
+    said = run_ranks(1, command(model_folder, tmp_path, some_pairs, *flags), tmp_path / "log")
     report = report_of(tmp_path, "official-levels_0_1-window_0.4s")
     assert report["preset"] == "official-levels_0_1-window_0.4s" and report["scoring"]["window_seconds"] == 0.4
     part = report["parts"]["speaker_consistency"]
@@ -427,11 +412,10 @@ def test_result_files_explain_themselves(model_folder, some_pairs, tmp_path):
     assert all(len(report[key]) == 64 for key in ("codes_sha256", "model_sha256"))
     assert len(report["codec"]["sha256"]) == 64 and report["settings"]["dtype"] == "float32"
     right = sum(pair["positive_score"] > pair["negative_score"] for pair in report["pairs"])
-    assert part["accuracy"] == (right + part["ties"] / 2) / 40 and "no mean of the parts" in result.stdout
+    assert part["accuracy"] == (right + part["ties"] / 2) / 40 and "no mean of the parts" in said
     assert len(report["missing_parts"]) == 7 and report["mean_of_parts"] is None
 
-    result = run(*command(model_folder, tmp_path, some_pairs, "--preset", "original"))
-    assert result.returncode == 0, result.stderr
+    run_ranks(1, command(model_folder, tmp_path, some_pairs, "--preset", "original"), tmp_path / "log")
     original = report_of(tmp_path, "original")
     assert original["scoring"]["as_released"] and original["scoring"]["tie"] == 0.0
     assert original["codes_sha256"] != report["codes_sha256"]  # a partial last frame
@@ -459,8 +443,7 @@ def test_slm21_writes_the_official_submission(model_folder, tmp_path):
             shutil.copy(source / f"{row.split(',')[column]}.ogg", data / task / "dev")
     (data / "lexical" / "test").mkdir()
     shutil.copy(TINY / "prompt.wav", data / "lexical" / "test" / "xyz.wav")
-    result = run(*command(model_folder, tmp_path / "results", data, script="eval/sLM21.py"))
-    assert result.returncode == 0, result.stderr
+    run_ranks(1, command(model_folder, tmp_path / "results", data, script="eval/sLM21.py"), tmp_path / "log")
     folder = tmp_path / "results" / "sLM21" / "random"
     report = json.loads((folder / "official.json").read_text())
     scores = {}

@@ -245,8 +245,8 @@ def test_frames_have_the_distribution_of_the_model(codec):
     vocabulary = model.sequences.vocabulary
     ids_L = model.sequences.sequence(PROMPT[:, :2], is_cut=True)
     common = int(frames_NQ[:, 0].mode().values)
-    for level, given in enumerate([[], [vocabulary.base + common * 2]]):
-        context_1L = torch.cat([ids_L, torch.tensor(given, dtype=torch.long)])[None]
+    for level, behind in enumerate([[], [vocabulary.base + common * 2]]):
+        context_1L = torch.cat([ids_L, torch.tensor(behind, dtype=torch.long)])[None]
         with torch.no_grad():
             logits_V = model.decoder(context_1L).logits[0, -1]
         logits_K = logits_V[vocabulary.base + level : vocabulary.audio_start_id : 2]

@@ -115,6 +115,7 @@ def test_a_job_whose_time_is_up_queues_itself_anew(commands):
         assert process.stdout.readline() == "requeue 17\n"
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_a_job_of_two_nodes_trains_on_two_ranks(commands, tmp_path):
     folder = commands(srun=SRUN, uv=f'shift 3; exec {sys.executable} -m torch.distributed.run "$@"')

@@ -5,6 +5,9 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ import soundfile
 import torch
 import torch.distributed.checkpoint as dcp
 from conftest import ROOT, TINY, run_here
+from forked_ranks import ForkedRanks
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from llama_mimi.checkpoint.conversion import prepare_base_model
@@ -24,8 +28,11 @@ from llama_mimi.model.llama import FLAVORS, LlamaMimi, LlamaMimiArgs
 from llama_mimi.tokens.units import text_from_codes
 
 
-def run(*command: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, text=True, capture_output=True, timeout=300)
+def run(*command: object) -> SimpleNamespace:
+    """A script in a process that has imported what it needs."""
+    with tempfile.TemporaryDirectory() as folder:
+        process = ForkedRanks(1, command, Path(folder) / "log")
+        return SimpleNamespace(returncode=process.wait(), output=process.output)
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +54,8 @@ def trained(tmp_path_factory, sequences):
 def converted(trained, tmp_path_factory):
     output = tmp_path_factory.mktemp("models") / "tiny"
     result = run("scripts/convert_dcp_to_hf.py", "--checkpoint", trained[0] / "checkpoint", "--output_dir", output)
-    assert result.returncode == 0, result.stderr
-    assert "step-30' is incomplete" in result.stdout and "step-20" in result.stdout
+    assert result.returncode == 0, result.output
+    assert "step-30' is incomplete" in result.output and "step-20" in result.output
     return output
 
 
@@ -62,7 +69,7 @@ tokenizer = AutoTokenizer.from_pretrained({str(converted)!r})
 ids = tokenizer("<audio><3_0><5_1><7_2><9_3></audio>", return_tensors="pt").input_ids
 print(ids.tolist(), model(ids).logits[0, -1, :3].tolist(), model.config.num_quantizers)
 """
-    result = run("-c", code)
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
     assert result.returncode == 0, result.stderr
     tokenizer = AutoTokenizer.from_pretrained(converted)
     ids = [tokenizer.bos_token_id, 1536, 512 + 12, 512 + 21, 512 + 30, 512 + 39, 1537]
@@ -87,7 +94,7 @@ def test_bfloat16_and_a_single_step(trained, tmp_path):
     result = run(
         "scripts/convert_dcp_to_hf.py", "--checkpoint", step, "--output_dir", tmp_path / "m", "--dtype", "bfloat16"
     )
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0, result.output
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     assert model.dtype == torch.bfloat16
     expected = trained[1].tok_embeddings.weight.bfloat16()
@@ -156,7 +163,7 @@ def test_continuation(converted, tmp_path):
             *("inference.py", "--model_name", converted, "--prompt", TINY / "prompt.wav"),
             *("--output_file", tmp_path / name, "--seconds", 1, "--seed", 3),
         )
-        assert result.returncode == 0, result.stderr
+        assert result.returncode == 0, result.output
         outputs.append(soundfile.read(tmp_path / name))
     assert outputs[0][1] == 24_000 and len(outputs[0][0]) % 1920 == 0
     assert np.array_equal(outputs[0][0], outputs[1][0])
@@ -187,7 +194,7 @@ def test_released_layout_works(sequences, tmp_path):
     assert "codec" not in json.loads((tmp_path / "config.json").read_text())
     command = ("inference.py", "--model_name", tmp_path, "--prompt", TINY / "prompt.wav", "--seconds", 0.5)
     result = run(*command, "--output_file", tmp_path / "c.wav", "--num_samples", 2, "--codec", TINY / "mimi")
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0, result.output
     assert (tmp_path / "c_0.wav").exists() and (tmp_path / "c_1.wav").exists()
 
 
@@ -223,32 +230,34 @@ def test_a_converted_model_is_scored(converted, tmp_path):
     result = run(
         *("eval/sStoryCloze.py", "--model_name", converted, "--data_dir", data, "--output_dir", tmp_path / "results")
     )
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0, result.output
     report = json.loads((tmp_path / "results/sStoryCloze/tiny/official.json").read_text())
     assert report["parts"]["storycloze"]["count"] == 4 == len(report["pairs"])
     (data / "9_odd.ogg").write_bytes((data / "0_fitting.ogg").read_bytes())
     result = run("eval/sStoryCloze.py", "--model_name", converted, "--data_dir", data)
-    assert result.returncode == 1 and "9_odd.ogg" in result.stderr and "Traceback" not in result.stderr
+    assert result.returncode == 1 and "9_odd.ogg" in result.output and "Traceback" not in result.output
 
 
+@pytest.mark.slow
 def test_a_continuation_is_judged_by_its_voice(converted, tmp_path):
     clips = TINY / "corpus" / "validation-00000-of-00001.parquet"
     output, picture = tmp_path / "voice.json", tmp_path / "voice.png"
     command = ("scripts/tiny/score_continuation.py", "--model_name", converted, "--corpus", clips)
     command += ("--validation_corpus", clips, "--num_samples", 2, "--output_file", output, "--picture", picture)
     result = run(*command)
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0, result.output
     report = json.loads(output.read_text())
     assert report["count"] == len(report["samples"]) == 2 and report["speaker_kept"]["recording"] == 1.0
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert "continuation: speaker named in" in result.stdout
+    assert "continuation: speaker named in" in result.output
     for mistake, sentence in ((("--num_samples", 0), "--num_samples is 0"), (("--top_k", 0), "--top_k is 0")):
         result = run(*command, *mistake)
-        assert result.returncode == 1 and sentence in result.stderr and "Traceback" not in result.stderr
+        assert result.returncode == 1 and sentence in result.output and "Traceback" not in result.output
     result = run(*command, "--prompt_seconds", 60)
-    assert result.returncode == 1 and "goes on for a second after 60 s" in result.stderr
+    assert result.returncode == 1 and "goes on for a second after 60 s" in result.output
 
 
+@pytest.mark.slow
 def test_a_codec_is_judged_level_by_level(tmp_path):
     words = TINY / "words"
     output, picture = tmp_path / "codec.json", tmp_path / "codec.png"
@@ -256,7 +265,7 @@ def test_a_codec_is_judged_level_by_level(tmp_path):
         *("scripts/tiny/score_codec.py", "--codec", TINY / "mimi", "--corpus", words / "train-*.parquet"),
         *("--validation_corpus", words / "validation-*.parquet", "--output_file", output, "--picture", picture),
     )
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0, result.output
     report = json.loads(output.read_text())
     rows = report["rows"]
     assert list(rows) == ["original", "1 level", "2 levels", "4 levels", "8 levels", "untrained, 8 levels"]
@@ -264,11 +273,11 @@ def test_a_codec_is_judged_level_by_level(tmp_path):
     assert rows["8 levels"]["log_mel_distance"] < rows["untrained, 8 levels"]["log_mel_distance"] / 2
     assert report["counts"]["held_out_words"] == 80 and len(report["perplexity"]) == 8
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert all(f"| {name} |" in result.stdout for name in rows)
+    assert all(f"| {name} |" in result.output for name in rows)
     result = run(
         "scripts/tiny/score_codec.py", "--codec", TINY / "mimi", "--corpus", "no.parquet", "--validation_corpus", "x"
     )
-    assert result.returncode == 1 and "no Parquet file matches 'no.parquet'" in result.stderr
+    assert result.returncode == 1 and "no Parquet file matches 'no.parquet'" in result.output
 
 
 def test_prepare_base_model(tmp_path, capsys):

@@ -42,7 +42,7 @@ def test_any_chunks_give_the_audio_of_the_whole(codec):
 
 @pytest.mark.parametrize("attention", ["windowed", "whole"])
 def test_the_shape_of_mimi_itself(tmp_path, attention):
-    """Random weights in kyutai/mimi's own shape (transformers' default), 8 levels; the window is shortened to be met."""
+    """Random weights in kyutai/mimi's own shape, 8 levels, but for a window that is short enough to be met."""
     torch.manual_seed(0)
     MimiModel(MimiConfig(sliding_window=10)).save_pretrained(tmp_path)
     codec = MimiCodec(str(tmp_path), 8, attention=attention)

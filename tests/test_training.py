@@ -1,4 +1,4 @@
-"""The trainer under torchrun on CPU, compared with a plain loop, with itself resumed, and with a golden run.
+"""The trainer on CPU ranks, compared with a plain loop, with itself resumed, and with a golden run.
 
 Regenerate the golden curve after an intended change:
 
@@ -19,6 +19,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from conftest import ROOT, TINY
+from forked_ranks import ForkedRanks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import (
     AutoConfig,
@@ -45,10 +46,7 @@ GOLDEN = Path(__file__).parent / "golden" / "tiny_loss.json"
 LOSS = "loss_metrics/global_avg_loss"
 
 
-OURS = ("-m", "llama_mimi.train")
-
-
-def start(nproc: int, dump_folder: Path, program: tuple[str, ...] = OURS, **overrides) -> subprocess.Popen:
+def flags_of(dump_folder: Path, **overrides) -> list[str]:
     """The tiny run with every step logged, validation off, and ``section__key=value`` overrides."""
     overrides = {"metrics__log_freq": 1, "validation__enable": False, **overrides}
     flags = []
@@ -59,22 +57,17 @@ def start(nproc: int, dump_folder: Path, program: tuple[str, ...] = OURS, **over
             flags.append(f"--{section}.{name if value else 'no-' + name}")
         else:
             flags += [f"--{key}", str(value)]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={nproc}", "--standalone"]
-    config = ["--job.config_file", "config/tiny.toml", "--job.dump_folder", str(dump_folder)]
-    return subprocess.Popen(
-        [*torchrun, *program, *config, *flags],
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+    return ["--job.config_file", "config/tiny.toml", "--job.dump_folder", str(dump_folder), *flags]
 
 
-def train(nproc: int, dump_folder: Path, program: tuple[str, ...] = OURS, **overrides) -> dict[int, float]:
-    process = start(nproc, dump_folder, program, **overrides)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output[-4000:]
+def start(nproc: int, dump_folder: Path, **overrides) -> ForkedRanks:
+    command = ["-m", "llama_mimi.train", *flags_of(dump_folder, **overrides)]
+    return ForkedRanks(nproc, command, dump_folder / "log.txt")
+
+
+def train(nproc: int, dump_folder: Path, **overrides) -> dict[int, float]:
+    ranks = start(nproc, dump_folder, **overrides)
+    assert ranks.wait() == 0, ranks.output[-4000:]
     return losses(dump_folder)
 
 
@@ -127,8 +120,13 @@ def test_hours_seen_are_those_of_the_targets(golden_run):
 
 @pytest.mark.parametrize(
     "arm",
-    [{}, {"model__architecture": "hierarchical", "model__depth_share": 0.25, "data__packing": "pack"}],
-    ids=["flattened", "hierarchical"],
+    [
+        pytest.param({}, id="flattened", marks=pytest.mark.slow),
+        pytest.param(
+            {"model__architecture": "hierarchical", "model__depth_share": 0.25, "data__packing": "pack"},
+            id="hierarchical",
+        ),
+    ],
 )
 def test_a_killed_run_continues_as_if_it_had_not_been(tmp_path, arm):
     """With gradient accumulation, loader workers, whose positions must fit together, and saving in the background."""
@@ -143,15 +141,13 @@ def test_a_killed_run_continues_as_if_it_had_not_been(tmp_path, arm):
     }
     whole = train(2, tmp_path / "whole", **overrides)
     killed = tmp_path / "killed"
-    process = start(2, killed, **overrides)
+    ranks = start(2, killed, **overrides)
     deadline = time.monotonic() + 240
     while not (killed / "checkpoint" / "step-4" / ".metadata").exists():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0][-4000:]
+        assert ranks.is_running() and time.monotonic() < deadline, ranks.output[-4000:]
         time.sleep(0.05)
-    for pid in children(process.pid):  # torchrun and its ranks, all at once
-        subprocess.run(["kill", "-KILL", str(pid)], check=False)
-    process.communicate()
-    assert process.returncode != 0 and not (killed / "checkpoint" / "step-8").exists(), "it was killed too late"
+    ranks.kill()
+    assert not (killed / "checkpoint" / "step-8").exists(), "it was killed too late"
     shutil.rmtree(killed / "tb")  # what is read below was written after the kill
     resumed = train(2, killed, **overrides)
     assert resumed.keys() == set(range(5, 9)), "it did not start after the checkpoint"
@@ -167,12 +163,6 @@ def test_a_run_goes_on_on_other_ranks(golden_run, tmp_path):
         assert resumed.keys() == set(range(21, steps + 1)) and max(resumed.values()) < 7.2
         # A rank takes two clips a step; 20 steps of two ranks were before.
         assert losses(folder, "data/clips_seen") == {step: 80 + 2 * nproc * (step - 20) for step in resumed}
-
-
-def children(pid: int) -> list[int]:
-    listing = subprocess.run(["ps", "-o", "pid=", "-g", str(pid)], capture_output=True, text=True)
-    grandchildren = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
-    return sorted({pid, *map(int, listing.stdout.split()), *map(int, grandchildren.stdout.split())})
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +205,7 @@ def test_20_steps_equal_a_plain_loop_over_hugging_face(base_model, tmp_path):
         assert measured[step] == pytest.approx(loss.item(), abs=1e-4), step
 
 
+@pytest.mark.slow
 def test_torchtitans_entry_point_is_the_same_trainer(base_model, tmp_path):
     """It prepares its runs, too: weights are loaded beside an empty checkpoint folder, and DDP is refused."""
     program = tmp_path / "torchtitan_train.py"  # on a GPU `-m torchtitan.train`
@@ -222,20 +213,27 @@ def test_torchtitans_entry_point_is_the_same_trainer(base_model, tmp_path):
         "import runpy\nfrom llama_mimi.common.cpu import use_cpu_without_gpu\n"
         "use_cpu_without_gpu()\nrunpy.run_module('torchtitan.train', run_name='__main__')\n"
     )
+
+    def run(nproc, folder, **overrides):
+        torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={nproc}", "--standalone"]
+        command = [*torchrun, program, *flags_of(folder, **overrides)]
+        return subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=300)
+
     overrides = {"model__hf_assets_path": base_model, "checkpoint__initial_load_in_hf": True, "training__steps": 1}
     (tmp_path / "run" / "checkpoint").mkdir(parents=True)
-    measured = train(1, tmp_path / "run", (str(program),), **overrides)
+    done = run(1, tmp_path / "run", **overrides)
+    assert done.returncode == 0, done.stderr[-4000:]
+    measured = losses(tmp_path / "run")
     flags = {"--job.config_file": ROOT / "config/tiny.toml", "--model.hf_assets_path": base_model}
     (batches,), model, _ = plain_loop(base_model, flags, dp_world_size=1)
     inputs, labels_BL = next(batches)
     loss = plain_loss(model, inputs["input"], labels_BL)
     assert measured == {1: pytest.approx(loss.item(), abs=1e-4)}
 
-    process = start(2, tmp_path / "ddp", (str(program),), parallelism__data_parallel_replicate_degree=2)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode != 0
-    assert "error: parallelism.data_parallel_replicate_degree is 2 without sharding (DDP)" in output
-    assert "UserError" not in output
+    done = run(2, tmp_path / "ddp", parallelism__data_parallel_replicate_degree=2)
+    assert done.returncode != 0
+    assert "error: parallelism.data_parallel_replicate_degree is 2 without sharding (DDP)" in done.stderr
+    assert "UserError" not in done.stdout + done.stderr
 
 
 def test_text_in_front_of_the_audio_is_read_and_not_predicted(base_model, tmp_path):

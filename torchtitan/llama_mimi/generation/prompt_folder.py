@@ -61,9 +61,10 @@ def continue_folder(
         made_by: what the samples depend on besides the options, such as the model's hash.
 
     Returns:
-        On every rank the lines of ``results.jsonl``: of each sample ``prompt``, ``sample``, ``seed``, and ``file``,
-        ``prompt_frames``, ``frames``, ``remarks`` on the prompt, ``end`` ("ended" by the model or "cut"), ``silences`` (start and length of those
-        of 2 s or more) and ``seconds`` it took, or the ``error`` for which there is none.
+        On every rank the lines of ``results.jsonl``: of each sample ``prompt``, ``sample`` and ``seed``, and either
+        ``file``, ``prompt_frames``, ``frames``, ``end`` ("ended" by the model or "cut"), ``remarks`` on the prompt,
+        ``silences`` (start and length of those of 2 s or more) and the ``seconds`` it took, or the ``error`` for which
+        there is none.
 
     Raises:
         UserError: no prompts, two of one name, or a folder of other settings.
@@ -127,8 +128,8 @@ def _key(record: Record) -> str:
 
 def _keep_settings(output_dir: Path, settings: Record) -> None:
     earlier = read_json(str(output_dir), SETTINGS)
-    for key, value in settings.items() if earlier is not None else ():
-        if key != "versions" and earlier.get(key) != value:
+    for key, value in settings.items():
+        if earlier is not None and key != "versions" and earlier.get(key) != value:
             raise UserError(
                 f"'{output_dir}' holds continuations with {key} {earlier.get(key)!r}, not {value!r}; name another "
                 "--output_dir"

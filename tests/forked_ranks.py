@@ -1,0 +1,106 @@
+"""What torchrun starts, on ranks forked from a server that has imported the trainer once: most of a short run's time.
+
+Runs under torchrun itself are those of the README, of test_ranks.py and of test_launch.py.
+"""
+
+import multiprocessing
+import os
+import runpy
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT = Path(__file__).parent.parent
+_server = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload(["llama_mimi.train"])
+
+
+class ForkedRanks:
+    """Ranks of one run, in the folder of the repository.
+
+    Args:
+        num_ranks: of the run.
+        command: ``-m llama_mimi.train`` or a script, and its arguments.
+        log: gets what they print.
+        set_up: called by each rank first; a function of a module.
+    """
+
+    def __init__(
+        self, num_ranks: int, command: Sequence[object], log: Path, set_up: Callable[[], None] | None = None
+    ) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text("")
+        self._log = log
+        world = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        self._ranks = [
+            _server.Process(
+                target=_be_rank,
+                args=(world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, [*map(str, command)], str(log), set_up),
+            )
+            for rank in range(num_ranks)
+        ]
+        for rank in self._ranks:
+            rank.start()
+
+    @property
+    def output(self) -> str:
+        return self._log.read_text()
+
+    def is_running(self) -> bool:
+        return all(rank.is_alive() for rank in self._ranks)
+
+    def kill(self) -> None:
+        """All at once, by SIGKILL."""
+        for rank in self._ranks:
+            rank.kill()
+        for rank in self._ranks:
+            rank.join()
+
+    def wait(self, timeout: float = 300) -> int:
+        """The exit code: 0 if all ranks end well; where one does not, the others are killed."""
+        deadline = time.monotonic() + timeout
+        while any(rank.is_alive() for rank in self._ranks):
+            if any(rank.exitcode for rank in self._ranks):
+                break
+            assert time.monotonic() < deadline, self.output[-4000:]
+            time.sleep(0.05)
+        codes = [rank.exitcode for rank in self._ranks]
+        self.kill()
+        return next((code for code in codes if code), 0)
+
+
+def run_ranks(num_ranks: int, command: Sequence[object], log: Path, set_up: Callable[[], None] | None = None) -> str:
+    """What a run prints that ends well."""
+    ranks = ForkedRanks(num_ranks, command, log, set_up)
+    assert ranks.wait() == 0, ranks.output[-4000:]
+    return ranks.output
+
+
+def _be_rank(environment: dict[str, str], command: list[str], log: str, set_up: Callable[[], None] | None) -> None:
+    output = os.open(log, os.O_WRONLY | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    os.environ |= environment
+    os.chdir(ROOT)
+    multiprocessing.set_start_method("fork", force=True)  # of loader workers, as without a server
+    import torchtitan.train
+
+    from llama_mimi import train
+
+    # TorchTitan waits two seconds at the end of every run.
+    torchtitan.train.time = SimpleNamespace(perf_counter=time.perf_counter, sleep=lambda seconds: None)
+    if set_up is not None:
+        set_up()
+    if command[:2] == ["-m", "llama_mimi.train"]:
+        sys.argv = command[1:]
+        train.main()
+    else:
+        sys.argv = command
+        sys.path.insert(0, str(Path(command[0]).parent))
+        runpy.run_path(command[0], run_name="__main__")
