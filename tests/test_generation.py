@@ -136,13 +136,20 @@ class Ending:
     def __getattr__(self, name):
         return getattr(self.model, name)
 
-    def next_frame(self, hidden_BD, draw, step):
-        def draw_with_end(logits_BV, level):
-            if level == 0:
-                logits_BV = torch.cat([logits_BV[:, :-1], logits_BV[:, -1:] + self.added], dim=1)
-            return draw(logits_BV, level)
+    def frame_decoder(self, num_rows, capacity):
+        decoder = self.model.frame_decoder(num_rows, capacity)
+        next_frame = decoder.next_frame
 
-        return self.model.next_frame(hidden_BD, draw_with_end, step)
+        def with_end(draw):
+            def draw_with_end(logits_BV, level):
+                if level == 0:
+                    logits_BV = torch.cat([logits_BV[:, :-1], logits_BV[:, -1:] + self.added], dim=1)
+                return draw(logits_BV, level)
+
+            return next_frame(draw_with_end)
+
+        decoder.next_frame = with_end
+        return decoder
 
 
 @pytest.mark.parametrize(

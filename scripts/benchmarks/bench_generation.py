@@ -44,6 +44,7 @@ from llama_mimi.tokens.sequences import load_sequences
 from llama_mimi.tokens.units import codes_from_text, text_from_codes
 
 Q, PROMPT_FRAMES, TEMPERATURE, TOP_K = 4, 38, 0.8, 30
+TINY_CODEC = str(Path(__file__).parents[2] / "assets" / "tiny" / "mimi")
 SHAPES = {
     "tiny": FLAVORS["tiny"],
     "180M": LlamaMimiArgs(
@@ -118,13 +119,15 @@ def bench_generation(
 
 
 def random_model(shape: Shape, dtype: DecoderPrecision = "float32") -> FlattenedModel:
+    torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        torch.manual_seed(0)
-        small = {"num_filters": 8, "hidden_size": 64} if shape == "tiny" else {}
-        MimiModel(MimiConfig(**small)).save_pretrained(f"{folder}/codec")
+        codec_name = TINY_CODEC
+        if shape != "tiny":
+            codec_name = f"{folder}/codec"
+            MimiModel(MimiConfig()).save_pretrained(codec_name)
         write_tokenizer(Path(folder) / "tokenizer", LLAMA_3_VOCABULARY)
-        sequences = load_sequences(f"{folder}/tokenizer", f"{folder}/codec", Q)
-        codec = MimiCodec(f"{folder}/codec", Q, DEVICE)
+        sequences = load_sequences(f"{folder}/tokenizer", codec_name, Q)
+        codec = MimiCodec(codec_name, Q, DEVICE)
     args = copy(SHAPES[shape])
     args.vocab_size = sequences.vocabulary.size
     decoder = LlamaForCausalLM(hf_config(args)).to(DEVICE, DECODER_DTYPES[dtype]).eval()

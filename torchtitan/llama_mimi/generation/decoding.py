@@ -8,7 +8,6 @@ from enum import Enum
 import torch
 
 from llama_mimi.common.errors import UserError
-from llama_mimi.generation.row_cache import RowCache
 from llama_mimi.generation.speech_model import SpeechModel
 
 
@@ -67,6 +66,7 @@ class _Row:
     num_seen: int = field(init=False)  # frames in its context
 
 
+@torch.inference_mode()
 def decode(
     model: SpeechModel, requests: Sequence[Request], sampling: Sampling, num_rows: int
 ) -> Iterator[tuple[int, torch.Tensor | End]]:
@@ -96,8 +96,7 @@ def decode(
             f"{context:,}; lower --window_seconds"
         )
     rows: list[_Row | None] = [None] * min(num_rows, len(requests))
-    cache = RowCache(model.body, len(rows), capacity)
-    hidden_BD = torch.zeros(len(rows), model.body.config.hidden_size, dtype=model.decoder.dtype, device=model.device)
+    decoder = model.frame_decoder(len(rows), capacity)
     waiting = deque(range(len(requests)))
 
     def fill(place: int, row: _Row) -> None:
@@ -106,7 +105,7 @@ def decode(
         if len(frames_TQ) >= window:
             frames_TQ = torch.cat([row.anchor_AQ, frames_TQ[-(window // 2) :]])
         row.num_seen = len(frames_TQ)
-        hidden_BD[place] = cache.fill(place, model.embed(row.head, frames_TQ))
+        decoder.fill(place, row.head, frames_TQ)
 
     while True:
         for place, row in enumerate(rows):
@@ -124,8 +123,7 @@ def decode(
         uniform_BQ = torch.stack([torch.rand(Q, generator=row.generator) if row else torch.zeros(Q) for row in rows])
         may_end_B = torch.tensor([row is None or row.num_new >= sampling.min_frames for row in rows])
         draw = _Draw(sampling, uniform_BQ.to(model.device), may_end_B.to(model.device))
-        entries_BQ, hidden_BD = model.next_frame(hidden_BD, draw, cache.step)
-        entries_BQ = entries_BQ.cpu()  # the loop waits for the device once a frame
+        entries_BQ = decoder.next_frame(draw).cpu()  # the loop waits for the device once a frame
         for place, (row, entries_Q) in enumerate(zip(rows, entries_BQ, strict=True)):
             if row is None:
                 continue
@@ -139,7 +137,7 @@ def decode(
             if end is not None:
                 yield row.index, end
                 rows[place] = None
-                cache.clear(place)
+                decoder.clear(place)
 
 
 class _Draw:

@@ -8,7 +8,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from llama_mimi.generation.speech_model import POSITIONS_AT_ONCE, Draw, SpeechModel, Step, log_likelihoods
+from llama_mimi.generation.row_cache import product
+from llama_mimi.generation.speech_model import POSITIONS_AT_ONCE, Draw, FrameDecoder, SpeechModel, log_likelihoods
 
 
 class FlattenedModel(SpeechModel):
@@ -39,19 +40,12 @@ class FlattenedModel(SpeechModel):
         ids_L = torch.cat([torch.tensor(head), self.sequences.vocabulary.ids_from_codes(codes_TQ)])
         return self.body.embed_tokens(ids_L.to(self.device))
 
-    def next_frame(self, hidden_BD: torch.Tensor, draw: Draw, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `SpeechModel.next_frame`."""
-        vocabulary = self.sequences.vocabulary
-        entries = []
-        for level, rows_KD in enumerate(self._output_rows):
-            entries.append(draw(torch.nn.functional.linear(hidden_BD, rows_KD), level))
-            codes_B = entries[-1].clamp(max=vocabulary.codebook_size - 1)
-            ids_B = vocabulary.base + codes_B * vocabulary.num_quantizers + level
-            hidden_BD = step(self.body.embed_tokens(ids_B))
-        return torch.stack(entries, dim=1), hidden_BD
+    def frame_decoder(self, num_rows: int, capacity: int) -> "FlattenedDecoder":
+        """See `SpeechModel.frame_decoder`."""
+        return FlattenedDecoder(self, num_rows, capacity)
 
     @cached_property
-    def _output_rows(self) -> list[torch.Tensor]:
+    def output_rows(self) -> list[torch.Tensor]:
         """By level the rows (K, D) of the output layer that a position can have; level 0 ends with ``</audio>``'s.
 
         Of Llama 3's 136,450 rows these are 2,048 a position: the others would be computed to be thrown away.
@@ -60,3 +54,18 @@ class FlattenedModel(SpeechModel):
         units_KQD = weight_VD[vocabulary.base : vocabulary.audio_start_id].unflatten(0, (-1, vocabulary.num_quantizers))
         first, *others = (rows_KD.contiguous() for rows_KD in units_KQD.unbind(1))
         return [torch.cat([first, weight_VD[vocabulary.audio_end_id, None]]), *others]
+
+
+class FlattenedDecoder(FrameDecoder):
+    _model: FlattenedModel
+
+    def next_frame(self, draw: Draw) -> torch.Tensor:
+        """See `FrameDecoder.next_frame`. Each level is a position of its own."""
+        vocabulary = self._model.sequences.vocabulary
+        entries = []
+        for level, rows_KD in enumerate(self._model.output_rows):
+            entries.append(draw(product(rows_KD, self._hidden_BD), level))
+            codes_B = entries[-1].clamp(max=vocabulary.codebook_size - 1)
+            ids_B = vocabulary.base + codes_B * vocabulary.num_quantizers + level
+            self._hidden_BD = self._contexts.step(self._model.body.embed_tokens(ids_B))
+        return torch.stack(entries, dim=1)

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
-from transformers import CsmForConditionalGeneration, DynamicCache, PreTrainedModel
+from transformers import CsmForConditionalGeneration, PreTrainedModel
 
-from llama_mimi.generation.speech_model import POSITIONS_AT_ONCE, Draw, SpeechModel, Step, log_likelihoods
+from llama_mimi.generation.row_cache import RowCache, product
+from llama_mimi.generation.speech_model import POSITIONS_AT_ONCE, Draw, FrameDecoder, SpeechModel, log_likelihoods
 
 
 class HierarchicalModel(SpeechModel):
@@ -92,31 +93,38 @@ class HierarchicalModel(SpeechModel):
         """See `SpeechModel.embed`."""
         return torch.cat([self._embed_text(torch.tensor(head)), self._embed_frames(codes_TQ)])
 
-    def next_frame(self, hidden_BD: torch.Tensor, draw: Draw, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `SpeechModel.next_frame`. The levels of each frame have a cache of their own."""
-        entries_B = draw(self.csm.lm_head(hidden_BD)[:, : self.end_entry + 1], 0)
-        entries = [entries_B]
-        given_Bn, state = torch.nn.functional.pad(self._codes(entries_B)[:, None], (1, 0)), hidden_BD
-        cache = DynamicCache(config=self.csm.depth_decoder.config)
-        for level in range(1, self.sequences.vocabulary.num_quantizers):
-            logits_BV = self.csm.depth_decoder(
-                input_ids=given_Bn,
-                backbone_last_hidden_state=state,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]
-            entries.append(draw(logits_BV[:, : self.end_entry], level))
-            given_Bn, state = entries[-1][:, None], None
-        entries_BQ = torch.stack(entries, dim=1)
-        return entries_BQ, step(self.body.embed_tokens(self._codes(entries_BQ)[:, None])[:, 0])
-
-    def _codes(self, entries: torch.Tensor) -> torch.Tensor:
-        """Entries without the end, in whose place there is some code."""
-        return entries.clamp(max=self.end_entry - 1)
+    def frame_decoder(self, num_rows: int, capacity: int) -> "HierarchicalDecoder":
+        """See `SpeechModel.frame_decoder`."""
+        return HierarchicalDecoder(self, num_rows, capacity)
 
     def _embed_text(self, ids_L: torch.Tensor) -> torch.Tensor:
         return self.csm.embed_text_tokens(ids_L.to(self.device))
 
     def _embed_frames(self, entries_TQ: torch.Tensor) -> torch.Tensor:
         return self.body.embed_tokens(entries_TQ[None].to(self.device))[0]
+
+
+class HierarchicalDecoder(FrameDecoder):
+    _model: HierarchicalModel
+
+    def __init__(self, model: HierarchicalModel, num_rows: int, capacity: int) -> None:
+        super().__init__(model, num_rows, capacity)
+        # Position 0 is the backbone's state, position q + 1 the code of level q.
+        self._levels = RowCache(model.csm.depth_decoder.model, num_rows, model.codec.num_quantizers)
+
+    def next_frame(self, draw: Draw) -> torch.Tensor:
+        """See `FrameDecoder.next_frame`. The backbone takes one step, the depth decoder one a level."""
+        csm, end = self._model.csm, self._model.end_entry
+        depth, head = csm.depth_decoder.model, csm.depth_decoder.codebooks_head.weight
+        entries = [draw(product(csm.lm_head.weight, self._hidden_BD)[:, : end + 1], 0)]
+        self._levels.restart()
+        self._levels.step(product(depth.inputs_embeds_projector.weight, self._hidden_BD))
+        for level in range(1, self._model.codec.num_quantizers):
+            codes_B = entries[-1].clamp(max=end - 1)  # in the place of an end some code
+            inputs_BD = depth.embed_tokens(codes_B + (level - 1) * depth.vocab_size)
+            hidden_BD = self._levels.step(product(depth.inputs_embeds_projector.weight, inputs_BD))
+            entries.append(draw(product(head[level - 1].T, hidden_BD)[:, :end], level))
+        entries_BQ = torch.stack(entries, dim=1)
+        codes_BQ = entries_BQ.clamp(max=end - 1)
+        self._hidden_BD = self._contexts.step(self._model.body.embed_tokens(codes_BQ[:, None])[:, 0])
+        return entries_BQ

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from llama_mimi.audio.mimi import DTYPES, MimiCodec
+from llama_mimi.generation.row_cache import RowCache
 from llama_mimi.tokens.sequences import SequenceBuilder
 
 # Precisions of the decoder. The first release of Llama-Mimi is evaluated in float16.
@@ -18,8 +19,38 @@ DECODER_DTYPES = {**DTYPES, "float16": torch.float16}
 POSITIONS_AT_ONCE = 2048
 # Draws entries (B,) of a level from their logits (B, K), or (B, K + 1) at level 0, whose entry K ends the speech.
 Draw = Callable[[torch.Tensor, int], torch.Tensor]
-# Lets each of B contexts grow by an embedded position (B, D); returns what the body makes of it (B, D).
-Step = Callable[[torch.Tensor], torch.Tensor]
+
+
+class FrameDecoder(ABC):
+    """B contexts of a model, which grow by a frame at a time.
+
+    Args:
+        model: whose body reads them.
+        num_rows: B.
+        capacity: positions of each.
+    """
+
+    def __init__(self, model: "SpeechModel", num_rows: int, capacity: int) -> None:
+        self._model = model
+        self._contexts = RowCache(model.body, num_rows, capacity)
+        # The body's states at the last position of each.
+        size = model.body.config.hidden_size
+        self._hidden_BD = torch.zeros(num_rows, size, dtype=model.decoder.dtype, device=model.device)
+
+    def fill(self, row: int, head: Sequence[int], codes_TQ: torch.Tensor) -> None:
+        """Give a row another context: the tokens before the frames, and frames."""
+        self._hidden_BD[row] = self._contexts.fill(row, self._model.embed(head, codes_TQ))
+
+    def clear(self, row: int) -> None:
+        """Nobody reads this row until it is filled again."""
+        self._contexts.clear(row)
+
+    @abstractmethod
+    def next_frame(self, draw: Draw) -> torch.Tensor:
+        """Draw entries (B, Q), which the contexts then grow by.
+
+        A frame whose level 0 is the end is to be left out: what its other levels hold means nothing.
+        """
 
 
 @dataclass(frozen=True)
@@ -74,16 +105,8 @@ class SpeechModel(ABC):
         """What the body reads (L, D) of the tokens before the frames, and of frames."""
 
     @abstractmethod
-    def next_frame(self, hidden_BD: torch.Tensor, draw: Draw, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draw the next frame of each of B contexts.
-
-        Args:
-            hidden_BD: the body's states at the last position of each.
-
-        Returns:
-            Its entries (B, Q), and the body's states (B, D) once it has read them. A frame whose level 0 is the end
-            is to be left out: what its other levels hold means nothing.
-        """
+    def frame_decoder(self, num_rows: int, capacity: int) -> FrameDecoder:
+        """For contexts of ``capacity`` positions at most, ``num_rows`` side by side."""
 
 
 def log_likelihoods(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
