@@ -30,6 +30,7 @@ ELSEWHERE = {
     "NUM_NODES": "tests/test_launch.py",
     "uv run python scripts/benchmarks/gpu_check.py": "needs a GPU; tests/test_gpu_check.py",
     "uv run python scripts/benchmarks/bench_train.py": "minutes and 7 GB at its smallest; tests/test_commands.py",
+    "uv run python scripts/benchmarks/bench_hierarchical.py": "minutes at its smallest; tests/test_commands.py",
     "uv run python scripts/benchmarks/kill_runs.py": "minutes at its smallest; tests/test_training.py kills a run",
     "uv run python scripts/benchmarks/bench_data.py": "minutes at its smallest; tests/test_commands.py",
     "uv run python scripts/benchmarks/bench_eval.py": "minutes at its smallest; tests/test_likelihood.py",
@@ -45,7 +46,7 @@ SMALLEST = {
         "--training.steps 10 --checkpoint.interval 10"
     ),
     f"{BENCHMARKS}bench_reading.py": "--clips 4 --repeats 1",
-    f"{BENCHMARKS}bench_hierarchical.py": "--shapes tiny --repeats 1",
+    f"{BENCHMARKS}bench_generation.py": "--shape tiny --new_frames 2 --repeats 1 --batch_sizes 2 --stream_seconds 1 2",
     f"{BENCHMARKS}fuzz_audio.py": "--num_files 30",
 }
 

@@ -1,12 +1,14 @@
-"""Kill tokenisation or training with SIGKILL at random moments, on 1 to 4 ranks, and count what is lost or twice.
+"""SIGKILL tokenisation, training or continuations at random moments, on 1 to 4 ranks; count what is lost or twice.
 
     uv run python scripts/benchmarks/kill_runs.py --of tokenization --kills 100 --seed 0 --folder outputs/kills
     uv run python scripts/benchmarks/kill_runs.py --of training --kills 50 --seed 0 --folder outputs/kills
+    uv run python scripts/benchmarks/kill_runs.py --of continuation --kills 20 --seed 0 --folder outputs/kills
 
 Tokenisation is started again until it finishes, its shards are compared with an undisturbed run's, and the folder is
 begun anew, until there were enough kills. Training (the tiny recipe, packed, from those codes) goes on from its last
 checkpoint on another number of ranks; every step writes down which frames of which clips it used, and what the steps
-up to the last checkpoint used is compared with the data.
+up to the last checkpoint used is compared with the data. Of 1,000 continuations the files are compared with an
+undisturbed run's, byte by byte.
 """
 
 import contextlib
@@ -36,6 +38,7 @@ from llama_mimi.data.order import CorpusOrder, Position
 
 CORPUS, CODEC = "assets/tiny/corpus/train-*.parquet", "assets/tiny/mimi"
 SHUFFLE_BLOCK = 64
+NUM_PROMPTS = 250
 
 
 @dataclass(frozen=True)
@@ -44,17 +47,21 @@ class KillFlags:
 
     Args:
         max_seconds: a run is killed at a random moment up to this
+        model_name: folder of the model whose continuations are killed
     """
 
-    of: Literal["tokenization", "training"]
+    of: Literal["tokenization", "training", "continuation"]
     kills: int
     folder: Path
     seed: int = 0
     max_seconds: float = 40.0
+    model_name: str = "models/tiny"
 
 
 def kill_runs(flags: KillFlags) -> None:
     flags.folder.mkdir(parents=True, exist_ok=True)
+    if flags.of == "continuation":
+        return kill_continuation(flags)
     codes = flags.folder / "codes"
     if not (codes / "manifest.json").exists():
         log = flags.folder / "codes.log"
@@ -146,6 +153,48 @@ def kill_tokenization(flags: KillFlags, codes: Path) -> None:
         f"times finished; of {len(wanted)} clips {sum((wanted - ids).values())} were lost and "
         f"{sum((ids - wanted).values())} there twice; {(time.monotonic() - began) / 60:.0f} min"
     )
+
+
+def kill_continuation(flags: KillFlags) -> None:
+    prompts, log = flags.folder / "prompts", flags.folder / "continuation.log"
+    prompts.mkdir(exist_ok=True)
+    for path in sorted(Path("assets/tiny/benchmarks").rglob("*.ogg"))[:NUM_PROMPTS]:
+        shutil.copy(path, prompts / f"{path.parent.name}_{path.name}")
+
+    def continuation(output_dir: Path) -> list[str]:
+        amount = {"num_samples": 1000 // NUM_PROMPTS, "seconds": 0.8, "temperature": 1.0}
+        places = {"model_name": flags.model_name, "prompts": prompts, "output_dir": output_dir}
+        return ["inference.py", *as_words(places | amount), "--device", "cpu"]
+
+    whole, killed = flags.folder / "whole_continuations", flags.folder / "killed_continuations"
+    if start(continuation(whole), 2, log).wait():
+        raise UserError(f"the undisturbed run failed; see {log}")
+    expected = {path.name: path.read_bytes() for path in whole.glob("*.wav")}
+    generator, began = random.Random(flags.seed), time.monotonic()
+    shutil.rmtree(killed, ignore_errors=True)
+    kills = finished = 0
+    while kills < flags.kills or not (killed / "results.jsonl").exists():
+        if (killed / "results.jsonl").exists():
+            finished += 1
+            shutil.rmtree(killed)
+        nproc = generator.randint(1, 4)
+        process = start(continuation(killed), nproc, log)
+        seconds = generator.uniform(0, flags.max_seconds) if kills < flags.kills else 600
+        if kill_at(process, seconds):
+            kills += 1
+        elif process.returncode:
+            raise UserError(f"a run ended with {process.returncode}; see {log}")
+        print(f"kill {kills}: {nproc} ranks, {seconds:.1f} s, {len(list(killed.glob('*.wav')))} files", flush=True)
+    lines = Counter(json.loads(line)["file"] for line in (killed / "results.jsonl").read_text().splitlines())
+    found = {path.name: path.read_bytes() for path in killed.glob("*.wav")}
+    print(
+        f"continuation: {kills} kills (seed {flags.seed}), {finished + 1} times finished; of {len(expected)} samples "
+        f"{len(expected.keys() - lines.keys())} were lost and {sum(lines.values()) - len(lines)} there twice, "
+        f"{sum(found.get(name) != content for name, content in expected.items())} had other bytes; "
+        f"{(time.monotonic() - began) / 60:.0f} min"
+    )
+    if found != expected or set(lines.values()) != {1}:
+        raise UserError("the samples are not those of the undisturbed run")
 
 
 def kill_training(flags: KillFlags, codes: Path) -> None:
