@@ -4,15 +4,15 @@ uv run python inference.py --model_name models/tiny --prompt assets/tiny/prompt.
 """
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
-import soundfile
 import torch
 
 from llama_mimi.audio.mimi import CodecAttention, codec_hash
-from llama_mimi.audio.reading import Waveform, write_wav
+from llama_mimi.audio.reading import Waveform, wav_writer, write_wav
 from llama_mimi.audio.silence import silences
-from llama_mimi.audio.streaming import DecodingStream
+from llama_mimi.audio.streaming import DecodingStream, decode_long
 from llama_mimi.common.errors import UserError, run_command
 from llama_mimi.common.hub import weights_sha256
 from llama_mimi.common.ranks import from_first, torchrun_ranks
@@ -28,7 +28,7 @@ def continue_speech(
     sampling: SamplingOptions,
     model_name: str = "llm-jp/Llama-Mimi-1.3B",
     prompt: str | None = None,
-    prompts: str | None = None,
+    prompts: Path | None = None,
     text: str | None = None,
     output_file: Path = Path("continuation.wav"),
     output_dir: Path | None = None,
@@ -65,8 +65,8 @@ def continue_speech(
         raise UserError("--prompts and --output_dir go together; one prompt goes into --output_file")
     if prompts is not None and stream:
         raise UserError("--stream is for one prompt; leave it out, or --prompts")
-    if batch_size is not None and batch_size < 1:
-        raise UserError(f"--batch_size is {batch_size}; it must be 1 or more")
+    if batch_size is not None and (batch_size < 1 or prompts is None):
+        raise UserError(f"--batch_size is {batch_size}; it must be 1 or more, and is for --prompts")
     if stream and sampling.num_samples > 1:
         raise UserError(f"--stream makes one sample, not {sampling.num_samples}; leave out --num_samples")
     if output_file.suffix.lower() != ".wav" or output_file.is_dir():
@@ -76,6 +76,8 @@ def continue_speech(
             print(f"note: '{prompt}' is {remark}")
 
     with torchrun_ranks(device) as ranks:
+        if ranks.world_size > 1 and prompts is None:
+            raise UserError(f"{ranks.world_size} ranks cannot share one prompt; leave torchrun out, or name --prompts")
         model = load_speech_model(
             model_name, codec_name=codec, attention=codec_attention, device=str(ranks.device), dtype=dtype
         )
@@ -105,8 +107,10 @@ def continue_speech(
             path = output_file
             if sampling.num_samples > 1:
                 path = path.with_name(f"{path.stem}_{index}{path.suffix}")
-            waveform = Waveform(model.codec.decode(codes_TQ), model.codec.sample_rate_hz)
-            write_wav(path, waveform)
+            waveform = Waveform(torch.zeros(0), model.codec.sample_rate_hz)
+            if len(codes_TQ):
+                waveform = replace(waveform, samples_S=decode_long(model.codec, codes_TQ))
+                write_wav(path, waveform)
             _describe(path, len(prompt_TQ), len(codes_TQ) - len(prompt_TQ), model)
             for start, length in silences(waveform, LONG_SILENCE_SECONDS):
                 print(f"note: {path} is silent for {length:.1f} s from {start:.1f} s on")
@@ -115,12 +119,12 @@ def continue_speech(
 def _stream(model: SpeechModel, request: Request, options: SamplingOptions, path: Path, began: float) -> None:
     """Write a sample frame by frame; the file can be played while it grows."""
     codec, decoding = model.codec, DecodingStream(model.codec)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    drawn = decode(model, [request], options.for_model(model), 1)  # refuses before a file is there
     num_new, first = 0, 0.0
-    with soundfile.SoundFile(path, "w", codec.sample_rate_hz, 1, format="WAV", subtype="PCM_16") as file:
+    with wav_writer(path, codec.sample_rate_hz) as file:
         if len(request.prompt_TQ):
             file.write(decoding.decode(request.prompt_TQ).clamp(-1, 1).numpy())
-        for _, new in decode(model, [request], options.for_model(model), 1):
+        for _, new in drawn:
             if isinstance(new, End):
                 continue
             file.write(decoding.decode(new[None]).clamp(-1, 1).numpy())
@@ -130,13 +134,15 @@ def _stream(model: SpeechModel, request: Request, options: SamplingOptions, path
     spent = time.perf_counter() - began
     _describe(path, len(request.prompt_TQ), num_new, model)
     if num_new:
-        print(f"first audio after {first:.2f} s; real-time factor {num_new / codec.frame_rate_hz / spent:.2f}")
+        print(f"first new audio after {first:.2f} s; {num_new / codec.frame_rate_hz / spent:.2f} times real time")
 
 
 def _describe(path: Path, prompt_frames: int, new_frames: int, model: SpeechModel) -> None:
     rate_hz = model.codec.frame_rate_hz
     print(f"{path}: {prompt_frames / rate_hz:.2f} s of prompt, {new_frames / rate_hz:.2f} s of continuation")
-    if not new_frames:
+    if not new_frames and not prompt_frames:
+        print(f"the model says nothing of this text, so {path} has no sound; set --min_seconds, or try another --seed")
+    elif not new_frames:
         print(
             f"{path} holds the prompt alone: to the model the speech ends with it; cut the prompt in mid-sentence, "
             "set --min_seconds, or try another --seed"

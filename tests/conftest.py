@@ -23,8 +23,8 @@ import torch
 
 from llama_mimi.audio.mimi import MimiCodec
 from llama_mimi.tokens.sequences import SequenceBuilder, load_sequences
-from llama_mimi.training.config_check import check_files
 from llama_mimi.training.config_file import parse_config
+from llama_mimi.training.file_check import check_files
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "assets" / "tiny"

@@ -65,13 +65,13 @@ class ForkedRanks:
     def wait(self, timeout: float = 300) -> int:
         """The exit code: 0 if all ranks end well; where one does not, the others are killed."""
         deadline = time.monotonic() + timeout
-        while any(rank.is_alive() for rank in self._ranks):
-            if any(rank.exitcode for rank in self._ranks):
-                break
-            assert time.monotonic() < deadline, self.output[-4000:]
-            time.sleep(0.05)
-        codes = [rank.exitcode for rank in self._ranks]
-        self.kill()
+        try:
+            while any(rank.is_alive() for rank in self._ranks) and not any(rank.exitcode for rank in self._ranks):
+                assert time.monotonic() < deadline, self.output[-4000:]
+                time.sleep(0.05)
+            codes = [rank.exitcode for rank in self._ranks]
+        finally:
+            self.kill()
         return next((code for code in codes if code), 0)
 
 
@@ -92,7 +92,9 @@ def _be_rank(environment: dict[str, str], command: list[str], log: str, set_up: 
     import torchtitan.train
 
     from llama_mimi import train
+    from llama_mimi.common.ranks import end_with_parent
 
+    end_with_parent()  # the server, which ends with the tests
     # TorchTitan waits two seconds at the end of every run.
     torchtitan.train.time = SimpleNamespace(perf_counter=time.perf_counter, sleep=lambda seconds: None)
     if set_up is not None:

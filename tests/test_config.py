@@ -25,7 +25,8 @@ from llama_mimi.data.code_store import StoredClip
 from llama_mimi.model.architectures import build_model
 from llama_mimi.model.llama import FLAVORS
 from llama_mimi.tokens.sequences import load_sequences
-from llama_mimi.training.config_check import check_files, prepare_run
+from llama_mimi.training.file_check import check_files
+from llama_mimi.training.preparation import prepare_run
 
 UNTIED_PIPELINE = ["--model.flavor", "8B", "--parallelism.pipeline_parallel_degree", "2"]
 HIERARCHICAL = ["--model.architecture", "hierarchical"]
@@ -404,8 +405,8 @@ def test_nodes_wait_until_they_see_what_the_first_sees(of_first, tmp_path, monke
     monkeypatch.chdir(ROOT)
     job_config = checked_config(tiny_with("--job.dump_folder", str(tmp_path)))
     (tmp_path / "checkpoint").mkdir()
-    monkeypatch.setattr("llama_mimi.training.config_check.from_first", lambda prepare: of_first)
-    monkeypatch.setattr("llama_mimi.training.config_check.SECONDS_FOR_NODES_TO_AGREE", 0)
+    monkeypatch.setattr("llama_mimi.training.preparation.from_first", lambda prepare: of_first)
+    monkeypatch.setattr("llama_mimi.training.preparation.SECONDS_FOR_NODES_TO_AGREE", 0)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     with pytest.raises(UserError, match=r"the steps in '.*' are \[\] on .*, but .* on the first node"):
         prepare_run(job_config)

@@ -339,6 +339,9 @@ def test_ranks_and_kills_give_the_same_file(model_folder, some_pairs, tmp_path):
     run_ranks(1, command(model_folder, tmp_path / "one", some_pairs), tmp_path / "log")
     expected = (tmp_path / "one" / "salmon" / "random" / "official.json").read_bytes()
 
+    run_ranks(2, command(model_folder, tmp_path / "two", some_pairs), tmp_path / "log")
+    assert (tmp_path / "two" / "salmon" / "random" / "official.json").read_bytes() == expected
+
     # Killed after the first shard of codes, then when some batches are scored, and started again on other ranks.
     folder = tmp_path / "killed"
     partial = folder / "salmon" / "random" / "official.partial"

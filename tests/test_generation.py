@@ -132,6 +132,7 @@ class Ending:
 
     def __init__(self, model, added):
         self.model, self.added = model, added
+        self.spare_decoders = {}
 
     def __getattr__(self, name):
         return getattr(self.model, name)
@@ -190,6 +191,23 @@ def test_a_compiled_step_draws_the_same(codec, arm, monkeypatch):
     assert all(torch.equal(found[number][0], wanted[number][0]) for number in (0, 1))
 
 
+def test_a_decoder_of_the_same_size_is_used_again(model, monkeypatch):
+    """On a GPU it has a graph; while one is at work, another draw gets one of its own."""
+    requests = [Request(clip(3, seed=seed), seed) for seed in range(3)]
+    first = all_samples(model, requests, GREEDY, num_rows=2)
+    (kept,) = model.spare_decoders.values()
+    at_work = decode(model, requests, GREEDY, 2)
+    next(at_work)
+    assert not model.spare_decoders
+    again = all_samples(model, requests, GREEDY, num_rows=2)
+    assert list(model.spare_decoders.values()) != [kept]
+    rest = list(at_work)
+    assert list(model.spare_decoders.values()) == [kept]
+    assert all(torch.equal(first[number][0], again[number][0]) for number in range(3))
+    last = [new for number, new in rest if number == 2]
+    assert torch.equal(torch.stack(last[:-1]), first[2][0]) and last[-1] is first[2][1]
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.8, 5.0])
 def test_samples_are_whole_frames_after_the_prompt(model, temperature):
     samples = continue_codes(model, PROMPT, SamplingOptions(seconds=2.0, temperature=temperature, num_samples=3))
@@ -240,6 +258,25 @@ def test_what_may_be_drawn(num_entries, top_k, top_p, temperature, seed):
     draw = _Draw(sampling, ((torch.arange(n) + 0.5) / n)[:, None].expand(n, 2), torch.ones(n, dtype=torch.bool))
     found = torch.bincount(draw(logits_V.expand(n, -1), 1), minlength=num_entries).numpy() / n
     assert np.abs(found - wanted).max() <= 2 / n
+
+
+def test_each_row_may_end_or_not():
+    logits_BV = torch.tensor([[0.0, 1.0, 9.0]]).repeat(4, 1)
+    may_end_B = torch.tensor([True, False, True, False])
+    for temperature in (0.0, 0.1):
+        draw = _Draw(replace(GREEDY, temperature=temperature), torch.full((4, 2), 0.5), may_end_B)
+        assert draw(logits_BV, 0).tolist() == [2, 1, 2, 1] and draw.is_finite
+        assert draw(logits_BV, 1).tolist() == [2] * 4, "another level has no end"
+    draw(torch.full((4, 3), torch.nan), 0)
+    assert not draw.is_finite
+
+
+def test_a_model_that_overflows_says_so(codec):
+    model = built(codec, "flattened", n_layers=1)
+    with torch.no_grad():
+        model.body.norm.weight.fill_(torch.inf)
+    with pytest.raises(UserError, match="overflows in float32; generate in another --dtype"):
+        continue_codes(model, PROMPT, SamplingOptions())
 
 
 def test_frames_have_the_distribution_of_the_model(codec):
@@ -355,7 +392,10 @@ def test_text_comes_before_the_speech(codec):
         vocabulary = model.sequences.vocabulary
         first = logits_V[vocabulary.base : vocabulary.audio_start_id : 4].argmax()
         assert said[0][len(prompt_TQ), 0] == first
-    with pytest.raises(UserError, match="the model's vocabulary holds no text"):
+    with pytest.raises(UserError, match="was trained without text"):
         check_text(flattened(codec, 4, "audio"), "one")
     check_text(model, "one")
+    model.decoder.config.update({"task": "a2a"})
+    with pytest.raises(UserError, match="was trained without text; take one of the task 'tts'"):
+        check_text(model, "one")
     check_text(flattened(codec, 4, "audio"), None)

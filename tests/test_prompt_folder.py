@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ def prompts(tmp_path_factory):
 
 
 def run(model, prompts, output_dir, options=OPTIONS, num_rows=2, **made_by):
-    return continue_folder(model, str(prompts), output_dir, options, num_rows, Ranks(), made_by)
+    return continue_folder(model, prompts, output_dir, options, num_rows, Ranks(), made_by)
 
 
 def content(folder):
@@ -101,6 +102,29 @@ def test_killed_and_started_again_is_the_same_bytes(model, prompts, whole, tmp_p
     assert json.loads(json.dumps(timeless[0])) == timeless[1]
 
 
+def test_a_folder_may_be_named_from_here(model, prompts, whole, monkeypatch, tmp_path):
+    monkeypatch.chdir(prompts.parent)
+    (tmp_path / "link").symlink_to(prompts)
+    for number, folder in enumerate((Path(prompts.name), tmp_path / "link")):
+        records = run(model, folder, tmp_path / f"{number}")
+        assert [record["file"] for record in records] == [record["file"] for record in whole[1]]
+    with pytest.raises(UserError, match="which is no folder"):
+        run(model, Path("nothing"), tmp_path / "out")
+
+
+def test_a_prompt_that_was_replaced_is_continued_anew(model, prompts, whole, tmp_path):
+    shutil.copytree(whole[0], tmp_path / "out")
+    shutil.copytree(prompts, tmp_path / "in")
+    shutil.copy(prompts / "9.flac", tmp_path / "in" / "3.flac")
+    records = {(r["prompt"], r["sample"]): r for r in run(model, tmp_path / "in", tmp_path / "out")}
+    before = {(r["prompt"], r["sample"]): r for r in whole[1]}
+    other = {key for key in records if records[key]["prompt_frames"] != before[key]["prompt_frames"]}
+    assert other == {("3.flac", 0), ("3.flac", 1)}
+    (tmp_path / "out" / "results.jsonl").write_text("{")
+    with pytest.raises(UserError, match="is no list of results"):
+        run(model, tmp_path / "in", tmp_path / "out")
+
+
 def test_other_settings_are_refused(model, prompts, whole):
     for changed, message in (
         ({"options": SamplingOptions(seconds=0.8, temperature=0.9, num_samples=2)}, "temperature 1.0, not 0.9"),
@@ -125,6 +149,8 @@ def test_a_bad_prompt_is_named_and_the_others_go_on(model, prompts, tmp_path):
     shutil.copy(prompts / "1.flac", tmp_path / "in" / "0.flac")
     with pytest.raises(UserError, match="'0.wav' and '0.flac' would have one name"):
         run(model, tmp_path / "in", tmp_path / "out")
+    with pytest.raises(UserError, match="lies in --prompts"):
+        run(model, tmp_path / "in", tmp_path / "in" / "out")
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match="holds no .wav"):
         run(model, tmp_path / "none", tmp_path / "out")

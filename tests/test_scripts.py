@@ -15,7 +15,7 @@ import soundfile
 import torch
 import torch.distributed.checkpoint as dcp
 from conftest import ROOT, TINY, run_here
-from forked_ranks import ForkedRanks
+from forked_ranks import ForkedRanks, run_ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from llama_mimi.checkpoint.conversion import prepare_base_model
@@ -185,6 +185,38 @@ def test_a_prompt_that_ends_the_speech_is_said_and_min_seconds_helps(converted, 
     assert "0.00 s of continuation" in said and "the speech ends with it" in said and "--min_seconds" in said
 
 
+def test_a_stream_is_the_same_audio_as_it_is_made(converted, tmp_path, capsys):
+    for name, flags in (("whole.wav", ()), ("stream.wav", ("--stream",))):
+        words = ("--model_name", converted, "--prompt", TINY / "prompt.wav", "--output_file", tmp_path / name)
+        assert run_here("inference.py", *words, "--seconds", 1, "--min_seconds", 1, *flags)[0] == 0
+    whole, stream = (
+        soundfile.read(tmp_path / name, dtype="int16")[0].astype(int) for name in ("whole.wav", "stream.wav")
+    )
+    assert len(whole) == len(stream) and np.abs(whole - stream).max() <= 1
+    assert "first new audio after" in capsys.readouterr().out
+
+
+def test_a_text_is_said_without_a_prompt(converted, tmp_path, capsys):
+    words = ("--model_name", converted, "--text", "one two", "--output_file", tmp_path / "said.wav", "--seconds", 0.8)
+    assert run_here("inference.py", *words, "--min_seconds", 0.8)[0] == 0
+    assert soundfile.info(tmp_path / "said.wav").frames == 10 * 1920
+    assert "0.00 s of prompt, 0.80 s of continuation" in capsys.readouterr().out
+
+
+def test_ranks_share_a_folder_of_prompts(converted, tmp_path):
+    """In groups that are the same for any number of ranks, so that the files are, too."""
+    (tmp_path / "in").mkdir()
+    for path in sorted((TINY / "benchmarks" / "storycloze").glob("*.ogg"))[:6]:
+        shutil.copy(path, tmp_path / "in")
+    for num_ranks in (1, 2):
+        words = ["--model_name", converted, "--prompts", tmp_path / "in", "--output_dir", tmp_path / f"{num_ranks}"]
+        words += ["--seconds", 0.8, "--batch_size", 1]
+        said = run_ranks(num_ranks, ["inference.py", *words], tmp_path / "log")
+        assert "6 samples in" in said
+    one, two = ({path.name: path.read_bytes() for path in (tmp_path / n).glob("*.wav")} for n in ("1", "2"))
+    assert one == two and len(one) == 6
+
+
 def test_released_layout_works(sequences, tmp_path):
     """As llm-jp/Llama-Mimi-*: num_quantizers in the config and no codec, which is then named on the command line."""
     config = LlamaConfig.from_pretrained(TINY / "llama")
@@ -208,7 +240,7 @@ def test_released_layout_works(sequences, tmp_path):
         (("--text", "a", "--prompts", "assets/tiny"), "or else a folder of --prompts"),
         (("--prompts", "assets/tiny"), "or else a folder of --prompts"),
         (("--output_dir", "there"), "--prompts and --output_dir go together"),
-        (("--batch_size", "0"), "--batch_size is 0"),
+        (("--batch_size", "4"), "--batch_size is 4; it must be 1 or more, and is for --prompts"),
         (("--stream", "--num_samples", "2"), "--stream makes one sample, not 2"),
         (("--model_name", "models/no/such"), "model folder 'models/no/such' does not exist"),
         (("--model_name", "assets/tiny/mimi"), "is a 'mimi', not one of: llama, csm"),

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import MimiConfig, MimiModel
 
+from llama_mimi.audio import streaming
 from llama_mimi.audio.mimi import MimiCodec
 from llama_mimi.audio.reading import Waveform
 from llama_mimi.audio.silence import silences
-from llama_mimi.audio.streaming import DecodingStream
+from llama_mimi.audio.streaming import DecodingStream, decode_long
 
 
 def streamed(codec, codes_TQ, chunks):
@@ -35,8 +36,8 @@ def test_any_chunks_give_the_audio_of_the_whole(codec):
         torch.testing.assert_close(streamed(codec, codes_TQ, chunks), whole_S, atol=1e-5, rtol=0)
 
     check()
-    check_single = streamed(codec, codes_TQ, [1] * 40)
-    torch.testing.assert_close(check_single, whole_S, atol=1e-5, rtol=0)
+    for chunks in ([1] * 40, [30] + [1] * 10):
+        torch.testing.assert_close(streamed(codec, codes_TQ, chunks), whole_S, atol=1e-5, rtol=0)
     torch.testing.assert_close(codec.decode(codes_TQ), whole_S, atol=0, rtol=0)  # other users are left alone
 
 
@@ -51,6 +52,12 @@ def test_the_shape_of_mimi_itself(tmp_path, attention):
     for chunks in ([1] * 14, [2, 5, 1, 6]):
         error = (streamed(codec, codes_TQ, chunks) - whole_S).abs().max()
         assert error <= 1e-5 * max(float(whole_S.abs().max()), 1)
+
+
+def test_long_clips_are_decoded_in_chunks(codec, monkeypatch):
+    codes_TQ = torch.randint(256, (50, 4))
+    monkeypatch.setattr(streaming, "CHUNK_FRAMES", 16)
+    torch.testing.assert_close(decode_long(codec, codes_TQ), codec.decode(codes_TQ), atol=1e-5, rtol=0)
 
 
 def test_streams_do_not_share_state(codec):

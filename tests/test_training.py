@@ -143,10 +143,12 @@ def test_a_killed_run_continues_as_if_it_had_not_been(tmp_path, arm):
     killed = tmp_path / "killed"
     ranks = start(2, killed, **overrides)
     deadline = time.monotonic() + 240
-    while not (killed / "checkpoint" / "step-4" / ".metadata").exists():
-        assert ranks.is_running() and time.monotonic() < deadline, ranks.output[-4000:]
-        time.sleep(0.05)
-    ranks.kill()
+    try:
+        while not (killed / "checkpoint" / "step-4" / ".metadata").exists():
+            assert ranks.is_running() and time.monotonic() < deadline, ranks.output[-4000:]
+            time.sleep(0.05)
+    finally:
+        ranks.kill()
     assert not (killed / "checkpoint" / "step-8").exists(), "it was killed too late"
     shutil.rmtree(killed / "tb")  # what is read below was written after the kill
     resumed = train(2, killed, **overrides)

@@ -19,9 +19,9 @@ from llama_mimi.data.dataloader import DataMeter
 from llama_mimi.model.architectures import build_model, parallelize
 from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs, pipeline
 from llama_mimi.tokens.sequences import SequenceBuilder, load_sequences
-from llama_mimi.training.config_check import prepare_run
 from llama_mimi.training.loss import LevelMeter, UnitLoss, level_weights
 from llama_mimi.training.metrics import SpeechMetrics
+from llama_mimi.training.preparation import prepare_run
 from llama_mimi.training.validator import SpeechValidator
 
 # TorchTitan builds metrics apart from losses and loader; these meters connect them.
@@ -82,8 +82,14 @@ def build_metrics(job_config: Any, parallel_dims: ParallelDims, model_args: Llam
     codec_config = load_codec_config(codec.name, codec.num_quantizers)
     frame_rate_hz = codec_config.sampling_rate / codec_config.frame_size
     row_seconds = job_config.training.seq_len // sequences.positions_per_frame / frame_rate_hz
-    max_audio_seconds = min(job_config.data.max_audio_seconds, row_seconds)
-    config = speech_config(model_args, sequences, codec.name, codec.attention, max_audio_seconds)
+    config = speech_config(
+        model_args,
+        sequences,
+        codec.name,
+        codec.attention,
+        task=job_config.data.task,
+        max_audio_seconds=min(job_config.data.max_audio_seconds, row_seconds),
+    )
     save_run_record(job_config.job.dump_folder, config, sequences)
     return SpeechMetrics(
         job_config,

@@ -2,6 +2,8 @@
 
 import math
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -129,12 +131,28 @@ def resample(samples_S: np.ndarray, from_hz: int, to_hz: int) -> np.ndarray:
 
 
 def write_wav(path: str | Path, waveform: Waveform) -> None:
-    """Write 16-bit PCM WAV, clipped to [-1, 1]; folders on the way are made."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    soundfile.write(
-        path, waveform.samples_S.clamp(-1, 1).numpy(), waveform.sample_rate_hz, format="WAV", subtype="PCM_16"
-    )
+    """Write 16-bit PCM WAV, clipped to [-1, 1]; folders on the way are made.
+
+    Raises:
+        UserError: the file system is full or refuses.
+    """
+    with wav_writer(path, waveform.sample_rate_hz) as file:
+        file.write(waveform.samples_S.clamp(-1, 1).numpy())
+
+
+@contextmanager
+def wav_writer(path: str | Path, sample_rate_hz: int) -> Iterator[soundfile.SoundFile]:
+    """A 16-bit PCM WAV file of one channel that can be played while it grows; folders on the way are made.
+
+    Raises:
+        UserError: the file system is full or refuses.
+    """
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with soundfile.SoundFile(path, "w", sample_rate_hz, 1, format="WAV", subtype="PCM_16") as file:
+            yield file
+    except (OSError, soundfile.LibsndfileError) as error:
+        raise UserError(f"'{path}' could not be written ({first_line(error)}); make room or name another") from error
 
 
 def _existing_file(path: Path, name: str) -> Path:

@@ -10,6 +10,14 @@ from transformers.models.mimi.modeling_mimi import MimiConv1d, MimiConvTranspose
 
 from llama_mimi.audio.mimi import MimiCodec
 
+CHUNK_FRAMES = 250  # 20 s, the window of Mimi's attention
+
+
+def decode_long(codec: MimiCodec, codes_TQ: torch.Tensor) -> torch.Tensor:
+    """As `MimiCodec.decode`, in memory that does not grow with the square of the length."""
+    stream = DecodingStream(codec)
+    return torch.cat([stream.decode(chunk_TQ) for chunk_TQ in codes_TQ.split(CHUNK_FRAMES)])
+
 
 class DecodingStream:
     """Decodes one clip chunk by chunk; any chunks give the samples of `MimiCodec.decode` up to rounding.

@@ -5,6 +5,7 @@
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from transformers import PreTrainedConfig
@@ -24,12 +25,12 @@ def speech_config(
     sequences: SequenceBuilder,
     codec_name: str,
     attention: CodecAttention = "windowed",
-    max_audio_seconds: float | None = None,
+    **training: Any,
 ) -> PreTrainedConfig:
     """The Hugging Face configuration of a speech language model.
 
     Args:
-        max_audio_seconds: the longest clip of its training; None leaves it unsaid.
+        training: what generation asks of it, such as ``task`` and ``max_audio_seconds``, the longest clip.
     """
     return KINDS[args.architecture].config(
         args,
@@ -39,7 +40,7 @@ def speech_config(
         num_quantizers=sequences.vocabulary.num_quantizers,
         codec=codec_name,
         codec_attention=attention,
-        **({} if max_audio_seconds is None else {"max_audio_seconds": max_audio_seconds}),
+        **training,
     )
 
 

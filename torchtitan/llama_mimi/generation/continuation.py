@@ -103,10 +103,13 @@ def check_text(model: SpeechModel, text: str | None) -> None:
     """Refuse a text that the model cannot read.
 
     Raises:
-        UserError: its vocabulary holds no text.
+        UserError: its vocabulary holds no text, or it was trained without.
     """
-    if text is not None and not has_text(model.sequences.tokenizer):
-        raise UserError("--text is given, but the model's vocabulary holds no text; take one of the task 'tts'")
+    if text is None:
+        return
+    task = getattr(model.decoder.config, "task", "tts")  # a checkpoint that does not say may have been
+    if task != "tts" or not has_text(model.sequences.tokenizer):
+        raise UserError("--text is given, but the model was trained without text; take one of the task 'tts'")
 
 
 def continue_codes(
@@ -125,7 +128,7 @@ def continue_codes(
         UserError: the options do not fit the model.
     """
     requests = [Request(prompt_TQ, options.seed + number, text) for number in range(options.num_samples)]
-    drawn = decode(model, requests, options.for_model(model), ROWS)
+    drawn = decode(model, requests, options.for_model(model), min(ROWS, options.num_samples))
     samples: list[torch.Tensor] = [prompt_TQ] * options.num_samples
     for number, new_TQ, _ in finished(drawn, model.codec.num_quantizers):
         samples[number] = torch.cat([prompt_TQ, new_TQ])

@@ -8,7 +8,9 @@ from enum import Enum
 import torch
 
 from llama_mimi.common.errors import UserError
-from llama_mimi.generation.speech_model import SpeechModel
+from llama_mimi.generation.speech_model import FrameDecoder, SpeechModel
+
+POSITION_STEP = 256  # contexts have room for a multiple of it, so that most decoders are of one size
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,6 @@ class _Row:
     num_seen: int = field(init=False)  # frames in its context
 
 
-@torch.inference_mode()
 def decode(
     model: SpeechModel, requests: Sequence[Request], sampling: Sampling, num_rows: int
 ) -> Iterator[tuple[int, torch.Tensor | End]]:
@@ -76,15 +77,15 @@ def decode(
     beginning of its prompt, and the last half of the window. They are read anew, as if the speech between had not
     been, so that no position is beyond those that the model was trained on.
 
-    Yields:
-        The number of a request with its next frame (Q,) on the CPU, or at last with why there is none.
+    Returns:
+        Of each sample in turn the number of its request with the next frame (Q,) on the CPU, or at last with why there
+        is none.
 
     Raises:
-        UserError: the window does not fit into the model's context.
+        UserError: at once, the window does not fit into the model's context; later, the model overflows.
     """
     if not requests:
-        return
-    Q = model.sequences.vocabulary.num_quantizers
+        return iter(())
     heads = [model.sequences.head(request.text) for request in requests]
     longest = max(len(request.prompt_TQ) for request in requests) + sampling.max_frames
     window = min(sampling.window_frames, longest)
@@ -95,8 +96,41 @@ def decode(
             f"text and a window of {window:,} frames take {capacity:,} positions, more than the model's context of "
             f"{context:,}; lower --window_seconds"
         )
-    rows: list[_Row | None] = [None] * min(num_rows, len(requests))
-    decoder = model.frame_decoder(len(rows), capacity)
+    if model.device.type == "cpu":
+        num_rows = min(num_rows, len(requests))  # a GPU has one graph for each number of rows
+    size = (num_rows, min(-(-capacity // POSITION_STEP) * POSITION_STEP, context))
+    return _decode(model, size, requests, heads, sampling, window)
+
+
+@torch.inference_mode()
+def _decode(
+    model: SpeechModel,
+    size: tuple[int, int],
+    requests: Sequence[Request],
+    heads: Sequence[list[int]],
+    sampling: Sampling,
+    window: int,
+) -> Iterator[tuple[int, torch.Tensor | End]]:
+    decoder = model.spare_decoders.pop(size, None) or model.frame_decoder(*size)
+    try:
+        yield from _draw_samples(model, decoder, [None] * size[0], requests, heads, sampling, window)
+    finally:
+        model.spare_decoders.clear()
+        model.spare_decoders[size] = decoder
+
+
+def _draw_samples(
+    model: SpeechModel,
+    decoder: FrameDecoder,
+    rows: list[_Row | None],
+    requests: Sequence[Request],
+    heads: Sequence[list[int]],
+    sampling: Sampling,
+    window: int,
+) -> Iterator[tuple[int, torch.Tensor | End]]:
+    Q = model.sequences.vocabulary.num_quantizers
+    for place in range(len(rows)):
+        decoder.clear(place)
     waiting = deque(range(len(requests)))
 
     def fill(place: int, row: _Row) -> None:
@@ -124,6 +158,9 @@ def decode(
         may_end_B = torch.tensor([row is None or row.num_new >= sampling.min_frames for row in rows])
         draw = _Draw(sampling, uniform_BQ.to(model.device), may_end_B.to(model.device))
         entries_BQ = decoder.next_frame(draw).cpu()  # the loop waits for the device once a frame
+        if not draw.is_finite:
+            dtype = str(model.decoder.dtype).removeprefix("torch.")
+            raise UserError(f"logits are not finite: the model overflows in {dtype}; generate in another --dtype")
         for place, (row, entries_Q) in enumerate(zip(rows, entries_BQ, strict=True)):
             if row is None:
                 continue
@@ -150,10 +187,12 @@ class _Draw:
 
     def __init__(self, sampling: Sampling, uniform_BQ: torch.Tensor, may_end_B: torch.Tensor) -> None:
         self._sampling, self._uniform_BQ, self._may_end_B = sampling, uniform_BQ, may_end_B
+        self.is_finite = torch.tensor(True)  # the logits of level 0
 
     def __call__(self, logits_BV: torch.Tensor, level: int) -> torch.Tensor:
         sampling, logits_BV = self._sampling, logits_BV.float()
         if level == 0:
+            self.is_finite = logits_BV.isfinite().all()
             ends_V = torch.arange(logits_BV.shape[1], device=logits_BV.device) == logits_BV.shape[1] - 1
             logits_BV = logits_BV.masked_fill(ends_V & ~self._may_end_B[:, None], -torch.inf)
         if sampling.temperature == 0:

@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from llama_mimi.audio.reading import AUDIO_ENDINGS, AudioError, Waveform, write_wav
 from llama_mimi.audio.silence import silences
-from llama_mimi.common.errors import UserError
+from llama_mimi.audio.streaming import decode_long
+from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import find_files, read_json, write_atomically
 from llama_mimi.common.progress_log import ProgressLog
 from llama_mimi.common.ranks import Ranks, from_first, gather
@@ -26,6 +27,7 @@ RESULTS, SETTINGS = "results.jsonl", "settings.json"
 # sample has the same neighbours in its batch, and so the same rounding and the same bytes.
 ROUNDS_OF_A_GROUP = 4
 LONG_SILENCE_SECONDS = 2.0
+NOT_COMPARED = ("model", "versions")  # the hashes of weights say what a model is
 Record = dict[str, Any]
 
 
@@ -45,7 +47,7 @@ class _Sample:
 
 def continue_folder(
     model: SpeechModel,
-    prompts: str,
+    prompts: Path,
     output_dir: Path,
     options: SamplingOptions,
     num_rows: int,
@@ -55,29 +57,44 @@ def continue_folder(
     """Continue every audio file below a folder; what an earlier run has finished is kept.
 
     Args:
-        prompts: folder, file or glob.
+        prompts: folder; files at any depth are taken.
         output_dir: gets ``<prompt>_<sample>.wav``, ``settings.json`` and, when all is done, ``results.jsonl``.
         num_rows: samples that are drawn at once.
         made_by: what the samples depend on besides the options, such as the model's hash.
 
     Returns:
-        On every rank the lines of ``results.jsonl``: of each sample ``prompt``, ``sample`` and ``seed``, and either
+        On every rank the lines of ``results.jsonl``: of each sample ``prompt``, ``prompt_sha256``, ``sample`` and ``seed``, and either
         ``file``, ``prompt_frames``, ``frames``, ``end`` ("ended" by the model or "cut"), ``remarks`` on the prompt,
-        ``silences`` (start and length of those of 2 s or more) and the ``seconds`` it took, or the ``error`` for which
-        there is none.
+        ``silences`` (start and length of those of 2 s or more) and the ``seconds`` from its first frame to its file,
+        or the ``error`` for which there is none.
 
     Raises:
         UserError: no prompts, two of one name, or a folder of other settings.
     """
     sampling = options.for_model(model)
-    samples = list(_samples(prompts, options))
-    settings = {**asdict(options), **made_by, "batch_size": num_rows}
+    if not prompts.is_dir():
+        raise UserError(f"--prompts is '{prompts}', which is no folder; one file is a --prompt")
+    if output_dir.resolve().is_relative_to(prompts.resolve()):
+        raise UserError(f"--output_dir '{output_dir}' lies in --prompts '{prompts}', of which it would become a part")
+    samples = from_first(lambda: list(_samples(prompts, options)))
+    settings = {**asdict(options), **made_by, "device": ranks.device.type, "batch_size": num_rows}
     from_first(lambda: _keep_settings(output_dir, settings))
     log = ProgressLog(output_dir / "unfinished", {})  # of these settings, as the folder is
     done = from_first(lambda: _finished_before(output_dir) | log.load())
     size = ROUNDS_OF_A_GROUP * num_rows
     groups = [samples[start : start + size] for start in range(0, len(samples), size)]
-    todo = [group for group in groups if not all(_is_done(sample, done, output_dir) for sample in group)]
+    hashes = from_first(
+        lambda: {prompt: _sha256(prompts / prompt) for prompt in dict.fromkeys(s.prompt for s in samples)}
+    )
+
+    def is_done(sample: _Sample) -> bool:
+        """The same prompt was continued before, or could not be."""
+        record = done.get(_key(sample.record()))
+        if record is None or record["prompt_sha256"] != hashes[sample.prompt]:
+            return False
+        return "error" in record or (output_dir / sample.file).exists()
+
+    todo = [group for group in groups if not all(map(is_done, group))]
     if ranks.rank == 0 and len(todo) < len(groups):
         print(f"{len(samples) - sum(map(len, todo)):,} of {len(samples):,} samples were finished before", flush=True)
     mine = todo[ranks.rank :: ranks.world_size]
@@ -85,8 +102,8 @@ def continue_folder(
     with tqdm(total=sum(map(len, mine)), unit="sample", disable=ranks.rank > 0) as progress:
         for group in mine:
             records = {}
-            for record in _continue_group(model, Path(_root(prompts)), output_dir, group, sampling, num_rows):
-                records[_key(record)] = record
+            for record in _continue_group(model, prompts, output_dir, group, sampling, num_rows):
+                records[_key(record)] = record | {"prompt_sha256": hashes[record["prompt"]]}
                 progress.update()
             log.add(records)
             new |= records
@@ -101,9 +118,9 @@ def continue_folder(
     return results
 
 
-def _samples(prompts: str, options: SamplingOptions) -> Iterator[_Sample]:
-    root = _root(prompts)
-    paths = [str(Path(path).relative_to(root)) for path in find_files(prompts, AUDIO_ENDINGS)]
+def _samples(prompts: Path, options: SamplingOptions) -> Iterator[_Sample]:
+    found = find_files(str(prompts), AUDIO_ENDINGS)
+    paths = [str(Path(path).relative_to(prompts.absolute())) for path in found]
     if not paths:
         raise UserError(f"'{prompts}' holds no {', '.join(AUDIO_ENDINGS)} file; name a folder of prompts")
     of_name: dict[str, str] = {}
@@ -117,11 +134,6 @@ def _samples(prompts: str, options: SamplingOptions) -> Iterator[_Sample]:
             yield _Sample(path, number, int.from_bytes(digest[:4]))
 
 
-def _root(prompts: str) -> str:
-    """The folder that names are relative to."""
-    return prompts if Path(prompts).is_dir() else str(Path(prompts).parent)
-
-
 def _key(record: Record) -> str:
     return f"{record['prompt']}/{record['sample']}"
 
@@ -129,23 +141,27 @@ def _key(record: Record) -> str:
 def _keep_settings(output_dir: Path, settings: Record) -> None:
     earlier = read_json(str(output_dir), SETTINGS)
     for key, value in settings.items():
-        if earlier is not None and key != "versions" and earlier.get(key) != value:
+        if earlier is not None and key not in NOT_COMPARED and earlier.get(key) != value:
             raise UserError(
                 f"'{output_dir}' holds continuations with {key} {earlier.get(key)!r}, not {value!r}; name another "
                 "--output_dir"
             )
-    write_atomically(str(output_dir), SETTINGS, (json.dumps(settings, indent=1) + "\n").encode())
+    if earlier is None:
+        write_atomically(str(output_dir), SETTINGS, (json.dumps(settings, indent=1) + "\n").encode())
 
 
 def _finished_before(output_dir: Path) -> dict[str, Record]:
     path = output_dir / RESULTS
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {_key(record): record for record in map(json.loads, lines)}
+    try:
+        lines = path.read_text().splitlines() if path.exists() else []
+        return {_key(record): record for record in map(json.loads, lines)}
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"'{path}' is no list of results ({first_line(error)}); remove it, or mend it") from error
 
 
-def _is_done(sample: _Sample, done: Mapping[str, Record], output_dir: Path) -> bool:
-    record = done.get(_key(sample.record()))
-    return record is not None and "error" not in record and (output_dir / sample.file).exists()
+def _sha256(path: Path) -> str:
+    """Of a prompt, which may be replaced by another of the same name."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _continue_group(
@@ -170,7 +186,7 @@ def _continue_group(
 
     for number, new_TQ, end in finished(noted(), codec.num_quantizers):
         sample, prompt_TQ = usable[number], requests[number].prompt_TQ
-        waveform = Waveform(codec.decode(torch.cat([prompt_TQ, new_TQ])), codec.sample_rate_hz)
+        waveform = Waveform(decode_long(codec, torch.cat([prompt_TQ, new_TQ])), codec.sample_rate_hz)
         write_wav(output_dir / sample.file, waveform)
         yield sample.record(
             file=sample.file,

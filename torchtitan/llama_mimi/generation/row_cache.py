@@ -41,16 +41,19 @@ class RowCache:
         shape = (num_rows, config.num_key_value_heads, capacity, config.head_dim)
         self._keys = [torch.zeros(shape, dtype=body.dtype, device=body.device) for _ in body.layers]
         self._values = [torch.zeros_like(keys) for keys in self._keys]
-        self._lengths = [0] * num_rows
+        self._lengths, self._is_read = [0] * num_rows, [True] * num_rows
         # The same on the device, changed in place: a CUDA graph reads it where it lies.
         self._lengths_B = torch.zeros(num_rows, dtype=torch.long, device=body.device)
+        self._growth_B = torch.ones_like(self._lengths_B)  # 0 for rows that nobody reads
         self._rows_B = torch.arange(num_rows, device=body.device)
         self._places_S = torch.arange(capacity, device=body.device)
         self._is_graph = body.device.type == "cuda" if as_graph is None else as_graph
         if self._is_graph:
             for tensor in (*self._keys, *self._values, self._lengths_B):
                 torch._dynamo.mark_static_address(tensor)
-        self._forward = torch.compile(self._grow, mode="reduce-overhead") if self._is_graph else self._grow
+        self._forward = (
+            torch.compile(self._grow, mode="reduce-overhead", fullgraph=True) if self._is_graph else self._grow
+        )
 
     def fill(self, row: int, inputs_LD: torch.Tensor) -> torch.Tensor:
         """Give a row another context (L, D), embedded; returns the body's state at its last position (D,)."""
@@ -61,11 +64,13 @@ class RowCache:
             keys[row, :, : len(inputs_LD)] = layer.keys[0]
             values[row, :, : len(inputs_LD)] = layer.values[0]
         self._lengths[row] = self._lengths_B[row] = len(inputs_LD)
+        self._growth_B[row] = self._is_read[row] = True
         return output.last_hidden_state[0, -1]
 
     def clear(self, row: int) -> None:
         """Nobody reads this row until it is filled again."""
         self._lengths[row] = self._lengths_B[row] = 0
+        self._growth_B[row] = self._is_read[row] = False
 
     def restart(self) -> None:
         """All rows begin anew."""
@@ -74,12 +79,12 @@ class RowCache:
 
     def step(self, inputs_BD: torch.Tensor) -> torch.Tensor:
         """Let every row grow by an embedded position (B, D); returns the body's states there (B, D)."""
+        assert max(self._lengths) < self._capacity
         # A graph has one shape, and so looks at all positions under a mask.
         visible = self._capacity if self._is_graph else max(self._lengths) + 1
         hidden_BD = self._forward(inputs_BD, visible)
-        last = self._capacity - 1  # where rows stay that nobody reads any more
-        self._lengths = [min(length + 1, last) for length in self._lengths]
-        self._lengths_B.add_(1).clamp_(max=last)
+        self._lengths = [length + is_read for length, is_read in zip(self._lengths, self._is_read, strict=True)]
+        self._lengths_B.add_(self._growth_B)
         return hidden_BD.clone() if self._is_graph else hidden_BD  # a graph writes its next result in the same place
 
     def _grow(self, hidden_BD: torch.Tensor, visible: int) -> torch.Tensor:

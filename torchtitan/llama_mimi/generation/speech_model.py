@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -107,6 +108,11 @@ class SpeechModel(ABC):
     @abstractmethod
     def frame_decoder(self, num_rows: int, capacity: int) -> FrameDecoder:
         """For contexts of ``capacity`` positions at most, ``num_rows`` side by side."""
+
+    @cached_property
+    def spare_decoders(self) -> dict[tuple[int, int], FrameDecoder]:
+        """The frame decoder used last, by its rows and capacity: on a GPU it has a graph that takes long to make."""
+        return {}
 
 
 def log_likelihoods(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
