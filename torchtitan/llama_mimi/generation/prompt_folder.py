@@ -63,10 +63,10 @@ def continue_folder(
         made_by: what the samples depend on besides the options, such as the model's hash.
 
     Returns:
-        On every rank the lines of ``results.jsonl``: of each sample ``prompt``, ``prompt_sha256``, ``sample`` and ``seed``, and either
-        ``file``, ``prompt_frames``, ``frames``, ``end`` ("ended" by the model or "cut"), ``remarks`` on the prompt,
-        ``silences`` (start and length of those of 2 s or more) and the ``seconds`` from its first frame to its file,
-        or the ``error`` for which there is none.
+        On every rank the lines of ``results.jsonl``: of each sample ``prompt``, ``prompt_sha256``, ``sample`` and
+        ``seed``, and either ``file``, ``prompt_frames``, ``frames``, ``end`` ("ended" by the model or "cut"),
+        ``remarks`` on the prompt, ``silences`` (start and length of those of 2 s or more) and the ``seconds`` from its
+        first frame to its file, or the ``error`` for which there is none.
 
     Raises:
         UserError: no prompts, two of one name, or a folder of other settings.
