@@ -64,7 +64,13 @@ def run_here(path: str, *words: object) -> tuple[int, str]:
 
 def pytest_collection_modifyitems(items):
     names = [*HEAVY, ""]
-    items.sort(key=lambda item: names.index(item.path.stem if item.path.stem in names else ""))
+
+    def place(item):
+        # The slow ones of a module first: a worker near its module's end is given the next, which would wait for them.
+        is_quick = item.get_closest_marker("slow") is None
+        return names.index(item.path.stem if item.path.stem in names else ""), is_quick
+
+    items.sort(key=place)
 
 
 def checked_config(flags: list[str]) -> Any:

@@ -172,13 +172,19 @@ def test_pairs_touched_by_the_cut_are_counted(tmp_path, codec, model):
 # Scoring
 
 
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory, codec):
+    """40 pairs of SALMon, the ids of their clips, and codes."""
+    pairs = read_salmon(str(SALMON)).pairs[:40]
+    folder = tmp_path_factory.mktemp("codes")
+    return pairs, *encode_clips(codec, Benchmark(pairs).clips, cache(folder, codec), Ranks(), 20.0)
+
+
 @pytest.mark.parametrize("name", ["official", "original"])
 @pytest.mark.parametrize("levels", [None, (0,)])
-def test_batches_score_as_clips_alone_do(tmp_path, codec, model, name, levels):
+def test_batches_score_as_clips_alone_do(tmp_path, encoded, model, name, levels):
     """Within 1e-4, and every decision the same, on all pairs of a tiny set."""
-    pairs = read_salmon(str(SALMON)).pairs[:40]
-    clips = [clip for pair in pairs for clip in (pair.positive, pair.negative)]
-    ids, codes = encode_clips(codec, clips, cache(tmp_path / "codes", codec), Ranks(), 20.0)
+    _, ids, codes = encoded
     scoring = preset(name, levels).scoring
     batched = score_clips(model, codes, scoring, 4096, ProgressLog(tmp_path / "log", {}), Ranks())
     alone = {
@@ -281,9 +287,9 @@ def test_a_score_that_is_not_finite_is_refused(tmp_path, codec, model):
 # SALMon's own loop
 
 
-def test_salmons_own_loop_gives_the_same_accuracy(tmp_path, codec, model):
+def test_salmons_own_loop_gives_the_same_accuracy(tmp_path, codec, encoded, model):
     """The benchmark's semantics, written anew: pairs one by one, likelier is right, a tie is half."""
-    pairs = read_salmon(str(SALMON)).pairs[:30]
+    pairs, ids, codes = encoded
     salmon_model = SalmonModel(model, sample_rate_hz=24_000).to("cpu")
     right = []
     for pair in pairs:
@@ -295,7 +301,6 @@ def test_salmons_own_loop_gives_the_same_accuracy(tmp_path, codec, model):
         right.append(outcome)
     expected = torch.cat(right).mean().item()
 
-    ids, codes = encode_clips(codec, Benchmark(pairs).clips, cache(tmp_path / "codes", codec), Ranks(), 20.0)
     chosen = preset("official", None)
     scores = score_clips(model, codes, chosen.scoring, 4096, ProgressLog(tmp_path / "log", {}), Ranks())
     report = results(Benchmark(pairs), ids, codes, scores, chosen, SALMON_PARTS)

@@ -111,10 +111,16 @@ def _decode(
     sampling: Sampling,
     window: int,
 ) -> Iterator[tuple[int, torch.Tensor | End]]:
-    decoder = model.spare_decoders.pop(size, None) or model.frame_decoder(*size)
+    num_rows, capacity = size
     try:
-        yield from _draw_samples(model, decoder, [None] * size[0], requests, heads, sampling, window)
-    finally:
+        decoder = model.spare_decoders.pop(size, None) or model.frame_decoder(num_rows, capacity)
+        yield from _draw_samples(model, decoder, [None] * num_rows, requests, heads, sampling, window)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the memory of '{model.device}' is full with {num_rows:,} samples of {capacity:,} positions; lower "
+            "--batch_size or --window_seconds, or take --dtype bfloat16"
+        ) from error
+    else:
         model.spare_decoders.clear()
         model.spare_decoders[size] = decoder
 
