@@ -42,6 +42,9 @@ ELSEWHERE = {
 BENCHMARKS = "uv run python scripts/benchmarks/"
 # What takes minutes, or would on a GPU, is run with these flags in place of its own.
 SMALLEST = {
+    "pip install uv && uv run torchrun --nproc_per_node=2 -m llama_mimi.train --job.config_file config/tiny.toml": (
+        "--training.steps 120 --checkpoint.interval 60 --validation.freq 120"
+    ),
     "uv run torchrun --nproc_per_node=2 -m llama_mimi.train --job.config_file config/tiny_hierarchical.toml": (
         "--training.steps 10 --checkpoint.interval 10"
     ),
