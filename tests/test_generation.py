@@ -191,7 +191,7 @@ def test_a_compiled_step_draws_the_same(codec, arm, monkeypatch):
     assert all(torch.equal(found[number][0], wanted[number][0]) for number in (0, 1))
 
 
-def test_a_decoder_of_the_same_size_is_used_again(model, monkeypatch):
+def test_a_decoder_of_the_same_size_is_used_again(model):
     """On a GPU it has a graph; while one is at work, another draw gets one of its own."""
     requests = [Request(clip(3, seed=seed), seed) for seed in range(3)]
     first = all_samples(model, requests, GREEDY, num_rows=2)
