@@ -48,6 +48,7 @@ SMALLEST = {
     "uv run torchrun --nproc_per_node=2 -m llama_mimi.train --job.config_file config/tiny_hierarchical.toml": (
         "--training.steps 10 --checkpoint.interval 10"
     ),
+    "uv run python scripts/dry_run.py": "--num_gpus 8 --job.config_file config/tiny.toml",  # the 8B takes three minutes
     f"{BENCHMARKS}bench_reading.py": "--clips 4 --repeats 1",
     f"{BENCHMARKS}bench_generation.py": "--shape tiny --new_frames 2 --repeats 1 --batch_sizes 2 --stream_seconds 1 2",
     f"{BENCHMARKS}fuzz_audio.py": "--num_files 30",
