@@ -1,6 +1,6 @@
 """What torchrun starts, on ranks forked from a server that has imported the trainer once: most of a short run's time.
 
-Runs under torchrun itself are those of the README, of test_ranks.py and of test_launch.py.
+Runs under torchrun itself are those of the README, of test_ranks.py, test_launch.py and TorchTitan's entry point.
 """
 
 import multiprocessing

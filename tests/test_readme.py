@@ -50,7 +50,9 @@ SMALLEST = {
     ),
     "uv run python scripts/dry_run.py": "--num_gpus 8 --job.config_file config/tiny.toml",  # the 8B takes three minutes
     f"{BENCHMARKS}bench_reading.py": "--clips 4 --repeats 1",
-    f"{BENCHMARKS}bench_generation.py": "--shape tiny --new_frames 2 --repeats 1 --batch_sizes 2 --stream_seconds 1 2",
+    f"{BENCHMARKS}bench_generation.py": (
+        "--shape tiny --new_frames 2 --repeats 1 --batch_sizes 2 --stream_seconds 1 --prompts 32"
+    ),
     f"{BENCHMARKS}fuzz_audio.py": "--num_files 30",
 }
 

@@ -35,7 +35,7 @@ from llama_mimi.audio.mimi import MimiCodec
 from llama_mimi.audio.streaming import DecodingStream
 from llama_mimi.checkpoint.huggingface import hf_config
 from llama_mimi.checkpoint.stand_ins import LLAMA_3_VOCABULARY, write_tokenizer
-from llama_mimi.common.errors import run_command
+from llama_mimi.common.errors import UserError, run_command
 from llama_mimi.generation.decoding import End, Request, Sampling, decode
 from llama_mimi.generation.flattened import FlattenedModel
 from llama_mimi.generation.speech_model import DECODER_DTYPES, DecoderPrecision
@@ -61,7 +61,8 @@ def bench_generation(
     repeats: int = 5,
     batch_sizes: tuple[int, ...] = (8,),
     dtype: DecoderPrecision = "float32",
-    stream_seconds: tuple[float, float] = (10.0, 60.0),
+    stream_seconds: tuple[float, ...] = (10.0, 60.0),
+    prompts: tuple[int, ...] = (32, 256),
     num_threads: int = os.cpu_count() or 1,
 ) -> None:
     """Print the table.
@@ -71,7 +72,8 @@ def bench_generation(
         new_frames: that a sample gets
         batch_sizes: of this loop, besides 1
         dtype: of the model
-        stream_seconds: of two streams of the tiny shape, whose peaks of memory are compared
+        stream_seconds: of streams of the tiny shape, whose peaks of memory are compared
+        prompts: numbers of them, continued in groups of 32, whose peaks of memory are compared
     """
     torch.set_num_threads(num_threads)
     print(machine())
@@ -101,10 +103,10 @@ def bench_generation(
         print("|", " | ".join(row), "|")
     num_bytes = sum(p.numel() * p.element_size() for p in model.body.layers.parameters())
     print(f"\nA token reads {num_bytes / 1e9:.2f} GB of layers; {bandwidth(num_bytes, medians['this loop'])}")
-    for name, function in (("a stream", stream_memory), ("a folder", folder_memory)):
-        peaks = {seconds: measured(function, seconds=seconds)[0] for seconds in stream_seconds}
-        said = ", ".join(f"{seconds:g} s {megabytes:,.0f} MB" for seconds, megabytes in peaks.items())
-        print(f"peak memory of {name} of the tiny shape: {said}")
+    for seconds in stream_seconds:
+        print(f"peak memory of a stream of {seconds:g} s, tiny shape: {_peak(stream_memory, seconds=seconds)}")
+    for num_prompts in prompts:
+        print(f"peak memory of {num_prompts} prompts, tiny shape: {_peak(prompts_memory, num_prompts=num_prompts)}")
     report = {
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else f"{os.cpu_count()} CPU cores",
         "shape": shape,
@@ -273,15 +275,21 @@ def stream_memory(seconds: float) -> float:
     return peak_mb()
 
 
-def folder_memory(seconds: float) -> float:
-    """MB at the peak of as many prompts as ``seconds``, each continued by a second."""
+def prompts_memory(num_prompts: int) -> float:
+    """MB at the peak of so many prompts, each continued by a second, in groups as those of a folder."""
     model = random_model("tiny")
-    num_groups = max(round(seconds / 32), 1)
-    for group in range(num_groups):
-        requests = [Request(prompt_of(model), seed) for seed in range(32 * group, 32 * (group + 1))]
+    for start in range(0, num_prompts, 32):
+        requests = [Request(prompt_of(model), seed) for seed in range(start, start + 32)]
         for _ in decode(model, requests, sampling_of(12), 8):
             pass
     return peak_mb()
+
+
+def _peak(function: Callable[..., float], **arguments: float) -> str:
+    found, done = measured(function, **arguments)
+    if found is None:
+        raise UserError(f"'{function.__name__}' failed: {done.stderr[-600:]}")
+    return f"{found:,.0f} MB"
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from transformers.models.mimi.modeling_mimi import MimiConv1d, MimiConvTranspose
 
 from llama_mimi.audio.mimi import MimiCodec
 
-CHUNK_FRAMES = 250  # 20 s, the window of Mimi's attention
+CHUNK_FRAMES = 250  # 20 s, the longest clip of the paper's training
 
 
 def decode_long(codec: MimiCodec, codes_TQ: torch.Tensor) -> torch.Tensor:

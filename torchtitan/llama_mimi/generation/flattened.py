@@ -35,9 +35,9 @@ class FlattenedModel(SpeechModel):
         chunks = zip(hidden_ND.split(POSITIONS_AT_ONCE), targets_N.split(POSITIONS_AT_ONCE), strict=True)
         return torch.cat([log_likelihoods(self.decoder.lm_head(some_ND), some_N) for some_ND, some_N in chunks]).cpu()
 
-    def embed(self, head: Sequence[int], codes_TQ: torch.Tensor) -> torch.Tensor:
+    def embed(self, head: Sequence[int] | torch.Tensor, codes_TQ: torch.Tensor) -> torch.Tensor:
         """See `SpeechModel.embed`."""
-        ids_L = torch.cat([torch.tensor(head), self.sequences.vocabulary.ids_from_codes(codes_TQ)])
+        ids_L = torch.cat([torch.as_tensor(head), self.sequences.vocabulary.ids_from_codes(codes_TQ)])
         return self.body.embed_tokens(ids_L.to(self.device))
 
     def frame_decoder(self, num_rows: int, capacity: int) -> "FlattenedDecoder":

@@ -66,10 +66,7 @@ class HierarchicalModel(SpeechModel):
             end_1Q = torch.full((1, vocabulary.num_quantizers), vocabulary.codebook_size)
             heads.append(ids_L[:num_head])
             entries.append(torch.cat([codes_TQ, end_1Q[:has_end]]))
-        embedded = [
-            torch.cat([self._embed_text(head_L), self._embed_frames(entries_TQ)])
-            for head_L, entries_TQ in zip(heads, entries, strict=True)
-        ]
+        embedded = [self.embed(head_L, entries_TQ) for head_L, entries_TQ in zip(heads, entries, strict=True)]
         # The backbone is causal, so padding on the right changes nothing.
         padded_BLD = torch.nn.utils.rnn.pad_sequence(embedded, batch_first=True)
         hidden_BLD = self.body(inputs_embeds=padded_BLD, use_cache=False).last_hidden_state
@@ -89,19 +86,14 @@ class HierarchicalModel(SpeechModel):
         values_N = log_likelihoods(logits_NQV.flatten(0, 1), entries_NQ.flatten())
         return values_N.view(entries_NQ.shape).cpu()
 
-    def embed(self, head: Sequence[int], codes_TQ: torch.Tensor) -> torch.Tensor:
-        """See `SpeechModel.embed`."""
-        return torch.cat([self._embed_text(torch.tensor(head)), self._embed_frames(codes_TQ)])
+    def embed(self, head: Sequence[int] | torch.Tensor, codes_TQ: torch.Tensor) -> torch.Tensor:
+        """See `SpeechModel.embed`. A frame of ends is read, too."""
+        text_LD = self.csm.embed_text_tokens(torch.as_tensor(head).to(self.device))
+        return torch.cat([text_LD, self.body.embed_tokens(codes_TQ[None].to(self.device))[0]])
 
     def frame_decoder(self, num_rows: int, capacity: int) -> "HierarchicalDecoder":
         """See `SpeechModel.frame_decoder`."""
         return HierarchicalDecoder(self, num_rows, capacity)
-
-    def _embed_text(self, ids_L: torch.Tensor) -> torch.Tensor:
-        return self.csm.embed_text_tokens(ids_L.to(self.device))
-
-    def _embed_frames(self, entries_TQ: torch.Tensor) -> torch.Tensor:
-        return self.body.embed_tokens(entries_TQ[None].to(self.device))[0]
 
 
 class HierarchicalDecoder(FrameDecoder):

@@ -12,8 +12,8 @@ from transformers import DynamicCache, PreTrainedModel
 def product(weight_ND: torch.Tensor, rows_BD: torch.Tensor) -> torch.Tensor:
     """A matrix times few rows (B, D), to (B, N).
 
-    On CPUs MKL reads the matrix two to four times faster from the left than `torch.nn.functional.linear` lets it
-    (2 to 64 rows, AVX2).
+    On CPUs MKL is 1.3 to 5 times faster with the matrix on the left than `torch.nn.functional.linear` is with 2 to 64
+    rows, and as fast with one (AVX2, 768 x 768 to 8,192 x 2,048).
     """
     if rows_BD.device.type == "cpu":
         return torch.mm(weight_ND, rows_BD.T).T

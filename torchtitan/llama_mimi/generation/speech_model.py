@@ -102,7 +102,7 @@ class SpeechModel(ABC):
         """Positions of the body that a frame takes."""
 
     @abstractmethod
-    def embed(self, head: Sequence[int], codes_TQ: torch.Tensor) -> torch.Tensor:
+    def embed(self, head: Sequence[int] | torch.Tensor, codes_TQ: torch.Tensor) -> torch.Tensor:
         """What the body reads (L, D) of the tokens before the frames, and of frames."""
 
     @abstractmethod
