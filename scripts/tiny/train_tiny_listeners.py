@@ -77,7 +77,7 @@ class ListenerFlags:
         listener: which of the two
         corpus: Parquet path or glob with columns audio, speaker, text
         output_dir: folder of the model
-        steps: optimizer steps; by default 3,000 and 1,500
+        steps: optimizer steps; by default 2,500 and 1,500
         batch_size: clips a step
         learning_rate: peak
         seed: decides on weights, order and noise
@@ -201,7 +201,7 @@ def speaker_encoder(clips: Sequence[LabelledClip]) -> tuple[PreTrainedModel, Cal
 
 
 LISTENERS: dict[str, tuple[Callable[[Sequence[LabelledClip]], Any], int]] = {
-    "recogniser": (recogniser, 3000),
+    "recogniser": (recogniser, 2500),
     "speaker_encoder": (speaker_encoder, 1500),
 }
 
