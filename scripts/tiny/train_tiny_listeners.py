@@ -48,6 +48,9 @@ PHASES = 4  # of each frequency in the first layer
 FREQUENCIES_HZ = (60.0, 7_600.0)
 CROP_SECONDS = (0.8, 2.4)  # that the speaker encoder hears: prompts and continuations are as short
 NOISE_DB = (-60.0, -20.0)  # below the speech
+MARGIN = (
+    0.3  # of the speaker encoder's additive-margin softmax at the end; from the start on it learns nothing with one
+)
 LOG_EVERY = 50  # steps
 
 # Frames of 25 ms every 5 ms, then of 20 ms, as in wav2vec 2.0; the first layer is a filter bank and stays as it is.
@@ -77,7 +80,7 @@ class ListenerFlags:
         listener: which of the two
         corpus: Parquet path or glob with columns audio, speaker, text
         output_dir: folder of the model
-        steps: optimizer steps; by default 2,500 and 1,500
+        steps: optimizer steps; by default 2,500 and 2,000
         batch_size: clips a step
         learning_rate: peak
         seed: decides on weights, order and noise
@@ -202,7 +205,7 @@ def speaker_encoder(clips: Sequence[LabelledClip]) -> tuple[PreTrainedModel, Cal
 
 LISTENERS: dict[str, tuple[Callable[[Sequence[LabelledClip]], Any], int]] = {
     "recogniser": (recogniser, 2500),
-    "speaker_encoder": (speaker_encoder, 1500),
+    "speaker_encoder": (speaker_encoder, 2000),
 }
 
 
@@ -229,6 +232,8 @@ def train_listener(flags: ListenerFlags) -> None:
         decay = 0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2
         for group in optimizer.param_groups:
             group["lr"] = flags.learning_rate * min(1.0, step / 200) * decay
+        if isinstance(model, WavLMForXVector):
+            model.objective.margin = MARGIN * step / steps
         loss = model(**draw(flags.batch_size)).loss
         optimizer.zero_grad()
         loss.backward()
