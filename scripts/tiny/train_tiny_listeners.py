@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from speech_classifier import LabelledClip, read_clips
 from torch.nn.utils.rnn import pad_sequence
@@ -80,7 +81,7 @@ class ListenerFlags:
         listener: which of the two
         corpus: Parquet path or glob with columns audio, speaker, text
         output_dir: folder of the model
-        steps: optimizer steps; by default 2,500 and 2,000
+        steps: optimizer steps; this and the next two by the listener's recipe
         batch_size: clips a step
         learning_rate: peak
         seed: decides on weights, order and noise
@@ -90,8 +91,8 @@ class ListenerFlags:
     corpus: str
     output_dir: Path
     steps: int | None = None
-    batch_size: int = 8
-    learning_rate: float = 1.5e-3
+    batch_size: int | None = None
+    learning_rate: float | None = None
     seed: int = 1
 
 
@@ -181,7 +182,7 @@ def speaker_encoder(clips: Sequence[LabelledClip]) -> tuple[PreTrainedModel, Cal
     config = WavLMConfig(
         **FRONT_END,
         hidden_size=128,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         intermediate_size=384,
         conv_dim=(160, 128, 128),
         tdnn_dim=(128, 128, 128, 128, 256),
@@ -203,9 +204,26 @@ def speaker_encoder(clips: Sequence[LabelledClip]) -> tuple[PreTrainedModel, Cal
     return WavLMForXVector(config), draw
 
 
-LISTENERS: dict[str, tuple[Callable[[Sequence[LabelledClip]], Any], int]] = {
-    "recogniser": (recogniser, 2500),
-    "speaker_encoder": (speaker_encoder, 2000),
+@dataclass(frozen=True)
+class Recipe:
+    """How a listener is trained.
+
+    Args:
+        make: the model and what draws batches, of clips.
+        steps: optimizer steps.
+        batch_size: clips a step.
+        learning_rate: peak.
+    """
+
+    make: Callable[[Sequence[LabelledClip]], Any]
+    steps: int
+    batch_size: int
+    learning_rate: float
+
+
+RECIPES = {
+    "recogniser": Recipe(recogniser, 2500, 8, 1.5e-3),
+    "speaker_encoder": Recipe(speaker_encoder, 1200, 16, 1e-3),
 }
 
 
@@ -216,32 +234,34 @@ def train_listener(flags: ListenerFlags) -> None:
         UserError: the corpus cannot be used, or the loss is not finite.
     """
     random.seed(flags.seed)
+    np.random.seed(flags.seed)  # draws what the recogniser's training hides
     torch.manual_seed(flags.seed)
     clips = read_clips(flags.corpus, RATE_HZ)
-    make, default_steps = LISTENERS[flags.listener]
-    model, draw = make(clips)
-    steps = flags.steps or default_steps
+    recipe = RECIPES[flags.listener]
+    model, draw = recipe.make(clips)
+    steps, batch_size = flags.steps or recipe.steps, flags.batch_size or recipe.batch_size
+    learning_rate = flags.learning_rate or recipe.learning_rate
     first_layer = model.base_model.feature_extractor.conv_layers[0].conv
     set_filter_bank(first_layer.weight)
     first_layer.requires_grad_(False)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=flags.learning_rate, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.98))
     began, total = time.monotonic(), 0.0
     model.train()
     for step in range(1, steps + 1):
         decay = 0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2
         for group in optimizer.param_groups:
-            group["lr"] = flags.learning_rate * min(1.0, step / 200) * decay
+            group["lr"] = learning_rate * min(1.0, step / 200) * decay
         if isinstance(model, WavLMForXVector):
             model.objective.margin = MARGIN * step / steps
-        loss = model(**draw(flags.batch_size)).loss
+        loss = model(**draw(batch_size)).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         total += loss.item()
         if not math.isfinite(total):
-            raise UserError(f"the loss of step {step} is {loss.item()}; lower --learning_rate {flags.learning_rate:g}")
+            raise UserError(f"the loss of step {step} is {loss.item()}; lower --learning_rate {learning_rate:g}")
         if step % LOG_EVERY == 0 or step == steps:
             rate = step / (time.monotonic() - began)
             mean = total / ((step - 1) % LOG_EVERY + 1)
