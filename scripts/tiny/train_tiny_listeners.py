@@ -223,7 +223,7 @@ class Recipe:
 
 RECIPES = {
     "recogniser": Recipe(recogniser, 2500, 8, 1.5e-3),
-    "speaker_encoder": Recipe(speaker_encoder, 1200, 16, 1e-3),
+    "speaker_encoder": Recipe(speaker_encoder, 1500, 16, 4e-4),
 }
 
 
