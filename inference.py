@@ -9,18 +9,16 @@ from pathlib import Path
 
 import torch
 
-from llama_mimi.audio.mimi import CodecAttention, codec_hash
+from llama_mimi.audio.mimi import CodecAttention
 from llama_mimi.audio.reading import Waveform, wav_writer, write_wav
 from llama_mimi.audio.silence import silences
 from llama_mimi.audio.streaming import DecodingStream, decode_long
 from llama_mimi.common.errors import UserError, run_command
-from llama_mimi.common.hub import weights_sha256
 from llama_mimi.common.ranks import from_first, torchrun_ranks
-from llama_mimi.common.versions import versions
 from llama_mimi.generation.continuation import SamplingOptions, check_text, continue_codes, read_prompt
 from llama_mimi.generation.decoding import End, Request, decode
 from llama_mimi.generation.loading import load_speech_model
-from llama_mimi.generation.prompt_folder import LONG_SILENCE_SECONDS, RESULTS, continue_folder
+from llama_mimi.generation.prompt_folder import LONG_SILENCE_SECONDS, RESULTS, continue_folder, describe_model
 from llama_mimi.generation.speech_model import DecoderPrecision, SpeechModel
 
 
@@ -82,14 +80,7 @@ def continue_speech(
             model_name, codec_name=codec, attention=codec_attention, device=str(ranks.device), dtype=dtype
         )
         if prompts is not None and output_dir is not None:
-            made_by = {
-                "model": model_name,
-                "model_sha256": from_first(lambda: weights_sha256(model_name)),
-                "codec_sha256": codec_hash(model.codec.name),
-                "codec_attention": model.codec.attention,
-                "dtype": dtype,
-                "versions": versions(),
-            }
+            made_by = from_first(lambda: describe_model(model_name, model, dtype))
             num_rows = batch_size or (64 if ranks.device.type == "cuda" else 8)
             records = continue_folder(model, prompts, output_dir, sampling, num_rows, ranks, made_by)
             if ranks.rank == 0:

@@ -3,7 +3,8 @@
     uv run python scripts/report.py --results results --output_file results/report.md --picture results/report.png
 
 Reads every result file of eval/ below the folders. Standard presets and other scoring stand in tables of their own.
-Models that were scored on the same audio are compared by McNemar's exact test.
+Models that were scored on the same audio are compared by McNemar's exact test. Judged continuations of
+eval/generation.py have tables of their own, too; a second picture shows them.
 """
 
 import itertools
@@ -19,6 +20,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from generations import draw_generations, read_generations, read_published_generations
+from generations import sections as generation_sections
 from pictures import save
 
 from llama_mimi.common.errors import UserError, run_command
@@ -74,6 +77,7 @@ def report(
     published: Path = Path("eval/published.toml"),
     output_file: Path | None = None,
     picture: Path | None = None,
+    generations_picture: Path | None = None,
 ) -> None:
     """Put result files into one table.
 
@@ -82,11 +86,16 @@ def report(
         published: numbers of others
         output_file: Markdown; it is printed in any case
         picture: bar chart of the standard presets, PNG or PDF
+        generations_picture: of judged continuations, the first set of them; PNG or PDF
 
     Raises:
         UserError: there are no results, or one cannot be read.
     """
-    rows = read_rows(results)
+    reports = read_reports(results)
+    rows = read_rows(reports)
+    sets = read_generations(reports)
+    if not rows and not sets:
+        raise UserError(f"there is no result file in {', '.join(map(str, results))}; run the scripts in eval/ first")
     of_others = read_published(published)
     standard = {key: row for key, row in rows.items() if is_standard(key)}
     other = {key: row for key, row in rows.items() if not is_standard(key)}
@@ -103,6 +112,7 @@ def report(
         sections += [notes(other.values())]
     if differences := compare(rows):
         sections += ["## Differences between models", differences]
+    sections += generation_sections(sets, read_published_generations(published) if sets else [])
     text = "\n\n".join(sections) + "\n"
     print(text)
     if output_file is not None:
@@ -111,22 +121,39 @@ def report(
         if not standard:
             raise UserError("there is no result of a standard preset to draw; leave out --picture")
         draw(list(standard.values()), beside, columns, picture)
+    if generations_picture is not None:
+        if not sets:
+            raise UserError("there are no judged continuations to draw; leave out --generations_picture")
+        draw_generations(sets[0], generations_picture)
 
 
-def read_rows(folders: Sequence[Path]) -> dict[Key, Row]:
-    """Rows by what they are of.
+def read_reports(folders: Sequence[Path]) -> dict[Path, dict[str, Any]]:
+    """What JSON files hold, those of other programs among them.
 
     Raises:
-        UserError: no result file, one that cannot be read, or two of the same.
+        UserError: one cannot be read.
     """
-    rows: dict[Key, Row] = {}
+    reports = {}
     for path in result_files(folders):
         try:
             report = json.loads(path.read_text())
         except (OSError, ValueError) as error:
             raise UserError(f"'{path}' is no readable JSON ({error}); move it out or make it anew") from error
-        if not isinstance(report, dict) or "benchmark" not in report:
-            continue  # another program's
+        if isinstance(report, dict):
+            reports[path] = report
+    return reports
+
+
+def read_rows(reports: Mapping[Path, dict[str, Any]]) -> dict[Key, Row]:
+    """Rows of benchmarks by what they are of.
+
+    Raises:
+        UserError: a result of another format, or two of the same.
+    """
+    rows: dict[Key, Row] = {}
+    for path, report in reports.items():
+        if "benchmark" not in report:
+            continue
         if report.get("format") != FORMAT:
             raise UserError(f"'{path}' has format {report.get('format')!r}, not {FORMAT}; score the model anew")
         settings = report["settings"]
@@ -144,8 +171,6 @@ def read_rows(folders: Sequence[Path]) -> dict[Key, Row]:
             row.accuracies[column] = 100 * result["accuracy"]
             low, high = result["interval"]
             row.intervals[column] = (100 * low, 100 * high)
-    if not rows:
-        raise UserError(f"there is no result file in {', '.join(map(str, folders))}; run the scripts in eval/ first")
     weights = {(row.name, key.model_sha256) for key, row in rows.items()}
     for key, row in rows.items():
         is_alone = len([name for name, _ in weights if name == row.name]) == 1

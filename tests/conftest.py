@@ -20,8 +20,11 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from llama_mimi.audio.mimi import MimiCodec
+from llama_mimi.checkpoint.huggingface import hf_config
+from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs
 from llama_mimi.tokens.sequences import SequenceBuilder, load_sequences
 from llama_mimi.training.config_file import parse_config
 from llama_mimi.training.file_check import check_files
@@ -88,6 +91,19 @@ def codec() -> MimiCodec:
 @pytest.fixture(scope="session")
 def sequences() -> SequenceBuilder:
     return load_sequences(str(TINY / "llama"), str(TINY / "mimi"), 4)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory, sequences) -> Path:
+    """A converted model with random weights."""
+    torch.manual_seed(0)
+    args = LlamaMimiArgs(**{**vars(FLAVORS["tiny"]), "vocab_size": sequences.vocabulary.size})
+    decoder = LlamaForCausalLM(hf_config(args))
+    decoder.config.update({"num_quantizers": 4, "codec": str(TINY / "mimi")})
+    folder = tmp_path_factory.mktemp("models") / "random"
+    decoder.save_pretrained(folder)
+    sequences.tokenizer.save_pretrained(folder)
+    return folder
 
 
 def pytest_addoption(parser):

@@ -42,15 +42,6 @@ def model(codec, sequences):
     return FlattenedModel(LlamaForCausalLM(hf_config(args)).eval(), sequences, codec)
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory, model):
-    folder = tmp_path_factory.mktemp("models") / "random"
-    model.decoder.config.update({"num_quantizers": 4, "codec": str(TINY / "mimi")})
-    model.decoder.save_pretrained(folder)
-    model.sequences.tokenizer.save_pretrained(folder)
-    return folder
-
-
 def cache(folder, codec, max_seconds=20.0, as_released=False):
     return CodeCache(str(folder), cache_key(codec, max_seconds, as_released=as_released))
 

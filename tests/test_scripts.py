@@ -271,25 +271,6 @@ def test_a_converted_model_is_scored(converted, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_continuation_is_judged_by_its_voice(converted, tmp_path):
-    clips = TINY / "corpus" / "validation-00000-of-00001.parquet"
-    output, picture = tmp_path / "voice.json", tmp_path / "voice.png"
-    command = ("scripts/tiny/score_continuation.py", "--model_name", converted, "--corpus", clips)
-    command += ("--validation_corpus", clips, "--num_samples", 2, "--output_file", output, "--picture", picture)
-    result = run(*command)
-    assert result.returncode == 0, result.output
-    report = json.loads(output.read_text())
-    assert report["count"] == len(report["samples"]) == 2 and report["speaker_kept"]["recording"] == 1.0
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    assert "continuation: speaker named in" in result.output
-    for mistake, sentence in ((("--num_samples", 0), "--num_samples is 0"), (("--top_k", 0), "--top_k is 0")):
-        result = run(*command, *mistake)
-        assert result.returncode == 1 and sentence in result.output and "Traceback" not in result.output
-    result = run(*command, "--prompt_seconds", 60)
-    assert result.returncode == 1 and "goes on for a second after 60 s" in result.output
-
-
-@pytest.mark.slow
 def test_a_codec_is_judged_level_by_level(tmp_path):
     words = TINY / "words"
     output, picture = tmp_path / "codec.json", tmp_path / "codec.png"

@@ -2,7 +2,8 @@
 
     uv run python scripts/tiny/build_tiny_assets.py --output_dir assets/tiny
 
-The codec, `mimi/`, is trained on that corpus by scripts/tiny/train_tiny_codec.py and is left alone here.
+The codec, `mimi/`, and the listeners, `recogniser/` and `speaker_encoder/`, are trained on that corpus by
+scripts/tiny/train_tiny_codec.py and train_tiny_listeners.py and are left alone here.
 
 Everything is synthesised with espeak-ng from text written for this project and depends only on fixed seeds, so that
 the whole project can be trained and evaluated offline in minutes.
@@ -47,6 +48,7 @@ REVERSED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 PAIRS = 100
 SPEAKER_PAIRS = 200
 PARTS = ("corpus", "words", "llama", "benchmarks")
+TRAINED = ("mimi", "recogniser", "speaker_encoder")
 TAKES = {"train": (-1, 0, 1), "validation": (0.5,)}  # an isolated word's, each in its own pitch and speed
 PROMPT_SECONDS = 1.6
 
@@ -257,7 +259,7 @@ def write_readme(root: Path, train: list[dict], validation: list[dict]) -> None:
     espeak = subprocess.run(["espeak-ng", "--version"], check=True, capture_output=True, text=True).stdout
     seconds = [sum(row["duration"] for row in rows) for rows in (train, validation)]
     fields: dict[str, float | str] = {
-        part: sum(f.stat().st_size for f in (root / part).rglob("*") if f.is_file()) / 1e6 for part in (*PARTS, "mimi")
+        part: sum(f.stat().st_size for f in (root / part).rglob("*") if f.is_file()) / 1e6 for part in (*PARTS, *TRAINED)
     }
     fields |= {"prompt": (root / "prompt.wav").stat().st_size / 1e6, "pairs": PAIRS}
     fields |= {"train_clips": len(train), "train_minutes": seconds[0] / 60}

@@ -13,15 +13,12 @@ WINDOW, HOP = 1024, 240  # 43 ms every 10 ms at 24 kHz
 DYNAMIC_RANGE_DB = 70.0
 
 
-def draw_spectrograms(
-    path: Path, clips: dict[str, torch.Tensor], sample_rate_hz: int, *, title: str, mark_seconds: float | None = None
-) -> None:
+def draw_spectrograms(path: Path, clips: dict[str, torch.Tensor], sample_rate_hz: int, *, title: str) -> None:
     """One spectrogram a row, on one scale of time, frequency and level.
 
     Args:
         path: PNG to write.
         clips: name -> samples (S,).
-        mark_seconds: where to draw a vertical line.
     """
     magnitude = torchaudio.transforms.Spectrogram(WINDOW, hop_length=HOP, power=1.0)
     levels = {name: 20 * magnitude(samples_S).clamp(min=1e-5).log10() for name, samples_S in clips.items()}
@@ -39,8 +36,6 @@ def draw_spectrograms(
             vmax=top_db,
             cmap="magma",
         )
-        if mark_seconds is not None:
-            axis.axvline(mark_seconds, color="white", linestyle="--", linewidth=1)
         axis.set_xlim(0, longest)
         axis.set_ylabel("kHz")
         axis.set_title(name, fontsize=9, loc="left", pad=3)

@@ -7,6 +7,7 @@ The rooms, from the top; each says what it may import, and `tests/test_layout.py
 | `train` `train_spec` `job_config` | the entry point, the seams put together, the settings: what users name |
 | `training` | settings and their checks, loss, metrics, validation |
 | `checkpoint` | distributed checkpoints, Hugging Face folders, and the way between |
+| `judging` | continuations judged: prompts, measures, tables |
 | `evaluation` | benchmarks, scores, accuracies, result files |
 | `generation` | converted models at work |
 | `data` | corpora, order, packing, the loader; making codes of audio |

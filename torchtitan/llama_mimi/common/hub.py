@@ -10,13 +10,14 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from llama_mimi.common.errors import UserError, first_line
 
 
-def load_pretrained(cls: Any, name: str, *, what: str, **kwargs: Any) -> Any:
+def load_pretrained(cls: Any, name: str, *, what: str, allow_torch_weights: bool = False, **kwargs: Any) -> Any:
     """``cls.from_pretrained(name)``, refusing pickled weights and remote code.
 
     Args:
         cls: a `transformers` class.
         name: hub id or folder.
         what: what is being loaded ("codec", "model", "tokenizer"), for the message.
+        allow_torch_weights: take ``.bin`` files where there are no safetensors; PyTorch reads weights alone from them.
 
     Raises:
         UserError: the folder or hub model is missing, gated, unreachable, or not of this kind.
@@ -27,7 +28,7 @@ def load_pretrained(cls: Any, name: str, *, what: str, **kwargs: Any) -> Any:
     if Path(name).is_dir() and not any((Path(name) / f).is_file() for f in ("config.json", "tokenizer_config.json")):
         raise UserError(f"'{name}' holds no {what} (no config.json in it); name a Hugging Face model folder")
     if "dtype" in kwargs:  # a model, not a configuration or tokenizer
-        kwargs["use_safetensors"] = True
+        kwargs["use_safetensors"] = None if allow_torch_weights else True
     try:
         return cls.from_pretrained(name, **kwargs)
     except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
@@ -43,14 +44,16 @@ def load_pretrained(cls: Any, name: str, *, what: str, **kwargs: Any) -> Any:
 def weights_sha256(name: str) -> str:
     """SHA-256 of the safetensors files of a model that was loaded before, in the order of their names.
 
+    Where there are none, of its ``.bin`` files.
+
     Args:
         name: hub id or folder.
     """
     folder = Path(name)
     if not folder.is_dir():
-        folder = Path(snapshot_download(name, allow_patterns="*.safetensors", local_files_only=True))
+        folder = Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.bin"], local_files_only=True))
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")):
         with path.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()

@@ -123,7 +123,9 @@ class AudioCorpus:
                     f"the column '{column}' {where} is {kind}, not a struct of audio bytes and path; {remedy}"
                 )
             is_label = role == "speaker" and _is_number(schema, column)
-            if role != "audio" and not _is_text(schema, column) and not is_label and role != "id":
+            is_alignment = role == "alignment" and _is_alignment(kind)
+            is_other = is_label or is_alignment or role in ("audio", "id")
+            if not is_other and not _is_text(schema, column):
                 raise UserError(f"the column '{column}' {where} is {kind}, which is no {role}; {remedy}")
 
 
@@ -158,6 +160,12 @@ def _is_text(schema: pa.Schema, column: str) -> bool:
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     types = "string large_string string_view binary large_binary binary_view null".split()
     return any(getattr(pa.types, f"is_{name}")(kind) for name in types)
+
+
+def _is_alignment(kind: pa.DataType) -> bool:
+    """Whether a column holds words with their ends."""
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    return is_list and pa.types.is_struct(kind.value_type) and kind.value_type.get_field_index("end") >= 0
 
 
 def _is_number(schema: pa.Schema, column: str) -> bool:

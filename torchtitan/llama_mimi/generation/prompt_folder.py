@@ -11,13 +11,16 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from llama_mimi.audio.mimi import codec_hash
 from llama_mimi.audio.reading import AUDIO_ENDINGS, AudioError, Waveform, write_wav
 from llama_mimi.audio.silence import silences
 from llama_mimi.audio.streaming import decode_long
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import find_files, read_json, write_atomically
+from llama_mimi.common.hub import weights_sha256
 from llama_mimi.common.progress_log import ProgressLog
 from llama_mimi.common.ranks import Ranks, from_first, gather
+from llama_mimi.common.versions import versions
 from llama_mimi.generation.continuation import SamplingOptions, finished, read_prompt
 from llama_mimi.generation.decoding import Request, Sampling, decode
 from llama_mimi.generation.speech_model import SpeechModel
@@ -60,11 +63,12 @@ def continue_folder(
         prompts: folder; files at any depth are taken.
         output_dir: gets ``<prompt>_<sample>.wav``, ``settings.json`` and, when all is done, ``results.jsonl``.
         num_rows: samples that are drawn at once.
-        made_by: what the samples depend on besides the options, such as the model's hash.
+        made_by: what the samples depend on besides the options, as `describe_model` says it.
 
     Returns:
         On every rank the lines of ``results.jsonl``: of each sample ``prompt``, ``prompt_sha256``, ``sample`` and
-        ``seed``, and either ``file``, ``prompt_frames``, ``frames``, ``end`` ("ended" by the model or "cut"),
+        ``seed``, and either ``file``, ``prompt_frames``, ``frames``, ``distinct_frames`` (few
+        in a loop), ``end`` ("ended" by the model or "cut"),
         ``remarks`` on the prompt, ``silences`` (start and length of those of 2 s or more) and the ``seconds`` from its
         first frame to its file, or the ``error`` for which there is none.
 
@@ -116,6 +120,23 @@ def continue_folder(
         log.close()
     ranks.wait()
     return results
+
+
+def describe_model(model_name: str, model: SpeechModel, dtype: str) -> Record:
+    """What samples depend on besides the options.
+
+    Args:
+        model_name: hub id or folder.
+        dtype: of the decoder.
+    """
+    return {
+        "model": model_name,
+        "model_sha256": weights_sha256(model_name),
+        "codec_sha256": codec_hash(model.codec.name),
+        "codec_attention": model.codec.attention,
+        "dtype": dtype,
+        "versions": versions(),
+    }
 
 
 def _samples(prompts: Path, options: SamplingOptions) -> Iterator[_Sample]:
@@ -192,6 +213,7 @@ def _continue_group(
             file=sample.file,
             prompt_frames=len(prompt_TQ),
             frames=len(new_TQ),
+            distinct_frames=len(new_TQ.unique(dim=0)),
             end=end.value,
             remarks=list(waveforms[sample.prompt].remarks),
             silences=silences(waveform, LONG_SILENCE_SECONDS),

@@ -1,0 +1,14 @@
+"""Continuations judged: whose voice it is, how it sounds, and what is said.
+
+    uv run python eval/generation.py --model_name models/tiny --corpus "assets/tiny/corpus/validation-*.parquet" \\
+        --prompt_seconds 1.6 --recording_seconds 2.6 --seconds 2 --speaker_model assets/tiny/speaker_encoder \\
+        --asr_model assets/tiny/recogniser
+
+Starts under torchrun, too: each rank then continues and measures a part. A run that was killed goes on where it was.
+"""
+
+from llama_mimi.common.errors import run_command
+from llama_mimi.judging.script import judge_generations
+
+if __name__ == "__main__":
+    run_command(judge_generations, __doc__)

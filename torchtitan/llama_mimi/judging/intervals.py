@@ -1,0 +1,79 @@
+"""Systems on the same samples: means, and bootstrap intervals over prompts."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+RESAMPLES = 10_000
+Samples = Sequence[Mapping[str, Any]]
+
+
+def on_same_samples(systems: Mapping[str, Samples], column: str) -> tuple[dict[str, dict[str, float]], int]:
+    """The mean value of each prompt by system, over samples that have a value in all systems.
+
+    Args:
+        systems: samples with the keys prompt, sample (None where a system has one alone, which then stands beside all
+            of another's) and the columns that were measured. Systems in which no sample has the column take no part.
+
+    Returns:
+        Means by system and prompt, for prompts that are left in all systems, and the number of samples (prompt and
+        number) that were left out because they are empty in one of them.
+    """
+    systems = {name: samples for name, samples in systems.items() if any(column in sample for sample in samples)}
+    empty = {
+        (sample["prompt"], sample["sample"])
+        for samples in systems.values()
+        for sample in samples
+        if sample.get(column) is None
+    }
+    means: dict[str, dict[str, float]] = {}
+    for name, samples in systems.items():
+        values = defaultdict(list)
+        for sample in samples:
+            if not {(sample["prompt"], sample["sample"]), (sample["prompt"], None)} & empty:
+                values[sample["prompt"]].append(sample[column])
+        means[name] = {prompt: float(np.mean(of_prompt)) for prompt, of_prompt in values.items()}
+    in_all = set.intersection(*(set(of_system) for of_system in means.values())) if means else set()
+    return {
+        name: {prompt: mean for prompt, mean in of_system.items() if prompt in in_all}
+        for name, of_system in means.items()
+    }, len(empty)
+
+
+def interval(values_P: Sequence[float]) -> tuple[float, float]:
+    """95 % bootstrap interval (percentiles) of a mean over prompts (P,); the same values give the same interval.
+
+    Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3.
+    """
+    means_R = _resampled_means(np.asarray(values_P, dtype=np.float64))
+    low, high = np.quantile(means_R, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def paired_difference(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, Any]:
+    """How much higher a mean is than b's on the same prompts, and its 95 % bootstrap interval.
+
+    Raises:
+        ValueError: the two are not of the same prompts.
+    """
+    if a.keys() != b.keys():
+        raise ValueError("the two systems were not measured on the same prompts")
+    differences_P = [a[prompt] - b[prompt] for prompt in sorted(a)]
+    return {
+        "difference": float(np.mean(differences_P)),
+        "interval": interval(differences_P),
+        "count": len(differences_P),
+    }
+
+
+def _resampled_means(values_P: np.ndarray) -> np.ndarray:
+    """Means (R,) of as many prompts drawn with replacement, in parts that fit into memory."""
+    random, P = np.random.default_rng(0), len(values_P)
+    size = max(1, 4_000_000 // P)
+    parts = [
+        values_P[random.integers(P, size=(min(size, RESAMPLES - start), P))].mean(axis=1)
+        for start in range(0, RESAMPLES, size)
+    ]
+    return np.concatenate(parts)

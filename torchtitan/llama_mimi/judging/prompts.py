@@ -1,0 +1,284 @@
+"""Prompts that all systems continue: the beginnings of recordings, fixed by their hashes."""
+
+import hashlib
+import heapq
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from llama_mimi.audio.reading import AudioError, Waveform, read_audio, write_wav
+from llama_mimi.common.errors import UserError
+from llama_mimi.common.files import read_json, write_atomically
+from llama_mimi.data.corpora import AudioCorpus, open_corpus
+
+MANIFEST = "prompts.json"
+PROMPTS, RECORDINGS = "prompts", "recordings"
+GRID_SECONDS = 0.08  # a frame of Mimi: a prompt of whole frames is not filled up with silence
+MAX_RECORDING_SECONDS = 60.0  # of which the rest is not read
+SEARCH_SHARE = 1 / 6  # of the prompt's length, before and after: 3 s are cut between 2.5 and 3.5 s
+PAUSE_SECONDS = 0.04  # around the cut, what its loudness is taken of
+PAUSE_DB = 25.0  # a pause is this much quieter than the clip on average; speech is loud in most of its parts
+WORD_END, PAUSE, QUIETEST = "word end", "pause", "quietest moment"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptOptions:
+    """Which recordings are continued, and from where on.
+
+    Args:
+        corpus: name, folder, or Parquet path or glob of recordings that the model has not seen.
+        dataset_path: local download of a named corpus.
+        split: of a folder that holds several.
+        audio_column: of the recordings.
+        speaker_column: shuffled pairs are of two speakers where the corpus has it.
+        alignment_column: of words with their end in seconds; prompts end with a word where the corpus has it.
+        prompt_seconds: of a prompt, about.
+        recording_seconds: shorter recordings are left out; by default twice --prompt_seconds.
+        limit: so many recordings, drawn by the hash of their names; by default all.
+
+    Raises:
+        UserError: a value out of range.
+    """
+
+    corpus: str
+    dataset_path: str | None = None
+    split: str | None = None
+    audio_column: str = "audio"
+    speaker_column: str = "speaker"
+    alignment_column: str = "words"
+    prompt_seconds: float = 3.0
+    recording_seconds: float | None = None
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0.5 <= self.prompt_seconds < float("inf"):
+            raise UserError(f"--prompt_seconds is {self.prompt_seconds}; it must be 0.5 or more")
+        if self.min_seconds < 1.25 * self.prompt_seconds:
+            raise UserError(
+                f"--recording_seconds is {self.recording_seconds}; recordings must go on after a prompt of "
+                f"{self.prompt_seconds:g} s, so make it {1.25 * self.prompt_seconds:g} or more"
+            )
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"--limit is {self.limit}; it must be 1 or more")
+
+    @property
+    def min_seconds(self) -> float:
+        return 2 * self.prompt_seconds if self.recording_seconds is None else self.recording_seconds
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The beginning of a recording.
+
+    Args:
+        name: of its files.
+        source: row of the corpus.
+        speaker: empty where the corpus does not say.
+        seconds: where the recording was cut.
+        cut: at a `WORD_END`, a `PAUSE`, or the `QUIETEST` moment nearby.
+        sha256, recording_sha256: of the two WAV files.
+    """
+
+    name: str
+    source: str
+    speaker: str
+    seconds: float
+    cut: str
+    sha256: str
+    recording_sha256: str
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """All prompts, in a folder with ``prompts/<name>.wav`` and the whole ``recordings/<name>.wav``."""
+
+    folder: Path
+    prompts: tuple[Prompt, ...]
+
+    @property
+    def sha256(self) -> str:
+        """Two systems with the same were given the same prompts, and their recordings are the same."""
+        content = [(prompt.name, prompt.seconds, prompt.sha256, prompt.recording_sha256) for prompt in self.prompts]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def path(self, prompt: Prompt) -> Path:
+        return self.folder / PROMPTS / f"{prompt.name}.wav"
+
+    def recording_path(self, prompt: Prompt) -> Path:
+        return self.folder / RECORDINGS / f"{prompt.name}.wav"
+
+
+def make_prompts(folder: Path, options: PromptOptions) -> PromptSet:
+    """Cut the prompts of a corpus, or take those that the folder has.
+
+    Raises:
+        UserError: the folder has prompts of other options or files that were changed; the corpus has none.
+    """
+    settings = asdict(options)
+    earlier = read_json(str(folder), MANIFEST)
+    if earlier is not None:
+        for key, value in settings.items():
+            if earlier["settings"].get(key) != value:
+                raise UserError(
+                    f"'{folder}' holds prompts with {key} {earlier['settings'].get(key)!r}, not {value!r}; name "
+                    "another --output_dir"
+                )
+        prompts = PromptSet(folder, tuple(Prompt(**prompt) for prompt in earlier["prompts"]))
+        _check_files(prompts)
+        return prompts
+    columns = {"speaker": options.speaker_column, "alignment": options.alignment_column}
+    corpus = open_corpus(options.corpus, options.dataset_path, options.audio_column, None, columns, options.split)
+    chosen, left_out = _choose(corpus, options)
+    if not chosen:
+        raise UserError(
+            f"no recording of '{options.corpus}' is {options.min_seconds:g} s long ({_listed(left_out)}); lower "
+            "--recording_seconds and --prompt_seconds"
+        )
+    made = tuple(
+        _write(folder, row, corpus, options.prompt_seconds)
+        for row in _rows(corpus)
+        if (row.group, row.number) in chosen
+    )
+    manifest = {"settings": settings, "left_out": dict(left_out), "prompts": [asdict(prompt) for prompt in made]}
+    write_atomically(str(folder), MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+    cuts = Counter(prompt.cut for prompt in made)
+    print(f"{len(made):,} prompts, cut at: {_listed(cuts)}; left out: {_listed(left_out) or 'none'}", flush=True)
+    return PromptSet(folder, made)
+
+
+def cut_seconds(
+    waveform: Waveform, wanted_seconds: float, word_ends: Sequence[float] | None = None
+) -> tuple[float, str]:
+    """Where a recording is cut, and what is there: the nearest word end, or the quietest moment nearby.
+
+    Args:
+        waveform: that goes on after the last possible cut.
+        wanted_seconds: about.
+        word_ends: of all words, in seconds; without, or with none nearby, a moment of `GRID_SECONDS` is chosen.
+    """
+    reach = SEARCH_SHARE * wanted_seconds
+    near = [end for end in word_ends or () if abs(end - wanted_seconds) <= reach and end < waveform.seconds]
+    if near:
+        return min(near, key=lambda end: abs(end - wanted_seconds)), WORD_END
+    rate_hz, half = waveform.sample_rate_hz, round(PAUSE_SECONDS / 2 * waveform.sample_rate_hz)
+    first, last = (round((wanted_seconds + sign * reach) / GRID_SECONDS) for sign in (-1, 1))
+    power = {}
+    for step in range(first, last + 1):
+        middle = round(step * GRID_SECONDS * rate_hz)
+        around_S = waveform.samples_S[max(middle - half, 0) : middle + half]
+        power[step] = float(around_S.double().square().mean()) if len(around_S) else float("inf")
+    # Of moments that are equally quiet, such as digital silence, the one nearest to what was wanted.
+    quietest = min(power, key=lambda step: (power[step], abs(step * GRID_SECONDS - wanted_seconds)))
+    mean_power = float(waveform.samples_S.double().square().mean())
+    is_pause = power[quietest] <= mean_power * 10 ** (-PAUSE_DB / 10)
+    return round(quietest * GRID_SECONDS, 2), PAUSE if is_pause else QUIETEST
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row of the corpus, its audio not yet read."""
+
+    name: str
+    source: str
+    group: int
+    number: int
+    content: Mapping[str, Any]
+
+    def read(self, corpus: AudioCorpus) -> Waveform:
+        """At its own rate.
+
+        Raises:
+            AudioError: it cannot be used.
+        """
+        audio = self.content["audio"] or {}
+        data = audio.get("bytes")
+        if data is None and audio.get("path") is None:
+            raise AudioError("no audio", f"{self.source} has no audio")
+        try:
+            data = corpus.open_path(audio["path"], self.group) if data is None else data
+        except OSError as error:
+            raise AudioError("missing", f"'{audio['path']}' of {self.source} cannot be read ({error})") from error
+        return read_audio(data, None, name=self.source, max_seconds=MAX_RECORDING_SECONDS)
+
+
+def _choose(corpus: AudioCorpus, options: PromptOptions) -> tuple[set[tuple[int, int]], Counter[str]]:
+    """Group and row of recordings that are long enough, drawn by the hash of their names."""
+    left_out: Counter[str] = Counter()
+    drawn: list[tuple[int, int, int]] = []  # a heap with the one to give up first
+    sources: dict[str, str] = {}
+    for row in tqdm(_rows(corpus), total=int(corpus.sizes_G.sum()), unit="recording", desc="prompts"):
+        if row.name in sources:
+            raise UserError(
+                f"'{sources[row.name]}' and '{row.source}' of '{corpus.name}' would both be called '{row.name}'; "
+                "give rows ids of their own"
+            )
+        sources[row.name] = row.source
+        rank = -int.from_bytes(hashlib.sha256(row.name.encode()).digest()[:8])
+        is_full = len(drawn) == options.limit
+        if is_full and rank < drawn[0][0]:
+            left_out["beyond --limit"] += 1
+            continue
+        try:
+            seconds = row.read(corpus).seconds
+        except AudioError as error:
+            print(f"left out: {error}", flush=True)
+            left_out[error.reason] += 1
+            continue
+        if seconds < options.min_seconds:
+            left_out["too short"] += 1
+        elif is_full:
+            heapq.heapreplace(drawn, (rank, row.group, row.number))
+            left_out["beyond --limit"] += 1
+        else:
+            heapq.heappush(drawn, (rank, row.group, row.number))
+    return {(group, number) for _, group, number in drawn}, left_out
+
+
+def _rows(corpus: AudioCorpus) -> Iterator[_Row]:
+    for group in range(len(corpus.sizes_G)):
+        table = corpus.read_group(group)
+        for number in range(table.num_rows):
+            content = table.slice(number, 1).to_pylist()[0]
+            row_id = content.get("id")
+            source = corpus.row_name(group, number) if row_id is None else str(row_id)
+            yield _Row(re.sub(r"[^A-Za-z0-9.-]+", "-", source).strip("-."), source, group, number, content)
+
+
+def _write(folder: Path, row: _Row, corpus: AudioCorpus, prompt_seconds: float) -> Prompt:
+    waveform = row.read(corpus)
+    words = row.content.get("alignment")
+    seconds, cut = cut_seconds(waveform, prompt_seconds, words and [float(word["end"]) for word in words])
+    end = round(seconds * waveform.sample_rate_hz)
+    hashes = []
+    for part, samples_S in ((PROMPTS, waveform.samples_S[:end]), (RECORDINGS, waveform.samples_S)):
+        path = folder / part / f"{row.name}.wav"
+        write_wav(path, Waveform(samples_S, waveform.sample_rate_hz))
+        hashes.append(file_sha256(path))
+    return Prompt(row.name, row.source, str(row.content.get("speaker") or ""), seconds, cut, *hashes)
+
+
+def _check_files(prompts: PromptSet) -> None:
+    for prompt in prompts.prompts:
+        for path, sha256 in (
+            (prompts.path(prompt), prompt.sha256),
+            (prompts.recording_path(prompt), prompt.recording_sha256),
+        ):
+            if not path.is_file() or file_sha256(path) != sha256:
+                raise UserError(
+                    f"'{path}' is missing or not what {MANIFEST} says; name another --output_dir, or remove this one"
+                )
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {number:,}" for name, number in counts.items())
