@@ -12,7 +12,7 @@ from pictures import save
 
 from llama_mimi.common.errors import UserError
 from llama_mimi.judging.script import FORMAT
-from llama_mimi.judging.table import COLUMNS, KIND, column_of, differences, means, table
+from llama_mimi.judging.table import COLUMNS, KIND, column_of, columns_in, differences, means, table
 
 Systems = dict[str, list[dict[str, Any]]]
 
@@ -27,14 +27,19 @@ def read_generations(reports: Mapping[Path, Mapping[str, Any]]) -> list[Systems]
         UserError: a result of another format, or two of one system.
     """
     sets: dict[str, Systems] = defaultdict(dict)
+    heard: dict[tuple[str, str], str] = {}
     for path, report in reports.items():
         if report.get("kind") != KIND:
             continue
         if report.get("format") != FORMAT:
             raise UserError(f"'{path}' has format {report.get('format')!r}, not {FORMAT}; judge the system anew")
         key = json.dumps([report["prompts_sha256"], report["seconds"], report["measures"]], sort_keys=True)
-        if report["system"] in sets[key]:
+        audio = key, report["system"]
+        if audio in heard and heard[audio] == report["audio_sha256"]:
+            continue  # references of two folders
+        if audio in heard:
             raise UserError(f"'{path}' is a second result of '{report['system']}' on the same prompts; leave one out")
+        heard[audio] = report["audio_sha256"]
         sets[key][report["system"]] = report["samples"]
     return list(sets.values())
 
@@ -46,7 +51,7 @@ def read_published_generations(path: Path) -> list[tuple[str, dict[str, float]]]
         UserError: they are not as they should be.
     """
     try:
-        rows = tomllib.loads(path.read_text())["generations"]
+        rows = tomllib.loads(path.read_text()).get("generations", [])
         published = [
             (f"{row['model']} [{row['source']}]", {name: float(score) for name, score in row["scores"].items()})
             for row in rows
@@ -64,7 +69,8 @@ def sections(sets: Sequence[Systems], published: Sequence[tuple[str, dict[str, f
     parts = []
     for number, systems in enumerate(sets, 1):
         title = "## Continuations" + (f", set {number} (other prompts or other measures)" if len(sets) > 1 else "")
-        beside = [(label, scores) for label, scores in published if scores.keys() & means(systems).keys()]
+        columns = set(columns_in(systems))
+        beside = [(label, scores) for label, scores in published if scores.keys() & columns]
         parts += [title, table(systems, beside)]
         if beside:
             parts.append("Rows with a source in brackets are numbers of others, of other prompts and by other models.")

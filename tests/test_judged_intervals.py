@@ -54,7 +54,12 @@ def test_systems_are_compared_on_the_same_samples(a, b, reference):
     """Against the plainest reading: a sample counts where every system has a value."""
     references = dict(zip("abcde", reference, strict=True))
     systems = {"a": rows(a), "b": rows(b), "r": rows(references)}
-    found, left_out = on_same_samples(systems, "similarity")
+    same = on_same_samples(systems, "similarity")
+    heard = {n: v for n, v in {"a": a, "b": b}.items() if any(x is not None for of in v.values() for x in of)}
+    if len(heard) < 2 or all(value is None for value in reference):
+        assert set(same.empty) >= {"a", "b"} - heard.keys()
+        return
+    found, left_out = same.means, same.left_out
     kept = {
         prompt: [k for k in range(3) if a[prompt][k] is not None and b[prompt][k] is not None]
         for prompt in "abcde"
@@ -64,14 +69,24 @@ def test_systems_are_compared_on_the_same_samples(a, b, reference):
     for name, values in (("a", a), ("b", b)):
         assert found[name] == {p: pytest.approx(np.mean([values[p][k] for k in ks])) for p, ks in kept.items()}
     assert found["r"] == {prompt: references[prompt] for prompt in kept}
-    assert left_out == sum(value is None for value in reference) + sum(
-        a[prompt][k] is None or b[prompt][k] is None for prompt in "abcde" for k in range(3)
-    )
+    used = sum(map(len, kept.values()))
+    assert left_out == {"a": 15 - used, "b": 15 - used, "r": 5 - len(kept)} and same.empty == []
+
+
+def test_a_system_without_any_value_takes_nothing_from_others():
+    systems = {"a": rows({"x": [None, None], "y": [None, None]}), "b": rows({"x": 2.0, "y": None})}
+    same = on_same_samples(systems, "similarity")
+    assert (same.means, same.left_out, same.empty) == ({"b": {"x": 2.0}}, {"b": 1}, ["a"])
+    text = table(systems)
+    assert "| a |  |" in text and "| b | 2.000 (2.000 to 2.000) |" in text
+    assert "1 prompts. Samples left out, as one of the systems has no value there: b 1. Without any value" in text
+    assert differences(systems) == "" and "0 prompts. Without any value" in table({"a": systems["a"]})
 
 
 def test_a_system_without_a_measure_takes_no_part():
     systems = {"a": rows({"x": [1.0], "y": [3.0]}), "b": rows({"x": [1.0]}, "ended")}
-    assert on_same_samples(systems, "similarity") == ({"a": {"x": 1.0, "y": 3.0}}, 0)
+    same = on_same_samples(systems, "similarity")
+    assert (same.means, same.left_out, same.empty) == ({"a": {"x": 1.0, "y": 3.0}}, {"a": 0}, [])
     text = table(systems)
     assert "| a | 2.000 (1.000 to 3.000) |  |" in text and "| b |  | 100.0 (100.0 to 100.0) |" in text
 
@@ -100,5 +115,7 @@ def test_logarithms_are_shown_as_perplexities_and_ratios():
 def test_what_was_left_out_is_said():
     systems = {"a": rows({"x": [1.0, None], "y": [None, None]}), "b": rows({"x": 2.0, "y": 3.0})}
     text = table(systems, [("others [a paper]", {"similarity": 0.346, "judge/content": 3.0})])
-    assert "samples 3." in text and "Means over 1 prompts" in text
+    assert (
+        "speaker similarity: 1 prompts. Samples left out, as one of the systems has no value there: a 3, b 1." in text
+    )
     assert "| others [a paper] | 0.346 |" in text

@@ -1,5 +1,6 @@
 """Prompts cut from a corpus, and continuations that stand beside them."""
 
+import io
 import json
 
 import numpy as np
@@ -95,8 +96,6 @@ def corpus(path, rows):
 def audio_row(number, seconds, **more):
     path = f"{number}.wav"
     samples = np.random.default_rng(number).normal(size=round(seconds * RATE)).astype(np.float32) * 0.1
-    import io
-
     buffer = io.BytesIO()
     soundfile.write(buffer, samples, RATE, format="WAV")
     return {"audio": {"bytes": buffer.getvalue(), "path": path}, **more}
@@ -107,7 +106,7 @@ def test_a_corpus_with_an_alignment_without_ids_and_with_damage(tmp_path, capsys
     rows += [audio_row(3, 2, words=[{"word": "a", "end": 1.0}])]
     rows += [{"audio": {"bytes": b"no audio", "path": None}, "words": None}]
     path = corpus(tmp_path / "c.parquet", rows)
-    prompts = make_prompts(tmp_path / "out", PromptOptions(corpus=path))
+    prompts = make_prompts(tmp_path / "out", PromptOptions(corpus=path, alignment_column="words"))
     assert [(prompt.seconds, prompt.cut) for prompt in prompts.prompts] == [(3.11, WORD_END)] * 3
     assert prompts.prompts[1].source == f"row 1 of row group 0 of {path}"
     said = capsys.readouterr().out
@@ -121,6 +120,7 @@ def test_a_corpus_with_an_alignment_without_ids_and_with_damage(tmp_path, capsys
         ({"prompt_seconds": 0.1}, "--prompt_seconds is 0.1; it must be 0.5 or more"),
         ({"recording_seconds": 1.7}, "--recording_seconds is 1.7; recordings must go on"),
         ({"limit": 0}, "--limit is 0"),
+        ({"recording_seconds": 70}, "recordings of 70 s are asked for; 60 s are read"),
         ({"recording_seconds": 50}, "no recording of .* is 50 s long \\(too short 47\\); lower"),
         ({"corpus": "nowhere/*.parquet"}, "no Parquet file matches the dataset 'nowhere"),
         ({"audio_column": "sound"}, "has no column 'sound' for the audio"),
@@ -131,10 +131,61 @@ def test_mistakes_of_prompts_get_one_sentence(tmp_path, changes, message):
         make_prompts(tmp_path, options(**changes))
 
 
-def test_two_rows_of_one_name_are_refused(tmp_path):
-    rows = [audio_row(number, 7, id="a/b" if number else "a-b") for number in range(2)]
-    with pytest.raises(UserError, match="'a-b' and 'a/b' of .* would both be called 'a-b'; give rows ids"):
+def test_any_id_makes_a_name_of_its_own(tmp_path):
+    ids = ["a-b", "a/b", "日本", "你好1", ".", "x" * 300, "1089-134686-0000"]
+    path = corpus(tmp_path / "c.parquet", [audio_row(number, 7, id=name) for number, name in enumerate(ids)])
+    prompts = make_prompts(tmp_path / "out", PromptOptions(corpus=path))
+    names = [prompt.name for prompt in prompts.prompts]
+    assert [prompt.source for prompt in prompts.prompts] == ids and len(set(names)) == 7
+    assert names[0] == "a-b" and names[-1] == "1089-134686-0000" and names[1].startswith("a-b-")
+    assert all(name[0].isalnum() and name.isascii() and len(name) < 101 for name in names)
+    same = corpus(tmp_path / "same.parquet", [audio_row(number, 7, id="a") for number in range(2)])
+    with pytest.raises(UserError, match="has two rows with the id 'a'; give each its own"):
+        make_prompts(tmp_path / "two", PromptOptions(corpus=same))
+
+
+def test_a_run_that_was_killed_while_cutting_leaves_nothing_behind(tmp_path):
+    left = tmp_path / "prompts.partial" / "old.wav"
+    left.parent.mkdir()
+    left.write_bytes(b"of another corpus")
+    prompts = make_prompts(tmp_path, options())
+    assert not left.parent.exists() and len(list((tmp_path / "prompts").iterdir())) == 6
+    (tmp_path / "prompts" / "mine.wav").write_bytes(b"")
+    with pytest.raises(UserError, match="holds 'mine', which prompts.json does not list"):
+        make_prompts(tmp_path, options())
+    (prompts.folder / "prompts.json").unlink()
+    with pytest.raises(UserError, match="prompts' is of a folder without prompts.json; remove it"):
+        make_prompts(tmp_path, options())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([{"word": "a", "end": 3110.0}], "ends at 3110 s, and the recording at 8 s; give .* in seconds"),
+        ("a b", "which is no alignment"),
+        ([{"word": "a", "stop": 3.0}], "which is no alignment"),
+        ([{"word": "a", "end": "3.0"}], "which is no alignment"),
+        (None, "has no column 'words'; leave out --alignment_column"),
+    ],
+)
+def test_an_alignment_that_is_none(tmp_path, words, message):
+    path = corpus(tmp_path / "c.parquet", [audio_row(0, 8, **({} if words is None else {"words": words}))])
+    with pytest.raises(UserError, match=message):
+        make_prompts(tmp_path / "out", PromptOptions(corpus=path, alignment_column="words"))
+
+
+def test_a_corpus_that_is_mostly_damaged_is_refused(tmp_path):
+    rows = [audio_row(0, 8), *({"audio": {"bytes": b"no audio", "path": None}} for _ in range(2))]
+    with pytest.raises(UserError, match="2 of 3 recordings of .* cannot be read, which is more than 10 %"):
         make_prompts(tmp_path / "out", PromptOptions(corpus=corpus(tmp_path / "c.parquet", rows)))
+
+
+def test_a_speaker_of_number_0_is_one(tmp_path):
+    path = corpus(tmp_path / "c.parquet", [audio_row(number, 7, speaker=number // 2) for number in range(4)])
+    prompts = make_prompts(tmp_path / "out", PromptOptions(corpus=path))
+    assert [prompt.speaker for prompt in prompts.prompts] == ["0", "0", "1", "1"]
+    by_name = {prompt.name: prompt.speaker for prompt in prompts.prompts}
+    assert all(by_name[s.clip.path.stem] != s.prompt.speaker for s in shuffled(prompts, 1.0))
 
 
 def test_references_continue_the_same_prompts(prompts, codec, tmp_path):
@@ -146,12 +197,15 @@ def test_references_continue_the_same_prompts(prompts, codec, tmp_path):
         assert stranger.speaker != other.prompt.speaker and other.clip.start_seconds == stranger.seconds
     decoded = reconstructions(prompts, codec, tmp_path, 0.5, Ranks())
     prompt, clip = prompts.prompts[0], decoded[0].clip
-    whole_S = read_audio(prompts.recording_path(prompt), 24_000, max_seconds=prompt.seconds + 0.5).samples_S
-    plain_S = codec.decode(codec.encode([whole_S])[0])[: len(whole_S)][round(prompt.seconds * 24_000) :]
+    whole_S = read_audio(prompts.recording_path(prompt), 24_000).samples_S
+    start = round(prompt.seconds * 24_000)
+    plain_S = codec.decode(codec.encode([whole_S])[0])[start : start + 12_000]
     assert torch.allclose(clip.read(24_000).samples_S, plain_S, atol=1e-3)  # 16 bits
     before = clip.path.stat().st_mtime_ns
     reconstructions(prompts, codec, tmp_path, 0.5, Ranks())
     assert clip.path.stat().st_mtime_ns == before
+    longer = reconstructions(prompts, codec, tmp_path, 0.9, Ranks())[0].clip  # of what is there
+    assert longer.read(24_000).seconds == pytest.approx(0.9, abs=0.01)
     with pytest.raises(UserError, match="one prompt cannot be shuffled"):
         shuffled(make_prompts(tmp_path / "one", options(limit=1)), 0.5)
 
@@ -180,8 +234,12 @@ def test_wavs_that_begin_with_their_prompt(prompts, tmp_path):
         soundfile.write(tmp_path / f"{prompt.name}.wav", np.zeros(round((prompt.seconds + 0.3) * RATE)), RATE)
     samples = wavs(prompts, tmp_path, hold_prompt=True, max_seconds=9)
     assert all(sample.clip.read(RATE).seconds == pytest.approx(0.3, abs=0.01) for sample in samples)
-    soundfile.write(tmp_path / f"{prompts.prompts[3].name}.wav", np.zeros(RATE), RATE)
-    with pytest.raises(UserError, match="is not longer than its prompt of .* leave out --wavs_hold_prompt"):
+    path = tmp_path / f"{prompts.prompts[3].name}.wav"
+    soundfile.write(path, np.zeros(round(prompts.prompts[3].seconds * RATE) - 100), RATE)  # says nothing
+    (silent,) = [s for s in wavs(prompts, tmp_path, hold_prompt=True, max_seconds=9) if s.clip.path == path]
+    assert not len(silent.clip.read(RATE).samples_S)
+    soundfile.write(path, np.zeros(RATE), RATE)
+    with pytest.raises(UserError, match="is shorter than its prompt of .* leave out --wavs_hold_prompt"):
         wavs(prompts, tmp_path, hold_prompt=True, max_seconds=9)
 
 

@@ -21,13 +21,21 @@ from conftest import ROOT, TINY, run_here
 from forked_ranks import run_ranks
 from test_report import cells
 from transformers import (
+    AutoFeatureExtractor,
     AutoTokenizer,
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     Wav2Vec2CTCTokenizer,
     Wav2Vec2ForCTC,
     WavLMForXVector,
+    WavLMModel,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperTokenizer,
 )
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from llama_mimi.audio.reading import read_audio
 from llama_mimi.common.errors import UserError
@@ -100,6 +108,54 @@ def test_transcripts_are_greedy_paths(clips):
         assert found[place] == tokenizer.decode(ids) != ""
 
 
+@pytest.fixture(scope="module")
+def whisper(tmp_path_factory):
+    """Whisper's classes with random weights and a few letters."""
+    folder = tmp_path_factory.mktemp("whisper")
+    special = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|de|>", "<|translate|>", "<|transcribe|>"]
+    special += ["<|startoflm|>", "<|startofprev|>", "<|nospeech|>", "<|notimestamps|>"]
+    special += [f"<|{step / 50:.2f}|>" for step in range(1501)]
+    letters = sorted(bytes_to_unicode().values())
+    tokenizer = WhisperTokenizer({letter: n for n, letter in enumerate(letters)}, [], pad_token="<|endoftext|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    tokenizer.save_pretrained(folder)
+    WhisperFeatureExtractor(feature_size=8).save_pretrained(folder)
+    of = {name: tokenizer.convert_tokens_to_ids(name) for name in special}
+    torch.manual_seed(0)
+    sizes = {
+        "d_model": 16,
+        "encoder_ffn_dim": 16,
+        "decoder_ffn_dim": 16,
+        "num_mel_bins": 8,
+        "vocab_size": len(tokenizer),
+    }
+    layers = dict.fromkeys(("encoder_layers", "decoder_layers"), 1)
+    heads = dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2)
+    end, start = of["<|endoftext|>"], of["<|startoftranscript|>"]
+    ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end, "decoder_start_token_id": start}
+    model = WhisperForConditionalGeneration(WhisperConfig(**sizes, **layers, **heads, **ids, max_target_positions=32))
+    model.generation_config = GenerationConfig(
+        **ids,
+        is_multilingual=True,
+        lang_to_id={"<|en|>": of["<|en|>"], "<|de|>": of["<|de|>"]},
+        task_to_id={"transcribe": of["<|transcribe|>"], "translate": of["<|translate|>"]},
+        no_timestamps_token_id=of["<|notimestamps|>"],
+        max_length=32,
+        suppress_tokens=[],
+        begin_suppress_tokens=[],
+    )
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def test_whisper_hears_alone_what_it_hears_in_a_batch(whisper, clips):
+    together = dict(Transcripts(whisper, "en", CPU, batch_size=3).values(clips))
+    alone = [dict(Transcripts(whisper, "en", CPU, batch_size=1).values([clip]))[0] for clip in clips]
+    assert [together[place] for place in range(3)] == alone
+    with pytest.raises(UserError, match="--language is 'xx', which .* cannot be told"):
+        Transcripts(whisper, "xx", CPU, batch_size=1)
+
+
 @torch.inference_mode()
 def test_distillmos_is_the_packages_alone_and_in_a_batch(clips, tmp_path):
     samples = np.concatenate([clip.read(16_000).samples_S for clip in clips * 3])
@@ -156,7 +212,8 @@ def test_aesthetics_are_asked_of_the_package_where_it_is(clips, monkeypatch):
 
 
 def test_words_have_no_marks():
-    assert words_of(' The BAKER\'s  bun, "sweet"...') == ["the", "baker", "s", "bun", "sweet"] and words_of(" . ") == []
+    said = words_of(' The BAKER\'s  bun, "sweet"... [10.5] don\u2019t')
+    assert said == ["the", "baker's", "bun", "sweet", "10.5", "don\u2019t"] and words_of(" . -") == []
 
 
 def test_a_value_is_measured_once(clips, tmp_path, monkeypatch):
@@ -256,6 +313,9 @@ def late(request, number):
         (lambda r, n: (200, ""), f"{FAILED}no JSON", 12),
         (lambda r, n: (200, '{"content": 4, "style": 3}'), f"{FAILED}wrong number of scores", 12),
         (lambda r, n: (200, "{}"), f"{FAILED}wrong number of scores", 12),
+        (lambda r, n: (200, '{"contents": 4}'), f"{FAILED}scores of other criteria", 12),
+        (lambda r, n: (200, '<think>{a} {"content": 1}</think> {"content": 4}'), {"content": 4}, 4),
+        (lambda r, n: (200, None), f"{FAILED}no JSON", 12),
         (lambda r, n: (200, '[{"content": 4}]'), {"content": 4}, 4),
         (lambda r, n: (200, '{"content": 6}'), f"{FAILED}score is out of range", 12),
         (lambda r, n: (200, '{"content": "4"}'), f"{FAILED}score is no whole number", 12),
@@ -337,12 +397,6 @@ def test_criteria_that_are_none(tmp_path, content, message):
         read_criteria(tmp_path / "judge.toml")
 
 
-def test_a_judge_without_a_key_or_a_server(monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    with pytest.raises(UserError, match="set OPENAI_API_KEY, or name a --judge_url"):
-        Judge(None, "m", read_criteria(CRITERIA), 1, 1.0)
-
-
 # All measures together.
 
 
@@ -357,18 +411,20 @@ def test_every_measure_of_every_sample(prompts, tmp_path, language_model, capsys
     options = {"speaker_model": SPEAKER, "asr_model": RECOGNISER, "quality": "none", "text_model": language_model}
     with serving(lambda r, n: (200, GOOD)) as server:
         options |= {"judge_model": "m", "judge_url": server.url}
-        dry = Listener(MeasureOptions(**options, dry_run=True), prompts, tmp_path, 2, Ranks())
+        dry = Listener(MeasureOptions(**options, dry_run=True), prompts, tmp_path, Ranks())
         dry.records(samples)
         said = capsys.readouterr().out
         assert not server.requests and "1 such calls; 0 replies are known already" in said
         assert "--- system\nYou judge" in said and "--- user\nBeginning: " in said
-        listener = Listener(MeasureOptions(**options), prompts, tmp_path, 2, Ranks())
+        listener = Listener(MeasureOptions(**options), prompts, tmp_path, Ranks())
         records = {record["prompt"]: record for record in listener.records(samples)}
         assert len(server.requests) == 1
     speech, nothing, silence = (records[prompt.name] for prompt in prompts.prompts)
     assert speech["missing"] == {} and speech["judge/content"] == 4 and 0 < speech["log_perplexity"] < 20
-    assert speech["words_per_minute"] == 60 * len(speech["text"].split()) / speech["seconds"] > 30
+    assert speech["words_per_minute"] == 60 * len(words_of(speech["text"])) / speech["seconds"] > 30
+    assert speech["prompt_text"] and speech["prompt_text"] != speech["text"]
     assert nothing["missing"] == {"sound": "too short"} and nothing["similarity"] is nothing["judge/content"] is None
+    assert nothing["words_per_minute"] is None
     assert silence["missing"] == {"words": "no words"} and silence["judge/content"] is None
     assert silence["words_per_minute"] == 0 and silence["silent"] == 1.0
     assert set(listener.described) == {"pauses", "similarity", "transcripts", "log_perplexity", "judge"}
@@ -380,18 +436,44 @@ def test_every_measure_of_every_sample(prompts, tmp_path, language_model, capsys
     [
         ({"text_model": "a"}, "name an --asr_model, too"),
         ({"asr_model": "a", "judge_url": "b"}, "name its --judge_model"),
+        ({"asr_model": "a", "judge_model": "b"}, "set OPENAI_API_KEY, or name a --judge_url"),
+        ({"listening_batch_size": 0}, "--listening_batch_size is 0"),
         ({"asr_model": "a", "judge_model": "b", "judge_parallel": 0}, "--judge_parallel is 0"),
         ({"asr_model": "a", "judge_model": "b", "judge_criteria": Path("no.toml")}, "'no.toml' is no file of criteria"),
     ],
 )
-def test_flags_of_measures_that_do_not_go_together(flags, message):
+def test_flags_of_measures_that_do_not_go_together(flags, message, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(UserError, match=message):
         MeasureOptions(**flags)
 
 
 def test_a_language_is_for_those_that_are_told_one():
-    with pytest.raises(UserError, match="is not told a language; leave it out"):
+    with pytest.raises(UserError, match="--language is 'en', which .* cannot be told; leave it out"):
         Transcripts(RECOGNISER, "en", CPU, 1)
+
+
+def test_a_model_of_another_kind_is_refused(tmp_path):
+    """Its head would be random, and another one at each start."""
+    WavLMModel(WavLMForXVector.from_pretrained(SPEAKER).config).save_pretrained(tmp_path)
+    AutoFeatureExtractor.from_pretrained(SPEAKER).save_pretrained(tmp_path)
+    with pytest.raises(
+        UserError, match="lacks weights of a WavLMForXVector, the first is .* so it is no speaker model"
+    ):
+        SpeakerSimilarity(str(tmp_path), CPU)
+
+
+def test_a_value_that_is_no_number_is_a_failure(tmp_path):
+    class Broken:
+        name = "broken"
+
+        def describe(self):
+            return {}
+
+        def values(self, inputs):
+            yield from enumerate([float("nan"), 1.0])
+
+    assert take(Broken(), {"a": 0, "b": 0}, tmp_path, Ranks())[0] == {"a": f"{FAILED}not finite", "b": 1.0}
 
 
 # The command.
@@ -438,6 +520,8 @@ def test_one_command_from_prompts_to_a_table(judged, model_folder, tmp_path, cap
     script, _, _, *flags = command(model_folder, judged, "--wavs", theirs)
     code, stderr = run_here(script, *flags)
     assert code == 0, stderr
+    code, stderr = run_here(script, *flags, "--wavs", shutil.copytree(theirs, tmp_path / "other" / "theirs"))
+    assert code == 1 and "theirs.json' is of another system, with wavs" in stderr and "give this one a --name" in stderr
     capsys.readouterr()
     report.report(results=(judged,), output_file=tmp_path / "r.md", generations_picture=tmp_path / "r.png")
     text = capsys.readouterr().out
@@ -459,6 +543,8 @@ def test_two_ranks_and_a_kill_change_nothing(judged, model_folder, tmp_path):
     (again / model_folder.name / "results.jsonl").unlink()
     next((again / "reconstruction_q4").glob("*.wav")).unlink()
     shutil.rmtree(again / "measured" / "transcripts")
+    (log,) = (again / "measured" / "similarity").glob("*/*.jsonl")
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:4]) + '{"half a l')
     run_ranks(2, command(model_folder, again), tmp_path / "log")
     for name, expected in result_files(judged).items():
         found = json.loads((again / name).read_text())
@@ -475,6 +561,8 @@ def test_two_ranks_and_a_kill_change_nothing(judged, model_folder, tmp_path):
         (("--name", "recording"), "a system cannot be called 'recording'"),
         (("--name", "a/b"), "--name is 'a/b'"),
         (("--batch_size", 0), "--batch_size is 0"),
+        (("--name", ".."), "--name is '..'"),
+        (("--num_quantizers", 9), "num_quantizers is 9, but the codec"),
         (("--text_model", "x", "--speaker_model", "nowhere"), "the speaker model folder 'nowhere' does not exist"),
     ],
 )

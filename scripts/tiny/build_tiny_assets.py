@@ -259,7 +259,8 @@ def write_readme(root: Path, train: list[dict], validation: list[dict]) -> None:
     espeak = subprocess.run(["espeak-ng", "--version"], check=True, capture_output=True, text=True).stdout
     seconds = [sum(row["duration"] for row in rows) for rows in (train, validation)]
     fields: dict[str, float | str] = {
-        part: sum(f.stat().st_size for f in (root / part).rglob("*") if f.is_file()) / 1e6 for part in (*PARTS, *TRAINED)
+        part: sum(f.stat().st_size for f in (root / part).rglob("*") if f.is_file()) / 1e6
+        for part in (*PARTS, *TRAINED)
     }
     fields |= {"prompt": (root / "prompt.wav").stat().st_size / 1e6, "pairs": PAIRS}
     fields |= {"train_clips": len(train), "train_minutes": seconds[0] / 60}

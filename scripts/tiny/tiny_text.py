@@ -270,7 +270,7 @@ builds the folder again from fixed seeds (`espeak-ng` must be installed). Built 
 | {words_mb:.1f} MB |
 | `mimi/` | codec in the Mimi architecture, 24 kHz, 12.5 frames/s, 8 levels of 256 codes, trained on `corpus/` by \
 `scripts/tiny/train_tiny_codec.py`: how in `mimi/training.json`, how good in `mimi/README.md` | {mimi:.1f} MB |
-| `recogniser/` `speaker_encoder/` | `Wav2Vec2ForCTC` and `WavLMForXVector` that know the words and voices of `corpus/`, \
+| `recogniser/` `speaker_encoder/` | `Wav2Vec2ForCTC` and `WavLMForXVector` that know words and voices of `corpus/`, \
 trained on it by `scripts/tiny/train_tiny_listeners.py`: how well they hear in `recogniser/README.md` \
 | {recogniser:.1f} + {speaker_encoder:.1f} MB |
 | `llama/` | Llama configuration without weights, byte-level BPE tokenizer of 512 entries | {llama:.2f} MB |

@@ -45,6 +45,10 @@ class AudioError(UserError):
         super().__init__(message)
         self.reason = reason
 
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        """Also between ranks."""
+        return type(self), (self.reason, str(self))
+
 
 # Errors that do not mean that the file is damaged: we refused the clip, or memory or the disk failed.
 NOT_OF_THE_FILE = (AudioError, MemoryError, OSError)

@@ -125,7 +125,7 @@ class AudioCorpus:
             is_label = role == "speaker" and _is_number(schema, column)
             is_alignment = role == "alignment" and _is_alignment(kind)
             is_other = is_label or is_alignment or role in ("audio", "id")
-            if not is_other and not _is_text(schema, column):
+            if not is_other and (role == "alignment" or not _is_text(schema, column)):
                 raise UserError(f"the column '{column}' {where} is {kind}, which is no {role}; {remedy}")
 
 
@@ -164,8 +164,10 @@ def _is_text(schema: pa.Schema, column: str) -> bool:
 
 def _is_alignment(kind: pa.DataType) -> bool:
     """Whether a column holds words with their ends."""
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
-    return is_list and pa.types.is_struct(kind.value_type) and kind.value_type.get_field_index("end") >= 0
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_struct(kind.value_type):
+        return False
+    place = kind.value_type.get_field_index("end")
+    return place >= 0 and (pa.types.is_floating(end := kind.value_type[place].type) or pa.types.is_integer(end))
 
 
 def _is_number(schema: pa.Schema, column: str) -> bool:

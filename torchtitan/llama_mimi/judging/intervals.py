@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,36 +11,49 @@ RESAMPLES = 10_000
 Samples = Sequence[Mapping[str, Any]]
 
 
-def on_same_samples(systems: Mapping[str, Samples], column: str) -> tuple[dict[str, dict[str, float]], int]:
+@dataclass(frozen=True)
+class SameSamples:
+    """What is left of systems once they are of the same samples.
+
+    Args:
+        means: by system and prompt.
+        left_out: samples of each system that were left out, as another or itself has no value there.
+        empty: systems that were measured and have no value at all; they take no part.
+    """
+
+    means: dict[str, dict[str, float]]
+    left_out: dict[str, int]
+    empty: list[str]
+
+
+def on_same_samples(systems: Mapping[str, Samples], column: str) -> SameSamples:
     """The mean value of each prompt by system, over samples that have a value in all systems.
 
     Args:
         systems: samples with the keys prompt, sample (None where a system has one alone, which then stands beside all
-            of another's) and the columns that were measured. Systems in which no sample has the column take no part.
-
-    Returns:
-        Means by system and prompt, for prompts that are left in all systems, and the number of samples (prompt and
-        number) that were left out because they are empty in one of them.
+            of another's) and the columns that were measured. Systems that were not measured so take no part.
     """
-    systems = {name: samples for name, samples in systems.items() if any(column in sample for sample in samples)}
+    measured = {name: samples for name, samples in systems.items() if any(column in sample for sample in samples)}
+    heard = {n: s for n, s in measured.items() if any(sample.get(column) is not None for sample in s)}
     empty = {
         (sample["prompt"], sample["sample"])
-        for samples in systems.values()
+        for samples in heard.values()
         for sample in samples
         if sample.get(column) is None
     }
-    means: dict[str, dict[str, float]] = {}
-    for name, samples in systems.items():
-        values = defaultdict(list)
+    values: dict[str, dict[str, list[float]]] = {}
+    for name, samples in heard.items():
+        values[name] = defaultdict(list)
         for sample in samples:
             if not {(sample["prompt"], sample["sample"]), (sample["prompt"], None)} & empty:
-                values[sample["prompt"]].append(sample[column])
-        means[name] = {prompt: float(np.mean(of_prompt)) for prompt, of_prompt in values.items()}
-    in_all = set.intersection(*(set(of_system) for of_system in means.values())) if means else set()
-    return {
-        name: {prompt: mean for prompt, mean in of_system.items() if prompt in in_all}
-        for name, of_system in means.items()
-    }, len(empty)
+                values[name][sample["prompt"]].append(sample[column])
+    in_all = set.intersection(*(set(of_system) for of_system in values.values())) if values else set()
+    kept = {name: {prompt: of[prompt] for prompt in of if prompt in in_all} for name, of in values.items()}
+    return SameSamples(
+        means={name: {prompt: float(np.mean(some)) for prompt, some in of.items()} for name, of in kept.items()},
+        left_out={name: len(heard[name]) - sum(map(len, of.values())) for name, of in kept.items()},
+        empty=[name for name in measured if name not in heard],
+    )
 
 
 def interval(values_P: Sequence[float]) -> tuple[float, float]:

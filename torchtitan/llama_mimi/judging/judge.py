@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import tomllib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -75,13 +76,13 @@ def read_reply(text: str, names: Sequence[str]) -> dict[str, int]:
     Raises:
         BadReplyError: it is none.
     """
-    start, end = text.find("{"), text.rfind("}")
-    try:
-        scores = json.loads(text[start : end + 1])
-    except ValueError as error:
-        raise BadReplyError("no JSON") from error
-    if not isinstance(scores, dict) or scores.keys() != set(names):
+    scores = _last_object(text)
+    if scores is None:
+        raise BadReplyError("no JSON")
+    if len(scores) != len(names):
         raise BadReplyError("wrong number of scores")
+    if scores.keys() != set(names):
+        raise BadReplyError("scores of other criteria")
     low, high = SCALE
     for score in scores.values():
         if isinstance(score, bool) or not isinstance(score, int | float) or score != score // 1:
@@ -91,13 +92,23 @@ def read_reply(text: str, names: Sequence[str]) -> dict[str, int]:
     return {name: int(scores[name]) for name in names}
 
 
+def _last_object(text: str) -> dict[str, Any] | None:
+    """The last JSON object in a text: some models think aloud before, also in braces."""
+    for start in reversed([match.start() for match in re.finditer("{", text)]):
+        try:
+            return json.JSONDecoder().raw_decode(text, start)[0]
+        except ValueError:
+            continue
+    return None
+
+
 class Judge:
     """Scores of 1 to 5 by criterion.
 
     Args:
         url: of the server, such as http://localhost:8000/v1; None is OpenAI's own.
         model_name: that the server knows.
-        parallel: calls at once.
+        parallel: calls at once, of each rank.
     """
 
     name = "judge"
@@ -112,8 +123,6 @@ class Judge:
                 "--judge_model needs the package openai, which is not installed; install llama-mimi[judging]"
             ) from error
         key = os.environ.get("OPENAI_API_KEY")
-        if key is None and url is None:
-            raise UserError("--judge_model without --judge_url asks OpenAI; set OPENAI_API_KEY, or name a --judge_url")
         self._errors, self._url, self._model_name = openai, url, model_name
         self._client = openai.OpenAI(base_url=url, api_key=key or "none", max_retries=RETRIES, timeout=timeout_seconds)
         self._criteria, self._parallel = criteria, parallel
@@ -192,4 +201,5 @@ class Judge:
             ) from error
         except (self._errors.OpenAIError, ValueError) as error:
             return f"(no reply of this protocol: {first_line(error)})"
-        return (reply.choices[0].message.content or "") if getattr(reply, "choices", None) else ""
+        message = reply.choices[0].message if getattr(reply, "choices", None) else None
+        return message.content or "" if message else ""

@@ -1,5 +1,6 @@
 """Every measure that was asked for, of every sample: one record each."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from llama_mimi.judging.sound import Aesthetics, DistillMos, Pair, Pauses, Speak
 from llama_mimi.judging.systems import MIN_SECONDS, Clip, Sample
 from llama_mimi.judging.words import Perplexity, TextPair, Transcripts, words_of
 
+BATCH_SIZES = (8, 16)  # without and with a GPU; Whisper large takes half a GB of a clip in float32
 MEASURED = "measured"  # folder of the values of all systems
 Record = dict[str, Any]
 
@@ -31,9 +33,10 @@ class MeasureOptions:
         judge_model: name of a model that --judge_url serves; without, no judge.
         judge_url: of a server that speaks OpenAI's protocol, such as http://localhost:8000/v1; by default OpenAI's.
         judge_criteria: what the judge is asked.
-        judge_parallel: calls at once.
+        judge_parallel: calls at once, of each rank of torchrun.
         judge_timeout: seconds that a call may take.
-        dry_run: print what the judge would be asked, and how many calls that is, instead of asking it.
+        dry_run: transcribe, then print what the judge would be asked and how many calls that is, and nothing else.
+        listening_batch_size: clips or texts that are heard or read at once; by default 8, on GPUs 16.
 
     Raises:
         UserError: flags that do not go together, or a file of criteria that is none.
@@ -50,6 +53,7 @@ class MeasureOptions:
     judge_parallel: int = 8
     judge_timeout: float = 120.0
     dry_run: bool = False
+    listening_batch_size: int | None = None
 
     def __post_init__(self) -> None:
         if (self.text_model or self.judge_model or self.language) and self.asr_model is None:
@@ -59,8 +63,14 @@ class MeasureOptions:
         for flag in ("judge_parallel", "judge_timeout"):
             if not 0 < getattr(self, flag) < float("inf"):
                 raise UserError(f"--{flag} is {getattr(self, flag)}; it must be a positive number")
+        if self.listening_batch_size is not None and self.listening_batch_size < 1:
+            raise UserError(f"--listening_batch_size is {self.listening_batch_size}; it must be 1 or more")
         if self.judge_model is not None:
             read_criteria(self.judge_criteria)
+            if self.judge_url is None and "OPENAI_API_KEY" not in os.environ and not self.dry_run:
+                raise UserError(
+                    "--judge_model without --judge_url asks OpenAI; set OPENAI_API_KEY, or name a --judge_url"
+                )
 
 
 class Listener:
@@ -68,14 +78,11 @@ class Listener:
 
     Args:
         folder: of the prompts and all systems that continue them; values are kept there.
-        batch_size: clips or texts at once.
     """
 
-    def __init__(
-        self, options: MeasureOptions, prompts: PromptSet, folder: Path, batch_size: int, ranks: Ranks
-    ) -> None:
-        self._options, self._prompts, self._folder = options, prompts, folder
-        self._batch_size, self._ranks = batch_size, ranks
+    def __init__(self, options: MeasureOptions, prompts: PromptSet, folder: Path, ranks: Ranks) -> None:
+        self._options, self._prompts, self._folder, self._ranks = options, prompts, folder, ranks
+        self._batch_size = options.listening_batch_size or BATCH_SIZES[ranks.device.type == "cuda"]
         self.described: dict[str, Any] = {}  # what took each measure
         self.stages: dict[str, Stage] = {}  # what it cost
 
@@ -93,20 +100,23 @@ class Listener:
                 records[place]["missing"]["sound"] = "too short"
         heard = {n: sample.clip for n, sample in enumerate(samples) if not records[n]["missing"]}
         prompts = {n: Clip(self._prompts.path(samples[n].prompt)) for n in heard}
-        if options.speaker_model is not None:
+        if options.speaker_model is not None and not options.dry_run:
             pairs = {n: Pair(prompts[n], clip) for n, clip in heard.items()}
             self._enter(records, SpeakerSimilarity(options.speaker_model, device), pairs)
-        if options.quality == "distillmos":
+        if options.quality == "distillmos" and not options.dry_run:
             self._enter(records, DistillMos(device, self._batch_size), heard)
-        elif options.quality == "aesthetics":
+        elif options.quality == "aesthetics" and not options.dry_run:
             self._enter(records, Aesthetics(self._batch_size), heard)
         if options.asr_model is not None:
             said = self._transcribe(
                 Transcripts(options.asr_model, options.language, device, self._batch_size), heard, prompts
             )
+            for record in records:
+                record["words_per_minute"] = None
             for place, pair in said.items():
                 words = len(words_of(pair.continuation))
                 records[place] |= {
+                    "prompt_text": pair.prompt,
                     "text": pair.continuation,
                     "words_per_minute": 60 * words / records[place]["seconds"],
                 }
@@ -130,7 +140,7 @@ class Listener:
     def _read(self, records: Sequence[Record], said: Mapping[int, TextPair]) -> None:
         """Enter what is to be said of texts; in a dry run say what the judge would be asked."""
         options = self._options
-        if options.text_model is not None:
+        if options.text_model is not None and not options.dry_run:
             self._enter(records, Perplexity(options.text_model, self._ranks.device, self._batch_size), said)
         if options.judge_model is None:
             return

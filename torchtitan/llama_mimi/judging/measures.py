@@ -1,5 +1,6 @@
 """What a measure is, and how any of them is taken of many inputs: shared by ranks, and kept when a run is killed."""
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -63,6 +64,8 @@ def take(
     began = time.perf_counter()
     with tqdm(total=len(mine), desc=measure.name, disable=ranks.rank > 0 or not mine) as progress:
         for place, value in measure.values([inputs[key] for key in mine]) if mine else ():
+            if isinstance(value, float) and not math.isfinite(value):
+                value = f"{FAILED}not finite"
             new[mine[place]] = value
             if not (isinstance(value, str) and value.startswith(FAILED)):
                 log.add({mine[place]: value})

@@ -4,6 +4,7 @@ import hashlib
 import heapq
 import json
 import re
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +20,8 @@ from llama_mimi.data.corpora import AudioCorpus, open_corpus
 
 MANIFEST = "prompts.json"
 PROMPTS, RECORDINGS = "prompts", "recordings"
+UNFINISHED = f"{PROMPTS}.partial"
+MAX_UNREADABLE = 0.1  # of all recordings
 GRID_SECONDS = 0.08  # a frame of Mimi: a prompt of whole frames is not filled up with silence
 MAX_RECORDING_SECONDS = 60.0  # of which the rest is not read
 SEARCH_SHARE = 1 / 6  # of the prompt's length, before and after: 3 s are cut between 2.5 and 3.5 s
@@ -37,7 +40,7 @@ class PromptOptions:
         split: of a folder that holds several.
         audio_column: of the recordings.
         speaker_column: shuffled pairs are of two speakers where the corpus has it.
-        alignment_column: of words with their end in seconds; prompts end with a word where the corpus has it.
+        alignment_column: of words, each with its ``end`` in seconds: prompts then end with a word.
         prompt_seconds: of a prompt, about.
         recording_seconds: shorter recordings are left out; by default twice --prompt_seconds.
         limit: so many recordings, drawn by the hash of their names; by default all.
@@ -51,7 +54,7 @@ class PromptOptions:
     split: str | None = None
     audio_column: str = "audio"
     speaker_column: str = "speaker"
-    alignment_column: str = "words"
+    alignment_column: str | None = None
     prompt_seconds: float = 3.0
     recording_seconds: float | None = None
     limit: int | None = None
@@ -64,6 +67,8 @@ class PromptOptions:
                 f"--recording_seconds is {self.recording_seconds}; recordings must go on after a prompt of "
                 f"{self.prompt_seconds:g} s, so make it {1.25 * self.prompt_seconds:g} or more"
             )
+        if self.min_seconds > MAX_RECORDING_SECONDS:
+            raise UserError(f"recordings of {self.min_seconds:g} s are asked for; {MAX_RECORDING_SECONDS:g} s are read")
         if self.limit is not None and self.limit < 1:
             raise UserError(f"--limit is {self.limit}; it must be 1 or more")
 
@@ -132,19 +137,29 @@ def make_prompts(folder: Path, options: PromptOptions) -> PromptSet:
         prompts = PromptSet(folder, tuple(Prompt(**prompt) for prompt in earlier["prompts"]))
         _check_files(prompts)
         return prompts
-    columns = {"speaker": options.speaker_column, "alignment": options.alignment_column}
+    if (folder / PROMPTS).exists():
+        raise UserError(
+            f"'{folder / PROMPTS}' is of a folder without {MANIFEST}; remove it, or name another --output_dir"
+        )
+    columns = {"speaker": options.speaker_column}
+    if options.alignment_column is not None:
+        columns["alignment"] = options.alignment_column
     corpus = open_corpus(options.corpus, options.dataset_path, options.audio_column, None, columns, options.split)
+    if options.alignment_column is not None and "alignment" not in corpus.columns:
+        raise UserError(f"'{options.corpus}' has no column '{options.alignment_column}'; leave out --alignment_column")
     chosen, left_out = _choose(corpus, options)
     if not chosen:
         raise UserError(
             f"no recording of '{options.corpus}' is {options.min_seconds:g} s long ({_listed(left_out)}); lower "
             "--recording_seconds and --prompt_seconds"
         )
+    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)  # of a run that was killed
     made = tuple(
         _write(folder, row, corpus, options.prompt_seconds)
         for row in _rows(corpus)
         if (row.group, row.number) in chosen
     )
+    (folder / UNFINISHED).rename(folder / PROMPTS)
     manifest = {"settings": settings, "left_out": dict(left_out), "prompts": [asdict(prompt) for prompt in made]}
     write_atomically(str(folder), MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
     cuts = Counter(prompt.cut for prompt in made)
@@ -211,14 +226,12 @@ def _choose(corpus: AudioCorpus, options: PromptOptions) -> tuple[set[tuple[int,
     """Group and row of recordings that are long enough, drawn by the hash of their names."""
     left_out: Counter[str] = Counter()
     drawn: list[tuple[int, int, int]] = []  # a heap with the one to give up first
-    sources: dict[str, str] = {}
+    names: set[str] = set()
+    unreadable = 0
     for row in tqdm(_rows(corpus), total=int(corpus.sizes_G.sum()), unit="recording", desc="prompts"):
-        if row.name in sources:
-            raise UserError(
-                f"'{sources[row.name]}' and '{row.source}' of '{corpus.name}' would both be called '{row.name}'; "
-                "give rows ids of their own"
-            )
-        sources[row.name] = row.source
+        if row.name in names:
+            raise UserError(f"'{corpus.name}' has two rows with the id '{row.source}'; give each its own")
+        names.add(row.name)
         rank = -int.from_bytes(hashlib.sha256(row.name.encode()).digest()[:8])
         is_full = len(drawn) == options.limit
         if is_full and rank < drawn[0][0]:
@@ -229,6 +242,7 @@ def _choose(corpus: AudioCorpus, options: PromptOptions) -> tuple[set[tuple[int,
         except AudioError as error:
             print(f"left out: {error}", flush=True)
             left_out[error.reason] += 1
+            unreadable += 1
             continue
         if seconds < options.min_seconds:
             left_out["too short"] += 1
@@ -237,33 +251,55 @@ def _choose(corpus: AudioCorpus, options: PromptOptions) -> tuple[set[tuple[int,
             left_out["beyond --limit"] += 1
         else:
             heapq.heappush(drawn, (rank, row.group, row.number))
+    if unreadable > max(MAX_UNREADABLE * len(names), 1):
+        raise UserError(
+            f"{unreadable:,} of {len(names):,} recordings of '{corpus.name}' cannot be read, which is more than "
+            f"{100 * MAX_UNREADABLE:g} %; mend the corpus"
+        )
     return {(group, number) for _, group, number in drawn}, left_out
 
 
 def _rows(corpus: AudioCorpus) -> Iterator[_Row]:
+    number_read = 0
     for group in range(len(corpus.sizes_G)):
         table = corpus.read_group(group)
         for number in range(table.num_rows):
             content = table.slice(number, 1).to_pylist()[0]
             row_id = content.get("id")
             source = corpus.row_name(group, number) if row_id is None else str(row_id)
-            yield _Row(re.sub(r"[^A-Za-z0-9.-]+", "-", source).strip("-."), source, group, number, content)
+            name = f"row-{number_read:06d}" if row_id is None else source
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]{0,99}", name):  # cannot be a file's, or not on every system
+                cleaned = re.sub(r"[^A-Za-z0-9.-]+", "-", name)[:60].strip("-.")
+                name = f"{cleaned}-{hashlib.sha256(name.encode()).hexdigest()[:8]}".lstrip("-")
+            number_read += 1
+            yield _Row(name, source, group, number, content)
 
 
 def _write(folder: Path, row: _Row, corpus: AudioCorpus, prompt_seconds: float) -> Prompt:
     waveform = row.read(corpus)
-    words = row.content.get("alignment")
-    seconds, cut = cut_seconds(waveform, prompt_seconds, words and [float(word["end"]) for word in words])
+    ends = [word["end"] for word in row.content.get("alignment") or () if word["end"] is not None]
+    if ends and max(ends) > waveform.seconds + 1:
+        raise UserError(
+            f"a word of {row.source} ends at {max(ends):g} s, and the recording at {waveform.seconds:g} s; give the "
+            "ends of --alignment_column in seconds"
+        )
+    seconds, cut = cut_seconds(waveform, prompt_seconds, ends)
     end = round(seconds * waveform.sample_rate_hz)
     hashes = []
-    for part, samples_S in ((PROMPTS, waveform.samples_S[:end]), (RECORDINGS, waveform.samples_S)):
+    for part, samples_S in ((UNFINISHED, waveform.samples_S[:end]), (RECORDINGS, waveform.samples_S)):
         path = folder / part / f"{row.name}.wav"
         write_wav(path, Waveform(samples_S, waveform.sample_rate_hz))
         hashes.append(file_sha256(path))
-    return Prompt(row.name, row.source, str(row.content.get("speaker") or ""), seconds, cut, *hashes)
+    speaker = row.content.get("speaker")
+    return Prompt(row.name, row.source, "" if speaker is None else str(speaker), seconds, cut, *hashes)
 
 
 def _check_files(prompts: PromptSet) -> None:
+    found = {path.stem for path in (prompts.folder / PROMPTS).glob("*")}
+    if strangers := found - {prompt.name for prompt in prompts.prompts}:
+        raise UserError(
+            f"'{prompts.folder / PROMPTS}' holds '{min(strangers)}', which {MANIFEST} does not list; move it out"
+        )
     for prompt in prompts.prompts:
         for path, sha256 in (
             (prompts.path(prompt), prompt.sha256),

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import re
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from llama_mimi.audio.mimi import CodecAttention, MimiCodec, codec_hash
+from llama_mimi.audio.mimi import CodecAttention, MimiCodec, codec_hash, load_codec_config
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import read_json, write_atomically
 from llama_mimi.common.ranks import Ranks, from_first, torchrun_ranks
@@ -58,7 +59,7 @@ class GenerationOptions:
         num_quantizers: levels of the codec's reconstruction; by default the model's.
         codec: hub id or folder; by default what the model names.
         codec_attention: by default that of the model's training codes.
-        batch_size: samples that are drawn, and clips that are heard, at once; by default 8, on GPUs 64.
+        batch_size: samples that are drawn at once; by default 8, on GPUs 64.
         device: by default the accelerator where there is one.
         dtype: precision of the decoder.
 
@@ -90,7 +91,11 @@ class GenerationOptions:
             raise UserError(f"--batch_size is {self.batch_size}; it must be 1 or more")
         if self.system in (RECORDING, SHUFFLED) or self.system.startswith(RECONSTRUCTION):
             raise UserError(f"a system cannot be called '{self.system}', as a reference is; give it another --name")
-        if not self.system or "/" in self.system or self.system in (PROMPTS, RECORDINGS, MEASURED):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.system) or self.system in (
+            PROMPTS,
+            RECORDINGS,
+            MEASURED,
+        ):
             raise UserError(f"--name is '{self.system}', which cannot be the name of a result file; choose another")
 
     @property
@@ -109,18 +114,18 @@ def judge_generations(options: GenerationOptions) -> None:
         try:
             _run(options, ranks)
         except torch.OutOfMemoryError as error:
-            raise UserError(f"the memory of '{ranks.device}' is full; lower --batch_size") from error
+            raise UserError(
+                f"the memory of '{ranks.device}' is full; lower --listening_batch_size, or --batch_size if no sample "
+                "was made"
+            ) from error
 
 
 def _run(options: GenerationOptions, ranks: Ranks) -> None:
     prompts = from_first(lambda: make_prompts(options.output_dir, options.prompts))
-    began = time.time()
-    own, made_by, codec = _system(options, prompts, ranks)
-    num_new = sum(sample.clip.path.stat().st_mtime >= began for sample in own)
-    stages = {"generation": Stage(num_new, time.time() - began)}
+    own, made_by, codec, stages = _system(options, prompts, ranks)
     systems = {options.system: own, **_references(options, prompts, codec, ranks)}
-    batch_size = options.batch_size or BATCH_SIZES[ranks.device.type == "cuda"]
-    listener = Listener(options.measures, prompts, options.output_dir, batch_size, ranks)
+    from_first(lambda: _check_earlier(options.output_dir / f"{options.system}.json", made_by))
+    listener = Listener(options.measures, prompts, options.output_dir, ranks)
     everything = [sample for samples in systems.values() for sample in samples]
     records = iter(listener.records(everything))
     by_system = {system: list(itertools.islice(records, len(samples))) for system, samples in systems.items()}
@@ -153,8 +158,8 @@ def _audio_sha256(samples: Sequence[Sample]) -> str:
 
 def _system(
     options: GenerationOptions, prompts: PromptSet, ranks: Ranks
-) -> tuple[list[Sample], Record, MimiCodec | None]:
-    """Samples to judge, how they were made, and the codec to reconstruct recordings by, if there is one."""
+) -> tuple[list[Sample], Record, MimiCodec | None, dict[str, Stage]]:
+    """Samples to judge, how they were made, the codec to reconstruct recordings by, and what new samples cost."""
     if options.wavs is not None:
         codec = None
         if options.codec is not None and options.num_quantizers is not None:
@@ -163,7 +168,7 @@ def _system(
         folder = options.wavs
         seconds = options.sampling.seconds
         samples = from_first(lambda: wavs(prompts, folder, hold_prompt=options.wavs_hold_prompt, max_seconds=seconds))
-        return samples, {"wavs": str(folder)}, codec
+        return samples, {"wavs": str(folder)}, codec, {}
     assert options.model_name is not None
     model = load_speech_model(
         options.model_name,
@@ -173,16 +178,32 @@ def _system(
         dtype=options.dtype,
     )
     made_by = from_first(lambda: describe_model(str(options.model_name), model, options.dtype))
+    if options.num_quantizers is not None:
+        load_codec_config(model.codec.name, options.num_quantizers)
     folder = options.output_dir / options.system
+    before = set(folder.glob("*.wav"))
+    began = time.perf_counter()
     num_rows = options.batch_size or BATCH_SIZES[ranks.device.type == "cuda"]
     records = continue_folder(model, options.output_dir / PROMPTS, folder, options.sampling, num_rows, ranks, made_by)
     samples = continuations(prompts, folder, records, model.codec.frame_rate_hz)
-    codec = model.codec.at_depth(options.num_quantizers) if options.num_quantizers else model.codec
-    return samples, read_json(str(folder), SETTINGS) or {}, codec
+    num_new = sum(sample.clip.path not in before for sample in samples)
+    stage = Stage(num_new, round(time.perf_counter() - began, 2))
+    codec = model.codec.at_depth(options.num_quantizers or model.codec.num_quantizers)
+    return samples, read_json(str(folder), SETTINGS) or {}, codec, {"generation": stage}
+
+
+def _check_earlier(path: Path, made_by: Record) -> None:
+    """Refuse to replace the result of another system of this name."""
+    earlier = (read_json(str(path.parent), path.name) or {}).get("made_by", made_by)
+    for key in ("wavs", "model_sha256"):
+        if earlier.get(key) != made_by.get(key):
+            raise UserError(f"'{path}' is of another system, with {key} {earlier.get(key)!r}; give this one a --name")
 
 
 def _references(options: GenerationOptions, prompts: PromptSet, codec: MimiCodec | None, ranks: Ranks) -> Systems:
     seconds = options.sampling.seconds
+    if ranks.rank == 0 and not any(prompt.speaker for prompt in prompts.prompts):
+        print("the corpus names no speakers, so that shuffled pairs may be of one voice", flush=True)
     references = {RECORDING: recordings(prompts, seconds), SHUFFLED: shuffled(prompts, seconds)}
     if codec is not None:
         name = f"{RECONSTRUCTION}_q{codec.num_quantizers}"
@@ -203,14 +224,15 @@ def _keep(folder: Path, of_codec: Record) -> None:
 
 
 def _write(folder: Path, records: Mapping[str, list[Record]], header: Record, of_own: Mapping[str, Record]) -> None:
-    """A result file for each system."""
+    """A result file for each system; its means are over samples that have a value in all of them."""
+    results = means(records)
     for system, of_system in records.items():
         reasons = Counter(f"{name}: {why}" for record in of_system for name, why in record["missing"].items())
         result: Record = {
             **header,
             "system": system,
             **of_own[system],
-            "results": {name: of[system] for name, of in means({system: of_system}).items() if system in of},
+            "results": {name: of[system] for name, of in results.items() if system in of},
             "missing": dict(reasons),
             "samples": of_system,
         }

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
-from functools import lru_cache
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -11,8 +10,9 @@ from transformers import AutoFeatureExtractor, WavLMForXVector
 
 from llama_mimi.audio.silence import silences
 from llama_mimi.common.errors import UserError
-from llama_mimi.common.hub import load_pretrained, weights_sha256
+from llama_mimi.common.hub import load_pretrained
 from llama_mimi.judging.measures import in_batches
+from llama_mimi.judging.models import describe_listener, load_listener
 from llama_mimi.judging.systems import Clip
 
 RATE_HZ = 16_000  # of all models here
@@ -44,21 +44,21 @@ class SpeakerSimilarity:
     name = "similarity"
 
     def __init__(self, model_name: str, device: torch.device) -> None:
-        self._model_name, self._device = model_name, device
-        self._model = load_pretrained(
-            WavLMForXVector, model_name, what="speaker model", dtype=torch.float32, allow_torch_weights=True
-        )
-        self._model = self._model.to(device).eval()
+        self._device = device
+        self._model = load_listener(WavLMForXVector, model_name, device, what="speaker model")
+        self._description = describe_listener(model_name)
         self._features = load_pretrained(AutoFeatureExtractor, model_name, what="speaker model")
-        self._of_prompt = lru_cache(maxsize=8)(self.embed)  # samples of one prompt follow each other
 
     def describe(self) -> dict[str, Any]:
-        return {"model": self._model_name, "sha256": weights_sha256(self._model_name)}
+        return self._description
 
     def values(self, inputs: Sequence[Pair]) -> Iterator[tuple[int, float]]:
-        for place, pair in enumerate(inputs):
-            prompt_D, continuation_D = self._of_prompt(pair.prompt), self.embed(pair.continuation)
-            yield place, float(torch.nn.functional.cosine_similarity(prompt_D, continuation_D, dim=0))
+        of_prompts: dict[str, torch.Tensor] = {}
+        for place, (prompt, continuation) in enumerate(inputs):
+            if prompt.key not in of_prompts:
+                of_prompts[prompt.key] = self.embed(prompt)
+            similarity = torch.nn.functional.cosine_similarity(of_prompts[prompt.key], self.embed(continuation), dim=0)
+            yield place, float(similarity)
 
     @torch.inference_mode()
     def embed(self, clip: Clip) -> torch.Tensor:

@@ -22,6 +22,7 @@ from llama_mimi.judging.prompts import Prompt, PromptSet, file_sha256
 RECORDING, SHUFFLED = "recording", "shuffled"
 # A voice cannot be told from less, and a recogniser hears words in anything that is so short.
 MIN_SECONDS = 0.4
+ROUNDING_SECONDS = 0.1  # that a file may be shorter than its prompt, as frames of codecs are
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def reconstructions(
     ]
     for prompt in tqdm(mine, unit="recording", desc=folder.name, disable=ranks.rank > 0 or not mine):
         path = folder / f"{prompt.name}.wav"
-        whole = Clip(prompts.recording_path(prompt), 0, prompt.seconds + max_seconds).read(codec.sample_rate_hz)
+        whole = Clip(prompts.recording_path(prompt)).read(codec.sample_rate_hz)
         (codes_TQ,) = codec.encode([whole.samples_S])
         decoded_S = decode_long(codec, codes_TQ)[: len(whole.samples_S)]
         aside = path.with_suffix(".partial.wav")
@@ -201,9 +202,9 @@ def _sample_of(stem: str, by_name: Mapping[str, Prompt]) -> tuple[str, int] | No
 def _clip_of(path: Path, prompt: Prompt, hold_prompt: bool, max_seconds: float) -> Clip:
     start = prompt.seconds if hold_prompt else 0.0
     clip = Clip(path, start, start + max_seconds)
-    if hold_prompt and path.stat().st_size and not len(clip.read(8_000).samples_S):
+    if hold_prompt and Clip(path).read(8_000).seconds < prompt.seconds - ROUNDING_SECONDS:
         raise UserError(
-            f"'{path}' is not longer than its prompt of {prompt.seconds:g} s; leave out --wavs_hold_prompt if files "
-            "hold the continuation alone"
+            f"'{path}' is shorter than its prompt of {prompt.seconds:g} s; leave out --wavs_hold_prompt if files hold "
+            "the continuation alone"
         )
     return clip

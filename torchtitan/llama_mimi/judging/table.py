@@ -65,15 +65,15 @@ def means(systems: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[
     results: dict[str, dict[str, dict[str, Any]]] = {}
     for name in columns_in(systems):
         shown = column_of(name).shown
-        by_system, left_out = on_same_samples(systems, name)
+        same = on_same_samples(systems, name)
         results[name] = {
             system: {
                 "mean": shown(sum(values.values()) / len(values)),
                 "interval": tuple(map(shown, interval(list(values.values())))),
                 "count": len(values),
-                "left_out": left_out,
+                "left_out": same.left_out[system],
             }
-            for system, values in by_system.items()
+            for system, values in same.means.items()
             if values
         }
     return results
@@ -97,17 +97,16 @@ def table(
         cells = [f"{scores[name]:.{column_of(name).digits}f}" if name in scores else "" for name in results]
         lines.append([label, *cells])
     rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    counts = sorted({result["count"] for of in results.values() for result in of.values()})
-    notes = [
-        f"- Means over {' to '.join(f'{count:,}' for count in counts[:: max(len(counts) - 1, 1)])} prompts, with 95 % "
-        "bootstrap intervals over prompts."
-    ]
-    for name, of in results.items():
-        if left_out := max((result["left_out"] for result in of.values()), default=0):
-            notes.append(
-                f"- {column_of(name).heading}: left out of all rows, as one of the systems has no value there: "
-                f"samples {left_out:,}."
-            )
+    notes = ["- Means over prompts, with 95 % bootstrap intervals over prompts."]
+    for name in results:
+        same, heading = on_same_samples(systems, name), column_of(name).heading
+        counts = sorted({len(values) for values in same.means.values()})
+        left_out = [f"{system} {number:,}" for system, number in same.left_out.items() if number]
+        notes.append(f"- {heading}: {counts[0] if counts else 0:,} prompts.")
+        if left_out:
+            notes[-1] += f" Samples left out, as one of the systems has no value there: {', '.join(left_out)}."
+        if same.empty:
+            notes[-1] += f" Without any value, and so without a part in this: {', '.join(same.empty)}."
     return "\n\n".join([rows, "\n".join(notes)])
 
 
@@ -116,7 +115,7 @@ def differences(systems: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     lines = ["| | A | B | A - B | 95 % interval | prompts |", "|---|---|---|---|---|---|"]
     for name in columns_in(systems):
         column = column_of(name)
-        by_system, _ = on_same_samples(systems, name)
+        by_system = on_same_samples(systems, name).means
         for (a, values_a), (b, values_b) in itertools.combinations(by_system.items(), 2):
             if not values_a:
                 continue

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -17,15 +18,16 @@ from transformers import (
     pipeline,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
-from transformers.models.whisper.english_normalizer import BasicTextNormalizer
 
 from llama_mimi.common.errors import UserError
-from llama_mimi.common.hub import load_pretrained, weights_sha256
+from llama_mimi.common.hub import load_pretrained
 from llama_mimi.judging.measures import in_batches
+from llama_mimi.judging.models import describe_listener, load_listener
 from llama_mimi.judging.sound import RATE_HZ
 from llama_mimi.judging.systems import Clip
 
-_normalize = BasicTextNormalizer()  # Whisper's own for all languages: small letters, no marks
+# Letters and digits, also around an apostrophe or a point: don't and 10.5 are one word each.
+_WORD = re.compile(r"[^\W_]+(?:['\u2019.][^\W_]+)*")
 
 
 class TextPair(NamedTuple):
@@ -41,8 +43,8 @@ class TextPair(NamedTuple):
 
 
 def words_of(text: str) -> list[str]:
-    """Words of a transcript, without marks and capitals."""
-    return _normalize(text).split()
+    """Words of a transcript in a script that parts them, without marks and capitals."""
+    return _WORD.findall(text.lower())
 
 
 class Transcripts:
@@ -57,31 +59,36 @@ class Transcripts:
     name = "transcripts"
 
     def __init__(self, model_name: str, language: str | None, device: torch.device, batch_size: int) -> None:
-        self._model_name, self._language = model_name, language
         config = load_pretrained(AutoConfig, model_name, what="recogniser")
+        is_whisper = config.model_type == "whisper"
         is_seq2seq = config.model_type in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
-        if language is not None and not is_seq2seq:
-            raise UserError(f"--language is '{language}', but '{model_name}' is not told a language; leave it out")
         model_class = AutoModelForSpeechSeq2Seq if is_seq2seq else AutoModelForCTC
+        model = load_listener(model_class, model_name, device, what="recogniser")
+        languages = getattr(getattr(model, "generation_config", None), "lang_to_id", None) or {}
+        if language is not None and f"<|{language}|>" not in languages:
+            raise UserError(
+                f"--language is '{language}', which '{model_name}' cannot be told; leave it out, or give a code of its "
+                "languages, such as en"
+            )
+        # Greedy; Whisper hears more than 30 s with timestamps alone.
+        self._options: dict[str, Any] = {"generate_kwargs": {"num_beams": 1, "do_sample": False}} if is_seq2seq else {}
+        if is_whisper:
+            self._options["return_timestamps"] = True
+        if language is not None:
+            self._options["generate_kwargs"] |= {"language": language, "task": "transcribe"}
+        self._description = {**describe_listener(model_name), "language": language, "num_beams": 1}
         self._pipeline = pipeline(
             "automatic-speech-recognition",
-            model=load_pretrained(
-                model_class, model_name, what="recogniser", dtype=torch.float32, allow_torch_weights=True
-            ).eval(),
+            model=model,
             tokenizer=load_pretrained(AutoTokenizer, model_name, what="recogniser"),
             feature_extractor=load_pretrained(AutoFeatureExtractor, model_name, what="recogniser"),
             device=device,
             # Of models with CTC the pipeline reads what they hear in the padding of a batch, too.
             batch_size=batch_size if is_seq2seq else 1,
         )
-        self._options: dict[str, Any] = {}
-        if is_seq2seq:  # one with timestamps hears more than 30 s
-            self._options = {"return_timestamps": True, "generate_kwargs": {"do_sample": False}}
-            if language is not None:
-                self._options["generate_kwargs"] |= {"language": language, "task": "transcribe"}
 
     def describe(self) -> dict[str, Any]:
-        return {"model": self._model_name, "sha256": weights_sha256(self._model_name), "language": self._language}
+        return self._description
 
     def values(self, inputs: Sequence[Clip]) -> Iterator[tuple[int, str]]:
         audio = ({"raw": clip.read(RATE_HZ).samples_S.numpy(), "sampling_rate": RATE_HZ} for clip in inputs)
@@ -101,14 +108,12 @@ class Perplexity:
 
     def __init__(self, model_name: str, device: torch.device, batch_size: int) -> None:
         self._model_name, self._device, self._batch_size = model_name, device, batch_size
-        self._model = load_pretrained(
-            AutoModelForCausalLM, model_name, what="language model", dtype=torch.float32, allow_torch_weights=True
-        )
-        self._model = self._model.to(device).eval()
+        self._model = load_listener(AutoModelForCausalLM, model_name, device, what="language model")
+        self._description = describe_listener(model_name)
         self._tokenizer = load_pretrained(AutoTokenizer, model_name, what="language model")
 
     def describe(self) -> dict[str, Any]:
-        return {"model": self._model_name, "sha256": weights_sha256(self._model_name)}
+        return self._description
 
     @torch.inference_mode()
     def values(self, inputs: Sequence[TextPair]) -> Iterator[tuple[int, float]]:
