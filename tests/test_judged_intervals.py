@@ -79,7 +79,7 @@ def test_a_system_without_any_value_takes_nothing_from_others():
     assert (same.means, same.left_out, same.empty) == ({"b": {"x": 2.0}}, {"b": 1}, ["a"])
     text = table(systems)
     assert "| a |  |" in text and "| b | 2.000 (2.000 to 2.000) |" in text
-    assert "1 prompts. Samples left out, as one of the systems has no value there: b 1. Without any value" in text
+    assert "1 prompt. Samples left out, as one of the systems has no value there: b 1. Without any value" in text
     assert differences(systems) == "" and "0 prompts. Without any value" in table({"a": systems["a"]})
 
 
@@ -115,7 +115,5 @@ def test_logarithms_are_shown_as_perplexities_and_ratios():
 def test_what_was_left_out_is_said():
     systems = {"a": rows({"x": [1.0, None], "y": [None, None]}), "b": rows({"x": 2.0, "y": 3.0})}
     text = table(systems, [("others [a paper]", {"similarity": 0.346, "judge/content": 3.0})])
-    assert (
-        "speaker similarity: 1 prompts. Samples left out, as one of the systems has no value there: a 3, b 1." in text
-    )
+    assert "speaker similarity: 1 prompt. Samples left out, as one of the systems has no value there: a 3, b 1." in text
     assert "| others [a paper] | 0.346 |" in text

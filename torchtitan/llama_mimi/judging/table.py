@@ -97,16 +97,19 @@ def table(
         cells = [f"{scores[name]:.{column_of(name).digits}f}" if name in scores else "" for name in results]
         lines.append([label, *cells])
     rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    notes = ["- Means over prompts, with 95 % bootstrap intervals over prompts."]
+    headings_of: dict[str, list[str]] = {}
     for name in results:
-        same, heading = on_same_samples(systems, name), column_of(name).heading
-        counts = sorted({len(values) for values in same.means.values()})
+        same = on_same_samples(systems, name)
+        count = max(map(len, same.means.values()), default=0)
         left_out = [f"{system} {number:,}" for system, number in same.left_out.items() if number]
-        notes.append(f"- {heading}: {counts[0] if counts else 0:,} prompts.")
+        note = f"{count:,} prompt{'s' * (count != 1)}."
         if left_out:
-            notes[-1] += f" Samples left out, as one of the systems has no value there: {', '.join(left_out)}."
+            note += f" Samples left out, as one of the systems has no value there: {', '.join(left_out)}."
         if same.empty:
-            notes[-1] += f" Without any value, and so without a part in this: {', '.join(same.empty)}."
+            note += f" Without any value, and so without a part in this: {', '.join(same.empty)}."
+        headings_of.setdefault(note, []).append(column_of(name).heading)
+    notes = ["- Means over prompts, with 95 % bootstrap intervals over prompts."]
+    notes += [f"- {', '.join(headings)}: {note}" for note, headings in headings_of.items()]
     return "\n\n".join([rows, "\n".join(notes)])
 
 
