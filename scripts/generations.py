@@ -41,7 +41,12 @@ def read_generations(reports: Mapping[Path, Mapping[str, Any]]) -> list[Systems]
             raise UserError(f"'{path}' is a second result of '{report['system']}' on the same prompts; leave one out")
         heard[audio] = report["audio_sha256"]
         sets[key][report["system"]] = report["samples"]
-    return list(sets.values())
+    return [dict(sorted(systems.items(), key=_references_last)) for systems in sets.values()]
+
+
+def _references_last(system: tuple[str, list[dict[str, Any]]]) -> tuple[bool, str]:
+    name, samples = system
+    return all(sample["sample"] is None for sample in samples), name
 
 
 def read_published_generations(path: Path) -> list[tuple[str, dict[str, float]]]:

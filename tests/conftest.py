@@ -40,6 +40,7 @@ HEAVY = [
     "test_evaluation",
     "test_parallelism",
     "test_scripts",
+    "test_judging",
     "test_order",
     "test_code_store",
 ]

@@ -35,6 +35,7 @@ ELSEWHERE = {
     "uv run python scripts/benchmarks/bench_data.py": "minutes at its smallest; tests/test_commands.py",
     "uv run python scripts/benchmarks/bench_eval.py": "minutes at its smallest; tests/test_likelihood.py",
     "uv run python scripts/benchmarks/compare_arms.py": "an hour; tests/test_compare_arms.py",
+    "uv run python scripts/tiny/train_tiny_listeners.py": "11 and 44 minutes; tests/test_tiny_listeners.py",
     "uv run python scripts/tiny/train_tiny_codec.py": "74 minutes; tests/test_tiny_codec.py",
     "uv run python scripts/tiny/build_tiny_assets.py": "needs espeak-ng",
 }
@@ -47,6 +48,10 @@ SMALLEST = {
     ),
     "uv run torchrun --nproc_per_node=2 -m llama_mimi.train --job.config_file config/tiny_hierarchical.toml": (
         "--training.steps 10 --checkpoint.interval 10"
+    ),
+    "uv run python eval/generation.py": (
+        '--model_name models/tiny --corpus "assets/tiny/corpus/validation-*.parquet" --prompt_seconds 1.6 '
+        "--recording_seconds 2.6 --limit 3 --num_samples 1 --speaker_model assets/tiny/speaker_encoder"
     ),
     "uv run python scripts/dry_run.py": "--num_gpus 8 --job.config_file config/tiny.toml",  # the 8B takes three minutes
     f"{BENCHMARKS}bench_reading.py": "--clips 4 --repeats 1",

@@ -114,13 +114,14 @@ def table(
 
 
 def differences(systems: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Every two systems on the same prompts in Markdown; empty where there are none."""
+    """Every two systems on the same prompts in Markdown, and each beside the references; empty where there are none."""
+    references = {name for name, samples in systems.items() if all(sample["sample"] is None for sample in samples)}
     lines = ["| | A | B | A - B | 95 % interval | prompts |", "|---|---|---|---|---|---|"]
     for name in columns_in(systems):
         column = column_of(name)
         by_system = on_same_samples(systems, name).means
         for (a, values_a), (b, values_b) in itertools.combinations(by_system.items(), 2):
-            if not values_a:
+            if not values_a or {a, b} <= references:
                 continue
             found = paired_difference(values_a, values_b)
             is_ratio = column.shown is math.exp
