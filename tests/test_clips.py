@@ -271,7 +271,7 @@ def test_columns_and_paths_are_checked(corpus, tmp_path):
         open_corpus(corpus, None, "sound", None)
     with pytest.raises(UserError, match="has no column 'transcript' for the text, only"):
         open_corpus(corpus, None, "audio", "transcript")
-    with pytest.raises(UserError, match="no Parquet file matches"):
+    with pytest.raises(UserError, match="no Parquet, tar or audio file and no JSONL manifest matches"):
         open_corpus(str(tmp_path / "*.parquet"), None, "audio", None)
     with pytest.raises(UserError, match="hf download MLCommons/peoples_speech"):
         open_corpus("peoples_speech", str(tmp_path), "audio", None)

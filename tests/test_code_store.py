@@ -167,7 +167,7 @@ def test_output_on_another_file_system(speech, store, monkeypatch):
         (["--audio_column", "text"], "not a struct of audio bytes and path"),
         (["--output_dir", "nothing://codes"], "cannot be opened"),
         (["--max_bad_share", 2], "share between 0 and 1"),
-        (["--corpus", "nothing/*.parquet"], "no Parquet file matches"),
+        (["--corpus", "nothing/*.parquet"], "no Parquet, tar or audio file and no JSONL manifest matches"),
         (["--audio_column", "sound"], "no column 'sound'"),
         (["--codec", "models/none/here"], "does not exist"),
     ],

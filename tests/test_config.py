@@ -100,9 +100,9 @@ def tiny_with(*flags):
         (["--codec.num_quantizers", "0"], "must be positive"),
         (["--codec.name", "models/nothing/here"], "codec folder 'models/nothing/here' does not exist"),
         (["--model.hf_assets_path", "models/nothing"], "prepare_base_model.py"),
-        (["--training.dataset", "nothing/*.parquet"], "no Parquet file matches"),
+        (["--training.dataset", "nothing/*.parquet"], "no Parquet, tar or audio file and no JSONL manifest matches"),
         (["--training.dataset_path", "data"], "no named corpus"),
-        (["--validation.dataset", "nothing.parquet"], "no Parquet file matches"),
+        (["--validation.dataset", "nothing.parquet"], "no Parquet, tar or audio file and no JSONL manifest matches"),
         (["--training.seq_len", "5"], "too short for one frame"),
         (["--training.global_batch_size", "6"], "not a multiple of local_batch_size"),
         (["--parallelism.pipeline_parallel_degree", "2"], "are tied"),
@@ -395,7 +395,7 @@ def test_no_run_starts_from_random_weights_in_place_of_a_checkpoint(tmp_path, mo
     assert not (tmp_path / "checkpoint").exists()
     job_config.training.dataset = "nothing.parquet"
     (tmp_path / "checkpoint").mkdir()
-    with pytest.raises(UserError, match="no Parquet file"):
+    with pytest.raises(UserError, match="no Parquet, tar or audio file"):
         prepare_run(job_config)
     assert (tmp_path / "checkpoint").is_dir(), "nothing is moved for a run that does not start"
 

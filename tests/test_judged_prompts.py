@@ -122,7 +122,10 @@ def test_a_corpus_with_an_alignment_without_ids_and_with_damage(tmp_path, capsys
         ({"limit": 0}, "--limit is 0"),
         ({"recording_seconds": 70}, "recordings of 70 s are asked for; 60 s are read"),
         ({"recording_seconds": 50}, "no recording of .* is 50 s long \\(too short 47\\); lower"),
-        ({"corpus": "nowhere/*.parquet"}, "no Parquet file matches the dataset 'nowhere"),
+        (
+            {"corpus": "nowhere/*.parquet"},
+            "no Parquet, tar or audio file and no JSONL manifest matches the dataset 'nowhere",
+        ),
         ({"audio_column": "sound"}, "has no column 'sound' for the audio"),
     ],
 )

@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import SEEK_END, BytesIO
 from itertools import chain
 from typing import Any, BinaryIO, Literal
@@ -20,6 +20,9 @@ import soundfile
 BLOCK_SAMPLES = 2**16
 # What libsndfile calls the length of a file written through a pipe: the largest 64-bit integer.
 UNKNOWN_LENGTH = 2**63 - 1
+# What libsndfile can enter anywhere, to the sample.
+UNCODED = ("PCM", "FLOAT", "DOUBLE", "ULAW", "ALAW")
+SEEKABLE = ("WAV", "WAVEX", "AIFF", "FLAC", "W64", "RF64")
 # How files begin that FFmpeg reads and libsndfile does not, and FFmpeg's name of their format. No other is tried: some
 # of FFmpeg's formats are lists of addresses, and bytes that claim to be audio must not make anybody fetch them.
 FFMPEG_FORMATS = {"MP4 or M4A": "mov", "WebM or Matroska": "matroska", "AAC": "aac", "WMA": "asf"}
@@ -66,12 +69,13 @@ class OggLink:
 
 
 @contextmanager
-def opened(stream: BinaryIO, link: OggLink | None = None) -> Iterator[Recording]:
+def opened(stream: BinaryIO, link: OggLink | None = None, start_seconds: float = 0.0) -> Iterator[Recording]:
     """A recording in a file.
 
     Args:
         stream: bytes, or a file that was opened without a buffer.
         link: recording of a chained Ogg file to open; None opens the first, which in other files is the only one.
+        start_seconds: blocks begin there; what comes before is not decoded in formats of `SEEKABLE`.
 
     Raises:
         NeedsFFmpeg: see there.
@@ -85,16 +89,19 @@ def opened(stream: BinaryIO, link: OggLink | None = None) -> Iterator[Recording]
     stream.seek(0)
     if kind is not None:
         with closing(_open_ffmpeg(stream, kind)) as container:
-            yield _ffmpeg_recording(container)
+            yield _from(_ffmpeg_recording(container), start_seconds)
         return
     # libsndfile itself reads from a file on disk; bytes are read through Python.
     with _Forward(stream if isinstance(stream, BytesIO) else stream.fileno(), closefd=False) as file:
+        if start_seconds and file.format in SEEKABLE and file.subtype.startswith(UNCODED):
+            yield _recording(file, round(start_seconds * file.samplerate))
+            return
         if file.format != "MP3":
-            yield _recording(file)
+            yield _from(_recording(file), start_seconds)
             return
     # Without a Xing frame the length of an MP3 is a guess, at which libsndfile ends, unless it cannot seek.
     with _piped(stream) as source, _Forward(source, closefd=False) as file:
-        yield _recording(file)
+        yield _from(_recording(file), start_seconds)
 
 
 def ogg_links(stream: BinaryIO) -> Iterator[OggLink]:
@@ -190,13 +197,33 @@ def _piped(stream: BinaryIO) -> Iterator[int]:
         raise failed[0]
 
 
-def _recording(file: soundfile.SoundFile) -> Recording:
+def _recording(file: soundfile.SoundFile, first: int = 0) -> Recording:
+    """From sample ``first`` on."""
     is_exact = file.frames != UNKNOWN_LENGTH and not file.subtype.startswith("MPEG")
-    length = file.frames if is_exact else None
-    return Recording(file.samplerate, file.channels, length, _blocks(file, length))
+    length = max(file.frames - first, 0) if is_exact else None
+    if first and length != 0:
+        file.seek(first)
+    return Recording(file.samplerate, file.channels, length, _blocks(file, length, first))
 
 
-def _blocks(file: soundfile.SoundFile, length: int | None) -> Iterator[np.ndarray]:
+def _from(recording: Recording, start_seconds: float) -> Recording:
+    """A recording without its beginning, which is decoded."""
+    first = round(start_seconds * recording.rate_hz)
+    if not first:
+        return recording
+
+    def blocks() -> Iterator[np.ndarray]:
+        num_read = 0
+        for block_SC in recording.blocks:
+            num_read += len(block_SC)
+            if num_read > first:
+                yield block_SC[-min(len(block_SC), num_read - first) :]
+
+    length = None if recording.num_samples is None else max(recording.num_samples - first, 0)
+    return replace(recording, num_samples=length, blocks=blocks())
+
+
+def _blocks(file: soundfile.SoundFile, length: int | None, first: int) -> Iterator[np.ndarray]:
     """Blocks to the end; where decoding fails, what was decoded before comes first."""
     num_read = 0
     while length is None or num_read < length:  # behind the last frame of a sound FLAC file there may be something else
@@ -205,7 +232,7 @@ def _blocks(file: soundfile.SoundFile, length: int | None) -> Iterator[np.ndarra
         try:
             num_new = len(file.read(out=block_SC))
         except soundfile.SoundFileError:
-            if num_new := file.tell() - num_read:
+            if num_new := file.tell() - first - num_read:
                 yield block_SC[:num_new]
             raise
         if num_new == 0:

@@ -79,6 +79,7 @@ def read_audio(
     source: str | Path | bytes,
     sample_rate_hz: int | None,
     *,
+    start_seconds: float = 0.0,
     max_seconds: float | None = None,
     name: str | None = None,
     min_samples: int = 1,
@@ -92,6 +93,7 @@ def read_audio(
     Args:
         source: a path, or the bytes of a file.
         sample_rate_hz: the rate wanted, usually the codec's; None keeps that of the file.
+        start_seconds: leave out what comes before; in WAV and FLAC it is not decoded.
         max_seconds: cut longer audio here and say so in ``is_cut``; None reads everything.
         name: what to call the clip in messages; by default its path.
         min_samples: the fewest samples at ``sample_rate_hz`` that make a clip; a codec's frame.
@@ -105,10 +107,10 @@ def read_audio(
         if isinstance(source, bytes):
             if not source:
                 raise AudioError("empty", f"'{name}' is empty (0 bytes); give a WAV, FLAC, MP3 or OGG file")
-            waveform = _read(BytesIO(source), name, sample_rate_hz, max_seconds)
+            waveform = _read_part(BytesIO(source), name, sample_rate_hz, start_seconds, max_seconds)
         else:
             with _existing_file(Path(source), name).open("rb", buffering=0) as file:
-                waveform = _read(file, name, sample_rate_hz, max_seconds)
+                waveform = _read_part(file, name, sample_rate_hz, start_seconds, max_seconds)
     except AudioError:
         raise
     except NeedsFFmpeg as error:
@@ -171,9 +173,33 @@ def _existing_file(path: Path, name: str) -> Path:
     return path
 
 
-def _read(stream: BinaryIO, name: str, wanted_hz: int | None, max_seconds: float | None) -> Waveform:
-    """All recordings of a file, one behind the other."""
-    parts = [_read_recording(stream, None, name, wanted_hz, max_seconds)]
+def _read_part(
+    stream: BinaryIO, name: str, wanted_hz: int | None, start_seconds: float, max_seconds: float | None
+) -> Waveform:
+    """What comes after the start; of Ogg files, which may be chains and cannot be entered in the middle, after all."""
+    if not start_seconds:
+        return _read(stream, name, wanted_hz, max_seconds)
+    try:
+        stream.seek(0)
+        if stream.read(4) != b"OggS":
+            return _read(stream, name, wanted_hz, max_seconds, start_seconds)
+        end = None if max_seconds is None else start_seconds + max_seconds
+        whole = _read(stream, name, wanted_hz, end)
+        part = replace(whole, samples_S=whole.samples_S[round(start_seconds * whole.sample_rate_hz) :].clone())
+    except AudioError as error:
+        if error.reason != "empty":
+            raise
+        part = None
+    if part is None or not len(part.samples_S):
+        raise AudioError("past the end", f"'{name}' ends before {start_seconds:g} s, where it is to begin; mend that")
+    return part
+
+
+def _read(
+    stream: BinaryIO, name: str, wanted_hz: int | None, max_seconds: float | None, start_seconds: float = 0.0
+) -> Waveform:
+    """All recordings of a file, one behind the other; the start is in the first."""
+    parts = [_read_recording(stream, None, name, wanted_hz, max_seconds, start_seconds)]
     rate_hz = parts[0].sample_rate_hz
     is_damaged = not parts[0].is_cut and breaks_off(stream)
     for number, link in enumerate(() if parts[0].is_cut else ogg_links(stream)):
@@ -199,14 +225,19 @@ def _read(stream: BinaryIO, name: str, wanted_hz: int | None, max_seconds: float
 
 
 def _read_recording(
-    stream: BinaryIO, link: OggLink | None, name: str, wanted_hz: int | None, max_seconds: float | None
+    stream: BinaryIO,
+    link: OggLink | None,
+    name: str,
+    wanted_hz: int | None,
+    max_seconds: float | None,
+    start_seconds: float = 0.0,
 ) -> Waveform:
     """One recording; read a second time where its channels cancel each other."""
-    with opened(stream, link) as recording:
+    with opened(stream, link, start_seconds) as recording:
         waveform, loudest = _mono(recording, name, wanted_hz, max_seconds, None)
     if loudest is None:
         return waveform
-    with opened(stream, link) as recording:
+    with opened(stream, link, start_seconds) as recording:
         waveform, _ = _mono(recording, name, wanted_hz, max_seconds, loudest)
     return replace(waveform, remarks=(*waveform.remarks, OPPOSITE))
 

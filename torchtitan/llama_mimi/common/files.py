@@ -1,5 +1,6 @@
 """Files on any fsspec path: found, read as JSON, and written so that they are whole or not there."""
 
+import hashlib
 import json
 import os
 from glob import escape, glob
@@ -97,6 +98,11 @@ def _matches(fs: fsspec.AbstractFileSystem, pattern: str) -> list[str]:
 
 def _below(file: str, folder: str) -> str:
     return file[len(folder) :].lstrip("/")
+
+
+def digest(content: Any) -> str:
+    """SHA-256 of what JSON can hold."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def sizes_in(folder: str) -> dict[str, int]:

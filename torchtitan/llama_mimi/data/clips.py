@@ -7,7 +7,7 @@ rows of, which in a shuffled block are all: decoding and resampling are divided,
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ import pyarrow as pa
 import torch
 from torch.utils.data import DataLoader
 
-from llama_mimi.audio.reading import AudioError, read_audio
+from llama_mimi.audio.reading import DAMAGED, AudioError, Waveform, read_audio
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.ranks import end_with_parent
 from llama_mimi.data.code_store import CodeCorpus, CodeGroup
@@ -146,21 +146,23 @@ class AudioReader:
             values = {role: table[role][ref.row].as_py() for role in table.column_names}
             audio = values["audio"] or {}
             name = _label(values.get("id")) or _label(audio.get("path")) or name
-            return self._clip(name, audio, values, ref)
+            return self._clip(name, values, ref)
         except AudioError as error:
             return SkippedClip(error.reason, str(error))
         except Exception as error:  # one odd row in a million must not end the run, whatever is odd about it
             what = f"{type(error).__name__}: {first_line(error)[:200]}"
             return SkippedClip("unexpected", f"'{name}' cannot be read ({what})")
 
-    def _clip(self, name: str, audio: dict[str, Any], values: dict[str, Any], ref: ClipRef) -> AudioClip:
+    def _clip(self, name: str, values: dict[str, Any], ref: ClipRef) -> AudioClip:
         if self._with_text and not values["text"]:
             raise AudioError("no text", f"'{name}' has no text")
-        waveform = read_audio(
-            self._source(name, audio, ref),
+        waveform = read_row(
+            self.corpus,
+            ref.group,
+            values,
+            name,
             self._sample_rate_hz,
             max_seconds=self._max_seconds,
-            name=name,
             min_samples=self._frame_size,
         )
         return AudioClip(
@@ -172,24 +174,61 @@ class AudioReader:
             waveform.remarks,
         )
 
-    def _source(self, name: str, audio: dict[str, Any], ref: ClipRef) -> bytes | str:
-        content, path = audio.get("bytes"), audio.get("path") or None
-        if content is None and path is None:
-            raise AudioError("no audio", f"'{name}' has neither audio bytes nor a path")
-        content = b"" if content is None else content
-        if not isinstance(content, bytes):
-            raise AudioError(
-                "not bytes",
-                f"'{name}' holds its audio as {type(content).__name__}, not as bytes; write the bytes of its file",
-            )
-        if content or path is None:
-            return content
-        try:
-            source = self.corpus.open_path(path, ref.group)
-        except OSError as error:
-            raise AudioError("missing", f"'{name}' cannot be opened ({error}); check its path") from error
-        is_there = isinstance(source, bytes) or os.path.exists(source)
-        return source if is_there or audio["bytes"] is None else content
+
+def read_row(
+    corpus: AudioCorpus,
+    group: int,
+    values: Mapping[str, Any],
+    name: str,
+    sample_rate_hz: int | None,
+    *,
+    max_seconds: float,
+    min_samples: int = 1,
+) -> Waveform:
+    """The audio of a row, or the part of a recording that it is.
+
+    Args:
+        values: of the row.
+        name: of the row, for messages.
+        sample_rate_hz, max_seconds, min_samples: as `llama_mimi.audio.reading.read_audio`. What ends with its row is
+            not cut, though the recording goes on.
+
+    Raises:
+        AudioError: it cannot be used.
+    """
+    if values.get("problem"):
+        raise AudioError("damaged row", f"'{name}' cannot be used: {values['problem']}")
+    duration = values.get("duration")
+    is_part = duration is not None and duration <= max_seconds
+    waveform = read_audio(
+        _source(corpus, group, values["audio"] or {}, name),
+        sample_rate_hz,
+        start_seconds=values.get("offset") or 0.0,
+        max_seconds=duration if is_part else max_seconds,
+        name=name,
+        min_samples=min_samples,
+    )
+    return dataclasses.replace(waveform, is_cut=DAMAGED in waveform.remarks) if is_part else waveform
+
+
+def _source(corpus: AudioCorpus, group: int, audio: Mapping[str, Any], name: str) -> bytes | str:
+    content, path = audio.get("bytes"), audio.get("path") or None
+    if content is None and path is None:
+        raise AudioError("no audio", f"'{name}' has neither audio bytes nor a path")
+    content = b"" if content is None else content
+    if not isinstance(content, bytes):
+        raise AudioError(
+            "not bytes",
+            f"'{name}' holds its audio as {type(content).__name__}, not as bytes; write the bytes of its file",
+        )
+    if content or path is None:
+        return content
+    try:
+        source = corpus.open_path(path, group)
+    except OSError as error:
+        raise AudioError("missing", f"'{name}' cannot be opened ({error}); check its path") from error
+    is_there = isinstance(source, bytes) or os.path.exists(source)
+    return source if is_there or audio["bytes"] is None else content
 
 
 class CodeReader:

@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 
 from llama_mimi.audio.mimi import CodecAttention, codec_hash, load_codec_config
 from llama_mimi.common.errors import UserError
-from llama_mimi.common.files import file_system, read_json, sizes_in
-from llama_mimi.data.corpora import digest, unreadable
+from llama_mimi.common.files import digest, file_system, read_json, sizes_in
+from llama_mimi.data.parquet_corpus import unreadable
 
 MANIFEST = "manifest.json"
 PLAN = "tokenization.json"

@@ -23,7 +23,8 @@ from llama_mimi.data.code_store import (
     StoredClip,
     shard_bytes,
 )
-from llama_mimi.data.corpora import FOOTER_THREADS, AudioCorpus, read_footer
+from llama_mimi.data.corpora import AudioCorpus
+from llama_mimi.data.parquet_corpus import FOOTER_THREADS, read_footer
 
 # Clips of a shard by default (3 MB for clips of 14 s), and the fewest shards, so that a small corpus has work for all
 # ranks.

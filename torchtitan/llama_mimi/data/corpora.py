@@ -1,132 +1,70 @@
-"""Speech corpora as audio: the clips of Parquet files, by row group.
+"""Speech corpora as audio, in the formats that one downloads: rows by group, reached without reading what lies before.
 
-Audio stays undecoded here: bytes are turned into samples by `llama_mimi.audio.reading`.
+Audio stays undecoded here: bytes are turned into samples by `llama_mimi.audio.reading`. A format is one file with a
+class of this protocol, and a line in `open_corpus`.
 """
 
-import hashlib
-import json
-import os
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from llama_mimi.common.errors import UserError, first_line
-from llama_mimi.common.files import file_system, is_local
-from llama_mimi.data.corpus_files import corpus_files
-
-# Footers are read by so many threads at once: a remote one is mostly waiting.
-FOOTER_THREADS = 16
+from llama_mimi.data.corpus_files import corpus_files, is_dataset
+from llama_mimi.data.folder_corpus import FolderCorpus
+from llama_mimi.data.manifest_corpus import ManifestCorpus
+from llama_mimi.data.parquet_corpus import ParquetCorpus
+from llama_mimi.data.tar_corpus import TarCorpus
 
 
-class AudioCorpus:
-    """Rows ``{"audio": {"bytes", "path"}, "text": str, "id": str}`` of Parquet files, read by row group.
+class AudioCorpus(Protocol):
+    """Rows of audio in groups, which are the unit of reading and of the order."""
 
-    Args:
-        name: for messages.
-        files: fsspec paths, in corpus order.
-        audio_column: column of ``audio{bytes,path}`` structs.
-        text_column: transcript column; None means that rows have no text.
-        extra_columns: what to call further columns, and their names; they are read where the corpus has them.
+    name: str
+    """For messages"""
 
-    Raises:
-        UserError: a file cannot be read, or a column is missing.
-    """
+    sizes_G: np.ndarray
+    """Rows of each group"""
 
-    def __init__(
-        self,
-        name: str,
-        files: Sequence[str],
-        audio_column: str,
-        text_column: str | None,
-        extra_columns: Mapping[str, str] = MappingProxyType({}),
-    ) -> None:
-        self.name, self.files = name, tuple(files)
-        with ThreadPoolExecutor(FOOTER_THREADS) as pool:
-            contents = list(pool.map(_contents, self.files))
-        # Our name of each column (audio, text, id, ...), and its name in the files.
-        self._columns = {"audio": audio_column} | ({"text": text_column} if text_column is not None else {})
-        in_all = set.intersection(*(set(schema.names) for schema, _ in contents))
-        self._columns |= {role: column for role, column in extra_columns.items() if column in in_all}
-        if all(_is_text(schema, "id") or _is_number(schema, "id") for schema, _ in contents):
-            self._columns["id"] = "id"
-        for file, (schema, _) in zip(self.files, contents, strict=True):
-            self._check_columns(file, schema)
-        groups = [
-            (file, group, size)
-            for file, (_, sizes) in enumerate(contents)
-            for group, (size, _) in enumerate(sizes)
-            if size
-        ]
-        if not groups:
-            raise UserError(f"the dataset '{name}' has no rows; name another")
-        # Each row group G as its file, its number in the file, and its rows.
-        self._file_G, self._number_G, self.sizes_G = np.array(groups, dtype=np.int64).T
-        names = [file.rsplit("/", 1)[-1] for file in self.files]
-        # Says whether two corpora hold the same: file names, rows and bytes of their row groups.
-        self.fingerprint = digest([names, [sizes for _, sizes in contents]])
+    fingerprint: str
+    """Says whether two corpora hold the same"""
 
     @property
     def columns(self) -> list[str]:
-        """What rows hold, as it is called here."""
-        return list(self._columns)
+        """What rows hold, as it is called here: audio, and text, id, speaker and others that were asked for."""
+        ...
 
     def row_name(self, group: int, row: int) -> str:
         """Name of a row that has no id."""
-        return f"row {row} of row group {self._number_G[group]} of {self.files[self._file_G[group]]}"
+        ...
 
     def read_group(self, group: int) -> pa.Table:
-        """One row group with columns audio, text and id, as far as the corpus has them.
+        """One group: ``audio{bytes, path}`` and the other columns.
+
+        A part of a longer recording has ``offset`` and ``duration`` in seconds, a row that cannot be used its
+        ``problem``.
 
         Raises:
-            UserError: the file is damaged.
+            UserError: a file is damaged.
         """
-        path = self.files[self._file_G[group]]
-        try:
-            fs, bare = file_system(path)
-            with fs.open(bare) as stream:
-                columns = list(set(self._columns.values()))
-                table = pq.ParquetFile(stream).read_row_group(int(self._number_G[group]), columns=columns)
-        except (OSError, pa.ArrowException) as error:
-            raise unreadable(path, error) from error
-        return pa.table({role: table[column] for role, column in self._columns.items()})
+        ...
 
     def open_path(self, path: str, group: int) -> str | bytes:
-        """What the ``path`` of a clip means: a local path, relative to the Parquet file, or the bytes of a remote file.
+        """What the ``path`` of a row means: a local path, or the bytes of a remote file.
 
         Raises:
             OSError: a remote file cannot be read.
         """
-        file = self.files[self._file_G[group]]
-        where = path if "://" in path or os.path.isabs(path) else f"{file.rsplit('/', 1)[0]}/{path}"
-        fs, bare = file_system(where)
-        return bare if is_local(fs) else fs.cat_file(bare)
+        ...
 
-    def _check_columns(self, file: str, schema: pa.Schema) -> None:
-        for role, column in self._columns.items():
-            remedy = f"say which it is (data.{role}_column, or --{role}_column of a script)"
-            where = f"in '{file}' of the dataset '{self.name}'"
-            if (number := schema.names.count(column)) == 0:
-                raise UserError(
-                    f"'{file}' of the dataset '{self.name}' has no column '{column}' for the {role}, only "
-                    f"{', '.join(schema.names)}; {remedy}"
-                )
-            if number > 1:
-                raise UserError(f"the column '{column}' {where} stands there {number} times; rename all but one")
-            kind = schema.field(column).type
-            if role == "audio" and not (pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0):
-                raise UserError(
-                    f"the column '{column}' {where} is {kind}, not a struct of audio bytes and path; {remedy}"
-                )
-            is_label = role == "speaker" and _is_number(schema, column)
-            is_alignment = role == "alignment" and _is_alignment(kind)
-            is_other = is_label or is_alignment or role in ("audio", "id")
-            if not is_other and (role == "alignment" or not _is_text(schema, column)):
-                raise UserError(f"the column '{column}' {where} is {kind}, which is no {role}; {remedy}")
+
+FORMATS: dict[str, Callable[..., AudioCorpus]] = {
+    "parquet": ParquetCorpus,
+    "tar": TarCorpus,
+    "audio": FolderCorpus,
+    "manifest": ManifestCorpus,
+}
 
 
 def open_corpus(
@@ -137,75 +75,23 @@ def open_corpus(
     extra_columns: Mapping[str, str] = MappingProxyType({}),
     split: str | None = None,
 ) -> AudioCorpus:
-    """Find a corpus and read its footers.
+    """Find a corpus and read what says where its rows lie.
 
     Args:
-        dataset: a name in `CORPORA`, a folder, or a Parquet path or glob.
+        dataset: a name in `CORPORA`, a folder, a path or glob, a folder of `Dataset.save_to_disk`, or a hub id as
+            ``hf:owner/name`` or ``hf:owner/name:config``.
         dataset_path: local download of a named corpus; None reads it from the hub.
-        split: of a folder that holds several.
-        audio_column, text_column, extra_columns: as `AudioCorpus`.
+        split: of a folder or a hub id that holds several.
+        audio_column: of audio.
+        text_column: of transcripts; None means that rows have no text.
+        extra_columns: what to call further columns, and their names; they are read where the corpus has them.
 
     Raises:
         UserError: nothing there, several splits, or a column is missing.
     """
-    files = corpus_files(dataset, dataset_path, split)
-    return AudioCorpus(dataset, files, audio_column, text_column, extra_columns)
+    if is_dataset(dataset):
+        from llama_mimi.data.dataset_corpus import open_dataset  # datasets takes seconds to import
 
-
-def _is_text(schema: pa.Schema, column: str) -> bool:
-    """Whether a column holds strings, or bytes of them."""
-    if schema.names.count(column) != 1:
-        return False
-    kind = schema.field(column).type
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    types = "string large_string string_view binary large_binary binary_view null".split()
-    return any(getattr(pa.types, f"is_{name}")(kind) for name in types)
-
-
-def _is_alignment(kind: pa.DataType) -> bool:
-    """Whether a column holds words with their ends."""
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_struct(kind.value_type):
-        return False
-    place = kind.value_type.get_field_index("end")
-    return place >= 0 and (pa.types.is_floating(end := kind.value_type[place].type) or pa.types.is_integer(end))
-
-
-def _is_number(schema: pa.Schema, column: str) -> bool:
-    if schema.names.count(column) != 1:
-        return False
-    kind = schema.field(column).type
-    return pa.types.is_integer(kind) or pa.types.is_floating(kind)
-
-
-def read_footer(path: str) -> pq.FileMetaData:
-    """Metadata of a Parquet file.
-
-    Raises:
-        UserError: missing or damaged.
-    """
-    fs, bare = file_system(path)
-    try:
-        with fs.open(bare) as stream:
-            return pq.read_metadata(stream)
-    except (OSError, pa.ArrowException) as error:
-        raise unreadable(path, error) from error
-
-
-def _contents(path: str) -> tuple[pa.Schema, list[tuple[int, int]]]:
-    """Schema of a file, and rows and bytes of its row groups; there may be too many footers to keep."""
-    footer = read_footer(path)
-    groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
-    schema = footer.schema.to_arrow_schema().remove_metadata()
-    return schema, [(group.num_rows, group.total_byte_size) for group in groups]
-
-
-def digest(content: Any) -> str:
-    """SHA-256 of what JSON can hold."""
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def unreadable(path: str, error: Exception) -> UserError:
-    what = first_line(error)
-    return UserError(
-        f"'{path}' is no readable Parquet file ({what}); mend what keeps it from being read, or copy it anew"
-    )
+        return open_dataset(dataset, audio_column, text_column, extra_columns, split)
+    kind, files = corpus_files(dataset, dataset_path, split)
+    return FORMATS[kind](dataset, files, audio_column, text_column, extra_columns)

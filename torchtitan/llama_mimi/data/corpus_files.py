@@ -1,13 +1,25 @@
-"""Where a corpus lies: a name, a folder, a Parquet path or a glob, local or on any fsspec file system, to its files."""
+"""Where a corpus lies: a name, a folder, a path or a glob, on any fsspec file system, to its format and files."""
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from llama_mimi.audio.reading import AUDIO_ENDINGS
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import file_system, find_files
 
 PARQUET_ENDINGS = (".parquet", ".pq")
+# Formats by the endings of their files, in the order in which a folder is taken for them: audio may lie beside Parquet
+# files that name it, and JSON lines beside audio are about it.
+ENDINGS = {
+    "parquet": PARQUET_ENDINGS,
+    "tar": (".tar", ".tar.gz", ".tgz"),
+    "audio": AUDIO_ENDINGS,
+    "manifest": (".jsonl",),
+}
+HUB = "hf:"  # before an id of any dataset on the hub
+# Files of `Dataset.save_to_disk` and `DatasetDict.save_to_disk`.
+SAVED = ("state.json", "dataset_dict.json")
 
 
 @dataclass(frozen=True)
@@ -55,11 +67,21 @@ _SPLIT_WORD = re.compile(rf"(?:^|[-._= 0-9])({'|'.join(SPLIT_WORDS)})(?=[-._= 0-
 _SPLIT_OF_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\S*\.\w+")
 
 
-def corpus_files(dataset: str, dataset_path: str | None, split: str | None) -> list[str]:
-    """Parquet files of a corpus, in order, as fsspec paths.
+def is_dataset(dataset: str) -> bool:
+    """Whether it is for the library `datasets` to open: a hub id, or a folder that it has saved."""
+    if dataset.startswith(HUB) and "://" not in dataset:
+        return True
+    if dataset in CORPORA:
+        return False
+    fs, bare = file_system(dataset)
+    return fs.isdir(bare) and any(fs.isfile(f"{bare.rstrip('/')}/{name}") for name in SAVED)
+
+
+def corpus_files(dataset: str, dataset_path: str | None, split: str | None) -> tuple[str, list[str]]:
+    """Format and files of a corpus, in order, as fsspec paths.
 
     Args:
-        dataset: a name in `CORPORA`, a folder, or a Parquet path or glob.
+        dataset: a name in `CORPORA`, a folder, a path or a glob.
         dataset_path: local download of a named corpus; None finds it on the hub.
         split: of a folder that holds several.
 
@@ -73,13 +95,24 @@ def corpus_files(dataset: str, dataset_path: str | None, split: str | None) -> l
                 f"the split '{split}' was asked for, but the corpus '{dataset}' is the split '{named.split}' of "
                 f"{named.hub_id}; leave it out"
             )
-        return _hub_files(dataset, named) if dataset_path is None else _local_files(dataset, named, dataset_path)
+        files = _hub_files(dataset, named) if dataset_path is None else _local_files(dataset, named, dataset_path)
+        return "parquet", files
     if dataset_path is not None:
         raise UserError(
             f"dataset_path is '{dataset_path}', but dataset '{dataset}' is no named corpus; "
             f"name the folder itself as dataset, or one of: {', '.join(CORPORA)}"
         )
-    return parquet_files(dataset, split)
+    found = find_files(dataset, tuple(ending for endings in ENDINGS.values() for ending in endings))
+    for kind, endings in ENDINGS.items():
+        if files := [file for file in found if file.lower().endswith(endings)]:
+            return kind, _of_split(dataset, files, split)
+    if found:  # by a name without an ending
+        return "parquet", _of_split(dataset, found, split)
+    raise UserError(
+        f"no Parquet, tar or audio file and no JSONL manifest matches the dataset '{dataset}'; name a folder, a path, "
+        f"a glob, {HUB} and the id of a dataset, a folder of codes by scripts/tokenize_corpus.py, or one of: "
+        f"{', '.join(CORPORA)}"
+    )
 
 
 def _hub_files(name: str, named: NamedCorpus) -> list[str]:
@@ -120,7 +153,7 @@ def check_corpus(dataset: str, dataset_path: str | None, split: str | None) -> N
     Raises:
         UserError: as `open_corpus`.
     """
-    if dataset not in CORPORA or dataset_path is not None:
+    if not is_dataset(dataset) and (dataset not in CORPORA or dataset_path is not None):
         corpus_files(dataset, dataset_path, split)
 
 
@@ -132,11 +165,12 @@ def parquet_files(dataset: str, split: str | None = None) -> list[str]:
     """
     files = find_files(dataset, PARQUET_ENDINGS)
     if not files:
-        raise UserError(
-            f"no Parquet file matches the dataset '{dataset}'; name a folder, a Parquet path or glob, a "
-            "folder of codes by scripts/tokenize_corpus.py, "
-            f"or one of: {', '.join(CORPORA)}"
-        )
+        raise UserError(f"no Parquet file matches '{dataset}'; name a folder, a path or a glob")
+    return _of_split(dataset, files, split)
+
+
+def _of_split(dataset: str, files: list[str], split: str | None) -> list[str]:
+    """Files of a split of a folder, by the hub's rules; all where there is one."""
     fs, bare = file_system(dataset)
     is_folder = fs.isdir(bare)
     splits = splits_in(bare, [file_system(file)[1] for file in files]) if is_folder else [None] * len(files)

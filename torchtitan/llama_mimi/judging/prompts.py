@@ -13,9 +13,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from llama_mimi.audio.reading import AudioError, Waveform, read_audio, write_wav
+from llama_mimi.audio.reading import AudioError, Waveform, write_wav
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import read_json, write_atomically
+from llama_mimi.data.clips import read_row
 from llama_mimi.data.corpora import AudioCorpus, open_corpus
 
 MANIFEST = "prompts.json"
@@ -211,15 +212,7 @@ class _Row:
         Raises:
             AudioError: it cannot be used.
         """
-        audio = self.content["audio"] or {}
-        data = audio.get("bytes")
-        if data is None and audio.get("path") is None:
-            raise AudioError("no audio", f"{self.source} has no audio")
-        try:
-            data = corpus.open_path(audio["path"], self.group) if data is None else data
-        except OSError as error:
-            raise AudioError("missing", f"'{audio['path']}' of {self.source} cannot be read ({error})") from error
-        return read_audio(data, None, name=self.source, max_seconds=MAX_RECORDING_SECONDS)
+        return read_row(corpus, self.group, self.content, self.source, None, max_seconds=MAX_RECORDING_SECONDS)
 
 
 def _choose(corpus: AudioCorpus, options: PromptOptions) -> tuple[set[tuple[int, int]], Counter[str]]:

@@ -1,0 +1,380 @@
+"""Corpora as they are published: the same clips, the same codes, whatever they come in; and what may be wrong there."""
+
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+from conftest import TINY, costly
+from datasets import Audio, Dataset, DatasetDict
+from hypothesis import given
+from hypothesis import strategies as st
+from test_code_store import tokenize
+
+from llama_mimi.audio.reading import AudioError, read_audio
+from llama_mimi.common.errors import UserError
+from llama_mimi.data import tar_corpus
+from llama_mimi.data.clips import AudioClip, AudioReader, ClipStream, SkippedClip
+from llama_mimi.data.corpora import open_corpus
+from llama_mimi.data.order import RowsInOrder
+
+RATE = 24_000
+COLUMNS = {"text": "text", "speaker": "speaker"}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(tar_corpus, "HF_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Five clips as lossless files, with what is said about them."""
+    table = pq.read_table(TINY / "corpus" / "validation-00000-of-00001.parquet").slice(0, 5)
+    found = []
+    for number, row in enumerate(table.to_pylist()):
+        samples_S = read_audio(row["audio"]["bytes"], RATE).samples_S[: RATE * 2].numpy()
+        samples_S = (samples_S * 32767).astype(np.int16)  # what FLAC and WAV keep to the bit
+        stream = io.BytesIO()
+        soundfile.write(stream, samples_S, RATE, format="FLAC")
+        found.append({"name": f"{number}-{number}-000{number}", "bytes": stream.getvalue(), "samples": samples_S} | row)
+    return found
+
+
+# Each layout, written as it is published.
+
+
+def in_parquet(folder, rows):
+    table = [{"id": r["name"], "audio": {"bytes": r["bytes"], "path": None}, **said(r)} for r in rows]
+    pq.write_table(pa.Table.from_pylist(table), folder / "train.parquet")
+    return folder
+
+
+def in_tar(folder, rows, shards=2):
+    for shard in range(shards):
+        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
+            for row in rows[shard * len(rows) // shards : (shard + 1) * len(rows) // shards]:
+                add(tar, f"{row['name']}.flac", row["bytes"])
+                add(tar, f"{row['name']}.json", json.dumps({"id": row["name"], **said(row)}).encode())
+    return folder
+
+
+def in_metadata(folder, rows):
+    with (folder / "metadata.jsonl").open("w") as file:
+        for row in rows:
+            (folder / row["speaker"]).mkdir(exist_ok=True)
+            (folder / row["speaker"] / f"{row['name']}.flac").write_bytes(row["bytes"])
+            file.write(json.dumps({"file_name": f"{row['speaker']}/{row['name']}.flac", **said(row)}) + "\n")
+    return folder
+
+
+def in_librispeech(folder, rows):
+    for row in rows:
+        speaker, chapter, _ = row["name"].split("-")
+        place = folder / speaker / chapter
+        place.mkdir(parents=True)
+        (place / f"{row['name']}.flac").write_bytes(row["bytes"])
+        (place / f"{speaker}-{chapter}.trans.txt").write_text(f"{row['name']} {row['text']}\n")
+    return folder
+
+
+def in_json_files(folder, rows):
+    for row in rows:
+        (folder / f"{row['name']}.flac").write_bytes(row["bytes"])
+        (folder / f"{row['name']}.json").write_text(json.dumps(said(row)))
+    return folder
+
+
+def in_manifest(folder, rows):
+    lines = []
+    for row in rows:
+        (folder / f"{row['name']}.flac").write_bytes(row["bytes"])
+        lines.append(json.dumps({"audio_filepath": f"{row['name']}.flac", "id": row["name"], **said(row)}))
+    (folder / "train.jsonl").write_text("\n\n".join(lines) + "\n")
+    return folder / "train.jsonl"
+
+
+def in_parts_of_one_recording(folder, rows):
+    """A recording of an hour, cut by its manifest."""
+    lines, offset = [], 0.0
+    for row in rows:
+        seconds = len(row["samples"]) / RATE
+        values = {"audio_filepath": "long.wav", "offset": offset, "duration": seconds, "id": row["name"]}
+        lines.append(json.dumps(values | said(row)))
+        offset += seconds
+    soundfile.write(folder / "long.wav", np.concatenate([row["samples"] for row in rows]), RATE)
+    (folder / "train.jsonl").write_text("\n".join(lines))
+    return folder / "train.jsonl"
+
+
+def in_arrow(folder, rows):
+    dataset(rows).save_to_disk(str(folder / "saved"))
+    return folder / "saved"
+
+
+def dataset(rows):
+    table = {"id": [r["name"] for r in rows], "audio": [{"bytes": r["bytes"], "path": None} for r in rows]}
+    table |= {key: [r[key] for r in rows] for key in COLUMNS}
+    return Dataset.from_dict(table).cast_column("audio", Audio(decode=False)).cast_column("audio", Audio())
+
+
+def said(row):
+    return {key: row[key] for key in COLUMNS}
+
+
+def add(tar, name, content):
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
+
+
+LAYOUTS = {
+    "parquet": in_parquet,
+    "tar": in_tar,
+    "folder with metadata": in_metadata,
+    "LibriSpeech": in_librispeech,
+    "folder with JSON": in_json_files,
+    "manifest": in_manifest,
+    "manifest of parts": in_parts_of_one_recording,
+    "Arrow": in_arrow,
+}
+
+
+def opened(path, text_column=None, split=None):
+    return open_corpus(str(path), None, "audio", text_column, COLUMNS, split)
+
+
+def clips_of(corpus, max_frames=12, with_text=False):
+    reader = AudioReader(corpus, sample_rate_hz=RATE, frame_size=1920, max_frames=max_frames, with_text=with_text)
+    order = RowsInOrder(corpus.sizes_G, range(len(corpus.sizes_G)))
+    return [clip for chunk in ClipStream([reader], order, 3).load() for clip in chunk.clips]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_same_clips_in_every_layout(rows, layout, tmp_path):
+    """Format x layout x what is read: samples to the bit, texts, speakers, names and whether they were cut."""
+    place = LAYOUTS[layout](tmp_path, rows)
+    corpus = opened(place)
+    assert {"audio", "text", "speaker"} <= set(corpus.columns)
+    by_name = {Path(clip.name).name: clip for clip in clips_of(corpus, max_frames=100)}
+    assert by_name.keys() == {row["name"] for row in rows}
+    for row in rows:
+        clip = by_name[row["name"]]
+        assert np.array_equal(clip.samples_S.numpy(), read_audio(row["bytes"], RATE).samples_S.numpy())
+        assert clip.text == row["text"] and not clip.is_cut
+        assert clip.speaker == (row["name"][0] if layout == "LibriSpeech" else row["speaker"])
+    assert all(clip.is_cut and len(clip.samples_S) == 12 * 1920 for clip in clips_of(corpus))
+    again = opened(place)
+    assert again.fingerprint == corpus.fingerprint and list(again.sizes_G) == list(corpus.sizes_G)
+    with_text = open_corpus(str(place), None, "audio", "text")
+    assert all(isinstance(clip, AudioClip) and clip.text for clip in clips_of(with_text, with_text=True))
+    with pytest.raises(UserError, match="has no column 'said' for the text, only .*text"):
+        open_corpus(str(place), None, "audio", "said")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", ["tar", "LibriSpeech", "manifest of parts", "Arrow"])
+def test_the_same_codes_through_every_format_on_any_ranks(rows, layout, tmp_path):
+    def codes(name, place, nproc):
+        done = tokenize(place, tmp_path / name, "--clips_per_shard", 2, nproc=nproc)
+        assert done.returncode == 0, done.output[-2000:]
+        stored = pq.read_table(sorted((tmp_path / name).glob("shard-*.parquet"))).to_pylist()
+        return {Path(row["id"]).name: (row["codes"], row["text"]) for row in stored}
+
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    expected = codes("of_parquet", in_parquet(tmp_path / "a", rows), 1)
+    assert codes("of_other", LAYOUTS[layout](tmp_path / "b", rows), 2) == expected and len(expected) == 5
+
+
+def test_splits_of_folders_and_of_saved_datasets(rows, tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / "f" / split).mkdir(parents=True)
+        in_json_files(tmp_path / "f" / split, rows[: 3 if split == "train" else 2])
+    with pytest.raises(UserError, match="holds the splits test, train; choose one"):
+        opened(tmp_path / "f")
+    assert int(opened(tmp_path / "f", split="test").sizes_G.sum()) == 2
+    DatasetDict(train=dataset(rows), test=dataset(rows[:2])).save_to_disk(str(tmp_path / "d"))
+    with pytest.raises(UserError, match="holds the splits train, test; choose one"):
+        opened(tmp_path / "d")
+    assert int(opened(tmp_path / "d", split="test").sizes_G.sum()) == 2
+    with pytest.raises(UserError, match="'dev' was asked for, but .* holds train, test; choose one"):
+        opened(tmp_path / "d", split="dev")
+    with pytest.raises(UserError, match="the dataset 'hf:nobody/nothing' could not be loaded"):
+        opened("hf:nobody/nothing")
+
+
+@costly(max_examples=24)
+@given(
+    num_rows=st.integers(1, 250),
+    parts=st.integers(1, 4),
+    layout=st.sampled_from(["tar", "manifest"]),
+    ranks=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+)
+def test_every_row_once_over_changing_ranks(tmp_path_factory, num_rows, parts, layout, ranks):
+    """Rows are dealt to ranks by group, as Parquet's; each is read once and under its own name."""
+    folder = tmp_path_factory.mktemp("rows")
+    names = [f"{number:05d}" for number in range(num_rows)]
+    for part in range(parts):
+        of_part = names[part * num_rows // parts : (part + 1) * num_rows // parts]
+        if not of_part:
+            continue
+        if layout == "manifest":
+            lines = [json.dumps({"audio_filepath": "x.wav", "id": name}) for name in of_part]
+            (folder / f"{part}.jsonl").write_text("\n".join(lines))
+        else:
+            with tarfile.open(folder / f"{part}.tar", "w") as tar:
+                for name in of_part:
+                    add(tar, f"{name}.wav", name.encode())
+    corpus = opened(folder)
+    assert int(corpus.sizes_G.sum()) == num_rows and corpus.sizes_G.max() <= 100
+    for world in ranks:
+        read = []
+        for rank in range(world):
+            for ref in RowsInOrder(corpus.sizes_G, range(len(corpus.sizes_G)), rank, world):
+                row = corpus.read_group(ref.group).slice(ref.row, 1).to_pylist()[0]
+                assert layout == "manifest" or row["audio"]["bytes"] == row["id"].encode()
+                read.append(row["id"])
+        assert sorted(read) == names
+
+
+# What may be wrong.
+
+
+def test_a_tar_that_was_cut_off_is_named(rows, tmp_path):
+    in_tar(tmp_path, rows, shards=1)
+    path = tmp_path / "00000.tar"
+    whole = path.read_bytes()
+    for size in (len(whole) // 2, 700, 300, 0):
+        path.write_bytes(whole[:size])
+        with pytest.raises(UserError, match="00000.tar' is no whole tar file that is not compressed"):
+            opened(tmp_path)
+    path.unlink()
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as tar:
+        add(tar, "a.flac", rows[0]["bytes"])
+    with pytest.raises(UserError, match=r"a.tar.gz' is no whole tar file that is not compressed .*unpack a .gz"):
+        opened(tmp_path)
+
+
+def test_odd_members_of_a_tar(rows, tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        add(tar, "a/one.flac", rows[0]["bytes"])
+        add(tar, "a/one.json", b'{"text": "said"}')
+        add(tar, "a/._one.flac", b"of macOS")
+        add(tar, "two.json", b'{"text": "without audio"}')
+        add(tar, "three.FLAC", rows[1]["bytes"])  # without JSON
+        add(tar, "four.mp3", rows[2]["bytes"])
+        add(tar, "four.json", b"{no JSON")
+        add(tar, "five.flac", rows[3]["bytes"])
+        add(tar, "five.txt", "von einer Datei für Text".encode())
+        add(tar, "five.cls", b"7")
+    clips = clips_of(opened(tmp_path))
+    assert [clip.name for clip in clips if isinstance(clip, AudioClip)] == ["a/one", "three", "five"]
+    assert [clip.text for clip in clips if isinstance(clip, AudioClip)] == ["said", None, "von einer Datei für Text"]
+    (bad,) = [clip for clip in clips if isinstance(clip, SkippedClip)]
+    assert bad.reason == "damaged row" and "'four' cannot be used: its JSON or text cannot be read" in bad.message
+    with tarfile.open(tmp_path / "y.tar", "w") as tar:
+        for _ in range(2):
+            add(tar, "a.flac", rows[0]["bytes"])
+    with pytest.raises(UserError, match="y.tar' holds 'a.flac' twice"):
+        opened(tmp_path)
+
+
+def test_an_index_is_made_once_and_anew_for_another_tar(rows, tmp_path, monkeypatch):
+    in_tar(tmp_path, rows, shards=1)
+    before = opened(tmp_path)
+    monkeypatch.setattr(tar_corpus, "_rows", None)
+    assert opened(tmp_path).fingerprint == before.fingerprint
+    monkeypatch.undo()
+    monkeypatch.setattr(tar_corpus, "HF_HOME", str(tmp_path / "cache"))
+    in_tar(tmp_path, rows[:3], shards=1)
+    os.utime(tmp_path / "00000.tar", ns=(1, 1))
+    assert int(opened(tmp_path).sizes_G.sum()) == 3
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(tar_corpus, "HF_HOME", str(tmp_path / "file"))  # cannot hold a folder
+    assert int(opened(tmp_path).sizes_G.sum()) == 3
+
+
+def test_odd_lines_of_a_manifest(rows, tmp_path):
+    place = in_parts_of_one_recording(tmp_path, rows[:2])
+    lines = place.read_text().splitlines()
+    odd = {
+        "no JSON": "{no",
+        "a list": "[1]",
+        "an offset that is none": '{"audio_filepath": "long.wav", "offset": "soon"}',
+        "an offset past the end": '{"audio_filepath": "long.wav", "offset": 60, "duration": 1}',
+        "a negative offset": '{"audio_filepath": "long.wav", "offset": -1}',
+        "a file that is gone": '{"audio_filepath": "gone.wav"}',
+        "no file": '{"text": "a"}',
+    }
+    place.write_text("\n".join([lines[0], *odd.values(), lines[1]]))
+    clips = clips_of(opened(place), max_frames=100)
+    assert [isinstance(clip, AudioClip) for clip in clips] == [True, *[False] * 7, True]
+    reasons = [clip.reason for clip in clips[1:-1]]
+    assert reasons == ["damaged row"] * 3 + ["past the end", "damaged row", "missing", "no audio"]
+    assert "ends before 60 s, where it is to begin" in clips[4].message
+    for content, message in (
+        ("", "has no rows"),
+        ("[]", "has neither 'audio' nor 'audio_filepath'"),
+        ("x", "no JSON object"),
+    ):
+        place.write_text(content)
+        with pytest.raises(UserError, match=message):
+            opened(place)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("metadata.csv", "file,text\na.flac,b\n", "is no table with the column file_name"),
+        ("metadata.jsonl", "{no", "is no table with the column file_name"),
+        ("metadata.csv", b"\xff\xfe", "is no table with the column file_name"),
+    ],
+)
+def test_metadata_that_is_none(rows, tmp_path, name, content, message):
+    (tmp_path / "a.flac").write_bytes(rows[0]["bytes"])
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=message):
+        opened(tmp_path)
+
+
+def test_folders_with_links_and_odd_files(rows, tmp_path):
+    in_json_files(tmp_path, rows[:3])
+    (tmp_path / "again").symlink_to(tmp_path, target_is_directory=True)  # in a circle
+    (tmp_path / f"{rows[1]['name']}.json").write_text("{no")
+    (tmp_path / "empty.wav").write_bytes(b"")
+    (tmp_path / "notes.txt").write_text("no audio")
+    clips = clips_of(opened(tmp_path))
+    assert len(clips) == 4 and [clip.reason for clip in clips if isinstance(clip, SkippedClip)] == [
+        "damaged row",
+        "empty",
+    ]
+
+
+def test_many_small_files_are_one_listing(tmp_path):
+    """Nothing is opened but what is read; config/README.md says how long 100,000 take."""
+    for number in range(2_000):
+        folder = tmp_path / str(number // 1000)
+        folder.mkdir(exist_ok=True)
+        (folder / f"{number}.wav").touch()
+    corpus = opened(tmp_path)
+    assert int(corpus.sizes_G.sum()) == 2_000 and corpus.read_group(19).num_rows == 100
+
+
+@pytest.mark.parametrize("kind", ["WAV", "FLAC", "OGG", "MP3"])
+def test_a_part_of_a_recording_is_a_part_of_its_samples(rows, tmp_path, kind):
+    samples = np.concatenate([row["samples"] for row in rows])
+    soundfile.write(tmp_path / "a", np.stack([samples, samples // 2], axis=1), RATE, format=kind)
+    whole = read_audio(tmp_path / "a", RATE).samples_S
+    part = read_audio(tmp_path / "a", RATE, start_seconds=1.5, max_seconds=2.0)
+    assert np.array_equal(part.samples_S.numpy(), whole[36_000:84_000].numpy()) and part.is_cut
+    last = read_audio(tmp_path / "a", RATE, start_seconds=9.5)
+    assert np.array_equal(last.samples_S.numpy(), whole[228_000:].numpy()) and not last.is_cut
+    with pytest.raises(AudioError, match="ends before 11 s, where it is to begin"):
+        read_audio(tmp_path / "a", RATE, start_seconds=11)

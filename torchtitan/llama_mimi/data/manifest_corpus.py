@@ -1,0 +1,114 @@
+"""JSONL manifests, as NeMo has them: lines with ``audio_filepath``, ``offset``, ``duration``, ``text``."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+import numpy as np
+import pyarrow as pa
+
+from llama_mimi.common.errors import UserError, first_line
+from llama_mimi.common.files import digest, file_system, is_local
+from llama_mimi.data.record_corpus import ROWS_PER_GROUP, Record, RecordTable, groups_of_files, seconds_of
+
+AUDIO_KEY = "audio_filepath"
+
+
+class ManifestCorpus:
+    """Lines of JSON that name audio files or parts of them; blank lines count as none.
+
+    Args:
+        name, files, audio_column, text_column, extra_columns: as `llama_mimi.data.corpora.open_corpus`; audio is
+            looked for under ``audio_filepath`` where there is no ``audio_column``. Paths are relative to the manifest.
+
+    Raises:
+        UserError: a manifest cannot be read, or its first line has no audio.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        files: Sequence[str],
+        audio_column: str,
+        text_column: str | None,
+        extra_columns: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        self.name, self.files = name, tuple(files)
+        scanned = [_scan(file) for file in self.files]
+        self._starts = [starts for starts, _, _ in scanned]  # of the first line of each group
+        self._file_G, self._first_G, self.sizes_G = groups_of_files([rows for _, rows, _ in scanned], name)
+        self.fingerprint = digest([sha256 for _, _, sha256 in scanned])
+        first = self._lines(0)[0]
+        try:
+            columns = list(json.loads(first))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"the first line of '{self.files[self._file_G[0]]}' is no JSON object; mend it") from error
+        self._audio_key = audio_column if audio_column in columns else AUDIO_KEY
+        if self._audio_key not in columns:
+            raise UserError(
+                f"'{self.files[0]}' has neither '{audio_column}' nor '{AUDIO_KEY}', only {', '.join(columns)}; say "
+                "where audio files are named (data.audio_column, or --audio_column of a script)"
+            )
+        self._table = RecordTable(name, columns, text_column, extra_columns)
+
+    @property
+    def columns(self) -> list[str]:
+        return self._table.columns
+
+    def row_name(self, group: int, row: int) -> str:
+        return f"row {self._first_G[group] + row} of {self.files[self._file_G[group]]}"
+
+    def read_group(self, group: int) -> pa.Table:
+        return self._table.table([self._record(line) for line in self._lines(group)])
+
+    def open_path(self, path: str, group: int) -> str | bytes:
+        folder = self.files[self._file_G[group]].rsplit("/", 1)[0]
+        fs, bare = file_system(path if "://" in path or os.path.isabs(path) else f"{folder}/{path}")
+        return bare if is_local(fs) else fs.cat_file(bare)
+
+    def _lines(self, group: int) -> list[bytes]:
+        file = self._file_G[group]
+        fs, bare = file_system(self.files[file])
+        starts, first = self._starts[file], self._first_G[group] // ROWS_PER_GROUP
+        try:
+            content = fs.read_block(bare, int(starts[first]), int(starts[first + 1] - starts[first]))
+        except OSError as error:
+            raise _unreadable(self.files[file], error) from error
+        return [line for line in content.split(b"\n") if line.strip()]
+
+    def _record(self, line: bytes) -> Record:
+        try:
+            values = json.loads(line)
+            path = values.get(self._audio_key)
+            return Record(
+                values,
+                path=None if path is None else str(path),
+                row_id=None if values.get("id") is None else str(values["id"]),
+                offset=seconds_of(values.get("offset")),
+                duration=seconds_of(values.get("duration")),
+            )
+        except (ValueError, TypeError, AttributeError) as error:
+            return Record({}, problem=f"the line is no JSON object with numbers of seconds ({first_line(error)})")
+
+
+def _scan(file: str) -> tuple[np.ndarray, int, str]:
+    """Where each group of lines begins, and the end; how many lines there are; and a hash of all."""
+    fs, bare = file_system(file)
+    starts, rows, offset, sha256 = [0], 0, 0, hashlib.sha256()
+    try:
+        with fs.open(bare, "rb") as stream:
+            for line in stream:
+                sha256.update(line)
+                offset += len(line)
+                rows += bool(line.strip())
+                if line.strip() and rows % ROWS_PER_GROUP == 0:
+                    starts.append(offset)
+    except OSError as error:
+        raise _unreadable(file, error) from error
+    return np.array([*starts, offset] if rows % ROWS_PER_GROUP else starts), rows, sha256.hexdigest()
+
+
+def _unreadable(file: str, error: Exception) -> UserError:
+    return UserError(f"the manifest '{file}' cannot be read ({first_line(error)}); check it, or copy it anew")

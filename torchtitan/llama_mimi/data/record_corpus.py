@@ -1,0 +1,119 @@
+"""What formats share whose rows are records: lines of JSON, or files with something said about them."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from llama_mimi.common.errors import UserError
+
+ROWS_PER_GROUP = 100  # as `datasets` writes audio to Parquet
+AUDIO = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+@dataclass(frozen=True)
+class Record:
+    """A row.
+
+    Args:
+        values: what is said about it, by the names of its source.
+        content: bytes of its audio file; None where there is a path.
+        path: of its audio file.
+        row_id: its name.
+        offset, duration: of the part of the file in seconds; None is the beginning, and the end.
+        problem: why it cannot be used.
+    """
+
+    values: Mapping[str, Any]
+    content: bytes | None = None
+    path: str | None = None
+    row_id: str | None = None
+    offset: float | None = None
+    duration: float | None = None
+    problem: str | None = None
+
+
+class RecordTable:
+    """From records to the tables that a corpus hands out.
+
+    Args:
+        name: of the corpus.
+        columns: names in the first record, which stand for all.
+        text_column, extra_columns: as `llama_mimi.data.corpora.open_corpus`.
+
+    Raises:
+        UserError: there is no text column.
+    """
+
+    def __init__(
+        self, name: str, columns: Sequence[str], text_column: str | None, extra_columns: Mapping[str, str]
+    ) -> None:
+        self._roles = {role: column for role, column in extra_columns.items() if column in columns}
+        if text_column is not None:
+            if text_column not in columns:
+                raise UserError(
+                    f"the dataset '{name}' has no column '{text_column}' for the text, only "
+                    f"{', '.join(columns) or 'none'}; say which it is (data.text_column, or --text_column of a script)"
+                )
+            self._roles["text"] = text_column
+
+    @property
+    def columns(self) -> list[str]:
+        return ["audio", "id", *self._roles]
+
+    def table(self, records: Sequence[Record]) -> pa.Table:
+        """Rows as `AudioCorpus.read_group` has them."""
+        columns = {
+            "audio": pa.array([{"bytes": one.content, "path": one.path} for one in records], AUDIO),
+            "id": pa.array([one.row_id for one in records], pa.string()),
+            "problem": pa.array([one.problem for one in records], pa.string()),
+            "offset": pa.array([one.offset for one in records], pa.float64()),
+            "duration": pa.array([one.duration for one in records], pa.float64()),
+        }
+        for role, column in self._roles.items():
+            columns[role] = pa.array([_text(one.values.get(column)) for one in records], pa.string())
+        return pa.table(columns)
+
+
+def group_sizes(num_rows: int) -> list[int]:
+    """Rows of each group of a file."""
+    return [min(ROWS_PER_GROUP, num_rows - start) for start in range(0, num_rows, ROWS_PER_GROUP)]
+
+
+def groups_of_files(rows: Sequence[int], name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Groups of files with so many rows each: the file, the first row in it, and the rows, each (G,).
+
+    Raises:
+        UserError: there are no rows.
+    """
+    groups = [
+        (file, number * ROWS_PER_GROUP, size)
+        for file, num_rows in enumerate(rows)
+        for number, size in enumerate(group_sizes(num_rows))
+    ]
+    if not groups:
+        raise UserError(f"the dataset '{name}' has no rows; name another")
+    file_G, first_G, sizes_G = np.array(groups, dtype=np.int64).T
+    return file_G, first_G, sizes_G
+
+
+def seconds_of(value: Any) -> float | None:
+    """A number of seconds, or None where there is none.
+
+    Raises:
+        ValueError: it is no number of 0 or more.
+    """
+    if value is None:
+        return None
+    seconds = float(value)
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"{value} is no number of seconds")
+    return seconds
+
+
+def _text(value: Any) -> str | None:
+    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,185 @@
+"""WebDataset: tar files whose members of one key are a row, such as ``a.mp3`` and ``a.json``, Emilia's layout.
+
+Where members lie is found out once for each tar, by its headers, and kept in a folder of the hub's cache (``HF_HOME``):
+then any row is one read, and a million rows are there in seconds.
+"""
+
+import json
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import pyarrow as pa
+from huggingface_hub.constants import HF_HOME
+
+from llama_mimi.audio.reading import AUDIO_ENDINGS
+from llama_mimi.common.errors import UserError, first_line
+from llama_mimi.common.files import digest, file_system, write_atomically
+from llama_mimi.data.record_corpus import Record, RecordTable, groups_of_files
+
+INDEX_THREADS = 16
+FORMAT = 1
+AUDIO_SUFFIXES = (*AUDIO_ENDINGS, ".m4a", ".opus", ".webm")
+# Of a row: its key, and where the bytes of audio, JSON and text lie; a size of -1 is a member that is not there.
+MEMBERS = ("audio", "json", "txt")
+SCHEMA = pa.schema(
+    [("key", pa.string()), *((f"{part}_{what}", pa.int64()) for part in MEMBERS for what in ("start", "size"))]
+)
+
+
+class TarCorpus:
+    """Rows of tar files that are not compressed.
+
+    Args:
+        name, files, audio_column, text_column, extra_columns: as `llama_mimi.data.corpora.open_corpus`; the text may
+            stand in a ``.txt`` member, too, and ``audio_column`` is of other formats.
+
+    Raises:
+        UserError: a tar is damaged or compressed, holds a member twice or no audio, or its first row has no text.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        files: Sequence[str],
+        audio_column: str,
+        text_column: str | None,
+        extra_columns: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        self.name, self.files, self._text_column = name, tuple(files), text_column
+        with ThreadPoolExecutor(INDEX_THREADS) as pool:
+            self._indexes = list(pool.map(_index, self.files))
+        self._file_G, self._first_G, self.sizes_G = groups_of_files([len(index) for index in self._indexes], name)
+        self.fingerprint = digest(
+            [
+                [file.rsplit("/", 1)[-1], _size(file), len(index)]
+                for file, index in zip(files, self._indexes, strict=True)
+            ]
+        )
+        first = next(self._records(0, 1))
+        if first.problem is not None:
+            raise UserError(f"the first row of '{self.files[0]}' cannot be read: {first.problem}")
+        self._table = RecordTable(name, list(first.values), text_column, extra_columns)
+
+    @property
+    def columns(self) -> list[str]:
+        return self._table.columns
+
+    def row_name(self, group: int, row: int) -> str:
+        key = self._indexes[self._file_G[group]]["key"][int(self._first_G[group] + row)]
+        return f"'{key}' of {self.files[self._file_G[group]]}"
+
+    def read_group(self, group: int) -> pa.Table:
+        return self._table.table(list(self._records(group, int(self.sizes_G[group]))))
+
+    def open_path(self, path: str, group: int) -> str | bytes:
+        raise OSError("members of a tar have no path")
+
+    def _records(self, group: int, count: int) -> Iterator[Record]:
+        file = self.files[self._file_G[group]]
+        rows = self._indexes[self._file_G[group]].slice(int(self._first_G[group]), count).to_pylist()
+        fs, bare = file_system(file)
+        try:
+            with fs.open(bare, "rb") as stream:
+                for row in rows:
+                    yield _record(stream, row)
+        except OSError as error:
+            raise _unreadable(file, error) from error
+
+
+def _record(stream: Any, row: Mapping[str, Any]) -> Record:
+    parts = {}
+    for part in MEMBERS:
+        if row[f"{part}_size"] >= 0:
+            stream.seek(row[f"{part}_start"])
+            parts[part] = stream.read(row[f"{part}_size"])
+    try:
+        values = json.loads(parts.get("json", b"{}"))
+        if not isinstance(values, dict):
+            raise ValueError("no object")
+        if "txt" in parts:
+            values = {"text": parts["txt"].decode().strip()} | values
+        row_id = values.get("id", values.get("_id"))
+        return Record(values, content=parts.get("audio"), row_id=row["key"] if row_id is None else str(row_id))
+    except ValueError as error:
+        return Record({}, row_id=row["key"], problem=f"its JSON or text cannot be read ({first_line(error)})")
+
+
+def _index(file: str) -> pa.Table:
+    """Where the rows of a tar lie, from what is kept, or from its headers, which are then kept."""
+    folder = Path(HF_HOME) / "llama_mimi" / "tar_index"
+    name = digest([FORMAT, file, _size(file), _changed(file)]) + ".arrow"
+    path = folder / name
+    if not path.is_file():
+        table = pa.Table.from_pylist(_rows(file), SCHEMA)
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_file(sink, SCHEMA) as writer:
+            writer.write_table(table)
+        try:
+            write_atomically(str(folder), name, sink.getvalue().to_pybytes())
+        except UserError as error:
+            print(f"the index of '{file}' is made at each start, as it cannot be kept: {error}", flush=True)
+            return table
+    with pa.memory_map(str(path)) as source:
+        return pa.ipc.open_file(source).read_all()
+
+
+def _rows(file: str) -> list[dict[str, Any]]:
+    """Rows by key, in the order of the tar.
+
+    Raises:
+        UserError: it is damaged or compressed, or holds a member twice.
+    """
+    fs, bare = file_system(file)
+    rows: dict[str, dict[str, Any]] = {}
+    try:
+        with fs.open(bare, "rb") as stream:
+            size = stream.seek(0, 2)
+            stream.seek(0)
+            with tarfile.open(fileobj=stream, mode="r:") as tar:
+                while (member := tar.next()) is not None:
+                    tar.members = []  # type: ignore[attr-defined]  # it keeps all that it has seen
+                    if member.isfile():
+                        if member.offset_data + member.size > size:
+                            raise tarfile.ReadError("it ends within a member")
+                        _enter(rows, member, file)
+                if tar.offset > size or not rows:
+                    raise tarfile.ReadError("it ends within a header, or holds no files")
+    except (OSError, tarfile.TarError) as error:
+        raise _unreadable(file, error) from error
+    return [row for row in rows.values() if row["audio_size"] >= 0]
+
+
+def _enter(rows: dict[str, dict[str, Any]], member: tarfile.TarInfo, file: str) -> None:
+    folder, slash, name = member.name.rpartition("/")
+    stem, _, ending = name.partition(".")  # a key ends at the first point, as WebDataset has it
+    if not stem or name.startswith("._"):
+        return  # hidden, as macOS leaves them
+    part = "audio" if f".{ending.lower()}".endswith(AUDIO_SUFFIXES) else ending.lower()
+    if part not in MEMBERS:
+        return
+    key = f"{folder}{slash}{stem}"
+    row = rows.setdefault(key, {"key": key} | {f"{p}_{w}": -1 for p in MEMBERS for w in ("start", "size")})
+    if row[f"{part}_size"] >= 0:
+        raise UserError(f"'{file}' holds '{member.name}' twice, or two files of audio of that name; write it anew")
+    row[f"{part}_start"], row[f"{part}_size"] = member.offset_data, member.size
+
+
+def _size(file: str) -> int:
+    fs, bare = file_system(file)
+    return fs.size(bare)
+
+
+def _changed(file: str) -> str:
+    fs, bare = file_system(file)
+    info = fs.info(bare)
+    return str(info.get("mtime") or info.get("ETag") or info.get("LastModified") or "")
+
+
+def _unreadable(file: str, error: Exception) -> UserError:
+    return UserError(
+        f"'{file}' is no whole tar file that is not compressed ({first_line(error)}); copy it anew, or unpack a .gz"
+    )
