@@ -257,7 +257,7 @@ def test_audio_is_packed_as_its_codes_are(codec, sequences):
     while not packer.is_full:
         refs.append(clone.take())
         table = loader._readers[0].corpus.read_group(refs[-1].group)
-        clip = loader._readers[0].clip(table, refs[-1])
+        (clip,) = loader._readers[0].clips(table, refs[-1])
         (codes_TQ,) = codec.encode([clip.samples_S])
         packer.add(codes_TQ.numpy(), is_cut=clip.is_cut)
     inputs, labels_BL = next(batches)

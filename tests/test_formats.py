@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
+import torch
 from conftest import TINY, costly
 from datasets import Audio, Dataset, DatasetDict
 from hypothesis import given
@@ -18,11 +19,14 @@ from hypothesis import strategies as st
 from test_code_store import tokenize
 
 from llama_mimi.audio.reading import AudioError, read_audio
+from llama_mimi.audio.splitting import split_at_pauses
 from llama_mimi.common.errors import UserError
+from llama_mimi.data import clips as clips_module
 from llama_mimi.data import tar_corpus
 from llama_mimi.data.clips import AudioClip, AudioReader, ClipStream, SkippedClip
 from llama_mimi.data.corpora import open_corpus
-from llama_mimi.data.order import RowsInOrder
+from llama_mimi.data.order import ClipRef, RowsInOrder
+from llama_mimi.data.row_filter import RowFilter
 
 RATE = 24_000
 COLUMNS = {"text": "text", "speaker": "speaker"}
@@ -378,3 +382,112 @@ def test_a_part_of_a_recording_is_a_part_of_its_samples(rows, tmp_path, kind):
     assert np.array_equal(last.samples_S.numpy(), whole[228_000:].numpy()) and not last.is_cut
     with pytest.raises(AudioError, match="ends before 11 s, where it is to begin"):
         read_audio(tmp_path / "a", RATE, start_seconds=11)
+
+
+# Long recordings, and what is left out.
+
+
+@given(
+    seconds=st.floats(0.5, 60),
+    max_seconds=st.floats(1, 10),
+    pauses=st.lists(st.tuples(st.floats(0, 60), st.floats(0.2, 1.0)), max_size=12),
+)
+@costly(max_examples=60)
+def test_cuts_lie_in_pauses_and_lose_nothing(seconds, max_seconds, pauses):
+    rate = 1000
+    samples_S = torch.rand(round(seconds * rate), generator=torch.Generator().manual_seed(0)) + 0.5
+    for start, length in pauses:
+        samples_S[round(start * rate) : round((start + length) * rate)] = 0
+    ends = split_at_pauses(samples_S, rate, max_seconds)
+    starts = [0, *ends[:-1]]
+    assert ends[-1] == len(samples_S) and all(end > start for start, end in zip(starts, ends, strict=True))
+    longest = int(max_seconds * rate)
+    for start, end in zip(starts[:-1], ends[:-1], strict=True):
+        assert longest // 2 <= end - start <= longest
+        window_S = samples_S[start + longest // 2 : start + longest]
+        hops = window_S[: len(window_S) // 20 * 20].view(-1, 20).abs().sum(dim=1)
+        if len(hops) >= 10 and (hops.unfold(0, 10, 1).sum(dim=1) == 0).any():  # there is a pause to cut in
+            assert samples_S[end] == 0
+    assert ends[-1] - starts[-1] <= longest
+
+
+@pytest.mark.distributed
+def test_long_recordings_are_split_and_nothing_is_lost(rows, tmp_path, monkeypatch):
+    """In pieces and as a whole, and on two ranks, the clips are the same and their sum the recording."""
+    pause = np.zeros(RATE // 2, np.int16)
+    samples = np.concatenate([part for row in rows for part in (row["samples"], pause)])
+    (tmp_path / "in").mkdir()
+    soundfile.write(tmp_path / "in" / "long.flac", samples, RATE)
+    soundfile.write(tmp_path / "in" / "short.flac", rows[0]["samples"], RATE)
+    (tmp_path / "in" / "metadata.csv").write_text("file_name,text\nlong.flac,too much\nshort.flac,said\n")
+    flags = ("--long_recordings", "split", "--max_audio_seconds", 3)
+    done = tokenize(tmp_path / "in", tmp_path / "out", *flags, nproc=2)
+    assert done.returncode == 0, done.output[-2000:]
+    found = pq.read_table(sorted((tmp_path / "out").glob("shard-*.parquet"))).to_pylist()
+    parts, (short,) = [row for row in found if "long" in row["id"]], [row for row in found if row["id"] == "short"]
+    assert [row["id"] for row in parts] == [f"long_{number:05d}" for number in range(len(parts))] and len(parts) >= 5
+    assert sum(row["duration"] for row in parts) == pytest.approx(len(samples) / RATE, abs=1e-3)
+    assert all(row["duration"] <= 3 and row["text"] is None for row in parts)
+    assert [row["is_cut"] for row in parts] == [True] * (len(parts) - 1) + [False]
+    assert short["text"] == "said" and not short["is_cut"]
+    for at_once in (4.0, 3600.0):
+        monkeypatch.setattr(clips_module, "SECONDS_AT_ONCE", at_once)
+        corpus = opened(tmp_path / "in")
+        reader = AudioReader(corpus, sample_rate_hz=RATE, frame_size=1920, max_frames=37, splits=True)
+        read = reader.clips(corpus.read_group(0), ClipRef(0, 0, 0, 0, 0))
+        assert np.array_equal(np.concatenate([clip.samples_S for clip in read]), samples.astype(np.float32) / 32768)
+        assert all(clip.is_cut for clip in read[:-1]) and not read[-1].is_cut
+        assert all(clip.samples_S[-1] == 0 for clip in read[:-1])  # in a pause
+
+
+@pytest.mark.distributed
+def test_what_is_not_wanted_is_counted_by_name(rows, tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for number, row in enumerate(rows):
+            seconds = [2.0, 2.0, 1.0, 0.5, 2.0][number]
+            stream = io.BytesIO()
+            soundfile.write(stream, row["samples"][: round(seconds * RATE)], RATE, format="FLAC")
+            add(tar, f"{number}.flac", stream.getvalue())
+            values = {"language": "de" if number == 1 else "en", "dnsmos": 3.0 + number / 10}
+            add(tar, f"{number}.json", json.dumps(values if number < 4 else {"language": "en"}).encode())
+    flags = ("--min_seconds", 0.6, "--max_seconds", 2.5, "--where", 'language in ("en", "fr") and not dnsmos < 3')
+    done = tokenize(tmp_path, tmp_path.parent / f"{tmp_path.name}_out", *flags)
+    assert done.returncode == 0, done.output[-2000:]
+    found = json.loads((tmp_path.parent / f"{tmp_path.name}_out" / "manifest.json").read_text())
+    assert found["clips"] == 2 and found["skipped"] == {}
+    assert found["filtered"] == {f"not {flags[-1]}": 1, "under 0.6 s": 1, "no dnsmos": 1}
+    for mistake, message in (
+        (("--where", "score > 3"), "has no column 'score'"),
+        (("--where", "len(text) > 3"), "it compares columns with numbers and texts"),
+        (("--max_seconds", 500), "--max_seconds is 500; it lies between"),
+        (("--max_seconds", 2, "--long_recordings", "split"), "choose one"),
+    ):
+        done = tokenize(tmp_path, tmp_path.parent / f"{tmp_path.name}_no", *mistake)
+        assert done.returncode == 1 and message in done.output and "Traceback" not in done.output
+
+
+@pytest.mark.parametrize(
+    ("where", "values", "kept"),
+    [
+        ("a == 1", {"a": 1}, True),
+        ("a == 1", {"a": "1"}, True),
+        ("2 < a <= 3", {"a": "3.0"}, True),
+        ("2 < a <= 3", {"a": 2}, False),
+        ("not a == 'x' or b > 1", {"a": "x", "b": 2}, True),
+        ("a in ('x', 'y') and b != 0", {"a": "y", "b": 0}, False),
+        ("a not in [1, 2]", {"a": 3}, True),
+        ("a > -1", {"a": 0}, True),
+    ],
+)
+def test_conditions(where, values, kept):
+    rule = RowFilter(where=where)
+    assert rule.columns == {f"filter/{name}": name for name in values}
+    assert (rule.of_values({f"filter/{name}": value for name, value in values.items()}) is None) == kept
+
+
+@pytest.mark.parametrize(
+    "where", ["a", "a = 1", "a +1 > 2", "f(a)", "a.b == 1", "__import__('os') == 1", "(a == 1", "", "a is 1"]
+)
+def test_conditions_that_are_none(where):
+    with pytest.raises(UserError, match="--where is"):
+        RowFilter(where=where)

@@ -39,11 +39,11 @@ class MadeUpReader:
         self.lengths = generator.integers(1, 41, sizes_G.sum())
         self.corpus = SimpleNamespace(sizes_G=sizes_G, fingerprint=f"made up {number}", read_group=read_nothing)
 
-    def clip(self, table, ref):
+    def clips(self, table, ref):
         number = int(self.starts_G[ref.group]) + ref.row
         frames = np.arange(self.lengths[number])
         codes_TQ = np.stack([np.full_like(frames, self.number), np.full_like(frames, number), frames, 0 * frames], 1)
-        return CodedClip(f"{self.number}-{number}", codes_TQ, is_cut=False, text=None)
+        return [CodedClip(f"{self.number}-{number}", codes_TQ, is_cut=False, text=None)]
 
 
 def make_loaders(readers, sequences, dp_world_size, num_workers, *, is_packed=True, batch_size=2, seed=3):

@@ -6,6 +6,7 @@ rows of, which in a shuffled block are all: decoding and resampling are divided,
 """
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,25 +19,36 @@ import torch
 from torch.utils.data import DataLoader
 
 from llama_mimi.audio.reading import DAMAGED, AudioError, Waveform, read_audio
+from llama_mimi.audio.splitting import split_at_pauses
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.ranks import end_with_parent
 from llama_mimi.data.code_store import CodeCorpus, CodeGroup
 from llama_mimi.data.corpora import AudioCorpus
 from llama_mimi.data.order import ClipRef, RowsInOrder, ShuffledOrder, in_chunks
+from llama_mimi.data.row_filter import RowFilter
 
 # The share of bad clips is judged only once this many were read: one among the first ten is no 10 %.
 MIN_CLIPS_FOR_SHARE = 100
 _NO_SAMPLES = torch.empty(0)
 # Every skipped clip is counted; only so many are named one by one.
 MAX_NAMED_CLIPS = 20
+# Of a long recording that is split: 345 MB at 24 kHz.
+SECONDS_AT_ONCE = 3600.0
 
 
 @dataclass(frozen=True)
 class SkippedClip:
-    """A row that could not be used: its reason (a short category) and one sentence that names it."""
+    """A row that is not used.
+
+    Args:
+        reason: a short category.
+        message: one sentence that names it.
+        is_filtered: it was not wanted; others could not be used.
+    """
 
     reason: str
     message: str
+    is_filtered: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,49 +142,90 @@ class AudioReader:
         sample_rate_hz, frame_size: of the codec; shorter clips than a frame are skipped.
         max_frames: longer clips are cut.
         with_text: rows without a transcript are skipped.
+        row_filter: which rows are wanted.
+        splits: longer recordings become several clips, cut at pauses, without texts.
     """
 
     def __init__(
-        self, corpus: AudioCorpus, *, sample_rate_hz: int, frame_size: int, max_frames: int, with_text: bool = False
+        self,
+        corpus: AudioCorpus,
+        *,
+        sample_rate_hz: int,
+        frame_size: int,
+        max_frames: int,
+        with_text: bool = False,
+        row_filter: RowFilter | None = None,
+        splits: bool = False,
     ) -> None:
-        self.corpus = corpus
+        self.corpus, self._filter, self._splits = corpus, row_filter or RowFilter(), splits
         self._sample_rate_hz, self._frame_size, self._with_text = sample_rate_hz, frame_size, with_text
         self._max_seconds = max_frames * frame_size / sample_rate_hz
 
-    def clip(self, table: pa.Table, ref: ClipRef) -> Clip:
+    def clips(self, table: pa.Table, ref: ClipRef) -> list[Clip]:
         """One row of the row group ``table``; whatever is wrong with it, it is skipped with a reason."""
         name = self.corpus.row_name(ref.group, ref.row)
         try:
             values = {role: table[role][ref.row].as_py() for role in table.column_names}
-            audio = values["audio"] or {}
-            name = _label(values.get("id")) or _label(audio.get("path")) or name
-            return self._clip(name, values, ref)
+            name = _label(values.get("id")) or _label((values["audio"] or {}).get("path")) or name
+            if (reason := self._filter.of_values(values)) is not None:
+                return [_filtered(name, reason)]
+            if self._with_text and not values["text"]:
+                raise AudioError("no text", f"'{name}' has no text")
+            return self._split(name, values, ref) if self._splits else [self._clip(name, values, ref)]
         except AudioError as error:
-            return SkippedClip(error.reason, str(error))
+            return [SkippedClip(error.reason, str(error))]
         except Exception as error:  # one odd row in a million must not end the run, whatever is odd about it
             what = f"{type(error).__name__}: {first_line(error)[:200]}"
-            return SkippedClip("unexpected", f"'{name}' cannot be read ({what})")
+            return [SkippedClip("unexpected", f"'{name}' cannot be read ({what})")]
 
-    def _clip(self, name: str, values: dict[str, Any], ref: ClipRef) -> AudioClip:
-        if self._with_text and not values["text"]:
-            raise AudioError("no text", f"'{name}' has no text")
-        waveform = read_row(
+    def _clip(self, name: str, values: dict[str, Any], ref: ClipRef) -> Clip:
+        waveform = self._read(name, values, ref, self._max_seconds)
+        text = _transcript(name, values.get("text"))
+        return self._kept(name, waveform, text, values)
+
+    def _split(self, name: str, values: dict[str, Any], ref: ClipRef) -> list[Clip]:
+        """An hour at a time, so that memory has a limit."""
+        found: list[Waveform] = []
+        begin, rate_hz = values.get("offset") or 0.0, self._sample_rate_hz
+        left = values.get("duration")
+        goes_on = True
+        while goes_on:
+            waveform = self._read(name, values | {"offset": begin, "duration": left}, ref, SECONDS_AT_ONCE)
+            goes_on = waveform.is_cut and DAMAGED not in waveform.remarks
+            ends = split_at_pauses(waveform.samples_S, rate_hz, self._max_seconds)
+            ends = ends[:-1] if goes_on else ends  # where it goes on, the last has no pause at its end
+            for start, end in itertools.pairwise([0, *ends]):
+                is_last = end == ends[-1] and not goes_on
+                part_S = waveform.samples_S[start:end].clone()
+                found.append(dataclasses.replace(waveform, samples_S=part_S, is_cut=waveform.is_cut or not is_last))
+            begin += ends[-1] / rate_hz
+            left = None if left is None else left - ends[-1] / rate_hz
+        if len(found) == 1:
+            return [self._kept(name, found[0], _transcript(name, values.get("text")), values)]
+        return [self._kept(f"{name}_{number:05d}", part, None, values) for number, part in enumerate(found)]
+
+    def _read(self, name: str, values: dict[str, Any], ref: ClipRef, max_seconds: float) -> Waveform:
+        return read_row(
             self.corpus,
             ref.group,
             values,
             name,
             self._sample_rate_hz,
-            max_seconds=self._max_seconds,
-            min_samples=self._frame_size,
+            max_seconds=max_seconds,
+            min_samples=1 if self._splits else self._frame_size,
         )
-        return AudioClip(
-            name,
-            waveform.samples_S,
-            waveform.is_cut,
-            _transcript(name, values.get("text")),
-            _label(values.get("speaker")),
-            waveform.remarks,
-        )
+
+    def _kept(self, name: str, waveform: Waveform, text: str | None, values: dict[str, Any]) -> Clip:
+        if (reason := self._filter.of_length(waveform.seconds, is_cut=waveform.is_cut)) is not None:
+            return _filtered(name, reason)
+        if len(waveform.samples_S) < self._frame_size:
+            return SkippedClip("too short", f"'{name}' is {waveform.seconds:.3f} s, less than a frame of the codec")
+        speaker = _label(values.get("speaker"))
+        return AudioClip(name, waveform.samples_S, waveform.is_cut, text, speaker, waveform.remarks)
+
+
+def _filtered(name: str, reason: str) -> SkippedClip:
+    return SkippedClip(reason, f"'{name}' was left out: {reason}", is_filtered=True)
 
 
 def read_row(
@@ -244,9 +297,11 @@ class CodeReader:
         self.corpus = corpus
         self._max_frames, self._with_text = max_frames, with_text
 
-    def clip(self, group: CodeGroup, ref: ClipRef) -> Clip:
+    def clips(self, group: CodeGroup, ref: ClipRef) -> list[Clip]:
         """One row of a row group."""
-        row = ref.row
+        return [self._clip(group, ref.row)]
+
+    def _clip(self, group: CodeGroup, row: int) -> Clip:
         name = group.columns["id"][row]
         text = group.columns["text"][row] if self._with_text else None
         if self._with_text and not text:
@@ -307,20 +362,21 @@ class ClipStream(torch.utils.data.IterableDataset):
         for index, chunk in enumerate(in_chunks(refs, self._chunk_size)):
             if index % num_workers == number:
                 try:
-                    clips = [self._read(ref) for ref in chunk]
+                    read = [(ref, clip) for ref in chunk for clip in self._read(ref)]
                 except UserError as error:
                     yield UserError(str(error))
                     return
-                yield SentChunk.pack(chunk, clips) if worker else Chunk(chunk, clips)
+                refs_of_clips, clips = [ref for ref, _ in read], [clip for _, clip in read]
+                yield SentChunk.pack(refs_of_clips, clips) if worker else Chunk(refs_of_clips, clips)
 
-    def _read(self, ref: ClipRef) -> Clip:
+    def _read(self, ref: ClipRef) -> list[Clip]:
         reader, groups = self._readers[ref.corpus], self._groups[ref.corpus]
         if self._window[ref.corpus] != ref.window:
             groups.clear()
             self._window[ref.corpus] = ref.window
         if ref.group not in groups:
             groups[ref.group] = reader.corpus.read_group(ref.group)
-        return reader.clip(groups[ref.group], ref)
+        return reader.clips(groups[ref.group], ref)
 
 
 def _transcript(name: str, value: Any) -> str | None:

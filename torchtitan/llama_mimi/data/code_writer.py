@@ -3,16 +3,17 @@
 import json
 import math
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from llama_mimi.audio.mimi import DEFAULT_CODEC, CodecAttention, MimiCodec, Precision, codec_hash
 from llama_mimi.audio.reading import DAMAGED, RESAMPLER
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import PARTIAL, file_system, read_json, sizes_in, write_atomically
 from llama_mimi.common.versions import versions
-from llama_mimi.data.clips import MAX_NAMED_CLIPS, is_too_many
+from llama_mimi.data.clips import MAX_NAMED_CLIPS, SkippedClip, is_too_many
 from llama_mimi.data.code_store import (
     CLIPS_PER_GROUP,
     FORMAT,
@@ -25,6 +26,7 @@ from llama_mimi.data.code_store import (
 )
 from llama_mimi.data.corpora import AudioCorpus
 from llama_mimi.data.parquet_corpus import FOOTER_THREADS, read_footer
+from llama_mimi.data.row_filter import RowFilter
 
 # Clips of a shard by default (3 MB for clips of 14 s), and the fewest shards, so that a small corpus has work for all
 # ranks.
@@ -36,7 +38,8 @@ class TokenizationOptions:
     """What is tokenised, how, and where to."""
 
     corpus: str
-    """Named corpus, folder, or Parquet path or glob"""
+    """Named corpus; folder, path or glob of Parquet, tar or audio files or JSONL manifests; a folder of save_to_disk;
+    or hf:owner/name"""
 
     output_dir: str
     """Folder of the shards, local or any fsspec path"""
@@ -70,6 +73,19 @@ class TokenizationOptions:
     max_audio_seconds: float = 120.0
     """Longer clips are cut, and counted"""
 
+    long_recordings: Literal["cut", "split"] = "cut"
+    """Longer recordings are cut at --max_audio_seconds, or split at pauses into clips that are no longer and have no
+    text"""
+
+    min_seconds: float = 0.0
+    """Shorter clips are left out, and counted"""
+
+    max_seconds: float | None = None
+    """Longer clips are left out, and counted"""
+
+    where: str | None = None
+    """Rows that are wanted, such as 'language == "en" and dnsmos >= 3'; others are left out, and counted"""
+
     clips_per_shard: int | None = None
     """Clips of a shard, at least; a kill loses the shards that are not whole. By default 2,048, or fewer, so that there
     are 64 shards"""
@@ -82,6 +98,10 @@ class TokenizationOptions:
 
     max_bad_share: float = 0.01
     """Stop when a larger share of the clips cannot be used"""
+
+    @property
+    def row_filter(self) -> RowFilter:
+        return RowFilter(self.min_seconds, self.max_seconds, self.where)
 
 
 def make_plan(options: TokenizationOptions, corpus: AudioCorpus, codec: MimiCodec) -> dict[str, Any]:
@@ -109,6 +129,8 @@ def make_plan(options: TokenizationOptions, corpus: AudioCorpus, codec: MimiCode
         },
         "resampler": RESAMPLER,
         "max_audio_seconds": options.max_audio_seconds,
+        "long_recordings": options.long_recordings,
+        "filter": vars(options.row_filter),
         "columns": ["id", "codes", "duration", "is_cut", *(c for c in OPTIONAL_COLUMNS if c in corpus.columns)],
         "clips_per_group": CLIPS_PER_GROUP,
         "shards": shards,
@@ -145,7 +167,8 @@ def compare(output_dir: str, earlier: dict[str, Any], plan: dict[str, Any]) -> N
     codec, codec_before = plan["codec"], earlier.get("codec", {})
     parts = {"--codec with the hash": (codec_before.get("sha256"), codec["sha256"])}  # it may be named in other ways
     parts |= {f"--{key}": (codec_before.get(key), codec[key]) for key in ("num_quantizers", "dtype")}
-    parts |= {name: (earlier.get(name), plan[name]) for name in ("format", "resampler", "columns")}
+    parts |= {name: (earlier.get(name), plan[name]) for name in ("format", "resampler", "columns", "filter")}
+    parts["--long_recordings"] = (earlier.get("long_recordings"), plan["long_recordings"])
     parts["--codec_attention"] = (codec_before.get("attention"), codec["attention"])
     parts["--max_audio_seconds"] = (earlier.get("max_audio_seconds"), plan["max_audio_seconds"])
     for name, (before, now) in parts.items():
@@ -156,16 +179,30 @@ def compare(output_dir: str, earlier: dict[str, Any], plan: dict[str, Any]) -> N
 
 
 def write_shard(
-    output_dir: str, plan: dict[str, Any], shard: int, clips: list[StoredClip], skipped: list[dict[str, str]]
+    output_dir: str,
+    plan: dict[str, Any],
+    shard: int,
+    num_rows: int,
+    clips: list[StoredClip],
+    skipped: Sequence[SkippedClip],
 ) -> None:
+    """Write a shard.
+
+    Args:
+        num_rows: of the corpus, whose clips these are.
+        clips: to keep.
+        skipped: what was left out.
+    """
     notes = {
         "columns": plan["columns"],
+        "rows": num_rows,
         "clips": len(clips),
         "cut": sum(clip.is_cut and DAMAGED not in clip.remarks for clip in clips),
         "remarks": [[clip.name, remark] for clip in clips for remark in clip.remarks],
         "seconds": sum(clip.seconds for clip in clips),
         "by_second": by_second(clips),
-        "skipped": skipped,
+        "skipped": [{"reason": c.reason, "message": c.message} for c in skipped if not c.is_filtered],
+        "filtered": Counter(clip.reason for clip in skipped if clip.is_filtered),
     }
     content = shard_bytes(clips, plan["codec"]["num_quantizers"], notes)
     write_atomically(output_dir, plan["shards"][shard]["file"], content)
@@ -188,13 +225,14 @@ def finish(options: TokenizationOptions, plan: dict[str, Any]) -> None:
         said = list(pool.map(read_notes, paths))
     shards, seconds, cut = [], 0.0, 0
     reasons: Counter[str] = Counter()
+    filtered: Counter[str] = Counter()
     numbers: Counter[int] = Counter()
     totals: Counter[float] = Counter()
     remarks: Counter[str] = Counter()
     messages: list[str] = []
     remarked: list[str] = []
     for shard, (num_rows, notes) in zip(plan["shards"], said, strict=True):
-        if notes["clips"] + len(notes["skipped"]) != shard["clips"] or num_rows != notes["clips"]:
+        if notes["rows"] != shard["clips"] or num_rows != notes["clips"]:
             raise UserError(f"'{shard['file']}' does not hold its {shard['clips']} clips; delete it and start again")
         shards.append({"file": shard["file"], "clips": notes["clips"], "bytes": sizes[shard["file"]]})
         seconds, cut = seconds + notes["seconds"], cut + notes["cut"]
@@ -202,6 +240,7 @@ def finish(options: TokenizationOptions, plan: dict[str, Any]) -> None:
             numbers[second] += number
             totals[second] += total
         reasons.update(clip["reason"] for clip in notes["skipped"])
+        filtered.update(notes["filtered"])
         messages += [clip["message"] for clip in notes["skipped"]][: MAX_NAMED_CLIPS - len(messages)]
         of_shard = notes["remarks"]
         remarks.update(remark for _, remark in of_shard)
@@ -218,10 +257,11 @@ def finish(options: TokenizationOptions, plan: dict[str, Any]) -> None:
         "shards": shards,
         "clips": clips,
         "hours": seconds / 3600,
-        "by_second": [[numbers[second], totals[second]] for second in range(max(numbers) + 1)],
+        "by_second": [[numbers[second], totals[second]] for second in range(max(numbers, default=-1) + 1)],
         "cut": cut,
         "skipped": dict(reasons),
         "skipped_first": messages,
+        "filtered": dict(filtered),
         "remarks": dict(remarks),
         "versions": versions(),
     }
@@ -229,6 +269,7 @@ def finish(options: TokenizationOptions, plan: dict[str, Any]) -> None:
     print(
         f"{options.output_dir}: {clips:,} clips, {seconds / 3600:.2f} h, {len(shards)} shards, "
         f"{sum(shard['bytes'] for shard in shards) / 1e6:.1f} MB; {cut} cut, {reasons.total()} skipped"
+        + "".join(f", {number} left out: {reason}" for reason, number in filtered.items())
         + "".join(f", {number} {remark}" for remark, number in remarks.items())
     )
 

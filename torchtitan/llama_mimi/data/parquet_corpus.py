@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import digest, file_system, is_local
+from llama_mimi.data.row_filter import ROLE
 
 # Footers are read by so many threads at once: a remote one is mostly waiting.
 FOOTER_THREADS = 16
@@ -117,7 +118,7 @@ class ParquetCorpus:
                 )
             is_label = role == "speaker" and _is_number(schema, column)
             is_alignment = role == "alignment" and _is_alignment(kind)
-            is_other = is_label or is_alignment or role in ("audio", "id")
+            is_other = is_label or is_alignment or role in ("audio", "id") or role.startswith(ROLE)
             if not is_other and (role == "alignment" or not _is_text(schema, column)):
                 raise UserError(f"the column '{column}' {where} is {kind}, which is no {role}; {remedy}")
 

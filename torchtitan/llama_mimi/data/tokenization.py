@@ -45,6 +45,13 @@ def tokenize_corpus(options: TokenizationOptions) -> None:
             raise UserError(f"--{name} is {getattr(options, name)}; it must be a positive number")
     if options.num_workers < 0 or not 0 <= options.max_bad_share <= 1:
         raise UserError("--num_workers is 0 or more, and --max_bad_share a share between 0 and 1")
+    if options.max_seconds is not None and not options.min_seconds <= options.max_seconds <= options.max_audio_seconds:
+        raise UserError(
+            f"--max_seconds is {options.max_seconds:g}; it lies between --min_seconds {options.min_seconds:g} and "
+            f"--max_audio_seconds {options.max_audio_seconds:g}"
+        )
+    if options.max_seconds is not None and options.long_recordings == "split":
+        raise UserError("--max_seconds leaves long recordings out, and --long_recordings split keeps them; choose one")
     with torchrun_ranks() as ranks:
         run(options, ranks)
 
@@ -55,8 +62,11 @@ def run(options: TokenizationOptions, ranks: Ranks) -> None:
             f"--output_dir '{options.output_dir}' lies inside the corpus '{options.corpus}', so that shards would be "
             "taken for audio; choose another"
         )
-    extra_columns = {"text": options.text_column, "speaker": options.speaker_column}
+    row_filter = options.row_filter
+    extra_columns = {"text": options.text_column, "speaker": options.speaker_column, **row_filter.columns}
     corpus = open_corpus(options.corpus, options.dataset_path, options.audio_column, None, extra_columns, options.split)
+    if missing := [column for role, column in row_filter.columns.items() if role not in corpus.columns]:
+        raise UserError(f"--where is {options.where!r}, but '{options.corpus}' has no column '{missing[0]}'")
     codec = MimiCodec(
         options.codec, options.num_quantizers, ranks.device, DTYPES[options.dtype], options.codec_attention
     )
@@ -137,42 +147,47 @@ def tokenize(
         sample_rate_hz=codec.sample_rate_hz,
         frame_size=codec.frame_size,
         max_frames=max_frames,
+        row_filter=options.row_filter,
+        splits=options.long_recordings == "split",
     )
-    stream = ClipStream([reader], RowsInOrder(corpus.sizes_G, list(shard_of_group)), CLIPS_PER_CHUNK)
+    at_once = 1 if options.long_recordings == "split" else CLIPS_PER_CHUNK  # each may be an hour
+    stream = ClipStream([reader], RowsInOrder(corpus.sizes_G, list(shard_of_group)), at_once)
     # Clips of the shard that is being made, and of no other: rows come in the order of the shards.
     shard = mine[0] if mine else -1
     stored: list[StoredClip] = []
-    skipped: list[dict[str, str]] = []
+    skipped: list[SkippedClip] = []
+    rows: set[tuple[int, int]] = set()
     num_read = num_skipped = 0
     start = last_report = time.monotonic()
     for chunk in stream.load(num_workers=options.num_workers):
         encoded = encode(codec, [clip for clip in chunk.clips if isinstance(clip, AudioClip)], options.batch_seconds)
         for ref, clip in zip(chunk.refs, chunk.clips, strict=True):
             if shard_of_group[ref.group] != shard:
-                write_shard(options.output_dir, plan, shard, stored, skipped)
-                shard, stored, skipped = shard_of_group[ref.group], [], []
+                write_shard(options.output_dir, plan, shard, len(rows), stored, skipped)
+                shard, stored, skipped, rows = shard_of_group[ref.group], [], [], set()
+            rows.add((ref.group, ref.row))
             num_read += 1
             if isinstance(clip, SkippedClip):
-                skipped.append({"reason": clip.reason, "message": clip.message})
-                num_skipped += 1
-                if is_too_many(num_skipped, num_read, options.max_bad_share):
+                skipped.append(clip)
+                num_skipped += not clip.is_filtered
+                if not clip.is_filtered and is_too_many(num_skipped, num_read, options.max_bad_share):
                     raise too_many(num_skipped, num_read, options.max_bad_share, clip.message)
             else:
                 stored.append(next(encoded))
         seconds = sum(len(clip.samples_S) for clip in chunk.clips if isinstance(clip, AudioClip)) / codec.sample_rate_hz
-        clips_done = ranks.add("clips", len(chunk.refs))
+        rows_done = ranks.add("rows", len(set(chunk.refs)))
         hours_done = ranks.add("milliseconds", round(1000 * seconds)) / 3.6e6
         now = time.monotonic()
-        if ranks.rank == 0 and (now - last_report > SECONDS_PER_REPORT or clips_done == total):
+        if ranks.rank == 0 and (now - last_report > SECONDS_PER_REPORT or rows_done == total):
             last_report = now
-            left_s = (now - start) / clips_done * (total - clips_done)
+            left_s = (now - start) / rows_done * (total - rows_done)
             print(
-                f"{clips_done:,}/{total:,} clips  {hours_done:.2f} h  {3600 * hours_done / (now - start):,.1f} "
+                f"{rows_done:,}/{total:,} rows  {hours_done:.2f} h  {3600 * hours_done / (now - start):,.1f} "
                 f"audio-s/s  left: {timedelta(seconds=round(left_s))}",
                 flush=True,
             )
     if mine:
-        write_shard(options.output_dir, plan, shard, stored, skipped)
+        write_shard(options.output_dir, plan, shard, len(rows), stored, skipped)
 
 
 def encode(codec: MimiCodec, clips: list[AudioClip], batch_seconds: float | None) -> Iterator[StoredClip]:
