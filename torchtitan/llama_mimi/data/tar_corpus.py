@@ -14,6 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 from huggingface_hub.constants import HF_HOME
+from tqdm import tqdm
 
 from llama_mimi.audio.reading import AUDIO_ENDINGS
 from llama_mimi.common.errors import UserError, first_line
@@ -50,8 +51,10 @@ class TarCorpus:
         extra_columns: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.name, self.files, self._text_column = name, tuple(files), text_column
-        with ThreadPoolExecutor(INDEX_THREADS) as pool:
-            self._indexes = list(pool.map(_index, self.files))
+        is_known = all(_index_path(file).is_file() for file in self.files)
+        with ThreadPoolExecutor(INDEX_THREADS) as pool:  # a remote one is mostly waiting
+            found = pool.map(_index, self.files)
+            self._indexes = list(tqdm(found, "index", len(self.files), unit="tar", disable=is_known))
         self._file_G, self._first_G, self.sizes_G = groups_of_files([len(index) for index in self._indexes], name)
         self.fingerprint = digest(
             [
@@ -110,21 +113,24 @@ def _record(stream: Any, row: Mapping[str, Any]) -> Record:
 
 def _index(file: str) -> pa.Table:
     """Where the rows of a tar lie, from what is kept, or from its headers, which are then kept."""
-    folder = Path(HF_HOME) / "llama_mimi" / "tar_index"
-    name = digest([FORMAT, file, _size(file), _changed(file)]) + ".arrow"
-    path = folder / name
+    path = _index_path(file)
     if not path.is_file():
         table = pa.Table.from_pylist(_rows(file), SCHEMA)
         sink = pa.BufferOutputStream()
         with pa.ipc.new_file(sink, SCHEMA) as writer:
             writer.write_table(table)
         try:
-            write_atomically(str(folder), name, sink.getvalue().to_pybytes())
+            write_atomically(str(path.parent), path.name, sink.getvalue().to_pybytes())
         except UserError as error:
             print(f"the index of '{file}' is made at each start, as it cannot be kept: {error}", flush=True)
             return table
     with pa.memory_map(str(path)) as source:
         return pa.ipc.open_file(source).read_all()
+
+
+def _index_path(file: str) -> Path:
+    """Where the index of a tar is kept; another tar of the same name has another."""
+    return Path(HF_HOME) / "llama_mimi" / "tar_index" / f"{digest([FORMAT, file, _size(file), _changed(file)])}.arrow"
 
 
 def _rows(file: str) -> list[dict[str, Any]]:
