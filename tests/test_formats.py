@@ -6,6 +6,7 @@ import os
 import tarfile
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_code_store import tokenize
 
-from llama_mimi.audio.reading import AudioError, read_audio
+from llama_mimi.audio.reading import SHORTER, AudioError, read_audio
 from llama_mimi.audio.splitting import split_at_pauses
 from llama_mimi.common.errors import UserError
 from llama_mimi.data import clips as clips_module
@@ -255,8 +256,14 @@ def test_a_tar_that_was_cut_off_is_named(rows, tmp_path):
     in_tar(tmp_path, rows, shards=1)
     path = tmp_path / "00000.tar"
     whole = path.read_bytes()
-    for size in (len(whole) // 2, 700, 300, 0):
-        path.write_bytes(whole[:size])
+    with tarfile.open(path) as tar:
+        places = [member.offset for member in tar]
+    fourth = places[4]  # where a header begins: there, and within it, tarfile itself sees the end of the tar
+    damaged = [whole[:size] for size in (len(whole) // 2, fourth, fourth + 300, 700, 300, 0)]
+    damaged += [whole[:fourth] + bytes(512) + whole[fourth + 512 :], whole[: fourth + 9] + b"x" + whole[fourth + 10 :]]
+    damaged += [whole + whole]
+    for content in damaged:
+        path.write_bytes(content)
         with pytest.raises(UserError, match="00000.tar' is no whole tar file that is not compressed"):
             opened(tmp_path)
     path.unlink()
@@ -264,6 +271,8 @@ def test_a_tar_that_was_cut_off_is_named(rows, tmp_path):
         add(tar, "a.flac", rows[0]["bytes"])
     with pytest.raises(UserError, match=r"a.tar.gz' is no whole tar file that is not compressed .*unpack a .gz"):
         opened(tmp_path)
+    in_json_files(tmp_path, rows)  # beside audio it is what that came from
+    assert int(opened(tmp_path).sizes_G.sum()) == 5
 
 
 def test_odd_members_of_a_tar(rows, tmp_path):
@@ -278,11 +287,18 @@ def test_odd_members_of_a_tar(rows, tmp_path):
         add(tar, "five.flac", rows[3]["bytes"])
         add(tar, "five.txt", "von einer Datei für Text".encode())
         add(tar, "five.cls", b"7")
+        add(tar, "v1.0_six.flac", rows[3]["bytes"])
+        add(tar, "v1.0_six.json", b'{"text": "with a point in its name", "speaker": "\\ud800"}')
+        link = tarfile.TarInfo("seven.flac")
+        link.type, link.linkname = tarfile.LNKTYPE, "five.flac"
+        tar.addfile(link)
     clips = clips_of(opened(tmp_path))
-    assert [clip.name for clip in clips if isinstance(clip, AudioClip)] == ["a/one", "three", "five"]
-    assert [clip.text for clip in clips if isinstance(clip, AudioClip)] == ["said", None, "von einer Datei für Text"]
-    (bad,) = [clip for clip in clips if isinstance(clip, SkippedClip)]
-    assert bad.reason == "damaged row" and "'four' cannot be used: its JSON or text cannot be read" in bad.message
+    good = [clip for clip in clips if isinstance(clip, AudioClip)]
+    assert [clip.name for clip in good] == ["a/one", "three", "five", "seven"]
+    assert [clip.text for clip in good] == ["said", None, "von einer Datei für Text", None]
+    two, four, six = [clip for clip in clips if isinstance(clip, SkippedClip)]
+    assert two.reason == "no audio" and six.reason == "damaged row" and "no text in UTF-8" in six.message
+    assert four.reason == "damaged row" and "'four' cannot be used: its JSON or text cannot be read" in four.message
     with tarfile.open(tmp_path / "y.tar", "w") as tar:
         for _ in range(2):
             add(tar, "a.flac", rows[0]["bytes"])
@@ -323,10 +339,15 @@ def test_odd_lines_of_a_manifest(rows, tmp_path):
     reasons = [clip.reason for clip in clips[1:-1]]
     assert reasons == ["damaged row"] * 3 + ["past the end", "damaged row", "missing", "no audio"]
     assert "ends before 60 s, where it is to begin" in clips[4].message
+    place.write_text('{"audio_filepath": "long.wav", "offset": 3.5, "duration": 2}')
+    (short,) = clips_of(opened(place), max_frames=100)
+    assert short.remarks == (SHORTER,) and len(short.samples_S) == RATE // 2 and short.name == "long.wav@3.5"
+    place.rename(tmp_path / "nemo.json")
+    assert len(clips_of(opened(tmp_path / "nemo.json"))) == 1
     for content, message in (
         ("", "has no rows"),
         ("[]", "has neither 'audio' nor 'audio_filepath'"),
-        ("x", "no JSON object"),
+        ("x", "no JSON objects"),
     ):
         place.write_text(content)
         with pytest.raises(UserError, match=message):
@@ -339,6 +360,7 @@ def test_odd_lines_of_a_manifest(rows, tmp_path):
         ("metadata.csv", "file,text\na.flac,b\n", "is no table with the column file_name"),
         ("metadata.jsonl", "{no", "is no table with the column file_name"),
         ("metadata.csv", b"\xff\xfe", "is no table with the column file_name"),
+        ("a.trans.txt", b"a \xff\xfe", "is no text in UTF-8"),
     ],
 )
 def test_metadata_that_is_none(rows, tmp_path, name, content, message):
@@ -351,14 +373,55 @@ def test_metadata_that_is_none(rows, tmp_path, name, content, message):
 def test_folders_with_links_and_odd_files(rows, tmp_path):
     in_json_files(tmp_path, rows[:3])
     (tmp_path / "again").symlink_to(tmp_path, target_is_directory=True)  # in a circle
-    (tmp_path / f"{rows[1]['name']}.json").write_text("{no")
+    (tmp_path / f"{rows[0]['name']}.json").write_text("{no")
     (tmp_path / "empty.wav").write_bytes(b"")
+    (tmp_path / "gone.wav").symlink_to(tmp_path / "nowhere.wav")
     (tmp_path / "notes.txt").write_text("no audio")
+    (tmp_path / "._x.trans.txt").write_bytes(b"\xff")
     clips = clips_of(opened(tmp_path))
-    assert len(clips) == 4 and [clip.reason for clip in clips if isinstance(clip, SkippedClip)] == [
-        "damaged row",
-        "empty",
-    ]
+    reasons = [clip.reason for clip in clips if isinstance(clip, SkippedClip)]
+    assert len(clips) == 5 and sorted(reasons) == ["damaged row", "empty", "missing"]
+    assert [clip.text for clip in clips if isinstance(clip, AudioClip)] == [row["text"] for row in rows[1:3]]
+
+
+def test_metadata_above_its_files_as_common_voice_has_it(rows, tmp_path):
+    (tmp_path / "clips").mkdir()
+    for row in rows:
+        (tmp_path / "clips" / f"{row['name']}.flac").write_bytes(row["bytes"])
+    lines = [f'clips/{row["name"]}.flac,"{row["text"]}"' for row in rows]
+    (tmp_path / "metadata.csv").write_text("\n".join(["file_name,text", *lines]), encoding="utf-8-sig")
+    corpus = opened(tmp_path, text_column="text")
+    assert [clip.text for clip in clips_of(corpus)] == [row["text"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    "layout", ["folder with metadata", "LibriSpeech", "folder with JSON", "tar", "manifest", "Arrow"]
+)
+def test_other_texts_are_another_corpus(rows, layout, tmp_path):
+    """A run that was begun goes on with the texts that it was begun with, or not at all."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    text = (
+        "{} more" if layout in ("folder with JSON", "tar") else "{:.3}" + "x"
+    )  # of the first two only sizes are known
+    other = [row | {"text": text.format(row["text"])} for row in rows]
+    before = opened(LAYOUTS[layout](tmp_path / "a", rows))
+    assert opened(LAYOUTS[layout](tmp_path / "b", other)).fingerprint != before.fingerprint
+
+
+@pytest.mark.parametrize("layout", ["folder with metadata", "LibriSpeech", "tar", "manifest"])
+def test_corpora_lie_on_any_file_system(rows, layout, tmp_path):
+    place = LAYOUTS[layout](tmp_path, rows)
+    memory = fsspec.filesystem("memory")
+    memory.put(str(place), f"/formats_{layout.replace(' ', '_')}/x" + place.suffix, recursive=True)
+    remote = f"memory://formats_{layout.replace(' ', '_')}/x{place.suffix}"
+    if layout == "manifest":
+        for row in rows:
+            memory.pipe_file(f"/formats_manifest/{row['name']}.flac", row["bytes"])
+    expected, found = clips_of(opened(place), max_frames=100), clips_of(opened(remote), max_frames=100)
+    for clip, other in zip(expected, found, strict=True):
+        assert np.array_equal(clip.samples_S, other.samples_S)
+        assert (clip.name, clip.text, clip.speaker) == (other.name, other.text, other.speaker)
 
 
 def test_many_small_files_are_one_listing(tmp_path):
@@ -378,6 +441,11 @@ def test_a_part_of_a_recording_is_a_part_of_its_samples(rows, tmp_path, kind):
     whole = read_audio(tmp_path / "a", RATE).samples_S
     part = read_audio(tmp_path / "a", RATE, start_seconds=1.5, max_seconds=2.0)
     assert np.array_equal(part.samples_S.numpy(), whole[36_000:84_000].numpy()) and part.is_cut
+    other = read_audio(tmp_path / "a", 16_000, start_seconds=1.5, max_seconds=2.0).samples_S
+    of_whole = read_audio(tmp_path / "a", 16_000).samples_S[24_000:56_000]
+    assert len(other) == 32_000 and torch.allclose(
+        other[400:-400], of_whole[400:-400], atol=1e-4
+    )  # but for its borders
     last = read_audio(tmp_path / "a", RATE, start_seconds=9.5)
     assert np.array_equal(last.samples_S.numpy(), whole[228_000:].numpy()) and not last.is_cut
     with pytest.raises(AudioError, match="ends before 11 s, where it is to begin"):
@@ -460,6 +528,7 @@ def test_what_is_not_wanted_is_counted_by_name(rows, tmp_path):
         (("--where", "score > 3"), "has no column 'score'"),
         (("--where", "len(text) > 3"), "it compares columns with numbers and texts"),
         (("--max_seconds", 500), "--max_seconds is 500; it lies between"),
+        (("--min_seconds", 500), "--min_seconds is 500; it lies between 0 and"),
         (("--max_seconds", 2, "--long_recordings", "split"), "choose one"),
     ):
         done = tokenize(tmp_path, tmp_path.parent / f"{tmp_path.name}_no", *mistake)
@@ -477,6 +546,15 @@ def test_what_is_not_wanted_is_counted_by_name(rows, tmp_path):
         ("a in ('x', 'y') and b != 0", {"a": "y", "b": 0}, False),
         ("a not in [1, 2]", {"a": 3}, True),
         ("a > -1", {"a": 0}, True),
+        ("a in (1, 2)", {"a": "1"}, True),
+        ("a not in ('1', '2')", {"a": 1}, False),
+        ("a < b", {"a": "9", "b": "10"}, True),
+        ("a == 1", {"a": "en"}, False),
+        ("a > 1", {"a": "en"}, False),
+        (" a == True", {"a": "true"}, True),
+        ("a == 'x'", {"a": ""}, False),
+        ("a == 'x'", {"a": None}, False),
+        ("a == 'x'", {"a": '"x"'}, True),
     ],
 )
 def test_conditions(where, values, kept):
@@ -486,7 +564,21 @@ def test_conditions(where, values, kept):
 
 
 @pytest.mark.parametrize(
-    "where", ["a", "a = 1", "a +1 > 2", "f(a)", "a.b == 1", "__import__('os') == 1", "(a == 1", "", "a is 1"]
+    "where",
+    [
+        "a",
+        "a = 1",
+        "a +1 > 2",
+        "f(a)",
+        "a.b == 1",
+        "__import__('os') == 1",
+        "(a == 1",
+        "",
+        "a is 1",
+        "a < None",
+        "x in 5",
+        "a in {[1]}",
+    ],
 )
 def test_conditions_that_are_none(where):
     with pytest.raises(UserError, match="--where is"):

@@ -29,6 +29,7 @@ RESAMPLER = "soxr HQ"
 # What was done to make a clip usable; each is counted.
 DAMAGED = "damaged, read as far as it goes"
 OPPOSITE = "in opposite phases, the loudest channel taken"
+SHORTER = "shorter than its manifest says"
 # Where the mean of the channels would cancel more than this share of the energy, the loudest channel is used.
 MAX_CANCELLED = 0.1
 
@@ -62,7 +63,7 @@ class Waveform:
         samples_S: mono float32 (S,).
         sample_rate_hz: of ``samples_S``.
         is_cut: the source went on after ``max_seconds``, or broke off.
-        remarks: `DAMAGED` and `OPPOSITE`, where they apply.
+        remarks: `DAMAGED`, `OPPOSITE` and `SHORTER`, where they apply.
     """
 
     samples_S: torch.Tensor
@@ -93,7 +94,7 @@ def read_audio(
     Args:
         source: a path, or the bytes of a file.
         sample_rate_hz: the rate wanted, usually the codec's; None keeps that of the file.
-        start_seconds: leave out what comes before; in WAV and FLAC it is not decoded.
+        start_seconds: leave out what comes before; in WAV, AIFF and FLAC it is not decoded.
         max_seconds: cut longer audio here and say so in ``is_cut``; None reads everything.
         name: what to call the clip in messages; by default its path.
         min_samples: the fewest samples at ``sample_rate_hz`` that make a clip; a codec's frame.

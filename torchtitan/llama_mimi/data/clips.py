@@ -7,6 +7,7 @@ rows of, which in a shuffled block are all: decoding and resampling are divided,
 
 import dataclasses
 import itertools
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import pyarrow as pa
 import torch
 from torch.utils.data import DataLoader
 
-from llama_mimi.audio.reading import DAMAGED, AudioError, Waveform, read_audio
+from llama_mimi.audio.reading import DAMAGED, SHORTER, AudioError, Waveform, read_audio
 from llama_mimi.audio.splitting import split_at_pauses
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.ranks import end_with_parent
@@ -34,6 +35,7 @@ _NO_SAMPLES = torch.empty(0)
 MAX_NAMED_CLIPS = 20
 # Of a long recording that is split: 345 MB at 24 kHz.
 SECONDS_AT_ONCE = 3600.0
+ROUNDED_SECONDS = 0.1  # that manifests may be wrong by
 
 
 @dataclass(frozen=True)
@@ -188,16 +190,24 @@ class AudioReader:
         found: list[Waveform] = []
         begin, rate_hz = values.get("offset") or 0.0, self._sample_rate_hz
         left = values.get("duration")
+        at_once = max(SECONDS_AT_ONCE, 2 * self._max_seconds)
         goes_on = True
         while goes_on:
-            waveform = self._read(name, values | {"offset": begin, "duration": left}, ref, SECONDS_AT_ONCE)
+            try:
+                waveform = self._read(name, values | {"offset": begin, "duration": left}, ref, at_once)
+            except AudioError:
+                if not found:
+                    raise
+                found[-1] = dataclasses.replace(found[-1], is_cut=True, remarks=(*found[-1].remarks, DAMAGED))
+                break  # what came before is sound
             goes_on = waveform.is_cut and DAMAGED not in waveform.remarks
             ends = split_at_pauses(waveform.samples_S, rate_hz, self._max_seconds)
             ends = ends[:-1] if goes_on else ends  # where it goes on, the last has no pause at its end
             for start, end in itertools.pairwise([0, *ends]):
-                is_last = end == ends[-1] and not goes_on
-                part_S = waveform.samples_S[start:end].clone()
-                found.append(dataclasses.replace(waveform, samples_S=part_S, is_cut=waveform.is_cut or not is_last))
+                part = dataclasses.replace(waveform, samples_S=waveform.samples_S[start:end].clone())
+                if goes_on or end != ends[-1]:  # what is said of the end is said of the last alone
+                    part = dataclasses.replace(part, is_cut=True, remarks=tuple({*part.remarks} - {DAMAGED, SHORTER}))
+                found.append(part)
             begin += ends[-1] / rate_hz
             left = None if left is None else left - ends[-1] / rate_hz
         if len(found) == 1:
@@ -212,11 +222,11 @@ class AudioReader:
             name,
             self._sample_rate_hz,
             max_seconds=max_seconds,
-            min_samples=1 if self._splits else self._frame_size,
         )
 
     def _kept(self, name: str, waveform: Waveform, text: str | None, values: dict[str, Any]) -> Clip:
-        if (reason := self._filter.of_length(waveform.seconds, is_cut=waveform.is_cut)) is not None:
+        goes_on = waveform.is_cut and DAMAGED not in waveform.remarks
+        if (reason := self._filter.of_length(waveform.seconds, is_cut=goes_on)) is not None:
             return _filtered(name, reason)
         if len(waveform.samples_S) < self._frame_size:
             return SkippedClip("too short", f"'{name}' is {waveform.seconds:.3f} s, less than a frame of the codec")
@@ -236,32 +246,34 @@ def read_row(
     sample_rate_hz: int | None,
     *,
     max_seconds: float,
-    min_samples: int = 1,
 ) -> Waveform:
     """The audio of a row, or the part of a recording that it is.
 
     Args:
         values: of the row.
         name: of the row, for messages.
-        sample_rate_hz, max_seconds, min_samples: as `llama_mimi.audio.reading.read_audio`. What ends with its row is
-            not cut, though the recording goes on.
+        sample_rate_hz, max_seconds: as `llama_mimi.audio.reading.read_audio`. What ends with its row is not cut, though
+            the recording goes on.
 
     Raises:
         AudioError: it cannot be used.
     """
     if values.get("problem"):
         raise AudioError("damaged row", f"'{name}' cannot be used: {values['problem']}")
-    duration = values.get("duration")
-    is_part = duration is not None and duration <= max_seconds
+    duration: float = values.get("duration") or math.inf
+    is_part = duration <= max_seconds
     waveform = read_audio(
         _source(corpus, group, values["audio"] or {}, name),
         sample_rate_hz,
         start_seconds=values.get("offset") or 0.0,
         max_seconds=duration if is_part else max_seconds,
         name=name,
-        min_samples=min_samples,
     )
-    return dataclasses.replace(waveform, is_cut=DAMAGED in waveform.remarks) if is_part else waveform
+    if not is_part:
+        return waveform
+    is_short = waveform.seconds < duration - ROUNDED_SECONDS and DAMAGED not in waveform.remarks
+    remarks = (*waveform.remarks, *((SHORTER,) if is_short else ()))
+    return dataclasses.replace(waveform, is_cut=DAMAGED in remarks, remarks=remarks)
 
 
 def _source(corpus: AudioCorpus, group: int, audio: Mapping[str, Any], name: str) -> bytes | str:

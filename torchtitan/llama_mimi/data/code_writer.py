@@ -131,6 +131,7 @@ def make_plan(options: TokenizationOptions, corpus: AudioCorpus, codec: MimiCode
         "max_audio_seconds": options.max_audio_seconds,
         "long_recordings": options.long_recordings,
         "filter": vars(options.row_filter),
+        "columns_of_corpus": [options.audio_column, options.text_column, options.speaker_column],
         "columns": ["id", "codes", "duration", "is_cut", *(c for c in OPTIONAL_COLUMNS if c in corpus.columns)],
         "clips_per_group": CLIPS_PER_GROUP,
         "shards": shards,
@@ -167,7 +168,10 @@ def compare(output_dir: str, earlier: dict[str, Any], plan: dict[str, Any]) -> N
     codec, codec_before = plan["codec"], earlier.get("codec", {})
     parts = {"--codec with the hash": (codec_before.get("sha256"), codec["sha256"])}  # it may be named in other ways
     parts |= {f"--{key}": (codec_before.get(key), codec[key]) for key in ("num_quantizers", "dtype")}
-    parts |= {name: (earlier.get(name), plan[name]) for name in ("format", "resampler", "columns", "filter")}
+    parts |= {
+        name: (earlier.get(name), plan[name])
+        for name in ("format", "resampler", "columns", "columns_of_corpus", "filter")
+    }
     parts["--long_recordings"] = (earlier.get("long_recordings"), plan["long_recordings"])
     parts["--codec_attention"] = (codec_before.get("attention"), codec["attention"])
     parts["--max_audio_seconds"] = (earlier.get("max_audio_seconds"), plan["max_audio_seconds"])

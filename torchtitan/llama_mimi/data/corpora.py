@@ -64,6 +64,7 @@ FORMATS: dict[str, Callable[..., AudioCorpus]] = {
     "tar": TarCorpus,
     "audio": FolderCorpus,
     "manifest": ManifestCorpus,
+    "compressed tar": TarCorpus,  # which refuses it
 }
 
 

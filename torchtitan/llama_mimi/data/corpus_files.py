@@ -9,13 +9,19 @@ from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import file_system, find_files
 
 PARQUET_ENDINGS = (".parquet", ".pq")
+# Of audio in corpora; those of the second line need FFmpeg.
+CORPUS_ENDINGS = (
+    *(*AUDIO_ENDINGS, ".oga", ".opus", ".aiff", ".aif", ".au"),
+    *(".m4a", ".aac", ".webm", ".wma"),
+)
 # Formats by the endings of their files, in the order in which a folder is taken for them: audio may lie beside Parquet
 # files that name it, and JSON lines beside audio are about it.
 ENDINGS = {
     "parquet": PARQUET_ENDINGS,
-    "tar": (".tar", ".tar.gz", ".tgz"),
-    "audio": AUDIO_ENDINGS,
+    "tar": (".tar",),
+    "audio": CORPUS_ENDINGS,
     "manifest": (".jsonl",),
+    "compressed tar": (".tar.gz", ".tgz"),
 }
 HUB = "hf:"  # before an id of any dataset on the hub
 # Files of `Dataset.save_to_disk` and `DatasetDict.save_to_disk`.
@@ -74,7 +80,10 @@ def is_dataset(dataset: str) -> bool:
     if dataset in CORPORA:
         return False
     fs, bare = file_system(dataset)
-    return fs.isdir(bare) and any(fs.isfile(f"{bare.rstrip('/')}/{name}") for name in SAVED)
+    try:
+        return fs.isdir(bare) and any(fs.isfile(f"{bare.rstrip('/')}/{name}") for name in SAVED)
+    except Exception:  # remote file systems raise what their transports raise; who lists the files says it
+        return False
 
 
 def corpus_files(dataset: str, dataset_path: str | None, split: str | None) -> tuple[str, list[str]]:
@@ -106,6 +115,8 @@ def corpus_files(dataset: str, dataset_path: str | None, split: str | None) -> t
     for kind, endings in ENDINGS.items():
         if files := [file for file in found if file.lower().endswith(endings)]:
             return kind, _of_split(dataset, files, split)
+    if found and all(file.lower().endswith(".json") for file in found):  # so are NeMo's manifests called
+        return "manifest", _of_split(dataset, found, split)
     if found:  # by a name without an ending
         return "parquet", _of_split(dataset, found, split)
     raise UserError(

@@ -5,12 +5,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import Audio, Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Audio, Dataset, DatasetDict, Value, load_dataset, load_from_disk
 
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import digest, file_system, is_local
 from llama_mimi.data.corpus_files import HUB
 from llama_mimi.data.record_corpus import ROWS_PER_GROUP, group_sizes
+
+TEXTS = ("text", "speaker", "id")
 
 
 class DatasetCorpus:
@@ -44,6 +46,10 @@ class DatasetCorpus:
                 )
         if not isinstance(dataset.features[audio_column], Audio):
             raise UserError(f"the column '{audio_column}' of '{name}' is no audio; say which is (data.audio_column)")
+        for role, column in {**wanted, **extra_columns, "id": "id"}.items():
+            kind = dataset.features.get(column)
+            if role in TEXTS and kind is not None and not isinstance(kind, Value):
+                raise UserError(f"the column '{column}' of '{name}' is {kind}, which is no {role}; name another")
         self._roles = wanted | {role: c for role, c in extra_columns.items() if c in dataset.column_names}
         if "id" in dataset.column_names:
             self._roles["id"] = "id"
@@ -52,7 +58,7 @@ class DatasetCorpus:
         if not len(self.sizes_G):
             raise UserError(f"the dataset '{name}' has no rows; name another")
         files = [file["filename"].rsplit("/", 1)[-1] for file in dataset.cache_files]
-        self.fingerprint = digest([files, len(dataset), dataset.data.nbytes])
+        self.fingerprint = digest([files, len(dataset), dataset.data.nbytes, dataset._fingerprint])
 
     @property
     def columns(self) -> list[str]:
@@ -64,7 +70,8 @@ class DatasetCorpus:
     def read_group(self, group: int) -> pa.Table:
         start = group * ROWS_PER_GROUP
         table = self._rows[start : start + int(self.sizes_G[group])]
-        return pa.table({role: table[column] for role, column in self._roles.items()})
+        columns = {role: table[column] for role, column in self._roles.items()}
+        return pa.table({role: c.cast(pa.string()) if role in TEXTS else c for role, c in columns.items()})
 
     def open_path(self, path: str, group: int) -> str | bytes:
         fs, bare = file_system(path)
@@ -82,7 +89,8 @@ def open_dataset(
     try:
         if name.startswith(HUB):
             hub_id, _, config = name.removeprefix(HUB).partition(":")
-            found: Any = load_dataset(hub_id, config or None)
+            found: Any = load_dataset(hub_id, config or None, split=split)
+            split = None
         else:
             found = load_from_disk(name)
     except Exception as error:  # datasets and the hub's client raise what their readers raise

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from types import MappingProxyType
@@ -46,9 +47,18 @@ class FolderCorpus:
     ) -> None:
         self.name, self.files = name, tuple(files)
         _, self._first_G, self.sizes_G = groups_of_files([len(self.files)], name)
-        self._root = os.path.commonpath([os.path.dirname(file) for file in self.files])
-        self.fingerprint = digest([[file[len(self._root) :], size] for file, size in _sizes(self.files)])
-        self._table = RecordTable(name, list(self._values(self.files[0])), text_column, extra_columns)
+        self._root = _root(name, self.files)
+        sizes = _sizes(self.files)
+        folders = sorted({folder for file in self.files for folder in self._folders(file)})
+        said = [[folder[len(self._root) :], _metadata(folder), _transcripts(folder)] for folder in folders]
+        beside = _sizes([f"{file.rsplit('.', 1)[0]}.json" for file in self.files])
+        names = [file[len(self._root) :] for file in self.files]
+        self.fingerprint = digest([names, sizes, said, beside])
+        self._has_json = any(size >= 0 for size in beside)
+        stems = Counter(name.rsplit(".", 1)[0] for name in names)
+        self._shared = {stem for stem, number in stems.items() if number > 1}
+        first = map(self._record, self.files[: self.sizes_G[0]])
+        self._table = RecordTable(name, first, text_column, extra_columns)
 
     @property
     def columns(self) -> list[str]:
@@ -66,34 +76,59 @@ class FolderCorpus:
         return bare if is_local(fs) else fs.cat_file(bare)
 
     def _record(self, file: str) -> Record:
-        row_id = os.path.splitext(file[len(self._root) :].lstrip("/"))[0]
+        name = file[len(self._root) :].lstrip("/")
+        stem = name.rsplit(".", 1)[0]
+        row_id = name if stem in self._shared else stem
         try:
             return Record(self._values(file), path=file, row_id=row_id)
         except (ValueError, OSError) as error:
             return Record({}, row_id=row_id, problem=f"what stands beside it cannot be read ({first_line(error)})")
 
+    def _folders(self, file: str) -> list[str]:
+        """The file's folder and those above it, as far as the corpus reaches."""
+        folders = [file.rsplit("/", 1)[0]]
+        while len(folders[-1]) > len(self._root):
+            folders.append(folders[-1].rsplit("/", 1)[0])
+        return folders
+
     def _values(self, file: str) -> Values:
         folder, name = file.rsplit("/", 1)
         stem = name.rsplit(".", 1)[0]
         values: Values = {}
-        above = folder
-        while len(above) >= len(self._root):
+        for above in self._folders(file):
             values = _metadata(above).get(file[len(above) + 1 :], {}) | values
-            above = above.rsplit("/", 1)[0]
         if (text := _transcripts(folder).get(stem)) is not None:
             values = {"speaker": stem.split("-")[0], "text": text} | values
-        beside = _read(f"{folder}/{stem}.json")
-        said = {} if beside is None else json.loads(beside)
+        content = _read(f"{folder}/{stem}.json") if self._has_json else None
+        said = {} if content is None else json.loads(content)
         if not isinstance(said, dict):
             raise ValueError(f"{stem}.json holds no JSON object")
         return said | values
 
 
-def _sizes(files: Sequence[str]) -> list[tuple[str, int]]:
+def _root(name: str, files: Sequence[str]) -> str:
+    """The folder of a corpus: what was named, or the literal part of a glob."""
+    folders = [file.rsplit("/", 1)[0].split("/") for file in files]
+    shared = 0
+    while all(len(folder) > shared and folder[shared] == folders[0][shared] for folder in folders):
+        shared += 1
+    common = "/".join(folders[0][:shared])
+    fs, bare = file_system(name)
+    named = fs.unstrip_protocol(bare) if not is_local(fs) else bare
+    named = named.rstrip("/")
+    return named if fs.isdir(bare) and f"{common}/".startswith(f"{named}/") else common
+
+
+def _sizes(files: Sequence[str]) -> list[int]:
+    """Bytes of each file; -1 where there is none, as behind a link that leads nowhere."""
     fs, _ = file_system(files[0])
-    if is_local(fs):
-        return [(file, os.stat(file).st_size) for file in files]
-    return [(file, fs.size(file)) for file in files]
+    found: list[int] = []
+    for file in files:
+        try:
+            found.append(os.stat(file).st_size if is_local(fs) else fs.size(file_system(file)[1]))
+        except OSError:
+            found.append(-1)
+    return found
 
 
 @lru_cache(maxsize=64)
@@ -109,9 +144,10 @@ def _metadata(folder: str) -> dict[str, Values]:
         if content is None:
             continue
         try:
-            text = content.decode()
-            lines = csv.DictReader(io.StringIO(text)) if name.endswith("csv") else map(json.loads, text.splitlines())
-            found |= {row["file_name"]: {k: v for k, v in row.items() if k != "file_name"} for row in lines}
+            text = content.decode("utf-8-sig")
+            lines = csv.DictReader(io.StringIO(text)) if name.endswith("csv") else map(json.loads, _lines(text))
+            for row in lines:
+                found[row["file_name"]] = {k: v for k, v in row.items() if k not in ("file_name", None) and v != ""}
         except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
             what = f"{type(error).__name__}: {first_line(error)}"
             raise UserError(f"'{folder}/{name}' is no table with the column file_name ({what}); mend it") from error
@@ -120,14 +156,29 @@ def _metadata(folder: str) -> dict[str, Values]:
 
 @lru_cache(maxsize=64)
 def _transcripts(folder: str) -> dict[str, str]:
-    """Texts by the names of files, of all ``*.trans.txt`` in a folder."""
+    """Texts by the names of files, of all ``*.trans.txt`` in a folder.
+
+    Raises:
+        UserError: one cannot be read.
+    """
     fs, bare = file_system(folder)
     texts: dict[str, str] = {}
     for path in sorted(path for path in fs.ls(bare, detail=False) if path.endswith(TRANSCRIPTS)):
-        for line in fs.cat_file(path).decode().splitlines():
+        if path.rsplit("/", 1)[-1].startswith("."):
+            continue
+        try:
+            lines = _lines(fs.cat_file(path).decode("utf-8-sig"))
+        except ValueError as error:
+            raise UserError(f"'{path}' is no text in UTF-8 ({first_line(error)}); mend it") from error
+        for line in lines:
             name, _, text = line.partition(" ")
             texts[name] = text.strip()
     return texts
+
+
+def _lines(text: str) -> list[str]:
+    """Lines that hold something; only line feeds end them."""
+    return [line.rstrip("\r") for line in text.split("\n") if line.strip()]
 
 
 def _read(path: str) -> bytes | None:

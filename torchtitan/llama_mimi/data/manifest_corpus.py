@@ -40,18 +40,16 @@ class ManifestCorpus:
         self._starts = [starts for starts, _, _ in scanned]  # of the first line of each group
         self._file_G, self._first_G, self.sizes_G = groups_of_files([rows for _, rows, _ in scanned], name)
         self.fingerprint = digest([sha256 for _, _, sha256 in scanned])
-        first = self._lines(0)[0]
-        try:
-            columns = list(json.loads(first))
-        except (ValueError, TypeError) as error:
-            raise UserError(f"the first line of '{self.files[self._file_G[0]]}' is no JSON object; mend it") from error
+        first = [self._values(line) for line in self._lines(0)]
+        columns = {str(key) for values in first if values for key in values}
         self._audio_key = audio_column if audio_column in columns else AUDIO_KEY
         if self._audio_key not in columns:
             raise UserError(
-                f"'{self.files[0]}' has neither '{audio_column}' nor '{AUDIO_KEY}', only {', '.join(columns)}; say "
-                "where audio files are named (data.audio_column, or --audio_column of a script)"
+                f"'{self.files[self._file_G[0]]}' has neither '{audio_column}' nor '{AUDIO_KEY}' in its first "
+                f"{ROWS_PER_GROUP} lines, only {', '.join(sorted(columns)) or 'no JSON objects'}; say where audio "
+                "files are named (data.audio_column, or --audio_column of a script)"
             )
-        self._table = RecordTable(name, columns, text_column, extra_columns)
+        self._table = RecordTable(name, map(self._record, self._lines(0)), text_column, extra_columns)
 
     @property
     def columns(self) -> list[str]:
@@ -78,19 +76,33 @@ class ManifestCorpus:
             raise _unreadable(self.files[file], error) from error
         return [line for line in content.split(b"\n") if line.strip()]
 
-    def _record(self, line: bytes) -> Record:
+    @staticmethod
+    def _values(line: bytes) -> dict | None:
         try:
             values = json.loads(line)
+        except ValueError:
+            return None
+        return values if isinstance(values, dict) else None
+
+    def _record(self, line: bytes) -> Record:
+        values = self._values(line)
+        if values is None:
+            return Record({}, problem="its line is no JSON object")
+        try:
             path = values.get(self._audio_key)
+            offset, duration = seconds_of(values.get("offset")), seconds_of(values.get("duration"))
+            row_id = values.get("id")
+            if row_id is None and path is not None and (offset or duration is not None):
+                row_id = f"{path}@{offset or 0:g}"  # parts of one recording
             return Record(
                 values,
                 path=None if path is None else str(path),
-                row_id=None if values.get("id") is None else str(values["id"]),
-                offset=seconds_of(values.get("offset")),
-                duration=seconds_of(values.get("duration")),
+                row_id=None if row_id is None else str(row_id),
+                offset=offset,
+                duration=duration,
             )
-        except (ValueError, TypeError, AttributeError) as error:
-            return Record({}, problem=f"the line is no JSON object with numbers of seconds ({first_line(error)})")
+        except (ValueError, TypeError, OverflowError) as error:
+            return Record({}, problem=f"its offset or duration is none ({first_line(error)})")
 
 
 def _scan(file: str) -> tuple[np.ndarray, int, str]:

@@ -2,14 +2,15 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from llama_mimi.common.errors import UserError
+from llama_mimi.common.errors import UserError, first_line
+from llama_mimi.data.row_filter import ROLE
 
 ROWS_PER_GROUP = 100  # as `datasets` writes audio to Parquet
 AUDIO = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -42,7 +43,7 @@ class RecordTable:
 
     Args:
         name: of the corpus.
-        columns: names in the first record, which stand for all.
+        first: records of the first group, whose names of columns stand for all.
         text_column, extra_columns: as `llama_mimi.data.corpora.open_corpus`.
 
     Raises:
@@ -50,8 +51,9 @@ class RecordTable:
     """
 
     def __init__(
-        self, name: str, columns: Sequence[str], text_column: str | None, extra_columns: Mapping[str, str]
+        self, name: str, first: Iterable[Record], text_column: str | None, extra_columns: Mapping[str, str]
     ) -> None:
+        columns = list(dict.fromkeys(str(key) for record in first for key in record.values))
         self._roles = {role: column for role, column in extra_columns.items() if column in columns}
         if text_column is not None:
             if text_column not in columns:
@@ -67,6 +69,7 @@ class RecordTable:
 
     def table(self, records: Sequence[Record]) -> pa.Table:
         """Rows as `AudioCorpus.read_group` has them."""
+        records = [_encodable(record) for record in records]
         columns = {
             "audio": pa.array([{"bytes": one.content, "path": one.path} for one in records], AUDIO),
             "id": pa.array([one.row_id for one in records], pa.string()),
@@ -75,8 +78,22 @@ class RecordTable:
             "duration": pa.array([one.duration for one in records], pa.float64()),
         }
         for role, column in self._roles.items():
-            columns[role] = pa.array([_text(one.values.get(column)) for one in records], pa.string())
+            values = [one.values.get(column) for one in records]
+            # A filter compares values as they are: numbers and texts of one column differ.
+            texts = [json.dumps(v) for v in values] if role.startswith(ROLE) else [_text(v) for v in values]
+            columns[role] = pa.array(texts, pa.string())
         return pa.table(columns)
+
+
+def _encodable(record: Record) -> Record:
+    """A row with half a character in it cannot be stored; it is one bad row."""
+    try:
+        for text in (record.path, record.row_id, json.dumps(dict(record.values), ensure_ascii=False)):
+            (text or "").encode()
+    except UnicodeEncodeError as error:
+        name = None if record.row_id is None else record.row_id.encode(errors="backslashreplace").decode()
+        return Record({}, row_id=name, problem=f"it holds no text in UTF-8 ({first_line(error)})")
+    return record
 
 
 def group_sizes(num_rows: int) -> list[int]:

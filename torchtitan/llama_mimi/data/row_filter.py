@@ -1,6 +1,8 @@
 """Which clips of a corpus are kept: by their length, and by what is said about them."""
 
 import ast
+import contextlib
+import json
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -52,10 +54,11 @@ class RowFilter:
 
     def of_values(self, values: Mapping[str, Any]) -> str | None:
         """Why a row is left out before it is read; None keeps it. A column without a value leaves it out."""
+        known = {role: _decoded(values.get(role)) for role in self.columns}
         for role, name in self.columns.items():
-            if values.get(role) is None:
+            if known[role] is None:
                 return f"no {name}"
-        if self.where is None or self._value(self._parsed(), values):
+        if self.where is None or self._value(self._parsed(), known):
             return None
         return f"not {self.where}"
 
@@ -73,7 +76,7 @@ class RowFilter:
 
     def _parsed(self) -> ast.expr:
         try:
-            return ast.parse(str(self.where), mode="eval").body
+            return ast.parse(str(self.where).strip(), mode="eval").body
         except SyntaxError as error:
             raise self._refused() from error
 
@@ -85,9 +88,11 @@ class RowFilter:
                 parts = [node.operand]
             case ast.Compare() if all(type(op) in OPERATORS for op in node.ops):
                 parts = []
-                for side in (node.left, *node.comparators):
+                for side, op in zip((node.left, *node.comparators), (None, *node.ops), strict=True):
                     if not isinstance(side, ast.Name):
-                        self._constant(side)
+                        kinds = (tuple, list) if isinstance(op, ast.In | ast.NotIn) else (str, int, float)
+                        if not isinstance(self._constant(side), kinds):
+                            raise self._refused()
             case _:
                 raise self._refused()
         for part in parts:
@@ -96,7 +101,7 @@ class RowFilter:
     def _constant(self, node: ast.AST) -> Any:
         try:
             return ast.literal_eval(node)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise self._refused() from error
 
     def _value(self, node: ast.AST, values: Mapping[str, Any]) -> bool:
@@ -110,7 +115,7 @@ class RowFilter:
             case ast.Compare():
                 sides = [self._side(side, values) for side in (node.left, *node.comparators)]
                 return all(
-                    OPERATORS[type(op)](*_alike(left, right))
+                    _holds(OPERATORS[type(op)], left, right)
                     for op, left, right in zip(node.ops, sides, sides[1:], strict=False)
                 )
         raise AssertionError("checked before")
@@ -125,14 +130,27 @@ class RowFilter:
         )
 
 
-def _alike(left: Any, right: Any) -> tuple[Any, Any]:
-    """A text beside a number is taken for one: formats of text have no numbers.
+def _decoded(value: Any) -> Any:
+    """A value as its source has it: formats of records hand them over as JSON. An empty text is none."""
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):  # a text of a Parquet file
+            value = json.loads(value)
+    return None if value == "" else value
 
-    Raises:
-        ValueError: it is none.
-    """
-    if isinstance(left, str) and isinstance(right, int | float):
-        return float(left), right
-    if isinstance(right, str) and isinstance(left, int | float):
-        return left, float(right)
-    return left, right
+
+def _holds(compare: Callable[[Any, Any], bool], left: Any, right: Any) -> bool:
+    """A text that is a number is compared as one, as tables of text have no others; what cannot be compared differs."""
+    left, right = _number(left), [_number(one) for one in right] if isinstance(right, tuple | list) else _number(right)
+    try:
+        return compare(left, right)
+    except TypeError:
+        return False
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value

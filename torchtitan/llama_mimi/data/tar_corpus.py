@@ -4,10 +4,12 @@ Where members lie is found out once for each tar, by its headers, and kept in a 
 then any row is one read, and a million rows are there in seconds.
 """
 
+import hashlib
 import json
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from io import SEEK_END
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,14 +18,13 @@ import pyarrow as pa
 from huggingface_hub.constants import HF_HOME
 from tqdm import tqdm
 
-from llama_mimi.audio.reading import AUDIO_ENDINGS
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import digest, file_system, write_atomically
+from llama_mimi.data.corpus_files import CORPUS_ENDINGS
 from llama_mimi.data.record_corpus import Record, RecordTable, groups_of_files
 
 INDEX_THREADS = 16
-FORMAT = 1
-AUDIO_SUFFIXES = (*AUDIO_ENDINGS, ".m4a", ".opus", ".webm")
+FORMAT = 2
 # Of a row: its key, and where the bytes of audio, JSON and text lie; a size of -1 is a member that is not there.
 MEMBERS = ("audio", "json", "txt")
 SCHEMA = pa.schema(
@@ -56,16 +57,8 @@ class TarCorpus:
             found = pool.map(_index, self.files)
             self._indexes = list(tqdm(found, "index", len(self.files), unit="tar", disable=is_known))
         self._file_G, self._first_G, self.sizes_G = groups_of_files([len(index) for index in self._indexes], name)
-        self.fingerprint = digest(
-            [
-                [file.rsplit("/", 1)[-1], _size(file), len(index)]
-                for file, index in zip(files, self._indexes, strict=True)
-            ]
-        )
-        first = next(self._records(0, 1))
-        if first.problem is not None:
-            raise UserError(f"the first row of '{self.files[0]}' cannot be read: {first.problem}")
-        self._table = RecordTable(name, list(first.values), text_column, extra_columns)
+        self.fingerprint = digest([[file.rsplit("/", 1)[-1], _hash(index)] for file, index in self._by_file()])
+        self._table = RecordTable(name, self._records(0, int(self.sizes_G[0])), text_column, extra_columns)
 
     @property
     def columns(self) -> list[str]:
@@ -77,6 +70,9 @@ class TarCorpus:
 
     def read_group(self, group: int) -> pa.Table:
         return self._table.table(list(self._records(group, int(self.sizes_G[group]))))
+
+    def _by_file(self) -> Iterator[tuple[str, pa.Table]]:
+        return zip(self.files, self._indexes, strict=True)
 
     def open_path(self, path: str, group: int) -> str | bytes:
         raise OSError("members of a tar have no path")
@@ -134,44 +130,56 @@ def _index_path(file: str) -> Path:
 
 
 def _rows(file: str) -> list[dict[str, Any]]:
-    """Rows by key, in the order of the tar.
+    """Rows by key, in the order of the tar; one without audio is a row, too.
 
     Raises:
         UserError: it is damaged or compressed, or holds a member twice.
     """
     fs, bare = file_system(file)
     rows: dict[str, dict[str, Any]] = {}
+    places: dict[str, tuple[int, int]] = {}  # of files that hard links may name
     try:
         with fs.open(bare, "rb") as stream:
-            size = stream.seek(0, 2)
+            size = stream.seek(0, SEEK_END)
             stream.seek(0)
             with tarfile.open(fileobj=stream, mode="r:") as tar:
                 while (member := tar.next()) is not None:
                     tar.members = []  # type: ignore[attr-defined]  # it keeps all that it has seen
-                    if member.isfile():
-                        if member.offset_data + member.size > size:
-                            raise tarfile.ReadError("it ends within a member")
-                        _enter(rows, member, file)
-                if tar.offset > size or not rows:
-                    raise tarfile.ReadError("it ends within a header, or holds no files")
-    except (OSError, tarfile.TarError) as error:
+                    if member.offset_data + member.size > size:
+                        raise tarfile.ReadError("it ends within a member")
+                    if member.islnk():
+                        _enter(rows, member.name, *places[member.linkname], file)
+                    elif member.isfile():
+                        places[member.name] = member.offset_data, member.size
+                        _enter(rows, member.name, *places[member.name], file)
+                # tarfile takes any damage behind the first header for the end, which is zeros to the last byte.
+                stream.seek(tar.offset)
+                if not rows or size - tar.offset < tarfile.BLOCKSIZE or stream.read().strip(b"\0"):
+                    raise tarfile.ReadError("it holds no files, or ends without an end")
+    except (OSError, KeyError, tarfile.TarError) as error:
         raise _unreadable(file, error) from error
-    return [row for row in rows.values() if row["audio_size"] >= 0]
+    return list(rows.values())
 
 
-def _enter(rows: dict[str, dict[str, Any]], member: tarfile.TarInfo, file: str) -> None:
-    folder, slash, name = member.name.rpartition("/")
-    stem, _, ending = name.partition(".")  # a key ends at the first point, as WebDataset has it
-    if not stem or name.startswith("._"):
-        return  # hidden, as macOS leaves them
-    part = "audio" if f".{ending.lower()}".endswith(AUDIO_SUFFIXES) else ending.lower()
-    if part not in MEMBERS:
+def _enter(rows: dict[str, dict[str, Any]], path: str, start: int, size: int, file: str) -> None:
+    folder, slash, name = path.rpartition("/")
+    ending = name.lower().rpartition(".")[2]
+    part = "audio" if f".{ending}" in CORPUS_ENDINGS else ending
+    if part not in MEMBERS or name.startswith("."):  # of others, or hidden, as macOS leaves them
         return
-    key = f"{folder}{slash}{stem}"
+    key = f"{folder}{slash}{name.rpartition('.')[0]}"
     row = rows.setdefault(key, {"key": key} | {f"{p}_{w}": -1 for p in MEMBERS for w in ("start", "size")})
     if row[f"{part}_size"] >= 0:
-        raise UserError(f"'{file}' holds '{member.name}' twice, or two files of audio of that name; write it anew")
-    row[f"{part}_start"], row[f"{part}_size"] = member.offset_data, member.size
+        raise UserError(f"'{file}' holds '{path}' twice, or two files of audio of that name; write it anew")
+    row[f"{part}_start"], row[f"{part}_size"] = start, size
+
+
+def _hash(index: pa.Table) -> str:
+    """Of keys and places: tars of other clips have others, though their sizes may be the same."""
+    sha256 = hashlib.sha256()
+    for column in index.columns:
+        sha256.update(json.dumps(column.to_pylist()).encode())
+    return sha256.hexdigest()
 
 
 def _size(file: str) -> int:

@@ -45,6 +45,11 @@ def tokenize_corpus(options: TokenizationOptions) -> None:
             raise UserError(f"--{name} is {getattr(options, name)}; it must be a positive number")
     if options.num_workers < 0 or not 0 <= options.max_bad_share <= 1:
         raise UserError("--num_workers is 0 or more, and --max_bad_share a share between 0 and 1")
+    if not 0 <= options.min_seconds <= options.max_audio_seconds:
+        raise UserError(
+            f"--min_seconds is {options.min_seconds:g}; it lies between 0 and --max_audio_seconds "
+            f"{options.max_audio_seconds:g}"
+        )
     if options.max_seconds is not None and not options.min_seconds <= options.max_seconds <= options.max_audio_seconds:
         raise UserError(
             f"--max_seconds is {options.max_seconds:g}; it lies between --min_seconds {options.min_seconds:g} and "
@@ -159,7 +164,8 @@ def tokenize(
     rows: set[tuple[int, int]] = set()
     num_read = num_skipped = 0
     start = last_report = time.monotonic()
-    for chunk in stream.load(num_workers=options.num_workers):
+    ahead = {"prefetch_factor": 1} if at_once == 1 and options.num_workers else {}
+    for chunk in stream.load(num_workers=options.num_workers, **ahead):
         encoded = encode(codec, [clip for clip in chunk.clips if isinstance(clip, AudioClip)], options.batch_seconds)
         for ref, clip in zip(chunk.refs, chunk.clips, strict=True):
             if shard_of_group[ref.group] != shard:

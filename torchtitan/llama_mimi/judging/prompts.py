@@ -270,7 +270,12 @@ def _rows(corpus: AudioCorpus) -> Iterator[_Row]:
 
 def _write(folder: Path, row: _Row, corpus: AudioCorpus, prompt_seconds: float) -> Prompt:
     waveform = row.read(corpus)
-    ends = [word["end"] for word in row.content.get("alignment") or () if word["end"] is not None]
+    words = row.content.get("alignment") or ()
+    try:
+        words = json.loads(words) if isinstance(words, str) else words  # of formats that are JSON
+        ends = [float(word["end"]) for word in words if word["end"] is not None]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"the words of {row.source} have no 'end' in seconds; leave out --alignment_column") from error
     if ends and max(ends) > waveform.seconds + 1:
         raise UserError(
             f"a word of {row.source} ends at {max(ends):g} s, and the recording at {waveform.seconds:g} s; give the "
