@@ -36,6 +36,7 @@ ELSEWHERE = {
     "uv run python scripts/benchmarks/bench_eval.py": "minutes at its smallest; tests/test_likelihood.py",
     "uv run python scripts/benchmarks/compare_arms.py": "an hour; tests/test_compare_arms.py",
     "uv run python scripts/tiny/train_tiny_listeners.py": "11 and 44 minutes; tests/test_tiny_listeners.py",
+    "uv run python scripts/tiny/score_listeners.py": "tests/test_tiny_listeners.py",
     "uv run python scripts/tiny/train_tiny_codec.py": "74 minutes; tests/test_tiny_codec.py",
     "uv run python scripts/tiny/build_tiny_assets.py": "needs espeak-ng",
 }
