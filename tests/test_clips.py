@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from llama_mimi.common.batching import map_ahead
 from llama_mimi.common.errors import UserError
 from llama_mimi.data.build import build_validation_dataloader
-from llama_mimi.data.clips import AudioClip, AudioReader, ClipStream, SkippedClip
+from llama_mimi.data.clip_readers import AudioClip, AudioReader, SkippedClip
+from llama_mimi.data.clips import ClipStream
 from llama_mimi.data.corpora import open_corpus
 from llama_mimi.data.dataloader import DataMeter, UnitDataLoader
 from llama_mimi.data.order import RowsInOrder, ShuffledOrder

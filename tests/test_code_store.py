@@ -28,7 +28,8 @@ from llama_mimi.audio.reading import OPPOSITE, read_audio
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import write_atomically
 from llama_mimi.data.build import build_dataloader, build_validation_dataloader
-from llama_mimi.data.clips import ClipStream, CodeReader
+from llama_mimi.data.clip_readers import CodeReader
+from llama_mimi.data.clips import ClipStream
 from llama_mimi.data.code_store import CodeCorpus, StoredClip, is_store, shard_bytes
 from llama_mimi.data.code_writer import TokenizationOptions
 from llama_mimi.data.order import RowsInOrder

@@ -22,9 +22,9 @@ from test_code_store import tokenize
 from llama_mimi.audio.reading import SHORTER, AudioError, read_audio
 from llama_mimi.audio.splitting import split_at_pauses
 from llama_mimi.common.errors import UserError
-from llama_mimi.data import clips as clips_module
-from llama_mimi.data import tar_corpus
-from llama_mimi.data.clips import AudioClip, AudioReader, ClipStream, SkippedClip
+from llama_mimi.data import clip_readers, tar_corpus
+from llama_mimi.data.clip_readers import AudioClip, AudioReader, SkippedClip
+from llama_mimi.data.clips import ClipStream
 from llama_mimi.data.corpora import open_corpus
 from llama_mimi.data.order import ClipRef, RowsInOrder
 from llama_mimi.data.row_filter import RowFilter
@@ -499,7 +499,7 @@ def test_long_recordings_are_split_and_nothing_is_lost(rows, tmp_path, monkeypat
     assert [row["is_cut"] for row in parts] == [True] * (len(parts) - 1) + [False]
     assert short["text"] == "said" and not short["is_cut"]
     for at_once in (4.0, 3600.0):
-        monkeypatch.setattr(clips_module, "SECONDS_AT_ONCE", at_once)
+        monkeypatch.setattr(clip_readers, "SECONDS_AT_ONCE", at_once)
         corpus = opened(tmp_path / "in")
         reader = AudioReader(corpus, sample_rate_hz=RATE, frame_size=1920, max_frames=37, splits=True)
         read = reader.clips(corpus.read_group(0), ClipRef(0, 0, 0, 0, 0))

@@ -13,7 +13,7 @@ from test_clips import read_all, reader
 
 from llama_mimi.audio.reading import DAMAGED, OPPOSITE
 from llama_mimi.common.errors import UserError
-from llama_mimi.data.clips import AudioClip, SkippedClip
+from llama_mimi.data.clip_readers import AudioClip, SkippedClip
 from llama_mimi.data.corpora import open_corpus
 from llama_mimi.data.corpus_files import parquet_files
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_mimi.common.errors import UserError
-from llama_mimi.data.clips import CodedClip
+from llama_mimi.data.clip_readers import CodedClip
 from llama_mimi.data.dataloader import UnitDataLoader
 from llama_mimi.data.order import CorpusOrder, ShuffledOrder
 from llama_mimi.data.packing import BatchPacker

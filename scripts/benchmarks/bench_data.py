@@ -26,7 +26,8 @@ from torch.utils.data import DataLoader
 
 from llama_mimi.audio.mimi import DTYPES, MimiCodec, load_codec_config, whole_frames
 from llama_mimi.common.errors import UserError, run_command
-from llama_mimi.data.clips import AudioClip, AudioReader, ClipStream, CodeReader, SentChunk
+from llama_mimi.data.clip_readers import AudioClip, AudioReader, CodeReader
+from llama_mimi.data.clips import ClipStream, SentChunk
 from llama_mimi.data.code_store import CodeCorpus
 from llama_mimi.data.corpora import open_corpus
 from llama_mimi.data.dataloader import UnitDataLoader

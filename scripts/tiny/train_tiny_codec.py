@@ -36,7 +36,8 @@ from torch.utils.tensorboard import SummaryWriter
 from llama_mimi.audio.reading import Waveform, write_wav
 from llama_mimi.common.errors import UserError, run_command
 from llama_mimi.common.versions import versions
-from llama_mimi.data.clips import AudioClip, AudioReader, Clip, ClipStream, SkippedClip
+from llama_mimi.data.clip_readers import AudioClip, AudioReader, Clip, SkippedClip
+from llama_mimi.data.clips import ClipStream
 from llama_mimi.data.corpora import open_corpus
 from llama_mimi.data.order import Position, RowsInOrder, ShuffledOrder
 

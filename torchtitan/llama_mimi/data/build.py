@@ -8,7 +8,7 @@ from torchtitan.tools.utils import device_type
 
 from llama_mimi.audio.mimi import DTYPES, MimiCodec, load_codec_config, whole_frames
 from llama_mimi.common.errors import UserError
-from llama_mimi.data.clips import AudioReader, ClipReader, CodeReader
+from llama_mimi.data.clip_readers import AudioReader, ClipReader, CodeReader
 from llama_mimi.data.code_store import CodeCorpus, is_store
 from llama_mimi.data.corpora import open_corpus
 from llama_mimi.data.dataloader import DataMeter, UnitDataLoader

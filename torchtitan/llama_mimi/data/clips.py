@@ -6,94 +6,26 @@ rows of, which in a shuffled block are all: decoding and resampling are divided,
 """
 
 import dataclasses
-import itertools
-import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch.utils.data import DataLoader
 
-from llama_mimi.audio.reading import DAMAGED, SHORTER, AudioError, Waveform, read_audio
-from llama_mimi.audio.splitting import split_at_pauses
-from llama_mimi.common.errors import UserError, first_line
+from llama_mimi.common.errors import UserError
 from llama_mimi.common.ranks import end_with_parent
-from llama_mimi.data.code_store import CodeCorpus, CodeGroup
-from llama_mimi.data.corpora import AudioCorpus
+from llama_mimi.data.clip_readers import AudioClip, Clip, ClipReader
 from llama_mimi.data.order import ClipRef, RowsInOrder, ShuffledOrder, in_chunks
-from llama_mimi.data.row_filter import RowFilter
 
 # The share of bad clips is judged only once this many were read: one among the first ten is no 10 %.
 MIN_CLIPS_FOR_SHARE = 100
 _NO_SAMPLES = torch.empty(0)
 # Every skipped clip is counted; only so many are named one by one.
 MAX_NAMED_CLIPS = 20
-# Of a long recording that is split: 345 MB at 24 kHz.
-SECONDS_AT_ONCE = 3600.0
-ROUNDED_SECONDS = 0.1  # that manifests may be wrong by
-
-
-@dataclass(frozen=True)
-class SkippedClip:
-    """A row that is not used.
-
-    Args:
-        reason: a short category.
-        message: one sentence that names it.
-        is_filtered: it was not wanted; others could not be used.
-    """
-
-    reason: str
-    message: str
-    is_filtered: bool = False
-
-
-@dataclass(frozen=True)
-class AudioClip:
-    """One usable row of audio.
-
-    Args:
-        name: id or path, for messages.
-        samples_S: mono float32 at the codec's rate.
-        is_cut: the recording went on after the longest audio wanted, or broke off.
-        text: transcript, or None where the task needs none.
-        speaker: label, where the corpus has one and it was asked for.
-        remarks: as `llama_mimi.audio.reading.Waveform`.
-    """
-
-    name: str
-    samples_S: torch.Tensor
-    is_cut: bool
-    text: str | None
-    speaker: str | None = None
-    remarks: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class CodedClip:
-    """One usable row of codes.
-
-    Args:
-        name: id or path, for messages.
-        codes_TQ: of the levels wanted.
-        is_cut: the recording went on.
-        text: transcript, or None where the task needs none.
-        remarks: as `AudioClip`; stored codes have none.
-    """
-
-    name: str
-    codes_TQ: np.ndarray
-    is_cut: bool
-    text: str | None
-    remarks: tuple[str, ...] = ()
-
-
-Clip = AudioClip | CodedClip | SkippedClip
 
 
 @dataclass
@@ -134,196 +66,6 @@ class SentChunk:
 
 def _with_samples(clip: Clip, samples_S: torch.Tensor) -> Clip:
     return dataclasses.replace(clip, samples_S=samples_S) if isinstance(clip, AudioClip) else clip
-
-
-class AudioReader:
-    """Rows of audio -> waveforms.
-
-    Args:
-        corpus: where they lie.
-        sample_rate_hz, frame_size: of the codec; shorter clips than a frame are skipped.
-        max_frames: longer clips are cut.
-        with_text: rows without a transcript are skipped.
-        row_filter: which rows are wanted.
-        splits: longer recordings become several clips, cut at pauses, without texts.
-    """
-
-    def __init__(
-        self,
-        corpus: AudioCorpus,
-        *,
-        sample_rate_hz: int,
-        frame_size: int,
-        max_frames: int,
-        with_text: bool = False,
-        row_filter: RowFilter | None = None,
-        splits: bool = False,
-    ) -> None:
-        self.corpus, self._filter, self._splits = corpus, row_filter or RowFilter(), splits
-        self._sample_rate_hz, self._frame_size, self._with_text = sample_rate_hz, frame_size, with_text
-        self._max_seconds = max_frames * frame_size / sample_rate_hz
-
-    def clips(self, table: pa.Table, ref: ClipRef) -> list[Clip]:
-        """One row of the row group ``table``; whatever is wrong with it, it is skipped with a reason."""
-        name = self.corpus.row_name(ref.group, ref.row)
-        try:
-            values = {role: table[role][ref.row].as_py() for role in table.column_names}
-            name = _label(values.get("id")) or _label((values["audio"] or {}).get("path")) or name
-            if (reason := self._filter.of_values(values)) is not None:
-                return [_filtered(name, reason)]
-            if self._with_text and not values["text"]:
-                raise AudioError("no text", f"'{name}' has no text")
-            return self._split(name, values, ref) if self._splits else [self._clip(name, values, ref)]
-        except AudioError as error:
-            return [SkippedClip(error.reason, str(error))]
-        except Exception as error:  # one odd row in a million must not end the run, whatever is odd about it
-            what = f"{type(error).__name__}: {first_line(error)[:200]}"
-            return [SkippedClip("unexpected", f"'{name}' cannot be read ({what})")]
-
-    def _clip(self, name: str, values: dict[str, Any], ref: ClipRef) -> Clip:
-        waveform = self._read(name, values, ref, self._max_seconds)
-        text = _transcript(name, values.get("text"))
-        return self._kept(name, waveform, text, values)
-
-    def _split(self, name: str, values: dict[str, Any], ref: ClipRef) -> list[Clip]:
-        """An hour at a time, so that memory has a limit."""
-        found: list[Waveform] = []
-        begin, rate_hz = values.get("offset") or 0.0, self._sample_rate_hz
-        left = values.get("duration")
-        at_once = max(SECONDS_AT_ONCE, 2 * self._max_seconds)
-        goes_on = True
-        while goes_on:
-            try:
-                waveform = self._read(name, values | {"offset": begin, "duration": left}, ref, at_once)
-            except AudioError:
-                if not found:
-                    raise
-                found[-1] = dataclasses.replace(found[-1], is_cut=True, remarks=(*found[-1].remarks, DAMAGED))
-                break  # what came before is sound
-            goes_on = waveform.is_cut and DAMAGED not in waveform.remarks
-            ends = split_at_pauses(waveform.samples_S, rate_hz, self._max_seconds)
-            ends = ends[:-1] if goes_on else ends  # where it goes on, the last has no pause at its end
-            for start, end in itertools.pairwise([0, *ends]):
-                part = dataclasses.replace(waveform, samples_S=waveform.samples_S[start:end].clone())
-                if goes_on or end != ends[-1]:  # what is said of the end is said of the last alone
-                    part = dataclasses.replace(part, is_cut=True, remarks=tuple({*part.remarks} - {DAMAGED, SHORTER}))
-                found.append(part)
-            begin += ends[-1] / rate_hz
-            left = None if left is None else left - ends[-1] / rate_hz
-        if len(found) == 1:
-            return [self._kept(name, found[0], _transcript(name, values.get("text")), values)]
-        return [self._kept(f"{name}_{number:05d}", part, None, values) for number, part in enumerate(found)]
-
-    def _read(self, name: str, values: dict[str, Any], ref: ClipRef, max_seconds: float) -> Waveform:
-        return read_row(
-            self.corpus,
-            ref.group,
-            values,
-            name,
-            self._sample_rate_hz,
-            max_seconds=max_seconds,
-        )
-
-    def _kept(self, name: str, waveform: Waveform, text: str | None, values: dict[str, Any]) -> Clip:
-        goes_on = waveform.is_cut and DAMAGED not in waveform.remarks
-        if (reason := self._filter.of_length(waveform.seconds, is_cut=goes_on)) is not None:
-            return _filtered(name, reason)
-        if len(waveform.samples_S) < self._frame_size:
-            return SkippedClip("too short", f"'{name}' is {waveform.seconds:.3f} s, less than a frame of the codec")
-        speaker = _label(values.get("speaker"))
-        return AudioClip(name, waveform.samples_S, waveform.is_cut, text, speaker, waveform.remarks)
-
-
-def _filtered(name: str, reason: str) -> SkippedClip:
-    return SkippedClip(reason, f"'{name}' was left out: {reason}", is_filtered=True)
-
-
-def read_row(
-    corpus: AudioCorpus,
-    group: int,
-    values: Mapping[str, Any],
-    name: str,
-    sample_rate_hz: int | None,
-    *,
-    max_seconds: float,
-) -> Waveform:
-    """The audio of a row, or the part of a recording that it is.
-
-    Args:
-        values: of the row.
-        name: of the row, for messages.
-        sample_rate_hz, max_seconds: as `llama_mimi.audio.reading.read_audio`. What ends with its row is not cut, though
-            the recording goes on.
-
-    Raises:
-        AudioError: it cannot be used.
-    """
-    if values.get("problem"):
-        raise AudioError("damaged row", f"'{name}' cannot be used: {values['problem']}")
-    duration: float = values.get("duration") or math.inf
-    is_part = duration <= max_seconds
-    waveform = read_audio(
-        _source(corpus, group, values["audio"] or {}, name),
-        sample_rate_hz,
-        start_seconds=values.get("offset") or 0.0,
-        max_seconds=duration if is_part else max_seconds,
-        name=name,
-    )
-    if not is_part:
-        return waveform
-    is_short = waveform.seconds < duration - ROUNDED_SECONDS and DAMAGED not in waveform.remarks
-    remarks = (*waveform.remarks, *((SHORTER,) if is_short else ()))
-    return dataclasses.replace(waveform, is_cut=DAMAGED in remarks, remarks=remarks)
-
-
-def _source(corpus: AudioCorpus, group: int, audio: Mapping[str, Any], name: str) -> bytes | str:
-    content, path = audio.get("bytes"), audio.get("path") or None
-    if content is None and path is None:
-        raise AudioError("no audio", f"'{name}' has neither audio bytes nor a path")
-    content = b"" if content is None else content
-    if not isinstance(content, bytes):
-        raise AudioError(
-            "not bytes",
-            f"'{name}' holds its audio as {type(content).__name__}, not as bytes; write the bytes of its file",
-        )
-    if content or path is None:
-        return content
-    try:
-        source = corpus.open_path(path, group)
-    except OSError as error:
-        raise AudioError("missing", f"'{name}' cannot be opened ({error}); check its path") from error
-    is_there = isinstance(source, bytes) or os.path.exists(source)
-    return source if is_there or audio["bytes"] is None else content
-
-
-class CodeReader:
-    """Rows of a tokenised corpus -> codes.
-
-    Args:
-        corpus: where they lie.
-        max_frames: longer clips are cut.
-        with_text: rows without a transcript are skipped.
-    """
-
-    def __init__(self, corpus: CodeCorpus, *, max_frames: int, with_text: bool) -> None:
-        self.corpus = corpus
-        self._max_frames, self._with_text = max_frames, with_text
-
-    def clips(self, group: CodeGroup, ref: ClipRef) -> list[Clip]:
-        """One row of a row group."""
-        return [self._clip(group, ref.row)]
-
-    def _clip(self, group: CodeGroup, row: int) -> Clip:
-        name = group.columns["id"][row]
-        text = group.columns["text"][row] if self._with_text else None
-        if self._with_text and not text:
-            return SkippedClip("no text", f"'{name}' has no text")
-        codes_TQ = group.codes(row)
-        is_cut = group.columns["is_cut"][row] or len(codes_TQ) > self._max_frames
-        return CodedClip(name, codes_TQ[: self._max_frames].copy(), is_cut, text)
-
-
-ClipReader = AudioReader | CodeReader
 
 
 class ClipStream(torch.utils.data.IterableDataset):
@@ -389,20 +131,6 @@ class ClipStream(torch.utils.data.IterableDataset):
         if ref.group not in groups:
             groups[ref.group] = reader.corpus.read_group(ref.group)
         return reader.clips(groups[ref.group], ref)
-
-
-def _transcript(name: str, value: Any) -> str | None:
-    try:
-        return value.decode() if isinstance(value, bytes) else value
-    except UnicodeDecodeError as error:
-        raise AudioError("text is no UTF-8", f"the text of '{name}' is no UTF-8 ({error})") from error
-
-
-def _label(value: Any) -> str | None:
-    """An id or a speaker: text, bytes of it, or a number."""
-    if isinstance(value, bytes):
-        return value.decode(errors="backslashreplace")
-    return None if value is None else str(value)
 
 
 def is_too_many(num_skipped: int, num_read: int, max_bad_share: float) -> bool:

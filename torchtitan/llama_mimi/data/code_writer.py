@@ -13,7 +13,8 @@ from llama_mimi.audio.reading import DAMAGED, RESAMPLER
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import PARTIAL, file_system, read_json, sizes_in, write_atomically
 from llama_mimi.common.versions import versions
-from llama_mimi.data.clips import MAX_NAMED_CLIPS, SkippedClip, is_too_many
+from llama_mimi.data.clip_readers import SkippedClip
+from llama_mimi.data.clips import MAX_NAMED_CLIPS, is_too_many
 from llama_mimi.data.code_store import (
     CLIPS_PER_GROUP,
     FORMAT,

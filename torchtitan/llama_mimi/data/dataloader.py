@@ -24,17 +24,8 @@ from llama_mimi.audio.reading import DAMAGED
 from llama_mimi.common.batching import map_ahead
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.ranks import gather
-from llama_mimi.data.clips import (
-    MAX_NAMED_CLIPS,
-    MIN_CLIPS_FOR_SHARE,
-    AudioClip,
-    Chunk,
-    ClipReader,
-    ClipStream,
-    CodedClip,
-    SkippedClip,
-    is_too_many,
-)
+from llama_mimi.data.clip_readers import AudioClip, ClipReader, CodedClip, SkippedClip
+from llama_mimi.data.clips import MAX_NAMED_CLIPS, MIN_CLIPS_FOR_SHARE, Chunk, ClipStream, is_too_many
 from llama_mimi.data.order import ClipRef, Position, RowsInOrder, ShuffledOrder, deal
 from llama_mimi.data.packing import Batch, BatchPacker
 

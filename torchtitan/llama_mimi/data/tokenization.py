@@ -21,7 +21,8 @@ from llama_mimi.audio.mimi import DTYPES, MimiCodec, whole_frames
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import file_system, is_local
 from llama_mimi.common.ranks import Ranks, from_first, torchrun_ranks
-from llama_mimi.data.clips import AudioClip, AudioReader, ClipStream, SkippedClip, is_too_many
+from llama_mimi.data.clip_readers import AudioClip, AudioReader, SkippedClip
+from llama_mimi.data.clips import ClipStream, is_too_many
 from llama_mimi.data.code_store import StoredClip
 from llama_mimi.data.code_writer import TokenizationOptions, begin, finish, make_plan, too_many, write_shard
 from llama_mimi.data.corpora import AudioCorpus, open_corpus

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from llama_mimi.audio.reading import AudioError, Waveform, write_wav
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import read_json, write_atomically
-from llama_mimi.data.clips import read_row
+from llama_mimi.data.clip_readers import read_row
 from llama_mimi.data.corpora import AudioCorpus, open_corpus
 
 MANIFEST = "prompts.json"
