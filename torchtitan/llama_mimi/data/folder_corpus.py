@@ -34,7 +34,7 @@ class FolderCorpus:
             ``audio_column`` is of other formats.
 
     Raises:
-        UserError: what stands beside the first file has no text.
+        UserError: metadata or transcripts are damaged, or what stands beside the first files has no text.
     """
 
     def __init__(

@@ -6,6 +6,7 @@ import json
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from llama_mimi.common.errors import UserError
@@ -49,8 +50,7 @@ class RowFilter:
         """Columns that ``where`` names, by the role under which a corpus reads them."""
         if self.where is None:
             return {}
-        names = [node.id for node in ast.walk(self._parsed()) if isinstance(node, ast.Name)]
-        return {ROLE + name: name for name in dict.fromkeys(names)}
+        return {ROLE + name: name for name in _names(self.where)}
 
     def of_values(self, values: Mapping[str, Any]) -> str | None:
         """Why a row is left out before it is read; None keeps it. A column without a value leaves it out."""
@@ -76,7 +76,7 @@ class RowFilter:
 
     def _parsed(self) -> ast.expr:
         try:
-            return ast.parse(str(self.where).strip(), mode="eval").body
+            return _parse(str(self.where))
         except SyntaxError as error:
             raise self._refused() from error
 
@@ -128,6 +128,17 @@ class RowFilter:
             f"--where is {self.where!r}; it compares columns with numbers and texts, such as "
             'language == "en" and dnsmos >= 3'
         )
+
+
+@lru_cache(maxsize=8)
+def _parse(where: str) -> ast.expr:
+    """Once, and not for each row."""
+    return ast.parse(where.strip(), mode="eval").body
+
+
+@lru_cache(maxsize=8)
+def _names(where: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(node.id for node in ast.walk(_parse(where)) if isinstance(node, ast.Name)))
 
 
 def _decoded(value: Any) -> Any:
