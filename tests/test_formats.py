@@ -535,6 +535,40 @@ def test_what_is_not_wanted_is_counted_by_name(rows, tmp_path):
         assert done.returncode == 1 and message in done.output and "Traceback" not in done.output
 
 
+@pytest.mark.distributed
+def test_duplicates_are_counted_and_left_out(rows, tmp_path):
+    """The same samples in another file, under another name and in another shard; the first in order stays."""
+    wav = io.BytesIO()
+    soundfile.write(wav, rows[1]["samples"], RATE, format="WAV")
+    names = {"a0": rows[0], "a1": rows[1], "a2": rows[2], "b1": rows[1] | {"bytes": wav.getvalue()}, "b0": rows[0]}
+    (tmp_path / "in").mkdir()
+    for number, (name, row) in enumerate(names.items()):
+        with tarfile.open(tmp_path / "in" / f"{number}.tar", "w") as tar:
+            add(tar, f"{name}.flac", row["bytes"])
+            add(tar, f"{name}.json", json.dumps(said(row)).encode())
+    flags = ("--clips_per_shard", 1)
+
+    def made(folder, nproc, *more):
+        done = tokenize(tmp_path / "in", tmp_path / folder, *flags, *more, nproc=nproc)
+        assert done.returncode == 0, done.output[-2000:]
+        found = json.loads((tmp_path / folder / "manifest.json").read_text())
+        stored = pq.read_table(sorted((tmp_path / folder).glob("shard-*.parquet"))).to_pylist()
+        assert found["clips"] == len(stored) == sum(number for number, _ in found["by_second"])
+        assert found["hours"] * 3600 == pytest.approx(sum(row["duration"] for row in stored))
+        return found, stored
+
+    kept, everything = made("kept", 1)
+    assert kept["duplicates_kept"] == 2 and kept["clips"] == 5 and kept["filtered"] == {}
+    dropped, stored = made("dropped", 2, "--duplicates", "drop")
+    assert dropped["duplicates_kept"] == 0 and dropped["filtered"] == {"duplicate": 2}
+    assert [row["id"] for row in stored] == ["a0", "a1", "a2"] and stored == everything[:3]
+    (tmp_path / "dropped" / "manifest.json").unlink()  # as if it had been killed before the end
+    (tmp_path / "dropped" / "shard-000004.parquet").unlink()
+    assert made("dropped", 1, "--duplicates", "drop") == (dropped, stored)
+    done = tokenize(tmp_path / "in", tmp_path / "dropped", *flags)
+    assert done.returncode == 1 and "begun with --duplicates 'drop', not 'keep'" in done.output
+
+
 @pytest.mark.parametrize(
     ("where", "values", "kept"),
     [

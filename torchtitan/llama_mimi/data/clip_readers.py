@@ -1,6 +1,7 @@
 """From a row of a corpus to a clip: as audio, whole, in parts or split at pauses, or as codes."""
 
 import dataclasses
+import hashlib
 import itertools
 import math
 import os
@@ -23,6 +24,7 @@ from llama_mimi.data.row_filter import RowFilter
 # Of a long recording that is split: 345 MB at 24 kHz.
 SECONDS_AT_ONCE = 3600.0
 ROUNDED_SECONDS = 0.1  # that manifests may be wrong by
+HASH_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class AudioClip:
         text: transcript, or None where the task needs none.
         speaker: label, where the corpus has one and it was asked for.
         remarks: as `llama_mimi.audio.reading.Waveform`.
+        audio_hash: of the samples, where it was asked for.
     """
 
     name: str
@@ -59,6 +62,7 @@ class AudioClip:
     text: str | None
     speaker: str | None = None
     remarks: tuple[str, ...] = ()
+    audio_hash: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,7 @@ class AudioReader:
         with_text: rows without a transcript are skipped.
         row_filter: which rows are wanted.
         splits: longer recordings become several clips, cut at pauses, without texts.
+        hashes: say of each clip which samples it has.
     """
 
     def __init__(
@@ -105,8 +110,9 @@ class AudioReader:
         with_text: bool = False,
         row_filter: RowFilter | None = None,
         splits: bool = False,
+        hashes: bool = False,
     ) -> None:
-        self.corpus, self._filter, self._splits = corpus, row_filter or RowFilter(), splits
+        self.corpus, self._filter, self._splits, self._hashes = corpus, row_filter or RowFilter(), splits, hashes
         self._sample_rate_hz, self._frame_size, self._with_text = sample_rate_hz, frame_size, with_text
         self._max_seconds = max_frames * frame_size / sample_rate_hz
 
@@ -178,7 +184,12 @@ class AudioReader:
         if len(waveform.samples_S) < self._frame_size:
             return SkippedClip("too short", f"'{name}' is {waveform.seconds:.3f} s, less than a frame of the codec")
         speaker = _label(values.get("speaker"))
-        return AudioClip(name, waveform.samples_S, waveform.is_cut, text, speaker, waveform.remarks)
+        clip = AudioClip(name, waveform.samples_S, waveform.is_cut, text, speaker, waveform.remarks)
+        return dataclasses.replace(clip, audio_hash=_hash(waveform.samples_S)) if self._hashes else clip
+
+
+def _hash(samples_S: torch.Tensor) -> bytes:
+    return hashlib.blake2b(samples_S.numpy().tobytes(), digest_size=HASH_BYTES).digest()
 
 
 def _filtered(name: str, reason: str) -> SkippedClip:

@@ -2,7 +2,8 @@
 
 A tokenised corpus is a folder (any fsspec path) of Parquet shards ``shard-*.parquet`` with one row a clip, which
 `datasets` opens as they are, and a manifest that is written last. Columns: ``id``, ``codes`` (uint16, T x Q),
-``duration`` in seconds, ``is_cut`` (the recording went on), and ``text`` and ``speaker`` where the corpus has them.
+``duration`` in seconds, ``is_cut`` (the recording went on), ``audio_hash`` of the samples, and ``text`` and ``speaker``
+where the corpus has them.
 """
 
 import io
@@ -29,6 +30,7 @@ FORMAT = 1
 CLIPS_PER_GROUP = 256
 REQUIRED_KEYS = {"codec", "columns", "clips", "by_second", "clips_per_group", "shards"}
 OPTIONAL_COLUMNS = ("text", "speaker")
+AUDIO_HASH = "audio_hash"
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class StoredClip:
         is_cut: the recording went on.
         text, speaker: where the corpus has them.
         remarks: as `llama_mimi.audio.reading.Waveform`, counted in the manifest.
+        audio_hash: of the samples, 16 bytes; of codes that were made otherwise there is none.
     """
 
     name: str
@@ -51,6 +54,7 @@ class StoredClip:
     text: str | None = None
     speaker: str | None = None
     remarks: tuple[str, ...] = ()
+    audio_hash: bytes | None = None
 
 
 class CodeCorpus:
@@ -226,6 +230,8 @@ def shard_bytes(clips: Sequence[StoredClip], num_quantizers: int, notes: dict[st
     for name in notes["columns"]:
         if name in OPTIONAL_COLUMNS:
             columns[name] = pa.array([getattr(clip, name) for clip in clips], pa.string())
+    if AUDIO_HASH in notes["columns"]:
+        columns[AUDIO_HASH] = pa.array([clip.audio_hash for clip in clips], pa.binary())
     table = pa.table(columns).replace_schema_metadata({NOTES: json.dumps(notes)})
     stream = io.BytesIO()
     pq.write_table(table, stream, row_group_size=CLIPS_PER_GROUP, compression="zstd", write_page_checksum=True)

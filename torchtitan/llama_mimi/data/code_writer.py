@@ -16,6 +16,7 @@ from llama_mimi.common.versions import versions
 from llama_mimi.data.clip_readers import SkippedClip
 from llama_mimi.data.clips import MAX_NAMED_CLIPS, is_too_many
 from llama_mimi.data.code_store import (
+    AUDIO_HASH,
     CLIPS_PER_GROUP,
     FORMAT,
     MANIFEST,
@@ -97,6 +98,9 @@ class TokenizationOptions:
     num_workers: int = 2
     """Processes of each rank that read and resample"""
 
+    duplicates: Literal["keep", "drop"] = "keep"
+    """Clips with the samples of an earlier one are kept, or left out; they are counted"""
+
     max_bad_share: float = 0.01
     """Stop when a larger share of the clips cannot be used"""
 
@@ -132,8 +136,12 @@ def make_plan(options: TokenizationOptions, corpus: AudioCorpus, codec: MimiCode
         "max_audio_seconds": options.max_audio_seconds,
         "long_recordings": options.long_recordings,
         "filter": vars(options.row_filter),
+        "duplicates": options.duplicates,
         "columns_of_corpus": [options.audio_column, options.text_column, options.speaker_column],
-        "columns": ["id", "codes", "duration", "is_cut", *(c for c in OPTIONAL_COLUMNS if c in corpus.columns)],
+        "columns": [
+            *("id", "codes", "duration", "is_cut", AUDIO_HASH),
+            *(c for c in OPTIONAL_COLUMNS if c in corpus.columns),
+        ],
         "clips_per_group": CLIPS_PER_GROUP,
         "shards": shards,
     }
@@ -173,7 +181,7 @@ def compare(output_dir: str, earlier: dict[str, Any], plan: dict[str, Any]) -> N
         name: (earlier.get(name), plan[name])
         for name in ("format", "resampler", "columns", "columns_of_corpus", "filter")
     }
-    parts["--long_recordings"] = (earlier.get("long_recordings"), plan["long_recordings"])
+    parts |= {f"--{key}": (earlier.get(key), plan[key]) for key in ("long_recordings", "duplicates")}
     parts["--codec_attention"] = (codec_before.get("attention"), codec["attention"])
     parts["--max_audio_seconds"] = (earlier.get("max_audio_seconds"), plan["max_audio_seconds"])
     for name, (before, now) in parts.items():
@@ -188,7 +196,7 @@ def write_shard(
     plan: dict[str, Any],
     shard: int,
     num_rows: int,
-    clips: list[StoredClip],
+    clips: Sequence[StoredClip],
     skipped: Sequence[SkippedClip],
 ) -> None:
     """Write a shard.
@@ -198,22 +206,34 @@ def write_shard(
         clips: to keep.
         skipped: what was left out.
     """
+    left_out = {
+        "skipped": [{"reason": c.reason, "message": c.message} for c in skipped if not c.is_filtered],
+        "filtered": Counter(clip.reason for clip in skipped if clip.is_filtered),
+    }
+    content = shard_of_clips(plan, num_rows, clips, left_out)
+    write_atomically(output_dir, plan["shards"][shard]["file"], content)
+
+
+def shard_of_clips(plan: dict[str, Any], num_rows: int, clips: Sequence[StoredClip], left_out: dict[str, Any]) -> bytes:
+    """A shard, with what it says about its clips.
+
+    Args:
+        left_out: what it says about others: ``skipped`` and ``filtered``.
+    """
     notes = {
         "columns": plan["columns"],
         "rows": num_rows,
         "clips": len(clips),
         "cut": sum(clip.is_cut and DAMAGED not in clip.remarks for clip in clips),
-        "remarks": [[clip.name, remark] for clip in clips for remark in clip.remarks],
+        "remarks": [[row, clip.name, remark] for row, clip in enumerate(clips) for remark in clip.remarks],
         "seconds": sum(clip.seconds for clip in clips),
         "by_second": by_second(clips),
-        "skipped": [{"reason": c.reason, "message": c.message} for c in skipped if not c.is_filtered],
-        "filtered": Counter(clip.reason for clip in skipped if clip.is_filtered),
+        **left_out,
     }
-    content = shard_bytes(clips, plan["codec"]["num_quantizers"], notes)
-    write_atomically(output_dir, plan["shards"][shard]["file"], content)
+    return shard_bytes(clips, plan["codec"]["num_quantizers"], notes)
 
 
-def by_second(clips: list[StoredClip]) -> list[list[float]]:
+def by_second(clips: Sequence[StoredClip]) -> list[list[float]]:
     """Number and seconds of the clips that last less than 1 s, less than 2 s, and so on."""
     totals = [[0, 0.0] for _ in range(max((int(clip.seconds) for clip in clips), default=0) + 1)]
     for clip in clips:
@@ -222,8 +242,12 @@ def by_second(clips: list[StoredClip]) -> list[list[float]]:
     return totals
 
 
-def finish(options: TokenizationOptions, plan: dict[str, Any]) -> None:
-    """Add up what the shards say of themselves, and write the manifest."""
+def finish(options: TokenizationOptions, plan: dict[str, Any], num_duplicates: int) -> None:
+    """Add up what the shards say of themselves, and write the manifest.
+
+    Args:
+        num_duplicates: among the clips.
+    """
     sizes = sizes_in(options.output_dir)
     paths = [f"{options.output_dir.rstrip('/')}/{shard['file']}" for shard in plan["shards"]]
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
@@ -248,8 +272,8 @@ def finish(options: TokenizationOptions, plan: dict[str, Any]) -> None:
         filtered.update(notes["filtered"])
         messages += [clip["message"] for clip in notes["skipped"]][: MAX_NAMED_CLIPS - len(messages)]
         of_shard = notes["remarks"]
-        remarks.update(remark for _, remark in of_shard)
-        remarked += [f"'{name}': {remark}" for name, remark in of_shard][: MAX_NAMED_CLIPS - len(remarked)]
+        remarks.update(remark for _, _, remark in of_shard)
+        remarked += [f"'{name}': {remark}" for _, name, remark in of_shard][: MAX_NAMED_CLIPS - len(remarked)]
     clips = sum(shard["clips"] for shard in shards)
     for message in messages:
         print(f"skipped: {message}", flush=True)
@@ -267,6 +291,7 @@ def finish(options: TokenizationOptions, plan: dict[str, Any]) -> None:
         "skipped": dict(reasons),
         "skipped_first": messages,
         "filtered": dict(filtered),
+        "duplicates_kept": num_duplicates,
         "remarks": dict(remarks),
         "versions": versions(),
     }
@@ -276,6 +301,7 @@ def finish(options: TokenizationOptions, plan: dict[str, Any]) -> None:
         f"{sum(shard['bytes'] for shard in shards) / 1e6:.1f} MB; {cut} cut, {reasons.total()} skipped"
         + "".join(f", {number} left out: {reason}" for reason, number in filtered.items())
         + "".join(f", {number} {remark}" for remark, number in remarks.items())
+        + (f", {num_duplicates} duplicates kept" if num_duplicates else "")
     )
 
 

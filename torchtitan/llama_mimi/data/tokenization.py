@@ -25,8 +25,9 @@ from llama_mimi.data.clip_readers import AudioClip, AudioReader, SkippedClip
 from llama_mimi.data.clips import ClipStream, is_too_many
 from llama_mimi.data.code_store import StoredClip
 from llama_mimi.data.code_writer import TokenizationOptions, begin, finish, make_plan, too_many, write_shard
-from llama_mimi.data.corpora import AudioCorpus, open_corpus
+from llama_mimi.data.corpora import AudioCorpus, open_on_ranks
 from llama_mimi.data.corpus_files import CORPORA
+from llama_mimi.data.duplicates import settle_duplicates
 from llama_mimi.data.order import RowsInOrder
 
 # Clips that a worker reads at once and that are sorted by length before they are batched: a row group as `datasets`
@@ -70,7 +71,8 @@ def run(options: TokenizationOptions, ranks: Ranks) -> None:
         )
     row_filter = options.row_filter
     extra_columns = {"text": options.text_column, "speaker": options.speaker_column, **row_filter.columns}
-    corpus = open_corpus(options.corpus, options.dataset_path, options.audio_column, None, extra_columns, options.split)
+    named = options.corpus, options.dataset_path, options.audio_column, None, extra_columns, options.split
+    corpus = open_on_ranks(*named)
     if missing := [column for role, column in row_filter.columns.items() if role not in corpus.columns]:
         raise UserError(f"--where is {options.where!r}, but '{options.corpus}' has no column '{missing[0]}'")
     codec = MimiCodec(
@@ -94,7 +96,7 @@ def run(options: TokenizationOptions, ranks: Ranks) -> None:
             print("this rank is done, waiting for the others", flush=True)
         ranks.wait()
         if ranks.rank == 0:
-            finish(options, plan)
+            finish(options, plan, settle_duplicates(options.output_dir, plan))
 
 
 def lies_inside(output_dir: str, corpus: str) -> bool:
@@ -155,6 +157,7 @@ def tokenize(
         max_frames=max_frames,
         row_filter=options.row_filter,
         splits=options.long_recordings == "split",
+        hashes=True,
     )
     at_once = 1 if options.long_recordings == "split" else CLIPS_PER_CHUNK  # each may be an hour
     stream = ClipStream([reader], RowsInOrder(corpus.sizes_G, list(shard_of_group)), at_once)
@@ -202,5 +205,12 @@ def encode(codec: MimiCodec, clips: list[AudioClip], batch_seconds: float | None
     for clip, codes_TQ in zip(clips, codes, strict=True):
         seconds = len(clip.samples_S) / codec.sample_rate_hz
         yield StoredClip(
-            clip.name, codes_TQ.numpy().astype(np.uint16), seconds, clip.is_cut, clip.text, clip.speaker, clip.remarks
+            clip.name,
+            codes_TQ.numpy().astype(np.uint16),
+            seconds,
+            clip.is_cut,
+            clip.text,
+            clip.speaker,
+            clip.remarks,
+            clip.audio_hash,
         )
