@@ -8,15 +8,25 @@ from pathlib import Path
 
 import fsspec
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
 import torch
 from conftest import TINY, costly
-from datasets import Audio, Dataset, DatasetDict
+from datasets import DatasetDict
 from hypothesis import given
 from hypothesis import strategies as st
+from layouts import (
+    LAYOUTS,
+    add,
+    dataset,
+    in_json_files,
+    in_parquet,
+    in_parts_of_one_recording,
+    in_tar,
+    lossless_rows,
+    said,
+)
 from test_code_store import tokenize
 
 from llama_mimi.audio.reading import SHORTER, AudioError, read_audio
@@ -41,114 +51,8 @@ def own_cache(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def rows():
     """Five clips as lossless files, with what is said about them."""
-    table = pq.read_table(TINY / "corpus" / "validation-00000-of-00001.parquet").slice(0, 5)
-    found = []
-    for number, row in enumerate(table.to_pylist()):
-        samples_S = read_audio(row["audio"]["bytes"], RATE).samples_S[: RATE * 2].numpy()
-        samples_S = (samples_S * 32767).astype(np.int16)  # what FLAC and WAV keep to the bit
-        stream = io.BytesIO()
-        soundfile.write(stream, samples_S, RATE, format="FLAC")
-        found.append({"name": f"{number}-{number}-000{number}", "bytes": stream.getvalue(), "samples": samples_S} | row)
-    return found
-
-
-# Each layout, written as it is published.
-
-
-def in_parquet(folder, rows):
-    table = [{"id": r["name"], "audio": {"bytes": r["bytes"], "path": None}, **said(r)} for r in rows]
-    pq.write_table(pa.Table.from_pylist(table), folder / "train.parquet")
-    return folder
-
-
-def in_tar(folder, rows, shards=2):
-    for shard in range(shards):
-        with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
-            for row in rows[shard * len(rows) // shards : (shard + 1) * len(rows) // shards]:
-                add(tar, f"{row['name']}.flac", row["bytes"])
-                add(tar, f"{row['name']}.json", json.dumps({"id": row["name"], **said(row)}).encode())
-    return folder
-
-
-def in_metadata(folder, rows):
-    with (folder / "metadata.jsonl").open("w") as file:
-        for row in rows:
-            (folder / row["speaker"]).mkdir(exist_ok=True)
-            (folder / row["speaker"] / f"{row['name']}.flac").write_bytes(row["bytes"])
-            file.write(json.dumps({"file_name": f"{row['speaker']}/{row['name']}.flac", **said(row)}) + "\n")
-    return folder
-
-
-def in_librispeech(folder, rows):
-    for row in rows:
-        speaker, chapter, _ = row["name"].split("-")
-        place = folder / speaker / chapter
-        place.mkdir(parents=True)
-        (place / f"{row['name']}.flac").write_bytes(row["bytes"])
-        (place / f"{speaker}-{chapter}.trans.txt").write_text(f"{row['name']} {row['text']}\n")
-    return folder
-
-
-def in_json_files(folder, rows):
-    for row in rows:
-        (folder / f"{row['name']}.flac").write_bytes(row["bytes"])
-        (folder / f"{row['name']}.json").write_text(json.dumps(said(row)))
-    return folder
-
-
-def in_manifest(folder, rows):
-    lines = []
-    for row in rows:
-        (folder / f"{row['name']}.flac").write_bytes(row["bytes"])
-        lines.append(json.dumps({"audio_filepath": f"{row['name']}.flac", "id": row["name"], **said(row)}))
-    (folder / "train.jsonl").write_text("\n\n".join(lines) + "\n")
-    return folder / "train.jsonl"
-
-
-def in_parts_of_one_recording(folder, rows):
-    """A recording of an hour, cut by its manifest."""
-    lines, offset = [], 0.0
-    for row in rows:
-        seconds = len(row["samples"]) / RATE
-        values = {"audio_filepath": "long.wav", "offset": offset, "duration": seconds, "id": row["name"]}
-        lines.append(json.dumps(values | said(row)))
-        offset += seconds
-    soundfile.write(folder / "long.wav", np.concatenate([row["samples"] for row in rows]), RATE)
-    (folder / "train.jsonl").write_text("\n".join(lines))
-    return folder / "train.jsonl"
-
-
-def in_arrow(folder, rows):
-    dataset(rows).save_to_disk(str(folder / "saved"))
-    return folder / "saved"
-
-
-def dataset(rows):
-    table = {"id": [r["name"] for r in rows], "audio": [{"bytes": r["bytes"], "path": None} for r in rows]}
-    table |= {key: [r[key] for r in rows] for key in COLUMNS}
-    return Dataset.from_dict(table).cast_column("audio", Audio(decode=False)).cast_column("audio", Audio())
-
-
-def said(row):
-    return {key: row[key] for key in COLUMNS}
-
-
-def add(tar, name, content):
-    info = tarfile.TarInfo(name)
-    info.size = len(content)
-    tar.addfile(info, io.BytesIO(content))
-
-
-LAYOUTS = {
-    "parquet": in_parquet,
-    "tar": in_tar,
-    "folder with metadata": in_metadata,
-    "LibriSpeech": in_librispeech,
-    "folder with JSON": in_json_files,
-    "manifest": in_manifest,
-    "manifest of parts": in_parts_of_one_recording,
-    "Arrow": in_arrow,
-}
+    found = lossless_rows(str(TINY / "corpus" / "validation-*.parquet"), 5, 2.0)
+    return [row | {"samples": soundfile.read(io.BytesIO(row["bytes"]), dtype="int16")[0]} for row in found]
 
 
 def opened(path, text_column=None, split=None):

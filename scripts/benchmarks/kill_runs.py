@@ -1,6 +1,7 @@
 """SIGKILL tokenisation, training or continuations at random moments, on 1 to 4 ranks; count what is lost or twice.
 
     uv run python scripts/benchmarks/kill_runs.py --of tokenization --kills 100 --seed 0 --folder outputs/kills
+    uv run python scripts/benchmarks/kill_runs.py --of tokenization --layout tar --kills 20 --folder outputs/kills_tar
     uv run python scripts/benchmarks/kill_runs.py --of training --kills 50 --seed 0 --folder outputs/kills
     uv run python scripts/benchmarks/kill_runs.py --of continuation --kills 20 --seed 0 --folder outputs/kills
 
@@ -28,6 +29,7 @@ from typing import Literal
 
 import pyarrow.parquet as pq
 import torch.distributed.checkpoint as dcp
+from layouts import LAYOUTS, lossless_rows
 from measuring import as_words
 
 from llama_mimi.audio.mimi import load_codec_config, whole_frames
@@ -48,6 +50,7 @@ class KillFlags:
     Args:
         max_seconds: a run is killed at a random moment up to this
         model_name: folder of the model whose continuations are killed
+        layout: of the corpus that is tokenised, as in layouts.py; Parquet is the corpus as it is
     """
 
     of: Literal["tokenization", "training", "continuation"]
@@ -56,6 +59,7 @@ class KillFlags:
     seed: int = 0
     max_seconds: float = 40.0
     model_name: str = "models/tiny"
+    layout: str = "parquet"
 
 
 def kill_runs(flags: KillFlags) -> None:
@@ -63,19 +67,36 @@ def kill_runs(flags: KillFlags) -> None:
     if flags.of == "continuation":
         return kill_continuation(flags)
     codes = flags.folder / "codes"
+    corpus = corpus_of(flags)
     if not (codes / "manifest.json").exists():
         log = flags.folder / "codes.log"
-        if start(tokenization(codes), 2, log).wait():
+        if start(tokenization(corpus, codes), 2, log).wait():
             raise UserError(f"the undisturbed tokenisation failed; see {log}")
     print(f"{flags.kills} kills of {flags.of}, seed {flags.seed}", flush=True)
     if flags.of == "tokenization":
-        kill_tokenization(flags, codes)
+        kill_tokenization(flags, corpus, codes)
     else:
         kill_training(flags, codes)
 
 
-def tokenization(output_dir: Path) -> list[str]:
-    flags = {"corpus": CORPUS, "codec": CODEC, "output_dir": output_dir, "clips_per_shard": 32, "num_workers": 1}
+def corpus_of(flags: KillFlags) -> str:
+    """The corpus in the layout wanted, made once."""
+    if flags.layout == "parquet":
+        return CORPUS
+    if flags.layout not in LAYOUTS:
+        raise UserError(f"--layout is '{flags.layout}'; it is one of {', '.join(LAYOUTS)}")
+    folder = flags.folder / "corpus"
+    if not folder.exists():
+        unfinished = flags.folder / "corpus.unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        LAYOUTS[flags.layout](unfinished, lossless_rows(CORPUS, 10**6, 20.0))
+        unfinished.rename(folder)
+    return str(folder)
+
+
+def tokenization(corpus: str, output_dir: Path) -> list[str]:
+    flags = {"corpus": corpus, "codec": CODEC, "output_dir": output_dir, "clips_per_shard": 32, "num_workers": 1}
     return ["scripts/tokenize_corpus.py", *as_words(flags)]
 
 
@@ -119,7 +140,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def kill_tokenization(flags: KillFlags, codes: Path) -> None:
+def kill_tokenization(flags: KillFlags, corpus: str, codes: Path) -> None:
     expected = {path.name: pq.read_table(path) for path in sorted(codes.glob("shard-*.parquet"))}
     generator = random.Random(flags.seed)
     output = flags.folder / "killed_codes"
@@ -131,7 +152,7 @@ def kill_tokenization(flags: KillFlags, codes: Path) -> None:
             finished += 1
             shutil.rmtree(output)
         nproc = generator.randint(1, 4)
-        process = start(tokenization(output), nproc, flags.folder / "killed_codes.log")
+        process = start(tokenization(corpus, output), nproc, flags.folder / "killed_codes.log")
         seconds = generator.uniform(0, flags.max_seconds) if kills < flags.kills else 600
         if kill_at(process, seconds):
             kills += 1
@@ -149,7 +170,7 @@ def kill_tokenization(flags: KillFlags, codes: Path) -> None:
     ids = Counter(name for shard in expected for name in pq.read_table(output / shard)["id"].to_pylist())
     wanted = Counter(name for table in expected.values() for name in table["id"].to_pylist())
     print(
-        f"tokenisation: {kills} kills (seed {flags.seed}, {with_shards} starts ended with shards there), {finished} "
+        f"tokenisation ({flags.layout}): {kills} kills (seed {flags.seed}, {with_shards} starts ended with shards there), {finished} "
         f"times finished; of {len(wanted)} clips {sum((wanted - ids).values())} were lost and "
         f"{sum((ids - wanted).values())} there twice; {(time.monotonic() - began) / 60:.0f} min"
     )

@@ -12,23 +12,26 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from llama_mimi.audio.mimi import DTYPES, MimiCodec, whole_frames
+from llama_mimi.common.batching import map_ahead
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import file_system, is_local
 from llama_mimi.common.ranks import Ranks, from_first, torchrun_ranks
 from llama_mimi.data.clip_readers import AudioClip, AudioReader, SkippedClip
-from llama_mimi.data.clips import ClipStream, is_too_many
+from llama_mimi.data.clips import Chunk, ClipStream, is_too_many
 from llama_mimi.data.code_store import StoredClip
 from llama_mimi.data.code_writer import TokenizationOptions, begin, finish, make_plan, too_many, write_shard
 from llama_mimi.data.corpora import AudioCorpus, open_on_ranks
 from llama_mimi.data.corpus_files import CORPORA
 from llama_mimi.data.duplicates import settle_duplicates
-from llama_mimi.data.order import RowsInOrder
+from llama_mimi.data.order import ClipRef, RowsInOrder
 
 # Clips that a worker reads at once and that are sorted by length before they are batched: a row group as `datasets`
 # writes audio, so that mostly no two workers read the same.
@@ -168,10 +171,12 @@ def tokenize(
     rows: set[tuple[int, int]] = set()
     num_read = num_skipped = 0
     start = last_report = time.monotonic()
-    ahead = {"prefetch_factor": 1} if at_once == 1 and options.num_workers else {}
-    for chunk in stream.load(num_workers=options.num_workers, **ahead):
-        encoded = encode(codec, [clip for clip in chunk.clips if isinstance(clip, AudioClip)], options.batch_seconds)
-        for ref, clip in zip(chunk.refs, chunk.clips, strict=True):
+    prefetch = {"prefetch_factor": 1} if at_once == 1 and options.num_workers else {}
+    chunks = stream.load(num_workers=options.num_workers, **prefetch)
+    # A GPU encodes the next chunk while this one is written; a CPU has nothing to encode it with.
+    num_ahead = 1 if codec.device.type == "cuda" else 0
+    for refs, clips, seconds in map_ahead(partial(encode, codec, options.batch_seconds), chunks, num_ahead):
+        for ref, clip in zip(refs, clips, strict=True):
             if shard_of_group[ref.group] != shard:
                 write_shard(options.output_dir, plan, shard, len(rows), stored, skipped)
                 shard, stored, skipped, rows = shard_of_group[ref.group], [], [], set()
@@ -183,9 +188,8 @@ def tokenize(
                 if not clip.is_filtered and is_too_many(num_skipped, num_read, options.max_bad_share):
                     raise too_many(num_skipped, num_read, options.max_bad_share, clip.message)
             else:
-                stored.append(next(encoded))
-        seconds = sum(len(clip.samples_S) for clip in chunk.clips if isinstance(clip, AudioClip)) / codec.sample_rate_hz
-        rows_done = ranks.add("rows", len(set(chunk.refs)))
+                stored.append(clip)
+        rows_done = ranks.add("rows", len(set(refs)))
         hours_done = ranks.add("milliseconds", round(1000 * seconds)) / 3.6e6
         now = time.monotonic()
         if ranks.rank == 0 and (now - last_report > SECONDS_PER_REPORT or rows_done == total):
@@ -200,17 +204,21 @@ def tokenize(
         write_shard(options.output_dir, plan, shard, len(rows), stored, skipped)
 
 
-def encode(codec: MimiCodec, clips: list[AudioClip], batch_seconds: float | None) -> Iterator[StoredClip]:
-    codes = codec.encode_many([clip.samples_S for clip in clips], batch_seconds)
-    for clip, codes_TQ in zip(clips, codes, strict=True):
-        seconds = len(clip.samples_S) / codec.sample_rate_hz
-        yield StoredClip(
-            clip.name,
-            codes_TQ.numpy().astype(np.uint16),
-            seconds,
-            clip.is_cut,
-            clip.text,
-            clip.speaker,
-            clip.remarks,
-            clip.audio_hash,
-        )
+def encode(
+    codec: MimiCodec, batch_seconds: float | None, chunk: Chunk
+) -> tuple[list[ClipRef], list[StoredClip | SkippedClip], float]:
+    """Where clips lie, what is stored of them, and their seconds. The samples, which are large, are not kept."""
+    if codec.device.type == "cuda":  # a thread begins on the first GPU
+        torch.cuda.set_device(codec.device)
+    waveforms = [clip.samples_S for clip in chunk.clips if isinstance(clip, AudioClip)]
+    codes = iter(codec.encode_many(waveforms, batch_seconds))
+    clips: list[StoredClip | SkippedClip] = []
+    for clip in chunk.clips:
+        if isinstance(clip, AudioClip):
+            codes_TQ, seconds = next(codes).numpy().astype(np.uint16), len(clip.samples_S) / codec.sample_rate_hz
+            of_row = clip.text, clip.speaker, clip.remarks, clip.audio_hash
+            clips.append(StoredClip(clip.name, codes_TQ, seconds, clip.is_cut, *of_row))
+        else:
+            assert isinstance(clip, SkippedClip)
+            clips.append(clip)
+    return chunk.refs, clips, sum(map(len, waveforms)) / codec.sample_rate_hz
