@@ -338,10 +338,21 @@ def test_many_small_files_are_one_listing(tmp_path):
     assert int(corpus.sizes_G.sum()) == 2_000 and corpus.read_group(19).num_rows == 100
 
 
-@pytest.mark.parametrize("kind", ["WAV", "FLAC", "OGG", "MP3"])
+@pytest.mark.parametrize("kind", ["WAV", "FLAC", "OGG", "OPUS", "chained OGG", "MP3"])
 def test_a_part_of_a_recording_is_a_part_of_its_samples(rows, tmp_path, kind):
     samples = np.concatenate([row["samples"] for row in rows])
-    soundfile.write(tmp_path / "a", np.stack([samples, samples // 2], axis=1), RATE, format=kind)
+    both, subtype = np.stack([samples, samples // 2], axis=1), None
+    if "OGG" in kind or kind == "OPUS":
+        links = np.split(both, [50_000]) if "chained" in kind else [both]  # a part lies in both
+        subtype = "OPUS" if kind == "OPUS" else "VORBIS"
+        kind = "OGG"
+    else:
+        links = [both]
+    with (tmp_path / "a").open("wb") as file:
+        for link_SC in links:
+            stream = io.BytesIO()
+            soundfile.write(stream, link_SC, RATE, format=kind, subtype=subtype)
+            file.write(stream.getvalue())
     whole = read_audio(tmp_path / "a", RATE).samples_S
     part = read_audio(tmp_path / "a", RATE, start_seconds=1.5, max_seconds=2.0)
     assert np.array_equal(part.samples_S.numpy(), whole[36_000:84_000].numpy()) and part.is_cut
@@ -350,6 +361,9 @@ def test_a_part_of_a_recording_is_a_part_of_its_samples(rows, tmp_path, kind):
     assert len(other) == 32_000 and torch.allclose(
         other[400:-400], of_whole[400:-400], atol=1e-4
     )  # but for its borders
+    for start in (1, 777, 40_001, 50_001, 123_456):
+        part = read_audio(tmp_path / "a", RATE, start_seconds=start / RATE, max_seconds=0.5)
+        assert np.array_equal(part.samples_S.numpy(), whole[start : start + 12_000].numpy())
     last = read_audio(tmp_path / "a", RATE, start_seconds=9.5)
     assert np.array_equal(last.samples_S.numpy(), whole[228_000:].numpy()) and not last.is_cut
     with pytest.raises(AudioError, match="ends before 11 s, where it is to begin"):

@@ -170,8 +170,8 @@ def kill_tokenization(flags: KillFlags, corpus: str, codes: Path) -> None:
     ids = Counter(name for shard in expected for name in pq.read_table(output / shard)["id"].to_pylist())
     wanted = Counter(name for table in expected.values() for name in table["id"].to_pylist())
     print(
-        f"tokenisation ({flags.layout}): {kills} kills (seed {flags.seed}, {with_shards} starts ended with shards there), {finished} "
-        f"times finished; of {len(wanted)} clips {sum((wanted - ids).values())} were lost and "
+        f"tokenisation ({flags.layout}): {kills} kills (seed {flags.seed}, {with_shards} starts ended with shards "
+        f"there), {finished} times finished; of {len(wanted)} clips {sum((wanted - ids).values())} were lost and "
         f"{sum((ids - wanted).values())} there twice; {(time.monotonic() - began) / 60:.0f} min"
     )
 

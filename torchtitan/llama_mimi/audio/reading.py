@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -94,7 +95,7 @@ def read_audio(
     Args:
         source: a path, or the bytes of a file.
         sample_rate_hz: the rate wanted, usually the codec's; None keeps that of the file.
-        start_seconds: leave out what comes before; in WAV, AIFF and FLAC it is not decoded.
+        start_seconds: leave out what comes before; in WAV, AIFF, FLAC and Ogg Vorbis it is not decoded.
         max_seconds: cut longer audio here and say so in ``is_cut``; None reads everything.
         name: what to call the clip in messages; by default its path.
         min_samples: the fewest samples at ``sample_rate_hz`` that make a clip; a codec's frame.
@@ -177,12 +178,11 @@ def _existing_file(path: Path, name: str) -> Path:
 def _read_part(
     stream: BinaryIO, name: str, wanted_hz: int | None, start_seconds: float, max_seconds: float | None
 ) -> Waveform:
-    """What comes after the start; of Ogg files, which may be chains and cannot be entered in the middle, after all."""
+    """What comes after the start. A chain of Ogg files is decoded from its beginning, to know how long they are."""
     if not start_seconds:
         return _read(stream, name, wanted_hz, max_seconds)
     try:
-        stream.seek(0)
-        if stream.read(4) != b"OggS":
+        if len(list(islice(ogg_links(stream), 2))) < 2:
             return _read(stream, name, wanted_hz, max_seconds, start_seconds)
         end = None if max_seconds is None else start_seconds + max_seconds
         whole = _read(stream, name, wanted_hz, end)
