@@ -49,7 +49,7 @@ def downloads(tmp_path_factory):
         row = {"id": "a", "audio": {"bytes": b"", "path": "a"}, "text": "a"}
         Dataset.from_list([row]).to_parquet(folder / "peoples_speech" / config / f"{split}-00000-of-00001.parquet")
     (folder / "mimi" / "model.safetensors").touch()
-    for name in ("libri_light", "peoples_speech", "voxpopuli_en", "emilia_en"):
+    for name in ("libri_light", "peoples_speech", "peoples_speech_all", "voxpopuli_en", "emilia_en"):
         clips = [StoredClip("a", np.zeros((10, 8), np.uint16), 0.8, False)]
         write_codes(folder / "data" / "codes" / name, str(folder / "mimi"), [clips])
     return folder

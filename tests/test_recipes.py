@@ -1,0 +1,141 @@
+"""The recipes of config/CORPORA.md, run on a few clips that lie as each corpus is published."""
+
+import io
+import json
+import re
+import shlex
+import tarfile
+import tempfile
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+from conftest import ROOT, TINY
+from forked_ranks import ForkedRanks
+from layouts import add, lossless_rows
+
+from llama_mimi.audio.reading import read_audio
+
+PAGE = ROOT / "config" / "CORPORA.md"
+SECONDS_OF_A_SESSION = 45.0
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return lossless_rows(str(TINY / "corpus" / "validation-*.parquet"), 16, 3.0)
+
+
+def written(samples_S, rate_hz, kind):
+    stream = io.BytesIO()
+    soundfile.write(stream, samples_S, rate_hz, format=kind)
+    return stream.getvalue()
+
+
+def session(rows, rate_hz):
+    """All clips, one after the other, with pauses, so that it is longer than a clip of training."""
+    parts = [np.append(read_audio(row["bytes"], rate_hz).samples_S.numpy(), np.zeros(rate_hz // 2)) for row in rows]
+    return np.concatenate(parts)[: round(SECONDS_OF_A_SESSION * rate_hz)]
+
+
+def libri_light(folder, rows):
+    place = folder / "libri_light" / "small" / "100" / "sea_fairies_0812_librivox_64kb_mp3"
+    place.mkdir(parents=True)
+    (place / "01_baum_sea_fairies_64kb.flac").write_bytes(written(session(rows, 16_000), 16_000, "FLAC"))
+    book = {"id": "2484", "title": "Sea Fairies", "genre": ["Children's Fiction"], "Dramatic Readings": False}
+    said = {"speaker": "100", "book_meta": book, "snr": 9.5, "voice_activity": [[0.4, 12.3], [14.0, 16.5]]}
+    (place / "01_baum_sea_fairies_64kb.json").write_text(json.dumps(said))
+
+
+def peoples_speech(folder, rows):
+    for config, chosen in {"clean": rows[:4], "dirty_sa": rows[3:7]}.items():  # one is in both
+        names = [f"gov_DOT_item/gov_DOT_item_DOT_mp3_0000{number}.flac" for number in range(4)]
+        table = [
+            {"id": name, "audio": {"bytes": row["bytes"], "path": name}, "duration_ms": 3000, "text": row["text"]}
+            for name, row in zip(names, chosen, strict=True)
+        ]
+        place = folder / "peoples_speech" / config
+        place.mkdir(parents=True)
+        pq.write_table(pa.Table.from_pylist(table), place / "train-00000-of-00804.parquet")
+    (folder / "peoples_speech" / "validation").mkdir()
+    pq.write_table(pa.Table.from_pylist(table), folder / "peoples_speech/validation/validation-00000-of-00005.parquet")
+
+
+def voxpopuli(folder, rows):
+    place = folder / "voxpopuli" / "en" / "2018"
+    place.mkdir(parents=True)
+    (place / "20181024-0900-PLENARY_en.ogg").write_bytes(written(session(rows, 16_000), 16_000, "OGG"))
+
+
+def emilia(folder, rows):
+    for part, row_id in {"Emilia": "id", "Emilia-YODAS": "_id"}.items():
+        place = folder / "emilia" / part / "EN"
+        place.mkdir(parents=True)
+        with tarfile.open(place / "EN-B000000.tar", "w") as tar:
+            for number, row in enumerate(rows[:3]):
+                key = f"EN_B00000_S00000_W00000{number}"
+                samples = np.roll(read_audio(row["bytes"], 24_000).samples_S.numpy(), 100 * (part == "Emilia"))
+                said = {row_id: key, "text": f" {row['text']}", "duration": 3.0, "speaker": f"EN_{number}"}
+                said |= {"language": "en" if number else "de", "dnsmos": 3.2927}
+                add(tar, f"{key}.mp3", written(samples, 24_000, "MP3"))
+                add(tar, f"{key}.json", json.dumps(said).encode())
+
+
+# What each recipe must say in its manifest, and of its rows.
+PUBLISHED = {
+    "libri_light": (libri_light, {}, lambda row: row["speaker"] == "100" and "text" not in row),
+    "peoples_speech_all": (peoples_speech, {"duplicate": 1}, lambda row: bool(row["text"])),
+    "voxpopuli_en": (
+        voxpopuli,
+        {},
+        lambda row: "text" not in row and row["id"].startswith("en/2018/20181024-0900-PLENARY_en_0000"),
+    ),
+    "emilia_en": (
+        emilia,
+        {'not language == "en"': 2},
+        lambda row: row["text"][0] == " " and row["speaker"][:3] == "EN_",
+    ),
+}
+
+
+def recipes():
+    """Words of each tokenising command of the page, by the folder of its codes."""
+    text = PAGE.read_text().replace("\\\n", " ")
+    commands = [shlex.split(line) for line in re.findall(r"^uv run torchrun .*$", text, re.M)]
+    return {
+        Path(words[words.index("--output_dir") + 1]).name: words[words.index("scripts/tokenize_corpus.py") :]
+        for words in commands
+    }
+
+
+def test_the_long_runs_train_on_what_the_recipes_make():
+    for name in ("llama3_2_1b", "llama3_2_1b_hierarchical", "llama3_1_8b"):
+        config = tomllib.loads((ROOT / "config" / f"{name}.toml").read_text())
+        folders = [part.strip() for part in config["training"]["dataset"].split(",")]
+        assert {Path(folder).name for folder in folders} == recipes().keys() == PUBLISHED.keys()
+        assert all(f"`{folder}`" in PAGE.read_text() for folder in folders)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_recipe_on_what_is_published(rows, name, tmp_path):
+    publish, left_out, is_right = PUBLISHED[name]
+    publish(tmp_path / "data", rows)
+    words = [re.sub(r"^data/", f"{tmp_path}/data/", word) for word in recipes()[name]]
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = ForkedRanks(2, [*words, "--codec", str(TINY / "mimi"), "--num_workers", "1"], Path(folder) / "log")
+        assert ranks.wait(240) == 0, ranks.output[-3000:]
+    output = tmp_path / "data" / "codes" / name
+    manifest = json.loads((output / "manifest.json").read_text())
+    assert manifest["skipped"] == manifest["remarks"] == {} and manifest["filtered"] == left_out
+    stored = pq.read_table(sorted(output.glob("shard-*.parquet"))).to_pylist()
+    for row in stored:
+        assert row["duration"] <= 20 and is_right(row), row
+    if "split" in words:
+        assert sum(row["duration"] for row in stored) == pytest.approx(SECONDS_OF_A_SESSION, abs=0.01)
+        assert len(stored) >= 3 and [row["is_cut"] for row in stored] == [True] * (len(stored) - 1) + [False]
+    else:
+        assert len(stored) == {"peoples_speech_all": 7, "emilia_en": 4}[name]
