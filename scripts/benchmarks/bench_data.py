@@ -1,4 +1,4 @@
-"""What the data path costs, in one table: reading, encoding, the reference way, the online loader, the shard loader.
+"""What the data path costs: reading, encoding, the reference way, the online loader, the shard loader, and each format.
 
     uv run python scripts/benchmarks/bench_data.py
     uv run python scripts/benchmarks/bench_data.py --corpus my_speech/train.parquet --codec kyutai/mimi
@@ -8,18 +8,22 @@ The reference way is what the first release of Llama-Mimi does in its training l
 tokenizer call, padding to the sequence length. It is written here only.
 """
 
+import contextlib
+import io
 import itertools
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
+from layouts import LAYOUTS, lossless_rows
 from measuring import DEVICE, in_turn, machine, measured, median_and_range, peak_mb
 from simulated import STORED_LEVELS, random_clips, speech_lengths, write_codes
 from torch.utils.data import DataLoader
@@ -29,10 +33,12 @@ from llama_mimi.common.errors import UserError, run_command
 from llama_mimi.data.clip_readers import AudioClip, AudioReader, CodeReader
 from llama_mimi.data.clips import ClipStream, SentChunk
 from llama_mimi.data.code_store import CodeCorpus
+from llama_mimi.data.code_writer import TokenizationOptions
 from llama_mimi.data.corpora import open_corpus
 from llama_mimi.data.dataloader import UnitDataLoader
 from llama_mimi.data.order import RowsInOrder, ShuffledOrder
 from llama_mimi.data.packing import BatchPacker
+from llama_mimi.data.tokenization import tokenize_corpus
 from llama_mimi.tokens.sequences import IGNORE_INDEX, SequenceBuilder, load_sequences
 from llama_mimi.tokens.units import text_from_codes
 
@@ -68,6 +74,7 @@ def bench_data(flags: DataFlags) -> None:
     print(machine())
     with tempfile.TemporaryDirectory() as folder:
         rates(flags, Path(folder))
+        formats(flags, Path(folder))
         handing_over(flags)
         useful_shares(flags, Path(folder))
         sizes(flags, Path(folder))
@@ -192,6 +199,59 @@ def rates(flags: DataFlags, folder: Path) -> None:
         f"share of a step of {GPU_TOKENS_PER_S:,} tokens/s that the shard loader takes: "
         f"{100 * needed / rate[LONG_SHARDS]:.2f} % ({100 * needed / fast:.2f} % with the clips of the corpus)\n"
     )
+
+
+def formats(flags: DataFlags, folder: Path) -> None:
+    """The same clips, lossless, in each layout: fetched, read, and made codes by a tokeniser on one rank."""
+    codec = MimiCodec(flags.codec, flags.num_quantizers)
+    rows = lossless_rows(flags.corpus, flags.clips, 20.0)
+    fetching: dict[str, Callable[[], float]] = {}
+    reading: dict[str, Callable[[], float]] = {}
+    tokenizing: dict[str, Callable[[], float]] = {}
+    num_made = itertools.count()
+    seconds = 0.0
+    for name, write in LAYOUTS.items():
+        place = folder / f"format-{name}"
+        place.mkdir()
+        corpus = str(write(place, rows))
+        reader = audio_reader(corpus, codec)
+        seconds = sum(len(clip.samples_S) for clip in read_clips(reader, flags.clips)) / codec.sample_rate_hz
+        fetching[name] = partial(fetched, reader, seconds)
+        reading[name] = partial(read, reader, seconds)
+        tokenizing[name] = partial(tokenized, flags, corpus, folder, num_made, seconds)
+    columns = [in_turn(ways, flags.repeats) for ways in (fetching, reading, tokenizing)]
+    megabytes = sum(len(row["bytes"]) for row in rows) / 1e6
+    print(f"| {len(rows)} clips, {seconds:,.0f} s, {megabytes:.1f} MB of FLAC | fetched | and decoded | and encoded |")
+    print("|---|---|---|---|")
+    for name in LAYOUTS:
+        print(f"| {name} | " + " | ".join(median_and_range(column[name]) for column in columns) + " |")
+    print()
+
+
+def fetched(reader: AudioReader, seconds: float) -> float:
+    """The bytes of all rows; files that rows name are read, too."""
+    start = time.perf_counter()
+    for group in range(len(reader.corpus.sizes_G)):
+        for row in reader.corpus.read_group(group).to_pylist():
+            source = row["audio"]["bytes"] or reader.corpus.open_path(row["audio"]["path"], group)
+            if isinstance(source, str):
+                Path(source).read_bytes()
+    return seconds / (time.perf_counter() - start)
+
+
+def read(reader: AudioReader, seconds: float) -> float:
+    return consume(read_clips(reader, 10**9), seconds)
+
+
+def tokenized(flags: DataFlags, corpus: str, folder: Path, number: Iterator[int], seconds: float) -> float:
+    """With one worker; loading the codec is not counted."""
+    options = TokenizationOptions(
+        corpus, str(folder / f"made-{next(number)}"), codec=flags.codec, num_workers=1, clips_per_shard=10**6
+    )
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        tokenize_corpus(options)
+    # Of the last line of progress, as a user sees it.
+    return float(said.getvalue().split("audio-s/s")[-2].split()[-1].replace(",", ""))
 
 
 def consume(items: Iterator[Any], seconds: float) -> float:

@@ -25,12 +25,15 @@ import torchaudio.functional
 from bench_data import GPU_TOKENS_PER_S, audio_reader, read_clips
 from fuzz_audio import written_by_ffmpeg
 from measuring import in_turn, machine
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import MimiConfig, MimiModel
 
 from llama_mimi.audio.mimi import MimiCodec
 from llama_mimi.audio.reading import read_audio, resample
 from llama_mimi.common.errors import run_command
 
 RATES_HZ = (8_000, 16_000, 22_050, 44_100, 48_000)
+GPU_TFLOPS = 67.0  # float32 without tensor cores: NVIDIA's data sheet of the H100 SXM
 FORMATS = {
     "WAV, 16 kHz": ("WAV", "PCM_16", 16_000),
     "FLAC, 16 kHz": ("FLAC", "PCM_16", 16_000),
@@ -78,12 +81,33 @@ def bench_reading(
             )
 
     needed = GPU_TOKENS_PER_S / (4 * mimi.frame_rate_hz)
-    print(f"\n| file | read and resampled, audio-s/s | processes for {needed:,.0f} audio-s/s |")
-    print("|---|---|---|")
+    gflops = encoding_flops(num_quantizers) / 1e9
+    fed = 1000 * GPU_TFLOPS / gflops / 2
+    print(
+        f"\nMimi encodes a second of audio in {gflops:.1f} GFLOPs ({num_quantizers} levels): {fed:,.0f} audio-s/s if a "
+        f"GPU reaches half of an H100's {GPU_TFLOPS:g} TFLOP/s in float32"
+    )
+    print(
+        f"\n| file | read and resampled, audio-s/s | processes for {needed:,.0f} audio-s/s, which training eats | "
+        f"for {fed:,.0f}, which tokenising eats |"
+    )
+    print("|---|---|---|---|")
     for name, (form, subtype, source_hz) in FORMATS.items():
         files = [encoded(by_scipy(clip_S, rate_hz, source_hz), form, subtype, source_hz) for clip_S in originals]
         took = statistics.median(seconds_of(read_audio, files, rate_hz) for _ in range(repeats))
-        print(f"| {name} | {seconds / took:,.0f} | {needed * took / seconds:.1f} |", flush=True)
+        rate = seconds / took
+        print(f"| {name} | {rate:,.0f} | {needed / rate:.1f} | {fed / rate:.1f} |", flush=True)
+
+
+def encoding_flops(num_quantizers: int, seconds: float = 10.0) -> float:
+    """FLOPs of the products that a Mimi of the released shape does to encode a second of audio; a product and a sum
+    are two.
+    """
+    model = MimiModel(MimiConfig()).eval()
+    audio_11S = torch.zeros(1, 1, round(seconds * model.config.sampling_rate))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.encode(audio_11S, num_quantizers=num_quantizers)
+    return counter.get_total_flops() / seconds
 
 
 def each(way: Callable[..., Any], items: Sequence[Any], *args: int) -> list[Any]:

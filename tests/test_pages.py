@@ -1,0 +1,100 @@
+"""Pages: one file each, with what was measured on them, and nothing from elsewhere."""
+
+import math
+from collections import Counter
+from html.parser import HTMLParser
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import TINY
+from inspect_codes import InspectionOptions, entropy_bits, inspect_codes
+from layouts import in_json_files, lossless_rows
+from pages import card, page, table
+from test_code_store import tokenize
+
+from llama_mimi.common.errors import UserError
+
+VOID = {"meta", "link", "img", "br"}
+
+
+class Outline(HTMLParser):
+    """Tags that are open, and what was asked for from elsewhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.sources, self.cells, self.kinds = [], [], [], Counter()
+
+    def handle_starttag(self, tag, attrs):
+        self.kinds[tag] += 1
+        values = dict(attrs)
+        self.sources += [values[name] for name in ("src", "href") if name in values]
+        assert tag != "img" or values["alt"]
+        assert tag != "audio" or values["aria-label"]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("td", "th", "p", "h3"):
+            self.cells.append(data)
+
+
+def outline(content):
+    found = Outline()
+    found.feed(content)
+    found.close()
+    assert not found.open
+    return found
+
+
+def test_what_is_said_is_text_and_nothing_comes_from_elsewhere():
+    odd = '<script>alert("x")</script> & "quotes"'
+    found = outline(
+        page(odd, [table([[odd, "-1.5"]], [odd, "n"], label=odd), card(odd, torch.zeros(4000), 8000, [odd])])
+    )
+    assert found.cells == [odd, "n", odd, "-1.5", odd, odd] and "script" not in found.kinds
+    assert all(source.startswith("data:") for source in found.sources)
+
+
+@pytest.mark.distributed
+def test_a_store_as_a_page(tmp_path, capsys):
+    rows = lossless_rows(str(TINY / "corpus" / "validation-*.parquet"), 6, 2.0)
+    (tmp_path / "in").mkdir()
+    in_json_files(tmp_path / "in", [*rows, rows[0] | {"name": "again", "speaker": "<b>"}])
+    (tmp_path / "in" / "empty.wav").write_bytes(b"")
+    done = tokenize(tmp_path / "in", tmp_path / "codes", "--max_bad_share", 0.5, "--max_audio_seconds", 1.6)
+    assert done.returncode == 0, done.output[-2000:]
+    options = {"codes": str(tmp_path / "codes"), "num_clips": 4}
+    inspect_codes(InspectionOptions(page=tmp_path / "a.html", **options))
+    said = capsys.readouterr().out
+    assert "clips: 7, 1.6 s on average" in said and "could not be used: empty: 1 clips" in said
+    assert "cut off at: 1.6 s: 7 clips" in said and "duplicates: 1 kept" in said
+    content = (tmp_path / "a.html").read_text()
+    found = outline(content)
+    assert found.kinds["audio"] == 4 and all(source.startswith("data:") for source in found.sources)
+    speakers = {row["speaker"] for row in rows} | {"<b>"}
+    assert f"{len(speakers)} speakers; 0 clips without one. Those with the most hours:" in found.cells
+    stored = pq.read_table(sorted((tmp_path / "codes").glob("shard-*.parquet")))
+    frames_NQ = np.concatenate([np.array(codes) for codes in stored["codes"].to_pylist()])
+    for level in range(8):
+        counts = Counter(frames_NQ[:, level].tolist())
+        plain = -sum(n / len(frames_NQ) * math.log2(n / len(frames_NQ)) for n in counts.values())
+        top = max(counts.values())
+        first = found.cells.index("its share") + 1 + 6 * level
+        said = found.cells[first : first + 6]
+        assert said[:4] == [str(level), str(len(counts)), "256", f"{plain:.2f} of 8.00 bits"]
+        assert counts[int(said[4])] == top and said[5] == f"{top / len(frames_NQ):.1%}"
+    inspect_codes(InspectionOptions(page=tmp_path / "b.html", **options))
+    assert (tmp_path / "b.html").read_text() == content
+    with pytest.raises(UserError, match="could not be written"):
+        inspect_codes(InspectionOptions(page=tmp_path / "a.html" / "b.html", **options))
+    with pytest.raises(UserError, match="--num_clips is -1"):
+        inspect_codes(InspectionOptions(codes="x", page=tmp_path / "a.html", num_clips=-1))
+
+
+def test_entropy():
+    assert entropy_bits(np.array([5, 5, 0, 5, 5])) == 2.0 and entropy_bits(np.array([7, 0])) == 0.0
