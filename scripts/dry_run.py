@@ -44,11 +44,9 @@ from torchtitan.models.llama3.model.model import Attention  # noqa: E402
 from torchtitan.protocols.train_spec import get_train_spec  # noqa: E402
 from torchtitan.tools.logging import init_logger, logger  # noqa: E402
 from torchtitan.tools.utils import set_default_dtype  # noqa: E402
-from transformers import MimiConfig  # noqa: E402
 
 import llama_mimi.train_spec  # noqa: E402  (registers the model)
-from llama_mimi.audio.mimi import DEFAULT_CODEC  # noqa: E402
-from llama_mimi.checkpoint.stand_ins import write_tokenizer  # noqa: E402
+from llama_mimi.checkpoint.stand_ins import write_missing  # noqa: E402
 from llama_mimi.model.hierarchical import HierarchicalLlamaMimi  # noqa: E402
 from llama_mimi.training.config_file import parse_config  # noqa: E402
 
@@ -180,16 +178,6 @@ def read_config(args: list[str], num_gpus: int) -> Any:
             raise UserError(f"{key} is set, but the dry run does not cover it; leave it out")
     job_config.compile.enable = False  # nothing is compiled here
     return job_config
-
-
-def write_missing(job_config: Any, folder: Path) -> None:
-    """Let the config name stand-ins for a model folder and a codec that need not be here."""
-    if not Path(job_config.model.hf_assets_path).is_dir():
-        job_config.model.hf_assets_path = str(folder / "llama")
-        write_tokenizer(folder / "llama")
-    if job_config.codec.name == DEFAULT_CODEC:
-        job_config.codec.name = str(folder / "mimi")
-        MimiConfig(num_quantizers=32).save_pretrained(folder / "mimi")
 
 
 def build_meshes(job_config: Any, num_gpus: int) -> ParallelDims:

@@ -2,11 +2,13 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models
 from transformers import MimiConfig, MimiModel, PreTrainedTokenizerFast
 
+from llama_mimi.audio.mimi import DEFAULT_CODEC
 from llama_mimi.checkpoint.huggingface import hf_config
 from llama_mimi.model.llama import FLAVORS
 
@@ -29,3 +31,13 @@ def write_stand_ins(folder: Path) -> None:
     hf_config(args).save_pretrained(folder / "llama")
     torch.manual_seed(0)
     MimiModel(MimiConfig()).save_pretrained(folder / "mimi")
+
+
+def write_missing(job_config: Any, folder: Path) -> None:
+    """Let a config name stand-ins for a model folder and a codec that need not be here, where only shapes matter."""
+    if not Path(job_config.model.hf_assets_path).is_dir():
+        job_config.model.hf_assets_path = str(folder / "llama")
+        write_tokenizer(folder / "llama")
+    if job_config.codec.name == DEFAULT_CODEC:
+        job_config.codec.name = str(folder / "mimi")
+        MimiConfig(num_quantizers=32).save_pretrained(folder / "mimi")

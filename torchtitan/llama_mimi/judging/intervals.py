@@ -61,7 +61,13 @@ def interval(values_P: Sequence[float]) -> tuple[float, float]:
 
     Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3.
     """
-    means_R = _resampled_means(np.asarray(values_P, dtype=np.float64))
+    return interval_of_parts([values_P])
+
+
+def interval_of_parts(parts: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """As `interval`, of the mean of the means of several parts, each of which is drawn from by itself."""
+    random = np.random.default_rng(0)
+    means_R = np.mean([_resampled_means(np.asarray(values_P, dtype=np.float64), random) for values_P in parts], axis=0)
     low, high = np.quantile(means_R, (0.025, 0.975))
     return float(low), float(high)
 
@@ -82,9 +88,9 @@ def paired_difference(a: Mapping[str, float], b: Mapping[str, float]) -> dict[st
     }
 
 
-def _resampled_means(values_P: np.ndarray) -> np.ndarray:
+def _resampled_means(values_P: np.ndarray, random: np.random.Generator) -> np.ndarray:
     """Means (R,) of as many prompts drawn with replacement, in parts that fit into memory."""
-    random, P = np.random.default_rng(0), len(values_P)
+    P = len(values_P)
     size = max(1, 4_000_000 // P)
     parts = [
         values_P[random.integers(P, size=(min(size, RESAMPLES - start), P))].mean(axis=1)

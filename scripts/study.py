@@ -1,0 +1,101 @@
+"""A study from one file: trains a grid of runs, scores and judges them, and writes one report.
+
+    uv run python scripts/study.py config/studies/tiny.toml
+
+What is finished is kept: a study that was stopped or killed goes on when it is started again. A run that fails is named
+in the report, is tried again at the next start, and does not stop the others.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from llama_mimi.common.cpu import use_cpu_without_gpu
+
+use_cpu_without_gpu()  # before anything imports TorchTitan
+
+from study_report import write_report  # noqa: E402
+
+from llama_mimi.common.errors import UserError, run_command  # noqa: E402
+from llama_mimi.study.budget import cost_of_step  # noqa: E402
+from llama_mimi.study.design import Study, read_study  # noqa: E402
+from llama_mimi.study.registry import write_index  # noqa: E402
+from llama_mimi.study.runs import Workplace, judge, make_ready, run_families  # noqa: E402
+
+
+def study(
+    file: Annotated[Path, tyro.conf.Positional],
+    plan: bool = False,
+    slurm: bool = False,
+    part: int | None = None,
+    report_only: bool = False,
+    gpu_tflops: float = 989.0,
+    mfu: float = 0.4,
+) -> None:
+    """Run a study.
+
+    Args:
+        file: TOML file of the study
+        plan: print the runs, their FLOPs and GPU hours, and do nothing
+        slurm: print the two sbatch commands that run it as an array of jobs, and do nothing
+        part: train and score only this job of the array
+        report_only: write the report of what is there
+        gpu_tflops: of a GPU, for the plan; that of an H100 in bfloat16 by NVIDIA's data sheet
+        mfu: share of that which training reaches, for the plan
+
+    Raises:
+        UserError: the file cannot be used, or a command before the runs failed.
+    """
+    chosen = read_study(file)
+    if plan:
+        return print_plan(chosen, gpu_tflops * 1e12 * mfu)
+    if slurm:
+        return print_slurm(chosen)
+    place = Workplace(chosen)
+    if part is not None and not 0 <= part < len(chosen.families):
+        raise UserError(f"--part is {part}; the study has the jobs 0 to {len(chosen.families) - 1}")
+    if not report_only:
+        make_ready(place)
+        run_families(place, list(range(len(chosen.families))) if part is None else [part])
+    if part is not None:
+        return
+    if not report_only:
+        judge(place)
+    lines = write_index(place)
+    print(write_report(place, lines))
+    holes = [line["run"] for line in lines if line["state"] != "done"]
+    print(f"{len(lines) - len(holes)} of {len(lines)} runs are done" + (f"; not: {', '.join(holes)}" if holes else ""))
+
+
+def print_plan(chosen: Study, flops_per_s: float) -> None:
+    """What each arm costs, and the whole; a family trains its trunk once."""
+    print("| arm | steps | PFLOPs | GPU hours | hours of audio | \n|---|---|---|---|---|")
+    total = 0.0
+    trained: dict[object, int] = {}
+    for arm in sorted(chosen.arms, key=lambda arm: -arm.steps):
+        step = cost_of_step(chosen.flags(arm), chosen.launch.nproc_per_node)
+        flops, hours = step.flops * arm.steps, step.frames * arm.steps / 12.5 / 3600
+        own = flops if arm.trunk not in trained else flops * 0.2  # its decay alone
+        trained[arm.trunk] = arm.steps
+        total += own
+        print(f"| {arm.name} | {arm.steps:,} | {flops / 1e15:,.2f} | {own / flops_per_s / 3600:,.2f} | {hours:,.0f} |")
+    seeds = len(chosen.seeds)
+    print(
+        f"\n{seeds} seeds of {len(chosen.arms)} arms: {seeds * total / flops_per_s / 3600:,.1f} GPU hours of training"
+    )
+
+
+def print_slurm(chosen: Study) -> None:
+    """An array of one job a family, and a job that judges and writes the report behind it."""
+    options = " ".join(chosen.launch.slurm)
+    last = len(chosen.families) - 1
+    command = f"uv run --no-sync python scripts/study.py {chosen.path}"
+    print(
+        f"job=$(sbatch --parsable --requeue --array=0-{last} {options} --wrap '{command} --part $SLURM_ARRAY_TASK_ID')"
+    )
+    print(f"sbatch --dependency=afterany:$job {options} --wrap '{command}'")
+
+
+if __name__ == "__main__":
+    run_command(study, __doc__)

@@ -1,0 +1,5 @@
+"""Stand-in."""
+
+
+def write_report(place, lines):
+    return ""

@@ -1,0 +1,294 @@
+"""A study as its TOML file says it: tables of arms, each arm trained with every seed."""
+
+import difflib
+import itertools
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from llama_mimi.common.errors import UserError
+from llama_mimi.study.budget import cost_of_step
+from llama_mimi.tokens.units import Architecture
+from llama_mimi.training.config_file import as_words, parse_config
+
+AXES = ("architecture", "flavor", "num_quantizers", "level_weights", "steps")
+BENCHMARKS = ("salmon", "sLM21", "sStoryCloze")
+Flags = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is trained, with each seed.
+
+    Args:
+        architecture, flavor, num_quantizers, level_weights: settings of the run.
+        steps: at whose end the learning rate has decayed.
+    """
+
+    architecture: Architecture
+    flavor: str
+    num_quantizers: int
+    level_weights: str
+    steps: int
+
+    @property
+    def trunk(self) -> "Arm":
+        """What arms that differ in their steps alone have in common."""
+        return replace(self, steps=0)
+
+    @property
+    def name(self) -> str:
+        weights = re.sub(r"[^\w.]+", "_", self.level_weights)
+        parts = (self.architecture, self.flavor, f"q{self.num_quantizers}", weights)
+        return "-".join([*parts, str(self.steps)] if self.steps else parts)
+
+
+@dataclass(frozen=True)
+class Run:
+    """An arm with one seed."""
+
+    arm: Arm
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm.name}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Arms that are compared; the first is what the others differ from.
+
+    Args:
+        axes: in which they differ.
+    """
+
+    title: str
+    arms: tuple[Arm, ...]
+    axes: tuple[str, ...]
+
+    def label(self, arm: Arm) -> str:
+        names = {"num_quantizers": "Q = {}", "steps": "{:,} steps", "level_weights": "weights {}"}
+        return ", ".join(names.get(axis, "{}").format(getattr(arm, axis)) for axis in self.axes) or arm.name
+
+
+@dataclass(frozen=True)
+class Before:
+    """What must be there before the first run.
+
+    Args:
+        makes: a file; where it is there, the command has done its work.
+        command: a script of this repository and its flags.
+    """
+
+    makes: str
+    command: list[str]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How commands are started.
+
+    Args:
+        parallel: runs at the same time.
+        nproc_per_node: ranks of each command on this machine.
+        threads: of each process; None leaves it to PyTorch.
+        train: command that starts training and takes its flags, in place of torchrun on this machine.
+        slurm: options of sbatch for a job of the array.
+    """
+
+    parallel: int = 1
+    nproc_per_node: int = 1
+    threads: int | None = None
+    train: list[str] = field(default_factory=list)
+    slurm: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Study:
+    """All that is run, and where it goes.
+
+    Args:
+        path: of its file.
+        output_dir: of everything.
+        seeds: of weights and order of the data.
+        config: TOML file of a run by architecture.
+        settings: on top of that; values may name {num_quantizers} and other axes.
+        when: settings of arms that have the values of some axes.
+        tables: what is compared.
+        before: commands.
+        launch: of commands.
+        benchmarks: flags of the scripts in eval/.
+        generation: flags of eval/generation.py; empty where nothing is judged.
+    """
+
+    path: Path
+    name: str
+    output_dir: Path
+    seeds: tuple[int, ...]
+    config: Mapping[Architecture, str]
+    settings: Flags
+    when: tuple[tuple[Flags, Flags], ...]
+    tables: tuple[Table, ...]
+    before: tuple[Before, ...]
+    launch: Launch
+    benchmarks: Mapping[str, Flags]
+    generation: Flags
+
+    @property
+    def arms(self) -> list[Arm]:
+        """Each once, in the order of the tables."""
+        return list(dict.fromkeys(arm for table in self.tables for arm in table.arms))
+
+    @property
+    def families(self) -> list[tuple[Arm, int, list[Arm]]]:
+        """Trunk, seed, and the arms that branch off there, by their steps; each is one job."""
+        trunks: dict[Arm, list[Arm]] = {}
+        for arm in self.arms:
+            trunks.setdefault(arm.trunk, []).append(arm)
+        return [
+            (trunk, seed, sorted(arms, key=lambda arm: arm.steps))
+            for seed in self.seeds
+            for trunk, arms in trunks.items()
+        ]
+
+    @property
+    def runs(self) -> list[Run]:
+        return [Run(arm, seed) for arm in self.arms for seed in self.seeds]
+
+    def flags(self, arm: Arm) -> Flags:
+        """Settings of training an arm, but for its steps and seed."""
+        return _flags(self.config, self.settings, self.when, arm)
+
+
+def read_study(path: Path) -> Study:
+    """Read a study's file.
+
+    Raises:
+        UserError: it cannot be read, has an unknown key, or says something that no run can be.
+    """
+    values = _read_toml(path)
+    config = {**values.pop("config")}
+    if unknown := config.keys() - set(get_args(Architecture)):
+        raise _refused(path, f"config.{min(unknown)} is no architecture; there are {', '.join(get_args(Architecture))}")
+    launch = _built(Launch, values.pop("launch", {}), path, "launch")
+    benchmarks = values.pop("benchmarks", {})
+    if unknown := benchmarks.keys() - set(BENCHMARKS):
+        raise _refused(path, f"benchmarks.{min(unknown)} is none of {', '.join(BENCHMARKS)}")
+    settings = values.pop("settings", {})
+    when = tuple((some, some.pop("settings", {})) for some in values.pop("when", []))
+    tables = [_table(path, table, config, settings, when, launch) for table in values.pop("tables")]
+    before = [_built(Before, one, path, "before") for one in values.pop("before", [])]
+    name, seeds = str(values.pop("name")), tuple(values.pop("seeds", [0]))
+    output_dir, generation = Path(values.pop("output_dir")), values.pop("generation", {})
+    if values:
+        raise _refused(path, f"the key '{min(values)}' is unknown")
+    if not tables or not seeds:
+        raise _refused(path, "it has no [[tables]] or no seeds")
+    return Study(
+        path,
+        name,
+        output_dir,
+        seeds,
+        config,
+        settings,
+        when,
+        tuple(tables),
+        tuple(before),
+        launch,
+        benchmarks,
+        generation,
+    )
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        values = tomllib.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the study '{path}' cannot be read ({error}); name a file such as config/studies/tiny.toml"
+        ) from error
+    for key in ("name", "output_dir", "config", "tables"):
+        if key not in values:
+            raise _refused(path, f"it does not say '{key}'")
+    return values
+
+
+def _table(
+    path: Path,
+    values: dict[str, Any],
+    config: Mapping[Architecture, str],
+    settings: Flags,
+    when: Sequence[tuple[Flags, Flags]],
+    launch: Launch,
+) -> Table:
+    """Arms of a table: every combination of the values of its axes; what it does not say is the base config's."""
+    title = values.pop("title", None)
+    if not isinstance(title, str):
+        raise _refused(path, "a table of [[tables]] has no title")
+    chosen = {key: value if isinstance(value, list) else [value] for key, value in values.items()}
+    if unknown := chosen.keys() - {*AXES, "flops"}:
+        near = difflib.get_close_matches(min(unknown), AXES, n=1, cutoff=0)[0]
+        raise _refused(path, f"the table '{title}' has the axis '{min(unknown)}'; the nearest is '{near}'")
+    if "flops" in chosen and "steps" in chosen:
+        raise _refused(path, f"the table '{title}' has both steps and flops; choose one")
+    arms = []
+    for architecture in chosen.get("architecture", [next(iter(config))]):
+        if architecture not in config:
+            raise _refused(path, f"the table '{title}' has {architecture!r}, for which [config] names no file")
+        base = parse_config(["--job.config_file", config[architecture]])
+        default = {
+            "flavor": base.model.flavor,
+            "num_quantizers": base.codec.num_quantizers,
+            "level_weights": base.loss.level_weights,
+            "steps": settings.get("training.steps", base.training.steps),
+        }
+        axes = [chosen.get(axis, [value]) for axis, value in default.items() if axis != "steps"]
+        for flavor, num_quantizers, level_weights in itertools.product(*axes):
+            arm = Arm(architecture, flavor, num_quantizers, level_weights, default["steps"])
+            flags = _flags(config, settings, when, arm)
+            if "flops" in chosen:
+                step = cost_of_step(flags, launch.nproc_per_node)
+                arms += [replace(arm, steps=max(1, round(flops / step.flops))) for flops in chosen["flops"]]
+            else:
+                parse_config(as_words(flags))  # refused now, not after hours
+                arms += [replace(arm, steps=steps) for steps in chosen.get("steps", [arm.steps])]
+    differing = tuple(axis for axis in AXES if len({getattr(arm, axis) for arm in arms}) > 1)
+    return Table(title, tuple(dict.fromkeys(arms)), differing)
+
+
+def _flags(config: Mapping[Architecture, str], settings: Flags, when: Sequence[tuple[Flags, Flags]], arm: Arm) -> Flags:
+    base = parse_config(["--job.config_file", config[arm.architecture]])
+    flags: Flags = {
+        "job.config_file": config[arm.architecture],
+        "model.flavor": arm.flavor,
+        "codec.num_quantizers": arm.num_quantizers,
+        "loss.level_weights": arm.level_weights,
+    }
+    if arm.architecture == "flattened":  # rows hold the same audio whatever Q is
+        for section in ("training", "validation"):
+            L = getattr(base, section).seq_len
+            flags[f"{section}.seq_len"] = L * arm.num_quantizers // base.codec.num_quantizers
+    chosen = settings.copy()
+    for axes, more in when:
+        if all(getattr(arm, axis, None) == value for axis, value in axes.items()):
+            chosen |= more
+    values = vars(arm)
+    return flags | {key: v.format_map(values) if isinstance(v, str) else v for key, v in chosen.items()}
+
+
+def _built(kind: type, values: dict[str, Any], path: Path, section: str) -> Any:
+    known = [one.name for one in fields(kind)]
+    if unknown := values.keys() - set(known):
+        raise _refused(path, f"{section}.{min(unknown)} is unknown; there are {', '.join(known)}")
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise _refused(path, f"[{section}] lacks a key ({error})") from error
+
+
+def _refused(path: Path, why: str) -> UserError:
+    return UserError(f"the study '{path}' cannot be run: {why}")
