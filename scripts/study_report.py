@@ -1,5 +1,342 @@
-"""Stand-in."""
+"""The report of a study: its tables with both kinds of uncertainty, differences, and pictures of the trade-offs.
+
+A mean is over seeds. Its interval over pairs (or prompts) says what other pairs would give, and the one over seeds what
+other seeds would give; neither says both.
+"""
+
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from generations import read_published_generations
+from matplotlib.axes import Axes
+from pictures import save
+from report import HEADINGS, heading, read_published
+from scipy.stats import t as student
+
+from llama_mimi.common.errors import UserError
+from llama_mimi.common.files import write_atomically
+from llama_mimi.evaluation.accuracy import group_credits
+from llama_mimi.evaluation.benchmarks import SALMON_PARTS
+from llama_mimi.judging.intervals import interval_of_parts
+from llama_mimi.judging.table import COLUMNS, KIND, column_of
+from llama_mimi.study.design import BENCHMARKS, Arm, Run, Table
+from llama_mimi.study.runs import Workplace
+
+REPORT = "report.md"
+PUBLISHED = Path("eval/published.toml")
+BITS = "bits"
+# Measures of continuations that depend on what else the machine did, or are no merit.
+NOT_COMPARED = ("real_time_factor", "seconds")
+LINGUISTIC = ("sLM21/", "sStoryCloze/")  # beginnings of columns
+Lines = Sequence[Mapping[str, Any]]
+Parts = list[dict[str, float]]  # for each part of a column, values by pair or prompt
 
 
-def write_report(place, lines):
-    return ""
+@dataclass(frozen=True)
+class Measured:
+    """A column of an arm, on the pairs or prompts that all arms of a table have.
+
+    Args:
+        of_seeds: the value of each seed.
+        parts: values by pair or prompt, each the mean over seeds; empty where there are none.
+        shown: of a value.
+    """
+
+    of_seeds: dict[int, float]
+    parts: Parts
+    shown: Callable[[float], float] = float
+
+    @property
+    def mean(self) -> float:
+        return self.shown(statistics.mean(self.of_seeds.values()))
+
+    @cached_property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % over pairs or prompts, by bootstrap."""
+        if not self.parts:
+            return None
+        low, high = interval_of_parts([list(part.values()) for part in self.parts])
+        return self.shown(low), self.shown(high)
+
+    @property
+    def spread(self) -> float | None:
+        """Half of the 95 % interval over seeds, by Student's t."""
+        return half_width([self.shown(value) for value in self.of_seeds.values()])
+
+    def minus(self, other: "Measured") -> "Measured":
+        """The difference seed by seed and pair by pair; of what both have."""
+        seeds = {
+            s: self.shown(v) - self.shown(other.of_seeds[s]) for s, v in self.of_seeds.items() if s in other.of_seeds
+        }
+        pairs = zip(self.parts, other.parts, strict=True)
+        return Measured(seeds, [{key: self.shown(a[key]) - self.shown(b[key]) for key in a} for a, b in pairs])
+
+
+def half_width(values: Sequence[float]) -> float | None:
+    if len(values) < 2:
+        return None
+    return float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+
+
+class Results:
+    """What the runs of a study have, by column: a part of a benchmark, a measure of continuations, or `BITS`.
+
+    Args:
+        place: of the study.
+        lines: of its index.
+    """
+
+    def __init__(self, place: Workplace, lines: Lines) -> None:
+        self._place = place
+        self.lines = {line["run"]: line for line in lines}
+        self._files: dict[str, dict[str, Any]] = {}
+
+    @property
+    def columns(self) -> list[str]:
+        """In the order of a table."""
+        scores = {name for line in self.lines.values() for name in line["scores"]}
+        if {f"salmon/{part}" for part in SALMON_PARTS} <= scores:
+            scores.add("salmon/mean")
+        measures = {name for line in self.lines.values() for name in line["generations"]} - set(NOT_COMPARED)
+        order = [name for name in (*HEADINGS, *COLUMNS) if name in scores | measures]
+        return [BITS, *order, *sorted((scores | measures) - set(order))]
+
+    def path(self, run: Run, column: str) -> str | None:
+        """The result file of a column of a run, from the study's folder."""
+        benchmark = column.split("/")[0]
+        return self.lines[run.name]["files"].get(benchmark if benchmark in BENCHMARKS else "generation")
+
+    def measured(self, arms: Sequence[Arm], column: str) -> dict[Arm, Measured]:
+        """A column of those arms that have it, on the pairs or prompts that all of their runs have."""
+        runs = {(arm, seed): Run(arm, seed) for arm in arms for seed in self._place.study.seeds}
+        if column == BITS:
+            bits = {key: self.lines[run.name]["bits_per_audio_second"].get("all") for key, run in runs.items()}
+            by_arm = {arm: {s: v for (a, s), v in bits.items() if a == arm and v is not None} for arm in arms}
+            return {arm: Measured(of_seeds, []) for arm, of_seeds in by_arm.items() if of_seeds}
+        found = {key: parts for key, run in runs.items() if (parts := self._parts(run, column))}
+        if not found:
+            return {}
+        num_parts = len(next(iter(found.values())))
+        keys = [sorted(set.intersection(*(set(parts[i]) for parts in found.values()))) for i in range(num_parts)]
+        if not all(keys):
+            return {}
+        of_arms = {}
+        for arm in dict.fromkeys(arm for arm, _ in found):
+            own = {seed: parts for (a, seed), parts in found.items() if a == arm}
+            of_seeds = {
+                seed: statistics.mean(statistics.mean(part[key] for key in keys[i]) for i, part in enumerate(parts))
+                for seed, parts in own.items()
+            }
+            over_seeds = [
+                {k: statistics.mean(parts[i][k] for parts in own.values()) for k in keys[i]} for i in range(num_parts)
+            ]
+            of_arms[arm] = Measured(of_seeds, over_seeds, shown_of(column))
+        return of_arms
+
+    def references(self) -> dict[str, dict[str, float]]:
+        """Means of what stands beside continuations: recordings, what the codec leaves of them, shuffled pairs."""
+        own = {self._place.generation(run).name for run in self._place.study.runs}
+        found = {}
+        for path in sorted(self._place.generations.glob("*.json")):
+            report = self._file(str(path.relative_to(self._place.study.output_dir)))
+            if path.name not in own and report.get("kind") == KIND:
+                found[report["system"]] = {name: result["mean"] for name, result in report["results"].items()}
+        return found
+
+    def _parts(self, run: Run, column: str) -> Parts | None:
+        path = self.path(run, column)
+        if path is None:
+            return None
+        report = self._file(path)
+        if report.get("kind") == KIND:
+            values: dict[str, list[float]] = {}
+            for sample in report["samples"]:
+                if sample.get(column) is not None:
+                    values.setdefault(sample["prompt"], []).append(sample[column])
+            return [{prompt: statistics.mean(some) for prompt, some in values.items()}] if values else None
+        part = column.partition("/")[2]
+        credits = group_credits(report["pairs"], by_group=report["scoring"]["by_group"])
+        wanted = SALMON_PARTS if column == "salmon/mean" else (part,)
+        parts = [{group: value for (of, group), value in credits.items() if of == name} for name in wanted]
+        return parts if all(parts) else None
+
+    def _file(self, path: str) -> dict[str, Any]:
+        if path not in self._files:
+            try:
+                self._files[path] = json.loads((self._place.study.output_dir / path).read_text())
+            except (OSError, ValueError) as error:
+                raise UserError(
+                    f"'{path}' is no readable result ({error}); remove it, so that it is made anew"
+                ) from error
+        return self._files[path]
+
+
+def shown_of(column: str) -> Callable[[float], float]:
+    return percent if column.split("/")[0] in BENCHMARKS else column_of(column).shown
+
+
+def percent(share: float) -> float:
+    return 100 * share
+
+
+def digits_of(column: str) -> int:
+    return 1 if column == BITS or column.split("/")[0] in BENCHMARKS else column_of(column).digits
+
+
+def heading_of(column: str) -> str:
+    if column == BITS:
+        return "validation bits/s"
+    return heading(column) if column.split("/")[0] in BENCHMARKS else column_of(column).heading
+
+
+def write_report(place: Workplace, lines: Lines) -> Path:
+    """Write the report and its pictures into the study's folder, and return its path.
+
+    Raises:
+        UserError: a result cannot be read, or something cannot be written.
+    """
+    study, results = place.study, Results(place, lines)
+    commits = sorted({line["commit"] for line in lines if line["commit"]})
+    done = sum(line["state"] == "done" for line in lines)
+    sections = [
+        f"# Study {study.name}",
+        f"`uv run python scripts/study.py {study.path}`: {done} of {len(lines)} runs, "
+        f"{len(study.seeds)} seeds of {len(study.arms)} arms; commit {', '.join(commits) or 'unknown'}. "
+        "What each run was trained on and what it cost is in [index.jsonl](index.jsonl).",
+    ]
+    if holes := [line for line in lines if line["state"] != "done"]:
+        sections += ["## Not there", "\n".join(f"- {line['run']}: {_why(line)}" for line in holes)]
+    sections.append(LEGEND)
+    for number, table in enumerate(study.tables, 1):
+        sections += [f"## {table.title}", arms_table(results, table), differences(results, table)]
+        picture = study.output_dir / f"tradeoff-{number}.png"
+        if draw(results, table, picture):
+            sections.append(f"![{table.title}: fidelity against linguistic scores]({picture.name})")
+    sections += published(results)
+    content = "\n\n".join(section for section in sections if section) + "\n"
+    write_atomically(str(study.output_dir), REPORT, content.encode())
+    return study.output_dir / REPORT
+
+
+LEGEND = (
+    "Accuracies are in percent. A cell is the mean over seeds, in brackets its 95 % interval over pairs or prompts "
+    "(bootstrap), then ±, half of the 95 % interval over seeds (Student's t), and a link to the result of each seed. "
+    "Columns are of the pairs or prompts of which all rows have a value."
+)
+
+
+def _why(line: Mapping[str, Any]) -> str:
+    failed = line["failed"]
+    return f"{failed['step']} failed: {failed['why']}" if failed else "not finished"
+
+
+def arms_table(results: Results, table: Table) -> str:
+    """Arms by columns in Markdown, then the references of continuations."""
+    columns = {column: found for column in results.columns if (found := results.measured(table.arms, column))}
+    rows = [["", *map(heading_of, columns)], ["---"] * (len(columns) + 1)]
+    for arm in table.arms:
+        rows.append([table.label(arm), *(cell(results, arm, column, found) for column, found in columns.items())])
+    for name, means in results.references().items():
+        cells = [f"{means[column]:.{digits_of(column)}f}" if column in means else "" for column in columns]
+        if any(cells):
+            rows.append([name, *cells])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def cell(results: Results, arm: Arm, column: str, found: Mapping[Arm, Measured]) -> str:
+    if arm not in found:
+        return ""
+    measured, digits = found[arm], digits_of(column)
+    text = f"{measured.mean:.{digits}f}"
+    if measured.interval is not None:
+        text += " ({:.{d}f} to {:.{d}f})".format(*measured.interval, d=digits)
+    if measured.spread is not None:
+        text += f" ± {measured.spread:.{digits}f}"
+    paths = {seed: results.path(Run(arm, seed), column) for seed in measured.of_seeds} if column != BITS else {}
+    return text + "".join(f" [{seed}]({path})" for seed, path in paths.items() if path)
+
+
+def differences(results: Results, table: Table) -> str:
+    """How each arm differs from the first, in Markdown; empty where there is none."""
+    first, *others = table.arms
+    rows = []
+    for column in results.columns:
+        found = results.measured(table.arms, column)
+        for arm in others:
+            if first not in found or arm not in found:
+                continue
+            difference, digits = found[arm].minus(found[first]), digits_of(column) + (column != BITS)
+            if not difference.of_seeds:
+                continue
+            over_pairs = "{:+.{d}f} to {:+.{d}f}".format(*difference.interval, d=digits) if difference.interval else ""
+            spread = f"± {difference.spread:.{digits}f}" if difference.spread is not None else ""
+            rows.append([heading_of(column), table.label(arm), f"{difference.mean:+.{digits}f}", over_pairs, spread])
+    if not rows:
+        return ""
+    head = ["", f"minus {table.label(first)}", "difference", "95 % over pairs", "95 % over seeds"]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+
+
+def published(results: Results) -> list[str]:
+    """What others have published of the same columns."""
+    rows = [(row.label, row.accuracies) for row in read_published(PUBLISHED)]
+    rows += read_published_generations(PUBLISHED)
+    columns = [column for column in results.columns if any(column in scores for _, scores in rows)]
+    shown = [(label, scores) for label, scores in rows if scores.keys() & set(columns)]
+    if not shown:
+        return []
+    table = [["", *map(heading_of, columns)], ["---"] * (len(columns) + 1)]
+    table += [[label, *(f"{s[c]:.{digits_of(c)}f}" if c in s else "" for c in columns)] for label, s in shown]
+    lines = "\n".join(f"| {' | '.join(row)} |" for row in table)
+    return ["## Published by others", "By their own scoring, on the whole benchmarks and their own prompts.", lines]
+
+
+def draw(results: Results, table: Table, path: Path) -> bool:
+    """Fidelity (acoustic consistency, similarity of voices) against linguistic scores; False where there are none."""
+    columns = results.columns
+    linguistic = [column for column in columns if column.startswith(LINGUISTIC)]
+    acoustic = [[c for c in columns if c == "salmon/mean"] or [c for c in columns if c.startswith("salmon/")]]
+    panels = [some for some in (*acoustic, [c for c in columns if c == "similarity"]) if some]
+    if not linguistic or not panels:
+        return False
+    figure, grid = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 4.2), squeeze=False, layout="constrained")
+    for axes, some in zip(grid[0], panels, strict=True):
+        _scatter(axes, results, table, some, linguistic)
+    grid[0][0].set_ylabel("linguistic: mean of " + ", ".join(map(heading_of, linguistic)) + " (%)", fontsize=8)
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8)
+    save(figure, path, dpi=110)
+    return True
+
+
+def _scatter(axes: Axes, results: Results, table: Table, horizontal: Sequence[str], vertical: Sequence[str]) -> None:
+    """A large point an arm, the mean, and a small one for each of its seeds."""
+    x, y = ([results.measured(table.arms, column) for column in columns] for columns in (horizontal, vertical))
+    colors = plt.get_cmap("tab10")
+    for number, arm in enumerate(table.arms):
+        if not all(arm in found for found in (*x, *y)):
+            continue
+        seeds = sorted(set.intersection(*(set(found[arm].of_seeds) for found in (*x, *y))))
+        points = [
+            [statistics.mean(found[arm].shown(found[arm].of_seeds[seed]) for found in some) for seed in seeds]
+            for some in (x, y)
+        ]
+        axes.plot(*points, "o", color=colors(number % 10), markersize=3.5, alpha=0.6)
+        means = [statistics.mean(values) for values in points]
+        axes.plot(*means, "o", color=colors(number % 10), markersize=9, label=table.label(arm))
+    name = (
+        "SALMon: mean of " + ", ".join(map(heading_of, horizontal))
+        if len(horizontal) > 1
+        else heading_of(horizontal[0])
+    )
+    axes.set_xlabel(f"fidelity: {name}", fontsize=8)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -148,7 +148,7 @@ def run_families(place: Workplace, numbers: list[int]) -> None:
 
 
 def run_family(place: Workplace, trunk: Arm, seed: int, arms: list[Arm]) -> None:
-    """Runs that differ in their steps alone: up to where its decay begins, each is the trunk that all have in common."""
+    """Runs that differ in their steps alone: up to where its decay begins, each is the trunk of all of them."""
     with locked(place.study.output_dir / "runs" / f".{Run(trunk, seed).name}.lock"):
         for arm in arms:
             run = Run(arm, seed)
