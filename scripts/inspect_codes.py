@@ -12,6 +12,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
@@ -21,6 +22,7 @@ from llama_mimi.audio.mimi import MimiCodec
 from llama_mimi.common.errors import UserError, run_command
 from llama_mimi.common.files import file_system
 from llama_mimi.data.code_store import CodeCorpus, read_codes, read_manifest
+from llama_mimi.data.parquet_corpus import unreadable
 
 # Codes are counted on so many row groups (256,000 clips) at most, spread over the corpus; lengths and speakers on all.
 MAX_GROUPS = 1000
@@ -83,7 +85,10 @@ def inspect_codes(options: InspectionOptions) -> None:
         parts += ["<h2>Speakers</h2>", *speakers(options.codes, manifest)]
     if options.num_clips:
         codec = MimiCodec(codec_name, made_by["num_quantizers"], attention=made_by["attention"])
-        parts += [f"<h2>{options.num_clips} clips, decoded</h2>", listened(options, manifest, codec)]
+        parts += [
+            f"<h2>{min(options.num_clips, manifest['clips'])} clips, decoded</h2>",
+            listened(options, manifest, codec),
+        ]
     write_page(options.page, f"Codes in {options.codes}", parts)
 
 
@@ -95,7 +100,7 @@ def overview(manifest: dict[str, Any]) -> list[tuple[str, str]]:
         ("hours", f"{manifest['hours']:,.2f}"),
         ("clips", f"{clips:,}, {3600 * manifest['hours'] / max(clips, 1):.1f} s on average"),
         ("cut off at", f"{manifest['max_audio_seconds']:g} s: {manifest['cut']:,} clips"),
-        ("duplicates", f"{manifest['duplicates_kept']:,} kept"),
+        *([("duplicates", f"{manifest['duplicates_kept']:,} kept")] if "duplicates_kept" in manifest else []),
         ("shards", f"{len(manifest['shards']):,}, {num_bytes / 1e6:,.1f} MB"),
         ("codec", f"{codec['name']}, weights {codec['sha256'][:12]}, {codec['num_quantizers']} levels"),
     ]
@@ -182,9 +187,13 @@ def speakers(folder: str, manifest: dict[str, Any]) -> list[str]:
     """How many there are, and those with the most hours."""
 
     def read(shard: dict[str, Any]) -> list[dict[str, Any]]:
-        fs, bare = file_system(f"{folder.rstrip('/')}/{shard['file']}")
-        with fs.open(bare) as stream:
-            found = pq.ParquetFile(stream).read(["speaker", "duration"])
+        path = f"{folder.rstrip('/')}/{shard['file']}"
+        fs, bare = file_system(path)
+        try:
+            with fs.open(bare) as stream:
+                found = pq.ParquetFile(stream).read(["speaker", "duration"])
+        except (OSError, pa.ArrowException) as error:
+            raise unreadable(path, error) from error
         found = found.set_column(1, "duration", pc.cast(found["duration"], "double"))
         return found.group_by("speaker").aggregate([("duration", "sum"), ("duration", "count")]).to_pylist()
 
@@ -216,7 +225,8 @@ def listened(options: InspectionOptions, manifest: dict[str, Any], codec: MimiCo
     for number in chosen:
         shard = int(np.searchsorted(starts, number, side="right")) - 1
         path, row = f"{options.codes.rstrip('/')}/{manifest['shards'][shard]['file']}", int(number - starts[shard])
-        found = read_codes(path, columns, codec.num_quantizers)
+        found = read_codes(path, columns, codec.num_quantizers, row // manifest["clips_per_group"])
+        row %= manifest["clips_per_group"]
         values = {name: found.columns[name][row] for name in columns if name != "codes"}
         codes_TQ = torch.from_numpy(found.codes(row)[: round(LISTENED_SECONDS * codec.frame_rate_hz)].astype(np.int64))
         samples_S = codec.decode(codes_TQ)

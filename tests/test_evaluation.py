@@ -20,7 +20,7 @@ from llama_mimi.checkpoint.huggingface import hf_config
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.progress_log import ProgressLog
 from llama_mimi.common.ranks import Ranks
-from llama_mimi.evaluation.benchmarks import SALMON_PARTS, Benchmark, BenchmarkClip, Pair, read_salmon
+from llama_mimi.evaluation.benchmarks import SALMON_PARTS, Benchmark, BenchmarkClip, Pair, limited, read_salmon
 from llama_mimi.evaluation.clip_codes import CachedCodes, CodeCache, cache_key, encode_clips
 from llama_mimi.evaluation.clip_scores import score_clips
 from llama_mimi.evaluation.likelihood import batch_scores
@@ -414,10 +414,30 @@ def test_result_files_explain_themselves(model_folder, some_pairs, tmp_path):
     assert part["accuracy"] == (right + part["ties"] / 2) / 40 and "no mean of the parts" in said
     assert len(report["missing_parts"]) == 7 and report["mean_of_parts"] is None
 
+    run_ranks(1, command(model_folder, tmp_path, some_pairs, *flags, "--limit", "7"), tmp_path / "log")
+    quick = report_of(tmp_path, "official-levels_0_1-window_0.4s-limit_7")
+    assert quick["notes"][-1] == "only 7 of 40 pairs were scored, by --limit 7" and len(quick["pairs"]) == 7
+    assert all(pair in report["pairs"] for pair in quick["pairs"])
+
     run_ranks(1, command(model_folder, tmp_path, some_pairs, "--preset", "original"), tmp_path / "log")
     original = report_of(tmp_path, "original")
     assert original["scoring"]["as_released"] and original["scoring"]["tie"] == 0.0
     assert original["codes_sha256"] != report["codes_sha256"]  # a partial last frame
+
+
+def test_a_limit_draws_a_part_of_what_a_larger_one_draws():
+    clip = BenchmarkClip("x", TINY / "prompt.wav")
+    pairs = [
+        Pair(part, f"{word}-{voice}", clip, clip, f"word{word}")
+        for part in ("lexical", "syntactic")
+        for word in range(9)
+        for voice in range(3)
+    ]
+    whole = Benchmark(pairs, unpaired=[clip])
+    few, more = limited(whole, 2), limited(whole, 5)
+    assert len(few.pairs) == 2 * 2 * 3 and all(pair in more.pairs for pair in few.pairs) and few.unpaired == []
+    assert more.pairs == [pair for pair in pairs if pair in more.pairs]  # in their order
+    assert limited(whole, 99).pairs == pairs
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -29,13 +29,14 @@ from layouts import (
 )
 from test_code_store import tokenize
 
-from llama_mimi.audio.reading import SHORTER, AudioError, read_audio
+from llama_mimi.audio.reading import DAMAGED, SHORTER, AudioError, read_audio
 from llama_mimi.audio.splitting import split_at_pauses
 from llama_mimi.common.errors import UserError
 from llama_mimi.data import clip_readers, tar_corpus
 from llama_mimi.data.clip_readers import AudioClip, AudioReader, SkippedClip
 from llama_mimi.data.clips import ClipStream
 from llama_mimi.data.corpora import open_corpus
+from llama_mimi.data.duplicates import settle_duplicates
 from llama_mimi.data.order import ClipRef, RowsInOrder
 from llama_mimi.data.row_filter import RowFilter
 
@@ -426,6 +427,24 @@ def test_long_recordings_are_split_and_nothing_is_lost(rows, tmp_path, monkeypat
         assert all(clip.samples_S[-1] == 0 for clip in read[:-1])  # in a pause
 
 
+def test_a_recording_with_a_hole_is_split_without_repeating(rows, tmp_path, monkeypatch):
+    """A page of an Ogg file that is lost makes it shorter than its times say; no clip begins before another ends."""
+    samples = np.concatenate([row["samples"] for row in rows])
+    stream = io.BytesIO()
+    soundfile.write(stream, samples, RATE, format="OGG", subtype="VORBIS")
+    pages = stream.getvalue().split(b"OggS")[1:]
+    assert len(pages) > 12
+    (tmp_path / "a.ogg").write_bytes(b"".join(b"OggS" + page for number, page in enumerate(pages) if number != 6))
+    whole = read_audio(tmp_path / "a.ogg", RATE)
+    assert len(whole.samples_S) < len(samples) - RATE // 20 and DAMAGED in whole.remarks
+    monkeypatch.setattr(clip_readers, "SECONDS_AT_ONCE", 2.0)
+    corpus = opened(tmp_path)
+    reader = AudioReader(corpus, sample_rate_hz=RATE, frame_size=1920, max_frames=12, splits=True)
+    clips = reader.clips(corpus.read_group(0), ClipRef(0, 0, 0, 0, 0))
+    assert np.array_equal(np.concatenate([clip.samples_S for clip in clips]), whole.samples_S)
+    assert clips[-1].remarks == (DAMAGED,)
+
+
 @pytest.mark.distributed
 def test_what_is_not_wanted_is_counted_by_name(rows, tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
@@ -483,8 +502,19 @@ def test_duplicates_are_counted_and_left_out(rows, tmp_path):
     (tmp_path / "dropped" / "manifest.json").unlink()  # as if it had been killed before the end
     (tmp_path / "dropped" / "shard-000004.parquet").unlink()
     assert made("dropped", 1, "--duplicates", "drop") == (dropped, stored)
+    (tmp_path / "dropped" / "shard-000000.parquet").unlink()  # which holds the first of one
+    assert made("dropped", 1, "--duplicates", "drop") == (dropped, stored)
     done = tokenize(tmp_path / "in", tmp_path / "dropped", *flags)
     assert done.returncode == 1 and "begun with --duplicates 'drop', not 'keep'" in done.output
+    made("damaged", 1)
+    plan = json.loads((tmp_path / "damaged" / "tokenization.json").read_text()) | {"duplicates": "drop"}
+    shard = tmp_path / "damaged" / "shard-000003.parquet"  # is made anew without its clip
+    content = bytearray(shard.read_bytes())
+    content[content.index(b"PAR1", 0) + 60] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match="shard-000003.parquet"):
+        settle_duplicates(str(tmp_path / "damaged"), plan)
+    assert shard.read_bytes() == content
 
 
 @pytest.mark.parametrize(

@@ -218,7 +218,7 @@ def formats(flags: DataFlags, folder: Path) -> None:
         seconds = sum(len(clip.samples_S) for clip in read_clips(reader, flags.clips)) / codec.sample_rate_hz
         fetching[name] = partial(fetched, reader, seconds)
         reading[name] = partial(read, reader, seconds)
-        tokenizing[name] = partial(tokenized, flags, corpus, folder, num_made, seconds)
+        tokenizing[name] = partial(tokenized, flags, corpus, folder, num_made)
     columns = [in_turn(ways, flags.repeats) for ways in (fetching, reading, tokenizing)]
     megabytes = sum(len(row["bytes"]) for row in rows) / 1e6
     print(f"| {len(rows)} clips, {seconds:,.0f} s, {megabytes:.1f} MB of FLAC | fetched | and decoded | and encoded |")
@@ -243,10 +243,15 @@ def read(reader: AudioReader, seconds: float) -> float:
     return consume(read_clips(reader, 10**9), seconds)
 
 
-def tokenized(flags: DataFlags, corpus: str, folder: Path, number: Iterator[int], seconds: float) -> float:
+def tokenized(flags: DataFlags, corpus: str, folder: Path, number: Iterator[int]) -> float:
     """With one worker; loading the codec is not counted."""
     options = TokenizationOptions(
-        corpus, str(folder / f"made-{next(number)}"), codec=flags.codec, num_workers=1, clips_per_shard=10**6
+        corpus,
+        str(folder / f"made-{next(number)}"),
+        codec=flags.codec,
+        num_quantizers=flags.num_quantizers,
+        num_workers=1,
+        clips_per_shard=10**6,
     )
     with contextlib.redirect_stdout(io.StringIO()) as said:
         tokenize_corpus(options)

@@ -66,7 +66,7 @@ def kill_runs(flags: KillFlags) -> None:
     flags.folder.mkdir(parents=True, exist_ok=True)
     if flags.of == "continuation":
         return kill_continuation(flags)
-    codes = flags.folder / "codes"
+    codes = flags.folder / f"codes-{flags.layout}"
     corpus = corpus_of(flags)
     if not (codes / "manifest.json").exists():
         log = flags.folder / "codes.log"
@@ -80,19 +80,15 @@ def kill_runs(flags: KillFlags) -> None:
 
 
 def corpus_of(flags: KillFlags) -> str:
-    """The corpus in the layout wanted, made once."""
+    """The corpus in the layout wanted, made anew."""
     if flags.layout == "parquet":
         return CORPUS
     if flags.layout not in LAYOUTS:
         raise UserError(f"--layout is '{flags.layout}'; it is one of {', '.join(LAYOUTS)}")
-    folder = flags.folder / "corpus"
-    if not folder.exists():
-        unfinished = flags.folder / "corpus.unfinished"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir()
-        LAYOUTS[flags.layout](unfinished, lossless_rows(CORPUS, 10**6, 20.0))
-        unfinished.rename(folder)
-    return str(folder)
+    folder = flags.folder / f"corpus-{flags.layout}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return str(LAYOUTS[flags.layout](folder, lossless_rows(CORPUS, 10**6, 20.0)))
 
 
 def tokenization(corpus: str, output_dir: Path) -> list[str]:

@@ -20,7 +20,7 @@ import soundfile
 BLOCK_SAMPLES = 2**16
 # What libsndfile calls the length of a file written through a pipe: the largest 64-bit integer.
 UNKNOWN_LENGTH = 2**63 - 1
-# What libsndfile can enter anywhere, to the sample; also Ogg Vorbis, but not Opus.
+# What libsndfile can enter anywhere, to the sample. Ogg is counted in time there, which a lost page makes another.
 UNCODED = ("PCM", "FLOAT", "DOUBLE", "ULAW", "ALAW")
 SEEKABLE = ("WAV", "WAVEX", "AIFF", "FLAC", "W64", "RF64")
 # How files begin that FFmpeg reads and libsndfile does not, and FFmpeg's name of their format. No other is tried: some
@@ -75,7 +75,7 @@ def opened(stream: BinaryIO, link: OggLink | None = None, start_seconds: float =
     Args:
         stream: bytes, or a file that was opened without a buffer.
         link: recording of a chained Ogg file to open; None opens the first, which in other files is the only one.
-        start_seconds: blocks begin there; what comes before is not decoded where `_can_enter`.
+        start_seconds: blocks begin there; what comes before is not decoded in formats of `SEEKABLE`.
 
     Raises:
         NeedsFFmpeg: see there.
@@ -93,7 +93,7 @@ def opened(stream: BinaryIO, link: OggLink | None = None, start_seconds: float =
         return
     # libsndfile itself reads from a file on disk; bytes are read through Python.
     with _Forward(stream if isinstance(stream, BytesIO) else stream.fileno(), closefd=False) as file:
-        if start_seconds and _can_enter(file):
+        if start_seconds and file.format in SEEKABLE and file.subtype.startswith(UNCODED):
             yield _recording(file, round(start_seconds * file.samplerate))
             return
         if file.format != "MP3":
@@ -102,13 +102,6 @@ def opened(stream: BinaryIO, link: OggLink | None = None, start_seconds: float =
     # Without a Xing frame the length of an MP3 is a guess, at which libsndfile ends, unless it cannot seek.
     with _piped(stream) as source, _Forward(source, closefd=False) as file:
         yield _from(_recording(file), start_seconds)
-
-
-def _can_enter(file: soundfile.SoundFile) -> bool:
-    """Whether its samples are the same from anywhere on."""
-    if file.format == "OGG":
-        return file.subtype == "VORBIS"
-    return file.format in SEEKABLE and file.subtype.startswith(UNCODED)
 
 
 def ogg_links(stream: BinaryIO) -> Iterator[OggLink]:

@@ -139,20 +139,14 @@ class MimiCodec:
         Returns:
             For each clip its codes_TQ, int64 on the CPU.
         """
-        return self._fetch(*self._launch(waveforms)) if waveforms else []
-
-    def _launch(self, waveforms: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[int]]:
-        """Codes (B, T, Q) on the device, which may not have come to them yet, and the frames of each clip."""
+        if not waveforms:
+            return []
         frames = [self.num_frames(len(samples_S)) for samples_S in waveforms]
         audio_BS = pad_sequence(list(waveforms), batch_first=True)
         audio_BS = torch.nn.functional.pad(audio_BS, (0, max(frames) * self.frame_size - audio_BS.shape[1]))
         audio_B1S = audio_BS[:, None].to(self.device, self.dtype)
         codes_BQT = self.model.encode(audio_B1S, num_quantizers=self.num_quantizers, return_dict=True).audio_codes
-        return codes_BQT.transpose(1, 2), frames
-
-    @staticmethod
-    def _fetch(codes_BTQ: torch.Tensor, frames: list[int]) -> list[torch.Tensor]:
-        codes_BTQ = codes_BTQ.cpu()
+        codes_BTQ = codes_BQT.transpose(1, 2).cpu()
         # clone() gives up the padding's memory and lets the codes out of inference mode
         return [codes_TQ[:T].clone() for codes_TQ, T in zip(codes_BTQ, frames, strict=True)]
 
@@ -190,16 +184,10 @@ class MimiCodec:
         codes = dict(zip((index for batch in batches for index in batch), chain(*encoded), strict=True))
         return [codes[index] for index in range(len(waveforms))]
 
-    @torch.inference_mode()
     def _encode_each(self, batches: Sequence[Sequence[torch.Tensor]]) -> list[list[torch.Tensor]]:
-        """Codes of each batch; on CPUs each core takes its own, which is faster than to share every convolution.
-
-        Elsewhere no batch is waited for until all are launched, so that the next is padded while one is encoded.
-        """
+        """Codes of each batch; on CPUs each core takes its own, which is faster than to share every convolution."""
         num_threads = torch.get_num_threads()
-        if self.device.type != "cpu":
-            return [self._fetch(*launched) for launched in [self._launch(batch) for batch in batches]]
-        if num_threads == 1 or len(batches) == 1:
+        if self.device.type != "cpu" or num_threads == 1 or len(batches) == 1:
             return list(map(self.encode, batches))
         with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             encoded = list(pool.map(self.encode, batches))

@@ -95,7 +95,7 @@ def read_audio(
     Args:
         source: a path, or the bytes of a file.
         sample_rate_hz: the rate wanted, usually the codec's; None keeps that of the file.
-        start_seconds: leave out what comes before; in WAV, AIFF, FLAC and Ogg Vorbis it is not decoded.
+        start_seconds: leave out what comes before; in WAV, AIFF and FLAC it is not decoded.
         max_seconds: cut longer audio here and say so in ``is_cut``; None reads everything.
         name: what to call the clip in messages; by default its path.
         min_samples: the fewest samples at ``sample_rate_hz`` that make a clip; a codec's frame.

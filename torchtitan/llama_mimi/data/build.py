@@ -10,7 +10,7 @@ from llama_mimi.audio.mimi import DTYPES, MimiCodec, load_codec_config, whole_fr
 from llama_mimi.common.errors import UserError
 from llama_mimi.data.clip_readers import AudioReader, ClipReader, CodeReader
 from llama_mimi.data.code_store import CodeCorpus, is_store
-from llama_mimi.data.corpora import open_on_ranks
+from llama_mimi.data.corpora import open_corpus
 from llama_mimi.data.dataloader import DataMeter, UnitDataLoader
 from llama_mimi.data.order import RowsInOrder, ShuffledOrder
 from llama_mimi.data.packing import BatchPacker
@@ -101,7 +101,7 @@ def open_readers(job_config: Any, split: Any) -> list[ClipReader]:
             continue
         readers.append(
             AudioReader(
-                open_on_ranks(
+                open_corpus(
                     name,
                     split.dataset_path,
                     data.audio_column,

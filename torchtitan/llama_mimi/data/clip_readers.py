@@ -189,7 +189,7 @@ class AudioReader:
 
 
 def _hash(samples_S: torch.Tensor) -> bytes:
-    return hashlib.blake2b(samples_S.numpy().tobytes(), digest_size=HASH_BYTES).digest()
+    return hashlib.blake2b(memoryview(samples_S.numpy()), digest_size=HASH_BYTES).digest()
 
 
 def _filtered(name: str, reason: str) -> SkippedClip:

@@ -279,8 +279,9 @@ def finish(options: TokenizationOptions, plan: dict[str, Any], num_duplicates: i
         print(f"skipped: {message}", flush=True)
     for line in remarked:
         print(f"clip {line}", flush=True)
-    if is_too_many(reasons.total(), clips + reasons.total(), options.max_bad_share):
-        raise too_many(reasons.total(), clips + reasons.total(), options.max_bad_share, messages[-1])
+    num_read = clips + reasons.total() + filtered.total()
+    if is_too_many(reasons.total(), num_read, options.max_bad_share):
+        raise too_many(reasons.total(), num_read, options.max_bad_share, messages[-1])
     manifest = {
         **plan,
         "shards": shards,

@@ -6,12 +6,11 @@ class of this protocol, and a line in `open_corpus`.
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
 
-from llama_mimi.common.ranks import from_first
 from llama_mimi.data.corpus_files import corpus_files, is_dataset
 from llama_mimi.data.folder_corpus import FolderCorpus
 from llama_mimi.data.manifest_corpus import ManifestCorpus
@@ -97,14 +96,3 @@ def open_corpus(
         return open_dataset(dataset, audio_column, text_column, extra_columns, split)
     kind, files = corpus_files(dataset, dataset_path, split)
     return FORMATS[kind](dataset, files, audio_column, text_column, extra_columns)
-
-
-def open_on_ranks(*args: Any, **values: Any) -> AudioCorpus:
-    """`open_corpus` on every rank, the first one before the others.
-
-    So what is found out once and kept, such as an index of tars or what `datasets` makes of a hub id, is not made by
-    all of them at the same time.
-    """
-    of_first: list[AudioCorpus] = []
-    from_first(lambda: of_first.append(open_corpus(*args, **values)))
-    return of_first[0] if of_first else open_corpus(*args, **values)

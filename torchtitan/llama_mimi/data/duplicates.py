@@ -1,7 +1,5 @@
 """Clips of a tokenised corpus that have the samples of an earlier one."""
 
-import io
-import json
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,8 +10,8 @@ import pyarrow.parquet as pq
 
 from llama_mimi.common.files import file_system, write_atomically
 from llama_mimi.data.clip_readers import HASH_BYTES
-from llama_mimi.data.code_store import AUDIO_HASH, NOTES, StoredClip
-from llama_mimi.data.code_writer import shard_of_clips
+from llama_mimi.data.code_store import AUDIO_HASH, OPTIONAL_COLUMNS, StoredClip, read_codes
+from llama_mimi.data.code_writer import read_notes, shard_of_clips
 from llama_mimi.data.parquet_corpus import FOOTER_THREADS, unreadable
 
 
@@ -21,7 +19,7 @@ def settle_duplicates(output_dir: str, plan: dict[str, Any]) -> int:
     """Take duplicates out of the shards, all of which are there, if that is wanted; the first in order stays.
 
     What is taken out is counted in its shard, so that a run that is killed here goes on from what it has done. The
-    hashes of all clips are in memory, 40 bytes for each.
+    hashes of all clips are in memory, some 60 bytes for each.
 
     Returns:
         How many stay in.
@@ -39,8 +37,7 @@ def settle_duplicates(output_dir: str, plan: dict[str, Any]) -> int:
     shard_N = np.searchsorted(starts, duplicates_N, side="right") - 1
     for shard in np.unique(shard_N):
         rows = set((duplicates_N[shard_N == shard] - starts[shard]).tolist())
-        fs, bare = file_system(paths[shard])
-        write_atomically(output_dir, plan["shards"][shard]["file"], _without(fs.cat_file(bare), plan, rows))
+        write_atomically(output_dir, plan["shards"][shard]["file"], _without(paths[shard], plan, rows))
     return 0
 
 
@@ -55,32 +52,29 @@ def _hashes(path: str) -> np.ndarray:
     fs, bare = file_system(path)
     try:
         with fs.open(bare) as stream:
-            column = pq.ParquetFile(stream).read([AUDIO_HASH])[AUDIO_HASH]
+            file = pq.ParquetFile(stream, page_checksum_verification=True)
+            column = file.read([AUDIO_HASH])[AUDIO_HASH]
         return np.array(column.to_pylist(), dtype=f"S{HASH_BYTES}")
     except (OSError, pa.ArrowException, KeyError) as error:
         raise unreadable(path, error) from error
 
 
-def _without(content: bytes, plan: dict[str, Any], rows: set[int]) -> bytes:
+def _without(path: str, plan: dict[str, Any], rows: set[int]) -> bytes:
     """A shard anew, without some of its rows."""
-    table = pq.read_table(io.BytesIO(content))
-    notes = json.loads(table.schema.metadata[NOTES])
+    _, notes = read_notes(path)
+    stored = ["id", "duration", "is_cut", AUDIO_HASH]
+    optional = [name for name in OPTIONAL_COLUMNS if name in plan["columns"]]
+    shard = read_codes(path, ["codes", *stored, *optional], plan["codec"]["num_quantizers"])
     remarks: dict[int, list[str]] = {}
     for row, _, remark in notes["remarks"]:
         remarks.setdefault(row, []).append(remark)
-    clips = [
-        StoredClip(
-            values["id"],
-            np.array(values["codes"], np.uint16).reshape(-1, plan["codec"]["num_quantizers"]),
-            values["duration"],
-            values["is_cut"],
-            values.get("text"),
-            values.get("speaker"),
-            tuple(remarks.get(row, ())),
-            values[AUDIO_HASH],
-        )
-        for row, values in enumerate(table.to_pylist())
-        if row not in rows
-    ]
+    clips = []
+    for row in range(len(shard.starts) - 1):
+        if row not in rows:
+            name, seconds, is_cut, audio_hash = (shard.columns[column][row] for column in stored)
+            said = {column: shard.columns[column][row] for column in optional}
+            of_row = tuple(remarks.get(row, ()))
+            codes_TQ = shard.codes(row)
+            clips.append(StoredClip(name, codes_TQ, seconds, is_cut, remarks=of_row, audio_hash=audio_hash, **said))
     filtered = Counter(notes["filtered"]) + Counter({"duplicate": len(rows)})
     return shard_of_clips(plan, notes["rows"], clips, {"skipped": notes["skipped"], "filtered": filtered})

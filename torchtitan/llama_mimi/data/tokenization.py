@@ -28,7 +28,7 @@ from llama_mimi.data.clip_readers import AudioClip, AudioReader, SkippedClip
 from llama_mimi.data.clips import Chunk, ClipStream, is_too_many
 from llama_mimi.data.code_store import StoredClip
 from llama_mimi.data.code_writer import TokenizationOptions, begin, finish, make_plan, too_many, write_shard
-from llama_mimi.data.corpora import AudioCorpus, open_on_ranks
+from llama_mimi.data.corpora import AudioCorpus, open_corpus
 from llama_mimi.data.corpus_files import CORPORA
 from llama_mimi.data.duplicates import settle_duplicates
 from llama_mimi.data.order import ClipRef, RowsInOrder
@@ -75,7 +75,8 @@ def run(options: TokenizationOptions, ranks: Ranks) -> None:
     row_filter = options.row_filter
     extra_columns = {"text": options.text_column, "speaker": options.speaker_column, **row_filter.columns}
     named = options.corpus, options.dataset_path, options.audio_column, None, extra_columns, options.split
-    corpus = open_on_ranks(*named)
+    from_first(lambda: bool(open_corpus(*named)))  # keeps an index of tars, so that the others do not make it, too
+    corpus = open_corpus(*named)
     if missing := [column for role, column in row_filter.columns.items() if role not in corpus.columns]:
         raise UserError(f"--where is {options.where!r}, but '{options.corpus}' has no column '{missing[0]}'")
     codec = MimiCodec(

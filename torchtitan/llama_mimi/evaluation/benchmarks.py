@@ -4,6 +4,7 @@ Each reader also takes what `pair_tables` reads: a hub id, or a folder of Parque
 """
 
 import csv
+import hashlib
 import math
 import re
 from collections import defaultdict
@@ -99,6 +100,24 @@ class Benchmark:
     def clips(self) -> list[BenchmarkClip]:
         """Every clip, pair by pair."""
         return [clip for pair in self.pairs for clip in (pair.positive, pair.negative)] + self.unpaired
+
+
+def limited(benchmark: Benchmark, limit: int) -> Benchmark:
+    """A part of a benchmark for a quick look: so many groups of each part, drawn by the hash of their names.
+
+    A smaller limit draws a part of what a larger one draws. Clips whose right answers are not published are left out.
+    """
+    groups: dict[str, set[str]] = defaultdict(set)
+    for pair in benchmark.pairs:
+        groups[pair.part].add(pair.group)
+    chosen = {
+        (part, group)
+        for part, names in groups.items()
+        for group in sorted(names, key=lambda name: hashlib.sha256(f"{part}/{name}".encode()).digest())[:limit]
+    }
+    pairs = [pair for pair in benchmark.pairs if (pair.part, pair.group) in chosen]
+    note = f"only {len(pairs):,} of {len(benchmark.pairs):,} pairs were scored, by --limit {limit}"
+    return Benchmark(pairs, notes=[*benchmark.notes, note])
 
 
 def read_salmon(source: str) -> Benchmark:

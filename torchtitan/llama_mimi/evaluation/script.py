@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +17,7 @@ from llama_mimi.common.hub import weights_sha256
 from llama_mimi.common.progress_log import ProgressLog
 from llama_mimi.common.ranks import Ranks, from_first, torchrun_ranks
 from llama_mimi.common.versions import versions
-from llama_mimi.evaluation.benchmarks import Benchmark
+from llama_mimi.evaluation.benchmarks import Benchmark, limited
 from llama_mimi.evaluation.clip_codes import CodeCache, cache_key, encode_clips
 from llama_mimi.evaluation.clip_scores import score_clips
 from llama_mimi.evaluation.results import (
@@ -86,6 +86,9 @@ class EvaluationOptions:
     window_seconds: float | None = None
     """Score the least likely window of this length"""
 
+    limit: int | None = None
+    """Score only so many pairs of each part (words or sentences, where those have several), for a quick look"""
+
     def chosen_preset(self, levels: tuple[int, ...] | None) -> Preset:
         """The scoring that the flags ask for.
 
@@ -102,13 +105,16 @@ class EvaluationOptions:
             raise UserError(f"--preset original cuts at {MAX_AUDIO_SECONDS:g} s; leave out --max_audio_seconds")
         if self.preset == "original" and self.codec_attention == "windowed":
             raise UserError("--preset original encodes without the codec's window; leave out --codec_attention")
-        return with_options(
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"--limit is {self.limit}; it must be 1 or more")
+        chosen = with_options(
             preset(self.preset, levels),
             levels=self.levels,
             end_token=None if self.end_token is None else self.end_token == "in",
             statistic=self.statistic,
             window_seconds=self.window_seconds,
         )
+        return chosen if self.limit is None else replace(chosen, name=f"{chosen.name}-limit_{self.limit}")
 
 
 @dataclass(frozen=True)
@@ -147,6 +153,8 @@ class BenchmarkScript:
     def _evaluate(self, options: EvaluationOptions, chosen: Preset, ranks: Ranks) -> None:
         data_dir = options.data_dir or self.hub_source
         benchmark = self.read(data_dir)
+        if options.limit is not None:
+            benchmark = limited(benchmark, options.limit)
         model = load_speech_model(
             options.model_name,
             codec_name=options.codec,

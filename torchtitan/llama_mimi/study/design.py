@@ -6,6 +6,7 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -239,7 +240,7 @@ def _table(
     for architecture in chosen.get("architecture", [next(iter(config))]):
         if architecture not in config:
             raise _refused(path, f"the table '{title}' has {architecture!r}, for which [config] names no file")
-        base = parse_config(["--job.config_file", config[architecture]])
+        base = _base(config[architecture])
         default = {
             "flavor": base.model.flavor,
             "num_quantizers": base.codec.num_quantizers,
@@ -261,7 +262,7 @@ def _table(
 
 
 def _flags(config: Mapping[Architecture, str], settings: Flags, when: Sequence[tuple[Flags, Flags]], arm: Arm) -> Flags:
-    base = parse_config(["--job.config_file", config[arm.architecture]])
+    base = _base(config[arm.architecture])
     flags: Flags = {
         "job.config_file": config[arm.architecture],
         "model.flavor": arm.flavor,
@@ -278,6 +279,11 @@ def _flags(config: Mapping[Architecture, str], settings: Flags, when: Sequence[t
             chosen |= more
     values = vars(arm)
     return flags | {key: v.format_map(values) if isinstance(v, str) else v for key, v in chosen.items()}
+
+
+@cache
+def _base(file: str) -> Any:
+    return parse_config(["--job.config_file", file])
 
 
 def _built(kind: type, values: dict[str, Any], path: Path, section: str) -> Any:

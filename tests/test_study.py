@@ -1,0 +1,396 @@
+"""A study: which runs a file means, what they cost, what becomes of them, and what its report says."""
+
+import itertools
+import json
+import re
+import shutil
+import statistics
+from pathlib import Path
+
+import pytest
+import study_report
+import torch
+import torch.distributed.checkpoint as dcp
+from conftest import ROOT, TINY, run_here
+from forked_ranks import run_ranks
+from scipy.stats import t as student
+from study_report import Results, write_report
+
+from llama_mimi.common.errors import UserError
+from llama_mimi.study import design, runs
+from llama_mimi.study.budget import cost_of_step
+from llama_mimi.study.design import Arm, Run, read_study
+from llama_mimi.study.registry import write_index
+from llama_mimi.study.runs import StepFailed, Workplace, judge, link_step, make_ready, run_families
+from llama_mimi.training.config_file import as_words, parse_config
+
+STUDY = """
+name = "mini"
+output_dir = "{folder}/out"
+seeds = [3, 5]
+[config]
+flattened = "config/tiny.toml"
+hierarchical = "config/tiny_hierarchical.toml"
+[settings]
+"training.steps" = 40
+"model.hf_assets_path" = "assets/tiny/llama"
+[[when]]
+num_quantizers = 8
+settings = {{ "training.local_batch_size" = 1 }}
+[[tables]]
+title = "Architectures"
+architecture = ["flattened", "hierarchical"]
+steps = [40, 20]
+[[tables]]
+title = "Quantizers"
+num_quantizers = [4, 8]
+[benchmarks.salmon]
+data_dir = "assets/tiny/benchmarks/salmon"
+[benchmarks.sLM21]
+data_dir = "assets/tiny/benchmarks/sLM21"
+[generation]
+corpus = "x.parquet"
+"""
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def written(folder, text=STUDY, **changes):
+    content = text.format(folder=folder)
+    for old, new in changes.values():
+        assert old in content
+        content = content.replace(old, new)
+    (folder / "study.toml").write_text(content)
+    return folder / "study.toml"
+
+
+def test_arms_are_the_combinations_of_each_table(tmp_path):
+    study = read_study(written(tmp_path))
+    names = ["flattened-tiny-q4-uniform-40", "flattened-tiny-q4-uniform-20", "hierarchical-tiny-q4-uniform-40"]
+    assert [arm.name for arm in study.arms] == [
+        *names,
+        "hierarchical-tiny-q4-uniform-20",
+        "flattened-tiny-q8-uniform-40",
+    ]
+    assert len(study.runs) == 10 and len({run.name for run in study.runs}) == 10
+    # Arms that differ in their steps alone are one job.
+    assert [(trunk.name, seed, [arm.steps for arm in arms]) for trunk, seed, arms in study.families][:3] == [
+        ("flattened-tiny-q4-uniform", 3, [20, 40]),
+        ("hierarchical-tiny-q4-uniform", 3, [20, 40]),
+        ("flattened-tiny-q8-uniform", 3, [40]),
+    ]
+    first, second = study.tables
+    assert [first.label(arm) for arm in first.arms[1:3]] == ["flattened, 20 steps", "hierarchical, 40 steps"]
+    assert [second.label(arm) for arm in second.arms] == ["Q = 4", "Q = 8"]
+
+
+def test_settings_of_an_arm(tmp_path):
+    study = read_study(written(tmp_path, a=("assets/tiny/llama", "models/base-q{num_quantizers}")))
+    configs = {arm: parse_config(as_words(study.flags(arm))) for arm in study.arms}
+    for arm, config in configs.items():
+        assert config.codec.num_quantizers == arm.num_quantizers and config.model.architecture == arm.architecture
+        assert config.model.hf_assets_path == f"models/base-q{arm.num_quantizers}"
+        # A row holds the same audio whatever Q is.
+        assert config.training.seq_len == {"hierarchical": 64, "flattened": 64 * arm.num_quantizers}[arm.architecture]
+        assert config.training.local_batch_size == (1 if arm.num_quantizers == 8 else 2)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('name = "mini"\n', "", "does not say 'name'"),
+        ("steps = [40, 20]", "stepz = [40]", "has the axis 'stepz'; the nearest is 'steps'"),
+        ("steps = [40, 20]", "steps = [40]\nflops = [1e12]", "both steps and flops"),
+        ('title = "Quantizers"\n', "", "has no title"),
+        ("seeds = [3, 5]", "seeds = []", "no [[tables]] or no seeds"),
+        ("seeds = [3, 5]", "seedz = [3]", "the key 'seedz' is unknown"),
+        ("[benchmarks.salmon]", "[benchmarks.salmonn]", "benchmarks.salmonn is none of salmon, sLM21, sStoryCloze"),
+        ("[generation]", "[launch]\nparalel = 2\n[generation]", "launch.paralel is unknown; there are parallel,"),
+        ("hierarchical = ", "hierarchic = ", "config.hierarchic is no architecture; there are flattened, hierarchical"),
+        (
+            'hierarchical = "config/tiny_hierarchical.toml"\n',
+            "",
+            "has 'hierarchical', for which [config] names no file",
+        ),
+        ("num_quantizers = [4, 8]", 'level_weights = ["heavy"]', "heavy"),
+        ("[[when]]", "[[before]]\nmakes = 'x'\n[[when]]", "[before] lacks a key"),
+        ("name =", "name", "cannot be read"),
+    ],
+)
+def test_mistakes_in_a_study(tmp_path, old, new, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        read_study(written(tmp_path, a=(old, new)))
+
+
+def test_steps_of_a_budget(tmp_path):
+    """The same FLOPs are more steps where a frame costs less; a step is FLOPs of its frames."""
+    study = read_study(written(tmp_path))
+    flat, deep = (cost_of_step(study.flags(study.arms[i]), 2) for i in (0, 2))
+    layers, D, Q, K, V, B, T = 1_574_400, 192, 4, 256, 1538, 2 * 2, 64
+    # A position of the flattened arm: layers, norm and the output, and attention over 256 positions.
+    assert flat.flops == B * T * Q * (6 * (layers + D + V * D) + 12 * 4 * D * 256) and flat.frames == B * T
+    # A frame of the other: layers, norm and 257 entries, and attention over 64 positions; then Q positions of a layer
+    # of width 96 behind a projection, attention over Q positions, and once the matrices of three levels.
+    depth = 96 * (96 + 32 + 32 + 96) + 3 * 96 * 768 + 2 * 96
+    backbone = 6 * (layers + D + (K + 1) * D) + 12 * 4 * D * 64
+    levels = Q * (6 * (depth + 96 + D * 96) + 12 * 1 * 96 * Q) + 6 * 3 * (K + 1) * 96
+    assert deep.flops == B * T * (backbone + levels)
+    budget = 10 * flat.flops / 2  # of one rank
+    text = written(tmp_path, a=("steps = [40, 20]", f"flops = [{budget!r}]"))
+    arms = read_study(text).tables[0].arms
+    assert [arm.steps for arm in arms] == [10, round(10 * flat.flops / deep.flops)]
+
+
+def test_the_shipped_studies_can_be_planned(capsys):
+    for path in sorted((ROOT / "config" / "studies").glob("*.toml")):
+        assert run_here(str(ROOT / "scripts" / "study.py"), path, "--plan")[0] == 0
+        said = capsys.readouterr().out
+        study = read_study(path)
+        assert f"{len(study.seeds)} seeds of {len(study.arms)} arms" in said and said.count("\n| ") >= len(study.arms)
+        assert run_here(str(ROOT / "scripts" / "study.py"), path, "--slurm")[0] == 0
+        assert f"--array=0-{len(study.families) - 1} " in capsys.readouterr().out
+
+
+# Runs, with commands that are played by this test.
+
+
+class Played(Workplace):
+    """Commands leave what the real ones leave, and are counted."""
+
+    def __init__(self, study, breaks=()):
+        super().__init__(study)
+        self.done, self.breaks = [], set(breaks)
+
+    def command(self, log, command):
+        flags = dict(itertools.pairwise(command))
+        name = next((word for word in command if word.endswith(".py")), "train")
+        out = Path(flags.get("--output_dir", flags.get("--job.dump_folder", "")))
+        self.done.append((name, flags.get("--model_name", str(out))))
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text("error: it broke\n")
+        if any(part in self.done[-1][1] and step == name for step, part in self.breaks):
+            raise StepFailed("it broke")
+        if name == "train":
+            step = out / "checkpoint" / f"step-{flags['--training.steps']}"
+            step.mkdir(parents=True)
+            (step / ".metadata").write_text(flags.get("--lr_scheduler.total_steps", ""))
+            config = {"training": {"dataset": "d"}, "job": {"dump_folder": str(out)}, "of": flags["--model.flavor"]}
+            (out / "job_config.json").write_text(json.dumps(config))
+        elif name == "scripts/convert_dcp_to_hf.py":
+            out.mkdir(parents=True)
+            (out / "README.md").touch()
+        elif name == "scripts/make.py":
+            Path(command[-1]).touch()
+        else:
+            model = Path(flags["--model_name"]).name
+            self.write(name, model, out)
+
+    def write(self, name, model, out):
+        """Accuracies that depend on run and pair."""
+        value = (len(model) * 7 + sum(map(ord, model))) % 5
+        if name == "eval/generation.py":
+            samples = [
+                {
+                    "prompt": f"p{i}",
+                    "sample": s,
+                    "similarity": 0.1 * i + 0.01 * value,
+                    "distillmos": None if i == s == 0 else 1.5,
+                }
+                for i in range(6)
+                for s in range(2)
+            ]
+            results = {"similarity": {"mean": 0.5}, "distillmos": {"mean": 1.5}}
+            path, content = (
+                out / f"{model}.json",
+                {"kind": "generations", "system": model, "samples": samples, "results": results},
+            )
+        else:
+            benchmark = Path(name).stem
+            part = {"salmon": "speaker_consistency", "sLM21": "lexical_dev"}[benchmark]
+            pairs = [
+                {"part": part, "name": str(i), "group": str(i), "correct": float((i + value) % 3 > 0)}
+                for i in range(20)
+            ]
+            accuracy = statistics.mean(pair["correct"] for pair in pairs)
+            content = {
+                "benchmark": benchmark,
+                "scoring": {"by_group": True},
+                "pairs": pairs,
+                "parts": {part: {"accuracy": accuracy, "interval": [0, 1], "count": 20}},
+                "model_sha256": "m" * 64,
+                "codec": {"sha256": "c" * 64},
+                "versions": {"commit": "abc"},
+            }
+            path = out / benchmark / model / "official.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content))
+
+
+def whole(place):
+    make_ready(place)
+    run_families(place, list(range(len(place.study.families))))
+    judge(place)
+    lines = write_index(place)
+    return lines, write_report(place, lines).read_text()
+
+
+def test_a_study_is_done_once_and_a_trunk_is_shared(tmp_path):
+    before = (
+        f'[[before]]\nmakes = "{tmp_path}/made"\ncommand = ["scripts/make.py", "--as", "{tmp_path}/made"]\n[generation]'
+    )
+    place = Played(read_study(written(tmp_path, a=("[generation]", before))))
+    lines, report = whole(place)
+    trained = [Path(out).parent.name for name, out in place.done if name == "train"]
+    # Of 20 and 40 steps the last fifth is decay: a trunk to step 16, then its decay, on to 32, then its decay.
+    per_seed = ["q4-uniform", "q4-uniform-20", "q4-uniform", "q4-uniform-40"]
+    for seed in (3, 5):
+        own = [
+            name.removeprefix("flattened-tiny-").removesuffix(f"-seed{seed}")
+            for name in trained
+            if name.startswith("flattened-tiny-q4") and name.endswith(str(seed))
+        ]
+        assert own == per_seed
+    assert trained.count("flattened-tiny-q8-uniform-40-seed3") == 1 and "flattened-tiny-q8-uniform-seed3" not in trained
+    trunk = place.folder(Run(study_arm(place, 0).trunk, 3)) / "run" / "checkpoint"
+    assert sorted(path.name for path in trunk.iterdir()) == ["step-16", "step-32"]
+    assert (trunk / "step-16" / ".metadata").read_text() == "40"  # constant until then
+    branch = place.folder(Run(study_arm(place, 1), 3)) / "run" / "checkpoint"
+    assert sorted(path.name for path in branch.iterdir()) == ["step-16", "step-20"]
+    assert place.done[0][0] == "scripts/make.py" and all(line["state"] == "done" for line in lines)
+    again = Played(place.study)
+    assert whole(again)[1] == report and again.done == []
+
+
+def study_arm(place, number):
+    return place.study.arms[number]
+
+
+def test_a_run_that_fails_is_a_hole_with_a_name_and_is_tried_again(tmp_path):
+    study = read_study(written(tmp_path))
+    breaks = [
+        ("eval/sLM21.py", "hierarchical-tiny-q4-uniform-40-seed5"),
+        ("train", "q8-uniform-40-seed3"),
+        ("eval/generation.py", "flattened-tiny-q4-uniform-20-seed3"),
+    ]
+    place = Played(study, breaks)
+    lines, report = whole(place)
+    states = {line["run"]: line["state"] for line in lines}
+    assert [run for run, state in states.items() if state == "failed"] == [
+        "flattened-tiny-q4-uniform-20-seed3",
+        "hierarchical-tiny-q4-uniform-40-seed5",
+        "flattened-tiny-q8-uniform-40-seed3",
+    ]
+    assert "- hierarchical-tiny-q4-uniform-40-seed5: sLM21 failed: it broke" in report
+    assert "- flattened-tiny-q8-uniform-40-seed3: train failed: it broke" in report
+    assert "7 of 10 runs" in report
+    whole_report = whole(Played(study))[1]
+    assert "Not there" not in whole_report and "10 of 10 runs" in whole_report
+    shutil.rmtree(study.output_dir)
+    assert whole(Played(study))[1] == whole_report  # as if nothing had failed
+
+
+def test_a_failed_trunk_fails_what_needs_it(tmp_path):
+    place = Played(read_study(written(tmp_path)), [("train", "hierarchical-tiny-q4-uniform-seed3")])
+    lines, _ = whole(place)
+    failed = {line["run"]: line["failed"]["step"] for line in lines if line["failed"]}
+    assert failed == {f"hierarchical-tiny-q4-uniform-{steps}-seed3": "trunk" for steps in (40, 20)}
+
+
+def test_commands_before_that_make_nothing(tmp_path):
+    before = f'[[before]]\nmakes = "{tmp_path}/gone"\ncommand = ["scripts/other.py"]\n[generation]'
+
+    class Idle(Workplace):
+        def command(self, log, command):
+            pass
+
+    with pytest.raises(UserError, match="did not make"):
+        make_ready(Idle(read_study(written(tmp_path, a=("[generation]", before)))))
+
+
+def test_a_real_command_that_fails_says_its_own_sentence(tmp_path):
+    place = Workplace(read_study(written(tmp_path)))
+    run = place.study.runs[0]
+    with pytest.raises(StepFailed, match="^error: .*nowhere"):
+        place.start(
+            run, "convert", [*place.python("scripts/convert_dcp_to_hf.py", checkpoint="nowhere", output_dir=tmp_path)]
+        )
+    assert (place.folder(run) / "logs" / "convert.log").exists()
+
+
+@pytest.mark.distributed
+def test_a_branch_is_a_run_of_its_own(tmp_path):
+    """Trunk, hard links and decay end with the weights that training alone ends with, to the bit."""
+    flags = {"job.config_file": "config/tiny.toml", "validation.enable": False, "training.local_batch_size": 1}
+    flags |= {"lr_scheduler.warmup_steps": 2, "training.dataloader.num_workers": 0, "checkpoint.interval": 100}
+
+    def trained(folder, steps, **more):
+        run_ranks(
+            1, ["-m", "llama_mimi.train", *as_words(runs._training(flags, folder, 7, steps) | more)], tmp_path / "log"
+        )
+
+    trained(tmp_path / "alone", 10)
+    trained(tmp_path / "trunk", 8, **{"lr_scheduler.total_steps": 20})
+    link_step(tmp_path / "trunk", tmp_path / "branch", 8)
+    trained(tmp_path / "branch", 10)
+    weights = []
+    for folder in ("alone", "branch"):
+        state = {
+            "tok_embeddings.weight": torch.empty(1538, 192),
+            "layers.3.feed_forward.w1.weight": torch.empty(512, 192),
+        }
+        dcp.load(state, checkpoint_id=tmp_path / folder / "checkpoint" / "step-10", no_dist=True)
+        weights.append(state)
+    for name, weight in weights[0].items():
+        assert torch.equal(weight, weights[1][name])
+
+
+# The report.
+
+
+def test_numbers_of_the_report_are_the_plainest(tmp_path):
+    place = Played(read_study(written(tmp_path)))
+    lines, report = whole(place)
+    by_run = {line["run"]: line for line in lines}
+    a, b = study_arm(place, 0), study_arm(place, 2)
+    values = {
+        arm: [100 * by_run[Run(arm, seed).name]["scores"]["salmon/speaker_consistency"]["accuracy"] for seed in (3, 5)]
+        for arm in (a, b)
+    }
+    row = next(line for line in report.splitlines() if line.startswith("| flattened, 40 steps |"))
+    cells = dict(
+        zip(
+            [cell.strip() for cell in report.split("\n| ")[1].split("|")],
+            [c.strip() for c in row.split("|")[1:]],
+            strict=False,
+        )
+    )
+    found = next(cell for cell in row.split("|") if "results/salmon" in cell)
+    mean, low, high, spread = map(float, re.match(r" (\S+) \((\S+) to (\S+)\) ± (\S+) ", found).groups())
+    assert mean == pytest.approx(statistics.mean(values[a]), abs=0.05) and low <= mean <= high and cells
+    assert spread == pytest.approx(student.ppf(0.975, 1) * statistics.stdev(values[a]) / 2**0.5, abs=0.05)
+    for seed in (3, 5):
+        link = re.search(rf"\[{seed}\]\(([^)]+)\)", found)[1]
+        assert json.loads((place.study.output_dir / link).read_text())["benchmark"] == "salmon"
+    by_seed = [y - x for x, y in zip(values[a], values[b], strict=True)]
+    wanted = f"| hierarchical, 40 steps | {statistics.mean(by_seed):+.2f} |"
+    assert wanted in report
+    # A sample without a value leaves its prompt to the others, and all rows have the same prompts.
+    measured = Results(place, lines).measured(place.study.tables[0].arms, "distillmos")
+    assert {len(one.parts[0]) for one in measured.values()} == {6}
+    assert "arXiv 2509.14882" in report and (place.study.output_dir / "tradeoff-1.png").stat().st_size > 10_000
+
+
+def test_one_seed_has_no_spread():
+    assert study_report.half_width([1.0]) is None
+    assert study_report.half_width([1.0, 3.0]) == pytest.approx(12.706, abs=1e-3)
+    one = study_report.Measured({0: 0.5}, [{"a": 0.0, "b": 1.0}])
+    assert one.spread is None and one.interval[0] <= 0.5 <= one.interval[1]
+
+
+def test_names_are_folders():
+    arm = Arm("flattened", "1B", 4, "geometric:100", 7)
+    assert arm.name == "flattened-1B-q4-geometric_100-7" and arm.trunk.name == "flattened-1B-q4-geometric_100"
+    assert design.Table("t", (arm,), ()).label(arm) == arm.name and TINY.exists()
