@@ -6,6 +6,7 @@ What is finished is kept: a study that was stopped or killed goes on when it is 
 in the report, is tried again at the next start, and does not stop the others.
 """
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -16,12 +17,15 @@ from llama_mimi.common.cpu import use_cpu_without_gpu
 use_cpu_without_gpu()  # before anything imports TorchTitan
 
 from study_report import write_report  # noqa: E402
+from torchtitan.tools.logging import logger  # noqa: E402
 
 from llama_mimi.common.errors import UserError, run_command  # noqa: E402
-from llama_mimi.study.budget import cost_of_step  # noqa: E402
+from llama_mimi.study.budget import cost_of_step, decay_begins  # noqa: E402
 from llama_mimi.study.design import Study, read_study  # noqa: E402
 from llama_mimi.study.registry import write_index  # noqa: E402
 from llama_mimi.study.runs import Workplace, judge, make_ready, run_families  # noqa: E402
+
+FRAMES_PER_HOUR = 12.5 * 3600  # of Mimi
 
 
 def study(
@@ -47,6 +51,7 @@ def study(
     Raises:
         UserError: the file cannot be used, or a command before the runs failed.
     """
+    logger.setLevel(logging.ERROR)  # that a base model is not here yet is no news
     chosen = read_study(file)
     if plan:
         return print_plan(chosen, gpu_tflops * 1e12 * mfu)
@@ -69,21 +74,25 @@ def study(
 
 
 def print_plan(chosen: Study, flops_per_s: float) -> None:
-    """What each arm costs, and the whole; a family trains its trunk once."""
-    print("| arm | steps | PFLOPs | GPU hours | hours of audio | \n|---|---|---|---|---|")
+    """What each arm costs beyond what the arms of its trunk before it have trained, and the whole."""
+    print("| arm | FLOPs a step | steps | of which its own | GPU hours of these | hours of audio |")
+    print("|---|---|---|---|---|---|")
     total = 0.0
-    trained: dict[object, int] = {}
-    for arm in sorted(chosen.arms, key=lambda arm: -arm.steps):
-        step = cost_of_step(chosen.flags(arm), chosen.launch.nproc_per_node)
-        flops, hours = step.flops * arm.steps, step.frames * arm.steps / 12.5 / 3600
-        own = flops if arm.trunk not in trained else flops * 0.2  # its decay alone
-        trained[arm.trunk] = arm.steps
-        total += own
-        print(f"| {arm.name} | {arm.steps:,} | {flops / 1e15:,.2f} | {own / flops_per_s / 3600:,.2f} | {hours:,.0f} |")
+    for _, seed, arms in chosen.families:
+        if seed != chosen.seeds[0]:
+            break
+        trained = 0
+        for arm in arms:
+            flags = chosen.flags(arm)
+            step, begin = cost_of_step(flags, chosen.launch.nproc_per_node), decay_begins(flags, arm.steps)
+            steps = arm.steps - (min(trained, begin) if len(arms) > 1 else 0)
+            trained = max(trained, begin)
+            hours = step.flops * steps / flops_per_s / 3600
+            total += hours
+            heard = step.frames * arm.steps / FRAMES_PER_HOUR
+            print(f"| {arm.name} | {step.flops:.3g} | {arm.steps:,} | {steps:,} | {hours:,.2f} | {heard:,.0f} |")
     seeds = len(chosen.seeds)
-    print(
-        f"\n{seeds} seeds of {len(chosen.arms)} arms: {seeds * total / flops_per_s / 3600:,.1f} GPU hours of training"
-    )
+    print(f"\n{seeds} seeds of {len(chosen.arms)} arms: {seeds * total:,.1f} GPU hours of training")
 
 
 def print_slurm(chosen: Study) -> None:

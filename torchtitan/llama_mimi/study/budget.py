@@ -61,6 +61,14 @@ def cost_of_step(flags: Mapping[str, Any], num_ranks: int) -> StepCost:
     return StepCost(rows * frames_of_row * flops_per_frame, rows * frames_of_row)
 
 
+def decay_begins(flags: Mapping[str, Any], steps: int) -> int:
+    """The last step before the learning rate of so many steps decays; 0 if it has no constant part."""
+    schedule = parse_config(as_words(flags)).lr_scheduler
+    decay = steps - schedule.warmup_steps if schedule.decay_ratio is None else round(steps * schedule.decay_ratio)
+    begin = steps - decay
+    return begin if begin > schedule.warmup_steps else 0
+
+
 def _frame_rate_hz(job_config: Any) -> float:
     config = load_codec_config(job_config.codec.name, job_config.codec.num_quantizers)
     return config.sampling_rate / config.frame_size

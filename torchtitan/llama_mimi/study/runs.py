@@ -21,8 +21,9 @@ from llama_mimi.checkpoint.dcp import complete_steps
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import read_json, write_atomically
 from llama_mimi.common.ranks import end_with_parent
+from llama_mimi.study.budget import decay_begins
 from llama_mimi.study.design import Arm, Run, Study
-from llama_mimi.training.config_file import as_words, parse_config
+from llama_mimi.training.config_file import as_words
 
 RECORD = "record.json"
 LAST_LINES = 5  # of a log, that say why a step failed
@@ -176,10 +177,8 @@ def train(place: Workplace, run: Run, trunk: Arm, arms: list[Arm]) -> None:
     if is_trained(folder, arm.steps):
         return
     if len(arms) > 1:
-        schedule = parse_config(as_words(flags)).lr_scheduler
-        decay = arm.steps if schedule.decay_ratio is None else round(arm.steps * schedule.decay_ratio)
-        begin = arm.steps - decay
-        if begin > schedule.warmup_steps and not (folder / "checkpoint").exists():
+        begin = decay_begins(flags, arm.steps)
+        if begin and not (folder / "checkpoint").exists():
             of_trunk = place.folder(Run(trunk, run.seed)) / "run"
             if not is_trained(of_trunk, begin):
                 total = max(arm.steps for arm in arms)
