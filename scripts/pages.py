@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -19,6 +20,7 @@ from llama_mimi.common.errors import UserError
 WINDOW, HOP = 1024, 240  # 43 ms every 10 ms at 24 kHz
 TOP_DB, RANGE_DB = 40.0, 80.0  # full scale is about 48 dB; what is softer than -40 dB is black
 SPECTROGRAM_ROWS = 96
+MARK_COLUMNS, MARK_COLOR = 2, (90, 220, 255)
 MP3_QUALITY = 0.6  # of soundfile: 0 is the best; 5 kB a second at 24 kHz
 
 STYLE = """
@@ -70,15 +72,20 @@ def write_page(path: Path, title: str, parts: Iterable[str]) -> None:
 
 
 def table(rows: Sequence[Sequence[str]], header: Sequence[str], *, label: str) -> str:
-    """Rows of text; cells that begin with a digit are aligned as numbers.
+    """Rows of text; numbers are aligned as such.
 
     Args:
         label: what it shows, for those who hear the page.
     """
+    return table_of_html([[escape(text) for text in row] for row in rows], header, label=label)
 
-    def cell(text: str) -> str:
-        kind = ' class="number"' if text[:1].isdigit() or text[:2].strip("-+.")[:1].isdigit() else ""
-        return f"<td{kind}>{escape(text)}</td>"
+
+def table_of_html(rows: Sequence[Sequence[str]], header: Sequence[str], *, label: str) -> str:
+    """As `table`, of cells that are HTML."""
+
+    def cell(content: str) -> str:
+        kind = ' class="number"' if re.fullmatch(r"[-+]?[\d.,]+ ?%?", content) else ""
+        return f"<td{kind}>{content}</td>"
 
     head = "".join(f'<th scope="col">{escape(text)}</th>' for text in header)
     body = "\n".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
@@ -89,18 +96,26 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str], *, label: str) -
     )
 
 
-def card(heading: str, samples_S: torch.Tensor, sample_rate_hz: int, lines: Sequence[str] = ()) -> str:
+def card(
+    heading: str,
+    samples_S: torch.Tensor,
+    sample_rate_hz: int,
+    lines: Sequence[str] = (),
+    mark_seconds: float | None = None,
+) -> str:
     """A clip with its player, its spectrogram and what is said about it.
 
     Args:
         heading, lines: as text.
         samples_S: mono.
+        mark_seconds: where a line is drawn, such as the end of a prompt.
     """
     said = "".join(f"<p>{escape(line)}</p>" for line in lines)
+    picture = _data("image/webp", _spectrogram(samples_S, sample_rate_hz, mark_seconds))
     seen = f"Spectrogram of {heading}, {len(samples_S) / sample_rate_hz:.1f} s, 0 to {sample_rate_hz / 2000:g} kHz"
     return (
         f'<section class="card"><h3>{escape(heading)}</h3>\n{player(heading, samples_S, sample_rate_hz)}\n'
-        f'<img class="sound" alt="{escape(seen)}" src="{_data("image/webp", _spectrogram(samples_S))}">\n'
+        f'<img class="sound" alt="{escape(seen)}" src="{picture}">\n'
         f"{said}</section>"
     )
 
@@ -130,15 +145,21 @@ def chart(figure: Figure, description: str) -> str:
     stream = io.BytesIO()
     figure.savefig(stream, dpi=100, format="png")
     plt.close(figure)
-    return f'<img class="chart" alt="{escape(description)}" src="{_data("image/png", stream.getvalue())}">'
+    return picture(stream.getvalue(), description)
 
 
-def _spectrogram(samples_S: torch.Tensor) -> bytes:
+def picture(png: bytes, description: str) -> str:
+    return f'<img class="chart" alt="{escape(description)}" src="{_data("image/png", png)}">'
+
+
+def _spectrogram(samples_S: torch.Tensor, sample_rate_hz: int, mark_seconds: float | None) -> bytes:
     """Level over time and frequency, up to half the sample rate, on a scale that is the same for all clips."""
     magnitude_FT = torchaudio.transforms.Spectrogram(WINDOW, hop_length=HOP, power=1.0)(samples_S)
     level_FT = 20 * magnitude_FT.clamp(min=1e-6).log10()
     share_FT = ((level_FT - TOP_DB + RANGE_DB) / RANGE_DB).clamp(0, 1).flip(0).numpy()
     colors = (plt.get_cmap("magma")(share_FT)[..., :3] * 255).astype(np.uint8)
+    if mark_seconds is not None:
+        colors[:, round(mark_seconds * sample_rate_hz / HOP) :][:, :MARK_COLUMNS] = MARK_COLOR
     picture = Image.fromarray(colors).resize((min(colors.shape[1], 480), SPECTROGRAM_ROWS), Image.Resampling.BOX)
     stream = io.BytesIO()
     picture.save(stream, "WEBP", quality=60)

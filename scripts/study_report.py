@@ -6,8 +6,8 @@ other seeds would give; neither says both.
 
 import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from llama_mimi.evaluation.benchmarks import SALMON_PARTS
 from llama_mimi.judging.intervals import interval_of_parts
 from llama_mimi.judging.table import COLUMNS, KIND, column_of
 from llama_mimi.study.design import BENCHMARKS, Arm, Run, Table
+from llama_mimi.study.registry import INDEX
 from llama_mimi.study.runs import Workplace
 
 REPORT = "report.md"
@@ -198,33 +199,77 @@ def heading_of(column: str) -> str:
     return heading(column) if column.split("/")[0] in BENCHMARKS else column_of(column).heading
 
 
+@dataclass(frozen=True)
+class Cell:
+    """Text, with links from the study's folder by what they are called."""
+
+    text: str
+    links: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the report.
+
+    Args:
+        tables: rows of cells, of which the first are the headings.
+        picture: file in the study's folder.
+    """
+
+    title: str
+    texts: list[str] = field(default_factory=list)
+    tables: list[list[list[Cell]]] = field(default_factory=list)
+    picture: str | None = None
+
+
 def write_report(place: Workplace, lines: Lines) -> Path:
     """Write the report and its pictures into the study's folder, and return its path.
 
     Raises:
         UserError: a result cannot be read, or something cannot be written.
     """
+    parts = []
+    for number, section in enumerate(sections(place, lines)):
+        parts += [f"{'#' * min(number + 1, 2)} {section.title}", *section.texts, *map(markdown, section.tables)]
+        parts += (
+            [f"![{section.title}: fidelity against linguistic scores]({section.picture})"] if section.picture else []
+        )
+    content = "\n\n".join(parts) + "\n"
+    write_atomically(str(place.study.output_dir), REPORT, content.encode())
+    return place.study.output_dir / REPORT
+
+
+def markdown(rows: Sequence[Sequence[Cell]]) -> str:
+    def of_cell(cell: Cell) -> str:
+        return " ".join([cell.text, *(f"[{name}]({path})" for name, path in cell.links.items())])
+
+    lines = [[of_cell(cell) for cell in row] for row in rows]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def sections(place: Workplace, lines: Lines) -> list[Section]:
+    """What the report says; pictures are drawn on the way."""
     study, results = place.study, Results(place, lines)
     commits = sorted({line["commit"] for line in lines if line["commit"]})
     done = sum(line["state"] == "done" for line in lines)
-    sections = [
-        f"# Study {study.name}",
-        f"`uv run python scripts/study.py {study.path}`: {done} of {len(lines)} runs, "
-        f"{len(study.seeds)} seeds of {len(study.arms)} arms; commit {', '.join(commits) or 'unknown'}. "
-        "What each run was trained on and what it cost is in [index.jsonl](index.jsonl).",
-    ]
+    about = (
+        f"`uv run python scripts/study.py {study.path}`: {done} of {len(lines)} runs, {len(study.seeds)} seeds of "
+        f"{len(study.arms)} arms; commit {', '.join(commits) or 'unknown'}. What each run was trained on and what it "
+        f"cost is in {INDEX}."
+    )
+    found = [Section(f"Study {study.name}", [about, LEGEND])]
     if holes := [line for line in lines if line["state"] != "done"]:
-        sections += ["## Not there", "\n".join(f"- {line['run']}: {_why(line)}" for line in holes)]
-    sections.append(LEGEND)
+        found.append(Section("Not there", ["\n".join(f"- {line['run']}: {_why(line)}" for line in holes)]))
     for number, table in enumerate(study.tables, 1):
-        sections += [f"## {table.title}", arms_table(results, table), differences(results, table)]
         picture = study.output_dir / f"tradeoff-{number}.png"
-        if draw(results, table, picture):
-            sections.append(f"![{table.title}: fidelity against linguistic scores]({picture.name})")
-    sections += published(results)
-    content = "\n\n".join(section for section in sections if section) + "\n"
-    write_atomically(str(study.output_dir), REPORT, content.encode())
-    return study.output_dir / REPORT
+        is_drawn = draw(results, table, picture)
+        tables = [rows for rows in (arms_table(results, table), differences(results, table)) if len(rows) > 1]
+        found.append(Section(table.title, [], tables, picture.name if is_drawn else None))
+    if len(rows := published(results)) > 1:
+        text = "By their own scoring, on the whole benchmarks and on their own prompts."
+        found.append(Section("Published by others", [text], [rows]))
+    return found
 
 
 LEGEND = (
@@ -239,22 +284,26 @@ def _why(line: Mapping[str, Any]) -> str:
     return f"{failed['step']} failed: {failed['why']}" if failed else "not finished"
 
 
-def arms_table(results: Results, table: Table) -> str:
-    """Arms by columns in Markdown, then the references of continuations."""
+def headings(first: str, columns: Iterable[str]) -> list[Cell]:
+    return [Cell(first), *(Cell(heading_of(column)) for column in columns)]
+
+
+def arms_table(results: Results, table: Table) -> list[list[Cell]]:
+    """Arms by columns, then the references of continuations."""
     columns = {column: found for column in results.columns if (found := results.measured(table.arms, column))}
-    rows = [["", *map(heading_of, columns)], ["---"] * (len(columns) + 1)]
+    rows = [headings("", columns)]
     for arm in table.arms:
-        rows.append([table.label(arm), *(cell(results, arm, column, found) for column, found in columns.items())])
+        rows.append([Cell(table.label(arm)), *(cell(results, arm, column, found) for column, found in columns.items())])
     for name, means in results.references().items():
-        cells = [f"{means[column]:.{digits_of(column)}f}" if column in means else "" for column in columns]
-        if any(cells):
-            rows.append([name, *cells])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        texts = [f"{means[column]:.{digits_of(column)}f}" if column in means else "" for column in columns]
+        if any(texts):
+            rows.append([Cell(name), *map(Cell, texts)])
+    return rows
 
 
-def cell(results: Results, arm: Arm, column: str, found: Mapping[Arm, Measured]) -> str:
+def cell(results: Results, arm: Arm, column: str, found: Mapping[Arm, Measured]) -> Cell:
     if arm not in found:
-        return ""
+        return Cell("")
     measured, digits = found[arm], digits_of(column)
     text = f"{measured.mean:.{digits}f}"
     if measured.interval is not None:
@@ -262,13 +311,13 @@ def cell(results: Results, arm: Arm, column: str, found: Mapping[Arm, Measured])
     if measured.spread is not None:
         text += f" ± {measured.spread:.{digits}f}"
     paths = {seed: results.path(Run(arm, seed), column) for seed in measured.of_seeds} if column != BITS else {}
-    return text + "".join(f" [{seed}]({path})" for seed, path in paths.items() if path)
+    return Cell(text, {str(seed): path for seed, path in paths.items() if path})
 
 
-def differences(results: Results, table: Table) -> str:
-    """How each arm differs from the first, in Markdown; empty where there is none."""
+def differences(results: Results, table: Table) -> list[list[Cell]]:
+    """How each arm differs from the first."""
     first, *others = table.arms
-    rows = []
+    rows = [["", f"minus {table.label(first)}", "difference", "95 % over pairs", "95 % over seeds"]]
     for column in results.columns:
         found = results.measured(table.arms, column)
         for arm in others:
@@ -280,24 +329,20 @@ def differences(results: Results, table: Table) -> str:
             over_pairs = "{:+.{d}f} to {:+.{d}f}".format(*difference.interval, d=digits) if difference.interval else ""
             spread = f"± {difference.spread:.{digits}f}" if difference.spread is not None else ""
             rows.append([heading_of(column), table.label(arm), f"{difference.mean:+.{digits}f}", over_pairs, spread])
-    if not rows:
-        return ""
-    head = ["", f"minus {table.label(first)}", "difference", "95 % over pairs", "95 % over seeds"]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+    return [[Cell(text) for text in row] for row in rows]
 
 
-def published(results: Results) -> list[str]:
+def published(results: Results) -> list[list[Cell]]:
     """What others have published of the same columns."""
-    rows = [(row.label, row.accuracies) for row in read_published(PUBLISHED)]
-    rows += read_published_generations(PUBLISHED)
-    columns = [column for column in results.columns if any(column in scores for _, scores in rows)]
-    shown = [(label, scores) for label, scores in rows if scores.keys() & set(columns)]
-    if not shown:
-        return []
-    table = [["", *map(heading_of, columns)], ["---"] * (len(columns) + 1)]
-    table += [[label, *(f"{s[c]:.{digits_of(c)}f}" if c in s else "" for c in columns)] for label, s in shown]
-    lines = "\n".join(f"| {' | '.join(row)} |" for row in table)
-    return ["## Published by others", "By their own scoring, on the whole benchmarks and their own prompts.", lines]
+    of_others = [(row.label, row.accuracies) for row in read_published(PUBLISHED)]
+    of_others += read_published_generations(PUBLISHED)
+    columns = [column for column in results.columns if any(column in scores for _, scores in of_others)]
+    rows = [headings("", columns)]
+    for label, scores in of_others:
+        if scores.keys() & set(columns):
+            texts = [f"{scores[c]:.{digits_of(c)}f}" if c in scores else "" for c in columns]
+            rows.append([Cell(label), *map(Cell, texts)])
+    return rows
 
 
 def draw(results: Results, table: Table, path: Path) -> bool:
