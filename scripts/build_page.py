@@ -146,6 +146,8 @@ def _card(folder: Path, system: str, report: dict[str, Any], prompt: dict[str, A
     try:
         samples_S = read_audio(folder / first["file"], RATE_HZ, max_seconds=end).samples_S
     except AudioError as error:
+        if error.reason == "empty":
+            return f'<section class="card"><h3>{escape(system)}</h3><p>says nothing</p></section>'
         raise UserError(f"a continuation of '{system}' cannot be heard: {error}") from error
     holds_prompt = len(samples_S) / RATE_HZ > prompt["seconds"] + first["seconds"] - ROUNDING_SECONDS
     lines = [first["text"]] if first.get("text") else []

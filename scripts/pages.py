@@ -19,14 +19,15 @@ from llama_mimi.common.errors import UserError
 
 WINDOW, HOP = 1024, 240  # 43 ms every 10 ms at 24 kHz
 TOP_DB, RANGE_DB = 40.0, 80.0  # full scale is about 48 dB; what is softer than -40 dB is black
-SPECTROGRAM_ROWS = 96
+SPECTROGRAM_ROWS, MAX_COLUMNS = 96, 480
 MARK_COLUMNS, MARK_COLOR = 2, (90, 220, 255)
 MP3_QUALITY = 0.6  # of soundfile: 0 is the best; 5 kB a second at 24 kHz
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-width: 72rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2rem; } h3 { font-size: 1rem; margin: .2rem 0; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
+h3 { font-size: 1rem; margin: 1.4rem 0 .2rem; } .card h3 { margin: .2rem 0; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; }
 th, td { border-bottom: 1px solid var(--line); padding: .25rem .6rem; text-align: left; vertical-align: top; }
@@ -111,7 +112,7 @@ def card(
         mark_seconds: where a line is drawn, such as the end of a prompt.
     """
     said = "".join(f"<p>{escape(line)}</p>" for line in lines)
-    picture = _data("image/webp", _spectrogram(samples_S, sample_rate_hz, mark_seconds))
+    picture = _data("image/webp", _webp(spectrogram(samples_S, sample_rate_hz, mark_seconds)))
     seen = f"Spectrogram of {heading}, {len(samples_S) / sample_rate_hz:.1f} s, 0 to {sample_rate_hz / 2000:g} kHz"
     return (
         f'<section class="card"><h3>{escape(heading)}</h3>\n{player(heading, samples_S, sample_rate_hz)}\n'
@@ -152,17 +153,30 @@ def picture(png: bytes, description: str) -> str:
     return f'<img class="chart" alt="{escape(description)}" src="{_data("image/png", png)}">'
 
 
-def _spectrogram(samples_S: torch.Tensor, sample_rate_hz: int, mark_seconds: float | None) -> bytes:
-    """Level over time and frequency, up to half the sample rate, on a scale that is the same for all clips."""
+def spectrogram(samples_S: torch.Tensor, sample_rate_hz: int, mark_seconds: float | None = None) -> np.ndarray:
+    """Level over time and frequency, up to half the sample rate, as colors (rows, columns, 3) in uint8.
+
+    The scale is the same for all clips.
+    """
+    samples_S = torch.nn.functional.pad(samples_S, (0, max(0, WINDOW - len(samples_S))))
     magnitude_FT = torchaudio.transforms.Spectrogram(WINDOW, hop_length=HOP, power=1.0)(samples_S)
     level_FT = 20 * magnitude_FT.clamp(min=1e-6).log10()
     share_FT = ((level_FT - TOP_DB + RANGE_DB) / RANGE_DB).clamp(0, 1).flip(0).numpy()
     colors = (plt.get_cmap("magma")(share_FT)[..., :3] * 255).astype(np.uint8)
     if mark_seconds is not None:
         colors[:, round(mark_seconds * sample_rate_hz / HOP) :][:, :MARK_COLUMNS] = MARK_COLOR
-    picture = Image.fromarray(colors).resize((min(colors.shape[1], 480), SPECTROGRAM_ROWS), Image.Resampling.BOX)
+    return colors
+
+
+def resized(colors: np.ndarray) -> np.ndarray:
+    """A spectrogram of `SPECTROGRAM_ROWS`, and as long as it was up to `MAX_COLUMNS`."""
+    size = min(colors.shape[1], MAX_COLUMNS), SPECTROGRAM_ROWS
+    return np.asarray(Image.fromarray(colors).resize(size, Image.Resampling.BOX))
+
+
+def _webp(colors: np.ndarray) -> bytes:
     stream = io.BytesIO()
-    picture.save(stream, "WEBP", quality=60)
+    Image.fromarray(resized(colors)).save(stream, "WEBP", quality=60)
     return stream.getvalue()
 
 

@@ -1,5 +1,6 @@
 """Pages: one file each, with what was measured on them, and nothing from elsewhere."""
 
+import json
 import math
 from collections import Counter
 from html.parser import HTMLParser
@@ -8,12 +9,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from build_page import build_page
 from conftest import TINY
 from inspect_codes import InspectionOptions, entropy_bits, inspect_codes
 from layouts import in_json_files, lossless_rows
-from pages import card, page, table
+from pages import MARK_COLOR, card, page, spectrogram, table
 from test_code_store import tokenize
 
+from llama_mimi.audio.reading import Waveform, read_audio, write_wav
 from llama_mimi.common.errors import UserError
 
 VOID = {"meta", "link", "img", "br"}
@@ -98,3 +101,70 @@ def test_a_store_as_a_page(tmp_path, capsys):
 
 def test_entropy():
     assert entropy_bits(np.array([5, 5, 0, 5, 5])) == 2.0 and entropy_bits(np.array([7, 0])) == 0.0
+
+
+# Continuations side by side.
+
+
+def generations(folder):
+    """Results of two systems and two references on three prompts, as eval/generation.py leaves them."""
+    samples_S = read_audio(TINY / "prompt.wav", 24_000).samples_S
+    prompts = [{"name": f"p{number}", "speaker": "<b>", "seconds": 1.0} for number in range(3)]
+    (folder / "prompts.json").parent.mkdir()
+    (folder / "prompts.json").write_text(json.dumps({"prompts": prompts, "settings": {}}))
+    for system in ("recording", "shuffled", "reconstruction_q4", "mine", "theirs"):
+        samples = []
+        for prompt in prompts:
+            for number in (1, 0) if system in ("mine", "theirs") else (None,):
+                file = f"{system}/{prompt['name']}_{number}.wav"
+                heard = {"recording": samples_S[:40_000], "theirs": samples_S[24_000:36_000]}.get(
+                    system, samples_S[:36_000]
+                )
+                write_wav(folder / file, Waveform(heard, 24_000))
+                values = {
+                    "similarity": 0.25 if number == 0 else 0.5,
+                    "distillmos": None,
+                    "text": f"{system} & {number}",
+                }
+                samples.append({"prompt": prompt["name"], "sample": number, "file": file, "seconds": 0.5, **values})
+        report = {"kind": "generations", "system": system, "samples": samples, "results": {}}
+        (folder / f"{system}.json").write_text(json.dumps(report))
+    return folder
+
+
+def test_continuations_stand_beside_their_recording(tmp_path):
+    folder = generations(tmp_path / "g")
+    build_page(page=tmp_path / "a.html", generations=folder, num_prompts=2)
+    found = outline((tmp_path / "a.html").read_text())
+    assert found.kinds["audio"] == 2 * 4 == found.kinds["img"]
+    first = found.cells[found.cells.index("recording") :][:12]
+    assert first == [
+        *("recording", "recording & None", "speaker similarity 0.500"),
+        *("reconstruction_q4", "reconstruction_q4 & None", "speaker similarity 0.500"),
+        *("mine", "mine & 0", "speaker similarity 0.250"),
+        *("theirs", "theirs & 0", "speaker similarity 0.250"),
+    ]
+    build_page(page=tmp_path / "b.html", generations=folder, systems=("theirs",), num_prompts=9)
+    assert outline((tmp_path / "b.html").read_text()).kinds["audio"] == 3 * 3
+    (folder / "theirs" / "p1_0.wav").write_bytes(b"")
+    build_page(page=tmp_path / "c.html", generations=folder, num_prompts=3)
+    assert outline((tmp_path / "c.html").read_text()).cells.count("says nothing") == 1
+    (folder / "mine" / "p1_0.wav").unlink()
+    for mistake, message in (
+        ({"generations": folder}, "a continuation of 'mine' cannot be heard: .*does not exist"),
+        ({"generations": folder, "systems": ("nobody",)}, "has no result of 'nobody', only of mine, reconst"),
+        ({"generations": tmp_path}, "holds no prompts.json"),
+        ({}, "name either a --study or the folder of --generations"),
+        ({"generations": folder, "num_prompts": -1}, "--num_prompts is -1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            build_page(page=tmp_path / "d.html", **mistake)
+
+
+def test_the_line_is_where_a_prompt_ends():
+    colors = spectrogram(torch.zeros(24_000), 24_000, mark_seconds=0.5)
+    marked = [column for column in range(colors.shape[1]) if (colors[:, column] == MARK_COLOR).all()]
+    assert marked == [50, 51]  # 0.5 s at 10 ms a column
+    tone = torch.sin(2 * math.pi * 6_000 * torch.arange(24_000) / 24_000)
+    brightest = spectrogram(tone, 24_000)[:, 50].sum(axis=1).argmax()
+    assert abs(brightest - 256) <= 2  # half of 12 kHz, of 513 rows

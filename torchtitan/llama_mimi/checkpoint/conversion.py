@@ -1,5 +1,6 @@
 """From a Hugging Face Llama to what training starts from, and from a training checkpoint to a Hugging Face model."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from llama_mimi.checkpoint.dcp import find_step, load_model_state
 from llama_mimi.checkpoint.huggingface import save_folder
 from llama_mimi.checkpoint.run_record import find_run_record
 from llama_mimi.common.errors import UserError
+from llama_mimi.common.files import read_json, write_atomically
 from llama_mimi.common.hub import load_pretrained
 from llama_mimi.tokens.units import SPECIAL_ROLES, VocabularyKind, audio_tokenizer, extend_tokenizer, has_text
 
@@ -37,6 +39,12 @@ A speech language model: {description}.
 
 {usage}
 """
+
+
+JOB_CONFIG = "job_config.json"  # of a run, in its folder
+TRAINING_CONFIG = "training_config.json"  # of a converted model
+# Where a run lies and how often it says and saves something.
+NOT_OF_THE_MODEL = ("job", "checkpoint", "metrics", "comm", "profiling", "memory_estimation", "fault_tolerance")
 
 
 def convert_checkpoint(checkpoint: Path, output_dir: Path, dtype: Precision = "float32") -> None:
@@ -93,6 +101,9 @@ def convert_checkpoint(checkpoint: Path, output_dir: Path, dtype: Precision = "f
         step=step,
         dtype=dtype,
     )
+    if training := read_json(str(record.parent), JOB_CONFIG):
+        own = {section: values for section, values in training.items() if section not in NOT_OF_THE_MODEL}
+        write_atomically(str(output_dir), TRAINING_CONFIG, (json.dumps(own, indent=1) + "\n").encode())
     (output_dir / "README.md").write_text(card)
     print(f"{step} -> {output_dir} ({model.num_parameters():,} parameters, {dtype})")
 

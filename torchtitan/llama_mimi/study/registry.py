@@ -7,6 +7,7 @@ from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from llama_mimi.checkpoint.conversion import JOB_CONFIG, NOT_OF_THE_MODEL
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import digest, read_json, write_atomically
 from llama_mimi.data.code_store import MANIFEST
@@ -17,8 +18,6 @@ from llama_mimi.study.runs import Workplace
 INDEX = "index.jsonl"
 BITS = "validation_bits_per_audio_second/"
 SCORE_KEYS = ("accuracy", "interval", "count")
-# Where a run lies and how often it saves is no part of what was trained.
-NOT_OF_THE_MODEL = ("job", "checkpoint", "metrics", "comm", "profiling")
 
 
 def write_index(place: Workplace) -> list[dict[str, Any]]:
@@ -36,7 +35,7 @@ def write_index(place: Workplace) -> list[dict[str, Any]]:
 
 def _line(place: Workplace, run: Run, flops_of_step: float) -> dict[str, Any]:
     record, folder = place.record(run), place.folder(run) / "run"
-    config = read_json(str(folder), "job_config.json")
+    config = read_json(str(folder), JOB_CONFIG)
     results = {
         name: read_json(str(path.parent), path.name)
         for name in place.study.benchmarks

@@ -1,0 +1,123 @@
+"""What would stand on the hub of a converted model, of both architectures, and that stock classes load it."""
+
+import json
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from conftest import TINY
+from huggingface_hub import HfApi, ModelCard
+from transformers import AutoTokenizer, CsmForConditionalGeneration, LlamaForCausalLM
+
+from llama_mimi.checkpoint.conversion import convert_checkpoint
+from llama_mimi.checkpoint.publishing import PublishingOptions, publish
+from llama_mimi.checkpoint.run_record import save_run_record, speech_config
+from llama_mimi.common.errors import UserError
+from llama_mimi.common.hub import weights_sha256
+from llama_mimi.model.architectures import build_model
+from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs
+from llama_mimi.tokens.sequences import load_sequences
+
+
+@pytest.fixture
+def model(model_folder, tmp_path):
+    """A converted model with what conversion writes beside its weights."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for path in model_folder.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "README.md").write_text(
+        "---\nlibrary_name: transformers\ntags: [mimi]\n---\n\n# mine\n\nHow to use it.\n"
+    )
+    training = {"training": {"dataset": "data/codes/x", "steps": 7}, "loss": {"level_weights": "uniform"}}
+    (folder / "training_config.json").write_text(json.dumps(training))
+    return folder
+
+
+def results(folder, sha256):
+    """A result of the model, one of another, its continuations, and a line of a study."""
+    folder.mkdir()
+    part = {"accuracy": 0.75, "interval": [0.6, 0.85], "count": 40}
+    for name, weights in {"a": sha256, "b": "0" * 64}.items():
+        report = {
+            "benchmark": f"salmon_{name}",
+            "preset": "official",
+            "model_sha256": weights,
+            "parts": {"speaker": part},
+        }
+        (folder / f"{name}.json").write_text(json.dumps(report))
+    heard = {"similarity": {"mean": 0.5, "interval": [0.4, 0.6], "count": 44}}
+    (folder / "c.json").write_text(json.dumps({"made_by": {"model_sha256": sha256}, "results": heard}))
+    (folder / "other.json").write_text("[1]")
+    line = {"model_sha256": sha256, "data_sha256": "d" * 64, "flops": 5.83e12}
+    (folder / "index.jsonl").write_text(json.dumps(line) + "\n" + json.dumps(line | {"model_sha256": "x"}) + "\n")
+    return folder
+
+
+def test_a_dry_run_writes_what_would_be_uploaded(model, tmp_path, capsys):
+    of_model = results(tmp_path / "results", weights_sha256(str(model)))
+    publish(PublishingOptions(model, "me/mine", (of_model,), dry_run=tmp_path / "dry"))
+    assert "would be uploaded: README.md, config.json" in capsys.readouterr().out
+    card = ModelCard.load(tmp_path / "dry" / "README.md")
+    assert "How to use it." in card.content and card.data.library_name == "transformers"
+    assert "| data | data/codes/x |" in card.content and "| steps | 7 |" in card.content
+    assert "| training FLOPs | 5.83e+12 |" in card.content and "d" * 64 in card.content
+    assert "| salmon_a | speaker | official | 75.0 % | 60.0 to 85.0 % | 40 |" in card.content
+    assert "salmon_b" not in card.content and "| similarity | 0.500 | 0.400 to 0.600 | 44 |" in card.content
+    (score,) = card.data.eval_results
+    assert (score.metric_value, score.dataset_type) == (75.0, "salmon_a")
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "dry")
+    assert torch.isfinite(loaded(torch.tensor([[0, 1]])).logits).all()
+    assert "<audio>" in AutoTokenizer.from_pretrained(tmp_path / "dry").get_vocab()
+    with pytest.raises(UserError, match="which exists; name a new folder"):
+        publish(PublishingOptions(model, "me/mine", (of_model,), dry_run=tmp_path / "dry"))
+
+
+def test_an_upload_sends_the_folder_and_the_card(model, tmp_path, monkeypatch, capsys):
+    sent = []
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo, **options: sent.append((repo, options)))
+    monkeypatch.setattr(HfApi, "upload_folder", lambda self, **what: sent.append(what))
+    monkeypatch.setattr(HfApi, "upload_file", lambda self, **what: sent.append(what))
+    publish(PublishingOptions(model, "me/mine", (), private=True))
+    created, folder, card = sent
+    assert created == ("me/mine", {"private": True, "exist_ok": True})
+    assert "model.safetensors" in folder["allow_patterns"] and "README.md" not in folder["allow_patterns"]
+    assert card["path_in_repo"] == "README.md" and b"# mine" in card["path_or_fileobj"]
+    assert "https://huggingface.co/me/mine" in capsys.readouterr().out
+
+
+def test_mistakes(model, tmp_path, monkeypatch):
+    def refused(*args, **options):
+        raise OSError("no network")
+
+    monkeypatch.setattr(HfApi, "create_repo", refused)
+    with pytest.raises(UserError, match="could not be uploaded to 'me/mine' .*no network.*--dry_run"):
+        publish(PublishingOptions(model, "me/mine", ()))
+    for repo in ("mine", "me/my/mine", "me/..", "/"):
+        with pytest.raises(UserError, match="--repo is"):
+            publish(PublishingOptions(model, repo, ()))
+    with pytest.raises(UserError, match="is no converted model"):
+        publish(PublishingOptions(TINY, "me/mine", ()))
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "x.json").write_text("{no")
+    with pytest.raises(UserError, match="is no readable JSON"):
+        publish(PublishingOptions(model, "me/mine", (tmp_path / "bad",)))
+
+
+def test_the_other_architecture(tmp_path):
+    """From a checkpoint, whose run's settings go along."""
+    sequences = load_sequences(str(TINY / "llama"), str(TINY / "mimi"), 4, "llama", "hierarchical")
+    own = {"architecture": "hierarchical", "enable_weight_tying": False, "num_quantizers": 4, "codebook_size": 256}
+    args = LlamaMimiArgs(**{**vars(FLAVORS["tiny"]), "vocab_size": sequences.vocabulary.size, **own})
+    run = tmp_path / "run"
+    save_run_record(str(run), speech_config(args, sequences, str(TINY / "mimi")), sequences)
+    state = build_model(args).state_dict()
+    dcp.save(state, checkpoint_id=run / "checkpoint" / "step-1", no_dist=True)
+    (run / "job_config.json").write_text(json.dumps({"job": {"dump_folder": str(run)}, "training": {"steps": 1}}))
+    convert_checkpoint(run / "checkpoint", tmp_path / "converted")
+    assert json.loads((tmp_path / "converted" / "training_config.json").read_text()) == {"training": {"steps": 1}}
+    publish(PublishingOptions(tmp_path / "converted", "me/frames", (), dry_run=tmp_path / "dry"))
+    loaded = CsmForConditionalGeneration.from_pretrained(tmp_path / "dry")
+    assert loaded.config.num_codebooks == 4
+    card = (tmp_path / "dry" / "README.md").read_text()
+    assert "CsmForConditionalGeneration.from_pretrained" in card and "| steps | 1 |" in card

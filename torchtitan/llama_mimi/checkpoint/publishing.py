@@ -1,0 +1,195 @@
+"""A converted model on the hub, with a card that says how it was made and how it scored."""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from llama_mimi.audio.mimi import codec_hash
+from llama_mimi.checkpoint.architectures import load_config
+from llama_mimi.checkpoint.conversion import TRAINING_CONFIG
+from llama_mimi.common.errors import UserError, first_line
+from llama_mimi.common.files import read_json
+from llama_mimi.common.hub import weights_sha256
+
+CARD = "README.md"
+INDEX = "index.jsonl"  # of a study's runs
+# Settings that a card names, and what it calls them.
+SETTINGS = {
+    "training.dataset": "data",
+    "training.steps": "steps",
+    "training.global_batch_size": "rows a step",
+    "training.seq_len": "positions a row",
+    "data.packing": "packing",
+    "data.max_audio_seconds": "longest clip (s)",
+    "loss.level_weights": "weights of the levels",
+    "optimizer.lr": "learning rate",
+    "lr_scheduler.decay_ratio": "share of decay",
+    "debug.seed": "seed",
+}
+
+
+@dataclass(frozen=True)
+class PublishingOptions:
+    """Flags of scripts/push_to_hub.py."""
+
+    model_name: Path
+    """Folder that scripts/convert_dcp_to_hf.py has made"""
+
+    repo: str
+    """Where to: owner/name on the hub"""
+
+    results: tuple[Path, ...] = (Path("results"),)
+    """Folders with results of eval/ or of a study; those of this model's weights stand in its card"""
+
+    dry_run: Path | None = None
+    """Write what would be uploaded into this folder, which must not exist, and upload nothing"""
+
+    private: bool = False
+    """A new repository is private"""
+
+
+def publish(options: PublishingOptions) -> None:
+    """Upload a converted model.
+
+    Raises:
+        UserError: no converted model, a result that cannot be read, or the hub refuses.
+    """
+    try:
+        validate_repo_id(options.repo)
+    except HFValidationError as error:
+        raise UserError(f"--repo is '{options.repo}', which is no owner/name ({first_line(error)})") from error
+    if options.repo.count("/") != 1:
+        raise UserError(f"--repo is '{options.repo}'; name it as owner/name")
+    card = write_card(options.model_name, options.repo, options.results)
+    files = sorted(path for path in options.model_name.iterdir() if path.is_file() and path.name != CARD)
+    if options.dry_run is not None:
+        return _write(options.dry_run, files, card)
+    api = HfApi()
+    try:
+        api.create_repo(options.repo, private=options.private, exist_ok=True)
+        names = [path.name for path in files]
+        api.upload_folder(repo_id=options.repo, folder_path=options.model_name, allow_patterns=names)
+        api.upload_file(repo_id=options.repo, path_or_fileobj=card.encode(), path_in_repo=CARD)
+    except (OSError, HfHubHTTPError) as error:  # no network and no login are of the first kind
+        raise UserError(
+            f"'{options.model_name}' could not be uploaded to '{options.repo}' ({first_line(error)}); log in with "
+            "`hf auth login`, or see with --dry_run FOLDER what would be"
+        ) from error
+    print(f"{options.model_name} -> https://huggingface.co/{options.repo}")
+
+
+def _write(folder: Path, files: Sequence[Path], card: str) -> None:
+    if folder.exists():
+        raise UserError(f"--dry_run is '{folder}', which exists; name a new folder")
+    folder.mkdir(parents=True)
+    for path in files:
+        shutil.copyfile(path, folder / path.name)
+    (folder / CARD).write_text(card)
+    names = ", ".join(sorted(os.listdir(folder)))
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    print(f"would be uploaded: {names}; {size / 1e6:,.1f} MB, as they lie in {folder}")
+
+
+def write_card(model: Path, repo: str, results: Sequence[Path]) -> str:
+    """The card of conversion with what is known of training and scores.
+
+    Raises:
+        UserError: no converted model, or a result that cannot be read.
+    """
+    if not (model / CARD).is_file() or not list(model.glob("*.safetensors")):
+        raise UserError(f"'{model}' is no converted model; make one with scripts/convert_dcp_to_hf.py")
+    config, _ = load_config(str(model), "model")
+    sha256 = weights_sha256(str(model))
+    reports, lines = _results_of(sha256, results)
+    card = ModelCard.load(model / CARD)
+    card.data.model_name = repo.split("/")[1]
+    facts = {"weights (SHA-256)": f"`{sha256}`", "weights of the codec (SHA-256)": f"`{codec_hash(config.codec)}`"}
+    facts |= _training(model)
+    if lines:
+        facts |= {"data (SHA-256)": f"`{lines[0]['data_sha256']}`", "training FLOPs": f"{lines[0]['flops']:.3g}"}
+    parts = [card.content.rstrip(), "## Training", _table(("", ""), facts.items())]
+    scores = [
+        (
+            report["benchmark"],
+            part,
+            report["preset"],
+            f"{100 * r['accuracy']:.1f} %",
+            "{:.1f} to {:.1f} %".format(*(100 * x for x in r["interval"])),
+            f"{r['count']:,}",
+        )
+        for report in reports
+        for part, r in report.get("parts", {}).items()
+    ]
+    if scores:
+        head = ("benchmark", "part", "preset", "accuracy", "95 % interval", "pairs, words or sentences")
+        parts += ["## Scores", _table(head, scores)]
+        card.data.eval_results = [
+            EvalResult(
+                task_type="audio-to-audio",
+                dataset_type=report["benchmark"],
+                dataset_name=f"{report['benchmark']} {part} ({report['preset']})",
+                metric_type="accuracy",
+                metric_value=round(100 * result["accuracy"], 2),
+            )
+            for report in reports
+            for part, result in report.get("parts", {}).items()
+        ]
+    measures = {name: r for report in reports if "results" in report for name, r in report["results"].items()}
+    if measures:
+        rows = [
+            (name, f"{r['mean']:.3f}", "{:.3f} to {:.3f}".format(*r["interval"]), str(r["count"]))
+            for name, r in measures.items()
+        ]
+        parts += ["## Continuations", _table(("measure", "mean", "95 % interval", "prompts"), rows)]
+    text = "\n\n".join(parts) + "\n"
+    body = text.split("---\n", 2)[2] if text.startswith("---\n") else text
+    return f"---\n{card.data.to_yaml()}\n---\n{body}"
+
+
+def _training(model: Path) -> dict[str, str]:
+    config = read_json(str(model), TRAINING_CONFIG) or {}
+    found = {}
+    for key, name in SETTINGS.items():
+        section, _, setting = key.partition(".")
+        if (value := config.get(section, {}).get(setting)) is not None:
+            found[name] = str(value)
+    return found
+
+
+def _results_of(sha256: str, folders: Sequence[Path]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Results of benchmarks and of continuations, and lines of studies, that are of these weights."""
+    reports, lines = [], []
+    for folder in folders:
+        for path in sorted(folder.rglob("*.json")):
+            found = _read(path, path.read_text())
+            if not isinstance(found, dict):
+                continue
+            made_by = found if "parts" in found else found.get("made_by", {})
+            if made_by.get("model_sha256") == sha256:
+                reports.append(found)
+        for path in sorted(folder.rglob(INDEX)):
+            of_file = [_read(path, line) for line in path.read_text().splitlines()]
+            lines += [line for line in of_file if line.get("model_sha256") == sha256]
+    return reports, lines
+
+
+def _read(path: Path, content: str) -> Any:
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        raise UserError(
+            f"'{path}' is no readable JSON ({first_line(error)}); mend it, or name other --results"
+        ) from error
+
+
+def _table(head: Sequence[str], rows: Any) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
