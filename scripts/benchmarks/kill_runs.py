@@ -4,12 +4,13 @@
     uv run python scripts/benchmarks/kill_runs.py --of tokenization --layout tar --kills 20 --folder outputs/kills_tar
     uv run python scripts/benchmarks/kill_runs.py --of training --kills 50 --seed 0 --folder outputs/kills
     uv run python scripts/benchmarks/kill_runs.py --of continuation --kills 20 --seed 0 --folder outputs/kills
+    uv run python scripts/benchmarks/kill_runs.py --of study --kills 5 --seed 0 --max_seconds 90 --folder outputs/kills
 
 Tokenisation is started again until it finishes, its shards are compared with an undisturbed run's, and the folder is
 begun anew, until there were enough kills. Training (the tiny recipe, packed, from those codes) goes on from its last
 checkpoint on another number of ranks; every step writes down which frames of which clips it used, and what the steps
 up to the last checkpoint used is compared with the data. Of 1,000 continuations the files are compared with an
-undisturbed run's, byte by byte.
+undisturbed run's, byte by byte, and of a small study its report and the scores of its runs.
 """
 
 import contextlib
@@ -41,6 +42,33 @@ from llama_mimi.data.order import CorpusOrder, Position
 CORPUS, CODEC = "assets/tiny/corpus/train-*.parquet", "assets/tiny/mimi"
 SHUFFLE_BLOCK = 64
 NUM_PROMPTS = 250
+STUDY = """
+name = "killed"
+output_dir = "{folder}/out"
+[config]
+flattened = "config/tiny.toml"
+hierarchical = "config/tiny_hierarchical.toml"
+[settings]
+"lr_scheduler.warmup_steps" = 2
+"checkpoint.interval" = 5
+"validation.freq" = 1000
+[launch]
+parallel = 2
+threads = 1
+[[tables]]
+title = "Architectures"
+architecture = ["flattened", "hierarchical"]
+steps = [24, 12]
+[benchmarks.sStoryCloze]
+data_dir = "assets/tiny/benchmarks/storycloze"
+limit = 20
+[generation]
+corpus = "assets/tiny/corpus/validation-*.parquet"
+prompt_seconds = 1.6
+recording_seconds = 2.6
+seconds = 1
+limit = 4
+"""
 
 
 @dataclass(frozen=True)
@@ -53,7 +81,7 @@ class KillFlags:
         layout: of the corpus that is tokenised, as in layouts.py; Parquet is the corpus as it is
     """
 
-    of: Literal["tokenization", "training", "continuation"]
+    of: Literal["tokenization", "training", "continuation", "study"]
     kills: int
     folder: Path
     seed: int = 0
@@ -66,6 +94,8 @@ def kill_runs(flags: KillFlags) -> None:
     flags.folder.mkdir(parents=True, exist_ok=True)
     if flags.of == "continuation":
         return kill_continuation(flags)
+    if flags.of == "study":
+        return kill_study(flags)
     codes = flags.folder / f"codes-{flags.layout}"
     corpus = corpus_of(flags)
     if not (codes / "manifest.json").exists():
@@ -212,6 +242,56 @@ def kill_continuation(flags: KillFlags) -> None:
     )
     if found != expected or set(lines.values()) != {1}:
         raise UserError("the samples are not those of the undisturbed run")
+
+
+def kill_study(flags: KillFlags) -> None:
+    """A study of two trunks with two decays each; what it says in the end is compared with an undisturbed one's."""
+    generator, began = random.Random(flags.seed), time.monotonic()
+    log = flags.folder / "study.log"
+    whole, killed = (write_study(flags.folder / name) for name in ("whole_study", "killed_study"))
+    if start_study(whole, log).wait():
+        raise UserError(f"the undisturbed study failed; see {log}")
+    kills = starts = 0
+    while True:
+        starts += 1
+        process = start_study(killed, log)
+        seconds = generator.uniform(5, flags.max_seconds) if kills < flags.kills else 3600
+        if kill_at(process, seconds):
+            kills += 1
+        elif process.returncode:
+            raise UserError(f"the study ended with {process.returncode}; see {log}")
+        elif kills == flags.kills:
+            break
+        done = list((killed.parent / "out" / "results").rglob("official*.json"))
+        print(f"kill {kills}: {seconds:.1f} s, {len(done)} results", flush=True)
+    reports = [(study.parent / "out" / "report.md").read_text().replace(str(study), "") for study in (whole, killed)]
+    scores = [
+        [
+            {key: line[key] for key in ("run", "state", "bits_per_audio_second", "scores")}
+            for line in map(json.loads, lines)
+        ]
+        for lines in ((study.parent / "out" / "index.jsonl").read_text().splitlines() for study in (whole, killed))
+    ]
+    is_same = reports[0] == reports[1] and scores[0] == scores[1]
+    print(
+        f"study: {kills} kills (seed {flags.seed}), {starts} starts; {len(scores[0])} runs, the report is "
+        f"{'the same' if is_same else 'another'}; {(time.monotonic() - began) / 60:.0f} min"
+    )
+    if not is_same:
+        raise UserError("the study does not say what the undisturbed one says")
+
+
+def write_study(folder: Path) -> Path:
+    """A study that takes minutes, made anew."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / "study.toml").write_text(STUDY.format(folder=folder))
+    return folder / "study.toml"
+
+
+def start_study(study: Path, log: Path) -> subprocess.Popen:
+    with open(log, "w") as output:
+        return subprocess.Popen([sys.executable, "scripts/study.py", study], stdout=output, stderr=output)
 
 
 def kill_training(flags: KillFlags, codes: Path) -> None:

@@ -5,6 +5,7 @@ The rooms, from the top; each says what it may import, and `tests/test_layout.py
 | room | holds |
 |---|---|
 | `train` `train_spec` `job_config` | the entry point, the seams put together, the settings: what users name |
+| `study` | many runs as one: which, what they cost, the way of each to its scores |
 | `training` | settings and their checks, loss, metrics, validation |
 | `checkpoint` | distributed checkpoints, Hugging Face folders, and the way between |
 | `judging` | continuations judged: prompts, measures, tables |

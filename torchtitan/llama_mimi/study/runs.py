@@ -54,7 +54,9 @@ class Workplace:
         return self.study.output_dir / "models" / run.name
 
     def result(self, run: Run, benchmark: str) -> Path:
-        return self.results / benchmark / run.name / "official.json"
+        flags = self.study.benchmarks[benchmark]
+        limit = f"-limit_{flags['limit']}" if "limit" in flags else ""
+        return self.results / benchmark / run.name / f"{flags.get('preset', 'official')}{limit}.json"
 
     def generation(self, run: Run) -> Path:
         return self.generations / f"{run.name}.json"
