@@ -5,6 +5,7 @@ other seeds would give; neither says both.
 """
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -48,12 +49,12 @@ class Measured:
 
     Args:
         of_seeds: the value of each seed.
-        parts: values by pair or prompt, each the mean over seeds; empty where there are none.
+        parts_of_seeds: of each seed the values by pair or prompt; empty where there are none.
         shown: of a value.
     """
 
     of_seeds: dict[int, float]
-    parts: Parts
+    parts_of_seeds: dict[int, Parts]
     shown: Callable[[float], float] = float
 
     @property
@@ -62,10 +63,13 @@ class Measured:
 
     @cached_property
     def interval(self) -> tuple[float, float] | None:
-        """95 % over pairs or prompts, by bootstrap."""
-        if not self.parts:
+        """95 % over pairs or prompts, by bootstrap; each has its mean over seeds."""
+        if not self.parts_of_seeds:
             return None
-        low, high = interval_of_parts([list(part.values()) for part in self.parts])
+        parts = zip(*self.parts_of_seeds.values(), strict=True)
+        low, high = interval_of_parts(
+            [[statistics.mean(seed[key] for seed in part) for key in part[0]] for part in parts]
+        )
         return self.shown(low), self.shown(high)
 
     @property
@@ -74,12 +78,17 @@ class Measured:
         return half_width([self.shown(value) for value in self.of_seeds.values()])
 
     def minus(self, other: "Measured") -> "Measured":
-        """The difference seed by seed and pair by pair; of what both have."""
-        seeds = {
-            s: self.shown(v) - self.shown(other.of_seeds[s]) for s, v in self.of_seeds.items() if s in other.of_seeds
+        """The difference pair by pair and seed by seed, of the seeds that both have; of perplexities the ratio."""
+        seeds = [seed for seed in self.of_seeds if seed in other.of_seeds]
+        parts_of_seeds = {
+            seed: [
+                {key: a[key] - b[key] for key in a}
+                for a, b in zip(self.parts_of_seeds[seed], other.parts_of_seeds[seed], strict=True)
+            ]
+            for seed in seeds
+            if seed in self.parts_of_seeds
         }
-        pairs = zip(self.parts, other.parts, strict=True)
-        return Measured(seeds, [{key: self.shown(a[key]) - self.shown(b[key]) for key in a} for a, b in pairs])
+        return Measured({s: self.of_seeds[s] - other.of_seeds[s] for s in seeds}, parts_of_seeds, self.shown)
 
 
 def half_width(values: Sequence[float]) -> float | None:
@@ -122,7 +131,7 @@ class Results:
         if column == BITS:
             bits = {key: self.lines[run.name]["bits_per_audio_second"].get("all") for key, run in runs.items()}
             by_arm = {arm: {s: v for (a, s), v in bits.items() if a == arm and v is not None} for arm in arms}
-            return {arm: Measured(of_seeds, []) for arm, of_seeds in by_arm.items() if of_seeds}
+            return {arm: Measured(of_seeds, {}) for arm, of_seeds in by_arm.items() if of_seeds}
         found = {key: parts for key, run in runs.items() if (parts := self._parts(run, column))}
         if not found:
             return {}
@@ -132,15 +141,15 @@ class Results:
             return {}
         of_arms = {}
         for arm in dict.fromkeys(arm for arm, _ in found):
-            own = {seed: parts for (a, seed), parts in found.items() if a == arm}
-            of_seeds = {
-                seed: statistics.mean(statistics.mean(part[key] for key in keys[i]) for i, part in enumerate(parts))
-                for seed, parts in own.items()
+            own = {
+                seed: [{key: part[key] for key in keys[i]} for i, part in enumerate(parts)]
+                for (a, seed), parts in found.items()
+                if a == arm
             }
-            over_seeds = [
-                {k: statistics.mean(parts[i][k] for parts in own.values()) for k in keys[i]} for i in range(num_parts)
-            ]
-            of_arms[arm] = Measured(of_seeds, over_seeds, shown_of(column))
+            of_seeds = {
+                s: statistics.mean(statistics.mean(part.values()) for part in parts) for s, parts in own.items()
+            }
+            of_arms[arm] = Measured(of_seeds, own, shown_of(column))
         return of_arms
 
     def references(self) -> dict[str, dict[str, float]]:
@@ -328,7 +337,8 @@ def differences(results: Results, table: Table) -> list[list[Cell]]:
                 continue
             over_pairs = "{:+.{d}f} to {:+.{d}f}".format(*difference.interval, d=digits) if difference.interval else ""
             spread = f"± {difference.spread:.{digits}f}" if difference.spread is not None else ""
-            rows.append([heading_of(column), table.label(arm), f"{difference.mean:+.{digits}f}", over_pairs, spread])
+            name = heading_of(column) + (" (ratio)" if difference.shown is math.exp else "")
+            rows.append([name, table.label(arm), f"{difference.mean:+.{digits}f}", over_pairs, spread])
     return [[Cell(text) for text in row] for row in rows]
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import re
 import shutil
 import statistics
@@ -379,15 +380,36 @@ def test_numbers_of_the_report_are_the_plainest(tmp_path):
     assert wanted in report
     # A sample without a value leaves its prompt to the others, and all rows have the same prompts.
     measured = Results(place, lines).measured(place.study.tables[0].arms, "distillmos")
-    assert {len(one.parts[0]) for one in measured.values()} == {6}
+    assert {len(parts[0]) for one in measured.values() for parts in one.parts_of_seeds.values()} == {6}
     assert "arXiv 2509.14882" in report and (place.study.output_dir / "tradeoff-1.png").stat().st_size > 10_000
+
+
+def test_a_run_ends_with_a_validation(tmp_path):
+    """At the first number of steps from the config's on that divides all of them."""
+    flags = {"job.config_file": "config/tiny.toml"}  # every 210 steps
+    found = [runs._training(flags, tmp_path, 0, steps)["validation.freq"] for steps in (24, 420, 421, 1050, 840)]
+    assert found == [24, 210, 421, 210, 210]
 
 
 def test_one_seed_has_no_spread():
     assert study_report.half_width([1.0]) is None
     assert study_report.half_width([1.0, 3.0]) == pytest.approx(12.706, abs=1e-3)
-    one = study_report.Measured({0: 0.5}, [{"a": 0.0, "b": 1.0}])
+    one = study_report.Measured({0: 0.5}, {0: [{"a": 0.0, "b": 1.0}]})
     assert one.spread is None and one.interval[0] <= 0.5 <= one.interval[1]
+
+
+def test_a_difference_is_of_the_seeds_that_both_have():
+    a = study_report.Measured(
+        {0: 0.5, 1: 0.9}, {0: [{"x": 0.0, "y": 1.0}], 1: [{"x": 0.8, "y": 1.0}]}, study_report.percent
+    )
+    b = study_report.Measured({0: 0.25}, {0: [{"x": 0.0, "y": 0.5}]}, study_report.percent)
+    difference = a.minus(b)
+    assert difference.mean == 25.0 and difference.spread is None and difference.interval == (0.0, 50.0)
+    assert a.mean == 70.0 and a.interval == (40.0, 100.0)
+    perplexity = study_report.Measured({0: math.log(3)}, {0: [{"x": math.log(3)}]}, math.exp)
+    half = study_report.Measured({0: math.log(6)}, {0: [{"x": math.log(6)}]}, math.exp)
+    assert half.minus(perplexity).mean == pytest.approx(2.0)
+    assert half.minus(perplexity).interval == pytest.approx((2.0, 2.0))
 
 
 def test_names_are_folders():

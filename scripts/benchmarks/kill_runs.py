@@ -51,7 +51,7 @@ hierarchical = "config/tiny_hierarchical.toml"
 [settings]
 "lr_scheduler.warmup_steps" = 2
 "checkpoint.interval" = 5
-"validation.freq" = 1000
+"validation.freq" = 24
 [launch]
 parallel = 2
 threads = 1

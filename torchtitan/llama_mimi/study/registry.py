@@ -65,7 +65,7 @@ def _line(place: Workplace, run: Run, flops_of_step: float) -> dict[str, Any]:
         "commit": first.get("versions", {}).get("commit"),
         "flops": flops_of_step * run.arm.steps,
         "seconds": record["seconds"],
-        "bits_per_audio_second": validation_bits(folder),
+        "bits_per_audio_second": validation_bits(folder, run.arm.steps),
         "scores": {
             f"{name}/{part}": {key: result[key] for key in SCORE_KEYS}
             for name, report in found.items()
@@ -88,9 +88,9 @@ def _data_sha256(dataset: str) -> str:
     )
 
 
-def validation_bits(folder: Path) -> dict[str, float]:
-    """Bits a second of audio at the last validation of a run, by level and of all levels together."""
-    values: dict[str, dict[int, float]] = {}
+def validation_bits(folder: Path, step: int) -> dict[str, float]:
+    """Bits a second of audio at the validation of a step, by level and of all levels together."""
+    bits: dict[str, float] = {}
     for log in sorted((folder / "tb").rglob("events*"), key=lambda log: log.name):  # one for each start
         try:
             events = EventAccumulator(str(log))
@@ -98,5 +98,6 @@ def validation_bits(folder: Path) -> dict[str, float]:
         except Exception as error:  # TensorBoard raises what a file that was cut off makes of it
             raise UserError(f"the log '{log}' cannot be read ({error}); remove it") from error
         for tag in events.Tags()["scalars"]:
-            values.setdefault(tag, {}).update({event.step: event.value for event in events.Scalars(tag)})
-    return {tag.removeprefix(BITS): of[max(of)] for tag, of in values.items() if tag.startswith(BITS)}
+            if tag.startswith(BITS):
+                bits |= {tag.removeprefix(BITS): event.value for event in events.Scalars(tag) if event.step == step}
+    return bits

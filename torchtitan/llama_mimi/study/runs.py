@@ -23,7 +23,7 @@ from llama_mimi.common.files import read_json, write_atomically
 from llama_mimi.common.ranks import end_with_parent
 from llama_mimi.study.budget import decay_begins
 from llama_mimi.study.design import Arm, Run, Study
-from llama_mimi.training.config_file import as_words
+from llama_mimi.training.config_file import as_words, parse_config
 
 RECORD = "record.json"
 LAST_LINES = 5  # of a log, that say why a step failed
@@ -191,11 +191,15 @@ def train(place: Workplace, run: Run, trunk: Arm, arms: list[Arm]) -> None:
 
 
 def _training(flags: Flags, folder: Path, seed: int, steps: int) -> dict[str, Any]:
+    """Settings of one start, which ends with a validation: TorchTitan validates at multiples of a number of steps."""
+    wanted = parse_config(as_words(flags)).validation.freq
+    freq = next(freq for freq in range(min(wanted, steps), steps + 1) if steps % freq == 0)
     own = {
         "job.dump_folder": folder,
         "debug.seed": seed,
         "training.steps": steps,
         "checkpoint.last_save_model_only": False,
+        "validation.freq": freq,
     }
     return {**flags, **own}
 
