@@ -23,7 +23,7 @@ from llama_mimi.common.errors import UserError, run_command  # noqa: E402
 from llama_mimi.study.budget import cost_of_step, decay_begins  # noqa: E402
 from llama_mimi.study.design import Study, read_study  # noqa: E402
 from llama_mimi.study.registry import write_index  # noqa: E402
-from llama_mimi.study.runs import Workplace, judge, make_ready, run_families  # noqa: E402
+from llama_mimi.study.runs import Workplace, check_unchanged, judge, make_ready, run_families  # noqa: E402
 
 FRAMES_PER_HOUR = 12.5 * 3600  # of Mimi
 
@@ -61,6 +61,7 @@ def study(
     if part is not None and not 0 <= part < len(chosen.families):
         raise UserError(f"--part is {part}; the study has the jobs 0 to {len(chosen.families) - 1}")
     if not report_only:
+        check_unchanged(place)
         make_ready(place)
         run_families(place, list(range(len(chosen.families))) if part is None else [part])
     if part is not None:

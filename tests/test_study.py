@@ -18,11 +18,20 @@ from scipy.stats import t as student
 from study_report import Results, write_report
 
 from llama_mimi.common.errors import UserError
-from llama_mimi.study import design, runs
+from llama_mimi.study import design
 from llama_mimi.study.budget import cost_of_step
 from llama_mimi.study.design import Arm, Run, read_study
 from llama_mimi.study.registry import write_index
-from llama_mimi.study.runs import StepFailed, Workplace, judge, link_step, make_ready, run_families
+from llama_mimi.study.runs import (
+    StepFailed,
+    Workplace,
+    check_unchanged,
+    judge,
+    link_step,
+    make_ready,
+    run_families,
+    training_flags,
+)
 from llama_mimi.training.config_file import as_words, parse_config
 
 STUDY = """
@@ -119,6 +128,16 @@ def test_settings_of_an_arm(tmp_path):
         ("num_quantizers = [4, 8]", 'level_weights = ["heavy"]', "heavy"),
         ("[[when]]", "[[before]]\nmakes = 'x'\n[[when]]", "[before] lacks a key"),
         ("name =", "name", "cannot be read"),
+        ("num_quantizers = 8\n", "num_quantizer = 8\n", "a part of [[when]] has the unknown key 'num_quantizer'"),
+        ('settings = { "training', 'setings = { "training', "a part of [[when]] has no axis, or no settings"),
+        ('"training.steps" = 40', '"codec.num_quantizers" = 4', "codec.num_quantizers is set, which its axis"),
+        ("seeds = [3, 5]", "seeds = [3, 3]", "seeds is [3, 3]; it is a list of different numbers"),
+        ("seeds = [3, 5]", "seeds = 3", "seeds is 3"),
+        ("steps = [40, 20]", "steps = [0]", "has steps = [0]; they are positive numbers"),
+        ("num_quantizers = [4, 8]", 'num_quantizers = ["4"]', "has num_quantizers = ['4']"),
+        ("num_quantizers = [4, 8]", "num_quantizers = []", "has no values of 'num_quantizers'"),
+        ("steps = [40, 20]", "flops = [1e12]", "is not known; tokenise it first, or say steps"),
+        ("[generation]", "[launch]\nparallel = 0\n[generation]", "are 1 or more"),
     ],
 )
 def test_mistakes_in_a_study(tmp_path, old, new, message):
@@ -140,7 +159,8 @@ def test_steps_of_a_budget(tmp_path):
     levels = Q * (6 * (depth + 96 + D * 96) + 12 * 1 * 96 * Q) + 6 * 3 * (K + 1) * 96
     assert deep.flops == B * T * (backbone + levels)
     budget = 10 * flat.flops / 2  # of one rank
-    text = written(tmp_path, a=("steps = [40, 20]", f"flops = [{budget!r}]"))
+    packed = ('"training.steps" = 40', '"training.steps" = 40\n"data.packing" = "pack"')
+    text = written(tmp_path, a=("steps = [40, 20]", f"flops = [{budget!r}]"), b=packed)
     arms = read_study(text).tables[0].arms
     assert [arm.steps for arm in arms] == [10, round(10 * flat.flops / deep.flops)]
 
@@ -159,30 +179,32 @@ def test_the_shipped_studies_can_be_planned(capsys):
 
 
 class Played(Workplace):
-    """Commands leave what the real ones leave, and are counted."""
+    """Commands leave what the real ones leave, and are counted.
+
+    Args:
+        breaks: (script, part of a path) of commands that fail.
+    """
 
     def __init__(self, study, breaks=()):
         super().__init__(study)
         self.done, self.breaks = [], set(breaks)
 
-    def command(self, log, command):
+    def start(self, step, log, command):
         flags = dict(itertools.pairwise(command))
         name = next((word for word in command if word.endswith(".py")), "train")
         out = Path(flags.get("--output_dir", flags.get("--job.dump_folder", "")))
         self.done.append((name, flags.get("--model_name", str(out))))
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text("error: it broke\n")
-        if any(part in self.done[-1][1] and step == name for step, part in self.breaks):
-            raise StepFailed("it broke")
+        if any(part in self.done[-1][1] and script == name for script, part in self.breaks):
+            raise StepFailed(step, "it broke")
         if name == "train":
-            step = out / "checkpoint" / f"step-{flags['--training.steps']}"
-            step.mkdir(parents=True)
-            (step / ".metadata").write_text(flags.get("--lr_scheduler.total_steps", ""))
+            checkpoint = out / "checkpoint" / f"step-{flags['--training.steps']}"
+            checkpoint.mkdir(parents=True)
+            (checkpoint / ".metadata").write_text(flags.get("--lr_scheduler.total_steps", ""))
             config = {"training": {"dataset": "d"}, "job": {"dump_folder": str(out)}, "of": flags["--model.flavor"]}
             (out / "job_config.json").write_text(json.dumps(config))
         elif name == "scripts/convert_dcp_to_hf.py":
-            out.mkdir(parents=True)
-            (out / "README.md").touch()
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "config.json").touch()
         elif name == "scripts/make.py":
             Path(command[-1]).touch()
         else:
@@ -293,6 +315,56 @@ def test_a_run_that_fails_is_a_hole_with_a_name_and_is_tried_again(tmp_path):
     assert whole(Played(study))[1] == whole_report  # as if nothing had failed
 
 
+def test_another_failure_is_a_hole_too(tmp_path, monkeypatch):
+    """A full disk while a trunk is linked, for one."""
+    place = Played(read_study(written(tmp_path)))
+
+    def full(*args, **options):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(shutil, "copytree", full)
+    lines, report = whole(place)
+    assert {line["state"] for line in lines if line["steps"] == 20} == {"failed"}
+    assert "preparation failed: no space left" in report
+
+
+def test_what_was_begun_otherwise_is_refused(tmp_path):
+    whole(Played(read_study(written(tmp_path))))
+    check_unchanged(Workplace(read_study(written(tmp_path))))
+    for old, new, said in (
+        ('data_dir = "assets/tiny/benchmarks/salmon"', 'data_dir = "elsewhere"', "'elsewhere'"),
+        ('"training.steps" = 40', '"training.steps" = 40\n"optimizer.lr" = 0.5', "'--optimizer.lr'"),
+        ('corpus = "x.parquet"', 'corpus = "x.parquet"\nseconds = 3', "'--seconds'"),
+    ):
+        with pytest.raises(UserError, match=f"the step '.*' of flattened-tiny-q4.* was begun with .* says {said} now"):
+            check_unchanged(Workplace(read_study(written(tmp_path, a=(old, new)))))
+
+
+def test_a_run_that_lost_its_end_is_trained_to_it_again(tmp_path):
+    """Killed between its last checkpoint and its validation, it would have no bits."""
+    study = read_study(written(tmp_path))
+    whole(Played(study))
+    run = next(run for run in study.runs if run.arm.num_quantizers == 8)
+    place = Played(study)
+    record = place.record(run)
+    place.note(run, seconds={step: s for step, s in record["seconds"].items() if step != "train"})
+    whole(place)
+    assert [name for name, _ in place.done] == ["train"]
+
+
+def test_an_interrupt_starts_nothing_more(tmp_path):
+    class Interrupted(Played):
+        def start(self, step, log, command):
+            super().start(step, log, command)
+            if len(self.done) == 3:
+                raise KeyboardInterrupt
+
+    place = Interrupted(read_study(written(tmp_path)))
+    with pytest.raises(KeyboardInterrupt):
+        run_families(place, list(range(len(place.study.families))))
+    assert len(place.done) == 3 and not any(place.record(run)["failed"] for run in place.study.runs)
+
+
 def test_a_failed_trunk_fails_what_needs_it(tmp_path):
     place = Played(read_study(written(tmp_path)), [("train", "hierarchical-tiny-q4-uniform-seed3")])
     lines, _ = whole(place)
@@ -304,7 +376,7 @@ def test_commands_before_that_make_nothing(tmp_path):
     before = f'[[before]]\nmakes = "{tmp_path}/gone"\ncommand = ["scripts/other.py"]\n[generation]'
 
     class Idle(Workplace):
-        def command(self, log, command):
+        def start(self, step, log, command):
             pass
 
     with pytest.raises(UserError, match="did not make"):
@@ -313,11 +385,9 @@ def test_commands_before_that_make_nothing(tmp_path):
 
 def test_a_real_command_that_fails_says_its_own_sentence(tmp_path):
     place = Workplace(read_study(written(tmp_path)))
-    run = place.study.runs[0]
+    run, script = place.study.runs[0], "scripts/convert_dcp_to_hf.py"
     with pytest.raises(StepFailed, match="^error: .*nowhere"):
-        place.start(
-            run, "convert", [*place.python("scripts/convert_dcp_to_hf.py", checkpoint="nowhere", output_dir=tmp_path)]
-        )
+        place.do(run, "convert", [*place.on_ranks(), script], {"checkpoint": "nowhere", "output_dir": tmp_path})
     assert (place.folder(run) / "logs" / "convert.log").exists()
 
 
@@ -328,9 +398,8 @@ def test_a_branch_is_a_run_of_its_own(tmp_path):
     flags |= {"lr_scheduler.warmup_steps": 2, "training.dataloader.num_workers": 0, "checkpoint.interval": 100}
 
     def trained(folder, steps, **more):
-        run_ranks(
-            1, ["-m", "llama_mimi.train", *as_words(runs._training(flags, folder, 7, steps) | more)], tmp_path / "log"
-        )
+        own = {"job.dump_folder": folder, "debug.seed": 7, "training.steps": steps}
+        run_ranks(1, ["-m", "llama_mimi.train", *as_words(flags | own | more)], tmp_path / "log")
 
     trained(tmp_path / "alone", 10)
     trained(tmp_path / "trunk", 8, **{"lr_scheduler.total_steps": 20})
@@ -386,8 +455,9 @@ def test_numbers_of_the_report_are_the_plainest(tmp_path):
 
 def test_a_run_ends_with_a_validation(tmp_path):
     """At the first number of steps from the config's on that divides all of them."""
-    flags = {"job.config_file": "config/tiny.toml"}  # every 210 steps
-    found = [runs._training(flags, tmp_path, 0, steps)["validation.freq"] for steps in (24, 420, 421, 1050, 840)]
+    study = read_study(written(tmp_path))  # config/tiny.toml validates every 210 steps
+    run = study.runs[0]
+    found = [training_flags(study, run, tmp_path, steps)["validation.freq"] for steps in (24, 420, 421, 1050, 840)]
     assert found == [24, 210, 421, 210, 210]
 
 

@@ -6,16 +6,16 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
 from llama_mimi.common.errors import UserError
-from llama_mimi.study.budget import cost_of_step
+from llama_mimi.study.budget import cost_of_step, resolved
 from llama_mimi.tokens.units import Architecture
-from llama_mimi.training.config_file import as_words, parse_config
 
 AXES = ("architecture", "flavor", "num_quantizers", "level_weights", "steps")
+FIXED = {"model.flavor", "model.architecture", "codec.num_quantizers", "loss.level_weights", "job.dump_folder"}
+FIXED |= {"job.config_file", "debug.seed", "lr_scheduler.total_steps"}
 BENCHMARKS = ("salmon", "sLM21", "sStoryCloze")
 Flags = dict[str, Any]
 
@@ -181,9 +181,21 @@ def read_study(path: Path) -> Study:
         raise _refused(path, f"benchmarks.{min(unknown)} is none of {', '.join(BENCHMARKS)}")
     settings = values.pop("settings", {})
     when = tuple((some, some.pop("settings", {})) for some in values.pop("when", []))
+    for axes, changed in when:
+        if not changed or not axes or (unknown := axes.keys() - set(AXES)):
+            what = f"has the unknown key '{min(unknown)}'" if changed and axes else "has no axis, or no settings"
+            raise _refused(path, f"a part of [[when]] {what}; it names some of {', '.join(AXES)} and settings")
+    if fixed := {key for some in (settings, *(changed for _, changed in when)) for key in some} & FIXED:
+        raise _refused(
+            path, f"{min(fixed)} is set, which its axis or the study itself says; leave it out of [settings]"
+        )
     tables = [_table(path, table, config, settings, when, launch) for table in values.pop("tables")]
     before = [_built(Before, one, path, "before") for one in values.pop("before", [])]
-    name, seeds = str(values.pop("name")), tuple(values.pop("seeds", [0]))
+    name, seeds = str(values.pop("name")), values.pop("seeds", [0])
+    if not isinstance(seeds, list) or not all(isinstance(seed, int) for seed in seeds) or len({*seeds}) < len(seeds):
+        raise _refused(path, f"seeds is {seeds!r}; it is a list of different numbers")
+    if launch.parallel < 1 or launch.nproc_per_node < 1:
+        raise _refused(path, "launch.parallel and launch.nproc_per_node are 1 or more")
     output_dir, generation = Path(values.pop("output_dir")), values.pop("generation", {})
     if values:
         raise _refused(path, f"the key '{min(values)}' is unknown")
@@ -193,7 +205,7 @@ def read_study(path: Path) -> Study:
         path,
         name,
         output_dir,
-        seeds,
+        tuple(seeds),
         config,
         settings,
         when,
@@ -234,13 +246,18 @@ def _table(
     if unknown := chosen.keys() - {*AXES, "flops"}:
         near = difflib.get_close_matches(min(unknown), AXES, n=1, cutoff=0)[0]
         raise _refused(path, f"the table '{title}' has the axis '{min(unknown)}'; the nearest is '{near}'")
+    for axis, kind in {"num_quantizers": int, "steps": int, "flops": int | float}.items():
+        if not all(isinstance(value, kind) and value > 0 for value in chosen.get(axis, [])):
+            raise _refused(path, f"the table '{title}' has {axis} = {chosen[axis]!r}; they are positive numbers")
+    if empty := [axis for axis, some in chosen.items() if not some]:
+        raise _refused(path, f"the table '{title}' has no values of '{empty[0]}'")
     if "flops" in chosen and "steps" in chosen:
         raise _refused(path, f"the table '{title}' has both steps and flops; choose one")
     arms = []
     for architecture in chosen.get("architecture", [next(iter(config))]):
         if architecture not in config:
             raise _refused(path, f"the table '{title}' has {architecture!r}, for which [config] names no file")
-        base = _base(config[architecture])
+        base = resolved({"job.config_file": config[architecture]})
         default = {
             "flavor": base.model.flavor,
             "num_quantizers": base.codec.num_quantizers,
@@ -253,16 +270,19 @@ def _table(
             flags = _flags(config, settings, when, arm)
             if "flops" in chosen:
                 step = cost_of_step(flags, launch.nproc_per_node)
+                if not step.is_known:
+                    why = f"how long clips of '{flags.get('training.dataset')}' are is not known"
+                    raise _refused(path, f"the table '{title}' has flops, but {why}; tokenise it first, or say steps")
                 arms += [replace(arm, steps=max(1, round(flops / step.flops))) for flops in chosen["flops"]]
             else:
-                parse_config(as_words(flags))  # refused now, not after hours
+                resolved(flags)  # refused now, not after hours
                 arms += [replace(arm, steps=steps) for steps in chosen.get("steps", [arm.steps])]
     differing = tuple(axis for axis in AXES if len({getattr(arm, axis) for arm in arms}) > 1)
     return Table(title, tuple(dict.fromkeys(arms)), differing)
 
 
 def _flags(config: Mapping[Architecture, str], settings: Flags, when: Sequence[tuple[Flags, Flags]], arm: Arm) -> Flags:
-    base = _base(config[arm.architecture])
+    base = resolved({"job.config_file": config[arm.architecture]})
     flags: Flags = {
         "job.config_file": config[arm.architecture],
         "model.flavor": arm.flavor,
@@ -279,11 +299,6 @@ def _flags(config: Mapping[Architecture, str], settings: Flags, when: Sequence[t
             chosen |= more
     values = vars(arm)
     return flags | {key: v.format_map(values) if isinstance(v, str) else v for key, v in chosen.items()}
-
-
-@cache
-def _base(file: str) -> Any:
-    return parse_config(["--job.config_file", file])
 
 
 def _built(kind: type, values: dict[str, Any], path: Path, section: str) -> Any:

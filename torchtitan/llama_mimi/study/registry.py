@@ -13,7 +13,7 @@ from llama_mimi.common.files import digest, read_json, write_atomically
 from llama_mimi.data.code_store import MANIFEST
 from llama_mimi.study.budget import cost_of_step
 from llama_mimi.study.design import Run
-from llama_mimi.study.runs import Workplace
+from llama_mimi.study.runs import TRAIN, Workplace
 
 INDEX = "index.jsonl"
 BITS = "validation_bits_per_audio_second/"
@@ -44,7 +44,7 @@ def _line(place: Workplace, run: Run, flops_of_step: float) -> dict[str, Any]:
     found = {name: result for name, result in results.items() if result is not None}
     generation = read_json(str(place.generations), f"{run.name}.json")
     wanted = len(place.study.benchmarks) + bool(place.study.generation)
-    is_done = len(found) + (generation is not None) == wanted
+    is_done = TRAIN in record["seconds"] and len(found) + (generation is not None) == wanted
     first = next(iter(found.values()), {})
     files = {name: place.result(run, name) for name in found}
     if generation is not None:

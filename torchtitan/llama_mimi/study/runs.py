@@ -10,8 +10,9 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,17 +22,26 @@ from llama_mimi.checkpoint.dcp import complete_steps
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import read_json, write_atomically
 from llama_mimi.common.ranks import end_with_parent
-from llama_mimi.study.budget import decay_begins
+from llama_mimi.study.budget import decay_begins, resolved
 from llama_mimi.study.design import Arm, Run, Study
-from llama_mimi.training.config_file import as_words, parse_config
+from llama_mimi.training.config_file import as_words
 
 RECORD = "record.json"
 LAST_LINES = 5  # of a log, that say why a step failed
-Flags = Mapping[str, Any]
+TRAIN, CONVERT, GENERATION = "train", "convert", "generation"
+Flags = dict[str, Any]
 
 
 class StepFailed(Exception):
-    """A command of a run failed; the message is the end of its log."""
+    """A step of a run failed; the message says why.
+
+    Args:
+        step: which.
+    """
+
+    def __init__(self, step: str, why: str) -> None:
+        super().__init__(why)
+        self.step = step
 
 
 class Workplace:
@@ -45,6 +55,7 @@ class Workplace:
         self.study = study
         self.results = study.output_dir / "results"
         self.generations = study.output_dir / "generations"
+        self.is_stopping = threading.Event()
 
     def folder(self, run: Run) -> Path:
         """Of a run's training, logs and record."""
@@ -61,40 +72,61 @@ class Workplace:
     def generation(self, run: Run) -> Path:
         return self.generations / f"{run.name}.json"
 
+    def flags(self, run: Run) -> dict[str, Flags]:
+        """Of each step of a run."""
+        study, model = self.study, self.model(run)
+        checkpoint = self.folder(run) / "run" / "checkpoint" / f"step-{run.arm.steps}"
+        steps = {
+            TRAIN: training_flags(study, run, self.folder(run) / "run", run.arm.steps),
+            CONVERT: {"checkpoint": checkpoint, "output_dir": model},
+        }
+        of_results = {"model_name": model, "output_dir": self.results, "codes_dir": study.output_dir / "clip_codes"}
+        steps |= {benchmark: {**flags, **of_results} for benchmark, flags in study.benchmarks.items()}
+        if study.generation:
+            own = {"model_name": model, "output_dir": self.generations, "name": run.name}
+            steps[GENERATION] = {**study.generation, **own}
+        return steps
+
     def record(self, run: Run) -> dict[str, Any]:
-        """What is known of a run: seconds by step, and where it failed, if it did."""
-        return read_json(str(self.folder(run)), RECORD) or {"seconds": {}, "failed": None}
+        """What is known of a run.
+
+        ``flags`` of the steps that were begun, ``seconds`` of those that were finished (of starts that ended by
+        themselves), and where it ``failed``, if it did.
+        """
+        return {"flags": {}, "seconds": {}, "failed": None} | (read_json(str(self.folder(run)), RECORD) or {})
 
     def note(self, run: Run, **values: Any) -> None:
         record = self.record(run) | values
         write_atomically(str(self.folder(run)), RECORD, (json.dumps(record, indent=1) + "\n").encode())
 
-    def python(self, script: str, **flags: Any) -> list[str]:
-        """A script of this repository on the ranks of this machine."""
-        return [*self._ranks(), script, *as_words(flags)]
+    def is_done(self, run: Run, step: str, makes: Path) -> bool:
+        """Whether a step was done to its end, and what it made is still there."""
+        return step in self.record(run)["seconds"] and makes.exists()
 
-    def training(self, flags: Flags) -> list[str]:
-        start = self.study.launch.train or [*self._ranks(always=True), "-m", "llama_mimi.train"]
-        return [*start, *as_words(flags)]
+    def do(self, run: Run, step: str, command: list[str], flags: Flags) -> None:
+        """Do a step of a run to its end.
 
-    def _ranks(self, *, always: bool = False) -> list[str]:
+        Raises:
+            StepFailed: the command did.
+        """
+        self.note(run, flags=self.record(run)["flags"] | {step: as_words(flags)})
+        began = time.monotonic()
+        self.start(step, self.folder(run) / "logs" / f"{step}.log", [*command, *as_words(flags)])
+        seconds = self.record(run)["seconds"] | {step: round(time.monotonic() - began, 1)}
+        self.note(run, seconds=seconds)
+
+    def on_ranks(self, *, always: bool = False) -> list[str]:
+        """What starts a script on the ranks of this machine."""
         nproc = self.study.launch.nproc_per_node
         if nproc == 1 and not always:
             return [sys.executable]
         return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
 
-    def start(self, run: Run, step: str, command: list[str]) -> None:
-        """Do a step of a run to its end, and note how long it took.
+    @property
+    def trainer(self) -> list[str]:
+        return self.study.launch.train or [*self.on_ranks(always=True), "-m", "llama_mimi.train"]
 
-        Raises:
-            StepFailed: the command did.
-        """
-        began = time.monotonic()
-        self.command(self.folder(run) / "logs" / f"{step}.log", command)
-        seconds = self.record(run)["seconds"]
-        self.note(run, seconds=seconds | {step: round(seconds.get(step, 0) + time.monotonic() - began, 1)})
-
-    def command(self, log: Path, command: list[str]) -> None:
+    def start(self, step: str, log: Path, command: list[str]) -> None:
         """Start a command and wait for it; it ends with this process, also if that is killed.
 
         Raises:
@@ -105,10 +137,45 @@ class Workplace:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as output:
             done = subprocess.run(command, stdout=output, stderr=output, env=env, preexec_fn=end_with_parent)
+        if self.is_stopping.is_set():
+            raise KeyboardInterrupt  # which has ended the command, too
         if done.returncode:
             said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
             errors = [line for line in said if line.startswith("error: ")] or said[-LAST_LINES:]
-            raise StepFailed(" / ".join(errors)[-600:] or f"it ended with {done.returncode}")
+            raise StepFailed(step, " / ".join(errors)[-600:] or f"it ended with {done.returncode}")
+
+
+def training_flags(study: Study, run: Run, folder: Path, steps: int) -> Flags:
+    """Settings of one start, which ends with a validation: TorchTitan validates at multiples of a number of steps."""
+    flags = study.flags(run.arm)
+    wanted = resolved(flags).validation.freq
+    return {
+        **flags,
+        "job.dump_folder": folder,
+        "debug.seed": run.seed,
+        "training.steps": steps,
+        "checkpoint.last_save_model_only": False,
+        "validation.freq": next(freq for freq in range(min(wanted, steps), steps + 1) if steps % freq == 0),
+    }
+
+
+def check_unchanged(place: Workplace) -> None:
+    """Refuse to go on with what was begun in another way.
+
+    Raises:
+        UserError: which run, and how it was.
+    """
+    for run in place.study.runs:
+        begun = place.record(run)["flags"]
+        for step, flags in place.flags(run).items():
+            words = as_words(flags)
+            if (before := begun.get(step, words)) != words:
+                places = zip(before + [""] * len(words), words + [""] * len(before), strict=False)
+                old, new = next(pair for pair in places if pair[0] != pair[1])
+                raise UserError(
+                    f"the step '{step}' of {run.name} was begun with '{old}' where '{place.study.path}' says '{new}' "
+                    f"now; restore that, choose another output_dir, or remove '{place.folder(run)}'"
+                )
 
 
 def make_ready(place: Workplace) -> None:
@@ -117,20 +184,20 @@ def make_ready(place: Workplace) -> None:
     Raises:
         UserError: a command failed.
     """
-    with locked(place.study.output_dir / ".before.lock"):
+    folder = place.study.output_dir / "before"
+    with locked(folder / ".lock"):
         for number, before in enumerate(place.study.before):
-            if Path(before.makes).exists():
+            done, said = folder / f"{number}.done", " ".join(before.command)
+            if Path(before.makes).exists() and done.is_file() and done.read_text() == said:
                 continue
-            print(f"before the runs: {' '.join(before.command)}", flush=True)
-            log = place.study.output_dir / "logs" / f"before-{number}.log"
+            print(f"before the runs: {said}", flush=True)
             try:
-                place.command(log, [*place.python(before.command[0]), *before.command[1:]])
+                place.start("before", folder / f"{number}.log", [sys.executable, *before.command])
             except StepFailed as error:
-                raise UserError(f"`{' '.join(before.command)}` failed (see '{log}'): {error}") from error
+                raise UserError(f"`{said}` failed (see '{folder / f'{number}.log'}'): {error}") from error
             if not Path(before.makes).exists():
-                raise UserError(
-                    f"`{' '.join(before.command)}` did not make '{before.makes}'; mend [[before]] of the study"
-                )
+                raise UserError(f"`{said}` did not make '{before.makes}'; mend [[before]] of the study")
+            done.write_text(said)
 
 
 @contextmanager
@@ -138,16 +205,36 @@ def locked(path: Path) -> Iterator[None]:
     """Wait until no other process holds a file, and hold it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process, which holds '{path}'", flush=True)
+            fcntl.lockf(file, fcntl.LOCK_EX)
         yield
 
 
 def run_families(place: Workplace, numbers: list[int]) -> None:
     """Train, convert and score families of runs, several at a time, and print what becomes of them."""
     families = place.study.families
+
+    def job(number: int) -> None:
+        if place.is_stopping.is_set():
+            return
+        try:
+            run_family(place, *families[number])
+        except BaseException:
+            place.is_stopping.set()
+            raise
+
     with ThreadPoolExecutor(place.study.launch.parallel) as pool:
-        for done in [pool.submit(run_family, place, *families[number]) for number in numbers]:
-            done.result()
+        jobs = [pool.submit(job, number) for number in numbers]
+        try:
+            for job in jobs:
+                job.result()
+        except BaseException:  # such as an interrupt: what is begun ends, and nothing more begins
+            place.is_stopping.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def run_family(place: Workplace, trunk: Arm, seed: int, arms: list[Arm]) -> None:
@@ -155,14 +242,27 @@ def run_family(place: Workplace, trunk: Arm, seed: int, arms: list[Arm]) -> None
     with locked(place.study.output_dir / "runs" / f".{Run(trunk, seed).name}.lock"):
         for arm in arms:
             run = Run(arm, seed)
-            try:
+            with noting_failure(place, run, "preparation"):
                 train(place, run, trunk, arms)
                 score(place, run)
-            except StepFailed as error:
-                fail(place, run, error)
-            else:
-                place.note(run, failed=None)
                 print(f"{run.name}: trained and scored", flush=True)
+
+
+@contextmanager
+def noting_failure(place: Workplace, run: Run, step: str) -> Iterator[None]:
+    """A failure makes the run a hole with a name, and does not go further.
+
+    Args:
+        step: of a failure that is none of a command.
+    """
+    try:
+        yield
+    except (StepFailed, OSError, UserError) as error:
+        step = error.step if isinstance(error, StepFailed) else step
+        place.note(run, failed={"step": step, "why": str(error)})
+        print(f"{run.name}: {step} failed: {error}", flush=True)
+    else:
+        place.note(run, failed=None)
 
 
 def train(place: Workplace, run: Run, trunk: Arm, arms: list[Arm]) -> None:
@@ -174,39 +274,20 @@ def train(place: Workplace, run: Run, trunk: Arm, arms: list[Arm]) -> None:
     Raises:
         StepFailed: the trunk's training, or this.
     """
-    arm, flags = run.arm, place.study.flags(run.arm)
-    folder = place.folder(run) / "run"
-    if is_trained(folder, arm.steps):
+    arm, folder = run.arm, place.folder(run) / "run"
+    last = folder / "checkpoint" / f"step-{arm.steps}"
+    if place.is_done(run, TRAIN, last):
         return
-    if len(arms) > 1:
-        begin = decay_begins(flags, arm.steps)
-        if begin and not (folder / "checkpoint").exists():
-            of_trunk = place.folder(Run(trunk, run.seed)) / "run"
-            if not is_trained(of_trunk, begin):
-                total = max(arm.steps for arm in arms)
-                more = {"lr_scheduler.total_steps": total}
-                place.start(run, "trunk", place.training(_training(flags, of_trunk, run.seed, begin) | more))
-            link_step(of_trunk, folder, begin)
-    place.start(run, "train", place.training(_training(flags, folder, run.seed, arm.steps)))
-
-
-def _training(flags: Flags, folder: Path, seed: int, steps: int) -> dict[str, Any]:
-    """Settings of one start, which ends with a validation: TorchTitan validates at multiples of a number of steps."""
-    wanted = parse_config(as_words(flags)).validation.freq
-    freq = next(freq for freq in range(min(wanted, steps), steps + 1) if steps % freq == 0)
-    own = {
-        "job.dump_folder": folder,
-        "debug.seed": seed,
-        "training.steps": steps,
-        "checkpoint.last_save_model_only": False,
-        "validation.freq": freq,
-    }
-    return {**flags, **own}
-
-
-def is_trained(folder: Path, steps: int) -> bool:
-    """Whether a run has a whole checkpoint of that step."""
-    return steps in complete_steps(folder / "checkpoint")
+    begin = decay_begins(place.study.flags(arm), arm.steps) if len(arms) > 1 else 0
+    if begin and not (folder / "checkpoint").exists():
+        of_trunk = place.folder(Run(trunk, run.seed)) / "run"
+        if begin not in complete_steps(of_trunk / "checkpoint"):
+            total = {"lr_scheduler.total_steps": max(arm.steps for arm in arms)}
+            place.do(run, "trunk", place.trainer, training_flags(place.study, run, of_trunk, begin) | total)
+        link_step(of_trunk, folder, begin)
+    # Killed behind its last checkpoint it would be thought to be done, and its validation would be missing.
+    shutil.rmtree(last, ignore_errors=True)
+    place.do(run, TRAIN, place.trainer, place.flags(run)[TRAIN])
 
 
 def link_step(source: Path, target: Path, step: int) -> None:
@@ -222,8 +303,9 @@ def link_step(source: Path, target: Path, step: int) -> None:
         except OSError:
             shutil.copyfile(a, b)
 
-    if not is_trained(source, step):
-        raise StepFailed(f"'{source}' has no checkpoint of step {step}; remove that folder, so that it is trained anew")
+    if step not in complete_steps(source / "checkpoint"):
+        why = f"'{source}' has no checkpoint of step {step}; remove that folder, so that it is trained anew"
+        raise StepFailed("trunk", why)
     aside = target / "checkpoint.unfinished"
     shutil.rmtree(aside, ignore_errors=True)
     shutil.copytree(source / "checkpoint" / f"step-{step}", aside / f"step-{step}", copy_function=link)
@@ -236,19 +318,12 @@ def score(place: Workplace, run: Run) -> None:
     Raises:
         StepFailed: one of these.
     """
-    model = place.model(run)
-    if not (model / "README.md").is_file():  # what conversion writes last
-        checkpoint = place.folder(run) / "run" / "checkpoint" / f"step-{run.arm.steps}"
-        command = [
-            sys.executable,
-            "scripts/convert_dcp_to_hf.py",
-            *as_words({"checkpoint": checkpoint, "output_dir": model}),
-        ]
-        place.start(run, "convert", command)
-    for benchmark, flags in place.study.benchmarks.items():
-        if not place.result(run, benchmark).is_file():
-            own = {"model_name": model, "output_dir": place.results, "codes_dir": place.study.output_dir / "clip_codes"}
-            place.start(run, benchmark, place.python(f"eval/{benchmark}.py", **flags, **own))
+    flags = place.flags(run)
+    if not place.is_done(run, CONVERT, place.model(run) / "config.json"):
+        place.do(run, CONVERT, [sys.executable, "scripts/convert_dcp_to_hf.py"], flags[CONVERT])
+    for benchmark in place.study.benchmarks:
+        if not place.is_done(run, benchmark, place.result(run, benchmark)):
+            place.do(run, benchmark, [*place.on_ranks(), f"eval/{benchmark}.py"], flags[benchmark])
 
 
 def judge(place: Workplace) -> None:
@@ -257,19 +332,11 @@ def judge(place: Workplace) -> None:
         return
     with locked(place.study.output_dir / ".generations.lock"):
         for run in place.study.runs:
-            if place.record(run)["failed"] or place.generation(run).is_file():
+            failed = place.record(run)["failed"]
+            is_scored = CONVERT in place.record(run)["seconds"] and (failed is None or failed["step"] == GENERATION)
+            if not is_scored or place.is_done(run, GENERATION, place.generation(run)):
                 continue
-            own = {"model_name": place.model(run), "output_dir": place.generations, "name": run.name}
-            try:
-                place.start(run, "generation", place.python("eval/generation.py", **place.study.generation, **own))
-            except StepFailed as error:
-                fail(place, run, error, step="generation")
-            else:
+            with noting_failure(place, run, GENERATION):
+                command = [*place.on_ranks(), "eval/generation.py"]
+                place.do(run, GENERATION, command, place.flags(run)[GENERATION])
                 print(f"{run.name}: judged", flush=True)
-
-
-def fail(place: Workplace, run: Run, error: StepFailed, step: str = "") -> None:
-    logs = sorted((place.folder(run) / "logs").glob("*.log"), key=lambda log: log.stat().st_mtime)
-    step = step or (logs[-1].stem if logs else "training")
-    place.note(run, failed={"step": step, "why": str(error)})
-    print(f"{run.name}: {step} failed: {error}", flush=True)
