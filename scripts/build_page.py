@@ -102,18 +102,20 @@ def heard(folder: Path, systems: Sequence[str], num_prompts: int) -> list[str]:
     Raises:
         UserError: a system that is not there, or audio that cannot be read.
     """
+    prompts = sorted(
+        read_manifest(folder)["prompts"], key=lambda prompt: hashlib.sha256(prompt["name"].encode()).digest()
+    )
     reports = {path.stem: read_json(str(folder), path.name) or {} for path in sorted(folder.glob("*.json"))}
     reports = {report["system"]: report for report in reports.values() if report.get("kind") == KIND}
     if missing := [name for name in systems if name not in reports]:
         raise UserError(f"'{folder}' has no result of '{missing[0]}', only of {', '.join(reports) or 'none'}")
+    if RECORDING not in reports:
+        raise UserError(f"'{folder}' has no result of '{RECORDING}'; judge a model with eval/generation.py first")
     references = [
         name for name, report in reports.items() if report["samples"] and report["samples"][0]["sample"] is None
     ]
     own = [name for name in systems or reports if name not in references]
     shown = [RECORDING, *(name for name in references if name not in (RECORDING, SHUFFLED)), *own]
-    prompts = sorted(
-        read_manifest(folder)["prompts"], key=lambda prompt: hashlib.sha256(prompt["name"].encode()).digest()
-    )
     parts = [
         f"<h2>{min(num_prompts, len(prompts))} of {len(prompts)} prompts</h2>",
         "<p>Each clip begins with its prompt; the line in its spectrogram is where that ends. Transcripts are a "

@@ -380,6 +380,8 @@ def _scatter(axes: Axes, results: Results, table: Table, horizontal: Sequence[st
         if not all(arm in found for found in (*x, *y)):
             continue
         seeds = sorted(set.intersection(*(set(found[arm].of_seeds) for found in (*x, *y))))
+        if not seeds:
+            continue
         points = [
             [statistics.mean(found[arm].shown(found[arm].of_seeds[seed]) for found in some) for seed in seeds]
             for some in (x, y)

@@ -1,6 +1,7 @@
 """What would stand on the hub of a converted model, of both architectures, and that stock classes load it."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,12 +11,12 @@ from huggingface_hub import HfApi, ModelCard
 from transformers import AutoTokenizer, CsmForConditionalGeneration, LlamaForCausalLM
 
 from llama_mimi.checkpoint.conversion import convert_checkpoint
-from llama_mimi.checkpoint.publishing import PublishingOptions, publish
 from llama_mimi.checkpoint.run_record import save_run_record, speech_config
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.hub import weights_sha256
 from llama_mimi.model.architectures import build_model
 from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs
+from llama_mimi.study.publishing import PublishingOptions, publish
 from llama_mimi.tokens.sequences import load_sequences
 
 
@@ -43,11 +44,15 @@ def results(folder, sha256):
             "benchmark": f"salmon_{name}",
             "preset": "official",
             "model_sha256": weights,
-            "parts": {"speaker": part},
+            "parts": {"speaker": part, "gender": part},
         }
         (folder / f"{name}.json").write_text(json.dumps(report))
+    quick = {"benchmark": "salmon_a", "preset": "official-limit_5", "model_sha256": sha256, "parts": {"speaker": part}}
+    (folder / "quick.json").write_text(json.dumps(quick))
     heard = {"similarity": {"mean": 0.5, "interval": [0.4, 0.6], "count": 44}}
-    (folder / "c.json").write_text(json.dumps({"made_by": {"model_sha256": sha256}, "results": heard}))
+    heard["log_perplexity"] = {"mean": 20.04, "interval": [10, 30], "count": 44}  # as they are shown
+    of_model = {"made_by": {"model_sha256": sha256}, "results": heard, "seconds": 2.0}
+    (folder / "c.json").write_text(json.dumps(of_model))
     (folder / "other.json").write_text("[1]")
     line = {"model_sha256": sha256, "data_sha256": "d" * 64, "flops": 5.83e12}
     (folder / "index.jsonl").write_text(json.dumps(line) + "\n" + json.dumps(line | {"model_sha256": "x"}) + "\n")
@@ -63,9 +68,14 @@ def test_a_dry_run_writes_what_would_be_uploaded(model, tmp_path, capsys):
     assert "| data | data/codes/x |" in card.content and "| steps | 7 |" in card.content
     assert "| training FLOPs | 5.83e+12 |" in card.content and "d" * 64 in card.content
     assert "| salmon_a | speaker | official | 75.0 % | 60.0 to 85.0 % | 40 |" in card.content
-    assert "salmon_b" not in card.content and "| similarity | 0.500 | 0.400 to 0.600 | 44 |" in card.content
-    (score,) = card.data.eval_results
-    assert (score.metric_value, score.dataset_type) == (75.0, "salmon_a")
+    assert "salmon_b" not in card.content and "| speaker similarity | 0.500 | 0.400 to 0.600 | 44 |" in card.content
+    assert "| perplexity | 20.0 | 10.0 to 30.0 | 44 |" in card.content
+    assert {(score.dataset_config, score.metric_value) for score in card.data.eval_results} == {
+        ("speaker", 75.0),
+        ("gender", 75.0),
+    }
+    assert {score.dataset_type for score in card.data.eval_results} == {"salmon_a"}
+    assert {score.metric_name for score in card.data.eval_results} == {"accuracy (official)"}
     loaded = LlamaForCausalLM.from_pretrained(tmp_path / "dry")
     assert torch.isfinite(loaded(torch.tensor([[0, 1]])).logits).all()
     assert "<audio>" in AutoTokenizer.from_pretrained(tmp_path / "dry").get_vocab()
@@ -98,6 +108,8 @@ def test_mistakes(model, tmp_path, monkeypatch):
             publish(PublishingOptions(model, repo, ()))
     with pytest.raises(UserError, match="is no converted model"):
         publish(PublishingOptions(TINY, "me/mine", ()))
+    with pytest.raises(UserError, match="--results is 'nowhere', which is no folder"):
+        publish(PublishingOptions(model, "me/mine", (Path("nowhere"),)))
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "x.json").write_text("{no")
     with pytest.raises(UserError, match="is no readable JSON"):

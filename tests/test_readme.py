@@ -35,7 +35,7 @@ ELSEWHERE = {
     "uv run python scripts/benchmarks/kill_runs.py": "minutes at its smallest; tests/test_training.py kills a run",
     "uv run python scripts/benchmarks/bench_data.py": "minutes at its smallest; tests/test_commands.py",
     "uv run python scripts/benchmarks/bench_eval.py": "minutes at its smallest; tests/test_likelihood.py",
-    "uv run python scripts/study.py config/studies/tiny.toml": "an hour and a half; tests/test_study.py",
+    "uv run python scripts/study.py config/studies/tiny.toml": "an hour or more; tests/test_study.py",
     "uv run python scripts/build_page.py --study": "needs the study; tests/test_pages.py",
     "uv run python scripts/demo.py": "serves until it is stopped; tests/test_browser.py",
     "uv run python scripts/tiny/train_tiny_listeners.py": "11 and 44 minutes; tests/test_tiny_listeners.py",

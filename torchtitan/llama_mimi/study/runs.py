@@ -217,7 +217,7 @@ def run_families(place: Workplace, numbers: list[int]) -> None:
     """Train, convert and score families of runs, several at a time, and print what becomes of them."""
     families = place.study.families
 
-    def job(number: int) -> None:
+    def run_one(number: int) -> None:
         if place.is_stopping.is_set():
             return
         try:
@@ -227,7 +227,7 @@ def run_families(place: Workplace, numbers: list[int]) -> None:
             raise
 
     with ThreadPoolExecutor(place.study.launch.parallel) as pool:
-        jobs = [pool.submit(job, number) for number in numbers]
+        jobs = [pool.submit(run_one, number) for number in numbers]
         try:
             for job in jobs:
                 job.result()

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,11 @@ from llama_mimi.checkpoint.conversion import TRAINING_CONFIG
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import read_json
 from llama_mimi.common.hub import weights_sha256
+from llama_mimi.judging.table import column_of
+from llama_mimi.study.registry import INDEX
 
 CARD = "README.md"
-INDEX = "index.jsonl"  # of a study's runs
+PRESETS = ("official", "original")  # whose accuracies stand in the card's metadata, too
 # Settings that a card names, and what it calls them.
 SETTINGS = {
     "training.dataset": "data",
@@ -46,7 +48,7 @@ class PublishingOptions:
     repo: str
     """Where to: owner/name on the hub"""
 
-    results: tuple[Path, ...] = (Path("results"),)
+    results: tuple[Path, ...] = ()
     """Folders with results of eval/ or of a study; those of this model's weights stand in its card"""
 
     dry_run: Path | None = None
@@ -109,6 +111,7 @@ def write_card(model: Path, repo: str, results: Sequence[Path]) -> str:
     config, _ = load_config(str(model), "model")
     sha256 = weights_sha256(str(model))
     reports, lines = _results_of(sha256, results)
+    print(f"{len(reports)} results and {len(lines)} runs of studies are of these weights")
     card = ModelCard.load(model / CARD)
     card.data.model_name = repo.split("/")[1]
     facts = {"weights (SHA-256)": f"`{sha256}`", "weights of the codec (SHA-256)": f"`{codec_hash(config.codec)}`"}
@@ -135,23 +138,30 @@ def write_card(model: Path, repo: str, results: Sequence[Path]) -> str:
             EvalResult(
                 task_type="audio-to-audio",
                 dataset_type=report["benchmark"],
-                dataset_name=f"{report['benchmark']} {part} ({report['preset']})",
+                dataset_name=f"{report['benchmark']} {part}",
+                dataset_config=part,
+                metric_name=f"accuracy ({report['preset']})",
                 metric_type="accuracy",
                 metric_value=round(100 * result["accuracy"], 2),
             )
             for report in reports
-            for part, result in report.get("parts", {}).items()
+            if report.get("preset") in PRESETS
+            for part, result in report["parts"].items()
         ]
-    measures = {name: r for report in reports if "results" in report for name, r in report["results"].items()}
-    if measures:
-        rows = [
-            (name, f"{r['mean']:.3f}", "{:.3f} to {:.3f}".format(*r["interval"]), str(r["count"]))
-            for name, r in measures.items()
-        ]
-        parts += ["## Continuations", _table(("measure", "mean", "95 % interval", "prompts"), rows)]
+    for report in reports:
+        if "results" in report:
+            rows = [_measure(name, result) for name, result in report["results"].items()]
+            title = f"## Continuations of at most {report['seconds']:g} s"
+            parts += [title, _table(("measure", "mean", "95 % interval", "prompts"), rows)]
     text = "\n\n".join(parts) + "\n"
     body = text.split("---\n", 2)[2] if text.startswith("---\n") else text
     return f"---\n{card.data.to_yaml()}\n---\n{body}"
+
+
+def _measure(name: str, result: Mapping[str, Any]) -> list[str]:
+    column = column_of(name)
+    mean, low, high = (f"{value:.{column.digits}f}" for value in (result["mean"], *result["interval"]))
+    return [column.heading, mean, f"{low} to {high}", f"{result['count']:,}"]
 
 
 def _training(model: Path) -> dict[str, str]:
@@ -168,16 +178,18 @@ def _results_of(sha256: str, folders: Sequence[Path]) -> tuple[list[dict[str, An
     """Results of benchmarks and of continuations, and lines of studies, that are of these weights."""
     reports, lines = [], []
     for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"--results is '{folder}', which is no folder; name those of eval/ or of a study")
         for path in sorted(folder.rglob("*.json")):
             found = _read(path, path.read_text())
             if not isinstance(found, dict):
                 continue
-            made_by = found if "parts" in found else found.get("made_by", {})
+            made_by = found if "parts" in found else found.get("made_by") or {}
             if made_by.get("model_sha256") == sha256:
                 reports.append(found)
         for path in sorted(folder.rglob(INDEX)):
             of_file = [_read(path, line) for line in path.read_text().splitlines()]
-            lines += [line for line in of_file if line.get("model_sha256") == sha256]
+            lines += [line for line in of_file if isinstance(line, dict) and line.get("model_sha256") == sha256]
     return reports, lines
 
 
