@@ -109,6 +109,7 @@ class Results:
         self._place = place
         self.lines = {line["run"]: line for line in lines}
         self._files: dict[str, dict[str, Any]] = {}
+        self._measured: dict[tuple[tuple[Arm, ...], str], dict[Arm, Measured]] = {}
 
     @property
     def columns(self) -> list[str]:
@@ -127,6 +128,12 @@ class Results:
 
     def measured(self, arms: Sequence[Arm], column: str) -> dict[Arm, Measured]:
         """A column of those arms that have it, on the pairs or prompts that all of their runs have."""
+        key = tuple(arms), column  # tables, differences and pictures ask for the same
+        if key not in self._measured:
+            self._measured[key] = self._measure(arms, column)
+        return self._measured[key]
+
+    def _measure(self, arms: Sequence[Arm], column: str) -> dict[Arm, Measured]:
         runs = {(arm, seed): Run(arm, seed) for arm in arms for seed in self._place.study.seeds}
         if column == BITS:
             bits = {key: self.lines[run.name]["bits_per_audio_second"].get("all") for key, run in runs.items()}

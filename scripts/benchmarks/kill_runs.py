@@ -262,6 +262,8 @@ def kill_study(flags: KillFlags) -> None:
             raise UserError(f"the study ended with {process.returncode}; see {log}")
         elif kills == flags.kills:
             break
+        else:  # before it was to be killed
+            write_study(killed.parent)
         done = list((killed.parent / "out" / "results").rglob("official*.json"))
         print(f"kill {kills}: {seconds:.1f} s, {len(done)} results", flush=True)
     reports = [(study.parent / "out" / "report.md").read_text().replace(str(study), "") for study in (whole, killed)]

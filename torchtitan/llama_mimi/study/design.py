@@ -81,7 +81,7 @@ class Before:
     """What must be there before the first run.
 
     Args:
-        makes: a file; where it is there, the command has done its work.
+        makes: a file that the command makes; without it the command is started again.
         command: a script of this repository and its flags.
     """
 
