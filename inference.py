@@ -13,7 +13,8 @@ from llama_mimi.audio.mimi import CodecAttention
 from llama_mimi.audio.reading import Waveform, wav_writer, write_wav
 from llama_mimi.audio.silence import silences
 from llama_mimi.audio.streaming import DecodingStream, decode_long
-from llama_mimi.common.errors import UserError, run_command
+from llama_mimi.common.command_line import run_command
+from llama_mimi.common.errors import UserError
 from llama_mimi.common.ranks import from_first, torchrun_ranks
 from llama_mimi.generation.continuation import SamplingOptions, check_text, continue_codes, read_prompt
 from llama_mimi.generation.decoding import End, Request, decode

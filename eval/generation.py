@@ -7,7 +7,7 @@
 Starts under torchrun, too: each rank then continues and measures a part. A run that was killed goes on where it was.
 """
 
-from llama_mimi.common.errors import run_command
+from llama_mimi.common.command_line import run_command
 from llama_mimi.judging.script import judge_generations
 
 if __name__ == "__main__":

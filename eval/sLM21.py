@@ -5,11 +5,8 @@
 Starts under torchrun, too: each rank then encodes and scores a part of the clips.
 """
 
-from llama_mimi.common.errors import run_command
-from llama_mimi.evaluation.benchmarks import read_slm21
-from llama_mimi.evaluation.script import BenchmarkScript
-
-SLM21 = BenchmarkScript("sLM21", "speed", read_slm21, levels=(0,))
+from llama_mimi.common.command_line import run_command
+from llama_mimi.evaluation.script import SLM21
 
 if __name__ == "__main__":
     run_command(SLM21.run, __doc__)

@@ -5,11 +5,8 @@
 Starts under torchrun, too: each rank then encodes and scores a part of the clips.
 """
 
-from llama_mimi.common.errors import run_command
-from llama_mimi.evaluation.benchmarks import read_storycloze
-from llama_mimi.evaluation.script import BenchmarkScript
-
-STORYCLOZE = BenchmarkScript("sStoryCloze", "speed", read_storycloze, levels=(0,))
+from llama_mimi.common.command_line import run_command
+from llama_mimi.evaluation.script import STORYCLOZE
 
 if __name__ == "__main__":
     run_command(STORYCLOZE.run, __doc__)

@@ -5,11 +5,8 @@
 Starts under torchrun, too: each rank then encodes and scores a part of the clips.
 """
 
-from llama_mimi.common.errors import run_command
-from llama_mimi.evaluation.benchmarks import SALMON_PARTS, read_salmon
-from llama_mimi.evaluation.script import BenchmarkScript
-
-SALMON = BenchmarkScript("salmon", "slprl/SALMon", read_salmon, levels=None, mean_of=SALMON_PARTS)
+from llama_mimi.common.command_line import run_command
+from llama_mimi.evaluation.script import SALMON
 
 if __name__ == "__main__":
     run_command(SALMON.run, __doc__)

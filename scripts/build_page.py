@@ -8,10 +8,12 @@ It is one file, without scripts. A study's page begins with its tables, whose ce
 
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from llama_mimi.common.cpu import use_cpu_without_gpu
 
@@ -21,7 +23,8 @@ import pages  # noqa: E402
 from study_report import Cell, sections  # noqa: E402
 
 from llama_mimi.audio.reading import AudioError, read_audio  # noqa: E402
-from llama_mimi.common.errors import UserError, run_command  # noqa: E402
+from llama_mimi.common.command_line import run_command  # noqa: E402
+from llama_mimi.common.errors import UserError  # noqa: E402
 from llama_mimi.common.files import read_json  # noqa: E402
 from llama_mimi.judging.prompts import MANIFEST  # noqa: E402
 from llama_mimi.judging.systems import RECORDING, SHUFFLED  # noqa: E402
@@ -81,7 +84,9 @@ def of_study(place: Workplace, page: Path) -> list[str]:
     parts = []
     for number, section in enumerate(sections(place, write_index(place))):
         parts += [f"<h2>{escape(section.title)}</h2>"] if number else []
-        parts += [f"<p>{escape(text)}</p>" for text in section.texts]
+        parts += [f"<p>{_with_code(text)}</p>" for text in section.texts]
+        items = "".join(f"<li>{escape(item)}</li>" for item in section.items)
+        parts += [f"<ul>{items}</ul>"] if items else []
         for header, *rows in section.tables:
             html = [[_html(cell, root) for cell in row] for row in rows]
             parts.append(pages.table_of_html(html, [cell.text for cell in header], label=section.title))
@@ -92,8 +97,12 @@ def of_study(place: Workplace, page: Path) -> list[str]:
 
 
 def _html(cell: Cell, root: str) -> str:
-    links = [f'<a href="{escape(os.path.join(root, path))}">{escape(name)}</a>' for name, path in cell.links.items()]
+    links = [f'<a href="{quote(os.path.join(root, path))}">{escape(name)}</a>' for name, path in cell.links.items()]
     return " ".join([escape(cell.text), *links])
+
+
+def _with_code(text: str) -> str:
+    return re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(text))
 
 
 def heard(folder: Path, systems: Sequence[str], num_prompts: int) -> list[str]:

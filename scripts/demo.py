@@ -20,7 +20,8 @@ import soundfile
 import torch
 
 from llama_mimi.audio.streaming import DecodingStream
-from llama_mimi.common.errors import UserError, run_command
+from llama_mimi.common.command_line import run_command
+from llama_mimi.common.errors import UserError
 from llama_mimi.generation.continuation import SamplingOptions, read_prompt
 from llama_mimi.generation.decoding import End, Request, decode
 from llama_mimi.generation.loading import load_speech_model
@@ -79,11 +80,13 @@ def build_app(gradio: Any, load: Any, model_names: tuple[str, ...]) -> Any:
     """The page."""
 
     def answer(
-        prompt: str | None, name: str, seconds: float, temperature: float, top_k: int, top_p: float, seed: int
+        prompt: str | None, name: str, seconds: float, temperature: float, top_k: int, top_p: float, seed: int | None
     ) -> Any:
         try:
             if prompt is None:
                 raise UserError("record or upload a prompt first")
+            if seed is None:
+                raise UserError("the seed is empty; type a whole number")
             options = SamplingOptions(
                 seconds=seconds, temperature=temperature, top_k=int(top_k), top_p=top_p, seed=int(seed)
             )
@@ -147,12 +150,12 @@ def continued(
             spent = time.perf_counter() - began
             first = first or spent
             new_seconds = len(frames) / codec.frame_rate_hz - end_seconds
-            state = f"{new_seconds:.1f} s new after {spent:.1f} s; the first sound was sent after {first:.1f} s"
-            state += (
-                ""
-                if end is None
-                else f". The end: {'the model stopped' if end is End.BY_MODEL else 'as long as asked for'}"
+            state = (
+                f"{new_seconds:.1f} s new after {spent:.1f} s; the prompt and the first new frame were sent after "
+                f"{first:.1f} s"
             )
+            if end is not None:
+                state += f". The end: {'the model stopped' if end is End.BY_MODEL else 'as long as asked for'}"
             colors = pages.resized(pages.spectrogram(torch.cat(heard), codec.sample_rate_hz, end_seconds))
             yield sound, state, colors, "\n".join(map(tokens_of, reversed(frames[-SHOWN_FRAMES:])))
 

@@ -25,8 +25,9 @@ import torch
 import tyro
 from torch import nn
 
+from llama_mimi.common.command_line import run_cli
 from llama_mimi.common.cpu import use_cpu_without_gpu
-from llama_mimi.common.errors import UserError, run_cli
+from llama_mimi.common.errors import UserError
 
 use_cpu_without_gpu()  # before anything imports TorchTitan
 

@@ -1,7 +1,6 @@
 """The part of scripts/report.py that is of eval/generation.py: tables, differences and a picture of judged samples."""
 
 import json
-import tomllib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,11 +8,13 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 from pictures import save
+from published import Published
 
 from llama_mimi.common.errors import UserError
 from llama_mimi.judging.script import FORMAT
 from llama_mimi.judging.table import COLUMNS, KIND, column_of, columns_in, differences, means, table
 
+MEASURES = (*COLUMNS, "judge/")  # that a row of others may have
 Systems = dict[str, list[dict[str, Any]]]
 
 
@@ -49,33 +50,13 @@ def _references_last(system: tuple[str, list[dict[str, Any]]]) -> tuple[bool, st
     return all(sample["sample"] is None for sample in samples), name
 
 
-def read_published_generations(path: Path) -> list[tuple[str, dict[str, float]]]:
-    """Rows of others: label, and values by measure.
-
-    Raises:
-        UserError: they are not as they should be.
-    """
-    try:
-        rows = tomllib.loads(path.read_text()).get("generations", [])
-        published = [
-            (f"{row['model']} [{row['source']}]", {name: float(score) for name, score in row["scores"].items()})
-            for row in rows
-        ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"'{path}' is no list of published rows ({error}); see eval/published.toml") from error
-    for label, scores in published:
-        if odd := [name for name in scores if name not in COLUMNS and not name.startswith("judge/")]:
-            raise UserError(f"'{path}' has the measure '{odd[0]}' of {label}, which is none of {', '.join(COLUMNS)}")
-    return published
-
-
-def sections(sets: Sequence[Systems], published: Sequence[tuple[str, dict[str, float]]]) -> list[str]:
+def sections(sets: Sequence[Systems], published: Sequence[Published]) -> list[str]:
     """Markdown of each set: a table, and how its systems differ."""
     parts = []
     for number, systems in enumerate(sets, 1):
         title = "## Continuations" + (f", set {number} (other prompts or other measures)" if len(sets) > 1 else "")
         columns = set(columns_in(systems))
-        beside = [(label, scores) for label, scores in published if scores.keys() & columns]
+        beside = [(row.label, row.scores) for row in published if row.scores.keys() & columns]
         parts += [title, table(systems, beside)]
         if beside:
             parts.append("Rows with a source in brackets are numbers of others, of other prompts and by other models.")

@@ -19,7 +19,8 @@ import torch
 from pages import card, cards, chart, table, write_page
 
 from llama_mimi.audio.mimi import MimiCodec
-from llama_mimi.common.errors import UserError, run_command
+from llama_mimi.common.command_line import run_command
+from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import file_system
 from llama_mimi.data.code_store import CodeCorpus, read_codes, read_manifest
 from llama_mimi.data.parquet_corpus import unreadable

@@ -19,7 +19,8 @@ import tyro
 from pictures import save
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from llama_mimi.common.errors import UserError, run_command
+from llama_mimi.common.command_line import run_command
+from llama_mimi.common.errors import UserError
 
 Series = dict[int, float]  # step -> value
 Line = tuple[Series, dict[str, Any]]  # and how it is drawn

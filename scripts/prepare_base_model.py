@@ -9,7 +9,7 @@ text out, for `model.vocabulary = "audio"`: special tokens and units keep the ro
 """
 
 from llama_mimi.checkpoint.conversion import prepare_base_model
-from llama_mimi.common.errors import run_command
+from llama_mimi.common.command_line import run_command
 
 if __name__ == "__main__":
     run_command(prepare_base_model, __doc__)

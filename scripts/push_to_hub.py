@@ -6,7 +6,7 @@
 With --dry_run nothing is uploaded.
 """
 
-from llama_mimi.common.errors import run_command
+from llama_mimi.common.command_line import run_command
 from llama_mimi.study.publishing import publish
 
 if __name__ == "__main__":

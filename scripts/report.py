@@ -9,7 +9,6 @@ eval/generation.py have tables of their own, too; a second picture shows them.
 
 import itertools
 import json
-import tomllib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,11 +19,13 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from generations import draw_generations, read_generations, read_published_generations
+from generations import MEASURES, draw_generations, read_generations
 from generations import sections as generation_sections
 from pictures import save
+from published import read_published
 
-from llama_mimi.common.errors import UserError, run_command
+from llama_mimi.common.command_line import run_command
+from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import write_atomically
 from llama_mimi.evaluation.accuracy import group_credits, mcnemar
 from llama_mimi.evaluation.benchmarks import SALMON_PARTS
@@ -96,7 +97,7 @@ def report(
     sets = read_generations(reports)
     if not rows and not sets:
         raise UserError(f"there is no result file in {', '.join(map(str, results))}; run the scripts in eval/ first")
-    of_others = read_published(published)
+    of_others = published_rows(published)
     standard = {key: row for key, row in rows.items() if is_standard(key)}
     other = {key: row for key, row in rows.items() if not is_standard(key)}
     sections = []
@@ -112,7 +113,7 @@ def report(
         sections += [notes(other.values())]
     if differences := compare(rows):
         sections += ["## Differences between models", differences]
-    sections += generation_sections(sets, read_published_generations(published) if sets else [])
+    sections += generation_sections(sets, read_published(published, "generations", MEASURES) if sets else [])
     text = "\n\n".join(sections) + "\n"
     print(text)
     if output_file is not None:
@@ -194,29 +195,13 @@ def result_files(paths: Sequence[Path]) -> list[Path]:
     return sorted({file for path in paths for file in (path.rglob("*.json") if path.is_dir() else [path])})
 
 
-def read_published(path: Path) -> list[Row]:
-    """Rows of others.
+def published_rows(path: Path) -> list[Row]:
+    """Accuracies of others.
 
     Raises:
-        UserError: the file is missing or is not as it should be.
+        UserError: as `read_published`.
     """
-    try:
-        rows = tomllib.loads(path.read_text())["rows"]
-        published = [
-            Row(
-                row["model"],
-                {column: float(score) for column, score in row["scores"].items()},
-                {},
-                {},
-                f"{row['model']} [{row['source']}]",
-            )
-            for row in rows
-        ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"'{path}' is no list of published rows ({error}); see eval/published.toml") from error
-    if odd := [column for row in published for column in row.accuracies if column not in HEADINGS]:
-        raise UserError(f"'{path}' has the column '{odd[0]}', which is none of {', '.join(HEADINGS)}")
-    return published
+    return [Row(row.label, row.scores, {}, {}, row.label) for row in read_published(path, "rows", HEADINGS)]
 
 
 def is_standard(key: Key) -> bool:

@@ -7,6 +7,7 @@ in the report, is tried again at the next start, and does not stop the others.
 """
 
 import logging
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +20,8 @@ use_cpu_without_gpu()  # before anything imports TorchTitan
 from study_report import write_report  # noqa: E402
 from torchtitan.tools.logging import logger  # noqa: E402
 
-from llama_mimi.common.errors import UserError, run_command  # noqa: E402
+from llama_mimi.common.command_line import run_command  # noqa: E402
+from llama_mimi.common.errors import UserError  # noqa: E402
 from llama_mimi.study.budget import cost_of_step, decay_begins  # noqa: E402
 from llama_mimi.study.design import Study, read_study  # noqa: E402
 from llama_mimi.study.registry import write_index  # noqa: E402
@@ -98,13 +100,9 @@ def print_plan(chosen: Study, flops_per_s: float) -> None:
 
 def print_slurm(chosen: Study) -> None:
     """An array of one job a family, and a job that judges and writes the report behind it."""
-    options = " ".join(chosen.launch.slurm)
-    last = len(chosen.families) - 1
-    command = f"uv run --no-sync python scripts/study.py {chosen.path}"
-    print(
-        f"job=$(sbatch --parsable --requeue --array=0-{last} {options} --wrap '{command} --part $SLURM_ARRAY_TASK_ID')"
-    )
-    print(f"sbatch --dependency=afterany:$job {options} --wrap '{command}'")
+    job = shlex.join([*chosen.launch.slurm, "scripts/study.slurm", str(chosen.path)])
+    print(f"job=$(sbatch --parsable --array=0-{len(chosen.families) - 1} {job})")
+    print(f"sbatch --dependency=afterany:$job {job}")
 
 
 if __name__ == "__main__":

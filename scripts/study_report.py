@@ -6,30 +6,34 @@ other seeds would give; neither says both.
 
 import json
 import math
+import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from generations import read_published_generations
+from generations import MEASURES
 from matplotlib.axes import Axes
 from pictures import save
-from report import HEADINGS, heading, read_published
+from published import Published, read_published
+from report import HEADINGS, heading
 from scipy.stats import t as student
 
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import write_atomically
 from llama_mimi.evaluation.accuracy import group_credits
 from llama_mimi.evaluation.benchmarks import SALMON_PARTS
+from llama_mimi.evaluation.script import BENCHMARK_SCRIPTS
 from llama_mimi.judging.intervals import interval_of_parts
 from llama_mimi.judging.table import COLUMNS, KIND, column_of
-from llama_mimi.study.design import BENCHMARKS, Arm, Run, Table
+from llama_mimi.study.design import Arm, Run, Table
 from llama_mimi.study.registry import INDEX
 from llama_mimi.study.runs import Workplace
 
@@ -38,6 +42,7 @@ PUBLISHED = Path("eval/published.toml")
 BITS = "bits"
 # Measures of continuations that depend on what else the machine did, or are no merit.
 NOT_COMPARED = ("real_time_factor", "seconds")
+COMPARED = ("architecture", "num_quantizers", "level_weights")  # axes of an arm that a published row may be of
 LINGUISTIC = ("sLM21/", "sStoryCloze/")  # beginnings of columns
 Lines = Sequence[Mapping[str, Any]]
 Parts = list[dict[str, float]]  # for each part of a column, values by pair or prompt
@@ -122,9 +127,9 @@ class Results:
         return [BITS, *order, *sorted((scores | measures) - set(order))]
 
     def path(self, run: Run, column: str) -> str | None:
-        """The result file of a column of a run, from the study's folder."""
+        """The result file of a column of a run, from the study's folder; bits stand in the index."""
         benchmark = column.split("/")[0]
-        return self.lines[run.name]["files"].get(benchmark if benchmark in BENCHMARKS else "generation")
+        return self.lines[run.name]["files"].get(benchmark if is_accuracy(column) else "generation")
 
     def measured(self, arms: Sequence[Arm], column: str) -> dict[Arm, Measured]:
         """A column of those arms that have it, on the pairs or prompts that all of their runs have."""
@@ -159,14 +164,15 @@ class Results:
             of_arms[arm] = Measured(of_seeds, own, shown_of(column))
         return of_arms
 
-    def references(self) -> dict[str, dict[str, float]]:
-        """Means of what stands beside continuations: recordings, what the codec leaves of them, shuffled pairs."""
+    def references(self) -> dict[str, tuple[str, dict[str, float]]]:
+        """File and means of what stands beside continuations: recordings, what the codec leaves, shuffled pairs."""
         own = {self._place.generation(run).name for run in self._place.study.runs}
         found = {}
         for path in sorted(self._place.generations.glob("*.json")):
-            report = self._file(str(path.relative_to(self._place.study.output_dir)))
+            name = str(path.relative_to(self._place.study.output_dir))
+            report = self._file(name)
             if path.name not in own and report.get("kind") == KIND:
-                found[report["system"]] = {name: result["mean"] for name, result in report["results"].items()}
+                found[report["system"]] = name, {key: result["mean"] for key, result in report["results"].items()}
         return found
 
     def _parts(self, run: Run, column: str) -> Parts | None:
@@ -197,8 +203,12 @@ class Results:
         return self._files[path]
 
 
+def is_accuracy(column: str) -> bool:
+    return column.split("/")[0] in BENCHMARK_SCRIPTS
+
+
 def shown_of(column: str) -> Callable[[float], float]:
-    return percent if column.split("/")[0] in BENCHMARKS else column_of(column).shown
+    return percent if is_accuracy(column) else column_of(column).shown
 
 
 def percent(share: float) -> float:
@@ -206,13 +216,13 @@ def percent(share: float) -> float:
 
 
 def digits_of(column: str) -> int:
-    return 1 if column == BITS or column.split("/")[0] in BENCHMARKS else column_of(column).digits
+    return 1 if column == BITS or is_accuracy(column) else column_of(column).digits
 
 
 def heading_of(column: str) -> str:
     if column == BITS:
         return "validation bits/s"
-    return heading(column) if column.split("/")[0] in BENCHMARKS else column_of(column).heading
+    return heading(column) if is_accuracy(column) else column_of(column).heading
 
 
 @dataclass(frozen=True)
@@ -228,12 +238,15 @@ class Section:
     """A part of the report.
 
     Args:
+        texts: paragraphs, with commands and files between backticks.
+        items: of a list.
         tables: rows of cells, of which the first are the headings.
         picture: file in the study's folder.
     """
 
     title: str
     texts: list[str] = field(default_factory=list)
+    items: list[str] = field(default_factory=list)
     tables: list[list[list[Cell]]] = field(default_factory=list)
     picture: str | None = None
 
@@ -246,7 +259,9 @@ def write_report(place: Workplace, lines: Lines) -> Path:
     """
     parts = []
     for number, section in enumerate(sections(place, lines)):
-        parts += [f"{'#' * min(number + 1, 2)} {section.title}", *section.texts, *map(markdown, section.tables)]
+        parts += [f"{'#' * min(number + 1, 2)} {section.title}", *section.texts]
+        parts += ["\n".join(f"- {inert(item)}" for item in section.items)] if section.items else []
+        parts += map(markdown, section.tables)
         parts += (
             [f"![{section.title}: fidelity against linguistic scores]({section.picture})"] if section.picture else []
         )
@@ -255,9 +270,14 @@ def write_report(place: Workplace, lines: Lines) -> Path:
     return place.study.output_dir / REPORT
 
 
+def inert(text: str) -> str:
+    """Text, such as of an error, that is no Markdown."""
+    return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", " ".join(text.split()))
+
+
 def markdown(rows: Sequence[Sequence[Cell]]) -> str:
     def of_cell(cell: Cell) -> str:
-        return " ".join([cell.text, *(f"[{name}]({path})" for name, path in cell.links.items())])
+        return " ".join([inert(cell.text), *(f"[{name}]({quote(path)})" for name, path in cell.links.items())])
 
     lines = [[of_cell(cell) for cell in row] for row in rows]
     lines.insert(1, ["---"] * len(lines[0]))
@@ -272,26 +292,27 @@ def sections(place: Workplace, lines: Lines) -> list[Section]:
     about = (
         f"`uv run python scripts/study.py {study.path}`: {done} of {len(lines)} runs, {len(study.seeds)} seeds of "
         f"{len(study.arms)} arms; commit {', '.join(commits) or 'unknown'}. What each run was trained on and what it "
-        f"cost is in {INDEX}."
+        f"cost is in `{INDEX}`."
     )
     found = [Section(f"Study {study.name}", [about, LEGEND])]
     if holes := [line for line in lines if line["state"] != "done"]:
-        found.append(Section("Not there", ["\n".join(f"- {line['run']}: {_why(line)}" for line in holes)]))
+        found.append(Section("Not there", items=[f"{line['run']}: {_why(line)}" for line in holes]))
     for number, table in enumerate(study.tables, 1):
         picture = study.output_dir / f"tradeoff-{number}.png"
         is_drawn = draw(results, table, picture)
         tables = [rows for rows in (arms_table(results, table), differences(results, table)) if len(rows) > 1]
-        found.append(Section(table.title, [], tables, picture.name if is_drawn else None))
-    if len(rows := published(results)) > 1:
+        found.append(Section(table.title, tables=tables, picture=picture.name if is_drawn else None))
+    if len(rows := published_table(results)) > 1:
         text = "By their own scoring, on the whole benchmarks and on their own prompts."
-        found.append(Section("Published by others", [text], [rows]))
+        found.append(Section("Published by others", [text], tables=[rows]))
     return found
 
 
 LEGEND = (
     "Accuracies are in percent. A cell is the mean over seeds, in brackets its 95 % interval over pairs or prompts "
     "(bootstrap), then ±, half of the 95 % interval over seeds (Student's t), and a link to the result of each seed. "
-    "Columns are of the pairs or prompts of which all rows have a value."
+    "Columns are of the pairs or prompts of which all arms have a value. Rows with a source in brackets are numbers of "
+    "others, of models that are such arms, by their own scoring and on their own data."
 )
 
 
@@ -305,16 +326,21 @@ def headings(first: str, columns: Iterable[str]) -> list[Cell]:
 
 
 def arms_table(results: Results, table: Table) -> list[list[Cell]]:
-    """Arms by columns, then the references of continuations."""
+    """Arms by columns, then the references of continuations, then what others have published of such arms."""
     columns = {column: found for column in results.columns if (found := results.measured(table.arms, column))}
     rows = [headings("", columns)]
     for arm in table.arms:
         rows.append([Cell(table.label(arm)), *(cell(results, arm, column, found) for column, found in columns.items())])
-    for name, means in results.references().items():
-        texts = [f"{means[column]:.{digits_of(column)}f}" if column in means else "" for column in columns]
-        if any(texts):
-            rows.append([Cell(name), *map(Cell, texts)])
+    for name, (path, means) in results.references().items():
+        if means.keys() & columns:
+            rows.append([Cell(name, {"result": path}), *_plain(means, columns)])
+    known = [{axis: getattr(arm, axis) for axis in COMPARED} for arm in table.arms]
+    rows += published_rows(columns, [row for row in published() if row.arm and any(row.arm == one for one in known)])
     return rows
+
+
+def _plain(means: Mapping[str, float], columns: Iterable[str]) -> list[Cell]:
+    return [Cell(f"{means[column]:.{digits_of(column)}f}" if column in means else "") for column in columns]
 
 
 def cell(results: Results, arm: Arm, column: str, found: Mapping[Arm, Measured]) -> Cell:
@@ -326,8 +352,9 @@ def cell(results: Results, arm: Arm, column: str, found: Mapping[Arm, Measured])
         text += " ({:.{d}f} to {:.{d}f})".format(*measured.interval, d=digits)
     if measured.spread is not None:
         text += f" ± {measured.spread:.{digits}f}"
-    paths = {seed: results.path(Run(arm, seed), column) for seed in measured.of_seeds} if column != BITS else {}
-    return Cell(text, {str(seed): path for seed, path in paths.items() if path})
+    paths = {seed: results.path(Run(arm, seed), column) for seed in measured.of_seeds}
+    links = {str(seed): path for seed, path in paths.items() if path} if column != BITS else {"index": INDEX}
+    return Cell(text, links)
 
 
 def differences(results: Results, table: Table) -> list[list[Cell]]:
@@ -349,17 +376,20 @@ def differences(results: Results, table: Table) -> list[list[Cell]]:
     return [[Cell(text) for text in row] for row in rows]
 
 
-def published(results: Results) -> list[list[Cell]]:
-    """What others have published of the same columns."""
-    of_others = [(row.label, row.accuracies) for row in read_published(PUBLISHED)]
-    of_others += read_published_generations(PUBLISHED)
-    columns = [column for column in results.columns if any(column in scores for _, scores in of_others)]
-    rows = [headings("", columns)]
-    for label, scores in of_others:
-        if scores.keys() & set(columns):
-            texts = [f"{scores[c]:.{digits_of(c)}f}" if c in scores else "" for c in columns]
-            rows.append([Cell(label), *map(Cell, texts)])
-    return rows
+@cache
+def published() -> list[Published]:
+    return [*read_published(PUBLISHED, "rows", HEADINGS), *read_published(PUBLISHED, "generations", MEASURES)]
+
+
+def published_rows(columns: Iterable[str], of_others: Iterable[Published]) -> list[list[Cell]]:
+    columns = [*columns]
+    return [[Cell(row.label), *_plain(row.scores, columns)] for row in of_others if row.scores.keys() & {*columns}]
+
+
+def published_table(results: Results) -> list[list[Cell]]:
+    """All that others have published of the same columns."""
+    columns = [column for column in results.columns if any(column in row.scores for row in published())]
+    return [headings("", columns), *published_rows(columns, published())]
 
 
 def draw(results: Results, table: Table, path: Path) -> bool:

@@ -7,7 +7,7 @@ Ranks share the work. A run that was killed is started again, on any number of r
 missing.
 """
 
-from llama_mimi.common.errors import run_command
+from llama_mimi.common.command_line import run_command
 from llama_mimi.data.tokenization import tokenize_corpus
 
 if __name__ == "__main__":

@@ -115,6 +115,18 @@ def test_a_job_whose_time_is_up_queues_itself_anew(commands):
         assert process.stdout.readline() == "requeue 17\n"
 
 
+@pytest.mark.parametrize("part", [None, 3])
+def test_a_job_of_a_study(commands, part):
+    """It does its part of the array, or else the rest; and queues itself anew when its time is up."""
+    folder = commands(uv='echo "$@"; exec sleep 60', scontrol='echo "$@"')
+    job = {"SLURM_JOB_ID": "17"} | ({} if part is None else {"SLURM_ARRAY_TASK_ID": str(part)})
+    with started(folder, "bash", "scripts/study.slurm", "a study.toml", **job) as process:
+        wanted = "run --no-sync python scripts/study.py a study.toml" + ("" if part is None else " --part 3")
+        assert process.stdout.readline() == wanted + "\n"
+        process.send_signal(signal.SIGUSR1)
+        assert process.stdout.readline() == "requeue 17\n"
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_a_job_of_two_nodes_trains_on_two_ranks(commands, tmp_path):

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+import shlex
 import shutil
 import statistics
 from pathlib import Path
@@ -17,7 +18,10 @@ from forked_ranks import run_ranks
 from scipy.stats import t as student
 from study_report import Results, write_report
 
+from llama_mimi.common.command_line import as_words, read_flags
 from llama_mimi.common.errors import UserError
+from llama_mimi.evaluation.script import SALMON as SALMON_SCRIPT
+from llama_mimi.evaluation.script import EvaluationOptions
 from llama_mimi.study import design
 from llama_mimi.study.budget import cost_of_step
 from llama_mimi.study.design import Arm, Run, read_study
@@ -32,8 +36,9 @@ from llama_mimi.study.runs import (
     run_families,
     training_flags,
 )
-from llama_mimi.training.config_file import as_words, parse_config
+from llama_mimi.training.config_file import parse_config
 
+SALMON = 'data_dir = "assets/tiny/benchmarks/salmon"\n'
 STUDY = """
 name = "mini"
 output_dir = "{folder}/out"
@@ -138,11 +143,30 @@ def test_settings_of_an_arm(tmp_path):
         ("num_quantizers = [4, 8]", "num_quantizers = []", "has no values of 'num_quantizers'"),
         ("steps = [40, 20]", "flops = [1e12]", "is not known; tokenise it first, or say steps"),
         ("[generation]", "[launch]\nparallel = 0\n[generation]", "are 1 or more"),
+        ("num_quantizers = 8\n", "steps = 40\n", "a part of [[when]] has the unknown key 'steps'"),
+        ('"assets/tiny/llama"', '"models/q{quantizers}"', "braces, in which may stand architecture, flavor,"),
+        ('"assets/tiny/llama"', '"models/{"', "a setting of the study has braces"),
+        (SALMON, SALMON + "limmit = 3\n", "[benchmarks.salmon]: Unrecognized options: --limmit, 3"),
+        (SALMON, SALMON + "limit = 0\n", "--limit is 0; it must be 1 or more"),
+        (SALMON, SALMON + 'output_dir = "x"\n', "benchmarks.salmon.output_dir is what the study itself says"),
+        ('corpus = "x.parquet"', 'corpus = "x"\nsedonds = 3', "[generation]: Unrecognized options: --sedonds, 3"),
+        ('corpus = "x.parquet"', "seconds = 3", "[generation]: Missing from"),
     ],
 )
 def test_mistakes_in_a_study(tmp_path, old, new, message):
     with pytest.raises(UserError, match=re.escape(message)):
         read_study(written(tmp_path, a=(old, new)))
+
+
+def test_results_are_called_as_the_scripts_call_them(tmp_path):
+    """What is not the preset's is named, so that no result is taken for another's."""
+    more = SALMON + 'limit = 3\nlevels = "0"\nend_token = "out"\n'
+    study = read_study(written(tmp_path, a=(SALMON, more)))
+    assert study.scorings == {"salmon": "official-levels_0-without_end-limit_3", "sLM21": "official"}
+    run, place = study.runs[0], Workplace(study)
+    path = place.result(run, "salmon")
+    options = read_flags(EvaluationOptions, as_words(place.flags(run)["salmon"]))
+    assert path == SALMON_SCRIPT.result_path(options)
 
 
 def test_steps_of_a_budget(tmp_path):
@@ -172,7 +196,11 @@ def test_the_shipped_studies_can_be_planned(capsys):
         study = read_study(path)
         assert f"{len(study.seeds)} seeds of {len(study.arms)} arms" in said and said.count("\n| ") >= len(study.arms)
         assert run_here(str(ROOT / "scripts" / "study.py"), path, "--slurm")[0] == 0
-        assert f"--array=0-{len(study.families) - 1} " in capsys.readouterr().out
+        first, second = capsys.readouterr().out.splitlines()
+        job = shlex.split(first.removeprefix("job=$(").removesuffix(")"))
+        assert job[:3] == ["sbatch", "--parsable", f"--array=0-{len(study.families) - 1}"]
+        assert job[3:] == [*study.launch.slurm, "scripts/study.slurm", str(path)]
+        assert shlex.split(second) == ["sbatch", "--dependency=afterany:$job", *job[3:]]
 
 
 # Runs, with commands that are played by this test.
@@ -450,7 +478,13 @@ def test_numbers_of_the_report_are_the_plainest(tmp_path):
     # A sample without a value leaves its prompt to the others, and all rows have the same prompts.
     measured = Results(place, lines).measured(place.study.tables[0].arms, "distillmos")
     assert {len(parts[0]) for one in measured.values() for parts in one.parts_of_seeds.values()} == {6}
-    assert "arXiv 2509.14882" in report and (place.study.output_dir / "tradeoff-1.png").stat().st_size > 10_000
+    # Published rows stand beside the arms that they would be, and all of them at the end.
+    first, second, end = (part.split("\n## ")[0] for part in report.split("\n## ")[1:4])
+    assert "| Llama-Mimi-1.3B, Q = 4 \\[arXiv" in first and "| CSM-1.3B, Q = 4" in first and "Q = 8" not in first
+    assert "| Llama-Mimi-1.3B, Q = 8" in second and "CSM" not in second
+    assert "weighs 100" in end and "CSM" in end and "TWIST" not in first + second
+    assert "| recording" not in report and "[index](index.jsonl)" not in report  # of which this study has none
+    assert (place.study.output_dir / "tradeoff-1.png").stat().st_size > 10_000
 
 
 def test_a_run_ends_with_a_validation(tmp_path):

@@ -29,7 +29,8 @@ from simulated import STORED_LEVELS, random_clips, speech_lengths, write_codes
 from torch.utils.data import DataLoader
 
 from llama_mimi.audio.mimi import DTYPES, MimiCodec, load_codec_config, whole_frames
-from llama_mimi.common.errors import UserError, run_command
+from llama_mimi.common.command_line import run_command
+from llama_mimi.common.errors import UserError
 from llama_mimi.data.clip_readers import AudioClip, AudioReader, CodeReader
 from llama_mimi.data.clips import ClipStream, SentChunk
 from llama_mimi.data.code_store import CodeCorpus

@@ -27,7 +27,8 @@ from llama_mimi.audio.mimi import DEFAULT_CODEC, CodecAttention, MimiCodec
 from llama_mimi.audio.reading import read_audio
 from llama_mimi.checkpoint.huggingface import hf_config
 from llama_mimi.checkpoint.stand_ins import write_stand_ins
-from llama_mimi.common.errors import UserError, run_command
+from llama_mimi.common.command_line import run_command
+from llama_mimi.common.errors import UserError
 from llama_mimi.common.hub import load_pretrained
 from llama_mimi.common.progress_log import ProgressLog
 from llama_mimi.common.ranks import Ranks

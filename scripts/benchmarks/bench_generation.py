@@ -35,7 +35,8 @@ from llama_mimi.audio.mimi import MimiCodec
 from llama_mimi.audio.streaming import DecodingStream
 from llama_mimi.checkpoint.huggingface import hf_config
 from llama_mimi.checkpoint.stand_ins import LLAMA_3_VOCABULARY, write_tokenizer
-from llama_mimi.common.errors import UserError, run_command
+from llama_mimi.common.command_line import run_command
+from llama_mimi.common.errors import UserError
 from llama_mimi.generation.decoding import End, Request, Sampling, decode
 from llama_mimi.generation.flattened import FlattenedModel
 from llama_mimi.generation.speech_model import DECODER_DTYPES, DecoderPrecision

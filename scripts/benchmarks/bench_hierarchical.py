@@ -17,7 +17,8 @@ import training_ways
 from measuring import machine, measured, median_and_range
 from training_ways import OURS, OURS_CSM, PLAIN_CSM, SHAPES
 
-from llama_mimi.common.errors import UserError, run_command
+from llama_mimi.common.command_line import run_command
+from llama_mimi.common.errors import UserError
 
 ROWS = [
     (PLAIN_CSM, ""),

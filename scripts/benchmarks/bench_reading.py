@@ -30,7 +30,7 @@ from transformers import MimiConfig, MimiModel
 
 from llama_mimi.audio.mimi import MimiCodec
 from llama_mimi.audio.reading import read_audio, resample
-from llama_mimi.common.errors import run_command
+from llama_mimi.common.command_line import run_command
 
 RATES_HZ = (8_000, 16_000, 22_050, 44_100, 48_000)
 GPU_TFLOPS = 67.0  # float32 without tensor cores: NVIDIA's data sheet of the H100 SXM

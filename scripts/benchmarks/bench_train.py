@@ -26,7 +26,8 @@ import training_ways
 from measuring import DEVICE, device_name, machine, measured, median_and_range
 from training_ways import LOSS_POSITIONS, OURS, PLAIN, SHAPES, STOCK, UNMASKED
 
-from llama_mimi.common.errors import UserError, run_command
+from llama_mimi.common.command_line import run_command
+from llama_mimi.common.errors import UserError
 from llama_mimi.training.metrics import peak_flops
 
 AUDIO = "--model.vocabulary audio"

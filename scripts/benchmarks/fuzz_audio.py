@@ -26,7 +26,8 @@ import soundfile
 from measuring import peak_mb
 
 from llama_mimi.audio.reading import AudioError, read_audio
-from llama_mimi.common.errors import UserError, run_command
+from llama_mimi.common.command_line import run_command
+from llama_mimi.common.errors import UserError
 
 RATE_HZ, MAX_SECONDS = 24_000, 20.0  # as training reads
 FILES_PER_PROCESS = 500

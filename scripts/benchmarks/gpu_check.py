@@ -13,11 +13,11 @@ import sys
 from pathlib import Path
 
 import torch
-from measuring import as_words
 
 from llama_mimi.checkpoint.dcp import complete_steps
 from llama_mimi.checkpoint.stand_ins import write_stand_ins
-from llama_mimi.common.errors import UserError, run_command
+from llama_mimi.common.command_line import as_words, run_command
+from llama_mimi.common.errors import UserError
 
 CONFIG = "config/llama3_2_1b_peoples_speech.toml"
 CORPUS = "assets/tiny/corpus/train-*.parquet"

@@ -31,11 +31,11 @@ from typing import Literal
 import pyarrow.parquet as pq
 import torch.distributed.checkpoint as dcp
 from layouts import LAYOUTS, lossless_rows
-from measuring import as_words
 
 from llama_mimi.audio.mimi import load_codec_config, whole_frames
 from llama_mimi.checkpoint.dcp import find_step
-from llama_mimi.common.errors import UserError, run_command
+from llama_mimi.common.command_line import as_words, run_command
+from llama_mimi.common.errors import UserError
 from llama_mimi.data.code_store import CodeCorpus
 from llama_mimi.data.order import CorpusOrder, Position
 

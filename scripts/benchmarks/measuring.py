@@ -68,11 +68,6 @@ def peak_mb() -> float:
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
 
 
-def as_words(flags: Mapping[str, object]) -> list[str]:
-    """Flags and their values as a command line has them."""
-    return [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
-
-
 if __name__ == "__main__":
     module, function, arguments = sys.argv[1:]
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
-from measuring import DEVICE, as_words
+from measuring import DEVICE
 from simulated import random_clips, speech_lengths, write_codes
 from torchtitan.components.loss import build_cross_entropy_loss
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs, parallelize_llama
@@ -32,6 +32,7 @@ from transformers import CsmForConditionalGeneration, LlamaForCausalLM, MimiConf
 from llama_mimi.checkpoint.csm import csm_config
 from llama_mimi.checkpoint.huggingface import hf_config
 from llama_mimi.checkpoint.stand_ins import LLAMA_3_VOCABULARY, write_tokenizer
+from llama_mimi.common.command_line import as_words
 from llama_mimi.model.architectures import build_model
 from llama_mimi.model.cross_entropy import cross_entropy, pending_logits
 from llama_mimi.model.llama import FLAVORS, LLAMA_3_2_ROPE, LlamaMimiArgs, depth_args

@@ -38,7 +38,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from llama_mimi.checkpoint.huggingface import save_folder
-from llama_mimi.common.errors import UserError, run_command
+from llama_mimi.common.command_line import run_command
+from llama_mimi.common.errors import UserError
 
 SAMPLE_RATE = 24_000  # Hz
 OPUS_LEVEL = 0.95  # libsndfile's compression level; about 22 kbit/s for mono speech

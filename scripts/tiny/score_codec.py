@@ -22,7 +22,8 @@ from speech_classifier import LabelledClip, SpeechClassifier, isolated_words, re
 from tiny_codec import DEPTHS, MelMagnitude, new_codec
 
 from llama_mimi.audio.mimi import MimiCodec
-from llama_mimi.common.errors import UserError, run_command
+from llama_mimi.common.command_line import run_command
+from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import write_atomically
 from llama_mimi.common.versions import versions
 from llama_mimi.evaluation.accuracy import wilson_interval

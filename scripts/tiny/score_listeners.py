@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from llama_mimi.audio.mimi import MimiCodec
 from llama_mimi.audio.reading import Waveform, write_wav
-from llama_mimi.common.errors import run_command
+from llama_mimi.common.command_line import run_command
 from llama_mimi.common.files import write_atomically
 from llama_mimi.common.versions import versions
 from llama_mimi.judging.intervals import interval

@@ -34,7 +34,8 @@ from tiny_codec import (
 from torch.utils.tensorboard import SummaryWriter
 
 from llama_mimi.audio.reading import Waveform, write_wav
-from llama_mimi.common.errors import UserError, run_command
+from llama_mimi.common.command_line import run_command
+from llama_mimi.common.errors import UserError
 from llama_mimi.common.versions import versions
 from llama_mimi.data.clip_readers import AudioClip, AudioReader, Clip, SkippedClip
 from llama_mimi.data.clips import ClipStream

@@ -37,7 +37,8 @@ from transformers import (
 )
 
 from llama_mimi.audio.reading import resample
-from llama_mimi.common.errors import UserError, run_command
+from llama_mimi.common.command_line import run_command
+from llama_mimi.common.errors import UserError
 from llama_mimi.common.versions import versions
 
 RATE_HZ = 16_000

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from llama_mimi.common.command_line import run_cli
 from llama_mimi.common.cpu import use_cpu_without_gpu
-from llama_mimi.common.errors import run_cli
 
 use_cpu_without_gpu()  # before anything imports TorchTitan
 

@@ -12,7 +12,7 @@ from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 from llama_mimi.audio.mimi import load_codec_config
 from llama_mimi.checkpoint.architectures import state_dict_adapter
 from llama_mimi.checkpoint.run_record import save_run_record, speech_config
-from llama_mimi.common.errors import run_cli
+from llama_mimi.common.command_line import run_cli
 from llama_mimi.common.ranks import end_with_torchrun, first_reports
 from llama_mimi.data.build import build_dataloader
 from llama_mimi.data.dataloader import DataMeter

@@ -1,4 +1,4 @@
-"""What the three benchmark scripts share: flags, and the way from a source to scores."""
+"""The three benchmark scripts: flags, and the way from a source to scores."""
 
 import hashlib
 import json
@@ -17,7 +17,14 @@ from llama_mimi.common.hub import weights_sha256
 from llama_mimi.common.progress_log import ProgressLog
 from llama_mimi.common.ranks import Ranks, from_first, torchrun_ranks
 from llama_mimi.common.versions import versions
-from llama_mimi.evaluation.benchmarks import Benchmark, limited
+from llama_mimi.evaluation.benchmarks import (
+    SALMON_PARTS,
+    Benchmark,
+    limited,
+    read_salmon,
+    read_slm21,
+    read_storycloze,
+)
 from llama_mimi.evaluation.clip_codes import CodeCache, cache_key, encode_clips
 from llama_mimi.evaluation.clip_scores import score_clips
 from llama_mimi.evaluation.results import (
@@ -150,6 +157,15 @@ class BenchmarkScript:
                     f"the memory of '{ranks.device}' is full; lower --batch_tokens, or score in --dtype bfloat16"
                 ) from error
 
+    def result_path(self, options: EvaluationOptions) -> Path:
+        """Where the result of these flags lies; its name says what of the scoring is not the preset's.
+
+        Raises:
+            UserError: as `EvaluationOptions.chosen_preset`.
+        """
+        name = options.chosen_preset(self.levels).name
+        return options.output_dir / self.name / model_folder(options.model_name) / f"{name}.json"
+
     def _evaluate(self, options: EvaluationOptions, chosen: Preset, ranks: Ranks) -> None:
         data_dir = options.data_dir or self.hub_source
         benchmark = self.read(data_dir)
@@ -186,7 +202,7 @@ class BenchmarkScript:
             },
             "versions": versions(),
         }
-        path = options.output_dir / self.name / model_folder(options.model_name) / f"{chosen.name}.json"
+        path = self.result_path(options)
         replaced = from_first(lambda: check_earlier(path, header))
 
         clips = benchmark.clips
@@ -210,3 +226,9 @@ class BenchmarkScript:
             log.close()
             for line in [*summary(report), *submissions, *replaced, f"written to {path}"]:
                 print(line)
+
+
+SALMON = BenchmarkScript("salmon", "slprl/SALMon", read_salmon, levels=None, mean_of=SALMON_PARTS)
+SLM21 = BenchmarkScript("sLM21", "speed", read_slm21, levels=(0,))
+STORYCLOZE = BenchmarkScript("sStoryCloze", "speed", read_storycloze, levels=(0,))
+BENCHMARK_SCRIPTS = {script.name: script for script in (SALMON, SLM21, STORYCLOZE)}

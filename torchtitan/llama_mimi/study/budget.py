@@ -11,10 +11,11 @@ import torch
 
 from llama_mimi.audio.mimi import load_codec_config
 from llama_mimi.checkpoint.stand_ins import write_missing
+from llama_mimi.common.command_line import as_words
 from llama_mimi.data.code_store import MANIFEST, CodeCorpus
 from llama_mimi.model.architectures import build_model
 from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs
-from llama_mimi.training.config_file import as_words, parse_config
+from llama_mimi.training.config_file import parse_config
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,22 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
+from llama_mimi.common.command_line import as_words, read_flags
 from llama_mimi.common.errors import UserError
+from llama_mimi.evaluation.script import BENCHMARK_SCRIPTS, EvaluationOptions
+from llama_mimi.judging.script import GenerationOptions
 from llama_mimi.study.budget import cost_of_step, resolved
 from llama_mimi.tokens.units import Architecture
 
 AXES = ("architecture", "flavor", "num_quantizers", "level_weights", "steps")
 FIXED = {"model.flavor", "model.architecture", "codec.num_quantizers", "loss.level_weights", "job.dump_folder"}
 FIXED |= {"job.config_file", "debug.seed", "lr_scheduler.total_steps"}
-BENCHMARKS = ("salmon", "sLM21", "sStoryCloze")
+OF_SETTINGS = AXES[:-1]  # which [[when]] and braces may name; arms of one trunk differ in their steps alone
+OWN = ("model_name", "output_dir", "name", "codes_dir")  # flags that the study gives scripts of eval/ itself
 Flags = dict[str, Any]
+Options = TypeVar("Options")
 
 
 @dataclass(frozen=True)
@@ -123,6 +128,7 @@ class Study:
         before: commands.
         launch: of commands.
         benchmarks: flags of the scripts in eval/.
+        scorings: what their results are called, but for the suffix.
         generation: flags of eval/generation.py; empty where nothing is judged.
     """
 
@@ -137,6 +143,7 @@ class Study:
     before: tuple[Before, ...]
     launch: Launch
     benchmarks: Mapping[str, Flags]
+    scorings: Mapping[str, str]
     generation: Flags
 
     @property
@@ -177,14 +184,14 @@ def read_study(path: Path) -> Study:
         raise _refused(path, f"config.{min(unknown)} is no architecture; there are {', '.join(get_args(Architecture))}")
     launch = _built(Launch, values.pop("launch", {}), path, "launch")
     benchmarks = values.pop("benchmarks", {})
-    if unknown := benchmarks.keys() - set(BENCHMARKS):
-        raise _refused(path, f"benchmarks.{min(unknown)} is none of {', '.join(BENCHMARKS)}")
+    if unknown := benchmarks.keys() - BENCHMARK_SCRIPTS.keys():
+        raise _refused(path, f"benchmarks.{min(unknown)} is none of {', '.join(BENCHMARK_SCRIPTS)}")
     settings = values.pop("settings", {})
     when = tuple((some, some.pop("settings", {})) for some in values.pop("when", []))
     for axes, changed in when:
-        if not changed or not axes or (unknown := axes.keys() - set(AXES)):
+        if not changed or not axes or (unknown := axes.keys() - set(OF_SETTINGS)):
             what = f"has the unknown key '{min(unknown)}'" if changed and axes else "has no axis, or no settings"
-            raise _refused(path, f"a part of [[when]] {what}; it names some of {', '.join(AXES)} and settings")
+            raise _refused(path, f"a part of [[when]] {what}; it names some of {', '.join(OF_SETTINGS)} and settings")
     if fixed := {key for some in (settings, *(changed for _, changed in when)) for key in some} & FIXED:
         raise _refused(
             path, f"{min(fixed)} is set, which its axis or the study itself says; leave it out of [settings]"
@@ -197,6 +204,12 @@ def read_study(path: Path) -> Study:
     if launch.parallel < 1 or launch.nproc_per_node < 1:
         raise _refused(path, "launch.parallel and launch.nproc_per_node are 1 or more")
     output_dir, generation = Path(values.pop("output_dir")), values.pop("generation", {})
+    scorings = {
+        name: BENCHMARK_SCRIPTS[name].result_path(_options(EvaluationOptions, flags, path, f"benchmarks.{name}")).stem
+        for name, flags in benchmarks.items()
+    }
+    if generation:
+        _options(GenerationOptions, generation, path, "generation")
     if values:
         raise _refused(path, f"the key '{min(values)}' is unknown")
     if not tables or not seeds:
@@ -213,6 +226,7 @@ def read_study(path: Path) -> Study:
         tuple(before),
         launch,
         benchmarks,
+        scorings,
         generation,
     )
 
@@ -297,8 +311,23 @@ def _flags(config: Mapping[Architecture, str], settings: Flags, when: Sequence[t
     for axes, more in when:
         if all(getattr(arm, axis, None) == value for axis, value in axes.items()):
             chosen |= more
-    values = vars(arm)
-    return flags | {key: v.format_map(values) if isinstance(v, str) else v for key, v in chosen.items()}
+    values = {axis: getattr(arm, axis) for axis in OF_SETTINGS}
+    try:
+        return flags | {key: v.format_map(values) if isinstance(v, str) else v for key, v in chosen.items()}
+    except (LookupError, ValueError) as error:
+        raise UserError(
+            f"a setting of the study has braces, in which may stand {', '.join(OF_SETTINGS)} alone ({error!r})"
+        ) from error
+
+
+def _options(kind: type[Options], flags: Flags, path: Path, section: str) -> Options:
+    """Flags of a script in eval/, which are refused before anything is trained."""
+    if own := flags.keys() & set(OWN):
+        raise _refused(path, f"{section}.{min(own)} is what the study itself says; leave it out")
+    try:
+        return read_flags(kind, as_words({**flags, "model_name": "model"}))
+    except UserError as error:
+        raise _refused(path, f"[{section}]: {error}") from error
 
 
 def _built(kind: type, values: dict[str, Any], path: Path, section: str) -> Any:

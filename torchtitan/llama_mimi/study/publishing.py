@@ -57,6 +57,12 @@ class PublishingOptions:
     private: bool = False
     """A new repository is private"""
 
+    license: str | None = None
+    """Of the weights, as the hub calls it, such as llama3.2 for what began with Llama 3.2"""
+
+    base_model: str | None = None
+    """Hub id of the model that training began with"""
+
 
 def publish(options: PublishingOptions) -> None:
     """Upload a converted model.
@@ -70,7 +76,7 @@ def publish(options: PublishingOptions) -> None:
         raise UserError(f"--repo is '{options.repo}', which is no owner/name ({first_line(error)})") from error
     if options.repo.count("/") != 1:
         raise UserError(f"--repo is '{options.repo}'; name it as owner/name")
-    card = write_card(options.model_name, options.repo, options.results)
+    card = write_card(options)
     files = sorted(path for path in options.model_name.iterdir() if path.is_file() and path.name != CARD)
     if options.dry_run is not None:
         return _write(options.dry_run, files, card)
@@ -100,20 +106,22 @@ def _write(folder: Path, files: Sequence[Path], card: str) -> None:
     print(f"would be uploaded: {names}; {size / 1e6:,.1f} MB, as they lie in {folder}")
 
 
-def write_card(model: Path, repo: str, results: Sequence[Path]) -> str:
+def write_card(options: PublishingOptions) -> str:
     """The card of conversion with what is known of training and scores.
 
     Raises:
         UserError: no converted model, or a result that cannot be read.
     """
+    model = options.model_name
     if not (model / CARD).is_file() or not list(model.glob("*.safetensors")):
         raise UserError(f"'{model}' is no converted model; make one with scripts/convert_dcp_to_hf.py")
     config, _ = load_config(str(model), "model")
     sha256 = weights_sha256(str(model))
-    reports, lines = _results_of(sha256, results)
+    reports, lines = _results_of(sha256, options.results)
     print(f"{len(reports)} results and {len(lines)} runs of studies are of these weights")
     card = ModelCard.load(model / CARD)
-    card.data.model_name = repo.split("/")[1]
+    card.data.model_name = options.repo.split("/")[1]
+    card.data.license, card.data.base_model = options.license, options.base_model
     facts = {"weights (SHA-256)": f"`{sha256}`", "weights of the codec (SHA-256)": f"`{codec_hash(config.codec)}`"}
     facts |= _training(model)
     if lines:

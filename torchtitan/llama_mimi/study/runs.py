@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from llama_mimi.checkpoint.dcp import complete_steps
+from llama_mimi.common.command_line import as_words
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import read_json, write_atomically
 from llama_mimi.common.ranks import end_with_parent
 from llama_mimi.study.budget import decay_begins, resolved
 from llama_mimi.study.design import Arm, Run, Study
-from llama_mimi.training.config_file import as_words
 
 RECORD = "record.json"
 LAST_LINES = 5  # of a log, that say why a step failed
@@ -65,9 +65,7 @@ class Workplace:
         return self.study.output_dir / "models" / run.name
 
     def result(self, run: Run, benchmark: str) -> Path:
-        flags = self.study.benchmarks[benchmark]
-        limit = f"-limit_{flags['limit']}" if "limit" in flags else ""
-        return self.results / benchmark / run.name / f"{flags.get('preset', 'official')}{limit}.json"
+        return self.results / benchmark / run.name / f"{self.study.scorings[benchmark]}.json"
 
     def generation(self, run: Run) -> Path:
         return self.generations / f"{run.name}.json"

@@ -4,7 +4,6 @@ import dataclasses
 import difflib
 import os
 import tomllib
-from collections.abc import Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -37,18 +36,6 @@ def parse_config(args: list[str]) -> Any:
         raise UserError(f"model.name is '{job_config.model.name}'; llama_mimi.train trains 'llama_mimi'")
     check_settings(job_config, world_size=int(os.environ.get("WORLD_SIZE", 1)))
     return job_config
-
-
-def as_words(settings: Mapping[str, Any]) -> list[str]:
-    """Settings as a command line has them; a switch that is off is written as tyro wants it."""
-    found: list[str] = []
-    for name, value in settings.items():
-        if isinstance(value, bool):
-            section, dot, key = name.rpartition(".")
-            found.append(f"--{name}" if value else f"--{section}{dot}no-{key}")
-        else:
-            found += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return found
 
 
 def _config_file(args: list[str]) -> Path | None:
