@@ -28,13 +28,14 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-width: 72rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
 h3 { font-size: 1rem; margin: 1.4rem 0 .2rem; } .card h3 { margin: .2rem 0; }
-.wide { overflow-x: auto; }
+.wide { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: .9rem; }
 th, td { border-bottom: 1px solid var(--line); padding: .25rem .6rem; text-align: left; vertical-align: top; }
 th { white-space: nowrap; } td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(17rem, 100%), 1fr)); gap: .8rem; }
 .card { border: 1px solid var(--line); border-radius: .4rem; padding: .6rem; background: var(--soft); min-width: 0; }
-.card p { margin: .3rem 0; font-size: .85rem; overflow-wrap: anywhere; }
+p, li { overflow-wrap: anywhere; }
+.card p { margin: .3rem 0; font-size: .85rem; }
 audio { width: 100%; height: 2.4rem; } img { max-width: 100%; height: auto; } img.chart { background: white; }
 img.sound { width: 100%; height: 5rem; display: block; image-rendering: auto; }
 a:focus-visible, audio:focus-visible, .wide:focus-visible { outline: 3px solid #48f; }

@@ -8,7 +8,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -81,6 +81,26 @@ class Measured:
     def spread(self) -> float | None:
         """Half of the 95 % interval over seeds, by Student's t."""
         return half_width([self.shown(value) for value in self.of_seeds.values()])
+
+    @property
+    def stands_out(self) -> bool:
+        """Whether a difference is none by neither interval."""
+        none = self.shown(0.0)
+        if self.spread is None or abs(self.mean - none) <= self.spread:
+            return False
+        return self.interval is None or not self.interval[0] <= none <= self.interval[1]
+
+    def text(self, digits: int, sign: str = "") -> str:
+        """The mean with both intervals, as `LEGEND` says; a difference has a sign, and a star if it stands out."""
+        if not self.of_seeds:
+            return ""
+        text = f"{self.mean:{sign}.{digits}f}"
+        if self.interval is not None:
+            low, high = self.interval
+            text += f" ({low:{sign}.{digits}f} to {high:{sign}.{digits}f})"
+        if self.spread is not None:
+            text += f" ± {self.spread:.{digits}f}"
+        return text + (" *" if sign and self.stands_out else "")
 
     def minus(self, other: "Measured") -> "Measured":
         """The difference pair by pair and seed by seed, of the seeds that both have; of perplexities the ratio."""
@@ -311,8 +331,10 @@ def sections(place: Workplace, lines: Lines) -> list[Section]:
 LEGEND = (
     "Accuracies are in percent. A cell is the mean over seeds, in brackets its 95 % interval over pairs or prompts "
     "(bootstrap), then ±, half of the 95 % interval over seeds (Student's t), and a link to the result of each seed. "
-    "Columns are of the pairs or prompts of which all arms have a value. Rows with a source in brackets are numbers of "
-    "others, of models that are such arms, by their own scoring and on their own data."
+    "Rows are of the pairs or prompts of which all arms have a value. In the last column stand means of what is no "
+    "model, and what others have published of models that are such arms, by their own scoring and on their own data. "
+    "Differences are taken pair by pair and seed by seed; a star is where neither interval holds zero (of a ratio: "
+    "one). Of many differences that are none, some have a star by chance."
 )
 
 
@@ -321,58 +343,50 @@ def _why(line: Mapping[str, Any]) -> str:
     return f"{failed['step']} failed: {failed['why']}" if failed else "not finished"
 
 
-def headings(first: str, columns: Iterable[str]) -> list[Cell]:
-    return [Cell(first), *(Cell(heading_of(column)) for column in columns)]
-
-
 def arms_table(results: Results, table: Table) -> list[list[Cell]]:
-    """Arms by columns, then the references of continuations, then what others have published of such arms."""
-    columns = {column: found for column in results.columns if (found := results.measured(table.arms, column))}
-    rows = [headings("", columns)]
-    for arm in table.arms:
-        rows.append([Cell(table.label(arm)), *(cell(results, arm, column, found) for column, found in columns.items())])
-    for name, (path, means) in results.references().items():
-        if means.keys() & columns:
-            rows.append([Cell(name, {"result": path}), *_plain(means, columns)])
-    known = [{axis: getattr(arm, axis) for axis in COMPARED} for arm in table.arms]
-    rows += published_rows(columns, [row for row in published() if row.arm and any(row.arm == one for one in known)])
+    """Measures by arms, with what stands beside: references of continuations, and published rows of such arms."""
+    own = [{axis: getattr(arm, axis) for axis in COMPARED} for arm in table.arms]
+    of_others = [row for row in published() if row.arm in own]
+    references = results.references()
+    rows = [[Cell(text) for text in ("", *map(table.label, table.arms), "references, and published by others")]]
+    for column in results.columns:
+        if not (found := results.measured(table.arms, column)):
+            continue
+        beside = "; ".join(f"{row.label}: {_plain(row.scores, column)}" for row in of_others if column in row.scores)
+        links = {
+            f"{name} {_plain(means, column)}": path for name, (path, means) in references.items() if column in means
+        }
+        cells = [cell(results, arm, column, found) for arm in table.arms]
+        rows.append([Cell(heading_of(column)), *cells, Cell(beside, links)])
     return rows
 
 
-def _plain(means: Mapping[str, float], columns: Iterable[str]) -> list[Cell]:
-    return [Cell(f"{means[column]:.{digits_of(column)}f}" if column in means else "") for column in columns]
+def _plain(scores: Mapping[str, float], column: str) -> str:
+    return f"{scores[column]:.{digits_of(column)}f}"
 
 
 def cell(results: Results, arm: Arm, column: str, found: Mapping[Arm, Measured]) -> Cell:
     if arm not in found:
         return Cell("")
-    measured, digits = found[arm], digits_of(column)
-    text = f"{measured.mean:.{digits}f}"
-    if measured.interval is not None:
-        text += " ({:.{d}f} to {:.{d}f})".format(*measured.interval, d=digits)
-    if measured.spread is not None:
-        text += f" ± {measured.spread:.{digits}f}"
+    measured = found[arm]
     paths = {seed: results.path(Run(arm, seed), column) for seed in measured.of_seeds}
     links = {str(seed): path for seed, path in paths.items() if path} if column != BITS else {"index": INDEX}
-    return Cell(text, links)
+    return Cell(measured.text(digits_of(column)), links)
 
 
 def differences(results: Results, table: Table) -> list[list[Cell]]:
-    """How each arm differs from the first."""
+    """How the arms differ from the first."""
     first, *others = table.arms
-    rows = [["", f"minus {table.label(first)}", "difference", "95 % over pairs", "95 % over seeds"]]
+    rows = [[f"difference from {table.label(first)}", *map(table.label, others)]]
     for column in results.columns:
         found = results.measured(table.arms, column)
-        for arm in others:
-            if first not in found or arm not in found:
-                continue
-            difference, digits = found[arm].minus(found[first]), digits_of(column) + (column != BITS)
-            if not difference.of_seeds:
-                continue
-            over_pairs = "{:+.{d}f} to {:+.{d}f}".format(*difference.interval, d=digits) if difference.interval else ""
-            spread = f"± {difference.spread:.{digits}f}" if difference.spread is not None else ""
-            name = heading_of(column) + (" (ratio)" if difference.shown is math.exp else "")
-            rows.append([name, table.label(arm), f"{difference.mean:+.{digits}f}", over_pairs, spread])
+        # Bits are of other levels where Q differs.
+        comparable = [arm for arm in others if column != BITS or arm.num_quantizers == first.num_quantizers]
+        of_arms = {arm: found[arm].minus(found[first]) for arm in comparable if first in found and arm in found}
+        if any(difference.of_seeds for difference in of_arms.values()):
+            texts = (of_arms[arm].text(digits_of(column), sign="+") if arm in of_arms else "" for arm in others)
+            is_ratio = any(difference.shown is math.exp for difference in of_arms.values())
+            rows.append([heading_of(column) + (" (ratio)" if is_ratio else ""), *texts])
     return [[Cell(text) for text in row] for row in rows]
 
 
@@ -381,15 +395,15 @@ def published() -> list[Published]:
     return [*read_published(PUBLISHED, "rows", HEADINGS), *read_published(PUBLISHED, "generations", MEASURES)]
 
 
-def published_rows(columns: Iterable[str], of_others: Iterable[Published]) -> list[list[Cell]]:
-    columns = [*columns]
-    return [[Cell(row.label), *_plain(row.scores, columns)] for row in of_others if row.scores.keys() & {*columns}]
-
-
 def published_table(results: Results) -> list[list[Cell]]:
     """All that others have published of the same columns."""
     columns = [column for column in results.columns if any(column in row.scores for row in published())]
-    return [headings("", columns), *published_rows(columns, published())]
+    rows = [[Cell(text) for text in ("", *map(heading_of, columns))]]
+    for row in published():
+        if row.scores.keys() & {*columns}:
+            texts = (_plain(row.scores, column) if column in row.scores else "" for column in columns)
+            rows.append([Cell(row.label), *map(Cell, texts)])
+    return rows
 
 
 def draw(results: Results, table: Table, path: Path) -> bool:

@@ -10,11 +10,14 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from build_page import build_page
 from conftest import ROOT, TINY
 from pages import card, cards, write_page
 from playwright.sync_api import sync_playwright
+from test_study import Played, whole, written
 
 from llama_mimi.audio.reading import read_audio
+from llama_mimi.study.design import read_study
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -55,6 +58,23 @@ def test_a_page_opens_from_a_disk_and_plays(tmp_path, width):
         assert page.evaluate("document.activeElement.tagName") == "AUDIO"
         page.keyboard.press("Space")
         page.wait_for_function("document.querySelector('audio').currentTime > 0.3")
+        assert complaints == []
+
+
+def test_a_study_opens_from_a_disk(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    study = read_study(written(tmp_path))
+    whole(Played(study))
+    build_page(page=study.output_dir / "page.html", study=study.path)
+    with opened(360) as (page, complaints):
+        for width in (360, 1280):
+            page.set_viewport_size({"width": width, "height": 900})
+            page.goto(f"file://{study.output_dir}/page.html")
+            page.wait_for_function("[...document.images].every(i => i.complete && i.naturalWidth)")
+            assert page.evaluate("document.documentElement.scrollWidth") <= width  # tables scroll by themselves
+            assert page.locator("table").count() == 5
+        page.locator("a").first.click()  # a result, which the browser shows
+        assert page.url.endswith("index.jsonl") or page.url.endswith("official.json")
         assert complaints == []
 
 

@@ -2,22 +2,26 @@
 
 import json
 import math
+import re
 from collections import Counter
 from html.parser import HTMLParser
+from urllib.parse import unquote
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 from build_page import build_page
-from conftest import TINY
+from conftest import ROOT, TINY
 from inspect_codes import InspectionOptions, entropy_bits, inspect_codes
 from layouts import in_json_files, lossless_rows
 from pages import MARK_COLOR, card, page, spectrogram, table
 from test_code_store import tokenize
+from test_study import Played, whole, written
 
 from llama_mimi.audio.reading import Waveform, read_audio, write_wav
 from llama_mimi.common.errors import UserError
+from llama_mimi.study.design import read_study
 
 VOID = {"meta", "link", "img", "br"}
 
@@ -42,7 +46,7 @@ class Outline(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if self.open and self.open[-1] in ("td", "th", "p", "h3"):
+        if self.open and self.open[-1] in ("td", "th", "p", "h3", "li"):
             self.cells.append(data)
 
 
@@ -159,6 +163,24 @@ def test_continuations_stand_beside_their_recording(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             build_page(page=tmp_path / "d.html", **mistake)
+
+
+def test_a_study_as_a_page(tmp_path, monkeypatch):
+    """The tables of its report; links lead from where the page lies to results that are there."""
+    monkeypatch.chdir(ROOT)
+    study = read_study(written(tmp_path, a=('/out"', '/my <out>"')))
+    why = "it `broke` | at <b>"
+    _, report = whole(Played(study, [("train", "q8-uniform-40-seed3")], why))
+    assert r"- flattened-tiny-q8-uniform-40-seed3: train failed: it \`broke\` \| at \<b\>" in report
+    page = study.output_dir / "pages" / "a.html"
+    build_page(page=page, study=study.path)
+    found = outline(page.read_text())
+    links = [source for source in found.sources if not source.startswith("data:")]
+    assert len(links) > 40 and all((page.parent / unquote(link)).is_file() for link in links)
+    assert f"flattened-tiny-q8-uniform-40-seed3: train failed: {why}" in found.cells and "b" not in found.kinds
+    assert found.kinds["li"] == 1 and found.kinds["code"] == 2 and found.kinds["img"] == 2
+    in_report = re.findall(r"\]\(((?:results|generations)/[^)]+)\)", report)
+    assert len(in_report) == len(links) and all((study.output_dir / unquote(link)).is_file() for link in in_report)
 
 
 def test_the_line_is_where_a_prompt_ends():

@@ -211,11 +211,12 @@ class Played(Workplace):
 
     Args:
         breaks: (script, part of a path) of commands that fail.
+        why: what they say.
     """
 
-    def __init__(self, study, breaks=()):
+    def __init__(self, study, breaks=(), why="it broke"):
         super().__init__(study)
-        self.done, self.breaks = [], set(breaks)
+        self.done, self.breaks, self.why = [], set(breaks), why
 
     def start(self, step, log, command):
         flags = dict(itertools.pairwise(command))
@@ -223,7 +224,7 @@ class Played(Workplace):
         out = Path(flags.get("--output_dir", flags.get("--job.dump_folder", "")))
         self.done.append((name, flags.get("--model_name", str(out))))
         if any(part in self.done[-1][1] and script == name for script, part in self.breaks):
-            raise StepFailed(step, "it broke")
+            raise StepFailed(step, self.why)
         if name == "train":
             checkpoint = out / "checkpoint" / f"step-{flags['--training.steps']}"
             checkpoint.mkdir(parents=True)
@@ -457,33 +458,28 @@ def test_numbers_of_the_report_are_the_plainest(tmp_path):
         arm: [100 * by_run[Run(arm, seed).name]["scores"]["salmon/speaker_consistency"]["accuracy"] for seed in (3, 5)]
         for arm in (a, b)
     }
-    row = next(line for line in report.splitlines() if line.startswith("| flattened, 40 steps |"))
-    cells = dict(
-        zip(
-            [cell.strip() for cell in report.split("\n| ")[1].split("|")],
-            [c.strip() for c in row.split("|")[1:]],
-            strict=False,
-        )
-    )
-    found = next(cell for cell in row.split("|") if "results/salmon" in cell)
+    row = next(line for line in report.splitlines() if line.startswith("| SALMon speaker consistency |"))
+    found = row.split("|")[2]  # of the first arm
     mean, low, high, spread = map(float, re.match(r" (\S+) \((\S+) to (\S+)\) ± (\S+) ", found).groups())
-    assert mean == pytest.approx(statistics.mean(values[a]), abs=0.05) and low <= mean <= high and cells
+    assert mean == pytest.approx(statistics.mean(values[a]), abs=0.05) and low <= mean <= high
     assert spread == pytest.approx(student.ppf(0.975, 1) * statistics.stdev(values[a]) / 2**0.5, abs=0.05)
     for seed in (3, 5):
         link = re.search(rf"\[{seed}\]\(([^)]+)\)", found)[1]
         assert json.loads((place.study.output_dir / link).read_text())["benchmark"] == "salmon"
     by_seed = [y - x for x, y in zip(values[a], values[b], strict=True)]
-    wanted = f"| hierarchical, 40 steps | {statistics.mean(by_seed):+.2f} |"
-    assert wanted in report
+    row = report.split("| difference from flattened, 40 steps |")[1].split("| SALMon speaker consistency |")[1]
+    assert row.split("|")[1].startswith(f" {statistics.mean(by_seed):+.1f} (")  # behind 20 steps
     # A sample without a value leaves its prompt to the others, and all rows have the same prompts.
     measured = Results(place, lines).measured(place.study.tables[0].arms, "distillmos")
     assert {len(parts[0]) for one in measured.values() for parts in one.parts_of_seeds.values()} == {6}
     # Published rows stand beside the arms that they would be, and all of them at the end.
     first, second, end = (part.split("\n## ")[0] for part in report.split("\n## ")[1:4])
-    assert "| Llama-Mimi-1.3B, Q = 4 \\[arXiv" in first and "| CSM-1.3B, Q = 4" in first and "Q = 8" not in first
-    assert "| Llama-Mimi-1.3B, Q = 8" in second and "CSM" not in second
-    assert "weighs 100" in end and "CSM" in end and "TWIST" not in first + second
-    assert "| recording" not in report and "[index](index.jsonl)" not in report  # of which this study has none
+    similarity = next(line for line in first.splitlines() if line.startswith("| speaker similarity |"))
+    by_a_digest = r"\[arXiv 2509.14882, by a digest\]"
+    wanted = f" Llama-Mimi-1.3B, Q = 4 {by_a_digest}: 0.346; CSM-1.3B, Q = 4 {by_a_digest}: 0.320 "
+    assert similarity.split("|")[-2] == wanted
+    assert "Llama-Mimi-1.3B, Q = 8" in second and "CSM" not in second
+    assert "weighs 100" in end and "CSM" in end and "weighs" not in first + second
     assert (place.study.output_dir / "tradeoff-1.png").stat().st_size > 10_000
 
 
@@ -514,6 +510,19 @@ def test_a_difference_is_of_the_seeds_that_both_have():
     half = study_report.Measured({0: math.log(6)}, {0: [{"x": math.log(6)}]}, math.exp)
     assert half.minus(perplexity).mean == pytest.approx(2.0)
     assert half.minus(perplexity).interval == pytest.approx((2.0, 2.0))
+
+
+def test_a_star_is_where_neither_interval_holds_zero():
+    def difference(*by_pair_of_seeds, shown=float):
+        parts = {seed: [{str(i): x for i, x in enumerate(xs)}] for seed, xs in enumerate(by_pair_of_seeds)}
+        return study_report.Measured({s: statistics.mean(p[0].values()) for s, p in parts.items()}, parts, shown)
+
+    assert difference((0.2, 0.3), (0.2, 0.3)).text(2, sign="+") == "+0.25 (+0.20 to +0.30) ± 0.00 *"
+    assert not difference((0.2, 0.3), (0.2, 0.9)).text(2, sign="+").endswith("*")  # seeds differ
+    assert not difference((-1.0, 2.0), (-1.0, 2.0)).stands_out  # pairs differ
+    assert not difference((0.2, 0.3)).stands_out and difference((0.2, 0.3)).text(1) == "0.2 (0.2 to 0.3)"
+    ratio = difference((0.2, 0.2), (0.2, 0.2), shown=math.exp)
+    assert ratio.stands_out and not difference((0.0, 0.0), (0.0, 0.0), shown=math.exp).stands_out
 
 
 def test_names_are_folders():
