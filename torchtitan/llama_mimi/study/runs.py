@@ -130,7 +130,9 @@ class Workplace:
         Raises:
             StepFailed: it did.
         """
-        threads = self.study.launch.threads
+        launch = self.study.launch
+        # Judging is of one run after the other, which has the threads of all that else run at the same time.
+        threads = launch.threads and launch.threads * (launch.parallel if step == GENERATION else 1)
         env = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as output:
