@@ -30,7 +30,10 @@ def model(model_folder, tmp_path):
     (folder / "README.md").write_text(
         "---\nlibrary_name: transformers\ntags: [mimi]\n---\n\n# mine\n\nHow to use it.\n"
     )
-    training = {"training": {"dataset": "data/codes/x", "steps": 7}, "loss": {"level_weights": "uniform"}}
+    training = {
+        "training": {"dataset": "data/codes/x,/home/me/codes/y", "steps": 7},
+        "loss": {"level_weights": "uniform"},
+    }
     (folder / "training_config.json").write_text(json.dumps(training))
     return folder
 
@@ -61,11 +64,13 @@ def results(folder, sha256):
 
 def test_a_dry_run_writes_what_would_be_uploaded(model, tmp_path, capsys):
     of_model = results(tmp_path / "results", weights_sha256(str(model)))
-    publish(PublishingOptions(model, "me/mine", (of_model,), dry_run=tmp_path / "dry"))
+    of_weights = {"license": "llama3.2", "base_model": "meta-llama/Llama-3.2-1B"}
+    publish(PublishingOptions(model, "me/mine", (of_model,), dry_run=tmp_path / "dry", **of_weights))
     assert "would be uploaded: README.md, config.json" in capsys.readouterr().out
     card = ModelCard.load(tmp_path / "dry" / "README.md")
+    assert card.data.license == "llama3.2" and card.data.base_model == "meta-llama/Llama-3.2-1B"
     assert "How to use it." in card.content and card.data.library_name == "transformers"
-    assert "| data | data/codes/x |" in card.content and "| steps | 7 |" in card.content
+    assert "| data | data/codes/x, y |" in card.content and "| steps | 7 |" in card.content
     assert "| training FLOPs | 5.83e+12 |" in card.content and "d" * 64 in card.content
     assert "| salmon_a | speaker | official | 75.0 % | 60.0 to 85.0 % | 40 |" in card.content
     assert "salmon_b" not in card.content and "| speaker similarity | 0.500 | 0.400 to 0.600 | 44 |" in card.content

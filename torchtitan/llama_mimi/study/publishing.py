@@ -178,8 +178,14 @@ def _training(model: Path) -> dict[str, str]:
     for key, name in SETTINGS.items():
         section, _, setting = key.partition(".")
         if (value := config.get(section, {}).get(setting)) is not None:
-            found[name] = str(value)
+            found[name] = _without_folders(value) if key == "training.dataset" else str(value)
     return found
+
+
+def _without_folders(dataset: str) -> str:
+    """Names of corpora; of those with a whole path the last part alone, as the others are of the machine."""
+    parts = (Path(part.strip()) for part in dataset.split(","))
+    return ", ".join(part.name if part.is_absolute() else str(part) for part in parts)
 
 
 def _results_of(sha256: str, folders: Sequence[Path]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
