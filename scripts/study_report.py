@@ -32,7 +32,7 @@ from llama_mimi.evaluation.accuracy import group_credits
 from llama_mimi.evaluation.benchmarks import SALMON_PARTS
 from llama_mimi.evaluation.script import BENCHMARK_SCRIPTS
 from llama_mimi.judging.intervals import interval_of_parts
-from llama_mimi.judging.table import COLUMNS, KIND, column_of
+from llama_mimi.judging.table import COLUMNS, KIND, column_of, percent
 from llama_mimi.study.design import Arm, Run, Table
 from llama_mimi.study.registry import INDEX
 from llama_mimi.study.runs import Workplace
@@ -229,10 +229,6 @@ def is_accuracy(column: str) -> bool:
 
 def shown_of(column: str) -> Callable[[float], float]:
     return percent if is_accuracy(column) else column_of(column).shown
-
-
-def percent(share: float) -> float:
-    return 100 * share
 
 
 def digits_of(column: str) -> int:

@@ -26,7 +26,7 @@ class Column:
     shown: Callable[[float], float] = float
 
 
-def _percent(share: float) -> float:
+def percent(share: float) -> float:
     return 100 * share
 
 
@@ -41,9 +41,9 @@ COLUMNS = {
     "log_perplexity": Column("perplexity", 1, math.exp),
     "words_per_minute": Column("words/min", 0),
     "seconds": Column("seconds", 2),
-    "silent": Column("silent (%)", 1, _percent),
-    "ended": Column("ended by itself (%)", 1, _percent),
-    "distinct_frames": Column("distinct frames (%)", 1, _percent),
+    "silent": Column("silent (%)", 1, percent),
+    "ended": Column("ended by itself (%)", 1, percent),
+    "distinct_frames": Column("distinct frames (%)", 1, percent),
     "real_time_factor": Column("real-time factor", 2),
 }
 
@@ -125,7 +125,7 @@ def differences(systems: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
                 continue
             found = paired_difference(values_a, values_b)
             is_ratio = column.shown is math.exp
-            shown = column.shown if is_ratio or column.shown is _percent else float
+            shown = column.shown if is_ratio or column.shown is percent else float
             number, low, high = (f"{shown(x):.{column.digits + 1}f}" for x in (found["difference"], *found["interval"]))
             heading = f"{column.heading} (A / B)" if is_ratio else column.heading
             lines.append(f"| {heading} | {a} | {b} | {number} | {low} to {high} | {found['count']:,} |")
