@@ -28,7 +28,7 @@ from llama_mimi.common.errors import UserError  # noqa: E402
 from llama_mimi.common.files import read_json  # noqa: E402
 from llama_mimi.judging.prompts import MANIFEST  # noqa: E402
 from llama_mimi.judging.systems import RECORDING, SHUFFLED  # noqa: E402
-from llama_mimi.judging.table import COLUMNS, KIND, column_of  # noqa: E402
+from llama_mimi.judging.table import COLUMNS, KIND, column_of, is_reference  # noqa: E402
 from llama_mimi.study.design import read_study  # noqa: E402
 from llama_mimi.study.registry import write_index  # noqa: E402
 from llama_mimi.study.runs import Workplace  # noqa: E402
@@ -71,10 +71,10 @@ def build_page(
         )
     place = Workplace(read_study(study))
     parts = of_study(place, page)
-    if num_prompts and (place.generations / MANIFEST).is_file():
-        first = [run.name for run in place.study.runs if run.seed == place.study.seeds[0]]
-        judged = [name for name in first if (place.generations / f"{name}.json").is_file()]
-        parts += heard(place.generations, systems or judged, num_prompts)
+    first = [run.name for run in place.study.runs if run.seed == place.study.seeds[0]]
+    judged = tuple(name for name in first if (place.generations / f"{name}.json").is_file())
+    if num_prompts and (wanted := systems or judged):
+        parts += heard(place.generations, wanted, num_prompts)
     pages.write_page(page, title or f"Study {place.study.name}", parts)
 
 
@@ -88,16 +88,22 @@ def of_study(place: Workplace, page: Path) -> list[str]:
         items = "".join(f"<li>{escape(item)}</li>" for item in section.items)
         parts += [f"<ul>{items}</ul>"] if items else []
         for header, *rows in section.tables:
-            html = [[_html(cell, root) for cell in row] for row in rows]
-            parts.append(pages.table_of_html(html, [cell.text for cell in header], label=section.title))
+            heads = [cell.text for cell in header]
+            html = [
+                [_html(cell, root, f"{row[0].text}, {head}") for cell, head in zip(row, heads, strict=True)]
+                for row in rows
+            ]
+            parts.append(pages.table_of_html(html, heads, label=f"{section.title}: {heads[0]}"))
         if section.picture:
-            alt = f"{section.title}: fidelity against linguistic scores"
-            parts.append(pages.picture((place.study.output_dir / section.picture).read_bytes(), alt))
+            parts.append(pages.picture((place.study.output_dir / section.picture).read_bytes(), section.seen))
     return parts
 
 
-def _html(cell: Cell, root: str) -> str:
-    links = [f'<a href="{quote(os.path.join(root, path))}">{escape(name)}</a>' for name, path in cell.links.items()]
+def _html(cell: Cell, root: str, where: str) -> str:
+    links = [
+        f'<a href="{quote(os.path.join(root, path))}" aria-label="{escape(f"{where}: {name}")}">{escape(name)}</a>'
+        for name, path in cell.links.items()
+    ]
     return " ".join([escape(cell.text), *links])
 
 
@@ -120,9 +126,7 @@ def heard(folder: Path, systems: Sequence[str], num_prompts: int) -> list[str]:
         raise UserError(f"'{folder}' has no result of '{missing[0]}', only of {', '.join(reports) or 'none'}")
     if RECORDING not in reports:
         raise UserError(f"'{folder}' has no result of '{RECORDING}'; judge a model with eval/generation.py first")
-    references = [
-        name for name, report in reports.items() if report["samples"] and report["samples"][0]["sample"] is None
-    ]
+    references = [name for name, report in reports.items() if is_reference(report["samples"])]
     own = [name for name in systems or reports if name not in references]
     shown = [RECORDING, *(name for name in references if name not in (RECORDING, SHUFFLED)), *own]
     parts = [
@@ -158,7 +162,7 @@ def _card(folder: Path, system: str, report: dict[str, Any], prompt: dict[str, A
         samples_S = read_audio(folder / first["file"], RATE_HZ, max_seconds=end).samples_S
     except AudioError as error:
         if error.reason == "empty":
-            return f'<section class="card"><h3>{escape(system)}</h3><p>says nothing</p></section>'
+            return f'<section class="card"><h4>{escape(system)}</h4><p>says nothing</p></section>'
         raise UserError(f"a continuation of '{system}' cannot be heard: {error}") from error
     holds_prompt = len(samples_S) / RATE_HZ > prompt["seconds"] + first["seconds"] - ROUNDING_SECONDS
     lines = [first["text"]] if first.get("text") else []

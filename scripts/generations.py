@@ -12,7 +12,7 @@ from published import Published
 
 from llama_mimi.common.errors import UserError
 from llama_mimi.judging.script import FORMAT
-from llama_mimi.judging.table import COLUMNS, KIND, column_of, columns_in, differences, means, table
+from llama_mimi.judging.table import COLUMNS, KIND, column_of, columns_in, differences, is_reference, means, table
 
 MEASURES = (*COLUMNS, "judge/")  # that a row of others may have
 Systems = dict[str, list[dict[str, Any]]]
@@ -47,7 +47,7 @@ def read_generations(reports: Mapping[Path, Mapping[str, Any]]) -> list[Systems]
 
 def _references_last(system: tuple[str, list[dict[str, Any]]]) -> tuple[bool, str]:
     name, samples = system
-    return all(sample["sample"] is None for sample in samples), name
+    return is_reference(samples), name
 
 
 def sections(sets: Sequence[Systems], published: Sequence[Published]) -> list[str]:

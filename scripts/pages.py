@@ -27,11 +27,12 @@ STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-width: 72rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
-h3 { font-size: 1rem; margin: 1.4rem 0 .2rem; } .card h3 { margin: .2rem 0; }
+h3 { font-size: 1rem; margin: 1.4rem 0 .2rem; } .card h4 { margin: .2rem 0; }
 .wide { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: .9rem; }
 th, td { border-bottom: 1px solid var(--line); padding: .25rem .6rem; text-align: left; vertical-align: top; }
-th { white-space: nowrap; } td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+thead th { white-space: nowrap; } tbody th { font-weight: normal; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(17rem, 100%), 1fr)); gap: .8rem; }
 .card { border: 1px solid var(--line); border-radius: .4rem; padding: .6rem; background: var(--soft); min-width: 0; }
 p, li { overflow-wrap: anywhere; }
@@ -74,7 +75,7 @@ def write_page(path: Path, title: str, parts: Iterable[str]) -> None:
 
 
 def table(rows: Sequence[Sequence[str]], header: Sequence[str], *, label: str) -> str:
-    """Rows of text; numbers are aligned as such.
+    """Rows of text, of which the first says what the row is of; numbers are aligned as such.
 
     Args:
         label: what it shows, for those who hear the page.
@@ -90,7 +91,8 @@ def table_of_html(rows: Sequence[Sequence[str]], header: Sequence[str], *, label
         return f"<td{kind}>{content}</td>"
 
     head = "".join(f'<th scope="col">{escape(text)}</th>' for text in header)
-    body = "\n".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
+    lines = (f'<th scope="row">{first}</th>{"".join(map(cell, others))}' for first, *others in rows)
+    body = "\n".join(f"<tr>{line}</tr>" for line in lines)
     # A part that scrolls is reached by the keyboard, too.
     return (
         f'<div class="wide" tabindex="0" role="region" aria-label="{escape(label)}"><table>\n'
@@ -116,7 +118,7 @@ def card(
     picture = _data("image/webp", _webp(spectrogram(samples_S, sample_rate_hz, mark_seconds)))
     seen = f"Spectrogram of {heading}, {len(samples_S) / sample_rate_hz:.1f} s, 0 to {sample_rate_hz / 2000:g} kHz"
     return (
-        f'<section class="card"><h3>{escape(heading)}</h3>\n{player(heading, samples_S, sample_rate_hz)}\n'
+        f'<section class="card"><h4>{escape(heading)}</h4>\n{player(heading, samples_S, sample_rate_hz)}\n'
         f'<img class="sound" alt="{escape(seen)}" src="{picture}">\n'
         f"{said}</section>"
     )

@@ -8,6 +8,8 @@ from typing import Any
 
 from llama_mimi.common.errors import UserError
 
+AXES_OF_OTHERS = ("architecture", "num_quantizers", "level_weights")  # which are known of some
+
 
 @dataclass(frozen=True)
 class Published:
@@ -16,7 +18,7 @@ class Published:
     Args:
         label: the model, and where the numbers stand.
         scores: by column, as they are shown.
-        arm: axes of a study of ours that would train such a model, as far as they are known.
+        arm: axes of a study of ours that would train such a model, of any size, as far as they are known.
     """
 
     label: str
@@ -47,6 +49,8 @@ def read_published(path: Path, kind: str, columns: Iterable[str]) -> list[Publis
         raise UserError(f"'{path}' is no list of published rows ({error}); see eval/published.toml") from error
     known = [*columns]
     for row in found:
+        if unknown := row.arm.keys() - {*AXES_OF_OTHERS}:
+            raise UserError(f"'{path}' says '{min(unknown)}' of an arm; it takes {', '.join(AXES_OF_OTHERS)}")
         if odd := [c for c in row.scores if c not in known and not (c.startswith("judge/") and "judge/" in known)]:
             raise UserError(f"'{path}' has the column '{odd[0]}' of {row.label}, which is none of {', '.join(known)}")
     return found

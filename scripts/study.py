@@ -23,7 +23,7 @@ from torchtitan.tools.logging import logger  # noqa: E402
 from llama_mimi.common.command_line import run_command  # noqa: E402
 from llama_mimi.common.errors import UserError  # noqa: E402
 from llama_mimi.study.budget import cost_of_step, decay_begins  # noqa: E402
-from llama_mimi.study.design import Study, read_study  # noqa: E402
+from llama_mimi.study.design import Run, Study, read_study  # noqa: E402
 from llama_mimi.study.registry import write_index  # noqa: E402
 from llama_mimi.study.runs import Workplace, check_unchanged, judge, make_ready, run_families  # noqa: E402
 
@@ -51,15 +51,20 @@ def study(
         mfu: share of that which training reaches, for the plan
 
     Raises:
-        UserError: the file cannot be used, or a command before the runs failed.
+        UserError: the file cannot be used, a command before the runs failed, or a run is not done in the end.
     """
     logger.setLevel(logging.ERROR)  # that a base model is not here yet is no news
     chosen = read_study(file)
+    for flag, value in {"gpu_tflops": gpu_tflops, "mfu": mfu}.items():
+        if value <= 0:
+            raise UserError(f"--{flag} is {value}; it must be a positive number")
     if plan:
         return print_plan(chosen, gpu_tflops * 1e12 * mfu)
     if slurm:
         return print_slurm(chosen)
     place = Workplace(chosen)
+    if part is not None and report_only:
+        raise UserError("--part trains a part, and --report_only nothing; choose one")
     if part is not None and not 0 <= part < len(chosen.families):
         raise UserError(f"--part is {part}; the study has the jobs 0 to {len(chosen.families) - 1}")
     if not report_only:
@@ -67,13 +72,22 @@ def study(
         make_ready(place)
         run_families(place, list(range(len(chosen.families))) if part is None else [part])
     if part is not None:
+        _, seed, arms = chosen.families[part]
+        failed = [run.name for arm in arms if place.record(run := Run(arm, seed))["failed"]]
+        if failed:
+            raise UserError(f"{', '.join(failed)} failed; see the lines above, and start this part again")
         return
     if not report_only:
         judge(place)
     lines = write_index(place)
     print(write_report(place, lines))
     holes = [line["run"] for line in lines if line["state"] != "done"]
-    print(f"{len(lines) - len(holes)} of {len(lines)} runs are done" + (f"; not: {', '.join(holes)}" if holes else ""))
+    done = f"{len(lines) - len(holes)} of {len(lines)} runs are done"
+    if holes:
+        raise UserError(
+            f"{done}; the report says why these are not, which are tried again at the next start: {', '.join(holes)}"
+        )
+    print(done)
 
 
 def print_plan(chosen: Study, flops_per_s: float) -> None:

@@ -8,7 +8,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ import matplotlib.pyplot as plt
 from generations import MEASURES
 from matplotlib.axes import Axes
 from pictures import save
-from published import Published, read_published
+from published import AXES_OF_OTHERS, Published, read_published
 from report import HEADINGS, heading
 from scipy.stats import t as student
 
@@ -32,7 +32,7 @@ from llama_mimi.evaluation.accuracy import group_credits
 from llama_mimi.evaluation.benchmarks import SALMON_PARTS
 from llama_mimi.evaluation.script import BENCHMARK_SCRIPTS
 from llama_mimi.judging.intervals import interval_of_parts
-from llama_mimi.judging.table import COLUMNS, KIND, column_of, percent
+from llama_mimi.judging.table import COLUMNS, KIND, column_of, is_reference, percent
 from llama_mimi.study.design import Arm, Run, Table
 from llama_mimi.study.registry import INDEX
 from llama_mimi.study.runs import Workplace
@@ -42,7 +42,7 @@ PUBLISHED = Path("eval/published.toml")
 BITS = "bits"
 # Measures of continuations that depend on what else the machine did, or are no merit.
 NOT_COMPARED = ("real_time_factor", "seconds")
-COMPARED = ("architecture", "num_quantizers", "level_weights")  # axes of an arm that a published row may be of
+MARKERS = "osD^vPX"  # of arms, beside their color
 LINGUISTIC = ("sLM21/", "sStoryCloze/")  # beginnings of columns
 Lines = Sequence[Mapping[str, Any]]
 Parts = list[dict[str, float]]  # for each part of a column, values by pair or prompt
@@ -66,10 +66,15 @@ class Measured:
     def mean(self) -> float:
         return self.shown(statistics.mean(self.of_seeds.values()))
 
+    @property
+    def count(self) -> int:
+        """Of pairs, groups of pairs or prompts."""
+        return sum(map(len, next(iter(self.parts_of_seeds.values()), [])))
+
     @cached_property
     def interval(self) -> tuple[float, float] | None:
-        """95 % over pairs or prompts, by bootstrap; each has its mean over seeds."""
-        if not self.parts_of_seeds:
+        """95 % over pairs or prompts, by bootstrap; each has its mean over seeds. One alone gives none."""
+        if not self.parts_of_seeds or min(map(len, next(iter(self.parts_of_seeds.values())))) < 2:
             return None
         parts = zip(*self.parts_of_seeds.values(), strict=True)
         low, high = interval_of_parts(
@@ -78,29 +83,33 @@ class Measured:
         return self.shown(low), self.shown(high)
 
     @property
-    def spread(self) -> float | None:
-        """Half of the 95 % interval over seeds, by Student's t."""
-        return half_width([self.shown(value) for value in self.of_seeds.values()])
+    def half_over_seeds(self) -> float | None:
+        """Half of the 95 % interval over seeds, by Student's t; of perplexities that of their logarithms."""
+        return half_width([*self.of_seeds.values()])
 
     @property
     def stands_out(self) -> bool:
-        """Whether a difference is none by neither interval."""
-        none = self.shown(0.0)
-        if self.spread is None or abs(self.mean - none) <= self.spread:
+        """Whether a difference is none by neither interval; of bits there is the one over seeds alone."""
+        half = self.half_over_seeds
+        if half is None or abs(statistics.mean(self.of_seeds.values())) <= half:
             return False
-        return self.interval is None or not self.interval[0] <= none <= self.interval[1]
+        if self.interval is None:
+            return not self.parts_of_seeds
+        return not self.interval[0] <= self.shown(0.0) <= self.interval[1]
 
-    def text(self, digits: int, sign: str = "") -> str:
+    def text(self, digits: int, *, is_difference: bool = False) -> str:
         """The mean with both intervals, as `LEGEND` says; a difference has a sign, and a star if it stands out."""
         if not self.of_seeds:
             return ""
+        is_ratio = self.shown is math.exp
+        sign = "+" if is_difference and not is_ratio else ""
         text = f"{self.mean:{sign}.{digits}f}"
         if self.interval is not None:
             low, high = self.interval
             text += f" ({low:{sign}.{digits}f} to {high:{sign}.{digits}f})"
-        if self.spread is not None:
-            text += f" ± {self.spread:.{digits}f}"
-        return text + (" *" if sign and self.stands_out else "")
+        if self.half_over_seeds is not None:
+            text += f" ± {'a factor of ' if is_ratio else ''}{self.shown(self.half_over_seeds):.{digits}f}"
+        return text + (" *" if is_difference and self.stands_out else "")
 
     def minus(self, other: "Measured") -> "Measured":
         """The difference pair by pair and seed by seed, of the seeds that both have; of perplexities the ratio."""
@@ -158,6 +167,12 @@ class Results:
             self._measured[key] = self._measure(arms, column)
         return self._measured[key]
 
+    def is_gone(self, arms: Sequence[Arm], column: str) -> bool:
+        """Whether runs have values of a column, and none of them of a pair or prompt that the others have."""
+        return not self.measured(arms, column) and any(
+            self._parts(Run(arm, seed), column) for arm in arms for seed in self._place.study.seeds
+        )
+
     def _measure(self, arms: Sequence[Arm], column: str) -> dict[Arm, Measured]:
         runs = {(arm, seed): Run(arm, seed) for arm in arms for seed in self._place.study.seeds}
         if column == BITS:
@@ -184,15 +199,19 @@ class Results:
             of_arms[arm] = Measured(of_seeds, own, shown_of(column))
         return of_arms
 
-    def references(self) -> dict[str, tuple[str, dict[str, float]]]:
-        """File and means of what stands beside continuations: recordings, what the codec leaves, shuffled pairs."""
-        own = {self._place.generation(run).name for run in self._place.study.runs}
-        found = {}
+    def references(self, column: str, prompts: Container[str]) -> dict[str, tuple[str, float]]:
+        """File and mean of what stands beside continuations, on those prompts: recordings, shuffled pairs and such."""
+        found: dict[str, tuple[str, float]] = {}
+        if is_accuracy(column) or column == BITS:
+            return found
         for path in sorted(self._place.generations.glob("*.json")):
             name = str(path.relative_to(self._place.study.output_dir))
             report = self._file(name)
-            if path.name not in own and report.get("kind") == KIND:
-                found[report["system"]] = name, {key: result["mean"] for key, result in report["results"].items()}
+            if report.get("kind") != KIND or not is_reference(report["samples"]):
+                continue
+            samples = [sample for sample in report["samples"] if sample["prompt"] in prompts]
+            if values := [sample[column] for sample in samples if sample.get(column) is not None]:
+                found[report["system"]] = name, shown_of(column)(statistics.mean(values))
         return found
 
     def _parts(self, run: Run, column: str) -> Parts | None:
@@ -266,6 +285,11 @@ class Section:
     tables: list[list[list[Cell]]] = field(default_factory=list)
     picture: str | None = None
 
+    @property
+    def seen(self) -> str:
+        """What the picture shows."""
+        return f"{self.title}: fidelity against linguistic scores"
+
 
 def write_report(place: Workplace, lines: Lines) -> Path:
     """Write the report and its pictures into the study's folder, and return its path.
@@ -275,12 +299,10 @@ def write_report(place: Workplace, lines: Lines) -> Path:
     """
     parts = []
     for number, section in enumerate(sections(place, lines)):
-        parts += [f"{'#' * min(number + 1, 2)} {section.title}", *section.texts]
+        parts += [f"{'#' * min(number + 1, 2)} {inert(section.title)}", *section.texts]
         parts += ["\n".join(f"- {inert(item)}" for item in section.items)] if section.items else []
         parts += map(markdown, section.tables)
-        parts += (
-            [f"![{section.title}: fidelity against linguistic scores]({section.picture})"] if section.picture else []
-        )
+        parts += [f"![{inert(section.seen)}]({section.picture})"] if section.picture else []
     content = "\n\n".join(parts) + "\n"
     write_atomically(str(place.study.output_dir), REPORT, content.encode())
     return place.study.output_dir / REPORT
@@ -288,7 +310,7 @@ def write_report(place: Workplace, lines: Lines) -> Path:
 
 def inert(text: str) -> str:
     """Text, such as of an error, that is no Markdown."""
-    return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*_|<>\[\]~&])", r"\\\1", " ".join(text.split()))
 
 
 def markdown(rows: Sequence[Sequence[Cell]]) -> str:
@@ -310,14 +332,19 @@ def sections(place: Workplace, lines: Lines) -> list[Section]:
         f"{len(study.arms)} arms; commit {', '.join(commits) or 'unknown'}. What each run was trained on and what it "
         f"cost is in `{INDEX}`."
     )
-    found = [Section(f"Study {study.name}", [about, LEGEND])]
+    found = [Section(f"Study {study.name}", [about, *LEGEND])]
     if holes := [line for line in lines if line["state"] != "done"]:
         found.append(Section("Not there", items=[f"{line['run']}: {_why(line)}" for line in holes]))
     for number, table in enumerate(study.tables, 1):
         picture = study.output_dir / f"tradeoff-{number}.png"
         is_drawn = draw(results, table, picture)
         tables = [rows for rows in (arms_table(results, table), differences(results, table)) if len(rows) > 1]
-        found.append(Section(table.title, tables=tables, picture=picture.name if is_drawn else None))
+        texts = []
+        if gone := [heading_of(column) for column in results.columns if results.is_gone(table.arms, column)]:
+            texts.append(
+                f"No pair or prompt has a value of all arms here, so that there is no row of: {', '.join(gone)}."
+            )
+        found.append(Section(table.title, texts, tables=tables, picture=picture.name if is_drawn else None))
     if len(rows := published_table(results)) > 1:
         text = "By their own scoring, on the whole benchmarks and on their own prompts."
         found.append(Section("Published by others", [text], tables=[rows]))
@@ -326,11 +353,13 @@ def sections(place: Workplace, lines: Lines) -> list[Section]:
 
 LEGEND = (
     "Accuracies are in percent. A cell is the mean over seeds, in brackets its 95 % interval over pairs or prompts "
-    "(bootstrap), then ±, half of the 95 % interval over seeds (Student's t), and a link to the result of each seed. "
-    "Rows are of the pairs or prompts of which all arms have a value. In the last column stand means of what is no "
-    "model, and what others have published of models that are such arms, by their own scoring and on their own data. "
-    "Differences are taken pair by pair and seed by seed; a star is where neither interval holds zero (of a ratio: "
-    "one). Of many differences that are none, some have a star by chance."
+    "(bootstrap), then ±, half of the 95 % interval over seeds (Student's t; of perplexities a factor), and a link to "
+    "the result of each seed that it is of. A row is of the n pairs, groups of pairs or prompts of which all its arms "
+    "have a value; bits of other numbers of levels do not compare. In the last column stand means of what is no model, "
+    "on the same prompts, and what others have published of models that are such arms, of any size, by their own "
+    "scoring and on their own data.",
+    "Differences are taken pair by pair and seed by seed. A star is where neither interval holds zero (of a ratio: "
+    "one), so that with one seed there is none; of many differences that are none, some have a star by chance.",
 )
 
 
@@ -341,19 +370,22 @@ def _why(line: Mapping[str, Any]) -> str:
 
 def arms_table(results: Results, table: Table) -> list[list[Cell]]:
     """Measures by arms, with what stands beside: references of continuations, and published rows of such arms."""
-    own = [{axis: getattr(arm, axis) for axis in COMPARED} for arm in table.arms]
-    of_others = [row for row in published() if row.arm in own]
-    references = results.references()
-    rows = [[Cell(text) for text in ("", *map(table.label, table.arms), "references, and published by others")]]
+    own = [{(axis, getattr(arm, axis)) for axis in AXES_OF_OTHERS} for arm in table.arms]
+    of_others = [row for row in published() if row.arm and any(row.arm.items() <= axes for axes in own)]
+    rows = [[Cell(text) for text in ("measure", *map(table.label, table.arms), "references, and published by others")]]
     for column in results.columns:
         if not (found := results.measured(table.arms, column)):
             continue
         beside = "; ".join(f"{row.label}: {_plain(row.scores, column)}" for row in of_others if column in row.scores)
+        first = next(iter(found.values()))
+        prompts = next(iter(first.parts_of_seeds.values()), [{}])[0]
         links = {
-            f"{name} {_plain(means, column)}": path for name, (path, means) in references.items() if column in means
+            f"{name} {mean:.{digits_of(column)}f}": path
+            for name, (path, mean) in results.references(column, prompts).items()
         }
         cells = [cell(results, arm, column, found) for arm in table.arms]
-        rows.append([Cell(heading_of(column)), *cells, Cell(beside, links)])
+        heading = heading_of(column) + (f" (n = {first.count:,})" if first.count else "")
+        rows.append([Cell(heading), *cells, Cell(beside, links)])
     return rows
 
 
@@ -380,7 +412,9 @@ def differences(results: Results, table: Table) -> list[list[Cell]]:
         comparable = [arm for arm in others if column != BITS or arm.num_quantizers == first.num_quantizers]
         of_arms = {arm: found[arm].minus(found[first]) for arm in comparable if first in found and arm in found}
         if any(difference.of_seeds for difference in of_arms.values()):
-            texts = (of_arms[arm].text(digits_of(column), sign="+") if arm in of_arms else "" for arm in others)
+            texts = (
+                of_arms[arm].text(digits_of(column), is_difference=True) if arm in of_arms else "" for arm in others
+            )
             is_ratio = any(difference.shown is math.exp for difference in of_arms.values())
             rows.append([heading_of(column) + (" (ratio)" if is_ratio else ""), *texts])
     return [[Cell(text) for text in row] for row in rows]
@@ -414,9 +448,12 @@ def draw(results: Results, table: Table, path: Path) -> bool:
     for axes, some in zip(grid[0], panels, strict=True):
         _scatter(axes, results, table, some, linguistic)
     grid[0][0].set_ylabel("linguistic: mean of " + ", ".join(map(heading_of, linguistic)) + " (%)", fontsize=8)
-    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8)
-    save(figure, path, dpi=110)
-    return True
+    shown = {label: handle for axes in grid[0] for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    if shown:
+        figure.legend([*shown.values()], [*shown], loc="outside upper center", ncols=3, fontsize=8)
+        save(figure, path, dpi=110)
+    plt.close(figure)
+    return bool(shown)
 
 
 def _scatter(axes: Axes, results: Results, table: Table, horizontal: Sequence[str], vertical: Sequence[str]) -> None:
@@ -424,6 +461,7 @@ def _scatter(axes: Axes, results: Results, table: Table, horizontal: Sequence[st
     x, y = ([results.measured(table.arms, column) for column in columns] for columns in (horizontal, vertical))
     colors = plt.get_cmap("tab10")
     for number, arm in enumerate(table.arms):
+        look: dict[str, Any] = {"color": colors(number % 10), "marker": MARKERS[number % len(MARKERS)], "linestyle": ""}
         if not all(arm in found for found in (*x, *y)):
             continue
         seeds = sorted(set.intersection(*(set(found[arm].of_seeds) for found in (*x, *y))))
@@ -433,9 +471,9 @@ def _scatter(axes: Axes, results: Results, table: Table, horizontal: Sequence[st
             [statistics.mean(found[arm].shown(found[arm].of_seeds[seed]) for found in some) for seed in seeds]
             for some in (x, y)
         ]
-        axes.plot(*points, "o", color=colors(number % 10), markersize=3.5, alpha=0.6)
+        axes.plot(*points, **look, markersize=3.5, alpha=0.6)
         means = [statistics.mean(values) for values in points]
-        axes.plot(*means, "o", color=colors(number % 10), markersize=9, label=table.label(arm))
+        axes.plot(*means, **look, markersize=9, label=table.label(arm))
     name = (
         "SALMon: mean of " + ", ".join(map(heading_of, horizontal))
         if len(horizontal) > 1

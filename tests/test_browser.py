@@ -73,8 +73,8 @@ def test_a_study_opens_from_a_disk(tmp_path, monkeypatch):
             page.wait_for_function("[...document.images].every(i => i.complete && i.naturalWidth)")
             assert page.evaluate("document.documentElement.scrollWidth") <= width  # tables scroll by themselves
             assert page.locator("table").count() == 5
-        page.locator("a").first.click()  # a result, which the browser shows
-        assert page.url.endswith("index.jsonl") or page.url.endswith("official.json")
+        page.get_by_label("SALMon speaker consistency (n = 20), flattened, 40 steps: 5").click()
+        assert page.url.endswith("results/salmon/flattened-tiny-q4-uniform-40-seed5/official.json")
         assert complaints == []
 
 

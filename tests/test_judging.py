@@ -46,6 +46,7 @@ from llama_mimi.judging.judge import Judge, read_criteria
 from llama_mimi.judging.listening import Listener, MeasureOptions
 from llama_mimi.judging.measures import FAILED, take
 from llama_mimi.judging.prompts import PromptOptions, make_prompts
+from llama_mimi.judging.script import GenerationOptions, judge_generations
 from llama_mimi.judging.sound import Aesthetics, DistillMos, Pair, Pauses, SpeakerSimilarity
 from llama_mimi.judging.systems import Clip, recordings, wavs
 from llama_mimi.judging.words import Perplexity, TextPair, Transcripts, words_of
@@ -436,16 +437,24 @@ def test_every_measure_of_every_sample(prompts, tmp_path, language_model, capsys
     [
         ({"text_model": "a"}, "name an --asr_model, too"),
         ({"asr_model": "a", "judge_url": "b"}, "name its --judge_model"),
-        ({"asr_model": "a", "judge_model": "b"}, "set OPENAI_API_KEY, or name a --judge_url"),
         ({"listening_batch_size": 0}, "--listening_batch_size is 0"),
         ({"asr_model": "a", "judge_model": "b", "judge_parallel": 0}, "--judge_parallel is 0"),
         ({"asr_model": "a", "judge_model": "b", "judge_criteria": Path("no.toml")}, "'no.toml' is no file of criteria"),
     ],
 )
-def test_flags_of_measures_that_do_not_go_together(flags, message, monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+def test_flags_of_measures_that_do_not_go_together(flags, message):
     with pytest.raises(UserError, match=message):
         MeasureOptions(**flags)
+
+
+def test_openai_is_not_asked_without_a_key(monkeypatch):
+    """Said before anything is made, but not where flags are only read."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    measures = MeasureOptions(asr_model="a", judge_model="b")
+    with pytest.raises(UserError, match="set OPENAI_API_KEY, or name a --judge_url"):
+        judge_generations(GenerationOptions(prompts=PromptOptions(corpus="x"), model_name="m", measures=measures))
+    for more in ({"judge_url": "http://localhost"}, {"dry_run": True}):
+        MeasureOptions(asr_model="a", judge_model="b", **more).check_key()
 
 
 def test_a_language_is_for_those_that_are_told_one():

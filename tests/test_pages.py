@@ -46,7 +46,7 @@ class Outline(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if self.open and self.open[-1] in ("td", "th", "p", "h3", "li"):
+        if self.open and self.open[-1] in ("td", "th", "p", "h3", "h4", "li"):
             self.cells.append(data)
 
 
@@ -173,13 +173,14 @@ def test_a_study_as_a_page(tmp_path, monkeypatch):
     _, report = whole(Played(study, [("train", "q8-uniform-40-seed3")], why))
     assert r"- flattened-tiny-q8-uniform-40-seed3: train failed: it \`broke\` \| at \<b\>" in report
     page = study.output_dir / "pages" / "a.html"
-    build_page(page=page, study=study.path)
+    build_page(page=page, study=study.path, num_prompts=3)
     found = outline(page.read_text())
     links = [source for source in found.sources if not source.startswith("data:")]
+    assert found.kinds["audio"] == 3 * (1 + 4) and found.kinds["h4"] == 15  # recording and arms of the first seed
     assert len(links) > 40 and all((page.parent / unquote(link)).is_file() for link in links)
     assert f"flattened-tiny-q8-uniform-40-seed3: train failed: {why}" in found.cells and "b" not in found.kinds
-    assert found.kinds["li"] == 1 and found.kinds["code"] == 2 and found.kinds["img"] == 2
-    in_report = re.findall(r"\]\(((?:results|generations)/[^)]+)\)", report)
+    assert found.kinds["li"] == 1 and found.kinds["code"] == 2 and found.kinds["img"] == 2 + 15
+    in_report = re.findall(r"\]\(((?:results|generations|index)[^)]+)\)", report)
     assert len(in_report) == len(links) and all((study.output_dir / unquote(link)).is_file() for link in in_report)
 
 

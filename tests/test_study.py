@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import statistics
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,9 @@ from conftest import ROOT, TINY, run_here
 from forked_ranks import run_ranks
 from scipy.stats import t as student
 from study_report import Results, write_report
+from torch.utils.tensorboard import SummaryWriter
 
+from llama_mimi.audio.reading import Waveform, write_wav
 from llama_mimi.common.command_line import as_words, read_flags
 from llama_mimi.common.errors import UserError
 from llama_mimi.evaluation.script import SALMON as SALMON_SCRIPT
@@ -130,7 +133,7 @@ def test_settings_of_an_arm(tmp_path):
             "",
             "has 'hierarchical', for which [config] names no file",
         ),
-        ("num_quantizers = [4, 8]", 'level_weights = ["heavy"]', "heavy"),
+        ("num_quantizers = [4, 8]", 'level_weights = ["heavy"]', "loss.level_weights is 'heavy'"),
         ("[[when]]", "[[before]]\nmakes = 'x'\n[[when]]", "[before] lacks a key"),
         ("name =", "name", "cannot be read"),
         ("num_quantizers = 8\n", "num_quantizer = 8\n", "a part of [[when]] has the unknown key 'num_quantizer'"),
@@ -143,9 +146,20 @@ def test_settings_of_an_arm(tmp_path):
         ("num_quantizers = [4, 8]", "num_quantizers = []", "has no values of 'num_quantizers'"),
         ("steps = [40, 20]", "flops = [1e12]", "is not known; tokenise it first, or say steps"),
         ("[generation]", "[launch]\nparallel = 0\n[generation]", "are 1 or more"),
+        ("[generation]", '[launch]\nparallel = "2"\n[generation]', "launch.parallel is '2'; it takes"),
+        ("[generation]", '[launch]\ntrain = "bash x"\n[generation]', "launch.train is 'bash x'; it takes list[str]"),
+        ("[generation]", '[launch]\ntrain = ["bash", "x"]\n[generation]', "set training.global_batch_size"),
+        ("[benchmarks.salmon]\n" + SALMON, "[benchmarks]\nsalmon = 3\n", "it is a section, [benchmarks.salmon]"),
+        ("num_quantizers = 8\n", "num_quantizers = 6\n", "is of {'num_quantizers': 6}, which no arm has"),
+        (
+            'settings = { "training.local_batch_size"',
+            'settings = { "training.steps"',
+            "say steps in [settings] or as an",
+        ),
         ("num_quantizers = 8\n", "steps = 40\n", "a part of [[when]] has the unknown key 'steps'"),
         ('"assets/tiny/llama"', '"models/q{quantizers}"', "braces, in which may stand architecture, flavor,"),
         ('"assets/tiny/llama"', '"models/{"', "a setting of the study has braces"),
+        ('"assets/tiny/llama"', '"models/{flavor.x}"', "a setting of the study has braces"),
         (SALMON, SALMON + "limmit = 3\n", "[benchmarks.salmon]: Unrecognized options: --limmit, 3"),
         (SALMON, SALMON + "limit = 0\n", "--limit is 0; it must be 1 or more"),
         (SALMON, SALMON + 'output_dir = "x"\n', "benchmarks.salmon.output_dir is what the study itself says"),
@@ -231,6 +245,10 @@ class Played(Workplace):
             (checkpoint / ".metadata").write_text(flags.get("--lr_scheduler.total_steps", ""))
             config = {"training": {"dataset": "d"}, "job": {"dump_folder": str(out)}, "of": flags["--model.flavor"]}
             (out / "job_config.json").write_text(json.dumps(config))
+            with SummaryWriter(str(out / "tb")) as log:
+                bits = 100 + 10 * int(flags["--codec.num_quantizers"]) + int(flags["--debug.seed"])
+                log.add_scalar("validation_bits_per_audio_second/all", bits, int(flags["--training.steps"]))
+                log.add_scalar("validation_bits_per_audio_second/all", 999, 1)
         elif name == "scripts/convert_dcp_to_hf.py":
             out.mkdir(parents=True, exist_ok=True)
             (out / "config.json").touch()
@@ -248,6 +266,8 @@ class Played(Workplace):
                 {
                     "prompt": f"p{i}",
                     "sample": s,
+                    "file": "clip.wav",
+                    "seconds": 0.5,
                     "similarity": 0.1 * i + 0.01 * value,
                     "distillmos": None if i == s == 0 else 1.5,
                 }
@@ -255,6 +275,16 @@ class Played(Workplace):
                 for s in range(2)
             ]
             results = {"similarity": {"mean": 0.5}, "distillmos": {"mean": 1.5}}
+            recorded = [
+                {"prompt": f"p{i}", "sample": None, "similarity": 0.5 + 0.01 * i, "file": "clip.wav", "seconds": 0.5}
+                for i in range(7)
+            ]
+            of_recordings = {"kind": "generations", "system": "recording", "samples": recorded, "results": {}}
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "recording.json").write_text(json.dumps(of_recordings))
+            prompts = [{"name": f"p{i}", "speaker": None, "seconds": 0.5} for i in range(7)]
+            (out / "prompts.json").write_text(json.dumps({"prompts": prompts}))
+            write_wav(out / "clip.wav", Waveform(torch.linspace(-0.5, 0.5, 24_000), 24_000))
             path, content = (
                 out / f"{model}.json",
                 {"kind": "generations", "system": model, "samples": samples, "results": results},
@@ -308,7 +338,7 @@ def test_a_study_is_done_once_and_a_trunk_is_shared(tmp_path):
     assert trained.count("flattened-tiny-q8-uniform-40-seed3") == 1 and "flattened-tiny-q8-uniform-seed3" not in trained
     trunk = place.folder(Run(study_arm(place, 0).trunk, 3)) / "run" / "checkpoint"
     assert sorted(path.name for path in trunk.iterdir()) == ["step-16", "step-32"]
-    assert (trunk / "step-16" / ".metadata").read_text() == "40"  # constant until then
+    assert (trunk / "step-16" / ".metadata").read_text() == "20"  # constant until then
     branch = place.folder(Run(study_arm(place, 1), 3)) / "run" / "checkpoint"
     assert sorted(path.name for path in branch.iterdir()) == ["step-16", "step-20"]
     assert place.done[0][0] == "scripts/make.py" and all(line["state"] == "done" for line in lines)
@@ -367,6 +397,86 @@ def test_what_was_begun_otherwise_is_refused(tmp_path):
     ):
         with pytest.raises(UserError, match=f"the step '.*' of flattened-tiny-q4.* was begun with .* says {said} now"):
             check_unchanged(Workplace(read_study(written(tmp_path, a=(old, new)))))
+
+
+def test_a_config_that_was_edited_is_refused(tmp_path):
+    shutil.copyfile("config/tiny.toml", tmp_path / "mine.toml")
+    changes = {"a": ("config/tiny.toml", str(tmp_path / "mine.toml"))}
+    whole(Played(read_study(written(tmp_path, **changes))))
+    check_unchanged(Workplace(read_study(written(tmp_path, **changes))))
+    with (tmp_path / "mine.toml").open("a") as file:
+        file.write("# a word\n")
+    with pytest.raises(UserError, match="mine.toml' was edited since flattened-tiny-q4-uniform-40-seed3 was begun"):
+        check_unchanged(Workplace(read_study(written(tmp_path, **changes))))
+
+
+def test_a_trunk_is_not_gone_on_with_otherwise(tmp_path):
+    """Removing what the arms made leaves what they share, whose rate was another."""
+    study = read_study(written(tmp_path))
+    whole(Played(study))
+    for run in study.runs:
+        place = Workplace(study)
+        place.note(run, flags={"trunk": place.record(run)["flags"].get("trunk", [])})
+    changed = written(tmp_path, a=('"training.steps" = 40', '"training.steps" = 40\n"optimizer.lr" = 0.5'))
+    with pytest.raises(UserError, match="the step 'trunk' of .* was begun with"):
+        check_unchanged(Workplace(read_study(changed)))
+
+
+def test_a_longer_arm_goes_on_with_the_trunk(tmp_path):
+    whole(Played(read_study(written(tmp_path))))
+    longer = read_study(written(tmp_path, a=("steps = [40, 20]", "steps = [40, 20, 60]")))
+    check_unchanged(Workplace(longer))
+    place = Played(longer)
+    whole(place)
+    assert [Path(out).parent.name for name, out in place.done if name == "train"][:2] == [
+        "flattened-tiny-q4-uniform-seed3",
+        "flattened-tiny-q4-uniform-60-seed3",
+    ]
+
+
+def test_where_it_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    place = Played(read_study(written(tmp_path, a=('/out"', '/file"'))))
+    with pytest.raises(UserError, match="cannot be written .*; choose another output_dir"):
+        make_ready(place)
+
+
+def test_rows_without_a_common_prompt_are_named(tmp_path):
+    class Wordless(Played):
+        def write(self, name, model, out):
+            super().write(name, model, out)
+            if name == "eval/generation.py":
+                report = json.loads((out / f"{model}.json").read_text())
+                for sample in report["samples"]:
+                    if sample["prompt"] != f"p{int(model[-1]) % 2 + len(model) % 2}":
+                        sample["similarity"] = None
+                (out / f"{model}.json").write_text(json.dumps(report))
+
+    _, report = whole(Wordless(read_study(written(tmp_path))))
+    assert "so that there is no row of: speaker similarity." in report
+
+
+def test_commands_have_their_threads(tmp_path):
+    """Judging, of one run after the other, has those of all that else run at the same time."""
+    place = Workplace(
+        read_study(written(tmp_path, a=("[generation]", "[launch]\nparallel = 3\nthreads = 2\n[generation]")))
+    )
+    for step, threads in (("train", "2"), ("generation", "6")):
+        place.start(step, tmp_path / "log", [sys.executable, "-c", "import os; print(os.environ['OMP_NUM_THREADS'])"])
+        assert (tmp_path / "log").read_text() == threads + "\n"
+
+
+def test_a_study_that_is_not_done_says_so_in_the_end(tmp_path, capsys):
+    script = str(ROOT / "scripts" / "study.py")
+    path = written(tmp_path, a=('hf_assets_path" = "assets/tiny/llama', 'hf_assets_path" = "nowhere'))
+    for flags, said in (
+        (["--report_only"], "0 of 10 runs are done; the report says why"),
+        (["--part", 1, "--report_only"], "choose one"),
+        (["--part", 99], "the study has the jobs 0 to 5"),
+        (["--plan", "--mfu", 0], "--mfu is 0.0"),
+    ):
+        code, stderr = run_here(script, path, *flags)
+        assert code == 1 and said in stderr
 
 
 def test_a_run_that_lost_its_end_is_trained_to_it_again(tmp_path):
@@ -458,14 +568,15 @@ def test_numbers_of_the_report_are_the_plainest(tmp_path):
         arm: [100 * by_run[Run(arm, seed).name]["scores"]["salmon/speaker_consistency"]["accuracy"] for seed in (3, 5)]
         for arm in (a, b)
     }
-    row = next(line for line in report.splitlines() if line.startswith("| SALMon speaker consistency |"))
+    row = next(line for line in report.splitlines() if line.startswith("| SALMon speaker consistency (n = 20) |"))
     found = row.split("|")[2]  # of the first arm
     mean, low, high, spread = map(float, re.match(r" (\S+) \((\S+) to (\S+)\) ± (\S+) ", found).groups())
     assert mean == pytest.approx(statistics.mean(values[a]), abs=0.05) and low <= mean <= high
     assert spread == pytest.approx(student.ppf(0.975, 1) * statistics.stdev(values[a]) / 2**0.5, abs=0.05)
     for seed in (3, 5):
         link = re.search(rf"\[{seed}\]\(([^)]+)\)", found)[1]
-        assert json.loads((place.study.output_dir / link).read_text())["benchmark"] == "salmon"
+        assert link == f"results/salmon/{Run(a, seed).name}/official.json"
+        assert (place.study.output_dir / link).is_file()
     by_seed = [y - x for x, y in zip(values[a], values[b], strict=True)]
     row = report.split("| difference from flattened, 40 steps |")[1].split("| SALMon speaker consistency |")[1]
     assert row.split("|")[1].startswith(f" {statistics.mean(by_seed):+.1f} (")  # behind 20 steps
@@ -474,10 +585,18 @@ def test_numbers_of_the_report_are_the_plainest(tmp_path):
     assert {len(parts[0]) for one in measured.values() for parts in one.parts_of_seeds.values()} == {6}
     # Published rows stand beside the arms that they would be, and all of them at the end.
     first, second, end = (part.split("\n## ")[0] for part in report.split("\n## ")[1:4])
-    similarity = next(line for line in first.splitlines() if line.startswith("| speaker similarity |"))
+    similarity = next(line for line in first.splitlines() if line.startswith("| speaker similarity (n = 6) |"))
     by_a_digest = r"\[arXiv 2509.14882, by a digest\]"
     wanted = f" Llama-Mimi-1.3B, Q = 4 {by_a_digest}: 0.346; CSM-1.3B, Q = 4 {by_a_digest}: 0.320 "
-    assert similarity.split("|")[-2] == wanted
+    # A reference is of the prompts of the row: 0.50 to 0.55.
+    assert similarity.split("|")[-2] == wanted + "[recording 0.525](generations/recording.json) "
+    # Bits at the end of training, by seed; those of other levels are not compared.
+    (bits,) = (line for line in second.splitlines() if line.startswith("| validation bits/s |"))
+    width = float(student.ppf(0.975, 1)) * statistics.stdev([143, 145]) / 2**0.5
+    cells = [f"{mean} ± {width:.1f} [index](index.jsonl)" for mean in ("144.0", "184.0")]
+    assert bits == f"| validation bits/s | {cells[0]} | {cells[1]} |  |"
+    (bits,) = (line for line in first.splitlines() if line.startswith("| validation bits/s | +0.0"))
+    assert bits == "| validation bits/s | +0.0 ± 0.0 | +0.0 ± 0.0 | +0.0 ± 0.0 |"
     assert "Llama-Mimi-1.3B, Q = 8" in second and "CSM" not in second
     assert "weighs 100" in end and "CSM" in end and "weighs" not in first + second
     assert (place.study.output_dir / "tradeoff-1.png").stat().st_size > 10_000
@@ -495,7 +614,7 @@ def test_one_seed_has_no_spread():
     assert study_report.half_width([1.0]) is None
     assert study_report.half_width([1.0, 3.0]) == pytest.approx(12.706, abs=1e-3)
     one = study_report.Measured({0: 0.5}, {0: [{"a": 0.0, "b": 1.0}]})
-    assert one.spread is None and one.interval[0] <= 0.5 <= one.interval[1]
+    assert one.half_over_seeds is None and one.interval[0] <= 0.5 <= one.interval[1]
 
 
 def test_a_difference_is_of_the_seeds_that_both_have():
@@ -504,10 +623,10 @@ def test_a_difference_is_of_the_seeds_that_both_have():
     )
     b = study_report.Measured({0: 0.25}, {0: [{"x": 0.0, "y": 0.5}]}, study_report.percent)
     difference = a.minus(b)
-    assert difference.mean == 25.0 and difference.spread is None and difference.interval == (0.0, 50.0)
+    assert difference.mean == 25.0 and difference.half_over_seeds is None and difference.interval == (0.0, 50.0)
     assert a.mean == 70.0 and a.interval == (40.0, 100.0)
-    perplexity = study_report.Measured({0: math.log(3)}, {0: [{"x": math.log(3)}]}, math.exp)
-    half = study_report.Measured({0: math.log(6)}, {0: [{"x": math.log(6)}]}, math.exp)
+    perplexity = study_report.Measured({0: math.log(3)}, {0: [{"x": math.log(3), "y": 0.0}]}, math.exp)
+    half = study_report.Measured({0: math.log(6)}, {0: [{"x": math.log(6), "y": math.log(2)}]}, math.exp)
     assert half.minus(perplexity).mean == pytest.approx(2.0)
     assert half.minus(perplexity).interval == pytest.approx((2.0, 2.0))
 
@@ -517,12 +636,18 @@ def test_a_star_is_where_neither_interval_holds_zero():
         parts = {seed: [{str(i): x for i, x in enumerate(xs)}] for seed, xs in enumerate(by_pair_of_seeds)}
         return study_report.Measured({s: statistics.mean(p[0].values()) for s, p in parts.items()}, parts, shown)
 
-    assert difference((0.2, 0.3), (0.2, 0.3)).text(2, sign="+") == "+0.25 (+0.20 to +0.30) ± 0.00 *"
-    assert not difference((0.2, 0.3), (0.2, 0.9)).text(2, sign="+").endswith("*")  # seeds differ
+    assert difference((0.2, 0.3), (0.2, 0.3)).text(2, is_difference=True) == "+0.25 (+0.20 to +0.30) ± 0.00 *"
+    assert not difference((0.2, 0.3), (0.2, 0.9)).text(2, is_difference=True).endswith("*")  # seeds differ
     assert not difference((-1.0, 2.0), (-1.0, 2.0)).stands_out  # pairs differ
     assert not difference((0.2, 0.3)).stands_out and difference((0.2, 0.3)).text(1) == "0.2 (0.2 to 0.3)"
+    assert difference((0.2,), (0.2,)).interval is None and not difference((0.2,), (0.2,)).stands_out  # one pair
     ratio = difference((0.2, 0.2), (0.2, 0.2), shown=math.exp)
-    assert ratio.stands_out and not difference((0.0, 0.0), (0.0, 0.0), shown=math.exp).stands_out
+    assert ratio.text(2, is_difference=True) == "1.22 (1.22 to 1.22) ± a factor of 1.00 *"
+    # Whichever is first, as logarithms have the interval.
+    apart = [difference(*((sign * x, sign * x) for x in (2.0, 3.0, 1.0)), shown=math.exp) for sign in (1, -1)]
+    assert [one.stands_out for one in apart] == [False, False]
+    assert study_report.Measured({0: 1.0, 1: 1.0}, {}).stands_out  # of bits there are no pairs
+    assert not difference((0.0, 0.0), (0.0, 0.0), shown=math.exp).stands_out
 
 
 def test_names_are_folders():

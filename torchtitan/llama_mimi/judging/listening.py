@@ -67,10 +67,16 @@ class MeasureOptions:
             raise UserError(f"--listening_batch_size is {self.listening_batch_size}; it must be 1 or more")
         if self.judge_model is not None:
             read_criteria(self.judge_criteria)
-            if self.judge_url is None and "OPENAI_API_KEY" not in os.environ and not self.dry_run:
-                raise UserError(
-                    "--judge_model without --judge_url asks OpenAI; set OPENAI_API_KEY, or name a --judge_url"
-                )
+
+    def check_key(self) -> None:
+        """Refuse to ask OpenAI without a key, before anything else is done.
+
+        Raises:
+            UserError: there is none.
+        """
+        asks_openai = self.judge_model is not None and self.judge_url is None and not self.dry_run
+        if asks_openai and "OPENAI_API_KEY" not in os.environ:
+            raise UserError("--judge_model without --judge_url asks OpenAI; set OPENAI_API_KEY, or name a --judge_url")
 
 
 class Listener:

@@ -110,6 +110,7 @@ def judge_generations(options: GenerationOptions) -> None:
     Raises:
         UserError: a flag, a file, a model or a server cannot be used.
     """
+    options.measures.check_key()
     with torchrun_ranks(options.device) as ranks:
         try:
             _run(options, ranks)

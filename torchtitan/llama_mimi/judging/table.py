@@ -52,6 +52,11 @@ def column_of(name: str) -> Column:
     return COLUMNS.get(name) or Column(f"judged {name.removeprefix('judge/')}", 2)
 
 
+def is_reference(samples: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether they are no continuations of a model, but what stands beside them, such as the recordings."""
+    return all(sample["sample"] is None for sample in samples)
+
+
 def columns_in(systems: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
     """Measures that any sample has, in the order of `COLUMNS`, criteria after them."""
     found = {
@@ -115,7 +120,7 @@ def table(
 
 def differences(systems: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Every two systems on the same prompts in Markdown, and each beside the references; empty where there are none."""
-    references = {name for name, samples in systems.items() if all(sample["sample"] is None for sample in samples)}
+    references = {name for name, samples in systems.items() if is_reference(samples)}
     lines = ["| | A | B | A - B | 95 % interval | prompts |", "|---|---|---|---|---|---|"]
     for name in columns_in(systems):
         column = column_of(name)

@@ -5,9 +5,9 @@ import itertools
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from llama_mimi.common.command_line import as_words, read_flags
 from llama_mimi.common.errors import UserError
@@ -15,10 +15,12 @@ from llama_mimi.evaluation.script import BENCHMARK_SCRIPTS, EvaluationOptions
 from llama_mimi.judging.script import GenerationOptions
 from llama_mimi.study.budget import cost_of_step, resolved
 from llama_mimi.tokens.units import Architecture
+from llama_mimi.training.config_file import fits
 
 AXES = ("architecture", "flavor", "num_quantizers", "level_weights", "steps")
 FIXED = {"model.flavor", "model.architecture", "codec.num_quantizers", "loss.level_weights", "job.dump_folder"}
-FIXED |= {"job.config_file", "debug.seed", "lr_scheduler.total_steps"}
+FIXED |= {"job.config_file", "debug.seed", "lr_scheduler.total_steps", "checkpoint.folder"}
+FIXED |= {"checkpoint.last_save_model_only"}
 OF_SETTINGS = AXES[:-1]  # which [[when]] and braces may name; arms of one trunk differ in their steps alone
 OWN = ("model_name", "output_dir", "name", "codes_dir")  # flags that the study gives scripts of eval/ itself
 Flags = dict[str, Any]
@@ -86,7 +88,7 @@ class Before:
     """What must be there before the first run.
 
     Args:
-        makes: a file that the command makes; without it the command is started again.
+        makes: a file that the command makes; the command is started without it, and if the study has not seen it end.
         command: a script of this repository and its flags.
     """
 
@@ -100,7 +102,7 @@ class Launch:
 
     Args:
         parallel: runs at the same time.
-        nproc_per_node: ranks of each command on this machine.
+        nproc_per_node: ranks of scoring and judging, and of training that `train` does not start, on this machine.
         threads: of each process; None leaves it to PyTorch.
         train: command that starts training and takes its flags, in place of torchrun on this machine.
         slurm: options of sbatch for a job of the array.
@@ -179,6 +181,9 @@ def read_study(path: Path) -> Study:
         UserError: it cannot be read, has an unknown key, or says something that no run can be.
     """
     values = _read_toml(path)
+    for name in ("config", "settings", "launch", "benchmarks", "generation"):
+        if not isinstance(values.get(name, {}), dict):
+            raise _refused(path, f"{name} is {values[name]!r}; it is a section, [{name}]")
     config = {**values.pop("config")}
     if unknown := config.keys() - set(get_args(Architecture)):
         raise _refused(path, f"config.{min(unknown)} is no architecture; there are {', '.join(get_args(Architecture))}")
@@ -186,6 +191,9 @@ def read_study(path: Path) -> Study:
     benchmarks = values.pop("benchmarks", {})
     if unknown := benchmarks.keys() - BENCHMARK_SCRIPTS.keys():
         raise _refused(path, f"benchmarks.{min(unknown)} is none of {', '.join(BENCHMARK_SCRIPTS)}")
+    for name, flags in benchmarks.items():
+        if not isinstance(flags, dict):
+            raise _refused(path, f"benchmarks.{name} is {flags!r}; it is a section, [benchmarks.{name}]")
     settings = values.pop("settings", {})
     when = tuple((some, some.pop("settings", {})) for some in values.pop("when", []))
     for axes, changed in when:
@@ -196,7 +204,17 @@ def read_study(path: Path) -> Study:
         raise _refused(
             path, f"{min(fixed)} is set, which its axis or the study itself says; leave it out of [settings]"
         )
+    if any("training.steps" in changed for _, changed in when):
+        raise _refused(path, "training.steps stands in a part of [[when]]; say steps in [settings] or as an axis")
     tables = [_table(path, table, config, settings, when, launch) for table in values.pop("tables")]
+    for axes, _ in when:
+        if not any(_applies(axes, arm) for table in tables for arm in table.arms):
+            raise _refused(path, f"a part of [[when]] is of {axes!r}, which no arm has")
+    for table in tables if launch.train else ():
+        if any(resolved(_flags(config, settings, when, arm)).training.global_batch_size < 1 for arm in table.arms):
+            raise _refused(
+                path, "launch.train starts ranks that the study does not know; set training.global_batch_size"
+            )
     before = [_built(Before, one, path, "before") for one in values.pop("before", [])]
     name, seeds = str(values.pop("name")), values.pop("seeds", [0])
     if not isinstance(seeds, list) or not all(isinstance(seed, int) for seed in seeds) or len({*seeds}) < len(seeds):
@@ -309,15 +327,20 @@ def _flags(config: Mapping[Architecture, str], settings: Flags, when: Sequence[t
             flags[f"{section}.seq_len"] = L * arm.num_quantizers // base.codec.num_quantizers
     chosen = settings.copy()
     for axes, more in when:
-        if all(getattr(arm, axis, None) == value for axis, value in axes.items()):
+        if _applies(axes, arm):
             chosen |= more
     values = {axis: getattr(arm, axis) for axis in OF_SETTINGS}
     try:
         return flags | {key: v.format_map(values) if isinstance(v, str) else v for key, v in chosen.items()}
-    except (LookupError, ValueError) as error:
+    except (LookupError, ValueError, AttributeError) as error:
         raise UserError(
             f"a setting of the study has braces, in which may stand {', '.join(OF_SETTINGS)} alone ({error!r})"
         ) from error
+
+
+def _applies(axes: Flags, arm: Arm) -> bool:
+    """Whether an arm has one of the values of each axis."""
+    return all(getattr(arm, axis) in (some if isinstance(some, list) else [some]) for axis, some in axes.items())
 
 
 def _options(kind: type[Options], flags: Flags, path: Path, section: str) -> Options:
@@ -331,9 +354,11 @@ def _options(kind: type[Options], flags: Flags, path: Path, section: str) -> Opt
 
 
 def _built(kind: type, values: dict[str, Any], path: Path, section: str) -> Any:
-    known = [one.name for one in fields(kind)]
-    if unknown := values.keys() - set(known):
+    known = get_type_hints(kind)
+    if unknown := values.keys() - known.keys():
         raise _refused(path, f"{section}.{min(unknown)} is unknown; there are {', '.join(known)}")
+    if wrong := [key for key, value in values.items() if not fits(value, known[key])]:
+        raise _refused(path, f"{section}.{wrong[0]} is {values[wrong[0]]!r}; it takes {known[wrong[0]]}")
     try:
         return kind(**values)
     except TypeError as error:

@@ -5,6 +5,7 @@ study that was killed goes on; a step that fails makes its run a hole with a nam
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from llama_mimi.study.design import Arm, Run, Study
 
 RECORD = "record.json"
 LAST_LINES = 5  # of a log, that say why a step failed
-TRAIN, CONVERT, GENERATION = "train", "convert", "generation"
+TRUNK, TRAIN, CONVERT, GENERATION = "trunk", "train", "convert", "generation"
 Flags = dict[str, Any]
 
 
@@ -42,6 +43,10 @@ class StepFailed(Exception):
     def __init__(self, step: str, why: str) -> None:
         super().__init__(why)
         self.step = step
+
+
+class Stopped(Exception):
+    """Nothing more is begun, as something else has ended the study."""
 
 
 class Workplace:
@@ -88,10 +93,12 @@ class Workplace:
     def record(self, run: Run) -> dict[str, Any]:
         """What is known of a run.
 
-        ``flags`` of the steps that were begun, ``seconds`` of those that were finished (of starts that ended by
-        themselves), and where it ``failed``, if it did.
+        ``flags`` of the steps that were begun, the ``config_sha256`` of the file that they name, ``seconds`` of steps
+        that were finished (of starts that ended by themselves), and where it ``failed``, if it did.
         """
-        return {"flags": {}, "seconds": {}, "failed": None} | (read_json(str(self.folder(run)), RECORD) or {})
+        return {"flags": {}, "config_sha256": None, "seconds": {}, "failed": None} | (
+            read_json(str(self.folder(run)), RECORD) or {}
+        )
 
     def note(self, run: Run, **values: Any) -> None:
         record = self.record(run) | values
@@ -134,12 +141,14 @@ class Workplace:
         # Judging is of one run after the other, which has the threads of all that else run at the same time.
         threads = launch.threads and launch.threads * (launch.parallel if step == GENERATION else 1)
         env = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
+        if self.is_stopping.is_set():
+            raise Stopped
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as output:
             done = subprocess.run(command, stdout=output, stderr=output, env=env, preexec_fn=end_with_parent)
-        if self.is_stopping.is_set():
-            raise KeyboardInterrupt  # which has ended the command, too
         if done.returncode:
+            if self.is_stopping.is_set():
+                raise Stopped  # by what ended the command, too
             said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
             errors = [line for line in said if line.startswith("error: ")] or said[-LAST_LINES:]
             raise StepFailed(step, " / ".join(errors)[-600:] or f"it ended with {done.returncode}")
@@ -159,23 +168,41 @@ def training_flags(study: Study, run: Run, folder: Path, steps: int) -> Flags:
     }
 
 
+def config_sha256(study: Study, run: Run) -> str:
+    """Of the file that a run's flags name."""
+    return hashlib.sha256(Path(study.config[run.arm.architecture]).read_bytes()).hexdigest()
+
+
+def trunk_flags(study: Study, run: Run, folder: Path, begin: int) -> Flags:
+    """Of the trunk up to where a run's decay begins: the part of the run before it."""
+    return training_flags(study, run, folder, begin) | {"lr_scheduler.total_steps": run.arm.steps}
+
+
 def check_unchanged(place: Workplace) -> None:
     """Refuse to go on with what was begun in another way.
 
     Raises:
         UserError: which run, and how it was.
     """
-    for run in place.study.runs:
-        begun = place.record(run)["flags"]
-        for step, flags in place.flags(run).items():
+    study = place.study
+    for run in study.runs:
+        record = place.record(run)
+        begin = decay_begins(study.flags(run.arm), run.arm.steps)
+        of_trunk = trunk_flags(study, run, place.folder(Run(run.arm.trunk, run.seed)) / "run", begin)
+        for step, flags in {TRUNK: of_trunk, **place.flags(run)}.items():
             words = as_words(flags)
-            if (before := begun.get(step, words)) != words:
+            if (before := record["flags"].get(step, words)) != words:
                 places = zip(before + [""] * len(words), words + [""] * len(before), strict=False)
                 old, new = next(pair for pair in places if pair[0] != pair[1])
                 raise UserError(
-                    f"the step '{step}' of {run.name} was begun with '{old}' where '{place.study.path}' says '{new}' "
-                    f"now; restore that, choose another output_dir, or remove '{place.folder(run)}'"
+                    f"the step '{step}' of {run.name} was begun with '{old}' where '{study.path}' says '{new}' now; "
+                    "restore that, or choose another output_dir"
                 )
+        if record["config_sha256"] not in (None, config_sha256(study, run)):
+            raise UserError(
+                f"'{study.config[run.arm.architecture]}' was edited since {run.name} was begun; restore it, or choose "
+                "another output_dir"
+            )
 
 
 def make_ready(place: Workplace) -> None:
@@ -202,9 +229,17 @@ def make_ready(place: Workplace) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Wait until no other process holds a file, and hold it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+    """Wait until no other process holds a file, and hold it.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be written ({error.strerror}); choose another output_dir") from error
+    with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -222,6 +257,8 @@ def run_families(place: Workplace, numbers: list[int]) -> None:
             return
         try:
             run_family(place, *families[number])
+        except Stopped:
+            pass
         except BaseException:
             place.is_stopping.set()
             raise
@@ -229,7 +266,7 @@ def run_families(place: Workplace, numbers: list[int]) -> None:
     with ThreadPoolExecutor(place.study.launch.parallel) as pool:
         jobs = [pool.submit(run_one, number) for number in numbers]
         try:
-            for job in jobs:
+            for job in as_completed(jobs):
                 job.result()
         except BaseException:  # such as an interrupt: what is begun ends, and nothing more begins
             place.is_stopping.set()
@@ -278,12 +315,12 @@ def train(place: Workplace, run: Run, trunk: Arm, arms: list[Arm]) -> None:
     last = folder / "checkpoint" / f"step-{arm.steps}"
     if place.is_done(run, TRAIN, last):
         return
+    place.note(run, config_sha256=config_sha256(place.study, run))
     begin = decay_begins(place.study.flags(arm), arm.steps) if len(arms) > 1 else 0
     if begin and not (folder / "checkpoint").exists():
         of_trunk = place.folder(Run(trunk, run.seed)) / "run"
         if begin not in complete_steps(of_trunk / "checkpoint"):
-            total = {"lr_scheduler.total_steps": max(arm.steps for arm in arms)}
-            place.do(run, "trunk", place.trainer, training_flags(place.study, run, of_trunk, begin) | total)
+            place.do(run, TRUNK, place.trainer, trunk_flags(place.study, run, of_trunk, begin))
         link_step(of_trunk, folder, begin)
     # Killed behind its last checkpoint it would be thought to be done, and its validation would be missing.
     shutil.rmtree(last, ignore_errors=True)
@@ -305,7 +342,7 @@ def link_step(source: Path, target: Path, step: int) -> None:
 
     if step not in complete_steps(source / "checkpoint"):
         why = f"'{source}' has no checkpoint of step {step}; remove that folder, so that it is trained anew"
-        raise StepFailed("trunk", why)
+        raise StepFailed(TRUNK, why)
     aside = target / "checkpoint.unfinished"
     shutil.rmtree(aside, ignore_errors=True)
     shutil.copytree(source / "checkpoint" / f"step-{step}", aside / f"step-{step}", copy_function=link)

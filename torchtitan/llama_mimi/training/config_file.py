@@ -68,21 +68,21 @@ def _check_keys(config_class: Any, values: dict[str, Any], prefix: str, path: Pa
             if not isinstance(value, dict):
                 raise UserError(f"'{path}' sets '{prefix}{key}' to {value!r}; it is a section, written [{prefix}{key}]")
             _check_keys(fields[key], value, f"{prefix}{key}.", path)
-        elif not _fits(value, fields[key]):
+        elif not fits(value, fields[key]):
             wanted = str(fields[key]) if get_origin(fields[key]) else getattr(fields[key], "__name__", "")
             wanted = ", ".join(map(repr, get_args(fields[key]))) if get_origin(fields[key]) is Literal else wanted
             raise UserError(f"'{path}' sets '{prefix}{key}' to {value!r}; it takes {wanted}")
 
 
-def _fits(value: Any, annotation: Any) -> bool:
+def fits(value: Any, annotation: Any) -> bool:
     """Whether a TOML value is of the annotated type; annotations outside TOML's types are left to TorchTitan."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return value in args
     if origin in (Union, UnionType):
-        return any(_fits(value, arg) for arg in args)
+        return any(fits(value, arg) for arg in args)
     if origin is list:
-        return isinstance(value, list) and all(_fits(item, args[0]) for item in value)
+        return isinstance(value, list) and all(fits(item, args[0]) for item in value)
     if annotation is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if annotation in (int, str, bool):
