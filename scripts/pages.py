@@ -32,6 +32,7 @@ h3 { font-size: 1rem; margin: 1.4rem 0 .2rem; } .card h4 { margin: .2rem 0; }
 table { border-collapse: collapse; font-size: .9rem; }
 th, td { border-bottom: 1px solid var(--line); padding: .25rem .6rem; text-align: left; vertical-align: top; }
 thead th { white-space: nowrap; } tbody th { font-weight: normal; }
+td:has(a) { min-width: 10rem; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(17rem, 100%), 1fr)); gap: .8rem; }
 .card { border: 1px solid var(--line); border-radius: .4rem; padding: .6rem; background: var(--soft); min-width: 0; }

@@ -8,7 +8,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -152,8 +152,7 @@ class Results:
         if {f"salmon/{part}" for part in SALMON_PARTS} <= scores:
             scores.add("salmon/mean")
         measures = {name for line in self.lines.values() for name in line["generations"]} - set(NOT_COMPARED)
-        order = [name for name in (*HEADINGS, *COLUMNS) if name in scores | measures]
-        return [BITS, *order, *sorted((scores | measures) - set(order))]
+        return [BITS, *_ordered(scores, HEADINGS), *_ordered(measures, COLUMNS)]
 
     def path(self, run: Run, column: str) -> str | None:
         """The result file of a column of a run, from the study's folder; bits stand in the index."""
@@ -240,6 +239,12 @@ class Results:
                     f"'{path}' is no readable result ({error}); remove it, so that it is made anew"
                 ) from error
         return self._files[path]
+
+
+def _ordered(names: set[str], order: Iterable[str]) -> list[str]:
+    """Those that have a place in an order, then the others."""
+    known = [name for name in order if name in names]
+    return known + sorted(names - set(known))
 
 
 def is_accuracy(column: str) -> bool:

@@ -8,7 +8,9 @@ import shlex
 import shutil
 import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import study_report
@@ -648,6 +650,28 @@ def test_a_star_is_where_neither_interval_holds_zero():
     assert [one.stands_out for one in apart] == [False, False]
     assert study_report.Measured({0: 1.0, 1: 1.0}, {}).stands_out  # of bits there are no pairs
     assert not difference((0.0, 0.0), (0.0, 0.0), shown=math.exp).stands_out
+
+
+def test_the_committed_study_says_what_its_results_do(tmp_path):
+    """Its report follows from the results beside it, and the README's table from the report."""
+    shipped = ROOT / "config" / "studies" / "tiny"
+    shutil.copytree(shipped, tmp_path / "tiny")
+    study = replace(read_study(Path("config/studies/tiny.toml")), output_dir=tmp_path / "tiny")
+    lines = [json.loads(line) for line in (shipped / "index.jsonl").read_text().splitlines()]
+    report = write_report(Workplace(study), lines).read_text()
+    assert report == (shipped / "report.md").read_text()
+    assert {line["state"] for line in lines} == {"done"} and len(lines) == len(study.runs)
+    for text in (report, (shipped / "page.html").read_text()):
+        links = re.findall(r'(?:\]\(|href=")((?!data:)[^)"]+)', text)
+        assert len(links) > 300 and all((shipped / unquote(link)).is_file() for link in links)
+    assert (shipped / "page.html").stat().st_size < 3_000_000
+    section = (ROOT / "README.md").read_text().split("## The study")[1].split("\n## ")[0]
+    rows = [line.split("|")[1:-1] for line in section.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 5
+    for heading, *cells in rows:
+        starts = tuple(f"| {heading.strip()}{end}" for end in (" |", " (n = "))
+        said = "".join(line for line in report.splitlines() if line.startswith(starts))
+        assert said and all(re.search(rf"{re.escape(cell.strip())} [|\[]", said) for cell in cells), (heading, cells)
 
 
 def test_names_are_folders():
