@@ -337,7 +337,7 @@ def sections(place: Workplace, lines: Lines) -> list[Section]:
         f"{len(study.arms)} arms; commit {', '.join(commits) or 'unknown'}. What each run was trained on and what it "
         f"cost is in `{INDEX}`."
     )
-    found = [Section(f"Study {study.name}", [about, *LEGEND])]
+    found = [Section(f"Study {study.name}", [about, *([study.note] if study.note else []), *LEGEND])]
     if holes := [line for line in lines if line["state"] != "done"]:
         found.append(Section("Not there", items=[f"{line['run']}: {_why(line)}" for line in holes]))
     for number, table in enumerate(study.tables, 1):

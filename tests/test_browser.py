@@ -36,7 +36,13 @@ def opened(width):
         page = browser.new_page(viewport={"width": width, "height": 900})
         page.on("console", lambda message: message.type == "error" and complaints.append(message.text))
         page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("requestfailed", lambda request: complaints.append(f"{request.url}: {request.failure}"))
+        # What the page itself ends, such as a stream that it has heard, is "aborted".
+        page.on(
+            "requestfailed",
+            lambda request: (
+                "ERR_ABORTED" in str(request.failure) or complaints.append(f"{request.url}: {request.failure}")
+            ),
+        )
         yield page, complaints
         browser.close()
 

@@ -153,6 +153,11 @@ def test_settings_of_an_arm(tmp_path):
         ("[generation]", '[launch]\ntrain = ["bash", "x"]\n[generation]', "set training.global_batch_size"),
         ("[benchmarks.salmon]\n" + SALMON, "[benchmarks]\nsalmon = 3\n", "it is a section, [benchmarks.salmon]"),
         ("num_quantizers = 8\n", "num_quantizers = 6\n", "is of {'num_quantizers': 6}, which no arm has"),
+        ("num_quantizers = 8\n", "num_quantizers = [8, 6]\n", "is of {'num_quantizers': 6}, which no arm has"),
+        ("[[when]]", "[when]", "when is {'num_quantizers': 8, 'settings': {'training.local_batch_size': 1}}; each is"),
+        ('"training.steps" = 40', '"training.steps" = "40"', "training.steps is '40'; it is a positive number"),
+        ('name = "mini"', "name = 3", "name is 3; it is a text"),
+        ('settings = { "training.local_batch_size" = 1 }', "settings = 3", "has no axis, or no settings"),
         (
             'settings = { "training.local_batch_size"',
             'settings = { "training.steps"',
@@ -393,11 +398,11 @@ def test_what_was_begun_otherwise_is_refused(tmp_path):
     whole(Played(read_study(written(tmp_path))))
     check_unchanged(Workplace(read_study(written(tmp_path))))
     for old, new, said in (
-        ('data_dir = "assets/tiny/benchmarks/salmon"', 'data_dir = "elsewhere"', "'elsewhere'"),
-        ('"training.steps" = 40', '"training.steps" = 40\n"optimizer.lr" = 0.5', "'--optimizer.lr'"),
-        ('corpus = "x.parquet"', 'corpus = "x.parquet"\nseconds = 3', "'--seconds'"),
+        (SALMON, 'data_dir = "elsewhere"\n', "--data_dir assets/.*/salmon, where .* has --data_dir elsewhere now"),
+        ('"training.steps" = 40', '"training.steps" = 40\n"optimizer.lr" = 0.5', "--optimizer.lr not set, .* 0.5 now"),
+        ('corpus = "x.parquet"', 'corpus = "x.parquet"\nseconds = 3', "--seconds not set, .* --seconds 3 now"),
     ):
-        with pytest.raises(UserError, match=f"the step '.*' of flattened-tiny-q4.* was begun with .* says {said} now"):
+        with pytest.raises(UserError, match=f"the step '.*' of flattened-tiny-q4.* was begun with {said}"):
             check_unchanged(Workplace(read_study(written(tmp_path, a=(old, new)))))
 
 
@@ -412,15 +417,17 @@ def test_a_config_that_was_edited_is_refused(tmp_path):
         check_unchanged(Workplace(read_study(written(tmp_path, **changes))))
 
 
-def test_a_trunk_is_not_gone_on_with_otherwise(tmp_path):
-    """Removing what the arms made leaves what they share, whose rate was another."""
+@pytest.mark.parametrize("steps", ["[40, 20]", "[80, 60]"])
+def test_a_trunk_is_not_gone_on_with_otherwise(tmp_path, steps):
+    """Removing what the arms made, or training other ones, leaves what they share, whose rate was another."""
     study = read_study(written(tmp_path))
     whole(Played(study))
     for run in study.runs:
-        place = Workplace(study)
-        place.note(run, flags={"trunk": place.record(run)["flags"].get("trunk", [])})
-    changed = written(tmp_path, a=('"training.steps" = 40', '"training.steps" = 40\n"optimizer.lr" = 0.5'))
-    with pytest.raises(UserError, match="the step 'trunk' of .* was begun with"):
+        shutil.rmtree(Workplace(study).folder(run))
+    lr = ('"training.steps" = 40', '"training.steps" = 40\n"optimizer.lr" = 0.5')
+    changed = written(tmp_path, a=lr, b=("steps = [40, 20]", f"steps = {steps}"))
+    said = r"'trunk-16' of flattened-tiny-q4-uniform-seed3 was begun with --optimizer.lr not set, where .* 0.5 now"
+    with pytest.raises(UserError, match=said):
         check_unchanged(Workplace(read_study(changed)))
 
 
@@ -429,11 +436,26 @@ def test_a_longer_arm_goes_on_with_the_trunk(tmp_path):
     longer = read_study(written(tmp_path, a=("steps = [40, 20]", "steps = [40, 20, 60]")))
     check_unchanged(Workplace(longer))
     place = Played(longer)
-    whole(place)
+    lines, _ = whole(place)
     assert [Path(out).parent.name for name, out in place.done if name == "train"][:2] == [
         "flattened-tiny-q4-uniform-seed3",
         "flattened-tiny-q4-uniform-60-seed3",
     ]
+    # What arms share stands with each of them, as far as it is of it.
+    trunks = {line["run"]: [s for s in line["seconds"] if s.startswith("trunk")] for line in lines}
+    assert trunks["flattened-tiny-q4-uniform-20-seed3"] == ["trunk-16"]
+    assert trunks["flattened-tiny-q4-uniform-60-seed3"] == ["trunk-16", "trunk-32", "trunk-48"]
+
+
+def test_a_schedule_without_a_constant_part_has_no_trunk(tmp_path):
+    """The warm-up of config/tiny.toml is of ten steps."""
+    short = {"a": ("steps = [40, 20]", "steps = [10, 8]"), "b": ('"training.steps" = 40', '"training.steps" = 10')}
+    study = read_study(written(tmp_path, **short))
+    check_unchanged(Workplace(study))
+    place = Played(study)
+    whole(place)
+    check_unchanged(Workplace(study))
+    assert not [out for name, out in place.done if name == "train" and "uniform-seed" in out]
 
 
 def test_where_it_cannot_be_written(tmp_path):
@@ -510,7 +532,10 @@ def test_a_failed_trunk_fails_what_needs_it(tmp_path):
     place = Played(read_study(written(tmp_path)), [("train", "hierarchical-tiny-q4-uniform-seed3")])
     lines, _ = whole(place)
     failed = {line["run"]: line["failed"]["step"] for line in lines if line["failed"]}
-    assert failed == {f"hierarchical-tiny-q4-uniform-{steps}-seed3": "trunk" for steps in (40, 20)}
+    # The longer one is tried from the beginning again.
+    assert failed == {
+        f"hierarchical-tiny-q4-uniform-{n}-seed3": step for n, step in ((40, "trunk-32"), (20, "trunk-16"))
+    }
 
 
 def test_commands_before_that_make_nothing(tmp_path):
@@ -665,13 +690,42 @@ def test_the_committed_study_says_what_its_results_do(tmp_path):
         links = re.findall(r'(?:\]\(|href=")((?!data:)[^)"]+)', text)
         assert len(links) > 300 and all((shipped / unquote(link)).is_file() for link in links)
     assert (shipped / "page.html").stat().st_size < 3_000_000
-    section = (ROOT / "README.md").read_text().split("## The study")[1].split("\n## ")[0]
-    rows = [line.split("|")[1:-1] for line in section.splitlines() if line.startswith("| ")][1:]
-    assert len(rows) > 5
-    for heading, *cells in rows:
-        starts = tuple(f"| {heading.strip()}{end}" for end in (" |", " (n = "))
-        said = "".join(line for line in report.splitlines() if line.startswith(starts))
-        assert said and all(re.search(rf"{re.escape(cell.strip())} [|\[]", said) for cell in cells), (heading, cells)
+    page = (shipped / "page.html").read_text()
+    text = (ROOT / "README.md").read_text().split("## The study")[1].split("\n## ")[0]
+    in_report, in_readme = cells_of(report), cells_of(text)
+    flattened, quantizers, weights = (table.title for table in study.tables)
+    from_first = "difference from flattened, 420 steps"
+    same = {
+        "flattened, Q = 4": (flattened, "measure", "flattened, 420 steps"),
+        "hierarchical": (flattened, from_first, "hierarchical, 420 steps"),
+        "half the steps": (flattened, from_first, "flattened, 210 steps"),
+        "Q = 2": (quantizers, "difference from Q = 4", "Q = 2"),
+        "Q = 8": (quantizers, "difference from Q = 4", "Q = 8"),
+        "level 0 weighs 100": (weights, "difference from weights uniform", "weights semantic:100"),
+    }
+    assert len(in_readme) == 6 * 7
+    for (_, _, column, measure), cell in in_readme.items():
+        assert cell == in_report.get((*same[column], measure), "") or (not cell and column == "flattened, Q = 4")
+    of_differences = [cell for (_, kind, _, _), cell in in_report.items() if kind.startswith("diff") and cell]
+    stars = [cell.endswith("*") for cell in of_differences]
+    assert f"{len(stars)} differences" in text and f"{sum(stars)} have a star" in text
+    for cell in of_differences:
+        assert f">{cell.replace(chr(92), '')}</td>" in page
+
+
+def cells_of(markdown):
+    """Cells without links, by title of the section, first heading, heading and measure."""
+    found, title = {}, ""
+    for block in markdown.split("\n\n"):
+        title = block.removeprefix("## ") if block.startswith("## ") else title
+        rows = [
+            [re.sub(r" \[[^]]*\]\([^)]*\)", "", c).strip() for c in row.split("|")[1:-1]] for row in block.splitlines()
+        ]
+        if block.startswith("| ") and len(rows) > 2:
+            for measure, *cells in rows[2:]:
+                for heading, cell in zip(rows[0][1:], cells, strict=True):
+                    found[title, rows[0][0], heading, re.sub(r" \(n = .*", "", measure)] = cell
+    return found
 
 
 def test_names_are_folders():

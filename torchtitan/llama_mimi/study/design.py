@@ -121,6 +121,7 @@ class Study:
 
     Args:
         path: of its file.
+        note: what readers of its report should know first, in Markdown.
         output_dir: of everything.
         seeds: of weights and order of the data.
         config: TOML file of a run by architecture.
@@ -136,6 +137,7 @@ class Study:
 
     path: Path
     name: str
+    note: str
     output_dir: Path
     seeds: tuple[int, ...]
     config: Mapping[Architecture, str]
@@ -184,7 +186,16 @@ def read_study(path: Path) -> Study:
     for name in ("config", "settings", "launch", "benchmarks", "generation"):
         if not isinstance(values.get(name, {}), dict):
             raise _refused(path, f"{name} is {values[name]!r}; it is a section, [{name}]")
+    for name in ("tables", "when", "before"):
+        some = values.get(name, [])
+        if not isinstance(some, list) or not all(isinstance(one, dict) for one in some):
+            raise _refused(path, f"{name} is {some!r}; each is a section with two brackets, [[{name}]]")
+    for name in ("name", "output_dir", "note"):
+        if not isinstance(values.get(name, ""), str):
+            raise _refused(path, f"{name} is {values[name]!r}; it is a text")
     config = {**values.pop("config")}
+    if not config:
+        raise _refused(path, "[config] names no file of a run")
     if unknown := config.keys() - set(get_args(Architecture)):
         raise _refused(path, f"config.{min(unknown)} is no architecture; there are {', '.join(get_args(Architecture))}")
     launch = _built(Launch, values.pop("launch", {}), path, "launch")
@@ -197,9 +208,16 @@ def read_study(path: Path) -> Study:
     settings = values.pop("settings", {})
     when = tuple((some, some.pop("settings", {})) for some in values.pop("when", []))
     for axes, changed in when:
-        if not changed or not axes or (unknown := axes.keys() - set(OF_SETTINGS)):
-            what = f"has the unknown key '{min(unknown)}'" if changed and axes else "has no axis, or no settings"
-            raise _refused(path, f"a part of [[when]] {what}; it names some of {', '.join(OF_SETTINGS)} and settings")
+        if not isinstance(changed, dict) or not changed or not axes:
+            raise _refused(path, "a part of [[when]] has no axis, or no settings")
+        if unknown := axes.keys() - set(OF_SETTINGS):
+            raise _refused(
+                path,
+                f"a part of [[when]] has the unknown key '{min(unknown)}'; it names some of {', '.join(OF_SETTINGS)} "
+                "and settings",
+            )
+    if not isinstance(settings.get("training.steps", 1), int) or settings.get("training.steps", 1) < 1:
+        raise _refused(path, f"training.steps is {settings['training.steps']!r}; it is a positive number")
     if fixed := {key for some in (settings, *(changed for _, changed in when)) for key in some} & FIXED:
         raise _refused(
             path, f"{min(fixed)} is set, which its axis or the study itself says; leave it out of [settings]"
@@ -208,15 +226,17 @@ def read_study(path: Path) -> Study:
         raise _refused(path, "training.steps stands in a part of [[when]]; say steps in [settings] or as an axis")
     tables = [_table(path, table, config, settings, when, launch) for table in values.pop("tables")]
     for axes, _ in when:
-        if not any(_applies(axes, arm) for table in tables for arm in table.arms):
-            raise _refused(path, f"a part of [[when]] is of {axes!r}, which no arm has")
+        ways = itertools.product(*([(axis, v) for v in _listed(some)] for axis, some in axes.items()))
+        for way in ways:
+            if not any(_applies(dict(way), arm) for table in tables for arm in table.arms):
+                raise _refused(path, f"a part of [[when]] is of {dict(way)!r}, which no arm has")
     for table in tables if launch.train else ():
         if any(resolved(_flags(config, settings, when, arm)).training.global_batch_size < 1 for arm in table.arms):
             raise _refused(
                 path, "launch.train starts ranks that the study does not know; set training.global_batch_size"
             )
     before = [_built(Before, one, path, "before") for one in values.pop("before", [])]
-    name, seeds = str(values.pop("name")), values.pop("seeds", [0])
+    name, note, seeds = values.pop("name"), values.pop("note", ""), values.pop("seeds", [0])
     if not isinstance(seeds, list) or not all(isinstance(seed, int) for seed in seeds) or len({*seeds}) < len(seeds):
         raise _refused(path, f"seeds is {seeds!r}; it is a list of different numbers")
     if launch.parallel < 1 or launch.nproc_per_node < 1:
@@ -235,6 +255,7 @@ def read_study(path: Path) -> Study:
     return Study(
         path,
         name,
+        note,
         output_dir,
         tuple(seeds),
         config,
@@ -274,7 +295,7 @@ def _table(
     title = values.pop("title", None)
     if not isinstance(title, str):
         raise _refused(path, "a table of [[tables]] has no title")
-    chosen = {key: value if isinstance(value, list) else [value] for key, value in values.items()}
+    chosen = {key: _listed(value) for key, value in values.items()}
     if unknown := chosen.keys() - {*AXES, "flops"}:
         near = difflib.get_close_matches(min(unknown), AXES, n=1, cutoff=0)[0]
         raise _refused(path, f"the table '{title}' has the axis '{min(unknown)}'; the nearest is '{near}'")
@@ -340,7 +361,11 @@ def _flags(config: Mapping[Architecture, str], settings: Flags, when: Sequence[t
 
 def _applies(axes: Flags, arm: Arm) -> bool:
     """Whether an arm has one of the values of each axis."""
-    return all(getattr(arm, axis) in (some if isinstance(some, list) else [some]) for axis, some in axes.items())
+    return all(getattr(arm, axis) in _listed(some) for axis, some in axes.items())
+
+
+def _listed(some: Any) -> list[Any]:
+    return some if isinstance(some, list) else [some]
 
 
 def _options(kind: type[Options], flags: Flags, path: Path, section: str) -> Options:

@@ -11,7 +11,7 @@ from llama_mimi.checkpoint.conversion import JOB_CONFIG, NOT_OF_THE_MODEL
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import digest, read_json, write_atomically
 from llama_mimi.data.code_store import MANIFEST
-from llama_mimi.study.budget import cost_of_step
+from llama_mimi.study.budget import cost_of_step, decay_begins
 from llama_mimi.study.design import Run
 from llama_mimi.study.runs import TRAIN, Workplace
 
@@ -64,7 +64,7 @@ def _line(place: Workplace, run: Run, flops_of_step: float) -> dict[str, Any]:
         "model_sha256": first.get("model_sha256"),
         "commit": first.get("versions", {}).get("commit"),
         "flops": flops_of_step * run.arm.steps,
-        "seconds": record["seconds"],
+        "seconds": _trunk_seconds(place, run) | record["seconds"],
         "bits_per_audio_second": validation_bits(folder, run.arm.steps),
         "scores": {
             f"{name}/{part}": {key: result[key] for key in SCORE_KEYS}
@@ -74,6 +74,13 @@ def _line(place: Workplace, run: Run, flops_of_step: float) -> dict[str, Any]:
         "generations": {} if generation is None else generation["results"],
         "files": {name: str(path.relative_to(place.study.output_dir)) for name, path in files.items()},
     }
+
+
+def _trunk_seconds(place: Workplace, run: Run) -> dict[str, float]:
+    """Of the trunk up to where a run leaves it, which other runs share."""
+    begin = decay_begins(place.study.flags(run.arm), run.arm.steps)
+    trained = place.record(Run(run.arm.trunk, run.seed))["seconds"]
+    return {step: seconds for step, seconds in trained.items() if int(step.rpartition("-")[2]) <= begin}
 
 
 def _data_sha256(dataset: str) -> str:

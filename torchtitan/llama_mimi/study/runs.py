@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +29,9 @@ from llama_mimi.study.design import Arm, Run, Study
 
 RECORD = "record.json"
 LAST_LINES = 5  # of a log, that say why a step failed
-TRUNK, TRAIN, CONVERT, GENERATION = "trunk", "train", "convert", "generation"
+TRAIN, CONVERT, GENERATION = "train", "convert", "generation"
+# In which starts of one trunk differ.
+LENGTHS = ("training.steps", "lr_scheduler.total_steps", "validation.freq")
 Flags = dict[str, Any]
 
 
@@ -173,9 +175,14 @@ def config_sha256(study: Study, run: Run) -> str:
     return hashlib.sha256(Path(study.config[run.arm.architecture]).read_bytes()).hexdigest()
 
 
-def trunk_flags(study: Study, run: Run, folder: Path, begin: int) -> Flags:
-    """Of the trunk up to where a run's decay begins: the part of the run before it."""
-    return training_flags(study, run, folder, begin) | {"lr_scheduler.total_steps": run.arm.steps}
+def trunk_step(begin: int) -> str:
+    """What training the trunk up to there is called."""
+    return f"trunk-{begin}"
+
+
+def trunk_flags(study: Study, trunk: Run, folder: Path, begin: int, total: int) -> Flags:
+    """Of the trunk up to where the decay of a run of so many steps begins, at the constant rate."""
+    return training_flags(study, trunk, folder, begin) | {"lr_scheduler.total_steps": total}
 
 
 def check_unchanged(place: Workplace) -> None:
@@ -184,25 +191,45 @@ def check_unchanged(place: Workplace) -> None:
     Raises:
         UserError: which run, and how it was.
     """
-    study = place.study
-    for run in study.runs:
-        record = place.record(run)
-        begin = decay_begins(study.flags(run.arm), run.arm.steps)
-        of_trunk = trunk_flags(study, run, place.folder(Run(run.arm.trunk, run.seed)) / "run", begin)
-        for step, flags in {TRUNK: of_trunk, **place.flags(run)}.items():
-            words = as_words(flags)
-            if (before := record["flags"].get(step, words)) != words:
-                places = zip(before + [""] * len(words), words + [""] * len(before), strict=False)
-                old, new = next(pair for pair in places if pair[0] != pair[1])
-                raise UserError(
-                    f"the step '{step}' of {run.name} was begun with '{old}' where '{study.path}' says '{new}' now; "
-                    "restore that, or choose another output_dir"
-                )
-        if record["config_sha256"] not in (None, config_sha256(study, run)):
+    for run in place.study.runs:
+        _check(place, run, place.flags(run))
+    for trunk, seed, arms in place.study.families:
+        shared, folder = Run(trunk, seed), place.folder(Run(trunk, seed)) / "run"
+        begins = {decay_begins(place.study.flags(arm), arm.steps): arm.steps for arm in arms}
+        steps = {trunk_step(n): trunk_flags(place.study, shared, folder, n, total) for n, total in begins.items() if n}
+        # A trunk may have gone as far as arms needed that are no more in the study.
+        any_length = next(iter(steps.values()), None)
+        begun = dict.fromkeys(place.record(shared)["flags"], any_length) if any_length else {}
+        _check(place, shared, begun | steps, LENGTHS)
+
+
+def _check(place: Workplace, run: Run, steps: dict[str, Flags], ignored: Collection[str] = ()) -> None:
+    record, file = place.record(run), place.study.config[run.arm.architecture]
+    for step, flags in steps.items():
+        if step not in record["flags"]:
+            continue
+        old, new = by_flag(record["flags"][step]), by_flag(as_words(flags))
+        changed = [flag for flag in old | new if old.get(flag) != new.get(flag) and flag.strip("-") not in ignored]
+        if changed:
+            flag = changed[0]
             raise UserError(
-                f"'{study.config[run.arm.architecture]}' was edited since {run.name} was begun; restore it, or choose "
-                "another output_dir"
+                f"the step '{step}' of {run.name} was begun with {flag} {old.get(flag, 'not set')}, where "
+                f"'{place.study.path}' has {flag} {new.get(flag, 'not set')} now; restore that, or choose another "
+                "output_dir"
             )
+    if record["config_sha256"] not in (None, config_sha256(place.study, run)):
+        raise UserError(f"'{file}' was edited since {run.name} was begun; restore it, or choose another output_dir")
+
+
+def by_flag(words: Sequence[str]) -> dict[str, str]:
+    """Values by flag of a command line."""
+    values: dict[str, list[str]] = {}
+    for word in words:
+        if word.startswith("--"):
+            flag = values.setdefault(word, [])
+        else:
+            flag.append(word)
+    return {flag: " ".join(some) or "on" for flag, some in values.items()}
 
 
 def make_ready(place: Workplace) -> None:
@@ -318,9 +345,12 @@ def train(place: Workplace, run: Run, trunk: Arm, arms: list[Arm]) -> None:
     place.note(run, config_sha256=config_sha256(place.study, run))
     begin = decay_begins(place.study.flags(arm), arm.steps) if len(arms) > 1 else 0
     if begin and not (folder / "checkpoint").exists():
-        of_trunk = place.folder(Run(trunk, run.seed)) / "run"
+        shared = Run(trunk, run.seed)
+        of_trunk = place.folder(shared) / "run"
         if begin not in complete_steps(of_trunk / "checkpoint"):
-            place.do(run, TRUNK, place.trainer, trunk_flags(place.study, run, of_trunk, begin))
+            place.note(shared, config_sha256=config_sha256(place.study, shared))
+            flags = trunk_flags(place.study, shared, of_trunk, begin, arm.steps)
+            place.do(shared, trunk_step(begin), place.trainer, flags)
         link_step(of_trunk, folder, begin)
     # Killed behind its last checkpoint it would be thought to be done, and its validation would be missing.
     shutil.rmtree(last, ignore_errors=True)
@@ -342,7 +372,7 @@ def link_step(source: Path, target: Path, step: int) -> None:
 
     if step not in complete_steps(source / "checkpoint"):
         why = f"'{source}' has no checkpoint of step {step}; remove that folder, so that it is trained anew"
-        raise StepFailed(TRUNK, why)
+        raise StepFailed(trunk_step(step), why)
     aside = target / "checkpoint.unfinished"
     shutil.rmtree(aside, ignore_errors=True)
     shutil.copytree(source / "checkpoint" / f"step-{step}", aside / f"step-{step}", copy_function=link)
