@@ -226,10 +226,10 @@ def read_study(path: Path) -> Study:
         raise _refused(path, "training.steps stands in a part of [[when]]; say steps in [settings] or as an axis")
     tables = [_table(path, table, config, settings, when, launch) for table in values.pop("tables")]
     for axes, _ in when:
-        ways = itertools.product(*([(axis, v) for v in _listed(some)] for axis, some in axes.items()))
-        for way in ways:
-            if not any(_applies(dict(way), arm) for table in tables for arm in table.arms):
-                raise _refused(path, f"a part of [[when]] is of {dict(way)!r}, which no arm has")
+        there = [arm for table in tables for arm in table.arms if _applies(axes, arm)]
+        for axis, some in axes.items():
+            if gone := [value for value in _listed(some) if value not in (getattr(arm, axis) for arm in there)]:
+                raise _refused(path, f"a part of [[when]] has {axis} = {gone[0]!r}, which fits no arm")
     for table in tables if launch.train else ():
         if any(resolved(_flags(config, settings, when, arm)).training.global_batch_size < 1 for arm in table.arms):
             raise _refused(
