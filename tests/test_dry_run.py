@@ -79,6 +79,7 @@ def shard_numel(flavor, vocab_size, num_shards):
     return sum(-(-p.shape[0] // num_shards) * p[0].numel() for p in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "flavor", "num_shards"),
     [("tiny", "tiny", 8), ("1B, 8", "1B", 8), ("1B speech, 8", "1B", 8), ("8B, 8", "8B", 8), ("8B, 64", "8B", 64)],
@@ -91,6 +92,7 @@ def test_states_are_those_of_the_shards(found, name, flavor, num_shards):
     assert 2 * expected < sizes["optimizer"] < 2 * expected + 4096, "two moments, and a step counter a matrix"
 
 
+@pytest.mark.slow
 def test_the_step_holds_what_it_would_hold_with_content(found):
     peaks = [found[name].pop("peak") for name in ("tiny", "tiny, content")]
     assert found["tiny"] == found["tiny, content"]
@@ -102,6 +104,7 @@ def test_the_step_holds_what_it_would_hold_with_content(found):
     assert hierarchical[0] == pytest.approx(hierarchical[1], abs=4096)
 
 
+@pytest.mark.slow
 def test_meshes_are_as_configured(found):
     assert found["8B, 64"]["meshes"]["fsdp"] == 64 and "tp" not in found["8B, 64"]["meshes"]
     meshes = found["tiny, hsdp and tp"]["meshes"]

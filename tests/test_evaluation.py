@@ -278,6 +278,7 @@ def test_a_score_that_is_not_finite_is_refused(tmp_path, codec, model):
 # SALMon's own loop
 
 
+@pytest.mark.slow
 def test_salmons_own_loop_gives_the_same_accuracy(tmp_path, codec, encoded, model):
     """The benchmark's semantics, written anew: pairs one by one, likelier is right, a tie is half."""
     pairs, ids, codes = encoded
@@ -330,6 +331,7 @@ def report_of(output_dir, name="official"):
     return json.loads((output_dir / "salmon" / "random" / f"{name}.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_ranks_and_kills_give_the_same_file(model_folder, some_pairs, tmp_path):
     run_ranks(1, command(model_folder, tmp_path / "one", some_pairs), tmp_path / "log")

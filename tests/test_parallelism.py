@@ -77,8 +77,6 @@ RUNS = {
 QUICK = {
     "FSDP, gradient accumulation",
     "TP",
-    "untied: PP",
-    "hierarchical: selective checkpointing, compiled blocks, gradient accumulation",
     "hierarchical: FSDP",
 }
 

@@ -210,6 +210,7 @@ def test_steps_of_a_budget(tmp_path):
     assert [arm.steps for arm in arms] == [10, round(10 * flat.flops / deep.flops)]
 
 
+@pytest.mark.slow
 def test_the_shipped_studies_can_be_planned(capsys):
     for path in sorted((ROOT / "config" / "studies").glob("*.toml")):
         assert run_here(str(ROOT / "scripts" / "study.py"), path, "--plan")[0] == 0
