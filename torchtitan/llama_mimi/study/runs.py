@@ -25,14 +25,13 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import read_json, write_atomically
 from llama_mimi.common.ranks import end_with_parent
 from llama_mimi.study.budget import decay_begins, resolved
-from llama_mimi.study.design import Arm, Run, Study
+from llama_mimi.study.design import Arm, Flags, Run, Study
 
 RECORD = "record.json"
 LAST_LINES = 5  # of a log, that say why a step failed
 TRAIN, CONVERT, GENERATION = "train", "convert", "generation"
 # In which starts of one trunk differ.
 LENGTHS = ("training.steps", "lr_scheduler.total_steps", "validation.freq")
-Flags = dict[str, Any]
 
 
 class StepFailed(Exception):
