@@ -31,7 +31,7 @@ from llama_mimi.judging.systems import RECORDING, SHUFFLED  # noqa: E402
 from llama_mimi.judging.table import COLUMNS, KIND, column_of, is_reference  # noqa: E402
 from llama_mimi.study.design import read_study  # noqa: E402
 from llama_mimi.study.registry import write_index  # noqa: E402
-from llama_mimi.study.runs import Workplace  # noqa: E402
+from llama_mimi.study.workplace import Workplace  # noqa: E402
 
 RATE_HZ = 24_000
 ROUNDING_SECONDS = 0.1

@@ -25,7 +25,8 @@ from llama_mimi.common.errors import UserError  # noqa: E402
 from llama_mimi.study.budget import cost_of_step, decay_begins  # noqa: E402
 from llama_mimi.study.design import Run, Study, read_study  # noqa: E402
 from llama_mimi.study.registry import write_index  # noqa: E402
-from llama_mimi.study.runs import Workplace, check_unchanged, judge, make_ready, run_families  # noqa: E402
+from llama_mimi.study.runs import judge, make_ready, run_families  # noqa: E402
+from llama_mimi.study.workplace import Workplace, check_unchanged  # noqa: E402
 
 FRAMES_PER_HOUR = 12.5 * 3600  # of Mimi
 

@@ -13,13 +13,14 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-import study_report
+import study_results
 import torch
 import torch.distributed.checkpoint as dcp
 from conftest import ROOT, TINY, run_here
 from forked_ranks import run_ranks
 from scipy.stats import t as student
-from study_report import Results, write_report
+from study_report import write_report
+from study_results import Results
 from torch.utils.tensorboard import SummaryWriter
 
 from llama_mimi.audio.reading import Waveform, write_wav
@@ -31,16 +32,8 @@ from llama_mimi.study import design
 from llama_mimi.study.budget import cost_of_step
 from llama_mimi.study.design import Arm, Run, read_study
 from llama_mimi.study.registry import write_index
-from llama_mimi.study.runs import (
-    StepFailed,
-    Workplace,
-    check_unchanged,
-    judge,
-    link_step,
-    make_ready,
-    run_families,
-    training_flags,
-)
+from llama_mimi.study.runs import judge, link_step, make_ready, run_families
+from llama_mimi.study.workplace import StepFailed, Workplace, check_unchanged, training_flags
 from llama_mimi.training.config_file import parse_config
 
 SALMON = 'data_dir = "assets/tiny/benchmarks/salmon"\n'
@@ -639,22 +632,22 @@ def test_a_run_ends_with_a_validation(tmp_path):
 
 
 def test_one_seed_has_no_spread():
-    assert study_report.half_width([1.0]) is None
-    assert study_report.half_width([1.0, 3.0]) == pytest.approx(12.706, abs=1e-3)
-    one = study_report.Measured({0: 0.5}, {0: [{"a": 0.0, "b": 1.0}]})
+    assert study_results.half_width([1.0]) is None
+    assert study_results.half_width([1.0, 3.0]) == pytest.approx(12.706, abs=1e-3)
+    one = study_results.Measured({0: 0.5}, {0: [{"a": 0.0, "b": 1.0}]})
     assert one.half_over_seeds is None and one.interval[0] <= 0.5 <= one.interval[1]
 
 
 def test_a_difference_is_of_the_seeds_that_both_have():
-    a = study_report.Measured(
-        {0: 0.5, 1: 0.9}, {0: [{"x": 0.0, "y": 1.0}], 1: [{"x": 0.8, "y": 1.0}]}, study_report.percent
+    a = study_results.Measured(
+        {0: 0.5, 1: 0.9}, {0: [{"x": 0.0, "y": 1.0}], 1: [{"x": 0.8, "y": 1.0}]}, study_results.percent
     )
-    b = study_report.Measured({0: 0.25}, {0: [{"x": 0.0, "y": 0.5}]}, study_report.percent)
+    b = study_results.Measured({0: 0.25}, {0: [{"x": 0.0, "y": 0.5}]}, study_results.percent)
     difference = a.minus(b)
     assert difference.mean == 25.0 and difference.half_over_seeds is None and difference.interval == (0.0, 50.0)
     assert a.mean == 70.0 and a.interval == (40.0, 100.0)
-    perplexity = study_report.Measured({0: math.log(3)}, {0: [{"x": math.log(3), "y": 0.0}]}, math.exp)
-    half = study_report.Measured({0: math.log(6)}, {0: [{"x": math.log(6), "y": math.log(2)}]}, math.exp)
+    perplexity = study_results.Measured({0: math.log(3)}, {0: [{"x": math.log(3), "y": 0.0}]}, math.exp)
+    half = study_results.Measured({0: math.log(6)}, {0: [{"x": math.log(6), "y": math.log(2)}]}, math.exp)
     assert half.minus(perplexity).mean == pytest.approx(2.0)
     assert half.minus(perplexity).interval == pytest.approx((2.0, 2.0))
 
@@ -662,7 +655,7 @@ def test_a_difference_is_of_the_seeds_that_both_have():
 def test_a_star_is_where_neither_interval_holds_zero():
     def difference(*by_pair_of_seeds, shown=float):
         parts = {seed: [{str(i): x for i, x in enumerate(xs)}] for seed, xs in enumerate(by_pair_of_seeds)}
-        return study_report.Measured({s: statistics.mean(p[0].values()) for s, p in parts.items()}, parts, shown)
+        return study_results.Measured({s: statistics.mean(p[0].values()) for s, p in parts.items()}, parts, shown)
 
     assert difference((0.2, 0.3), (0.2, 0.3)).text(2, is_difference=True) == "+0.25 (+0.20 to +0.30) ± 0.00 *"
     assert not difference((0.2, 0.3), (0.2, 0.9)).text(2, is_difference=True).endswith("*")  # seeds differ
@@ -674,7 +667,7 @@ def test_a_star_is_where_neither_interval_holds_zero():
     # Whichever is first, as logarithms have the interval.
     apart = [difference(*((sign * x, sign * x) for x in (2.0, 3.0, 1.0)), shown=math.exp) for sign in (1, -1)]
     assert [one.stands_out for one in apart] == [False, False]
-    assert study_report.Measured({0: 1.0, 1: 1.0}, {}).stands_out  # of bits there are no pairs
+    assert study_results.Measured({0: 1.0, 1: 1.0}, {}).stands_out  # of bits there are no pairs
     assert not difference((0.0, 0.0), (0.0, 0.0), shown=math.exp).stands_out
 
 

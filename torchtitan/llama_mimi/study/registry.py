@@ -13,7 +13,7 @@ from llama_mimi.common.files import digest, read_json, write_atomically
 from llama_mimi.data.code_store import MANIFEST
 from llama_mimi.study.budget import cost_of_step, decay_begins
 from llama_mimi.study.design import Run
-from llama_mimi.study.runs import TRAIN, Workplace
+from llama_mimi.study.workplace import TRAIN, Workplace
 
 INDEX = "index.jsonl"
 BITS = "validation_bits_per_audio_second/"
