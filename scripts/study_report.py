@@ -19,12 +19,13 @@ from matplotlib.axes import Axes
 from pictures import save
 from published import AXES_OF_OTHERS, Published, read_published
 from report import HEADINGS
-from study_results import BITS, Lines, Measured, Results, digits_of, heading_of
+from study_results import Lines, Measured, Results, digits_of, heading_of
 
 from llama_mimi.common.files import write_atomically
 from llama_mimi.study.design import Arm, Run, Table
 from llama_mimi.study.registry import INDEX
 from llama_mimi.study.workplace import Workplace
+from llama_mimi.training.metrics import BITS
 
 REPORT = "report.md"
 PUBLISHED = Path("eval/published.toml")
@@ -105,6 +106,12 @@ def sections(place: Workplace, lines: Lines) -> list[Section]:
         f"cost is in `{INDEX}`."
     )
     found = [Section(f"Study {study.name}", [about, *([study.note] if study.note else []), *LEGEND])]
+    if without := [line["run"] for line in lines if line["state"] == "done" and not line.get(BITS)]:
+        who = "any run" if len(without) == len(lines) else ", ".join(without)
+        found[0].texts.append(
+            f"There are no {heading_of(BITS)} of {who}: earlier versions logged only bits/s over the whole vocabulary, "
+            "which do not compare."
+        )
     if holes := [line for line in lines if line["state"] != "done"]:
         found.append(Section("Not there", items=[f"{line['run']}: {_why(line)}" for line in holes]))
     for number, table in enumerate(study.tables, 1):
@@ -127,7 +134,8 @@ LEGEND = (
     "Accuracies are in percent. A cell is the mean over seeds, in brackets its 95 % interval over pairs or prompts "
     "(bootstrap), then ±, half of the 95 % interval over seeds (Student's t; of perplexities a factor), and a link to "
     "the result of each seed that it is of. A row is of the n pairs, groups of pairs or prompts of which all its arms "
-    "have a value; bits of other numbers of levels do not compare. In the last column stand means of what is no model, "
+    "have a value. Bits are over the tokens that can stand at a position: the codes of its level and, between frames, "
+    "`</audio>`. Bits of other numbers of levels do not compare. In the last column stand means of what is no model, "
     "on the same prompts, and what others have published of models that are such arms, of any size, by their own "
     "scoring and on their own data.",
     "Differences are taken pair by pair and seed by seed. A star is where neither interval holds zero (of a ratio: "

@@ -23,8 +23,8 @@ from llama_mimi.judging.intervals import interval_of_parts
 from llama_mimi.judging.table import COLUMNS, KIND, column_of, is_reference, percent
 from llama_mimi.study.design import Arm, Run
 from llama_mimi.study.workplace import Workplace
+from llama_mimi.training.metrics import BITS
 
-BITS = "bits"
 # Measures of continuations that depend on what else the machine did, or are no merit.
 NOT_COMPARED = ("real_time_factor", "seconds")
 Lines = Sequence[Mapping[str, Any]]
@@ -135,7 +135,8 @@ class Results:
         if {f"salmon/{part}" for part in SALMON_PARTS} <= scores:
             scores.add("salmon/mean")
         measures = {name for line in self.lines.values() for name in line["generations"]} - set(NOT_COMPARED)
-        return [BITS, *_ordered(scores, HEADINGS), *_ordered(measures, COLUMNS)]
+        bits = [BITS] if any(line.get(BITS) for line in self.lines.values()) else []
+        return [*bits, *_ordered(scores, HEADINGS), *_ordered(measures, COLUMNS)]
 
     def path(self, run: Run, column: str) -> str | None:
         """The result file of a column of a run, from the study's folder; bits stand in the index."""
@@ -158,7 +159,7 @@ class Results:
     def _measure(self, arms: Sequence[Arm], column: str) -> dict[Arm, Measured]:
         runs = {(arm, seed): Run(arm, seed) for arm in arms for seed in self._place.study.seeds}
         if column == BITS:
-            bits = {key: self.lines[run.name]["bits_per_audio_second"].get("all") for key, run in runs.items()}
+            bits = {key: self.lines[run.name].get(BITS, {}).get("all") for key, run in runs.items()}
             by_arm = {arm: {s: v for (a, s), v in bits.items() if a == arm and v is not None} for arm in arms}
             return {arm: Measured(of_seeds, {}) for arm, of_seeds in by_arm.items() if of_seeds}
         found = {key: parts for key, run in runs.items() if (parts := self._parts(run, column))}
@@ -244,5 +245,5 @@ def digits_of(column: str) -> int:
 
 def heading_of(column: str) -> str:
     if column == BITS:
-        return "validation bits/s"
+        return "validation bits/s over admissible tokens"
     return heading(column) if is_accuracy(column) else column_of(column).heading

@@ -7,12 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_mimi.model import cross_entropy as module
-from llama_mimi.model.cross_entropy import cross_entropy, pending_logits
+from llama_mimi.model.cross_entropy import cross_entropy, pending_logits, unit_targets
 from llama_mimi.tokens.sequences import IGNORE_INDEX
 from llama_mimi.tokens.units import UnitVocabulary
 from llama_mimi.training.loss import LevelMeter, UnitLoss
 
 V, D = 23, 8
+VOCABULARY = UnitVocabulary(base=5, codebook_size=8, num_quantizers=2)  # 23 entries
 
 
 def case(B, L, seed=0, dtype=torch.float32, scale=1.0):
@@ -27,11 +28,8 @@ def case(B, L, seed=0, dtype=torch.float32, scale=1.0):
 def in_chunks(hidden_BLD, weight_VD, labels_BL, rows, monkeypatch, step=None):
     monkeypatch.setattr(module, "CHUNK_BYTES", rows * 4 * V)
     monkeypatch.setattr(module, "CHUNK_MULTIPLE", 1)
-    positions_N = (labels_BL.flatten() != IGNORE_INDEX).nonzero()[:, 0]
-    targets_N = labels_BL.flatten()[positions_N]
-    return cross_entropy(
-        pending_logits(hidden_BLD, weight_VD), positions_N, targets_N, torch.ones(len(targets_N)), step
-    )
+    targets = unit_targets(labels_BL, VOCABULARY)
+    return cross_entropy(pending_logits(hidden_BLD, weight_VD), targets, torch.ones(len(targets.entries_N)), step)
 
 
 def plain(hidden_BLD, weight_VD, labels_BL):
@@ -43,7 +41,7 @@ def plain(hidden_BLD, weight_VD, labels_BL):
 def test_value_and_gradients_are_those_of_the_full_logits(B, L, rows, seed):
     hidden_BLD, weight_VD, labels_BL = case(B, L, seed)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        loss_sum, losses_N = in_chunks(hidden_BLD, weight_VD, labels_BL, rows, monkeypatch)
+        loss_sum, losses_N, _ = in_chunks(hidden_BLD, weight_VD, labels_BL, rows, monkeypatch)
     wanted_L = plain(hidden_BLD, weight_VD, labels_BL)
     torch.testing.assert_close(losses_N, wanted_L[labels_BL.flatten() != IGNORE_INDEX].detach())
     torch.testing.assert_close(loss_sum, wanted_L.sum())
@@ -55,7 +53,7 @@ def test_value_and_gradients_are_those_of_the_full_logits(B, L, rows, seed):
 def test_weights_of_one_change_no_bit(monkeypatch):
     """Against the same steps without weights."""
 
-    def step(hidden_ND, weight_VD, num_entries, targets_N, weights_N, group, with_gradient):
+    def step(hidden_ND, weight_VD, num_entries, targets_N, weights_N, admissible_NC, group, with_gradient):
         scores_NV = F.linear(hidden_ND, weight_VD).float()
         scores_NV[:, num_entries:] = -torch.inf
         scores_NV -= scores_NV.amax(dim=1, keepdim=True)
@@ -63,13 +61,12 @@ def test_weights_of_one_change_no_bit(monkeypatch):
         scores_NV.exp_()
         sum_N = scores_NV.sum(dim=1)
         scores_NV.div_(sum_N[:, None]).scatter_add_(1, targets_N[:, None], -torch.ones(len(targets_N), 1))
-        return sum_N.log() - target_N, scores_NV
+        return sum_N.log() - target_N, sum_N, scores_NV
 
     hidden_BLD, weight_VD, labels_BL = case(2, 60)
     found = in_chunks(hidden_BLD, weight_VD, labels_BL, 50, monkeypatch)
     wanted = in_chunks(hidden_BLD, weight_VD, labels_BL, 50, monkeypatch, step)
-    for a, b in zip(found, wanted, strict=True):
-        assert torch.equal(a, b)
+    assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
     gradients = [torch.autograd.grad(result[0], (hidden_BLD, weight_VD)) for result in (found, wanted)]
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
@@ -77,10 +74,9 @@ def test_weights_of_one_change_no_bit(monkeypatch):
 def test_weighted_sums_and_gradients_are_those_of_the_plain_formula():
     hidden_BLD, weight_VD, labels_BL = case(3, 40)
     weights_L = torch.rand(labels_BL.numel(), generator=torch.Generator().manual_seed(1)) * 4
-    positions_N = (labels_BL.flatten() != IGNORE_INDEX).nonzero()[:, 0]
-    targets_N = labels_BL.flatten()[positions_N]
-    pending = pending_logits(hidden_BLD, weight_VD)
-    loss_sum, losses_N = cross_entropy(pending, positions_N, targets_N, weights_L[positions_N])
+    targets = unit_targets(labels_BL, VOCABULARY)
+    positions_N = targets.positions_N
+    loss_sum, losses_N, _ = cross_entropy(pending_logits(hidden_BLD, weight_VD), targets, weights_L[positions_N])
     plain_L = plain(hidden_BLD, weight_VD, labels_BL)
     torch.testing.assert_close(losses_N, plain_L[positions_N].detach())
     wanted = (weights_L * plain_L).sum()
@@ -98,12 +94,10 @@ def test_products_are_of_sizes_that_tensor_cores_divide_well(monkeypatch):
         return module.chunk_losses(hidden_ND, weight_VD, num_entries, targets_N, *rest)
 
     monkeypatch.setattr(module, "CHUNK_BYTES", 4 * V * 300)
-    positions_N = (labels_BL.flatten() != IGNORE_INDEX).nonzero()[:, 0]
-    targets_N = labels_BL.flatten()[positions_N]
-    loss_sum, _ = cross_entropy(
-        pending_logits(hidden_BLD, weight_VD), positions_N, targets_N, torch.ones(len(targets_N)), step
-    )
-    assert seen == [(256, 64, V), (len(positions_N) - 256, 64, V)]
+    targets = unit_targets(labels_BL, VOCABULARY)
+    N = len(targets.entries_N)
+    loss_sum, *_ = cross_entropy(pending_logits(hidden_BLD, weight_VD), targets, torch.ones(N), step)
+    assert seen == [(256, 64, V), (N - 256, 64, V)]
     (gradient_VD,) = torch.autograd.grad(loss_sum, weight_VD)
     assert gradient_VD.shape == weight_VD.shape
 
@@ -119,19 +113,40 @@ def test_gradients_of_long_sums_are_kept_in_float32(monkeypatch):
         assert float((a.double() - b.double()).norm() / b.double().norm()) < 4e-3  # half a step of bfloat16
 
 
+@pytest.mark.parametrize("excess", [0.0, 200.0])  # nats by which text is likelier: exp(-200) is 0 in float32
+def test_losses_over_admissible_entries_are_those_of_a_plain_loop(excess, monkeypatch):
+    hidden_BLD, weight_VD, labels_BL = case(3, 20)
+    with torch.no_grad():
+        hidden_BLD[..., 0] = 1.0
+        weight_VD[: VOCABULARY.base, 0] += excess
+    labels_BL[(labels_BL < VOCABULARY.base) | (labels_BL == VOCABULARY.audio_start_id)] = VOCABULARY.audio_end_id
+    _, losses_N, admissible_N = in_chunks(hidden_BLD, weight_VD, labels_BL, 7, monkeypatch)
+    wanted = []
+    for hidden_D, label in zip(hidden_BLD.flatten(0, 1).double(), labels_BL.flatten().tolist(), strict=True):
+        if label == IGNORE_INDEX:
+            continue
+        level = 0 if label == VOCABULARY.audio_end_id else (label - 5) % 2
+        ids = [5 + 2 * code + level for code in range(8)] + [VOCABULARY.audio_end_id] * (level == 0)
+        log_probs = (weight_VD[ids].double() @ hidden_D).log_softmax(0)
+        wanted.append(-log_probs[ids.index(label)].item())
+    assert admissible_N.tolist() == pytest.approx(wanted, abs=1e-4 if excess else 1e-5)
+    assert bool((admissible_N < losses_N).all()) and not admissible_N.requires_grad
+
+
 def test_large_logits_do_not_overflow(monkeypatch):
     hidden_BLD, weight_VD, labels_BL = case(2, 6, scale=1e3)
-    loss_sum, _ = in_chunks(hidden_BLD, weight_VD, labels_BL, 5, monkeypatch)
+    loss_sum, *_ = in_chunks(hidden_BLD, weight_VD, labels_BL, 5, monkeypatch)
     torch.testing.assert_close(loss_sum, plain(hidden_BLD, weight_VD, labels_BL).sum())
 
 
 def test_no_targets_and_no_gradients(monkeypatch):
     hidden_BLD, weight_VD, labels_BL = case(2, 6)
-    loss_sum, losses_N = in_chunks(hidden_BLD, weight_VD, torch.full_like(labels_BL, IGNORE_INDEX), 5, monkeypatch)
+    nothing_BL = torch.full_like(labels_BL, IGNORE_INDEX)
+    loss_sum, losses_N, _ = in_chunks(hidden_BLD, weight_VD, nothing_BL, 5, monkeypatch)
     loss_sum.backward()
     assert loss_sum == 0 and not len(losses_N) and not weight_VD.grad.any() and not hidden_BLD.grad.any()
     with torch.no_grad():
-        loss_sum, _ = in_chunks(hidden_BLD, weight_VD, labels_BL, 5, monkeypatch)
+        loss_sum, *_ = in_chunks(hidden_BLD, weight_VD, labels_BL, 5, monkeypatch)
     assert not loss_sum.requires_grad
     torch.testing.assert_close(loss_sum, plain(hidden_BLD, weight_VD, labels_BL).sum().detach())
 
@@ -139,7 +154,7 @@ def test_no_targets_and_no_gradients(monkeypatch):
 def test_autocast_multiplies_in_bfloat16_and_keeps_float32_gradients(monkeypatch):
     hidden_BLD, weight_VD, labels_BL = case(2, 6)
     with torch.autocast("cpu", torch.bfloat16):
-        loss_sum, _ = in_chunks(hidden_BLD, weight_VD, labels_BL, 5, monkeypatch)
+        loss_sum, *_ = in_chunks(hidden_BLD, weight_VD, labels_BL, 5, monkeypatch)
         wanted = plain(hidden_BLD, weight_VD, labels_BL).sum()
     torch.testing.assert_close(loss_sum, wanted)
     found = torch.autograd.grad(loss_sum, (hidden_BLD, weight_VD))
@@ -150,7 +165,7 @@ def test_autocast_multiplies_in_bfloat16_and_keeps_float32_gradients(monkeypatch
 def test_a_chunk_can_be_compiled(monkeypatch):
     hidden_BLD, weight_VD, labels_BL = case(2, 6)
     compiled = torch.compile(module.chunk_losses, backend="aot_eager", fullgraph=True)
-    loss_sum, _ = in_chunks(hidden_BLD, weight_VD, labels_BL, 4, monkeypatch, compiled)
+    loss_sum, *_ = in_chunks(hidden_BLD, weight_VD, labels_BL, 4, monkeypatch, compiled)
     found = torch.autograd.grad(loss_sum, (hidden_BLD, weight_VD))
     wanted = plain(hidden_BLD, weight_VD, labels_BL).sum()
     torch.testing.assert_close(loss_sum, wanted)
@@ -158,7 +173,7 @@ def test_a_chunk_can_be_compiled(monkeypatch):
 
 
 def test_levels_come_from_the_same_pass():
-    vocabulary = UnitVocabulary(base=5, codebook_size=8, num_quantizers=2)  # 23 entries
+    vocabulary = VOCABULARY
     hidden_BLD, weight_VD, labels_BL = case(3, 40)
     labels_BL[labels_BL < 5] = vocabulary.audio_end_id
     labels_BL[labels_BL == vocabulary.audio_start_id] = IGNORE_INDEX

@@ -245,6 +245,13 @@ def test_weighted_gradients_are_those_of_the_plain_formula(pair, sequences, weig
         torch.testing.assert_close(gradient, wanted, atol=1e-6, rtol=1e-4)
     _, unweighted = loss_of(model, sequences, clips, 12)
     torch.testing.assert_close(sums, unweighted)
+    for level, (logits_NV, rows) in enumerate(zip(logits, kept, strict=True)):  # over the codes, and the end at level 0
+        entries_N = entries_BLQ[rows, level]
+        log_probs_NV = logits_NV[:, : K + (level == 0)].log_softmax(dim=1)
+        is_code_N = (entries_N >= 0) & (entries_N < K)
+        wanted = -log_probs_NV[is_code_N, entries_N[is_code_N]].sum()
+        assert sums[2, level].item() == pytest.approx(wanted.item(), rel=1e-5)
+        assert sums[2, level] <= sums[0, level] + 1e-4
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """What the log says of a run, on cards that nobody here has."""
 
+import math
 import time
 from types import SimpleNamespace
 
@@ -51,7 +52,7 @@ def test_mfu_is_that_of_a_known_card(card, peak, monkeypatch, tmp_path):
     metrics.num_flops_per_token = 1_000_000
     assert metrics.should_log(1)
     levels_N = torch.tensor([0, 1, 2, 3] * 24 + [4] * 4)  # 24 frames, four clips that end
-    meter.add(levels_N + 1.0, levels_N, 5)
+    meter.add(levels_N + 1.0, levels_N + 0.5, levels_N, 5)
     metrics.data_loading_times.append(1.0)
     metrics.time_last_log = time.perf_counter() - 8.0
     metrics.log(1, 1.0, 1.0, 0.5, {"n_tokens_seen": 1000, "lr": 1e-3})
@@ -62,6 +63,11 @@ def test_mfu_is_that_of_a_known_card(card, peak, monkeypatch, tmp_path):
         "level_3": 4,
         "audio_end": 5,
     }
+    bits = {key: value for key, value in logged.items() if "bits" in key}
+    own = {f"level_{level}": (level + 0.5) * 12.5 / math.log(2) for level in range(4)}
+    assert bits == pytest.approx(
+        {f"admissible_bits_per_audio_second/{key}": value for key, value in (own | {"all": sum(own.values())}).items()}
+    )
     assert logged["loss_metrics/global_avg_loss"] == (24 * (1 + 2 + 3 + 4) + 4 * 5) / 100
     assert logged["throughput/useful_tokens_per_s"] == pytest.approx(100 / 8, rel=0.1)
     assert logged["throughput/audio_seconds_per_s"] == pytest.approx(24 / 12.5 / 8, rel=0.1)

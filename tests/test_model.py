@@ -215,13 +215,16 @@ def test_level_losses_are_those_of_a_plain_loop(model, sequences):
     ids_L = sequences.sequence(codes_TQ, is_cut=False)
     loss, _, sums = loss_and_gradient(model, sequences, [codes_TQ], 32)
     log_probs_LV = model(ids_L[None, :-1]).compute()[0].log_softmax(-1)
-    expected = torch.zeros(2, 5, dtype=torch.float64)
+    expected = torch.zeros(3, 5, dtype=torch.float64)
     for position, target in enumerate(ids_L[1:].tolist()):
         if target == sequences.vocabulary.audio_start_id:
             continue
         row = 4 if target == sequences.vocabulary.audio_end_id else (target - sequences.vocabulary.base) % 4
         expected[0, row] -= log_probs_LV[position, target].item()
         expected[1, row] += 1
+        admissible = [sequences.vocabulary.base + 4 * code + row % 4 for code in range(256)]
+        admissible += [sequences.vocabulary.audio_end_id] * (row % 4 == 0)
+        expected[2, row] -= (log_probs_LV[position, target] - log_probs_LV[position, admissible].logsumexp(0)).item()
     torch.testing.assert_close(sums, expected, atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(loss.double(), expected[0].sum() / expected[1].sum(), atol=1e-5, rtol=1e-5)
 

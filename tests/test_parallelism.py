@@ -26,6 +26,7 @@ LOSS, NORM, VALIDATION = "loss_metrics/global_avg_loss", "grad_norm", "validatio
 FSDP = "--parallelism.data_parallel_shard_degree"
 HSDP = "--parallelism.data_parallel_replicate_degree"
 TP = "--parallelism.tensor_parallel_degree"
+BITS = [f"{prefix}admissible_bits_per_audio_second/all" for prefix in ("", "validation_")]
 PP = "--parallelism.pipeline_parallel_degree"
 BATCH = "--training.local_batch_size"
 AUDIO = ["--model.vocabulary", "audio"]
@@ -195,6 +196,8 @@ def test_ten_steps_equal_one_process(folder, name):
     if "PP" not in name:
         assert len(one[VALIDATION]) == 2
         assert found[VALIDATION] == pytest.approx(one[VALIDATION], **loss)
+        for bits in BITS:
+            assert one[bits] and found[bits] == pytest.approx(one[bits], rel=loss.get("rel", 1e-4))
 
 
 def base_of(name: str) -> str:
@@ -206,5 +209,5 @@ def read(folder, name) -> dict[str, list[float]]:
     (logs,) = [path for path in (folder / name / "tb").rglob("events*") if path.is_file()]
     events = EventAccumulator(str(logs))
     events.Reload()
-    tags = {LOSS, NORM, VALIDATION} & set(events.Tags()["scalars"])
+    tags = {LOSS, NORM, VALIDATION, *BITS} & set(events.Tags()["scalars"])
     return {tag: [event.value for event in events.Scalars(tag)] for tag in tags}

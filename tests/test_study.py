@@ -36,6 +36,7 @@ from llama_mimi.study.runs import judge, link_step, make_ready, run_families
 from llama_mimi.study.workplace import StepFailed, Workplace, check_unchanged, training_flags
 from llama_mimi.training.config_file import parse_config
 
+BITS = "validation bits/s over admissible tokens"
 SALMON = 'data_dir = "assets/tiny/benchmarks/salmon"\n'
 STUDY = """
 name = "mini"
@@ -248,8 +249,8 @@ class Played(Workplace):
             (out / "job_config.json").write_text(json.dumps(config))
             with SummaryWriter(str(out / "tb")) as log:
                 bits = 100 + 10 * int(flags["--codec.num_quantizers"]) + int(flags["--debug.seed"])
-                log.add_scalar("validation_bits_per_audio_second/all", bits, int(flags["--training.steps"]))
-                log.add_scalar("validation_bits_per_audio_second/all", 999, 1)
+                log.add_scalar("validation_admissible_bits_per_audio_second/all", bits, int(flags["--training.steps"]))
+                log.add_scalar("validation_admissible_bits_per_audio_second/all", 999, 1)
         elif name == "scripts/convert_dcp_to_hf.py":
             out.mkdir(parents=True, exist_ok=True)
             (out / "config.json").touch()
@@ -612,15 +613,20 @@ def test_numbers_of_the_report_are_the_plainest(tmp_path):
     # A reference is of the prompts of the row: 0.50 to 0.55.
     assert similarity.split("|")[-2] == wanted + "[recording 0.525](generations/recording.json) "
     # Bits at the end of training, by seed; those of other levels are not compared.
-    (bits,) = (line for line in second.splitlines() if line.startswith("| validation bits/s |"))
+    (bits,) = (line for line in second.splitlines() if line.startswith(f"| {BITS} |"))
     width = float(student.ppf(0.975, 1)) * statistics.stdev([143, 145]) / 2**0.5
     cells = [f"{mean} ± {width:.1f} [index](index.jsonl)" for mean in ("144.0", "184.0")]
-    assert bits == f"| validation bits/s | {cells[0]} | {cells[1]} |  |"
-    (bits,) = (line for line in first.splitlines() if line.startswith("| validation bits/s | +0.0"))
-    assert bits == "| validation bits/s | +0.0 ± 0.0 | +0.0 ± 0.0 | +0.0 ± 0.0 |"
+    assert bits == f"| {BITS} | {cells[0]} | {cells[1]} |  |"
+    (bits,) = (line for line in first.splitlines() if line.startswith(f"| {BITS} | +0.0"))
+    assert bits == f"| {BITS} | +0.0 ± 0.0 | +0.0 ± 0.0 | +0.0 ± 0.0 |"
     assert "Llama-Mimi-1.3B, Q = 8" in second and "CSM" not in second
     assert "weighs 100" in end and "CSM" in end and "weighs" not in first + second
     assert (place.study.output_dir / "tradeoff-1.png").stat().st_size > 10_000
+    # Bits of a log of an earlier version, over the whole vocabulary, are in no row.
+    old = lines[0].pop("admissible_bits_per_audio_second")
+    report = write_report(place, [lines[0] | {"bits_per_audio_second": old}, *lines[1:]]).read_text()
+    assert f"There are no {BITS} of {lines[0]['run']}: earlier versions" in report
+    assert f"| {BITS} | {lines[1]['admissible_bits_per_audio_second']['all']:.1f} [index]" in report
 
 
 def test_a_run_ends_with_a_validation(tmp_path):
@@ -697,7 +703,7 @@ def test_the_committed_study_says_what_its_results_do(tmp_path):
         "Q = 8": (quantizers, "difference from Q = 4", "Q = 8"),
         "level 0 weighs 100": (weights, "difference from weights uniform", "weights semantic:100"),
     }
-    assert len(in_readme) == 6 * 7
+    assert len(in_readme) == 6 * 6
     for (_, _, column, measure), cell in in_readme.items():
         assert cell == in_report.get((*same[column], measure), "") or (not cell and column == "flattened, Q = 4")
     of_differences = [cell for (_, kind, _, _), cell in in_report.items() if kind.startswith("diff") and cell]

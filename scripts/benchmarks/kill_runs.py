@@ -38,6 +38,7 @@ from llama_mimi.common.command_line import as_words, run_command
 from llama_mimi.common.errors import UserError
 from llama_mimi.data.code_store import CodeCorpus
 from llama_mimi.data.order import CorpusOrder, Position
+from llama_mimi.training.metrics import BITS
 
 CORPUS, CODEC = "assets/tiny/corpus/train-*.parquet", "assets/tiny/mimi"
 SHUFFLE_BLOCK = 64
@@ -268,10 +269,7 @@ def kill_study(flags: KillFlags) -> None:
         print(f"kill {kills}: {seconds:.1f} s, {len(done)} results", flush=True)
     reports = [(study.parent / "out" / "report.md").read_text().replace(str(study), "") for study in (whole, killed)]
     scores = [
-        [
-            {key: line[key] for key in ("run", "state", "bits_per_audio_second", "scores")}
-            for line in map(json.loads, lines)
-        ]
+        [{key: line[key] for key in ("run", "state", BITS, "scores")} for line in map(json.loads, lines)]
         for lines in ((study.parent / "out" / "index.jsonl").read_text().splitlines() for study in (whole, killed))
     ]
     is_same = reports[0] == reports[1] and scores[0] == scores[1]

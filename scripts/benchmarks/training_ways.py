@@ -34,9 +34,10 @@ from llama_mimi.checkpoint.huggingface import hf_config
 from llama_mimi.checkpoint.stand_ins import LLAMA_3_VOCABULARY, write_tokenizer
 from llama_mimi.common.command_line import as_words
 from llama_mimi.model.architectures import build_model
-from llama_mimi.model.cross_entropy import cross_entropy, pending_logits
+from llama_mimi.model.cross_entropy import cross_entropy, pending_logits, unit_targets
 from llama_mimi.model.llama import FLAVORS, LLAMA_3_2_ROPE, LlamaMimiArgs, depth_args
 from llama_mimi.tokens.sequences import IGNORE_INDEX
+from llama_mimi.tokens.units import UnitVocabulary
 from llama_mimi.train_spec import build_sequences
 from llama_mimi.training.config_file import parse_config
 
@@ -302,13 +303,13 @@ def measure_loss(way: str) -> dict[str, float]:
     N, dtype = LOSS_POSITIONS, torch.bfloat16 if DEVICE == "cuda" else torch.float32
     hidden_BLD = torch.randn(1, N, 2048, device=DEVICE, dtype=dtype, requires_grad=True)
     weight_VD = torch.empty(136_450, 2048, device=DEVICE, dtype=dtype).normal_(std=0.02).requires_grad_()
-    targets_N = torch.randint(len(weight_VD), (N,), device=DEVICE)
+    targets_N = torch.randint(128_256, 128_256 + 4 * 2048, (N,), device=DEVICE)
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
     before = memory_bytes()
     if way == "in chunks":
-        positions_N, weights_N = torch.arange(N, device=DEVICE), torch.ones(N, device=DEVICE)
-        loss, _ = cross_entropy(pending_logits(hidden_BLD, weight_VD), positions_N, targets_N, weights_N)
+        targets = unit_targets(targets_N, UnitVocabulary(128_256, 2048, 4))
+        loss, *_ = cross_entropy(pending_logits(hidden_BLD, weight_VD), targets, torch.ones(N, device=DEVICE))
     else:
         loss = F.cross_entropy(F.linear(hidden_BLD, weight_VD).flatten(0, 1).float(), targets_N, reduction="sum")
     loss.backward()

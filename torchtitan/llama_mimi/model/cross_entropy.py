@@ -72,12 +72,14 @@ class Targets:
         entries_N: the matrix's rows that are right.
         levels_N: of the targets; the end of the speech stands in the place of a level 0.
         rows_N: what they are recorded as: their level, Q for the end, or Q + 1 for nothing.
+        admissible_QC: the matrix's rows that can stand at a position of each level; -1 fills shorter ones.
     """
 
     positions_N: torch.Tensor
     entries_N: torch.Tensor
     levels_N: torch.Tensor
     rows_N: torch.Tensor
+    admissible_QC: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,8 @@ def unit_targets(labels_BL: torch.Tensor, vocabulary: UnitVocabulary) -> Targets
     positions_N = (labels_N != IGNORE_INDEX).nonzero()[:, 0]
     ids_N = labels_N[positions_N]
     is_unit_N, level_N = vocabulary.is_unit(ids_N), vocabulary.level(ids_N)
-    return Targets(positions_N, ids_N, level_N * is_unit_N, torch.where(is_unit_N, level_N, vocabulary.num_quantizers))
+    rows_N = torch.where(is_unit_N, level_N, vocabulary.num_quantizers)
+    return Targets(positions_N, ids_N, level_N * is_unit_N, rows_N, vocabulary.admissible_ids(ids_N.device))
 
 
 class PendingOutput(nn.Linear):
@@ -111,24 +114,19 @@ def pending_logits(hidden_BLD: torch.Tensor, weight_VD: torch.Tensor) -> Pending
 
 
 def cross_entropy(
-    logits: PendingLogits,
-    positions_N: torch.Tensor,
-    targets_N: torch.Tensor,
-    weights_N: torch.Tensor,
-    chunk_step: Callable | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    logits: PendingLogits, targets: Targets, weights_N: torch.Tensor, chunk_step: Callable | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Cross-entropy at some positions of a batch.
 
     Args:
         logits: of the batch.
-        positions_N: where in the flattened batch (B * L) there is a target.
-        targets_N: the ids there.
+        targets: of the output matrix.
         weights_N: of the losses in the sum, float32.
         chunk_step: `chunk_losses`, compiled.
 
     Returns:
-        The weighted sum of the losses, which has a gradient, and the losses (N,) in float32, without weights and
-        gradient.
+        The weighted sum of the losses, which has a gradient; the losses (N,) in float32, without weights and
+        gradient; and the losses (N,) under a softmax over the admissible entries alone.
     """
     hidden_BLD, weight_VD, first_row, group = _local(logits)
     # The same chunk size on every rank, though shards may differ by a row: each chunk runs collectives.
@@ -138,10 +136,10 @@ def cross_entropy(
         dtype = torch.get_autocast_dtype(hidden_BLD.device.type)
         hidden_BLD, weight_VD = hidden_BLD.to(dtype), weight_VD.to(dtype)
     with_gradient = torch.is_grad_enabled() and (hidden_BLD.requires_grad or weight_VD.requires_grad)
-    hidden_ND = hidden_BLD.flatten(0, 1).index_select(0, positions_N)
+    hidden_ND = hidden_BLD.flatten(0, 1).index_select(0, targets.positions_N)
     step = chunk_step if chunk_step is not None and group is None else chunk_losses
     return _SummedCrossEntropy.apply(
-        hidden_ND, weight_VD, targets_N - first_row, weights_N, group, with_gradient, chunk_size, step
+        hidden_ND, weight_VD, targets, weights_N, first_row, group, with_gradient, chunk_size, step
     )
 
 
@@ -157,19 +155,21 @@ def chunk_losses(
     num_entries: int,
     targets_N: torch.Tensor,
     weights_N: torch.Tensor,
+    admissible_NC: torch.Tensor,
     group: dist.ProcessGroup | None,
     with_gradient: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Losses (N,) in float32, and the gradient of their weighted sum by the logits (N, V).
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Losses (N,) in float32, those over the admissible entries, and the gradient of the first's weighted sum.
 
-    That is the softmax minus one at the target, times the weight.
+    The gradient by the logits (N, V) is the softmax minus one at the target, times the weight.
 
     Args:
         weight_VD: padded; see `padded`.
         num_entries: rows of ``weight_VD`` that are entries. The others have logits of -inf: no share, no gradient.
         targets_N: entries; outside of them where another rank of ``group`` has the target.
+        admissible_NC: entries that can stand there; outside of them as ``targets_N``, or where there are fewer than C.
         group: ranks that share the vocabulary; None without tensor parallelism.
-        with_gradient: otherwise the second result is None.
+        with_gradient: otherwise the last result is None.
     """
     scores_NV = F.linear(hidden_ND, weight_VD).float()
     scores_NV[:, num_entries:] = -torch.inf
@@ -178,13 +178,19 @@ def chunk_losses(
     row_N1 = targets_N.clamp(0, num_entries - 1)[:, None]
     scores_NV.sub_(largest_N[:, None])
     target_N = _reduced(scores_NV.gather(1, row_N1)[:, 0] * is_here_N, dist.ReduceOp.SUM, group)
+    # With their own maximum: below the maximum of all entries their exponentials may be zeros.
+    some_NC = scores_NV.gather(1, admissible_NC.clamp(0, num_entries - 1))
+    some_NC.masked_fill_((admissible_NC < 0) | (admissible_NC >= num_entries), -torch.inf)
+    largest_some_N = _reduced(some_NC.amax(dim=1), dist.ReduceOp.MAX, group)
+    some_N = _reduced(some_NC.sub_(largest_some_N[:, None]).exp_().sum(dim=1), dist.ReduceOp.SUM, group)
+    admissible_N = some_N.log() + largest_some_N - target_N
     scores_NV.exp_()
     sum_N = _reduced(scores_NV.sum(dim=1), dist.ReduceOp.SUM, group)
     losses_N = sum_N.log() - target_N
     if not with_gradient:
-        return losses_N, None
+        return losses_N, admissible_N, None
     scores_NV.div_((sum_N / weights_N)[:, None]).scatter_add_(1, row_N1, -(is_here_N * weights_N)[:, None])
-    return losses_N, scores_NV.to(weight_VD.dtype)
+    return losses_N, admissible_N, scores_NV.to(weight_VD.dtype)
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
@@ -193,22 +199,32 @@ class _SummedCrossEntropy(torch.autograd.Function):
         ctx: Any,
         hidden_ND: torch.Tensor,
         weight_VD: torch.Tensor,
-        targets_N: torch.Tensor,
+        targets: Targets,
         weights_N: torch.Tensor,
+        first_row: int,
         group: dist.ProcessGroup | None,
         with_gradient: bool,
         chunk_size: int,
         step: Callable,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        losses_N = torch.zeros(len(targets_N), device=hidden_ND.device)
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        losses_N = torch.zeros(len(hidden_ND), device=hidden_ND.device)
+        admissible_N = torch.zeros_like(losses_N)
+        targets_N, admissible_QC = targets.entries_N - first_row, targets.admissible_QC - first_row
         num_entries, weight_VD = len(weight_VD), padded(weight_VD)
         if with_gradient:
             grad_ND = torch.empty_like(hidden_ND)
             grad_VD = torch.zeros_like(weight_VD, dtype=torch.float32)  # bfloat16 would lose most of a long sum
-        for start in range(0, len(targets_N), chunk_size):
+        for start in range(0, len(hidden_ND), chunk_size):
             chunk = slice(start, start + chunk_size)
-            losses_N[chunk], grad_NV = step(
-                hidden_ND[chunk], weight_VD, num_entries, targets_N[chunk], weights_N[chunk], group, with_gradient
+            losses_N[chunk], admissible_N[chunk], grad_NV = step(
+                hidden_ND[chunk],
+                weight_VD,
+                num_entries,
+                targets_N[chunk],
+                weights_N[chunk],
+                admissible_QC[targets.levels_N[chunk]],
+                group,
+                with_gradient,
             )
             if with_gradient:
                 torch.mm(grad_NV, weight_VD, out=grad_ND[chunk])
@@ -217,17 +233,17 @@ class _SummedCrossEntropy(torch.autograd.Function):
                 else:
                     grad_VD += grad_NV.T @ hidden_ND[chunk]
             del grad_NV  # before the next chunk has its own
-        ctx.mark_non_differentiable(losses_N)
+        ctx.mark_non_differentiable(losses_N, admissible_N)
         if with_gradient:
             ctx.save_for_backward(grad_ND, grad_VD[:num_entries])
             ctx.weight_dtype = weight_VD.dtype
-        return (losses_N * weights_N).sum(), losses_N
+        return (losses_N * weights_N).sum(), losses_N, admissible_N
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_sum: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad_sum: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_ND, grad_VD = ctx.saved_tensors
-        return grad_ND * grad_sum, grad_VD.mul_(grad_sum).to(ctx.weight_dtype), *[None] * 6
+        return grad_ND * grad_sum, grad_VD.mul_(grad_sum).to(ctx.weight_dtype), *[None] * 7
 
 
 def _local(logits: PendingLogits) -> tuple[torch.Tensor, torch.Tensor, int, dist.ProcessGroup | None]:

@@ -48,6 +48,8 @@ class PendingFrames:
         frames_NQ = labels_NQ[self.depth_N]
         is_target_N, is_deep_N = labels_NQ[:, 0] != IGNORE_INDEX, frames_NQ[:, 1] != IGNORE_INDEX
         places = [is_target_N.nonzero()[:, 0], is_deep_N.nonzero()[:, 0]]  # deep levels have theirs together
+        ids_QC = vocabulary.admissible_ids(labels_NQ.device)
+        admissible_QC = torch.where(ids_QC < 0, -1, vocabulary.entries(ids_QC))
         heads = []
         for level, logits in enumerate([self.level_0, *self.levels]):
             positions_N = places[level > 0]
@@ -56,7 +58,8 @@ class PendingFrames:
             is_end_N = entries_N == vocabulary.codebook_size
             # The end is one event, as in the flattened arm: its other levels train the decoder and are not recorded.
             rows_N = torch.where(is_end_N, vocabulary.num_quantizers + (level > 0), level)
-            heads.append(Head(logits, Targets(positions_N, entries_N, torch.full_like(rows_N, level), rows_N)))
+            levels_N = torch.full_like(rows_N, level)
+            heads.append(Head(logits, Targets(positions_N, entries_N, levels_N, rows_N, admissible_QC)))
         return heads
 
 

@@ -14,9 +14,9 @@ from llama_mimi.data.code_store import MANIFEST
 from llama_mimi.study.budget import cost_of_step, decay_begins
 from llama_mimi.study.design import Run
 from llama_mimi.study.workplace import TRAIN, Workplace
+from llama_mimi.training.metrics import BITS
 
 INDEX = "index.jsonl"
-BITS = "validation_bits_per_audio_second/"
 SCORE_KEYS = ("accuracy", "interval", "count")
 
 
@@ -65,7 +65,7 @@ def _line(place: Workplace, run: Run, flops_of_step: float) -> dict[str, Any]:
         "commit": first.get("versions", {}).get("commit"),
         "flops": flops_of_step * run.arm.steps,
         "seconds": _trunk_seconds(place, run) | record["seconds"],
-        "bits_per_audio_second": validation_bits(folder, run.arm.steps),
+        BITS: validation_bits(folder, run.arm.steps),
         "scores": {
             f"{name}/{part}": {key: result[key] for key in SCORE_KEYS}
             for name, report in found.items()
@@ -96,8 +96,12 @@ def _data_sha256(dataset: str) -> str:
 
 
 def validation_bits(folder: Path, step: int) -> dict[str, float]:
-    """Bits a second of audio at the validation of a step, by level and of all levels together."""
+    """Return the bits per second over admissible tokens at the validation of a step, by level and of all levels.
+
+    Runs of earlier versions did not log them, so that the result is empty.
+    """
     bits: dict[str, float] = {}
+    prefix = f"validation_{BITS}/"
     for log in sorted((folder / "tb").rglob("events*"), key=lambda log: log.name):  # one for each start
         try:
             events = EventAccumulator(str(log))
@@ -105,6 +109,6 @@ def validation_bits(folder: Path, step: int) -> dict[str, float]:
         except Exception as error:  # TensorBoard raises what a file that was cut off makes of it
             raise UserError(f"the log '{log}' cannot be read ({error}); remove it") from error
         for tag in events.Tags()["scalars"]:
-            if tag.startswith(BITS):
-                bits |= {tag.removeprefix(BITS): event.value for event in events.Scalars(tag) if event.step == step}
+            if tag.startswith(prefix):
+                bits |= {tag.removeprefix(prefix): event.value for event in events.Scalars(tag) if event.step == step}
     return bits

@@ -94,6 +94,15 @@ class UnitVocabulary:
         """Which entry of its own level each id is: its code, or K for ``</audio>``; any shape."""
         return torch.where(self.is_unit(ids), (ids - self.base) // self.num_quantizers, self.codebook_size)
 
+    def admissible_ids(self, device: torch.device) -> torch.Tensor:
+        """Return the ids (Q, K + 1) that can stand at a position of each level.
+
+        These are its K codes and, at level 0, ``</audio>``. The last column of the other levels is -1.
+        """
+        level_Q1 = torch.arange(self.num_quantizers, device=device)[:, None]
+        ids_QK = self.base + torch.arange(self.codebook_size, device=device) * self.num_quantizers + level_Q1
+        return torch.cat([ids_QK, torch.where(level_Q1 == 0, self.audio_end_id, -1)], dim=1)
+
     def unit_tokens(self) -> list[str]:
         """All unit texts in id order, then ``<audio>`` and ``</audio>``: what extends the tokenizer."""
         units = [f"<{c}_{q}>" for c in range(self.codebook_size) for q in range(self.num_quantizers)]

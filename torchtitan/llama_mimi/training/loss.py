@@ -16,21 +16,31 @@ from llama_mimi.tokens.units import UnitVocabulary
 
 
 class LevelMeter:
-    """Sums of loss and counts of targets since the last `take`, per level; ``</audio>`` has a row of its own."""
+    """Sums of losses and counts of targets since the last `take`, per level; ``</audio>`` has a row of its own."""
 
     def __init__(self) -> None:
         self._sums: torch.Tensor | None = None
 
-    def add(self, losses_N: torch.Tensor, rows_N: torch.Tensor, num_rows: int) -> None:
-        """Add losses (N,), each to its row (N,); what is in row ``num_rows`` is not recorded."""
-        sums = torch.zeros(2, num_rows + 1, device=losses_N.device, dtype=torch.float64)
-        sums[0].index_add_(0, rows_N, losses_N.double())
-        sums[1].index_add_(0, rows_N, torch.ones_like(losses_N, dtype=torch.float64))
+    def add(
+        self, losses_N: torch.Tensor, admissible_N: torch.Tensor | float, rows_N: torch.Tensor, num_rows: int
+    ) -> None:
+        """Add losses (N,), each to its row (N,); what is in row ``num_rows`` is not recorded.
+
+        Args:
+            losses_N: under the softmax over all entries.
+            admissible_N: under the softmax over the admissible entries; NaN where they are unknown.
+        """
+        sums = torch.zeros(3, num_rows + 1, device=losses_N.device, dtype=torch.float64)
+        for row, values_N in zip(sums, (losses_N, 1.0, admissible_N), strict=True):
+            row.index_add_(0, rows_N, values_N + torch.zeros_like(losses_N, dtype=torch.float64))
         sums = sums[:, :num_rows]
         self._sums = sums if self._sums is None else self._sums + sums
 
     def take(self) -> torch.Tensor | None:
-        """This rank's sums (2, Q + 1), loss then count, and start anew; None if nothing was added."""
+        """Return this rank's sums (3, Q + 1) of losses, targets and losses over admissible entries, and start again.
+
+        None if nothing was added.
+        """
         sums, self._sums = self._sums, None
         return sums
 
@@ -113,11 +123,10 @@ class UnitLoss:
             return self._of_pipeline(logits, labels)
         sums = []
         for head in logits.heads(labels, self._vocabulary):
-            targets = head.targets
-            loss_sum, losses_N = cross_entropy(
-                head.logits, targets.positions_N, targets.entries_N, self._weights(targets), self._chunk_step
+            loss_sum, losses_N, admissible_N = cross_entropy(
+                head.logits, head.targets, self._weights(head.targets), self._chunk_step
             )
-            self._meter.add(losses_N, targets.rows_N, self._vocabulary.num_quantizers + 1)
+            self._meter.add(losses_N, admissible_N, head.targets.rows_N, self._vocabulary.num_quantizers + 1)
             sums.append(loss_sum)
         return torch.stack(sums).sum()
 
@@ -134,7 +143,7 @@ class UnitLoss:
             losses_L = losses_L.to_local()
         targets = unit_targets(labels_BL, self._vocabulary)
         losses_N = losses_L[targets.positions_N]
-        self._meter.add(losses_N.detach(), targets.rows_N, self._vocabulary.num_quantizers + 1)
+        self._meter.add(losses_N.detach(), math.nan, targets.rows_N, self._vocabulary.num_quantizers + 1)
         return (losses_N * self._weights(targets)).sum() * self.pipeline_scale
 
     def _weights(self, targets: Targets) -> torch.Tensor:

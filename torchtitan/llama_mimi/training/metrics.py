@@ -29,6 +29,9 @@ PEAK_FLOPS = {
     "B200": 2250e12,
     "MI300X": 1307e12,
 }
+# Group of metrics; "validation_" precedes those of validation. Earlier versions logged "bits_per_audio_second", from a
+# softmax over the whole vocabulary.
+BITS = "admissible_bits_per_audio_second"
 
 
 class SpeechMetrics(MetricsProcessor):
@@ -91,7 +94,7 @@ class SpeechMetrics(MetricsProcessor):
         metrics: dict[str, Any] = {
             "loss_metrics/global_avg_loss": global_avg_loss,
             **{f"loss_metrics/{name}": loss for name, loss in self._level_losses(sums).items()},
-            **{f"bits_per_audio_second/{name}": bits for name, bits in self._bits(sums).items()},
+            **{f"{BITS}/{name}": bits for name, bits in self._bits(sums).items()},
             "grad_norm": grad_norm,
             "throughput/useful_tokens_per_s": tokens_per_s,
             "throughput/audio_seconds_per_s": float(sums[1, 0]) / self._frame_rate_hz / seconds,
@@ -128,7 +131,7 @@ class SpeechMetrics(MetricsProcessor):
         sums = self._reduced(self._validation_meter)
         loss = self._mean_loss(sums, [1.0] * self._num_quantizers)
         levels = {f"validation_metrics/{name}": loss for name, loss in self._level_losses(sums).items()}
-        bits = {f"validation_bits_per_audio_second/{name}": bits for name, bits in self._bits(sums).items()}
+        bits = {f"validation_{BITS}/{name}": bits for name, bits in self._bits(sums).items()}
         self.logger.log({"validation_metrics/loss": loss, **levels, **bits}, step)
         logger.info(
             f"validate step: {step}  loss: {loss:.5f}  levels: {self._format_levels(sums)}  "
@@ -138,7 +141,7 @@ class SpeechMetrics(MetricsProcessor):
     def _reduced(self, meter: LevelMeter) -> torch.Tensor:
         sums = meter.take()
         if sums is None:  # in a pipeline only the last stage has losses
-            sums = torch.zeros(2, self._num_quantizers + 1, device=device_type, dtype=torch.float64)
+            sums = torch.zeros(3, self._num_quantizers + 1, device=device_type, dtype=torch.float64)
         for mesh in ("loss", "pp"):
             sums = reduce_sums(sums, self.parallel_dims.get_optional_mesh(mesh))
         return sums
@@ -159,15 +162,19 @@ class SpeechMetrics(MetricsProcessor):
     def _level_losses(self, sums: torch.Tensor) -> dict[str, float]:
         """Mean loss of each level that had targets, and of ``</audio>``, the last of Q + 1 rows."""
         names = [*(f"level_{level}" for level in range(self._num_quantizers)), "audio_end"]
-        return {name: s / n for name, (s, n) in zip(names, sums.T.tolist(), strict=False) if n}
+        return {name: s / n for name, (s, n) in zip(names, sums[:2].T.tolist(), strict=False) if n}
 
     def _bits(self, sums: torch.Tensor) -> dict[str, float]:
-        """What a second of audio costs in bits, by level and in total: it compares recipes and architectures.
+        """Return the cost of a second of audio in bits, by level and in total.
 
-        The end of the speech is left out, as it is no code.
+        Each code is predicted among the admissible entries of its position, as generation draws it. The loss is not:
+        it includes the cost of excluding other entries, of which a flattened vocabulary has more. ``</audio>`` is left
+        out, as it is not a code. A pipeline does not compute these bits.
         """
+        if bool(sums[2].isnan().any()):
+            return {}
         nats_to_bits = self._frame_rate_hz / math.log(2)
-        losses = self._level_losses(sums[:, :-1])
+        losses = self._level_losses(sums[[2, 1], :-1])
         if len(losses) == self._num_quantizers:
             losses["all"] = sum(losses.values())
         return {name: nats_to_bits * loss for name, loss in losses.items()}
@@ -180,7 +187,7 @@ class SpeechMetrics(MetricsProcessor):
 
     @staticmethod
     def _format_levels(sums: torch.Tensor) -> str:
-        return " ".join(f"{s / n:.3f}" if n else "-" for s, n in sums.T.tolist()[:-1])
+        return " ".join(f"{s / n:.3f}" if n else "-" for s, n in sums[:2].T.tolist()[:-1])
 
 
 def peak_flops(card: str) -> float | None:
