@@ -21,13 +21,18 @@ from forked_ranks import run_ranks
 from scipy.stats import t as student
 from study_report import write_report
 from study_results import Results
+from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
+from transformers import CsmForConditionalGeneration, LlamaForCausalLM
 
 from llama_mimi.audio.reading import Waveform, write_wav
+from llama_mimi.checkpoint.csm import csm_config
+from llama_mimi.checkpoint.huggingface import hf_config
 from llama_mimi.common.command_line import as_words, read_flags
 from llama_mimi.common.errors import UserError
 from llama_mimi.evaluation.script import SALMON as SALMON_SCRIPT
 from llama_mimi.evaluation.script import EvaluationOptions
+from llama_mimi.model.llama import FLAVORS
 from llama_mimi.study import design
 from llama_mimi.study.budget import cost_of_step
 from llama_mimi.study.design import Arm, Run, read_study
@@ -202,6 +207,36 @@ def test_steps_of_a_budget(tmp_path):
     text = written(tmp_path, a=("steps = [40, 20]", f"flops = [{budget!r}]"), b=packed)
     arms = read_study(text).tables[0].arms
     assert [arm.steps for arm in arms] == [10, round(10 * flat.flops / deep.flops)]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "share"), [("flattened", 1.0), ("hierarchical", 1.0), ("hierarchical", 1 / 16)]
+)
+def test_a_step_costs_what_pytorch_counts_of_the_stock_model(tmp_path, architecture, share):
+    """Forward and backward of a row of 64 frames, of which a share trains the depth decoder."""
+    study = read_study(written(tmp_path))
+    flags = study.flags(next(arm for arm in study.arms if arm.architecture == architecture))
+    step = cost_of_step({**flags, "model.depth_share": share}, 1)
+    Q, K, T, V = 4, 256, 64, 1538
+    args = replace(FLAVORS["tiny"], architecture=architecture, vocab_size=V, num_quantizers=Q, codebook_size=K)
+    with torch.device("meta"):
+        if architecture == "flattened":
+            model = LlamaForCausalLM(hf_config(args))
+            inputs = {"input_ids": torch.zeros(1, Q * T, dtype=torch.long)}
+        else:
+            model = CsmForConditionalGeneration(csm_config(args, codec=str(TINY / "mimi"), num_quantizers=Q))
+            inputs = {"inputs_embeds": torch.zeros(1, T, args.dim, requires_grad=True)}
+            codes_NQ = torch.zeros(round(share * T), Q, dtype=torch.long)
+        model.set_attn_implementation("eager")  # its backward computes nothing twice
+        with FlopCounterMode(display=False) as counter:
+            if architecture == "flattened":
+                total = model(**inputs).logits.sum()
+            else:
+                hidden_TD = model.backbone_model(**inputs).last_hidden_state[0]
+                depth = model.depth_decoder(input_ids=codes_NQ, backbone_last_hidden_state=hidden_TD[: len(codes_NQ)])
+                total = model.lm_head(hidden_TD).sum() + depth.logits.sum()
+            total.backward()
+    assert step.flops / step.frames == pytest.approx(counter.get_total_flops() / T, rel=0.01)
 
 
 @pytest.mark.slow

@@ -129,12 +129,11 @@ class HierarchicalLlamaMimi(LlamaMimi):
 
     def flops_per_target(self, seq_len: int) -> int:
         """A mean over the targets of a frame: one of the backbone, and in `depth_share` of the frames Q - 1 more."""
-        args, depth = self.model_args, self.depth
-        Q, share = args.num_quantizers, args.depth_share
+        args, depth, Q = self.model_args, self.depth, self.model_args.num_quantizers
         backbone = training_flops(num_weights(self.layers, self.norm, self.output), args, seq_len)
         levels = training_flops(num_weights(depth.layers, depth.norm, depth.projection), depth.args, Q)
-        frame = backbone + share * (Q * levels + 6 * num_weights(depth.heads))
-        return round(frame / (1 + share * (Q - 1)))
+        frame = backbone + args.depth_share * (Q * levels + 6 * num_weights(depth.heads))
+        return round(frame / args.targets_per_frame)
 
     def deep_frames(self, targets_NQ: torch.Tensor) -> torch.Tensor:
         """Which positions train the depth decoder: at least one, so that every rank has gradients of every weight."""

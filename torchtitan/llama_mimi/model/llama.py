@@ -66,6 +66,12 @@ class LlamaMimiArgs(TransformerModelArgs):
         num_units = self.codebook_size * self.num_quantizers
         return UnitVocabulary(self.vocab_size - num_units - 2, self.codebook_size, self.num_quantizers)
 
+    @property
+    def targets_per_frame(self) -> float:
+        """Mean number of codes of a frame that the loss predicts."""
+        share = self.depth_share if self.architecture == "hierarchical" else 1.0
+        return 1 + share * (self.num_quantizers - 1)
+
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
         """Parameters, and training FLOPs per target; see `LlamaMimi.flops_per_target`."""
         assert isinstance(model, LlamaMimi)

@@ -81,8 +81,8 @@ def _cost_of_frame(words: tuple[str, ...]) -> tuple[float, float]:
         codec = load_codec_config(job_config.codec.name, job_config.codec.num_quantizers)
     with torch.device("meta"):
         model = build_model(args)
-    Q, L = job_config.codec.num_quantizers, job_config.training.seq_len
-    return Q * args.get_nparams_and_flops(model, L)[1], codec.sampling_rate / codec.frame_size
+    _, flops_per_target = args.get_nparams_and_flops(model, job_config.training.seq_len)
+    return args.targets_per_frame * flops_per_target, codec.sampling_rate / codec.frame_size
 
 
 def decay_begins(flags: Mapping[str, Any], steps: int) -> int:
