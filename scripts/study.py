@@ -109,8 +109,7 @@ def print_plan(chosen: Study, flops_per_s: float) -> None:
             total += hours
             heard = step.frames * arm.steps / FRAMES_PER_HOUR
             print(f"| {arm.name} | {step.flops:.3g} | {arm.steps:,} | {steps:,} | {hours:,.2f} | {heard:,.0f} |")
-    seeds = len(chosen.seeds)
-    print(f"\n{seeds} seeds of {len(chosen.arms)} arms: {seeds * total:,.1f} GPU hours of training")
+    print(f"\n{chosen.size}: {len(chosen.seeds) * total:,.1f} GPU hours of training")
 
 
 def print_slurm(chosen: Study) -> None:

@@ -101,8 +101,8 @@ def sections(place: Workplace, lines: Lines) -> list[Section]:
     commits = sorted({line["commit"] for line in lines if line["commit"]})
     done = sum(line["state"] == "done" for line in lines)
     about = (
-        f"`uv run python scripts/study.py {study.path}`: {done} of {len(lines)} runs, {len(study.seeds)} seeds of "
-        f"{len(study.arms)} arms; commit {', '.join(commits) or 'unknown'}. What each run was trained on and what it "
+        f"`uv run python scripts/study.py {study.path}`: {done} of {len(lines)} runs, {study.size}; "
+        f"commit {', '.join(commits) or 'unknown'}. What each run was trained on and what it "
         f"cost is in `{INDEX}`."
     )
     found = [Section(f"Study {study.name}", [about, *([study.note] if study.note else []), *LEGEND])]
@@ -138,8 +138,9 @@ LEGEND = (
     "`</audio>`. Bits of other numbers of levels do not compare. In the last column stand means of what is no model, "
     "on the same prompts, and what others have published of models that are such arms, of any size, by their own "
     "scoring and on their own data.",
-    "Differences are taken pair by pair and seed by seed. A star is where neither interval holds zero (of a ratio: "
-    "one), so that with one seed there is none; of many differences that are none, some have a star by chance.",
+    "Differences are taken pair by pair and seed by seed. A star marks a difference where both intervals exclude zero "
+    "(of a ratio: one). With one seed, or where all seeds or pairs have the same difference, there is no star. Of many "
+    "differences that are none, some have a star by chance.",
 )
 
 

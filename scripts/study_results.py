@@ -27,6 +27,7 @@ from llama_mimi.training.metrics import BITS
 
 # Measures of continuations that depend on what else the machine did, or are no merit.
 NOT_COMPARED = ("real_time_factor", "seconds")
+ROUNDING = 1e-9  # of a mean; seeds that differ by less are equal
 Lines = Sequence[Mapping[str, Any]]
 Parts = list[dict[str, float]]  # for each part of a column, values by pair or prompt
 
@@ -72,13 +73,17 @@ class Measured:
 
     @property
     def stands_out(self) -> bool:
-        """Whether a difference is none by neither interval; of bits there is the one over seeds alone."""
-        half = self.half_over_seeds
-        if half is None or abs(statistics.mean(self.of_seeds.values())) <= half:
+        """True where both intervals of a difference exclude zero; bits have only the interval over seeds.
+
+        An interval without a width says nothing: seeds that agree but for rounding, or equal pairs.
+        """
+        half, mean = self.half_over_seeds, abs(statistics.mean(self.of_seeds.values()))
+        if half is None or not ROUNDING * mean < half < mean:
             return False
         if self.interval is None:
             return not self.parts_of_seeds
-        return not self.interval[0] <= self.shown(0.0) <= self.interval[1]
+        low, high = self.interval
+        return low < high and not low <= self.shown(0.0) <= high
 
     def text(self, digits: int, *, is_difference: bool = False) -> str:
         """The mean with both intervals, as `LEGEND` says; a difference has a sign, and a star if it stands out."""

@@ -127,6 +127,11 @@ def test_wilson_interval(accuracy, count, expected):
     assert wilson_interval(accuracy, count) == pytest.approx(expected, abs=1e-6)
 
 
+def test_a_proportion_of_nothing_has_no_interval():
+    with pytest.raises(ValueError, match="proportion of 0 values"):
+        wilson_interval(0.5, 0)
+
+
 @given(a_better=st.integers(0, 60), b_better=st.integers(0, 60), same=st.integers(0, 20))
 def test_mcnemar_is_the_exact_binomial_test(a_better, b_better, same):
     keys = range(a_better + b_better + same)

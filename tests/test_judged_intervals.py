@@ -8,7 +8,7 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_mimi.judging.intervals import interval, on_same_samples, paired_difference
+from llama_mimi.judging.intervals import interval, interval_of_parts, on_same_samples, paired_difference
 from llama_mimi.judging.table import differences, means, table
 
 
@@ -42,6 +42,14 @@ def test_parts_that_fit_into_memory_change_nothing_but_the_draws():
 
 def test_one_prompt_has_no_width():
     assert interval([0.25]) == (0.25, 0.25)
+
+
+def test_no_values_have_no_interval():
+    for found in (lambda: interval([]), lambda: interval_of_parts([]), lambda: interval_of_parts([[1.0], []])):
+        with pytest.raises(ValueError, match="no values has no interval"):
+            found()
+    with pytest.raises(ValueError, match="no values"):
+        paired_difference({}, {})
 
 
 values_of_prompts = st.dictionaries(

@@ -104,6 +104,7 @@ def test_arms_are_the_combinations_of_each_table(tmp_path):
     first, second = study.tables
     assert [first.label(arm) for arm in first.arms[1:3]] == ["flattened, 20 steps", "hierarchical, 40 steps"]
     assert [second.label(arm) for arm in second.arms] == ["Q = 4", "Q = 8"]
+    assert (study.size, replace(study, seeds=(3,)).size) == ("2 seeds of 5 arms", "1 seed of 5 arms")
 
 
 def test_settings_of_an_arm(tmp_path):
@@ -245,7 +246,7 @@ def test_the_shipped_studies_can_be_planned(capsys):
         assert run_here(str(ROOT / "scripts" / "study.py"), path, "--plan")[0] == 0
         said = capsys.readouterr().out
         study = read_study(path)
-        assert f"{len(study.seeds)} seeds of {len(study.arms)} arms" in said and said.count("\n| ") >= len(study.arms)
+        assert f"{study.size}: " in said and said.count("\n| ") >= len(study.arms)
         assert run_here(str(ROOT / "scripts" / "study.py"), path, "--slurm")[0] == 0
         first, second = capsys.readouterr().out.splitlines()
         job = shlex.split(first.removeprefix("job=$(").removesuffix(")"))
@@ -698,17 +699,23 @@ def test_a_star_is_where_neither_interval_holds_zero():
         parts = {seed: [{str(i): x for i, x in enumerate(xs)}] for seed, xs in enumerate(by_pair_of_seeds)}
         return study_results.Measured({s: statistics.mean(p[0].values()) for s, p in parts.items()}, parts, shown)
 
-    assert difference((0.2, 0.3), (0.2, 0.3)).text(2, is_difference=True) == "+0.25 (+0.20 to +0.30) ± 0.00 *"
+    close = difference((0.2, 0.3), (0.22, 0.31)).text(2, is_difference=True)
+    assert close == "+0.26 (+0.21 to +0.30) ± 0.10 *"
     assert not difference((0.2, 0.3), (0.2, 0.9)).text(2, is_difference=True).endswith("*")  # seeds differ
     assert not difference((-1.0, 2.0), (-1.0, 2.0)).stands_out  # pairs differ
     assert not difference((0.2, 0.3)).stands_out and difference((0.2, 0.3)).text(1) == "0.2 (0.2 to 0.3)"
     assert difference((0.2,), (0.2,)).interval is None and not difference((0.2,), (0.2,)).stands_out  # one pair
-    ratio = difference((0.2, 0.2), (0.2, 0.2), shown=math.exp)
-    assert ratio.text(2, is_difference=True) == "1.22 (1.22 to 1.22) ± a factor of 1.00 *"
+    ratio = difference((0.2, 0.21), (0.2, 0.22), shown=math.exp)
+    assert ratio.text(2, is_difference=True) == "1.23 (1.22 to 1.24) ± a factor of 1.03 *"
+    # Neither do equal seeds, or seeds that differ by rounding, nor equal pairs.
+    assert difference((0.2, 0.3), (0.2, 0.3)).text(2, is_difference=True) == "+0.25 (+0.20 to +0.30) ± 0.00"
+    assert not difference((0.1, 0.2 + 0.1), (0.3 - 0.2, 0.3), (0.1, 0.3)).stands_out
+    assert not difference((0.25, 0.25), (0.26, 0.26)).stands_out
     # Whichever is first, as logarithms have the interval.
     apart = [difference(*((sign * x, sign * x) for x in (2.0, 3.0, 1.0)), shown=math.exp) for sign in (1, -1)]
     assert [one.stands_out for one in apart] == [False, False]
-    assert study_results.Measured({0: 1.0, 1: 1.0}, {}).stands_out  # of bits there are no pairs
+    assert study_results.Measured({0: 1.0, 1: 1.1}, {}).stands_out  # of bits there are no pairs
+    assert not study_results.Measured({0: 1.0, 1: 1.0, 2: 1.0}, {}).stands_out
     assert not difference((0.0, 0.0), (0.0, 0.0), shown=math.exp).stands_out
 
 

@@ -94,7 +94,7 @@ def run(options: TokenizationOptions, ranks: Ranks) -> None:
         if ranks.rank == 0:
             there = len(plan["shards"]) - len(todo)
             columns = ", ".join(plan["columns"])
-            print(f"{there} of {len(plan['shards'])} shards are there; columns: {columns}", flush=True)
+            print(f"finished shards: {there} of {len(plan['shards'])}; columns: {columns}", flush=True)
         tokenize(options, ranks, corpus, codec, max_frames, plan, todo)
         if ranks.rank == 0 and ranks.world_size > 1:
             print("this rank is done, waiting for the others", flush=True)

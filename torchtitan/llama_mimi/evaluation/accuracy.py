@@ -28,7 +28,13 @@ def frequency_band(frequency: float) -> str:
 
 
 def wilson_interval(accuracy: float, count: float) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927, score interval without continuity correction)."""
+    """Return the 95 % interval of a proportion (Wilson 1927, score interval without continuity correction).
+
+    Raises:
+        ValueError: ``count`` is not positive.
+    """
+    if not count > 0:
+        raise ValueError(f"the interval of a proportion of {count} values does not exist; give at least one value")
     center = accuracy + Z_95**2 / (2 * count)
     half = Z_95 * math.sqrt(accuracy * (1 - accuracy) / count + Z_95**2 / (4 * count**2))
     scale = 1 + Z_95**2 / count

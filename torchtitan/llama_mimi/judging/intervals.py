@@ -60,12 +60,17 @@ def interval(values_P: Sequence[float]) -> tuple[float, float]:
     """95 % bootstrap interval (percentiles) of a mean over prompts (P,); the same values give the same interval.
 
     Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3.
+
+    Raises:
+        ValueError: there are no values.
     """
     return interval_of_parts([values_P])
 
 
 def interval_of_parts(parts: Sequence[Sequence[float]]) -> tuple[float, float]:
     """As `interval`, of the mean of the means of several parts, each of which is drawn from by itself."""
+    if not parts or not all(map(len, parts)):
+        raise ValueError("the mean of no values has no interval; give at least one value for each part")
     random = np.random.default_rng(0)
     means_R = np.mean([_resampled_means(np.asarray(values_P, dtype=np.float64), random) for values_P in parts], axis=0)
     low, high = np.quantile(means_R, (0.025, 0.975))
@@ -76,14 +81,14 @@ def paired_difference(a: Mapping[str, float], b: Mapping[str, float]) -> dict[st
     """How much higher a mean is than b's on the same prompts, and its 95 % bootstrap interval.
 
     Raises:
-        ValueError: the two are not of the same prompts.
+        ValueError: the two are not of the same prompts, or there are none.
     """
     if a.keys() != b.keys():
         raise ValueError("the two systems were not measured on the same prompts")
     differences_P = [a[prompt] - b[prompt] for prompt in sorted(a)]
     return {
-        "difference": float(np.mean(differences_P)),
         "interval": interval(differences_P),
+        "difference": float(np.mean(differences_P)),
         "count": len(differences_P),
     }
 

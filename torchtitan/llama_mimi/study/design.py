@@ -171,6 +171,12 @@ class Study:
     def runs(self) -> list[Run]:
         return [Run(arm, seed) for arm in self.arms for seed in self.seeds]
 
+    @property
+    def size(self) -> str:
+        """Numbers of seeds and arms, in words."""
+        seeds, arms = len(self.seeds), len(self.arms)
+        return f"{seeds} seed{'s' * (seeds != 1)} of {arms} arm{'s' * (arms != 1)}"
+
     def flags(self, arm: Arm) -> Flags:
         """Settings of training an arm, but for its steps and seed."""
         return _flags(self.config, self.settings, self.when, arm)
