@@ -259,19 +259,26 @@ def speech_model(pair, sequences):
     return HierarchicalModel(pair[1], sequences, MimiCodec(str(TINY / "mimi"), Q))
 
 
-def plain_frame(csm, state_D, entries_Q):
-    """Log-likelihood of each level of one frame, its codes one after the other."""
+def plain_frame(csm, state_D, entries_Q, num_entries=K + 1):
+    """Log-likelihood of each level of one frame, its codes one after the other, among so many at levels above 0."""
     values = [float(csm.lm_head(state_D).log_softmax(-1)[entries_Q[0]])]
     for level in range(1, Q):
         given = torch.tensor([[0, *entries_Q[:level].tolist()]])
         logits_V = csm.depth_decoder(input_ids=given, backbone_last_hidden_state=state_D[None]).logits[0, level - 1]
-        values.append(float(logits_V.log_softmax(-1)[entries_Q[level]]))
+        values.append(float(logits_V[:num_entries].log_softmax(-1)[entries_Q[level]]))
     return values
 
 
 @pytest.mark.parametrize("is_cut", [False, True])
 @pytest.mark.parametrize(
-    "scoring", [Scoring(None), Scoring((0,)), Scoring((1, 3), end_token=False, statistic="sum")], ids=str
+    "scoring",
+    [
+        Scoring(None),
+        Scoring((0,)),
+        Scoring((1, 3), end_token=False, statistic="sum"),
+        Scoring(None, likelihood="grammar"),
+    ],
+    ids=str,
 )
 @torch.no_grad()
 def test_a_score_is_that_of_the_plainest_loop(speech_model, sequences, scoring, is_cut):
@@ -281,7 +288,9 @@ def test_a_score_is_that_of_the_plainest_loop(speech_model, sequences, scoring, 
     states_LD = csm.backbone_model(inputs_embeds=csm_inputs(csm, sequences, codes_TQ)).last_hidden_state[0]
     values = []
     for frame, entries_Q in enumerate(codes_TQ):
-        by_level = plain_frame(csm, states_LD[1 + frame], entries_Q)
+        # The end can stand at level 0 alone.
+        num_entries = K if scoring.likelihood == "grammar" else K + 1
+        by_level = plain_frame(csm, states_LD[1 + frame], entries_Q, num_entries)
         values += [by_level[level] for level in (range(Q) if scoring.levels is None else scoring.levels)]
     if scoring.end_token and not is_cut:
         values.append(float(csm.lm_head(states_LD[-1]).log_softmax(-1)[K]))

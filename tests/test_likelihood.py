@@ -48,6 +48,21 @@ def plain_mean(model, ids, scored_positions):
     return sum(values) / len(values)
 
 
+def plain_grammar_mean(model, ids, scored_positions):
+    """The same over the codes of a level and, at level 0, ``</audio>``, of float64 logits."""
+    vocabulary, Q = model.sequences.vocabulary, model.sequences.vocabulary.num_quantizers
+    with torch.no_grad():
+        logits_LV = model.decoder(torch.tensor([ids])).logits[0].double()
+    values = []
+    for i in scored_positions:
+        level = (i - 2) % Q  # behind BOS and <audio>
+        admissible = [vocabulary.base + code * Q + level for code in range(256)]
+        admissible += [vocabulary.audio_end_id] if level == 0 else []
+        log_probs = torch.log_softmax(logits_LV[i - 1, admissible], dim=0)
+        values.append(float(log_probs[admissible.index(ids[i])]))
+    return sum(values) / len(values)
+
+
 @pytest.mark.parametrize("is_cut", [False, True])
 @pytest.mark.parametrize("adds_bos", [True, False])
 @pytest.mark.parametrize("Q", [4, 8])
@@ -94,6 +109,10 @@ def test_preset_official_scores_what_it_says(models, levels, end_token, Q, adds_
     chosen = with_options(preset("official", levels), end_token=end_token)
     (score,) = batch_scores(model, [(codes_TQ, is_cut)], chosen.scoring)
     assert score == pytest.approx(plain_mean(model, ids, positions), abs=1e-5)
+    grammar = with_options(chosen, likelihood="grammar").scoring
+    (score_of_grammar,) = batch_scores(model, [(codes_TQ, is_cut)], grammar)
+    assert score_of_grammar == pytest.approx(plain_grammar_mean(model, ids, positions), abs=1e-5)
+    assert score_of_grammar > score + 0.5
     (total,) = batch_scores(model, [(codes_TQ, is_cut)], with_options(chosen, statistic="sum").scoring)
     assert total == pytest.approx(len(positions) * plain_mean(model, ids, positions), abs=1e-3)
 
@@ -137,6 +156,8 @@ def test_scores_do_not_depend_on_how_many_logits_are_made_at_once(models, monkey
         (None, {"levels": "1,0"}, "official-levels_0_1"),
         (None, {"levels": "0", "end_token": False, "statistic": "sum"}, "official-levels_0-without_end-sum"),
         (None, {"window_seconds": 0.5}, "official-window_0.5s"),
+        (None, {"likelihood": "softmax"}, "official"),
+        (None, {"likelihood": "grammar", "levels": "0"}, "official-levels_0-grammar"),
     ],
 )
 def test_other_options_have_another_name(levels, options, name):
@@ -152,6 +173,7 @@ def test_other_options_have_another_name(levels, options, name):
         ("official", {"window_seconds": 1.0, "statistic": "sum"}, "leave out --statistic"),
         ("original", {"levels": "0"}, "--preset original is fixed"),
         ("original", {"window_seconds": 1.0}, "--preset original is fixed"),
+        ("original", {"likelihood": "grammar"}, "--preset original is fixed"),
     ],
 )
 def test_options_that_cannot_be_are_refused(base, options, message):

@@ -23,7 +23,8 @@ def batch_scores(model: SpeechModel, clips: Sequence[tuple[torch.Tensor, bool]],
     sequences = [
         scored_sequence(model.sequences, codes_TQ, is_cut=is_cut, scoring=scoring) for codes_TQ, is_cut in clips
     ]
-    log_probs_N = model.log_likelihoods(*zip(*sequences, strict=True))
+    ids, is_scored = zip(*sequences, strict=True)
+    log_probs_N = model.log_likelihoods(ids, is_scored, is_admissible_only=scoring.likelihood == "grammar")
     counts = [int(is_scored_L.sum()) for _, is_scored_L in sequences]
     return [
         join(log_probs_n, len(codes_TQ), model.codec.frame_rate_hz, scoring)

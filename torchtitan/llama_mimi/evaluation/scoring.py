@@ -16,6 +16,7 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.tokens.sequences import SequenceBuilder
 
 Statistic = Literal["mean", "sum"]
+Likelihood = Literal["softmax", "grammar"]
 PresetName = Literal["official", "original"]
 
 
@@ -32,6 +33,8 @@ class Scoring:
             also behind a clip that was cut, a partial last frame left to the codec, whose attention is "whole". With
             ``levels`` None every token after the first is scored, ``<audio>`` too; with ``(0,)`` every Q-th from
             position 2 on, which is level 0 and ``</audio>`` behind BOS, and level 1 without it.
+        likelihood: "softmax" is over the model's whole vocabulary; "grammar" is over the tokens that can stand at a
+            position, which are the codes of its level and, at level 0, ``</audio>``.
     """
 
     levels: tuple[int, ...] | None
@@ -39,6 +42,7 @@ class Scoring:
     statistic: Statistic = "mean"
     window_seconds: float | None = None
     as_released: bool = False
+    likelihood: Likelihood = "softmax"
 
 
 @dataclass(frozen=True)
@@ -77,13 +81,14 @@ def with_options(
     end_token: bool | None = None,
     statistic: Statistic | None = None,
     window_seconds: float | None = None,
+    likelihood: Likelihood | None = None,
 ) -> Preset:
     """A preset with changed options. Its name lists them, so that a result is never taken for the standard one.
 
     Args:
         base: the preset.
         levels: "all", or levels divided by commas.
-        end_token, statistic, window_seconds: as `Scoring`; None keeps the preset's.
+        end_token, statistic, window_seconds, likelihood: as `Scoring`; None keeps the preset's.
 
     Raises:
         UserError: an option that cannot be, or one to the preset "original", which is fixed.
@@ -95,7 +100,12 @@ def with_options(
             raise UserError(
                 "--window_seconds takes the mean over frames, without </audio>; leave out --statistic and --end_token"
             )
-    given: dict[str, Any] = {"end_token": end_token, "statistic": statistic, "window_seconds": window_seconds}
+    given: dict[str, Any] = {
+        "end_token": end_token,
+        "statistic": statistic,
+        "window_seconds": window_seconds,
+        "likelihood": likelihood,
+    }
     changes = {key: value for key, value in given.items() if value not in (None, getattr(base.scoring, key))}
     if levels is not None and (chosen := _levels(levels)) != base.scoring.levels:
         changes = {"levels": chosen} | changes

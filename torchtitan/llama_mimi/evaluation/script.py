@@ -38,7 +38,15 @@ from llama_mimi.evaluation.results import (
     summary,
     write_submissions,
 )
-from llama_mimi.evaluation.scoring import Preset, PresetName, Statistic, check_model, preset, with_options
+from llama_mimi.evaluation.scoring import (
+    Likelihood,
+    Preset,
+    PresetName,
+    Statistic,
+    check_model,
+    preset,
+    with_options,
+)
 from llama_mimi.generation.loading import load_speech_model
 from llama_mimi.generation.speech_model import DecoderPrecision
 
@@ -93,6 +101,9 @@ class EvaluationOptions:
     window_seconds: float | None = None
     """Score the least likely window of this length"""
 
+    likelihood: Likelihood | None = None
+    """softmax over the whole vocabulary (the presets'), or grammar: over the tokens that can stand at a position"""
+
     limit: int | None = None
     """Score only so many pairs of each part (words or sentences, where those have several), for a quick look"""
 
@@ -120,6 +131,7 @@ class EvaluationOptions:
             end_token=None if self.end_token is None else self.end_token == "in",
             statistic=self.statistic,
             window_seconds=self.window_seconds,
+            likelihood=self.likelihood,
         )
         return chosen if self.limit is None else replace(chosen, name=f"{chosen.name}-limit_{self.limit}")
 

@@ -5,6 +5,7 @@ from functools import cached_property
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaForCausalLM, PreTrainedModel
 
@@ -24,7 +25,9 @@ class FlattenedModel(SpeechModel):
         return self.sequences.vocabulary.num_quantizers
 
     @torch.inference_mode()
-    def log_likelihoods(self, ids: Sequence[torch.Tensor], is_scored: Sequence[torch.Tensor]) -> torch.Tensor:
+    def log_likelihoods(
+        self, ids: Sequence[torch.Tensor], is_scored: Sequence[torch.Tensor], *, is_admissible_only: bool = False
+    ) -> torch.Tensor:
         """See `SpeechModel.log_likelihoods`. The decoder is causal, so padding on the right changes nothing."""
         ids_BL = pad_sequence(list(ids), batch_first=True).to(self.device)
         is_scored_BL = pad_sequence(list(is_scored), batch_first=True).to(self.device)
@@ -32,6 +35,15 @@ class FlattenedModel(SpeechModel):
         # Only what is scored goes through the output layer: the logits of a whole batch would not fit.
         hidden_ND = hidden_BLD[is_scored_BL[:, 1:]]
         targets_N = ids_BL[:, 1:][is_scored_BL[:, 1:]]
+        if is_admissible_only:
+            vocabulary = self.sequences.vocabulary
+            level_N = vocabulary.level(targets_N) * vocabulary.is_unit(targets_N)
+            values_N = torch.empty(len(targets_N), dtype=torch.float64, device=self.device)
+            for level, rows_KD in enumerate(self.output_rows):
+                of_level_N = level_N == level
+                logits_NK = F.linear(hidden_ND[of_level_N], rows_KD)
+                values_N[of_level_N] = log_likelihoods(logits_NK, vocabulary.entries(targets_N[of_level_N]))
+            return values_N.cpu()
         chunks = zip(hidden_ND.split(POSITIONS_AT_ONCE), targets_N.split(POSITIONS_AT_ONCE), strict=True)
         return torch.cat([log_likelihoods(self.decoder.lm_head(some_ND), some_N) for some_ND, some_N in chunks]).cpu()
 

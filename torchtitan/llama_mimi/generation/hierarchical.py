@@ -30,7 +30,9 @@ class HierarchicalModel(SpeechModel):
         return 1
 
     @torch.inference_mode()
-    def log_likelihoods(self, ids: Sequence[torch.Tensor], is_scored: Sequence[torch.Tensor]) -> torch.Tensor:
+    def log_likelihoods(
+        self, ids: Sequence[torch.Tensor], is_scored: Sequence[torch.Tensor], *, is_admissible_only: bool = False
+    ) -> torch.Tensor:
         """See `SpeechModel.log_likelihoods`."""
         hidden, entries, wanted = [], [], []
         for (hidden_LD, num_head, entries_TQ), is_scored_L in zip(self._read(ids), is_scored, strict=True):
@@ -49,7 +51,9 @@ class HierarchicalModel(SpeechModel):
             torch.cat(entries)[:, levels].split(POSITIONS_AT_ONCE),
             strict=True,
         )
-        values = [self._frame_log_likelihoods(hidden_ND, entries_NQ) for hidden_ND, entries_NQ in frames]
+        values = [
+            self._frame_log_likelihoods(hidden_ND, entries_NQ, is_admissible_only) for hidden_ND, entries_NQ in frames
+        ]
         return torch.cat(values)[wanted_NQ[:, levels]]
 
     def _read(self, ids: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, int, torch.Tensor]]:
@@ -75,7 +79,9 @@ class HierarchicalModel(SpeechModel):
             for hidden_LD, head_L, entries_TQ in zip(hidden_BLD, heads, entries, strict=True)
         ]
 
-    def _frame_log_likelihoods(self, hidden_ND: torch.Tensor, entries_NQ: torch.Tensor) -> torch.Tensor:
+    def _frame_log_likelihoods(
+        self, hidden_ND: torch.Tensor, entries_NQ: torch.Tensor, is_admissible_only: bool
+    ) -> torch.Tensor:
         """Log-likelihoods (N, Q), float64 on the CPU, of frames after the backbone's states; of level 0 (N, 1)."""
         entries_NQ = entries_NQ.to(self.device)
         logits_NQV = self.csm.lm_head(hidden_ND)[:, None]
@@ -83,6 +89,9 @@ class HierarchicalModel(SpeechModel):
             given_NQ = torch.nn.functional.pad(entries_NQ[:, :-1], (1, 0))  # the first place is the backbone's state's
             depth = self.csm.depth_decoder(input_ids=given_NQ, backbone_last_hidden_state=hidden_ND, use_cache=False)
             logits_NQV = torch.cat([logits_NQV, depth.logits], dim=1)
+        if is_admissible_only:
+            logits_NQV[:, 0, self.end_entry + 1 :] = -torch.inf
+            logits_NQV[:, 1:, self.end_entry :] = -torch.inf
         values_N = log_likelihoods(logits_NQV.flatten(0, 1), entries_NQ.flatten())
         return values_N.view(entries_NQ.shape).cpu()
 

@@ -83,12 +83,16 @@ class SpeechModel(ABC):
         return replace(self, decoder=self.decoder.to(device), codec=self.codec.to(device))
 
     @abstractmethod
-    def log_likelihoods(self, ids: Sequence[torch.Tensor], is_scored: Sequence[torch.Tensor]) -> torch.Tensor:
+    def log_likelihoods(
+        self, ids: Sequence[torch.Tensor], is_scored: Sequence[torch.Tensor], *, is_admissible_only: bool = False
+    ) -> torch.Tensor:
         """Log-likelihoods (N,) in nats, float64 on the CPU, of the scored tokens of clips that share a batch.
 
         Args:
             ids: of each clip, flattened (L,).
             is_scored: for each of them whether it is one of the N.
+            is_admissible_only: the softmax is over the tokens that can stand at a position, as in generation, in place
+                of the whole vocabulary. Only codes and ``</audio>`` can be scored.
         """
 
     @property
