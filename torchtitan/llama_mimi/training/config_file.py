@@ -51,8 +51,8 @@ def parse_config(args: list[str]) -> Any:
         raise UserError(f"TorchTitan refuses a setting: {error}") from error
     if job_config.model.name != "llama_mimi":
         raise UserError(
-            f"model.name is '{job_config.model.name}'; set it to 'llama_mimi', the size as model.flavor, and the folder "
-            "of a prepared base model as model.hf_assets_path"
+            f"model.name is '{job_config.model.name}'; set it to 'llama_mimi', the size as model.flavor, and the "
+            "folder of a prepared base model as model.hf_assets_path"
         )
     check_settings(job_config, world_size=int(os.environ.get("WORLD_SIZE", 1)))
     return job_config
