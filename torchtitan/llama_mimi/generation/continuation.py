@@ -9,6 +9,7 @@ import torch
 from llama_mimi.audio.mimi import LastFrame, MimiCodec, whole_frames
 from llama_mimi.audio.reading import AudioError, Waveform, read_audio
 from llama_mimi.common.errors import UserError
+from llama_mimi.common.files import as_utf8
 from llama_mimi.generation.decoding import End, Request, Sampling, decode
 from llama_mimi.generation.speech_model import SpeechModel
 from llama_mimi.tokens.units import has_text
@@ -129,6 +130,8 @@ def check_text(model: SpeechModel, text: str | None) -> None:
     """
     if text is None:
         return
+    if as_utf8(text) != text:
+        raise UserError(f"--text '{as_utf8(text)}' is not UTF-8; type it in a UTF-8 terminal")
     task = getattr(model.decoder.config, "task", "tts")  # a checkpoint that does not say may have been
     if task != "tts" or not has_text(model.sequences.tokenizer):
         raise UserError("--text is given, but the model was trained without text; take one of the task 'tts'")
