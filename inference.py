@@ -16,7 +16,14 @@ from llama_mimi.audio.streaming import DecodingStream, decode_long
 from llama_mimi.common.command_line import run_command
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.ranks import from_first, torchrun_ranks
-from llama_mimi.generation.continuation import SamplingOptions, check_text, continue_codes, read_prompt
+from llama_mimi.generation.continuation import (
+    SamplingOptions,
+    check_text,
+    checkpoint_note,
+    continue_codes,
+    encode_prompts,
+    read_prompt,
+)
 from llama_mimi.generation.decoding import End, Request, decode
 from llama_mimi.generation.loading import load_speech_model
 from llama_mimi.generation.prompt_folder import LONG_SILENCE_SECONDS, RESULTS, continue_folder, describe_model
@@ -70,9 +77,16 @@ def continue_speech(
         raise UserError(f"--stream makes one sample, not {sampling.num_samples}; leave out --num_samples")
     if output_file.suffix.lower() != ".wav" or output_file.is_dir():
         raise UserError(f"--output_file is '{output_file}'; name a .wav file")
+    output_files = [output_file]
+    if sampling.num_samples > 1:
+        numbers = range(sampling.num_samples)
+        output_files = [output_file.with_stem(f"{output_file.stem}_{number}") for number in numbers]
     if prompt is not None:  # a bad one ends before the model is loaded
         for remark in read_prompt(prompt).remarks:
             print(f"note: '{prompt}' is {remark}")
+        for path in output_files:
+            if path.exists() and path.samefile(prompt):
+                raise UserError(f"--output_file would replace the --prompt '{prompt}'; name another file")
 
     with torchrun_ranks(device) as ranks:
         if ranks.world_size > 1 and prompts is None:
@@ -80,6 +94,8 @@ def continue_speech(
         model = load_speech_model(
             model_name, codec_name=codec, attention=codec_attention, device=str(ranks.device), dtype=dtype
         )
+        if ranks.rank == 0 and (note := checkpoint_note(model, sampling)):
+            print(note, flush=True)
         if prompts is not None and output_dir is not None:
             made_by = from_first(lambda: describe_model(model_name, model, dtype))
             num_rows = batch_size or (64 if ranks.device.type == "cuda" else 8)
@@ -91,14 +107,11 @@ def continue_speech(
         prompt_TQ = torch.zeros(0, model.codec.num_quantizers, dtype=torch.long)
         began = time.perf_counter()
         if prompt is not None:
-            (prompt_TQ,) = model.codec.encode([read_prompt(prompt, model.codec).samples_S])
+            (prompt_TQ,) = encode_prompts(model, [read_prompt(prompt, model.codec)], sampling)
         if stream:
             _stream(model, Request(prompt_TQ, sampling.seed, text), sampling, output_file, began)
             return
-        for index, codes_TQ in enumerate(continue_codes(model, prompt_TQ, sampling, text)):
-            path = output_file
-            if sampling.num_samples > 1:
-                path = path.with_name(f"{path.stem}_{index}{path.suffix}")
+        for path, codes_TQ in zip(output_files, continue_codes(model, prompt_TQ, sampling, text), strict=True):
             waveform = Waveform(torch.zeros(0), model.codec.sample_rate_hz)
             if len(codes_TQ):
                 waveform = replace(waveform, samples_S=decode_long(model.codec, codes_TQ))

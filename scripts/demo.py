@@ -22,7 +22,7 @@ import torch
 from llama_mimi.audio.streaming import DecodingStream
 from llama_mimi.common.command_line import run_command
 from llama_mimi.common.errors import UserError
-from llama_mimi.generation.continuation import SamplingOptions, read_prompt
+from llama_mimi.generation.continuation import SamplingOptions, checkpoint_note, encode_prompts, read_prompt
 from llama_mimi.generation.decoding import End, Request, decode
 from llama_mimi.generation.loading import load_speech_model
 from llama_mimi.generation.speech_model import DecoderPrecision, SpeechModel
@@ -88,7 +88,7 @@ def build_app(gradio: Any, load: Any, model_names: tuple[str, ...]) -> Any:
             if seed is None:
                 raise UserError("the seed is empty; type a whole number")
             options = SamplingOptions(
-                seconds=seconds, temperature=temperature, top_k=int(top_k), top_p=top_p, seed=int(seed)
+                seconds=seconds, temperature=temperature, top_k=int(top_k), top_p=top_p or None, seed=int(seed)
             )
             yield from continued(load(name), prompt, options)
         except UserError as error:
@@ -103,7 +103,7 @@ def build_app(gradio: Any, load: Any, model_names: tuple[str, ...]) -> Any:
                 seconds = gradio.Slider(0.5, 30, value=4, step=0.5, label="Seconds, at most")
                 temperature = gradio.Slider(0.1, 1.5, value=0.8, step=0.05, label="Temperature")
                 top_k = gradio.Slider(1, 200, value=30, step=1, label="Top k")
-                top_p = gradio.Slider(0.1, 1.0, value=1.0, step=0.05, label="Top p")
+                top_p = gradio.Slider(0, 1, value=0, step=0.05, label="Top p (0: the model's own)")
                 seed = gradio.Number(value=0, precision=0, label="Seed")
                 button = gradio.Button("Continue", variant="primary")
             with gradio.Column():
@@ -129,7 +129,7 @@ def continued(
         UserError: the prompt or an option cannot be used.
     """
     codec, began = model.codec, time.perf_counter()
-    (prompt_TQ,) = codec.encode([read_prompt(prompt, codec).samples_S])
+    (prompt_TQ,) = encode_prompts(model, [read_prompt(prompt, codec)], options)
     decoding = DecodingStream(codec)
     heard = [decoding.decode(prompt_TQ)]
     end_seconds = len(prompt_TQ) / codec.frame_rate_hz
@@ -156,6 +156,8 @@ def continued(
             )
             if end is not None:
                 state += f". The end: {'the model stopped' if end is End.BY_MODEL else 'as long as asked for'}"
+                if note := checkpoint_note(model, options):
+                    state += f"; {note}"
             colors = pages.resized(pages.spectrogram(torch.cat(heard), codec.sample_rate_hz, end_seconds))
             yield sound, state, colors, "\n".join(map(tokens_of, reversed(frames[-SHOWN_FRAMES:])))
 

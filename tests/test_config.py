@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 import tomllib
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,11 @@ from llama_mimi.checkpoint.stand_ins import write_tokenizer
 from llama_mimi.common.errors import UserError
 from llama_mimi.data.build import open_readers
 from llama_mimi.data.code_store import StoredClip
+from llama_mimi.data.corpus_files import CORPORA, RELEASED_NAMES
 from llama_mimi.model.architectures import build_model
 from llama_mimi.model.llama import FLAVORS
 from llama_mimi.tokens.sequences import load_sequences
+from llama_mimi.training.config_file import RELEASED_KEYS, parse_config
 from llama_mimi.training.file_check import check_files
 from llama_mimi.training.preparation import prepare_run
 
@@ -194,6 +197,9 @@ def test_unknown_keys_name_the_nearest(tmp_path, monkeypatch, capsys):
     path.write_text("[codecs]\nname = 'a'\n")
     with pytest.raises(UserError, match="nearest valid key is 'codec'"):
         checked_config([f"--job.config_file={path}"])
+    path.write_text("[model]\nnum_codebooks = 4\n")  # nothing is near
+    with pytest.raises(UserError, match="'model.num_codebooks'; --help lists all keys"):
+        checked_config(["--job.config_file", str(path)])
     path.write_text("codec = 4\n")
     with pytest.raises(UserError, match="it is a section"):
         checked_config(["--job.config-file", str(path)])
@@ -206,6 +212,27 @@ def test_unknown_keys_name_the_nearest(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         checked_config(tiny_with("--training.stepz", "3"))
     assert "--training.steps" in capsys.readouterr().err
+
+
+def test_configs_of_the_first_release_are_told_what_keys_and_datasets_are_called_here(tmp_path, monkeypatch):
+    path = tmp_path / "run.toml"
+    path.write_text("[model]\nnum_quantizers = 4\n[training]\nsteps = 5\ntask = 'a2a'\n[evaluation]\n[float8]\n")
+    wanted = "rename 'model.num_quantizers' to 'codec.num_quantizers', rename 'training.task' to 'data.task', rename "
+    with pytest.raises(UserError, match=f"{wanted}'float8' to 'quantize.linear.float8', remove 'evaluation'$"):
+        checked_config(["--job.config_file", str(path)])
+    with pytest.raises(UserError, match="set it to 'llama_mimi', the size as model.flavor"):
+        parse_config([])
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    job_config = parse_config(tiny_with())
+    for old, new in RELEASED_KEYS.items():
+        assert new is None or reduce(getattr, new.split("."), job_config) is not None
+        with pytest.raises(AttributeError):
+            reduce(getattr, old.split("."), job_config)
+    for section in ("training", "validation"):
+        with pytest.raises(UserError, match="of the first release; set 'librispeech_clean_test'"):
+            checked_config(tiny_with(f"--{section}.dataset", "librispeech_asr_test"))
+    assert {name for name in RELEASED_NAMES.values() if name.startswith("'")} <= {f"'{name}'" for name in CORPORA}
 
 
 def test_another_models_run_is_not_continued(tmp_path, monkeypatch, sequences):

@@ -1,5 +1,6 @@
 """The decoding loop: whole frames, stock `transformers`' greedy choice, and the distribution of the model."""
 
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -395,6 +396,8 @@ def test_text_comes_before_the_speech(codec):
     with pytest.raises(UserError, match="was trained without text"):
         check_text(flattened(codec, 4, "audio"), "one")
     check_text(model, "one")
+    with pytest.raises(UserError, match=r"--text 'caf\\xe9' is not UTF-8"):
+        check_text(model, os.fsdecode(b"caf\xe9"))
     model.decoder.config.update({"task": "a2a"})
     with pytest.raises(UserError, match="was trained without text; take one of the task 'tts'"):
         check_text(model, "one")

@@ -1,7 +1,9 @@
 """Continuations of a folder of prompts: each once, the same bytes, however often the run is killed."""
 
 import json
+import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -125,14 +127,21 @@ def test_a_prompt_that_was_replaced_is_continued_anew(model, prompts, whole, tmp
         run(model, tmp_path / "in", tmp_path / "out")
 
 
-def test_other_settings_are_refused(model, prompts, whole):
+def test_other_settings_are_refused(model, prompts, whole, tmp_path):
     for changed, message in (
         ({"options": SamplingOptions(seconds=0.8, temperature=0.9, num_samples=2)}, "temperature 1.0, not 0.9"),
+        ({"options": replace(OPTIONS, top_p=0.9)}, "top_p 1.0, not 0.9"),
+        ({"options": replace(OPTIONS, last_frame="pad")}, "last_frame 'codec', not 'pad'"),
         ({"num_rows": 3}, "batch_size 2, not 3"),
         ({"model_sha256": "a"}, "model_sha256 None, not 'a'"),
     ):
         with pytest.raises(UserError, match=message):
             run(model, prompts, whole[0], **changed)
+    settings = json.loads((whole[0] / "settings.json").read_text())
+    del settings["last_frame"]  # a folder of an earlier version, which padded all prompts
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="last_frame 'pad', not 'codec'"):
+        run(model, prompts, tmp_path)
 
 
 def test_a_bad_prompt_is_named_and_the_others_go_on(model, prompts, tmp_path):
@@ -151,6 +160,24 @@ def test_a_bad_prompt_is_named_and_the_others_go_on(model, prompts, tmp_path):
         run(model, tmp_path / "in", tmp_path / "out")
     with pytest.raises(UserError, match="lies in --prompts"):
         run(model, tmp_path / "in", tmp_path / "in" / "out")
+    (tmp_path / "in" / "0.flac").unlink()
+    shutil.copytree(tmp_path / "in", tmp_path / "in" / "in")
+    shutil.copy(prompts / "1.flac", tmp_path / "in" / "0_0.wav")
+    with pytest.raises(UserError, match="'.*/in/0_0.wav' would replace a prompt"):
+        run(model, tmp_path / "in", tmp_path)
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match="holds no .wav"):
         run(model, tmp_path / "none", tmp_path / "out")
+
+
+def test_a_name_that_is_not_utf_8_is_written_as_utf_8(model, prompts, tmp_path):
+    """Of a prompt that is continued and of one that cannot be; results can be read by anything and a run resumes."""
+    (tmp_path / "in").mkdir()
+    for name, content in ((b"caf\xe9.flac", (prompts / "0.flac").read_bytes()), (b"\xff.wav", b"RIFF")):
+        (tmp_path / "in" / os.fsdecode(name)).write_bytes(content)
+    options = replace(OPTIONS, num_samples=1)
+    made, failed = run(model, tmp_path / "in", tmp_path / "out", options)
+    assert (made["prompt"], made["file"]) == (r"caf\xe9.flac", r"caf\xe9_0.wav") and made["prompt_frames"] == 5
+    assert failed["prompt"] == r"\xff.wav" and r"\xff.wav' is no readable audio" in failed["error"]
+    assert (tmp_path / "out" / made["file"]).exists()
+    assert run(model, tmp_path / "in", tmp_path / "out", options) == [made, failed]

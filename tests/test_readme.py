@@ -19,6 +19,7 @@ def tracked(*patterns: str) -> list[Path]:
 
 READMES = tracked("*.md")
 PROGRAMS = ("pip", "uv", "sbatch", "NUM_NODES")
+TORCHRUN = "uv run torchrun --standalone --nproc_per_node="
 # The beginning of a command, and why it is not run here.
 ELSEWHERE = {
     "uv run pytest": "this is it",
@@ -26,7 +27,7 @@ ELSEWHERE = {
     "uv run python scripts/prepare_base_model.py --base_model meta-llama/": "needs the hub; tests/test_scripts.py",
     "uv run hf download": "needs the hub; tests/test_recipes.py",
     "uv run hf auth": "needs the hub",
-    "uv run torchrun --nproc_per_node=8": "needs the hub and GPUs; tests/test_config.py, tests/test_code_store.py",
+    f"{TORCHRUN}8": "needs the hub and GPUs; tests/test_config.py, tests/test_code_store.py",
     "sbatch": "tests/test_launch.py",
     "NUM_NODES": "tests/test_launch.py",
     "uv run python scripts/benchmarks/gpu_check.py": "needs a GPU; tests/test_gpu_check.py",
@@ -47,10 +48,10 @@ ELSEWHERE = {
 BENCHMARKS = "uv run python scripts/benchmarks/"
 # What takes minutes, or would on a GPU, is run with these flags in place of its own.
 SMALLEST = {
-    "pip install uv && uv run torchrun --nproc_per_node=2 -m llama_mimi.train --job.config_file config/tiny.toml": (
+    f"pip install uv && {TORCHRUN}2 -m llama_mimi.train --job.config_file config/tiny.toml": (
         "--training.steps 120 --checkpoint.interval 60 --validation.freq 120"
     ),
-    "uv run torchrun --nproc_per_node=2 -m llama_mimi.train --job.config_file config/tiny_hierarchical.toml": (
+    f"{TORCHRUN}2 -m llama_mimi.train --job.config_file config/tiny_hierarchical.toml": (
         "--training.steps 10 --checkpoint.interval 10"
     ),
     "uv run python eval/generation.py": (
@@ -91,7 +92,7 @@ def is_elsewhere(command: str) -> bool:
 def program(command: str) -> list[str]:
     """What a command starts, without installing anew."""
     name, *words = shlex.split(command.removeprefix("pip install uv && ").removeprefix("uv run "))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run"]
     return [*{"python": [sys.executable], "torchrun": torchrun}[name], *words]
 
 
@@ -112,6 +113,12 @@ def test_files_and_links_are_there(readme):
         for word in shlex.split(command):
             if word.endswith((".py", ".toml", ".slurm", ".sh")):
                 assert (ROOT / word).is_file(), command
+
+
+def test_commands_of_one_machine_do_not_share_a_port():
+    """Without --standalone all torchruns of a machine want port 29500."""
+    for path in tracked("*.md", "*.toml", "scripts", "eval", "torchtitan", "inference.py"):
+        assert not re.search(r"uv run torchrun (?!--standalone )", path.read_text(errors="replace")), path
 
 
 def test_the_first_page_is_short():

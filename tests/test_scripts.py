@@ -16,14 +16,16 @@ import torch
 import torch.distributed.checkpoint as dcp
 from conftest import ROOT, TINY, run_here
 from forked_ranks import ForkedRanks, run_ranks
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from llama_mimi.audio.reading import read_audio
 from llama_mimi.checkpoint.conversion import prepare_base_model
 from llama_mimi.checkpoint.dcp import find_step, load_model_state
 from llama_mimi.checkpoint.huggingface import model_args
 from llama_mimi.checkpoint.run_record import save_run_record, speech_config
 from llama_mimi.common.errors import UserError
-from llama_mimi.generation.continuation import SamplingOptions
+from llama_mimi.generation.continuation import SamplingOptions, checkpoint_note, encode_prompts
+from llama_mimi.generation.loading import load_speech_model
 from llama_mimi.model.llama import FLAVORS, LlamaMimi, LlamaMimiArgs
 from llama_mimi.tokens.units import text_from_codes
 
@@ -221,13 +223,58 @@ def test_released_layout_works(sequences, tmp_path):
     """As llm-jp/Llama-Mimi-*: num_quantizers in the config and no codec, which is then named on the command line."""
     config = LlamaConfig.from_pretrained(TINY / "llama")
     config.update({"vocab_size": sequences.vocabulary.size, "num_quantizers": 4})
-    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    decoder = LlamaForCausalLM(config)
+    decoder.generation_config = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.9)  # Llama 3.2's
+    decoder.save_pretrained(tmp_path)
     sequences.tokenizer.save_pretrained(tmp_path)
     assert "codec" not in json.loads((tmp_path / "config.json").read_text())
     command = ("inference.py", "--model_name", tmp_path, "--prompt", TINY / "prompt.wav", "--seconds", 0.5)
     result = run(*command, "--output_file", tmp_path / "c.wav", "--num_samples", 2, "--codec", TINY / "mimi")
     assert result.returncode == 0, result.output
     assert (tmp_path / "c_0.wav").exists() and (tmp_path / "c_1.wav").exists()
+    taken = "--top_p 0.9 (its generation config), --last_frame codec (a released checkpoint)"
+    assert result.output.count(f"defaults of this checkpoint: {taken}\n") == 1
+
+
+def test_a_released_checkpoint_continues_as_the_release_does_unless_flags_say_otherwise(converted, tmp_path, codec):
+    """The last frame of a prompt and top_p; other sampling settings of the generation config are not used."""
+    shutil.copytree(converted, tmp_path / "released")
+    for name, changes in (("config.json", {}), ("generation_config.json", {"top_p": 0.9, "temperature": 0.6})):
+        content = json.loads((converted / name).read_text()) | changes
+        content.pop("codec_attention", None)
+        (tmp_path / "released" / name).write_text(json.dumps(content))
+    models = [load_speech_model(str(folder)) for folder in (converted, tmp_path / "released")]
+    prompt = read_audio(TINY / "prompt.wav", 24_000, max_seconds=0.74)
+    padded_TQ, released_TQ = codec.encode([prompt.samples_S])[0], codec.encode_as_released(prompt.samples_S)
+    assert not torch.equal(padded_TQ, released_TQ)
+    for model, options, wanted_TQ, top_p, has_note in (
+        (models[0], SamplingOptions(), padded_TQ, 1.0, False),
+        (models[0], SamplingOptions(last_frame="codec", top_p=0.5), released_TQ, 0.5, False),
+        (models[1], SamplingOptions(), released_TQ, 0.9, True),
+        (models[1], SamplingOptions(last_frame="pad", top_p=1.0), padded_TQ, 1.0, False),
+    ):
+        assert torch.equal(encode_prompts(model, [prompt], options)[0], wanted_TQ)
+        sampling = options.for_model(model)
+        assert (sampling.top_p, sampling.temperature) == (top_p, 0.8)
+        assert (checkpoint_note(model, options) is not None) == has_note
+    (tmp_path / "released" / "generation_config.json").write_text('{"top_p": 5}')
+    with pytest.raises(UserError, match="top_p is 5 in the generation config"):
+        load_speech_model(str(tmp_path / "released"))
+
+
+def test_a_prompt_is_never_replaced(tmp_path):
+    """Neither by its own name nor through a link or the number of a sample; refused before a model is loaded."""
+    shutil.copy(TINY / "prompt.wav", tmp_path / "a_1.wav")
+    (tmp_path / "link.wav").symlink_to("a_1.wav")
+    for prompt, words in (
+        ("a_1.wav", ("--output_file", tmp_path / "a_1.wav")),
+        ("link.wav", ("--output_file", tmp_path / "." / "a_1.wav")),
+        ("a_1.wav", ("--output_file", tmp_path / "link.wav", "--stream")),
+        ("a_1.wav", ("--output_file", tmp_path / "a.wav", "--num_samples", 2)),
+    ):
+        rc, said = run_here("inference.py", "--model_name", "models/none", "--prompt", tmp_path / prompt, *words)
+        assert rc == 1 and "would replace the --prompt" in said
+    assert (tmp_path / "a_1.wav").read_bytes() == (TINY / "prompt.wav").read_bytes()
 
 
 @pytest.mark.parametrize(

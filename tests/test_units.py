@@ -1,6 +1,7 @@
 """Codes <-> ids <-> text: DESIGN's arithmetic, for any Q and K, and against the tokenizer on the text form."""
 
 import copy
+import json
 import string
 
 import pytest
@@ -74,6 +75,19 @@ def test_text_ids_stay_when_the_tokenizer_is_extended():
     before = base("The old doctor, 12_3 <b>").input_ids
     extended, _ = extend_tokenizer(copy.deepcopy(base), 256, 4)
     assert extended("The old doctor, 12_3 <b>").input_ids == before
+
+
+FRAGMENTS = [*SPECIAL, "<audio>", "</audio>", "<5_0>", "<255_3>", "<", "_0>", "|>", "12_3", " ", "\n", "é", "語"]
+
+
+@given(st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=3), max_size=8).map("".join))
+def test_a_transcript_is_plain_text(sequences, text):
+    """Its ids are those of a tokenizer without special and audio tokens."""
+    plain = json.loads((TINY / "llama" / "tokenizer.json").read_text()) | {"added_tokens": [], "post_processor": None}
+    bos, *ids, start = sequences.head(text)
+    assert ids == Tokenizer.from_str(json.dumps(plain)).encode(text).ids
+    assert (bos, start) == (508, sequences.vocabulary.audio_start_id) and all(id_ < 508 for id_ in ids)
+    assert sequences.tokenizer.decode(ids) == text
 
 
 def test_an_extended_tokenizer_is_recognised(tmp_path):

@@ -63,7 +63,7 @@ def check_gpus(num_gpus: int = 1, steps: int = 20, output_dir: Path = Path("outp
 
 def launch(num_gpus: int, *words: str) -> None:
     """One process a GPU; this one ends with theirs if they fail."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={num_gpus}"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_gpus}"]
     if returncode := subprocess.run([*torchrun, *words]).returncode:
         sys.exit(returncode)
 

@@ -1,4 +1,7 @@
-"""``torchrun -m llama_mimi.train --job.config_file config/tiny.toml``: TorchTitan's trainer, on GPUs or without one."""
+"""TorchTitan's trainer, on GPUs or without one.
+
+uv run torchrun --standalone --nproc_per_node=2 -m llama_mimi.train --job.config_file config/tiny.toml
+"""
 
 import logging
 import os

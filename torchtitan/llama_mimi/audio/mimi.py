@@ -28,6 +28,9 @@ BATCH_SECONDS = (32.0, 160.0)  # of audio encoded at once without and with a GPU
 # Which earlier positions Mimi's Transformers attend to. "windowed" is the last 250 (10 s), as Mimi was trained and as
 # transformers does since February 2026 (pull request 43971); "whole" is all of them, as transformers did before.
 CodecAttention = Literal["windowed", "whole"]
+# What completes a partial last frame: "pad" fills it with zeros, as our training does; "codec" leaves it to the padding
+# of each convolution, as the first release does.
+LastFrame = Literal["codec", "pad"]
 Precision = Literal["float32", "bfloat16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -59,13 +62,17 @@ def whole_frames(seconds: float, config: MimiConfig, setting: str = "data.max_au
     return frames
 
 
-def attention_of(config: PreTrainedConfig) -> CodecAttention:
-    """Attention of the codec that made a model's training codes.
+def is_released(config: PreTrainedConfig) -> bool:
+    """Return True for a checkpoint of the first release, whose config does not name the codec's attention."""
+    return not hasattr(config, "codec_attention")
 
-    A config that does not name it is a released checkpoint: as all are from before transformers had the window, they
-    are taken for "whole".
+
+def attention_of(config: PreTrainedConfig) -> CodecAttention:
+    """Return the attention of the codec that made a model's training codes.
+
+    Released checkpoints are older than the window in transformers, so they are taken for "whole".
     """
-    return getattr(config, "codec_attention", "whole")
+    return "whole" if is_released(config) else config.codec_attention
 
 
 class MimiCodec:

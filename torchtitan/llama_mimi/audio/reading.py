@@ -1,6 +1,7 @@
 """Audio bytes or files of any kind -> mono float32 at the codec's rate."""
 
 import math
+import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -157,7 +158,8 @@ def wav_writer(path: str | Path, sample_rate_hz: int) -> Iterator[soundfile.Soun
     """
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with soundfile.SoundFile(path, "w", sample_rate_hz, 1, format="WAV", subtype="PCM_16") as file:
+        name = os.fsencode(path)  # soundfile encodes a str as strict UTF-8
+        with soundfile.SoundFile(name, "w", sample_rate_hz, 1, format="WAV", subtype="PCM_16") as file:
             yield file
     except (OSError, soundfile.LibsndfileError) as error:
         raise UserError(f"'{path}' could not be written ({first_line(error)}); make room or name another") from error

@@ -46,6 +46,8 @@ def read_flags(kind: type[Options], words: Sequence[str]) -> Options:
 
 def run_cli(main: Callable[[], None]) -> None:
     """Run a script's ``main`` and turn a `UserError` into one sentence and exit code 1."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8; stderr is set so by default
     try:
         main()
     except UserError as error:

@@ -65,6 +65,11 @@ def is_hidden(relative: str) -> bool:
     return name.startswith(".") or any(folder.startswith((".", "__")) for folder in folders)
 
 
+def as_utf8(name: str) -> str:
+    r"""Return a file name, or a message about one, with bytes that are not UTF-8 written as ``\xe9``."""
+    return os.fsencode(name).decode(errors="backslashreplace")
+
+
 def _below_local(folder: str) -> list[str]:
     """Files below a folder, also through links to folders, each folder once; fsspec does not follow them."""
     found: list[str] = []

@@ -61,6 +61,13 @@ CORPORA = {
     },
 }
 
+# Names in the first release's config files, and what to set here.
+RELEASED_NAMES = {
+    "librispeech_asr_train": "'librispeech_other_train.500'",
+    "librispeech_asr_test": "'librispeech_clean_test'",
+    "librispeech_asr": "'librispeech_clean_test'",
+    "all": "folders of codes, divided by commas; config/CORPORA.md says how to make them",
+}
 
 # Words that name a split, by the hub's rules (huggingface.co/docs/hub/datasets-file-names-and-splits).
 SPLIT_WORDS = {
@@ -119,6 +126,8 @@ def corpus_files(dataset: str, dataset_path: str | None, split: str | None) -> t
         return "manifest", _of_split(dataset, found, split)
     if found:  # by a name without an ending
         return "parquet", _of_split(dataset, found, split)
+    if dataset in RELEASED_NAMES:
+        raise UserError(f"'{dataset}' is a dataset name of the first release; set {RELEASED_NAMES[dataset]}")
     raise UserError(
         f"no Parquet, tar or audio file and no JSONL manifest matches the dataset '{dataset}'; name a folder, a path, "
         f"a glob, {HUB} and the id of a dataset, a folder of codes by scripts/tokenize_corpus.py, or one of: "

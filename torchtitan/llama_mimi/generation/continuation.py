@@ -1,14 +1,15 @@
 """Continuing speech: what a user chooses, and the samples of one prompt."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from llama_mimi.audio.mimi import MimiCodec, whole_frames
+from llama_mimi.audio.mimi import LastFrame, MimiCodec, whole_frames
 from llama_mimi.audio.reading import AudioError, Waveform, read_audio
 from llama_mimi.common.errors import UserError
+from llama_mimi.common.files import as_utf8
 from llama_mimi.generation.decoding import End, Request, Sampling, decode
 from llama_mimi.generation.speech_model import SpeechModel
 from llama_mimi.tokens.units import has_text
@@ -27,11 +28,14 @@ class SamplingOptions:
         min_seconds: of new audio at least; the model cannot end the speech before.
         temperature: 0 takes the likeliest token.
         top_k: sample from so many likeliest of the tokens that a position can have.
-        top_p: sample from as few of those as have this probability together.
+        top_p: sample from as few of those as have this probability together; default: that of the model's
+            generation config, or 1 where it has none.
         window_seconds: of prompt and new audio that the model sees at once, by default as long as the clips it was
             trained on; beyond it goes on from the prompt's beginning and the last half of the window.
         seed: same seed, same samples.
         num_samples: continuations of the same prompt.
+        last_frame: encoding of a partial last frame of a prompt: pad fills it with zeros, codec leaves it to the codec,
+            as the first release does; default: codec for released checkpoints, else pad.
 
     Raises:
         UserError: a value out of range.
@@ -41,10 +45,11 @@ class SamplingOptions:
     min_seconds: float = 0.0
     temperature: float = 0.8
     top_k: int = 30
-    top_p: float = 1.0
+    top_p: float | None = None
     window_seconds: float | None = None
     seed: int = 0
     num_samples: int = 1
+    last_frame: LastFrame | None = None
 
     def __post_init__(self) -> None:
         for name, is_valid in {
@@ -52,7 +57,7 @@ class SamplingOptions:
             "min_seconds": 0 <= self.min_seconds < float("inf"),
             "temperature": 0 <= self.temperature < float("inf"),
             "top_k": self.top_k >= 1,
-            "top_p": 0 < self.top_p <= 1,
+            "top_p": self.top_p is None or 0 < self.top_p <= 1,
             "window_seconds": self.window_seconds is None or 0 < self.window_seconds < float("inf"),
             "seed": 0 <= self.seed < 2**63,
             "num_samples": self.num_samples >= 1,
@@ -81,7 +86,7 @@ class SamplingOptions:
             window_frames=window_frames,
             temperature=self.temperature,
             top_k=self.top_k,
-            top_p=self.top_p,
+            top_p=model.top_p if self.top_p is None else self.top_p,
         )
 
 
@@ -99,6 +104,24 @@ def read_prompt(path: str, codec: MimiCodec | None = None) -> Waveform:
     return prompt
 
 
+def checkpoint_note(model: SpeechModel, options: SamplingOptions) -> str | None:
+    """Return one line about the settings in which this checkpoint's defaults differ from ours, or None."""
+    taken = []
+    if options.top_p is None and model.top_p != 1:
+        taken.append(f"--top_p {model.top_p:g} (its generation config)")
+    if options.last_frame is None and model.last_frame != "pad":
+        taken.append(f"--last_frame {model.last_frame} (a released checkpoint)")
+    return f"defaults of this checkpoint: {', '.join(taken)}" if taken else None
+
+
+def encode_prompts(model: SpeechModel, prompts: Sequence[Waveform], options: SamplingOptions) -> list[torch.Tensor]:
+    """Encode prompts, at the codec's rate, as `SamplingOptions.last_frame` says: for each its codes_TQ."""
+    samples = [prompt.samples_S for prompt in prompts]
+    if (options.last_frame or model.last_frame) == "codec":
+        return [model.codec.encode_as_released(samples_S) for samples_S in samples]
+    return model.codec.encode_many(samples)
+
+
 def check_text(model: SpeechModel, text: str | None) -> None:
     """Refuse a text that the model cannot read.
 
@@ -107,6 +130,8 @@ def check_text(model: SpeechModel, text: str | None) -> None:
     """
     if text is None:
         return
+    if as_utf8(text) != text:
+        raise UserError(f"--text '{as_utf8(text)}' is not UTF-8; type it in a UTF-8 terminal")
     task = getattr(model.decoder.config, "task", "tts")  # a checkpoint that does not say may have been
     if task != "tts" or not has_text(model.sequences.tokenizer):
         raise UserError("--text is given, but the model was trained without text; take one of the task 'tts'")

@@ -47,7 +47,14 @@ def load_speech_model(
         raise UserError(f"'{model_name}' is a '{kind}', not one of: {', '.join(MODELS)}; name a converted checkpoint")
     stock_class, model_class = MODELS[kind]
     decoder = load_pretrained(stock_class, model_name, what="model", dtype=DECODER_DTYPES[dtype])
-    decoder.generation_config = GenerationConfig()  # sampling is set by the caller alone
+    # Of the generation config only top_p counts, as in the first release; the caller sets everything else.
+    top_p = 1.0 if decoder.generation_config.top_p is None else decoder.generation_config.top_p
+    if not isinstance(top_p, int | float) or not 0 < top_p <= 1:
+        raise UserError(
+            f"top_p is {top_p!r} in the generation config of '{model_name}'; expected a number above 0, up to 1. Fix "
+            "its generation_config.json"
+        )
+    decoder.generation_config = GenerationConfig()
     num_quantizers = getattr(decoder.config, "num_quantizers", None)
     if num_quantizers is None:
         raise UserError(
@@ -64,4 +71,4 @@ def load_speech_model(
             f"'{model_name}' has {rows} vocabulary entries, but {num_quantizers} quantizers of '{codec.name}' "
             f"({codec.codebook_size} codes each) need {sequences.vocabulary.size}; name its own codec with --codec"
         )
-    return model_class(decoder.to(device).eval(), sequences, codec)
+    return model_class(decoder.to(device).eval(), sequences, codec, top_p)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,13 +17,13 @@ from llama_mimi.audio.reading import AUDIO_ENDINGS, AudioError, Waveform, write_
 from llama_mimi.audio.silence import silences
 from llama_mimi.audio.streaming import decode_long
 from llama_mimi.common.errors import UserError, first_line
-from llama_mimi.common.files import find_files, read_json, write_atomically
+from llama_mimi.common.files import as_utf8, find_files, read_json, write_atomically
 from llama_mimi.common.hub import weights_sha256
 from llama_mimi.common.progress_log import ProgressLog
 from llama_mimi.common.ranks import Ranks, from_first, gather
 from llama_mimi.common.versions import versions
-from llama_mimi.generation.continuation import SamplingOptions, finished, read_prompt
-from llama_mimi.generation.decoding import Request, Sampling, decode
+from llama_mimi.generation.continuation import SamplingOptions, encode_prompts, finished, read_prompt
+from llama_mimi.generation.decoding import Request, decode
 from llama_mimi.generation.speech_model import SpeechModel
 
 RESULTS, SETTINGS = "results.jsonl", "settings.json"
@@ -36,7 +37,8 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class _Sample:
-    prompt: str  # relative to the folder
+    prompt: str  # name of the prompt: its path as UTF-8
+    path: str  # relative to the folder
     number: int
     seed: int
 
@@ -81,14 +83,18 @@ def continue_folder(
     if output_dir.resolve().is_relative_to(prompts.resolve()):
         raise UserError(f"--output_dir '{output_dir}' lies in --prompts '{prompts}', of which it would become a part")
     samples = from_first(lambda: list(_samples(prompts, options)))
-    settings = {**asdict(options), **made_by, "device": ranks.device.type, "batch_size": num_rows}
+    inputs = {os.path.realpath(prompts / sample.path) for sample in samples}
+    if replaced := [sample.file for sample in samples if os.path.realpath(output_dir / sample.file) in inputs]:
+        raise UserError(f"'{output_dir / replaced[0]}' would replace a prompt; name another --output_dir")
+    chosen = {"top_p": sampling.top_p, "last_frame": options.last_frame or model.last_frame}
+    settings = {**asdict(options), **chosen, **made_by, "device": ranks.device.type, "batch_size": num_rows}
     from_first(lambda: _keep_settings(output_dir, settings))
     log = ProgressLog(output_dir / "unfinished", {})  # of these settings, as the folder is
     done = from_first(lambda: _finished_before(output_dir) | log.load())
     size = ROUNDS_OF_A_GROUP * num_rows
     groups = [samples[start : start + size] for start in range(0, len(samples), size)]
     hashes = from_first(
-        lambda: {prompt: _sha256(prompts / prompt) for prompt in dict.fromkeys(s.prompt for s in samples)}
+        lambda: {prompt: _sha256(prompts / path) for prompt, path in {s.prompt: s.path for s in samples}.items()}
     )
 
     def is_done(sample: _Sample) -> bool:
@@ -106,7 +112,7 @@ def continue_folder(
     with tqdm(total=sum(map(len, mine)), unit="sample", disable=ranks.rank > 0) as progress:
         for group in mine:
             records = {}
-            for record in _continue_group(model, prompts, output_dir, group, sampling, num_rows):
+            for record in _continue_group(model, prompts, output_dir, group, options, num_rows):
                 records[_key(record)] = record | {"prompt_sha256": hashes[record["prompt"]]}
                 progress.update()
             log.add(records)
@@ -146,13 +152,14 @@ def _samples(prompts: Path, options: SamplingOptions) -> Iterator[_Sample]:
         raise UserError(f"'{prompts}' holds no {', '.join(AUDIO_ENDINGS)} file; name a folder of prompts")
     of_name: dict[str, str] = {}
     for path in paths:
-        name = str(Path(path).with_suffix(""))
+        prompt = as_utf8(path)
+        name = str(Path(prompt).with_suffix(""))
         if name in of_name:
-            raise UserError(f"'{path}' and '{of_name[name]}' would have one name in --output_dir; rename one of them")
-        of_name[name] = path
+            raise UserError(f"'{prompt}' and '{of_name[name]}' would have one name in --output_dir; rename one of them")
+        of_name[name] = prompt
         for number in range(options.num_samples):
-            digest = hashlib.sha256(f"{options.seed}/{path}/{number}".encode()).digest()
-            yield _Sample(path, number, int.from_bytes(digest[:4]))
+            digest = hashlib.sha256(os.fsencode(f"{options.seed}/{path}/{number}")).digest()
+            yield _Sample(prompt, path, number, int.from_bytes(digest[:4]))
 
 
 def _key(record: Record) -> str:
@@ -161,6 +168,8 @@ def _key(record: Record) -> str:
 
 def _keep_settings(output_dir: Path, settings: Record) -> None:
     earlier = read_json(str(output_dir), SETTINGS)
+    if earlier is not None:
+        earlier = {"last_frame": "pad"} | earlier  # folders of earlier versions do not name it
     for key, value in settings.items():
         if earlier is not None and key not in NOT_COMPARED and earlier.get(key) != value:
             raise UserError(
@@ -186,22 +195,22 @@ def _sha256(path: Path) -> str:
 
 
 def _continue_group(
-    model: SpeechModel, root: Path, output_dir: Path, group: Sequence[_Sample], sampling: Sampling, num_rows: int
+    model: SpeechModel, root: Path, output_dir: Path, group: Sequence[_Sample], options: SamplingOptions, num_rows: int
 ) -> Iterator[Record]:
     codec = model.codec
     waveforms: dict[str, Waveform] = {}
-    for prompt in dict.fromkeys(sample.prompt for sample in group):
+    for prompt, path in {sample.prompt: sample.path for sample in group}.items():
         try:
-            waveforms[prompt] = read_prompt(str(root / prompt), codec)
+            waveforms[prompt] = read_prompt(str(root / path), codec)
         except AudioError as error:
-            yield from (sample.record(error=str(error)) for sample in group if sample.prompt == prompt)
-    codes = dict(zip(waveforms, codec.encode_many([clip.samples_S for clip in waveforms.values()]), strict=True))
+            yield from (sample.record(error=as_utf8(str(error))) for sample in group if sample.prompt == prompt)
+    codes = dict(zip(waveforms, encode_prompts(model, list(waveforms.values()), options), strict=True))
     usable = [sample for sample in group if sample.prompt in codes]
     requests = [Request(codes[sample.prompt], sample.seed) for sample in usable]
     began: dict[int, float] = {}
 
     def noted() -> Iterator[Any]:
-        for number, new in decode(model, requests, sampling, num_rows):
+        for number, new in decode(model, requests, options.for_model(model), num_rows):
             began.setdefault(number, time.perf_counter())
             yield number, new
 

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, Self
 import torch
 from transformers import PreTrainedModel
 
-from llama_mimi.audio.mimi import DTYPES, MimiCodec
+from llama_mimi.audio.mimi import DTYPES, LastFrame, MimiCodec, is_released
 from llama_mimi.generation.row_cache import RowCache
 from llama_mimi.tokens.sequences import SequenceBuilder
 
@@ -56,13 +56,18 @@ class FrameDecoder(ABC):
 
 @dataclass(frozen=True)
 class SpeechModel(ABC):
-    """Decoder, tokenizer with units, and codec of one checkpoint, on one device."""
+    """Decoder, tokenizer with units, and codec of one checkpoint, on one device.
+
+    Args:
+        top_p: of the checkpoint's generation config.
+    """
 
     has_release: ClassVar[bool]  # models of its kind, and so a scoring of theirs
 
     decoder: PreTrainedModel
     sequences: SequenceBuilder
     codec: MimiCodec
+    top_p: float = 1.0
 
     @property
     def device(self) -> torch.device:
@@ -72,6 +77,11 @@ class SpeechModel(ABC):
     def trained_seconds(self) -> float:
         """The longest clip of its training; a checkpoint that does not say is taken for the paper's, 20 s."""
         return getattr(self.decoder.config, "max_audio_seconds", 20.0)
+
+    @property
+    def last_frame(self) -> LastFrame:
+        """How partial last frames of the training clips were encoded."""
+        return "codec" if self.has_release and is_released(self.decoder.config) else "pad"
 
     @property
     def end_entry(self) -> int:

@@ -18,7 +18,7 @@ from llama_mimi.common.files import read_json, write_atomically
 from llama_mimi.common.ranks import Ranks, from_first, torchrun_ranks
 from llama_mimi.common.versions import versions
 from llama_mimi.evaluation.results import model_folder
-from llama_mimi.generation.continuation import SamplingOptions
+from llama_mimi.generation.continuation import SamplingOptions, checkpoint_note
 from llama_mimi.generation.loading import load_speech_model
 from llama_mimi.generation.prompt_folder import SETTINGS, continue_folder, describe_model
 from llama_mimi.generation.speech_model import DecoderPrecision
@@ -178,6 +178,8 @@ def _system(
         device=str(ranks.device),
         dtype=options.dtype,
     )
+    if ranks.rank == 0 and (note := checkpoint_note(model, options.sampling)):
+        print(note, flush=True)
     made_by = from_first(lambda: describe_model(str(options.model_name), model, options.dtype))
     if options.num_quantizers is not None:
         load_codec_config(model.codec.name, options.num_quantizers)

@@ -131,8 +131,9 @@ class Perplexity:
 
     def _tokens(self, pair: TextPair) -> tuple[torch.Tensor, int]:
         """Both texts as ids (L,), and how many of them are given; the first is one that begins a text."""
-        prompt = self._tokenizer(pair.prompt, add_special_tokens=False).input_ids
-        continuation = self._tokenizer(f" {pair.continuation}", add_special_tokens=False).input_ids
+        plain = {"add_special_tokens": False, "split_special_tokens": True}
+        prompt = self._tokenizer(pair.prompt, **plain).input_ids
+        continuation = self._tokenizer(f" {pair.continuation}", **plain).input_ids
         first = self._tokenizer.bos_token_id
         first = self._tokenizer.eos_token_id if first is None else first
         given = ([] if first is None else [first]) + prompt

@@ -18,6 +18,7 @@ from llama_mimi.tokens.units import (
     VocabularyKind,
     audio_tokenizer,
     extend_tokenizer,
+    text_ids,
 )
 
 IGNORE_INDEX = -100  # PyTorch's default, and TorchTitan's
@@ -46,9 +47,9 @@ class SequenceBuilder:
         return {"input": inputs_BLW[..., 0]}, labels_BLW[..., 0]
 
     def head(self, text: str | None = None) -> list[int]:
-        """What stands before the units: BOS, the transcript (task "tts") and ``<audio>``."""
-        text_ids = [] if text is None else self.tokenizer(text, add_special_tokens=False).input_ids
-        return [self._bos_id, *text_ids, self.vocabulary.audio_start_id]
+        """Return the ids before the audio: BOS, the transcript as plain text (task "tts") and ``<audio>``."""
+        transcript = [] if text is None else text_ids(self.tokenizer, text)
+        return [self._bos_id, *transcript, self.vocabulary.audio_start_id]
 
     def sequence(self, codes_TQ: torch.Tensor, *, is_cut: bool, text: str | None = None) -> torch.Tensor:
         """One clip as ids (L,).

@@ -128,6 +128,20 @@ def codes_from_text(text: str, num_quantizers: int) -> torch.Tensor:
     return torch.tensor([code for code, _ in units], dtype=torch.long).view(-1, num_quantizers)
 
 
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokenise a text as plain text: strings such as ``<audio>`` or ``<5_0>`` in it become ordinary text tokens.
+
+    ``split_special_tokens=True`` would still match the audio tokens, which are added tokens but not special ones.
+    """
+    backend = tokenizer.backend_tokenizer
+    if backend.normalizer is not None:
+        text = backend.normalizer.normalize_str(text)
+    words = [text]
+    if backend.pre_tokenizer is not None:
+        words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
+    return [token.id for word in words for token in backend.model.tokenize(word)]
+
+
 def has_text(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether anything but its special tokens and units is in a tokenizer."""
     return tokenizer.get_vocab().get("<0_0>", len(tokenizer)) > len(set(_special_tokens(tokenizer).values()))

@@ -14,6 +14,21 @@ import llama_mimi.job_config
 from llama_mimi.common.errors import UserError
 from llama_mimi.training.config_check import check_settings
 
+# Keys and sections of the first release's config files, and their names here; None has no counterpart.
+RELEASED_KEYS = {
+    "model.num_quantizers": "codec.num_quantizers",
+    "model.pretrained": "checkpoint.initial_load_in_hf",
+    "lr_scheduler.lr_min": "lr_scheduler.min_lr_factor",
+    "training.compile": "compile.enable",
+    "training.task": "data.task",
+    "training.seed": "debug.seed",
+    "training.deterministic": "debug.deterministic",
+    "validation.enabled": "validation.enable",
+    "checkpoint.enable_checkpoint": "checkpoint.enable",
+    "float8": "quantize.linear.float8",
+    "evaluation": None,
+}
+
 
 def parse_config(args: list[str]) -> Any:
     """Command line and TOML file to a job config, checked as far as that needs no other files.
@@ -27,19 +42,24 @@ def parse_config(args: list[str]) -> Any:
     config_class = ConfigManager._merge_configs(JobConfig, llama_mimi.job_config.JobConfig)
     path = _config_file(args)
     if path is not None:
-        _check_keys(config_class, _read_toml(path), prefix="", path=path)
+        values = _read_toml(path)
+        _check_release(values, path)
+        _check_keys(config_class, values, prefix="", path=path)
     try:
         job_config = ConfigManager(config_class).parse_args(args)
     except AssertionError as error:  # some of TorchTitan's settings check themselves
         raise UserError(f"TorchTitan refuses a setting: {error}") from error
     if job_config.model.name != "llama_mimi":
-        raise UserError(f"model.name is '{job_config.model.name}'; llama_mimi.train trains 'llama_mimi'")
+        raise UserError(
+            f"model.name is '{job_config.model.name}'; set it to 'llama_mimi', the size as model.flavor, and the "
+            "folder of a prepared base model as model.hf_assets_path"
+        )
     check_settings(job_config, world_size=int(os.environ.get("WORLD_SIZE", 1)))
     return job_config
 
 
 def _config_file(args: list[str]) -> Path | None:
-    for flag, following in zip(args, [*args[1:], ""], strict=True):
+    for flag, following in zip(args, [*args[1:], ""], strict=False):
         key, has_value, value = flag.partition("=")
         if key.replace("-", "_") == "__job.config_file":
             return Path(value if has_value else following)
@@ -56,14 +76,21 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise UserError(f"'{path}' is no valid TOML: {error}") from error
 
 
+def _check_release(values: dict[str, Any], path: Path) -> None:
+    """Name all keys of the first release at once, with what they are called here."""
+    found = {*values, *(f"{name}.{key}" for name, keys in values.items() if isinstance(keys, dict) for key in keys)}
+    if old := [key for key in RELEASED_KEYS if key in found]:
+        changes = [f"rename '{key}' to '{new}'" if (new := RELEASED_KEYS[key]) else f"remove '{key}'" for key in old]
+        raise UserError(f"'{path}' has keys of the first release; {', '.join(changes)}")
+
+
 def _check_keys(config_class: Any, values: dict[str, Any], prefix: str, path: Path) -> None:
     fields = {field.name: field.type for field in dataclasses.fields(config_class)}
     for key, value in values.items():
         if key not in fields:
-            nearest = difflib.get_close_matches(key, fields, n=1, cutoff=0)
-            raise UserError(
-                f"'{path}' sets the unknown key '{prefix}{key}'; the nearest valid key is '{prefix}{nearest[0]}'"
-            )
+            nearest = difflib.get_close_matches(key, fields, n=1)
+            hint = f"the nearest valid key is '{prefix}{nearest[0]}'" if nearest else "--help lists all keys"
+            raise UserError(f"'{path}' sets the unknown key '{prefix}{key}'; {hint}")
         if dataclasses.is_dataclass(fields[key]):
             if not isinstance(value, dict):
                 raise UserError(f"'{path}' sets '{prefix}{key}' to {value!r}; it is a section, written [{prefix}{key}]")
