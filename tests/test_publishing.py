@@ -140,4 +140,5 @@ def test_the_other_architecture(tmp_path):
     loaded = CsmForConditionalGeneration.from_pretrained(tmp_path / "dry")
     assert loaded.config.num_codebooks == 4
     card = (tmp_path / "dry" / "README.md").read_text()
+    assert "converted from | `step-1`" in card and '"codec": "mimi"' in (tmp_path / "dry" / "config.json").read_text()
     assert "CsmForConditionalGeneration.from_pretrained" in card and "| steps | 1 |" in card
