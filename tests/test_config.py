@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from conftest import ROOT, TINY, checked_config
 from datasets import Dataset
 from simulated import write_codes
-from transformers import MimiConfig
+from transformers import LlamaConfig, LlamaForCausalLM, MimiConfig
 
 from llama_mimi.checkpoint.dcp import complete_steps, set_aside_incomplete
 from llama_mimi.checkpoint.huggingface import hf_config
@@ -36,6 +36,23 @@ HIERARCHICAL = ["--model.architecture", "hierarchical"]
 CONFIGS = sorted((ROOT / "config").glob("*.toml"))
 
 
+def write_sparse_weights(folder):
+    """Safetensors with the header of a `LlamaForCausalLM`, and a hole in place of the numbers."""
+    config = LlamaConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {name: weight.shape for name, weight in LlamaForCausalLM(config).state_dict().items()}
+    if config.tie_word_embeddings:
+        del shapes["lm_head.weight"]
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * shape.numel()
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with open(folder / "model.safetensors", "wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(8 + len(text) + end)
+
+
 @pytest.fixture(scope="module")
 def downloads(tmp_path_factory):
     """What a user has after the commands at the top of a large config: all of it but the numbers in the weights."""
@@ -46,7 +63,7 @@ def downloads(tmp_path_factory):
         args.vocab_size = 136_450
         hf_config(args).save_pretrained(folder / flavor)
         write_tokenizer(folder / flavor)
-        (folder / flavor / "model.safetensors").touch()
+        write_sparse_weights(folder / flavor)
     for config, split in (("clean", "train"), ("validation", "validation")):
         (folder / "peoples_speech" / config).mkdir(parents=True)
         row = {"id": "a", "audio": {"bytes": b"", "path": "a"}, "text": "a"}

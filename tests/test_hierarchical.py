@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -323,16 +324,24 @@ def test_a_llama_fills_the_backbone(args):
         assert name.startswith(("layers.", "norm.", "tok_")) or torch.equal(weight, drawn[name])
 
 
-def test_a_checkpoint_becomes_a_stock_folder(args, sequences, tmp_path):
+def json_of(folder):
+    return json.loads((folder / "folder" / "config.json").read_text())
+
+
+def test_a_checkpoint_becomes_a_stock_folder(args, sequences, tmp_path, monkeypatch, caplog):
     """Which transformers loads and generates audio from, and which scores and continues here."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     model = built(args, seed=1)
     config = speech_config(args, sequences, str(TINY / "mimi"))
     save_run_record(str(tmp_path / "run"), config, sequences)
     dcp.save(model.state_dict(), checkpoint_id=tmp_path / "run" / "checkpoint" / "step-1", no_dist=True)
     convert_checkpoint(tmp_path / "run" / "checkpoint", tmp_path / "folder")
     csm = CsmForConditionalGeneration.from_pretrained(tmp_path / "folder").eval()
+    assert not [record for record in caplog.records if "token_id" in record.getMessage()]
     wanted = in_transformers(model).state_dict()
     codec = MimiModel.from_pretrained(TINY / "mimi").state_dict()
+    # Its codec has the levels of the model: stock code encodes a spoken prompt at the full depth.
+    assert csm.config.codec_config.num_quantizers == Q and not json_of(tmp_path)["tie_word_embeddings"]
     for name, weight in csm.state_dict().items():
         torch.testing.assert_close(weight, codec.get(name.removeprefix("codec_model."), wanted[name]), rtol=0, atol=0)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "folder")
@@ -340,7 +349,7 @@ def test_a_checkpoint_becomes_a_stock_folder(args, sequences, tmp_path):
     assert ids_1L[0].tolist() == sequences.head()
     sampling = csm.depth_decoder.generation_config
     assert sampling.do_sample and (sampling.temperature, sampling.top_k) == (0.8, 30), "levels are drawn, too"
-    config = json.loads((tmp_path / "folder" / "config.json").read_text())
+    config = json_of(tmp_path)
     for network in (config, config["depth_decoder_config"]):  # as transformers 4.x reads them
         assert network["rope_theta"] == network["rope_parameters"]["rope_theta"] == 500_000
     assert config["rope_scaling"]["factor"] == 32 and config["depth_decoder_config"]["rope_scaling"] is None
@@ -349,8 +358,18 @@ def test_a_checkpoint_becomes_a_stock_folder(args, sequences, tmp_path):
     clips = [(clip(6), False), (clip(4, 1), True)]
     assert batch_scores(speech, clips, Scoring(None)) == pytest.approx(batch_scores(reference, clips, Scoring(None)))
 
-    # Greedy, with the codec inside: the same codes, up to where the class draws an end in a deep level alone.
+    # Greedy, after a spoken prompt of whole frames.
+    (samples_S,) = torch.rand(1, 10 * 1920, generator=torch.Generator().manual_seed(0)) - 0.5
+    ids_1L = tokenizer("<audio>" + "<0_0>" * 10, return_tensors="pt").input_ids
+    spoken = {"input_values": samples_S[None, None], "input_values_cutoffs": torch.tensor([[len(samples_S)]])}
     greedy = {"do_sample": False, "depth_decoder_do_sample": False}
+    theirs_TQ = csm.generate(ids_1L, max_new_tokens=5, **spoken, **greedy)[0]
+    prompt_TQ = speech.codec.encode_as_released(samples_S)
+    (ours_TQ,) = continue_codes(speech, prompt_TQ, SamplingOptions(seconds=0.4, temperature=0))
+    assert torch.equal(ours_TQ[10:], theirs_TQ)
+
+    # Greedy, with the codec inside: the same codes, up to where the class draws an end in a deep level alone.
+    ids_1L = tokenizer("<audio>", return_tensors="pt").input_ids
     theirs_TQ = csm.generate(ids_1L, max_new_tokens=25, **greedy)[0]
     none_TQ = torch.empty(0, Q, dtype=torch.long)
     (ours_TQ,) = continue_codes(speech, none_TQ, SamplingOptions(seconds=2.0, temperature=0))

@@ -70,7 +70,7 @@ def test_a_dry_run_writes_what_would_be_uploaded(model, tmp_path, capsys):
     card = ModelCard.load(tmp_path / "dry" / "README.md")
     assert card.data.license == "llama3.2" and card.data.base_model == "meta-llama/Llama-3.2-1B"
     assert "How to use it." in card.content and card.data.library_name == "transformers"
-    assert "| data | data/codes/x, y |" in card.content and "| steps | 7 |" in card.content
+    assert "| data | data/codes/x,y |" in card.content and "| steps | 7 |" in card.content
     assert "| training FLOPs | 5.83e+12 |" in card.content and "d" * 64 in card.content
     assert "| salmon_a | speaker | official | 75.0 % | 60.0 to 85.0 % | 40 |" in card.content
     assert "salmon_b" not in card.content and "| speaker similarity | 0.500 | 0.400 to 0.600 | 44 |" in card.content
@@ -94,10 +94,13 @@ def test_an_upload_sends_the_folder_and_the_card(model, tmp_path, monkeypatch, c
     monkeypatch.setattr(HfApi, "upload_folder", lambda self, **what: sent.append(what))
     monkeypatch.setattr(HfApi, "upload_file", lambda self, **what: sent.append(what))
     publish(PublishingOptions(model, "me/mine", (), private=True))
-    created, folder, card = sent
+    created, folder, *texts = sent
+    texts = {text["path_in_repo"]: text["path_or_fileobj"] for text in texts}
     assert created == ("me/mine", {"private": True, "exist_ok": True})
     assert "model.safetensors" in folder["allow_patterns"] and "README.md" not in folder["allow_patterns"]
-    assert card["path_in_repo"] == "README.md" and b"# mine" in card["path_or_fileobj"]
+    assert texts.keys() == {"README.md", "config.json", "training_config.json"}
+    assert b"# mine" in texts["README.md"] and b'"codec": "mimi"' in texts["config.json"]
+    assert b'"data/codes/x,y"' in texts["training_config.json"]
     assert "https://huggingface.co/me/mine" in capsys.readouterr().out
 
 
@@ -137,4 +140,5 @@ def test_the_other_architecture(tmp_path):
     loaded = CsmForConditionalGeneration.from_pretrained(tmp_path / "dry")
     assert loaded.config.num_codebooks == 4
     card = (tmp_path / "dry" / "README.md").read_text()
+    assert "converted from | `step-1`" in card and '"codec": "mimi"' in (tmp_path / "dry" / "config.json").read_text()
     assert "CsmForConditionalGeneration.from_pretrained" in card and "| steps | 1 |" in card

@@ -22,9 +22,10 @@ from tiny_codec import (
     reconstruct,
     standardize,
     tiny_mimi_config,
+    write_feature_extractor,
 )
 from torch import nn
-from transformers import MimiModel
+from transformers import AutoFeatureExtractor, MimiConfig, MimiModel
 
 from llama_mimi.audio.mimi import MimiCodec
 from llama_mimi.audio.reading import read_audio
@@ -193,6 +194,14 @@ def test_the_offline_codec_reconstructs_speech_the_better_the_deeper():
             distances[depth] += float(mel.distances(decoded_S, clip.samples_S)[0]) / 8
     assert distances[1] > distances[2] > distances[4] > distances[8]
     assert distances[8] < 0.45  # 0.39 over all held-out clips; an untrained codec has 1.8
+
+
+def test_the_offline_codec_has_the_feature_extractor_of_its_script(tmp_path):
+    write_feature_extractor(MimiConfig.from_pretrained(TINY / "mimi"), tmp_path)
+    (written,) = tmp_path.iterdir()
+    assert written.read_bytes() == (TINY / "mimi" / written.name).read_bytes()
+    features = AutoFeatureExtractor.from_pretrained(TINY / "mimi")
+    assert (features.sampling_rate, features.feature_size) == (24_000, 1)
 
 
 def test_the_offline_codec_has_few_megabytes():

@@ -8,21 +8,24 @@ import subprocess
 import sys
 
 import build_tiny_assets
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from conftest import TINY
 from torchtitan.models.llama3.model.args import RoPEScalingArgs
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from llama_mimi.audio.mimi import MimiCodec
 from llama_mimi.audio.reading import read_audio
+from llama_mimi.checkpoint.architectures import KINDS
 from llama_mimi.checkpoint.conversion import convert_checkpoint, prepare_base_model
 from llama_mimi.checkpoint.huggingface import hf_config, model_args, save_folder
 from llama_mimi.checkpoint.run_record import save_run_record, speech_config
-from llama_mimi.model.llama import FLAVORS, LLAMA_3_1_ROPE, LLAMA_3_2_ROPE, LlamaMimi, LlamaMimiArgs
+from llama_mimi.model.architectures import build_model
+from llama_mimi.model.llama import FLAVORS, LLAMA_3_1_ROPE, LLAMA_3_2_ROPE, LlamaMimiArgs
 from llama_mimi.tokens.sequences import load_sequences
 
 SCALINGS = {"default": RoPEScalingArgs(scaling_factor=1.0), "factor 32": LLAMA_3_2_ROPE, "factor 8": LLAMA_3_1_ROPE}
@@ -34,16 +37,18 @@ def args_of(scaling: str, vocab_size: int = 512, tied: bool = True) -> LlamaMimi
     return LlamaMimiArgs(**vars(FLAVORS["tiny"]) | own | {"rope_scaling_args": SCALINGS[scaling]})
 
 
-def record(folder, scaling, vocabulary="llama", tied=True):
-    sequences = load_sequences(str(TINY / "llama"), str(TINY / "mimi"), 4, vocabulary)
+def record(folder, scaling, vocabulary="llama", tied=True, architecture="flattened"):
+    sequences = load_sequences(str(TINY / "llama"), str(TINY / "mimi"), 4, vocabulary, architecture)
     args = args_of(scaling, sequences.vocabulary.size, tied)
+    args.architecture, args.num_quantizers, args.codebook_size = architecture, 4, 256
     save_run_record(str(folder), speech_config(args, sequences, str(TINY / "mimi")), sequences)
     return folder / "hf_assets"
 
 
-def convert(folder, scaling, vocabulary="llama", tied=True):
+def convert(folder, scaling, vocabulary="llama", tied=True, architecture="flattened"):
     torch.manual_seed(0)
-    model = LlamaMimi(model_args(LlamaConfig.from_pretrained(record(folder, scaling, vocabulary, tied))))
+    config = AutoConfig.from_pretrained(record(folder, scaling, vocabulary, tied, architecture))
+    model = build_model(KINDS[architecture].args(config))
     with torch.no_grad():
         model.init_weights()
     dcp.save(model.state_dict(), checkpoint_id=folder / "checkpoint" / "step-1", no_dist=True)
@@ -100,9 +105,12 @@ def test_a_written_folder_is_read_alike(write, scaling, tmp_path, monkeypatch, c
     assert config.get("torch_dtype") == config.get("dtype")
     assert ("dtype" in config) == (write is not record)
 
+    assert words["model_input_names"] == ["input_ids", "attention_mask"]
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1, "safetensors writes weights with mode 0600"
     assert words["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert "extra_special_tokens" not in words
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.model_input_names == words["model_input_names"]
     assert tokenizer("<audio><3_0></audio>").input_ids == [508, 1536, 524, 1537]
 
     save_folder(tmp_path / "again", loaded, tokenizer)
@@ -165,6 +173,15 @@ torch.save(found, output)
 """
 
 
+def run_in_both(script, tmp_path, *words):
+    """What a script saves in transformers 4.56.2 and in ours; it is given the version, a file to save to, and words."""
+    for version, python in (("4.56.2", ALONE), ("5.", [sys.executable])):
+        command = [*python, "-c", script, version, tmp_path / version, *words]
+        result = subprocess.run(list(map(str, command)), text=True, capture_output=True, timeout=1200)
+        assert result.returncode == 0, result.stderr
+    return torch.load(tmp_path / "4.56.2"), torch.load(tmp_path / "5.")
+
+
 @pytest.mark.network
 def test_transformers_4_computes_the_same(tmp_path):
     folders = [
@@ -177,15 +194,79 @@ def test_transformers_4_computes_the_same(tmp_path):
             (prepare, "factor 32", "audio", True),
         )
     ]
-    for version, python in (("4.56.2", ALONE), ("5.", [sys.executable])):
-        command = [*python, "-c", READ, version, tmp_path / version, *folders]
-        result = subprocess.run(list(map(str, command)), text=True, capture_output=True, timeout=1200)
-        assert result.returncode == 0, result.stderr
-    of_4, of_5 = torch.load(tmp_path / "4.56.2"), torch.load(tmp_path / "5.")
+    of_4, of_5 = run_in_both(READ, tmp_path, *folders)
     for folder, (*a, logits_4), (*b, logits_5) in zip(folders, of_4, of_5, strict=True):
         assert a == b, folder
         assert logits_5.abs().max() > 1, "differences would show"
         torch.testing.assert_close(logits_4, logits_5, atol=1e-5, rtol=0, msg=str(folder))
+
+
+CONTINUE = """
+import re, sys, numpy, torch, transformers
+from transformers import AutoFeatureExtractor, AutoModelForCausalLM, AutoTokenizer, MimiModel, StoppingCriteria
+version, output, folder, codec_folder, prompt = sys.argv[1:]
+assert transformers.__version__.startswith(version), transformers.__version__
+
+class AtEnd(StoppingCriteria):
+    def __call__(self, ids, scores, **kwargs):
+        return ids[0, -1].item() == end
+model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).eval()
+levels, tokenizer = model.config.num_quantizers, AutoTokenizer.from_pretrained(folder)
+(end,) = tokenizer("</audio>", add_special_tokens=False).input_ids
+codec, features = MimiModel.from_pretrained(codec_folder), AutoFeatureExtractor.from_pretrained(codec_folder)
+samples = numpy.load(prompt)
+inputs = features(raw_audio=samples, sampling_rate=features.sampling_rate, return_tensors="pt").to(codec.device)
+with torch.no_grad():
+    codes = codec.encode(inputs["input_values"], inputs["padding_mask"], num_quantizers=levels).audio_codes
+text = "".join(f"<{code}_{level}>" for frame in codes[0].T.tolist() for level, code in enumerate(frame))
+inputs = tokenizer("<audio>" + text, return_tensors="pt").to(model.device)
+with torch.no_grad():
+    ids = model.generate(**inputs, max_length=121, do_sample=False, stopping_criteria=[AtEnd()])
+units = [int(code) for code, _ in re.findall(r"<(\\d+)_(\\d+)>", tokenizer.decode(ids[0]))]
+frames = torch.tensor(units[: len(units) // levels * levels]).view(1, -1, levels)
+torch.save((frames[0], codec.decode(frames.transpose(1, 2))[0][0, 0]), output)
+"""
+
+
+@pytest.mark.network
+def test_the_calls_of_the_released_card_run_in_both(tmp_path):
+    """As people copy them: they need a feature extractor beside the codec, and a tokenizer that names the inputs."""
+    folder = convert(tmp_path, "factor 32")
+    samples_S = read_audio(TINY / "prompt.wav", 24_000).samples_S[: 10 * 1920]
+    np.save(tmp_path / "prompt.npy", samples_S.numpy())
+    (codes_4_TQ, audio_4_S), (codes_5_TQ, audio_5_S) = run_in_both(
+        CONTINUE, tmp_path, folder, TINY / "mimi", tmp_path / "prompt.npy"
+    )
+    assert torch.equal(codes_4_TQ, codes_5_TQ) and len(codes_4_TQ) > 10
+    torch.testing.assert_close(audio_4_S[: 10 * 1920], audio_5_S[: 10 * 1920], atol=1e-5, rtol=0)
+    assert torch.equal(MimiCodec(str(TINY / "mimi"), 4).encode_as_released(samples_S), codes_4_TQ[:10])
+
+
+FRAMES = """
+import sys, numpy, torch, transformers
+from transformers import AutoTokenizer, CsmForConditionalGeneration
+version, output, folder, prompt = sys.argv[1:]
+assert transformers.__version__.startswith(version), transformers.__version__
+model, info = CsmForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+assert not any(info.values()), info
+samples = torch.from_numpy(numpy.load(prompt))
+inputs = AutoTokenizer.from_pretrained(folder)("<audio>" + "<0_0>" * 10, return_tensors="pt")
+spoken = {"input_values": samples[None, None], "input_values_cutoffs": torch.tensor([[len(samples)]])}
+with torch.no_grad():
+    logits = model(**inputs, **spoken).logits
+frames = model.generate(**inputs, **spoken, do_sample=False, depth_decoder_do_sample=False, max_new_tokens=20)
+torch.save((logits, frames[0]), output)
+"""
+
+
+@pytest.mark.network
+def test_a_hierarchical_model_continues_speech_in_both(tmp_path):
+    folder = convert(tmp_path, "factor 32", tied=False, architecture="hierarchical")
+    samples_S = read_audio(TINY / "prompt.wav", 24_000).samples_S[: 10 * 1920]
+    np.save(tmp_path / "prompt.npy", samples_S.numpy())
+    (logits_4, frames_4_TQ), (logits_5, frames_5_TQ) = run_in_both(FRAMES, tmp_path, folder, tmp_path / "prompt.npy")
+    torch.testing.assert_close(logits_4, logits_5, atol=1e-5, rtol=0)
+    assert torch.equal(frames_4_TQ, frames_5_TQ)
 
 
 ENCODE = """

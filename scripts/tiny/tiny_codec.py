@@ -11,7 +11,9 @@ import torch
 import torchaudio
 from torch import nn
 from torch.nn import functional as F
-from transformers import MimiConfig, MimiModel
+from transformers import EncodecFeatureExtractor, MimiConfig, MimiModel
+
+from llama_mimi.common.files import share_weights
 
 LAYER_SCALE = 0.2  # where a codec begins; Mimi's 0.01 is meant for far longer training
 EMA_DECAY = 0.99  # codebooks', per step; as in VQ-VAE (arXiv 1711.00937, appendix A)
@@ -215,7 +217,7 @@ class SpectralLoss(nn.Module):
 
 
 def save_half(model: MimiModel, folder: Path) -> None:
-    """Saves a codec in float16 storage, with a config that has it loaded in float32."""
+    """Save a codec in float16 storage with its feature extractor; the config has it loaded in float32."""
     half = MimiModel(model.config)
     half.load_state_dict(model.state_dict())
     for book in codebooks(half):
@@ -224,3 +226,10 @@ def save_half(model: MimiModel, folder: Path) -> None:
     half.half().save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
+    share_weights(folder)
+    write_feature_extractor(model.config, folder)
+
+
+def write_feature_extractor(config: MimiConfig, folder: Path) -> None:
+    """Write the ``preprocessor_config.json`` that `AutoFeatureExtractor` reads."""
+    EncodecFeatureExtractor(config.audio_channels, config.sampling_rate).save_pretrained(folder)

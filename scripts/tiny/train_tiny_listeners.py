@@ -39,6 +39,7 @@ from transformers import (
 from llama_mimi.audio.reading import resample
 from llama_mimi.common.command_line import run_command
 from llama_mimi.common.errors import UserError
+from llama_mimi.common.files import share_weights
 from llama_mimi.common.versions import versions
 
 RATE_HZ = 16_000
@@ -278,6 +279,7 @@ def save(model: PreTrainedModel, flags: ListenerFlags, steps: int, num_clips: in
     model.half().save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
+    share_weights(folder)
     Wav2Vec2FeatureExtractor(sampling_rate=RATE_HZ, return_attention_mask=True).save_pretrained(folder)
     if flags.listener == "recogniser":
         vocabulary = folder / "vocab.json"

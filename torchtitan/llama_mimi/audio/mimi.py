@@ -6,11 +6,13 @@ evaluation and generation share one encode and one decode.
 
 import hashlib
 import math
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from functools import lru_cache
 from itertools import chain
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -48,6 +50,23 @@ def load_codec_config(name: str, num_quantizers: int) -> MimiConfig:
             f"{config.num_quantizers} levels; choose a number in that range or another codec"
         )
     return config
+
+
+def local_codec(name: str, folder: str | Path) -> str | None:
+    """Return the path of the codec that a model's config names, or None if no folder of that name exists.
+
+    A relative path is looked up from the model's folder and from each folder above it, so that the codec does not
+    depend on the working directory, and a repository can be moved as a whole.
+
+    Args:
+        name: ``codec`` of the config; a hub id gives None.
+        folder: of the model.
+    """
+    folder = Path(folder).absolute()
+    for place in (folder, *folder.parents):
+        if (place / name).is_dir():
+            return name if Path(name).is_absolute() else os.path.relpath(place / name)
+    return None
 
 
 def whole_frames(seconds: float, config: MimiConfig, setting: str = "data.max_audio_seconds") -> int:

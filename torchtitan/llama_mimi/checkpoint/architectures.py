@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
 from transformers import AutoConfig, CsmForConditionalGeneration, LlamaForCausalLM, PreTrainedConfig
 
 from llama_mimi.checkpoint.csm import HierarchicalStateDictAdapter, codec_state, csm_args, csm_config, csm_state
 from llama_mimi.checkpoint.huggingface import LlamaMimiStateDictAdapter, hf_config, llama_state, model_args
-from llama_mimi.common.errors import UserError
-from llama_mimi.common.hub import load_pretrained
+from llama_mimi.common.errors import UserError, first_line
+from llama_mimi.common.hub import load_pretrained, require_no_difference
+from llama_mimi.model.architectures import build_model
 from llama_mimi.model.llama import LlamaMimiArgs
 from llama_mimi.tokens.units import Architecture
 
@@ -31,7 +33,7 @@ class FolderKind:
         config: from our arguments and further entries to its configuration.
         args: the inverse.
         state: from our weights to its own.
-        extra_state: what else is in it, by its configuration.
+        extra_state: what else is in it, from its configuration and the path or hub id of the codec.
         sampled: parts of the stock model that draw with a generation config of their own.
         description, usage: for the model card.
     """
@@ -43,7 +45,7 @@ class FolderKind:
     config: Callable[..., PreTrainedConfig]
     args: Callable[[Any], LlamaMimiArgs]
     state: Callable[[dict[str, torch.Tensor], Any], dict[str, torch.Tensor]]
-    extra_state: Callable[[Any], dict[str, torch.Tensor]]
+    extra_state: Callable[[Any, str], dict[str, torch.Tensor]]
     sampled: tuple[str, ...]
     description: str
     usage: str
@@ -58,7 +60,7 @@ KINDS: dict[Architecture, FolderKind] = {
         config=hf_config,
         args=model_args,
         state=llama_state,
-        extra_state=lambda config: {},
+        extra_state=lambda config, codec: {},
         sampled=(),
         description="a plain Llama decoder over flattened Mimi codec tokens (arXiv 2509.14882)",
         usage="""\
@@ -85,14 +87,37 @@ A position is a frame of {num_quantizers} codes, behind `<|begin_of_text|><audio
     ids = AutoTokenizer.from_pretrained(folder)("<audio>", return_tensors="pt").input_ids
     audio = model.generate(ids, output_audio=True, max_new_tokens=125)
 
-The class may draw an end in a few levels alone, which its codec cannot decode; `inference.py` of Llama-Mimi cannot, and
-continues a spoken prompt.""",
+To continue speech, write `<0_0>` behind `<audio>` for each frame of the prompt. Give its samples as `input_values`
+(1, 1, S) and their number as `input_values_cutoffs` (1, 1).
+
+The class may draw an end in a few levels alone, which its codec cannot decode; `inference.py` of Llama-Mimi cannot.""",
     ),
 }
 
 
 def state_dict_adapter(args: LlamaMimiArgs, hf_assets_path: str | None) -> Llama3StateDictAdapter:
     return KINDS[args.architecture].adapter(args, hf_assets_path)
+
+
+def check_initial_weights(folder: str, args: LlamaMimiArgs) -> None:
+    """Compare the safetensors in a Hugging Face folder with what training loads from there, by name and shape.
+
+    TorchTitan ends in a traceback where a tensor is missing, and ignores the layers that a model lacks.
+
+    Raises:
+        UserError: they differ, or a file is damaged.
+    """
+    with torch.device("meta"):
+        wanted = state_dict_adapter(args, None).to_hf(build_model(args).state_dict())
+    try:
+        found = HuggingFaceStorageReader(folder).read_metadata().state_dict_metadata
+    except Exception as error:  # damaged files raise whatever their parser does
+        raise UserError(f"the weights in '{folder}' are damaged ({first_line(error)}); prepare them again") from error
+    # An output matrix of its own is not read where embeddings are tied, or where the output is that of frames.
+    unexpected = {key for key in found.keys() - wanted.keys() - {"lm_head.weight"} if "rotary_emb" not in key}
+    reshaped = {key for key in found.keys() & wanted.keys() if found[key].size != wanted[key].shape}
+    problem = f"'{folder}' does not have the initial weights of this run"
+    require_no_difference(wanted.keys() - found.keys(), unexpected, reshaped, problem, "model")
 
 
 def load_config(folder: str, what: str) -> tuple[PreTrainedConfig, FolderKind]:

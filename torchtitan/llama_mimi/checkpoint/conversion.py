@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from llama_mimi.audio.mimi import DEFAULT_CODEC, DTYPES, Precision, load_codec_config
+from llama_mimi.audio.mimi import DEFAULT_CODEC, DTYPES, Precision, load_codec_config, local_codec
 from llama_mimi.checkpoint.architectures import load_config
 from llama_mimi.checkpoint.dcp import find_step, load_model_state
 from llama_mimi.checkpoint.huggingface import save_folder
@@ -63,6 +63,10 @@ def convert_checkpoint(checkpoint: Path, output_dir: Path, dtype: Precision = "f
         print(f"note: '{path}' is incomplete (its saving was cut off); reading the older '{step}'")
     record = find_run_record(checkpoint)
     config, kind = load_config(str(record), "run record")
+    codec = local_codec(config.codec, record) or config.codec
+    near = local_codec(config.codec, output_dir)
+    if Path(codec).is_dir() and not (near and Path(near).samefile(codec)):
+        config.codec = str(Path(codec).resolve())  # the name does not lead to the codec from the new folder
     tokenizer = load_pretrained(AutoTokenizer, str(record), what="tokenizer")
 
     args = kind.args(config)
@@ -71,7 +75,7 @@ def convert_checkpoint(checkpoint: Path, output_dir: Path, dtype: Precision = "f
     with torch.device("meta"):
         model = kind.stock_class(config)
     # assign: the meta parameters become the loaded ones
-    state |= kind.extra_state(config)
+    state |= kind.extra_state(config, codec)
     model.load_state_dict({k: v.to(torch_dtype) for k, v in state.items()}, assign=True)
     model.tie_weights()
 

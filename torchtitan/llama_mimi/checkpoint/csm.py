@@ -2,7 +2,8 @@
 
 Ids mean the same in both arms: ``embed_text_tokens`` is the whole embedding table, so that one tokenizer serves both,
 and a prompt of text begins ``BOS text <audio>``. Where stock code puts audio into text, ``<0_0>`` stands for a frame
-and ``</audio>`` for the end. A frame's codes are numbers below K; K is the end, in every level, and the padding.
+and ``<0_1>`` for the end: transformers 5.x warns about the id of ``</audio>``, as it expects ids below (K + 1) * Q. A
+frame's codes are numbers below K; K is the end, in every level, and the padding.
 """
 
 from typing import Any
@@ -31,6 +32,8 @@ def csm_config(args: LlamaMimiArgs, **extra: Any) -> CsmConfig:
     """
     extra["eos_token_id"] = None
     assert args.depth is not None
+    codec = load_codec_config(extra["codec"], args.num_quantizers)
+    codec.num_quantizers = args.num_quantizers  # stock code encodes a spoken prompt at the full depth of this codec
     vocabulary = args.vocabulary
     network, depth = hf_config(args), hf_config(args.depth)
     levels = {"num_codebooks": args.num_quantizers, "vocab_size": args.codebook_size + 1}
@@ -44,7 +47,7 @@ def csm_config(args: LlamaMimiArgs, **extra: Any) -> CsmConfig:
         codebook_eos_token_id=args.codebook_size,
         codebook_pad_token_id=args.codebook_size,
         audio_token_id=vocabulary.base,
-        audio_eos_token_id=vocabulary.audio_end_id,
+        audio_eos_token_id=vocabulary.base + 1,
         tie_codebooks_embeddings=True,
         depth_decoder_config=CsmDepthDecoderConfig(
             **{key: getattr(depth, key) for key in NETWORK_KEYS},
@@ -52,7 +55,7 @@ def csm_config(args: LlamaMimiArgs, **extra: Any) -> CsmConfig:
             backbone_hidden_size=args.dim,
             max_position_embeddings=args.num_quantizers + 1,
         ),
-        codec_config=load_codec_config(extra["codec"], args.num_quantizers),
+        codec_config=codec,
     )
 
 
@@ -98,10 +101,12 @@ def _rows_of_levels(vocabulary: UnitVocabulary) -> torch.Tensor:
     return torch.cat([ids_KQ, ends_1Q]).T.flatten()
 
 
-def codec_state(config: CsmConfig) -> dict[str, torch.Tensor]:
-    """Weights of the codec that goes into the folder."""
-    codec = load_pretrained(MimiModel, config.codec, what="codec")
-    return {f"codec_model.{name}": weight for name, weight in codec.state_dict().items()}
+def codec_state(config: CsmConfig, codec: str) -> dict[str, torch.Tensor]:
+    """Return the weights of the codec that goes into the folder, without levels that the model lacks."""
+    weights = load_pretrained(MimiModel, codec, what="codec", dtype="auto").state_dict()
+    with torch.device("meta"):
+        names = MimiModel(config.codec_config).state_dict()
+    return {f"codec_model.{name}": weights[name] for name in names}
 
 
 class HierarchicalStateDictAdapter(LlamaMimiStateDictAdapter):

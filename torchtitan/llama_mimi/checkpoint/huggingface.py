@@ -11,6 +11,7 @@ from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAda
 from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llama_mimi.common.errors import UserError
+from llama_mimi.common.files import share_weights
 from llama_mimi.model.llama import LlamaMimiArgs
 
 # Entries of a configuration that say the shape of a network, a Llama's or one of CSM's two.
@@ -103,8 +104,10 @@ def save_folder(folder: Path, model: PreTrainedModel | PreTrainedConfig, tokeniz
     """Write a model, or its configuration alone, and its tokenizer, for transformers 4.x as well as 5.x.
 
     5.x reads what 4.x writes, but not the other way round. 4.x takes ``rope_theta`` and ``rope_scaling`` (10,000 and no
-    scaling where they lack: `LlamaConfig` of 4.56.2) and, before 4.56, ``torch_dtype``; it has no ``TokenizersBackend``
-    and wants a dict of ``extra_special_tokens`` (`PreTrainedTokenizerBase.__init__` of 4.56.2).
+    scaling where they lack: `LlamaConfig` of 4.56.2) and, before 4.56, ``torch_dtype``; its CSM refuses
+    ``tie_word_embeddings``, which 5.x derives from ``tie_codebooks_embeddings``. It has no ``TokenizersBackend``, wants
+    a dict of ``extra_special_tokens``, and without ``model_input_names`` a tokenizer returns ``token_type_ids``, which
+    Llama refuses (`PreTrainedTokenizerBase.__init__` of 4.56.2).
     """
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -118,16 +121,20 @@ def save_folder(folder: Path, model: PreTrainedModel | PreTrainedConfig, tokeniz
         network["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
     if "dtype" in config:
         config["torch_dtype"] = config["dtype"]
+    if config["model_type"] == "csm":
+        config["tie_word_embeddings"] = False
 
     tokens = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     if tokens["tokenizer_class"] == "TokenizersBackend":
         tokens["tokenizer_class"] = "PreTrainedTokenizerFast"  # its name in 4.x, and an alias in 5.x
+    tokens["model_input_names"] = ["input_ids", "attention_mask"]
     if isinstance(tokens.get("extra_special_tokens"), list):
         tokens["additional_special_tokens"] = tokens.pop("extra_special_tokens")
 
     for name, content in (("config.json", config), ("tokenizer_config.json", tokens)):
         text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
         (folder / name).write_text(text + "\n", encoding="utf-8")
+    share_weights(folder)
 
 
 class LlamaMimiStateDictAdapter(Llama3StateDictAdapter):

@@ -6,5 +6,9 @@ class UserError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says, for a sentence of ours; its kind where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """Return the first line of another library's error for a sentence of ours, or its type if it has no message.
+
+    A line that ends with a colon is followed by the next one, which names the cause.
+    """
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(line.strip() for line in lines[: 1 + lines[0].endswith(":")]).rstrip(".")

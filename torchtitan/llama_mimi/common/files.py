@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from glob import escape, glob
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -157,3 +158,9 @@ def write_atomically(folder: str, name: str, content: bytes) -> None:
             f"'{folder}/{name}' could not be written ({error.strerror or error}); make room or mend the folder and "
             "start again: what is finished is kept"
         ) from error
+
+
+def share_weights(folder: Path) -> None:
+    """Give the weights in a folder the mode of its ``config.json``; safetensors writes them for their owner alone."""
+    for path in folder.glob("*.safetensors"):
+        path.chmod((folder / "config.json").stat().st_mode)

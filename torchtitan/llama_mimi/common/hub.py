@@ -1,44 +1,127 @@
 """Loading configurations, tokenizers and weights from a folder or the hub, with errors users can act on."""
 
 import hashlib
+import logging
+import re
+from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub import snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 
 from llama_mimi.common.errors import UserError, first_line
 
 
-def load_pretrained(cls: Any, name: str, *, what: str, allow_torch_weights: bool = False, **kwargs: Any) -> Any:
-    """``cls.from_pretrained(name)``, refusing pickled weights and remote code.
+def load_pretrained(
+    cls: Any,
+    name: str,
+    *,
+    what: str,
+    allow_torch_weights: bool = False,
+    without_effect: str = "(?!)",
+    **kwargs: Any,
+) -> Any:
+    """Load ``cls.from_pretrained(name)`` without pickled weights and without code from the folder.
+
+    A model (``dtype`` is given) must have exactly the tensors of its class, in their shapes. transformers draws
+    missing ones at random and drops unexpected ones with no more than a warning. Exempt are tied weights, keys that the
+    class itself exempts, and buffers that older versions saved.
 
     Args:
         cls: a `transformers` class.
         name: hub id or folder.
         what: what is being loaded ("codec", "model", "tokenizer"), for the message.
         allow_torch_weights: take ``.bin`` files where there are no safetensors; PyTorch reads weights alone from them.
+        without_effect: regular expression of further tensors that may be missing or unexpected.
 
     Raises:
-        UserError: the folder or hub model is missing, gated, unreachable, or not of this kind.
+        UserError: the folder or hub model is missing, gated, unreachable, damaged, or not of this kind.
     """
-    if Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        if not Path(name).expanduser().is_dir():
-            raise UserError(f"the {what} folder '{name}' does not exist; check the path or name a hub id (owner/name)")
-    if Path(name).is_dir() and not any((Path(name) / f).is_file() for f in ("config.json", "tokenizer_config.json")):
-        raise UserError(f"'{name}' holds no {what} (no config.json in it); name a Hugging Face model folder")
-    if "dtype" in kwargs:  # a model, not a configuration or tokenizer
-        kwargs["use_safetensors"] = None if allow_torch_weights else True
+    _check_name(name, what)
+    is_model = "dtype" in kwargs
+    if is_model:
+        kwargs |= {"use_safetensors": None if allow_torch_weights else True}
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        return cls.from_pretrained(name, **kwargs)
-    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
+        with _without_load_report():
+            loaded = cls.from_pretrained(name, trust_remote_code=False, **kwargs)
+    except Exception as error:  # damaged files raise whatever their parser does
         if Path(name).is_dir():
-            raise UserError(f"the {what} in '{name}' could not be loaded: {first_line(error)}") from error
+            raise UserError(
+                f"the {what} in '{name}' could not be loaded: {first_line(error)}; copy the folder again or name "
+                f"another {what}"
+            ) from error
         raise UserError(
-            f"the {what} '{name}' could not be loaded from the Hugging Face Hub ({first_line(error)}); if it is gated, "
-            f"accept its licence on its page and run `hf auth login`; without a network, download it elsewhere with "
-            f"`hf download {name} --local-dir FOLDER` and name that folder"
+            f"the folder '{name}' does not exist, and the {what} could not be loaded from the Hugging Face Hub "
+            f"({first_line(error)}); check the path; if the hub's model is gated, accept its licence on its page and "
+            f"run `hf auth login`; without a network, download it elsewhere with `hf download {name} --local-dir "
+            "FOLDER` and name that folder"
         ) from error
+    if not is_model:
+        return loaded
+    model, info = loaded
+    _check_tensors(model, info, name, what, without_effect)
+    return model
+
+
+def _check_name(name: str, what: str) -> None:
+    """Refuse a folder that does not exist, or has no model, before the hub is asked."""
+    path = Path(name)
+    if path.is_dir():
+        if not any((path / file).is_file() for file in ("config.json", "tokenizer_config.json")):
+            raise UserError(f"'{name}' holds no {what} (no config.json in it); name a Hugging Face model folder")
+        return
+    missing = f"the {what} folder '{name}' does not exist; check the path or "
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise UserError(f"{missing}name a hub id (owner/name)")
+    if path.parent.is_dir() and not _is_cached(name):  # most likely a typo in the name of a local folder
+        raise UserError(f"{missing}fetch the hub's model of that name with `hf download {name}`")
+
+
+def _is_cached(hub_id: str) -> bool:
+    try:
+        return isinstance(try_to_load_from_cache(hub_id, "config.json"), str)
+    except HFValidationError:
+        return False
+
+
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Silence the table of missing and unexpected tensors, which `_check_tensors` reports in one sentence."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    was_disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = was_disabled
+
+
+def _check_tensors(model: Any, info: Mapping[str, Any], name: str, what: str, without_effect: str) -> None:
+    exempt = re.compile(without_effect)
+    missing = {key for key in info["missing_keys"] if not exempt.search(key)}
+    unexpected = {key for key in info["unexpected_keys"] if not exempt.search(key)}
+    unexpected -= {buffer for buffer, _ in model.named_buffers()}
+    reshaped = {key for key, *_ in info["mismatched_keys"]}
+    require_no_difference(missing, unexpected, reshaped, f"'{name}' is not a whole {what}", type(model).__name__)
+
+
+def require_no_difference(
+    missing: Set[str], unexpected: Set[str], reshaped: Set[str], problem: str, model: str
+) -> None:
+    """Refuse weights that differ from those of a model, by names of tensors.
+
+    Raises:
+        UserError: ``problem``, with the number and the first name of each kind of difference.
+    """
+    found = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
+    parts = [f"{len(keys)} {kind}, first '{min(keys)}'" for kind, keys in found.items() if keys]
+    if parts:
+        raise UserError(
+            f"{problem}: its tensors are not those of the {model} in its config.json ({'; '.join(parts)}); copy or "
+            "convert the folder again, or name another"
+        )
 
 
 def weights_sha256(name: str) -> str:

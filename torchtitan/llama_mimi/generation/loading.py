@@ -3,7 +3,7 @@
 import torch
 from transformers import AutoConfig, AutoTokenizer, CsmForConditionalGeneration, GenerationConfig, LlamaForCausalLM
 
-from llama_mimi.audio.mimi import DEFAULT_CODEC, CodecAttention, MimiCodec, attention_of
+from llama_mimi.audio.mimi import DEFAULT_CODEC, CodecAttention, MimiCodec, attention_of, local_codec
 from llama_mimi.common.cpu import available_device
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.hub import load_pretrained
@@ -32,8 +32,8 @@ def load_speech_model(
 
     Args:
         model_name: hub id or folder.
-        codec_name: hub id or folder of its codec; None takes what the checkpoint names, else ``kyutai/mimi``, which
-            all released checkpoints use without naming it.
+        codec_name: hub id or folder of its codec; None takes what the checkpoint names (`local_codec`), else
+            ``kyutai/mimi``, which all released checkpoints use without naming it.
         attention: of the codec; None takes what the checkpoint was trained on (`llama_mimi.audio.mimi.attention_of`).
         device: torch device; None takes the accelerator where there is one.
         dtype: of the decoder. The codec always runs in float32.
@@ -61,7 +61,8 @@ def load_speech_model(
             f"the config of '{model_name}' has no num_quantizers, so it is no speech language model; "
             "convert a training checkpoint with scripts/convert_dcp_to_hf.py"
         )
-    codec_name = codec_name or getattr(decoder.config, "codec", None) or DEFAULT_CODEC
+    named = getattr(decoder.config, "codec", None) or DEFAULT_CODEC
+    codec_name = codec_name or local_codec(named, model_name) or named
     codec = MimiCodec(codec_name, num_quantizers, device, attention=attention or attention_of(decoder.config))
     tokenizer = load_pretrained(AutoTokenizer, model_name, what="tokenizer")
     sequences = SequenceBuilder(*extend_tokenizer(tokenizer, codec.codebook_size, num_quantizers))

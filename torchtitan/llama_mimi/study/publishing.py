@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from huggingface_hub import EvalResult, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from llama_mimi.audio.mimi import codec_hash
+from llama_mimi.audio.mimi import codec_hash, local_codec
 from llama_mimi.checkpoint.architectures import load_config
 from llama_mimi.checkpoint.conversion import TRAINING_CONFIG
 from llama_mimi.common.errors import UserError, first_line
@@ -22,6 +23,9 @@ from llama_mimi.judging.table import column_of
 from llama_mimi.study.registry import INDEX
 
 CARD = "README.md"
+CONFIGS = ("config.json", TRAINING_CONFIG)
+# The folders of an absolute path, in JSON or in the card: they belong to this machine and are not uploaded.
+ABSOLUTE_FOLDERS = re.compile(r"""([`",]|[,|] )/[^`",|\n]*/""")
 PRESETS = ("official", "original")  # whose accuracies stand in the card's metadata, too
 # Settings that a card names, and what it calls them.
 SETTINGS = {
@@ -76,16 +80,21 @@ def publish(options: PublishingOptions) -> None:
         raise UserError(f"--repo is '{options.repo}', which is no owner/name ({first_line(error)})") from error
     if options.repo.count("/") != 1:
         raise UserError(f"--repo is '{options.repo}'; name it as owner/name")
-    card = write_card(options)
-    files = sorted(path for path in options.model_name.iterdir() if path.is_file() and path.name != CARD)
+    texts = {CARD: write_card(options)}
+    for name in CONFIGS:
+        if (options.model_name / name).is_file():
+            texts[name] = (options.model_name / name).read_text()
+    texts = {name: ABSOLUTE_FOLDERS.sub(r"\1", text) for name, text in texts.items()}
+    files = sorted(path for path in options.model_name.iterdir() if path.is_file() and path.name not in texts)
     if options.dry_run is not None:
-        return _write(options.dry_run, files, card)
+        return _write(options.dry_run, files, texts)
     api = HfApi()
     try:
         api.create_repo(options.repo, private=options.private, exist_ok=True)
         names = [path.name for path in files]
         api.upload_folder(repo_id=options.repo, folder_path=options.model_name, allow_patterns=names)
-        api.upload_file(repo_id=options.repo, path_or_fileobj=card.encode(), path_in_repo=CARD)
+        for name, text in texts.items():
+            api.upload_file(repo_id=options.repo, path_or_fileobj=text.encode(), path_in_repo=name)
     except (OSError, HfHubHTTPError) as error:  # no network and no login are of the first kind
         raise UserError(
             f"'{options.model_name}' could not be uploaded to '{options.repo}' ({first_line(error)}); log in with "
@@ -94,13 +103,14 @@ def publish(options: PublishingOptions) -> None:
     print(f"{options.model_name} -> https://huggingface.co/{options.repo}")
 
 
-def _write(folder: Path, files: Sequence[Path], card: str) -> None:
+def _write(folder: Path, files: Sequence[Path], texts: Mapping[str, str]) -> None:
     if folder.exists():
         raise UserError(f"--dry_run is '{folder}', which exists; name a new folder")
     folder.mkdir(parents=True)
     for path in files:
         shutil.copyfile(path, folder / path.name)
-    (folder / CARD).write_text(card)
+    for name, text in texts.items():
+        (folder / name).write_text(text)
     names = ", ".join(sorted(os.listdir(folder)))
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(f"would be uploaded: {names}; {size / 1e6:,.1f} MB, as they lie in {folder}")
@@ -116,13 +126,14 @@ def write_card(options: PublishingOptions) -> str:
     if not (model / CARD).is_file() or not list(model.glob("*.safetensors")):
         raise UserError(f"'{model}' is no converted model; make one with scripts/convert_dcp_to_hf.py")
     config, _ = load_config(str(model), "model")
+    codec = local_codec(config.codec, model) or config.codec
     sha256 = weights_sha256(str(model))
     reports, lines = _results_of(sha256, options.results)
     print(f"{len(reports)} results and {len(lines)} runs of studies are of these weights")
     card = ModelCard.load(model / CARD)
     card.data.model_name = options.repo.split("/")[1]
     card.data.license, card.data.base_model = options.license, options.base_model
-    facts = {"weights (SHA-256)": f"`{sha256}`", "weights of the codec (SHA-256)": f"`{codec_hash(config.codec)}`"}
+    facts = {"weights (SHA-256)": f"`{sha256}`", "weights of the codec (SHA-256)": f"`{codec_hash(codec)}`"}
     facts |= _training(model)
     if lines:
         facts |= {"data (SHA-256)": f"`{lines[0]['data_sha256']}`", "training FLOPs": f"{lines[0]['flops']:.3g}"}
@@ -178,14 +189,8 @@ def _training(model: Path) -> dict[str, str]:
     for key, name in SETTINGS.items():
         section, _, setting = key.partition(".")
         if (value := config.get(section, {}).get(setting)) is not None:
-            found[name] = _without_folders(value) if key == "training.dataset" else str(value)
+            found[name] = str(value)
     return found
-
-
-def _without_folders(dataset: str) -> str:
-    """Names of corpora; of those with a whole path the last part alone, as the others are of the machine."""
-    parts = (Path(part.strip()) for part in dataset.split(","))
-    return ", ".join(part.name if part.is_absolute() else str(part) for part in parts)
 
 
 def _results_of(sha256: str, folders: Sequence[Path]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig
 
 from llama_mimi.audio.mimi import attention_of, load_codec_config, whole_frames
-from llama_mimi.checkpoint.architectures import load_config
+from llama_mimi.checkpoint.architectures import check_initial_weights, load_config
 from llama_mimi.checkpoint.dcp import complete_steps, has_loader_position, is_distributed
 from llama_mimi.checkpoint.huggingface import NETWORK_KEYS, hf_config
 from llama_mimi.checkpoint.run_record import ASSETS_FOLDER, speech_config
@@ -115,9 +115,10 @@ def _check_model(job_config: Any) -> None:
             f"codec.attention is '{codec.attention}'; set it to '{attention_of(base)}'"
         )
     if job_config.checkpoint.initial_load_in_hf:
-        if not list(Path(model.hf_assets_path).glob("*.safetensors")):
+        weights = job_config.checkpoint.initial_load_path or model.hf_assets_path
+        if not list(Path(weights).glob("*.safetensors")):
             raise UserError(
-                f"'{model.hf_assets_path}' holds no *.safetensors weights; prepare it without --random_weights, or "
+                f"'{weights}' holds no *.safetensors weights; prepare it without --random_weights, or "
                 "start from random weights with --checkpoint.no-initial_load_in_hf"
             )
         if base.vocab_size != sequences.vocabulary.size:
@@ -127,6 +128,8 @@ def _check_model(job_config: Any) -> None:
                 "quantizers; prepare it by scripts/prepare_base_model.py with "
                 f"--vocabulary {model.vocabulary} and name the result as model.hf_assets_path"
             )
+        args.update_from_config(job_config)
+        check_initial_weights(weights, args)
     folder = Path(job_config.job.dump_folder)
     if (folder / job_config.checkpoint.folder).is_dir() and (folder / ASSETS_FOLDER).is_dir():
         args.update_from_config(job_config)
