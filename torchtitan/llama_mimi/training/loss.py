@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torchtitan.tools.utils import device_type
 
 from llama_mimi.common.errors import UserError
 from llama_mimi.model.cross_entropy import PendingLogits, Targets, chunk_losses, cross_entropy, unit_targets
@@ -20,12 +21,15 @@ class LevelMeter:
 
     def __init__(self) -> None:
         self._sums: torch.Tensor | None = None
+        self._step_sums: torch.Tensor | None = None
 
     def add(self, losses_N: torch.Tensor, rows_N: torch.Tensor, num_rows: int) -> None:
         """Add losses (N,), each to its row (N,); what is in row ``num_rows`` is not recorded."""
         sums = torch.zeros(2, num_rows + 1, device=losses_N.device, dtype=torch.float64)
         sums[0].index_add_(0, rows_N, losses_N.double())
         sums[1].index_add_(0, rows_N, torch.ones_like(losses_N, dtype=torch.float64))
+        of_step = sums.sum(dim=1)
+        self._step_sums = of_step if self._step_sums is None else self._step_sums + of_step
         sums = sums[:, :num_rows]
         self._sums = sums if self._sums is None else self._sums + sums
 
@@ -33,6 +37,11 @@ class LevelMeter:
         """This rank's sums (2, Q + 1), loss then count, and start anew; None if nothing was added."""
         sums, self._sums = self._sums, None
         return sums
+
+    def take_step(self) -> torch.Tensor:
+        """Return this rank's sum of losses and number of targets (2,) since the last call, over all levels."""
+        sums, self._step_sums = self._step_sums, None
+        return torch.zeros(2, device=device_type, dtype=torch.float64) if sums is None else sums
 
 
 def reduce_sums(sums: torch.Tensor, mesh: DeviceMesh | None) -> torch.Tensor:
