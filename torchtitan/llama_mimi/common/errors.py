@@ -19,9 +19,12 @@ def report(error: UserError) -> None:
     if path := os.environ.get(RANK_ERROR_FILE):
         # Torchrun prints the earliest failure last. The ranks that it ends fail within the same second.
         extra = {"py_callstack": f"\n{sentence}", "timestamp": str(int(time.time()) - 1)}
-        Path(path).write_text(json.dumps({"message": {"message": sentence, "extraInfo": extra}}))
-    else:
-        print(sentence, file=sys.stderr)
+        try:
+            Path(path).write_text(json.dumps({"message": {"message": sentence, "extraInfo": extra}}))
+            return
+        except OSError:
+            pass  # such as a full disk
+    print(sentence, file=sys.stderr)
 
 
 def first_line(error: BaseException) -> str:

@@ -48,7 +48,7 @@ def _check_values(job_config: Any) -> None:
     }.items():
         if value <= 0:
             raise UserError(f"{key} is {value}; it must be positive")
-    if not training.max_norm > 0:  # nor is NaN
+    if not training.max_norm > 0:  # also refuses NaN
         raise UserError(f"training.max_norm is {training.max_norm}; set a positive number, or inf for no clipping")
     optimizer, schedule = job_config.optimizer, job_config.lr_scheduler
     for key, number, limit in (

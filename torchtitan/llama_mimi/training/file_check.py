@@ -166,7 +166,8 @@ def _check_resume(job_config: Any) -> None:
     # From step 0, a seed checkpoint, TorchTitan loads the weights alone, so that no position is needed.
     if number and "dataloader" not in settings.exclude_from_loading and not has_loader_position(step):
         raise UserError(f"'{step}' holds weights only, no position in the data, and cannot be resumed; {instead}")
-    check_changes(job_config)
+    if number:
+        check_changes(job_config)
     if number >= job_config.training.steps:
         logger.warning(
             f"the run has reached step {number} of {job_config.training.steps}, so nothing is left to train; set a "

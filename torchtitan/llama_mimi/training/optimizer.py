@@ -57,10 +57,10 @@ def check_changes(job_config: Any) -> None:
         return
     changed = {key: (earlier[key], now[key]) for key in now.keys() & earlier.keys() if earlier[key] != now[key]}
     for key in FIXED:
-        if key in changed:
+        if key in changed and "optimizer" not in job_config.checkpoint.exclude_from_loading:
             raise UserError(
-                f"{key} is {now[key]!r}, but the run in '{folder}' has {earlier[key]!r}; set that, or choose another "
-                "job.dump_folder with checkpoint.initial_load_path"
+                f"{key} is {now[key]!r}, but the run in '{folder}' has {earlier[key]!r}; set that, or start with new "
+                "moments by --checkpoint.exclude_from_loading optimizer"
             )
     if changed:
         logger.warning("changed settings: " + ", ".join(f"{key} {a} -> {b}" for key, (a, b) in sorted(changed.items())))
