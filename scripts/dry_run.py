@@ -37,6 +37,7 @@ from torch.distributed._tools.mem_tracker import MemTracker  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 from torch.distributed.tensor._sharding_prop import ShardingPropagator  # noqa: E402
 from torch.nn.attention import SDPBackend  # noqa: E402
+from torchtitan.components.optimizer import build_optimizers  # noqa: E402
 from torchtitan.config import TORCH_DTYPE_MAP  # noqa: E402
 from torchtitan.distributed import ParallelDims  # noqa: E402
 from torchtitan.distributed import utils as dist_utils  # noqa: E402
@@ -233,7 +234,8 @@ def make_batch(job_config: Any) -> tuple[torch.Tensor, torch.Tensor, dict[str, A
 def build_states(job_config: Any, parallel_dims: ParallelDims, model: nn.Module) -> tuple[Any, dict[str, int]]:
     """Allocate the model, build an optimizer with its states as after a first step, and count the bytes of each."""
     model.to_empty(device=DEVICE)
-    optimizers = get_train_spec(job_config.model.name).build_optimizers_fn([model], job_config.optimizer, parallel_dims)
+    # Not those of the train spec, which look at the numbers in gradients.
+    optimizers = build_optimizers([model], job_config.optimizer, parallel_dims)
     parameters = list(model.parameters())
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)

@@ -92,6 +92,7 @@ def _be_rank(environment: dict[str, str], command: list[str], log: str, set_up: 
     import torchtitan.train
 
     from llama_mimi import train
+    from llama_mimi.common.command_line import run_cli
     from llama_mimi.common.ranks import end_with_parent
 
     end_with_parent()  # the server, which ends with the tests
@@ -101,7 +102,7 @@ def _be_rank(environment: dict[str, str], command: list[str], log: str, set_up: 
         set_up()
     if command[:2] == ["-m", "llama_mimi.train"]:
         sys.argv = command[1:]
-        train.main()
+        run_cli(train.main)
     else:
         sys.argv = command
         sys.path.insert(0, str(Path(command[0]).parent))

@@ -18,21 +18,21 @@ from hypothesis import strategies as st
 
 from llama_mimi.common.batching import map_ahead
 from llama_mimi.common.errors import UserError
-from llama_mimi.data.build import build_validation_dataloader
+from llama_mimi.data.build import build_dataloader, build_validation_dataloader
 from llama_mimi.data.clip_readers import AudioClip, AudioReader, SkippedClip
 from llama_mimi.data.clips import ClipStream
 from llama_mimi.data.corpora import open_corpus
 from llama_mimi.data.dataloader import DataMeter, UnitDataLoader
 from llama_mimi.data.order import RowsInOrder, ShuffledOrder
 from llama_mimi.data.packing import BatchPacker
-from llama_mimi.tokens.sequences import IGNORE_INDEX
+from llama_mimi.tokens.sequences import IGNORE_INDEX, load_sequences
 from llama_mimi.training.config_file import parse_config
 
 RATE = 24_000
 GOOD = object()
 
 
-def write_corpus(folder, contents, num_files=3, rows_per_group=4):
+def write_corpus(folder, contents, num_files=3, rows_per_group=4, texts=None):
     """Parquet files of short clips; a content is GOOD, bytes, or None. Names are clip-000, clip-001, ..."""
     path = folder / "clip.wav"
     soundfile.write(path, torch.zeros(2000).numpy(), RATE)
@@ -40,7 +40,7 @@ def write_corpus(folder, contents, num_files=3, rows_per_group=4):
         {
             "id": f"clip-{i:03}",
             "audio": {"bytes": path.read_bytes() if content is GOOD else content, "path": None},
-            "text": f"text {i}",
+            "text": texts[i] if texts else f"text {i}",
         }
         for i, content in enumerate(contents)
     ]
@@ -130,6 +130,24 @@ def test_training_stops_at_too_large_a_share(tmp_path, codec, sequences, num_bad
     else:
         for _ in range(48):
             next(batches)
+
+
+@pytest.mark.parametrize("packing", ["pad", "pack"])
+@pytest.mark.parametrize("architecture", ["flattened", "hierarchical"])
+def test_a_text_that_leaves_no_room_for_audio_is_skipped(tmp_path, caplog, monkeypatch, architecture, packing):
+    monkeypatch.chdir(ROOT)
+    corpus = write_corpus(tmp_path, [GOOD] * 4, num_files=1, texts=["the doctor", "the doctor " * 200] * 2)
+    settings = {"data.task": "tts", "model.architecture": architecture, "data.packing": packing}
+    settings |= {"training.dataset": corpus, "validation.dataset": corpus, "data.max_bad_share": 1}
+    flags = [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
+    job_config = parse_config(["--job.config_file", "config/tiny.toml", *flags])
+    builder = load_sequences(str(TINY / "llama"), str(TINY / "mimi"), 4, "llama", architecture)
+    for build in (build_dataloader, build_validation_dataloader):
+        caplog.clear()
+        loader = build(1, 0, builder, job_config)
+        _, labels = next(iter(loader))
+        assert (labels != IGNORE_INDEX).flatten(1).any(dim=1).sum() == 2
+        assert "skipped clip 1 (text too long): 'clip-00" in caplog.text and "tokens with BOS" in caplog.text
 
 
 def test_a_corpus_without_a_usable_clip_ends(tmp_path, codec, sequences):

@@ -9,6 +9,10 @@ import sys
 
 import pytest
 from conftest import ROOT, TINY, run_here
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from llama_mimi.common.command_line import run_cli
+from llama_mimi.common.errors import UserError
 
 INTERNAL = {"audited_training", "measuring"}  # started by other commands, with their own arguments
 COMMANDS = [
@@ -42,6 +46,22 @@ def test_a_script_finds_what_it_imports(module):
     code = f"import sys; sys.path.insert(0, {str(folder)!r}); import {name}"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
     assert not done.returncode, done.stderr
+
+
+def test_an_error_stands_once_and_last_in_what_torchrun_prints(tmp_path, monkeypatch, capsys):
+    """Rank 1 fails, and torchrun ends rank 0 because of that."""
+
+    def command():
+        raise UserError("x is 1; set 2")
+
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    with pytest.raises(SystemExit) as end:
+        run_cli(command)
+    ended = ProcessFailure(local_rank=0, pid=1, exitcode=-15, error_file="")
+    failed = ProcessFailure(local_rank=1, pid=2, exitcode=end.value.code, error_file=str(tmp_path / "error.json"))
+    printed = str(ChildFailedError("command", {0: ended, 1: failed}))
+    assert printed.splitlines()[-2:] == ["  error: x is 1; set 2", "=" * 60]
+    assert printed.count("x is 1") == 1 and not capsys.readouterr().err
 
 
 def test_the_flags_of_a_function(tmp_path):

@@ -29,6 +29,7 @@ from llama_mimi.model.llama import FLAVORS
 from llama_mimi.tokens.sequences import load_sequences
 from llama_mimi.training.config_file import RELEASED_KEYS, parse_config
 from llama_mimi.training.file_check import check_files
+from llama_mimi.training.optimizer import save_settings
 from llama_mimi.training.preparation import prepare_run
 
 UNTIED_PIPELINE = ["--model.flavor", "8B", "--parallelism.pipeline_parallel_degree", "2"]
@@ -134,6 +135,12 @@ def tiny_with(*flags):
         (["--parallelism.data_parallel_replicate_degree", "2"], "DDP"),
         (["--parallelism.tensor_parallel_degree", "4"], "do not split"),
         (["--parallelism.context_parallel_degree", "2"], "needs GPUs"),
+        (["--training.max_norm", "-1"], "training.max_norm is -1.0; set a positive number, or inf"),
+        (["--training.max_norm", "0"], "training.max_norm is 0.0; set a positive number, or inf"),
+        (["--training.max_norm", "nan"], "training.max_norm is nan; set a positive number, or inf"),
+        (["--optimizer.lr", "nan"], "optimizer.lr is nan; set a finite number of at least 0"),
+        (["--optimizer.beta2", "1"], "optimizer.beta2 is 1.0; set a finite number of at least 0 and below 1"),
+        (["--lr_scheduler.min_lr_factor", "-1"], "lr_scheduler.min_lr_factor is -1.0; set a finite"),
         (["--parallelism.tensor_parallel_degree", "0"], "must be positive"),
         (["--metrics.log_freq", "0"], "must be positive"),
         (["--validation.seq_len", "512"], "more than training.seq_len"),
@@ -340,6 +347,23 @@ def test_a_config_needs_no_custom_modules(tmp_path, monkeypatch):
     path.write_text("\n".join(line for line in lines if not line.startswith("custom_")))
     job_config = checked_config(["--job.config_file", str(path), "--job.dump_folder", str(tmp_path / "run")])
     assert job_config.codec.name == "assets/tiny/mimi"
+
+
+def test_changed_settings_of_the_optimizer_are_named_on_resume(tmp_path, monkeypatch, caplog):
+    """And a run that has no steps left says so."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    flags = tiny_with("--job.dump_folder", str(tmp_path))
+    save_loader_position(tmp_path, checked_config(flags), has_position=True)
+    save_settings(checked_config(flags))
+    caplog.clear()
+    checked_config(flags)
+    assert not caplog.text
+    checked_config([*flags, "--optimizer.lr", "1e-12", "--training.steps", "5"])
+    assert "changed settings: optimizer.lr 0.003 -> 1e-12, training.steps 420 -> 5" in caplog.text
+    assert "the run has reached step 5 of 5, so nothing is left to train" in caplog.text
+    with pytest.raises(UserError, match="optimizer.name is 'Adam', but the run in .* has 'AdamW'"):
+        checked_config([*flags, "--optimizer.name", "Adam"])
 
 
 def save_loader_position(folder, job_config, has_position, **changes):

@@ -12,6 +12,7 @@ from llama_mimi.data.dataloader import DataMeter
 from llama_mimi.training.config_file import parse_config
 from llama_mimi.training.loss import LevelMeter
 from llama_mimi.training.metrics import SpeechMetrics
+from llama_mimi.training.step_guard import StepGuard
 
 
 @pytest.mark.parametrize(
@@ -43,12 +44,14 @@ def test_mfu_is_that_of_a_known_card(card, peak, monkeypatch, tmp_path):
         SimpleNamespace(world_size=1, pp_enabled=False, get_optional_mesh=lambda name: None),
         train_meter=meter,
         validation_meter=LevelMeter(),
+        guard=StepGuard(meter),
         data_meter=(data_meter := DataMeter(codec_seconds=2.0, num_clips=3, num_frames=45_000)),
         level_shares=[1.0] * 4,
         frame_rate_hz=12.5,
     )
     logged = {}
     metrics.logger = SimpleNamespace(log=lambda values, step: logged.update(values))
+    metrics.model_parts = []
     metrics.num_flops_per_token = 1_000_000
     assert metrics.should_log(1)
     levels_N = torch.tensor([0, 1, 2, 3] * 24 + [4] * 4)  # 24 frames, four clips that end

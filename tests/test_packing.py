@@ -87,6 +87,16 @@ def test_text_stays_with_its_audio(sequences):
     assert units[0] == 40 and units[1] == 48 and units[3] == 20 and 80 < units[2] < 100
 
 
+@pytest.mark.parametrize("is_packed", [True, False])
+def test_a_row_has_room_for_a_frame_behind_a_text(sequences, is_packed):
+    length = len(sequences.head("the doctor"))
+    for seq_len, has_room in ((length + 3, True), (length + 2, False)):
+        rows = packer(sequences, 1, seq_len, is_packed)
+        assert (rows.no_room("the doctor") is None) == has_room
+        ((_, labels_BL),) = fill(rows, [(codes(2), False, "the doctor")])
+        assert int((labels_BL != IGNORE_INDEX).sum()) == (4 if has_room else 3)
+
+
 def test_padded_rows_hold_one_clip(sequences):
     vocabulary = sequences.vocabulary
     clips = [(codes(length), False, None) for length in (3, 9, 1)]

@@ -163,6 +163,7 @@ def test_a_run_goes_on_on_other_ranks(golden_run, tmp_path):
         shutil.rmtree(folder / "tb")
         resumed = train(nproc, folder, training__steps=steps, lr_scheduler__total_steps=420)
         assert resumed.keys() == set(range(21, steps + 1)) and max(resumed.values()) < 7.2
+        assert sorted(path.name for path in (folder / "checkpoint").iterdir()) == ["step-20", f"step-{steps}"]
         # A rank takes two clips a step; 20 steps of two ranks were before.
         assert losses(folder, "data/clips_seen") == {step: 80 + 2 * nproc * (step - 20) for step in resumed}
 

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from measuring import DEVICE
 from simulated import random_clips, speech_lengths, write_codes
 from torchtitan.components.loss import build_cross_entropy_loss
+from torchtitan.components.optimizer import build_optimizers
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs, parallelize_llama
 from torchtitan.protocols.train_spec import get_train_spec, register_train_spec
 from transformers import CsmForConditionalGeneration, LlamaForCausalLM, MimiConfig
@@ -156,6 +157,7 @@ def register_stock(shape: str, job_config: Any) -> None:
         model_cls=Transformer,
         model_args={shape: stock},
         parallelize_fn=parallelize_llama,
+        build_optimizers_fn=build_optimizers,
         build_loss_fn=build_cross_entropy_loss,
         build_metrics_processor_fn=None,
     )

@@ -31,6 +31,11 @@ class SpeechTrainer(Trainer):
             self.loss_fn.pipeline_scale = 1 / global_valid_tokens
         return super().forward_backward_step(global_valid_tokens=global_valid_tokens, **batch)
 
+    def train(self) -> None:
+        super().train()
+        if self.job_config.checkpoint.enable and not self.job_config.checkpoint.load_only:
+            self.checkpointer._purge_stale_checkpoints()  # TorchTitan does not after the last save
+
 
 def main() -> None:
     end_with_torchrun()

@@ -4,15 +4,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torchtitan.components.lr_scheduler import build_lr_schedulers
-from torchtitan.components.optimizer import build_optimizers
+from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.distributed import ParallelDims
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 
 from llama_mimi.audio.mimi import load_codec_config
 from llama_mimi.checkpoint.architectures import state_dict_adapter
 from llama_mimi.checkpoint.run_record import save_run_record, speech_config
-from llama_mimi.common.command_line import run_cli
+from llama_mimi.common.command_line import report_uncaught, run_cli
 from llama_mimi.common.ranks import end_with_torchrun, first_reports
 from llama_mimi.data.build import build_dataloader
 from llama_mimi.data.dataloader import DataMeter
@@ -21,12 +20,15 @@ from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs, pipeline
 from llama_mimi.tokens.sequences import SequenceBuilder, load_sequences
 from llama_mimi.training.loss import LevelMeter, UnitLoss, level_weights
 from llama_mimi.training.metrics import SpeechMetrics
+from llama_mimi.training.optimizer import SpeechSchedulers, build_speech_optimizers, save_settings
 from llama_mimi.training.preparation import prepare_run
+from llama_mimi.training.step_guard import StepGuard
 from llama_mimi.training.validator import SpeechValidator
 
 # TorchTitan builds metrics apart from losses and loader; these meters connect them.
 _train_meter, _validation_meter = LevelMeter(), LevelMeter()
 _data_meter = DataMeter()
+_guard = StepGuard(_train_meter)
 
 
 def build_tokenizer(job_config: Any) -> SequenceBuilder:
@@ -35,6 +37,7 @@ def build_tokenizer(job_config: Any) -> SequenceBuilder:
     Its own entry point knows nothing of `UserError`, nor that ranks should end with torchrun.
     """
     end_with_torchrun()
+    report_uncaught()
 
     def prepare() -> None:
         with first_reports():
@@ -75,6 +78,12 @@ def build_validator(job_config: Any, **kwargs: Any) -> SpeechValidator:
     return SpeechValidator(job_config=job_config, **seams | {"loss_fn": loss_fn})
 
 
+def build_guarded_optimizers(*args: Any, **kwargs: Any) -> OptimizersContainer:
+    optimizers = build_speech_optimizers(*args, **kwargs)
+    optimizers.register_step_pre_hook(_guard.before_step)
+    return optimizers
+
+
 def build_metrics(job_config: Any, parallel_dims: ParallelDims, model_args: LlamaMimiArgs) -> SpeechMetrics:
     """The metrics of a run, and the record of its model beside them."""
     codec = job_config.codec
@@ -91,12 +100,15 @@ def build_metrics(job_config: Any, parallel_dims: ParallelDims, model_args: Llam
         max_audio_seconds=min(job_config.data.max_audio_seconds, row_seconds),
     )
     save_run_record(job_config.job.dump_folder, config, sequences)
+    if torch.distributed.get_rank() == 0:
+        save_settings(job_config)
     return SpeechMetrics(
         job_config,
         parallel_dims,
         train_meter=_train_meter,
         validation_meter=_validation_meter,
         data_meter=_data_meter,
+        guard=_guard,
         level_shares=_level_shares(job_config),
         frame_rate_hz=frame_rate_hz,
     )
@@ -109,8 +121,8 @@ register_train_spec(
         model_args=FLAVORS,
         parallelize_fn=parallelize,
         pipelining_fn=pipeline,
-        build_optimizers_fn=build_optimizers,
-        build_lr_schedulers_fn=build_lr_schedulers,
+        build_optimizers_fn=build_guarded_optimizers,
+        build_lr_schedulers_fn=SpeechSchedulers,
         build_dataloader_fn=partial(build_dataloader, meter=_data_meter),
         build_tokenizer_fn=build_tokenizer,
         build_loss_fn=build_loss,

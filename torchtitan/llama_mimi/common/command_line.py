@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from llama_mimi.common.errors import UserError
+from llama_mimi.common.errors import UserError, report
 
 Options = TypeVar("Options")
 
@@ -51,8 +51,18 @@ def run_cli(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        report(error)
         sys.exit(1)
+
+
+def report_uncaught() -> None:
+    """Let an uncaught `UserError` end the process with its sentence, for a program that does not use `run_cli`."""
+    others = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        report(error) if isinstance(error, UserError) else others(kind, error, trace)
+
+    sys.excepthook = hook
 
 
 def as_words(settings: Mapping[str, Any]) -> list[str]:

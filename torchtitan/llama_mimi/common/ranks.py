@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from llama_mimi.common.cpu import available_device
-from llama_mimi.common.errors import UserError, first_line
+from llama_mimi.common.errors import RANK_ERROR_FILE, UserError, first_line
 
 # At the end all ranks wait for the slowest.
 TIMEOUT = timedelta(days=7)
@@ -124,6 +124,8 @@ def first_reports() -> Iterator[None]:
         yield
     except UserError:
         if int(os.environ.get("RANK", 0)):
+            if path := os.environ.get(RANK_ERROR_FILE):  # TorchTitan may have written the traceback there
+                Path(path).unlink(missing_ok=True)
             time.sleep(SECONDS_BEFORE_OTHERS_REPORT)
         raise
 

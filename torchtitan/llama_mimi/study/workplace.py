@@ -142,7 +142,7 @@ class Workplace:
             if self.is_stopping.is_set():
                 raise Stopped  # by what ended the command, too
             said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-            errors = [line for line in said if line.startswith("error: ")] or said[-LAST_LINES:]
+            errors = [line.strip() for line in said if line.strip().startswith("error: ")] or said[-LAST_LINES:]
             raise StepFailed(step, " / ".join(errors)[-600:] or f"it ended with {done.returncode}")
 
 

@@ -48,6 +48,21 @@ def _check_values(job_config: Any) -> None:
     }.items():
         if value <= 0:
             raise UserError(f"{key} is {value}; it must be positive")
+    if not training.max_norm > 0:  # also refuses NaN
+        raise UserError(f"training.max_norm is {training.max_norm}; set a positive number, or inf for no clipping")
+    optimizer, schedule = job_config.optimizer, job_config.lr_scheduler
+    for key, number, limit in (
+        ("optimizer.lr", optimizer.lr, math.inf),
+        ("optimizer.beta1", optimizer.beta1, 1),
+        ("optimizer.beta2", optimizer.beta2, 1),
+        ("optimizer.eps", optimizer.eps, math.inf),
+        ("optimizer.weight_decay", optimizer.weight_decay, math.inf),
+        ("lr_scheduler.warmup_steps", schedule.warmup_steps, math.inf),
+        ("lr_scheduler.decay_ratio", schedule.decay_ratio or 0, math.inf),
+        ("lr_scheduler.min_lr_factor", schedule.min_lr_factor, math.inf),
+    ):
+        if not 0 <= number < limit:
+            raise UserError(f"{key} is {number}; set a finite number of at least 0" + " and below 1" * (limit == 1))
     if not math.isfinite(data.max_audio_seconds):
         raise UserError(f"data.max_audio_seconds is {data.max_audio_seconds}; it is a number of seconds")
     if (job_config.debug.seed or 0) < 0:

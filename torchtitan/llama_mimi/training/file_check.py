@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torchtitan.tools.logging import logger
 from transformers import LlamaConfig
 
 from llama_mimi.audio.mimi import attention_of, load_codec_config, whole_frames
@@ -20,6 +21,7 @@ from llama_mimi.data.corpus_files import check_corpus
 from llama_mimi.model.llama import FLAVORS
 from llama_mimi.tokens.sequences import load_sequences
 from llama_mimi.tokens.units import has_text
+from llama_mimi.training.optimizer import check_changes
 
 # What must agree between a flavour, a Hugging Face folder and an earlier run in the same dump_folder.
 SHAPE_KEYS = (*NETWORK_KEYS, "tie_word_embeddings")
@@ -167,6 +169,13 @@ def _check_resume(job_config: Any) -> None:
     # From step 0, a seed checkpoint, TorchTitan loads the weights alone, so that no position is needed.
     if number and "dataloader" not in settings.exclude_from_loading and not has_loader_position(step):
         raise UserError(f"'{step}' holds weights only, no position in the data, and cannot be resumed; {instead}")
+    if number:
+        check_changes(job_config)
+    if number >= job_config.training.steps:
+        logger.warning(
+            f"the run has reached step {number} of {job_config.training.steps}, so nothing is left to train; set a "
+            "higher --training.steps to continue"
+        )
 
 
 def _require_same(wanted: LlamaConfig, found: LlamaConfig, keys: tuple[str, ...], problem: str) -> None:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torchtitan.tools.utils import device_type
 
 from llama_mimi.common.errors import UserError
 from llama_mimi.model.cross_entropy import PendingLogits, Targets, chunk_losses, cross_entropy, unit_targets
@@ -20,6 +21,7 @@ class LevelMeter:
 
     def __init__(self) -> None:
         self._sums: torch.Tensor | None = None
+        self._step_sums: torch.Tensor | None = None
 
     def add(
         self, losses_N: torch.Tensor, admissible_N: torch.Tensor | float, rows_N: torch.Tensor, num_rows: int
@@ -33,6 +35,8 @@ class LevelMeter:
         sums = torch.zeros(3, num_rows + 1, device=losses_N.device, dtype=torch.float64)
         for row, values_N in zip(sums, (losses_N, 1.0, admissible_N), strict=True):
             row.index_add_(0, rows_N, values_N + torch.zeros_like(losses_N, dtype=torch.float64))
+        of_step = sums[:2].sum(dim=1)
+        self._step_sums = of_step if self._step_sums is None else self._step_sums + of_step
         sums = sums[:, :num_rows]
         self._sums = sums if self._sums is None else self._sums + sums
 
@@ -43,6 +47,11 @@ class LevelMeter:
         """
         sums, self._sums = self._sums, None
         return sums
+
+    def take_step(self) -> torch.Tensor:
+        """Return this rank's sum of losses and number of targets (2,) since the last call, over all levels."""
+        sums, self._step_sums = self._step_sums, None
+        return torch.zeros(2, device=device_type, dtype=torch.float64) if sums is None else sums
 
 
 def reduce_sums(sums: torch.Tensor, mesh: DeviceMesh | None) -> torch.Tensor:

@@ -16,6 +16,7 @@ from torchtitan.tools.utils import device_type
 
 from llama_mimi.data.dataloader import DataMeter
 from llama_mimi.training.loss import LevelMeter, reduce_sums
+from llama_mimi.training.step_guard import StepGuard
 
 # Dense bfloat16 FLOP/s of a card, by what its name has in it, from NVIDIA's and AMD's data sheets; the first that fits.
 # TorchTitan's own (`get_peak_flops`) takes cards that it does not know for an A100, and lspci's H800 for an H100.
@@ -43,6 +44,7 @@ class SpeechMetrics(MetricsProcessor):
     Args:
         train_meter, validation_meter: filled by the losses of training and validation.
         data_meter: filled by the loader of training.
+        guard: stops the run at a step that is not finite.
         level_shares: of the frames in which each of the Q levels has targets.
         frame_rate_hz: of the codec; level-0 targets over it are seconds of audio.
     """
@@ -55,6 +57,7 @@ class SpeechMetrics(MetricsProcessor):
         train_meter: LevelMeter,
         validation_meter: LevelMeter,
         data_meter: DataMeter,
+        guard: StepGuard,
         level_shares: Sequence[float],
         frame_rate_hz: float,
     ) -> None:
@@ -62,7 +65,7 @@ class SpeechMetrics(MetricsProcessor):
             os.environ.setdefault("WANDB_PROJECT", "llama_mimi")
         super().__init__(job_config, parallel_dims)
         self._train_meter, self._validation_meter = train_meter, validation_meter
-        self._data_meter = data_meter
+        self._data_meter, self._guard = data_meter, guard
         self._num_quantizers, self._frame_rate_hz = len(level_shares), frame_rate_hz
         self._level_shares = level_shares
         self._peak_flops = peak_flops(self.device_memory_monitor.device_name)
@@ -71,6 +74,7 @@ class SpeechMetrics(MetricsProcessor):
     def should_log(self, step: int) -> bool:
         if self._last_step is None:  # the first step of this process, which a resumed run does not begin at 1
             self._last_step = step - 1
+        self._guard.check(self.job_config, step, self.model_parts)
         return super().should_log(step)
 
     def log(
@@ -83,6 +87,8 @@ class SpeechMetrics(MetricsProcessor):
     ) -> None:
         seconds = time.perf_counter() - self.time_last_log
         sums = self._reduced(self._train_meter)
+        if not sums[1].any():  # the next line is of these steps, too
+            return
         # Over all targets since the last line, as the levels are; TorchTitan's own is that of the last step alone.
         global_avg_loss = self._mean_loss(sums, self._level_shares)
         tokens_per_s = float(sums[1].sum()) / seconds
