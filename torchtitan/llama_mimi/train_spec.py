@@ -1,13 +1,16 @@
 """Registers the train spec "llama_mimi" with TorchTitan: ``[experimental] custom_import = "llama_mimi.train_spec"``."""
 
+import json
 from functools import partial
 from typing import Any
 
 import torch
 from torchtitan.components.lr_scheduler import build_lr_schedulers
 from torchtitan.components.optimizer import build_optimizers
+from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
+from torchtitan.tools.logging import logger
 
 from llama_mimi.audio.mimi import load_codec_config
 from llama_mimi.checkpoint.architectures import state_dict_adapter
@@ -27,6 +30,15 @@ from llama_mimi.training.validator import SpeechValidator
 # TorchTitan builds metrics apart from losses and loader; these meters connect them.
 _train_meter, _validation_meter = LevelMeter(), LevelMeter()
 _data_meter = DataMeter()
+
+
+def print_config(job_config: Any) -> None:
+    """Print the config where job.print_config asks for it; `prepare_run` saves it once the folder is locked."""
+    if job_config.job.print_config:
+        logger.info(f"Running with configs: {json.dumps(job_config.to_dict(), indent=2, ensure_ascii=False)}")
+
+
+JobConfig.maybe_log = print_config  # TorchTitan's own method also saves it, before the run is checked
 
 
 def build_tokenizer(job_config: Any) -> SequenceBuilder:
