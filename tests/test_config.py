@@ -329,6 +329,19 @@ def test_a_position_of_another_run_is_not_resumed(has_position, changes, message
     checked_config([*flags, "--checkpoint.exclude_from_loading", "dataloader"])
 
 
+def test_a_checkpoint_whose_files_are_not_all_there_is_not_resumed(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    flags = tiny_with("--job.dump_folder", str(tmp_path))
+    save_loader_position(tmp_path, checked_config(flags), has_position=True)
+    shutil.copytree(tmp_path / "checkpoint" / "step-5", tmp_path / "checkpoint" / "step-7")
+    (tmp_path / "checkpoint" / "step-7" / "__0_0.distcp").write_bytes(b"cut off")
+    with pytest.raises(UserError, match=r"step-7/.*' is truncated.* use the last good step '.*/step-5'"):
+        checked_config([*flags, "--checkpoint.exclude_from_loading", "dataloader"])
+    (tmp_path / "checkpoint").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"step-7/.*' is truncated"):
+        checked_config([*flags, "--checkpoint.initial_load_path", str(tmp_path / "elsewhere" / "step-7")])
+
+
 def test_the_step_that_is_resumed_is_the_one_that_is_looked_at(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -390,7 +403,8 @@ def test_no_run_starts_from_random_weights_in_place_of_a_checkpoint(tmp_path, mo
     (tmp_path / "checkpoint").mkdir()
     prepare_run(job_config)
     assert (tmp_path / "checkpoint").is_dir(), "random weights are what was asked for"
-    job_config.checkpoint.initial_load_path = str(TINY)
+    dcp.save({"model": torch.zeros(1)}, checkpoint_id=tmp_path / "step-5", no_dist=True)
+    job_config.checkpoint.initial_load_path = str(tmp_path / "step-5")
     prepare_run(job_config)
     assert not (tmp_path / "checkpoint").exists()
     job_config.training.dataset = "nothing.parquet"

@@ -1,5 +1,6 @@
 """``torchrun -m llama_mimi.train --job.config_file config/tiny.toml``: TorchTitan's trainer, on GPUs or without one."""
 
+import errno
 import logging
 import os
 import sys
@@ -9,6 +10,7 @@ import torch
 
 from llama_mimi.common.command_line import run_cli
 from llama_mimi.common.cpu import use_cpu_without_gpu
+from llama_mimi.common.errors import UserError
 
 use_cpu_without_gpu()  # before anything imports TorchTitan
 
@@ -34,15 +36,27 @@ def main() -> None:
     init_logger()
     if int(os.environ.get("RANK", 0)) > 0:
         logger.setLevel(logging.WARNING)  # rank 0 alone says what all ranks would
+    with first_reports():
+        job_config = parse_config(sys.argv[1:])
+        try:
+            train(job_config)
+        except OSError as error:  # of TensorBoard, for example; a checkpoint names its own folder
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                raise
+            folder, reason = job_config.job.dump_folder, error.strerror
+            raise UserError(f"job.dump_folder '{folder}' could not be written ({reason}); make room there") from error
+    torch.distributed.destroy_process_group()
+
+
+def train(job_config: Any) -> None:
+    """Train, and close checkpoints and metrics however the training ends."""
     trainer: SpeechTrainer | None = None
     try:
-        with first_reports():
-            trainer = SpeechTrainer(parse_config(sys.argv[1:]))
-            trainer.train()
+        trainer = SpeechTrainer(job_config)
+        trainer.train()
     finally:
         if trainer is not None:
             trainer.close()
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from llama_mimi.data.dataloader import DataMeter
 from llama_mimi.model.architectures import build_model, parallelize
 from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs, pipeline
 from llama_mimi.tokens.sequences import SequenceBuilder, load_sequences
+from llama_mimi.training.checkpoints import use_checksums
 from llama_mimi.training.loss import LevelMeter, UnitLoss, level_weights
 from llama_mimi.training.metrics import SpeechMetrics
 from llama_mimi.training.preparation import prepare_run
@@ -53,6 +54,7 @@ def build_tokenizer(job_config: Any) -> SequenceBuilder:
             prepare_run(job_config)
 
     run_cli(prepare)
+    use_checksums(job_config.checkpoint.verify)
     return build_sequences(job_config)
 
 
