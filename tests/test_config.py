@@ -29,7 +29,6 @@ from llama_mimi.model.llama import FLAVORS
 from llama_mimi.tokens.sequences import load_sequences
 from llama_mimi.training.config_file import RELEASED_KEYS, parse_config
 from llama_mimi.training.file_check import check_files
-from llama_mimi.training.optimizer import save_settings
 from llama_mimi.training.preparation import prepare_run
 
 UNTIED_PIPELINE = ["--model.flavor", "8B", "--parallelism.pipeline_parallel_degree", "2"]
@@ -136,6 +135,7 @@ def tiny_with(*flags):
         (["--parallelism.tensor_parallel_degree", "4"], "do not split"),
         (["--parallelism.context_parallel_degree", "2"], "needs GPUs"),
         (["--training.max_norm", "-1"], "training.max_norm is -1.0; set a positive number, or inf"),
+        (["--optimizer.early_step_in_backward"], "changes weights before their gradients are checked"),
         (["--training.max_norm", "0"], "training.max_norm is 0.0; set a positive number, or inf"),
         (["--training.max_norm", "nan"], "training.max_norm is nan; set a positive number, or inf"),
         (["--optimizer.lr", "nan"], "optimizer.lr is nan; set a finite number of at least 0"),
@@ -355,7 +355,6 @@ def test_changed_settings_of_the_optimizer_are_named_on_resume(tmp_path, monkeyp
     monkeypatch.setenv("WORLD_SIZE", "2")
     flags = tiny_with("--job.dump_folder", str(tmp_path))
     save_loader_position(tmp_path, checked_config(flags), has_position=True)
-    save_settings(checked_config(flags))
     caplog.clear()
     checked_config(flags)
     assert not caplog.text
@@ -395,6 +394,19 @@ def test_a_position_of_another_run_is_not_resumed(has_position, changes, message
         checked_config(flags)
     assert message in str(error.value)
     checked_config([*flags, "--checkpoint.exclude_from_loading", "dataloader"])
+
+
+def test_a_checkpoint_whose_files_are_not_all_there_is_not_resumed(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    flags = tiny_with("--job.dump_folder", str(tmp_path))
+    save_loader_position(tmp_path, checked_config(flags), has_position=True)
+    shutil.copytree(tmp_path / "checkpoint" / "step-5", tmp_path / "checkpoint" / "step-7")
+    (tmp_path / "checkpoint" / "step-7" / "__0_0.distcp").write_bytes(b"cut off")
+    with pytest.raises(UserError, match=r"step-7/.*' is truncated.* use the last good step '.*/step-5'"):
+        checked_config([*flags, "--checkpoint.exclude_from_loading", "dataloader"])
+    (tmp_path / "checkpoint").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"step-7/.*' is truncated"):
+        checked_config([*flags, "--checkpoint.initial_load_path", str(tmp_path / "elsewhere" / "step-7")])
 
 
 def test_the_step_that_is_resumed_is_the_one_that_is_looked_at(tmp_path, monkeypatch):
@@ -458,7 +470,8 @@ def test_no_run_starts_from_random_weights_in_place_of_a_checkpoint(tmp_path, mo
     (tmp_path / "checkpoint").mkdir()
     prepare_run(job_config)
     assert (tmp_path / "checkpoint").is_dir(), "random weights are what was asked for"
-    job_config.checkpoint.initial_load_path = str(TINY)
+    dcp.save({"model": torch.zeros(1)}, checkpoint_id=tmp_path / "step-5", no_dist=True)
+    job_config.checkpoint.initial_load_path = str(tmp_path / "step-5")
     prepare_run(job_config)
     assert not (tmp_path / "checkpoint").exists()
     job_config.training.dataset = "nothing.parquet"

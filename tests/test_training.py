@@ -8,6 +8,7 @@ Regenerate the golden curve after an intended change:
 import copy
 import itertools
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from transformers import (
 from llama_mimi.checkpoint.conversion import convert_checkpoint, prepare_base_model
 from llama_mimi.checkpoint.csm import csm_args, csm_config, csm_state
 from llama_mimi.checkpoint.dcp import load_model_state
+from llama_mimi.checkpoint.storage import check_step
 from llama_mimi.data.build import build_dataloader
 from llama_mimi.generation.continuation import SamplingOptions, continue_codes
 from llama_mimi.generation.loading import load_speech_model
@@ -166,6 +168,36 @@ def test_a_run_goes_on_on_other_ranks(golden_run, tmp_path):
         assert sorted(path.name for path in (folder / "checkpoint").iterdir()) == ["step-20", f"step-{steps}"]
         # A rank takes two clips a step; 20 steps of two ranks were before.
         assert losses(folder, "data/clips_seen") == {step: 80 + 2 * nproc * (step - 20) for step in resumed}
+
+
+def test_a_flipped_bit_ends_a_resumed_run(golden_run, tmp_path):
+    folder = shutil.copytree(golden_run, tmp_path / "run")
+    path = folder / "checkpoint" / "step-20" / "__1_0.distcp"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    flags = {"training__steps": 21, "lr_scheduler__total_steps": 420}
+    ranks = start(2, folder, **flags)
+    assert ranks.wait() == 1 and "Traceback" not in ranks.output
+    assert f"error: '{path}' is damaged: a checksum does not match" in ranks.output
+    assert f"use the last good step '{folder / 'checkpoint' / 'step-10'}'" in ranks.output
+
+
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+def test_a_full_disk_keeps_the_steps_before(mode, golden_run, tmp_path):
+    folder = shutil.copytree(golden_run, tmp_path / "run")
+    flags = {"training__steps": 23, "lr_scheduler__total_steps": 420, "checkpoint__interval": 22}
+    flags["checkpoint__keep_latest_k"] = 0
+    command = ["-m", "llama_mimi.train", *flags_of(folder, checkpoint__async_mode=mode, **flags)]
+    ranks = ForkedRanks(2, command, tmp_path / "log.txt", set_up=no_large_files)
+    assert ranks.wait() == 1 and "Traceback" not in ranks.output
+    assert "step-22' could not be written (File too large; the checkpoint takes about 22.4 MB, " in ranks.output
+    assert sorted(path.name for path in (folder / "checkpoint").iterdir()) == ["step-10", "step-20"]
+    check_step(folder / "checkpoint" / "step-20", verify=True)
+
+
+def no_large_files():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000, resource.RLIM_INFINITY))
 
 
 @pytest.fixture(scope="module")

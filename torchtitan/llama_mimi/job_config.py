@@ -23,6 +23,12 @@ class Metrics:
 
 
 @dataclass
+class Checkpoint:
+    verify: bool = True
+    """Compare the checksums of a checkpoint when it is loaded"""
+
+
+@dataclass
 class Comm:
     # All ranks wait for the slowest one: a shared file system may stall, or one rank may have more validation audio to
     # encode. TorchTitan's limits, 300 s and after the first step 100 s, would end the run.
@@ -109,6 +115,7 @@ class Data:
 @dataclass
 class JobConfig:
     job: Job = field(default_factory=Job)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
     comm: Comm = field(default_factory=Comm)
     metrics: Metrics = field(default_factory=Metrics)
     model: Model = field(default_factory=Model)

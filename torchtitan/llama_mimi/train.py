@@ -3,6 +3,7 @@
 uv run torchrun --standalone --nproc_per_node=2 -m llama_mimi.train --job.config_file config/tiny.toml
 """
 
+import errno
 import logging
 import os
 import sys
@@ -12,6 +13,7 @@ import torch
 
 from llama_mimi.common.command_line import run_cli
 from llama_mimi.common.cpu import use_cpu_without_gpu
+from llama_mimi.common.errors import UserError
 
 use_cpu_without_gpu()  # before anything imports TorchTitan
 
@@ -31,26 +33,33 @@ class SpeechTrainer(Trainer):
             self.loss_fn.pipeline_scale = 1 / global_valid_tokens
         return super().forward_backward_step(global_valid_tokens=global_valid_tokens, **batch)
 
-    def train(self) -> None:
-        super().train()
-        if self.job_config.checkpoint.enable and not self.job_config.checkpoint.load_only:
-            self.checkpointer._purge_stale_checkpoints()  # TorchTitan does not after the last save
-
 
 def main() -> None:
     end_with_torchrun()
     init_logger()
     if int(os.environ.get("RANK", 0)) > 0:
         logger.setLevel(logging.WARNING)  # rank 0 alone says what all ranks would
+    with first_reports():
+        job_config = parse_config(sys.argv[1:])
+        try:
+            train(job_config)
+        except OSError as error:  # of TensorBoard, for example; a checkpoint names its own folder
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                raise
+            folder, reason = job_config.job.dump_folder, error.strerror
+            raise UserError(f"job.dump_folder '{folder}' could not be written ({reason}); make room there") from error
+    torch.distributed.destroy_process_group()
+
+
+def train(job_config: Any) -> None:
+    """Train, and close checkpoints and metrics however the training ends."""
     trainer: SpeechTrainer | None = None
     try:
-        with first_reports():
-            trainer = SpeechTrainer(parse_config(sys.argv[1:]))
-            trainer.train()
+        trainer = SpeechTrainer(job_config)
+        trainer.train()
     finally:
         if trainer is not None:
             trainer.close()
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

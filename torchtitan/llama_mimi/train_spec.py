@@ -1,12 +1,15 @@
 """Registers the train spec "llama_mimi" with TorchTitan: ``[experimental] custom_import = "llama_mimi.train_spec"``."""
 
+import json
 from functools import partial
 from typing import Any
 
 import torch
 from torchtitan.components.optimizer import OptimizersContainer
+from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
+from torchtitan.tools.logging import logger
 
 from llama_mimi.audio.mimi import load_codec_config
 from llama_mimi.checkpoint.architectures import state_dict_adapter
@@ -18,9 +21,10 @@ from llama_mimi.data.dataloader import DataMeter
 from llama_mimi.model.architectures import build_model, parallelize
 from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs, pipeline
 from llama_mimi.tokens.sequences import SequenceBuilder, load_sequences
+from llama_mimi.training.checkpoints import use_checksums
 from llama_mimi.training.loss import LevelMeter, UnitLoss, level_weights
 from llama_mimi.training.metrics import SpeechMetrics
-from llama_mimi.training.optimizer import SpeechSchedulers, build_speech_optimizers, save_settings
+from llama_mimi.training.optimizer import SpeechSchedulers, build_speech_optimizers
 from llama_mimi.training.preparation import prepare_run
 from llama_mimi.training.step_guard import StepGuard
 from llama_mimi.training.validator import SpeechValidator
@@ -29,6 +33,15 @@ from llama_mimi.training.validator import SpeechValidator
 _train_meter, _validation_meter = LevelMeter(), LevelMeter()
 _data_meter = DataMeter()
 _guard = StepGuard(_train_meter)
+
+
+def print_config(job_config: Any) -> None:
+    """Print the config where job.print_config asks for it; `prepare_run` saves it once the folder is locked."""
+    if job_config.job.print_config:
+        logger.info(f"Running with configs: {json.dumps(job_config.to_dict(), indent=2, ensure_ascii=False)}")
+
+
+JobConfig.maybe_log = print_config  # TorchTitan's own method also saves it, before the run is checked
 
 
 def build_tokenizer(job_config: Any) -> SequenceBuilder:
@@ -44,6 +57,7 @@ def build_tokenizer(job_config: Any) -> SequenceBuilder:
             prepare_run(job_config)
 
     run_cli(prepare)
+    use_checksums(job_config.checkpoint.verify)
     return build_sequences(job_config)
 
 
@@ -100,8 +114,6 @@ def build_metrics(job_config: Any, parallel_dims: ParallelDims, model_args: Llam
         max_audio_seconds=min(job_config.data.max_audio_seconds, row_seconds),
     )
     save_run_record(job_config.job.dump_folder, config, sequences)
-    if torch.distributed.get_rank() == 0:
-        save_settings(job_config)
     return SpeechMetrics(
         job_config,
         parallel_dims,

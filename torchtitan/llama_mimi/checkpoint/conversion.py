@@ -47,13 +47,14 @@ TRAINING_CONFIG = "training_config.json"  # of a converted model
 NOT_OF_THE_MODEL = ("job", "checkpoint", "metrics", "comm", "profiling", "memory_estimation", "fault_tolerance")
 
 
-def convert_checkpoint(checkpoint: Path, output_dir: Path, dtype: Precision = "float32") -> None:
+def convert_checkpoint(checkpoint: Path, output_dir: Path, dtype: Precision = "float32", verify: bool = True) -> None:
     """Turn a training checkpoint into an ordinary Hugging Face model.
 
     Args:
         checkpoint: checkpoint folder (newest step) or one step
         output_dir: folder of the Hugging Face model
         dtype: precision of the saved weights
+        verify: compare the checksums of the checkpoint
 
     Raises:
         UserError: the checkpoint is incomplete, damaged or of another run.
@@ -70,7 +71,7 @@ def convert_checkpoint(checkpoint: Path, output_dir: Path, dtype: Precision = "f
     tokenizer = load_pretrained(AutoTokenizer, str(record), what="tokenizer")
 
     args = kind.args(config)
-    state = kind.state(load_model_state(step, args), args)
+    state = kind.state(load_model_state(step, args, verify), args)
     torch_dtype = DTYPES[dtype]
     with torch.device("meta"):
         model = kind.stock_class(config)

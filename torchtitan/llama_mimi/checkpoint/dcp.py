@@ -1,20 +1,20 @@
 """Reading the model out of a distributed checkpoint (DCP), in one process and without the trainer."""
 
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from llama_mimi.checkpoint.storage import METADATA, CheckedReader, check_step
 from llama_mimi.common.errors import UserError
 from llama_mimi.model.architectures import build_model
 from llama_mimi.model.llama import LlamaMimiArgs
 
 _STEP = r"step-(\d+)"
-_METADATA = ".metadata"
 _HF_INDEX = "model.safetensors.index.json"  # of a last save in Hugging Face's format
 
 
@@ -40,9 +40,9 @@ def find_step(checkpoint: Path) -> tuple[Path, list[Path]]:
         return complete[newest], [there[number] for number in sorted(there, reverse=True) if number > newest]
     if there:
         step = there[max(there)]
-        raise UserError(f"'{step}' has no {_METADATA}: its saving was cut off, and no older step is complete")
+        raise UserError(f"'{step}' has no {METADATA}: its saving was cut off, and no older step is complete")
     if re.fullmatch(_STEP, checkpoint.name):
-        raise UserError(f"'{checkpoint}' has no {_METADATA}: its saving was cut off; name another step")
+        raise UserError(f"'{checkpoint}' has no {METADATA}: its saving was cut off; name another step")
     raise UserError(f"'{checkpoint}' holds no step-N folder; name <dump_folder>/checkpoint or one step of it")
 
 
@@ -82,7 +82,7 @@ def complete_steps(checkpoint: Path) -> dict[int, Path]:
     """
     steps = {}
     for path in sorted(checkpoint.glob("*")):
-        if not any((path / name).is_file() for name in (_METADATA, _HF_INDEX)):
+        if not any((path / name).is_file() for name in (METADATA, _HF_INDEX)):
             continue
         if match := re.fullmatch(_STEP, path.name):
             steps[int(match[1])] = path
@@ -93,25 +93,44 @@ def complete_steps(checkpoint: Path) -> dict[int, Path]:
 
 def is_distributed(step: Path) -> bool:
     """Whether a complete step is a distributed checkpoint; a last save may be weights in Hugging Face's format."""
-    return (step / _METADATA).is_file()
+    return (step / METADATA).is_file()
 
 
-def has_loader_position(step: Path) -> bool:
-    """Whether a step can be resumed; one that holds weights only cannot."""
-    return is_distributed(step) and "dataloader.position" in _read_metadata(step).state_dict_metadata
+def read_index(step: Path, verify: bool) -> Metadata:
+    """Return the index of a step after `check_step`.
+
+    Raises:
+        UserError: a file is missing, truncated or damaged; it names the last good step.
+    """
+    try:
+        return check_step(step, verify)
+    except UserError as error:
+        raise name_last_good(error, step) from error
 
 
-def load_model_state(step: Path, args: LlamaMimiArgs) -> dict[str, torch.Tensor]:
+def name_last_good(error: UserError, step: Path) -> UserError:
+    """Return the error of a damaged step together with the newest other step whose files and checksums are right."""
+    others = complete_steps(step.parent) if re.fullmatch(_STEP, step.name) else {}
+    for _, other in sorted(others.items(), reverse=True):
+        if other.name != step.name and is_distributed(other):
+            with suppress(UserError):
+                check_step(other, verify=True)
+                return UserError(f"{error}; copy it again, or move '{step}' away and use the last good step '{other}'")
+    return UserError(f"{error}; copy it again: no other step in '{step.parent}' is good")
+
+
+def load_model_state(step: Path, args: LlamaMimiArgs, verify: bool = True) -> dict[str, torch.Tensor]:
     """The weights of a model of shape ``args`` from one step, in the precision they were saved in.
 
-    Weights-only and full checkpoints look alike here: optimizer and loader states are not read. DCP keeps its
-    index in a pickle, so only checkpoints of your own runs should be read.
+    Weights-only and full checkpoints look alike here: optimizer and loader states are not returned.
+
+    Args:
+        verify: compare the checksums of the whole step.
 
     Raises:
         UserError: files are damaged or missing, or the weights are not those of ``args``.
     """
-    metadata = _read_metadata(step)
-    _check_files(step, metadata)
+    metadata = read_index(step, verify)
     with torch.device("meta"):
         expected = build_model(args).state_dict()
     state = {}
@@ -126,36 +145,13 @@ def load_model_state(step: Path, args: LlamaMimiArgs) -> dict[str, torch.Tensor]
             )
         state[name] = torch.empty(saved.size, dtype=saved.properties.dtype)
     try:
-        dcp.load(state, storage_reader=FileSystemReader(step), no_dist=True)
+        dcp.load(state, storage_reader=CheckedReader(step, verify=False), no_dist=True)
     except (CheckpointException, RuntimeError, OSError, EOFError) as error:
         raise UserError(f"'{step}' is damaged and cannot be read: {_last_line(error)}") from error
     for name, tensor in state.items():
         if not bool(torch.isfinite(tensor).all()):
             raise UserError(f"'{step}' has NaN or infinite values in '{name}'; use an earlier step")
     return state
-
-
-def _read_metadata(step: Path) -> Metadata:
-    try:
-        return FileSystemReader(step).read_metadata()
-    except Exception as error:  # a damaged pickle raises whatever its bytes spell
-        raise UserError(f"'{step / _METADATA}' is damaged ({_last_line(error)}); use another step") from error
-
-
-def _check_files(step: Path, metadata: Metadata) -> None:
-    """Every file the index points into is there, and long enough."""
-    needed: dict[str, int] = {}
-    for info in (metadata.storage_data or {}).values():
-        needed[info.relative_path] = max(needed.get(info.relative_path, 0), info.offset + info.length)
-    for name, num_bytes in needed.items():
-        path = step / name
-        if not path.is_file():
-            raise UserError(f"'{path}' is missing: the checkpoint is incomplete; copy it anew or use another step")
-        if path.stat().st_size < num_bytes:
-            raise UserError(
-                f"'{path}' has {path.stat().st_size:,} of {num_bytes:,} bytes: the checkpoint is truncated; "
-                "copy it anew or use another step"
-            )
 
 
 def _last_line(error: Exception) -> str:

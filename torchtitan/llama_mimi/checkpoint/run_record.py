@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from llama_mimi.audio.mimi import CodecAttention
 from llama_mimi.checkpoint.architectures import KINDS
 from llama_mimi.checkpoint.huggingface import save_folder
-from llama_mimi.common.errors import UserError
+from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.model.llama import LlamaMimiArgs
 from llama_mimi.tokens.sequences import SequenceBuilder
 
@@ -45,9 +45,19 @@ def speech_config(
 
 
 def save_run_record(dump_folder: str, config: PreTrainedConfig, sequences: SequenceBuilder) -> None:
-    """Write ``hf_assets``; one rank writes, the others go on."""
+    """Write ``hf_assets``; one rank writes, the others go on.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     if not dist.is_initialized() or dist.get_rank() == 0:
-        save_folder(Path(dump_folder) / ASSETS_FOLDER, config, sequences.tokenizer)
+        folder = Path(dump_folder) / ASSETS_FOLDER
+        try:
+            save_folder(folder, config, sequences.tokenizer)
+        except Exception as error:
+            if not isinstance(error, OSError) and "os error" not in str(error):  # `tokenizers` raises no OSError
+                raise
+            raise UserError(f"'{folder}' could not be written ({first_line(error)}); make room there") from error
 
 
 def find_run_record(checkpoint: Path) -> Path:

@@ -1,8 +1,12 @@
 """Files on any fsspec path: found, read as JSON, and written so that they are whole or not there."""
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from glob import escape, glob
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,7 @@ from llama_mimi.common.errors import UserError, first_line
 
 # Ending of files that are still being written.
 PARTIAL = ".partial"
+LOCK = ".lock"  # of a folder that one process may write to
 
 
 def file_system(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -164,3 +169,40 @@ def share_weights(folder: Path) -> None:
     """Give the weights in a folder the mode of its ``config.json``; safetensors writes them for their owner alone."""
     for path in folder.glob("*.safetensors"):
         path.chmod((folder / "config.json").stat().st_mode)
+
+
+@contextmanager
+def locked(path: Path, setting: str, wait: bool = False) -> Iterator[None]:
+    """Hold the lock of a file until the block or the process ends.
+
+    A file system without locks (some mounts of NFS and Lustre) gets a warning, and the work goes on.
+
+    Args:
+        path: lock file. Its folder is created.
+        setting: flag or key that names the folder, for errors.
+        wait: wait for another process that holds the lock.
+
+    Raises:
+        UserError: the file cannot be written, or another process holds the lock and ``wait`` is not set.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a")
+    except OSError as error:
+        raise UserError(f"'{path.parent}' cannot be written ({error.strerror}); choose another {setting}") from error
+    with file:
+        try:  # unlike flock, lockf is not inherited by loader workers
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                print(f"'{path.parent}' cannot be locked ({error.strerror}): start one process only on it", flush=True)
+            elif error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            elif not wait:
+                raise UserError(
+                    f"another process writes to '{path.parent}'; wait for it, stop it, or choose another {setting}"
+                ) from error
+            else:
+                print(f"waiting for another process, which holds '{path}'", flush=True)
+                fcntl.lockf(file, fcntl.LOCK_EX)
+        yield

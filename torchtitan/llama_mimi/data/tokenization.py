@@ -5,12 +5,10 @@ a shard appears when it is whole: a run that was killed is started again, on any
 every clip once. The manifest is written last.
 """
 
-import fcntl
 import math
 import os
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -22,7 +20,7 @@ import torch
 from llama_mimi.audio.mimi import DTYPES, MimiCodec, whole_frames
 from llama_mimi.common.batching import map_ahead
 from llama_mimi.common.errors import UserError
-from llama_mimi.common.files import file_system, is_local
+from llama_mimi.common.files import LOCK, file_system, is_local, locked
 from llama_mimi.common.ranks import Ranks, from_first, torchrun_ranks
 from llama_mimi.data.clip_readers import AudioClip, AudioReader, SkippedClip
 from llama_mimi.data.clips import Chunk, ClipStream, is_too_many
@@ -87,7 +85,9 @@ def run(options: TokenizationOptions, ranks: Ranks) -> None:
     with ExitStack() as held:
 
         def begin_alone() -> list[int]:
-            held.enter_context(lock_output(options.output_dir))  # to the end
+            fs, folder = file_system(options.output_dir)
+            if is_local(fs):  # elsewhere two runs would do the same work twice, but every shard would still be whole
+                held.enter_context(locked(Path(folder) / LOCK, "--output_dir"))  # to the end
             return begin(options.output_dir, plan)
 
         todo = from_first(begin_alone)
@@ -109,36 +109,6 @@ def lies_inside(output_dir: str, corpus: str) -> bool:
         corpus = corpus[: corpus.index("**")]
     folder = os.path.join(os.path.abspath(corpus), "")
     return os.path.join(os.path.abspath(output_dir), "").startswith(folder)
-
-
-@contextmanager
-def lock_output(output_dir: str) -> Iterator[None]:
-    """Lock a local output folder until this process ends, however it ends.
-
-    Other file systems are not locked: two runs would do the same work twice, but every shard would still be whole.
-
-    Raises:
-        UserError: another process holds it.
-    """
-    fs, folder = file_system(output_dir)
-    if not is_local(fs):
-        yield
-        return
-    try:
-        fs.makedirs(folder, exist_ok=True)
-        lock = open(Path(folder) / ".lock", "w")  # noqa: SIM115  (held until the process ends)
-    except OSError as error:
-        raise UserError(f"--output_dir '{output_dir}' cannot be written ({error.strerror}); choose another") from error
-    with lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not inherited by loader workers
-        except (BlockingIOError, PermissionError) as error:
-            raise UserError(
-                f"another run is writing to '{output_dir}'; wait for it, stop it, or choose another --output_dir"
-            ) from error
-        except OSError as error:
-            print(f"'{output_dir}' cannot be locked ({error.strerror}): start only one run on it", flush=True)
-        yield
 
 
 def tokenize(

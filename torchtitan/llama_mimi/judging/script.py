@@ -7,6 +7,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 
 from llama_mimi.audio.mimi import CodecAttention, MimiCodec, codec_hash, load_codec_config
 from llama_mimi.common.errors import UserError
-from llama_mimi.common.files import read_json, write_atomically
+from llama_mimi.common.files import LOCK, locked, read_json, write_atomically
 from llama_mimi.common.ranks import Ranks, from_first, torchrun_ranks
 from llama_mimi.common.versions import versions
 from llama_mimi.evaluation.results import model_folder
@@ -122,7 +123,18 @@ def judge_generations(options: GenerationOptions) -> None:
 
 
 def _run(options: GenerationOptions, ranks: Ranks) -> None:
-    prompts = from_first(lambda: make_prompts(options.output_dir, options.prompts))
+    with ExitStack() as held:
+
+        def begin() -> PromptSet:
+            of_system = options.output_dir / f".{options.system}{LOCK}"
+            held.enter_context(locked(of_system, "--output_dir"))  # of rank 0, to the end
+            with locked(options.output_dir / LOCK, "--output_dir", wait=True):
+                return make_prompts(options.output_dir, options.prompts)
+
+        _judge(options, from_first(begin), ranks)
+
+
+def _judge(options: GenerationOptions, prompts: PromptSet, ranks: Ranks) -> None:
     own, made_by, codec, stages = _system(options, prompts, ranks)
     systems = {options.system: own, **_references(options, prompts, codec, ranks)}
     from_first(lambda: _check_earlier(options.output_dir / f"{options.system}.json", made_by))
@@ -213,7 +225,10 @@ def _references(options: GenerationOptions, prompts: PromptSet, codec: MimiCodec
         folder = options.output_dir / name
         of_codec = {"codec_sha256": codec_hash(codec.name), "codec_attention": codec.attention}
         from_first(lambda: _keep(folder, of_codec))
-        references[name] = reconstructions(prompts, codec, folder, seconds, ranks)
+        with ExitStack() as held:  # another system may be judged at the same time
+            lock = locked(options.output_dir / LOCK, "--output_dir", wait=True)
+            from_first(lambda: held.enter_context(lock))
+            references[name] = reconstructions(prompts, codec, folder, seconds, ranks)
     elif ranks.rank == 0:
         print("no reconstruction by a codec in the table; name a --codec and --num_quantizers for it", flush=True)
     return references

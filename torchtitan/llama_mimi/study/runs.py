@@ -4,7 +4,6 @@ Every step is a command that a user could start, with its output in a log beside
 study that was killed goes on; a step that fails makes its run a hole with a name, and the others go on.
 """
 
-import fcntl
 import os
 import shutil
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from llama_mimi.checkpoint.dcp import complete_steps
 from llama_mimi.common.errors import UserError
+from llama_mimi.common.files import LOCK, locked
 from llama_mimi.study.budget import decay_begins
 from llama_mimi.study.design import Arm, Run
 from llama_mimi.study.workplace import (
@@ -37,7 +37,7 @@ def make_ready(place: Workplace) -> None:
         UserError: a command failed.
     """
     folder = place.study.output_dir / "before"
-    with locked(folder / ".lock"):
+    with locked(folder / LOCK, "output_dir", wait=True):
         for number, before in enumerate(place.study.before):
             done, said = folder / f"{number}.done", " ".join(before.command)
             if Path(before.makes).exists() and done.is_file() and done.read_text() == said:
@@ -50,27 +50,6 @@ def make_ready(place: Workplace) -> None:
             if not Path(before.makes).exists():
                 raise UserError(f"`{said}` did not make '{before.makes}'; mend [[before]] of the study")
             done.write_text(said)
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Wait until no other process holds a file, and hold it.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("w")
-    except OSError as error:
-        raise UserError(f"'{path}' cannot be written ({error.strerror}); choose another output_dir") from error
-    with file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another process, which holds '{path}'", flush=True)
-            fcntl.lockf(file, fcntl.LOCK_EX)
-        yield
 
 
 def run_families(place: Workplace, numbers: list[int]) -> None:
@@ -101,7 +80,7 @@ def run_families(place: Workplace, numbers: list[int]) -> None:
 
 def run_family(place: Workplace, trunk: Arm, seed: int, arms: list[Arm]) -> None:
     """Runs that differ in their steps alone: up to where its decay begins, each is the trunk of all of them."""
-    with locked(place.study.output_dir / "runs" / f".{Run(trunk, seed).name}.lock"):
+    with locked(place.study.output_dir / "runs" / f".{Run(trunk, seed).name}{LOCK}", "output_dir", wait=True):
         for arm in arms:
             run = Run(arm, seed)
             with noting_failure(place, run, "preparation"):
@@ -195,7 +174,7 @@ def judge(place: Workplace) -> None:
     """Judge the continuations of all runs, which have decayed, one after the other: all have the same prompts."""
     if not place.study.generation:
         return
-    with locked(place.study.output_dir / ".generations.lock"):
+    with locked(place.study.output_dir / f".generations{LOCK}", "output_dir", wait=True):
         for run in place.study.runs:
             failed = place.record(run)["failed"]
             is_scored = CONVERT in place.record(run)["seconds"] and (failed is None or failed["step"] == GENERATION)

@@ -63,6 +63,11 @@ def _check_values(job_config: Any) -> None:
     ):
         if not 0 <= number < limit:
             raise UserError(f"{key} is {number}; set a finite number of at least 0" + " and below 1" * (limit == 1))
+    if optimizer.early_step_in_backward:
+        raise UserError(
+            "optimizer.early_step_in_backward is set, which changes weights before their gradients are checked; leave "
+            "it out"
+        )
     if not math.isfinite(data.max_audio_seconds):
         raise UserError(f"data.max_audio_seconds is {data.max_audio_seconds}; it is a number of seconds")
     if (job_config.debug.seed or 0) < 0:

@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 
 from llama_mimi.audio.mimi import attention_of, load_codec_config, whole_frames
 from llama_mimi.checkpoint.architectures import check_initial_weights, load_config
-from llama_mimi.checkpoint.dcp import complete_steps, has_loader_position, is_distributed
+from llama_mimi.checkpoint.dcp import complete_steps, is_distributed, read_index
 from llama_mimi.checkpoint.huggingface import NETWORK_KEYS, hf_config
 from llama_mimi.checkpoint.run_record import ASSETS_FOLDER, speech_config
 from llama_mimi.common.errors import UserError
@@ -157,6 +157,8 @@ def _check_resume(job_config: Any) -> None:
             f"checkpoint.load_step is {settings.load_step}, but the complete steps in '{folder}' are: {there}"
         )
     if not steps:
+        if settings.initial_load_path and not settings.initial_load_in_hf:
+            read_index(Path(settings.initial_load_path), verify=False)
         return
     number = max(steps) if settings.load_step == -1 else settings.load_step
     step = steps[number]
@@ -166,8 +168,9 @@ def _check_resume(job_config: Any) -> None:
             f"'{step}' holds weights only, in Hugging Face's format, and cannot be resumed; {instead} and with "
             "checkpoint.initial_load_in_hf"
         )
+    saved = read_index(step, verify=False).state_dict_metadata
     # From step 0, a seed checkpoint, TorchTitan loads the weights alone, so that no position is needed.
-    if number and "dataloader" not in settings.exclude_from_loading and not has_loader_position(step):
+    if number and "dataloader" not in settings.exclude_from_loading and "dataloader.position" not in saved:
         raise UserError(f"'{step}' holds weights only, no position in the data, and cannot be resumed; {instead}")
     if number:
         check_changes(job_config)

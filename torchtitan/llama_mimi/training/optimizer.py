@@ -1,6 +1,5 @@
 """TorchTitan's optimizer and schedule, with the settings of the config in a resumed run, too."""
 
-import json
 from typing import Any
 
 from torch.optim import Optimizer
@@ -9,11 +8,7 @@ from torchtitan.components.optimizer import OptimizersContainer, build_optimizer
 from torchtitan.tools.logging import logger
 
 from llama_mimi.common.errors import UserError
-from llama_mimi.common.files import read_json, write_atomically
-
-RECORD = "optimizer.json"  # in the run's folder: the settings of its last start
-# Checkpoints have moments of one optimizer only.
-FIXED = ("optimizer.name", "optimizer.early_step_in_backward")
+from llama_mimi.common.files import read_json
 
 
 def build_speech_optimizers(*args: Any, **kwargs: Any) -> OptimizersContainer:
@@ -48,30 +43,25 @@ def check_changes(job_config: Any) -> None:
     """Log the settings of a resumed run's optimizer that differ from those of its last start.
 
     Raises:
-        UserError: one of them cannot change.
+        UserError: the optimizer is another, whose moments the checkpoint does not have.
     """
     folder = job_config.job.dump_folder
-    now, earlier = _settings(job_config), read_json(folder, RECORD)
+    earlier = read_json(folder, job_config.job.save_config_file) if job_config.job.save_config_file else None
     if earlier is None:
-        logger.warning(f"'{folder}' has no {RECORD}, so the optimizer takes this config's settings without comparison")
+        logger.warning(f"'{folder}' has no config, so the optimizer takes this config's settings without comparison")
         return
-    changed = {key: (earlier[key], now[key]) for key in now.keys() & earlier.keys() if earlier[key] != now[key]}
-    for key in FIXED:
-        if key in changed and "optimizer" not in job_config.checkpoint.exclude_from_loading:
-            raise UserError(
-                f"{key} is {now[key]!r}, but the run in '{folder}' has {earlier[key]!r}; set that, or start with new "
-                "moments by --checkpoint.exclude_from_loading optimizer"
-            )
+    now, before = _settings(job_config.to_dict()), _settings(earlier)
+    changed = [key for key in sorted(now) if now[key] != before.get(key)]
+    if "optimizer.name" in changed and "optimizer" not in job_config.checkpoint.exclude_from_loading:
+        raise UserError(
+            f"optimizer.name is {now['optimizer.name']!r}, but the run in '{folder}' has "
+            f"{before.get('optimizer.name')!r}; set that, or start with new moments by "
+            "--checkpoint.exclude_from_loading optimizer"
+        )
     if changed:
-        logger.warning("changed settings: " + ", ".join(f"{key} {a} -> {b}" for key, (a, b) in sorted(changed.items())))
+        logger.warning("changed settings: " + ", ".join(f"{key} {before.get(key)} -> {now[key]}" for key in changed))
 
 
-def save_settings(job_config: Any) -> None:
-    """Write the settings that `check_changes` compares; call it on one rank."""
-    write_atomically(job_config.job.dump_folder, RECORD, json.dumps(_settings(job_config), indent=1).encode())
-
-
-def _settings(job_config: Any) -> dict[str, Any]:
-    config = job_config.to_dict()
-    sections = {f"{name}.{key}": v for name in ("optimizer", "lr_scheduler") for key, v in config[name].items()}
-    return sections | {"training.steps": job_config.training.steps}  # the schedule depends on it
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    sections = {f"{name}.{key}": v for name in ("optimizer", "lr_scheduler") for key, v in config.get(name, {}).items()}
+    return sections | {"training.steps": config.get("training", {}).get("steps")}  # the schedule depends on it

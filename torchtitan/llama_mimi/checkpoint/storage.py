@@ -1,0 +1,220 @@
+"""Distributed checkpoints (DCP) with checksums, read without running code.
+
+The CRC-32 of each entry stands in DCP's index ``.metadata``. The CRC-32 of the index follows its pickle, where pickle
+stops reading. Every other DCP reader therefore reads these checkpoints, too.
+"""
+
+import errno
+import io
+import math
+import os
+import pickle
+import shutil
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint._nested_dict import set_element
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystem, _FileSystemWriter, _StorageWriterTransforms
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+
+from llama_mimi.common.errors import UserError, first_line
+
+METADATA = ".metadata"
+_SEAL = b"crc32:%08x"
+_BLOCK_BYTES = 1 << 20
+# What DCP writes into its index, besides dtypes.
+_RECORDS = {
+    *(("torch.distributed.checkpoint.metadata", name) for name in (
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+    )),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+    ("pathlib", "PosixPath"),
+}  # fmt: skip
+
+
+class CheckedWriter(_FileSystemWriter):
+    """DCP's file writer, which adds checksums and reports a full or read-only disk as a `UserError`."""
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        super().__init__(path)
+        self.fs = _SealingFileSystem()
+        self.transforms: _ChecksumStreams = _ChecksumStreams()
+        self._sizes = ""
+
+    def prepare_local_plan(self, plan: Any) -> Any:
+        with self._naming_disk():
+            return super().prepare_local_plan(plan)
+
+    def prepare_global_plan(self, plans: list[Any]) -> list[Any]:
+        plans = super().prepare_global_plan(plans)
+        tensors = [item.tensor_data for plan in plans for item in plan.items if item.tensor_data is not None]
+        for plan in plans:
+            plan.storage_data.total = sum(math.prod(t.chunk.sizes) * t.properties.dtype.itemsize for t in tensors)
+        return plans
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        with self._naming_disk():
+            needed, free = plan.storage_data.total / 1e6, shutil.disk_usage(self.path).free / 1e6
+            self._sizes = f"; the checkpoint takes about {needed:,.1f} MB, {free:,.1f} MB were free"
+            written = super().write_data(plan, planner)
+        for result in written.value():
+            result.storage_data.crc32 = self.transforms.of_entry[result.index].crc32
+        return written
+
+    def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
+        with self._naming_disk():
+            super().finish(metadata, results)
+
+    @contextmanager
+    def _naming_disk(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError) as error:
+            cause = error if isinstance(error, OSError) else error.__context__  # torch.save fails once more on leaving
+            if not isinstance(cause, OSError):
+                raise
+            sizes = self._sizes if cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
+            raise UserError(
+                f"the checkpoint '{self.path}' could not be written ({cause.strerror}{sizes}); fix the disk or make "
+                "room, and start the run again: it goes on from its last complete step"
+            ) from error
+
+
+class _ChecksumStreams(_StorageWriterTransforms):
+    """Puts a `_ChecksumStream` between each entry and its file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_entry: dict[Any, _ChecksumStream] = {}
+
+    def transform_save_stream(self, write_item: Any, raw_stream: Any) -> tuple[IO[bytes], list[str]]:
+        stream = self.of_entry[write_item.index] = _ChecksumStream(raw_stream)
+        return super().transform_save_stream(write_item, stream)
+
+
+class _ChecksumStream:
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream, self.flush, self.crc32 = stream, stream.flush, 0
+
+    def write(self, content: Any) -> int:
+        self.crc32 = zlib.crc32(content, self.crc32)
+        return self._stream.write(content)
+
+
+class _SealingFileSystem(FileSystem):
+    """DCP renames one file, the index, once it is written: its checksum is appended before."""
+
+    def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
+        with Path(path).open("rb+", buffering=0) as file:
+            file.write(_SEAL % zlib.crc32(file.read()))
+            os.fsync(file.fileno())
+        super().rename(path, new_path)
+
+
+class CheckedReader(FileSystemReader):
+    """DCP's file reader, which reads an index without running code and, if asked to, compares checksums.
+
+    Args:
+        verify: compare the checksums of the entries that are read, where the checkpoint has them.
+    """
+
+    def __init__(self, path: str | os.PathLike, verify: bool = True) -> None:
+        super().__init__(path)
+        self._verify = verify
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Return the index.
+
+        Raises:
+            UserError: it is damaged, or contains more than DCP writes.
+        """
+        path = Path(self._get_metadata_path(kwargs.get("rank")))
+        try:
+            content = path.read_bytes()
+            metadata: Metadata = _IndexUnpickler(io.BytesIO(content)).load()
+            pickled, seal = content[: -len(_SEAL % 0)], content[-len(_SEAL % 0) :]
+            has_checksums = any(hasattr(info, "crc32") for info in (metadata.storage_data or {}).values())
+            if (has_checksums or seal.startswith(_SEAL[:6])) and seal != _SEAL % zlib.crc32(pickled):
+                raise ValueError("its checksum does not match")
+            metadata.storage_meta = metadata.storage_meta or StorageMeta()
+            metadata.storage_meta.load_id = self.load_id
+        except FileNotFoundError as error:
+            raise UserError(f"'{path}' is missing") from error
+        except Exception as error:  # a damaged pickle raises whatever its bytes spell
+            raise UserError(f"'{path}' is damaged ({first_line(error)})") from error
+        return metadata
+
+    def _slice_file(self, file: Any, sinfo: Any) -> IO[bytes]:
+        if self._verify:
+            _check_entry(file, sinfo)
+        return super()._slice_file(file, sinfo)
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        module = "pathlib" if module == "pathlib._local" else module  # as Python 3.13 calls it
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or (module, name) in _RECORDS:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no DCP index contains")
+
+
+class PlainLoadPlanner(DefaultLoadPlanner):
+    """DCP's load planner, which reads entries that are no tensors without running code."""
+
+    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
+        name = read_item.dest_index.fqn
+        try:
+            loaded = torch.load(value, weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise UserError(f"the entry '{name}' contains more than numbers, text and tensors") from error
+        set_element(self.original_state_dict, self.mappings[name], loaded)
+
+
+def check_step(step: Path, verify: bool) -> Metadata:
+    """Return the index of a step, all of whose files are complete.
+
+    Args:
+        verify: also read the files and compare their checksums, where the checkpoint has them.
+
+    Raises:
+        UserError: a file is missing, truncated or damaged.
+    """
+    metadata = CheckedReader(step).read_metadata()
+    entries = defaultdict(list)
+    for info in (metadata.storage_data or {}).values():
+        entries[step / info.relative_path].append(info)
+    for path, infos in entries.items():
+        num_bytes = max(info.offset + info.length for info in infos)
+        try:
+            with path.open("rb") as file:
+                if (there := os.fstat(file.fileno()).st_size) < num_bytes:
+                    raise UserError(f"'{path}' is truncated: it has {there:,} of {num_bytes:,} bytes")
+                for info in infos if verify else ():
+                    _check_entry(file, info)
+        except FileNotFoundError as error:
+            raise UserError(f"'{path}' is missing") from error
+        except OSError as error:
+            raise UserError(f"'{path}' cannot be read ({error.strerror})") from error
+    return metadata
+
+
+def _check_entry(file: IO[bytes], info: Any) -> None:
+    if not hasattr(info, "crc32"):
+        return
+    crc32, left = 0, info.length
+    file.seek(info.offset)
+    while left and (block := file.read(min(left, _BLOCK_BYTES))):
+        crc32, left = zlib.crc32(block, crc32), left - len(block)
+    if crc32 != info.crc32:
+        raise UserError(f"'{file.name}' is damaged: a checksum does not match")
