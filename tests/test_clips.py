@@ -224,13 +224,17 @@ def test_map_ahead_is_map(num_items, num_ahead, fails_at, ends_at):
     assert run(map_ahead(function, items(), num_ahead)) == run(map(function, items()))
 
 
-def test_workers_hand_over_one_shared_tensor_a_chunk(corpus):
+def test_workers_need_no_shared_memory(corpus, monkeypatch):
+    """Docker limits /dev/shm to 64 MB. A worker that found no space there lost its chunk, and the loader waited."""
+
+    def full(storage):
+        raise RuntimeError("unable to allocate shared memory(shm)")
+
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", full)
     audio = reader(corpus)
     order = RowsInOrder(audio.corpus.sizes_G, range(len(audio.corpus.sizes_G)))
-    (chunk, *_), (expected, *_) = (ClipStream([audio], order, 4).load(num_workers=n) for n in (1, 0))
-    assert len({clip.samples_S.untyped_storage().data_ptr() for clip in chunk.clips}) == 1
-    assert all(clip.samples_S.is_shared() for clip in chunk.clips)
-    for clip, wanted in zip(chunk.clips, expected.clips, strict=True):
+    (sent, *_), (read, *_) = (ClipStream([audio], order, 4).load(num_workers=n, timeout=20 if n else 0) for n in (1, 0))
+    for clip, wanted in zip(sent.clips, read.clips, strict=True):
         assert clip.samples_S.equal(wanted.samples_S) and clip.name == wanted.name
 
 

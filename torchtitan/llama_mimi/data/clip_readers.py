@@ -64,6 +64,14 @@ class AudioClip:
     remarks: tuple[str, ...] = ()
     audio_hash: bytes | None = None
 
+    # PyTorch sends a tensor to another process through /dev/shm, which Docker limits to 64 MB. Without space there,
+    # training would wait for ever. A NumPy array goes through the pipe between the processes.
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"samples_S": self.samples_S.numpy()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, samples_S=torch.from_numpy(state["samples_S"]))
+
 
 @dataclass(frozen=True)
 class CodedClip:
