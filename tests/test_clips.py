@@ -1,5 +1,6 @@
 """Corpora of audio: found, read in workers, and nothing lost in silence."""
 
+import contextlib
 import itertools
 import subprocess
 import sys
@@ -130,6 +131,15 @@ def test_training_stops_at_too_large_a_share(tmp_path, codec, sequences, num_bad
     else:
         for _ in range(48):
             next(batches)
+
+
+@pytest.mark.parametrize(("num_clips", "stops"), [(120, False), (40, True)])
+def test_the_share_is_judged_after_a_hundred_clips_and_at_the_end(tmp_path, codec, sequences, num_clips, stops):
+    """The first three clips are bad: 2.5 % of 120, and more than the 2.8 that 40 clips may have."""
+    loader = unit_loader(write_corpus(tmp_path, BAD + [GOOD] * (num_clips - 3), 1), codec, sequences, 0.028)
+    loader._order = RowsInOrder(loader._readers[0].corpus.sizes_G, range(num_clips // 4))
+    with pytest.raises(UserError, match="3 of 40 clips could not be used") if stops else contextlib.nullcontext():
+        assert len(list(loader)) == 59  # of two clips each
 
 
 def test_a_corpus_without_a_usable_clip_ends(tmp_path, codec, sequences):

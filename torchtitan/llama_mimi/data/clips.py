@@ -19,7 +19,7 @@ from llama_mimi.common.ranks import end_with_parent
 from llama_mimi.data.clip_readers import Clip, ClipReader
 from llama_mimi.data.order import ClipRef, RowsInOrder, ShuffledOrder, in_chunks
 
-# The share of bad clips is judged only once this many were read: one among the first ten is no 10 %.
+# The share of bad clips is judged once this many were read: two among the first five say nothing about a corpus.
 MIN_CLIPS_FOR_SHARE = 100
 # Every skipped clip is counted; only so many are named one by one.
 MAX_NAMED_CLIPS = 20
@@ -97,9 +97,15 @@ class ClipStream(torch.utils.data.IterableDataset):
         return reader.clips(groups[ref.group], ref)
 
 
-def is_too_many(num_skipped: int, num_read: int, max_bad_share: float) -> bool:
-    """Whether more than the allowed share of the clips was skipped."""
-    return num_skipped > max_bad_share * max(num_read, MIN_CLIPS_FOR_SHARE)
+def is_too_many(num_skipped: int, num_read: int, max_bad_share: float, *, is_end: bool) -> bool:
+    """Return True where more than the allowed share of the clips was skipped.
+
+    Args:
+        is_end: the corpus has no more clips. Before, fewer than `MIN_CLIPS_FOR_SHARE` are not judged, unless no bad
+            clip is allowed. At the end, fewer count as that many.
+    """
+    is_judged = is_end or num_read >= MIN_CLIPS_FOR_SHARE or not max_bad_share
+    return is_judged and num_skipped > max_bad_share * max(num_read, MIN_CLIPS_FOR_SHARE)
 
 
 def _end_with(parent: int, worker: int) -> None:
