@@ -112,6 +112,18 @@ def sizes_in(folder: str) -> dict[str, int]:
     return {path.rsplit("/", 1)[-1]: info["size"] for path, info in found.items()}
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Return what JSON contains.
+
+    Raises:
+        ValueError: it is damaged, or nested too deeply for Python.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
 def read_json(folder: str, name: str) -> dict[str, Any] | None:
     """A JSON object in a folder, or None where there is no such file.
 
@@ -121,7 +133,7 @@ def read_json(folder: str, name: str) -> dict[str, Any] | None:
     fs, bare = file_system(folder)
     path = f"{bare.rstrip('/')}/{name}"
     try:
-        values = json.loads(fs.cat_file(path))
+        values = parse_json(fs.cat_file(path))
     except FileNotFoundError:
         return None
     except (ValueError, OSError) as error:

@@ -132,7 +132,7 @@ class AudioReader:
             name = _label(values.get("id")) or _label((values["audio"] or {}).get("path")) or name
             if (reason := self._filter.of_values(values)) is not None:
                 return [_filtered(name, reason)]
-            if self._with_text and not values["text"]:
+            if self._with_text and not values["text"] and not values.get("problem"):
                 raise AudioError("no text", f"'{name}' has no text")
             return self._split(name, values, ref) if self._splits else [self._clip(name, values, ref)]
         except AudioError as error:
