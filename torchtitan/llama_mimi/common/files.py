@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from glob import escape, glob
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -63,6 +64,11 @@ def is_hidden(relative: str) -> bool:
     """
     *folders, name = relative.split("/")
     return name.startswith(".") or any(folder.startswith((".", "__")) for folder in folders)
+
+
+def visible_files(folder: Path, pattern: str) -> list[Path]:
+    """Return the files below a folder that match a glob and are not hidden, sorted."""
+    return sorted(path for path in folder.glob(pattern) if not is_hidden(path.relative_to(folder).as_posix()))
 
 
 def _below_local(folder: str) -> list[str]:

@@ -8,6 +8,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from llama_mimi.common.errors import UserError, first_line
+from llama_mimi.common.files import visible_files
 
 
 def load_pretrained(cls: Any, name: str, *, what: str, allow_torch_weights: bool = False, **kwargs: Any) -> Any:
@@ -53,7 +54,7 @@ def weights_sha256(name: str) -> str:
     if not folder.is_dir():
         folder = Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.bin"], local_files_only=True))
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")):
+    for path in visible_files(folder, "*.safetensors") or visible_files(folder, "*.bin"):
         with path.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()

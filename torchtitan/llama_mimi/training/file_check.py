@@ -14,6 +14,7 @@ from llama_mimi.checkpoint.dcp import complete_steps, has_loader_position, is_di
 from llama_mimi.checkpoint.huggingface import NETWORK_KEYS, hf_config
 from llama_mimi.checkpoint.run_record import ASSETS_FOLDER, speech_config
 from llama_mimi.common.errors import UserError
+from llama_mimi.common.files import visible_files
 from llama_mimi.data.build import chosen_split, dataset_names
 from llama_mimi.data.code_store import CodeCorpus, is_store
 from llama_mimi.data.corpus_files import check_corpus
@@ -115,7 +116,7 @@ def _check_model(job_config: Any) -> None:
             f"codec.attention is '{codec.attention}'; set it to '{attention_of(base)}'"
         )
     if job_config.checkpoint.initial_load_in_hf:
-        if not list(Path(model.hf_assets_path).glob("*.safetensors")):
+        if not visible_files(Path(model.hf_assets_path), "*.safetensors"):
             raise UserError(
                 f"'{model.hf_assets_path}' holds no *.safetensors weights; prepare it without --random_weights, or "
                 "start from random weights with --checkpoint.no-initial_load_in_hf"
