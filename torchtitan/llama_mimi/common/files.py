@@ -1,5 +1,6 @@
 """Files on any fsspec path: found, read as JSON, and written so that they are whole or not there."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -157,15 +158,17 @@ def write_atomically(folder: str, name: str, content: bytes) -> None:
     """
     fs, bare = file_system(folder)
     path = f"{bare.rstrip('/')}/{name}"
+    aside = f"{path}.{uuid4().hex}{PARTIAL}"
     try:
         fs.makedirs(bare, exist_ok=True)
         if is_local(fs):
-            aside = f"{path}.{uuid4().hex}{PARTIAL}"
             fs.pipe_file(aside, content)
             fs.mv(aside, path)
         else:
             fs.pipe_file(path, content)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(aside)
         raise UserError(
             f"'{folder}/{name}' could not be written ({error.strerror or error}); make room or mend the folder and "
             "start again: what is finished is kept"

@@ -95,10 +95,16 @@ def publish(options: PublishingOptions) -> None:
 def _write(folder: Path, files: Sequence[Path], card: str) -> None:
     if folder.exists():
         raise UserError(f"--dry_run is '{folder}', which exists; name a new folder")
-    folder.mkdir(parents=True)
-    for path in files:
-        shutil.copyfile(path, folder / path.name)
-    (folder / CARD).write_text(card)
+    try:
+        folder.mkdir(parents=True)
+        for path in files:
+            shutil.copyfile(path, folder / path.name)
+        (folder / CARD).write_text(card)
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise UserError(
+            f"--dry_run '{folder}' could not be written ({error.strerror}); free disk space, or name another folder"
+        ) from error
     names = ", ".join(sorted(path.name for path in folder.iterdir()))
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(f"would be uploaded: {names}; {size / 1e6:,.1f} MB, as they lie in {folder}")
