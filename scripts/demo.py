@@ -9,10 +9,10 @@ that is this machine alone.
 import functools
 import io
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -104,8 +104,7 @@ def build_app(gradio: Any, load: Any, model_names: tuple[str, ...]) -> Any:
             )
             yield from continued(load(name), prompt, options)
         except UserError as error:
-            # Visitors see no paths of this machine.
-            raise gradio.Error(str(error).replace(str(prompt), "the prompt").replace(name, Path(name).name)) from error
+            raise gradio.Error(without_folders(str(error))) from error
 
     with gradio.Blocks(title="Llama-Mimi", delete_cache=DELETE_AFTER) as app:
         gradio.Markdown("# Llama-Mimi\nSay how it begins; the model goes on in the voice that it heard.")
@@ -171,6 +170,11 @@ def continued(
                 state += f". The end: {'the model stopped' if end is End.BY_MODEL else 'as long as asked for'}"
             colors = pages.resized(pages.spectrogram(torch.cat(heard), codec.sample_rate_hz, end_seconds))
             yield sound, state, colors, "\n".join(map(tokens_of, reversed(frames[-SHOWN_FRAMES:])))
+
+
+def without_folders(message: str) -> str:
+    """Return an error with the last part of each quoted path alone: visitors see no paths of this machine."""
+    return re.sub(r"'[^']*/([^'/]+)'", r"'\1'", message)
 
 
 def tokens_of(frame_Q: torch.Tensor) -> str:

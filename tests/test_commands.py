@@ -5,10 +5,12 @@ import errno
 import json
 import os
 import runpy
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import demo
 import fsspec
 import matplotlib.pyplot as plt
 import pages
@@ -93,3 +95,17 @@ def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run_cli(copy)
     assert capsys.readouterr().err.startswith("error: 'to' cannot be used (Read-only file system); ")
+
+
+def test_the_demo_names_a_taken_port_and_no_paths(monkeypatch):
+    pytest.importorskip("gradio")
+    monkeypatch.setattr(demo, "load_speech_model", lambda *args, **options: None)
+    monkeypatch.setattr(demo.shutil, "which", lambda name: name)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"port {port} of 127.0.0.1 is taken"):
+            demo.demo(port=port)
+    message = "'/tmp/gradio/0a1b/my voice.wav' is empty (0 bytes); 'tiny' is not 'me/tiny'"
+    assert demo.without_folders(message) == "'my voice.wav' is empty (0 bytes); 'tiny' is not 'tiny'"
