@@ -25,7 +25,7 @@ from study_report import Cell, sections  # noqa: E402
 from llama_mimi.audio.reading import AudioError, read_audio  # noqa: E402
 from llama_mimi.common.command_line import run_command  # noqa: E402
 from llama_mimi.common.errors import UserError  # noqa: E402
-from llama_mimi.common.files import read_json  # noqa: E402
+from llama_mimi.common.files import read_json, visible_files  # noqa: E402
 from llama_mimi.judging.prompts import MANIFEST  # noqa: E402
 from llama_mimi.judging.systems import RECORDING, SHUFFLED  # noqa: E402
 from llama_mimi.judging.table import COLUMNS, KIND, column_of, is_reference  # noqa: E402
@@ -120,7 +120,7 @@ def heard(folder: Path, systems: Sequence[str], num_prompts: int) -> list[str]:
     prompts = sorted(
         read_manifest(folder)["prompts"], key=lambda prompt: hashlib.sha256(prompt["name"].encode()).digest()
     )
-    reports = {path.stem: read_json(str(folder), path.name) or {} for path in sorted(folder.glob("*.json"))}
+    reports = {path.stem: read_json(str(folder), path.name) or {} for path in visible_files(folder, "*.json")}
     reports = {report["system"]: report for report in reports.values() if report.get("kind") == KIND}
     if missing := [name for name in systems if name not in reports]:
         raise UserError(f"'{folder}' has no result of '{missing[0]}', only of {', '.join(reports) or 'none'}")

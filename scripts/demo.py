@@ -9,6 +9,7 @@ that is this machine alone.
 import functools
 import io
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -29,6 +30,9 @@ from llama_mimi.generation.speech_model import DecoderPrecision, SpeechModel
 
 SECONDS_AT_ONCE = 0.4  # of new audio that is sent together
 SHOWN_FRAMES = 24  # of tokens, the newest
+MAX_UPLOAD = "50mb"  # of a prompt
+MAX_WAITING = 8  # requests; one more is refused
+DELETE_AFTER = (600, 3600)  # seconds: how often uploads are looked at, and the age at which they are deleted
 
 
 def demo(
@@ -65,10 +69,18 @@ def demo(
         return load_speech_model(name, device=device, dtype=dtype)
 
     load(model_name[0])  # what is wrong with it is said now
-    app = build_app(gradio, load, model_name)
-    app.queue(default_concurrency_limit=1).launch(
-        server_name=host, server_port=port, share=False, theme=theme(gradio), footer_links=[]
-    )
+    app = build_app(gradio, load, model_name).queue(max_size=MAX_WAITING, default_concurrency_limit=1)
+    try:
+        app.launch(
+            server_name=host,
+            server_port=port,
+            share=False,
+            theme=theme(gradio),
+            footer_links=[],
+            max_file_size=MAX_UPLOAD,
+        )
+    except OSError as error:  # gradio says so of any port that it cannot bind
+        raise UserError(f"port {port} of {host} is taken or cannot be used; choose another --port") from error
 
 
 def theme(gradio: Any) -> Any:
@@ -92,9 +104,9 @@ def build_app(gradio: Any, load: Any, model_names: tuple[str, ...]) -> Any:
             )
             yield from continued(load(name), prompt, options)
         except UserError as error:
-            raise gradio.Error(str(error)) from error
+            raise gradio.Error(without_folders(str(error))) from error
 
-    with gradio.Blocks(title="Llama-Mimi") as app:
+    with gradio.Blocks(title="Llama-Mimi", delete_cache=DELETE_AFTER) as app:
         gradio.Markdown("# Llama-Mimi\nSay how it begins; the model goes on in the voice that it heard.")
         with gradio.Row():
             with gradio.Column():
@@ -160,6 +172,11 @@ def continued(
                     state += f"; {note}"
             colors = pages.resized(pages.spectrogram(torch.cat(heard), codec.sample_rate_hz, end_seconds))
             yield sound, state, colors, "\n".join(map(tokens_of, reversed(frames[-SHOWN_FRAMES:])))
+
+
+def without_folders(message: str) -> str:
+    """Return an error with the last part of each quoted path alone: visitors see no paths of this machine."""
+    return re.sub(r"'[^']*/([^'/]+)'", r"'\1'", message)
 
 
 def tokens_of(frame_Q: torch.Tensor) -> str:

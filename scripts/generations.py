@@ -11,7 +11,6 @@ from pictures import save
 from published import Published
 
 from llama_mimi.common.errors import UserError
-from llama_mimi.judging.script import FORMAT
 from llama_mimi.judging.table import COLUMNS, KIND, column_of, columns_in, differences, is_reference, means, table
 
 MEASURES = (*COLUMNS, "judge/")  # that a row of others may have
@@ -25,15 +24,13 @@ def read_generations(reports: Mapping[Path, Mapping[str, Any]]) -> list[Systems]
         reports: contents of result files by path; those of another kind are passed over.
 
     Raises:
-        UserError: a result of another format, or two of one system.
+        UserError: two results of one system.
     """
     sets: dict[str, Systems] = defaultdict(dict)
     heard: dict[tuple[str, str], str] = {}
     for path, report in reports.items():
         if report.get("kind") != KIND:
             continue
-        if report.get("format") != FORMAT:
-            raise UserError(f"'{path}' has format {report.get('format')!r}, not {FORMAT}; judge the system anew")
         key = json.dumps([report["prompts_sha256"], report["seconds"], report["measures"]], sort_keys=True)
         audio = key, report["system"]
         if audio in heard and heard[audio] == report["audio_sha256"]:

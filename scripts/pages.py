@@ -15,7 +15,7 @@ import torchaudio
 from matplotlib.figure import Figure
 from PIL import Image
 
-from llama_mimi.common.errors import UserError
+from llama_mimi.common.files import write_atomically
 
 WINDOW, HOP = 1024, 240  # 43 ms every 10 ms at 24 kHz
 TOP_DB, RANGE_DB = 40.0, 80.0  # full scale is about 48 dB; what is softer than -40 dB is black
@@ -67,11 +67,7 @@ def write_page(path: Path, title: str, parts: Iterable[str]) -> None:
         UserError: it cannot be written.
     """
     content = page(title, parts).encode()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    except OSError as error:
-        raise UserError(f"the page '{path}' could not be written ({error.strerror}); choose another place") from error
+    write_atomically(str(path.parent), path.name, content)
     print(f"{path}: {len(content) / 1e6:.1f} MB")
 
 

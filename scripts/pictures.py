@@ -1,11 +1,13 @@
 """Writing pictures."""
 
+import io
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from llama_mimi.common.errors import UserError
+from llama_mimi.common.files import write_atomically
 
 
 def save(figure: Figure, path: Path, *, dpi: int) -> None:
@@ -14,10 +16,11 @@ def save(figure: Figure, path: Path, *, dpi: int) -> None:
     Raises:
         UserError: it cannot be written.
     """
+    content = io.BytesIO()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=dpi)
-    except (OSError, ValueError) as error:
+        figure.savefig(content, dpi=dpi, format=path.suffix[1:] or None)
+    except ValueError as error:
         raise UserError(f"the picture '{path}' could not be written ({error}); choose another --picture") from error
     finally:
         plt.close(figure)
+    write_atomically(str(path.parent), path.name, content.getvalue())

@@ -8,7 +8,6 @@ eval/generation.py have tables of their own, too; a second picture shows them.
 """
 
 import itertools
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,13 +22,14 @@ from generations import MEASURES, draw_generations, read_generations
 from generations import sections as generation_sections
 from pictures import save
 from published import read_published
+from result_files import read_results
 
 from llama_mimi.common.command_line import run_command
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import write_atomically
 from llama_mimi.evaluation.accuracy import group_credits, mcnemar
 from llama_mimi.evaluation.benchmarks import SALMON_PARTS
-from llama_mimi.evaluation.results import FORMAT, MAX_AUDIO_SECONDS
+from llama_mimi.evaluation.results import MAX_AUDIO_SECONDS
 
 STANDARD = ("official", "original")
 # Columns in the order of the table, and what they are called there; parts of other names follow.
@@ -92,7 +92,7 @@ def report(
     Raises:
         UserError: there are no results, or one cannot be read.
     """
-    reports = read_reports(results)
+    reports = read_results(results)
     rows = read_rows(reports)
     sets = read_generations(reports)
     if not rows and not sets:
@@ -128,35 +128,16 @@ def report(
         draw_generations(sets[0], generations_picture)
 
 
-def read_reports(folders: Sequence[Path]) -> dict[Path, dict[str, Any]]:
-    """What JSON files hold, those of other programs among them.
-
-    Raises:
-        UserError: one cannot be read.
-    """
-    reports = {}
-    for path in result_files(folders):
-        try:
-            report = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(f"'{path}' is no readable JSON ({error}); move it out or make it anew") from error
-        if isinstance(report, dict):
-            reports[path] = report
-    return reports
-
-
 def read_rows(reports: Mapping[Path, dict[str, Any]]) -> dict[Key, Row]:
     """Rows of benchmarks by what they are of.
 
     Raises:
-        UserError: a result of another format, or two of the same.
+        UserError: two results of the same.
     """
     rows: dict[Key, Row] = {}
     for path, report in reports.items():
         if "benchmark" not in report:
             continue
-        if report.get("format") != FORMAT:
-            raise UserError(f"'{path}' has format {report.get('format')!r}, not {FORMAT}; score the model anew")
         settings = report["settings"]
         made_with = settings["dtype"], settings["max_audio_seconds"], report["codec"]["attention"]
         key = Key(report["model_sha256"], report["preset"], *made_with)
@@ -182,17 +163,6 @@ def read_rows(reports: Mapping[Path, dict[str, Any]]) -> dict[Key, Row]:
             about.append(f"codec {key.codec_attention}")
         row.label = f"{row.name} ({', '.join(about)})"
     return rows
-
-
-def result_files(paths: Sequence[Path]) -> list[Path]:
-    """JSON files, and those below folders.
-
-    Raises:
-        UserError: a path that does not exist.
-    """
-    if missing := [path for path in paths if not path.exists()]:
-        raise UserError(f"'{missing[0]}' does not exist; name folders of result files")
-    return sorted({file for path in paths for file in (path.rglob("*.json") if path.is_dir() else [path])})
 
 
 def published_rows(path: Path) -> list[Row]:

@@ -4,7 +4,6 @@ A mean is over seeds. Its interval over pairs (or prompts) says what other pairs
 other seeds would give; neither says both.
 """
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
@@ -16,6 +15,7 @@ from report import HEADINGS, heading
 from scipy.stats import t as student
 
 from llama_mimi.common.errors import UserError
+from llama_mimi.common.files import parse_json, visible_files
 from llama_mimi.evaluation.accuracy import group_credits
 from llama_mimi.evaluation.benchmarks import SALMON_PARTS
 from llama_mimi.evaluation.script import BENCHMARK_SCRIPTS
@@ -192,7 +192,7 @@ class Results:
         found: dict[str, tuple[str, float]] = {}
         if is_accuracy(column) or column == BITS:
             return found
-        for path in sorted(self._place.generations.glob("*.json")):
+        for path in visible_files(self._place.generations, "*.json"):
             name = str(path.relative_to(self._place.study.output_dir))
             report = self._file(name)
             if report.get("kind") != KIND or not is_reference(report["samples"]):
@@ -222,7 +222,7 @@ class Results:
     def _file(self, path: str) -> dict[str, Any]:
         if path not in self._files:
             try:
-                self._files[path] = json.loads((self._place.study.output_dir / path).read_text())
+                self._files[path] = parse_json((self._place.study.output_dir / path).read_bytes())
             except (OSError, ValueError) as error:
                 raise UserError(
                     f"'{path}' is no readable result ({error}); remove it, so that it is made anew"

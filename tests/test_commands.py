@@ -1,16 +1,26 @@
 """Every command explains its flags."""
 
 import ast
+import errno
 import json
 import os
 import runpy
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
+import demo
+import fsspec
+import matplotlib.pyplot as plt
+import pages
+import pictures
 import pytest
+import torch
 from conftest import ROOT, TINY, run_here
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+from llama_mimi.audio.reading import Waveform, write_wav
 from llama_mimi.common.command_line import run_cli
 from llama_mimi.common.errors import UserError
 
@@ -79,3 +89,40 @@ def test_training_lists_its_keys(monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         parse_config(["--help"])
     assert end.value.code == 0 and "--codec.num-quantizers" in capsys.readouterr().out.replace("_", "-")
+
+
+def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch, capsys):
+    def full(self, path, content):
+        Path(path).write_bytes(content[: len(content) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(type(fsspec.filesystem("file")), "pipe_file", full)
+    for write in (
+        lambda: write_wav(tmp_path / "a.wav", Waveform(torch.zeros(100), 24_000)),
+        lambda: pages.write_page(tmp_path / "a.html", "a", ["b"]),
+        lambda: pictures.save(plt.figure(), tmp_path / "a.png", dpi=10),
+    ):
+        with pytest.raises(UserError, match=r"a\.\w+' could not be written \(No space left on device\)"):
+            write()
+    assert not list(tmp_path.iterdir())
+
+    def copy() -> None:
+        raise OSError(errno.EROFS, "Read-only file system", "from", None, "to")
+
+    with pytest.raises(SystemExit):
+        run_cli(copy)
+    assert capsys.readouterr().err.startswith("error: 'to' cannot be used (Read-only file system); ")
+
+
+def test_the_demo_names_a_taken_port_and_no_paths(monkeypatch):
+    pytest.importorskip("gradio")
+    monkeypatch.setattr(demo, "load_speech_model", lambda *args, **options: None)
+    monkeypatch.setattr(demo.shutil, "which", lambda name: name)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"port {port} of 127.0.0.1 is taken"):
+            demo.demo(port=port)
+    message = "'/tmp/gradio/0a1b/my voice.wav' is empty (0 bytes); 'tiny' is not 'me/tiny'"
+    assert demo.without_folders(message) == "'my voice.wav' is empty (0 bytes); 'tiny' is not 'tiny'"

@@ -42,6 +42,7 @@ from llama_mimi.data.row_filter import RowFilter
 
 RATE = 24_000
 COLUMNS = {"text": "text", "speaker": "speaker"}
+DEEP = f'{{"text": {"[" * 100_000}{"]" * 100_000}}}'  # of which json raises a RecursionError
 
 
 @pytest.fixture(autouse=True)
@@ -194,6 +195,8 @@ def test_odd_members_of_a_tar(rows, tmp_path):
         add(tar, "five.cls", b"7")
         add(tar, "v1.0_six.flac", rows[3]["bytes"])
         add(tar, "v1.0_six.json", b'{"text": "with a point in its name", "speaker": "\\ud800"}')
+        add(tar, "eight.flac", rows[3]["bytes"])
+        add(tar, "eight.json", DEEP.encode())
         link = tarfile.TarInfo("seven.flac")
         link.type, link.linkname = tarfile.LNKTYPE, "five.flac"
         tar.addfile(link)
@@ -201,8 +204,11 @@ def test_odd_members_of_a_tar(rows, tmp_path):
     good = [clip for clip in clips if isinstance(clip, AudioClip)]
     assert [clip.name for clip in good] == ["a/one", "three", "five", "seven"]
     assert [clip.text for clip in good] == ["said", None, "von einer Datei für Text", None]
-    two, four, six = [clip for clip in clips if isinstance(clip, SkippedClip)]
-    assert two.reason == "no audio" and six.reason == "damaged row" and "no text in UTF-8" in six.message
+    two, four, six, eight = [clip for clip in clips if isinstance(clip, SkippedClip)]
+    assert two.reason == "no audio" and six.reason == "damaged row" and "cannot be stored ('utf-8'" in six.message
+    assert eight.reason == "damaged row" and "nested too deeply" in eight.message
+    (eight,) = (clip for clip in clips_of(opened(tmp_path, "text"), with_text=True) if "'eight'" in str(clip))
+    assert "nested too deeply" in eight.message
     assert four.reason == "damaged row" and "'four' cannot be used: its JSON or text cannot be read" in four.message
     with tarfile.open(tmp_path / "y.tar", "w") as tar:
         for _ in range(2):
@@ -232,6 +238,7 @@ def test_odd_lines_of_a_manifest(rows, tmp_path):
     odd = {
         "no JSON": "{no",
         "a list": "[1]",
+        "a deep object": DEEP,
         "an offset that is none": '{"audio_filepath": "long.wav", "offset": "soon"}',
         "an offset past the end": '{"audio_filepath": "long.wav", "offset": 60, "duration": 1}',
         "a negative offset": '{"audio_filepath": "long.wav", "offset": -1}',
@@ -240,10 +247,10 @@ def test_odd_lines_of_a_manifest(rows, tmp_path):
     }
     place.write_text("\n".join([lines[0], *odd.values(), lines[1]]))
     clips = clips_of(opened(place), max_frames=100)
-    assert [isinstance(clip, AudioClip) for clip in clips] == [True, *[False] * 7, True]
+    assert [isinstance(clip, AudioClip) for clip in clips] == [True, *[False] * 8, True]
     reasons = [clip.reason for clip in clips[1:-1]]
-    assert reasons == ["damaged row"] * 3 + ["past the end", "damaged row", "missing", "no audio"]
-    assert "ends before 60 s, where it is to begin" in clips[4].message
+    assert reasons == ["damaged row"] * 4 + ["past the end", "damaged row", "missing", "no audio"]
+    assert "ends before 60 s, where it is to begin" in clips[5].message
     place.write_text('{"audio_filepath": "long.wav", "offset": 3.5, "duration": 2}')
     (short,) = clips_of(opened(place), max_frames=100)
     assert short.remarks == (SHORTER,) and len(short.samples_S) == RATE // 2 and short.name == "long.wav@3.5"
@@ -264,6 +271,7 @@ def test_odd_lines_of_a_manifest(rows, tmp_path):
     [
         ("metadata.csv", "file,text\na.flac,b\n", "is no table with the column file_name"),
         ("metadata.jsonl", "{no", "is no table with the column file_name"),
+        ("metadata.jsonl", DEEP, "metadata.jsonl' is no table .* nested too deeply"),
         ("metadata.csv", b"\xff\xfe", "is no table with the column file_name"),
         ("a.trans.txt", b"a \xff\xfe", "is no text in UTF-8"),
     ],
@@ -279,14 +287,15 @@ def test_folders_with_links_and_odd_files(rows, tmp_path):
     in_json_files(tmp_path, rows[:3])
     (tmp_path / "again").symlink_to(tmp_path, target_is_directory=True)  # in a circle
     (tmp_path / f"{rows[0]['name']}.json").write_text("{no")
+    (tmp_path / f"{rows[1]['name']}.json").write_text(DEEP)
     (tmp_path / "empty.wav").write_bytes(b"")
     (tmp_path / "gone.wav").symlink_to(tmp_path / "nowhere.wav")
     (tmp_path / "notes.txt").write_text("no audio")
     (tmp_path / "._x.trans.txt").write_bytes(b"\xff")
     clips = clips_of(opened(tmp_path))
     reasons = [clip.reason for clip in clips if isinstance(clip, SkippedClip)]
-    assert len(clips) == 5 and sorted(reasons) == ["damaged row", "empty", "missing"]
-    assert [clip.text for clip in clips if isinstance(clip, AudioClip)] == [row["text"] for row in rows[1:3]]
+    assert len(clips) == 5 and sorted(reasons) == ["damaged row", "damaged row", "empty", "missing"]
+    assert [clip.text for clip in clips if isinstance(clip, AudioClip)] == [rows[2]["text"]]
 
 
 def test_metadata_above_its_files_as_common_voice_has_it(rows, tmp_path):

@@ -324,6 +324,10 @@ def late(request, number):
         (lambda r, n: (200, '{"content": 3.5}'), f"{FAILED}score is no whole number", 12),
         (lambda r, n: (200, '{"content": NaN}'), f"{FAILED}score is no whole number", 12),
         (lambda r, n: (200, "<html>"), f"{FAILED}no JSON", 12),
+        # A model that has lost its way.
+        (lambda r, n: (200, '{"a":' * 100_000), f"{FAILED}no JSON", 12),
+        (lambda r, n: (200, '{"a":' + "[" * 100_000 + "}"), f"{FAILED}no JSON", 12),
+        (lambda r, n: (200, "{" * 1_000_000 + GOOD), {"content": 4}, 4),
         # What passes: the client tries again.
         (lambda r, n: (429, "slow down") if n < 3 else (200, GOOD), {"content": 4}, 7),
         (lambda r, n: (503, "busy") if n < 2 else (200, GOOD), {"content": 4}, 6),

@@ -13,6 +13,7 @@ from test_clips import read_all, reader
 
 from llama_mimi.audio.reading import DAMAGED, OPPOSITE
 from llama_mimi.common.errors import UserError
+from llama_mimi.data import parquet_corpus
 from llama_mimi.data.clip_readers import AudioClip, SkippedClip
 from llama_mimi.data.corpora import open_corpus
 from llama_mimi.data.corpus_files import parquet_files
@@ -141,6 +142,26 @@ def test_names_that_look_like_globs(tmp_path, folder):
 
 
 # Which columns
+
+
+def test_a_large_row_group_is_read_in_parts(tmp_path, monkeypatch):
+    audio = [{"bytes": PROMPT[: 20_000 + i], "path": None} for i in range(7)]
+    folder = write(tmp_path / "x.parquet", audio, id=[f"clip {i}" for i in range(7)])
+    whole = open_corpus(folder, None, "audio", None)
+    monkeypatch.setattr(parquet_corpus, "MAX_GROUP_BYTES", 100_000)
+    parts = open_corpus(folder, None, "audio", None)
+    assert whole.sizes_G.tolist() == [7] and parts.sizes_G.tolist() == [1] * 7
+    assert pa.concat_tables(map(parts.read_group, range(7))).equals(whole.read_group(0))
+    assert parts.row_name(3, 0) == whole.row_name(0, 3) and parts.fingerprint == whole.fingerprint
+
+
+def test_a_row_group_that_grows_in_memory_is_refused(tmp_path, monkeypatch):
+    """Equal values are stored once in a file, so that a small file may take any memory."""
+    folder = write(tmp_path / "x.parquet", [{"bytes": PROMPT, "path": None}] * 50)
+    monkeypatch.setattr(parquet_corpus, "MAX_GROUP_BYTES", 10 * len(PROMPT))
+    corpus = open_corpus(folder, None, "audio", None)
+    with pytest.raises(UserError, match="row group 0 of .* takes more than .* bytes of memory"):
+        corpus.read_group(0)
 
 
 def test_a_column_that_stands_twice(tmp_path):

@@ -1,5 +1,6 @@
 """The report over result files: what is in the table, beside it, and what is refused."""
 
+import copy
 import json
 import tomllib
 
@@ -11,6 +12,7 @@ from conftest import ROOT
 from llama_mimi.common.errors import UserError
 from llama_mimi.evaluation.accuracy import mean_of_parts, part_results
 from llama_mimi.evaluation.benchmarks import SALMON_PARTS
+from llama_mimi.judging import intervals
 
 PUBLISHED = ROOT / "eval" / "published.toml"
 
@@ -181,3 +183,81 @@ def test_a_perfect_model_is_drawn(tmp_path, make):
     assert cells(text, "m (official)")["SALMon rir consistency"] == "100.0 (98.1 to 100.0)"
     assert cells(text, "m (official)")["SALMon gender consistency"] == "0.0 (0.0 to 4.9)"
     assert (tmp_path / "bars.png").exists()
+
+
+def generations_file(folder, system, **changed):
+    """Writes a result of continuations of two prompts, as eval/generation.py does."""
+    samples = [
+        {"prompt": prompt, "sample": 0, "file": "a.wav", "missing": {}, "seconds": 2.0, "similarity": 0.5,
+         "log_perplexity": 3.0, "judge/content": 4, "text": "a word"}
+        for prompt in ("one", "two")
+    ]  # fmt: skip
+    content = {
+        "format": 1,
+        "kind": "generations",
+        "prompts_sha256": "p",
+        "seconds": 2.0,
+        "measures": {"pauses": {}},
+        "system": system,
+        "audio_sha256": "a",
+        "made_by": {"model_sha256": "b"},
+        "results": {"similarity": {"mean": 0.5, "interval": [0.4, 0.6], "count": 2}},
+        "samples": samples,
+    }
+    path = folder / f"{system}.json"
+    path.write_text(json.dumps(content | changed))
+    return path
+
+
+ODD = (None, True, -1, 10**400, 1e308, float("nan"), "x", [], {}, [[[]]], {"a": {"b": None}})
+
+
+def mutants(content):
+    """Copies of JSON, each with one value removed or of another type; of a list the first value stands for all."""
+    keys = list(content) if isinstance(content, dict) else range(min(1, len(content)))
+    for key in keys:
+        for odd in ODD:
+            changed = copy.copy(content)
+            changed[key] = odd
+            yield changed
+        changed = copy.copy(content)
+        del changed[key]
+        yield changed
+        if isinstance(content[key], dict | list):
+            for inner in mutants(content[key]):
+                changed = copy.copy(content)
+                changed[key] = inner
+                yield changed
+
+
+@pytest.mark.parametrize("kind", ["benchmark", "generations"])
+def test_results_of_other_versions_end_in_one_sentence_that_names_them(tmp_path, make, monkeypatch, kind):
+    monkeypatch.setattr(intervals, "RESAMPLES", 10)
+    result_file(tmp_path, "whole", "official", "salmon", {"rir_consistency": [1, 0]}, sha256="b" * 64)
+    generations_file(tmp_path, "whole")
+    if kind == "benchmark":
+        path = result_file(tmp_path, "m", "official", "salmon", {"rir_consistency": [1, 0]})
+    else:
+        path = generations_file(tmp_path, "m")
+    refused = 0
+    contents = [json.dumps(mutant) for mutant in mutants(json.loads(path.read_text()))]
+    whole = path.read_text()
+    for content in [*contents, whole[:-2], "", "[" * 100_000, "\x00"]:
+        path.write_text(content)
+        try:
+            make("--results", tmp_path)
+        except UserError as error:
+            assert f"'{path}'" in str(error) and "\n" not in str(error), content
+            refused += 1
+    assert len(contents) > 200 and refused > len(contents) / 2
+    path.write_text(whole)
+    make("--results", tmp_path, "--picture", tmp_path / "a.png", "--generations_picture", tmp_path / "b.png")
+
+
+def test_other_json_and_hidden_files_are_left_out(tmp_path, make):
+    path = result_file(tmp_path, "m", "official", "salmon", {"rir_consistency": [1, 0]})
+    expected = make("--results", tmp_path)
+    path.with_name("._official.json").write_bytes(b"\x00\x05\x16\x07")  # as macOS leaves them
+    for name, content in (("settings", {"model": "a", "versions": {}}), ("list", [1]), ("number", 7)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    assert make("--results", tmp_path) == expected

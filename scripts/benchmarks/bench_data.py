@@ -26,13 +26,12 @@ import torch
 from layouts import LAYOUTS, lossless_rows
 from measuring import DEVICE, in_turn, machine, measured, median_and_range, peak_mb
 from simulated import STORED_LEVELS, random_clips, speech_lengths, write_codes
-from torch.utils.data import DataLoader
 
 from llama_mimi.audio.mimi import DTYPES, MimiCodec, load_codec_config, whole_frames
 from llama_mimi.common.command_line import run_command
 from llama_mimi.common.errors import UserError
 from llama_mimi.data.clip_readers import AudioClip, AudioReader, CodeReader
-from llama_mimi.data.clips import ClipStream, SentChunk
+from llama_mimi.data.clips import ClipStream
 from llama_mimi.data.code_store import CodeCorpus
 from llama_mimi.data.code_writer import TokenizationOptions
 from llama_mimi.data.corpora import open_corpus
@@ -100,37 +99,20 @@ def read_clips(reader: AudioReader, limit: int) -> Iterator[AudioClip]:
         yield clip
 
 
-class ArraysStream(ClipStream):
-    """Hands each clip's samples over as a NumPy array of its own, which is pickled: the way until 2026-11-25."""
-
-    def __iter__(self) -> Iterator[Any]:
-        for chunk in super().__iter__():
-            assert isinstance(chunk, SentChunk)
-            yield chunk.refs, [clip.samples_S.numpy() for clip in chunk.unpack().clips if isinstance(clip, AudioClip)]
-
-    def load(self, **workers: Any) -> Iterator[Any]:
-        for refs, arrays in DataLoader(self, batch_size=None, collate_fn=lambda chunk: chunk, **workers):
-            yield refs, [torch.from_numpy(array) for array in arrays]
-
-
 def handing_over(flags: DataFlags) -> None:
-    """What a chunk that is read costs the training process."""
+    """Print the time that the training process spends on a chunk that a worker has read."""
     codec = MimiCodec(flags.codec, flags.num_quantizers)
     reader = audio_reader(flags.corpus, codec)
-    first = next(ClipStream([reader], shuffled(reader), CLIPS_HANDED_OVER).load())
+    taken = []
+    for _ in range(flags.repeats):
+        chunks = iter(ClipStream([reader], shuffled(reader), CLIPS_HANDED_OVER).load(num_workers=1))
+        first = next(chunks)
+        time.sleep(SECONDS_OF_A_STEP)  # the next is read meanwhile
+        start = time.perf_counter()
+        next(chunks)
+        taken.append(1000 * (time.perf_counter() - start))
     seconds = sum(len(clip.samples_S) for clip in first.clips if isinstance(clip, AudioClip)) / codec.sample_rate_hz
-    print(f"| a chunk of {CLIPS_HANDED_OVER} clips, {seconds:,.0f} s, handed over as | ms |\n|---|---|")
-    for name, stream in (("an array a clip, pickled", ArraysStream), ("one shared tensor", ClipStream)):
-        taken = []
-        for _ in range(flags.repeats):
-            chunks = iter(stream([reader], shuffled(reader), CLIPS_HANDED_OVER).load(num_workers=1))
-            next(chunks)
-            time.sleep(SECONDS_OF_A_STEP)  # the next is read meanwhile
-            start = time.perf_counter()
-            next(chunks)
-            taken.append(1000 * (time.perf_counter() - start))
-        print(f"| {name} | {median_and_range(taken, 1)} |")
-    print()
+    print(f"handing over a chunk of {CLIPS_HANDED_OVER} clips, {seconds:,.0f} s: {median_and_range(taken, 1)} ms\n")
 
 
 def code_reader(flags: DataFlags, store: str) -> CodeReader:

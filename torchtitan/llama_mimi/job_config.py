@@ -109,7 +109,7 @@ class Data:
     holds a block in memory: of 4,096 clips of 14 s about 1 GB of FLAC at 16 kHz, or 11 MB of codes"""
 
     max_bad_share: float = 0.01
-    """Training stops when a larger share of the clips read (at least 100) cannot be used"""
+    """Training stops when a larger share of the clips cannot be used, judged once 100 were read and after each epoch"""
 
 
 @dataclass

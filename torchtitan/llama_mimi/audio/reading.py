@@ -18,6 +18,7 @@ import torch
 
 from llama_mimi.audio.decoders import NeedsFFmpeg, OggLink, Recording, breaks_off, ogg_links, opened
 from llama_mimi.common.errors import UserError, first_line
+from llama_mimi.common.files import write_atomically
 
 # Samples beyond it are no audio in [-1, 1] but integers that were stored as floats. 16 is 24 dB over full scale: mixes
 # and lossy codecs go over it by a few dB, and speech of 16-bit integers that stays below is quieter than -66 dB.
@@ -140,13 +141,15 @@ def resample(samples_S: np.ndarray, from_hz: int, to_hz: int) -> np.ndarray:
 
 
 def write_wav(path: str | Path, waveform: Waveform) -> None:
-    """Write 16-bit PCM WAV, clipped to [-1, 1]; folders on the way are made.
+    """Write 16-bit PCM WAV, clipped to [-1, 1], as a whole or not at all; missing folders are created.
 
     Raises:
         UserError: the file system is full or refuses.
     """
-    with wav_writer(path, waveform.sample_rate_hz) as file:
-        file.write(waveform.samples_S.clamp(-1, 1).numpy())
+    stream, path = BytesIO(), Path(path)
+    samples_S = waveform.samples_S.clamp(-1, 1).numpy()
+    soundfile.write(stream, samples_S, waveform.sample_rate_hz, format="WAV", subtype="PCM_16")
+    write_atomically(str(path.parent), path.name, stream.getvalue())
 
 
 @contextmanager
@@ -162,7 +165,10 @@ def wav_writer(path: str | Path, sample_rate_hz: int) -> Iterator[soundfile.Soun
         with soundfile.SoundFile(name, "w", sample_rate_hz, 1, format="WAV", subtype="PCM_16") as file:
             yield file
     except (OSError, soundfile.LibsndfileError) as error:
-        raise UserError(f"'{path}' could not be written ({first_line(error)}); make room or name another") from error
+        raise UserError(
+            f"'{path}' could not be written to its end ({first_line(error)}) and is incomplete; free disk space, or "
+            "choose another file"
+        ) from error
 
 
 def _existing_file(path: Path, name: str) -> Path:

@@ -1,6 +1,7 @@
 """Commands and their flags: --snake_case, a mistake as one sentence on stderr and exit code 1."""
 
 import contextlib
+import errno
 import io
 import re
 import sys
@@ -12,6 +13,7 @@ import tyro
 from llama_mimi.common.errors import UserError, report
 
 Options = TypeVar("Options")
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 
 def run_command(command: Callable[..., None], doc: str | None) -> None:
@@ -45,13 +47,20 @@ def read_flags(kind: type[Options], words: Sequence[str]) -> Options:
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Run a script's ``main`` and turn a `UserError` into one sentence and exit code 1."""
+    """Run a script's ``main`` and turn a `UserError` or a full or read-only disk into one sentence and exit code 1."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8; stderr is set so by default
     try:
         main()
     except UserError as error:
         report(error)
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        file = error.filename2 or error.filename  # of a copy, where it was to go
+        problem = f"'{file or 'a file'}' cannot be used ({error.strerror})"
+        report(UserError(f"{problem}; free disk space, set its permissions, or choose another folder"))
         sys.exit(1)
 
 

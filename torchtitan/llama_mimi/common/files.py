@@ -1,12 +1,12 @@
 """Files on any fsspec path: found, read as JSON, and written so that they are whole or not there."""
 
+import contextlib
 import errno
 import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from glob import escape, glob
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,11 @@ def as_utf8(name: str) -> str:
     return os.fsencode(name).decode(errors="backslashreplace")
 
 
+def visible_files(folder: Path, pattern: str) -> list[Path]:
+    """Return the files below a folder that match a glob and are not hidden, sorted."""
+    return sorted(path for path in folder.glob(pattern) if not is_hidden(path.relative_to(folder).as_posix()))
+
+
 def _below_local(folder: str) -> list[str]:
     """Files below a folder, also through links to folders, each folder once; fsspec does not follow them."""
     found: list[str] = []
@@ -123,6 +128,18 @@ def sizes_in(folder: str) -> dict[str, int]:
     return {path.rsplit("/", 1)[-1]: info["size"] for path, info in found.items()}
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Return what JSON contains.
+
+    Raises:
+        ValueError: it is damaged, or nested too deeply for Python.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
 def read_json(folder: str, name: str) -> dict[str, Any] | None:
     """A JSON object in a folder, or None where there is no such file.
 
@@ -132,7 +149,7 @@ def read_json(folder: str, name: str) -> dict[str, Any] | None:
     fs, bare = file_system(folder)
     path = f"{bare.rstrip('/')}/{name}"
     try:
-        values = json.loads(fs.cat_file(path))
+        values = parse_json(fs.cat_file(path))
     except FileNotFoundError:
         return None
     except (ValueError, OSError) as error:
@@ -150,15 +167,17 @@ def write_atomically(folder: str, name: str, content: bytes) -> None:
     """
     fs, bare = file_system(folder)
     path = f"{bare.rstrip('/')}/{name}"
+    aside = f"{path}.{uuid4().hex}{PARTIAL}"
     try:
         fs.makedirs(bare, exist_ok=True)
         if is_local(fs):
-            aside = f"{path}.{uuid4().hex}{PARTIAL}"
             fs.pipe_file(aside, content)
             fs.mv(aside, path)
         else:
             fs.pipe_file(path, content)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(aside)
         raise UserError(
             f"'{folder}/{name}' could not be written ({error.strerror or error}); make room or mend the folder and "
             "start again: what is finished is kept"
@@ -171,7 +190,7 @@ def share_weights(folder: Path) -> None:
         path.chmod((folder / "config.json").stat().st_mode)
 
 
-@contextmanager
+@contextlib.contextmanager
 def locked(path: Path, setting: str, wait: bool = False) -> Iterator[None]:
     """Hold the lock of a file until the block or the process ends.
 

@@ -12,6 +12,7 @@ from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from llama_mimi.common.errors import UserError, first_line
+from llama_mimi.common.files import visible_files
 
 
 def load_pretrained(
@@ -136,7 +137,7 @@ def weights_sha256(name: str) -> str:
     if not folder.is_dir():
         folder = Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.bin"], local_files_only=True))
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")):
+    for path in visible_files(folder, "*.safetensors") or visible_files(folder, "*.bin"):
         with path.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()

@@ -10,6 +10,7 @@ from typing import Any
 from uuid import uuid4
 
 from llama_mimi.common.errors import UserError
+from llama_mimi.common.files import visible_files
 
 
 class ProgressLog:
@@ -28,7 +29,7 @@ class ProgressLog:
     def load(self) -> dict[str, Any]:
         """Results by name."""
         done: dict[str, Any] = {}
-        for path in sorted(self._folder.glob("*.jsonl")):
+        for path in visible_files(self._folder, "*.jsonl"):
             for line in path.read_text().split("\n")[:-1]:  # what follows the last line end was cut off
                 done |= json.loads(line)
         return done

@@ -64,6 +64,14 @@ class AudioClip:
     remarks: tuple[str, ...] = ()
     audio_hash: bytes | None = None
 
+    # PyTorch sends a tensor to another process through /dev/shm, which Docker limits to 64 MB. Without space there,
+    # training would wait for ever. A NumPy array goes through the pipe between the processes.
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"samples_S": self.samples_S.numpy()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, samples_S=torch.from_numpy(state["samples_S"]))
+
 
 @dataclass(frozen=True)
 class CodedClip:
@@ -124,7 +132,7 @@ class AudioReader:
             name = _label(values.get("id")) or _label((values["audio"] or {}).get("path")) or name
             if (reason := self._filter.of_values(values)) is not None:
                 return [_filtered(name, reason)]
-            if self._with_text and not values["text"]:
+            if self._with_text and not values["text"] and not values.get("problem"):
                 raise AudioError("no text", f"'{name}' has no text")
             return self._split(name, values, ref) if self._splits else [self._clip(name, values, ref)]
         except AudioError as error:

@@ -5,25 +5,22 @@ in turn, so that the main process sees one sequence whatever n is. Each worker r
 rows of, which in a shuffled block are all: decoding and resampling are divided, fetching the bytes is not.
 """
 
-import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.ranks import end_with_parent
-from llama_mimi.data.clip_readers import AudioClip, Clip, ClipReader
+from llama_mimi.data.clip_readers import Clip, ClipReader
 from llama_mimi.data.order import ClipRef, RowsInOrder, ShuffledOrder, in_chunks
 
-# The share of bad clips is judged only once this many were read: one among the first ten is no 10 %.
+# The share of bad clips is judged once this many were read: two among the first five say nothing about a corpus.
 MIN_CLIPS_FOR_SHARE = 100
-_NO_SAMPLES = torch.empty(0)
 # Every skipped clip is counted; only so many are named one by one.
 MAX_NAMED_CLIPS = 20
 
@@ -34,38 +31,6 @@ class Chunk:
 
     refs: list[ClipRef]
     clips: list[Clip]
-
-
-@dataclass
-class SentChunk:
-    """A chunk on its way from a loader worker. The main process gets a tensor as shared memory and copies nothing.
-
-    Args:
-        refs, clips: as `Chunk`, but the clips' samples are empty.
-        lengths_B: samples of each clip.
-        samples_N: of all clips, end to end: one tensor, as each costs a file descriptor.
-    """
-
-    refs: list[ClipRef]
-    clips: list[Clip]
-    lengths_B: list[int]
-    samples_N: torch.Tensor
-
-    @classmethod
-    def pack(cls, refs: list[ClipRef], clips: list[Clip]) -> "SentChunk":
-        samples = [(clip.samples_S if isinstance(clip, AudioClip) else _NO_SAMPLES).numpy() for clip in clips]
-        # With NumPy: PyTorch's own threads may hang in a process that was forked from one that has used them.
-        samples_N = torch.from_numpy(np.concatenate(samples))
-        lengths_B = [len(samples_S) for samples_S in samples]
-        return cls(refs, [_with_samples(clip, _NO_SAMPLES) for clip in clips], lengths_B, samples_N)
-
-    def unpack(self) -> Chunk:
-        parts = self.samples_N.split(self.lengths_B)
-        return Chunk(self.refs, [_with_samples(clip, part) for clip, part in zip(self.clips, parts, strict=True)])
-
-
-def _with_samples(clip: Clip, samples_S: torch.Tensor) -> Clip:
-    return dataclasses.replace(clip, samples_S=samples_S) if isinstance(clip, AudioClip) else clip
 
 
 class ClipStream(torch.utils.data.IterableDataset):
@@ -106,9 +71,9 @@ class ClipStream(torch.utils.data.IterableDataset):
         for chunk in chunks:
             if isinstance(chunk, UserError):
                 raise chunk
-            yield chunk.unpack() if isinstance(chunk, SentChunk) else chunk
+            yield chunk
 
-    def __iter__(self) -> Iterator[Chunk | SentChunk | UserError]:
+    def __iter__(self) -> Iterator[Chunk | UserError]:
         """Chunks; an error is handed over as a value, as what a worker raises would come with its traceback."""
         worker = torch.utils.data.get_worker_info()
         number, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
@@ -120,8 +85,7 @@ class ClipStream(torch.utils.data.IterableDataset):
                 except UserError as error:
                     yield UserError(str(error))
                     return
-                refs_of_clips, clips = [ref for ref, _ in read], [clip for _, clip in read]
-                yield SentChunk.pack(refs_of_clips, clips) if worker else Chunk(refs_of_clips, clips)
+                yield Chunk([ref for ref, _ in read], [clip for _, clip in read])
 
     def _read(self, ref: ClipRef) -> list[Clip]:
         reader, groups = self._readers[ref.corpus], self._groups[ref.corpus]
@@ -133,9 +97,15 @@ class ClipStream(torch.utils.data.IterableDataset):
         return reader.clips(groups[ref.group], ref)
 
 
-def is_too_many(num_skipped: int, num_read: int, max_bad_share: float) -> bool:
-    """Whether more than the allowed share of the clips was skipped."""
-    return num_skipped > max_bad_share * max(num_read, MIN_CLIPS_FOR_SHARE)
+def is_too_many(num_skipped: int, num_read: int, max_bad_share: float, *, is_end: bool) -> bool:
+    """Return True where more than the allowed share of the clips was skipped.
+
+    Args:
+        is_end: the corpus has no more clips. Before, fewer than `MIN_CLIPS_FOR_SHARE` are not judged, unless no bad
+            clip is allowed. At the end, fewer count as that many.
+    """
+    is_judged = is_end or num_read >= MIN_CLIPS_FOR_SHARE or not max_bad_share
+    return is_judged and num_skipped > max_bad_share * max(num_read, MIN_CLIPS_FOR_SHARE)
 
 
 def _end_with(parent: int, worker: int) -> None:

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from llama_mimi.audio.mimi import CodecAttention, codec_hash, load_codec_config
 from llama_mimi.common.errors import UserError
-from llama_mimi.common.files import digest, file_system, read_json, sizes_in
+from llama_mimi.common.files import digest, file_system, parse_json, read_json, sizes_in
 from llama_mimi.data.parquet_corpus import unreadable
 
 MANIFEST = "manifest.json"
@@ -193,7 +193,7 @@ def is_store(path: str) -> bool:
     if fs.exists(f"{folder.rstrip('/')}/{PLAN}"):
         return True
     try:
-        return "codec" in json.loads(fs.cat_file(f"{folder.rstrip('/')}/{MANIFEST}"))
+        return "codec" in parse_json(fs.cat_file(f"{folder.rstrip('/')}/{MANIFEST}"))
     except (OSError, ValueError, TypeError):  # no such file, or another program's
         return False
 

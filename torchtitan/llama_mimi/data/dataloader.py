@@ -123,6 +123,7 @@ class UnitDataLoader(BaseDataLoader):
                     self._use_up(ref)
                 if self._packer.is_full:
                     yield self._take()
+        self._judge(is_end=True)
         if not self._packer.is_empty:
             yield self._take()
 
@@ -235,7 +236,7 @@ class UnitDataLoader(BaseDataLoader):
         """Count a clip, and name it if it is skipped.
 
         Raises:
-            UserError: more than the allowed share is bad, or all are.
+            UserError: as `_judge`.
         """
         if ref.frame:  # counted when its beginning was read
             return
@@ -245,12 +246,22 @@ class UnitDataLoader(BaseDataLoader):
             self._count_remarks(clip)
         if counts["read"] % CLIPS_PER_REPORT == 0:
             self._report()
-        if isinstance(clip, CodedClip):
-            return
-        counts["skipped"] += 1
-        counts[f"skipped: {clip.reason}"] += 1
-        if counts["skipped"] <= MAX_NAMED_CLIPS:
-            logger.warning(f"skipped clip {counts['skipped']} ({clip.reason}): {clip.message}")
+        if isinstance(clip, SkippedClip):
+            counts["skipped"] += 1
+            counts[f"skipped: {clip.reason}"] += 1
+            if counts["skipped"] <= MAX_NAMED_CLIPS:
+                logger.warning(f"skipped clip {counts['skipped']} ({clip.reason}): {clip.message}")
+        is_end = counts["read"] % max(1, self._num_clips // self._dp_world_size) == 0  # of an epoch
+        if is_end or isinstance(clip, SkippedClip):
+            self._judge(is_end=is_end)
+
+    def _judge(self, *, is_end: bool) -> None:
+        """Judge the share of bad clips.
+
+        Raises:
+            UserError: more than the allowed share is bad, or all are.
+        """
+        counts = self._counts
         read, skipped = counts["read"], counts["skipped"]
         reasons = ", ".join(f"{n} {key[9:]}" for key, n in counts.items() if key.startswith("skipped: "))
         if skipped == read and skipped >= min(MIN_CLIPS_FOR_SHARE, self._num_clips):
@@ -258,7 +269,7 @@ class UnitDataLoader(BaseDataLoader):
                 f"none of the first {read} clips of '{self.dataset}' that this rank read can be used ({reasons}); "
                 "repair the corpus"
             )
-        if is_too_many(skipped, read, self._max_bad_share):
+        if is_too_many(skipped, read, self._max_bad_share, is_end=is_end):
             raise UserError(
                 f"{skipped} of {read} clips could not be used ({reasons}), more than data.max_bad_share = "
                 f"{self._max_bad_share:g}; repair the corpus or raise data.max_bad_share"

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from llama_mimi.common.errors import UserError, first_line
-from llama_mimi.common.files import digest, file_system, is_local
+from llama_mimi.common.files import digest, file_system, is_local, parse_json
 from llama_mimi.data.record_corpus import Record, RecordTable, groups_of_files
 
 METADATA = ("metadata.csv", "metadata.jsonl")
@@ -100,7 +99,7 @@ class FolderCorpus:
         if (text := _transcripts(folder).get(stem)) is not None:
             values = {"speaker": stem.split("-")[0], "text": text} | values
         content = _read(f"{folder}/{stem}.json") if self._has_json else None
-        said = {} if content is None else json.loads(content)
+        said = {} if content is None else parse_json(content)
         if not isinstance(said, dict):
             raise ValueError(f"{stem}.json holds no JSON object")
         return said | values
@@ -145,7 +144,7 @@ def _metadata(folder: str) -> dict[str, Values]:
             continue
         try:
             text = content.decode("utf-8-sig")
-            lines = csv.DictReader(io.StringIO(text)) if name.endswith("csv") else map(json.loads, _lines(text))
+            lines = csv.DictReader(io.StringIO(text)) if name.endswith("csv") else map(parse_json, _lines(text))
             for row in lines:
                 found[row["file_name"]] = {k: v for k, v in row.items() if k not in ("file_name", None) and v != ""}
         except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:

@@ -1,7 +1,6 @@
 """JSONL manifests, as NeMo has them: lines with ``audio_filepath``, ``offset``, ``duration``, ``text``."""
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -10,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from llama_mimi.common.errors import UserError, first_line
-from llama_mimi.common.files import digest, file_system, is_local
+from llama_mimi.common.files import digest, file_system, is_local, parse_json
 from llama_mimi.data.record_corpus import ROWS_PER_GROUP, Record, RecordTable, groups_of_files, seconds_of
 
 AUDIO_KEY = "audio_filepath"
@@ -79,7 +78,7 @@ class ManifestCorpus:
     @staticmethod
     def _values(line: bytes) -> dict | None:
         try:
-            values = json.loads(line)
+            values = parse_json(line)
         except ValueError:
             return None
         return values if isinstance(values, dict) else None

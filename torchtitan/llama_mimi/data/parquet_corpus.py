@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from types import MappingProxyType
 
 import numpy as np
@@ -15,10 +16,13 @@ from llama_mimi.data.row_filter import ROLE
 
 # Footers are read by so many threads at once: a remote one is mostly waiting.
 FOOTER_THREADS = 16
+# A row group that is larger by its footer is read in parts of a quarter of that; in memory it may have twice as many.
+MAX_GROUP_BYTES = 2**31
+ROWS_AT_ONCE = 16
 
 
 class ParquetCorpus:
-    """Rows ``{"audio": {"bytes", "path"}, "text": str, "id": str}`` of Parquet files, read by row group.
+    """Rows ``{"audio": {"bytes", "path"}, "text": str, "id": str}`` of Parquet files, read by row group or part of one.
 
     Args:
         name: for messages.
@@ -51,15 +55,15 @@ class ParquetCorpus:
         for file, (schema, _) in zip(self.files, contents, strict=True):
             self._check_columns(file, schema)
         groups = [
-            (file, group, size)
-            for file, (_, sizes) in enumerate(contents)
-            for group, (size, _) in enumerate(sizes)
-            if size
+            (file, number, first, size)
+            for file, (_, row_groups) in enumerate(contents)
+            for number, row_group in enumerate(row_groups)
+            for first, size in _parts(*row_group)
         ]
         if not groups:
             raise UserError(f"the dataset '{name}' has no rows; name another")
-        # Each row group G as its file, its number in the file, and its rows.
-        self._file_G, self._number_G, self.sizes_G = np.array(groups, dtype=np.int64).T
+        # Each group G: its file, the number of its row group in the file, its first row there, and its rows.
+        self._file_G, self._number_G, self._first_G, self.sizes_G = np.array(groups, dtype=np.int64).T
         names = [file.rsplit("/", 1)[-1] for file in self.files]
         # Says whether two corpora hold the same: file names, rows and bytes of their row groups.
         self.fingerprint = digest([names, [sizes for _, sizes in contents]])
@@ -71,21 +75,36 @@ class ParquetCorpus:
 
     def row_name(self, group: int, row: int) -> str:
         """Name of a row that has no id."""
-        return f"row {row} of row group {self._number_G[group]} of {self.files[self._file_G[group]]}"
+        place = self._first_G[group] + row
+        return f"row {place} of row group {self._number_G[group]} of {self.files[self._file_G[group]]}"
 
     def read_group(self, group: int) -> pa.Table:
-        """One row group with columns audio, text and id, as far as the corpus has them.
+        """One group with columns audio, text and id, as far as the corpus has them.
 
         Raises:
-            UserError: the file is damaged.
+            UserError: the file is damaged, or the group takes more memory than its footer says.
         """
-        path = self.files[self._file_G[group]]
+        path, number = self.files[self._file_G[group]], int(self._number_G[group])
+        batches, num_bytes = [], 0
         try:
             fs, bare = file_system(path)
             with fs.open(bare) as stream:
                 columns = list(set(self._columns.values()))
-                table = pq.ParquetFile(stream).read_row_group(int(self._number_G[group]), columns=columns)
-        except (OSError, pa.ArrowException) as error:
+                file = pq.ParquetFile(stream)
+                # A value of a dictionary is as large as the row group at most, and each row may have it.
+                at_once = MAX_GROUP_BYTES // max(1, file.metadata.row_group(number).total_byte_size)
+                found = file.iter_batches(min(max(1, at_once), ROWS_AT_ONCE), row_groups=[number], columns=columns)
+                # In a part of a row group, a batch is a row.
+                for batch in islice(found, self._first_G[group], self._first_G[group] + self.sizes_G[group]):
+                    batches.append(batch)
+                    num_bytes += batch.nbytes
+                    if num_bytes > 2 * MAX_GROUP_BYTES:
+                        raise UserError(
+                            f"row group {number} of '{path}' takes more than {2 * MAX_GROUP_BYTES:,} bytes of memory, "
+                            "and its footer says less; write the file again with fewer rows in a row group"
+                        )
+            table = pa.Table.from_batches(batches)
+        except (OSError, ValueError, pa.ArrowException) as error:  # a ValueError where there are no rows
             raise unreadable(path, error) from error
         return pa.table({role: table[column] for role, column in self._columns.items()})
 
@@ -160,6 +179,12 @@ def read_footer(path: str) -> pq.FileMetaData:
             return pq.read_metadata(stream)
     except (OSError, pa.ArrowException) as error:
         raise unreadable(path, error) from error
+
+
+def _parts(num_rows: int, num_bytes: int) -> list[tuple[int, int]]:
+    """Return the first row and the number of rows of each part of a row group; one part unless it is too large."""
+    size = num_rows if num_bytes <= MAX_GROUP_BYTES else num_rows * (MAX_GROUP_BYTES // 4) // num_bytes
+    return [(first, min(max(1, size), num_rows - first)) for first in range(0, num_rows, max(1, size))]
 
 
 def _contents(path: str) -> tuple[pa.Schema, list[tuple[int, int]]]:

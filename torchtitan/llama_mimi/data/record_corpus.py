@@ -86,13 +86,13 @@ class RecordTable:
 
 
 def _encodable(record: Record) -> Record:
-    """A row with half a character in it cannot be stored; it is one bad row."""
+    """Replace a row with half a character in it, or nested too deeply, which cannot be stored, by one bad row."""
     try:
         for text in (record.path, record.row_id, json.dumps(dict(record.values), ensure_ascii=False)):
             (text or "").encode()
-    except UnicodeEncodeError as error:
+    except (UnicodeEncodeError, RecursionError) as error:
         name = None if record.row_id is None else record.row_id.encode(errors="backslashreplace").decode()
-        return Record({}, row_id=name, problem=f"it holds no text in UTF-8 ({first_line(error)})")
+        return Record({}, row_id=name, problem=f"it cannot be stored ({first_line(error)})")
     return record
 
 

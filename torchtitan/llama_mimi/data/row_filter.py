@@ -2,7 +2,6 @@
 
 import ast
 import contextlib
-import json
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 from llama_mimi.common.errors import UserError
+from llama_mimi.common.files import parse_json
 
 ROLE = "filter/"  # before the name of a column that is read for this alone
 OPERATORS: dict[type, Callable[[Any, Any], bool]] = {
@@ -145,7 +145,7 @@ def _decoded(value: Any) -> Any:
     """A value as its source has it: formats of records hand them over as JSON. An empty text is none."""
     if isinstance(value, str):
         with contextlib.suppress(ValueError):  # a text of a Parquet file
-            value = json.loads(value)
+            value = parse_json(value)
     return None if value == "" else value
 
 

@@ -19,7 +19,7 @@ from huggingface_hub.constants import HF_HOME
 from tqdm import tqdm
 
 from llama_mimi.common.errors import UserError, first_line
-from llama_mimi.common.files import digest, file_system, write_atomically
+from llama_mimi.common.files import digest, file_system, parse_json, write_atomically
 from llama_mimi.data.corpus_files import CORPUS_ENDINGS
 from llama_mimi.data.record_corpus import Record, RecordTable, groups_of_files
 
@@ -96,7 +96,7 @@ def _record(stream: Any, row: Mapping[str, Any]) -> Record:
             stream.seek(row[f"{part}_start"])
             parts[part] = stream.read(row[f"{part}_size"])
     try:
-        values = json.loads(parts.get("json", b"{}"))
+        values = parse_json(parts.get("json", b"{}"))
         if not isinstance(values, dict):
             raise ValueError("no object")
         if "txt" in parts:

@@ -17,7 +17,7 @@ from llama_mimi.audio.reading import AUDIO_ENDINGS, AudioError, Waveform, write_
 from llama_mimi.audio.silence import silences
 from llama_mimi.audio.streaming import decode_long
 from llama_mimi.common.errors import UserError, first_line
-from llama_mimi.common.files import as_utf8, find_files, read_json, write_atomically
+from llama_mimi.common.files import as_utf8, find_files, parse_json, read_json, write_atomically
 from llama_mimi.common.hub import weights_sha256
 from llama_mimi.common.progress_log import ProgressLog
 from llama_mimi.common.ranks import Ranks, from_first, gather
@@ -184,7 +184,7 @@ def _finished_before(output_dir: Path) -> dict[str, Record]:
     path = output_dir / RESULTS
     try:
         lines = path.read_text().splitlines() if path.exists() else []
-        return {_key(record): record for record in map(json.loads, lines)}
+        return {_key(record): record for record in map(parse_json, lines)}
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"'{path}' is no list of results ({first_line(error)}); remove it, or mend it") from error
 

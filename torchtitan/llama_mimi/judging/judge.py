@@ -1,7 +1,7 @@
 """A language model as the judge of what continuations say: any server that speaks OpenAI's protocol."""
 
+import contextlib
 import hashlib
-import json
 import os
 import re
 import tomllib
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_mimi.common.errors import UserError, first_line
+from llama_mimi.common.files import parse_json
 from llama_mimi.judging.measures import FAILED
 from llama_mimi.judging.words import TextPair
 
@@ -93,12 +94,10 @@ def read_reply(text: str, names: Sequence[str]) -> dict[str, int]:
 
 
 def _last_object(text: str) -> dict[str, Any] | None:
-    """The last JSON object in a text: some models think aloud before, also in braces."""
-    for start in reversed([match.start() for match in re.finditer("{", text)]):
-        try:
-            return json.JSONDecoder().raw_decode(text, start)[0]
-        except ValueError:
-            continue
+    """Return the last JSON object in a text that contains no other; some models think aloud before, also in braces."""
+    for found in reversed(re.findall(r"{[^{}]*}", text)):  # one pass, also over a million braces
+        with contextlib.suppress(ValueError):
+            return parse_json(found)
     return None
 
 
@@ -199,7 +198,7 @@ class Judge:
                 f"the judge '{self._model_name}' refuses with status {error.status_code} ({first_line(error)}); mend "
                 "that and start again: what it has replied is kept"
             ) from error
-        except (self._errors.OpenAIError, ValueError) as error:
+        except (self._errors.OpenAIError, ValueError, RecursionError) as error:
             return f"(no reply of this protocol: {first_line(error)})"
         message = reply.choices[0].message if getattr(reply, "choices", None) else None
         return message.content or "" if message else ""

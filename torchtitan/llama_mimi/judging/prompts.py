@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from llama_mimi.audio.reading import AudioError, Waveform, write_wav
 from llama_mimi.common.errors import UserError
-from llama_mimi.common.files import read_json, write_atomically
+from llama_mimi.common.files import parse_json, read_json, visible_files, write_atomically
 from llama_mimi.data.clip_readers import read_row
 from llama_mimi.data.corpora import AudioCorpus, open_corpus
 
@@ -272,7 +272,7 @@ def _write(folder: Path, row: _Row, corpus: AudioCorpus, prompt_seconds: float) 
     waveform = row.read(corpus)
     words = row.content.get("alignment") or ()
     try:
-        words = json.loads(words) if isinstance(words, str) else words  # of formats that are JSON
+        words = parse_json(words) if isinstance(words, str) else words  # of formats that are JSON
         ends = [float(word["end"]) for word in words if word["end"] is not None]
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"the words of {row.source} have no 'end' in seconds; leave out --alignment_column") from error
@@ -293,7 +293,7 @@ def _write(folder: Path, row: _Row, corpus: AudioCorpus, prompt_seconds: float) 
 
 
 def _check_files(prompts: PromptSet) -> None:
-    found = {path.stem for path in (prompts.folder / PROMPTS).glob("*")}
+    found = {path.stem for path in visible_files(prompts.folder / PROMPTS, "*")}
     if strangers := found - {prompt.name for prompt in prompts.prompts}:
         raise UserError(
             f"'{prompts.folder / PROMPTS}' holds '{min(strangers)}', which {MANIFEST} does not list; move it out"

@@ -117,9 +117,7 @@ def reconstructions(
         whole = Clip(prompts.recording_path(prompt)).read(codec.sample_rate_hz)
         (codes_TQ,) = codec.encode([whole.samples_S])
         decoded_S = decode_long(codec, codes_TQ)[: len(whole.samples_S)]
-        aside = path.with_suffix(".partial.wav")
-        write_wav(aside, Waveform(decoded_S, codec.sample_rate_hz))
-        aside.replace(path)
+        write_wav(path, Waveform(decoded_S, codec.sample_rate_hz))
     ranks.wait()
     return [
         Sample(prompt, None, Clip(folder / f"{prompt.name}.wav", prompt.seconds, prompt.seconds + max_seconds))

@@ -1,7 +1,5 @@
 """A converted model on the hub, with a card that says how it was made and how it scored."""
 
-import json
-import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -17,7 +15,7 @@ from llama_mimi.audio.mimi import codec_hash, local_codec
 from llama_mimi.checkpoint.architectures import load_config
 from llama_mimi.checkpoint.conversion import TRAINING_CONFIG
 from llama_mimi.common.errors import UserError, first_line
-from llama_mimi.common.files import read_json
+from llama_mimi.common.files import parse_json, read_json, visible_files
 from llama_mimi.common.hub import weights_sha256
 from llama_mimi.judging.table import column_of
 from llama_mimi.study.registry import INDEX
@@ -85,7 +83,7 @@ def publish(options: PublishingOptions) -> None:
         if (options.model_name / name).is_file():
             texts[name] = (options.model_name / name).read_text()
     texts = {name: ABSOLUTE_FOLDERS.sub(r"\1", text) for name, text in texts.items()}
-    files = sorted(path for path in options.model_name.iterdir() if path.is_file() and path.name not in texts)
+    files = [path for path in visible_files(options.model_name, "*") if path.is_file() and path.name not in texts]
     if options.dry_run is not None:
         return _write(options.dry_run, files, texts)
     api = HfApi()
@@ -106,12 +104,18 @@ def publish(options: PublishingOptions) -> None:
 def _write(folder: Path, files: Sequence[Path], texts: Mapping[str, str]) -> None:
     if folder.exists():
         raise UserError(f"--dry_run is '{folder}', which exists; name a new folder")
-    folder.mkdir(parents=True)
-    for path in files:
-        shutil.copyfile(path, folder / path.name)
-    for name, text in texts.items():
-        (folder / name).write_text(text)
-    names = ", ".join(sorted(os.listdir(folder)))
+    try:
+        folder.mkdir(parents=True)
+        for path in files:
+            shutil.copyfile(path, folder / path.name)
+        for name, text in texts.items():
+            (folder / name).write_text(text)
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise UserError(
+            f"--dry_run '{folder}' could not be written ({error.strerror}); free disk space, or name another folder"
+        ) from error
+    names = ", ".join(sorted(path.name for path in folder.iterdir()))
     size = sum(path.stat().st_size for path in folder.iterdir())
     print(f"would be uploaded: {names}; {size / 1e6:,.1f} MB, as they lie in {folder}")
 
@@ -123,7 +127,7 @@ def write_card(options: PublishingOptions) -> str:
         UserError: no converted model, or a result that cannot be read.
     """
     model = options.model_name
-    if not (model / CARD).is_file() or not list(model.glob("*.safetensors")):
+    if not (model / CARD).is_file() or not visible_files(model, "*.safetensors"):
         raise UserError(f"'{model}' is no converted model; make one with scripts/convert_dcp_to_hf.py")
     config, _ = load_config(str(model), "model")
     codec = local_codec(config.codec, model) or config.codec
@@ -199,22 +203,22 @@ def _results_of(sha256: str, folders: Sequence[Path]) -> tuple[list[dict[str, An
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"--results is '{folder}', which is no folder; name those of eval/ or of a study")
-        for path in sorted(folder.rglob("*.json")):
-            found = _read(path, path.read_text())
+        for path in visible_files(folder, "**/*.json"):
+            found = _read(path, path.read_bytes())
             if not isinstance(found, dict):
                 continue
             made_by = found if "parts" in found else found.get("made_by") or {}
             if made_by.get("model_sha256") == sha256:
                 reports.append(found)
-        for path in sorted(folder.rglob(INDEX)):
-            of_file = [_read(path, line) for line in path.read_text().splitlines()]
+        for path in visible_files(folder, f"**/{INDEX}"):
+            of_file = [_read(path, line) for line in path.read_bytes().splitlines()]
             lines += [line for line in of_file if isinstance(line, dict) and line.get("model_sha256") == sha256]
     return reports, lines
 
 
-def _read(path: Path, content: str) -> Any:
+def _read(path: Path, content: bytes) -> Any:
     try:
-        return json.loads(content)
+        return parse_json(content)
     except ValueError as error:
         raise UserError(
             f"'{path}' is no readable JSON ({first_line(error)}); mend it, or name other --results"

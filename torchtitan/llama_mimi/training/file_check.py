@@ -15,6 +15,7 @@ from llama_mimi.checkpoint.dcp import complete_steps, is_distributed, read_index
 from llama_mimi.checkpoint.huggingface import NETWORK_KEYS, hf_config
 from llama_mimi.checkpoint.run_record import ASSETS_FOLDER, speech_config
 from llama_mimi.common.errors import UserError
+from llama_mimi.common.files import visible_files
 from llama_mimi.data.build import chosen_split, dataset_names
 from llama_mimi.data.code_store import CodeCorpus, is_store
 from llama_mimi.data.corpus_files import check_corpus
@@ -118,7 +119,7 @@ def _check_model(job_config: Any) -> None:
         )
     if job_config.checkpoint.initial_load_in_hf:
         weights = job_config.checkpoint.initial_load_path or model.hf_assets_path
-        if not list(Path(weights).glob("*.safetensors")):
+        if not visible_files(Path(weights), "*.safetensors"):
             raise UserError(
                 f"'{weights}' holds no *.safetensors weights; prepare it without --random_weights, or "
                 "start from random weights with --checkpoint.no-initial_load_in_hf"
