@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -21,7 +22,7 @@ from llama_mimi.common.batching import map_ahead
 from llama_mimi.common.errors import UserError
 from llama_mimi.data.build import build_dataloader, build_validation_dataloader
 from llama_mimi.data.clip_readers import AudioClip, AudioReader, SkippedClip
-from llama_mimi.data.clips import ClipStream
+from llama_mimi.data.clips import ClipStream, is_too_many
 from llama_mimi.data.corpora import open_corpus
 from llama_mimi.data.dataloader import DataMeter, UnitDataLoader
 from llama_mimi.data.order import RowsInOrder, ShuffledOrder
@@ -158,6 +159,15 @@ def test_the_share_is_judged_after_a_hundred_clips_and_at_the_end(tmp_path, code
     loader._order = RowsInOrder(loader._readers[0].corpus.sizes_G, range(num_clips // 4))
     with pytest.raises(UserError, match="3 of 40 clips could not be used") if stops else contextlib.nullcontext():
         assert len(list(loader)) == 59  # of two clips each
+
+
+@pytest.mark.parametrize(("fraction", "num_ended"), [(0.006, 0), (0.03, 8)])
+def test_a_sample_with_bad_clips_by_chance_is_accepted(fraction, num_ended):
+    """Each of 8 ranks reads 10,000 clips; 1 % of them may be bad."""
+    bad = np.random.default_rng(0).random((8, 10_000)) < fraction
+    counts = [enumerate(np.flatnonzero(of_rank) + 1, 1) for of_rank in bad]  # clips read at each bad one
+    ended = [any(is_too_many(k, n, 0.01, is_end=False, is_whole=False) for k, n in of_rank) for of_rank in counts]
+    assert sum(ended) == num_ended
 
 
 def test_a_corpus_without_a_usable_clip_ends(tmp_path, codec, sequences):

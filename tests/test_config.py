@@ -16,7 +16,7 @@ from datasets import Dataset
 from simulated import write_codes
 from transformers import LlamaConfig, LlamaForCausalLM, MimiConfig
 
-from llama_mimi.checkpoint.dcp import complete_steps, set_aside_incomplete
+from llama_mimi.checkpoint.dcp import complete_steps, set_aside_incomplete, set_aside_later
 from llama_mimi.checkpoint.huggingface import hf_config
 from llama_mimi.checkpoint.run_record import save_run_record, speech_config
 from llama_mimi.checkpoint.stand_ins import write_tokenizer
@@ -135,6 +135,7 @@ def tiny_with(*flags):
         (["--parallelism.tensor_parallel_degree", "4"], "do not split"),
         (["--parallelism.context_parallel_degree", "2"], "needs GPUs"),
         (["--training.max_norm", "-1"], "training.max_norm is -1.0; set a positive number, or inf"),
+        (["--lr_scheduler.total_steps", "419"], "fewer than training.steps 420, so that the learning rate would"),
         (["--optimizer.early_step_in_backward"], "changes weights before their gradients are checked"),
         (["--training.max_norm", "0"], "training.max_norm is 0.0; set a positive number, or inf"),
         (["--training.max_norm", "nan"], "training.max_norm is nan; set a positive number, or inf"),
@@ -349,8 +350,8 @@ def test_a_config_needs_no_custom_modules(tmp_path, monkeypatch):
     assert job_config.codec.name == "assets/tiny/mimi"
 
 
-def test_changed_settings_of_the_optimizer_are_named_on_resume(tmp_path, monkeypatch, caplog):
-    """And a run that has no steps left says so."""
+def test_changed_settings_of_the_schedule_are_named_on_resume(tmp_path, monkeypatch, caplog):
+    """And a run that has no steps left says so. A damaged config of the last start is no obstacle."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("WORLD_SIZE", "2")
     flags = tiny_with("--job.dump_folder", str(tmp_path))
@@ -358,11 +359,12 @@ def test_changed_settings_of_the_optimizer_are_named_on_resume(tmp_path, monkeyp
     caplog.clear()
     checked_config(flags)
     assert not caplog.text
-    checked_config([*flags, "--optimizer.lr", "1e-12", "--training.steps", "5"])
-    assert "changed settings: optimizer.lr 0.003 -> 1e-12, training.steps 420 -> 5" in caplog.text
+    changed = [*flags, "--lr_scheduler.warmup_steps", "2", "--training.steps", "5"]
+    checked_config(changed)
+    assert "since the last start: lr_scheduler.warmup_steps 10 -> 2, training.steps 420 -> 5" in caplog.text
     assert "the run has reached step 5 of 5, so nothing is left to train" in caplog.text
-    with pytest.raises(UserError, match="optimizer.name is 'Adam', but the run in .* has 'AdamW'"):
-        checked_config([*flags, "--optimizer.name", "Adam"])
+    (tmp_path / "job_config.json").write_text("{")
+    checked_config(changed)
 
 
 def save_loader_position(folder, job_config, has_position, **changes):
@@ -439,6 +441,16 @@ def test_a_save_cut_off_is_set_aside(tmp_path):
     assert set_aside_incomplete(checkpoint) is None and (checkpoint / "step-10").is_dir()
     (checkpoint / "step-5" / ".metadata").rename(checkpoint / "step-5" / "model.safetensors.index.json")
     assert set_aside_incomplete(checkpoint) is None
+
+
+def test_steps_after_the_one_to_load_are_set_aside(tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    for step in (5, 10, 15):
+        (checkpoint / f"step-{step}").mkdir(parents=True)
+        (checkpoint / f"step-{step}" / ".metadata").touch()
+    assert set_aside_later(checkpoint, 15) is None
+    aside = set_aside_later(checkpoint, 5)
+    assert [path.name for path in checkpoint.iterdir()] == ["step-5"] and len(complete_steps(aside)) == 2
 
 
 def test_what_is_no_step_is_left_alone(tmp_path):

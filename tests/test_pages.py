@@ -179,7 +179,7 @@ def test_a_study_as_a_page(tmp_path, monkeypatch):
     assert found.kinds["audio"] == 3 * (1 + 4) and found.kinds["h4"] == 15  # recording and arms of the first seed
     assert len(links) > 40 and all((page.parent / unquote(link)).is_file() for link in links)
     assert f"flattened-tiny-q8-uniform-40-seed3: train failed: {why}" in found.cells and "b" not in found.kinds
-    assert found.kinds["li"] == 1 and found.kinds["code"] == 2 and found.kinds["img"] == 2 + 15
+    assert found.kinds["li"] == 1 and found.kinds["code"] == 3 and found.kinds["img"] == 2 + 15
     in_report = re.findall(r"\]\(((?:results|generations|index)[^)]+)\)", report)
     assert len(in_report) == len(links) and all((study.output_dir / unquote(link)).is_file() for link in in_report)
 

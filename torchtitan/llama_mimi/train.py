@@ -7,6 +7,7 @@ import errno
 import logging
 import os
 import sys
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def main() -> None:
         try:
             train(job_config)
         except OSError as error:  # of TensorBoard, for example; a checkpoint names its own folder
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
                 raise
             folder, reason = job_config.job.dump_folder, error.strerror
             raise UserError(f"job.dump_folder '{folder}' could not be written ({reason}); make room there") from error
@@ -53,13 +54,14 @@ def main() -> None:
 
 def train(job_config: Any) -> None:
     """Train, and close checkpoints and metrics however the training ends."""
-    trainer: SpeechTrainer | None = None
+    trainer = SpeechTrainer(job_config)
     try:
-        trainer = SpeechTrainer(job_config)
         trainer.train()
-    finally:
-        if trainer is not None:
+    except BaseException:
+        with suppress(OSError):  # on a full disk the metrics cannot be closed; the first error says why
             trainer.close()
+        raise
+    trainer.close()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import re
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -65,13 +66,40 @@ def set_aside_incomplete(checkpoint: Path) -> Path | None:
     if others or checkpoint.is_symlink():
         what = f"holds '{sorted(others)[0]}'" if others else "is a link"
         raise UserError(f"{problem}; as it {what}, it is left alone: move it, or choose another checkpoint.folder")
-    number = 0
-    while (aside := checkpoint.with_name(f"{checkpoint.name}.incomplete-{number}")).exists():
-        number += 1
     try:
-        return checkpoint.rename(aside)
+        return checkpoint.rename(_unused(f"{checkpoint}.incomplete"))
     except OSError as error:
         raise UserError(f"{problem}; it cannot be moved ({error.strerror}): remove it") from error
+
+
+def set_aside_later(checkpoint: Path, step: int) -> Path | None:
+    """Move the complete steps after ``step`` out of a checkpoint folder, for a run that continues from ``step``.
+
+    By their numbers TorchTitan would keep them in place of the run's new steps, and load them at its next start.
+
+    Returns:
+        Where to, or None where there are none.
+
+    Raises:
+        UserError: they cannot be moved.
+    """
+    later = [path for number, path in complete_steps(checkpoint).items() if number > step]
+    if not later:
+        return None
+    aside = _unused(f"{checkpoint}.after-step-{step}")
+    try:
+        aside.mkdir()
+        for path in later:
+            path.rename(aside / path.name)
+    except OSError as error:
+        raise UserError(
+            f"the steps after {step} in '{checkpoint}' cannot be moved ({error.strerror}); move them"
+        ) from error
+    return aside
+
+
+def _unused(name: str) -> Path:
+    return next(path for number in count() if not (path := Path(f"{name}-{number}")).exists())
 
 
 def complete_steps(checkpoint: Path) -> dict[int, Path]:
@@ -110,7 +138,9 @@ def read_index(step: Path, verify: bool) -> Metadata:
 
 def name_last_good(error: UserError, step: Path) -> UserError:
     """Return the error of a damaged step together with the newest other step whose files and checksums are right."""
-    others = complete_steps(step.parent) if re.fullmatch(_STEP, step.name) else {}
+    if not re.fullmatch(_STEP, step.name):
+        return UserError(f"{error}; copy it again, or name a step of a run")
+    others = complete_steps(step.parent)
     for _, other in sorted(others.items(), reverse=True):
         if other.name != step.name and is_distributed(other):
             with suppress(UserError):

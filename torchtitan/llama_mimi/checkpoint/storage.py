@@ -57,6 +57,7 @@ class CheckedWriter(_FileSystemWriter):
 
     def prepare_global_plan(self, plans: list[Any]) -> list[Any]:
         plans = super().prepare_global_plan(plans)
+        (self.path / METADATA).unlink(missing_ok=True)  # a step that is saved again is incomplete until its end
         tensors = [item.tensor_data for plan in plans for item in plan.items if item.tensor_data is not None]
         for plan in plans:
             plan.storage_data.total = sum(math.prod(t.chunk.sizes) * t.properties.dtype.itemsize for t in tensors)

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 RANK_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun names a file for each rank and prints its content at the end
@@ -22,8 +23,9 @@ def report(error: UserError) -> None:
         try:
             Path(path).write_text(json.dumps({"message": {"message": sentence, "extraInfo": extra}}))
             return
-        except OSError:
-            pass  # such as a full disk
+        except OSError:  # such as a full disk, where torchrun cannot read what was begun
+            with suppress(OSError):
+                Path(path).unlink(missing_ok=True)
     print(sentence, file=sys.stderr)
 
 

@@ -5,6 +5,7 @@ in turn, so that the main process sees one sequence whatever n is. Each worker r
 rows of, which in a shuffled block are all: decoding and resampling are divided, fetching the bytes is not.
 """
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -97,15 +98,21 @@ class ClipStream(torch.utils.data.IterableDataset):
         return reader.clips(groups[ref.group], ref)
 
 
-def is_too_many(num_skipped: int, num_read: int, max_bad_share: float, *, is_end: bool) -> bool:
-    """Return True where more than the allowed share of the clips was skipped.
+def is_too_many(num_skipped: int, num_read: int, max_bad_share: float, *, is_end: bool, is_whole: bool) -> bool:
+    """Return True where more than the allowed fraction of the clips was skipped.
+
+    Clips before the end, or of one rank of several, are a sample of the corpus: they may exceed the allowed number by
+    three standard deviations and one. Fewer than `MIN_CLIPS_FOR_SHARE` clips are judged only at the end, where they
+    count as that many, or where no bad clip is allowed.
 
     Args:
-        is_end: the corpus has no more clips. Before, fewer than `MIN_CLIPS_FOR_SHARE` are not judged, unless no bad
-            clip is allowed. At the end, fewer count as that many.
+        is_end: there are no more clips.
+        is_whole: this process reads the whole corpus.
     """
-    is_judged = is_end or num_read >= MIN_CLIPS_FOR_SHARE or not max_bad_share
-    return is_judged and num_skipped > max_bad_share * max(num_read, MIN_CLIPS_FOR_SHARE)
+    allowed = max_bad_share * max(num_read, MIN_CLIPS_FOR_SHARE)
+    if not (is_end and is_whole) and max_bad_share:
+        allowed += 3 * math.sqrt(allowed) + 1
+    return (is_end or num_read >= MIN_CLIPS_FOR_SHARE or not max_bad_share) and num_skipped > allowed
 
 
 def _end_with(parent: int, worker: int) -> None:

@@ -280,7 +280,7 @@ def finish(options: TokenizationOptions, plan: dict[str, Any], num_duplicates: i
     for line in remarked:
         print(f"clip {line}", flush=True)
     num_read = clips + reasons.total() + filtered.total()
-    if is_too_many(reasons.total(), num_read, options.max_bad_share, is_end=True):
+    if is_too_many(reasons.total(), num_read, options.max_bad_share, is_end=True, is_whole=True):
         raise too_many(reasons.total(), num_read, options.max_bad_share, messages[-1])
     manifest = {
         **plan,

@@ -251,7 +251,7 @@ class UnitDataLoader(BaseDataLoader):
             counts[f"skipped: {clip.reason}"] += 1
             if counts["skipped"] <= MAX_NAMED_CLIPS:
                 logger.warning(f"skipped clip {counts['skipped']} ({clip.reason}): {clip.message}")
-        is_end = counts["read"] % max(1, self._num_clips // self._dp_world_size) == 0  # of an epoch
+        is_end = counts["read"] % self._num_clips == 0  # of an epoch, where one rank reads all clips
         if is_end or isinstance(clip, SkippedClip):
             self._judge(is_end=is_end)
 
@@ -269,7 +269,7 @@ class UnitDataLoader(BaseDataLoader):
                 f"none of the first {read} clips of '{self.dataset}' that this rank read can be used ({reasons}); "
                 "repair the corpus"
             )
-        if is_too_many(skipped, read, self._max_bad_share, is_end=is_end):
+        if is_too_many(skipped, read, self._max_bad_share, is_end=is_end, is_whole=self._dp_world_size == 1):
             raise UserError(
                 f"{skipped} of {read} clips could not be used ({reasons}), more than data.max_bad_share = "
                 f"{self._max_bad_share:g}; repair the corpus or raise data.max_bad_share"

@@ -156,7 +156,8 @@ def tokenize(
             if isinstance(clip, SkippedClip):
                 skipped.append(clip)
                 num_skipped += not clip.is_filtered
-                if not clip.is_filtered and is_too_many(num_skipped, num_read, options.max_bad_share, is_end=False):
+                share = options.max_bad_share
+                if not clip.is_filtered and is_too_many(num_skipped, num_read, share, is_end=False, is_whole=False):
                     raise too_many(num_skipped, num_read, options.max_bad_share, clip.message)
             else:
                 stored.append(clip)

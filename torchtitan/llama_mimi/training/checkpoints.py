@@ -15,7 +15,6 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 
 from llama_mimi.checkpoint.dcp import name_last_good
 from llama_mimi.checkpoint.storage import METADATA, CheckedReader, CheckedWriter, PlainLoadPlanner
-from llama_mimi.common.command_line import run_cli
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.ranks import first_reports, from_first
 
@@ -68,7 +67,7 @@ def _load(verify: bool, state_dict: Any, *, storage_reader: Any = None, checkpoi
         return dcp.load(state_dict, storage_reader=CheckedReader(step, verify), planner=PlainLoadPlanner())
     except CheckpointException as error:
         stage, failure = error.args[0], _first_failure(error)
-        if stage == "plan":
+        if stage == "plan" and not isinstance(failure, UserError):
             raise UserError(f"'{step}' does not fit this run ({first_line(failure)}); change the config") from error
         if not isinstance(failure, UserError):
             failure = UserError(f"'{step}' cannot be read ({first_line(failure)})")
@@ -86,21 +85,14 @@ def _reported(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(method)
     def wrapper(manager: Any, *args: Any, **kwargs: Any) -> Any:
-        returned = None
-
-        def call() -> None:
-            nonlocal returned
-            with first_reports():
-                try:
-                    returned = method(manager, *args, **kwargs)
-                except CheckpointException as error:
-                    failure = _first_failure(error)
-                    if isinstance(failure, OSError):
-                        failure = UserError(f"'{manager.folder}' could not be written ({failure.strerror}); make room")
-                    raise failure if isinstance(failure, UserError) else error from None
-
-        run_cli(call)
-        return returned
+        with first_reports():
+            try:
+                return method(manager, *args, **kwargs)
+            except CheckpointException as error:
+                failure = _first_failure(error)
+                if isinstance(failure, OSError):
+                    failure = UserError(f"'{failure.filename or manager.folder}' cannot be used ({failure.strerror})")
+                raise failure if isinstance(failure, UserError) else error from None
 
     return wrapper
 

@@ -63,6 +63,11 @@ def _check_values(job_config: Any) -> None:
     ):
         if not 0 <= number < limit:
             raise UserError(f"{key} is {number}; set a finite number of at least 0" + " and below 1" * (limit == 1))
+    if schedule.total_steps is not None and schedule.total_steps < training.steps:
+        raise UserError(
+            f"lr_scheduler.total_steps is {schedule.total_steps}, fewer than training.steps {training.steps}, so that "
+            "the learning rate would become negative; set at least as many"
+        )
     if optimizer.early_step_in_backward:
         raise UserError(
             "optimizer.early_step_in_backward is set, which changes weights before their gradients are checked; leave "

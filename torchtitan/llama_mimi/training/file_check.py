@@ -22,7 +22,7 @@ from llama_mimi.data.corpus_files import check_corpus
 from llama_mimi.model.llama import FLAVORS
 from llama_mimi.tokens.sequences import load_sequences
 from llama_mimi.tokens.units import has_text
-from llama_mimi.training.optimizer import check_changes
+from llama_mimi.training.optimizer import log_schedule_changes
 
 # What must agree between a flavour, a Hugging Face folder and an earlier run in the same dump_folder.
 SHAPE_KEYS = (*NETWORK_KEYS, "tie_word_embeddings")
@@ -174,7 +174,7 @@ def _check_resume(job_config: Any) -> None:
     if number and "dataloader" not in settings.exclude_from_loading and "dataloader.position" not in saved:
         raise UserError(f"'{step}' holds weights only, no position in the data, and cannot be resumed; {instead}")
     if number:
-        check_changes(job_config)
+        log_schedule_changes(job_config)
     if number >= job_config.training.steps:
         logger.warning(
             f"the run has reached step {number} of {job_config.training.steps}, so nothing is left to train; set a "

@@ -1,7 +1,9 @@
 """TorchTitan's optimizer and schedule, with the settings of the config in a resumed run, too."""
 
+from contextlib import suppress
 from typing import Any
 
+import torch.distributed as dist
 from torch.optim import Optimizer
 from torchtitan.components.lr_scheduler import LRSchedulersContainer, build_lr_schedulers
 from torchtitan.components.optimizer import OptimizersContainer, build_optimizers
@@ -9,6 +11,14 @@ from torchtitan.tools.logging import logger
 
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import read_json
+
+# Settings of a parameter group that a checkpoint contains, under the names of the config.
+SETTINGS = {
+    "initial_lr": "optimizer.lr",
+    "betas": "optimizer.beta1 and beta2",
+    "eps": "optimizer.eps",
+    "weight_decay": "optimizer.weight_decay",
+}
 
 
 def build_speech_optimizers(*args: Any, **kwargs: Any) -> OptimizersContainer:
@@ -20,8 +30,27 @@ def build_speech_optimizers(*args: Any, **kwargs: Any) -> OptimizersContainer:
 
 
 def _with_own_settings(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """Return the saved state with the settings of this run, and log those that differ.
+
+    Raises:
+        UserError: the moments are those of another optimizer.
+    """
+    own, saved = optimizer.param_groups[0], state["param_groups"][0]
+    if own["decoupled_weight_decay"] != saved.get("decoupled_weight_decay", own["decoupled_weight_decay"]):
+        raise UserError(
+            f"optimizer.name is '{type(optimizer).__name__}', but the checkpoint has the moments of the other Adam; "
+            "set that, or start with new moments by --checkpoint.exclude_from_loading optimizer"
+        )
+    differing = {name: (saved[key], own[key]) for key, name in SETTINGS.items() if saved.get(key, own[key]) != own[key]}
+    _log_changes(differing, "the checkpoint")
     groups = zip(optimizer.param_groups, state["param_groups"], strict=True)
     return {**state, "param_groups": [own | {"params": saved["params"]} for own, saved in groups]}
+
+
+def _log_changes(differing: dict[str, tuple[Any, Any]], since: str) -> None:
+    if differing and (not dist.is_initialized() or dist.get_rank() == 0):
+        changes = ", ".join(f"{name} {a} -> {b}" for name, (a, b) in sorted(differing.items()))
+        logger.warning(f"settings changed since {since}: {changes}")
 
 
 class SpeechSchedulers(LRSchedulersContainer):
@@ -39,29 +68,16 @@ class SpeechSchedulers(LRSchedulersContainer):
                 group["lr"] = lr
 
 
-def check_changes(job_config: Any) -> None:
-    """Log the settings of a resumed run's optimizer that differ from those of its last start.
-
-    Raises:
-        UserError: the optimizer is another, whose moments the checkpoint does not have.
-    """
-    folder = job_config.job.dump_folder
-    earlier = read_json(folder, job_config.job.save_config_file) if job_config.job.save_config_file else None
-    if earlier is None:
-        logger.warning(f"'{folder}' has no config, so the optimizer takes this config's settings without comparison")
-        return
-    now, before = _settings(job_config.to_dict()), _settings(earlier)
-    changed = [key for key in sorted(now) if now[key] != before.get(key)]
-    if "optimizer.name" in changed and "optimizer" not in job_config.checkpoint.exclude_from_loading:
-        raise UserError(
-            f"optimizer.name is {now['optimizer.name']!r}, but the run in '{folder}' has "
-            f"{before.get('optimizer.name')!r}; set that, or start with new moments by "
-            "--checkpoint.exclude_from_loading optimizer"
-        )
-    if changed:
-        logger.warning("changed settings: " + ", ".join(f"{key} {before.get(key)} -> {now[key]}" for key in changed))
+def log_schedule_changes(job_config: Any) -> None:
+    """Log the settings of a resumed run's schedule that differ from those of its last start."""
+    with suppress(UserError):  # a config that cannot be read is written again
+        name = job_config.job.save_config_file
+        if name and (earlier := read_json(job_config.job.dump_folder, name)) is not None:
+            now, before = _schedule(job_config.to_dict()), _schedule(earlier)
+            differing = {key: (before.get(key), now[key]) for key in now if now[key] != before.get(key)}
+            _log_changes(differing, "the last start")
 
 
-def _settings(config: dict[str, Any]) -> dict[str, Any]:
-    sections = {f"{name}.{key}": v for name in ("optimizer", "lr_scheduler") for key, v in config.get(name, {}).items()}
-    return sections | {"training.steps": config.get("training", {}).get("steps")}  # the schedule depends on it
+def _schedule(config: dict[str, Any]) -> dict[str, Any]:
+    schedule = {f"lr_scheduler.{key}": value for key, value in (config.get("lr_scheduler") or {}).items()}
+    return schedule | {"training.steps": (config.get("training") or {}).get("steps")}  # the schedule depends on it

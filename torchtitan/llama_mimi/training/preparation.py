@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 from torchtitan.tools.logging import logger
 
-from llama_mimi.checkpoint.dcp import complete_steps, set_aside_incomplete
+from llama_mimi.checkpoint.dcp import complete_steps, set_aside_incomplete, set_aside_later
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import LOCK, locked, write_atomically
 from llama_mimi.common.ranks import from_first
@@ -44,6 +44,8 @@ def prepare_run(job_config: Any) -> None:
         _held.enter_context(locked(folder / LOCK, "job.dump_folder"))
         if name := job_config.job.save_config_file:
             write_atomically(str(folder), name, json.dumps(job_config.to_dict(), indent=2).encode())
+        if settings.enable and settings.load_step != -1 and (aside := set_aside_later(checkpoint, settings.load_step)):
+            logger.warning(f"the steps after {settings.load_step} in '{checkpoint}' were moved to '{aside}'")
         has_initial_weights = settings.initial_load_in_hf or settings.initial_load_path
         if settings.enable and has_initial_weights and (aside := set_aside_incomplete(checkpoint)):
             logger.warning(f"no step in '{checkpoint}' is complete, so it was moved to '{aside}'")

@@ -70,7 +70,7 @@ class StepGuard:
         with first_reports():
             raise UserError(
                 f"at step {step} {problem}, so the run stops and saves nothing; {last}; lower optimizer.lr or "
-                "training.max_norm and start again (checkpoint.load_step chooses the step to start from)"
+                "training.max_norm and start again, from an earlier step with --checkpoint.load_step"
             )
 
 
