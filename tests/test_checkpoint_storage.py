@@ -143,6 +143,8 @@ def test_a_full_disk_is_named(stage, method, tmp_path, monkeypatch):
     def no_room(*args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    save(tmp_path / "step")
     monkeypatch.setattr(getattr(storage, stage), method, no_room)
     with pytest.raises(CheckpointException, match=r"No space left on device; the checkpoint takes about 0\.0 MB, "):
         save(tmp_path / "step")
+    assert not (tmp_path / "step" / METADATA).exists(), "a step that was saved again in part is not complete"
