@@ -105,6 +105,10 @@ def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch, capsys):
         with pytest.raises(UserError, match=r"a\.\w+' could not be written \(No space left on device\)"):
             write()
     assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    (tmp_path / "link.html").symlink_to("a.html")
+    pages.write_page(tmp_path / "link.html", "a", ["b"])
+    assert (tmp_path / "link.html").is_symlink() and len(list(tmp_path.iterdir())) == 2
 
     def copy() -> None:
         raise OSError(errno.EROFS, "Read-only file system", "from", None, "to")
