@@ -20,7 +20,7 @@ import torch
 from conftest import ROOT, TINY, run_here
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from llama_mimi.audio.reading import Waveform, write_wav
+from llama_mimi.audio.reading import Waveform, wav_writer, write_wav
 from llama_mimi.common.command_line import run_cli
 from llama_mimi.common.errors import UserError
 
@@ -104,6 +104,11 @@ def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch, capsys):
     ):
         with pytest.raises(UserError, match=r"a\.\w+' could not be written \(No space left on device\)"):
             write()
+    assert not list(tmp_path.iterdir())
+    message = r"b\.wav' could not be written \(No space left on device\)"
+    with pytest.raises(UserError, match=message), wav_writer(tmp_path / "b.wav", 24_000) as file:
+        file.write([0.0] * 100)
+        raise OSError("No space left on device")
     assert not list(tmp_path.iterdir())
     monkeypatch.undo()
     (tmp_path / "link.html").symlink_to("a.html")
