@@ -133,5 +133,12 @@ def test_the_demo_names_a_taken_port_and_no_paths(monkeypatch):
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"port {port} of 127.0.0.1 is taken"):
             demo.demo(port=port)
-    message = "'/tmp/gradio/0a1b/my voice.wav' is empty (0 bytes); 'tiny' is not 'me/tiny'"
-    assert demo.without_folders(message) == "'my voice.wav' is empty (0 bytes); 'tiny' is not 'tiny'"
+    for message, shown in (
+        ("'/tmp/gradio/0a1b/my voice.wav' is empty (0 bytes)", "'my voice.wav' is empty (0 bytes)"),
+        ("'a.wav' takes 3 bytes/s of 'x'", "'a.wav' takes 3 bytes/s of 'x'"),
+        ("""'tiny' is not "/home/me/my models/tiny/"; name another""", """'tiny' is not "tiny"; name another"""),
+        ("no file /home/me.x/x.json, or /srv/models/; see 'me/tiny'", "no file x.json, or models; see 'me/tiny'"),
+        ("'/a/b.wav' and '/c/d.wav' (in /e/f)", "'b.wav' and 'd.wav' (in f)"),
+        ("expected <audio>, </audio> at https://x.org/y/z", "expected <audio>, </audio> at https://x.org/y/z"),
+    ):
+        assert demo.without_folders(message) == shown
