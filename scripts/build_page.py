@@ -20,6 +20,7 @@ from llama_mimi.common.cpu import use_cpu_without_gpu
 use_cpu_without_gpu()  # before anything imports TorchTitan
 
 import pages  # noqa: E402
+from result_files import read_result  # noqa: E402
 from study_report import Cell, sections  # noqa: E402
 
 from llama_mimi.audio.reading import AudioError, read_audio  # noqa: E402
@@ -120,8 +121,8 @@ def heard(folder: Path, systems: Sequence[str], num_prompts: int) -> list[str]:
     prompts = sorted(
         read_manifest(folder)["prompts"], key=lambda prompt: hashlib.sha256(prompt["name"].encode()).digest()
     )
-    reports = {path.stem: read_json(str(folder), path.name) or {} for path in visible_files(folder, "*.json")}
-    reports = {report["system"]: report for report in reports.values() if report.get("kind") == KIND}
+    found = filter(None, map(read_result, visible_files(folder, "*.json")))
+    reports = {report["system"]: report for report in found if report.get("kind") == KIND}
     if missing := [name for name in systems if name not in reports]:
         raise UserError(f"'{folder}' has no result of '{missing[0]}', only of {', '.join(reports) or 'none'}")
     if RECORDING not in reports:

@@ -175,8 +175,13 @@ def continued(
 
 
 def without_folders(message: str) -> str:
-    """Return an error with the last part of each quoted path alone: visitors see no paths of this machine."""
-    return re.sub(r"'[^']*/([^'/]+)'", r"'\1'", message)
+    """Return an error with the name alone of each absolute path: visitors see no folders of this machine.
+
+    In quotes a path may have spaces. Quotes stand behind a space or a bracket.
+    """
+    quoted = r"""(?<![^\s(\[])(['"])/(?:(?!\1).)*?([^/'"]*)/*\1"""
+    message = re.sub(quoted, r"\1\2\1", message)
+    return re.sub(r"""(?<![^\s(\[=])/[^\s'"]*?([^\s/'",;:)\]]+)/*(?=[\s,;:)\]]|$)""", r"\1", message)
 
 
 def tokens_of(frame_Q: torch.Tensor) -> str:

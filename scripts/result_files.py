@@ -1,5 +1,6 @@
 """Result files of eval/, checked before use: other tools and other versions write JSON, too."""
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,9 +35,10 @@ def read_result(path: Path) -> dict[str, Any] | None:
     """
     try:
         result = parse_json(path.read_bytes())
+        json.dumps(result, ensure_ascii=False).encode()  # refuse half a surrogate, which JSON can escape
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"'{path}' is no readable JSON ({first_line(error)}); move it out, or make it again") from error
     # Most of the keys say what a file is: one may be missing.
     kinds = ((BENCHMARK, FORMAT), (CONTINUATIONS, GENERATIONS_FORMAT))

@@ -12,10 +12,11 @@ from functools import cached_property
 from typing import Any
 
 from report import HEADINGS, heading
+from result_files import read_result
 from scipy.stats import t as student
 
 from llama_mimi.common.errors import UserError
-from llama_mimi.common.files import parse_json, visible_files
+from llama_mimi.common.files import visible_files
 from llama_mimi.evaluation.accuracy import group_credits
 from llama_mimi.evaluation.benchmarks import SALMON_PARTS
 from llama_mimi.evaluation.script import BENCHMARK_SCRIPTS
@@ -207,6 +208,8 @@ class Results:
         if path is None:
             return None
         report = self._file(path)
+        if not report:
+            raise UserError(f"'{path}' is not a result; remove it, so that it is made again")
         if report.get("kind") == KIND:
             values: dict[str, list[float]] = {}
             for sample in report["samples"]:
@@ -221,12 +224,7 @@ class Results:
 
     def _file(self, path: str) -> dict[str, Any]:
         if path not in self._files:
-            try:
-                self._files[path] = parse_json((self._place.study.output_dir / path).read_bytes())
-            except (OSError, ValueError) as error:
-                raise UserError(
-                    f"'{path}' is no readable result ({error}); remove it, so that it is made anew"
-                ) from error
+            self._files[path] = read_result(self._place.study.output_dir / path) or {}
         return self._files[path]
 
 

@@ -121,7 +121,7 @@ def test_a_run_that_was_cut_off_finishes_on_other_ranks(store, speech, tmp_path)
     """A shard is missing, another is half written under its name aside, and the manifest was not reached."""
     again = shutil.copytree(store, tmp_path / "store")
     (again / "manifest.json").unlink()
-    (again / "shard-000001.parquet").rename(again / "shard-000001.parquet.0123.partial")
+    (again / "shard-000001.parquet").rename(again / ".0123.partial")
     kept = {path.name: path.stat().st_mtime_ns for path in again.glob("shard-*.parquet")}
     done = tokenize(speech, again, "--max_audio_seconds", 4, "--max_bad_share", 0.1, nproc=1)
     assert done.returncode == 0, done.output[-3000:]
@@ -227,7 +227,7 @@ def test_a_full_disk_leaves_no_half_shard(tmp_path, monkeypatch):
     full = os.open("/dev/full", os.O_WRONLY)
     local = type(fsspec.filesystem("file"))
     monkeypatch.setattr(local, "pipe_file", lambda self, path, content: os.write(full, content))
-    with pytest.raises(UserError, match=r"No space left on device\); make room"):
+    with pytest.raises(UserError, match=r"No space left on device\); free disk space"):
         write_atomically(str(tmp_path), "shard-000000.parquet", b"codes")
     os.close(full)
     assert not (tmp_path / "shard-000000.parquet").exists()

@@ -20,7 +20,7 @@ import torch
 from conftest import ROOT, TINY, run_here
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from llama_mimi.audio.reading import Waveform, write_wav
+from llama_mimi.audio.reading import Waveform, wav_writer, write_wav
 from llama_mimi.common.command_line import run_cli
 from llama_mimi.common.errors import UserError
 
@@ -105,6 +105,15 @@ def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch, capsys):
         with pytest.raises(UserError, match=r"a\.\w+' could not be written \(No space left on device\)"):
             write()
     assert not list(tmp_path.iterdir())
+    message = r"b\.wav' could not be written \(No space left on device\)"
+    with pytest.raises(UserError, match=message), wav_writer(tmp_path / "b.wav", 24_000) as file:
+        file.write([0.0] * 100)
+        raise OSError("No space left on device")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    (tmp_path / "link.html").symlink_to("a.html")
+    pages.write_page(tmp_path / "link.html", "a", ["b"])
+    assert (tmp_path / "link.html").is_symlink() and len(list(tmp_path.iterdir())) == 2
 
     def copy() -> None:
         raise OSError(errno.EROFS, "Read-only file system", "from", None, "to")
@@ -124,5 +133,12 @@ def test_the_demo_names_a_taken_port_and_no_paths(monkeypatch):
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"port {port} of 127.0.0.1 is taken"):
             demo.demo(port=port)
-    message = "'/tmp/gradio/0a1b/my voice.wav' is empty (0 bytes); 'tiny' is not 'me/tiny'"
-    assert demo.without_folders(message) == "'my voice.wav' is empty (0 bytes); 'tiny' is not 'tiny'"
+    for message, shown in (
+        ("'/tmp/gradio/0a1b/my voice.wav' is empty (0 bytes)", "'my voice.wav' is empty (0 bytes)"),
+        ("'a.wav' takes 3 bytes/s of 'x'", "'a.wav' takes 3 bytes/s of 'x'"),
+        ("""'tiny' is not "/home/me/my models/tiny/"; name another""", """'tiny' is not "tiny"; name another"""),
+        ("no file /home/me.x/x.json, or /srv/models/; see 'me/tiny'", "no file x.json, or models; see 'me/tiny'"),
+        ("'/a/b.wav' and '/c/d.wav' (in /e/f)", "'b.wav' and 'd.wav' (in f)"),
+        ("expected <audio>, </audio> at https://x.org/y/z", "expected <audio>, </audio> at https://x.org/y/z"),
+    ):
+        assert demo.without_folders(message) == shown

@@ -17,7 +17,7 @@ from inspect_codes import InspectionOptions, entropy_bits, inspect_codes
 from layouts import in_json_files, lossless_rows
 from pages import MARK_COLOR, card, page, spectrogram, table
 from test_code_store import tokenize
-from test_study import Played, whole, written
+from test_study import JUDGED, Played, whole, written
 
 from llama_mimi.audio.reading import Waveform, read_audio, write_wav
 from llama_mimi.common.errors import UserError
@@ -131,7 +131,7 @@ def generations(folder):
                     "text": f"{system} & {number}",
                 }
                 samples.append({"prompt": prompt["name"], "sample": number, "file": file, "seconds": 0.5, **values})
-        report = {"kind": "generations", "system": system, "samples": samples, "results": {}}
+        report = JUDGED | {"system": system, "samples": samples}
         (folder / f"{system}.json").write_text(json.dumps(report))
     return folder
 
@@ -163,6 +163,9 @@ def test_continuations_stand_beside_their_recording(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             build_page(page=tmp_path / "d.html", **mistake)
+    (folder / "mine.json").write_text(json.dumps(JUDGED | {"system": "mine", "samples": [{}]}))
+    with pytest.raises(UserError, match="mine.json' is no whole result: 'samples'"):
+        build_page(page=tmp_path / "d.html", generations=folder)
 
 
 def test_a_study_as_a_page(tmp_path, monkeypatch):

@@ -150,11 +150,15 @@ def test_a_bad_prompt_is_named_and_the_others_go_on(model, prompts, tmp_path):
     soundfile.write(tmp_path / "in" / "empty.wav", np.zeros(0, dtype="float32"), 24_000)
     soundfile.write(tmp_path / "in" / "long.wav", np.ones(61 * 8000, dtype="float32") / 10, 8000)
     (tmp_path / "in" / ".hidden.wav").write_bytes(b"")
+    fitting, too_long = "x" * 249, "y" * 251  # a sample's file adds "_0"
+    for name in (fitting, too_long):
+        shutil.copy(prompts / "speaker" / "0.wav", tmp_path / "in" / f"{name}.wav")
     records = run(model, tmp_path / "in", tmp_path / "out")
     errors = {record["prompt"]: record["error"] for record in records if "error" in record}
-    assert errors.keys() == {"broken.wav", "empty.wav", "long.wav"} and len(records) == 8
+    assert errors.keys() == {"broken.wav", "empty.wav", "long.wav", f"{too_long}.wav"} and len(records) == 12
     assert "longer than 60 s" in errors["long.wav"]
-    assert content(tmp_path / "out").keys() == {"0_0.wav", "0_1.wav"}
+    assert errors[f"{too_long}.wav"].endswith("_1.wav' is too long for a file name; shorten the prompt's name")
+    assert content(tmp_path / "out").keys() == {f"{name}_{number}.wav" for name in ("0", fitting) for number in (0, 1)}
     shutil.copy(prompts / "1.flac", tmp_path / "in" / "0.flac")
     with pytest.raises(UserError, match="'0.wav' and '0.flac' would have one name"):
         run(model, tmp_path / "in", tmp_path / "out")

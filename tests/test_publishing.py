@@ -29,11 +29,12 @@ def model(model_folder, tmp_path):
     for path in model_folder.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     (folder / "README.md").write_text(
-        "---\nlibrary_name: transformers\ntags: [mimi]\n---\n\n# mine\n\nHow to use it.\n"
+        "---\nlibrary_name: transformers\ntags: [mimi]\n---\n\n# mine\n\nHow to use it.\n| codec | `/home/me/mimi` |\n"
     )
     training = {
-        "training": {"dataset": "data/codes/x,/home/me/codes/y", "steps": 7},
+        "training": {"dataset": "data/codes/x,/home/me/codes/y/,file:///home/me/z", "steps": 7},
         "loss": {"level_weights": "uniform"},
+        "data": {"packing": "a/b", "others": ["~/me/p", "../../home/me/q, r", "hf://me/s", "/"]},
     }
     (folder / "training_config.json").write_text(json.dumps(training))
     return folder
@@ -57,7 +58,8 @@ def results(folder, sha256):
     heard["log_perplexity"] = {"mean": 20.04, "interval": [10, 30], "count": 44}  # as they are shown
     of_model = {"made_by": {"model_sha256": sha256}, "results": heard, "seconds": 2.0}
     (folder / "c.json").write_text(json.dumps(of_model))
-    (folder / "other.json").write_text("[1]")
+    for number, content in enumerate(([1], {"made_by": "tool 1.0"}, {"parts": 1})):  # of other programs
+        (folder / f"other_{number}.json").write_text(json.dumps(content))
     line = {"model_sha256": sha256, "data_sha256": "d" * 64, "flops": 5.83e12}
     (folder / "index.jsonl").write_text(json.dumps(line) + "\n" + json.dumps(line | {"model_sha256": "x"}) + "\n")
     return folder
@@ -76,7 +78,7 @@ def test_a_dry_run_writes_what_would_be_uploaded(model, tmp_path, capsys):
     card = ModelCard.load(tmp_path / "dry" / "README.md")
     assert card.data.license == "llama3.2" and card.data.base_model == "meta-llama/Llama-3.2-1B"
     assert "How to use it." in card.content and card.data.library_name == "transformers"
-    assert "| data | data/codes/x,y |" in card.content and "| steps | 7 |" in card.content
+    assert "| data | data/codes/x,y,z |" in card.content and "| steps | 7 |" in card.content
     assert "| training FLOPs | 5.83e+12 |" in card.content and "d" * 64 in card.content
     assert "| salmon_a | speaker | official | 75.0 % | 60.0 to 85.0 % | 40 |" in card.content
     assert "salmon_b" not in card.content and "| speaker similarity | 0.500 | 0.400 to 0.600 | 44 |" in card.content
@@ -99,14 +101,17 @@ def test_an_upload_sends_the_folder_and_the_card(model, tmp_path, monkeypatch, c
     monkeypatch.setattr(HfApi, "create_repo", lambda self, repo, **options: sent.append((repo, options)))
     monkeypatch.setattr(HfApi, "upload_folder", lambda self, **what: sent.append(what))
     monkeypatch.setattr(HfApi, "upload_file", lambda self, **what: sent.append(what))
-    publish(PublishingOptions(model, "me/mine", (), private=True))
+    publish(PublishingOptions(model, "me/mine", (), private=True, base_model="/home/me/base"))
     created, folder, *texts = sent
     texts = {text["path_in_repo"]: text["path_or_fileobj"] for text in texts}
     assert created == ("me/mine", {"private": True, "exist_ok": True})
     assert "model.safetensors" in folder["allow_patterns"] and "README.md" not in folder["allow_patterns"]
     assert texts.keys() == {"README.md", "config.json", "training_config.json"}
     assert b"# mine" in texts["README.md"] and b'"codec": "mimi"' in texts["config.json"]
-    assert b'"data/codes/x,y"' in texts["training_config.json"]
+    training = json.loads(texts["training_config.json"])
+    assert training["training"] == {"dataset": "data/codes/x,y,z", "steps": 7}
+    assert training["data"] == {"packing": "a/b", "others": ["p", "q, r", "hf://me/s", "/"]}
+    assert b"/home" not in texts["README.md"] and b"| codec | `mimi` |" in texts["README.md"]
     assert "https://huggingface.co/me/mine" in capsys.readouterr().out
 
 

@@ -209,7 +209,7 @@ def generations_file(folder, system, **changed):
     return path
 
 
-ODD = (None, True, -1, 10**400, 1e308, float("nan"), "x", [], {}, [[[]]], {"a": {"b": None}})
+ODD = (None, True, -1, 10**400, 1e308, float("nan"), "x", "\ud83d", [], {}, [[[]]], {"a": {"b": None}})
 
 
 def mutants(content):

@@ -258,8 +258,10 @@ def test_a_released_checkpoint_continues_as_the_release_does_unless_flags_say_ot
         assert (sampling.top_p, sampling.temperature) == (top_p, 0.8)
         assert (checkpoint_note(model, options) is not None) == has_note
     (tmp_path / "released" / "generation_config.json").write_text('{"top_p": 5}')
-    with pytest.raises(UserError, match="top_p is 5 in the generation config"):
-        load_speech_model(str(tmp_path / "released"))
+    model = load_speech_model(str(tmp_path / "released"))  # scoring does not sample
+    assert SamplingOptions(top_p=0.5).for_model(model).top_p == 0.5
+    with pytest.raises(UserError, match="top_p is 5 in the model's generation config"):
+        SamplingOptions().for_model(model)
 
 
 def test_a_prompt_is_never_replaced(tmp_path):

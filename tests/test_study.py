@@ -30,8 +30,10 @@ from llama_mimi.checkpoint.csm import csm_config
 from llama_mimi.checkpoint.huggingface import hf_config
 from llama_mimi.common.command_line import as_words, read_flags
 from llama_mimi.common.errors import UserError
+from llama_mimi.evaluation.results import FORMAT
 from llama_mimi.evaluation.script import SALMON as SALMON_SCRIPT
 from llama_mimi.evaluation.script import EvaluationOptions
+from llama_mimi.judging.script import FORMAT as GENERATIONS_FORMAT
 from llama_mimi.model.llama import FLAVORS
 from llama_mimi.study import design
 from llama_mimi.study.budget import cost_of_step
@@ -42,6 +44,17 @@ from llama_mimi.study.workplace import StepFailed, Workplace, check_unchanged, t
 from llama_mimi.training.config_file import parse_config
 
 BITS = "validation bits/s over admissible tokens"
+# Keys of a result of eval/generation.py that are the same in all of them.
+JUDGED = {
+    "format": GENERATIONS_FORMAT,
+    "kind": "generations",
+    "prompts_sha256": "p" * 64,
+    "audio_sha256": "a" * 64,
+    "seconds": 0.5,
+    "measures": {},
+    "made_by": None,
+    "results": {},
+}
 SALMON = 'data_dir = "assets/tiny/benchmarks/salmon"\n'
 STUDY = """
 name = "mini"
@@ -312,12 +325,12 @@ class Played(Workplace):
                 for i in range(6)
                 for s in range(2)
             ]
-            results = {"similarity": {"mean": 0.5}, "distillmos": {"mean": 1.5}}
+            results = {name: {"mean": 1.5, "interval": [1, 2], "count": 6} for name in ("similarity", "distillmos")}
             recorded = [
                 {"prompt": f"p{i}", "sample": None, "similarity": 0.5 + 0.01 * i, "file": "clip.wav", "seconds": 0.5}
                 for i in range(7)
             ]
-            of_recordings = {"kind": "generations", "system": "recording", "samples": recorded, "results": {}}
+            of_recordings = JUDGED | {"system": "recording", "samples": recorded}
             out.mkdir(parents=True, exist_ok=True)
             (out / "recording.json").write_text(json.dumps(of_recordings))
             prompts = [{"name": f"p{i}", "speaker": None, "seconds": 0.5} for i in range(7)]
@@ -325,7 +338,7 @@ class Played(Workplace):
             write_wav(out / "clip.wav", Waveform(torch.linspace(-0.5, 0.5, 24_000), 24_000))
             path, content = (
                 out / f"{model}.json",
-                {"kind": "generations", "system": model, "samples": samples, "results": results},
+                JUDGED | {"system": model, "samples": samples, "results": results},
             )
         else:
             benchmark = Path(name).stem
@@ -336,12 +349,18 @@ class Played(Workplace):
             ]
             accuracy = statistics.mean(pair["correct"] for pair in pairs)
             content = {
+                "format": FORMAT,
                 "benchmark": benchmark,
+                "preset": "official",
+                "audio_sha256": "a" * 64,
+                "settings": {"dtype": "float32", "max_audio_seconds": 3.0},
+                "notes": [],
+                "mean_of_parts": None,
                 "scoring": {"by_group": True},
                 "pairs": pairs,
-                "parts": {part: {"accuracy": accuracy, "interval": [0, 1], "count": 20}},
+                "parts": {part: {"accuracy": accuracy, "interval": [0, 1], "count": 20, "pairs": 20, "pairs_cut": 0}},
                 "model_sha256": "m" * 64,
-                "codec": {"sha256": "c" * 64},
+                "codec": {"sha256": "c" * 64, "attention": "windowed"},
                 "versions": {"commit": "abc"},
             }
             path = out / benchmark / model / "official.json"

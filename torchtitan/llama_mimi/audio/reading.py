@@ -157,17 +157,21 @@ def wav_writer(path: str | Path, sample_rate_hz: int) -> Iterator[soundfile.Soun
     """A 16-bit PCM WAV file of one channel that can be played while it grows; folders on the way are made.
 
     Raises:
-        UserError: the file system is full or refuses.
+        UserError: the file system is full or refuses. The incomplete file is removed.
     """
+    path = Path(path)
+    is_ours = not path.exists()
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         name = os.fsencode(path)  # soundfile encodes a str as strict UTF-8
         with soundfile.SoundFile(name, "w", sample_rate_hz, 1, format="WAV", subtype="PCM_16") as file:
+            is_ours = True
             yield file
     except (OSError, soundfile.LibsndfileError) as error:
+        if is_ours and path.is_file():
+            path.unlink()
         raise UserError(
-            f"'{path}' could not be written to its end ({first_line(error)}) and is incomplete; free disk space, or "
-            "choose another file"
+            f"'{path}' could not be written ({first_line(error)}); free disk space, or choose another folder"
         ) from error
 
 

@@ -16,7 +16,7 @@ import fsspec
 
 from llama_mimi.common.errors import UserError, first_line
 
-# Ending of files that are still being written.
+# Ending of the hidden files that are still being written.
 PARTIAL = ".partial"
 LOCK = ".lock"  # of a folder that one process may write to
 
@@ -153,21 +153,24 @@ def read_json(folder: str, name: str) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (ValueError, OSError) as error:
-        raise UserError(f"'{folder}/{name}' is no readable JSON ({error}); mend it or make the folder anew") from error
+        raise UserError(f"'{folder}/{name}' is no readable JSON ({error}); fix or remove the file") from error
     if not isinstance(values, dict):
-        raise UserError(f"'{folder}/{name}' is no JSON object; mend it or make the folder anew")
+        raise UserError(f"'{folder}/{name}' is no JSON object; fix or remove the file")
     return values
 
 
 def write_atomically(folder: str, name: str, content: bytes) -> None:
     """Write a file so that nobody sees half of it: aside and then moved, or on other file systems in one upload.
 
+    A symbolic link stays, and its target is written.
+
     Raises:
         UserError: the file system is full or refuses.
     """
     fs, bare = file_system(folder)
     path = f"{bare.rstrip('/')}/{name}"
-    aside = f"{path}.{uuid4().hex}{PARTIAL}"
+    path = os.path.realpath(path) if is_local(fs) else path
+    aside = f"{os.path.dirname(path)}/.{uuid4().hex}{PARTIAL}"  # a name as long as the target's may have no room
     try:
         fs.makedirs(bare, exist_ok=True)
         if is_local(fs):
@@ -179,8 +182,8 @@ def write_atomically(folder: str, name: str, content: bytes) -> None:
         with contextlib.suppress(OSError):
             os.unlink(aside)
         raise UserError(
-            f"'{folder}/{name}' could not be written ({error.strerror or error}); make room or mend the folder and "
-            "start again: what is finished is kept"
+            f"'{folder}/{name}' could not be written ({error.strerror or error}); free disk space, or choose "
+            "another folder"
         ) from error
 
 

@@ -100,7 +100,7 @@ class UnitDataLoader(BaseDataLoader):
             UserError: too many clips, or all of them, cannot be used.
         """
         for ref, clip in self._clips():
-            if isinstance(clip, CodedClip) and (why := self._packer.no_room(clip.text)) is not None:
+            if isinstance(clip, CodedClip) and clip.text is not None and (why := self._packer.no_room(clip.text)):
                 clip = SkippedClip("text too long", f"'{clip.name}' cannot be used: {why}")
             self._count(ref, clip)
             if isinstance(clip, SkippedClip):

@@ -60,9 +60,9 @@ class BatchPacker:
     def is_full(self) -> bool:
         return self._row == self._batch_size
 
-    def no_room(self, text: str | None) -> str | None:
+    def no_room(self, text: str) -> str | None:
         """Return why a row has no room for a frame behind this text, or None if it has."""
-        length = 0 if text is None else len(self._sequences.head(text))
+        length = len(self._sequences.head(text))
         if length + self._sequences.positions_per_frame <= self._seq_len + 1:
             return None
         return f"its text, {length} tokens with BOS and <audio>, leaves no room for audio in a row of {self._seq_len}"

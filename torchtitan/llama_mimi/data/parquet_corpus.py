@@ -65,8 +65,10 @@ class ParquetCorpus:
         # Each group G: its file, the number of its row group in the file, its first row there, and its rows.
         self._file_G, self._number_G, self._first_G, self.sizes_G = np.array(groups, dtype=np.int64).T
         names = [file.rsplit("/", 1)[-1] for file in self.files]
-        # Says whether two corpora hold the same: file names, rows and bytes of their row groups.
-        self.fingerprint = digest([names, [sizes for _, sizes in contents]])
+        # Equal for corpora of equal order: file names, rows and bytes of their row groups, and the parts of large ones.
+        sizes, parts = [sizes for _, sizes in contents], self.sizes_G.tolist()
+        is_split = parts != [num_rows for of_file in sizes for num_rows, _ in of_file if num_rows]
+        self.fingerprint = digest([names, sizes, parts] if is_split else [names, sizes])
 
     @property
     def columns(self) -> list[str]:

@@ -71,8 +71,14 @@ class SamplingOptions:
         """The same in frames of the model's codec.
 
         Raises:
-            UserError: too short a window.
+            UserError: too short a window, or a ``top_p`` out of range in the model's generation config.
         """
+        top_p = model.top_p if self.top_p is None else self.top_p
+        if not isinstance(top_p, int | float) or not 0 < top_p <= 1:
+            raise UserError(
+                f"top_p is {top_p!r} in the model's generation config; expected a number above 0, up to 1. Fix its "
+                "generation_config.json, or set --top_p"
+            )
         min_frames = math.ceil(self.min_seconds * model.codec.frame_rate_hz - 1e-6)
         window_seconds = self.window_seconds or model.trained_seconds
         window_frames = whole_frames(window_seconds, model.codec.config, "--window_seconds")
@@ -86,7 +92,7 @@ class SamplingOptions:
             window_frames=window_frames,
             temperature=self.temperature,
             top_k=self.top_k,
-            top_p=model.top_p if self.top_p is None else self.top_p,
+            top_p=top_p,
         )
 
 
@@ -108,7 +114,7 @@ def checkpoint_note(model: SpeechModel, options: SamplingOptions) -> str | None:
     """Return one line about the settings in which this checkpoint's defaults differ from ours, or None."""
     taken = []
     if options.top_p is None and model.top_p != 1:
-        taken.append(f"--top_p {model.top_p:g} (its generation config)")
+        taken.append(f"--top_p {model.top_p} (its generation config)")
     if options.last_frame is None and model.last_frame != "pad":
         taken.append(f"--last_frame {model.last_frame} (a released checkpoint)")
     return f"defaults of this checkpoint: {', '.join(taken)}" if taken else None

@@ -49,11 +49,6 @@ def load_speech_model(
     decoder = load_pretrained(stock_class, model_name, what="model", dtype=DECODER_DTYPES[dtype])
     # Of the generation config only top_p counts, as in the first release; the caller sets everything else.
     top_p = 1.0 if decoder.generation_config.top_p is None else decoder.generation_config.top_p
-    if not isinstance(top_p, int | float) or not 0 < top_p <= 1:
-        raise UserError(
-            f"top_p is {top_p!r} in the generation config of '{model_name}'; expected a number above 0, up to 1. Fix "
-            "its generation_config.json"
-        )
     decoder.generation_config = GenerationConfig()
     num_quantizers = getattr(decoder.config, "num_quantizers", None)
     if num_quantizers is None:

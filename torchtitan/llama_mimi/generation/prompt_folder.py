@@ -1,5 +1,6 @@
 """Continuations of every prompt in a folder: shared by ranks, and kept when a run is killed."""
 
+import errno
 import hashlib
 import json
 import os
@@ -217,7 +218,13 @@ def _continue_group(
     for number, new_TQ, end in finished(noted(), codec.num_quantizers):
         sample, prompt_TQ = usable[number], requests[number].prompt_TQ
         waveform = Waveform(decode_long(codec, torch.cat([prompt_TQ, new_TQ])), codec.sample_rate_hz)
-        write_wav(output_dir / sample.file, waveform)
+        try:
+            write_wav(output_dir / sample.file, waveform)
+        except UserError as error:
+            if getattr(error.__cause__, "errno", None) != errno.ENAMETOOLONG:
+                raise
+            yield sample.record(error=f"'{sample.file}' is too long for a file name; shorten the prompt's name")
+            continue
         yield sample.record(
             file=sample.file,
             prompt_frames=len(prompt_TQ),

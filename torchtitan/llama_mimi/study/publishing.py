@@ -1,5 +1,6 @@
 """A converted model on the hub, with a card that says how it was made and how it scored."""
 
+import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -22,8 +23,6 @@ from llama_mimi.study.registry import INDEX
 
 CARD = "README.md"
 CONFIGS = ("config.json", TRAINING_CONFIG)
-# The folders of an absolute path, in JSON or in the card: they belong to this machine and are not uploaded.
-ABSOLUTE_FOLDERS = re.compile(r"""([`",]|[,|] )/[^`",|\n]*/""")
 PRESETS = ("official", "original")  # whose accuracies stand in the card's metadata, too
 # Settings that a card names, and what it calls them.
 SETTINGS = {
@@ -80,9 +79,8 @@ def publish(options: PublishingOptions) -> None:
         raise UserError(f"--repo is '{options.repo}'; name it as owner/name")
     texts = {CARD: write_card(options)}
     for name in CONFIGS:
-        if (options.model_name / name).is_file():
-            texts[name] = (options.model_name / name).read_text()
-    texts = {name: ABSOLUTE_FOLDERS.sub(r"\1", text) for name, text in texts.items()}
+        if (config := read_json(str(options.model_name), name)) is not None:
+            texts[name] = json.dumps(without_folders(config), indent=2) + "\n"
     files = [path for path in visible_files(options.model_name, "*") if path.is_file() and path.name not in texts]
     if options.dry_run is not None:
         return _write(options.dry_run, files, texts)
@@ -99,6 +97,25 @@ def publish(options: PublishingOptions) -> None:
             "`hf auth login`, or see with --dry_run FOLDER what would be"
         ) from error
     print(f"{options.model_name} -> https://huggingface.co/{options.repo}")
+
+
+def without_folders(value: Any) -> Any:
+    """Return JSON with the name alone of each local path: the folders of this machine are not uploaded.
+
+    Local are absolute paths and those with ``~``, ``..`` or ``file://``, also in a list with commas.
+    """
+    if isinstance(value, dict):
+        return {key: without_folders(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_folders(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    items = []
+    for item in value.split(","):
+        path = item.strip()
+        is_local = path.startswith(("/", "~")) or "file://" in path or ".." in Path(path).parts
+        items.append((Path(path).name or path) if is_local else item)
+    return ",".join(items)
 
 
 def _write(folder: Path, files: Sequence[Path], texts: Mapping[str, str]) -> None:
@@ -136,12 +153,13 @@ def write_card(options: PublishingOptions) -> str:
     print(f"{len(reports)} results and {len(lines)} runs of studies are of these weights")
     card = ModelCard.load(model / CARD)
     card.data.model_name = options.repo.split("/")[1]
-    card.data.license, card.data.base_model = options.license, options.base_model
+    card.data.license, card.data.base_model = options.license, without_folders(options.base_model)
     facts = {"weights (SHA-256)": f"`{sha256}`", "weights of the codec (SHA-256)": f"`{codec_hash(codec)}`"}
     facts |= _training(model)
     if lines:
         facts |= {"data (SHA-256)": f"`{lines[0]['data_sha256']}`", "training FLOPs": f"{lines[0]['flops']:.3g}"}
-    parts = [card.content.rstrip(), "## Training", _table(("", ""), facts.items())]
+    content = re.sub(r"`([^`\n]+)`", lambda code: f"`{without_folders(code[1])}`", card.content)  # codec and checkpoint
+    parts = [content.rstrip(), "## Training", _table(("", ""), facts.items())]
     scores = [
         (
             report["benchmark"],
@@ -188,7 +206,7 @@ def _measure(name: str, result: Mapping[str, Any]) -> list[str]:
 
 
 def _training(model: Path) -> dict[str, str]:
-    config = read_json(str(model), TRAINING_CONFIG) or {}
+    config = without_folders(read_json(str(model), TRAINING_CONFIG) or {})
     found = {}
     for key, name in SETTINGS.items():
         section, _, setting = key.partition(".")
@@ -207,8 +225,8 @@ def _results_of(sha256: str, folders: Sequence[Path]) -> tuple[list[dict[str, An
             found = _read(path, path.read_bytes())
             if not isinstance(found, dict):
                 continue
-            made_by = found if "parts" in found else found.get("made_by") or {}
-            if made_by.get("model_sha256") == sha256:
+            made_by = found if "parts" in found else found.get("made_by")
+            if isinstance(made_by, dict) and made_by.get("model_sha256") == sha256:
                 reports.append(found)
         for path in visible_files(folder, f"**/{INDEX}"):
             of_file = [_read(path, line) for line in path.read_bytes().splitlines()]
