@@ -108,7 +108,7 @@ def test_an_optimizer_keeps_its_own_settings_and_loads_moments(name, caplog):
         schedulers.load_state_dict(first[1].state_dict())
         optimizers.load_state_dict(first[0].state_dict())
     assert ", ".join(changed) in caplog.text and caplog.text.count("settings changed") == 1
-    with pytest.raises(UserError, match="optimizer.name is 'Adam', but the checkpoint has the moments of the other"):
+    with pytest.raises(UserError, match="optimizer.name is 'Adam', but the checkpoint has the moments of 'AdamW'"):
         build(lr=1.0, name="Adam")[0].load_state_dict(first[0].state_dict())
     (a,), (b,), (c,) = (pair[0] for pair in (first, same, other))
     assert a.state_dict()["param_groups"] == b.state_dict()["param_groups"]

@@ -36,10 +36,12 @@ def _with_own_settings(optimizer: Optimizer, state: dict[str, Any]) -> dict[str,
         UserError: the moments are those of another optimizer.
     """
     own, saved = optimizer.param_groups[0], state["param_groups"][0]
-    if own["decoupled_weight_decay"] != saved.get("decoupled_weight_decay", own["decoupled_weight_decay"]):
+    is_adamw = saved.get("decoupled_weight_decay", own["decoupled_weight_decay"])
+    if is_adamw != own["decoupled_weight_decay"]:
         raise UserError(
-            f"optimizer.name is '{type(optimizer).__name__}', but the checkpoint has the moments of the other Adam; "
-            "set that, or start with new moments by --checkpoint.exclude_from_loading optimizer"
+            f"optimizer.name is '{type(optimizer).__name__}', but the checkpoint has the moments of "
+            f"'{'AdamW' if is_adamw else 'Adam'}'; set that, or start with new moments by "
+            "--checkpoint.exclude_from_loading optimizer"
         )
     differing = {name: (saved[key], own[key]) for key, name in SETTINGS.items() if saved.get(key, own[key]) != own[key]}
     _log_changes(differing, "the checkpoint")
