@@ -764,7 +764,7 @@ def test_the_committed_study_says_what_its_results_do(tmp_path):
         "Q = 8": (quantizers, "difference from Q = 4", "Q = 8"),
         "level 0 weighs 100": (weights, "difference from weights uniform", "weights semantic:100"),
     }
-    assert len(in_readme) == 6 * 6
+    assert len(in_readme) == 6 * 7
     for (_, _, column, measure), cell in in_readme.items():
         assert cell == in_report.get((*same[column], measure), "") or (not cell and column == "flattened, Q = 4")
     of_differences = [cell for (_, kind, _, _), cell in in_report.items() if kind.startswith("diff") and cell]
