@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 import os
 import runpy
 import sys
@@ -57,12 +58,14 @@ def costly(max_examples: int) -> hypothesis.settings:
 def run_here(path: str, *words: object) -> tuple[int, str]:
     """A command in this process, which has imported what it needs: its exit code and standard error."""
     stderr = io.StringIO()
+    level = logging.getLogger().level  # which some commands raise, and later tests read what is logged
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(stderr):
         patch.chdir(ROOT)
         patch.setattr("sys.argv", [path, *map(str, words)])
         with pytest.raises(SystemExit) as end:
             runpy.run_path(str(ROOT / path), run_name="__main__")
             sys.exit(0)
+    logging.getLogger().setLevel(level)
     return end.value.code or 0, stderr.getvalue()
 
 
