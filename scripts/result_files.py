@@ -39,18 +39,18 @@ def read_result(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"'{path}' is no readable JSON ({first_line(error)}); move it out, or make it again") from error
+        raise UserError(f"'{path}' is not readable as JSON ({first_line(error)}); move or remove it") from error
     # Most of the keys say what a file is: one may be missing.
     kinds = ((BENCHMARK, FORMAT), (CONTINUATIONS, GENERATIONS_FORMAT))
     for checks, expected in kinds:
         if not isinstance(result, dict) or 2 * len(checks.keys() & result.keys()) <= len(checks):
             continue
         if (found := result.get("format")) != expected:
-            raise UserError(f"'{path}' has format {found!r}, not {expected}; move it out, or run eval/ again")
+            raise UserError(f"'{path}' has format {found!r}, not {expected}; move it, or run eval/ again")
         for key, fits in checks.items():
             if not fits(result.get(key)):
                 state = "of another form" if key in result else "missing"
-                raise UserError(f"'{path}' is no whole result: '{key}' is {state}; move it out, or run eval/ again")
+                raise UserError(f"'{path}' is an incomplete result: '{key}' is {state}; move it, or run eval/ again")
         return result
     return None
 

@@ -102,8 +102,7 @@ def sections(place: Workplace, lines: Lines) -> list[Section]:
     done = sum(line["state"] == "done" for line in lines)
     about = (
         f"`uv run python scripts/study.py {study.path}`: {done} of {len(lines)} runs, {study.size}; "
-        f"commit {', '.join(commits) or 'unknown'}. What each run was trained on and what it "
-        f"cost is in `{INDEX}`."
+        f"commit {', '.join(commits) or 'unknown'}. `{INDEX}` has the data, the settings and the cost of each run."
     )
     found = [Section(f"Study {study.name}", [about, *([study.note] if study.note else []), *LEGEND])]
     if without := [line["run"] for line in lines if line["state"] == "done" and not line.get(BITS)]:
@@ -131,16 +130,16 @@ def sections(place: Workplace, lines: Lines) -> list[Section]:
 
 
 LEGEND = (
-    "Accuracies are in percent. A cell is the mean over seeds, in brackets its 95 % interval over pairs or prompts "
-    "(bootstrap), then ±, half of the 95 % interval over seeds (Student's t; of perplexities a factor), and a link to "
-    "the result of each seed that it is of. A row is of the n pairs, groups of pairs or prompts of which all its arms "
-    "have a value. Bits are over the tokens that can stand at a position: the codes of its level and, between frames, "
-    "`</audio>`. Bits of other numbers of levels do not compare. In the last column stand means of what is no model, "
-    "on the same prompts, and what others have published of models that are such arms, of any size, by their own "
-    "scoring and on their own data.",
+    "Accuracies are in percent. A cell has the mean over seeds and a link to the result of each seed. Brackets: 95 % "
+    "bootstrap interval over pairs or prompts. ±: half of the 95 % interval over seeds (Student's t; for perplexities "
+    "a factor). Each row uses only the n pairs, groups of pairs or prompts that every model has a value for. Bits are "
+    "over the tokens that can stand at a position: the codes of its level and, between frames, `</audio>`. Bits of "
+    "models with different numbers of levels do not compare. The last column has the means of the references on the "
+    "same prompts. It also has published results of models of the same kind and any size, by the authors' own scoring "
+    "and on their own data.",
     "Differences are taken pair by pair and seed by seed. A star marks a difference where both intervals exclude zero "
-    "(of a ratio: one). With one seed, or where all seeds or pairs have the same difference, there is no star. Of many "
-    "differences that are none, some have a star by chance.",
+    "(for a ratio: one). There is no star with one seed, or where all seeds or pairs have the same difference. Some of "
+    "many differences have a star by chance.",
 )
 
 

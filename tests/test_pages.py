@@ -164,7 +164,7 @@ def test_continuations_stand_beside_their_recording(tmp_path):
         with pytest.raises(UserError, match=message):
             build_page(page=tmp_path / "d.html", **mistake)
     (folder / "mine.json").write_text(json.dumps(JUDGED | {"system": "mine", "samples": [{}]}))
-    with pytest.raises(UserError, match="mine.json' is no whole result: 'samples'"):
+    with pytest.raises(UserError, match="mine.json' is an incomplete result: 'samples'"):
         build_page(page=tmp_path / "d.html", generations=folder)
 
 

@@ -131,7 +131,7 @@ def test_mistakes(model, tmp_path, monkeypatch):
         publish(PublishingOptions(model, "me/mine", (Path("nowhere"),)))
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "x.json").write_text("{no")
-    with pytest.raises(UserError, match="is no readable JSON"):
+    with pytest.raises(UserError, match="is not readable as JSON"):
         publish(PublishingOptions(model, "me/mine", (tmp_path / "bad",)))
 
 

@@ -156,7 +156,7 @@ def test_mistakes_get_one_sentence(tmp_path, make, mistake):
         path = result_file(tmp_path, "m", "official", "salmon", {"rir_consistency": [1]})
     if mistake == "damaged":
         path.write_text("{")
-        message = "is no readable JSON"
+        message = "is not readable as JSON"
     elif mistake == "format":
         path.write_text(path.read_text().replace('"format": 1', '"format": 0'))
         message = "has format 0, not 1"

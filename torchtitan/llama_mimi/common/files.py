@@ -144,7 +144,7 @@ def read_json(folder: str, name: str) -> dict[str, Any] | None:
     """A JSON object in a folder, or None where there is no such file.
 
     Raises:
-        UserError: it cannot be read, or is no JSON object.
+        UserError: it cannot be read, or is not a JSON object.
     """
     fs, bare = file_system(folder)
     path = f"{bare.rstrip('/')}/{name}"
@@ -153,9 +153,9 @@ def read_json(folder: str, name: str) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (ValueError, OSError) as error:
-        raise UserError(f"'{folder}/{name}' is no readable JSON ({error}); fix or remove the file") from error
+        raise UserError(f"'{folder}/{name}' is not readable as JSON ({error}); fix or remove the file") from error
     if not isinstance(values, dict):
-        raise UserError(f"'{folder}/{name}' is no JSON object; fix or remove the file")
+        raise UserError(f"'{folder}/{name}' is not a JSON object; fix or remove the file")
     return values
 
 

@@ -86,7 +86,7 @@ class ManifestCorpus:
     def _record(self, line: bytes) -> Record:
         values = self._values(line)
         if values is None:
-            return Record({}, problem="its line is no JSON object")
+            return Record({}, problem="its line is not a JSON object")
         try:
             path = values.get(self._audio_key)
             offset, duration = seconds_of(values.get("offset")), seconds_of(values.get("duration"))

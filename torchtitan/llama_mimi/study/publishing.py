@@ -239,7 +239,7 @@ def _read(path: Path, content: bytes) -> Any:
         return parse_json(content)
     except ValueError as error:
         raise UserError(
-            f"'{path}' is no readable JSON ({first_line(error)}); mend it, or name other --results"
+            f"'{path}' is not readable as JSON ({first_line(error)}); mend it, or name other --results"
         ) from error
 
 
