@@ -18,8 +18,8 @@ from llama_mimi.audio.mimi import MimiCodec
 from llama_mimi.audio.reading import AudioError, read_audio
 from llama_mimi.checkpoint.huggingface import hf_config
 from llama_mimi.common.errors import UserError
-from llama_mimi.common.progress_log import ProgressLog
 from llama_mimi.common.ranks import Ranks
+from llama_mimi.common.resume import ProgressLog
 from llama_mimi.evaluation.benchmarks import SALMON_PARTS, Benchmark, BenchmarkClip, Pair, limited, read_salmon
 from llama_mimi.evaluation.clip_codes import CachedCodes, CodeCache, cache_key, encode_clips
 from llama_mimi.evaluation.clip_scores import score_clips

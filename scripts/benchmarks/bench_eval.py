@@ -30,8 +30,8 @@ from llama_mimi.checkpoint.stand_ins import write_stand_ins
 from llama_mimi.common.command_line import run_command
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.hub import load_pretrained
-from llama_mimi.common.progress_log import ProgressLog
 from llama_mimi.common.ranks import Ranks
+from llama_mimi.common.resume import ProgressLog
 from llama_mimi.evaluation.benchmarks import Benchmark, read_salmon, read_slm21, read_storycloze
 from llama_mimi.evaluation.clip_codes import CodeCache, cache_key, encode_clips
 from llama_mimi.evaluation.clip_scores import score_clips

@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 from llama_mimi.common.batching import batches_of_like_size
 from llama_mimi.common.errors import UserError
-from llama_mimi.common.progress_log import ProgressLog
 from llama_mimi.common.ranks import Ranks, from_first, gather
+from llama_mimi.common.resume import ProgressLog
 from llama_mimi.evaluation.clip_codes import CachedCodes
 from llama_mimi.evaluation.likelihood import batch_scores
 from llama_mimi.evaluation.scoring import Scoring

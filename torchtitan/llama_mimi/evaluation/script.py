@@ -14,8 +14,8 @@ from llama_mimi.audio.mimi import CodecAttention, codec_hash, whole_frames
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import write_atomically
 from llama_mimi.common.hub import weights_sha256
-from llama_mimi.common.progress_log import ProgressLog
 from llama_mimi.common.ranks import Ranks, from_first, torchrun_ranks
+from llama_mimi.common.resume import ProgressLog
 from llama_mimi.common.versions import versions
 from llama_mimi.evaluation.benchmarks import (
     SALMON_PARTS,

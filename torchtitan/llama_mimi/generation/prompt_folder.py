@@ -20,8 +20,8 @@ from llama_mimi.audio.streaming import decode_long
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import as_utf8, find_files, parse_json, read_json, write_atomically
 from llama_mimi.common.hub import weights_sha256
-from llama_mimi.common.progress_log import ProgressLog
 from llama_mimi.common.ranks import Ranks, from_first, gather
+from llama_mimi.common.resume import ProgressLog
 from llama_mimi.common.versions import versions
 from llama_mimi.generation.continuation import SamplingOptions, encode_prompts, finished, read_prompt
 from llama_mimi.generation.decoding import Request, decode

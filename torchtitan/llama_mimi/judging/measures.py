@@ -9,8 +9,8 @@ from typing import Any, Protocol, TypeVar
 
 from tqdm import tqdm
 
-from llama_mimi.common.progress_log import ProgressLog
 from llama_mimi.common.ranks import Ranks, from_first, gather
+from llama_mimi.common.resume import ProgressLog
 
 Input = TypeVar("Input", contravariant=True)
 # A value that begins so is why there is none; it is not kept, so that the next run tries again.

@@ -1,0 +1,132 @@
+"""Long work that a killed run continues: the settings that must not change, and the log of finished items."""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+from uuid import uuid4
+
+from tqdm import tqdm
+
+from llama_mimi.common.errors import UserError
+from llama_mimi.common.files import digest, visible_files
+from llama_mimi.common.ranks import Ranks, from_first, gather
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def require_same(saved: Mapping[str, Any], current: Mapping[str, Any], what: str, remedy: str) -> None:
+    """Refuse to continue work that was started with other settings.
+
+    Args:
+        saved: settings of the earlier run.
+        current: settings of this run. Nested mappings are compared by dotted names; keys that only ``saved`` has are
+            not compared.
+        what: subject of the error, such as "'results/a.json'".
+        remedy: imperative clause of the error.
+
+    Raises:
+        UserError: the first setting that differs.
+    """
+    saved, current = _flat(saved), _flat(current)
+    for name, value in current.items():
+        if saved.get(name) != value:
+            before = repr(saved[name]) if name in saved else "not set"
+            raise UserError(f"{what} was made with {name} = {before}, but it is {value!r} now; {remedy}")
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return flat
+
+
+class ProgressLog:
+    """Append-only log of finished items: lines of JSON, one file for each process.
+
+    Args:
+        folder: folder of logs. This log is the folder in it that is named by the hash of ``header``.
+        header: everything that the results depend on, except the items.
+    """
+
+    def __init__(self, folder: Path, header: Mapping[str, Any]) -> None:
+        self._folder = folder / digest(header)[:16]
+        self._path = self._folder / f"{uuid4().hex}.jsonl"
+
+    def load(self) -> dict[str, Any]:
+        """Return the results by item."""
+        done: dict[str, Any] = {}
+        for path in visible_files(self._folder, "*.jsonl"):
+            for line in path.read_text().split("\n")[:-1]:  # text after the last line end was cut off by a kill
+                done |= json.loads(line)
+        return done
+
+    def add(self, results: Mapping[str, Any]) -> None:
+        """Append results.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a") as file:
+                file.write(json.dumps(results) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"'{self._path}' could not be written ({error.strerror}); free disk space or fix --output_dir, then "
+                "run the command again: finished items are kept"
+            ) from error
+
+    def close(self) -> None:
+        """Delete this log, and the folder of logs if it is empty."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self._folder.parent.rmdir()
+
+
+def map_resumable(
+    batches: Sequence[Mapping[str, Item]],
+    work: Callable[[Mapping[str, Item]], Iterable[tuple[str, Result]]],
+    log: ProgressLog,
+    ranks: Ranks,
+    *,
+    unit: str,
+    is_done: Callable[[str, Result], bool] = lambda key, result: True,
+) -> dict[str, Result]:
+    """Compute a result for every item; ranks share the batches, and results in the log are not computed again.
+
+    Args:
+        batches: items by key. A batch is computed again unless all of its items are done, so that an item always has
+            the same neighbours.
+        work: yields key and result for each item of a batch, in any order.
+        log: results of earlier runs; new results are added one by one.
+        unit: noun for the progress bar.
+        is_done: returns False for a logged result that must be computed again.
+
+    Returns:
+        Results by key, in the order of ``batches``, on every rank.
+
+    Raises:
+        UserError: as ``work`` or the log.
+    """
+    done = from_first(lambda: {key: result for key, result in log.load().items() if is_done(key, result)})
+    todo = [batch for batch in batches if not batch.keys() <= done.keys()]
+    num_items, num_todo = sum(map(len, batches)), sum(map(len, todo))
+    if ranks.rank == 0 and num_todo < num_items:
+        print(f"{num_items - num_todo:,} of {num_items:,} {unit}s were finished before", flush=True)
+    mine = todo[ranks.rank :: ranks.world_size]
+    new: dict[str, Result] = {}
+    with tqdm(total=sum(map(len, mine)), unit=unit, desc=f"{unit}s", disable=ranks.rank > 0 or not mine) as progress:
+        for batch in mine:
+            for key, result in work(batch):
+                log.add({key: result})
+                new[key] = result
+                progress.update()
+    for part in gather(new):
+        done |= part
+    return {key: done[key] for batch in batches for key in batch}
