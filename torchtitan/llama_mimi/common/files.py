@@ -19,6 +19,7 @@ from llama_mimi.common.errors import UserError, first_line
 # Ending of the hidden files that are still being written.
 PARTIAL = ".partial"
 LOCK = ".lock"  # of a folder that one process may write to
+SYNTHETIC = "SYNTHETIC"  # file that marks a folder of synthesised speech
 
 
 def file_system(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -69,6 +70,12 @@ def is_hidden(relative: str) -> bool:
     """
     *folders, name = relative.split("/")
     return name.startswith(".") or any(folder.startswith((".", "__")) for folder in folders)
+
+
+def is_synthetic(path: str) -> bool:
+    """Return True for a local path, or a glob, below a folder of synthesised speech."""
+    absolute = Path(path).absolute()
+    return any((folder / SYNTHETIC).is_file() for folder in (absolute, *absolute.parents))
 
 
 def as_utf8(name: str) -> str:
