@@ -78,7 +78,7 @@ def read_reply(text: str, names: Sequence[str]) -> dict[str, int]:
 
 
 def judge(url: str | None, model_name: str, criteria: Criteria, parallel: int, timeout_seconds: float) -> Measure:
-    """Scores of 1 to 5 by criterion, of a prompt's and a continuation's text.
+    """Return the measure of scores by criterion, 1 to 5, of a prompt's and a continuation's text.
 
     Args:
         url: URL of the server, such as http://localhost:8000/v1; None is OpenAI's.

@@ -3,7 +3,7 @@
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -36,21 +36,13 @@ Values = Iterator[tuple[str, Value]]
 
 @dataclass(frozen=True)
 class Measure:
-    """A measure of inputs.
+    """A measure of inputs."""
 
-    Args:
-        name: name in results, and of the folder of its values.
-        keys: keys of a value.
-        description: everything that values depend on, except the input: models with their hashes, versions, settings.
-        compute: yields key and value for each input of a batch, in any order.
-        batch_size: maximum number of inputs in a batch.
-    """
-
-    name: str
-    keys: Sequence[str]
-    description: dict[str, Any]
-    compute: Callable[[Mapping[str, Any]], Iterable[tuple[str, Value]]]
-    batch_size: int = 16
+    name: str  # name in results, and of the folder of its values
+    keys: Sequence[str]  # keys of a value
+    description: dict[str, Any]  # everything that values depend on, except the input: models, hashes, settings
+    compute: Callable[[Mapping[str, Input]], Values]  # yields key and value for each input of a batch, in any order
+    batch_size: int = 16  # maximum number of inputs in a batch
 
 
 def input_key(parts: Input) -> str:
@@ -108,7 +100,7 @@ def _describe(name: str) -> dict[str, Any]:
 
 
 def pauses() -> Measure:
-    """Length of a clip in seconds, and the fraction of it in silences of `PAUSE_SECONDS` or more."""
+    """Return the measure of a clip's length in seconds, and of its fraction in silences of `PAUSE_SECONDS` or more."""
 
     def compute(batch: Mapping[str, Input]) -> Values:
         for key, (clip,) in batch.items():
@@ -122,8 +114,7 @@ def pauses() -> Measure:
 def speaker_encoder(model_name: str, device: torch.device) -> Callable[[Clip], torch.Tensor]:
     """Load a `WavLMForXVector`; return the function from a clip to its x-vector (D,).
 
-    Each clip is a batch of its own: models with group normalisation, such as microsoft/wavlm-base-plus-sv, would also
-    normalise over padding.
+    Clips are not padded to a batch: group normalisation, as in microsoft/wavlm-base-plus-sv, would include padding.
     """
     model = load_evaluator(transformers.WavLMForXVector, model_name, device, what="speaker model")
     extract = load_pretrained(transformers.AutoFeatureExtractor, model_name, what="speaker model")
@@ -138,7 +129,7 @@ def speaker_encoder(model_name: str, device: torch.device) -> Callable[[Clip], t
 
 
 def speaker_similarity(model_name: str, device: torch.device) -> Measure:
-    """Cosine of the x-vectors of a prompt and its continuation, in [-1, 1]."""
+    """Return the measure of the cosine, in [-1, 1], of the x-vectors of a prompt and its continuation."""
     embed = functools.cache(speaker_encoder(model_name, device))
 
     def compute(batch: Mapping[str, Input]) -> Values:
@@ -149,10 +140,7 @@ def speaker_similarity(model_name: str, device: torch.device) -> Measure:
 
 
 def distillmos(device: torch.device) -> Measure:
-    """Mean opinion score from 1 to 5, predicted by DistillMOS (arXiv 2502.05356), whose weights are in its wheel.
-
-    It was trained on degradations by transmission, and says less about naturalness.
-    """
+    """Return the measure of a mean opinion score, 1 to 5, by DistillMOS (arXiv 2502.05356)."""
     try:
         from distillmos import ConvTransformerSQAModel  # an extra
     except ImportError as error:
@@ -171,7 +159,7 @@ def distillmos(device: torch.device) -> Measure:
 
 
 def aesthetics(batch_size: int) -> Measure:
-    """Four axes of Audiobox-Aesthetics (arXiv 2502.05139), 1 to 10: enjoyment, usefulness, complexity, quality."""
+    """Return the measure of the four axes of Audiobox-Aesthetics (arXiv 2502.05139), 1 to 10."""
     try:
         from audiobox_aesthetics.infer import initialize_predictor  # only where a user has installed it
     except ImportError as error:
@@ -192,7 +180,7 @@ def aesthetics(batch_size: int) -> Measure:
 
 
 def transcripts(model_name: str, language: str | None, device: torch.device, batch_size: int) -> Measure:
-    """Greedy transcript of a clip by an ASR model of `transformers`.
+    """Return the measure of a clip's greedy transcript by an ASR model of `transformers`.
 
     Args:
         language: spoken language, for models that know several, such as Whisper; None lets them guess.
@@ -234,7 +222,7 @@ def transcripts(model_name: str, language: str | None, device: torch.device, bat
 
 
 def log_perplexity(model_name: str, device: torch.device) -> Measure:
-    """Mean negative log-likelihood, in nats per token, of a continuation's transcript given the prompt's."""
+    """Return the measure of the mean loss, in nats per token, of a continuation's transcript given the prompt's."""
     model = load_evaluator(transformers.AutoModelForCausalLM, model_name, device, what="language model")
     tokenizer = load_pretrained(transformers.AutoTokenizer, model_name, what="language model")
     first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id

@@ -107,8 +107,9 @@ def _judge(options: GenerationOptions, prompts: PromptSet, ranks: Ranks) -> None
     def check_earlier() -> None:
         """Refuse to replace the result of another system with the same name."""
         if (earlier := read_json(str(folder), f"{options.system}.json")) is not None:
+            saved, what = earlier.get("made_by") or {}, f"'{folder / options.system}.json'"
             origin = {key: value for key, value in made_by.items() if key in ("wavs", "model_sha256")}
-            require_same(earlier["made_by"], origin, f"'{folder / options.system}.json'", "choose another --name")
+            require_same(saved, origin, what, "choose another --name")
 
     from_first(check_earlier)
     if ranks.rank == 0 and not any(prompt.speaker for prompt in prompts.prompts):

@@ -55,18 +55,12 @@ class Clip:
 
 @dataclass(frozen=True)
 class Sample:
-    """One continuation of a prompt.
-
-    Args:
-        number: index among the samples of the prompt; None for a reference, which has one.
-        clip: the continuation without its prompt.
-        known: measures that are known without listening.
-    """
+    """One continuation of a prompt."""
 
     prompt: Prompt
-    number: int | None
-    clip: Clip
-    known: Mapping[str, float | None] = field(default_factory=dict)
+    number: int | None  # index among the samples of the prompt; None for a reference, which has one
+    clip: Clip  # the continuation without its prompt
+    known: Mapping[str, float | None] = field(default_factory=dict)  # measures from generation
 
 
 def references(
