@@ -41,12 +41,12 @@ def read_result(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"'{path}' is not readable as JSON ({first_line(error)}); move or remove it") from error
     # Most of the keys say what a file is: one may be missing.
-    kinds = ((BENCHMARK, FORMAT), (CONTINUATIONS, GENERATIONS_FORMAT))
+    kinds = ((BENCHMARK, (FORMAT,)), (CONTINUATIONS, (1, GENERATIONS_FORMAT)))
     for checks, expected in kinds:
         if not isinstance(result, dict) or 2 * len(checks.keys() & result.keys()) <= len(checks):
             continue
-        if (found := result.get("format")) != expected:
-            raise UserError(f"'{path}' has format {found!r}, not {expected}; move it, or run eval/ again")
+        if (found := result.get("format")) not in expected:
+            raise UserError(f"'{path}' has format {found!r}, not {expected[-1]}; move it, or run eval/ again")
         for key, fits in checks.items():
             if not fits(result.get(key)):
                 state = "of another form" if key in result else "missing"
@@ -141,7 +141,6 @@ CONTINUATIONS: dict[str, Check] = {
     "measures": _is_object,
     "system": _is_text,
     "audio_sha256": _is_text,
-    "results": _values(_has(mean=_is_number, interval=_is_interval, count=_is_count)),
     "made_by": _or_none(_is_object),
     "samples": _are_samples,
 }

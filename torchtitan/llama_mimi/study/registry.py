@@ -11,6 +11,7 @@ from llama_mimi.checkpoint.conversion import JOB_CONFIG, NOT_OF_THE_MODEL
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import digest, read_json, write_atomically
 from llama_mimi.data.code_store import MANIFEST
+from llama_mimi.judging.table import means
 from llama_mimi.study.budget import cost_of_step, decay_begins
 from llama_mimi.study.design import Run
 from llama_mimi.study.workplace import TRAIN, Workplace
@@ -71,7 +72,9 @@ def _line(place: Workplace, run: Run, flops_of_step: float) -> dict[str, Any]:
             for name, report in found.items()
             for part, result in report["parts"].items()
         },
-        "generations": {} if generation is None else generation["results"],
+        "generations": {}
+        if generation is None
+        else {name: of[run.name] for name, of in means({run.name: generation["samples"]}).items()},
         "files": {name: str(path.relative_to(place.study.output_dir)) for name, path in files.items()},
     }
 
