@@ -191,7 +191,7 @@ def test_a_full_disk_keeps_the_steps_before(mode, golden_run, tmp_path):
     command = ["-m", "llama_mimi.train", *flags_of(folder, checkpoint__async_mode=mode, **flags)]
     ranks = ForkedRanks(2, command, tmp_path / "log.txt", set_up=no_large_files)
     assert ranks.wait() == 1 and "Traceback" not in ranks.output
-    assert "step-22' could not be written (File too large; the checkpoint takes about 22.4 MB, " in ranks.output
+    assert "step-22' could not be written (File too large); " in ranks.output
     assert sorted(path.name for path in (folder / "checkpoint").iterdir()) == ["step-10", "step-20"]
     check_step(folder / "checkpoint" / "step-20", verify=True)
 

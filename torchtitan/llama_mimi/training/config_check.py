@@ -146,7 +146,6 @@ def _check_architecture(job_config: Any) -> None:
     refused = {
         "parallelism.tensor_parallel_degree": parallelism.tensor_parallel_degree > 1,
         "parallelism.context_parallel_degree": parallelism.context_parallel_degree > 1,
-        "parallelism.pipeline_parallel_degree": parallelism.pipeline_parallel_degree > 1,
         "model.converters": bool(model.converters),
         "checkpoint.last_save_in_hf": job_config.checkpoint.last_save_in_hf,
     }
@@ -178,7 +177,10 @@ def _check_parallelism(job_config: Any, world_size: int) -> None:
     parallelism, training = job_config.parallelism, job_config.training
     tp, cp, pp = (getattr(parallelism, f"{kind}_parallel_degree") for kind in ("tensor", "context", "pipeline"))
     if pp > 1:
-        _check_pipeline(job_config)
+        raise UserError(
+            f"parallelism.pipeline_parallel_degree is {pp}, which is not supported; set it to 1, and use FSDP, HSDP or "
+            "tensor parallelism"
+        )
     replicas, shards = parallelism.data_parallel_replicate_degree, parallelism.data_parallel_shard_degree
     if shards == -1:
         shards = world_size // (replicas * tp * cp * pp)
@@ -213,23 +215,4 @@ def _check_parallelism(job_config: Any, world_size: int) -> None:
         raise UserError(
             f"parallelism.context_parallel_degree is {cp}, but packed rows cannot be split over ranks; set it to 1, or "
             "data.packing to 'pad'"
-        )
-
-
-def _check_pipeline(job_config: Any) -> None:
-    degree = job_config.parallelism.pipeline_parallel_degree
-    if FLAVORS[job_config.model.flavor].enable_weight_tying:
-        raise UserError(
-            f"parallelism.pipeline_parallel_degree is {degree}, but the embeddings of '{job_config.model.flavor}' are "
-            "tied, and the first and the last stage of a pipeline cannot share a matrix; use FSDP or tensor parallelism"
-        )
-    if job_config.data.packing == "pack":
-        raise UserError(
-            f"parallelism.pipeline_parallel_degree is {degree}, but packed rows cannot be split into microbatches; set "
-            "it to 1, or data.packing to 'pad'"
-        )
-    if job_config.validation.enable:
-        raise UserError(
-            f"parallelism.pipeline_parallel_degree is {degree}, but validation does not run in a pipeline; set "
-            "--validation.no-enable"
         )

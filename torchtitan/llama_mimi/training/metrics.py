@@ -145,12 +145,7 @@ class SpeechMetrics(MetricsProcessor):
         )
 
     def _reduced(self, meter: LevelMeter) -> torch.Tensor:
-        sums = meter.take()
-        if sums is None:  # in a pipeline only the last stage has losses
-            sums = torch.zeros(3, self._num_quantizers + 1, device=device_type, dtype=torch.float64)
-        for mesh in ("loss", "pp"):
-            sums = reduce_sums(sums, self.parallel_dims.get_optional_mesh(mesh))
-        return sums
+        return reduce_sums(meter.take(), self.parallel_dims.get_optional_mesh("loss"))
 
     def _seen(self) -> tuple[int, float]:
         """Clips and hours of audio that all ranks have trained on since the run began."""
@@ -175,10 +170,8 @@ class SpeechMetrics(MetricsProcessor):
 
         Each code is predicted among the admissible entries of its position, as generation draws it. The loss is not:
         it includes the cost of excluding other entries, of which a flattened vocabulary has more. ``</audio>`` is left
-        out, as it is not a code. A pipeline does not compute these bits.
+        out, as it is not a code.
         """
-        if bool(sums[2].isnan().any()):
-            return {}
         nats_to_bits = self._frame_rate_hz / math.log(2)
         losses = self._level_losses(sums[[2, 1], :-1])
         if len(losses) == self._num_quantizers:

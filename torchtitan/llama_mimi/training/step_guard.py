@@ -14,7 +14,6 @@ from torchtitan.tools.utils import device_type
 
 from llama_mimi.checkpoint.dcp import complete_steps
 from llama_mimi.common.errors import UserError
-from llama_mimi.common.ranks import first_reports
 from llama_mimi.training.file_check import checkpoint_folder
 from llama_mimi.training.loss import LevelMeter
 
@@ -67,11 +66,10 @@ class StepGuard:
             return
         steps = complete_steps(checkpoint_folder(job_config))
         last = f"the last good checkpoint is '{steps[max(steps)]}'" if steps else "there is no good checkpoint"
-        with first_reports():
-            raise UserError(
-                f"at step {step} {problem}, so the run stops and saves nothing; {last}; lower optimizer.lr or "
-                "training.max_norm and start again, from an earlier step with --checkpoint.load_step"
-            )
+        raise UserError(
+            f"at step {step} {problem}, so the run stops and saves nothing; {last}; lower optimizer.lr or "
+            "training.max_norm and start again, from an earlier step with --checkpoint.load_step"
+        )
 
 
 def _norm(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
