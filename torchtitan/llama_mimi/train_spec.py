@@ -20,23 +20,21 @@ from llama_mimi.checkpoint.run_record import save_run_record, speech_config
 from llama_mimi.common.errors import UserError, report
 from llama_mimi.common.ranks import end_with_torchrun, first_reports
 from llama_mimi.data.build import build_dataloader
-from llama_mimi.data.dataloader import DataMeter
 from llama_mimi.model.architectures import build_model, parallelize
 from llama_mimi.model.cross_entropy import chunk_losses
 from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs
 from llama_mimi.tokens.sequences import SequenceBuilder, load_sequences
 from llama_mimi.training.checkpoints import use_checksums
+from llama_mimi.training.checks import prepare_run
 from llama_mimi.training.loss import LevelMeter, UnitLoss, level_weights
-from llama_mimi.training.metrics import SpeechMetrics
+from llama_mimi.training.metrics import Meters, SpeechMetrics
 from llama_mimi.training.optimizer import SpeechSchedulers, build_speech_optimizers
-from llama_mimi.training.preparation import prepare_run
 from llama_mimi.training.step_guard import StepGuard
 from llama_mimi.training.validator import SpeechValidator
 
 # TorchTitan builds metrics apart from losses and loader; these meters connect them.
-_train_meter, _validation_meter = LevelMeter(), LevelMeter()
-_data_meter = DataMeter()
-_guard = StepGuard(_train_meter)
+_meters = Meters()
+_guard = StepGuard(_meters.train)
 
 
 def print_config(job_config: Any) -> None:
@@ -77,7 +75,7 @@ def build_sequences(job_config: Any) -> SequenceBuilder:
 
 def build_loss(job_config: Any, **kwargs: Any) -> UnitLoss:
     return _build_loss(
-        job_config, _train_meter, level_weights(job_config.loss.level_weights, _level_shares(job_config))
+        job_config, _meters.train, level_weights(job_config.loss.level_weights, _level_shares(job_config))
     )
 
 
@@ -94,9 +92,8 @@ def _build_loss(job_config: Any, meter: LevelMeter, weights: list[float]) -> Uni
 
 
 def build_validator(job_config: Any, **kwargs: Any) -> SpeechValidator:
-    kwargs = {key: value for key, value in kwargs.items() if not key.startswith("pp_")}
-    kwargs["loss_fn"] = _build_loss(job_config, _validation_meter, [1.0] * job_config.codec.num_quantizers)
-    return SpeechValidator(job_config=job_config, **kwargs)
+    loss_fn = _build_loss(job_config, _meters.validation, [1.0] * job_config.codec.num_quantizers)
+    return SpeechValidator(job_config=job_config, **kwargs | {"loss_fn": loss_fn})
 
 
 def build_guarded_optimizers(*args: Any, **kwargs: Any) -> OptimizersContainer:
@@ -121,16 +118,7 @@ def build_metrics(job_config: Any, parallel_dims: ParallelDims, model_args: Llam
         max_audio_seconds=min(job_config.data.max_audio_seconds, row_seconds),
     )
     save_run_record(job_config.job.dump_folder, config, sequences)
-    return SpeechMetrics(
-        job_config,
-        parallel_dims,
-        train_meter=_train_meter,
-        validation_meter=_validation_meter,
-        data_meter=_data_meter,
-        guard=_guard,
-        level_shares=_level_shares(job_config),
-        frame_rate_hz=frame_rate_hz,
-    )
+    return SpeechMetrics(job_config, parallel_dims, _meters, _guard, _level_shares(job_config), frame_rate_hz)
 
 
 register_train_spec(
@@ -142,7 +130,7 @@ register_train_spec(
         pipelining_fn=None,
         build_optimizers_fn=build_guarded_optimizers,
         build_lr_schedulers_fn=SpeechSchedulers,
-        build_dataloader_fn=partial(build_dataloader, meter=_data_meter),
+        build_dataloader_fn=partial(build_dataloader, meter=_meters.data),
         build_tokenizer_fn=build_tokenizer,
         build_loss_fn=build_loss,
         build_validator_fn=build_validator,

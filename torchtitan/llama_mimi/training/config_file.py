@@ -12,7 +12,7 @@ from torchtitan.config import ConfigManager, JobConfig
 
 import llama_mimi.job_config
 from llama_mimi.common.errors import UserError
-from llama_mimi.training.config_check import check_settings
+from llama_mimi.training.checks import check_settings
 
 # Keys and sections of the first release's config files, and their names here; None has no counterpart.
 RELEASED_KEYS = {
@@ -49,11 +49,6 @@ def parse_config(args: list[str]) -> Any:
         job_config = ConfigManager(config_class).parse_args(args)
     except AssertionError as error:  # some of TorchTitan's settings check themselves
         raise UserError(f"TorchTitan refuses a setting: {error}") from error
-    if job_config.model.name != "llama_mimi":
-        raise UserError(
-            f"model.name is '{job_config.model.name}'; set it to 'llama_mimi', the size as model.flavor, and the "
-            "folder of a prepared base model as model.hf_assets_path"
-        )
     check_settings(job_config, world_size=int(os.environ.get("WORLD_SIZE", 1)))
     return job_config
 

@@ -1,4 +1,4 @@
-"""TorchTitan's optimizer and schedule, with the settings of the config in a resumed run, too."""
+"""TorchTitan's optimizer and schedule; a resumed run uses the settings of its config."""
 
 from contextlib import suppress
 from typing import Any
@@ -11,6 +11,7 @@ from torchtitan.tools.logging import logger
 
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import read_json
+from llama_mimi.common.resume import require_same
 
 # Settings of a parameter group that a checkpoint contains, under the names of the config.
 SETTINGS = {
@@ -35,15 +36,16 @@ def _with_own_settings(optimizer: Optimizer, state: dict[str, Any]) -> dict[str,
     Raises:
         UserError: the moments are those of another optimizer.
     """
-    own, saved = optimizer.param_groups[0], state["param_groups"][0]
-    is_adamw = saved.get("decoupled_weight_decay", own["decoupled_weight_decay"])
-    if is_adamw != own["decoupled_weight_decay"]:
-        raise UserError(
-            f"optimizer.name is '{type(optimizer).__name__}', but the checkpoint has the moments of "
-            f"'{'AdamW' if is_adamw else 'Adam'}'; set that, or start with new moments by "
-            "--checkpoint.exclude_from_loading optimizer"
-        )
-    differing = {name: (saved[key], own[key]) for key, name in SETTINGS.items() if saved.get(key, own[key]) != own[key]}
+    own = optimizer.param_groups[0]
+    saved = own | state["param_groups"][0]
+    names = ("Adam", "AdamW")
+    require_same(
+        {"optimizer.name": names[saved["decoupled_weight_decay"]]},
+        {"optimizer.name": names[own["decoupled_weight_decay"]]},
+        "the checkpoint",
+        "set it as before, or start with new moments by --checkpoint.exclude_from_loading optimizer",
+    )
+    differing = {name: (saved[key], own[key]) for key, name in SETTINGS.items() if saved[key] != own[key]}
     _log_changes(differing, "the checkpoint")
     groups = zip(optimizer.param_groups, state["param_groups"], strict=True)
     return {**state, "param_groups": [own | {"params": saved["params"]} for own, saved in groups]}

@@ -14,7 +14,7 @@ from torchtitan.tools.utils import device_type
 
 from llama_mimi.checkpoint.dcp import complete_steps
 from llama_mimi.common.errors import UserError
-from llama_mimi.training.file_check import checkpoint_folder
+from llama_mimi.training.checks import checkpoint_folder
 from llama_mimi.training.loss import LevelMeter
 
 
