@@ -55,6 +55,8 @@ class SpeechMetrics(MetricsProcessor):
         frame_rate_hz: frame rate of the codec.
     """
 
+    time_last_log: float
+
     def __init__(
         self,
         job_config: Any,
