@@ -12,7 +12,7 @@ from llama_mimi.data.dataloader import DataMeter
 from llama_mimi.training.config_file import parse_config
 from llama_mimi.training.loss import LevelMeter
 from llama_mimi.training.metrics import Meters, SpeechMetrics
-from llama_mimi.training.step_guard import StepGuard
+from llama_mimi.training.optimizer import StepGuard
 
 
 @pytest.mark.parametrize(

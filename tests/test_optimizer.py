@@ -13,8 +13,7 @@ from torchtitan.config.job_config import LRScheduler, Optimizer
 
 from llama_mimi.common.errors import UserError
 from llama_mimi.training.loss import LevelMeter
-from llama_mimi.training.optimizer import SpeechSchedulers, build_speech_optimizers
-from llama_mimi.training.step_guard import StepGuard
+from llama_mimi.training.optimizer import SpeechSchedulers, StepGuard, build_speech_optimizers
 
 pytestmark = pytest.mark.distributed
 

@@ -28,8 +28,7 @@ from llama_mimi.training.checkpoints import use_checksums
 from llama_mimi.training.checks import prepare_run
 from llama_mimi.training.loss import LevelMeter, UnitLoss, level_weights
 from llama_mimi.training.metrics import Meters, SpeechMetrics
-from llama_mimi.training.optimizer import SpeechSchedulers, build_speech_optimizers
-from llama_mimi.training.step_guard import StepGuard
+from llama_mimi.training.optimizer import SpeechSchedulers, StepGuard, build_speech_optimizers
 from llama_mimi.training.validator import SpeechValidator
 
 # TorchTitan builds metrics apart from losses and loader; these meters connect them.

@@ -1,7 +1,6 @@
 """Checks before a run: one table of rules for settings, then the files and earlier runs that they name."""
 
 import copy
-import importlib.util
 import json
 import math
 import re
@@ -10,12 +9,14 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import reduce
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 from transformers import PreTrainedConfig
 
@@ -31,6 +32,7 @@ from llama_mimi.common.resume import require_same
 from llama_mimi.data.build import chosen_split, dataset_names
 from llama_mimi.data.code_store import CodeCorpus, is_store
 from llama_mimi.data.corpus_files import check_corpus
+from llama_mimi.job_config import checkpoint_folder
 from llama_mimi.model.llama import FLAVORS
 from llama_mimi.tokens.sequences import load_sequences
 from llama_mimi.tokens.units import has_text
@@ -44,44 +46,19 @@ MODEL_KEYS = ("model_type", *NETWORK_KEYS, "tie_word_embeddings")
 SECONDS_FOR_NODES_TO_AGREE = 90
 _held = ExitStack()  # locks of rank 0, until the process ends
 
-
-def _is_flattened(c: Any) -> bool:
-    return c.model.architecture == "flattened"
-
-
-def _data_parallel(c: Any) -> tuple[int, int]:
-    """Return the numbers of replicas and shards; a shard degree of -1 takes all ranks that are left."""
-    p = c.parallelism
-    others = p.data_parallel_replicate_degree * p.tensor_parallel_degree * p.context_parallel_degree
-    shards = p.data_parallel_shard_degree
-    return p.data_parallel_replicate_degree, c.world_size // others if shards == -1 else shards
-
-
-def _uses_all_ranks(world_size: int, c: Any) -> bool:
-    degrees = *_data_parallel(c), c.parallelism.tensor_parallel_degree, c.parallelism.context_parallel_degree
-    return math.prod(degrees) == world_size
-
-
-def _splits_evenly(seq_len: int, c: Any) -> bool:
-    cp = c.parallelism.context_parallel_degree
-    return seq_len % (c.parallelism.tensor_parallel_degree * (2 * cp if cp > 1 else 1)) == 0
-
-
 _FLATTENED_ONLY = "leave it out: model.architecture 'hierarchical' runs with FSDP and HSDP only"
-# Settings, divided by spaces; a condition on the value and the config, which also has world_size; and the second half
-# of the error.
-RULES: list[tuple[str, Callable[[Any, Any], bool], str]] = [
+# Settings, divided by spaces; a condition on the value and the config with the entries of `check_settings`; and the
+# second half of the error.
+RULES: list[tuple[str, Callable[[Any, Any], Any], str]] = [
     ("model.name", lambda v, c: v == "llama_mimi", "set it to 'llama_mimi', the size as model.flavor"),
     ("model.flavor", lambda v, c: v in FLAVORS, f"choose one of: {', '.join(FLAVORS)}"),
     (
         "training.steps training.local_batch_size data.max_audio_seconds data.shuffle_block codec.num_quantizers "
         "validation.local_batch_size validation.freq metrics.log_freq checkpoint.interval comm.init_timeout_seconds "
-        "comm.train_timeout_seconds parallelism.data_parallel_replicate_degree parallelism.tensor_parallel_degree "
-        "parallelism.context_parallel_degree",
+        "comm.train_timeout_seconds",
         lambda v, c: 0 < v < math.inf,
         "set a positive, finite number",
     ),
-    ("training.global_batch_size parallelism.data_parallel_shard_degree", lambda v, c: v != 0, "set 1 or more, or -1"),
     ("data.validation_clips", lambda v, c: v == -1 or v > 0, "set a positive number, or -1 for all clips"),
     ("data.max_bad_share", lambda v, c: 0 <= v <= 1, "set a fraction between 0 and 1"),
     ("training.max_norm", lambda v, c: v > 0, "set a positive number, or inf for no clipping"),
@@ -93,38 +70,24 @@ RULES: list[tuple[str, Callable[[Any, Any], bool], str]] = [
         lambda v, c: v is None or 0 <= v < math.inf,
         "set a finite number of at least 0",
     ),
-    (
-        "lr_scheduler.total_steps",
-        lambda v, c: v is None or v >= c.training.steps,
-        "set at least training.steps, {training.steps}, as the learning rate would become negative",
-    ),
+    ("lr_scheduler.total_steps", lambda v, c: v is None or v >= c.training.steps, "set at least {training.steps}"),
     ("optimizer.early_step_in_backward", lambda v, c: not v, "leave it out: gradients are checked before a step"),
     (
         "training.dataloader validation.dataloader",
         lambda v, c: v.num_workers >= (v.prefetch_factor is not None or v.persistent_workers),
         "set num_workers to at least 0, or 1 with prefetch_factor or persistent_workers",
     ),
-    (
-        "data.task",
-        lambda v, c: v != "tts" or c.model.vocabulary != "audio",
-        "set model.vocabulary to 'llama', as 'audio' has no text, or data.task to 'a2a'",
-    ),
+    ("data.task", lambda v, c: v != "tts" or c.model.vocabulary != "audio", "set model.vocabulary to 'llama'"),
     (
         "data.weights",
         lambda v, c: not v or (len(v) == len(dataset_names(c.training)) and all(0 < w < math.inf for w in v)),
         "set one positive number for each corpus in training.dataset",
     ),
-    (
-        "validation.steps",
-        lambda v, c: v == -1,
-        "set data.validation_clips instead: steps are batches of a rank, so clips would depend on the number of ranks",
-    ),
-    (
-        "training.seq_len validation.seq_len",
-        lambda v, c: v >= c.codec.num_quantizers + 2,
-        "increase it: a frame takes num_quantizers + 2 tokens, and 20 s of audio 250 * num_quantizers + 3",
-    ),
+    ("validation.steps", lambda v, c: v == -1, "set data.validation_clips instead, which all ranks share"),
+    ("training.seq_len validation.seq_len", lambda v, c: v >= c.codec.num_quantizers + 2, "a frame needs more tokens"),
+    ("training.seq_len validation.seq_len", lambda v, c: v % c.divisor == 0, "set a multiple of {divisor}"),
     ("validation.seq_len", lambda v, c: v <= c.training.seq_len, "set at most training.seq_len, {training.seq_len}"),
+    ("training.global_batch_size", lambda v, c: v < 0 or (v and v % c.pass_size == 0), "set a multiple of {pass_size}"),
     (
         "checkpoint.initial_load_in_hf checkpoint.initial_load_path",
         lambda v, c: not v or c.checkpoint.enable,
@@ -135,63 +98,34 @@ RULES: list[tuple[str, Callable[[Any, Any], bool], str]] = [
         lambda v, c: not re.search(r"^\.{0,2}$|/", v) and v not in (c.metrics.save_tb_folder, ASSETS_FOLDER),
         "name a folder of its own in job.dump_folder",
     ),
-    (
-        "checkpoint.keep_latest_k",
-        lambda v, c: v != 1 or not c.checkpoint.enable,
-        "keep at least 2, as the last checkpoint may be half written, or 0 for all",
-    ),
+    ("checkpoint.keep_latest_k", lambda v, c: v != 1, "keep at least 2, as the last may be half written, or 0 for all"),
     (
         "model.depth_share",
-        lambda v, c: v == 1 or (0 < v < 1 and not _is_flattened(c)),
+        lambda v, c: v == 1 or (0 < v < 1 and not c.is_flattened),
         "set a fraction above 0 and up to 1, or 1 for model.architecture 'flattened', which has no depth decoder",
     ),
-    ("codec.num_quantizers", lambda v, c: v >= 2 or _is_flattened(c), "'hierarchical' needs at least 2 levels"),
-    ("model.converters checkpoint.last_save_in_hf", lambda v, c: not v or _is_flattened(c), _FLATTENED_ONLY),
+    ("codec.num_quantizers", lambda v, c: v >= 2 or c.is_flattened, "'hierarchical' needs at least 2 levels"),
+    ("model.converters checkpoint.last_save_in_hf", lambda v, c: not v or c.is_flattened, _FLATTENED_ONLY),
     (
         "parallelism.tensor_parallel_degree parallelism.context_parallel_degree",
-        lambda v, c: v == 1 or _is_flattened(c),
+        lambda v, c: v == 1 or c.is_flattened,
         _FLATTENED_ONLY,
     ),
     ("model.converters", lambda v, c: v in ([], [FLOAT8]), f"the one converter for this model is '{FLOAT8}'"),
+    ("model.converters", lambda v, c: not v or find_spec("torchao"), "install torchao with `uv sync --extra float8`"),
     (
         "quantize.linear.float8.filter_fqns",
         lambda v, c: not c.model.converters or FLAVORS[c.model.flavor].enable_weight_tying or "output" in v,
         "set --quantize.linear.float8.filter_fqns output, as the loss needs the output matrix unconverted",
     ),
-    (
-        "model.converters",
-        lambda v, c: not v or importlib.util.find_spec("torchao") is not None,
-        "install the package torchao with `uv sync --extra float8`",
-    ),
     ("parallelism.pipeline_parallel_degree", lambda v, c: v == 1, "set 1: pipeline parallelism is not supported"),
     (
-        "world_size",
-        _uses_all_ranks,
-        "{parallelism.data_parallel_replicate_degree} replicas x {parallelism.data_parallel_shard_degree} shards x "
-        "tensor {parallelism.tensor_parallel_degree} x context {parallelism.context_parallel_degree} are other numbers "
-        "of ranks; change the degrees in [parallelism] or torchrun's --nproc_per_node",
-    ),
-    (
         "parallelism.data_parallel_replicate_degree",
-        lambda v, c: v == 1 or _data_parallel(c)[1] > 1,
+        lambda v, c: v == 1 or c.dims.dp_shard > 1,
         "set 1 for FSDP, or data_parallel_shard_degree > 1 for HSDP, as DDP divides gradients by the ranks twice",
     ),
     ("parallelism.disable_loss_parallel", lambda v, c: not v, "leave it out: the loss needs it"),
-    (
-        "training.seq_len validation.seq_len",
-        _splits_evenly,
-        "set a multiple of parallelism.tensor_parallel_degree (x 2 x context_parallel_degree, if that is used)",
-    ),
-    (
-        "training.global_batch_size",
-        lambda v, c: v < 0 or v % (c.training.local_batch_size * math.prod(_data_parallel(c))) == 0,
-        "set a multiple of training.local_batch_size, {training.local_batch_size}, times the data-parallel ranks",
-    ),
-    (
-        "parallelism.context_parallel_degree",
-        lambda v, c: v == 1 or c.data.packing == "pad",
-        "set it to 1, or data.packing to 'pad', as packed rows cannot be split over ranks",
-    ),
+    ("parallelism.context_parallel_degree", lambda v, c: v == 1 or c.data.packing == "pad", "packed rows need 1"),
 ]
 
 
@@ -240,7 +174,29 @@ def check_settings(job_config: Any, world_size: int) -> None:
     Raises:
         UserError: the first rule that is broken.
     """
-    config = SimpleNamespace(**vars(job_config), world_size=world_size)
+    p = job_config.parallelism
+    degrees = (p.context_parallel_degree, p.tensor_parallel_degree, p.pipeline_parallel_degree)
+    try:
+        dims = ParallelDims(
+            p.data_parallel_replicate_degree,
+            p.data_parallel_shard_degree,
+            *degrees,
+            ep=p.expert_parallel_degree,
+            etp=p.expert_tensor_parallel_degree,
+            world_size=world_size,
+        )
+    except AssertionError as error:
+        raise UserError(
+            f"the degrees in [parallelism] do not fit {world_size} ranks ({str(error) or 'too few'}); change them, or "
+            "torchrun's --nproc_per_node"
+        ) from error
+    config = SimpleNamespace(
+        **vars(job_config),
+        dims=dims,
+        is_flattened=job_config.model.architecture == "flattened",
+        divisor=dims.seq_len_divisor if dims.cp > 1 else dims.tp,
+        pass_size=job_config.training.local_batch_size * dims.dp_replicate * dims.dp_shard,
+    )
     for keys, holds, demand in RULES:
         for key in keys.split():
             value = reduce(getattr, key.split("."), config)
@@ -261,10 +217,6 @@ def check_files(job_config: Any) -> None:
     _check_data(job_config)
     _check_model(job_config)
     _check_resume(job_config)
-
-
-def checkpoint_folder(job_config: Any) -> Path:
-    return Path(job_config.job.dump_folder) / job_config.checkpoint.folder
 
 
 def _check_data(job_config: Any) -> None:

@@ -31,13 +31,10 @@ RELEASED_KEYS = {
 
 
 def parse_config(args: list[str]) -> Any:
-    """Command line and TOML file to a job config, checked as far as that needs no other files.
-
-    Args:
-        args: what follows the program's name.
+    """Parse the arguments of the command line, and check the settings without reading other files.
 
     Raises:
-        UserError: an unreadable file, an unknown key, or a combination that cannot run.
+        UserError: the config file is not readable, a key is unknown, or the settings cannot run.
     """
     config_class = ConfigManager._merge_configs(JobConfig, llama_mimi.job_config.JobConfig)
     path = _config_file(args)
@@ -64,11 +61,8 @@ def _config_file(args: list[str]) -> Path | None:
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text())
-    except OSError as error:
-        shipped = ", ".join(sorted(str(p) for p in Path("config").glob("*.toml"))) or "none here"
-        raise UserError(f"the config file '{path}' cannot be read ({error.strerror}); shipped: {shipped}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"'{path}' is no valid TOML: {error}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"the config file '{path}' cannot be read ({error}); name a TOML file") from error
 
 
 def _check_release(values: dict[str, Any], path: Path) -> None:
@@ -97,7 +91,7 @@ def _check_keys(config_class: Any, values: dict[str, Any], prefix: str, path: Pa
 
 
 def fits(value: Any, annotation: Any) -> bool:
-    """Whether a TOML value is of the annotated type; annotations outside TOML's types are left to TorchTitan."""
+    """Return True if a TOML value has the annotated type; TorchTitan checks other types."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return value in args

@@ -17,7 +17,7 @@ from torchtitan.tools.utils import device_type
 
 from llama_mimi.data.dataloader import DataMeter
 from llama_mimi.training.loss import LevelMeter, reduce_sums
-from llama_mimi.training.step_guard import StepGuard
+from llama_mimi.training.optimizer import StepGuard
 
 # Dense bfloat16 FLOP/s of GPUs from NVIDIA's and AMD's data sheets, by a part of the name; the first match counts.
 # TorchTitan's `get_peak_flops` takes unknown GPUs for an A100, and an H800 for an H100.
