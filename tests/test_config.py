@@ -353,9 +353,12 @@ def test_changed_settings_of_the_schedule_are_named_on_resume(tmp_path, monkeypa
     caplog.clear()
     checked_config(flags)
     assert not caplog.text
-    changed = [*flags, "--lr_scheduler.warmup_steps", "2", "--training.steps", "5"]
+    changed = [*flags, "--optimizer.lr", "1", "--lr_scheduler.warmup_steps", "2", "--training.steps", "5"]
     checked_config(changed)
-    assert "since the last start: lr_scheduler.warmup_steps 10 -> 2, training.steps 420 -> 5" in caplog.text
+    assert (
+        "since the last start: optimizer.lr 0.003 -> 1.0, lr_scheduler.warmup_steps 10 -> 2, training.steps"
+        in caplog.text
+    )
     assert "the run has reached step 5 of 5, so nothing is left to train" in caplog.text
     (tmp_path / "job_config.json").write_text("{")
     checked_config(changed)
@@ -451,11 +454,11 @@ def test_what_is_no_step_is_left_alone(tmp_path):
     checkpoint = tmp_path / "checkpoint"
     (checkpoint / "step-5").mkdir(parents=True)
     (checkpoint / "pretrained").mkdir()
-    with pytest.raises(UserError, match="holds 'pretrained', it is left alone"):
+    with pytest.raises(UserError, match="is a link or contains other files, move it yourself"):
         set_aside_incomplete(checkpoint)
     (tmp_path / "scratch").mkdir()
     (tmp_path / "link").symlink_to("scratch")
-    with pytest.raises(UserError, match="is a link, it is left alone"):
+    with pytest.raises(UserError, match="move it yourself"):
         set_aside_incomplete(tmp_path / "link")
     (tmp_path / "empty.incomplete-1").mkdir()
     (tmp_path / "empty").mkdir()

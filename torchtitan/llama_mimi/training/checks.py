@@ -7,7 +7,7 @@ import re
 import socket
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import reduce
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,7 +26,7 @@ from llama_mimi.checkpoint.dcp import complete_steps, is_distributed, read_index
 from llama_mimi.checkpoint.huggingface import NETWORK_KEYS, hf_config
 from llama_mimi.checkpoint.run_record import ASSETS_FOLDER, speech_config
 from llama_mimi.common.errors import UserError
-from llama_mimi.common.files import LOCK, locked, write_atomically
+from llama_mimi.common.files import LOCK, locked, read_json, write_atomically
 from llama_mimi.common.ranks import from_first
 from llama_mimi.common.resume import require_same
 from llama_mimi.data.build import chosen_split, dataset_names
@@ -37,11 +37,15 @@ from llama_mimi.model.llama import FLAVORS
 from llama_mimi.tokens.sequences import load_sequences
 from llama_mimi.tokens.units import has_text
 from llama_mimi.training.loss import level_weights
-from llama_mimi.training.optimizer import log_schedule_changes
 
 FLOAT8 = "quantize.linear.float8"  # TorchTitan's name of the converter
 # Entries that must agree between a flavor, a Hugging Face folder and an earlier run in the same dump_folder.
 MODEL_KEYS = ("model_type", *NETWORK_KEYS, "tie_word_embeddings")
+# Settings in the order in which ParallelDims takes them.
+DEGREES = (
+    "data_parallel_replicate data_parallel_shard context_parallel tensor_parallel pipeline_parallel expert_parallel "
+    "expert_tensor_parallel"
+)
 # Other nodes may see a change on a network file system a minute later (acdirmax of NFS).
 SECONDS_FOR_NODES_TO_AGREE = 90
 _held = ExitStack()  # locks of rank 0, until the process ends
@@ -174,17 +178,9 @@ def check_settings(job_config: Any, world_size: int) -> None:
     Raises:
         UserError: the first rule that is broken.
     """
-    p = job_config.parallelism
-    degrees = (p.context_parallel_degree, p.tensor_parallel_degree, p.pipeline_parallel_degree)
+    degrees = [getattr(job_config.parallelism, f"{name}_degree") for name in DEGREES.split()]
     try:
-        dims = ParallelDims(
-            p.data_parallel_replicate_degree,
-            p.data_parallel_shard_degree,
-            *degrees,
-            ep=p.expert_parallel_degree,
-            etp=p.expert_tensor_parallel_degree,
-            world_size=world_size,
-        )
+        dims = ParallelDims(*degrees, world_size=world_size)
     except AssertionError as error:
         raise UserError(
             f"the degrees in [parallelism] do not fit {world_size} ranks ({str(error) or 'too few'}); change them, or "
@@ -306,9 +302,25 @@ def _check_resume(job_config: Any) -> None:
             "another job.dump_folder with it as checkpoint.initial_load_path (and initial_load_in_hf for safetensors)"
         )
     if number:
-        log_schedule_changes(job_config)
+        _log_changes(job_config)
     if number >= job_config.training.steps:
         logger.warning(
             f"the run has reached step {number} of {job_config.training.steps}, so nothing is left to train; set a "
             "higher --training.steps to continue"
         )
+
+
+def _log_changes(job_config: Any) -> None:
+    """Log the settings of the optimizer and the schedule that differ from those of the last start."""
+    name = job_config.job.save_config_file
+    with suppress(UserError):  # a config that cannot be read is written again
+        if name and (earlier := read_json(job_config.job.dump_folder, name)) is not None:
+            before, now = _schedule(earlier), _schedule(job_config.to_dict())
+            if changes := [f"{key} {before.get(key)} -> {now[key]}" for key in now if now[key] != before.get(key)]:
+                logger.warning(f"settings changed since the last start: {', '.join(changes)}")
+
+
+def _schedule(config: dict[str, Any]) -> dict[str, Any]:
+    sections = ("optimizer", "lr_scheduler")
+    schedule = {f"{name}.{key}": value for name in sections for key, value in (config.get(name) or {}).items()}
+    return schedule | {"training.steps": (config.get("training") or {}).get("steps")}  # the schedule depends on it
