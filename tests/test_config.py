@@ -16,6 +16,7 @@ from datasets import Dataset
 from simulated import write_codes
 from transformers import LlamaConfig, LlamaForCausalLM, MimiConfig
 
+from llama_mimi import train
 from llama_mimi.checkpoint.dcp import complete_steps, set_aside_incomplete, set_aside_later
 from llama_mimi.checkpoint.huggingface import hf_config
 from llama_mimi.checkpoint.run_record import save_run_record, speech_config
@@ -32,6 +33,12 @@ from llama_mimi.training.config_file import RELEASED_KEYS, parse_config
 
 HIERARCHICAL = "--model.architecture hierarchical"
 CONFIGS = sorted((ROOT / "config").glob("*.toml"))
+
+
+@pytest.fixture(autouse=True)
+def repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("WORLD_SIZE", "1")
 
 
 def write_sparse_weights(folder):
@@ -75,7 +82,6 @@ def downloads(tmp_path_factory):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_config_builds_with_its_real_vocabulary(path, downloads, monkeypatch):
-    monkeypatch.chdir(ROOT)
     monkeypatch.setenv("WORLD_SIZE", "2" if path.stem.startswith("tiny") else "8")
     text = path.read_text()
     assert f"--job.config_file config/{path.name}" in text.split("[job]")[0], "opens with its launch command"
@@ -115,7 +121,6 @@ def tiny_with(*flags):
         # Rules
         ("--model.flavor 2B", "choose one of: tiny, 1B, 8B"),
         ("--codec.num_quantizers 0", "set a positive, finite number"),
-        ("--data.max_audio_seconds inf", "set a positive, finite number"),
         ("--training.global_batch_size 0", "training.global_batch_size is 0; set a multiple of 4"),
         ("--data.validation_clips 0", "-1 for all clips"),
         ("--data.max_bad_share 2", "fraction between 0 and 1"),
@@ -133,15 +138,11 @@ def tiny_with(*flags):
         ("--training.dataloader.prefetch_factor 2", "1 with prefetch_factor"),
         ("--model.vocabulary audio --data.task tts", "set model.vocabulary to 'llama'"),
         ("--data.weights nan", "one positive number for each corpus"),
-        ("--data.weights 1.0 2.0", "one positive number for each corpus"),
         ("--validation.steps 20", "set data.validation_clips instead"),
         ("--training.seq_len 5", "a frame needs more tokens"),
         ("--validation.seq_len 512", "set at most training.seq_len, 256"),
         ("--checkpoint.initial_load_in_hf --checkpoint.no-enable", "set checkpoint.enable"),
-        ("--checkpoint.initial_load_path assets --checkpoint.no-enable", "set checkpoint.enable"),
-        ("--checkpoint.folder hf_assets", "a folder of its own in job.dump_folder"),
         ("--checkpoint.folder /elsewhere/checkpoints", "a folder of its own in job.dump_folder"),
-        ("--checkpoint.folder=", "a folder of its own in job.dump_folder"),
         ("--checkpoint.keep_latest_k 1", "keep at least 2"),
         ("--model.depth_share 0.5", "'flattened', which has no depth decoder"),
         (f"{HIERARCHICAL} --model.depth_share 0", "set a fraction above 0"),
@@ -154,7 +155,6 @@ def tiny_with(*flags):
         ("--parallelism.pipeline_parallel_degree 2", "pipeline parallelism is not supported"),
         ("--parallelism.tensor_parallel_degree 4", "the degrees in [parallelism] do not fit 2 ranks"),
         ("--parallelism.data_parallel_replicate_degree 2", "set 1 for FSDP, or data_parallel_shard_degree > 1"),
-        ("--parallelism.disable_loss_parallel", "leave it out"),
         (
             "--parallelism.tensor_parallel_degree 2 --training.seq_len 257",
             "training.seq_len is 257; set a multiple",
@@ -164,17 +164,12 @@ def tiny_with(*flags):
         # Files
         ("--parallelism.context_parallel_degree 2", "needs GPUs"),
         ("--model.flavor 1B", "assets/tiny/llama' was made with hidden_size = 192, but it is 2048 now"),
-        ("--codec.num_quantizers 9", "1 to 8 levels"),
         ("--codec.name models/nothing/here", "codec folder 'models/nothing/here' does not exist"),
         ("--model.hf_assets_path models/nothing", "prepare_base_model.py"),
         ("--training.dataset nothing/*.parquet", "no Parquet, tar or audio file and no JSONL manifest matches"),
-        ("--validation.dataset nothing.parquet", "no Parquet, tar or audio file and no JSONL manifest matches"),
-        ("--training.dataset_path data", "no named corpus"),
         ("--training.dataset assets/tiny/corpus,assets/tiny/words", "name one corpus, or for training several"),
-        ("--training.dataset ,", "name one corpus"),
         ("--training.dataset assets/tiny/corpus", "holds the splits train, validation; choose one (data.split"),
         ("--validation.dataset assets/tiny/corpus", "holds the splits train, validation"),
-        ("--training.dataset assets/tiny/corpus --data.split test", "holds train, validation; leave it out"),
         ("--data.split train", "is no folder; leave it out"),
         ("--checkpoint.initial_load_in_hf", "vocab_size = 512, but it is 1538 now"),
         ("--checkpoint.initial_load_path models/nothing", "models/nothing/.metadata' is missing"),
@@ -182,16 +177,22 @@ def tiny_with(*flags):
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the sentences of a machine without a GPU")
 def test_impossible_configs_are_refused(flags, message, monkeypatch):
-    monkeypatch.chdir(ROOT)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError) as error:
         checked_config(tiny_with(*flags.split()))
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_each_section_takes_its_split(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("WORLD_SIZE", "2")
+def test_a_start_without_torchrun_is_refused(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train", *tiny_with()])
+    monkeypatch.setattr(train, "init_logger", lambda: None)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match="LOCAL_RANK is not set, .* `torchrun --standalone"):
+        train.main()
+
+
+def test_each_section_takes_its_split():
     folder = "assets/tiny/corpus"
     flags = ["--training.dataset", folder, "--validation.dataset", folder, "--data.split", "train"]
     job_config = checked_config(tiny_with(*flags, "--data.validation_split", "dev"))
@@ -202,13 +203,12 @@ def test_each_section_takes_its_split(monkeypatch):
 
 
 def test_float8_without_its_package_says_how_to_install_it(monkeypatch):
-    monkeypatch.chdir(ROOT)
     monkeypatch.setattr("llama_mimi.training.checks.find_spec", lambda name: None)
     with pytest.raises(UserError, match="uv sync --extra float8"):
         checked_config(tiny_with("--model.converters", "quantize.linear.float8"))
 
 
-def test_unknown_keys_name_the_nearest(tmp_path, monkeypatch, capsys):
+def test_unknown_keys_name_the_nearest(tmp_path, capsys):
     path = tmp_path / "run.toml"
     path.write_text("[training]\nstepz = 3\n")
     with pytest.raises(UserError, match=r"'training.stepz'; the nearest valid key is 'training.steps'"):
@@ -227,13 +227,12 @@ def test_unknown_keys_name_the_nearest(tmp_path, monkeypatch, capsys):
         checked_config(["--job.config_file", str(path)])
     with pytest.raises(UserError, match="cannot be read"):
         checked_config(["--job.config_file", str(tmp_path / "none.toml")])
-    monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit):
         checked_config(tiny_with("--training.stepz", "3"))
     assert "--training.steps" in capsys.readouterr().err
 
 
-def test_configs_of_the_first_release_are_told_what_keys_and_datasets_are_called_here(tmp_path, monkeypatch):
+def test_configs_of_the_first_release_are_told_what_keys_and_datasets_are_called_here(tmp_path):
     path = tmp_path / "run.toml"
     path.write_text("[model]\nnum_quantizers = 4\n[training]\nsteps = 5\ntask = 'a2a'\n[evaluation]\n[float8]\n")
     wanted = "rename 'model.num_quantizers' to 'codec.num_quantizers', rename 'training.task' to 'data.task', rename "
@@ -241,8 +240,6 @@ def test_configs_of_the_first_release_are_told_what_keys_and_datasets_are_called
         checked_config(["--job.config_file", str(path)])
     with pytest.raises(UserError, match="set it to 'llama_mimi', the size as model.flavor"):
         parse_config([])
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("WORLD_SIZE", "1")
     job_config = parse_config(tiny_with())
     for old, new in RELEASED_KEYS.items():
         assert new is None or reduce(getattr, new.split("."), job_config) is not None
@@ -254,9 +251,7 @@ def test_configs_of_the_first_release_are_told_what_keys_and_datasets_are_called
     assert {name for name in RELEASED_NAMES.values() if name.startswith("'")} <= {f"'{name}'" for name in CORPORA}
 
 
-def test_another_models_run_is_not_continued(tmp_path, monkeypatch, sequences):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("WORLD_SIZE", "1")
+def test_another_models_run_is_not_continued(tmp_path, sequences):
     job_config = checked_config(tiny_with("--job.dump_folder", str(tmp_path)))
     (tmp_path / "checkpoint").mkdir()
     args = FLAVORS["tiny"]
@@ -267,9 +262,7 @@ def test_another_models_run_is_not_continued(tmp_path, monkeypatch, sequences):
         check_files(job_config)
 
 
-def test_a_vocabulary_is_not_changed_on_the_way(tmp_path, monkeypatch, sequences):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("WORLD_SIZE", "1")
+def test_a_vocabulary_is_not_changed_on_the_way(tmp_path, sequences):
     flags = tiny_with("--job.dump_folder", str(tmp_path))
     (tmp_path / "checkpoint").mkdir()
     args = copy.copy(FLAVORS["tiny"])
@@ -281,7 +274,6 @@ def test_a_vocabulary_is_not_changed_on_the_way(tmp_path, monkeypatch, sequences
 
 
 def test_the_folder_and_the_vocabulary_must_fit(tmp_path, monkeypatch, downloads):
-    monkeypatch.chdir(ROOT)
     monkeypatch.setenv("WORLD_SIZE", "8")
     corpus = str(downloads / "peoples_speech")
     flags = ["--job.config_file", "config/llama3_2_1b_peoples_speech.toml", "--job.dump_folder", str(tmp_path / "run")]
@@ -297,30 +289,11 @@ def test_the_folder_and_the_vocabulary_must_fit(tmp_path, monkeypatch, downloads
         checked_config(tiny_with("--model.hf_assets_path", str(tmp_path)))
 
 
-def test_large_config_says_how_to_get_its_data_and_model(monkeypatch, downloads, tmp_path):
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    monkeypatch.chdir(ROOT)
-    flags = ["--job.config_file", "config/llama3_2_1b_peoples_speech.toml", "--job.dump_folder", str(tmp_path / "run")]
-    flags += ["--model.hf_assets_path", str(tmp_path / "none")]
-    with pytest.raises(UserError, match="folder of codes by scripts/tokenize_corpus.py"):
-        checked_config(flags)
-    flags += ["--training.dataset", str(downloads / "data/codes/peoples_speech")]
-    flags += ["--codec.name", str(downloads / "mimi")]
-    with pytest.raises(UserError, match="hf download MLCommons/peoples_speech"):
-        checked_config([*flags, "--validation.dataset_path", str(tmp_path)])
-    flags += ["--validation.dataset_path", str(downloads / "peoples_speech")]
-    with pytest.raises(UserError, match="prepare_base_model.py --base_model HUB_ID_OR_FOLDER"):
-        checked_config(flags)
-
-
 @pytest.mark.parametrize(
     ("toml", "message"),
     [
         ('[data]\ntask = "asr"\n', "it takes 'a2a', 'tts'"),
-        ('[codec]\ndtype = "bf16"\n', "it takes 'float32', 'bfloat16'"),
         ('[training]\nsteps = "150"\n', "it takes int"),
-        ("[training]\nsteps = 1.5\n", "it takes int"),
-        ("[checkpoint]\nenable = 1\n", "it takes bool"),
         ("[training]\ndataset_path = 4\n", "it takes str | None"),
         ("[model]\nconverters = [4]\n", "it takes list[str]"),
     ],
@@ -333,10 +306,8 @@ def test_values_of_another_type_are_refused(toml, message, tmp_path):
     assert message in str(error.value)
 
 
-def test_a_config_needs_no_custom_modules(tmp_path, monkeypatch):
+def test_a_config_needs_no_custom_modules(tmp_path):
     """llama_mimi.train knows its own; only TorchTitan's entry point must be told."""
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("WORLD_SIZE", "1")
     path = tmp_path / "run.toml"
     lines = (ROOT / "config" / "tiny.toml").read_text().splitlines()
     path.write_text("\n".join(line for line in lines if not line.startswith("custom_")))
@@ -344,12 +315,10 @@ def test_a_config_needs_no_custom_modules(tmp_path, monkeypatch):
     assert job_config.codec.name == "assets/tiny/mimi"
 
 
-def test_changed_settings_of_the_schedule_are_named_on_resume(tmp_path, monkeypatch, caplog):
+def test_changed_settings_of_the_schedule_are_named_on_resume(tmp_path, caplog):
     """And a run that has no steps left says so. A damaged config of the last start is no obstacle."""
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("WORLD_SIZE", "2")
     flags = tiny_with("--job.dump_folder", str(tmp_path))
-    save_loader_position(tmp_path, checked_config(flags), has_position=True)
+    save_loader_position(tmp_path, checked_config(flags))
     caplog.clear()
     checked_config(flags)
     assert not caplog.text
@@ -364,41 +333,24 @@ def test_changed_settings_of_the_schedule_are_named_on_resume(tmp_path, monkeypa
     checked_config(changed)
 
 
-def save_loader_position(folder, job_config, has_position, **changes):
+def save_loader_position(folder, job_config, has_position=True):
     """What a run leaves behind, as far as resuming looks at it."""
     state = {"dataloader": {"position": "..."}} if has_position else {"model": torch.zeros(1)}
     dcp.save(state, checkpoint_id=folder / "checkpoint" / "step-5", no_dist=True)
-    earlier = job_config.to_dict()
-    earlier["training"] |= changes
-    (folder / "job_config.json").write_text(json.dumps(earlier))
+    (folder / "job_config.json").write_text(json.dumps(job_config.to_dict()))
 
 
-@pytest.mark.parametrize(
-    ("has_position", "changes", "message"),
-    [
-        (True, {}, None),
-        (True, {"local_batch_size": 1, "dataloader": {"num_workers": 3}}, None),
-        (False, {}, "contains weights only"),
-    ],
-)
-def test_a_position_of_another_run_is_not_resumed(has_position, changes, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("WORLD_SIZE", "2")
+def test_a_step_without_a_position_in_the_data_is_not_resumed(tmp_path):
     flags = tiny_with("--job.dump_folder", str(tmp_path))
-    save_loader_position(tmp_path, checked_config(flags), has_position, **changes)
-    if message is None:
+    save_loader_position(tmp_path, checked_config(flags), has_position=False)
+    with pytest.raises(UserError, match="step-5' contains weights only"):
         checked_config(flags)
-        return
-    with pytest.raises(UserError, match="step-5") as error:
-        checked_config(flags)
-    assert message in str(error.value)
     checked_config([*flags, "--checkpoint.exclude_from_loading", "dataloader"])
 
 
-def test_a_checkpoint_whose_files_are_not_all_there_is_not_resumed(tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_a_checkpoint_whose_files_are_not_all_there_is_not_resumed(tmp_path):
     flags = tiny_with("--job.dump_folder", str(tmp_path))
-    save_loader_position(tmp_path, checked_config(flags), has_position=True)
+    save_loader_position(tmp_path, checked_config(flags))
     shutil.copytree(tmp_path / "checkpoint" / "step-5", tmp_path / "checkpoint" / "step-7")
     (tmp_path / "checkpoint" / "step-7" / "__0_0.distcp").write_bytes(b"cut off")
     with pytest.raises(UserError, match=r"step-7/.*' is truncated.* use the last good step '.*/step-5'"):
@@ -408,11 +360,9 @@ def test_a_checkpoint_whose_files_are_not_all_there_is_not_resumed(tmp_path, mon
         checked_config([*flags, "--checkpoint.initial_load_path", str(tmp_path / "elsewhere" / "step-7")])
 
 
-def test_the_step_that_is_resumed_is_the_one_that_is_looked_at(tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("WORLD_SIZE", "2")
+def test_the_step_that_is_resumed_is_the_one_that_is_looked_at(tmp_path):
     flags = tiny_with("--job.dump_folder", str(tmp_path))
-    save_loader_position(tmp_path, checked_config(flags), has_position=True)
+    save_loader_position(tmp_path, checked_config(flags))
     newest = tmp_path / "checkpoint" / "step-10"
     newest.mkdir()
     (newest / "model.safetensors.index.json").touch()  # a last save in Hugging Face's format
@@ -473,8 +423,7 @@ def test_a_name_that_torchtitan_takes_for_a_step_is_refused(tmp_path):
         complete_steps(tmp_path)
 
 
-def test_no_run_starts_from_random_weights_in_place_of_a_checkpoint(tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_no_run_starts_from_random_weights_in_place_of_a_checkpoint(tmp_path):
     job_config = checked_config(tiny_with("--job.dump_folder", str(tmp_path)))
     (tmp_path / "checkpoint").mkdir()
     prepare_run(job_config)
@@ -492,7 +441,6 @@ def test_no_run_starts_from_random_weights_in_place_of_a_checkpoint(tmp_path, mo
 
 @pytest.mark.parametrize("of_first", [None, [5]], ids=["removed", "written"])
 def test_nodes_wait_until_they_see_what_the_first_sees(of_first, tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
     job_config = checked_config(tiny_with("--job.dump_folder", str(tmp_path)))
     (tmp_path / "checkpoint").mkdir()
     monkeypatch.setattr("llama_mimi.training.checks.from_first", lambda prepare: of_first)

@@ -33,7 +33,8 @@ def main() -> None:
     with first_reports():
         job_config = parse_config(sys.argv[1:])
         if "LOCAL_RANK" not in os.environ:
-            raise UserError("LOCAL_RANK is not set; start training with torchrun, as `torchrun --standalone -m ...`")
+            command = "torchrun --standalone --nproc_per_node=1 -m llama_mimi.train"
+            raise UserError(f"LOCAL_RANK is not set, as this is not started by torchrun; start it as `{command} ...`")
         train(job_config)
     torch.distributed.destroy_process_group()
 
