@@ -144,8 +144,8 @@ def tiny_with(*flags):
         ("--checkpoint.initial_load_in_hf --checkpoint.no-enable", "set checkpoint.enable"),
         ("--checkpoint.folder /elsewhere/checkpoints", "a folder of its own in job.dump_folder"),
         ("--checkpoint.keep_latest_k 1", "keep at least 2"),
-        ("--model.depth_share 0.5", "'flattened', which has no depth decoder"),
-        (f"{HIERARCHICAL} --model.depth_share 0", "set a fraction above 0"),
+        ("--model.depth_share 0.5", "model.depth_share is 0.5; set 1"),
+        (f"{HIERARCHICAL} --model.depth_share 0", "model.depth_share is 0.0; set 1"),
         ("--loss.level_weights 1,2", "4 positive numbers"),
         (f"{HIERARCHICAL} --codec.num_quantizers 1", "at least 2 levels"),
         (f"{HIERARCHICAL} --parallelism.tensor_parallel_degree 2", "runs with FSDP and HSDP"),
@@ -154,7 +154,7 @@ def tiny_with(*flags):
         ("--model.flavor 8B --model.converters quantize.linear.float8", "filter_fqns output"),
         ("--parallelism.pipeline_parallel_degree 2", "pipeline parallelism is not supported"),
         ("--parallelism.tensor_parallel_degree 4", "the degrees in [parallelism] do not fit 2 ranks"),
-        ("--parallelism.data_parallel_replicate_degree 2", "set 1 for FSDP, or data_parallel_shard_degree > 1"),
+        ("--parallelism.data_parallel_replicate_degree 2", "use FSDP or HSDP"),
         (
             "--parallelism.tensor_parallel_degree 2 --training.seq_len 257",
             "training.seq_len is 257; set a multiple",
@@ -444,7 +444,7 @@ def test_nodes_wait_until_they_see_what_the_first_sees(of_first, tmp_path, monke
     job_config = checked_config(tiny_with("--job.dump_folder", str(tmp_path)))
     (tmp_path / "checkpoint").mkdir()
     monkeypatch.setattr("llama_mimi.training.checks.from_first", lambda prepare: of_first)
-    monkeypatch.setattr("llama_mimi.training.checks.SECONDS_FOR_NODES_TO_AGREE", 0)
+    monkeypatch.setattr("llama_mimi.training.checks.SECONDS_FOR_NODES_TO_AGREE", 1)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     with pytest.raises(UserError, match=r"the steps in '.*' are \[\] on .*, but .* on the first node"):
         prepare_run(job_config)

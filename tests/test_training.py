@@ -267,7 +267,7 @@ def test_torchtitans_entry_point_is_the_same_trainer(base_model, tmp_path):
 
     done = run(2, tmp_path / "ddp", parallelism__data_parallel_replicate_degree=2)
     assert done.returncode != 0
-    assert "error: parallelism.data_parallel_replicate_degree is 2; set 1 for FSDP" in done.stderr
+    assert "error: parallelism.data_parallel_replicate_degree is 2; use FSDP or HSDP" in done.stderr
     assert "UserError" not in done.stdout + done.stderr
 
 

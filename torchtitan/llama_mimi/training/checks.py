@@ -103,11 +103,7 @@ RULES: list[tuple[str, Callable[[Any, Any], Any], str]] = [
         "name a folder of its own in job.dump_folder",
     ),
     ("checkpoint.keep_latest_k", lambda v, c: v != 1, "keep at least 2, as the last may be half written, or 0 for all"),
-    (
-        "model.depth_share",
-        lambda v, c: v == 1 or (0 < v < 1 and not c.is_flattened),
-        "set a fraction above 0 and up to 1, or 1 for model.architecture 'flattened', which has no depth decoder",
-    ),
+    ("model.depth_share", lambda v, c: v == 1 or (0 < v < 1 and not c.is_flattened), "set 1, or less if hierarchical"),
     ("codec.num_quantizers", lambda v, c: v >= 2 or c.is_flattened, "'hierarchical' needs at least 2 levels"),
     ("model.converters checkpoint.last_save_in_hf", lambda v, c: not v or c.is_flattened, _FLATTENED_ONLY),
     (
@@ -123,11 +119,7 @@ RULES: list[tuple[str, Callable[[Any, Any], Any], str]] = [
         "set --quantize.linear.float8.filter_fqns output, as the loss needs the output matrix unconverted",
     ),
     ("parallelism.pipeline_parallel_degree", lambda v, c: v == 1, "set 1: pipeline parallelism is not supported"),
-    (
-        "parallelism.data_parallel_replicate_degree",
-        lambda v, c: v == 1 or c.dims.dp_shard > 1,
-        "set 1 for FSDP, or data_parallel_shard_degree > 1 for HSDP, as DDP divides gradients by the ranks twice",
-    ),
+    ("parallelism.data_parallel_replicate_degree", lambda v, c: v == 1 or c.dims.dp_shard > 1, "use FSDP or HSDP"),
     ("parallelism.disable_loss_parallel", lambda v, c: not v, "leave it out: the loss needs it"),
     ("parallelism.context_parallel_degree", lambda v, c: v == 1 or c.data.packing == "pad", "packed rows need 1"),
 ]
@@ -161,15 +153,15 @@ def prepare_run(job_config: Any) -> None:
         return steps()
 
     of_first = from_first(prepare)
-    # TorchTitan would go on with random weights where the folder is there without a step, and each node looks itself.
-    deadline = time.monotonic() + SECONDS_FOR_NODES_TO_AGREE
-    while settings.enable and steps() != of_first:
-        if time.monotonic() > deadline:
-            raise UserError(
-                f"the steps in '{checkpoint}' are {steps()} on {socket.gethostname()}, but {of_first} on the first "
-                "node; let all nodes see the same job.dump_folder"
-            )
+    # Each node looks for steps itself, and TorchTitan would start from random weights if the folder has none.
+    for _ in range(SECONDS_FOR_NODES_TO_AGREE):
+        if not settings.enable or steps() == of_first:
+            return
         time.sleep(1)
+    raise UserError(
+        f"the steps in '{checkpoint}' are {steps()} on {socket.gethostname()}, but {of_first} on the first node; let "
+        "all nodes see the same job.dump_folder"
+    )
 
 
 def check_settings(job_config: Any, world_size: int) -> None:
@@ -281,16 +273,14 @@ def _check_resume(job_config: Any) -> None:
     if not settings.enable:
         return
     steps = complete_steps(folder)
-    if settings.load_step != -1 and settings.load_step not in steps:
-        there = ", ".join(map(str, sorted(steps))) or "none"
-        raise UserError(
-            f"checkpoint.load_step is {settings.load_step}, but the complete steps in '{folder}' are: {there}"
-        )
-    if not steps:
+    number = max(steps, default=-1) if settings.load_step == -1 else settings.load_step
+    if number == -1:
         if settings.initial_load_path and not settings.initial_load_in_hf:
             read_index(Path(settings.initial_load_path), verify=False)
         return
-    number = max(steps) if settings.load_step == -1 else settings.load_step
+    if number not in steps:
+        there = ", ".join(map(str, sorted(steps))) or "none"
+        raise UserError(f"checkpoint.load_step is {number}, but the complete steps in '{folder}' are: {there}")
     # From step 0, a seed checkpoint, TorchTitan loads the weights alone, so that no position is needed.
     needs_position = number > 0 and "dataloader" not in settings.exclude_from_loading
     is_resumable = is_distributed(steps[number]) and (
