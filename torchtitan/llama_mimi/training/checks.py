@@ -212,8 +212,7 @@ def _check_data(job_config: Any) -> None:
     for section in ("training", *["validation"] * job_config.validation.enable):
         values = getattr(job_config, section)
         names, split = dataset_names(values), chosen_split(job_config, values)
-        may_mix = section == "training" and all(map(is_store, names))
-        if not names or (len(names) > 1 and not may_mix):
+        if len(names) != 1 and (not names or section == "validation" or not all(map(is_store, names))):
             raise UserError(
                 f"{section}.dataset is '{values.dataset}'; name one corpus, or for training several tokenised ones "
                 "(scripts/tokenize_corpus.py)"

@@ -72,10 +72,10 @@ class SpeechMetrics(MetricsProcessor):
         self._meters, self._guard = meters, guard
         self._level_shares, self._frame_rate_hz = level_shares, frame_rate_hz
         self._peak_flops = peak_flops(self.device_memory_monitor.device_name)
-        self._last_step: int | None = None
+        self._last_step = -1
 
     def should_log(self, step: int) -> bool:
-        if self._last_step is None:  # the first step of this process, which a resumed run does not begin at 1
+        if self._last_step == -1:  # the first step of this process, which is not 1 in a resumed run
             self._last_step = step - 1
         self._guard.check(self.job_config, step, self.model_parts)
         return super().should_log(step)
@@ -95,7 +95,6 @@ class SpeechMetrics(MetricsProcessor):
         # Over all targets since the last line, as the levels are; TorchTitan's own is that of the last step alone.
         global_avg_loss = self._mean_loss(sums, self._level_shares)
         tokens_per_s = float(sums[1].sum()) / seconds
-        assert self._last_step is not None, "should_log is asked at every step"
         steps = step - self._last_step
         memory = self.device_memory_monitor.get_peak_stats()
         num_clips, hours = self._seen()
