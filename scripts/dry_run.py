@@ -172,7 +172,6 @@ def read_config(args: list[str], num_gpus: int) -> Any:
     job_config = parse_config(args)
     for key, is_set in {
         "parallelism.context_parallel_degree": job_config.parallelism.context_parallel_degree > 1,
-        "parallelism.pipeline_parallel_degree": job_config.parallelism.pipeline_parallel_degree > 1,
         "model.converters": bool(job_config.model.converters),
         "training.enable_cpu_offload": job_config.training.enable_cpu_offload,
     }.items():

@@ -27,8 +27,8 @@ from llama_mimi.audio.mimi import MimiCodec
 from llama_mimi.checkpoint.huggingface import hf_config
 from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs
 from llama_mimi.tokens.sequences import SequenceBuilder, load_sequences
+from llama_mimi.training.checks import check_files
 from llama_mimi.training.config_file import parse_config
-from llama_mimi.training.file_check import check_files
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "assets" / "tiny"

@@ -154,14 +154,14 @@ def test_output_on_another_file_system(speech, store, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--num_quantizers", 4], "begun with --num_quantizers 8, not 4"),
-        (["--max_audio_seconds", 3], "begun with --max_audio_seconds 4.0, not 3.0"),
-        (["--clips_per_shard", 16], "begun with another --clips_per_shard"),
+        (["--num_quantizers", 4], "made with codec.num_quantizers = 8, but it is 4 now"),
+        (["--max_audio_seconds", 3], "made with max_audio_seconds = 4.0, but it is 3.0 now"),
+        (["--clips_per_shard", 16], "made with shards_sha256 (--clips_per_shard)"),
         (["--num_quantizers", 9], "1 to 8 levels"),
-        (["--corpus", TINY / "words" / "train-*.parquet"], "which is not what"),
+        (["--corpus", TINY / "words" / "train-*.parquet"], "made with corpus_sha256 = "),
         (["--corpus", TINY / "words"], "holds the splits train, validation; choose one (data.split"),
-        (["--codec_attention", "whole"], "begun with --codec_attention 'windowed', not 'whole'"),
-        (["--text_column", "none"], "begun with columns"),
+        (["--codec_attention", "whole"], "made with codec.attention = 'windowed', but it is 'whole' now"),
+        (["--text_column", "none"], "made with columns"),
         (["--batch_seconds", 0], "must be a positive number"),
         (["--max_audio_seconds", 0.01], "less than a frame"),
         (["--max_audio_seconds", "inf"], "must be a positive number"),
@@ -342,9 +342,9 @@ def edit_codec(**changes):
         (lambda folder: (folder / "manifest.json").write_text("{"), "is not readable as JSON"),
         (lambda folder: (folder / "manifest.json").write_text("[]"), "is not a JSON object"),
         (edit_manifest(format=2), "format 2, not 1"),
-        (edit_codec(sha256="0" * 64), "hash 000000000000"),
+        (edit_codec(sha256="0" * 64), "codec.sha256 = '000000000000"),
         (edit_codec(num_quantizers=2), "has 2 levels, fewer than codec.num_quantizers = 4"),
-        (edit_codec(attention="whole"), "codec's attention 'whole', but codec.attention is 'windowed'"),
+        (edit_codec(attention="whole"), "made with codec.attention = 'whole', but it is 'windowed' now"),
     ],
     ids=[
         "truncated",
@@ -372,7 +372,7 @@ def test_a_folder_of_another_program_is_no_store(tmp_path):
 
 
 def test_a_store_has_no_splits(store, world_of_one):
-    with pytest.raises(UserError, match="the split of training is 'train', but .* is a tokenised corpus"):
+    with pytest.raises(UserError, match="is a tokenised corpus without splits; leave dataset_path and the split out"):
         config(store, "--data.split", "train")
 
 

@@ -16,6 +16,7 @@ from datasets import Dataset
 from simulated import write_codes
 from transformers import LlamaConfig, LlamaForCausalLM, MimiConfig
 
+from llama_mimi import train
 from llama_mimi.checkpoint.dcp import complete_steps, set_aside_incomplete, set_aside_later
 from llama_mimi.checkpoint.huggingface import hf_config
 from llama_mimi.checkpoint.run_record import save_run_record, speech_config
@@ -27,13 +28,17 @@ from llama_mimi.data.corpus_files import CORPORA, RELEASED_NAMES
 from llama_mimi.model.architectures import build_model
 from llama_mimi.model.llama import FLAVORS
 from llama_mimi.tokens.sequences import load_sequences
+from llama_mimi.training.checks import check_files, prepare_run
 from llama_mimi.training.config_file import RELEASED_KEYS, parse_config
-from llama_mimi.training.file_check import check_files
-from llama_mimi.training.preparation import prepare_run
 
-UNTIED_PIPELINE = ["--model.flavor", "8B", "--parallelism.pipeline_parallel_degree", "2"]
-HIERARCHICAL = ["--model.architecture", "hierarchical"]
+HIERARCHICAL = "--model.architecture hierarchical"
 CONFIGS = sorted((ROOT / "config").glob("*.toml"))
+
+
+@pytest.fixture(autouse=True)
+def repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("WORLD_SIZE", "1")
 
 
 def write_sparse_weights(folder):
@@ -77,7 +82,6 @@ def downloads(tmp_path_factory):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_shipped_config_builds_with_its_real_vocabulary(path, downloads, monkeypatch):
-    monkeypatch.chdir(ROOT)
     monkeypatch.setenv("WORLD_SIZE", "2" if path.stem.startswith("tiny") else "8")
     text = path.read_text()
     assert f"--job.config_file config/{path.name}" in text.split("[job]")[0], "opens with its launch command"
@@ -114,90 +118,81 @@ def tiny_with(*flags):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--model.flavor", "2B"], "choose one of: tiny, 1B, 8B"),
-        (["--model.flavor", "1B"], "hidden_size is 192 there and 2048"),
-        (["--codec.num_quantizers", "9"], "1 to 8 levels"),
-        (["--codec.num_quantizers", "0"], "must be positive"),
-        (["--codec.name", "models/nothing/here"], "codec folder 'models/nothing/here' does not exist"),
-        (["--model.hf_assets_path", "models/nothing"], "prepare_base_model.py"),
-        (["--training.dataset", "nothing/*.parquet"], "no Parquet, tar or audio file and no JSONL manifest matches"),
-        (["--training.dataset_path", "data"], "no named corpus"),
-        (["--validation.dataset", "nothing.parquet"], "no Parquet, tar or audio file and no JSONL manifest matches"),
-        (["--training.seq_len", "5"], "too short for one frame"),
-        (["--training.global_batch_size", "6"], "not a multiple of local_batch_size"),
-        (["--parallelism.pipeline_parallel_degree", "2"], "are tied"),
-        ([*UNTIED_PIPELINE, "--data.packing", "pack"], "cannot be split into microbatches"),
-        (UNTIED_PIPELINE, "validation does not run in a pipeline"),
-        (["--model.converters", "float8"], "'quantize.linear.float8'"),
-        (["--parallelism.tensor_parallel_degree", "2", "--parallelism.disable_loss_parallel"], "leave it out"),
-        (["--model.flavor", "8B", "--model.converters", "quantize.linear.float8"], "filter_fqns output"),
-        (["--parallelism.data_parallel_replicate_degree", "2"], "DDP"),
-        (["--parallelism.tensor_parallel_degree", "4"], "do not split"),
-        (["--parallelism.context_parallel_degree", "2"], "needs GPUs"),
-        (["--training.max_norm", "-1"], "training.max_norm is -1.0; set a positive number, or inf"),
-        (["--lr_scheduler.total_steps", "419"], "fewer than training.steps 420, so that the learning rate would"),
-        (["--optimizer.early_step_in_backward"], "changes weights before their gradients are checked"),
-        (["--training.max_norm", "0"], "training.max_norm is 0.0; set a positive number, or inf"),
-        (["--training.max_norm", "nan"], "training.max_norm is nan; set a positive number, or inf"),
-        (["--optimizer.lr", "nan"], "optimizer.lr is nan; set a finite number of at least 0"),
-        (["--optimizer.beta2", "1"], "optimizer.beta2 is 1.0; set a finite number of at least 0 and below 1"),
-        (["--lr_scheduler.min_lr_factor", "-1"], "lr_scheduler.min_lr_factor is -1.0; set a finite"),
-        (["--parallelism.tensor_parallel_degree", "0"], "must be positive"),
-        (["--metrics.log_freq", "0"], "must be positive"),
-        (["--validation.seq_len", "512"], "more than training.seq_len"),
-        (["--job.dump_folder", "README.md"], "is a file"),
-        (["--data.max_bad_share", "2"], "share between 0 and 1"),
-        (["--model.depth_share", "0.5"], "model.architecture 'flattened' has no depth"),
-        (["--loss.level_weights", "1,2"], "4 positive numbers"),
-        ([*HIERARCHICAL, "--model.depth_share", "0"], "it is a share above 0"),
-        ([*HIERARCHICAL, "--codec.num_quantizers", "1"], "needs at least 2 levels"),
-        ([*HIERARCHICAL, "--parallelism.tensor_parallel_degree", "2"], "runs with FSDP and HSDP"),
-        ([*HIERARCHICAL, "--parallelism.pipeline_parallel_degree", "2"], "runs with FSDP and HSDP"),
-        ([*HIERARCHICAL, "--checkpoint.last_save_in_hf"], "checkpoint.last_save_in_hf is set"),
-        (["--data.max_audio_seconds", "0.05"], "less than a frame of the codec"),
-        (["--training.dataset", "assets/tiny/corpus,assets/tiny/words"], "no tokenised corpus"),
-        (["--training.dataset", " , "], "name one corpus"),
-        (["--training.dataset", "assets/tiny/corpus"], "holds the splits train, validation; choose one (data.split"),
-        (["--validation.dataset", "assets/tiny/corpus"], "holds the splits train, validation"),
-        (["--training.dataset", "assets/tiny/corpus", "--data.split", "test"], "holds train, validation; leave it out"),
-        (["--data.split", "train"], "is no folder; leave it out"),
-        (["--data.weights", "nan"], "one positive number for each of the 1 corpora"),
-        (["--data.max_audio_seconds", "inf"], "a number of seconds"),
-        (["--validation.steps", "0"], "validation steps must be positive or -1"),
-        (["--validation.steps", "20"], "other numbers of ranks would see other clips"),
-        (["--data.validation_clips", "0"], "positive, or -1 for all"),
-        (["--comm.train_timeout_seconds", "0"], "must be positive"),
-        (["--debug.seed", "-1"], "0 or more"),
-        (["--training.dataloader.num_workers", "-1"], "0 or more"),
-        (["--training.dataloader.prefetch_factor", "2"], "need at least 1"),
-        (["--data.weights", "1.0", "2.0"], "one positive number for each of the 1 corpora"),
-        (["--checkpoint.keep_latest_k", "1"], "keep at least 2"),
-        (["--checkpoint.initial_load_in_hf"], "holds no *.safetensors weights"),
+        # Rules
+        ("--model.flavor 2B", "choose one of: tiny, 1B, 8B"),
+        ("--codec.num_quantizers 0", "set a positive, finite number"),
+        ("--training.global_batch_size 0", "training.global_batch_size is 0; set a multiple of 4"),
+        ("--data.validation_clips 0", "-1 for all clips"),
+        ("--data.max_bad_share 2", "fraction between 0 and 1"),
+        ("--training.max_norm -1", "training.max_norm is -1.0; set a positive number, or inf"),
+        ("--training.max_norm 0", "training.max_norm is 0.0; set a positive number, or inf"),
+        ("--training.max_norm nan", "training.max_norm is nan; set a positive number, or inf"),
+        ("--optimizer.name SGD", "optimizer.name is 'SGD'; choose 'Adam' or 'AdamW'"),
+        ("--optimizer.lr nan", "optimizer.lr is nan; set a finite number of at least 0"),
+        ("--optimizer.beta2 1", "optimizer.beta2 is 1.0; set a number of at least 0 and below 1"),
+        ("--lr_scheduler.min_lr_factor -1", "lr_scheduler.min_lr_factor is -1.0; set a finite"),
+        ("--lr_scheduler.total_steps 419", "lr_scheduler.total_steps is 419; set at least 420"),
+        ("--optimizer.early_step_in_backward", "gradients are checked before a step"),
+        ("--debug.seed -1", "at least 0"),
+        ("--training.dataloader.num_workers -1", "num_workers to at least 0"),
+        ("--training.dataloader.prefetch_factor 2", "1 with prefetch_factor"),
+        ("--model.vocabulary audio --data.task tts", "set model.vocabulary to 'llama'"),
+        ("--data.weights nan", "one positive number for each corpus"),
+        ("--validation.steps 20", "set data.validation_clips instead"),
+        ("--training.seq_len 5", "a frame needs more tokens"),
+        ("--validation.seq_len 512", "set at most training.seq_len, 256"),
+        ("--checkpoint.initial_load_in_hf --checkpoint.no-enable", "set checkpoint.enable"),
+        ("--checkpoint.folder /elsewhere/checkpoints", "a folder of its own in job.dump_folder"),
+        ("--checkpoint.keep_latest_k 1", "keep at least 2"),
+        ("--model.depth_share 0.5", "model.depth_share is 0.5; set 1"),
+        (f"{HIERARCHICAL} --model.depth_share 0", "model.depth_share is 0.0; set 1"),
+        ("--loss.level_weights 1,2", "4 positive numbers"),
+        (f"{HIERARCHICAL} --codec.num_quantizers 1", "at least 2 levels"),
+        (f"{HIERARCHICAL} --parallelism.tensor_parallel_degree 2", "runs with FSDP and HSDP"),
+        (f"{HIERARCHICAL} --checkpoint.last_save_in_hf", "checkpoint.last_save_in_hf is True"),
+        ("--model.converters float8", "'quantize.linear.float8'"),
+        ("--model.flavor 8B --model.converters quantize.linear.float8", "filter_fqns output"),
+        ("--parallelism.pipeline_parallel_degree 2", "pipeline parallelism is not supported"),
+        ("--parallelism.tensor_parallel_degree 4", "the degrees in [parallelism] do not fit 2 ranks"),
+        ("--parallelism.data_parallel_replicate_degree 2", "use FSDP or HSDP"),
         (
-            ["--model.vocabulary", "audio", "--data.task", "tts"],
-            "set model.vocabulary to 'llama', or data.task",
+            "--parallelism.tensor_parallel_degree 2 --training.seq_len 257",
+            "training.seq_len is 257; set a multiple",
         ),
-        (["--checkpoint.initial_load_in_hf", "--checkpoint.no-enable"], "needs checkpoint.enable"),
-        (["--checkpoint.initial_load_path", "assets", "--checkpoint.no-enable"], "needs checkpoint.enable"),
-        (["--checkpoint.initial_load_path", "models/nothing"], "is no folder; name a step"),
-        (["--checkpoint.folder", ""], "a folder of its own in job.dump_folder"),
-        (["--checkpoint.folder", "hf_assets"], "a folder of its own in job.dump_folder"),
-        (["--checkpoint.folder", "/elsewhere/checkpoints"], "a folder of its own in job.dump_folder"),
+        ("--training.global_batch_size 6", "set a multiple of 4"),
+        ("--parallelism.context_parallel_degree 2 --data.packing pack", "packed rows need 1"),
+        # Files
+        ("--parallelism.context_parallel_degree 2", "needs GPUs"),
+        ("--model.flavor 1B", "assets/tiny/llama' was made with hidden_size = 192, but it is 2048 now"),
+        ("--codec.name models/nothing/here", "codec folder 'models/nothing/here' does not exist"),
+        ("--model.hf_assets_path models/nothing", "prepare_base_model.py"),
+        ("--training.dataset nothing/*.parquet", "no Parquet, tar or audio file and no JSONL manifest matches"),
+        ("--training.dataset assets/tiny/corpus,assets/tiny/words", "name one corpus, or for training several"),
+        ("--training.dataset assets/tiny/corpus", "holds the splits train, validation; choose one (data.split"),
+        ("--validation.dataset assets/tiny/corpus", "holds the splits train, validation"),
+        ("--data.split train", "is no folder; leave it out"),
+        ("--checkpoint.initial_load_in_hf", "vocab_size = 512, but it is 1538 now"),
+        ("--checkpoint.initial_load_path models/nothing", "models/nothing/.metadata' is missing"),
     ],
-    ids=lambda value: value[0].lstrip("-") if isinstance(value, list) else "",
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the sentences of a machine without a GPU")
 def test_impossible_configs_are_refused(flags, message, monkeypatch):
-    monkeypatch.chdir(ROOT)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError) as error:
-        checked_config(tiny_with(*flags))
+        checked_config(tiny_with(*flags.split()))
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_each_section_takes_its_split(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("WORLD_SIZE", "2")
+def test_a_start_without_torchrun_is_refused(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train", *tiny_with()])
+    monkeypatch.setattr(train, "init_logger", lambda: None)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match="LOCAL_RANK is not set, .* `torchrun --standalone"):
+        train.main()
+
+
+def test_each_section_takes_its_split():
     folder = "assets/tiny/corpus"
     flags = ["--training.dataset", folder, "--validation.dataset", folder, "--data.split", "train"]
     job_config = checked_config(tiny_with(*flags, "--data.validation_split", "dev"))
@@ -208,13 +203,12 @@ def test_each_section_takes_its_split(monkeypatch):
 
 
 def test_float8_without_its_package_says_how_to_install_it(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("llama_mimi.training.checks.find_spec", lambda name: None)
     with pytest.raises(UserError, match="uv sync --extra float8"):
         checked_config(tiny_with("--model.converters", "quantize.linear.float8"))
 
 
-def test_unknown_keys_name_the_nearest(tmp_path, monkeypatch, capsys):
+def test_unknown_keys_name_the_nearest(tmp_path, capsys):
     path = tmp_path / "run.toml"
     path.write_text("[training]\nstepz = 3\n")
     with pytest.raises(UserError, match=r"'training.stepz'; the nearest valid key is 'training.steps'"):
@@ -229,17 +223,16 @@ def test_unknown_keys_name_the_nearest(tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match="it is a section"):
         checked_config(["--job.config-file", str(path)])
     path.write_text("[codec\n")
-    with pytest.raises(UserError, match="no valid TOML"):
+    with pytest.raises(UserError, match="cannot be read"):
         checked_config(["--job.config_file", str(path)])
     with pytest.raises(UserError, match="cannot be read"):
         checked_config(["--job.config_file", str(tmp_path / "none.toml")])
-    monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit):
         checked_config(tiny_with("--training.stepz", "3"))
     assert "--training.steps" in capsys.readouterr().err
 
 
-def test_configs_of_the_first_release_are_told_what_keys_and_datasets_are_called_here(tmp_path, monkeypatch):
+def test_configs_of_the_first_release_are_told_what_keys_and_datasets_are_called_here(tmp_path):
     path = tmp_path / "run.toml"
     path.write_text("[model]\nnum_quantizers = 4\n[training]\nsteps = 5\ntask = 'a2a'\n[evaluation]\n[float8]\n")
     wanted = "rename 'model.num_quantizers' to 'codec.num_quantizers', rename 'training.task' to 'data.task', rename "
@@ -247,8 +240,6 @@ def test_configs_of_the_first_release_are_told_what_keys_and_datasets_are_called
         checked_config(["--job.config_file", str(path)])
     with pytest.raises(UserError, match="set it to 'llama_mimi', the size as model.flavor"):
         parse_config([])
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("WORLD_SIZE", "1")
     job_config = parse_config(tiny_with())
     for old, new in RELEASED_KEYS.items():
         assert new is None or reduce(getattr, new.split("."), job_config) is not None
@@ -260,73 +251,49 @@ def test_configs_of_the_first_release_are_told_what_keys_and_datasets_are_called
     assert {name for name in RELEASED_NAMES.values() if name.startswith("'")} <= {f"'{name}'" for name in CORPORA}
 
 
-def test_another_models_run_is_not_continued(tmp_path, monkeypatch, sequences):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("WORLD_SIZE", "1")
+def test_another_models_run_is_not_continued(tmp_path, sequences):
     job_config = checked_config(tiny_with("--job.dump_folder", str(tmp_path)))
     (tmp_path / "checkpoint").mkdir()
     args = FLAVORS["tiny"]
     args.update_from_config(job_config)
     config = hf_config(args, num_quantizers=4, codec=str(TINY / "mimi"))
     config.save_pretrained(tmp_path / "hf_assets")
-    with pytest.raises(UserError, match="holds the run of another model: codec"):
+    with pytest.raises(UserError, match="the run in job.dump_folder .* was made with codec = .*; set it as before"):
         check_files(job_config)
 
 
-def test_a_vocabulary_is_not_changed_on_the_way(tmp_path, monkeypatch, sequences):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("WORLD_SIZE", "1")
+def test_a_vocabulary_is_not_changed_on_the_way(tmp_path, sequences):
     flags = tiny_with("--job.dump_folder", str(tmp_path))
     (tmp_path / "checkpoint").mkdir()
     args = copy.copy(FLAVORS["tiny"])
     args.update_from_config(checked_config(flags))
     save_run_record(str(tmp_path), speech_config(args, sequences, "assets/tiny/mimi"), sequences)
     checked_config(flags)
-    with pytest.raises(UserError, match="another model.vocabulary or tokenizer: vocab_size is 1538 there and 1029 in"):
+    with pytest.raises(UserError, match="was made with vocab_size = 1538, but it is 1029 now"):
         checked_config([*flags, "--model.vocabulary", "audio"])
 
 
 def test_the_folder_and_the_vocabulary_must_fit(tmp_path, monkeypatch, downloads):
-    monkeypatch.chdir(ROOT)
     monkeypatch.setenv("WORLD_SIZE", "8")
     corpus = str(downloads / "peoples_speech")
     flags = ["--job.config_file", "config/llama3_2_1b_peoples_speech.toml", "--job.dump_folder", str(tmp_path / "run")]
     flags += ["--model.hf_assets_path", str(downloads / "1B"), "--codec.name", str(downloads / "mimi")]
     flags += ["--training.dataset", str(downloads / "data/codes/peoples_speech"), "--validation.dataset_path", corpus]
-    with pytest.raises(UserError, match="136450 vocabulary entries, not the 8196 .* --vocabulary audio"):
+    with pytest.raises(UserError, match="vocab_size = 136450, but it is 8196 now; .* --vocabulary audio"):
         checked_config([*flags, "--model.vocabulary", "audio"])
     checked_config([*flags, "--model.vocabulary", "audio", "--checkpoint.no-initial_load_in_hf"])
 
     shutil.copy(TINY / "llama" / "config.json", tmp_path)
     load_sequences(str(TINY / "llama"), str(TINY / "mimi"), 4, "audio").tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="holds no text; set it to 'audio'"):
+    with pytest.raises(UserError, match="has no text; set it to 'audio'"):
         checked_config(tiny_with("--model.hf_assets_path", str(tmp_path)))
-
-
-def test_large_config_says_how_to_get_its_data_and_model(monkeypatch, downloads, tmp_path):
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    monkeypatch.chdir(ROOT)
-    flags = ["--job.config_file", "config/llama3_2_1b_peoples_speech.toml", "--job.dump_folder", str(tmp_path / "run")]
-    flags += ["--model.hf_assets_path", str(tmp_path / "none")]
-    with pytest.raises(UserError, match="folder of codes by scripts/tokenize_corpus.py"):
-        checked_config(flags)
-    flags += ["--training.dataset", str(downloads / "data/codes/peoples_speech")]
-    flags += ["--codec.name", str(downloads / "mimi")]
-    with pytest.raises(UserError, match="hf download MLCommons/peoples_speech"):
-        checked_config([*flags, "--validation.dataset_path", str(tmp_path)])
-    flags += ["--validation.dataset_path", str(downloads / "peoples_speech")]
-    with pytest.raises(UserError, match="prepare_base_model.py --base_model HUB_ID_OR_FOLDER"):
-        checked_config(flags)
 
 
 @pytest.mark.parametrize(
     ("toml", "message"),
     [
         ('[data]\ntask = "asr"\n', "it takes 'a2a', 'tts'"),
-        ('[codec]\ndtype = "bf16"\n', "it takes 'float32', 'bfloat16'"),
         ('[training]\nsteps = "150"\n', "it takes int"),
-        ("[training]\nsteps = 1.5\n", "it takes int"),
-        ("[checkpoint]\nenable = 1\n", "it takes bool"),
         ("[training]\ndataset_path = 4\n", "it takes str | None"),
         ("[model]\nconverters = [4]\n", "it takes list[str]"),
     ],
@@ -339,10 +306,8 @@ def test_values_of_another_type_are_refused(toml, message, tmp_path):
     assert message in str(error.value)
 
 
-def test_a_config_needs_no_custom_modules(tmp_path, monkeypatch):
+def test_a_config_needs_no_custom_modules(tmp_path):
     """llama_mimi.train knows its own; only TorchTitan's entry point must be told."""
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("WORLD_SIZE", "1")
     path = tmp_path / "run.toml"
     lines = (ROOT / "config" / "tiny.toml").read_text().splitlines()
     path.write_text("\n".join(line for line in lines if not line.startswith("custom_")))
@@ -350,58 +315,42 @@ def test_a_config_needs_no_custom_modules(tmp_path, monkeypatch):
     assert job_config.codec.name == "assets/tiny/mimi"
 
 
-def test_changed_settings_of_the_schedule_are_named_on_resume(tmp_path, monkeypatch, caplog):
+def test_changed_settings_of_the_schedule_are_named_on_resume(tmp_path, caplog):
     """And a run that has no steps left says so. A damaged config of the last start is no obstacle."""
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("WORLD_SIZE", "2")
     flags = tiny_with("--job.dump_folder", str(tmp_path))
-    save_loader_position(tmp_path, checked_config(flags), has_position=True)
+    save_loader_position(tmp_path, checked_config(flags))
     caplog.clear()
     checked_config(flags)
     assert not caplog.text
-    changed = [*flags, "--lr_scheduler.warmup_steps", "2", "--training.steps", "5"]
+    changed = [*flags, "--optimizer.lr", "1", "--lr_scheduler.warmup_steps", "2", "--training.steps", "5"]
     checked_config(changed)
-    assert "since the last start: lr_scheduler.warmup_steps 10 -> 2, training.steps 420 -> 5" in caplog.text
+    assert (
+        "since the last start: optimizer.lr 0.003 -> 1.0, lr_scheduler.warmup_steps 10 -> 2, training.steps"
+        in caplog.text
+    )
     assert "the run has reached step 5 of 5, so nothing is left to train" in caplog.text
     (tmp_path / "job_config.json").write_text("{")
     checked_config(changed)
 
 
-def save_loader_position(folder, job_config, has_position, **changes):
+def save_loader_position(folder, job_config, has_position=True):
     """What a run leaves behind, as far as resuming looks at it."""
     state = {"dataloader": {"position": "..."}} if has_position else {"model": torch.zeros(1)}
     dcp.save(state, checkpoint_id=folder / "checkpoint" / "step-5", no_dist=True)
-    earlier = job_config.to_dict()
-    earlier["training"] |= changes
-    (folder / "job_config.json").write_text(json.dumps(earlier))
+    (folder / "job_config.json").write_text(json.dumps(job_config.to_dict()))
 
 
-@pytest.mark.parametrize(
-    ("has_position", "changes", "message"),
-    [
-        (True, {}, None),
-        (True, {"local_batch_size": 1, "dataloader": {"num_workers": 3}}, None),
-        (False, {}, "holds weights only"),
-    ],
-)
-def test_a_position_of_another_run_is_not_resumed(has_position, changes, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("WORLD_SIZE", "2")
+def test_a_step_without_a_position_in_the_data_is_not_resumed(tmp_path):
     flags = tiny_with("--job.dump_folder", str(tmp_path))
-    save_loader_position(tmp_path, checked_config(flags), has_position, **changes)
-    if message is None:
+    save_loader_position(tmp_path, checked_config(flags), has_position=False)
+    with pytest.raises(UserError, match="step-5' contains weights only"):
         checked_config(flags)
-        return
-    with pytest.raises(UserError, match="step-5") as error:
-        checked_config(flags)
-    assert message in str(error.value)
     checked_config([*flags, "--checkpoint.exclude_from_loading", "dataloader"])
 
 
-def test_a_checkpoint_whose_files_are_not_all_there_is_not_resumed(tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_a_checkpoint_whose_files_are_not_all_there_is_not_resumed(tmp_path):
     flags = tiny_with("--job.dump_folder", str(tmp_path))
-    save_loader_position(tmp_path, checked_config(flags), has_position=True)
+    save_loader_position(tmp_path, checked_config(flags))
     shutil.copytree(tmp_path / "checkpoint" / "step-5", tmp_path / "checkpoint" / "step-7")
     (tmp_path / "checkpoint" / "step-7" / "__0_0.distcp").write_bytes(b"cut off")
     with pytest.raises(UserError, match=r"step-7/.*' is truncated.* use the last good step '.*/step-5'"):
@@ -411,16 +360,14 @@ def test_a_checkpoint_whose_files_are_not_all_there_is_not_resumed(tmp_path, mon
         checked_config([*flags, "--checkpoint.initial_load_path", str(tmp_path / "elsewhere" / "step-7")])
 
 
-def test_the_step_that_is_resumed_is_the_one_that_is_looked_at(tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("WORLD_SIZE", "2")
+def test_the_step_that_is_resumed_is_the_one_that_is_looked_at(tmp_path):
     flags = tiny_with("--job.dump_folder", str(tmp_path))
-    save_loader_position(tmp_path, checked_config(flags), has_position=True)
+    save_loader_position(tmp_path, checked_config(flags))
     newest = tmp_path / "checkpoint" / "step-10"
     newest.mkdir()
     (newest / "model.safetensors.index.json").touch()  # a last save in Hugging Face's format
     for extra in ([], ["--checkpoint.exclude_from_loading", "dataloader"]):
-        with pytest.raises(UserError, match=r"step-10' holds weights only, in Hugging Face's format"):
+        with pytest.raises(UserError, match=r"step-10' contains weights only"):
             checked_config([*flags, *extra])
     checked_config([*flags, "--checkpoint.load_step", "5"])
     with pytest.raises(UserError, match=r"load_step is 6, but the complete steps in '.*' are: 5, 10"):
@@ -457,11 +404,11 @@ def test_what_is_no_step_is_left_alone(tmp_path):
     checkpoint = tmp_path / "checkpoint"
     (checkpoint / "step-5").mkdir(parents=True)
     (checkpoint / "pretrained").mkdir()
-    with pytest.raises(UserError, match="holds 'pretrained', it is left alone"):
+    with pytest.raises(UserError, match="is a link or contains other files, move it yourself"):
         set_aside_incomplete(checkpoint)
     (tmp_path / "scratch").mkdir()
     (tmp_path / "link").symlink_to("scratch")
-    with pytest.raises(UserError, match="is a link, it is left alone"):
+    with pytest.raises(UserError, match="move it yourself"):
         set_aside_incomplete(tmp_path / "link")
     (tmp_path / "empty.incomplete-1").mkdir()
     (tmp_path / "empty").mkdir()
@@ -476,8 +423,7 @@ def test_a_name_that_torchtitan_takes_for_a_step_is_refused(tmp_path):
         complete_steps(tmp_path)
 
 
-def test_no_run_starts_from_random_weights_in_place_of_a_checkpoint(tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_no_run_starts_from_random_weights_in_place_of_a_checkpoint(tmp_path):
     job_config = checked_config(tiny_with("--job.dump_folder", str(tmp_path)))
     (tmp_path / "checkpoint").mkdir()
     prepare_run(job_config)
@@ -495,11 +441,10 @@ def test_no_run_starts_from_random_weights_in_place_of_a_checkpoint(tmp_path, mo
 
 @pytest.mark.parametrize("of_first", [None, [5]], ids=["removed", "written"])
 def test_nodes_wait_until_they_see_what_the_first_sees(of_first, tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
     job_config = checked_config(tiny_with("--job.dump_folder", str(tmp_path)))
     (tmp_path / "checkpoint").mkdir()
-    monkeypatch.setattr("llama_mimi.training.preparation.from_first", lambda prepare: of_first)
-    monkeypatch.setattr("llama_mimi.training.preparation.SECONDS_FOR_NODES_TO_AGREE", 0)
+    monkeypatch.setattr("llama_mimi.training.checks.from_first", lambda prepare: of_first)
+    monkeypatch.setattr("llama_mimi.training.checks.SECONDS_FOR_NODES_TO_AGREE", 1)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     with pytest.raises(UserError, match=r"the steps in '.*' are \[\] on .*, but .* on the first node"):
         prepare_run(job_config)

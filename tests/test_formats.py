@@ -514,7 +514,7 @@ def test_duplicates_are_counted_and_left_out(rows, tmp_path):
     (tmp_path / "dropped" / "shard-000000.parquet").unlink()  # which holds the first of one
     assert made("dropped", 1, "--duplicates", "drop") == (dropped, stored)
     done = tokenize(tmp_path / "in", tmp_path / "dropped", *flags)
-    assert done.returncode == 1 and "begun with --duplicates 'drop', not 'keep'" in done.output
+    assert done.returncode == 1 and "made with duplicates = 'drop', but it is 'keep' now" in done.output
     made("damaged", 1)
     plan = json.loads((tmp_path / "damaged" / "tokenization.json").read_text()) | {"duplicates": "drop"}
     shard = tmp_path / "damaged" / "shard-000003.parquet"  # is made anew without its clip

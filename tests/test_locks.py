@@ -13,8 +13,8 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import LOCK, locked
 from llama_mimi.judging import script
 from llama_mimi.judging.prompts import PromptOptions
+from llama_mimi.training.checks import prepare_run
 from llama_mimi.training.config_file import parse_config
-from llama_mimi.training.preparation import prepare_run
 
 HOLD = (
     "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB); print(1, flush=True)"

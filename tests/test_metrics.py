@@ -11,8 +11,8 @@ from conftest import ROOT
 from llama_mimi.data.dataloader import DataMeter
 from llama_mimi.training.config_file import parse_config
 from llama_mimi.training.loss import LevelMeter
-from llama_mimi.training.metrics import SpeechMetrics
-from llama_mimi.training.step_guard import StepGuard
+from llama_mimi.training.metrics import Meters, SpeechMetrics
+from llama_mimi.training.optimizer import StepGuard
 
 
 @pytest.mark.parametrize(
@@ -42,10 +42,8 @@ def test_mfu_is_that_of_a_known_card(card, peak, monkeypatch, tmp_path):
     metrics = SpeechMetrics(
         job_config,
         SimpleNamespace(world_size=1, pp_enabled=False, get_optional_mesh=lambda name: None),
-        train_meter=meter,
-        validation_meter=LevelMeter(),
+        meters=Meters(train=meter, data=(data_meter := DataMeter(codec_seconds=2.0, num_clips=3, num_frames=45_000))),
         guard=StepGuard(meter),
-        data_meter=(data_meter := DataMeter(codec_seconds=2.0, num_clips=3, num_frames=45_000)),
         level_shares=[1.0] * 4,
         frame_rate_hz=12.5,
     )

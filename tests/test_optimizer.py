@@ -13,8 +13,7 @@ from torchtitan.config.job_config import LRScheduler, Optimizer
 
 from llama_mimi.common.errors import UserError
 from llama_mimi.training.loss import LevelMeter
-from llama_mimi.training.optimizer import SpeechSchedulers, build_speech_optimizers
-from llama_mimi.training.step_guard import StepGuard
+from llama_mimi.training.optimizer import SpeechSchedulers, StepGuard, build_speech_optimizers
 
 pytestmark = pytest.mark.distributed
 
@@ -88,7 +87,7 @@ def test_weights_are_checked_where_they_are_saved(tmp_path, step, value, stops):
 
 
 @pytest.mark.parametrize("name", ["for-loop", "foreach", "fused"])
-def test_an_optimizer_keeps_its_own_settings_and_loads_moments(name, monkeypatch):
+def test_an_optimizer_keeps_its_own_settings_and_loads_moments(name):
     dims = SimpleNamespace(ep_enabled=False, pp_enabled=False)
     model = nn.Linear(2, 2)
 
@@ -102,15 +101,11 @@ def test_an_optimizer_keeps_its_own_settings_and_loads_moments(name, monkeypatch
         first[0].step()
         first[1].step()
     model.zero_grad()
-    logged = []
-    monkeypatch.setattr("llama_mimi.training.optimizer._log_changes", lambda differing, since: logged.append(differing))
     same, other = build(lr=1.0), build(lr=8.0, weight_decay=0.5, beta1=0.3)
     for optimizers, schedulers in (same, other):  # in the order in which DCP loads
         schedulers.load_state_dict(first[1].state_dict())
         optimizers.load_state_dict(first[0].state_dict())
-    changes = {"optimizer.lr": (1.0, 8.0), "optimizer.beta1 and beta2": ((0.9, 0.95), (0.3, 0.95))}
-    assert logged == [{}, changes | {"optimizer.weight_decay": (0.1, 0.5)}]
-    with pytest.raises(UserError, match="optimizer.name is 'Adam', but the checkpoint has the moments of 'AdamW'"):
+    with pytest.raises(UserError, match="was made with optimizer.name = 'AdamW', but it is 'Adam' now"):
         build(lr=1.0, name="Adam")[0].load_state_dict(first[0].state_dict())
     (a,), (b,), (c,) = (pair[0] for pair in (first, same, other))
     assert a.state_dict()["param_groups"] == b.state_dict()["param_groups"]

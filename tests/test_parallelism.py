@@ -27,7 +27,6 @@ FSDP = "--parallelism.data_parallel_shard_degree"
 HSDP = "--parallelism.data_parallel_replicate_degree"
 TP = "--parallelism.tensor_parallel_degree"
 BITS = [f"{prefix}admissible_bits_per_audio_second/all" for prefix in ("", "validation_")]
-PP = "--parallelism.pipeline_parallel_degree"
 BATCH = "--training.local_batch_size"
 AUDIO = ["--model.vocabulary", "audio"]
 UNTIED = ["--model.flavor", "tiny_untied"]
@@ -59,8 +58,6 @@ RUNS = {
     "untied: one process": (1, [*UNTIED, BATCH, "8"]),
     "untied: FSDP, resharded": (2, [*UNTIED, BATCH, "4", "--parallelism.fsdp_reshard_after_forward", "always"]),
     "untied: TP": (2, [*UNTIED, BATCH, "8", TP, "2"]),
-    "untied: PP": (2, [*UNTIED, BATCH, "8", PP, "2"]),
-    "untied: PP, gradient accumulation": (2, [*UNTIED, BATCH, "4", PP, "2", "--training.global_batch_size", "8"]),
     "hierarchical: one process": (1, [*HIERARCHICAL, BATCH, "8"]),
     "hierarchical: selective checkpointing, compiled blocks, gradient accumulation": (
         1,
@@ -72,7 +69,6 @@ RUNS = {
     ),
     "hierarchical: FSDP": (2, [*HIERARCHICAL, BATCH, "4"]),
     "hierarchical: HSDP": (4, [*HIERARCHICAL, BATCH, "2", HSDP, "2", FSDP, "2"]),
-    "untied: FSDP x PP": (4, [*UNTIED, BATCH, "4", FSDP, "2", PP, "2"]),
 }
 # What is compared by default; the others are of the full test run.
 QUICK = {
@@ -117,11 +113,10 @@ def folder(tmp_path_factory, request):
         base = {"hierarchical": "tied"}.get(base_of(name), base_of(name))
         own = {"--job.dump_folder": folder / name, "--model.hf_assets_path": folder / "base" / base}
         words = [str(word) for item in (common | own).items() for word in item]
-        validates = [] if PP not in flags else ["--validation.no-enable"]
         initial = ["--checkpoint.initial_load_in_hf"]
         if base_of(name) == "hierarchical":  # a Llama's folder has no depth decoder
             initial = ["--checkpoint.initial_load_path", str(folder / "seed" / "step-0")]
-        command = ["-m", "llama_mimi.train", *words, *validates, *initial, *flags]
+        command = ["-m", "llama_mimi.train", *words, *initial, *flags]
         run_ranks(num_ranks, command, folder / name / "log.txt", set_up)
     return folder
 
@@ -139,7 +134,6 @@ def one_process(name: str) -> str:
 
 
 def set_up():
-    # A pipeline needs an output matrix of its own; of the shipped flavours only the 8B one has it.
     FLAVORS["tiny_untied"] = replace(FLAVORS["tiny"], enable_weight_tying=False)
     # Several chunks a step; by the 515 rows that the first of two ranks has of 1,029 and by the second's 514 they would
     # be of other sizes.
@@ -193,11 +187,10 @@ def test_ten_steps_equal_one_process(folder, name):
     assert found[NORM] == pytest.approx(
         one[NORM], **norm
     )  # clipping and Adam would hide a wrong scale of the gradients
-    if "PP" not in name:
-        assert len(one[VALIDATION]) == 2
-        assert found[VALIDATION] == pytest.approx(one[VALIDATION], **loss)
-        for bits in BITS:
-            assert one[bits] and found[bits] == pytest.approx(one[bits], rel=loss.get("rel", 1e-4))
+    assert len(one[VALIDATION]) == 2
+    assert found[VALIDATION] == pytest.approx(one[VALIDATION], **loss)
+    for bits in BITS:
+        assert one[bits] and found[bits] == pytest.approx(one[bits], rel=loss.get("rel", 1e-4))
 
 
 def base_of(name: str) -> str:

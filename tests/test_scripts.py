@@ -129,7 +129,7 @@ def damage_bytes(step):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (damage_nothing, "no older step is complete"),
+        (damage_nothing, "is not a complete step and contains none"),
         (damage_metadata, "is damaged"),
         (damage_missing, "is missing"),
         (damage_truncated, "is truncated"),
@@ -380,5 +380,5 @@ def test_prepare_base_model_without_text(tied, tmp_path):
         assert torch.equal(small_weights[name], weight[rows] if of_tokens else weight), name
     for settings in (small.config, small.generation_config):
         assert (settings.bos_token_id, settings.eos_token_id, settings.pad_token_id) == (0, 1, 2)
-    with pytest.raises(UserError, match="holds no text"):
+    with pytest.raises(UserError, match="has no text"):
         prepare("audio", "llama")

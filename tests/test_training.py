@@ -191,7 +191,7 @@ def test_a_full_disk_keeps_the_steps_before(mode, golden_run, tmp_path):
     command = ["-m", "llama_mimi.train", *flags_of(folder, checkpoint__async_mode=mode, **flags)]
     ranks = ForkedRanks(2, command, tmp_path / "log.txt", set_up=no_large_files)
     assert ranks.wait() == 1 and "Traceback" not in ranks.output
-    assert "step-22' could not be written (File too large; the checkpoint takes about 22.4 MB, " in ranks.output
+    assert "step-22' could not be written (File too large); " in ranks.output
     assert sorted(path.name for path in (folder / "checkpoint").iterdir()) == ["step-10", "step-20"]
     check_step(folder / "checkpoint" / "step-20", verify=True)
 
@@ -267,7 +267,7 @@ def test_torchtitans_entry_point_is_the_same_trainer(base_model, tmp_path):
 
     done = run(2, tmp_path / "ddp", parallelism__data_parallel_replicate_degree=2)
     assert done.returncode != 0
-    assert "error: parallelism.data_parallel_replicate_degree is 2 without sharding (DDP)" in done.stderr
+    assert "error: parallelism.data_parallel_replicate_degree is 2; use FSDP or HSDP" in done.stderr
     assert "UserError" not in done.stdout + done.stderr
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llama_mimi.train import SpeechTrainer  # first, as TorchTitan looks for its device when it is imported
+from llama_mimi.train import Trainer  # first, as TorchTitan looks for its device when it is imported
 
 # isort: split
 
@@ -126,7 +126,7 @@ def trainer(shape: str, folder: Path, way: str, options: str) -> tuple[Callable[
     job_config = parse_config([*flags, *options.split()])
     if way == STOCK:
         register_stock(shape, job_config)
-    built = SpeechTrainer(job_config)
+    built = Trainer(job_config)
     counted = [0, 0]
 
     def counting() -> Iterator[Any]:

@@ -4,7 +4,8 @@ Merged by TorchTitan through ``[job] custom_config_module = "llama_mimi.job_conf
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from llama_mimi.audio.mimi import CodecAttention, Precision
 from llama_mimi.tokens.units import Architecture, VocabularyKind
@@ -122,3 +123,7 @@ class JobConfig:
     loss: Loss = field(default_factory=Loss)
     codec: Codec = field(default_factory=Codec)
     data: Data = field(default_factory=Data)
+
+
+def checkpoint_folder(job_config: Any) -> Path:
+    return Path(job_config.job.dump_folder) / job_config.checkpoint.folder

@@ -3,7 +3,6 @@
 uv run torchrun --standalone --nproc_per_node=2 -m llama_mimi.train --job.config_file config/tiny.toml
 """
 
-import errno
 import logging
 import os
 import sys
@@ -26,15 +25,6 @@ from llama_mimi.common.ranks import end_with_torchrun, first_reports  # noqa: E4
 from llama_mimi.training.config_file import parse_config  # noqa: E402
 
 
-class SpeechTrainer(Trainer):
-    """TorchTitan's trainer, whose pipelines divide gradients by the number of targets, as all other meshes do."""
-
-    def forward_backward_step(self, *, global_valid_tokens: torch.Tensor, **batch: Any) -> torch.Tensor:
-        if self.parallel_dims.pp_enabled:
-            self.loss_fn.pipeline_scale = 1 / global_valid_tokens
-        return super().forward_backward_step(global_valid_tokens=global_valid_tokens, **batch)
-
-
 def main() -> None:
     end_with_torchrun()
     init_logger()
@@ -42,19 +32,16 @@ def main() -> None:
         logger.setLevel(logging.WARNING)  # rank 0 alone says what all ranks would
     with first_reports():
         job_config = parse_config(sys.argv[1:])
-        try:
-            train(job_config)
-        except OSError as error:  # of TensorBoard, for example; a checkpoint names its own folder
-            if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-                raise
-            folder, reason = job_config.job.dump_folder, error.strerror
-            raise UserError(f"job.dump_folder '{folder}' could not be written ({reason}); make room there") from error
+        if "LOCAL_RANK" not in os.environ:
+            command = "torchrun --standalone --nproc_per_node=1 -m llama_mimi.train"
+            raise UserError(f"LOCAL_RANK is not set, as this is not started by torchrun; start it as `{command} ...`")
+        train(job_config)
     torch.distributed.destroy_process_group()
 
 
 def train(job_config: Any) -> None:
     """Train, and close checkpoints and metrics however the training ends."""
-    trainer = SpeechTrainer(job_config)
+    trainer = Trainer(job_config)
     try:
         trainer.train()
     except BaseException:

@@ -1,6 +1,9 @@
 """Registers the train spec "llama_mimi" with TorchTitan: ``[experimental] custom_import = "llama_mimi.train_spec"``."""
 
 import json
+import sys
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -14,25 +17,23 @@ from torchtitan.tools.logging import logger
 from llama_mimi.audio.mimi import load_codec_config
 from llama_mimi.checkpoint.architectures import state_dict_adapter
 from llama_mimi.checkpoint.run_record import save_run_record, speech_config
-from llama_mimi.common.command_line import report_uncaught, run_cli
+from llama_mimi.common.errors import UserError, report
 from llama_mimi.common.ranks import end_with_torchrun, first_reports
 from llama_mimi.data.build import build_dataloader
-from llama_mimi.data.dataloader import DataMeter
 from llama_mimi.model.architectures import build_model, parallelize
-from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs, pipeline
+from llama_mimi.model.cross_entropy import chunk_losses
+from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs
 from llama_mimi.tokens.sequences import SequenceBuilder, load_sequences
 from llama_mimi.training.checkpoints import use_checksums
+from llama_mimi.training.checks import prepare_run
 from llama_mimi.training.loss import LevelMeter, UnitLoss, level_weights
-from llama_mimi.training.metrics import SpeechMetrics
-from llama_mimi.training.optimizer import SpeechSchedulers, build_speech_optimizers
-from llama_mimi.training.preparation import prepare_run
-from llama_mimi.training.step_guard import StepGuard
+from llama_mimi.training.metrics import Meters, SpeechMetrics
+from llama_mimi.training.optimizer import SpeechSchedulers, StepGuard, build_speech_optimizers
 from llama_mimi.training.validator import SpeechValidator
 
 # TorchTitan builds metrics apart from losses and loader; these meters connect them.
-_train_meter, _validation_meter = LevelMeter(), LevelMeter()
-_data_meter = DataMeter()
-_guard = StepGuard(_train_meter)
+_meters = Meters()
+_guard = StepGuard(_meters.train)
 
 
 def print_config(job_config: Any) -> None:
@@ -45,20 +46,25 @@ JobConfig.maybe_log = print_config  # TorchTitan's own method also saves it, bef
 
 
 def build_tokenizer(job_config: Any) -> SequenceBuilder:
-    """The tokens of a run. TorchTitan asks for them before all else, so here every run is checked and prepared.
+    """Check and prepare a run, as TorchTitan asks for the tokenizer before all else, and return the tokenizer.
 
-    Its own entry point knows nothing of `UserError`, nor that ranks should end with torchrun.
+    TorchTitan's own entry point knows neither `UserError` nor that ranks should end with torchrun.
     """
     end_with_torchrun()
-    report_uncaught()
-
-    def prepare() -> None:
-        with first_reports():
-            prepare_run(job_config)
-
-    run_cli(prepare)
+    sys.excepthook = partial(report_uncaught, sys.excepthook)
+    prepare_run(job_config)
     use_checksums(job_config.checkpoint.verify)
     return build_sequences(job_config)
+
+
+def report_uncaught(others: Callable[..., None], kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Report an uncaught `UserError` as one sentence; ``others`` handles other errors."""
+    if not isinstance(error, UserError):
+        others(kind, error, trace)
+        return
+    with suppress(UserError), first_reports():
+        raise error
+    report(error)
 
 
 def build_sequences(job_config: Any) -> SequenceBuilder:
@@ -67,29 +73,26 @@ def build_sequences(job_config: Any) -> SequenceBuilder:
 
 
 def build_loss(job_config: Any, **kwargs: Any) -> UnitLoss:
-    weights = level_weights(job_config.loss.level_weights, _level_shares(job_config))
-    return _build_loss(job_config, _train_meter, weights)
+    return _build_loss(
+        job_config, _meters.train, level_weights(job_config.loss.level_weights, _level_shares(job_config))
+    )
 
 
 def _level_shares(job_config: Any) -> list[float]:
-    """Shares of the frames in which each level has a target."""
+    """Return the fraction of the frames in which each level has a target."""
     return [1.0, *[job_config.model.depth_share] * (job_config.codec.num_quantizers - 1)]
 
 
 def _build_loss(job_config: Any, meter: LevelMeter, weights: list[float]) -> UnitLoss:
-    compile_fn = None
-    if job_config.compile.enable and "loss" in job_config.compile.components:
-
-        def compile_fn(function):
-            return torch.compile(function, backend=job_config.compile.backend)
-
-    return UnitLoss(build_sequences(job_config).vocabulary, meter, weights, compile_fn)
+    settings = job_config.compile
+    is_compiled = settings.enable and "loss" in settings.components
+    chunk_step = torch.compile(chunk_losses, backend=settings.backend) if is_compiled else None
+    return UnitLoss(build_sequences(job_config).vocabulary, meter, weights, chunk_step)
 
 
 def build_validator(job_config: Any, **kwargs: Any) -> SpeechValidator:
-    seams = {key: value for key, value in kwargs.items() if not key.startswith("pp_")}
-    loss_fn = _build_loss(job_config, _validation_meter, [1.0] * job_config.codec.num_quantizers)
-    return SpeechValidator(job_config=job_config, **seams | {"loss_fn": loss_fn})
+    loss_fn = _build_loss(job_config, _meters.validation, [1.0] * job_config.codec.num_quantizers)
+    return SpeechValidator(job_config=job_config, **kwargs | {"loss_fn": loss_fn})
 
 
 def build_guarded_optimizers(*args: Any, **kwargs: Any) -> OptimizersContainer:
@@ -114,16 +117,7 @@ def build_metrics(job_config: Any, parallel_dims: ParallelDims, model_args: Llam
         max_audio_seconds=min(job_config.data.max_audio_seconds, row_seconds),
     )
     save_run_record(job_config.job.dump_folder, config, sequences)
-    return SpeechMetrics(
-        job_config,
-        parallel_dims,
-        train_meter=_train_meter,
-        validation_meter=_validation_meter,
-        data_meter=_data_meter,
-        guard=_guard,
-        level_shares=_level_shares(job_config),
-        frame_rate_hz=frame_rate_hz,
-    )
+    return SpeechMetrics(job_config, parallel_dims, _meters, _guard, _level_shares(job_config), frame_rate_hz)
 
 
 register_train_spec(
@@ -132,10 +126,10 @@ register_train_spec(
         model_cls=build_model,
         model_args=FLAVORS,
         parallelize_fn=parallelize,
-        pipelining_fn=pipeline,
+        pipelining_fn=None,
         build_optimizers_fn=build_guarded_optimizers,
         build_lr_schedulers_fn=SpeechSchedulers,
-        build_dataloader_fn=partial(build_dataloader, meter=_data_meter),
+        build_dataloader_fn=partial(build_dataloader, meter=_meters.data),
         build_tokenizer_fn=build_tokenizer,
         build_loss_fn=build_loss,
         build_validator_fn=build_validator,

@@ -1,7 +1,4 @@
-"""The two architectures as Hugging Face folders, behind one set of functions.
-
-A flattened model is an ordinary Llama, a hierarchical one an ordinary CSM.
-"""
+"""The two architectures as Hugging Face folders: a flattened model is a Llama, a hierarchical one a CSM."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,18 +20,17 @@ from llama_mimi.tokens.units import Architecture
 
 @dataclass(frozen=True)
 class FolderKind:
-    """What a folder of one architecture holds.
+    """The Hugging Face folder of one architecture.
 
     Args:
-        model_type: what its configuration calls itself.
-        stock_class: of its weights.
-        entries_key: of the configuration, which says how many entries the vocabulary has.
-        adapter: TorchTitan's seam for initial weights.
-        config: from our arguments and further entries to its configuration.
-        args: the inverse.
-        state: from our weights to its own.
-        extra_state: what else is in it, from its configuration and the path or hub id of the codec.
-        sampled: parts of the stock model that draw with a generation config of their own.
+        model_type: of its configuration.
+        stock_class: class of the model.
+        entries_key: key of the vocabulary size in the configuration.
+        adapter: TorchTitan's adapter for initial weights.
+        config: returns the configuration of our arguments, with further entries; ``args`` is the inverse.
+        state: returns our weights under its names.
+        extra_state: returns the other weights in it, for its configuration and the path or hub id of the codec.
+        sampled: parts of the stock model that have a generation config of their own.
         description, usage: for the model card.
     """
 
@@ -100,9 +96,9 @@ def state_dict_adapter(args: LlamaMimiArgs, hf_assets_path: str | None) -> Llama
 
 
 def check_initial_weights(folder: str, args: LlamaMimiArgs) -> None:
-    """Compare the safetensors in a Hugging Face folder with what training loads from there, by name and shape.
+    """Compare the names and shapes of the safetensors in a folder with those that training loads.
 
-    TorchTitan ends in a traceback where a tensor is missing, and ignores the layers that a model lacks.
+    TorchTitan ends in a traceback if a tensor is missing, and ignores layers that the model does not have.
 
     Raises:
         UserError: they differ, or a file is damaged.
@@ -121,10 +117,10 @@ def check_initial_weights(folder: str, args: LlamaMimiArgs) -> None:
 
 
 def load_config(folder: str, what: str) -> tuple[PreTrainedConfig, FolderKind]:
-    """The configuration of a model, and of which kind it is.
+    """Return the configuration of a model, and the kind of its folder.
 
     Raises:
-        UserError: the folder is missing or of another kind; see `llama_mimi.common.hub.load_pretrained`.
+        UserError: the folder is missing or of another kind.
     """
     config = load_pretrained(AutoConfig, folder, what=what)
     kinds = {kind.model_type: kind for kind in KINDS.values()}

@@ -1,4 +1,4 @@
-"""From a Hugging Face Llama to what training starts from, and from a training checkpoint to a Hugging Face model."""
+"""Prepare a Hugging Face Llama for training, and convert a training checkpoint to a Hugging Face model."""
 
 import json
 from pathlib import Path
@@ -40,10 +40,9 @@ A speech language model: {description}.
 {usage}
 """
 
-
 JOB_CONFIG = "job_config.json"  # of a run, in its folder
 TRAINING_CONFIG = "training_config.json"  # of a converted model
-# Where a run lies and how often it says and saves something.
+# Sections without effect on the model.
 NOT_OF_THE_MODEL = ("job", "checkpoint", "metrics", "comm", "profiling", "memory_estimation", "fault_tolerance")
 
 
@@ -81,16 +80,13 @@ def convert_checkpoint(checkpoint: Path, output_dir: Path, dtype: Precision = "f
     model.tie_weights()
 
     sampling: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_k": 30}
-    model.generation_config = GenerationConfig(
-        bos_token_id=config.bos_token_id,
-        eos_token_id=config.eos_token_id,
-        pad_token_id=config.pad_token_id,
-        **sampling,
-    )
+    special_ids = {f"{role}_token_id": getattr(config, f"{role}_token_id") for role in ("bos", "eos", "pad")}
+    model.generation_config = GenerationConfig(**special_ids, **sampling)
     for part in kind.sampled:
         getattr(model, part).generation_config = GenerationConfig(**sampling)
     model.config.dtype = torch_dtype
     save_folder(output_dir, model, tokenizer)
+    shape = {"num_quantizers": config.num_quantizers, "codebook_size": args.codebook_size}
     card = MODEL_CARD.format(
         name=output_dir.name,
         parameters=model.num_parameters(),
@@ -98,11 +94,7 @@ def convert_checkpoint(checkpoint: Path, output_dir: Path, dtype: Precision = "f
         num_quantizers=config.num_quantizers,
         vocab_size=getattr(config, kind.entries_key),
         description=kind.description,
-        usage=kind.usage.format(
-            num_quantizers=config.num_quantizers,
-            last_level=config.num_quantizers - 1,
-            codebook_size=args.codebook_size,
-        ),
+        usage=kind.usage.format(last_level=config.num_quantizers - 1, **shape),
         step=step,
         dtype=dtype,
     )
@@ -123,16 +115,16 @@ def prepare_base_model(
     seed: int = 0,
     random_weights: bool = False,
 ) -> None:
-    """Extend a Hugging Face Llama by the units of a codec: tokenizer, embeddings, configuration.
+    """Extend a Hugging Face Llama by the audio tokens of a codec: tokenizer, embeddings, configuration.
 
     Args:
         base_model: Hugging Face Llama: hub id or folder
-        output_dir: what model.hf_assets_path names
+        output_dir: new folder, for model.hf_assets_path
         codec: Mimi codec: hub id or folder
         num_quantizers: quantizer levels a frame
         vocabulary: llama keeps the text tokens, audio drops them
         dtype: precision of the saved weights
-        seed: of the new embedding rows
+        seed: seed of the new embedding rows
         random_weights: write tokenizer and config only
 
     Raises:
@@ -143,13 +135,13 @@ def prepare_base_model(
     tokenizer = load_pretrained(AutoTokenizer, base_model, what="tokenizer")
     if config.vocab_size != len(tokenizer):
         raise UserError(
-            f"'{base_model}' has {config.vocab_size} embedding rows but {len(tokenizer)} tokens; units must "
-            "follow the text vocabulary directly, so use the unmodified base model"
+            f"'{base_model}' has {config.vocab_size} embedding rows but {len(tokenizer)} tokens; use the unmodified "
+            "base model"
         )
     if vocabulary == "llama" and not has_text(tokenizer):
         raise UserError(
-            f"--vocabulary is llama, but the tokenizer of '{base_model}' holds no text; use the unmodified base "
-            "model, or --vocabulary audio"
+            f"--vocabulary is llama, but the tokenizer of '{base_model}' has no text; use the unmodified base model, "
+            "or --vocabulary audio"
         )
     whole, units = extend_tokenizer(tokenizer, codebook_size, num_quantizers)
     num_drawn, kept, special_ids = units.size, whole, {}

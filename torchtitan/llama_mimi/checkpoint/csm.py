@@ -1,9 +1,9 @@
-"""The hierarchical arm in Hugging Face terms: an ordinary `CsmForConditionalGeneration`, with its codec inside.
+"""The hierarchical architecture as a Hugging Face `CsmForConditionalGeneration`, with its codec inside.
 
-Ids mean the same in both arms: ``embed_text_tokens`` is the whole embedding table, so that one tokenizer serves both,
-and a prompt of text begins ``BOS text <audio>``. Where stock code puts audio into text, ``<0_0>`` stands for a frame
-and ``<0_1>`` for the end: transformers 5.x warns about the id of ``</audio>``, as it expects ids below (K + 1) * Q. A
-frame's codes are numbers below K; K is the end, in every level, and the padding.
+Both architectures have the same ids: ``embed_text_tokens`` is the whole embedding table, so one tokenizer serves both,
+and a prompt of text begins ``BOS text <audio>``. If stock code puts audio into text, ``<0_0>`` stands for a frame and
+``<0_1>`` for the end: transformers 5.x warns about the id of ``</audio>``, as it expects ids below (K + 1) * Q. Codes
+of a frame are numbers below K; K is the end, at every level, and the padding.
 """
 
 from typing import Any
@@ -23,14 +23,13 @@ BACKBONE, DEPTH = "backbone_model", "depth_decoder.model"
 
 
 def csm_config(args: LlamaMimiArgs, **extra: Any) -> CsmConfig:
-    """The configuration of the CSM that computes the same logits as ``args``.
+    """Return the configuration of the CSM that computes the same logits as ``args``.
 
     Args:
-        args: with vocabulary and levels set.
-        extra: further entries, as of `llama_mimi.checkpoint.huggingface.hf_config`; the codec among them goes into the
-            folder. Its networks draw entries of a level, so that there is no id that ends them.
+        args: shape, with vocabulary and levels set.
+        extra: further entries, as of `llama_mimi.checkpoint.huggingface.hf_config`, with ``codec``.
     """
-    extra["eos_token_id"] = None
+    extra["eos_token_id"] = None  # its networks draw entries of a level, and no id ends them
     assert args.depth is not None
     codec = load_codec_config(extra["codec"], args.num_quantizers)
     codec.num_quantizers = args.num_quantizers  # stock code encodes a spoken prompt at the full depth of this codec
@@ -73,7 +72,7 @@ def csm_args(config: CsmConfig) -> LlamaMimiArgs:
 
 
 def csm_state(state: dict[str, torch.Tensor], args: LlamaMimiArgs) -> dict[str, torch.Tensor]:
-    """Our weights under the names and in the shapes of `CsmForConditionalGeneration`, but for those of the codec."""
+    """Return our weights under the names and in the shapes of `CsmForConditionalGeneration`, without the codec."""
     theirs: dict[str, torch.Tensor] = {}
     for prefix, name, network in (("", BACKBONE, args), ("depth.", DEPTH, args.depth)):
         parts = (f"{prefix}layers.", f"{prefix}norm.")
@@ -94,7 +93,7 @@ def csm_state(state: dict[str, torch.Tensor], args: LlamaMimiArgs) -> dict[str, 
 
 
 def _rows_of_levels(vocabulary: UnitVocabulary) -> torch.Tensor:
-    """Ids of the codes of level 0 and its end, then of level 1 and its end, and so on; all ends are ``</audio>``."""
+    """Return the ids of the codes and the end of level 0, then of level 1, and so on; each end is ``</audio>``."""
     K, Q = vocabulary.codebook_size, vocabulary.num_quantizers
     ids_KQ = vocabulary.ids_from_codes(torch.arange(K)[:, None].expand(K, Q)).view(K, Q)
     ends_1Q = torch.full((1, Q), vocabulary.audio_end_id)
@@ -110,7 +109,7 @@ def codec_state(config: CsmConfig, codec: str) -> dict[str, torch.Tensor]:
 
 
 class HierarchicalStateDictAdapter(LlamaMimiStateDictAdapter):
-    """A Llama's folder fills the backbone and the embeddings; what it has not, keeps its first weights."""
+    """Adapter that loads a Llama into the backbone and the embeddings; other weights keep their initial values."""
 
     def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         parts = ("layers.", "norm.", "tok_embeddings.")

@@ -1,6 +1,7 @@
-"""Reading the model out of a distributed checkpoint (DCP), in one process and without the trainer."""
+"""Steps of a run: find complete ones, move others aside, and read the model of one in a single process."""
 
 import re
+from collections.abc import Iterable
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -20,93 +21,82 @@ _HF_INDEX = "model.safetensors.index.json"  # of a last save in Hugging Face's f
 
 
 def find_step(checkpoint: Path) -> tuple[Path, list[Path]]:
-    """The step to read: ``checkpoint`` itself, or the newest complete step in it.
-
-    Returns:
-        The step's folder, and the newer steps that were passed over because their saving was cut off.
+    """Return ``checkpoint`` itself if it is a step, or else its newest complete step, and the newer incomplete steps.
 
     Raises:
-        UserError: no such folder, no step in it, or none that is complete.
+        UserError: there is no complete step, or it is in Hugging Face's format.
     """
-    if not checkpoint.is_dir():
-        raise UserError(f"the checkpoint '{checkpoint}' is no folder; name <dump_folder>/checkpoint or one step of it")
     if is_distributed(checkpoint):
         return checkpoint, []
-    there = {int(m[1]): path for path in checkpoint.iterdir() if (m := re.fullmatch(_STEP, path.name))}
-    complete = complete_steps(checkpoint)
-    if complete:
-        newest = max(complete)
-        if not is_distributed(complete[newest]):
-            raise UserError(f"'{complete[newest]}' was saved in Hugging Face's format; name a step that was not")
-        return complete[newest], [there[number] for number in sorted(there, reverse=True) if number > newest]
-    if there:
-        step = there[max(there)]
-        raise UserError(f"'{step}' has no {METADATA}: its saving was cut off, and no older step is complete")
-    if re.fullmatch(_STEP, checkpoint.name):
-        raise UserError(f"'{checkpoint}' has no {METADATA}: its saving was cut off; name another step")
-    raise UserError(f"'{checkpoint}' holds no step-N folder; name <dump_folder>/checkpoint or one step of it")
+    steps = complete_steps(checkpoint)
+    if not steps:
+        raise UserError(
+            f"'{checkpoint}' is not a complete step and contains none (step-N with a file {METADATA}); name "
+            "<dump_folder>/checkpoint or one step in it"
+        )
+    number = max(steps)
+    if not is_distributed(steps[number]):
+        raise UserError(f"'{steps[number]}' was saved in Hugging Face's format; name another step")
+    there = {int(match[1]): path for path in checkpoint.iterdir() if (match := re.fullmatch(_STEP, path.name))}
+    return steps[number], [there[other] for other in sorted(there, reverse=True) if other > number]
 
 
 def set_aside_incomplete(checkpoint: Path) -> Path | None:
-    """Move a checkpoint folder that is empty, or holds nothing but steps whose saving was cut off, out of the way.
+    """Move a checkpoint folder that contains nothing but incomplete steps out of the way.
 
-    TorchTitan loads initial weights only where there is no checkpoint folder at all. A run that was killed while it
-    saved its first step, or whose steps were removed, would otherwise start anew from random ones.
+    TorchTitan loads initial weights only if there is no checkpoint folder. A run that was killed while it saved its
+    first step, or whose steps were removed, would otherwise start from random weights.
 
     Returns:
-        Where to, or None where there is no folder or it has a complete step.
+        The new path, or None if there is no folder or it has a complete step.
 
     Raises:
-        UserError: the folder holds something else, or cannot be moved.
+        UserError: the folder contains something else, or cannot be moved.
     """
     if not checkpoint.is_dir() or complete_steps(checkpoint):
         return None
-    problem = f"'{checkpoint}' has no complete step to go on from, and initial weights are loaded only where it is not"
-    others = [path.name for path in checkpoint.iterdir() if not re.fullmatch(_STEP, path.name)]
-    if others or checkpoint.is_symlink():
-        what = f"holds '{sorted(others)[0]}'" if others else "is a link"
-        raise UserError(f"{problem}; as it {what}, it is left alone: move it, or choose another checkpoint.folder")
-    try:
-        return checkpoint.rename(_unused(f"{checkpoint}.incomplete"))
-    except OSError as error:
-        raise UserError(f"{problem}; it cannot be moved ({error.strerror}): remove it") from error
+    if checkpoint.is_symlink() or not all(re.fullmatch(_STEP, path.name) for path in checkpoint.iterdir()):
+        raise UserError(
+            f"'{checkpoint}' has no complete step, but prevents that initial weights are loaded; as it is a link or "
+            "contains other files, move it yourself, or choose another checkpoint.folder"
+        )
+    aside = _move(checkpoint.iterdir(), f"{checkpoint}.incomplete")
+    checkpoint.rmdir()
+    return aside
 
 
 def set_aside_later(checkpoint: Path, step: int) -> Path | None:
     """Move the complete steps after ``step`` out of a checkpoint folder, for a run that continues from ``step``.
 
-    By their numbers TorchTitan would keep them in place of the run's new steps, and load them at its next start.
+    By their numbers TorchTitan would keep them instead of the run's new steps, and load them at its next start.
 
     Returns:
-        Where to, or None where there are none.
+        The folder of the moved steps, or None if there are none.
 
     Raises:
         UserError: they cannot be moved.
     """
     later = [path for number, path in complete_steps(checkpoint).items() if number > step]
-    if not later:
-        return None
-    aside = _unused(f"{checkpoint}.after-step-{step}")
+    return _move(later, f"{checkpoint}.after-step-{step}") if later else None
+
+
+def _move(paths: Iterable[Path], name: str) -> Path:
+    """Move files into a new folder, whose name begins with ``name``."""
+    aside = next(path for number in count() if not (path := Path(f"{name}-{number}")).exists())
     try:
         aside.mkdir()
-        for path in later:
+        for path in list(paths):
             path.rename(aside / path.name)
     except OSError as error:
-        raise UserError(
-            f"the steps after {step} in '{checkpoint}' cannot be moved ({error.strerror}); move them"
-        ) from error
+        raise UserError(f"'{error.filename}' cannot be moved to '{aside}' ({error.strerror}); move it") from error
     return aside
 
 
-def _unused(name: str) -> Path:
-    return next(path for number in count() if not (path := Path(f"{name}-{number}")).exists())
-
-
 def complete_steps(checkpoint: Path) -> dict[int, Path]:
-    """The steps that were saved to their end, by number.
+    """Return the complete steps in a checkpoint folder, by number.
 
     Raises:
-        UserError: a folder that TorchTitan would take for another step than its name says.
+        UserError: TorchTitan would take a folder for another step than its name says.
     """
     steps = {}
     for path in sorted(checkpoint.glob("*")):
@@ -120,7 +110,7 @@ def complete_steps(checkpoint: Path) -> dict[int, Path]:
 
 
 def is_distributed(step: Path) -> bool:
-    """Whether a complete step is a distributed checkpoint; a last save may be weights in Hugging Face's format."""
+    """Return True if a complete step is a distributed checkpoint, not weights in Hugging Face's format."""
     return (step / METADATA).is_file()
 
 
@@ -150,12 +140,10 @@ def name_last_good(error: UserError, step: Path) -> UserError:
 
 
 def load_model_state(step: Path, args: LlamaMimiArgs, verify: bool = True) -> dict[str, torch.Tensor]:
-    """The weights of a model of shape ``args`` from one step, in the precision they were saved in.
-
-    Weights-only and full checkpoints look alike here: optimizer and loader states are not returned.
+    """Return the weights of a model of shape ``args`` from one step, in the precision they were saved in.
 
     Args:
-        verify: compare the checksums of the whole step.
+        verify: compare the checksums of the whole step, including optimizer and loader states.
 
     Raises:
         UserError: files are damaged or missing, or the weights are not those of ``args``.
@@ -167,7 +155,7 @@ def load_model_state(step: Path, args: LlamaMimiArgs, verify: bool = True) -> di
     for name, tensor in expected.items():
         saved = metadata.state_dict_metadata.get(name)
         if not isinstance(saved, TensorStorageMetadata):
-            raise UserError(f"'{step}' lacks the weight '{name}'; it is no checkpoint of this model")
+            raise UserError(f"'{step}' lacks the weight '{name}'; name a checkpoint of this model")
         if saved.size != tensor.shape:
             raise UserError(
                 f"'{step}' has '{name}' of shape {tuple(saved.size)}, but the run's model needs "
@@ -177,12 +165,9 @@ def load_model_state(step: Path, args: LlamaMimiArgs, verify: bool = True) -> di
     try:
         dcp.load(state, storage_reader=CheckedReader(step, verify=False), no_dist=True)
     except (CheckpointException, RuntimeError, OSError, EOFError) as error:
-        raise UserError(f"'{step}' is damaged and cannot be read: {_last_line(error)}") from error
+        last_line = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+        raise UserError(f"'{step}' is damaged and cannot be read: {last_line[0]}") from error
     for name, tensor in state.items():
         if not bool(torch.isfinite(tensor).all()):
             raise UserError(f"'{step}' has NaN or infinite values in '{name}'; use an earlier step")
     return state
-
-
-def _last_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]

@@ -1,4 +1,4 @@
-"""The same model in Hugging Face terms: configuration, folder and names of the weights, to and from TorchTitan's."""
+"""A Llama of TorchTitan as a Hugging Face folder, and back: configuration, files and names of the weights."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import is_hidden, share_weights
 from llama_mimi.model.llama import LlamaMimiArgs
 
-# Entries of a configuration that say the shape of a network, a Llama's or one of CSM's two.
+# Entries of the configuration that give the shape of a network: a Llama, or one of the two of a CSM.
 NETWORK_KEYS = (
     "hidden_size",
     "intermediate_size",
@@ -28,7 +28,7 @@ NETWORK_KEYS = (
 
 
 def hf_config(args: LlamaMimiArgs, **extra: Any) -> LlamaConfig:
-    """The configuration of the plain Hugging Face Llama that computes the same logits as ``args``.
+    """Return the configuration of the Hugging Face Llama that computes the same logits as ``args``.
 
     Args:
         args: shape, with ``vocab_size`` set.
@@ -69,15 +69,11 @@ def model_args(config: LlamaConfig) -> LlamaMimiArgs:
     """
     rope = config.rope_parameters
     if rope["rope_type"] not in ("default", "llama3"):
-        raise UserError(f"rope_type is '{rope['rope_type']}'; this model has 'default' and 'llama3' only")
+        raise UserError(f"rope_type is '{rope['rope_type']}'; name a model with 'default' or 'llama3'")
     scaling = RoPEScalingArgs(scaling_factor=1.0)
     if rope["rope_type"] == "llama3":
-        scaling = RoPEScalingArgs(
-            rope["factor"],
-            rope["low_freq_factor"],
-            rope["high_freq_factor"],
-            rope["original_max_position_embeddings"],
-        )
+        keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        scaling = RoPEScalingArgs(*(rope[key] for key in keys))
     return LlamaMimiArgs(
         dim=config.hidden_size,
         n_layers=config.num_hidden_layers,

@@ -1,7 +1,6 @@
-"""What a run writes down about its model, so that a checkpoint can be converted without its config.
+"""``<dump_folder>/hf_assets``: a Hugging Face model folder without weights, with which a checkpoint is converted.
 
-``<dump_folder>/hf_assets`` holds the extended tokenizer and the configuration of the model with ``num_quantizers``,
-``codec`` and ``codec_attention``: all of a Hugging Face model folder but the weights.
+It contains the extended tokenizer and the configuration with ``num_quantizers``, ``codec`` and ``codec_attention``.
 """
 
 from pathlib import Path
@@ -27,10 +26,10 @@ def speech_config(
     attention: CodecAttention = "windowed",
     **training: Any,
 ) -> PreTrainedConfig:
-    """The Hugging Face configuration of a speech language model.
+    """Return the Hugging Face configuration of a speech language model.
 
     Args:
-        training: what generation asks of it, such as ``task`` and ``max_audio_seconds``, the longest clip.
+        training: entries that generation needs, such as ``task`` and ``max_audio_seconds``, the longest clip.
     """
     return KINDS[args.architecture].config(
         args,
@@ -45,31 +44,32 @@ def speech_config(
 
 
 def save_run_record(dump_folder: str, config: PreTrainedConfig, sequences: SequenceBuilder) -> None:
-    """Write ``hf_assets``; one rank writes, the others go on.
+    """Write ``hf_assets`` on rank 0.
 
     Raises:
         UserError: it cannot be written.
     """
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        folder = Path(dump_folder) / ASSETS_FOLDER
-        try:
-            save_folder(folder, config, sequences.tokenizer)
-        except Exception as error:
-            if not isinstance(error, OSError) and "os error" not in str(error):  # `tokenizers` raises no OSError
-                raise
-            raise UserError(f"'{folder}' could not be written ({first_line(error)}); make room there") from error
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
+    folder = Path(dump_folder) / ASSETS_FOLDER
+    try:
+        save_folder(folder, config, sequences.tokenizer)
+    except Exception as error:
+        if not isinstance(error, OSError) and "os error" not in str(error):  # `tokenizers` raises no OSError
+            raise
+        raise UserError(f"'{folder}' could not be written ({first_line(error)}); free disk space") from error
 
 
 def find_run_record(checkpoint: Path) -> Path:
-    """``hf_assets`` of the run that ``checkpoint`` (a checkpoint folder or one step of it) belongs to.
+    """Return ``hf_assets`` of the run of ``checkpoint``, a checkpoint folder or one step in it.
 
     Raises:
-        UserError: none beside the checkpoint.
+        UserError: there is none.
     """
     for folder in (checkpoint, *checkpoint.resolve().parents[:2]):
         if (folder / ASSETS_FOLDER / "config.json").is_file():
             return folder / ASSETS_FOLDER
     raise UserError(
-        f"no {ASSETS_FOLDER}/config.json beside '{checkpoint}', so the model's shape is not known; "
-        "keep the run's folder together (hf_assets and checkpoint) and name the checkpoint inside it"
+        f"there is no {ASSETS_FOLDER}/config.json beside '{checkpoint}'; keep {ASSETS_FOLDER} and checkpoint folder of "
+        "a run together"
     )

@@ -1,4 +1,4 @@
-"""Models of real shapes with random weights, for trials and benchmarks where the real ones are not at hand."""
+"""Models of real shapes with random weights, for benchmarks and dry runs without downloads."""
 
 import copy
 from pathlib import Path
@@ -16,7 +16,7 @@ LLAMA_3_VOCABULARY = 128_256
 
 
 def write_tokenizer(folder: Path, num_entries: int = LLAMA_3_VOCABULARY) -> None:
-    """A tokenizer whose words mean nothing, with BOS and padding among its last 256, where Llama 3 has them."""
+    """Write a tokenizer of meaningless words, with BOS and padding at the places of Llama 3."""
     words = {f"w{i}": i for i in range(num_entries)}
     bos, pad = f"w{num_entries - 256}", f"w{num_entries - 252}"
     tokenizer = Tokenizer(models.WordLevel(words, "w0"))
@@ -24,7 +24,7 @@ def write_tokenizer(folder: Path, num_entries: int = LLAMA_3_VOCABULARY) -> None
 
 
 def write_stand_ins(folder: Path) -> None:
-    """A Llama-3.2-1B without weights, a tokenizer of Llama 3's size, and a Mimi with random weights."""
+    """Write a Llama-3.2-1B without weights, a tokenizer of Llama 3's size, and a Mimi with random weights."""
     write_tokenizer(folder / "llama")
     args = copy.copy(FLAVORS["1B"])
     args.vocab_size = LLAMA_3_VOCABULARY
@@ -34,7 +34,7 @@ def write_stand_ins(folder: Path) -> None:
 
 
 def write_missing(job_config: Any, folder: Path) -> None:
-    """Let a config name stand-ins for a model folder and a codec that need not be here, where only shapes matter."""
+    """Replace a missing model folder and the default codec in a config by stand-ins with the same shapes."""
     if not Path(job_config.model.hf_assets_path).is_dir():
         job_config.model.hf_assets_path = str(folder / "llama")
         write_tokenizer(folder / "llama")

@@ -4,12 +4,9 @@ The CRC-32 of each entry stands in DCP's index ``.metadata``. The CRC-32 of the 
 stops reading. Every other DCP reader therefore reads these checkpoints, too.
 """
 
-import errno
 import io
-import math
 import os
 import pickle
-import shutil
 import zlib
 from collections import defaultdict
 from collections.abc import Iterator
@@ -31,15 +28,15 @@ _SEAL = b"crc32:%08x"
 _BLOCK_BYTES = 1 << 20
 # What DCP writes into its index, besides dtypes.
 _RECORDS = {
-    *(("torch.distributed.checkpoint.metadata", name) for name in (
-        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
-        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
-    )),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.serialization", "_get_layout"),
-    ("torch", "Size"),
-    ("pathlib", "PosixPath"),
-}  # fmt: skip
+    "torch.distributed.checkpoint.metadata": (
+        "BytesStorageMetadata ChunkStorageMetadata Metadata MetadataIndex StorageMeta TensorProperties "
+        "TensorStorageMetadata _MEM_FORMAT_ENCODING"
+    ),
+    "torch.distributed.checkpoint.filesystem": "_StorageInfo",
+    "torch.serialization": "_get_layout",
+    "torch": "Size",
+    "pathlib": "PosixPath",
+}
 
 
 class CheckedWriter(_FileSystemWriter):
@@ -49,46 +46,40 @@ class CheckedWriter(_FileSystemWriter):
         super().__init__(path)
         self.fs = _SealingFileSystem()
         self.transforms: _ChecksumStreams = _ChecksumStreams()
-        self._sizes = ""
 
     def prepare_local_plan(self, plan: Any) -> Any:
-        with self._naming_disk():
+        with _naming(self.path):
             return super().prepare_local_plan(plan)
 
     def prepare_global_plan(self, plans: list[Any]) -> list[Any]:
-        plans = super().prepare_global_plan(plans)
         (self.path / METADATA).unlink(missing_ok=True)  # a step that is saved again is incomplete until its end
-        tensors = [item.tensor_data for plan in plans for item in plan.items if item.tensor_data is not None]
-        for plan in plans:
-            plan.storage_data.total = sum(math.prod(t.chunk.sizes) * t.properties.dtype.itemsize for t in tensors)
-        return plans
+        return super().prepare_global_plan(plans)
 
     def write_data(self, plan: Any, planner: Any) -> Any:
-        with self._naming_disk():
-            needed, free = plan.storage_data.total / 1e6, shutil.disk_usage(self.path).free / 1e6
-            self._sizes = f"; the checkpoint takes about {needed:,.1f} MB, {free:,.1f} MB were free"
+        with _naming(self.path):
             written = super().write_data(plan, planner)
         for result in written.value():
             result.storage_data.crc32 = self.transforms.of_entry[result.index].crc32
         return written
 
     def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
-        with self._naming_disk():
+        with _naming(self.path):
             super().finish(metadata, results)
 
-    @contextmanager
-    def _naming_disk(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, RuntimeError) as error:
-            cause = error if isinstance(error, OSError) else error.__context__  # torch.save fails once more on leaving
-            if not isinstance(cause, OSError):
-                raise
-            sizes = self._sizes if cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
-            raise UserError(
-                f"the checkpoint '{self.path}' could not be written ({cause.strerror}{sizes}); fix the disk or make "
-                "room, and start the run again: it goes on from its last complete step"
-            ) from error
+
+@contextmanager
+def _naming(step: Any) -> Iterator[None]:
+    """Name the step in an error of the disk."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save fails once more on leaving
+        if not isinstance(cause, OSError):
+            raise
+        raise UserError(
+            f"the checkpoint '{step}' could not be written ({cause.strerror}); free disk space, and start the run "
+            "again: it continues from its last complete step"
+        ) from error
 
 
 class _ChecksumStreams(_StorageWriterTransforms):
@@ -165,7 +156,7 @@ class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         module = "pathlib" if module == "pathlib._local" else module  # as Python 3.13 calls it
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_dtype or (module, name) in _RECORDS:
+        if is_dtype or name in _RECORDS.get(module, "").split():
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no DCP index contains")
 

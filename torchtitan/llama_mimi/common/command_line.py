@@ -64,16 +64,6 @@ def run_cli(main: Callable[[], None]) -> None:
         sys.exit(1)
 
 
-def report_uncaught() -> None:
-    """Let an uncaught `UserError` end the process with its sentence, for a program that does not use `run_cli`."""
-    others = sys.excepthook
-
-    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        report(error) if isinstance(error, UserError) else others(kind, error, trace)
-
-    sys.excepthook = hook
-
-
 def as_words(settings: Mapping[str, Any]) -> list[str]:
     """Settings as a command line has them; a switch that is off is written as tyro wants it."""
     found: list[str] = []

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from llama_mimi.audio.mimi import CodecAttention, codec_hash, load_codec_config
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import digest, file_system, parse_json, read_json, sizes_in
+from llama_mimi.common.resume import require_same
 from llama_mimi.data.parquet_corpus import unreadable
 
 MANIFEST = "manifest.json"
@@ -123,17 +124,12 @@ class CodeCorpus:
                 f"codec.num_quantizers = {self._num_quantizers}; lower that, or tokenise with more levels"
             )
         load_codec_config(codec, self._num_quantizers)
-        if (found := codec_hash(codec)) != made_by["sha256"]:
-            raise UserError(
-                f"the tokenised corpus '{self.name}' was made by the codec '{made_by['name']}' with the hash "
-                f"{made_by['sha256'][:12]}, but codec.name '{codec}' has {found[:12]}; name that codec, or "
-                "tokenise anew"
-            )
-        if (found := made_by["attention"]) != attention:
-            raise UserError(
-                f"the tokenised corpus '{self.name}' was made with the codec's attention '{found}', but "
-                f"codec.attention is '{attention}'; set it to '{found}', or tokenise anew"
-            )
+        require_same(
+            {"codec.sha256": made_by["sha256"], "codec.attention": made_by["attention"]},
+            {"codec.sha256": codec_hash(codec), "codec.attention": attention},
+            f"the tokenised corpus '{self.name}'",
+            f"set codec.name to '{made_by['name']}' and codec.attention as before, or tokenise again",
+        )
         if with_text and "text" not in self.manifest["columns"]:
             raise UserError(f"the tokenised corpus '{self.name}' has no text, which data.task = 'tts' needs; use 'a2a'")
         sizes = sizes_in(self.name)

@@ -11,7 +11,8 @@ from typing import Any, Literal
 from llama_mimi.audio.mimi import DEFAULT_CODEC, CodecAttention, MimiCodec, Precision, codec_hash
 from llama_mimi.audio.reading import DAMAGED, RESAMPLER
 from llama_mimi.common.errors import UserError
-from llama_mimi.common.files import PARTIAL, file_system, read_json, sizes_in, write_atomically
+from llama_mimi.common.files import PARTIAL, digest, file_system, read_json, sizes_in, write_atomically
+from llama_mimi.common.resume import require_same
 from llama_mimi.common.versions import versions
 from llama_mimi.data.clip_readers import SkippedClip
 from llama_mimi.data.clips import MAX_NAMED_CLIPS, is_too_many
@@ -153,7 +154,8 @@ def begin(output_dir: str, plan: dict[str, Any]) -> list[int]:
     if earlier is None:
         write_atomically(output_dir, PLAN, json.dumps(plan, indent=1).encode())
     else:
-        compare(output_dir, earlier, plan)
+        remedy = "start again with the earlier options, or choose another --output_dir"
+        require_same(_fixed(earlier), _fixed(plan), f"'{output_dir}'", remedy)
     fs, folder = file_system(output_dir)
     found = sizes_in(output_dir)
     for name in found:
@@ -162,33 +164,11 @@ def begin(output_dir: str, plan: dict[str, Any]) -> list[int]:
     return [index for index, shard in enumerate(plan["shards"]) if shard["file"] not in found]
 
 
-def compare(output_dir: str, earlier: dict[str, Any], plan: dict[str, Any]) -> None:
-    """Refuse to go on with what was begun in another way.
-
-    Raises:
-        UserError: what differs, and how it was.
-    """
-    remedy = "start again as it was begun, or choose another --output_dir"
-    if earlier.get("corpus_sha256") != plan["corpus_sha256"]:
-        raise UserError(
-            f"'{output_dir}' was begun with the corpus '{earlier.get('corpus')}', which is not what "
-            f"'{plan['corpus']}' holds now; {remedy}"
-        )
-    codec, codec_before = plan["codec"], earlier.get("codec", {})
-    parts = {"--codec with the hash": (codec_before.get("sha256"), codec["sha256"])}  # it may be named in other ways
-    parts |= {f"--{key}": (codec_before.get(key), codec[key]) for key in ("num_quantizers", "dtype")}
-    parts |= {
-        name: (earlier.get(name), plan[name])
-        for name in ("format", "resampler", "columns", "columns_of_corpus", "filter")
-    }
-    parts |= {f"--{key}": (earlier.get(key), plan[key]) for key in ("long_recordings", "duplicates")}
-    parts["--codec_attention"] = (codec_before.get("attention"), codec["attention"])
-    parts["--max_audio_seconds"] = (earlier.get("max_audio_seconds"), plan["max_audio_seconds"])
-    for name, (before, now) in parts.items():
-        if before != now:
-            raise UserError(f"'{output_dir}' was begun with {name} {before!r}, not {now!r}; {remedy}")
-    if earlier.get("shards") != plan["shards"]:
-        raise UserError(f"'{output_dir}' was begun with another --clips_per_shard; {remedy}")
+def _fixed(plan: dict[str, Any]) -> dict[str, Any]:
+    """Return what must not change in a plan; the corpus and the codec may have other names."""
+    fixed = {key: value for key, value in plan.items() if key not in ("corpus", "shards")}
+    fixed["codec"] = {key: value for key, value in plan.get("codec", {}).items() if key != "name"}
+    return fixed | {"shards_sha256 (--clips_per_shard)": digest(plan.get("shards"))}
 
 
 def write_shard(

@@ -24,6 +24,7 @@ from llama_mimi.audio.reading import DAMAGED
 from llama_mimi.common.batching import map_ahead
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.ranks import gather
+from llama_mimi.common.resume import require_same
 from llama_mimi.data.clip_readers import AudioClip, ClipReader, CodedClip, SkippedClip
 from llama_mimi.data.clips import MAX_NAMED_CLIPS, MIN_CLIPS_FOR_SHARE, Chunk, ClipStream, is_too_many
 from llama_mimi.data.order import ClipRef, Position, RowsInOrder, ShuffledOrder, deal
@@ -168,12 +169,9 @@ class UnitDataLoader(BaseDataLoader):
             return
         assert isinstance(self._order, ShuffledOrder)
         state = json.loads(state_dict["position"])
-        for key, now in self._order.fingerprint.items():
-            if (saved := state["of"][key]) != now:
-                raise UserError(
-                    f"the checkpoint is a position in data with {key} {saved!r}, not {now!r} as '{self.dataset}' now; "
-                    "restore that, or begin the data anew with --checkpoint.exclude_from_loading dataloader"
-                )
+        remedy = "set it as before, or restart the data with --checkpoint.exclude_from_loading dataloader"
+        what = f"the checkpoint's position in '{self.dataset}'"
+        require_same(state["of"], self._order.fingerprint, what, remedy)
         positions = deal([Position.from_json(position) for position in state["ranks"]], self._dp_world_size)
         self._order.position = positions[self._dp_rank]
         if self._dp_rank == 0:  # goes on from the sum of all

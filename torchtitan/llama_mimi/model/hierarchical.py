@@ -158,7 +158,7 @@ class HierarchicalLlamaMimi(LlamaMimi):
         h_BLD = (frames_ND.view(B, L, Q, -1) * (tokens >= 0)[..., None]).sum(dim=2)
         for layer in self.layers.values():
             h_BLD = layer(h_BLD, self.freqs_cis, attention_masks, positions)
-        assert self.norm is not None and self.output is not None  # this is no stage of a pipeline
+        assert self.norm is not None and self.output is not None
         h_BLD = self.norm(h_BLD)
         levels = self.depth(h_BLD.flatten(0, 1)[depth_N], codes_ND.view(len(depth_N), Q - 1, -1))
         return PendingFrames(self.output(h_BLD), depth_N, levels)

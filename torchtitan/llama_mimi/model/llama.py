@@ -9,7 +9,6 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 from torchtitan.distributed import ParallelDims
-from torchtitan.distributed.pipeline_parallel import pipeline_llm
 from torchtitan.models.attention import VarlenAttentionWrapper, VarlenMetadata
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs, parallelize_llama
 from torchtitan.models.llama3.model.args import RoPEScalingArgs
@@ -202,17 +201,6 @@ def parallelize_flattened(model: LlamaMimi, parallel_dims: ParallelDims, job_con
             if isinstance(module, FSDPModule):  # gloo lacks the pre-multiplied sum that FSDP2 divides gradients by
                 module.set_force_sum_reduction_for_comms(True)
     return model
-
-
-def pipeline(model: LlamaMimi, *args: Any) -> Any:
-    """TorchTitan's pipeline of a model whose output has a matrix of its own.
-
-    Its last stage makes logits, as stages hand on tensors; those of one microbatch are few.
-    """
-    assert model.output is not None, "config_check refuses tied embeddings"
-    V, D = model.output.weight.shape
-    model.output = nn.Linear(D, V, bias=False, device="meta", dtype=model.output.weight.dtype)
-    return pipeline_llm(model, *args)
 
 
 def depth_args(*, dim: int, n_layers: int, n_heads: int, n_kv_heads: int, ffn_dim: int) -> LlamaMimiArgs:

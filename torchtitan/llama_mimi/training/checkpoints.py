@@ -1,8 +1,7 @@
 """TorchTitan's checkpoint manager with checksums, and with one sentence for a full disk or a damaged file."""
 
 import shutil
-from collections.abc import Callable
-from functools import partial, wraps
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,9 +15,9 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 from llama_mimi.checkpoint.dcp import name_last_good
 from llama_mimi.checkpoint.storage import METADATA, CheckedReader, CheckedWriter, PlainLoadPlanner
 from llama_mimi.common.errors import UserError, first_line
-from llama_mimi.common.ranks import first_reports, from_first
+from llama_mimi.common.ranks import from_first
 
-_save_of_engine, _load_of_engine = engine.CheckpointManager.save, engine.CheckpointManager.load
+_save_of_engine = engine.CheckpointManager.save
 
 
 def use_checksums(verify: bool) -> None:
@@ -27,12 +26,15 @@ def use_checksums(verify: bool) -> None:
     The manager passes a path to DCP, so its three DCP functions are replaced.
     """
     engine.dcp = SimpleNamespace(save=_save, async_save=_async_save, load=partial(_load, verify))
-    engine.CheckpointManager.save = _reported(_save_and_purge)
-    engine.CheckpointManager.load = _reported(_load_of_engine)
+    engine.CheckpointManager.save = _save_and_purge
 
 
 def _save_and_purge(manager: Any, curr_step: int, last_step: bool = False) -> None:
-    _save_of_engine(manager, curr_step, last_step)
+    try:
+        _save_of_engine(manager, curr_step, last_step)
+    except CheckpointException as error:
+        failure = _first_failure(error)
+        raise (failure if isinstance(failure, UserError | OSError) else error) from None
     if last_step and manager._should_save(curr_step, last_step):
         manager._purge_stale_checkpoints()  # TorchTitan does not after the last save
 
@@ -50,12 +52,7 @@ def _save(state_dict: Any, *, storage_writer: Any, checkpoint_id: str | None) ->
 def _async_save(state_dict: Any, *, storage_writer: Any, checkpoint_id: str, **settings: Any) -> Any:
     response = dcp.async_save(state_dict, storage_writer=CheckedWriter(checkpoint_id), **settings)
     upload = response.upload_completion if isinstance(response, AsyncSaveResponse) else response
-
-    def end(done: Any) -> None:
-        if done.exception():
-            _remove_incomplete(Path(checkpoint_id))
-
-    upload.add_done_callback(end)
+    upload.add_done_callback(lambda done: _remove_incomplete(Path(checkpoint_id)) if done.exception() else None)
     return response
 
 
@@ -66,10 +63,10 @@ def _load(verify: bool, state_dict: Any, *, storage_reader: Any = None, checkpoi
     try:
         return dcp.load(state_dict, storage_reader=CheckedReader(step, verify), planner=PlainLoadPlanner())
     except CheckpointException as error:
-        stage, failure = error.args[0], _first_failure(error)
-        if stage == "plan" and not isinstance(failure, UserError):
-            raise UserError(f"'{step}' does not fit this run ({first_line(failure)}); change the config") from error
+        failure = _first_failure(error)
         if not isinstance(failure, UserError):
+            if error.args[0] == "plan":
+                raise UserError(f"'{step}' does not fit this run ({first_line(failure)}); change the config") from error
             failure = UserError(f"'{step}' cannot be read ({first_line(failure)})")
         raise from_first(lambda: name_last_good(failure, step)) from error
 
@@ -78,23 +75,6 @@ def _remove_incomplete(step: Path) -> None:
     """Remove a step that could not be written: it would fill the disk, and nothing can be read from it."""
     if dist.get_rank() == 0 and not (step / METADATA).exists():
         shutil.rmtree(step, ignore_errors=True)
-
-
-def _reported(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Report errors of a method as one sentence, also under TorchTitan's own entry point."""
-
-    @wraps(method)
-    def wrapper(manager: Any, *args: Any, **kwargs: Any) -> Any:
-        with first_reports():
-            try:
-                return method(manager, *args, **kwargs)
-            except CheckpointException as error:
-                failure = _first_failure(error)
-                if isinstance(failure, OSError):
-                    failure = UserError(f"'{failure.filename or manager.folder}' cannot be used ({failure.strerror})")
-                raise failure if isinstance(failure, UserError) else error from None
-
-    return wrapper
 
 
 def _first_failure(error: CheckpointException) -> BaseException:

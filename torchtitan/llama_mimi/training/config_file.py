@@ -12,7 +12,7 @@ from torchtitan.config import ConfigManager, JobConfig
 
 import llama_mimi.job_config
 from llama_mimi.common.errors import UserError
-from llama_mimi.training.config_check import check_settings
+from llama_mimi.training.checks import check_settings
 
 # Keys and sections of the first release's config files, and their names here; None has no counterpart.
 RELEASED_KEYS = {
@@ -31,13 +31,10 @@ RELEASED_KEYS = {
 
 
 def parse_config(args: list[str]) -> Any:
-    """Command line and TOML file to a job config, checked as far as that needs no other files.
-
-    Args:
-        args: what follows the program's name.
+    """Parse the arguments of the command line, and check the settings without reading other files.
 
     Raises:
-        UserError: an unreadable file, an unknown key, or a combination that cannot run.
+        UserError: the config file is not readable, a key is unknown, or the settings cannot run.
     """
     config_class = ConfigManager._merge_configs(JobConfig, llama_mimi.job_config.JobConfig)
     path = _config_file(args)
@@ -49,11 +46,6 @@ def parse_config(args: list[str]) -> Any:
         job_config = ConfigManager(config_class).parse_args(args)
     except AssertionError as error:  # some of TorchTitan's settings check themselves
         raise UserError(f"TorchTitan refuses a setting: {error}") from error
-    if job_config.model.name != "llama_mimi":
-        raise UserError(
-            f"model.name is '{job_config.model.name}'; set it to 'llama_mimi', the size as model.flavor, and the "
-            "folder of a prepared base model as model.hf_assets_path"
-        )
     check_settings(job_config, world_size=int(os.environ.get("WORLD_SIZE", 1)))
     return job_config
 
@@ -69,11 +61,8 @@ def _config_file(args: list[str]) -> Path | None:
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text())
-    except OSError as error:
-        shipped = ", ".join(sorted(str(p) for p in Path("config").glob("*.toml"))) or "none here"
-        raise UserError(f"the config file '{path}' cannot be read ({error.strerror}); shipped: {shipped}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"'{path}' is no valid TOML: {error}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"the config file '{path}' cannot be read ({error}); name a TOML file") from error
 
 
 def _check_release(values: dict[str, Any], path: Path) -> None:
@@ -102,7 +91,7 @@ def _check_keys(config_class: Any, values: dict[str, Any], prefix: str, path: Pa
 
 
 def fits(value: Any, annotation: Any) -> bool:
-    """Whether a TOML value is of the annotated type; annotations outside TOML's types are left to TorchTitan."""
+    """Return True if a TOML value has the annotated type; TorchTitan checks other types."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return value in args

@@ -1,10 +1,11 @@
-"""TorchTitan's metrics seam: useful tokens only, per-level losses, audio-seconds per second and time left."""
+"""TorchTitan's metrics: useful tokens, losses per level, audio-seconds per second and time left."""
 
 import math
 import os
 import re
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -16,10 +17,10 @@ from torchtitan.tools.utils import device_type
 
 from llama_mimi.data.dataloader import DataMeter
 from llama_mimi.training.loss import LevelMeter, reduce_sums
-from llama_mimi.training.step_guard import StepGuard
+from llama_mimi.training.optimizer import StepGuard
 
-# Dense bfloat16 FLOP/s of a card, by what its name has in it, from NVIDIA's and AMD's data sheets; the first that fits.
-# TorchTitan's own (`get_peak_flops`) takes cards that it does not know for an A100, and lspci's H800 for an H100.
+# Dense bfloat16 FLOP/s of GPUs from NVIDIA's and AMD's data sheets, by a part of the name; the first match counts.
+# TorchTitan's `get_peak_flops` takes unknown GPUs for an A100, and an H800 for an H100.
 PEAK_FLOPS = {
     "A100": 312e12,
     "H100 NVL": 835e12,
@@ -35,28 +36,32 @@ PEAK_FLOPS = {
 BITS = "admissible_bits_per_audio_second"
 
 
-class SpeechMetrics(MetricsProcessor):
-    """Metrics of a speech run.
+@dataclass
+class Meters:
+    """Sums that losses and the training dataloader record for the metrics."""
 
-    TorchTitan counts every position of a batch as a token; here a token is one that enters the loss, so that padding
-    never counts as work done.
+    train: LevelMeter = field(default_factory=LevelMeter)
+    validation: LevelMeter = field(default_factory=LevelMeter)
+    data: DataMeter = field(default_factory=DataMeter)
+
+
+class SpeechMetrics(MetricsProcessor):
+    """Metrics of a speech run. TorchTitan counts every position as a token; here only targets of the loss are tokens.
 
     Args:
-        train_meter, validation_meter: filled by the losses of training and validation.
-        data_meter: filled by the loader of training.
+        meters: filled by the losses and the dataloader.
         guard: stops the run at a step that is not finite.
-        level_shares: of the frames in which each of the Q levels has targets.
-        frame_rate_hz: of the codec; level-0 targets over it are seconds of audio.
+        level_shares: fraction of the frames in which each of the Q levels has targets.
+        frame_rate_hz: frame rate of the codec.
     """
+
+    time_last_log: float
 
     def __init__(
         self,
         job_config: Any,
         parallel_dims: ParallelDims,
-        *,
-        train_meter: LevelMeter,
-        validation_meter: LevelMeter,
-        data_meter: DataMeter,
+        meters: Meters,
         guard: StepGuard,
         level_shares: Sequence[float],
         frame_rate_hz: float,
@@ -64,15 +69,13 @@ class SpeechMetrics(MetricsProcessor):
         if job_config.metrics.enable_wandb:
             os.environ.setdefault("WANDB_PROJECT", "llama_mimi")
         super().__init__(job_config, parallel_dims)
-        self._train_meter, self._validation_meter = train_meter, validation_meter
-        self._data_meter, self._guard = data_meter, guard
-        self._num_quantizers, self._frame_rate_hz = len(level_shares), frame_rate_hz
-        self._level_shares = level_shares
+        self._meters, self._guard = meters, guard
+        self._level_shares, self._frame_rate_hz = level_shares, frame_rate_hz
         self._peak_flops = peak_flops(self.device_memory_monitor.device_name)
-        self._last_step: int | None = None
+        self._last_step = -1
 
     def should_log(self, step: int) -> bool:
-        if self._last_step is None:  # the first step of this process, which a resumed run does not begin at 1
+        if self._last_step == -1:  # the first step of this process, which is not 1 in a resumed run
             self._last_step = step - 1
         self._guard.check(self.job_config, step, self.model_parts)
         return super().should_log(step)
@@ -86,14 +89,12 @@ class SpeechMetrics(MetricsProcessor):
         extra_metrics: dict[str, Any] | None = None,
     ) -> None:
         seconds = time.perf_counter() - self.time_last_log
-        sums = self._reduced(self._train_meter)
+        sums = self._reduced(self._meters.train)
         if not sums[1].any():  # the next line is of these steps, too
             return
         # Over all targets since the last line, as the levels are; TorchTitan's own is that of the last step alone.
         global_avg_loss = self._mean_loss(sums, self._level_shares)
         tokens_per_s = float(sums[1].sum()) / seconds
-        devices = self.parallel_dims.world_size
-        assert self._last_step is not None, "should_log is asked at every step"
         steps = step - self._last_step
         memory = self.device_memory_monitor.get_peak_stats()
         num_clips, hours = self._seen()
@@ -107,7 +108,7 @@ class SpeechMetrics(MetricsProcessor):
             "time_metrics/end_to_end(s)": seconds / steps,
             # Where the codec does not run beside the step, its share is in that of the loader.
             "time_metrics/data_loading(%)": 100 * sum(self.data_loading_times) / seconds,
-            "time_metrics/codec(%)": 100 * self._data_meter.codec_seconds / seconds,
+            "time_metrics/codec(%)": 100 * self._meters.data.codec_seconds / seconds,
             "data/clips_seen": num_clips,
             "data/hours_seen": hours,
             "memory/max_reserved(GiB)": memory.max_reserved_gib,
@@ -115,8 +116,8 @@ class SpeechMetrics(MetricsProcessor):
             **{key: value for key, value in (extra_metrics or {}).items() if key != "n_tokens_seen"},
         }
         if self._peak_flops is not None:
-            flops_per_device = self.num_flops_per_token * tokens_per_s / devices
-            metrics["throughput/mfu(%)"] = 100 * flops_per_device / self._peak_flops
+            flops = self.num_flops_per_token * tokens_per_s / self.parallel_dims.world_size
+            metrics["throughput/mfu(%)"] = 100 * flops / self._peak_flops
         self.logger.log(metrics, step)
         left_s = seconds / steps * (self.job_config.training.steps - step)
         mfu = f"  mfu: {metrics['throughput/mfu(%)']:.1f}%" if self._peak_flops is not None else ""
@@ -129,13 +130,17 @@ class SpeechMetrics(MetricsProcessor):
             f"memory: {memory.max_reserved_gib:.2f}GiB  left: {timedelta(seconds=math.ceil(left_s))}"
         )
         self._last_step = step
-        self._restart_clock()
+        self.ntokens_since_last_log = 0
+        self.data_loading_times.clear()
+        self._meters.data.codec_seconds = 0.0
+        self.time_last_log = time.perf_counter()
+        self.device_memory_monitor.reset_peak_stats()
 
     def log_validation(self, step: int, seconds: float) -> None:
-        """Log the validation that just took ``seconds``, which are no training time."""
+        """Log the validation that just took ``seconds``, which do not count as training time."""
         self.time_last_log += seconds
-        sums = self._reduced(self._validation_meter)
-        loss = self._mean_loss(sums, [1.0] * self._num_quantizers)
+        sums = self._reduced(self._meters.validation)
+        loss = self._mean_loss(sums, [1.0] * len(self._level_shares))
         levels = {f"validation_metrics/{name}": loss for name, loss in self._level_losses(sums).items()}
         bits = {f"validation_{BITS}/{name}": bits for name, bits in self._bits(sums).items()}
         self.logger.log({"validation_metrics/loss": loss, **levels, **bits}, step)
@@ -145,49 +150,34 @@ class SpeechMetrics(MetricsProcessor):
         )
 
     def _reduced(self, meter: LevelMeter) -> torch.Tensor:
-        sums = meter.take()
-        if sums is None:  # in a pipeline only the last stage has losses
-            sums = torch.zeros(3, self._num_quantizers + 1, device=device_type, dtype=torch.float64)
-        for mesh in ("loss", "pp"):
-            sums = reduce_sums(sums, self.parallel_dims.get_optional_mesh(mesh))
-        return sums
+        return reduce_sums(meter.take(), self.parallel_dims.get_optional_mesh("loss"))
 
     def _seen(self) -> tuple[int, float]:
-        """Clips and hours of audio that all ranks have trained on since the run began."""
-        seen = torch.tensor([self._data_meter.num_clips, self._data_meter.num_frames], device=device_type)
+        """Return the clips and hours of audio that all ranks have trained on since the run began."""
+        seen = torch.tensor([self._meters.data.num_clips, self._meters.data.num_frames], device=device_type)
         num_clips, num_frames = reduce_sums(seen, self.parallel_dims.get_optional_mesh("batch")).tolist()
         return num_clips, num_frames / self._frame_rate_hz / 3600
 
-    def _restart_clock(self) -> None:
-        self.ntokens_since_last_log = 0
-        self.data_loading_times.clear()
-        self._data_meter.codec_seconds = 0.0
-        self.time_last_log = time.perf_counter()
-        self.device_memory_monitor.reset_peak_stats()
-
     def _level_losses(self, sums: torch.Tensor) -> dict[str, float]:
-        """Mean loss of each level that had targets, and of ``</audio>``, the last of Q + 1 rows."""
-        names = [*(f"level_{level}" for level in range(self._num_quantizers)), "audio_end"]
+        """Return the mean loss of each level that had targets, and of ``</audio>``, the last of Q + 1 rows."""
+        names = [*(f"level_{level}" for level in range(len(self._level_shares))), "audio_end"]
         return {name: s / n for name, (s, n) in zip(names, sums[:2].T.tolist(), strict=False) if n}
 
     def _bits(self, sums: torch.Tensor) -> dict[str, float]:
         """Return the cost of a second of audio in bits, by level and in total.
 
-        Each code is predicted among the admissible entries of its position, as generation draws it. The loss is not:
-        it includes the cost of excluding other entries, of which a flattened vocabulary has more. ``</audio>`` is left
-        out, as it is not a code. A pipeline does not compute these bits.
+        Each code is predicted among the admissible entries of its position, as in generation. The loss also includes
+        the cost of excluding other entries, of which a flattened vocabulary has more. ``</audio>`` is not a code.
         """
-        if bool(sums[2].isnan().any()):
-            return {}
         nats_to_bits = self._frame_rate_hz / math.log(2)
         losses = self._level_losses(sums[[2, 1], :-1])
-        if len(losses) == self._num_quantizers:
+        if len(losses) == len(self._level_shares):
             losses["all"] = sum(losses.values())
         return {name: nats_to_bits * loss for name, loss in losses.items()}
 
     @staticmethod
     def _mean_loss(sums: torch.Tensor, level_shares: Sequence[float]) -> float:
-        """Mean over codes and ends; a level with targets in a share of the frames counts as if it had all."""
+        """Return the mean over codes and ends; each level is divided by its fraction of frames with a target."""
         weights = torch.tensor([*(1 / share for share in level_shares), 1.0], dtype=torch.float64, device=sums.device)
         return float((weights * sums[0]).sum() / (weights * sums[1]).sum())
 
@@ -197,7 +187,7 @@ class SpeechMetrics(MetricsProcessor):
 
 
 def peak_flops(card: str) -> float | None:
-    """FLOP/s of a card by `PEAK_FLOPS`; None for unknown cards, and for parts of a card (MIG)."""
+    """Return the FLOP/s of a GPU by `PEAK_FLOPS`; None for unknown GPUs, and for parts of a GPU (MIG)."""
     if "MIG" in card:
         return None
     return next((flops for name, flops in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", card)), None)

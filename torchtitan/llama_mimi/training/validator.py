@@ -1,15 +1,13 @@
-"""TorchTitan's validation seam: the mean loss over a held-out corpus."""
+"""TorchTitan's validator: the mean loss over a held-out corpus."""
 
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torchtitan.components.validate import ValidationContext, Validator
-from torchtitan.distributed import ParallelDims
+from torchtitan.components.validate import Validator
 from torchtitan.tools.utils import device_type
 
 from llama_mimi.common.errors import UserError
@@ -21,32 +19,22 @@ from llama_mimi.training.metrics import SpeechMetrics
 
 
 class SpeechValidator(Validator):
-    """The same tokens at every visit: the corpus is encoded once and kept as ids.
+    """Validation on the same tokens each time: the corpus is encoded once, and its ids are kept.
 
-    The loss is a mean over all targets, not over batches. Ranks with fewer batches take part with padding, so that
-    the collectives of a sharded model match up.
+    The loss is the mean over all targets, not over batches. Ranks with fewer batches continue with padding, so that
+    the collectives of a sharded model match.
     """
 
     def __init__(
-        self,
-        *,
-        job_config: Any,
-        dp_world_size: int,
-        dp_rank: int,
-        tokenizer: SequenceBuilder,
-        parallel_dims: ParallelDims,
-        loss_fn: UnitLoss,
-        validation_context: ValidationContext,
-        maybe_enable_amp: AbstractContextManager[None],
-        metrics_processor: SpeechMetrics,
+        self, *, job_config: Any, dp_world_size: int, dp_rank: int, tokenizer: SequenceBuilder, **parts: Any
     ) -> None:
-        # Validator.__init__ would open a text corpus; of its attributes post_dataloading_process needs these.
-        self.job_config, self.tokenizer, self.parallel_dims = job_config, tokenizer, parallel_dims
-        self._loss_fn = loss_fn
-        self._context, self._amp = validation_context, maybe_enable_amp
-        self._metrics = metrics_processor
+        # Validator.__init__ would open a text corpus.
+        self.job_config, self.tokenizer, self.parallel_dims = job_config, tokenizer, parts["parallel_dims"]
+        self.loss_fn: UnitLoss = parts["loss_fn"]
+        self.validation_context, self.maybe_enable_amp = parts["validation_context"], parts["maybe_enable_amp"]
+        self.metrics_processor: SpeechMetrics = parts["metrics_processor"]
         self._loader = build_validation_dataloader(dp_world_size, dp_rank, tokenizer, job_config)
-        self._kept: list[Batch] | None = None
+        self._batches: list[Batch] = []
 
     @torch.no_grad()
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
@@ -54,26 +42,25 @@ class SpeechValidator(Validator):
         model.eval()
         start = time.perf_counter()
         num_targets = torch.zeros((), device=device_type, dtype=torch.int64)
-        for input_dict, labels in self._batches():
+        for input_dict, labels in self._padded_batches():
             labels = labels.to(device_type)
             input_dict = {key: value.to(device_type) for key, value in input_dict.items()}
             inputs, labels, extra_inputs, extra_kwargs = self.post_dataloading_process(input_dict, labels, model_parts)
             num_targets += (labels != IGNORE_INDEX).sum()
-            with self._context(), self._amp:
-                self._loss_fn(model(inputs, **extra_inputs, **extra_kwargs), labels)  # its meter is read below
+            with self.validation_context(), self.maybe_enable_amp:
+                self.loss_fn(model(inputs, **extra_inputs, **extra_kwargs), labels)  # its meter is read below
         if not reduce_sums(num_targets, self.parallel_dims.get_optional_mesh("loss")):
             raise UserError(
                 f"none of the clips of validation.dataset '{self._loader.dataset}' can be used; name another"
             )
-        self._metrics.log_validation(step, seconds=time.perf_counter() - start)
+        self.metrics_processor.log_validation(step, seconds=time.perf_counter() - start)
         model.train()
 
-    def _batches(self) -> Iterator[Batch]:
-        """This rank's batches, then padding until the last rank is done."""
-        if self._kept is None:
-            self._kept = list(self._loader)
-        num_batches = torch.tensor(len(self._kept), device=device_type)
+    def _padded_batches(self) -> Iterator[Batch]:
+        """Yield this rank's batches, then padding until the last rank is done."""
+        self._batches = self._batches or list(self._loader)
+        num_batches = torch.tensor(len(self._batches), device=device_type)
         dist.all_reduce(num_batches, op=dist.ReduceOp.MAX)
-        yield from self._kept
-        for _ in range(int(num_batches) - len(self._kept)):
+        yield from self._batches
+        for _ in range(int(num_batches) - len(self._batches)):
             yield self._loader.empty_batch()

@@ -1,0 +1,315 @@
+"""Checks before a run: one table of rules for settings, then the files and earlier runs that they name."""
+
+import copy
+import json
+import math
+import re
+import socket
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from functools import reduce
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torchtitan.distributed import ParallelDims
+from torchtitan.tools.logging import logger
+from transformers import PreTrainedConfig
+
+from llama_mimi.audio.mimi import attention_of
+from llama_mimi.checkpoint.architectures import check_initial_weights, load_config
+from llama_mimi.checkpoint.dcp import complete_steps, is_distributed, read_index, set_aside_incomplete, set_aside_later
+from llama_mimi.checkpoint.huggingface import NETWORK_KEYS, hf_config
+from llama_mimi.checkpoint.run_record import ASSETS_FOLDER, speech_config
+from llama_mimi.common.errors import UserError
+from llama_mimi.common.files import LOCK, locked, read_json, write_atomically
+from llama_mimi.common.ranks import from_first
+from llama_mimi.common.resume import require_same
+from llama_mimi.data.build import chosen_split, dataset_names
+from llama_mimi.data.code_store import CodeCorpus, is_store
+from llama_mimi.data.corpus_files import check_corpus
+from llama_mimi.job_config import checkpoint_folder
+from llama_mimi.model.llama import FLAVORS
+from llama_mimi.tokens.sequences import load_sequences
+from llama_mimi.tokens.units import has_text
+from llama_mimi.training.loss import level_weights
+
+FLOAT8 = "quantize.linear.float8"  # TorchTitan's name of the converter
+# Entries that must agree between a flavor, a Hugging Face folder and an earlier run in the same dump_folder.
+MODEL_KEYS = ("model_type", *NETWORK_KEYS, "tie_word_embeddings")
+# Settings in the order in which ParallelDims takes them.
+DEGREES = (
+    "data_parallel_replicate data_parallel_shard context_parallel tensor_parallel pipeline_parallel expert_parallel "
+    "expert_tensor_parallel"
+)
+# Other nodes may see a change on a network file system a minute later (acdirmax of NFS).
+SECONDS_FOR_NODES_TO_AGREE = 90
+_held = ExitStack()  # locks of rank 0, until the process ends
+
+_FLATTENED_ONLY = "leave it out: model.architecture 'hierarchical' runs with FSDP and HSDP only"
+# Settings, divided by spaces; a condition on the value and the config with the entries of `check_settings`; and the
+# second half of the error.
+RULES: list[tuple[str, Callable[[Any, Any], Any], str]] = [
+    ("model.name", lambda v, c: v == "llama_mimi", "set it to 'llama_mimi', the size as model.flavor"),
+    ("model.flavor", lambda v, c: v in FLAVORS, f"choose one of: {', '.join(FLAVORS)}"),
+    (
+        "training.steps training.local_batch_size data.max_audio_seconds data.shuffle_block codec.num_quantizers "
+        "validation.local_batch_size validation.freq metrics.log_freq checkpoint.interval comm.init_timeout_seconds "
+        "comm.train_timeout_seconds",
+        lambda v, c: 0 < v < math.inf,
+        "set a positive, finite number",
+    ),
+    ("data.validation_clips", lambda v, c: v == -1 or v > 0, "set a positive number, or -1 for all clips"),
+    ("data.max_bad_share", lambda v, c: 0 <= v <= 1, "set a fraction between 0 and 1"),
+    ("training.max_norm", lambda v, c: v > 0, "set a positive number, or inf for no clipping"),
+    ("optimizer.name", lambda v, c: v in ("Adam", "AdamW"), "choose 'Adam' or 'AdamW'"),
+    ("optimizer.beta1 optimizer.beta2", lambda v, c: 0 <= v < 1, "set a number of at least 0 and below 1"),
+    (
+        "optimizer.lr optimizer.eps optimizer.weight_decay lr_scheduler.warmup_steps lr_scheduler.decay_ratio "
+        "lr_scheduler.min_lr_factor debug.seed",
+        lambda v, c: v is None or 0 <= v < math.inf,
+        "set a finite number of at least 0",
+    ),
+    ("lr_scheduler.total_steps", lambda v, c: v is None or v >= c.training.steps, "set at least {training.steps}"),
+    ("optimizer.early_step_in_backward", lambda v, c: not v, "leave it out: gradients are checked before a step"),
+    (
+        "training.dataloader validation.dataloader",
+        lambda v, c: v.num_workers >= (v.prefetch_factor is not None or v.persistent_workers),
+        "set num_workers to at least 0, or 1 with prefetch_factor or persistent_workers",
+    ),
+    ("data.task", lambda v, c: v != "tts" or c.model.vocabulary != "audio", "set model.vocabulary to 'llama'"),
+    (
+        "data.weights",
+        lambda v, c: not v or (len(v) == len(dataset_names(c.training)) and all(0 < w < math.inf for w in v)),
+        "set one positive number for each corpus in training.dataset",
+    ),
+    ("validation.steps", lambda v, c: v == -1, "set data.validation_clips instead, which all ranks share"),
+    ("training.seq_len validation.seq_len", lambda v, c: v >= c.codec.num_quantizers + 2, "a frame needs more tokens"),
+    ("training.seq_len validation.seq_len", lambda v, c: v % c.divisor == 0, "set a multiple of {divisor}"),
+    ("validation.seq_len", lambda v, c: v <= c.training.seq_len, "set at most training.seq_len, {training.seq_len}"),
+    ("training.global_batch_size", lambda v, c: v < 0 or (v and v % c.pass_size == 0), "set a multiple of {pass_size}"),
+    (
+        "checkpoint.initial_load_in_hf checkpoint.initial_load_path",
+        lambda v, c: not v or c.checkpoint.enable,
+        "set checkpoint.enable, too, or neither for random weights",
+    ),
+    (
+        "checkpoint.folder",
+        lambda v, c: not re.search(r"^\.{0,2}$|/", v) and v not in (c.metrics.save_tb_folder, ASSETS_FOLDER),
+        "name a folder of its own in job.dump_folder",
+    ),
+    ("checkpoint.keep_latest_k", lambda v, c: v != 1, "keep at least 2, as the last may be half written, or 0 for all"),
+    ("model.depth_share", lambda v, c: v == 1 or (0 < v < 1 and not c.is_flattened), "set 1, or less if hierarchical"),
+    ("codec.num_quantizers", lambda v, c: v >= 2 or c.is_flattened, "'hierarchical' needs at least 2 levels"),
+    ("model.converters checkpoint.last_save_in_hf", lambda v, c: not v or c.is_flattened, _FLATTENED_ONLY),
+    (
+        "parallelism.tensor_parallel_degree parallelism.context_parallel_degree",
+        lambda v, c: v == 1 or c.is_flattened,
+        _FLATTENED_ONLY,
+    ),
+    ("model.converters", lambda v, c: v in ([], [FLOAT8]), f"the one converter for this model is '{FLOAT8}'"),
+    ("model.converters", lambda v, c: not v or find_spec("torchao"), "install torchao with `uv sync --extra float8`"),
+    (
+        "quantize.linear.float8.filter_fqns",
+        lambda v, c: not c.model.converters or FLAVORS[c.model.flavor].enable_weight_tying or "output" in v,
+        "set --quantize.linear.float8.filter_fqns output, as the loss needs the output matrix unconverted",
+    ),
+    ("parallelism.pipeline_parallel_degree", lambda v, c: v == 1, "set 1: pipeline parallelism is not supported"),
+    ("parallelism.data_parallel_replicate_degree", lambda v, c: v == 1 or c.dims.dp_shard > 1, "use FSDP or HSDP"),
+    ("parallelism.disable_loss_parallel", lambda v, c: not v, "leave it out: the loss needs it"),
+    ("parallelism.context_parallel_degree", lambda v, c: v == 1 or c.data.packing == "pad", "packed rows need 1"),
+]
+
+
+def prepare_run(job_config: Any) -> None:
+    """Check a run, lock its folder and save its config. Rank 0 does it, and the others wait.
+
+    A checkpoint folder that nothing can be loaded from, and steps after ``checkpoint.load_step``, are moved aside.
+
+    Raises:
+        UserError: on every rank the first problem, or on one node that it sees other steps than the first node.
+    """
+    checkpoint, settings = checkpoint_folder(job_config), job_config.checkpoint
+
+    def steps() -> list[int] | None:
+        return sorted(complete_steps(checkpoint)) if checkpoint.is_dir() else None
+
+    def prepare() -> list[int] | None:
+        check_settings(job_config, dist.get_world_size() if dist.is_initialized() else 1)
+        check_files(job_config)
+        folder = Path(job_config.job.dump_folder)
+        _held.enter_context(locked(folder / LOCK, "job.dump_folder"))
+        if name := job_config.job.save_config_file:
+            write_atomically(str(folder), name, json.dumps(job_config.to_dict(), indent=2).encode())
+        if settings.enable and settings.load_step != -1 and (aside := set_aside_later(checkpoint, settings.load_step)):
+            logger.warning(f"the steps after {settings.load_step} in '{checkpoint}' were moved to '{aside}'")
+        has_initial_weights = settings.initial_load_in_hf or settings.initial_load_path
+        if settings.enable and has_initial_weights and (aside := set_aside_incomplete(checkpoint)):
+            logger.warning(f"no step in '{checkpoint}' is complete, so it was moved to '{aside}'")
+        return steps()
+
+    of_first = from_first(prepare)
+    # Each node looks for steps itself, and TorchTitan would start from random weights if the folder has none.
+    for _ in range(SECONDS_FOR_NODES_TO_AGREE):
+        if not settings.enable or steps() == of_first:
+            return
+        time.sleep(1)
+    raise UserError(
+        f"the steps in '{checkpoint}' are {steps()} on {socket.gethostname()}, but {of_first} on the first node; let "
+        "all nodes see the same job.dump_folder"
+    )
+
+
+def check_settings(job_config: Any, world_size: int) -> None:
+    """Refuse settings that cannot run on any machine.
+
+    Raises:
+        UserError: the first rule that is broken.
+    """
+    degrees = [getattr(job_config.parallelism, f"{name}_degree") for name in DEGREES.split()]
+    try:
+        dims = ParallelDims(*degrees, world_size=world_size)
+    except AssertionError as error:
+        raise UserError(
+            f"the degrees in [parallelism] do not fit {world_size} ranks ({str(error) or 'too few'}); change them, or "
+            "torchrun's --nproc_per_node"
+        ) from error
+    config = SimpleNamespace(
+        **vars(job_config),
+        dims=dims,
+        is_flattened=job_config.model.architecture == "flattened",
+        divisor=dims.seq_len_divisor if dims.cp > 1 else dims.tp,
+        pass_size=job_config.training.local_batch_size * dims.dp_replicate * dims.dp_shard,
+    )
+    for keys, holds, demand in RULES:
+        for key in keys.split():
+            value = reduce(getattr, key.split("."), config)
+            is_used = config.validation.enable or not key.startswith("validation.")
+            if is_used and not holds(value, config):
+                raise UserError(f"{key} is {value!r}; {demand.format(**vars(config))}")
+    level_weights(job_config.loss.level_weights, [1.0] * job_config.codec.num_quantizers)
+
+
+def check_files(job_config: Any) -> None:
+    """Refuse what cannot run on this machine: device, corpora, model folder, earlier runs.
+
+    Raises:
+        UserError: the first problem.
+    """
+    if job_config.parallelism.context_parallel_degree > 1 and not torch.cuda.is_available():
+        raise UserError("parallelism.context_parallel_degree is more than 1, which needs GPUs; set it to 1")
+    _check_data(job_config)
+    _check_model(job_config)
+    _check_resume(job_config)
+
+
+def _check_data(job_config: Any) -> None:
+    data, codec = job_config.data, job_config.codec
+    for section in ("training", *["validation"] * job_config.validation.enable):
+        values = getattr(job_config, section)
+        names, split = dataset_names(values), chosen_split(job_config, values)
+        if len(names) != 1 and (not names or section == "validation" or not all(map(is_store, names))):
+            raise UserError(
+                f"{section}.dataset is '{values.dataset}'; name one corpus, or for training several tokenised ones "
+                "(scripts/tokenize_corpus.py)"
+            )
+        for name in names:
+            if not is_store(name):
+                check_corpus(name, values.dataset_path, split)
+                continue
+            if values.dataset_path is not None or split is not None:
+                raise UserError(f"'{name}' is a tokenised corpus without splits; leave dataset_path and the split out")
+            CodeCorpus(name, codec.name, codec.num_quantizers, codec.attention, with_text=data.task == "tts")
+
+
+def _check_model(job_config: Any) -> None:
+    model, codec, settings = job_config.model, job_config.codec, job_config.checkpoint
+    prepare = (
+        f"`python scripts/prepare_base_model.py --base_model HUB_ID_OR_FOLDER --codec {codec.name} --num_quantizers "
+        f"{codec.num_quantizers} --vocabulary {model.vocabulary} --output_dir NEW_FOLDER`"
+    )
+    if not Path(model.hf_assets_path).is_dir():
+        raise UserError(f"model.hf_assets_path '{model.hf_assets_path}' is not a folder; create one with {prepare}")
+    sequences = load_sequences(model.hf_assets_path, codec.name, codec.num_quantizers, model.vocabulary)
+    if model.vocabulary == "llama" and not has_text(sequences.tokenizer):
+        raise UserError(
+            f"model.vocabulary is 'llama', but the tokenizer in '{model.hf_assets_path}' has no text; set it to "
+            f"'audio', or name a folder by {prepare}"
+        )
+    args = copy.copy(FLAVORS[model.flavor])
+    base, _ = load_config(model.hf_assets_path, "model")
+    found, wanted = _entries(base, MODEL_KEYS), _entries(hf_config(args), MODEL_KEYS)
+    args.update_from_config(job_config)
+    if settings.initial_load_in_hf:
+        wanted["vocab_size"], found["vocab_size"] = sequences.vocabulary.size, base.vocab_size
+        # The output of prepare_base_model names its codec, but was trained on no codes.
+        if hasattr(base, "codec_attention") or (hasattr(base, "num_quantizers") and not hasattr(base, "codec")):
+            wanted["codec.attention"], found["codec.attention"] = codec.attention, attention_of(base)
+    what = f"model.hf_assets_path '{model.hf_assets_path}'"
+    require_same(found, wanted, what, f"fix model.flavor or codec.attention, or create another folder with {prepare}")
+    if settings.initial_load_in_hf:
+        check_initial_weights(settings.initial_load_path or model.hf_assets_path, args)
+    folder = Path(job_config.job.dump_folder)
+    if checkpoint_folder(job_config).is_dir() and (folder / ASSETS_FOLDER).is_dir():
+        earlier, kind = load_config(str(folder / ASSETS_FOLDER), "run record")
+        own = speech_config(args, sequences, codec.name, codec.attention)
+        keys = (*MODEL_KEYS, "num_quantizers", "codec", "codec_attention", kind.entries_key)
+        remedy = "set it as before, or choose another job.dump_folder"
+        require_same(_entries(earlier, keys), _entries(own, keys), f"the run in job.dump_folder '{folder}'", remedy)
+
+
+def _entries(config: PreTrainedConfig, keys: tuple[str, ...]) -> dict[str, Any]:
+    return {key: getattr(config, key, None) for key in keys}
+
+
+def _check_resume(job_config: Any) -> None:
+    """Refuse a step that cannot be resumed. The loader itself checks that a saved position fits the data."""
+    settings, folder = job_config.checkpoint, checkpoint_folder(job_config)
+    if not settings.enable:
+        return
+    steps = complete_steps(folder)
+    number = max(steps, default=-1) if settings.load_step == -1 else settings.load_step
+    if number == -1:
+        if settings.initial_load_path and not settings.initial_load_in_hf:
+            read_index(Path(settings.initial_load_path), verify=False)
+        return
+    if number not in steps:
+        there = ", ".join(map(str, sorted(steps))) or "none"
+        raise UserError(f"checkpoint.load_step is {number}, but the complete steps in '{folder}' are: {there}")
+    # From step 0, a seed checkpoint, TorchTitan loads the weights alone, so that no position is needed.
+    needs_position = number > 0 and "dataloader" not in settings.exclude_from_loading
+    is_resumable = is_distributed(steps[number]) and (
+        "dataloader.position" in read_index(steps[number], verify=False).state_dict_metadata or not needs_position
+    )
+    if not is_resumable:
+        raise UserError(
+            f"'{steps[number]}' contains weights only, without a position in the data, and cannot be resumed; start in "
+            "another job.dump_folder with it as checkpoint.initial_load_path (and initial_load_in_hf for safetensors)"
+        )
+    if number:
+        _log_changes(job_config)
+    if number >= job_config.training.steps:
+        logger.warning(
+            f"the run has reached step {number} of {job_config.training.steps}, so nothing is left to train; set a "
+            "higher --training.steps to continue"
+        )
+
+
+def _log_changes(job_config: Any) -> None:
+    """Log the settings of the optimizer and the schedule that differ from those of the last start."""
+    name = job_config.job.save_config_file
+    with suppress(UserError):  # a config that cannot be read is written again
+        if name and (earlier := read_json(job_config.job.dump_folder, name)) is not None:
+            before, now = _schedule(earlier), _schedule(job_config.to_dict())
+            if changes := [f"{key} {before.get(key)} -> {now[key]}" for key in now if now[key] != before.get(key)]:
+                logger.warning(f"settings changed since the last start: {', '.join(changes)}")
+
+
+def _schedule(config: dict[str, Any]) -> dict[str, Any]:
+    sections = ("optimizer", "lr_scheduler")
+    schedule = {f"{name}.{key}": value for name in sections for key, value in (config.get(name) or {}).items()}
+    return schedule | {"training.steps": (config.get("training") or {}).get("steps")}  # the schedule depends on it
