@@ -1,4 +1,1 @@
-"""Continuations judged: prompts, what is beside them in a table, measures of sound and of what is said, results.
-
-May import: evaluation, generation, data, audio, common.
-"""
+"""Continuations judged: prompts, what is beside them in a table, measures of sound and of what is said, results."""
