@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -48,6 +49,7 @@ from torchtitan.models.llama3.model.model import Attention  # noqa: E402
 from torchtitan.protocols.train_spec import get_train_spec  # noqa: E402
 from torchtitan.tools.logging import init_logger, logger  # noqa: E402
 from torchtitan.tools.utils import set_default_dtype  # noqa: E402
+from torchtitan.train import Trainer  # noqa: E402
 
 import llama_mimi.train_spec  # noqa: E402  (registers the model)
 from llama_mimi.checkpoint.stand_ins import write_missing  # noqa: E402
@@ -56,8 +58,6 @@ from llama_mimi.training.config_file import parse_config  # noqa: E402
 
 DEVICE = torch.device("cpu")  # not cuda: FSDP's streams and the autograd engine would need a driver
 POSITIONS_PER_CLIP = 700  # 14 s at Q = 4, as in The People's Speech; sets the few bytes of the bounds alone
-
-
 compute_shape = ShardingPropagator._propagate_tensor_meta_non_cached
 
 
@@ -141,17 +141,7 @@ def read_config(args: list[str], num_gpus: int) -> Any:
 def build_meshes(job_config: Any, num_gpus: int) -> ParallelDims:
     """Build the meshes as rank 0 of a process group whose collectives do nothing."""
     torch.distributed.init_process_group("fake", rank=0, world_size=num_gpus)
-    parallelism = job_config.parallelism
-    parallel_dims = ParallelDims(
-        dp_shard=parallelism.data_parallel_shard_degree,
-        dp_replicate=parallelism.data_parallel_replicate_degree,
-        cp=1,
-        tp=parallelism.tensor_parallel_degree,
-        pp=1,
-        ep=parallelism.expert_parallel_degree,
-        etp=parallelism.expert_tensor_parallel_degree,
-        world_size=num_gpus,
-    )
+    parallel_dims = Trainer.init_distributed(SimpleNamespace(job_config=job_config))
     parallel_dims.build_mesh()
     return parallel_dims
 

@@ -47,6 +47,7 @@ def test_help(path, monkeypatch, capsys):
     assert first_sentence[:30] in shown and shown.count("--") > 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "module", ["scripts/benchmarks/training_ways.py", "scripts/tiny/score_codec.py", "scripts/report.py"]
 )

@@ -132,6 +132,7 @@ def test_a_batch_that_does_not_split_is_refused(monkeypatch):
     parse_config([*flags, "--training.local_batch_size", "16"])
 
 
+@pytest.mark.slow
 def test_the_last_line_says_whether_it_fits():
     for gpu_gb, code, verdict in (("0.01", 1, "does not fit: a GPU needs"), ("80", 0, "fits: a GPU needs")):
         result = run(str(SCRIPT), "--num_gpus", "8", *TINY_FLAGS, "--gpu_gb", gpu_gb)
