@@ -34,7 +34,6 @@ ELSEWHERE = {
     "uv run python scripts/benchmarks/bench_train.py": "minutes and 7 GB at its smallest; tests/test_commands.py",
     "uv run python scripts/benchmarks/bench_hierarchical.py": "minutes at its smallest; tests/test_commands.py",
     "uv run python scripts/benchmarks/kill_runs.py": "minutes at its smallest; tests/test_training.py kills a run",
-    "uv run python scripts/benchmarks/bench_data.py": "minutes at its smallest; tests/test_commands.py",
     "uv run python scripts/benchmarks/bench_eval.py": "minutes at its smallest; tests/test_likelihood.py",
     "uv run python scripts/study.py config/studies/tiny.toml": "an hour or more; tests/test_study.py",
     "uv run python scripts/build_page.py --study": "needs the study; tests/test_pages.py",
@@ -46,7 +45,7 @@ ELSEWHERE = {
 }
 
 BENCHMARKS = "uv run python scripts/benchmarks/"
-# What takes minutes, or would on a GPU, is run with these flags in place of its own.
+# Commands that take minutes are run with these flags instead of their own.
 SMALLEST = {
     f"pip install uv && {TORCHRUN}2 -m llama_mimi.train --job.config_file config/tiny.toml": (
         "--training.steps 120 --checkpoint.interval 60 --validation.freq 120"
@@ -59,6 +58,7 @@ SMALLEST = {
         "--recording_seconds 2.6 --limit 3 --num_samples 1 --speaker_model assets/tiny/speaker_encoder"
     ),
     "uv run python scripts/dry_run.py": "--num_gpus 8 --job.config_file config/tiny.toml",  # the 8B takes three minutes
+    f"{BENCHMARKS}bench_data.py": "--clips 4 --repeats 1",
     f"{BENCHMARKS}bench_reading.py": "--clips 4 --repeats 1",
     f"{BENCHMARKS}bench_generation.py": (
         "--shape tiny --new_frames 2 --repeats 1 --batch_sizes 2 --stream_seconds 1 --prompts 32"
@@ -68,7 +68,7 @@ SMALLEST = {
 
 
 def smallest(command: str) -> str:
-    """The command, or what stands for one that takes minutes."""
+    """Return the command, or its smallest form if it takes minutes."""
     for beginning, flags in SMALLEST.items():
         if command.startswith(beginning):
             return f"{beginning} {flags}"
@@ -90,7 +90,7 @@ def is_elsewhere(command: str) -> bool:
 
 
 def program(command: str) -> list[str]:
-    """What a command starts, without installing anew."""
+    """Return the arguments that start a command without an installation."""
     name, *words = shlex.split(command.removeprefix("pip install uv && ").removeprefix("uv run "))
     torchrun = [sys.executable, "-m", "torch.distributed.run"]
     return [*{"python": [sys.executable], "torchrun": torchrun}[name], *words]
