@@ -1,4 +1,4 @@
-"""The dry run: what it counts, what it refuses. A process of its own measures, as its world is not torchrun's."""
+"""The dry run, in a process of its own with a process group that does nothing."""
 
 import json
 import os
@@ -26,8 +26,6 @@ CASES = {  # name: GPUs, whether a step is taken, flags
     "tiny, full checkpointing": (8, True, [*TINY_FLAGS, "--activation_checkpoint.mode", "full"]),
     "tiny, hsdp and tp": (8, True, [*TINY_FLAGS, *HSDP_TP]),
     "1B, 8": (8, False, ["--job.config_file", "config/llama3_2_1b.toml"]),
-    "1B speech, 8": (8, False, ["--job.config_file", "config/llama3_2_1b_peoples_speech.toml"]),
-    "8B, 8": (8, False, ["--job.config_file", "config/llama3_1_8b.toml"]),
     "8B, 64": (64, False, ["--job.config_file", "config/llama3_1_8b.toml"]),
 }
 MEASURE = """
@@ -81,8 +79,7 @@ def shard_numel(flavor, vocab_size, num_shards):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "flavor", "num_shards"),
-    [("tiny", "tiny", 8), ("1B, 8", "1B", 8), ("1B speech, 8", "1B", 8), ("8B, 8", "8B", 8), ("8B, 64", "8B", 64)],
+    ("name", "flavor", "num_shards"), [("tiny", "tiny", 8), ("1B, 8", "1B", 8), ("8B, 64", "8B", 64)]
 )
 def test_states_are_those_of_the_shards(found, name, flavor, num_shards):
     vocab_size = 1538 if flavor == "tiny" else 136_450
@@ -112,15 +109,11 @@ def test_meshes_are_as_configured(found):
     wanted = {"dp_replicate": 2, "fsdp": 2, "tp": 2, "batch": 4, "loss": 4}
     assert {name: meshes[name] for name in wanted} == wanted
     shards = 4  # replicas hold the same; the few norms are split by FSDP alone
-    whole = 4 * sum(p.numel() for p in hf_parameters())
-    assert whole / shards < found["tiny, hsdp and tp"]["parameters"] < 1.01 * whole / shards
-
-
-def hf_parameters():
     args = FLAVORS["tiny"]
     args.vocab_size = 1538
     with torch.device("meta"):
-        return list(LlamaForCausalLM(hf_config(args)).parameters())
+        whole = 4 * sum(p.numel() for p in LlamaForCausalLM(hf_config(args)).parameters())
+    assert whole / shards < found["tiny, hsdp and tp"]["parameters"] < 1.01 * whole / shards
 
 
 def test_a_batch_that_does_not_split_is_refused(monkeypatch):
