@@ -48,18 +48,18 @@ def continue_speech(
     """Continue speech.
 
     Args:
-        sampling: how tokens are drawn
+        sampling: sampling of tokens
         model_name: hub id or folder
-        prompt: WAV, FLAC, MP3 or OGG file; others with FFmpeg
-        prompts: folder of such files, each to be continued into --output_dir; a killed run goes on where it was
-        text: what is to be said, for models of the task tts; with --prompt as the voice, what it says comes first
-        output_file: with several samples their numbers are added to its name
-        output_dir: of --prompts
-        stream: write the sample while it is made
-        batch_size: samples of --prompts that are drawn at once, by default 8, on GPUs 64
-        codec: hub id or folder; by default what the model names
-        codec_attention: by default that of the model's training codes
-        device: by default the accelerator where there is one
+        prompt: WAV, FLAC, MP3 or OGG file; other formats with FFmpeg
+        prompts: folder of such files, all continued into --output_dir; the same command resumes a killed run
+        text: text to speak, for models of the task tts; with --prompt as the voice, it begins with the prompt's words
+        output_file: WAV file; several samples add their number to its name
+        output_dir: output folder of --prompts
+        stream: write the sample while it is generated
+        batch_size: number of samples in a batch of --prompts; default: 8, on a GPU 64
+        codec: hub id or folder; default: the codec that the model names
+        codec_attention: default: the attention that encoded the model's training data
+        device: default: the accelerator if there is one
         dtype: precision of the decoder
 
     Raises:
@@ -81,7 +81,7 @@ def continue_speech(
     if sampling.num_samples > 1:
         numbers = range(sampling.num_samples)
         output_files = [output_file.with_stem(f"{output_file.stem}_{number}") for number in numbers]
-    if prompt is not None:  # a bad one ends before the model is loaded
+    if prompt is not None:  # checked before the model is loaded
         for remark in read_prompt(prompt).remarks:
             print(f"note: '{prompt}' is {remark}")
         for path in output_files:
@@ -122,7 +122,7 @@ def continue_speech(
 
 
 def _stream(model: SpeechModel, request: Request, options: SamplingOptions, path: Path, began: float) -> None:
-    """Write a sample frame by frame; the file can be played while it grows."""
+    """Write a sample frame by frame; the file can be played before it is complete."""
     codec, decoding = model.codec, DecodingStream(model.codec)
     drawn = decode(model, [request], options.for_model(model), 1)  # refuses before a file is there
     num_new, first = 0, 0.0
@@ -146,10 +146,10 @@ def _describe(path: Path, prompt_frames: int, new_frames: int, model: SpeechMode
     rate_hz = model.codec.frame_rate_hz
     print(f"{path}: {prompt_frames / rate_hz:.2f} s of prompt, {new_frames / rate_hz:.2f} s of continuation")
     if not new_frames and not prompt_frames:
-        print(f"the model says nothing of this text, so {path} has no sound; set --min_seconds, or try another --seed")
+        print("no audio was generated for this text; set --min_seconds, or try another --seed")
     elif not new_frames:
         print(
-            f"{path} holds the prompt alone: to the model the speech ends with it; cut the prompt in mid-sentence, "
+            f"{path} contains the prompt only: for the model the speech ends with it; cut the prompt in mid-sentence, "
             "set --min_seconds, or try another --seed"
         )
 
@@ -164,7 +164,7 @@ def _report(records: list[dict], output_dir: Path) -> None:
     )
     failed = [record["error"] for record in records if "error" in record]
     if failed:
-        raise UserError(f"{len(failed):,} samples could not be made; the first: {failed[0]}")
+        raise UserError(f"{len(failed):,} samples failed; the first: {failed[0]}")
 
 
 if __name__ == "__main__":

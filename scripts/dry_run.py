@@ -1,10 +1,10 @@
-"""Check the settings and meshes of a config for so many GPUs, and say what each holds; needs no GPU and no files.
+"""Check the settings and meshes of a config, and print the memory of a GPU; needs no GPU and no files.
 
     uv run python scripts/dry_run.py --num_gpus 64 --job.config_file config/llama3_1_8b.toml
 
 Every option of training may follow. One process plays rank 0: it checks the config, builds the meshes, parallelizes the
-model and takes one step, all on fake tensors, which have a shape and no content. Where the model's folder is not here,
-the vocabulary is Llama 3's with the units of Mimi.
+model and takes one step, all on fake tensors, which have a shape and no content. If the model's folder does not exist,
+the vocabulary is Llama 3's with the audio tokens of Mimi.
 """
 
 import contextlib
@@ -12,10 +12,12 @@ import copy
 import logging
 import math
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -37,6 +39,7 @@ from torch.distributed._tools.mem_tracker import MemTracker  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 from torch.distributed.tensor._sharding_prop import ShardingPropagator  # noqa: E402
 from torch.nn.attention import SDPBackend  # noqa: E402
+from torch.utils._python_dispatch import _disable_current_modes  # noqa: E402
 from torchtitan.components.optimizer import build_optimizers  # noqa: E402
 from torchtitan.config import TORCH_DTYPE_MAP  # noqa: E402
 from torchtitan.distributed import ParallelDims  # noqa: E402
@@ -46,75 +49,38 @@ from torchtitan.models.llama3.model.model import Attention  # noqa: E402
 from torchtitan.protocols.train_spec import get_train_spec  # noqa: E402
 from torchtitan.tools.logging import init_logger, logger  # noqa: E402
 from torchtitan.tools.utils import set_default_dtype  # noqa: E402
+from torchtitan.train import Trainer  # noqa: E402
 
 import llama_mimi.train_spec  # noqa: E402  (registers the model)
 from llama_mimi.checkpoint.stand_ins import write_missing  # noqa: E402
 from llama_mimi.model.hierarchical import HierarchicalLlamaMimi  # noqa: E402
 from llama_mimi.training.config_file import parse_config  # noqa: E402
 
-DEVICE = torch.device("cpu")  # of tensors without content: FSDP's streams and the autograd engine ask CUDA for a driver
-POSITIONS_PER_CLIP = 700  # 14 s, as in The People's Speech, at Q = 4; only the few bytes of the bounds depend on it
+DEVICE = torch.device("cpu")  # not cuda: FSDP's streams and the autograd engine would need a driver
+POSITIONS_PER_CLIP = 700  # 14 s at Q = 4, as in The People's Speech; sets the few bytes of the bounds alone
+compute_shape = ShardingPropagator._propagate_tensor_meta_non_cached
 
 
 @dataclass(frozen=True)
 class Flags:
-    """Flags of the dry run; every option of training may stand beside them."""
-
     num_gpus: int
-    """On all nodes together"""
+    """number of GPUs, over all nodes"""
 
     gpu_gb: float = 80.0
-    """What a GPU may hold, in 10^9 bytes. A card of "80 GB" has 85; CUDA, NCCL and fragmentation take the difference"""
+    """memory of a GPU, in 10^9 bytes; a card of "80 GB" has 85, and CUDA, NCCL and fragmentation take the difference"""
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of one GPU."""
+def untracked_shape(*args: Any) -> Any:
+    """Let DTensor compute a shape unseen by the memory tracker.
 
-    parameters: int
-    gradients: int
-    optimizer: int
-    peak: int
-
-    @property
-    def rest(self) -> int:
-        """All else at the peak: activations, gathered weights, the loss."""
-        return self.peak - self.parameters - self.gradients - self.optimizer
-
-
-class StepMemory(MemTracker):
-    """PyTorch's tracker of what tensors hold, without the whole tensors that DTensor makes to find shapes.
-
-    With those, an 8B on 64 GPUs would seem to need 131.6 GB in place of 31.6.
+    It creates whole tensors for that. With them an 8B model on 64 GPUs would read 131.6 GB instead of 31.6.
     """
-
-    _is_paused = False
-
-    def _track(self, *args: Any) -> None:
-        if not self._is_paused:
-            super()._track(*args)
-
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        find_shape = ShardingPropagator._propagate_tensor_meta_non_cached
-
-        def find_shape_unseen(*args: Any) -> Any:
-            self._is_paused = True
-            try:
-                return find_shape(*args)
-            finally:
-                self._is_paused = False
-
-        with patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", find_shape_unseen), self:
-            yield
-
-    @property
-    def peak_bytes(self) -> int:
-        return self.get_tracker_snapshot("peak")[DEVICE]["Total"]
+    with _disable_current_modes():
+        return compute_shape(*args)
 
 
 class HalfPrecisionAttention(nn.Module):
-    """The operator that GPUs use for rows of one clip; activation checkpointing does not know that of CPUs."""
+    """GPUs' attention operator for sequences of one clip; activation checkpointing does not know the CPU's."""
 
     def forward(self, q_BHLD: torch.Tensor, k_BGLD: torch.Tensor, v_BGLD: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         return torch.ops.aten._scaled_dot_product_flash_attention(q_BHLD, k_BGLD, v_BGLD, is_causal=True)[0]
@@ -126,35 +92,30 @@ def nonzero(mode: FakeTensorMode, func: Callable, condition: torch.Tensor) -> to
 
 
 class FusedRMSNorm(torch.autograd.Function):
-    """What the fused operator of GPUs holds; the single steps that CPUs take keep float32 copies."""
+    """Save the tensors that GPUs' fused operator saves; the CPU's separate steps keep float32 copies."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, shape: list[int], weight: torch.Tensor, eps: float) -> torch.Tensor:
         ctx.save_for_backward(x, weight, x[..., :1].float())
         return torch.empty_like(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor, None]:
         x, weight, _ = ctx.saved_tensors
-        return torch.empty_like(x), torch.empty_like(weight)
-
-
-def rms_norm(x: torch.Tensor, shape: list[int], weight: torch.Tensor, eps: float) -> torch.Tensor:
-    return FusedRMSNorm.apply(x, weight)
+        return torch.empty_like(x), None, torch.empty_like(weight), None
 
 
 def deep_frames(model: HierarchicalLlamaMimi, targets_NQ: torch.Tensor) -> torch.Tensor:
-    """As many frames as will train the depth decoder on average; which ones is not known without content."""
-    num_frames = math.ceil(model.model_args.depth_share * len(targets_NQ))
-    return targets_NQ.new_empty(num_frames)
+    """Return as many frames as train the depth decoder on average; their choice needs content."""
+    return targets_NQ.new_empty(math.ceil(model.model_args.depth_share * len(targets_NQ)))
 
 
 @contextlib.contextmanager
 def no_content() -> Iterator[None]:
-    """Tensors with a shape and no content, in the operators that a GPU would be given, and nothing compiled."""
+    """Use tensors without content and the operators of a GPU, and compile nothing."""
     with (
         torch.compiler.set_stance("force_eager"),
-        patch.object(nn.functional, "rms_norm", rms_norm),
+        patch.object(nn.functional, "rms_norm", FusedRMSNorm.apply),
         patch.object(HierarchicalLlamaMimi, "deep_frames", deep_frames),
         patch.dict(op_implementations_dict, {torch.ops.aten.nonzero.default: nonzero}),
         FakeTensorMode(allow_non_fake_inputs=True),  # the model is built before, as meshes need content
@@ -163,11 +124,7 @@ def no_content() -> Iterator[None]:
 
 
 def read_config(args: list[str], num_gpus: int) -> Any:
-    """The config, checked as far as it needs no files.
-
-    Raises:
-        UserError: it is refused, or sets something that is not looked at here.
-    """
+    """Parse and check a config; refuse what the dry run does not cover."""
     os.environ["WORLD_SIZE"] = str(num_gpus)
     job_config = parse_config(args)
     for key, is_set in {
@@ -176,31 +133,21 @@ def read_config(args: list[str], num_gpus: int) -> Any:
         "training.enable_cpu_offload": job_config.training.enable_cpu_offload,
     }.items():
         if is_set:
-            raise UserError(f"{key} is set, but the dry run does not cover it; leave it out")
-    job_config.compile.enable = False  # nothing is compiled here
+            raise UserError(f"{key} is set, but the dry run does not cover it; remove it")
+    job_config.compile.enable = False
     return job_config
 
 
 def build_meshes(job_config: Any, num_gpus: int) -> ParallelDims:
-    """The meshes of a run, seen from rank 0 of a group whose collectives do nothing."""
+    """Build the meshes as rank 0 of a process group whose collectives do nothing."""
     torch.distributed.init_process_group("fake", rank=0, world_size=num_gpus)
-    parallelism = job_config.parallelism
-    parallel_dims = ParallelDims(
-        dp_shard=parallelism.data_parallel_shard_degree,
-        dp_replicate=parallelism.data_parallel_replicate_degree,
-        cp=1,
-        tp=parallelism.tensor_parallel_degree,
-        pp=1,
-        ep=parallelism.expert_parallel_degree,
-        etp=parallelism.expert_tensor_parallel_degree,
-        world_size=num_gpus,
-    )
+    parallel_dims = Trainer.init_distributed(SimpleNamespace(job_config=job_config))
     parallel_dims.build_mesh()
     return parallel_dims
 
 
 def build_model(job_config: Any, parallel_dims: ParallelDims) -> nn.Module:
-    """This rank's part of the model, on no device, with the attention that it would have on a GPU."""
+    """Build this rank's part of the model on the meta device, with the attention operators of a GPU."""
     train_spec = get_train_spec(job_config.model.name)
     args = copy.copy(train_spec.model_args[job_config.model.flavor])
     args.update_from_config(job_config)
@@ -209,7 +156,7 @@ def build_model(job_config: Any, parallel_dims: ParallelDims) -> nn.Module:
     is_half = "float32" not in (job_config.training.mixed_precision_param, "")
     for attention in (module for module in model.modules() if isinstance(module, Attention)):
         if attention.attn_type == "sdpa" and not is_half:
-            attention.inner_attention.sdpa_backends = [SDPBackend.MATH]  # all that GPUs have for float32
+            attention.inner_attention.sdpa_backends = [SDPBackend.MATH]  # GPUs have no other for float32
         elif is_half:
             is_varlen = attention.attn_type == "varlen"
             attention.inner_attention = VarlenAttentionWrapper() if is_varlen else HalfPrecisionAttention()
@@ -217,48 +164,60 @@ def build_model(job_config: Any, parallel_dims: ParallelDims) -> nn.Module:
 
 
 def make_batch(job_config: Any) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-    """Inputs, labels and what else the model takes."""
+    """Return inputs, labels and further arguments of the model."""
     B, L = job_config.training.local_batch_size, job_config.training.seq_len
     sequences = llama_mimi.train_spec.build_sequences(job_config)
     ids_BLW = torch.zeros(B, L, sequences.ids_per_position, dtype=torch.long, device=DEVICE)
     inputs, labels = sequences.batch(ids_BLW, torch.zeros_like(ids_BLW))
-    extra: dict[str, Any] = {name: values for name, values in inputs.items() if name != "input"}
+    tokens = inputs.pop("input")
     if job_config.data.packing == "pack":
         bounds = torch.zeros(B * -(-L // POSITIONS_PER_CLIP) + 1, dtype=torch.int32, device=DEVICE)
-        extra["attention_masks"] = VarlenMetadata(cu_seq_q=bounds, cu_seq_k=bounds, max_q=L, max_k=L)
-        extra["positions"] = torch.zeros(B, L, dtype=torch.long, device=DEVICE)
-    return inputs["input"], labels, extra
+        inputs["attention_masks"] = VarlenMetadata(cu_seq_q=bounds, cu_seq_k=bounds, max_q=L, max_k=L)
+        inputs["positions"] = torch.zeros(B, L, dtype=torch.long, device=DEVICE)
+    return tokens, labels, inputs
+
+
+def local_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Return the bytes of this rank's shards."""
+    shards = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors)
+    return sum(shard.numel() * shard.element_size() for shard in shards)
 
 
 def build_states(job_config: Any, parallel_dims: ParallelDims, model: nn.Module) -> tuple[Any, dict[str, int]]:
-    """Allocate the model, build an optimizer with its states as after a first step, and count the bytes of each."""
+    """Allocate the model, and an optimizer with its states as after a first step; return it and the bytes of each."""
     model.to_empty(device=DEVICE)
-    # Not those of the train spec, which look at the numbers in gradients.
+    # TorchTitan's: the optimizers of the train spec read the values of gradients.
     optimizers = build_optimizers([model], job_config.optimizer, parallel_dims)
     parameters = list(model.parameters())
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     optimizers.step()
+    states = [tensor for optimizer in optimizers for state in optimizer.state.values() for tensor in state.values()]
     sizes = {
         "parameters": local_bytes(parameters),
         "gradients": local_bytes(parameter.grad for parameter in parameters),
-        "optimizer": local_bytes(optimizer_states(optimizers)),
+        "optimizer states": local_bytes(states),
     }
     optimizers.zero_grad()
     return optimizers, sizes
 
 
-def measure(job_config: Any, parallel_dims: ParallelDims, model: nn.Module) -> Memory:
-    """Take one step as TorchTitan's trainer does, but not compiled, and see what it holds."""
+def accumulation_steps(job_config: Any, parallel_dims: ParallelDims) -> int:
+    per_pass = job_config.training.local_batch_size * parallel_dims.dp_replicate * parallel_dims.dp_shard
+    return max(1, job_config.training.global_batch_size // per_pass)
+
+
+def measure(job_config: Any, parallel_dims: ParallelDims, model: nn.Module) -> dict[str, int]:
+    """Take one step as TorchTitan's trainer does, without compilation; return bytes by use, and the peak."""
     optimizers, sizes = build_states(job_config, parallel_dims, model)
     loss_fn = get_train_spec(job_config.model.name).build_loss_fn(job_config, parallel_dims=parallel_dims)
     has_loss_parallel = parallel_dims.tp_enabled and not job_config.parallelism.disable_loss_parallel
     train_context = dist_utils.get_train_context(has_loss_parallel)
     amp = dist_utils.maybe_enable_amp(parallel_dims, job_config.training.mixed_precision_param, DEVICE.type)
     inputs, labels, extra = make_batch(job_config)
-    tracker = StepMemory()
+    tracker = MemTracker()
     tracker.track_external(model, *optimizers, inputs, labels)
-    with tracker.running():
+    with patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", untracked_shape), tracker:
         # From the second pass of a step on, gradients are in memory, too.
         for _ in range(min(2, accumulation_steps(job_config, parallel_dims))):
             with train_context():
@@ -270,52 +229,27 @@ def measure(job_config: Any, parallel_dims: ParallelDims, model: nn.Module) -> M
             tracker.reset_mod_stats()
         dist_utils.clip_grad_norm_(list(model.parameters()), job_config.training.max_norm, foreach=True)
         optimizers.step()
-    return Memory(**sizes, peak=tracker.peak_bytes)
-
-
-def optimizer_states(optimizers: Any) -> list[torch.Tensor]:
-    return [tensor for optimizer in optimizers for state in optimizer.state.values() for tensor in state.values()]
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def local_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(local(tensor).numel() * tensor.element_size() for tensor in tensors)
-
-
-def accumulation_steps(job_config: Any, parallel_dims: ParallelDims) -> int:
-    training = job_config.training
-    per_pass = training.local_batch_size * parallel_dims.dp_replicate * parallel_dims.dp_shard
-    return max(1, training.global_batch_size // per_pass)
-
-
-def print_table(job_config: Any, parallel_dims: ParallelDims, vocab_size: int, memory: Memory) -> None:
-    training, steps = job_config.training, accumulation_steps(job_config, parallel_dims)
-    global_batch = training.local_batch_size * parallel_dims.dp_replicate * parallel_dims.dp_shard * steps
-    meshes = {name: mesh.size() for name, mesh in parallel_dims.get_all_one_dimensional_meshes().items()}
-    checkpointing = job_config.activation_checkpoint
-    option = f" {checkpointing.selective_ac_option}" if checkpointing.mode == "selective" else ""
-    rows = {
-        "model": f"{job_config.model.flavor}, {vocab_size:,} vocabulary entries",
-        "GPUs": f"{parallel_dims.world_size}",
-        "meshes": ", ".join(f"{name} {size}" for name, size in meshes.items()) or "none",
-        "activation checkpointing": f"{checkpointing.mode}{option}",
-        "rows": f"{training.local_batch_size} a GPU and pass x {steps} passes, {global_batch:,} a step",
-        "positions a step": f"{global_batch * training.seq_len:,}",
-        "parameters": readable(memory.parameters),
-        "gradients": readable(memory.gradients),
-        "optimizer states": readable(memory.optimizer),
-        "activations, gathered weights, loss": readable(memory.rest),
-        "peak": readable(memory.peak),
-    }
-    print("| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items()), sep="\n")
+    peak = tracker.get_tracker_snapshot("peak")[DEVICE]["Total"]
+    return {**sizes, "activations, gathered weights, loss": peak - sum(sizes.values()), "peak": peak}
 
 
 def readable(num_bytes: int) -> str:
     return f"{num_bytes / 1e9:,.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:,.2f} MB"
+
+
+def print_table(job_config: Any, parallel_dims: ParallelDims, vocab_size: int, memory: dict[str, int]) -> None:
+    training, steps = job_config.training, accumulation_steps(job_config, parallel_dims)
+    global_batch = training.local_batch_size * parallel_dims.dp_replicate * parallel_dims.dp_shard * steps
+    meshes = {name: mesh.size() for name, mesh in parallel_dims.get_all_one_dimensional_meshes().items()}
+    rows = {
+        "model": f"{job_config.model.flavor}, {vocab_size:,} vocabulary entries",
+        "GPUs": f"{parallel_dims.world_size}",
+        "meshes": ", ".join(f"{name} {size}" for name, size in meshes.items()) or "none",
+        "activation checkpointing": job_config.activation_checkpoint.mode,
+        "sequences": f"{training.local_batch_size} per GPU and pass x {steps} passes, {global_batch:,} per step",
+        "positions per step": f"{global_batch * training.seq_len:,}",
+    } | {name: readable(num_bytes) for name, num_bytes in memory.items()}
+    print("| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items()), sep="\n")
 
 
 def main() -> None:
@@ -323,7 +257,7 @@ def main() -> None:
     if flags.num_gpus < 1:
         raise UserError(f"--num_gpus is {flags.num_gpus}; it must be positive")
     init_logger()
-    logger.setLevel(logging.ERROR)  # a folder that is not here is no news
+    logger.setLevel(logging.ERROR)  # no warning about folders that do not exist
     job_config = read_config(options, flags.num_gpus)
     with contextlib.ExitStack() as stack:
         write_missing(job_config, Path(stack.enter_context(tempfile.TemporaryDirectory())))
@@ -334,11 +268,16 @@ def main() -> None:
         stack.enter_context(no_content())
         memory = measure(job_config, parallel_dims, model)
         print_table(job_config, parallel_dims, vocab_size, memory)
-    if memory.peak > flags.gpu_gb * 1e9:
-        raise UserError(
-            f"a GPU would need {readable(memory.peak)} of {flags.gpu_gb:g}; lower training.local_batch_size "
-            f"({job_config.training.local_batch_size}), set activation_checkpoint.mode to 'full', or use more GPUs"
-        )
+    needs = f"a GPU needs {readable(memory['peak'])} of {flags.gpu_gb:g} GB"
+    if memory["peak"] <= flags.gpu_gb * 1e9:
+        print(f"fits: {needs}")
+        return
+    batch_size = job_config.training.local_batch_size
+    print(
+        f"does not fit: {needs}; lower training.local_batch_size ({batch_size}), set activation_checkpoint.mode to "
+        "'full', or use more GPUs"
+    )
+    sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Shared fixtures. Everything runs offline on ``assets/tiny`` and on what the tests make themselves."""
+"""Shared fixtures. Tests run offline, on ``assets/tiny`` and on files that they write."""
 
 import contextlib
 import io
@@ -7,7 +7,7 @@ import os
 import runpy
 import sys
 
-# Before any import of transformers or datasets: a test that reaches for the network fails at once.
+# Before any import of transformers or datasets: a test that needs the network fails at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -34,31 +34,22 @@ ROOT = Path(__file__).parent.parent
 TINY = ROOT / "assets" / "tiny"
 
 torch.set_num_threads(1)
-# Heavy modules first, so that no worker begins one when the others are done.
-HEAVY = [
-    "test_readme",
-    "test_training",
-    "test_evaluation",
-    "test_parallelism",
-    "test_scripts",
-    "test_judging",
-    "test_order",
-    "test_code_store",
-]
-# The same examples at every run: a failure can be seen again, and CI does not depend on luck.
+# Long modules first, so that no worker starts one when the others are done.
+LONG = ["readme", "training", "evaluation", "parallelism", "scripts", "judging", "study", "order", "code_store"]
+# The same examples in every run, so that a failure can be repeated.
 hypothesis.settings.register_profile("repeatable", derandomize=True)
 hypothesis.settings.load_profile("repeatable")
 
 
 def costly(max_examples: int) -> hypothesis.settings:
-    """Of a property whose examples take a second: all of them with THOROUGH set, as .ci/run does, else a third."""
-    return hypothesis.settings(max_examples=max_examples // (1 if os.environ.get("THOROUGH") else 3), deadline=None)
+    """Settings of a property whose examples take a second: all with THOROUGH set, as in .ci/nightly, else a sixth."""
+    return hypothesis.settings(max_examples=max_examples // (1 if os.environ.get("THOROUGH") else 6), deadline=None)
 
 
 def run_here(path: str, *words: object) -> tuple[int, str]:
-    """A command in this process, which has imported what it needs: its exit code and standard error."""
+    """Run a command in this process, which saves its imports; return its exit code and standard error."""
     stderr = io.StringIO()
-    level = logging.getLogger().level  # which some commands raise, and later tests read what is logged
+    level = logging.getLogger().level  # some commands raise it
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(stderr):
         patch.chdir(ROOT)
         patch.setattr("sys.argv", [path, *map(str, words)])
@@ -70,18 +61,12 @@ def run_here(path: str, *words: object) -> tuple[int, str]:
 
 
 def pytest_collection_modifyitems(items):
-    names = [*HEAVY, ""]
-
-    def place(item):
-        # The slow ones of a module first: a worker near its module's end is given the next, which would wait for them.
-        is_quick = item.get_closest_marker("slow") is None
-        return names.index(item.path.stem if item.path.stem in names else ""), is_quick
-
-    items.sort(key=place)
+    order = {f"test_{name}": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 def checked_config(flags: list[str]) -> Any:
-    """A config that may run here."""
+    """Return a config that passed all checks."""
     job_config = parse_config(flags)
     check_files(job_config)
     return job_config

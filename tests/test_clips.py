@@ -386,6 +386,7 @@ def test_the_tiny_corpus_has_ids_and_texts():
     assert row["audio"]["bytes"][:4] == b"OggS" and row["text"] and row["id"]
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_killed_process(corpus):
     """They hold more than a pipe takes, so that waiting for a reader would be for ever."""
     script = f"""

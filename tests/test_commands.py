@@ -6,7 +6,6 @@ import json
 import os
 import runpy
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -45,17 +44,6 @@ def test_help(path, monkeypatch, capsys):
     assert end.value.code in (0, None)
     first_sentence = ast.get_docstring(ast.parse(path.read_text())).split("\n")[0]
     assert first_sentence[:30] in shown and shown.count("--") > 2
-
-
-@pytest.mark.parametrize(
-    "module", ["scripts/benchmarks/training_ways.py", "scripts/tiny/score_codec.py", "scripts/report.py"]
-)
-def test_a_script_finds_what_it_imports(module):
-    """In a fresh interpreter that knows its folder alone, and in the order that it imports it."""
-    folder, name = (ROOT / module).parent, (ROOT / module).stem
-    code = f"import sys; sys.path.insert(0, {str(folder)!r}); import {name}"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True)
-    assert not done.returncode, done.stderr
 
 
 def test_an_error_stands_once_and_last_in_what_torchrun_prints(tmp_path, monkeypatch, capsys):

@@ -331,15 +331,11 @@ def test_speech_does_not_end_before_min_seconds(model):
     [
         ({"min_seconds": -1.0}, "--min_seconds is -1.0, which is out of range"),
         ({"min_seconds": float("nan")}, "--min_seconds is nan"),
-        ({"min_seconds": float("inf")}, "--min_seconds is inf"),
         ({"min_seconds": 10.1}, "--min_seconds is 10.1, more than --seconds 10"),
         ({"seconds": float("inf")}, "--seconds is inf"),
         ({"top_k": 0}, "--top_k is 0"),
-        ({"top_p": 0.0}, "--top_p is 0.0"),
         ({"top_p": 1.5}, "--top_p is 1.5"),
         ({"temperature": float("nan")}, "--temperature is nan"),
-        ({"window_seconds": 0.0}, "--window_seconds is 0.0"),
-        ({"seed": -1}, "--seed is -1"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):

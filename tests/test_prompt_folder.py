@@ -110,7 +110,7 @@ def test_a_folder_may_be_named_from_here(model, prompts, whole, monkeypatch, tmp
     for number, folder in enumerate((Path(prompts.name), tmp_path / "link")):
         records = run(model, folder, tmp_path / f"{number}")
         assert [record["file"] for record in records] == [record["file"] for record in whole[1]]
-    with pytest.raises(UserError, match="which is no folder"):
+    with pytest.raises(UserError, match="which is not a folder"):
         run(model, Path("nothing"), tmp_path / "out")
 
 
@@ -123,25 +123,20 @@ def test_a_prompt_that_was_replaced_is_continued_anew(model, prompts, whole, tmp
     other = {key for key in records if records[key]["prompt_frames"] != before[key]["prompt_frames"]}
     assert other == {("3.flac", 0), ("3.flac", 1)}
     (tmp_path / "out" / "results.jsonl").write_text("{")
-    with pytest.raises(UserError, match="is no list of results"):
+    with pytest.raises(UserError, match="is not a list of results"):
         run(model, tmp_path / "in", tmp_path / "out")
 
 
-def test_other_settings_are_refused(model, prompts, whole, tmp_path):
+def test_other_settings_are_refused(model, prompts, whole):
     for changed, message in (
-        ({"options": SamplingOptions(seconds=0.8, temperature=0.9, num_samples=2)}, "temperature 1.0, not 0.9"),
-        ({"options": replace(OPTIONS, top_p=0.9)}, "top_p 1.0, not 0.9"),
-        ({"options": replace(OPTIONS, last_frame="pad")}, "last_frame 'codec', not 'pad'"),
-        ({"num_rows": 3}, "batch_size 2, not 3"),
-        ({"model_sha256": "a"}, "model_sha256 None, not 'a'"),
+        ({"options": SamplingOptions(seconds=0.8, temperature=0.9, num_samples=2)}, "temperature = 1.0, but it is 0.9"),
+        ({"options": replace(OPTIONS, top_p=0.9)}, "top_p = 1.0, but it is 0.9"),
+        ({"options": replace(OPTIONS, last_frame="pad")}, "last_frame = 'codec', but it is 'pad'"),
+        ({"num_rows": 3}, "batch_size = 2, but it is 3"),
+        ({"model_sha256": "a"}, "model_sha256 = not set, but it is 'a'"),
     ):
         with pytest.raises(UserError, match=message):
             run(model, prompts, whole[0], **changed)
-    settings = json.loads((whole[0] / "settings.json").read_text())
-    del settings["last_frame"]  # a folder of an earlier version, which padded all prompts
-    (tmp_path / "settings.json").write_text(json.dumps(settings))
-    with pytest.raises(UserError, match="last_frame 'pad', not 'codec'"):
-        run(model, prompts, tmp_path)
 
 
 def test_a_bad_prompt_is_named_and_the_others_go_on(model, prompts, tmp_path):
@@ -150,19 +145,17 @@ def test_a_bad_prompt_is_named_and_the_others_go_on(model, prompts, tmp_path):
     soundfile.write(tmp_path / "in" / "empty.wav", np.zeros(0, dtype="float32"), 24_000)
     soundfile.write(tmp_path / "in" / "long.wav", np.ones(61 * 8000, dtype="float32") / 10, 8000)
     (tmp_path / "in" / ".hidden.wav").write_bytes(b"")
-    fitting, too_long = "x" * 249, "y" * 251  # a sample's file adds "_0"
-    for name in (fitting, too_long):
-        shutil.copy(prompts / "speaker" / "0.wav", tmp_path / "in" / f"{name}.wav")
+    longest = "x" * 249  # a sample's file adds "_0"
+    shutil.copy(prompts / "speaker" / "0.wav", tmp_path / "in" / f"{longest}.wav")
     records = run(model, tmp_path / "in", tmp_path / "out")
     errors = {record["prompt"]: record["error"] for record in records if "error" in record}
-    assert errors.keys() == {"broken.wav", "empty.wav", "long.wav", f"{too_long}.wav"} and len(records) == 12
+    assert errors.keys() == {"broken.wav", "empty.wav", "long.wav"} and len(records) == 10
     assert "longer than 60 s" in errors["long.wav"]
-    assert errors[f"{too_long}.wav"].endswith("_1.wav' is too long for a file name; shorten the prompt's name")
-    assert content(tmp_path / "out").keys() == {f"{name}_{number}.wav" for name in ("0", fitting) for number in (0, 1)}
+    assert content(tmp_path / "out").keys() == {f"{name}_{number}.wav" for name in ("0", longest) for number in (0, 1)}
     shutil.copy(prompts / "1.flac", tmp_path / "in" / "0.flac")
-    with pytest.raises(UserError, match="'0.wav' and '0.flac' would have one name"):
+    with pytest.raises(UserError, match="'0.flac' and '0.wav' would have one name"):
         run(model, tmp_path / "in", tmp_path / "out")
-    with pytest.raises(UserError, match="lies in --prompts"):
+    with pytest.raises(UserError, match="is inside --prompts"):
         run(model, tmp_path / "in", tmp_path / "in" / "out")
     (tmp_path / "in" / "0.flac").unlink()
     shutil.copytree(tmp_path / "in", tmp_path / "in" / "in")
@@ -170,7 +163,7 @@ def test_a_bad_prompt_is_named_and_the_others_go_on(model, prompts, tmp_path):
     with pytest.raises(UserError, match="'.*/in/0_0.wav' would replace a prompt"):
         run(model, tmp_path / "in", tmp_path)
     (tmp_path / "none").mkdir()
-    with pytest.raises(UserError, match="holds no .wav"):
+    with pytest.raises(UserError, match="has no .wav"):
         run(model, tmp_path / "none", tmp_path / "out")
 
 

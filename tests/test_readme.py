@@ -1,4 +1,4 @@
-"""Commands of all READMEs: run as they stand in a copy of the repository, or listed with what runs them instead."""
+"""Commands of all READMEs: run as written in a copy of the repository, or listed with the test that runs them."""
 
 import os
 import re
@@ -34,7 +34,6 @@ ELSEWHERE = {
     "uv run python scripts/benchmarks/bench_train.py": "minutes and 7 GB at its smallest; tests/test_commands.py",
     "uv run python scripts/benchmarks/bench_hierarchical.py": "minutes at its smallest; tests/test_commands.py",
     "uv run python scripts/benchmarks/kill_runs.py": "minutes at its smallest; tests/test_training.py kills a run",
-    "uv run python scripts/benchmarks/bench_data.py": "minutes at its smallest; tests/test_commands.py",
     "uv run python scripts/benchmarks/bench_eval.py": "minutes at its smallest; tests/test_likelihood.py",
     "uv run python scripts/study.py config/studies/tiny.toml": "an hour or more; tests/test_study.py",
     "uv run python scripts/build_page.py --study": "needs the study; tests/test_pages.py",
@@ -46,7 +45,7 @@ ELSEWHERE = {
 }
 
 BENCHMARKS = "uv run python scripts/benchmarks/"
-# What takes minutes, or would on a GPU, is run with these flags in place of its own.
+# Commands that take minutes are run with these flags instead of their own.
 SMALLEST = {
     f"pip install uv && {TORCHRUN}2 -m llama_mimi.train --job.config_file config/tiny.toml": (
         "--training.steps 120 --checkpoint.interval 60 --validation.freq 120"
@@ -59,6 +58,7 @@ SMALLEST = {
         "--recording_seconds 2.6 --limit 3 --num_samples 1 --speaker_model assets/tiny/speaker_encoder"
     ),
     "uv run python scripts/dry_run.py": "--num_gpus 8 --job.config_file config/tiny.toml",  # the 8B takes three minutes
+    f"{BENCHMARKS}bench_data.py": "--clips 4 --repeats 1",
     f"{BENCHMARKS}bench_reading.py": "--clips 4 --repeats 1",
     f"{BENCHMARKS}bench_generation.py": (
         "--shape tiny --new_frames 2 --repeats 1 --batch_sizes 2 --stream_seconds 1 --prompts 32"
@@ -68,7 +68,7 @@ SMALLEST = {
 
 
 def smallest(command: str) -> str:
-    """The command, or what stands for one that takes minutes."""
+    """Return the command, or its smallest form if it takes minutes."""
     for beginning, flags in SMALLEST.items():
         if command.startswith(beginning):
             return f"{beginning} {flags}"
@@ -90,13 +90,13 @@ def is_elsewhere(command: str) -> bool:
 
 
 def program(command: str) -> list[str]:
-    """What a command starts, without installing anew."""
+    """Return the arguments that start a command without an installation."""
     name, *words = shlex.split(command.removeprefix("pip install uv && ").removeprefix("uv run "))
     torchrun = [sys.executable, "-m", "torch.distributed.run"]
     return [*{"python": [sys.executable], "torchrun": torchrun}[name], *words]
 
 
-def test_what_is_listed_is_there():
+def test_listed_commands_exist():
     everything = [command for readme in READMES for command in commands(readme)]
     for beginning in ELSEWHERE:
         assert any(command.startswith(beginning) for command in everything), f"no README has '{beginning}'"
@@ -105,7 +105,7 @@ def test_what_is_listed_is_there():
 
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(ROOT).parent))
-def test_files_and_links_are_there(readme):
+def test_files_and_links_exist(readme):
     text = readme.read_text()
     for target in re.findall(r"\]\((?!http)([^)#]+)", text):
         assert (readme.parent / target).exists(), target
@@ -121,30 +121,36 @@ def test_commands_of_one_machine_do_not_share_a_port():
         assert not re.search(r"uv run torchrun (?!--standalone )", path.read_text(errors="replace")), path
 
 
-def test_the_first_page_is_short():
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 180
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """A copy of the repository."""
+    folder = tmp_path_factory.mktemp("copy")
+    for path in tracked():
+        target = folder / path.relative_to(ROOT)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    (folder / "my_speech").mkdir()
+    shutil.copy(next((ROOT / "assets/tiny/corpus").glob("train-*.parquet")), folder / "my_speech")
+    return folder
 
 
 @pytest.mark.slow
-@pytest.mark.distributed
-def test_commands_run_as_they_stand(tmp_path):
-    for path in tracked():
-        copy = tmp_path / path.relative_to(ROOT)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, copy)
-    (tmp_path / "my_speech").mkdir()
-    shutil.copy(next((ROOT / "assets/tiny/corpus").glob("train-*.parquet")), tmp_path / "my_speech")
+@pytest.mark.parametrize("kind", ["commands", "benchmarks"])
+def test_it_runs(copy, kind):
+    """The benchmarks, which .ci/run leaves to .ci/nightly, need the model of the other commands."""
     first = [ROOT / "README.md", *(readme for readme in READMES if readme != ROOT / "README.md")]  # trains the model
     done = dict.fromkeys(smallest(c) for readme in first for c in commands(readme) if not is_elsewhere(c))
     assert len(done.keys() & {f"{beginning} {flags}" for beginning, flags in SMALLEST.items()}) == len(SMALLEST)
     for command in done:
+        if command.startswith(BENCHMARKS) != (kind == "benchmarks"):
+            continue
         result = subprocess.run(
             program(command),
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(tmp_path / "torchtitan")},
+            cwd=copy,
+            env=os.environ | {"PYTHONPATH": str(copy / "torchtitan")},
             text=True,
             capture_output=True,
             timeout=1200,
         )
         assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
-    assert (tmp_path / "continuation.wav").stat().st_size > 40_000
+    assert (copy / "continuation.wav").stat().st_size > 40_000

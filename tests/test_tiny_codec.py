@@ -134,6 +134,7 @@ def flags(folder, **changes):
     return train_tiny_codec.CodecFlags(**corpus | numbers | {"output_dir": folder} | changes)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_continues_exactly(tmp_path, monkeypatch):
     monkeypatch.setattr(train_tiny_codec, "FIT_BATCHES", 2)
     whole = train_tiny_codec.CodecRun(flags(tmp_path / "whole"))

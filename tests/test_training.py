@@ -120,20 +120,21 @@ def test_hours_seen_are_those_of_the_targets(golden_run):
     assert losses(golden_run, "data/hours_seen")[20] == pytest.approx(total / 3600, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "arm",
+    "variant",
     [
-        pytest.param({}, id="flattened", marks=pytest.mark.slow),
+        pytest.param({}, id="flattened"),
         pytest.param(
             {"model__architecture": "hierarchical", "model__depth_share": 0.25, "data__packing": "pack"},
             id="hierarchical",
         ),
     ],
 )
-def test_a_killed_run_continues_as_if_it_had_not_been(tmp_path, arm):
+def test_a_killed_run_continues_as_if_it_had_not_been(tmp_path, variant):
     """With gradient accumulation, loader workers, whose positions must fit together, and saving in the background."""
     overrides = {
-        **arm,
+        **variant,
         "checkpoint__async_mode": "async",
         "training__steps": 4,
         "training__local_batch_size": 2,
@@ -183,7 +184,7 @@ def test_a_flipped_bit_ends_a_resumed_run(golden_run, tmp_path):
     assert f"use the last good step '{folder / 'checkpoint' / 'step-10'}'" in ranks.output
 
 
-@pytest.mark.parametrize("mode", ["disabled", "async"])
+@pytest.mark.parametrize("mode", [pytest.param("disabled", marks=pytest.mark.slow), "async"])
 def test_a_full_disk_keeps_the_steps_before(mode, golden_run, tmp_path):
     folder = shutil.copytree(golden_run, tmp_path / "run")
     flags = {"training__steps": 23, "lr_scheduler__total_steps": 420, "checkpoint__interval": 22}
@@ -343,7 +344,7 @@ def test_without_text_from_the_base_model_to_a_converted_one(base_model, tmp_pat
 
 
 def test_hierarchical_ranks_equal_transformers(tmp_path):
-    """20 steps of FSDP against a plain loop over `CsmForConditionalGeneration`, with the same first weights.
+    """8 steps of FSDP against a plain loop over `CsmForConditionalGeneration`, with the same first weights.
 
     Clips are cut: the rows of the ends, one for each level there, are one row here, which Adam moves otherwise.
     """
@@ -362,7 +363,7 @@ def test_hierarchical_ranks_equal_transformers(tmp_path):
         2,
         tmp_path / "run",
         checkpoint__initial_load_path=tmp_path / "step-0",
-        training__steps=20,
+        training__steps=8,
         lr_scheduler__warmup_steps=0,
         lr_scheduler__decay_ratio=0.0,
         **{key.replace(".", "__"): value for key, value in settings.items()},
@@ -372,7 +373,7 @@ def test_hierarchical_ranks_equal_transformers(tmp_path):
     csm.tie_weights()
     optimizer = torch.optim.AdamW(csm.parameters(), lr=5e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     ranks = [iter(build_dataloader(2, rank, sequences, job_config)) for rank in range(2)]
-    for step in range(1, 21):
+    for step in range(1, 9):
         inputs_BLQ, labels_BLQ = (torch.cat(parts) for parts in zip(*map(inputs_and_labels, ranks), strict=True))
         is_frame_BL = inputs_BLQ[..., 1] >= 0
         frames_BLD = csm.backbone_model.embed_tokens(sequences.vocabulary.entries(inputs_BLQ))
@@ -442,8 +443,9 @@ def plain_step(model, optimizer, loss):
     optimizer.step()
 
 
-def test_packed_ranks_equal_hugging_face_clip_by_clip(base_model, tmp_path):
-    """FSDP and tensor parallel over packed rows, against each clip of those rows in a forward pass of its own."""
+@pytest.mark.parametrize("dp_world_size", [2, pytest.param(1, marks=pytest.mark.slow)])
+def test_packed_ranks_equal_hugging_face_clip_by_clip(base_model, tmp_path, dp_world_size):
+    """FSDP, or tensor parallel, over packed rows, against each clip of those rows in a forward pass of its own."""
     overrides = {
         "model__hf_assets_path": base_model,
         "checkpoint__initial_load_in_hf": True,
@@ -460,22 +462,23 @@ def test_packed_ranks_equal_hugging_face_clip_by_clip(base_model, tmp_path):
         "--data.packing": "pack",
         "--optimizer.lr": 5e-4,
     }
-    for dp_world_size, extra in ((2, {}), (1, {"parallelism__tensor_parallel_degree": 2})):
-        measured = train(2, tmp_path / f"{dp_world_size}", **overrides, **extra)
-        ranks, model, optimizer = plain_loop(base_model, flags, dp_world_size)
-        for step in range(1, 5):
-            losses_of_clips, num_targets = [], 0
-            for inputs, labels_BL in (next(batches) for batches in ranks):
-                for row, starts_L in enumerate(inputs["positions"] == 0):
-                    bounds = [*starts_L.nonzero().flatten().tolist(), len(starts_L)]
-                    for begin, end in itertools.pairwise(bounds):
-                        logits_LV = model(inputs["input"][row : row + 1, begin:end]).logits[0]
-                        labels_L = labels_BL[row, begin:end]
-                        num_targets += int((labels_L != IGNORE_INDEX).sum())
-                        losses_of_clips.append(
-                            F.cross_entropy(logits_LV, labels_L, ignore_index=IGNORE_INDEX, reduction="sum")
-                        )
-            assert len(losses_of_clips) > 2 * 2 * dp_world_size, "rows hold several clips"
-            loss = torch.stack(losses_of_clips).sum() / num_targets
-            plain_step(model, optimizer, loss)
-            assert measured[step] == pytest.approx(loss.item(), abs=1e-4), (dp_world_size, step)
+    if dp_world_size == 1:
+        overrides["parallelism__tensor_parallel_degree"] = 2
+    measured = train(2, tmp_path, **overrides)
+    ranks, model, optimizer = plain_loop(base_model, flags, dp_world_size)
+    for step in range(1, 5):
+        losses_of_clips, num_targets = [], 0
+        for inputs, labels_BL in (next(batches) for batches in ranks):
+            for row, starts_L in enumerate(inputs["positions"] == 0):
+                bounds = [*starts_L.nonzero().flatten().tolist(), len(starts_L)]
+                for begin, end in itertools.pairwise(bounds):
+                    logits_LV = model(inputs["input"][row : row + 1, begin:end]).logits[0]
+                    labels_L = labels_BL[row, begin:end]
+                    num_targets += int((labels_L != IGNORE_INDEX).sum())
+                    losses_of_clips.append(
+                        F.cross_entropy(logits_LV, labels_L, ignore_index=IGNORE_INDEX, reduction="sum")
+                    )
+        assert len(losses_of_clips) > 2 * 2 * dp_world_size, "rows hold several clips"
+        loss = torch.stack(losses_of_clips).sum() / num_targets
+        plain_step(model, optimizer, loss)
+        assert measured[step] == pytest.approx(loss.item(), abs=1e-4), step

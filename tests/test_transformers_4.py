@@ -182,7 +182,7 @@ def run_in_both(script, tmp_path, *words):
     return torch.load(tmp_path / "4.56.2"), torch.load(tmp_path / "5.")
 
 
-@pytest.mark.network
+@pytest.mark.slow
 def test_transformers_4_computes_the_same(tmp_path):
     folders = [
         write(tmp_path / f"{write.__name__}-{scaling}-{vocabulary}", scaling, vocabulary, tied)
@@ -228,7 +228,7 @@ torch.save((frames[0], codec.decode(frames.transpose(1, 2))[0][0, 0]), output)
 """
 
 
-@pytest.mark.network
+@pytest.mark.slow
 def test_the_calls_of_the_released_card_run_in_both(tmp_path):
     """As people copy them: they need a feature extractor beside the codec, and a tokenizer that names the inputs."""
     folder = convert(tmp_path, "factor 32")
@@ -259,7 +259,7 @@ torch.save((logits, frames[0]), output)
 """
 
 
-@pytest.mark.network
+@pytest.mark.slow
 def test_a_hierarchical_model_continues_speech_in_both(tmp_path):
     folder = convert(tmp_path, "factor 32", tied=False, architecture="hierarchical")
     samples_S = read_audio(TINY / "prompt.wav", 24_000).samples_S[: 10 * 1920]
@@ -281,7 +281,7 @@ torch.save((codes, audio), sys.argv[2])
 """
 
 
-@pytest.mark.network
+@pytest.mark.slow
 def test_transformers_4_has_no_window(tmp_path):
     """What our "whole" attention gives: the codes and the audio of transformers from before February 2026."""
     samples_S = read_audio(TINY / "prompt.wav", 24_000).samples_S[

@@ -1,8 +1,8 @@
 """Speech language models on Mimi codec codes, flattened or hierarchical: everything this project adds to TorchTitan.
 
-The rooms, from the top; each says what it may import, and `tests/test_layout.py` holds it to that:
+Packages, from the top; a package imports only from lower ones (`tests/test_layout.py`):
 
-| room | holds |
+| package | contents |
 |---|---|
 | `train` `train_spec` `job_config` | the entry point, the seams put together, the settings: what users name |
 | `study` | many runs as one: which, what they cost, the way of each to its scores |

@@ -1,4 +1,1 @@
-"""From any recording to mono samples, and between samples and Mimi's codes.
-
-May import: common.
-"""
+"""From any recording to mono samples, and between samples and Mimi's codes."""

@@ -1,4 +1,1 @@
-"""What a run saves: distributed checkpoints, and the same model in Hugging Face's format.
-
-May import: model, tokens, audio, common.
-"""
+"""What a run saves: distributed checkpoints, and the same model in Hugging Face's format."""

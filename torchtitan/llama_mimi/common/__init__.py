@@ -1,4 +1,1 @@
-"""What every room may need: errors as sentences, files, the hub, processes, versions.
-
-May import: nothing of this package.
-"""
+"""Shared helpers: errors, files, the Hugging Face Hub, processes, command lines."""

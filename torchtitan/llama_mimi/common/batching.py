@@ -1,4 +1,4 @@
-"""Batches of like size, so that little of them is padding, and work that is done beside other work."""
+"""Length-bucketed batches and background prefetching."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,17 +10,17 @@ Result = TypeVar("Result")
 
 
 def batches_of_like_size(sizes: Sequence[int], limit: float) -> list[list[int]]:
-    """Divide items into batches by size; the plan depends on the sizes alone.
+    """Divide items into batches by size; the result depends on the sizes only.
 
     Args:
-        sizes: of the items, such as samples or tokens.
-        limit: the most a batch holds with its padding; one item always fits.
+        sizes: size of each item, such as its samples or tokens.
+        limit: maximum size of a batch including padding; a single item always fits.
 
     Returns:
         Indices into ``sizes``, each once; batches and the items in them go from small to large.
     """
     batches: list[list[int]] = []
-    for index in sorted(range(len(sizes)), key=lambda i: sizes[i]):  # the last is its batch's longest
+    for index in sorted(range(len(sizes)), key=lambda i: sizes[i]):  # the last item is the longest of its batch
         if batches and (len(batches[-1]) + 1) * sizes[index] <= limit:
             batches[-1].append(index)
         else:
@@ -29,32 +29,31 @@ def batches_of_like_size(sizes: Sequence[int], limit: float) -> list[list[int]]:
 
 
 def map_ahead(function: Callable[[Item], Result], items: Iterable[Item], num_ahead: int) -> Iterator[Result]:
-    """``function`` of each item, in their order; a thread is up to ``num_ahead`` items ahead of what is taken.
+    """Like ``map``, with a thread that computes up to ``num_ahead`` results in advance (none for 0).
 
-    Items are taken from ``items`` by the caller's thread. With 0 there is no other.
+    The caller's thread iterates over ``items``. An error of ``items`` comes after the results of earlier items.
     """
     if not num_ahead:
         yield from map(function, items)
         return
-    ahead: deque[Future[Result]] = deque()
     pool = ThreadPoolExecutor(1, thread_name_prefix="ahead")
-    failure: Exception | None = None
-    iterator = iter(items)
+
+    def futures() -> Iterator[Future[Result]]:
+        try:
+            for item in items:
+                yield pool.submit(function, item)
+        except Exception as error:
+            failed: Future[Result] = Future()
+            failed.set_exception(error)
+            yield failed
+
+    ahead: deque[Future[Result]] = deque()
     try:
-        while True:
-            try:
-                item = next(iterator)
-            except StopIteration:
-                break
-            except Exception as error:
-                failure = error  # after the results of what came before
-                break
-            ahead.append(pool.submit(function, item))
+        for future in futures():
+            ahead.append(future)
             if len(ahead) > num_ahead:
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
-        if failure:
-            raise failure
     finally:
         pool.shutdown(cancel_futures=True)

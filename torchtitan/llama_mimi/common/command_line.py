@@ -1,4 +1,4 @@
-"""Commands and their flags: --snake_case, a mistake as one sentence on stderr and exit code 1."""
+"""Command lines: ``--snake_case`` flags; user errors become one sentence on stderr and exit code 1."""
 
 import contextlib
 import errno
@@ -17,11 +17,11 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 
 def run_command(command: Callable[..., None], doc: str | None) -> None:
-    """Call a function with what the command line gives, as ``--snake_case`` flags.
+    """Call a function with the command line's flags.
 
     Args:
-        command: its annotated parameters are the flags, or the fields of a dataclass that it takes.
-        doc: of the script.
+        command: function whose annotated parameters, or the fields of a dataclass among them, are the flags.
+        doc: description of the script.
     """
     run_cli(lambda: _parsed(command, doc, None))
 
@@ -31,25 +31,25 @@ def _parsed(target: Callable[..., Any], doc: str | None, words: Sequence[str] | 
 
 
 def read_flags(kind: type[Options], words: Sequence[str]) -> Options:
-    """What a command that takes such options would be given by these words, without starting it.
+    """Parse command-line arguments into an options object.
 
     Raises:
-        UserError: what it would say of them.
+        UserError: tyro's reason, if an argument is invalid.
     """
-    said = io.StringIO()
+    output = io.StringIO()
     try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             return _parsed(kind, None, words)
     except SystemExit as error:
-        # A title, then the reason, then help, with lines of dashes between them.
-        reason = re.split(r"^\s*-{20,}\s*$", said.getvalue(), flags=re.MULTILINE)[1:2] or [said.getvalue()]
+        # tyro prints a title, the reason and help, separated by lines of dashes.
+        reason = re.split(r"^\s*-{20,}\s*$", output.getvalue(), flags=re.MULTILINE)[1:2] or [output.getvalue()]
         raise UserError(" ".join(reason[0].split())) from error
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Run a script's ``main`` and turn a `UserError` or a full or read-only disk into one sentence and exit code 1."""
+    """Run a script's ``main``; report a `UserError`, or a full or read-only disk, in one sentence with exit code 1."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8; stderr is set so by default
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr by default, for file names that are not UTF-8
     try:
         main()
     except UserError as error:
@@ -58,19 +58,19 @@ def run_cli(main: Callable[[], None]) -> None:
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        file = error.filename2 or error.filename  # of a copy, where it was to go
-        problem = f"'{file or 'a file'}' cannot be used ({error.strerror})"
+        file = error.filename2 or error.filename or "a file"  # filename2 is the target of a copy
+        problem = f"'{file}' cannot be used ({error.strerror})"
         report(UserError(f"{problem}; free disk space, set its permissions, or choose another folder"))
         sys.exit(1)
 
 
 def as_words(settings: Mapping[str, Any]) -> list[str]:
-    """Settings as a command line has them; a switch that is off is written as tyro wants it."""
-    found: list[str] = []
+    """Convert settings to command-line arguments for tyro."""
+    words: list[str] = []
     for name, value in settings.items():
         if isinstance(value, bool):
             section, dot, key = name.rpartition(".")
-            found.append(f"--{name}" if value else f"--{section}{dot}no-{key}")
+            words.append(f"--{name}" if value else f"--{section}{dot}no-{key}")
         else:
-            found += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return found
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words

@@ -1,4 +1,4 @@
-"""How a user's mistake is reported: one sentence, never a traceback."""
+"""User errors: one sentence, never a traceback."""
 
 import json
 import os
@@ -11,28 +11,25 @@ RANK_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun names a file for each ra
 
 
 class UserError(Exception):
-    """Something the user can put right. The message says what was wrong, with which value, and what to do."""
+    """An error that the user can fix. The message gives the value, the cause and the remedy."""
 
 
 def report(error: UserError) -> None:
-    """Print an error's sentence; under torchrun leave that to torchrun, whose own lines would follow it."""
+    """Print an error's sentence; under torchrun, let torchrun print it after its own lines."""
     sentence = f"error: {error}"
     if path := os.environ.get(RANK_ERROR_FILE):
-        # Torchrun prints the earliest failure last. The ranks that it ends fail within the same second.
+        # Torchrun prints the earliest failure last; the ranks that it ends fail within the same second.
         extra = {"py_callstack": f"\n{sentence}", "timestamp": str(int(time.time()) - 1)}
         try:
             Path(path).write_text(json.dumps({"message": {"message": sentence, "extraInfo": extra}}))
             return
-        except OSError:  # such as a full disk, where torchrun cannot read what was begun
+        except OSError:  # such as a full disk; torchrun could not read half a file
             with suppress(OSError):
                 Path(path).unlink(missing_ok=True)
     print(sentence, file=sys.stderr)
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of another library's error for a sentence of ours, or its type if it has no message.
-
-    A line that ends with a colon is followed by the next one, which names the cause.
-    """
+    """Return the first line of another library's error (two if it ends with a colon), or its type if it is empty."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return " ".join(line.strip() for line in lines[: 1 + lines[0].endswith(":")]).rstrip(".")

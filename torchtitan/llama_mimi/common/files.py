@@ -1,4 +1,4 @@
-"""Files on any fsspec path: found, read as JSON, and written so that they are whole or not there."""
+"""Find, read, write and lock files; most functions take any fsspec path."""
 
 import contextlib
 import errno
@@ -16,24 +16,17 @@ import fsspec
 
 from llama_mimi.common.errors import UserError, first_line
 
-# Ending of the hidden files that are still being written.
-PARTIAL = ".partial"
-LOCK = ".lock"  # of a folder that one process may write to
+PARTIAL = ".partial"  # ending of hidden files that are still being written
+LOCK = ".lock"  # lock file of a folder that one process may write to
 SYNTHETIC = "SYNTHETIC"  # file that marks a folder of synthesised speech
 
 
 def file_system(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of a path, and the path on it.
-
-    Raises:
-        UserError: a protocol that is unknown or needs another package.
-    """
+    """Return the file system of a path and the path on it; raise a `UserError` if its protocol is not available."""
     try:
         return fsspec.url_to_fs(path)
     except (ImportError, ValueError) as error:
-        raise UserError(
-            f"'{path}' cannot be opened ({error}); install what that protocol needs, or use another"
-        ) from error
+        raise UserError(f"'{path}' cannot be opened ({error}); install its protocol's package, or copy it") from error
 
 
 def is_local(fs: fsspec.AbstractFileSystem) -> bool:
@@ -41,12 +34,11 @@ def is_local(fs: fsspec.AbstractFileSystem) -> bool:
 
 
 def find_files(path: str, endings: tuple[str, ...]) -> list[str]:
-    """Sorted fsspec paths of the files that ``path`` means: a folder, a file, or a glob.
+    """Return the sorted fsspec paths of a folder's files, of a file, or of a glob's matches.
 
     Args:
-        path: a folder stands for its files at any depth that end so, but hidden ones (`is_hidden`), as macOS's ``._``
-            sidecars and the ``.cache`` of a download.
-        endings: such as ".parquet"; capitals do not matter.
+        path: a folder means its files at any depth that have one of the endings and are not hidden (`is_hidden`).
+        endings: such as ".parquet", in lower case; case is ignored.
 
     Raises:
         UserError: the file system cannot be reached.
@@ -54,20 +46,17 @@ def find_files(path: str, endings: tuple[str, ...]) -> list[str]:
     fs, bare = file_system(path)
     try:
         if fs.isdir(bare):
-            inside = _below_local(bare) if is_local(fs) else fs.find(bare)
-            found = [file for file in inside if file.lower().endswith(endings) and not is_hidden(_below(file, bare))]
+            below = _walk(bare) if is_local(fs) else fs.find(bare)
+            found = [file for file in below if file.lower().endswith(endings) and not is_hidden(_below(file, bare))]
         else:
-            found = _matches(fs, bare)
+            found = [bare] if fs.isfile(bare) else _glob(fs, bare)
     except Exception as error:  # remote file systems raise what their transports raise
         raise UserError(f"'{path}' cannot be listed ({first_line(error)}); check the path and the network") from error
     return sorted(found if is_local(fs) else map(fs.unstrip_protocol, found))
 
 
 def is_hidden(relative: str) -> bool:
-    """Whether a path is, or lies in, what nobody put there on purpose: ``.cache/x``, ``a/._b``, ``__MACOSX/c``.
-
-    It is the rule by which `datasets` leaves them out of a folder.
-    """
+    """Return True for hidden and system files (``.cache/x``, ``a/._b``, ``__MACOSX/c``), as `datasets` does."""
     *folders, name = relative.split("/")
     return name.startswith(".") or any(folder.startswith((".", "__")) for folder in folders)
 
@@ -88,8 +77,8 @@ def visible_files(folder: Path, pattern: str) -> list[Path]:
     return sorted(path for path in folder.glob(pattern) if not is_hidden(path.relative_to(folder).as_posix()))
 
 
-def _below_local(folder: str) -> list[str]:
-    """Files below a folder, also through links to folders, each folder once; fsspec does not follow them."""
+def _walk(folder: str) -> list[str]:
+    """Return the files below a local folder, each folder once; follow links to folders, unlike fsspec."""
     found: list[str] = []
     seen: set[str] = set()
     for path, folders, names in os.walk(folder, followlinks=True):
@@ -101,18 +90,16 @@ def _below_local(folder: str) -> list[str]:
     return found
 
 
-def _matches(fs: fsspec.AbstractFileSystem, pattern: str) -> list[str]:
-    """The file of that name, or what the glob matches. Brackets in the name of a folder that exists are no pattern."""
-    if fs.isfile(pattern):
-        return [pattern]
+def _glob(fs: fsspec.AbstractFileSystem, pattern: str) -> list[str]:
+    """Return a glob's matches. Brackets in the name of an existing folder are not a pattern."""
     parts = pattern.split("/")
-    literal = 0  # parts that exist as they are spelt
+    literal = 0  # number of leading parts that exist as they are written
     for index, part in enumerate(parts):
         if set(part) & set("*?[") and not ("[" in part and fs.exists("/".join(parts[: index + 1]))):
             break
         literal = index + 1
     escaped = "/".join([*map(escape, parts[:literal]), *parts[literal:]])
-    # fsspec does not look through links to folders
+    # fsspec's own glob does not follow links to folders
     found = glob(escaped, recursive=True, include_hidden=True) if is_local(fs) else fs.glob(escaped)
     if any(is_hidden(part) for part in parts[literal:]):  # asked for
         return found
@@ -124,23 +111,19 @@ def _below(file: str, folder: str) -> str:
 
 
 def digest(content: Any) -> str:
-    """SHA-256 of what JSON can hold."""
+    """Return the SHA-256 of a JSON-serialisable value."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def sizes_in(folder: str) -> dict[str, int]:
-    """Name -> bytes of the files in a folder; none where there is no folder."""
+    """Return the sizes in bytes of a folder's files, by name; empty if the folder does not exist."""
     fs, bare = file_system(folder)
     found = fs.find(bare, maxdepth=1, detail=True)
     return {path.rsplit("/", 1)[-1]: info["size"] for path, info in found.items()}
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Return what JSON contains.
-
-    Raises:
-        ValueError: it is damaged, or nested too deeply for Python.
-    """
+    """Parse JSON; damaged or too deeply nested JSON raises a ValueError."""
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -148,36 +131,32 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_json(folder: str, name: str) -> dict[str, Any] | None:
-    """A JSON object in a folder, or None where there is no such file.
-
-    Raises:
-        UserError: it cannot be read, or is not a JSON object.
-    """
+    """Return a file's JSON object, or None if there is no such file; raise a `UserError` for any other content."""
     fs, bare = file_system(folder)
     path = f"{bare.rstrip('/')}/{name}"
     try:
         values = parse_json(fs.cat_file(path))
+        if not isinstance(values, dict):
+            raise ValueError("it is not a JSON object")
+        return values
     except FileNotFoundError:
         return None
     except (ValueError, OSError) as error:
         raise UserError(f"'{folder}/{name}' is not readable as JSON ({error}); fix or remove the file") from error
-    if not isinstance(values, dict):
-        raise UserError(f"'{folder}/{name}' is not a JSON object; fix or remove the file")
-    return values
 
 
 def write_atomically(folder: str, name: str, content: bytes) -> None:
-    """Write a file so that nobody sees half of it: aside and then moved, or on other file systems in one upload.
+    """Write a file under a temporary name and rename it, or, if it is not local, upload it at once.
 
-    A symbolic link stays, and its target is written.
+    The target of a symbolic link is replaced, not the link.
 
     Raises:
-        UserError: the file system is full or refuses.
+        UserError: the file cannot be written.
     """
     fs, bare = file_system(folder)
     path = f"{bare.rstrip('/')}/{name}"
     path = os.path.realpath(path) if is_local(fs) else path
-    aside = f"{os.path.dirname(path)}/.{uuid4().hex}{PARTIAL}"  # a name as long as the target's may have no room
+    aside = f"{os.path.dirname(path)}/.{uuid4().hex}{PARTIAL}"  # short, as the target's name may be the longest allowed
     try:
         fs.makedirs(bare, exist_ok=True)
         if is_local(fs):
@@ -195,24 +174,19 @@ def write_atomically(folder: str, name: str, content: bytes) -> None:
 
 
 def share_weights(folder: Path) -> None:
-    """Give the weights in a folder the mode of its ``config.json``; safetensors writes them for their owner alone."""
+    """Give a folder's weights the mode of its ``config.json``; safetensors lets only their owner read them."""
     for path in folder.glob("*.safetensors"):
         path.chmod((folder / "config.json").stat().st_mode)
 
 
 @contextlib.contextmanager
 def locked(path: Path, setting: str, wait: bool = False) -> Iterator[None]:
-    """Hold the lock of a file until the block or the process ends.
-
-    A file system without locks (some mounts of NFS and Lustre) gets a warning, and the work goes on.
+    """Lock a file until the block or the process ends; warn on a file system without locks (some NFS and Lustre).
 
     Args:
-        path: lock file. Its folder is created.
-        setting: flag or key that names the folder, for errors.
-        wait: wait for another process that holds the lock.
-
-    Raises:
-        UserError: the file cannot be written, or another process holds the lock and ``wait`` is not set.
+        path: lock file; its folder is created.
+        setting: flag or key of the folder, for errors.
+        wait: wait for another process instead of raising a `UserError`.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
-"""Loading configurations, tokenizers and weights from a folder or the hub, with errors users can act on."""
+"""Load configurations, tokenizers and weights from a folder or the Hugging Face Hub."""
 
 import hashlib
 import logging
 import re
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,19 +26,18 @@ def load_pretrained(
 ) -> Any:
     """Load ``cls.from_pretrained(name)`` without pickled weights and without code from the folder.
 
-    A model (``dtype`` is given) must have exactly the tensors of its class, in their shapes. transformers draws
-    missing ones at random and drops unexpected ones with no more than a warning. Exempt are tied weights, keys that the
-    class itself exempts, and buffers that older versions saved.
+    A model (``dtype`` is given) must have exactly the tensors of its class, in their shapes: transformers only warns
+    when it initialises missing ones at random. Exempt are tied weights, keys that the class exempts, and buffers.
 
     Args:
         cls: a `transformers` class.
         name: hub id or folder.
-        what: what is being loaded ("codec", "model", "tokenizer"), for the message.
-        allow_torch_weights: take ``.bin`` files where there are no safetensors; PyTorch reads weights alone from them.
+        what: noun for messages ("codec", "model", "tokenizer").
+        allow_torch_weights: read ``.bin`` files if there are no safetensors (PyTorch loads weights only).
         without_effect: regular expression of further tensors that may be missing or unexpected.
 
     Raises:
-        UserError: the folder or hub model is missing, gated, unreachable, damaged, or not of this kind.
+        UserError: the folder or hub model is missing, gated, unreachable, damaged, or of another kind.
     """
     _check_name(name, what)
     is_model = "dtype" in kwargs
@@ -63,16 +62,21 @@ def load_pretrained(
     if not is_model:
         return loaded
     model, info = loaded
-    _check_tensors(model, info, name, what, without_effect)
+    exempt = re.compile(without_effect)
+    missing = {key for key in info["missing_keys"] if not exempt.search(key)}
+    unexpected = {key for key in info["unexpected_keys"] if not exempt.search(key)}
+    unexpected -= {buffer for buffer, _ in model.named_buffers()}
+    reshaped = {key for key, *_ in info["mismatched_keys"]}
+    require_no_difference(missing, unexpected, reshaped, f"'{name}' is not a whole {what}", type(model).__name__)
     return model
 
 
 def _check_name(name: str, what: str) -> None:
-    """Refuse a folder that does not exist, or has no model, before the hub is asked."""
+    """Refuse a folder that does not exist or has no model, before the hub is asked."""
     path = Path(name)
     if path.is_dir():
         if not any((path / file).is_file() for file in ("config.json", "tokenizer_config.json")):
-            raise UserError(f"'{name}' holds no {what} (no config.json in it); name a Hugging Face model folder")
+            raise UserError(f"'{name}' has no {what} (no config.json in it); name a Hugging Face model folder")
         return
     missing = f"the {what} folder '{name}' does not exist; check the path or "
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
@@ -90,7 +94,7 @@ def _is_cached(hub_id: str) -> bool:
 
 @contextmanager
 def _without_load_report() -> Iterator[None]:
-    """Silence the table of missing and unexpected tensors, which `_check_tensors` reports in one sentence."""
+    """Silence transformers' table of missing and unexpected tensors; `load_pretrained` reports them."""
     logger = logging.getLogger("transformers.modeling_utils")
     was_disabled, logger.disabled = logger.disabled, True
     try:
@@ -99,23 +103,10 @@ def _without_load_report() -> Iterator[None]:
         logger.disabled = was_disabled
 
 
-def _check_tensors(model: Any, info: Mapping[str, Any], name: str, what: str, without_effect: str) -> None:
-    exempt = re.compile(without_effect)
-    missing = {key for key in info["missing_keys"] if not exempt.search(key)}
-    unexpected = {key for key in info["unexpected_keys"] if not exempt.search(key)}
-    unexpected -= {buffer for buffer, _ in model.named_buffers()}
-    reshaped = {key for key, *_ in info["mismatched_keys"]}
-    require_no_difference(missing, unexpected, reshaped, f"'{name}' is not a whole {what}", type(model).__name__)
-
-
 def require_no_difference(
     missing: Set[str], unexpected: Set[str], reshaped: Set[str], problem: str, model: str
 ) -> None:
-    """Refuse weights that differ from those of a model, by names of tensors.
-
-    Raises:
-        UserError: ``problem``, with the number and the first name of each kind of difference.
-    """
+    """Raise a `UserError` with ``problem``, and the number and first name of each kind of wrong tensors."""
     found = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
     parts = [f"{len(keys)} {kind}, first '{min(keys)}'" for kind, keys in found.items() if keys]
     if parts:
@@ -126,12 +117,10 @@ def require_no_difference(
 
 
 def weights_sha256(name: str) -> str:
-    """SHA-256 of the safetensors files of a model that was loaded before, in the order of their names.
-
-    Where there are none, of its ``.bin`` files.
+    """Return the SHA-256 of a model's safetensors (or else ``.bin``) files, in the order of their names.
 
     Args:
-        name: hub id or folder.
+        name: hub id, which must be in the cache, or folder.
     """
     folder = Path(name)
     if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""The processes of torchrun: what they share without collectives of tensors, and how they end."""
+"""The ranks of torchrun: objects that they share, and how they end."""
 
 import ctypes
 import os
@@ -17,38 +17,37 @@ import torch.distributed as dist
 from llama_mimi.common.cpu import available_device
 from llama_mimi.common.errors import RANK_ERROR_FILE, UserError, first_line
 
-# At the end all ranks wait for the slowest.
-TIMEOUT = timedelta(days=7)
+TIMEOUT = timedelta(days=7)  # at the end all ranks wait for the slowest
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 SECONDS_BEFORE_OTHERS_REPORT = 10
 
 
 def end_with_parent() -> None:
-    """Let the kernel end this process when the one that started it ends, also if that is killed.
+    """Let the kernel kill this process when its parent ends, even if that is killed (Linux only).
 
-    A rank whose torchrun has gone would wait for others until its timeout. Linux only; elsewhere it is left over.
+    A rank whose torchrun has ended would otherwise wait for other ranks until its timeout.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def end_with_torchrun() -> None:
-    """As `end_with_parent`, but only in ranks that torchrun started; others may outlive their shell."""
+    """Call `end_with_parent` in ranks of torchrun; other processes may outlive their shell."""
     if not dist.is_torchelastic_launched():
         return
     end_with_parent()
-    # It may have been killed while this process imported what it needs. Orphans go to process 1, which in a container
-    # may be torchrun itself, but then it is Python.
+    # Torchrun may have been killed during this process's imports. Orphans go to process 1, which in a container may be
+    # torchrun itself, but then it is Python.
     first = Path("/proc/1/cmdline")
     if os.getppid() == 1 and first.exists() and b"python" not in first.read_bytes():
         os._exit(1)
 
 
 class Ranks:
-    """The processes of torchrun, or this one alone, and what they share.
+    """The ranks of torchrun, or this process alone.
 
     Args:
-        device: of this rank; None, or "cuda" without a number, takes the rank's own GPU where there is one.
+        device: device of this rank; None, or "cuda" without a number, means the rank's own GPU if there is one.
 
     Raises:
         UserError: more ranks than GPUs, one GPU for several ranks, or no such device.
@@ -61,23 +60,20 @@ class Ranks:
         self._store: dist.Store = dist.HashStore()
         if self.world_size > 1:
             self._store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
-            dist.init_process_group(
-                "gloo", store=self._store, rank=self.rank, world_size=self.world_size, timeout=TIMEOUT
-            )
+            world = {"rank": self.rank, "world_size": self.world_size}
+            dist.init_process_group("gloo", store=self._store, timeout=TIMEOUT, **world)
         self.device = available_device(device or "cpu")
         if self.world_size > 1 and device is not None and device.startswith("cuda:"):
             raise UserError(f"--device {device} is one GPU for {self.world_size} ranks; leave the number out")
         if device in (None, "cuda") and torch.cuda.is_available():
             local_rank = int(os.environ.get("LOCAL_RANK", 0))
             if local_rank >= torch.cuda.device_count():
-                raise UserError(
-                    f"there are {torch.cuda.device_count()} GPUs; lower torchrun's --nproc_per_node to that"
-                )
+                raise UserError(f"there are {torch.cuda.device_count()} GPUs; set torchrun's --nproc_per_node to that")
             self.device = torch.device("cuda", local_rank)
             torch.cuda.set_device(self.device)
 
     def add(self, counter: str, number: int) -> int:
-        """Add to a shared counter; returns its value."""
+        """Add to a shared counter and return its value."""
         return self._store.add(counter, number)
 
     def wait(self) -> None:
@@ -90,7 +86,7 @@ class Ranks:
 
 
 def gather(value: Any) -> list[Any]:
-    """``value`` of every rank, on every rank; without a process group there is this one."""
+    """Return ``value`` of every rank, on every rank."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -99,11 +95,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def from_first(make: Callable[[], Any]) -> Any:
-    """What ``make`` returns on rank 0, which alone calls it; without a process group this process is rank 0.
-
-    Raises:
-        UserError: on every rank what it raised there, so that none waits for a rank that has gone.
-    """
+    """Call ``make`` on rank 0 and return its result, or raise its `UserError`, on every rank."""
     outcome: list[Any] = [None]
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
@@ -119,12 +111,12 @@ def from_first(make: Callable[[], Any]) -> Any:
 
 @contextmanager
 def first_reports() -> Iterator[None]:
-    """Hold back a `UserError` that all ranks find: rank 0 reports it, and torchrun then ends the others."""
+    """Delay a `UserError` that all ranks raise: rank 0 reports it, and torchrun then ends the others."""
     try:
         yield
     except UserError:
         if int(os.environ.get("RANK", 0)):
-            if path := os.environ.get(RANK_ERROR_FILE):  # TorchTitan may have written the traceback there
+            if path := os.environ.get(RANK_ERROR_FILE):  # TorchTitan may have written a traceback there
                 Path(path).unlink(missing_ok=True)
             time.sleep(SECONDS_BEFORE_OTHERS_REPORT)
         raise
@@ -134,14 +126,13 @@ def _unless_gone(collective: Callable[[], Any]) -> None:
     try:
         collective()
     except RuntimeError as error:
-        what = "ranks cannot reach each other, most likely because another has ended, so this one does, too"
-        print(f"{what} ({first_line(error)})", file=sys.stderr)
+        print(f"another rank has ended, so this one ends, too ({first_line(error)})", file=sys.stderr)
         sys.exit(1)
 
 
 @contextmanager
 def torchrun_ranks(device: str | None = None) -> Iterator[Ranks]:
-    """`Ranks` that are closed at the end; a mistake that all ranks find is reported once."""
+    """Yield `Ranks` and close them; a user error that all ranks raise is reported once."""
     with first_reports():
         ranks = Ranks(device)
         yield ranks

@@ -1,4 +1,4 @@
-"""Package versions and commit that a result was made with."""
+"""Package versions and commit."""
 
 import subprocess
 from importlib.metadata import version
@@ -8,9 +8,9 @@ FOLDER = Path(__file__).parent.parent  # of the package
 
 
 def versions() -> dict[str, str]:
-    """Versions that numbers depend on, and this repository's commit where the package lies in it."""
+    """Return the versions that results depend on, and the commit if the package is inside this repository."""
     packages = ("llama-mimi", "torch", "torchaudio", "transformers", "soundfile", "soxr")
-    is_ours = _git("rev-parse", "--show-prefix") == f"torchtitan/{FOLDER.name}/"  # not a repository that it lies in
+    is_ours = _git("rev-parse", "--show-prefix") == f"torchtitan/{FOLDER.name}/"  # not some repository around it
     commit = _git("describe", "--always", "--dirty") if is_ours else ""
     return {package: version(package) for package in packages} | {"commit": commit or "unknown"}
 
@@ -18,5 +18,5 @@ def versions() -> dict[str, str]:
 def _git(*command: str) -> str:
     try:
         return subprocess.run(["git", *command], cwd=FOLDER, capture_output=True, text=True).stdout.strip()
-    except OSError:  # no git here
+    except OSError:  # git is not installed
         return ""

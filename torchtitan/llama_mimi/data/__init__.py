@@ -1,4 +1,1 @@
-"""Corpora of audio and of codes, the order they are read in, and rows of a batch; making codes of audio.
-
-May import: tokens, audio, common.
-"""
+"""Corpora of audio and of codes, the order they are read in, and rows of a batch; making codes of audio."""

@@ -1,4 +1,1 @@
-"""Benchmarks: pairs of clips, how likely a model finds them, accuracies and result files.
-
-May import: generation, data, tokens, audio, common.
-"""
+"""Benchmarks: pairs of clips, how likely a model finds them, accuracies and result files."""

@@ -1,4 +1,1 @@
-"""A converted model at work: speech that goes on.
-
-May import: tokens, audio, common.
-"""
+"""A converted model at work: speech that goes on."""

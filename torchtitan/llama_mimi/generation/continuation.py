@@ -21,19 +21,20 @@ MAX_PROMPT_SECONDS = 60.0  # three times the longest clip of the paper's trainin
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """How tokens are drawn.
+    """Sampling of tokens.
 
     Args:
-        seconds: of new audio at most; a sample ends earlier where the model ends the speech.
-        min_seconds: of new audio at least; the model cannot end the speech before.
-        temperature: 0 takes the likeliest token.
-        top_k: sample from so many likeliest of the tokens that a position can have.
-        top_p: sample from as few of those as have this probability together; default: that of the model's
-            generation config, or 1 where it has none.
-        window_seconds: of prompt and new audio that the model sees at once, by default as long as the clips it was
-            trained on; beyond it goes on from the prompt's beginning and the last half of the window.
-        seed: same seed, same samples.
-        num_samples: continuations of the same prompt.
+        seconds: maximum length of the continuation, in seconds; generation stops earlier at ``</audio>``.
+        min_seconds: minimum length of the continuation, in seconds; ``</audio>`` is not sampled before.
+        temperature: 0 selects the most likely token.
+        top_k: sample from the k most likely tokens (among those valid at this position).
+        top_p: then sample from the fewest tokens with this total probability; default: the value in the model's
+            generation config, or 1 if it has none.
+        window_seconds: maximum length of prompt and new audio in the model's context, in seconds; default: the length
+            of its training clips. When the context is full, keep the start of the prompt and the last half of the
+            window.
+        seed: the same seed gives the same samples.
+        num_samples: number of continuations of a prompt.
         last_frame: encoding of a partial last frame of a prompt: pad fills it with zeros, codec leaves it to the codec,
             as the first release does; default: codec for released checkpoints, else pad.
 

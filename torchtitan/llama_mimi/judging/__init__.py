@@ -1,4 +1,1 @@
-"""Continuations of prompts: prompts, systems, measures, and results.
-
-May import: evaluation, generation, data, audio, common.
-"""
+"""Continuations of prompts: prompts, systems, measures, and results."""

@@ -1,4 +1,1 @@
-"""The Llama decoder as TorchTitan trains it, the hierarchical model made of two, and their cross-entropy.
-
-May import: tokens, common.
-"""
+"""The Llama decoder as TorchTitan trains it, the hierarchical model made of two, and their cross-entropy."""

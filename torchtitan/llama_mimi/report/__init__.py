@@ -1,4 +1,1 @@
-"""Result files as one table, comparisons with pictures, Markdown and HTML.
-
-May import: evaluation, data, audio, common.
-"""
+"""Result files as one table, comparisons with pictures, Markdown and HTML."""

@@ -1,4 +1,1 @@
-"""Many runs as one: which they are, what they cost, the way of each from training to scores, and to the hub.
-
-May import: judging, evaluation, training, checkpoint, model, data, tokens, audio, common.
-"""
+"""Many runs as one: which they are, what they cost, the way of each from training to scores, and to the hub."""

@@ -1,4 +1,1 @@
-"""Between codes and token ids: the vocabulary, and a clip as a sequence.
-
-May import: audio, common.
-"""
+"""Between codes and token ids: the vocabulary, and a clip as a sequence."""
