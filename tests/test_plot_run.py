@@ -1,10 +1,9 @@
-"""A run's picture: what is read from logs of several starts, what is drawn of it, and what is refused."""
+"""Training curves: logs of several starts, panels, and errors."""
 
 import math
 
 import plot_run
 import pytest
-import tyro
 from torch.utils.tensorboard import SummaryWriter
 
 from llama_mimi.common.errors import UserError
@@ -13,7 +12,7 @@ LOSS = plot_run.TOTAL
 
 
 def write_log(run, metrics, *, time=1, folder="20261121-1200"):
-    """One start's event file as TorchTitan leaves it, begun at a time of the test's own."""
+    """Write the event file of one start of a run, with the time of the start in its name as TorchTitan has it."""
     with SummaryWriter(run / "tb" / folder) as writer:
         for tag, series in metrics.items():
             for step, value in series.items():
@@ -24,15 +23,15 @@ def write_log(run, metrics, *, time=1, folder="20261121-1200"):
 
 
 @pytest.fixture
-def figure(monkeypatch, capsys):
-    """Runs the script with some flags; returns the figure and what it prints."""
+def draw(monkeypatch, capsys):
+    """Run the script; return the figure and the printed text."""
 
-    def run(*flags):
+    def run(picture, *runs):
         figures = []
-        monkeypatch.setattr(plot_run.plt, "close", figures.append)
-        tyro.cli(plot_run.plot_runs, args=[*map(str, flags)])
-        (drawn,) = figures
-        return drawn, capsys.readouterr().out
+        monkeypatch.setattr("matplotlib.pyplot.close", figures.append)
+        plot_run.plot_runs([*runs], picture)
+        (figure,) = figures
+        return figure, capsys.readouterr().out
 
     return run
 
@@ -60,31 +59,30 @@ def test_a_later_start_takes_over_where_it_begins(tmp_path, folders):
     assert plot_run.read_run(tmp_path) == {LOSS: {1: 3}}
 
 
-def test_one_run_is_drawn_level_by_level(tmp_path, figure):
+def test_one_run_is_drawn_with_its_levels(tmp_path, draw):
     losses = {f"loss_metrics/level_{level}": {1: level, 2: level} for level in range(11)}
     logged = {LOSS: {1: 5, 2: math.nan}, **losses, "lr": {1: 1, 2: 1}, "time_metrics/data_loading(%)": {1: 2}}
     picture = tmp_path / "new" / "run.png"
-    drawn, printed = figure("--run", write_log(tmp_path / "run", logged), "--picture", picture)
+    drawn, printed = draw(picture, write_log(tmp_path / "run", logged))
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert printed == f"1 run drawn to {picture}: {tmp_path / 'run'} (steps 1 to 2)\n"
     by_title = {axis.get_title(loc="left"): axis for axis in drawn.axes}
-    assert list(by_title) == ["Training loss", "Share of time (%)", "Learning rate"]  # the rest was not logged
+    assert list(by_title) == ["Training loss", "Fraction of time (%)", "Learning rate"]  # the rest was not logged
     levels = [list(line.get_ydata()) for line in by_title["Training loss"].get_lines()][:-1]
     assert levels == [[level, level] for level in range(11)]
     assert by_title["Training loss"].get_legend_handles_labels()[1] == ["level 0", "10", "mean"]
-    assert [line.get_label() for line in by_title["Share of time (%)"].get_lines()] == ["data"]
+    assert [line.get_label() for line in by_title["Fraction of time (%)"].get_lines()] == ["data"]
 
 
-def test_of_several_runs_totals_are_compared(tmp_path, figure):
+def test_several_runs_are_compared_by_their_totals(tmp_path, draw):
     level = {"loss_metrics/level_0": {1: 3.0}}
     write_log(tmp_path / "a", {LOSS: {1: 1.0}, "throughput/mfu(%)": {1: 40.0}, **level})
     write_log(tmp_path / "b", {LOSS: {2: 2.0, 4: 1.5}, "throughput/mfu(%)": {2: 50.0}, "lr": {2: 1.0}, **level})
     runs = [tmp_path / "a", tmp_path / "b"]
-    flags = [word for run in runs for word in ("--run", run)]
-    drawn, printed = figure(*flags, "--picture", tmp_path / "both.pdf")
+    drawn, printed = draw(tmp_path / "both.pdf", *runs)
     assert printed.startswith("2 runs drawn") and "b (steps 2 to 4)" in printed
     lines = {axis.get_title(loc="left"): axis.get_lines() for axis in drawn.axes}
-    a, b = ((str(run), color) for run, color in zip(runs, map(plot_run.plt.get_cmap("tab10"), (0, 1)), strict=True))
+    a, b = ((str(run), f"C{number}") for number, run in enumerate(runs))
     assert {title: [(line.get_label(), line.get_color()) for line in of] for title, of in lines.items()} == {
         "Training loss, mean": [a, b],
         "Model FLOPs utilization (%)": [a, b],
@@ -94,17 +92,16 @@ def test_of_several_runs_totals_are_compared(tmp_path, figure):
     assert [text.get_text() for text in legend.get_texts()] == [str(run) for run in runs]
 
 
-@pytest.mark.parametrize("mistake", ["folder", "logs", "steps", "picture"])
-def test_mistakes_get_one_sentence(tmp_path, figure, mistake):
-    run, picture, message = tmp_path / "run", tmp_path / "run.png", "holds no log with a training step"
-    if mistake == "folder":
-        message = "run' is no folder; name a run's dump folder"
-    elif mistake == "logs":
-        run.mkdir()
-    elif mistake == "steps":
-        write_log(run, {"validation_metrics/loss": {1: 1.0}})
-    else:
-        write_log(run, {LOSS: {1: 1.0}})
-        picture, message = tmp_path / "run.odd", "run.odd' could not be written"
-    with pytest.raises(UserError, match=message):
-        figure("--run", run, "--picture", picture)
+def test_mistakes_get_one_sentence(tmp_path):
+    (tmp_path / "empty").mkdir()
+    no_step = write_log(tmp_path / "no_step", {"validation_metrics/loss": {1: 1.0}})
+    run = write_log(tmp_path / "run", {LOSS: {1: 1.0}})
+    for folder, picture, message in (
+        (tmp_path / "missing", "a.png", "missing' is not a folder; name a run's dump folder"),
+        (tmp_path / "empty", "a.png", "has no log with a training step"),
+        (no_step, "a.png", "has no log with a training step"),
+        (run, "a.odd", "cannot be written as 'odd'"),
+        (run, "a", "cannot be written as ''"),
+    ):
+        with pytest.raises(UserError, match=message):
+            plot_run.plot_runs([folder], tmp_path / picture)

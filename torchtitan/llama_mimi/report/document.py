@@ -4,11 +4,11 @@ Text between backticks is code. Nothing else in a text is markup, so that an err
 """
 
 import base64
+import importlib
 import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -107,17 +107,22 @@ def write_markdown(sections: Sequence[Section], path: Path) -> None:
 
 def _inert(text: str) -> str:
     """Return a text on one line, with code between backticks and without other markup."""
-    line = " ".join(text.split())
-    return re.sub(
-        r"`[^`]+`|[\\`*_|<>\[\]~&#]",
-        lambda found: found[0].replace("|", r"\|") if len(found[0]) > 1 else rf"\{found[0]}",
-        line,
-    )
+
+    def escaped(found: re.Match[str]) -> str:
+        return found[0].replace("|", r"\|") if len(found[0]) > 1 else rf"\{found[0]}"
+
+    return re.sub(r"`[^`]+`|[\\`*_|<>\[\]~&#]", escaped, " ".join(text.split()))
 
 
 def to_html(title: str, sections: Sequence[Section]) -> str:
     """Return a document as a page in one file, without scripts and without links to other files."""
-    return _template().render(title=title, sections=sections)
+    folder = Path(__file__).parent / "templates"
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(folder), autoescape=True, trim_blocks=True)
+    environment.filters["data"] = lambda content, kind: f"data:{kind};base64,{base64.b64encode(content).decode()}"
+    environment.filters["parts"] = re.compile("(`[^`]+`)").split  # every second part is code
+    environment.tests["number"] = re.compile(r"[-+]?[\d.,]+ ?%?").fullmatch
+    template = environment.get_template("page.html.jinja")
+    return template.render(title=title, sections=sections, ticks=_ticks)
 
 
 def write_html(title: str, sections: Sequence[Section], path: Path) -> None:
@@ -131,26 +136,22 @@ def write_html(title: str, sections: Sequence[Section], path: Path) -> None:
     print(f"{path}: {len(content) / 1e6:.1f} MB")
 
 
-@cache
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters["data"] = lambda content, kind: f"data:{kind};base64,{base64.b64encode(content).decode()}"
-    environment.filters["parts"] = re.compile("(`[^`]+`)").split  # every second part is code
-    environment.tests["number"] = re.compile(r"[-+]?[\d.,]+ ?%?").fullmatch
-    environment.globals["ticks"] = _ticks
-    return environment.get_template("page.html.jinja")
-
-
 def _ticks(seconds: float) -> list[float]:
-    """Return round times, from 0 to at most `seconds`; at most six."""
+    """Return at most six round times, from 0 to at most `seconds`."""
     step = next(step for step in (0.2, 0.5, 1, 2, 5, 10, 30, 60, 300, 3600, seconds) if seconds / step < 6)
     return [step * number for number in range(int(seconds / step) + 1)]
+
+
+def import_extra(module: str) -> Any:
+    """Return a module of the packages that draw.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"pictures need {error.name}; install it with `uv sync --extra plots`") from error
 
 
 def pyplot() -> Any:
@@ -159,13 +160,8 @@ def pyplot() -> Any:
     Raises:
         UserError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-        import matplotlib.pyplot
-    except ImportError as error:
-        raise UserError("pictures need matplotlib; install it with `uv sync --extra plots`") from error
-    matplotlib.use("Agg")
-    return matplotlib.pyplot
+    import_extra("matplotlib").use("Agg")
+    return import_extra("matplotlib.pyplot")
 
 
 def save_picture(figure: Any, kind: str = "png", dpi: int = 200) -> bytes:
@@ -179,7 +175,7 @@ def save_picture(figure: Any, kind: str = "png", dpi: int = 200) -> bytes:
     """
     content = io.BytesIO()
     try:
-        figure.savefig(content, dpi=dpi, format=kind)
+        figure.savefig(content, dpi=dpi, format=kind, bbox_inches="tight")
     except ValueError as error:
         raise UserError(f"a picture cannot be written as '{kind}' ({error}); choose png or pdf") from error
     finally:

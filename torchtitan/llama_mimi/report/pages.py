@@ -1,0 +1,168 @@
+"""Clips of audio for pages, and the continuations that systems made of the same prompts."""
+
+import hashlib
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+import torchaudio
+
+from llama_mimi.audio.reading import AudioError, read_audio
+from llama_mimi.common.errors import UserError
+from llama_mimi.common.files import read_json, visible_files
+from llama_mimi.report.document import Clip, Section, import_extra
+
+RATE_HZ = 24_000
+ROUNDING_SECONDS = 0.1
+WINDOW, HOP = 1024, 240  # 43 ms every 10 ms at 24 kHz
+TOP_DB, RANGE_DB = 40.0, 80.0  # full scale is about 48 dB; -40 dB and less is black
+SPECTROGRAM_ROWS, MAX_COLUMNS = 96, 480
+MARK_COLUMNS, MARK_COLOR = 2, (90, 220, 255)
+# The colour map magma in nine equal steps, so that the demo needs no matplotlib.
+MAGMA = np.array([*bytes.fromhex("0000041c10444f127b812581b5367ae55064fb8761fec287fcfdbf")]).reshape(9, 3)
+MP3_QUALITY = 0.6  # of soundfile, 0 is the best; 5 kB for a second at 24 kHz
+# Measures of one continuation, as its card shows them; criteria of a judge follow.
+SHOWN = {
+    "similarity": "speaker similarity {:.3f}",
+    "distillmos": "DistillMOS {:.2f}",
+    "words_per_minute": "{:.0f} words/min",
+}
+
+
+def make_clip(
+    title: str,
+    samples_S: torch.Tensor,
+    sample_rate_hz: int,
+    lines: Sequence[str] = (),
+    mark_seconds: float | None = None,
+) -> Clip:
+    """Return a clip with MP3 audio, which every browser plays, and its spectrogram.
+
+    Args:
+        samples_S: mono samples in [-1, 1].
+        lines: short texts below.
+        mark_seconds: time of a line in the spectrogram, such as the end of a prompt.
+    """
+    mp3, webp = io.BytesIO(), io.BytesIO()
+    samples = samples_S.clamp(-1, 1).numpy()
+    soundfile.write(mp3, samples, sample_rate_hz, format="MP3", subtype="MPEG_LAYER_III", compression_level=MP3_QUALITY)
+    colors = spectrogram(samples_S, sample_rate_hz, mark_seconds)
+    import_extra("PIL.Image").fromarray(colors).save(webp, "WEBP", quality=60)
+    return Clip(title, len(samples_S) / sample_rate_hz, mp3.getvalue(), webp.getvalue(), lines)
+
+
+def spectrogram(samples_S: torch.Tensor, sample_rate_hz: int, mark_seconds: float | None = None) -> np.ndarray:
+    """Return the level over time and frequency, from 0 Hz to half the sample rate, as uint8 colours (rows, columns, 3).
+
+    All clips have the same scale of level. There are at most `MAX_COLUMNS` columns.
+
+    Args:
+        samples_S: mono samples in [-1, 1].
+        mark_seconds: time of a line, such as the end of a prompt.
+    """
+    padded_S = torch.nn.functional.pad(samples_S, (0, max(0, WINDOW - len(samples_S))))
+    magnitude_FT = torchaudio.transforms.Spectrogram(WINDOW, hop_length=HOP, power=1.0)(padded_S)
+    level_FT = 20 * magnitude_FT.clamp(min=1e-6).log10()
+    fraction_FT = ((level_FT - TOP_DB + RANGE_DB) / RANGE_DB).clamp(0, 1).flip(0).numpy()
+    steps = np.linspace(0, 1, len(MAGMA))
+    colors = np.stack([np.interp(fraction_FT, steps, channel) for channel in MAGMA.T], axis=-1).astype(np.uint8)
+    size = min(colors.shape[1], MAX_COLUMNS), SPECTROGRAM_ROWS
+    Image = import_extra("PIL.Image")
+    colors = np.array(Image.fromarray(colors).resize(size, Image.Resampling.BOX))
+    if mark_seconds is not None:
+        column = round(mark_seconds * sample_rate_hz / len(padded_S) * colors.shape[1])
+        colors[:, column : column + MARK_COLUMNS] = MARK_COLOR
+    return colors
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """A system's first continuation of a prompt, or a reference: the recording and its reconstructions."""
+
+    file: Path
+    seconds: float
+    lines: list[str]
+    prompt_text: str | None
+    is_reference: bool
+    is_synthetic: bool
+
+
+def continuations(folder: Path, num_prompts: int, labels: Mapping[str, str] | None = None) -> list[Section]:
+    """Return a section for each of a few prompts: the recording, its reconstructions, and the systems' continuations.
+
+    Args:
+        folder: the --output_dir of eval/generation.py.
+        num_prompts: number of prompts, chosen by the hash of their names.
+        labels: names for readers, by system; the systems without one are left out. None shows all.
+
+    Raises:
+        UserError: a file is missing or damaged, or a system has no result.
+    """
+    manifest = read_json(str(folder), "prompts.json")
+    if manifest is None:
+        raise UserError(f"'{folder}' has no prompts.json; name the --output_dir of eval/generation.py")
+    systems = _read_systems(folder)
+    if missing := [name for name in ("recording", *(labels or ())) if name not in systems]:
+        raise UserError(f"'{folder}' has no result of '{missing[0]}', only of {', '.join(systems) or 'none'}")
+    references = {name: all(sample.is_reference for sample in of.values()) for name, of in systems.items()}
+    order = sorted((name for name in systems if name != "shuffled"), key=lambda name: name != "recording")
+    shown = {name: re.sub(r"^reconstruction_q(\d+)$", r"codec, Q = \1", name) for name in order if references[name]}
+    shown |= {name: name for name in order if not references[name]} if labels is None else labels
+    prompts = sorted(manifest["prompts"], key=lambda prompt: hashlib.sha256(prompt["name"].encode()).digest())
+    kind = " of synthetic speech" * any(sample.is_synthetic for sample in systems["recording"].values())
+    about = (
+        "Each clip begins with its prompt; a blue line in the spectrogram marks the end of the prompt. The transcript "
+        "is of the speech after it, by an ASR model. Only the first continuation of each system is here."
+    )
+    sections = [Section(f"{min(num_prompts, len(prompts))} of {len(prompts)} prompts{kind}", [about])]
+    for prompt in prompts[:num_prompts]:
+        found = {label: systems[name].get(prompt["name"]) for name, label in shown.items()}
+        clips = [_clip(label, sample, prompt["seconds"]) for label, sample in found.items() if sample]
+        texts = {sample.prompt_text for sample in found.values() if sample and sample.prompt_text}
+        title = prompt["name"] + (f", speaker {prompt['speaker']}" if prompt["speaker"] else "")
+        sections.append(Section(title, [f"Prompt, transcribed: {text}" for text in sorted(texts)[:1]], clips=clips))
+    return sections
+
+
+def _read_systems(folder: Path) -> dict[str, dict[str, _Sample]]:
+    """Return the first sample of each prompt, by system and by the prompt's name."""
+    systems: dict[str, dict[str, _Sample]] = {}
+    for path in visible_files(folder, "*.json"):
+        result = read_json(str(folder), path.name) or {}
+        if result.get("kind") != "generations":
+            continue
+        try:
+            samples = systems[result["system"]] = {}
+            for sample in sorted(result["samples"], key=lambda sample: sample["sample"] or 0):
+                values = [form.format(sample[name]) for name, form in SHOWN.items() if sample.get(name) is not None]
+                judged = {name[6:]: value for name, value in sample.items() if name.startswith("judge/")}
+                values += [f"judged {name} {value:.2f}" for name, value in sorted(judged.items()) if value is not None]
+                found = _Sample(
+                    folder / sample["file"],
+                    float(sample["seconds"]),
+                    [line for line in (sample.get("text"), ", ".join(values)) if line],
+                    sample.get("prompt_text"),
+                    is_reference=sample["sample"] is None,
+                    is_synthetic=result.get("data_kind") == "synthetic",
+                )
+                samples.setdefault(sample["prompt"], found)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise UserError(f"'{path}' is a damaged result ({error!r}); move it, or run eval/ again") from error
+    return systems
+
+
+def _clip(label: str, sample: _Sample, prompt_seconds: float) -> Clip:
+    end = prompt_seconds + sample.seconds
+    try:
+        audio = read_audio(sample.file, RATE_HZ, max_seconds=end + ROUNDING_SECONDS)
+    except AudioError as error:
+        if error.reason == "empty":
+            return Clip(label, lines=["no audio"])
+        raise UserError(f"a continuation of '{label}' cannot be played: {error}") from error
+    has_prompt = audio.seconds > end - ROUNDING_SECONDS
+    return make_clip(label, audio.samples_S, RATE_HZ, sample.lines, prompt_seconds if has_prompt else None)
