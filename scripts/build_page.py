@@ -20,7 +20,6 @@ def build_page(
     study: Path | None = None,
     num_prompts: int = 4,
     systems: tuple[str, ...] = (),
-    title: str | None = None,
 ) -> None:
     """Write the page.
 
@@ -30,21 +29,19 @@ def build_page(
         study: or TOML file of a study
         num_prompts: number of prompts with audio, chosen by the hash of their names
         systems: systems with audio; by default all, or the runs of a study with its first seed
-        title: title of the page
 
     Raises:
         UserError: there are no results, or they cannot be read.
     """
     if num_prompts < 0:
         raise UserError(f"--num_prompts is {num_prompts}; it must be 0 or more")
-    if generations is not None and study is None:
-        labels = {name: name for name in systems} or None
-        write_html(title or f"Continuations in {generations}", continuations(generations, num_prompts, labels), page)
-    elif study is not None and generations is None:
-        sections = study_sections(study, num_prompts, systems)
-        write_html(title or f"Study {study.stem}", sections, page)
-    else:
+    if (generations is None) == (study is None):
         raise UserError("name either a --study or the folder of --generations")
+    if study is not None:
+        return write_html(f"Study {study.stem}", study_sections(study, num_prompts, systems), page)
+    assert generations is not None
+    sections = continuations(generations, num_prompts, {name: name for name in systems} or None)
+    write_html(f"Continuations in {generations}", sections, page)
 
 
 def study_sections(path: Path, num_prompts: int, systems: tuple[str, ...]) -> list[Section]:

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from scipy.stats import entropy
 
 from llama_mimi.audio.mimi import MimiCodec
 from llama_mimi.common.command_line import run_command
 from llama_mimi.common.errors import UserError
+from llama_mimi.common.files import file_system
 from llama_mimi.data.code_store import CodeCorpus, read_codes, read_manifest
 from llama_mimi.data.parquet_corpus import unreadable
 from llama_mimi.report.document import Clip, Picture, Section, Table, pyplot, save_picture, write_html
@@ -108,20 +109,17 @@ def code_use(corpus: CodeCorpus) -> Section:
 
 
 def speakers(codes: str, manifest: dict[str, Any]) -> Section:
-    def read(shard: dict[str, Any]) -> pd.DataFrame:
-        path = f"{codes.rstrip('/')}/{shard['file']}"
-        try:
-            found = pd.read_parquet(path, columns=["speaker", "duration"])
-        except (OSError, pa.ArrowException) as error:
-            raise unreadable(path, error) from error
-        return found.groupby("speaker")["duration"].agg(["sum", "count"])
-
-    with ThreadPoolExecutor(READ_THREADS) as pool:
-        found = pd.concat(pool.map(read, manifest["shards"])).groupby("speaker").sum()
-    longest = found.sort_values("sum", ascending=False).head(NUM_SPEAKERS)
-    rows = [(str(name), f"{seconds / 3600:,.2f}", f"{int(n):,}") for name, seconds, n in longest.itertuples()]
-    without = manifest["clips"] - int(found["count"].sum())
-    about = f"{len(found):,} speakers; {without:,} clips without one. Those with the most hours:"
+    fs, folder = file_system(codes)
+    files = [f"{folder.rstrip('/')}/{shard['file']}" for shard in manifest["shards"]]
+    try:
+        table = pq.read_table(files, columns=["speaker", "duration"], filesystem=fs)
+    except (OSError, pa.ArrowException) as error:
+        raise unreadable(codes, error) from error
+    found = table.group_by("speaker").aggregate([("duration", "sum"), ("duration", "count")]).to_pandas()
+    named = found.dropna(subset="speaker").sort_values("duration_sum", ascending=False)
+    rows = [(name, f"{s / 3600:,.2f}", f"{n:,}") for name, s, n in named.head(NUM_SPEAKERS).itertuples(index=False)]
+    without = manifest["clips"] - named["duration_count"].sum()
+    about = f"{len(named):,} speakers; {without:,} clips without one. Those with the most hours:"
     return Section("Speakers", [about], tables=[Table(("speaker", "hours", "clips"), rows)])
 
 

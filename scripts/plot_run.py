@@ -48,6 +48,8 @@ def plot_runs(run: tyro.conf.UseAppendAction[list[Path]], picture: Path) -> None
     """
     if not run:
         raise UserError("no run is named; give one or several as --run")
+    if picture.suffix not in (".png", ".pdf"):
+        raise UserError(f"the picture '{picture}' is not a PNG or PDF file; choose another --picture")
     runs = {str(folder): read_run(folder) for folder in run}
     write_atomically(str(picture.parent), picture.name, save_picture(draw(runs), picture.suffix[1:]))
     drawn = ", ".join(f"{name} (steps {min(series[TOTAL])} to {max(series[TOTAL])})" for name, series in runs.items())

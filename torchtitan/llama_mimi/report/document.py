@@ -155,29 +155,14 @@ def import_extra(module: str) -> Any:
 
 
 def pyplot() -> Any:
-    """Return `matplotlib.pyplot`, set to draw without a display.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
+    """Return `matplotlib.pyplot`, set to draw without a display; raise a `UserError` if it is not installed."""
     import_extra("matplotlib").use("Agg")
     return import_extra("matplotlib.pyplot")
 
 
 def save_picture(figure: Any, kind: str = "png", dpi: int = 200) -> bytes:
-    """Return a figure of matplotlib as the content of a file, and close the figure.
-
-    Args:
-        kind: format, such as "png" or "pdf".
-
-    Raises:
-        UserError: matplotlib does not write this format.
-    """
+    """Return a figure of matplotlib as the content of a file of this kind ("png", "pdf"), and close the figure."""
     content = io.BytesIO()
-    try:
-        figure.savefig(content, dpi=dpi, format=kind, bbox_inches="tight")
-    except ValueError as error:
-        raise UserError(f"a picture cannot be written as '{kind}' ({error}); choose png or pdf") from error
-    finally:
-        pyplot().close(figure)
+    figure.savefig(content, dpi=dpi, format=kind, bbox_inches="tight")
+    pyplot().close(figure)
     return content.getvalue()

@@ -57,9 +57,7 @@ def make_clip(
 
 
 def spectrogram(samples_S: torch.Tensor, sample_rate_hz: int, mark_seconds: float | None = None) -> np.ndarray:
-    """Return the level over time and frequency, from 0 Hz to half the sample rate, as uint8 colours (rows, columns, 3).
-
-    All clips have the same scale of level. There are at most `MAX_COLUMNS` columns.
+    """Return a spectrogram up to half the sample rate as uint8 colours (rows, columns, 3), on one scale for all clips.
 
     Args:
         samples_S: mono samples in [-1, 1].
@@ -123,9 +121,9 @@ def continuations(folder: Path, num_prompts: int, labels: Mapping[str, str] | No
     for prompt in prompts[:num_prompts]:
         found = {label: systems[name].get(prompt["name"]) for name, label in shown.items()}
         clips = [_clip(label, sample, prompt["seconds"]) for label, sample in found.items() if sample]
-        texts = {sample.prompt_text for sample in found.values() if sample and sample.prompt_text}
+        texts = [sample.prompt_text for sample in found.values() if sample and sample.prompt_text]
         title = prompt["name"] + (f", speaker {prompt['speaker']}" if prompt["speaker"] else "")
-        sections.append(Section(title, [f"Prompt, transcribed: {text}" for text in sorted(texts)[:1]], clips=clips))
+        sections.append(Section(title, [f"Prompt, transcribed: {text}" for text in texts[:1]], clips=clips))
     return sections
 
 
