@@ -30,9 +30,8 @@ from llama_mimi.common.files import read_json, visible_files  # noqa: E402
 from llama_mimi.judging.prompts import MANIFEST  # noqa: E402
 from llama_mimi.judging.systems import RECORDING, SHUFFLED  # noqa: E402
 from llama_mimi.judging.table import COLUMNS, KIND, column_of, is_reference  # noqa: E402
-from llama_mimi.study.design import read_study  # noqa: E402
-from llama_mimi.study.registry import write_index  # noqa: E402
-from llama_mimi.study.workplace import Workplace  # noqa: E402
+from llama_mimi.study.config import Study, read_study  # noqa: E402
+from llama_mimi.study.run import write_index  # noqa: E402
 
 RATE_HZ = 24_000
 ROUNDING_SECONDS = 0.1
@@ -70,20 +69,20 @@ def build_page(
         return pages.write_page(
             page, title or f"Continuations in {generations}", heard(generations, systems, num_prompts)
         )
-    place = Workplace(read_study(study))
-    parts = of_study(place, page)
-    first = [run.name for run in place.study.runs if run.seed == place.study.seeds[0]]
-    judged = tuple(name for name in first if (place.generations / f"{name}.json").is_file())
+    chosen = read_study(study)
+    parts, folder = of_study(chosen, page), chosen.output_dir / "generations"
+    first = [run.name for run in chosen.runs if run.seed == chosen.seeds[0]]
+    judged = tuple(name for name in first if (folder / f"{name}.json").is_file())
     if num_prompts and (wanted := systems or judged):
-        parts += heard(place.generations, wanted, num_prompts)
-    pages.write_page(page, title or f"Study {place.study.name}", parts)
+        parts += heard(folder, wanted, num_prompts)
+    pages.write_page(page, title or f"Study {chosen.name}", parts)
 
 
-def of_study(place: Workplace, page: Path) -> list[str]:
+def of_study(study: Study, page: Path) -> list[str]:
     """Its report as HTML; links are relative to where the page will lie."""
-    root = os.path.relpath(place.study.output_dir, page.parent)
+    root = os.path.relpath(study.output_dir, page.parent)
     parts = []
-    for number, section in enumerate(sections(place, write_index(place))):
+    for number, section in enumerate(sections(study, write_index(study))):
         parts += [f"<h2>{escape(section.title)}</h2>"] if number else []
         parts += [f"<p>{_with_code(text)}</p>" for text in section.texts]
         items = "".join(f"<li>{escape(item)}</li>" for item in section.items)
@@ -96,7 +95,7 @@ def of_study(place: Workplace, page: Path) -> list[str]:
             ]
             parts.append(pages.table_of_html(html, heads, label=f"{section.title}: {heads[0]}"))
         if section.picture:
-            parts.append(pages.picture((place.study.output_dir / section.picture).read_bytes(), section.seen))
+            parts.append(pages.picture((study.output_dir / section.picture).read_bytes(), section.seen))
     return parts
 
 

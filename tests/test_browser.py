@@ -17,7 +17,7 @@ from playwright.sync_api import sync_playwright
 from test_study import Played, whole, written
 
 from llama_mimi.audio.reading import read_audio
-from llama_mimi.study.design import read_study
+from llama_mimi.study.config import read_study
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -21,7 +21,7 @@ from test_study import JUDGED, Played, whole, written
 
 from llama_mimi.audio.reading import Waveform, read_audio, write_wav
 from llama_mimi.common.errors import UserError
-from llama_mimi.study.design import read_study
+from llama_mimi.study.config import read_study
 
 VOID = {"meta", "link", "img", "br"}
 
