@@ -22,9 +22,8 @@ from report import HEADINGS
 from study_results import Lines, Measured, Results, digits_of, heading_of
 
 from llama_mimi.common.files import write_atomically
-from llama_mimi.study.design import Arm, Run, Table
-from llama_mimi.study.registry import INDEX
-from llama_mimi.study.workplace import Workplace
+from llama_mimi.study.config import Run, Study, Table, Variant
+from llama_mimi.study.run import INDEX
 from llama_mimi.training.metrics import BITS
 
 REPORT = "report.md"
@@ -64,21 +63,21 @@ class Section:
         return f"{self.title}: fidelity against linguistic scores"
 
 
-def write_report(place: Workplace, lines: Lines) -> Path:
+def write_report(study: Study, lines: Lines) -> Path:
     """Write the report and its pictures into the study's folder, and return its path.
 
     Raises:
         UserError: a result cannot be read, or something cannot be written.
     """
     parts = []
-    for number, section in enumerate(sections(place, lines)):
+    for number, section in enumerate(sections(study, lines)):
         parts += [f"{'#' * min(number + 1, 2)} {inert(section.title)}", *section.texts]
         parts += ["\n".join(f"- {inert(item)}" for item in section.items)] if section.items else []
         parts += map(markdown, section.tables)
         parts += [f"![{inert(section.seen)}]({section.picture})"] if section.picture else []
     content = "\n\n".join(parts) + "\n"
-    write_atomically(str(place.study.output_dir), REPORT, content.encode())
-    return place.study.output_dir / REPORT
+    write_atomically(str(study.output_dir), REPORT, content.encode())
+    return study.output_dir / REPORT
 
 
 def inert(text: str) -> str:
@@ -95,13 +94,13 @@ def markdown(rows: Sequence[Sequence[Cell]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def sections(place: Workplace, lines: Lines) -> list[Section]:
+def sections(study: Study, lines: Lines) -> list[Section]:
     """What the report says; pictures are drawn on the way."""
-    study, results = place.study, Results(place, lines)
+    results = Results(study, lines)
     commits = sorted({line["commit"] for line in lines if line["commit"]})
     done = sum(line["state"] == "done" for line in lines)
     about = (
-        f"`uv run python scripts/study.py {study.path}`: {done} of {len(lines)} runs, {study.size}; "
+        f"`uv run python scripts/study.py {study.path}`: {done} of {len(lines)} runs, {_size(study)}; "
         f"commit {', '.join(commits) or 'unknown'}. `{INDEX}` has the data, the settings and the cost of each run."
     )
     found = [Section(f"Study {study.name}", [about, *([study.note] if study.note else []), *LEGEND])]
@@ -118,7 +117,7 @@ def sections(place: Workplace, lines: Lines) -> list[Section]:
         is_drawn = draw(results, table, picture)
         tables = [rows for rows in (arms_table(results, table), differences(results, table)) if len(rows) > 1]
         texts = []
-        if gone := [heading_of(column) for column in results.columns if results.is_gone(table.arms, column)]:
+        if gone := [heading_of(column) for column in results.columns if results.is_gone(table.variants, column)]:
             texts.append(
                 f"No pair or prompt has a value of all arms here, so that there is no row of: {', '.join(gone)}."
             )
@@ -143,6 +142,11 @@ LEGEND = (
 )
 
 
+def _size(study: Study) -> str:
+    seeds, variants = len(study.seeds), len(study.variants)
+    return f"{seeds} seed{'s' * (seeds != 1)} of {variants} arm{'s' * (variants != 1)}"
+
+
 def _why(line: Mapping[str, Any]) -> str:
     failed = line["failed"]
     return f"{failed['step']} failed: {failed['why']}" if failed else "not finished"
@@ -150,11 +154,13 @@ def _why(line: Mapping[str, Any]) -> str:
 
 def arms_table(results: Results, table: Table) -> list[list[Cell]]:
     """Measures by arms, with what stands beside: references of continuations, and published rows of such arms."""
-    own = [{(axis, getattr(arm, axis)) for axis in AXES_OF_OTHERS} for arm in table.arms]
+    own = [{(axis, getattr(arm, axis)) for axis in AXES_OF_OTHERS} for arm in table.variants]
     of_others = [row for row in published() if row.arm and any(row.arm.items() <= axes for axes in own)]
-    rows = [[Cell(text) for text in ("measure", *map(table.label, table.arms), "references, and published by others")]]
+    rows = [
+        [Cell(text) for text in ("measure", *map(table.label, table.variants), "references, and published by others")]
+    ]
     for column in results.columns:
-        if not (found := results.measured(table.arms, column)):
+        if not (found := results.measured(table.variants, column)):
             continue
         beside = "; ".join(f"{row.label}: {_plain(row.scores, column)}" for row in of_others if column in row.scores)
         first = next(iter(found.values()))
@@ -163,7 +169,7 @@ def arms_table(results: Results, table: Table) -> list[list[Cell]]:
             f"{name} {mean:.{digits_of(column)}f}": path
             for name, (path, mean) in results.references(column, prompts).items()
         }
-        cells = [cell(results, arm, column, found) for arm in table.arms]
+        cells = [cell(results, arm, column, found) for arm in table.variants]
         heading = heading_of(column) + (f" (n = {first.count:,})" if first.count else "")
         rows.append([Cell(heading), *cells, Cell(beside, links)])
     return rows
@@ -173,7 +179,7 @@ def _plain(scores: Mapping[str, float], column: str) -> str:
     return f"{scores[column]:.{digits_of(column)}f}"
 
 
-def cell(results: Results, arm: Arm, column: str, found: Mapping[Arm, Measured]) -> Cell:
+def cell(results: Results, arm: Variant, column: str, found: Mapping[Variant, Measured]) -> Cell:
     if arm not in found:
         return Cell("")
     measured = found[arm]
@@ -184,10 +190,10 @@ def cell(results: Results, arm: Arm, column: str, found: Mapping[Arm, Measured])
 
 def differences(results: Results, table: Table) -> list[list[Cell]]:
     """How the arms differ from the first."""
-    first, *others = table.arms
+    first, *others = table.variants
     rows = [[f"difference from {table.label(first)}", *map(table.label, others)]]
     for column in results.columns:
-        found = results.measured(table.arms, column)
+        found = results.measured(table.variants, column)
         # Bits are of other levels where Q differs.
         comparable = [arm for arm in others if column != BITS or arm.num_quantizers == first.num_quantizers]
         of_arms = {arm: found[arm].minus(found[first]) for arm in comparable if first in found and arm in found}
@@ -238,9 +244,9 @@ def draw(results: Results, table: Table, path: Path) -> bool:
 
 def _scatter(axes: Axes, results: Results, table: Table, horizontal: Sequence[str], vertical: Sequence[str]) -> None:
     """A large point an arm, the mean, and a small one for each of its seeds."""
-    x, y = ([results.measured(table.arms, column) for column in columns] for columns in (horizontal, vertical))
+    x, y = ([results.measured(table.variants, column) for column in columns] for columns in (horizontal, vertical))
     colors = plt.get_cmap("tab10")
-    for number, arm in enumerate(table.arms):
+    for number, arm in enumerate(table.variants):
         look: dict[str, Any] = {"color": colors(number % 10), "marker": MARKERS[number % len(MARKERS)], "linestyle": ""}
         if not all(arm in found for found in (*x, *y)):
             continue

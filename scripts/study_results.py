@@ -16,14 +16,14 @@ from result_files import read_result
 from scipy.stats import t as student
 
 from llama_mimi.common.errors import UserError
-from llama_mimi.common.files import visible_files
+from llama_mimi.common.files import read_json, visible_files
 from llama_mimi.evaluation.accuracy import group_credits
 from llama_mimi.evaluation.benchmarks import SALMON_PARTS
 from llama_mimi.evaluation.script import BENCHMARK_SCRIPTS
 from llama_mimi.judging.intervals import interval_of_parts
 from llama_mimi.judging.table import COLUMNS, KIND, column_of, is_reference, percent
-from llama_mimi.study.design import Arm, Run
-from llama_mimi.study.workplace import Workplace
+from llama_mimi.study.config import Run, Study, Variant
+from llama_mimi.study.run import GENERATION, steps
 from llama_mimi.training.metrics import BITS
 
 # Measures of continuations that depend on what else the machine did, or are no merit.
@@ -124,15 +124,16 @@ class Results:
     """What the runs of a study have, by column: a part of a benchmark, a measure of continuations, or `BITS`.
 
     Args:
-        place: of the study.
+        study: whose results they are.
         lines: of its index.
     """
 
-    def __init__(self, place: Workplace, lines: Lines) -> None:
-        self._place = place
-        self.lines = {line["run"]: line for line in lines}
+    def __init__(self, study: Study, lines: Lines) -> None:
+        self._study = study
+        runs = {run.name: run for run in study.runs}
+        self.lines = {line["run"]: {**line} | results_of(study, runs[line["run"]]) for line in lines}
         self._files: dict[str, dict[str, Any]] = {}
-        self._measured: dict[tuple[tuple[Arm, ...], str], dict[Arm, Measured]] = {}
+        self._measured: dict[tuple[tuple[Variant, ...], str], dict[Variant, Measured]] = {}
 
     @property
     def columns(self) -> list[str]:
@@ -149,21 +150,21 @@ class Results:
         benchmark = column.split("/")[0]
         return self.lines[run.name]["files"].get(benchmark if is_accuracy(column) else "generation")
 
-    def measured(self, arms: Sequence[Arm], column: str) -> dict[Arm, Measured]:
+    def measured(self, arms: Sequence[Variant], column: str) -> dict[Variant, Measured]:
         """A column of those arms that have it, on the pairs or prompts that all of their runs have."""
         key = tuple(arms), column  # tables, differences and pictures ask for the same
         if key not in self._measured:
             self._measured[key] = self._measure(arms, column)
         return self._measured[key]
 
-    def is_gone(self, arms: Sequence[Arm], column: str) -> bool:
+    def is_gone(self, arms: Sequence[Variant], column: str) -> bool:
         """Whether runs have values of a column, and none of them of a pair or prompt that the others have."""
         return not self.measured(arms, column) and any(
-            self._parts(Run(arm, seed), column) for arm in arms for seed in self._place.study.seeds
+            self._parts(Run(arm, seed), column) for arm in arms for seed in self._study.seeds
         )
 
-    def _measure(self, arms: Sequence[Arm], column: str) -> dict[Arm, Measured]:
-        runs = {(arm, seed): Run(arm, seed) for arm in arms for seed in self._place.study.seeds}
+    def _measure(self, arms: Sequence[Variant], column: str) -> dict[Variant, Measured]:
+        runs = {(arm, seed): Run(arm, seed) for arm in arms for seed in self._study.seeds}
         if column == BITS:
             bits = {key: self.lines[run.name].get(BITS, {}).get("all") for key, run in runs.items()}
             by_arm = {arm: {s: v for (a, s), v in bits.items() if a == arm and v is not None} for arm in arms}
@@ -193,8 +194,8 @@ class Results:
         found: dict[str, tuple[str, float]] = {}
         if is_accuracy(column) or column == BITS:
             return found
-        for path in visible_files(self._place.generations, "*.json"):
-            name = str(path.relative_to(self._place.study.output_dir))
+        for path in visible_files(self._study.output_dir / "generations", "*.json"):
+            name = str(path.relative_to(self._study.output_dir))
             report = self._file(name)
             if report.get("kind") != KIND or not is_reference(report["samples"]):
                 continue
@@ -224,8 +225,19 @@ class Results:
 
     def _file(self, path: str) -> dict[str, Any]:
         if path not in self._files:
-            self._files[path] = read_result(self._place.study.output_dir / path) or {}
+            self._files[path] = read_result(self._study.output_dir / path) or {}
         return self._files[path]
+
+
+def results_of(study: Study, run: Run) -> dict[str, Any]:
+    """Scores, means of continuations, and result files of a run."""
+    paths = {step.name: step.output for step in steps(study, run)[2:] if step.output.exists()}
+    found = {name: read_json(str(path.parent), path.name) or {} for name, path in paths.items()}
+    return {
+        "scores": {f"{name}/{part}": score for name in found for part, score in found[name].get("parts", {}).items()},
+        "generations": found.get(GENERATION, {}).get("results", {}),
+        "files": {name: str(path.relative_to(study.output_dir)) for name, path in paths.items()},
+    }
 
 
 def _ordered(names: set[str], order: Iterable[str]) -> list[str]:
