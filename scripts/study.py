@@ -17,13 +17,13 @@ from llama_mimi.common.cpu import use_cpu_without_gpu
 
 use_cpu_without_gpu()  # before anything imports TorchTitan
 
-from study_report import write_report  # noqa: E402
 from torchtitan.tools.logging import logger  # noqa: E402
 
 from llama_mimi.common.command_line import run_command  # noqa: E402
 from llama_mimi.common.errors import UserError  # noqa: E402
 from llama_mimi.study.budget import step_cost  # noqa: E402
 from llama_mimi.study.config import Study, read_study  # noqa: E402
+from llama_mimi.study.report import write_report  # noqa: E402
 from llama_mimi.study.run import StudyRunner, check_unchanged, read_record, write_index  # noqa: E402
 
 FRAMES_PER_HOUR = 12.5 * 3600  # of Mimi

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TINY, run_here
-from study_report import write_report
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
 from transformers import CsmForConditionalGeneration, LlamaForCausalLM
@@ -26,8 +25,10 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.evaluation.results import FORMAT
 from llama_mimi.judging.script import FORMAT as GENERATIONS_FORMAT
 from llama_mimi.model.llama import FLAVORS
+from llama_mimi.report import comparisons
 from llama_mimi.study.budget import step_cost
 from llama_mimi.study.config import read_study
+from llama_mimi.study.report import write_report
 from llama_mimi.study.run import StudyRunner, check_unchanged, read_record, steps, training_flags, write_index
 from llama_mimi.training.config_file import parse_config
 
@@ -40,7 +41,7 @@ JUDGED = {
     "seconds": 0.5,
     "measures": {},
     "made_by": None,
-    "results": {},
+    "data_kind": "other",
 }
 SALMON = 'data_dir = "assets/tiny/benchmarks/salmon"\n'
 STUDY = """
@@ -286,7 +287,6 @@ class Played(StudyRunner):
                 for i in range(6)
                 for s in range(2)
             ]
-            results = {name: {"mean": 1.5, "interval": [1, 2], "count": 6} for name in ("similarity", "distillmos")}
             recorded = [
                 {"prompt": f"p{i}", "sample": None, "similarity": 0.5 + 0.01 * i, "file": "clip.wav", "seconds": 0.5}
                 for i in range(7)
@@ -297,15 +297,12 @@ class Played(StudyRunner):
             prompts = [{"name": f"p{i}", "speaker": None, "seconds": 0.5} for i in range(7)]
             (out / "prompts.json").write_text(json.dumps({"prompts": prompts}))
             write_wav(out / "clip.wav", Waveform(torch.linspace(-0.5, 0.5, 24_000), 24_000))
-            path, content = (
-                out / f"{model}.json",
-                JUDGED | {"system": model, "samples": samples, "results": results},
-            )
+            path, content = out / f"{model}.json", JUDGED | {"system": model, "samples": samples}
         else:
             benchmark = Path(name).stem
             part = {"salmon": "speaker_consistency", "sLM21": "lexical_dev"}[benchmark]
             pairs = [
-                {"part": part, "name": str(i), "group": str(i), "correct": float((i + value) % 3 > 0)}
+                {"part": part, "group": str(i), "correct": float((i + value) % 3 > 0), "is_cut": False}
                 for i in range(20)
             ]
             accuracy = statistics.mean(pair["correct"] for pair in pairs)
@@ -314,6 +311,7 @@ class Played(StudyRunner):
                 "benchmark": benchmark,
                 "preset": "official",
                 "audio_sha256": "a" * 64,
+                "data_kind": "other",
                 "settings": {"dtype": "float32", "max_audio_seconds": 3.0},
                 "notes": [],
                 "mean_of_parts": None,
@@ -334,7 +332,10 @@ def whole(runner):
     runner.train_and_score(runner.study.runs)
     runner.judge()
     lines = write_index(runner.study)
-    return lines, write_report(runner.study, lines).read_text()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(comparisons, "forest", lambda *_, **__: b"a picture")
+        patched.setattr(comparisons, "tradeoff", lambda *_: b"a picture")
+        return lines, write_report(runner.study, lines).read_text()
 
 
 def test_a_study_is_done_once(tmp_path):

@@ -1,4 +1,4 @@
 """Studies: grids of runs from one file, their cost, their commands and their records.
 
-May import: judging, evaluation, training, checkpoint, model, data, tokens, audio, common.
+May import: judging, report, evaluation, training, checkpoint, model, data, tokens, audio, common.
 """
