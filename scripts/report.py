@@ -27,9 +27,10 @@ from result_files import read_results
 from llama_mimi.common.command_line import run_command
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import write_atomically
-from llama_mimi.evaluation.accuracy import group_credits, mcnemar
+from llama_mimi.evaluation.accuracy import group_credits
 from llama_mimi.evaluation.benchmarks import SALMON_PARTS
 from llama_mimi.evaluation.results import MAX_AUDIO_SECONDS
+from llama_mimi.evaluation.statistics import sign_test
 
 STANDARD = ("official", "original")
 # Columns in the order of the table, and what they are called there; parts of other names follow.
@@ -251,12 +252,12 @@ def compare(rows: Mapping[Key, Row]) -> str:
                 )
                 continue
             for part in reports[0]["parts"]:
-                test = mcnemar(
-                    *({key: c for key, c in some.items() if key[0] == part} for some in (credits_a, credits_b))
-                )
+                of_part = [key for key in credits_a if key[0] == part]
+                better = sum(credits_a[key] > credits_b[key] for key in of_part)
+                worse = sum(credits_a[key] < credits_b[key] for key in of_part)
                 lines.append(
-                    f"| {heading(f'{benchmark}/{part}')} | {a.label} | {b.label} | {test['a_better']:,} | "
-                    f"{test['b_better']:,} | {test['p']:.2g} |"
+                    f"| {heading(f'{benchmark}/{part}')} | {a.label} | {b.label} | {better:,} | {worse:,} | "
+                    f"{sign_test(better, worse):.2g} |"
                 )
     header = ["| | A | B | A better | B better | p |", "|---|---|---|---|---|---|"]
     note = (

@@ -34,7 +34,7 @@ def result_file(folder, model, preset, benchmark, corrects, *, cut=0, sha256="a"
     ]
     parts = part_results(pairs, by_group=preset != "original")
     content = {
-        "format": 1,
+        "format": 2,
         "benchmark": benchmark,
         "preset": preset,
         "model": model,
@@ -158,8 +158,8 @@ def test_mistakes_get_one_sentence(tmp_path, make, mistake):
         path.write_text("{")
         message = "is not readable as JSON"
     elif mistake == "format":
-        path.write_text(path.read_text().replace('"format": 1', '"format": 0'))
-        message = "has format 0, not 1"
+        path.write_text(path.read_text().replace('"format": 2', '"format": 0'))
+        message = "has format 0, not 2"
     elif mistake == "twice":
         result_file(tmp_path / "again", "m", "official", "salmon", {"rir_consistency": [1]})
         message = "is a second result of m on salmon"

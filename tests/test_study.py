@@ -194,9 +194,9 @@ def test_mistakes_in_a_study(tmp_path, old, new, message):
 
 def test_results_are_called_as_the_scripts_call_them(tmp_path):
     """What is not the preset's is named, so that no result is taken for another's."""
-    more = SALMON + 'limit = 3\nlevels = "0"\nend_token = "out"\n'
+    more = SALMON + 'limit = 3\nlevels = "0"\nlikelihood = "grammar"\n'
     study = read_study(written(tmp_path, a=(SALMON, more)))
-    assert study.scorings == {"salmon": "official-levels_0-without_end-limit_3", "sLM21": "official"}
+    assert study.scorings == {"salmon": "official-levels_0-grammar-limit_3", "sLM21": "official"}
     run, place = study.runs[0], Workplace(study)
     path = place.result(run, "salmon")
     options = read_flags(EvaluationOptions, as_words(place.flags(run)["salmon"]))
