@@ -1,10 +1,10 @@
-"""Continuations judged: whose voice it is, how it sounds, and what is said.
+"""Continue prompts, and measure the continuations: speaker similarity, quality, and transcripts.
 
     uv run python eval/generation.py --model_name models/tiny --corpus "assets/tiny/corpus/validation-*.parquet" \\
         --prompt_seconds 1.6 --recording_seconds 2.6 --seconds 2 --speaker_model assets/tiny/speaker_encoder \\
         --asr_model assets/tiny/recogniser
 
-Starts under torchrun, too: each rank then continues and measures a part. A run that was killed goes on where it was.
+Ranks of torchrun share the work. A run that was killed continues when the command is run again.
 """
 
 from llama_mimi.common.command_line import run_command

@@ -22,7 +22,7 @@ from llama_mimi.checkpoint.run_record import save_run_record, speech_config
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.hub import load_pretrained
 from llama_mimi.generation.loading import load_speech_model
-from llama_mimi.judging.models import load_listener
+from llama_mimi.judging.metrics import load_evaluator
 from llama_mimi.model.architectures import build_model
 from llama_mimi.tokens.sequences import load_sequences
 
@@ -139,10 +139,10 @@ def test_harmless_differences_are_accepted(folder, tmp_path):
     GPT2LMHeadModel(GPT2Config(vocab_size=8, n_positions=8, n_embd=8, n_layer=1, n_head=1)).save_pretrained(tmp_path)
     old = {f"transformer.h.0.attn.{name}": torch.ones(1) for name in ("bias", "masked_bias")}
     change_weights(tmp_path, lambda weights: weights.update(old))
-    load_listener(AutoModelForCausalLM, str(tmp_path), torch.device("cpu"), what="language model")
+    load_evaluator(AutoModelForCausalLM, str(tmp_path), torch.device("cpu"), what="language model")
     change_weights(tmp_path, lambda weights: weights.update({"transformer.h.1.ln_1.bias": torch.ones(8)}))
     with pytest.raises(UserError, match=r"1 unexpected, first 'transformer.h.1.ln_1.bias'"):
-        load_listener(AutoModelForCausalLM, str(tmp_path), torch.device("cpu"), what="language model")
+        load_evaluator(AutoModelForCausalLM, str(tmp_path), torch.device("cpu"), what="language model")
 
 
 @pytest.mark.parametrize("model_type", ["unknown", "llama"])

@@ -25,9 +25,8 @@ from llama_mimi.common.command_line import run_command
 from llama_mimi.common.files import write_atomically
 from llama_mimi.common.versions import versions
 from llama_mimi.evaluation.statistics import bootstrap_interval
-from llama_mimi.judging.sound import SpeakerSimilarity
+from llama_mimi.judging import metrics
 from llama_mimi.judging.systems import Clip
-from llama_mimi.judging.words import Transcripts, words_of
 
 CPU = torch.device("cpu")
 
@@ -67,18 +66,18 @@ def score_listeners(
         versions_of[name] = [
             mimi.decode(codes_TQ[:, :depth])[: len(clip.samples_S)] for codes_TQ, clip in zip(codes, clips, strict=True)
         ]
-    transcripts, similarity = Transcripts(recogniser, None, CPU, 8), SpeakerSimilarity(speaker_encoder, CPU)
+    asr, embed = metrics.transcripts(recogniser, None, CPU, 8), metrics.speaker_encoder(speaker_encoder, CPU)
     rows = {}
     with tempfile.TemporaryDirectory() as folder:
         prompts_ND = None
         for name, waveforms in tqdm(versions_of.items(), unit="row"):
             files = write_clips(Path(folder) / name, waveforms, mimi.sample_rate_hz)
-            texts = dict(transcripts.values([Clip(file) for file in files]))
+            texts = [value["text"] for _, value in asr.compute({file.name: (Clip(file),) for file in files})]
             if prompts_ND is None:  # prompts are recordings, whatever comes after them
-                prompts_ND = torch.stack([similarity.embed(Clip(file, 0, prompt_seconds)) for file in files])
-            rests_ND = torch.stack([similarity.embed(Clip(file, prompt_seconds)) for file in files])
+                prompts_ND = torch.stack([embed(Clip(file, 0, prompt_seconds)) for file in files])
+            rests_ND = torch.stack([embed(Clip(file, prompt_seconds)) for file in files])
             rows[name] = {
-                **word_errors(clips, [texts[place] for place in range(len(clips))]),
+                **word_errors(clips, texts),
                 "equal_error_rate": verification_errors(clips, prompts_ND, rests_ND),
             }
     report = {"rows": rows, "clips": len(clips), "prompt_seconds": prompt_seconds, "versions": versions()}
@@ -99,8 +98,8 @@ def write_clips(folder: Path, waveforms: Sequence[torch.Tensor], rate_hz: int) -
 
 def word_errors(clips: Sequence[LabelledClip], texts: Sequence[str]) -> dict:
     """Wrong words of all words, with an interval over clips of the mean rate."""
-    spoken = [words_of(clip.text) for clip in clips]
-    wrong = [edit_distance(words, words_of(text)) for words, text in zip(spoken, texts, strict=True)]
+    spoken = [metrics.words_of(clip.text) for clip in clips]
+    wrong = [edit_distance(words, metrics.words_of(text)) for words, text in zip(spoken, texts, strict=True)]
     rates = [errors / len(words) for errors, words in zip(wrong, spoken, strict=True)]
     return {"word_error_rate": sum(wrong) / sum(map(len, spoken)), "interval": bootstrap_interval(rates)}
 

@@ -8,7 +8,7 @@ The rooms, from the top; each says what it may import, and `tests/test_layout.py
 | `study` | many runs as one: which, what they cost, the way of each to its scores |
 | `training` | settings and their checks, loss, metrics, validation |
 | `checkpoint` | distributed checkpoints, Hugging Face folders, and the way between |
-| `judging` | continuations judged: prompts, measures, tables |
+| `judging` | continuations of prompts: systems, measures, results |
 | `evaluation` | benchmarks, scores, accuracies, result files |
 | `generation` | converted models at work |
 | `data` | corpora, order, packing, the loader; making codes of audio |

@@ -106,7 +106,7 @@ def map_resumable(
         work: yields key and result for each item of a batch, in any order.
         log: results of earlier runs; new results are added one by one.
         unit: noun for the progress bar.
-        is_done: returns False for a logged result that must be computed again.
+        is_done: returns False for a result that must not be logged, or that must be computed again.
 
     Returns:
         Results by key, in the order of ``batches``, on every rank.
@@ -124,7 +124,8 @@ def map_resumable(
     with tqdm(total=sum(map(len, mine)), unit=unit, desc=f"{unit}s", disable=ranks.rank > 0 or not mine) as progress:
         for batch in mine:
             for key, result in work(batch):
-                log.add({key: result})
+                if is_done(key, result):
+                    log.add({key: result})
                 new[key] = result
                 progress.update()
     for part in gather(new):

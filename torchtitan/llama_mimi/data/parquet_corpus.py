@@ -138,9 +138,8 @@ class ParquetCorpus:
                     f"the column '{column}' {where} is {kind}, not a struct of audio bytes and path; {remedy}"
                 )
             is_label = role == "speaker" and _is_number(schema, column)
-            is_alignment = role == "alignment" and _is_alignment(kind)
-            is_other = is_label or is_alignment or role in ("audio", "id") or role.startswith(ROLE)
-            if not is_other and (role == "alignment" or not _is_text(schema, column)):
+            is_other = is_label or role in ("audio", "id") or role.startswith(ROLE)
+            if not is_other and not _is_text(schema, column):
                 raise UserError(f"the column '{column}' {where} is {kind}, which is no {role}; {remedy}")
 
 
@@ -152,14 +151,6 @@ def _is_text(schema: pa.Schema, column: str) -> bool:
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     types = "string large_string string_view binary large_binary binary_view null".split()
     return any(getattr(pa.types, f"is_{name}")(kind) for name in types)
-
-
-def _is_alignment(kind: pa.DataType) -> bool:
-    """Whether a column holds words with their ends."""
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_struct(kind.value_type):
-        return False
-    place = kind.value_type.get_field_index("end")
-    return place >= 0 and (pa.types.is_floating(end := kind.value_type[place].type) or pa.types.is_integer(end))
 
 
 def _is_number(schema: pa.Schema, column: str) -> bool:

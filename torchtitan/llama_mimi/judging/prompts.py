@@ -1,12 +1,12 @@
-"""Prompts that all systems continue: the beginnings of recordings, fixed by their hashes."""
+"""Prompts that all systems continue: the beginnings of recordings of a corpus."""
 
+import bisect
 import hashlib
-import heapq
 import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,304 +15,192 @@ from tqdm import tqdm
 
 from llama_mimi.audio.reading import AudioError, Waveform, write_wav
 from llama_mimi.common.errors import UserError
-from llama_mimi.common.files import parse_json, read_json, visible_files, write_atomically
+from llama_mimi.common.files import digest, read_json, visible_files, write_atomically
+from llama_mimi.common.resume import require_same
 from llama_mimi.data.clip_readers import read_row
 from llama_mimi.data.corpora import AudioCorpus, open_corpus
 
-MANIFEST = "prompts.json"
+MANIFEST, FORMAT = "prompts.json", 2
 PROMPTS, RECORDINGS = "prompts", "recordings"
 UNFINISHED = f"{PROMPTS}.partial"
-MAX_UNREADABLE = 0.1  # of all recordings
-GRID_SECONDS = 0.08  # a frame of Mimi: a prompt of whole frames is not filled up with silence
-MAX_RECORDING_SECONDS = 60.0  # of which the rest is not read
-SEARCH_SHARE = 1 / 6  # of the prompt's length, before and after: 3 s are cut between 2.5 and 3.5 s
-PAUSE_SECONDS = 0.04  # around the cut, what its loudness is taken of
-PAUSE_DB = 25.0  # a pause is this much quieter than the clip on average; speech is loud in most of its parts
-WORD_END, PAUSE, QUIETEST = "word end", "pause", "quietest moment"
+MAX_UNREADABLE = 0.1  # fraction of the recordings
+MAX_RECORDING_SECONDS = 60.0  # longer recordings are cut
+FRAME_SECONDS = 0.08  # a prompt of whole frames of Mimi needs no padding
+SEARCH_FRACTION = 1 / 6  # of the prompt's length: 3 s are cut between 2.5 and 3.5 s
+CUT_SECONDS = 0.04  # audio around a frame border whose power is compared
+NEW_FOLDER = "choose another --output_dir"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptOptions:
-    """Which recordings are continued, and from where on.
-
-    Args:
-        corpus: name, folder, or Parquet path or glob of recordings that the model has not seen.
-        dataset_path: local download of a named corpus.
-        split: of a folder that holds several.
-        audio_column: of the recordings.
-        speaker_column: shuffled pairs are of two speakers where the corpus has it.
-        alignment_column: of words, each with its ``end`` in seconds: prompts then end with a word.
-        prompt_seconds: of a prompt, about.
-        recording_seconds: shorter recordings are left out; by default twice --prompt_seconds.
-        limit: so many recordings, drawn by the hash of their names; by default all.
+    """Choice of the recordings and of the length of prompts.
 
     Raises:
-        UserError: a value out of range.
+        UserError: a value is out of range.
     """
 
-    corpus: str
-    dataset_path: str | None = None
-    split: str | None = None
-    audio_column: str = "audio"
-    speaker_column: str = "speaker"
-    alignment_column: str | None = None
-    prompt_seconds: float = 3.0
-    recording_seconds: float | None = None
-    limit: int | None = None
+    corpus: str  # name, folder, or Parquet path or glob of recordings that the model was not trained on
+    dataset_path: str | None = None  # local download of a named corpus
+    split: str | None = None  # split of a folder that contains several
+    audio_column: str = "audio"  # column of the recordings
+    speaker_column: str = "speaker"  # column of speakers; with it, shuffled pairs have two speakers
+    prompt_seconds: float = 3.0  # approximate length of a prompt, in seconds
+    recording_seconds: float | None = None  # minimum length of a recording, in seconds; default: twice --prompt_seconds
+    limit: int | None = None  # maximum number of recordings, drawn by the hash of their names; default: all
 
     def __post_init__(self) -> None:
         if not 0.5 <= self.prompt_seconds < float("inf"):
             raise UserError(f"--prompt_seconds is {self.prompt_seconds}; it must be 0.5 or more")
-        if self.min_seconds < 1.25 * self.prompt_seconds:
-            raise UserError(
-                f"--recording_seconds is {self.recording_seconds}; recordings must go on after a prompt of "
-                f"{self.prompt_seconds:g} s, so make it {1.25 * self.prompt_seconds:g} or more"
-            )
-        if self.min_seconds > MAX_RECORDING_SECONDS:
-            raise UserError(f"recordings of {self.min_seconds:g} s are asked for; {MAX_RECORDING_SECONDS:g} s are read")
+        low, high = 1.25 * self.prompt_seconds, MAX_RECORDING_SECONDS
+        if not low <= self.min_seconds <= high:
+            needed = f"for prompts of {self.prompt_seconds:g} s it must be {low:g} to {high:g}"
+            raise UserError(f"--recording_seconds is {self.min_seconds:g}; {needed}")
         if self.limit is not None and self.limit < 1:
             raise UserError(f"--limit is {self.limit}; it must be 1 or more")
 
     @property
     def min_seconds(self) -> float:
+        """Minimum length of a recording."""
         return 2 * self.prompt_seconds if self.recording_seconds is None else self.recording_seconds
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """The beginning of a recording.
-
-    Args:
-        name: of its files.
-        source: row of the corpus.
-        speaker: empty where the corpus does not say.
-        seconds: where the recording was cut.
-        cut: at a `WORD_END`, a `PAUSE`, or the `QUIETEST` moment nearby.
-        sha256, recording_sha256: of the two WAV files.
-    """
+    """The first seconds of a recording; the speaker is empty if the corpus has no speakers."""
 
     name: str
-    source: str
     speaker: str
     seconds: float
-    cut: str
-    sha256: str
-    recording_sha256: str
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """All prompts, in a folder with ``prompts/<name>.wav`` and the whole ``recordings/<name>.wav``."""
+    """All prompts of a folder, and one hash of the files ``prompts/<name>.wav`` and ``recordings/<name>.wav``."""
 
     folder: Path
+    sha256: str
     prompts: tuple[Prompt, ...]
 
-    @property
-    def sha256(self) -> str:
-        """Two systems with the same were given the same prompts, and their recordings are the same."""
-        content = [(prompt.name, prompt.seconds, prompt.sha256, prompt.recording_sha256) for prompt in self.prompts]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-    def path(self, prompt: Prompt) -> Path:
-        return self.folder / PROMPTS / f"{prompt.name}.wav"
-
-    def recording_path(self, prompt: Prompt) -> Path:
-        return self.folder / RECORDINGS / f"{prompt.name}.wav"
+    def file(self, part: str, prompt: Prompt) -> Path:
+        """Return the file of a prompt in `PROMPTS`, or of its whole recording in `RECORDINGS`."""
+        return self.folder / part / f"{prompt.name}.wav"
 
 
 def make_prompts(folder: Path, options: PromptOptions) -> PromptSet:
-    """Cut the prompts of a corpus, or take those that the folder has.
+    """Cut the prompts of a corpus, or return those that the folder has.
 
     Raises:
-        UserError: the folder has prompts of other options or files that were changed; the corpus has none.
+        UserError: the folder has prompts of other options, or other files; the corpus has no usable recording.
     """
     settings = asdict(options)
-    earlier = read_json(str(folder), MANIFEST)
-    if earlier is not None:
-        for key, value in settings.items():
-            if earlier["settings"].get(key) != value:
-                raise UserError(
-                    f"'{folder}' holds prompts with {key} {earlier['settings'].get(key)!r}, not {value!r}; name "
-                    "another --output_dir"
-                )
-        prompts = PromptSet(folder, tuple(Prompt(**prompt) for prompt in earlier["prompts"]))
-        _check_files(prompts)
-        return prompts
-    if (folder / PROMPTS).exists():
-        raise UserError(
-            f"'{folder / PROMPTS}' is of a folder without {MANIFEST}; remove it, or name another --output_dir"
-        )
-    columns = {"speaker": options.speaker_column}
-    if options.alignment_column is not None:
-        columns["alignment"] = options.alignment_column
-    corpus = open_corpus(options.corpus, options.dataset_path, options.audio_column, None, columns, options.split)
-    if options.alignment_column is not None and "alignment" not in corpus.columns:
-        raise UserError(f"'{options.corpus}' has no column '{options.alignment_column}'; leave out --alignment_column")
-    chosen, left_out = _choose(corpus, options)
-    if not chosen:
-        raise UserError(
-            f"no recording of '{options.corpus}' is {options.min_seconds:g} s long ({_listed(left_out)}); lower "
-            "--recording_seconds and --prompt_seconds"
-        )
-    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)  # of a run that was killed
-    made = tuple(
-        _write(folder, row, corpus, options.prompt_seconds)
-        for row in _rows(corpus)
-        if (row.group, row.number) in chosen
-    )
-    (folder / UNFINISHED).rename(folder / PROMPTS)
-    manifest = {"settings": settings, "left_out": dict(left_out), "prompts": [asdict(prompt) for prompt in made]}
-    write_atomically(str(folder), MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
-    cuts = Counter(prompt.cut for prompt in made)
-    print(f"{len(made):,} prompts, cut at: {_listed(cuts)}; left out: {_listed(left_out) or 'none'}", flush=True)
-    return PromptSet(folder, made)
+    manifest = read_json(str(folder), MANIFEST)
+    if manifest is None:
+        prompts, skipped = _cut_prompts(folder, options)
+        manifest = {"format": FORMAT, "settings": settings, "skipped": skipped, "sha256": _files_sha256(folder)}
+        manifest["prompts"] = [asdict(prompt) for prompt in prompts]
+        write_atomically(str(folder), MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+    if (found := manifest.get("format", 1)) != FORMAT:
+        raise UserError(f"'{folder}' has prompts of format {found}, not {FORMAT}; {NEW_FOLDER}")
+    require_same(manifest["settings"], settings, f"'{folder}'", NEW_FOLDER)
+    if _files_sha256(folder) != manifest["sha256"]:
+        raise UserError(f"the files in '{folder}' are not the prompts and recordings of {MANIFEST}; {NEW_FOLDER}")
+    return PromptSet(folder, manifest["sha256"], tuple(Prompt(**prompt) for prompt in manifest["prompts"]))
 
 
-def cut_seconds(
-    waveform: Waveform, wanted_seconds: float, word_ends: Sequence[float] | None = None
-) -> tuple[float, str]:
-    """Where a recording is cut, and what is there: the nearest word end, or the quietest moment nearby.
+def cut_seconds(waveform: Waveform, wanted_seconds: float) -> float:
+    """Return the quietest frame border within a sixth of a wanted length; of equally quiet ones, the nearest."""
+    rate_hz, half = waveform.sample_rate_hz, round(CUT_SECONDS / 2 * waveform.sample_rate_hz)
 
-    Args:
-        waveform: that goes on after the last possible cut.
-        wanted_seconds: about.
-        word_ends: of all words, in seconds; without, or with none nearby, a moment of `GRID_SECONDS` is chosen.
-    """
-    reach = SEARCH_SHARE * wanted_seconds
-    near = [end for end in word_ends or () if abs(end - wanted_seconds) <= reach and end < waveform.seconds]
-    if near:
-        return min(near, key=lambda end: abs(end - wanted_seconds)), WORD_END
-    rate_hz, half = waveform.sample_rate_hz, round(PAUSE_SECONDS / 2 * waveform.sample_rate_hz)
-    first, last = (round((wanted_seconds + sign * reach) / GRID_SECONDS) for sign in (-1, 1))
-    power = {}
-    for step in range(first, last + 1):
-        middle = round(step * GRID_SECONDS * rate_hz)
-        around_S = waveform.samples_S[max(middle - half, 0) : middle + half]
-        power[step] = float(around_S.double().square().mean()) if len(around_S) else float("inf")
-    # Of moments that are equally quiet, such as digital silence, the one nearest to what was wanted.
-    quietest = min(power, key=lambda step: (power[step], abs(step * GRID_SECONDS - wanted_seconds)))
-    mean_power = float(waveform.samples_S.double().square().mean())
-    is_pause = power[quietest] <= mean_power * 10 ** (-PAUSE_DB / 10)
-    return round(quietest * GRID_SECONDS, 2), PAUSE if is_pause else QUIETEST
+    def power(border: int) -> float:
+        middle = round(border * FRAME_SECONDS * rate_hz)
+        return float(waveform.samples_S[middle - half : middle + half].double().square().mean())
 
-
-@dataclass(frozen=True)
-class _Row:
-    """A row of the corpus, its audio not yet read."""
-
-    name: str
-    source: str
-    group: int
-    number: int
-    content: Mapping[str, Any]
-
-    def read(self, corpus: AudioCorpus) -> Waveform:
-        """At its own rate.
-
-        Raises:
-            AudioError: it cannot be used.
-        """
-        return read_row(corpus, self.group, self.content, self.source, None, max_seconds=MAX_RECORDING_SECONDS)
-
-
-def _choose(corpus: AudioCorpus, options: PromptOptions) -> tuple[set[tuple[int, int]], Counter[str]]:
-    """Group and row of recordings that are long enough, drawn by the hash of their names."""
-    left_out: Counter[str] = Counter()
-    drawn: list[tuple[int, int, int]] = []  # a heap with the one to give up first
-    names: set[str] = set()
-    unreadable = 0
-    for row in tqdm(_rows(corpus), total=int(corpus.sizes_G.sum()), unit="recording", desc="prompts"):
-        if row.name in names:
-            raise UserError(f"'{corpus.name}' has two rows with the id '{row.source}'; give each its own")
-        names.add(row.name)
-        rank = -int.from_bytes(hashlib.sha256(row.name.encode()).digest()[:8])
-        is_full = len(drawn) == options.limit
-        if is_full and rank < drawn[0][0]:
-            left_out["beyond --limit"] += 1
-            continue
-        try:
-            seconds = row.read(corpus).seconds
-        except AudioError as error:
-            print(f"left out: {error}", flush=True)
-            left_out[error.reason] += 1
-            unreadable += 1
-            continue
-        if seconds < options.min_seconds:
-            left_out["too short"] += 1
-        elif is_full:
-            heapq.heapreplace(drawn, (rank, row.group, row.number))
-            left_out["beyond --limit"] += 1
-        else:
-            heapq.heappush(drawn, (rank, row.group, row.number))
-    if unreadable > max(MAX_UNREADABLE * len(names), 1):
-        raise UserError(
-            f"{unreadable:,} of {len(names):,} recordings of '{corpus.name}' cannot be read, which is more than "
-            f"{100 * MAX_UNREADABLE:g} %; mend the corpus"
-        )
-    return {(group, number) for _, group, number in drawn}, left_out
-
-
-def _rows(corpus: AudioCorpus) -> Iterator[_Row]:
-    number_read = 0
-    for group in range(len(corpus.sizes_G)):
-        table = corpus.read_group(group)
-        for number in range(table.num_rows):
-            content = table.slice(number, 1).to_pylist()[0]
-            row_id = content.get("id")
-            source = corpus.row_name(group, number) if row_id is None else str(row_id)
-            name = f"row-{number_read:06d}" if row_id is None else source
-            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]{0,99}", name):  # cannot be a file's, or not on every system
-                cleaned = re.sub(r"[^A-Za-z0-9.-]+", "-", name)[:60].strip("-.")
-                name = f"{cleaned}-{hashlib.sha256(name.encode()).hexdigest()[:8]}".lstrip("-")
-            number_read += 1
-            yield _Row(name, source, group, number, content)
-
-
-def _write(folder: Path, row: _Row, corpus: AudioCorpus, prompt_seconds: float) -> Prompt:
-    waveform = row.read(corpus)
-    words = row.content.get("alignment") or ()
-    try:
-        words = parse_json(words) if isinstance(words, str) else words  # of formats that are JSON
-        ends = [float(word["end"]) for word in words if word["end"] is not None]
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"the words of {row.source} have no 'end' in seconds; leave out --alignment_column") from error
-    if ends and max(ends) > waveform.seconds + 1:
-        raise UserError(
-            f"a word of {row.source} ends at {max(ends):g} s, and the recording at {waveform.seconds:g} s; give the "
-            "ends of --alignment_column in seconds"
-        )
-    seconds, cut = cut_seconds(waveform, prompt_seconds, ends)
-    end = round(seconds * waveform.sample_rate_hz)
-    hashes = []
-    for part, samples_S in ((UNFINISHED, waveform.samples_S[:end]), (RECORDINGS, waveform.samples_S)):
-        path = folder / part / f"{row.name}.wav"
-        write_wav(path, Waveform(samples_S, waveform.sample_rate_hz))
-        hashes.append(file_sha256(path))
-    speaker = row.content.get("speaker")
-    return Prompt(row.name, row.source, "" if speaker is None else str(speaker), seconds, cut, *hashes)
-
-
-def _check_files(prompts: PromptSet) -> None:
-    found = {path.stem for path in visible_files(prompts.folder / PROMPTS, "*")}
-    if strangers := found - {prompt.name for prompt in prompts.prompts}:
-        raise UserError(
-            f"'{prompts.folder / PROMPTS}' holds '{min(strangers)}', which {MANIFEST} does not list; move it out"
-        )
-    for prompt in prompts.prompts:
-        for path, sha256 in (
-            (prompts.path(prompt), prompt.sha256),
-            (prompts.recording_path(prompt), prompt.recording_sha256),
-        ):
-            if not path.is_file() or file_sha256(path) != sha256:
-                raise UserError(
-                    f"'{path}' is missing or not what {MANIFEST} says; name another --output_dir, or remove this one"
-                )
+    first, last = (round((1 + sign * SEARCH_FRACTION) * wanted_seconds / FRAME_SECONDS) for sign in (-1, 1))
+    borders = range(first, last + 1)
+    quietest = min(borders, key=lambda border: (power(border), abs(border * FRAME_SECONDS - wanted_seconds)))
+    return round(quietest * FRAME_SECONDS, 2)
 
 
 def file_sha256(path: Path) -> str:
+    """Return the hash of a file."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _listed(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} {number:,}" for name, number in counts.items())
+def _files_sha256(folder: Path) -> str:
+    files = [path for part in (PROMPTS, RECORDINGS) for path in visible_files(folder, f"{part}/**/*") if path.is_file()]
+    return digest({path.relative_to(folder).as_posix(): file_sha256(path) for path in files})
+
+
+def _cut_prompts(folder: Path, options: PromptOptions) -> tuple[list[Prompt], Counter[str]]:
+    """Write prompts and recordings; return the prompts in the corpus's order, and why other rows were skipped."""
+    for existing in (folder / PROMPTS, folder / RECORDINGS):
+        if existing.exists():
+            raise UserError(f"'{existing}' has no {MANIFEST} beside it; remove it, or {NEW_FOLDER}")
+    partial = PromptSet(folder / UNFINISHED, "", ())
+    shutil.rmtree(partial.folder, ignore_errors=True)  # from a run that was killed
+    speaker_column = {"speaker": options.speaker_column}
+    corpus = open_corpus(
+        options.corpus, options.dataset_path, options.audio_column, None, speaker_column, options.split
+    )
+    skipped: Counter[str] = Counter()
+    drawn: list[tuple[bytes, int, Prompt]] = []  # the first rows by hash
+    names: set[str] = set()
+    num_unreadable = 0
+    rows = tqdm(_rows(corpus), total=int(corpus.sizes_G.sum()), unit="recording", desc="prompts")
+    for number, (name, group, content) in enumerate(rows):
+        if name in names:
+            raise UserError(f"'{corpus.name}' has two rows with the id '{content['id']}'; give each its own")
+        names.add(name)
+        rank = hashlib.sha256(name.encode()).digest()
+        if len(drawn) == options.limit and rank > drawn[-1][0]:
+            skipped["beyond --limit"] += 1
+            continue
+        try:
+            waveform = read_row(corpus, group, content, name, None, max_seconds=MAX_RECORDING_SECONDS)
+        except AudioError as error:
+            print(f"skipped: {error}", flush=True)
+            skipped[error.reason] += 1
+            num_unreadable += 1
+            continue
+        if waveform.seconds < options.min_seconds:
+            skipped["too short"] += 1
+            continue
+        speaker = content.get("speaker")
+        prompt = Prompt(name, "" if speaker is None else str(speaker), cut_seconds(waveform, options.prompt_seconds))
+        prompt_S = waveform.samples_S[: round(prompt.seconds * waveform.sample_rate_hz)]
+        write_wav(partial.file(PROMPTS, prompt), Waveform(prompt_S, waveform.sample_rate_hz))
+        write_wav(partial.file(RECORDINGS, prompt), waveform)
+        bisect.insort(drawn, (rank, number, prompt))
+        if options.limit is not None and len(drawn) > options.limit:
+            *_, last = drawn.pop()
+            for part in (PROMPTS, RECORDINGS):
+                partial.file(part, last).unlink()
+            skipped["beyond --limit"] += 1
+    reasons = ", ".join(f"{reason} {count:,}" for reason, count in skipped.items())
+    print(f"{len(drawn):,} prompts; skipped recordings: {reasons or 'none'}", flush=True)
+    if num_unreadable > max(MAX_UNREADABLE * len(names), 1):
+        problem = f"{num_unreadable:,} of {len(names):,} recordings of '{corpus.name}' cannot be read"
+        raise UserError(f"{problem}, which is more than {100 * MAX_UNREADABLE:g} %; fix the corpus")
+    if not drawn:
+        problem = f"no recording of '{options.corpus}' is {options.min_seconds:g} s long"
+        raise UserError(f"{problem}; lower --recording_seconds and --prompt_seconds")
+    for part in (RECORDINGS, PROMPTS):
+        (partial.folder / part).rename(folder / part)
+    partial.folder.rmdir()
+    return [prompt for _, _, prompt in sorted(drawn, key=lambda one: one[1])], skipped
+
+
+def _rows(corpus: AudioCorpus) -> Iterator[tuple[str, int, Mapping[str, Any]]]:
+    """Yield file name, group and content of each row."""
+    number = 0
+    for group in range(len(corpus.sizes_G)):
+        table = corpus.read_group(group)
+        for row in range(table.num_rows):
+            content = table.slice(row, 1).to_pylist()[0]
+            name = f"row-{number:06d}" if content.get("id") is None else str(content["id"])
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]{0,99}", name):  # not a file name on every system
+                cleaned = re.sub(r"[^A-Za-z0-9.-]+", "-", name)[:60].strip("-.")
+                name = f"{cleaned}-{hashlib.sha256(name.encode()).hexdigest()[:8]}".lstrip("-")
+            number += 1
+            yield name, group, content

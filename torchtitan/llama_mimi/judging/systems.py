@@ -1,5 +1,6 @@
-"""What stands in a table: a model's samples, somebody's WAVs, and references to read both by."""
+"""Systems that are compared: a model, audio files of another system, and references."""
 
+import json
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -11,37 +12,32 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from llama_mimi.audio.mimi import MimiCodec
+from llama_mimi.audio.mimi import MimiCodec, codec_hash
 from llama_mimi.audio.reading import AUDIO_ENDINGS, AudioError, Waveform, read_audio, write_wav
 from llama_mimi.audio.streaming import decode_long
 from llama_mimi.common.errors import UserError
-from llama_mimi.common.files import find_files
-from llama_mimi.common.ranks import Ranks
-from llama_mimi.judging.prompts import Prompt, PromptSet, file_sha256
+from llama_mimi.common.files import find_files, read_json, write_atomically
+from llama_mimi.common.ranks import Ranks, from_first
+from llama_mimi.common.resume import require_same
+from llama_mimi.generation.prompt_folder import SETTINGS
+from llama_mimi.judging.prompts import NEW_FOLDER, PROMPTS, RECORDINGS, Prompt, PromptSet, file_sha256
 
-RECORDING, SHUFFLED = "recording", "shuffled"
-# A voice cannot be told from less, and a recogniser hears words in anything that is so short.
-MIN_SECONDS = 0.4
-ROUNDING_SECONDS = 0.1  # that a file may be shorter than its prompt, as frames of codecs are
+RECORDING, SHUFFLED, RECONSTRUCTION = "recording", "shuffled", "reconstruction"
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A part of an audio file, read when it is needed.
-
-    Args:
-        start_seconds, end_seconds: of the part; None is the end of the file.
-    """
+    """A part of an audio file, in seconds; without an end, up to the end of the file."""
 
     path: Path
     start_seconds: float = 0.0
     end_seconds: float | None = None
 
     def read(self, sample_rate_hz: int) -> Waveform:
-        """The part at a rate, which may be without samples.
+        """Read the part, which may have no samples.
 
         Raises:
-            AudioError: it cannot be read.
+            AudioError: the file cannot be read.
         """
         try:
             samples_S = read_audio(self.path, sample_rate_hz, max_seconds=self.end_seconds).samples_S
@@ -53,82 +49,81 @@ class Clip:
 
     @cached_property
     def key(self) -> str:
-        """Hash of all that a measure of it depends on."""
+        """Hash of the file, and the part."""
         return f"{file_sha256(self.path)}@{self.start_seconds:.4f}-{self.end_seconds or 0:.4f}"
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One continuation of a prompt.
-
-    Args:
-        number: among those of the prompt; None where a system has one continuation and no chance in it.
-        clip: the continuation alone.
-        known: measures that come with it.
-    """
+    """One continuation of a prompt."""
 
     prompt: Prompt
-    number: int | None
-    clip: Clip
-    known: Mapping[str, float | None] = field(default_factory=dict)
+    number: int | None  # index among the samples of the prompt; None for a reference, which has one
+    clip: Clip  # the continuation without its prompt
+    known: Mapping[str, float | None] = field(default_factory=dict)  # measures from generation
 
 
-def recordings(prompts: PromptSet, max_seconds: float) -> list[Sample]:
-    """How the recordings themselves go on, for as long as a model may."""
-    return [
-        Sample(prompt, None, Clip(prompts.recording_path(prompt), prompt.seconds, prompt.seconds + max_seconds))
-        for prompt in prompts.prompts
-    ]
+def references(
+    prompts: PromptSet, codec: MimiCodec | None, max_seconds: float, ranks: Ranks
+) -> dict[str, list[Sample]]:
+    """Return what a system is compared with.
 
-
-def shuffled(prompts: PromptSet, max_seconds: float) -> list[Sample]:
-    """Each prompt with how another recording goes on, of another speaker where the corpus says who speaks.
+    Returns:
+        By name: the recordings after their prompts; each prompt with the rest of another recording, of another speaker
+        if the corpus has speakers; with a codec, the recordings encoded and decoded.
 
     Raises:
-        UserError: there is one prompt alone.
+        UserError: there is only one prompt, or the folder has reconstructions of another codec.
     """
     if len(prompts.prompts) < 2:
         raise UserError("one prompt cannot be shuffled; raise --limit")
-    samples = []
+
+    def rest(prompt: Prompt, folder: str, begins_with: Prompt) -> Sample:
+        start = begins_with.seconds
+        return Sample(prompt, None, Clip(prompts.file(folder, begins_with), start, start + max_seconds))
+
+    systems = {RECORDING: [rest(prompt, RECORDINGS, prompt) for prompt in prompts.prompts], SHUFFLED: []}
     for prompt in prompts.prompts:
         others = [other for other in prompts.prompts if other.name != prompt.name]
         strangers = [other for other in others if other.speaker != prompt.speaker]
-        other = random.Random(prompt.sha256).choice(strangers or others)
-        clip = Clip(prompts.recording_path(other), other.seconds, other.seconds + max_seconds)
-        samples.append(Sample(prompt, None, clip))
-    return samples
+        other = random.Random(file_sha256(prompts.file(PROMPTS, prompt))).choice(strangers or others)
+        systems[SHUFFLED].append(rest(prompt, RECORDINGS, other))
+    if codec is not None:
+        name = f"{RECONSTRUCTION}_q{codec.num_quantizers}"
+        reconstruct(prompts, codec, name, ranks)
+        systems[name] = [rest(prompt, name, prompt) for prompt in prompts.prompts]
+    return systems
 
 
-def reconstructions(
-    prompts: PromptSet, codec: MimiCodec, folder: Path, max_seconds: float, ranks: Ranks
-) -> list[Sample]:
-    """The recordings as the codec gives them back at its depth, written below ``folder``.
+def reconstruct(prompts: PromptSet, codec: MimiCodec, name: str, ranks: Ranks) -> None:
+    """Encode and decode the recordings into a folder beside the prompts; existing files are kept.
 
-    Args:
-        folder: of this codec at this depth; what is there is kept.
+    Raises:
+        UserError: the folder has files of another codec.
     """
-    mine = [
-        prompt
-        for prompt in prompts.prompts[ranks.rank :: ranks.world_size]
-        if not (folder / f"{prompt.name}.wav").exists()
-    ]
-    for prompt in tqdm(mine, unit="recording", desc=folder.name, disable=ranks.rank > 0 or not mine):
-        path = folder / f"{prompt.name}.wav"
-        whole = Clip(prompts.recording_path(prompt)).read(codec.sample_rate_hz)
-        (codes_TQ,) = codec.encode([whole.samples_S])
-        decoded_S = decode_long(codec, codes_TQ)[: len(whole.samples_S)]
-        write_wav(path, Waveform(decoded_S, codec.sample_rate_hz))
+    folder = str(prompts.folder / name)
+    settings = {"codec_sha256": codec_hash(codec.name), "codec_attention": codec.attention}
+
+    def keep_settings() -> None:
+        if (earlier := read_json(folder, SETTINGS)) is not None:
+            require_same(earlier, settings, f"'{folder}'", NEW_FOLDER)
+        write_atomically(folder, SETTINGS, (json.dumps(settings, indent=1) + "\n").encode())
+
+    from_first(keep_settings)
+    share = prompts.prompts[ranks.rank :: ranks.world_size]
+    mine = [prompt for prompt in share if not prompts.file(name, prompt).exists()]
+    for prompt in tqdm(mine, unit="recording", desc=name, disable=ranks.rank > 0 or not mine):
+        whole_S = read_audio(prompts.file(RECORDINGS, prompt), codec.sample_rate_hz).samples_S
+        (codes_TQ,) = codec.encode([whole_S])
+        decoded_S = decode_long(codec, codes_TQ)[: len(whole_S)]
+        write_wav(prompts.file(name, prompt), Waveform(decoded_S, codec.sample_rate_hz))
     ranks.wait()
-    return [
-        Sample(prompt, None, Clip(folder / f"{prompt.name}.wav", prompt.seconds, prompt.seconds + max_seconds))
-        for prompt in prompts.prompts
-    ]
 
 
 def continuations(
     prompts: PromptSet, folder: Path, records: Sequence[Mapping[str, Any]], frame_rate_hz: float
 ) -> list[Sample]:
-    """A model's samples, as `generation.prompt_folder.continue_folder` reports them.
+    """Return a model's samples from the records of `generation.prompt_folder.continue_folder`.
 
     Raises:
         UserError: a prompt could not be continued.
@@ -138,11 +133,11 @@ def continuations(
     by_name = {prompt.name: prompt for prompt in prompts.prompts}
     samples = []
     for record in records:
-        seconds = record["frames"] / frame_rate_hz
+        frames, seconds = record["frames"], record["frames"] / frame_rate_hz
         known = {
             "ended": float(record["end"] == "ended"),
-            "distinct_frames": record["distinct_frames"] / record["frames"] if record["frames"] else None,
-            "real_time_factor": record["seconds"] / seconds if seconds else None,
+            "distinct_frames": record["distinct_frames"] / frames if frames else None,
+            "real_time_factor": record["seconds"] / seconds if frames else None,
         }
         clip = Clip(folder / record["file"], record["prompt_frames"] / frame_rate_hz)
         samples.append(Sample(by_name[Path(record["prompt"]).stem], record["sample"], clip, known))
@@ -150,59 +145,33 @@ def continuations(
 
 
 def wavs(prompts: PromptSet, folder: Path, *, hold_prompt: bool, max_seconds: float) -> list[Sample]:
-    """Continuations that others have made: ``<prompt>.wav``, or ``<prompt>_0.wav``, ``<prompt>_1.wav`` and so on.
+    """Return continuations by another system: ``<prompt>.wav``, or ``<prompt>_0.wav``, ``<prompt>_1.wav`` and so on.
 
     Args:
-        folder: of WAV, FLAC, OGG or MP3 files of any rate, at any depth.
+        folder: folder of WAV, FLAC, OGG or MP3 files of any rate, at any depth.
         hold_prompt: each file begins with its prompt.
-        max_seconds: what comes later is left out.
+        max_seconds: maximum length; later audio is ignored.
 
     Raises:
-        UserError: no folder, a prompt without a file, two files for one sample, files of no prompt, or one that cannot
-            be read or is shorter than the prompt that it should hold.
+        UserError: no such folder, a prompt without a file, two files for one sample, or a file without a prompt.
     """
     if not folder.is_dir():
-        raise UserError(f"--wavs is '{folder}', which is no folder; name one of WAV files")
+        raise UserError(f"--wavs is '{folder}', which is not a folder; name a folder of WAV files")
     by_name = {prompt.name: prompt for prompt in prompts.prompts}
     found: dict[tuple[str, int], Path] = {}
-    strangers = []
     for path in map(Path, find_files(str(folder), AUDIO_ENDINGS)):
-        key = _sample_of(path.stem, by_name)
-        if key is None:
-            strangers.append(path)
-        elif key in found:
-            raise UserError(f"'{found[key]}' and '{path}' are both sample {key[1]} of '{key[0]}'; remove one of them")
-        else:
-            found[key] = path
-    if strangers:
-        raise UserError(
-            f"{len(strangers):,} files of '{folder}' are of no prompt, the first is '{strangers[0]}'; call them "
-            "<prompt>.wav or <prompt>_<number>.wav, or move them out"
-        )
-    if missing := [name for name in by_name if name not in {name for name, _ in found}]:
-        raise UserError(
-            f"'{folder}' has no continuation of {len(missing):,} of {len(by_name):,} prompts, the first is "
-            f"'{missing[0]}'; add its file, or an empty one where the system says nothing"
-        )
-    return [
-        Sample(by_name[name], number, _clip_of(found[name, number], by_name[name], hold_prompt, max_seconds))
-        for name, number in sorted(found)
-    ]
-
-
-def _sample_of(stem: str, by_name: Mapping[str, Prompt]) -> tuple[str, int] | None:
-    if stem in by_name:
-        return stem, 0
-    match = re.fullmatch(r"(.+)_(\d+)", stem)
-    return (match[1], int(match[2])) if match and match[1] in by_name else None
-
-
-def _clip_of(path: Path, prompt: Prompt, hold_prompt: bool, max_seconds: float) -> Clip:
-    start = prompt.seconds if hold_prompt else 0.0
-    clip = Clip(path, start, start + max_seconds)
-    if hold_prompt and Clip(path).read(8_000).seconds < prompt.seconds - ROUNDING_SECONDS:
-        raise UserError(
-            f"'{path}' is shorter than its prompt of {prompt.seconds:g} s; leave out --wavs_hold_prompt if files hold "
-            "the continuation alone"
-        )
-    return clip
+        numbered = re.fullmatch(r"(.+)_(\d+)", path.stem)
+        name, number = (numbered[1], int(numbered[2])) if numbered and path.stem not in by_name else (path.stem, 0)
+        if name not in by_name:
+            raise UserError(f"'{path}' has no prompt; name it <prompt>.wav or <prompt>_<number>.wav, or remove it")
+        if (name, number) in found:
+            raise UserError(f"'{found[name, number]}' and '{path}' are both sample {number} of '{name}'; remove one")
+        found[name, number] = path
+    if missing := by_name.keys() - {name for name, _ in found}:
+        problem = f"'{folder}' has no continuation of {len(missing):,} of {len(by_name):,} prompts"
+        raise UserError(f"{problem}, such as '{min(missing)}'; add a file, empty if the system says nothing")
+    samples = []
+    for (name, number), path in sorted(found.items()):
+        start = by_name[name].seconds if hold_prompt else 0.0
+        samples.append(Sample(by_name[name], number, Clip(path, start, start + max_seconds)))
+    return samples

@@ -1,0 +1,241 @@
+"""Measures of continuations: how they sound, and what is said. A language model as a judge is in `judge`."""
+
+import functools
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
+
+from llama_mimi.audio.silence import silences
+from llama_mimi.common.errors import UserError
+from llama_mimi.common.files import digest
+from llama_mimi.common.hub import load_pretrained, weights_sha256
+from llama_mimi.common.ranks import Ranks, from_first
+from llama_mimi.common.resume import ProgressLog, map_resumable
+from llama_mimi.common.versions import versions
+from llama_mimi.judging.systems import Clip
+
+RATE_HZ = 16_000  # of all audio models here
+PAUSE_SECONDS = 0.3  # shorter silences are part of speech
+WORD = re.compile(r"[^\W_]+(?:['\u2019.][^\W_]+)*")  # don't and 10.5 are one word each
+# Tensors that only training uses; published models lack them or have them in addition to those of their class: the mask
+# and the objective, the quantizer of wav2vec 2.0's pretraining, and a constant of old attention code.
+WITHOUT_EFFECT = r"(masked_spec_embed|objective\.weight|\.masked_bias)$|^(quantizer|project_q|project_hid)\."
+Input = tuple[Any, ...]  # clips, or texts
+Value = Any  # numbers or texts by key (dict), or the reason why there is no value (str)
+Values = Iterator[tuple[str, Value]]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A measure of inputs."""
+
+    name: str  # name in results, and of the folder of its values
+    keys: Sequence[str]  # keys of a value
+    description: dict[str, Any]  # everything that values depend on, except the input: models, hashes, settings
+    compute: Callable[[Mapping[str, Input]], Values]  # yields key and value for each input of a batch, in any order
+    batch_size: int = 16  # maximum number of inputs in a batch
+
+
+def input_key(parts: Input) -> str:
+    """Return the hash of an input."""
+    return digest([part.key if isinstance(part, Clip) else part for part in parts])
+
+
+def cached(measure: Measure, folder: Path) -> ProgressLog:
+    """Return the log of values in the folder of all measures."""
+    return ProgressLog(folder / measure.name, measure.description)
+
+
+def take(measure: Measure, inputs: Sequence[Input], folder: Path, ranks: Ranks) -> list[Value]:
+    """Return the value of each input; ranks share the work, and values in ``folder`` are not computed again.
+
+    Raises:
+        UserError: as the measure, or the folder cannot be written.
+    """
+    by_key = {input_key(one): one for one in inputs}
+    log = cached(measure, folder)
+    values = from_first(log.load)
+    todo = [key for key in by_key if key not in values]
+    starts = range(0, len(todo), measure.batch_size)
+    batches = [{key: by_key[key] for key in todo[start : start + measure.batch_size]} for start in starts]
+
+    def work(batch: Mapping[str, Input]) -> Values:
+        for key, value in measure.compute(batch):
+            numbers = [one for one in value.values() if isinstance(one, float)] if isinstance(value, dict) else []
+            yield key, value if all(map(math.isfinite, numbers)) else "not finite"
+
+    def is_done(key: str, value: Value) -> bool:
+        return isinstance(value, dict)
+
+    values |= map_resumable(batches, work, log, ranks, unit=f"{measure.name} value", is_done=is_done)
+    return [values[input_key(one)] for one in inputs]
+
+
+def words_of(text: str) -> list[str]:
+    """Return the words of a transcript in lower case, without punctuation."""
+    return WORD.findall(text.lower())
+
+
+def load_evaluator(cls: Any, name: str, device: torch.device, *, what: str) -> transformers.PreTrainedModel:
+    """Load a model of `transformers` for evaluation, in float32, from safetensors or ``.bin`` files of only weights.
+
+    Raises:
+        UserError: it cannot be loaded, or its weights do not belong to this class.
+    """
+    options = {"dtype": torch.float32, "allow_torch_weights": True, "without_effect": WITHOUT_EFFECT}
+    return load_pretrained(cls, name, what=what, **options).to(device).eval()
+
+
+def _describe(name: str) -> dict[str, Any]:
+    return {"model": name, "sha256": weights_sha256(name), "transformers": versions()["transformers"]}
+
+
+def pauses() -> Measure:
+    """Return the measure of a clip's length in seconds, and of its fraction in silences of `PAUSE_SECONDS` or more."""
+
+    def compute(batch: Mapping[str, Input]) -> Values:
+        for key, (clip,) in batch.items():
+            waveform = clip.read(RATE_HZ)
+            silent = sum(length for _, length in silences(waveform, PAUSE_SECONDS))
+            yield key, {"seconds": waveform.seconds, "silent": min(silent / max(waveform.seconds, 1e-9), 1.0)}
+
+    return Measure("pauses", ("seconds", "silent"), {"pause_seconds": PAUSE_SECONDS}, compute)
+
+
+def speaker_encoder(model_name: str, device: torch.device) -> Callable[[Clip], torch.Tensor]:
+    """Load a `WavLMForXVector`; return the function from a clip to its x-vector (D,).
+
+    Clips are not padded to a batch: group normalisation, as in microsoft/wavlm-base-plus-sv, would include padding.
+    """
+    model = load_evaluator(transformers.WavLMForXVector, model_name, device, what="speaker model")
+    extract = load_pretrained(transformers.AutoFeatureExtractor, model_name, what="speaker model")
+
+    @torch.inference_mode()
+    def embed(clip: Clip) -> torch.Tensor:
+        samples_S = clip.read(RATE_HZ).samples_S.numpy()
+        features = extract(samples_S, sampling_rate=RATE_HZ, return_tensors="pt").input_values
+        return model(features.to(device)).embeddings[0].cpu()
+
+    return embed
+
+
+def speaker_similarity(model_name: str, device: torch.device) -> Measure:
+    """Return the measure of the cosine, in [-1, 1], of the x-vectors of a prompt and its continuation."""
+    embed = functools.cache(speaker_encoder(model_name, device))
+
+    def compute(batch: Mapping[str, Input]) -> Values:
+        for key, clips in batch.items():
+            yield key, {"similarity": float(torch.nn.functional.cosine_similarity(*map(embed, clips), dim=0))}
+
+    return Measure("similarity", ("similarity",), _describe(model_name), compute)
+
+
+def distillmos(device: torch.device) -> Measure:
+    """Return the measure of a mean opinion score, 1 to 5, by DistillMOS (arXiv 2502.05356)."""
+    try:
+        from distillmos import ConvTransformerSQAModel  # an extra
+    except ImportError as error:
+        raise UserError("--quality distillmos needs the package distillmos; install llama-mimi[judging]") from error
+    with redirect_stdout(None):  # it prints the path of its weights
+        model = ConvTransformerSQAModel().to(device).eval()
+
+    def compute(batch: Mapping[str, Input]) -> Values:
+        for key, (clip,) in batch.items():
+            with torch.inference_mode():
+                score = model(clip.read(RATE_HZ).samples_S[None].to(device))
+            yield key, {"distillmos": float(score)}
+
+    description = {"model": "distillmos", "version": version("distillmos")}
+    return Measure("distillmos", ("distillmos",), description, compute)
+
+
+def aesthetics(batch_size: int) -> Measure:
+    """Return the measure of the four axes of Audiobox-Aesthetics (arXiv 2502.05139), 1 to 10."""
+    try:
+        from audiobox_aesthetics.infer import initialize_predictor  # only where a user has installed it
+    except ImportError as error:
+        raise UserError(
+            "--quality aesthetics needs the package audiobox-aesthetics (CC BY 4.0); install it, or use --quality "
+            "distillmos"
+        ) from error
+    predictor = initialize_predictor()  # facebook/audiobox-aesthetics, safetensors
+
+    def compute(batch: Mapping[str, Input]) -> Values:
+        audio = [{"path": clip.read(RATE_HZ).samples_S[None], "sample_rate": RATE_HZ} for (clip,) in batch.values()]
+        for key, axes in zip(batch, predictor.forward(audio), strict=True):
+            yield key, {f"aesthetics/{axis}": score for axis, score in axes.items()}
+
+    keys = [f"aesthetics/{axis}" for axis in ("CE", "CU", "PC", "PQ")]
+    description = {"model": "facebook/audiobox-aesthetics", "version": version("audiobox_aesthetics")}
+    return Measure("aesthetics", keys, description, compute, batch_size)
+
+
+def transcripts(model_name: str, language: str | None, device: torch.device, batch_size: int) -> Measure:
+    """Return the measure of a clip's greedy transcript by an ASR model of `transformers`.
+
+    Args:
+        language: spoken language, for models that know several, such as Whisper; None lets them guess.
+
+    Raises:
+        UserError: the model cannot be loaded, or does not know the language.
+    """
+    config = load_pretrained(transformers.AutoConfig, model_name, what="ASR model")
+    is_seq2seq = config.model_type in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
+    model_class = transformers.AutoModelForSpeechSeq2Seq if is_seq2seq else transformers.AutoModelForCTC
+    model = load_evaluator(model_class, model_name, device, what="ASR model")
+    languages = getattr(getattr(model, "generation_config", None), "lang_to_id", None) or {}
+    if language is not None and f"<|{language}|>" not in languages:
+        raise UserError(
+            f"--language is '{language}', which '{model_name}' does not know; leave it out, or give a code of its "
+            "languages, such as en"
+        )
+    options: dict[str, Any] = {"generate_kwargs": {"num_beams": 1, "do_sample": False}} if is_seq2seq else {}
+    if config.model_type == "whisper":
+        options["return_timestamps"] = True  # without, it transcribes only 30 s
+    if language is not None:
+        options["generate_kwargs"] |= {"language": language, "task": "transcribe"}
+    transcribe = transformers.pipeline(
+        "automatic-speech-recognition",
+        model=model,
+        tokenizer=load_pretrained(transformers.AutoTokenizer, model_name, what="ASR model"),
+        feature_extractor=load_pretrained(transformers.AutoFeatureExtractor, model_name, what="ASR model"),
+        device=device,
+        batch_size=batch_size if is_seq2seq else 1,  # of CTC models the pipeline also transcribes the padding
+    )
+
+    def compute(batch: Mapping[str, Input]) -> Values:
+        audio = ({"raw": clip.read(RATE_HZ).samples_S.numpy(), "sampling_rate": RATE_HZ} for (clip,) in batch.values())
+        for key, heard in zip(batch, transcribe(audio, **options), strict=True):
+            yield key, {"text": heard["text"].strip()}
+
+    description = {**_describe(model_name), "language": language, "num_beams": 1}
+    return Measure("transcripts", ("text",), description, compute, batch_size)
+
+
+def log_perplexity(model_name: str, device: torch.device) -> Measure:
+    """Return the measure of the mean loss, in nats per token, of a continuation's transcript given the prompt's."""
+    model = load_evaluator(transformers.AutoModelForCausalLM, model_name, device, what="language model")
+    tokenizer = load_pretrained(transformers.AutoTokenizer, model_name, what="language model")
+    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if first is None:
+        raise UserError(f"'{model_name}' has neither a BOS nor an EOS token; choose another --text_model")
+
+    def compute(batch: Mapping[str, Input]) -> Values:
+        for key, (prompt, continuation) in batch.items():
+            encoded = tokenizer([prompt, f" {continuation}"], add_special_tokens=False, split_special_tokens=True)
+            given, new = [first, *encoded.input_ids[0]], encoded.input_ids[1]
+            with torch.inference_mode():
+                logits_LV = model(input_ids=torch.tensor([given + new], device=device)).logits[0].float().cpu()
+            loss = torch.nn.functional.cross_entropy(logits_LV[len(given) - 1 : -1], torch.tensor(new))
+            yield key, {"log_perplexity": float(loss)}
+
+    return Measure("log_perplexity", ("log_perplexity",), _describe(model_name), compute)
