@@ -243,7 +243,7 @@ def _text(value: Any) -> str:
 
 
 def generation_means(result: Mapping[str, Any]) -> dict[str, tuple[float, float, float, int]]:
-    """Return mean, 95 % interval (low, high) and number of prompts by measure of a result of eval/generation.py.
+    """Return mean, 95 % interval (low, high) and number of prompts of a result of eval/generation.py, by heading.
 
     Means and intervals are as shown: percent, and exp of the mean log perplexity. A sample without a value is left out.
 
@@ -254,9 +254,9 @@ def generation_means(result: Mapping[str, Any]) -> dict[str, tuple[float, float,
     values = items.dropna(subset="value").groupby(["measure", "item"])["value"].mean()
     found = {}
     for name in in_order(values.index.unique("measure")):
-        of_prompts, shown = values[name], measure_of(name).shown
-        low, high = bootstrap_interval(of_prompts)
-        found[name] = (shown(of_prompts.mean()), shown(low), shown(high), len(of_prompts))
+        of_prompts, measure = values[name], measure_of(name)
+        mean, low, high = map(measure.shown, (of_prompts.mean(), *bootstrap_interval(of_prompts)))
+        found[measure.heading] = mean, low, high, len(of_prompts)
     return found
 
 
