@@ -36,7 +36,8 @@ from llama_mimi.judging.systems import (
     shuffled,
     wavs,
 )
-from llama_mimi.judging.table import KIND, means, table
+from llama_mimi.report.comparisons import generations_markdown
+from llama_mimi.report.results import KIND
 
 FORMAT = 1
 RECONSTRUCTION = "reconstruction"
@@ -157,7 +158,7 @@ def _judge(options: GenerationOptions, prompts: PromptSet, ranks: Ranks) -> None
         }
         of_own[options.system]["made_by"] = made_by
         _write(options.output_dir, by_system, header, of_own)
-        print(table(by_system))
+        print(generations_markdown(options.output_dir))
         for name, stage in (stages | listener.stages).items():
             if stage.inputs and stage.seconds:
                 print(f"{name}: {stage.inputs:,} in {stage.seconds:.1f} s, {stage.inputs / stage.seconds:.2f} a second")
@@ -242,15 +243,13 @@ def _keep(folder: Path, of_codec: Record) -> None:
 
 
 def _write(folder: Path, records: Mapping[str, list[Record]], header: Record, of_own: Mapping[str, Record]) -> None:
-    """A result file for each system; its means are over samples that have a value in all of them."""
-    results = means(records)
+    """Write a result file for each system."""
     for system, of_system in records.items():
         reasons = Counter(f"{name}: {why}" for record in of_system for name, why in record["missing"].items())
         result: Record = {
             **header,
             "system": system,
             **of_own[system],
-            "results": {name: of[system] for name, of in results.items() if system in of},
             "missing": dict(reasons),
             "samples": of_system,
         }

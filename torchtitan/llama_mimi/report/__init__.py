@@ -1,4 +1,4 @@
 """Result files as one table, comparisons with pictures, Markdown and HTML.
 
-May import: evaluation, data, audio, common.
+May import: evaluation, audio, common.
 """

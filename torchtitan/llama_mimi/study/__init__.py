@@ -1,4 +1,4 @@
-"""Many runs as one: which they are, what they cost, the way of each from training to scores, and to the hub.
+"""Studies: grids of runs from one file, their cost, their commands and their records.
 
-May import: judging, evaluation, training, checkpoint, model, data, tokens, audio, common.
+May import: judging, report, evaluation, training, checkpoint, model, data, tokens, audio, common.
 """
