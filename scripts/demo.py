@@ -112,10 +112,10 @@ def build_app(gradio: Any, load: Any, model_names: tuple[str, ...]) -> Any:
             with gradio.Column():
                 sound = gradio.Audio(streaming=True, autoplay=True, label="Continuation", buttons=["download"])
                 status = gradio.Textbox(label="State", lines=2, elem_id="state")
-                label = "Spectrogram; the line marks the end of the prompt"
-                picture = gradio.Image(label=label, type="numpy", buttons=[])
-                label = f"Tokens of the last {SHOWN_FRAMES} frames, newest first"
-                tokens = gradio.Textbox(label=label, lines=8, elem_id="tokens")
+                gradio.Markdown("Spectrogram; the line marks the end of the prompt")
+                picture = gradio.Image(show_label=False, type="numpy", buttons=[])
+                gradio.Markdown(f"Tokens of the last {SHOWN_FRAMES} frames, newest first")
+                tokens = gradio.Textbox(show_label=False, lines=8, elem_id="tokens")
         inputs = [prompt, name, seconds, temperature, top_k, top_p, seed]
         button.click(answer, inputs, [sound, status, picture, tokens])
     return app
@@ -152,7 +152,9 @@ def continued(
             state += f". The end: {'</audio>' if new is End.BY_MODEL else 'the maximum length'}"
             state += f"; {note}" if (note := checkpoint_note(model, options)) else ""
         colors = spectrogram(torch.cat(audio), codec.sample_rate_hz, prompt_seconds)
-        yield sound, state, colors, "\n".join(map(tokens_of, reversed(frames[-SHOWN_FRAMES:])))
+        codes = [frame_Q.tolist() for frame_Q in reversed(frames[-SHOWN_FRAMES:])]
+        tokens = ("".join(f"<{code}_{level}>" for level, code in enumerate(frame)) for frame in codes)
+        yield sound, state, colors, "\n".join(tokens)
 
 
 def without_folders(message: str) -> str:
@@ -163,10 +165,6 @@ def without_folders(message: str) -> str:
     quoted = r"""(?<![^\s(\[])(['"])/(?:(?!\1).)*?([^/'"]*)/*\1"""
     message = re.sub(quoted, r"\1\2\1", message)
     return re.sub(r"""(?<![^\s(\[=])/[^\s'"]*?([^\s/'",;:)\]]+)/*(?=[\s,;:)\]]|$)""", r"\1", message)
-
-
-def tokens_of(frame_Q: torch.Tensor) -> str:
-    return "".join(f"<{code}_{level}>" for level, code in enumerate(frame_Q.tolist()))
 
 
 def wav(samples_S: torch.Tensor, sample_rate_hz: int) -> bytes:

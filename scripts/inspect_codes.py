@@ -101,7 +101,7 @@ def code_use(corpus: CodeCorpus) -> Section:
         rows.append((str(level), f"{used:,} of {size:,}", bits, str(top), f"{fractions_K[top]:.1%}"))
         axes.plot(np.arange(used) + 1, np.sort(fractions_K)[::-1][:used], label=f"level {level}")
     axes.set(xscale="log", yscale="log", xlabel="rank of the code", ylabel="fraction of frames")
-    axes.legend(fontsize=7, ncols=2)
+    axes.legend(fontsize=8, ncols=2)
     alt = "Fraction of frames by the rank of a code, for each level"
     about = f"Counted on {corpus.sizes_G[groups].sum():,} of {corpus.manifest['clips']:,} clips."
     table = Table(("level", "codes used", "entropy", "most frequent code", "its fraction"), rows)

@@ -143,11 +143,7 @@ def _ticks(seconds: float) -> list[float]:
 
 
 def import_extra(module: str) -> Any:
-    """Return a module of the packages that draw.
-
-    Raises:
-        UserError: it is not installed.
-    """
+    """Return a module of the packages that draw; raise a `UserError` if it is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

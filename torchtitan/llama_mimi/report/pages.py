@@ -17,8 +17,7 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import read_json, visible_files
 from llama_mimi.report.document import Clip, Section, import_extra
 
-RATE_HZ = 24_000
-ROUNDING_SECONDS = 0.1
+RATE_HZ, ROUNDING_SECONDS = 24_000, 0.1
 WINDOW, HOP = 1024, 240  # 43 ms every 10 ms at 24 kHz
 TOP_DB, RANGE_DB = 40.0, 80.0  # full scale is about 48 dB; -40 dB and less is black
 SPECTROGRAM_ROWS, MAX_COLUMNS = 96, 480
@@ -67,8 +66,8 @@ def spectrogram(samples_S: torch.Tensor, sample_rate_hz: int, mark_seconds: floa
     magnitude_FT = torchaudio.transforms.Spectrogram(WINDOW, hop_length=HOP, power=1.0)(padded_S)
     level_FT = 20 * magnitude_FT.clamp(min=1e-6).log10()
     fraction_FT = ((level_FT - TOP_DB + RANGE_DB) / RANGE_DB).clamp(0, 1).flip(0).numpy()
-    steps = np.linspace(0, 1, len(MAGMA))
-    colors = np.stack([np.interp(fraction_FT, steps, channel) for channel in MAGMA.T], axis=-1).astype(np.uint8)
+    channels = [np.interp(fraction_FT, np.linspace(0, 1, len(MAGMA)), channel) for channel in MAGMA.T]
+    colors = np.stack(channels, axis=-1).astype(np.uint8)
     size = min(colors.shape[1], MAX_COLUMNS), SPECTROGRAM_ROWS
     Image = import_extra("PIL.Image")
     colors = np.array(Image.fromarray(colors).resize(size, Image.Resampling.BOX))
@@ -107,22 +106,24 @@ def continuations(folder: Path, num_prompts: int, labels: Mapping[str, str] | No
     systems = _read_systems(folder)
     if missing := [name for name in ("recording", *(labels or ())) if name not in systems]:
         raise UserError(f"'{folder}' has no result of '{missing[0]}', only of {', '.join(systems) or 'none'}")
-    references = {name: all(sample.is_reference for sample in of.values()) for name, of in systems.items()}
-    order = sorted((name for name in systems if name != "shuffled"), key=lambda name: name != "recording")
-    shown = {name: re.sub(r"^reconstruction_q(\d+)$", r"codec, Q = \1", name) for name in order if references[name]}
-    shown |= {name: name for name in order if not references[name]} if labels is None else labels
+    is_reference = {name: all(sample.is_reference for sample in of.values()) for name, of in systems.items()}
+    order = sorted(systems.keys() - {"shuffled"}, key=lambda name: (name != "recording", not is_reference[name], name))
+    shown = {name: re.sub(r"^reconstruction_q(\d+)$", r"codec, Q = \1", name) for name in order}
+    if labels is not None:
+        shown = {**{name: label for name, label in shown.items() if is_reference[name]}, **labels}
     prompts = sorted(manifest["prompts"], key=lambda prompt: hashlib.sha256(prompt["name"].encode()).digest())
-    kind = " of synthetic speech" * any(sample.is_synthetic for sample in systems["recording"].values())
+    kind = " of synthetic speech" if any(sample.is_synthetic for sample in systems["recording"].values()) else ""
     about = (
-        "Each clip begins with its prompt; a blue line in the spectrogram marks the end of the prompt. The transcript "
-        "is of the speech after it, by an ASR model. Only the first continuation of each system is here."
+        "Each clip begins with its prompt, up to the blue line in the spectrogram. The transcript, by an ASR model, is "
+        "of the speech after it. A system with several continuations is shown with the first."
     )
     sections = [Section(f"{min(num_prompts, len(prompts))} of {len(prompts)} prompts{kind}", [about])]
     for prompt in prompts[:num_prompts]:
-        found = {label: systems[name].get(prompt["name"]) for name, label in shown.items()}
-        clips = [_clip(label, sample, prompt["seconds"]) for label, sample in found.items() if sample]
-        texts = [sample.prompt_text for sample in found.values() if sample and sample.prompt_text]
-        title = prompt["name"] + (f", speaker {prompt['speaker']}" if prompt["speaker"] else "")
+        name = prompt["name"]
+        found = [(label, systems[system][name]) for system, label in shown.items() if name in systems[system]]
+        clips = [_clip(label, sample, prompt["seconds"]) for label, sample in found]
+        texts = [sample.prompt_text for _, sample in found if sample.prompt_text]
+        title = name + (f", speaker {prompt['speaker']}" if prompt["speaker"] else "")
         sections.append(Section(title, [f"Prompt, transcribed: {text}" for text in texts[:1]], clips=clips))
     return sections
 
