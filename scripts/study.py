@@ -21,12 +21,10 @@ from torchtitan.tools.logging import logger  # noqa: E402
 
 from llama_mimi.common.command_line import run_command  # noqa: E402
 from llama_mimi.common.errors import UserError  # noqa: E402
-from llama_mimi.study.budget import step_cost  # noqa: E402
-from llama_mimi.study.config import Study, read_study  # noqa: E402
+from llama_mimi.study.budget import step_flops  # noqa: E402
+from llama_mimi.study.config import read_study  # noqa: E402
 from llama_mimi.study.report import write_report  # noqa: E402
 from llama_mimi.study.run import StudyRunner, check_unchanged, read_record, write_index  # noqa: E402
-
-FRAMES_PER_HOUR = 12.5 * 3600  # of Mimi
 
 
 def main(
@@ -53,11 +51,17 @@ def main(
         UserError: the file cannot be used, or a run is not done.
     """
     logger.setLevel(logging.ERROR)  # plans need no base model, and TorchTitan would warn that it is missing
-    study = read_study(file)
+    study, total = read_study(file), 0.0
     if min(gpu_tflops, mfu) <= 0:
         raise UserError(f"--gpu_tflops is {gpu_tflops} and --mfu {mfu}; set positive numbers")
     if plan:
-        return print_plan(study, gpu_tflops * 1e12 * mfu)
+        print("| variant | FLOPs a step | steps | GPU hours |\n|---|---|---|---|")
+        for variant in study.variants:
+            flops = step_flops(study.flags(variant), study.launch.nproc_per_node)
+            hours = flops * variant.steps / (gpu_tflops * 1e12 * mfu * 3600)
+            total += hours * len(study.seeds)
+            print(f"| {variant.name} | {flops:.3g} | {variant.steps:,} | {hours:,.2f} |")
+        return print(f"\n{len(study.runs)} runs: {total:,.1f} GPU hours of training")
     if slurm:  # an array of one job for each run, and a job behind it that judges and writes the report
         job = shlex.join([*study.launch.slurm, "scripts/study.slurm", str(file)])
         print(f"job=$(sbatch --parsable --array=0-{len(study.runs) - 1} {job})")
@@ -80,18 +84,6 @@ def main(
     print(f"{len(lines) - len(missing)} of {len(lines)} runs are done")
     if missing:
         raise UserError(f"not done: {', '.join(missing)}; the report says why, and the next start tries them again")
-
-
-def print_plan(study: Study, flops_per_second: float) -> None:
-    """Print the cost of each variant, and of all runs."""
-    print("| variant | FLOPs a step | steps | GPU hours | hours of audio |\n|---|---|---|---|---|")
-    total = 0.0
-    for variant in study.variants:
-        flops, frames = step_cost(study.flags(variant), study.launch.nproc_per_node)
-        hours, audio = flops * variant.steps / flops_per_second / 3600, frames * variant.steps / FRAMES_PER_HOUR
-        total += hours * len(study.seeds)
-        print(f"| {variant.name} | {flops:.3g} | {variant.steps:,} | {hours:,.2f} | {audio:,.0f} |")
-    print(f"\n{len(study.runs)} runs: {total:,.1f} GPU hours of training")
 
 
 if __name__ == "__main__":

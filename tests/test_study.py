@@ -2,9 +2,11 @@
 
 import itertools
 import json
+import os
 import re
 import shlex
 import shutil
+import signal
 import statistics
 import sys
 from dataclasses import replace
@@ -26,7 +28,7 @@ from llama_mimi.evaluation.results import FORMAT
 from llama_mimi.judging.script import FORMAT as GENERATIONS_FORMAT
 from llama_mimi.model.llama import FLAVORS
 from llama_mimi.report import comparisons
-from llama_mimi.study.budget import step_cost
+from llama_mimi.study.budget import step_flops
 from llama_mimi.study.config import read_study
 from llama_mimi.study.report import write_report
 from llama_mimi.study.run import StudyRunner, check_unchanged, read_record, steps, training_flags, write_index
@@ -145,7 +147,7 @@ def test_a_run_ends_with_a_validation(tmp_path):
         ('hierarchical = "config/tiny_hierarchical.toml"\n', "", "has no file for the architecture 'hierarchical'"),
         ("steps = [40, 20]", "steps = [0]", "training.steps is 0; it must be positive"),
         ("num_quantizers = [4, 8]", 'level_weights = ["heavy"]', "loss.level_weights is 'heavy'"),
-        ("steps = [40, 20]", "flops = [1e12]", "has flops; .* tokenise or pack the corpus first"),
+        ("steps = [40, 20]", "flops = [1e12]", "has flops; .* tokenise or pack the corpus"),
         ("seeds = [3, 5]", "seeds = [3, 3]", r"seeds is \[3, 3\]; list different numbers"),
         ("[generation]", "[launch]\nparallel = 0\n[generation]", "are 1 or more"),
         ("[generation]", '[launch]\ntrain = ["bash", "x"]\n[generation]', "set training.global_batch_size"),
@@ -173,21 +175,21 @@ def test_results_are_found_under_the_names_that_the_scripts_give(tmp_path):
 def test_steps_of_a_budget(tmp_path):
     """The same FLOPs are more steps of a cheaper model."""
     study = read_study(written(tmp_path))
-    flat, deep = (step_cost(study.flags(study.variants[i]), 2) for i in (0, 2))
+    flat, deep = (step_flops(study.flags(study.variants[i]), 2) for i in (0, 2))
     layers, D, Q, K, V, B, T = 1_574_400, 192, 4, 256, 1538, 2 * 2, 64
     # A position of the flattened model: layers, norm and the output, and attention over 256 positions.
-    assert flat == (B * T * Q * (6 * (layers + D + V * D) + 12 * 4 * D * 256), B * T)
+    assert flat == B * T * Q * (6 * (layers + D + V * D) + 12 * 4 * D * 256)
     # A frame of the hierarchical model: layers, norm and 257 entries, and attention over 64 positions; then Q positions
     # of a layer of width 96 behind a projection, attention over Q positions, and once the matrices of three levels.
     depth = 96 * (96 + 32 + 32 + 96) + 3 * 96 * 768 + 2 * 96
     backbone = 6 * (layers + D + (K + 1) * D) + 12 * 4 * D * 64
     levels = Q * (6 * (depth + 96 + D * 96) + 12 * 1 * 96 * Q) + 6 * 3 * (K + 1) * 96
-    assert deep == (B * T * (backbone + levels), B * T)
-    budget = 10 * flat[0] / 2  # of one rank
+    assert deep == B * T * (backbone + levels)
+    budget = 10 * flat / 2  # of one rank
     packed = ('"training.steps" = 40', '"training.steps" = 40\n"data.packing" = "pack"')
     text = written(tmp_path, a=("steps = [40, 20]", f"flops = [{budget!r}]"), b=packed)
     variants = read_study(text).tables[0].variants
-    assert [variant.steps for variant in variants] == [10, round(10 * flat[0] / deep[0])]
+    assert [variant.steps for variant in variants] == [10, round(10 * flat / deep)]
 
 
 @pytest.mark.parametrize(
@@ -197,7 +199,7 @@ def test_a_step_costs_what_pytorch_counts_of_the_stock_model(tmp_path, architect
     """Forward and backward of a row of 64 frames, of which a share trains the depth decoder."""
     study = read_study(written(tmp_path))
     flags = study.flags(next(variant for variant in study.variants if variant.architecture == architecture))
-    flops, frames = step_cost({**flags, "model.depth_share": share}, 1)
+    flops = step_flops({**flags, "model.depth_share": share, "training.local_batch_size": 1}, 1)
     Q, K, T, V = 4, 256, 64, 1538
     args = replace(FLAVORS["tiny"], architecture=architecture, vocab_size=V, num_quantizers=Q, codebook_size=K)
     with torch.device("meta"):
@@ -217,7 +219,7 @@ def test_a_step_costs_what_pytorch_counts_of_the_stock_model(tmp_path, architect
                 depth = model.depth_decoder(input_ids=codes_NQ, backbone_last_hidden_state=hidden_TD[: len(codes_NQ)])
                 total = model.lm_head(hidden_TD).sum() + depth.logits.sum()
             total.backward()
-    assert flops / frames == pytest.approx(counter.get_total_flops() / T, rel=0.01)
+    assert flops == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
 @pytest.mark.slow
@@ -443,7 +445,8 @@ def test_an_interrupt_starts_nothing_more(tmp_path):
         def start(self, name, log, command):
             super().start(name, log, command)
             if len(self.done) == 3:
-                raise KeyboardInterrupt
+                os.kill(os.getpid(), signal.SIGINT)  # as Ctrl-C
+                assert self._is_stopping.wait(30)
 
     runner = Interrupted(read_study(written(tmp_path)))
     with pytest.raises(KeyboardInterrupt):

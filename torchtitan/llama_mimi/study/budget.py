@@ -34,11 +34,11 @@ def clip_length_is_known(flags: Mapping[str, Any]) -> bool:
     return job_config.data.packing == "pack" or (Path(job_config.training.dataset) / MANIFEST).is_file()
 
 
-def step_cost(flags: Mapping[str, Any], num_ranks: int) -> tuple[float, float]:
-    """Return the FLOPs of a training step, and the frames of audio in it.
+def step_flops(flags: Mapping[str, Any], num_ranks: int) -> float:
+    """Return the FLOPs of a training step: 6 for each weight that a position is multiplied with, and attention.
 
-    FLOPs are 6 for each weight that a position is multiplied with, and attention over the whole row. Rows of padded
-    clips are as long as the clips of the tokenised corpus, or full where that is not known.
+    Attention is over the whole row. Rows of padded clips are as long as the clips of the tokenised corpus, or full
+    where that is not known.
 
     Args:
         flags: settings of training.
@@ -55,7 +55,7 @@ def step_cost(flags: Mapping[str, Any], num_ranks: int) -> tuple[float, float]:
     if job_config.data.packing == "pad" and clip_length_is_known(flags):
         corpus = CodeCorpus(training.dataset, codec.name, codec.num_quantizers, codec.attention, with_text=False)
         frames = min(frames, frame_rate_hz * corpus.mean_seconds(job_config.data.max_audio_seconds))
-    return rows * frames * flops_per_frame, rows * frames
+    return rows * frames * flops_per_frame
 
 
 @cache

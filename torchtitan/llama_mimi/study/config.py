@@ -12,7 +12,7 @@ from llama_mimi.common.command_line import as_words, read_flags
 from llama_mimi.common.errors import UserError
 from llama_mimi.evaluation.script import BENCHMARK_SCRIPTS, EvaluationOptions
 from llama_mimi.judging.script import GenerationOptions
-from llama_mimi.study.budget import clip_length_is_known, resolved, step_cost
+from llama_mimi.study.budget import clip_length_is_known, resolved, step_flops
 from llama_mimi.tokens.units import Architecture
 from llama_mimi.training.config_file import fits
 
@@ -181,7 +181,7 @@ def read_study(path: Path) -> Study:
         tables = tuple(_table(grid.title, _variants(study, grid)) for grid in grids)
         options = {name: _options(EvaluationOptions, flags) for name, flags in study.benchmarks.items()}
         names = {name: BENCHMARK_SCRIPTS[name].result_path(values).name for name, values in options.items()}
-        study = replace(study, output_dir=Path(study.output_dir), tables=tables, result_files=names)
+        study = replace(study, output_dir=Path(str(study.output_dir)), tables=tables, result_files=names)
         _check(study)
     except UserError as error:
         raise UserError(f"the study '{path}' cannot be run: {error}") from error
@@ -228,10 +228,8 @@ def _variants(study: Study, grid: Grid) -> list[Variant]:
             steps = grid.steps or [resolved(flags).training.steps]
             if grid.flops:
                 if grid.steps or not clip_length_is_known(flags):
-                    raise UserError(
-                        f"'{grid.title}' has flops; remove its steps, and tokenise or pack the corpus first"
-                    )
-                steps = [round(some / step_cost(flags, study.launch.nproc_per_node)[0]) for some in grid.flops]
+                    raise UserError(f"'{grid.title}' has flops; remove its steps, and tokenise or pack the corpus")
+                steps = [round(some / step_flops(flags, study.launch.nproc_per_node)) for some in grid.flops]
             found += [replace(variant, steps=number) for number in steps]
     return found
 
@@ -239,7 +237,7 @@ def _variants(study: Study, grid: Grid) -> list[Variant]:
 def _check(study: Study) -> None:
     """Refuse values that have the right type and cannot be run, before anything is trained."""
     launch, sections = study.launch, [study.settings, study.generation, *study.benchmarks.values()]
-    own = OWN.intersection(*[set().union(*sections, *(override.settings for override in study.override))])
+    own = OWN & set().union(*sections, *(override.settings for override in study.override))
     unused = [override for override in study.override if not any(map(override.applies, study.variants))]
     configs = [resolved(study.flags(v) | {"training.steps": v.steps}) for v in study.variants]
     is_unknown_batch = launch.train and any(config.training.global_batch_size < 1 for config in configs)

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from llama_mimi.common.files import LOCK, digest, locked, read_json, write_atomi
 from llama_mimi.common.ranks import end_with_parent
 from llama_mimi.common.resume import require_same
 from llama_mimi.data.code_store import MANIFEST
-from llama_mimi.study.budget import resolved, step_cost
+from llama_mimi.study.budget import resolved, step_flops
 from llama_mimi.study.config import Flags, Run, Study
 from llama_mimi.training.metrics import BITS
 
@@ -121,18 +121,12 @@ class StudyRunner:
         """Train, convert and score runs, ``launch.parallel`` at a time."""
 
         def work(run: Run) -> None:
-            try:
-                with locked(self.study.output_dir / "runs" / f".{run.name}{LOCK}", "output_dir", wait=True):
-                    self._run(run, [step for step in steps(self.study, run) if step.name != GENERATION])
-            except BaseException:
-                self._is_stopping.set()
-                raise
+            with locked(self.study.output_dir / "runs" / f".{run.name}{LOCK}", "output_dir", wait=True):
+                self._run(run, [step for step in steps(self.study, run) if step.name != GENERATION])
 
         with ThreadPoolExecutor(self.study.launch.parallel) as pool:
-            jobs = [pool.submit(work, run) for run in runs]
             try:
-                for job in as_completed(jobs):
-                    job.result()
+                list(pool.map(work, runs))
             except BaseException:  # such as an interrupt: no other command is started
                 self._is_stopping.set()
                 raise
@@ -221,7 +215,7 @@ def _line(study: Study, run: Run) -> dict[str, Any]:
         "codec_sha256": scored.get("codec", {}).get("sha256"),
         "model_sha256": scored.get("model_sha256"),
         "commit": scored.get("versions", {}).get("commit"),
-        "flops": run.variant.steps * step_cost(study.flags(run.variant), study.launch.nproc_per_node)[0],
+        "flops": run.variant.steps * step_flops(study.flags(run.variant), study.launch.nproc_per_node),
         "seconds": record["seconds"],
         BITS: validation_bits(folder, run.variant.steps),
     }
