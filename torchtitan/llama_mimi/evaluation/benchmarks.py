@@ -134,8 +134,8 @@ def read_salmon(source: str) -> Benchmark:
         UserError: no pairs, or a file without a partner.
     """
     benchmark = _read_tables(source, ("positive_audio", "negative_audio"))
-    for folder in () if benchmark.pairs else _folders(Path(source)):
-        if not _is_repeated(folder.name, benchmark):
+    for folder in _folders(Path(source)):
+        if not _is_aggregate(folder.name):
             benchmark.pairs.extend(_samples(folder))
     return _not_empty(benchmark, source, "<part>/sample_<index>_<k>.wav")
 
@@ -242,10 +242,8 @@ def _labels(row: Mapping[str, Any], where: str) -> dict[str, str]:
     return labels
 
 
-def _is_repeated(part: str, benchmark: Benchmark) -> bool:
-    if is_repeated := part == "all" or part.startswith("all_"):
-        benchmark.notes.append(f"the part '{part}' repeats pairs of other parts and is left out")
-    return is_repeated
+def _is_aggregate(part: str) -> bool:
+    return part == "all" or part.startswith("all_")
 
 
 def _folders(root: Path) -> list[Path]:
@@ -287,7 +285,7 @@ def _read_tables(source: str, columns: tuple[str, str], names: Collection[str] |
     benchmark = Benchmark([])
     try:
         for name, arguments in _tables(source, names).items():
-            if not _is_repeated(name, benchmark):
+            if not _is_aggregate(name):
                 _add_table(benchmark, name, load_dataset(*arguments, split="train"), columns)
     except UserError:
         raise

@@ -35,15 +35,10 @@ ENCODING = 2  # raise it when this project changes how clips are read, resampled
 
 @dataclass(frozen=True)
 class ClipCodes:
-    """Codes of one clip.
+    """Codes of one clip."""
 
-    Args:
-        codes_TQ: uint16 codes.
-        is_cut: the recording was longer than the limit.
-    """
-
-    codes_TQ: np.ndarray
-    is_cut: bool
+    codes_TQ: np.ndarray  # uint16
+    is_cut: bool  # the recording was longer than the limit
 
 
 def encode_clips(
@@ -58,10 +53,7 @@ def encode_clips(
     """Return codes of all clips, from the cache or encoded now; ranks share the clips.
 
     Args:
-        codec: codec whose levels are returned.
-        clips: clips to encode.
         codes_dir: folder of caches, local or on any fsspec path.
-        ranks: ranks that share the work.
         max_seconds: maximum length of a clip; longer ones are cut.
         as_released: leave a partial last frame to the codec, as the first release does, one clip at a time.
 
@@ -98,9 +90,8 @@ def encode_clips(
                 for (audio_id, waveform), codes_TQ in zip(new.items(), codes, strict=True)
             }
             if encoded:
-                rate_hz = codec.frame_rate_hz
                 stored = [
-                    StoredClip(audio_id, clip.codes_TQ, len(clip.codes_TQ) / rate_hz, clip.is_cut)
+                    StoredClip(audio_id, clip.codes_TQ, len(clip.codes_TQ) / codec.frame_rate_hz, clip.is_cut)
                     for audio_id, clip in encoded.items()
                 ]
                 content = shard_bytes(stored, deep.num_quantizers, {"columns": [], **key})

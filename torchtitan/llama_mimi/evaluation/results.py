@@ -51,9 +51,8 @@ def results(
     """Return the accuracies by part, their mean, and every pair.
 
     Args:
-        benchmark: pairs, and clips without pairs.
         audio_ids: SHA-256 of the audio of each clip, in the order of ``benchmark.clips``.
-        codes, scores: values by these.
+        codes, scores: values by SHA-256.
         scoring: rule for ties and groups.
         mean_of: parts to average; empty for a benchmark without a mean.
     """

@@ -84,12 +84,9 @@ def score_clips(
     """Return scores by clip. Clips with equal codes have equal scores, so that a tie is one.
 
     Args:
-        model: model to score with.
         codes: codes by clip.
-        scoring: rule of the score.
         batch_tokens: maximum size of a batch with its padding; one clip always fits.
         log: finished scores.
-        ranks: ranks that share the batches.
 
     Raises:
         UserError: a score is not finite, or the log cannot be written.
@@ -118,9 +115,7 @@ def batch_scores(model: SpeechModel, clips: Sequence[tuple[torch.Tensor, bool]],
     """Return the scores of clips that share one batch, in nats per token; higher is likelier.
 
     Args:
-        model: model to score with.
         clips: codes_TQ of each clip, and whether it was cut.
-        scoring: rule of the score.
     """
     sequences = [
         scored_sequence(model.sequences, codes_TQ, is_cut=is_cut, scoring=scoring) for codes_TQ, is_cut in clips
