@@ -23,11 +23,7 @@ Lines = Sequence[Mapping[str, Any]]
 
 
 def write_report(study: Study, lines: Lines) -> Path:
-    """Write the report, its pictures and `RESULTS` into the study's folder, and return the path of the report.
-
-    Args:
-        study: the study.
-        lines: lines of its index.
+    """Write the report and its pictures into the study's folder, and return its path; `lines` are those of the index.
 
     Raises:
         UserError: a result cannot be read, or a file cannot be written.
@@ -37,11 +33,7 @@ def write_report(study: Study, lines: Lines) -> Path:
 
 
 def sections(study: Study, lines: Lines) -> list[Section]:
-    """Return the sections of the report.
-
-    Raises:
-        UserError: a result cannot be read, or `RESULTS` cannot be written.
-    """
+    """Return the sections of the report; raises as `write_report`."""
     items = _with_bits(collect_results(study), lines)
     commits = sorted({line["commit"] for line in lines if line["commit"]})
     done = sum(line["state"] == "done" for line in lines)
