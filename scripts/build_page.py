@@ -1,52 +1,25 @@
-"""A page to open and listen to: prompts, recordings and what each model makes of them, and the tables of a study.
+"""A page with audio: prompts, recordings and the continuations of each model, and the report of a study.
 
-    uv run python scripts/build_page.py --generations results/generation --page results/generation.html
-    uv run python scripts/build_page.py --study config/studies/tiny.toml --page outputs/studies/tiny/page.html
-
-It is one file, without scripts. A study's page begins with its tables, whose cells link to the results.
+uv run python scripts/build_page.py --generations results/generation --page results/generation.html
+uv run python scripts/build_page.py --study config/studies/tiny.toml --page outputs/studies/tiny/page.html
 """
 
-import hashlib
-import os
-import re
-from collections.abc import Sequence
-from html import escape
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote
 
+from llama_mimi.common.command_line import run_command
 from llama_mimi.common.cpu import use_cpu_without_gpu
-
-use_cpu_without_gpu()  # before anything imports TorchTitan
-
-import pages  # noqa: E402
-from result_files import read_result  # noqa: E402
-from study_report import Cell, sections  # noqa: E402
-
-from llama_mimi.audio.reading import AudioError, read_audio  # noqa: E402
-from llama_mimi.common.command_line import run_command  # noqa: E402
-from llama_mimi.common.errors import UserError  # noqa: E402
-from llama_mimi.common.files import read_json, visible_files  # noqa: E402
-from llama_mimi.judging.prompts import MANIFEST  # noqa: E402
-from llama_mimi.judging.systems import RECORDING, SHUFFLED  # noqa: E402
-from llama_mimi.judging.table import COLUMNS, KIND, column_of, is_reference  # noqa: E402
-from llama_mimi.study.design import read_study  # noqa: E402
-from llama_mimi.study.registry import write_index  # noqa: E402
-from llama_mimi.study.workplace import Workplace  # noqa: E402
-
-RATE_HZ = 24_000
-ROUNDING_SECONDS = 0.1
-# Of the measures of a sample, those that say something of one alone.
-SHOWN = ("similarity", "distillmos", "words_per_minute")
+from llama_mimi.common.errors import UserError
+from llama_mimi.report.document import Section, write_html
+from llama_mimi.report.pages import continuations
 
 
 def build_page(
     page: Path,
     generations: Path | None = None,
     study: Path | None = None,
-    num_prompts: int = 8,
+    num_prompts: int = 4,
     systems: tuple[str, ...] = (),
-    title: str | None = None,
 ) -> None:
     """Write the page.
 
@@ -54,9 +27,8 @@ def build_page(
         page: HTML file to write
         generations: the --output_dir of eval/generation.py
         study: or TOML file of a study
-        num_prompts: that can be heard, drawn by the hash of their names
-        systems: whose continuations can be heard; by default all, of a study those with its first seed
-        title: of the page
+        num_prompts: number of prompts with audio, chosen by the hash of their names
+        systems: systems with audio; by default all, or the runs of a study with its first seed
 
     Raises:
         UserError: there are no results, or they cannot be read.
@@ -65,117 +37,28 @@ def build_page(
         raise UserError(f"--num_prompts is {num_prompts}; it must be 0 or more")
     if (generations is None) == (study is None):
         raise UserError("name either a --study or the folder of --generations")
-    if study is None:
-        assert generations is not None
-        return pages.write_page(
-            page, title or f"Continuations in {generations}", heard(generations, systems, num_prompts)
-        )
-    place = Workplace(read_study(study))
-    parts = of_study(place, page)
-    first = [run.name for run in place.study.runs if run.seed == place.study.seeds[0]]
-    judged = tuple(name for name in first if (place.generations / f"{name}.json").is_file())
-    if num_prompts and (wanted := systems or judged):
-        parts += heard(place.generations, wanted, num_prompts)
-    pages.write_page(page, title or f"Study {place.study.name}", parts)
+    if study is not None:
+        return write_html(f"Study {study.stem}", study_sections(study, num_prompts, systems), page)
+    assert generations is not None
+    sections = continuations(generations, num_prompts, {name: name for name in systems} or None)
+    write_html(f"Continuations in {generations}", sections, page)
 
 
-def of_study(place: Workplace, page: Path) -> list[str]:
-    """Its report as HTML; links are relative to where the page will lie."""
-    root = os.path.relpath(place.study.output_dir, page.parent)
-    parts = []
-    for number, section in enumerate(sections(place, write_index(place))):
-        parts += [f"<h2>{escape(section.title)}</h2>"] if number else []
-        parts += [f"<p>{_with_code(text)}</p>" for text in section.texts]
-        items = "".join(f"<li>{escape(item)}</li>" for item in section.items)
-        parts += [f"<ul>{items}</ul>"] if items else []
-        for header, *rows in section.tables:
-            heads = [cell.text for cell in header]
-            html = [
-                [_html(cell, root, f"{row[0].text}, {head}") for cell, head in zip(row, heads, strict=True)]
-                for row in rows
-            ]
-            parts.append(pages.table_of_html(html, heads, label=f"{section.title}: {heads[0]}"))
-        if section.picture:
-            parts.append(pages.picture((place.study.output_dir / section.picture).read_bytes(), section.seen))
-    return parts
+def study_sections(path: Path, num_prompts: int, systems: tuple[str, ...]) -> list[Section]:
+    """Return the audio of a study's runs, and its report."""
+    use_cpu_without_gpu()  # before any import of TorchTitan
+    from llama_mimi.study.config import read_study
+    from llama_mimi.study.report import sections
+    from llama_mimi.study.run import write_index
 
-
-def _html(cell: Cell, root: str, where: str) -> str:
-    links = [
-        f'<a href="{quote(os.path.join(root, path))}" aria-label="{escape(f"{where}: {name}")}">{escape(name)}</a>'
-        for name, path in cell.links.items()
-    ]
-    return " ".join([escape(cell.text), *links])
-
-
-def _with_code(text: str) -> str:
-    return re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(text))
-
-
-def heard(folder: Path, systems: Sequence[str], num_prompts: int) -> list[str]:
-    """A few prompts, each with all systems side by side.
-
-    Raises:
-        UserError: a system that is not there, or audio that cannot be read.
-    """
-    prompts = sorted(
-        read_manifest(folder)["prompts"], key=lambda prompt: hashlib.sha256(prompt["name"].encode()).digest()
-    )
-    found = filter(None, map(read_result, visible_files(folder, "*.json")))
-    reports = {report["system"]: report for report in found if report.get("kind") == KIND}
-    if missing := [name for name in systems if name not in reports]:
-        raise UserError(f"'{folder}' has no result of '{missing[0]}', only of {', '.join(reports) or 'none'}")
-    if RECORDING not in reports:
-        raise UserError(f"'{folder}' has no result of '{RECORDING}'; judge a model with eval/generation.py first")
-    references = [name for name, report in reports.items() if is_reference(report["samples"])]
-    own = [name for name in systems or reports if name not in references]
-    shown = [RECORDING, *(name for name in references if name not in (RECORDING, SHUFFLED)), *own]
-    parts = [
-        f"<h2>{min(num_prompts, len(prompts))} of {len(prompts)} prompts</h2>",
-        "<p>Each clip begins with its prompt; the line in its spectrogram is where that ends. Transcripts are a "
-        "recogniser's, of what comes after. Of several continuations the first is here.</p>",
-    ]
-    for prompt in prompts[:num_prompts]:
-        speaker = f", speaker {prompt['speaker']}" if prompt["speaker"] else ""
-        text = next(
-            (s.get("prompt_text") for s in reports[RECORDING]["samples"] if s["prompt"] == prompt["name"]), None
-        )
-        parts.append(f"<h3>{escape(prompt['name'] + speaker)}</h3>")
-        parts += [f"<p>Prompt: {escape(text)}</p>"] if text else []
-        parts.append(pages.cards(clip for name in shown if (clip := _card(folder, name, reports[name], prompt))))
-    return parts
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    manifest = read_json(str(folder), MANIFEST)
-    if manifest is None:
-        raise UserError(f"'{folder}' holds no {MANIFEST}; name the --output_dir of eval/generation.py")
-    return manifest
-
-
-def _card(folder: Path, system: str, report: dict[str, Any], prompt: dict[str, Any]) -> str | None:
-    samples = [sample for sample in report["samples"] if sample["prompt"] == prompt["name"]]
-    if not samples:
-        return None
-    first = min(samples, key=lambda sample: sample["sample"] or 0)
-    end = prompt["seconds"] + first["seconds"] + ROUNDING_SECONDS
-    try:
-        samples_S = read_audio(folder / first["file"], RATE_HZ, max_seconds=end).samples_S
-    except AudioError as error:
-        if error.reason == "empty":
-            return f'<section class="card"><h4>{escape(system)}</h4><p>says nothing</p></section>'
-        raise UserError(f"a continuation of '{system}' cannot be heard: {error}") from error
-    holds_prompt = len(samples_S) / RATE_HZ > prompt["seconds"] + first["seconds"] - ROUNDING_SECONDS
-    lines = [first["text"]] if first.get("text") else []
-    measures = [name for name in first if name in SHOWN or name.startswith("judge/")]
-    order = [name for name in COLUMNS if name in measures] + sorted(set(measures) - COLUMNS.keys())
-    values = [
-        f"{column_of(name).heading} {first[name]:.{column_of(name).digits}f}"
-        for name in order
-        if first[name] is not None
-    ]
-    lines += [", ".join(values)] if values else []
-    return pages.card(system, samples_S, RATE_HZ, lines, prompt["seconds"] if holds_prompt else None)
+    study = read_study(path)
+    lines, folder = write_index(study), study.output_dir / "generations"
+    labels = {line["run"]: line["label"] for line in lines}
+    first_seed = [line["run"] for line in lines if line["seed"] == study.seeds[0]]
+    shown = systems or [name for name in first_seed if (folder / f"{name}.json").is_file()]
+    audio = continuations(folder, num_prompts, {name: labels.get(name, name) for name in shown}) if shown else []
+    first, *others = sections(study, lines)
+    return [*audio, replace(first, title="Report"), *others]
 
 
 if __name__ == "__main__":

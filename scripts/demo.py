@@ -1,9 +1,9 @@
-"""Speak, and hear a model go on while it speaks: a page in the browser.
+"""Serve a page in the browser on which a model continues recorded speech; the audio plays while it is generated.
 
     uv run --extra demo python scripts/demo.py --model_name models/tiny
 
-It needs the program ffmpeg, by which gradio sends sound while it is made. Who can reach --host can use it; by default
-that is this machine alone.
+gradio needs the program ffmpeg to stream audio. Everyone who can reach --host can use the page; by default only this
+machine can.
 """
 
 import functools
@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import pages
 import soundfile
 import torch
 
@@ -27,12 +26,13 @@ from llama_mimi.generation.continuation import SamplingOptions, checkpoint_note,
 from llama_mimi.generation.decoding import End, Request, decode
 from llama_mimi.generation.loading import load_speech_model
 from llama_mimi.generation.speech_model import DecoderPrecision, SpeechModel
+from llama_mimi.report.pages import spectrogram
 
-SECONDS_AT_ONCE = 0.4  # of new audio that is sent together
-SHOWN_FRAMES = 24  # of tokens, the newest
-MAX_UPLOAD = "50mb"  # of a prompt
-MAX_WAITING = 8  # requests; one more is refused
-DELETE_AFTER = (600, 3600)  # seconds: how often uploads are looked at, and the age at which they are deleted
+CHUNK_SECONDS = 0.4  # new audio that is sent at once
+SHOWN_FRAMES = 24
+MAX_UPLOAD = "50mb"
+MAX_WAITING = 8  # requests in the queue; one more is refused
+DELETE_AFTER = (600, 3600)  # seconds between looks at uploads, and the age at which they are deleted
 
 
 def demo(
@@ -45,14 +45,14 @@ def demo(
     """Serve the page until it is stopped.
 
     Args:
-        model_name: hub ids or folders, to choose from
-        host: address to listen at; 0.0.0.0 is all of this machine's
-        port: of the page
-        device: by default the accelerator where there is one
+        model_name: hub ids or folders of the models to choose from
+        host: address to listen at; 0.0.0.0 means all addresses of this machine
+        port: port of the page
+        device: torch device; by default the accelerator if there is one
         dtype: precision of the decoder
 
     Raises:
-        UserError: gradio, ffmpeg or a model is not there.
+        UserError: gradio, ffmpeg or a model is missing.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # nothing is sent anywhere
     try:
@@ -60,7 +60,7 @@ def demo(
     except ImportError as error:
         raise UserError("the demo needs gradio; install it with `uv sync --extra demo`") from error
     if shutil.which("ffmpeg") is None:
-        raise UserError("the demo needs the program ffmpeg to send sound while it is made; install it")
+        raise UserError("the demo needs the program ffmpeg to stream audio; install it")
     if not model_name:
         raise UserError("no model is named; give one or several as --model_name")
 
@@ -68,32 +68,23 @@ def demo(
     def load(name: str) -> SpeechModel:
         return load_speech_model(name, device=device, dtype=dtype)
 
-    load(model_name[0])  # what is wrong with it is said now
+    load(model_name[0])  # a missing model ends the command now
     app = build_app(gradio, load, model_name).queue(max_size=MAX_WAITING, default_concurrency_limit=1)
+    # Fonts of the browser: gradio's own would be downloaded.
+    theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    where = {"server_name": host, "server_port": port}
     try:
-        app.launch(
-            server_name=host,
-            server_port=port,
-            share=False,
-            theme=theme(gradio),
-            footer_links=[],
-            max_file_size=MAX_UPLOAD,
-        )
-    except OSError as error:  # gradio says so of any port that it cannot bind
+        app.launch(**where, share=False, theme=theme, footer_links=[], max_file_size=MAX_UPLOAD)
+    except OSError as error:  # gradio raises it for every port that it cannot bind
         raise UserError(f"port {port} of {host} is taken or cannot be used; choose another --port") from error
 
 
-def theme(gradio: Any) -> Any:
-    """Fonts of the browser's own; gradio's would come from elsewhere."""
-    return gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-
-
 def build_app(gradio: Any, load: Any, model_names: tuple[str, ...]) -> Any:
-    """The page."""
+    """Return the page; its button yields what `continued` yields."""
 
     def answer(
         prompt: str | None, name: str, seconds: float, temperature: float, top_k: int, top_p: float, seed: int | None
-    ) -> Any:
+    ) -> Iterator[Any]:
         try:
             if prompt is None:
                 raise UserError("record or upload a prompt first")
@@ -107,26 +98,24 @@ def build_app(gradio: Any, load: Any, model_names: tuple[str, ...]) -> Any:
             raise gradio.Error(without_folders(str(error))) from error
 
     with gradio.Blocks(title="Llama-Mimi", delete_cache=DELETE_AFTER) as app:
-        gradio.Markdown("# Llama-Mimi\nSay how it begins; the model goes on in the voice that it heard.")
+        gradio.Markdown("# Llama-Mimi\nRecord the beginning; the model continues it in the same voice.")
         with gradio.Row():
             with gradio.Column():
                 prompt = gradio.Audio(sources=["upload", "microphone"], type="filepath", label="Prompt", buttons=[])
                 name = gradio.Dropdown(list(model_names), value=model_names[0], label="Model")
-                seconds = gradio.Slider(0.5, 30, value=4, step=0.5, label="Seconds, at most")
+                seconds = gradio.Slider(0.5, 30, value=4, step=0.5, label="Maximum length (s)")
                 temperature = gradio.Slider(0.1, 1.5, value=0.8, step=0.05, label="Temperature")
                 top_k = gradio.Slider(1, 200, value=30, step=1, label="Top k")
-                top_p = gradio.Slider(0, 1, value=0, step=0.05, label="Top p (0: the model's own)")
+                top_p = gradio.Slider(0, 1, value=0, step=0.05, label="Top p (0: the model's default)")
                 seed = gradio.Number(value=0, precision=0, label="Seed")
                 button = gradio.Button("Continue", variant="primary")
             with gradio.Column():
-                sound = gradio.Audio(
-                    streaming=True, autoplay=True, label="Continuation, while it is made", buttons=["download"]
-                )
+                sound = gradio.Audio(streaming=True, autoplay=True, label="Continuation", buttons=["download"])
                 status = gradio.Textbox(label="State", lines=2, elem_id="state")
-                picture = gradio.Image(label="Spectrogram; the line is the end of the prompt", type="numpy", buttons=[])
-                tokens = gradio.Textbox(
-                    label=f"Tokens of the last {SHOWN_FRAMES} frames, the newest first", lines=8, elem_id="tokens"
-                )
+                gradio.Markdown("Spectrogram; the line marks the end of the prompt")
+                picture = gradio.Image(show_label=False, type="numpy", buttons=[])
+                gradio.Markdown(f"Tokens of the last {SHOWN_FRAMES} frames, newest first")
+                tokens = gradio.Textbox(show_label=False, lines=8, elem_id="tokens")
         inputs = [prompt, name, seconds, temperature, top_k, top_p, seed]
         button.click(answer, inputs, [sound, status, picture, tokens])
     return app
@@ -135,7 +124,7 @@ def build_app(gradio: Any, load: Any, model_names: tuple[str, ...]) -> Any:
 def continued(
     model: SpeechModel, prompt: str, options: SamplingOptions
 ) -> Iterator[tuple[bytes | None, str, np.ndarray, str]]:
-    """New sound as WAV, what to say of it, the spectrogram and the newest tokens, as often as there is something new.
+    """Yield new audio as WAV, the state, the spectrogram and the newest tokens, after each chunk of new audio.
 
     Raises:
         UserError: the prompt or an option cannot be used.
@@ -143,49 +132,39 @@ def continued(
     codec, began = model.codec, time.perf_counter()
     (prompt_TQ,) = encode_prompts(model, [read_prompt(prompt, codec)], options)
     decoding = DecodingStream(codec)
-    heard = [decoding.decode(prompt_TQ)]
-    end_seconds = len(prompt_TQ) / codec.frame_rate_hz
-    frames, waiting, first = list(prompt_TQ), [heard[0]], 0.0
-    end = None
-    drawn = decode(model, [Request(prompt_TQ, options.seed, None)], options.for_model(model), 1)
-    for _, new in drawn:
-        if isinstance(new, End):
-            end = new
-        else:
-            waiting.append(decoding.decode(new[None]))
-            heard.append(waiting[-1])
+    audio = [decoding.decode(prompt_TQ)]  # of all frames, of which the first `num_sent` are sent
+    prompt_seconds = len(prompt_TQ) / codec.frame_rate_hz
+    frames, num_sent, first_spent = list(prompt_TQ), 0, 0.0
+    for _, new in decode(model, [Request(prompt_TQ, options.seed, None)], options.for_model(model), 1):
+        if not isinstance(new, End):
+            audio.append(decoding.decode(new[None]))
             frames.append(new)
-        ready = sum(map(len, waiting)) >= SECONDS_AT_ONCE * codec.sample_rate_hz
-        if ready or end is not None:
-            sound = wav(torch.cat(waiting), codec.sample_rate_hz) if waiting else None
-            waiting = []
-            spent = time.perf_counter() - began
-            first = first or spent
-            new_seconds = len(frames) / codec.frame_rate_hz - end_seconds
-            state = (
-                f"{new_seconds:.1f} s new after {spent:.1f} s; the prompt and the first new frame were sent after "
-                f"{first:.1f} s"
-            )
-            if end is not None:
-                state += f". The end: {'the model stopped' if end is End.BY_MODEL else 'as long as asked for'}"
-                if note := checkpoint_note(model, options):
-                    state += f"; {note}"
-            colors = pages.resized(pages.spectrogram(torch.cat(heard), codec.sample_rate_hz, end_seconds))
-            yield sound, state, colors, "\n".join(map(tokens_of, reversed(frames[-SHOWN_FRAMES:])))
+            if sum(map(len, audio[num_sent:])) < CHUNK_SECONDS * codec.sample_rate_hz:
+                continue
+        sound = wav(torch.cat(audio[num_sent:]), codec.sample_rate_hz) if num_sent < len(audio) else None
+        num_sent = len(audio)
+        spent = time.perf_counter() - began
+        first_spent = first_spent or spent
+        new_seconds = len(frames) / codec.frame_rate_hz - prompt_seconds
+        state = f"{new_seconds:.1f} s new after {spent:.1f} s; the prompt and the first new frame were sent after "
+        state += f"{first_spent:.1f} s"
+        if isinstance(new, End):
+            state += f". The end: {'</audio>' if new is End.BY_MODEL else 'the maximum length'}"
+            state += f"; {note}" if (note := checkpoint_note(model, options)) else ""
+        colors = spectrogram(torch.cat(audio), codec.sample_rate_hz, prompt_seconds)
+        codes = [frame_Q.tolist() for frame_Q in reversed(frames[-SHOWN_FRAMES:])]
+        tokens = ("".join(f"<{code}_{level}>" for level, code in enumerate(frame)) for frame in codes)
+        yield sound, state, colors, "\n".join(tokens)
 
 
 def without_folders(message: str) -> str:
-    """Return an error with the name alone of each absolute path: visitors see no folders of this machine.
+    """Return an error in which each absolute path is only its last part: visitors see no folders of this machine.
 
-    In quotes a path may have spaces. Quotes stand behind a space or a bracket.
+    A path in quotes may have spaces. A quote follows a space or a bracket.
     """
     quoted = r"""(?<![^\s(\[])(['"])/(?:(?!\1).)*?([^/'"]*)/*\1"""
     message = re.sub(quoted, r"\1\2\1", message)
     return re.sub(r"""(?<![^\s(\[=])/[^\s'"]*?([^\s/'",;:)\]]+)/*(?=[\s,;:)\]]|$)""", r"\1", message)
-
-
-def tokens_of(frame_Q: torch.Tensor) -> str:
-    return "".join(f"<{code}_{level}>" for level, code in enumerate(frame_Q.tolist()))
 
 
 def wav(samples_S: torch.Tensor, sample_rate_hz: int) -> bytes:

@@ -1,22 +1,18 @@
-"""What a tokenised corpus holds, as a page to open: lengths, the use of codes, speakers, and clips to listen to.
+"""A page on a tokenised corpus: clips to listen to, lengths, the use of codes, and speakers.
 
 uv run python scripts/inspect_codes.py --codes data/codes/tiny --page outputs/codes_tiny.html
 """
 
-import math
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
-from pages import card, cards, chart, table, write_page
+from scipy.stats import entropy
 
 from llama_mimi.audio.mimi import MimiCodec
 from llama_mimi.common.command_line import run_command
@@ -24,220 +20,126 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import file_system
 from llama_mimi.data.code_store import CodeCorpus, read_codes, read_manifest
 from llama_mimi.data.parquet_corpus import unreadable
+from llama_mimi.report.document import Clip, Picture, Section, Table, pyplot, save_picture, write_html
+from llama_mimi.report.pages import make_clip
 
-# Codes are counted on so many row groups (256,000 clips) at most, spread over the corpus; lengths and speakers on all.
-MAX_GROUPS = 1000
+MAX_GROUPS = 1000  # row groups whose codes are counted, spread over the corpus: 256,000 clips
 READ_THREADS = 16
-NUM_SPEAKERS = 10  # that are named
-LISTENED_SECONDS = 10.0
+NUM_SPEAKERS = 10
+CLIP_SECONDS = 10.0
 
 
-@dataclass(frozen=True)
-class InspectionOptions:
-    """Which store, and where its page goes."""
-
-    codes: str
-    """Folder of scripts/tokenize_corpus.py"""
-
-    page: Path
-    """HTML file to write"""
-
-    codec: str | None = None
-    """Hub id or folder of the codec that made the codes, where it is not the one that the manifest names"""
-
-    num_clips: int = 10
-    """Clips to listen to"""
-
-    seed: int = 0
-    """Which clips these are"""
-
-
-@dataclass(frozen=True)
-class CodeUse:
-    """How often each code was seen, on so many clips."""
-
-    counts_QK: np.ndarray
-    num_clips: int
-
-
-def inspect_codes(options: InspectionOptions) -> None:
+def inspect_codes(codes: str, page: Path, codec: str | None = None, num_clips: int = 10, seed: int = 0) -> None:
     """Write the page.
 
+    Args:
+        codes: output folder of scripts/tokenize_corpus.py
+        page: HTML file to write
+        codec: Hub id or folder of the codec that made the codes, if it is not where the manifest says
+        num_clips: number of clips to listen to
+        seed: seed of the choice of clips
+
     Raises:
-        UserError: no finished store, or another codec than its own.
+        UserError: the folder is not a finished tokenised corpus, or the codec is another.
     """
-    if options.num_clips < 0:
-        raise UserError(f"--num_clips is {options.num_clips}; it must be 0 or more")
-    manifest = read_manifest(options.codes)
+    if num_clips < 0:
+        raise UserError(f"--num_clips is {num_clips}; it must be 0 or more")
+    manifest = read_manifest(codes)
     made_by = manifest["codec"]
-    codec_name = options.codec or made_by["name"]
-    corpus = CodeCorpus(
-        options.codes, codec_name, made_by["num_quantizers"], attention=made_by["attention"], with_text=False
-    )
-    use = count_codes(corpus, made_by["num_quantizers"], made_by["codebook_size"])
-    summary = [*overview(manifest), *left_out(manifest)]
-    for name, value in summary:
-        print(f"{name}: {value}")
-    parts = [table(summary, ("", ""), label="What the corpus holds")]
-    parts += ["<h2>Lengths</h2>", lengths_chart(manifest["by_second"])]
-    parts += ["<h2>Use of codes</h2>", f"<p>Counted on {use.num_clips:,} of {manifest['clips']:,} clips.</p>"]
-    parts += [table(use_rows(use), USE_HEADER, label="Use of codes by level"), use_chart(use)]
-    if "speaker" in manifest["columns"]:
-        parts += ["<h2>Speakers</h2>", *speakers(options.codes, manifest)]
-    if options.num_clips:
-        codec = MimiCodec(codec_name, made_by["num_quantizers"], attention=made_by["attention"])
-        parts += [
-            f"<h2>{min(options.num_clips, manifest['clips'])} clips, decoded</h2>",
-            listened(options, manifest, codec),
-        ]
-    write_page(options.page, f"Codes in {options.codes}", parts)
+    name, num_quantizers, attention = codec or made_by["name"], made_by["num_quantizers"], made_by["attention"]
+    corpus = CodeCorpus(codes, name, num_quantizers, attention=attention, with_text=False)
+    sections = [overview(manifest), lengths(manifest["by_second"]), code_use(corpus)]
+    sections += [speakers(codes, manifest)] if "speaker" in manifest["columns"] else []
+    if num_clips:
+        clips = decoded_clips(codes, manifest, MimiCodec(name, num_quantizers, attention=attention), num_clips, seed)
+        sections.insert(0, Section(f"{len(clips)} of {manifest['clips']:,} clips, decoded", clips=clips))
+    write_html(f"Codes in {codes}", sections, page)
 
 
-def overview(manifest: dict[str, Any]) -> list[tuple[str, str]]:
-    codec, clips = manifest["codec"], manifest["clips"]
-    num_bytes = sum(shard["bytes"] for shard in manifest["shards"])
-    return [
+def overview(manifest: dict[str, Any]) -> Section:
+    codec, clips, hours = manifest["codec"], manifest["clips"], manifest["hours"]
+    rows = [
         ("corpus", manifest["corpus"]),
-        ("hours", f"{manifest['hours']:,.2f}"),
-        ("clips", f"{clips:,}, {3600 * manifest['hours'] / max(clips, 1):.1f} s on average"),
+        ("audio", f"{hours:,.2f} hours"),
+        ("clips", f"{clips:,}, {3600 * hours / max(clips, 1):.1f} s on average"),
         ("cut off at", f"{manifest['max_audio_seconds']:g} s: {manifest['cut']:,} clips"),
-        *([("duplicates", f"{manifest['duplicates_kept']:,} kept")] if "duplicates_kept" in manifest else []),
-        ("shards", f"{len(manifest['shards']):,}, {num_bytes / 1e6:,.1f} MB"),
+        ("duplicates", f"{manifest.get('duplicates_kept', 0):,} kept"),
+        ("shards", f"{len(manifest['shards']):,}, {sum(s['bytes'] for s in manifest['shards']) / 1e6:,.1f} MB"),
         ("codec", f"{codec['name']}, weights {codec['sha256'][:12]}, {codec['num_quantizers']} levels"),
     ]
+    for key, title in {"skipped": "could not be used", "filtered": "filtered", "remarks": "used, but"}.items():
+        rows += [(f"{title}: {reason}", f"{number:,} clips") for reason, number in manifest.get(key, {}).items()]
+    print("\n".join(map(": ".join, rows)))
+    return Section("Overview", tables=[Table(("property", "value"), rows)])
 
 
-def left_out(manifest: dict[str, Any]) -> list[tuple[str, str]]:
-    """Each reason for which clips are not there, or not as they were."""
-    kinds = (("skipped", "could not be used"), ("filtered", "left out"), ("remarks", "used, but"))
-    return [
-        (f"{title}: {reason}", f"{number:,} clips")
-        for key, title in kinds
-        for reason, number in manifest.get(key, {}).items()
-    ]
+def lengths(by_second: list[list[float]]) -> Section:
+    figure, axes = pyplot().subplots(figsize=(4.5, 2.2), layout="constrained")
+    axes.bar(np.arange(len(by_second)) + 0.5, [seconds / 3600 for _, seconds in by_second], 1.0, edgecolor="white")
+    axes.set(xlabel="clip length (s)", ylabel="hours of audio")
+    alt = f"Hours of audio by the length of clips, up to {len(by_second)} s"
+    return Section("Lengths", pictures=[Picture("lengths.png", save_picture(figure), alt)])
 
 
-def count_codes(corpus: CodeCorpus, num_quantizers: int, codebook_size: int) -> CodeUse:
-    num_groups = len(corpus.sizes_G)
-    groups = np.unique(np.linspace(0, num_groups - 1, min(MAX_GROUPS, num_groups)).round().astype(int))
+def code_use(corpus: CodeCorpus) -> Section:
+    groups = np.unique(np.linspace(0, len(corpus.sizes_G) - 1, MAX_GROUPS).round().astype(int))
+    size = corpus.manifest["codec"]["codebook_size"]
 
     def count(group: int) -> np.ndarray:
-        frames_NQ = corpus.read_group(int(group)).frames_NQ
-        return np.stack([np.bincount(level_N, minlength=codebook_size) for level_N in frames_NQ.T])
+        return np.stack([np.bincount(level_N, minlength=size) for level_N in corpus.read_group(group).frames_NQ.T])
 
-    counts_QK = np.zeros((num_quantizers, codebook_size), np.int64)
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        for counted_QK in pool.map(count, groups):
-            counts_QK += counted_QK
-    return CodeUse(counts_QK, int(corpus.sizes_G[groups].sum()))
-
-
-USE_HEADER = ("level", "codes used", "of", "entropy", "most frequent code", "its share")
-
-
-def use_rows(use: CodeUse) -> list[list[str]]:
+        counts_QK = reduce(np.add, pool.map(count, groups.tolist()))
+    fractions_QK = counts_QK / np.maximum(counts_QK.sum(axis=1, keepdims=True), 1)
+    figure, axes = pyplot().subplots(figsize=(4.5, 3), layout="constrained")
+    axes.set_prop_cycle(color=pyplot().get_cmap("viridis")(np.linspace(0, 0.9, len(fractions_QK))))
+    axes.axhline(1 / size, color="gray", linewidth=0.8, linestyle=":", label="uniform")
     rows = []
-    for level, counts_K in enumerate(use.counts_QK):
-        top = int(counts_K.argmax())
-        share = counts_K[top] / max(counts_K.sum(), 1)
-        rows.append(
-            [
-                *(str(level), f"{int((counts_K > 0).sum()):,}", f"{len(counts_K):,}"),
-                *(f"{entropy_bits(counts_K):.2f} of {math.log2(len(counts_K)):.2f} bits", str(top), f"{share:.1%}"),
-            ]
-        )
-    return rows
-
-
-def entropy_bits(counts_K: np.ndarray) -> float:
-    """Entropy of the distribution that counts are of, as they are: few counts make it too small."""
-    share_K = counts_K[counts_K > 0] / counts_K.sum()
-    return float(-(share_K * np.log2(share_K)).sum())
-
-
-def lengths_chart(by_second: list[list[float]]) -> str:
-    figure, axes = plt.subplots(figsize=(7, 2.6), layout="constrained")
-    seconds = np.arange(len(by_second))
-    axes.bar(seconds + 0.5, [total / 3600 for _, total in by_second], width=1.0, edgecolor="white", linewidth=0.3)
-    axes.set_xlabel("seconds of a clip")
-    axes.set_ylabel("hours")
-    axes.spines[["top", "right"]].set_visible(False)
-    longest = max((second + 1 for second, (number, _) in enumerate(by_second) if number), default=0)
-    return chart(figure, f"Hours by the length of clips, which is below {longest} s")
-
-
-def use_chart(use: CodeUse) -> str:
-    """Shares of the codes of each level, from the most to the least frequent."""
-    figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
-    colors = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(use.counts_QK)))
-    for level, counts_K in enumerate(use.counts_QK):
-        share_K = np.sort(counts_K)[::-1] / max(counts_K.sum(), 1)
-        axes.plot(np.arange(1, len(share_K) + 1), np.where(share_K > 0, share_K, np.nan), color=colors[level])
-        axes.plot([], [], color=colors[level], label=f"level {level}")
-    axes.axhline(1 / use.counts_QK.shape[1], color="gray", linewidth=0.8, linestyle=":", label="all alike")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel("codes, from the most frequent on")
-    axes.set_ylabel("share")
+    for level, fractions_K in enumerate(fractions_QK):
+        used, top = np.count_nonzero(fractions_K), fractions_K.argmax()
+        bits = f"{entropy(fractions_K, base=2):.2f} of {np.log2(size):.2f} bits"
+        rows.append((str(level), f"{used:,} of {size:,}", bits, str(top), f"{fractions_K[top]:.1%}"))
+        axes.plot(np.arange(used) + 1, np.sort(fractions_K)[::-1][:used], label=f"level {level}")
+    axes.set(xscale="log", yscale="log", xlabel="rank of the code", ylabel="fraction of frames")
     axes.legend(fontsize=8, ncols=2)
-    axes.spines[["top", "right"]].set_visible(False)
-    return chart(figure, "Shares of codes by level, from the most to the least frequent")
+    alt = "Fraction of frames by the rank of a code, for each level"
+    about = f"Counted on {corpus.sizes_G[groups].sum():,} of {corpus.manifest['clips']:,} clips."
+    table = Table(("level", "codes used", "entropy", "most frequent code", "its fraction"), rows)
+    return Section("Use of codes", [about], [Picture("code_use.png", save_picture(figure), alt)], [table])
 
 
-def speakers(folder: str, manifest: dict[str, Any]) -> list[str]:
-    """How many there are, and those with the most hours."""
-
-    def read(shard: dict[str, Any]) -> list[dict[str, Any]]:
-        path = f"{folder.rstrip('/')}/{shard['file']}"
-        fs, bare = file_system(path)
-        try:
-            with fs.open(bare) as stream:
-                found = pq.ParquetFile(stream).read(["speaker", "duration"])
-        except (OSError, pa.ArrowException) as error:
-            raise unreadable(path, error) from error
-        found = found.set_column(1, "duration", pc.cast(found["duration"], "double"))
-        return found.group_by("speaker").aggregate([("duration", "sum"), ("duration", "count")]).to_pylist()
-
-    seconds: Counter[str | None] = Counter()
-    clips: Counter[str | None] = Counter()
-    with ThreadPoolExecutor(READ_THREADS) as pool:
-        for rows in pool.map(read, manifest["shards"]):
-            for row in rows:
-                seconds[row["speaker"]] += row["duration_sum"]
-                clips[row["speaker"]] += row["duration_count"]
-    unknown = clips.pop(None, 0)
-    seconds.pop(None, None)
-    first = [
-        [str(name), f"{total / 3600:,.2f}", f"{clips[name]:,}"] for name, total in seconds.most_common(NUM_SPEAKERS)
-    ]
-    return [
-        f"<p>{len(seconds):,} speakers; {unknown:,} clips without one. Those with the most hours:</p>",
-        table(first, ("speaker", "hours", "clips"), label="Speakers with the most hours"),
-    ]
+def speakers(codes: str, manifest: dict[str, Any]) -> Section:
+    fs, folder = file_system(codes)
+    files = [f"{folder.rstrip('/')}/{shard['file']}" for shard in manifest["shards"]]
+    try:
+        table = pq.read_table(files, columns=["speaker", "duration"], filesystem=fs)
+    except (OSError, pa.ArrowException) as error:
+        raise unreadable(codes, error) from error
+    found = table.group_by("speaker").aggregate([("duration", "sum"), ("duration", "count")]).to_pandas()
+    named = found.dropna(subset="speaker").sort_values("duration_sum", ascending=False)
+    rows = [(name, f"{s / 3600:,.2f}", f"{n:,}") for name, s, n in named.head(NUM_SPEAKERS).itertuples(index=False)]
+    without = manifest["clips"] - named["duration_count"].sum()
+    about = f"{len(named):,} speakers; {without:,} clips without one. Those with the most hours:"
+    return Section("Speakers", [about], tables=[Table(("speaker", "hours", "clips"), rows)])
 
 
-def listened(options: InspectionOptions, manifest: dict[str, Any], codec: MimiCodec) -> str:
-    """Clips by chance, each as likely as any other, as the codec decodes them."""
-    generator = np.random.default_rng(options.seed)
+def decoded_clips(codes: str, manifest: dict[str, Any], codec: MimiCodec, num_clips: int, seed: int) -> list[Clip]:
+    """Decode the beginning of random clips, each clip of the corpus with the same probability."""
     starts = np.cumsum([0, *(shard["clips"] for shard in manifest["shards"])])
-    chosen = np.sort(generator.choice(starts[-1], min(options.num_clips, int(starts[-1])), replace=False))
-    columns = ["id", "codes", "duration", *(name for name in ("text", "speaker") if name in manifest["columns"])]
+    chosen = np.random.default_rng(seed).choice(starts[-1], min(num_clips, int(starts[-1])), replace=False)
+    names = ["id", "duration", *(name for name in ("speaker", "text") if name in manifest["columns"])]
     clips = []
-    for number in chosen:
+    for number in np.sort(chosen):
         shard = int(np.searchsorted(starts, number, side="right")) - 1
-        path, row = f"{options.codes.rstrip('/')}/{manifest['shards'][shard]['file']}", int(number - starts[shard])
-        found = read_codes(path, columns, codec.num_quantizers, row // manifest["clips_per_group"])
-        row %= manifest["clips_per_group"]
-        values = {name: found.columns[name][row] for name in columns if name != "codes"}
-        codes_TQ = torch.from_numpy(found.codes(row)[: round(LISTENED_SECONDS * codec.frame_rate_hz)].astype(np.int64))
-        samples_S = codec.decode(codes_TQ)
-        heard = len(samples_S) / codec.sample_rate_hz
-        length = f"{values['duration']:.1f} s" + (
-            f", the first {heard:.0f}" if heard < values["duration"] - 0.1 else ""
-        )
-        said = [f"{name}: {values[name]}" for name in ("speaker", "text") if values.get(name)]
-        clips.append(card(values["id"], samples_S, codec.sample_rate_hz, [length, *said]))
-    return cards(clips)
+        group, row = divmod(int(number - starts[shard]), manifest["clips_per_group"])
+        path = f"{codes.rstrip('/')}/{manifest['shards'][shard]['file']}"
+        found = read_codes(path, ["codes", *names], codec.num_quantizers, group)
+        codes_TQ = torch.from_numpy(found.codes(row)[: round(CLIP_SECONDS * codec.frame_rate_hz)].astype(np.int64))
+        name, seconds, *others = (found.columns[name][row] for name in names)
+        length = f"{seconds:.1f} s" + (f", the first {CLIP_SECONDS:g} s decoded" if seconds > CLIP_SECONDS else "")
+        lines = [length, *(f"{key}: {value}" for key, value in zip(names[2:], others, strict=True) if value)]
+        clips.append(make_clip(name, codec.decode(codes_TQ), codec.sample_rate_hz, lines))
+    return clips
 
 
 if __name__ == "__main__":

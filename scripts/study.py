@@ -1,9 +1,9 @@
-"""A study from one file: trains a grid of runs, scores and judges them, and writes one report.
+"""Train, score and judge the runs of a study, and write one report.
 
     uv run python scripts/study.py config/studies/tiny.toml
 
-What is finished is kept: a study that was stopped or killed goes on when it is started again. A run that fails is named
-in the report, is tried again at the next start, and does not stop the others.
+A study that was stopped or killed continues when the command is started again. A run that fails does not stop the
+others; the report names it, and the next start tries it again.
 """
 
 import logging
@@ -17,21 +17,17 @@ from llama_mimi.common.cpu import use_cpu_without_gpu
 
 use_cpu_without_gpu()  # before anything imports TorchTitan
 
-from study_report import write_report  # noqa: E402
 from torchtitan.tools.logging import logger  # noqa: E402
 
 from llama_mimi.common.command_line import run_command  # noqa: E402
 from llama_mimi.common.errors import UserError  # noqa: E402
-from llama_mimi.study.budget import cost_of_step, decay_begins  # noqa: E402
-from llama_mimi.study.design import Run, Study, read_study  # noqa: E402
-from llama_mimi.study.registry import write_index  # noqa: E402
-from llama_mimi.study.runs import judge, make_ready, run_families  # noqa: E402
-from llama_mimi.study.workplace import Workplace, check_unchanged  # noqa: E402
-
-FRAMES_PER_HOUR = 12.5 * 3600  # of Mimi
+from llama_mimi.study.budget import step_flops  # noqa: E402
+from llama_mimi.study.config import read_study  # noqa: E402
+from llama_mimi.study.report import write_report  # noqa: E402
+from llama_mimi.study.run import StudyRunner, check_unchanged, read_record, write_index  # noqa: E402
 
 
-def study(
+def main(
     file: Annotated[Path, tyro.conf.Positional],
     plan: bool = False,
     slurm: bool = False,
@@ -44,80 +40,51 @@ def study(
 
     Args:
         file: TOML file of the study
-        plan: print the runs, their FLOPs and GPU hours, and do nothing
-        slurm: print the two sbatch commands that run it as an array of jobs, and do nothing
-        part: train and score only this job of the array
-        report_only: write the report of what is there
-        gpu_tflops: of a GPU, for the plan; that of an H100 in bfloat16 by NVIDIA's data sheet
-        mfu: share of that which training reaches, for the plan
+        plan: print the variants, their FLOPs and GPU hours, and start nothing
+        slurm: print the two sbatch commands that run the study as an array of jobs, and start nothing
+        part: number of the run that this job of the array trains and scores
+        report_only: write the report of the finished runs, and start nothing
+        gpu_tflops: peak TFLOP/s of a GPU, for the plan; the default is an H100 in bfloat16
+        mfu: assumed fraction of that peak, for the plan
 
     Raises:
-        UserError: the file cannot be used, a command before the runs failed, or a run is not done in the end.
+        UserError: the file cannot be used, or a run is not done.
     """
-    logger.setLevel(logging.ERROR)  # that a base model is not here yet is no news
-    chosen = read_study(file)
-    for flag, value in {"gpu_tflops": gpu_tflops, "mfu": mfu}.items():
-        if value <= 0:
-            raise UserError(f"--{flag} is {value}; it must be a positive number")
+    logger.setLevel(logging.ERROR)  # plans need no base model, and TorchTitan would warn that it is missing
+    study, total = read_study(file), 0.0
+    if min(gpu_tflops, mfu) <= 0:
+        raise UserError(f"--gpu_tflops is {gpu_tflops} and --mfu {mfu}; set positive numbers")
     if plan:
-        return print_plan(chosen, gpu_tflops * 1e12 * mfu)
-    if slurm:
-        return print_slurm(chosen)
-    place = Workplace(chosen)
-    if part is not None and report_only:
-        raise UserError("--part trains a part, and --report_only nothing; choose one")
-    if part is not None and not 0 <= part < len(chosen.families):
-        raise UserError(f"--part is {part}; the study has the jobs 0 to {len(chosen.families) - 1}")
+        print("| variant | FLOPs a step | steps | GPU hours |\n|---|---|---|---|")
+        for variant in study.variants:
+            flops = step_flops(study.flags(variant), study.launch.nproc_per_node)
+            hours = flops * variant.steps / (gpu_tflops * 1e12 * mfu * 3600)
+            total += hours * len(study.seeds)
+            print(f"| {variant.name} | {flops:.3g} | {variant.steps:,} | {hours:,.2f} |")
+        return print(f"\n{len(study.runs)} runs: {total:,.1f} GPU hours of training")
+    if slurm:  # an array of one job for each run, and a job behind it that judges and writes the report
+        job = shlex.join([*study.launch.slurm, "scripts/study.slurm", str(file)])
+        print(f"job=$(sbatch --parsable --array=0-{len(study.runs) - 1} {job})")
+        return print(f"sbatch --dependency=afterany:$job {job}")
+    runs = study.runs if part is None else study.runs[part : part + 1]
+    if not runs:
+        raise UserError(f"--part is {part}; the study has the parts 0 to {len(study.runs) - 1}")
     if not report_only:
-        check_unchanged(place)
-        make_ready(place)
-        run_families(place, list(range(len(chosen.families))) if part is None else [part])
-    if part is not None:
-        _, seed, arms = chosen.families[part]
-        failed = [run.name for arm in arms if place.record(run := Run(arm, seed))["failed"]]
-        if failed:
-            raise UserError(f"{', '.join(failed)} failed; see the lines above, and start this part again")
-        return
-    if not report_only:
-        judge(place)
-    lines = write_index(place)
-    print(write_report(place, lines))
-    holes = [line["run"] for line in lines if line["state"] != "done"]
-    done = f"{len(lines) - len(holes)} of {len(lines)} runs are done"
-    if holes:
-        raise UserError(
-            f"{done}; the report says why these are not, which are tried again at the next start: {', '.join(holes)}"
-        )
-    print(done)
-
-
-def print_plan(chosen: Study, flops_per_s: float) -> None:
-    """What each arm costs beyond what the arms of its trunk before it have trained, and the whole."""
-    print("| arm | FLOPs a step | steps | of which its own | GPU hours of these | hours of audio |")
-    print("|---|---|---|---|---|---|")
-    total = 0.0
-    for _, seed, arms in chosen.families:
-        if seed != chosen.seeds[0]:
-            break
-        trained = 0
-        for arm in arms:
-            flags = chosen.flags(arm)
-            step, begin = cost_of_step(flags, chosen.launch.nproc_per_node), decay_begins(flags, arm.steps)
-            steps = arm.steps - (min(trained, begin) if len(arms) > 1 else 0)
-            trained = max(trained, begin)
-            hours = step.flops * steps / flops_per_s / 3600
-            total += hours
-            heard = step.frames * arm.steps / FRAMES_PER_HOUR
-            print(f"| {arm.name} | {step.flops:.3g} | {arm.steps:,} | {steps:,} | {hours:,.2f} | {heard:,.0f} |")
-    print(f"\n{chosen.size}: {len(chosen.seeds) * total:,.1f} GPU hours of training")
-
-
-def print_slurm(chosen: Study) -> None:
-    """An array of one job a family, and a job that judges and writes the report behind it."""
-    job = shlex.join([*chosen.launch.slurm, "scripts/study.slurm", str(chosen.path)])
-    print(f"job=$(sbatch --parsable --array=0-{len(chosen.families) - 1} {job})")
-    print(f"sbatch --dependency=afterany:$job {job}")
+        check_unchanged(study)
+        runner = StudyRunner(study)
+        runner.train_and_score(runs)
+        if part is not None:
+            if failed := read_record(study, runs[0])["failed"]:
+                raise UserError(f"{runs[0].name}: {failed['step']} failed: {failed['why']}; start this part again")
+            return
+        runner.judge()
+    lines = write_index(study)
+    print(write_report(study, lines))
+    missing = [line["run"] for line in lines if line["state"] != "done"]
+    print(f"{len(lines) - len(missing)} of {len(lines)} runs are done")
+    if missing:
+        raise UserError(f"not done: {', '.join(missing)}; the report says why, and the next start tries them again")
 
 
 if __name__ == "__main__":
-    run_command(study, __doc__)
+    run_command(main, __doc__)

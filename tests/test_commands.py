@@ -11,9 +11,6 @@ from pathlib import Path
 
 import demo
 import fsspec
-import matplotlib.pyplot as plt
-import pages
-import pictures
 import pytest
 import torch
 from conftest import ROOT, TINY, run_here
@@ -22,6 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from llama_mimi.audio.reading import Waveform, wav_writer, write_wav
 from llama_mimi.common.command_line import run_cli
 from llama_mimi.common.errors import UserError
+from llama_mimi.report.document import Picture, Section, write_html, write_markdown
 
 INTERNAL = {"audited_training", "measuring"}  # started by other commands, with their own arguments
 COMMANDS = [
@@ -87,8 +85,8 @@ def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(type(fsspec.filesystem("file")), "pipe_file", full)
     for write in (
         lambda: write_wav(tmp_path / "a.wav", Waveform(torch.zeros(100), 24_000)),
-        lambda: pages.write_page(tmp_path / "a.html", "a", ["b"]),
-        lambda: pictures.save(plt.figure(), tmp_path / "a.png", dpi=10),
+        lambda: write_html("a", [], tmp_path / "a.html"),
+        lambda: write_markdown([Section("a", pictures=[Picture("a.png", b"png", "b")])], tmp_path / "a.md"),
     ):
         with pytest.raises(UserError, match=r"a\.\w+' could not be written \(No space left on device\)"):
             write()
@@ -100,7 +98,7 @@ def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
     monkeypatch.undo()
     (tmp_path / "link.html").symlink_to("a.html")
-    pages.write_page(tmp_path / "link.html", "a", ["b"])
+    write_html("a", [], tmp_path / "link.html")
     assert (tmp_path / "link.html").is_symlink() and len(list(tmp_path.iterdir())) == 2
 
     def copy() -> None:

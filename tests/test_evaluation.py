@@ -20,14 +20,11 @@ from llama_mimi.checkpoint.huggingface import hf_config
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.ranks import Ranks
 from llama_mimi.common.resume import ProgressLog
-from llama_mimi.evaluation.benchmarks import SALMON_PARTS, Benchmark, BenchmarkClip, Pair, limited, read_salmon
-from llama_mimi.evaluation.clip_codes import CachedCodes, CodeCache, cache_key, encode_clips
-from llama_mimi.evaluation.clip_scores import score_clips
-from llama_mimi.evaluation.likelihood import batch_scores
-from llama_mimi.evaluation.salmon_model import SalmonModel
-from llama_mimi.evaluation.scoring import Scoring, preset
-from llama_mimi.evaluation.script import check_earlier, results
-from llama_mimi.evaluation.script import model_folder as model_folder_name
+from llama_mimi.evaluation.benchmarks import SALMON_PARTS, Benchmark, Clip, Pair, limited, read_salmon
+from llama_mimi.evaluation.codes import ClipCodes, encode_clips
+from llama_mimi.evaluation.results import check_earlier, results
+from llama_mimi.evaluation.results import model_folder as model_folder_name
+from llama_mimi.evaluation.scoring import Scoring, batch_scores, score_clips
 from llama_mimi.generation.flattened import FlattenedModel
 from llama_mimi.generation.loading import load_speech_model
 from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs
@@ -42,12 +39,20 @@ def model(codec, sequences):
     return FlattenedModel(LlamaForCausalLM(hf_config(args)).eval(), sequences, codec)
 
 
-def cache(folder, codec, max_seconds=20.0, as_released=False):
-    return CodeCache(str(folder), cache_key(codec, max_seconds, as_released=as_released))
+def encode(codec, clips, folder, max_seconds=20.0, **options):
+    return encode_clips(codec, clips, str(folder), Ranks(), max_seconds, **options)
+
+
+def score(model, codes, scoring, folder, batch_tokens=4096, header=()):
+    return score_clips(model, codes, scoring, batch_tokens, ProgressLog(folder, dict(header)), Ranks())
 
 
 def clips_of(*paths):
-    return [BenchmarkClip(path.name, path) for path in paths]
+    return [Clip(path.name, path) for path in paths]
+
+
+def some_clips(pattern="sample_1?_0.ogg"):
+    return clips_of(*sorted((SALMON / "speaker_consistency").glob(pattern)))
 
 
 def speech(tmp_path, name, seconds, rate_hz=24_000, channels=1):
@@ -63,39 +68,38 @@ def speech(tmp_path, name, seconds, rate_hz=24_000, channels=1):
 
 
 def test_codes_are_encoded_once(tmp_path, codec, monkeypatch):
-    clips = clips_of(*sorted((SALMON / "speaker_consistency").glob("sample_1?_0.ogg")))
-    monkeypatch.setattr("llama_mimi.evaluation.clip_codes.CLIPS_PER_CHUNK", 4)
-    ids, codes = encode_clips(codec, clips, cache(tmp_path, codec), Ranks(), 20.0)
+    clips = some_clips()
+    monkeypatch.setattr("llama_mimi.evaluation.codes.CLIPS_PER_CHUNK", 4)
+    ids, codes = encode(codec, clips, tmp_path)
     for clip, audio_id in zip(clips, ids, strict=True):
         (expected_TQ,) = codec.encode([read_audio(clip.source, 24_000).samples_S])
         assert np.array_equal(codes[audio_id].codes_TQ, expected_TQ.numpy())
     assert len(list(tmp_path.rglob("*.parquet"))) == 3
     monkeypatch.setattr("llama_mimi.audio.mimi.MimiCodec.encode_many", lambda *_: [])  # nothing is left to encode
-    again = encode_clips(codec, clips, cache(tmp_path, codec), Ranks(), 20.0)
+    again = encode(codec, clips, tmp_path)
     assert again[0] == ids and all(np.array_equal(again[1][i].codes_TQ, codes[i].codes_TQ) for i in ids)
     deeper = codec.at_depth(8)  # a model of more levels finds them, too
-    _, deep = encode_clips(deeper, clips, cache(tmp_path, deeper), Ranks(), 20.0)
+    _, deep = encode(deeper, clips, tmp_path)
     assert all(
         deep[i].codes_TQ.shape[1] == 8 and np.array_equal(deep[i].codes_TQ[:, :4], codes[i].codes_TQ) for i in ids
     )
 
 
 @pytest.mark.parametrize(("max_seconds", "as_released"), [(1.0, False), (20.0, True)])
-def test_codes_made_in_another_way_are_kept_apart(tmp_path, codec, max_seconds, as_released):
-    clips = clips_of(*sorted((SALMON / "speaker_consistency").glob("sample_1?_0.ogg")))
-    ids, plain = encode_clips(codec, clips, cache(tmp_path, codec), Ranks(), 20.0)
-    other_cache = cache(tmp_path, codec, max_seconds, as_released)
-    _, other = encode_clips(codec, clips, other_cache, Ranks(), max_seconds, as_released=as_released)
+def test_codes_made_with_other_settings_are_kept_apart(tmp_path, codec, max_seconds, as_released):
+    clips = some_clips()
+    ids, plain = encode(codec, clips, tmp_path)
+    _, other = encode(codec, clips, tmp_path, max_seconds, as_released=as_released)
     assert any(not np.array_equal(plain[i].codes_TQ, other[i].codes_TQ) for i in ids)
     assert len(list(tmp_path.iterdir())) == 2
     if as_released:  # only a partial last frame is encoded otherwise
         assert all(np.array_equal(plain[i].codes_TQ[:-1], other[i].codes_TQ[:-1]) for i in ids)
 
 
-def test_a_cache_may_hold_some_of_the_clips(tmp_path, codec, monkeypatch):
-    """And a clip that comes again, in one chunk or in the next, is encoded once."""
-    paths = sorted((SALMON / "speaker_consistency").glob("sample_1?_0.ogg"))[:6]
-    encode_clips(codec, clips_of(*paths[:2]), cache(tmp_path, codec), Ranks(), 20.0)
+def test_a_cache_may_contain_some_of_the_clips(tmp_path, codec, monkeypatch):
+    """A clip that comes again, in one chunk or in the next, is encoded once."""
+    paths = [clip.source for clip in some_clips()[:6]]
+    encode(codec, clips_of(*paths[:2]), tmp_path)
     encoded = []
 
     def counted(self, waveforms):
@@ -103,19 +107,21 @@ def test_a_cache_may_hold_some_of_the_clips(tmp_path, codec, monkeypatch):
         return MimiCodec.encode(self, waveforms)
 
     monkeypatch.setattr("llama_mimi.audio.mimi.MimiCodec.encode_many", counted)
-    monkeypatch.setattr("llama_mimi.evaluation.clip_codes.CLIPS_PER_CHUNK", 3)
+    monkeypatch.setattr("llama_mimi.evaluation.codes.CLIPS_PER_CHUNK", 3)
     again = [paths[i] for i in (2, 0, 2, 2, 3, 1, 4, 5, 3)]
-    ids, codes = encode_clips(codec, clips_of(*again), cache(tmp_path, codec), Ranks(), 20.0)
-    assert len(encoded) == 4 and len(set(ids)) == 6 == len(codes) and len(cache(tmp_path, codec).load()) == 6
+    ids, codes = encode(codec, clips_of(*again), tmp_path)
+    assert len(encoded) == 4 and len(set(ids)) == 6 == len(codes)
+    encode(codec, clips_of(*again), tmp_path)
+    assert len(encoded) == 4
 
 
 def test_a_damaged_cache_is_named(tmp_path, codec):
     clips = clips_of(TINY / "prompt.wav")
-    encode_clips(codec, clips, cache(tmp_path, codec), Ranks(), 20.0)
+    encode(codec, clips, tmp_path)
     (shard,) = tmp_path.rglob("*.parquet")
     shard.write_bytes(shard.read_bytes()[:100])
     with pytest.raises(UserError, match=shard.name):
-        encode_clips(codec, clips, cache(tmp_path, codec), Ranks(), 20.0)
+        encode(codec, clips, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -133,30 +139,29 @@ def test_a_clip_that_cannot_be_used_stops_the_run(tmp_path, codec, name, message
     else:
         path.write_bytes(b"" if name == "nothing.wav" else b"no audio")
     with pytest.raises(AudioError) as error:
-        encode_clips(codec, clips_of(TINY / "prompt.wav", path), cache(tmp_path / "codes", codec), Ranks(), 20.0)
+        encode(codec, clips_of(TINY / "prompt.wav", path), tmp_path / "codes")
     assert message in str(error.value) and str(path) in str(error.value)
 
 
 @pytest.mark.parametrize(("rate_hz", "channels"), [(16_000, 1), (44_100, 2)])
 def test_clips_of_another_rate_are_resampled(tmp_path, codec, rate_hz, channels):
     path = speech(tmp_path, "other.wav", 1.6, rate_hz, channels)
-    (audio_id,), codes = encode_clips(codec, clips_of(path), cache(tmp_path / "codes", codec), Ranks(), 20.0)
+    (audio_id,), codes = encode(codec, clips_of(path), tmp_path / "codes")
     assert codes[audio_id].codes_TQ.shape == (20, 4)
 
 
-def test_pairs_touched_by_the_cut_are_counted(tmp_path, codec, model):
+def test_pairs_touched_by_the_cut_and_ties_are_counted(tmp_path, codec, model):
     long, exact, short = (speech(tmp_path, f"{s}.wav", s) for s in (20.5, 20.0, 1.0))
     clips = clips_of(long, exact, short, short)
-    ids, codes = encode_clips(codec, clips, cache(tmp_path / "codes", codec), Ranks(), 20.0)
+    ids, codes = encode(codec, clips, tmp_path / "codes")
     assert [codes[i].is_cut for i in ids] == [True, False, False, False]
     assert [len(codes[i].codes_TQ) for i in ids] == [250, 250, 13, 13]
-    pairs = [Pair("a", "0", clips[0], clips[1], "0"), Pair("a", "1", clips[2], clips[3], "1")]
-    chosen = preset("official", None)
-    scores = score_clips(model, codes, chosen.scoring, 4096, ProgressLog(tmp_path / "log", {}), Ranks())
-    report = results(Benchmark(pairs), ids, codes, scores, chosen, SALMON_PARTS)
+    pairs = [Pair("a", "0", "0", clips[0], clips[1]), Pair("a", "1", "1", clips[2], clips[3])]
+    scores = score(model, codes, Scoring(None), tmp_path / "log")
+    report = results(Benchmark(pairs), ids, codes, scores, Scoring(None), SALMON_PARTS)
     assert (report["parts"]["a"]["pairs_cut"], report["parts"]["a"]["ties"]) == (1, 1)
-    assert [pair["correct"] for pair in report["pairs"]][1] == 0.5 and report["mean_of_parts"] is None
-    strict = results(Benchmark(pairs), ids, codes, scores, preset("original", None), ())
+    assert report["pairs"][1]["correct"] == 0.5 and report["mean_of_parts"] is None
+    strict = results(Benchmark(pairs), ids, codes, scores, Scoring(None, as_released=True), ())
     assert strict["pairs"][1]["correct"] == 0.0 and strict["pairs"][1]["is_tie"]
 
 
@@ -167,17 +172,16 @@ def test_pairs_touched_by_the_cut_are_counted(tmp_path, codec, model):
 def encoded(tmp_path_factory, codec):
     """40 pairs of SALMon, the ids of their clips, and codes."""
     pairs = read_salmon(str(SALMON)).pairs[:40]
-    folder = tmp_path_factory.mktemp("codes")
-    return pairs, *encode_clips(codec, Benchmark(pairs).clips, cache(folder, codec), Ranks(), 20.0)
+    return pairs, *encode(codec, Benchmark(pairs).clips, tmp_path_factory.mktemp("codes"))
 
 
-@pytest.mark.parametrize("name", ["official", "original"])
+@pytest.mark.parametrize("as_released", [False, True])
 @pytest.mark.parametrize("levels", [None, (0,)])
-def test_batches_score_as_clips_alone_do(tmp_path, encoded, model, name, levels):
+def test_batches_score_as_clips_alone_do(tmp_path, encoded, model, as_released, levels):
     """Within 1e-4, and every decision the same, on all pairs of a tiny set."""
     _, ids, codes = encoded
-    scoring = preset(name, levels).scoring
-    batched = score_clips(model, codes, scoring, 4096, ProgressLog(tmp_path / "log", {}), Ranks())
+    scoring = Scoring(levels, as_released)
+    batched = score(model, codes, scoring, tmp_path / "log")
     alone = {
         i: batch_scores(model, [(torch.from_numpy(codes[i].codes_TQ.astype("int64")), codes[i].is_cut)], scoring)[0]
         for i in codes
@@ -191,123 +195,97 @@ def test_batches_score_as_clips_alone_do(tmp_path, encoded, model, name, levels)
 def test_preset_original_is_the_release_from_file_to_score(tmp_path, model, levels):
     """Against the plainest way, with stock `transformers` alone: one clip, text, tokenizer, full logits, labels."""
     codec = MimiCodec(str(TINY / "mimi"), 4, attention="whole")
-    clips = clips_of(*sorted((SALMON / "speaker_consistency").glob("sample_1?_0.ogg"))[:4])
-    ids, codes = encode_clips(codec, clips, cache(tmp_path, codec, as_released=True), Ranks(), 20.0, as_released=True)
-    scoring = preset("original", levels).scoring
-    scores = score_clips(model, codes, scoring, 4096, ProgressLog(tmp_path / "log", {}), Ranks())
+    clips = some_clips()[:4]
+    ids, codes = encode(codec, clips, tmp_path, as_released=True)
+    scores = score(model, codes, Scoring(levels, as_released=True), tmp_path / "log")
     model.decoder.config.update({"num_quantizers": 4})
     expected = [
-        score_alone(clip.read(), model.decoder, model.sequences.tokenizer, codec.model, levels) for clip in clips
+        score_alone(clip.source.read_bytes(), model.decoder, model.sequences.tokenizer, codec.model, levels)
+        for clip in clips
     ]
     assert [scores[i] for i in ids] == pytest.approx(expected, abs=1e-5)
 
 
 def test_what_was_scored_before_a_kill_is_kept(tmp_path, codec, model, monkeypatch, capsys):
-    clips = clips_of(*sorted((SALMON / "speaker_consistency").glob("sample_1?_0.ogg")))
-    _, codes = encode_clips(codec, clips, cache(tmp_path / "codes", codec), Ranks(), 20.0)
-    scoring = Scoring(None)
-    whole = score_clips(model, codes, scoring, 500, ProgressLog(tmp_path / "whole", {"a": 1}), Ranks())
+    _, codes = encode(codec, some_clips(), tmp_path / "codes")
+    whole = score(model, codes, Scoring(None), tmp_path / "whole", 500, {"a": 1})
     calls = []
 
     def counted(*args):
         calls.append(len(args[1]))
         return batch_scores(*args)
 
-    monkeypatch.setattr("llama_mimi.evaluation.clip_scores.batch_scores", counted)
+    monkeypatch.setattr("llama_mimi.evaluation.scoring.batch_scores", counted)
     (log,) = (tmp_path / "whole").rglob("*.jsonl")
     lines = log.read_text().splitlines(keepends=True)
-    assert len(lines) > 3
+    assert len(lines) == len(codes) == 10
     folder = tmp_path / "killed" / log.parent.name
     folder.mkdir(parents=True)
-    (folder / "1.jsonl").write_text("".join(lines[:2]) + lines[2][:20])  # cut off in the third batch
-    (folder / "2.jsonl").write_text(lines[3][:5])
-    resumed = score_clips(model, codes, scoring, 500, ProgressLog(tmp_path / "killed", {"a": 1}), Ranks())
-    assert resumed == whole and len(calls) == len(lines) - 2
-    assert f"2 of {len(lines)} batches were scored before" in capsys.readouterr().out
-    score_clips(model, codes, scoring, 500, ProgressLog(tmp_path / "killed", {"a": 2}), Ranks())  # of another model
-    assert len(calls) == 2 * len(lines) - 2
+    (folder / "1.jsonl").write_text("".join(lines[:4]) + lines[4][:20])  # cut off in the fifth clip
+    (folder / "2.jsonl").write_text(lines[5][:5])
+    resumed = score(model, codes, Scoring(None), tmp_path / "killed", 500, {"a": 1})
+    assert resumed == whole and 6 <= sum(calls) < 10  # whole batches, so that a clip has the same neighbours
+    assert "of 10 clips were finished before" in capsys.readouterr().out
+    calls.clear()
+    score(model, codes, Scoring(None), tmp_path / "killed", 500, {"a": 2})  # of another model
+    assert sum(calls) == 10
 
 
 def test_other_audio_never_gets_the_scores_of_a_run_that_was_killed(tmp_path, codec, model):
-    """The same codes may come from other files, or have been cut: scores go by what they are scores of."""
-    clip = CachedCodes(
+    """The same codes may come from other files, or have been cut: scores go by the content that they belong to."""
+    clip = ClipCodes(
         codec.encode([read_audio(TINY / "prompt.wav", 24_000).samples_S])[0].numpy().astype("uint16"), False
     )
-    others = [CachedCodes(np.roll(clip.codes_TQ, shift, axis=0), False) for shift in (1, 2, 3)]
+    others = [ClipCodes(np.roll(clip.codes_TQ, shift, axis=0), False) for shift in (1, 2, 3)]
     before = {"a": clip, **{f"x{i}": other for i, other in enumerate(others)}}
-    expected = score_clips(model, before, Scoring(None), 4096, ProgressLog(tmp_path / "log", {}), Ranks())
-    renamed = {"z": clip, "cut": CachedCodes(clip.codes_TQ, True), **{f"a{i}": other for i, other in enumerate(others)}}
-    scores = score_clips(model, renamed, Scoring(None), 4096, ProgressLog(tmp_path / "log", {}), Ranks())
+    expected = score(model, before, Scoring(None), tmp_path / "log")
+    renamed = {"z": clip, "cut": ClipCodes(clip.codes_TQ, True), **{f"a{i}": other for i, other in enumerate(others)}}
+    scores = score(model, renamed, Scoring(None), tmp_path / "log")
     assert scores["z"] == expected["a"] and [scores[f"a{i}"] for i in range(3)] == [expected[f"x{i}"] for i in range(3)]
     assert scores["cut"] != scores["z"]
-    released = preset("original", None).scoring  # which puts </audio> behind a clip that was cut, too
-    scores = score_clips(model, renamed, released, 4096, ProgressLog(tmp_path / "log2", {}), Ranks())
+    # The release puts </audio> behind a clip that was cut, too.
+    scores = score(model, renamed, Scoring(None, as_released=True), tmp_path / "log2")
     assert scores["cut"] == scores["z"]
 
 
-def test_what_the_cut_has_made_equal_is_a_tie(tmp_path, codec, model):
+def test_clips_that_the_cut_has_made_equal_are_a_tie(tmp_path, codec, model):
     """Two recordings that differ after 20 s only, among others of about their length."""
     long = read_audio(speech(tmp_path, "long.wav", 22.0), 24_000).samples_S.numpy()
     long[20 * 24_000 + 100 :] *= 0.5
     soundfile.write(tmp_path / "other_end.wav", long, 24_000)
-    lengths = (19.5, 18.0, 19.9)
-    clips = clips_of(
-        tmp_path / "long.wav", tmp_path / "other_end.wav", *(speech(tmp_path, f"{s}.wav", s) for s in lengths)
-    )
-    ids, codes = encode_clips(codec, clips, cache(tmp_path / "codes", codec), Ranks(), 20.0)
+    others = [speech(tmp_path, f"{s}.wav", s) for s in (19.5, 18.0, 19.9)]
+    clips = clips_of(tmp_path / "long.wav", tmp_path / "other_end.wav", *others)
+    ids, codes = encode(codec, clips, tmp_path / "codes")
     assert ids[0] != ids[1]
-    scores = score_clips(model, codes, Scoring(None), 2100, ProgressLog(tmp_path / "log", {}), Ranks())
+    scores = score(model, codes, Scoring(None), tmp_path / "log", 2100)
     assert scores[ids[0]] == scores[ids[1]]
 
 
 def test_a_score_that_is_not_finite_is_refused(tmp_path, codec, model):
     broken = copy.deepcopy(model.decoder)
     broken.model.norm.weight.data[0] = float("inf")
-    codes = {"a": CachedCodes(np.zeros((3, 4), np.uint16), False)}
+    codes = {"a": ClipCodes(np.zeros((3, 4), np.uint16), False)}
     with pytest.raises(UserError, match="overflows in float32"):
-        score_clips(
-            FlattenedModel(broken, model.sequences, codec),
-            codes,
-            Scoring(None),
-            4096,
-            ProgressLog(tmp_path, {}),
-            Ranks(),
-        )
-
-
-# SALMon's own loop
+        score(FlattenedModel(broken, model.sequences, codec), codes, Scoring(None), tmp_path)
 
 
 @pytest.mark.slow
 def test_salmons_own_loop_gives_the_same_accuracy(tmp_path, codec, encoded, model):
-    """The benchmark's semantics, written anew: pairs one by one, likelier is right, a tie is half."""
+    """The benchmark's semantics (2409.07437): pairs one by one, the likelier waveform is right, a tie is half."""
     pairs, ids, codes = encoded
-    salmon_model = SalmonModel(model, sample_rate_hz=24_000).to("cpu")
+
+    def log_likelihood(wav_S):
+        return batch_scores(model, [(codec.encode([torch.from_numpy(wav_S)])[0], False)], Scoring(None))[0]
+
     right = []
     for pair in pairs:
-        samples = [soundfile.read(clip.source, dtype="float32")[0] for clip in (pair.positive, pair.negative)]
-        positive, negative = (salmon_model.log_likelihood([torch.from_numpy(wav)[None]]) for wav in samples)
-        outcome = torch.zeros_like(positive)
-        outcome[positive > negative] = 1
-        outcome[positive == negative] = 0.5
-        right.append(outcome)
-    expected = torch.cat(right).mean().item()
-
-    chosen = preset("official", None)
-    scores = score_clips(model, codes, chosen.scoring, 4096, ProgressLog(tmp_path / "log", {}), Ranks())
-    report = results(Benchmark(pairs), ids, codes, scores, chosen, SALMON_PARTS)
-    assert report["parts"]["speaker_consistency"]["accuracy"] == expected
-    assert 0 < expected < 1
-    with pytest.raises(AudioError, match="less than one codec frame"):
-        salmon_model.log_likelihood([torch.zeros(1, 100)])
-    as_released = preset("original", None).scoring
-    with pytest.raises(UserError, match="needs a codec without window"):
-        SalmonModel(model, 24_000, as_released)
-    whole = MimiCodec(codec.name, 4, attention="whole")
-    released = SalmonModel(FlattenedModel(model.decoder, model.sequences, whole), 24_000, as_released)
-    assert released.log_likelihood([torch.from_numpy(samples[0])]).item() != positive.item()
-    together = salmon_model.log_likelihood([torch.from_numpy(wav) for wav in samples])
-    assert together.tolist() == pytest.approx([positive.item(), negative.item()], abs=1e-5)
+        wavs = [soundfile.read(clip.source, dtype="float32")[0] for clip in (pair.positive, pair.negative)]
+        positive, negative = map(log_likelihood, wavs)
+        right.append(0.5 if positive == negative else float(positive > negative))
+    scores = score(model, codes, Scoring(None), tmp_path / "log")
+    report = results(Benchmark(pairs), ids, codes, scores, Scoring(None), SALMON_PARTS)
+    assert report["parts"]["speaker_consistency"]["accuracy"] == sum(right) / len(right)
+    assert 0 < sum(right) < len(right)
 
 
 # The scripts
@@ -354,7 +332,7 @@ def test_ranks_and_kills_give_the_same_file(model_folder, some_pairs, tmp_path):
     scored = sum(len(log.read_text().splitlines()) for log in partial.rglob("*.jsonl"))
     assert scored and not partial.with_name("official.json").exists()
     said = run_ranks(2, command(model_folder, folder, some_pairs), tmp_path / "log")
-    assert "batches were scored before" in said
+    assert "clips were finished before" in said
     assert partial.with_name("official.json").read_bytes() == expected and not partial.exists()
 
 
@@ -373,6 +351,7 @@ def kill_when(parts, is_time, log):
 def test_another_run_does_not_replace_a_result(tmp_path):
     path = tmp_path / "official.json"
     header = {
+        "format": 2,
         "model": "m",
         "model_sha256": "a" * 64,
         "data": "one",
@@ -383,14 +362,15 @@ def test_another_run_does_not_replace_a_result(tmp_path):
     path.write_text(json.dumps(header))
     assert check_earlier(path, header) == []
     for change, message in (
-        ({"data": "two"}, "--data_dir 'one', not 'two'"),
-        ({"model": "other/m"}, "--model_name 'm', not 'other/m'"),
-        ({"codec": {"sha256": "c", "attention": "whole"}}, "the codec's attention 'windowed', not 'whole'"),
-        ({"settings": {"dtype": "bfloat16", "max_audio_seconds": 20.0}}, "--dtype 'float32', not 'bfloat16'"),
+        ({"format": 3}, "was made with format = 2, but it is 3 now; choose another --output_dir"),
+        ({"data": "two"}, "data = 'one', but it is 'two' now"),
+        ({"model": "other/m"}, "model = 'm', but it is 'other/m' now"),
+        ({"codec": {"sha256": "c", "attention": "whole"}}, "codec.attention = 'windowed'"),
+        ({"settings": {"dtype": "bfloat16", "max_audio_seconds": 20.0}}, "settings.dtype = 'float32'"),
     ):
         with pytest.raises(UserError, match=message):
             check_earlier(path, header | change)
-    (sentence,) = check_earlier(path, header | {"model_sha256": "b" * 64})  # trained anew
+    (sentence,) = check_earlier(path, header | {"model_sha256": "b" * 64})  # trained again
     assert sentence.startswith("replaced: ")
 
 
@@ -402,10 +382,11 @@ def test_results_are_called_by_the_model(tmp_path, monkeypatch):
 
 
 def test_result_files_explain_themselves(model_folder, some_pairs, tmp_path):
-    flags = ("--levels", "0,1", "--window_seconds", "0.4")
+    flags = ("--levels", "0,1", "--likelihood", "grammar")
     said = run_ranks(1, command(model_folder, tmp_path, some_pairs, *flags), tmp_path / "log")
-    report = report_of(tmp_path, "official-levels_0_1-window_0.4s")
-    assert report["preset"] == "official-levels_0_1-window_0.4s" and report["scoring"]["window_seconds"] == 0.4
+    report = report_of(tmp_path, "official-levels_0_1-grammar")
+    assert report["preset"] == "official-levels_0_1-grammar" and report["scoring"]["likelihood"] == "grammar"
+    assert report["format"] == 2 and report["data_kind"] == "other"  # a copy without the file SYNTHETIC
     part = report["parts"]["speaker_consistency"]
     assert part["count"] == 40 == len(report["pairs"]) and part["interval"][0] < part["accuracy"] < part["interval"][1]
     assert report["pairs"][0].keys() >= {"positive_score", "negative_score", "correct"}
@@ -417,7 +398,7 @@ def test_result_files_explain_themselves(model_folder, some_pairs, tmp_path):
     assert len(report["missing_parts"]) == 7 and report["mean_of_parts"] is None
 
     run_ranks(1, command(model_folder, tmp_path, some_pairs, *flags, "--limit", "7"), tmp_path / "log")
-    quick = report_of(tmp_path, "official-levels_0_1-window_0.4s-limit_7")
+    quick = report_of(tmp_path, "official-levels_0_1-grammar-limit_7")
     assert quick["notes"][-1] == "only 7 of 40 pairs were scored, by --limit 7" and len(quick["pairs"]) == 7
     whole = {pair["name"]: pair for pair in report["pairs"]}
     for pair in quick["pairs"]:  # in other batches
@@ -430,9 +411,9 @@ def test_result_files_explain_themselves(model_folder, some_pairs, tmp_path):
 
 
 def test_a_limit_draws_a_part_of_what_a_larger_one_draws():
-    clip = BenchmarkClip("x", TINY / "prompt.wav")
+    clip = Clip("x", TINY / "prompt.wav")
     pairs = [
-        Pair(part, f"{word}-{voice}", clip, clip, f"word{word}")
+        Pair(part, f"{word}-{voice}", f"word{word}", clip, clip)
         for part in ("lexical", "syntactic")
         for word in range(9)
         for voice in range(3)
@@ -486,13 +467,10 @@ def test_slm21_writes_the_official_submission(model_folder, tmp_path):
     ("flags", "message"),
     [
         (("--preset", "original", "--levels", "0"), "--preset original is fixed"),
-        (("--preset", "original", "--max_audio_seconds", "5"), "--preset original cuts at 20 s"),
         (("--max_audio_seconds", "0.01"), "less than a frame of the codec"),
-        (("--levels", "9"), "level 9, but the model has the levels 0 to 3"),
-        (("--batch_tokens", "0"), "--batch_tokens is 0"),
-        (("--max_audio_seconds", "-1"), "--max_audio_seconds is -1"),
+        (("--levels", "9"), "level 9, but the model has levels 0 to 3"),
         (("--device", "nothing"), "device 'nothing' is not available"),
-        (("--data_dir", "README.md"), "'README.md' is neither a folder"),
+        (("--data_dir", "README.md"), "'README.md' is not a folder"),
         (("--output_dir", "README.md"), "'README.md"),
     ],
 )

@@ -23,8 +23,7 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.data.dataloader import UnitDataLoader
 from llama_mimi.data.order import ShuffledOrder
 from llama_mimi.data.packing import BatchPacker
-from llama_mimi.evaluation.likelihood import batch_scores
-from llama_mimi.evaluation.scoring import Scoring
+from llama_mimi.evaluation.scoring import Scoring, batch_scores
 from llama_mimi.generation.continuation import SamplingOptions, continue_codes
 from llama_mimi.generation.hierarchical import HierarchicalModel
 from llama_mimi.generation.loading import load_speech_model
@@ -273,12 +272,7 @@ def plain_frame(csm, state_D, entries_Q, num_entries=K + 1):
 @pytest.mark.parametrize("is_cut", [False, True])
 @pytest.mark.parametrize(
     "scoring",
-    [
-        Scoring(None),
-        Scoring((0,)),
-        Scoring((1, 3), end_token=False, statistic="sum"),
-        Scoring(None, likelihood="grammar"),
-    ],
+    [Scoring(None), Scoring((0,)), Scoring((1, 3)), Scoring(None, likelihood="grammar")],
     ids=str,
 )
 @torch.no_grad()
@@ -293,15 +287,14 @@ def test_a_score_is_that_of_the_plainest_loop(speech_model, sequences, scoring, 
         num_entries = K if scoring.likelihood == "grammar" else K + 1
         by_level = plain_frame(csm, states_LD[1 + frame], entries_Q, num_entries)
         values += [by_level[level] for level in (range(Q) if scoring.levels is None else scoring.levels)]
-    if scoring.end_token and not is_cut:
+    if not is_cut:
         values.append(float(csm.lm_head(states_LD[-1]).log_softmax(-1)[K]))
-    wanted = sum(values) if scoring.statistic == "sum" else sum(values) / len(values)
-    assert found == pytest.approx(wanted, abs=1e-5)
+    assert found == pytest.approx(sum(values) / len(values), abs=1e-5)
 
 
 def test_the_first_release_has_no_hierarchical_scores(speech_model):
     with pytest.raises(UserError, match="use --preset official"):
-        batch_scores(speech_model, [(clip(3), False)], Scoring(None, as_released=True))
+        Scoring(None, as_released=True).check(speech_model)
 
 
 def test_a_llama_fills_the_backbone(args):

@@ -11,8 +11,8 @@ from transformers import LlamaForCausalLM
 from llama_mimi.audio.mimi import MimiCodec
 from llama_mimi.checkpoint.huggingface import hf_config
 from llama_mimi.common.errors import UserError
-from llama_mimi.evaluation.likelihood import batch_scores
-from llama_mimi.evaluation.scoring import Scoring, preset, with_options
+from llama_mimi.evaluation.scoring import Scoring, batch_scores
+from llama_mimi.evaluation.script import EvaluationOptions
 from llama_mimi.generation.flattened import FlattenedModel
 from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs
 from llama_mimi.tokens.sequences import SequenceBuilder, load_sequences
@@ -81,7 +81,7 @@ def test_preset_original_is_the_first_release(models, levels, Q, adds_bos, is_cu
         assert tokens == [f"<{code}_0>" for code in codes_TQ[:, 0].tolist()] + ["</audio>"]
     else:  # without BOS it would score the wrong level
         assert tokens == [f"<{code}_1>" for code in codes_TQ[:, 1].tolist()]
-    (score,) = batch_scores(model, [(codes_TQ, is_cut)], preset("original", levels).scoring)
+    (score,) = batch_scores(model, [(codes_TQ, is_cut)], Scoring(levels, as_released=True))
     assert score == pytest.approx(plain_mean(model, ids, positions), abs=1e-5)
 
 
@@ -89,8 +89,7 @@ def test_preset_original_is_the_first_release(models, levels, Q, adds_bos, is_cu
 @pytest.mark.parametrize("adds_bos", [True, False])
 @pytest.mark.parametrize("Q", [4, 8])
 @pytest.mark.parametrize("levels", [None, (0,), (0, 2)])
-@pytest.mark.parametrize("end_token", [True, False])
-def test_preset_official_scores_what_it_says(models, levels, end_token, Q, adds_bos, is_cut):
+def test_preset_official_scores_what_it_says(models, levels, Q, adds_bos, is_cut):
     """BOS is always there, whatever the tokenizer does; ``<audio>`` is never scored, as no model is trained on it."""
     model = models[Q, adds_bos]
     vocabulary = model.sequences.vocabulary
@@ -103,38 +102,20 @@ def test_preset_official_scores_what_it_says(models, levels, end_token, Q, adds_
                 positions.append(len(ids))
             ids.append(vocabulary.base + code * Q + level)
     if not is_cut:
-        if end_token:
-            positions.append(len(ids))
+        positions.append(len(ids))
         ids.append(vocabulary.audio_end_id)
-    chosen = with_options(preset("official", levels), end_token=end_token)
-    (score,) = batch_scores(model, [(codes_TQ, is_cut)], chosen.scoring)
+    (score,) = batch_scores(model, [(codes_TQ, is_cut)], Scoring(levels))
     assert score == pytest.approx(plain_mean(model, ids, positions), abs=1e-5)
-    grammar = with_options(chosen, likelihood="grammar").scoring
-    (score_of_grammar,) = batch_scores(model, [(codes_TQ, is_cut)], grammar)
-    assert score_of_grammar == pytest.approx(plain_grammar_mean(model, ids, positions), abs=1e-5)
-    assert score_of_grammar > score + 0.5
-    (total,) = batch_scores(model, [(codes_TQ, is_cut)], with_options(chosen, statistic="sum").scoring)
-    assert total == pytest.approx(len(positions) * plain_mean(model, ids, positions), abs=1e-3)
+    (grammar,) = batch_scores(model, [(codes_TQ, is_cut)], Scoring(levels, likelihood="grammar"))
+    assert grammar == pytest.approx(plain_grammar_mean(model, ids, positions), abs=1e-5)
+    assert grammar > score + 0.5
 
 
-@pytest.mark.parametrize("window_frames", [1, 4, 7, 30])
-def test_a_window_is_the_least_likely_stretch(models, window_frames):
-    model = models[4, True]
-    codes_TQ = random_codes(7)
-    ids = model.sequences.sequence(codes_TQ, is_cut=True).tolist()
-    frames = [plain_mean(model, ids, range(2 + 4 * t, 6 + 4 * t)) for t in range(7)]
-    width = min(window_frames, 7)
-    expected = min(sum(frames[t : t + width]) / width for t in range(7 - width + 1))
-    chosen = with_options(preset("official", None), window_seconds=window_frames / 12.5)
-    (score,) = batch_scores(model, [(codes_TQ, False)], chosen.scoring)
-    assert score == pytest.approx(expected, abs=1e-5)
-
-
-@pytest.mark.parametrize("name", ["official", "original"])
+@pytest.mark.parametrize("as_released", [False, True])
 @pytest.mark.parametrize("levels", [None, (0,)])
-def test_company_and_padding_change_no_score(models, name, levels):
+def test_company_and_padding_change_no_score(models, as_released, levels):
     clips = [(random_codes(frames), frames % 2 == 0) for frames in (3, 20, 1, 8)]
-    scoring = preset(name, levels).scoring
+    scoring = Scoring(levels, as_released)
     together = batch_scores(models[4, True], clips, scoring)
     alone = [batch_scores(models[4, True], [clip], scoring)[0] for clip in clips]
     assert together == pytest.approx(alone, abs=1e-5)
@@ -148,39 +129,40 @@ def test_scores_do_not_depend_on_how_many_logits_are_made_at_once(models, monkey
 
 
 @pytest.mark.parametrize(
-    ("levels", "options", "name"),
+    ("levels", "flags", "name"),
     [
         (None, {}, "official"),
-        (None, {"levels": "all", "end_token": True, "statistic": "mean"}, "official"),
+        (None, {"levels": "all", "likelihood": "softmax"}, "official"),
         ((0,), {"levels": "all"}, "official-all_levels"),
-        (None, {"levels": "1,0"}, "official-levels_0_1"),
-        (None, {"levels": "0", "end_token": False, "statistic": "sum"}, "official-levels_0-without_end-sum"),
-        (None, {"window_seconds": 0.5}, "official-window_0.5s"),
-        (None, {"likelihood": "softmax"}, "official"),
+        (None, {"levels": "1,0", "limit": 3}, "official-levels_0_1-limit_3"),
         (None, {"likelihood": "grammar", "levels": "0"}, "official-levels_0-grammar"),
+        ((0,), {"preset": "original", "levels": "0", "codec_attention": "whole"}, "original"),
     ],
 )
-def test_other_options_have_another_name(levels, options, name):
-    assert with_options(preset("official", levels), **options).name == name
+def test_results_are_named_by_what_differs_from_the_preset(levels, flags, name):
+    found, scoring = EvaluationOptions(**flags).scoring(levels)
+    assert found == name and scoring.as_released == (name == "original")
+    assert (scoring.tie, scoring.by_group) == ((0.0, False) if scoring.as_released else (0.5, True))
 
 
 @pytest.mark.parametrize(
-    ("base", "options", "message"),
+    ("flags", "message"),
     [
-        ("official", {"levels": "first"}, "--levels is 'first'"),
-        ("official", {"levels": "0,-1"}, "--levels is '0,-1'"),
-        ("official", {"window_seconds": 0.0}, "--window_seconds is 0.0"),
-        ("official", {"window_seconds": 1.0, "statistic": "sum"}, "leave out --statistic"),
-        ("original", {"levels": "0"}, "--preset original is fixed"),
-        ("original", {"window_seconds": 1.0}, "--preset original is fixed"),
-        ("original", {"likelihood": "grammar"}, "--preset original is fixed"),
+        ({"levels": "first"}, "--levels is 'first'"),
+        ({"levels": "0,-1"}, "--levels is '0,-1'"),
+        ({"max_audio_seconds": -1.0}, "--max_audio_seconds is -1"),
+        ({"batch_tokens": 0}, "--batch_tokens is 0"),
+        ({"preset": "original", "levels": "0"}, "--preset original is fixed"),
+        ({"preset": "original", "likelihood": "grammar"}, "--preset original is fixed"),
+        ({"preset": "original", "max_audio_seconds": 5.0}, "--preset original is fixed"),
+        ({"preset": "original", "codec_attention": "windowed"}, "--preset original is fixed"),
     ],
 )
-def test_options_that_cannot_be_are_refused(base, options, message):
+def test_flags_that_do_not_fit_are_refused(flags, message):
     with pytest.raises(UserError, match=message):
-        with_options(preset(base, None), **options)
+        EvaluationOptions(**flags).scoring(None)
 
 
-def test_a_level_that_is_not_there_is_refused(models):
-    with pytest.raises(UserError, match="level 4, but the model has the levels 0 to 3"):
-        batch_scores(models[4, True], [(random_codes(2), False)], Scoring((0, 4)))
+def test_a_level_that_the_model_lacks_is_refused(models):
+    with pytest.raises(UserError, match="level 4, but the model has levels 0 to 3"):
+        Scoring((0, 4)).check(models[4, True])

@@ -1,10 +1,9 @@
-"""A run's picture: what is read from logs of several starts, what is drawn of it, and what is refused."""
+"""Training curves: logs of several starts, panels, and errors."""
 
 import math
 
 import plot_run
 import pytest
-import tyro
 from torch.utils.tensorboard import SummaryWriter
 
 from llama_mimi.common.errors import UserError
@@ -13,7 +12,7 @@ LOSS = plot_run.TOTAL
 
 
 def write_log(run, metrics, *, time=1, folder="20261121-1200"):
-    """One start's event file as TorchTitan leaves it, begun at a time of the test's own."""
+    """Write the event file of one start of a run, with the time of the start in its name as TorchTitan has it."""
     with SummaryWriter(run / "tb" / folder) as writer:
         for tag, series in metrics.items():
             for step, value in series.items():
@@ -23,88 +22,58 @@ def write_log(run, metrics, *, time=1, folder="20261121-1200"):
     return run
 
 
-@pytest.fixture
-def figure(monkeypatch, capsys):
-    """Runs the script with some flags; returns the figure and what it prints."""
-
-    def run(*flags):
-        figures = []
-        monkeypatch.setattr(plot_run.plt, "close", figures.append)
-        tyro.cli(plot_run.plot_runs, args=[*map(str, flags)])
-        (drawn,) = figures
-        return drawn, capsys.readouterr().out
-
-    return run
-
-
-def test_series_are_what_was_logged(tmp_path):
-    steps = range(1, 10_100)  # more than TensorBoard keeps unless it is told to
-    written = {LOSS: {step: 7 / step for step in steps}, "lr": {1: 0.5, 10: 0.25}}
-    read = plot_run.read_run(write_log(tmp_path, written))
-    assert read.keys() == written.keys()
-    assert read["lr"] == written["lr"]
-    assert read[LOSS] == pytest.approx(written[LOSS], rel=1e-6)
-
-
-@pytest.mark.parametrize("folders", [("20261121-1200", "20261121-1200"), ("20261025-0259", "20261025-0201")])
-def test_a_later_start_takes_over_where_it_begins(tmp_path, folders):
-    """In the same minute, and when clocks were set back: neither folder says which start came first."""
+def test_a_later_start_takes_over_where_it_begins(tmp_path):
+    """Clocks were set back: the names of folders do not say which start came first."""
     first = {LOSS: dict.fromkeys(range(1, 11), 1.0), "validation_metrics/loss": {1: 1.0, 5: 1.0, 9: 1.0}}
-    write_log(tmp_path, first, time=100, folder=folders[0])
-    write_log(tmp_path, {LOSS: {6: 2.0, 7: 2.0}}, time=200, folder=folders[1])
+    write_log(tmp_path, first, time=100, folder="20261025-0259")
+    write_log(tmp_path, {LOSS: {6: 2.0, 7: 2.0}}, time=200, folder="20261025-0201")
     write_log(tmp_path, {}, time=300)  # ended before its first line
     read = plot_run.read_run(tmp_path)
     assert read[LOSS] == {1: 1, 2: 1, 3: 1, 4: 1, 5: 1, 6: 2, 7: 2}
     assert read["validation_metrics/loss"] == {1: 1, 5: 1}
-    write_log(tmp_path, {LOSS: {1: 3.0}}, time=400)  # begun anew, this time without validation
-    assert plot_run.read_run(tmp_path) == {LOSS: {1: 3}}
+    steps = range(1, 10_100)  # more than TensorBoard keeps by default
+    write_log(tmp_path, {LOSS: {step: step / 4 for step in steps}}, time=400)  # from step 1, without validation
+    assert plot_run.read_run(tmp_path) == {LOSS: {step: step / 4 for step in steps}}
 
 
-def test_one_run_is_drawn_level_by_level(tmp_path, figure):
-    losses = {f"loss_metrics/level_{level}": {1: level, 2: level} for level in range(11)}
-    logged = {LOSS: {1: 5, 2: math.nan}, **losses, "lr": {1: 1, 2: 1}, "time_metrics/data_loading(%)": {1: 2}}
-    picture = tmp_path / "new" / "run.png"
-    drawn, printed = figure("--run", write_log(tmp_path / "run", logged), "--picture", picture)
+def test_one_run_is_drawn_with_its_levels(tmp_path, capsys):
+    levels = {f"loss_metrics/level_{level}": {1: level, 2: level} for level in range(11)}
+    logged = {LOSS: {1: 5, 2: math.nan}, **levels, "lr": {1: 1, 2: 1}, "time_metrics/data_loading(%)": {1: 2}}
+    run, picture = write_log(tmp_path / "run", logged), tmp_path / "new" / "run.png"
+    plot_run.plot_runs([run], picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert printed == f"1 run drawn to {picture}: {tmp_path / 'run'} (steps 1 to 2)\n"
-    by_title = {axis.get_title(loc="left"): axis for axis in drawn.axes}
-    assert list(by_title) == ["Training loss", "Share of time (%)", "Learning rate"]  # the rest was not logged
-    levels = [list(line.get_ydata()) for line in by_title["Training loss"].get_lines()][:-1]
-    assert levels == [[level, level] for level in range(11)]
-    assert by_title["Training loss"].get_legend_handles_labels()[1] == ["level 0", "10", "mean"]
-    assert [line.get_label() for line in by_title["Share of time (%)"].get_lines()] == ["data"]
+    assert capsys.readouterr().out == f"1 run drawn to {picture}: {run} (steps 1 to 2)\n"
+    axes = {axis.get_title(loc="left"): axis for axis in plot_run.draw({"": plot_run.read_run(run)}).axes}
+    assert list(axes) == ["Training loss", "Fraction of time (%)", "Learning rate"]  # the rest was not logged
+    values = [list(line.get_ydata()) for line in axes["Training loss"].get_lines()]
+    assert values[:-1] == [[level, level] for level in range(11)]
+    assert axes["Training loss"].get_legend_handles_labels()[1] == ["level 0", "10", "mean"]
+    assert [line.get_label() for line in axes["Fraction of time (%)"].get_lines()] == ["data"]
 
 
-def test_of_several_runs_totals_are_compared(tmp_path, figure):
+def test_several_runs_are_compared_by_their_totals():
     level = {"loss_metrics/level_0": {1: 3.0}}
-    write_log(tmp_path / "a", {LOSS: {1: 1.0}, "throughput/mfu(%)": {1: 40.0}, **level})
-    write_log(tmp_path / "b", {LOSS: {2: 2.0, 4: 1.5}, "throughput/mfu(%)": {2: 50.0}, "lr": {2: 1.0}, **level})
-    runs = [tmp_path / "a", tmp_path / "b"]
-    flags = [word for run in runs for word in ("--run", run)]
-    drawn, printed = figure(*flags, "--picture", tmp_path / "both.pdf")
-    assert printed.startswith("2 runs drawn") and "b (steps 2 to 4)" in printed
-    lines = {axis.get_title(loc="left"): axis.get_lines() for axis in drawn.axes}
-    a, b = ((str(run), color) for run, color in zip(runs, map(plot_run.plt.get_cmap("tab10"), (0, 1)), strict=True))
+    a = {LOSS: {1: 1.0}, "throughput/mfu(%)": {1: 40.0}, **level}
+    b = {LOSS: {2: 2.0, 4: 1.5}, "throughput/mfu(%)": {2: 50.0}, "lr": {2: 1.0}, **level}
+    figure = plot_run.draw({"a": a, "b": b})
+    lines = {axis.get_title(loc="left"): axis.get_lines() for axis in figure.axes}
     assert {title: [(line.get_label(), line.get_color()) for line in of] for title, of in lines.items()} == {
-        "Training loss, mean": [a, b],
-        "Model FLOPs utilization (%)": [a, b],
-        "Learning rate": [b],
+        "Training loss, mean": [("a", "C0"), ("b", "C1")],
+        "Model FLOPs utilization (%)": [("a", "C0"), ("b", "C1")],
+        "Learning rate": [("b", "C1")],
     }
-    (legend,) = drawn.legends
-    assert [text.get_text() for text in legend.get_texts()] == [str(run) for run in runs]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
 
 
-@pytest.mark.parametrize("mistake", ["folder", "logs", "steps", "picture"])
-def test_mistakes_get_one_sentence(tmp_path, figure, mistake):
-    run, picture, message = tmp_path / "run", tmp_path / "run.png", "holds no log with a training step"
-    if mistake == "folder":
-        message = "run' is no folder; name a run's dump folder"
-    elif mistake == "logs":
-        run.mkdir()
-    elif mistake == "steps":
-        write_log(run, {"validation_metrics/loss": {1: 1.0}})
-    else:
-        write_log(run, {LOSS: {1: 1.0}})
-        picture, message = tmp_path / "run.odd", "run.odd' could not be written"
-    with pytest.raises(UserError, match=message):
-        figure("--run", run, "--picture", picture)
+def test_mistakes_get_one_sentence(tmp_path):
+    (tmp_path / "empty").mkdir()
+    no_step = write_log(tmp_path / "no_step", {"validation_metrics/loss": {1: 1.0}})
+    run = write_log(tmp_path / "run", {LOSS: {1: 1.0}})
+    for folder, picture, message in (
+        (tmp_path / "missing", "a.png", "missing' is not a folder; name a run's dump folder"),
+        (tmp_path / "empty", "a.png", "has no log with a training step"),
+        (no_step, "a.png", "has no log with a training step"),
+        (run, "a.odd", "a.odd' is not a PNG or PDF file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            plot_run.plot_runs([folder], tmp_path / picture)

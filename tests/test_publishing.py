@@ -1,13 +1,16 @@
 """What would stand on the hub of a converted model, of both architectures, and that stock classes load it."""
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from conftest import TINY
 from huggingface_hub import HfApi, ModelCard
+from push_to_hub import push_to_hub
 from transformers import AutoTokenizer, CsmForConditionalGeneration, LlamaForCausalLM
 
 from llama_mimi.checkpoint.conversion import convert_checkpoint
@@ -17,7 +20,6 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.common.hub import weights_sha256
 from llama_mimi.model.architectures import build_model
 from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs
-from llama_mimi.study.publishing import PublishingOptions, publish
 from llama_mimi.tokens.sequences import load_sequences
 
 
@@ -54,9 +56,7 @@ def results(folder, sha256):
         (folder / f"{name}.json").write_text(json.dumps(report))
     quick = {"benchmark": "salmon_a", "preset": "official-limit_5", "model_sha256": sha256, "parts": {"speaker": part}}
     (folder / "quick.json").write_text(json.dumps(quick))
-    heard = {"similarity": {"mean": 0.5, "interval": [0.4, 0.6], "count": 44}}
-    heard["log_perplexity"] = {"mean": 20.04, "interval": [10, 30], "count": 44}  # as they are shown
-    of_model = {"made_by": {"model_sha256": sha256}, "results": heard, "seconds": 2.0}
+    of_model = {"made_by": {"model_sha256": sha256}, "seconds": 2.0}
     (folder / "c.json").write_text(json.dumps(of_model))
     for number, content in enumerate(([1], {"made_by": "tool 1.0"}, {"parts": 1})):  # of other programs
         (folder / f"other_{number}.json").write_text(json.dumps(content))
@@ -65,12 +65,15 @@ def results(folder, sha256):
     return folder
 
 
-def test_a_dry_run_writes_what_would_be_uploaded(model, tmp_path, capsys):
+def test_a_dry_run_writes_what_would_be_uploaded(model, tmp_path, monkeypatch, capsys):
+    means = {"similarity": (0.5, 0.4, 0.6, 44), "log_perplexity": (20.04, 10.0, 30.0, 44)}  # as they are shown
+    report = SimpleNamespace(generation_means=lambda result: means if result["seconds"] == 2.0 else {})
+    monkeypatch.setitem(sys.modules, "llama_mimi.report.results", report)
     of_model = results(tmp_path / "results", weights_sha256(str(model)))
     for path in (model / "._model.safetensors", of_model / "._a.json", of_model / "._index.jsonl"):
         path.write_bytes(b"\x00\x05\x16\x07\xff")  # as macOS leaves them beside files
     of_weights = {"license": "llama3.2", "base_model": "meta-llama/Llama-3.2-1B"}
-    publish(PublishingOptions(model, "me/mine", (of_model,), dry_run=tmp_path / "dry", **of_weights))
+    push_to_hub(model, "me/mine", (of_model,), dry_run=tmp_path / "dry", **of_weights)
     assert "would be uploaded: README.md, config.json" in capsys.readouterr().out
     assert not list((tmp_path / "dry").glob(".*"))
     adapter = LlamaMimiStateDictAdapter(LlamaMimiArgs(), None)
@@ -78,11 +81,11 @@ def test_a_dry_run_writes_what_would_be_uploaded(model, tmp_path, capsys):
     card = ModelCard.load(tmp_path / "dry" / "README.md")
     assert card.data.license == "llama3.2" and card.data.base_model == "meta-llama/Llama-3.2-1B"
     assert "How to use it." in card.content and card.data.library_name == "transformers"
-    assert "| data | data/codes/x,y,z |" in card.content and "| steps | 7 |" in card.content
+    assert "| training.dataset | data/codes/x,y,z |" in card.content and "| training.steps | 7 |" in card.content
     assert "| training FLOPs | 5.83e+12 |" in card.content and "d" * 64 in card.content
-    assert "| salmon_a | speaker | official | 75.0 % | 60.0 to 85.0 % | 40 |" in card.content
-    assert "salmon_b" not in card.content and "| speaker similarity | 0.500 | 0.400 to 0.600 | 44 |" in card.content
-    assert "| perplexity | 20.0 | 10.0 to 30.0 | 44 |" in card.content
+    assert "| salmon_a/speaker | official | 75 | 60 to 85 | 40 |" in card.content
+    assert "salmon_b" not in card.content and "| similarity | at most 2 s | 0.5 | 0.4 to 0.6 | 44 |" in card.content
+    assert "| log_perplexity | at most 2 s | 20.04 | 10 to 30 | 44 |" in card.content
     assert {(score.dataset_config, score.metric_value) for score in card.data.eval_results} == {
         ("speaker", 75.0),
         ("gender", 75.0),
@@ -93,7 +96,7 @@ def test_a_dry_run_writes_what_would_be_uploaded(model, tmp_path, capsys):
     assert torch.isfinite(loaded(torch.tensor([[0, 1]])).logits).all()
     assert "<audio>" in AutoTokenizer.from_pretrained(tmp_path / "dry").get_vocab()
     with pytest.raises(UserError, match="which exists; name a new folder"):
-        publish(PublishingOptions(model, "me/mine", (of_model,), dry_run=tmp_path / "dry"))
+        push_to_hub(model, "me/mine", (of_model,), dry_run=tmp_path / "dry")
 
 
 def test_an_upload_sends_the_folder_and_the_card(model, tmp_path, monkeypatch, capsys):
@@ -101,7 +104,7 @@ def test_an_upload_sends_the_folder_and_the_card(model, tmp_path, monkeypatch, c
     monkeypatch.setattr(HfApi, "create_repo", lambda self, repo, **options: sent.append((repo, options)))
     monkeypatch.setattr(HfApi, "upload_folder", lambda self, **what: sent.append(what))
     monkeypatch.setattr(HfApi, "upload_file", lambda self, **what: sent.append(what))
-    publish(PublishingOptions(model, "me/mine", (), private=True, base_model="/home/me/base"))
+    push_to_hub(model, "me/mine", (), private=True, base_model="/home/me/base")
     created, folder, *texts = sent
     texts = {text["path_in_repo"]: text["path_or_fileobj"] for text in texts}
     assert created == ("me/mine", {"private": True, "exist_ok": True})
@@ -121,18 +124,24 @@ def test_mistakes(model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(HfApi, "create_repo", refused)
     with pytest.raises(UserError, match="could not be uploaded to 'me/mine' .*no network.*--dry_run"):
-        publish(PublishingOptions(model, "me/mine", ()))
+        push_to_hub(model, "me/mine", ())
     for repo in ("mine", "me/my/mine", "me/..", "/"):
         with pytest.raises(UserError, match="--repo is"):
-            publish(PublishingOptions(model, repo, ()))
-    with pytest.raises(UserError, match="is no converted model"):
-        publish(PublishingOptions(TINY, "me/mine", ()))
-    with pytest.raises(UserError, match="--results is 'nowhere', which is no folder"):
-        publish(PublishingOptions(model, "me/mine", (Path("nowhere"),)))
+            push_to_hub(model, repo, ())
+    with pytest.raises(UserError, match="is not a converted model"):
+        push_to_hub(TINY, "me/mine", ())
+    with pytest.raises(UserError, match="--results is 'nowhere', which is not a folder"):
+        push_to_hub(model, "me/mine", (Path("nowhere"),))
     (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "x.json").write_text("{no")
-    with pytest.raises(UserError, match="is not readable as JSON"):
-        publish(PublishingOptions(model, "me/mine", (tmp_path / "bad",)))
+    for content, message in (
+        ("{no", "is not readable as JSON"),
+        (json.dumps({"model_sha256": weights_sha256(str(model)), "parts": {"a": {}}}), "x.json' is not a complete"),
+        (json.dumps({"model_sha256": weights_sha256(str(model)), "parts": [1]}), "x.json' is not a complete"),
+        (json.dumps({"model_sha256": weights_sha256(str(model)), "flops": 1}), "x.json' is not a complete"),
+    ):
+        (tmp_path / "bad" / "x.json").write_text(content)
+        with pytest.raises(UserError, match=message):
+            push_to_hub(model, "me/mine", (tmp_path / "bad",))
 
 
 def test_the_other_architecture(tmp_path):
@@ -147,9 +156,9 @@ def test_the_other_architecture(tmp_path):
     (run / "job_config.json").write_text(json.dumps({"job": {"dump_folder": str(run)}, "training": {"steps": 1}}))
     convert_checkpoint(run / "checkpoint", tmp_path / "converted")
     assert json.loads((tmp_path / "converted" / "training_config.json").read_text()) == {"training": {"steps": 1}}
-    publish(PublishingOptions(tmp_path / "converted", "me/frames", (), dry_run=tmp_path / "dry"))
+    push_to_hub(tmp_path / "converted", "me/frames", (), dry_run=tmp_path / "dry")
     loaded = CsmForConditionalGeneration.from_pretrained(tmp_path / "dry")
     assert loaded.config.num_codebooks == 4
     card = (tmp_path / "dry" / "README.md").read_text()
     assert "converted from | `step-1`" in card and '"codec": "mimi"' in (tmp_path / "dry" / "config.json").read_text()
-    assert "CsmForConditionalGeneration.from_pretrained" in card and "| steps | 1 |" in card
+    assert "CsmForConditionalGeneration.from_pretrained" in card and "| training.steps | 1 |" in card

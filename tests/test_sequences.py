@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import TINY
 
-from llama_mimi.evaluation.scoring import preset, scored_sequence
+from llama_mimi.evaluation.scoring import Scoring, scored_sequence
 from llama_mimi.tokens.sequences import load_sequences
 
 
@@ -25,13 +25,13 @@ def test_a2a_and_tts(sequences):
 
 @pytest.mark.parametrize("is_cut", [False, True])
 @pytest.mark.parametrize("levels", [None, (0,)])
-@pytest.mark.parametrize("name", ["official", "original"])
-def test_without_text_sequences_and_scores_are_of_the_same_tokens(sequences, name, levels, is_cut):
+@pytest.mark.parametrize("as_released", [False, True])
+def test_without_text_sequences_and_scores_are_of_the_same_tokens(sequences, as_released, levels, is_cut):
     small = load_sequences(str(TINY / "llama"), str(TINY / "mimi"), 4, "audio")
     assert small.vocabulary.base == 3 and small.adds_bos
     tokens, scored = [], []
     for kind in (sequences, small):
-        ids_L, is_scored_L = scored_sequence(kind, codes(5), is_cut=is_cut, scoring=preset(name, levels).scoring)
+        ids_L, is_scored_L = scored_sequence(kind, codes(5), is_cut=is_cut, scoring=Scoring(levels, as_released))
         tokens.append(kind.tokenizer.convert_ids_to_tokens(ids_L.tolist()))
         scored.append(is_scored_L.tolist())
     assert tokens[0] == tokens[1] and tokens[0][:2] == ["<|begin_of_text|>", "<audio>"]

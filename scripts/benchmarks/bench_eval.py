@@ -14,7 +14,6 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -32,24 +31,19 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.common.hub import load_pretrained
 from llama_mimi.common.ranks import Ranks
 from llama_mimi.common.resume import ProgressLog
-from llama_mimi.evaluation.benchmarks import Benchmark, read_salmon, read_slm21, read_storycloze
-from llama_mimi.evaluation.clip_codes import CodeCache, cache_key, encode_clips
-from llama_mimi.evaluation.clip_scores import score_clips
-from llama_mimi.evaluation.scoring import preset
-from llama_mimi.evaluation.script import BATCH_TOKENS
+from llama_mimi.evaluation.benchmarks import Benchmark
+from llama_mimi.evaluation.codes import encode_clips
+from llama_mimi.evaluation.results import MAX_AUDIO_SECONDS
+from llama_mimi.evaluation.scoring import Scoring, score_clips
+from llama_mimi.evaluation.script import BATCH_TOKENS, BENCHMARK_SCRIPTS
 from llama_mimi.generation.flattened import FlattenedModel
 from llama_mimi.generation.speech_model import DECODER_DTYPES, DecoderPrecision
 from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs
 from llama_mimi.tokens.sequences import SequenceBuilder, load_sequences
 from llama_mimi.tokens.units import text_from_codes
 
-READERS: dict[str, tuple[Callable[[str], Benchmark], str, tuple[int, ...] | None]] = {
-    "SALMon": (read_salmon, "salmon", None),
-    "sLM21": (read_slm21, "sLM21", (0,)),
-    "StoryCloze": (read_storycloze, "storycloze", (0,)),
-}
+FOLDERS = {"salmon": "salmon", "sLM21": "sLM21", "sStoryCloze": "storycloze"}  # in assets/tiny/benchmarks
 ALONE, BATCHED, CACHED = "one clip at a time", "in batches", "in batches, codes cached"
-MAX_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -81,7 +75,7 @@ def bench_eval(scored: Scored, random_1b: bool = False, repeats: int = 3) -> Non
     with tempfile.TemporaryDirectory() as folder:
         if random_1b:
             scored = replace(scored, model_name=write_random_model(Path(folder) / "random"))
-        rows = [row(scored, benchmark, Path(folder), repeats) for benchmark in READERS]
+        rows = [row(scored, benchmark, Path(folder), repeats) for benchmark in FOLDERS]
     together = [len(rows) / sum(1 / rates[way] for _, rates, _ in rows) for way in (ALONE, BATCHED, CACHED)]
     ratios = {name: [rates[BATCHED] / rates[ALONE], rates[CACHED] / rates[ALONE]] for name, rates, _ in rows}
     ratios["together"] = [together[1] / together[0], together[2] / together[0]]
@@ -141,28 +135,24 @@ def measure(scored: Scored, benchmark: str, way: str, folder: Path) -> dict[str,
 def probe(
     benchmark: str, way: str, folder: str, model_name: str, data_dir: str, dtype: DecoderPrecision, pairs: int
 ) -> dict[str, Any]:
-    read, name, levels = READERS[benchmark]
-    all_pairs = read(f"{data_dir}/{name}").pairs
+    levels = BENCHMARK_SCRIPTS[benchmark].levels
+    all_pairs = BENCHMARK_SCRIPTS[benchmark].read(f"{data_dir}/{FOLDERS[benchmark]}").pairs
     some_pairs = all_pairs[:: max(1, len(all_pairs) // pairs)][:pairs]
     clips = Benchmark(some_pairs).clips
     decoder, sequences, codec_name = load_parts(model_name, dtype)
     if way == ALONE:
-        codec = MimiCodec(codec_name, decoder.config.num_quantizers, DEVICE, attention="whole").model
+        mimi = MimiCodec(codec_name, decoder.config.num_quantizers, DEVICE, attention="whole").model
         start = time.perf_counter()
-        scores = [score_alone(clip.read(), decoder, sequences.tokenizer, codec, levels) for clip in clips]
+        scores = [score_alone(clip.source.read_bytes(), decoder, sequences.tokenizer, mimi, levels) for clip in clips]
         return {"pairs": len(some_pairs), "seconds": time.perf_counter() - start, "scores": scores}
-    chosen = preset("original" if way == "original" else "official", levels)
-    attention: CodecAttention = "whole" if chosen.scoring.as_released else "windowed"
-    model = FlattenedModel(
-        decoder, sequences, MimiCodec(codec_name, decoder.config.num_quantizers, DEVICE, attention=attention)
-    )
-    cache = CodeCache(folder, cache_key(model.codec, MAX_SECONDS, as_released=chosen.scoring.as_released))
+    scoring = Scoring(levels, as_released=way == "original")
+    attention: CodecAttention = "whole" if scoring.as_released else "windowed"
+    codec = MimiCodec(codec_name, decoder.config.num_quantizers, DEVICE, attention=attention)
+    model = FlattenedModel(decoder, sequences, codec)
     start = time.perf_counter()
-    ids, codes = encode_clips(model.codec, clips, cache, Ranks(), MAX_SECONDS, as_released=chosen.scoring.as_released)
+    ids, codes = encode_clips(codec, clips, folder, Ranks(), MAX_AUDIO_SECONDS, as_released=scoring.as_released)
     with tempfile.TemporaryDirectory() as log:
-        scored = score_clips(
-            model, codes, chosen.scoring, BATCH_TOKENS[DEVICE == "cuda"], ProgressLog(Path(log), {}), Ranks()
-        )
+        scored = score_clips(model, codes, scoring, BATCH_TOKENS[DEVICE == "cuda"], ProgressLog(Path(log), {}), Ranks())
     seconds = time.perf_counter() - start
     return {"pairs": len(some_pairs), "seconds": seconds, "scores": [scored[audio_id] for audio_id in ids]}
 
@@ -200,7 +190,7 @@ def score_alone(
 ) -> float:
     """The first release's way to a score; higher is likelier."""
     Q = decoder.config.num_quantizers
-    samples_S = read_audio(content, codec.config.sampling_rate, max_seconds=MAX_SECONDS).samples_S
+    samples_S = read_audio(content, codec.config.sampling_rate, max_seconds=MAX_AUDIO_SECONDS).samples_S
     codes_QT = codec.encode(samples_S[None, None].to(decoder.device), num_quantizers=Q).audio_codes[0]
     ids_1L = tokenizer(text_from_codes(codes_QT.T.cpu()), return_tensors="pt").input_ids
     labels_1L = ids_1L.clone()

@@ -10,7 +10,7 @@ Tokenisation is started again until it finishes, its shards are compared with an
 begun anew, until there were enough kills. Training (the tiny recipe, packed, from those codes) goes on from its last
 checkpoint on another number of ranks; every step writes down which frames of which clips it used, and what the steps
 up to the last checkpoint used is compared with the data. Of 1,000 continuations the files are compared with an
-undisturbed run's, byte by byte, and of a small study its report and the scores of its runs.
+undisturbed run's, byte by byte, and of a small study its report and the bits of its runs.
 """
 
 import contextlib
@@ -246,7 +246,7 @@ def kill_continuation(flags: KillFlags) -> None:
 
 
 def kill_study(flags: KillFlags) -> None:
-    """A study of two trunks with two decays each; what it says in the end is compared with an undisturbed one's."""
+    """Kill a study of four runs; compare its report and its index with those of an undisturbed study."""
     generator, began = random.Random(flags.seed), time.monotonic()
     log = flags.folder / "study.log"
     whole, killed = (write_study(flags.folder / name) for name in ("whole_study", "killed_study"))
@@ -269,7 +269,7 @@ def kill_study(flags: KillFlags) -> None:
         print(f"kill {kills}: {seconds:.1f} s, {len(done)} results", flush=True)
     reports = [(study.parent / "out" / "report.md").read_text().replace(str(study), "") for study in (whole, killed)]
     scores = [
-        [{key: line[key] for key in ("run", "state", BITS, "scores")} for line in map(json.loads, lines)]
+        [{key: line[key] for key in ("run", "state", BITS)} for line in map(json.loads, lines)]
         for lines in ((study.parent / "out" / "index.jsonl").read_text().splitlines() for study in (whole, killed))
     ]
     is_same = reports[0] == reports[1] and scores[0] == scores[1]

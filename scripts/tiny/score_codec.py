@@ -26,7 +26,7 @@ from llama_mimi.common.command_line import run_command
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import write_atomically
 from llama_mimi.common.versions import versions
-from llama_mimi.evaluation.accuracy import wilson_interval
+from llama_mimi.evaluation.statistics import wilson_interval
 
 WORD_PARTS = 5  # a word is judged by the means of as many equal parts, because order makes the word
 

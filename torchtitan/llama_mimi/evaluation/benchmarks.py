@@ -1,26 +1,23 @@
-"""The pairs of SALMon, sLM21 and StoryCloze from folders in the official layouts.
-
-Each reader also takes what `pair_tables` reads: a hub id, or a folder of Parquet files.
-"""
+"""The pairs of SALMon, sLM21 and StoryCloze, from folders in the official layouts, Parquet files and the hub."""
 
 import csv
 import hashlib
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
+from typing import Any, Literal
+
+from datasets import Audio, Dataset, get_dataset_config_names, load_dataset
 
 from llama_mimi.audio.reading import AUDIO_ENDINGS
-from llama_mimi.common.errors import UserError
-from llama_mimi.common.files import is_hidden
+from llama_mimi.common.errors import UserError, first_line
+from llama_mimi.common.files import find_files, is_hidden, is_synthetic, visible_files
 from llama_mimi.evaluation.accuracy import frequency_band
-from llama_mimi.evaluation.pair_tables import PairTable, open_tables
 
-OTHER_AUDIO_ENDINGS = (".aac", ".aif", ".aiff", ".m4a", ".mp4", ".opus", ".sph", ".webm", ".wma")
-# SALMon's own list (arXiv 2409.07437); its mean is that of these eight.
+ENDINGS = (*AUDIO_ENDINGS, ".aac", ".aif", ".aiff", ".m4a", ".mp4", ".opus", ".sph", ".webm", ".wma")
 SALMON_PARTS = (
     "bg_alignment",
     "bg_all_consistency",
@@ -31,81 +28,79 @@ SALMON_PARTS = (
     "sentiment_consistency",
     "speaker_consistency",
 )
-# Data sets of sLM21 and StoryCloze on the hub, and their parts. sWUGGY and sBLIMP are dev splits: the right answers of
-# test are not published.
+# Data sets on the hub and their parts. sWUGGY and sBLIMP are dev splits: the answers of the test splits are secret.
 SLM21_TABLES = {"sWUGGY": "lexical_dev", "sBLIMP": "syntactic_dev"}
 STORYCLOZE_TABLES = ("sStoryCloze", "tStoryCloze")
+# Numbers of pairs in the published data sets.
+OFFICIAL_PAIRS = {
+    **dict.fromkeys(SALMON_PARTS, 200),  # arXiv 2409.07437
+    "lexical_dev": 20_000,  # 5,000 words in 4 voices, arXiv 2011.11588
+    "syntactic_dev": 25_200,  # 6,300 sentences in 4 voices, arXiv 2011.11588 and the hub's table
+    **dict.fromkeys(STORYCLOZE_TABLES, 1_871),  # arXiv 2305.13009
+}
+DataKind = Literal["official", "synthetic", "other"]
 
 
 @dataclass(frozen=True)
-class BenchmarkClip:
-    """A clip to be scored.
+class Cell:
+    """Audio in one row and column of a table."""
 
-    Args:
-        name: in the result file, and in messages.
-        source: a file, or a place in a table.
-        split: of sLM21 ("lexical/dev"), whose submission file lists the clip.
-    """
+    dataset: Dataset
+    index: int
+    column: str
+
+    def read_bytes(self) -> bytes:
+        """Return the bytes of the audio file."""
+        audio = self.dataset[self.index][self.column]
+        if audio is None or audio["bytes"] is None:
+            raise UserError(f"row {self.index} has no audio bytes in the column '{self.column}'; embed the audio")
+        return audio["bytes"]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A clip to score, called ``name`` in the result; ``split`` of sLM21 ("lexical/dev") has a submission file."""
 
     name: str
-    source: Path | PairTable.Cell
+    source: Path | Cell
     split: str | None = None
-
-    def read(self) -> bytes:
-        """The bytes of the audio file.
-
-        Raises:
-            UserError: there are none, or they cannot be read.
-        """
-        try:
-            return self.source.read_bytes()
-        except OSError as error:
-            raise UserError(f"'{self.source}' cannot be read ({error.strerror}); mend that or copy it anew") from error
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A model is right where ``positive`` is likelier than ``negative``.
+    """Two clips; a model is right if ``positive`` is likelier.
 
     Args:
-        part: of the benchmark.
-        name: within the part.
-        group: pairs of one part and group are averaged first by preset "official": the voices of a word.
-        labels: what accuracy is also given by, such as {"type": "anaphor_agreement"}.
+        group: pairs of one part and group, such as the voices of a word, are averaged first by preset "official".
+        labels: further categories of accuracies, such as {"type": "anaphor_agreement"}.
     """
 
     part: str
     name: str
-    positive: BenchmarkClip
-    negative: BenchmarkClip
     group: str
-    labels: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    positive: Clip
+    negative: Clip
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What a source holds.
-
-    Args:
-        pairs: to be judged.
-        unpaired: clips whose right answers are not published (sLM21's test split), scored for the submission alone.
-        notes: what must be known of the source, such as what it holds and no preset scores, one sentence each.
-    """
+    """Pairs, clips with secret answers (sLM21's test split, for the submission only), and remarks on the source."""
 
     pairs: list[Pair]
-    unpaired: list[BenchmarkClip] = field(default_factory=list)
+    unpaired: list[Clip] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
-    def clips(self) -> list[BenchmarkClip]:
-        """Every clip, pair by pair."""
+    def clips(self) -> list[Clip]:
+        """All clips: positive and negative of each pair, then the unpaired ones."""
         return [clip for pair in self.pairs for clip in (pair.positive, pair.negative)] + self.unpaired
 
 
 def limited(benchmark: Benchmark, limit: int) -> Benchmark:
-    """A part of a benchmark for a quick look: so many groups of each part, drawn by the hash of their names.
+    """Return ``limit`` groups of each part, drawn by the hash of their names, without unpaired clips.
 
-    A smaller limit draws a part of what a larger one draws. Clips whose right answers are not published are left out.
+    A smaller limit draws a subset of a larger one.
     """
     groups: dict[str, set[str]] = defaultdict(set)
     for pair in benchmark.pairs:
@@ -120,272 +115,219 @@ def limited(benchmark: Benchmark, limit: int) -> Benchmark:
     return Benchmark(pairs, notes=[*benchmark.notes, note])
 
 
-def read_salmon(source: str) -> Benchmark:
-    """SALMon: ``<root>/<part>/sample_<index>_<k>.wav``, or tables of the eight parts.
+def data_kind(source: str, pairs: list[Pair]) -> DataKind:
+    """Return "official" if each part has as many pairs as the published one, "synthetic" for synthesised speech."""
+    if is_synthetic(source):
+        return "synthetic"
+    counts = Counter(pair.part for pair in pairs)
+    is_official = pairs and all(OFFICIAL_PAIRS.get(part) == count for part, count in counts.items())
+    return "official" if is_official else "other"
 
-    Files of an index are sorted; the first is the positive and each other one a negative. Parts named ``all`` or
-    ``all_*`` repeat pairs of the others and are left out.
+
+def read_salmon(source: str) -> Benchmark:
+    """Read SALMon: ``<root>/<part>/sample_<index>_<k>.wav``, or tables of its parts.
+
+    The first file of an index is the positive, each other one a negative. Parts named ``all`` or ``all_*`` repeat pairs
+    of other parts and are left out.
 
     Raises:
-        UserError: no pairs, or files that belong to none.
+        UserError: no pairs, or a file without a partner.
     """
-    pairs: list[Pair] = []
-    notes: list[str] = []
-    if tables := _tables(source, None, ("positive_audio", "negative_audio")):
-        for table in tables:
-            if _is_aggregate(table.name):
-                notes.append(_repeats(table.name))
-                continue
-            pairs += [
-                Pair(_salmon_part(table, row), str(index), *_table_clips(table, index), group=str(index))
-                for index, row in enumerate(table.rows())
-            ]
-    else:
-        for folder in _folders(Path(source)):
-            if _is_aggregate(folder.name):
-                notes.append(_repeats(folder.name))
-            else:
-                pairs += _samples(folder)
-    return Benchmark(_not_empty(pairs, source, "<part>/sample_<index>_<k>.wav"), notes=notes)
+    benchmark = _read_tables(source, ("positive_audio", "negative_audio"))
+    for folder in _folders(Path(source)):
+        if not _is_aggregate(folder.name):
+            benchmark.pairs.extend(_samples(folder))
+    return _not_empty(benchmark, source, "<part>/sample_<index>_<k>.wav")
 
 
 def read_slm21(source: str) -> Benchmark:
-    """sLM21: ``lexical`` (sWUGGY) and ``syntactic`` (sBLIMP) with ``{dev,test}/*.wav`` and ``gold.csv``, or tables.
+    """Read sLM21: ``{lexical,syntactic}/{dev,test}`` (sWUGGY, sBLIMP) with audio and ``gold.csv``, or tables.
 
-    Lexical pairs join on (id, voice) and their group is the id; syntactic pairs are consecutive rows and their group is
-    (type, subtype, id). A test split without ``gold.csv``, as it is published, is scored for the submission alone.
+    Lexical pairs share id and voice, and the id is their group; syntactic pairs are consecutive rows, and (type,
+    subtype, id) is their group. A test split without ``gold.csv`` is scored for the submission only.
 
     Raises:
-        UserError: no pairs, or files that ``gold.csv`` does not list.
+        UserError: no pairs, or ``gold.csv`` and the audio files do not match.
     """
-    pairs: list[Pair] = []
-    unpaired: list[BenchmarkClip] = []
-    notes: list[str] = []
-    if tables := _tables(source, SLM21_TABLES, ("positive", "negative")):
-        for table in tables:
-            rows = list(table.rows())
-            has_ids = all(row.get("id") is not None for row in rows)
-            if not has_ids:
-                notes.append(
-                    f"'{table.name}' has no column 'id': its rows are counted one by one, not by word or sentence"
-                )
-            for index, row in enumerate(rows):
-                group = "_".join(str(row.get(key)) for key in ("type", "subtype", "id")) if has_ids else str(index)
-                clips = _table_clips(table, index)
-                pairs.append(Pair(SLM21_TABLES[table.name], str(index), *clips, group, _labels(row, table.name)))
-        return Benchmark(_not_empty(pairs, source, "a table of pairs"), notes=notes)
-    for folder in sorted(path for path in Path(source).glob("*/*/") if not _is_hidden(path, source)):
-        task, split = folder.parent.name, folder.name
-        if task in ("phonetic", "semantic"):
-            notes.append(f"'{folder}' belongs to other tasks of ZeroSpeech 2021 and is left out")
-            continue
-        if task not in ("lexical", "syntactic"):
-            raise UserError(f"'{folder}' belongs to neither lexical nor syntactic; move the odd folder out")
-        files: dict[str, BenchmarkClip] = {}
-        for path in _audio_files(folder):
-            if path.stem in files:
-                raise UserError(f"'{path}' and '{files[path.stem].name}' have one name; move the odd file out")
-            files[path.stem] = BenchmarkClip(path.name, path, f"{task}/{split}")
+    benchmark = _read_tables(source, ("positive", "negative"), SLM21_TABLES)
+    for folder in [*_folders(Path(source) / "lexical"), *_folders(Path(source) / "syntactic")]:
+        split = f"{folder.parent.name}/{folder.name}"
+        files = {stem: Clip(path.name, path, split) for (stem,), path in _files_by(folder, "(.*)", str).items()}
         if (folder / "gold.csv").is_file():
-            pairs += _gold_pairs(folder / "gold.csv", f"{task}_{split}", files)
-        elif split == "test":
-            unpaired += files.values()
-            notes.append(f"'{folder}' has no gold.csv: its {len(files):,} clips are scored for the submission alone")
+            benchmark.pairs.extend(_gold_pairs(folder / "gold.csv", split.replace("/", "_"), files))
+        elif folder.name == "test":
+            benchmark.unpaired.extend(files.values())
+            benchmark.notes.append(f"'{folder}' has no gold.csv: {len(files):,} clips are for the submission only")
         else:
-            raise UserError(f"'{folder}' has no gold.csv, which says what is right; add it or move the folder out")
-    if not unpaired:
-        _not_empty(pairs, source, "{lexical,syntactic}/{dev,test}/gold.csv")
-    return Benchmark(pairs, unpaired, notes)
+            raise UserError(f"'{folder}' has no gold.csv with the answers; add it or move the folder out")
+    return _not_empty(benchmark, source, "{lexical,syntactic}/{dev,test}/gold.csv")
 
 
 def read_storycloze(source: str) -> Benchmark:
-    """StoryCloze: a flat folder sorted by integer prefix, consecutive files being positive and negative, or tables.
+    """Read StoryCloze: a folder of files sorted by their number, (positive, negative) in turn, or tables.
 
-    A folder of such folders has one part each: sStoryCloze (its own wrong ending) and tStoryCloze (a random ending).
+    A folder of such folders has one part each: sStoryCloze (own wrong ending) and tStoryCloze (random ending).
 
     Raises:
-        UserError: no pairs, or files that belong to none.
+        UserError: no pairs, or a file without a partner.
     """
-    pairs: list[Pair]
-    if tables := _tables(source, STORYCLOZE_TABLES, ("positive", "negative")):
-        pairs = [
-            Pair(table.name, str(index), *_table_clips(table, index), group=str(index))
-            for table in tables
-            for index in range(len(table))
-        ]
-        return Benchmark(_not_empty(pairs, source, "a table of pairs"))
+    benchmark = _read_tables(source, ("positive", "negative"), STORYCLOZE_TABLES)
     root = Path(source)
     folders = [folder for folder in _folders(root) if _audio_files(folder)]
     if folders and (odd := _audio_files(root)):
-        raise UserError(f"'{odd[0]}' lies beside folders of stories; move the odd file out, or name one folder")
-    notes: list[str] = []
-    pairs = [pair for folder in folders or [root] for pair in _stories(folder, notes)]
-    return Benchmark(_not_empty(pairs, source, "<number>_*.wav"), notes=notes)
+        raise UserError(f"'{odd[0]}' lies beside folders of stories; move it out, or name one folder")
+    for folder in folders or [root]:
+        files = sorted(_files_by(folder, r"(\d+).*").items())
+        if len(files) % 2:
+            last = files[-1][1].name
+            raise UserError(f"'{folder}' has an odd number of files ({len(files)}); the last one is '{last}'")
+        pairs = list(zip(files[::2], files[1::2], strict=True))
+        for (_, a), (_, b) in pairs:
+            clips = Clip(a.name, a), Clip(b.name, b)
+            benchmark.pairs.append(Pair(folder.resolve().name, a.stem, a.stem, *clips))
+        if gaps := [f"'{a.name}' and '{b.name}'" for ((i,), a), ((j,), b) in pairs if j != i + 1]:
+            gap = f"{len(gaps):,} of {len(pairs):,} pairs have a gap between their numbers, as {gaps[0]}"
+            benchmark.notes.append(f"'{folder}': {gap}; make sure that no file is missing")
+    return _not_empty(benchmark, source, "<number>_*.wav")
 
 
 def _samples(folder: Path) -> Iterator[Pair]:
     """Pairs of one part of SALMon."""
-    groups: dict[int, list[Path]] = defaultdict(list)
-    for path in _audio_files(folder):
-        match = re.fullmatch(r"sample_(\d+)_(\d+)", path.stem)
-        if match is None:
-            raise UserError(f"'{path}' is not named sample_<index>_<k>; move the odd file out")
-        groups[int(match[1])].append(path)
-    for index, paths in sorted(groups.items()):
-        if len(paths) < 2:
-            raise UserError(f"'{paths[0]}' has no counterpart of the same index; add it or move the odd file out")
-        by_number = {int(path.stem.rsplit("_", 1)[1]): path for path in paths}
-        if len(by_number) < len(paths):
-            raise UserError(f"'{folder}' has two files of the same name for index {index}; move the odd file out")
-        positive, *negatives = [BenchmarkClip(path.name, path) for _, path in sorted(by_number.items())]
-        for negative in negatives:
-            yield Pair(folder.name, str(index), positive, negative, group=negative.name)
+    samples: dict[int, list[Clip]] = defaultdict(list)
+    for (index, _), path in sorted(_files_by(folder, r"sample_(\d+)_(\d+)").items()):
+        samples[index].append(Clip(path.name, path))
+    for index, (positive, *negatives) in samples.items():
+        if not negatives:
+            raise UserError(f"'{positive.source}' has no counterpart of the same index; add it or move the file out")
+        yield from (Pair(folder.name, str(index), clip.name, positive, clip) for clip in negatives)
 
 
-def _stories(folder: Path, notes: list[str]) -> list[Pair]:
-    numbered: dict[int, Path] = {}
-    for path in _audio_files(folder):
-        match = re.match(r"(\d+)", path.stem)
-        if match is None:
-            raise UserError(f"'{path}' does not begin with a number; move the odd file out")
-        if int(match[1]) in numbered:
-            raise UserError(f"'{path}' and '{numbered[int(match[1])]}' have the same number; move the odd file out")
-        numbered[int(match[1])] = path
-    numbers = sorted(numbered)
-    if len(numbers) % 2:
-        last = numbered[numbers[-1]]
-        raise UserError(f"'{folder}' holds {len(numbers)} files, an odd number; the last one, '{last}', has no partner")
-    pairs = list(zip(numbers[::2], numbers[1::2], strict=True))
-    apart = [(numbered[first].name, numbered[second].name) for first, second in pairs if second != first + 1]
-    if apart:
-        notes.append(
-            f"'{folder}': the numbers of {len(apart):,} of {len(pairs):,} pairs do not follow each other, as in "
-            f"'{apart[0][0]}' and '{apart[0][1]}'; make sure that no file is missing"
-        )
-    clips = {number: BenchmarkClip(path.name, path) for number, path in numbered.items()}
-    part = folder.resolve().name
-    return [Pair(part, numbered[a].stem, clips[a], clips[b], group=numbered[a].stem) for a, b in pairs]
-
-
-def _gold_pairs(gold: Path, part: str, files: Mapping[str, BenchmarkClip]) -> Iterator[Pair]:
-    try:
-        with gold.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"'{gold}' cannot be read ({error}); save it as UTF-8 or copy it anew") from error
+def _gold_pairs(gold: Path, part: str, files: Mapping[str, Clip]) -> Iterator[Pair]:
+    with gold.open(newline="", encoding="utf-8-sig", errors="backslashreplace") as file:
+        rows = list(csv.DictReader(file))
     keys = {"filename", "id", "voice", "correct"}
-    if not rows or not keys <= rows[0].keys():
-        raise UserError(f"'{gold}' needs rows with the columns {', '.join(sorted(keys))}")
-    if short := [number for number, row in enumerate(rows, 2) if None in row.values()]:
-        raise UserError(f"'{gold}' has too few cells in line {short[0]}; copy it anew")
-    listed = {_stem(row["filename"]) for row in rows}
-    if len(listed) < len(rows):
-        raise UserError(f"'{gold}' lists {len(rows)} files, but only {len(listed)} names; copy it anew")
-    if odd := sorted(files.keys() - listed):
-        raise UserError(f"'{files[odd[0]].source}' is not listed in '{gold}'; move the odd file out")
-    if missing := sorted(listed - files.keys()):
-        raise UserError(f"'{gold}' lists '{missing[0]}', but there is no such audio file beside it")
-    is_lexical = part.startswith("lexical")
-    for first, second in _by_id_and_voice(rows, gold) if is_lexical else _consecutive(rows, gold):
-        if {first["correct"], second["correct"]} != {"0", "1"}:
-            raise UserError(f"'{gold}': '{first['filename']}' and '{second['filename']}' need one correct each")
-        right, wrong = (first, second) if first["correct"] == "1" else (second, first)
-        yield Pair(
-            part,
-            f"{right['id']}_{right['voice']}",
-            files[_stem(right["filename"])],
-            files[_stem(wrong["filename"])],
-            group=right["id"] if is_lexical else "_".join(right.get(key, "") for key in ("type", "subtype", "id")),
-            labels=_labels(right, str(gold)),
-        )
-
-
-def _by_id_and_voice(rows: list[dict[str, str]], gold: Path) -> Iterator[tuple[dict[str, str], dict[str, str]]]:
-    groups: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
+    if not rows or not keys <= rows[0].keys() or any(None in row.values() for row in rows):
+        raise UserError(f"'{gold}' needs rows with the columns {', '.join(sorted(keys))}; copy it again")
     for row in rows:
-        groups[row["id"], row["voice"]].append(row)
-    for (word_id, voice), group in groups.items():
-        if len(group) != 2:
+        if row["filename"].lower().endswith(ENDINGS):
+            row["filename"] = Path(row["filename"]).stem
+    if odd := {row["filename"] for row in rows} ^ files.keys():
+        raise UserError(f"'{min(odd)}' is only in one of '{gold}' and its folder; add the file or move it out")
+    is_lexical = part.startswith("lexical")
+    by_word: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
+    for row in rows:
+        by_word[row["id"], row["voice"]].append(row)
+    for pair in by_word.values() if is_lexical else [rows[i : i + 2] for i in range(0, len(rows), 2)]:
+        places = {(row["id"], row["voice"]) for row in pair}
+        if len(places) > 1 or sorted(row["correct"] for row in pair) != ["0", "1"]:
+            names = "', '".join(row["filename"] for row in pair)
             raise UserError(
-                f"'{gold}' has {len(group)} rows of id {word_id} and voice {voice}, not a word and a non-word"
+                f"'{gold}': '{names}' are not a pair of one id and voice, one correct; sort it as published"
             )
-        yield group[0], group[1]
+        wrong, right = sorted(pair, key=lambda row: row["correct"])
+        group = right["id"] if is_lexical else "_".join(right.get(key, "") for key in ("type", "subtype", "id"))
+        clips = files[right["filename"]], files[wrong["filename"]]
+        yield Pair(part, f"{right['id']}_{right['voice']}", group, *clips, _labels(right, str(gold)))
 
 
-def _consecutive(rows: list[dict[str, str]], gold: Path) -> Iterator[tuple[dict[str, str], dict[str, str]]]:
-    if len(rows) % 2:
-        raise UserError(f"'{gold}' has {len(rows)} rows, an odd number; pairs are consecutive rows")
-    for first, second in zip(rows[::2], rows[1::2], strict=True):
-        if (first["id"], first["voice"]) != (second["id"], second["voice"]):
-            names = f"'{first['filename']}' and '{second['filename']}'"
-            raise UserError(f"'{gold}': {names} follow each other, but differ in id or voice; sort it as published")
-        yield first, second
-
-
-def _labels(row: Mapping[str, object], where: str) -> dict[str, str]:
-    """Labels of a pair, from the row of its right clip."""
+def _labels(row: Mapping[str, Any], where: str) -> dict[str, str]:
+    """Labels of a pair, from the row of its positive clip."""
     labels = {key: str(row[key]) for key in ("type", "subtype") if row.get(key) not in (None, "")}
     try:
-        given = row.get("frequency")
-        frequency = math.nan if given in (None, "") else float(str(given))
-        if not math.isnan(frequency):  # a word without one is in no band, as in the official tool
+        frequency = math.nan if row.get("frequency") in (None, "") else float(row["frequency"])
+        if not math.isnan(frequency):  # a word without a frequency is in no band, as in the official tool
             labels["frequency"] = frequency_band(frequency)
     except ValueError as error:
-        raise UserError(f"'{where}' has the frequency '{row['frequency']}', which is no count; copy it anew") from error
+        raise UserError(f"'{where}' has the frequency '{row['frequency']}', not a count; copy it again") from error
     return labels
-
-
-def _tables(source: str, names: Collection[str] | None, columns: tuple[str, str]) -> list[PairTable]:
-    """Tables of pairs; none where a folder holds audio files, whatever else lies in it."""
-    root = Path(source)
-    files = root.rglob("*") if root.is_dir() else ()
-    if any(path.suffix.lower() in AUDIO_ENDINGS and not _is_hidden(path, root) for path in files):
-        return []
-    return open_tables(source, names, {*SLM21_TABLES, *STORYCLOZE_TABLES}, columns)
-
-
-def _salmon_part(table: PairTable, row: Mapping[str, object]) -> str:
-    """The folder or configuration, unless one table holds several parts."""
-    task = str(row.get("task"))
-    return task if table.name not in SALMON_PARTS and task in SALMON_PARTS else table.name
 
 
 def _is_aggregate(part: str) -> bool:
     return part == "all" or part.startswith("all_")
 
 
-def _repeats(part: str) -> str:
-    return f"the part '{part}' repeats pairs of the others and is left out"
-
-
-def _table_clips(table: PairTable, index: int) -> tuple[BenchmarkClip, BenchmarkClip]:
-    positive, negative = (BenchmarkClip(f"{table.name}_{index}_{cell.column}", cell) for cell in table.cells(index))
-    return positive, negative
-
-
-def _stem(filename: str) -> str:
-    return Path(filename).stem if filename.lower().endswith(AUDIO_ENDINGS) else filename
-
-
 def _folders(root: Path) -> list[Path]:
-    return sorted(path for path in root.iterdir() if path.is_dir() and not is_hidden(f"{path.name}/"))
+    return sorted(path for path in root.glob("*/") if not is_hidden(f"{path.name}/"))
 
 
 def _audio_files(folder: Path) -> list[Path]:
-    files = sorted(path for path in folder.iterdir() if path.is_file() and not is_hidden(path.name))
-    if other := [path for path in files if path.suffix.lower() in OTHER_AUDIO_ENDINGS]:
-        raise UserError(f"'{other[0]}' is no {', '.join(AUDIO_ENDINGS)} file; convert it, or move it out")
-    return [path for path in files if path.suffix.lower() in AUDIO_ENDINGS]
+    return [path for path in visible_files(folder, "*") if path.suffix.lower() in ENDINGS and path.is_file()]
 
 
-def _is_hidden(path: Path, root: Path | str) -> bool:
-    return is_hidden(path.relative_to(root).as_posix())
+def _files_by(folder: Path, pattern: str, kind: type = int) -> dict[tuple[Any, ...], Path]:
+    """Return the audio files of a folder by the groups of a pattern that matches their names."""
+    files: dict[tuple[Any, ...], Path] = {}
+    for path in _audio_files(folder):
+        match = re.fullmatch(pattern, path.stem)
+        if match is None:
+            raise UserError(f"the name of '{path}' does not match '{pattern}'; move the odd file out")
+        key = tuple(map(kind, match.groups()))
+        if key in files:
+            raise UserError(f"'{path}' and '{files[key]}' have the same number or name; move the odd file out")
+        files[key] = path
+    return files
 
 
-def _not_empty(pairs: list[Pair], source: str, layout: str) -> list[Pair]:
-    if not pairs:
+def _not_empty(benchmark: Benchmark, source: str, layout: str) -> Benchmark:
+    if not benchmark.clips:
+        raise UserError(f"'{source}' contains no pairs; the official layout is {layout}, and Parquet is read, too")
+    return benchmark
+
+
+def _read_tables(source: str, columns: tuple[str, str], names: Collection[str] | None = None) -> Benchmark:
+    """Read the tables of a benchmark, one pair a row, from the hub or a download of its Parquet files.
+
+    Args:
+        source: hub id (of the owner or of one data set), or folder of that name. A folder with audio has no tables.
+        columns: columns of the positive and the negative clip.
+        names: data sets of the benchmark; None takes each configuration as a part.
+    """
+    benchmark = Benchmark([])
+    try:
+        for name, arguments in _tables(source, names).items():
+            if not _is_aggregate(name):
+                _add_table(benchmark, name, load_dataset(*arguments, split="train"), columns)
+    except UserError:
+        raise
+    except Exception as error:  # datasets raises what its readers and the network raise
         raise UserError(
-            f"'{source}' holds no pairs; the official layout is {layout} (any of {', '.join(AUDIO_ENDINGS)}), and "
-            "Parquet files are read, too"
+            f"'{source}' is not a folder in the official layout, and not a data set on the hub or a download of one "
+            f"({first_line(error)}); download it again and give its folder with --data_dir"
+        ) from error
+    return benchmark
+
+
+def _tables(source: str, names: Collection[str] | None) -> dict[str, list[str]]:
+    """Return the arguments of `load_dataset` for each table."""
+    root = Path(source)
+    is_folder = root.is_dir()
+    if is_folder and find_files(source, ENDINGS):
+        return {}
+    if names is None:
+        if is_folder:
+            return {folder.name: [str(folder)] for folder in _folders(root)}
+        return {config: [source, config] for config in get_dataset_config_names(source)}
+    if root.absolute().name in names:
+        return {root.absolute().name: [source]}
+    return {name: [f"{source}/{name}"] for name in names if not is_folder or (root / name).is_dir()}
+
+
+def _add_table(benchmark: Benchmark, name: str, dataset: Dataset, columns: tuple[str, str]) -> None:
+    if missing := [column for column in columns if column not in dataset.column_names]:
+        found = ", ".join(dataset.column_names)
+        raise UserError(f"'{name}' has no column '{missing[0]}', only {found}; name the data set as published")
+    others = dataset.remove_columns(list(columns))
+    audio = [dataset.select_columns([column]).cast_column(column, Audio(decode=False)) for column in columns]
+    rows = list(others) if others.column_names else [{}] * len(dataset)
+    is_slm21 = name in SLM21_TABLES
+    has_ids = is_slm21 and all(row.get("id") is not None for row in rows)
+    if is_slm21 and not has_ids:
+        benchmark.notes.append(f"'{name}' has no column 'id': rows are counted one by one, not by word or sentence")
+    for index, row in enumerate(rows):
+        positive, negative = (
+            Clip(f"{name}_{index}_{column}", Cell(table, index, column))
+            for table, column in zip(audio, columns, strict=True)
         )
-    return pairs
+        group = "_".join(str(row.get(key)) for key in ("type", "subtype", "id")) if has_ids else str(index)
+        labels = _labels(row, name) if is_slm21 else {}
+        benchmark.pairs.append(Pair(SLM21_TABLES.get(name, name), str(index), group, positive, negative, labels))

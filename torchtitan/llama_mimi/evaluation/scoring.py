@@ -1,4 +1,4 @@
-"""What a score is: which tokens of a clip enter it, how they are joined, and what a tie counts.
+"""Scores of clips: which tokens enter, over which vocabulary, and their mean log-likelihood.
 
 Two presets for each benchmark. ``official`` is the benchmark's own rule. ``original`` is what the first release of
 Llama-Mimi computes, its accidents included, so that its paper's numbers can be compared with: the same tokens, mean,
@@ -6,137 +6,130 @@ comparison and codes. The resampler is ours (the release uses that of `datasets`
 ``--dtype float16`` is not given, so that scores agree to rounding, not to the last bit.
 """
 
+import hashlib
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
+from llama_mimi.common.batching import batches_of_like_size
 from llama_mimi.common.errors import UserError
+from llama_mimi.common.ranks import Ranks
+from llama_mimi.common.resume import ProgressLog, map_resumable
+from llama_mimi.evaluation.codes import ClipCodes
+from llama_mimi.generation.speech_model import SpeechModel
 from llama_mimi.tokens.sequences import SequenceBuilder
 
-Statistic = Literal["mean", "sum"]
 Likelihood = Literal["softmax", "grammar"]
-PresetName = Literal["official", "original"]
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """How the log-likelihoods of a clip's tokens become its score; higher is likelier.
+    """Rule by which a clip gets a score; higher is likelier.
 
     Args:
-        levels: quantizer levels whose units are scored; None is all of them.
-        end_token: ``</audio>`` is scored, where the clip has one.
-        statistic: mean over the scored tokens, or their sum.
-        window_seconds: the score is that of the least likely window of this length; None takes the whole clip.
+        levels: quantizer levels to score, with ``</audio>`` if the clip has one; None scores all.
         as_released: sequence, tokens and codes of the first release: BOS only if the tokenizer adds it, ``</audio>``
             also behind a clip that was cut, a partial last frame left to the codec, whose attention is "whole". With
             ``levels`` None every token after the first is scored, ``<audio>`` too; with ``(0,)`` every Q-th from
             position 2 on, which is level 0 and ``</audio>`` behind BOS, and level 1 without it.
-        likelihood: "softmax" is over the model's whole vocabulary; "grammar" is over the tokens that can stand at a
+        likelihood: "softmax" is over the model's whole vocabulary; "grammar" is over the tokens that are possible at a
             position, which are the codes of its level and, at level 0, ``</audio>``.
     """
 
     levels: tuple[int, ...] | None
-    end_token: bool = True
-    statistic: Statistic = "mean"
-    window_seconds: float | None = None
     as_released: bool = False
     likelihood: Likelihood = "softmax"
 
+    @property
+    def tie(self) -> float:
+        """Credit of a pair with equal scores."""
+        return 0.0 if self.as_released else 0.5
 
-@dataclass(frozen=True)
-class Preset:
-    """A scoring and what is made of the scores.
-
-    Args:
-        name: of the result file.
-        scoring: of clips.
-        tie: what a pair of equal scores counts.
-        by_group: pairs of one group, such as the voices of one word, are averaged first.
-    """
-
-    name: str
-    scoring: Scoring
-    tie: float
-    by_group: bool
+    @property
+    def by_group(self) -> bool:
+        """True if pairs of one group, such as the voices of one word, are averaged first."""
+        return not self.as_released
 
     def describe(self) -> dict[str, Any]:
-        """For the result file."""
-        return {**vars(self.scoring), "tie": self.tie, "by_group": self.by_group}
+        """Return all settings for the result file."""
+        return {**vars(self), "tie": self.tie, "by_group": self.by_group}
+
+    def check(self, model: SpeechModel) -> None:
+        """Refuse a model without the levels, or without a release of its kind.
+
+        Raises:
+            UserError: the highest level that it lacks, or a hierarchical model with the scoring of the release.
+        """
+        num_quantizers = model.sequences.vocabulary.num_quantizers
+        if self.as_released and not model.has_release:
+            raise UserError("no hierarchical model was released, so its scoring does not exist; use --preset official")
+        if self.levels is not None and max(self.levels) >= num_quantizers:
+            raise UserError(
+                f"--levels names level {max(self.levels)}, but the model has levels 0 to {num_quantizers - 1}"
+            )
 
 
-def preset(name: PresetName, levels: tuple[int, ...] | None) -> Preset:
-    """A preset by its name; ``levels`` are those that the benchmark is scored on, by both."""
-    return {
-        "official": Preset("official", Scoring(levels), tie=0.5, by_group=True),
-        "original": Preset("original", Scoring(levels, as_released=True), tie=0.0, by_group=False),
-    }[name]
-
-
-def with_options(
-    base: Preset,
-    *,
-    levels: str | None = None,
-    end_token: bool | None = None,
-    statistic: Statistic | None = None,
-    window_seconds: float | None = None,
-    likelihood: Likelihood | None = None,
-) -> Preset:
-    """A preset with changed options. Its name lists them, so that a result is never taken for the standard one.
+def score_clips(
+    model: SpeechModel,
+    codes: Mapping[str, ClipCodes],
+    scoring: Scoring,
+    batch_tokens: int,
+    log: ProgressLog,
+    ranks: Ranks,
+) -> dict[str, float]:
+    """Return scores by clip. Clips with equal codes have equal scores, so that a tie is one.
 
     Args:
-        base: the preset.
-        levels: "all", or levels divided by commas.
-        end_token, statistic, window_seconds, likelihood: as `Scoring`; None keeps the preset's.
+        codes: codes by clip.
+        batch_tokens: maximum size of a batch with its padding; one clip always fits.
+        log: finished scores.
 
     Raises:
-        UserError: an option that cannot be, or one to the preset "original", which is fixed.
+        UserError: a score is not finite, or the log cannot be written.
     """
-    if window_seconds is not None:
-        if not 0 < window_seconds < math.inf:
-            raise UserError(f"--window_seconds is {window_seconds}; it must be a positive number")
-        if statistic == "sum" or end_token:
-            raise UserError(
-                "--window_seconds takes the mean over frames, without </audio>; leave out --statistic and --end_token"
-            )
-    given: dict[str, Any] = {
-        "end_token": end_token,
-        "statistic": statistic,
-        "window_seconds": window_seconds,
-        "likelihood": likelihood,
-    }
-    changes = {key: value for key, value in given.items() if value not in (None, getattr(base.scoring, key))}
-    if levels is not None and (chosen := _levels(levels)) != base.scoring.levels:
-        changes = {"levels": chosen} | changes
-    if changes and base.scoring.as_released:
-        raise UserError(
-            f"--{next(iter(changes))} changes the scoring, but --preset {base.name} is fixed; use --preset official"
-        )
-    if window_seconds is not None:
-        changes["end_token"] = False  # in no window
-    names = [_label(*change) for change in changes.items() if window_seconds is None or change[0] != "end_token"]
-    return replace(base, name="-".join([base.name, *names]), scoring=replace(base.scoring, **changes))
+    keys = {name: _content_hash(clip, scoring) for name, clip in codes.items()}
+    unique = {keys[name]: clip for name, clip in codes.items()}
+    order = sorted(unique)  # batches depend on the codes alone, so that they are the same after a kill
+    plan = batches_of_like_size([unique[key].codes_TQ.size for key in order], batch_tokens)
+    batches = [
+        {order[i]: unique[order[i]] for i in batch} for batch in reversed(plan)
+    ]  # too long a batch fails at once
+
+    def work(batch: Mapping[str, ClipCodes]) -> Iterator[tuple[str, float]]:
+        clips = [(torch.from_numpy(clip.codes_TQ.astype(np.int64)), clip.is_cut) for clip in batch.values()]
+        scores = batch_scores(model, clips, scoring)
+        if not all(map(math.isfinite, scores)):
+            dtype = str(model.decoder.dtype).removeprefix("torch.")
+            raise UserError(f"a score is not finite: the model overflows in {dtype}; use another --dtype")
+        yield from zip(batch, scores, strict=True)
+
+    done = map_resumable(batches, work, log, ranks, unit="clip")
+    return {name: done[key] for name, key in keys.items()}
 
 
-def check_model(scoring: Scoring, num_quantizers: int, *, has_release: bool) -> None:
-    """Refuse what a model does not have.
+def batch_scores(model: SpeechModel, clips: Sequence[tuple[torch.Tensor, bool]], scoring: Scoring) -> list[float]:
+    """Return the scores of clips that share one batch, in nats per token; higher is likelier.
 
-    Raises:
-        UserError: the highest level that it lacks, or the scoring of a release that its kind has not had.
+    Args:
+        clips: codes_TQ of each clip, and whether it was cut.
     """
-    if scoring.as_released and not has_release:
-        raise UserError("no hierarchical model was released, so that none can be scored so; use --preset official")
-    if scoring.levels is not None and max(scoring.levels) >= num_quantizers:
-        raise UserError(
-            f"--levels names level {max(scoring.levels)}, but the model has the levels 0 to {num_quantizers - 1}"
-        )
+    sequences = [
+        scored_sequence(model.sequences, codes_TQ, is_cut=is_cut, scoring=scoring) for codes_TQ, is_cut in clips
+    ]
+    ids, is_scored = zip(*sequences, strict=True)
+    log_probs_N = model.log_likelihoods(ids, is_scored, is_admissible_only=scoring.likelihood == "grammar")
+    counts = [int(is_scored_L.sum()) for is_scored_L in is_scored]
+    return [float(log_probs_n.mean()) for log_probs_n in log_probs_N.split(counts)]
 
 
 def scored_sequence(
     sequences: SequenceBuilder, codes_TQ: torch.Tensor, *, is_cut: bool, scoring: Scoring
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A clip as ids (L,) and, for each of them, whether its log-likelihood enters the score (L,)."""
+    """Return a clip as ids (L,), and a mask (L,) of the scored ones."""
     Q = sequences.vocabulary.num_quantizers
     if scoring.as_released:
         ids_L = sequences.sequence(codes_TQ, is_cut=False)
@@ -149,47 +142,11 @@ def scored_sequence(
     ids_L = sequences.sequence(codes_TQ, is_cut=is_cut)
     level_L = sequences.vocabulary.level(ids_L)
     is_scored_L = sequences.vocabulary.is_unit(ids_L) & torch.isin(level_L, torch.tensor(list(levels)))
-    if scoring.end_token:
-        is_scored_L |= ids_L == sequences.vocabulary.audio_end_id
-    return ids_L, is_scored_L
+    return ids_L, is_scored_L | (ids_L == sequences.vocabulary.audio_end_id)
 
 
-def join(log_probs_N: torch.Tensor, num_frames: int, frame_rate_hz: float, scoring: Scoring) -> float:
-    """The score of a clip in nats.
-
-    Args:
-        log_probs_N: log-likelihoods of its scored tokens, in order.
-        num_frames: T of the clip.
-        frame_rate_hz: of the codec.
-        scoring: how they are joined.
-    """
-    if scoring.window_seconds is not None:
-        frames_T = log_probs_N.view(num_frames, -1).mean(dim=1)
-        window = min(max(round(scoring.window_seconds * frame_rate_hz), 1), num_frames)
-        return float(frames_T.unfold(0, window, 1).mean(dim=1).min())
-    return float(log_probs_N.mean() if scoring.statistic == "mean" else log_probs_N.sum())
-
-
-def _levels(text: str) -> tuple[int, ...] | None:
-    if text == "all":
-        return None
-    try:
-        levels = tuple(sorted({int(part) for part in text.split(",")}))
-    except ValueError:
-        levels = ()
-    if not levels or levels[0] < 0:
-        raise UserError(f"--levels is '{text}'; it is 'all' or levels divided by commas, such as 0 or 0,1")
-    return levels
-
-
-def _label(option: str, value: Any) -> str:
-    match option, value:
-        case "levels", None:
-            return "all_levels"
-        case "levels", _:
-            return "levels_" + "_".join(map(str, value))
-        case "end_token", _:
-            return "with_end" if value else "without_end"
-        case "window_seconds", _:
-            return f"window_{value:g}s"
-    return str(value)
+def _content_hash(clip: ClipCodes, scoring: Scoring) -> str:
+    """SHA-256 of everything in a clip that its score depends on."""
+    has_end = scoring.as_released or not clip.is_cut
+    content = np.ascontiguousarray(clip.codes_TQ, dtype=np.uint16).tobytes() + bytes([has_end])
+    return hashlib.sha256(content).hexdigest()

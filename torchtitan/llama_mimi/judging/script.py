@@ -26,7 +26,7 @@ from llama_mimi.generation.speech_model import DecoderPrecision
 from llama_mimi.judging import systems
 from llama_mimi.judging.prompts import PROMPTS, RECORDINGS, PromptOptions, PromptSet, make_prompts
 from llama_mimi.judging.samples import MEASURED, MeasureOptions, measure_samples
-from llama_mimi.judging.table import table
+from llama_mimi.report.comparisons import generations_markdown
 
 FORMAT, KIND = 2, "generations"
 OFFICIAL_CORPORA = ("librispeech_clean_test",)
@@ -142,7 +142,7 @@ def _judge(options: GenerationOptions, prompts: PromptSet, ranks: Ranks) -> None
         write_atomically(str(folder), f"{system}.json", content.encode())
         for reason, count in missing.items():
             print(f"{system}: {count:,} of {len(some):,} samples have no value of {reason}")
-    print(table(results))
+    print(generations_markdown(folder))
     print(f"written: '{folder / options.system}.json' and the results of the references")
 
 

@@ -1,7 +1,21 @@
-"""Documents: sections of text, pictures and tables, written as Markdown or as one HTML file."""
+"""Documents: sections of text, audio, pictures and tables, written as Markdown or as one HTML file.
 
+Text between backticks is code. Nothing else in a text is markup, so that an error message can stand anywhere.
+"""
+
+import base64
+import importlib
+import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from llama_mimi.common.errors import UserError
+from llama_mimi.common.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -28,15 +42,34 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Clip:
+    """Audio with its spectrogram, for HTML only.
+
+    Args:
+        title: name of the clip.
+        seconds: duration, the length of the spectrogram on the time axis that a section's clips share.
+        mp3, webp: sound and spectrogram; empty if the clip has no audio.
+        lines: short texts below, such as a transcript.
+    """
+
+    title: str
+    seconds: float = 0.0
+    mp3: bytes = b""
+    webp: bytes = b""
+    lines: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
 class Section:
     """A part of a document.
 
     Args:
-        title: heading. The first section's title is that of the document.
-        texts: paragraphs. Text between backticks is code; nothing else is markup.
+        title: heading. The first section's title is that of a Markdown document.
+        texts: paragraphs.
         pictures: pictures, above the tables.
         tables: tables.
         items: list below the tables.
+        clips: audio, side by side; Markdown leaves it out.
     """
 
     title: str
@@ -44,3 +77,88 @@ class Section:
     pictures: Sequence[Picture] = ()
     tables: Sequence[Table] = ()
     items: Sequence[str] = ()
+    clips: Sequence[Clip] = ()
+
+
+def to_markdown(sections: Sequence[Section]) -> str:
+    """Return a document as Markdown, with links to its pictures."""
+    blocks = []
+    for number, section in enumerate(sections):
+        blocks += [f"{'##' if number else '#'} {_inert(section.title)}", *map(_inert, section.texts)]
+        blocks += [f"![{_inert(picture.alt)}]({picture.name})" for picture in section.pictures]
+        for table in section.tables:
+            rows = [list(map(_inert, row)) for row in (table.header, *table.rows)]
+            rows.insert(1, ["---"] * len(table.header))
+            blocks.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
+        blocks += ["\n".join(f"- {_inert(item)}" for item in section.items)] if section.items else []
+    return "\n\n".join(blocks) + "\n"
+
+
+def write_markdown(sections: Sequence[Section], path: Path) -> None:
+    """Write a document as Markdown, and its pictures into the same folder.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    for picture in (picture for section in sections for picture in section.pictures):
+        write_atomically(str(path.parent), picture.name, picture.png)
+    write_atomically(str(path.parent), path.name, to_markdown(sections).encode())
+
+
+def _inert(text: str) -> str:
+    """Return a text on one line, with code between backticks and without other markup."""
+
+    def escaped(found: re.Match[str]) -> str:
+        return found[0].replace("|", r"\|") if len(found[0]) > 1 else rf"\{found[0]}"
+
+    return re.sub(r"`[^`]+`|[\\`*_|<>\[\]~&#]", escaped, " ".join(text.split()))
+
+
+def to_html(title: str, sections: Sequence[Section]) -> str:
+    """Return a document as a page in one file, without scripts and without links to other files."""
+    folder = Path(__file__).parent / "templates"
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(folder), autoescape=True, trim_blocks=True)
+    environment.filters["data"] = lambda content, kind: f"data:{kind};base64,{base64.b64encode(content).decode()}"
+    environment.filters["parts"] = re.compile("(`[^`]+`)").split  # every second part is code
+    environment.tests["number"] = re.compile(r"[-+]?[\d.,]+ ?%?").fullmatch
+    template = environment.get_template("page.html.jinja")
+    return template.render(title=title, sections=sections, ticks=_ticks)
+
+
+def write_html(title: str, sections: Sequence[Section], path: Path) -> None:
+    """Write a document as a page and print the size of the file.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    content = to_html(title, sections).encode()
+    write_atomically(str(path.parent), path.name, content)
+    print(f"{path}: {len(content) / 1e6:.1f} MB")
+
+
+def _ticks(seconds: float) -> list[float]:
+    """Return at most six round times, from 0 to at most `seconds`."""
+    step = next(step for step in (0.2, 0.5, 1, 2, 5, 10, 30, 60, 300, 3600, seconds) if seconds / step < 6)
+    return [step * number for number in range(int(seconds / step) + 1)]
+
+
+def import_extra(module: str) -> Any:
+    """Return a module of the packages that draw; raise a `UserError` if it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"pictures need {error.name}; install it with `uv sync --extra plots`") from error
+
+
+def pyplot() -> Any:
+    """Return `matplotlib.pyplot`, set to draw without a display; raise a `UserError` if it is not installed."""
+    import_extra("matplotlib").use("Agg")
+    return import_extra("matplotlib.pyplot")
+
+
+def save_picture(figure: Any, kind: str = "png", dpi: int = 200) -> bytes:
+    """Return a figure of matplotlib as the content of a file of this kind ("png", "pdf"), and close the figure."""
+    content = io.BytesIO()
+    figure.savefig(content, dpi=dpi, format=kind, bbox_inches="tight")
+    pyplot().close(figure)
+    return content.getvalue()

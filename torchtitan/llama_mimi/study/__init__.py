@@ -1,1 +1,1 @@
-"""Many runs as one: which they are, what they cost, the way of each from training to scores, and to the hub."""
+"""Studies: grids of runs from one file, their cost, their commands and their records."""

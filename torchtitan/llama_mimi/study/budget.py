@@ -1,8 +1,7 @@
-"""What training costs, before it is done: FLOPs of a step, and hours of a GPU for them."""
+"""FLOPs of training, computed before it without a model, a GPU or data."""
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,29 +16,11 @@ from llama_mimi.model.architectures import build_model
 from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs
 from llama_mimi.training.config_file import parse_config
 
-
-@dataclass(frozen=True)
-class StepCost:
-    """A step of training.
-
-    Args:
-        flops: 6 a weight that a position is multiplied with, and attention over its whole row.
-        frames: of audio that it trains on.
-        is_known: clips one a row are as long as those of the tokenised corpus; if it is not here, as their rows.
-    """
-
-    flops: float
-    frames: float
-    is_known: bool
-
-
-@cache
-def _parsed(words: tuple[str, ...]) -> Any:
-    return parse_config(list(words))
+_parsed = cache(lambda words: parse_config(list(words)))
 
 
 def resolved(flags: Mapping[str, Any]) -> Any:
-    """The job config that flags make, which is not to be changed: it is parsed once.
+    """Return the job config of training flags. It is cached: do not change it.
 
     Raises:
         UserError: a setting is refused.
@@ -47,33 +28,40 @@ def resolved(flags: Mapping[str, Any]) -> Any:
     return _parsed(tuple(as_words(flags)))
 
 
-def cost_of_step(flags: Mapping[str, Any], num_ranks: int) -> StepCost:
-    """What a step costs, without a model, a GPU or data.
+def clip_length_is_known(flags: Mapping[str, Any]) -> bool:
+    """Return True if rows are packed, or their clips are those of a tokenised corpus."""
+    job_config = resolved(flags)
+    return job_config.data.packing == "pack" or (Path(job_config.training.dataset) / MANIFEST).is_file()
+
+
+def step_flops(flags: Mapping[str, Any], num_ranks: int) -> float:
+    """Return the FLOPs of a training step: 6 for each weight that a position is multiplied with, and attention.
+
+    Attention is over the whole row. Rows of padded clips are as long as the clips of the tokenised corpus, or full
+    where that is not known.
 
     Args:
-        flags: of training.
-        num_ranks: that share a step, where the flags do not say its global batch.
+        flags: settings of training.
+        num_ranks: ranks that share a step, if the flags do not set its global batch.
 
     Raises:
         UserError: a setting is refused.
     """
     job_config = resolved(flags)
     training, codec = job_config.training, job_config.codec
-    flops_per_frame, frame_rate_hz = _cost_of_frame(tuple(as_words(flags)))
+    flops_per_frame, frame_rate_hz = _frame_cost(tuple(as_words(flags)))
     rows = training.global_batch_size if training.global_batch_size > 0 else training.local_batch_size * num_ranks
-    positions = codec.num_quantizers if job_config.model.architecture == "flattened" else 1
-    frames_of_row = training.seq_len / positions
-    is_known = job_config.data.packing == "pack" or (Path(training.dataset) / MANIFEST).is_file()
-    if job_config.data.packing == "pad" and is_known:
+    frames = training.seq_len / (codec.num_quantizers if job_config.model.architecture == "flattened" else 1)
+    if job_config.data.packing == "pad" and clip_length_is_known(flags):
         corpus = CodeCorpus(training.dataset, codec.name, codec.num_quantizers, codec.attention, with_text=False)
-        frames_of_row = min(frames_of_row, frame_rate_hz * corpus.mean_seconds(job_config.data.max_audio_seconds))
-    return StepCost(rows * frames_of_row * flops_per_frame, rows * frames_of_row, is_known)
+        frames = min(frames, frame_rate_hz * corpus.mean_seconds(job_config.data.max_audio_seconds))
+    return rows * frames * flops_per_frame
 
 
 @cache
-def _cost_of_frame(words: tuple[str, ...]) -> tuple[float, float]:
-    """FLOPs of a frame of audio, and frames a second, of training with these flags."""
-    job_config = parse_config(list(words))
+def _frame_cost(words: tuple[str, ...]) -> tuple[float, float]:
+    """Return the training FLOPs of a frame of audio, and the frames per second."""
+    job_config = parse_config(list(words))  # write_missing changes it
     with tempfile.TemporaryDirectory() as folder:
         write_missing(job_config, Path(folder))
         args = LlamaMimiArgs(**vars(FLAVORS[job_config.model.flavor]))
@@ -83,11 +71,3 @@ def _cost_of_frame(words: tuple[str, ...]) -> tuple[float, float]:
         model = build_model(args)
     _, flops_per_target = args.get_nparams_and_flops(model, job_config.training.seq_len)
     return args.targets_per_frame * flops_per_target, codec.sampling_rate / codec.frame_size
-
-
-def decay_begins(flags: Mapping[str, Any], steps: int) -> int:
-    """The last step before the learning rate of so many steps decays; 0 if it has no constant part."""
-    schedule = resolved(flags).lr_scheduler
-    decay = steps - schedule.warmup_steps if schedule.decay_ratio is None else round(steps * schedule.decay_ratio)
-    begin = steps - decay
-    return begin if begin > schedule.warmup_steps else 0

@@ -99,6 +99,8 @@ def fits(value: Any, annotation: Any) -> bool:
         return any(fits(value, arg) for arg in args)
     if origin is list:
         return isinstance(value, list) and all(fits(item, args[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(fits(k, args[0]) and fits(v, args[1]) for k, v in value.items())
     if annotation is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if annotation in (int, str, bool):

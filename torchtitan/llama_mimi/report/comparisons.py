@@ -1,0 +1,210 @@
+"""Systems side by side: means with intervals, differences between them, and tests."""
+
+import itertools
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from llama_mimi.common.errors import UserError, first_line
+from llama_mimi.common.files import visible_files
+from llama_mimi.evaluation.statistics import sign_test
+from llama_mimi.report.document import Picture, Section, Table, to_markdown
+from llama_mimi.report.estimates import COMPARABLE, Estimate, by_measure, estimate, same_items
+from llama_mimi.report.plots import forest, tradeoff
+from llama_mimi.report.results import DAMAGE, MEASURES, SALMON, SALMON_MEAN, measure_of, read_results
+
+NOT_COMPARED = ("real_time_factor", "seconds")  # they depend on the machine, or higher is not better
+NUM_COLUMNS = 5  # of systems, beside the names of measures
+LEGEND = (
+    "Accuracies are in percent. A cell begins with the mean over seeds. Brackets: 95 % bootstrap interval over the n "
+    "pairs, groups of pairs or prompts that every model of the row has a value for. ±: half of the 95 % interval over "
+    "seeds (Student's t).",
+    "The number with a sign is the difference from the first model, pair by pair and seed by seed; perplexities have a "
+    "ratio. A star marks a difference where both intervals exclude zero (for a ratio: one). There is no star with one "
+    "seed, or where all seeds or pairs have the same difference. Some of many differences have a star by chance.",
+)
+SUMMARY = (
+    "Brackets are 95 % intervals: Wilson's of n words, sentences or pairs for accuracies (in percent), and bootstrap "
+    "over n prompts for other measures. The preset original counts pairs; voices of one word count as independent."
+)
+
+
+def tables(corner: str, cells: Mapping[str, Mapping[str, str]], columns: Sequence[str]) -> list[Table]:
+    """Return tables of measures (rows) by systems, as many as are needed for their widths."""
+    found = []
+    for start in range(0, len(columns), NUM_COLUMNS):
+        some = columns[start : start + NUM_COLUMNS]
+        rows = [[name, *(of.get(column, "") for column in some)] for name, of in cells.items()]
+        if rows := [row for row in rows if any(row[1:])]:
+            found.append(Table([corner, *some], rows))
+    return found
+
+
+def comparison(items: pd.DataFrame, title: str, groups: Mapping[str, Sequence[str]], picture: str | None) -> Section:
+    """Return how model variants differ from the first one: a forest plot and a table.
+
+    Args:
+        items: table of `read_results`.
+        title: title of the section.
+        groups: systems of each variant by its label, one for each seed in the same order; a failed one may be missing.
+        picture: name of the picture's file, without its ending; None: it is not drawn.
+    """
+    places = {system: (label, seed) for label, systems in groups.items() for seed, system in enumerate(systems)}
+    baseline = next(iter(groups))
+    cells: dict[str, dict[str, str]] = {}
+    references: dict[str, dict[str, str]] = {}
+    panels: dict[str, dict[str, Estimate]] = {}
+    empty = []
+    for heading, measure, rows in by_measure(items[~items["measure"].isin(NOT_COMPARED)], COMPARABLE):
+        own = rows[rows["system"].isin(places)]
+        values, _ = same_items(own)
+        if values.empty:
+            empty += [heading] if len(own) else []
+            continue
+        values.columns = pd.MultiIndex.from_tuples([places[system] for system in values])
+        means = {label: estimate(values[label], measure) for label in groups if label in values}
+        texts = {label: mean.text() for label, mean in means.items()}
+        differences = {}
+        for label in [label for label in means if label != baseline and baseline in means]:
+            difference = (values[label] - values[baseline]).dropna(axis="columns")  # of the seeds that both have
+            if not difference.empty:
+                differences[label] = estimate(difference, measure)
+                texts[label] = f"{means[label].shown}, {differences[label].text(is_difference=True)}"
+        count = next(iter(means.values())).count
+        cells[f"{heading} (n = {count:,})" if count else heading] = texts
+        panels |= {heading: differences} if differences else {}
+        beside = rows[rows["is_reference"] & rows["item"].isin(values.index.unique("item"))].dropna(subset="value")
+        for system, some in beside.groupby("system"):
+            shown = measure.shown(some["value"].mean())
+            references.setdefault(heading, {})[str(system)] = f"{shown:.{measure.digits}f}"
+    alt = f"{title}: difference from {baseline}"
+    pictures = [Picture(f"{picture}.png", forest(panels, alt, is_difference=True), alt)] if picture and panels else []
+    notes = [f"No pair or prompt has a value of every model for: {', '.join(empty)}."] if empty else []
+    names = sorted({name for of in references.values() for name in of})
+    of_references = tables("references on the same prompts", references, names)
+    return Section(title, notes, pictures, tables("measure", cells, list(groups)) + of_references)
+
+
+def summary(items: pd.DataFrame, title: str, picture: str | None = None) -> Section:
+    """Return means of all systems: a table with notes, and a forest plot if its file is named.
+
+    Accuracies have Wilson's intervals, each of the system's own pairs. Other measures have bootstrap intervals over
+    prompts, on the samples that every system has a value for.
+    """
+    cells: dict[str, dict[str, str]] = {}
+    panels: dict[str, dict[str, Estimate]] = {}
+    notes = []
+    for heading, measure, rows in by_measure(items, ["measure", "data_kind"]):
+        systems = list(rows["system"].unique())
+        if measure.is_accuracy:
+            of_each = {system: same_items(rows[rows["system"] == system])[0] for system in systems}
+            found = {system: estimate(values, measure, is_wilson=True) for system, values in of_each.items()}
+            notes += [f"{heading}: systems were scored on different audio."] if rows["data"].nunique() > 1 else []
+        else:
+            values, left_out = same_items(rows)
+            found = {system: estimate(values[[system]], measure) for system in values} if len(values) else {}
+            notes += [f"{heading}: {left_out:,} samples left out, as a system has no value there."] if left_out else []
+            empty = [system for system in systems if system not in values]
+            notes += [f"{heading}: no value for {', '.join(empty)}."] if empty else []
+        if found:
+            counts = sorted({mean.count for mean in found.values()})
+            count = f"{counts[0]:,}" + (f" to {counts[-1]:,}" if len(counts) > 1 else "")
+            cells[f"{heading} (n = {count})"] = {system: mean.text() for system, mean in found.items()}
+            panels[heading] = found
+    columns = items.sort_values("is_reference", kind="stable")["system"].unique()
+    pictures = [Picture(f"{picture}.png", forest(panels, title), title)] if picture and panels else []
+    return Section(title, [SUMMARY], pictures, tables("measure", cells, columns), notes)
+
+
+def sign_tests(items: pd.DataFrame, title: str) -> list[Section]:
+    """Return a table of McNemar's exact test for every two systems on the same pairs, or on groups of pairs."""
+    lines = []
+    for heading, measure, rows in by_measure(items, COMPARABLE):
+        if measure.is_accuracy and rows["measure"].iloc[0] != SALMON_MEAN:
+            for a, b in itertools.combinations(rows["system"].unique(), 2):
+                values, _ = same_items(rows[rows["system"].isin([a, b])])
+                better, worse = int((values[a] > values[b]).sum()), int((values[a] < values[b]).sum())
+                lines.append([heading, a, b, f"{better:,}", f"{worse:,}", f"{sign_test(better, worse):.2g}"])
+    text = "Pairs, or groups of pairs, that one model decides better. p: McNemar's exact test, one for each row."
+    header = ["measure", "A", "B", "A better", "B better", "p"]
+    return [Section(title, [text], tables=[Table(header, lines)])] if lines else []
+
+
+def comparable_sets(items: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Yield title and rows of results with the same settings; those of continuations are of the same prompts, too."""
+    is_benchmark = items["measure"].map(lambda name: measure_of(name).is_accuracy)
+    for conditions, some in items[is_benchmark].groupby("conditions", sort=False):
+        yield f"Accuracy, preset {conditions}", some
+    for (conditions, _), some in items[~is_benchmark].groupby(["conditions", "data"], sort=False):
+        yield f"Continuations, {conditions}", some
+
+
+def generations_markdown(folder: Path) -> str:
+    """Return tables of all systems that eval/generation.py has judged in a folder, as Markdown.
+
+    Raises:
+        UserError: a result cannot be read.
+    """
+    items = read_results(visible_files(folder, "*.json")).items
+    return to_markdown([summary(some, title) for title, some in comparable_sets(items)])
+
+
+def published_numbers(items: pd.DataFrame, path: Path) -> list[Section]:
+    """Return what others have published of the measures that the table has on official data.
+
+    Args:
+        items: table of `read_results`.
+        path: file such as eval/published.toml.
+
+    Raises:
+        UserError: the file cannot be read, or has an unknown measure.
+    """
+    try:
+        rows = tomllib.loads(path.read_text())["rows"]
+        scores = {row["model"]: {name: float(score) for name, score in row["scores"].items()} for row in rows}
+        sources = {row["model"]: f"{row['model']}: {row['source']}" for row in rows}
+    except (OSError, *DAMAGE) as error:
+        raise UserError(f"'{path}' is not a list of published numbers ({first_line(error)}); fix the file") from error
+    if unknown := {name for of in scores.values() for name in of if name not in MEASURES and name[:6] != "judge/"}:
+        raise UserError(f"'{path}' has the unknown measure '{min(unknown)}'; fix the file")
+    cells: dict[str, dict[str, str]] = {}
+    for heading, measure, rows in by_measure(items[items["data_kind"] == "official"], ["measure"]):
+        name = rows["measure"].iloc[0]
+        cells[heading] = {model: f"{of[name]:.{measure.digits}f}" for model, of in scores.items() if name in of}
+    models = [model for model in scores if any(model in of for of in cells.values())]
+    text = "These numbers are the authors' own, by their own scoring."
+    found = tables("measure", cells, models)
+    return [Section("Published by others", [text], (), found, [sources[model] for model in models])] if found else []
+
+
+def tradeoffs(items: pd.DataFrame, title: str, groups: Mapping[str, Sequence[str]], name: str) -> list[Picture]:
+    """Return a picture of fidelity (SALMon, speaker similarity) against linguistic scores, if there are both.
+
+    Args: as `comparison`.
+    """
+    means: dict[str, pd.Series] = {}
+    own = items[items["system"].isin([system for some in groups.values() for system in some])]
+    for _, measure, rows in by_measure(own, COMPARABLE):
+        values, _ = same_items(rows)
+        if len(values):
+            means.setdefault(rows["measure"].iloc[0], values.groupby(level="part").mean().mean() * measure.factor)
+    table = pd.DataFrame(means)
+    vertical = [column for column in table if column.startswith(("sLM21/", "sStoryCloze/"))]
+    salmon = [column for column in table if column == SALMON_MEAN] or [column for column in table if column in SALMON]
+    panels = {}
+    for horizontal in (salmon, [column for column in table if column == "similarity"]):
+        if vertical and horizontal:
+            axes = [table[some].mean(axis=1, skipna=False) for some in (horizontal, vertical)]
+            points = pd.concat(axes, axis=1).dropna()
+            seeds = {label: [tuple(points.loc[s]) for s in some if s in points.index] for label, some in groups.items()}
+            if scored := {label: some for label, some in seeds.items() if some}:
+                panels[_mean_of(horizontal)] = scored
+    is_synthetic = "synthetic" in set(own["data_kind"])
+    alt = f"{title}: fidelity against linguistic scores{' (synthetic)' * is_synthetic}"
+    return [Picture(f"{name}.png", tradeoff(panels, _mean_of(vertical), alt), alt)] if panels else []
+
+
+def _mean_of(names: Sequence[str]) -> str:
+    return ("mean of " if len(names) > 1 else "") + ", ".join(measure_of(name).heading for name in names)

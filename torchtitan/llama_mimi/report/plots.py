@@ -1,0 +1,88 @@
+"""Pictures of a report, drawn for a phone: 390 pixels wide, a text has 8 points."""
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+
+from llama_mimi.report.document import pyplot, save_picture
+from llama_mimi.report.estimates import Estimate
+
+WIDTH_INCHES = 5.2
+FONT_SIZE = 10.5
+DPI = 120
+MARKERS = "osD^vPX"
+
+
+def forest(panels: Mapping[str, Mapping[str, Estimate]], title: str, *, is_difference: bool = False) -> bytes:
+    """Return a PNG with a panel for each measure and a line for each system: mean, interval, and a dot for each seed.
+
+    Args:
+        panels: estimates by the heading of the measure and by system.
+        title: title of the picture.
+        is_difference: draw a line at zero, in the middle of each panel, and a star at significant differences.
+    """
+    plt = pyplot()
+    systems = list(dict.fromkeys(system for lines in panels.values() for system in lines))
+    labels = {system: textwrap.fill(system, 24) for system in systems}
+    pitch = 0.1 + 0.17 * max(label.count("\n") + 1 for label in labels.values())
+    heights = [pitch * len(lines) + 0.55 for lines in panels.values()]
+    size = (WIDTH_INCHES, sum(heights) + 0.6)
+    with plt.rc_context({"font.size": FONT_SIZE}):
+        figure, grid = plt.subplots(
+            len(panels), figsize=size, height_ratios=heights, squeeze=False, layout="constrained"
+        )
+        figure.suptitle(textwrap.fill(title, 50), fontsize=FONT_SIZE)
+        for axes, (heading, lines) in zip(grid[:, 0], panels.items(), strict=True):
+            for place, (system, one) in enumerate(lines.items()):
+                color = f"C{systems.index(system) % 10}"
+                seeds = one.seeds if len(one.seeds) > 1 else ()
+                axes.plot(seeds, [place] * len(seeds), "o", color=color, markersize=4, alpha=0.5)
+                axes.plot(one.interval or (one.mean, one.mean), [place, place], color=color, linewidth=2.5)
+                axes.plot(one.mean, place, "|", color=color, markersize=11, markeredgewidth=2.5)
+            if is_difference:
+                axes.axvline(0, color="black", linewidth=0.8)
+                reach = max(map(abs, axes.get_xlim()))
+                axes.set_xlim(-reach, reach)
+            elif next(iter(lines.values())).measure.is_accuracy:
+                axes.axvline(50, color="black", linewidth=0.8, linestyle=":")  # chance
+                axes.set_xlim(0, 100)
+            stars = {system: " *" * (is_difference and one.is_significant) for system, one in lines.items()}
+            axes.set_yticks(range(len(lines)), [labels[system] + star for system, star in stars.items()])
+            axes.set_ylim(len(lines) - 0.4, -0.6)
+            axes.set_title(textwrap.fill(heading, 36), loc="left", fontsize=FONT_SIZE, weight="bold", pad=3)
+            axes.locator_params(axis="x", nbins=5)
+            if next(iter(lines.values())).measure.is_log:
+                axes.xaxis.set_major_formatter(lambda value, _: f"{math.exp(value):.3g}")
+            axes.grid(axis="x", alpha=0.3)
+            axes.spines[["top", "right", "left"]].set_visible(False)
+            axes.tick_params(axis="y", length=0)
+    return save_picture(figure, dpi=DPI)
+
+
+def tradeoff(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], vertical: str, title: str) -> bytes:
+    """Return a PNG with a scatter plot for each measure of fidelity: a large mark for a mean, small ones for seeds.
+
+    Args:
+        panels: by the label of the horizontal axis and by system the points (x, y) of its seeds.
+        vertical: label of the vertical axis.
+        title: title of the picture.
+    """
+    plt = pyplot()
+    size = (WIDTH_INCHES, 3.4 * len(panels) + 1)
+    with plt.rc_context({"font.size": FONT_SIZE}):
+        figure, grid = plt.subplots(len(panels), figsize=size, squeeze=False, layout="constrained")
+        figure.suptitle(textwrap.fill(title, 50), fontsize=FONT_SIZE)
+        names = list(dict.fromkeys(label for systems in panels.values() for label in systems))
+        for axes, (horizontal, systems) in zip(grid[:, 0], panels.items(), strict=True):
+            for label, points in systems.items():
+                number = names.index(label)
+                look = {"color": f"C{number % 10}", "marker": MARKERS[number % len(MARKERS)], "linestyle": ""}
+                xs, ys = zip(*points, strict=True)
+                axes.plot(xs, ys, **look, markersize=4, alpha=0.6)
+                axes.plot(sum(xs) / len(xs), sum(ys) / len(ys), **look, markersize=10, label=label)
+            axes.set_xlabel(textwrap.fill(f"fidelity: {horizontal}", 45))
+            axes.set_ylabel(textwrap.fill(f"linguistic: {vertical} (%)", 36))
+            axes.grid(alpha=0.3)
+            axes.spines[["top", "right"]].set_visible(False)
+        figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return save_picture(figure, dpi=DPI)

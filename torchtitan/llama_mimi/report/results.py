@@ -1,0 +1,282 @@
+"""Result files of the scripts in eval/ as one tidy table: a row for each pair or sample that was scored."""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from llama_mimi.common.errors import UserError, first_line
+from llama_mimi.common.files import digest, parse_json, visible_files, write_atomically
+from llama_mimi.evaluation.benchmarks import SALMON_PARTS
+from llama_mimi.evaluation.results import MAX_AUDIO_SECONDS
+from llama_mimi.evaluation.statistics import bootstrap_interval
+
+KIND = "generations"  # key `kind` of a result of eval/generation.py
+FORMATS = (1, 2)  # 1 has no `data_kind`
+DAMAGE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+BENCHMARKS = ("salmon", "sLM21", "sStoryCloze")
+SALMON = {f"salmon/{part}": part for part in SALMON_PARTS}
+SALMON_MEAN = "salmon/mean"
+BITS = "bits/"  # beginning of the measure of runs with so many levels
+NO_SAMPLE = -1  # number of the only sample of a reference
+COLUMNS = "system measure item sample value conditions weights data data_kind is_reference".split()
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How a measure is shown.
+
+    Args:
+        heading: name with its unit.
+        digits: digits after the point.
+        factor: factor from stored to shown values, 100 for percent.
+        is_log: means are of logarithms and shown as exp; differences are shown as ratios.
+        is_accuracy: an accuracy of a benchmark.
+    """
+
+    heading: str
+    digits: int = 3
+    factor: float = 1.0
+    is_log: bool = False
+    is_accuracy: bool = False
+
+    def shown(self, value: float) -> float:
+        """Return a mean as it is shown."""
+        return math.exp(value) if self.is_log else self.factor * value
+
+
+def _accuracy(heading: str) -> Measure:
+    return Measure(heading, 1, 100, is_accuracy=True)
+
+
+# In the order of tables. Other parts of benchmarks, and the criteria of a judge, follow.
+MEASURES = {
+    **{
+        name: _accuracy(f"SALMon {part.replace('_', ' ').replace('bg', 'background')}") for name, part in SALMON.items()
+    },
+    SALMON_MEAN: _accuracy("SALMon mean"),
+    "sLM21/lexical_dev": _accuracy("sWUGGY"),
+    "sLM21/syntactic_dev": _accuracy("sBLIMP"),
+    "sStoryCloze/sStoryCloze": _accuracy("sStoryCloze"),
+    "sStoryCloze/tStoryCloze": _accuracy("tStoryCloze"),
+    "similarity": Measure("speaker similarity"),
+    "distillmos": Measure("DistillMOS", 2),
+    "aesthetics/CE": Measure("enjoyment", 2),
+    "aesthetics/CU": Measure("usefulness", 2),
+    "aesthetics/PC": Measure("complexity", 2),
+    "aesthetics/PQ": Measure("quality", 2),
+    "log_perplexity": Measure("perplexity", 1, is_log=True),
+    "words_per_minute": Measure("words/min", 0),
+    "seconds": Measure("seconds", 2),
+    "silent": Measure("silent (%)", 1, 100),
+    "ended": Measure("ended by the model (%)", 1, 100),
+    "distinct_frames": Measure("distinct frames (%)", 1, 100),
+    "real_time_factor": Measure("real-time factor", 2),
+}
+
+
+def measure_of(name: str) -> Measure:
+    """Return how a measure is shown, by its name in a result file or in the table."""
+    if name in MEASURES:
+        return MEASURES[name]
+    if name.split("/")[0] in BENCHMARKS:
+        return _accuracy(name)
+    if name.startswith(BITS):
+        return Measure(f"validation bits/s, Q = {name.removeprefix(BITS)}", 1)
+    return Measure(f"judged {name.removeprefix('judge/')}", 2)
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Return measures once each in the order of tables: bits, accuracies, measures of continuations."""
+    places = {name: place for place, name in enumerate(MEASURES)}
+
+    def key(name: str) -> tuple[bool, bool, int, str]:
+        return not name.startswith(BITS), not measure_of(name).is_accuracy, places.get(name, len(places)), name
+
+    return sorted(set(names), key=key)
+
+
+class Results(NamedTuple):
+    """What result files contain.
+
+    Args:
+        items: table with a row for each pair or sample: system, measure, item (number of a group of pairs, or prompt),
+            sample (number in its item), value (NaN: none), conditions (settings that must agree in a comparison),
+            weights (hash), data (hash of the audio, or of the prompts), data_kind ("official", "synthetic" or
+            "other"), and is_reference (not a model, such as the recordings).
+        notes: sentences that a reader of the numbers should know.
+        ignored: number of JSON files that are not results.
+    """
+
+    items: pd.DataFrame
+    notes: list[str]
+    ignored: int
+
+
+def read_results(paths: Sequence[Path]) -> Results:
+    """Read result files, and those below folders; hidden files are left out.
+
+    Raises:
+        UserError: a path does not exist, a file cannot be read or is damaged, or two are of the same.
+    """
+    if missing := [path for path in paths if not path.exists()]:
+        raise UserError(f"'{missing[0]}' does not exist; name folders of result files")
+    files = {file for path in paths for file in (visible_files(path, "**/*.json") if path.is_dir() else [path])}
+    frames: list[pd.DataFrame] = []
+    notes: list[str] = []
+    seen: dict[tuple[str, ...], str] = {}
+    for file in sorted(files):
+        try:
+            report = parse_json(file.read_bytes())
+            json.dumps(report, ensure_ascii=False).encode()  # refuses half a surrogate pair, which JSON can escape
+        except (OSError, RecursionError, ValueError) as error:
+            raise UserError(f"'{file}' is not readable as JSON ({first_line(error)}); move or remove it") from error
+        if not isinstance(report, dict) or not ("benchmark" in report or report.get("kind") == KIND):
+            continue
+        items, of_file = rows_of(report, str(file))
+        system, weights, conditions, data, kind = (
+            str(items[key].iloc[0]) for key in ("system", "weights", "conditions", "data", "data_kind")
+        )
+        about = report.get("benchmark", "the same prompts")
+        identity = (about, system, conditions, *([weights, kind] if "benchmark" in report else [data]))
+        audio = str(report.get("audio_sha256"))
+        if identity not in seen:
+            seen[identity] = audio
+            frames.append(items)
+            notes += of_file
+        elif "benchmark" in report or seen[identity] != audio:  # folders may have the same references
+            raise UserError(f"'{file}' is a second result of {system} on {about} ({conditions}); leave one out")
+    table = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=COLUMNS)
+    # One name with several weights: the weights become part of the name.
+    weights = table.groupby(["system", "conditions", "measure", "data_kind"])["weights"].transform("nunique")
+    is_double = table["system"].isin(table["system"][weights > 1])
+    table["system"] = table["system"].where(~is_double, table["system"] + " " + table["weights"].str[:8])
+    return Results(table, notes, len(files) - len(seen))
+
+
+def rows_of(report: Mapping[str, Any], source: str) -> tuple[pd.DataFrame, list[str]]:
+    """Return the table and the notes of one result.
+
+    Args:
+        report: content of a result file.
+        source: its path, for errors. The folder of a benchmark's result is the system.
+
+    Raises:
+        UserError: another format, or a value is missing or damaged.
+    """
+    if report.get("format") not in FORMATS:
+        raise UserError(f"'{source}' has format {report.get('format')!r}, not 2; move it, or run eval/ again")
+    try:
+        read = _benchmark if "benchmark" in report else _generations
+        items, notes = read(report, Path(source).parent.name)
+        data_kind = _text(report["data_kind"]) if report["format"] == 2 else "other"
+        return items.assign(data_kind=data_kind)[COLUMNS], notes
+    except DAMAGE as error:
+        what = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"'{source}' is a damaged result ({what}); move it, or run eval/ again") from error
+
+
+def _benchmark(report: Mapping[str, Any], system: str) -> tuple[pd.DataFrame, list[str]]:
+    benchmark, preset, settings = _text(report["benchmark"]), _text(report["preset"]), report["settings"]
+    dtype, seconds, attention = _text(settings["dtype"]), settings["max_audio_seconds"], report["codec"]["attention"]
+    conditions = [preset]
+    conditions += [dtype] if dtype != "float32" else []
+    conditions += [f"cut at {seconds:g} s"] if seconds != MAX_AUDIO_SECONDS else []
+    if (attention == "whole") != preset.startswith("original"):  # each preset has its own default
+        conditions.append(f"codec {attention}")
+    pairs = pd.DataFrame(report["pairs"])
+    parts = pairs.groupby("part")
+    # The same audio gives groups in the same order, whatever their names in a folder or a table.
+    by_group = report["scoring"]["by_group"]
+    item = parts["group"].transform(lambda names: pd.factorize(names)[0]) if by_group else parts.cumcount()
+    items = pd.DataFrame(
+        {
+            "system": system,
+            "measure": f"{benchmark}/" + pairs["part"],
+            "item": item.astype(int).astype(str),
+            "sample": pairs.groupby(["part", item]).cumcount(),
+            "value": pairs["correct"].astype(float),
+            "conditions": ", ".join(conditions),
+            "weights": _text(report["model_sha256"]),
+            "data": _text(report["audio_sha256"]),
+            "is_reference": False,
+        }
+    )
+    if not items["value"].between(0, 1).all():
+        raise ValueError("a credit is outside 0 to 1")
+    notes = [f"{system}, {benchmark}: {note}." for note in report["notes"]]
+    if num_cut := int(sum(pairs["is_cut"])):
+        notes.append(f"{system}, {benchmark}: {num_cut:,} of {len(pairs):,} pairs were cut at {seconds:g} s.")
+    return items, notes
+
+
+def _generations(report: Mapping[str, Any], _: str) -> tuple[pd.DataFrame, list[str]]:
+    samples = pd.DataFrame(report["samples"]).assign(sample=lambda frame: frame["sample"].astype(float))
+    names = [name for name in samples if name in MEASURES or "/" in name]
+    items = samples.melt(["prompt", "sample"], names, "measure", "value").rename(columns={"prompt": "item"})
+    items["item"].map(_text)
+    items["value"] = items["value"].astype(float)
+    # The exponential of a log perplexity, and the ratio of two, must be numbers.
+    limits = items["measure"].map(lambda name: 300.0 if measure_of(name).is_log else 1e15)
+    if not (items["value"].abs().fillna(0) < limits).all():
+        raise ValueError("a value is out of range")
+    conditions = f"{report['seconds']:g} s, measures {digest(report['measures'])[:6]}"
+    return items.assign(
+        system=re.sub(r"^reconstruction_q(\d+)$", r"codec, Q = \1", _text(report["system"])),
+        sample=items["sample"].fillna(NO_SAMPLE).astype(int),
+        conditions=conditions,
+        weights=_text((report.get("made_by") or {}).get("model_sha256", "")),
+        data=_text(report["prompts_sha256"]),
+        is_reference=samples["sample"].isna().all(),
+    ), []
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is not a text")
+    return value
+
+
+def generation_means(result: Mapping[str, Any]) -> dict[str, tuple[float, float, float, int]]:
+    """Return mean, 95 % interval (low, high) and number of prompts of a result of eval/generation.py, by heading.
+
+    Means and intervals are as shown: percent, and exp of the mean log perplexity. A sample without a value is left out.
+
+    Raises:
+        UserError: as `rows_of`.
+    """
+    items, _ = rows_of(result, f"the result of {result.get('system')}")
+    values = items.dropna(subset="value").groupby(["measure", "item"])["value"].mean()
+    found = {}
+    for name in in_order(values.index.unique("measure")):
+        of_prompts, measure = values[name], measure_of(name)
+        mean, low, high = map(measure.shown, (of_prompts.mean(), *bootstrap_interval(of_prompts)))
+        found[measure.heading] = mean, low, high, len(of_prompts)
+    return found
+
+
+def write_table(items: pd.DataFrame, path: Path) -> None:
+    """Write a table as Parquet, compressed with zstd.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    content = items.to_parquet(None, compression="zstd", index=False)
+    write_atomically(str(path.parent), path.name, content)
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """Read a table that `write_table` has written.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{path}' is not a table of results ({first_line(error)}); write the report again") from error

@@ -1,0 +1,255 @@
+"""A study as its TOML file describes it: tables of variants; each variant is trained with every seed."""
+
+import itertools
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_type_hints
+
+from llama_mimi.common.command_line import as_words, read_flags
+from llama_mimi.common.errors import UserError
+from llama_mimi.evaluation.script import BENCHMARK_SCRIPTS, EvaluationOptions
+from llama_mimi.judging.script import GenerationOptions
+from llama_mimi.study.budget import clip_length_is_known, resolved, step_flops
+from llama_mimi.tokens.units import Architecture
+from llama_mimi.training.config_file import fits
+
+AXES = ("architecture", "flavor", "num_quantizers", "level_weights", "steps")
+# Settings of training, and flags of the scripts in eval/, that an axis or the study itself sets.
+OWN = {"model.architecture", "model.flavor", "codec.num_quantizers", "loss.level_weights", "job.config_file"}
+OWN |= {"job.dump_folder", "checkpoint.folder", "debug.seed", "model_name", "output_dir", "codes_dir", "name"}
+Flags = dict[str, Any]
+Kind = TypeVar("Kind")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model that is trained with every seed; its fields are the axes of a study."""
+
+    architecture: Architecture
+    flavor: str
+    num_quantizers: int
+    level_weights: str
+    steps: int
+
+    @property
+    def name(self) -> str:
+        weights = re.sub(r"[^\w.]+", "_", self.level_weights)
+        return f"{self.architecture}-{self.flavor}-q{self.num_quantizers}-{weights}-{self.steps}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A variant with one seed."""
+
+    variant: Variant
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant.name}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Variants that are compared; the first one is the baseline. They differ in ``axes``."""
+
+    title: str
+    variants: tuple[Variant, ...]
+    axes: tuple[str, ...]
+
+    def label(self, variant: Variant) -> str:
+        """Return the name of a variant for readers, such as "hierarchical, Q = 4"."""
+        words = {"num_quantizers": "Q = {}", "steps": "{:,} steps", "level_weights": "weights {}"}
+        return ", ".join(words.get(axis, "{}").format(getattr(variant, axis)) for axis in self.axes) or variant.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axes:
+    """Values by axis; an axis without values is left to the config of training."""
+
+    architecture: list[Architecture] = field(default_factory=list)
+    flavor: list[str] = field(default_factory=list)
+    num_quantizers: list[int] = field(default_factory=list)
+    level_weights: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid(Axes):
+    """A section [[tables]]: the product of its axes."""
+
+    title: str
+    steps: list[int] = field(default_factory=list)
+    flops: list[float] = field(default_factory=list)  # training FLOPs, in place of steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Override(Axes):
+    """A section [[override]]: settings of the variants that have one of the values of each axis."""
+
+    settings: Flags
+
+    def applies(self, variant: Variant) -> bool:
+        return all(getattr(variant, axis) in some for axis in AXES[:-1] if (some := getattr(self, axis)))
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The section [launch]: how commands are started."""
+
+    parallel: int = 1  # runs at the same time
+    nproc_per_node: int = 1  # ranks of training, scoring and judging, on this machine
+    threads: int | None = None  # CPU threads of each process; None leaves the number to PyTorch
+    train: list[str] = field(default_factory=list)  # command that starts training, in place of torchrun
+    slurm: list[str] = field(default_factory=list)  # options of sbatch
+
+
+@dataclass(frozen=True)
+class Study:
+    """All runs of a study, and the folder of their models, results and report."""
+
+    path: Path
+    name: str
+    output_dir: Path
+    config: dict[Architecture, str]  # config file of training
+    note: str = ""  # Markdown that the report begins with
+    seeds: list[int] = field(default_factory=lambda: [0])
+    settings: Flags = field(default_factory=dict)  # of training; texts may contain the name of an axis in braces
+    override: list[Override] = field(default_factory=list)
+    launch: Launch = Launch()
+    benchmarks: dict[Literal["salmon", "sLM21", "sStoryCloze"], Flags] = field(default_factory=dict)
+    generation: Flags = field(default_factory=dict)  # flags of eval/generation.py; empty: nothing is judged
+    tables: tuple[Table, ...] = ()
+    result_files: Mapping[Any, str] = field(default_factory=dict)  # names of the benchmarks' result files
+
+    @property
+    def variants(self) -> list[Variant]:
+        """Variants in the order of the tables, each once."""
+        return list(dict.fromkeys(variant for table in self.tables for variant in table.variants))
+
+    @property
+    def runs(self) -> list[Run]:
+        return [Run(variant, seed) for variant in self.variants for seed in self.seeds]
+
+    def label(self, run: Run) -> str:
+        """Return the name of a run for readers, such as "hierarchical, Q = 4, seed 0"."""
+        return f"{_table('', self.variants).label(run.variant)}, seed {run.seed}"
+
+    def flags(self, variant: Variant) -> Flags:
+        """Return the training settings of a variant, except its steps and seed."""
+        flags: Flags = {
+            "job.config_file": self.config[variant.architecture],
+            "model.flavor": variant.flavor,
+            "codec.num_quantizers": variant.num_quantizers,
+            "loss.level_weights": variant.level_weights,
+        }
+        if variant.architecture == "flattened":  # a row has the same audio for every Q
+            base = resolved({"job.config_file": flags["job.config_file"]})
+            for section in ("training", "validation"):
+                length = getattr(base, section).seq_len
+                flags[f"{section}.seq_len"] = length * variant.num_quantizers // base.codec.num_quantizers
+        for settings in (self.settings, *(o.settings for o in self.override if o.applies(variant))):
+            flags |= settings
+        axes = {f"{{{axis}}}": str(value) for axis, value in vars(variant).items()}
+        for key, value in flags.items():
+            if isinstance(value, str):
+                flags[key] = re.sub(r"{\w+}", lambda match: axes.get(match[0], match[0]), value)
+        return flags
+
+
+def read_study(path: Path) -> Study:
+    """Read a study's file.
+
+    Raises:
+        UserError: the file cannot be read, has an unknown key, or describes a run that training or eval/ refuses.
+    """
+    try:
+        values = tomllib.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        why = f"the study '{path}' cannot be read ({error})"
+        raise UserError(f"{why}; name a file such as config/studies/tiny.toml") from error
+    try:
+        values["launch"] = _build(Launch, values.get("launch", {}), "[launch]")
+        for key, kind in {"tables": Grid, "override": Override}.items():
+            if not isinstance(sections := values.get(key, []), list):
+                raise UserError(f"{key} is {sections!r}; write sections [[{key}]]")
+            values[key] = [_build(kind, section, f"[[{key}]]") for section in sections]
+        grids = values.pop("tables")
+        study = _build(Study, values | {"path": path}, "the file")
+        tables = tuple(_table(grid.title, _variants(study, grid)) for grid in grids)
+        options = {name: _options(EvaluationOptions, flags) for name, flags in study.benchmarks.items()}
+        names = {name: BENCHMARK_SCRIPTS[name].result_path(values).name for name, values in options.items()}
+        study = replace(study, output_dir=Path(str(study.output_dir)), tables=tables, result_files=names)
+        _check(study)
+    except UserError as error:
+        raise UserError(f"the study '{path}' cannot be run: {error}") from error
+    return study
+
+
+def _build(kind: type[Kind], values: Any, name: str) -> Kind:
+    """Return a dataclass with the values of a section; its keys and their types are those of the dataclass."""
+    if not isinstance(values, dict):
+        raise UserError(f"{name} is {values!r}; write a section")
+    types = get_type_hints(kind)
+    for key, value in values.items():
+        if key not in types:
+            raise UserError(f"{name} has the unknown key '{key}'; the known ones are {', '.join(types)}")
+        if not fits(value, types[key]):
+            raise UserError(f"{name} sets {key} to {value!r}; it takes {types[key]}")
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise UserError(f"{name} is incomplete ({error})") from error
+
+
+def _options(kind: type[Kind], flags: Flags) -> Kind:
+    return read_flags(kind, as_words({**flags, "model_name": "model"}))
+
+
+def _table(title: str, variants: list[Variant]) -> Table:
+    axes = tuple(axis for axis in AXES if len({getattr(variant, axis) for variant in variants}) > 1)
+    return Table(title, tuple(dict.fromkeys(variants)), axes)
+
+
+def _variants(study: Study, grid: Grid) -> list[Variant]:
+    """Return the product of the axes of a table; an axis without values has that of the config."""
+    found: list[Variant] = []
+    for architecture in grid.architecture or [*study.config][:1]:
+        if architecture not in study.config:
+            raise UserError(f"[config] has no file for the architecture '{architecture}' of the table '{grid.title}'")
+        base = resolved({"job.config_file": study.config[architecture]})
+        flavors, weights = grid.flavor or [base.model.flavor], grid.level_weights or [base.loss.level_weights]
+        num_quantizers = grid.num_quantizers or [base.codec.num_quantizers]
+        for axes in itertools.product(flavors, num_quantizers, weights):
+            variant = Variant(architecture, *axes, steps=0)
+            flags = study.flags(variant)
+            steps = grid.steps or [resolved(flags).training.steps]
+            if grid.flops:
+                if grid.steps or not clip_length_is_known(flags):
+                    raise UserError(f"'{grid.title}' has flops; remove its steps, and tokenise or pack the corpus")
+                steps = [round(some / step_flops(flags, study.launch.nproc_per_node)) for some in grid.flops]
+            found += [replace(variant, steps=number) for number in steps]
+    return found
+
+
+def _check(study: Study) -> None:
+    """Refuse values that have the right type and cannot be run, before anything is trained."""
+    launch, sections = study.launch, [study.settings, study.generation, *study.benchmarks.values()]
+    own = OWN & set().union(*sections, *(override.settings for override in study.override))
+    unused = [override for override in study.override if not any(map(override.applies, study.variants))]
+    configs = [resolved(study.flags(v) | {"training.steps": v.steps}) for v in study.variants]
+    is_unknown_batch = launch.train and any(config.training.global_batch_size < 1 for config in configs)
+    for is_wrong, message in (
+        (not study.runs, "it has no [[tables]] or no seeds"),
+        (len({*study.seeds}) < len(study.seeds), f"seeds is {study.seeds}; list different numbers"),
+        (min(launch.parallel, launch.nproc_per_node) < 1, "launch.parallel and launch.nproc_per_node are 1 or more"),
+        (own, f"it sets {', '.join(sorted(own))}, which an axis or the study itself sets; remove that"),
+        (unused, f"{unused[:1]} applies to no variant; correct its axes"),
+        (is_unknown_batch, "launch.train starts an unknown number of ranks; set training.global_batch_size"),
+    ):
+        if is_wrong:
+            raise UserError(message)
+    if study.generation:
+        _options(GenerationOptions, study.generation)

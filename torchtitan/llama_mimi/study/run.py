@@ -1,0 +1,238 @@
+"""The commands of a study: each run is trained, converted, scored and judged, and has a line in the index.
+
+A finished command is not repeated, so that a killed study continues. A failed one is recorded; other runs continue.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from llama_mimi.checkpoint.conversion import JOB_CONFIG, NOT_OF_THE_MODEL
+from llama_mimi.common.command_line import as_words
+from llama_mimi.common.errors import UserError
+from llama_mimi.common.files import LOCK, digest, locked, read_json, write_atomically
+from llama_mimi.common.ranks import end_with_parent
+from llama_mimi.common.resume import require_same
+from llama_mimi.data.code_store import MANIFEST
+from llama_mimi.study.budget import resolved, step_flops
+from llama_mimi.study.config import Flags, Run, Study
+from llama_mimi.training.metrics import BITS
+
+INDEX, RECORD = "index.jsonl", "record.json"
+TRAIN, GENERATION = "train", "generation"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command of a run: training, conversion, a benchmark, or judging. It writes ``output``."""
+
+    name: str
+    program: list[str]
+    flags: Flags
+    output: Path
+
+
+def steps(study: Study, run: Run) -> list[Step]:
+    """Return the commands of a run in their order."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun.append(f"--nproc_per_node={study.launch.nproc_per_node}")
+    ranks = torchrun if study.launch.nproc_per_node > 1 else [sys.executable]
+    folder, model = f"{run_folder(study, run)}/run", f"{study.output_dir}/models/{run.name}"
+    results, generations = f"{study.output_dir}/results", f"{study.output_dir}/generations"
+    checkpoint = f"{folder}/checkpoint/step-{run.variant.steps}"
+    trainer = study.launch.train or [*torchrun, "-m", "llama_mimi.train"]
+    training = training_flags(study, run) | {"job.dump_folder": folder}
+    conversion = {"checkpoint": checkpoint, "output_dir": model}
+    scoring = {"model_name": model, "output_dir": results, "codes_dir": f"{study.output_dir}/clip_codes"}
+    judging = study.generation | {"model_name": model, "output_dir": generations, "name": run.name}
+    found = [
+        Step(TRAIN, trainer, training, Path(checkpoint)),
+        Step("convert", [sys.executable, "scripts/convert_dcp_to_hf.py"], conversion, Path(model, "config.json")),
+    ]
+    for name, flags in study.benchmarks.items():
+        output = Path(results, name, run.name, study.result_files[name])
+        found.append(Step(name, [*ranks, f"eval/{name}.py"], flags | scoring, output))
+    if study.generation:
+        found.append(Step(GENERATION, [*ranks, "eval/generation.py"], judging, Path(generations, f"{run.name}.json")))
+    return found
+
+
+def training_flags(study: Study, run: Run) -> Flags:
+    """Return the settings of a run. It ends with a validation: ``validation.freq`` divides its number of steps."""
+    flags, number = study.flags(run.variant), run.variant.steps
+    wanted = min(resolved(flags).validation.freq, number)
+    freq = next(freq for freq in range(wanted, number + 1) if number % freq == 0)
+    return flags | {"debug.seed": run.seed, "training.steps": number, "validation.freq": freq}
+
+
+def run_folder(study: Study, run: Run) -> Path:
+    """Return the folder of a run's training, logs and record."""
+    return study.output_dir / "runs" / run.name
+
+
+def read_record(study: Study, run: Run) -> dict[str, Any]:
+    """Return the settings of the started steps of a run, the seconds of the finished ones, and the step that failed."""
+    return {"settings": {}, "seconds": {}, "failed": None} | (read_json(str(run_folder(study, run)), RECORD) or {})
+
+
+def _settings(study: Study, run: Run, step: Step) -> Flags:
+    """Return everything that must not change after a step was started."""
+    return step.flags | {"SHA-256 of the config": _file_sha256(Path(study.config[run.variant.architecture]))}
+
+
+def _file_sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def check_unchanged(study: Study) -> None:
+    """Refuse to continue runs whose flags or config file have changed.
+
+    Raises:
+        UserError: the first flag that differs.
+    """
+    for run in study.runs:
+        saved = read_record(study, run)["settings"]
+        for step in (step for step in steps(study, run) if step.name in saved):
+            current = dict.fromkeys(saved[step.name]) | _settings(study, run, step)  # a removed flag is None
+            what = f"the step '{step.name}' of {run.name}"
+            require_same(saved[step.name], current, what, "restore that, or choose another output_dir")
+
+
+class StudyRunner:
+    """Runs the commands of a study."""
+
+    def __init__(self, study: Study) -> None:
+        self.study = study
+        self._is_stopping = threading.Event()
+
+    def train_and_score(self, runs: Sequence[Run]) -> None:
+        """Train, convert and score runs, ``launch.parallel`` at a time."""
+
+        def work(run: Run) -> None:
+            with locked(self.study.output_dir / "runs" / f".{run.name}{LOCK}", "output_dir", wait=True):
+                self._run(run, [step for step in steps(self.study, run) if step.name != GENERATION])
+
+        with ThreadPoolExecutor(self.study.launch.parallel) as pool:
+            try:
+                list(pool.map(work, runs))
+            except BaseException:  # such as an interrupt: no other command is started
+                self._is_stopping.set()
+                raise
+
+    def judge(self) -> None:
+        """Judge the continuations of all scored runs one after the other, as they share the prompts."""
+        with locked(self.study.output_dir / f".generations{LOCK}", "output_dir", wait=True):
+            for run in self.study.runs:
+                if self.study.generation and read_record(self.study, run)["failed"] is None:
+                    self._run(run, steps(self.study, run)[-1:])
+
+    def _run(self, run: Run, todo: Sequence[Step]) -> None:
+        folder = run_folder(self.study, run)
+        for step in todo:
+            record = read_record(self.study, run)
+            if step.name in record["seconds"] and step.output.exists():
+                continue
+            if self._is_stopping.is_set():
+                return
+            if step.name == TRAIN:  # a run that was killed behind its last checkpoint lacks the validation of that step
+                shutil.rmtree(step.output, ignore_errors=True)
+            self._record(run, settings=record["settings"] | {step.name: _settings(self.study, run, step)})
+            began = time.monotonic()
+            try:
+                self.start(step.name, folder / "logs" / f"{step.name}.log", [*step.program, *as_words(step.flags)])
+            except (UserError, OSError) as error:
+                if not self._is_stopping.is_set():
+                    self._record(run, failed={"step": step.name, "why": str(error)})
+                    print(f"{run.name}: {step.name} failed: {error}", flush=True)
+                return
+            self._record(run, seconds=record["seconds"] | {step.name: round(time.monotonic() - began, 1)})
+            print(f"{run.name}: {step.name} is done", flush=True)
+        self._record(run, failed=None)
+
+    def _record(self, run: Run, **values: Any) -> None:
+        content = json.dumps(read_record(self.study, run) | values, indent=1)
+        write_atomically(str(run_folder(self.study, run)), RECORD, content.encode())
+
+    def start(self, name: str, log: Path, command: list[str]) -> None:
+        """Run a command to its end; it ends with this process, also if that is killed.
+
+        Raises:
+            UserError: the command failed.
+        """
+        launch = self.study.launch
+        # Runs are judged one after the other, so that the judge has the threads of all parallel runs.
+        threads = launch.threads and launch.threads * (launch.parallel if name == GENERATION else 1)
+        env = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("w") as output:
+            done = subprocess.run(command, stdout=output, stderr=output, env=env, preexec_fn=end_with_parent)
+        if done.returncode:
+            lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+            errors = [line for line in lines if line.startswith("error: ")] or lines[-5:]
+            raise UserError(" / ".join(errors)[-600:] or f"the command ended with code {done.returncode}")
+
+
+def write_index(study: Study) -> list[dict[str, Any]]:
+    """Write a line of JSON for each run into `INDEX`, and return the lines.
+
+    Raises:
+        UserError: a result cannot be read.
+    """
+    lines = [_line(study, run) for run in study.runs]
+    write_atomically(str(study.output_dir), INDEX, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    return lines
+
+
+def _line(study: Study, run: Run) -> dict[str, Any]:
+    record, folder = read_record(study, run), run_folder(study, run) / "run"
+    outputs = [step.output for step in steps(study, run)[2:]]  # results of benchmarks, and continuations
+    found = [result for path in outputs if (result := read_json(str(path.parent), path.name))]
+    is_done = TRAIN in record["seconds"] and len(found) == len(outputs)
+    config = read_json(str(folder), JOB_CONFIG)
+    scored = found[0] if found and study.benchmarks else {}
+    return {
+        "study": study.name,
+        "run": run.name,
+        "label": study.label(run),
+        **vars(run.variant),
+        "seed": run.seed,
+        "state": "failed" if record["failed"] else "done" if is_done else "unfinished",
+        "failed": record["failed"],
+        "config_sha256": config and digest({k: v for k, v in config.items() if k not in NOT_OF_THE_MODEL}),
+        "data_sha256": config and _data_sha256(config["training"]["dataset"]),
+        "codec_sha256": scored.get("codec", {}).get("sha256"),
+        "model_sha256": scored.get("model_sha256"),
+        "commit": scored.get("versions", {}).get("commit"),
+        "flops": run.variant.steps * step_flops(study.flags(run.variant), study.launch.nproc_per_node),
+        "seconds": record["seconds"],
+        BITS: validation_bits(folder, run.variant.steps),
+    }
+
+
+def _data_sha256(dataset: str) -> str:
+    """Return the hash of the manifests of tokenised corpora, and of the names of other corpora."""
+    parts = [part.strip() for part in dataset.split(",")]
+    return digest([_file_sha256(path) if (path := Path(part, MANIFEST)).is_file() else part for part in parts])
+
+
+def validation_bits(folder: Path, step: int) -> dict[str, float]:
+    """Return the bits per second over admissible tokens at the validation of a step, by level and of all levels."""
+    bits: dict[str, float] = {}
+    for log in sorted((folder / "tb").rglob("events*"), key=lambda log: log.name):  # one for each start
+        events = EventAccumulator(str(log)).Reload()
+        for tag in events.Tags()["scalars"]:
+            if tag.startswith(f"validation_{BITS}/"):
+                bits |= {tag.split("/")[1]: event.value for event in events.Scalars(tag) if event.step == step}
+    return bits
