@@ -284,7 +284,7 @@ def plain_frame(csm, state_D, entries_Q, num_entries=K + 1):
 @torch.no_grad()
 def test_a_score_is_that_of_the_plainest_loop(speech_model, sequences, scoring, is_cut):
     """In a batch with a longer clip, against one clip, one frame and one level after the other."""
-    csm, codes_TQ = speech_model.csm, clip(6, 5)
+    csm, codes_TQ = speech_model.decoder, clip(6, 5)
     found, _ = batch_scores(speech_model, [(codes_TQ, is_cut), (clip(11, 6), False)], scoring)
     states_LD = csm.backbone_model(inputs_embeds=csm_inputs(csm, sequences, codes_TQ)).last_hidden_state[0]
     values = []
