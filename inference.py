@@ -79,8 +79,9 @@ def continue_speech(options: Options, sampling: SamplingOptions) -> None:
         "--stream makes one sample; remove it, or --num_samples": options.stream and num_samples > 1,
         f"--output_file is '{file}'; name a .wav file": file.suffix.lower() != ".wav" or file.is_dir(),
     }
-    for problem in (problem for problem, is_wrong in problems.items() if is_wrong):
-        raise UserError(problem)
+    for problem, is_wrong in problems.items():
+        if is_wrong:
+            raise UserError(problem)
     files = [file.with_stem(f"{file.stem}_{number}") for number in range(num_samples)] if num_samples > 1 else [file]
     if options.prompt is not None:  # a bad prompt is refused before the model is loaded
         for remark in read_prompt(options.prompt).remarks:
