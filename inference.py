@@ -4,14 +4,13 @@ uv run python inference.py --model_name models/tiny --prompt assets/tiny/prompt.
 """
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from llama_mimi.audio.mimi import CodecAttention
 from llama_mimi.audio.reading import Waveform, wav_writer, write_wav
-from llama_mimi.audio.silence import silences
 from llama_mimi.audio.streaming import DecodingStream, decode_long
 from llama_mimi.common.command_line import run_command
 from llama_mimi.common.errors import UserError
@@ -30,101 +29,104 @@ from llama_mimi.generation.prompt_folder import LONG_SILENCE_SECONDS, RESULTS, c
 from llama_mimi.generation.speech_model import DecoderPrecision, SpeechModel
 
 
-def continue_speech(
-    sampling: SamplingOptions,
-    model_name: str = "llm-jp/Llama-Mimi-1.3B",
-    prompt: str | None = None,
-    prompts: Path | None = None,
-    text: str | None = None,
-    output_file: Path = Path("continuation.wav"),
-    output_dir: Path | None = None,
-    stream: bool = False,
-    batch_size: int | None = None,
-    codec: str | None = None,
-    codec_attention: CodecAttention | None = None,
-    device: str | None = None,
-    dtype: DecoderPrecision = "float32",
-) -> None:
-    """Continue speech.
+@dataclass(frozen=True)
+class Options:
+    """What is continued, by which model.
 
     Args:
-        sampling: sampling of tokens
         model_name: hub id or folder
-        prompt: WAV, FLAC, MP3 or OGG file; other formats with FFmpeg
-        prompts: folder of such files, all continued into --output_dir; the same command resumes a killed run
-        text: text to speak, for models of the task tts; with --prompt as the voice, it begins with the prompt's words
-        output_file: WAV file; several samples add their number to its name
-        output_dir: output folder of --prompts
-        stream: write the sample while it is generated
-        batch_size: number of samples in a batch of --prompts; default: 8, on a GPU 64
+        prompt: WAV, FLAC, MP3 or OGG file; other formats need FFmpeg
+        prompts: folder of such files, continued into --output_dir; the same command resumes a killed run
+        text: text to speak, for models of the task tts; with --prompt as the voice, the text begins with its transcript
+        output_file: WAV file; with several samples their numbers are added to its name
+        output_dir: folder for the continuations of --prompts
+        stream: write the sample to disk during generation
+        batch_size: samples of --prompts that are drawn at once; default: 8, on GPUs 64
         codec: hub id or folder; default: the codec that the model names
-        codec_attention: default: the attention that encoded the model's training data
-        device: default: the accelerator if there is one
+        codec_attention: default: that of the model's training codes
+        device: default: the accelerator, if there is one
         dtype: precision of the decoder
+    """
+
+    model_name: str = "llm-jp/Llama-Mimi-1.3B"
+    prompt: str | None = None
+    prompts: Path | None = None
+    text: str | None = None
+    output_file: Path = Path("continuation.wav")
+    output_dir: Path | None = None
+    stream: bool = False
+    batch_size: int | None = None
+    codec: str | None = None
+    codec_attention: CodecAttention | None = None
+    device: str | None = None
+    dtype: DecoderPrecision = "float32"
+
+
+def continue_speech(options: Options, sampling: SamplingOptions) -> None:
+    """Continue speech.
 
     Raises:
         UserError: the prompt, the model or an option cannot be used.
     """
-    if (prompts is None) == (prompt is None and text is None):
-        raise UserError("give a spoken --prompt, a --text, or both, or else a folder of --prompts")
-    if (prompts is None) != (output_dir is None):
-        raise UserError("--prompts and --output_dir go together; one prompt goes into --output_file")
-    if prompts is not None and stream:
-        raise UserError("--stream is for one prompt; leave it out, or --prompts")
-    if batch_size is not None and (batch_size < 1 or prompts is None):
-        raise UserError(f"--batch_size is {batch_size}; it must be 1 or more, and is for --prompts")
-    if stream and sampling.num_samples > 1:
-        raise UserError(f"--stream makes one sample, not {sampling.num_samples}; leave out --num_samples")
-    if output_file.suffix.lower() != ".wav" or output_file.is_dir():
-        raise UserError(f"--output_file is '{output_file}'; name a .wav file")
-    output_files = [output_file]
-    if sampling.num_samples > 1:
-        numbers = range(sampling.num_samples)
-        output_files = [output_file.with_stem(f"{output_file.stem}_{number}") for number in numbers]
-    if prompt is not None:  # checked before the model is loaded
-        for remark in read_prompt(prompt).remarks:
-            print(f"note: '{prompt}' is {remark}")
-        for path in output_files:
-            if path.exists() and path.samefile(prompt):
-                raise UserError(f"--output_file would replace the --prompt '{prompt}'; name another file")
+    is_folder, file, num_samples = options.prompts is not None, options.output_file, sampling.num_samples
+    is_one = options.prompt is not None or options.text is not None
+    is_batch_wrong = options.batch_size is not None and (options.batch_size < 1 or not is_folder)
+    problems = {
+        "give a spoken --prompt, a --text, or both, or else a folder of --prompts": is_folder == is_one,
+        "--prompts and --output_dir go together; set both or none": is_folder != (options.output_dir is not None),
+        f"--batch_size is {options.batch_size}; it must be 1 or more, and is for --prompts": is_batch_wrong,
+        "--stream makes one sample; remove it, or --prompts": options.stream and is_folder,
+        "--stream makes one sample; remove it, or --num_samples": options.stream and num_samples > 1,
+        f"--output_file is '{file}'; name a .wav file": file.suffix.lower() != ".wav" or file.is_dir(),
+    }
+    for problem, is_wrong in problems.items():
+        if is_wrong:
+            raise UserError(problem)
+    files = [file.with_stem(f"{file.stem}_{number}") for number in range(num_samples)] if num_samples > 1 else [file]
+    if options.prompt is not None:  # a bad prompt is refused before the model is loaded
+        for remark in read_prompt(options.prompt).remarks:
+            print(f"note: '{options.prompt}' is {remark}")
+        if any(path.exists() and path.samefile(options.prompt) for path in files):
+            raise UserError(f"--output_file would replace the --prompt '{options.prompt}'; name another file")
 
-    with torchrun_ranks(device) as ranks:
-        if ranks.world_size > 1 and prompts is None:
-            raise UserError(f"{ranks.world_size} ranks cannot share one prompt; leave torchrun out, or name --prompts")
+    with torchrun_ranks(options.device) as ranks:
+        if ranks.world_size > 1 and not is_folder:
+            raise UserError(f"{ranks.world_size} ranks cannot share one prompt; run without torchrun, or use --prompts")
+        device, name, attention = str(ranks.device), options.codec, options.codec_attention
         model = load_speech_model(
-            model_name, codec_name=codec, attention=codec_attention, device=str(ranks.device), dtype=dtype
+            options.model_name, codec_name=name, attention=attention, device=device, dtype=options.dtype
         )
         if ranks.rank == 0 and (note := checkpoint_note(model, sampling)):
             print(note, flush=True)
-        if prompts is not None and output_dir is not None:
-            made_by = from_first(lambda: describe_model(model_name, model, dtype))
-            num_rows = batch_size or (64 if ranks.device.type == "cuda" else 8)
-            records = continue_folder(model, prompts, output_dir, sampling, num_rows, ranks, made_by)
-            if ranks.rank == 0:
-                _report(records, output_dir)
+        if options.prompts is None or options.output_dir is None:
+            _continue_prompt(model, options, sampling, files)
             return
-        check_text(model, text)
-        prompt_TQ = torch.zeros(0, model.codec.num_quantizers, dtype=torch.long)
-        began = time.perf_counter()
-        if prompt is not None:
-            (prompt_TQ,) = encode_prompts(model, [read_prompt(prompt, model.codec)], sampling)
-        if stream:
-            _stream(model, Request(prompt_TQ, sampling.seed, text), sampling, output_file, began)
-            return
-        for path, codes_TQ in zip(output_files, continue_codes(model, prompt_TQ, sampling, text), strict=True):
-            waveform = Waveform(torch.zeros(0), model.codec.sample_rate_hz)
-            if len(codes_TQ):
-                waveform = replace(waveform, samples_S=decode_long(model.codec, codes_TQ))
-                write_wav(path, waveform)
-            _describe(path, len(prompt_TQ), len(codes_TQ) - len(prompt_TQ), model)
-            for start, length in silences(waveform, LONG_SILENCE_SECONDS):
-                print(f"note: {path} is silent for {length:.1f} s from {start:.1f} s on")
+        made_by = from_first(lambda: describe_model(options.model_name, model, options.dtype))
+        num_rows = options.batch_size or (64 if ranks.device.type == "cuda" else 8)
+        records = continue_folder(model, options.prompts, options.output_dir, sampling, num_rows, ranks, made_by)
+        if ranks.rank == 0:
+            _report(records, options.output_dir)
+
+
+def _continue_prompt(model: SpeechModel, options: Options, sampling: SamplingOptions, files: list[Path]) -> None:
+    check_text(model, options.text)
+    began = time.perf_counter()
+    prompt_TQ = torch.zeros(0, model.codec.num_quantizers, dtype=torch.long)
+    if options.prompt is not None:
+        (prompt_TQ,) = encode_prompts(model, [read_prompt(options.prompt, model.codec)], sampling)
+    if options.stream:
+        _stream(model, Request(prompt_TQ, sampling.seed, options.text), sampling, files[0], began)
+        return
+    for path, codes_TQ in zip(files, continue_codes(model, prompt_TQ, sampling, options.text), strict=True):
+        if len(codes_TQ):
+            write_wav(path, Waveform(decode_long(model.codec, codes_TQ), model.codec.sample_rate_hz))
+        _describe(path, len(prompt_TQ), len(codes_TQ) - len(prompt_TQ), model)
 
 
 def _stream(model: SpeechModel, request: Request, options: SamplingOptions, path: Path, began: float) -> None:
-    """Write a sample frame by frame; the file can be played before it is complete."""
+    """Write a sample frame by frame; the file can be played while it grows."""
     codec, decoding = model.codec, DecodingStream(model.codec)
-    drawn = decode(model, [request], options.for_model(model), 1)  # refuses before a file is there
+    drawn = decode(model, [request], options.for_model(model), 1)  # refuses options before the file exists
     num_new, first = 0, 0.0
     with wav_writer(path, codec.sample_rate_hz) as file:
         if len(request.prompt_TQ):
@@ -145,26 +147,21 @@ def _stream(model: SpeechModel, request: Request, options: SamplingOptions, path
 def _describe(path: Path, prompt_frames: int, new_frames: int, model: SpeechModel) -> None:
     rate_hz = model.codec.frame_rate_hz
     print(f"{path}: {prompt_frames / rate_hz:.2f} s of prompt, {new_frames / rate_hz:.2f} s of continuation")
-    if not new_frames and not prompt_frames:
-        print("no audio was generated for this text; set --min_seconds, or try another --seed")
-    elif not new_frames:
-        print(
-            f"{path} contains the prompt only: for the model the speech ends with it; cut the prompt in mid-sentence, "
-            "set --min_seconds, or try another --seed"
-        )
+    if not new_frames:
+        print("the model ended the speech at once; set --min_seconds, cut a prompt in mid-sentence, or change --seed")
 
 
 def _report(records: list[dict], output_dir: Path) -> None:
+    failed = [record["error"] for record in records if "error" in record]
     made = [record for record in records if "error" not in record]
     ended = sum(record["end"] == End.BY_MODEL.value for record in made)
     silent = sum(bool(record["silences"]) for record in made)
     print(
-        f"{len(made):,} samples in {output_dir}, {ended:,} ended by the model and {len(made) - ended:,} cut; "
-        f"{silent:,} with {LONG_SILENCE_SECONDS:g} s or more of silence; see {output_dir / RESULTS}"
+        f"{len(made):,} samples in {output_dir}, {ended:,} ended by the model and {len(made) - ended:,} cut; ", end=""
     )
-    failed = [record["error"] for record in records if "error" in record]
+    print(f"{silent:,} with {LONG_SILENCE_SECONDS:g} s or more of silence; see {output_dir / RESULTS}")
     if failed:
-        raise UserError(f"{len(failed):,} samples failed; the first: {failed[0]}")
+        raise UserError(f"{len(failed):,} samples could not be made; the first: {failed[0]}")
 
 
 if __name__ == "__main__":

@@ -70,27 +70,15 @@ def test_fewer_levels_are_a_prefix(speech):
         assert torch.equal(MimiCodec(str(TINY / "mimi"), Q).encode([speech])[0], deep[:, :Q])
 
 
-def test_codes_follow_the_content(codec, speech):
-    codes_TQ = codec.encode([speech])[0]
-    assert len(codes_TQ[:, 0].unique()) > len(codes_TQ) / 4
-    assert codes_TQ.min() >= 0 and codes_TQ.max() < codec.codebook_size
-
-
-def test_decode_gives_whole_frames(codec, speech):
-    codes_TQ = codec.encode([speech[: 10 * 1920]])[0]
-    samples_S = codec.decode(codes_TQ)
-    assert samples_S.shape == (10 * 1920,) and samples_S.dtype == torch.float32
-    assert bool(torch.isfinite(samples_S).all())
-
-
-@pytest.mark.parametrize("num_quantizers", [0, 9])
-def test_depth_outside_the_codec_is_refused(num_quantizers):
-    with pytest.raises(UserError, match="1 to 8 levels"):
-        MimiCodec(str(TINY / "mimi"), num_quantizers)
-
-
-def test_a_missing_codec_is_refused(tmp_path):
-    with pytest.raises(UserError, match="does not exist"):
-        MimiCodec(str(tmp_path / "nothing"), 4)
-    with pytest.raises(UserError, match="hf download kyutai/mimi"):
-        MimiCodec("kyutai/mimi", 4)
+@pytest.mark.parametrize(
+    ("name", "num_quantizers", "message"),
+    [
+        (str(TINY / "mimi"), 0, "1 to 8 levels"),
+        (str(TINY / "mimi"), 9, "1 to 8 levels"),
+        ("models/no/such", 4, "does not exist"),
+        ("kyutai/mimi", 4, "hf download kyutai/mimi"),
+    ],
+)
+def test_a_codec_that_does_not_fit_is_refused(name, num_quantizers, message):
+    with pytest.raises(UserError, match=message):
+        MimiCodec(name, num_quantizers)

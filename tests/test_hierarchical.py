@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, CsmForConditionalGeneration, LlamaForCau
 
 from llama_mimi.audio.mimi import MimiCodec
 from llama_mimi.checkpoint.conversion import convert_checkpoint
-from llama_mimi.checkpoint.csm import HierarchicalStateDictAdapter, csm_args, csm_config, csm_state
+from llama_mimi.checkpoint.csm import HierarchicalStateDictAdapter, csm_config, csm_state
 from llama_mimi.checkpoint.huggingface import hf_config
 from llama_mimi.checkpoint.run_record import save_run_record, speech_config
 from llama_mimi.common.errors import UserError
@@ -137,37 +137,6 @@ def test_logits_of_both_networks_are_those_of_transformers(pair, sequences):
         torch.testing.assert_close(logits.compute()[0], depth_TqV[:, level - 1], atol=1e-5, rtol=1e-5)
 
 
-def from_transformers(theirs, model):
-    """Weights under our names: `csm_state` only moves numbers, so numbers of places say where each went."""
-    sizes = {name: weight.numel() for name, weight in model.state_dict().items()}
-    starts = dict(zip(sizes, itertools.accumulate(sizes.values(), initial=0), strict=False))
-    places = {
-        name: torch.arange(starts[name], starts[name] + sizes[name]).view(weight.shape)
-        for name, weight in model.state_dict().items()
-    }
-    values = torch.zeros(sum(sizes.values()))
-    for name, place in csm_state(places, model.model_args).items():
-        values[place.flatten()] = theirs[name].flatten()
-    return {name: values[place] for name, place in places.items()}
-
-
-def test_weights_of_transformers_have_the_same_logits_here(sequences, args):
-    """The other direction: weights that its own class has drawn."""
-    torch.manual_seed(3)
-    csm = CsmForConditionalGeneration(csm_config(args, codec=str(TINY / "mimi"), num_quantizers=Q)).eval()
-    model = built(replace(csm_args(csm.config), max_seq_len=256))
-    model.load_state_dict(from_transformers(csm.state_dict(), model))
-    codes_TQ = clip(7)
-    pending = run(model, batch(sequences, [codes_TQ], 12)[0])
-    with torch.no_grad():
-        hidden_TD = csm.backbone_model(inputs_embeds=csm_inputs(csm, sequences, codes_TQ)).last_hidden_state[0, 1:]
-        given_TQ = F.pad(codes_TQ[:, :-1], (1, 0))
-        depth_TqV = csm.depth_decoder(input_ids=given_TQ, backbone_last_hidden_state=hidden_TD[:7]).logits
-    torch.testing.assert_close(pending.level_0.compute()[0, 1:9], csm.lm_head(hidden_TD), atol=1e-5, rtol=1e-5)
-    for level, logits in enumerate(pending.levels, start=1):
-        torch.testing.assert_close(logits.compute()[0, :7], depth_TqV[:, level - 1], atol=1e-5, rtol=1e-5)
-
-
 def test_the_loss_is_that_of_transformers(pair, sequences):
     """Its sum of two means, from the sums of ours; the end is a frame like others there."""
     model, csm = pair
@@ -278,7 +247,7 @@ def plain_frame(csm, state_D, entries_Q, num_entries=K + 1):
 @torch.no_grad()
 def test_a_score_is_that_of_the_plainest_loop(speech_model, sequences, scoring, is_cut):
     """In a batch with a longer clip, against one clip, one frame and one level after the other."""
-    csm, codes_TQ = speech_model.csm, clip(6, 5)
+    csm, codes_TQ = speech_model.decoder, clip(6, 5)
     found, _ = batch_scores(speech_model, [(codes_TQ, is_cut), (clip(11, 6), False)], scoring)
     states_LD = csm.backbone_model(inputs_embeds=csm_inputs(csm, sequences, codes_TQ)).last_hidden_state[0]
     values = []

@@ -88,7 +88,7 @@ def frames_in(batch, sequences):
     """(corpus, clip, frame) of everything that a batch trains on."""
     labels_L = batch[1].flatten()
     units_L = labels_L[(labels_L != IGNORE_INDEX) & sequences.vocabulary.is_unit(labels_L)]
-    codes_TQ = sequences.vocabulary.codes_from_ids(units_L)
+    codes_TQ = sequences.vocabulary.entries(units_L).view(-1, sequences.vocabulary.num_quantizers)
     assert (codes_TQ[:, 3] == 0).all()
     return [tuple(frame) for frame in codes_TQ[:, :3].tolist()]
 

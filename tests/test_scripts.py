@@ -178,13 +178,13 @@ def test_a_prompt_that_ends_the_speech_is_said_and_min_seconds_helps(converted, 
     inference = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(inference)
     output = tmp_path / "a.wav"
-    flags = {"model_name": str(converted), "prompt": str(TINY / "prompt.wav"), "output_file": output}
-    inference.continue_speech(SamplingOptions(seconds=0.8, min_seconds=0.8), **flags)
+    options = inference.Options(str(converted), prompt=str(TINY / "prompt.wav"), output_file=output)
+    inference.continue_speech(options, SamplingOptions(seconds=0.8, min_seconds=0.8))
     assert "0.80 s of continuation" in capsys.readouterr().out
     monkeypatch.setattr(inference, "continue_codes", lambda model, prompt_TQ, sampling, text: [prompt_TQ])
-    inference.continue_speech(SamplingOptions(seconds=0.8), **flags)
+    inference.continue_speech(options, SamplingOptions(seconds=0.8))
     said = capsys.readouterr().out
-    assert "0.00 s of continuation" in said and "the speech ends with it" in said and "--min_seconds" in said
+    assert "0.00 s of continuation" in said and "ended the speech at once" in said and "--min_seconds" in said
 
 
 def test_a_stream_is_the_same_audio_as_it_is_made(converted, tmp_path, capsys):
@@ -286,7 +286,7 @@ def test_a_prompt_is_never_replaced(tmp_path):
         (("--prompts", "assets/tiny"), "or else a folder of --prompts"),
         (("--output_dir", "there"), "--prompts and --output_dir go together"),
         (("--batch_size", "4"), "--batch_size is 4; it must be 1 or more, and is for --prompts"),
-        (("--stream", "--num_samples", "2"), "--stream makes one sample, not 2"),
+        (("--stream", "--num_samples", "2"), "--stream makes one sample; remove it"),
         (("--model_name", "models/no/such"), "model folder 'models/no/such' does not exist"),
         (("--model_name", "assets/tiny/mimi"), "is a 'mimi', not one of: llama, csm"),
         (("--device", "nothing"), "device 'nothing' is not available"),

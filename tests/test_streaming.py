@@ -3,7 +3,7 @@
 import pytest
 import soundfile
 import torch
-from conftest import ROOT, TINY
+from conftest import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import MimiConfig, MimiModel
@@ -92,8 +92,3 @@ def test_silences_are_found():
     assert silences(Waveform(clip, rate), 1.0) == [(2.0, 2.5), (6.5, 1.0)]
     assert silences(Waveform(torch.zeros(0), rate), 1.0) == []
     assert silences(Waveform(torch.zeros(3000), rate), 2.0) == [(0.0, 3.0)]
-
-
-def test_the_real_prompt_has_no_long_silence():
-    samples, rate = soundfile.read(ROOT / "assets/tiny/prompt.wav", dtype="float32")
-    assert silences(Waveform(torch.from_numpy(samples), rate), 2.0) == []

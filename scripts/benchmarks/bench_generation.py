@@ -9,6 +9,7 @@ On a GPU: ``--shape 1B --batch_sizes 8 64 --dtype bfloat16 --new_frames 125``.
 
 import json
 import os
+import re
 import statistics
 import tempfile
 import time
@@ -42,7 +43,7 @@ from llama_mimi.generation.flattened import FlattenedModel
 from llama_mimi.generation.speech_model import DECODER_DTYPES, DecoderPrecision
 from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs
 from llama_mimi.tokens.sequences import load_sequences
-from llama_mimi.tokens.units import codes_from_text, text_from_codes
+from llama_mimi.tokens.units import text_from_codes
 
 Q, PROMPT_FRAMES, TEMPERATURE, TOP_K = 4, 38, 0.8, 30
 TINY_CODEC = str(Path(__file__).parents[2] / "assets" / "tiny" / "mimi")
@@ -102,7 +103,7 @@ def bench_generation(
         row += [f"{100 * medians[name] / medians['body alone']:.0f} %"]
         row += [f"{medians[name] / (Q * model.codec.frame_rate_hz):.2f}"]
         print("|", " | ".join(row), "|")
-    num_bytes = sum(p.numel() * p.element_size() for p in model.body.layers.parameters())
+    num_bytes = sum(p.numel() * p.element_size() for p in model.backbone.layers.parameters())
     print(f"\nA token reads {num_bytes / 1e9:.2f} GB of layers; {bandwidth(num_bytes, medians['this loop'])}")
     for seconds in stream_seconds:
         print(f"peak memory of a stream of {seconds:g} s, tiny shape: {_peak(stream_memory, seconds=seconds)}")
@@ -203,8 +204,9 @@ def as_released(model: FlattenedModel, new_frames: int) -> float:
         drawn_1L = generate(model, ids_1L, new_frames * Q, [])
         model.sequences.tokenizer.decode(drawn_1L[0])
         # What a random model says without a mask is no audio; as many codes are parsed and decoded in its place.
-        codes_TQ = codes_from_text(text_from_codes(prompt_TQ.repeat(9, 1)[: PROMPT_FRAMES + new_frames]), Q)
-        model.codec.decode(codes_TQ)
+        text = text_from_codes(prompt_TQ.repeat(9, 1)[: PROMPT_FRAMES + new_frames])
+        codes = [int(code) for code, _ in re.findall(r"<(\d+)_(\d+)>", text)]
+        model.codec.decode(torch.tensor(codes).view(-1, Q))
 
     return timed(call, new_frames * Q)
 
@@ -215,10 +217,10 @@ def body_alone(model: FlattenedModel, new_frames: int) -> float:
     ids_1L = model.sequences.sequence(prompt_of(model), is_cut=True)[None].to(DEVICE)
 
     def call() -> None:
-        cache = DynamicCache(config=model.body.config)
+        cache = DynamicCache(config=model.backbone.config)
         inputs_1L = ids_1L
         for _ in range(new_frames * Q):
-            model.body(inputs_1L, past_key_values=cache, use_cache=True)
+            model.backbone(inputs_1L, past_key_values=cache, use_cache=True)
             inputs_1L = ids_1L[:, -1:]
 
     return timed(call, new_frames * Q)

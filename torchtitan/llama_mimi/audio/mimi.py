@@ -27,21 +27,21 @@ from llama_mimi.common.hub import load_pretrained
 
 DEFAULT_CODEC = "kyutai/mimi"
 BATCH_SECONDS = (32.0, 160.0)  # of audio encoded at once without and with a GPU (scripts/benchmarks/bench_data.py)
-# Which earlier positions Mimi's Transformers attend to. "windowed" is the last 250 (10 s), as Mimi was trained and as
+# Earlier positions that Mimi's Transformers attend to: "windowed" is the last 250 (10 s), as Mimi was trained and as
 # transformers does since February 2026 (pull request 43971); "whole" is all of them, as transformers did before.
 CodecAttention = Literal["windowed", "whole"]
-# What completes a partial last frame: "pad" fills it with zeros, as our training does; "codec" leaves it to the padding
-# of each convolution, as the first release does.
+# Encoding of a partial last frame: "pad" fills it with zeros, as in our training; "codec" leaves it to the padding of
+# each convolution, as in the first release.
 LastFrame = Literal["codec", "pad"]
 Precision = Literal["float32", "bfloat16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def load_codec_config(name: str, num_quantizers: int) -> MimiConfig:
-    """The codec's configuration, checked to hold ``num_quantizers`` levels.
+    """Load the configuration of a codec that has ``num_quantizers`` levels.
 
     Raises:
-        UserError: no such codec, or one with fewer levels.
+        UserError: the codec does not exist, or has fewer levels.
     """
     config = load_pretrained(MimiConfig, name, what="codec")
     if not config.num_semantic_quantizers <= num_quantizers <= config.num_quantizers:
@@ -55,12 +55,8 @@ def load_codec_config(name: str, num_quantizers: int) -> MimiConfig:
 def local_codec(name: str, folder: str | Path) -> str | None:
     """Return the path of the codec that a model's config names, or None if no folder of that name exists.
 
-    A relative path is looked up from the model's folder and from each folder above it, so that the codec does not
-    depend on the working directory, and a repository can be moved as a whole.
-
-    Args:
-        name: ``codec`` of the config; a hub id gives None.
-        folder: of the model.
+    A relative path is looked up from the model's folder and from each folder above it, not from the working directory,
+    so that a repository can be moved as a whole.
     """
     folder = Path(folder).absolute()
     for place in (folder, *folder.parents):
@@ -70,10 +66,10 @@ def local_codec(name: str, folder: str | Path) -> str | None:
 
 
 def whole_frames(seconds: float, config: MimiConfig, setting: str = "data.max_audio_seconds") -> int:
-    """Whole frames of a codec in so many seconds; 20 s are 250, whatever the rounding of ``seconds``.
+    """Return the number of whole frames in ``seconds``; 20 s are 250, whatever the rounding of ``seconds``.
 
     Raises:
-        UserError: there is none, said of the flag or key ``setting`` that ``seconds`` are of.
+        UserError: ``seconds`` is shorter than one frame; ``setting`` names the option in the message.
     """
     frames = int(seconds * config.sampling_rate / config.frame_size + 1e-6)
     if not frames:
@@ -87,10 +83,7 @@ def is_released(config: PreTrainedConfig) -> bool:
 
 
 def attention_of(config: PreTrainedConfig) -> CodecAttention:
-    """Return the attention of the codec that made a model's training codes.
-
-    Released checkpoints are older than the window in transformers, so they are taken for "whole".
-    """
+    """Return the attention of the codec that made a model's training codes; released ones are older than the window."""
     return "whole" if is_released(config) else config.codec_attention
 
 
@@ -100,7 +93,6 @@ class MimiCodec:
     Args:
         name: hub id or folder.
         num_quantizers: Q, levels to encode and decode.
-        device: where the model runs.
         dtype: of weights and activations; bfloat16 changes about 2 % of the codes.
         attention: see `CodecAttention`; both give the same codes until the window is full.
     """
@@ -113,46 +105,41 @@ class MimiCodec:
         dtype: torch.dtype = torch.float32,
         attention: CodecAttention = "windowed",
     ) -> None:
-        config = load_codec_config(name, num_quantizers)
-        self.name = name
-        self.config = config
-        self.num_quantizers = num_quantizers
+        self.config = config = load_codec_config(name, num_quantizers)
+        self.name, self.num_quantizers, self.attention = name, num_quantizers, attention
+        self.device, self.dtype = torch.device(device), dtype
         self.codebook_size: int = config.codebook_size
         self.sample_rate_hz: int = config.sampling_rate
         self.frame_size: int = config.frame_size
         self.frame_rate_hz: float = config.sampling_rate / config.frame_size
-        self.device = torch.device(device)
-        self.dtype = dtype
-        self.attention = attention
         if self.device.type == "cpu":
             keep_freed_memory()
-        # float32 is meant: by default convolutions on a GPU round to TF32. Nothing else here has convolutions.
+        # By default convolutions on a GPU round float32 to TF32. Nothing else here has convolutions.
         torch.backends.cudnn.allow_tf32 = False
         extra: dict[str, Any] = {} if attention == "windowed" else {"sliding_window": 10**9}  # wider than any clip
         if self.device.type == "cuda":
-            # Which kernel scaled_dot_product_attention takes is a switch of the process, which TorchTitan turns while
-            # it trains: codes that are made beside a step would depend on the moment.
+            # TorchTitan switches the kernels of scaled_dot_product_attention for the whole process while it trains, so
+            # codes made during a step would depend on the moment.
             extra["attn_implementation"] = "eager"
         self.model = load_pretrained(MimiModel, name, what="codec", dtype=dtype, **extra).to(self.device).eval()
 
     def at_depth(self, num_quantizers: int) -> "MimiCodec":
-        """The same codec at another depth, with the same weights in memory."""
+        """Return the codec at another depth, with the same weights in memory."""
         other = copy(self)
         other.num_quantizers = num_quantizers
         return other
 
     def to(self, device: torch.device | str) -> "MimiCodec":
-        """The same codec on another device; its weights are moved, not copied."""
+        """Return the codec on another device; its weights are moved, not copied."""
         other = copy(self)
         other.device = torch.device(device)
         other.model = self.model.to(other.device)
         return other
 
     def num_frames(self, num_samples: int) -> int:
-        """T of a clip of ``num_samples`` samples; a partial last frame counts as one."""
+        """Return T of a clip of ``num_samples`` samples; a partial last frame counts as one."""
         return math.ceil(num_samples / self.frame_size)
 
-    @torch.inference_mode()
     def encode(self, waveforms: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Encode clips of any lengths in one batch.
 
@@ -163,87 +150,72 @@ class MimiCodec:
             waveforms: mono float32 clips (S,) at ``sample_rate_hz``.
 
         Returns:
-            For each clip its codes_TQ, int64 on the CPU.
+            The codes_TQ of each clip, int64 on the CPU.
         """
         if not waveforms:
             return []
         frames = [self.num_frames(len(samples_S)) for samples_S in waveforms]
         audio_BS = pad_sequence(list(waveforms), batch_first=True)
         audio_BS = torch.nn.functional.pad(audio_BS, (0, max(frames) * self.frame_size - audio_BS.shape[1]))
-        audio_B1S = audio_BS[:, None].to(self.device, self.dtype)
-        codes_BQT = self.model.encode(audio_B1S, num_quantizers=self.num_quantizers, return_dict=True).audio_codes
-        codes_BTQ = codes_BQT.transpose(1, 2).cpu()
-        # clone() gives up the padding's memory and lets the codes out of inference mode
-        return [codes_TQ[:T].clone() for codes_TQ, T in zip(codes_BTQ, frames, strict=True)]
+        # clone() frees the memory of the padding, and is not an inference tensor
+        return [codes_TQ[:T].clone() for codes_TQ, T in zip(self._encode(audio_BS), frames, strict=True)]
+
+    def encode_as_released(self, samples_S: torch.Tensor) -> torch.Tensor:
+        """Encode one clip (S,) as the first release of Llama-Mimi does, to codes_TQ.
+
+        A partial last frame is padded by each convolution of the model, so its codes differ from those of `encode`.
+        """
+        return self._encode(samples_S[None])[0].clone()
 
     @torch.inference_mode()
-    def encode_as_released(self, samples_S: torch.Tensor) -> torch.Tensor:
-        """Encode one clip as the first release of Llama-Mimi does: a partial last frame is left to the model.
-
-        Each convolution then pads its own input, so that the codes of that frame differ from `encode`'s.
-
-        Args:
-            samples_S: mono float32 (S,) at ``sample_rate_hz``.
-
-        Returns:
-            codes_TQ, int64 on the CPU.
-        """
-        audio_11S = samples_S[None, None].to(self.device, self.dtype)
-        codes_1QT = self.model.encode(audio_11S, num_quantizers=self.num_quantizers, return_dict=True).audio_codes
-        return codes_1QT[0].T.cpu().clone()
+    def _encode(self, audio_BS: torch.Tensor) -> torch.Tensor:
+        audio_B1S = audio_BS[:, None].to(self.device, self.dtype)
+        codes_BQT = self.model.encode(audio_B1S, num_quantizers=self.num_quantizers, return_dict=True).audio_codes
+        return codes_BQT.transpose(1, 2).cpu()
 
     def encode_many(self, waveforms: Sequence[torch.Tensor], batch_seconds: float | None = None) -> list[torch.Tensor]:
-        """Encode any number of clips, in batches of like length.
+        """Encode any number of clips, in batches of similar length; arguments and result as of `encode`.
 
         Args:
-            waveforms: as `encode`.
-            batch_seconds: audio of a batch with its padding; by default what suits the device.
-
-        Returns:
-            As `encode`.
+            batch_seconds: audio of a batch with its padding; default: `BATCH_SECONDS` of the device.
         """
         if batch_seconds is None:
             batch_seconds = BATCH_SECONDS[self.device.type == "cuda"]
         sizes = [len(samples_S) for samples_S in waveforms]
         batches = batches_of_like_size(sizes, batch_seconds * self.sample_rate_hz)
         encoded = self._encode_each([[waveforms[index] for index in batch] for batch in batches])
-        codes = dict(zip((index for batch in batches for index in batch), chain(*encoded), strict=True))
+        codes = dict(zip(chain(*batches), chain(*encoded), strict=True))
         return [codes[index] for index in range(len(waveforms))]
 
     def _encode_each(self, batches: Sequence[Sequence[torch.Tensor]]) -> list[list[torch.Tensor]]:
-        """Codes of each batch; on CPUs each core takes its own, which is faster than to share every convolution."""
+        """Encode each batch; on CPUs one core each, which is faster than to share every convolution."""
         num_threads = torch.get_num_threads()
         if self.device.type != "cpu" or num_threads == 1 or len(batches) == 1:
             return list(map(self.encode, batches))
         with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             encoded = list(pool.map(self.encode, batches))
-        torch.set_num_threads(num_threads)  # what the pool has set holds for threads that begin later, too
+        torch.set_num_threads(num_threads)  # the pool's setting would hold for later threads, too
         return encoded
 
     @torch.inference_mode()
-    def decode(self, codes_TQ: torch.Tensor) -> torch.Tensor:
-        """Codes (T, Q) to mono float32 samples (T * frame_size,) on the CPU."""
+    def decode(self, codes_TQ: torch.Tensor, **state: Any) -> torch.Tensor:
+        """Decode codes (T, Q) to mono float32 samples (T * frame_size,) on the CPU; ``state`` goes to the model."""
         codes_1QT = codes_TQ.to(self.device).T[None]
-        samples_11S = self.model.decode(codes_1QT, return_dict=True).audio_values
+        samples_11S = self.model.decode(codes_1QT, return_dict=True, **state).audio_values
         return samples_11S[0, 0].float().cpu().clone()
 
 
 @lru_cache(maxsize=4)
 def codec_hash(name: str) -> str:
-    """SHA-256 of a codec's weights, which says whether two runs speak the same codes.
-
-    Args:
-        name: hub id or folder.
+    """Return the SHA-256 of a codec's weights (hub id or folder); codecs with the same hash have the same codes.
 
     Raises:
-        UserError: no weights there.
+        UserError: the weights cannot be read.
     """
     try:
         path = cached_file(name, "model.safetensors")
     except OSError as error:
-        raise UserError(
-            f"the weights of the codec '{name}' could not be read ({first_line(error)}); they are needed to "
-            "say which codes these are"
-        ) from error
+        problem = f"the weights of the codec '{name}' could not be read ({first_line(error)})"
+        raise UserError(f"{problem}; download them, as codes are compared by their hash") from error
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -9,7 +9,7 @@ BELOW_LOUDEST_DB = 45.0  # speech itself spans about 40 dB
 
 
 def silences(waveform: Waveform, min_seconds: float) -> list[tuple[float, float]]:
-    """Where a clip is silent for ``min_seconds`` or more: start and length of each, in seconds.
+    """Return start and length, in seconds, of the silences of ``min_seconds`` or more.
 
     A hop of 20 ms is silent if it is 45 dB quieter than the loudest of the clip.
     """
@@ -20,7 +20,6 @@ def silences(waveform: Waveform, min_seconds: float) -> list[tuple[float, float]
         return []
     is_quiet_N = energy_N <= energy_N.max() * 10 ** (-BELOW_LOUDEST_DB / 10)
     edges = torch.diff(is_quiet_N.int(), prepend=torch.zeros(1), append=torch.zeros(1)).nonzero()[:, 0].tolist()
-    spans = [
-        (start * HOP_SECONDS, (end - start) * HOP_SECONDS) for start, end in zip(edges[::2], edges[1::2], strict=True)
-    ]
-    return [(round(start, 2), round(length, 2)) for start, length in spans if length >= min_seconds - 1e-9]
+    spans = zip(edges[::2], edges[1::2], strict=True)
+    in_seconds = [(start * HOP_SECONDS, (end - start) * HOP_SECONDS) for start, end in spans]
+    return [(round(start, 2), round(length, 2)) for start, length in in_seconds if length >= min_seconds - 1e-9]

@@ -1,23 +1,17 @@
-"""Long recordings in clips, cut where nobody speaks."""
+"""Splitting long recordings at pauses."""
 
 import torch
 
 HOP_SECONDS = 0.02
-PAUSE_SECONDS = 0.2  # that is looked for: most pauses between phrases are longer, most closures within words shorter
+PAUSE_SECONDS = 0.2  # most pauses between phrases are longer, most closures within words shorter
 MIN_SHARE = 0.5  # of the longest clip: no cut is made before
 
 
 def split_at_pauses(samples_S: torch.Tensor, sample_rate_hz: int, max_seconds: float) -> list[int]:
-    """Where a recording is cut so that no clip is longer than ``max_seconds``.
+    """Return the ends, in samples, of clips of a mono recording that are no longer than ``max_seconds``.
 
-    Each cut is in the middle of the quietest `PAUSE_SECONDS` in the second half of what a clip may hold; of equally
-    quiet ones it is the last.
-
-    Args:
-        samples_S: mono.
-
-    Returns:
-        The ends of the clips in samples; the last is the end of the recording.
+    Each cut is in the middle of the quietest `PAUSE_SECONDS` in the second half of the longest clip; of equally quiet
+    ones it is the last.
     """
     hop, longest = max(round(HOP_SECONDS * sample_rate_hz), 1), int(max_seconds * sample_rate_hz)
     ends, start = [], 0

@@ -1,4 +1,4 @@
-"""Decoding as codes arrive: audio in chunks that is the audio of the whole."""
+"""Decoding in chunks, with the samples of decoding the whole."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,7 +14,7 @@ CHUNK_FRAMES = 250  # 20 s, the longest clip of the paper's training
 
 
 def decode_long(codec: MimiCodec, codes_TQ: torch.Tensor) -> torch.Tensor:
-    """As `MimiCodec.decode`, in memory that does not grow with the square of the length."""
+    """Decode as `MimiCodec.decode`, in memory that does not grow with the square of the length."""
     stream = DecodingStream(codec)
     return torch.cat([stream.decode(chunk_TQ) for chunk_TQ in codes_TQ.split(CHUNK_FRAMES)])
 
@@ -22,18 +22,15 @@ def decode_long(codec: MimiCodec, codes_TQ: torch.Tensor) -> torch.Tensor:
 class DecodingStream:
     """Decodes one clip chunk by chunk; any chunks give the samples of `MimiCodec.decode` up to rounding.
 
-    Mimi's decoder is causal. Its Transformer keeps keys and values in a cache of transformers' own. A convolution has
-    no such state there: here it is given its last inputs again in front of the new ones, as many as its kernel reaches
-    back, and what it makes of those is dropped. With the codec's attention "windowed" memory does not grow.
-
-    Args:
-        codec: that made the codes.
+    Mimi's decoder is causal. Its Transformer has a cache of transformers. A convolution has none: each convolution is
+    re-fed its receptive field; that part of the output is discarded. With the codec's attention "windowed" memory does
+    not grow.
     """
 
     def __init__(self, codec: MimiCodec) -> None:
         self._codec = codec
         self._cache = DynamicCache(config=codec.model.config)
-        self._inputs: dict[torch.nn.Module, torch.Tensor] = {}  # the last ones of each convolution
+        self._inputs: dict[torch.nn.Module, torch.Tensor] = {}  # the last inputs of each convolution
         self._convolutions = [
             module
             for name, module in codec.model.named_modules()
@@ -42,17 +39,14 @@ class DecodingStream:
             and "downsample" not in name
         ]
 
-    @torch.inference_mode()
     def decode(self, codes_TQ: torch.Tensor) -> torch.Tensor:
-        """The next codes (T, Q), T of 1 or more, to mono float32 samples (T * frame_size,) on the CPU."""
-        codes_1QT = codes_TQ.to(self._codec.device).T[None]
+        """Decode the next codes (T, Q), T of 1 or more, to mono float32 samples (T * frame_size,) on the CPU."""
         with self._with_state():
-            decoded = self._codec.model.decode(codes_1QT, decoder_past_key_values=self._cache, return_dict=True)
-        return decoded.audio_values[0, 0].float().cpu().clone()
+            return self._codec.decode(codes_TQ, decoder_past_key_values=self._cache)
 
     @contextmanager
     def _with_state(self) -> Iterator[None]:
-        """The convolutions read their last inputs, for this stream and no other user of the codec."""
+        """Let the convolutions read their last inputs, for this stream and no other user of the codec."""
         with ExitStack() as hooks:
             for module in self._convolutions:
                 hooks.callback(module.register_forward_pre_hook(self._prepend).remove)
@@ -64,13 +58,11 @@ class DecodingStream:
         return args if earlier_1CT is None else (torch.cat([earlier_1CT, args[0]], dim=2),)
 
     def _drop(self, module: Any, args: tuple[torch.Tensor], outputs_1CT: torch.Tensor) -> torch.Tensor:
-        conv = module.conv
-        if isinstance(module, MimiConv1d):
+        conv, (inputs_1CT,) = module.conv, args
+        if isinstance(module, MimiConv1d):  # of stride 1 in Mimi's decoder
             reach, made = conv.dilation[0] * (conv.kernel_size[0] - 1), 1
-            assert conv.stride[0] == 1, "Mimi's decoder has no convolution that skips"
         else:
             reach, made = -(-conv.kernel_size[0] // conv.stride[0]) - 1, conv.stride[0]
         num_earlier = self._inputs[module].shape[2] if module in self._inputs else 0
-        inputs_1CT = args[0]
         self._inputs[module] = inputs_1CT[..., max(inputs_1CT.shape[2] - reach, 0) :].clone()
         return outputs_1CT[..., num_earlier * made :]

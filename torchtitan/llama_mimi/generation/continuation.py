@@ -1,4 +1,4 @@
-"""Continuing speech: what a user chooses, and the samples of one prompt."""
+"""Continuing speech: a user's options, prompts, and the samples of one prompt."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -14,32 +14,41 @@ from llama_mimi.generation.decoding import End, Request, Sampling, decode
 from llama_mimi.generation.speech_model import SpeechModel
 from llama_mimi.tokens.units import has_text
 
-MIN_WINDOW_FRAMES = 4  # one of the anchor, two of the last, and one to grow by
+MIN_WINDOW_FRAMES = 4  # one of the prompt's beginning, the last two, and one to grow by
 ROWS = 16  # samples of one prompt that are drawn at once
 MAX_PROMPT_SECONDS = 60.0  # three times the longest clip of the paper's training
+RANGES = {
+    "seconds": (0.08, 1e9),
+    "min_seconds": (0, 1e9),
+    "temperature": (0, 1e9),
+    "top_k": (1, 10**9),
+    "top_p": (1e-9, 1),
+    "window_seconds": (1e-9, 1e9),
+    "seed": (0, 2**63 - 1),
+    "num_samples": (1, 10**9),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """Sampling of tokens.
+    """How tokens are drawn.
 
     Args:
-        seconds: maximum length of the continuation, in seconds; generation stops earlier at ``</audio>``.
-        min_seconds: minimum length of the continuation, in seconds; ``</audio>`` is not sampled before.
-        temperature: 0 selects the most likely token.
-        top_k: sample from the k most likely tokens (among those valid at this position).
-        top_p: then sample from the fewest tokens with this total probability; default: the value in the model's
-            generation config, or 1 if it has none.
-        window_seconds: maximum length of prompt and new audio in the model's context, in seconds; default: the length
-            of its training clips. When the context is full, keep the start of the prompt and the last half of the
-            window.
-        seed: the same seed gives the same samples.
-        num_samples: number of continuations of a prompt.
+        seconds: maximum length of the continuation, in seconds; generation stops earlier at </audio>
+        min_seconds: minimum length of the continuation, in seconds; the model cannot end the speech before
+        temperature: 0 takes the most likely token
+        top_k: sample from the k most likely tokens (among those valid at this position)
+        top_p: of these, sample from the fewest whose probabilities sum to p; default: top_p of the model's generation
+            config, or 1
+        window_seconds: maximum length of prompt and new audio that the model sees at once; default: length of the
+            longest training clip. When it is full, keep the start of the prompt and the last half of the window
+        seed: same seed, same samples
+        num_samples: continuations of the same prompt
         last_frame: encoding of a partial last frame of a prompt: pad fills it with zeros, codec leaves it to the codec,
-            as the first release does; default: codec for released checkpoints, else pad.
+            as the first release does; default: codec for released checkpoints, else pad
 
     Raises:
-        UserError: a value out of range.
+        UserError: a value is out of range.
     """
 
     seconds: float = 10.0
@@ -53,26 +62,18 @@ class SamplingOptions:
     last_frame: LastFrame | None = None
 
     def __post_init__(self) -> None:
-        for name, is_valid in {
-            "seconds": 0.08 <= self.seconds < float("inf"),
-            "min_seconds": 0 <= self.min_seconds < float("inf"),
-            "temperature": 0 <= self.temperature < float("inf"),
-            "top_k": self.top_k >= 1,
-            "top_p": self.top_p is None or 0 < self.top_p <= 1,
-            "window_seconds": self.window_seconds is None or 0 < self.window_seconds < float("inf"),
-            "seed": 0 <= self.seed < 2**63,
-            "num_samples": self.num_samples >= 1,
-        }.items():
-            if not is_valid:
-                raise UserError(f"--{name} is {getattr(self, name)}, which is out of range; see --help")
+        for name, (low, high) in RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise UserError(f"--{name} is {value}; choose a value from {low:g} to {high:g}")
         if self.min_seconds > self.seconds:
             raise UserError(f"--min_seconds is {self.min_seconds:g}, more than --seconds {self.seconds:g}; raise that")
 
     def for_model(self, model: SpeechModel) -> Sampling:
-        """The same in frames of the model's codec.
+        """Return the options in frames of the model's codec, with the model's defaults.
 
         Raises:
-            UserError: too short a window, or a ``top_p`` out of range in the model's generation config.
+            UserError: the window is too short, or ``top_p`` of the model's generation config is out of range.
         """
         top_p = model.top_p if self.top_p is None else self.top_p
         if not isinstance(top_p, int | float) or not 0 < top_p <= 1:
@@ -81,12 +82,12 @@ class SamplingOptions:
                 "generation_config.json, or set --top_p"
             )
         min_frames = math.ceil(self.min_seconds * model.codec.frame_rate_hz - 1e-6)
-        window_seconds = self.window_seconds or model.trained_seconds
+        trained_seconds: float = getattr(model.decoder.config, "max_audio_seconds", 20.0)  # the paper's, if not named
+        window_seconds = self.window_seconds or trained_seconds
         window_frames = whole_frames(window_seconds, model.codec.config, "--window_seconds")
         if window_frames < MIN_WINDOW_FRAMES:
-            raise UserError(
-                f"--window_seconds is {window_seconds:g}, {window_frames} frames; it holds {MIN_WINDOW_FRAMES} or more"
-            )
+            found = f"--window_seconds is {window_seconds:g}, {window_frames} frames"
+            raise UserError(f"{found}; raise it to {MIN_WINDOW_FRAMES} frames")
         return Sampling(
             max_frames=max(round(self.seconds * model.codec.frame_rate_hz), min_frames),
             min_frames=min_frames,
@@ -97,8 +98,18 @@ class SamplingOptions:
         )
 
 
+def checkpoint_note(model: SpeechModel, options: SamplingOptions) -> str | None:
+    """Return one line about the settings in which this checkpoint's defaults differ from ours, or None."""
+    used = []
+    if options.top_p is None and model.top_p != 1:
+        used.append(f"--top_p {model.top_p} (its generation config)")
+    if options.last_frame is None and model.last_frame != "pad":
+        used.append(f"--last_frame {model.last_frame} (a released checkpoint)")
+    return f"defaults of this checkpoint: {', '.join(used)}" if used else None
+
+
 def read_prompt(path: str, codec: MimiCodec | None = None) -> Waveform:
-    """A spoken prompt, at its own rate or, with a codec, at that one's and of a frame or more.
+    """Read a spoken prompt at its own rate, or at the codec's rate and at least one frame long.
 
     Raises:
         AudioError: it cannot be used, or is longer than `MAX_PROMPT_SECONDS`.
@@ -111,18 +122,8 @@ def read_prompt(path: str, codec: MimiCodec | None = None) -> Waveform:
     return prompt
 
 
-def checkpoint_note(model: SpeechModel, options: SamplingOptions) -> str | None:
-    """Return one line about the settings in which this checkpoint's defaults differ from ours, or None."""
-    taken = []
-    if options.top_p is None and model.top_p != 1:
-        taken.append(f"--top_p {model.top_p} (its generation config)")
-    if options.last_frame is None and model.last_frame != "pad":
-        taken.append(f"--last_frame {model.last_frame} (a released checkpoint)")
-    return f"defaults of this checkpoint: {', '.join(taken)}" if taken else None
-
-
 def encode_prompts(model: SpeechModel, prompts: Sequence[Waveform], options: SamplingOptions) -> list[torch.Tensor]:
-    """Encode prompts, at the codec's rate, as `SamplingOptions.last_frame` says: for each its codes_TQ."""
+    """Return the codes_TQ of each prompt, which is at the codec's rate; see `SamplingOptions.last_frame`."""
     samples = [prompt.samples_S for prompt in prompts]
     if (options.last_frame or model.last_frame) == "codec":
         return [model.codec.encode_as_released(samples_S) for samples_S in samples]
@@ -133,44 +134,42 @@ def check_text(model: SpeechModel, text: str | None) -> None:
     """Refuse a text that the model cannot read.
 
     Raises:
-        UserError: its vocabulary holds no text, or it was trained without.
+        UserError: the text is not UTF-8, or the model was trained without text.
     """
     if text is None:
         return
     if as_utf8(text) != text:
         raise UserError(f"--text '{as_utf8(text)}' is not UTF-8; type it in a UTF-8 terminal")
-    task = getattr(model.decoder.config, "task", "tts")  # a checkpoint that does not say may have been
+    task = getattr(model.decoder.config, "task", "tts")  # a checkpoint that does not name its task may have been
     if task != "tts" or not has_text(model.sequences.tokenizer):
-        raise UserError("--text is given, but the model was trained without text; take one of the task 'tts'")
+        raise UserError("--text is given, but the model was trained without text; choose one of the task 'tts'")
 
 
 def continue_codes(
     model: SpeechModel, prompt_TQ: torch.Tensor, options: SamplingOptions, text: str | None = None
 ) -> list[torch.Tensor]:
-    """Continuations of a prompt.
+    """Continue one prompt ``options.num_samples`` times.
 
     Args:
-        prompt_TQ: codes of the prompt, which stay as they are; none (0, Q) where there is only text.
-        text: of prompt and continuation, for models of the task "tts".
+        prompt_TQ: codes of the prompt; (0, Q) if there is only text.
+        text: transcript of prompt and continuation, for models of the task "tts".
 
     Returns:
-        For each sample its codes_TQ, the prompt's frames first.
+        The codes_TQ of each sample, the prompt's frames first.
 
     Raises:
         UserError: the options do not fit the model.
     """
     requests = [Request(prompt_TQ, options.seed + number, text) for number in range(options.num_samples)]
     drawn = decode(model, requests, options.for_model(model), min(ROWS, options.num_samples))
-    samples: list[torch.Tensor] = [prompt_TQ] * options.num_samples
-    for number, new_TQ, _ in finished(drawn, model.codec.num_quantizers):
-        samples[number] = torch.cat([prompt_TQ, new_TQ])
-    return samples
+    new = {number: new_TQ for number, new_TQ, _ in finished(drawn, model.codec.num_quantizers)}
+    return [torch.cat([prompt_TQ, new[number]]) for number in range(options.num_samples)]
 
 
 def finished(
     drawn: Iterator[tuple[int, torch.Tensor | End]], num_quantizers: int
 ) -> Iterator[tuple[int, torch.Tensor, End]]:
-    """Samples of `decode` as they end: their number, new frames (T, Q), and why there are no more."""
+    """Yield each sample of `decode` when it ends: its number, new frames (T, Q), and why it ended."""
     frames: dict[int, list[torch.Tensor]] = {}
     for number, new in drawn:
         if isinstance(new, End):

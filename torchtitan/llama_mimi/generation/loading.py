@@ -1,5 +1,7 @@
 """Loading a checkpoint of either architecture from a Hugging Face folder or the hub."""
 
+from typing import Any
+
 import torch
 from transformers import AutoConfig, AutoTokenizer, CsmForConditionalGeneration, GenerationConfig, LlamaForCausalLM
 
@@ -11,12 +13,12 @@ from llama_mimi.generation.flattened import FlattenedModel
 from llama_mimi.generation.hierarchical import HierarchicalModel
 from llama_mimi.generation.speech_model import DECODER_DTYPES, DecoderPrecision, SpeechModel
 from llama_mimi.tokens.sequences import SequenceBuilder
-from llama_mimi.tokens.units import extend_tokenizer
+from llama_mimi.tokens.units import Architecture, extend_tokenizer
 
-# By what a folder says of itself: the stock class of its weights, and what we do with it.
-MODELS = {
-    "llama": (LlamaForCausalLM, FlattenedModel),
-    "csm": (CsmForConditionalGeneration, HierarchicalModel),
+# By model_type of the config: the stock class of the weights, our class around it, and its architecture.
+MODELS: dict[str, tuple[Any, type[SpeechModel], Architecture]] = {
+    "llama": (LlamaForCausalLM, FlattenedModel, "flattened"),
+    "csm": (CsmForConditionalGeneration, HierarchicalModel, "hierarchical"),
 }
 
 
@@ -32,10 +34,10 @@ def load_speech_model(
 
     Args:
         model_name: hub id or folder.
-        codec_name: hub id or folder of its codec; None takes what the checkpoint names (`local_codec`), else
+        codec_name: hub id or folder of its codec; default: the one that the checkpoint names (`local_codec`), else
             ``kyutai/mimi``, which all released checkpoints use without naming it.
-        attention: of the codec; None takes what the checkpoint was trained on (`llama_mimi.audio.mimi.attention_of`).
-        device: torch device; None takes the accelerator where there is one.
+        attention: of the codec; default: that of the training codes (`llama_mimi.audio.mimi.attention_of`).
+        device: torch device; default: the accelerator, if there is one.
         dtype: of the decoder. The codec always runs in float32.
 
     Raises:
@@ -45,22 +47,22 @@ def load_speech_model(
     kind = load_pretrained(AutoConfig, model_name, what="model").model_type
     if kind not in MODELS:
         raise UserError(f"'{model_name}' is a '{kind}', not one of: {', '.join(MODELS)}; name a converted checkpoint")
-    stock_class, model_class = MODELS[kind]
+    stock_class, model_class, architecture = MODELS[kind]
     decoder = load_pretrained(stock_class, model_name, what="model", dtype=DECODER_DTYPES[dtype])
-    # Of the generation config only top_p counts, as in the first release; the caller sets everything else.
+    # Only top_p of the generation config is used, as in the first release; the caller sets everything else.
     top_p = 1.0 if decoder.generation_config.top_p is None else decoder.generation_config.top_p
     decoder.generation_config = GenerationConfig()
     num_quantizers = getattr(decoder.config, "num_quantizers", None)
     if num_quantizers is None:
         raise UserError(
-            f"the config of '{model_name}' has no num_quantizers, so it is no speech language model; "
+            f"the config of '{model_name}' has no num_quantizers, so it is not a speech language model; "
             "convert a training checkpoint with scripts/convert_dcp_to_hf.py"
         )
     named = getattr(decoder.config, "codec", None) or DEFAULT_CODEC
     codec_name = codec_name or local_codec(named, model_name) or named
     codec = MimiCodec(codec_name, num_quantizers, device, attention=attention or attention_of(decoder.config))
     tokenizer = load_pretrained(AutoTokenizer, model_name, what="tokenizer")
-    sequences = SequenceBuilder(*extend_tokenizer(tokenizer, codec.codebook_size, num_quantizers))
+    sequences = SequenceBuilder(*extend_tokenizer(tokenizer, codec.codebook_size, num_quantizers), architecture)
     rows = getattr(decoder.config, "text_vocab_size", decoder.config.vocab_size)
     if rows != sequences.vocabulary.size:
         raise UserError(

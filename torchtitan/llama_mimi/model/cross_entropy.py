@@ -1,7 +1,7 @@
-"""Cross-entropy from hidden states: the logits of a batch, 18 GB for 32 x 1,024 positions of Llama 3, are never made.
+"""Cross-entropy from hidden states: the logits of a batch, 18 GB for 32 x 1,024 positions of Llama 3, never exist.
 
-Positions without a target are left out; the others are multiplied with the output matrix a chunk at a time. The
-gradient of a sum of losses is known as soon as a chunk's logits are, so it is taken at once: nothing is computed twice.
+Positions without a target are left out; the others are multiplied with the output matrix one chunk at a time. The
+gradient of a sum of losses follows from a chunk's logits, so it is computed with them: nothing is computed twice.
 N targets, V entries (on this rank, of a vocabulary that tensor parallelism splits), D the model's width.
 """
 
@@ -20,18 +20,20 @@ from torch.utils import _pytree as pytree
 from llama_mimi.tokens.sequences import IGNORE_INDEX
 from llama_mimi.tokens.units import UnitVocabulary
 
-# float32 logits made at once, in bytes: 1,920 rows of Llama 3 with 4 levels. Every chunk adds a gradient of the size of
-# the output matrix to that of the others, which small ones would do too often.
+# float32 logits computed at once, in bytes: 1,920 rows of Llama 3 with 4 levels. Every chunk adds a gradient of the
+# output matrix's size, so small chunks are slow.
 CHUNK_BYTES = 2**30
-# What tensor cores divide products into: rows of a chunk, and entries of the vocabulary. Llama 3's with 4 levels has
-# 136,450, so that its rows of bfloat16 logits would begin at multiples of 4 bytes, where fast kernels want 16.
+# Tensor cores want sizes that divide well: rows of a chunk, and entries of the vocabulary. Llama 3's with 4 levels has
+# 136,450, so rows of bfloat16 logits would begin at multiples of 4 bytes, where fast kernels want 16.
 CHUNK_MULTIPLE = 128
 VOCABULARY_MULTIPLE = 64
 
 
 @dataclass
 class PendingLogits:
-    """What logits are made of. A pytree, as FSDP looks for tensors in what a model returns.
+    """Hidden states and output matrix; the loss computes the logits in chunks.
+
+    A pytree, as FSDP looks for tensors in a model's output.
 
     Args:
         hidden_BLD: the last hidden states; a replicated DTensor under tensor parallelism.
@@ -42,21 +44,16 @@ class PendingLogits:
     weight_VD: torch.Tensor
 
     def heads(self, labels_BL: torch.Tensor, vocabulary: UnitVocabulary) -> list["Head"]:
-        """The targets of a batch, by the matrix that predicts them.
-
-        Args:
-            labels_BL: what the positions predict, ids or `IGNORE_INDEX`.
-            vocabulary: of the ids.
-        """
+        """Return the targets of a batch for each output matrix; labels are ids or `IGNORE_INDEX`."""
         return [Head(self, unit_targets(labels_BL, vocabulary))]
 
     @property
     def placements(self) -> tuple[Shard]:
-        """Placement that TorchTitan's tensor-parallel plan reads: logits split by the vocabulary, as they will be."""
+        """Placement that TorchTitan's tensor-parallel plan reads: the logits will be split by the vocabulary."""
         return (Shard(-1),)
 
     def compute(self) -> torch.Tensor:
-        """All logits (B, L, V)."""
+        """Return all logits (B, L, V)."""
         return F.linear(self.hidden_BLD, self.weight_VD)
 
 
@@ -65,14 +62,14 @@ pytree.register_dataclass(PendingLogits)
 
 @dataclass(frozen=True)
 class Targets:
-    """What a matrix shall predict.
+    """Targets of one output matrix.
 
     Args:
-        positions_N: where in the flattened batch there is a target.
+        positions_N: positions in the flattened batch.
         entries_N: the matrix's rows that are right.
-        levels_N: of the targets; the end of the speech stands in the place of a level 0.
-        rows_N: what they are recorded as: their level, Q for the end, or Q + 1 for nothing.
-        admissible_QC: the matrix's rows that can stand at a position of each level; -1 fills shorter ones.
+        levels_N: quantizer levels; the end of the speech counts as level 0.
+        rows_N: rows in which the losses are recorded: the level, Q for the end, or Q + 1 for none.
+        admissible_QC: the matrix's rows that can stand at a position of each level; -1 fills shorter levels.
     """
 
     positions_N: torch.Tensor
@@ -84,14 +81,14 @@ class Targets:
 
 @dataclass(frozen=True)
 class Head:
-    """Logits that are made with one matrix, and their targets."""
+    """One output matrix and its targets."""
 
     logits: PendingLogits
     targets: Targets
 
 
 def unit_targets(labels_BL: torch.Tensor, vocabulary: UnitVocabulary) -> Targets:
-    """Targets of a matrix with a row for every id, from labels that are ids or `IGNORE_INDEX`."""
+    """Return the targets of a matrix with a row for every id; labels are ids or `IGNORE_INDEX`."""
     labels_N = labels_BL.flatten()
     positions_N = (labels_N != IGNORE_INDEX).nonzero()[:, 0]
     ids_N = labels_N[positions_N]
@@ -101,27 +98,25 @@ def unit_targets(labels_BL: torch.Tensor, vocabulary: UnitVocabulary) -> Targets
 
 
 class PendingOutput(nn.Linear):
-    """An output layer whose product is left to the loss."""
+    """An output layer that leaves the product to the loss."""
 
     def forward(self, hidden_BLD: torch.Tensor) -> PendingLogits:
         return pending_logits(hidden_BLD, self.weight)
 
 
 def pending_logits(hidden_BLD: torch.Tensor, weight_VD: torch.Tensor) -> PendingLogits:
-    """Hidden states and output matrix, as a model returns them."""
-    # A view: FSDP puts a hook on every tensor that is returned, and on a parameter one a step would pile up.
+    """Return hidden states and output matrix as a model's output."""
+    # A view: FSDP adds a hook to every tensor of the output at every step, and hooks of a parameter would pile up.
     return PendingLogits(hidden_BLD, weight_VD.view_as(weight_VD))
 
 
 def cross_entropy(
     logits: PendingLogits, targets: Targets, weights_N: torch.Tensor, chunk_step: Callable | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Cross-entropy at some positions of a batch.
+    """Compute the cross-entropy at some positions of a batch.
 
     Args:
-        logits: of the batch.
-        targets: of the output matrix.
-        weights_N: of the losses in the sum, float32.
+        weights_N: weights of the losses in the sum, float32.
         chunk_step: `chunk_losses`, compiled.
 
     Returns:
@@ -138,13 +133,41 @@ def cross_entropy(
     with_gradient = torch.is_grad_enabled() and (hidden_BLD.requires_grad or weight_VD.requires_grad)
     hidden_ND = hidden_BLD.flatten(0, 1).index_select(0, targets.positions_N)
     step = chunk_step if chunk_step is not None and group is None else chunk_losses
-    return _SummedCrossEntropy.apply(
-        hidden_ND, weight_VD, targets, weights_N, first_row, group, with_gradient, chunk_size, step
-    )
+    with torch.no_grad():
+        losses_N = torch.zeros(len(hidden_ND), device=hidden_ND.device)
+        admissible_N = torch.zeros_like(losses_N)
+        targets_N, admissible_QC = targets.entries_N - first_row, targets.admissible_QC - first_row
+        num_entries, padded_VD = len(weight_VD), padded(weight_VD)
+        if with_gradient:
+            grad_ND = torch.empty_like(hidden_ND)
+            grad_VD = torch.zeros_like(padded_VD, dtype=torch.float32)  # bfloat16 would lose most of a long sum
+        for start in range(0, len(hidden_ND), chunk_size):
+            chunk = slice(start, start + chunk_size)
+            losses_N[chunk], admissible_N[chunk], grad_NV = step(
+                hidden_ND[chunk],
+                padded_VD,
+                num_entries,
+                targets_N[chunk],
+                weights_N[chunk],
+                admissible_QC[targets.levels_N[chunk]],
+                group,
+                with_gradient,
+            )
+            if grad_NV is not None:
+                torch.mm(grad_NV, padded_VD, out=grad_ND[chunk])
+                if padded_VD.dtype == torch.float32:
+                    grad_VD.addmm_(grad_NV.T, hidden_ND[chunk])
+                else:
+                    grad_VD += grad_NV.T @ hidden_ND[chunk]
+            del grad_NV  # before the next chunk has its own
+        loss_sum = (losses_N * weights_N).sum()
+    if with_gradient:
+        loss_sum = _WithGradients.apply(loss_sum, hidden_ND, weight_VD, grad_ND, grad_VD[:num_entries])
+    return loss_sum, losses_N, admissible_N
 
 
 def padded(weight_VD: torch.Tensor) -> torch.Tensor:
-    """The output matrix with rows of zeros up to a multiple that tensor cores divide well."""
+    """Return the output matrix with rows of zeros up to `VOCABULARY_MULTIPLE`."""
     missing = -len(weight_VD) % VOCABULARY_MULTIPLE
     return F.pad(weight_VD, (0, 0, 0, missing)) if missing else weight_VD
 
@@ -159,17 +182,17 @@ def chunk_losses(
     group: dist.ProcessGroup | None,
     with_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Losses (N,) in float32, those over the admissible entries, and the gradient of the first's weighted sum.
+    """Return losses (N,) in float32, losses over the admissible entries, and the gradient of the weighted sum.
 
     The gradient by the logits (N, V) is the softmax minus one at the target, times the weight.
 
     Args:
-        weight_VD: padded; see `padded`.
-        num_entries: rows of ``weight_VD`` that are entries. The others have logits of -inf: no share, no gradient.
-        targets_N: entries; outside of them where another rank of ``group`` has the target.
-        admissible_NC: entries that can stand there; outside of them as ``targets_N``, or where there are fewer than C.
+        weight_VD: output matrix from `padded`.
+        num_entries: number of rows of ``weight_VD`` that are entries. The others have logits of -inf and no gradient.
+        targets_N: entries; out of range if another rank of ``group`` has the target.
+        admissible_NC: entries that can stand there; out of range as ``targets_N``, or if there are fewer than C.
         group: ranks that share the vocabulary; None without tensor parallelism.
-        with_gradient: otherwise the last result is None.
+        with_gradient: if False, the last result is None.
     """
     scores_NV = F.linear(hidden_ND, weight_VD).float()
     scores_NV[:, num_entries:] = -torch.inf
@@ -193,61 +216,24 @@ def chunk_losses(
     return losses_N, admissible_N, scores_NV.to(weight_VD.dtype)
 
 
-class _SummedCrossEntropy(torch.autograd.Function):
+class _WithGradients(torch.autograd.Function):
+    """Returns a sum whose gradients by hidden states and output matrix are known."""
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_ND: torch.Tensor,
-        weight_VD: torch.Tensor,
-        targets: Targets,
-        weights_N: torch.Tensor,
-        first_row: int,
-        group: dist.ProcessGroup | None,
-        with_gradient: bool,
-        chunk_size: int,
-        step: Callable,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        losses_N = torch.zeros(len(hidden_ND), device=hidden_ND.device)
-        admissible_N = torch.zeros_like(losses_N)
-        targets_N, admissible_QC = targets.entries_N - first_row, targets.admissible_QC - first_row
-        num_entries, weight_VD = len(weight_VD), padded(weight_VD)
-        if with_gradient:
-            grad_ND = torch.empty_like(hidden_ND)
-            grad_VD = torch.zeros_like(weight_VD, dtype=torch.float32)  # bfloat16 would lose most of a long sum
-        for start in range(0, len(hidden_ND), chunk_size):
-            chunk = slice(start, start + chunk_size)
-            losses_N[chunk], admissible_N[chunk], grad_NV = step(
-                hidden_ND[chunk],
-                weight_VD,
-                num_entries,
-                targets_N[chunk],
-                weights_N[chunk],
-                admissible_QC[targets.levels_N[chunk]],
-                group,
-                with_gradient,
-            )
-            if with_gradient:
-                torch.mm(grad_NV, weight_VD, out=grad_ND[chunk])
-                if weight_VD.dtype == torch.float32:
-                    grad_VD.addmm_(grad_NV.T, hidden_ND[chunk])
-                else:
-                    grad_VD += grad_NV.T @ hidden_ND[chunk]
-            del grad_NV  # before the next chunk has its own
-        ctx.mark_non_differentiable(losses_N, admissible_N)
-        if with_gradient:
-            ctx.save_for_backward(grad_ND, grad_VD[:num_entries])
-            ctx.weight_dtype = weight_VD.dtype
-        return (losses_N * weights_N).sum(), losses_N, admissible_N
+    def forward(ctx: Any, loss_sum: Any, hidden_ND: Any, weight_VD: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*gradients)
+        ctx.weight_dtype = weight_VD.dtype
+        return loss_sum.view_as(loss_sum)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_sum: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad_sum: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_ND, grad_VD = ctx.saved_tensors
-        return grad_ND * grad_sum, grad_VD.mul_(grad_sum).to(ctx.weight_dtype), *[None] * 7
+        return None, grad_ND * grad_sum, grad_VD.mul_(grad_sum).to(ctx.weight_dtype), None, None
 
 
 def _local(logits: PendingLogits) -> tuple[torch.Tensor, torch.Tensor, int, dist.ProcessGroup | None]:
-    """Hidden states and this rank's rows of the output matrix, which row is its first, and who has the others."""
+    """Return hidden states, this rank's rows of the output matrix, its first row, and the ranks that share it."""
     hidden_BLD, weight_VD = logits.hidden_BLD, logits.weight_VD
     if not isinstance(weight_VD, DTensor):
         return hidden_BLD, weight_VD, 0, None

@@ -1,10 +1,10 @@
-"""The hierarchical arm: a Llama over frames, and a small decoder over the levels of each frame, as CSM has them.
+"""The hierarchical architecture: a Llama over frames, and a small decoder over the levels of each frame, as in CSM.
 
-A position of the backbone is a frame: the sum of the embeddings of its Q units, or one token of text. The backbone
-predicts level 0 of the next frame, or the end of the speech; the depth decoder predicts levels 1 to Q - 1 from the
-backbone's state and the codes of the levels before. The end is a frame of its own, whose every level is the entry
-after the last code: so `CsmForConditionalGeneration` of transformers, whose logits these networks have, knows when to
-stop. N frames that train the depth decoder.
+A position of the backbone is a frame, the sum of the embeddings of its Q audio tokens, or one token of text. The
+backbone predicts level 0 of the next frame, or the end of the speech; the depth decoder predicts levels 1 to Q - 1 from
+the backbone's state and the codes of the levels before. The end of speech is a frame with code K at every level, as
+`CsmForConditionalGeneration` of transformers expects, whose logits these networks have. N frames train the depth
+decoder.
 """
 
 from dataclasses import dataclass
@@ -13,13 +13,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
-from torchtitan.distributed import ParallelDims
 from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list, apply_compile
 from torchtitan.models.llama3.model.model import TransformerBlock, precompute_freqs_cis
 
 from llama_mimi.model.cross_entropy import Head, PendingLogits, PendingOutput, Targets, pending_logits
-from llama_mimi.model.llama import LlamaMimi, LlamaMimiArgs, num_weights, parallelize_flattened, training_flops
+from llama_mimi.model.llama import LlamaMimi, LlamaMimiArgs, num_weights, training_flops
 from llama_mimi.tokens.sequences import IGNORE_INDEX
 from llama_mimi.tokens.units import UnitVocabulary
 
@@ -29,12 +28,12 @@ RECOMPILE_LIMIT = 32
 
 @dataclass
 class PendingFrames:
-    """What the logits of all levels are made of. A pytree, as `PendingLogits` is.
+    """Hidden states and output matrices of all levels; see `PendingLogits`.
 
     Args:
         level_0: of the backbone, at all positions.
-        depth_N: which positions of the flattened batch (B * L) are frames that train the depth decoder. At least one:
-            where there is none, its targets are ignored.
+        depth_N: positions of the flattened batch (B * L) that are frames which train the depth decoder. At least one:
+            if there is none, its targets are ignored.
         levels: of the depth decoder, hidden states (1, N, D) each, for levels 1 to Q - 1.
     """
 
@@ -43,11 +42,11 @@ class PendingFrames:
     levels: list[PendingLogits]
 
     def heads(self, labels_BLQ: torch.Tensor, vocabulary: UnitVocabulary) -> list[Head]:
-        """See `llama_mimi.model.cross_entropy.PendingLogits.heads`."""
+        """See `PendingLogits.heads`."""
         labels_NQ = labels_BLQ.flatten(0, 1)
         frames_NQ = labels_NQ[self.depth_N]
         is_target_N, is_deep_N = labels_NQ[:, 0] != IGNORE_INDEX, frames_NQ[:, 1] != IGNORE_INDEX
-        places = [is_target_N.nonzero()[:, 0], is_deep_N.nonzero()[:, 0]]  # deep levels have theirs together
+        places = [is_target_N.nonzero()[:, 0], is_deep_N.nonzero()[:, 0]]  # levels 1 to Q - 1 share theirs
         ids_QC = vocabulary.admissible_ids(labels_NQ.device)
         admissible_QC = torch.where(ids_QC < 0, -1, vocabulary.entries(ids_QC))
         heads = []
@@ -56,7 +55,7 @@ class PendingFrames:
             ids_N = (frames_NQ if level else labels_NQ)[positions_N, level]
             entries_N = vocabulary.entries(ids_N)
             is_end_N = entries_N == vocabulary.codebook_size
-            # The end is one event, as in the flattened arm: its other levels train the decoder and are not recorded.
+            # The end is one event: its other levels train the decoder and are not recorded.
             rows_N = torch.where(is_end_N, vocabulary.num_quantizers + (level > 0), level)
             levels_N = torch.full_like(rows_N, level)
             heads.append(Head(logits, Targets(positions_N, entries_N, levels_N, rows_N, admissible_QC)))
@@ -67,11 +66,7 @@ pytree.register_dataclass(PendingFrames)
 
 
 class DepthDecoder(nn.Module):
-    """A small Llama over the levels of one frame, with a matrix for each level that it predicts.
-
-    Args:
-        args: of the whole model; ``args.depth`` is the shape of this one.
-    """
+    """A small Llama of shape ``args.depth`` over the levels of one frame, with an output matrix for each level."""
 
     def __init__(self, args: LlamaMimiArgs) -> None:
         super().__init__()
@@ -96,25 +91,21 @@ class DepthDecoder(nn.Module):
             nn.init.trunc_normal_(linear.weight, std=linear.in_features**-0.5)
 
     def forward(self, hidden_ND: torch.Tensor, codes_NqD: torch.Tensor) -> list[PendingLogits]:
-        """Hidden states of the backbone, and embeddings of levels 0 to Q - 2, to levels 1 to Q - 1."""
+        """Predict levels 1 to Q - 1 from the backbone's states and the embeddings of levels 0 to Q - 2."""
         states_NQD = self.projection(torch.cat([hidden_ND[:, None], codes_NqD], dim=1))
         for layer in self.layers.values():
             states_NQD = layer(states_NQD, self.freqs_cis, None)
         states_NQD = self.norm(states_NQD)
-        matrices = self.heads.weight.split(self.num_entries)
-        return [
-            pending_logits(states_NQD[None, :, level], matrix_VD) for level, matrix_VD in enumerate(matrices, start=1)
-        ]
+        matrices = enumerate(self.heads.weight.split(self.num_entries), start=1)
+        return [pending_logits(states_NQD[None, :, level], matrix_VD) for level, matrix_VD in matrices]
 
     def _freqs_cis(self) -> torch.Tensor:
-        depth = self.args
-        return precompute_freqs_cis(
-            depth.dim // depth.n_heads, self.num_levels + 1, depth.rope_theta, depth.rope_scaling_args
-        )
+        args, num_positions = self.args, self.num_levels + 1
+        return precompute_freqs_cis(args.dim // args.n_heads, num_positions, args.rope_theta, args.rope_scaling_args)
 
 
 class HierarchicalLlamaMimi(LlamaMimi):
-    """A Llama over frames and its `DepthDecoder`. The text of the vocabulary and the units share one table."""
+    """A Llama over frames and its `DepthDecoder`. Text and audio tokens share one table of embeddings."""
 
     def __init__(self, model_args: LlamaMimiArgs) -> None:
         super().__init__(model_args)
@@ -124,11 +115,11 @@ class HierarchicalLlamaMimi(LlamaMimi):
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
         super().init_weights(buffer_device)
-        nn.init.normal_(self.tok_embeddings.weight, std=0.02)  # as the flattened arm with tied embeddings
+        nn.init.normal_(self.tok_embeddings.weight, std=0.02)  # as with tied embeddings
         self.depth.init_weights(buffer_device)
 
     def flops_per_target(self, seq_len: int) -> int:
-        """A mean over the targets of a frame: one of the backbone, and in `depth_share` of the frames Q - 1 more."""
+        """Return the mean over the targets of a frame: one, and Q - 1 more in `depth_share` of the frames."""
         args, depth, Q = self.model_args, self.depth, self.model_args.num_quantizers
         backbone = training_flops(num_weights(self.layers, self.norm, self.output), args, seq_len)
         levels = training_flops(num_weights(depth.layers, depth.norm, depth.projection), depth.args, Q)
@@ -136,23 +127,23 @@ class HierarchicalLlamaMimi(LlamaMimi):
         return round(frame / args.targets_per_frame)
 
     def deep_frames(self, targets_NQ: torch.Tensor) -> torch.Tensor:
-        """Which positions train the depth decoder: at least one, so that every rank has gradients of every weight."""
+        """Return the positions that train the depth decoder: at least one, as every rank needs all gradients."""
         depth_N = (targets_NQ[:, 1:] != IGNORE_INDEX).any(dim=1).nonzero()[:, 0]
         return depth_N if len(depth_N) else depth_N.new_zeros(1)
 
     def forward(  # type: ignore[override]
         self, tokens: torch.Tensor, attention_masks: Any = None, positions: Any = None, *, targets: torch.Tensor
     ) -> PendingFrames:
-        """Ids (B, L, Q) of positions, below 0 where there is none, to what logits are made of.
+        """Return the pending logits of the positions' ids (B, L, Q), which are below 0 where there is none.
 
         Args:
-            targets: ids (B, L, Q) of the frames that the positions predict; the depth decoder sees them level by level.
+            targets: ids (B, L, Q) of the frames that the positions predict; the depth decoder reads their codes.
         """
         B, L, Q = tokens.shape
         targets_NQ = targets.flatten(0, 1)
         depth_N = self.deep_frames(targets_NQ)
         codes_Nq = targets_NQ[depth_N, :-1]
-        # One call, as the table of a sharded model is gathered for each.
+        # One call, as a sharded table is gathered at each.
         embeddings_ND = self.tok_embeddings(torch.cat([tokens.flatten(), codes_Nq.flatten()]).clamp(min=0))
         frames_ND, codes_ND = embeddings_ND.split([tokens.numel(), codes_Nq.numel()])
         h_BLD = (frames_ND.view(B, L, Q, -1) * (tokens >= 0)[..., None]).sum(dim=2)
@@ -164,16 +155,16 @@ class HierarchicalLlamaMimi(LlamaMimi):
         return PendingFrames(self.output(h_BLD), depth_N, levels)
 
 
-def parallelize_hierarchical(model: HierarchicalLlamaMimi, parallel_dims: ParallelDims, job_config: Any) -> nn.Module:
-    """The plan of the flattened arm for the backbone, and checkpointing and compilation for the depth decoder, too.
+def prepare_depth_decoder(depth: DepthDecoder, job_config: Any) -> None:
+    """Apply activation checkpointing and compilation.
 
-    Its weights, a tenth of all, are sharded with the root's, which stay gathered from forward to backward.
+    The weights, a tenth of all, are sharded with the root's, which stay gathered from forward to backward.
     """
     compilation, checkpointing = job_config.compile, job_config.activation_checkpoint
     is_compiled = compilation.enable and "model" in compilation.components
     if checkpointing.mode != "none":
         apply_ac(
-            model.depth,
+            depth,
             checkpointing,
             model_compile_enabled=is_compiled,
             op_sac_save_list=_op_sac_save_list,
@@ -182,5 +173,4 @@ def parallelize_hierarchical(model: HierarchicalLlamaMimi, parallel_dims: Parall
     if is_compiled:
         # Blocks of both networks share their code, and the number of frames that train the second varies.
         torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
-        apply_compile(model.depth, compilation)
-    return parallelize_flattened(model, parallel_dims, job_config)
+        apply_compile(depth, compilation)

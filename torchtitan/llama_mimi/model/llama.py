@@ -1,4 +1,4 @@
-"""TorchTitan's Llama 3 with what Llama-3.2-1B and packed rows need besides: tied weights, attention within a clip."""
+"""TorchTitan's Llama 3, extended by tied weights (Llama-3.2-1B) and attention within a clip (packed rows)."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -21,13 +21,13 @@ from llama_mimi.tokens.units import Architecture, UnitVocabulary
 
 @dataclass
 class LlamaMimiArgs(TransformerModelArgs):
-    """Llama 3 hyperparameters, and what the settings of a run add to them.
+    """Llama 3 hyperparameters, and those that follow from the settings of a run.
 
-    A flavour never says ``vocab_size`` and what follows ``depth``: the tokenizer, the codec and the settings do.
+    A flavour leaves ``vocab_size`` and the fields after ``depth`` to the tokenizer, the codec and the settings.
 
     Args:
-        depth: shape of the hierarchical arm's decoder over the levels of a frame.
-        depth_share: of the frames, which train that.
+        depth: shape of the hierarchical architecture's decoder over the levels of a frame.
+        depth_share: fraction of the frames that train it.
     """
 
     enable_weight_tying: bool = False
@@ -61,9 +61,8 @@ class LlamaMimiArgs(TransformerModelArgs):
 
     @property
     def vocabulary(self) -> UnitVocabulary:
-        """Of the units; text stands before them."""
-        num_units = self.codebook_size * self.num_quantizers
-        return UnitVocabulary(self.vocab_size - num_units - 2, self.codebook_size, self.num_quantizers)
+        base = self.vocab_size - self.codebook_size * self.num_quantizers - 2
+        return UnitVocabulary(base, self.codebook_size, self.num_quantizers)
 
     @property
     def targets_per_frame(self) -> float:
@@ -72,13 +71,13 @@ class LlamaMimiArgs(TransformerModelArgs):
         return 1 + share * (self.num_quantizers - 1)
 
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
-        """Parameters, and training FLOPs per target; see `LlamaMimi.flops_per_target`."""
+        """Return the number of parameters, and training FLOPs per target (`LlamaMimi.flops_per_target`)."""
         assert isinstance(model, LlamaMimi)
         return sum(p.numel() for p in model.parameters()), model.flops_per_target(seq_len)
 
 
 def training_flops(num_weights: int, args: TransformerModelArgs, seq_len: int) -> int:
-    """FLOPs of a position, forward and backward: 6 a weight that it is multiplied with, plus attention."""
+    """Return the FLOPs of a position, forward and backward: 6 for each weight in a product, plus attention."""
     return 6 * num_weights + 6 * args.n_layers * args.n_heads * 2 * (args.dim // args.n_heads) * seq_len
 
 
@@ -89,19 +88,18 @@ def num_weights(*modules: nn.Module | None) -> int:
 class PackedAttention(VarlenAttentionWrapper):
     """Causal attention within each sequence of a packed row: TorchTitan's kernel where it runs, else clip by clip.
 
-    On CPUs that is as fast as a mask over the rows, made beforehand, or up to 2.8 times as fast
-    (scripts/benchmarks/LEDGER.md).
+    On CPUs the second is 1 to 2.8 times as fast as a mask over the rows (scripts/benchmarks/LEDGER.md).
     """
 
     def forward(
         self, q_BHLD: torch.Tensor, k_BGLD: torch.Tensor, v_BGLD: torch.Tensor, sequences: VarlenMetadata
     ) -> torch.Tensor:
-        """H query heads share G key heads; returns (B, L, H, D), or (B * L, H, D) from the kernel."""
+        """Return (B, L, H, D), or (B * L, H, D) from the kernel; H query heads share G key heads."""
         if q_BHLD.is_cuda and q_BHLD.dtype in (torch.bfloat16, torch.float16):
             return super().forward(q_BHLD, k_BGLD, v_BGLD, sequences)
         B, H, L, D = q_BHLD.shape
         lengths = sequences.cu_seq_q.diff().tolist()
-        # All rows end to end, heads first: a clip is then a slice whose gradient needs no zeros around it.
+        # All rows end to end, heads first: the gradient of a clip's slice then needs no zeros around it.
         clips = zip(*(x.transpose(0, 1).flatten(1, 2).split(lengths, 1) for x in (q_BHLD, k_BGLD, v_BGLD)), strict=True)
         outputs = [
             F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=len(q) != len(k))
@@ -111,12 +109,10 @@ class PackedAttention(VarlenAttentionWrapper):
 
 
 class LlamaMimi(Transformer):
-    """A plain Llama 3 decoder.
+    """A Llama 3 decoder up to the logits, which the loss computes in chunks.
 
-    It ends before the logits, which the loss makes a chunk at a time. With tied embeddings there is one matrix and one
-    parameter, ``tok_embeddings.weight``: ``output`` is None, which TorchTitan's Transformer allows.
-
-    With ``attn_type`` "varlen" rows hold several sequences, each of which begins where ``positions`` are 0.
+    With tied embeddings ``output`` is None, which TorchTitan's Transformer allows. With ``attn_type`` "varlen" rows
+    hold several sequences, each of which begins where ``positions`` are 0.
     """
 
     def __init__(self, model_args: LlamaMimiArgs) -> None:
@@ -128,7 +124,7 @@ class LlamaMimi(Transformer):
                 layer.attention.inner_attention = PackedAttention()
 
     def flops_per_target(self, seq_len: int) -> int:
-        """Training FLOPs per target. A lookup of an embedding is no product; a tied one is the output's matrix, too."""
+        """Return the training FLOPs per target; looking up an embedding is not a product."""
         matrix = self.tok_embeddings if self.is_tied else self.output
         return training_flops(num_weights(self.layers, self.norm, matrix), self.model_args, seq_len)
 
@@ -140,14 +136,10 @@ class LlamaMimi(Transformer):
     def get_attention_masks(
         self, input_batch: torch.Tensor, tokenizer: Any, extra_inputs: dict[str, torch.Tensor] | None = None
     ) -> VarlenMetadata:
-        """Where the sequences of a batch begin.
-
-        Args:
-            input_batch: not looked at.
-            extra_inputs: with ``positions`` (B, L).
+        """Return the bounds of the sequences of a batch, from ``positions`` (B, L) among its extra inputs.
 
         Raises:
-            TypeError: the model takes no masks, which TorchTitan's validator expects to hear in this way.
+            TypeError: the model takes no masks; TorchTitan's validator expects this type.
         """
         if self.model_args.attn_type != "varlen":
             raise TypeError("rows of one sequence need no mask")
@@ -155,39 +147,30 @@ class LlamaMimi(Transformer):
         positions_BL = extra_inputs["positions"]
         starts_N = (positions_BL.flatten() == 0).nonzero().flatten().to(torch.int32)
         bounds = F.pad(starts_N, (0, 1), value=positions_BL.numel())
-        # The row's length bounds every sequence's; the longest itself would make the host wait for the GPU once more.
+        # An upper bound for every sequence; for the maximum itself the host would wait for the GPU.
         longest = positions_BL.shape[1]
         return VarlenMetadata(cu_seq_q=bounds, cu_seq_k=bounds, max_q=longest, max_k=longest)
 
     def forward(self, tokens: torch.Tensor, attention_masks: Any = None, positions: Any = None) -> PendingLogits:
-        """Token ids (B, L) to what their logits (B, L, V) are made of."""
+        """Return the pending logits (B, L, V) of token ids (B, L)."""
         output = super().forward(tokens, attention_masks, positions)
         if not self.is_tied:
             return output
-        # Tensor parallel: positions are split, the vocabulary's rows stay where they are.
-        if isinstance(output, DTensor):
+        if isinstance(output, DTensor):  # tensor parallel: positions are split
             output = output.redistribute(placements=[Replicate()])
         return pending_logits(output, self.tok_embeddings.weight)
 
 
-def parallelize_flattened(model: LlamaMimi, parallel_dims: ParallelDims, job_config: Any) -> nn.Module:
-    """TorchTitan's Llama 3 plan, with what the loss and gloo need.
-
-    Raises:
-        UserError: packed rows cannot be compiled here.
-    """
+def parallelize_llama_mimi(model: LlamaMimi, parallel_dims: ParallelDims, job_config: Any) -> nn.Module:
+    """See `llama_mimi.model.architectures.parallelize`; the depth decoder is prepared before."""
     training, compilation = job_config.training, job_config.compile
     # TorchTitan computes in lower precision under FSDP, and on one device alone.
     is_mixed = training.mixed_precision_param != "float32" and (
         parallel_dims.fsdp_enabled or parallel_dims.world_size == 1
     )
     has_kernel = torch.cuda.is_available() and is_mixed
-    if (
-        model.model_args.attn_type == "varlen"
-        and compilation.enable
-        and "model" in compilation.components
-        and not has_kernel
-    ):
+    is_compiled = compilation.enable and "model" in compilation.components
+    if model.model_args.attn_type == "varlen" and is_compiled and not has_kernel:
         raise UserError(
             "compile.enable compiles the model, but packed rows in float32 or without a GPU are attended clip by clip, "
             "which cannot be compiled; set --compile.components loss, or data.packing to 'pad'"
@@ -198,13 +181,13 @@ def parallelize_flattened(model: LlamaMimi, parallel_dims: ParallelDims, job_con
         output.set_reshard_after_forward(False)
     if not torch.cuda.is_available():
         for module in model.modules():
-            if isinstance(module, FSDPModule):  # gloo lacks the pre-multiplied sum that FSDP2 divides gradients by
+            if isinstance(module, FSDPModule):  # gloo lacks the pre-multiplied sum with which FSDP2 divides gradients
                 module.set_force_sum_reduction_for_comms(True)
     return model
 
 
 def depth_args(*, dim: int, n_layers: int, n_heads: int, n_kv_heads: int, ffn_dim: int) -> LlamaMimiArgs:
-    """Shape of a depth decoder: a Llama whose positions are the levels of a frame, too few to scale their rotation."""
+    """Return the shape of a depth decoder, whose positions are the levels of a frame: too few to scale RoPE."""
     return LlamaMimiArgs(
         dim=dim,
         n_layers=n_layers,

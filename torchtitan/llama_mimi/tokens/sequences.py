@@ -22,29 +22,36 @@ from llama_mimi.tokens.units import (
 )
 
 IGNORE_INDEX = -100  # PyTorch's default, and TorchTitan's
-NO_TOKEN = -1  # in a frame's place of a level, where there is a token of text
+NO_TOKEN = -1  # fills levels 1 to Q - 1 at text positions
 Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class SequenceBuilder:
-    """Token sequences of one tokenizer and unit vocabulary."""
+    """Token sequences of one tokenizer and vocabulary of audio tokens.
+
+    In the flattened architecture a position is one id; in the hierarchical one it is a frame of Q ids, or one token of
+    text and `NO_TOKEN`.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     vocabulary: UnitVocabulary
+    architecture: Architecture = "flattened"
 
     @property
     def ids_per_position(self) -> int:
         """W, ids that the model reads at once, and predicts at once."""
-        return 1
+        return 1 if self.architecture == "flattened" else self.vocabulary.num_quantizers
 
     @property
     def positions_per_frame(self) -> int:
         return self.vocabulary.num_quantizers // self.ids_per_position
 
     def batch(self, inputs_BLW: torch.Tensor, labels_BLW: torch.Tensor) -> Batch:
-        """What a training step takes: the model's inputs by name, and labels."""
-        return {"input": inputs_BLW[..., 0]}, labels_BLW[..., 0]
+        """Return the model's inputs by name, and labels, of a training step."""
+        if self.architecture == "flattened":
+            return {"input": inputs_BLW[..., 0]}, labels_BLW[..., 0]
+        return {"input": inputs_BLW, "targets": labels_BLW}, labels_BLW  # the depth decoder reads the labels, too
 
     def head(self, text: str | None = None) -> list[int]:
         """Return the ids before the audio: BOS, the transcript as plain text (task "tts") and ``<audio>``."""
@@ -52,42 +59,24 @@ class SequenceBuilder:
         return [self._bos_id, *transcript, self.vocabulary.audio_start_id]
 
     def sequence(self, codes_TQ: torch.Tensor, *, is_cut: bool, text: str | None = None) -> torch.Tensor:
-        """One clip as ids (L,).
+        """Return the ids (L,) of one clip.
 
         Args:
             codes_TQ: the clip's codes.
             is_cut: the speech went on; the sequence then has no ``</audio>``.
-            text: transcript in front of the audio (task "tts").
+            text: transcript before the audio (task "tts").
         """
         tail = torch.tensor([] if is_cut else [self.vocabulary.audio_end_id], dtype=torch.long)
         return torch.cat([torch.tensor(self.head(text)), self.vocabulary.ids_from_codes(codes_TQ), tail])
 
     @cached_property
     def adds_bos(self) -> bool:
-        """Whether the tokenizer itself puts BOS in front of a text, as those of released checkpoints do."""
+        """True if the tokenizer itself adds BOS to a text, as those of released checkpoints do."""
         return self.tokenizer(AUDIO_START).input_ids[0] == self._bos_id
 
     @cached_property
     def _bos_id(self) -> int:
         return self.tokenizer.bos_token_id
-
-
-class FrameSequenceBuilder(SequenceBuilder):
-    """Sequences of the hierarchical arm: a position is a frame of Q ids, or one token of text and nothing else."""
-
-    @property
-    def ids_per_position(self) -> int:
-        return self.vocabulary.num_quantizers
-
-    def batch(self, inputs_BLW: torch.Tensor, labels_BLW: torch.Tensor) -> Batch:
-        """The labels are inputs, too: the depth decoder reads a frame level by level."""
-        return {"input": inputs_BLW, "targets": labels_BLW}, labels_BLW
-
-
-BUILDERS: dict[Architecture, type[SequenceBuilder]] = {
-    "flattened": SequenceBuilder,
-    "hierarchical": FrameSequenceBuilder,
-}
 
 
 @lru_cache(maxsize=4)
@@ -98,11 +87,10 @@ def load_sequences(
     vocabulary: VocabularyKind = "llama",
     architecture: Architecture = "flattened",
 ) -> SequenceBuilder:
-    """A text tokenizer (hub id or folder) extended by the units of a codec, or one that holds them already.
+    """Load a text tokenizer (hub id or folder), with the audio tokens of a codec added unless it has them.
 
     Args:
-        vocabulary: "llama" takes the tokenizer as it is, "audio" leaves its text out.
-        architecture: what a position of a training batch is.
+        vocabulary: "llama" uses the tokenizer unchanged, "audio" leaves its text out.
 
     Raises:
         UserError: the tokenizer or codec is missing, or the two do not fit.
@@ -111,4 +99,4 @@ def load_sequences(
     tokenizer = load_pretrained(AutoTokenizer, tokenizer_name, what="tokenizer")
     if vocabulary == "audio":
         tokenizer = audio_tokenizer(tokenizer)
-    return BUILDERS[architecture](*extend_tokenizer(tokenizer, codebook_size, num_quantizers))
+    return SequenceBuilder(*extend_tokenizer(tokenizer, codebook_size, num_quantizers), architecture)

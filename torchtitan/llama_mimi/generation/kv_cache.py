@@ -1,0 +1,122 @@
+"""Keys and values of contexts of different lengths, and a Llama's step by one position over all of them.
+
+`transformers` needs far more calls a layer for the same step; on CPUs and small models they are half of a token's time
+(scripts/benchmarks/bench_generation.py). Its own forward pass reads the prompts.
+"""
+
+import torch
+import torch.nn.functional as F
+from transformers import DynamicCache, PreTrainedModel
+
+GRAPH_DEVICES = ("cuda",)  # where a step is compiled, and is one CUDA graph in place of some hundred launches
+
+
+def product(weight_ND: torch.Tensor, rows_BD: torch.Tensor) -> torch.Tensor:
+    """Multiply a matrix with few rows (B, D), to (B, N).
+
+    On CPUs MKL is 1.3 to 5 times faster with the matrix on the left than `torch.nn.functional.linear` is with 2 to 64
+    rows, and as fast with one (AVX2, 768 x 768 to 8,192 x 2,048).
+    """
+    if rows_BD.device.type == "cpu":
+        return torch.mm(weight_ND, rows_BD.T).T
+    return F.linear(rows_BD, weight_ND)
+
+
+class BatchedKVCache:
+    """B contexts of one Transformer, each of its own length, that grow by one position at a time.
+
+    ``hidden_BD`` holds the Transformer's states at the last position of each context.
+
+    Args:
+        backbone: `LlamaModel`, or a Transformer of such layers as CSM's two are.
+        num_rows: B.
+        capacity: maximum length of a context; memory for it is allocated at once.
+    """
+
+    def __init__(self, backbone: PreTrainedModel, num_rows: int, capacity: int) -> None:
+        config = backbone.config
+        assert not (config.attention_bias or config.mlp_bias), "no Llama has them"
+        self._backbone, self._capacity = backbone, capacity
+        self._num_groups = config.num_key_value_heads
+        like = {"dtype": backbone.dtype, "device": backbone.device}
+        self.hidden_BD = torch.zeros(num_rows, config.hidden_size, **like)
+        shape = (num_rows, config.num_key_value_heads, capacity, config.head_dim)
+        self._keys = [torch.zeros(shape, **like) for _ in backbone.layers]
+        self._values = [torch.zeros_like(keys) for keys in self._keys]
+        self._lengths, self._growth = [0] * num_rows, [1] * num_rows  # unused rows do not grow
+        # The same on the device, changed in place: a CUDA graph reads them where they lie.
+        self._lengths_B = torch.zeros(num_rows, dtype=torch.long, device=backbone.device)
+        self._growth_B = torch.ones_like(self._lengths_B)
+        self._rows_B = torch.arange(num_rows, device=backbone.device)
+        self._places_S = torch.arange(capacity, device=backbone.device)
+        self._is_graph, self._forward = backbone.device.type in GRAPH_DEVICES, self._grow
+        if self._is_graph:
+            for tensor in (*self._keys, *self._values, self._lengths_B):
+                torch._dynamo.mark_static_address(tensor)
+            self._forward = torch.compile(self._grow, mode="reduce-overhead", fullgraph=True)
+
+    def prefill(self, row: int, inputs_LD: torch.Tensor) -> None:
+        """Replace the context of a row by embedded positions (L, D)."""
+        length = len(inputs_LD)
+        assert 0 < length <= self._capacity
+        cache = DynamicCache(config=self._backbone.config)
+        output = self._backbone(inputs_embeds=inputs_LD[None], past_key_values=cache, use_cache=True)
+        for keys, values, layer in zip(self._keys, self._values, cache.layers, strict=True):
+            keys[row, :, :length], values[row, :, :length] = layer.keys[0], layer.values[0]
+        self.hidden_BD[row] = output.last_hidden_state[0, -1]
+        self._lengths[row] = self._lengths_B[row] = length
+        self._growth[row] = self._growth_B[row] = 1
+
+    def reset(self, row: int) -> None:
+        """Leave a row unused until it is prefilled."""
+        self._lengths[row] = self._lengths_B[row] = self._growth[row] = self._growth_B[row] = 0
+
+    def restart(self) -> None:
+        """Empty all contexts; all rows are used."""
+        self._lengths = [0] * len(self._lengths)
+        self._lengths_B.zero_()
+
+    def step(self, inputs_BD: torch.Tensor) -> None:
+        """Append an embedded position (B, D) to every context."""
+        assert max(self._lengths) < self._capacity
+        # A graph has one shape, so it attends to all positions under a mask.
+        visible = self._capacity if self._is_graph else max(self._lengths) + 1
+        hidden_BD = self._forward(inputs_BD, visible)
+        self.hidden_BD = hidden_BD.clone() if self._is_graph else hidden_BD  # a graph writes to the same place again
+        self._lengths = [length + growth for length, growth in zip(self._lengths, self._growth, strict=True)]
+        self._lengths_B.add_(self._growth_B)
+
+    def _grow(self, hidden_BD: torch.Tensor, visible: int) -> torch.Tensor:
+        B, lengths_B1 = len(hidden_BD), self._lengths_B[:, None]
+        is_seen_B11S = (self._places_S[:visible] <= lengths_B1)[:, None, None]
+        cos_B1d, sin_B1d = self._backbone.rotary_emb(hidden_BD[:, None], position_ids=lengths_B1)
+        place = (self._rows_B, slice(None), self._lengths_B)
+        for layer, keys, values in zip(self._backbone.layers, self._keys, self._values, strict=True):
+            attention, mlp = layer.self_attn, layer.mlp
+            normed_BD = _norm(layer.input_layernorm, hidden_BD)
+            query_BHd, key_BHd, value_BHd = (
+                product(linear.weight, normed_BD).view(B, -1, attention.head_dim)
+                for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
+            )
+            keys[place] = _rotated(key_BHd, cos_B1d, sin_B1d)
+            values[place] = value_BHd
+            # Queries that share keys are the rows of one small product.
+            query_BGHd = _rotated(query_BHd, cos_B1d, sin_B1d).view(B, self._num_groups, -1, attention.head_dim)
+            attended = F.scaled_dot_product_attention(
+                query_BGHd, keys[:, :, :visible], values[:, :, :visible], attn_mask=is_seen_B11S
+            )
+            hidden_BD = hidden_BD + product(attention.o_proj.weight, attended.reshape(B, -1))
+            normed_BD = _norm(layer.post_attention_layernorm, hidden_BD)
+            gate_BF = mlp.act_fn(product(mlp.gate_proj.weight, normed_BD))
+            hidden_BD = hidden_BD + product(mlp.down_proj.weight, gate_BF * product(mlp.up_proj.weight, normed_BD))
+        return _norm(self._backbone.norm, hidden_BD)
+
+
+def _norm(norm: torch.nn.Module, hidden_BD: torch.Tensor) -> torch.Tensor:
+    return F.rms_norm(hidden_BD, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+
+def _rotated(heads_BHd: torch.Tensor, cos_B1d: torch.Tensor, sin_B1d: torch.Tensor) -> torch.Tensor:
+    """Apply RoPE in the layout of `transformers`, which rotates the two halves of a head."""
+    first, second = heads_BHd.chunk(2, dim=-1)
+    return heads_BHd * cos_B1d + torch.cat([-second, first], dim=-1) * sin_B1d
