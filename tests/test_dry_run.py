@@ -11,9 +11,7 @@ from conftest import ROOT
 from transformers import LlamaForCausalLM
 
 from llama_mimi.checkpoint.huggingface import hf_config
-from llama_mimi.common.errors import UserError
 from llama_mimi.model.llama import FLAVORS, LlamaMimi
-from llama_mimi.training.config_file import parse_config
 
 SCRIPT = ROOT / "scripts" / "dry_run.py"
 TINY_FLAGS = ["--job.config_file", "config/tiny.toml"]
@@ -114,15 +112,6 @@ def test_meshes_are_as_configured(found):
     with torch.device("meta"):
         whole = 4 * sum(p.numel() for p in LlamaForCausalLM(hf_config(args)).parameters())
     assert whole / shards < found["tiny, hsdp and tp"]["parameters"] < 1.01 * whole / shards
-
-
-def test_a_batch_that_does_not_split_is_refused(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("WORLD_SIZE", "64")
-    flags = ["--job.config_file", "config/llama3_2_1b.toml"]
-    with pytest.raises(UserError, match="not a multiple of local_batch_size 32 x 64 data-parallel ranks"):
-        parse_config(flags)
-    parse_config([*flags, "--training.local_batch_size", "16"])
 
 
 @pytest.mark.slow

@@ -145,7 +145,7 @@ def test_a_run_ends_with_a_validation(tmp_path):
         ("[benchmarks.salmon]\n" + SALMON, "[benchmarks]\nsalmon = 3\n", "sets benchmarks to {'salmon': 3"),
         ("hierarchical = ", "hierarchic = ", "sets config to {.*'hierarchic'"),
         ('hierarchical = "config/tiny_hierarchical.toml"\n', "", "has no file for the architecture 'hierarchical'"),
-        ("steps = [40, 20]", "steps = [0]", "training.steps is 0; it must be positive"),
+        ("steps = [40, 20]", "steps = [0]", "training.steps is 0; set a positive"),
         ("num_quantizers = [4, 8]", 'level_weights = ["heavy"]', "loss.level_weights is 'heavy'"),
         ("steps = [40, 20]", "flops = [1e12]", "has flops; .* tokenise or pack the corpus"),
         ("seeds = [3, 5]", "seeds = [3, 3]", r"seeds is \[3, 3\]; list different numbers"),
