@@ -11,7 +11,7 @@ import soundfile
 from conftest import TINY
 from test_clips import read_all, reader
 
-from llama_mimi.audio.reading import DAMAGED, OPPOSITE
+from llama_mimi.audio.reading import OPPOSITE
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import digest
 from llama_mimi.data import parquet_corpus
@@ -288,8 +288,8 @@ def test_what_was_done_to_a_clip_goes_with_it(tmp_path):
     flac = tmp_path / "a.flac"
     soundfile.write(flac, samples, rate_hz)
     content = bytearray(flac.read_bytes())
-    content[25] ^= 1  # the length
-    content[24] |= 0xF0
-    reader_of_all = reader(write(tmp_path / "flac" / "t.parquet", [{"bytes": bytes(content), "path": None}]), None, 99)
-    (clip,) = read_all(reader_of_all)
-    assert clip.remarks == (DAMAGED,) and clip.is_cut
+    content[24] |= 0xF0  # the length
+    clip = clip_of(tmp_path / "flac", {"bytes": bytes(content), "path": None})
+    assert isinstance(clip, AudioClip) and clip.is_cut  # no more was read than is wanted
+    (clip,) = read_all(reader(str(tmp_path / "flac" / "corpus"), None, 99))
+    assert isinstance(clip, SkippedClip) and clip.reason == "breaks off"

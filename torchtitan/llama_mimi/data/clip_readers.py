@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from llama_mimi.audio.reading import DAMAGED, SHORTER, AudioError, Waveform, read_audio
+from llama_mimi.audio.reading import SHORTER, AudioError, Waveform, read_audio
 from llama_mimi.audio.splitting import split_at_pauses
 from llama_mimi.common.errors import first_line
 from llama_mimi.data.code_store import CodeCorpus, CodeGroup
@@ -49,7 +49,7 @@ class AudioClip:
     Args:
         name: id or path, for messages.
         samples_S: mono float32 at the codec's rate.
-        is_cut: the recording went on after the longest audio wanted, or broke off.
+        is_cut: the recording went on after the longest audio wanted.
         text: transcript, or None where the task needs none.
         speaker: label, where the corpus has one and it was asked for.
         remarks: as `llama_mimi.audio.reading.Waveform`.
@@ -154,20 +154,14 @@ class AudioReader:
         at_once = max(SECONDS_AT_ONCE, 2 * self._max_seconds)
         goes_on = True
         while goes_on:
-            try:
-                waveform = self._read(name, values | {"offset": begin, "duration": left}, ref, at_once)
-            except AudioError:
-                if not found:
-                    raise
-                found[-1] = dataclasses.replace(found[-1], is_cut=True, remarks=(*found[-1].remarks, DAMAGED))
-                break  # what came before is sound
-            goes_on = waveform.is_cut and DAMAGED not in waveform.remarks
+            waveform = self._read(name, values | {"offset": begin, "duration": left}, ref, at_once)
+            goes_on = waveform.is_cut
             ends = split_at_pauses(waveform.samples_S, rate_hz, self._max_seconds)
             ends = ends[:-1] if goes_on else ends  # where it goes on, the last has no pause at its end
             for start, end in itertools.pairwise([0, *ends]):
                 part = dataclasses.replace(waveform, samples_S=waveform.samples_S[start:end].clone())
-                if goes_on or end != ends[-1]:  # what is said of the end is said of the last alone
-                    part = dataclasses.replace(part, is_cut=True, remarks=tuple({*part.remarks} - {DAMAGED, SHORTER}))
+                if goes_on or end != ends[-1]:
+                    part = dataclasses.replace(part, is_cut=True, remarks=tuple({*part.remarks} - {SHORTER}))
                 found.append(part)
             begin += ends[-1] / rate_hz
             left = None if left is None else left - ends[-1] / rate_hz
@@ -176,24 +170,16 @@ class AudioReader:
         return [self._kept(f"{name}_{number:05d}", part, None, values) for number, part in enumerate(found)]
 
     def _read(self, name: str, values: dict[str, Any], ref: ClipRef, max_seconds: float) -> Waveform:
-        return read_row(
-            self.corpus,
-            ref.group,
-            values,
-            name,
-            self._sample_rate_hz,
-            max_seconds=max_seconds,
-        )
+        return read_row(self.corpus, ref.group, values, name, self._sample_rate_hz, max_seconds=max_seconds)
 
     def _kept(self, name: str, waveform: Waveform, text: str | None, values: dict[str, Any]) -> Clip:
-        goes_on = waveform.is_cut and DAMAGED not in waveform.remarks
-        if (reason := self._filter.of_length(waveform.seconds, is_cut=goes_on)) is not None:
+        if (reason := self._filter.of_length(waveform.seconds, is_cut=waveform.is_cut)) is not None:
             return _filtered(name, reason)
         if len(waveform.samples_S) < self._frame_size:
             return SkippedClip("too short", f"'{name}' is {waveform.seconds:.3f} s, less than a frame of the codec")
+        audio_hash = _hash(waveform.samples_S) if self._hashes else None
         speaker = _label(values.get("speaker"))
-        clip = AudioClip(name, waveform.samples_S, waveform.is_cut, text, speaker, waveform.remarks)
-        return dataclasses.replace(clip, audio_hash=_hash(waveform.samples_S)) if self._hashes else clip
+        return AudioClip(name, waveform.samples_S, waveform.is_cut, text, speaker, waveform.remarks, audio_hash)
 
 
 def _hash(samples_S: torch.Tensor) -> bytes:
@@ -237,9 +223,8 @@ def read_row(
     )
     if not is_part:
         return waveform
-    is_short = waveform.seconds < duration - ROUNDED_SECONDS and DAMAGED not in waveform.remarks
-    remarks = (*waveform.remarks, *((SHORTER,) if is_short else ()))
-    return dataclasses.replace(waveform, is_cut=DAMAGED in remarks, remarks=remarks)
+    is_short = waveform.seconds < duration - ROUNDED_SECONDS
+    return dataclasses.replace(waveform, is_cut=False, remarks=waveform.remarks + (SHORTER,) * is_short)
 
 
 def _source(corpus: AudioCorpus, group: int, audio: Mapping[str, Any], name: str) -> bytes | str:

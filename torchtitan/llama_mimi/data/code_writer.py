@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from llama_mimi.audio.mimi import DEFAULT_CODEC, CodecAttention, MimiCodec, Precision, codec_hash
-from llama_mimi.audio.reading import DAMAGED, RESAMPLER
+from llama_mimi.audio.reading import RESAMPLER
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import PARTIAL, digest, file_system, read_json, sizes_in, write_atomically
 from llama_mimi.common.resume import require_same
@@ -204,7 +204,7 @@ def shard_of_clips(plan: dict[str, Any], num_rows: int, clips: Sequence[StoredCl
         "columns": plan["columns"],
         "rows": num_rows,
         "clips": len(clips),
-        "cut": sum(clip.is_cut and DAMAGED not in clip.remarks for clip in clips),
+        "cut": sum(clip.is_cut for clip in clips),
         "remarks": [[row, clip.name, remark] for row, clip in enumerate(clips) for remark in clip.remarks],
         "seconds": sum(clip.seconds for clip in clips),
         "by_second": by_second(clips),

@@ -20,7 +20,6 @@ from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.tools.logging import logger
 
 from llama_mimi.audio.mimi import MimiCodec
-from llama_mimi.audio.reading import DAMAGED
 from llama_mimi.common.batching import map_ahead
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.ranks import gather
@@ -241,7 +240,11 @@ class UnitDataLoader(BaseDataLoader):
         counts = self._counts
         counts["read"] += 1
         if isinstance(clip, CodedClip):
-            self._count_remarks(clip)
+            counts["cut at max_audio_seconds"] += clip.is_cut
+            for remark in clip.remarks:
+                counts[remark] += 1
+                if counts[remark] <= MAX_NAMED_CLIPS:
+                    logger.warning(f"clip '{clip.name}': {remark}")
         if counts["read"] % CLIPS_PER_REPORT == 0:
             self._report()
         if isinstance(clip, SkippedClip):
@@ -272,13 +275,6 @@ class UnitDataLoader(BaseDataLoader):
                 f"{skipped} of {read} clips could not be used ({reasons}), more than data.max_bad_share = "
                 f"{self._max_bad_share:g}; repair the corpus or raise data.max_bad_share"
             )
-
-    def _count_remarks(self, clip: CodedClip) -> None:
-        self._counts["cut at max_audio_seconds"] += clip.is_cut and DAMAGED not in clip.remarks
-        for remark in clip.remarks:
-            self._counts[remark] += 1
-            if self._counts[remark] <= MAX_NAMED_CLIPS:
-                logger.warning(f"clip '{clip.name}': {remark}")
 
     def _report(self) -> None:
         counts = {

@@ -79,9 +79,7 @@ class RecordTable:
         }
         for role, column in self._roles.items():
             values = [one.values.get(column) for one in records]
-            # A filter compares values as they are: numbers and texts of one column differ.
-            texts = [json.dumps(v) for v in values] if role.startswith(ROLE) else [_text(v) for v in values]
-            columns[role] = pa.array(texts, pa.string())
+            columns[role] = _typed(values) if role.startswith(ROLE) else _texts(values)
         return pa.table(columns)
 
 
@@ -132,5 +130,15 @@ def seconds_of(value: Any) -> float | None:
     return seconds
 
 
-def _text(value: Any) -> str | None:
-    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+def _typed(values: list[Any]) -> pa.Array:
+    """Values as their source has them, or as texts where they have several types."""
+    try:
+        return pa.array(values)
+    except (ValueError, TypeError, OverflowError):
+        return _texts(values)
+
+
+def _texts(values: list[Any]) -> pa.Array:
+    return pa.array(
+        [v if v is None or isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in values], pa.string()
+    )
