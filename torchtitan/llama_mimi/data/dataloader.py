@@ -1,5 +1,4 @@
-"""TorchTitan's dataloader seam: clips come from workers; here audio is encoded, in batches on the training device,
-and codes become rows of tokens.
+"""The dataloader: encode the audio that workers read, in batches on the training device, and pack tokens into batches.
 
 The state is a position (`llama_mimi.data.order`): that after the last clip that a batch has used, not after what
 workers have read ahead.
@@ -10,7 +9,6 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +18,6 @@ from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.tools.logging import logger
 
 from llama_mimi.audio.mimi import MimiCodec
-from llama_mimi.common.batching import map_ahead
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.ranks import gather
 from llama_mimi.common.resume import require_same
@@ -62,8 +59,6 @@ class UnitDataLoader(BaseDataLoader):
         workers: keyword arguments of PyTorch's DataLoader.
         meter: told what goes on here.
         depth_share: of the frames, which train the depth decoder of the hierarchical architecture.
-        chunks_ahead: encoded by a thread, on a stream of its own, while batches before are trained on. The position
-            does not depend on it.
     """
 
     def __init__(
@@ -81,14 +76,12 @@ class UnitDataLoader(BaseDataLoader):
         workers: dict[str, Any],
         meter: DataMeter | None = None,
         depth_share: float = 1.0,
-        chunks_ahead: int = 0,
     ) -> None:
         self._readers, self._order, self._packer, self._codec = readers, order, packer, codec
         self._dp_rank, self._dp_world_size = dp_rank, dp_world_size
         self.dataset, self._chunk_size, self._max_bad_share = dataset, chunk_size, max_bad_share
         self._workers = workers
-        self._meter, self._depth_share, self._chunks_ahead = meter or DataMeter(), depth_share, chunks_ahead
-        self._stream = torch.cuda.Stream() if chunks_ahead and torch.cuda.is_available() else None
+        self._meter, self._depth_share = meter or DataMeter(), depth_share
         self._counts: Counter[str] = Counter()  # clips read, cut, and skipped by reason
         self._num_frames = 0
         self._num_clips = sum(int(reader.corpus.sizes_G.sum()) for reader in readers)
@@ -186,31 +179,24 @@ class UnitDataLoader(BaseDataLoader):
 
     def _clips(self) -> Iterator[tuple[ClipRef, CodedClip | SkippedClip]]:
         stream = ClipStream(self._readers, self._order, self._chunk_size)
-        for refs, clips, seconds in map_ahead(self._encode, stream.load(**self._workers), self._chunks_ahead):
-            self._meter.codec_seconds += seconds
+        for refs, clips in map(self._encode, stream.load(**self._workers)):
             yield from zip(refs, clips, strict=True)
 
-    def _encode(self, chunk: Chunk) -> tuple[list[ClipRef], list[CodedClip | SkippedClip], float]:
-        """Where clips lie, their codes, and the seconds encoding took. The samples, which are large, are not kept."""
-        waveforms = [clip.samples_S for clip in chunk.clips if isinstance(clip, AudioClip)]
-        start = time.perf_counter()
-        codes: list[torch.Tensor] = []
-        if waveforms:
+    def _encode(self, chunk: Chunk) -> tuple[list[ClipRef], list[CodedClip | SkippedClip]]:
+        """Encode the audio of a chunk. The samples, which are large, are not kept."""
+        codes: Iterator[torch.Tensor] = iter(())
+        if waveforms := [clip.samples_S for clip in chunk.clips if isinstance(clip, AudioClip)]:
             assert self._codec is not None
-            with ExitStack() as beside:
-                if self._stream is not None:  # with its device, as a thread begins, and would end, on the first one
-                    beside.enter_context(torch.cuda.device(self._stream.device))
-                    beside.enter_context(torch.cuda.stream(self._stream))
-                codes = self._codec.encode_many(waveforms)
-        seconds = time.perf_counter() - start
-        codes_of_audio = iter(codes)
+            start = time.perf_counter()
+            codes = iter(self._codec.encode_many(waveforms))
+            self._meter.codec_seconds += time.perf_counter() - start
         clips = [
-            CodedClip(clip.name, next(codes_of_audio).numpy(), clip.is_cut, clip.text, clip.remarks)
+            CodedClip(clip.name, next(codes).numpy(), clip.is_cut, clip.text, clip.remarks)
             if isinstance(clip, AudioClip)
             else clip
             for clip in chunk.clips
         ]
-        return chunk.refs, clips, seconds
+        return chunk.refs, clips
 
     def _deep_frames(self, ref: ClipRef, num_frames: int) -> np.ndarray | None:
         """Which frames, and whether the end, train the depth decoder: others in each epoch, the same on any ranks."""
