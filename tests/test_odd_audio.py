@@ -12,8 +12,9 @@ import scipy.signal
 import soundfile
 import torch
 from conftest import TINY
+from soxr import resample
 
-from llama_mimi.audio.reading import MAX_PEAK, OPPOSITE, AudioError, read_audio, resample
+from llama_mimi.audio.reading import MAX_PEAK, OPPOSITE, AudioError, read_audio
 
 RATE = 24_000
 SPEECH = soundfile.read(TINY / "prompt.wav", dtype="float32")[0][: RATE * 3 // 2]  # 1.5 s

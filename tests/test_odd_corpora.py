@@ -17,7 +17,7 @@ from llama_mimi.common.files import digest
 from llama_mimi.data import parquet_corpus
 from llama_mimi.data.clip_readers import AudioClip, SkippedClip
 from llama_mimi.data.corpora import open_corpus
-from llama_mimi.data.corpus_files import parquet_files
+from llama_mimi.data.corpus_files import corpus_files
 
 PROMPT = (TINY / "prompt.wav").read_bytes()
 AUDIO = pa.struct({"bytes": pa.binary(), "path": pa.string()})
@@ -31,6 +31,10 @@ def write(path: Path, audio=None, kind=AUDIO, **columns) -> str:
     arrays |= {name: values if isinstance(values, pa.Array) else pa.array(values) for name, values in columns.items()}
     pq.write_table(pa.table(arrays), path)
     return str(path.parent)
+
+
+def parquet_files(dataset: str, split: str | None = None) -> list[str]:
+    return corpus_files(dataset, None, split)[1]
 
 
 def names_of(files) -> list[str]:

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
 from io import SEEK_END, BytesIO
 from itertools import chain
 from typing import Any, BinaryIO, Literal
@@ -33,16 +32,8 @@ FFMPEG_FORMATS = {
 MISCOUNTED_BYTES = 256
 # Sizes from here on mean that the size was not known when the header was written.
 UNKNOWN_SIZE = 0x7FFF_F000
-
-
-@dataclass(frozen=True)
-class Recording:
-    """The decoded part of a file."""
-
-    rate_hz: int
-    num_channels: int
-    num_samples: int | None  # per channel, by the header; None where it gives none, or an estimate
-    blocks: Iterator[np.ndarray]  # float32, each (S, C)
+# Sample rate in Hz, C, samples per channel by the header (None where it gives none, or an estimate), and blocks (S, C).
+Recording = tuple[int, int, int | None, Iterator[np.ndarray]]
 
 
 @contextmanager
@@ -145,9 +136,8 @@ def _recording(file: soundfile.SoundFile, start_seconds: float) -> Recording:
     length = max(file.frames - first, 0) if is_exact else None
     if length and first and file.format in SEEKABLE and file.subtype.startswith(UNCODED):
         file.seek(first)
-        return Recording(file.samplerate, file.channels, length, _blocks(file, length))
-    blocks = _without(first, _blocks(file, file.frames if is_exact else None))
-    return Recording(file.samplerate, file.channels, length, blocks)
+        return file.samplerate, file.channels, length, _blocks(file, length)
+    return file.samplerate, file.channels, length, _without(first, _blocks(file, file.frames if is_exact else None))
 
 
 def _blocks(file: soundfile.SoundFile, length: int | None) -> Iterator[np.ndarray]:
@@ -187,4 +177,4 @@ def _ffmpeg_recording(container: Any, start_seconds: float) -> Recording:
                 if part.samples:
                     yield part.to_ndarray().reshape(-1, C)
 
-    return Recording(rate_hz, C, None, _without(round(start_seconds * rate_hz), blocks()))
+    return rate_hz, C, None, _without(round(start_seconds * rate_hz), blocks())

@@ -39,12 +39,7 @@ FAULTS = {
 
 
 class AudioError(UserError):
-    """A clip that cannot be used.
-
-    Args:
-        reason: a short category that skipped clips are counted under ("unreadable", "empty", "non-finite", ...).
-        message: one sentence that names the clip.
-    """
+    """A clip that cannot be used; skipped clips are counted by ``reason``, such as "unreadable" or "non-finite"."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -120,11 +115,6 @@ def read_audio(
     return waveform
 
 
-def resample(samples_S: np.ndarray, from_hz: int, to_hz: int) -> np.ndarray:
-    """Resample mono float32 samples (S,) as `read_audio` does."""
-    return soxr.resample(samples_S, from_hz, to_hz)
-
-
 def write_wav(path: str | Path, waveform: Waveform) -> None:
     """Write a 16-bit PCM WAV file, clipped to [-1, 1], as a whole or not at all; create missing folders.
 
@@ -183,8 +173,7 @@ def _read(
     """Read the mean of the channels, or ``channel``; read again where the channels cancel each other."""
     parts: list[np.ndarray] = []
     num_read, is_cut, cancelled = 0, False, 0.0
-    with opened(stream, start_seconds) as recording:
-        rate_hz, C = recording.rate_hz, recording.num_channels
+    with opened(stream, start_seconds) as (rate_hz, C, num_samples, blocks):
         if not RATES_HZ[0] <= rate_hz <= RATES_HZ[1]:
             raise AudioError(
                 "sample rate", f"the sample rate of '{name}' is {rate_hz:,} Hz, not 1 kHz to 1 MHz; fix its header"
@@ -193,7 +182,7 @@ def _read(
         resampler = soxr.ResampleStream(rate_hz, wanted_hz, 1) if wanted_hz != rate_hz else None
         limit = None if max_seconds is None else math.ceil(max_seconds * rate_hz)
         energy_C = np.zeros(C)
-        for block_SC in recording.blocks:
+        for block_SC in blocks:
             if limit is not None and num_read + len(block_SC) > limit:
                 is_cut, block_SC = True, block_SC[: limit - num_read]
             num_read += len(block_SC)
@@ -214,16 +203,15 @@ def _read(
                 break
         if resampler:
             parts.append(resampler.resample_chunk(np.empty(0, np.float32), last=True))
-        fault = "breaks off" if num_read < (recording.num_samples or 0) else fault_at_end(stream)
-    if fault and not is_cut:
+    if not is_cut and (fault := "breaks off" if num_read < (num_samples or 0) else fault_at_end(stream)):
         raise AudioError(fault, f"'{name}' {FAULTS[fault]}")
     if cancelled > MAX_CANCELLED * energy_C.max():
         return _read(stream, name, wanted_hz, start_seconds, max_seconds, int(energy_C.argmax()))
     samples_S = np.concatenate([*parts, np.empty(0, np.float32)])
     samples_S = samples_S if max_seconds is None else samples_S[: round(max_seconds * wanted_hz)]
-    if not len(samples_S) and start_seconds:
-        raise AudioError("past the end", f"'{name}' ends before its start of {start_seconds:g} s; fix the start")
     if not len(samples_S):
+        if start_seconds:
+            raise AudioError("past the end", f"'{name}' ends before its start of {start_seconds:g} s; fix the start")
         raise AudioError("empty", f"'{name}' has no audio samples; give a clip with sound in it")
     return Waveform(torch.from_numpy(samples_S), wanted_hz, is_cut, () if channel is None else (OPPOSITE,))
 

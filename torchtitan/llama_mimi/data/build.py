@@ -63,22 +63,18 @@ def build_validation_dataloader(
 
 
 def dataset_names(split: Any) -> list[str]:
-    """The corpora of ``[training]`` or ``[validation]``: names divided by commas."""
+    """Return the corpora of ``[training]`` or ``[validation]``: names divided by commas."""
     return [name.strip() for name in split.dataset.split(",") if name.strip()]
 
 
 def chosen_split(job_config: Any, section: Any) -> str | None:
-    """Which split of a folder of several ``[training]`` or ``[validation]`` takes."""
+    """Return the split that ``[training]`` or ``[validation]`` takes of a folder of several."""
     data = job_config.data
     return data.split if section is job_config.training else data.validation_split
 
 
 def open_readers(job_config: Any, split: Any) -> list[ClipReader]:
-    """The corpora of a split, each as audio or as codes.
-
-    Raises:
-        UserError: one is missing, damaged or does not fit.
-    """
+    """Open the corpora of ``[training]`` or ``[validation]``, each as audio or as codes, or raise a UserError."""
     data, codec = job_config.data, job_config.codec
     config = load_codec_config(codec.name, codec.num_quantizers)
     max_frames = whole_frames(data.max_audio_seconds, config)
@@ -105,11 +101,9 @@ def open_readers(job_config: Any, split: Any) -> list[ClipReader]:
 
 
 def clip_shares(readers: list[ClipReader], weights: list[float], max_audio_seconds: float) -> list[float]:
-    """How often a clip is drawn from each corpus.
+    """Return the fraction of clips that is drawn from each corpus, unscaled.
 
-    Args:
-        weights: wanted shares of audio; empty for each corpus's own share, so that all have their epochs together.
-        max_audio_seconds: training takes no more of a clip.
+    ``weights`` are fractions of audio; without them each corpus has its own, so that all have their epochs together.
 
     Raises:
         UserError: weights for a corpus of audio, whose mean length is not known.

@@ -32,15 +32,10 @@ CLIPS_PER_REPORT = 1000
 
 @dataclass
 class DataMeter:
-    """What a loader tells the metrics.
+    """Counts of a loader for the metrics; after a resume rank 0 goes on from the sum of all ranks."""
 
-    Args:
-        codec_seconds: time spent encoding since it was last reset.
-        num_clips, num_frames: in the batches so far; after a resume rank 0 goes on from the sum of all ranks.
-    """
-
-    codec_seconds: float = 0.0
-    num_clips: int = 0
+    codec_seconds: float = 0.0  # spent encoding since it was last reset
+    num_clips: int = 0  # in the batches so far
     num_frames: int = 0
 
 
@@ -48,17 +43,14 @@ class UnitDataLoader(BaseDataLoader):
     """Batches of token ids from chunks of clips.
 
     Args:
-        readers: one a corpus.
-        order: this rank's sequence of clips: a `ShuffledOrder`, endless and resumable, or rows to read once.
-        packer: fills the batches.
-        codec: turns samples into codes, on the training device; None where all corpora are codes.
-        dp_rank, dp_world_size: this rank and how many there are.
+        readers: one per corpus.
+        order: this rank's clips: a `ShuffledOrder`, endless and resumable, or rows to read once.
+        codec: None where all corpora are codes.
         dataset: its name, for messages.
         chunk_size: clips read and encoded at once.
-        max_bad_share: raise when a larger share of the clips cannot be used.
+        max_bad_share: raise when a larger fraction of the clips cannot be used.
         workers: keyword arguments of PyTorch's DataLoader.
-        meter: told what goes on here.
-        depth_share: of the frames, which train the depth decoder of the hierarchical architecture.
+        depth_share: fraction of the frames that train the depth decoder of the hierarchical architecture.
     """
 
     def __init__(
@@ -126,12 +118,12 @@ class UnitDataLoader(BaseDataLoader):
         return self._counts["read"]
 
     def empty_batch(self) -> Batch:
-        """A batch of padding, for a rank that has run out of clips while others have not."""
+        """Return a batch of padding, for a rank that has run out of clips while others have not."""
         assert self._packer.is_empty
         return self._packer.take()
 
     def state_dict(self) -> dict[str, Any]:
-        """The position of all ranks, which every rank returns alike: a collective."""
+        """Return the positions of all ranks, the same on every rank: a collective."""
         assert isinstance(self._order, ShuffledOrder)
         ranks = gather(
             {
@@ -216,11 +208,7 @@ class UnitDataLoader(BaseDataLoader):
             self._order.use_frames(frames)
 
     def _count(self, ref: ClipRef, clip: CodedClip | SkippedClip) -> None:
-        """Count a clip, and name it if it is skipped.
-
-        Raises:
-            UserError: as `_judge`.
-        """
+        """Count a clip, and name it if it is skipped."""
         if ref.frame:  # counted when its beginning was read
             return
         counts = self._counts
@@ -243,11 +231,7 @@ class UnitDataLoader(BaseDataLoader):
             self._judge(is_end=is_end)
 
     def _judge(self, *, is_end: bool) -> None:
-        """Judge the share of bad clips.
-
-        Raises:
-            UserError: more than the allowed share is bad, or all are.
-        """
+        """Raise a UserError where more than the allowed fraction of the clips is bad, or all are."""
         counts = self._counts
         read, skipped = counts["read"], counts["skipped"]
         reasons = ", ".join(f"{n} {key[9:]}" for key, n in counts.items() if key.startswith("skipped: "))

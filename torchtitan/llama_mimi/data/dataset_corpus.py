@@ -18,11 +18,6 @@ TEXTS = ("text", "speaker", "id")
 class DatasetCorpus:
     """A `datasets.Dataset`, whose Arrow files are mapped into memory.
 
-    Args:
-        name: for messages.
-        dataset: with a column of audio.
-        audio_column, text_column, extra_columns: as `llama_mimi.data.corpora.open_corpus`.
-
     Raises:
         UserError: a column is missing, or there are no rows.
     """

@@ -101,14 +101,11 @@ def _side(node: ast.expr, is_list: bool, row: Mapping[str, Any]) -> Any:
 
 
 def _holds(compare: Callable[[Any, Any], bool], left: Any, right: Any) -> bool:
-    try:
-        return compare(_beside(left, right), _beside(right, left))
-    except TypeError:
-        return False
-
-
-def _beside(value: Any, other: Any) -> Any:
-    """Return a text that is compared with a number as a number, as tables of text have no others."""
-    with contextlib.suppress(ValueError):
-        return float(value) if isinstance(value, str) and isinstance(other, int | float) else value
-    return value
+    """Compare two values; a text next to a number counts as a number, as tables of text have no others."""
+    with contextlib.suppress(ValueError, TypeError):
+        if isinstance(left, str) and isinstance(right, int | float):
+            left = float(left)
+        if isinstance(right, str) and isinstance(left, int | float):
+            right = float(right)
+        return compare(left, right)
+    return compare is operator.ne
