@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import fsspec
@@ -202,32 +201,6 @@ def test_a_packed_row_counts_the_frames_that_it_holds(corpus, codec, sequences):
     assert meter.num_clips <= is_start.sum() <= meter.num_clips + 9, (
         "each of 10 rows but the first may go on with a clip"
     )
-
-
-def test_codes_are_made_ahead_of_the_step_that_takes_them(corpus, codec, sequences):
-    """While the codec is held up, batches come from the chunks that it was ahead."""
-    may_encode, two_ahead, in_time = threading.Event(), threading.Event(), []
-
-    class Codec:
-        def encode_many(self, waveforms):
-            in_time.append(may_encode.wait(20))
-            codes = codec.encode_many(waveforms)
-            if len(in_time) == 3:
-                two_ahead.set()
-            return codes
-
-    may_encode.set()
-    batches = iter(unit_loader(corpus, Codec(), sequences, 0.0, chunks_ahead=2))
-    expected = iter(unit_loader(corpus, codec, sequences, 0.0))
-    for number in range(12):  # batches of two clips, from three chunks of eight
-        (inputs, labels_BL), (expected_inputs, expected_labels_BL) = next(batches), next(expected)
-        assert inputs["input"].equal(expected_inputs["input"]) and labels_BL.equal(expected_labels_BL)
-        if number == 0:
-            assert two_ahead.wait(20)
-            may_encode.clear()
-    may_encode.set()
-    batches.close()
-    assert all(in_time)
 
 
 @settings(deadline=None)

@@ -13,7 +13,7 @@ import pytest
 import soundfile
 import torch
 from conftest import TINY, costly
-from datasets import DatasetDict
+from datasets import ClassLabel, DatasetDict
 from hypothesis import given
 from hypothesis import strategies as st
 from layouts import (
@@ -29,7 +29,7 @@ from layouts import (
 )
 from test_code_store import tokenize
 
-from llama_mimi.audio.reading import DAMAGED, SHORTER, AudioError, read_audio
+from llama_mimi.audio.reading import SHORTER, AudioError, read_audio
 from llama_mimi.audio.splitting import split_at_pauses
 from llama_mimi.common.errors import UserError
 from llama_mimi.data import clip_readers, tar_corpus
@@ -250,7 +250,7 @@ def test_odd_lines_of_a_manifest(rows, tmp_path):
     assert [isinstance(clip, AudioClip) for clip in clips] == [True, *[False] * 8, True]
     reasons = [clip.reason for clip in clips[1:-1]]
     assert reasons == ["damaged row"] * 4 + ["past the end", "damaged row", "missing", "no audio"]
-    assert "ends before 60 s, where it is to begin" in clips[5].message
+    assert "before its start of 60 s" in clips[5].message
     place.write_text('{"audio_filepath": "long.wav", "offset": 3.5, "duration": 2}')
     (short,) = clips_of(opened(place), max_frames=100)
     assert short.remarks == (SHORTER,) and len(short.samples_S) == RATE // 2 and short.name == "long.wav@3.5"
@@ -348,21 +348,12 @@ def test_many_small_files_are_one_listing(tmp_path):
     assert int(corpus.sizes_G.sum()) == 2_000 and corpus.read_group(19).num_rows == 100
 
 
-@pytest.mark.parametrize("kind", ["WAV", "FLAC", "OGG", "OPUS", "chained OGG", "MP3"])
+@pytest.mark.parametrize("kind", ["WAV", "FLAC", "OGG", "OPUS", "MP3"])
 def test_a_part_of_a_recording_is_a_part_of_its_samples(rows, tmp_path, kind):
     samples = np.concatenate([row["samples"] for row in rows])
-    both, subtype = np.stack([samples, samples // 2], axis=1), None
-    if "OGG" in kind or kind == "OPUS":
-        links = np.split(both, [50_000]) if "chained" in kind else [both]  # a part lies in both
-        subtype = "OPUS" if kind == "OPUS" else "VORBIS"
-        kind = "OGG"
-    else:
-        links = [both]
-    with (tmp_path / "a").open("wb") as file:
-        for link_SC in links:
-            stream = io.BytesIO()
-            soundfile.write(stream, link_SC, RATE, format=kind, subtype=subtype)
-            file.write(stream.getvalue())
+    both = np.stack([samples, samples // 2], axis=1)
+    form, subtype = ("OGG", "OPUS") if kind == "OPUS" else (kind, None)
+    soundfile.write(tmp_path / "a", both, RATE, format=form, subtype=subtype)
     whole = read_audio(tmp_path / "a", RATE).samples_S
     part = read_audio(tmp_path / "a", RATE, start_seconds=1.5, max_seconds=2.0)
     assert np.array_equal(part.samples_S.numpy(), whole[36_000:84_000].numpy()) and part.is_cut
@@ -376,7 +367,7 @@ def test_a_part_of_a_recording_is_a_part_of_its_samples(rows, tmp_path, kind):
         assert np.array_equal(part.samples_S.numpy(), whole[start : start + 12_000].numpy())
     last = read_audio(tmp_path / "a", RATE, start_seconds=9.5)
     assert np.array_equal(last.samples_S.numpy(), whole[228_000:].numpy()) and not last.is_cut
-    with pytest.raises(AudioError, match="ends before 11 s, where it is to begin"):
+    with pytest.raises(AudioError, match="before its start of 11 s"):
         read_audio(tmp_path / "a", RATE, start_seconds=11)
 
 
@@ -436,22 +427,19 @@ def test_long_recordings_are_split_and_nothing_is_lost(rows, tmp_path, monkeypat
         assert all(clip.samples_S[-1] == 0 for clip in read[:-1])  # in a pause
 
 
-def test_a_recording_with_a_hole_is_split_without_repeating(rows, tmp_path, monkeypatch):
-    """A page of an Ogg file that is lost makes it shorter than its times say; no clip begins before another ends."""
+def test_a_recording_with_a_hole_is_skipped(rows, tmp_path, monkeypatch):
+    """A page of an Ogg file that is lost makes it shorter than its times say."""
     samples = np.concatenate([row["samples"] for row in rows])
     stream = io.BytesIO()
     soundfile.write(stream, samples, RATE, format="OGG", subtype="VORBIS")
     pages = stream.getvalue().split(b"OggS")[1:]
     assert len(pages) > 12
     (tmp_path / "a.ogg").write_bytes(b"".join(b"OggS" + page for number, page in enumerate(pages) if number != 6))
-    whole = read_audio(tmp_path / "a.ogg", RATE)
-    assert len(whole.samples_S) < len(samples) - RATE // 20 and DAMAGED in whole.remarks
     monkeypatch.setattr(clip_readers, "SECONDS_AT_ONCE", 2.0)
     corpus = opened(tmp_path)
     reader = AudioReader(corpus, sample_rate_hz=RATE, frame_size=1920, max_frames=12, splits=True)
-    clips = reader.clips(corpus.read_group(0), ClipRef(0, 0, 0, 0, 0))
-    assert np.array_equal(np.concatenate([clip.samples_S for clip in clips]), whole.samples_S)
-    assert clips[-1].remarks == (DAMAGED,)
+    (clip,) = reader.clips(corpus.read_group(0), ClipRef(0, 0, 0, 0, 0))
+    assert isinstance(clip, SkippedClip) and clip.reason == "breaks off" and clip.message.startswith("'a' ends before")
 
 
 @pytest.mark.distributed
@@ -530,7 +518,8 @@ def test_duplicates_are_counted_and_left_out(rows, tmp_path):
     ("where", "values", "kept"),
     [
         ("a == 1", {"a": 1}, True),
-        ("a == 1", {"a": "1"}, True),
+        ("a == 1", {"a": "1"}, True),  # tables of text have numbers as text
+        ("a == '007'", {"a": "7"}, False),
         ("2 < a <= 3", {"a": "3.0"}, True),
         ("2 < a <= 3", {"a": 2}, False),
         ("not a == 'x' or b > 1", {"a": "x", "b": 2}, True),
@@ -538,14 +527,13 @@ def test_duplicates_are_counted_and_left_out(rows, tmp_path):
         ("a not in [1, 2]", {"a": 3}, True),
         ("a > -1", {"a": 0}, True),
         ("a in (1, 2)", {"a": "1"}, True),
-        ("a not in ('1', '2')", {"a": 1}, False),
-        ("a < b", {"a": "9", "b": "10"}, True),
+        ("a not in ('1', '2')", {"a": "1"}, False),
+        ("a < b", {"a": "9", "b": "10"}, False),
         ("a == 1", {"a": "en"}, False),
         ("a > 1", {"a": "en"}, False),
-        (" a == True", {"a": "true"}, True),
+        (" a == True", {"a": True}, True),
         ("a == 'x'", {"a": ""}, False),
         ("a == 'x'", {"a": None}, False),
-        ("a == 'x'", {"a": '"x"'}, True),
     ],
 )
 def test_conditions(where, values, kept):
@@ -574,3 +562,15 @@ def test_conditions(where, values, kept):
 def test_conditions_that_are_none(where):
     with pytest.raises(UserError, match="--where is"):
         RowFilter(where=where)
+
+
+def test_conditions_compare_texts_as_texts_and_class_labels_by_name(rows, tmp_path):
+    speakers = ["007", "7", "7e0", 7, None]
+    lines = [json.dumps({"audio_filepath": f"{i}.flac", "speaker": name}) for i, name in enumerate(speakers)]
+    (tmp_path / "m.jsonl").write_text("\n".join(lines))
+    labelled = dataset(rows).remove_columns("speaker").add_column("speaker", [0, 1, 1, 0, -1])
+    labelled.cast_column("speaker", ClassLabel(names=["5", "007"])).save_to_disk(str(tmp_path / "d"))
+    rule = RowFilter(where="speaker == '007'")
+    for place, kept in ((tmp_path / "m.jsonl", [0]), (tmp_path / "d", [1, 2])):
+        corpus = open_corpus(str(place), None, "audio", None, rule.columns)
+        assert [i for i, row in enumerate(corpus.read_group(0).to_pylist()) if rule.of_values(row) is None] == kept

@@ -11,13 +11,13 @@ import soundfile
 from conftest import TINY
 from test_clips import read_all, reader
 
-from llama_mimi.audio.reading import DAMAGED, OPPOSITE
+from llama_mimi.audio.reading import OPPOSITE
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import digest
 from llama_mimi.data import parquet_corpus
 from llama_mimi.data.clip_readers import AudioClip, SkippedClip
 from llama_mimi.data.corpora import open_corpus
-from llama_mimi.data.corpus_files import parquet_files
+from llama_mimi.data.corpus_files import corpus_files
 
 PROMPT = (TINY / "prompt.wav").read_bytes()
 AUDIO = pa.struct({"bytes": pa.binary(), "path": pa.string()})
@@ -31,6 +31,10 @@ def write(path: Path, audio=None, kind=AUDIO, **columns) -> str:
     arrays |= {name: values if isinstance(values, pa.Array) else pa.array(values) for name, values in columns.items()}
     pq.write_table(pa.table(arrays), path)
     return str(path.parent)
+
+
+def parquet_files(dataset: str, split: str | None = None) -> list[str]:
+    return corpus_files(dataset, None, split)[1]
 
 
 def names_of(files) -> list[str]:
@@ -288,8 +292,8 @@ def test_what_was_done_to_a_clip_goes_with_it(tmp_path):
     flac = tmp_path / "a.flac"
     soundfile.write(flac, samples, rate_hz)
     content = bytearray(flac.read_bytes())
-    content[25] ^= 1  # the length
-    content[24] |= 0xF0
-    reader_of_all = reader(write(tmp_path / "flac" / "t.parquet", [{"bytes": bytes(content), "path": None}]), None, 99)
-    (clip,) = read_all(reader_of_all)
-    assert clip.remarks == (DAMAGED,) and clip.is_cut
+    content[24] |= 0xF0  # the length
+    clip = clip_of(tmp_path / "flac", {"bytes": bytes(content), "path": None})
+    assert isinstance(clip, AudioClip) and clip.is_cut  # no more was read than is wanted
+    (clip,) = read_all(reader(str(tmp_path / "flac" / "corpus"), None, 99))
+    assert isinstance(clip, SkippedClip) and clip.reason == "breaks off"

@@ -25,11 +25,12 @@ import torchaudio.functional
 from bench_data import GPU_TOKENS_PER_S, audio_reader, read_clips
 from fuzz_audio import written_by_ffmpeg
 from measuring import in_turn, machine
+from soxr import resample
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import MimiConfig, MimiModel
 
 from llama_mimi.audio.mimi import MimiCodec
-from llama_mimi.audio.reading import read_audio, resample
+from llama_mimi.audio.reading import read_audio
 from llama_mimi.common.command_line import run_command
 
 RATES_HZ = (8_000, 16_000, 22_050, 44_100, 48_000)

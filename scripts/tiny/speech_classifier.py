@@ -16,7 +16,8 @@ from sklearn.preprocessing import StandardScaler
 
 from llama_mimi.audio.reading import read_audio
 from llama_mimi.common.errors import UserError
-from llama_mimi.data.corpus_files import parquet_files
+from llama_mimi.common.files import find_files
+from llama_mimi.data.corpus_files import PARQUET_ENDINGS
 
 WINDOW, HOP, BANDS, COEFFICIENTS = 1024, 240, 40, 20  # 43 ms windows every 10 ms at 24 kHz
 DYNAMIC_RANGE_DB = 50.0  # below the loudest band of a clip; what is fainter is recording noise, not a voice
@@ -40,10 +41,9 @@ def read_clips(corpus: str, sample_rate_hz: int) -> list[LabelledClip]:
     Raises:
         UserError: no such file or column, a row without a label, or audio that cannot be used.
     """
-    try:
-        files = parquet_files(corpus)
-    except UserError as error:
-        raise UserError(f"no Parquet file matches '{corpus}'; name a folder, a path or a glob") from error
+    files = find_files(corpus, PARQUET_ENDINGS)
+    if not files:
+        raise UserError(f"no Parquet file matches '{corpus}'; name a folder, a path or a glob")
     clips = []
     for file in files:
         missing = {"audio", "speaker", "text"} - set(pq.read_schema(file).names)

@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from soxr import resample
 from speech_classifier import LabelledClip, read_clips
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
@@ -36,7 +37,6 @@ from transformers import (
     WavLMForXVector,
 )
 
-from llama_mimi.audio.reading import resample
 from llama_mimi.common.command_line import run_command
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import share_weights

@@ -18,18 +18,12 @@ from llama_mimi.tokens.sequences import SequenceBuilder
 
 # Audio goes through the codec in batches of at least so many clips, and codes come from workers as many at a time.
 MIN_CHUNK = 8
-# A chunk has as many clips as a batch has rows, but a packed row of 20 s holds four clips of 5 s. With longer clips
-# some samples wait in memory; with shorter ones the step waits while a part of them is encoded.
-CHUNKS_A_PACKED_BATCH = 4
 
 
 def build_dataloader(
     dp_world_size: int, dp_rank: int, tokenizer: SequenceBuilder, job_config: Any, meter: DataMeter | None = None
 ) -> UnitDataLoader:
-    """The training loader: endless, shuffled by ``debug.seed`` (0 if unset), rows as ``data.packing`` says.
-
-    On a GPU the clips of the next step are encoded beside the step that runs.
-    """
+    """Build the training loader: endless, shuffled by ``debug.seed`` (0 if unset), rows as ``data.packing`` says."""
     data, training = job_config.data, job_config.training
     readers = open_readers(job_config, training)
     order = ShuffledOrder(
@@ -40,8 +34,6 @@ def build_dataloader(
         shuffle_block=data.shuffle_block,
         seed=job_config.debug.seed or 0,
     )
-    batches_a_step = max(1, training.global_batch_size // (training.local_batch_size * dp_world_size))
-    chunks_a_batch = CHUNKS_A_PACKED_BATCH if _is_packed(job_config) else 1
     return _build(
         job_config,
         tokenizer,
@@ -50,20 +42,18 @@ def build_dataloader(
         order,
         dp_rank,
         dp_world_size,
-        is_packed=_is_packed(job_config),
+        is_packed=data.packing == "pack",
         meter=meter,
         depth_share=job_config.model.depth_share,
-        chunks_ahead=chunks_a_batch * batches_a_step if device_type == "cuda" else 0,
     )
 
 
 def build_validation_dataloader(
     dp_world_size: int, dp_rank: int, tokenizer: SequenceBuilder, job_config: Any
 ) -> UnitDataLoader:
-    """The held-out corpus once, or its first ``data.validation_clips``, in its own order.
+    """Build the loader of the held-out corpus, or its first ``data.validation_clips``, once and in its own order.
 
-    Rows are of one clip, so that the loss does not depend on how training packs, and the clips are the same on any
-    number of ranks.
+    Rows contain one clip, so that the loss does not depend on how training packs.
     """
     readers = open_readers(job_config, job_config.validation)
     sizes_G = readers[0].corpus.sizes_G
@@ -73,22 +63,18 @@ def build_validation_dataloader(
 
 
 def dataset_names(split: Any) -> list[str]:
-    """The corpora of ``[training]`` or ``[validation]``: names divided by commas."""
+    """Return the corpora of ``[training]`` or ``[validation]``: names divided by commas."""
     return [name.strip() for name in split.dataset.split(",") if name.strip()]
 
 
 def chosen_split(job_config: Any, section: Any) -> str | None:
-    """Which split of a folder of several ``[training]`` or ``[validation]`` takes."""
+    """Return the split that ``[training]`` or ``[validation]`` takes of a folder of several."""
     data = job_config.data
     return data.split if section is job_config.training else data.validation_split
 
 
 def open_readers(job_config: Any, split: Any) -> list[ClipReader]:
-    """The corpora of a split, each as audio or as codes.
-
-    Raises:
-        UserError: one is missing, damaged or does not fit.
-    """
+    """Open the corpora of ``[training]`` or ``[validation]``, each as audio or as codes, or raise a UserError."""
     data, codec = job_config.data, job_config.codec
     config = load_codec_config(codec.name, codec.num_quantizers)
     max_frames = whole_frames(data.max_audio_seconds, config)
@@ -96,33 +82,28 @@ def open_readers(job_config: Any, split: Any) -> list[ClipReader]:
     readers: list[ClipReader] = []
     for name in dataset_names(split):
         if is_store(name):
-            corpus = CodeCorpus(name, codec.name, codec.num_quantizers, codec.attention, with_text=with_text)
-            readers.append(CodeReader(corpus, max_frames=max_frames, with_text=with_text))
-            continue
-        readers.append(
-            AudioReader(
-                open_corpus(
-                    name,
-                    split.dataset_path,
-                    data.audio_column,
-                    data.text_column if with_text else None,
-                    split=chosen_split(job_config, split),
-                ),
-                sample_rate_hz=config.sampling_rate,
-                frame_size=config.frame_size,
-                max_frames=max_frames,
-                with_text=with_text,
+            codes = CodeCorpus(name, codec.name, codec.num_quantizers, codec.attention, with_text=with_text)
+            readers.append(CodeReader(codes, max_frames=max_frames, with_text=with_text))
+        else:
+            text_column = data.text_column if with_text else None
+            wanted = chosen_split(job_config, split)
+            corpus = open_corpus(name, split.dataset_path, data.audio_column, text_column, split=wanted)
+            readers.append(
+                AudioReader(
+                    corpus,
+                    sample_rate_hz=config.sampling_rate,
+                    frame_size=config.frame_size,
+                    max_frames=max_frames,
+                    with_text=with_text,
+                )
             )
-        )
     return readers
 
 
 def clip_shares(readers: list[ClipReader], weights: list[float], max_audio_seconds: float) -> list[float]:
-    """How often a clip is drawn from each corpus.
+    """Return the fraction of clips that is drawn from each corpus, unscaled.
 
-    Args:
-        weights: wanted shares of audio; empty for each corpus's own share, so that all have their epochs together.
-        max_audio_seconds: training takes no more of a clip.
+    ``weights`` are fractions of audio; without them each corpus has its own, so that all have their epochs together.
 
     Raises:
         UserError: weights for a corpus of audio, whose mean length is not known.
@@ -138,10 +119,6 @@ def clip_shares(readers: list[ClipReader], weights: list[float], max_audio_secon
     return shares
 
 
-def _is_packed(job_config: Any) -> bool:
-    return job_config.data.packing == "pack"
-
-
 def _build(
     job_config: Any,
     sequences: SequenceBuilder,
@@ -154,26 +131,18 @@ def _build(
     is_packed: bool,
     meter: DataMeter | None = None,
     depth_share: float = 1.0,
-    chunks_ahead: int = 0,
 ) -> UnitDataLoader:
     """``split`` is ``[training]`` or ``[validation]``: dataset, batch size, seq_len and workers."""
-    codec = None
+    own, codec = job_config.codec, None
     if any(isinstance(reader, AudioReader) for reader in readers):
-        own, device = job_config.codec, torch.device(device_type)
-        if device.type == "cuda":  # with its number, as the thread that encodes begins on the first GPU
-            device = torch.device("cuda", torch.cuda.current_device())
-        codec = MimiCodec(own.name, own.num_quantizers, device, DTYPES[own.dtype], attention=own.attention)
-    packer = BatchPacker(
-        sequences,
-        split.local_batch_size,
-        split.seq_len,
-        is_packed=is_packed,
-        has_positions=_is_packed(job_config),
-    )
+        codec = MimiCodec(
+            own.name, own.num_quantizers, torch.device(device_type), DTYPES[own.dtype], attention=own.attention
+        )
+    has_positions = job_config.data.packing == "pack"
     return UnitDataLoader(
         readers,
         order,
-        packer,
+        BatchPacker(sequences, split.local_batch_size, split.seq_len, is_packed=is_packed, has_positions=has_positions),
         codec,
         dp_rank=dp_rank,
         dp_world_size=dp_world_size,
@@ -183,5 +152,4 @@ def _build(
         workers=dataclasses.asdict(split.dataloader),
         meter=meter,
         depth_share=depth_share,
-        chunks_ahead=chunks_ahead if codec is not None else 0,
     )

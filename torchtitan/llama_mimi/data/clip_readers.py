@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from llama_mimi.audio.reading import DAMAGED, SHORTER, AudioError, Waveform, read_audio
+from llama_mimi.audio.reading import SHORTER, AudioError, Waveform, read_audio
 from llama_mimi.audio.splitting import split_at_pauses
 from llama_mimi.common.errors import first_line
 from llama_mimi.data.code_store import CodeCorpus, CodeGroup
@@ -29,40 +29,24 @@ HASH_BYTES = 16
 
 @dataclass(frozen=True)
 class SkippedClip:
-    """A row that is not used.
-
-    Args:
-        reason: a short category.
-        message: one sentence that names it.
-        is_filtered: it was not wanted; others could not be used.
-    """
+    """A row that is not used, with a short category and a sentence that names it."""
 
     reason: str
     message: str
-    is_filtered: bool = False
+    is_filtered: bool = False  # it could be used, but was not wanted
 
 
 @dataclass(frozen=True)
 class AudioClip:
-    """One usable row of audio.
+    """One usable row of audio; ``remarks`` as `llama_mimi.audio.reading.Waveform`."""
 
-    Args:
-        name: id or path, for messages.
-        samples_S: mono float32 at the codec's rate.
-        is_cut: the recording went on after the longest audio wanted, or broke off.
-        text: transcript, or None where the task needs none.
-        speaker: label, where the corpus has one and it was asked for.
-        remarks: as `llama_mimi.audio.reading.Waveform`.
-        audio_hash: of the samples, where it was asked for.
-    """
-
-    name: str
-    samples_S: torch.Tensor
-    is_cut: bool
+    name: str  # id or path
+    samples_S: torch.Tensor  # mono float32 at the codec's rate
+    is_cut: bool  # the recording is longer
     text: str | None
     speaker: str | None = None
     remarks: tuple[str, ...] = ()
-    audio_hash: bytes | None = None
+    audio_hash: bytes | None = None  # of the samples
 
     # PyTorch sends a tensor to another process through /dev/shm, which Docker limits to 64 MB. Without space there,
     # training would wait for ever. A NumPy array goes through the pipe between the processes.
@@ -75,15 +59,7 @@ class AudioClip:
 
 @dataclass(frozen=True)
 class CodedClip:
-    """One usable row of codes.
-
-    Args:
-        name: id or path, for messages.
-        codes_TQ: of the levels wanted.
-        is_cut: the recording went on.
-        text: transcript, or None where the task needs none.
-        remarks: as `AudioClip`; stored codes have none.
-    """
+    """One usable row of codes, of the levels wanted; otherwise as `AudioClip`."""
 
     name: str
     codes_TQ: np.ndarray
@@ -96,16 +72,14 @@ Clip = AudioClip | CodedClip | SkippedClip
 
 
 class AudioReader:
-    """Rows of audio -> waveforms.
+    """Reader of rows of audio as waveforms.
 
     Args:
-        corpus: where they lie.
-        sample_rate_hz, frame_size: of the codec; shorter clips than a frame are skipped.
+        sample_rate_hz, frame_size: of the codec; clips shorter than a frame are skipped.
         max_frames: longer clips are cut.
-        with_text: rows without a transcript are skipped.
-        row_filter: which rows are wanted.
-        splits: longer recordings become several clips, cut at pauses, without texts.
-        hashes: say of each clip which samples it has.
+        with_text: skip rows without a transcript.
+        splits: split longer recordings at pauses into several clips without texts.
+        hashes: add a hash of its samples to each clip.
     """
 
     def __init__(
@@ -134,17 +108,15 @@ class AudioReader:
                 return [_filtered(name, reason)]
             if self._with_text and not values["text"] and not values.get("problem"):
                 raise AudioError("no text", f"'{name}' has no text")
-            return self._split(name, values, ref) if self._splits else [self._clip(name, values, ref)]
+            if self._splits:
+                return self._split(name, values, ref)
+            waveform = self._read(name, values, ref, self._max_seconds)
+            return [self._kept(name, waveform, _transcript(name, values.get("text")), values)]
         except AudioError as error:
             return [SkippedClip(error.reason, str(error))]
         except Exception as error:  # one odd row in a million must not end the run, whatever is odd about it
             what = f"{type(error).__name__}: {first_line(error)[:200]}"
             return [SkippedClip("unexpected", f"'{name}' cannot be read ({what})")]
-
-    def _clip(self, name: str, values: dict[str, Any], ref: ClipRef) -> Clip:
-        waveform = self._read(name, values, ref, self._max_seconds)
-        text = _transcript(name, values.get("text"))
-        return self._kept(name, waveform, text, values)
 
     def _split(self, name: str, values: dict[str, Any], ref: ClipRef) -> list[Clip]:
         """An hour at a time, so that memory has a limit."""
@@ -154,20 +126,14 @@ class AudioReader:
         at_once = max(SECONDS_AT_ONCE, 2 * self._max_seconds)
         goes_on = True
         while goes_on:
-            try:
-                waveform = self._read(name, values | {"offset": begin, "duration": left}, ref, at_once)
-            except AudioError:
-                if not found:
-                    raise
-                found[-1] = dataclasses.replace(found[-1], is_cut=True, remarks=(*found[-1].remarks, DAMAGED))
-                break  # what came before is sound
-            goes_on = waveform.is_cut and DAMAGED not in waveform.remarks
+            waveform = self._read(name, values | {"offset": begin, "duration": left}, ref, at_once)
+            goes_on = waveform.is_cut
             ends = split_at_pauses(waveform.samples_S, rate_hz, self._max_seconds)
             ends = ends[:-1] if goes_on else ends  # where it goes on, the last has no pause at its end
             for start, end in itertools.pairwise([0, *ends]):
                 part = dataclasses.replace(waveform, samples_S=waveform.samples_S[start:end].clone())
-                if goes_on or end != ends[-1]:  # what is said of the end is said of the last alone
-                    part = dataclasses.replace(part, is_cut=True, remarks=tuple({*part.remarks} - {DAMAGED, SHORTER}))
+                if goes_on or end != ends[-1]:
+                    part = dataclasses.replace(part, is_cut=True, remarks=tuple({*part.remarks} - {SHORTER}))
                 found.append(part)
             begin += ends[-1] / rate_hz
             left = None if left is None else left - ends[-1] / rate_hz
@@ -176,28 +142,17 @@ class AudioReader:
         return [self._kept(f"{name}_{number:05d}", part, None, values) for number, part in enumerate(found)]
 
     def _read(self, name: str, values: dict[str, Any], ref: ClipRef, max_seconds: float) -> Waveform:
-        return read_row(
-            self.corpus,
-            ref.group,
-            values,
-            name,
-            self._sample_rate_hz,
-            max_seconds=max_seconds,
-        )
+        return read_row(self.corpus, ref.group, values, name, self._sample_rate_hz, max_seconds=max_seconds)
 
     def _kept(self, name: str, waveform: Waveform, text: str | None, values: dict[str, Any]) -> Clip:
-        goes_on = waveform.is_cut and DAMAGED not in waveform.remarks
-        if (reason := self._filter.of_length(waveform.seconds, is_cut=goes_on)) is not None:
+        if (reason := self._filter.of_length(waveform.seconds, is_cut=waveform.is_cut)) is not None:
             return _filtered(name, reason)
         if len(waveform.samples_S) < self._frame_size:
             return SkippedClip("too short", f"'{name}' is {waveform.seconds:.3f} s, less than a frame of the codec")
-        speaker = _label(values.get("speaker"))
-        clip = AudioClip(name, waveform.samples_S, waveform.is_cut, text, speaker, waveform.remarks)
-        return dataclasses.replace(clip, audio_hash=_hash(waveform.samples_S)) if self._hashes else clip
-
-
-def _hash(samples_S: torch.Tensor) -> bytes:
-    return hashlib.blake2b(memoryview(samples_S.numpy()), digest_size=HASH_BYTES).digest()
+        speaker, audio_hash = _label(values.get("speaker")), None
+        if self._hashes:
+            audio_hash = hashlib.blake2b(memoryview(waveform.samples_S.numpy()), digest_size=HASH_BYTES).digest()
+        return AudioClip(name, waveform.samples_S, waveform.is_cut, text, speaker, waveform.remarks, audio_hash)
 
 
 def _filtered(name: str, reason: str) -> SkippedClip:
@@ -213,13 +168,9 @@ def read_row(
     *,
     max_seconds: float,
 ) -> Waveform:
-    """The audio of a row, or the part of a recording that it is.
+    """Read the audio of a row, or the part of a recording; arguments as `llama_mimi.audio.reading.read_audio`.
 
-    Args:
-        values: of the row.
-        name: of the row, for messages.
-        sample_rate_hz, max_seconds: as `llama_mimi.audio.reading.read_audio`. What ends with its row is not cut, though
-            the recording goes on.
+    A part that ends with its row is not cut, although the recording goes on.
 
     Raises:
         AudioError: it cannot be used.
@@ -237,9 +188,8 @@ def read_row(
     )
     if not is_part:
         return waveform
-    is_short = waveform.seconds < duration - ROUNDED_SECONDS and DAMAGED not in waveform.remarks
-    remarks = (*waveform.remarks, *((SHORTER,) if is_short else ()))
-    return dataclasses.replace(waveform, is_cut=DAMAGED in remarks, remarks=remarks)
+    is_short = waveform.seconds < duration - ROUNDED_SECONDS
+    return dataclasses.replace(waveform, is_cut=False, remarks=waveform.remarks + (SHORTER,) * is_short)
 
 
 def _source(corpus: AudioCorpus, group: int, audio: Mapping[str, Any], name: str) -> bytes | str:
@@ -263,13 +213,7 @@ def _source(corpus: AudioCorpus, group: int, audio: Mapping[str, Any], name: str
 
 
 class CodeReader:
-    """Rows of a tokenised corpus -> codes.
-
-    Args:
-        corpus: where they lie.
-        max_frames: longer clips are cut.
-        with_text: rows without a transcript are skipped.
-    """
+    """Reader of rows of a tokenised corpus; longer clips are cut, and rows without a wanted transcript skipped."""
 
     def __init__(self, corpus: CodeCorpus, *, max_frames: int, with_text: bool) -> None:
         self.corpus = corpus
@@ -277,16 +221,13 @@ class CodeReader:
 
     def clips(self, group: CodeGroup, ref: ClipRef) -> list[Clip]:
         """One row of a row group."""
-        return [self._clip(group, ref.row)]
-
-    def _clip(self, group: CodeGroup, row: int) -> Clip:
-        name = group.columns["id"][row]
-        text = group.columns["text"][row] if self._with_text else None
+        name = group.columns["id"][ref.row]
+        text = group.columns["text"][ref.row] if self._with_text else None
         if self._with_text and not text:
-            return SkippedClip("no text", f"'{name}' has no text")
-        codes_TQ = group.codes(row)
-        is_cut = group.columns["is_cut"][row] or len(codes_TQ) > self._max_frames
-        return CodedClip(name, codes_TQ[: self._max_frames].copy(), is_cut, text)
+            return [SkippedClip("no text", f"'{name}' has no text")]
+        codes_TQ = group.codes(ref.row)
+        is_cut = group.columns["is_cut"][ref.row] or len(codes_TQ) > self._max_frames
+        return [CodedClip(name, codes_TQ[: self._max_frames].copy(), is_cut, text)]
 
 
 ClipReader = AudioReader | CodeReader

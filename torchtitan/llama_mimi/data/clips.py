@@ -28,7 +28,7 @@ MAX_NAMED_CLIPS = 20
 
 @dataclass
 class Chunk:
-    """Consecutive clips of a sequence, with where each lies."""
+    """Consecutive clips of a sequence, with their places."""
 
     refs: list[ClipRef]
     clips: list[Clip]
@@ -37,11 +37,7 @@ class Chunk:
 class ClipStream(torch.utils.data.IterableDataset):
     """Chunks of clips; in a loader worker only that worker's.
 
-    Args:
-        readers: one a corpus.
-        order: where to read. A `ShuffledOrder` is cloned at each iteration, so that it can be moved as clips are
-            used.
-        chunk_size: clips read at once.
+    A `ShuffledOrder` is cloned at each iteration, so that the caller can move it as clips are used.
     """
 
     def __init__(self, readers: Sequence[ClipReader], order: ShuffledOrder | RowsInOrder, chunk_size: int) -> None:
@@ -51,10 +47,7 @@ class ClipStream(torch.utils.data.IterableDataset):
         self._groups: list[dict[int, Any]] = [{} for _ in readers]
 
     def load(self, **workers: Any) -> Iterator[Chunk]:
-        """All chunks, read in loader workers.
-
-        Args:
-            workers: keyword arguments of PyTorch's DataLoader.
+        """Read all chunks in loader workers; ``workers`` are arguments of PyTorch's DataLoader.
 
         Raises:
             UserError: a file is damaged.
@@ -64,7 +57,6 @@ class ClipStream(torch.utils.data.IterableDataset):
         chunks = DataLoader(
             self,
             batch_size=None,
-            collate_fn=_unchanged,
             generator=generator,
             worker_init_fn=partial(_end_with, os.getpid()),
             **workers,
@@ -124,7 +116,3 @@ def _end_with(parent: int, worker: int) -> None:
     end_with_parent()
     if os.getppid() != parent:  # it was killed before
         os._exit(1)
-
-
-def _unchanged(chunk: Any) -> Any:
-    return chunk

@@ -36,36 +36,24 @@ AUDIO_HASH = "audio_hash"
 
 @dataclass(frozen=True)
 class StoredClip:
-    """One row of a shard.
+    """One row of a shard; ``remarks`` as `llama_mimi.audio.reading.Waveform`."""
 
-    Args:
-        name: id or path.
-        codes_TQ: uint16 codes.
-        seconds: of audio.
-        is_cut: the recording went on.
-        text, speaker: where the corpus has them.
-        remarks: as `llama_mimi.audio.reading.Waveform`, counted in the manifest.
-        audio_hash: of the samples, 16 bytes; of codes that were made otherwise there is none.
-    """
-
-    name: str
-    codes_TQ: np.ndarray
+    name: str  # id or path
+    codes_TQ: np.ndarray  # uint16
     seconds: float
-    is_cut: bool
+    is_cut: bool  # the recording is longer
     text: str | None = None
     speaker: str | None = None
     remarks: tuple[str, ...] = ()
-    audio_hash: bytes | None = None
+    audio_hash: bytes | None = None  # of the samples, 16 bytes
 
 
 class CodeCorpus:
     """A finished store, read by row group.
 
     Args:
-        path: its folder.
-        codec: name of the codec that training uses; its weights must have the hash in the manifest.
-        num_quantizers: Q that training uses, at most what is stored.
-        attention: of the codec, which must be what made the codes.
+        codec, attention: of training; both must be those that made the codes.
+        num_quantizers: Q of training, at most the stored number.
         with_text: rows need transcripts.
 
     Raises:
@@ -156,13 +144,7 @@ class CodeGroup:
 
 
 def read_codes(path: str, columns: Sequence[str], num_quantizers: int, group: int | None = None) -> CodeGroup:
-    """Rows of a shard.
-
-    Args:
-        path: on any fsspec file system.
-        columns: "codes" among them.
-        num_quantizers: that are stored.
-        group: one row group; None reads all.
+    """Read a row group of a shard, or all rows; ``columns`` contain "codes", and ``num_quantizers`` are stored.
 
     Raises:
         UserError: the shard is damaged.
@@ -184,7 +166,7 @@ def read_codes(path: str, columns: Sequence[str], num_quantizers: int, group: in
 
 
 def is_store(path: str) -> bool:
-    """Whether ``path`` is a folder that tokenisation has written to, finished or not."""
+    """Return True for a folder that tokenisation has written to, finished or not."""
     fs, folder = file_system(path)
     if fs.exists(f"{folder.rstrip('/')}/{PLAN}"):
         return True

@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, Literal
 
 from llama_mimi.audio.mimi import DEFAULT_CODEC, CodecAttention, MimiCodec, Precision, codec_hash
-from llama_mimi.audio.reading import DAMAGED, RESAMPLER
+from llama_mimi.audio.reading import RESAMPLER
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import PARTIAL, digest, file_system, read_json, sizes_in, write_atomically
 from llama_mimi.common.resume import require_same
@@ -179,13 +180,7 @@ def write_shard(
     clips: Sequence[StoredClip],
     skipped: Sequence[SkippedClip],
 ) -> None:
-    """Write a shard.
-
-    Args:
-        num_rows: of the corpus, whose clips these are.
-        clips: to keep.
-        skipped: what was left out.
-    """
+    """Write a shard of the clips, and of those that were left out, that ``num_rows`` rows of the corpus contain."""
     left_out = {
         "skipped": [{"reason": c.reason, "message": c.message} for c in skipped if not c.is_filtered],
         "filtered": Counter(clip.reason for clip in skipped if clip.is_filtered),
@@ -195,16 +190,12 @@ def write_shard(
 
 
 def shard_of_clips(plan: dict[str, Any], num_rows: int, clips: Sequence[StoredClip], left_out: dict[str, Any]) -> bytes:
-    """A shard, with what it says about its clips.
-
-    Args:
-        left_out: what it says about others: ``skipped`` and ``filtered``.
-    """
+    """Return a shard with notes on its clips and on those left out (``skipped`` and ``filtered``)."""
     notes = {
         "columns": plan["columns"],
         "rows": num_rows,
         "clips": len(clips),
-        "cut": sum(clip.is_cut and DAMAGED not in clip.remarks for clip in clips),
+        "cut": sum(clip.is_cut for clip in clips),
         "remarks": [[row, clip.name, remark] for row, clip in enumerate(clips) for remark in clip.remarks],
         "seconds": sum(clip.seconds for clip in clips),
         "by_second": by_second(clips),
@@ -223,53 +214,42 @@ def by_second(clips: Sequence[StoredClip]) -> list[list[float]]:
 
 
 def finish(options: TokenizationOptions, plan: dict[str, Any], num_duplicates: int) -> None:
-    """Add up what the shards say of themselves, and write the manifest.
-
-    Args:
-        num_duplicates: among the clips.
-    """
+    """Add up the notes of the shards, and write the manifest."""
     sizes = sizes_in(options.output_dir)
     paths = [f"{options.output_dir.rstrip('/')}/{shard['file']}" for shard in plan["shards"]]
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
-        said = list(pool.map(read_notes, paths))
-    shards, seconds, cut = [], 0.0, 0
-    reasons: Counter[str] = Counter()
-    filtered: Counter[str] = Counter()
-    numbers: Counter[int] = Counter()
-    totals: Counter[float] = Counter()
-    remarks: Counter[str] = Counter()
-    messages: list[str] = []
-    remarked: list[str] = []
-    for shard, (num_rows, notes) in zip(plan["shards"], said, strict=True):
+        footers = list(pool.map(read_notes, paths))
+    for shard, (num_rows, notes) in zip(plan["shards"], footers, strict=True):
         if notes["rows"] != shard["clips"] or num_rows != notes["clips"]:
             raise UserError(f"'{shard['file']}' does not hold its {shard['clips']} clips; delete it and start again")
-        shards.append({"file": shard["file"], "clips": notes["clips"], "bytes": sizes[shard["file"]]})
-        seconds, cut = seconds + notes["seconds"], cut + notes["cut"]
-        for second, (number, total) in enumerate(notes["by_second"]):
-            numbers[second] += number
-            totals[second] += total
-        reasons.update(clip["reason"] for clip in notes["skipped"])
-        filtered.update(notes["filtered"])
-        messages += [clip["message"] for clip in notes["skipped"]][: MAX_NAMED_CLIPS - len(messages)]
-        of_shard = notes["remarks"]
-        remarks.update(remark for _, _, remark in of_shard)
-        remarked += [f"'{name}': {remark}" for _, name, remark in of_shard][: MAX_NAMED_CLIPS - len(remarked)]
-    clips = sum(shard["clips"] for shard in shards)
+    said = [notes for _, notes in footers]
+    shards = [
+        {"file": shard["file"], "clips": notes["clips"], "bytes": sizes[shard["file"]]}
+        for shard, notes in zip(plan["shards"], said, strict=True)
+    ]
+    skipped = [clip for notes in said for clip in notes["skipped"]]
+    messages = [clip["message"] for clip in skipped[:MAX_NAMED_CLIPS]]
+    remarked = [(name, remark) for notes in said for _, name, remark in notes["remarks"]]
     for message in messages:
         print(f"skipped: {message}", flush=True)
-    for line in remarked:
-        print(f"clip {line}", flush=True)
-    num_read = clips + reasons.total() + filtered.total()
-    if is_too_many(reasons.total(), num_read, options.max_bad_share, is_end=True, is_whole=True):
-        raise too_many(reasons.total(), num_read, options.max_bad_share, messages[-1])
+    for name, remark in remarked[:MAX_NAMED_CLIPS]:
+        print(f"clip '{name}': {remark}", flush=True)
+    filtered = sum((Counter(notes["filtered"]) for notes in said), Counter[str]())
+    remarks = Counter(remark for _, remark in remarked)
+    clips, cut = sum(notes["clips"] for notes in said), sum(notes["cut"] for notes in said)
+    num_read = clips + len(skipped) + filtered.total()
+    if is_too_many(len(skipped), num_read, options.max_bad_share, is_end=True, is_whole=True):
+        raise too_many(len(skipped), num_read, options.max_bad_share, messages[-1])
+    hours = sum(notes["seconds"] for notes in said) / 3600
+    seconds = zip_longest(*(notes["by_second"] for notes in said), fillvalue=(0, 0.0))
     manifest = {
         **plan,
         "shards": shards,
         "clips": clips,
-        "hours": seconds / 3600,
-        "by_second": [[numbers[second], totals[second]] for second in range(max(numbers, default=-1) + 1)],
+        "hours": hours,
+        "by_second": [[sum(number for number, _ in of), sum(total for _, total in of)] for of in seconds],
         "cut": cut,
-        "skipped": dict(reasons),
+        "skipped": dict(Counter(clip["reason"] for clip in skipped)),
         "skipped_first": messages,
         "filtered": dict(filtered),
         "duplicates_kept": num_duplicates,
@@ -278,8 +258,8 @@ def finish(options: TokenizationOptions, plan: dict[str, Any], num_duplicates: i
     }
     write_atomically(options.output_dir, MANIFEST, json.dumps(manifest, indent=1).encode())
     print(
-        f"{options.output_dir}: {clips:,} clips, {seconds / 3600:.2f} h, {len(shards)} shards, "
-        f"{sum(shard['bytes'] for shard in shards) / 1e6:.1f} MB; {cut} cut, {reasons.total()} skipped"
+        f"{options.output_dir}: {clips:,} clips, {hours:.2f} h, {len(shards)} shards, "
+        f"{sum(shard['bytes'] for shard in shards) / 1e6:.1f} MB; {cut} cut, {len(skipped)} skipped"
         + "".join(f", {number} left out: {reason}" for reason, number in filtered.items())
         + "".join(f", {number} {remark}" for remark, number in remarks.items())
         + (f", {num_duplicates} duplicates kept" if num_duplicates else "")
@@ -287,7 +267,7 @@ def finish(options: TokenizationOptions, plan: dict[str, Any], num_duplicates: i
 
 
 def read_notes(path: str) -> tuple[int, dict[str, Any]]:
-    """Rows of a shard, and what it says about itself."""
+    """Return the number of rows of a shard, and its notes."""
     footer = read_footer(path)
     return footer.num_rows, json.loads(footer.schema.to_arrow_schema().metadata[NOTES])
 

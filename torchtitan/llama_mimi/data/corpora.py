@@ -22,17 +22,12 @@ class AudioCorpus(Protocol):
     """Rows of audio in groups, which are the unit of reading and of the order."""
 
     name: str
-    """For messages"""
-
-    sizes_G: np.ndarray
-    """Rows of each group"""
-
-    fingerprint: str
-    """Says whether two corpora hold the same"""
+    sizes_G: np.ndarray  # rows of each group
+    fingerprint: str  # equal for corpora of equal content
 
     @property
     def columns(self) -> list[str]:
-        """What rows hold, as it is called here: audio, and text, id, speaker and others that were asked for."""
+        """Names of the columns as used here: audio, and text, id, speaker and others that were asked for."""
         ...
 
     def row_name(self, group: int, row: int) -> str:
@@ -51,7 +46,7 @@ class AudioCorpus(Protocol):
         ...
 
     def open_path(self, path: str, group: int) -> str | bytes:
-        """What the ``path`` of a row means: a local path, or the bytes of a remote file.
+        """Return a local path for the ``path`` of a row, or the bytes of a remote file.
 
         Raises:
             OSError: a remote file cannot be read.
@@ -76,16 +71,15 @@ def open_corpus(
     extra_columns: Mapping[str, str] = MappingProxyType({}),
     split: str | None = None,
 ) -> AudioCorpus:
-    """Find a corpus and read what says where its rows lie.
+    """Find a corpus and the places of its rows.
 
     Args:
         dataset: a name in `CORPORA`, a folder, a path or glob, a folder of `Dataset.save_to_disk`, or a hub id as
             ``hf:owner/name`` or ``hf:owner/name:config``.
         dataset_path: local download of a named corpus; None reads it from the hub.
-        split: of a folder or a hub id that holds several.
-        audio_column: of audio.
-        text_column: of transcripts; None means that rows have no text.
-        extra_columns: what to call further columns, and their names; they are read where the corpus has them.
+        text_column: column of transcripts; None means that rows have no text.
+        extra_columns: our names of further columns, and theirs; they are read where the corpus has them.
+        split: split of a folder or a hub id that contains several.
 
     Raises:
         UserError: nothing there, several splits, or a column is missing.

@@ -1,12 +1,13 @@
 """Where a corpus lies: a name, a folder, a path or a glob, on any fsspec file system, to its format and files."""
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llama_mimi.audio.reading import AUDIO_ENDINGS
 from llama_mimi.common.errors import UserError, first_line
-from llama_mimi.common.files import file_system, find_files
+from llama_mimi.common.files import file_system, find_files, is_local
 
 PARQUET_ENDINGS = (".parquet", ".pq")
 # Of audio in corpora; those of the second line need FFmpeg.
@@ -30,17 +31,11 @@ SAVED = ("state.json", "dataset_dict.json")
 
 @dataclass(frozen=True)
 class NamedCorpus:
-    """Where a published corpus lies; its columns are called audio and text.
-
-    Args:
-        hub_id: dataset repository.
-        config: its configuration on the hub, which is also the folder of a local download.
-        split: its split, which is also how the Parquet files of a local download begin.
-    """
+    """Place of a published corpus; its columns are called audio and text."""
 
     hub_id: str
-    config: str
-    split: str
+    config: str  # on the hub, and the folder of a local download
+    split: str  # on the hub, and the beginning of file names in a local download
 
 
 # Layouts as published on the hub: <config>/<split>-*.parquet with columns audio{bytes,path} and text.
@@ -81,7 +76,7 @@ _SPLIT_OF_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\S*\.\w+")
 
 
 def is_dataset(dataset: str) -> bool:
-    """Whether it is for the library `datasets` to open: a hub id, or a folder that it has saved."""
+    """Return True for a hub id, or a folder that the library `datasets` has saved."""
     if dataset.startswith(HUB) and "://" not in dataset:
         return True
     if dataset in CORPORA:
@@ -94,15 +89,10 @@ def is_dataset(dataset: str) -> bool:
 
 
 def corpus_files(dataset: str, dataset_path: str | None, split: str | None) -> tuple[str, list[str]]:
-    """Format and files of a corpus, in order, as fsspec paths.
-
-    Args:
-        dataset: a name in `CORPORA`, a folder, a path or a glob.
-        dataset_path: local download of a named corpus; None finds it on the hub.
-        split: of a folder that holds several.
+    """Return the format and files of a corpus, in order, as fsspec paths; arguments as `open_corpus`.
 
     Raises:
-        UserError: there is none, or a folder holds several splits and it is not said which.
+        UserError: there is none, or a folder contains several splits and none was chosen.
     """
     named = CORPORA.get(dataset)
     if named is not None:
@@ -111,8 +101,7 @@ def corpus_files(dataset: str, dataset_path: str | None, split: str | None) -> t
                 f"the split '{split}' was asked for, but the corpus '{dataset}' is the split '{named.split}' of "
                 f"{named.hub_id}; leave it out"
             )
-        files = _hub_files(dataset, named) if dataset_path is None else _local_files(dataset, named, dataset_path)
-        return "parquet", files
+        return "parquet", _named_files(dataset, named, dataset_path)
     if dataset_path is not None:
         raise UserError(
             f"dataset_path is '{dataset_path}', but dataset '{dataset}' is no named corpus; "
@@ -135,58 +124,34 @@ def corpus_files(dataset: str, dataset_path: str | None, split: str | None) -> t
     )
 
 
-def _hub_files(name: str, named: NamedCorpus) -> list[str]:
+def _named_files(name: str, named: NamedCorpus, dataset_path: str | None) -> list[str]:
+    root, reason = (dataset_path or f"hf://datasets/{named.hub_id}").rstrip("/"), "no such files"
     try:
-        files = _named_files(f"hf://datasets/{named.hub_id}", named)
-        reason = "no such files"
+        for pattern in (f"{named.config}/{named.split}-*.parquet", f"{named.config}/{named.split}/*.parquet"):
+            if files := find_files(f"{root}/{pattern}", PARQUET_ENDINGS):
+                return files
     except Exception as error:  # the hub's client raises what its transports raise
-        files, reason = [], first_line(error)
-    if not files:
-        raise UserError(
-            f"the corpus '{name}' could not be opened on the hub ({reason}); download it with "
-            f"`hf download {named.hub_id} --repo-type dataset --local-dir FOLDER` and set dataset_path to FOLDER"
-        )
-    return files
+        reason = first_line(error)
+    raise UserError(
+        f"'{root}' contains no {named.config}/{named.split}-*.parquet of the corpus '{name}' ({reason}); download it "
+        f"with `hf download {named.hub_id} --repo-type dataset --local-dir FOLDER` and set dataset_path to FOLDER"
+    )
 
 
-def _local_files(name: str, named: NamedCorpus, dataset_path: str) -> list[str]:
-    files = _named_files(dataset_path, named)
-    if not files:
-        raise UserError(
-            f"'{dataset_path}' holds no {named.config}/{named.split}-*.parquet of the corpus '{name}'; download it "
-            f"with `hf download {named.hub_id} --repo-type dataset --local-dir {dataset_path}`"
-        )
-    return files
+def open_beside(path: str, file: str) -> str | bytes:
+    """Return a path, relative to the folder of ``file``, if it is local, or the bytes of a remote file.
 
-
-def _named_files(root: str, named: NamedCorpus) -> list[str]:
-    for pattern in (f"{named.config}/{named.split}-*.parquet", f"{named.config}/{named.split}/*.parquet"):
-        files = find_files(f"{root.rstrip('/')}/{pattern}", PARQUET_ENDINGS)
-        if files:
-            return files
-    return []
+    Raises:
+        OSError: a remote file cannot be read.
+    """
+    fs, bare = file_system(path if "://" in path or os.path.isabs(path) else f"{file.rsplit('/', 1)[0]}/{path}")
+    return bare if is_local(fs) else fs.cat_file(bare)
 
 
 def check_corpus(dataset: str, dataset_path: str | None, split: str | None) -> None:
-    """Fail early, without opening a file, if a local corpus is not there.
-
-    Raises:
-        UserError: as `open_corpus`.
-    """
+    """Raise a UserError early, without opening a file, if a local corpus is missing."""
     if not is_dataset(dataset) and (dataset not in CORPORA or dataset_path is not None):
         corpus_files(dataset, dataset_path, split)
-
-
-def parquet_files(dataset: str, split: str | None = None) -> list[str]:
-    """Parquet files of a folder, path or glob, in order, as fsspec paths.
-
-    Raises:
-        UserError: there is none, or a folder holds several splits and it is not said which.
-    """
-    files = find_files(dataset, PARQUET_ENDINGS)
-    if not files:
-        raise UserError(f"no Parquet file matches '{dataset}'; name a folder, a path or a glob")
-    return _of_split(dataset, files, split)
 
 
 def _of_split(dataset: str, files: list[str], split: str | None) -> list[str]:

@@ -1,5 +1,4 @@
-"""TorchTitan's dataloader seam: clips come from workers; here audio is encoded, in batches on the training device,
-and codes become rows of tokens.
+"""The dataloader: encode the audio that workers read, in batches on the training device, and pack tokens into batches.
 
 The state is a position (`llama_mimi.data.order`): that after the last clip that a batch has used, not after what
 workers have read ahead.
@@ -10,7 +9,6 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +18,6 @@ from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.tools.logging import logger
 
 from llama_mimi.audio.mimi import MimiCodec
-from llama_mimi.audio.reading import DAMAGED
-from llama_mimi.common.batching import map_ahead
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.ranks import gather
 from llama_mimi.common.resume import require_same
@@ -36,15 +32,10 @@ CLIPS_PER_REPORT = 1000
 
 @dataclass
 class DataMeter:
-    """What a loader tells the metrics.
+    """Counts of a loader for the metrics; after a resume rank 0 goes on from the sum of all ranks."""
 
-    Args:
-        codec_seconds: time spent encoding since it was last reset.
-        num_clips, num_frames: in the batches so far; after a resume rank 0 goes on from the sum of all ranks.
-    """
-
-    codec_seconds: float = 0.0
-    num_clips: int = 0
+    codec_seconds: float = 0.0  # spent encoding since it was last reset
+    num_clips: int = 0  # in the batches so far
     num_frames: int = 0
 
 
@@ -52,19 +43,14 @@ class UnitDataLoader(BaseDataLoader):
     """Batches of token ids from chunks of clips.
 
     Args:
-        readers: one a corpus.
-        order: this rank's sequence of clips: a `ShuffledOrder`, endless and resumable, or rows to read once.
-        packer: fills the batches.
-        codec: turns samples into codes, on the training device; None where all corpora are codes.
-        dp_rank, dp_world_size: this rank and how many there are.
+        readers: one per corpus.
+        order: this rank's clips: a `ShuffledOrder`, endless and resumable, or rows to read once.
+        codec: None where all corpora are codes.
         dataset: its name, for messages.
         chunk_size: clips read and encoded at once.
-        max_bad_share: raise when a larger share of the clips cannot be used.
+        max_bad_share: raise when a larger fraction of the clips cannot be used.
         workers: keyword arguments of PyTorch's DataLoader.
-        meter: told what goes on here.
-        depth_share: of the frames, which train the depth decoder of the hierarchical architecture.
-        chunks_ahead: encoded by a thread, on a stream of its own, while batches before are trained on. The position
-            does not depend on it.
+        depth_share: fraction of the frames that train the depth decoder of the hierarchical architecture.
     """
 
     def __init__(
@@ -82,14 +68,12 @@ class UnitDataLoader(BaseDataLoader):
         workers: dict[str, Any],
         meter: DataMeter | None = None,
         depth_share: float = 1.0,
-        chunks_ahead: int = 0,
     ) -> None:
         self._readers, self._order, self._packer, self._codec = readers, order, packer, codec
         self._dp_rank, self._dp_world_size = dp_rank, dp_world_size
         self.dataset, self._chunk_size, self._max_bad_share = dataset, chunk_size, max_bad_share
         self._workers = workers
-        self._meter, self._depth_share, self._chunks_ahead = meter or DataMeter(), depth_share, chunks_ahead
-        self._stream = torch.cuda.Stream() if chunks_ahead and torch.cuda.is_available() else None
+        self._meter, self._depth_share = meter or DataMeter(), depth_share
         self._counts: Counter[str] = Counter()  # clips read, cut, and skipped by reason
         self._num_frames = 0
         self._num_clips = sum(int(reader.corpus.sizes_G.sum()) for reader in readers)
@@ -134,12 +118,12 @@ class UnitDataLoader(BaseDataLoader):
         return self._counts["read"]
 
     def empty_batch(self) -> Batch:
-        """A batch of padding, for a rank that has run out of clips while others have not."""
+        """Return a batch of padding, for a rank that has run out of clips while others have not."""
         assert self._packer.is_empty
         return self._packer.take()
 
     def state_dict(self) -> dict[str, Any]:
-        """The position of all ranks, which every rank returns alike: a collective."""
+        """Return the positions of all ranks, the same on every rank: a collective."""
         assert isinstance(self._order, ShuffledOrder)
         ranks = gather(
             {
@@ -187,31 +171,24 @@ class UnitDataLoader(BaseDataLoader):
 
     def _clips(self) -> Iterator[tuple[ClipRef, CodedClip | SkippedClip]]:
         stream = ClipStream(self._readers, self._order, self._chunk_size)
-        for refs, clips, seconds in map_ahead(self._encode, stream.load(**self._workers), self._chunks_ahead):
-            self._meter.codec_seconds += seconds
+        for refs, clips in map(self._encode, stream.load(**self._workers)):
             yield from zip(refs, clips, strict=True)
 
-    def _encode(self, chunk: Chunk) -> tuple[list[ClipRef], list[CodedClip | SkippedClip], float]:
-        """Where clips lie, their codes, and the seconds encoding took. The samples, which are large, are not kept."""
-        waveforms = [clip.samples_S for clip in chunk.clips if isinstance(clip, AudioClip)]
-        start = time.perf_counter()
-        codes: list[torch.Tensor] = []
-        if waveforms:
+    def _encode(self, chunk: Chunk) -> tuple[list[ClipRef], list[CodedClip | SkippedClip]]:
+        """Encode the audio of a chunk. The samples, which are large, are not kept."""
+        codes: Iterator[torch.Tensor] = iter(())
+        if waveforms := [clip.samples_S for clip in chunk.clips if isinstance(clip, AudioClip)]:
             assert self._codec is not None
-            with ExitStack() as beside:
-                if self._stream is not None:  # with its device, as a thread begins, and would end, on the first one
-                    beside.enter_context(torch.cuda.device(self._stream.device))
-                    beside.enter_context(torch.cuda.stream(self._stream))
-                codes = self._codec.encode_many(waveforms)
-        seconds = time.perf_counter() - start
-        codes_of_audio = iter(codes)
+            start = time.perf_counter()
+            codes = iter(self._codec.encode_many(waveforms))
+            self._meter.codec_seconds += time.perf_counter() - start
         clips = [
-            CodedClip(clip.name, next(codes_of_audio).numpy(), clip.is_cut, clip.text, clip.remarks)
+            CodedClip(clip.name, next(codes).numpy(), clip.is_cut, clip.text, clip.remarks)
             if isinstance(clip, AudioClip)
             else clip
             for clip in chunk.clips
         ]
-        return chunk.refs, clips, seconds
+        return chunk.refs, clips
 
     def _deep_frames(self, ref: ClipRef, num_frames: int) -> np.ndarray | None:
         """Which frames, and whether the end, train the depth decoder: others in each epoch, the same on any ranks."""
@@ -231,17 +208,17 @@ class UnitDataLoader(BaseDataLoader):
             self._order.use_frames(frames)
 
     def _count(self, ref: ClipRef, clip: CodedClip | SkippedClip) -> None:
-        """Count a clip, and name it if it is skipped.
-
-        Raises:
-            UserError: as `_judge`.
-        """
+        """Count a clip, and name it if it is skipped."""
         if ref.frame:  # counted when its beginning was read
             return
         counts = self._counts
         counts["read"] += 1
         if isinstance(clip, CodedClip):
-            self._count_remarks(clip)
+            counts["cut at max_audio_seconds"] += clip.is_cut
+            for remark in clip.remarks:
+                counts[remark] += 1
+                if counts[remark] <= MAX_NAMED_CLIPS:
+                    logger.warning(f"clip '{clip.name}': {remark}")
         if counts["read"] % CLIPS_PER_REPORT == 0:
             self._report()
         if isinstance(clip, SkippedClip):
@@ -254,11 +231,7 @@ class UnitDataLoader(BaseDataLoader):
             self._judge(is_end=is_end)
 
     def _judge(self, *, is_end: bool) -> None:
-        """Judge the share of bad clips.
-
-        Raises:
-            UserError: more than the allowed share is bad, or all are.
-        """
+        """Raise a UserError where more than the allowed fraction of the clips is bad, or all are."""
         counts = self._counts
         read, skipped = counts["read"], counts["skipped"]
         reasons = ", ".join(f"{n} {key[9:]}" for key, n in counts.items() if key.startswith("skipped: "))
@@ -272,13 +245,6 @@ class UnitDataLoader(BaseDataLoader):
                 f"{skipped} of {read} clips could not be used ({reasons}), more than data.max_bad_share = "
                 f"{self._max_bad_share:g}; repair the corpus or raise data.max_bad_share"
             )
-
-    def _count_remarks(self, clip: CodedClip) -> None:
-        self._counts["cut at max_audio_seconds"] += clip.is_cut and DAMAGED not in clip.remarks
-        for remark in clip.remarks:
-            self._counts[remark] += 1
-            if self._counts[remark] <= MAX_NAMED_CLIPS:
-                logger.warning(f"clip '{clip.name}': {remark}")
 
     def _report(self) -> None:
         counts = {

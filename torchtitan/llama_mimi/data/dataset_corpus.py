@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import Audio, Dataset, DatasetDict, Value, load_dataset, load_from_disk
+from datasets import Audio, ClassLabel, Dataset, DatasetDict, Value, load_dataset, load_from_disk
 
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import digest, file_system, is_local
@@ -17,11 +17,6 @@ TEXTS = ("text", "speaker", "id")
 
 class DatasetCorpus:
     """A `datasets.Dataset`, whose Arrow files are mapped into memory.
-
-    Args:
-        name: for messages.
-        dataset: with a column of audio.
-        audio_column, text_column, extra_columns: as `llama_mimi.data.corpora.open_corpus`.
 
     Raises:
         UserError: a column is missing, or there are no rows.
@@ -70,8 +65,15 @@ class DatasetCorpus:
     def read_group(self, group: int) -> pa.Table:
         start = group * ROWS_PER_GROUP
         table = self._rows[start : start + int(self.sizes_G[group])]
-        columns = {role: table[column] for role, column in self._roles.items()}
+        columns = {role: self._named(column, table[column]) for role, column in self._roles.items()}
         return pa.table({role: c.cast(pa.string()) if role in TEXTS else c for role, c in columns.items()})
+
+    def _named(self, column: str, values: pa.ChunkedArray) -> pa.ChunkedArray | pa.Array:
+        """Values of a column, which are names where it has a `ClassLabel`."""
+        feature = self._rows.features[column]
+        if not isinstance(feature, ClassLabel):
+            return values
+        return pa.array(map(dict(enumerate(feature.names)).get, values.to_pylist()), pa.string())
 
     def open_path(self, path: str, group: int) -> str | bytes:
         fs, bare = file_system(path)

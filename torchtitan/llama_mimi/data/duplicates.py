@@ -16,13 +16,10 @@ from llama_mimi.data.parquet_corpus import FOOTER_THREADS, unreadable
 
 
 def settle_duplicates(output_dir: str, plan: dict[str, Any]) -> int:
-    """Take duplicates out of the shards, all of which are there, if that is wanted; the first in order stays.
+    """Remove duplicates from the shards if that is wanted, all but the first; return how many stay.
 
-    What is taken out is counted in its shard, so that a run that is killed here goes on from what it has done. The
-    hashes of all clips are in memory, some 60 bytes for each.
-
-    Returns:
-        How many stay in.
+    Each shard counts its removed clips, so that a run that is killed here continues. The hashes of all clips are in
+    memory, some 60 bytes for each.
 
     Raises:
         UserError: a shard is damaged.

@@ -6,13 +6,13 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
 
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import digest, file_system, is_local, parse_json
+from llama_mimi.data.corpus_files import open_beside
 from llama_mimi.data.record_corpus import Record, RecordTable, groups_of_files
 
 METADATA = ("metadata.csv", "metadata.jsonl")
@@ -21,19 +21,15 @@ Values = dict[str, Any]
 
 
 class FolderCorpus:
-    """Audio files at any depth, each a row. What is said about a file is looked for in this order, and joined:
+    """Audio files at any depth, each a row. Values of a file come from these places, the first of which wins:
 
     - ``metadata.csv`` or ``metadata.jsonl`` in the file's folder or one above, with the column ``file_name``, as
       `datasets`' audiofolder has it;
     - ``*.trans.txt`` in its folder, with lines ``name TEXT``, as LibriSpeech; the speaker then begins the name;
     - a JSON file of its name, as Libri-Light and Emilia have it.
 
-    Args:
-        name, files, audio_column, text_column, extra_columns: as `llama_mimi.data.corpora.open_corpus`;
-            ``audio_column`` is of other formats.
-
     Raises:
-        UserError: metadata or transcripts are damaged, or what stands beside the first files has no text.
+        UserError: metadata or transcripts are damaged, or those of the first files have no text.
     """
 
     def __init__(
@@ -42,7 +38,7 @@ class FolderCorpus:
         files: Sequence[str],
         audio_column: str,
         text_column: str | None,
-        extra_columns: Mapping[str, str] = MappingProxyType({}),
+        extra_columns: Mapping[str, str],
     ) -> None:
         self.name, self.files = name, tuple(files)
         _, self._first_G, self.sizes_G = groups_of_files([len(self.files)], name)
@@ -71,8 +67,7 @@ class FolderCorpus:
         return self._table.table([self._record(file) for file in self.files[first : first + self.sizes_G[group]]])
 
     def open_path(self, path: str, group: int) -> str | bytes:
-        fs, bare = file_system(path)
-        return bare if is_local(fs) else fs.cat_file(bare)
+        return open_beside(path, self.files[0])
 
     def _record(self, file: str) -> Record:
         name = file[len(self._root) :].lstrip("/")
@@ -132,11 +127,7 @@ def _sizes(files: Sequence[str]) -> list[int]:
 
 @lru_cache(maxsize=64)
 def _metadata(folder: str) -> dict[str, Values]:
-    """Values by the name of a file, relative to the folder.
-
-    Raises:
-        UserError: the file is damaged.
-    """
+    """Return values by the name of a file, relative to the folder."""
     found: dict[str, Values] = {}
     for name in METADATA:
         content = _read(f"{folder}/{name}")
@@ -155,11 +146,7 @@ def _metadata(folder: str) -> dict[str, Values]:
 
 @lru_cache(maxsize=64)
 def _transcripts(folder: str) -> dict[str, str]:
-    """Texts by the names of files, of all ``*.trans.txt`` in a folder.
-
-    Raises:
-        UserError: one cannot be read.
-    """
+    """Return texts by the names of files, of all ``*.trans.txt`` in a folder."""
     fs, bare = file_system(folder)
     texts: dict[str, str] = {}
     for path in sorted(path for path in fs.ls(bare, detail=False) if path.endswith(TRANSCRIPTS)):

@@ -1,26 +1,23 @@
 """JSONL manifests, as NeMo has them: lines with ``audio_filepath``, ``offset``, ``duration``, ``text``."""
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
 
 from llama_mimi.common.errors import UserError, first_line
-from llama_mimi.common.files import digest, file_system, is_local, parse_json
+from llama_mimi.common.files import digest, file_system, parse_json
+from llama_mimi.data.corpus_files import open_beside
 from llama_mimi.data.record_corpus import ROWS_PER_GROUP, Record, RecordTable, groups_of_files, seconds_of
 
 AUDIO_KEY = "audio_filepath"
 
 
 class ManifestCorpus:
-    """Lines of JSON that name audio files or parts of them; blank lines count as none.
+    """Lines of JSON that name audio files or parts of them, relative to the manifest; blank lines do not count.
 
-    Args:
-        name, files, audio_column, text_column, extra_columns: as `llama_mimi.data.corpora.open_corpus`; audio is
-            looked for under ``audio_filepath`` where there is no ``audio_column``. Paths are relative to the manifest.
+    Audio is looked for under ``audio_filepath`` where there is no ``audio_column``.
 
     Raises:
         UserError: a manifest cannot be read, or its first line has no audio.
@@ -32,7 +29,7 @@ class ManifestCorpus:
         files: Sequence[str],
         audio_column: str,
         text_column: str | None,
-        extra_columns: Mapping[str, str] = MappingProxyType({}),
+        extra_columns: Mapping[str, str],
     ) -> None:
         self.name, self.files = name, tuple(files)
         scanned = [_scan(file) for file in self.files]
@@ -61,9 +58,7 @@ class ManifestCorpus:
         return self._table.table([self._record(line) for line in self._lines(group)])
 
     def open_path(self, path: str, group: int) -> str | bytes:
-        folder = self.files[self._file_G[group]].rsplit("/", 1)[0]
-        fs, bare = file_system(path if "://" in path or os.path.isabs(path) else f"{folder}/{path}")
-        return bare if is_local(fs) else fs.cat_file(bare)
+        return open_beside(path, self.files[self._file_G[group]])
 
     def _lines(self, group: int) -> list[bytes]:
         file = self._file_G[group]

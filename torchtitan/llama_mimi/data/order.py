@@ -49,15 +49,10 @@ class BegunWindow:
 
 @dataclass
 class Cursor:
-    """One rank's place in one corpus.
+    """One rank's place in one corpus."""
 
-    Args:
-        begun: windows to finish first.
-        next_window: the first window of this rank that is not begun.
-    """
-
-    begun: list[BegunWindow] = field(default_factory=list)
-    next_window: int = 0
+    begun: list[BegunWindow] = field(default_factory=list)  # windows to finish first
+    next_window: int = 0  # the first window of this rank that is not begun
 
 
 @dataclass
@@ -80,13 +75,7 @@ class Position:
 
 
 class CorpusOrder:
-    """The windows of one corpus.
-
-    Args:
-        sizes_G: rows of each row group.
-        shuffle_block: rows that a window should have at most; it has at least one row group.
-        seed: of all permutations.
-    """
+    """The windows of one corpus: at most ``shuffle_block`` rows, and at least one row group."""
 
     def __init__(self, sizes_G: np.ndarray, shuffle_block: int, seed: int) -> None:
         self._sizes_G, self._seed = sizes_G, seed

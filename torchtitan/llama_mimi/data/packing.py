@@ -16,19 +16,14 @@ from llama_mimi.tokens.sequences import IGNORE_INDEX, NO_TOKEN, Batch, SequenceB
 
 @dataclass(frozen=True)
 class Piece:
-    """Frames of a clip in a row: ``head`` from ``start`` on, then their units, then ``</audio>`` if it has an end.
-
-    Args:
-        is_deep_T: which of them, and of the end behind them, train the depth decoder of the hierarchical arm; None for
-            all.
-    """
+    """Frames of a clip in a row: ``head`` from ``start`` on, then their tokens, then ``</audio>`` if it has an end."""
 
     row: int
     start: int
     head: list[int]
     codes_TQ: np.ndarray
     has_end: bool
-    is_deep_T: np.ndarray | None
+    is_deep_T: np.ndarray | None  # frames, and end, that train the hierarchical model's depth decoder; None for all
 
 
 class BatchPacker:

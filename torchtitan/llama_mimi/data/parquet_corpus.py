@@ -1,17 +1,16 @@
 """Parquet files of audio, by row group."""
 
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llama_mimi.common.errors import UserError, first_line
-from llama_mimi.common.files import digest, file_system, is_local
+from llama_mimi.common.files import digest, file_system
+from llama_mimi.data.corpus_files import open_beside
 from llama_mimi.data.row_filter import ROLE
 
 # Footers are read by so many threads at once: a remote one is mostly waiting.
@@ -24,13 +23,6 @@ ROWS_AT_ONCE = 16
 class ParquetCorpus:
     """Rows ``{"audio": {"bytes", "path"}, "text": str, "id": str}`` of Parquet files, read by row group or part of one.
 
-    Args:
-        name: for messages.
-        files: fsspec paths, in corpus order.
-        audio_column: column of ``audio{bytes,path}`` structs.
-        text_column: transcript column; None means that rows have no text.
-        extra_columns: what to call further columns, and their names; they are read where the corpus has them.
-
     Raises:
         UserError: a file cannot be read, or a column is missing.
     """
@@ -41,7 +33,7 @@ class ParquetCorpus:
         files: Sequence[str],
         audio_column: str,
         text_column: str | None,
-        extra_columns: Mapping[str, str] = MappingProxyType({}),
+        extra_columns: Mapping[str, str],
     ) -> None:
         self.name, self.files = name, tuple(files)
         with ThreadPoolExecutor(FOOTER_THREADS) as pool:
@@ -72,20 +64,13 @@ class ParquetCorpus:
 
     @property
     def columns(self) -> list[str]:
-        """What rows hold, as it is called here."""
         return list(self._columns)
 
     def row_name(self, group: int, row: int) -> str:
-        """Name of a row that has no id."""
         place = self._first_G[group] + row
         return f"row {place} of row group {self._number_G[group]} of {self.files[self._file_G[group]]}"
 
     def read_group(self, group: int) -> pa.Table:
-        """One group with columns audio, text and id, as far as the corpus has them.
-
-        Raises:
-            UserError: the file is damaged, or the group takes more memory than its footer says.
-        """
         path, number = self.files[self._file_G[group]], int(self._number_G[group])
         batches, num_bytes = [], 0
         try:
@@ -111,15 +96,7 @@ class ParquetCorpus:
         return pa.table({role: table[column] for role, column in self._columns.items()})
 
     def open_path(self, path: str, group: int) -> str | bytes:
-        """What the ``path`` of a clip means: a local path, relative to the Parquet file, or the bytes of a remote file.
-
-        Raises:
-            OSError: a remote file cannot be read.
-        """
-        file = self.files[self._file_G[group]]
-        where = path if "://" in path or os.path.isabs(path) else f"{file.rsplit('/', 1)[0]}/{path}"
-        fs, bare = file_system(where)
-        return bare if is_local(fs) else fs.cat_file(bare)
+        return open_beside(path, self.files[self._file_G[group]])
 
     def _check_columns(self, file: str, schema: pa.Schema) -> None:
         for role, column in self._columns.items():
@@ -144,7 +121,7 @@ class ParquetCorpus:
 
 
 def _is_text(schema: pa.Schema, column: str) -> bool:
-    """Whether a column holds strings, or bytes of them."""
+    """Return True for a column of strings, or bytes of them."""
     if schema.names.count(column) != 1:
         return False
     kind = schema.field(column).type
@@ -161,11 +138,7 @@ def _is_number(schema: pa.Schema, column: str) -> bool:
 
 
 def read_footer(path: str) -> pq.FileMetaData:
-    """Metadata of a Parquet file.
-
-    Raises:
-        UserError: missing or damaged.
-    """
+    """Return the metadata of a Parquet file, or raise a UserError."""
     fs, bare = file_system(path)
     try:
         with fs.open(bare) as stream:

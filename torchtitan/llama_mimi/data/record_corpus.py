@@ -18,33 +18,19 @@ AUDIO = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 @dataclass(frozen=True)
 class Record:
-    """A row.
-
-    Args:
-        values: what is said about it, by the names of its source.
-        content: bytes of its audio file; None where there is a path.
-        path: of its audio file.
-        row_id: its name.
-        offset, duration: of the part of the file in seconds; None is the beginning, and the end.
-        problem: why it cannot be used.
-    """
+    """A row: values by the names of its source, and the bytes or the path of its audio file."""
 
     values: Mapping[str, Any]
     content: bytes | None = None
     path: str | None = None
     row_id: str | None = None
-    offset: float | None = None
-    duration: float | None = None
-    problem: str | None = None
+    offset: float | None = None  # of the part of the file in seconds; None is the beginning
+    duration: float | None = None  # None is the end
+    problem: str | None = None  # why it cannot be used
 
 
 class RecordTable:
-    """From records to the tables that a corpus hands out.
-
-    Args:
-        name: of the corpus.
-        first: records of the first group, whose names of columns stand for all.
-        text_column, extra_columns: as `llama_mimi.data.corpora.open_corpus`.
+    """Tables of records; columns are inferred from the first group of records.
 
     Raises:
         UserError: there is no text column.
@@ -79,9 +65,7 @@ class RecordTable:
         }
         for role, column in self._roles.items():
             values = [one.values.get(column) for one in records]
-            # A filter compares values as they are: numbers and texts of one column differ.
-            texts = [json.dumps(v) for v in values] if role.startswith(ROLE) else [_text(v) for v in values]
-            columns[role] = pa.array(texts, pa.string())
+            columns[role] = _typed(values) if role.startswith(ROLE) else _texts(values)
         return pa.table(columns)
 
 
@@ -119,11 +103,7 @@ def groups_of_files(rows: Sequence[int], name: str) -> tuple[np.ndarray, np.ndar
 
 
 def seconds_of(value: Any) -> float | None:
-    """A number of seconds, or None where there is none.
-
-    Raises:
-        ValueError: it is no number of 0 or more.
-    """
+    """Return a number of seconds, or None; raise a ValueError where it is not a number of 0 or more."""
     if value is None:
         return None
     seconds = float(value)
@@ -132,5 +112,15 @@ def seconds_of(value: Any) -> float | None:
     return seconds
 
 
-def _text(value: Any) -> str | None:
-    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+def _typed(values: list[Any]) -> pa.Array:
+    """Values as their source has them, or as texts where they have several types."""
+    try:
+        return pa.array(values)
+    except (ValueError, TypeError, OverflowError):
+        return _texts(values)
+
+
+def _texts(values: list[Any]) -> pa.Array:
+    return pa.array(
+        [v if v is None or isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in values], pa.string()
+    )

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import SEEK_END
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -33,11 +32,7 @@ SCHEMA = pa.schema(
 
 
 class TarCorpus:
-    """Rows of tar files that are not compressed.
-
-    Args:
-        name, files, audio_column, text_column, extra_columns: as `llama_mimi.data.corpora.open_corpus`; the text may
-            stand in a ``.txt`` member, too, and ``audio_column`` is of other formats.
+    """Rows of uncompressed tar files; the text may be a ``.txt`` member, too.
 
     Raises:
         UserError: a tar is damaged or compressed, holds a member twice or no audio, or its first row has no text.
@@ -49,7 +44,7 @@ class TarCorpus:
         files: Sequence[str],
         audio_column: str,
         text_column: str | None,
-        extra_columns: Mapping[str, str] = MappingProxyType({}),
+        extra_columns: Mapping[str, str],
     ) -> None:
         self.name, self.files, self._text_column = name, tuple(files), text_column
         is_known = all(_index_path(file).is_file() for file in self.files)
@@ -130,11 +125,7 @@ def _index_path(file: str) -> Path:
 
 
 def _rows(file: str) -> list[dict[str, Any]]:
-    """Rows by key, in the order of the tar; one without audio is a row, too.
-
-    Raises:
-        UserError: it is damaged or compressed, or holds a member twice.
-    """
+    """Return rows by key, in the order of the tar; a key without audio is a row, too."""
     fs, bare = file_system(file)
     rows: dict[str, dict[str, Any]] = {}
     places: dict[str, tuple[int, int]] = {}  # of files that hard links may name

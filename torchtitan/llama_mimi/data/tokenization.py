@@ -15,10 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from llama_mimi.audio.mimi import DTYPES, MimiCodec, whole_frames
-from llama_mimi.common.batching import map_ahead
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import LOCK, file_system, is_local, locked
 from llama_mimi.common.ranks import Ranks, from_first, torchrun_ranks
@@ -38,30 +36,28 @@ SECONDS_PER_REPORT = 10.0
 
 
 def tokenize_corpus(options: TokenizationOptions) -> None:
-    """Make what is missing of a tokenised corpus.
+    """Tokenise a corpus, or what is missing of it.
 
     Raises:
-        UserError: an option, the corpus or what was begun before cannot be used, or too many clips are bad.
+        UserError: an option, the corpus or earlier output cannot be used, or too many clips are bad.
     """
+    _check(options)
+    with torchrun_ranks() as ranks:
+        run(options, ranks)
+
+
+def _check(options: TokenizationOptions) -> None:
+    shortest, longest, limit = options.min_seconds, options.max_seconds, options.max_audio_seconds
     for name in ("max_audio_seconds", "clips_per_shard", "batch_seconds"):
         if getattr(options, name) is not None and not 0 < getattr(options, name) < math.inf:
             raise UserError(f"--{name} is {getattr(options, name)}; it must be a positive number")
     if options.num_workers < 0 or not 0 <= options.max_bad_share <= 1:
         raise UserError("--num_workers is 0 or more, and --max_bad_share a share between 0 and 1")
-    if not 0 <= options.min_seconds <= options.max_audio_seconds:
-        raise UserError(
-            f"--min_seconds is {options.min_seconds:g}; it lies between 0 and --max_audio_seconds "
-            f"{options.max_audio_seconds:g}"
-        )
-    if options.max_seconds is not None and not options.min_seconds <= options.max_seconds <= options.max_audio_seconds:
-        raise UserError(
-            f"--max_seconds is {options.max_seconds:g}; it lies between --min_seconds {options.min_seconds:g} and "
-            f"--max_audio_seconds {options.max_audio_seconds:g}"
-        )
-    if options.max_seconds is not None and options.long_recordings == "split":
+    for name, value, lowest in (("min_seconds", shortest, 0), ("max_seconds", longest, shortest)):
+        if value is not None and not lowest <= value <= limit:
+            raise UserError(f"--{name} is {value:g}; it lies between {lowest:g} and --max_audio_seconds {limit:g}")
+    if longest is not None and options.long_recordings == "split":
         raise UserError("--max_seconds leaves long recordings out, and --long_recordings split keeps them; choose one")
-    with torchrun_ranks() as ranks:
-        run(options, ranks)
 
 
 def run(options: TokenizationOptions, ranks: Ranks) -> None:
@@ -104,10 +100,8 @@ def run(options: TokenizationOptions, ranks: Ranks) -> None:
 
 
 def lies_inside(output_dir: str, corpus: str) -> bool:
-    """Whether the files of a folder or glob would come to hold the shards."""
-    if "**" in corpus:
-        corpus = corpus[: corpus.index("**")]
-    folder = os.path.join(os.path.abspath(corpus), "")
+    """Return True where the folder or glob of a corpus would come to contain the shards."""
+    folder = os.path.join(os.path.abspath(corpus.partition("**")[0]), "")
     return os.path.join(os.path.abspath(output_dir), "").startswith(folder)
 
 
@@ -144,9 +138,7 @@ def tokenize(
     start = last_report = time.monotonic()
     prefetch = {"prefetch_factor": 1} if at_once == 1 and options.num_workers else {}
     chunks = stream.load(num_workers=options.num_workers, **prefetch)
-    # A GPU encodes the next chunk while this one is written; a CPU has nothing to encode it with.
-    num_ahead = 1 if codec.device.type == "cuda" else 0
-    for refs, clips, seconds in map_ahead(partial(encode, codec, options.batch_seconds), chunks, num_ahead):
+    for refs, clips, seconds in map(partial(encode, codec, options.batch_seconds), chunks):
         for ref, clip in zip(refs, clips, strict=True):
             if shard_of_group[ref.group] != shard:
                 write_shard(options.output_dir, plan, shard, len(rows), stored, skipped)
@@ -179,9 +171,7 @@ def tokenize(
 def encode(
     codec: MimiCodec, batch_seconds: float | None, chunk: Chunk
 ) -> tuple[list[ClipRef], list[StoredClip | SkippedClip], float]:
-    """Where clips lie, what is stored of them, and their seconds. The samples, which are large, are not kept."""
-    if codec.device.type == "cuda":  # a thread begins on the first GPU
-        torch.cuda.set_device(codec.device)
+    """Return the places of clips, their codes, and the seconds of audio. The samples, which are large, are not kept."""
     waveforms = [clip.samples_S for clip in chunk.clips if isinstance(clip, AudioClip)]
     codes = iter(codec.encode_many(waveforms, batch_seconds))
     clips: list[StoredClip | SkippedClip] = []
