@@ -15,8 +15,8 @@ from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 from torchtitan.tools.logging import logger
 
 from llama_mimi.audio.mimi import load_codec_config
-from llama_mimi.checkpoint.architectures import state_dict_adapter
-from llama_mimi.checkpoint.run_record import save_run_record, speech_config
+from llama_mimi.checkpoint.architectures import save_run_record, speech_config
+from llama_mimi.checkpoint.huggingface import LlamaMimiStateDictAdapter
 from llama_mimi.common.errors import UserError, report
 from llama_mimi.common.ranks import end_with_torchrun, first_reports
 from llama_mimi.data.build import build_dataloader
@@ -73,9 +73,13 @@ def build_sequences(job_config: Any) -> SequenceBuilder:
 
 
 def build_loss(job_config: Any, **kwargs: Any) -> UnitLoss:
-    return _build_loss(
-        job_config, _meters.train, level_weights(job_config.loss.level_weights, _level_shares(job_config))
-    )
+    weights = level_weights(job_config.loss.level_weights, _level_shares(job_config))
+    return _build_loss(job_config, _meters.train, weights)
+
+
+def build_validator(job_config: Any, **kwargs: Any) -> SpeechValidator:
+    loss_fn = _build_loss(job_config, _meters.validation, [1.0] * job_config.codec.num_quantizers)
+    return SpeechValidator(job_config=job_config, **kwargs | {"loss_fn": loss_fn})
 
 
 def _level_shares(job_config: Any) -> list[float]:
@@ -88,11 +92,6 @@ def _build_loss(job_config: Any, meter: LevelMeter, weights: list[float]) -> Uni
     is_compiled = settings.enable and "loss" in settings.components
     chunk_step = torch.compile(chunk_losses, backend=settings.backend) if is_compiled else None
     return UnitLoss(build_sequences(job_config).vocabulary, meter, weights, chunk_step)
-
-
-def build_validator(job_config: Any, **kwargs: Any) -> SpeechValidator:
-    loss_fn = _build_loss(job_config, _meters.validation, [1.0] * job_config.codec.num_quantizers)
-    return SpeechValidator(job_config=job_config, **kwargs | {"loss_fn": loss_fn})
 
 
 def build_guarded_optimizers(*args: Any, **kwargs: Any) -> OptimizersContainer:
@@ -134,6 +133,6 @@ register_train_spec(
         build_loss_fn=build_loss,
         build_validator_fn=build_validator,
         build_metrics_processor_fn=build_metrics,
-        state_dict_adapter=state_dict_adapter,
+        state_dict_adapter=LlamaMimiStateDictAdapter,
     ),
 )

@@ -50,9 +50,7 @@ class SpeechValidator(Validator):
             with self.validation_context(), self.maybe_enable_amp:
                 self.loss_fn(model(inputs, **extra_inputs, **extra_kwargs), labels)  # its meter is read below
         if not reduce_sums(num_targets, self.parallel_dims.get_optional_mesh("loss")):
-            raise UserError(
-                f"none of the clips of validation.dataset '{self._loader.dataset}' can be used; name another"
-            )
+            raise UserError(f"no clip of validation.dataset '{self._loader.dataset}' can be used; name another")
         self.metrics_processor.log_validation(step, seconds=time.perf_counter() - start)
         model.train()
 
