@@ -15,7 +15,6 @@ from llama_mimi.audio.mimi import load_codec_config
 from llama_mimi.checkpoint.huggingface import NETWORK_KEYS, hf_config, model_args
 from llama_mimi.common.hub import load_pretrained
 from llama_mimi.model.llama import LlamaMimiArgs
-from llama_mimi.tokens.units import UnitVocabulary
 
 # Where CSM has the layers and the norm of its two networks.
 BACKBONE, DEPTH = "backbone_model", "depth_decoder.model"
@@ -69,9 +68,13 @@ def csm_state(state: dict[str, torch.Tensor], args: LlamaMimiArgs) -> dict[str, 
         own = {key.removeprefix(prefix): weight for key, weight in state.items() if key.startswith(parts)}
         for key, weight in Llama3StateDictAdapter(network, None).to_hf(own).items():
             theirs[key.replace("model", name, 1)] = weight
+    K, Q, vocabulary = args.codebook_size, args.num_quantizers, args.vocabulary
+    # The codes and the end of level 0, then of level 1, and so on; each end is `</audio>`.
+    ids_KQ = vocabulary.ids_from_codes(torch.arange(K)[:, None].expand(K, Q)).view(K, Q)
+    rows = torch.cat([ids_KQ, torch.full((1, Q), vocabulary.audio_end_id)]).T.flatten()
     table_VD = state["tok_embeddings.weight"]
-    codes_QD = table_VD[_rows_of_levels(args.vocabulary)]
-    heads_qVD = state["depth.heads.weight"].unflatten(0, (args.num_quantizers - 1, -1))
+    codes_QD = table_VD[rows]
+    heads_qVD = state["depth.heads.weight"].unflatten(0, (Q - 1, -1))
     return theirs | {
         "embed_text_tokens.weight": table_VD,
         f"{BACKBONE}.embed_tokens.embed_audio_tokens.weight": codes_QD,
@@ -80,14 +83,6 @@ def csm_state(state: dict[str, torch.Tensor], args: LlamaMimiArgs) -> dict[str, 
         f"{DEPTH}.inputs_embeds_projector.weight": state["depth.projection.weight"],
         "depth_decoder.codebooks_head.weight": heads_qVD.transpose(1, 2).contiguous(),
     }
-
-
-def _rows_of_levels(vocabulary: UnitVocabulary) -> torch.Tensor:
-    """Return the ids of the codes and the end of level 0, then of level 1, and so on; each end is ``</audio>``."""
-    K, Q = vocabulary.codebook_size, vocabulary.num_quantizers
-    ids_KQ = vocabulary.ids_from_codes(torch.arange(K)[:, None].expand(K, Q)).view(K, Q)
-    ends_1Q = torch.full((1, Q), vocabulary.audio_end_id)
-    return torch.cat([ids_KQ, ends_1Q]).T.flatten()
 
 
 def codec_state(config: CsmConfig, codec: str) -> dict[str, torch.Tensor]:

@@ -107,10 +107,7 @@ def read_index(step: Path) -> Metadata:
 
 def name_last_good(error: UserError, step: Path) -> UserError:
     """Return the error of a damaged step together with the newest other step whose files and checksums are right."""
-    if not re.fullmatch(_STEP, step.name):
-        return UserError(f"{error}; copy it again, or name a step of a run")
-    others = complete_steps(step.parent)
-    for _, other in sorted(others.items(), reverse=True):
+    for _, other in sorted(complete_steps(step.parent).items(), reverse=True):
         if other.name != step.name and is_distributed(other):
             with suppress(UserError):
                 check_step(other, verify=True)

@@ -202,10 +202,8 @@ def _check_data(job_config: Any) -> None:
 
 def _check_model(job_config: Any) -> None:
     model, codec, settings = job_config.model, job_config.codec, job_config.checkpoint
-    prepare = (
-        f"`python scripts/prepare_base_model.py --base_model HUB_ID_OR_FOLDER --codec {codec.name} --num_quantizers "
-        f"{codec.num_quantizers} --vocabulary {model.vocabulary} --output_dir NEW_FOLDER`"
-    )
+    flags = f"--codec {codec.name} --num_quantizers {codec.num_quantizers} --vocabulary {model.vocabulary}"
+    prepare = f"`scripts/prepare_base_model.py {flags}`"
     if not Path(model.hf_assets_path).is_dir():
         raise UserError(f"model.hf_assets_path '{model.hf_assets_path}' is not a folder; create one with {prepare}")
     sequences = load_sequences(model.hf_assets_path, codec.name, codec.num_quantizers, model.vocabulary)

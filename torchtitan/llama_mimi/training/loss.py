@@ -49,8 +49,7 @@ def level_weights(recipe: str, shares: Sequence[float]) -> list[float]:
     """Return the weight of each level's loss. The mean weight is one, so the learning rate needs no change.
 
     Args:
-        recipe: "uniform"; "semantic:R", level 0 R times as much as each other level (lambda in arXiv 2509.14882);
-            "geometric:R", from level 0 to the last level down to 1 / R in equal ratios; or Q numbers with commas.
+        recipe: as the setting ``loss.level_weights``, whose semantic:R is lambda in arXiv 2509.14882.
         shares: fraction of the frames in which each of the Q levels has a target. The level counts as if it had all.
 
     Raises:
@@ -80,7 +79,6 @@ class UnitLoss:
     """TorchTitan's loss function: the weighted sum of cross-entropies over targets.
 
     Args:
-        vocabulary: vocabulary of the labels.
         meter: records the losses without weights.
         weights: weights of the Q levels; ``</audio>`` has the weight of level 0.
         chunk_step: compiled `llama_mimi.model.cross_entropy.chunk_losses`.
