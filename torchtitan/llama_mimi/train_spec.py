@@ -107,14 +107,9 @@ def build_metrics(job_config: Any, parallel_dims: ParallelDims, model_args: Llam
     codec_config = load_codec_config(codec.name, codec.num_quantizers)
     frame_rate_hz = codec_config.sampling_rate / codec_config.frame_size
     row_seconds = job_config.training.seq_len // sequences.positions_per_frame / frame_rate_hz
-    config = speech_config(
-        model_args,
-        sequences,
-        codec.name,
-        codec.attention,
-        task=job_config.data.task,
-        max_audio_seconds=min(job_config.data.max_audio_seconds, row_seconds),
-    )
+    seconds = min(job_config.data.max_audio_seconds, row_seconds)
+    training = {"task": job_config.data.task, "max_audio_seconds": seconds}
+    config = speech_config(model_args, sequences, codec.name, codec.attention, **training)
     save_run_record(job_config.job.dump_folder, config, sequences)
     return SpeechMetrics(job_config, parallel_dims, _meters, _guard, _level_shares(job_config), frame_rate_hz)
 

@@ -11,13 +11,7 @@ from transformers import AutoConfig, CsmForConditionalGeneration, LlamaForCausal
 
 from llama_mimi.audio.mimi import CodecAttention
 from llama_mimi.checkpoint.csm import codec_state, csm_args, csm_config, csm_state
-from llama_mimi.checkpoint.huggingface import (
-    LlamaMimiStateDictAdapter,
-    hf_config,
-    llama_state,
-    model_args,
-    save_folder,
-)
+from llama_mimi.checkpoint.huggingface import LlamaMimiStateDictAdapter, hf_config, llama_state, model_args, save_folder
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.hub import load_pretrained, require_no_difference
 from llama_mimi.model.architectures import build_model

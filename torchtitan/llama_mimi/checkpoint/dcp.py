@@ -23,11 +23,7 @@ _HF_INDEX = "model.safetensors.index.json"  # of a last save in Hugging Face's f
 
 
 def find_step(checkpoint: Path) -> Path:
-    """Return ``checkpoint`` itself if it is a step, or else its newest complete step; print newer incomplete ones.
-
-    Raises:
-        UserError: there is no complete step.
-    """
+    """Return ``checkpoint`` itself if it is a step, or else its newest complete step; print newer incomplete ones."""
     if is_distributed(checkpoint):
         return checkpoint
     steps = complete_steps(checkpoint)
@@ -116,11 +112,7 @@ def name_last_good(error: UserError, step: Path) -> UserError:
 
 
 def load_step(state: dict[str, Any], step: Path, verify: bool, is_alone: bool = False) -> None:
-    """Load the entries of ``state`` from a step, on all ranks unless ``is_alone``; ``verify`` compares checksums.
-
-    Raises:
-        UserError: an entry is missing, damaged or of another shape.
-    """
+    """Load the entries of ``state`` from a step, on all ranks unless ``is_alone``; ``verify`` compares checksums."""
     try:
         dcp.load(state, storage_reader=CheckedReader(step, verify), planner=PlainLoadPlanner(), no_dist=is_alone)
     except CheckpointException as error:

@@ -163,13 +163,10 @@ class PlainLoadPlanner(DefaultLoadPlanner):
 
 
 def check_step(step: Path, verify: bool) -> Metadata:
-    """Return the index of a step, all of whose files are complete.
+    """Return the index of a step; a `UserError` says that a file is missing, truncated or damaged.
 
     Args:
         verify: also read the files and compare their checksums, where the checkpoint has them.
-
-    Raises:
-        UserError: a file is missing, truncated or damaged.
     """
     metadata = CheckedReader(step).read_metadata()
     entries = defaultdict(list)

@@ -114,9 +114,7 @@ RULES: list[tuple[str, Callable[[Any, Any], Any], str]] = [
 
 
 def prepare_run(job_config: Any) -> None:
-    """Check a run, lock its folder and save its config. Rank 0 does it, and the others wait.
-
-    A checkpoint folder that nothing can be loaded from, and steps after ``checkpoint.load_step``, are moved aside.
+    """Check a run, lock its folder, save its config and move steps aside. Rank 0 does it, and the others wait.
 
     Raises:
         UserError: on every rank the first problem, or on one node that it sees other steps than the first node.

@@ -31,11 +31,7 @@ RELEASED_KEYS = {
 
 
 def parse_config(args: list[str]) -> Any:
-    """Parse the arguments of the command line, and check the settings without reading other files.
-
-    Raises:
-        UserError: the config file is not readable, a key is unknown, or the settings cannot run.
-    """
+    """Parse the arguments of the command line; a `UserError` refuses unknown keys, and settings that cannot run."""
     config_class = ConfigManager._merge_configs(JobConfig, llama_mimi.job_config.JobConfig)
     for flag, following in zip(args, [*args[1:], ""], strict=False):
         key, has_value, value = flag.partition("=")

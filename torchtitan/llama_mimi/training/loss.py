@@ -1,7 +1,8 @@
 """Level-weighted cross-entropy over audio tokens; losses per level are recorded without weights."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -85,11 +86,7 @@ class UnitLoss:
     """
 
     def __init__(
-        self,
-        vocabulary: UnitVocabulary,
-        meter: LevelMeter,
-        weights: Sequence[float],
-        chunk_step: Callable | None = None,
+        self, vocabulary: UnitVocabulary, meter: LevelMeter, weights: Sequence[float], chunk_step: Any = None
     ) -> None:
         self._vocabulary, self._meter, self._chunk_step = vocabulary, meter, chunk_step
         self._weights_Q = torch.tensor(weights)

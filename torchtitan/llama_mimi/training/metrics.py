@@ -78,12 +78,7 @@ class SpeechMetrics(MetricsProcessor):
         return super().should_log(step)
 
     def log(
-        self,
-        step: int,
-        global_avg_loss: float,
-        global_max_loss: float,
-        grad_norm: float,
-        extra_metrics: dict[str, Any] | None = None,
+        self, step: int, global_avg_loss: float, global_max_loss: float, grad_norm: float, extra_metrics: Any = None
     ) -> None:
         seconds = time.perf_counter() - self.time_last_log
         sums = self._reduced(self._meters.train)

@@ -83,11 +83,7 @@ class StepGuard:
             optimizers.zero_grad()
 
     def check(self, job_config: Any, step: int, model_parts: list[nn.Module]) -> None:
-        """Report the findings of `before_step`, and check the weights where a checkpoint is due.
-
-        Raises:
-            UserError: the step is not finite.
-        """
+        """Raise a `UserError` if the step was not finite, or if the weights are not where a checkpoint is due."""
         if self._is_empty:
             self._num_empty += 1
             if not dist.is_initialized() or dist.get_rank() == 0:
