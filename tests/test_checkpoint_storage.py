@@ -95,11 +95,11 @@ def test_an_error_names_the_last_good_step(tmp_path):
     flip(tmp_path / "step-6" / DATA, 1000)
     (tmp_path / "step-8" / DATA).unlink()
     with pytest.raises(UserError, match=r"step-8/.*' is missing; .* use the last good step '.*/step-4'"):
-        read_index(tmp_path / "step-8", verify=False)
+        read_index(tmp_path / "step-8")
     shutil.rmtree(tmp_path / "step-2")
     os.truncate(tmp_path / "step-4" / DATA, 100)
     with pytest.raises(UserError, match=r"step-4/.*' is truncated: it has 100 of .*no other step in .* is good"):
-        read_index(tmp_path / "step-4", verify=False)
+        read_index(tmp_path / "step-4")
 
 
 def test_an_index_runs_no_code(tmp_path):
@@ -108,7 +108,7 @@ def test_an_index_runs_no_code(tmp_path):
     metadata.planner_data = {"weight": Attack(tmp_path / "attacked")}
     index.write_bytes(pickle.dumps(metadata))
     with pytest.raises(UserError, match=r"\.metadata' is damaged \(it refers to posix.mkdir"):
-        read_index(tmp_path / "step-2", verify=True)
+        read_index(tmp_path / "step-2")
     assert not (tmp_path / "attacked").exists()
 
 

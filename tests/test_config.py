@@ -17,9 +17,9 @@ from simulated import write_codes
 from transformers import LlamaConfig, LlamaForCausalLM, MimiConfig
 
 from llama_mimi import train
+from llama_mimi.checkpoint.architectures import save_run_record, speech_config
 from llama_mimi.checkpoint.dcp import complete_steps, set_aside_incomplete, set_aside_later
 from llama_mimi.checkpoint.huggingface import hf_config
-from llama_mimi.checkpoint.run_record import save_run_record, speech_config
 from llama_mimi.checkpoint.stand_ins import write_tokenizer
 from llama_mimi.common.errors import UserError
 from llama_mimi.data.build import open_readers
@@ -137,7 +137,7 @@ def tiny_with(*flags):
         ("--training.dataloader.num_workers -1", "num_workers to at least 0"),
         ("--training.dataloader.prefetch_factor 2", "1 with prefetch_factor"),
         ("--model.vocabulary audio --data.task tts", "set model.vocabulary to 'llama'"),
-        ("--data.weights nan", "one positive number for each corpus"),
+        ("--data.weights nan", "set positive, finite numbers"),
         ("--validation.steps 20", "set data.validation_clips instead"),
         ("--training.seq_len 5", "a frame needs more tokens"),
         ("--validation.seq_len 512", "set at most training.seq_len, 256"),
@@ -292,7 +292,7 @@ def test_the_folder_and_the_vocabulary_must_fit(tmp_path, monkeypatch, downloads
 @pytest.mark.parametrize(
     ("toml", "message"),
     [
-        ('[data]\ntask = "asr"\n', "it takes 'a2a', 'tts'"),
+        ('[data]\ntask = "asr"\n', "it takes Literal['a2a', 'tts']"),
         ('[training]\nsteps = "150"\n', "it takes int"),
         ("[training]\ndataset_path = 4\n", "it takes str | None"),
         ("[model]\nconverters = [4]\n", "it takes list[str]"),

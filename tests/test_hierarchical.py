@@ -15,10 +15,10 @@ from conftest import TINY
 from transformers import AutoTokenizer, CsmForConditionalGeneration, LlamaForCausalLM, MimiModel
 
 from llama_mimi.audio.mimi import MimiCodec
+from llama_mimi.checkpoint.architectures import save_run_record, speech_config
 from llama_mimi.checkpoint.conversion import convert_checkpoint
-from llama_mimi.checkpoint.csm import HierarchicalStateDictAdapter, csm_config, csm_state
-from llama_mimi.checkpoint.huggingface import hf_config
-from llama_mimi.checkpoint.run_record import save_run_record, speech_config
+from llama_mimi.checkpoint.csm import csm_config, csm_state
+from llama_mimi.checkpoint.huggingface import LlamaMimiStateDictAdapter, hf_config
 from llama_mimi.common.errors import UserError
 from llama_mimi.data.dataloader import UnitDataLoader
 from llama_mimi.data.order import ShuffledOrder
@@ -270,7 +270,7 @@ def test_a_llama_fills_the_backbone(args):
     """What prepare_base_model writes: layers and embeddings are loaded, the rest is left as it was drawn."""
     torch.manual_seed(5)
     llama = LlamaForCausalLM(hf_config(replace(args, architecture="flattened", enable_weight_tying=True))).eval()
-    model, adapter = built(args), HierarchicalStateDictAdapter(args, None)
+    model, adapter = built(args), LlamaMimiStateDictAdapter(args, None)
     drawn = {name: weight.clone() for name, weight in model.state_dict().items()}
     names = adapter.to_hf(model.state_dict()).keys()
     theirs = llama.state_dict()

@@ -15,10 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from llama_mimi.audio.mimi import MimiCodec, local_codec
-from llama_mimi.checkpoint.architectures import check_initial_weights
+from llama_mimi.checkpoint.architectures import check_initial_weights, save_run_record, speech_config
 from llama_mimi.checkpoint.conversion import convert_checkpoint, prepare_base_model
 from llama_mimi.checkpoint.huggingface import model_args
-from llama_mimi.checkpoint.run_record import save_run_record, speech_config
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.hub import load_pretrained
 from llama_mimi.generation.loading import load_speech_model

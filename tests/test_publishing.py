@@ -13,9 +13,9 @@ from huggingface_hub import HfApi, ModelCard
 from push_to_hub import push_to_hub
 from transformers import AutoTokenizer, CsmForConditionalGeneration, LlamaForCausalLM
 
+from llama_mimi.checkpoint.architectures import save_run_record, speech_config
 from llama_mimi.checkpoint.conversion import convert_checkpoint
 from llama_mimi.checkpoint.huggingface import LlamaMimiStateDictAdapter
-from llama_mimi.checkpoint.run_record import save_run_record, speech_config
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.hub import weights_sha256
 from llama_mimi.model.architectures import build_model

@@ -20,10 +20,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from llama_mimi.audio.mimi import MimiCodec
 from llama_mimi.audio.reading import read_audio
-from llama_mimi.checkpoint.architectures import KINDS
+from llama_mimi.checkpoint.architectures import KINDS, save_run_record, speech_config
 from llama_mimi.checkpoint.conversion import convert_checkpoint, prepare_base_model
 from llama_mimi.checkpoint.huggingface import hf_config, model_args, save_folder
-from llama_mimi.checkpoint.run_record import save_run_record, speech_config
 from llama_mimi.model.architectures import build_model
 from llama_mimi.model.llama import FLAVORS, LLAMA_3_1_ROPE, LLAMA_3_2_ROPE, LlamaMimiArgs
 from llama_mimi.tokens.sequences import load_sequences

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from gpu_check import write_stand_ins
 from measuring import DEVICE, device_name, machine, measured, median_and_range
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, MimiModel
 
 from llama_mimi.audio.mimi import DEFAULT_CODEC, CodecAttention, MimiCodec
 from llama_mimi.audio.reading import read_audio
 from llama_mimi.checkpoint.huggingface import hf_config
-from llama_mimi.checkpoint.stand_ins import write_stand_ins
 from llama_mimi.common.command_line import run_command
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.hub import load_pretrained

@@ -8,20 +8,34 @@ steps are trained on its codes, one clip a row, and 20 on its audio, encoded bes
 network.
 """
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
+from transformers import MimiConfig, MimiModel
 
 from llama_mimi.checkpoint.dcp import complete_steps
-from llama_mimi.checkpoint.stand_ins import write_stand_ins
+from llama_mimi.checkpoint.huggingface import hf_config
+from llama_mimi.checkpoint.stand_ins import LLAMA_3_VOCABULARY, write_tokenizer
 from llama_mimi.common.command_line import as_words, run_command
 from llama_mimi.common.errors import UserError
+from llama_mimi.model.llama import FLAVORS
 
 CONFIG = "config/llama3_2_1b_peoples_speech.toml"
 CORPUS = "assets/tiny/corpus/train-*.parquet"
 VALIDATION_CORPUS = "assets/tiny/corpus/validation-*.parquet"
+
+
+def write_stand_ins(folder: Path) -> None:
+    """Write a Llama-3.2-1B without weights, a tokenizer of Llama 3's size, and a Mimi with random weights."""
+    write_tokenizer(folder / "llama")
+    args = copy.copy(FLAVORS["1B"])
+    args.vocab_size = LLAMA_3_VOCABULARY
+    hf_config(args).save_pretrained(folder / "llama")
+    torch.manual_seed(0)
+    MimiModel(MimiConfig()).save_pretrained(folder / "mimi")
 
 
 def check_gpus(num_gpus: int = 1, steps: int = 20, output_dir: Path = Path("outputs/gpu_check")) -> None:

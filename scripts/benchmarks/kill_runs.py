@@ -342,7 +342,7 @@ def kill_training(flags: KillFlags, codes: Path) -> None:
 def last_step(run: Path) -> int:
     checkpoint = run / "checkpoint"
     try:
-        return int(find_step(checkpoint)[0].name.removeprefix("step-"))
+        return int(find_step(checkpoint).name.removeprefix("step-"))
     except UserError:
         return 0
 
@@ -364,7 +364,7 @@ def trained_on(audit: Path) -> dict[int, list[tuple[int, int, int]]]:
 
 def frames_of_position(run: Path, codes: Path) -> Counter[tuple[int, int, int]]:
     """All frames of the windows that the last checkpoint says were begun, but for what is left of them."""
-    step, _ = find_step(run / "checkpoint")
+    step = find_step(run / "checkpoint")
     state = {"dataloader": {"position": ""}}
     dcp.load(state, checkpoint_id=step, no_dist=True)
     ranks = json.loads(state["dataloader"]["position"])["ranks"]

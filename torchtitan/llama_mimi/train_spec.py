@@ -15,8 +15,8 @@ from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 from torchtitan.tools.logging import logger
 
 from llama_mimi.audio.mimi import load_codec_config
-from llama_mimi.checkpoint.architectures import state_dict_adapter
-from llama_mimi.checkpoint.run_record import save_run_record, speech_config
+from llama_mimi.checkpoint.architectures import save_run_record, speech_config
+from llama_mimi.checkpoint.huggingface import LlamaMimiStateDictAdapter
 from llama_mimi.common.errors import UserError, report
 from llama_mimi.common.ranks import end_with_torchrun, first_reports
 from llama_mimi.data.build import build_dataloader
@@ -73,9 +73,13 @@ def build_sequences(job_config: Any) -> SequenceBuilder:
 
 
 def build_loss(job_config: Any, **kwargs: Any) -> UnitLoss:
-    return _build_loss(
-        job_config, _meters.train, level_weights(job_config.loss.level_weights, _level_shares(job_config))
-    )
+    weights = level_weights(job_config.loss.level_weights, _level_shares(job_config))
+    return _build_loss(job_config, _meters.train, weights)
+
+
+def build_validator(job_config: Any, **kwargs: Any) -> SpeechValidator:
+    loss_fn = _build_loss(job_config, _meters.validation, [1.0] * job_config.codec.num_quantizers)
+    return SpeechValidator(job_config=job_config, **kwargs | {"loss_fn": loss_fn})
 
 
 def _level_shares(job_config: Any) -> list[float]:
@@ -88,11 +92,6 @@ def _build_loss(job_config: Any, meter: LevelMeter, weights: list[float]) -> Uni
     is_compiled = settings.enable and "loss" in settings.components
     chunk_step = torch.compile(chunk_losses, backend=settings.backend) if is_compiled else None
     return UnitLoss(build_sequences(job_config).vocabulary, meter, weights, chunk_step)
-
-
-def build_validator(job_config: Any, **kwargs: Any) -> SpeechValidator:
-    loss_fn = _build_loss(job_config, _meters.validation, [1.0] * job_config.codec.num_quantizers)
-    return SpeechValidator(job_config=job_config, **kwargs | {"loss_fn": loss_fn})
 
 
 def build_guarded_optimizers(*args: Any, **kwargs: Any) -> OptimizersContainer:
@@ -108,14 +107,9 @@ def build_metrics(job_config: Any, parallel_dims: ParallelDims, model_args: Llam
     codec_config = load_codec_config(codec.name, codec.num_quantizers)
     frame_rate_hz = codec_config.sampling_rate / codec_config.frame_size
     row_seconds = job_config.training.seq_len // sequences.positions_per_frame / frame_rate_hz
-    config = speech_config(
-        model_args,
-        sequences,
-        codec.name,
-        codec.attention,
-        task=job_config.data.task,
-        max_audio_seconds=min(job_config.data.max_audio_seconds, row_seconds),
-    )
+    seconds = min(job_config.data.max_audio_seconds, row_seconds)
+    training = {"task": job_config.data.task, "max_audio_seconds": seconds}
+    config = speech_config(model_args, sequences, codec.name, codec.attention, **training)
     save_run_record(job_config.job.dump_folder, config, sequences)
     return SpeechMetrics(job_config, parallel_dims, _meters, _guard, _level_shares(job_config), frame_rate_hz)
 
@@ -134,6 +128,6 @@ register_train_spec(
         build_loss_fn=build_loss,
         build_validator_fn=build_validator,
         build_metrics_processor_fn=build_metrics,
-        state_dict_adapter=state_dict_adapter,
+        state_dict_adapter=LlamaMimiStateDictAdapter,
     ),
 )

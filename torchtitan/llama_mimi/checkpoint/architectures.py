@@ -2,62 +2,47 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import HuggingFaceStorageReader
-from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
+import torch.distributed as dist
 from transformers import AutoConfig, CsmForConditionalGeneration, LlamaForCausalLM, PreTrainedConfig
 
-from llama_mimi.checkpoint.csm import HierarchicalStateDictAdapter, codec_state, csm_args, csm_config, csm_state
-from llama_mimi.checkpoint.huggingface import LlamaMimiStateDictAdapter, hf_config, llama_state, model_args
+from llama_mimi.audio.mimi import CodecAttention
+from llama_mimi.checkpoint.csm import codec_state, csm_args, csm_config, csm_state
+from llama_mimi.checkpoint.huggingface import LlamaMimiStateDictAdapter, hf_config, llama_state, model_args, save_folder
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.hub import load_pretrained, require_no_difference
 from llama_mimi.model.architectures import build_model
 from llama_mimi.model.llama import LlamaMimiArgs
+from llama_mimi.tokens.sequences import SequenceBuilder
 from llama_mimi.tokens.units import Architecture
+
+# Folder in dump_folder, without weights, with which a run's checkpoints are converted: the extended tokenizer, and the
+# configuration with num_quantizers, codec and codec_attention.
+ASSETS_FOLDER = "hf_assets"
 
 
 @dataclass(frozen=True)
 class FolderKind:
-    """The Hugging Face folder of one architecture.
+    """The Hugging Face folder of one architecture."""
 
-    Args:
-        model_type: of its configuration.
-        stock_class: class of the model.
-        entries_key: key of the vocabulary size in the configuration.
-        adapter: TorchTitan's adapter for initial weights.
-        config: returns the configuration of our arguments, with further entries; ``args`` is the inverse.
-        state: returns our weights under its names.
-        extra_state: returns the other weights in it, for its configuration and the path or hub id of the codec.
-        sampled: parts of the stock model that have a generation config of their own.
-        description, usage: for the model card.
-    """
-
-    model_type: str
-    stock_class: type
-    entries_key: str
-    adapter: type[Llama3StateDictAdapter]
-    config: Callable[..., PreTrainedConfig]
-    args: Callable[[Any], LlamaMimiArgs]
-    state: Callable[[dict[str, torch.Tensor], Any], dict[str, torch.Tensor]]
-    extra_state: Callable[[Any, str], dict[str, torch.Tensor]]
-    sampled: tuple[str, ...]
-    description: str
+    stock_class: Any
+    config: Callable[..., PreTrainedConfig]  # of our arguments, with further entries
+    args: Callable[[Any], LlamaMimiArgs]  # inverse of `config`
+    state: Callable[[dict[str, torch.Tensor], Any], dict[str, torch.Tensor]]  # our weights under its names
+    description: str  # for the model card, as `usage`
     usage: str
+    codec_state: Callable[[Any, str], dict[str, torch.Tensor]] = lambda config, codec: {}  # of a codec in the folder
 
 
 KINDS: dict[Architecture, FolderKind] = {
     "flattened": FolderKind(
-        model_type="llama",
         stock_class=LlamaForCausalLM,
-        entries_key="vocab_size",
-        adapter=LlamaMimiStateDictAdapter,
         config=hf_config,
         args=model_args,
         state=llama_state,
-        extra_state=lambda config, codec: {},
-        sampled=(),
         description="a plain Llama decoder over flattened Mimi codec tokens (arXiv 2509.14882)",
         usage="""\
 A clip is `<|begin_of_text|><audio><c_0>...<c_{last_level}>...</audio>`, frame by frame. Load it with
@@ -65,15 +50,11 @@ A clip is `<|begin_of_text|><audio><c_0>...<c_{last_level}>...</audio>`, frame b
 Llama-Mimi.""",
     ),
     "hierarchical": FolderKind(
-        model_type="csm",
         stock_class=CsmForConditionalGeneration,
-        entries_key="text_vocab_size",
-        adapter=HierarchicalStateDictAdapter,
         config=csm_config,
         args=csm_args,
         state=csm_state,
-        extra_state=codec_state,
-        sampled=("depth_decoder",),
+        codec_state=codec_state,
         description="a Llama over frames of Mimi codec tokens, and a small decoder over the levels of a frame, as CSM",
         usage="""\
 A position is a frame of {num_quantizers} codes, behind `<|begin_of_text|><audio>`; the end is a frame of
@@ -91,22 +72,17 @@ The class may draw an end in a few levels alone, which its codec cannot decode; 
 }
 
 
-def state_dict_adapter(args: LlamaMimiArgs, hf_assets_path: str | None) -> Llama3StateDictAdapter:
-    return KINDS[args.architecture].adapter(args, hf_assets_path)
-
-
 def check_initial_weights(folder: str, args: LlamaMimiArgs) -> None:
-    """Compare the names and shapes of the safetensors in a folder with those that training loads.
+    """Raise a `UserError` if safetensors are damaged, or do not have the names and shapes that training loads.
 
     TorchTitan ends in a traceback if a tensor is missing, and ignores layers that the model does not have.
-
-    Raises:
-        UserError: they differ, or a file is damaged.
     """
     with torch.device("meta"):
-        wanted = state_dict_adapter(args, None).to_hf(build_model(args).state_dict())
+        model = build_model(args)
+    adapter = LlamaMimiStateDictAdapter(args, None)
+    wanted = adapter.to_hf(model.state_dict())
     try:
-        found = HuggingFaceStorageReader(folder).read_metadata().state_dict_metadata
+        found = adapter.get_hf_storage_reader(folder).read_metadata().state_dict_metadata
     except Exception as error:  # damaged files raise whatever their parser does
         raise UserError(f"the weights in '{folder}' are damaged ({first_line(error)}); prepare them again") from error
     # An output matrix of its own is not read where embeddings are tied, or where the output is that of frames.
@@ -117,13 +93,50 @@ def check_initial_weights(folder: str, args: LlamaMimiArgs) -> None:
 
 
 def load_config(folder: str, what: str) -> tuple[PreTrainedConfig, FolderKind]:
-    """Return the configuration of a model, and the kind of its folder.
-
-    Raises:
-        UserError: the folder is missing or of another kind.
-    """
+    """Return the configuration of a model, and the kind of its folder; a `UserError` if it is of another kind."""
     config = load_pretrained(AutoConfig, folder, what=what)
-    kinds = {kind.model_type: kind for kind in KINDS.values()}
+    kinds = {kind.stock_class.config_class.model_type: kind for kind in KINDS.values()}
     if config.model_type not in kinds:
         raise UserError(f"'{folder}' is a '{config.model_type}', not one of: {', '.join(kinds)}; name another {what}")
     return config, kinds[config.model_type]
+
+
+def speech_config(
+    args: LlamaMimiArgs,
+    sequences: SequenceBuilder,
+    codec_name: str,
+    attention: CodecAttention = "windowed",
+    **training: Any,
+) -> PreTrainedConfig:
+    """Return the configuration of a speech model; ``training`` are entries that generation needs, such as ``task``."""
+    return KINDS[args.architecture].config(
+        args,
+        bos_token_id=sequences.tokenizer.bos_token_id,
+        eos_token_id=sequences.vocabulary.audio_end_id,
+        pad_token_id=sequences.tokenizer.pad_token_id,
+        num_quantizers=sequences.vocabulary.num_quantizers,
+        codec=codec_name,
+        codec_attention=attention,
+        **training,
+    )
+
+
+def save_run_record(dump_folder: str, config: PreTrainedConfig, sequences: SequenceBuilder) -> None:
+    """Write `ASSETS_FOLDER` on rank 0; a `UserError` says that it cannot be written."""
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
+    folder = Path(dump_folder) / ASSETS_FOLDER
+    try:
+        save_folder(folder, config, sequences.tokenizer)
+    except Exception as error:
+        if not isinstance(error, OSError) and "os error" not in str(error):  # `tokenizers` raises no OSError
+            raise
+        raise UserError(f"'{folder}' could not be written ({first_line(error)}); free disk space") from error
+
+
+def find_run_record(checkpoint: Path) -> Path:
+    """Return `ASSETS_FOLDER` of the run of ``checkpoint``, a checkpoint folder or one step in it."""
+    for folder in (checkpoint, *checkpoint.resolve().parents[:2]):
+        if (folder / ASSETS_FOLDER / "config.json").is_file():
+            return folder / ASSETS_FOLDER
+    raise UserError(f"there is no {ASSETS_FOLDER}/config.json beside '{checkpoint}'; keep the two together")

@@ -1,8 +1,7 @@
 """The hierarchical architecture as a Hugging Face `CsmForConditionalGeneration`, with its codec inside.
 
-Both architectures have the same ids: ``embed_text_tokens`` is the whole embedding table, so one tokenizer serves both,
-and a prompt of text begins ``BOS text <audio>``. If stock code puts audio into text, ``<0_0>`` stands for a frame and
-``<0_1>`` for the end: transformers 5.x warns about the id of ``</audio>``, as it expects ids below (K + 1) * Q. Codes
+``embed_text_tokens`` is the whole embedding table, so the ids are those of a flattened model. Where stock code puts
+audio into text, ``<0_0>`` is a frame and ``<0_1>`` the end: transformers 5.x warns about the id of ``</audio>``. Codes
 of a frame are numbers below K; K is the end, at every level, and the padding.
 """
 
@@ -13,22 +12,16 @@ from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAda
 from transformers import CsmConfig, CsmDepthDecoderConfig, MimiModel
 
 from llama_mimi.audio.mimi import load_codec_config
-from llama_mimi.checkpoint.huggingface import NETWORK_KEYS, LlamaMimiStateDictAdapter, hf_config, model_args
+from llama_mimi.checkpoint.huggingface import NETWORK_KEYS, hf_config, model_args
 from llama_mimi.common.hub import load_pretrained
 from llama_mimi.model.llama import LlamaMimiArgs
-from llama_mimi.tokens.units import UnitVocabulary
 
 # Where CSM has the layers and the norm of its two networks.
 BACKBONE, DEPTH = "backbone_model", "depth_decoder.model"
 
 
 def csm_config(args: LlamaMimiArgs, **extra: Any) -> CsmConfig:
-    """Return the configuration of the CSM that computes the same logits as ``args``.
-
-    Args:
-        args: shape, with vocabulary and levels set.
-        extra: further entries, as of `llama_mimi.checkpoint.huggingface.hf_config`, with ``codec``.
-    """
+    """Return the configuration of the CSM that computes the same logits; ``extra`` are more entries, with ``codec``."""
     extra["eos_token_id"] = None  # its networks draw entries of a level, and no id ends them
     assert args.depth is not None
     codec = load_codec_config(extra["codec"], args.num_quantizers)
@@ -59,11 +52,7 @@ def csm_config(args: LlamaMimiArgs, **extra: Any) -> CsmConfig:
 
 
 def csm_args(config: CsmConfig) -> LlamaMimiArgs:
-    """Inverse of `csm_config`.
-
-    Raises:
-        UserError: see `llama_mimi.checkpoint.huggingface.model_args`.
-    """
+    """Inverse of `csm_config`; raises as `llama_mimi.checkpoint.huggingface.model_args`."""
     args = model_args(config)
     args.vocab_size, args.enable_weight_tying = config.text_vocab_size, False
     args.architecture, args.depth = "hierarchical", model_args(config.depth_decoder_config)
@@ -79,9 +68,13 @@ def csm_state(state: dict[str, torch.Tensor], args: LlamaMimiArgs) -> dict[str, 
         own = {key.removeprefix(prefix): weight for key, weight in state.items() if key.startswith(parts)}
         for key, weight in Llama3StateDictAdapter(network, None).to_hf(own).items():
             theirs[key.replace("model", name, 1)] = weight
+    K, Q, vocabulary = args.codebook_size, args.num_quantizers, args.vocabulary
+    # The codes and the end of level 0, then of level 1, and so on; each end is `</audio>`.
+    ids_KQ = vocabulary.ids_from_codes(torch.arange(K)[:, None].expand(K, Q)).view(K, Q)
+    rows = torch.cat([ids_KQ, torch.full((1, Q), vocabulary.audio_end_id)]).T.flatten()
     table_VD = state["tok_embeddings.weight"]
-    codes_QD = table_VD[_rows_of_levels(args.vocabulary)]
-    heads_qVD = state["depth.heads.weight"].unflatten(0, (args.num_quantizers - 1, -1))
+    codes_QD = table_VD[rows]
+    heads_qVD = state["depth.heads.weight"].unflatten(0, (Q - 1, -1))
     return theirs | {
         "embed_text_tokens.weight": table_VD,
         f"{BACKBONE}.embed_tokens.embed_audio_tokens.weight": codes_QD,
@@ -92,25 +85,9 @@ def csm_state(state: dict[str, torch.Tensor], args: LlamaMimiArgs) -> dict[str, 
     }
 
 
-def _rows_of_levels(vocabulary: UnitVocabulary) -> torch.Tensor:
-    """Return the ids of the codes and the end of level 0, then of level 1, and so on; each end is ``</audio>``."""
-    K, Q = vocabulary.codebook_size, vocabulary.num_quantizers
-    ids_KQ = vocabulary.ids_from_codes(torch.arange(K)[:, None].expand(K, Q)).view(K, Q)
-    ends_1Q = torch.full((1, Q), vocabulary.audio_end_id)
-    return torch.cat([ids_KQ, ends_1Q]).T.flatten()
-
-
 def codec_state(config: CsmConfig, codec: str) -> dict[str, torch.Tensor]:
     """Return the weights of the codec that goes into the folder, without levels that the model lacks."""
     weights = load_pretrained(MimiModel, codec, what="codec", dtype="auto").state_dict()
     with torch.device("meta"):
         names = MimiModel(config.codec_config).state_dict()
     return {f"codec_model.{name}": weights[name] for name in names}
-
-
-class HierarchicalStateDictAdapter(LlamaMimiStateDictAdapter):
-    """Adapter that loads a Llama into the backbone and the embeddings; other weights keep their initial values."""
-
-    def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        parts = ("layers.", "norm.", "tok_embeddings.")
-        return super().to_hf({key: weight for key, weight in state_dict.items() if key.startswith(parts)})

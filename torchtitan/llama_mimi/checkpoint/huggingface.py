@@ -1,6 +1,7 @@
 """A Llama of TorchTitan as a Hugging Face folder, and back: configuration, files and names of the weights."""
 
 import json
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -16,34 +17,19 @@ from llama_mimi.model.llama import LlamaMimiArgs
 
 # Entries of the configuration that give the shape of a network: a Llama, or one of the two of a CSM.
 NETWORK_KEYS = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "rms_norm_eps",
-    "rope_parameters",
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "rms_norm_eps", "rope_parameters"),
 )
+# Entries of rope_parameters in the order of TorchTitan's `RoPEScalingArgs`.
+SCALING_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def hf_config(args: LlamaMimiArgs, **extra: Any) -> LlamaConfig:
-    """Return the configuration of the Hugging Face Llama that computes the same logits as ``args``.
-
-    Args:
-        args: shape, with ``vocab_size`` set.
-        extra: further entries, such as token ids, ``num_quantizers`` and ``codec``.
-    """
-    scaling = args.rope_scaling_args
+    """Return the configuration of the Hugging Face Llama that computes the same logits; ``extra`` are more entries."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(args.rope_theta)}
-    if scaling.scaling_factor != 1:
-        rope |= {
-            "rope_type": "llama3",
-            "factor": scaling.scaling_factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_position_embeddings,
-        }
+    if args.rope_scaling_args.scaling_factor != 1:
+        scaling = zip(SCALING_KEYS, astuple(args.rope_scaling_args), strict=True)
+        rope |= {"rope_type": "llama3", **dict(scaling)}
     return LlamaConfig(
         architectures=["LlamaForCausalLM"],
         vocab_size=args.vocab_size,
@@ -62,18 +48,11 @@ def hf_config(args: LlamaMimiArgs, **extra: Any) -> LlamaConfig:
 
 
 def model_args(config: LlamaConfig) -> LlamaMimiArgs:
-    """Inverse of `hf_config`, for any Llama configuration.
-
-    Raises:
-        UserError: its rotary embeddings are scaled in a way that TorchTitan's Llama 3 does not know.
-    """
+    """Inverse of `hf_config`; a `UserError` refuses rotary embeddings that TorchTitan's Llama 3 cannot compute."""
     rope = config.rope_parameters
     if rope["rope_type"] not in ("default", "llama3"):
         raise UserError(f"rope_type is '{rope['rope_type']}'; name a model with 'default' or 'llama3'")
-    scaling = RoPEScalingArgs(scaling_factor=1.0)
-    if rope["rope_type"] == "llama3":
-        keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        scaling = RoPEScalingArgs(*(rope[key] for key in keys))
+    scaling = [rope[key] for key in SCALING_KEYS] if rope["rope_type"] == "llama3" else [1.0]
     return LlamaMimiArgs(
         dim=config.hidden_size,
         n_layers=config.num_hidden_layers,
@@ -85,13 +64,13 @@ def model_args(config: LlamaConfig) -> LlamaMimiArgs:
         ffn_dim_multiplier=config.intermediate_size / int(8 * config.hidden_size / 3),
         norm_eps=config.rms_norm_eps,
         rope_theta=rope["rope_theta"],
-        rope_scaling_args=scaling,
+        rope_scaling_args=RoPEScalingArgs(*scaling),
         enable_weight_tying=getattr(config, "tie_word_embeddings", False),  # the depth decoder of CSM has no such entry
     )
 
 
 def llama_state(state: dict[str, torch.Tensor], args: LlamaMimiArgs) -> dict[str, torch.Tensor]:
-    """Our weights under the names of `LlamaForCausalLM`; a tied ``lm_head`` is the embedding's."""
+    """Return our weights under the names of `LlamaForCausalLM`; a tied ``lm_head`` is the embedding's."""
     theirs = Llama3StateDictAdapter(args, None).to_hf(state)
     return {"lm_head.weight": theirs["model.embed_tokens.weight"]} | theirs
 
@@ -99,11 +78,10 @@ def llama_state(state: dict[str, torch.Tensor], args: LlamaMimiArgs) -> dict[str
 def save_folder(folder: Path, model: PreTrainedModel | PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write a model, or its configuration alone, and its tokenizer, for transformers 4.x as well as 5.x.
 
-    5.x reads what 4.x writes, but not the other way round. 4.x takes ``rope_theta`` and ``rope_scaling`` (10,000 and no
-    scaling where they lack: `LlamaConfig` of 4.56.2) and, before 4.56, ``torch_dtype``; its CSM refuses
-    ``tie_word_embeddings``, which 5.x derives from ``tie_codebooks_embeddings``. It has no ``TokenizersBackend``, wants
-    a dict of ``extra_special_tokens``, and without ``model_input_names`` a tokenizer returns ``token_type_ids``, which
-    Llama refuses (`PreTrainedTokenizerBase.__init__` of 4.56.2).
+    4.x takes ``rope_theta`` and ``rope_scaling`` (10,000 and no scaling where they lack) and, before 4.56,
+    ``torch_dtype``. Its CSM refuses ``tie_word_embeddings``, which 5.x derives from ``tie_codebooks_embeddings``.
+    It has no ``TokenizersBackend``, wants a dict of ``extra_special_tokens``, and without ``model_input_names`` a
+    tokenizer returns ``token_type_ids``, which Llama refuses.
     """
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -134,7 +112,7 @@ def save_folder(folder: Path, model: PreTrainedModel | PreTrainedConfig, tokeniz
 
 
 class LlamaMimiStateDictAdapter(Llama3StateDictAdapter):
-    """TorchTitan's adapter, for any number of ranks.
+    """TorchTitan's adapter for initial weights, for any number of ranks.
 
     The two implementations of rotary embeddings order the rows of a head differently. TorchTitan reorders each rank's
     part of a matrix, which fails when ranks have parts of heads: with more ranks than key heads, and with FSDP x TP.
@@ -146,6 +124,12 @@ class LlamaMimiStateDictAdapter(Llama3StateDictAdapter):
         list_all = reader.fs.ls
         reader.fs.ls = lambda folder: [file for file in list_all(folder) if not is_hidden(Path(file).name)]
         return reader
+
+    def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        if self.model_args.architecture == "hierarchical":  # a Llama has its backbone and the embeddings
+            parts = ("layers.", "norm.", "tok_embeddings.")
+            state_dict = {key: weight for key, weight in state_dict.items() if key.startswith(parts)}
+        return super().to_hf(state_dict)
 
     def _permute(self, weight: torch.Tensor, *shape: int) -> torch.Tensor:
         return _as_one(super()._permute, weight, *shape)

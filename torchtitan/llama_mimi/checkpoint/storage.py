@@ -1,7 +1,6 @@
-"""Distributed checkpoints (DCP) with checksums, read without running code.
+"""Distributed checkpoints (DCP) with checksums, read without running code; other DCP readers read them, too.
 
-The CRC-32 of each entry stands in DCP's index ``.metadata``. The CRC-32 of the index follows its pickle, where pickle
-stops reading. Every other DCP reader therefore reads these checkpoints, too.
+The CRC-32 of each entry stands in DCP's index. That of the index follows its pickle, where pickle stops reading.
 """
 
 import io
@@ -17,6 +16,7 @@ from typing import IO, Any
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint._nested_dict import set_element
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystem, _FileSystemWriter, _StorageWriterTransforms
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
@@ -69,22 +69,17 @@ class CheckedWriter(_FileSystemWriter):
 
 @contextmanager
 def _naming(step: Any) -> Iterator[None]:
-    """Name the step in an error of the disk."""
     try:
         yield
     except (OSError, RuntimeError) as error:
         cause = error if isinstance(error, OSError) else error.__context__  # torch.save fails once more on leaving
         if not isinstance(cause, OSError):
             raise
-        raise UserError(
-            f"the checkpoint '{step}' could not be written ({cause.strerror}); free disk space, and start the run "
-            "again: it continues from its last complete step"
-        ) from error
+        problem = f"the checkpoint '{step}' could not be written ({cause.strerror})"
+        raise UserError(f"{problem}; free disk space, and start the run again from its last complete step") from error
 
 
 class _ChecksumStreams(_StorageWriterTransforms):
-    """Puts a `_ChecksumStream` between each entry and its file."""
-
     def __init__(self) -> None:
         super().__init__()
         self.of_entry: dict[Any, _ChecksumStream] = {}
@@ -95,6 +90,8 @@ class _ChecksumStreams(_StorageWriterTransforms):
 
 
 class _ChecksumStream:
+    """Stream between an entry and its file."""
+
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream, self.flush, self.crc32 = stream, stream.flush, 0
 
@@ -114,22 +111,14 @@ class _SealingFileSystem(FileSystem):
 
 
 class CheckedReader(FileSystemReader):
-    """DCP's file reader, which reads an index without running code and, if asked to, compares checksums.
-
-    Args:
-        verify: compare the checksums of the entries that are read, where the checkpoint has them.
-    """
+    """DCP's file reader, which reads an index without running code; ``verify`` compares the checksums of entries."""
 
     def __init__(self, path: str | os.PathLike, verify: bool = True) -> None:
         super().__init__(path)
         self._verify = verify
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Return the index.
-
-        Raises:
-            UserError: it is damaged, or contains more than DCP writes.
-        """
+        """Return the index; a `UserError` says that it is damaged, or contains more than DCP writes."""
         path = Path(self._get_metadata_path(kwargs.get("rank")))
         try:
             content = path.read_bytes()
@@ -174,13 +163,10 @@ class PlainLoadPlanner(DefaultLoadPlanner):
 
 
 def check_step(step: Path, verify: bool) -> Metadata:
-    """Return the index of a step, all of whose files are complete.
+    """Return the index of a step; a `UserError` says that a file is missing, truncated or damaged.
 
     Args:
         verify: also read the files and compare their checksums, where the checkpoint has them.
-
-    Raises:
-        UserError: a file is missing, truncated or damaged.
     """
     metadata = CheckedReader(step).read_metadata()
     entries = defaultdict(list)
@@ -194,11 +180,16 @@ def check_step(step: Path, verify: bool) -> Metadata:
                     raise UserError(f"'{path}' is truncated: it has {there:,} of {num_bytes:,} bytes")
                 for info in infos if verify else ():
                     _check_entry(file, info)
-        except FileNotFoundError as error:
-            raise UserError(f"'{path}' is missing") from error
         except OSError as error:
-            raise UserError(f"'{path}' cannot be read ({error.strerror})") from error
+            problem = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+            raise UserError(f"'{path}' {problem}") from error
     return metadata
+
+
+def first_failure(error: CheckpointException) -> BaseException:
+    """Return the first `UserError` of all ranks, or else their first error."""
+    failures = [failure for failure, _ in error.failures.values()]
+    return next((failure for failure in failures if isinstance(failure, UserError)), failures[0])
 
 
 def _check_entry(file: IO[bytes], info: Any) -> None:

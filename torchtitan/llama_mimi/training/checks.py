@@ -21,10 +21,9 @@ from torchtitan.tools.logging import logger
 from transformers import PreTrainedConfig
 
 from llama_mimi.audio.mimi import attention_of
-from llama_mimi.checkpoint.architectures import check_initial_weights, load_config
+from llama_mimi.checkpoint.architectures import ASSETS_FOLDER, check_initial_weights, load_config, speech_config
 from llama_mimi.checkpoint.dcp import complete_steps, is_distributed, read_index, set_aside_incomplete, set_aside_later
 from llama_mimi.checkpoint.huggingface import NETWORK_KEYS, hf_config
-from llama_mimi.checkpoint.run_record import ASSETS_FOLDER, speech_config
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import LOCK, locked, read_json, write_atomically
 from llama_mimi.common.ranks import from_first
@@ -41,7 +40,8 @@ from llama_mimi.training.loss import level_weights
 FLOAT8 = "quantize.linear.float8"  # TorchTitan's name of the converter
 # Entries that must agree between a flavor, a Hugging Face folder and an earlier run in the same dump_folder.
 MODEL_KEYS = ("model_type", *NETWORK_KEYS, "tie_word_embeddings")
-# Settings in the order in which ParallelDims takes them.
+RECORD_KEYS = (*MODEL_KEYS, "num_quantizers", "codec", "codec_attention", "vocab_size", "text_vocab_size")
+# Degrees in the order in which ParallelDims takes them.
 DEGREES = (
     "data_parallel_replicate data_parallel_shard context_parallel tensor_parallel pipeline_parallel expert_parallel "
     "expert_tensor_parallel"
@@ -82,35 +82,23 @@ RULES: list[tuple[str, Callable[[Any, Any], Any], str]] = [
         "set num_workers to at least 0, or 1 with prefetch_factor or persistent_workers",
     ),
     ("data.task", lambda v, c: v != "tts" or c.model.vocabulary != "audio", "set model.vocabulary to 'llama'"),
-    (
-        "data.weights",
-        lambda v, c: not v or (len(v) == len(dataset_names(c.training)) and all(0 < w < math.inf for w in v)),
-        "set one positive number for each corpus in training.dataset",
-    ),
+    ("data.weights", lambda v, c: len(v) in (0, len(dataset_names(c.training))), "set one number for each corpus"),
+    ("data.weights", lambda v, c: all(0 < w < math.inf for w in v), "set positive, finite numbers"),
     ("validation.steps", lambda v, c: v == -1, "set data.validation_clips instead, which all ranks share"),
     ("training.seq_len validation.seq_len", lambda v, c: v >= c.codec.num_quantizers + 2, "a frame needs more tokens"),
     ("training.seq_len validation.seq_len", lambda v, c: v % c.divisor == 0, "set a multiple of {divisor}"),
     ("validation.seq_len", lambda v, c: v <= c.training.seq_len, "set at most training.seq_len, {training.seq_len}"),
     ("training.global_batch_size", lambda v, c: v < 0 or (v and v % c.pass_size == 0), "set a multiple of {pass_size}"),
-    (
-        "checkpoint.initial_load_in_hf checkpoint.initial_load_path",
-        lambda v, c: not v or c.checkpoint.enable,
-        "set checkpoint.enable, too, or neither for random weights",
-    ),
-    (
-        "checkpoint.folder",
-        lambda v, c: not re.search(r"^\.{0,2}$|/", v) and v not in (c.metrics.save_tb_folder, ASSETS_FOLDER),
-        "name a folder of its own in job.dump_folder",
-    ),
+    ("checkpoint.initial_load_in_hf", lambda v, c: not v or c.checkpoint.enable, "set checkpoint.enable, too"),
+    ("checkpoint.initial_load_path", lambda v, c: not v or c.checkpoint.enable, "set checkpoint.enable, too"),
+    ("checkpoint.folder", lambda v, c: not re.search(r"^\.{0,2}$|/", v), "name a folder of its own in job.dump_folder"),
+    ("checkpoint.folder", lambda v, c: v not in (c.metrics.save_tb_folder, ASSETS_FOLDER), "name a folder of its own"),
     ("checkpoint.keep_latest_k", lambda v, c: v != 1, "keep at least 2, as the last may be half written, or 0 for all"),
     ("model.depth_share", lambda v, c: v == 1 or (0 < v < 1 and not c.is_flattened), "set 1, or less if hierarchical"),
     ("codec.num_quantizers", lambda v, c: v >= 2 or c.is_flattened, "'hierarchical' needs at least 2 levels"),
     ("model.converters checkpoint.last_save_in_hf", lambda v, c: not v or c.is_flattened, _FLATTENED_ONLY),
-    (
-        "parallelism.tensor_parallel_degree parallelism.context_parallel_degree",
-        lambda v, c: v == 1 or c.is_flattened,
-        _FLATTENED_ONLY,
-    ),
+    ("parallelism.tensor_parallel_degree", lambda v, c: v == 1 or c.is_flattened, _FLATTENED_ONLY),
+    ("parallelism.context_parallel_degree", lambda v, c: v == 1 or c.is_flattened, _FLATTENED_ONLY),
     ("model.converters", lambda v, c: v in ([], [FLOAT8]), f"the one converter for this model is '{FLOAT8}'"),
     ("model.converters", lambda v, c: not v or find_spec("torchao"), "install torchao with `uv sync --extra float8`"),
     (
@@ -126,9 +114,7 @@ RULES: list[tuple[str, Callable[[Any, Any], Any], str]] = [
 
 
 def prepare_run(job_config: Any) -> None:
-    """Check a run, lock its folder and save its config. Rank 0 does it, and the others wait.
-
-    A checkpoint folder that nothing can be loaded from, and steps after ``checkpoint.load_step``, are moved aside.
+    """Check a run, lock its folder, save its config and move steps aside. Rank 0 does it, and the others wait.
 
     Raises:
         UserError: on every rank the first problem, or on one node that it sees other steps than the first node.
@@ -145,11 +131,10 @@ def prepare_run(job_config: Any) -> None:
         _held.enter_context(locked(folder / LOCK, "job.dump_folder"))
         if name := job_config.job.save_config_file:
             write_atomically(str(folder), name, json.dumps(job_config.to_dict(), indent=2).encode())
-        if settings.enable and settings.load_step != -1 and (aside := set_aside_later(checkpoint, settings.load_step)):
-            logger.warning(f"the steps after {settings.load_step} in '{checkpoint}' were moved to '{aside}'")
-        has_initial_weights = settings.initial_load_in_hf or settings.initial_load_path
-        if settings.enable and has_initial_weights and (aside := set_aside_incomplete(checkpoint)):
-            logger.warning(f"no step in '{checkpoint}' is complete, so it was moved to '{aside}'")
+        if settings.enable and settings.load_step != -1:
+            set_aside_later(checkpoint, settings.load_step)
+        if settings.enable and (settings.initial_load_in_hf or settings.initial_load_path):
+            set_aside_incomplete(checkpoint)
         return steps()
 
     of_first = from_first(prepare)
@@ -158,26 +143,18 @@ def prepare_run(job_config: Any) -> None:
         if not settings.enable or steps() == of_first:
             return
         time.sleep(1)
-    raise UserError(
-        f"the steps in '{checkpoint}' are {steps()} on {socket.gethostname()}, but {of_first} on the first node; let "
-        "all nodes see the same job.dump_folder"
-    )
+    found = f"the steps in '{checkpoint}' are {steps()} on {socket.gethostname()}, but {of_first} on the first node"
+    raise UserError(f"{found}; let all nodes see the same job.dump_folder")
 
 
 def check_settings(job_config: Any, world_size: int) -> None:
-    """Refuse settings that cannot run on any machine.
-
-    Raises:
-        UserError: the first rule that is broken.
-    """
+    """Refuse settings that cannot run on any machine; a `UserError` names the first rule that is broken."""
     degrees = [getattr(job_config.parallelism, f"{name}_degree") for name in DEGREES.split()]
     try:
         dims = ParallelDims(*degrees, world_size=world_size)
     except AssertionError as error:
-        raise UserError(
-            f"the degrees in [parallelism] do not fit {world_size} ranks ({str(error) or 'too few'}); change them, or "
-            "torchrun's --nproc_per_node"
-        ) from error
+        problem = f"the degrees in [parallelism] do not fit {world_size} ranks ({str(error) or 'too few'})"
+        raise UserError(f"{problem}; change them, or torchrun's --nproc_per_node") from error
     config = SimpleNamespace(
         **vars(job_config),
         dims=dims,
@@ -195,16 +172,13 @@ def check_settings(job_config: Any, world_size: int) -> None:
 
 
 def check_files(job_config: Any) -> None:
-    """Refuse what cannot run on this machine: device, corpora, model folder, earlier runs.
-
-    Raises:
-        UserError: the first problem.
-    """
+    """Refuse what cannot run on this machine: device, corpora, model folder, earlier runs."""
     if job_config.parallelism.context_parallel_degree > 1 and not torch.cuda.is_available():
         raise UserError("parallelism.context_parallel_degree is more than 1, which needs GPUs; set it to 1")
     _check_data(job_config)
     _check_model(job_config)
-    _check_resume(job_config)
+    if job_config.checkpoint.enable:
+        _check_resume(job_config)
 
 
 def _check_data(job_config: Any) -> None:
@@ -213,33 +187,27 @@ def _check_data(job_config: Any) -> None:
         values = getattr(job_config, section)
         names, split = dataset_names(values), chosen_split(job_config, values)
         if len(names) != 1 and (not names or section == "validation" or not all(map(is_store, names))):
-            raise UserError(
-                f"{section}.dataset is '{values.dataset}'; name one corpus, or for training several tokenised ones "
-                "(scripts/tokenize_corpus.py)"
-            )
+            remedy = "name one corpus, or for training several tokenised ones (scripts/tokenize_corpus.py)"
+            raise UserError(f"{section}.dataset is '{values.dataset}'; {remedy}")
         for name in names:
             if not is_store(name):
                 check_corpus(name, values.dataset_path, split)
-                continue
-            if values.dataset_path is not None or split is not None:
+            elif values.dataset_path is not None or split is not None:
                 raise UserError(f"'{name}' is a tokenised corpus without splits; leave dataset_path and the split out")
-            CodeCorpus(name, codec.name, codec.num_quantizers, codec.attention, with_text=data.task == "tts")
+            else:
+                CodeCorpus(name, codec.name, codec.num_quantizers, codec.attention, with_text=data.task == "tts")
 
 
 def _check_model(job_config: Any) -> None:
     model, codec, settings = job_config.model, job_config.codec, job_config.checkpoint
-    prepare = (
-        f"`python scripts/prepare_base_model.py --base_model HUB_ID_OR_FOLDER --codec {codec.name} --num_quantizers "
-        f"{codec.num_quantizers} --vocabulary {model.vocabulary} --output_dir NEW_FOLDER`"
-    )
+    flags = f"--codec {codec.name} --num_quantizers {codec.num_quantizers} --vocabulary {model.vocabulary}"
+    prepare = f"`scripts/prepare_base_model.py {flags}`"
     if not Path(model.hf_assets_path).is_dir():
         raise UserError(f"model.hf_assets_path '{model.hf_assets_path}' is not a folder; create one with {prepare}")
     sequences = load_sequences(model.hf_assets_path, codec.name, codec.num_quantizers, model.vocabulary)
     if model.vocabulary == "llama" and not has_text(sequences.tokenizer):
-        raise UserError(
-            f"model.vocabulary is 'llama', but the tokenizer in '{model.hf_assets_path}' has no text; set it to "
-            f"'audio', or name a folder by {prepare}"
-        )
+        problem = f"model.vocabulary is 'llama', but the tokenizer in '{model.hf_assets_path}' has no text"
+        raise UserError(f"{problem}; set it to 'audio', or name a folder by {prepare}")
     args = copy.copy(FLAVORS[model.flavor])
     base, _ = load_config(model.hf_assets_path, "model")
     found, wanted = _entries(base, MODEL_KEYS), _entries(hf_config(args), MODEL_KEYS)
@@ -255,11 +223,11 @@ def _check_model(job_config: Any) -> None:
         check_initial_weights(settings.initial_load_path or model.hf_assets_path, args)
     folder = Path(job_config.job.dump_folder)
     if checkpoint_folder(job_config).is_dir() and (folder / ASSETS_FOLDER).is_dir():
-        earlier, kind = load_config(str(folder / ASSETS_FOLDER), "run record")
+        earlier, _ = load_config(str(folder / ASSETS_FOLDER), "run record")
         own = speech_config(args, sequences, codec.name, codec.attention)
-        keys = (*MODEL_KEYS, "num_quantizers", "codec", "codec_attention", kind.entries_key)
         remedy = "set it as before, or choose another job.dump_folder"
-        require_same(_entries(earlier, keys), _entries(own, keys), f"the run in job.dump_folder '{folder}'", remedy)
+        what = f"the run in job.dump_folder '{folder}'"
+        require_same(_entries(earlier, RECORD_KEYS), _entries(own, RECORD_KEYS), what, remedy)
 
 
 def _entries(config: PreTrainedConfig, keys: tuple[str, ...]) -> dict[str, Any]:
@@ -269,23 +237,19 @@ def _entries(config: PreTrainedConfig, keys: tuple[str, ...]) -> dict[str, Any]:
 def _check_resume(job_config: Any) -> None:
     """Refuse a step that cannot be resumed. The loader itself checks that a saved position fits the data."""
     settings, folder = job_config.checkpoint, checkpoint_folder(job_config)
-    if not settings.enable:
-        return
     steps = complete_steps(folder)
     number = max(steps, default=-1) if settings.load_step == -1 else settings.load_step
     if number == -1:
         if settings.initial_load_path and not settings.initial_load_in_hf:
-            read_index(Path(settings.initial_load_path), verify=False)
+            read_index(Path(settings.initial_load_path))
         return
     if number not in steps:
         there = ", ".join(map(str, sorted(steps))) or "none"
         raise UserError(f"checkpoint.load_step is {number}, but the complete steps in '{folder}' are: {there}")
     # From step 0, a seed checkpoint, TorchTitan loads the weights alone, so that no position is needed.
     needs_position = number > 0 and "dataloader" not in settings.exclude_from_loading
-    is_resumable = is_distributed(steps[number]) and (
-        "dataloader.position" in read_index(steps[number], verify=False).state_dict_metadata or not needs_position
-    )
-    if not is_resumable:
+    entries = read_index(steps[number]).state_dict_metadata if is_distributed(steps[number]) else None
+    if entries is None or (needs_position and "dataloader.position" not in entries):
         raise UserError(
             f"'{steps[number]}' contains weights only, without a position in the data, and cannot be resumed; start in "
             "another job.dump_folder with it as checkpoint.initial_load_path (and initial_load_in_hf for safetensors)"
@@ -293,23 +257,22 @@ def _check_resume(job_config: Any) -> None:
     if number:
         _log_changes(job_config)
     if number >= job_config.training.steps:
-        logger.warning(
-            f"the run has reached step {number} of {job_config.training.steps}, so nothing is left to train; set a "
-            "higher --training.steps to continue"
-        )
+        reached = f"the run has reached step {number} of {job_config.training.steps}, so nothing is left to train"
+        logger.warning(f"{reached}; set a higher --training.steps to continue")
 
 
 def _log_changes(job_config: Any) -> None:
-    """Log the settings of the optimizer and the schedule that differ from those of the last start."""
-    name = job_config.job.save_config_file
-    with suppress(UserError):  # a config that cannot be read is written again
-        if name and (earlier := read_json(job_config.job.dump_folder, name)) is not None:
-            before, now = _schedule(earlier), _schedule(job_config.to_dict())
-            if changes := [f"{key} {before.get(key)} -> {now[key]}" for key in now if now[key] != before.get(key)]:
-                logger.warning(f"settings changed since the last start: {', '.join(changes)}")
-
-
-def _schedule(config: dict[str, Any]) -> dict[str, Any]:
-    sections = ("optimizer", "lr_scheduler")
-    schedule = {f"{name}.{key}": value for name in sections for key, value in (config.get(name) or {}).items()}
-    return schedule | {"training.steps": (config.get("training") or {}).get("steps")}  # the schedule depends on it
+    """Log the settings of the optimizer, the schedule and the training that differ from those of the last start."""
+    earlier = None
+    if name := job_config.job.save_config_file:
+        with suppress(UserError):  # a config that cannot be read is written again
+            earlier = read_json(job_config.job.dump_folder, name)
+    now = job_config.to_dict()
+    changes = [
+        f"{section}.{key} {before} -> {value}"
+        for section in ("optimizer", "lr_scheduler", "training")
+        for key, value in now[section].items()
+        if earlier and (before := earlier.get(section, {}).get(key)) != value
+    ]
+    if changes:
+        logger.warning(f"settings changed since the last start: {', '.join(changes)}")

@@ -31,17 +31,12 @@ RELEASED_KEYS = {
 
 
 def parse_config(args: list[str]) -> Any:
-    """Parse the arguments of the command line, and check the settings without reading other files.
-
-    Raises:
-        UserError: the config file is not readable, a key is unknown, or the settings cannot run.
-    """
+    """Parse the arguments of the command line; a `UserError` refuses unknown keys, and settings that cannot run."""
     config_class = ConfigManager._merge_configs(JobConfig, llama_mimi.job_config.JobConfig)
-    path = _config_file(args)
-    if path is not None:
-        values = _read_toml(path)
-        _check_release(values, path)
-        _check_keys(config_class, values, prefix="", path=path)
+    for flag, following in zip(args, [*args[1:], ""], strict=False):
+        key, has_value, value = flag.partition("=")
+        if key.replace("-", "_") == "__job.config_file":
+            _check_file(config_class, value if has_value else following)
     try:
         job_config = ConfigManager(config_class).parse_args(args)
     except AssertionError as error:  # some of TorchTitan's settings check themselves
@@ -50,44 +45,33 @@ def parse_config(args: list[str]) -> Any:
     return job_config
 
 
-def _config_file(args: list[str]) -> Path | None:
-    for flag, following in zip(args, [*args[1:], ""], strict=False):
-        key, has_value, value = flag.partition("=")
-        if key.replace("-", "_") == "__job.config_file":
-            return Path(value if has_value else following)
-    return None
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
+def _check_file(config_class: Any, path: str) -> None:
     try:
-        return tomllib.loads(path.read_text())
+        values = tomllib.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"the config file '{path}' cannot be read ({error}); name a TOML file") from error
-
-
-def _check_release(values: dict[str, Any], path: Path) -> None:
-    """Name all keys of the first release at once, with what they are called here."""
     found = {*values, *(f"{name}.{key}" for name, keys in values.items() if isinstance(keys, dict) for key in keys)}
     if old := [key for key in RELEASED_KEYS if key in found]:
         changes = [f"rename '{key}' to '{new}'" if (new := RELEASED_KEYS[key]) else f"remove '{key}'" for key in old]
         raise UserError(f"'{path}' has keys of the first release; {', '.join(changes)}")
+    _check_keys(config_class, values, "", path)
 
 
-def _check_keys(config_class: Any, values: dict[str, Any], prefix: str, path: Path) -> None:
-    fields = {field.name: field.type for field in dataclasses.fields(config_class)}
+def _check_keys(config_class: Any, values: dict[str, Any], prefix: str, path: str) -> None:
+    types = {field.name: field.type for field in dataclasses.fields(config_class)}
     for key, value in values.items():
-        if key not in fields:
-            nearest = difflib.get_close_matches(key, fields, n=1)
+        name = prefix + key
+        if key not in types:
+            nearest = difflib.get_close_matches(key, types, n=1)
             hint = f"the nearest valid key is '{prefix}{nearest[0]}'" if nearest else "--help lists all keys"
-            raise UserError(f"'{path}' sets the unknown key '{prefix}{key}'; {hint}")
-        if dataclasses.is_dataclass(fields[key]):
+            raise UserError(f"'{path}' sets the unknown key '{name}'; {hint}")
+        if dataclasses.is_dataclass(types[key]):
             if not isinstance(value, dict):
-                raise UserError(f"'{path}' sets '{prefix}{key}' to {value!r}; it is a section, written [{prefix}{key}]")
-            _check_keys(fields[key], value, f"{prefix}{key}.", path)
-        elif not fits(value, fields[key]):
-            wanted = str(fields[key]) if get_origin(fields[key]) else getattr(fields[key], "__name__", "")
-            wanted = ", ".join(map(repr, get_args(fields[key]))) if get_origin(fields[key]) is Literal else wanted
-            raise UserError(f"'{path}' sets '{prefix}{key}' to {value!r}; it takes {wanted}")
+                raise UserError(f"'{path}' sets '{name}' to {value!r}; it is a section, written [{name}]")
+            _check_keys(types[key], value, f"{name}.", path)
+        elif not fits(value, types[key]):
+            wanted = getattr(types[key], "__name__", "") if isinstance(types[key], type) else str(types[key])
+            raise UserError(f"'{path}' sets '{name}' to {value!r}; it takes {wanted.removeprefix('typing.')}")
 
 
 def fits(value: Any, annotation: Any) -> bool:
@@ -103,6 +87,4 @@ def fits(value: Any, annotation: Any) -> bool:
         return isinstance(value, dict) and all(fits(k, args[0]) and fits(v, args[1]) for k, v in value.items())
     if annotation is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
-    if annotation in (int, str, bool):
-        return type(value) is annotation
-    return annotation is not type(None)
+    return type(value) is annotation if annotation in (int, str, bool) else annotation is not type(None)

@@ -1,7 +1,8 @@
 """Level-weighted cross-entropy over audio tokens; losses per level are recorded without weights."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -13,18 +14,13 @@ from llama_mimi.tokens.units import UnitVocabulary
 
 
 class LevelMeter:
-    """Sums of losses and counts of targets since the last `take`, per level; ``</audio>`` has a row of its own."""
+    """Sums of losses and counts of targets per level; ``</audio>`` has a row of its own."""
 
     def __init__(self) -> None:
         self._sums = self._step_sums = torch.zeros(())
 
     def add(self, losses_N: torch.Tensor, admissible_N: torch.Tensor, rows_N: torch.Tensor, num_rows: int) -> None:
-        """Add losses (N,), each to its row (N,); row ``num_rows`` is not recorded.
-
-        Args:
-            losses_N: under the softmax over all entries.
-            admissible_N: under the softmax over the admissible entries.
-        """
+        """Add losses over all entries and over admissible ones, each to its row; row ``num_rows`` is not recorded."""
         sums = torch.zeros(3, num_rows + 1, device=losses_N.device, dtype=torch.float64)
         for row, values_N in zip(sums, (losses_N, torch.ones_like(losses_N), admissible_N), strict=True):
             row.index_add_(0, rows_N, values_N.double())
@@ -32,7 +28,7 @@ class LevelMeter:
         self._sums = self._sums + sums[:, :num_rows]
 
     def take(self) -> torch.Tensor:
-        """Return this rank's sums (3, Q + 1) of losses, targets and losses over admissible entries, and reset them."""
+        """Return this rank's sums (3, Q + 1) of losses, targets and losses over admissible entries since the last."""
         sums, self._sums = self._sums, torch.zeros(())
         return sums
 
@@ -54,8 +50,7 @@ def level_weights(recipe: str, shares: Sequence[float]) -> list[float]:
     """Return the weight of each level's loss. The mean weight is one, so the learning rate needs no change.
 
     Args:
-        recipe: "uniform"; "semantic:R", level 0 R times as much as each other level (lambda in arXiv 2509.14882);
-            "geometric:R", from level 0 to the last level down to 1 / R in equal ratios; or Q numbers with commas.
+        recipe: as the setting ``loss.level_weights``, whose semantic:R is lambda in arXiv 2509.14882.
         shares: fraction of the frames in which each of the Q levels has a target. The level counts as if it had all.
 
     Raises:
@@ -75,10 +70,8 @@ def level_weights(recipe: str, shares: Sequence[float]) -> list[float]:
     except ValueError:
         weights = []
     if len(weights) != Q or not all(0 < weight < math.inf for weight in weights):
-        raise UserError(
-            f"loss.level_weights is '{recipe}'; set uniform, semantic:100, geometric:100, or {Q} positive numbers "
-            "separated by commas, one for each level"
-        )
+        remedy = f"set uniform, semantic:100, geometric:100, or {Q} positive numbers separated by commas"
+        raise UserError(f"loss.level_weights is '{recipe}'; {remedy}")
     mean = sum(weights) / sum(shares)
     return [weight / share / mean for weight, share in zip(weights, shares, strict=True)]
 
@@ -87,29 +80,19 @@ class UnitLoss:
     """TorchTitan's loss function: the weighted sum of cross-entropies over targets.
 
     Args:
-        vocabulary: vocabulary of the labels.
-        meter: records the losses of the levels, without weights.
+        meter: records the losses without weights.
         weights: weights of the Q levels; ``</audio>`` has the weight of level 0.
-        chunk_step: `llama_mimi.model.cross_entropy.chunk_losses`, compiled.
+        chunk_step: compiled `llama_mimi.model.cross_entropy.chunk_losses`.
     """
 
     def __init__(
-        self,
-        vocabulary: UnitVocabulary,
-        meter: LevelMeter,
-        weights: Sequence[float],
-        chunk_step: Callable | None = None,
+        self, vocabulary: UnitVocabulary, meter: LevelMeter, weights: Sequence[float], chunk_step: Any = None
     ) -> None:
-        self._vocabulary, self._meter = vocabulary, meter
+        self._vocabulary, self._meter, self._chunk_step = vocabulary, meter, chunk_step
         self._weights_Q = torch.tensor(weights)
-        self._chunk_step = chunk_step
 
     def __call__(self, logits: PendingLogits | PendingFrames, labels: torch.Tensor) -> torch.Tensor:
-        """Return the sum over the batch.
-
-        Args:
-            labels: targets (B, L), or (B, L, Q) of the hierarchical architecture.
-        """
+        """Return the sum over the targets (B, L), or (B, L, Q) of the hierarchical architecture."""
         sums = []
         for head in logits.heads(labels, self._vocabulary):
             self._weights_Q = self._weights_Q.to(head.targets.levels_N.device)

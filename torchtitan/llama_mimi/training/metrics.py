@@ -31,8 +31,7 @@ PEAK_FLOPS = {
     "B200": 2250e12,
     "MI300X": 1307e12,
 }
-# Group of metrics; "validation_" precedes those of validation. Earlier versions logged "bits_per_audio_second", from a
-# softmax over the whole vocabulary.
+# Group of metrics; "validation_" precedes those of validation.
 BITS = "admissible_bits_per_audio_second"
 
 
@@ -50,9 +49,7 @@ class SpeechMetrics(MetricsProcessor):
 
     Args:
         meters: filled by the losses and the dataloader.
-        guard: stops the run at a step that is not finite.
         level_shares: fraction of the frames in which each of the Q levels has targets.
-        frame_rate_hz: frame rate of the codec.
     """
 
     time_last_log: float
@@ -81,53 +78,51 @@ class SpeechMetrics(MetricsProcessor):
         return super().should_log(step)
 
     def log(
-        self,
-        step: int,
-        global_avg_loss: float,
-        global_max_loss: float,
-        grad_norm: float,
-        extra_metrics: dict[str, Any] | None = None,
+        self, step: int, global_avg_loss: float, global_max_loss: float, grad_norm: float, extra_metrics: Any = None
     ) -> None:
         seconds = time.perf_counter() - self.time_last_log
         sums = self._reduced(self._meters.train)
         if not sums[1].any():  # the next line is of these steps, too
             return
         # Over all targets since the last line, as the levels are; TorchTitan's own is that of the last step alone.
-        global_avg_loss = self._mean_loss(sums, self._level_shares)
+        loss, by_level, levels = self._losses(sums, self._level_shares)
         tokens_per_s = float(sums[1].sum()) / seconds
-        steps = step - self._last_step
-        memory = self.device_memory_monitor.get_peak_stats()
-        num_clips, hours = self._seen()
+        audio_per_s = float(sums[1, 0]) / self._frame_rate_hz / seconds
+        steps, num_steps = step - self._last_step, self.job_config.training.steps
+        memory_gib = self.device_memory_monitor.get_peak_stats().max_reserved_gib
+        # Where the codec does not run beside the step, its share is in that of the loader.
+        data = 100 * sum(self.data_loading_times) / seconds
+        codec = 100 * self._meters.data.codec_seconds / seconds
+        seen = torch.tensor([self._meters.data.num_clips, self._meters.data.num_frames], device=device_type)
+        num_clips, num_frames = reduce_sums(seen, self.parallel_dims.get_optional_mesh("batch")).tolist()
+        hours = num_frames / self._frame_rate_hz / 3600
         metrics: dict[str, Any] = {
-            "loss_metrics/global_avg_loss": global_avg_loss,
-            **{f"loss_metrics/{name}": loss for name, loss in self._level_losses(sums).items()},
-            **{f"{BITS}/{name}": bits for name, bits in self._bits(sums).items()},
+            "loss_metrics/global_avg_loss": loss,
+            **by_level,
             "grad_norm": grad_norm,
             "throughput/useful_tokens_per_s": tokens_per_s,
-            "throughput/audio_seconds_per_s": float(sums[1, 0]) / self._frame_rate_hz / seconds,
+            "throughput/audio_seconds_per_s": audio_per_s,
             "time_metrics/end_to_end(s)": seconds / steps,
-            # Where the codec does not run beside the step, its share is in that of the loader.
-            "time_metrics/data_loading(%)": 100 * sum(self.data_loading_times) / seconds,
-            "time_metrics/codec(%)": 100 * self._meters.data.codec_seconds / seconds,
+            "time_metrics/data_loading(%)": data,
+            "time_metrics/codec(%)": codec,
             "data/clips_seen": num_clips,
             "data/hours_seen": hours,
-            "memory/max_reserved(GiB)": memory.max_reserved_gib,
+            "memory/max_reserved(GiB)": memory_gib,
             # TorchTitan's own count of tokens seen includes padding
             **{key: value for key, value in (extra_metrics or {}).items() if key != "n_tokens_seen"},
         }
+        mfu = ""
         if self._peak_flops is not None:
             flops = self.num_flops_per_token * tokens_per_s / self.parallel_dims.world_size
             metrics["throughput/mfu(%)"] = 100 * flops / self._peak_flops
+            mfu = f"  mfu: {metrics['throughput/mfu(%)']:.1f}%"
         self.logger.log(metrics, step)
-        left_s = seconds / steps * (self.job_config.training.steps - step)
-        mfu = f"  mfu: {metrics['throughput/mfu(%)']:.1f}%" if self._peak_flops is not None else ""
+        left = timedelta(seconds=math.ceil(seconds / steps * (num_steps - step)))
         logger.info(
-            f"step: {step}/{self.job_config.training.steps}  loss: {global_avg_loss:.5f}  "
-            f"levels: {self._format_levels(sums)}  grad_norm: {grad_norm:.3f}  tokens/s: {tokens_per_s:,.0f}  "
-            f"audio-s/s: {metrics['throughput/audio_seconds_per_s']:,.1f}{mfu}  "
-            f"seen: {num_clips:,} clips, {hours:,.2f} h  "
-            f"data: {metrics['time_metrics/data_loading(%)']:.1f}% (codec {metrics['time_metrics/codec(%)']:.1f}%)  "
-            f"memory: {memory.max_reserved_gib:.2f}GiB  left: {timedelta(seconds=math.ceil(left_s))}"
+            f"step: {step}/{num_steps}  loss: {loss:.5f}  levels: {levels}  grad_norm: {grad_norm:.3f}  "
+            f"tokens/s: {tokens_per_s:,.0f}  audio-s/s: {audio_per_s:,.1f}{mfu}  "
+            f"seen: {num_clips:,} clips, {hours:,.2f} h  data: {data:.1f}% (codec {codec:.1f}%)  "
+            f"memory: {memory_gib:.2f}GiB  left: {left}"
         )
         self._last_step = step
         self.ntokens_since_last_log = 0
@@ -140,50 +135,34 @@ class SpeechMetrics(MetricsProcessor):
         """Log the validation that just took ``seconds``, which do not count as training time."""
         self.time_last_log += seconds
         sums = self._reduced(self._meters.validation)
-        loss = self._mean_loss(sums, [1.0] * len(self._level_shares))
-        levels = {f"validation_metrics/{name}": loss for name, loss in self._level_losses(sums).items()}
-        bits = {f"validation_{BITS}/{name}": bits for name, bits in self._bits(sums).items()}
-        self.logger.log({"validation_metrics/loss": loss, **levels, **bits}, step)
-        logger.info(
-            f"validate step: {step}  loss: {loss:.5f}  levels: {self._format_levels(sums)}  "
-            f"({sums[1, 0] / self._frame_rate_hz:,.0f} s of audio)"
-        )
+        loss, by_level, levels = self._losses(sums, [1.0] * len(self._level_shares))
+        by_level = {f"validation_{key.removeprefix('loss_')}": value for key, value in by_level.items()}
+        self.logger.log({"validation_metrics/loss": loss, **by_level}, step)
+        audio_seconds = sums[1, 0] / self._frame_rate_hz
+        logger.info(f"validate step: {step}  loss: {loss:.5f}  levels: {levels}  ({audio_seconds:,.0f} s of audio)")
 
     def _reduced(self, meter: LevelMeter) -> torch.Tensor:
         return reduce_sums(meter.take(), self.parallel_dims.get_optional_mesh("loss"))
 
-    def _seen(self) -> tuple[int, float]:
-        """Return the clips and hours of audio that all ranks have trained on since the run began."""
-        seen = torch.tensor([self._meters.data.num_clips, self._meters.data.num_frames], device=device_type)
-        num_clips, num_frames = reduce_sums(seen, self.parallel_dims.get_optional_mesh("batch")).tolist()
-        return num_clips, num_frames / self._frame_rate_hz / 3600
+    def _losses(self, sums: torch.Tensor, level_shares: Sequence[float]) -> tuple[float, dict[str, float], str]:
+        """Return the mean loss over codes and ends, the metrics of the levels that had targets, and their log text.
 
-    def _level_losses(self, sums: torch.Tensor) -> dict[str, float]:
-        """Return the mean loss of each level that had targets, and of ``</audio>``, the last of Q + 1 rows."""
-        names = [*(f"level_{level}" for level in range(len(self._level_shares))), "audio_end"]
-        return {name: s / n for name, (s, n) in zip(names, sums[:2].T.tolist(), strict=False) if n}
-
-    def _bits(self, sums: torch.Tensor) -> dict[str, float]:
-        """Return the cost of a second of audio in bits, by level and in total.
-
-        Each code is predicted among the admissible entries of its position, as in generation. The loss also includes
-        the cost of excluding other entries, of which a flattened vocabulary has more. ``</audio>`` is not a code.
+        In the mean loss a level is divided by its fraction of frames with a target. Bits are the cost of a second of
+        audio: each code is predicted among the admissible entries of its position, as in generation. The loss also
+        includes the cost of excluding other entries, of which a flattened vocabulary has more.
         """
-        nats_to_bits = self._frame_rate_hz / math.log(2)
-        losses = self._level_losses(sums[[2, 1], :-1])
-        if len(losses) == len(self._level_shares):
-            losses["all"] = sum(losses.values())
-        return {name: nats_to_bits * loss for name, loss in losses.items()}
-
-    @staticmethod
-    def _mean_loss(sums: torch.Tensor, level_shares: Sequence[float]) -> float:
-        """Return the mean over codes and ends; each level is divided by its fraction of frames with a target."""
         weights = torch.tensor([*(1 / share for share in level_shares), 1.0], dtype=torch.float64, device=sums.device)
-        return float((weights * sums[0]).sum() / (weights * sums[1]).sum())
-
-    @staticmethod
-    def _format_levels(sums: torch.Tensor) -> str:
-        return " ".join(f"{s / n:.3f}" if n else "-" for s, n in sums[:2].T.tolist()[:-1])
+        loss = float((weights * sums[0]).sum() / (weights * sums[1]).sum())
+        names = [*(f"level_{level}" for level in range(len(level_shares))), "audio_end"]
+        rows = dict(zip(names, sums.T.tolist(), strict=False))
+        metrics = {f"loss_metrics/{name}": total / count for name, (total, count, _) in rows.items() if count}
+        levels = " ".join(f"{total / count:.3f}" if count else "-" for total, count, _ in list(rows.values())[:-1])
+        nats = {name: total / count for name, (_, count, total) in rows.items() if count and name != "audio_end"}
+        if len(nats) == len(level_shares):
+            nats["all"] = sum(nats.values())
+        nats_to_bits = self._frame_rate_hz / math.log(2)
+        metrics |= {f"{BITS}/{name}": nats_to_bits * value for name, value in nats.items()}
+        return loss, metrics, levels
 
 
 def peak_flops(card: str) -> float | None:

@@ -30,11 +30,7 @@ def build_speech_optimizers(*args: Any, **kwargs: Any) -> OptimizersContainer:
 
 
 def _with_own_settings(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """Return the saved state with the settings of this run.
-
-    Raises:
-        UserError: the moments are those of another optimizer.
-    """
+    """Return the saved state with the settings of this run; a `UserError` refuses moments of another optimizer."""
     own = optimizer.param_groups[0]
     saved, current = (
         {"optimizer.name": "AdamW" if group["decoupled_weight_decay"] else "Adam"}
@@ -67,13 +63,10 @@ class StepGuard:
     A step without targets changes nothing, and the run continues. TorchTitan calls `before_step` as a hook of its
     optimizer. `SpeechMetrics.should_log` calls `check`, because TorchTitan saves after it. Each step waits once for a
     reduction of three numbers over all ranks. The cost on a GPU was not measured.
-
-    Args:
-        meter: meter of the training loss.
     """
 
     def __init__(self, meter: LevelMeter) -> None:
-        self._meter = meter
+        self._meter = meter  # of the training loss
         self._problem: str | None = None
         self._is_empty, self._num_empty = False, 0
 
@@ -83,20 +76,14 @@ class StepGuard:
         norm = _norm(p.grad for p in parameters if p.grad is not None)
         loss_sum, num_targets, norms = _over_ranks(torch.cat([self._meter.take_step(), norm]))
         self._is_empty = num_targets == 0
-        if self._is_empty:
-            optimizers.zero_grad()
-        elif not math.isfinite(loss_sum + norms):
-            self._problem = f"the training loss is {loss_sum / num_targets:g}"
-            if not math.isfinite(norms):
-                self._problem += " and the gradients are not finite"
+        if not self._is_empty and not math.isfinite(loss_sum + norms):
+            gradients = "" if math.isfinite(norms) else " and the gradients are not finite"
+            self._problem = f"the training loss is {loss_sum / num_targets:g}{gradients}"
+        if self._is_empty or self._problem:
             optimizers.zero_grad()
 
     def check(self, job_config: Any, step: int, model_parts: list[nn.Module]) -> None:
-        """Report what `before_step` found, and check the weights where a checkpoint is due.
-
-        Raises:
-            UserError: the step is not finite.
-        """
+        """Raise a `UserError` if the step was not finite, or if the weights are not where a checkpoint is due."""
         if self._is_empty:
             self._num_empty += 1
             if not dist.is_initialized() or dist.get_rank() == 0:
@@ -116,7 +103,7 @@ class StepGuard:
 
 
 def _norm(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Norm (1,) of this rank's parts of tensors."""
+    """Return the norm (1,) of this rank's parts of tensors."""
     parts = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
     return torch.nn.utils.get_total_norm([part.detach() for part in parts]).to(device_type, torch.float64).reshape(1)
 

@@ -14,7 +14,7 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.data.build import build_validation_dataloader
 from llama_mimi.data.packing import Batch
 from llama_mimi.tokens.sequences import IGNORE_INDEX, SequenceBuilder
-from llama_mimi.training.loss import UnitLoss, reduce_sums
+from llama_mimi.training.loss import reduce_sums
 from llama_mimi.training.metrics import SpeechMetrics
 
 
@@ -25,14 +25,12 @@ class SpeechValidator(Validator):
     the collectives of a sharded model match.
     """
 
+    metrics_processor: SpeechMetrics
+
     def __init__(
         self, *, job_config: Any, dp_world_size: int, dp_rank: int, tokenizer: SequenceBuilder, **parts: Any
     ) -> None:
-        # Validator.__init__ would open a text corpus.
-        self.job_config, self.tokenizer, self.parallel_dims = job_config, tokenizer, parts["parallel_dims"]
-        self.loss_fn: UnitLoss = parts["loss_fn"]
-        self.validation_context, self.maybe_enable_amp = parts["validation_context"], parts["maybe_enable_amp"]
-        self.metrics_processor: SpeechMetrics = parts["metrics_processor"]
+        self.__dict__.update(parts, job_config=job_config, tokenizer=tokenizer)  # Validator's own opens a text corpus
         self._loader = build_validation_dataloader(dp_world_size, dp_rank, tokenizer, job_config)
         self._batches: list[Batch] = []
 
@@ -50,9 +48,7 @@ class SpeechValidator(Validator):
             with self.validation_context(), self.maybe_enable_amp:
                 self.loss_fn(model(inputs, **extra_inputs, **extra_kwargs), labels)  # its meter is read below
         if not reduce_sums(num_targets, self.parallel_dims.get_optional_mesh("loss")):
-            raise UserError(
-                f"none of the clips of validation.dataset '{self._loader.dataset}' can be used; name another"
-            )
+            raise UserError(f"no clip of validation.dataset '{self._loader.dataset}' can be used; name another")
         self.metrics_processor.log_validation(step, seconds=time.perf_counter() - start)
         model.train()
 
