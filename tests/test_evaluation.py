@@ -265,7 +265,7 @@ def test_a_score_that_is_not_finite_is_refused(tmp_path, codec, model):
     broken = copy.deepcopy(model.decoder)
     broken.model.norm.weight.data[0] = float("inf")
     codes = {"a": ClipCodes(np.zeros((3, 4), np.uint16), False)}
-    with pytest.raises(UserError, match="overflows in float32"):
+    with pytest.raises(UserError, match="overflows in torch.float32"):
         score(FlattenedModel(broken, model.sequences, codec), codes, Scoring(None), tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""A language model that judges transcripts of continuations, behind any server with OpenAI's protocol."""
+"""A language model behind OpenAI's protocol that judges transcripts of continuations."""
 
 import hashlib
 import os
@@ -17,17 +17,18 @@ from llama_mimi.judging.metrics import Input, Measure, Value, Values
 ATTEMPTS = 3  # for a reply that cannot be read
 RETRIES = 6  # of a call that fails, by the client: it waits up to 8 s, or as long as the server asks
 SCALE = range(1, 6)
-CALLS_PER_BATCH = 8  # for each parallel call, as a batch waits for its slowest call
+PARALLEL_CALLS = 8  # on each rank
+TIMEOUT_SECONDS = 120.0  # of a call
 Messages = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
 class Criteria:
-    """Content of a file such as eval/judge.toml: role of the judge, template of a request, questions by criterion."""
+    """Content of a file such as eval/judge.toml."""
 
-    system: str
-    request: str
-    questions: dict[str, str]
+    system: str  # role of the judge
+    request: str  # template with the fields {prompt} and {continuation}
+    questions: dict[str, str]  # by criterion
     sha256: str
 
     def messages(self, prompt: str, continuation: str) -> Messages:
@@ -38,11 +39,7 @@ class Criteria:
 
 
 def read_criteria(path: Path) -> Criteria:
-    """Read a file such as eval/judge.toml.
-
-    Raises:
-        UserError: it is missing or has another form.
-    """
+    """Read a file such as eval/judge.toml; raise a `UserError` if it is missing or has another form."""
     try:
         data = path.read_bytes()
         content = tomllib.loads(data.decode())
@@ -77,22 +74,21 @@ def read_reply(text: str, names: Sequence[str]) -> dict[str, int]:
     raise ValueError("no JSON")
 
 
-def judge(url: str | None, model_name: str, criteria: Criteria, parallel: int, timeout_seconds: float) -> Measure:
+def judge(url: str | None, model_name: str, criteria: Criteria) -> Measure:
     """Return the measure of scores by criterion, 1 to 5, of a prompt's and a continuation's text.
 
     Args:
         url: URL of the server, such as http://localhost:8000/v1; None is OpenAI's.
-        parallel: number of calls at once, on each rank.
 
     Raises:
         UserError: the package openai is missing; later, if the server cannot be reached or refuses. Replies that came
             before are kept.
     """
-    call = _client(url, model_name, list(criteria.questions), timeout_seconds)
+    call = _client(url, model_name, list(criteria.questions))
 
     def compute(batch: Mapping[str, Input]) -> Values:
         failure: UserError | None = None
-        pool = ThreadPoolExecutor(parallel, thread_name_prefix="judge")
+        pool = ThreadPoolExecutor(PARALLEL_CALLS, thread_name_prefix="judge")
         try:
             keys = {pool.submit(_ask, call, criteria, *texts): key for key, texts in batch.items()}
             for future in as_completed(keys):
@@ -110,7 +106,8 @@ def judge(url: str | None, model_name: str, criteria: Criteria, parallel: int, t
 
     keys = [f"judge/{name}" for name in criteria.questions]
     description = {"model": model_name, "criteria_sha256": criteria.sha256, "temperature": 0}
-    return Measure("judge", keys, description, compute, CALLS_PER_BATCH * parallel)
+    # A batch waits for its slowest call, so it has several for each thread.
+    return Measure("judge", keys, description, compute, batch_size=8 * PARALLEL_CALLS)
 
 
 def _ask(call: Callable[[Messages], str], criteria: Criteria, prompt: str, continuation: str) -> Value:
@@ -128,14 +125,14 @@ def _ask(call: Callable[[Messages], str], criteria: Criteria, prompt: str, conti
     return reason
 
 
-def _client(url: str | None, model_name: str, names: list[str], timeout_seconds: float) -> Callable[[Messages], str]:
+def _client(url: str | None, model_name: str, names: list[str]) -> Callable[[Messages], str]:
     """Return the function from messages to the text of a reply."""
     try:
         import openai  # an extra
     except ImportError as error:
         raise UserError("--judge_model needs the package openai; install llama-mimi[judging]") from error
     key = os.environ.get("OPENAI_API_KEY") or "none"
-    client = openai.OpenAI(base_url=url, api_key=key, max_retries=RETRIES, timeout=timeout_seconds)
+    client = openai.OpenAI(base_url=url, api_key=key, max_retries=RETRIES, timeout=TIMEOUT_SECONDS)
     score = {"type": "integer", "minimum": SCALE[0], "maximum": SCALE[-1]}
     properties = {"properties": dict.fromkeys(names, score), "required": names, "additionalProperties": False}
     schema = {"name": "scores", "schema": {"type": "object", **properties}, "strict": True}

@@ -1,4 +1,4 @@
-"""Measures of continuations: how they sound, and what is said. A language model as a judge is in `judge`."""
+"""Measures of continuations: how they sound, and what is said."""
 
 import functools
 import math
@@ -45,28 +45,17 @@ class Measure:
     batch_size: int = 16  # maximum number of inputs in a batch
 
 
-def input_key(parts: Input) -> str:
-    """Return the hash of an input."""
-    return digest([part.key if isinstance(part, Clip) else part for part in parts])
-
-
-def cached(measure: Measure, folder: Path) -> ProgressLog:
-    """Return the log of values in the folder of all measures."""
-    return ProgressLog(folder / measure.name, measure.description)
-
-
 def take(measure: Measure, inputs: Sequence[Input], folder: Path, ranks: Ranks) -> list[Value]:
     """Return the value of each input; ranks share the work, and values in ``folder`` are not computed again.
 
     Raises:
         UserError: as the measure, or the folder cannot be written.
     """
-    by_key = {input_key(one): one for one in inputs}
-    log = cached(measure, folder)
+    keys = [digest([part.key if isinstance(part, Clip) else part for part in one]) for one in inputs]
+    log = ProgressLog(folder / measure.name, measure.description)
     values = from_first(log.load)
-    todo = [key for key in by_key if key not in values]
-    starts = range(0, len(todo), measure.batch_size)
-    batches = [{key: by_key[key] for key in todo[start : start + measure.batch_size]} for start in starts]
+    todo = [(key, one) for key, one in dict(zip(keys, inputs, strict=True)).items() if key not in values]
+    batches = [dict(todo[start : start + measure.batch_size]) for start in range(0, len(todo), measure.batch_size)]
 
     def work(batch: Mapping[str, Input]) -> Values:
         for key, value in measure.compute(batch):
@@ -77,7 +66,7 @@ def take(measure: Measure, inputs: Sequence[Input], folder: Path, ranks: Ranks) 
         return isinstance(value, dict)
 
     values |= map_resumable(batches, work, log, ranks, unit=f"{measure.name} value", is_done=is_done)
-    return [values[input_key(one)] for one in inputs]
+    return [values[key] for key in keys]
 
 
 def words_of(text: str) -> list[str]:
@@ -86,11 +75,7 @@ def words_of(text: str) -> list[str]:
 
 
 def load_evaluator(cls: Any, name: str, device: torch.device, *, what: str) -> transformers.PreTrainedModel:
-    """Load a model of `transformers` for evaluation, in float32, from safetensors or ``.bin`` files of only weights.
-
-    Raises:
-        UserError: it cannot be loaded, or its weights do not belong to this class.
-    """
+    """Load a model in float32; raise a `UserError` if it cannot be loaded or its weights are of another class."""
     options = {"dtype": torch.float32, "allow_torch_weights": True, "without_effect": WITHOUT_EFFECT}
     return load_pretrained(cls, name, what=what, **options).to(device).eval()
 
@@ -163,10 +148,7 @@ def aesthetics(batch_size: int) -> Measure:
     try:
         from audiobox_aesthetics.infer import initialize_predictor  # only where a user has installed it
     except ImportError as error:
-        raise UserError(
-            "--quality aesthetics needs the package audiobox-aesthetics (CC BY 4.0); install it, or use --quality "
-            "distillmos"
-        ) from error
+        raise UserError("--quality aesthetics needs the package audiobox-aesthetics (CC BY 4.0); install it") from error
     predictor = initialize_predictor()  # facebook/audiobox-aesthetics, safetensors
 
     def compute(batch: Mapping[str, Input]) -> Values:
@@ -194,10 +176,7 @@ def transcripts(model_name: str, language: str | None, device: torch.device, bat
     model = load_evaluator(model_class, model_name, device, what="ASR model")
     languages = getattr(getattr(model, "generation_config", None), "lang_to_id", None) or {}
     if language is not None and f"<|{language}|>" not in languages:
-        raise UserError(
-            f"--language is '{language}', which '{model_name}' does not know; leave it out, or give a code of its "
-            "languages, such as en"
-        )
+        raise UserError(f"--language is '{language}', which '{model_name}' does not know; leave it out or change it")
     options: dict[str, Any] = {"generate_kwargs": {"num_beams": 1, "do_sample": False}} if is_seq2seq else {}
     if config.model_type == "whisper":
         options["return_timestamps"] = True  # without, it transcribes only 30 s

@@ -23,7 +23,7 @@ from llama_mimi.data.corpora import AudioCorpus, open_corpus
 MANIFEST, FORMAT = "prompts.json", 2
 PROMPTS, RECORDINGS = "prompts", "recordings"
 UNFINISHED = f"{PROMPTS}.partial"
-MAX_UNREADABLE = 0.1  # fraction of the recordings
+MAX_UNREADABLE = 0.1  # fraction of the recordings; one is always allowed
 MAX_RECORDING_SECONDS = 60.0  # longer recordings are cut
 FRAME_SECONDS = 0.08  # a prompt of whole frames of Mimi needs no padding
 SEARCH_FRACTION = 1 / 6  # of the prompt's length: 3 s are cut between 2.5 and 3.5 s
@@ -33,11 +33,7 @@ NEW_FOLDER = "choose another --output_dir"
 
 @dataclass(frozen=True, kw_only=True)
 class PromptOptions:
-    """Choice of the recordings and of the length of prompts.
-
-    Raises:
-        UserError: a value is out of range.
-    """
+    """Choice of the recordings and of the length of prompts."""
 
     corpus: str  # name, folder, or Parquet path or glob of recordings that the model was not trained on
     dataset_path: str | None = None  # local download of a named corpus
@@ -134,15 +130,13 @@ def _files_sha256(folder: Path) -> str:
 
 def _cut_prompts(folder: Path, options: PromptOptions) -> tuple[list[Prompt], Counter[str]]:
     """Write prompts and recordings; return the prompts in the corpus's order, and why other rows were skipped."""
-    for existing in (folder / PROMPTS, folder / RECORDINGS):
-        if existing.exists():
-            raise UserError(f"'{existing}' has no {MANIFEST} beside it; remove it, or {NEW_FOLDER}")
+    for part in (PROMPTS, RECORDINGS):
+        if (folder / part).exists():
+            raise UserError(f"'{folder / part}' has no {MANIFEST} beside it; remove it, or {NEW_FOLDER}")
     partial = PromptSet(folder / UNFINISHED, "", ())
     shutil.rmtree(partial.folder, ignore_errors=True)  # from a run that was killed
-    speaker_column = {"speaker": options.speaker_column}
-    corpus = open_corpus(
-        options.corpus, options.dataset_path, options.audio_column, None, speaker_column, options.split
-    )
+    columns = {"speaker": options.speaker_column}
+    corpus = open_corpus(options.corpus, options.dataset_path, options.audio_column, None, columns, options.split)
     skipped: Counter[str] = Counter()
     drawn: list[tuple[bytes, int, Prompt]] = []  # the first rows by hash
     names: set[str] = set()

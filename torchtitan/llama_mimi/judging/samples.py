@@ -20,11 +20,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureOptions:
-    """Choice of measures.
-
-    Raises:
-        UserError: a value is out of range, a flag that another one needs is missing, or the criteria are invalid.
-    """
+    """Choice of measures."""
 
     # hub id or folder, such as microsoft/wavlm-base-plus-sv; default: no speaker similarity
     speaker_model: str | None = None
@@ -36,8 +32,6 @@ class MeasureOptions:
     judge_model: str | None = None  # name of a model that --judge_url serves; default: no judge
     judge_url: str | None = None  # server with OpenAI's protocol, such as http://localhost:8000/v1; default: OpenAI's
     judge_criteria: Path = Path("eval/judge.toml")  # file of the judge's questions
-    judge_parallel: int = 8  # number of calls at once, on each rank
-    judge_timeout: float = 120.0  # maximum time of a call, in seconds
     dry_run: bool = False  # transcribe, then print only the first question to the judge and the number of calls
     listening_batch_size: int | None = None  # number of clips in a batch; default: 8, on GPUs 16
 
@@ -47,10 +41,8 @@ class MeasureOptions:
         for flag, other in needed.items():
             if getattr(self, flag) and getattr(self, other) is None:
                 raise UserError(f"--{flag} needs --{other}; set it, or leave --{flag} out")
-        for flag in ("judge_parallel", "judge_timeout", "listening_batch_size"):
-            value = getattr(self, flag)
-            if value is not None and not 0 < value < float("inf"):
-                raise UserError(f"--{flag} is {value}; it must be a positive number")
+        if self.listening_batch_size is not None and self.listening_batch_size < 1:
+            raise UserError(f"--listening_batch_size is {self.listening_batch_size}; it must be 1 or more")
         if self.judge_model is not None:
             read_criteria(self.judge_criteria)
 
@@ -63,14 +55,16 @@ def measure_samples(
     Returns:
         For each sample a record of its prompt, number, file, measures and texts, and by measure the reason why one is
         ``missing``; and the description of each measure.
-
-    Raises:
-        UserError: a file, a model or the judge cannot be used.
     """
     device, is_real = ranks.device, not options.dry_run
     batch_size = options.listening_batch_size or BATCH_SIZES[device.type == "cuda"]
     folder = prompts.folder / MEASURED
-    records = [_record(sample, prompts.folder) for sample in samples]
+    records: list[Record] = []
+    for sample in samples:
+        path = sample.clip.path
+        file = path.relative_to(prompts.folder) if path.is_relative_to(prompts.folder) else path
+        names = {"prompt": sample.prompt.name, "sample": sample.number, "file": str(file)}
+        records.append({**names, "missing": {}, **sample.known})
     descriptions: dict[str, Any] = {}
 
     def take(measure: metrics.Measure, inputs: Sequence[metrics.Input]) -> list[metrics.Value]:
@@ -119,19 +113,10 @@ def measure_samples(
         enter(metrics.log_perplexity(options.text_model, device), spoken, pairs)
     if options.judge_model is not None:
         criteria = read_criteria(options.judge_criteria)
-        measure = judge(options.judge_url, options.judge_model, criteria, options.judge_parallel, options.judge_timeout)
         if is_real:
-            enter(measure, spoken, pairs)
+            enter(judge(options.judge_url, options.judge_model, criteria), spoken, pairs)
         elif ranks.rank == 0:
-            known = metrics.cached(measure, folder).load()
-            todo = {key: pair for pair in pairs if (key := metrics.input_key(pair)) not in known}
-            for message in criteria.messages(*next(iter(todo.values()))) if todo else ():
+            for message in criteria.messages(*pairs[0]) if pairs else ():
                 print(f"--- {message['role']}\n{message['content'].strip()}")
-            print(f"--- {len(todo):,} such calls; the other replies are known")
+            print(f"--- {len(set(pairs)):,} such calls, less those with known replies")
     return records, descriptions
-
-
-def _record(sample: Sample, folder: Path) -> Record:
-    path = sample.clip.path
-    file = path.relative_to(folder) if path.is_relative_to(folder) else path
-    return {"prompt": sample.prompt.name, "sample": sample.number, "file": str(file), "missing": {}, **sample.known}

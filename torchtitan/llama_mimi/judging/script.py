@@ -10,9 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from llama_mimi.audio.mimi import CodecAttention, MimiCodec, load_codec_config
+from llama_mimi.audio.mimi import CodecAttention, MimiCodec
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import LOCK, digest, is_synthetic, locked, read_json, write_atomically
 from llama_mimi.common.ranks import Ranks, from_first, torchrun_ranks
@@ -36,11 +34,7 @@ RESERVED = (systems.RECORDING, systems.SHUFFLED, PROMPTS, RECORDINGS, MEASURED)
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
-    """Flags of eval/generation.py.
-
-    Raises:
-        UserError: a value is out of range, or two flags contradict each other.
-    """
+    """Flags of eval/generation.py."""
 
     prompts: PromptOptions
     model_name: str | None = None  # hub id or folder of a model of this project
@@ -52,8 +46,7 @@ class GenerationOptions:
     sampling: SamplingOptions = field(default_factory=lambda: SamplingOptions(num_samples=5))
     output_dir: Path = Path("results/generation")  # folder of one set of prompts and of all systems that continue them
     measures: MeasureOptions = field(default_factory=MeasureOptions)
-    num_quantizers: int | None = None  # levels of the codec's reconstruction; default: the model's
-    codec: str | None = None  # hub id or folder; default: the model's. WAVs need it for a reconstruction
+    codec: str | None = None  # hub id or folder; default: the model's
     codec_attention: CodecAttention | None = None  # default: that of the model's training data
     batch_size: int | None = None  # number of samples in a batch; default: 8, on GPUs 64
     device: str | None = None  # default: the accelerator, if there is one
@@ -93,11 +86,7 @@ def judge_generations(options: GenerationOptions) -> None:
             with locked(options.output_dir / LOCK, "--output_dir", wait=True):
                 return make_prompts(options.output_dir, options.prompts)
 
-        prompts = from_first(lock_and_cut)
-        try:
-            _judge(options, prompts, ranks)
-        except torch.OutOfMemoryError as error:
-            raise UserError(f"the memory of '{ranks.device}' is full; lower --listening_batch_size") from error
+        _judge(options, from_first(lock_and_cut), ranks)
 
 
 def _judge(options: GenerationOptions, prompts: PromptSet, ranks: Ranks) -> None:
@@ -107,9 +96,9 @@ def _judge(options: GenerationOptions, prompts: PromptSet, ranks: Ranks) -> None
     def check_earlier() -> None:
         """Refuse to replace the result of another system with the same name."""
         if (earlier := read_json(str(folder), f"{options.system}.json")) is not None:
-            saved, what = earlier.get("made_by") or {}, f"'{folder / options.system}.json'"
             origin = {key: value for key, value in made_by.items() if key in ("wavs", "model_sha256")}
-            require_same(saved, origin, what, "choose another --name")
+            what = f"'{folder / options.system}.json'"
+            require_same(earlier.get("made_by") or {}, origin, what, "choose another --name")
 
     from_first(check_earlier)
     if ranks.rank == 0 and not any(prompt.speaker for prompt in prompts.prompts):
@@ -120,9 +109,8 @@ def _judge(options: GenerationOptions, prompts: PromptSet, ranks: Ranks) -> None
     if ranks.rank > 0 or options.measures.dry_run:
         return
     remaining = iter(records)
-    results = {system: list(itertools.islice(remaining, len(some))) for system, some in samples.items()}
     for system, some in samples.items():
-        missing = Counter(f"{name}: {why}" for record in results[system] for name, why in record["missing"].items())
+        own_records = list(itertools.islice(remaining, len(some)))
         result = {
             "format": FORMAT,
             "kind": KIND,
@@ -135,13 +123,11 @@ def _judge(options: GenerationOptions, prompts: PromptSet, ranks: Ranks) -> None
             "audio_sha256": digest([sample.clip.key for sample in some]),
             "data_kind": "synthetic" if is_synthetic(corpus) else "official" if corpus in OFFICIAL_CORPORA else "other",
             "made_by": made_by if system == options.system else None,
-            "missing": missing,
-            "samples": results[system],
+            "missing": Counter(f"{name}: {why}" for record in own_records for name, why in record["missing"].items()),
+            "samples": own_records,
         }
         content = json.dumps(result, indent=1, allow_nan=False) + "\n"
         write_atomically(str(folder), f"{system}.json", content.encode())
-        for reason, count in missing.items():
-            print(f"{system}: {count:,} of {len(some):,} samples have no value of {reason}")
     print(generations_markdown(folder))
     print(f"written: '{folder / options.system}.json' and the results of the references")
 
@@ -149,31 +135,24 @@ def _judge(options: GenerationOptions, prompts: PromptSet, ranks: Ranks) -> None
 def _own_samples(
     options: GenerationOptions, prompts: PromptSet, ranks: Ranks
 ) -> tuple[list[systems.Sample], dict[str, Any], MimiCodec | None]:
-    """Return the samples of the system, their origin, and the codec of the reconstruction."""
+    """Return the samples of the system, their origin, and the codec of a model."""
     if (wavs := options.wavs) is not None:
         hold_prompt, seconds = options.wavs_hold_prompt, options.sampling.seconds
         samples = from_first(lambda: systems.wavs(prompts, wavs, hold_prompt=hold_prompt, max_seconds=seconds))
-        codec = None
-        if options.codec is not None and options.num_quantizers is not None:
-            attention = options.codec_attention or "windowed"
-            codec = MimiCodec(options.codec, options.num_quantizers, ranks.device, attention=attention)
-        return samples, {"wavs": str(wavs)}, codec
-    assert options.model_name is not None
+        return samples, {"wavs": str(wavs)}, None
+    model_name = str(options.model_name)
     model = load_speech_model(
-        options.model_name,
+        model_name,
         codec_name=options.codec,
         attention=options.codec_attention,
         device=str(ranks.device),
         dtype=options.dtype,
     )
-    if options.num_quantizers is not None:
-        load_codec_config(model.codec.name, options.num_quantizers)  # refuses more levels than the codec has
     if ranks.rank == 0 and (note := checkpoint_note(model, options.sampling)):
         print(note, flush=True)
-    made_by = from_first(lambda: describe_model(str(options.model_name), model, options.dtype))
+    made_by = from_first(lambda: describe_model(model_name, model, options.dtype))
     folder = options.output_dir / options.system
     num_rows = options.batch_size or BATCH_SIZES[ranks.device.type == "cuda"]
     records = continue_folder(model, options.output_dir / PROMPTS, folder, options.sampling, num_rows, ranks, made_by)
     samples = systems.continuations(prompts, folder, records, model.codec.frame_rate_hz)
-    codec = model.codec.at_depth(options.num_quantizers or model.codec.num_quantizers)
-    return samples, read_json(str(folder), SETTINGS) or {}, codec
+    return samples, read_json(str(folder), SETTINGS) or {}, model.codec
