@@ -30,8 +30,7 @@ from llama_mimi.judging import metrics
 from llama_mimi.judging.judge import judge, read_criteria
 from llama_mimi.judging.metrics import Measure, take
 from llama_mimi.judging.prompts import PROMPTS, RECORDINGS, PromptOptions, make_prompts
-from llama_mimi.judging.samples import MeasureOptions, measure_samples
-from llama_mimi.judging.script import GenerationOptions, judge_generations
+from llama_mimi.judging.script import MeasureOptions, measure_samples
 from llama_mimi.judging.systems import Clip, wavs
 
 CPU = torch.device("cpu")
@@ -394,13 +393,6 @@ def test_contradicting_flags_of_measures_are_refused(flags, message):
         MeasureOptions(**flags)
 
 
-def test_openai_is_not_asked_without_a_key(monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    measures = MeasureOptions(asr_model="a", judge_model="b")
-    with pytest.raises(UserError, match="set OPENAI_API_KEY or --judge_url"):
-        judge_generations(GenerationOptions(prompts=PromptOptions(corpus="x"), model_name="m", measures=measures))
-
-
 # The command.
 
 
@@ -474,7 +466,6 @@ def test_two_ranks_and_a_kill_change_nothing(generated, model_folder, tmp_path):
     ("flags", "message"),
     [
         (("--wavs", "x"), "give either a --model_name or a folder of --wavs"),
-        (("--wavs_hold_prompt",), "--wavs_hold_prompt needs --wavs"),
         (("--name", "recording"), "--name is 'recording', which is reserved"),
         (("--name", ".."), "--name is '..'"),
         (("--speaker_model", "nowhere"), "the speaker model folder 'nowhere' does not exist"),

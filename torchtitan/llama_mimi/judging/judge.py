@@ -49,18 +49,13 @@ def read_criteria(path: Path) -> Criteria:
         if not questions or "<prompt>" not in request or "<continuation>" not in request:
             raise ValueError("no criterion, or no field {prompt} or {continuation} in the request")
     except (OSError, ValueError, KeyError, AttributeError, IndexError) as error:
-        raise UserError(
-            f"'{path}' is not a file of criteria ({type(error).__name__}: {first_line(error)}); see eval/judge.toml"
-        ) from error
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"'{path}' is not a file of criteria ({reason}); see eval/judge.toml") from error
     return criteria
 
 
 def read_reply(text: str, names: Sequence[str]) -> dict[str, int]:
-    """Return the scores of a reply: its last JSON object that contains no other, a whole number for each criterion.
-
-    Raises:
-        ValueError: the reply has no such object; the message is a short reason.
-    """
+    """Return the scores in the last JSON object of a reply that contains no other; raise a `ValueError` if invalid."""
     for found in reversed(re.findall(r"{[^{}]*}", text)):  # some models think before they answer, also in braces
         try:
             scores = parse_json(found)
@@ -126,7 +121,7 @@ def _ask(call: Callable[[Messages], str], criteria: Criteria, prompt: str, conti
 
 
 def _client(url: str | None, model_name: str, names: list[str]) -> Callable[[Messages], str]:
-    """Return the function from messages to the text of a reply."""
+    """Return the function from messages to the text of a reply, which is empty if the reply is not of the protocol."""
     try:
         import openai  # an extra
     except ImportError as error:
@@ -142,14 +137,13 @@ def _client(url: str | None, model_name: str, names: list[str]) -> Callable[[Mes
     def call(messages: Messages) -> str:
         try:
             reply = create(model=model_name, messages=messages, temperature=0, response_format=form)
+            return reply.choices[0].message.content or ""
         except (openai.APIConnectionError, openai.APIStatusError) as error:  # also a timeout
             raise UserError(
                 f"the judge '{model_name}' at {url or 'OpenAI'} does not answer ({first_line(error)}); fix that and "
                 "run the command again: earlier replies are kept"
             ) from error
-        except (openai.OpenAIError, ValueError, RecursionError) as error:
-            return f"(not a reply of OpenAI's protocol: {first_line(error)})"
-        choices = getattr(reply, "choices", None)
-        return getattr(choices[0].message, "content", None) or "" if choices else ""
+        except (openai.OpenAIError, ValueError, RecursionError, AttributeError, IndexError, TypeError):
+            return ""
 
     return call

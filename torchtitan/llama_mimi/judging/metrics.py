@@ -26,8 +26,7 @@ from llama_mimi.judging.systems import Clip
 RATE_HZ = 16_000  # of all audio models here
 PAUSE_SECONDS = 0.3  # shorter silences are part of speech
 WORD = re.compile(r"[^\W_]+(?:['\u2019.][^\W_]+)*")  # don't and 10.5 are one word each
-# Tensors that only training uses; published models lack them or have them in addition to those of their class: the mask
-# and the objective, the quantizer of wav2vec 2.0's pretraining, and a constant of old attention code.
+# Tensors that only training uses, so that published models may lack them or have them in addition.
 WITHOUT_EFFECT = r"(masked_spec_embed|objective\.weight|\.masked_bias)$|^(quantizer|project_q|project_hid)\."
 Input = tuple[Any, ...]  # clips, or texts
 Value = Any  # numbers or texts by key (dict), or the reason why there is no value (str)
@@ -46,11 +45,7 @@ class Measure:
 
 
 def take(measure: Measure, inputs: Sequence[Input], folder: Path, ranks: Ranks) -> list[Value]:
-    """Return the value of each input; ranks share the work, and values in ``folder`` are not computed again.
-
-    Raises:
-        UserError: as the measure, or the folder cannot be written.
-    """
+    """Return the value of each input; ranks share the work, and values in ``folder`` are not computed again."""
     keys = [digest([part.key if isinstance(part, Clip) else part for part in one]) for one in inputs]
     log = ProgressLog(folder / measure.name, measure.description)
     values = from_first(log.load)
@@ -62,10 +57,8 @@ def take(measure: Measure, inputs: Sequence[Input], folder: Path, ranks: Ranks) 
             numbers = [one for one in value.values() if isinstance(one, float)] if isinstance(value, dict) else []
             yield key, value if all(map(math.isfinite, numbers)) else "not finite"
 
-    def is_done(key: str, value: Value) -> bool:
-        return isinstance(value, dict)
-
-    values |= map_resumable(batches, work, log, ranks, unit=f"{measure.name} value", is_done=is_done)
+    unit = f"{measure.name} value"
+    values |= map_resumable(batches, work, log, ranks, unit=unit, is_done=lambda key, value: isinstance(value, dict))
     return [values[key] for key in keys]
 
 
@@ -97,15 +90,12 @@ def pauses() -> Measure:
 
 
 def speaker_encoder(model_name: str, device: torch.device) -> Callable[[Clip], torch.Tensor]:
-    """Load a `WavLMForXVector`; return the function from a clip to its x-vector (D,).
-
-    Clips are not padded to a batch: group normalisation, as in microsoft/wavlm-base-plus-sv, would include padding.
-    """
+    """Load a `WavLMForXVector`; return the function from a clip to its x-vector (D,)."""
     model = load_evaluator(transformers.WavLMForXVector, model_name, device, what="speaker model")
     extract = load_pretrained(transformers.AutoFeatureExtractor, model_name, what="speaker model")
 
     @torch.inference_mode()
-    def embed(clip: Clip) -> torch.Tensor:
+    def embed(clip: Clip) -> torch.Tensor:  # one clip at a time, as WavLM's group normalisation would include padding
         samples_S = clip.read(RATE_HZ).samples_S.numpy()
         features = extract(samples_S, sampling_rate=RATE_HZ, return_tensors="pt").input_values
         return model(features.to(device)).embeddings[0].cpu()
@@ -162,14 +152,7 @@ def aesthetics(batch_size: int) -> Measure:
 
 
 def transcripts(model_name: str, language: str | None, device: torch.device, batch_size: int) -> Measure:
-    """Return the measure of a clip's greedy transcript by an ASR model of `transformers`.
-
-    Args:
-        language: spoken language, for models that know several, such as Whisper; None lets them guess.
-
-    Raises:
-        UserError: the model cannot be loaded, or does not know the language.
-    """
+    """Return the measure of a clip's greedy transcript; without a ``language``, models such as Whisper guess it."""
     config = load_pretrained(transformers.AutoConfig, model_name, what="ASR model")
     is_seq2seq = config.model_type in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
     model_class = transformers.AutoModelForSpeechSeq2Seq if is_seq2seq else transformers.AutoModelForCTC
@@ -177,11 +160,12 @@ def transcripts(model_name: str, language: str | None, device: torch.device, bat
     languages = getattr(getattr(model, "generation_config", None), "lang_to_id", None) or {}
     if language is not None and f"<|{language}|>" not in languages:
         raise UserError(f"--language is '{language}', which '{model_name}' does not know; leave it out or change it")
-    options: dict[str, Any] = {"generate_kwargs": {"num_beams": 1, "do_sample": False}} if is_seq2seq else {}
+    options: dict[str, Any] = {}
+    if is_seq2seq:
+        chosen = {} if language is None else {"language": language, "task": "transcribe"}
+        options["generate_kwargs"] = {"num_beams": 1, "do_sample": False, **chosen}
     if config.model_type == "whisper":
         options["return_timestamps"] = True  # without, it transcribes only 30 s
-    if language is not None:
-        options["generate_kwargs"] |= {"language": language, "task": "transcribe"}
     transcribe = transformers.pipeline(
         "automatic-speech-recognition",
         model=model,

@@ -23,7 +23,6 @@ from llama_mimi.data.corpora import AudioCorpus, open_corpus
 MANIFEST, FORMAT = "prompts.json", 2
 PROMPTS, RECORDINGS = "prompts", "recordings"
 UNFINISHED = f"{PROMPTS}.partial"
-MAX_UNREADABLE = 0.1  # fraction of the recordings; one is always allowed
 MAX_RECORDING_SECONDS = 60.0  # longer recordings are cut
 FRAME_SECONDS = 0.08  # a prompt of whole frames of Mimi needs no padding
 SEARCH_FRACTION = 1 / 6  # of the prompt's length: 3 s are cut between 2.5 and 3.5 s
@@ -45,7 +44,7 @@ class PromptOptions:
     limit: int | None = None  # maximum number of recordings, drawn by the hash of their names; default: all
 
     def __post_init__(self) -> None:
-        if not 0.5 <= self.prompt_seconds < float("inf"):
+        if not self.prompt_seconds >= 0.5:
             raise UserError(f"--prompt_seconds is {self.prompt_seconds}; it must be 0.5 or more")
         low, high = 1.25 * self.prompt_seconds, MAX_RECORDING_SECONDS
         if not low <= self.min_seconds <= high:
@@ -62,10 +61,10 @@ class PromptOptions:
 
 @dataclass(frozen=True)
 class Prompt:
-    """The first seconds of a recording; the speaker is empty if the corpus has no speakers."""
+    """The first seconds of a recording."""
 
     name: str
-    speaker: str
+    speaker: str  # empty if the corpus has no speakers
     seconds: float
 
 
@@ -85,8 +84,7 @@ class PromptSet:
 def make_prompts(folder: Path, options: PromptOptions) -> PromptSet:
     """Cut the prompts of a corpus, or return those that the folder has.
 
-    Raises:
-        UserError: the folder has prompts of other options, or other files; the corpus has no usable recording.
+    Prompts of other options, other files and a corpus without a usable recording are a `UserError`.
     """
     settings = asdict(options)
     manifest = read_json(str(folder), MANIFEST)
@@ -140,7 +138,6 @@ def _cut_prompts(folder: Path, options: PromptOptions) -> tuple[list[Prompt], Co
     skipped: Counter[str] = Counter()
     drawn: list[tuple[bytes, int, Prompt]] = []  # the first rows by hash
     names: set[str] = set()
-    num_unreadable = 0
     rows = tqdm(_rows(corpus), total=int(corpus.sizes_G.sum()), unit="recording", desc="prompts")
     for number, (name, group, content) in enumerate(rows):
         if name in names:
@@ -155,7 +152,6 @@ def _cut_prompts(folder: Path, options: PromptOptions) -> tuple[list[Prompt], Co
         except AudioError as error:
             print(f"skipped: {error}", flush=True)
             skipped[error.reason] += 1
-            num_unreadable += 1
             continue
         if waveform.seconds < options.min_seconds:
             skipped["too short"] += 1
@@ -173,12 +169,9 @@ def _cut_prompts(folder: Path, options: PromptOptions) -> tuple[list[Prompt], Co
             skipped["beyond --limit"] += 1
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in skipped.items())
     print(f"{len(drawn):,} prompts; skipped recordings: {reasons or 'none'}", flush=True)
-    if num_unreadable > max(MAX_UNREADABLE * len(names), 1):
-        problem = f"{num_unreadable:,} of {len(names):,} recordings of '{corpus.name}' cannot be read"
-        raise UserError(f"{problem}, which is more than {100 * MAX_UNREADABLE:g} %; fix the corpus")
     if not drawn:
-        problem = f"no recording of '{options.corpus}' is {options.min_seconds:g} s long"
-        raise UserError(f"{problem}; lower --recording_seconds and --prompt_seconds")
+        problem = f"no recording of '{options.corpus}' is {options.min_seconds:g} s long and readable"
+        raise UserError(f"{problem}; lower --recording_seconds and --prompt_seconds, or fix the corpus")
     for part in (RECORDINGS, PROMPTS):
         (partial.folder / part).rename(folder / part)
     partial.folder.rmdir()

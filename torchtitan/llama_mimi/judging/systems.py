@@ -62,14 +62,10 @@ class Sample:
 def references(
     prompts: PromptSet, codec: MimiCodec | None, max_seconds: float, ranks: Ranks
 ) -> dict[str, list[Sample]]:
-    """Return what a system is compared with.
+    """Return what a system is compared with, by name.
 
-    Returns:
-        By name: the recordings after their prompts; each prompt with the rest of another recording, of another speaker
-        if the corpus has speakers; with a codec, the recordings encoded and decoded.
-
-    Raises:
-        UserError: there is only one prompt, or the folder has reconstructions of another codec.
+    These are the recordings after their prompts; each prompt with the rest of another recording, of another speaker if
+    the corpus has speakers; and, with a codec, the recordings encoded and decoded.
     """
     if len(prompts.prompts) < 2:
         raise UserError("one prompt cannot be shuffled; raise --limit")
@@ -137,15 +133,12 @@ def wavs(prompts: PromptSet, folder: Path, *, hold_prompt: bool, max_seconds: fl
     """Return continuations by another system: ``<prompt>.wav``, or ``<prompt>_0.wav``, ``<prompt>_1.wav`` and so on.
 
     Args:
-        folder: folder of WAV, FLAC, OGG or MP3 files of any rate, at any depth.
         hold_prompt: each file begins with its prompt.
         max_seconds: maximum length; later audio is ignored.
 
     Raises:
-        UserError: no such folder, a prompt without a file, two files for one sample, or a file without a prompt.
+        UserError: a prompt without a file, two files for one sample, or a file without a prompt.
     """
-    if not folder.is_dir():
-        raise UserError(f"--wavs is '{folder}', which is not a folder; name a folder of WAV files")
     by_name = {prompt.name: prompt for prompt in prompts.prompts}
     found: dict[tuple[str, int], Path] = {}
     for path in map(Path, find_files(str(folder), AUDIO_ENDINGS)):
