@@ -130,10 +130,7 @@ def read_salmon(source: str) -> Benchmark:
     """Read SALMon: ``<root>/<part>/sample_<index>_<k>.wav``, or tables of its parts.
 
     The first file of an index is the positive, each other one a negative. Parts named ``all`` or ``all_*`` repeat pairs
-    of other parts and are left out.
-
-    Raises:
-        UserError: no pairs, or a file without a partner.
+    of other parts and are left out. No pairs, or a file without a partner, are a `UserError`.
     """
     benchmark = _read_tables(source, ("positive_audio", "negative_audio"))
     for folder in _folders(Path(source)):
@@ -155,10 +152,8 @@ def read_slm21(source: str) -> Benchmark:
     """Read sLM21: ``{lexical,syntactic}/{dev,test}`` (sWUGGY, sBLIMP) with audio and ``gold.csv``, or tables.
 
     Lexical pairs share id and voice, and the id is their group; syntactic pairs are consecutive rows, and (type,
-    subtype, id) is their group. A test split without ``gold.csv`` is scored for the submission only.
-
-    Raises:
-        UserError: no pairs, or ``gold.csv`` and the audio files do not match.
+    subtype, id) is their group. A test split without ``gold.csv`` is scored for the submission only. No pairs, or files
+    that ``gold.csv`` does not match, are a `UserError`.
     """
     benchmark = _read_tables(source, ("positive", "negative"), SLM21_TABLES)
     for folder in [*_folders(Path(source) / "lexical"), *_folders(Path(source) / "syntactic")]:
@@ -220,10 +215,8 @@ def frequency_band(frequency: float) -> str:
 def read_storycloze(source: str) -> Benchmark:
     """Read StoryCloze: a folder of files sorted by their number, (positive, negative) in turn, or tables.
 
-    A folder of such folders has one part each: sStoryCloze (own wrong ending) and tStoryCloze (random ending).
-
-    Raises:
-        UserError: no pairs, or a file without a partner.
+    A folder of such folders has one part each: sStoryCloze (own wrong ending) and tStoryCloze (random ending). No
+    pairs, or a file without a partner, are a `UserError`.
     """
     benchmark = _read_tables(source, ("positive", "negative"), STORYCLOZE_TABLES)
     root = Path(source)
@@ -233,12 +226,10 @@ def read_storycloze(source: str) -> Benchmark:
     for folder in folders or [root]:
         files = sorted(_files_by(folder, r"(\d+).*").items())
         if len(files) % 2:
-            last = files[-1][1].name
-            raise UserError(f"'{folder}' has an odd number of files ({len(files)}); the last one is '{last}'")
+            raise UserError(f"'{folder}' has an odd number of files; the last one is '{files[-1][1].name}'")
         pairs = list(zip(files[::2], files[1::2], strict=True))
         for (_, a), (_, b) in pairs:
-            clips = Clip(a.name, a), Clip(b.name, b)
-            benchmark.pairs.append(Pair(folder.resolve().name, a.stem, a.stem, *clips))
+            benchmark.pairs.append(Pair(folder.resolve().name, a.stem, a.stem, Clip(a.name, a), Clip(b.name, b)))
         if gaps := [f"'{a.name}' and '{b.name}'" for ((i,), a), ((j,), b) in pairs if j != i + 1]:
             gap = f"{len(gaps):,} of {len(pairs):,} pairs have a gap between their numbers, as {gaps[0]}"
             benchmark.notes.append(f"'{folder}': {gap}; make sure that no file is missing")
@@ -282,7 +273,6 @@ def _read_tables(source: str, columns: tuple[str, str], names: Collection[str] |
 
     Args:
         source: hub id (of the owner or of one data set), or folder of that name. A folder with audio has no tables.
-        columns: columns of the positive and the negative clip.
         names: data sets of the benchmark; None takes each configuration as a part.
     """
     benchmark, root = Benchmark([]), Path(source)
@@ -312,9 +302,9 @@ def _read_tables(source: str, columns: tuple[str, str], names: Collection[str] |
 
 
 def _add_table(benchmark: Benchmark, name: str, dataset: Dataset, columns: tuple[str, str]) -> None:
-    if missing := [column for column in columns if column not in dataset.column_names]:
+    if not set(columns) <= set(dataset.column_names):
         found = ", ".join(dataset.column_names)
-        raise UserError(f"'{name}' has no column '{missing[0]}', only {found}; name the data set as published")
+        raise UserError(f"'{name}' has the columns {found}, but needs {' and '.join(columns)}; name the right data set")
     audio = [dataset.select_columns([column]).cast_column(column, Audio(decode=False)) for column in columns]
     others = dataset.remove_columns(list(columns))
     rows = list(others) if others.column_names else [{}] * len(dataset)

@@ -47,15 +47,12 @@ def encode_clips(
     *,
     as_released: bool = False,
 ) -> tuple[list[str], dict[str, ClipCodes]]:
-    """Return codes of all clips, from the cache or encoded now; ranks share the clips.
+    """Return the SHA-256 of the audio of each clip, and codes by that, from the cache or encoded now.
 
     Args:
         codes_dir: folder of caches, local or on any fsspec path.
         max_seconds: maximum length of a clip; longer ones are cut.
         as_released: leave a partial last frame to the codec, as the first release does, one clip at a time.
-
-    Returns:
-        For each clip the SHA-256 of its audio, and codes by that.
 
     Raises:
         AudioError: a clip cannot be used; none is ever left out.

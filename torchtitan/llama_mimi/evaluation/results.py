@@ -23,11 +23,7 @@ def model_folder(model_name: str) -> str:
 
 
 def check_earlier(path: Path, header: Mapping[str, Any]) -> list[str]:
-    """Return a notice if a result of other weights will be replaced.
-
-    Raises:
-        UserError: the file is a result of another format, model, data, codec or setting.
-    """
+    """Return a notice if a result of other weights will be replaced; refuse one of other data or settings."""
     earlier = read_json(str(path.parent), path.name)
     if earlier is None:
         return []
@@ -51,9 +47,8 @@ def results(
     """Return the accuracies by part, their mean, and every pair.
 
     Args:
-        audio_ids: SHA-256 of the audio of each clip, in the order of ``benchmark.clips``.
-        codes, scores: values by SHA-256.
-        scoring: rule for ties and groups.
+        audio_ids: SHA-256 of the audio of each clip, in the order of ``benchmark.clips``; ``codes`` and ``scores`` are
+            by SHA-256.
         mean_of: parts to average; empty for a benchmark without a mean.
     """
     pairs = []

@@ -4,7 +4,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -48,10 +48,6 @@ class Scoring:
         """True if pairs of one group, such as the voices of one word, are averaged first."""
         return not self.as_released
 
-    def describe(self) -> dict[str, Any]:
-        """Return all settings for the result file."""
-        return {**vars(self), "tie": self.tie, "by_group": self.by_group}
-
     def check(self, model: SpeechModel) -> None:
         """Raise a `UserError` for a model that lacks a level, or a hierarchical one with the scoring of the release."""
         num_quantizers = model.sequences.vocabulary.num_quantizers
@@ -73,7 +69,6 @@ def score_clips(
     """Return scores by clip. Clips with equal codes have equal scores, so that a tie is one.
 
     Args:
-        codes: codes by clip.
         batch_tokens: maximum size of a batch with its padding; one clip always fits.
         log: finished scores.
 
@@ -104,11 +99,7 @@ def score_clips(
 
 
 def batch_scores(model: SpeechModel, clips: Sequence[tuple[torch.Tensor, bool]], scoring: Scoring) -> list[float]:
-    """Return the scores of clips that share one batch, in nats per token.
-
-    Args:
-        clips: codes_TQ of each clip, and whether it was cut.
-    """
+    """Return the scores, in nats per token, of clips that share one batch: codes_TQ, and whether the clip was cut."""
     sequences = [scored_sequence(model.sequences, codes_TQ, is_cut, scoring) for codes_TQ, is_cut in clips]
     ids, is_scored = zip(*sequences, strict=True)
     log_probs_N = model.log_likelihoods(ids, is_scored, is_admissible_only=scoring.likelihood == "grammar")

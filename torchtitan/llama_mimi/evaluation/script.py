@@ -16,17 +16,9 @@ from llama_mimi.common.hub import weights_sha256
 from llama_mimi.common.ranks import Ranks, from_first, torchrun_ranks
 from llama_mimi.common.resume import ProgressLog
 from llama_mimi.common.versions import versions
-from llama_mimi.evaluation import benchmarks
+from llama_mimi.evaluation import benchmarks, results
 from llama_mimi.evaluation.codes import codes_sha256, encode_clips
-from llama_mimi.evaluation.results import (
-    FORMAT,
-    MAX_AUDIO_SECONDS,
-    check_earlier,
-    model_folder,
-    results,
-    summary,
-    write_submissions,
-)
+from llama_mimi.evaluation.results import MAX_AUDIO_SECONDS
 from llama_mimi.evaluation.scoring import Likelihood, Scoring, score_clips
 from llama_mimi.generation.loading import load_speech_model
 from llama_mimi.generation.speech_model import DecoderPrecision
@@ -59,11 +51,7 @@ class EvaluationOptions:
     def scoring(self, levels: tuple[int, ...] | None) -> tuple[str, Scoring]:
         """Return the name of the result, which lists what differs from the preset, and the scoring of these flags.
 
-        Args:
-            levels: levels that the benchmark's presets score; None is all.
-
-        Raises:
-            UserError: a flag that is out of range or does not fit the preset.
+        ``levels`` are those that the benchmark's presets score. A flag that does not fit the preset is a `UserError`.
         """
         for flag in ("max_audio_seconds", "batch_tokens", "limit"):
             if (value := getattr(self, flag)) is not None and not 0 < value < math.inf:
@@ -99,11 +87,7 @@ class BenchmarkScript:
     mean_of: Sequence[str] = ()  # parts whose mean is the benchmark's one number
 
     def run(self, options: EvaluationOptions) -> None:
-        """Score the benchmark and write the result file.
-
-        Raises:
-            UserError: a flag, the data or the model cannot be used.
-        """
+        """Score the benchmark and write the result file; raise a `UserError` for flags, data or models of no use."""
         options.scoring(self.levels)  # a mistake in the flags ends the command before it starts ranks
         with torchrun_ranks(options.device) as ranks:
             self._evaluate(options, ranks)
@@ -111,7 +95,7 @@ class BenchmarkScript:
     def result_path(self, options: EvaluationOptions) -> Path:
         """Return the path of the result with these flags; raise a `UserError` as `EvaluationOptions.scoring`."""
         name, _ = options.scoring(self.levels)
-        return options.output_dir / self.name / model_folder(options.model_name) / f"{name}.json"
+        return options.output_dir / self.name / results.model_folder(options.model_name) / f"{name}.json"
 
     def _evaluate(self, options: EvaluationOptions, ranks: Ranks) -> None:
         name, scoring = options.scoring(self.levels)
@@ -130,27 +114,23 @@ class BenchmarkScript:
         whole_frames(max_seconds, codec.config, "--max_audio_seconds")
         scoring.check(model)
         batch_tokens = options.batch_tokens or BATCH_TOKENS[ranks.device.type == "cuda"]
+        settings = {"dtype": options.dtype, "device": ranks.device.type, "batch_tokens": batch_tokens}
         header = {
-            "format": FORMAT,
+            "format": results.FORMAT,
             "benchmark": self.name,
             "preset": name,
             "model": options.model_name,
             "model_sha256": from_first(lambda: weights_sha256(options.model_name)),
             "data": source,
             "data_kind": benchmarks.data_kind(source, benchmark.pairs if options.limit is None else []),
-            "scoring": scoring.describe(),
+            "scoring": vars(scoring) | {"tie": scoring.tie, "by_group": scoring.by_group},
             "num_quantizers": codec.num_quantizers,
             "codec": {"name": codec.name, "sha256": codec_hash(codec.name), "attention": codec.attention},
-            "settings": {
-                "dtype": options.dtype,
-                "device": ranks.device.type,
-                "batch_tokens": batch_tokens,
-                "max_audio_seconds": max_seconds,
-            },
+            "settings": {**settings, "max_audio_seconds": max_seconds},
             "versions": versions(),
         }
         path = self.result_path(options)
-        replaced = from_first(lambda: check_earlier(path, header))
+        replaced = from_first(lambda: results.check_earlier(path, header))
 
         clips = benchmark.clips
         codes_dir = options.codes_dir or str(options.output_dir / "codes")
@@ -165,13 +145,15 @@ class BenchmarkScript:
             **header,
             "audio_sha256": hashlib.sha256("".join(audio_ids).encode()).hexdigest(),
             "codes_sha256": codes_sha256(audio_ids, codes),
-            **results(benchmark, audio_ids, codes, scores, scoring, self.mean_of),
+            **results.results(benchmark, audio_ids, codes, scores, scoring, self.mean_of),
         }
         content = json.dumps(report, indent=1, allow_nan=False) + "\n"
         write_atomically(str(path.parent), path.name, content.encode())
-        write_submissions(path.with_name(f"{name}_submission"), clips, [scores[audio_id] for audio_id in audio_ids])
+        results.write_submissions(
+            path.with_name(f"{name}_submission"), clips, [scores[audio_id] for audio_id in audio_ids]
+        )
         log.close()
-        print("\n".join([*summary(report), *replaced, f"written to {path}"]))
+        print("\n".join([*results.summary(report), *replaced, f"written to {path}"]))
 
 
 SALMON = BenchmarkScript("salmon", "slprl/SALMon", benchmarks.read_salmon, None, mean_of=benchmarks.SALMON_PARTS)
