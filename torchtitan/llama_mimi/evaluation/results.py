@@ -44,12 +44,9 @@ def results(
     scoring: Scoring,
     mean_of: Sequence[str],
 ) -> dict[str, Any]:
-    """Return the accuracies by part, their mean, and every pair.
+    """Return the accuracies by part, the mean of the parts ``mean_of`` (may be empty), and every pair.
 
-    Args:
-        audio_ids: SHA-256 of the audio of each clip, in the order of ``benchmark.clips``; ``codes`` and ``scores`` are
-            by SHA-256.
-        mean_of: parts to average; empty for a benchmark without a mean.
+    ``audio_ids`` are the SHA-256 of ``benchmark.clips``; ``codes`` and ``scores`` are by SHA-256.
     """
     pairs = []
     for pair, positive_id, negative_id in zip(benchmark.pairs, audio_ids[::2], audio_ids[1::2], strict=False):

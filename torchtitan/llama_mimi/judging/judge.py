@@ -72,12 +72,7 @@ def read_reply(text: str, names: Sequence[str]) -> dict[str, int]:
 def judge(url: str | None, model_name: str, criteria: Criteria) -> Measure:
     """Return the measure of scores by criterion, 1 to 5, of a prompt's and a continuation's text.
 
-    Args:
-        url: URL of the server, such as http://localhost:8000/v1; None is OpenAI's.
-
-    Raises:
-        UserError: the package openai is missing; later, if the server cannot be reached or refuses. Replies that came
-            before are kept.
+    Without a ``url`` the server is OpenAI's. If it fails, a `UserError` comes after the replies that came before.
     """
     call = _client(url, model_name, list(criteria.questions))
 
@@ -139,10 +134,8 @@ def _client(url: str | None, model_name: str, names: list[str]) -> Callable[[Mes
             reply = create(model=model_name, messages=messages, temperature=0, response_format=form)
             return reply.choices[0].message.content or ""
         except (openai.APIConnectionError, openai.APIStatusError) as error:  # also a timeout
-            raise UserError(
-                f"the judge '{model_name}' at {url or 'OpenAI'} does not answer ({first_line(error)}); fix that and "
-                "run the command again: earlier replies are kept"
-            ) from error
+            problem = f"the judge '{model_name}' at {url or 'OpenAI'} does not answer ({first_line(error)})"
+            raise UserError(f"{problem}; fix that and run the command again: earlier replies are kept") from error
         except (openai.OpenAIError, ValueError, RecursionError, AttributeError, IndexError, TypeError):
             return ""
 

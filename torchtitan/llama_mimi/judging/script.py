@@ -102,10 +102,7 @@ class GenerationOptions:
 
 
 def judge_generations(options: GenerationOptions) -> None:
-    """Continue prompts, measure the continuations, write results, and print a table.
-
-    A flag, a file, a model or a server that cannot be used is a `UserError`.
-    """
+    """Continue prompts, measure the continuations, write results, and print a table."""
     with torchrun_ranks(options.device) as ranks, ExitStack() as locks:
 
         def lock_and_cut() -> PromptSet:

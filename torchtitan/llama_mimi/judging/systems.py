@@ -132,12 +132,8 @@ def continuations(
 def wavs(prompts: PromptSet, folder: Path, *, hold_prompt: bool, max_seconds: float) -> list[Sample]:
     """Return continuations by another system: ``<prompt>.wav``, or ``<prompt>_0.wav``, ``<prompt>_1.wav`` and so on.
 
-    Args:
-        hold_prompt: each file begins with its prompt.
-        max_seconds: maximum length; later audio is ignored.
-
-    Raises:
-        UserError: a prompt without a file, two files for one sample, or a file without a prompt.
+    With ``hold_prompt`` each file begins with its prompt. A prompt without a file, two files for one sample, and a file
+    without a prompt are a `UserError`.
     """
     by_name = {prompt.name: prompt for prompt in prompts.prompts}
     found: dict[tuple[str, int], Path] = {}
