@@ -257,7 +257,7 @@ def test_slm21_and_stories_as_parquet(tmp_path, write_table):
     assert [pair.part for pair in read_slm21(str(tmp_path / "speed" / "sBLIMP")).pairs] == ["syntactic_dev"] * 2
     assert [pair.part for pair in read_storycloze(str(tmp_path / "speed")).pairs] == ["tStoryCloze"] * 2
     write_table(words.rename_column("negative", "other"), "speed", "tStoryCloze", "data")
-    with pytest.raises(UserError, match="no column 'negative', only positive, other"):
+    with pytest.raises(UserError, match="has the columns positive, other, but needs positive and negative"):
         read_storycloze(str(tmp_path / "speed"))
     (tmp_path / "speed" / "tStoryCloze" / "data" / "train-00000-of-00001.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match="is not a folder in the official layout"):

@@ -112,9 +112,6 @@ def test_skipped_recordings_are_counted(tmp_path, capsys):
     prompts = make_prompts(tmp_path / "out", PromptOptions(corpus=path))
     assert [prompt.name for prompt in prompts.prompts] == ["row-000000", "row-000002"]
     assert "2 prompts; skipped recordings: too short 1, unreadable 1" in capsys.readouterr().out
-    path = corpus(tmp_path / "d.parquet", [audio_row(0, 8), damaged, damaged])
-    with pytest.raises(UserError, match="2 of 3 recordings of .* cannot be read, which is more than 10 %"):
-        make_prompts(tmp_path / "damaged", PromptOptions(corpus=path))
 
 
 @pytest.mark.parametrize(
@@ -122,7 +119,7 @@ def test_skipped_recordings_are_counted(tmp_path, capsys):
     [
         ({"prompt_seconds": 0.1}, "--prompt_seconds is 0.1; it must be 0.5 or more"),
         ({"recording_seconds": 70}, "--recording_seconds is 70; for prompts of 1.6 s it must be 2 to 60"),
-        ({"recording_seconds": 50}, "no recording of .* is 50 s long; lower"),
+        ({"recording_seconds": 50}, "no recording of .* is 50 s long and readable; lower"),
     ],
 )
 def test_wrong_options_of_prompts_are_refused(tmp_path, changes, message):
@@ -201,7 +198,7 @@ def test_files_may_begin_with_their_prompt(prompts, tmp_path):
     assert all(sample.clip.read(RATE).seconds == pytest.approx(0.3, abs=0.01) for sample in samples)
 
 
-@pytest.mark.parametrize("mistake", ["missing", "twice", "stranger", "no folder", "damaged"])
+@pytest.mark.parametrize("mistake", ["missing", "twice", "stranger", "damaged"])
 def test_wrong_files_are_refused(prompts, others, mistake):
     name = prompts.prompts[1].name
     folder, path = others, others / "1" / f"{name}.wav"
@@ -214,8 +211,6 @@ def test_wrong_files_are_refused(prompts, others, mistake):
     elif mistake == "stranger":
         (others / "notes_7.wav").write_bytes(path.read_bytes())
         message = "notes_7.wav' has no prompt; name it"
-    elif mistake == "no folder":
-        folder, message = others / "typo", "--wavs is '.*typo', which is not a folder"
     else:
         path.write_bytes(b"RIFF and nothing more")
         message = f"{name}.wav' is no readable audio"

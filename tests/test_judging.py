@@ -30,8 +30,7 @@ from llama_mimi.judging import metrics
 from llama_mimi.judging.judge import judge, read_criteria
 from llama_mimi.judging.metrics import Measure, take
 from llama_mimi.judging.prompts import PROMPTS, RECORDINGS, PromptOptions, make_prompts
-from llama_mimi.judging.samples import MeasureOptions, measure_samples
-from llama_mimi.judging.script import GenerationOptions, judge_generations
+from llama_mimi.judging.script import MeasureOptions, measure_samples
 from llama_mimi.judging.systems import Clip, wavs
 
 CPU = torch.device("cpu")
@@ -264,9 +263,8 @@ GOOD = '{"content": 4}'
 NUMBER = "a score is not a whole number from 1 to 5"
 
 
-def judged(server, folder, pairs=PAIRS, parallel=2):
-    measure = judge(server.url, "m", read_criteria(CRITERIA), parallel, timeout_seconds=1.0)
-    return take(measure, pairs, folder, Ranks())
+def judged(server, folder, pairs=PAIRS):
+    return take(judge(server.url, "m", read_criteria(CRITERIA)), pairs, folder, Ranks())
 
 
 def late(request, number):
@@ -301,6 +299,7 @@ def late(request, number):
 )
 def test_replies_of_a_judge(tmp_path, monkeypatch, answer, expected, calls):
     monkeypatch.setattr(judge_module, "RETRIES", 3)
+    monkeypatch.setattr(judge_module, "TIMEOUT_SECONDS", 1.0)
     with serving(answer) as server:
         if calls is None:
             with pytest.raises(UserError, match=expected):
@@ -324,7 +323,7 @@ def test_each_reply_stays_with_its_question_and_is_kept(tmp_path, monkeypatch):
 
     with serving(by_number) as server:
         with pytest.raises(UserError, match="500"):
-            judged(server, tmp_path, parallel=4)
+            judged(server, tmp_path)
         server.answer = lambda request, number: (200, GOOD)
         assert [value["judge/content"] for value in judged(server, tmp_path)] == [1, 2, 3, 4]
     request = server.requests[0]
@@ -365,7 +364,7 @@ def test_every_measure_of_every_sample(prompts, tmp_path, language_model, capsys
         options |= {"judge_model": "m", "judge_url": server.url}
         measure_samples(samples, prompts, MeasureOptions(**options, dry_run=True), Ranks())
         printed = capsys.readouterr().out
-        assert not server.requests and "1 such calls; the other replies are known" in printed
+        assert not server.requests and "1 such calls, less those with known replies" in printed
         assert "--- system\nYou judge" in printed and "--- user\nBeginning: " in printed
         found, descriptions = measure_samples(samples, prompts, MeasureOptions(**options), Ranks())
         assert len(server.requests) == 1
@@ -392,13 +391,6 @@ def test_every_measure_of_every_sample(prompts, tmp_path, language_model, capsys
 def test_contradicting_flags_of_measures_are_refused(flags, message):
     with pytest.raises(UserError, match=message):
         MeasureOptions(**flags)
-
-
-def test_openai_is_not_asked_without_a_key(monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    measures = MeasureOptions(asr_model="a", judge_model="b")
-    with pytest.raises(UserError, match="set OPENAI_API_KEY or --judge_url"):
-        judge_generations(GenerationOptions(prompts=PromptOptions(corpus="x"), model_name="m", measures=measures))
 
 
 # The command.
@@ -474,10 +466,8 @@ def test_two_ranks_and_a_kill_change_nothing(generated, model_folder, tmp_path):
     ("flags", "message"),
     [
         (("--wavs", "x"), "give either a --model_name or a folder of --wavs"),
-        (("--wavs_hold_prompt",), "--wavs_hold_prompt needs --wavs"),
         (("--name", "recording"), "--name is 'recording', which is reserved"),
         (("--name", ".."), "--name is '..'"),
-        (("--num_quantizers", 9), "num_quantizers is 9, but the codec"),
         (("--speaker_model", "nowhere"), "the speaker model folder 'nowhere' does not exist"),
     ],
 )

@@ -161,8 +161,3 @@ def test_results_are_named_by_what_differs_from_the_preset(levels, flags, name):
 def test_flags_that_do_not_fit_are_refused(flags, message):
     with pytest.raises(UserError, match=message):
         EvaluationOptions(**flags).scoring(None)
-
-
-def test_a_level_that_the_model_lacks_is_refused(models):
-    with pytest.raises(UserError, match="level 4, but the model has levels 0 to 3"):
-        Scoring((0, 4)).check(models[4, True])

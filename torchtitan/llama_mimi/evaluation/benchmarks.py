@@ -15,7 +15,6 @@ from datasets import Audio, Dataset, get_dataset_config_names, load_dataset
 from llama_mimi.audio.reading import AUDIO_ENDINGS
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import find_files, is_hidden, is_synthetic, visible_files
-from llama_mimi.evaluation.accuracy import frequency_band
 
 ENDINGS = (*AUDIO_ENDINGS, ".aac", ".aif", ".aiff", ".m4a", ".mp4", ".opus", ".sph", ".webm", ".wma")
 SALMON_PARTS = (
@@ -38,6 +37,9 @@ OFFICIAL_PAIRS = {
     "syntactic_dev": 25_200,  # 6,300 sentences in 4 voices, arXiv 2011.11588 and the hub's table
     **dict.fromkeys(STORYCLOZE_TABLES, 1_871),  # arXiv 2305.13009
 }
+# (lowest count in LibriSpeech, label) of each band, as in sLM21's own tool. Its labels are off by one: a count of 5 is
+# in the band "6-20".
+FREQUENCY_BANDS = ((0, "oov"), (1, "1-5"), (5, "6-20"), (20, "21-100"), (100, ">100"))
 DataKind = Literal["official", "synthetic", "other"]
 
 
@@ -128,15 +130,21 @@ def read_salmon(source: str) -> Benchmark:
     """Read SALMon: ``<root>/<part>/sample_<index>_<k>.wav``, or tables of its parts.
 
     The first file of an index is the positive, each other one a negative. Parts named ``all`` or ``all_*`` repeat pairs
-    of other parts and are left out.
-
-    Raises:
-        UserError: no pairs, or a file without a partner.
+    of other parts and are left out. No pairs, or a file without a partner, are a `UserError`.
     """
     benchmark = _read_tables(source, ("positive_audio", "negative_audio"))
     for folder in _folders(Path(source)):
-        if not _is_aggregate(folder.name):
-            benchmark.pairs.extend(_samples(folder))
+        if _is_aggregate(folder.name):
+            continue
+        samples: dict[int, list[Clip]] = defaultdict(list)
+        for (index, _), path in sorted(_files_by(folder, r"sample_(\d+)_(\d+)").items()):
+            samples[index].append(Clip(path.name, path))
+        for index, (positive, *negatives) in samples.items():
+            if not negatives:
+                raise UserError(
+                    f"'{positive.source}' has no counterpart of the same index; add it or move the file out"
+                )
+            benchmark.pairs.extend(Pair(folder.name, str(index), clip.name, positive, clip) for clip in negatives)
     return _not_empty(benchmark, source, "<part>/sample_<index>_<k>.wav")
 
 
@@ -144,15 +152,13 @@ def read_slm21(source: str) -> Benchmark:
     """Read sLM21: ``{lexical,syntactic}/{dev,test}`` (sWUGGY, sBLIMP) with audio and ``gold.csv``, or tables.
 
     Lexical pairs share id and voice, and the id is their group; syntactic pairs are consecutive rows, and (type,
-    subtype, id) is their group. A test split without ``gold.csv`` is scored for the submission only.
-
-    Raises:
-        UserError: no pairs, or ``gold.csv`` and the audio files do not match.
+    subtype, id) is their group. A test split without ``gold.csv`` is scored for the submission only. No pairs, or files
+    that ``gold.csv`` does not match, are a `UserError`.
     """
     benchmark = _read_tables(source, ("positive", "negative"), SLM21_TABLES)
     for folder in [*_folders(Path(source) / "lexical"), *_folders(Path(source) / "syntactic")]:
         split = f"{folder.parent.name}/{folder.name}"
-        files = {stem: Clip(path.name, path, split) for (stem,), path in _files_by(folder, "(.*)", str).items()}
+        files = {stem: Clip(path.name, path, split) for (stem,), path in _files_by(folder, ".*").items()}
         if (folder / "gold.csv").is_file():
             benchmark.pairs.extend(_gold_pairs(folder / "gold.csv", split.replace("/", "_"), files))
         elif folder.name == "test":
@@ -161,45 +167,6 @@ def read_slm21(source: str) -> Benchmark:
         else:
             raise UserError(f"'{folder}' has no gold.csv with the answers; add it or move the folder out")
     return _not_empty(benchmark, source, "{lexical,syntactic}/{dev,test}/gold.csv")
-
-
-def read_storycloze(source: str) -> Benchmark:
-    """Read StoryCloze: a folder of files sorted by their number, (positive, negative) in turn, or tables.
-
-    A folder of such folders has one part each: sStoryCloze (own wrong ending) and tStoryCloze (random ending).
-
-    Raises:
-        UserError: no pairs, or a file without a partner.
-    """
-    benchmark = _read_tables(source, ("positive", "negative"), STORYCLOZE_TABLES)
-    root = Path(source)
-    folders = [folder for folder in _folders(root) if _audio_files(folder)]
-    if folders and (odd := _audio_files(root)):
-        raise UserError(f"'{odd[0]}' lies beside folders of stories; move it out, or name one folder")
-    for folder in folders or [root]:
-        files = sorted(_files_by(folder, r"(\d+).*").items())
-        if len(files) % 2:
-            last = files[-1][1].name
-            raise UserError(f"'{folder}' has an odd number of files ({len(files)}); the last one is '{last}'")
-        pairs = list(zip(files[::2], files[1::2], strict=True))
-        for (_, a), (_, b) in pairs:
-            clips = Clip(a.name, a), Clip(b.name, b)
-            benchmark.pairs.append(Pair(folder.resolve().name, a.stem, a.stem, *clips))
-        if gaps := [f"'{a.name}' and '{b.name}'" for ((i,), a), ((j,), b) in pairs if j != i + 1]:
-            gap = f"{len(gaps):,} of {len(pairs):,} pairs have a gap between their numbers, as {gaps[0]}"
-            benchmark.notes.append(f"'{folder}': {gap}; make sure that no file is missing")
-    return _not_empty(benchmark, source, "<number>_*.wav")
-
-
-def _samples(folder: Path) -> Iterator[Pair]:
-    """Pairs of one part of SALMon."""
-    samples: dict[int, list[Clip]] = defaultdict(list)
-    for (index, _), path in sorted(_files_by(folder, r"sample_(\d+)_(\d+)").items()):
-        samples[index].append(Clip(path.name, path))
-    for index, (positive, *negatives) in samples.items():
-        if not negatives:
-            raise UserError(f"'{positive.source}' has no counterpart of the same index; add it or move the file out")
-        yield from (Pair(folder.name, str(index), clip.name, positive, clip) for clip in negatives)
 
 
 def _gold_pairs(gold: Path, part: str, files: Mapping[str, Clip]) -> Iterator[Pair]:
@@ -214,16 +181,14 @@ def _gold_pairs(gold: Path, part: str, files: Mapping[str, Clip]) -> Iterator[Pa
     if odd := {row["filename"] for row in rows} ^ files.keys():
         raise UserError(f"'{min(odd)}' is only in one of '{gold}' and its folder; add the file or move it out")
     is_lexical = part.startswith("lexical")
-    by_word: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
-    for row in rows:
-        by_word[row["id"], row["voice"]].append(row)
-    for pair in by_word.values() if is_lexical else [rows[i : i + 2] for i in range(0, len(rows), 2)]:
+    found: dict[Any, list[dict[str, str]]] = defaultdict(list)
+    for index, row in enumerate(rows):
+        found[(row["id"], row["voice"]) if is_lexical else index // 2].append(row)
+    for pair in found.values():
         places = {(row["id"], row["voice"]) for row in pair}
         if len(places) > 1 or sorted(row["correct"] for row in pair) != ["0", "1"]:
             names = "', '".join(row["filename"] for row in pair)
-            raise UserError(
-                f"'{gold}': '{names}' are not a pair of one id and voice, one correct; sort it as published"
-            )
+            raise UserError(f"'{gold}': '{names}' are not a pair of one id and voice, one correct; copy it again")
         wrong, right = sorted(pair, key=lambda row: row["correct"])
         group = right["id"] if is_lexical else "_".join(right.get(key, "") for key in ("type", "subtype", "id"))
         clips = files[right["filename"]], files[wrong["filename"]]
@@ -231,15 +196,44 @@ def _gold_pairs(gold: Path, part: str, files: Mapping[str, Clip]) -> Iterator[Pa
 
 
 def _labels(row: Mapping[str, Any], where: str) -> dict[str, str]:
-    """Labels of a pair, from the row of its positive clip."""
+    """Return the labels of a pair, from the row of its positive clip."""
     labels = {key: str(row[key]) for key in ("type", "subtype") if row.get(key) not in (None, "")}
-    try:
-        frequency = math.nan if row.get("frequency") in (None, "") else float(row["frequency"])
-        if not math.isnan(frequency):  # a word without a frequency is in no band, as in the official tool
-            labels["frequency"] = frequency_band(frequency)
-    except ValueError as error:
-        raise UserError(f"'{where}' has the frequency '{row['frequency']}', not a count; copy it again") from error
+    if (count := row.get("frequency")) not in (None, ""):
+        try:
+            if not math.isnan(frequency := float(count)):  # without one in no band, as in the official tool
+                labels["frequency"] = frequency_band(frequency)
+        except (ValueError, IndexError) as error:
+            raise UserError(f"'{where}' has the frequency '{count}', not a count; copy it again") from error
     return labels
+
+
+def frequency_band(frequency: float) -> str:
+    """Return the band of a word by its count in LibriSpeech; raise an `IndexError` for a negative count."""
+    return [name for edge, name in FREQUENCY_BANDS if edge <= frequency][-1]
+
+
+def read_storycloze(source: str) -> Benchmark:
+    """Read StoryCloze: a folder of files sorted by their number, (positive, negative) in turn, or tables.
+
+    A folder of such folders has one part each: sStoryCloze (own wrong ending) and tStoryCloze (random ending). No
+    pairs, or a file without a partner, are a `UserError`.
+    """
+    benchmark = _read_tables(source, ("positive", "negative"), STORYCLOZE_TABLES)
+    root = Path(source)
+    folders = [folder for folder in _folders(root) if _audio_files(folder)]
+    if folders and (odd := _audio_files(root)):
+        raise UserError(f"'{odd[0]}' lies beside folders of stories; move it out, or name one folder")
+    for folder in folders or [root]:
+        files = sorted(_files_by(folder, r"(\d+).*").items())
+        if len(files) % 2:
+            raise UserError(f"'{folder}' has an odd number of files; the last one is '{files[-1][1].name}'")
+        pairs = list(zip(files[::2], files[1::2], strict=True))
+        for (_, a), (_, b) in pairs:
+            benchmark.pairs.append(Pair(folder.resolve().name, a.stem, a.stem, Clip(a.name, a), Clip(b.name, b)))
+        if gaps := [f"'{a.name}' and '{b.name}'" for ((i,), a), ((j,), b) in pairs if j != i + 1]:
+            gap = f"{len(gaps):,} of {len(pairs):,} pairs have a gap between their numbers, as {gaps[0]}"
+            benchmark.notes.append(f"'{folder}': {gap}; make sure that no file is missing")
+    return _not_empty(benchmark, source, "<number>_*.wav")
 
 
 def _is_aggregate(part: str) -> bool:
@@ -254,14 +248,14 @@ def _audio_files(folder: Path) -> list[Path]:
     return [path for path in visible_files(folder, "*") if path.suffix.lower() in ENDINGS and path.is_file()]
 
 
-def _files_by(folder: Path, pattern: str, kind: type = int) -> dict[tuple[Any, ...], Path]:
-    """Return the audio files of a folder by the groups of a pattern that matches their names."""
+def _files_by(folder: Path, pattern: str) -> dict[tuple[Any, ...], Path]:
+    """Return the audio files of a folder by the numbers in their names (groups of a pattern), or else by their stem."""
     files: dict[tuple[Any, ...], Path] = {}
     for path in _audio_files(folder):
         match = re.fullmatch(pattern, path.stem)
         if match is None:
             raise UserError(f"the name of '{path}' does not match '{pattern}'; move the odd file out")
-        key = tuple(map(kind, match.groups()))
+        key = tuple(map(int, match.groups())) or (path.stem,)
         if key in files:
             raise UserError(f"'{path}' and '{files[key]}' have the same number or name; move the odd file out")
         files[key] = path
@@ -279,12 +273,22 @@ def _read_tables(source: str, columns: tuple[str, str], names: Collection[str] |
 
     Args:
         source: hub id (of the owner or of one data set), or folder of that name. A folder with audio has no tables.
-        columns: columns of the positive and the negative clip.
         names: data sets of the benchmark; None takes each configuration as a part.
     """
-    benchmark = Benchmark([])
+    benchmark, root = Benchmark([]), Path(source)
+    is_folder = root.is_dir()
+    if is_folder and find_files(source, ENDINGS):
+        return benchmark
     try:
-        for name, arguments in _tables(source, names).items():
+        if names is None and is_folder:
+            tables = {folder.name: [str(folder)] for folder in _folders(root)}
+        elif names is None:
+            tables = {part: [source, part] for part in get_dataset_config_names(source)}
+        elif root.absolute().name in names:
+            tables = {root.absolute().name: [source]}
+        else:
+            tables = {name: [f"{source}/{name}"] for name in names if not is_folder or (root / name).is_dir()}
+        for name, arguments in tables.items():
             if not _is_aggregate(name):
                 _add_table(benchmark, name, load_dataset(*arguments, split="train"), columns)
     except UserError:
@@ -297,27 +301,12 @@ def _read_tables(source: str, columns: tuple[str, str], names: Collection[str] |
     return benchmark
 
 
-def _tables(source: str, names: Collection[str] | None) -> dict[str, list[str]]:
-    """Return the arguments of `load_dataset` for each table."""
-    root = Path(source)
-    is_folder = root.is_dir()
-    if is_folder and find_files(source, ENDINGS):
-        return {}
-    if names is None:
-        if is_folder:
-            return {folder.name: [str(folder)] for folder in _folders(root)}
-        return {config: [source, config] for config in get_dataset_config_names(source)}
-    if root.absolute().name in names:
-        return {root.absolute().name: [source]}
-    return {name: [f"{source}/{name}"] for name in names if not is_folder or (root / name).is_dir()}
-
-
 def _add_table(benchmark: Benchmark, name: str, dataset: Dataset, columns: tuple[str, str]) -> None:
-    if missing := [column for column in columns if column not in dataset.column_names]:
+    if not set(columns) <= set(dataset.column_names):
         found = ", ".join(dataset.column_names)
-        raise UserError(f"'{name}' has no column '{missing[0]}', only {found}; name the data set as published")
-    others = dataset.remove_columns(list(columns))
+        raise UserError(f"'{name}' has the columns {found}, but needs {' and '.join(columns)}; name the right data set")
     audio = [dataset.select_columns([column]).cast_column(column, Audio(decode=False)) for column in columns]
+    others = dataset.remove_columns(list(columns))
     rows = list(others) if others.column_names else [{}] * len(dataset)
     is_slm21 = name in SLM21_TABLES
     has_ids = is_slm21 and all(row.get("id") is not None for row in rows)

@@ -9,9 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
 import numpy as np
@@ -20,7 +18,6 @@ from tqdm import tqdm
 from llama_mimi.audio.mimi import MimiCodec, codec_hash
 from llama_mimi.audio.reading import AudioError, Waveform, read_audio
 from llama_mimi.common.batching import map_ahead
-from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import find_files, write_atomically
 from llama_mimi.common.ranks import Ranks, gather
 from llama_mimi.common.versions import versions
@@ -50,55 +47,60 @@ def encode_clips(
     *,
     as_released: bool = False,
 ) -> tuple[list[str], dict[str, ClipCodes]]:
-    """Return codes of all clips, from the cache or encoded now; ranks share the clips.
+    """Return the SHA-256 of the audio of each clip, and codes by that, from the cache or encoded now.
 
     Args:
         codes_dir: folder of caches, local or on any fsspec path.
         max_seconds: maximum length of a clip; longer ones are cut.
         as_released: leave a partial last frame to the codec, as the first release does, one clip at a time.
 
-    Returns:
-        For each clip the SHA-256 of its audio, and codes by that.
-
     Raises:
         AudioError: a clip cannot be used; none is ever left out.
         UserError: the cache is damaged or cannot be written.
     """
     deep = codec.at_depth(max(codec.num_quantizers, min(STORED_LEVELS, codec.config.num_quantizers)))
-    key = _cache_key(deep, max_seconds, as_released)
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    folder = f"{codes_dir.rstrip('/')}/{digest}"
-    known = _load(folder, deep.num_quantizers)
+    settings = {
+        "encoding": ENCODING,
+        "codec_sha256": codec_hash(deep.name),
+        "attention": deep.attention,
+        "levels": deep.num_quantizers,
+        "dtype": str(deep.dtype),
+        "device": deep.device.type,
+        "max_audio_seconds": max_seconds,
+        "partial_frame": "as released" if as_released else "zeros",
+        "versions": versions() | {"commit": ""},
+    }
+    name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    folder = f"{codes_dir.rstrip('/')}/{name}"
+    known: dict[str, ClipCodes] = {}
+    for path in find_files(folder, (".parquet",)):
+        shard = read_codes(path, ["id", "codes", "is_cut"], deep.num_quantizers)
+        for row, (audio_id, is_cut) in enumerate(zip(shard.columns["id"], shard.columns["is_cut"], strict=True)):
+            known[audio_id] = ClipCodes(shard.codes(row), is_cut)
+
+    def read(clip: Clip) -> tuple[str, Waveform | None]:
+        return _read(clip, deep, max_seconds, known)
+
     mine = clips[ranks.rank :: ranks.world_size]
     chunks = [mine[start : start + CLIPS_PER_CHUNK] for start in range(0, len(mine), CLIPS_PER_CHUNK)]
-    read = partial(_read, codec=deep, max_seconds=max_seconds, known=known)
     audio_ids: list[str] = []
-    with (
-        ThreadPoolExecutor(READERS) as pool,
-        tqdm(total=len(mine), unit="clip", desc="codes", disable=ranks.rank > 0) as progress,
-    ):
-        for chunk in map_ahead(lambda chunk: list(pool.map(read, chunk)), chunks, num_ahead=1):
-            new = {
-                audio_id: waveform
-                for audio_id, waveform in chunk
-                if waveform is not None and audio_id not in known  # the chunk before may contain it
-            }
+    with ThreadPoolExecutor(READERS) as pool:
+        ahead = map_ahead(lambda chunk: list(pool.map(read, chunk)), chunks, num_ahead=1)
+        for chunk in tqdm(ahead, total=len(chunks), desc="codes", unit="chunk", disable=ranks.rank > 0):
+            audio_ids += [audio_id for audio_id, _ in chunk]
+            # The chunk before may contain a clip that was not known when it was read.
+            new = {audio_id: one for audio_id, one in chunk if one is not None and audio_id not in known}
+            if not new:
+                continue
             samples = [waveform.samples_S for waveform in new.values()]
             codes = list(map(deep.encode_as_released, samples)) if as_released else deep.encode_many(samples)
-            encoded = {
-                audio_id: ClipCodes(codes_TQ.numpy().astype(np.uint16), waveform.is_cut)
-                for (audio_id, waveform), codes_TQ in zip(new.items(), codes, strict=True)
-            }
-            if encoded:
-                stored = [
-                    StoredClip(audio_id, clip.codes_TQ, len(clip.codes_TQ) / codec.frame_rate_hz, clip.is_cut)
-                    for audio_id, clip in encoded.items()
-                ]
-                content = shard_bytes(stored, deep.num_quantizers, {"columns": [], **key})
-                write_atomically(folder, f"shard-{uuid4().hex}.parquet", content)
-            known |= encoded
-            audio_ids += [audio_id for audio_id, _ in chunk]
-            progress.update(len(chunk))
+            stored = []
+            for (audio_id, waveform), codes_TQ in zip(new.items(), codes, strict=True):
+                known[audio_id] = clip = ClipCodes(codes_TQ.numpy().astype(np.uint16), waveform.is_cut)
+                seconds = len(clip.codes_TQ) / codec.frame_rate_hz
+                stored.append(StoredClip(audio_id, clip.codes_TQ, seconds, clip.is_cut))
+            content = shard_bytes(stored, deep.num_quantizers, {"columns": [], **settings})
+            write_atomically(folder, f"shard-{uuid4().hex}.parquet", content)
     Q = codec.num_quantizers
     my_codes = {audio_id: ClipCodes(known[audio_id].codes_TQ[:, :Q], known[audio_id].is_cut) for audio_id in audio_ids}
     all_ids = [""] * len(clips)
@@ -117,34 +119,8 @@ def codes_sha256(audio_ids: Sequence[str], codes: Mapping[str, ClipCodes]) -> st
     return digest.hexdigest()
 
 
-def _cache_key(deep: MimiCodec, max_seconds: float, as_released: bool) -> dict[str, Any]:
-    return {
-        "encoding": ENCODING,
-        "codec_sha256": codec_hash(deep.name),
-        "attention": deep.attention,
-        "levels": deep.num_quantizers,
-        "dtype": str(deep.dtype),
-        "device": deep.device.type,
-        "max_audio_seconds": max_seconds,
-        "partial_frame": "as released" if as_released else "zeros",
-        "versions": versions() | {"commit": ""},
-    }
-
-
-def _load(folder: str, num_levels: int) -> dict[str, ClipCodes]:
-    found: dict[str, ClipCodes] = {}
-    for path in find_files(folder, (".parquet",)):
-        try:
-            shard = read_codes(path, ["id", "codes", "is_cut"], num_levels)
-        except UserError as error:
-            raise UserError(f"the cached codes are damaged ({error}); delete that file, it is made again") from error
-        for row, (audio_id, is_cut) in enumerate(zip(shard.columns["id"], shard.columns["is_cut"], strict=True)):
-            found[audio_id] = ClipCodes(shard.codes(row), is_cut)
-    return found
-
-
 def _read(
-    clip: Clip, *, codec: MimiCodec, max_seconds: float, known: Mapping[str, ClipCodes]
+    clip: Clip, codec: MimiCodec, max_seconds: float, known: Mapping[str, ClipCodes]
 ) -> tuple[str, Waveform | None]:
     """Return the SHA-256 of a clip's file, and its samples unless its codes are known."""
     content = clip.source.read_bytes()

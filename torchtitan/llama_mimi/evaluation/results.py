@@ -1,4 +1,4 @@
-"""Result files: contents, protection of earlier ones, and the printed summary."""
+"""From the scores of clips to accuracies, a result file and the printed summary."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -7,10 +7,10 @@ from typing import Any
 
 from llama_mimi.common.files import read_json, write_atomically
 from llama_mimi.common.resume import require_same
-from llama_mimi.evaluation.accuracy import mean_of_parts, part_results
-from llama_mimi.evaluation.benchmarks import Benchmark, Clip
+from llama_mimi.evaluation.benchmarks import FREQUENCY_BANDS, Benchmark, Clip
 from llama_mimi.evaluation.codes import ClipCodes
 from llama_mimi.evaluation.scoring import Scoring
+from llama_mimi.evaluation.statistics import wilson_interval
 
 FORMAT = 2
 MAX_AUDIO_SECONDS = 20.0  # of the paper's training
@@ -23,11 +23,7 @@ def model_folder(model_name: str) -> str:
 
 
 def check_earlier(path: Path, header: Mapping[str, Any]) -> list[str]:
-    """Return a notice if a result of other weights will be replaced.
-
-    Raises:
-        UserError: the file is a result of another format, model, data, codec or setting.
-    """
+    """Return a notice if a result of other weights will be replaced; refuse one of other data or settings."""
     earlier = read_json(str(path.parent), path.name)
     if earlier is None:
         return []
@@ -48,45 +44,83 @@ def results(
     scoring: Scoring,
     mean_of: Sequence[str],
 ) -> dict[str, Any]:
-    """Return the accuracies by part, their mean, and every pair.
+    """Return the accuracies by part, the mean of the parts ``mean_of`` (may be empty), and every pair.
 
-    Args:
-        audio_ids: SHA-256 of the audio of each clip, in the order of ``benchmark.clips``.
-        codes, scores: values by SHA-256.
-        scoring: rule for ties and groups.
-        mean_of: parts to average; empty for a benchmark without a mean.
+    ``audio_ids`` are the SHA-256 of ``benchmark.clips``; ``codes`` and ``scores`` are by SHA-256.
     """
     pairs = []
-    for index, pair in enumerate(benchmark.pairs):
-        positive_id, negative_id = audio_ids[2 * index : 2 * index + 2]
+    for pair, positive_id, negative_id in zip(benchmark.pairs, audio_ids[::2], audio_ids[1::2], strict=False):
         positive, negative = scores[positive_id], scores[negative_id]
-        pairs.append(
-            {
-                "part": pair.part,
-                "name": pair.name,
-                "group": pair.group,
-                "labels": pair.labels,
-                "positive": pair.positive.name,
-                "negative": pair.negative.name,
-                "positive_score": positive,
-                "negative_score": negative,
-                "correct": scoring.tie if positive == negative else float(positive > negative),
-                "is_tie": positive == negative,
-                "is_cut": codes[positive_id].is_cut or codes[negative_id].is_cut,
-            }
-        )
-    parts = part_results(pairs, by_group=scoring.by_group)
-    mean: dict[str, Any] = {}
+        entry = vars(pair) | {"positive": pair.positive.name, "negative": pair.negative.name}
+        entry |= {"positive_score": positive, "negative_score": negative, "is_tie": positive == negative}
+        entry["correct"] = scoring.tie if positive == negative else float(positive > negative)
+        entry["is_cut"] = codes[positive_id].is_cut or codes[negative_id].is_cut
+        pairs.append(entry)
+    report: dict[str, Any] = {"parts": part_results(pairs, by_group=scoring.by_group)}
     if mean_of:
-        mean["mean_of_parts"] = mean_of_parts(parts, mean_of)
-        mean["missing_parts"] = [part for part in mean_of if part not in parts]
+        report["mean_of_parts"] = mean_of_parts(report["parts"], mean_of)
+        report["missing_parts"] = [part for part in mean_of if part not in report["parts"]]
+    return report | {"unpaired_clips": len(benchmark.unpaired), "notes": benchmark.notes, "pairs": pairs}
+
+
+def part_results(pairs: Sequence[Mapping[str, Any]], *, by_group: bool) -> dict[str, dict[str, Any]]:
+    """Return the accuracy of each part, and within it by each label.
+
+    Args:
+        pairs: pairs with the keys part, group, labels, correct, is_tie and is_cut.
+        by_group: average the pairs of one group, such as the voices of a word, first.
+
+    Returns:
+        For each part `accuracy`, `interval` (95 %), `count` (number of groups or pairs averaged), `pairs`, `ties`,
+        `pairs_cut`, and `by`: the same by the values of each label, such as {"type": {"agreement": ...}}.
+    """
+    members: dict[tuple[str, ...], list[Mapping[str, Any]]] = defaultdict(list)
+    for pair in pairs:
+        members[(pair["part"],)].append(pair)
+        for label, value in pair["labels"].items():
+            members[pair["part"], label, value].append(pair)
+    bands = [name for _, name in FREQUENCY_BANDS]
+
+    def place(key: tuple[str, ...]) -> tuple[Any, ...]:
+        """Frequency bands come in their order, everything else by name."""
+        return *key[:2], *(bands.index(value) if value in bands else len(bands) for value in key[2:]), *key[2:]
+
+    found: dict[str, dict[str, Any]] = {}
+    for part, *label in sorted(members, key=place):
+        result = _result(members[part, *label], by_group)
+        if label:
+            found[part]["by"].setdefault(label[0], {})[label[1]] = result
+        else:
+            found[part] = result | {"by": {}}
+    return found
+
+
+def _result(pairs: Sequence[Mapping[str, Any]], by_group: bool) -> dict[str, Any]:
+    credits: dict[Any, list[float]] = defaultdict(list)
+    for index, pair in enumerate(pairs):
+        credits[pair["group"] if by_group else index].append(pair["correct"])
+    accuracy = sum(sum(values) / len(values) for values in credits.values()) / len(credits)
     return {
-        "parts": parts,
-        **mean,
-        "unpaired_clips": len(benchmark.unpaired),
-        "notes": benchmark.notes,
-        "pairs": pairs,
+        "accuracy": accuracy,
+        "interval": wilson_interval(accuracy, len(credits)),
+        "count": len(credits),
+        "pairs": len(pairs),
+        "ties": sum(pair["is_tie"] for pair in pairs),
+        "pairs_cut": sum(pair["is_cut"] for pair in pairs),
     }
+
+
+def mean_of_parts(results: Mapping[str, Mapping[str, Any]], parts: Sequence[str]) -> dict[str, Any] | None:
+    """Return the unweighted mean accuracy of ``parts``, or None if one is missing.
+
+    The interval is Wilson's for an effective count: the square of the number of parts, divided by the sum of the
+    inverse counts n_i. If all k parts are equal, k^2 / sum(1/n_i) is the total number of pairs.
+    """
+    if any(part not in results for part in parts):
+        return None
+    accuracy = sum(results[part]["accuracy"] for part in parts) / len(parts)
+    count = len(parts) ** 2 / sum(1 / results[part]["count"] for part in parts)
+    return {"accuracy": accuracy, "interval": wilson_interval(accuracy, count), "count": round(count)}
 
 
 def summary(report: Mapping[str, Any]) -> list[str]:
@@ -107,18 +141,17 @@ def summary(report: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def write_submissions(folder: Path, clips: Sequence[Clip], scores: Sequence[float]) -> list[str]:
-    """Write sLM21's submission, ``<task>/<split>.txt`` with lines ``filename score``; return a message about it."""
+def _accuracy(result: Mapping[str, Any]) -> str:
+    low, high = (100 * bound for bound in result["interval"])
+    return f"{100 * result['accuracy']:.1f} % (95 % interval {low:.1f} to {high:.1f}, {result['count']:,} counted)"
+
+
+def write_submissions(folder: Path, clips: Sequence[Clip], scores: Sequence[float]) -> None:
+    """Write sLM21's submission: ``<task>/<split>.txt`` with lines ``filename score``."""
     lines: dict[str, list[str]] = defaultdict(list)
     for clip, score in zip(clips, scores, strict=True):
         if clip.split is not None:
             lines[clip.split].append(f"{Path(clip.name).stem} {score!r}\n")
     for split, rows in lines.items():
-        task, name = split.split("/")
-        write_atomically(str(folder / task), f"{name}.txt", "".join(rows).encode())
-    return [f"submission files of {', '.join(sorted(lines))} in {folder}"] if lines else []
-
-
-def _accuracy(result: Mapping[str, Any]) -> str:
-    low, high = (100 * bound for bound in result["interval"])
-    return f"{100 * result['accuracy']:.1f} % (95 % interval {low:.1f} to {high:.1f}, {result['count']:,} counted)"
+        path = folder / f"{split}.txt"
+        write_atomically(str(path.parent), path.name, "".join(rows).encode())

@@ -1,16 +1,10 @@
-"""Scores of clips: which tokens enter, over which vocabulary, and their mean log-likelihood.
-
-Two presets for each benchmark. ``official`` is the benchmark's own rule. ``original`` is what the first release of
-Llama-Mimi computes, its accidents included, so that its paper's numbers can be compared with: the same tokens, mean,
-comparison and codes. The resampler is ours (the release uses that of `datasets`), and so are batches and float32 where
-``--dtype float16`` is not given, so that scores agree to rounding, not to the last bit.
-"""
+"""Scores of clips: mean log-likelihood of chosen tokens over a vocabulary; higher is likelier."""
 
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -28,14 +22,14 @@ Likelihood = Literal["softmax", "grammar"]
 
 @dataclass(frozen=True)
 class Scoring:
-    """Rule by which a clip gets a score; higher is likelier.
+    """Rule by which a clip gets a score.
 
     Args:
         levels: quantizer levels to score, with ``</audio>`` if the clip has one; None scores all.
-        as_released: sequence, tokens and codes of the first release: BOS only if the tokenizer adds it, ``</audio>``
-            also behind a clip that was cut, a partial last frame left to the codec, whose attention is "whole". With
-            ``levels`` None every token after the first is scored, ``<audio>`` too; with ``(0,)`` every Q-th from
-            position 2 on, which is level 0 and ``</audio>`` behind BOS, and level 1 without it.
+        as_released: score as the first release does, its accidents included: BOS only if the tokenizer adds it,
+            ``</audio>`` also behind a clip that was cut, a partial last frame left to the codec, whose attention is
+            "whole". With ``levels`` None every token after the first is scored, ``<audio>`` too; with ``(0,)`` every
+            Q-th from position 2 on, which is level 0 and ``</audio>`` behind BOS, and level 1 without it.
         likelihood: "softmax" is over the model's whole vocabulary; "grammar" is over the tokens that are possible at a
             position, which are the codes of its level and, at level 0, ``</audio>``.
     """
@@ -54,23 +48,14 @@ class Scoring:
         """True if pairs of one group, such as the voices of one word, are averaged first."""
         return not self.as_released
 
-    def describe(self) -> dict[str, Any]:
-        """Return all settings for the result file."""
-        return {**vars(self), "tie": self.tie, "by_group": self.by_group}
-
     def check(self, model: SpeechModel) -> None:
-        """Refuse a model without the levels, or without a release of its kind.
-
-        Raises:
-            UserError: the highest level that it lacks, or a hierarchical model with the scoring of the release.
-        """
+        """Raise a `UserError` for a model that lacks a level, or a hierarchical one with the scoring of the release."""
         num_quantizers = model.sequences.vocabulary.num_quantizers
         if self.as_released and not model.has_release:
             raise UserError("no hierarchical model was released, so its scoring does not exist; use --preset official")
         if self.levels is not None and max(self.levels) >= num_quantizers:
-            raise UserError(
-                f"--levels names level {max(self.levels)}, but the model has levels 0 to {num_quantizers - 1}"
-            )
+            last = num_quantizers - 1
+            raise UserError(f"--levels names level {max(self.levels)}, but the model has levels 0 to {last}")
 
 
 def score_clips(
@@ -84,27 +69,29 @@ def score_clips(
     """Return scores by clip. Clips with equal codes have equal scores, so that a tie is one.
 
     Args:
-        codes: codes by clip.
         batch_tokens: maximum size of a batch with its padding; one clip always fits.
         log: finished scores.
 
     Raises:
         UserError: a score is not finite, or the log cannot be written.
     """
-    keys = {name: _content_hash(clip, scoring) for name, clip in codes.items()}
+
+    def content_hash(clip: ClipCodes) -> str:
+        has_end = scoring.as_released or not clip.is_cut
+        return hashlib.sha256(clip.codes_TQ.astype(np.uint16).tobytes() + bytes([has_end])).hexdigest()
+
+    keys = {name: content_hash(clip) for name, clip in codes.items()}
     unique = {keys[name]: clip for name, clip in codes.items()}
     order = sorted(unique)  # batches depend on the codes alone, so that they are the same after a kill
     plan = batches_of_like_size([unique[key].codes_TQ.size for key in order], batch_tokens)
-    batches = [
-        {order[i]: unique[order[i]] for i in batch} for batch in reversed(plan)
-    ]  # too long a batch fails at once
+    plan.reverse()  # too long a batch fails at once
+    batches = [{order[i]: unique[order[i]] for i in batch} for batch in plan]
 
     def work(batch: Mapping[str, ClipCodes]) -> Iterator[tuple[str, float]]:
         clips = [(torch.from_numpy(clip.codes_TQ.astype(np.int64)), clip.is_cut) for clip in batch.values()]
         scores = batch_scores(model, clips, scoring)
         if not all(map(math.isfinite, scores)):
-            dtype = str(model.decoder.dtype).removeprefix("torch.")
-            raise UserError(f"a score is not finite: the model overflows in {dtype}; use another --dtype")
+            raise UserError(f"a score is not finite: the model overflows in {model.decoder.dtype}; use another --dtype")
         yield from zip(batch, scores, strict=True)
 
     done = map_resumable(batches, work, log, ranks, unit="clip")
@@ -112,14 +99,8 @@ def score_clips(
 
 
 def batch_scores(model: SpeechModel, clips: Sequence[tuple[torch.Tensor, bool]], scoring: Scoring) -> list[float]:
-    """Return the scores of clips that share one batch, in nats per token; higher is likelier.
-
-    Args:
-        clips: codes_TQ of each clip, and whether it was cut.
-    """
-    sequences = [
-        scored_sequence(model.sequences, codes_TQ, is_cut=is_cut, scoring=scoring) for codes_TQ, is_cut in clips
-    ]
+    """Return the scores, in nats per token, of clips that share one batch: codes_TQ, and whether the clip was cut."""
+    sequences = [scored_sequence(model.sequences, codes_TQ, is_cut, scoring) for codes_TQ, is_cut in clips]
     ids, is_scored = zip(*sequences, strict=True)
     log_probs_N = model.log_likelihoods(ids, is_scored, is_admissible_only=scoring.likelihood == "grammar")
     counts = [int(is_scored_L.sum()) for is_scored_L in is_scored]
@@ -127,26 +108,16 @@ def batch_scores(model: SpeechModel, clips: Sequence[tuple[torch.Tensor, bool]],
 
 
 def scored_sequence(
-    sequences: SequenceBuilder, codes_TQ: torch.Tensor, *, is_cut: bool, scoring: Scoring
+    sequences: SequenceBuilder, codes_TQ: torch.Tensor, is_cut: bool, scoring: Scoring
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a clip as ids (L,), and a mask (L,) of the scored ones."""
-    Q = sequences.vocabulary.num_quantizers
+    vocabulary, Q = sequences.vocabulary, sequences.vocabulary.num_quantizers
     if scoring.as_released:
-        ids_L = sequences.sequence(codes_TQ, is_cut=False)
-        if not sequences.adds_bos:
-            ids_L = ids_L[1:]
+        ids_L = sequences.sequence(codes_TQ, is_cut=False)[0 if sequences.adds_bos else 1 :]
         is_scored_L = torch.zeros_like(ids_L, dtype=torch.bool)
-        is_scored_L[(slice(1, None) if scoring.levels is None else slice(2, None, Q))] = True
+        is_scored_L[slice(1, None) if scoring.levels is None else slice(2, None, Q)] = True
         return ids_L, is_scored_L
-    levels = range(Q) if scoring.levels is None else scoring.levels
     ids_L = sequences.sequence(codes_TQ, is_cut=is_cut)
-    level_L = sequences.vocabulary.level(ids_L)
-    is_scored_L = sequences.vocabulary.is_unit(ids_L) & torch.isin(level_L, torch.tensor(list(levels)))
-    return ids_L, is_scored_L | (ids_L == sequences.vocabulary.audio_end_id)
-
-
-def _content_hash(clip: ClipCodes, scoring: Scoring) -> str:
-    """SHA-256 of everything in a clip that its score depends on."""
-    has_end = scoring.as_released or not clip.is_cut
-    content = np.ascontiguousarray(clip.codes_TQ, dtype=np.uint16).tobytes() + bytes([has_end])
-    return hashlib.sha256(content).hexdigest()
+    levels = torch.tensor(range(Q) if scoring.levels is None else scoring.levels)
+    is_scored_L = vocabulary.is_unit(ids_L) & torch.isin(vocabulary.level(ids_L), levels)
+    return ids_L, is_scored_L | (ids_L == vocabulary.audio_end_id)

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from llama_mimi.audio.mimi import CodecAttention, codec_hash, whole_frames
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import write_atomically
@@ -18,25 +16,9 @@ from llama_mimi.common.hub import weights_sha256
 from llama_mimi.common.ranks import Ranks, from_first, torchrun_ranks
 from llama_mimi.common.resume import ProgressLog
 from llama_mimi.common.versions import versions
-from llama_mimi.evaluation.benchmarks import (
-    SALMON_PARTS,
-    Benchmark,
-    data_kind,
-    limited,
-    read_salmon,
-    read_slm21,
-    read_storycloze,
-)
+from llama_mimi.evaluation import benchmarks, results
 from llama_mimi.evaluation.codes import codes_sha256, encode_clips
-from llama_mimi.evaluation.results import (
-    FORMAT,
-    MAX_AUDIO_SECONDS,
-    check_earlier,
-    model_folder,
-    results,
-    summary,
-    write_submissions,
-)
+from llama_mimi.evaluation.results import MAX_AUDIO_SECONDS
 from llama_mimi.evaluation.scoring import Likelihood, Scoring, score_clips
 from llama_mimi.generation.loading import load_speech_model
 from llama_mimi.generation.speech_model import DecoderPrecision
@@ -69,28 +51,22 @@ class EvaluationOptions:
     def scoring(self, levels: tuple[int, ...] | None) -> tuple[str, Scoring]:
         """Return the name of the result, which lists what differs from the preset, and the scoring of these flags.
 
-        Args:
-            levels: levels that the benchmark's presets score; None is all.
-
-        Raises:
-            UserError: a flag that is out of range or does not fit the preset.
+        ``levels`` are those that the benchmark's presets score. A flag that does not fit the preset is a `UserError`.
         """
         for flag in ("max_audio_seconds", "batch_tokens", "limit"):
             if (value := getattr(self, flag)) is not None and not 0 < value < math.inf:
                 raise UserError(f"--{flag} is {value}; it must be a positive number")
-        chosen = levels
+        name, chosen = str(self.preset), levels
         if self.levels is not None:
             if not re.fullmatch(r"all|\d+(,\d+)*", self.levels):
                 raise UserError(f"--levels is '{self.levels}'; it is 'all' or a list of levels, such as 0 or 0,1")
             chosen = None if self.levels == "all" else tuple(sorted({int(level) for level in self.levels.split(",")}))
-        name: str = self.preset
         if chosen != levels:
             name += "-all_levels" if chosen is None else f"-levels_{'_'.join(map(str, chosen))}"
         if self.likelihood != "softmax":
             name += f"-{self.likelihood}"
-        if self.preset == "original" and (
-            name != "original" or self.max_audio_seconds != MAX_AUDIO_SECONDS or self.codec_attention == "windowed"
-        ):
+        is_changed = name != self.preset or self.max_audio_seconds != MAX_AUDIO_SECONDS
+        if self.preset == "original" and (is_changed or self.codec_attention == "windowed"):
             raise UserError(
                 "--preset original is fixed; leave out --levels, --likelihood, --max_audio_seconds and "
                 "--codec_attention, or use --preset official"
@@ -106,40 +82,27 @@ class BenchmarkScript:
 
     name: str  # of the benchmark, and of its folder of results
     hub_source: str  # source without --data_dir
-    read: Callable[[str], Benchmark]
+    read: Callable[[str], benchmarks.Benchmark]
     levels: tuple[int, ...] | None  # levels that both presets score; None is all
     mean_of: Sequence[str] = ()  # parts whose mean is the benchmark's one number
 
     def run(self, options: EvaluationOptions) -> None:
-        """Score the benchmark and write the result file.
-
-        Raises:
-            UserError: a flag, the data or the model cannot be used.
-        """
+        """Score the benchmark and write the result file; raise a `UserError` for flags, data or models of no use."""
         options.scoring(self.levels)  # a mistake in the flags ends the command before it starts ranks
         with torchrun_ranks(options.device) as ranks:
-            try:
-                self._evaluate(options, ranks)
-            except torch.OutOfMemoryError as error:
-                raise UserError(
-                    f"the memory of '{ranks.device}' is full; lower --batch_tokens, or score in --dtype bfloat16"
-                ) from error
+            self._evaluate(options, ranks)
 
     def result_path(self, options: EvaluationOptions) -> Path:
-        """Return the path of the result with these flags.
-
-        Raises:
-            UserError: as `EvaluationOptions.scoring`.
-        """
+        """Return the path of the result with these flags; raise a `UserError` as `EvaluationOptions.scoring`."""
         name, _ = options.scoring(self.levels)
-        return options.output_dir / self.name / model_folder(options.model_name) / f"{name}.json"
+        return options.output_dir / self.name / results.model_folder(options.model_name) / f"{name}.json"
 
     def _evaluate(self, options: EvaluationOptions, ranks: Ranks) -> None:
         name, scoring = options.scoring(self.levels)
         source = options.data_dir or self.hub_source
         benchmark = self.read(source)
         if options.limit is not None:
-            benchmark = limited(benchmark, options.limit)
+            benchmark = benchmarks.limited(benchmark, options.limit)
         model = load_speech_model(
             options.model_name,
             codec_name=options.codec,
@@ -151,52 +114,49 @@ class BenchmarkScript:
         whole_frames(max_seconds, codec.config, "--max_audio_seconds")
         scoring.check(model)
         batch_tokens = options.batch_tokens or BATCH_TOKENS[ranks.device.type == "cuda"]
+        settings = {"dtype": options.dtype, "device": ranks.device.type, "batch_tokens": batch_tokens}
         header = {
-            "format": FORMAT,
+            "format": results.FORMAT,
             "benchmark": self.name,
             "preset": name,
             "model": options.model_name,
             "model_sha256": from_first(lambda: weights_sha256(options.model_name)),
             "data": source,
-            "data_kind": data_kind(source, benchmark.pairs if options.limit is None else []),
-            "scoring": scoring.describe(),
+            "data_kind": benchmarks.data_kind(source, benchmark.pairs if options.limit is None else []),
+            "scoring": vars(scoring) | {"tie": scoring.tie, "by_group": scoring.by_group},
             "num_quantizers": codec.num_quantizers,
             "codec": {"name": codec.name, "sha256": codec_hash(codec.name), "attention": codec.attention},
-            "settings": {
-                "dtype": options.dtype,
-                "device": ranks.device.type,
-                "batch_tokens": batch_tokens,
-                "max_audio_seconds": max_seconds,
-            },
+            "settings": {**settings, "max_audio_seconds": max_seconds},
             "versions": versions(),
         }
         path = self.result_path(options)
-        replaced = from_first(lambda: check_earlier(path, header))
+        replaced = from_first(lambda: results.check_earlier(path, header))
 
         clips = benchmark.clips
         codes_dir = options.codes_dir or str(options.output_dir / "codes")
         audio_ids, codes = encode_clips(codec, clips, codes_dir, ranks, max_seconds, as_released=scoring.as_released)
-        # An edited file does not void the log.
+        # An edited file of the project does not void the log.
         log_key = {**header, "versions": versions() | {"commit": ""}, "adds_bos": model.sequences.adds_bos}
         log = ProgressLog(path.with_suffix(".partial"), log_key)
         scores = score_clips(model, codes, scoring, batch_tokens, log, ranks)
-        if ranks.rank == 0:
-            report = {
-                **header,
-                "audio_sha256": hashlib.sha256("".join(audio_ids).encode()).hexdigest(),
-                "codes_sha256": codes_sha256(audio_ids, codes),
-                **results(benchmark, audio_ids, codes, scores, scoring, self.mean_of),
-            }
-            content = json.dumps(report, indent=1, allow_nan=False) + "\n"
-            write_atomically(str(path.parent), path.name, content.encode())
-            by_clip = [scores[audio_id] for audio_id in audio_ids]
-            submissions = write_submissions(path.with_name(f"{name}_submission"), clips, by_clip)
-            log.close()
-            for line in [*summary(report), *submissions, *replaced, f"written to {path}"]:
-                print(line)
+        if ranks.rank > 0:
+            return
+        report = {
+            **header,
+            "audio_sha256": hashlib.sha256("".join(audio_ids).encode()).hexdigest(),
+            "codes_sha256": codes_sha256(audio_ids, codes),
+            **results.results(benchmark, audio_ids, codes, scores, scoring, self.mean_of),
+        }
+        content = json.dumps(report, indent=1, allow_nan=False) + "\n"
+        write_atomically(str(path.parent), path.name, content.encode())
+        results.write_submissions(
+            path.with_name(f"{name}_submission"), clips, [scores[audio_id] for audio_id in audio_ids]
+        )
+        log.close()
+        print("\n".join([*results.summary(report), *replaced, f"written to {path}"]))
 
 
-SALMON = BenchmarkScript("salmon", "slprl/SALMon", read_salmon, levels=None, mean_of=SALMON_PARTS)
-SLM21 = BenchmarkScript("sLM21", "speed", read_slm21, levels=(0,))
-STORYCLOZE = BenchmarkScript("sStoryCloze", "speed", read_storycloze, levels=(0,))
+SALMON = BenchmarkScript("salmon", "slprl/SALMon", benchmarks.read_salmon, None, mean_of=benchmarks.SALMON_PARTS)
+SLM21 = BenchmarkScript("sLM21", "speed", benchmarks.read_slm21, levels=(0,))
+STORYCLOZE = BenchmarkScript("sStoryCloze", "speed", benchmarks.read_storycloze, levels=(0,))
 BENCHMARK_SCRIPTS = {script.name: script for script in (SALMON, SLM21, STORYCLOZE)}

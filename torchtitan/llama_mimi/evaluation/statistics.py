@@ -14,12 +14,7 @@ def wilson_interval(accuracy: float, count: float) -> tuple[float, float]:
 
     `scipy.stats.binomtest` has the same interval for whole successes only; half credits and mean credits of a group
     are fractions.
-
-    Raises:
-        ValueError: ``count`` is not positive.
     """
-    if not count > 0:
-        raise ValueError(f"the interval of a proportion of {count} values does not exist; give at least one value")
     z = float(stats.norm.ppf(0.975))
     center = accuracy + z**2 / (2 * count)
     half = z * math.sqrt(accuracy * (1 - accuracy) / count + z**2 / (4 * count**2))
@@ -32,12 +27,7 @@ def bootstrap_interval(*parts: Sequence[float]) -> tuple[float, float]:
     """Return the percentile bootstrap interval of the mean of the means of parts, each resampled by itself.
 
     Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3. The same values give the same interval.
-
-    Args:
-        parts: values of items, such as credits of pairs. Most measures have one part; the mean of SALMon has eight.
-
-    Raises:
-        ValueError: no part, or a part without values.
+    Most measures have one part; the mean of SALMon has eight. A part without values is a `ValueError`.
     """
     if not parts or not all(map(len, parts)):
         raise ValueError("the mean of no values has no interval; give at least one value for each part")

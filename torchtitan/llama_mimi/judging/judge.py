@@ -1,4 +1,4 @@
-"""A language model that judges transcripts of continuations, behind any server with OpenAI's protocol."""
+"""A language model behind OpenAI's protocol that judges transcripts of continuations."""
 
 import hashlib
 import os
@@ -17,17 +17,18 @@ from llama_mimi.judging.metrics import Input, Measure, Value, Values
 ATTEMPTS = 3  # for a reply that cannot be read
 RETRIES = 6  # of a call that fails, by the client: it waits up to 8 s, or as long as the server asks
 SCALE = range(1, 6)
-CALLS_PER_BATCH = 8  # for each parallel call, as a batch waits for its slowest call
+PARALLEL_CALLS = 8  # on each rank
+TIMEOUT_SECONDS = 120.0  # of a call
 Messages = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
 class Criteria:
-    """Content of a file such as eval/judge.toml: role of the judge, template of a request, questions by criterion."""
+    """Content of a file such as eval/judge.toml."""
 
-    system: str
-    request: str
-    questions: dict[str, str]
+    system: str  # role of the judge
+    request: str  # template with the fields {prompt} and {continuation}
+    questions: dict[str, str]  # by criterion
     sha256: str
 
     def messages(self, prompt: str, continuation: str) -> Messages:
@@ -38,11 +39,7 @@ class Criteria:
 
 
 def read_criteria(path: Path) -> Criteria:
-    """Read a file such as eval/judge.toml.
-
-    Raises:
-        UserError: it is missing or has another form.
-    """
+    """Read a file such as eval/judge.toml; raise a `UserError` if it is missing or has another form."""
     try:
         data = path.read_bytes()
         content = tomllib.loads(data.decode())
@@ -52,18 +49,13 @@ def read_criteria(path: Path) -> Criteria:
         if not questions or "<prompt>" not in request or "<continuation>" not in request:
             raise ValueError("no criterion, or no field {prompt} or {continuation} in the request")
     except (OSError, ValueError, KeyError, AttributeError, IndexError) as error:
-        raise UserError(
-            f"'{path}' is not a file of criteria ({type(error).__name__}: {first_line(error)}); see eval/judge.toml"
-        ) from error
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"'{path}' is not a file of criteria ({reason}); see eval/judge.toml") from error
     return criteria
 
 
 def read_reply(text: str, names: Sequence[str]) -> dict[str, int]:
-    """Return the scores of a reply: its last JSON object that contains no other, a whole number for each criterion.
-
-    Raises:
-        ValueError: the reply has no such object; the message is a short reason.
-    """
+    """Return the scores in the last JSON object of a reply that contains no other; raise a `ValueError` if invalid."""
     for found in reversed(re.findall(r"{[^{}]*}", text)):  # some models think before they answer, also in braces
         try:
             scores = parse_json(found)
@@ -77,22 +69,16 @@ def read_reply(text: str, names: Sequence[str]) -> dict[str, int]:
     raise ValueError("no JSON")
 
 
-def judge(url: str | None, model_name: str, criteria: Criteria, parallel: int, timeout_seconds: float) -> Measure:
+def judge(url: str | None, model_name: str, criteria: Criteria) -> Measure:
     """Return the measure of scores by criterion, 1 to 5, of a prompt's and a continuation's text.
 
-    Args:
-        url: URL of the server, such as http://localhost:8000/v1; None is OpenAI's.
-        parallel: number of calls at once, on each rank.
-
-    Raises:
-        UserError: the package openai is missing; later, if the server cannot be reached or refuses. Replies that came
-            before are kept.
+    Without a ``url`` the server is OpenAI's. If it fails, a `UserError` comes after the replies that came before.
     """
-    call = _client(url, model_name, list(criteria.questions), timeout_seconds)
+    call = _client(url, model_name, list(criteria.questions))
 
     def compute(batch: Mapping[str, Input]) -> Values:
         failure: UserError | None = None
-        pool = ThreadPoolExecutor(parallel, thread_name_prefix="judge")
+        pool = ThreadPoolExecutor(PARALLEL_CALLS, thread_name_prefix="judge")
         try:
             keys = {pool.submit(_ask, call, criteria, *texts): key for key, texts in batch.items()}
             for future in as_completed(keys):
@@ -110,7 +96,8 @@ def judge(url: str | None, model_name: str, criteria: Criteria, parallel: int, t
 
     keys = [f"judge/{name}" for name in criteria.questions]
     description = {"model": model_name, "criteria_sha256": criteria.sha256, "temperature": 0}
-    return Measure("judge", keys, description, compute, CALLS_PER_BATCH * parallel)
+    # A batch waits for its slowest call, so it has several for each thread.
+    return Measure("judge", keys, description, compute, batch_size=8 * PARALLEL_CALLS)
 
 
 def _ask(call: Callable[[Messages], str], criteria: Criteria, prompt: str, continuation: str) -> Value:
@@ -128,14 +115,14 @@ def _ask(call: Callable[[Messages], str], criteria: Criteria, prompt: str, conti
     return reason
 
 
-def _client(url: str | None, model_name: str, names: list[str], timeout_seconds: float) -> Callable[[Messages], str]:
-    """Return the function from messages to the text of a reply."""
+def _client(url: str | None, model_name: str, names: list[str]) -> Callable[[Messages], str]:
+    """Return the function from messages to the text of a reply, which is empty if the reply is not of the protocol."""
     try:
         import openai  # an extra
     except ImportError as error:
         raise UserError("--judge_model needs the package openai; install llama-mimi[judging]") from error
     key = os.environ.get("OPENAI_API_KEY") or "none"
-    client = openai.OpenAI(base_url=url, api_key=key, max_retries=RETRIES, timeout=timeout_seconds)
+    client = openai.OpenAI(base_url=url, api_key=key, max_retries=RETRIES, timeout=TIMEOUT_SECONDS)
     score = {"type": "integer", "minimum": SCALE[0], "maximum": SCALE[-1]}
     properties = {"properties": dict.fromkeys(names, score), "required": names, "additionalProperties": False}
     schema = {"name": "scores", "schema": {"type": "object", **properties}, "strict": True}
@@ -145,14 +132,11 @@ def _client(url: str | None, model_name: str, names: list[str], timeout_seconds:
     def call(messages: Messages) -> str:
         try:
             reply = create(model=model_name, messages=messages, temperature=0, response_format=form)
+            return reply.choices[0].message.content or ""
         except (openai.APIConnectionError, openai.APIStatusError) as error:  # also a timeout
-            raise UserError(
-                f"the judge '{model_name}' at {url or 'OpenAI'} does not answer ({first_line(error)}); fix that and "
-                "run the command again: earlier replies are kept"
-            ) from error
-        except (openai.OpenAIError, ValueError, RecursionError) as error:
-            return f"(not a reply of OpenAI's protocol: {first_line(error)})"
-        choices = getattr(reply, "choices", None)
-        return getattr(choices[0].message, "content", None) or "" if choices else ""
+            problem = f"the judge '{model_name}' at {url or 'OpenAI'} does not answer ({first_line(error)})"
+            raise UserError(f"{problem}; fix that and run the command again: earlier replies are kept") from error
+        except (openai.OpenAIError, ValueError, RecursionError, AttributeError, IndexError, TypeError):
+            return ""
 
     return call

@@ -1,4 +1,4 @@
-"""Measures of continuations: how they sound, and what is said. A language model as a judge is in `judge`."""
+"""Measures of continuations: how they sound, and what is said."""
 
 import functools
 import math
@@ -26,8 +26,7 @@ from llama_mimi.judging.systems import Clip
 RATE_HZ = 16_000  # of all audio models here
 PAUSE_SECONDS = 0.3  # shorter silences are part of speech
 WORD = re.compile(r"[^\W_]+(?:['\u2019.][^\W_]+)*")  # don't and 10.5 are one word each
-# Tensors that only training uses; published models lack them or have them in addition to those of their class: the mask
-# and the objective, the quantizer of wav2vec 2.0's pretraining, and a constant of old attention code.
+# Tensors that only training uses, so that published models may lack them or have them in addition.
 WITHOUT_EFFECT = r"(masked_spec_embed|objective\.weight|\.masked_bias)$|^(quantizer|project_q|project_hid)\."
 Input = tuple[Any, ...]  # clips, or texts
 Value = Any  # numbers or texts by key (dict), or the reason why there is no value (str)
@@ -45,39 +44,22 @@ class Measure:
     batch_size: int = 16  # maximum number of inputs in a batch
 
 
-def input_key(parts: Input) -> str:
-    """Return the hash of an input."""
-    return digest([part.key if isinstance(part, Clip) else part for part in parts])
-
-
-def cached(measure: Measure, folder: Path) -> ProgressLog:
-    """Return the log of values in the folder of all measures."""
-    return ProgressLog(folder / measure.name, measure.description)
-
-
 def take(measure: Measure, inputs: Sequence[Input], folder: Path, ranks: Ranks) -> list[Value]:
-    """Return the value of each input; ranks share the work, and values in ``folder`` are not computed again.
-
-    Raises:
-        UserError: as the measure, or the folder cannot be written.
-    """
-    by_key = {input_key(one): one for one in inputs}
-    log = cached(measure, folder)
+    """Return the value of each input; ranks share the work, and values in ``folder`` are not computed again."""
+    keys = [digest([part.key if isinstance(part, Clip) else part for part in one]) for one in inputs]
+    log = ProgressLog(folder / measure.name, measure.description)
     values = from_first(log.load)
-    todo = [key for key in by_key if key not in values]
-    starts = range(0, len(todo), measure.batch_size)
-    batches = [{key: by_key[key] for key in todo[start : start + measure.batch_size]} for start in starts]
+    todo = [(key, one) for key, one in dict(zip(keys, inputs, strict=True)).items() if key not in values]
+    batches = [dict(todo[start : start + measure.batch_size]) for start in range(0, len(todo), measure.batch_size)]
 
     def work(batch: Mapping[str, Input]) -> Values:
         for key, value in measure.compute(batch):
             numbers = [one for one in value.values() if isinstance(one, float)] if isinstance(value, dict) else []
             yield key, value if all(map(math.isfinite, numbers)) else "not finite"
 
-    def is_done(key: str, value: Value) -> bool:
-        return isinstance(value, dict)
-
-    values |= map_resumable(batches, work, log, ranks, unit=f"{measure.name} value", is_done=is_done)
-    return [values[input_key(one)] for one in inputs]
+    unit = f"{measure.name} value"
+    values |= map_resumable(batches, work, log, ranks, unit=unit, is_done=lambda key, value: isinstance(value, dict))
+    return [values[key] for key in keys]
 
 
 def words_of(text: str) -> list[str]:
@@ -86,11 +68,7 @@ def words_of(text: str) -> list[str]:
 
 
 def load_evaluator(cls: Any, name: str, device: torch.device, *, what: str) -> transformers.PreTrainedModel:
-    """Load a model of `transformers` for evaluation, in float32, from safetensors or ``.bin`` files of only weights.
-
-    Raises:
-        UserError: it cannot be loaded, or its weights do not belong to this class.
-    """
+    """Load a model in float32; raise a `UserError` if it cannot be loaded or its weights are of another class."""
     options = {"dtype": torch.float32, "allow_torch_weights": True, "without_effect": WITHOUT_EFFECT}
     return load_pretrained(cls, name, what=what, **options).to(device).eval()
 
@@ -112,15 +90,12 @@ def pauses() -> Measure:
 
 
 def speaker_encoder(model_name: str, device: torch.device) -> Callable[[Clip], torch.Tensor]:
-    """Load a `WavLMForXVector`; return the function from a clip to its x-vector (D,).
-
-    Clips are not padded to a batch: group normalisation, as in microsoft/wavlm-base-plus-sv, would include padding.
-    """
+    """Load a `WavLMForXVector`; return the function from a clip to its x-vector (D,)."""
     model = load_evaluator(transformers.WavLMForXVector, model_name, device, what="speaker model")
     extract = load_pretrained(transformers.AutoFeatureExtractor, model_name, what="speaker model")
 
     @torch.inference_mode()
-    def embed(clip: Clip) -> torch.Tensor:
+    def embed(clip: Clip) -> torch.Tensor:  # one clip at a time, as WavLM's group normalisation would include padding
         samples_S = clip.read(RATE_HZ).samples_S.numpy()
         features = extract(samples_S, sampling_rate=RATE_HZ, return_tensors="pt").input_values
         return model(features.to(device)).embeddings[0].cpu()
@@ -163,10 +138,7 @@ def aesthetics(batch_size: int) -> Measure:
     try:
         from audiobox_aesthetics.infer import initialize_predictor  # only where a user has installed it
     except ImportError as error:
-        raise UserError(
-            "--quality aesthetics needs the package audiobox-aesthetics (CC BY 4.0); install it, or use --quality "
-            "distillmos"
-        ) from error
+        raise UserError("--quality aesthetics needs the package audiobox-aesthetics (CC BY 4.0); install it") from error
     predictor = initialize_predictor()  # facebook/audiobox-aesthetics, safetensors
 
     def compute(batch: Mapping[str, Input]) -> Values:
@@ -180,29 +152,20 @@ def aesthetics(batch_size: int) -> Measure:
 
 
 def transcripts(model_name: str, language: str | None, device: torch.device, batch_size: int) -> Measure:
-    """Return the measure of a clip's greedy transcript by an ASR model of `transformers`.
-
-    Args:
-        language: spoken language, for models that know several, such as Whisper; None lets them guess.
-
-    Raises:
-        UserError: the model cannot be loaded, or does not know the language.
-    """
+    """Return the measure of a clip's greedy transcript; without a ``language``, models such as Whisper guess it."""
     config = load_pretrained(transformers.AutoConfig, model_name, what="ASR model")
     is_seq2seq = config.model_type in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
     model_class = transformers.AutoModelForSpeechSeq2Seq if is_seq2seq else transformers.AutoModelForCTC
     model = load_evaluator(model_class, model_name, device, what="ASR model")
     languages = getattr(getattr(model, "generation_config", None), "lang_to_id", None) or {}
     if language is not None and f"<|{language}|>" not in languages:
-        raise UserError(
-            f"--language is '{language}', which '{model_name}' does not know; leave it out, or give a code of its "
-            "languages, such as en"
-        )
-    options: dict[str, Any] = {"generate_kwargs": {"num_beams": 1, "do_sample": False}} if is_seq2seq else {}
+        raise UserError(f"--language is '{language}', which '{model_name}' does not know; leave it out or change it")
+    options: dict[str, Any] = {}
+    if is_seq2seq:
+        chosen = {} if language is None else {"language": language, "task": "transcribe"}
+        options["generate_kwargs"] = {"num_beams": 1, "do_sample": False, **chosen}
     if config.model_type == "whisper":
         options["return_timestamps"] = True  # without, it transcribes only 30 s
-    if language is not None:
-        options["generate_kwargs"] |= {"language": language, "task": "transcribe"}
     transcribe = transformers.pipeline(
         "automatic-speech-recognition",
         model=model,

@@ -23,7 +23,6 @@ from llama_mimi.data.corpora import AudioCorpus, open_corpus
 MANIFEST, FORMAT = "prompts.json", 2
 PROMPTS, RECORDINGS = "prompts", "recordings"
 UNFINISHED = f"{PROMPTS}.partial"
-MAX_UNREADABLE = 0.1  # fraction of the recordings
 MAX_RECORDING_SECONDS = 60.0  # longer recordings are cut
 FRAME_SECONDS = 0.08  # a prompt of whole frames of Mimi needs no padding
 SEARCH_FRACTION = 1 / 6  # of the prompt's length: 3 s are cut between 2.5 and 3.5 s
@@ -33,11 +32,7 @@ NEW_FOLDER = "choose another --output_dir"
 
 @dataclass(frozen=True, kw_only=True)
 class PromptOptions:
-    """Choice of the recordings and of the length of prompts.
-
-    Raises:
-        UserError: a value is out of range.
-    """
+    """Choice of the recordings and of the length of prompts."""
 
     corpus: str  # name, folder, or Parquet path or glob of recordings that the model was not trained on
     dataset_path: str | None = None  # local download of a named corpus
@@ -49,7 +44,7 @@ class PromptOptions:
     limit: int | None = None  # maximum number of recordings, drawn by the hash of their names; default: all
 
     def __post_init__(self) -> None:
-        if not 0.5 <= self.prompt_seconds < float("inf"):
+        if not self.prompt_seconds >= 0.5:
             raise UserError(f"--prompt_seconds is {self.prompt_seconds}; it must be 0.5 or more")
         low, high = 1.25 * self.prompt_seconds, MAX_RECORDING_SECONDS
         if not low <= self.min_seconds <= high:
@@ -66,10 +61,10 @@ class PromptOptions:
 
 @dataclass(frozen=True)
 class Prompt:
-    """The first seconds of a recording; the speaker is empty if the corpus has no speakers."""
+    """The first seconds of a recording."""
 
     name: str
-    speaker: str
+    speaker: str  # empty if the corpus has no speakers
     seconds: float
 
 
@@ -89,8 +84,7 @@ class PromptSet:
 def make_prompts(folder: Path, options: PromptOptions) -> PromptSet:
     """Cut the prompts of a corpus, or return those that the folder has.
 
-    Raises:
-        UserError: the folder has prompts of other options, or other files; the corpus has no usable recording.
+    Prompts of other options, other files and a corpus without a usable recording are a `UserError`.
     """
     settings = asdict(options)
     manifest = read_json(str(folder), MANIFEST)
@@ -134,19 +128,16 @@ def _files_sha256(folder: Path) -> str:
 
 def _cut_prompts(folder: Path, options: PromptOptions) -> tuple[list[Prompt], Counter[str]]:
     """Write prompts and recordings; return the prompts in the corpus's order, and why other rows were skipped."""
-    for existing in (folder / PROMPTS, folder / RECORDINGS):
-        if existing.exists():
-            raise UserError(f"'{existing}' has no {MANIFEST} beside it; remove it, or {NEW_FOLDER}")
+    for part in (PROMPTS, RECORDINGS):
+        if (folder / part).exists():
+            raise UserError(f"'{folder / part}' has no {MANIFEST} beside it; remove it, or {NEW_FOLDER}")
     partial = PromptSet(folder / UNFINISHED, "", ())
     shutil.rmtree(partial.folder, ignore_errors=True)  # from a run that was killed
-    speaker_column = {"speaker": options.speaker_column}
-    corpus = open_corpus(
-        options.corpus, options.dataset_path, options.audio_column, None, speaker_column, options.split
-    )
+    columns = {"speaker": options.speaker_column}
+    corpus = open_corpus(options.corpus, options.dataset_path, options.audio_column, None, columns, options.split)
     skipped: Counter[str] = Counter()
     drawn: list[tuple[bytes, int, Prompt]] = []  # the first rows by hash
     names: set[str] = set()
-    num_unreadable = 0
     rows = tqdm(_rows(corpus), total=int(corpus.sizes_G.sum()), unit="recording", desc="prompts")
     for number, (name, group, content) in enumerate(rows):
         if name in names:
@@ -161,7 +152,6 @@ def _cut_prompts(folder: Path, options: PromptOptions) -> tuple[list[Prompt], Co
         except AudioError as error:
             print(f"skipped: {error}", flush=True)
             skipped[error.reason] += 1
-            num_unreadable += 1
             continue
         if waveform.seconds < options.min_seconds:
             skipped["too short"] += 1
@@ -179,12 +169,9 @@ def _cut_prompts(folder: Path, options: PromptOptions) -> tuple[list[Prompt], Co
             skipped["beyond --limit"] += 1
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in skipped.items())
     print(f"{len(drawn):,} prompts; skipped recordings: {reasons or 'none'}", flush=True)
-    if num_unreadable > max(MAX_UNREADABLE * len(names), 1):
-        problem = f"{num_unreadable:,} of {len(names):,} recordings of '{corpus.name}' cannot be read"
-        raise UserError(f"{problem}, which is more than {100 * MAX_UNREADABLE:g} %; fix the corpus")
     if not drawn:
-        problem = f"no recording of '{options.corpus}' is {options.min_seconds:g} s long"
-        raise UserError(f"{problem}; lower --recording_seconds and --prompt_seconds")
+        problem = f"no recording of '{options.corpus}' is {options.min_seconds:g} s long and readable"
+        raise UserError(f"{problem}; lower --recording_seconds and --prompt_seconds, or fix the corpus")
     for part in (RECORDINGS, PROMPTS):
         (partial.folder / part).rename(folder / part)
     partial.folder.rmdir()

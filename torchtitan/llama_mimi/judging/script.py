@@ -2,17 +2,15 @@
 
 import itertools
 import json
-import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
-
-from llama_mimi.audio.mimi import CodecAttention, MimiCodec, load_codec_config
+from llama_mimi.audio.mimi import CodecAttention, MimiCodec
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import LOCK, digest, is_synthetic, locked, read_json, write_atomically
 from llama_mimi.common.ranks import Ranks, from_first, torchrun_ranks
@@ -23,24 +21,54 @@ from llama_mimi.generation.continuation import SamplingOptions, checkpoint_note
 from llama_mimi.generation.loading import load_speech_model
 from llama_mimi.generation.prompt_folder import SETTINGS, continue_folder, describe_model
 from llama_mimi.generation.speech_model import DecoderPrecision
-from llama_mimi.judging import systems
+from llama_mimi.judging import metrics, systems
+from llama_mimi.judging.judge import judge, read_criteria
 from llama_mimi.judging.prompts import PROMPTS, RECORDINGS, PromptOptions, PromptSet, make_prompts
-from llama_mimi.judging.samples import MEASURED, MeasureOptions, measure_samples
+from llama_mimi.judging.systems import Clip, Sample
 from llama_mimi.report.comparisons import generations_markdown
 
 FORMAT, KIND = 2, "generations"
 OFFICIAL_CORPORA = ("librispeech_clean_test",)
-BATCH_SIZES = (8, 64)  # without and with a GPU
+# Without and with a GPU; Whisper large needs 0.5 GB for a clip in float32.
+BATCH_SIZES, LISTENING_BATCH_SIZES = (8, 64), (8, 16)
+MEASURED = "measured"  # folder of the values of all systems
+MIN_SECONDS = 0.4  # a shorter clip has no voice, and ASR models hear words in anything
 RESERVED = (systems.RECORDING, systems.SHUFFLED, PROMPTS, RECORDINGS, MEASURED)
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureOptions:
+    """Choice of measures."""
+
+    # hub id or folder, such as microsoft/wavlm-base-plus-sv; default: no speaker similarity
+    speaker_model: str | None = None
+    # distillmos rates degradation more than naturalness; aesthetics is Audiobox-Aesthetics, if installed
+    quality: Literal["distillmos", "aesthetics", "none"] = "distillmos"
+    asr_model: str | None = None  # hub id or folder, such as openai/whisper-large-v3; default: no transcripts
+    language: str | None = None  # spoken language, for ASR models that know several, such as en
+    text_model: str | None = None  # hub id or folder of a causal language model, for the perplexity of transcripts
+    judge_model: str | None = None  # name of a model that --judge_url serves; default: no judge
+    judge_url: str | None = None  # server with OpenAI's protocol, such as http://localhost:8000/v1; default: OpenAI's
+    judge_criteria: Path = Path("eval/judge.toml")  # file of the judge's questions
+    dry_run: bool = False  # transcribe, then print only the first question to the judge and the number of calls
+    listening_batch_size: int | None = None  # number of clips in a batch; default: 8, on GPUs 16
+
+    def __post_init__(self) -> None:
+        needed = dict.fromkeys(("language", "text_model", "judge_model"), "asr_model")
+        needed |= dict.fromkeys(("judge_url", "dry_run"), "judge_model")
+        for flag, other in needed.items():
+            if getattr(self, flag) and getattr(self, other) is None:
+                raise UserError(f"--{flag} needs --{other}; set it, or leave --{flag} out")
+        if self.listening_batch_size is not None and self.listening_batch_size < 1:
+            raise UserError(f"--listening_batch_size is {self.listening_batch_size}; it must be 1 or more")
+        if self.judge_model is not None:
+            read_criteria(self.judge_criteria)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
-    """Flags of eval/generation.py.
-
-    Raises:
-        UserError: a value is out of range, or two flags contradict each other.
-    """
+    """Flags of eval/generation.py."""
 
     prompts: PromptOptions
     model_name: str | None = None  # hub id or folder of a model of this project
@@ -52,8 +80,7 @@ class GenerationOptions:
     sampling: SamplingOptions = field(default_factory=lambda: SamplingOptions(num_samples=5))
     output_dir: Path = Path("results/generation")  # folder of one set of prompts and of all systems that continue them
     measures: MeasureOptions = field(default_factory=MeasureOptions)
-    num_quantizers: int | None = None  # levels of the codec's reconstruction; default: the model's
-    codec: str | None = None  # hub id or folder; default: the model's. WAVs need it for a reconstruction
+    codec: str | None = None  # hub id or folder; default: the model's
     codec_attention: CodecAttention | None = None  # default: that of the model's training data
     batch_size: int | None = None  # number of samples in a batch; default: 8, on GPUs 64
     device: str | None = None  # default: the accelerator, if there is one
@@ -62,8 +89,6 @@ class GenerationOptions:
     def __post_init__(self) -> None:
         if (self.model_name is None) == (self.wavs is None):
             raise UserError("give either a --model_name or a folder of --wavs")
-        if self.wavs_hold_prompt and self.wavs is None:
-            raise UserError("--wavs_hold_prompt needs --wavs; set it, or leave --wavs_hold_prompt out")
         if self.batch_size is not None and self.batch_size < 1:
             raise UserError(f"--batch_size is {self.batch_size}; it must be 1 or more")
         is_file_name = re.fullmatch(rf"(?!{systems.RECONSTRUCTION})[A-Za-z0-9][A-Za-z0-9._-]*", self.system)
@@ -77,15 +102,7 @@ class GenerationOptions:
 
 
 def judge_generations(options: GenerationOptions) -> None:
-    """Continue prompts, measure the continuations, write results, and print a table.
-
-    Raises:
-        UserError: a flag, a file, a model or a server cannot be used.
-    """
-    measures = options.measures
-    asks_openai = measures.judge_model is not None and measures.judge_url is None and not measures.dry_run
-    if asks_openai and "OPENAI_API_KEY" not in os.environ:
-        raise UserError("--judge_model without --judge_url asks OpenAI; set OPENAI_API_KEY or --judge_url")
+    """Continue prompts, measure the continuations, write results, and print a table."""
     with torchrun_ranks(options.device) as ranks, ExitStack() as locks:
 
         def lock_and_cut() -> PromptSet:
@@ -93,11 +110,7 @@ def judge_generations(options: GenerationOptions) -> None:
             with locked(options.output_dir / LOCK, "--output_dir", wait=True):
                 return make_prompts(options.output_dir, options.prompts)
 
-        prompts = from_first(lock_and_cut)
-        try:
-            _judge(options, prompts, ranks)
-        except torch.OutOfMemoryError as error:
-            raise UserError(f"the memory of '{ranks.device}' is full; lower --listening_batch_size") from error
+        _judge(options, from_first(lock_and_cut), ranks)
 
 
 def _judge(options: GenerationOptions, prompts: PromptSet, ranks: Ranks) -> None:
@@ -107,9 +120,9 @@ def _judge(options: GenerationOptions, prompts: PromptSet, ranks: Ranks) -> None
     def check_earlier() -> None:
         """Refuse to replace the result of another system with the same name."""
         if (earlier := read_json(str(folder), f"{options.system}.json")) is not None:
-            saved, what = earlier.get("made_by") or {}, f"'{folder / options.system}.json'"
             origin = {key: value for key, value in made_by.items() if key in ("wavs", "model_sha256")}
-            require_same(saved, origin, what, "choose another --name")
+            what = f"'{folder / options.system}.json'"
+            require_same(earlier.get("made_by") or {}, origin, what, "choose another --name")
 
     from_first(check_earlier)
     if ranks.rank == 0 and not any(prompt.speaker for prompt in prompts.prompts):
@@ -120,9 +133,8 @@ def _judge(options: GenerationOptions, prompts: PromptSet, ranks: Ranks) -> None
     if ranks.rank > 0 or options.measures.dry_run:
         return
     remaining = iter(records)
-    results = {system: list(itertools.islice(remaining, len(some))) for system, some in samples.items()}
     for system, some in samples.items():
-        missing = Counter(f"{name}: {why}" for record in results[system] for name, why in record["missing"].items())
+        own_records = list(itertools.islice(remaining, len(some)))
         result = {
             "format": FORMAT,
             "kind": KIND,
@@ -135,45 +147,103 @@ def _judge(options: GenerationOptions, prompts: PromptSet, ranks: Ranks) -> None
             "audio_sha256": digest([sample.clip.key for sample in some]),
             "data_kind": "synthetic" if is_synthetic(corpus) else "official" if corpus in OFFICIAL_CORPORA else "other",
             "made_by": made_by if system == options.system else None,
-            "missing": missing,
-            "samples": results[system],
+            "missing": Counter(f"{name}: {why}" for record in own_records for name, why in record["missing"].items()),
+            "samples": own_records,
         }
         content = json.dumps(result, indent=1, allow_nan=False) + "\n"
         write_atomically(str(folder), f"{system}.json", content.encode())
-        for reason, count in missing.items():
-            print(f"{system}: {count:,} of {len(some):,} samples have no value of {reason}")
     print(generations_markdown(folder))
     print(f"written: '{folder / options.system}.json' and the results of the references")
 
 
 def _own_samples(
     options: GenerationOptions, prompts: PromptSet, ranks: Ranks
-) -> tuple[list[systems.Sample], dict[str, Any], MimiCodec | None]:
-    """Return the samples of the system, their origin, and the codec of the reconstruction."""
+) -> tuple[list[Sample], dict[str, Any], MimiCodec | None]:
+    """Return the samples of the system, their origin, and the codec of a model."""
     if (wavs := options.wavs) is not None:
         hold_prompt, seconds = options.wavs_hold_prompt, options.sampling.seconds
         samples = from_first(lambda: systems.wavs(prompts, wavs, hold_prompt=hold_prompt, max_seconds=seconds))
-        codec = None
-        if options.codec is not None and options.num_quantizers is not None:
-            attention = options.codec_attention or "windowed"
-            codec = MimiCodec(options.codec, options.num_quantizers, ranks.device, attention=attention)
-        return samples, {"wavs": str(wavs)}, codec
-    assert options.model_name is not None
-    model = load_speech_model(
-        options.model_name,
-        codec_name=options.codec,
-        attention=options.codec_attention,
-        device=str(ranks.device),
-        dtype=options.dtype,
-    )
-    if options.num_quantizers is not None:
-        load_codec_config(model.codec.name, options.num_quantizers)  # refuses more levels than the codec has
+        return samples, {"wavs": str(wavs)}, None
+    name, attention, device = str(options.model_name), options.codec_attention, str(ranks.device)
+    model = load_speech_model(name, codec_name=options.codec, attention=attention, device=device, dtype=options.dtype)
     if ranks.rank == 0 and (note := checkpoint_note(model, options.sampling)):
         print(note, flush=True)
-    made_by = from_first(lambda: describe_model(str(options.model_name), model, options.dtype))
+    made_by = from_first(lambda: describe_model(name, model, options.dtype))
     folder = options.output_dir / options.system
     num_rows = options.batch_size or BATCH_SIZES[ranks.device.type == "cuda"]
     records = continue_folder(model, options.output_dir / PROMPTS, folder, options.sampling, num_rows, ranks, made_by)
     samples = systems.continuations(prompts, folder, records, model.codec.frame_rate_hz)
-    codec = model.codec.at_depth(options.num_quantizers or model.codec.num_quantizers)
-    return samples, read_json(str(folder), SETTINGS) or {}, codec
+    return samples, read_json(str(folder), SETTINGS) or {}, model.codec
+
+
+def measure_samples(
+    samples: Sequence[Sample], prompts: PromptSet, options: MeasureOptions, ranks: Ranks
+) -> tuple[list[Record], dict[str, Any]]:
+    """Return a record of each sample, and the description of each measure; values are kept in the prompts' folder.
+
+    A record has prompt, number, file, measures and texts, and by measure the reason why one is ``missing``.
+    """
+    device, is_real = ranks.device, not options.dry_run
+    batch_size = options.listening_batch_size or LISTENING_BATCH_SIZES[device.type == "cuda"]
+    folder = prompts.folder / MEASURED
+    records: list[Record] = []
+    for sample in samples:
+        path = sample.clip.path
+        file = path.relative_to(prompts.folder) if path.is_relative_to(prompts.folder) else path
+        names = {"prompt": sample.prompt.name, "sample": sample.number, "file": str(file)}
+        records.append({**names, "missing": {}, **sample.known})
+    descriptions: dict[str, Any] = {}
+
+    def take(measure: metrics.Measure, inputs: Sequence[metrics.Input]) -> list[metrics.Value]:
+        descriptions[measure.name] = measure.description
+        return metrics.take(measure, inputs, folder, ranks)
+
+    def enter(measure: metrics.Measure, some: Sequence[Record], inputs: Sequence[metrics.Input]) -> None:
+        """Enter a measure of some records; the others get None."""
+        for record in records:
+            record |= dict.fromkeys(measure.keys)
+        for record, value in zip(some, take(measure, inputs), strict=True):
+            if isinstance(value, str):
+                record["missing"][measure.name] = value
+            else:
+                record |= value
+
+    enter(metrics.pauses(), records, [(sample.clip,) for sample in samples])
+    for record in records:
+        if record["seconds"] < MIN_SECONDS:
+            record["missing"]["sound"] = "too short"
+    heard = [record for record in records if not record["missing"]]
+    usable = [sample for sample, record in zip(samples, records, strict=True) if not record["missing"]]
+    clips = [sample.clip for sample in usable]
+    prompt_clips = [Clip(prompts.file(PROMPTS, sample.prompt)) for sample in usable]
+    if is_real and options.speaker_model is not None:
+        clip_pairs = list(zip(prompt_clips, clips, strict=True))
+        enter(metrics.speaker_similarity(options.speaker_model, device), heard, clip_pairs)
+    if is_real and options.quality == "distillmos":
+        enter(metrics.distillmos(device), heard, [(clip,) for clip in clips])
+    if is_real and options.quality == "aesthetics":
+        enter(metrics.aesthetics(batch_size), heard, [(clip,) for clip in clips])
+    if options.asr_model is None:
+        return records, descriptions
+    asr = metrics.transcripts(options.asr_model, options.language, device, batch_size)
+    texts = [value["text"] for value in take(asr, [(clip,) for clip in clips + prompt_clips])]
+    for record in records:
+        record["words_per_minute"] = None
+    for record, text, prompt_text in zip(heard, texts, texts[len(heard) :], strict=False):
+        num_words = len(metrics.words_of(text))
+        record |= {"prompt_text": prompt_text, "text": text, "words_per_minute": 60 * num_words / record["seconds"]}
+        if not num_words:
+            record["missing"]["words"] = "no words"
+    spoken = [record for record in heard if "words" not in record["missing"]]
+    pairs = [(record["prompt_text"], record["text"]) for record in spoken]
+    if is_real and options.text_model is not None:
+        enter(metrics.log_perplexity(options.text_model, device), spoken, pairs)
+    if options.judge_model is not None:
+        criteria = read_criteria(options.judge_criteria)
+        if is_real:
+            enter(judge(options.judge_url, options.judge_model, criteria), spoken, pairs)
+        elif ranks.rank == 0:
+            for message in criteria.messages(*pairs[0]) if pairs else ():
+                print(f"--- {message['role']}\n{message['content'].strip()}")
+            print(f"--- {len(set(pairs)):,} such calls, less those with known replies")
+    return records, descriptions

@@ -34,11 +34,7 @@ class Clip:
     end_seconds: float | None = None
 
     def read(self, sample_rate_hz: int) -> Waveform:
-        """Read the part, which may have no samples.
-
-        Raises:
-            AudioError: the file cannot be read.
-        """
+        """Read the part, which may have no samples; raise an `AudioError` if the file cannot be read."""
         try:
             samples_S = read_audio(self.path, sample_rate_hz, max_seconds=self.end_seconds).samples_S
         except AudioError as error:
@@ -66,14 +62,10 @@ class Sample:
 def references(
     prompts: PromptSet, codec: MimiCodec | None, max_seconds: float, ranks: Ranks
 ) -> dict[str, list[Sample]]:
-    """Return what a system is compared with.
+    """Return what a system is compared with, by name.
 
-    Returns:
-        By name: the recordings after their prompts; each prompt with the rest of another recording, of another speaker
-        if the corpus has speakers; with a codec, the recordings encoded and decoded.
-
-    Raises:
-        UserError: there is only one prompt, or the folder has reconstructions of another codec.
+    These are the recordings after their prompts; each prompt with the rest of another recording, of another speaker if
+    the corpus has speakers; and, with a codec, the recordings encoded and decoded.
     """
     if len(prompts.prompts) < 2:
         raise UserError("one prompt cannot be shuffled; raise --limit")
@@ -82,25 +74,22 @@ def references(
         start = begins_with.seconds
         return Sample(prompt, None, Clip(prompts.file(folder, begins_with), start, start + max_seconds))
 
-    systems = {RECORDING: [rest(prompt, RECORDINGS, prompt) for prompt in prompts.prompts], SHUFFLED: []}
+    systems: dict[str, list[Sample]] = {RECORDING: [], SHUFFLED: []}
     for prompt in prompts.prompts:
+        systems[RECORDING].append(rest(prompt, RECORDINGS, prompt))
         others = [other for other in prompts.prompts if other.name != prompt.name]
         strangers = [other for other in others if other.speaker != prompt.speaker]
         other = random.Random(file_sha256(prompts.file(PROMPTS, prompt))).choice(strangers or others)
         systems[SHUFFLED].append(rest(prompt, RECORDINGS, other))
     if codec is not None:
         name = f"{RECONSTRUCTION}_q{codec.num_quantizers}"
-        reconstruct(prompts, codec, name, ranks)
+        _reconstruct(prompts, codec, name, ranks)
         systems[name] = [rest(prompt, name, prompt) for prompt in prompts.prompts]
     return systems
 
 
-def reconstruct(prompts: PromptSet, codec: MimiCodec, name: str, ranks: Ranks) -> None:
-    """Encode and decode the recordings into a folder beside the prompts; existing files are kept.
-
-    Raises:
-        UserError: the folder has files of another codec.
-    """
+def _reconstruct(prompts: PromptSet, codec: MimiCodec, name: str, ranks: Ranks) -> None:
+    """Encode and decode the recordings into a folder beside the prompts; existing files are kept."""
     folder = str(prompts.folder / name)
     settings = {"codec_sha256": codec_hash(codec.name), "codec_attention": codec.attention}
 
@@ -110,24 +99,20 @@ def reconstruct(prompts: PromptSet, codec: MimiCodec, name: str, ranks: Ranks) -
         write_atomically(folder, SETTINGS, (json.dumps(settings, indent=1) + "\n").encode())
 
     from_first(keep_settings)
-    share = prompts.prompts[ranks.rank :: ranks.world_size]
-    mine = [prompt for prompt in share if not prompts.file(name, prompt).exists()]
-    for prompt in tqdm(mine, unit="recording", desc=name, disable=ranks.rank > 0 or not mine):
-        whole_S = read_audio(prompts.file(RECORDINGS, prompt), codec.sample_rate_hz).samples_S
-        (codes_TQ,) = codec.encode([whole_S])
-        decoded_S = decode_long(codec, codes_TQ)[: len(whole_S)]
-        write_wav(prompts.file(name, prompt), Waveform(decoded_S, codec.sample_rate_hz))
+    mine = prompts.prompts[ranks.rank :: ranks.world_size]
+    for prompt in tqdm(mine, unit="recording", desc=name, disable=ranks.rank > 0):
+        if not prompts.file(name, prompt).exists():
+            whole_S = read_audio(prompts.file(RECORDINGS, prompt), codec.sample_rate_hz).samples_S
+            (codes_TQ,) = codec.encode([whole_S])
+            decoded_S = decode_long(codec, codes_TQ)[: len(whole_S)]
+            write_wav(prompts.file(name, prompt), Waveform(decoded_S, codec.sample_rate_hz))
     ranks.wait()
 
 
 def continuations(
     prompts: PromptSet, folder: Path, records: Sequence[Mapping[str, Any]], frame_rate_hz: float
 ) -> list[Sample]:
-    """Return a model's samples from the records of `generation.prompt_folder.continue_folder`.
-
-    Raises:
-        UserError: a prompt could not be continued.
-    """
+    """Return a model's samples from the records of `continue_folder`; raise a `UserError` if one has an error."""
     if failed := [record["error"] for record in records if "error" in record]:
         raise UserError(f"{len(failed):,} prompts could not be continued; the first: {failed[0]}")
     by_name = {prompt.name: prompt for prompt in prompts.prompts}
@@ -147,16 +132,9 @@ def continuations(
 def wavs(prompts: PromptSet, folder: Path, *, hold_prompt: bool, max_seconds: float) -> list[Sample]:
     """Return continuations by another system: ``<prompt>.wav``, or ``<prompt>_0.wav``, ``<prompt>_1.wav`` and so on.
 
-    Args:
-        folder: folder of WAV, FLAC, OGG or MP3 files of any rate, at any depth.
-        hold_prompt: each file begins with its prompt.
-        max_seconds: maximum length; later audio is ignored.
-
-    Raises:
-        UserError: no such folder, a prompt without a file, two files for one sample, or a file without a prompt.
+    With ``hold_prompt`` each file begins with its prompt. A prompt without a file, two files for one sample, and a file
+    without a prompt are a `UserError`.
     """
-    if not folder.is_dir():
-        raise UserError(f"--wavs is '{folder}', which is not a folder; name a folder of WAV files")
     by_name = {prompt.name: prompt for prompt in prompts.prompts}
     found: dict[tuple[str, int], Path] = {}
     for path in map(Path, find_files(str(folder), AUDIO_ENDINGS)):
