@@ -88,3 +88,8 @@ def test_wilson_interval(accuracy, count, expected):
     low, high = wilson_interval(accuracy, count)
     assert 0 <= low <= accuracy <= high <= 1
     assert wilson_interval(accuracy, count) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_proportion_of_nothing_has_no_interval():
+    with pytest.raises(ValueError, match="proportion of 0 values"):
+        wilson_interval(0.5, 0)

@@ -14,7 +14,12 @@ def wilson_interval(accuracy: float, count: float) -> tuple[float, float]:
 
     `scipy.stats.binomtest` has the same interval for whole successes only; half credits and mean credits of a group
     are fractions.
+
+    Raises:
+        ValueError: ``count`` is not positive.
     """
+    if not count > 0:
+        raise ValueError(f"the interval of a proportion of {count} values does not exist; give at least one value")
     z = float(stats.norm.ppf(0.975))
     center = accuracy + z**2 / (2 * count)
     half = z * math.sqrt(accuracy * (1 - accuracy) / count + z**2 / (4 * count**2))
