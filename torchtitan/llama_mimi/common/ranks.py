@@ -23,16 +23,13 @@ SECONDS_BEFORE_OTHERS_REPORT = 10
 
 
 def end_with_parent() -> None:
-    """Let the kernel kill this process when its parent ends, even if that is killed (Linux only).
-
-    A rank whose torchrun has ended would otherwise wait for other ranks until its timeout.
-    """
+    """Let the kernel kill this process when its parent ends, even if that is killed (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def end_with_torchrun() -> None:
-    """Call `end_with_parent` in ranks of torchrun; other processes may outlive their shell."""
+    """End this rank with its torchrun; it would wait for other ranks until its timeout. Others may outlive a shell."""
     if not dist.is_torchelastic_launched():
         return
     end_with_parent()
@@ -77,12 +74,7 @@ class Ranks:
         return self._store.add(counter, number)
 
     def wait(self) -> None:
-        if self.world_size > 1:
-            _unless_gone(dist.barrier)
-
-    def close(self) -> None:
-        if self.world_size > 1:
-            dist.destroy_process_group()
+        gather(None)
 
 
 def gather(value: Any) -> list[Any]:
@@ -109,6 +101,14 @@ def from_first(make: Callable[[], Any]) -> Any:
     return outcome[0]
 
 
+def _unless_gone(collective: Callable[[], Any]) -> None:
+    try:
+        collective()
+    except RuntimeError as error:
+        print(f"another rank has ended, so this one ends, too ({first_line(error)})", file=sys.stderr)
+        sys.exit(1)
+
+
 @contextmanager
 def first_reports() -> Iterator[None]:
     """Delay a `UserError` that all ranks raise: rank 0 reports it, and torchrun then ends the others."""
@@ -122,18 +122,10 @@ def first_reports() -> Iterator[None]:
         raise
 
 
-def _unless_gone(collective: Callable[[], Any]) -> None:
-    try:
-        collective()
-    except RuntimeError as error:
-        print(f"another rank has ended, so this one ends, too ({first_line(error)})", file=sys.stderr)
-        sys.exit(1)
-
-
 @contextmanager
 def torchrun_ranks(device: str | None = None) -> Iterator[Ranks]:
-    """Yield `Ranks` and close them; a user error that all ranks raise is reported once."""
+    """Yield `Ranks` and end their process group; a user error that all ranks raise is reported once."""
     with first_reports():
-        ranks = Ranks(device)
-        yield ranks
-        ranks.close()
+        yield Ranks(device)
+        if dist.is_initialized():
+            dist.destroy_process_group()
