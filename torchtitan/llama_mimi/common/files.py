@@ -67,19 +67,14 @@ def _walk(folder: str) -> Iterator[str]:
 
 
 def _glob(fs: fsspec.AbstractFileSystem, pattern: str) -> list[str]:
-    """Return a glob's matches. Brackets in the name of an existing folder are not a pattern."""
-    parts = pattern.split("/")
-    literal = 0  # number of leading parts that exist as they are written
-    for index, part in enumerate(parts):
-        if set(part) & set("*?[") and not ("[" in part and fs.exists("/".join(parts[: index + 1]))):
-            break
-        literal = index + 1
-    escaped = "/".join([*map(escape, parts[:literal]), *parts[literal:]])
+    """Return a glob's matches. The folder at its beginning that exists is not a pattern, such as one with brackets."""
+    folder = os.path.dirname(pattern)
+    while folder.strip("/") and not fs.isdir(folder):
+        folder = os.path.dirname(folder)
+    escaped, wanted = escape(folder) + pattern[len(folder) :], _below(pattern, folder).split("/")
     # fsspec's own glob does not follow links to folders
     found = glob(escaped, recursive=True, include_hidden=True) if is_local(fs) else fs.glob(escaped)
-    if any(map(is_hidden, parts[literal:])):  # asked for
-        return found
-    return [file for file in found if not is_hidden(_below(file, "/".join(parts[:literal])))]
+    return found if any(map(is_hidden, wanted)) else [file for file in found if not is_hidden(_below(file, folder))]
 
 
 def _below(file: str, folder: str) -> str:
