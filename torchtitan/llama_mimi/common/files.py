@@ -36,12 +36,7 @@ def is_local(fs: fsspec.AbstractFileSystem) -> bool:
 def find_files(path: str, endings: tuple[str, ...]) -> list[str]:
     """Return the sorted fsspec paths of a folder's files, of a file, or of a glob's matches.
 
-    Args:
-        path: a folder means its files at any depth that have one of the endings and are not hidden (`is_hidden`).
-        endings: such as ".parquet", in lower case; case is ignored.
-
-    Raises:
-        UserError: the file system cannot be reached.
+    A folder means its files at any depth that have one of the endings (".parquet", in any case) and are not hidden.
     """
     fs, bare = file_system(path)
     try:
@@ -138,11 +133,7 @@ def read_json(folder: str, name: str) -> dict[str, Any] | None:
 
 
 def write_atomically(folder: str, name: str, content: bytes) -> None:
-    """Write a file, or the target of a link, under a temporary name and rename it; upload a remote one at once.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
+    """Write a file, or the target of a link, under a temporary name and rename it; upload a remote one at once."""
     fs, bare = file_system(folder)
     path = f"{bare.rstrip('/')}/{name}"
     path = os.path.realpath(path) if is_local(fs) else path

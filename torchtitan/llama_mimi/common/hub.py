@@ -25,7 +25,7 @@ def load_pretrained(
 
     Args:
         name: hub id or folder.
-        what: noun for messages ("codec", "model", "tokenizer").
+        what: noun for messages.
         allow_torch_weights: read ``.bin`` files if there are no safetensors (PyTorch loads weights only).
         without_effect: regular expression of further tensors that may be missing or unexpected.
 
@@ -34,8 +34,8 @@ def load_pretrained(
     """
     _check_name(name, what)
     if is_model := "dtype" in kwargs:
-        kwargs |= {"use_safetensors": None if allow_torch_weights else True}
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        kwargs["use_safetensors"] = None if allow_torch_weights else True
     load_report = logging.getLogger("transformers.modeling_utils")  # a table of tensors, which are checked here
     load_report.disabled = True
     try:
@@ -86,8 +86,7 @@ def require_no_difference(
 ) -> None:
     """Raise a `UserError` with ``problem``, and the number and first name of each kind of wrong tensors."""
     found = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
-    parts = "; ".join(f"{len(keys)} {kind}, first '{min(keys)}'" for kind, keys in found.items() if keys)
-    if parts:
+    if parts := "; ".join(f"{len(keys)} {kind}, first '{min(keys)}'" for kind, keys in found.items() if keys):
         problem += f": its tensors are not those of the {model} in its config.json ({parts})"
         raise UserError(f"{problem}; copy or convert the folder again, or name another")
 

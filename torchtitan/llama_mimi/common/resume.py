@@ -19,16 +19,10 @@ Result = TypeVar("Result")
 
 
 def require_same(saved: Mapping[str, Any], current: Mapping[str, Any], what: str, remedy: str) -> None:
-    """Refuse to continue work that was started with other settings.
+    """Raise a `UserError` if one of the current settings differs from that of the saved work.
 
-    Args:
-        current: settings of this run. Nested mappings are compared by dotted names; keys that only ``saved`` has are
-            not compared.
-        what: subject of the error, such as "'results/a.json'".
-        remedy: imperative clause of the error.
-
-    Raises:
-        UserError: the first setting that differs.
+    Nested mappings are compared by dotted names; keys that only ``saved`` has are not compared. In the error ``what``
+    is the subject, and ``remedy`` an imperative clause.
     """
     saved, current = _flat(saved), _flat(current)
     for name, value in current.items():
@@ -47,9 +41,7 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 class ProgressLog:
     """Append-only log of finished items: lines of JSON, one file for each process.
 
-    Args:
-        folder: folder of logs; this log is the folder in it that is named by the hash of ``header``.
-        header: everything that the results depend on, except the items.
+    It is the subfolder named by the hash of ``header``, which is everything that results depend on besides the items.
     """
 
     def __init__(self, folder: Path, header: Mapping[str, Any]) -> None:
@@ -101,9 +93,6 @@ def map_resumable(
 
     Returns:
         Results by key, in the order of ``batches``, on every rank.
-
-    Raises:
-        UserError: as ``work`` or the log.
     """
     done = from_first(lambda: {key: result for key, result in log.load().items() if is_done(key, result)})
     todo = [batch for batch in batches if not batch.keys() <= done.keys()]

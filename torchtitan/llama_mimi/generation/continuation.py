@@ -95,11 +95,7 @@ def checkpoint_note(model: SpeechModel, options: SamplingOptions) -> str | None:
 
 
 def read_prompt(path: str, codec: MimiCodec | None = None) -> Waveform:
-    """Read a spoken prompt at its own rate, or at the codec's rate and at least one frame long.
-
-    Raises:
-        AudioError: it cannot be used, or is longer than `MAX_PROMPT_SECONDS`.
-    """
+    """Read a prompt of up to `MAX_PROMPT_SECONDS` at its own rate, or at the codec's and at least one frame long."""
     rate_hz, min_samples = (codec.sample_rate_hz, codec.frame_size) if codec else (None, 1)
     prompt = read_audio(path, rate_hz, max_seconds=MAX_PROMPT_SECONDS, min_samples=min_samples)
     if prompt.is_cut and prompt.seconds >= MAX_PROMPT_SECONDS:
@@ -129,17 +125,7 @@ def check_text(model: SpeechModel, text: str | None) -> None:
 def continue_codes(
     model: SpeechModel, prompt_TQ: torch.Tensor, options: SamplingOptions, text: str | None = None
 ) -> list[torch.Tensor]:
-    """Continue one prompt ``options.num_samples`` times.
-
-    Args:
-        prompt_TQ, text: see `Request`.
-
-    Returns:
-        The codes_TQ of each sample, the prompt's frames first.
-
-    Raises:
-        UserError: the options do not fit the model.
-    """
+    """Continue a prompt (see `Request`) ``options.num_samples`` times; return the codes_TQ of each, prompt first."""
     requests = [Request(prompt_TQ, options.seed + number, text) for number in range(options.num_samples)]
     drawn = decode(model, requests, options.for_model(model), min(ROWS, options.num_samples))
     new = {number: new_TQ for number, new_TQ, *_ in finished(drawn, model.codec.num_quantizers)}

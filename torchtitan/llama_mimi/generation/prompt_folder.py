@@ -56,7 +56,7 @@ def continue_folder(
     Args:
         output_dir: gets ``<prompt>_<sample>.wav``, ``settings.json`` and, at the end, ``results.jsonl``.
         num_rows: sequences of a batch.
-        made_by: what the samples depend on besides the options, from `describe_model`.
+        made_by: from `describe_model`.
 
     Returns:
         On every rank the lines of ``results.jsonl``. Each sample has ``prompt``, ``prompt_sha256``, ``sample`` and
