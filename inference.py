@@ -134,10 +134,9 @@ def _stream(model: SpeechModel, request: Request, options: SamplingOptions, path
                 file.flush()
                 num_new += 1
                 first = first or time.perf_counter() - began
-    spent = time.perf_counter() - began
+    speed = num_new / codec.frame_rate_hz / (time.perf_counter() - began)
     _describe(path, len(request.prompt_TQ), num_new, codec.frame_rate_hz)
-    if num_new:
-        print(f"first new audio after {first:.2f} s; {num_new / codec.frame_rate_hz / spent:.2f} times real time")
+    print(f"first new audio after {first:.2f} s; {speed:.2f} times real time")
 
 
 def _describe(path: Path, prompt_frames: int, new_frames: int, rate_hz: float) -> None:

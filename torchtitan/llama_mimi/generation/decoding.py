@@ -64,8 +64,7 @@ def decode(model: SpeechModel, requests: Sequence[Request], sampling: Sampling, 
     last half of the window, so that no position is beyond those that it was trained on.
 
     Returns:
-        An iterator over ``(request number, next frame (Q,) on the CPU)``, and finally ``(request number, End)`` for
-        each sample.
+        An iterator over ``(request number, next frame (Q,) on the CPU)``, at last ``(request number, End)``.
 
     Raises:
         UserError: at once if the window does not fit into the model's context; later if the model overflows.
@@ -142,15 +141,14 @@ def _draw_samples(
         for place, (row, entries_Q) in enumerate(zip(rows, entries_BQ, strict=True)):
             if row is None:
                 continue
-            end = End.BY_MODEL if entries_Q[0] == model.end_entry else None
-            if end is None:
+            ends = entries_Q[0] == model.end_entry
+            if not ends:
                 row.recent.append(entries_Q)
                 row.num_new += 1
                 row.num_seen += 1
                 yield row.number, entries_Q
-                end = End.BY_LENGTH if row.num_new == sampling.max_frames else None
-            if end is not None:
-                yield row.number, end
+            if ends or row.num_new == sampling.max_frames:
+                yield row.number, End.BY_MODEL if ends else End.BY_LENGTH
                 rows[place] = None
                 contexts.reset(place)
 

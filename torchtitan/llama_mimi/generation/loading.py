@@ -36,7 +36,6 @@ def load_speech_model(
         model_name, codec_name: hub id or folder; the default codec is the one that the checkpoint names, else
             ``kyutai/mimi``, which all released checkpoints use without naming it.
         attention: of the codec; default: that of the training codes.
-        device: default: the accelerator, if there is one.
         dtype: of the decoder; the codec always runs in float32.
 
     Raises:
@@ -61,8 +60,6 @@ def load_speech_model(
     sequences = SequenceBuilder(*extend_tokenizer(tokenizer, codec.codebook_size, num_quantizers), architecture)
     rows = getattr(decoder.config, "text_vocab_size", decoder.config.vocab_size)
     if rows != sequences.vocabulary.size:
-        raise UserError(
-            f"'{model_name}' has {rows} vocabulary entries, but {num_quantizers} quantizers of '{codec.name}' "
-            f"({codec.codebook_size} codes each) need {sequences.vocabulary.size}; name its own codec with --codec"
-        )
+        needed = f"{num_quantizers} quantizers of '{codec.name}' need {sequences.vocabulary.size}"
+        raise UserError(f"'{model_name}' has {rows} vocabulary entries, but {needed}; name its own codec with --codec")
     return model_class(decoder.to(device).eval(), sequences, codec, 1.0 if top_p is None else top_p)
