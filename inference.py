@@ -6,6 +6,7 @@ uv run python inference.py --model_name models/tiny --prompt assets/tiny/prompt.
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,13 +26,13 @@ from llama_mimi.generation.continuation import (
 )
 from llama_mimi.generation.decoding import End, Request, decode
 from llama_mimi.generation.loading import load_speech_model
-from llama_mimi.generation.prompt_folder import LONG_SILENCE_SECONDS, RESULTS, continue_folder, describe_model
+from llama_mimi.generation.prompt_folder import RESULTS, continue_folder, describe_model
 from llama_mimi.generation.speech_model import DecoderPrecision, SpeechModel
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is continued, by which model.
+    """Model, prompts and files.
 
     Args:
         model_name: hub id or folder
@@ -63,11 +64,7 @@ class Options:
 
 
 def continue_speech(options: Options, sampling: SamplingOptions) -> None:
-    """Continue speech.
-
-    Raises:
-        UserError: the prompt, the model or an option cannot be used.
-    """
+    """Continue speech; raise a `UserError` if the prompt, the model or an option cannot be used."""
     is_folder, file, num_samples = options.prompts is not None, options.output_file, sampling.num_samples
     is_one = options.prompt is not None or options.text is not None
     is_batch_wrong = options.batch_size is not None and (options.batch_size < 1 or not is_folder)
@@ -75,9 +72,8 @@ def continue_speech(options: Options, sampling: SamplingOptions) -> None:
         "give a spoken --prompt, a --text, or both, or else a folder of --prompts": is_folder == is_one,
         "--prompts and --output_dir go together; set both or none": is_folder != (options.output_dir is not None),
         f"--batch_size is {options.batch_size}; it must be 1 or more, and is for --prompts": is_batch_wrong,
-        "--stream makes one sample; remove it, or --prompts": options.stream and is_folder,
-        "--stream makes one sample; remove it, or --num_samples": options.stream and num_samples > 1,
-        f"--output_file is '{file}'; name a .wav file": file.suffix.lower() != ".wav" or file.is_dir(),
+        "--stream makes one sample of one prompt; remove it": options.stream and (is_folder or num_samples > 1),
+        f"--output_file is '{file}'; name a .wav file": file.suffix.lower() != ".wav",
     }
     for problem, is_wrong in problems.items():
         if is_wrong:
@@ -92,10 +88,8 @@ def continue_speech(options: Options, sampling: SamplingOptions) -> None:
     with torchrun_ranks(options.device) as ranks:
         if ranks.world_size > 1 and not is_folder:
             raise UserError(f"{ranks.world_size} ranks cannot share one prompt; run without torchrun, or use --prompts")
-        device, name, attention = str(ranks.device), options.codec, options.codec_attention
-        model = load_speech_model(
-            options.model_name, codec_name=name, attention=attention, device=device, dtype=options.dtype
-        )
+        codec: Any = {"codec_name": options.codec, "attention": options.codec_attention}
+        model = load_speech_model(options.model_name, device=str(ranks.device), dtype=options.dtype, **codec)
         if ranks.rank == 0 and (note := checkpoint_note(model, sampling)):
             print(note, flush=True)
         if options.prompts is None or options.output_dir is None:
@@ -104,8 +98,11 @@ def continue_speech(options: Options, sampling: SamplingOptions) -> None:
         made_by = from_first(lambda: describe_model(options.model_name, model, options.dtype))
         num_rows = options.batch_size or (64 if ranks.device.type == "cuda" else 8)
         records = continue_folder(model, options.prompts, options.output_dir, sampling, num_rows, ranks, made_by)
-        if ranks.rank == 0:
-            _report(records, options.output_dir)
+    if ranks.rank == 0:
+        failed = [record["error"] for record in records if "error" in record]
+        print(f"{len(records) - len(failed):,} samples in {options.output_dir}; see {options.output_dir / RESULTS}")
+        if failed:
+            raise UserError(f"{len(failed):,} samples could not be made; the first: {failed[0]}")
 
 
 def _continue_prompt(model: SpeechModel, options: Options, sampling: SamplingOptions, files: list[Path]) -> None:
@@ -120,7 +117,7 @@ def _continue_prompt(model: SpeechModel, options: Options, sampling: SamplingOpt
     for path, codes_TQ in zip(files, continue_codes(model, prompt_TQ, sampling, options.text), strict=True):
         if len(codes_TQ):
             write_wav(path, Waveform(decode_long(model.codec, codes_TQ), model.codec.sample_rate_hz))
-        _describe(path, len(prompt_TQ), len(codes_TQ) - len(prompt_TQ), model)
+        _describe(path, len(prompt_TQ), len(codes_TQ) - len(prompt_TQ), model.codec.frame_rate_hz)
 
 
 def _stream(model: SpeechModel, request: Request, options: SamplingOptions, path: Path, began: float) -> None:
@@ -132,36 +129,20 @@ def _stream(model: SpeechModel, request: Request, options: SamplingOptions, path
         if len(request.prompt_TQ):
             file.write(decoding.decode(request.prompt_TQ).clamp(-1, 1).numpy())
         for _, new in drawn:
-            if isinstance(new, End):
-                continue
-            file.write(decoding.decode(new[None]).clamp(-1, 1).numpy())
-            file.flush()
-            num_new += 1
-            first = first or time.perf_counter() - began
-    spent = time.perf_counter() - began
-    _describe(path, len(request.prompt_TQ), num_new, model)
-    if num_new:
-        print(f"first new audio after {first:.2f} s; {num_new / codec.frame_rate_hz / spent:.2f} times real time")
+            if not isinstance(new, End):
+                file.write(decoding.decode(new[None]).clamp(-1, 1).numpy())
+                file.flush()
+                num_new += 1
+                first = first or time.perf_counter() - began
+    speed = num_new / codec.frame_rate_hz / (time.perf_counter() - began)
+    _describe(path, len(request.prompt_TQ), num_new, codec.frame_rate_hz)
+    print(f"first new audio after {first:.2f} s; {speed:.2f} times real time")
 
 
-def _describe(path: Path, prompt_frames: int, new_frames: int, model: SpeechModel) -> None:
-    rate_hz = model.codec.frame_rate_hz
+def _describe(path: Path, prompt_frames: int, new_frames: int, rate_hz: float) -> None:
     print(f"{path}: {prompt_frames / rate_hz:.2f} s of prompt, {new_frames / rate_hz:.2f} s of continuation")
     if not new_frames:
         print("the model ended the speech at once; set --min_seconds, cut a prompt in mid-sentence, or change --seed")
-
-
-def _report(records: list[dict], output_dir: Path) -> None:
-    failed = [record["error"] for record in records if "error" in record]
-    made = [record for record in records if "error" not in record]
-    ended = sum(record["end"] == End.BY_MODEL.value for record in made)
-    silent = sum(bool(record["silences"]) for record in made)
-    print(
-        f"{len(made):,} samples in {output_dir}, {ended:,} ended by the model and {len(made) - ended:,} cut; ", end=""
-    )
-    print(f"{silent:,} with {LONG_SILENCE_SECONDS:g} s or more of silence; see {output_dir / RESULTS}")
-    if failed:
-        raise UserError(f"{len(failed):,} samples could not be made; the first: {failed[0]}")
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def stock_greedy(model, prompt_TQ, max_frames):
 
 def all_samples(model, requests, sampling, num_rows):
     drawn = finished(decode(model, requests, sampling, num_rows), model.codec.num_quantizers)
-    return {number: (new_TQ, end) for number, new_TQ, end in drawn}
+    return {number: (new_TQ, end) for number, new_TQ, end, _ in drawn}
 
 
 class Ending:

@@ -110,7 +110,7 @@ def test_a_folder_may_be_named_from_here(model, prompts, whole, monkeypatch, tmp
     for number, folder in enumerate((Path(prompts.name), tmp_path / "link")):
         records = run(model, folder, tmp_path / f"{number}")
         assert [record["file"] for record in records] == [record["file"] for record in whole[1]]
-    with pytest.raises(UserError, match="which is not a folder"):
+    with pytest.raises(UserError, match="name a folder of prompts"):
         run(model, Path("nothing"), tmp_path / "out")
 
 
@@ -155,12 +155,9 @@ def test_a_bad_prompt_is_named_and_the_others_go_on(model, prompts, tmp_path):
     shutil.copy(prompts / "1.flac", tmp_path / "in" / "0.flac")
     with pytest.raises(UserError, match="'0.flac' and '0.wav' would have one name"):
         run(model, tmp_path / "in", tmp_path / "out")
-    with pytest.raises(UserError, match="is inside --prompts"):
+    with pytest.raises(UserError, match="overlap; name separate"):
         run(model, tmp_path / "in", tmp_path / "in" / "out")
-    (tmp_path / "in" / "0.flac").unlink()
-    shutil.copytree(tmp_path / "in", tmp_path / "in" / "in")
-    shutil.copy(prompts / "1.flac", tmp_path / "in" / "0_0.wav")
-    with pytest.raises(UserError, match="'.*/in/0_0.wav' would replace a prompt"):
+    with pytest.raises(UserError, match="overlap; name separate"):
         run(model, tmp_path / "in", tmp_path)
     (tmp_path / "none").mkdir()
     with pytest.raises(UserError, match="has no .wav"):

@@ -282,7 +282,7 @@ def test_a_prompt_is_never_replaced(tmp_path):
         (("--prompts", "assets/tiny"), "or else a folder of --prompts"),
         (("--output_dir", "there"), "--prompts and --output_dir go together"),
         (("--batch_size", "4"), "--batch_size is 4; it must be 1 or more, and is for --prompts"),
-        (("--stream", "--num_samples", "2"), "--stream makes one sample; remove it"),
+        (("--stream", "--num_samples", "2"), "--stream makes one sample of one prompt; remove it"),
         (("--model_name", "models/no/such"), "model folder 'models/no/such' does not exist"),
         (("--model_name", "assets/tiny/mimi"), "is a 'mimi', not one of: llama, csm"),
         (("--device", "nothing"), "device 'nothing' is not available"),

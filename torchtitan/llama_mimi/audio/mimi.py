@@ -1,8 +1,4 @@
-"""Mimi behind a small interface: waveforms <-> codes.
-
-Everything else in the project sees codes of shape (T, Q) and never a `transformers` model, so that training,
-evaluation and generation share one encode and one decode.
-"""
+"""Mimi behind a small interface: waveforms <-> codes (T, Q)."""
 
 import hashlib
 import math
@@ -38,25 +34,19 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def load_codec_config(name: str, num_quantizers: int) -> MimiConfig:
-    """Load the configuration of a codec that has ``num_quantizers`` levels.
-
-    Raises:
-        UserError: the codec does not exist, or has fewer levels.
-    """
+    """Load the configuration of a codec; raise a `UserError` if it is missing or lacks ``num_quantizers`` levels."""
     config = load_pretrained(MimiConfig, name, what="codec")
     if not config.num_semantic_quantizers <= num_quantizers <= config.num_quantizers:
-        raise UserError(
-            f"num_quantizers is {num_quantizers}, but the codec '{name}' has {config.num_semantic_quantizers} to "
-            f"{config.num_quantizers} levels; choose a number in that range or another codec"
-        )
+        levels = f"{config.num_semantic_quantizers} to {config.num_quantizers} levels"
+        problem = f"num_quantizers is {num_quantizers}, but the codec '{name}' has {levels}"
+        raise UserError(f"{problem}; choose a number in that range or another codec")
     return config
 
 
 def local_codec(name: str, folder: str | Path) -> str | None:
     """Return the path of the codec that a model's config names, or None if no folder of that name exists.
 
-    A relative path is looked up from the model's folder and from each folder above it, not from the working directory,
-    so that a repository can be moved as a whole.
+    A relative path is looked up from the model's folder and each folder above it, not from the working directory.
     """
     folder = Path(folder).absolute()
     for place in (folder, *folder.parents):
@@ -66,11 +56,7 @@ def local_codec(name: str, folder: str | Path) -> str | None:
 
 
 def whole_frames(seconds: float, config: MimiConfig, setting: str = "data.max_audio_seconds") -> int:
-    """Return the number of whole frames in ``seconds``; 20 s are 250, whatever the rounding of ``seconds``.
-
-    Raises:
-        UserError: ``seconds`` is shorter than one frame; ``setting`` names the option in the message.
-    """
+    """Return the number of whole frames in ``seconds``; raise a `UserError` that names ``setting`` if there is none."""
     frames = int(seconds * config.sampling_rate / config.frame_size + 1e-6)
     if not frames:
         raise UserError(f"{setting} is {seconds}, less than a frame of the codec; raise it")
@@ -129,28 +115,15 @@ class MimiCodec:
         other.num_quantizers = num_quantizers
         return other
 
-    def to(self, device: torch.device | str) -> "MimiCodec":
-        """Return the codec on another device; its weights are moved, not copied."""
-        other = copy(self)
-        other.device = torch.device(device)
-        other.model = self.model.to(other.device)
-        return other
-
     def num_frames(self, num_samples: int) -> int:
         """Return T of a clip of ``num_samples`` samples; a partial last frame counts as one."""
         return math.ceil(num_samples / self.frame_size)
 
     def encode(self, waveforms: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Encode clips of any lengths in one batch.
+        """Encode mono float32 clips (S,) at ``sample_rate_hz`` in one batch, to codes_TQ of each, int64 on the CPU.
 
         Each clip is padded with zeros to whole frames, then to the longest clip; Mimi is causal, so a clip has the
         same codes alone and in a batch.
-
-        Args:
-            waveforms: mono float32 clips (S,) at ``sample_rate_hz``.
-
-        Returns:
-            The codes_TQ of each clip, int64 on the CPU.
         """
         if not waveforms:
             return []
@@ -161,10 +134,7 @@ class MimiCodec:
         return [codes_TQ[:T].clone() for codes_TQ, T in zip(self._encode(audio_BS), frames, strict=True)]
 
     def encode_as_released(self, samples_S: torch.Tensor) -> torch.Tensor:
-        """Encode one clip (S,) as the first release of Llama-Mimi does, to codes_TQ.
-
-        A partial last frame is padded by each convolution of the model, so its codes differ from those of `encode`.
-        """
+        """Encode one clip (S,) to codes_TQ as the first release does: each convolution pads a partial last frame."""
         return self._encode(samples_S[None])[0].clone()
 
     @torch.inference_mode()
@@ -174,13 +144,8 @@ class MimiCodec:
         return codes_BQT.transpose(1, 2).cpu()
 
     def encode_many(self, waveforms: Sequence[torch.Tensor], batch_seconds: float | None = None) -> list[torch.Tensor]:
-        """Encode any number of clips, in batches of similar length; arguments and result as of `encode`.
-
-        Args:
-            batch_seconds: audio of a batch with its padding; default: `BATCH_SECONDS` of the device.
-        """
-        if batch_seconds is None:
-            batch_seconds = BATCH_SECONDS[self.device.type == "cuda"]
+        """Encode any number of clips as `encode` does, in batches of similar length, `BATCH_SECONDS` with padding."""
+        batch_seconds = batch_seconds or BATCH_SECONDS[self.device.type == "cuda"]
         sizes = [len(samples_S) for samples_S in waveforms]
         batches = batches_of_like_size(sizes, batch_seconds * self.sample_rate_hz)
         encoded = self._encode_each([[waveforms[index] for index in batch] for batch in batches])
@@ -207,11 +172,7 @@ class MimiCodec:
 
 @lru_cache(maxsize=4)
 def codec_hash(name: str) -> str:
-    """Return the SHA-256 of a codec's weights (hub id or folder); codecs with the same hash have the same codes.
-
-    Raises:
-        UserError: the weights cannot be read.
-    """
+    """Return the SHA-256 of a codec's weights (hub id or folder); codecs with the same hash have the same codes."""
     try:
         path = cached_file(name, "model.safetensors")
     except OSError as error:

@@ -1,7 +1,6 @@
 """Decoding in chunks, with the samples of decoding the whole."""
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -31,27 +30,16 @@ class DecodingStream:
         self._codec = codec
         self._cache = DynamicCache(config=codec.model.config)
         self._inputs: dict[torch.nn.Module, torch.Tensor] = {}  # the last inputs of each convolution
-        self._convolutions = [
-            module
-            for name, module in codec.model.named_modules()
-            if isinstance(module, MimiConv1d | MimiConvTranspose1d)
-            and "encoder" not in name
-            and "downsample" not in name
-        ]
+        decoder = [module for name, module in codec.model.named_modules() if not name.startswith(("encoder", "down"))]
+        self._convolutions = [module for module in decoder if isinstance(module, MimiConv1d | MimiConvTranspose1d)]
 
     def decode(self, codes_TQ: torch.Tensor) -> torch.Tensor:
         """Decode the next codes (T, Q), T of 1 or more, to mono float32 samples (T * frame_size,) on the CPU."""
-        with self._with_state():
-            return self._codec.decode(codes_TQ, decoder_past_key_values=self._cache)
-
-    @contextmanager
-    def _with_state(self) -> Iterator[None]:
-        """Let the convolutions read their last inputs, for this stream and no other user of the codec."""
-        with ExitStack() as hooks:
+        with ExitStack() as hooks:  # for this call only, as others may use the codec between two calls
             for module in self._convolutions:
                 hooks.callback(module.register_forward_pre_hook(self._prepend).remove)
                 hooks.callback(module.register_forward_hook(self._drop).remove)
-            yield
+            return self._codec.decode(codes_TQ, decoder_past_key_values=self._cache)
 
     def _prepend(self, module: Any, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
         earlier_1CT = self._inputs.get(module)

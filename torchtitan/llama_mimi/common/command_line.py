@@ -17,29 +17,20 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 
 def run_command(command: Callable[..., None], doc: str | None) -> None:
-    """Call a function with the command line's flags.
-
-    Args:
-        command: function whose annotated parameters, or the fields of a dataclass among them, are the flags.
-        doc: description of the script.
-    """
-    run_cli(lambda: _parsed(command, doc, None))
+    """Call a function with its parameters, or the fields of dataclasses among them, from the command line."""
+    run_cli(lambda: _parsed(command, doc))
 
 
-def _parsed(target: Callable[..., Any], doc: str | None, words: Sequence[str] | None) -> Any:
+def _parsed(target: Callable[..., Any], doc: str | None = None, words: Sequence[str] | None = None) -> Any:
     return tyro.cli(target, args=words, description=doc, use_underscores=True, config=(tyro.conf.OmitArgPrefixes,))
 
 
 def read_flags(kind: type[Options], words: Sequence[str]) -> Options:
-    """Parse command-line arguments into an options object.
-
-    Raises:
-        UserError: tyro's reason, if an argument is invalid.
-    """
+    """Parse command-line arguments into an options object; raise tyro's reason as a `UserError`."""
     output = io.StringIO()
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            return _parsed(kind, None, words)
+            return _parsed(kind, words=words)
     except SystemExit as error:
         # tyro prints a title, the reason and help, separated by lines of dashes.
         reason = re.split(r"^\s*-{20,}\s*$", output.getvalue(), flags=re.MULTILINE)[1:2] or [output.getvalue()]
@@ -59,8 +50,8 @@ def run_cli(main: Callable[[], None]) -> None:
         if error.errno not in DISK_ERRORS:
             raise
         file = error.filename2 or error.filename or "a file"  # filename2 is the target of a copy
-        problem = f"'{file}' cannot be used ({error.strerror})"
-        report(UserError(f"{problem}; free disk space, set its permissions, or choose another folder"))
+        remedy = "free disk space, set its permissions, or choose another folder"
+        report(UserError(f"'{file}' cannot be used ({error.strerror}); {remedy}"))
         sys.exit(1)
 
 

@@ -16,8 +16,7 @@ from llama_mimi.common.errors import UserError
 def use_cpu_without_gpu() -> None:
     """Let TorchTitan see the CPU as its device; call before the first ``torchtitan`` import.
 
-    Without an accelerator TorchTitan assumes "cuda" and expects memory statistics that ``torch.cpu`` lacks. With a GPU
-    nothing changes.
+    Without an accelerator TorchTitan assumes "cuda" and expects memory statistics that ``torch.cpu`` lacks.
     """
     if torch.cuda.is_available() or torch._utils._get_available_device_type() == "cpu":  # set before
         return
@@ -35,11 +34,17 @@ def use_cpu_without_gpu() -> None:
         setattr(torch.cpu, name, function)
 
 
-def keep_freed_memory() -> None:
-    """Let this process reuse large blocks of memory instead of returning them to the kernel (glibc only).
+def _memory_stats(device: Any = None) -> dict[str, int]:
+    """Return the peak resident memory of this process in bytes, under the keys that TorchTitan reads."""
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes on macOS, KiB on Linux
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"active_bytes.all.peak": peak, "reserved_bytes.all.peak": peak}
 
-    The kernel fills each new block with zeros: half the time of a codec's convolutions
-    (scripts/benchmarks/bench_data.py).
+
+def keep_freed_memory() -> None:
+    """Reuse freed blocks of memory instead of returning them to the kernel (glibc only).
+
+    The kernel fills each new block with zeros: half the time of a codec's convolutions.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
@@ -54,10 +59,3 @@ def available_device(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"the device '{name}' is not available here; use --device cpu") from error
-
-
-def _memory_stats(device: Any = None) -> dict[str, int]:
-    """Return the peak resident memory of this process in bytes, under the keys that TorchTitan reads."""
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes on macOS, KiB on Linux
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return {"active_bytes.all.peak": peak, "reserved_bytes.all.peak": peak}

@@ -36,12 +36,7 @@ def is_local(fs: fsspec.AbstractFileSystem) -> bool:
 def find_files(path: str, endings: tuple[str, ...]) -> list[str]:
     """Return the sorted fsspec paths of a folder's files, of a file, or of a glob's matches.
 
-    Args:
-        path: a folder means its files at any depth that have one of the endings and are not hidden (`is_hidden`).
-        endings: such as ".parquet", in lower case; case is ignored.
-
-    Raises:
-        UserError: the file system cannot be reached.
+    A folder means its files at any depth that have one of the endings (".parquet", in any case) and are not hidden.
     """
     fs, bare = file_system(path)
     try:
@@ -53,6 +48,37 @@ def find_files(path: str, endings: tuple[str, ...]) -> list[str]:
     except Exception as error:  # remote file systems raise what their transports raise
         raise UserError(f"'{path}' cannot be listed ({first_line(error)}); check the path and the network") from error
     return sorted(found if is_local(fs) else map(fs.unstrip_protocol, found))
+
+
+def _walk(folder: str) -> Iterator[str]:
+    """Yield the files below a local folder, each folder once; follow links to folders, unlike fsspec."""
+    seen: set[str] = set()
+    for path, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(path)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (f"{path}/{name}" for name in names)
+
+
+def _glob(fs: fsspec.AbstractFileSystem, pattern: str) -> list[str]:
+    """Return a glob's matches. The folder at its beginning that exists is not a pattern, such as one with brackets."""
+    folder = os.path.dirname(pattern)
+    while folder.strip("/") and not fs.isdir(folder):
+        folder = os.path.dirname(folder)
+    escaped, wanted = escape(folder) + pattern[len(folder) :], _below(pattern, folder).split("/")
+    # fsspec's own glob does not follow links to folders
+    found = glob(escaped, recursive=True, include_hidden=True) if is_local(fs) else fs.glob(escaped)
+    return found if any(map(is_hidden, wanted)) else [file for file in found if not is_hidden(_below(file, folder))]
+
+
+def _below(file: str, folder: str) -> str:
+    return file[len(folder) :].lstrip("/")
+
+
+def visible_files(folder: Path, pattern: str) -> list[Path]:
+    """Return the files below a folder that match a glob and are not hidden, sorted."""
+    return sorted(path for path in folder.glob(pattern) if not is_hidden(path.relative_to(folder).as_posix()))
 
 
 def is_hidden(relative: str) -> bool:
@@ -70,44 +96,6 @@ def is_synthetic(path: str) -> bool:
 def as_utf8(name: str) -> str:
     r"""Return a file name, or a message about one, with bytes that are not UTF-8 written as ``\xe9``."""
     return os.fsencode(name).decode(errors="backslashreplace")
-
-
-def visible_files(folder: Path, pattern: str) -> list[Path]:
-    """Return the files below a folder that match a glob and are not hidden, sorted."""
-    return sorted(path for path in folder.glob(pattern) if not is_hidden(path.relative_to(folder).as_posix()))
-
-
-def _walk(folder: str) -> list[str]:
-    """Return the files below a local folder, each folder once; follow links to folders, unlike fsspec."""
-    found: list[str] = []
-    seen: set[str] = set()
-    for path, folders, names in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(path)) in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        found += [f"{path}/{name}" for name in names]
-    return found
-
-
-def _glob(fs: fsspec.AbstractFileSystem, pattern: str) -> list[str]:
-    """Return a glob's matches. Brackets in the name of an existing folder are not a pattern."""
-    parts = pattern.split("/")
-    literal = 0  # number of leading parts that exist as they are written
-    for index, part in enumerate(parts):
-        if set(part) & set("*?[") and not ("[" in part and fs.exists("/".join(parts[: index + 1]))):
-            break
-        literal = index + 1
-    escaped = "/".join([*map(escape, parts[:literal]), *parts[literal:]])
-    # fsspec's own glob does not follow links to folders
-    found = glob(escaped, recursive=True, include_hidden=True) if is_local(fs) else fs.glob(escaped)
-    if any(is_hidden(part) for part in parts[literal:]):  # asked for
-        return found
-    return [file for file in found if not is_hidden(_below(file, "/".join(parts[:literal])))]
-
-
-def _below(file: str, folder: str) -> str:
-    return file[len(folder) :].lstrip("/")
 
 
 def digest(content: Any) -> str:
@@ -133,9 +121,8 @@ def parse_json(text: str | bytes) -> Any:
 def read_json(folder: str, name: str) -> dict[str, Any] | None:
     """Return a file's JSON object, or None if there is no such file; raise a `UserError` for any other content."""
     fs, bare = file_system(folder)
-    path = f"{bare.rstrip('/')}/{name}"
     try:
-        values = parse_json(fs.cat_file(path))
+        values = parse_json(fs.cat_file(f"{bare.rstrip('/')}/{name}"))
         if not isinstance(values, dict):
             raise ValueError("it is not a JSON object")
         return values
@@ -146,13 +133,7 @@ def read_json(folder: str, name: str) -> dict[str, Any] | None:
 
 
 def write_atomically(folder: str, name: str, content: bytes) -> None:
-    """Write a file under a temporary name and rename it, or, if it is not local, upload it at once.
-
-    The target of a symbolic link is replaced, not the link.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
+    """Write a file, or the target of a link, under a temporary name and rename it; upload a remote one at once."""
     fs, bare = file_system(folder)
     path = f"{bare.rstrip('/')}/{name}"
     path = os.path.realpath(path) if is_local(fs) else path
@@ -167,10 +148,8 @@ def write_atomically(folder: str, name: str, content: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             os.unlink(aside)
-        raise UserError(
-            f"'{folder}/{name}' could not be written ({error.strerror or error}); free disk space, or choose "
-            "another folder"
-        ) from error
+        problem = f"'{folder}/{name}' could not be written ({error.strerror or error})"
+        raise UserError(f"{problem}; free disk space, or choose another folder") from error
 
 
 def share_weights(folder: Path) -> None:
@@ -184,28 +163,25 @@ def locked(path: Path, setting: str, wait: bool = False) -> Iterator[None]:
     """Lock a file until the block or the process ends; warn on a file system without locks (some NFS and Lustre).
 
     Args:
-        path: lock file; its folder is created.
-        setting: flag or key of the folder, for errors.
+        setting: flag or key of the file's folder, which is created.
         wait: wait for another process instead of raising a `UserError`.
     """
+    folder = path.parent
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         file = path.open("a")
     except OSError as error:
-        raise UserError(f"'{path.parent}' cannot be written ({error.strerror}); choose another {setting}") from error
+        raise UserError(f"'{folder}' cannot be written ({error.strerror}); choose another {setting}") from error
     with file:
         try:  # unlike flock, lockf is not inherited by loader workers
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-                print(f"'{path.parent}' cannot be locked ({error.strerror}): start one process only on it", flush=True)
-            elif error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise
-            elif not wait:
-                raise UserError(
-                    f"another process writes to '{path.parent}'; wait for it, stop it, or choose another {setting}"
-                ) from error
-            else:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                print(f"'{folder}' cannot be locked ({error.strerror}): start one process only on it", flush=True)
+            elif wait:
                 print(f"waiting for another process, which holds '{path}'", flush=True)
                 fcntl.lockf(file, fcntl.LOCK_EX)
+            else:
+                remedy = f"wait for it, stop it, or choose another {setting}"
+                raise UserError(f"another process writes to '{folder}'; {remedy}") from error
         yield

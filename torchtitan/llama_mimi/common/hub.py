@@ -3,8 +3,8 @@
 import hashlib
 import logging
 import re
-from collections.abc import Iterator, Set
-from contextlib import contextmanager
+from collections.abc import Set
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,7 @@ from llama_mimi.common.files import visible_files
 
 
 def load_pretrained(
-    cls: Any,
-    name: str,
-    *,
-    what: str,
-    allow_torch_weights: bool = False,
-    without_effect: str = "(?!)",
-    **kwargs: Any,
+    cls: Any, name: str, *, what: str, allow_torch_weights: bool = False, without_effect: str = "(?!)", **kwargs: Any
 ) -> Any:
     """Load ``cls.from_pretrained(name)`` without pickled weights and without code from the folder.
 
@@ -30,9 +24,8 @@ def load_pretrained(
     when it initialises missing ones at random. Exempt are tied weights, keys that the class exempts, and buffers.
 
     Args:
-        cls: a `transformers` class.
         name: hub id or folder.
-        what: noun for messages ("codec", "model", "tokenizer").
+        what: noun for messages.
         allow_torch_weights: read ``.bin`` files if there are no safetensors (PyTorch loads weights only).
         without_effect: regular expression of further tensors that may be missing or unexpected.
 
@@ -40,25 +33,25 @@ def load_pretrained(
         UserError: the folder or hub model is missing, gated, unreachable, damaged, or of another kind.
     """
     _check_name(name, what)
-    is_model = "dtype" in kwargs
-    if is_model:
-        kwargs |= {"use_safetensors": None if allow_torch_weights else True}
+    if is_model := "dtype" in kwargs:
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        kwargs["use_safetensors"] = None if allow_torch_weights else True
+    load_report = logging.getLogger("transformers.modeling_utils")  # a table of tensors, which are checked here
+    load_report.disabled = True
     try:
-        with _without_load_report():
-            loaded = cls.from_pretrained(name, trust_remote_code=False, **kwargs)
+        loaded = cls.from_pretrained(name, trust_remote_code=False, **kwargs)
     except Exception as error:  # damaged files raise whatever their parser does
+        reason = first_line(error)
         if Path(name).is_dir():
-            raise UserError(
-                f"the {what} in '{name}' could not be loaded: {first_line(error)}; copy the folder again or name "
-                f"another {what}"
-            ) from error
+            problem = f"the {what} in '{name}' could not be loaded: {reason}"
+            raise UserError(f"{problem}; copy the folder again or name another {what}") from error
         raise UserError(
             f"the folder '{name}' does not exist, and the {what} could not be loaded from the Hugging Face Hub "
-            f"({first_line(error)}); check the path; if the hub's model is gated, accept its licence on its page and "
-            f"run `hf auth login`; without a network, download it elsewhere with `hf download {name} --local-dir "
-            "FOLDER` and name that folder"
+            f"({reason}); check the path; if the hub's model is gated, accept its licence on its page and run "
+            f"`hf auth login`; without a network, download it elsewhere with `hf download {name} --local-dir FOLDER`"
         ) from error
+    finally:
+        load_report.disabled = False
     if not is_model:
         return loaded
     model, info = loaded
@@ -81,26 +74,11 @@ def _check_name(name: str, what: str) -> None:
     missing = f"the {what} folder '{name}' does not exist; check the path or "
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise UserError(f"{missing}name a hub id (owner/name)")
-    if path.parent.is_dir() and not _is_cached(name):  # most likely a typo in the name of a local folder
+    if path.parent.is_dir():  # most likely a typo in the name of a local folder
+        with suppress(HFValidationError):
+            if isinstance(try_to_load_from_cache(name, "config.json"), str):
+                return
         raise UserError(f"{missing}fetch the hub's model of that name with `hf download {name}`")
-
-
-def _is_cached(hub_id: str) -> bool:
-    try:
-        return isinstance(try_to_load_from_cache(hub_id, "config.json"), str)
-    except HFValidationError:
-        return False
-
-
-@contextmanager
-def _without_load_report() -> Iterator[None]:
-    """Silence transformers' table of missing and unexpected tensors; `load_pretrained` reports them."""
-    logger = logging.getLogger("transformers.modeling_utils")
-    was_disabled, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = was_disabled
 
 
 def require_no_difference(
@@ -108,20 +86,13 @@ def require_no_difference(
 ) -> None:
     """Raise a `UserError` with ``problem``, and the number and first name of each kind of wrong tensors."""
     found = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
-    parts = [f"{len(keys)} {kind}, first '{min(keys)}'" for kind, keys in found.items() if keys]
-    if parts:
-        raise UserError(
-            f"{problem}: its tensors are not those of the {model} in its config.json ({'; '.join(parts)}); copy or "
-            "convert the folder again, or name another"
-        )
+    if parts := "; ".join(f"{len(keys)} {kind}, first '{min(keys)}'" for kind, keys in found.items() if keys):
+        problem += f": its tensors are not those of the {model} in its config.json ({parts})"
+        raise UserError(f"{problem}; copy or convert the folder again, or name another")
 
 
 def weights_sha256(name: str) -> str:
-    """Return the SHA-256 of a model's safetensors (or else ``.bin``) files, in the order of their names.
-
-    Args:
-        name: hub id, which must be in the cache, or folder.
-    """
+    """Return the SHA-256 of the safetensors (or else ``.bin``) files of a folder, or of a cached hub id."""
     folder = Path(name)
     if not folder.is_dir():
         folder = Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.bin"], local_files_only=True))

@@ -18,21 +18,17 @@ from llama_mimi.common.cpu import available_device
 from llama_mimi.common.errors import RANK_ERROR_FILE, UserError, first_line
 
 TIMEOUT = timedelta(days=7)  # at the end all ranks wait for the slowest
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
 SECONDS_BEFORE_OTHERS_REPORT = 10
 
 
 def end_with_parent() -> None:
-    """Let the kernel kill this process when its parent ends, even if that is killed (Linux only).
-
-    A rank whose torchrun has ended would otherwise wait for other ranks until its timeout.
-    """
+    """Let the kernel kill this process when its parent ends, even if that is killed (Linux only)."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def end_with_torchrun() -> None:
-    """Call `end_with_parent` in ranks of torchrun; other processes may outlive their shell."""
+    """End this rank with its torchrun; it would wait for other ranks until its timeout. Others may outlive a shell."""
     if not dist.is_torchelastic_launched():
         return
     end_with_parent()
@@ -44,13 +40,10 @@ def end_with_torchrun() -> None:
 
 
 class Ranks:
-    """The ranks of torchrun, or this process alone.
+    """The ranks of torchrun, or this process alone; a device that they cannot have raises a `UserError`.
 
     Args:
-        device: device of this rank; None, or "cuda" without a number, means the rank's own GPU if there is one.
-
-    Raises:
-        UserError: more ranks than GPUs, one GPU for several ranks, or no such device.
+        device: None, or "cuda" without a number, means the rank's own GPU if there is one.
     """
 
     def __init__(self, device: str | None = None) -> None:
@@ -66,9 +59,9 @@ class Ranks:
         if self.world_size > 1 and device is not None and device.startswith("cuda:"):
             raise UserError(f"--device {device} is one GPU for {self.world_size} ranks; leave the number out")
         if device in (None, "cuda") and torch.cuda.is_available():
-            local_rank = int(os.environ.get("LOCAL_RANK", 0))
-            if local_rank >= torch.cuda.device_count():
-                raise UserError(f"there are {torch.cuda.device_count()} GPUs; set torchrun's --nproc_per_node to that")
+            local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+            if local_rank >= num_gpus:
+                raise UserError(f"there are {num_gpus} GPUs; set torchrun's --nproc_per_node to that")
             self.device = torch.device("cuda", local_rank)
             torch.cuda.set_device(self.device)
 
@@ -77,12 +70,7 @@ class Ranks:
         return self._store.add(counter, number)
 
     def wait(self) -> None:
-        if self.world_size > 1:
-            _unless_gone(dist.barrier)
-
-    def close(self) -> None:
-        if self.world_size > 1:
-            dist.destroy_process_group()
+        gather(None)
 
 
 def gather(value: Any) -> list[Any]:
@@ -90,23 +78,26 @@ def gather(value: Any) -> list[Any]:
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    _unless_gone(lambda: dist.all_gather_object(values, value))
+    try:
+        dist.all_gather_object(values, value)
+    except RuntimeError as error:
+        print(f"another rank has ended, so this one ends, too ({first_line(error)})", file=sys.stderr)
+        sys.exit(1)
     return values
 
 
 def from_first(make: Callable[[], Any]) -> Any:
     """Call ``make`` on rank 0 and return its result, or raise its `UserError`, on every rank."""
-    outcome: list[Any] = [None]
+    outcome: Any = None
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
-            outcome = [make()]
+            outcome = make()
         except UserError as error:
-            outcome = [error]
-    if dist.is_initialized():
-        _unless_gone(lambda: dist.broadcast_object_list(outcome, src=0))
-    if isinstance(outcome[0], UserError):
-        raise outcome[0]
-    return outcome[0]
+            outcome = error
+    outcome = gather(outcome)[0]
+    if isinstance(outcome, UserError):
+        raise outcome
+    return outcome
 
 
 @contextmanager
@@ -122,18 +113,10 @@ def first_reports() -> Iterator[None]:
         raise
 
 
-def _unless_gone(collective: Callable[[], Any]) -> None:
-    try:
-        collective()
-    except RuntimeError as error:
-        print(f"another rank has ended, so this one ends, too ({first_line(error)})", file=sys.stderr)
-        sys.exit(1)
-
-
 @contextmanager
 def torchrun_ranks(device: str | None = None) -> Iterator[Ranks]:
-    """Yield `Ranks` and close them; a user error that all ranks raise is reported once."""
+    """Yield `Ranks` and end their process group; a user error that all ranks raise is reported once."""
     with first_reports():
-        ranks = Ranks(device)
-        yield ranks
-        ranks.close()
+        yield Ranks(device)
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,9 +1,9 @@
 """Long work that a killed run continues: the settings that must not change, and the log of finished items."""
 
-import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -19,17 +19,10 @@ Result = TypeVar("Result")
 
 
 def require_same(saved: Mapping[str, Any], current: Mapping[str, Any], what: str, remedy: str) -> None:
-    """Refuse to continue work that was started with other settings.
+    """Raise a `UserError` if one of the current settings differs from that of the saved work.
 
-    Args:
-        saved: settings of the earlier run.
-        current: settings of this run. Nested mappings are compared by dotted names; keys that only ``saved`` has are
-            not compared.
-        what: subject of the error, such as "'results/a.json'".
-        remedy: imperative clause of the error.
-
-    Raises:
-        UserError: the first setting that differs.
+    Nested mappings are compared by dotted names; keys that only ``saved`` has are not compared. In the error ``what``
+    is the subject, and ``remedy`` an imperative clause.
     """
     saved, current = _flat(saved), _flat(current)
     for name, value in current.items():
@@ -41,17 +34,14 @@ def require_same(saved: Mapping[str, Any], current: Mapping[str, Any], what: str
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in settings.items():
-        name = f"{prefix}{key}"
-        flat |= _flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
 
 
 class ProgressLog:
     """Append-only log of finished items: lines of JSON, one file for each process.
 
-    Args:
-        folder: folder of logs. This log is the folder in it that is named by the hash of ``header``.
-        header: everything that the results depend on, except the items.
+    It is the subfolder named by the hash of ``header``, which is everything that results depend on besides the items.
     """
 
     def __init__(self, folder: Path, header: Mapping[str, Any]) -> None:
@@ -67,25 +57,19 @@ class ProgressLog:
         return done
 
     def add(self, results: Mapping[str, Any]) -> None:
-        """Append results.
-
-        Raises:
-            UserError: the file cannot be written.
-        """
+        """Append results; raise a `UserError` if the file cannot be written."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with self._path.open("a") as file:
                 file.write(json.dumps(results) + "\n")
         except OSError as error:
-            raise UserError(
-                f"'{self._path}' could not be written ({error.strerror}); free disk space or fix --output_dir, then "
-                "run the command again: finished items are kept"
-            ) from error
+            remedy = "free disk space or fix --output_dir, then run the command again: finished items are kept"
+            raise UserError(f"'{self._path}' could not be written ({error.strerror}); {remedy}") from error
 
     def close(self) -> None:
         """Delete this log, and the folder of logs if it is empty."""
         shutil.rmtree(self._folder, ignore_errors=True)
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             self._folder.parent.rmdir()
 
 
@@ -104,15 +88,11 @@ def map_resumable(
         batches: items by key. A batch is computed again unless all of its items are done, so that an item always has
             the same neighbours.
         work: yields key and result for each item of a batch, in any order.
-        log: results of earlier runs; new results are added one by one.
         unit: noun for the progress bar.
         is_done: returns False for a result that must not be logged, or that must be computed again.
 
     Returns:
         Results by key, in the order of ``batches``, on every rank.
-
-    Raises:
-        UserError: as ``work`` or the log.
     """
     done = from_first(lambda: {key: result for key, result in log.load().items() if is_done(key, result)})
     todo = [batch for batch in batches if not batch.keys() <= done.keys()]

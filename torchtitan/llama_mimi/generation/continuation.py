@@ -1,6 +1,7 @@
 """Continuing speech: a user's options, prompts, and the samples of one prompt."""
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from llama_mimi.audio.mimi import LastFrame, MimiCodec, whole_frames
 from llama_mimi.audio.reading import AudioError, Waveform, read_audio
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import as_utf8
-from llama_mimi.generation.decoding import End, Request, Sampling, decode
+from llama_mimi.generation.decoding import Drawn, End, Request, Sampling, decode
 from llama_mimi.generation.speech_model import SpeechModel
 from llama_mimi.tokens.units import has_text
 
@@ -46,9 +47,6 @@ class SamplingOptions:
         num_samples: continuations of the same prompt
         last_frame: encoding of a partial last frame of a prompt: pad fills it with zeros, codec leaves it to the codec,
             as the first release does; default: codec for released checkpoints, else pad
-
-    Raises:
-        UserError: a value is out of range.
     """
 
     seconds: float = 10.0
@@ -70,17 +68,11 @@ class SamplingOptions:
             raise UserError(f"--min_seconds is {self.min_seconds:g}, more than --seconds {self.seconds:g}; raise that")
 
     def for_model(self, model: SpeechModel) -> Sampling:
-        """Return the options in frames of the model's codec, with the model's defaults.
-
-        Raises:
-            UserError: the window is too short, or ``top_p`` of the model's generation config is out of range.
-        """
+        """Return the options in frames, with the model's defaults; raise a `UserError` if they do not fit the model."""
         top_p = model.top_p if self.top_p is None else self.top_p
         if not isinstance(top_p, int | float) or not 0 < top_p <= 1:
-            raise UserError(
-                f"top_p is {top_p!r} in the model's generation config; expected a number above 0, up to 1. Fix its "
-                "generation_config.json, or set --top_p"
-            )
+            problem = f"top_p is {top_p!r} in the model's generation config; expected a number above 0, up to 1"
+            raise UserError(f"{problem}. Fix its generation_config.json, or set --top_p")
         min_frames = math.ceil(self.min_seconds * model.codec.frame_rate_hz - 1e-6)
         trained_seconds: float = getattr(model.decoder.config, "max_audio_seconds", 20.0)  # the paper's, if not named
         window_seconds = self.window_seconds or trained_seconds
@@ -88,14 +80,8 @@ class SamplingOptions:
         if window_frames < MIN_WINDOW_FRAMES:
             found = f"--window_seconds is {window_seconds:g}, {window_frames} frames"
             raise UserError(f"{found}; raise it to {MIN_WINDOW_FRAMES} frames")
-        return Sampling(
-            max_frames=max(round(self.seconds * model.codec.frame_rate_hz), min_frames),
-            min_frames=min_frames,
-            window_frames=window_frames,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=top_p,
-        )
+        max_frames = max(round(self.seconds * model.codec.frame_rate_hz), min_frames)
+        return Sampling(max_frames, min_frames, window_frames, self.temperature, self.top_k, top_p)
 
 
 def checkpoint_note(model: SpeechModel, options: SamplingOptions) -> str | None:
@@ -109,16 +95,11 @@ def checkpoint_note(model: SpeechModel, options: SamplingOptions) -> str | None:
 
 
 def read_prompt(path: str, codec: MimiCodec | None = None) -> Waveform:
-    """Read a spoken prompt at its own rate, or at the codec's rate and at least one frame long.
-
-    Raises:
-        AudioError: it cannot be used, or is longer than `MAX_PROMPT_SECONDS`.
-    """
+    """Read a prompt of up to `MAX_PROMPT_SECONDS` at its own rate, or at the codec's and at least one frame long."""
     rate_hz, min_samples = (codec.sample_rate_hz, codec.frame_size) if codec else (None, 1)
     prompt = read_audio(path, rate_hz, max_seconds=MAX_PROMPT_SECONDS, min_samples=min_samples)
     if prompt.is_cut and prompt.seconds >= MAX_PROMPT_SECONDS:
-        message = f"the prompt '{path}' is longer than {MAX_PROMPT_SECONDS:g} s; give a shorter one"
-        raise AudioError("too long", message)
+        raise AudioError("too long", f"the prompt '{path}' is longer than {MAX_PROMPT_SECONDS:g} s; give a shorter one")
     return prompt
 
 
@@ -131,11 +112,7 @@ def encode_prompts(model: SpeechModel, prompts: Sequence[Waveform], options: Sam
 
 
 def check_text(model: SpeechModel, text: str | None) -> None:
-    """Refuse a text that the model cannot read.
-
-    Raises:
-        UserError: the text is not UTF-8, or the model was trained without text.
-    """
+    """Raise a `UserError` if a text is not UTF-8, or the model was trained without text."""
     if text is None:
         return
     if as_utf8(text) != text:
@@ -148,32 +125,20 @@ def check_text(model: SpeechModel, text: str | None) -> None:
 def continue_codes(
     model: SpeechModel, prompt_TQ: torch.Tensor, options: SamplingOptions, text: str | None = None
 ) -> list[torch.Tensor]:
-    """Continue one prompt ``options.num_samples`` times.
-
-    Args:
-        prompt_TQ: codes of the prompt; (0, Q) if there is only text.
-        text: transcript of prompt and continuation, for models of the task "tts".
-
-    Returns:
-        The codes_TQ of each sample, the prompt's frames first.
-
-    Raises:
-        UserError: the options do not fit the model.
-    """
+    """Continue a prompt (see `Request`) ``options.num_samples`` times; return the codes_TQ of each, prompt first."""
     requests = [Request(prompt_TQ, options.seed + number, text) for number in range(options.num_samples)]
     drawn = decode(model, requests, options.for_model(model), min(ROWS, options.num_samples))
-    new = {number: new_TQ for number, new_TQ, _ in finished(drawn, model.codec.num_quantizers)}
+    new = {number: new_TQ for number, new_TQ, *_ in finished(drawn, model.codec.num_quantizers)}
     return [torch.cat([prompt_TQ, new[number]]) for number in range(options.num_samples)]
 
 
-def finished(
-    drawn: Iterator[tuple[int, torch.Tensor | End]], num_quantizers: int
-) -> Iterator[tuple[int, torch.Tensor, End]]:
-    """Yield each sample of `decode` when it ends: its number, new frames (T, Q), and why it ended."""
-    frames: dict[int, list[torch.Tensor]] = {}
+def finished(drawn: Drawn, num_quantizers: int) -> Iterator[tuple[int, torch.Tensor, End, float]]:
+    """Yield each sample of `decode` when it ends: its number, new frames (T, Q), why it ended, and when it began."""
+    samples: dict[int, tuple[float, list[torch.Tensor]]] = {}
     for number, new in drawn:
+        began, frames = samples.setdefault(number, (time.perf_counter(), []))
         if isinstance(new, End):
-            done = frames.pop(number, [])
-            yield number, torch.stack(done) if done else torch.zeros(0, num_quantizers, dtype=torch.long), new
+            del samples[number]
+            yield number, torch.stack(frames) if frames else torch.zeros(0, num_quantizers).long(), new, began
         else:
-            frames.setdefault(number, []).append(new)
+            frames.append(new)

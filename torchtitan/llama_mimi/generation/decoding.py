@@ -16,35 +16,21 @@ POSITION_STEP = 256  # contexts have room for a multiple of it, so that most cac
 
 @dataclass(frozen=True)
 class Sampling:
-    """How new frames are drawn.
-
-    Args:
-        max_frames, min_frames: length of the new audio.
-        window_frames: maximum length of prompt and new audio that the model sees at once.
-        temperature: 0 takes the most likely entry.
-        top_k: draw from the k most likely entries.
-        top_p: of these, draw from the fewest whose probabilities sum to p.
-    """
+    """How new frames are drawn."""
 
     max_frames: int
     min_frames: int
-    window_frames: int
-    temperature: float
-    top_k: int
-    top_p: float
+    window_frames: int  # maximum length of prompt and new audio that the model sees at once
+    temperature: float  # 0 takes the most likely entry
+    top_k: int  # draw from the k most likely entries
+    top_p: float  # of these, draw from the fewest whose probabilities sum to p
 
 
 @dataclass(frozen=True)
 class Request:
-    """A sample to be drawn.
+    """A sample to be drawn: codes (T, Q) of its prompt, its own seed, and a transcript for the task "tts"."""
 
-    Args:
-        prompt_TQ: codes of the prompt; (0, Q) if there is only text.
-        seed: of the sample's own random numbers.
-        text: transcript of prompt and continuation (task "tts").
-    """
-
-    prompt_TQ: torch.Tensor
+    prompt_TQ: torch.Tensor  # (0, Q) if there is only text
     seed: int
     text: str | None = None
 
@@ -54,6 +40,9 @@ class End(Enum):
 
     BY_MODEL = "ended"
     BY_LENGTH = "cut"
+
+
+Drawn = Iterator[tuple[int, torch.Tensor | End]]
 
 
 @dataclass
@@ -68,17 +57,14 @@ class _Row:
     num_new: int = 0
 
 
-def decode(
-    model: SpeechModel, requests: Sequence[Request], sampling: Sampling, num_rows: int
-) -> Iterator[tuple[int, torch.Tensor | End]]:
+def decode(model: SpeechModel, requests: Sequence[Request], sampling: Sampling, num_rows: int) -> Drawn:
     """Draw samples, ``num_rows`` at a time; the next one takes the place of one that has ended.
 
     When the window is full, the model reads again the beginning of the prompt (up to a quarter of the window) and the
     last half of the window, so that no position is beyond those that it was trained on.
 
     Returns:
-        An iterator over ``(request number, next frame (Q,) on the CPU)``, and finally ``(request number, End)`` for
-        each sample.
+        An iterator over ``(request number, next frame (Q,) on the CPU)``, at last ``(request number, End)``.
 
     Raises:
         UserError: at once if the window does not fit into the model's context; later if the model overflows.
@@ -91,10 +77,8 @@ def decode(
     capacity = longest_head + window * model.sequences.positions_per_frame
     context = model.backbone.config.max_position_embeddings
     if capacity > context:
-        raise UserError(
-            f"text and a window of {window:,} frames take {capacity:,} positions, more than the model's context of "
-            f"{context:,}; lower --window_seconds"
-        )
+        problem = f"text and a window of {window:,} frames take {capacity:,} positions"
+        raise UserError(f"{problem}, more than the model's context of {context:,}; lower --window_seconds")
     if model.device.type == "cpu":
         num_rows = min(num_rows, len(requests))  # a GPU has one graph for each number of rows
     size = (num_rows, min(-(-capacity // POSITION_STEP) * POSITION_STEP, context))
@@ -102,32 +86,23 @@ def decode(
 
 
 @torch.inference_mode()
-def _decode(
-    model: SpeechModel, requests: Sequence[Request], sampling: Sampling, size: tuple[int, int]
-) -> Iterator[tuple[int, torch.Tensor | End]]:
-    num_rows, capacity = size
+def _decode(model: SpeechModel, requests: Sequence[Request], sampling: Sampling, size: tuple[int, int]) -> Drawn:
     try:
-        caches = model.spare_caches.pop(size, None) or model.caches(num_rows, capacity)
-        yield from _draw_samples(model, caches, requests, sampling, num_rows)
+        caches = model.spare_caches.pop(size, None) or model.caches(*size)
+        yield from _draw_samples(model, caches, requests, sampling)
     except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"the memory of '{model.device}' is full with {num_rows:,} samples of {capacity:,} positions; lower "
-            "--batch_size or --window_seconds, or use --dtype bfloat16"
-        ) from error
-    else:
-        model.spare_caches.clear()
-        model.spare_caches[size] = caches
+        problem = f"the memory of '{model.device}' is full with {size[0]:,} samples of {size[1]:,} positions"
+        remedy = "lower --batch_size or --window_seconds, or use --dtype bfloat16"
+        raise UserError(f"{problem}; {remedy}") from error
+    model.spare_caches.clear()
+    model.spare_caches[size] = caches
 
 
 def _draw_samples(
-    model: SpeechModel,
-    caches: Sequence[BatchedKVCache],
-    requests: Sequence[Request],
-    sampling: Sampling,
-    num_rows: int,
-) -> Iterator[tuple[int, torch.Tensor | End]]:
+    model: SpeechModel, caches: Sequence[BatchedKVCache], requests: Sequence[Request], sampling: Sampling
+) -> Drawn:
     contexts, Q, window = caches[0], model.codec.num_quantizers, sampling.window_frames
-    rows: list[_Row | None] = [None] * num_rows
+    rows: list[_Row | None] = [None] * len(contexts.hidden_BD)
     waiting = deque(enumerate(requests))
     is_finite = torch.tensor(True)  # the logits of level 0
 
@@ -139,7 +114,7 @@ def _draw_samples(
             logits_BK[:, -1].masked_fill_(~may_end_B, -torch.inf)
         return draw_entries(logits_BK, sampling, uniform_BQ[:, level])
 
-    for place in range(num_rows):
+    for place in range(len(rows)):
         contexts.reset(place)
     while True:
         for place, row in enumerate(rows):
@@ -166,15 +141,14 @@ def _draw_samples(
         for place, (row, entries_Q) in enumerate(zip(rows, entries_BQ, strict=True)):
             if row is None:
                 continue
-            end = End.BY_MODEL if entries_Q[0] == model.end_entry else None
-            if end is None:
+            ends = entries_Q[0] == model.end_entry
+            if not ends:
                 row.recent.append(entries_Q)
                 row.num_new += 1
                 row.num_seen += 1
                 yield row.number, entries_Q
-                end = End.BY_LENGTH if row.num_new == sampling.max_frames else None
-            if end is not None:
-                yield row.number, end
+            if ends or row.num_new == sampling.max_frames:
+                yield row.number, End.BY_MODEL if ends else End.BY_LENGTH
                 rows[place] = None
                 contexts.reset(place)
 

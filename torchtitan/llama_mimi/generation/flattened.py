@@ -48,10 +48,7 @@ class FlattenedModel(SpeechModel):
 
     @cached_property
     def output_rows(self) -> list[torch.Tensor]:
-        """For each level the rows (K, D) of the output layer that a position can have; level 0 adds ``</audio>``'s.
-
-        These are 2,048 of Llama 3's 136,450 rows.
-        """
+        """For each level the rows (K, D) of the output layer that a position can have; level 0 adds ``</audio>``'s."""
         vocabulary, weight_VD = self.sequences.vocabulary, self.decoder.lm_head.weight.detach()
         units_KQD = weight_VD[vocabulary.base : vocabulary.audio_start_id].unflatten(0, (-1, vocabulary.num_quantizers))
         first, *others = (rows_KD.contiguous() for rows_KD in units_KQD.unbind(1))

@@ -1,8 +1,4 @@
-"""The hierarchical architecture: the backbone takes one step a frame, the depth decoder one step a level.
-
-The logits are those of the stock `CsmForConditionalGeneration`. Its own ``generate`` starts another ``generate`` for
-every frame, and may draw a frame whose levels end in part.
-"""
+"""The hierarchical architecture: the backbone takes one step a frame, the depth decoder one step a level."""
 
 from collections.abc import Sequence
 
@@ -33,24 +29,23 @@ class HierarchicalModel(SpeechModel):
         self, ids: Sequence[torch.Tensor], is_scored: Sequence[torch.Tensor], *, is_admissible_only: bool = False
     ) -> torch.Tensor:
         vocabulary, Q = self.sequences.vocabulary, self.codec.num_quantizers
-        num_heads, embedded, entries, wanted = [], [], [], []
+        embedded, places, entries, wanted = [], [], [], []
         for ids_L, is_scored_L in zip(ids, is_scored, strict=True):
             num_head = int((ids_L == vocabulary.audio_start_id).nonzero()[0]) + 1
             assert not bool(is_scored_L[:num_head].any()), "no text is predicted, nor <audio>"
             # The end is a frame of its own: it is scored at level 0, and its other levels are no events.
             missing = (num_head - len(ids_L)) % Q
             entries_TQ = F.pad(vocabulary.entries(ids_L[num_head:]), (0, missing), value=self.end_entry).view(-1, Q)
-            num_heads.append(num_head)
             embedded.append(self.embed(ids_L[:num_head], entries_TQ))
+            places.append(slice(num_head - 1, num_head - 1 + len(entries_TQ)))
             entries.append(entries_TQ)
             wanted.append(F.pad(is_scored_L[num_head:], (0, missing)).view(-1, Q))
         padded_BLD = pad_sequence(embedded, batch_first=True)  # causal: padding on the right is not seen
         hidden_BLD = self.backbone(inputs_embeds=padded_BLD, use_cache=False).last_hidden_state
-        starts = [num_head - 1 for num_head in num_heads]
-        of_frames = [h[start : start + len(e)] for h, start, e in zip(hidden_BLD, starts, entries, strict=True)]
+        hidden = torch.cat([hidden_LD[place] for hidden_LD, place in zip(hidden_BLD, places, strict=True)])
         wanted_NQ = torch.cat(wanted)
         levels = slice(None) if bool(wanted_NQ[:, 1:].any()) else slice(1)  # level 0 needs no depth decoder
-        hidden, targets = torch.cat(of_frames), torch.cat(entries)[:, levels]
+        targets = torch.cat(entries)[:, levels]
         chunks = zip(hidden.split(POSITIONS_AT_ONCE), targets.split(POSITIONS_AT_ONCE), strict=True)
         values = [self._frame_log_likelihoods(*chunk, is_admissible_only) for chunk in chunks]
         return torch.cat(values)[wanted_NQ[:, levels]]
@@ -63,9 +58,7 @@ class HierarchicalModel(SpeechModel):
         logits_NQV = self.decoder.lm_head(hidden_ND)[:, None]
         if entries_NQ.shape[1] > 1:
             given_NQ = F.pad(entries_NQ[:, :-1], (1, 0))  # the first place is that of the backbone's state
-            depth = self.decoder.depth_decoder(
-                input_ids=given_NQ, backbone_last_hidden_state=hidden_ND, use_cache=False
-            )
+            depth = self.decoder.depth_decoder(given_NQ, hidden_ND, use_cache=False)
             logits_NQV = torch.cat([logits_NQV, depth.logits], dim=1)
         if is_admissible_only:
             logits_NQV[:, 0, self.end_entry + 1 :] = -torch.inf
@@ -74,7 +67,7 @@ class HierarchicalModel(SpeechModel):
         return values_N.view(entries_NQ.shape).cpu()
 
     def caches(self, num_rows: int, capacity: int) -> list[BatchedKVCache]:
-        """See `SpeechModel.caches`. In the second, position 0 is the backbone's state, q + 1 the code of level q."""
+        # In the second, position 0 is the backbone's state, q + 1 the code of level q.
         depth = BatchedKVCache(self.decoder.depth_decoder.model, num_rows, self.codec.num_quantizers)
         return [*super().caches(num_rows, capacity), depth]
 

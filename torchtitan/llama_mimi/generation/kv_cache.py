@@ -1,7 +1,6 @@
 """Keys and values of contexts of different lengths, and a Llama's step by one position over all of them.
 
-`transformers` needs far more calls a layer for the same step; on CPUs and small models they are half of a token's time
-(scripts/benchmarks/bench_generation.py). Its own forward pass reads the prompts.
+`transformers` needs far more calls a layer for the same step: on CPUs and small models half of a token's time.
 """
 
 import torch
@@ -12,12 +11,8 @@ GRAPH_DEVICES = ("cuda",)  # where a step is compiled, and is one CUDA graph in 
 
 
 def product(weight_ND: torch.Tensor, rows_BD: torch.Tensor) -> torch.Tensor:
-    """Multiply a matrix with few rows (B, D), to (B, N).
-
-    On CPUs MKL is 1.3 to 5 times faster with the matrix on the left than `torch.nn.functional.linear` is with 2 to 64
-    rows, and as fast with one (AVX2, 768 x 768 to 8,192 x 2,048).
-    """
-    if rows_BD.device.type == "cpu":
+    """Multiply a matrix with few rows (B, D), to (B, N)."""
+    if rows_BD.device.type == "cpu":  # MKL is 1.3 to 5 times faster with the matrix on the left (2 to 64 rows)
         return torch.mm(weight_ND, rows_BD.T).T
     return F.linear(rows_BD, weight_ND)
 
@@ -25,11 +20,10 @@ def product(weight_ND: torch.Tensor, rows_BD: torch.Tensor) -> torch.Tensor:
 class BatchedKVCache:
     """B contexts of one Transformer, each of its own length, that grow by one position at a time.
 
-    ``hidden_BD`` holds the Transformer's states at the last position of each context.
+    ``hidden_BD`` is the Transformer's state at the last position of each context.
 
     Args:
         backbone: `LlamaModel`, or a Transformer of such layers as CSM's two are.
-        num_rows: B.
         capacity: maximum length of a context; memory for it is allocated at once.
     """
 
@@ -44,7 +38,7 @@ class BatchedKVCache:
         self._keys = [torch.zeros(shape, **like) for _ in backbone.layers]
         self._values = [torch.zeros_like(keys) for keys in self._keys]
         self._lengths, self._growth = [0] * num_rows, [1] * num_rows  # unused rows do not grow
-        # The same on the device, changed in place: a CUDA graph reads them where they lie.
+        # The same on the device, changed in place, where a CUDA graph reads them.
         self._lengths_B = torch.zeros(num_rows, dtype=torch.long, device=backbone.device)
         self._growth_B = torch.ones_like(self._lengths_B)
         self._rows_B = torch.arange(num_rows, device=backbone.device)
@@ -68,7 +62,7 @@ class BatchedKVCache:
         self._growth[row] = self._growth_B[row] = 1
 
     def reset(self, row: int) -> None:
-        """Leave a row unused until it is prefilled."""
+        """Leave a row unused until `prefill`."""
         self._lengths[row] = self._lengths_B[row] = self._growth[row] = self._growth_B[row] = 0
 
     def restart(self) -> None:

@@ -33,12 +33,10 @@ def load_speech_model(
     """Load a Hugging Face checkpoint of a speech language model.
 
     Args:
-        model_name: hub id or folder.
-        codec_name: hub id or folder of its codec; default: the one that the checkpoint names (`local_codec`), else
+        model_name, codec_name: hub id or folder; the default codec is the one that the checkpoint names, else
             ``kyutai/mimi``, which all released checkpoints use without naming it.
-        attention: of the codec; default: that of the training codes (`llama_mimi.audio.mimi.attention_of`).
-        device: torch device; default: the accelerator, if there is one.
-        dtype: of the decoder. The codec always runs in float32.
+        attention: of the codec; default: that of the training codes.
+        dtype: of the decoder; the codec always runs in float32.
 
     Raises:
         UserError: something is missing, or decoder, tokenizer and codec do not fit together.
@@ -49,15 +47,12 @@ def load_speech_model(
         raise UserError(f"'{model_name}' is a '{kind}', not one of: {', '.join(MODELS)}; name a converted checkpoint")
     stock_class, model_class, architecture = MODELS[kind]
     decoder = load_pretrained(stock_class, model_name, what="model", dtype=DECODER_DTYPES[dtype])
-    # Only top_p of the generation config is used, as in the first release; the caller sets everything else.
-    top_p = 1.0 if decoder.generation_config.top_p is None else decoder.generation_config.top_p
+    top_p = decoder.generation_config.top_p  # as in the first release; the caller sets everything else
     decoder.generation_config = GenerationConfig()
     num_quantizers = getattr(decoder.config, "num_quantizers", None)
     if num_quantizers is None:
-        raise UserError(
-            f"the config of '{model_name}' has no num_quantizers, so it is not a speech language model; "
-            "convert a training checkpoint with scripts/convert_dcp_to_hf.py"
-        )
+        problem = f"the config of '{model_name}' has no num_quantizers, so it is not a speech language model"
+        raise UserError(f"{problem}; convert a training checkpoint with scripts/convert_dcp_to_hf.py")
     named = getattr(decoder.config, "codec", None) or DEFAULT_CODEC
     codec_name = codec_name or local_codec(named, model_name) or named
     codec = MimiCodec(codec_name, num_quantizers, device, attention=attention or attention_of(decoder.config))
@@ -65,8 +60,6 @@ def load_speech_model(
     sequences = SequenceBuilder(*extend_tokenizer(tokenizer, codec.codebook_size, num_quantizers), architecture)
     rows = getattr(decoder.config, "text_vocab_size", decoder.config.vocab_size)
     if rows != sequences.vocabulary.size:
-        raise UserError(
-            f"'{model_name}' has {rows} vocabulary entries, but {num_quantizers} quantizers of '{codec.name}' "
-            f"({codec.codebook_size} codes each) need {sequences.vocabulary.size}; name its own codec with --codec"
-        )
-    return model_class(decoder.to(device).eval(), sequences, codec, top_p)
+        needed = f"{num_quantizers} quantizers of '{codec.name}' need {sequences.vocabulary.size}"
+        raise UserError(f"'{model_name}' has {rows} vocabulary entries, but {needed}; name its own codec with --codec")
+    return model_class(decoder.to(device).eval(), sequences, codec, 1.0 if top_p is None else top_p)

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +54,9 @@ def continue_folder(
     """Continue every audio file below a folder; samples that an earlier run finished are not drawn again.
 
     Args:
-        prompts: folder; files at any depth are used.
         output_dir: gets ``<prompt>_<sample>.wav``, ``settings.json`` and, at the end, ``results.jsonl``.
         num_rows: sequences of a batch.
-        made_by: what the samples depend on besides the options, from `describe_model`.
+        made_by: from `describe_model`.
 
     Returns:
         On every rank the lines of ``results.jsonl``. Each sample has ``prompt``, ``prompt_sha256``, ``sample`` and
@@ -67,28 +67,29 @@ def continue_folder(
     Raises:
         UserError: no prompts, two of one name, or an ``output_dir`` of other settings.
     """
-    sampling = options.for_model(model)
-    if not prompts.is_dir():
-        raise UserError(f"--prompts is '{prompts}', which is not a folder; one file is a --prompt")
-    if output_dir.resolve().is_relative_to(prompts.resolve()):
-        raise UserError(f"--output_dir '{output_dir}' is inside --prompts '{prompts}'; name a folder outside it")
-    chosen = {"top_p": sampling.top_p, "last_frame": options.last_frame or model.last_frame}
+    chosen = {"top_p": options.for_model(model).top_p, "last_frame": options.last_frame or model.last_frame}
     settings = {**asdict(options), **chosen, **made_by, "device": ranks.device.type, "batch_size": num_rows}
     log = ProgressLog(output_dir / "unfinished", {})  # settings.json has what the results depend on
 
     def prepare() -> dict[str, _Sample]:
+        folders = [os.path.realpath(folder) for folder in (prompts, output_dir)]
+        if os.path.commonpath(folders) in folders:
+            raise UserError(f"--output_dir '{output_dir}' and --prompts '{prompts}' overlap; name separate folders")
         samples = _find_samples(prompts, options)
-        inputs = {os.path.realpath(sample.path) for sample in samples.values()}
-        for sample in samples.values():
-            if os.path.realpath(output_dir / sample.file) in inputs:
-                raise UserError(f"'{output_dir / sample.file}' would replace a prompt; name another --output_dir")
         earlier = read_json(str(output_dir), SETTINGS)
         if earlier is None:
             write_atomically(str(output_dir), SETTINGS, (json.dumps(settings, indent=1) + "\n").encode())
         else:
             compared = {key: value for key, value in settings.items() if key not in NOT_COMPARED}
             require_same(earlier, compared, f"'{output_dir}'", "name another --output_dir")
-        _move_results(output_dir / RESULTS, log)
+        results = output_dir / RESULTS
+        if results.exists():  # of a finished run: back into its log
+            try:
+                records = map(parse_json, results.read_text().splitlines())
+                log.add({f"{record['prompt']}/{record['sample']}": record for record in records})
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"'{results}' is not a list of results ({first_line(error)}); remove it") from error
+            results.unlink()
         return samples
 
     samples = from_first(prepare)
@@ -99,25 +100,17 @@ def continue_folder(
         is_same = key in samples and record["prompt_sha256"] == samples[key].record["prompt_sha256"]
         return is_same and ("error" in record or (output_dir / record["file"]).exists())
 
-    def work(group: Mapping[str, _Sample]) -> Iterator[tuple[str, Record]]:
-        return _continue_group(model, output_dir, group, options, num_rows)
-
-    results = list(map_resumable(groups, work, log, ranks, unit="sample", is_done=is_done).values())
+    work = partial(_continue_group, model, output_dir, options, num_rows)
+    records = list(map_resumable(groups, work, log, ranks, unit="sample", is_done=is_done).values())
     if ranks.rank == 0:
-        content = "".join(json.dumps(record) + "\n" for record in results)
-        write_atomically(str(output_dir), RESULTS, content.encode())
+        write_atomically(str(output_dir), RESULTS, "".join(json.dumps(record) + "\n" for record in records).encode())
         log.close()
     ranks.wait()
-    return results
+    return records
 
 
 def describe_model(model_name: str, model: SpeechModel, dtype: str) -> Record:
-    """Return what samples depend on besides the options.
-
-    Args:
-        model_name: hub id or folder.
-        dtype: of the decoder.
-    """
+    """Return what samples depend on besides the options; ``dtype`` is the decoder's."""
     return {
         "model": model_name,
         "model_sha256": weights_sha256(model_name),
@@ -129,7 +122,7 @@ def describe_model(model_name: str, model: SpeechModel, dtype: str) -> Record:
 
 
 def _find_samples(prompts: Path, options: SamplingOptions) -> dict[str, _Sample]:
-    paths = [Path(path) for path in find_files(str(prompts), AUDIO_ENDINGS)]
+    paths = [Path(path) for path in find_files(str(prompts), AUDIO_ENDINGS)] if prompts.is_dir() else []
     if not paths:
         raise UserError(f"'{prompts}' has no {', '.join(AUDIO_ENDINGS)} file; name a folder of prompts")
     samples: dict[str, _Sample] = {}
@@ -149,19 +142,8 @@ def _find_samples(prompts: Path, options: SamplingOptions) -> dict[str, _Sample]
     return samples
 
 
-def _move_results(path: Path, log: ProgressLog) -> None:
-    """Move the results of a finished run back into its log."""
-    if path.exists():
-        try:
-            records = map(parse_json, path.read_text().splitlines())
-            log.add({f"{record['prompt']}/{record['sample']}": record for record in records})
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"'{path}' is not a list of results ({first_line(error)}); remove it") from error
-        path.unlink()
-
-
 def _continue_group(
-    model: SpeechModel, output_dir: Path, group: Mapping[str, _Sample], options: SamplingOptions, num_rows: int
+    model: SpeechModel, output_dir: Path, options: SamplingOptions, num_rows: int, group: Mapping[str, _Sample]
 ) -> Iterator[tuple[str, Record]]:
     codec = model.codec
     waveforms: dict[Path, Waveform] = {}
@@ -174,14 +156,8 @@ def _continue_group(
     codes = dict(zip(waveforms, encode_prompts(model, list(waveforms.values()), options), strict=True))
     usable = [(key, sample) for key, sample in group.items() if sample.path in codes]
     requests = [Request(codes[sample.path], sample.record["seed"]) for _, sample in usable]
-    began: dict[int, float] = {}
-
-    def timed() -> Iterator[Any]:
-        for number, new in decode(model, requests, options.for_model(model), num_rows):
-            began.setdefault(number, time.perf_counter())
-            yield number, new
-
-    for number, new_TQ, end in finished(timed(), codec.num_quantizers):
+    drawn = decode(model, requests, options.for_model(model), num_rows)
+    for number, new_TQ, end, began in finished(drawn, codec.num_quantizers):
         (key, sample), prompt_TQ = usable[number], requests[number].prompt_TQ
         waveform = Waveform(decode_long(codec, torch.cat([prompt_TQ, new_TQ])), codec.sample_rate_hz)
         write_wav(output_dir / sample.file, waveform)
@@ -193,6 +169,6 @@ def _continue_group(
             "end": end.value,
             "remarks": list(waveforms[sample.path].remarks),
             "silences": silences(waveform, LONG_SILENCE_SECONDS),
-            "seconds": round(time.perf_counter() - began[number], 3),
+            "seconds": round(time.perf_counter() - began, 3),
         }
         yield key, sample.record | found

@@ -2,9 +2,9 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -13,8 +13,7 @@ from llama_mimi.audio.mimi import DTYPES, LastFrame, MimiCodec, is_released
 from llama_mimi.generation.kv_cache import BatchedKVCache
 from llama_mimi.tokens.sequences import SequenceBuilder
 
-# Precisions of the decoder. The first release of Llama-Mimi is evaluated in float16.
-DecoderPrecision = Literal["float32", "bfloat16", "float16"]
+DecoderPrecision = Literal["float32", "bfloat16", "float16"]  # the first release is evaluated in float16
 DECODER_DTYPES = {**DTYPES, "float16": torch.float16}
 # Positions whose logits are computed at once: 1.1 GB in float32 at the 136,450 entries of Llama 3 with 4 levels.
 POSITIONS_AT_ONCE = 2048
@@ -24,11 +23,7 @@ Draw = Callable[[torch.Tensor, int], torch.Tensor]
 
 @dataclass(frozen=True)
 class SpeechModel(ABC):
-    """Decoder, tokenizer with audio tokens, and codec of one checkpoint, on one device.
-
-    Args:
-        top_p: of the checkpoint's generation config.
-    """
+    """Decoder, tokenizer with audio tokens, codec, and the generation config's ``top_p`` of one checkpoint."""
 
     has_release: ClassVar[bool]  # True for the architecture of the first release
 
@@ -51,10 +46,6 @@ class SpeechModel(ABC):
         """K, the entry of level 0 that ends the speech."""
         return self.sequences.vocabulary.codebook_size
 
-    def to(self, device: torch.device | str) -> Self:
-        """Return the model on another device; its weights are moved, not copied."""
-        return replace(self, decoder=self.decoder.to(device), codec=self.codec.to(device))
-
     @property
     @abstractmethod
     def backbone(self) -> PreTrainedModel:
@@ -68,11 +59,10 @@ class SpeechModel(ABC):
     def log_likelihoods(
         self, ids: Sequence[torch.Tensor], is_scored: Sequence[torch.Tensor], *, is_admissible_only: bool = False
     ) -> torch.Tensor:
-        """Return log-likelihoods (N,) in nats, float64 on the CPU, of the scored tokens of clips that share a batch.
+        """Return log-likelihoods (N,) in nats, float64 on the CPU, of the N scored tokens of clips that share a batch.
 
         Args:
-            ids: flattened sequence (L,) of each clip.
-            is_scored: mask (L,) of each clip; N tokens are scored in all.
+            ids, is_scored: flattened sequence (L,) and mask (L,) of each clip.
             is_admissible_only: compute the softmax over the tokens that can stand at a position, as in generation,
                 instead of the whole vocabulary. Only codes and ``</audio>`` can be scored.
         """
@@ -83,10 +73,7 @@ class SpeechModel(ABC):
 
     @abstractmethod
     def next_frame(self, caches: Sequence[BatchedKVCache], draw: Draw) -> torch.Tensor:
-        """Draw the next frame of each context, entries (B, Q), and append it to the context.
-
-        In a frame whose level 0 is the end, the other levels have no meaning.
-        """
+        """Draw the next frame of each context, entries (B, Q), and append it; levels after an end mean nothing."""
 
     @cached_property
     def spare_caches(self) -> dict[tuple[int, int], list[BatchedKVCache]]:

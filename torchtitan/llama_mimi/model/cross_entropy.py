@@ -182,17 +182,15 @@ def chunk_losses(
     group: dist.ProcessGroup | None,
     with_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Return losses (N,) in float32, losses over the admissible entries, and the gradient of the weighted sum.
+    """Return losses (N,) in float32, losses over the admissible entries, and the gradient (N, V) of the weighted sum.
 
-    The gradient by the logits (N, V) is the softmax minus one at the target, times the weight.
+    The gradient is the softmax minus one at the target, times the weight; None without ``with_gradient``.
 
     Args:
-        weight_VD: output matrix from `padded`.
-        num_entries: number of rows of ``weight_VD`` that are entries. The others have logits of -inf and no gradient.
+        weight_VD: output matrix from `padded`; rows from ``num_entries`` on have logits of -inf and no gradient.
         targets_N: entries; out of range if another rank of ``group`` has the target.
         admissible_NC: entries that can stand there; out of range as ``targets_N``, or if there are fewer than C.
         group: ranks that share the vocabulary; None without tensor parallelism.
-        with_gradient: if False, the last result is None.
     """
     scores_NV = F.linear(hidden_ND, weight_VD).float()
     scores_NV[:, num_entries:] = -torch.inf

@@ -32,8 +32,7 @@ class PendingFrames:
 
     Args:
         level_0: of the backbone, at all positions.
-        depth_N: positions of the flattened batch (B * L) that are frames which train the depth decoder. At least one:
-            if there is none, its targets are ignored.
+        depth_N: positions of the flattened batch (B * L) that are frames which train the depth decoder; at least one.
         levels: of the depth decoder, hidden states (1, N, D) each, for levels 1 to Q - 1.
     """
 
@@ -156,20 +155,12 @@ class HierarchicalLlamaMimi(LlamaMimi):
 
 
 def prepare_depth_decoder(depth: DepthDecoder, job_config: Any) -> None:
-    """Apply activation checkpointing and compilation.
-
-    The weights, a tenth of all, are sharded with the root's, which stay gathered from forward to backward.
-    """
+    """Apply activation checkpointing and compilation; the root's FSDP shards the weights, a tenth of all."""
     compilation, checkpointing = job_config.compile, job_config.activation_checkpoint
     is_compiled = compilation.enable and "model" in compilation.components
     if checkpointing.mode != "none":
-        apply_ac(
-            depth,
-            checkpointing,
-            model_compile_enabled=is_compiled,
-            op_sac_save_list=_op_sac_save_list,
-            base_folder=job_config.job.dump_folder,
-        )
+        options: Any = {"op_sac_save_list": _op_sac_save_list, "base_folder": job_config.job.dump_folder}
+        apply_ac(depth, checkpointing, model_compile_enabled=is_compiled, **options)
     if is_compiled:
         # Blocks of both networks share their code, and the number of frames that train the second varies.
         torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)

@@ -6,14 +6,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
-from torchtitan.distributed import ParallelDims
 from torchtitan.models.attention import VarlenAttentionWrapper, VarlenMetadata
-from torchtitan.models.llama3 import Transformer, TransformerModelArgs, parallelize_llama
+from torchtitan.models.llama3 import Transformer, TransformerModelArgs
 from torchtitan.models.llama3.model.args import RoPEScalingArgs
 
-from llama_mimi.common.errors import UserError
 from llama_mimi.model.cross_entropy import PendingLogits, PendingOutput, pending_logits
 from llama_mimi.tokens.sequences import load_sequences
 from llama_mimi.tokens.units import Architecture, UnitVocabulary
@@ -48,12 +45,11 @@ class LlamaMimiArgs(TransformerModelArgs):
     def update_from_config(self, job_config: Any, **kwargs: Any) -> None:
         super().update_from_config(job_config, **kwargs)
         codec, model = job_config.codec, job_config.model
-        sequences = load_sequences(
-            model.hf_assets_path, codec.name, codec.num_quantizers, model.vocabulary, model.architecture
-        )
+        assets, architecture = model.hf_assets_path, model.architecture
+        sequences = load_sequences(assets, codec.name, codec.num_quantizers, model.vocabulary, architecture)
         self.vocab_size = sequences.vocabulary.size
         self.num_quantizers, self.codebook_size = codec.num_quantizers, sequences.vocabulary.codebook_size
-        self.architecture, self.depth_share = model.architecture, model.depth_share
+        self.architecture, self.depth_share = architecture, model.depth_share
         if self.architecture == "hierarchical":
             self.enable_weight_tying = False  # a matrix of its own predicts level 0
         if job_config.data.packing == "pack":
@@ -111,8 +107,7 @@ class PackedAttention(VarlenAttentionWrapper):
 class LlamaMimi(Transformer):
     """A Llama 3 decoder up to the logits, which the loss computes in chunks.
 
-    With tied embeddings ``output`` is None, which TorchTitan's Transformer allows. With ``attn_type`` "varlen" rows
-    hold several sequences, each of which begins where ``positions`` are 0.
+    With ``attn_type`` "varlen" rows hold several sequences, each of which begins where ``positions`` are 0.
     """
 
     def __init__(self, model_args: LlamaMimiArgs) -> None:
@@ -136,13 +131,9 @@ class LlamaMimi(Transformer):
     def get_attention_masks(
         self, input_batch: torch.Tensor, tokenizer: Any, extra_inputs: dict[str, torch.Tensor] | None = None
     ) -> VarlenMetadata:
-        """Return the bounds of the sequences of a batch, from ``positions`` (B, L) among its extra inputs.
-
-        Raises:
-            TypeError: the model takes no masks; TorchTitan's validator expects this type.
-        """
+        """Return the bounds of the sequences of a batch, from ``positions`` (B, L) among its extra inputs."""
         if self.model_args.attn_type != "varlen":
-            raise TypeError("rows of one sequence need no mask")
+            raise TypeError("rows of one sequence need no mask")  # TorchTitan's validator expects this type
         assert extra_inputs is not None
         positions_BL = extra_inputs["positions"]
         starts_N = (positions_BL.flatten() == 0).nonzero().flatten().to(torch.int32)
@@ -159,31 +150,6 @@ class LlamaMimi(Transformer):
         if isinstance(output, DTensor):  # tensor parallel: positions are split
             output = output.redistribute(placements=[Replicate()])
         return pending_logits(output, self.tok_embeddings.weight)
-
-
-def parallelize_llama_mimi(model: LlamaMimi, parallel_dims: ParallelDims, job_config: Any) -> nn.Module:
-    """See `llama_mimi.model.architectures.parallelize`; the depth decoder is prepared before."""
-    training, compilation = job_config.training, job_config.compile
-    # TorchTitan computes in lower precision under FSDP, and on one device alone.
-    is_mixed = training.mixed_precision_param != "float32" and (
-        parallel_dims.fsdp_enabled or parallel_dims.world_size == 1
-    )
-    has_kernel = torch.cuda.is_available() and is_mixed
-    is_compiled = compilation.enable and "model" in compilation.components
-    if model.model_args.attn_type == "varlen" and is_compiled and not has_kernel:
-        raise UserError(
-            "compile.enable compiles the model, but packed rows in float32 or without a GPU are attended clip by clip, "
-            "which cannot be compiled; set --compile.components loss, or data.packing to 'pad'"
-        )
-    model = parallelize_llama(model, parallel_dims, job_config)
-    output = model.tok_embeddings if model.is_tied else model.output
-    if isinstance(output, FSDPModule):  # the loss needs the matrix, so it stays gathered
-        output.set_reshard_after_forward(False)
-    if not torch.cuda.is_available():
-        for module in model.modules():
-            if isinstance(module, FSDPModule):  # gloo lacks the pre-multiplied sum with which FSDP2 divides gradients
-                module.set_force_sum_reduction_for_comms(True)
-    return model
 
 
 def depth_args(*, dim: int, n_layers: int, n_heads: int, n_kv_heads: int, ffn_dim: int) -> LlamaMimiArgs:

@@ -59,13 +59,7 @@ class SequenceBuilder:
         return [self._bos_id, *transcript, self.vocabulary.audio_start_id]
 
     def sequence(self, codes_TQ: torch.Tensor, *, is_cut: bool, text: str | None = None) -> torch.Tensor:
-        """Return the ids (L,) of one clip.
-
-        Args:
-            codes_TQ: the clip's codes.
-            is_cut: the speech went on; the sequence then has no ``</audio>``.
-            text: transcript before the audio (task "tts").
-        """
+        """Return the ids (L,) of one clip, without ``</audio>`` if it was cut; ``text`` is its transcript."""
         tail = torch.tensor([] if is_cut else [self.vocabulary.audio_end_id], dtype=torch.long)
         return torch.cat([torch.tensor(self.head(text)), self.vocabulary.ids_from_codes(codes_TQ), tail])
 
@@ -89,11 +83,7 @@ def load_sequences(
 ) -> SequenceBuilder:
     """Load a text tokenizer (hub id or folder), with the audio tokens of a codec added unless it has them.
 
-    Args:
-        vocabulary: "llama" uses the tokenizer unchanged, "audio" leaves its text out.
-
-    Raises:
-        UserError: the tokenizer or codec is missing, or the two do not fit.
+    With the vocabulary "audio" its text is left out. Raises a `UserError` if it is missing or the two do not fit.
     """
     codebook_size = load_codec_config(codec_name, num_quantizers).codebook_size
     tokenizer = load_pretrained(AutoTokenizer, tokenizer_name, what="tokenizer")

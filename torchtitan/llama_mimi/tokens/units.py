@@ -48,18 +48,13 @@ class UnitVocabulary:
         return self.audio_end_id + 1
 
     def ids_from_codes(self, codes_TQ: torch.Tensor) -> torch.Tensor:
-        """Flatten codes_TQ (T, Q) frame by frame into ids (T * Q,), int64.
-
-        Raises:
-            ValueError: another number of levels, or a code outside ``[0, K)``.
-        """
+        """Flatten codes_TQ (T, Q), each in ``[0, K)``, frame by frame into ids (T * Q,), int64."""
         if codes_TQ.ndim != 2 or codes_TQ.shape[1] != self.num_quantizers:
             raise ValueError(f"expected codes of shape (T, {self.num_quantizers}), got {tuple(codes_TQ.shape)}")
         codes_TQ = codes_TQ.long()
         if codes_TQ.numel() and not (0 <= codes_TQ.min() and codes_TQ.max() < self.codebook_size):
-            raise ValueError(
-                f"codes must lie in [0, {self.codebook_size}), got {int(codes_TQ.min())} to {int(codes_TQ.max())}"
-            )
+            found = f"{int(codes_TQ.min())} to {int(codes_TQ.max())}"
+            raise ValueError(f"codes must lie in [0, {self.codebook_size}), got {found}")
         level_Q = torch.arange(self.num_quantizers, device=codes_TQ.device)
         return (self.base + codes_TQ * self.num_quantizers + level_Q).flatten()
 
@@ -76,10 +71,7 @@ class UnitVocabulary:
         return torch.where(self.is_unit(ids), (ids - self.base) // self.num_quantizers, self.codebook_size)
 
     def admissible_ids(self, device: torch.device) -> torch.Tensor:
-        """Return the ids (Q, K + 1) that can stand at a position of each level.
-
-        These are its K codes and, at level 0, ``</audio>``. The last column of the other levels is -1.
-        """
+        """Return the ids (Q, K + 1) that can stand at each level: its codes, then ``</audio>`` or (not at 0) -1."""
         level_Q1 = torch.arange(self.num_quantizers, device=device)[:, None]
         ids_QK = self.base + torch.arange(self.codebook_size, device=device) * self.num_quantizers + level_Q1
         return torch.cat([ids_QK, torch.where(level_Q1 == 0, self.audio_end_id, -1)], dim=1)
