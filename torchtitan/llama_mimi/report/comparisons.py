@@ -134,7 +134,7 @@ def sign_tests(items: pd.DataFrame, title: str) -> list[Section]:
 
 def comparable_sets(items: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     """Yield title and rows of results with the same settings; those of continuations are of the same prompts, too."""
-    is_benchmark = items["measure"].map(lambda name: measure_of(name).is_accuracy)
+    is_benchmark = items["measure"].map(lambda name: measure_of(name).is_accuracy).astype(bool)
     for conditions, some in items[is_benchmark].groupby("conditions", sort=False):
         yield f"Accuracy, preset {conditions}", some
     for (conditions, _), some in items[~is_benchmark].groupby(["conditions", "data"], sort=False):
