@@ -113,7 +113,7 @@ class Results(NamedTuple):
 
 
 def read_results(paths: Sequence[Path]) -> Results:
-    """Read result files, and those below folders; hidden files are left out.
+    """Read result files, and those below folders that are not hidden.
 
     Raises:
         UserError: a path does not exist, a file cannot be read or is damaged, or two are of the same.
