@@ -14,37 +14,25 @@ from llama_mimi.report.document import Section, write_html
 from llama_mimi.report.pages import continuations
 
 
-def build_page(
-    page: Path,
-    generations: Path | None = None,
-    study: Path | None = None,
-    num_prompts: int = 4,
-    systems: tuple[str, ...] = (),
-) -> None:
+def build_page(page: Path, generations: Path | None = None, study: Path | None = None, num_prompts: int = 4) -> None:
     """Write the page.
 
     Args:
         page: HTML file to write
-        generations: the --output_dir of eval/generation.py
-        study: or TOML file of a study
+        generations: the --output_dir of eval/generation.py, whose systems are all shown
+        study: or TOML file of a study, whose runs with the first seed are shown
         num_prompts: number of prompts with audio, chosen by the hash of their names
-        systems: systems with audio; by default all, or the runs of a study with its first seed
-
-    Raises:
-        UserError: there are no results, or they cannot be read.
     """
     if num_prompts < 0:
         raise UserError(f"--num_prompts is {num_prompts}; it must be 0 or more")
-    if (generations is None) == (study is None):
+    if generations is not None:
+        return write_html(f"Continuations in {generations}", continuations(generations, num_prompts), page)
+    if study is None:
         raise UserError("name either a --study or the folder of --generations")
-    if study is not None:
-        return write_html(f"Study {study.stem}", study_sections(study, num_prompts, systems), page)
-    assert generations is not None
-    sections = continuations(generations, num_prompts, {name: name for name in systems} or None)
-    write_html(f"Continuations in {generations}", sections, page)
+    write_html(f"Study {study.stem}", study_sections(study, num_prompts), page)
 
 
-def study_sections(path: Path, num_prompts: int, systems: tuple[str, ...]) -> list[Section]:
+def study_sections(path: Path, num_prompts: int) -> list[Section]:
     """Return the audio of a study's runs, and its report."""
     use_cpu_without_gpu()  # before any import of TorchTitan
     from llama_mimi.study.config import read_study
@@ -53,12 +41,10 @@ def study_sections(path: Path, num_prompts: int, systems: tuple[str, ...]) -> li
 
     study = read_study(path)
     lines, folder = write_index(study), study.output_dir / "generations"
-    labels = {line["run"]: line["label"] for line in lines}
-    first_seed = [line["run"] for line in lines if line["seed"] == study.seeds[0]]
-    shown = systems or [name for name in first_seed if (folder / f"{name}.json").is_file()]
-    audio = continuations(folder, num_prompts, {name: labels.get(name, name) for name in shown}) if shown else []
+    labels = {line["run"]: line["label"] for line in lines if line["seed"] == study.seeds[0]}
+    shown = {run: label for run, label in labels.items() if (folder / f"{run}.json").is_file()}
     first, *others = sections(study, lines)
-    return [*audio, replace(first, title="Report"), *others]
+    return [*(continuations(folder, num_prompts, shown) if shown else ()), replace(first, title="Report"), *others]
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import soundfile
 import torch
 
@@ -50,9 +49,6 @@ def demo(
         port: port of the page
         device: torch device; by default the accelerator if there is one
         dtype: precision of the decoder
-
-    Raises:
-        UserError: gradio, ffmpeg or a model is missing.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # nothing is sent anywhere
     try:
@@ -61,20 +57,20 @@ def demo(
         raise UserError("the demo needs gradio; install it with `uv sync --extra demo`") from error
     if shutil.which("ffmpeg") is None:
         raise UserError("the demo needs the program ffmpeg to stream audio; install it")
-    if not model_name:
-        raise UserError("no model is named; give one or several as --model_name")
 
     @functools.lru_cache(maxsize=1)
     def load(name: str) -> SpeechModel:
         return load_speech_model(name, device=device, dtype=dtype)
 
+    if not model_name:
+        raise UserError("no model is named; give one or several as --model_name")
     load(model_name[0])  # a missing model ends the command now
     app = build_app(gradio, load, model_name).queue(max_size=MAX_WAITING, default_concurrency_limit=1)
     # Fonts of the browser: gradio's own would be downloaded.
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    where = {"server_name": host, "server_port": port}
+    options = {"share": False, "theme": theme, "footer_links": [], "max_file_size": MAX_UPLOAD}
     try:
-        app.launch(**where, share=False, theme=theme, footer_links=[], max_file_size=MAX_UPLOAD)
+        app.launch(server_name=host, server_port=port, **options)
     except OSError as error:  # gradio raises it for every port that it cannot bind
         raise UserError(f"port {port} of {host} is taken or cannot be used; choose another --port") from error
 
@@ -86,10 +82,8 @@ def build_app(gradio: Any, load: Any, model_names: tuple[str, ...]) -> Any:
         prompt: str | None, name: str, seconds: float, temperature: float, top_k: int, top_p: float, seed: int | None
     ) -> Iterator[Any]:
         try:
-            if prompt is None:
-                raise UserError("record or upload a prompt first")
-            if seed is None:
-                raise UserError("the seed is empty; type a whole number")
+            if prompt is None or seed is None:
+                raise UserError("record or upload a prompt, and type a seed")
             options = SamplingOptions(
                 seconds=seconds, temperature=temperature, top_k=int(top_k), top_p=top_p or None, seed=int(seed)
             )
@@ -121,14 +115,8 @@ def build_app(gradio: Any, load: Any, model_names: tuple[str, ...]) -> Any:
     return app
 
 
-def continued(
-    model: SpeechModel, prompt: str, options: SamplingOptions
-) -> Iterator[tuple[bytes | None, str, np.ndarray, str]]:
-    """Yield new audio as WAV, the state, the spectrogram and the newest tokens, after each chunk of new audio.
-
-    Raises:
-        UserError: the prompt or an option cannot be used.
-    """
+def continued(model: SpeechModel, prompt: str, options: SamplingOptions) -> Iterator[tuple[Any, ...]]:
+    """Yield new audio as WAV, the state, the spectrogram and the newest tokens, after each chunk of new audio."""
     codec, began = model.codec, time.perf_counter()
     (prompt_TQ,) = encode_prompts(model, [read_prompt(prompt, codec)], options)
     decoding = DecodingStream(codec)
@@ -141,19 +129,22 @@ def continued(
             frames.append(new)
             if sum(map(len, audio[num_sent:])) < CHUNK_SECONDS * codec.sample_rate_hz:
                 continue
-        sound = wav(torch.cat(audio[num_sent:]), codec.sample_rate_hz) if num_sent < len(audio) else None
+        sound = None
+        if num_sent < len(audio):
+            stream, samples_S = io.BytesIO(), torch.cat(audio[num_sent:]).clamp(-1, 1).numpy()
+            soundfile.write(stream, samples_S, codec.sample_rate_hz, format="WAV", subtype="PCM_16")
+            sound = stream.getvalue()
         num_sent = len(audio)
         spent = time.perf_counter() - began
         first_spent = first_spent or spent
         new_seconds = len(frames) / codec.frame_rate_hz - prompt_seconds
-        state = f"{new_seconds:.1f} s new after {spent:.1f} s; the prompt and the first new frame were sent after "
-        state += f"{first_spent:.1f} s"
+        state = f"{new_seconds:.1f} s new after {spent:.1f} s; the first frame was sent after {first_spent:.1f} s"
         if isinstance(new, End):
             state += f". The end: {'</audio>' if new is End.BY_MODEL else 'the maximum length'}"
             state += f"; {note}" if (note := checkpoint_note(model, options)) else ""
         colors = spectrogram(torch.cat(audio), codec.sample_rate_hz, prompt_seconds)
         codes = [frame_Q.tolist() for frame_Q in reversed(frames[-SHOWN_FRAMES:])]
-        tokens = ("".join(f"<{code}_{level}>" for level, code in enumerate(frame)) for frame in codes)
+        tokens = ["".join(f"<{code}_{level}>" for level, code in enumerate(frame)) for frame in codes]
         yield sound, state, colors, "\n".join(tokens)
 
 
@@ -165,12 +156,6 @@ def without_folders(message: str) -> str:
     quoted = r"""(?<![^\s(\[])(['"])/(?:(?!\1).)*?([^/'"]*)/*\1"""
     message = re.sub(quoted, r"\1\2\1", message)
     return re.sub(r"""(?<![^\s(\[=])/[^\s'"]*?([^\s/'",;:)\]]+)/*(?=[\s,;:)\]]|$)""", r"\1", message)
-
-
-def wav(samples_S: torch.Tensor, sample_rate_hz: int) -> bytes:
-    stream = io.BytesIO()
-    soundfile.write(stream, samples_S.clamp(-1, 1).numpy(), sample_rate_hz, format="WAV", subtype="PCM_16")
-    return stream.getvalue()
 
 
 if __name__ == "__main__":

@@ -15,10 +15,9 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same answer on every machine
@@ -61,8 +60,7 @@ POSITIONS_PER_CLIP = 700  # 14 s at Q = 4, as in The People's Speech; sets the f
 compute_shape = ShardingPropagator._propagate_tensor_meta_non_cached
 
 
-@dataclass(frozen=True)
-class Flags:
+class Flags(NamedTuple):
     num_gpus: int
     """number of GPUs, over all nodes"""
 
@@ -127,13 +125,10 @@ def read_config(args: list[str], num_gpus: int) -> Any:
     """Parse and check a config; refuse what the dry run does not cover."""
     os.environ["WORLD_SIZE"] = str(num_gpus)
     job_config = parse_config(args)
-    for key, is_set in {
-        "parallelism.context_parallel_degree": job_config.parallelism.context_parallel_degree > 1,
-        "model.converters": bool(job_config.model.converters),
-        "training.enable_cpu_offload": job_config.training.enable_cpu_offload,
-    }.items():
-        if is_set:
-            raise UserError(f"{key} is set, but the dry run does not cover it; remove it")
+    if job_config.parallelism.context_parallel_degree > 1 or job_config.model.converters:
+        raise UserError("the dry run covers no context parallelism and no model.converters; remove them")
+    if job_config.training.enable_cpu_offload:
+        raise UserError("the dry run does not cover training.enable_cpu_offload; remove it")
     job_config.compile.enable = False
     return job_config
 
@@ -179,8 +174,7 @@ def make_batch(job_config: Any) -> tuple[torch.Tensor, torch.Tensor, dict[str, A
 
 def local_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Return the bytes of this rank's shards."""
-    shards = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors)
-    return sum(shard.numel() * shard.element_size() for shard in shards)
+    return sum((tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes for tensor in tensors)
 
 
 def build_states(job_config: Any, parallel_dims: ParallelDims, model: nn.Module) -> tuple[Any, dict[str, int]]:
@@ -202,9 +196,10 @@ def build_states(job_config: Any, parallel_dims: ParallelDims, model: nn.Module)
     return optimizers, sizes
 
 
-def accumulation_steps(job_config: Any, parallel_dims: ParallelDims) -> int:
+def batch_sizes(job_config: Any, parallel_dims: ParallelDims) -> tuple[int, int]:
+    """Return the number of sequences of a pass, on all ranks, and the number of passes of a step."""
     per_pass = job_config.training.local_batch_size * parallel_dims.dp_replicate * parallel_dims.dp_shard
-    return max(1, job_config.training.global_batch_size // per_pass)
+    return per_pass, max(1, job_config.training.global_batch_size // per_pass)
 
 
 def measure(job_config: Any, parallel_dims: ParallelDims, model: nn.Module) -> dict[str, int]:
@@ -219,7 +214,7 @@ def measure(job_config: Any, parallel_dims: ParallelDims, model: nn.Module) -> d
     tracker.track_external(model, *optimizers, inputs, labels)
     with patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", untracked_shape), tracker:
         # From the second pass of a step on, gradients are in memory, too.
-        for _ in range(min(2, accumulation_steps(job_config, parallel_dims))):
+        for _ in range(min(2, batch_sizes(job_config, parallel_dims)[1])):
             with train_context():
                 with amp:
                     pred = model(inputs, **extra)
@@ -238,16 +233,15 @@ def readable(num_bytes: int) -> str:
 
 
 def print_table(job_config: Any, parallel_dims: ParallelDims, vocab_size: int, memory: dict[str, int]) -> None:
-    training, steps = job_config.training, accumulation_steps(job_config, parallel_dims)
-    global_batch = training.local_batch_size * parallel_dims.dp_replicate * parallel_dims.dp_shard * steps
-    meshes = {name: mesh.size() for name, mesh in parallel_dims.get_all_one_dimensional_meshes().items()}
+    training, (per_pass, passes) = job_config.training, batch_sizes(job_config, parallel_dims)
+    meshes = parallel_dims.get_all_one_dimensional_meshes().items()
     rows = {
         "model": f"{job_config.model.flavor}, {vocab_size:,} vocabulary entries",
         "GPUs": f"{parallel_dims.world_size}",
-        "meshes": ", ".join(f"{name} {size}" for name, size in meshes.items()) or "none",
+        "meshes": ", ".join(f"{name} {mesh.size()}" for name, mesh in meshes) or "none",
         "activation checkpointing": job_config.activation_checkpoint.mode,
-        "sequences": f"{training.local_batch_size} per GPU and pass x {steps} passes, {global_batch:,} per step",
-        "positions per step": f"{global_batch * training.seq_len:,}",
+        "sequences": f"{training.local_batch_size} per GPU and pass x {passes} passes, {per_pass * passes:,} per step",
+        "positions per step": f"{per_pass * passes * training.seq_len:,}",
     } | {name: readable(num_bytes) for name, num_bytes in memory.items()}
     print("| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items()), sep="\n")
 
@@ -269,15 +263,11 @@ def main() -> None:
         memory = measure(job_config, parallel_dims, model)
         print_table(job_config, parallel_dims, vocab_size, memory)
     needs = f"a GPU needs {readable(memory['peak'])} of {flags.gpu_gb:g} GB"
-    if memory["peak"] <= flags.gpu_gb * 1e9:
-        print(f"fits: {needs}")
-        return
-    batch_size = job_config.training.local_batch_size
-    print(
-        f"does not fit: {needs}; lower training.local_batch_size ({batch_size}), set activation_checkpoint.mode to "
-        "'full', or use more GPUs"
-    )
-    sys.exit(1)
+    if memory["peak"] > flags.gpu_gb * 1e9:
+        batch = f"training.local_batch_size ({job_config.training.local_batch_size})"
+        print(f"does not fit: {needs}; lower {batch}, set activation_checkpoint.mode to 'full', or use more GPUs")
+        sys.exit(1)
+    print(f"fits: {needs}")
 
 
 if __name__ == "__main__":

@@ -3,13 +3,10 @@
 uv run python scripts/inspect_codes.py --codes data/codes/tiny --page outputs/codes_tiny.html
 """
 
-from concurrent.futures import ThreadPoolExecutor
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from scipy.stats import entropy
@@ -18,13 +15,11 @@ from llama_mimi.audio.mimi import MimiCodec
 from llama_mimi.common.command_line import run_command
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import file_system
-from llama_mimi.data.code_store import CodeCorpus, read_codes, read_manifest
-from llama_mimi.data.parquet_corpus import unreadable
+from llama_mimi.data.code_store import CodeCorpus, read_manifest
 from llama_mimi.report.document import Clip, Picture, Section, Table, pyplot, save_picture, write_html
 from llama_mimi.report.pages import make_clip
 
 MAX_GROUPS = 1000  # row groups whose codes are counted, spread over the corpus: 256,000 clips
-READ_THREADS = 16
 NUM_SPEAKERS = 10
 CLIP_SECONDS = 10.0
 
@@ -38,20 +33,17 @@ def inspect_codes(codes: str, page: Path, codec: str | None = None, num_clips: i
         codec: Hub id or folder of the codec that made the codes, if it is not where the manifest says
         num_clips: number of clips to listen to
         seed: seed of the choice of clips
-
-    Raises:
-        UserError: the folder is not a finished tokenised corpus, or the codec is another.
     """
     if num_clips < 0:
         raise UserError(f"--num_clips is {num_clips}; it must be 0 or more")
     manifest = read_manifest(codes)
-    made_by = manifest["codec"]
+    made_by, has_text = manifest["codec"], "text" in manifest["columns"]
     name, num_quantizers, attention = codec or made_by["name"], made_by["num_quantizers"], made_by["attention"]
-    corpus = CodeCorpus(codes, name, num_quantizers, attention=attention, with_text=False)
-    sections = [overview(manifest), lengths(manifest["by_second"]), code_use(corpus)]
+    corpus = CodeCorpus(codes, name, num_quantizers, attention, with_text=has_text)
+    sections = [overview(manifest), code_use(corpus)]
     sections += [speakers(codes, manifest)] if "speaker" in manifest["columns"] else []
     if num_clips:
-        clips = decoded_clips(codes, manifest, MimiCodec(name, num_quantizers, attention=attention), num_clips, seed)
+        clips = decoded_clips(corpus, MimiCodec(name, num_quantizers, attention=attention), num_clips, seed)
         sections.insert(0, Section(f"{len(clips)} of {manifest['clips']:,} clips, decoded", clips=clips))
     write_html(f"Codes in {codes}", sections, page)
 
@@ -70,29 +62,24 @@ def overview(manifest: dict[str, Any]) -> Section:
     for key, title in {"skipped": "could not be used", "filtered": "filtered", "remarks": "used, but"}.items():
         rows += [(f"{title}: {reason}", f"{number:,} clips") for reason, number in manifest.get(key, {}).items()]
     print("\n".join(map(": ".join, rows)))
-    return Section("Overview", tables=[Table(("property", "value"), rows)])
-
-
-def lengths(by_second: list[list[float]]) -> Section:
     figure, axes = pyplot().subplots(figsize=(4.5, 2.2), layout="constrained")
-    axes.bar(np.arange(len(by_second)) + 0.5, [seconds / 3600 for _, seconds in by_second], 1.0, edgecolor="white")
+    lengths = [seconds / 3600 for _, seconds in manifest["by_second"]]
+    axes.bar(np.arange(len(lengths)) + 0.5, lengths, 1.0, edgecolor="white")
     axes.set(xlabel="clip length (s)", ylabel="hours of audio")
-    alt = f"Hours of audio by the length of clips, up to {len(by_second)} s"
-    return Section("Lengths", pictures=[Picture("lengths.png", save_picture(figure), alt)])
+    picture = Picture("lengths.png", save_picture(figure), "Hours of audio by the length of clips")
+    return Section("Overview", (), [picture], [Table(("property", "value"), rows)])
 
 
 def code_use(corpus: CodeCorpus) -> Section:
     groups = np.unique(np.linspace(0, len(corpus.sizes_G) - 1, MAX_GROUPS).round().astype(int))
-    size = corpus.manifest["codec"]["codebook_size"]
-
-    def count(group: int) -> np.ndarray:
-        return np.stack([np.bincount(level_N, minlength=size) for level_N in corpus.read_group(group).frames_NQ.T])
-
-    with ThreadPoolExecutor(READ_THREADS) as pool:
-        counts_QK = reduce(np.add, pool.map(count, groups.tolist()))
+    Q, size = (corpus.manifest["codec"][key] for key in ("num_quantizers", "codebook_size"))
+    counts_QK = np.zeros((Q, size), dtype=np.int64)
+    for group in groups.tolist():
+        frames_NQ = corpus.read_group(group).frames_NQ
+        counts_QK += [np.bincount(level_N, minlength=size) for level_N in frames_NQ.T]
     fractions_QK = counts_QK / np.maximum(counts_QK.sum(axis=1, keepdims=True), 1)
     figure, axes = pyplot().subplots(figsize=(4.5, 3), layout="constrained")
-    axes.set_prop_cycle(color=pyplot().get_cmap("viridis")(np.linspace(0, 0.9, len(fractions_QK))))
+    axes.set_prop_cycle(color=pyplot().get_cmap("viridis")(np.linspace(0, 0.9, Q)))
     axes.axhline(1 / size, color="gray", linewidth=0.8, linestyle=":", label="uniform")
     rows = []
     for level, fractions_K in enumerate(fractions_QK):
@@ -111,34 +98,27 @@ def code_use(corpus: CodeCorpus) -> Section:
 def speakers(codes: str, manifest: dict[str, Any]) -> Section:
     fs, folder = file_system(codes)
     files = [f"{folder.rstrip('/')}/{shard['file']}" for shard in manifest["shards"]]
-    try:
-        table = pq.read_table(files, columns=["speaker", "duration"], filesystem=fs)
-    except (OSError, pa.ArrowException) as error:
-        raise unreadable(codes, error) from error
-    found = table.group_by("speaker").aggregate([("duration", "sum"), ("duration", "count")]).to_pandas()
-    named = found.dropna(subset="speaker").sort_values("duration_sum", ascending=False)
-    rows = [(name, f"{s / 3600:,.2f}", f"{n:,}") for name, s, n in named.head(NUM_SPEAKERS).itertuples(index=False)]
-    without = manifest["clips"] - named["duration_count"].sum()
-    about = f"{len(named):,} speakers; {without:,} clips without one. Those with the most hours:"
+    table = pq.read_table(files, columns=["speaker", "duration"], filesystem=fs)
+    seconds = table.to_pandas().groupby("speaker")["duration"].agg(["sum", "count"]).sort_values("sum", ascending=False)
+    rows = [(name, f"{s / 3600:,.2f}", f"{n:,}") for name, s, n in seconds.head(NUM_SPEAKERS).itertuples()]
+    without = manifest["clips"] - seconds["count"].sum()
+    about = f"{len(seconds):,} speakers; {without:,} clips without one. Those with the most hours:"
     return Section("Speakers", [about], tables=[Table(("speaker", "hours", "clips"), rows)])
 
 
-def decoded_clips(codes: str, manifest: dict[str, Any], codec: MimiCodec, num_clips: int, seed: int) -> list[Clip]:
+def decoded_clips(corpus: CodeCorpus, codec: MimiCodec, num_clips: int, seed: int) -> list[Clip]:
     """Decode the beginning of random clips, each clip of the corpus with the same probability."""
-    starts = np.cumsum([0, *(shard["clips"] for shard in manifest["shards"])])
-    chosen = np.random.default_rng(seed).choice(starts[-1], min(num_clips, int(starts[-1])), replace=False)
-    names = ["id", "duration", *(name for name in ("speaker", "text") if name in manifest["columns"])]
+    ends_G = np.cumsum(corpus.sizes_G)
     clips = []
-    for number in np.sort(chosen):
-        shard = int(np.searchsorted(starts, number, side="right")) - 1
-        group, row = divmod(int(number - starts[shard]), manifest["clips_per_group"])
-        path = f"{codes.rstrip('/')}/{manifest['shards'][shard]['file']}"
-        found = read_codes(path, ["codes", *names], codec.num_quantizers, group)
-        codes_TQ = torch.from_numpy(found.codes(row)[: round(CLIP_SECONDS * codec.frame_rate_hz)].astype(np.int64))
-        name, seconds, *others = (found.columns[name][row] for name in names)
-        length = f"{seconds:.1f} s" + (f", the first {CLIP_SECONDS:g} s decoded" if seconds > CLIP_SECONDS else "")
-        lines = [length, *(f"{key}: {value}" for key, value in zip(names[2:], others, strict=True) if value)]
-        clips.append(make_clip(name, codec.decode(codes_TQ), codec.sample_rate_hz, lines))
+    for number in np.sort(np.random.default_rng(seed).choice(ends_G[-1], min(num_clips, ends_G[-1]), replace=False)):
+        group = int(np.searchsorted(ends_G, number, side="right"))
+        found, row = corpus.read_group(group), int(number - ends_G[group] + corpus.sizes_G[group])
+        codes_TQ = torch.from_numpy(found.codes(row).astype(np.int64))
+        seconds = len(codes_TQ) / codec.frame_rate_hz
+        lines = [f"{seconds:.1f} s" + f", the first {CLIP_SECONDS:g} s decoded" * (seconds > CLIP_SECONDS)]
+        lines += [f"text: {text}" for text in found.columns.get("text", [])[row : row + 1] if text]
+        samples_S = codec.decode(codes_TQ[: round(CLIP_SECONDS * codec.frame_rate_hz)])
+        clips.append(make_clip(found.columns["id"][row], samples_S, codec.sample_rate_hz, lines))
     return clips
 
 

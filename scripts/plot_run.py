@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from llama_mimi.common.command_line import run_command
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import write_atomically
+from llama_mimi.report.curves import Series, read_curves
 from llama_mimi.report.document import pyplot, save_picture
 
-Series = dict[int, float]  # step -> value
 TOTAL = "loss_metrics/global_avg_loss"
 # Tags and their labels by title. Several runs are compared by the first tag.
 PANELS = {
@@ -32,7 +31,6 @@ PANELS = {
     "Learning rate": {"lr": ""},
     "Gradient norm": {"grad_norm": ""},
 }
-BESIDE_TITLE: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "frameon": False, "handlelength": 0.8}
 LEVELS = {"Training loss": "loss_metrics/level_", "Validation loss": "validation_metrics/level_"}
 
 
@@ -42,42 +40,15 @@ def plot_runs(run: tyro.conf.UseAppendAction[list[Path]], picture: Path) -> None
     Args:
         run: dump folder of a run; repeat the flag to compare runs
         picture: PNG or PDF to write
-
-    Raises:
-        UserError: a run has no log, or the picture cannot be written.
     """
-    if not run:
-        raise UserError("no run is named; give one or several as --run")
-    if picture.suffix not in (".png", ".pdf"):
-        raise UserError(f"the picture '{picture}' is not a PNG or PDF file; choose another --picture")
-    runs = {str(folder): read_run(folder) for folder in run}
+    if not run or picture.suffix not in (".png", ".pdf"):
+        raise UserError(f"--picture is '{picture}' and --run {run}; name a PNG or PDF file, and one or several runs")
+    runs = {str(folder): read_curves(folder) for folder in run}
+    if missing := [name for name, curves in runs.items() if TOTAL not in curves]:
+        raise UserError(f"'{missing[0]}/tb' has no log with a training step; name the dump folder of a run as --run")
     write_atomically(str(picture.parent), picture.name, save_picture(draw(runs), picture.suffix[1:]))
-    drawn = ", ".join(f"{name} (steps {min(series[TOTAL])} to {max(series[TOTAL])})" for name, series in runs.items())
-    print(f"{len(runs)} run{'s' * (len(runs) > 1)} drawn to {picture}: {drawn}")
-
-
-def read_run(folder: Path) -> dict[str, Series]:
-    """Return series by tag. Where a resumed run has logged a step twice, the later start counts.
-
-    Raises:
-        UserError: the folder does not exist, or no training step is logged there.
-    """
-    if not folder.is_dir():
-        raise UserError(f"'{folder}' is not a folder; name a run's dump folder as --run")
-    series: dict[str, Series] = {}
-    # Names of files begin with the time in seconds, names of folders with the time in minutes.
-    for file in sorted((folder / "tb").rglob("events.out.tfevents.*"), key=lambda file: file.name):
-        events = EventAccumulator(str(file), size_guidance={"scalars": 0})  # all values, not a sample
-        events.Reload()
-        logged = {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
-        start = min((min(values) for values in logged.values()), default=None)
-        if start is not None:
-            kept = {tag: {step: v for step, v in values.items() if step < start} for tag, values in series.items()}
-            series = {tag: kept.get(tag, {}) | logged.get(tag, {}) for tag in kept | logged}
-    series = {tag: values for tag, values in series.items() if values}
-    if TOTAL not in series:
-        raise UserError(f"'{folder / 'tb'}' has no log with a training step; train with metrics.enable_tensorboard")
-    return series
+    drawn = ", ".join(f"{name} (steps {min(curves[TOTAL])} to {max(curves[TOTAL])})" for name, curves in runs.items())
+    print(f"drawn to {picture}: {drawn}")
 
 
 def draw(runs: Mapping[str, Mapping[str, Series]]) -> Any:
@@ -105,8 +76,9 @@ def draw(runs: Mapping[str, Mapping[str, Series]]) -> Any:
         handles, labels = axis.get_legend_handles_labels()
         if len(runs) > 1 and total == TOTAL:
             figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=8, frameon=False)
-        elif len(runs) == 1 and labels:
-            axis.legend(ncols=len(labels), fontsize=7, **BESIDE_TITLE)
+        elif len(runs) == 1 and labels:  # beside the title
+            place = {"loc": "lower right", "bbox_to_anchor": (1, 1), "handlelength": 0.8}
+            axis.legend(ncols=len(labels), fontsize=7, frameon=False, **place)
     figure.supxlabel("step", fontsize=8)
     return figure
 

@@ -9,13 +9,12 @@ With --dry_run nothing is uploaded.
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
-from importlib import import_module
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, HfApi, ModelCard
+import pandas as pd
+from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
 from llama_mimi.audio.mimi import codec_hash, local_codec
@@ -23,11 +22,13 @@ from llama_mimi.checkpoint.architectures import load_config
 from llama_mimi.checkpoint.conversion import TRAINING_CONFIG
 from llama_mimi.common.command_line import run_command
 from llama_mimi.common.errors import UserError, first_line
-from llama_mimi.common.files import parse_json, read_json, visible_files
+from llama_mimi.common.files import read_json, visible_files
 from llama_mimi.common.hub import weights_sha256
+from llama_mimi.report.comparisons import comparable_sets, summary
+from llama_mimi.report.document import Section, Table, to_markdown
+from llama_mimi.report.results import read_results
 
 CARD = "README.md"
-PRESETS = ("official", "original")  # only their accuracies are in the card's metadata
 # Settings of training that a card shows.
 SETTINGS = """training.dataset training.steps training.global_batch_size training.seq_len data.packing
     data.max_audio_seconds loss.level_weights optimizer.lr lr_scheduler.decay_ratio debug.seed""".split()
@@ -52,14 +53,10 @@ def push_to_hub(
         private: make a new repository private
         license: license of the weights on the hub, such as llama3.2
         base_model: hub id of the model that training started from
-
-    Raises:
-        UserError: the folder is not a converted model, a result cannot be read, or the hub refuses.
     """
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo):
-        raise UserError(f"--repo is '{repo}'; name it as owner/name")
-    metadata = {"model_name": repo.split("/")[1], "license": license, "base_model": without_folders(base_model)}
-    texts = {CARD: write_card(model_name, results, metadata)}
+    card = write_card(model_name, results)
+    vars(card.data).update(model_name=repo.split("/")[-1], license=license, base_model=without_folders(base_model))
+    texts = {CARD: card.content}
     for name in ("config.json", TRAINING_CONFIG):
         if (config := read_json(str(model_name), name)) is not None:
             texts[name] = json.dumps(without_folders(config), indent=2) + "\n"
@@ -104,7 +101,7 @@ def without_folders(value: Any) -> Any:
     return ",".join(items)
 
 
-def write_card(model: Path, folders: Sequence[Path], metadata: dict[str, Any]) -> str:
+def write_card(model: Path, folders: Sequence[Path]) -> ModelCard:
     """Return the card that conversion wrote, with the facts of training and the results of these weights."""
     if not (model / CARD).is_file() or not visible_files(model, "*.safetensors"):
         raise UserError(f"'{model}' is not a converted model; make one with scripts/convert_dcp_to_hf.py")
@@ -114,65 +111,22 @@ def write_card(model: Path, folders: Sequence[Path], metadata: dict[str, Any]) -
     training = without_folders(read_json(str(model), TRAINING_CONFIG) or {})
     for section, setting in (key.split(".") for key in SETTINGS):
         if (value := training.get(section, {}).get(setting)) is not None:
-            facts[f"{section}.{setting}"] = str(value)
-    scores, evaluations = [], []
-    for path, result in results_of(sha256, folders):
+            facts[f"`{section}.{setting}`"] = f"`{value}`"
+    items = read_results(folders).items
+    items = items[items["weights"] == sha256]
+    for path in (path for folder in folders for path in visible_files(folder, "**/index.jsonl")):
         try:
-            if "flops" in result:  # a line of a study's index
-                facts |= {"data (SHA-256)": f"`{result['data_sha256']}`", "training FLOPs": f"{result['flops']:.3g}"}
-            for name, rule, mean, low, high, count in scores_of(result):
-                scores.append((name, rule, f"{mean:.4g}", f"{low:.4g} to {high:.4g}", f"{count:,}"))
-                if rule in PRESETS:
-                    benchmark, part = name.split("/")
-                    score = EvalResult(
-                        "audio-to-audio", benchmark, name, "accuracy", round(mean, 2), dataset_config=part
-                    )
-                    evaluations.append(replace(score, metric_name=f"accuracy ({rule})"))
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
-            raise UserError(f"'{path}' is not a complete result ({error!r}); make it again or remove it") from error
+            lines = pd.read_json(path, lines=True)
+            for line in lines[lines["model_sha256"] == sha256].to_dict("records"):  # of a study
+                facts |= {"data (SHA-256)": f"`{line['data_sha256']}`", "training FLOPs": f"{line['flops']:.3g}"}
+        except (LookupError, TypeError, ValueError) as error:
+            raise UserError(f"'{path}' is not the index of a study ({error!r}); fix or remove it") from error
+    sections = [Section("Training", tables=[Table(("", ""), list(facts.items()))])]
+    sections += [summary(some, title) for title, some in comparable_sets(items)]
     card = ModelCard.load(model / CARD)
     text = re.sub(r"`([^`\n]+)`", lambda match: f"`{without_folders(match[1])}`", card.text.strip())
-    parts = ["", text, "## Training", table(("", ""), facts.items())]
-    if scores:
-        head = ("measure (accuracies in percent)", "preset or length", "mean", "95 % interval", "count")
-        parts += ["## Scores", table(head, scores)]
-    vars(card.data).update(metadata | {"eval_results": evaluations or None})
-    card.text = "\n\n".join(parts) + "\n"
-    return card.content
-
-
-def scores_of(result: dict[str, Any]) -> list[tuple[str, str, float, float, float, int]]:
-    """Return measure, preset or length, mean, both limits of the interval, and number of pairs or prompts."""
-    if "made_by" in result:
-        means = import_module("llama_mimi.report.results").generation_means(result)
-        return [(measure, f"at most {result['seconds']:g} s", *values) for measure, values in means.items()]
-    rows = []
-    for part, score in result.get("parts", {}).items():
-        mean, low, high = (100 * value for value in (score["accuracy"], *score["interval"]))
-        rows.append((f"{result['benchmark']}/{part}", result["preset"], mean, low, high, score["count"]))
-    return rows
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows))
-
-
-def results_of(sha256: str, folders: Sequence[Path]) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Yield the results and the lines of study indices that are of these weights, with their files."""
-    for folder in folders:
-        if not folder.is_dir():
-            raise UserError(f"--results is '{folder}', which is not a folder; name those of eval/ or of a study")
-        for path in (*visible_files(folder, "**/*.json"), *visible_files(folder, "**/index.jsonl")):
-            content = path.read_bytes()
-            for text in content.splitlines() if path.suffix == ".jsonl" else [content]:
-                try:
-                    value = parse_json(text)
-                except ValueError as error:
-                    why = first_line(error)
-                    raise UserError(f"'{path}' is not readable as JSON ({why}); fix or remove it") from error
-                made_by = value.get("made_by", value) if isinstance(value, dict) else None
-                if isinstance(made_by, dict) and made_by.get("model_sha256") == sha256:
-                    yield path, value
+    card.text = f"\n{text}\n\n#{to_markdown(sections)}"  # headings of the second level
+    return card
 
 
 if __name__ == "__main__":

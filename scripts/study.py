@@ -17,8 +17,6 @@ from llama_mimi.common.cpu import use_cpu_without_gpu
 
 use_cpu_without_gpu()  # before anything imports TorchTitan
 
-from torchtitan.tools.logging import logger  # noqa: E402
-
 from llama_mimi.common.command_line import run_command  # noqa: E402
 from llama_mimi.common.errors import UserError  # noqa: E402
 from llama_mimi.study.budget import step_flops  # noqa: E402
@@ -33,8 +31,7 @@ def main(
     slurm: bool = False,
     part: int | None = None,
     report_only: bool = False,
-    gpu_tflops: float = 989.0,
-    mfu: float = 0.4,
+    tflops: float = 0.4 * 989,
 ) -> None:
     """Run a study.
 
@@ -44,21 +41,18 @@ def main(
         slurm: print the two sbatch commands that run the study as an array of jobs, and start nothing
         part: number of the run that this job of the array trains and scores
         report_only: write the report of the finished runs, and start nothing
-        gpu_tflops: peak TFLOP/s of a GPU, for the plan; the default is an H100 in bfloat16
-        mfu: assumed fraction of that peak, for the plan
-
-    Raises:
-        UserError: the file cannot be used, or a run is not done.
+        tflops: TFLOP/s that a GPU reaches, for the plan; the default is 40 % of an H100's peak in bfloat16
     """
-    logger.setLevel(logging.ERROR)  # plans need no base model, and TorchTitan would warn that it is missing
-    study, total = read_study(file), 0.0
-    if min(gpu_tflops, mfu) <= 0:
-        raise UserError(f"--gpu_tflops is {gpu_tflops} and --mfu {mfu}; set positive numbers")
+    logging.getLogger().setLevel(logging.ERROR)  # plans need no base model, and TorchTitan would warn of that
+    study = read_study(file)
+    if tflops <= 0 or part not in (None, *range(len(study.runs))):
+        raise UserError(f"--tflops is {tflops} and --part {part}; they are positive and 0 to {len(study.runs) - 1}")
     if plan:
         print("| variant | FLOPs a step | steps | GPU hours |\n|---|---|---|---|")
+        total = 0.0
         for variant in study.variants:
             flops = step_flops(study.flags(variant), study.launch.nproc_per_node)
-            hours = flops * variant.steps / (gpu_tflops * 1e12 * mfu * 3600)
+            hours = flops * variant.steps / (tflops * 1e12 * 3600)
             total += hours * len(study.seeds)
             print(f"| {variant.name} | {flops:.3g} | {variant.steps:,} | {hours:,.2f} |")
         return print(f"\n{len(study.runs)} runs: {total:,.1f} GPU hours of training")
@@ -66,17 +60,15 @@ def main(
         job = shlex.join([*study.launch.slurm, "scripts/study.slurm", str(file)])
         print(f"job=$(sbatch --parsable --array=0-{len(study.runs) - 1} {job})")
         return print(f"sbatch --dependency=afterany:$job {job}")
-    runs = study.runs if part is None else study.runs[part : part + 1]
-    if not runs:
-        raise UserError(f"--part is {part}; the study has the parts 0 to {len(study.runs) - 1}")
     if not report_only:
         check_unchanged(study)
         runner = StudyRunner(study)
-        runner.train_and_score(runs)
         if part is not None:
-            if failed := read_record(study, runs[0])["failed"]:
-                raise UserError(f"{runs[0].name}: {failed['step']} failed: {failed['why']}; start this part again")
+            runner.train_and_score([study.runs[part]])
+            if failed := read_record(study, study.runs[part])["failed"]:
+                raise UserError(f"{failed['step']} failed: {failed['why']}; start --part {part} again")
             return
+        runner.train_and_score(study.runs)
         runner.judge()
     lines = write_index(study)
     print(write_report(study, lines))

@@ -7,6 +7,7 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from llama_mimi.common.errors import UserError
+from llama_mimi.report.curves import read_curves
 
 LOSS = plot_run.TOTAL
 
@@ -28,12 +29,12 @@ def test_a_later_start_takes_over_where_it_begins(tmp_path):
     write_log(tmp_path, first, time=100, folder="20261025-0259")
     write_log(tmp_path, {LOSS: {6: 2.0, 7: 2.0}}, time=200, folder="20261025-0201")
     write_log(tmp_path, {}, time=300)  # ended before its first line
-    read = plot_run.read_run(tmp_path)
+    read = read_curves(tmp_path)
     assert read[LOSS] == {1: 1, 2: 1, 3: 1, 4: 1, 5: 1, 6: 2, 7: 2}
     assert read["validation_metrics/loss"] == {1: 1, 5: 1}
     steps = range(1, 10_100)  # more than TensorBoard keeps by default
     write_log(tmp_path, {LOSS: {step: step / 4 for step in steps}}, time=400)  # from step 1, without validation
-    assert plot_run.read_run(tmp_path) == {LOSS: {step: step / 4 for step in steps}}
+    assert read_curves(tmp_path) == {LOSS: {step: step / 4 for step in steps}}
 
 
 def test_one_run_is_drawn_with_its_levels(tmp_path, capsys):
@@ -42,8 +43,8 @@ def test_one_run_is_drawn_with_its_levels(tmp_path, capsys):
     run, picture = write_log(tmp_path / "run", logged), tmp_path / "new" / "run.png"
     plot_run.plot_runs([run], picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert capsys.readouterr().out == f"1 run drawn to {picture}: {run} (steps 1 to 2)\n"
-    axes = {axis.get_title(loc="left"): axis for axis in plot_run.draw({"": plot_run.read_run(run)}).axes}
+    assert capsys.readouterr().out == f"drawn to {picture}: {run} (steps 1 to 2)\n"
+    axes = {axis.get_title(loc="left"): axis for axis in plot_run.draw({"": read_curves(run)}).axes}
     assert list(axes) == ["Training loss", "Fraction of time (%)", "Learning rate"]  # the rest was not logged
     values = [list(line.get_ydata()) for line in axes["Training loss"].get_lines()]
     assert values[:-1] == [[level, level] for level in range(11)]
@@ -70,10 +71,10 @@ def test_mistakes_get_one_sentence(tmp_path):
     no_step = write_log(tmp_path / "no_step", {"validation_metrics/loss": {1: 1.0}})
     run = write_log(tmp_path / "run", {LOSS: {1: 1.0}})
     for folder, picture, message in (
-        (tmp_path / "missing", "a.png", "missing' is not a folder; name a run's dump folder"),
+        (tmp_path / "missing", "a.png", "missing/tb' has no log with a training step"),
         (tmp_path / "empty", "a.png", "has no log with a training step"),
         (no_step, "a.png", "has no log with a training step"),
-        (run, "a.odd", "a.odd' is not a PNG or PDF file"),
+        (run, "a.odd", "a.odd' .*; name a PNG or PDF file"),
     ):
         with pytest.raises(UserError, match=message):
             plot_run.plot_runs([folder], tmp_path / picture)

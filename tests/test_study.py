@@ -108,7 +108,7 @@ def test_variants_are_the_combinations_of_each_table(tmp_path):
     assert study.label(study.runs[-1]) == "flattened, Q = 8, 40 steps, seed 5"
     weights = replace(study.variants[0], level_weights="geometric:100")
     assert weights.name == "flattened-tiny-q4-geometric_100-40"  # a folder's name
-    assert replace(first, axes=()).label(weights) == weights.name
+    assert replace(first, variants=(weights,)).label(weights) == weights.name
 
 
 def test_settings_of_a_variant(tmp_path):
@@ -132,18 +132,12 @@ def test_a_run_ends_with_a_validation(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("name =", "name", "cannot be read"),
-        ('name = "mini"\n', "", "the file is incomplete .*'name'"),
+        ("name =", "name", "cannot be used: Expected '='"),
+        ('name = "mini"\n', "", "the file has no name"),
         ('name = "mini"', "name = 3", "sets name to 3"),
-        (
-            "steps = [40, 20]",
-            "stepz = [40]",
-            r"\[\[tables\]\] has the unknown key 'stepz'; the known ones are .* steps",
-        ),
+        ("steps = [40, 20]", "stepz = [40]", r"\[\[tables\]\] has the unknown key 'stepz'; .* steps"),
         ("num_quantizers = [4, 8]", 'num_quantizers = ["4"]', r"sets num_quantizers to \['4'\]; it takes list\[int\]"),
-        ("[[override]]", "[override]", r"write sections \[\[override\]\]"),
-        ("[benchmarks.salmon]\n" + SALMON, "[benchmarks]\nsalmon = 3\n", "sets benchmarks to {'salmon': 3"),
-        ("hierarchical = ", "hierarchic = ", "sets config to {.*'hierarchic'"),
+        ("[[override]]", "[override]", "is 'num_quantizers'; write a section"),
         ('hierarchical = "config/tiny_hierarchical.toml"\n', "", "has no file for the architecture 'hierarchical'"),
         ("steps = [40, 20]", "steps = [0]", "training.steps is 0; set a positive"),
         ("num_quantizers = [4, 8]", 'level_weights = ["heavy"]', "loss.level_weights is 'heavy'"),
@@ -151,11 +145,9 @@ def test_a_run_ends_with_a_validation(tmp_path):
         ("seeds = [3, 5]", "seeds = [3, 3]", r"seeds is \[3, 3\]; list different numbers"),
         ("[generation]", "[launch]\nparallel = 0\n[generation]", "are 1 or more"),
         ("[generation]", '[launch]\ntrain = ["bash", "x"]\n[generation]', "set training.global_batch_size"),
-        ('"training.steps" = 40', '"codec.num_quantizers" = 4', "it sets codec.num_quantizers, which an axis"),
         (SALMON, SALMON + 'output_dir = "x"\n', "it sets output_dir, which an axis"),
-        ("num_quantizers = [8]", "num_quantizers = [6]", r"Override\(.*\[6\].* applies to no variant"),
+        ("num_quantizers = [8]", "num_quantizers = [6]", r"\[6\].* applies to no variant"),
         (SALMON, SALMON + "limmit = 3\n", "Unrecognized options: --limmit, 3"),
-        (SALMON, SALMON + "limit = 0\n", "--limit is 0; it must be"),
         ('corpus = "x.parquet"', "seconds = 3", "Missing from"),
     ],
 )
@@ -420,8 +412,7 @@ def test_a_study_that_is_not_done_says_so_in_the_end(tmp_path):
     path = written(tmp_path, a=('hf_assets_path" = "assets/tiny/llama', 'hf_assets_path" = "nowhere'))
     for flags, message in (
         (["--report_only"], "not done: flattened-tiny-q4-uniform-40-seed3, .*; the report says why"),
-        (["--part", 99], "the study has the parts 0 to 9"),
-        (["--plan", "--mfu", 0], "--mfu 0.0; set positive numbers"),
+        (["--part", 99], "--part 99; they are positive and 0 to 9"),
     ):
         code, stderr = run_here("scripts/study.py", path, *flags)
         assert code == 1 and re.search(message, stderr)

@@ -8,9 +8,10 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import torch
 import tyro
 
-from llama_mimi.common.errors import UserError, report
+from llama_mimi.common.errors import UserError, first_line, report
 
 Options = TypeVar("Options")
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
@@ -38,13 +39,16 @@ def read_flags(kind: type[Options], words: Sequence[str]) -> Options:
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Run a script's ``main``; report a `UserError`, or a full or read-only disk, in one sentence with exit code 1."""
+    """Run a script's ``main``; report a `UserError`, full memory or an unusable disk in one sentence, exit code 1."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr by default, for file names that are not UTF-8
     try:
         main()
     except UserError as error:
         report(error)
+        sys.exit(1)
+    except torch.OutOfMemoryError as error:
+        report(UserError(f"the memory of the device is full ({first_line(error)}); lower the batch size"))
         sys.exit(1)
     except OSError as error:
         if error.errno not in DISK_ERRORS:

@@ -46,8 +46,6 @@ def comparison(items: pd.DataFrame, title: str, groups: Mapping[str, Sequence[st
     """Return how model variants differ from the first one: a forest plot and a table.
 
     Args:
-        items: table of `read_results`.
-        title: title of the section.
         groups: systems of each variant by its label, one for each seed in the same order; a failed one may be missing.
         picture: name of the picture's file, without its ending; None: it is not drawn.
     """
@@ -72,8 +70,7 @@ def comparison(items: pd.DataFrame, title: str, groups: Mapping[str, Sequence[st
             if not difference.empty:
                 differences[label] = estimate(difference, measure)
                 texts[label] = f"{means[label].shown}, {differences[label].text(is_difference=True)}"
-        count = next(iter(means.values())).count
-        cells[f"{heading} (n = {count:,})" if count else heading] = texts
+        cells[heading + (f" (n = {n:,})" if (n := next(iter(means.values())).count) else "")] = texts
         panels |= {heading: differences} if differences else {}
         beside = rows[rows["is_reference"] & rows["item"].isin(values.index.unique("item"))].dropna(subset="value")
         for system, some in beside.groupby("system"):
@@ -109,9 +106,8 @@ def summary(items: pd.DataFrame, title: str, picture: str | None = None) -> Sect
             empty = [system for system in systems if system not in values]
             notes += [f"{heading}: no value for {', '.join(empty)}."] if empty else []
         if found:
-            counts = sorted({mean.count for mean in found.values()})
-            count = f"{counts[0]:,}" + (f" to {counts[-1]:,}" if len(counts) > 1 else "")
-            cells[f"{heading} (n = {count})"] = {system: mean.text() for system, mean in found.items()}
+            counts = sorted({f"{mean.count:,}" for mean in found.values()})
+            cells[f"{heading} (n = {' or '.join(counts)})"] = {system: mean.text() for system, mean in found.items()}
             panels[heading] = found
     columns = items.sort_values("is_reference", kind="stable")["system"].unique()
     pictures = [Picture(f"{picture}.png", forest(panels, title), title)] if picture and panels else []
@@ -134,7 +130,7 @@ def sign_tests(items: pd.DataFrame, title: str) -> list[Section]:
 
 def comparable_sets(items: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     """Yield title and rows of results with the same settings; those of continuations are of the same prompts, too."""
-    is_benchmark = items["measure"].map(lambda name: measure_of(name).is_accuracy)
+    is_benchmark = items["measure"].map(lambda name: measure_of(name).is_accuracy).astype(bool)
     for conditions, some in items[is_benchmark].groupby("conditions", sort=False):
         yield f"Accuracy, preset {conditions}", some
     for (conditions, _), some in items[~is_benchmark].groupby(["conditions", "data"], sort=False):
@@ -142,11 +138,7 @@ def comparable_sets(items: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 
 
 def generations_markdown(folder: Path) -> str:
-    """Return tables of all systems that eval/generation.py has judged in a folder, as Markdown.
-
-    Raises:
-        UserError: a result cannot be read.
-    """
+    """Return tables of all systems that eval/generation.py has judged in a folder, as Markdown."""
     items = read_results(visible_files(folder, "*.json")).items
     return to_markdown([summary(some, title) for title, some in comparable_sets(items)])
 
@@ -154,12 +146,8 @@ def generations_markdown(folder: Path) -> str:
 def published_numbers(items: pd.DataFrame, path: Path) -> list[Section]:
     """Return what others have published of the measures that the table has on official data.
 
-    Args:
-        items: table of `read_results`.
-        path: file such as eval/published.toml.
-
     Raises:
-        UserError: the file cannot be read, or has an unknown measure.
+        UserError: the file (eval/published.toml) cannot be read, or has an unknown measure.
     """
     try:
         rows = tomllib.loads(path.read_text())["rows"]
@@ -180,10 +168,7 @@ def published_numbers(items: pd.DataFrame, path: Path) -> list[Section]:
 
 
 def tradeoffs(items: pd.DataFrame, title: str, groups: Mapping[str, Sequence[str]], name: str) -> list[Picture]:
-    """Return a picture of fidelity (SALMon, speaker similarity) against linguistic scores, if there are both.
-
-    Args: as `comparison`.
-    """
+    """Return a picture of fidelity (SALMon, speaker similarity) against linguistic scores; groups as `comparison`."""
     means: dict[str, pd.Series] = {}
     own = items[items["system"].isin([system for some in groups.values() for system in some])]
     for _, measure, rows in by_measure(own, COMPARABLE):
@@ -195,14 +180,12 @@ def tradeoffs(items: pd.DataFrame, title: str, groups: Mapping[str, Sequence[str
     salmon = [column for column in table if column == SALMON_MEAN] or [column for column in table if column in SALMON]
     panels = {}
     for horizontal in (salmon, [column for column in table if column == "similarity"]):
-        if vertical and horizontal:
-            axes = [table[some].mean(axis=1, skipna=False) for some in (horizontal, vertical)]
-            points = pd.concat(axes, axis=1).dropna()
-            seeds = {label: [tuple(points.loc[s]) for s in some if s in points.index] for label, some in groups.items()}
-            if scored := {label: some for label, some in seeds.items() if some}:
-                panels[_mean_of(horizontal)] = scored
-    is_synthetic = "synthetic" in set(own["data_kind"])
-    alt = f"{title}: fidelity against linguistic scores{' (synthetic)' * is_synthetic}"
+        axes = [table[some].mean(axis=1, skipna=False) for some in (horizontal, vertical)]
+        points = pd.concat(axes, axis=1).dropna()
+        seeds = {label: [tuple(points.loc[s]) for s in some if s in points.index] for label, some in groups.items()}
+        if scored := {label: some for label, some in seeds.items() if some}:
+            panels[_mean_of(horizontal)] = scored
+    alt = f"{title}: fidelity against linguistic scores{' (synthetic)' * ('synthetic' in set(own['data_kind']))}"
     return [Picture(f"{name}.png", tradeoff(panels, _mean_of(vertical), alt), alt)] if panels else []
 
 

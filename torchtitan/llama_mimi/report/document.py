@@ -20,17 +20,11 @@ from llama_mimi.common.files import write_atomically
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture of a section.
+    """A picture of a section."""
 
-    Args:
-        name: file name beside the Markdown file.
-        png: content of the file.
-        alt: description for readers who do not see it.
-    """
-
-    name: str
+    name: str  # of the file beside a Markdown file
     png: bytes
-    alt: str
+    alt: str  # description for readers who do not see it
 
 
 @dataclass(frozen=True)
@@ -43,41 +37,25 @@ class Table:
 
 @dataclass(frozen=True)
 class Clip:
-    """Audio with its spectrogram, for HTML only.
-
-    Args:
-        title: name of the clip.
-        seconds: duration, the length of the spectrogram on the time axis that a section's clips share.
-        mp3, webp: sound and spectrogram; empty if the clip has no audio.
-        lines: short texts below, such as a transcript.
-    """
+    """Audio with its spectrogram, for HTML only; without audio, `mp3` and `webp` are empty."""
 
     title: str
-    seconds: float = 0.0
+    seconds: float = 0.0  # the clips of a section share one time axis
     mp3: bytes = b""
     webp: bytes = b""
-    lines: Sequence[str] = ()
+    lines: Sequence[str] = ()  # below, such as a transcript
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a document.
-
-    Args:
-        title: heading. The first section's title is that of a Markdown document.
-        texts: paragraphs.
-        pictures: pictures, above the tables.
-        tables: tables.
-        items: list below the tables.
-        clips: audio, side by side; Markdown leaves it out.
-    """
+    """A part of a document, in the order of its fields; the first one's title is that of a Markdown document."""
 
     title: str
     texts: Sequence[str] = ()
     pictures: Sequence[Picture] = ()
     tables: Sequence[Table] = ()
-    items: Sequence[str] = ()
-    clips: Sequence[Clip] = ()
+    items: Sequence[str] = ()  # a list
+    clips: Sequence[Clip] = ()  # side by side
 
 
 def to_markdown(sections: Sequence[Section]) -> str:
@@ -95,11 +73,7 @@ def to_markdown(sections: Sequence[Section]) -> str:
 
 
 def write_markdown(sections: Sequence[Section], path: Path) -> None:
-    """Write a document as Markdown, and its pictures into the same folder.
-
-    Raises:
-        UserError: a file cannot be written.
-    """
+    """Write a document as Markdown and its pictures beside it; raise a `UserError` if a file cannot be written."""
     for picture in (picture for section in sections for picture in section.pictures):
         write_atomically(str(path.parent), picture.name, picture.png)
     write_atomically(str(path.parent), path.name, to_markdown(sections).encode())
@@ -126,11 +100,7 @@ def to_html(title: str, sections: Sequence[Section]) -> str:
 
 
 def write_html(title: str, sections: Sequence[Section], path: Path) -> None:
-    """Write a document as a page and print the size of the file.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
+    """Write a document as a page and print its size; raise a `UserError` if it cannot be written."""
     content = to_html(title, sections).encode()
     write_atomically(str(path.parent), path.name, content)
     print(f"{path}: {len(content) / 1e6:.1f} MB")
@@ -157,7 +127,7 @@ def pyplot() -> Any:
 
 
 def save_picture(figure: Any, kind: str = "png", dpi: int = 200) -> bytes:
-    """Return a figure of matplotlib as the content of a file of this kind ("png", "pdf"), and close the figure."""
+    """Return a figure as the content of a file of this kind ("png", "pdf"), and close it."""
     content = io.BytesIO()
     figure.savefig(content, dpi=dpi, format=kind, bbox_inches="tight")
     pyplot().close(figure)

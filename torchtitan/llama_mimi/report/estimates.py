@@ -16,19 +16,12 @@ ROUNDING = 1e-9  # seeds whose relative difference is smaller are equal
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds with two kinds of uncertainty, on the scale of differences: percent, or log perplexity.
-
-    Args:
-        measure: the measure.
-        seeds: mean of each seed.
-        interval: 95 % interval over items, None for fewer than two.
-        count: number of items; 0 for a measure that has none, such as bits/s.
-    """
+    """A mean over seeds with two kinds of uncertainty, on the scale of differences: percent, or log perplexity."""
 
     measure: Measure
-    seeds: tuple[float, ...]
-    interval: tuple[float, float] | None
-    count: int
+    seeds: tuple[float, ...]  # mean of each seed
+    interval: tuple[float, float] | None  # 95 % interval over items; None for fewer than two
+    count: int  # of items; 0 for a measure that has none, such as bits/s
 
     @property
     def mean(self) -> float:
@@ -41,30 +34,28 @@ class Estimate:
 
     @property
     def is_significant(self) -> bool:
-        """True for a difference whose intervals over items and over seeds exclude zero.
+        """True for a difference whose intervals over items and over seeds exclude zero and have a width.
 
-        An interval without a width says nothing: seeds that agree but for rounding, or equal pairs.
+        Without a width (seeds that agree but for rounding, or equal pairs) an interval says nothing.
         """
         half, mean = seed_half_width(self.seeds), abs(self.mean)
         if half is None or not ROUNDING * mean < half < mean:
             return False
-        if self.interval is None:
-            return self.count == 0
-        low, high = self.interval
-        return low < high and not low <= 0 <= high
+        low, high = self.interval or (0.0, 0.0)
+        return low < high and not low <= 0 <= high if self.interval else self.count == 0
 
     def text(self, *, is_difference: bool = False) -> str:
         """Return the mean with both intervals; a difference has a sign or is a ratio, with a star if significant."""
-        is_ratio = is_difference and self.measure.is_log
-        sign = "+" if is_difference and not is_ratio else ""
-        form = f"z.{self.measure.digits + is_ratio}f"
-        mean, low, high, half = (
-            None if value is None else np.exp(value) if self.measure.is_log else value
-            for value in (self.mean, *(self.interval or (None, None)), seed_half_width(self.seeds))
-        )
-        text = f"{'ratio ' * is_ratio}{mean:{sign}{form}}"
-        text += "" if low is None else f" ({low:{sign}{form}} to {high:{sign}{form}})"
-        text += "" if half is None else f" ± {'a factor of ' * self.measure.is_log}{half:{form}}"
+        is_log = self.measure.is_log
+        sign = "+" if is_difference and not is_log else ""
+        form = f"z.{self.measure.digits + (is_difference and is_log)}f"
+        shown = np.exp if is_log else float
+        text = f"{'ratio ' * (is_difference and is_log)}{shown(self.mean):{sign}{form}}"
+        if self.interval:
+            low, high = map(shown, self.interval)
+            text += f" ({low:{sign}{form}} to {high:{sign}{form}})"
+        if (half := seed_half_width(self.seeds)) is not None:
+            text += f" ± {'a factor of ' * is_log}{shown(half):{form}}"
         return text + " *" * (is_difference and self.is_significant)
 
 
@@ -79,14 +70,15 @@ def estimate(values: pd.DataFrame, measure: Measure, *, is_wilson: bool = False)
     scaled = values * measure.factor
     seeds = tuple(map(float, scaled.groupby(level="part").mean().mean()))
     parts = [part.to_numpy() for _, part in scaled.mean(axis=1).groupby(level="part")]
+    sizes = [len(part) for part in parts]
     if values.index[0][1] == "":
         return Estimate(measure, seeds, None, 0)
-    interval = bootstrap_interval(*parts) if min(map(len, parts)) > 1 else None
+    interval = bootstrap_interval(*parts) if min(sizes) > 1 else None
     if is_wilson:
-        count = len(parts) ** 2 / sum(1 / len(part) for part in parts)
+        count = len(sizes) ** 2 / sum(1 / size for size in sizes)
         low, high = wilson_interval(statistics.fmean(seeds) / measure.factor, count)
         interval = low * measure.factor, high * measure.factor
-    return Estimate(measure, seeds, interval, sum(map(len, parts)))
+    return Estimate(measure, seeds, interval, sum(sizes))
 
 
 def same_items(rows: pd.DataFrame) -> tuple[pd.DataFrame, int]:

@@ -2,10 +2,9 @@
 
 import hashlib
 import io
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -16,6 +15,7 @@ from llama_mimi.audio.reading import AudioError, read_audio
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import read_json, visible_files
 from llama_mimi.report.document import Clip, Section, import_extra
+from llama_mimi.report.results import DAMAGE, KIND, in_order, measure_of, system_label
 
 RATE_HZ, ROUNDING_SECONDS = 24_000, 0.1
 WINDOW, HOP = 1024, 240  # 43 ms every 10 ms at 24 kHz
@@ -25,12 +25,7 @@ MARK_COLUMNS, MARK_COLOR = 2, (90, 220, 255)
 # The colour map magma in nine equal steps, so that the demo needs no matplotlib.
 MAGMA = np.array([*bytes.fromhex("0000041c10444f127b812581b5367ae55064fb8761fec287fcfdbf")]).reshape(9, 3)
 MP3_QUALITY = 0.6  # of soundfile, 0 is the best; 5 kB for a second at 24 kHz
-# Measures of one continuation, as its card shows them; criteria of a judge follow.
-SHOWN = {
-    "similarity": "speaker similarity {:.3f}",
-    "distillmos": "DistillMOS {:.2f}",
-    "words_per_minute": "{:.0f} words/min",
-}
+SHOWN = ("similarity", "distillmos", "words_per_minute")  # of one continuation; criteria of a judge follow
 
 
 def make_clip(
@@ -40,13 +35,7 @@ def make_clip(
     lines: Sequence[str] = (),
     mark_seconds: float | None = None,
 ) -> Clip:
-    """Return a clip with MP3 audio, which every browser plays, and its spectrogram.
-
-    Args:
-        samples_S: mono samples in [-1, 1].
-        lines: short texts below.
-        mark_seconds: time of a line in the spectrogram, such as the end of a prompt.
-    """
+    """Return a clip with MP3 audio, which every browser plays, and its spectrogram; arguments as of `spectrogram`."""
     mp3, webp = io.BytesIO(), io.BytesIO()
     samples = samples_S.clamp(-1, 1).numpy()
     soundfile.write(mp3, samples, sample_rate_hz, format="MP3", subtype="MPEG_LAYER_III", compression_level=MP3_QUALITY)
@@ -67,26 +56,13 @@ def spectrogram(samples_S: torch.Tensor, sample_rate_hz: int, mark_seconds: floa
     level_FT = 20 * magnitude_FT.clamp(min=1e-6).log10()
     fraction_FT = ((level_FT - TOP_DB + RANGE_DB) / RANGE_DB).clamp(0, 1).flip(0).numpy()
     channels = [np.interp(fraction_FT, np.linspace(0, 1, len(MAGMA)), channel) for channel in MAGMA.T]
-    colors = np.stack(channels, axis=-1).astype(np.uint8)
-    size = min(colors.shape[1], MAX_COLUMNS), SPECTROGRAM_ROWS
     Image = import_extra("PIL.Image")
-    colors = np.array(Image.fromarray(colors).resize(size, Image.Resampling.BOX))
+    image = Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
+    colors = np.array(image.resize((min(image.width, MAX_COLUMNS), SPECTROGRAM_ROWS), Image.Resampling.BOX))
     if mark_seconds is not None:
         column = round(mark_seconds * sample_rate_hz / len(padded_S) * colors.shape[1])
         colors[:, column : column + MARK_COLUMNS] = MARK_COLOR
     return colors
-
-
-@dataclass(frozen=True)
-class _Sample:
-    """A system's first continuation of a prompt, or a reference: the recording and its reconstructions."""
-
-    file: Path
-    seconds: float
-    lines: list[str]
-    prompt_text: str | None
-    is_reference: bool
-    is_synthetic: bool
 
 
 def continuations(folder: Path, num_prompts: int, labels: Mapping[str, str] | None = None) -> list[Section]:
@@ -103,65 +79,52 @@ def continuations(folder: Path, num_prompts: int, labels: Mapping[str, str] | No
     manifest = read_json(str(folder), "prompts.json")
     if manifest is None:
         raise UserError(f"'{folder}' has no prompts.json; name the --output_dir of eval/generation.py")
-    systems = _read_systems(folder)
-    if missing := [name for name in ("recording", *(labels or ())) if name not in systems]:
-        raise UserError(f"'{folder}' has no result of '{missing[0]}', only of {', '.join(systems) or 'none'}")
-    is_reference = {name: all(sample.is_reference for sample in of.values()) for name, of in systems.items()}
-    order = sorted(systems.keys() - {"shuffled"}, key=lambda name: (name != "recording", not is_reference[name], name))
-    shown = {name: re.sub(r"^reconstruction_q(\d+)$", r"codec, Q = \1", name) for name in order}
-    if labels is not None:
-        shown = {**{name: label for name, label in shown.items() if is_reference[name]}, **labels}
+    found = [read_json(str(folder), path.name) or {} for path in visible_files(folder, "*.json")]
+    results = {str(result.get("system")): result for result in found if result.get("kind") == KIND}
+    reconstructions = {name: label for name in sorted(results) if (label := system_label(name)) != name}
+    models = sorted(results.keys() - reconstructions.keys() - {"recording", "shuffled"})
+    shown = {"recording": "recording"} | reconstructions | dict(labels or {name: name for name in models})
+    if missing := [name for name in shown if name not in results]:
+        raise UserError(f"'{folder}' has no result of '{missing[0]}', only of {', '.join(results) or 'none'}")
     prompts = sorted(manifest["prompts"], key=lambda prompt: hashlib.sha256(prompt["name"].encode()).digest())
-    kind = " of synthetic speech" if any(sample.is_synthetic for sample in systems["recording"].values()) else ""
+    clips: dict[str, list[Clip]] = {prompt["name"]: [] for prompt in prompts[:num_prompts]}
+    texts: dict[str, str] = {}
+    for system, label in shown.items():
+        try:
+            samples = sorted(results[system]["samples"], key=lambda sample: sample["sample"] or 0, reverse=True)
+            first = {sample["prompt"]: sample for sample in samples}
+            for prompt in prompts[:num_prompts]:
+                if sample := first.get(prompt["name"]):
+                    clips[prompt["name"]].append(_clip(label, folder, sample, prompt["seconds"]))
+                    texts |= {prompt["name"]: sample["prompt_text"]} if sample.get("prompt_text") else {}
+        except DAMAGE as error:
+            path = folder / f"{system}.json"
+            raise UserError(f"'{path}' is a damaged result ({error!r}); move it, or run eval/ again") from error
+    kind = " of synthetic speech" if results["recording"].get("data_kind") == "synthetic" else ""
     about = (
         "Each clip begins with its prompt, up to the blue line in the spectrogram. The transcript, by an ASR model, is "
         "of the speech after it. A system with several continuations is shown with the first."
     )
-    sections = [Section(f"{min(num_prompts, len(prompts))} of {len(prompts)} prompts{kind}", [about])]
+    sections = [Section(f"{len(clips)} of {len(prompts)} prompts{kind}", [about])]
     for prompt in prompts[:num_prompts]:
-        name = prompt["name"]
-        found = [(label, systems[system][name]) for system, label in shown.items() if name in systems[system]]
-        clips = [_clip(label, sample, prompt["seconds"]) for label, sample in found]
-        texts = [sample.prompt_text for _, sample in found if sample.prompt_text]
-        title = name + (f", speaker {prompt['speaker']}" if prompt["speaker"] else "")
-        sections.append(Section(title, [f"Prompt, transcribed: {text}" for text in texts[:1]], clips=clips))
+        name, speaker = prompt["name"], prompt["speaker"]
+        heard = [f"Prompt, transcribed: {texts[name]}"] if name in texts else []
+        sections.append(Section(name + (f", speaker {speaker}" if speaker else ""), heard, clips=clips[name]))
     return sections
 
 
-def _read_systems(folder: Path) -> dict[str, dict[str, _Sample]]:
-    """Return the first sample of each prompt, by system and by the prompt's name."""
-    systems: dict[str, dict[str, _Sample]] = {}
-    for path in visible_files(folder, "*.json"):
-        result = read_json(str(folder), path.name) or {}
-        if result.get("kind") != "generations":
-            continue
-        try:
-            samples = systems[result["system"]] = {}
-            for sample in sorted(result["samples"], key=lambda sample: sample["sample"] or 0):
-                values = [form.format(sample[name]) for name, form in SHOWN.items() if sample.get(name) is not None]
-                judged = {name[6:]: value for name, value in sample.items() if name.startswith("judge/")}
-                values += [f"judged {name} {value:.2f}" for name, value in sorted(judged.items()) if value is not None]
-                found = _Sample(
-                    folder / sample["file"],
-                    float(sample["seconds"]),
-                    [line for line in (sample.get("text"), ", ".join(values)) if line],
-                    sample.get("prompt_text"),
-                    is_reference=sample["sample"] is None,
-                    is_synthetic=result.get("data_kind") == "synthetic",
-                )
-                samples.setdefault(sample["prompt"], found)
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
-            raise UserError(f"'{path}' is a damaged result ({error!r}); move it, or run eval/ again") from error
-    return systems
-
-
-def _clip(label: str, sample: _Sample, prompt_seconds: float) -> Clip:
-    end = prompt_seconds + sample.seconds
+def _clip(label: str, folder: Path, sample: Mapping[str, Any], prompt_seconds: float) -> Clip:
+    """Return a continuation with its transcript and measures."""
+    names = [*SHOWN, *in_order(name for name in sample if name.startswith("judge/"))]
+    measures = [(measure_of(name), sample[name]) for name in names if sample.get(name) is not None]
+    values = ", ".join(f"{measure.heading} {measure.shown(value):.{measure.digits}f}" for measure, value in measures)
+    end = prompt_seconds + sample["seconds"]
     try:
-        audio = read_audio(sample.file, RATE_HZ, max_seconds=end + ROUNDING_SECONDS)
+        audio = read_audio(folder / sample["file"], RATE_HZ, max_seconds=end + ROUNDING_SECONDS)
     except AudioError as error:
         if error.reason == "empty":
             return Clip(label, lines=["no audio"])
         raise UserError(f"a continuation of '{label}' cannot be played: {error}") from error
-    has_prompt = audio.seconds > end - ROUNDING_SECONDS
-    return make_clip(label, audio.samples_S, RATE_HZ, sample.lines, prompt_seconds if has_prompt else None)
+    mark_seconds = prompt_seconds if audio.seconds > end - ROUNDING_SECONDS else None  # a continuation alone has none
+    lines = [line for line in (sample.get("text"), values) if line]
+    return make_clip(label, audio.samples_S, RATE_HZ, lines, mark_seconds)

@@ -18,7 +18,6 @@ def forest(panels: Mapping[str, Mapping[str, Estimate]], title: str, *, is_diffe
 
     Args:
         panels: estimates by the heading of the measure and by system.
-        title: title of the picture.
         is_difference: draw a line at zero, in the middle of each panel, and a star at significant differences.
     """
     plt = pyplot()
@@ -64,8 +63,6 @@ def tradeoff(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], 
 
     Args:
         panels: by the label of the horizontal axis and by system the points (x, y) of its seeds.
-        vertical: label of the vertical axis.
-        title: title of the picture.
     """
     plt = pyplot()
     size = (WIDTH_INCHES, 3.4 * len(panels) + 1)

@@ -11,16 +11,15 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from llama_mimi.common.errors import UserError, first_line
-from llama_mimi.common.files import digest, parse_json, visible_files, write_atomically
+from llama_mimi.common.files import digest, parse_json, visible_files
 from llama_mimi.evaluation.benchmarks import SALMON_PARTS
 from llama_mimi.evaluation.results import MAX_AUDIO_SECONDS
-from llama_mimi.evaluation.statistics import bootstrap_interval
 
 KIND = "generations"  # key `kind` of a result of eval/generation.py
 FORMATS = (1, 2)  # 1 has no `data_kind`
 DAMAGE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 BENCHMARKS = ("salmon", "sLM21", "sStoryCloze")
-SALMON = {f"salmon/{part}": part for part in SALMON_PARTS}
+SALMON = {f"salmon/{part}": f"SALMon {part}".replace("_", " ").replace("bg", "background") for part in SALMON_PARTS}
 SALMON_MEAN = "salmon/mean"
 BITS = "bits/"  # beginning of the measure of runs with so many levels
 NO_SAMPLE = -1  # number of the only sample of a reference
@@ -29,21 +28,13 @@ COLUMNS = "system measure item sample value conditions weights data data_kind is
 
 @dataclass(frozen=True)
 class Measure:
-    """How a measure is shown.
+    """How a measure is shown."""
 
-    Args:
-        heading: name with its unit.
-        digits: digits after the point.
-        factor: factor from stored to shown values, 100 for percent.
-        is_log: means are of logarithms and shown as exp; differences are shown as ratios.
-        is_accuracy: an accuracy of a benchmark.
-    """
-
-    heading: str
-    digits: int = 3
-    factor: float = 1.0
-    is_log: bool = False
-    is_accuracy: bool = False
+    heading: str  # with its unit
+    digits: int = 3  # after the point
+    factor: float = 1.0  # from stored to shown values, 100 for percent
+    is_log: bool = False  # means are of logarithms and shown as exp; differences are shown as ratios
+    is_accuracy: bool = False  # of a benchmark
 
     def shown(self, value: float) -> float:
         """Return a mean as it is shown."""
@@ -56,9 +47,7 @@ def _accuracy(heading: str) -> Measure:
 
 # In the order of tables. Other parts of benchmarks, and the criteria of a judge, follow.
 MEASURES = {
-    **{
-        name: _accuracy(f"SALMon {part.replace('_', ' ').replace('bg', 'background')}") for name, part in SALMON.items()
-    },
+    **{name: _accuracy(heading) for name, heading in SALMON.items()},
     SALMON_MEAN: _accuracy("SALMon mean"),
     "sLM21/lexical_dev": _accuracy("sWUGGY"),
     "sLM21/syntactic_dev": _accuracy("sBLIMP"),
@@ -101,14 +90,19 @@ def in_order(names: Iterable[str]) -> list[str]:
     return sorted(set(names), key=key)
 
 
+def system_label(system: str) -> str:
+    """Return the name of a system for readers."""
+    return re.sub(r"^reconstruction_q(\d+)$", r"codec, Q = \1", system)
+
+
 class Results(NamedTuple):
-    """What result files contain.
+    """Content of result files.
 
     Args:
-        items: table with a row for each pair or sample: system, measure, item (number of a group of pairs, or prompt),
-            sample (number in its item), value (NaN: none), conditions (settings that must agree in a comparison),
-            weights (hash), data (hash of the audio, or of the prompts), data_kind ("official", "synthetic" or
-            "other"), and is_reference (not a model, such as the recordings).
+        items: a row for each pair or sample: system, measure, item (number of a group of pairs, or prompt), sample
+            (number in its item), value (NaN: none), conditions (settings that must agree in a comparison), weights
+            (hash), data (hash of the audio, or of the prompts), data_kind ("official", "synthetic" or "other"), and
+            is_reference (not a model, such as the recordings).
         notes: sentences that a reader of the numbers should know.
         ignored: number of JSON files that are not results.
     """
@@ -119,7 +113,7 @@ class Results(NamedTuple):
 
 
 def read_results(paths: Sequence[Path]) -> Results:
-    """Read result files, and those below folders; hidden files are left out.
+    """Read result files, and those below folders that are not hidden.
 
     Raises:
         UserError: a path does not exist, a file cannot be read or is damaged, or two are of the same.
@@ -127,7 +121,7 @@ def read_results(paths: Sequence[Path]) -> Results:
     if missing := [path for path in paths if not path.exists()]:
         raise UserError(f"'{missing[0]}' does not exist; name folders of result files")
     files = {file for path in paths for file in (visible_files(path, "**/*.json") if path.is_dir() else [path])}
-    frames: list[pd.DataFrame] = []
+    frames = [pd.DataFrame(columns=COLUMNS)]
     notes: list[str] = []
     seen: dict[tuple[str, ...], str] = {}
     for file in sorted(files):
@@ -139,19 +133,18 @@ def read_results(paths: Sequence[Path]) -> Results:
         if not isinstance(report, dict) or not ("benchmark" in report or report.get("kind") == KIND):
             continue
         items, of_file = rows_of(report, str(file))
-        system, weights, conditions, data, kind = (
-            str(items[key].iloc[0]) for key in ("system", "weights", "conditions", "data", "data_kind")
-        )
+        one = items.iloc[0]
         about = report.get("benchmark", "the same prompts")
-        identity = (about, system, conditions, *([weights, kind] if "benchmark" in report else [data]))
+        of_weights = (one["weights"], one["data_kind"]) if "benchmark" in report else (one["data"],)
+        identity = (about, one["system"], one["conditions"], *of_weights)
         audio = str(report.get("audio_sha256"))
         if identity not in seen:
             seen[identity] = audio
             frames.append(items)
             notes += of_file
         elif "benchmark" in report or seen[identity] != audio:  # folders may have the same references
-            raise UserError(f"'{file}' is a second result of {system} on {about} ({conditions}); leave one out")
-    table = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=COLUMNS)
+            raise UserError(f"'{file}' is a second result of {one['system']} on {about} ({one['conditions']})")
+    table = pd.concat(frames[1:] or frames, ignore_index=True)
     # One name with several weights: the weights become part of the name.
     weights = table.groupby(["system", "conditions", "measure", "data_kind"])["weights"].transform("nunique")
     is_double = table["system"].isin(table["system"][weights > 1])
@@ -160,20 +153,16 @@ def read_results(paths: Sequence[Path]) -> Results:
 
 
 def rows_of(report: Mapping[str, Any], source: str) -> tuple[pd.DataFrame, list[str]]:
-    """Return the table and the notes of one result.
+    """Return the table and the notes of one result; raise a `UserError` if its format is another or it is damaged.
 
     Args:
         report: content of a result file.
         source: its path, for errors. The folder of a benchmark's result is the system.
-
-    Raises:
-        UserError: another format, or a value is missing or damaged.
     """
     if report.get("format") not in FORMATS:
         raise UserError(f"'{source}' has format {report.get('format')!r}, not 2; move it, or run eval/ again")
     try:
-        read = _benchmark if "benchmark" in report else _generations
-        items, notes = read(report, Path(source).parent.name)
+        items, notes = _benchmark(report, Path(source).parent.name) if "benchmark" in report else _generations(report)
         data_kind = _text(report["data_kind"]) if report["format"] == 2 else "other"
         return items.assign(data_kind=data_kind)[COLUMNS], notes
     except DAMAGE as error:
@@ -215,8 +204,8 @@ def _benchmark(report: Mapping[str, Any], system: str) -> tuple[pd.DataFrame, li
     return items, notes
 
 
-def _generations(report: Mapping[str, Any], _: str) -> tuple[pd.DataFrame, list[str]]:
-    samples = pd.DataFrame(report["samples"]).assign(sample=lambda frame: frame["sample"].astype(float))
+def _generations(report: Mapping[str, Any]) -> tuple[pd.DataFrame, list[str]]:
+    samples = pd.DataFrame(report["samples"]).astype({"sample": float})
     names = [name for name in samples if name in MEASURES or "/" in name]
     items = samples.melt(["prompt", "sample"], names, "measure", "value").rename(columns={"prompt": "item"})
     items["item"].map(_text)
@@ -225,11 +214,10 @@ def _generations(report: Mapping[str, Any], _: str) -> tuple[pd.DataFrame, list[
     limits = items["measure"].map(lambda name: 300.0 if measure_of(name).is_log else 1e15)
     if not (items["value"].abs().fillna(0) < limits).all():
         raise ValueError("a value is out of range")
-    conditions = f"{report['seconds']:g} s, measures {digest(report['measures'])[:6]}"
     return items.assign(
-        system=re.sub(r"^reconstruction_q(\d+)$", r"codec, Q = \1", _text(report["system"])),
+        system=system_label(_text(report["system"])),
         sample=items["sample"].fillna(NO_SAMPLE).astype(int),
-        conditions=conditions,
+        conditions=f"{report['seconds']:g} s, measures {digest(report['measures'])[:6]}",
         weights=_text((report.get("made_by") or {}).get("model_sha256", "")),
         data=_text(report["prompts_sha256"]),
         is_reference=samples["sample"].isna().all(),
@@ -240,43 +228,3 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is not a text")
     return value
-
-
-def generation_means(result: Mapping[str, Any]) -> dict[str, tuple[float, float, float, int]]:
-    """Return mean, 95 % interval (low, high) and number of prompts of a result of eval/generation.py, by heading.
-
-    Means and intervals are as shown: percent, and exp of the mean log perplexity. A sample without a value is left out.
-
-    Raises:
-        UserError: as `rows_of`.
-    """
-    items, _ = rows_of(result, f"the result of {result.get('system')}")
-    values = items.dropna(subset="value").groupby(["measure", "item"])["value"].mean()
-    found = {}
-    for name in in_order(values.index.unique("measure")):
-        of_prompts, measure = values[name], measure_of(name)
-        mean, low, high = map(measure.shown, (of_prompts.mean(), *bootstrap_interval(of_prompts)))
-        found[measure.heading] = mean, low, high, len(of_prompts)
-    return found
-
-
-def write_table(items: pd.DataFrame, path: Path) -> None:
-    """Write a table as Parquet, compressed with zstd.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    content = items.to_parquet(None, compression="zstd", index=False)
-    write_atomically(str(path.parent), path.name, content)
-
-
-def read_table(path: Path) -> pd.DataFrame:
-    """Read a table that `write_table` has written.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    try:
-        return pd.read_parquet(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"'{path}' is not a table of results ({first_line(error)}); write the report again") from error

@@ -20,25 +20,20 @@ _parsed = cache(lambda words: parse_config(list(words)))
 
 
 def resolved(flags: Mapping[str, Any]) -> Any:
-    """Return the job config of training flags. It is cached: do not change it.
-
-    Raises:
-        UserError: a setting is refused.
-    """
+    """Return the job config of training flags; it is cached: do not change it. Raises `UserError` if one is refused."""
     return _parsed(tuple(as_words(flags)))
 
 
-def clip_length_is_known(flags: Mapping[str, Any]) -> bool:
-    """Return True if rows are packed, or their clips are those of a tokenised corpus."""
-    job_config = resolved(flags)
-    return job_config.data.packing == "pack" or (Path(job_config.training.dataset) / MANIFEST).is_file()
+def is_packed_or_tokenised(flags: Mapping[str, Any]) -> bool:
+    """Return True if the length of rows is known: they are packed, or clips of a tokenised corpus."""
+    config = resolved(flags)
+    return config.data.packing == "pack" or (Path(config.training.dataset) / MANIFEST).is_file()
 
 
 def step_flops(flags: Mapping[str, Any], num_ranks: int) -> float:
     """Return the FLOPs of a training step: 6 for each weight that a position is multiplied with, and attention.
 
-    Attention is over the whole row. Rows of padded clips are as long as the clips of the tokenised corpus, or full
-    where that is not known.
+    Attention is over the whole row. A row of which the length is unknown counts as full.
 
     Args:
         flags: settings of training.
@@ -47,27 +42,26 @@ def step_flops(flags: Mapping[str, Any], num_ranks: int) -> float:
     Raises:
         UserError: a setting is refused.
     """
-    job_config = resolved(flags)
-    training, codec = job_config.training, job_config.codec
+    config = resolved(flags)
+    training, codec = config.training, config.codec
     flops_per_frame, frame_rate_hz = _frame_cost(tuple(as_words(flags)))
     rows = training.global_batch_size if training.global_batch_size > 0 else training.local_batch_size * num_ranks
-    frames = training.seq_len / (codec.num_quantizers if job_config.model.architecture == "flattened" else 1)
-    if job_config.data.packing == "pad" and clip_length_is_known(flags):
+    frames = training.seq_len / (codec.num_quantizers if config.model.architecture == "flattened" else 1)
+    if config.data.packing == "pad" and is_packed_or_tokenised(flags):
         corpus = CodeCorpus(training.dataset, codec.name, codec.num_quantizers, codec.attention, with_text=False)
-        frames = min(frames, frame_rate_hz * corpus.mean_seconds(job_config.data.max_audio_seconds))
+        frames = min(frames, frame_rate_hz * corpus.mean_seconds(config.data.max_audio_seconds))
     return rows * frames * flops_per_frame
 
 
 @cache
 def _frame_cost(words: tuple[str, ...]) -> tuple[float, float]:
     """Return the training FLOPs of a frame of audio, and the frames per second."""
-    job_config = parse_config(list(words))  # write_missing changes it
+    config = parse_config(list(words))  # write_missing changes it
     with tempfile.TemporaryDirectory() as folder:
-        write_missing(job_config, Path(folder))
-        args = LlamaMimiArgs(**vars(FLAVORS[job_config.model.flavor]))
-        args.update_from_config(job_config)
-        codec = load_codec_config(job_config.codec.name, job_config.codec.num_quantizers)
+        write_missing(config, Path(folder))
+        args = LlamaMimiArgs(**vars(FLAVORS[config.model.flavor]))
+        args.update_from_config(config)
+        codec = load_codec_config(config.codec.name, config.codec.num_quantizers)
     with torch.device("meta"):
-        model = build_model(args)
-    _, flops_per_target = args.get_nparams_and_flops(model, job_config.training.seq_len)
+        _, flops_per_target = args.get_nparams_and_flops(build_model(args), config.training.seq_len)
     return args.targets_per_frame * flops_per_target, codec.sampling_rate / codec.frame_size

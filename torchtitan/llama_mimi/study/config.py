@@ -12,16 +12,21 @@ from llama_mimi.common.command_line import as_words, read_flags
 from llama_mimi.common.errors import UserError
 from llama_mimi.evaluation.script import BENCHMARK_SCRIPTS, EvaluationOptions
 from llama_mimi.judging.script import GenerationOptions
-from llama_mimi.study.budget import clip_length_is_known, resolved, step_flops
+from llama_mimi.study.budget import is_packed_or_tokenised, resolved, step_flops
 from llama_mimi.tokens.units import Architecture
 from llama_mimi.training.config_file import fits
 
-AXES = ("architecture", "flavor", "num_quantizers", "level_weights", "steps")
+# The axes of a study and their names for readers, and the types of the keys of sections.
+AXES = {"architecture": "{}", "flavor": "{}", "num_quantizers": "Q = {}", "level_weights": "weights {}"}
+AXES |= {"steps": "{:,} steps"}
+Flags = dict[str, Any]
+LISTS = {"architecture": list[Architecture], "flavor": list[str], "num_quantizers": list[int]}
+OVERRIDE: Flags = LISTS | {"level_weights": list[str], "settings": Flags}
+TABLE: Flags = LISTS | {"level_weights": list[str], "title": str, "steps": list[int], "flops": list[float]}
 # Settings of training, and flags of the scripts in eval/, that an axis or the study itself sets.
 OWN = {"model.architecture", "model.flavor", "codec.num_quantizers", "loss.level_weights", "job.config_file"}
 OWN |= {"job.dump_folder", "checkpoint.folder", "debug.seed", "model_name", "output_dir", "codes_dir", "name"}
-Flags = dict[str, Any]
-Kind = TypeVar("Kind")
+Options = TypeVar("Options")
 
 
 @dataclass(frozen=True)
@@ -54,45 +59,15 @@ class Run:
 
 @dataclass(frozen=True)
 class Table:
-    """Variants that are compared; the first one is the baseline. They differ in ``axes``."""
+    """Variants that are compared; the first one is the baseline."""
 
     title: str
     variants: tuple[Variant, ...]
-    axes: tuple[str, ...]
 
     def label(self, variant: Variant) -> str:
-        """Return the name of a variant for readers, such as "hierarchical, Q = 4"."""
-        words = {"num_quantizers": "Q = {}", "steps": "{:,} steps", "level_weights": "weights {}"}
-        return ", ".join(words.get(axis, "{}").format(getattr(variant, axis)) for axis in self.axes) or variant.name
-
-
-@dataclass(frozen=True, kw_only=True)
-class Axes:
-    """Values by axis; an axis without values is left to the config of training."""
-
-    architecture: list[Architecture] = field(default_factory=list)
-    flavor: list[str] = field(default_factory=list)
-    num_quantizers: list[int] = field(default_factory=list)
-    level_weights: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Grid(Axes):
-    """A section [[tables]]: the product of its axes."""
-
-    title: str
-    steps: list[int] = field(default_factory=list)
-    flops: list[float] = field(default_factory=list)  # training FLOPs, in place of steps
-
-
-@dataclass(frozen=True, kw_only=True)
-class Override(Axes):
-    """A section [[override]]: settings of the variants that have one of the values of each axis."""
-
-    settings: Flags
-
-    def applies(self, variant: Variant) -> bool:
-        return all(getattr(variant, axis) in some for axis in AXES[:-1] if (some := getattr(self, axis)))
+        """Return the axes in which the variants differ, such as "hierarchical, Q = 4"."""
+        axes = [axis for axis in AXES if len({getattr(other, axis) for other in self.variants}) > 1]
+        return ", ".join(AXES[axis].format(getattr(variant, axis)) for axis in axes) or variant.name
 
 
 @dataclass(frozen=True)
@@ -117,7 +92,7 @@ class Study:
     note: str = ""  # Markdown that the report begins with
     seeds: list[int] = field(default_factory=lambda: [0])
     settings: Flags = field(default_factory=dict)  # of training; texts may contain the name of an axis in braces
-    override: list[Override] = field(default_factory=list)
+    override: list[Flags] = field(default_factory=list)  # sections of axes and settings
     launch: Launch = Launch()
     benchmarks: dict[Literal["salmon", "sLM21", "sStoryCloze"], Flags] = field(default_factory=dict)
     generation: Flags = field(default_factory=dict)  # flags of eval/generation.py; empty: nothing is judged
@@ -135,7 +110,7 @@ class Study:
 
     def label(self, run: Run) -> str:
         """Return the name of a run for readers, such as "hierarchical, Q = 4, seed 0"."""
-        return f"{_table('', self.variants).label(run.variant)}, seed {run.seed}"
+        return f"{Table('', tuple(self.variants)).label(run.variant)}, seed {run.seed}"
 
     def flags(self, variant: Variant) -> Flags:
         """Return the training settings of a variant, except its steps and seed."""
@@ -150,7 +125,7 @@ class Study:
             for section in ("training", "validation"):
                 length = getattr(base, section).seq_len
                 flags[f"{section}.seq_len"] = length * variant.num_quantizers // base.codec.num_quantizers
-        for settings in (self.settings, *(o.settings for o in self.override if o.applies(variant))):
+        for settings in (self.settings, *(some["settings"] for some in self.override if applies(some, variant))):
             flags |= settings
         axes = {f"{{{axis}}}": str(value) for axis, value in vars(variant).items()}
         for key, value in flags.items():
@@ -166,79 +141,75 @@ def read_study(path: Path) -> Study:
         UserError: the file cannot be read, has an unknown key, or describes a run that training or eval/ refuses.
     """
     try:
-        values = tomllib.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        why = f"the study '{path}' cannot be read ({error})"
-        raise UserError(f"{why}; name a file such as config/studies/tiny.toml") from error
-    try:
-        values["launch"] = _build(Launch, values.get("launch", {}), "[launch]")
-        for key, kind in {"tables": Grid, "override": Override}.items():
-            if not isinstance(sections := values.get(key, []), list):
-                raise UserError(f"{key} is {sections!r}; write sections [[{key}]]")
-            values[key] = [_build(kind, section, f"[[{key}]]") for section in sections]
-        grids = values.pop("tables")
-        study = _build(Study, values | {"path": path}, "the file")
-        tables = tuple(_table(grid.title, _variants(study, grid)) for grid in grids)
+        values = tomllib.loads(path.read_text()) | {"path": path}
+        launch = Launch(**_checked(values.get("launch", {}), get_type_hints(Launch), "[launch]"))
+        for override in values.get("override", []):
+            _checked(override, OVERRIDE, "[[override]]", "settings")
+        grids = [_checked(some, TABLE, "[[tables]]", "title") for some in values.pop("tables", [])]
+        _checked(values | {"launch": launch}, get_type_hints(Study), "the file", "name", "output_dir", "config")
+        study = Study(**values | {"launch": launch, "output_dir": Path(str(values["output_dir"]))})
+        tables = tuple(Table(grid["title"], _variants(study, grid)) for grid in grids)
         options = {name: _options(EvaluationOptions, flags) for name, flags in study.benchmarks.items()}
-        names = {name: BENCHMARK_SCRIPTS[name].result_path(values).name for name, values in options.items()}
-        study = replace(study, output_dir=Path(str(study.output_dir)), tables=tables, result_files=names)
+        names = {name: BENCHMARK_SCRIPTS[name].result_path(some).name for name, some in options.items()}
+        study = replace(study, tables=tables, result_files=names)
         _check(study)
-    except UserError as error:
-        raise UserError(f"the study '{path}' cannot be run: {error}") from error
+    except (OSError, TypeError, ValueError, UserError) as error:
+        raise UserError(f"the study '{path}' cannot be used: {error}") from error
     return study
 
 
-def _build(kind: type[Kind], values: Any, name: str) -> Kind:
-    """Return a dataclass with the values of a section; its keys and their types are those of the dataclass."""
+def _checked(values: Any, types: Mapping[str, Any], name: str, *required: str) -> Flags:
+    """Return a section whose keys have the given types."""
     if not isinstance(values, dict):
         raise UserError(f"{name} is {values!r}; write a section")
-    types = get_type_hints(kind)
     for key, value in values.items():
         if key not in types:
             raise UserError(f"{name} has the unknown key '{key}'; the known ones are {', '.join(types)}")
         if not fits(value, types[key]):
             raise UserError(f"{name} sets {key} to {value!r}; it takes {types[key]}")
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise UserError(f"{name} is incomplete ({error})") from error
+    if missing := set(required) - values.keys():
+        raise UserError(f"{name} has no {min(missing)}; add it")
+    return values
 
 
-def _options(kind: type[Kind], flags: Flags) -> Kind:
+def applies(override: Flags, variant: Variant) -> bool:
+    """Return True if a variant has one of the values of each axis of an [[override]]."""
+    return all(getattr(variant, axis) in values for axis, values in override.items() if axis in AXES)
+
+
+def _options(kind: type[Options], flags: Flags) -> Options:
     return read_flags(kind, as_words({**flags, "model_name": "model"}))
 
 
-def _table(title: str, variants: list[Variant]) -> Table:
-    axes = tuple(axis for axis in AXES if len({getattr(variant, axis) for variant in variants}) > 1)
-    return Table(title, tuple(dict.fromkeys(variants)), axes)
-
-
-def _variants(study: Study, grid: Grid) -> list[Variant]:
+def _variants(study: Study, grid: Flags) -> tuple[Variant, ...]:
     """Return the product of the axes of a table; an axis without values has that of the config."""
     found: list[Variant] = []
-    for architecture in grid.architecture or [*study.config][:1]:
+    for architecture in grid.get("architecture") or [*study.config][:1]:
         if architecture not in study.config:
-            raise UserError(f"[config] has no file for the architecture '{architecture}' of the table '{grid.title}'")
+            raise UserError(f"[config] has no file for the architecture '{architecture}' of '{grid['title']}'")
         base = resolved({"job.config_file": study.config[architecture]})
-        flavors, weights = grid.flavor or [base.model.flavor], grid.level_weights or [base.loss.level_weights]
-        num_quantizers = grid.num_quantizers or [base.codec.num_quantizers]
-        for axes in itertools.product(flavors, num_quantizers, weights):
-            variant = Variant(architecture, *axes, steps=0)
+        axes = (
+            grid.get("flavor") or [base.model.flavor],
+            grid.get("num_quantizers") or [base.codec.num_quantizers],
+            grid.get("level_weights") or [base.loss.level_weights],
+        )
+        for values in itertools.product(*axes):
+            variant = Variant(architecture, *values, steps=0)
             flags = study.flags(variant)
-            steps = grid.steps or [resolved(flags).training.steps]
-            if grid.flops:
-                if grid.steps or not clip_length_is_known(flags):
-                    raise UserError(f"'{grid.title}' has flops; remove its steps, and tokenise or pack the corpus")
-                steps = [round(some / step_flops(flags, study.launch.nproc_per_node)) for some in grid.flops]
+            steps = grid.get("steps") or [resolved(flags).training.steps]
+            if flops := grid.get("flops"):
+                if "steps" in grid or not is_packed_or_tokenised(flags):
+                    raise UserError(f"'{grid['title']}' has flops; remove its steps, and tokenise or pack the corpus")
+                steps = [round(some / step_flops(flags, study.launch.nproc_per_node)) for some in flops]
             found += [replace(variant, steps=number) for number in steps]
-    return found
+    return tuple(dict.fromkeys(found))
 
 
 def _check(study: Study) -> None:
     """Refuse values that have the right type and cannot be run, before anything is trained."""
     launch, sections = study.launch, [study.settings, study.generation, *study.benchmarks.values()]
-    own = OWN & set().union(*sections, *(override.settings for override in study.override))
-    unused = [override for override in study.override if not any(map(override.applies, study.variants))]
+    own = OWN & set().union(*sections, *(some["settings"] for some in study.override))
+    unused = [some for some in study.override if not any(applies(some, variant) for variant in study.variants)]
     configs = [resolved(study.flags(v) | {"training.steps": v.steps}) for v in study.variants]
     is_unknown_batch = launch.train and any(config.training.global_batch_size < 1 for config in configs)
     for is_wrong, message in (
@@ -246,7 +217,7 @@ def _check(study: Study) -> None:
         (len({*study.seeds}) < len(study.seeds), f"seeds is {study.seeds}; list different numbers"),
         (min(launch.parallel, launch.nproc_per_node) < 1, "launch.parallel and launch.nproc_per_node are 1 or more"),
         (own, f"it sets {', '.join(sorted(own))}, which an axis or the study itself sets; remove that"),
-        (unused, f"{unused[:1]} applies to no variant; correct its axes"),
+        (unused, f"the [[override]] {unused[:1]} applies to no variant; correct its axes"),
         (is_unknown_batch, "launch.train starts an unknown number of ranks; set training.global_batch_size"),
     ):
         if is_wrong:

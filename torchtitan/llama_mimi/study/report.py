@@ -6,14 +6,14 @@ from typing import Any
 
 import pandas as pd
 
+from llama_mimi.common.files import write_atomically
 from llama_mimi.report.comparisons import LEGEND, comparison, published_numbers, tradeoffs
 from llama_mimi.report.document import Section, write_markdown
-from llama_mimi.report.results import BITS, read_results, read_table, write_table
+from llama_mimi.report.results import BITS, read_results
 from llama_mimi.study.config import Run, Study
 from llama_mimi.training.metrics import BITS as BITS_KEY
 
-REPORT = "report.md"
-RESULTS = "results.parquet"
+REPORT, RESULTS = "report.md", "results.parquet"
 PUBLISHED = Path("eval/published.toml")
 ABOUT_BITS = (
     "Bits are over the tokens that can stand at a position: the codes of its level and, between frames, `</audio>`. "
@@ -36,15 +36,17 @@ def sections(study: Study, lines: Lines) -> list[Section]:
     """Return the sections of the report; raises as `write_report`."""
     items = _with_bits(collect_results(study), lines)
     commits = sorted({line["commit"] for line in lines if line["commit"]})
-    done = sum(line["state"] == "done" for line in lines)
+    missing = [line for line in lines if line["state"] != "done"]
     about = (
-        f"`uv run python scripts/study.py {study.path}`: {done} of {len(lines)} runs are done, {len(study.seeds)} for "
-        f"each of {len(study.variants)} variants; commit {', '.join(commits) or 'unknown'}. `index.jsonl` has the "
-        f"settings and the cost of each run, `{RESULTS}` its values."
+        f"`uv run python scripts/study.py {study.path}`: {len(lines) - len(missing)} of {len(lines)} runs are done, "
+        f"{len(study.seeds)} for each of {len(study.variants)} variants; commit {', '.join(commits) or 'unknown'}. "
+        f"`index.jsonl` has the settings and the cost of each run, `{RESULTS}` its values."
     )
     found = [Section(f"Study {study.name}", [about, *filter(None, [study.note]), *LEGEND, ABOUT_BITS])]
-    if missing := [f"{line['label']}: {_why(line)}" for line in lines if line["state"] != "done"]:
-        found.append(Section("Runs without results", items=missing))
+    if missing:
+        failed = {line["label"]: line["failed"] for line in missing}
+        why = [f"{run}: {f['step']} failed: {f['why']}" if f else f"{run}: not finished" for run, f in failed.items()]
+        found.append(Section("Runs without results", items=why))
     for number, table in enumerate(study.tables, 1):
         groups = {table.label(v): [Run(v, seed).name for seed in study.seeds] for v in table.variants}
         found.append(comparison(items, table.title, groups, f"forest-{number}"))
@@ -57,33 +59,20 @@ def collect_results(study: Study) -> pd.DataFrame:
     """Return all values of the result files and write them to `RESULTS`; without such files, read `RESULTS`."""
     folders = [study.output_dir / name for name in ("results", "generations")]
     found = read_results([folder for folder in folders if folder.is_dir()]).items
-    path = study.output_dir / RESULTS
-    if found.empty and path.is_file():
-        return read_table(path)
-    write_table(found, path)
+    if found.empty and (study.output_dir / RESULTS).is_file():
+        return pd.read_parquet(study.output_dir / RESULTS)
+    write_atomically(str(study.output_dir), RESULTS, found.to_parquet(None, compression="zstd", index=False))
     return found
 
 
 def _with_bits(items: pd.DataFrame, lines: Lines) -> pd.DataFrame:
     """Add the bits of runs, a measure without items for each number of levels."""
     kinds = items["data_kind"].unique()
+    same = {"item": "", "sample": 0, "conditions": "", "weights": "", "data": "", "is_reference": False}
+    same["data_kind"] = kinds[0] if len(kinds) == 1 else "other"
     rows = [
-        {
-            "system": line["run"],
-            "measure": f"{BITS}{line['num_quantizers']}",
-            "item": "",
-            "sample": 0,
-            "value": bits["all"],
-        }
+        same | {"system": line["run"], "measure": f"{BITS}{line['num_quantizers']}", "value": line[BITS_KEY]["all"]}
         for line in lines
-        if (bits := line.get(BITS_KEY))
+        if line.get(BITS_KEY)
     ]
-    more = pd.DataFrame(rows).assign(
-        conditions="", weights="", data="", data_kind=kinds[0] if len(kinds) == 1 else "other", is_reference=False
-    )
-    return pd.concat([items, more], ignore_index=True) if rows else items
-
-
-def _why(line: Mapping[str, Any]) -> str:
-    failed = line["failed"]
-    return f"{failed['step']} failed: {failed['why']}" if failed else "not finished"
+    return pd.concat([items, pd.DataFrame(rows)], ignore_index=True) if rows else items

@@ -1,9 +1,5 @@
-"""The commands of a study: each run is trained, converted, scored and judged, and has a line in the index.
+"""The commands of a study: each run is trained, converted, scored and judged, and has a line in the index."""
 
-A finished command is not repeated, so that a killed study continues. A failed one is recorded; other runs continue.
-"""
-
-import hashlib
 import json
 import os
 import shutil
@@ -14,10 +10,9 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
-
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from llama_mimi.checkpoint.conversion import JOB_CONFIG, NOT_OF_THE_MODEL
 from llama_mimi.common.command_line import as_words
@@ -26,6 +21,7 @@ from llama_mimi.common.files import LOCK, digest, locked, read_json, write_atomi
 from llama_mimi.common.ranks import end_with_parent
 from llama_mimi.common.resume import require_same
 from llama_mimi.data.code_store import MANIFEST
+from llama_mimi.report.curves import read_curves
 from llama_mimi.study.budget import resolved, step_flops
 from llama_mimi.study.config import Flags, Run, Study
 from llama_mimi.training.metrics import BITS
@@ -89,19 +85,15 @@ def read_record(study: Study, run: Run) -> dict[str, Any]:
 
 def _settings(study: Study, run: Run, step: Step) -> Flags:
     """Return everything that must not change after a step was started."""
-    return step.flags | {"SHA-256 of the config": _file_sha256(Path(study.config[run.variant.architecture]))}
+    return step.flags | {"SHA-256 of the config": _sha256(Path(study.config[run.variant.architecture]))}
 
 
-def _file_sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _sha256(path: Path) -> str:
+    return sha256(path.read_bytes()).hexdigest()
 
 
 def check_unchanged(study: Study) -> None:
-    """Refuse to continue runs whose flags or config file have changed.
-
-    Raises:
-        UserError: the first flag that differs.
-    """
+    """Refuse with a `UserError` to continue runs whose flags or config file have changed."""
     for run in study.runs:
         saved = read_record(study, run)["settings"]
         for step in (step for step in steps(study, run) if step.name in saved):
@@ -111,7 +103,7 @@ def check_unchanged(study: Study) -> None:
 
 
 class StudyRunner:
-    """Runs the commands of a study."""
+    """Runs the commands of a study. A finished command is not repeated; a failed one is recorded."""
 
     def __init__(self, study: Study) -> None:
         self.study = study
@@ -139,7 +131,6 @@ class StudyRunner:
                     self._run(run, steps(self.study, run)[-1:])
 
     def _run(self, run: Run, todo: Sequence[Step]) -> None:
-        folder = run_folder(self.study, run)
         for step in todo:
             record = read_record(self.study, run)
             if step.name in record["seconds"] and step.output.exists():
@@ -149,9 +140,9 @@ class StudyRunner:
             if step.name == TRAIN:  # a run that was killed behind its last checkpoint lacks the validation of that step
                 shutil.rmtree(step.output, ignore_errors=True)
             self._record(run, settings=record["settings"] | {step.name: _settings(self.study, run, step)})
-            began = time.monotonic()
+            log, began = run_folder(self.study, run) / "logs" / f"{step.name}.log", time.monotonic()
             try:
-                self.start(step.name, folder / "logs" / f"{step.name}.log", [*step.program, *as_words(step.flags)])
+                self.start(step.name, log, [*step.program, *as_words(step.flags)])
             except (UserError, OSError) as error:
                 if not self._is_stopping.is_set():
                     self._record(run, failed={"step": step.name, "why": str(error)})
@@ -166,11 +157,7 @@ class StudyRunner:
         write_atomically(str(run_folder(self.study, run)), RECORD, content.encode())
 
     def start(self, name: str, log: Path, command: list[str]) -> None:
-        """Run a command to its end; it ends with this process, also if that is killed.
-
-        Raises:
-            UserError: the command failed.
-        """
+        """Run a command, which ends with this process at the latest; raise a `UserError` if it fails."""
         launch = self.study.launch
         # Runs are judged one after the other, so that the judge has the threads of all parallel runs.
         threads = launch.threads and launch.threads * (launch.parallel if name == GENERATION else 1)
@@ -185,11 +172,7 @@ class StudyRunner:
 
 
 def write_index(study: Study) -> list[dict[str, Any]]:
-    """Write a line of JSON for each run into `INDEX`, and return the lines.
-
-    Raises:
-        UserError: a result cannot be read.
-    """
+    """Write a line of JSON for each run into `INDEX`, and return the lines."""
     lines = [_line(study, run) for run in study.runs]
     write_atomically(str(study.output_dir), INDEX, "".join(json.dumps(line) + "\n" for line in lines).encode())
     return lines
@@ -200,8 +183,12 @@ def _line(study: Study, run: Run) -> dict[str, Any]:
     outputs = [step.output for step in steps(study, run)[2:]]  # results of benchmarks, and continuations
     found = [result for path in outputs if (result := read_json(str(path.parent), path.name))]
     is_done = TRAIN in record["seconds"] and len(found) == len(outputs)
-    config = read_json(str(folder), JOB_CONFIG)
     scored = found[0] if found and study.benchmarks else {}
+    config, dataset = read_json(str(folder), JOB_CONFIG), []
+    if config:  # corpora, tokenised ones by the hash of their manifest
+        parts = [part.strip() for part in config["training"]["dataset"].split(",")]
+        dataset = [_sha256(path) if (path := Path(part, MANIFEST)).is_file() else part for part in parts]
+    bits = {tag: values for tag, values in read_curves(folder).items() if tag.startswith(f"validation_{BITS}/")}
     return {
         "study": study.name,
         "run": run.name,
@@ -211,28 +198,12 @@ def _line(study: Study, run: Run) -> dict[str, Any]:
         "state": "failed" if record["failed"] else "done" if is_done else "unfinished",
         "failed": record["failed"],
         "config_sha256": config and digest({k: v for k, v in config.items() if k not in NOT_OF_THE_MODEL}),
-        "data_sha256": config and _data_sha256(config["training"]["dataset"]),
+        "data_sha256": config and digest(dataset),
         "codec_sha256": scored.get("codec", {}).get("sha256"),
         "model_sha256": scored.get("model_sha256"),
         "commit": scored.get("versions", {}).get("commit"),
         "flops": run.variant.steps * step_flops(study.flags(run.variant), study.launch.nproc_per_node),
         "seconds": record["seconds"],
-        BITS: validation_bits(folder, run.variant.steps),
+        # Of the last step, by level and of all levels.
+        BITS: {tag.split("/")[1]: by[run.variant.steps] for tag, by in bits.items() if run.variant.steps in by},
     }
-
-
-def _data_sha256(dataset: str) -> str:
-    """Return the hash of the manifests of tokenised corpora, and of the names of other corpora."""
-    parts = [part.strip() for part in dataset.split(",")]
-    return digest([_file_sha256(path) if (path := Path(part, MANIFEST)).is_file() else part for part in parts])
-
-
-def validation_bits(folder: Path, step: int) -> dict[str, float]:
-    """Return the bits per second over admissible tokens at the validation of a step, by level and of all levels."""
-    bits: dict[str, float] = {}
-    for log in sorted((folder / "tb").rglob("events*"), key=lambda log: log.name):  # one for each start
-        events = EventAccumulator(str(log)).Reload()
-        for tag in events.Tags()["scalars"]:
-            if tag.startswith(f"validation_{BITS}/"):
-                bits |= {tag.split("/")[1]: event.value for event in events.Scalars(tag) if event.step == step}
-    return bits
