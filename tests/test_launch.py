@@ -10,7 +10,9 @@ from contextlib import contextmanager
 
 import pytest
 from conftest import ROOT
-from plot_run import TOTAL, read_run
+from plot_run import TOTAL
+
+from llama_mimi.report.curves import read_curves
 
 NODES = {"NUM_NODES": "2", "GPUS_PER_NODE": "8", "RDZV_ENDPOINT": "node0:29500"}
 JOB = {"SLURM_JOB_NODELIST": "node[0-1]", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "1", "SLURM_JOB_ID": "17"}
@@ -137,7 +139,7 @@ def test_a_job_of_two_nodes_trains_on_two_ranks(commands, tmp_path):
     job = {**JOB, "SLURM_JOB_ID": str(free_port() - 20000)}
     code, stdout, stderr = run(folder, "bash", "scripts/train.slurm", *flags, **job, timeout=300)
     assert code == 0, stdout[-4000:] + stderr[-4000:]
-    assert read_run(dump_folder)[TOTAL].keys() == {1, 2}
+    assert read_curves(dump_folder)[TOTAL].keys() == {1, 2}
     shards = sorted(file.name for file in (dump_folder / "checkpoint" / "step-2").glob("*.distcp"))
     assert shards == ["__0_0.distcp", "__1_0.distcp"]  # of ranks 0 and 1
 
