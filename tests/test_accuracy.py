@@ -4,7 +4,7 @@ import pytest
 
 from llama_mimi.evaluation.benchmarks import SALMON_PARTS, frequency_band
 from llama_mimi.evaluation.results import mean_of_parts, part_results
-from llama_mimi.evaluation.statistics import wilson_interval
+from llama_mimi.evaluation.statistics import bootstrap_interval, wilson_interval
 
 
 def pair(part="a", name="0", correct=1.0, group=None, is_tie=False, is_cut=False, **labels):
@@ -90,6 +90,9 @@ def test_wilson_interval(accuracy, count, expected):
     assert wilson_interval(accuracy, count) == pytest.approx(expected, abs=1e-6)
 
 
-def test_a_proportion_of_nothing_has_no_interval():
+def test_no_values_have_no_interval():
     with pytest.raises(ValueError, match="proportion of 0 values"):
         wilson_interval(0.5, 0)
+    for parts in ([], [[]], [[1.0], []]):
+        with pytest.raises(ValueError, match="no values has no interval"):
+            bootstrap_interval(*parts)
