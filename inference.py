@@ -136,11 +136,15 @@ def _stream(model: SpeechModel, request: Request, options: SamplingOptions, path
                 first = first or time.perf_counter() - began
     speed = num_new / codec.frame_rate_hz / (time.perf_counter() - began)
     _describe(path, len(request.prompt_TQ), num_new, codec.frame_rate_hz)
-    print(f"first new audio after {first:.2f} s; {speed:.2f} times real time")
+    if num_new:
+        print(f"first new audio after {first:.2f} s; {speed:.2f} times real time")
 
 
 def _describe(path: Path, prompt_frames: int, new_frames: int, rate_hz: float) -> None:
-    print(f"{path}: {prompt_frames / rate_hz:.2f} s of prompt, {new_frames / rate_hz:.2f} s of continuation")
+    if prompt_frames or new_frames:
+        print(f"{path}: {prompt_frames / rate_hz:.2f} s of prompt, {new_frames / rate_hz:.2f} s of continuation")
+    else:
+        print(f"no audio for {path}")
     if not new_frames:
         print("the model ended the speech at once; set --min_seconds, cut a prompt in mid-sentence, or change --seed")
 

@@ -25,10 +25,11 @@ def build_page(page: Path, generations: Path | None = None, study: Path | None =
     """
     if num_prompts < 0:
         raise UserError(f"--num_prompts is {num_prompts}; it must be 0 or more")
+    if (generations is None) == (study is None):
+        raise UserError("name either a --study or the folder of --generations")
     if generations is not None:
         return write_html(f"Continuations in {generations}", continuations(generations, num_prompts), page)
-    if study is None:
-        raise UserError("name either a --study or the folder of --generations")
+    assert study is not None
     write_html(f"Study {study.stem}", study_sections(study, num_prompts), page)
 
 

@@ -54,6 +54,8 @@ def push_to_hub(
         license: license of the weights on the hub, such as llama3.2
         base_model: hub id of the model that training started from
     """
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise UserError(f"--repo is '{repo}'; name it as owner/name")
     card = write_card(model_name, results)
     vars(card.data).update(model_name=repo.split("/")[-1], license=license, base_model=without_folders(base_model))
     texts = {CARD: card.content}
@@ -65,10 +67,14 @@ def push_to_hub(
         if dry_run.exists():
             raise UserError(f"--dry_run is '{dry_run}', which exists; name a new folder")
         dry_run.mkdir(parents=True)
-        for path in files:
-            shutil.copyfile(path, dry_run / path.name)
-        for name, text in texts.items():
-            (dry_run / name).write_text(text)
+        try:
+            for path in files:
+                shutil.copyfile(path, dry_run / path.name)
+            for name, text in texts.items():
+                (dry_run / name).write_text(text)
+        except OSError:
+            shutil.rmtree(dry_run, ignore_errors=True)
+            raise
         return print(f"would be uploaded: {', '.join(sorted([*texts, *(path.name for path in files)]))}; see {dry_run}")
     api = HfApi()
     try:

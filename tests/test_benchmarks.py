@@ -161,11 +161,18 @@ def test_syntactic_groups_are_types_subtypes_and_ids(tmp_path):
     write_gold(folder / "gold.csv", header, rows)
     groups = Counter(pair.group for pair in read_slm21(str(tmp_path)).pairs)
     assert groups == {"agreement__0": 2, "binding__0": 2, "agreement__1": 2}
+    write_gold(folder / "gold.csv", header, [*rows, *rows[:2]])
+    with pytest.raises(UserError, match="lists 's0A1' 2 times"):
+        read_slm21(str(tmp_path))
+    (tmp_path / "lexcal").mkdir()
+    with pytest.raises(UserError, match="lexcal' is not one of lexical, syntactic"):
+        read_slm21(str(tmp_path))
+    (tmp_path / "lexcal").rmdir()
     for mixed in ([rows[0], *rows[2:4], rows[1], *rows[4:]], rows[:1]):
         write_gold(folder / "gold.csv", header, mixed)
-        touch(tmp_path / "moved")
+        touch(tmp_path / "phonetic")
         for path in [path for path in folder.glob("*.wav") if path.stem not in {name for name, *_ in mixed}]:
-            path.rename(tmp_path / "moved" / path.name)
+            path.rename(tmp_path / "phonetic" / path.name)
         with pytest.raises(UserError, match="are not a pair of one id and voice"):
             read_slm21(str(tmp_path))
 

@@ -87,7 +87,7 @@ def test_weights_are_checked_where_they_are_saved(tmp_path, step, value, stops):
 
 
 @pytest.mark.parametrize("name", ["for-loop", "foreach", "fused"])
-def test_an_optimizer_keeps_its_own_settings_and_loads_moments(name):
+def test_an_optimizer_keeps_its_own_settings_and_loads_moments(name, caplog):
     dims = SimpleNamespace(ep_enabled=False, pp_enabled=False)
     model = nn.Linear(2, 2)
 
@@ -101,10 +101,15 @@ def test_an_optimizer_keeps_its_own_settings_and_loads_moments(name):
         first[0].step()
         first[1].step()
     model.zero_grad()
+    caplog.clear()
     same, other = build(lr=1.0), build(lr=8.0, weight_decay=0.5, beta1=0.3)
     for optimizers, schedulers in (same, other):  # in the order in which DCP loads
         schedulers.load_state_dict(first[1].state_dict())
         optimizers.load_state_dict(first[0].state_dict())
+    changes = "optimizer.lr 1.0 -> 8.0, optimizer.beta1 and beta2 (0.9, 0.95) -> (0.3, 0.95), "
+    assert [record.getMessage() for record in caplog.records] == [
+        f"settings changed since the checkpoint: {changes}optimizer.weight_decay 0.1 -> 0.5"
+    ]
     with pytest.raises(UserError, match="was made with optimizer.name = 'AdamW', but it is 'Adam' now"):
         build(lr=1.0, name="Adam")[0].load_state_dict(first[0].state_dict())
     (a,), (b,), (c,) = (pair[0] for pair in (first, same, other))

@@ -79,7 +79,7 @@ def generations_file(folder, system, values, measure="similarity", **changed):
         "measures": {"pauses": {}},
         "audio_sha256": system,
         "data_kind": "other",
-        "made_by": {"model_sha256": "b"},
+        "made_by": {"model_sha256": system * 8},
         "samples": samples(values, measure),
     }
     path = folder / f"{system}.json"
@@ -375,6 +375,14 @@ def test_measures_without_a_common_item_are_named_and_conditions_are_not_mixed(t
     assert section.texts == ["No pair or prompt has a value of every model for: speaker similarity."]
     names = [row[0] for row in section.tables[0].rows]
     assert names == [f"SALMon rir consistency, {preset} (n = 2)" for preset in ("official-levels_0", "official")]
+
+
+def test_a_model_that_was_trained_again_has_two_names(tmp_path):
+    result_file(tmp_path, "m", {"rir_consistency": [1, 0]})
+    result_file(tmp_path, "m", {"lexical_dev": [1, 0]}, benchmark="sLM21", model_sha256="0" * 64)
+    path = result_file(tmp_path, "m", {}, benchmark="sStoryCloze")
+    assert json.loads(path.read_text())["pairs"] == []  # clips without answers
+    assert set(read_results([tmp_path]).items["system"]) == {"m mmmmmmmm", "m 00000000"}
 
 
 def test_tables_have_at_most_six_columns():

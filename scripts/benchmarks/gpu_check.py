@@ -4,7 +4,7 @@
 
 Llama-3.2-1B and Mimi are replaced by random models of the same shape (136,450 vocabulary entries, 2,048 codes), the
 corpus by assets/tiny; the settings are those of config/llama3_2_1b_peoples_speech.toml. The corpus is tokenised, 20
-steps are trained on its codes, one clip a row, and 20 on its audio, encoded beside them, in packed rows. Needs no
+steps are trained on its codes, one clip a row, and 20 on its audio, encoded in each step, in packed rows. Needs no
 network.
 """
 

@@ -44,7 +44,9 @@ def train(job_config: Any) -> None:
     trainer = Trainer(job_config)
     try:
         trainer.train()
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:  # of TensorBoard, which does not name its file
+            error.filename = job_config.job.dump_folder
         with suppress(OSError):  # on a full disk the metrics cannot be closed; the first error says why
             trainer.close()
         raise

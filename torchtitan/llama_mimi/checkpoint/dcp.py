@@ -34,6 +34,8 @@ def find_step(checkpoint: Path) -> Path:
     for path in checkpoint.iterdir():
         if (match := re.fullmatch(_STEP, path.name)) and int(match[1]) > number:
             print(f"note: '{path}' is incomplete (its saving was cut off); reading the older '{steps[number]}'")
+    if not is_distributed(steps[number]):
+        raise UserError(f"'{steps[number]}' is in Hugging Face's format already; name another step")
     return steps[number]
 
 

@@ -142,7 +142,7 @@ def write_atomically(folder: str, name: str, content: bytes) -> None:
         fs.makedirs(bare, exist_ok=True)
         if is_local(fs):
             fs.pipe_file(aside, content)
-            fs.mv(aside, path)
+            os.replace(aside, path)
         else:
             fs.pipe_file(path, content)
     except OSError as error:

@@ -34,6 +34,7 @@ from llama_mimi.data.row_filter import RowFilter
 
 # Clips of a shard by default (3 MB for clips of 14 s), and the fewest shards, so that a small corpus has work for all
 # ranks.
+READER = 2  # to be raised when other clips are skipped or filtered, so that a plan is not continued by other rules
 CLIPS_PER_SHARD, MIN_SHARDS = 2048, 64
 
 
@@ -135,6 +136,7 @@ def make_plan(options: TokenizationOptions, corpus: AudioCorpus, codec: MimiCode
             "attention": codec.attention,
         },
         "resampler": RESAMPLER,
+        "reader": READER,
         "max_audio_seconds": options.max_audio_seconds,
         "long_recordings": options.long_recordings,
         "filter": vars(options.row_filter),

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import json
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -103,7 +104,9 @@ def _side(node: ast.expr, is_list: bool, row: Mapping[str, Any]) -> Any:
 def _holds(compare: Callable[[Any, Any], bool], left: Any, right: Any) -> bool:
     """Compare two values; a text next to a number counts as a number, as tables of text have no others."""
     with contextlib.suppress(ValueError, TypeError):
-        if isinstance(left, str) and isinstance(right, int | float):
+        if isinstance(left, str) and isinstance(right, bool):  # a group of several types is text, also its booleans
+            left = json.loads(left)
+        elif isinstance(left, str) and isinstance(right, int | float):
             left = float(left)
         if isinstance(right, str) and isinstance(left, int | float):
             right = float(right)

@@ -156,7 +156,12 @@ def read_slm21(source: str) -> Benchmark:
     that ``gold.csv`` does not match, are a `UserError`.
     """
     benchmark = _read_tables(source, ("positive", "negative"), SLM21_TABLES)
-    for folder in [*_folders(Path(source) / "lexical"), *_folders(Path(source) / "syntactic")]:
+    root = Path(source)
+    tasks = ("lexical", "syntactic")
+    others = {folder.name for folder in _folders(root)} - {*tasks, "phonetic", "semantic"}  # of ZeroSpeech 2021
+    if others and any((root / task).is_dir() for task in tasks):
+        raise UserError(f"'{root / min(others)}' is not one of {', '.join(tasks)}; rename the folder or move it out")
+    for folder in (folder for task in tasks for folder in _folders(root / task)):
         split = f"{folder.parent.name}/{folder.name}"
         files = {stem: Clip(path.name, path, split) for (stem,), path in _files_by(folder, ".*").items()}
         if (folder / "gold.csv").is_file():
@@ -178,7 +183,10 @@ def _gold_pairs(gold: Path, part: str, files: Mapping[str, Clip]) -> Iterator[Pa
     for row in rows:
         if row["filename"].lower().endswith(ENDINGS):
             row["filename"] = Path(row["filename"]).stem
-    if odd := {row["filename"] for row in rows} ^ files.keys():
+    listed = Counter(row["filename"] for row in rows)
+    if (most := listed.most_common(1)[0])[1] > 1:
+        raise UserError(f"'{gold}' lists '{most[0]}' {most[1]} times; copy it again")
+    if odd := listed.keys() ^ files.keys():
         raise UserError(f"'{min(odd)}' is only in one of '{gold}' and its folder; add the file or move it out")
     is_lexical = part.startswith("lexical")
     found: dict[Any, list[dict[str, str]]] = defaultdict(list)

@@ -1,5 +1,6 @@
 """Continue every prompt in a folder: shared by ranks, resumed after a kill."""
 
+import errno
 import hashlib
 import json
 import os
@@ -160,7 +161,14 @@ def _continue_group(
     for number, new_TQ, end, began in finished(drawn, codec.num_quantizers):
         (key, sample), prompt_TQ = usable[number], requests[number].prompt_TQ
         waveform = Waveform(decode_long(codec, torch.cat([prompt_TQ, new_TQ])), codec.sample_rate_hz)
-        write_wav(output_dir / sample.file, waveform)
+        try:
+            write_wav(output_dir / sample.file, waveform)
+        except UserError as error:
+            if getattr(error.__cause__, "errno", None) != errno.ENAMETOOLONG:
+                raise
+            text = f"'{sample.file}' is too long for a file name; shorten the prompt's name"
+            yield key, {**sample.record, "error": text}
+            continue
         found = {
             "file": sample.file,
             "prompt_frames": len(prompt_TQ),

@@ -89,8 +89,8 @@ def make_prompts(folder: Path, options: PromptOptions) -> PromptSet:
     settings = asdict(options)
     manifest = read_json(str(folder), MANIFEST)
     if manifest is None:
-        prompts, skipped = _cut_prompts(folder, options)
-        manifest = {"format": FORMAT, "settings": settings, "skipped": skipped, "sha256": _files_sha256(folder)}
+        prompts, skipped, sha256 = _cut_prompts(folder, options)
+        manifest = {"format": FORMAT, "settings": settings, "skipped": skipped, "sha256": sha256}
         manifest["prompts"] = [asdict(prompt) for prompt in prompts]
         write_atomically(str(folder), MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
     if (found := manifest.get("format", 1)) != FORMAT:
@@ -126,8 +126,8 @@ def _files_sha256(folder: Path) -> str:
     return digest({path.relative_to(folder).as_posix(): file_sha256(path) for path in files})
 
 
-def _cut_prompts(folder: Path, options: PromptOptions) -> tuple[list[Prompt], Counter[str]]:
-    """Write prompts and recordings; return the prompts in the corpus's order, and why other rows were skipped."""
+def _cut_prompts(folder: Path, options: PromptOptions) -> tuple[list[Prompt], Counter[str], str]:
+    """Write prompts and recordings; return the prompts in the corpus's order, why rows were skipped, and the hash."""
     for part in (PROMPTS, RECORDINGS):
         if (folder / part).exists():
             raise UserError(f"'{folder / part}' has no {MANIFEST} beside it; remove it, or {NEW_FOLDER}")
@@ -172,10 +172,11 @@ def _cut_prompts(folder: Path, options: PromptOptions) -> tuple[list[Prompt], Co
     if not drawn:
         problem = f"no recording of '{options.corpus}' is {options.min_seconds:g} s long and readable"
         raise UserError(f"{problem}; lower --recording_seconds and --prompt_seconds, or fix the corpus")
+    sha256 = _files_sha256(partial.folder)  # before the folders have their names, as it takes a while
     for part in (RECORDINGS, PROMPTS):
         (partial.folder / part).rename(folder / part)
     partial.folder.rmdir()
-    return [prompt for _, _, prompt in sorted(drawn, key=lambda one: one[1])], skipped
+    return [prompt for _, _, prompt in sorted(drawn, key=lambda one: one[1])], skipped, sha256
 
 
 def _rows(corpus: AudioCorpus) -> Iterator[tuple[str, int, Mapping[str, Any]]]:

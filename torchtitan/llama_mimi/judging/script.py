@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -103,6 +104,9 @@ class GenerationOptions:
 
 def judge_generations(options: GenerationOptions) -> None:
     """Continue prompts, measure the continuations, write results, and print a table."""
+    measures = options.measures
+    if measures.judge_model and not (measures.judge_url or measures.dry_run or "OPENAI_API_KEY" in os.environ):
+        raise UserError("--judge_model without --judge_url asks OpenAI; set OPENAI_API_KEY, or name a --judge_url")
     with torchrun_ranks(options.device) as ranks, ExitStack() as locks:
 
         def lock_and_cut() -> PromptSet:
@@ -116,6 +120,7 @@ def judge_generations(options: GenerationOptions) -> None:
 def _judge(options: GenerationOptions, prompts: PromptSet, ranks: Ranks) -> None:
     own, made_by, codec = _own_samples(options, prompts, ranks)
     folder, corpus = options.output_dir, options.prompts.corpus
+    is_official = corpus in OFFICIAL_CORPORA and options.prompts.limit is None
 
     def check_earlier() -> None:
         """Refuse to replace the result of another system with the same name."""
@@ -145,7 +150,7 @@ def _judge(options: GenerationOptions, prompts: PromptSet, ranks: Ranks) -> None
             "measures": descriptions,
             "versions": versions(),
             "audio_sha256": digest([sample.clip.key for sample in some]),
-            "data_kind": "synthetic" if is_synthetic(corpus) else "official" if corpus in OFFICIAL_CORPORA else "other",
+            "data_kind": "synthetic" if is_synthetic(corpus) else "official" if is_official else "other",
             "made_by": made_by if system == options.system else None,
             "missing": Counter(f"{name}: {why}" for record in own_records for name, why in record["missing"].items()),
             "samples": own_records,

@@ -151,5 +151,7 @@ def wavs(prompts: PromptSet, folder: Path, *, hold_prompt: bool, max_seconds: fl
     samples = []
     for (name, number), path in sorted(found.items()):
         start = by_name[name].seconds if hold_prompt else 0.0
+        if start and path.stat().st_size and Clip(path).read(8_000).seconds < start - 0.1:
+            raise UserError(f"'{path}' is shorter than its prompt of {start:g} s; leave out --wavs_hold_prompt")
         samples.append(Sample(by_name[name], number, Clip(path, start, start + max_seconds)))
     return samples

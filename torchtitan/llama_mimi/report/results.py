@@ -124,6 +124,7 @@ def read_results(paths: Sequence[Path]) -> Results:
     frames = [pd.DataFrame(columns=COLUMNS)]
     notes: list[str] = []
     seen: dict[tuple[str, ...], str] = {}
+    ignored = 0
     for file in sorted(files):
         try:
             report = parse_json(file.read_bytes())
@@ -131,6 +132,9 @@ def read_results(paths: Sequence[Path]) -> Results:
         except (OSError, RecursionError, ValueError) as error:
             raise UserError(f"'{file}' is not readable as JSON ({first_line(error)}); move or remove it") from error
         if not isinstance(report, dict) or not ("benchmark" in report or report.get("kind") == KIND):
+            ignored += 1
+            continue
+        if report.get("pairs") == []:  # a test split without answers has clips for the submission only
             continue
         items, of_file = rows_of(report, str(file))
         one = items.iloc[0]
@@ -146,10 +150,10 @@ def read_results(paths: Sequence[Path]) -> Results:
             raise UserError(f"'{file}' is a second result of {one['system']} on {about} ({one['conditions']})")
     table = pd.concat(frames[1:] or frames, ignore_index=True)
     # One name with several weights: the weights become part of the name.
-    weights = table.groupby(["system", "conditions", "measure", "data_kind"])["weights"].transform("nunique")
-    is_double = table["system"].isin(table["system"][weights > 1])
+    known = table["weights"].where(table["weights"] != "")
+    is_double = known.groupby(table["system"]).transform("nunique") > 1
     table["system"] = table["system"].where(~is_double, table["system"] + " " + table["weights"].str[:8])
-    return Results(table, notes, len(files) - len(seen))
+    return Results(table, notes, ignored)
 
 
 def rows_of(report: Mapping[str, Any], source: str) -> tuple[pd.DataFrame, list[str]]:

@@ -209,7 +209,13 @@ def _check(study: Study) -> None:
     """Refuse values that have the right type and cannot be run, before anything is trained."""
     launch, sections = study.launch, [study.settings, study.generation, *study.benchmarks.values()]
     own = OWN & set().union(*sections, *(some["settings"] for some in study.override))
-    unused = [some for some in study.override if not any(applies(some, variant) for variant in study.variants)]
+    unused = [
+        f"{axis} = {value!r}"
+        for some in study.override
+        for axis in AXES
+        for value in some.get(axis, ())
+        if not any(applies({**some, axis: [value]}, variant) for variant in study.variants)
+    ]
     configs = [resolved(study.flags(v) | {"training.steps": v.steps}) for v in study.variants]
     is_unknown_batch = launch.train and any(config.training.global_batch_size < 1 for config in configs)
     for is_wrong, message in (
@@ -217,7 +223,7 @@ def _check(study: Study) -> None:
         (len({*study.seeds}) < len(study.seeds), f"seeds is {study.seeds}; list different numbers"),
         (min(launch.parallel, launch.nproc_per_node) < 1, "launch.parallel and launch.nproc_per_node are 1 or more"),
         (own, f"it sets {', '.join(sorted(own))}, which an axis or the study itself sets; remove that"),
-        (unused, f"the [[override]] {unused[:1]} applies to no variant; correct its axes"),
+        (unused, f"an [[override]] with {unused[:1]} applies to no variant; correct its axes"),
         (is_unknown_batch, "launch.train starts an unknown number of ranks; set training.global_batch_size"),
     ):
         if is_wrong:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import write_atomically
 from llama_mimi.report.comparisons import LEGEND, comparison, published_numbers, tradeoffs
 from llama_mimi.report.document import Section, write_markdown
@@ -56,11 +57,24 @@ def sections(study: Study, lines: Lines) -> list[Section]:
 
 
 def collect_results(study: Study) -> pd.DataFrame:
-    """Return all values of the result files and write them to `RESULTS`; without such files, read `RESULTS`."""
+    """Return all values of the result files and write them to `RESULTS`; without such files, read `RESULTS`.
+
+    Raises:
+        UserError: `RESULTS` has values that the result files lack, which would be lost.
+    """
     folders = [study.output_dir / name for name in ("results", "generations")]
     found = read_results([folder for folder in folders if folder.is_dir()]).items
-    if found.empty and (study.output_dir / RESULTS).is_file():
-        return pd.read_parquet(study.output_dir / RESULTS)
+    if (path := study.output_dir / RESULTS).is_file():
+        saved = pd.read_parquet(path)
+        if found.empty:
+            return saved
+        keys = ["system", "measure"]
+        lost = set(saved[keys].itertuples(index=False, name=None)) - set(found[keys].itertuples(index=False, name=None))
+        if lost:
+            name, measure = min(lost)
+            raise UserError(
+                f"'{path}' has values of {name} ({measure}) that no result file has; restore the files, or remove it"
+            )
     write_atomically(str(study.output_dir), RESULTS, found.to_parquet(None, compression="zstd", index=False))
     return found
 

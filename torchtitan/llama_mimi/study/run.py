@@ -95,7 +95,10 @@ def _sha256(path: Path) -> str:
 def check_unchanged(study: Study) -> None:
     """Refuse with a `UserError` to continue runs whose flags or config file have changed."""
     for run in study.runs:
-        saved = read_record(study, run)["settings"]
+        record = read_record(study, run)
+        if "flags" in record:
+            raise UserError(f"'{run_folder(study, run)}' is of an earlier version; choose another output_dir")
+        saved = record["settings"]
         for step in (step for step in steps(study, run) if step.name in saved):
             current = dict.fromkeys(saved[step.name]) | _settings(study, run, step)  # a removed flag is None
             what = f"the step '{step.name}' of {run.name}"

@@ -262,7 +262,7 @@ def _check_resume(job_config: Any) -> None:
 
 
 def _log_changes(job_config: Any) -> None:
-    """Log the settings of the optimizer, the schedule and the training that differ from those of the last start."""
+    """Log the settings of the schedule and the training that differ from those of the last start."""
     earlier = None
     if name := job_config.job.save_config_file:
         with suppress(UserError):  # a config that cannot be read is written again
@@ -270,9 +270,9 @@ def _log_changes(job_config: Any) -> None:
     now = job_config.to_dict()
     changes = [
         f"{section}.{key} {before} -> {value}"
-        for section in ("optimizer", "lr_scheduler", "training")
+        for section in ("lr_scheduler", "training")  # the optimizer's are compared with the checkpoint
         for key, value in now[section].items()
-        if earlier and (before := earlier.get(section, {}).get(key)) != value
+        if earlier and (before := (earlier.get(section) or {}).get(key)) != value
     ]
     if changes:
         logger.warning(f"settings changed since the last start: {', '.join(changes)}")

@@ -90,7 +90,7 @@ class SpeechMetrics(MetricsProcessor):
         audio_per_s = float(sums[1, 0]) / self._frame_rate_hz / seconds
         steps, num_steps = step - self._last_step, self.job_config.training.steps
         memory_gib = self.device_memory_monitor.get_peak_stats().max_reserved_gib
-        # Where the codec does not run beside the step, its share is in that of the loader.
+        # The share of the codec is a part of the loader's share.
         data = 100 * sum(self.data_loading_times) / seconds
         codec = 100 * self._meters.data.codec_seconds / seconds
         seen = torch.tensor([self._meters.data.num_clips, self._meters.data.num_frames], device=device_type)

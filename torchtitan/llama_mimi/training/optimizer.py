@@ -20,6 +20,14 @@ from llama_mimi.common.resume import require_same
 from llama_mimi.job_config import checkpoint_folder
 from llama_mimi.training.loss import LevelMeter
 
+# Settings of an optimizer's parameter groups, and their keys in the config.
+SETTINGS = {
+    "initial_lr": "optimizer.lr",
+    "betas": "optimizer.beta1 and beta2",
+    "eps": "optimizer.eps",
+    "weight_decay": "optimizer.weight_decay",
+}
+
 
 def build_speech_optimizers(*args: Any, **kwargs: Any) -> OptimizersContainer:
     """Build TorchTitan's optimizers; from a checkpoint they load moments, but no settings."""
@@ -30,14 +38,18 @@ def build_speech_optimizers(*args: Any, **kwargs: Any) -> OptimizersContainer:
 
 
 def _with_own_settings(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """Return the saved state with the settings of this run; a `UserError` refuses moments of another optimizer."""
-    own = optimizer.param_groups[0]
-    saved, current = (
-        {"optimizer.name": "AdamW" if group["decoupled_weight_decay"] else "Adam"}
-        for group in (own | state["param_groups"][0], own)
-    )
+    """Return the saved state with the settings of this run, and log those that differ.
+
+    Raises:
+        UserError: the moments are those of another optimizer.
+    """
+    own, saved = optimizer.param_groups[0], optimizer.param_groups[0] | state["param_groups"][0]
+    before, now = ({"optimizer.name": "AdamW" if g["decoupled_weight_decay"] else "Adam"} for g in (saved, own))
     remedy = "set it as before, or start with new moments by --checkpoint.exclude_from_loading optimizer"
-    require_same(saved, current, "the checkpoint", remedy)
+    require_same(before, now, "the checkpoint", remedy)
+    changes = [f"{name} {saved[key]} -> {own[key]}" for key, name in SETTINGS.items() if saved.get(key) != own.get(key)]
+    if changes and (not dist.is_initialized() or dist.get_rank() == 0):
+        logger.warning(f"settings changed since the checkpoint: {', '.join(changes)}")
     groups = zip(optimizer.param_groups, state["param_groups"], strict=True)
     return {**state, "param_groups": [own | {"params": saved["params"]} for own, saved in groups]}
 

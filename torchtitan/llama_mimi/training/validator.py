@@ -32,7 +32,7 @@ class SpeechValidator(Validator):
     ) -> None:
         self.__dict__.update(parts, job_config=job_config, tokenizer=tokenizer)  # Validator's own opens a text corpus
         self._loader = build_validation_dataloader(dp_world_size, dp_rank, tokenizer, job_config)
-        self._batches: list[Batch] = []
+        self._batches: list[Batch] | None = None
 
     @torch.no_grad()
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
@@ -54,7 +54,8 @@ class SpeechValidator(Validator):
 
     def _padded_batches(self) -> Iterator[Batch]:
         """Yield this rank's batches, then padding until the last rank is done."""
-        self._batches = self._batches or list(self._loader)
+        if self._batches is None:
+            self._batches = list(self._loader)
         num_batches = torch.tensor(len(self._batches), device=device_type)
         dist.all_reduce(num_batches, op=dist.ReduceOp.MAX)
         yield from self._batches
