@@ -89,7 +89,7 @@ class Study:
     name: str
     output_dir: Path
     config: dict[Architecture, str]  # config file of training
-    note: str = ""  # Markdown that the report begins with
+    note: str = ""  # text that the report begins with
     seeds: list[int] = field(default_factory=lambda: [0])
     settings: Flags = field(default_factory=dict)  # of training; texts may contain the name of an axis in braces
     override: list[Flags] = field(default_factory=list)  # sections of axes and settings
