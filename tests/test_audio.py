@@ -85,12 +85,12 @@ def wav(samples: np.ndarray) -> bytes:
     ("content", "reason", "message"),
     [
         (b"", "empty", "0 bytes"),
-        (b"this is a text, not a recording\n" * 20, "unreadable", "no readable audio"),
+        (b"this is a text, not a recording\n" * 20, "unreadable", "not readable audio"),
         (wav(np.zeros(0, np.float32)), "empty", "no audio samples"),
         (wav(np.zeros(1919, np.float32)), "too short", "less than one codec frame"),
         (wav(np.full(4000, np.nan, np.float32)), "non-finite", "NaN or infinite"),
         (wav(np.full(4000, np.inf, np.float32)), "non-finite", "NaN or infinite"),
-        (encoded(RATE, 1, format="WAV")[:40], "unreadable", "no readable audio"),
+        (encoded(RATE, 1, format="WAV")[:40], "unreadable", "not readable audio"),
     ],
     ids=["empty", "text", "no samples", "short", "nan", "infinite", "truncated"],
 )

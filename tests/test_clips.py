@@ -303,7 +303,7 @@ def test_corpora_lie_on_any_file_system(corpus):
 def test_a_damaged_file_is_named(corpus, tmp_path):
     whole = (Path(corpus) / "train-0.parquet").read_bytes()
     (tmp_path / "half.parquet").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=r"half.parquet' is no readable Parquet file"):
+    with pytest.raises(UserError, match=r"half.parquet' is not a readable Parquet file"):
         open_corpus(str(tmp_path), None, "audio", None)
 
 
@@ -313,7 +313,7 @@ def test_damage_behind_a_sound_footer_is_one_sentence(corpus, tmp_path, num_work
     content = bytearray((Path(corpus) / "train-0.parquet").read_bytes())
     content[4:40] = bytes(36)
     (tmp_path / "damaged.parquet").write_bytes(content)
-    with pytest.raises(UserError, match="no readable Parquet file") as error:
+    with pytest.raises(UserError, match="not a readable Parquet file") as error:
         read_all(reader(str(tmp_path)), num_workers=num_workers)
     assert "Traceback" not in str(error.value)
 

@@ -73,7 +73,7 @@ def store(speech, tmp_path_factory):
     folder = tmp_path_factory.mktemp("codes") / "store"
     done = tokenize(speech, folder, "--max_audio_seconds", 4, "--max_bad_share", 0.1, nproc=2)
     assert done.returncode == 0, done.output[-3000:]
-    assert "23 clips" in done.output and "1 skipped" in done.output and "no readable audio" in done.output
+    assert "23 clips" in done.output and "1 skipped" in done.output and "not readable audio" in done.output
     name = pq.read_table(speech, columns=["id"])["id"][14].as_py()
     assert f"clip '{name}': {OPPOSITE}" in done.output and manifest(folder)["remarks"] == {OPPOSITE: 1}
     return folder
@@ -103,7 +103,7 @@ def test_the_manifest_says_what_is_there(store):
     assert (
         found["clips"] == 23
         and found["skipped"] == {"unreadable": 1}
-        and "no readable audio" in found["skipped_first"][0]
+        and "not readable audio" in found["skipped_first"][0]
     )
     rows = pq.read_table([store / shard["file"] for shard in found["shards"]])
     seconds = rows["duration"].to_pylist()
@@ -396,7 +396,7 @@ def test_a_flipped_bit_is_found(store, tmp_path):
     path.write_bytes(content)
     for num_workers in (0, 1):
         reader = CodeReader(CodeCorpus(str(folder), CODEC, 4, with_text=False), max_frames=62, with_text=False)
-        with pytest.raises(UserError, match="no readable Parquet file") as error:
+        with pytest.raises(UserError, match="not a readable Parquet file") as error:
             list(ClipStream([reader], RowsInOrder(reader.corpus.sizes_G, [0]), 3).load(num_workers=num_workers))
         assert "Traceback" not in str(error.value)
 

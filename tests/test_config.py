@@ -170,7 +170,7 @@ def tiny_with(*flags):
         ("--training.dataset assets/tiny/corpus,assets/tiny/words", "name one corpus, or for training several"),
         ("--training.dataset assets/tiny/corpus", "holds the splits train, validation; choose one (data.split"),
         ("--validation.dataset assets/tiny/corpus", "holds the splits train, validation"),
-        ("--data.split train", "is no folder; leave it out"),
+        ("--data.split train", "is not a folder; leave it out"),
         ("--checkpoint.initial_load_in_hf", "vocab_size = 512, but it is 1538 now"),
         ("--checkpoint.initial_load_path models/nothing", "models/nothing/.metadata' is missing"),
     ],

@@ -128,7 +128,7 @@ def test_a_damaged_cache_is_named(tmp_path, codec):
     [
         ("nothing.wav", "is empty (0 bytes)"),
         ("short.wav", "less than one codec frame"),
-        ("text.wav", "no readable audio"),
+        ("text.wav", "not readable audio"),
     ],
 )
 def test_a_clip_that_cannot_be_used_stops_the_run(tmp_path, codec, name, message):

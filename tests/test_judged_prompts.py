@@ -213,7 +213,7 @@ def test_wrong_files_are_refused(prompts, others, mistake):
         message = "notes_7.wav' has no prompt; name it"
     else:
         path.write_bytes(b"RIFF and nothing more")
-        message = f"{name}.wav' is no readable audio"
+        message = f"{name}.wav' is not readable audio"
     with pytest.raises(UserError, match=message):
         for sample in wavs(prompts, folder, hold_prompt=False, max_seconds=9):
             sample.clip.read(RATE)

@@ -108,8 +108,8 @@ READ = {
 # Name -> the file, the reason why it is refused, and words of the sentence.
 REFUSED = {
     "flac that says twice its length": (flac_of_length(2 * len(SPEECH)), "breaks off", "before the length"),
-    "flac without its last bytes": (FLAC[:-10], "unreadable", "no readable audio"),
-    "flac with noise": (with_damage(written(np.tile(SPEECH, 40), format="FLAC")), "unreadable", "no readable audio"),
+    "flac without its last bytes": (FLAC[:-10], "unreadable", "not readable audio"),
+    "flac with noise": (with_damage(written(np.tile(SPEECH, 40), format="FLAC")), "unreadable", "not readable audio"),
     "wav cut in half": (wav(SPEECH)[: 2 * len(SPEECH)], "breaks off", "copy it again"),
     "aiff cut in half": (written(format="AIFF")[: len(SPEECH)], "breaks off", "copy it again"),
     "opus before half a vorbis header": (OPUS + VORBIS[:3000], "chained Ogg", "one after another"),
@@ -120,10 +120,10 @@ REFUSED = {
     "peaks of 17": (wav(SPEECH / np.abs(SPEECH).max() * 17), "out of range", "samples up to 17"),
     "1 Hz": (with_rate(wav(SPEECH), 1), "sample rate", "is 1 Hz, not 1 kHz to 1 MHz"),
     "2 GHz": (with_rate(wav(SPEECH), 2**31 - 1), "sample rate", "2,147,483,647 Hz"),
-    "base64": (b"T2dnUwACAAAAAAAAAAABAAAAAAAAAF3pgQoBE09wdXNIZWFk" * 9, "unreadable", "no readable audio"),
-    "a playlist": (b"#EXTM3U\n#EXTINF:9,\nhttp://127.0.0.1:9/a.aac\n", "unreadable", "no readable audio"),
-    "mp4 of nothing": (by_ffmpeg("ipod", "aac")[:40], "unreadable", "no readable audio"),
-    "aac of nothing": (by_ffmpeg("adts", "aac")[:30], "unreadable", "no readable audio"),
+    "base64": (b"T2dnUwACAAAAAAAAAAABAAAAAAAAAF3pgQoBE09wdXNIZWFk" * 9, "unreadable", "not readable audio"),
+    "a playlist": (b"#EXTM3U\n#EXTINF:9,\nhttp://127.0.0.1:9/a.aac\n", "unreadable", "not readable audio"),
+    "mp4 of nothing": (by_ffmpeg("ipod", "aac")[:40], "unreadable", "not readable audio"),
+    "aac of nothing": (by_ffmpeg("adts", "aac")[:30], "unreadable", "not readable audio"),
 }
 
 
@@ -177,7 +177,7 @@ def test_raw_is_not_guessed(tmp_path):
     """soundfile would take its format from the name, and ask for the rest."""
     path = tmp_path / "clip.raw"
     path.write_bytes(np.arange(9000, dtype=np.int16).tobytes())
-    with pytest.raises(AudioError, match="no readable audio"):
+    with pytest.raises(AudioError, match="not readable audio"):
         read_audio(path, RATE)
     path.write_bytes(OPUS)
     assert read_audio(path, RATE).seconds == pytest.approx(1.5, abs=0.08)

@@ -92,7 +92,7 @@ def test_other_names_of_a_split_choose_it(tmp_path):
     write(tmp_path / "train.parquet")
     write(tmp_path / "validation.parquet")
     assert names_of(parquet_files(str(tmp_path), "dev")) == ["validation.parquet"]
-    with pytest.raises(UserError, match="is no folder; leave it out"):
+    with pytest.raises(UserError, match="is not a folder; leave it out"):
         parquet_files(f"{tmp_path}/*.parquet", "train")
     with pytest.raises(UserError, match="is the split 'train' of MLCommons"):
         open_corpus("peoples_speech", None, "audio", None, split="test")

@@ -172,6 +172,6 @@ def test_a_name_that_is_not_utf_8_is_written_as_utf_8(model, prompts, tmp_path):
     options = replace(OPTIONS, num_samples=1)
     made, failed = run(model, tmp_path / "in", tmp_path / "out", options)
     assert (made["prompt"], made["file"]) == (r"caf\xe9.flac", r"caf\xe9_0.wav") and made["prompt_frames"] == 5
-    assert failed["prompt"] == r"\xff.wav" and r"\xff.wav' is no readable audio" in failed["error"]
+    assert failed["prompt"] == r"\xff.wav" and r"\xff.wav' is not readable audio" in failed["error"]
     assert (tmp_path / "out" / made["file"]).exists()
     assert run(model, tmp_path / "in", tmp_path / "out", options) == [made, failed]

@@ -14,13 +14,13 @@ from llama_mimi.tokens.units import Architecture, VocabularyKind
 @dataclass
 class Job:
     save_config_file: str | None = "job_config.json"
-    """Where in dump_folder the resolved config is saved"""
+    """file in dump_folder for the resolved config"""
 
 
 @dataclass
 class Metrics:
     enable_tensorboard: bool = True
-    """Whether to log metrics to TensorBoard"""
+    """Log metrics to TensorBoard"""
 
 
 @dataclass

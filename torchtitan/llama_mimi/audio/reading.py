@@ -104,7 +104,7 @@ def read_audio(
     except Exception as error:  # decoders raise various errors for damaged files
         detail = first_line(error).split(": ", 1)[-1].rstrip(".")
         raise AudioError(
-            "unreadable", f"'{name}' is no readable audio ({detail}); give a WAV, FLAC, MP3 or OGG file"
+            "unreadable", f"'{name}' is not readable audio ({detail}); give a WAV, FLAC, MP3 or OGG file"
         ) from error
     if len(waveform.samples_S) < min_samples:
         raise AudioError(

@@ -1,1 +1,1 @@
-"""What a run saves: distributed checkpoints, and the same model in Hugging Face's format."""
+"""Distributed checkpoints, and models in Hugging Face's format."""

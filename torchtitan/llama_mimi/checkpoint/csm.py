@@ -1,8 +1,8 @@
 """The hierarchical architecture as a Hugging Face `CsmForConditionalGeneration`, with its codec inside.
 
-``embed_text_tokens`` is the whole embedding table, so the ids are those of a flattened model. Where stock code puts
-audio into text, ``<0_0>`` is a frame and ``<0_1>`` the end: transformers 5.x warns about the id of ``</audio>``. Codes
-of a frame are numbers below K; K is the end, at every level, and the padding.
+``embed_text_tokens`` is the whole embedding table, so the ids are those of a flattened model. In the text that stock
+code reads, ``<0_0>`` is a frame and ``<0_1>`` the end: transformers 5.x warns about the id of ``</audio>``. Codes of a
+frame are numbers below K; K is the end, at every level, and the padding.
 """
 
 from typing import Any

@@ -100,7 +100,7 @@ class CodeCorpus:
         if len(found.frames_NQ) and (highest := int(found.frames_NQ.max())) >= self._codebook_size:
             raise UserError(
                 f"'{path}' holds the code {highest}, outside the codebook of {self._codebook_size}; "
-                "the shard is damaged, tokenise it anew"
+                "the shard is damaged; tokenise it again"
             )
         return CodeGroup(found.columns, found.starts, found.frames_NQ[:, : self._num_quantizers])
 
@@ -126,7 +126,7 @@ class CodeCorpus:
                 raise UserError(
                     f"the shard '{shard['file']}' of '{self.name}' "
                     + ("is missing" if size is None else f"has {size:,} bytes, not {shard['bytes']:,}")
-                    + "; copy it anew, or delete it and start scripts/tokenize_corpus.py again"
+                    + "; copy it again, or delete it and start scripts/tokenize_corpus.py again"
                 )
 
 

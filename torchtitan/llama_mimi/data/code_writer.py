@@ -40,7 +40,7 @@ CLIPS_PER_SHARD, MIN_SHARDS = 2048, 64
 
 @dataclass
 class TokenizationOptions:
-    """What is tokenised, how, and where to."""
+    """Options of tokenising."""
 
     corpus: str
     """Named corpus; folder, path or glob of Parquet, tar or audio files or JSONL manifests; a folder of save_to_disk;
@@ -113,7 +113,7 @@ class TokenizationOptions:
 
 
 def make_plan(options: TokenizationOptions, corpus: AudioCorpus, codec: MimiCodec) -> dict[str, Any]:
-    """What will be made of what; the same on every rank and at every start."""
+    """Return the plan of a tokenised corpus: its settings and shards. Every rank and every start has the same plan."""
     shards: list[dict[str, Any]] = []
     wanted = options.clips_per_shard or min(CLIPS_PER_SHARD, math.ceil(int(corpus.sizes_G.sum()) / MIN_SHARDS))
     first, clips = 0, 0

@@ -172,7 +172,7 @@ def _of_split(dataset: str, files: list[str], split: str | None) -> list[str]:
     if not chosen:
         raise UserError(
             f"the split '{split}' was asked for, but '{dataset}' "
-            + (f"holds {', '.join(found) or 'no splits'}" if is_folder else "is no folder")
+            + (f"holds {', '.join(found) or 'no splits'}" if is_folder else "is not a folder")
             + "; leave it out, or name files by a glob"
         )
     return chosen

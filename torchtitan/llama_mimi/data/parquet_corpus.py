@@ -163,6 +163,4 @@ def _contents(path: str) -> tuple[pa.Schema, list[tuple[int, int]]]:
 
 def unreadable(path: str, error: Exception) -> UserError:
     what = first_line(error)
-    return UserError(
-        f"'{path}' is no readable Parquet file ({what}); mend what keeps it from being read, or copy it anew"
-    )
+    return UserError(f"'{path}' is not a readable Parquet file ({what}); fix the cause, or copy it again")

@@ -108,7 +108,7 @@ def seconds_of(value: Any) -> float | None:
         return None
     seconds = float(value)
     if not 0 <= seconds < math.inf:
-        raise ValueError(f"{value} is no number of seconds")
+        raise ValueError(f"{value} is not a number of seconds")
     return seconds
 
 

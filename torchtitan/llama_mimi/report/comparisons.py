@@ -21,9 +21,10 @@ LEGEND = (
     "Accuracies are in percent. A cell begins with the mean over seeds. Brackets: 95 % bootstrap interval over the n "
     "pairs, groups of pairs or prompts that every model of the row has a value for. ±: half of the 95 % interval over "
     "seeds (Student's t).",
-    "The number with a sign is the difference from the first model, pair by pair and seed by seed; perplexities have a "
-    "ratio. A star marks a difference where both intervals exclude zero (for a ratio: one). There is no star with one "
-    "seed, or where all seeds or pairs have the same difference. Some of many differences have a star by chance.",
+    "The number with a sign is the difference from the first model. It is the mean over pairs and seeds; perplexities "
+    "have a ratio instead. A star marks a difference where both intervals exclude zero (for a ratio: one). There is no "
+    "star with one seed, or where all seeds or pairs have the same difference. Some of many differences have a star by "
+    "chance.",
 )
 SUMMARY = (
     "Brackets are 95 % intervals: Wilson's of n words, sentences or pairs for accuracies (in percent), and bootstrap "
