@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 
-from llama_mimi.audio.mimi import CodecAttention
 from llama_mimi.audio.reading import Waveform, wav_writer, write_wav
 from llama_mimi.audio.streaming import DecodingStream, decode_long
 from llama_mimi.common.command_line import run_command
+from llama_mimi.common.distributed import broadcast_from_rank0, distributed_context
 from llama_mimi.common.errors import UserError
-from llama_mimi.common.ranks import from_first, torchrun_ranks
 from llama_mimi.generation.continuation import (
     SamplingOptions,
     check_text,
@@ -24,7 +23,7 @@ from llama_mimi.generation.continuation import (
     encode_prompts,
     read_prompt,
 )
-from llama_mimi.generation.decoding import End, Request, decode
+from llama_mimi.generation.decoding import FinishReason, Request, decode
 from llama_mimi.generation.loading import load_speech_model
 from llama_mimi.generation.prompt_folder import RESULTS, continue_folder, describe_model
 from llama_mimi.generation.speech_model import DecoderPrecision, SpeechModel
@@ -44,7 +43,7 @@ class Options:
         stream: write the sample to disk during generation
         batch_size: samples of --prompts that are drawn at once; default: 8, on GPUs 64
         codec: hub id or folder; default: the codec that the model names
-        codec_attention: default: that of the model's training codes
+        codec_sliding_window: whether the codec has its sliding window; default: as for the training codes
         device: default: the accelerator, if there is one
         dtype: precision of the decoder
     """
@@ -58,7 +57,7 @@ class Options:
     stream: bool = False
     batch_size: int | None = None
     codec: str | None = None
-    codec_attention: CodecAttention | None = None
+    codec_sliding_window: bool | None = None
     device: str | None = None
     dtype: DecoderPrecision = "float32"
 
@@ -80,22 +79,22 @@ def continue_speech(options: Options, sampling: SamplingOptions) -> None:
             raise UserError(problem)
     files = [file.with_stem(f"{file.stem}_{number}") for number in range(num_samples)] if num_samples > 1 else [file]
     if options.prompt is not None:  # a bad prompt is refused before the model is loaded
-        for remark in read_prompt(options.prompt).remarks:
-            print(f"note: '{options.prompt}' is {remark}")
+        for warning in read_prompt(options.prompt).audio_warnings:
+            print(f"note: '{options.prompt}' is {warning}")
         if any(path.exists() and path.samefile(options.prompt) for path in files):
             raise UserError(f"--output_file would replace the --prompt '{options.prompt}'; name another file")
 
-    with torchrun_ranks(options.device) as ranks:
+    with distributed_context(options.device) as ranks:
         if ranks.world_size > 1 and not is_folder:
             raise UserError(f"{ranks.world_size} ranks cannot share one prompt; run without torchrun, or use --prompts")
-        codec: Any = {"codec_name": options.codec, "attention": options.codec_attention}
+        codec: Any = {"codec_name": options.codec, "sliding_window": options.codec_sliding_window}
         model = load_speech_model(options.model_name, device=str(ranks.device), dtype=options.dtype, **codec)
         if ranks.rank == 0 and (note := checkpoint_note(model, sampling)):
             print(note, flush=True)
         if options.prompts is None or options.output_dir is None:
             _continue_prompt(model, options, sampling, files)
             return
-        made_by = from_first(lambda: describe_model(options.model_name, model, options.dtype))
+        made_by = broadcast_from_rank0(lambda: describe_model(options.model_name, model, options.dtype))
         num_rows = options.batch_size or (64 if ranks.device.type == "cuda" else 8)
         records = continue_folder(model, options.prompts, options.output_dir, sampling, num_rows, ranks, made_by)
     if ranks.rank == 0:
@@ -129,7 +128,7 @@ def _stream(model: SpeechModel, request: Request, options: SamplingOptions, path
         if len(request.prompt_TQ):
             file.write(decoding.decode(request.prompt_TQ).clamp(-1, 1).numpy())
         for _, new in drawn:
-            if not isinstance(new, End):
+            if not isinstance(new, FinishReason):
                 file.write(decoding.decode(new[None]).clamp(-1, 1).numpy())
                 file.flush()
                 num_new += 1

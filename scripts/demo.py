@@ -22,7 +22,7 @@ from llama_mimi.audio.streaming import DecodingStream
 from llama_mimi.common.command_line import run_command
 from llama_mimi.common.errors import UserError
 from llama_mimi.generation.continuation import SamplingOptions, checkpoint_note, encode_prompts, read_prompt
-from llama_mimi.generation.decoding import End, Request, decode
+from llama_mimi.generation.decoding import FinishReason, Request, decode
 from llama_mimi.generation.loading import load_speech_model
 from llama_mimi.generation.speech_model import DecoderPrecision, SpeechModel
 from llama_mimi.report.pages import spectrogram
@@ -124,7 +124,7 @@ def continued(model: SpeechModel, prompt: str, options: SamplingOptions) -> Iter
     prompt_seconds = len(prompt_TQ) / codec.frame_rate_hz
     frames, num_sent, first_spent = list(prompt_TQ), 0, 0.0
     for _, new in decode(model, [Request(prompt_TQ, options.seed, None)], options.for_model(model), 1):
-        if not isinstance(new, End):
+        if not isinstance(new, FinishReason):
             audio.append(decoding.decode(new[None]))
             frames.append(new)
             if sum(map(len, audio[num_sent:])) < CHUNK_SECONDS * codec.sample_rate_hz:
@@ -139,8 +139,8 @@ def continued(model: SpeechModel, prompt: str, options: SamplingOptions) -> Iter
         first_spent = first_spent or spent
         new_seconds = len(frames) / codec.frame_rate_hz - prompt_seconds
         state = f"{new_seconds:.1f} s new after {spent:.1f} s; the first frame was sent after {first_spent:.1f} s"
-        if isinstance(new, End):
-            state += f". The end: {'</audio>' if new is End.BY_MODEL else 'the maximum length'}"
+        if isinstance(new, FinishReason):
+            state += f". The end: {'</audio>' if new is FinishReason.EOS else 'the maximum length'}"
             state += f"; {note}" if (note := checkpoint_note(model, options)) else ""
         colors = spectrogram(torch.cat(audio), codec.sample_rate_hz, prompt_seconds)
         codes = [frame_Q.tolist() for frame_Q in reversed(frames[-SHOWN_FRAMES:])]

@@ -105,7 +105,7 @@ class FusedRMSNorm(torch.autograd.Function):
 
 def deep_frames(model: HierarchicalLlamaMimi, targets_NQ: torch.Tensor) -> torch.Tensor:
     """Return as many frames as train the depth decoder on average; their choice needs content."""
-    return targets_NQ.new_empty(math.ceil(model.model_args.depth_share * len(targets_NQ)))
+    return targets_NQ.new_empty(math.ceil(model.model_args.depth_train_fraction * len(targets_NQ)))
 
 
 @contextlib.contextmanager
@@ -161,9 +161,9 @@ def build_model(job_config: Any, parallel_dims: ParallelDims) -> nn.Module:
 def make_batch(job_config: Any) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
     """Return inputs, labels and further arguments of the model."""
     B, L = job_config.training.local_batch_size, job_config.training.seq_len
-    sequences = llama_mimi.train_spec.build_sequences(job_config)
-    ids_BLW = torch.zeros(B, L, sequences.ids_per_position, dtype=torch.long, device=DEVICE)
-    inputs, labels = sequences.batch(ids_BLW, torch.zeros_like(ids_BLW))
+    tokenizer = llama_mimi.train_spec.build_speech_tokenizer(job_config)
+    ids_BLW = torch.zeros(B, L, tokenizer.ids_per_position, dtype=torch.long, device=DEVICE)
+    inputs, labels = tokenizer.batch(ids_BLW, torch.zeros_like(ids_BLW))
     tokens = inputs.pop("input")
     if job_config.data.packing == "pack":
         bounds = torch.zeros(B * -(-L // POSITIONS_PER_CLIP) + 1, dtype=torch.int32, device=DEVICE)
@@ -255,7 +255,7 @@ def main() -> None:
     job_config = read_config(options, flags.num_gpus)
     with contextlib.ExitStack() as stack:
         write_missing(job_config, Path(stack.enter_context(tempfile.TemporaryDirectory())))
-        vocab_size = llama_mimi.train_spec.build_sequences(job_config).vocabulary.size
+        vocab_size = llama_mimi.train_spec.build_speech_tokenizer(job_config).vocabulary.size
         parallel_dims = build_meshes(job_config, flags.num_gpus)
         stack.callback(torch.distributed.destroy_process_group)
         model = build_model(job_config, parallel_dims)

@@ -38,12 +38,13 @@ def inspect_codes(codes: str, page: Path, codec: str | None = None, num_clips: i
         raise UserError(f"--num_clips is {num_clips}; it must be 0 or more")
     manifest = read_manifest(codes)
     made_by, has_text = manifest["codec"], "text" in manifest["columns"]
-    name, num_quantizers, attention = codec or made_by["name"], made_by["num_quantizers"], made_by["attention"]
-    corpus = CodeCorpus(codes, name, num_quantizers, attention, with_text=has_text)
+    name, num_quantizers = codec or made_by["name"], made_by["num_quantizers"]
+    sliding_window = made_by["sliding_window"]
+    corpus = CodeCorpus(codes, name, num_quantizers, sliding_window, with_text=has_text)
     sections = [overview(manifest), code_use(corpus)]
     sections += [speakers(codes, manifest)] if "speaker" in manifest["columns"] else []
     if num_clips:
-        clips = decoded_clips(corpus, MimiCodec(name, num_quantizers, attention=attention), num_clips, seed)
+        clips = decoded_clips(corpus, MimiCodec(name, num_quantizers, sliding_window=sliding_window), num_clips, seed)
         sections.insert(0, Section(f"{len(clips)} of {manifest['clips']:,} clips, decoded", clips=clips))
     write_html(f"Codes in {codes}", sections, page)
 
@@ -59,7 +60,7 @@ def overview(manifest: dict[str, Any]) -> Section:
         ("shards", f"{len(manifest['shards']):,}, {sum(s['bytes'] for s in manifest['shards']) / 1e6:,.1f} MB"),
         ("codec", f"{codec['name']}, weights {codec['sha256'][:12]}, {codec['num_quantizers']} levels"),
     ]
-    for key, title in {"skipped": "could not be used", "filtered": "filtered", "remarks": "used, but"}.items():
+    for key, title in {"skipped": "could not be used", "filtered": "filtered", "audio_warnings": "used, but"}.items():
         rows += [(f"{title}: {reason}", f"{number:,} clips") for reason, number in manifest.get(key, {}).items()]
     print("\n".join(map(": ".join, rows)))
     figure, axes = pyplot().subplots(figsize=(4.5, 2.2), layout="constrained")
@@ -71,7 +72,7 @@ def overview(manifest: dict[str, Any]) -> Section:
 
 
 def code_use(corpus: CodeCorpus) -> Section:
-    groups = np.unique(np.linspace(0, len(corpus.sizes_G) - 1, MAX_GROUPS).round().astype(int))
+    groups = np.unique(np.linspace(0, len(corpus.rows_per_group) - 1, MAX_GROUPS).round().astype(int))
     Q, size = (corpus.manifest["codec"][key] for key in ("num_quantizers", "codebook_size"))
     counts_QK = np.zeros((Q, size), dtype=np.int64)
     for group in groups.tolist():
@@ -90,7 +91,7 @@ def code_use(corpus: CodeCorpus) -> Section:
     axes.set(xscale="log", yscale="log", xlabel="rank of the code", ylabel="fraction of frames")
     axes.legend(fontsize=8, ncols=2)
     alt = "Fraction of frames by the rank of a code, for each level"
-    about = f"Counted on {corpus.sizes_G[groups].sum():,} of {corpus.manifest['clips']:,} clips."
+    about = f"Counted on {corpus.rows_per_group[groups].sum():,} of {corpus.manifest['clips']:,} clips."
     table = Table(("level", "codes used", "entropy", "most frequent code", "its fraction"), rows)
     return Section("Use of codes", [about], [Picture("code_use.png", save_picture(figure), alt)], [table])
 
@@ -108,11 +109,11 @@ def speakers(codes: str, manifest: dict[str, Any]) -> Section:
 
 def decoded_clips(corpus: CodeCorpus, codec: MimiCodec, num_clips: int, seed: int) -> list[Clip]:
     """Decode the beginning of random clips, each clip of the corpus with the same probability."""
-    ends_G = np.cumsum(corpus.sizes_G)
+    ends_G = np.cumsum(corpus.rows_per_group)
     clips = []
     for number in np.sort(np.random.default_rng(seed).choice(ends_G[-1], min(num_clips, ends_G[-1]), replace=False)):
         group = int(np.searchsorted(ends_G, number, side="right"))
-        found, row = corpus.read_group(group), int(number - ends_G[group] + corpus.sizes_G[group])
+        found, row = corpus.read_group(group), int(number - ends_G[group] + corpus.rows_per_group[group])
         codes_TQ = torch.from_numpy(found.codes(row).astype(np.int64))
         seconds = len(codes_TQ) / codec.frame_rate_hz
         lines = [f"{seconds:.1f} s" + f", the first {CLIP_SECONDS:g} s decoded" * (seconds > CLIP_SECONDS)]

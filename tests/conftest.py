@@ -26,7 +26,7 @@ from transformers import LlamaForCausalLM
 from llama_mimi.audio.mimi import MimiCodec
 from llama_mimi.checkpoint.huggingface import hf_config
 from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs
-from llama_mimi.tokens.sequences import SequenceBuilder, load_sequences
+from llama_mimi.tokens.tokenizer import SpeechTokenizer, load_speech_tokenizer
 from llama_mimi.training.checks import check_files
 from llama_mimi.training.config_file import parse_config
 
@@ -78,20 +78,20 @@ def codec() -> MimiCodec:
 
 
 @pytest.fixture(scope="session")
-def sequences() -> SequenceBuilder:
-    return load_sequences(str(TINY / "llama"), str(TINY / "mimi"), 4)
+def tokenizer() -> SpeechTokenizer:
+    return load_speech_tokenizer(str(TINY / "llama"), str(TINY / "mimi"), 4)
 
 
 @pytest.fixture(scope="session")
-def model_folder(tmp_path_factory, sequences) -> Path:
+def model_folder(tmp_path_factory, tokenizer) -> Path:
     """A converted model with random weights."""
     torch.manual_seed(0)
-    args = LlamaMimiArgs(**{**vars(FLAVORS["tiny"]), "vocab_size": sequences.vocabulary.size})
+    args = LlamaMimiArgs(**{**vars(FLAVORS["tiny"]), "vocab_size": tokenizer.vocabulary.size})
     decoder = LlamaForCausalLM(hf_config(args))
     decoder.config.update({"num_quantizers": 4, "codec": str(TINY / "mimi")})
     folder = tmp_path_factory.mktemp("models") / "random"
     decoder.save_pretrained(folder)
-    sequences.tokenizer.save_pretrained(folder)
+    tokenizer.text_tokenizer.save_pretrained(folder)
     return folder
 
 

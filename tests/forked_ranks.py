@@ -93,7 +93,7 @@ def _be_rank(environment: dict[str, str], command: list[str], log: str, set_up: 
 
     from llama_mimi import train
     from llama_mimi.common.command_line import run_cli
-    from llama_mimi.common.ranks import end_with_parent
+    from llama_mimi.common.distributed import end_with_parent
 
     end_with_parent()  # the server, which ends with the tests
     # TorchTitan waits two seconds at the end of every run.

@@ -17,16 +17,16 @@ from conftest import ROOT, TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_mimi.common.batching import map_ahead
+from llama_mimi.common.batching import prefetch_map
 from llama_mimi.common.errors import UserError
 from llama_mimi.data.build import build_dataloader, build_validation_dataloader
 from llama_mimi.data.clip_readers import AudioClip, AudioReader, SkippedClip
 from llama_mimi.data.clips import ClipStream, is_too_many
 from llama_mimi.data.corpora import open_corpus
-from llama_mimi.data.dataloader import DataMeter, UnitDataLoader
+from llama_mimi.data.dataloader import DataMeter, SpeechDataLoader
 from llama_mimi.data.order import RowsInOrder, ShuffledOrder
 from llama_mimi.data.packing import BatchPacker
-from llama_mimi.tokens.sequences import IGNORE_INDEX, load_sequences
+from llama_mimi.tokens.tokenizer import IGNORE_INDEX, load_speech_tokenizer
 from llama_mimi.training.config_file import parse_config
 
 RATE = 24_000
@@ -65,8 +65,8 @@ def reader(corpus, text=None, max_frames=12):
 
 def read_all(reader, dp_rank=0, dp_world_size=1, num_workers=0):
     """Every clip of one rank once, in corpus order, through the loader that training uses."""
-    sizes_G = reader.corpus.sizes_G
-    order = RowsInOrder(sizes_G, range(len(sizes_G)), dp_rank, dp_world_size)
+    rows_per_group = reader.corpus.rows_per_group
+    order = RowsInOrder(rows_per_group, range(len(rows_per_group)), dp_rank, dp_world_size)
     return [clip for chunk in ClipStream([reader], order, 3).load(num_workers=num_workers) for clip in chunk.clips]
 
 
@@ -102,30 +102,32 @@ def test_bad_clips_are_named(tmp_path):
     assert skipped == {"clip-010": "empty", "clip-011": "unreadable", "clip-012": "no audio"}
 
 
-def unit_loader(corpus, codec, sequences, max_bad_share, is_packed=False, **extra):
+def speech_loader(corpus, codec, tokenizer, max_skip_fraction, is_packed=False, **extra):
     audio = reader(corpus)
-    order = ShuffledOrder([audio.corpus], [1.0], dp_rank=0, dp_world_size=1, shuffle_block=5, seed=0)
-    return UnitDataLoader(
+    order = ShuffledOrder([audio.corpus], [1.0], dp_rank=0, dp_world_size=1, shuffle_window=5, seed=0)
+    return SpeechDataLoader(
         [audio],
         order,
-        BatchPacker(sequences, 2, 16, is_packed=is_packed, has_positions=is_packed),
+        BatchPacker(tokenizer, 2, 16, is_packed=is_packed, has_positions=is_packed),
         codec,
         dp_rank=0,
         dp_world_size=1,
         dataset=corpus,
         chunk_size=8,
-        max_bad_share=max_bad_share,
+        max_skip_fraction=max_skip_fraction,
         workers={},
         **extra,
     )
 
 
-@pytest.mark.parametrize(("num_bad", "max_bad_share", "stops"), [(1, 0.01, False), (3, 0.01, True), (3, 0.5, False)])
-def test_training_stops_at_too_large_a_share(tmp_path, codec, sequences, num_bad, max_bad_share, stops):
+@pytest.mark.parametrize(
+    ("num_bad", "max_skip_fraction", "stops"), [(1, 0.01, False), (3, 0.01, True), (3, 0.5, False)]
+)
+def test_training_stops_at_too_large_a_share(tmp_path, codec, tokenizer, num_bad, max_skip_fraction, stops):
     corpus = write_corpus(tmp_path, [GOOD] * 97 + BAD[:num_bad])
-    batches = iter(unit_loader(corpus, codec, sequences, max_bad_share))
+    batches = iter(speech_loader(corpus, codec, tokenizer, max_skip_fraction))
     if stops:
-        with pytest.raises(UserError, match="data.max_bad_share"):
+        with pytest.raises(UserError, match="data.max_skip_fraction"):
             for _ in range(50):
                 next(batches)
     else:
@@ -139,10 +141,10 @@ def test_a_text_that_leaves_no_room_for_audio_is_skipped(tmp_path, caplog, monke
     monkeypatch.chdir(ROOT)
     corpus = write_corpus(tmp_path, [GOOD] * 4, num_files=1, texts=["the doctor", "the doctor " * 200] * 2)
     settings = {"data.task": "tts", "model.architecture": architecture, "data.packing": packing}
-    settings |= {"training.dataset": corpus, "validation.dataset": corpus, "data.max_bad_share": 1}
+    settings |= {"training.dataset": corpus, "validation.dataset": corpus, "data.max_skip_fraction": 1}
     flags = [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
     job_config = parse_config(["--job.config_file", "config/tiny.toml", *flags])
-    builder = load_sequences(str(TINY / "llama"), str(TINY / "mimi"), 4, "llama", architecture)
+    builder = load_speech_tokenizer(str(TINY / "llama"), str(TINY / "mimi"), 4, "llama", architecture)
     for build in (build_dataloader, build_validation_dataloader):
         caplog.clear()
         loader = build(1, 0, builder, job_config)
@@ -152,10 +154,10 @@ def test_a_text_that_leaves_no_room_for_audio_is_skipped(tmp_path, caplog, monke
 
 
 @pytest.mark.parametrize(("num_clips", "stops"), [(120, False), (40, True)])
-def test_the_share_is_judged_after_a_hundred_clips_and_at_the_end(tmp_path, codec, sequences, num_clips, stops):
+def test_the_share_is_judged_after_a_hundred_clips_and_at_the_end(tmp_path, codec, tokenizer, num_clips, stops):
     """The first three clips are bad: 2.5 % of 120, and more than the 2.8 that 40 clips may have."""
-    loader = unit_loader(write_corpus(tmp_path, BAD + [GOOD] * (num_clips - 3), 1), codec, sequences, 0.028)
-    loader._order = RowsInOrder(loader._readers[0].corpus.sizes_G, range(num_clips // 4))
+    loader = speech_loader(write_corpus(tmp_path, BAD + [GOOD] * (num_clips - 3), 1), codec, tokenizer, 0.028)
+    loader._order = RowsInOrder(loader._readers[0].corpus.rows_per_group, range(num_clips // 4))
     with pytest.raises(UserError, match="3 of 40 clips could not be used") if stops else contextlib.nullcontext():
         assert len(list(loader)) == 59  # of two clips each
 
@@ -169,18 +171,18 @@ def test_a_sample_with_bad_clips_by_chance_is_accepted(fraction, num_ended):
     assert sum(ended) == num_ended
 
 
-def test_a_corpus_without_a_usable_clip_ends(tmp_path, codec, sequences):
+def test_a_corpus_without_a_usable_clip_ends(tmp_path, codec, tokenizer):
     with pytest.raises(UserError, match="can be used"):
-        next(iter(unit_loader(write_corpus(tmp_path, [b"no audio"] * 6), codec, sequences, 1.0)))
+        next(iter(speech_loader(write_corpus(tmp_path, [b"no audio"] * 6), codec, tokenizer, 1.0)))
 
 
-def test_counts_survive_a_checkpoint(tmp_path, codec, sequences):
+def test_counts_survive_a_checkpoint(tmp_path, codec, tokenizer):
     corpus = write_corpus(tmp_path, [GOOD] * 60 + BAD[:1])
-    loader = unit_loader(corpus, codec, sequences, 0.5)
+    loader = speech_loader(corpus, codec, tokenizer, 0.5)
     batches = iter(loader)
     for _ in range(40):
         next(batches)
-    again = unit_loader(corpus, codec, sequences, 0.5)
+    again = speech_loader(corpus, codec, tokenizer, 0.5)
     again.load_state_dict(loader.state_dict())
     assert again._counts["read"] == loader._counts["read"] >= 80
     again._meter = meter = DataMeter()
@@ -188,15 +190,15 @@ def test_counts_survive_a_checkpoint(tmp_path, codec, sequences):
     assert (meter.num_clips, meter.num_frames) == (82, 164), "two rows of two frames a batch"
 
 
-def test_a_packed_row_counts_the_frames_that_it_holds(corpus, codec, sequences):
+def test_a_packed_row_counts_the_frames_that_it_holds(corpus, codec, tokenizer):
     meter = DataMeter()
-    batches = iter(unit_loader(corpus, codec, sequences, 0.0, is_packed=True, meter=meter))
+    batches = iter(speech_loader(corpus, codec, tokenizer, 0.0, is_packed=True, meter=meter))
     for _ in range(5):
         next(batches)
     assert meter.codec_seconds > 0
-    inputs = [inputs["input"] for inputs, _ in itertools.islice(unit_loader(corpus, codec, sequences, 0.0, True), 5)]
-    is_start = torch.cat(inputs).flatten() == sequences.vocabulary.audio_start_id
-    is_level_0 = sequences.vocabulary.is_unit(torch.cat(inputs)) & (sequences.vocabulary.level(torch.cat(inputs)) == 0)
+    inputs = [inputs["input"] for inputs, _ in itertools.islice(speech_loader(corpus, codec, tokenizer, 0.0, True), 5)]
+    is_start = torch.cat(inputs).flatten() == tokenizer.vocabulary.audio_start_id
+    is_level_0 = tokenizer.vocabulary.is_audio(torch.cat(inputs)) & (tokenizer.vocabulary.level(torch.cat(inputs)) == 0)
     assert meter.num_frames == is_level_0.sum()
     assert meter.num_clips <= is_start.sum() <= meter.num_clips + 9, (
         "each of 10 rows but the first may go on with a clip"
@@ -217,9 +219,9 @@ def test_map_ahead_is_map(num_items, num_ahead, fails_at):
     def function(item):
         return 1 / (item - fails_at)
 
-    assert run(map_ahead(function, range(num_items), num_ahead)) == run(map(function, range(num_items)))
+    assert run(prefetch_map(function, range(num_items), num_ahead)) == run(map(function, range(num_items)))
     with pytest.raises(ValueError, match="x"):
-        list(map_ahead(str, map(int, ["1", "x"]), num_ahead))
+        list(prefetch_map(str, map(int, ["1", "x"]), num_ahead))
 
 
 def test_workers_need_no_shared_memory(corpus, monkeypatch):
@@ -230,20 +232,20 @@ def test_workers_need_no_shared_memory(corpus, monkeypatch):
 
     monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", full)
     audio = reader(corpus)
-    order = RowsInOrder(audio.corpus.sizes_G, range(len(audio.corpus.sizes_G)))
+    order = RowsInOrder(audio.corpus.rows_per_group, range(len(audio.corpus.rows_per_group)))
     (sent, *_), (read, *_) = (ClipStream([audio], order, 4).load(num_workers=n, timeout=20 if n else 0) for n in (1, 0))
     for clip, wanted in zip(sent.clips, read.clips, strict=True):
         assert clip.samples_S.equal(wanted.samples_S) and clip.name == wanted.name
 
 
-def test_validation_takes_the_same_clips_on_any_number_of_ranks(sequences, monkeypatch):
+def test_validation_takes_the_same_clips_on_any_number_of_ranks(tokenizer, monkeypatch):
     monkeypatch.chdir(ROOT)
     flags = ["--job.config_file", "config/tiny.toml", "--data.validation_clips", "7"]
 
     def rows(num_ranks):
         monkeypatch.setenv("WORLD_SIZE", str(num_ranks))
         loaders = [
-            build_validation_dataloader(num_ranks, rank, sequences, parse_config(flags)) for rank in range(num_ranks)
+            build_validation_dataloader(num_ranks, rank, tokenizer, parse_config(flags)) for rank in range(num_ranks)
         ]
         labels = torch.cat([labels_BL for loader in loaders for _, labels_BL in loader]).tolist()
         return sorted(row for row in labels if set(row) != {IGNORE_INDEX})
@@ -251,11 +253,11 @@ def test_validation_takes_the_same_clips_on_any_number_of_ranks(sequences, monke
     assert rows(1) == rows(2) == rows(3) and len(rows(1)) == 7
 
 
-def test_audio_is_packed_as_its_codes_are(codec, sequences):
+def test_audio_is_packed_as_its_codes_are(codec, tokenizer):
     """The online path: the same rows as from codes that were made before."""
-    loader = unit_loader(str(TINY / "corpus" / "validation-*.parquet"), codec, sequences, 0.0, is_packed=True)
+    loader = speech_loader(str(TINY / "corpus" / "validation-*.parquet"), codec, tokenizer, 0.0, is_packed=True)
     refs, clone = [], loader._order.clone()
-    packer = BatchPacker(sequences, 2, 16, is_packed=True, has_positions=True)
+    packer = BatchPacker(tokenizer, 2, 16, is_packed=True, has_positions=True)
     batches = iter(loader)
     while not packer.is_full:
         refs.append(clone.take())
@@ -286,7 +288,7 @@ def test_named_corpora_read_a_local_download(tmp_path):
     for file in (tmp_path / "clean").glob("train-*.parquet"):
         file.rename(file.with_name(f"{file.stem}-of-00003.parquet"))
     corpus = open_corpus("peoples_speech", str(tmp_path), "audio", "text")
-    ids = [name for group in range(len(corpus.sizes_G)) for name in corpus.read_group(group)["id"].to_pylist()]
+    ids = [name for group in range(len(corpus.rows_per_group)) for name in corpus.read_group(group)["id"].to_pylist()]
     assert sorted(ids) == [f"clip-{i:03}" for i in range(8)]
 
 
@@ -295,9 +297,9 @@ def test_corpora_lie_on_any_file_system(corpus):
     for path in sorted(Path(corpus).glob("*.parquet")):
         memory.pipe_file(f"/speech/{path.name}", path.read_bytes())
     there, here = open_corpus("memory://speech", None, "audio", "text"), open_corpus(corpus, None, "audio", "text")
-    assert there.sizes_G.tolist() == here.sizes_G.tolist()
+    assert there.rows_per_group.tolist() == here.rows_per_group.tolist()
     assert there.read_group(4).equals(here.read_group(4))
-    assert open_corpus("memory://speech/train-1.parquet", None, "audio", "text").sizes_G.sum() == 9
+    assert open_corpus("memory://speech/train-1.parquet", None, "audio", "text").rows_per_group.sum() == 9
 
 
 def test_a_damaged_file_is_named(corpus, tmp_path):
@@ -331,7 +333,7 @@ def test_empty_files_are_no_windows(corpus, tmp_path):
     table = pq.read_table(Path(corpus) / "train-0.parquet")
     pq.write_table(table, tmp_path / "train-0.parquet")
     pq.write_table(table.slice(0, 0), tmp_path / "train-1.parquet")
-    assert open_corpus(str(tmp_path), None, "audio", None).sizes_G.tolist() == [9]
+    assert open_corpus(str(tmp_path), None, "audio", None).rows_per_group.tolist() == [9]
 
 
 @pytest.mark.parametrize("path", ["nothing://speech", "s3://speech"])
@@ -354,8 +356,8 @@ import sys, time
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from test_clips import AudioReader, ClipStream, RowsInOrder, reader
 audio = reader({corpus!r})
-sizes_G = audio.corpus.sizes_G
-chunks = ClipStream([audio], RowsInOrder(sizes_G, list(range(len(sizes_G))) * 9), 40).load(num_workers=2)
+rows_per_group = audio.corpus.rows_per_group
+chunks = ClipStream([audio], RowsInOrder(rows_per_group, list(range(len(rows_per_group))) * 9), 40).load(num_workers=2)
 next(chunks)
 print("reading", flush=True)
 time.sleep(60)

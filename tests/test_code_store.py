@@ -34,7 +34,7 @@ from llama_mimi.data.code_store import CodeCorpus, StoredClip, is_store, shard_b
 from llama_mimi.data.code_writer import TokenizationOptions
 from llama_mimi.data.order import RowsInOrder
 from llama_mimi.data.tokenization import tokenize_corpus
-from llama_mimi.train_spec import build_sequences
+from llama_mimi.train_spec import build_speech_tokenizer
 
 pytestmark = pytest.mark.distributed
 CODEC = str(TINY / "mimi")
@@ -71,11 +71,11 @@ def in_opposite_phases(content: bytes) -> bytes:
 def store(speech, tmp_path_factory):
     """The corpus tokenised on two ranks."""
     folder = tmp_path_factory.mktemp("codes") / "store"
-    done = tokenize(speech, folder, "--max_audio_seconds", 4, "--max_bad_share", 0.1, nproc=2)
+    done = tokenize(speech, folder, "--max_audio_seconds", 4, "--max_skip_fraction", 0.1, nproc=2)
     assert done.returncode == 0, done.output[-3000:]
     assert "23 clips" in done.output and "1 skipped" in done.output and "not readable audio" in done.output
     name = pq.read_table(speech, columns=["id"])["id"][14].as_py()
-    assert f"clip '{name}': {OPPOSITE}" in done.output and manifest(folder)["remarks"] == {OPPOSITE: 1}
+    assert f"clip '{name}': {OPPOSITE}" in done.output and manifest(folder)["audio_warnings"] == {OPPOSITE: 1}
     return folder
 
 
@@ -123,7 +123,7 @@ def test_a_run_that_was_cut_off_finishes_on_other_ranks(store, speech, tmp_path)
     (again / "manifest.json").unlink()
     (again / "shard-000001.parquet").rename(again / ".0123.partial")
     kept = {path.name: path.stat().st_mtime_ns for path in again.glob("shard-*.parquet")}
-    done = tokenize(speech, again, "--max_audio_seconds", 4, "--max_bad_share", 0.1, nproc=1)
+    done = tokenize(speech, again, "--max_audio_seconds", 4, "--max_skip_fraction", 0.1, nproc=1)
     assert done.returncode == 0, done.output[-3000:]
     assert not list(again.glob("*.partial"))
     for name, time_ns in kept.items():
@@ -144,10 +144,10 @@ def run_alone(monkeypatch, *flags):
 def test_output_on_another_file_system(speech, store, monkeypatch):
     fs = fsspec.filesystem("memory")
     flags = ["--corpus", speech, "--codec", CODEC, "--clips_per_shard", 8, "--max_audio_seconds", 4]
-    run_alone(monkeypatch, *flags, "--max_bad_share", 0.1, "--output_dir", "memory://codes/store")
+    run_alone(monkeypatch, *flags, "--max_skip_fraction", 0.1, "--output_dir", "memory://codes/store")
     there = CodeCorpus("memory://codes/store", CODEC, 8, with_text=True)
     here = CodeCorpus(str(store), CODEC, 8, with_text=True)
-    assert there.sizes_G.tolist() == here.sizes_G.tolist() and not fs.glob("codes/store/*.partial")
+    assert there.rows_per_group.tolist() == here.rows_per_group.tolist() and not fs.glob("codes/store/*.partial")
     assert np.array_equal(there.read_group(2).frames_NQ, here.read_group(2).frames_NQ)
 
 
@@ -160,14 +160,14 @@ def test_output_on_another_file_system(speech, store, monkeypatch):
         (["--num_quantizers", 9], "1 to 8 levels"),
         (["--corpus", TINY / "words" / "train-*.parquet"], "made with corpus_sha256 = "),
         (["--corpus", TINY / "words"], "holds the splits train, validation; choose one (data.split"),
-        (["--codec_attention", "whole"], "made with codec.attention = 'windowed', but it is 'whole' now"),
+        (["--no_codec_sliding_window"], "made with codec.sliding_window = True, but it is False now"),
         (["--text_column", "none"], "made with columns"),
         (["--batch_seconds", 0], "must be a positive number"),
         (["--max_audio_seconds", 0.01], "less than a frame"),
         (["--max_audio_seconds", "inf"], "must be a positive number"),
         (["--audio_column", "text"], "not a struct of audio bytes and path"),
         (["--output_dir", "nothing://codes"], "cannot be opened"),
-        (["--max_bad_share", 2], "share between 0 and 1"),
+        (["--max_skip_fraction", 2], "share between 0 and 1"),
         (["--corpus", "nothing/*.parquet"], "no Parquet, tar or audio file and no JSONL manifest matches"),
         (["--audio_column", "sound"], "no column 'sound'"),
         (["--codec", "models/none/here"], "does not exist"),
@@ -196,8 +196,8 @@ def test_mistakes_get_one_sentence(flags, message, store, speech, tmp_path, monk
 
 def test_too_many_bad_clips_stop_before_the_manifest(speech, tmp_path, monkeypatch):
     flags = ["--corpus", speech, "--codec", CODEC, "--clips_per_shard", 8, "--output_dir", tmp_path / "store"]
-    with pytest.raises(UserError, match=r"1 of 14 clips could not be used, more than --max_bad_share 0 "):
-        run_alone(monkeypatch, *flags, "--max_bad_share", 0)
+    with pytest.raises(UserError, match=r"1 of 14 clips could not be used, more than --max_skip_fraction 0 "):
+        run_alone(monkeypatch, *flags, "--max_skip_fraction", 0)
     assert not (tmp_path / "store" / "manifest.json").exists()
 
 
@@ -219,7 +219,7 @@ def test_two_runs_do_not_share_an_output(speech, tmp_path, monkeypatch):
     finally:
         first.kill()
         first.wait()
-    run_alone(monkeypatch, "--corpus", speech, "--codec", CODEC, "--output_dir", tmp_path, "--max_bad_share", 1)
+    run_alone(monkeypatch, "--corpus", speech, "--codec", CODEC, "--output_dir", tmp_path, "--max_skip_fraction", 1)
     assert manifest(tmp_path)["clips"] == 23, "a lock ends with its process"
 
 
@@ -262,8 +262,8 @@ def test_shards_give_the_batches_that_audio_gives(packing, num_quantizers, store
     depth = ["--codec.num_quantizers", num_quantizers, "--data.packing", packing]
     loaders = []
     for dataset in (store, speech):
-        job_config = config(dataset, *depth, "--data.max_bad_share", 1)
-        loaders.append(build_validation_dataloader(1, 0, build_sequences(job_config), job_config))
+        job_config = config(dataset, *depth, "--data.max_skip_fraction", 1)
+        loaders.append(build_validation_dataloader(1, 0, build_speech_tokenizer(job_config), job_config))
     pairs = list(zip(*loaders, strict=True))
     assert pairs
     for (inputs, labels_BL), (others, other_labels_BL) in pairs:
@@ -271,13 +271,13 @@ def test_shards_give_the_batches_that_audio_gives(packing, num_quantizers, store
         assert ("positions" in inputs) == (packing == "pack")
 
 
-def test_a_mixture_has_the_shares_of_audio_asked_for(store, tmp_path, sequences, world_of_one):
+def test_a_mixture_has_the_shares_of_audio_asked_for(store, tmp_path, tokenizer, world_of_one):
     short = tmp_path / "short"
     write_store(short, lengths=[12] * 40, like=store)
     job_config = config(
         f"{store}, {short}", "--validation.no-enable", "--data.weights", 1.0, 3.0, "--data.packing", "pack"
     )
-    loader = build_dataloader(1, 0, sequences, job_config)
+    loader = build_dataloader(1, 0, tokenizer, job_config)
     seconds = Counter()
     for ref, clip in loader._clips():
         seconds[ref.corpus] += len(clip.codes_TQ) / 12.5
@@ -287,10 +287,10 @@ def test_a_mixture_has_the_shares_of_audio_asked_for(store, tmp_path, sequences,
     assert seconds[1] / sum(seconds.values()) == pytest.approx(0.75, abs=0.03)
 
 
-def test_text_comes_with_the_codes(store, sequences, world_of_one):
-    loader = build_dataloader(1, 0, sequences, config(store, "--data.task", "tts", "--data.packing", "pack"))
+def test_text_comes_with_the_codes(store, tokenizer, world_of_one):
+    loader = build_dataloader(1, 0, tokenizer, config(store, "--data.task", "tts", "--data.packing", "pack"))
     inputs, _ = next(iter(loader))
-    text = sequences.tokenizer.decode(inputs["input"][0, 1:12])
+    text = tokenizer.text_tokenizer.decode(inputs["input"][0, 1:12])
     texts = pq.read_table(sorted(store.glob("shard-*.parquet")))["text"].to_pylist()
     assert any(known.startswith(text.split("<audio>")[0][:12]) for known in texts)
 
@@ -344,7 +344,7 @@ def edit_codec(**changes):
         (edit_manifest(format=2), "format 2, not 1"),
         (edit_codec(sha256="0" * 64), "codec.sha256 = '000000000000"),
         (edit_codec(num_quantizers=2), "has 2 levels, fewer than codec.num_quantizers = 4"),
-        (edit_codec(attention="whole"), "made with codec.attention = 'whole', but it is 'windowed' now"),
+        (edit_codec(sliding_window=False), "made with codec.sliding_window = False, but it is True now"),
     ],
     ids=[
         "truncated",
@@ -397,7 +397,7 @@ def test_a_flipped_bit_is_found(store, tmp_path):
     for num_workers in (0, 1):
         reader = CodeReader(CodeCorpus(str(folder), CODEC, 4, with_text=False), max_frames=62, with_text=False)
         with pytest.raises(UserError, match="not a readable Parquet file") as error:
-            list(ClipStream([reader], RowsInOrder(reader.corpus.sizes_G, [0]), 3).load(num_workers=num_workers))
+            list(ClipStream([reader], RowsInOrder(reader.corpus.rows_per_group, [0]), 3).load(num_workers=num_workers))
         assert "Traceback" not in str(error.value)
 
 

@@ -5,7 +5,7 @@ import torch
 from conftest import TINY
 from transformers import LlamaConfig
 
-from llama_mimi.audio.mimi import MimiCodec, attention_of
+from llama_mimi.audio.mimi import MimiCodec, has_sliding_window
 from llama_mimi.audio.reading import read_audio
 from llama_mimi.common.errors import UserError
 
@@ -40,7 +40,7 @@ def test_many_clips_come_back_in_their_order(codec, speech, batch_seconds):
 
 def test_without_its_window_the_codec_attends_to_all_that_came_before(codec, speech):
     """The tiny codec's window is 24 positions at 25 Hz; each of its layers looks back by so many."""
-    whole = MimiCodec(codec.name, 4, attention="whole")
+    whole = MimiCodec(codec.name, 4, sliding_window=False)
     (windowed_TQ,), (whole_TQ,) = codec.encode([speech]), whole.encode([speech])
     assert torch.equal(windowed_TQ[:12], whole_TQ[:12]) and not torch.equal(windowed_TQ, whole_TQ)
     # what came first has no part in codes beyond the reach of all windows, and has in those of whole attention
@@ -49,19 +49,19 @@ def test_without_its_window_the_codec_attends_to_all_that_came_before(codec, spe
     other = torch.cat([torch.zeros(4 * 1920), long[4 * 1920 :]])
     ends = [[c.encode([samples_S])[0][reach + 10 :] for samples_S in (long, other)] for c in (codec, whole)]
     assert torch.equal(*ends[0]) and not torch.equal(*ends[1])
-    assert (codec.attention, whole.attention) == ("windowed", "whole")
+    assert (codec.sliding_window, whole.sliding_window) == (True, False)
 
 
 @pytest.mark.parametrize(
-    ("entries", "attention"),
+    ("entries", "window"),
     [
-        ({"num_quantizers": 4}, "whole"),  # a released checkpoint
-        ({"num_quantizers": 4, "codec": "kyutai/mimi", "codec_attention": "windowed"}, "windowed"),
-        ({"num_quantizers": 4, "codec": "kyutai/mimi", "codec_attention": "whole"}, "whole"),
+        ({"num_quantizers": 4}, False),  # a released checkpoint
+        ({"num_quantizers": 4, "codec": "kyutai/mimi", "codec_sliding_window": True}, True),
+        ({"num_quantizers": 4, "codec": "kyutai/mimi", "codec_sliding_window": False}, False),
     ],
 )
-def test_a_checkpoint_says_how_its_codes_were_made(entries, attention):
-    assert attention_of(LlamaConfig(**entries)) == attention
+def test_a_checkpoint_says_how_its_codes_were_made(entries, window):
+    assert has_sliding_window(LlamaConfig(**entries)) == window
 
 
 def test_fewer_levels_are_a_prefix(speech):

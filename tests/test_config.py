@@ -27,9 +27,9 @@ from llama_mimi.data.code_store import StoredClip
 from llama_mimi.data.corpus_files import CORPORA, RELEASED_NAMES
 from llama_mimi.model.architectures import build_model
 from llama_mimi.model.llama import FLAVORS
-from llama_mimi.tokens.sequences import load_sequences
+from llama_mimi.tokens.tokenizer import load_speech_tokenizer
 from llama_mimi.training.checks import check_files, prepare_run
-from llama_mimi.training.config_file import RELEASED_KEYS, parse_config
+from llama_mimi.training.config_file import OLD_KEYS, parse_config
 
 HIERARCHICAL = "--model.architecture hierarchical"
 CONFIGS = sorted((ROOT / "config").glob("*.toml"))
@@ -123,7 +123,7 @@ def tiny_with(*flags):
         ("--codec.num_quantizers 0", "set a positive, finite number"),
         ("--training.global_batch_size 0", "training.global_batch_size is 0; set a multiple of 4"),
         ("--data.validation_clips 0", "-1 for all clips"),
-        ("--data.max_bad_share 2", "fraction between 0 and 1"),
+        ("--data.max_skip_fraction 2", "fraction between 0 and 1"),
         ("--training.max_norm -1", "training.max_norm is -1.0; set a positive number, or inf"),
         ("--training.max_norm 0", "training.max_norm is 0.0; set a positive number, or inf"),
         ("--training.max_norm nan", "training.max_norm is nan; set a positive number, or inf"),
@@ -144,8 +144,8 @@ def tiny_with(*flags):
         ("--checkpoint.initial_load_in_hf --checkpoint.no-enable", "set checkpoint.enable"),
         ("--checkpoint.folder /elsewhere/checkpoints", "a folder of its own in job.dump_folder"),
         ("--checkpoint.keep_latest_k 1", "keep at least 2"),
-        ("--model.depth_share 0.5", "model.depth_share is 0.5; set 1"),
-        (f"{HIERARCHICAL} --model.depth_share 0", "model.depth_share is 0.0; set 1"),
+        ("--model.depth_train_fraction 0.5", "model.depth_train_fraction is 0.5; set 1"),
+        (f"{HIERARCHICAL} --model.depth_train_fraction 0", "model.depth_train_fraction is 0.0; set 1"),
         ("--loss.level_weights 1,2", "4 positive numbers"),
         (f"{HIERARCHICAL} --codec.num_quantizers 1", "at least 2 levels"),
         (f"{HIERARCHICAL} --parallelism.tensor_parallel_degree 2", "runs with FSDP and HSDP"),
@@ -241,7 +241,7 @@ def test_configs_of_the_first_release_are_told_what_keys_and_datasets_are_called
     with pytest.raises(UserError, match="set it to 'llama_mimi', the size as model.flavor"):
         parse_config([])
     job_config = parse_config(tiny_with())
-    for old, new in RELEASED_KEYS.items():
+    for old, new in OLD_KEYS.items():
         assert new is None or reduce(getattr, new.split("."), job_config) is not None
         with pytest.raises(AttributeError):
             reduce(getattr, old.split("."), job_config)
@@ -251,7 +251,7 @@ def test_configs_of_the_first_release_are_told_what_keys_and_datasets_are_called
     assert {name for name in RELEASED_NAMES.values() if name.startswith("'")} <= {f"'{name}'" for name in CORPORA}
 
 
-def test_another_models_run_is_not_continued(tmp_path, sequences):
+def test_another_models_run_is_not_continued(tmp_path, tokenizer):
     job_config = checked_config(tiny_with("--job.dump_folder", str(tmp_path)))
     (tmp_path / "checkpoint").mkdir()
     args = FLAVORS["tiny"]
@@ -262,12 +262,12 @@ def test_another_models_run_is_not_continued(tmp_path, sequences):
         check_files(job_config)
 
 
-def test_a_vocabulary_is_not_changed_on_the_way(tmp_path, sequences):
+def test_a_vocabulary_is_not_changed_on_the_way(tmp_path, tokenizer):
     flags = tiny_with("--job.dump_folder", str(tmp_path))
     (tmp_path / "checkpoint").mkdir()
     args = copy.copy(FLAVORS["tiny"])
     args.update_from_config(checked_config(flags))
-    save_run_record(str(tmp_path), speech_config(args, sequences, "assets/tiny/mimi"), sequences)
+    save_run_record(str(tmp_path), speech_config(args, tokenizer, "assets/tiny/mimi"), tokenizer)
     checked_config(flags)
     with pytest.raises(UserError, match="was made with vocab_size = 1538, but it is 1029 now"):
         checked_config([*flags, "--model.vocabulary", "audio"])
@@ -284,7 +284,7 @@ def test_the_folder_and_the_vocabulary_must_fit(tmp_path, monkeypatch, downloads
     checked_config([*flags, "--model.vocabulary", "audio", "--checkpoint.no-initial_load_in_hf"])
 
     shutil.copy(TINY / "llama" / "config.json", tmp_path)
-    load_sequences(str(TINY / "llama"), str(TINY / "mimi"), 4, "audio").tokenizer.save_pretrained(tmp_path)
+    load_speech_tokenizer(str(TINY / "llama"), str(TINY / "mimi"), 4, "audio").tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="has no text; set it to 'audio'"):
         checked_config(tiny_with("--model.hf_assets_path", str(tmp_path)))
 
@@ -440,7 +440,7 @@ def test_no_run_starts_from_random_weights_in_place_of_a_checkpoint(tmp_path):
 def test_nodes_wait_until_they_see_what_the_first_sees(of_first, tmp_path, monkeypatch):
     job_config = checked_config(tiny_with("--job.dump_folder", str(tmp_path)))
     (tmp_path / "checkpoint").mkdir()
-    monkeypatch.setattr("llama_mimi.training.checks.from_first", lambda prepare: of_first)
+    monkeypatch.setattr("llama_mimi.training.checks.broadcast_from_rank0", lambda prepare: of_first)
     monkeypatch.setattr("llama_mimi.training.checks.SECONDS_FOR_NODES_TO_AGREE", 1)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     with pytest.raises(UserError, match=r"the steps in '.*' are \[\] on .*, but .* on the first node"):

@@ -7,13 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_mimi.model import cross_entropy as module
-from llama_mimi.model.cross_entropy import cross_entropy, pending_logits, unit_targets
-from llama_mimi.tokens.sequences import IGNORE_INDEX
-from llama_mimi.tokens.units import UnitVocabulary
-from llama_mimi.training.loss import LevelMeter, UnitLoss
+from llama_mimi.model.cross_entropy import audio_targets, cross_entropy, pending_logits
+from llama_mimi.tokens.tokenizer import IGNORE_INDEX
+from llama_mimi.tokens.vocabulary import AudioVocabulary
+from llama_mimi.training.loss import LevelMeter, SpeechLoss
 
 V, D = 23, 8
-VOCABULARY = UnitVocabulary(base=5, codebook_size=8, num_quantizers=2)  # 23 entries
+VOCABULARY = AudioVocabulary(base=5, codebook_size=8, num_quantizers=2)  # 23 entries
 
 
 def case(B, L, seed=0, dtype=torch.float32, scale=1.0):
@@ -28,7 +28,7 @@ def case(B, L, seed=0, dtype=torch.float32, scale=1.0):
 def in_chunks(hidden_BLD, weight_VD, labels_BL, rows, monkeypatch, step=None):
     monkeypatch.setattr(module, "CHUNK_BYTES", rows * 4 * V)
     monkeypatch.setattr(module, "CHUNK_MULTIPLE", 1)
-    targets = unit_targets(labels_BL, VOCABULARY)
+    targets = audio_targets(labels_BL, VOCABULARY)
     return cross_entropy(pending_logits(hidden_BLD, weight_VD), targets, torch.ones(len(targets.entries_N)), step)
 
 
@@ -74,7 +74,7 @@ def test_weights_of_one_change_no_bit(monkeypatch):
 def test_weighted_sums_and_gradients_are_those_of_the_plain_formula():
     hidden_BLD, weight_VD, labels_BL = case(3, 40)
     weights_L = torch.rand(labels_BL.numel(), generator=torch.Generator().manual_seed(1)) * 4
-    targets = unit_targets(labels_BL, VOCABULARY)
+    targets = audio_targets(labels_BL, VOCABULARY)
     positions_N = targets.positions_N
     loss_sum, losses_N, _ = cross_entropy(pending_logits(hidden_BLD, weight_VD), targets, weights_L[positions_N])
     plain_L = plain(hidden_BLD, weight_VD, labels_BL)
@@ -94,7 +94,7 @@ def test_products_are_of_sizes_that_tensor_cores_divide_well(monkeypatch):
         return module.chunk_losses(hidden_ND, weight_VD, num_entries, targets_N, *rest)
 
     monkeypatch.setattr(module, "CHUNK_BYTES", 4 * V * 300)
-    targets = unit_targets(labels_BL, VOCABULARY)
+    targets = audio_targets(labels_BL, VOCABULARY)
     N = len(targets.entries_N)
     loss_sum, *_ = cross_entropy(pending_logits(hidden_BLD, weight_VD), targets, torch.ones(N), step)
     assert seen == [(256, 64, V), (N - 256, 64, V)]
@@ -178,7 +178,7 @@ def test_levels_come_from_the_same_pass():
     labels_BL[labels_BL < 5] = vocabulary.audio_end_id
     labels_BL[labels_BL == vocabulary.audio_start_id] = IGNORE_INDEX
     meter = LevelMeter()
-    loss_sum = UnitLoss(vocabulary, meter, [1.0] * vocabulary.num_quantizers)(
+    loss_sum = SpeechLoss(vocabulary, meter, [1.0] * vocabulary.num_quantizers)(
         pending_logits(hidden_BLD, weight_VD), labels_BL
     )
     wanted_L, labels_L = plain(hidden_BLD, weight_VD, labels_BL), labels_BL.flatten()

@@ -17,8 +17,8 @@ from transformers import LlamaForCausalLM
 from llama_mimi.audio.mimi import MimiCodec
 from llama_mimi.audio.reading import AudioError, read_audio
 from llama_mimi.checkpoint.huggingface import hf_config
+from llama_mimi.common.distributed import DistributedContext
 from llama_mimi.common.errors import UserError
-from llama_mimi.common.ranks import Ranks
 from llama_mimi.common.resume import ProgressLog
 from llama_mimi.evaluation.benchmarks import SALMON_PARTS, Benchmark, Clip, Pair, limited, read_salmon
 from llama_mimi.evaluation.codes import ClipCodes, encode_clips
@@ -33,18 +33,18 @@ SALMON = TINY / "benchmarks" / "salmon"
 
 
 @pytest.fixture(scope="module")
-def model(codec, sequences):
+def model(codec, tokenizer):
     torch.manual_seed(0)
-    args = LlamaMimiArgs(**{**vars(FLAVORS["tiny"]), "vocab_size": sequences.vocabulary.size})
-    return FlattenedModel(LlamaForCausalLM(hf_config(args)).eval(), sequences, codec)
+    args = LlamaMimiArgs(**{**vars(FLAVORS["tiny"]), "vocab_size": tokenizer.vocabulary.size})
+    return FlattenedModel(LlamaForCausalLM(hf_config(args)).eval(), tokenizer, codec)
 
 
 def encode(codec, clips, folder, max_seconds=20.0, **options):
-    return encode_clips(codec, clips, str(folder), Ranks(), max_seconds, **options)
+    return encode_clips(codec, clips, str(folder), DistributedContext(), max_seconds, **options)
 
 
 def score(model, codes, scoring, folder, batch_tokens=4096, header=()):
-    return score_clips(model, codes, scoring, batch_tokens, ProgressLog(folder, dict(header)), Ranks())
+    return score_clips(model, codes, scoring, batch_tokens, ProgressLog(folder, dict(header)), DistributedContext())
 
 
 def clips_of(*paths):
@@ -186,13 +186,13 @@ def test_batches_score_as_clips_alone_do(tmp_path, encoded, model, as_released, 
 @pytest.mark.parametrize("levels", [None, (0,)])
 def test_preset_original_is_the_release_from_file_to_score(tmp_path, model, levels):
     """Against the plainest way, with stock `transformers` alone: one clip, text, tokenizer, full logits, labels."""
-    codec = MimiCodec(str(TINY / "mimi"), 4, attention="whole")
+    codec = MimiCodec(str(TINY / "mimi"), 4, sliding_window=False)
     clips = some_clips()[:4]
     ids, codes = encode(codec, clips, tmp_path, as_released=True)
     scores = score(model, codes, Scoring(levels, as_released=True), tmp_path / "log")
     model.decoder.config.update({"num_quantizers": 4})
     expected = [
-        score_alone(clip.source.read_bytes(), model.decoder, model.sequences.tokenizer, codec.model, levels)
+        score_alone(clip.source.read_bytes(), model.decoder, model.tokenizer.text_tokenizer, codec.model, levels)
         for clip in clips
     ]
     assert [scores[i] for i in ids] == pytest.approx(expected, abs=1e-5)
@@ -258,7 +258,7 @@ def test_a_score_that_is_not_finite_is_refused(tmp_path, codec, model):
     broken.model.norm.weight.data[0] = float("inf")
     codes = {"a": ClipCodes(np.zeros((3, 4), np.uint16), False)}
     with pytest.raises(UserError, match="overflows in torch.float32"):
-        score(FlattenedModel(broken, model.sequences, codec), codes, Scoring(None), tmp_path)
+        score(FlattenedModel(broken, model.tokenizer, codec), codes, Scoring(None), tmp_path)
 
 
 @pytest.mark.slow
@@ -349,7 +349,7 @@ def test_another_run_does_not_replace_a_result(tmp_path):
         "model": "m",
         "model_sha256": "a" * 64,
         "data": "one",
-        "codec": {"sha256": "c", "attention": "windowed"},
+        "codec": {"sha256": "c", "sliding_window": True},
         "settings": {"dtype": "float32", "max_audio_seconds": 20.0},
     }
     assert check_earlier(path, header) == []
@@ -359,7 +359,7 @@ def test_another_run_does_not_replace_a_result(tmp_path):
         ({"format": 3}, "was made with format = 2, but it is 3 now; choose another --output_dir"),
         ({"data": "two"}, "data = 'one', but it is 'two' now"),
         ({"model": "other/m"}, "model = 'm', but it is 'other/m' now"),
-        ({"codec": {"sha256": "c", "attention": "whole"}}, "codec.attention = 'windowed'"),
+        ({"codec": {"sha256": "c", "sliding_window": False}}, "codec.sliding_window = True"),
         ({"settings": {"dtype": "bfloat16", "max_audio_seconds": 20.0}}, "settings.dtype = 'float32'"),
     ):
         with pytest.raises(UserError, match=message):

@@ -63,7 +63,7 @@ def opened(path, text_column=None, split=None):
 
 def clips_of(corpus, max_frames=12, with_text=False):
     reader = AudioReader(corpus, sample_rate_hz=RATE, frame_size=1920, max_frames=max_frames, with_text=with_text)
-    order = RowsInOrder(corpus.sizes_G, range(len(corpus.sizes_G)))
+    order = RowsInOrder(corpus.rows_per_group, range(len(corpus.rows_per_group)))
     return [clip for chunk in ClipStream([reader], order, 3).load() for clip in chunk.clips]
 
 
@@ -82,7 +82,7 @@ def test_the_same_clips_in_every_layout(rows, layout, tmp_path):
         assert clip.speaker == (row["name"][0] if layout == "LibriSpeech" else row["speaker"])
     assert all(clip.is_cut and len(clip.samples_S) == 12 * 1920 for clip in clips_of(corpus))
     again = opened(place)
-    assert again.fingerprint == corpus.fingerprint and list(again.sizes_G) == list(corpus.sizes_G)
+    assert again.fingerprint == corpus.fingerprint and list(again.rows_per_group) == list(corpus.rows_per_group)
     with_text = open_corpus(str(place), None, "audio", "text")
     assert all(isinstance(clip, AudioClip) and clip.text for clip in clips_of(with_text, with_text=True))
     with pytest.raises(UserError, match="has no column 'said' for the text, only .*text"):
@@ -110,11 +110,11 @@ def test_splits_of_folders_and_of_saved_datasets(rows, tmp_path):
         in_json_files(tmp_path / "f" / split, rows[: 3 if split == "train" else 2])
     with pytest.raises(UserError, match="holds the splits test, train; choose one"):
         opened(tmp_path / "f")
-    assert int(opened(tmp_path / "f", split="test").sizes_G.sum()) == 2
+    assert int(opened(tmp_path / "f", split="test").rows_per_group.sum()) == 2
     DatasetDict(train=dataset(rows), test=dataset(rows[:2])).save_to_disk(str(tmp_path / "d"))
     with pytest.raises(UserError, match="holds the splits train, test; choose one"):
         opened(tmp_path / "d")
-    assert int(opened(tmp_path / "d", split="test").sizes_G.sum()) == 2
+    assert int(opened(tmp_path / "d", split="test").rows_per_group.sum()) == 2
     with pytest.raises(UserError, match="'dev' was asked for, but .* holds train, test; choose one"):
         opened(tmp_path / "d", split="dev")
     with pytest.raises(UserError, match="the dataset 'hf:nobody/nothing' could not be loaded"):
@@ -144,11 +144,11 @@ def test_every_row_once_over_changing_ranks(tmp_path_factory, num_rows, parts, l
                 for name in of_part:
                     add(tar, f"{name}.wav", name.encode())
     corpus = opened(folder)
-    assert int(corpus.sizes_G.sum()) == num_rows and corpus.sizes_G.max() <= 100
+    assert int(corpus.rows_per_group.sum()) == num_rows and corpus.rows_per_group.max() <= 100
     for world in ranks:
         read = []
         for rank in range(world):
-            for ref in RowsInOrder(corpus.sizes_G, range(len(corpus.sizes_G)), rank, world):
+            for ref in RowsInOrder(corpus.rows_per_group, range(len(corpus.rows_per_group)), rank, world):
                 row = corpus.read_group(ref.group).slice(ref.row, 1).to_pylist()[0]
                 assert layout == "manifest" or row["audio"]["bytes"] == row["id"].encode()
                 read.append(row["id"])
@@ -178,7 +178,7 @@ def test_a_tar_that_was_cut_off_is_named(rows, tmp_path):
     with pytest.raises(UserError, match=r"a.tar.gz' is no whole tar file that is not compressed .*unpack a .gz"):
         opened(tmp_path)
     in_json_files(tmp_path, rows)  # beside audio it is what that came from
-    assert int(opened(tmp_path).sizes_G.sum()) == 5
+    assert int(opened(tmp_path).rows_per_group.sum()) == 5
 
 
 def test_odd_members_of_a_tar(rows, tmp_path):
@@ -226,10 +226,10 @@ def test_an_index_is_made_once_and_anew_for_another_tar(rows, tmp_path, monkeypa
     monkeypatch.setattr(tar_corpus, "HF_HOME", str(tmp_path / "cache"))
     in_tar(tmp_path, rows[:3], shards=1)
     os.utime(tmp_path / "00000.tar", ns=(1, 1))
-    assert int(opened(tmp_path).sizes_G.sum()) == 3
+    assert int(opened(tmp_path).rows_per_group.sum()) == 3
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(tar_corpus, "HF_HOME", str(tmp_path / "file"))  # cannot hold a folder
-    assert int(opened(tmp_path).sizes_G.sum()) == 3
+    assert int(opened(tmp_path).rows_per_group.sum()) == 3
 
 
 def test_odd_lines_of_a_manifest(rows, tmp_path):
@@ -253,7 +253,7 @@ def test_odd_lines_of_a_manifest(rows, tmp_path):
     assert "before its start of 60 s" in clips[5].message
     place.write_text('{"audio_filepath": "long.wav", "offset": 3.5, "duration": 2}')
     (short,) = clips_of(opened(place), max_frames=100)
-    assert short.remarks == (SHORTER,) and len(short.samples_S) == RATE // 2 and short.name == "long.wav@3.5"
+    assert short.audio_warnings == (SHORTER,) and len(short.samples_S) == RATE // 2 and short.name == "long.wav@3.5"
     place.rename(tmp_path / "nemo.json")
     assert len(clips_of(opened(tmp_path / "nemo.json"))) == 1
     for content, message in (
@@ -345,7 +345,7 @@ def test_many_small_files_are_one_listing(tmp_path):
         folder.mkdir(exist_ok=True)
         (folder / f"{number}.wav").touch()
     corpus = opened(tmp_path)
-    assert int(corpus.sizes_G.sum()) == 2_000 and corpus.read_group(19).num_rows == 100
+    assert int(corpus.rows_per_group.sum()) == 2_000 and corpus.read_group(19).num_rows == 100
 
 
 @pytest.mark.parametrize("kind", ["WAV", "FLAC", "OGG", "OPUS", "MP3"])

@@ -17,28 +17,28 @@ from llama_mimi.checkpoint.huggingface import hf_config
 from llama_mimi.common.errors import UserError
 from llama_mimi.generation import kv_cache
 from llama_mimi.generation.continuation import SamplingOptions, check_text, continue_codes, finished
-from llama_mimi.generation.decoding import End, Request, Sampling, decode, draw_entries
+from llama_mimi.generation.decoding import FinishReason, Request, Sampling, decode, draw_entries
 from llama_mimi.generation.flattened import FlattenedModel
 from llama_mimi.generation.hierarchical import HierarchicalModel
 from llama_mimi.model.llama import FLAVORS
-from llama_mimi.tokens.sequences import load_sequences
+from llama_mimi.tokens.tokenizer import load_speech_tokenizer
 
 K = 256
 GREEDY = Sampling(max_frames=12, min_frames=0, window_frames=100, temperature=0, top_k=30, top_p=1.0)
 
 
 def flattened(codec, Q, vocabulary="llama", **shape):
-    sequences = load_sequences(str(TINY / "llama"), str(TINY / "mimi"), Q, vocabulary)
-    decoder = LlamaForCausalLM(hf_config(replace(FLAVORS["tiny"], vocab_size=sequences.vocabulary.size, **shape)))
-    return FlattenedModel(decoder.eval(), sequences, codec.at_depth(Q))
+    tokenizer = load_speech_tokenizer(str(TINY / "llama"), str(TINY / "mimi"), Q, vocabulary)
+    decoder = LlamaForCausalLM(hf_config(replace(FLAVORS["tiny"], vocab_size=tokenizer.vocabulary.size, **shape)))
+    return FlattenedModel(decoder.eval(), tokenizer, codec.at_depth(Q))
 
 
 def hierarchical(codec, Q, **shape):
-    sequences = load_sequences(str(TINY / "llama"), str(TINY / "mimi"), Q, "llama", "hierarchical")
+    tokenizer = load_speech_tokenizer(str(TINY / "llama"), str(TINY / "mimi"), Q, "llama", "hierarchical")
     shape |= {"architecture": "hierarchical", "enable_weight_tying": False, "num_quantizers": Q, "codebook_size": K}
-    args = replace(FLAVORS["tiny"], vocab_size=sequences.vocabulary.size, **shape)
+    args = replace(FLAVORS["tiny"], vocab_size=tokenizer.vocabulary.size, **shape)
     csm = CsmForConditionalGeneration(csm_config(args, codec=str(TINY / "mimi"), num_quantizers=Q))
-    return HierarchicalModel(csm.eval(), sequences, codec.at_depth(Q))
+    return HierarchicalModel(csm.eval(), tokenizer, codec.at_depth(Q))
 
 
 ARMS = {"flattened": flattened, "hierarchical": hierarchical}
@@ -69,9 +69,9 @@ PROMPT = clip(6)
 
 def stock_logits(model, codes_TQ, frame):
     """Logits of the next entry of a frame by stock `transformers`, without a cache: its level's codes, then the end."""
-    decoder, head, level = model.decoder, model.sequences.head(), len(frame)
+    decoder, head, level = model.decoder, model.tokenizer.prefix_ids(), len(frame)
     if model.has_release:
-        vocabulary = model.sequences.vocabulary
+        vocabulary = model.tokenizer.vocabulary
         units = [vocabulary.base + code * codes_TQ.shape[1] + q for q, code in enumerate(frame)]
         ids_L = [*head, *vocabulary.ids_from_codes(codes_TQ).tolist(), *units]
         logits_V = decoder(torch.tensor([ids_L])).logits[0, -1]
@@ -135,7 +135,7 @@ def test_greedy_is_that_of_stock_transformers(codec, arm, Q):
         wanted_TQ = stock_greedy(model, prompt_TQ, GREEDY.max_frames)
         new_TQ, end = found[number]
         assert torch.equal(torch.cat([prompt_TQ, new_TQ]), wanted_TQ)
-        assert end == (End.BY_LENGTH if len(new_TQ) == GREEDY.max_frames else End.BY_MODEL)
+        assert end == (FinishReason.LENGTH if len(new_TQ) == GREEDY.max_frames else FinishReason.EOS)
         lengths.append(len(new_TQ))
     assert sum(lengths) > 20, "the comparison has frames"
 
@@ -267,7 +267,7 @@ def test_past_the_window_the_prompts_beginning_and_the_last_frames_go_on(model):
     window, max_frames = 16, 60
     sampling = replace(GREEDY, window_frames=window, max_frames=max_frames, min_frames=max_frames)
     ((new_TQ, end),) = all_samples(model, [Request(PROMPT, 0)], sampling, num_rows=1).values()
-    assert len(new_TQ) == max_frames and end is End.BY_LENGTH
+    assert len(new_TQ) == max_frames and end is FinishReason.LENGTH
     codes_TQ, context_TQ = PROMPT, PROMPT
     while len(codes_TQ) < 6 + max_frames:
         num_new = min(window - len(context_TQ), 6 + max_frames - len(codes_TQ))
@@ -295,10 +295,10 @@ def test_text_comes_before_the_speech(codec):
     for prompt_TQ in (torch.zeros(0, 4, dtype=torch.long), PROMPT):
         said = [continue_codes(model, prompt_TQ, options, text)[0] for text in ("one two", "three", None)]
         assert not torch.equal(said[0], said[1]) and not torch.equal(said[0], said[2])
-        ids_L = model.sequences.sequence(prompt_TQ, is_cut=True, text="one two")
+        ids_L = model.tokenizer.encode(prompt_TQ, is_cut=True, text="one two")
         with torch.no_grad():
             logits_V = model.decoder(ids_L[None]).logits[0, -1]
-        vocabulary = model.sequences.vocabulary
+        vocabulary = model.tokenizer.vocabulary
         first = logits_V[vocabulary.base : vocabulary.audio_start_id : 4].argmax()
         assert said[0][len(prompt_TQ), 0] == first
     with pytest.raises(UserError, match="was trained without text"):

@@ -20,7 +20,7 @@ from llama_mimi.checkpoint.conversion import convert_checkpoint
 from llama_mimi.checkpoint.csm import csm_config, csm_state
 from llama_mimi.checkpoint.huggingface import LlamaMimiStateDictAdapter, hf_config
 from llama_mimi.common.errors import UserError
-from llama_mimi.data.dataloader import UnitDataLoader
+from llama_mimi.data.dataloader import SpeechDataLoader
 from llama_mimi.data.order import ShuffledOrder
 from llama_mimi.data.packing import BatchPacker
 from llama_mimi.evaluation.scoring import Scoring, batch_scores
@@ -29,24 +29,24 @@ from llama_mimi.generation.hierarchical import HierarchicalModel
 from llama_mimi.generation.loading import load_speech_model
 from llama_mimi.model.architectures import build_model
 from llama_mimi.model.llama import FLAVORS
-from llama_mimi.tokens.sequences import IGNORE_INDEX, NO_TOKEN, load_sequences
-from llama_mimi.training.loss import LevelMeter, UnitLoss, level_weights
+from llama_mimi.tokens.tokenizer import IGNORE_INDEX, NO_TOKEN, load_speech_tokenizer
+from llama_mimi.training.loss import LevelMeter, SpeechLoss, level_weights
 
 Q, K = 4, 256
 
 
 @pytest.fixture(scope="module")
-def sequences():
-    return load_sequences(str(TINY / "llama"), str(TINY / "mimi"), Q, "llama", "hierarchical")
+def tokenizer():
+    return load_speech_tokenizer(str(TINY / "llama"), str(TINY / "mimi"), Q, "llama", "hierarchical")
 
 
 @pytest.fixture(scope="module")
-def args(sequences):
+def args(tokenizer):
     return replace(
         FLAVORS["tiny"],
         architecture="hierarchical",
         enable_weight_tying=False,
-        vocab_size=sequences.vocabulary.size,
+        vocab_size=tokenizer.vocabulary.size,
         num_quantizers=Q,
         codebook_size=K,
         max_seq_len=256,
@@ -83,8 +83,8 @@ def clip(num_frames, seed=0):
     return torch.randint(K, (num_frames, Q), generator=torch.Generator().manual_seed(seed))
 
 
-def batch(sequences, clips, seq_len, is_packed=False, depth=None):
-    packer = BatchPacker(sequences, 1 if is_packed else len(clips), seq_len, is_packed=is_packed, has_positions=True)
+def batch(tokenizer, clips, seq_len, is_packed=False, depth=None):
+    packer = BatchPacker(tokenizer, 1 if is_packed else len(clips), seq_len, is_packed=is_packed, has_positions=True)
     for codes_TQ in clips:
         is_deep_T = None if depth is None else depth[: len(codes_TQ) + 1]
         assert packer.add(codes_TQ.numpy(), is_cut=False, is_deep_T=is_deep_T) == len(codes_TQ)
@@ -100,35 +100,35 @@ def run(model, inputs):
     return model(inputs["input"], targets=inputs["targets"], **extra)
 
 
-def loss_of(model, sequences, clips, seq_len, weights=(1.0,) * Q, is_packed=False, depth=None):
+def loss_of(model, tokenizer, clips, seq_len, weights=(1.0,) * Q, is_packed=False, depth=None):
     """Loss and sums by level of a batch; the gradients are left in the model."""
-    inputs, labels_BLQ = batch(sequences, clips, seq_len, is_packed, depth)
+    inputs, labels_BLQ = batch(tokenizer, clips, seq_len, is_packed, depth)
     meter = LevelMeter()
-    loss = UnitLoss(sequences.vocabulary, meter, weights)(run(model, inputs), labels_BLQ)
+    loss = SpeechLoss(tokenizer.vocabulary, meter, weights)(run(model, inputs), labels_BLQ)
     loss = loss / (labels_BLQ != IGNORE_INDEX).sum()
     model.zero_grad()
     loss.backward()
     return loss.detach(), meter.take()
 
 
-def frames_of(sequences, codes_TQ):
+def frames_of(tokenizer, codes_TQ):
     """A clip as CSM's code has it: embeddings' codes (T + 1, Q) with the end, whose every level is K."""
     return torch.cat([codes_TQ, torch.full((1, Q), K)])
 
 
-def csm_inputs(csm, sequences, codes_TQ):
+def csm_inputs(csm, tokenizer, codes_TQ):
     """Embeddings (1, L, D) of ``BOS <audio>`` and all frames of a clip, without the end."""
-    head_1LD = csm.embed_text_tokens(torch.tensor([sequences.head()]))
+    head_1LD = csm.embed_text_tokens(torch.tensor([tokenizer.prefix_ids()]))
     return torch.cat([head_1LD, csm.backbone_model.embed_tokens(codes_TQ[None])], dim=1)
 
 
-def test_logits_of_both_networks_are_those_of_transformers(pair, sequences):
+def test_logits_of_both_networks_are_those_of_transformers(pair, tokenizer):
     model, csm = pair
     codes_TQ = clip(9)
-    pending = run(model, batch(sequences, [codes_TQ], 16)[0])
-    frames_TQ = frames_of(sequences, codes_TQ)
+    pending = run(model, batch(tokenizer, [codes_TQ], 16)[0])
+    frames_TQ = frames_of(tokenizer, codes_TQ)
     with torch.no_grad():
-        out = csm.backbone_model(inputs_embeds=csm_inputs(csm, sequences, codes_TQ)).last_hidden_state[0, 1:]
+        out = csm.backbone_model(inputs_embeds=csm_inputs(csm, tokenizer, codes_TQ)).last_hidden_state[0, 1:]
         level_0_TV = csm.lm_head(out)
         given_TQ = F.pad(frames_TQ[:, :-1], (1, 0))
         depth_TqV = csm.depth_decoder(input_ids=given_TQ, backbone_last_hidden_state=out).logits
@@ -137,52 +137,52 @@ def test_logits_of_both_networks_are_those_of_transformers(pair, sequences):
         torch.testing.assert_close(logits.compute()[0], depth_TqV[:, level - 1], atol=1e-5, rtol=1e-5)
 
 
-def test_the_loss_is_that_of_transformers(pair, sequences):
+def test_the_loss_is_that_of_transformers(pair, tokenizer):
     """Its sum of two means, from the sums of ours; the end is a frame like others there."""
     model, csm = pair
     codes_TQ = clip(9)
-    frames_TQ = frames_of(sequences, codes_TQ)
+    frames_TQ = frames_of(tokenizer, codes_TQ)
     labels_1LQ = torch.cat([torch.full((2, Q), IGNORE_INDEX), frames_TQ])[None]
     with torch.no_grad():
-        theirs = csm(inputs_embeds=csm_inputs(csm, sequences, frames_TQ), labels=labels_1LQ)
-    ours, _ = loss_of(model, sequences, [codes_TQ], 32)
+        theirs = csm(inputs_embeds=csm_inputs(csm, tokenizer, frames_TQ), labels=labels_1LQ)
+    ours, _ = loss_of(model, tokenizer, [codes_TQ], 32)
     wanted = (theirs.backbone_loss + (Q - 1) * theirs.depth_decoder_loss) / Q
     torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("seq_len", [25, 32])  # filled to the last place, and with padding behind
-def test_packed_clips_are_as_if_alone(args, sequences, seq_len):
+def test_packed_clips_are_as_if_alone(args, tokenizer, seq_len):
     model, packed = built(args), built(replace(args, attn_type="varlen", attn_mask_type="block_causal"))
     clips = [clip(8, 0), clip(1, 1), clip(5, 2), clip(3, 3)]
-    loss, sums = loss_of(packed, sequences, clips, seq_len, is_packed=True)
-    alone = [loss_of(model, sequences, [codes_TQ], 16) for codes_TQ in clips]
+    loss, sums = loss_of(packed, tokenizer, clips, seq_len, is_packed=True)
+    alone = [loss_of(model, tokenizer, [codes_TQ], 16) for codes_TQ in clips]
     torch.testing.assert_close(sums, sum(sums for _, sums in alone), atol=1e-4, rtol=1e-6)
-    padded_loss, _ = loss_of(model, sequences, clips, 16)
+    padded_loss, _ = loss_of(model, tokenizer, clips, 16)
     torch.testing.assert_close(loss, padded_loss, atol=1e-5, rtol=1e-5)
     for (name, parameter), other in zip(packed.named_parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, other.grad, atol=1e-5, rtol=1e-5, msg=name)
 
 
-def test_frames_that_do_not_train_the_depth_decoder(pair, sequences):
+def test_frames_that_do_not_train_the_depth_decoder(pair, tokenizer):
     """Their level 0 counts, their other levels do not, and the others' losses are as before."""
     model, _ = pair
     codes_TQ, is_deep_T = clip(8), np.array([True, False, False, True, False, False, False, False, False])
-    _, sums = loss_of(model, sequences, [codes_TQ], 16, depth=is_deep_T)
+    _, sums = loss_of(model, tokenizer, [codes_TQ], 16, depth=is_deep_T)
     assert sums[1].tolist() == [8, 2, 2, 2, 1]
-    inputs, labels_BLQ = batch(sequences, [codes_TQ], 16)
+    inputs, labels_BLQ = batch(tokenizer, [codes_TQ], 16)
     meter = LevelMeter()
     labels_BLQ[0, 1:10][~torch.from_numpy(is_deep_T), 1:] = IGNORE_INDEX
-    assert labels_BLQ[0, 9].tolist() == [sequences.vocabulary.audio_end_id, *[IGNORE_INDEX] * 3]
-    UnitLoss(sequences.vocabulary, meter, [1.0] * Q)(run(model, inputs | {"targets": labels_BLQ}), labels_BLQ)
+    assert labels_BLQ[0, 9].tolist() == [tokenizer.vocabulary.audio_end_id, *[IGNORE_INDEX] * 3]
+    SpeechLoss(tokenizer.vocabulary, meter, [1.0] * Q)(run(model, inputs | {"targets": labels_BLQ}), labels_BLQ)
     torch.testing.assert_close(meter.take(), sums)
 
 
-def test_a_batch_without_targets_has_gradients(pair, sequences):
+def test_a_batch_without_targets_has_gradients(pair, tokenizer):
     """Every rank of a sharded model needs one of every weight."""
     model, _ = pair
-    packer = BatchPacker(sequences, 2, 16, is_packed=False, has_positions=False)
+    packer = BatchPacker(tokenizer, 2, 16, is_packed=False, has_positions=False)
     inputs, labels_BLQ = packer.take()
-    loss = UnitLoss(sequences.vocabulary, LevelMeter(), [1.0] * Q)(run(model, inputs), labels_BLQ)
+    loss = SpeechLoss(tokenizer.vocabulary, LevelMeter(), [1.0] * Q)(run(model, inputs), labels_BLQ)
     model.zero_grad()
     loss.backward()
     assert loss == 0
@@ -190,15 +190,15 @@ def test_a_batch_without_targets_has_gradients(pair, sequences):
 
 
 @pytest.mark.parametrize("weights", [(2.0, 1.0, 0.5, 0.5), tuple(level_weights("semantic:100", [1.0] * Q))])
-def test_weighted_gradients_are_those_of_the_plain_formula(pair, sequences, weights):
+def test_weighted_gradients_are_those_of_the_plain_formula(pair, tokenizer, weights):
     model, _ = pair
     clips = [clip(6, 1), clip(3, 2)]
-    loss, sums = loss_of(model, sequences, clips, 12, weights)
+    loss, sums = loss_of(model, tokenizer, clips, 12, weights)
     gradients = [parameter.grad.clone() for parameter in model.parameters()]
-    inputs, labels_BLQ = batch(sequences, clips, 12)
+    inputs, labels_BLQ = batch(tokenizer, clips, 12)
     pending = run(model, inputs)
     entries_BLQ = torch.where(
-        labels_BLQ == IGNORE_INDEX, IGNORE_INDEX, sequences.vocabulary.entries(labels_BLQ)
+        labels_BLQ == IGNORE_INDEX, IGNORE_INDEX, tokenizer.vocabulary.entries(labels_BLQ)
     ).flatten(0, 1)
     logits = [pending.level_0.compute().flatten(0, 1), *(level.compute()[0] for level in pending.levels)]
     kept = [slice(None), *[pending.depth_N] * (Q - 1)]
@@ -212,7 +212,7 @@ def test_weighted_gradients_are_those_of_the_plain_formula(pair, sequences, weig
     torch.testing.assert_close(loss, plain.detach(), atol=1e-6, rtol=1e-5)
     for gradient, wanted in zip(gradients, torch.autograd.grad(plain, list(model.parameters())), strict=True):
         torch.testing.assert_close(gradient, wanted, atol=1e-6, rtol=1e-4)
-    _, unweighted = loss_of(model, sequences, clips, 12)
+    _, unweighted = loss_of(model, tokenizer, clips, 12)
     torch.testing.assert_close(sums, unweighted)
     for level, (logits_NV, rows) in enumerate(zip(logits, kept, strict=True)):  # over the codes, and the end at level 0
         entries_N = entries_BLQ[rows, level]
@@ -224,8 +224,8 @@ def test_weighted_gradients_are_those_of_the_plain_formula(pair, sequences, weig
 
 
 @pytest.fixture(scope="module")
-def speech_model(pair, sequences):
-    return HierarchicalModel(pair[1], sequences, MimiCodec(str(TINY / "mimi"), Q))
+def speech_model(pair, tokenizer):
+    return HierarchicalModel(pair[1], tokenizer, MimiCodec(str(TINY / "mimi"), Q))
 
 
 def plain_frame(csm, state_D, entries_Q, num_entries=K + 1):
@@ -245,11 +245,11 @@ def plain_frame(csm, state_D, entries_Q, num_entries=K + 1):
     ids=str,
 )
 @torch.no_grad()
-def test_a_score_is_that_of_the_plainest_loop(speech_model, sequences, scoring, is_cut):
+def test_a_score_is_that_of_the_plainest_loop(speech_model, tokenizer, scoring, is_cut):
     """In a batch with a longer clip, against one clip, one frame and one level after the other."""
     csm, codes_TQ = speech_model.decoder, clip(6, 5)
     found, _ = batch_scores(speech_model, [(codes_TQ, is_cut), (clip(11, 6), False)], scoring)
-    states_LD = csm.backbone_model(inputs_embeds=csm_inputs(csm, sequences, codes_TQ)).last_hidden_state[0]
+    states_LD = csm.backbone_model(inputs_embeds=csm_inputs(csm, tokenizer, codes_TQ)).last_hidden_state[0]
     values = []
     for frame, entries_Q in enumerate(codes_TQ):
         # The end can stand at level 0 alone.
@@ -290,12 +290,12 @@ def json_of(folder):
     return json.loads((folder / "folder" / "config.json").read_text())
 
 
-def test_a_checkpoint_becomes_a_stock_folder(args, sequences, tmp_path, monkeypatch, caplog):
+def test_a_checkpoint_becomes_a_stock_folder(args, tokenizer, tmp_path, monkeypatch, caplog):
     """Which transformers loads and generates audio from, and which scores and continues here."""
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     model = built(args, seed=1)
-    config = speech_config(args, sequences, str(TINY / "mimi"))
-    save_run_record(str(tmp_path / "run"), config, sequences)
+    config = speech_config(args, tokenizer, str(TINY / "mimi"))
+    save_run_record(str(tmp_path / "run"), config, tokenizer)
     dcp.save(model.state_dict(), checkpoint_id=tmp_path / "run" / "checkpoint" / "step-1", no_dist=True)
     convert_checkpoint(tmp_path / "run" / "checkpoint", tmp_path / "folder")
     csm = CsmForConditionalGeneration.from_pretrained(tmp_path / "folder").eval()
@@ -306,9 +306,9 @@ def test_a_checkpoint_becomes_a_stock_folder(args, sequences, tmp_path, monkeypa
     assert csm.config.codec_config.num_quantizers == Q and not json_of(tmp_path)["tie_word_embeddings"]
     for name, weight in csm.state_dict().items():
         torch.testing.assert_close(weight, codec.get(name.removeprefix("codec_model."), wanted[name]), rtol=0, atol=0)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "folder")
-    ids_1L = tokenizer("<audio>", return_tensors="pt").input_ids
-    assert ids_1L[0].tolist() == sequences.head()
+    text_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "folder")
+    ids_1L = text_tokenizer("<audio>", return_tensors="pt").input_ids
+    assert ids_1L[0].tolist() == tokenizer.prefix_ids()
     sampling = csm.depth_decoder.generation_config
     assert sampling.do_sample and (sampling.temperature, sampling.top_k) == (0.8, 30), "levels are drawn, too"
     config = json_of(tmp_path)
@@ -316,13 +316,13 @@ def test_a_checkpoint_becomes_a_stock_folder(args, sequences, tmp_path, monkeypa
         assert network["rope_theta"] == network["rope_parameters"]["rope_theta"] == 500_000
     assert config["rope_scaling"]["factor"] == 32 and config["depth_decoder_config"]["rope_scaling"] is None
     speech = load_speech_model(str(tmp_path / "folder"), device="cpu")
-    reference = HierarchicalModel(in_transformers(model), sequences, speech.codec)
+    reference = HierarchicalModel(in_transformers(model), tokenizer, speech.codec)
     clips = [(clip(6), False), (clip(4, 1), True)]
     assert batch_scores(speech, clips, Scoring(None)) == pytest.approx(batch_scores(reference, clips, Scoring(None)))
 
     # Greedy, after a spoken prompt of whole frames.
     (samples_S,) = torch.rand(1, 10 * 1920, generator=torch.Generator().manual_seed(0)) - 0.5
-    ids_1L = tokenizer("<audio>" + "<0_0>" * 10, return_tensors="pt").input_ids
+    ids_1L = text_tokenizer("<audio>" + "<0_0>" * 10, return_tensors="pt").input_ids
     spoken = {"input_values": samples_S[None, None], "input_values_cutoffs": torch.tensor([[len(samples_S)]])}
     greedy = {"do_sample": False, "depth_decoder_do_sample": False}
     theirs_TQ = csm.generate(ids_1L, max_new_tokens=5, **spoken, **greedy)[0]
@@ -331,7 +331,7 @@ def test_a_checkpoint_becomes_a_stock_folder(args, sequences, tmp_path, monkeypa
     assert torch.equal(ours_TQ[10:], theirs_TQ)
 
     # Greedy, with the codec inside: the same codes, up to where the class draws an end in a deep level alone.
-    ids_1L = tokenizer("<audio>", return_tensors="pt").input_ids
+    ids_1L = text_tokenizer("<audio>", return_tensors="pt").input_ids
     theirs_TQ = csm.generate(ids_1L, max_new_tokens=25, **greedy)[0]
     none_TQ = torch.empty(0, Q, dtype=torch.long)
     (ours_TQ,) = continue_codes(speech, none_TQ, SamplingOptions(seconds=2.0, temperature=0))
@@ -346,12 +346,12 @@ def test_a_checkpoint_becomes_a_stock_folder(args, sequences, tmp_path, monkeypa
 @pytest.mark.parametrize("share", [0.0625, 0.5])
 def test_frames_are_drawn_anew_in_each_epoch_and_alike_on_any_ranks(share):
     """By the place of a clip in the order, not by who reads it."""
-    corpora = [SimpleNamespace(sizes_G=np.array([50, 50]), fingerprint="a")]
+    corpora = [SimpleNamespace(rows_per_group=np.array([50, 50]), fingerprint="a")]
     drawn = {}
     for dp_world_size in (1, 2):
         for rank in range(dp_world_size):
-            order = ShuffledOrder(corpora, [1.0], dp_rank=rank, dp_world_size=dp_world_size, shuffle_block=50, seed=1)
-            loader = UnitDataLoader(
+            order = ShuffledOrder(corpora, [1.0], dp_rank=rank, dp_world_size=dp_world_size, shuffle_window=50, seed=1)
+            loader = SpeechDataLoader(
                 [],
                 order,
                 None,
@@ -360,9 +360,9 @@ def test_frames_are_drawn_anew_in_each_epoch_and_alike_on_any_ranks(share):
                 dp_world_size=dp_world_size,
                 dataset="",
                 chunk_size=1,
-                max_bad_share=0.0,
+                max_skip_fraction=0.0,
                 workers={},
-                depth_share=share,
+                depth_train_fraction=share,
             )
             for ref in itertools.islice(order, 200 // dp_world_size):
                 frames_T = loader._deep_frames(ref, 200)

@@ -12,8 +12,8 @@ import torch
 from conftest import TINY
 
 from llama_mimi.audio.reading import Waveform, read_audio
+from llama_mimi.common.distributed import DistributedContext
 from llama_mimi.common.errors import UserError
-from llama_mimi.common.ranks import Ranks
 from llama_mimi.judging.prompts import PROMPTS, RECORDINGS, PromptOptions, cut_seconds, make_prompts
 from llama_mimi.judging.systems import RECORDING, SHUFFLED, references, wavs
 
@@ -144,12 +144,12 @@ def test_a_shuffled_pair_has_two_speakers(tmp_path):
     prompts = make_prompts(tmp_path / "out", PromptOptions(corpus=path))
     speakers = {prompt.name: prompt.speaker for prompt in prompts.prompts}
     assert list(speakers.values()) == ["0", "0", "1", "1"]
-    samples = references(prompts, None, 1.0, Ranks())[SHUFFLED]
+    samples = references(prompts, None, 1.0, DistributedContext())[SHUFFLED]
     assert all(speakers[sample.clip.path.stem] != sample.prompt.speaker for sample in samples)
 
 
 def test_references_continue_the_same_prompts(prompts, codec, tmp_path):
-    systems = references(prompts, codec, 0.5, Ranks())
+    systems = references(prompts, codec, 0.5, DistributedContext())
     assert list(systems) == [RECORDING, SHUFFLED, "reconstruction_q4"]
     for sample, other in zip(systems[RECORDING], systems[SHUFFLED], strict=True):
         assert sample.number is None and sample.clip.read(RATE).seconds == pytest.approx(0.5, abs=0.01)
@@ -161,13 +161,13 @@ def test_references_continue_the_same_prompts(prompts, codec, tmp_path):
     plain_S = codec.decode(codec.encode([whole_S])[0])[start : start + 12_000]
     assert torch.allclose(clip.read(24_000).samples_S, plain_S, atol=1e-3)  # 16 bits
     before = clip.path.stat().st_mtime_ns
-    longer = references(prompts, codec, 0.9, Ranks())["reconstruction_q4"][0].clip
+    longer = references(prompts, codec, 0.9, DistributedContext())["reconstruction_q4"][0].clip
     assert clip.path.stat().st_mtime_ns == before and longer.read(24_000).seconds == pytest.approx(0.9, abs=0.01)
     (clip.path.parent / "settings.json").write_text('{"codec_sha256": "another"}')
     with pytest.raises(UserError, match="was made with codec_sha256 = 'another'"):
-        references(prompts, codec, 0.5, Ranks())
+        references(prompts, codec, 0.5, DistributedContext())
     with pytest.raises(UserError, match="one prompt cannot be shuffled"):
-        references(make_prompts(tmp_path / "one", options(limit=1)), codec, 0.5, Ranks())
+        references(make_prompts(tmp_path / "one", options(limit=1)), codec, 0.5, DistributedContext())
 
 
 @pytest.fixture

@@ -23,8 +23,8 @@ from forked_ranks import run_ranks
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from llama_mimi.audio.reading import read_audio
+from llama_mimi.common.distributed import DistributedContext
 from llama_mimi.common.errors import UserError
-from llama_mimi.common.ranks import Ranks
 from llama_mimi.judging import judge as judge_module
 from llama_mimi.judging import metrics
 from llama_mimi.judging.judge import judge, read_criteria
@@ -201,7 +201,12 @@ def test_a_value_is_computed_once_and_a_failure_again(tmp_path):
 
     def measured(version, *inputs):
         computed.clear()
-        found = take(Measure("m", ("x",), {"version": version}, compute, 2), [(x,) for x in inputs], tmp_path, Ranks())
+        found = take(
+            Measure("m", ("x",), {"version": version}, compute, 2),
+            [(x,) for x in inputs],
+            tmp_path,
+            DistributedContext(),
+        )
         return found, computed
 
     assert measured(1, 0, 1, 2, 2) == (["not finite", {"x": 1.0}, {"x": 0.5}, {"x": 0.5}], [0, 1, 2])
@@ -264,7 +269,7 @@ NUMBER = "a score is not a whole number from 1 to 5"
 
 
 def judged(server, folder, pairs=PAIRS):
-    return take(judge(server.url, "m", read_criteria(CRITERIA)), pairs, folder, Ranks())
+    return take(judge(server.url, "m", read_criteria(CRITERIA)), pairs, folder, DistributedContext())
 
 
 def late(request, number):
@@ -362,11 +367,11 @@ def test_every_measure_of_every_sample(prompts, tmp_path, language_model, capsys
     options = {"speaker_model": SPEAKER, "asr_model": RECOGNISER, "quality": "none", "text_model": language_model}
     with serving(lambda r, n: (200, GOOD)) as server:
         options |= {"judge_model": "m", "judge_url": server.url}
-        measure_samples(samples, prompts, MeasureOptions(**options, dry_run=True), Ranks())
+        measure_samples(samples, prompts, MeasureOptions(**options, dry_run=True), DistributedContext())
         printed = capsys.readouterr().out
         assert not server.requests and "1 such calls, less those with known replies" in printed
         assert "--- system\nYou judge" in printed and "--- user\nBeginning: " in printed
-        found, descriptions = measure_samples(samples, prompts, MeasureOptions(**options), Ranks())
+        found, descriptions = measure_samples(samples, prompts, MeasureOptions(**options), DistributedContext())
         assert len(server.requests) == 1
     by_prompt = {record["prompt"]: record for record in found}
     speech, nothing, silence = (by_prompt[prompt.name] for prompt in prompts.prompts)

@@ -15,8 +15,8 @@ from llama_mimi.evaluation.scoring import Scoring, batch_scores
 from llama_mimi.evaluation.script import EvaluationOptions
 from llama_mimi.generation.flattened import FlattenedModel
 from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs
-from llama_mimi.tokens.sequences import SequenceBuilder, load_sequences
-from llama_mimi.tokens.units import text_from_codes
+from llama_mimi.tokens.tokenizer import SpeechTokenizer, load_speech_tokenizer
+from llama_mimi.tokens.vocabulary import text_from_codes
 
 
 @pytest.fixture(scope="module")
@@ -24,15 +24,15 @@ def models():
     """Models of random weights with 4 and 8 levels, whose tokenizers add BOS or do not."""
     made = {}
     for Q in (4, 8):
-        sequences = load_sequences(str(TINY / "llama"), str(TINY / "mimi"), Q)
+        tokenizer = load_speech_tokenizer(str(TINY / "llama"), str(TINY / "mimi"), Q)
         torch.manual_seed(Q)
-        args = LlamaMimiArgs(**{**vars(FLAVORS["tiny"]), "vocab_size": sequences.vocabulary.size})
+        args = LlamaMimiArgs(**{**vars(FLAVORS["tiny"]), "vocab_size": tokenizer.vocabulary.size})
         decoder = LlamaForCausalLM(hf_config(args)).eval()
         codec = MimiCodec(str(TINY / "mimi"), Q)
-        made[Q, True] = FlattenedModel(decoder, sequences, codec)
-        tokenizer = copy.deepcopy(sequences.tokenizer)
-        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
-        made[Q, False] = FlattenedModel(decoder, SequenceBuilder(tokenizer, sequences.vocabulary), codec)
+        made[Q, True] = FlattenedModel(decoder, tokenizer, codec)
+        without_bos = copy.deepcopy(tokenizer.text_tokenizer)
+        without_bos.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+        made[Q, False] = FlattenedModel(decoder, SpeechTokenizer(without_bos, tokenizer.vocabulary), codec)
     return made
 
 
@@ -50,7 +50,7 @@ def plain_mean(model, ids, scored_positions):
 
 def plain_grammar_mean(model, ids, scored_positions):
     """The same over the codes of a level and, at level 0, ``</audio>``, of float64 logits."""
-    vocabulary, Q = model.sequences.vocabulary, model.sequences.vocabulary.num_quantizers
+    vocabulary, Q = model.tokenizer.vocabulary, model.tokenizer.vocabulary.num_quantizers
     with torch.no_grad():
         logits_LV = model.decoder(torch.tensor([ids])).logits[0].double()
     values = []
@@ -71,10 +71,10 @@ def test_preset_original_is_the_first_release(models, levels, Q, adds_bos, is_cu
     """Text through a tokenizer that may add BOS, ``</audio>`` also where the clip was cut, labels by position."""
     model = models[Q, adds_bos]
     codes_TQ = random_codes(7, Q)
-    ids = model.sequences.tokenizer(text_from_codes(codes_TQ)).input_ids
+    ids = model.tokenizer.text_tokenizer(text_from_codes(codes_TQ)).input_ids
     assert len(ids) == adds_bos + 1 + 7 * Q + 1
     positions = list(range(1, len(ids))) if levels is None else list(range(2, len(ids), Q))
-    tokens = [model.sequences.tokenizer.convert_ids_to_tokens(ids[i]) for i in positions]
+    tokens = [model.tokenizer.text_tokenizer.convert_ids_to_tokens(ids[i]) for i in positions]
     if levels is None:
         assert tokens[0] == ("<audio>" if adds_bos else f"<{codes_TQ[0, 0]}_0>") and tokens[-1] == "</audio>"
     elif adds_bos:
@@ -92,9 +92,9 @@ def test_preset_original_is_the_first_release(models, levels, Q, adds_bos, is_cu
 def test_preset_official_scores_what_it_says(models, levels, Q, adds_bos, is_cut):
     """BOS is always there, whatever the tokenizer does; ``<audio>`` is never scored, as no model is trained on it."""
     model = models[Q, adds_bos]
-    vocabulary = model.sequences.vocabulary
+    vocabulary = model.tokenizer.vocabulary
     codes_TQ = random_codes(7, Q)
-    ids = [model.sequences.tokenizer.bos_token_id, vocabulary.audio_start_id]
+    ids = [model.tokenizer.text_tokenizer.bos_token_id, vocabulary.audio_start_id]
     positions = []
     for frame in codes_TQ.tolist():
         for level, code in enumerate(frame):
@@ -136,7 +136,7 @@ def test_scores_do_not_depend_on_how_many_logits_are_made_at_once(models, monkey
         ((0,), {"levels": "all"}, "official-all_levels"),
         (None, {"levels": "1,0", "limit": 3}, "official-levels_0_1-limit_3"),
         (None, {"likelihood": "grammar", "levels": "0"}, "official-levels_0-grammar"),
-        ((0,), {"preset": "original", "levels": "0", "codec_attention": "whole"}, "original"),
+        ((0,), {"preset": "original", "levels": "0", "codec_sliding_window": False}, "original"),
     ],
 )
 def test_results_are_named_by_what_differs_from_the_preset(levels, flags, name):
@@ -155,7 +155,7 @@ def test_results_are_named_by_what_differs_from_the_preset(levels, flags, name):
         ({"preset": "original", "levels": "0"}, "--preset original is fixed"),
         ({"preset": "original", "likelihood": "grammar"}, "--preset original is fixed"),
         ({"preset": "original", "max_audio_seconds": 5.0}, "--preset original is fixed"),
-        ({"preset": "original", "codec_attention": "windowed"}, "--preset original is fixed"),
+        ({"preset": "original", "codec_sliding_window": True}, "--preset original is fixed"),
     ],
 )
 def test_flags_that_do_not_fit_are_refused(flags, message):

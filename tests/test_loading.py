@@ -23,7 +23,7 @@ from llama_mimi.common.hub import load_pretrained
 from llama_mimi.generation.loading import load_speech_model
 from llama_mimi.judging.metrics import load_evaluator
 from llama_mimi.model.architectures import build_model
-from llama_mimi.tokens.sequences import load_sequences
+from llama_mimi.tokens.tokenizer import load_speech_tokenizer
 
 LAST_LAYER, NORM = "model.layers.3.mlp.up_proj.weight", "model.norm.weight"
 
@@ -196,9 +196,9 @@ def test_a_model_finds_its_codec_from_any_working_directory(folder, tmp_path, mo
     assert local_codec("kyutai/mimi", moved) is None and local_codec(str(codec), folder) == str(codec)
 
     # Conversion keeps that name, or writes an absolute path where it would not be found.
-    sequences = load_sequences(str(TINY / "llama"), "assets/mimi", 4)
+    tokenizer = load_speech_tokenizer(str(TINY / "llama"), "assets/mimi", 4)
     args = model_args(AutoConfig.from_pretrained(moved))
-    save_run_record("run", speech_config(args, sequences, "assets/mimi"), sequences)
+    save_run_record("run", speech_config(args, tokenizer, "assets/mimi"), tokenizer)
     dcp.save(build_model(args).state_dict(), checkpoint_id="run/checkpoint/step-1", no_dist=True)
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "repository" / "run" / "checkpoint"

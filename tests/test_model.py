@@ -13,8 +13,8 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.data.packing import BatchPacker
 from llama_mimi.model.architectures import parallelize
 from llama_mimi.model.llama import FLAVORS, LlamaMimi, LlamaMimiArgs
-from llama_mimi.tokens.sequences import IGNORE_INDEX
-from llama_mimi.training.loss import LevelMeter, UnitLoss
+from llama_mimi.tokens.tokenizer import IGNORE_INDEX
+from llama_mimi.training.loss import LevelMeter, SpeechLoss
 
 VOCAB = 300
 
@@ -117,27 +117,27 @@ def test_flavours_have_the_published_size(flavor, vocab_size, num_params):
 
 
 @pytest.fixture
-def model(sequences):
+def model(tokenizer):
     torch.manual_seed(0)
-    args = LlamaMimiArgs(**{**vars(FLAVORS["tiny"]), "vocab_size": sequences.vocabulary.size, "max_seq_len": 256})
+    args = LlamaMimiArgs(**{**vars(FLAVORS["tiny"]), "vocab_size": tokenizer.vocabulary.size, "max_seq_len": 256})
     model = LlamaMimi(args)
     with torch.no_grad():
         model.init_weights()
     return model
 
 
-def rows(sequences, clips, seq_len, is_packed=False):
+def rows(tokenizer, clips, seq_len, is_packed=False):
     """One full batch of codes_TQ, as the loader makes it; pieces that do not fit are a mistake of the test."""
-    packer = BatchPacker(sequences, 1 if is_packed else len(clips), seq_len, is_packed=is_packed, has_positions=True)
+    packer = BatchPacker(tokenizer, 1 if is_packed else len(clips), seq_len, is_packed=is_packed, has_positions=True)
     for codes_TQ in clips:
         assert packer.add(codes_TQ.numpy(), is_cut=False) == len(codes_TQ)
     return packer.take()
 
 
-def loss_and_gradient(model, sequences, clips, seq_len, pad_id=0, is_packed=False):
-    inputs, labels_BL = rows(sequences, clips, seq_len, is_packed)
+def loss_and_gradient(model, tokenizer, clips, seq_len, pad_id=0, is_packed=False):
+    inputs, labels_BL = rows(tokenizer, clips, seq_len, is_packed)
     inputs_BL, positions_BL = inputs["input"], inputs["positions"]
-    lengths = [len(sequences.sequence(codes_TQ, is_cut=False)) - 1 for codes_TQ in clips]
+    lengths = [len(tokenizer.encode(codes_TQ, is_cut=False)) - 1 for codes_TQ in clips]
     lengths_B1 = torch.tensor([[sum(lengths)]] if is_packed else [[length] for length in lengths])
     inputs_BL[torch.arange(seq_len) >= lengths_B1] = pad_id
     extra = {}
@@ -145,7 +145,7 @@ def loss_and_gradient(model, sequences, clips, seq_len, pad_id=0, is_packed=Fals
         masks = model.get_attention_masks(inputs_BL, None, {"positions": positions_BL})
         extra = {"attention_masks": masks, "positions": positions_BL}
     meter = LevelMeter()
-    loss_sum = UnitLoss(sequences.vocabulary, meter, [1.0] * 4)(model(inputs_BL, **extra), labels_BL)
+    loss_sum = SpeechLoss(tokenizer.vocabulary, meter, [1.0] * 4)(model(inputs_BL, **extra), labels_BL)
     loss = loss_sum / (labels_BL != IGNORE_INDEX).sum()
     model.zero_grad()
     loss.backward()
@@ -156,11 +156,11 @@ def clip(num_frames, seed):
     return torch.randint(256, (num_frames, 4), generator=torch.Generator().manual_seed(seed))
 
 
-def test_padding_changes_no_loss(model, sequences):
+def test_padding_changes_no_loss(model, tokenizer):
     clips = [clip(8, 0), clip(5, 1)]
-    loss, gradient, _ = loss_and_gradient(model, sequences, clips, 40)
-    for seq_len, pad_id in ((40, 7), (40, sequences.vocabulary.audio_end_id), (96, 0)):
-        other_loss, other_gradient, _ = loss_and_gradient(model, sequences, clips, seq_len, pad_id)
+    loss, gradient, _ = loss_and_gradient(model, tokenizer, clips, 40)
+    for seq_len, pad_id in ((40, 7), (40, tokenizer.vocabulary.audio_end_id), (96, 0)):
+        other_loss, other_gradient, _ = loss_and_gradient(model, tokenizer, clips, seq_len, pad_id)
         torch.testing.assert_close(other_loss, loss, atol=1e-6, rtol=1e-6)
         torch.testing.assert_close(other_gradient, gradient, atol=1e-6, rtol=1e-5)
 
@@ -177,33 +177,33 @@ def packed_twin(model):
 
 @pytest.mark.parametrize("seq_len", [76, 90])  # filled to the last place, and with padding behind
 @pytest.mark.parametrize("pad_id", [0, 7])
-def test_packed_clips_are_as_if_alone(model, sequences, seq_len, pad_id):
+def test_packed_clips_are_as_if_alone(model, tokenizer, seq_len, pad_id):
     clips = [clip(8, 0), clip(1, 1), clip(5, 2), clip(3, 3)]
     packed = packed_twin(model)
-    loss, gradient, sums = loss_and_gradient(packed, sequences, clips, seq_len, pad_id, is_packed=True)
-    padded_loss, padded_gradient, padded_sums = loss_and_gradient(model, sequences, clips, 48)
+    loss, gradient, sums = loss_and_gradient(packed, tokenizer, clips, seq_len, pad_id, is_packed=True)
+    padded_loss, padded_gradient, padded_sums = loss_and_gradient(model, tokenizer, clips, 48)
     torch.testing.assert_close(loss, padded_loss, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(gradient, padded_gradient, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(sums, padded_sums, atol=1e-4, rtol=1e-6)
-    loss_and_gradient(model, sequences, clips, 48)
+    loss_and_gradient(model, tokenizer, clips, 48)
     for (name, parameter), other in zip(packed.named_parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, other.grad, atol=1e-5, rtol=1e-5, msg=name)
 
 
-def test_level_losses_are_those_of_a_plain_loop(model, sequences):
+def test_level_losses_are_those_of_a_plain_loop(model, tokenizer):
     codes_TQ = clip(6, 0)
-    ids_L = sequences.sequence(codes_TQ, is_cut=False)
-    loss, _, sums = loss_and_gradient(model, sequences, [codes_TQ], 32)
+    ids_L = tokenizer.encode(codes_TQ, is_cut=False)
+    loss, _, sums = loss_and_gradient(model, tokenizer, [codes_TQ], 32)
     log_probs_LV = model(ids_L[None, :-1]).compute()[0].log_softmax(-1)
     expected = torch.zeros(3, 5, dtype=torch.float64)
     for position, target in enumerate(ids_L[1:].tolist()):
-        if target == sequences.vocabulary.audio_start_id:
+        if target == tokenizer.vocabulary.audio_start_id:
             continue
-        row = 4 if target == sequences.vocabulary.audio_end_id else (target - sequences.vocabulary.base) % 4
+        row = 4 if target == tokenizer.vocabulary.audio_end_id else (target - tokenizer.vocabulary.base) % 4
         expected[0, row] -= log_probs_LV[position, target].item()
         expected[1, row] += 1
-        admissible = [sequences.vocabulary.base + 4 * code + row % 4 for code in range(256)]
-        admissible += [sequences.vocabulary.audio_end_id] * (row % 4 == 0)
+        admissible = [tokenizer.vocabulary.base + 4 * code + row % 4 for code in range(256)]
+        admissible += [tokenizer.vocabulary.audio_end_id] * (row % 4 == 0)
         expected[2, row] -= (log_probs_LV[position, target] - log_probs_LV[position, admissible].logsumexp(0)).item()
     torch.testing.assert_close(sums, expected, atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(loss.double(), expected[0].sum() / expected[1].sum(), atol=1e-5, rtol=1e-5)

@@ -74,7 +74,7 @@ def mp3(*, has_xing: bool, **options: str) -> bytes:
 FLAC = written(format="FLAC")
 OPUS, VORBIS = (written(format="OGG", subtype=subtype) for subtype in ("OPUS", "VORBIS"))
 QUIET = np.zeros(RATE, np.float32)
-# Name -> the file, seconds that are wanted of it, and remarks.
+# Name -> the file, seconds that are wanted of it, and warnings.
 READ = {
     "flac through a pipe": (flac_of_length(0), 1.5, ()),
     "flac before an ID3 tag": (FLAC + b"TAG" + bytes(125), 1.5, ()),
@@ -129,13 +129,13 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", READ)
 def test_odd_audio_is_read(name, tmp_path):
-    content, seconds, remarks = READ[name]
+    content, seconds, audio_warnings = READ[name]
     path = tmp_path / "clip"
     path.write_bytes(content)
     for source in (content, path):
         waveform = read_audio(source, RATE, name=name)
         assert waveform.samples_S.is_contiguous() and bool(torch.isfinite(waveform.samples_S).all())
-        assert waveform.remarks == remarks and not waveform.is_cut
+        assert waveform.audio_warnings == audio_warnings and not waveform.is_cut
         assert waveform.seconds == pytest.approx(seconds, abs=0.1)  # lossy formats pad
     if "silence" not in name:  # it is the speech, not something of its length; some formats delay it
         heard = waveform.samples_S.numpy()[-len(SPEECH) :]

@@ -157,7 +157,7 @@ def test_a_large_row_group_is_read_in_parts(tmp_path, monkeypatch):
     parts = open_corpus(folder, None, "audio", None)
     size = pq.read_metadata(tmp_path / "x.parquet").row_group(0).total_byte_size
     assert whole.fingerprint == digest([["x.parquet"], [[[7, size]]]]), "runs of earlier versions resume"
-    assert whole.sizes_G.tolist() == [7] and parts.sizes_G.tolist() == [1] * 7
+    assert whole.rows_per_group.tolist() == [7] and parts.rows_per_group.tolist() == [1] * 7
     assert pa.concat_tables(map(parts.read_group, range(7))).equals(whole.read_group(0))
     assert parts.row_name(3, 0) == whole.row_name(0, 3) and parts.fingerprint != whole.fingerprint
 
@@ -288,7 +288,7 @@ def test_what_was_done_to_a_clip_goes_with_it(tmp_path):
     samples, rate_hz = soundfile.read(TINY / "prompt.wav", dtype="float32")
     path = tmp_path / "opposite.wav"
     soundfile.write(path, [[a, -a] for a in samples], rate_hz)
-    assert clip_of(tmp_path, {"bytes": path.read_bytes(), "path": None}).remarks == (OPPOSITE,)
+    assert clip_of(tmp_path, {"bytes": path.read_bytes(), "path": None}).audio_warnings == (OPPOSITE,)
     flac = tmp_path / "a.flac"
     soundfile.write(flac, samples, rate_hz)
     content = bytearray(flac.read_bytes())

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 from llama_mimi.common.errors import UserError
 from llama_mimi.data.clip_readers import CodedClip
-from llama_mimi.data.dataloader import UnitDataLoader
+from llama_mimi.data.dataloader import SpeechDataLoader
 from llama_mimi.data.order import CorpusOrder, ShuffledOrder
 from llama_mimi.data.packing import BatchPacker
-from llama_mimi.tokens.sequences import IGNORE_INDEX
+from llama_mimi.tokens.tokenizer import IGNORE_INDEX
 
 BLOCK = 6
 
@@ -34,10 +34,12 @@ class MadeUpReader:
 
     def __init__(self, number: int, num_groups: int) -> None:
         generator = np.random.default_rng(number)
-        sizes_G = generator.integers(1, 6, num_groups)
-        self.number, self.starts_G = number, np.cumsum([0, *sizes_G])
-        self.lengths = generator.integers(1, 41, sizes_G.sum())
-        self.corpus = SimpleNamespace(sizes_G=sizes_G, fingerprint=f"made up {number}", read_group=read_nothing)
+        rows_per_group = generator.integers(1, 6, num_groups)
+        self.number, self.starts_G = number, np.cumsum([0, *rows_per_group])
+        self.lengths = generator.integers(1, 41, rows_per_group.sum())
+        self.corpus = SimpleNamespace(
+            rows_per_group=rows_per_group, fingerprint=f"made up {number}", read_group=read_nothing
+        )
 
     def clips(self, table, ref):
         number = int(self.starts_G[ref.group]) + ref.row
@@ -46,7 +48,7 @@ class MadeUpReader:
         return [CodedClip(f"{self.number}-{number}", codes_TQ, is_cut=False, text=None)]
 
 
-def make_loaders(readers, sequences, dp_world_size, num_workers, *, is_packed=True, batch_size=2, seed=3):
+def make_loaders(readers, tokenizer, dp_world_size, num_workers, *, is_packed=True, batch_size=2, seed=3):
     loaders = []
     for rank in range(dp_world_size):
         order = ShuffledOrder(
@@ -54,12 +56,12 @@ def make_loaders(readers, sequences, dp_world_size, num_workers, *, is_packed=Tr
             [float(len(reader.lengths)) for reader in readers],
             dp_rank=rank,
             dp_world_size=dp_world_size,
-            shuffle_block=BLOCK,
+            shuffle_window=BLOCK,
             seed=seed,
         )
-        packer = BatchPacker(sequences, batch_size, 170, is_packed=is_packed, has_positions=True)
+        packer = BatchPacker(tokenizer, batch_size, 170, is_packed=is_packed, has_positions=True)
         loaders.append(
-            UnitDataLoader(
+            SpeechDataLoader(
                 readers,
                 order,
                 packer,
@@ -68,7 +70,7 @@ def make_loaders(readers, sequences, dp_world_size, num_workers, *, is_packed=Tr
                 dp_world_size=dp_world_size,
                 dataset="made up",
                 chunk_size=3,
-                max_bad_share=0.0,
+                max_skip_fraction=0.0,
                 workers={"num_workers": num_workers},
             )
         )
@@ -84,11 +86,11 @@ def world_state(loaders):
     return {"position": json.dumps({"ranks": ranks, "counts": counts, "frames": frames, "of": states[0]["of"]})}
 
 
-def frames_in(batch, sequences):
+def frames_in(batch, tokenizer):
     """(corpus, clip, frame) of everything that a batch trains on."""
     labels_L = batch[1].flatten()
-    units_L = labels_L[(labels_L != IGNORE_INDEX) & sequences.vocabulary.is_unit(labels_L)]
-    codes_TQ = sequences.vocabulary.entries(units_L).view(-1, sequences.vocabulary.num_quantizers)
+    audio_L = labels_L[(labels_L != IGNORE_INDEX) & tokenizer.vocabulary.is_audio(labels_L)]
+    codes_TQ = tokenizer.vocabulary.entries(audio_L).view(-1, tokenizer.vocabulary.num_quantizers)
     assert (codes_TQ[:, 3] == 0).all()
     return [tuple(frame) for frame in codes_TQ[:, :3].tolist()]
 
@@ -98,7 +100,7 @@ def frames_of_windows(readers, state, seed=3):
     positions = json.loads(state["position"])["ranks"]
     expected = Counter()
     for number, reader in enumerate(readers):
-        order = CorpusOrder(reader.corpus.sizes_G, BLOCK, seed + number)
+        order = CorpusOrder(reader.corpus.rows_per_group, BLOCK, seed + number)
         cursors = [position["cursors"][number] for position in positions]
         end = max(cursor["next_window"] for cursor in cursors)
         left = {window: (0, 0) for c in cursors for window in range(c["next_window"], end, len(positions))}
@@ -120,18 +122,18 @@ segments = st.lists(
 
 @costly(max_examples=40)
 @given(segments=segments, num_corpora=st.integers(1, 2), is_packed=st.booleans(), num_groups=st.integers(1, 30))
-def test_every_frame_once_over_changing_ranks(sequences, segments, num_corpora, is_packed, num_groups):
+def test_every_frame_once_over_changing_ranks(tokenizer, segments, num_corpora, is_packed, num_groups):
     """Segments of (ranks, workers, steps), each killed after its steps: what workers read ahead is lost with them."""
     readers = [MadeUpReader(number, num_groups) for number in range(num_corpora)]
     state, seen = None, Counter()
     for dp_world_size, num_workers, steps in segments:
-        loaders = make_loaders(readers, sequences, dp_world_size, num_workers, is_packed=is_packed)
+        loaders = make_loaders(readers, tokenizer, dp_world_size, num_workers, is_packed=is_packed)
         for loader in loaders:
             if state is not None:
                 loader.load_state_dict(state)
             batches = iter(loader)
             for _ in range(steps):
-                seen.update(frames_in(next(batches), sequences))
+                seen.update(frames_in(next(batches), tokenizer))
         state = world_state(loaders)
     assert seen == frames_of_windows(readers, state)
 
@@ -143,17 +145,17 @@ def test_every_frame_once_over_changing_ranks(sequences, segments, num_corpora, 
     kill_after=st.integers(0, 12),
     is_packed=st.booleans(),
 )
-def test_the_same_ranks_go_on_as_if_never_killed(sequences, dp_world_size, workers, kill_after, is_packed):
+def test_the_same_ranks_go_on_as_if_never_killed(tokenizer, dp_world_size, workers, kill_after, is_packed):
     """Also with another number of loader workers."""
     readers = [MadeUpReader(0, 20), MadeUpReader(1, 7)]
-    whole = make_loaders(readers, sequences, dp_world_size, workers[0], is_packed=is_packed)
+    whole = make_loaders(readers, tokenizer, dp_world_size, workers[0], is_packed=is_packed)
     streams = [iter(loader) for loader in whole]
     for stream in streams:
         for _ in range(kill_after):
             next(stream)
     state = world_state(whole)
     expected = [[next(stream) for _ in range(5)] for stream in streams]
-    resumed = make_loaders(readers, sequences, dp_world_size, workers[1], is_packed=is_packed)
+    resumed = make_loaders(readers, tokenizer, dp_world_size, workers[1], is_packed=is_packed)
     for loader, batches in zip(resumed, expected, strict=True):
         loader.load_state_dict(state)
         for (inputs, labels_BL), batch in zip(batches, loader, strict=False):
@@ -176,7 +178,7 @@ def test_an_epoch_of_windows_is_a_permutation(sizes, block, seed):
 
 
 def corpus(*sizes):
-    return SimpleNamespace(sizes_G=np.array(sizes), fingerprint="made up")
+    return SimpleNamespace(rows_per_group=np.array(sizes), fingerprint="made up")
 
 
 def test_windows_are_of_one_size():
@@ -189,54 +191,54 @@ def test_windows_are_of_one_size():
 
 def test_shares_are_met_at_once():
     corpora = [corpus(*[50] * 100), corpus(*[50] * 40), corpus(*[50] * 10)]
-    order = ShuffledOrder(corpora, [0.5, 0.3, 0.2], dp_rank=1, dp_world_size=3, shuffle_block=100, seed=0)
+    order = ShuffledOrder(corpora, [0.5, 0.3, 0.2], dp_rank=1, dp_world_size=3, shuffle_window=100, seed=0)
     drawn = Counter(order.take().corpus for _ in range(200))
     assert [drawn[number] for number in range(3)] == pytest.approx([100, 60, 40], abs=3)
 
 
 def test_the_state_of_a_million_clips_is_small():
-    order = ShuffledOrder([corpus(*[256] * 3906)], [1.0], dp_rank=0, dp_world_size=64, shuffle_block=4096, seed=0)
+    order = ShuffledOrder([corpus(*[256] * 3906)], [1.0], dp_rank=0, dp_world_size=64, shuffle_window=4096, seed=0)
     for _ in range(5000):
         order.take()
     assert len(json.dumps(order.position.to_json())) < 200
 
 
-def test_a_shorter_longest_clip_may_be_set_on_resuming(sequences):
+def test_a_shorter_longest_clip_may_be_set_on_resuming(tokenizer):
     """The clip that a packed row was in the middle of may end before the place reached in it."""
-    (whole,) = make_loaders([MadeUpReader(0, 9)], sequences, 1, 0)
+    (whole,) = make_loaders([MadeUpReader(0, 9)], tokenizer, 1, 0)
     batches = iter(whole)
     while not any(begun.frames_used for begun in whole._order.position.cursors[0].begun):
         next(batches)
     reader = MadeUpReader(0, 9)
     reader.lengths = np.ones_like(reader.lengths)
-    (resumed,) = make_loaders([reader], sequences, 1, 0)
+    (resumed,) = make_loaders([reader], tokenizer, 1, 0)
     resumed.load_state_dict(whole.state_dict())
-    assert len(frames_in(next(iter(resumed)), sequences)) > 20
+    assert len(frames_in(next(iter(resumed)), tokenizer)) > 20
 
 
-def test_workers_may_be_spawned(sequences):
+def test_workers_may_be_spawned(tokenizer):
     """What is sent to them can be pickled."""
-    (loader,) = make_loaders([MadeUpReader(0, 9)], sequences, 1, 0)
+    (loader,) = make_loaders([MadeUpReader(0, 9)], tokenizer, 1, 0)
     loader._order.take()
     order = pickle.loads(pickle.dumps(loader._order))
     assert [order.take() for _ in range(5)] == [loader._order.take() for _ in range(5)]
 
 
-def test_a_position_in_other_data_is_refused(sequences):
-    loader, other = (make_loaders([MadeUpReader(k, 9)], sequences, 1, 0)[0] for k in (0, 1))
+def test_a_position_in_other_data_is_refused(tokenizer):
+    loader, other = (make_loaders([MadeUpReader(k, 9)], tokenizer, 1, 0)[0] for k in (0, 1))
     with pytest.raises(UserError, match="exclude_from_loading dataloader"):
         other.load_state_dict(loader.state_dict())
-    (reseeded,) = make_loaders([MadeUpReader(0, 9)], sequences, 1, 0, seed=4)
+    (reseeded,) = make_loaders([MadeUpReader(0, 9)], tokenizer, 1, 0, seed=4)
     with pytest.raises(UserError, match="with seed = 3, but it is 4 now"):
         reseeded.load_state_dict(loader.state_dict())
 
 
-def test_workers_divide_the_reading(sequences):
+def test_workers_divide_the_reading(tokenizer):
     """Each chunk is read by one worker; if all read everything, n workers would be no faster than one."""
     from llama_mimi.data.clips import ClipStream
 
     reader = MadeUpReader(0, 20)
-    order = make_loaders([reader], sequences, 1, 0)[0]._order
+    order = make_loaders([reader], tokenizer, 1, 0)[0]._order
     parts = []
     for number in range(3):
         info = SimpleNamespace(id=number, num_workers=3)

@@ -8,15 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_mimi.data.packing import BatchPacker
-from llama_mimi.tokens.sequences import IGNORE_INDEX
+from llama_mimi.tokens.tokenizer import IGNORE_INDEX
 
 
 def codes(num_frames: int) -> torch.Tensor:
     return torch.randint(256, (num_frames, 4), generator=torch.Generator().manual_seed(num_frames))
 
 
-def packer(sequences, batch_size, seq_len, is_packed=True):
-    return BatchPacker(sequences, batch_size, seq_len, is_packed=is_packed, has_positions=True)
+def packer(tokenizer, batch_size, seq_len, is_packed=True):
+    return BatchPacker(tokenizer, batch_size, seq_len, is_packed=is_packed, has_positions=True)
 
 
 def fill(packer, clips):
@@ -51,60 +51,60 @@ def pieces(batches):
     batch_size=st.integers(1, 3),
     seq_len=st.integers(6, 90),
 )
-def test_packed_rows_hold_every_frame_once(sequences, lengths, cuts, batch_size, seq_len):
-    vocabulary = sequences.vocabulary
+def test_packed_rows_hold_every_frame_once(tokenizer, lengths, cuts, batch_size, seq_len):
+    vocabulary = tokenizer.vocabulary
     clips = [(codes(length), is_cut, None) for length, is_cut in zip(lengths, cuts, strict=False)]
-    batches = fill(packer(sequences, batch_size, seq_len), clips)
+    batches = fill(packer(tokenizer, batch_size, seq_len), clips)
     units, ends = [], 0
     for ids_L, labels_L in pieces(batches):
-        assert ids_L[:2].tolist() == [sequences.tokenizer.bos_token_id, vocabulary.audio_start_id]
+        assert ids_L[:2].tolist() == [tokenizer.text_tokenizer.bos_token_id, vocabulary.audio_start_id]
         targets = labels_L[labels_L != IGNORE_INDEX]
         assert labels_L[0] == IGNORE_INDEX and labels_L[1:][: len(targets)].equal(targets)
         assert ids_L[2 : 1 + len(targets)].equal(targets[:-1]), "inputs are the targets, one place later"
         ends += int(targets[-1] == vocabulary.audio_end_id)
-        units.append(targets[vocabulary.is_unit(targets)])
+        units.append(targets[vocabulary.is_audio(targets)])
         assert len(units[-1]) % 4 == 0 and len(units[-1]), "cut after whole frames"
     expected = torch.cat([vocabulary.ids_from_codes(codes_TQ) for codes_TQ, _, _ in clips])
     assert torch.cat(units).equal(expected)
     assert ends == sum(not is_cut for _, is_cut, _ in clips), "speech that ended ends once"
 
 
-def test_packed_rows_are_nearly_full(sequences):
+def test_packed_rows_are_nearly_full(tokenizer):
     clips = [(codes(length), False, None) for length in range(150, 200)]
-    batches = fill(packer(sequences, 4, 1024), clips)[:-1]
+    batches = fill(packer(tokenizer, 4, 1024), clips)[:-1]
     targets = sum(int((labels_BL != IGNORE_INDEX).sum()) for _, labels_BL in batches)
     assert targets / (len(batches) * 4 * 1024) > 0.99
 
 
-def test_text_stays_with_its_audio(sequences):
+def test_text_stays_with_its_audio(tokenizer):
     clips = [(codes(length), False, "the doctor") for length in (10, 12, 30, 5)]
-    rows = packer(sequences, 1, 100)
+    rows = packer(tokenizer, 1, 100)
     found = list(pieces(fill(rows, clips)))
-    assert rows.num_cut == 1 and rows.num_split == 0  # 30 frames are 120 units
-    text_ids = sequences.tokenizer("the doctor", add_special_tokens=False).input_ids
+    assert rows.num_cut == 1 and rows.num_split == 0  # 30 frames are 120 audio tokens
+    text_ids = tokenizer.text_tokenizer("the doctor", add_special_tokens=False).input_ids
     assert all(ids_L[1 : 1 + len(text_ids)].tolist() == text_ids for ids_L, _ in found)
-    units = [int(sequences.vocabulary.is_unit(labels_L).sum()) for _, labels_L in found]
+    units = [int(tokenizer.vocabulary.is_audio(labels_L).sum()) for _, labels_L in found]
     assert units[0] == 40 and units[1] == 48 and units[3] == 20 and 80 < units[2] < 100
 
 
 @pytest.mark.parametrize("is_packed", [True, False])
-def test_a_row_has_room_for_a_frame_behind_a_text(sequences, is_packed):
-    length = len(sequences.head("the doctor"))
+def test_a_row_has_room_for_a_frame_behind_a_text(tokenizer, is_packed):
+    length = len(tokenizer.prefix_ids("the doctor"))
     for seq_len, has_room in ((length + 3, True), (length + 2, False)):
-        rows = packer(sequences, 1, seq_len, is_packed)
+        rows = packer(tokenizer, 1, seq_len, is_packed)
         assert (rows.no_room("the doctor") is None) == has_room
         ((_, labels_BL),) = fill(rows, [(codes(2), False, "the doctor")])
         assert int((labels_BL != IGNORE_INDEX).sum()) == (4 if has_room else 3)
 
 
-def test_padded_rows_hold_one_clip(sequences):
-    vocabulary = sequences.vocabulary
+def test_padded_rows_hold_one_clip(tokenizer):
+    vocabulary = tokenizer.vocabulary
     clips = [(codes(length), False, None) for length in (3, 9, 1)]
-    (batch,) = fill(packer(sequences, 3, 32, is_packed=False), clips)
+    (batch,) = fill(packer(tokenizer, 3, 32, is_packed=False), clips)
     inputs, labels_BL = batch
     assert inputs["positions"].tolist()[2] == [*range(6), *range(26)]
     for row, length in enumerate((3, 9, 1)):
-        ids_L = sequences.sequence(codes(length), is_cut=False)
+        ids_L = tokenizer.encode(codes(length), is_cut=False)
         held = min(len(ids_L) - 1, 32)
         assert inputs["input"][row, :held].equal(ids_L[:held])
         assert labels_BL[row, 1:held].equal(ids_L[2 : held + 1]) and labels_BL[row, 0] == IGNORE_INDEX
@@ -112,16 +112,16 @@ def test_padded_rows_hold_one_clip(sequences):
         assert (vocabulary.audio_end_id in labels_BL[row]) == (length != 9), "a row too short has no </audio>"
 
 
-def test_labels_are_the_next_targets(sequences):
-    ids_L = sequences.sequence(codes(2), is_cut=False, text="the doctor")
-    (batch,) = fill(packer(sequences, 1, 32, is_packed=False), [(codes(2), False, "the doctor")])
+def test_labels_are_the_next_targets(tokenizer):
+    ids_L = tokenizer.encode(codes(2), is_cut=False, text="the doctor")
+    (batch,) = fill(packer(tokenizer, 1, 32, is_packed=False), [(codes(2), False, "the doctor")])
     labels_L, length = batch[1][0], len(ids_L) - 1
-    num_given = length - 9  # all but 8 units and </audio>
+    num_given = length - 9  # all but 8 audio tokens and </audio>
     assert labels_L[:num_given].eq(IGNORE_INDEX).all() and labels_L[length:].eq(IGNORE_INDEX).all()
     assert labels_L[num_given:length].tolist() == ids_L[-9:].tolist()
 
 
 @pytest.mark.parametrize("is_packed", [True, False])
-def test_an_empty_batch_has_no_target(sequences, is_packed):
-    inputs, labels_BL = packer(sequences, 2, 16, is_packed).take()
+def test_an_empty_batch_has_no_target(tokenizer, is_packed):
+    inputs, labels_BL = packer(tokenizer, 2, 16, is_packed).take()
     assert labels_BL.eq(IGNORE_INDEX).all() and inputs["positions"].tolist() == [list(range(16))] * 2

@@ -98,7 +98,7 @@ def test_a_tokenised_corpus(tmp_path, capsys):
     (tmp_path / "in").mkdir()
     in_json_files(tmp_path / "in", [*rows, rows[0] | {"name": "again", "speaker": "<b>"}])
     (tmp_path / "in" / "empty.wav").write_bytes(b"")
-    done = tokenize(tmp_path / "in", tmp_path / "codes", "--max_bad_share", 0.5, "--max_audio_seconds", 1.6)
+    done = tokenize(tmp_path / "in", tmp_path / "codes", "--max_skip_fraction", 0.5, "--max_audio_seconds", 1.6)
     assert done.returncode == 0, done.output[-2000:]
     options = {"codes": str(tmp_path / "codes"), "num_clips": 4}
     inspect_codes(page=tmp_path / "a.html", **options)

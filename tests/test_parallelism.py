@@ -17,7 +17,7 @@ from llama_mimi.data.code_store import StoredClip
 from llama_mimi.model import cross_entropy
 from llama_mimi.model.architectures import build_model
 from llama_mimi.model.llama import FLAVORS
-from llama_mimi.tokens.sequences import load_sequences
+from llama_mimi.tokens.tokenizer import load_speech_tokenizer
 
 pytestmark = pytest.mark.distributed
 
@@ -30,7 +30,14 @@ BITS = [f"{prefix}admissible_bits_per_audio_second/all" for prefix in ("", "vali
 BATCH = "--training.local_batch_size"
 AUDIO = ["--model.vocabulary", "audio"]
 UNTIED = ["--model.flavor", "tiny_untied"]
-HIERARCHICAL = ["--model.architecture", "hierarchical", "--model.depth_share", "0.5", "--loss.level_weights", "4,2,1,1"]
+HIERARCHICAL = [
+    "--model.architecture",
+    "hierarchical",
+    "--model.depth_train_fraction",
+    "0.5",
+    "--loss.level_weights",
+    "4,2,1,1",
+]
 FLOAT8 = "FSDP, float8 emulated"
 BFLOAT16 = "FSDP, bfloat16"
 LOOSE = {FLOAT8: ({"rel": 5e-3}, {"rel": 0.3}), BFLOAT16: ({"rel": 1e-3}, {"rel": 0.05})}  # losses, gradient norms
@@ -84,18 +91,18 @@ def folder(tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("parallelism")
     write_eight_clips(folder / "codes")
     for base, vocabulary in (("tied", "llama"), ("untied", "llama"), ("without text", "audio")):
-        sequences = load_sequences(str(TINY / "llama"), str(TINY / "mimi"), 4, vocabulary)
+        tokenizer = load_speech_tokenizer(str(TINY / "llama"), str(TINY / "mimi"), 4, vocabulary)
         config = LlamaConfig.from_pretrained(TINY / "llama")
-        config.update({"vocab_size": sequences.vocabulary.size, "tie_word_embeddings": base != "untied"})
+        config.update({"vocab_size": tokenizer.vocabulary.size, "tie_word_embeddings": base != "untied"})
         torch.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(folder / "base" / base)
-        sequences.tokenizer.save_pretrained(folder / "base" / base)
+        tokenizer.text_tokenizer.save_pretrained(folder / "base" / base)
     save_hierarchical(folder / "seed" / "step-0")
     common = {
         "--job.config_file": ROOT / "config/tiny.toml",
         "--checkpoint.interval": 100,
         "--training.dataset": folder / "codes",
-        "--data.shuffle_block": 2,
+        "--data.shuffle_window": 2,
         "--training.seq_len": 64,
         "--training.steps": STEPS,
         "--lr_scheduler.warmup_steps": 0,

@@ -13,8 +13,8 @@ import torch
 from conftest import TINY
 from test_generation import Ending, flattened
 
+from llama_mimi.common.distributed import DistributedContext
 from llama_mimi.common.errors import UserError
-from llama_mimi.common.ranks import Ranks
 from llama_mimi.generation import prompt_folder
 from llama_mimi.generation.continuation import SamplingOptions
 from llama_mimi.generation.prompt_folder import continue_folder
@@ -41,7 +41,7 @@ def prompts(tmp_path_factory):
 
 
 def run(model, prompts, output_dir, options=OPTIONS, num_rows=2, **made_by):
-    return continue_folder(model, prompts, output_dir, options, num_rows, Ranks(), made_by)
+    return continue_folder(model, prompts, output_dir, options, num_rows, DistributedContext(), made_by)
 
 
 def content(folder):

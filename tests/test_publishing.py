@@ -19,7 +19,7 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.common.hub import weights_sha256
 from llama_mimi.model.architectures import build_model
 from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs
-from llama_mimi.tokens.sequences import load_sequences
+from llama_mimi.tokens.tokenizer import load_speech_tokenizer
 
 
 @pytest.fixture
@@ -118,11 +118,11 @@ def test_mistakes(model, tmp_path, monkeypatch):
 
 def test_the_other_architecture(tmp_path):
     """From a checkpoint, whose run's settings go along."""
-    sequences = load_sequences(str(TINY / "llama"), str(TINY / "mimi"), 4, "llama", "hierarchical")
+    tokenizer = load_speech_tokenizer(str(TINY / "llama"), str(TINY / "mimi"), 4, "llama", "hierarchical")
     own = {"architecture": "hierarchical", "enable_weight_tying": False, "num_quantizers": 4, "codebook_size": 256}
-    args = LlamaMimiArgs(**{**vars(FLAVORS["tiny"]), "vocab_size": sequences.vocabulary.size, **own})
+    args = LlamaMimiArgs(**{**vars(FLAVORS["tiny"]), "vocab_size": tokenizer.vocabulary.size, **own})
     run = tmp_path / "run"
-    save_run_record(str(run), speech_config(args, sequences, str(TINY / "mimi")), sequences)
+    save_run_record(str(run), speech_config(args, tokenizer, str(TINY / "mimi")), tokenizer)
     state = build_model(args).state_dict()
     dcp.save(state, checkpoint_id=run / "checkpoint" / "step-1", no_dist=True)
     (run / "job_config.json").write_text(json.dumps({"job": {"dump_folder": str(run)}, "training": {"steps": 1}}))

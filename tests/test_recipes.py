@@ -141,7 +141,7 @@ def test_a_recipe_on_what_is_published(rows, name, tmp_path):
         assert ranks.wait(240) == 0, ranks.output[-3000:]
     output = tmp_path / "data" / "codes" / name
     manifest = json.loads((output / "manifest.json").read_text())
-    assert manifest["skipped"] == manifest["remarks"] == {} and manifest["filtered"] == left_out
+    assert manifest["skipped"] == manifest["audio_warnings"] == {} and manifest["filtered"] == left_out
     stored = pq.read_table(sorted(output.glob("shard-*.parquet"))).to_pylist()
     for row in stored:
         assert row["duration"] <= 20 and is_right(row), row

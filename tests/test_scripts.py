@@ -27,7 +27,7 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.generation.continuation import SamplingOptions, checkpoint_note, encode_prompts
 from llama_mimi.generation.loading import load_speech_model
 from llama_mimi.model.llama import FLAVORS, LlamaMimi, LlamaMimiArgs
-from llama_mimi.tokens.units import text_from_codes
+from llama_mimi.tokens.vocabulary import text_from_codes
 
 
 def run(*command: object) -> SimpleNamespace:
@@ -38,17 +38,17 @@ def run(*command: object) -> SimpleNamespace:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, sequences):
+def trained(tmp_path_factory, tokenizer):
     """A run's folder as training leaves it, with random weights: two weights-only steps, the newer one cut off."""
     folder = tmp_path_factory.mktemp("run")
     torch.manual_seed(0)
-    args = LlamaMimiArgs(**{**vars(FLAVORS["tiny"]), "vocab_size": sequences.vocabulary.size, "max_seq_len": 256})
+    args = LlamaMimiArgs(**{**vars(FLAVORS["tiny"]), "vocab_size": tokenizer.vocabulary.size, "max_seq_len": 256})
     model = LlamaMimi(args)
     with torch.no_grad():
         model.init_weights()
     dcp.save(model.state_dict(), checkpoint_id=folder / "checkpoint" / "step-20", no_dist=True)
     (folder / "checkpoint" / "step-30").mkdir()
-    save_run_record(str(folder), speech_config(args, sequences, str(TINY / "mimi")), sequences)
+    save_run_record(str(folder), speech_config(args, tokenizer, str(TINY / "mimi")), tokenizer)
     return folder, model
 
 
@@ -215,14 +215,14 @@ def test_ranks_share_a_folder_of_prompts(converted, tmp_path):
     assert one == two and len(one) == 6
 
 
-def test_released_layout_works(sequences, tmp_path):
+def test_released_layout_works(tokenizer, tmp_path):
     """As llm-jp/Llama-Mimi-*: num_quantizers in the config and no codec, which is then named on the command line."""
     config = LlamaConfig.from_pretrained(TINY / "llama")
-    config.update({"vocab_size": sequences.vocabulary.size, "num_quantizers": 4})
+    config.update({"vocab_size": tokenizer.vocabulary.size, "num_quantizers": 4})
     decoder = LlamaForCausalLM(config)
     decoder.generation_config = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.9)  # Llama 3.2's
     decoder.save_pretrained(tmp_path)
-    sequences.tokenizer.save_pretrained(tmp_path)
+    tokenizer.text_tokenizer.save_pretrained(tmp_path)
     assert "codec" not in json.loads((tmp_path / "config.json").read_text())
     command = ("inference.py", "--model_name", tmp_path, "--prompt", TINY / "prompt.wav", "--seconds", 0.5)
     result = run(*command, "--output_file", tmp_path / "c.wav", "--num_samples", 2, "--codec", TINY / "mimi")
@@ -237,7 +237,7 @@ def test_a_released_checkpoint_continues_as_the_release_does_unless_flags_say_ot
     shutil.copytree(converted, tmp_path / "released")
     for name, changes in (("config.json", {}), ("generation_config.json", {"top_p": 0.9, "temperature": 0.6})):
         content = json.loads((converted / name).read_text()) | changes
-        content.pop("codec_attention", None)
+        content.pop("codec_sliding_window", None)
         (tmp_path / "released" / name).write_text(json.dumps(content))
     models = [load_speech_model(str(folder)) for folder in (converted, tmp_path / "released")]
     prompt = read_audio(TINY / "prompt.wav", 24_000, max_seconds=0.74)
@@ -364,7 +364,7 @@ def test_prepare_base_model_without_text(tied, tmp_path):
 
     whole, small = prepare("base", "llama"), prepare("base", "audio")
     assert len(AutoTokenizer.from_pretrained(tmp_path / "audio")) == small.config.vocab_size == 3 + 4 * 256 + 2
-    rows = [508, 509, 510, *range(512, 512 + 4 * 256 + 2)]  # BOS, EOS, padding; units
+    rows = [508, 509, 510, *range(512, 512 + 4 * 256 + 2)]  # BOS, EOS, padding; audio tokens
     weights, small_weights = whole.state_dict(), small.state_dict()
     assert weights.keys() == small_weights.keys()
     for name, weight in weights.items():

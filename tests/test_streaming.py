@@ -41,12 +41,12 @@ def test_any_chunks_give_the_audio_of_the_whole(codec):
     torch.testing.assert_close(codec.decode(codes_TQ), whole_S, atol=0, rtol=0)  # other users are left alone
 
 
-@pytest.mark.parametrize("attention", ["windowed", "whole"])
-def test_the_shape_of_mimi_itself(tmp_path, attention):
+@pytest.mark.parametrize("window", [True, False])
+def test_the_shape_of_mimi_itself(tmp_path, window):
     """Random weights in kyutai/mimi's own shape, 8 levels, but for a window that is short enough to be met."""
     torch.manual_seed(0)
     MimiModel(MimiConfig(sliding_window=10)).save_pretrained(tmp_path)
-    codec = MimiCodec(str(tmp_path), 8, attention=attention)
+    codec = MimiCodec(str(tmp_path), 8, sliding_window=window)
     codes_TQ = torch.randint(2048, (14, 8))
     whole_S = codec.decode(codes_TQ)
     for chunks in ([1] * 14, [2, 5, 1, 6]):

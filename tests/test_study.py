@@ -22,7 +22,7 @@ from transformers import CsmForConditionalGeneration, LlamaForCausalLM
 from llama_mimi.audio.reading import Waveform, write_wav
 from llama_mimi.checkpoint.csm import csm_config
 from llama_mimi.checkpoint.huggingface import hf_config
-from llama_mimi.common.command_line import as_words
+from llama_mimi.common.command_line import to_cli_args
 from llama_mimi.common.errors import UserError
 from llama_mimi.evaluation.results import FORMAT
 from llama_mimi.judging.script import FORMAT as GENERATIONS_FORMAT
@@ -114,7 +114,7 @@ def test_variants_are_the_combinations_of_each_table(tmp_path):
 def test_settings_of_a_variant(tmp_path):
     study = read_study(written(tmp_path, a=("assets/tiny/llama", "models/base-q{num_quantizers}")))
     for variant in study.variants:
-        config = parse_config(as_words(study.flags(variant)))
+        config = parse_config(to_cli_args(study.flags(variant)))
         Q = variant.num_quantizers
         assert (config.codec.num_quantizers, config.model.architecture) == (Q, variant.architecture)
         assert config.model.hf_assets_path == f"models/base-q{Q}"
@@ -191,7 +191,7 @@ def test_a_step_costs_what_pytorch_counts_of_the_stock_model(tmp_path, architect
     """Forward and backward of a row of 64 frames, of which a share trains the depth decoder."""
     study = read_study(written(tmp_path))
     flags = study.flags(next(variant for variant in study.variants if variant.architecture == architecture))
-    flops = step_flops({**flags, "model.depth_share": share, "training.local_batch_size": 1}, 1)
+    flops = step_flops({**flags, "model.depth_train_fraction": share, "training.local_batch_size": 1}, 1)
     Q, K, T, V = 4, 256, 64, 1538
     args = replace(FLAVORS["tiny"], architecture=architecture, vocab_size=V, num_quantizers=Q, codebook_size=K)
     with torch.device("meta"):
@@ -313,7 +313,7 @@ class Played(StudyRunner):
                 "pairs": pairs,
                 "parts": {part: {"accuracy": accuracy, "interval": [0, 1], "count": 20, "pairs": 20, "pairs_cut": 0}},
                 "model_sha256": "m" * 64,
-                "codec": {"sha256": "c" * 64, "attention": "windowed"},
+                "codec": {"sha256": "c" * 64, "sliding_window": True},
                 "versions": {"commit": "abc"},
             }
             path = out / benchmark / model / "official.json"
@@ -450,5 +450,5 @@ def test_a_real_command_that_fails_gives_its_own_sentence(tmp_path):
     log = tmp_path / "logs" / "convert.log"
     flags = {"checkpoint": "nowhere", "output_dir": tmp_path}
     with pytest.raises(UserError, match="^error: .*nowhere"):
-        runner.start("convert", log, [sys.executable, "scripts/convert_dcp_to_hf.py", *as_words(flags)])
+        runner.start("convert", log, [sys.executable, "scripts/convert_dcp_to_hf.py", *to_cli_args(flags)])
     assert log.exists()

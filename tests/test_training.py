@@ -40,7 +40,7 @@ from llama_mimi.generation.continuation import SamplingOptions, continue_codes
 from llama_mimi.generation.loading import load_speech_model
 from llama_mimi.model.architectures import build_model
 from llama_mimi.model.llama import FLAVORS
-from llama_mimi.tokens.sequences import IGNORE_INDEX, load_sequences
+from llama_mimi.tokens.tokenizer import IGNORE_INDEX, load_speech_tokenizer
 from llama_mimi.training.config_file import parse_config
 
 pytestmark = pytest.mark.distributed
@@ -205,12 +205,12 @@ def no_large_files():
 def base_model(tmp_path_factory):
     """A random Llama with the extended vocabulary, as scripts/prepare_base_model.py writes one."""
     folder = tmp_path_factory.mktemp("base")
-    sequences = load_sequences(str(TINY / "llama"), str(TINY / "mimi"), 4)
+    tokenizer = load_speech_tokenizer(str(TINY / "llama"), str(TINY / "mimi"), 4)
     config = LlamaConfig.from_pretrained(TINY / "llama")
-    config.vocab_size = sequences.vocabulary.size
+    config.vocab_size = tokenizer.vocabulary.size
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder)
-    sequences.tokenizer.save_pretrained(folder)
+    tokenizer.text_tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -273,7 +273,7 @@ def test_torchtitans_entry_point_is_the_same_trainer(base_model, tmp_path):
 
 
 def test_text_in_front_of_the_audio_is_read_and_not_predicted(base_model, tmp_path):
-    """The task "tts", against Hugging Face's model; what a batch holds is text, `<audio>` and units, in this order."""
+    """The task "tts", against Hugging Face's model; a batch has text, `<audio>` and audio tokens, in this order."""
     overrides = {
         "model__hf_assets_path": base_model,
         "checkpoint__initial_load_in_hf": True,
@@ -291,13 +291,13 @@ def test_text_in_front_of_the_audio_is_read_and_not_predicted(base_model, tmp_pa
         "--optimizer.lr": 5e-4,
     }
     (batches,), model, optimizer = plain_loop(base_model, flags, dp_world_size=1)
-    vocabulary = load_sequences(str(base_model), str(TINY / "mimi"), 4).vocabulary
+    vocabulary = load_speech_tokenizer(str(base_model), str(TINY / "mimi"), 4).vocabulary
     for step in (1, 2):
         inputs, labels_BL = next(batches)
         for ids_L, labels_L in zip(inputs["input"], labels_BL, strict=True):
             start = (ids_L == vocabulary.audio_start_id).nonzero().item()
             assert start > 5 and (ids_L[:start] < vocabulary.base).all(), "text"
-            assert (labels_L[:start] == IGNORE_INDEX).all() and vocabulary.is_unit(labels_L[start])
+            assert (labels_L[:start] == IGNORE_INDEX).all() and vocabulary.is_audio(labels_L[start])
         loss = plain_loss(model, inputs["input"], labels_BL)
         plain_step(model, optimizer, loss)
         assert measured[step] == pytest.approx(loss.item(), abs=1e-4), step
@@ -348,7 +348,7 @@ def test_hierarchical_ranks_equal_transformers(tmp_path):
 
     Clips are cut: the rows of the ends, one for each level there, are one row here, which Adam moves otherwise.
     """
-    sequences = load_sequences(str(TINY / "llama"), str(TINY / "mimi"), 4, "llama", "hierarchical")
+    tokenizer = load_speech_tokenizer(str(TINY / "llama"), str(TINY / "mimi"), 4, "llama", "hierarchical")
     settings = {"model.architecture": "hierarchical", "data.max_audio_seconds": 0.8, "optimizer.lr": 5e-4}
     flags = [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
     job_config = parse_config(["--job.config_file", str(ROOT / "config/tiny.toml"), *flags])
@@ -372,16 +372,16 @@ def test_hierarchical_ranks_equal_transformers(tmp_path):
     csm.load_state_dict(csm_state(model.state_dict(), args), strict=False)
     csm.tie_weights()
     optimizer = torch.optim.AdamW(csm.parameters(), lr=5e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-    ranks = [iter(build_dataloader(2, rank, sequences, job_config)) for rank in range(2)]
+    ranks = [iter(build_dataloader(2, rank, tokenizer, job_config)) for rank in range(2)]
     for step in range(1, 9):
         inputs_BLQ, labels_BLQ = (torch.cat(parts) for parts in zip(*map(inputs_and_labels, ranks), strict=True))
         is_frame_BL = inputs_BLQ[..., 1] >= 0
-        frames_BLD = csm.backbone_model.embed_tokens(sequences.vocabulary.entries(inputs_BLQ))
+        frames_BLD = csm.backbone_model.embed_tokens(tokenizer.vocabulary.entries(inputs_BLQ))
         text_BLD = csm.embed_text_tokens(inputs_BLQ[..., 0])
         embedded_BLD = torch.where(is_frame_BL[..., None], frames_BLD, text_BLD)
         hidden_BLD = csm.backbone_model(inputs_embeds=embedded_BLD).last_hidden_state
         is_target_BL = labels_BLQ[..., 0] != IGNORE_INDEX
-        codes_NQ = sequences.vocabulary.entries(labels_BLQ[is_target_BL])
+        codes_NQ = tokenizer.vocabulary.entries(labels_BLQ[is_target_BL])
         assert codes_NQ.max() < 256, "no clip ends"
         level_0_NV = csm.lm_head(hidden_BLD[is_target_BL])
         depth_NqV = csm.depth_decoder(
@@ -420,8 +420,8 @@ def inputs_and_labels(batches):
 def plain_loop(base_model, flags, dp_world_size):
     """Every rank's batches, and Hugging Face's model with the run's optimizer, in this process."""
     job_config = parse_config([str(word) for flag in flags.items() for word in flag])
-    sequences = load_sequences(str(base_model), str(TINY / "mimi"), 4)
-    ranks = [iter(build_dataloader(dp_world_size, rank, sequences, job_config)) for rank in range(dp_world_size)]
+    tokenizer = load_speech_tokenizer(str(base_model), str(TINY / "mimi"), 4)
+    ranks = [iter(build_dataloader(dp_world_size, rank, tokenizer, job_config)) for rank in range(dp_world_size)]
     model = LlamaForCausalLM.from_pretrained(base_model)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=job_config.optimizer.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1

@@ -25,7 +25,7 @@ from llama_mimi.checkpoint.conversion import convert_checkpoint, prepare_base_mo
 from llama_mimi.checkpoint.huggingface import hf_config, model_args, save_folder
 from llama_mimi.model.architectures import build_model
 from llama_mimi.model.llama import FLAVORS, LLAMA_3_1_ROPE, LLAMA_3_2_ROPE, LlamaMimiArgs
-from llama_mimi.tokens.sequences import load_sequences
+from llama_mimi.tokens.tokenizer import load_speech_tokenizer
 
 SCALINGS = {"default": RoPEScalingArgs(scaling_factor=1.0), "factor 32": LLAMA_3_2_ROPE, "factor 8": LLAMA_3_1_ROPE}
 ROPE_KEYS_OF_4 = {"rope_type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
@@ -37,10 +37,10 @@ def args_of(scaling: str, vocab_size: int = 512, tied: bool = True) -> LlamaMimi
 
 
 def record(folder, scaling, vocabulary="llama", tied=True, architecture="flattened"):
-    sequences = load_sequences(str(TINY / "llama"), str(TINY / "mimi"), 4, vocabulary, architecture)
-    args = args_of(scaling, sequences.vocabulary.size, tied)
+    tokenizer = load_speech_tokenizer(str(TINY / "llama"), str(TINY / "mimi"), 4, vocabulary, architecture)
+    args = args_of(scaling, tokenizer.vocabulary.size, tied)
     args.architecture, args.num_quantizers, args.codebook_size = architecture, 4, 256
-    save_run_record(str(folder), speech_config(args, sequences, str(TINY / "mimi")), sequences)
+    save_run_record(str(folder), speech_config(args, tokenizer, str(TINY / "mimi")), tokenizer)
     return folder / "hf_assets"
 
 
@@ -286,7 +286,7 @@ def test_transformers_4_has_no_window(tmp_path):
     samples_S = read_audio(TINY / "prompt.wav", 24_000).samples_S[
         : 20 * 1920
     ]  # more than the tiny codec's window of 1 s
-    windowed, whole = (MimiCodec(str(TINY / "mimi"), 8, attention=attention) for attention in ("windowed", "whole"))
+    windowed, whole = (MimiCodec(str(TINY / "mimi"), 8, sliding_window=window) for window in (True, False))
     codes_TQ = windowed.encode_as_released(samples_S)
     path = tmp_path / "of_4"
     torch.save((samples_S, codes_TQ), path)

@@ -35,12 +35,12 @@ from llama_mimi.data.clips import ClipStream
 from llama_mimi.data.code_store import CodeCorpus
 from llama_mimi.data.code_writer import TokenizationOptions
 from llama_mimi.data.corpora import open_corpus
-from llama_mimi.data.dataloader import UnitDataLoader
+from llama_mimi.data.dataloader import SpeechDataLoader
 from llama_mimi.data.order import RowsInOrder, ShuffledOrder
 from llama_mimi.data.packing import BatchPacker
 from llama_mimi.data.tokenization import tokenize_corpus
-from llama_mimi.tokens.sequences import IGNORE_INDEX, SequenceBuilder, load_sequences
-from llama_mimi.tokens.units import text_from_codes
+from llama_mimi.tokens.tokenizer import IGNORE_INDEX, SpeechTokenizer, load_speech_tokenizer
+from llama_mimi.tokens.vocabulary import text_from_codes
 
 # Useful tokens a second that a 1B training step is meant to reach on one GPU, so what a loader must keep up with.
 GPU_TOKENS_PER_S = 60_000
@@ -91,8 +91,8 @@ def audio_reader(corpus: str, codec: MimiCodec) -> AudioReader:
 
 def read_clips(reader: AudioReader, limit: int) -> Iterator[AudioClip]:
     """The first clips of the corpus, each row group read once."""
-    sizes_G = reader.corpus.sizes_G
-    stream = ClipStream([reader], RowsInOrder(sizes_G, range(len(sizes_G))), 1)
+    rows_per_group = reader.corpus.rows_per_group
+    stream = ClipStream([reader], RowsInOrder(rows_per_group, range(len(rows_per_group))), 1)
     for (clip,) in (chunk.clips for chunk in itertools.islice(stream.load(), limit)):
         if not isinstance(clip, AudioClip):
             raise UserError(f"a clip of '{reader.corpus.name}' cannot be used; name a corpus without bad clips")
@@ -122,21 +122,21 @@ def code_reader(flags: DataFlags, store: str) -> CodeReader:
 
 
 def shuffled(reader: AudioReader | CodeReader) -> ShuffledOrder:
-    return ShuffledOrder([reader.corpus], [1.0], dp_rank=0, dp_world_size=1, shuffle_block=4096, seed=0)
+    return ShuffledOrder([reader.corpus], [1.0], dp_rank=0, dp_world_size=1, shuffle_window=4096, seed=0)
 
 
 def loader(
     flags: DataFlags,
     reader: AudioReader | CodeReader,
-    sequences: SequenceBuilder,
+    tokenizer: SpeechTokenizer,
     codec: MimiCodec | None,
     *,
     batch_size: int,
     is_packed: bool = True,
     chunk_size: int = 32,
-) -> UnitDataLoader:
-    packer = BatchPacker(sequences, batch_size, flags.seq_len, is_packed=is_packed, has_positions=is_packed)
-    return UnitDataLoader(
+) -> SpeechDataLoader:
+    packer = BatchPacker(tokenizer, batch_size, flags.seq_len, is_packed=is_packed, has_positions=is_packed)
+    return SpeechDataLoader(
         [reader],
         shuffled(reader),
         packer,
@@ -145,7 +145,7 @@ def loader(
         dp_world_size=1,
         dataset=flags.corpus,
         chunk_size=chunk_size,
-        max_bad_share=0.0,
+        max_skip_fraction=0.0,
         workers={},
     )
 
@@ -153,7 +153,7 @@ def loader(
 def rates(flags: DataFlags, folder: Path) -> None:
     codec = MimiCodec(flags.codec, flags.num_quantizers, DEVICE)
     reader = audio_reader(flags.corpus, codec)
-    sequences = load_sequences(flags.tokenizer, flags.codec, flags.num_quantizers)
+    tokenizer = load_speech_tokenizer(flags.tokenizer, flags.codec, flags.num_quantizers)
     clips = list(read_clips(reader, flags.clips))
     seconds = sum(len(clip.samples_S) for clip in clips) / codec.sample_rate_hz
     frames = np.array([codec.num_frames(len(clip.samples_S)) for clip in clips])
@@ -166,10 +166,10 @@ def rates(flags: DataFlags, folder: Path) -> None:
         model = MimiCodec(flags.codec, flags.num_quantizers, DEVICE, DTYPES[dtype])
         for batch_size in (1, 4, 16):
             ways[f"encoding, {dtype}, {batch_size} clips at once"] = encoding(model, clips, batch_size, seconds)
-    ways["the reference way"] = lambda: consume(reference(flags, codec, sequences, reader), seconds)
-    ways["online loader (pack)"] = lambda: online(flags, reader, sequences, codec)
+    ways["the reference way"] = lambda: consume(reference(flags, codec, tokenizer, reader), seconds)
+    ways["online loader (pack)"] = lambda: online(flags, reader, tokenizer, codec)
     for name, store in ((SHARDS, same), (LONG_SHARDS, longer)):
-        ways[name] = batches_of(loader(flags, code_reader(flags, store), sequences, None, batch_size=32), 30, codec)
+        ways[name] = batches_of(loader(flags, code_reader(flags, store), tokenizer, None, batch_size=32), 30, codec)
     found = in_turn(ways, flags.repeats)
     print("| | audio-seconds per second |\n|---|---|")
     rate = {name: statistics.median(values) for name, values in found.items()}
@@ -214,7 +214,7 @@ def formats(flags: DataFlags, folder: Path) -> None:
 def fetched(reader: AudioReader, seconds: float) -> float:
     """The bytes of all rows; files that rows name are read, too."""
     start = time.perf_counter()
-    for group in range(len(reader.corpus.sizes_G)):
+    for group in range(len(reader.corpus.rows_per_group)):
         for row in reader.corpus.read_group(group).to_pylist():
             source = row["audio"]["bytes"] or reader.corpus.open_path(row["audio"]["path"], group)
             if isinstance(source, str):
@@ -255,26 +255,26 @@ def encoding(codec: MimiCodec, clips: list[AudioClip], batch_size: int, seconds:
     return lambda: consume((codec.encode(batch) for batch in batches), seconds)
 
 
-def online(flags: DataFlags, reader: AudioReader, sequences: SequenceBuilder, codec: MimiCodec) -> float:
+def online(flags: DataFlags, reader: AudioReader, tokenizer: SpeechTokenizer, codec: MimiCodec) -> float:
     """From a fresh start until so many clips are in batches; at most a chunk of eight is encoded besides."""
     start = time.perf_counter()
-    batches = loader(flags, reader, sequences, codec, batch_size=1, chunk_size=8)
+    batches = loader(flags, reader, tokenizer, codec, batch_size=1, chunk_size=8)
     units = 0
     for _, labels_BL in batches:
         units += int((labels_BL != IGNORE_INDEX).sum())
-        if batches.num_read >= min(flags.clips, int(reader.corpus.sizes_G.sum())):
+        if batches.num_read >= min(flags.clips, int(reader.corpus.rows_per_group.sum())):
             break
     return units / codec.num_quantizers / codec.frame_rate_hz / (time.perf_counter() - start)
 
 
 def reference(
-    flags: DataFlags, codec: MimiCodec, sequences: SequenceBuilder, reader: AudioReader
+    flags: DataFlags, codec: MimiCodec, tokenizer: SpeechTokenizer, reader: AudioReader
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Clip by clip, as text, through the tokenizer, padded to the sequence length."""
-    tokenizer = sequences.tokenizer
+    text_tokenizer = tokenizer.text_tokenizer
     for clip in read_clips(reader, flags.clips):
-        text = tokenizer.bos_token + text_from_codes(codec.encode([clip.samples_S])[0])
-        tokens = tokenizer(
+        text = text_tokenizer.bos_token + text_from_codes(codec.encode([clip.samples_S])[0])
+        tokens = text_tokenizer(
             text,
             add_special_tokens=False,
             max_length=flags.seq_len + 1,
@@ -285,7 +285,7 @@ def reference(
         yield tokens.input_ids[:, :-1], tokens.input_ids[:, 1:]
 
 
-def batches_of(loader: UnitDataLoader, number: int, codec: MimiCodec) -> Callable[[], float]:
+def batches_of(loader: SpeechDataLoader, number: int, codec: MimiCodec) -> Callable[[], float]:
     batches = iter(loader)
     next(batches)
 
@@ -304,7 +304,7 @@ def useful_shares(flags: DataFlags, folder: Path) -> None:
     reader = audio_reader(flags.corpus, codec)
     lengths = [codec.num_frames(len(clip.samples_S)) for clip in read_clips(reader, 10**9)]
     distributions = {flags.corpus: np.array(lengths), "simulated, like The People's Speech": speech_lengths(2000)}
-    sequences = load_sequences(flags.tokenizer, flags.codec, flags.num_quantizers)
+    tokenizer = load_speech_tokenizer(flags.tokenizer, flags.codec, flags.num_quantizers)
     print("| useful share of tokens | clips | mean | pad | pack |\n|---|---|---|---|---|")
     for number, (name, frames) in enumerate(distributions.items()):
         clips = random_clips(frames, codec.config)
@@ -313,7 +313,7 @@ def useful_shares(flags: DataFlags, folder: Path) -> None:
         for is_packed in (False, True):
             batch_size = max(1, len(frames) // 40)
             batches = loader(
-                flags, code_reader(flags, store), sequences, None, batch_size=batch_size, is_packed=is_packed
+                flags, code_reader(flags, store), tokenizer, None, batch_size=batch_size, is_packed=is_packed
             )
             useful = [
                 float((labels != IGNORE_INDEX).float().mean())
@@ -343,18 +343,18 @@ def sizes(flags: DataFlags, folder: Path) -> None:
 def probe(store: str, **values: Any) -> dict[str, float]:
     """Memory, start-up and state of a loader of a store."""
     flags = DataFlags(**values)
-    sequences = load_sequences(flags.tokenizer, flags.codec, flags.num_quantizers)
+    tokenizer = load_speech_tokenizer(flags.tokenizer, flags.codec, flags.num_quantizers)
     before_mb = peak_mb()
     start = time.perf_counter()
     reader = code_reader(flags, store)
-    batches = loader(flags, reader, sequences, None, batch_size=32)
+    batches = loader(flags, reader, tokenizer, None, batch_size=32)
     iterator = iter(batches)
     next(iterator)
     start_s = time.perf_counter() - start
     for _ in range(300):
         next(iterator)
     return {
-        "clips": int(reader.corpus.sizes_G.sum()),
+        "clips": int(reader.corpus.rows_per_group.sum()),
         "start_s": start_s,
         "before_mb": before_mb,
         "peak_mb": peak_mb(),

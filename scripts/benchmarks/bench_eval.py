@@ -23,13 +23,13 @@ from gpu_check import write_stand_ins
 from measuring import DEVICE, device_name, machine, measured, median_and_range
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, MimiModel
 
-from llama_mimi.audio.mimi import DEFAULT_CODEC, CodecAttention, MimiCodec
+from llama_mimi.audio.mimi import DEFAULT_CODEC, MimiCodec
 from llama_mimi.audio.reading import read_audio
 from llama_mimi.checkpoint.huggingface import hf_config
 from llama_mimi.common.command_line import run_command
+from llama_mimi.common.distributed import DistributedContext
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.hub import load_pretrained
-from llama_mimi.common.ranks import Ranks
 from llama_mimi.common.resume import ProgressLog
 from llama_mimi.evaluation.benchmarks import Benchmark
 from llama_mimi.evaluation.codes import encode_clips
@@ -39,8 +39,8 @@ from llama_mimi.evaluation.script import BATCH_TOKENS, BENCHMARK_SCRIPTS
 from llama_mimi.generation.flattened import FlattenedModel
 from llama_mimi.generation.speech_model import DECODER_DTYPES, DecoderPrecision
 from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs
-from llama_mimi.tokens.sequences import SequenceBuilder, load_sequences
-from llama_mimi.tokens.units import text_from_codes
+from llama_mimi.tokens.tokenizer import SpeechTokenizer, load_speech_tokenizer
+from llama_mimi.tokens.vocabulary import text_from_codes
 
 FOLDERS = {"salmon": "salmon", "sLM21": "sLM21", "sStoryCloze": "storycloze"}  # in assets/tiny/benchmarks
 ALONE, BATCHED, CACHED = "one clip at a time", "in batches", "in batches, codes cached"
@@ -139,25 +139,30 @@ def probe(
     all_pairs = BENCHMARK_SCRIPTS[benchmark].read(f"{data_dir}/{FOLDERS[benchmark]}").pairs
     some_pairs = all_pairs[:: max(1, len(all_pairs) // pairs)][:pairs]
     clips = Benchmark(some_pairs).clips
-    decoder, sequences, codec_name = load_parts(model_name, dtype)
+    decoder, tokenizer, codec_name = load_parts(model_name, dtype)
     if way == ALONE:
-        mimi = MimiCodec(codec_name, decoder.config.num_quantizers, DEVICE, attention="whole").model
+        mimi = MimiCodec(codec_name, decoder.config.num_quantizers, DEVICE, sliding_window=False).model
         start = time.perf_counter()
-        scores = [score_alone(clip.source.read_bytes(), decoder, sequences.tokenizer, mimi, levels) for clip in clips]
+        scores = [
+            score_alone(clip.source.read_bytes(), decoder, tokenizer.text_tokenizer, mimi, levels) for clip in clips
+        ]
         return {"pairs": len(some_pairs), "seconds": time.perf_counter() - start, "scores": scores}
     scoring = Scoring(levels, as_released=way == "original")
-    attention: CodecAttention = "whole" if scoring.as_released else "windowed"
-    codec = MimiCodec(codec_name, decoder.config.num_quantizers, DEVICE, attention=attention)
-    model = FlattenedModel(decoder, sequences, codec)
+    codec = MimiCodec(codec_name, decoder.config.num_quantizers, DEVICE, sliding_window=not scoring.as_released)
+    model = FlattenedModel(decoder, tokenizer, codec)
     start = time.perf_counter()
-    ids, codes = encode_clips(codec, clips, folder, Ranks(), MAX_AUDIO_SECONDS, as_released=scoring.as_released)
+    ids, codes = encode_clips(
+        codec, clips, folder, DistributedContext(), MAX_AUDIO_SECONDS, as_released=scoring.as_released
+    )
     with tempfile.TemporaryDirectory() as log:
-        scored = score_clips(model, codes, scoring, BATCH_TOKENS[DEVICE == "cuda"], ProgressLog(Path(log), {}), Ranks())
+        scored = score_clips(
+            model, codes, scoring, BATCH_TOKENS[DEVICE == "cuda"], ProgressLog(Path(log), {}), DistributedContext()
+        )
     seconds = time.perf_counter() - start
     return {"pairs": len(some_pairs), "seconds": seconds, "scores": [scored[audio_id] for audio_id in ids]}
 
 
-def load_parts(model_name: str, dtype: DecoderPrecision) -> tuple[LlamaForCausalLM, SequenceBuilder, str]:
+def load_parts(model_name: str, dtype: DecoderPrecision) -> tuple[LlamaForCausalLM, SpeechTokenizer, str]:
     """Decoder, token sequences and the codec's name of the model.
 
     Nothing of the codec is loaded here: it changes how the process keeps memory, and one clip at a time is to go as it
@@ -165,7 +170,11 @@ def load_parts(model_name: str, dtype: DecoderPrecision) -> tuple[LlamaForCausal
     """
     decoder = load_pretrained(AutoModelForCausalLM, model_name, what="model", dtype=DECODER_DTYPES[dtype])
     codec_name = getattr(decoder.config, "codec", None) or DEFAULT_CODEC
-    return decoder.to(DEVICE).eval(), load_sequences(model_name, codec_name, decoder.config.num_quantizers), codec_name
+    return (
+        decoder.to(DEVICE).eval(),
+        load_speech_tokenizer(model_name, codec_name, decoder.config.num_quantizers),
+        codec_name,
+    )
 
 
 def write_random_model(folder: Path) -> str:
@@ -175,12 +184,12 @@ def write_random_model(folder: Path) -> str:
         Its folder.
     """
     write_stand_ins(folder)
-    sequences = load_sequences(str(folder / "llama"), str(folder / "mimi"), 4)
-    args = LlamaMimiArgs(**{**vars(FLAVORS["1B"]), "vocab_size": sequences.vocabulary.size})
+    tokenizer = load_speech_tokenizer(str(folder / "llama"), str(folder / "mimi"), 4)
+    args = LlamaMimiArgs(**{**vars(FLAVORS["1B"]), "vocab_size": tokenizer.vocabulary.size})
     torch.manual_seed(0)
     decoder = LlamaForCausalLM(hf_config(args, num_quantizers=4, codec=str(folder / "mimi"))).bfloat16()
     decoder.save_pretrained(folder / "1b")
-    sequences.tokenizer.save_pretrained(folder / "1b")
+    tokenizer.text_tokenizer.save_pretrained(folder / "1b")
     return str(folder / "1b")
 
 

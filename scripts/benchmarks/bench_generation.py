@@ -38,12 +38,12 @@ from llama_mimi.checkpoint.huggingface import hf_config
 from llama_mimi.checkpoint.stand_ins import LLAMA_3_VOCABULARY, write_tokenizer
 from llama_mimi.common.command_line import run_command
 from llama_mimi.common.errors import UserError
-from llama_mimi.generation.decoding import End, Request, Sampling, decode
+from llama_mimi.generation.decoding import FinishReason, Request, Sampling, decode
 from llama_mimi.generation.flattened import FlattenedModel
 from llama_mimi.generation.speech_model import DECODER_DTYPES, DecoderPrecision
 from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs
-from llama_mimi.tokens.sequences import load_sequences
-from llama_mimi.tokens.units import text_from_codes
+from llama_mimi.tokens.tokenizer import load_speech_tokenizer
+from llama_mimi.tokens.vocabulary import text_from_codes
 
 Q, PROMPT_FRAMES, TEMPERATURE, TOP_K = 4, 38, 0.8, 30
 TINY_CODEC = str(Path(__file__).parents[2] / "assets" / "tiny" / "mimi")
@@ -130,13 +130,13 @@ def random_model(shape: Shape, dtype: DecoderPrecision = "float32") -> Flattened
             codec_name = f"{folder}/codec"
             MimiModel(MimiConfig()).save_pretrained(codec_name)
         write_tokenizer(Path(folder) / "tokenizer", LLAMA_3_VOCABULARY)
-        sequences = load_sequences(f"{folder}/tokenizer", codec_name, Q)
+        tokenizer = load_speech_tokenizer(f"{folder}/tokenizer", codec_name, Q)
         codec = MimiCodec(codec_name, Q, DEVICE)
     args = copy(SHAPES[shape])
-    args.vocab_size = sequences.vocabulary.size
+    args.vocab_size = tokenizer.vocabulary.size
     decoder = LlamaForCausalLM(hf_config(args)).to(DEVICE, DECODER_DTYPES[dtype]).eval()
     decoder.generation_config = GenerationConfig()
-    return FlattenedModel(decoder, sequences, codec)
+    return FlattenedModel(decoder, tokenizer, codec)
 
 
 def prompt_of(model: FlattenedModel) -> torch.Tensor:
@@ -152,7 +152,7 @@ class LevelMask(LogitsProcessor):
     """Leaves the codes of the level that comes next, among logits of the whole vocabulary."""
 
     def __init__(self, model: FlattenedModel, num_head_tokens: int) -> None:
-        self._vocabulary, self._num_head_tokens = model.sequences.vocabulary, num_head_tokens
+        self._vocabulary, self._num_head_tokens = model.tokenizer.vocabulary, num_head_tokens
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         level = (input_ids.shape[1] - self._num_head_tokens) % Q
@@ -189,8 +189,8 @@ def timed(call: Callable[[], Any], num_tokens: int) -> float:
 
 
 def stock(model: FlattenedModel, new_frames: int) -> float:
-    ids_1L = model.sequences.sequence(prompt_of(model), is_cut=True)[None]
-    mask = LevelMask(model, len(model.sequences.head()))
+    ids_1L = model.tokenizer.encode(prompt_of(model), is_cut=True)[None]
+    mask = LevelMask(model, len(model.tokenizer.prefix_ids()))
     return timed(lambda: generate(model, ids_1L, new_frames * Q, [mask]), new_frames * Q)
 
 
@@ -200,9 +200,9 @@ def as_released(model: FlattenedModel, new_frames: int) -> float:
     def call() -> None:
         prompt_TQ = prompt_of(model)
         text = text_from_codes(prompt_TQ).removesuffix("</audio>")
-        ids_1L = model.sequences.tokenizer(text, return_tensors="pt").input_ids
+        ids_1L = model.tokenizer.text_tokenizer(text, return_tensors="pt").input_ids
         drawn_1L = generate(model, ids_1L, new_frames * Q, [])
-        model.sequences.tokenizer.decode(drawn_1L[0])
+        model.tokenizer.text_tokenizer.decode(drawn_1L[0])
         # What a random model says without a mask is no audio; as many codes are parsed and decoded in its place.
         text = text_from_codes(prompt_TQ.repeat(9, 1)[: PROMPT_FRAMES + new_frames])
         codes = [int(code) for code, _ in re.findall(r"<(\d+)_(\d+)>", text)]
@@ -214,7 +214,7 @@ def as_released(model: FlattenedModel, new_frames: int) -> float:
 @torch.inference_mode()
 def body_alone(model: FlattenedModel, new_frames: int) -> float:
     """The Transformer without output layer, choice or grammar: the least that a token costs here."""
-    ids_1L = model.sequences.sequence(prompt_of(model), is_cut=True)[None].to(DEVICE)
+    ids_1L = model.tokenizer.encode(prompt_of(model), is_cut=True)[None].to(DEVICE)
 
     def call() -> None:
         cache = DynamicCache(config=model.backbone.config)
@@ -245,7 +245,7 @@ def streamed(model: FlattenedModel, new_frames: int, firsts: list[float]) -> flo
         stream.decode(prompt_of(model))
         is_first = True
         for _, new in decode(model, [Request(prompt_of(model), 0)], sampling_of(new_frames), 1):
-            if not isinstance(new, End):
+            if not isinstance(new, FinishReason):
                 stream.decode(new[None])
                 if is_first:
                     firsts.append(time.perf_counter() - start)
@@ -273,7 +273,7 @@ def stream_memory(seconds: float) -> float:
     sampling = replace(sampling_of(round(seconds * model.codec.frame_rate_hz)), window_frames=62)
     stream = DecodingStream(model.codec)
     for _, new in decode(model, [Request(prompt_of(model), 0)], sampling, 1):
-        if not isinstance(new, End):
+        if not isinstance(new, FinishReason):
             stream.decode(new[None])
     return peak_mb()
 

@@ -24,7 +24,7 @@ ROWS = [
     (PLAIN_CSM, ""),
     (OURS_CSM, "--data.packing pad"),
     (OURS_CSM, ""),
-    (OURS_CSM, "--model.depth_share 0.0625"),
+    (OURS_CSM, "--model.depth_train_fraction 0.0625"),
     (OURS, ""),
 ]
 
@@ -50,7 +50,7 @@ def bench_hierarchical(
                     found, done = measured(training_ways.measure, **job, way=way, options=options)
                     if not found:
                         raise UserError(f"'{way}' failed: {done.stderr[-600:]}")
-                    share = 0.0625 if "depth_share" in options else 1
+                    share = 0.0625 if "depth_train_fraction" in options else 1
                     targets = 1 + 3 * share  # of a frame
                     rates[way, options].append(found["useful_tokens_per_s"] / targets)
                     flops[way, options] = found["flops_per_token"] * targets / 1e6

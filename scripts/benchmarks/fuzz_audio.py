@@ -68,7 +68,7 @@ HEADER_BYTES = 256
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one file: "a clip", with its remarks, or a reason; seconds, and megabytes at the peak."""
+    """What became of one file: "a clip", with its warnings, or a reason; seconds, and megabytes at the peak."""
 
     kind: str
     seconds: float
@@ -219,7 +219,7 @@ MUTATIONS: tuple[Callable[..., bytearray], ...] = (
 
 
 def read_one(content: bytes, path: Path | None) -> str:
-    """What becomes of a file: "a clip" with its remarks, or the reason why it is none.
+    """What becomes of a file: "a clip" with its warnings, or the reason why it is none.
 
     Args:
         content: its bytes.
@@ -234,7 +234,7 @@ def read_one(content: bytes, path: Path | None) -> str:
         waveform = read_audio(path or content, RATE_HZ, max_seconds=MAX_SECONDS, min_samples=1920)
     except AudioError as error:
         return error.reason
-    return ", ".join(["a clip", *waveform.remarks])
+    return ", ".join(["a clip", *waveform.audio_warnings])
 
 
 def read_all(

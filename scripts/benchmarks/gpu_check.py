@@ -19,7 +19,7 @@ from transformers import MimiConfig, MimiModel
 from llama_mimi.checkpoint.dcp import complete_steps
 from llama_mimi.checkpoint.huggingface import hf_config
 from llama_mimi.checkpoint.stand_ins import LLAMA_3_VOCABULARY, write_tokenizer
-from llama_mimi.common.command_line import as_words, run_command
+from llama_mimi.common.command_line import run_command, to_cli_args
 from llama_mimi.common.errors import UserError
 from llama_mimi.model.llama import FLAVORS
 
@@ -50,7 +50,7 @@ def check_gpus(num_gpus: int = 1, steps: int = 20, output_dir: Path = Path("outp
     stand_ins, codes = output_dir / "stand_ins", output_dir / "codes"
     write_stand_ins(stand_ins)
     tokenization = {"corpus": CORPUS, "codec": stand_ins / "mimi", "output_dir": codes}
-    launch(num_gpus, "scripts/tokenize_corpus.py", *as_words(tokenization))
+    launch(num_gpus, "scripts/tokenize_corpus.py", *to_cli_args(tokenization))
     on_audio = {"training.dataset": CORPUS, "training.dataloader.num_workers": 2, "data.packing": "pack"}
     for name, own in (("codes", {"training.dataset": codes}), ("audio", on_audio)):
         run = output_dir / name
@@ -70,7 +70,7 @@ def check_gpus(num_gpus: int = 1, steps: int = 20, output_dir: Path = Path("outp
             "metrics.log_freq": 5,
             **own,
         }
-        launch(num_gpus, "-m", "llama_mimi.train", "--checkpoint.no-initial_load_in_hf", *as_words(overrides))
+        launch(num_gpus, "-m", "llama_mimi.train", "--checkpoint.no-initial_load_in_hf", *to_cli_args(overrides))
         if steps not in complete_steps(run / "checkpoint"):
             raise UserError(f"training ended without an error, but '{run}/checkpoint' has no step {steps}")
 

@@ -34,7 +34,7 @@ from layouts import LAYOUTS, lossless_rows
 
 from llama_mimi.audio.mimi import load_codec_config, whole_frames
 from llama_mimi.checkpoint.dcp import find_step
-from llama_mimi.common.command_line import as_words, run_command
+from llama_mimi.common.command_line import run_command, to_cli_args
 from llama_mimi.common.errors import UserError
 from llama_mimi.data.code_store import CodeCorpus
 from llama_mimi.data.order import CorpusOrder, Position
@@ -124,7 +124,7 @@ def corpus_of(flags: KillFlags) -> str:
 
 def tokenization(corpus: str, output_dir: Path) -> list[str]:
     flags = {"corpus": corpus, "codec": CODEC, "output_dir": output_dir, "clips_per_shard": 32, "num_workers": 1}
-    return ["scripts/tokenize_corpus.py", *as_words(flags)]
+    return ["scripts/tokenize_corpus.py", *to_cli_args(flags)]
 
 
 def start(command: list[str], nproc: int, log: Path, **environment: str) -> subprocess.Popen:
@@ -212,7 +212,7 @@ def kill_continuation(flags: KillFlags) -> None:
     def continuation(output_dir: Path) -> list[str]:
         amount = {"num_samples": 1000 // NUM_PROMPTS, "seconds": 0.8, "temperature": 1.0}
         places = {"model_name": flags.model_name, "prompts": prompts, "output_dir": output_dir}
-        return ["inference.py", *as_words(places | amount), "--device", "cpu"]
+        return ["inference.py", *to_cli_args(places | amount), "--device", "cpu"]
 
     whole, killed = flags.folder / "whole_continuations", flags.folder / "killed_continuations"
     if start(continuation(whole), 2, log).wait():
@@ -313,10 +313,10 @@ def kill_training(flags: KillFlags, codes: Path) -> None:
             "training.dataloader.num_workers": workers,
             "lr_scheduler.total_steps": 1000,
             "data.packing": "pack",
-            "data.shuffle_block": SHUFFLE_BLOCK,
+            "data.shuffle_window": SHUFFLE_BLOCK,
             "checkpoint.interval": 7,
         }
-        command = ["scripts/benchmarks/audited_training.py", *as_words(config), "--validation.no-enable"]
+        command = ["scripts/benchmarks/audited_training.py", *to_cli_args(config), "--validation.no-enable"]
         process = start(command, nproc, flags.folder / "run.log", AUDIT=str(audit / f"{number:04}"))
         resumed.append(last_step(run))
         seconds = 600.0 if is_last else generator.uniform(0, flags.max_seconds)
@@ -371,12 +371,12 @@ def frames_of_position(run: Path, codes: Path) -> Counter[tuple[int, int, int]]:
     cursors = [Position.from_json(position).cursors[0] for position in ranks]
     config = json.loads((run / "job_config.json").read_text())
     corpus = CodeCorpus(str(codes), CODEC, config["codec"]["num_quantizers"], with_text=False)
-    order = CorpusOrder(corpus.sizes_G, config["data"]["shuffle_block"], config["debug"]["seed"])
+    order = CorpusOrder(corpus.rows_per_group, config["data"]["shuffle_window"], config["debug"]["seed"])
     max_frames = whole_frames(config["data"]["max_audio_seconds"], load_codec_config(CODEC, 1))
     end = max(cursor.next_window for cursor in cursors)
     left = {window: (0, 0) for c in cursors for window in range(c.next_window, end, len(cursors))}
     left |= {begun.window: (begun.rows_used, begun.frames_used) for cursor in cursors for begun in cursor.begun}
-    lengths = [[len(corpus.read_group(g).codes(row)) for row in range(n)] for g, n in enumerate(corpus.sizes_G)]
+    lengths = [[len(corpus.read_group(g).codes(row)) for row in range(n)] for g, n in enumerate(corpus.rows_per_group)]
     frames: Counter[tuple[int, int, int]] = Counter()
     for window in range(end):
         num_rows, first_frame = left.get(window, (order.num_rows(window), 0))

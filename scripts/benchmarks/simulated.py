@@ -52,7 +52,7 @@ def write_codes(folder: Path, codec: str, shards: Sequence[list[StoredClip]]) ->
             "sha256": codec_hash(codec),
             "num_quantizers": STORED_LEVELS,
             "codebook_size": load_codec_config(codec, STORED_LEVELS).codebook_size,
-            "attention": "windowed",
+            "sliding_window": True,
         },
         "columns": columns,
         "clips_per_group": CLIPS_PER_GROUP,

@@ -33,13 +33,13 @@ from transformers import CsmForConditionalGeneration, LlamaForCausalLM, MimiConf
 from llama_mimi.checkpoint.csm import csm_config
 from llama_mimi.checkpoint.huggingface import hf_config
 from llama_mimi.checkpoint.stand_ins import LLAMA_3_VOCABULARY, write_tokenizer
-from llama_mimi.common.command_line import as_words
+from llama_mimi.common.command_line import to_cli_args
 from llama_mimi.model.architectures import build_model
-from llama_mimi.model.cross_entropy import cross_entropy, pending_logits, unit_targets
+from llama_mimi.model.cross_entropy import audio_targets, cross_entropy, pending_logits
 from llama_mimi.model.llama import FLAVORS, LLAMA_3_2_ROPE, LlamaMimiArgs, depth_args
-from llama_mimi.tokens.sequences import IGNORE_INDEX
-from llama_mimi.tokens.units import UnitVocabulary
-from llama_mimi.train_spec import build_sequences
+from llama_mimi.tokens.tokenizer import IGNORE_INDEX
+from llama_mimi.tokens.vocabulary import AudioVocabulary
+from llama_mimi.train_spec import build_speech_tokenizer
 from llama_mimi.training.config_file import parse_config
 
 NUM_QUANTIZERS = 4
@@ -149,7 +149,7 @@ def trainer(shape: str, folder: Path, way: str, options: str) -> tuple[Callable[
 def register_stock(shape: str, job_config: Any) -> None:
     """TorchTitan's own Llama 3, which has no tied embeddings, with its loss, on this project's batches."""
     args = FLAVORS[shape]
-    values = vars(args) | {"vocab_size": build_sequences(job_config).vocabulary.size}
+    values = vars(args) | {"vocab_size": build_speech_tokenizer(job_config).vocabulary.size}
     names = {field.name for field in dataclasses.fields(TransformerModelArgs)}
     stock = TransformerModelArgs(**{name: value for name, value in values.items() if name in names})
     spec = dataclasses.replace(
@@ -167,8 +167,8 @@ def register_stock(shape: str, job_config: Any) -> None:
 
 def plain_loop(shape: str, folder: Path, way: str, options: str) -> tuple[Callable[[], tuple[int, int]], Any]:
     job_config = parse_config(training_flags(shape, folder, packed=False))
-    sequences = build_sequences(job_config)
-    args = changed(FLAVORS[shape], vocab_size=sequences.vocabulary.size)
+    tokenizer = build_speech_tokenizer(job_config)
+    args = changed(FLAVORS[shape], vocab_size=tokenizer.vocabulary.size)
     torch.manual_seed(0)
     model = LlamaForCausalLM(hf_config(args)).to(DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
@@ -179,7 +179,7 @@ def plain_loop(shape: str, folder: Path, way: str, options: str) -> tuple[Callab
         inputs_BL = torch.zeros(B, L, dtype=torch.long)
         labels_BL = torch.full((B, L), IGNORE_INDEX)
         for row in range(B):
-            ids_L = sequences.sequence(torch.from_numpy(next(order)), is_cut=False)[:L]
+            ids_L = tokenizer.encode(torch.from_numpy(next(order)), is_cut=False)[:L]
             inputs_BL[row, : len(ids_L)] = ids_L
             labels_BL[row, 2 : len(ids_L)] = ids_L[2:]
         mask_BL = (torch.arange(L) < (labels_BL != IGNORE_INDEX).sum(dim=1, keepdim=True) + 2).long().to(DEVICE)
@@ -202,7 +202,7 @@ def plain_loop(shape: str, folder: Path, way: str, options: str) -> tuple[Callab
 def csm_loop(shape: str, folder: Path, way: str, options: str) -> tuple[Callable[[], tuple[int, int]], Any]:
     """`CsmForConditionalGeneration` with its own loss, one clip a row, padding with its mask."""
     job_config = parse_config([*training_flags(shape, folder, packed=False), *hierarchical_flags(shape)])
-    sequences = build_sequences(job_config)
+    tokenizer = build_speech_tokenizer(job_config)
     args = changed(FLAVORS[shape])
     args.update_from_config(job_config)
     torch.manual_seed(0)
@@ -211,7 +211,7 @@ def csm_loop(shape: str, folder: Path, way: str, options: str) -> tuple[Callable
     optimizer = torch.optim.AdamW(weights, lr=3e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     order = clips_in_order(folder)
     B, L, K = SHAPES[shape].batch_size, job_config.training.seq_len, args.codebook_size
-    head = torch.tensor(sequences.head())
+    head = torch.tensor(tokenizer.prefix_ids())
 
     def step() -> tuple[int, int]:
         labels_BLQ = torch.full((B, L, NUM_QUANTIZERS), IGNORE_INDEX)
@@ -272,7 +272,7 @@ def training_flags(shape: str, folder: Path, *, packed: bool) -> list[str]:
         "training.dataloader.num_workers": int(DEVICE == "cuda"),  # as in the large configs
         "metrics.log_freq": 1_000_000,
     }
-    return [*as_words(flags), "--validation.no-enable", "--checkpoint.no-enable", "--metrics.no-enable_tensorboard"]
+    return [*to_cli_args(flags), "--validation.no-enable", "--checkpoint.no-enable", "--metrics.no-enable_tensorboard"]
 
 
 def model_flops(shape: str, job_config: Any, num_layers: int | None = None) -> float:
@@ -310,7 +310,7 @@ def measure_loss(way: str) -> dict[str, float]:
         torch.cuda.reset_peak_memory_stats()
     before = memory_bytes()
     if way == "in chunks":
-        targets = unit_targets(targets_N, UnitVocabulary(128_256, 2048, 4))
+        targets = audio_targets(targets_N, AudioVocabulary(128_256, 2048, 4))
         loss, *_ = cross_entropy(pending_logits(hidden_BLD, weight_VD), targets, torch.ones(N, device=DEVICE))
     else:
         loss = F.cross_entropy(F.linear(hidden_BLD, weight_VD).flatten(0, 1).float(), targets_N, reduction="sum")

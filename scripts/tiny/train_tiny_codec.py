@@ -47,7 +47,7 @@ WARMUP_SHARE = 0.4  # so much of all steps is without quantization
 FIT_BATCHES = 60  # whose frames k-means sees
 COMMITMENT_WEIGHT = 0.25  # as in VQ-VAE (arXiv 1711.00937, section 3.2)
 GRADIENT_NORM = 1.0
-MAX_BAD_SHARE = 0.01  # more bad clips end the run, as in training on units
+MAX_BAD_SHARE = 0.01  # more bad clips end the run, as in training
 LOG_EVERY, SAVE_EVERY = 50, 500  # steps
 HELD_OUT_CLIPS, HELD_OUT_SECONDS = 16, 3.0
 
@@ -103,13 +103,13 @@ class CodecRun:
         self.frame_size, self.sample_rate_hz = config.frame_size, config.sampling_rate
         reader = self._open(flags.corpus, max_seconds=20.0)
         self.order = ShuffledOrder(
-            [reader.corpus], [1.0], dp_rank=0, dp_world_size=1, shuffle_block=1024, seed=flags.seed
+            [reader.corpus], [1.0], dp_rank=0, dp_world_size=1, shuffle_window=1024, seed=flags.seed
         )
         self.stream = ClipStream([reader], self.order, flags.batch_size)
         self.batches = self.stream.load()
         reader = self._open(flags.validation_corpus, max_seconds=HELD_OUT_SECONDS)
-        sizes_G = reader.corpus.sizes_G
-        chunks = ClipStream([reader], RowsInOrder(sizes_G, range(len(sizes_G))), 1)
+        rows_per_group = reader.corpus.rows_per_group
+        chunks = ClipStream([reader], RowsInOrder(rows_per_group, range(len(rows_per_group))), 1)
         clips = (clip for chunk in chunks.load() for clip in usable(chunk.clips))
         self.held_out = list(itertools.islice(clips, HELD_OUT_CLIPS))
         if not self.held_out:

@@ -28,7 +28,7 @@ Shape suffixes used throughout:
 | W | ids of a position: 1, or Q in the hierarchical architecture |
 | L | tokens of a flattened sequence |
 | V | vocabulary entries |
-| N | items of any kind, laid end to end: targets, units, frames of several clips |
+| N | items of any kind, laid end to end: targets, audio tokens, frames of several clips |
 | D | width of the model; in attention, of a head |
 | H | query heads in attention |
 | G | key heads in attention; elsewhere row groups of a corpus |

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from llama_mimi.audio.mimi import CodecAttention, Precision
-from llama_mimi.tokens.units import Architecture, VocabularyKind
+from llama_mimi.audio.mimi import Precision
+from llama_mimi.tokens.vocabulary import Architecture, VocabularyKind
 
 
 @dataclass
@@ -43,13 +43,14 @@ class Comm:
 @dataclass
 class Model:
     vocabulary: VocabularyKind = "llama"
-    """llama: the text of the tokenizer in hf_assets_path, then units; audio: its special tokens, then units, no text"""
+    """llama: all tokens of the tokenizer in hf_assets_path, then audio tokens; audio: only its special tokens, then audio
+    tokens"""
 
     architecture: Architecture = "flattened"
-    """flattened: one decoder over the units of all levels; hierarchical: one over frames, and a small one over the
-    levels of a frame, as CSM"""
+    """flattened: one decoder over the audio tokens of all levels; hierarchical: one over frames, and a small one over
+    the levels of a frame, as CSM"""
 
-    depth_share: float = 1.0
+    depth_train_fraction: float = 1.0
     """Share of the frames that train the small decoder of the hierarchical architecture, drawn anew in each epoch"""
 
 
@@ -71,9 +72,9 @@ class Codec:
     dtype: Precision = "float32"
     """Precision of the codec; bfloat16 changes about 2 % of the codes"""
 
-    attention: CodecAttention = "windowed"
-    """windowed: to the last 10 s, as Mimi was trained; whole: to all that came before, as released checkpoints most
-    probably did"""
+    sliding_window: bool = True
+    """Attend to the last 10 s, as Mimi was trained; false: to all earlier audio, as released checkpoints most probably
+    did"""
 
 
 @dataclass
@@ -105,11 +106,11 @@ class Data:
     text_column: str = "text"
     """Column of transcripts, read by the task tts only"""
 
-    shuffle_block: int = 4096
+    shuffle_window: int = 4096
     """Clips shuffled together. Row groups are shuffled as a whole, and a block has at least one. Each loader worker
     holds a block in memory: of 4,096 clips of 14 s about 1 GB of FLAC at 16 kHz, or 11 MB of codes"""
 
-    max_bad_share: float = 0.01
+    max_skip_fraction: float = 0.01
     """Training stops when a larger share of the clips cannot be used, judged once 100 were read and after each epoch"""
 
 

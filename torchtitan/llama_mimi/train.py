@@ -21,7 +21,7 @@ from torchtitan.tools.logging import init_logger, logger  # noqa: E402
 from torchtitan.train import Trainer  # noqa: E402
 
 import llama_mimi.train_spec  # noqa: E402, F401  (registers the model, also for a config without custom_import)
-from llama_mimi.common.ranks import end_with_torchrun, first_reports  # noqa: E402
+from llama_mimi.common.distributed import end_with_torchrun, report_error_once  # noqa: E402
 from llama_mimi.training.config_file import parse_config  # noqa: E402
 
 
@@ -30,7 +30,7 @@ def main() -> None:
     init_logger()
     if int(os.environ.get("RANK", 0)) > 0:
         logger.setLevel(logging.WARNING)  # rank 0 alone says what all ranks would
-    with first_reports():
+    with report_error_once():
         job_config = parse_config(sys.argv[1:])
         if "LOCAL_RANK" not in os.environ:
             command = "torchrun --standalone --nproc_per_node=1 -m llama_mimi.train"

@@ -17,16 +17,16 @@ from torchtitan.tools.logging import logger
 from llama_mimi.audio.mimi import load_codec_config
 from llama_mimi.checkpoint.architectures import save_run_record, speech_config
 from llama_mimi.checkpoint.huggingface import LlamaMimiStateDictAdapter
+from llama_mimi.common.distributed import end_with_torchrun, report_error_once
 from llama_mimi.common.errors import UserError, report
-from llama_mimi.common.ranks import end_with_torchrun, first_reports
 from llama_mimi.data.build import build_dataloader
 from llama_mimi.model.architectures import build_model, parallelize
 from llama_mimi.model.cross_entropy import chunk_losses
 from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs
-from llama_mimi.tokens.sequences import SequenceBuilder, load_sequences
+from llama_mimi.tokens.tokenizer import SpeechTokenizer, load_speech_tokenizer
 from llama_mimi.training.checkpoints import use_checksums
 from llama_mimi.training.checks import prepare_run
-from llama_mimi.training.loss import LevelMeter, UnitLoss, level_weights
+from llama_mimi.training.loss import LevelMeter, SpeechLoss, level_weights
 from llama_mimi.training.metrics import Meters, SpeechMetrics
 from llama_mimi.training.optimizer import SpeechSchedulers, StepGuard, build_speech_optimizers
 from llama_mimi.training.validator import SpeechValidator
@@ -45,7 +45,7 @@ def print_config(job_config: Any) -> None:
 JobConfig.maybe_log = print_config  # TorchTitan's own method also saves it, before the run is checked
 
 
-def build_tokenizer(job_config: Any) -> SequenceBuilder:
+def build_tokenizer(job_config: Any) -> SpeechTokenizer:
     """Check and prepare a run, as TorchTitan asks for the tokenizer before all else, and return the tokenizer.
 
     TorchTitan's own entry point knows neither `UserError` nor that ranks should end with torchrun.
@@ -54,7 +54,7 @@ def build_tokenizer(job_config: Any) -> SequenceBuilder:
     sys.excepthook = partial(report_uncaught, sys.excepthook)
     prepare_run(job_config)
     use_checksums(job_config.checkpoint.verify)
-    return build_sequences(job_config)
+    return build_speech_tokenizer(job_config)
 
 
 def report_uncaught(others: Callable[..., None], kind: type[BaseException], error: BaseException, trace: Any) -> None:
@@ -62,17 +62,19 @@ def report_uncaught(others: Callable[..., None], kind: type[BaseException], erro
     if not isinstance(error, UserError):
         others(kind, error, trace)
         return
-    with suppress(UserError), first_reports():
+    with suppress(UserError), report_error_once():
         raise error
     report(error)
 
 
-def build_sequences(job_config: Any) -> SequenceBuilder:
+def build_speech_tokenizer(job_config: Any) -> SpeechTokenizer:
     codec, model = job_config.codec, job_config.model
-    return load_sequences(model.hf_assets_path, codec.name, codec.num_quantizers, model.vocabulary, model.architecture)
+    return load_speech_tokenizer(
+        model.hf_assets_path, codec.name, codec.num_quantizers, model.vocabulary, model.architecture
+    )
 
 
-def build_loss(job_config: Any, **kwargs: Any) -> UnitLoss:
+def build_loss(job_config: Any, **kwargs: Any) -> SpeechLoss:
     weights = level_weights(job_config.loss.level_weights, _level_shares(job_config))
     return _build_loss(job_config, _meters.train, weights)
 
@@ -84,14 +86,14 @@ def build_validator(job_config: Any, **kwargs: Any) -> SpeechValidator:
 
 def _level_shares(job_config: Any) -> list[float]:
     """Return the fraction of the frames in which each level has a target."""
-    return [1.0, *[job_config.model.depth_share] * (job_config.codec.num_quantizers - 1)]
+    return [1.0, *[job_config.model.depth_train_fraction] * (job_config.codec.num_quantizers - 1)]
 
 
-def _build_loss(job_config: Any, meter: LevelMeter, weights: list[float]) -> UnitLoss:
+def _build_loss(job_config: Any, meter: LevelMeter, weights: list[float]) -> SpeechLoss:
     settings = job_config.compile
     is_compiled = settings.enable and "loss" in settings.components
     chunk_step = torch.compile(chunk_losses, backend=settings.backend) if is_compiled else None
-    return UnitLoss(build_sequences(job_config).vocabulary, meter, weights, chunk_step)
+    return SpeechLoss(build_speech_tokenizer(job_config).vocabulary, meter, weights, chunk_step)
 
 
 def build_guarded_optimizers(*args: Any, **kwargs: Any) -> OptimizersContainer:
@@ -103,14 +105,14 @@ def build_guarded_optimizers(*args: Any, **kwargs: Any) -> OptimizersContainer:
 def build_metrics(job_config: Any, parallel_dims: ParallelDims, model_args: LlamaMimiArgs) -> SpeechMetrics:
     """The metrics of a run, and the record of its model beside them."""
     codec = job_config.codec
-    sequences = build_sequences(job_config)
+    tokenizer = build_speech_tokenizer(job_config)
     codec_config = load_codec_config(codec.name, codec.num_quantizers)
     frame_rate_hz = codec_config.sampling_rate / codec_config.frame_size
-    row_seconds = job_config.training.seq_len // sequences.positions_per_frame / frame_rate_hz
+    row_seconds = job_config.training.seq_len // tokenizer.positions_per_frame / frame_rate_hz
     seconds = min(job_config.data.max_audio_seconds, row_seconds)
     training = {"task": job_config.data.task, "max_audio_seconds": seconds}
-    config = speech_config(model_args, sequences, codec.name, codec.attention, **training)
-    save_run_record(job_config.job.dump_folder, config, sequences)
+    config = speech_config(model_args, tokenizer, codec.name, codec.sliding_window, **training)
+    save_run_record(job_config.job.dump_folder, config, tokenizer)
     return SpeechMetrics(job_config, parallel_dims, _meters, _guard, _level_shares(job_config), frame_rate_hz)
 
 

@@ -16,16 +16,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import MimiConfig, MimiModel, PreTrainedConfig
 from transformers.utils import cached_file
 
-from llama_mimi.common.batching import batches_of_like_size
+from llama_mimi.common.batching import bucket_by_length
 from llama_mimi.common.cpu import keep_freed_memory
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.hub import load_pretrained
 
 DEFAULT_CODEC = "kyutai/mimi"
 BATCH_SECONDS = (32.0, 160.0)  # of audio encoded at once without and with a GPU (scripts/benchmarks/bench_data.py)
-# Earlier positions that Mimi's Transformers attend to: "windowed" is the last 250 (10 s), as Mimi was trained and as
-# transformers does since February 2026 (pull request 43971); "whole" is all of them, as transformers did before.
-CodecAttention = Literal["windowed", "whole"]
 # Encoding of a partial last frame: "pad" fills it with zeros, as in our training; "codec" leaves it to the padding of
 # each convolution, as in the first release.
 LastFrame = Literal["codec", "pad"]
@@ -64,13 +61,20 @@ def whole_frames(seconds: float, config: MimiConfig, setting: str = "data.max_au
 
 
 def is_released(config: PreTrainedConfig) -> bool:
-    """Return True for a checkpoint of the first release, whose config does not name the codec's attention."""
-    return not hasattr(config, "codec_attention")
+    """Return True for a checkpoint of the first release, whose config does not say if the codec has its window."""
+    return not hasattr(config, "codec_sliding_window")
 
 
-def attention_of(config: PreTrainedConfig) -> CodecAttention:
-    """Return the attention of the codec that made a model's training codes; released ones are older than the window."""
-    return "whole" if is_released(config) else config.codec_attention
+def has_sliding_window(config: PreTrainedConfig) -> bool:
+    """Return True if the codec of a model's training codes had its sliding window; released models are older than it.
+
+    Raises:
+        UserError: the config was written before `codec_sliding_window` had its name.
+    """
+    if hasattr(config, "codec_attention"):
+        problem = f"the config of '{config.name_or_path}' has codec_attention = '{config.codec_attention}'"
+        raise UserError(f"{problem}; replace it by codec_sliding_window: true for 'windowed', or false for 'whole'")
+    return not is_released(config) and config.codec_sliding_window
 
 
 class MimiCodec:
@@ -80,7 +84,9 @@ class MimiCodec:
         name: hub id or folder.
         num_quantizers: Q, levels to encode and decode.
         dtype: of weights and activations; bfloat16 changes about 2 % of the codes.
-        attention: see `CodecAttention`; both give the same codes until the window is full.
+        sliding_window: Mimi's Transformers attend to the last 250 positions (10 s), as Mimi was trained and as
+            transformers does since February 2026 (pull request 43971). False: to all earlier positions, as transformers
+            did before. Both give the same codes until the window is full.
     """
 
     def __init__(
@@ -89,10 +95,10 @@ class MimiCodec:
         num_quantizers: int,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-        attention: CodecAttention = "windowed",
+        sliding_window: bool = True,
     ) -> None:
         self.config = config = load_codec_config(name, num_quantizers)
-        self.name, self.num_quantizers, self.attention = name, num_quantizers, attention
+        self.name, self.num_quantizers, self.sliding_window = name, num_quantizers, sliding_window
         self.device, self.dtype = torch.device(device), dtype
         self.codebook_size: int = config.codebook_size
         self.sample_rate_hz: int = config.sampling_rate
@@ -102,7 +108,7 @@ class MimiCodec:
             keep_freed_memory()
         # By default convolutions on a GPU round float32 to TF32. Nothing else here has convolutions.
         torch.backends.cudnn.allow_tf32 = False
-        extra: dict[str, Any] = {} if attention == "windowed" else {"sliding_window": 10**9}  # wider than any clip
+        extra: dict[str, Any] = {} if sliding_window else {"sliding_window": 10**9}  # wider than any clip
         if self.device.type == "cuda":
             # TorchTitan switches the kernels of scaled_dot_product_attention for the whole process while it trains, so
             # codes made during a step would depend on the moment.
@@ -147,7 +153,7 @@ class MimiCodec:
         """Encode any number of clips as `encode` does, in batches of similar length, `BATCH_SECONDS` with padding."""
         batch_seconds = batch_seconds or BATCH_SECONDS[self.device.type == "cuda"]
         sizes = [len(samples_S) for samples_S in waveforms]
-        batches = batches_of_like_size(sizes, batch_seconds * self.sample_rate_hz)
+        batches = bucket_by_length(sizes, batch_seconds * self.sample_rate_hz)
         encoded = self._encode_each([[waveforms[index] for index in batch] for batch in batches])
         codes = dict(zip(chain(*batches), chain(*encoded), strict=True))
         return [codes[index] for index in range(len(waveforms))]

@@ -27,7 +27,7 @@ AUDIO_ENDINGS = (".wav", ".flac", ".ogg", ".mp3")
 RATES_HZ = (1_000, 1_000_000)
 # How `read_audio` resamples; codes depend on it.
 RESAMPLER = "soxr HQ"
-# Remarks on clips that are used all the same; each is counted.
+# Warnings on clips that are used all the same; each is counted.
 OPPOSITE = "in opposite phases, the loudest channel taken"
 SHORTER = "shorter than its manifest says"
 # Where the mean of the channels would cancel more than this fraction of the energy, the loudest channel is used.
@@ -57,7 +57,7 @@ class Waveform:
     samples_S: torch.Tensor
     sample_rate_hz: int
     is_cut: bool = False  # the source is longer than what was asked for
-    remarks: tuple[str, ...] = ()
+    audio_warnings: tuple[str, ...] = ()
 
     @property
     def seconds(self) -> float:

@@ -22,7 +22,7 @@ class DecodingStream:
     """Decodes one clip chunk by chunk; any chunks give the samples of `MimiCodec.decode` up to rounding.
 
     Mimi's decoder is causal. Its Transformer has a cache of transformers. A convolution has none: each convolution is
-    re-fed its receptive field; that part of the output is discarded. With the codec's attention "windowed" memory does
+    re-fed its receptive field; that part of the output is discarded. With the codec's sliding window memory does
     not grow.
     """
 

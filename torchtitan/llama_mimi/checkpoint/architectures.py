@@ -9,18 +9,17 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig, CsmForConditionalGeneration, LlamaForCausalLM, PreTrainedConfig
 
-from llama_mimi.audio.mimi import CodecAttention
 from llama_mimi.checkpoint.csm import codec_state, csm_args, csm_config, csm_state
 from llama_mimi.checkpoint.huggingface import LlamaMimiStateDictAdapter, hf_config, llama_state, model_args, save_folder
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.hub import load_pretrained, require_no_difference
 from llama_mimi.model.architectures import build_model
 from llama_mimi.model.llama import LlamaMimiArgs
-from llama_mimi.tokens.sequences import SequenceBuilder
-from llama_mimi.tokens.units import Architecture
+from llama_mimi.tokens.tokenizer import SpeechTokenizer
+from llama_mimi.tokens.vocabulary import Architecture
 
 # Folder in dump_folder, without weights, with which a run's checkpoints are converted: the extended tokenizer, and the
-# configuration with num_quantizers, codec and codec_attention.
+# configuration with num_quantizers, codec and codec_sliding_window.
 ASSETS_FOLDER = "hf_assets"
 
 
@@ -103,31 +102,31 @@ def load_config(folder: str, what: str) -> tuple[PreTrainedConfig, FolderKind]:
 
 def speech_config(
     args: LlamaMimiArgs,
-    sequences: SequenceBuilder,
+    tokenizer: SpeechTokenizer,
     codec_name: str,
-    attention: CodecAttention = "windowed",
+    sliding_window: bool = True,
     **training: Any,
 ) -> PreTrainedConfig:
     """Return the configuration of a speech model; ``training`` are entries that generation needs, such as ``task``."""
     return KINDS[args.architecture].config(
         args,
-        bos_token_id=sequences.tokenizer.bos_token_id,
-        eos_token_id=sequences.vocabulary.audio_end_id,
-        pad_token_id=sequences.tokenizer.pad_token_id,
-        num_quantizers=sequences.vocabulary.num_quantizers,
+        bos_token_id=tokenizer.text_tokenizer.bos_token_id,
+        eos_token_id=tokenizer.vocabulary.audio_end_id,
+        pad_token_id=tokenizer.text_tokenizer.pad_token_id,
+        num_quantizers=tokenizer.vocabulary.num_quantizers,
         codec=codec_name,
-        codec_attention=attention,
+        codec_sliding_window=sliding_window,
         **training,
     )
 
 
-def save_run_record(dump_folder: str, config: PreTrainedConfig, sequences: SequenceBuilder) -> None:
+def save_run_record(dump_folder: str, config: PreTrainedConfig, tokenizer: SpeechTokenizer) -> None:
     """Write `ASSETS_FOLDER` on rank 0; a `UserError` says that it cannot be written."""
     if dist.is_initialized() and dist.get_rank() > 0:
         return
     folder = Path(dump_folder) / ASSETS_FOLDER
     try:
-        save_folder(folder, config, sequences.tokenizer)
+        save_folder(folder, config, tokenizer.text_tokenizer)
     except Exception as error:
         if not isinstance(error, OSError) and "os error" not in str(error):  # `tokenizers` raises no OSError
             raise

@@ -14,7 +14,7 @@ from llama_mimi.checkpoint.huggingface import save_folder
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import read_json, write_atomically
 from llama_mimi.common.hub import load_pretrained
-from llama_mimi.tokens.units import SPECIAL_ROLES, VocabularyKind, audio_tokenizer, extend_tokenizer
+from llama_mimi.tokens.vocabulary import SPECIAL_ROLES, VocabularyKind, audio_tokenizer, extend_tokenizer
 
 MODEL_CARD = """\
 ---
@@ -121,14 +121,14 @@ def prepare_base_model(
     if config.vocab_size != len(tokenizer):
         found = f"'{base_model}' has {config.vocab_size} embedding rows but {len(tokenizer)} tokens"
         raise UserError(f"{found}; use the unmodified base model")
-    whole, units = extend_tokenizer(tokenizer, codebook_size, num_quantizers)
-    num_drawn, kept, special_ids = units.size, whole, {}
+    whole, extended = extend_tokenizer(tokenizer, codebook_size, num_quantizers)
+    num_drawn, kept, special_ids = extended.size, whole, {}
     if vocabulary == "audio":
-        kept, units = extend_tokenizer(audio_tokenizer(whole), codebook_size, num_quantizers)
+        kept, extended = extend_tokenizer(audio_tokenizer(whole), codebook_size, num_quantizers)
         special_ids = {f"{role}_id": getattr(kept, f"{role}_id") for role in SPECIAL_ROLES}
     extra = {"num_quantizers": num_quantizers, "codec": codec, **special_ids}
     if random_weights:
-        config.update({"vocab_size": units.size, **extra})
+        config.update({"vocab_size": extended.size, **extra})
         save_folder(output_dir, config, kept)
     else:
         model = load_pretrained(LlamaForCausalLM, base_model, what="base model", dtype=DTYPES[dtype])
@@ -136,7 +136,7 @@ def prepare_base_model(
         # new rows are drawn around the mean of the old ones, with their covariance
         model.resize_token_embeddings(num_drawn, mean_resizing=True)
         if kept is not whole:
-            ids = whole.convert_tokens_to_ids(kept.convert_ids_to_tokens(range(units.size)))
+            ids = whole.convert_tokens_to_ids(kept.convert_ids_to_tokens(range(extended.size)))
             matrices = [module.weight.data for module in (model.get_input_embeddings(), model.get_output_embeddings())]
             rows = [matrix[ids] for matrix in matrices]  # of both first, as they may be one
             for matrix, kept_rows in zip(matrices, rows, strict=True):
@@ -145,4 +145,5 @@ def prepare_base_model(
         model.config.update(extra)
         model.generation_config.update(**special_ids)
         save_folder(output_dir, model, kept)
-    print(f"{base_model} + {units.size - units.base:,} units -> {output_dir} ({units.size:,} vocabulary entries)")
+    num_audio, size = extended.size - extended.base, extended.size
+    print(f"{base_model} + {num_audio:,} audio tokens -> {output_dir} ({size:,} vocabulary entries)")

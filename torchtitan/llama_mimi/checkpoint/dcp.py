@@ -13,8 +13,8 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torchtitan.tools.logging import logger
 
 from llama_mimi.checkpoint.storage import METADATA, CheckedReader, PlainLoadPlanner, check_step, first_failure
+from llama_mimi.common.distributed import broadcast_from_rank0
 from llama_mimi.common.errors import UserError, first_line
-from llama_mimi.common.ranks import from_first
 from llama_mimi.model.architectures import build_model
 from llama_mimi.model.llama import LlamaMimiArgs
 
@@ -123,7 +123,7 @@ def load_step(state: dict[str, Any], step: Path, verify: bool, is_alone: bool = 
             if error.args[0] == "plan":
                 raise UserError(f"'{step}' does not fit this run ({first_line(failure)}); change the config") from error
             failure = UserError(f"'{step}' is damaged and cannot be read ({first_line(failure)})")
-        raise from_first(lambda: name_last_good(failure, step)) from error
+        raise broadcast_from_rank0(lambda: name_last_good(failure, step)) from error
 
 
 def load_model_state(step: Path, args: LlamaMimiArgs, verify: bool = True) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def batches_of_like_size(sizes: Sequence[int], limit: float) -> list[list[int]]:
+def bucket_by_length(sizes: Sequence[int], limit: float) -> list[list[int]]:
     """Divide items into batches of indices, from small to large; the result depends on the sizes only.
 
     Args:
@@ -24,7 +24,7 @@ def batches_of_like_size(sizes: Sequence[int], limit: float) -> list[list[int]]:
     return batches
 
 
-def map_ahead(function: Callable[[Item], Result], items: Iterable[Item], num_ahead: int) -> Iterator[Result]:
+def prefetch_map(function: Callable[[Item], Result], items: Iterable[Item], num_ahead: int) -> Iterator[Result]:
     """Like ``map``, with up to ``num_ahead`` results computed in advance by a thread; the caller's reads the items."""
     if not num_ahead:
         yield from map(function, items)

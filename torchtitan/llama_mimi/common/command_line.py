@@ -26,7 +26,7 @@ def _parsed(target: Callable[..., Any], doc: str | None = None, words: Sequence[
     return tyro.cli(target, args=words, description=doc, use_underscores=True, config=(tyro.conf.OmitArgPrefixes,))
 
 
-def read_flags(kind: type[Options], words: Sequence[str]) -> Options:
+def parse_options(kind: type[Options], words: Sequence[str]) -> Options:
     """Parse command-line arguments into an options object; raise tyro's reason as a `UserError`."""
     output = io.StringIO()
     try:
@@ -59,7 +59,7 @@ def run_cli(main: Callable[[], None]) -> None:
         sys.exit(1)
 
 
-def as_words(settings: Mapping[str, Any]) -> list[str]:
+def to_cli_args(settings: Mapping[str, Any]) -> list[str]:
     """Convert settings to command-line arguments for tyro."""
     words: list[str] = []
     for name, value in settings.items():

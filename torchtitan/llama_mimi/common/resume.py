@@ -10,9 +10,9 @@ from uuid import uuid4
 
 from tqdm import tqdm
 
+from llama_mimi.common.distributed import DistributedContext, broadcast_from_rank0, gather
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import digest, visible_files
-from llama_mimi.common.ranks import Ranks, from_first, gather
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -77,7 +77,7 @@ def map_resumable(
     batches: Sequence[Mapping[str, Item]],
     work: Callable[[Mapping[str, Item]], Iterable[tuple[str, Result]]],
     log: ProgressLog,
-    ranks: Ranks,
+    ranks: DistributedContext,
     *,
     unit: str,
     is_done: Callable[[str, Result], bool] = lambda key, result: True,
@@ -94,7 +94,7 @@ def map_resumable(
     Returns:
         Results by key, in the order of ``batches``, on every rank.
     """
-    done = from_first(lambda: {key: result for key, result in log.load().items() if is_done(key, result)})
+    done = broadcast_from_rank0(lambda: {key: result for key, result in log.load().items() if is_done(key, result)})
     todo = [batch for batch in batches if not batch.keys() <= done.keys()]
     num_items, num_todo = sum(map(len, batches)), sum(map(len, todo))
     if ranks.rank == 0 and num_todo < num_items:

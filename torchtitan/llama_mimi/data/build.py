@@ -11,18 +11,18 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.data.clip_readers import AudioReader, ClipReader, CodeReader
 from llama_mimi.data.code_store import CodeCorpus, is_store
 from llama_mimi.data.corpora import open_corpus
-from llama_mimi.data.dataloader import DataMeter, UnitDataLoader
+from llama_mimi.data.dataloader import DataMeter, SpeechDataLoader
 from llama_mimi.data.order import RowsInOrder, ShuffledOrder
 from llama_mimi.data.packing import BatchPacker
-from llama_mimi.tokens.sequences import SequenceBuilder
+from llama_mimi.tokens.tokenizer import SpeechTokenizer
 
 # Audio goes through the codec in batches of at least so many clips, and codes come from workers as many at a time.
 MIN_CHUNK = 8
 
 
 def build_dataloader(
-    dp_world_size: int, dp_rank: int, tokenizer: SequenceBuilder, job_config: Any, meter: DataMeter | None = None
-) -> UnitDataLoader:
+    dp_world_size: int, dp_rank: int, tokenizer: SpeechTokenizer, job_config: Any, meter: DataMeter | None = None
+) -> SpeechDataLoader:
     """Build the training loader: endless, shuffled by ``debug.seed`` (0 if unset), rows as ``data.packing`` says."""
     data, training = job_config.data, job_config.training
     readers = open_readers(job_config, training)
@@ -31,7 +31,7 @@ def build_dataloader(
         clip_shares(readers, data.weights, data.max_audio_seconds),
         dp_rank=dp_rank,
         dp_world_size=dp_world_size,
-        shuffle_block=data.shuffle_block,
+        shuffle_window=data.shuffle_window,
         seed=job_config.debug.seed or 0,
     )
     return _build(
@@ -44,21 +44,23 @@ def build_dataloader(
         dp_world_size,
         is_packed=data.packing == "pack",
         meter=meter,
-        depth_share=job_config.model.depth_share,
+        depth_train_fraction=job_config.model.depth_train_fraction,
     )
 
 
 def build_validation_dataloader(
-    dp_world_size: int, dp_rank: int, tokenizer: SequenceBuilder, job_config: Any
-) -> UnitDataLoader:
+    dp_world_size: int, dp_rank: int, tokenizer: SpeechTokenizer, job_config: Any
+) -> SpeechDataLoader:
     """Build the loader of the held-out corpus, or its first ``data.validation_clips``, once and in its own order.
 
     Rows contain one clip, so that the loss does not depend on how training packs.
     """
     readers = open_readers(job_config, job_config.validation)
-    sizes_G = readers[0].corpus.sizes_G
+    rows_per_group = readers[0].corpus.rows_per_group
     limit = job_config.data.validation_clips
-    order = RowsInOrder(sizes_G, range(len(sizes_G)), dp_rank, dp_world_size, None if limit == -1 else limit)
+    order = RowsInOrder(
+        rows_per_group, range(len(rows_per_group)), dp_rank, dp_world_size, None if limit == -1 else limit
+    )
     return _build(job_config, tokenizer, job_config.validation, readers, order, dp_rank, dp_world_size, is_packed=False)
 
 
@@ -82,7 +84,7 @@ def open_readers(job_config: Any, split: Any) -> list[ClipReader]:
     readers: list[ClipReader] = []
     for name in dataset_names(split):
         if is_store(name):
-            codes = CodeCorpus(name, codec.name, codec.num_quantizers, codec.attention, with_text=with_text)
+            codes = CodeCorpus(name, codec.name, codec.num_quantizers, codec.sliding_window, with_text=with_text)
             readers.append(CodeReader(codes, max_frames=max_frames, with_text=with_text))
         else:
             text_column = data.text_column if with_text else None
@@ -110,7 +112,7 @@ def clip_shares(readers: list[ClipReader], weights: list[float], max_audio_secon
     """
     corpora = [reader.corpus for reader in readers]
     if not weights or len(corpora) == 1:
-        return [float(corpus.sizes_G.sum()) for corpus in corpora]
+        return [float(corpus.rows_per_group.sum()) for corpus in corpora]
     shares = []
     for weight, corpus in zip(weights, corpora, strict=True):
         if not isinstance(corpus, CodeCorpus):
@@ -121,7 +123,7 @@ def clip_shares(readers: list[ClipReader], weights: list[float], max_audio_secon
 
 def _build(
     job_config: Any,
-    sequences: SequenceBuilder,
+    tokenizer: SpeechTokenizer,
     split: Any,
     readers: list[ClipReader],
     order: ShuffledOrder | RowsInOrder,
@@ -130,26 +132,25 @@ def _build(
     *,
     is_packed: bool,
     meter: DataMeter | None = None,
-    depth_share: float = 1.0,
-) -> UnitDataLoader:
+    depth_train_fraction: float = 1.0,
+) -> SpeechDataLoader:
     """``split`` is ``[training]`` or ``[validation]``: dataset, batch size, seq_len and workers."""
     own, codec = job_config.codec, None
     if any(isinstance(reader, AudioReader) for reader in readers):
-        codec = MimiCodec(
-            own.name, own.num_quantizers, torch.device(device_type), DTYPES[own.dtype], attention=own.attention
-        )
+        device = torch.device(device_type)
+        codec = MimiCodec(own.name, own.num_quantizers, device, DTYPES[own.dtype], own.sliding_window)
     has_positions = job_config.data.packing == "pack"
-    return UnitDataLoader(
+    return SpeechDataLoader(
         readers,
         order,
-        BatchPacker(sequences, split.local_batch_size, split.seq_len, is_packed=is_packed, has_positions=has_positions),
+        BatchPacker(tokenizer, split.local_batch_size, split.seq_len, is_packed=is_packed, has_positions=has_positions),
         codec,
         dp_rank=dp_rank,
         dp_world_size=dp_world_size,
         dataset=split.dataset,
         chunk_size=max(split.local_batch_size, MIN_CHUNK),
-        max_bad_share=job_config.data.max_bad_share,
+        max_skip_fraction=job_config.data.max_skip_fraction,
         workers=dataclasses.asdict(split.dataloader),
         meter=meter,
-        depth_share=depth_share,
+        depth_train_fraction=depth_train_fraction,
     )

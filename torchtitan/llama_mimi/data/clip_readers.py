@@ -38,14 +38,14 @@ class SkippedClip:
 
 @dataclass(frozen=True)
 class AudioClip:
-    """One usable row of audio; ``remarks`` as `llama_mimi.audio.reading.Waveform`."""
+    """One usable row of audio; ``audio_warnings`` as `llama_mimi.audio.reading.Waveform`."""
 
     name: str  # id or path
     samples_S: torch.Tensor  # mono float32 at the codec's rate
     is_cut: bool  # the recording is longer
     text: str | None
     speaker: str | None = None
-    remarks: tuple[str, ...] = ()
+    audio_warnings: tuple[str, ...] = ()
     audio_hash: bytes | None = None  # of the samples
 
     # PyTorch sends a tensor to another process through /dev/shm, which Docker limits to 64 MB. Without space there,
@@ -65,7 +65,7 @@ class CodedClip:
     codes_TQ: np.ndarray
     is_cut: bool
     text: str | None
-    remarks: tuple[str, ...] = ()
+    audio_warnings: tuple[str, ...] = ()
 
 
 Clip = AudioClip | CodedClip | SkippedClip
@@ -133,7 +133,9 @@ class AudioReader:
             for start, end in itertools.pairwise([0, *ends]):
                 part = dataclasses.replace(waveform, samples_S=waveform.samples_S[start:end].clone())
                 if goes_on or end != ends[-1]:
-                    part = dataclasses.replace(part, is_cut=True, remarks=tuple({*part.remarks} - {SHORTER}))
+                    part = dataclasses.replace(
+                        part, is_cut=True, audio_warnings=tuple({*part.audio_warnings} - {SHORTER})
+                    )
                 found.append(part)
             begin += ends[-1] / rate_hz
             left = None if left is None else left - ends[-1] / rate_hz
@@ -152,7 +154,7 @@ class AudioReader:
         speaker, audio_hash = _label(values.get("speaker")), None
         if self._hashes:
             audio_hash = hashlib.blake2b(memoryview(waveform.samples_S.numpy()), digest_size=HASH_BYTES).digest()
-        return AudioClip(name, waveform.samples_S, waveform.is_cut, text, speaker, waveform.remarks, audio_hash)
+        return AudioClip(name, waveform.samples_S, waveform.is_cut, text, speaker, waveform.audio_warnings, audio_hash)
 
 
 def _filtered(name: str, reason: str) -> SkippedClip:
@@ -189,7 +191,7 @@ def read_row(
     if not is_part:
         return waveform
     is_short = waveform.seconds < duration - ROUNDED_SECONDS
-    return dataclasses.replace(waveform, is_cut=False, remarks=waveform.remarks + (SHORTER,) * is_short)
+    return dataclasses.replace(waveform, is_cut=False, audio_warnings=waveform.audio_warnings + (SHORTER,) * is_short)
 
 
 def _source(corpus: AudioCorpus, group: int, audio: Mapping[str, Any], name: str) -> bytes | str:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from llama_mimi.common.distributed import end_with_parent
 from llama_mimi.common.errors import UserError
-from llama_mimi.common.ranks import end_with_parent
 from llama_mimi.data.clip_readers import Clip, ClipReader
 from llama_mimi.data.order import ClipRef, RowsInOrder, ShuffledOrder, in_chunks
 
@@ -90,7 +90,7 @@ class ClipStream(torch.utils.data.IterableDataset):
         return reader.clips(groups[ref.group], ref)
 
 
-def is_too_many(num_skipped: int, num_read: int, max_bad_share: float, *, is_end: bool, is_whole: bool) -> bool:
+def is_too_many(num_skipped: int, num_read: int, max_skip_fraction: float, *, is_end: bool, is_whole: bool) -> bool:
     """Return True where more than the allowed fraction of the clips was skipped.
 
     Clips before the end, or of one rank of several, are a sample of the corpus: they may exceed the allowed number by
@@ -101,10 +101,10 @@ def is_too_many(num_skipped: int, num_read: int, max_bad_share: float, *, is_end
         is_end: there are no more clips.
         is_whole: this process reads the whole corpus.
     """
-    allowed = max_bad_share * max(num_read, MIN_CLIPS_FOR_SHARE)
-    if not (is_end and is_whole) and max_bad_share:
+    allowed = max_skip_fraction * max(num_read, MIN_CLIPS_FOR_SHARE)
+    if not (is_end and is_whole) and max_skip_fraction:
         allowed += 3 * math.sqrt(allowed) + 1
-    return (is_end or num_read >= MIN_CLIPS_FOR_SHARE or not max_bad_share) and num_skipped > allowed
+    return (is_end or num_read >= MIN_CLIPS_FOR_SHARE or not max_skip_fraction) and num_skipped > allowed
 
 
 def _end_with(parent: int, worker: int) -> None:

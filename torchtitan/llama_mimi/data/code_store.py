@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llama_mimi.audio.mimi import CodecAttention, codec_hash, load_codec_config
+from llama_mimi.audio.mimi import codec_hash, load_codec_config
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import digest, file_system, parse_json, read_json, sizes_in
 from llama_mimi.common.resume import require_same
@@ -26,7 +26,7 @@ MANIFEST = "manifest.json"
 PLAN = "tokenization.json"
 # Key of what a shard says about itself, in its Parquet metadata.
 NOTES = b"llama_mimi"
-FORMAT = 1
+FORMAT = 2
 # Rows of a row group, the smallest unit that is read: 0.7 MB of codes for clips of 14 s at 8 levels.
 CLIPS_PER_GROUP = 256
 REQUIRED_KEYS = {"codec", "columns", "clips", "by_second", "clips_per_group", "shards"}
@@ -36,7 +36,7 @@ AUDIO_HASH = "audio_hash"
 
 @dataclass(frozen=True)
 class StoredClip:
-    """One row of a shard; ``remarks`` as `llama_mimi.audio.reading.Waveform`."""
+    """One row of a shard; ``audio_warnings`` as `llama_mimi.audio.reading.Waveform`."""
 
     name: str  # id or path
     codes_TQ: np.ndarray  # uint16
@@ -44,7 +44,7 @@ class StoredClip:
     is_cut: bool  # the recording is longer
     text: str | None = None
     speaker: str | None = None
-    remarks: tuple[str, ...] = ()
+    audio_warnings: tuple[str, ...] = ()
     audio_hash: bytes | None = None  # of the samples, 16 bytes
 
 
@@ -52,7 +52,7 @@ class CodeCorpus:
     """A finished store, read by row group.
 
     Args:
-        codec, attention: of training; both must be those that made the codes.
+        codec, sliding_window: of training; both must be those that made the codes.
         num_quantizers: Q of training, at most the stored number.
         with_text: rows need transcripts.
 
@@ -61,11 +61,11 @@ class CodeCorpus:
     """
 
     def __init__(
-        self, path: str, codec: str, num_quantizers: int, attention: CodecAttention = "windowed", *, with_text: bool
+        self, path: str, codec: str, num_quantizers: int, sliding_window: bool = True, *, with_text: bool
     ) -> None:
         self.name, self._num_quantizers = path, num_quantizers
         self.manifest = read_manifest(path)
-        self._check(codec, attention, with_text)
+        self._check(codec, sliding_window, with_text)
         self._codebook_size: int = self.manifest["codec"]["codebook_size"]
         self._columns = ["id", "codes", "is_cut", *(["text"] if with_text else [])]
         clips = [shard["clips"] for shard in self.manifest["shards"]]
@@ -80,7 +80,7 @@ class CodeCorpus:
         self.fingerprint = digest(
             [[shard["file"], shard["clips"], shard["bytes"]] for shard in self.manifest["shards"]]
         )
-        self._shard_G, self._number_G, self.sizes_G = np.array(groups, dtype=np.int64).reshape(-1, 3).T
+        self._shard_G, self._number_G, self.rows_per_group = np.array(groups, dtype=np.int64).reshape(-1, 3).T
 
     def mean_seconds(self, max_audio_seconds: float) -> float:
         """Mean duration of a clip cut at ``max_audio_seconds`` (exact for whole seconds)."""
@@ -95,7 +95,7 @@ class CodeCorpus:
         """
         path = f"{self.name.rstrip('/')}/{self.manifest['shards'][self._shard_G[group]]['file']}"
         found = read_codes(path, self._columns, self.manifest["codec"]["num_quantizers"], int(self._number_G[group]))
-        if len(found.starts) - 1 != self.sizes_G[group]:
+        if len(found.starts) - 1 != self.rows_per_group[group]:
             raise UserError(f"'{path}' does not hold the clips that {MANIFEST} says; copy or make it anew")
         if len(found.frames_NQ) and (highest := int(found.frames_NQ.max())) >= self._codebook_size:
             raise UserError(
@@ -104,7 +104,7 @@ class CodeCorpus:
             )
         return CodeGroup(found.columns, found.starts, found.frames_NQ[:, : self._num_quantizers])
 
-    def _check(self, codec: str, attention: CodecAttention, with_text: bool) -> None:
+    def _check(self, codec: str, sliding_window: bool, with_text: bool) -> None:
         made_by = self.manifest["codec"]
         if made_by["num_quantizers"] < self._num_quantizers:
             raise UserError(
@@ -113,10 +113,10 @@ class CodeCorpus:
             )
         load_codec_config(codec, self._num_quantizers)
         require_same(
-            {"codec.sha256": made_by["sha256"], "codec.attention": made_by["attention"]},
-            {"codec.sha256": codec_hash(codec), "codec.attention": attention},
+            {"codec.sha256": made_by["sha256"], "codec.sliding_window": made_by["sliding_window"]},
+            {"codec.sha256": codec_hash(codec), "codec.sliding_window": sliding_window},
             f"the tokenised corpus '{self.name}'",
-            f"set codec.name to '{made_by['name']}' and codec.attention as before, or tokenise again",
+            f"set codec.name to '{made_by['name']}' and codec.sliding_window as before, or tokenise again",
         )
         if with_text and "text" not in self.manifest["columns"]:
             raise UserError(f"the tokenised corpus '{self.name}' has no text, which data.task = 'tts' needs; use 'a2a'")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, Literal
 
-from llama_mimi.audio.mimi import DEFAULT_CODEC, CodecAttention, MimiCodec, Precision, codec_hash
+from llama_mimi.audio.mimi import DEFAULT_CODEC, MimiCodec, Precision, codec_hash
 from llama_mimi.audio.reading import RESAMPLER
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import PARTIAL, digest, file_system, read_json, sizes_in, write_atomically
@@ -64,8 +64,8 @@ class TokenizationOptions:
     dtype: Precision = "float32"
     """bfloat16 changes about 2 % of the codes"""
 
-    codec_attention: CodecAttention = "windowed"
-    """How the codec attends; see codec.attention in the training settings"""
+    codec_sliding_window: bool = True
+    """Sliding window of the codec; see codec.sliding_window in the training settings"""
 
     audio_column: str = "audio"
 
@@ -104,7 +104,7 @@ class TokenizationOptions:
     duplicates: Literal["keep", "drop"] = "keep"
     """Clips with the samples of an earlier one are kept, or left out; they are counted"""
 
-    max_bad_share: float = 0.01
+    max_skip_fraction: float = 0.01
     """Stop when a larger share of the clips cannot be used"""
 
     @property
@@ -115,11 +115,11 @@ class TokenizationOptions:
 def make_plan(options: TokenizationOptions, corpus: AudioCorpus, codec: MimiCodec) -> dict[str, Any]:
     """Return the plan of a tokenised corpus: its settings and shards. Every rank and every start has the same plan."""
     shards: list[dict[str, Any]] = []
-    wanted = options.clips_per_shard or min(CLIPS_PER_SHARD, math.ceil(int(corpus.sizes_G.sum()) / MIN_SHARDS))
+    wanted = options.clips_per_shard or min(CLIPS_PER_SHARD, math.ceil(int(corpus.rows_per_group.sum()) / MIN_SHARDS))
     first, clips = 0, 0
-    for group, size in enumerate(corpus.sizes_G.tolist()):
+    for group, size in enumerate(corpus.rows_per_group.tolist()):
         clips += size
-        if clips >= wanted or group + 1 == len(corpus.sizes_G):
+        if clips >= wanted or group + 1 == len(corpus.rows_per_group):
             shards.append({"file": f"shard-{len(shards):06d}.parquet", "groups": [first, group + 1], "clips": clips})
             first, clips = group + 1, 0
     return {
@@ -133,7 +133,7 @@ def make_plan(options: TokenizationOptions, corpus: AudioCorpus, codec: MimiCode
             "codebook_size": codec.codebook_size,
             "frame_rate_hz": codec.frame_rate_hz,
             "dtype": options.dtype,
-            "attention": codec.attention,
+            "sliding_window": codec.sliding_window,
         },
         "resampler": RESAMPLER,
         "reader": READER,
@@ -198,7 +198,9 @@ def shard_of_clips(plan: dict[str, Any], num_rows: int, clips: Sequence[StoredCl
         "rows": num_rows,
         "clips": len(clips),
         "cut": sum(clip.is_cut for clip in clips),
-        "remarks": [[row, clip.name, remark] for row, clip in enumerate(clips) for remark in clip.remarks],
+        "audio_warnings": [
+            [row, clip.name, warning] for row, clip in enumerate(clips) for warning in clip.audio_warnings
+        ],
         "seconds": sum(clip.seconds for clip in clips),
         "by_second": by_second(clips),
         **left_out,
@@ -231,17 +233,17 @@ def finish(options: TokenizationOptions, plan: dict[str, Any], num_duplicates: i
     ]
     skipped = [clip for notes in said for clip in notes["skipped"]]
     messages = [clip["message"] for clip in skipped[:MAX_NAMED_CLIPS]]
-    remarked = [(name, remark) for notes in said for _, name, remark in notes["remarks"]]
+    warned = [(name, warning) for notes in said for _, name, warning in notes["audio_warnings"]]
     for message in messages:
         print(f"skipped: {message}", flush=True)
-    for name, remark in remarked[:MAX_NAMED_CLIPS]:
-        print(f"clip '{name}': {remark}", flush=True)
+    for name, warning in warned[:MAX_NAMED_CLIPS]:
+        print(f"clip '{name}': {warning}", flush=True)
     filtered = sum((Counter(notes["filtered"]) for notes in said), Counter[str]())
-    remarks = Counter(remark for _, remark in remarked)
+    audio_warnings = Counter(warning for _, warning in warned)
     clips, cut = sum(notes["clips"] for notes in said), sum(notes["cut"] for notes in said)
     num_read = clips + len(skipped) + filtered.total()
-    if is_too_many(len(skipped), num_read, options.max_bad_share, is_end=True, is_whole=True):
-        raise too_many(len(skipped), num_read, options.max_bad_share, messages[-1])
+    if is_too_many(len(skipped), num_read, options.max_skip_fraction, is_end=True, is_whole=True):
+        raise too_many(len(skipped), num_read, options.max_skip_fraction, messages[-1])
     hours = sum(notes["seconds"] for notes in said) / 3600
     seconds = zip_longest(*(notes["by_second"] for notes in said), fillvalue=(0, 0.0))
     manifest = {
@@ -255,7 +257,7 @@ def finish(options: TokenizationOptions, plan: dict[str, Any], num_duplicates: i
         "skipped_first": messages,
         "filtered": dict(filtered),
         "duplicates_kept": num_duplicates,
-        "remarks": dict(remarks),
+        "audio_warnings": dict(audio_warnings),
         "versions": versions(),
     }
     write_atomically(options.output_dir, MANIFEST, json.dumps(manifest, indent=1).encode())
@@ -263,7 +265,7 @@ def finish(options: TokenizationOptions, plan: dict[str, Any], num_duplicates: i
         f"{options.output_dir}: {clips:,} clips, {hours:.2f} h, {len(shards)} shards, "
         f"{sum(shard['bytes'] for shard in shards) / 1e6:.1f} MB; {cut} cut, {len(skipped)} skipped"
         + "".join(f", {number} left out: {reason}" for reason, number in filtered.items())
-        + "".join(f", {number} {remark}" for remark, number in remarks.items())
+        + "".join(f", {number} {warning}" for warning, number in audio_warnings.items())
         + (f", {num_duplicates} duplicates kept" if num_duplicates else "")
     )
 
@@ -276,6 +278,6 @@ def read_notes(path: str) -> tuple[int, dict[str, Any]]:
 
 def too_many(num_skipped: int, num_read: int, allowed: float, last: str) -> UserError:
     return UserError(
-        f"{num_skipped} of {num_read} clips could not be used, more than --max_bad_share {allowed:g} (the last: "
-        f"{last}); repair the corpus or raise --max_bad_share"
+        f"{num_skipped} of {num_read} clips could not be used, more than --max_skip_fraction {allowed:g} (the last: "
+        f"{last}); repair the corpus or raise --max_skip_fraction"
     )

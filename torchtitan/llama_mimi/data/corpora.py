@@ -22,7 +22,7 @@ class AudioCorpus(Protocol):
     """Rows of audio in groups, which are the unit of reading and of the order."""
 
     name: str
-    sizes_G: np.ndarray  # rows of each group
+    rows_per_group: np.ndarray  # rows of each group
     fingerprint: str  # equal for corpora of equal content
 
     @property

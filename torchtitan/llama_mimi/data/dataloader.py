@@ -18,12 +18,12 @@ from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.tools.logging import logger
 
 from llama_mimi.audio.mimi import MimiCodec
+from llama_mimi.common.distributed import gather
 from llama_mimi.common.errors import UserError
-from llama_mimi.common.ranks import gather
 from llama_mimi.common.resume import require_same
 from llama_mimi.data.clip_readers import AudioClip, ClipReader, CodedClip, SkippedClip
 from llama_mimi.data.clips import MAX_NAMED_CLIPS, MIN_CLIPS_FOR_SHARE, Chunk, ClipStream, is_too_many
-from llama_mimi.data.order import ClipRef, Position, RowsInOrder, ShuffledOrder, deal
+from llama_mimi.data.order import ClipRef, Position, RowsInOrder, ShuffledOrder, reshard
 from llama_mimi.data.packing import Batch, BatchPacker
 
 # How often the counts are logged.
@@ -39,7 +39,7 @@ class DataMeter:
     num_frames: int = 0
 
 
-class UnitDataLoader(BaseDataLoader):
+class SpeechDataLoader(BaseDataLoader):
     """Batches of token ids from chunks of clips.
 
     Args:
@@ -48,9 +48,9 @@ class UnitDataLoader(BaseDataLoader):
         codec: None where all corpora are codes.
         dataset: its name, for messages.
         chunk_size: clips read and encoded at once.
-        max_bad_share: raise when a larger fraction of the clips cannot be used.
+        max_skip_fraction: raise when a larger fraction of the clips cannot be used.
         workers: keyword arguments of PyTorch's DataLoader.
-        depth_share: fraction of the frames that train the depth decoder of the hierarchical architecture.
+        depth_train_fraction: fraction of the frames that train the depth decoder of the hierarchical architecture.
     """
 
     def __init__(
@@ -64,19 +64,19 @@ class UnitDataLoader(BaseDataLoader):
         dp_world_size: int,
         dataset: str,
         chunk_size: int,
-        max_bad_share: float,
+        max_skip_fraction: float,
         workers: dict[str, Any],
         meter: DataMeter | None = None,
-        depth_share: float = 1.0,
+        depth_train_fraction: float = 1.0,
     ) -> None:
         self._readers, self._order, self._packer, self._codec = readers, order, packer, codec
         self._dp_rank, self._dp_world_size = dp_rank, dp_world_size
-        self.dataset, self._chunk_size, self._max_bad_share = dataset, chunk_size, max_bad_share
+        self.dataset, self._chunk_size, self._max_bad_share = dataset, chunk_size, max_skip_fraction
         self._workers = workers
-        self._meter, self._depth_share = meter or DataMeter(), depth_share
+        self._meter, self._depth_share = meter or DataMeter(), depth_train_fraction
         self._counts: Counter[str] = Counter()  # clips read, cut, and skipped by reason
         self._num_frames = 0
-        self._num_clips = sum(int(reader.corpus.sizes_G.sum()) for reader in readers)
+        self._num_clips = sum(int(reader.corpus.rows_per_group.sum()) for reader in readers)
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches without end, or the rows once, the last batch filled up with padding.
@@ -156,7 +156,7 @@ class UnitDataLoader(BaseDataLoader):
         remedy = "set it as before, or restart the data with --checkpoint.exclude_from_loading dataloader"
         what = f"the checkpoint's position in '{self.dataset}'"
         require_same(state["of"], self._order.fingerprint, what, remedy)
-        positions = deal([Position.from_json(position) for position in state["ranks"]], self._dp_world_size)
+        positions = reshard([Position.from_json(position) for position in state["ranks"]], self._dp_world_size)
         self._order.position = positions[self._dp_rank]
         if self._dp_rank == 0:  # goes on from the sum of all
             self._counts, self._num_frames = Counter(state["counts"]), state["frames"]
@@ -183,7 +183,7 @@ class UnitDataLoader(BaseDataLoader):
             codes = iter(self._codec.encode_many(waveforms))
             self._meter.codec_seconds += time.perf_counter() - start
         clips = [
-            CodedClip(clip.name, next(codes).numpy(), clip.is_cut, clip.text, clip.remarks)
+            CodedClip(clip.name, next(codes).numpy(), clip.is_cut, clip.text, clip.audio_warnings)
             if isinstance(clip, AudioClip)
             else clip
             for clip in chunk.clips
@@ -215,10 +215,10 @@ class UnitDataLoader(BaseDataLoader):
         counts["read"] += 1
         if isinstance(clip, CodedClip):
             counts["cut at max_audio_seconds"] += clip.is_cut
-            for remark in clip.remarks:
-                counts[remark] += 1
-                if counts[remark] <= MAX_NAMED_CLIPS:
-                    logger.warning(f"clip '{clip.name}': {remark}")
+            for warning in clip.audio_warnings:
+                counts[warning] += 1
+                if counts[warning] <= MAX_NAMED_CLIPS:
+                    logger.warning(f"clip '{clip.name}': {warning}")
         if counts["read"] % CLIPS_PER_REPORT == 0:
             self._report()
         if isinstance(clip, SkippedClip):
@@ -242,8 +242,8 @@ class UnitDataLoader(BaseDataLoader):
             )
         if is_too_many(skipped, read, self._max_bad_share, is_end=is_end, is_whole=self._dp_world_size == 1):
             raise UserError(
-                f"{skipped} of {read} clips could not be used ({reasons}), more than data.max_bad_share = "
-                f"{self._max_bad_share:g}; repair the corpus or raise data.max_bad_share"
+                f"{skipped} of {read} clips could not be used ({reasons}), more than data.max_skip_fraction = "
+                f"{self._max_bad_share:g}; repair the corpus or raise data.max_skip_fraction"
             )
 
     def _report(self) -> None:

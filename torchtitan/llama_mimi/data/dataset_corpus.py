@@ -49,8 +49,8 @@ class DatasetCorpus:
         if "id" in dataset.column_names:
             self._roles["id"] = "id"
         self._rows = dataset.cast_column(audio_column, Audio(decode=False)).with_format("arrow")
-        self.sizes_G = np.array(group_sizes(len(dataset)), dtype=np.int64)
-        if not len(self.sizes_G):
+        self.rows_per_group = np.array(group_sizes(len(dataset)), dtype=np.int64)
+        if not len(self.rows_per_group):
             raise UserError(f"the dataset '{name}' has no rows; name another")
         files = [file["filename"].rsplit("/", 1)[-1] for file in dataset.cache_files]
         self.fingerprint = digest([files, len(dataset), dataset.data.nbytes, dataset._fingerprint])
@@ -64,7 +64,7 @@ class DatasetCorpus:
 
     def read_group(self, group: int) -> pa.Table:
         start = group * ROWS_PER_GROUP
-        table = self._rows[start : start + int(self.sizes_G[group])]
+        table = self._rows[start : start + int(self.rows_per_group[group])]
         columns = {role: self._named(column, table[column]) for role, column in self._roles.items()}
         return pa.table({role: c.cast(pa.string()) if role in TEXTS else c for role, c in columns.items()})
 

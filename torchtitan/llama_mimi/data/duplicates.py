@@ -62,16 +62,18 @@ def _without(path: str, plan: dict[str, Any], rows: set[int]) -> bytes:
     stored = ["id", "duration", "is_cut", AUDIO_HASH]
     optional = [name for name in OPTIONAL_COLUMNS if name in plan["columns"]]
     shard = read_codes(path, ["codes", *stored, *optional], plan["codec"]["num_quantizers"])
-    remarks: dict[int, list[str]] = {}
-    for row, _, remark in notes["remarks"]:
-        remarks.setdefault(row, []).append(remark)
+    audio_warnings: dict[int, list[str]] = {}
+    for row, _, warning in notes["audio_warnings"]:
+        audio_warnings.setdefault(row, []).append(warning)
     clips = []
     for row in range(len(shard.starts) - 1):
         if row not in rows:
             name, seconds, is_cut, audio_hash = (shard.columns[column][row] for column in stored)
             said = {column: shard.columns[column][row] for column in optional}
-            of_row = tuple(remarks.get(row, ()))
+            of_row = tuple(audio_warnings.get(row, ()))
             codes_TQ = shard.codes(row)
-            clips.append(StoredClip(name, codes_TQ, seconds, is_cut, remarks=of_row, audio_hash=audio_hash, **said))
+            clips.append(
+                StoredClip(name, codes_TQ, seconds, is_cut, audio_warnings=of_row, audio_hash=audio_hash, **said)
+            )
     filtered = Counter(notes["filtered"]) + Counter({"duplicate": len(rows)})
     return shard_of_clips(plan, notes["rows"], clips, {"skipped": notes["skipped"], "filtered": filtered})

@@ -41,7 +41,7 @@ class FolderCorpus:
         extra_columns: Mapping[str, str],
     ) -> None:
         self.name, self.files = name, tuple(files)
-        _, self._first_G, self.sizes_G = groups_of_files([len(self.files)], name)
+        _, self._first_G, self.rows_per_group = groups_of_files([len(self.files)], name)
         self._root = _root(name, self.files)
         sizes = _sizes(self.files)
         folders = sorted({folder for file in self.files for folder in self._folders(file)})
@@ -52,7 +52,7 @@ class FolderCorpus:
         self._has_json = any(size >= 0 for size in beside)
         stems = Counter(name.rsplit(".", 1)[0] for name in names)
         self._shared = {stem for stem, number in stems.items() if number > 1}
-        first = map(self._record, self.files[: self.sizes_G[0]])
+        first = map(self._record, self.files[: self.rows_per_group[0]])
         self._table = RecordTable(name, first, text_column, extra_columns)
 
     @property
@@ -64,7 +64,9 @@ class FolderCorpus:
 
     def read_group(self, group: int) -> pa.Table:
         first = self._first_G[group]
-        return self._table.table([self._record(file) for file in self.files[first : first + self.sizes_G[group]]])
+        return self._table.table(
+            [self._record(file) for file in self.files[first : first + self.rows_per_group[group]]]
+        )
 
     def open_path(self, path: str, group: int) -> str | bytes:
         return open_beside(path, self.files[0])

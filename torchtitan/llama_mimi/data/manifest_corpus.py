@@ -34,7 +34,7 @@ class ManifestCorpus:
         self.name, self.files = name, tuple(files)
         scanned = [_scan(file) for file in self.files]
         self._starts = [starts for starts, _, _ in scanned]  # of the first line of each group
-        self._file_G, self._first_G, self.sizes_G = groups_of_files([rows for _, rows, _ in scanned], name)
+        self._file_G, self._first_G, self.rows_per_group = groups_of_files([rows for _, rows, _ in scanned], name)
         self.fingerprint = digest([sha256 for _, _, sha256 in scanned])
         first = [self._values(line) for line in self._lines(0)]
         columns = {str(key) for values in first if values for key in values}

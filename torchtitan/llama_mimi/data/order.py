@@ -75,15 +75,15 @@ class Position:
 
 
 class CorpusOrder:
-    """The windows of one corpus: at most ``shuffle_block`` rows, and at least one row group."""
+    """The windows of one corpus: at most ``shuffle_window`` rows, and at least one row group."""
 
-    def __init__(self, sizes_G: np.ndarray, shuffle_block: int, seed: int) -> None:
-        self._sizes_G, self._seed = sizes_G, seed
+    def __init__(self, rows_per_group: np.ndarray, shuffle_window: int, seed: int) -> None:
+        self._sizes_G, self._seed = rows_per_group, seed
         # Small corpora have small windows, so that ranks read in the same epoch; windows of one size, so that they
         # stay beside each other.
-        per_window = min(round(shuffle_block / float(sizes_G.mean())), len(sizes_G) // MIN_WINDOWS)
-        self.windows_per_epoch = math.ceil(len(sizes_G) / max(1, per_window))
-        self._bounds = np.linspace(0, len(sizes_G), self.windows_per_epoch + 1).round().astype(int)
+        per_window = min(round(shuffle_window / float(rows_per_group.mean())), len(rows_per_group) // MIN_WINDOWS)
+        self.windows_per_epoch = math.ceil(len(rows_per_group) / max(1, per_window))
+        self._bounds = np.linspace(0, len(rows_per_group), self.windows_per_epoch + 1).round().astype(int)
         # What was computed last, by epoch and by window.
         self._group_orders: dict[int, np.ndarray] = {}
         self._windows: dict[int, np.ndarray] = {}
@@ -122,7 +122,7 @@ def _keep(cache: dict[int, np.ndarray], key: int, value: np.ndarray) -> None:
 class Corpus(Protocol):
     """What an order needs to know of a corpus: rows of its row groups, and what tells it from others."""
 
-    sizes_G: np.ndarray
+    rows_per_group: np.ndarray
     fingerprint: str
 
 
@@ -130,10 +130,10 @@ class ShuffledOrder:
     """One rank's endless sequence of clips from a mixture of corpora.
 
     Args:
-        corpora: with ``sizes_G``, rows of their row groups, and a ``fingerprint``.
+        corpora: with ``rows_per_group``, rows of their row groups, and a ``fingerprint``.
         shares: of the clips drawn that each corpus has; they are scaled to sum to one.
         dp_rank, dp_world_size: this rank and how many there are.
-        shuffle_block, seed: as `CorpusOrder`.
+        shuffle_window, seed: as `CorpusOrder`.
     """
 
     def __init__(
@@ -143,17 +143,19 @@ class ShuffledOrder:
         *,
         dp_rank: int,
         dp_world_size: int,
-        shuffle_block: int,
+        shuffle_window: int,
         seed: int,
     ) -> None:
         self.seed = seed
         # Positions mean something only in the same data and order.
         self.fingerprint = {
             "corpora": [corpus.fingerprint for corpus in corpora],
-            "shuffle_block": shuffle_block,
+            "shuffle_window": shuffle_window,
             "seed": seed,
         }
-        self._orders = [CorpusOrder(corpus.sizes_G, shuffle_block, seed + k) for k, corpus in enumerate(corpora)]
+        self._orders = [
+            CorpusOrder(corpus.rows_per_group, shuffle_window, seed + k) for k, corpus in enumerate(corpora)
+        ]
         self._bounds = (np.cumsum(shares)[:-1] / np.sum(shares)).tolist()
         self._dp_world_size = dp_world_size
         self.position = Position(0, [Cursor(next_window=dp_rank) for _ in corpora])
@@ -201,19 +203,19 @@ class RowsInOrder:
         limit: rows of all ranks together; None for all there are.
     """
 
-    sizes_G: np.ndarray
+    rows_per_group: np.ndarray
     groups: Sequence[int]
     dp_rank: int = 0
     dp_world_size: int = 1
     limit: int | None = None
 
     def __iter__(self) -> Iterator[ClipRef]:
-        rows = ((group, row) for group in self.groups for row in range(int(self.sizes_G[group])))
+        rows = ((group, row) for group in self.groups for row in range(int(self.rows_per_group[group])))
         for group, row in itertools.islice(rows, self.dp_rank, self.limit, self.dp_world_size):
             yield ClipRef(0, group, group, row, 0)
 
 
-def deal(positions: Sequence[Position], dp_world_size: int) -> list[Position]:
+def reshard(positions: Sequence[Position], dp_world_size: int) -> list[Position]:
     """The positions of all ranks, continued on ``dp_world_size`` ranks.
 
     On the same number of ranks each goes on where it was. On another number the unfinished windows, and those between

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from llama_mimi.tokens.sequences import IGNORE_INDEX, NO_TOKEN, Batch, SequenceBuilder
+from llama_mimi.tokens.tokenizer import IGNORE_INDEX, NO_TOKEN, Batch, SpeechTokenizer
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class BatchPacker:
     """
 
     def __init__(
-        self, sequences: SequenceBuilder, batch_size: int, seq_len: int, *, is_packed: bool, has_positions: bool
+        self, tokenizer: SpeechTokenizer, batch_size: int, seq_len: int, *, is_packed: bool, has_positions: bool
     ) -> None:
         assert has_positions or not is_packed
-        self._sequences = sequences
+        self._tokenizer = tokenizer
         self._batch_size, self._seq_len = batch_size, seq_len
         self._is_packed, self._has_positions = is_packed, has_positions
         self.num_cut = self.num_split = 0  # clips so far that were cut, or that go on in the next row
@@ -57,8 +57,8 @@ class BatchPacker:
 
     def no_room(self, text: str) -> str | None:
         """Return why a row has no room for a frame behind this text, or None if it has."""
-        length = len(self._sequences.head(text))
-        if length + self._sequences.positions_per_frame <= self._seq_len + 1:
+        length = len(self._tokenizer.prefix_ids(text))
+        if length + self._tokenizer.positions_per_frame <= self._seq_len + 1:
             return None
         return f"its text, {length} tokens with BOS and <audio>, leaves no room for audio in a row of {self._seq_len}"
 
@@ -76,9 +76,9 @@ class BatchPacker:
             the next one. A clip that can be in no row as a whole (rows of one clip, or text in front) is cut at
             ``seq_len`` and counts as taken.
         """
-        head = self._sequences.head(text)
+        head = self._tokenizer.prefix_ids(text)
         can_be_cut = self._is_packed and text is None
-        P = self._sequences.positions_per_frame
+        P = self._tokenizer.positions_per_frame
         taken, T = 0, len(codes_TQ)
         while taken < T and self._row < self._batch_size:
             num_frames = T - taken
@@ -106,8 +106,8 @@ class BatchPacker:
 
     def take(self) -> Batch:
         """The batch, filled up with padding, and begin another."""
-        B, L, W = self._batch_size, self._seq_len, self._sequences.ids_per_position
-        vocabulary = self._sequences.vocabulary
+        B, L, W = self._batch_size, self._seq_len, self._tokenizer.ids_per_position
+        vocabulary = self._tokenizer.vocabulary
         inputs_BLW = np.zeros((B, L, W), dtype=np.int64)
         inputs_BLW[..., 1:] = NO_TOKEN
         labels_BLW = np.full((B, L, W), IGNORE_INDEX)
@@ -115,15 +115,15 @@ class BatchPacker:
         positions_BL = np.tile(arange_L, (B, 1))
         if self._pieces:
             codes_NQ = np.concatenate([piece.codes_TQ for piece in self._pieces]).astype(np.int64)
-            units_NW = vocabulary.ids_from_codes(torch.from_numpy(codes_NQ)).numpy().reshape(-1, W)
+            audio_NW = vocabulary.ids_from_codes(torch.from_numpy(codes_NQ)).numpy().reshape(-1, W)
         end_1W = np.full((1, W), vocabulary.audio_end_id)
         used = 0
         for piece in self._pieces:
-            units_nW = units_NW[used : used + piece.codes_TQ.size // W]
-            used += len(units_nW)
+            audio_nW = audio_NW[used : used + piece.codes_TQ.size // W]
+            used += len(audio_nW)
             head_nW = np.full((len(piece.head), W), NO_TOKEN)
             head_nW[:, 0] = piece.head
-            ids_nW = np.concatenate([head_nW, units_nW, end_1W[: piece.has_end]])
+            ids_nW = np.concatenate([head_nW, audio_nW, end_1W[: piece.has_end]])
             start, end = piece.start, min(piece.start + len(ids_nW) - 1, L)
             inputs_BLW[piece.row, start:end] = ids_nW[: end - start]
             if piece.is_deep_T is not None:
@@ -135,7 +135,7 @@ class BatchPacker:
             # What is left of the row, padding or not, begins another sequence.
             positions_BL[piece.row, end:] = arange_L[: L - end]
         self._begin()
-        inputs, labels = self._sequences.batch(torch.from_numpy(inputs_BLW), torch.from_numpy(labels_BLW))
+        inputs, labels = self._tokenizer.batch(torch.from_numpy(inputs_BLW), torch.from_numpy(labels_BLW))
         if self._has_positions:
             inputs["positions"] = torch.from_numpy(positions_BL)
         return inputs, labels
@@ -150,11 +150,11 @@ class BatchPacker:
 
     def _length(self, head: list[int], num_frames: int, is_cut: bool) -> int:
         """Places that a sequence takes: one for each token but the last, which is predicted and not read."""
-        return len(head) + num_frames * self._sequences.positions_per_frame - is_cut
+        return len(head) + num_frames * self._tokenizer.positions_per_frame - is_cut
 
     def _place(self, piece: Piece, length: int) -> None:
         self._pieces.append(piece)
-        room = max(0, self._seq_len + 1 - piece.start - len(piece.head)) // self._sequences.positions_per_frame
+        room = max(0, self._seq_len + 1 - piece.start - len(piece.head)) // self._tokenizer.positions_per_frame
         self.num_frames += min(len(piece.codes_TQ), room)
         self._used += length
         self.num_cut += self._used > self._seq_len

@@ -55,10 +55,10 @@ class ParquetCorpus:
         if not groups:
             raise UserError(f"the dataset '{name}' has no rows; name another")
         # Each group G: its file, the number of its row group in the file, its first row there, and its rows.
-        self._file_G, self._number_G, self._first_G, self.sizes_G = np.array(groups, dtype=np.int64).T
+        self._file_G, self._number_G, self._first_G, self.rows_per_group = np.array(groups, dtype=np.int64).T
         names = [file.rsplit("/", 1)[-1] for file in self.files]
         # Equal for corpora of equal order: file names, rows and bytes of their row groups, and the parts of large ones.
-        sizes, parts = [sizes for _, sizes in contents], self.sizes_G.tolist()
+        sizes, parts = [sizes for _, sizes in contents], self.rows_per_group.tolist()
         is_split = parts != [num_rows for of_file in sizes for num_rows, _ in of_file if num_rows]
         self.fingerprint = digest([names, sizes, parts] if is_split else [names, sizes])
 
@@ -82,7 +82,7 @@ class ParquetCorpus:
                 at_once = MAX_GROUP_BYTES // max(1, file.metadata.row_group(number).total_byte_size)
                 found = file.iter_batches(min(max(1, at_once), ROWS_AT_ONCE), row_groups=[number], columns=columns)
                 # In a part of a row group, a batch is a row.
-                for batch in islice(found, self._first_G[group], self._first_G[group] + self.sizes_G[group]):
+                for batch in islice(found, self._first_G[group], self._first_G[group] + self.rows_per_group[group]):
                     batches.append(batch)
                     num_bytes += batch.nbytes
                     if num_bytes > 2 * MAX_GROUP_BYTES:

@@ -98,8 +98,8 @@ def groups_of_files(rows: Sequence[int], name: str) -> tuple[np.ndarray, np.ndar
     ]
     if not groups:
         raise UserError(f"the dataset '{name}' has no rows; name another")
-    file_G, first_G, sizes_G = np.array(groups, dtype=np.int64).T
-    return file_G, first_G, sizes_G
+    file_G, first_G, rows_per_group = np.array(groups, dtype=np.int64).T
+    return file_G, first_G, rows_per_group
 
 
 def seconds_of(value: Any) -> float | None:

@@ -51,9 +51,11 @@ class TarCorpus:
         with ThreadPoolExecutor(INDEX_THREADS) as pool:  # a remote one is mostly waiting
             found = pool.map(_index, self.files)
             self._indexes = list(tqdm(found, "index", len(self.files), unit="tar", disable=is_known))
-        self._file_G, self._first_G, self.sizes_G = groups_of_files([len(index) for index in self._indexes], name)
+        self._file_G, self._first_G, self.rows_per_group = groups_of_files(
+            [len(index) for index in self._indexes], name
+        )
         self.fingerprint = digest([[file.rsplit("/", 1)[-1], _hash(index)] for file, index in self._by_file()])
-        self._table = RecordTable(name, self._records(0, int(self.sizes_G[0])), text_column, extra_columns)
+        self._table = RecordTable(name, self._records(0, int(self.rows_per_group[0])), text_column, extra_columns)
 
     @property
     def columns(self) -> list[str]:
@@ -64,7 +66,7 @@ class TarCorpus:
         return f"'{key}' of {self.files[self._file_G[group]]}"
 
     def read_group(self, group: int) -> pa.Table:
-        return self._table.table(list(self._records(group, int(self.sizes_G[group]))))
+        return self._table.table(list(self._records(group, int(self.rows_per_group[group]))))
 
     def _by_file(self) -> Iterator[tuple[str, pa.Table]]:
         return zip(self.files, self._indexes, strict=True)

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from llama_mimi.audio.mimi import DTYPES, MimiCodec, whole_frames
+from llama_mimi.common.distributed import DistributedContext, broadcast_from_rank0, distributed_context
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import LOCK, file_system, is_local, locked
-from llama_mimi.common.ranks import Ranks, from_first, torchrun_ranks
 from llama_mimi.data.clip_readers import AudioClip, AudioReader, SkippedClip
 from llama_mimi.data.clips import Chunk, ClipStream, is_too_many
 from llama_mimi.data.code_store import StoredClip
@@ -42,7 +42,7 @@ def tokenize_corpus(options: TokenizationOptions) -> None:
         UserError: an option, the corpus or earlier output cannot be used, or too many clips are bad.
     """
     _check(options)
-    with torchrun_ranks() as ranks:
+    with distributed_context() as ranks:
         run(options, ranks)
 
 
@@ -51,8 +51,8 @@ def _check(options: TokenizationOptions) -> None:
     for name in ("max_audio_seconds", "clips_per_shard", "batch_seconds"):
         if getattr(options, name) is not None and not 0 < getattr(options, name) < math.inf:
             raise UserError(f"--{name} is {getattr(options, name)}; it must be a positive number")
-    if options.num_workers < 0 or not 0 <= options.max_bad_share <= 1:
-        raise UserError("--num_workers is 0 or more, and --max_bad_share a share between 0 and 1")
+    if options.num_workers < 0 or not 0 <= options.max_skip_fraction <= 1:
+        raise UserError("--num_workers is 0 or more, and --max_skip_fraction a share between 0 and 1")
     for name, value, lowest in (("min_seconds", shortest, 0), ("max_seconds", longest, shortest)):
         if value is not None and not lowest <= value <= limit:
             raise UserError(f"--{name} is {value:g}; it lies between {lowest:g} and --max_audio_seconds {limit:g}")
@@ -60,7 +60,7 @@ def _check(options: TokenizationOptions) -> None:
         raise UserError("--max_seconds leaves long recordings out, and --long_recordings split keeps them; choose one")
 
 
-def run(options: TokenizationOptions, ranks: Ranks) -> None:
+def run(options: TokenizationOptions, ranks: DistributedContext) -> None:
     if options.corpus not in CORPORA and lies_inside(options.output_dir, options.corpus):
         raise UserError(
             f"--output_dir '{options.output_dir}' lies inside the corpus '{options.corpus}', so that shards would be "
@@ -69,12 +69,14 @@ def run(options: TokenizationOptions, ranks: Ranks) -> None:
     row_filter = options.row_filter
     extra_columns = {"text": options.text_column, "speaker": options.speaker_column, **row_filter.columns}
     named = options.corpus, options.dataset_path, options.audio_column, None, extra_columns, options.split
-    from_first(lambda: bool(open_corpus(*named)))  # keeps an index of tars, so that the others do not make it, too
+    broadcast_from_rank0(
+        lambda: bool(open_corpus(*named))
+    )  # keeps an index of tars, so that the others do not make it, too
     corpus = open_corpus(*named)
     if missing := [column for role, column in row_filter.columns.items() if role not in corpus.columns]:
         raise UserError(f"--where is {options.where!r}, but '{options.corpus}' has no column '{missing[0]}'")
     codec = MimiCodec(
-        options.codec, options.num_quantizers, ranks.device, DTYPES[options.dtype], options.codec_attention
+        options.codec, options.num_quantizers, ranks.device, DTYPES[options.dtype], options.codec_sliding_window
     )
     max_frames = whole_frames(options.max_audio_seconds, codec.config, "--max_audio_seconds")
     plan = make_plan(options, corpus, codec)
@@ -86,7 +88,7 @@ def run(options: TokenizationOptions, ranks: Ranks) -> None:
                 held.enter_context(locked(Path(folder) / LOCK, "--output_dir"))  # to the end
             return begin(options.output_dir, plan)
 
-        todo = from_first(begin_alone)
+        todo = broadcast_from_rank0(begin_alone)
         if ranks.rank == 0:
             there = len(plan["shards"]) - len(todo)
             columns = ", ".join(plan["columns"])
@@ -107,7 +109,7 @@ def lies_inside(output_dir: str, corpus: str) -> bool:
 
 def tokenize(
     options: TokenizationOptions,
-    ranks: Ranks,
+    ranks: DistributedContext,
     corpus: AudioCorpus,
     codec: MimiCodec,
     max_frames: int,
@@ -128,7 +130,7 @@ def tokenize(
         hashes=True,
     )
     at_once = 1 if options.long_recordings == "split" else CLIPS_PER_CHUNK  # each may be an hour
-    stream = ClipStream([reader], RowsInOrder(corpus.sizes_G, list(shard_of_group)), at_once)
+    stream = ClipStream([reader], RowsInOrder(corpus.rows_per_group, list(shard_of_group)), at_once)
     # Clips of the shard that is being made, and of no other: rows come in the order of the shards.
     shard = mine[0] if mine else -1
     stored: list[StoredClip] = []
@@ -148,9 +150,9 @@ def tokenize(
             if isinstance(clip, SkippedClip):
                 skipped.append(clip)
                 num_skipped += not clip.is_filtered
-                share = options.max_bad_share
+                share = options.max_skip_fraction
                 if not clip.is_filtered and is_too_many(num_skipped, num_read, share, is_end=False, is_whole=False):
-                    raise too_many(num_skipped, num_read, options.max_bad_share, clip.message)
+                    raise too_many(num_skipped, num_read, options.max_skip_fraction, clip.message)
             else:
                 stored.append(clip)
         rows_done = ranks.add("rows", len(set(refs)))
@@ -178,7 +180,7 @@ def encode(
     for clip in chunk.clips:
         if isinstance(clip, AudioClip):
             codes_TQ, seconds = next(codes).numpy().astype(np.uint16), len(clip.samples_S) / codec.sample_rate_hz
-            of_row = clip.text, clip.speaker, clip.remarks, clip.audio_hash
+            of_row = clip.text, clip.speaker, clip.audio_warnings, clip.audio_hash
             clips.append(StoredClip(clip.name, codes_TQ, seconds, clip.is_cut, *of_row))
         else:
             assert isinstance(clip, SkippedClip)

@@ -87,7 +87,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Pairs, clips with secret answers (sLM21's test split, for the submission only), and remarks on the source."""
+    """Pairs, clips with secret answers (sLM21's test split, for the submission only), and notes on the source."""
 
     pairs: list[Pair]
     unpaired: list[Clip] = field(default_factory=list)

@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from llama_mimi.audio.mimi import MimiCodec, codec_hash
 from llama_mimi.audio.reading import AudioError, Waveform, read_audio
-from llama_mimi.common.batching import map_ahead
+from llama_mimi.common.batching import prefetch_map
+from llama_mimi.common.distributed import DistributedContext, gather
 from llama_mimi.common.files import find_files, write_atomically
-from llama_mimi.common.ranks import Ranks, gather
 from llama_mimi.common.versions import versions
 from llama_mimi.data.code_store import StoredClip, read_codes, shard_bytes
 from llama_mimi.evaluation.benchmarks import Clip
@@ -42,7 +42,7 @@ def encode_clips(
     codec: MimiCodec,
     clips: Sequence[Clip],
     codes_dir: str,
-    ranks: Ranks,
+    ranks: DistributedContext,
     max_seconds: float,
     *,
     as_released: bool = False,
@@ -62,7 +62,7 @@ def encode_clips(
     settings = {
         "encoding": ENCODING,
         "codec_sha256": codec_hash(deep.name),
-        "attention": deep.attention,
+        "sliding_window": deep.sliding_window,
         "levels": deep.num_quantizers,
         "dtype": str(deep.dtype),
         "device": deep.device.type,
@@ -85,7 +85,7 @@ def encode_clips(
     chunks = [mine[start : start + CLIPS_PER_CHUNK] for start in range(0, len(mine), CLIPS_PER_CHUNK)]
     audio_ids: list[str] = []
     with ThreadPoolExecutor(READERS) as pool:
-        ahead = map_ahead(lambda chunk: list(pool.map(read, chunk)), chunks, num_ahead=1)
+        ahead = prefetch_map(lambda chunk: list(pool.map(read, chunk)), chunks, num_ahead=1)
         for chunk in tqdm(ahead, total=len(chunks), desc="codes", unit="chunk", disable=ranks.rank > 0):
             audio_ids += [audio_id for audio_id, _ in chunk]
             # The chunk before may contain a clip that was not known when it was read.
@@ -131,6 +131,6 @@ def _read(
     waveform = read_audio(
         content, codec.sample_rate_hz, max_seconds=max_seconds, name=name, min_samples=codec.frame_size
     )
-    if waveform.remarks:  # half a clip, or one channel, has another score
-        raise AudioError("damaged", f"'{name}' is {waveform.remarks[0]}; fix it or copy it again")
+    if waveform.audio_warnings:  # half a clip, or one channel, has another score
+        raise AudioError("damaged", f"'{name}' is {waveform.audio_warnings[0]}; fix it or copy it again")
     return audio_id, waveform

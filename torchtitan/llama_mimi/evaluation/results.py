@@ -12,7 +12,7 @@ from llama_mimi.evaluation.codes import ClipCodes
 from llama_mimi.evaluation.scoring import Scoring
 from llama_mimi.evaluation.statistics import wilson_interval
 
-FORMAT = 2
+FORMAT = 3
 MAX_AUDIO_SECONDS = 20.0  # of the paper's training
 
 
@@ -28,7 +28,7 @@ def check_earlier(path: Path, header: Mapping[str, Any]) -> list[str]:
     if earlier is None:
         return []
     current = {key: header[key] for key in ("format", "model", "data")}
-    current["codec"] = {key: header["codec"][key] for key in ("sha256", "attention")}
+    current["codec"] = {key: header["codec"][key] for key in ("sha256", "sliding_window")}
     current["settings"] = {key: header["settings"][key] for key in ("dtype", "max_audio_seconds")}
     require_same(earlier, current, f"'{path}'", "choose another --output_dir, or move the file")
     if earlier.get("model_sha256") != header["model_sha256"]:

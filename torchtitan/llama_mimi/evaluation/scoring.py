@@ -9,13 +9,13 @@ from typing import Literal
 import numpy as np
 import torch
 
-from llama_mimi.common.batching import batches_of_like_size
+from llama_mimi.common.batching import bucket_by_length
+from llama_mimi.common.distributed import DistributedContext
 from llama_mimi.common.errors import UserError
-from llama_mimi.common.ranks import Ranks
 from llama_mimi.common.resume import ProgressLog, map_resumable
 from llama_mimi.evaluation.codes import ClipCodes
 from llama_mimi.generation.speech_model import SpeechModel
-from llama_mimi.tokens.sequences import SequenceBuilder
+from llama_mimi.tokens.tokenizer import SpeechTokenizer
 
 Likelihood = Literal["softmax", "grammar"]
 
@@ -50,7 +50,7 @@ class Scoring:
 
     def check(self, model: SpeechModel) -> None:
         """Raise a `UserError` for a model that lacks a level, or a hierarchical one with the scoring of the release."""
-        num_quantizers = model.sequences.vocabulary.num_quantizers
+        num_quantizers = model.tokenizer.vocabulary.num_quantizers
         if self.as_released and not model.has_release:
             raise UserError("no hierarchical model was released, so its scoring does not exist; use --preset official")
         if self.levels is not None and max(self.levels) >= num_quantizers:
@@ -64,7 +64,7 @@ def score_clips(
     scoring: Scoring,
     batch_tokens: int,
     log: ProgressLog,
-    ranks: Ranks,
+    ranks: DistributedContext,
 ) -> dict[str, float]:
     """Return scores by clip. Clips with equal codes have equal scores, so that a tie is one.
 
@@ -83,7 +83,7 @@ def score_clips(
     keys = {name: content_hash(clip) for name, clip in codes.items()}
     unique = {keys[name]: clip for name, clip in codes.items()}
     order = sorted(unique)  # batches depend on the codes alone, so that they are the same after a kill
-    plan = batches_of_like_size([unique[key].codes_TQ.size for key in order], batch_tokens)
+    plan = bucket_by_length([unique[key].codes_TQ.size for key in order], batch_tokens)
     plan.reverse()  # too long a batch fails at once
     batches = [{order[i]: unique[order[i]] for i in batch} for batch in plan]
 
@@ -100,7 +100,7 @@ def score_clips(
 
 def batch_scores(model: SpeechModel, clips: Sequence[tuple[torch.Tensor, bool]], scoring: Scoring) -> list[float]:
     """Return the scores, in nats per token, of clips that share one batch: codes_TQ, and whether the clip was cut."""
-    sequences = [scored_sequence(model.sequences, codes_TQ, is_cut, scoring) for codes_TQ, is_cut in clips]
+    sequences = [scored_sequence(model.tokenizer, codes_TQ, is_cut, scoring) for codes_TQ, is_cut in clips]
     ids, is_scored = zip(*sequences, strict=True)
     log_probs_N = model.log_likelihoods(ids, is_scored, is_admissible_only=scoring.likelihood == "grammar")
     counts = [int(is_scored_L.sum()) for is_scored_L in is_scored]
@@ -108,16 +108,16 @@ def batch_scores(model: SpeechModel, clips: Sequence[tuple[torch.Tensor, bool]],
 
 
 def scored_sequence(
-    sequences: SequenceBuilder, codes_TQ: torch.Tensor, is_cut: bool, scoring: Scoring
+    tokenizer: SpeechTokenizer, codes_TQ: torch.Tensor, is_cut: bool, scoring: Scoring
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a clip as ids (L,), and a mask (L,) of the scored ones."""
-    vocabulary, Q = sequences.vocabulary, sequences.vocabulary.num_quantizers
+    vocabulary, Q = tokenizer.vocabulary, tokenizer.vocabulary.num_quantizers
     if scoring.as_released:
-        ids_L = sequences.sequence(codes_TQ, is_cut=False)[0 if sequences.adds_bos else 1 :]
+        ids_L = tokenizer.encode(codes_TQ, is_cut=False)[0 if tokenizer.adds_bos else 1 :]
         is_scored_L = torch.zeros_like(ids_L, dtype=torch.bool)
         is_scored_L[slice(1, None) if scoring.levels is None else slice(2, None, Q)] = True
         return ids_L, is_scored_L
-    ids_L = sequences.sequence(codes_TQ, is_cut=is_cut)
+    ids_L = tokenizer.encode(codes_TQ, is_cut=is_cut)
     levels = torch.tensor(range(Q) if scoring.levels is None else scoring.levels)
-    is_scored_L = vocabulary.is_unit(ids_L) & torch.isin(vocabulary.level(ids_L), levels)
+    is_scored_L = vocabulary.is_audio(ids_L) & torch.isin(vocabulary.level(ids_L), levels)
     return ids_L, is_scored_L | (ids_L == vocabulary.audio_end_id)

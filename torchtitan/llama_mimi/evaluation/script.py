@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from llama_mimi.audio.mimi import CodecAttention, codec_hash, whole_frames
+from llama_mimi.audio.mimi import codec_hash, whole_frames
+from llama_mimi.common.distributed import DistributedContext, broadcast_from_rank0, distributed_context
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import write_atomically
 from llama_mimi.common.hub import weights_sha256
-from llama_mimi.common.ranks import Ranks, from_first, torchrun_ranks
 from llama_mimi.common.resume import ProgressLog
 from llama_mimi.common.versions import versions
 from llama_mimi.evaluation import benchmarks, results
@@ -36,7 +36,7 @@ class EvaluationOptions:
     output_dir: Path = Path("results")  # folder of results
     codes_dir: str | None = None  # cache of codes, shared by runs; default: <output_dir>/codes
     codec: str | None = None  # hub id or folder; default: the codec that the model names
-    codec_attention: CodecAttention | None = None  # default: that of the model's training codes
+    codec_sliding_window: bool | None = None  # sliding window of the codec; default: as for the training codes
     device: str | None = None  # default: the accelerator if there is one
     dtype: DecoderPrecision = "float32"  # precision of the decoder; the first release evaluates in float16
     batch_tokens: int | None = None  # maximum tokens of a batch with padding; default: 4096, on a GPU 32768
@@ -66,10 +66,10 @@ class EvaluationOptions:
         if self.likelihood != "softmax":
             name += f"-{self.likelihood}"
         is_changed = name != self.preset or self.max_audio_seconds != MAX_AUDIO_SECONDS
-        if self.preset == "original" and (is_changed or self.codec_attention == "windowed"):
+        if self.preset == "original" and (is_changed or self.codec_sliding_window):
             raise UserError(
                 "--preset original is fixed; leave out --levels, --likelihood, --max_audio_seconds and "
-                "--codec_attention, or use --preset official"
+                "--codec_sliding_window, or use --preset official"
             )
         if self.limit is not None:
             name += f"-limit_{self.limit}"
@@ -89,7 +89,7 @@ class BenchmarkScript:
     def run(self, options: EvaluationOptions) -> None:
         """Score the benchmark and write the result file; raise a `UserError` for flags, data or models of no use."""
         options.scoring(self.levels)  # a mistake in the flags ends the command before it starts ranks
-        with torchrun_ranks(options.device) as ranks:
+        with distributed_context(options.device) as ranks:
             self._evaluate(options, ranks)
 
     def result_path(self, options: EvaluationOptions) -> Path:
@@ -97,7 +97,7 @@ class BenchmarkScript:
         name, _ = options.scoring(self.levels)
         return options.output_dir / self.name / results.model_folder(options.model_name) / f"{name}.json"
 
-    def _evaluate(self, options: EvaluationOptions, ranks: Ranks) -> None:
+    def _evaluate(self, options: EvaluationOptions, ranks: DistributedContext) -> None:
         name, scoring = options.scoring(self.levels)
         source = options.data_dir or self.hub_source
         benchmark = self.read(source)
@@ -106,7 +106,7 @@ class BenchmarkScript:
         model = load_speech_model(
             options.model_name,
             codec_name=options.codec,
-            attention="whole" if scoring.as_released else options.codec_attention,
+            sliding_window=False if scoring.as_released else options.codec_sliding_window,
             device=str(ranks.device),
             dtype=options.dtype,
         )
@@ -120,23 +120,23 @@ class BenchmarkScript:
             "benchmark": self.name,
             "preset": name,
             "model": options.model_name,
-            "model_sha256": from_first(lambda: weights_sha256(options.model_name)),
+            "model_sha256": broadcast_from_rank0(lambda: weights_sha256(options.model_name)),
             "data": source,
             "data_kind": benchmarks.data_kind(source, benchmark.pairs if options.limit is None else []),
             "scoring": vars(scoring) | {"tie": scoring.tie, "by_group": scoring.by_group},
             "num_quantizers": codec.num_quantizers,
-            "codec": {"name": codec.name, "sha256": codec_hash(codec.name), "attention": codec.attention},
+            "codec": {"name": codec.name, "sha256": codec_hash(codec.name), "sliding_window": codec.sliding_window},
             "settings": {**settings, "max_audio_seconds": max_seconds},
             "versions": versions(),
         }
         path = self.result_path(options)
-        replaced = from_first(lambda: results.check_earlier(path, header))
+        replaced = broadcast_from_rank0(lambda: results.check_earlier(path, header))
 
         clips = benchmark.clips
         codes_dir = options.codes_dir or str(options.output_dir / "codes")
         audio_ids, codes = encode_clips(codec, clips, codes_dir, ranks, max_seconds, as_released=scoring.as_released)
         # An edited file of the project does not void the log.
-        log_key = {**header, "versions": versions() | {"commit": ""}, "adds_bos": model.sequences.adds_bos}
+        log_key = {**header, "versions": versions() | {"commit": ""}, "adds_bos": model.tokenizer.adds_bos}
         log = ProgressLog(path.with_suffix(".partial"), log_key)
         scores = score_clips(model, codes, scoring, batch_tokens, log, ranks)
         if ranks.rank > 0:

@@ -11,9 +11,9 @@ from llama_mimi.audio.mimi import LastFrame, MimiCodec, whole_frames
 from llama_mimi.audio.reading import AudioError, Waveform, read_audio
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import as_utf8
-from llama_mimi.generation.decoding import Drawn, End, Request, Sampling, decode
+from llama_mimi.generation.decoding import Drawn, FinishReason, Request, Sampling, decode
 from llama_mimi.generation.speech_model import SpeechModel
-from llama_mimi.tokens.units import has_text
+from llama_mimi.tokens.vocabulary import has_text
 
 MIN_WINDOW_FRAMES = 4  # one of the prompt's beginning, the last two, and one to grow by
 ROWS = 16  # samples of one prompt that are drawn at once
@@ -118,7 +118,7 @@ def check_text(model: SpeechModel, text: str | None) -> None:
     if as_utf8(text) != text:
         raise UserError(f"--text '{as_utf8(text)}' is not UTF-8; type it in a UTF-8 terminal")
     task = getattr(model.decoder.config, "task", "tts")  # a checkpoint that does not name its task may have been
-    if task != "tts" or not has_text(model.sequences.tokenizer):
+    if task != "tts" or not has_text(model.tokenizer.text_tokenizer):
         raise UserError("--text is given, but the model was trained without text; choose one of the task 'tts'")
 
 
@@ -132,12 +132,12 @@ def continue_codes(
     return [torch.cat([prompt_TQ, new[number]]) for number in range(options.num_samples)]
 
 
-def finished(drawn: Drawn, num_quantizers: int) -> Iterator[tuple[int, torch.Tensor, End, float]]:
+def finished(drawn: Drawn, num_quantizers: int) -> Iterator[tuple[int, torch.Tensor, FinishReason, float]]:
     """Yield each sample of `decode` when it ends: its number, new frames (T, Q), why it ended, and when it began."""
     samples: dict[int, tuple[float, list[torch.Tensor]]] = {}
     for number, new in drawn:
         began, frames = samples.setdefault(number, (time.perf_counter(), []))
-        if isinstance(new, End):
+        if isinstance(new, FinishReason):
             del samples[number]
             yield number, torch.stack(frames) if frames else torch.zeros(0, num_quantizers).long(), new, began
         else:

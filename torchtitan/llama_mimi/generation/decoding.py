@@ -35,14 +35,14 @@ class Request:
     text: str | None = None
 
 
-class End(Enum):
+class FinishReason(Enum):
     """Why a sample has no further frame."""
 
-    BY_MODEL = "ended"
-    BY_LENGTH = "cut"
+    EOS = "ended"
+    LENGTH = "cut"
 
 
-Drawn = Iterator[tuple[int, torch.Tensor | End]]
+Drawn = Iterator[tuple[int, torch.Tensor | FinishReason]]
 
 
 @dataclass
@@ -64,7 +64,7 @@ def decode(model: SpeechModel, requests: Sequence[Request], sampling: Sampling, 
     last half of the window, so that no position is beyond those that it was trained on.
 
     Returns:
-        An iterator over ``(request number, next frame (Q,) on the CPU)``, at last ``(request number, End)``.
+        An iterator over ``(request number, next frame (Q,) on the CPU)``, at last ``(request number, FinishReason)``.
 
     Raises:
         UserError: at once if the window does not fit into the model's context; later if the model overflows.
@@ -73,8 +73,8 @@ def decode(model: SpeechModel, requests: Sequence[Request], sampling: Sampling, 
         return iter(())
     longest = max(len(request.prompt_TQ) for request in requests) + sampling.max_frames
     window = min(sampling.window_frames, longest)
-    longest_head = max(len(model.sequences.head(request.text)) for request in requests)
-    capacity = longest_head + window * model.sequences.positions_per_frame
+    longest_head = max(len(model.tokenizer.prefix_ids(request.text)) for request in requests)
+    capacity = longest_head + window * model.tokenizer.positions_per_frame
     context = model.backbone.config.max_position_embeddings
     if capacity > context:
         problem = f"text and a window of {window:,} frames take {capacity:,} positions"
@@ -128,7 +128,7 @@ def _draw_samples(
                 if len(frames_TQ) == window:
                     frames_TQ = torch.cat([prompt_TQ[: window // 4], frames_TQ[-(window // 2) :]])
                 row.num_seen = len(frames_TQ)
-                contexts.prefill(place, model.embed(model.sequences.head(row.request.text), frames_TQ))
+                contexts.prefill(place, model.embed(model.tokenizer.prefix_ids(row.request.text), frames_TQ))
         if not any(rows):
             return
         uniform_BQ = torch.stack([torch.rand(Q, generator=row.generator) if row else torch.zeros(Q) for row in rows])
@@ -148,7 +148,7 @@ def _draw_samples(
                 row.num_seen += 1
                 yield row.number, entries_Q
             if ends or row.num_new == sampling.max_frames:
-                yield row.number, End.BY_MODEL if ends else End.BY_LENGTH
+                yield row.number, FinishReason.EOS if ends else FinishReason.LENGTH
                 rows[place] = None
                 contexts.reset(place)
 

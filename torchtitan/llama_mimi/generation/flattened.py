@@ -22,7 +22,7 @@ class FlattenedModel(SpeechModel):
         return self.decoder.model
 
     def embed(self, head: Sequence[int] | torch.Tensor, codes_TQ: torch.Tensor) -> torch.Tensor:
-        ids_L = torch.cat([torch.as_tensor(head), self.sequences.vocabulary.ids_from_codes(codes_TQ)])
+        ids_L = torch.cat([torch.as_tensor(head), self.tokenizer.vocabulary.ids_from_codes(codes_TQ)])
         return self.backbone.embed_tokens(ids_L.to(self.device))
 
     @torch.inference_mode()
@@ -37,8 +37,8 @@ class FlattenedModel(SpeechModel):
         if not is_admissible_only:
             chunks = zip(hidden_ND.split(POSITIONS_AT_ONCE), targets_N.split(POSITIONS_AT_ONCE), strict=True)
             return torch.cat([log_likelihoods(self.decoder.lm_head(h_ND), t_N) for h_ND, t_N in chunks]).cpu()
-        vocabulary = self.sequences.vocabulary
-        level_N = vocabulary.level(targets_N) * vocabulary.is_unit(targets_N)
+        vocabulary = self.tokenizer.vocabulary
+        level_N = vocabulary.level(targets_N) * vocabulary.is_audio(targets_N)
         values_N = torch.empty(len(targets_N), dtype=torch.float64, device=self.device)
         for level, rows_KD in enumerate(self.output_rows):
             of_level_N = level_N == level
@@ -49,13 +49,13 @@ class FlattenedModel(SpeechModel):
     @cached_property
     def output_rows(self) -> list[torch.Tensor]:
         """For each level the rows (K, D) of the output layer that a position can have; level 0 adds ``</audio>``'s."""
-        vocabulary, weight_VD = self.sequences.vocabulary, self.decoder.lm_head.weight.detach()
-        units_KQD = weight_VD[vocabulary.base : vocabulary.audio_start_id].unflatten(0, (-1, vocabulary.num_quantizers))
-        first, *others = (rows_KD.contiguous() for rows_KD in units_KQD.unbind(1))
+        vocabulary, weight_VD = self.tokenizer.vocabulary, self.decoder.lm_head.weight.detach()
+        audio_KQD = weight_VD[vocabulary.base : vocabulary.audio_start_id].unflatten(0, (-1, vocabulary.num_quantizers))
+        first, *others = (rows_KD.contiguous() for rows_KD in audio_KQD.unbind(1))
         return [torch.cat([first, weight_VD[vocabulary.audio_end_id, None]]), *others]
 
     def next_frame(self, caches: Sequence[BatchedKVCache], draw: Draw) -> torch.Tensor:
-        (contexts,), vocabulary, entries = caches, self.sequences.vocabulary, []
+        (contexts,), vocabulary, entries = caches, self.tokenizer.vocabulary, []
         for level, rows_KD in enumerate(self.output_rows):
             entries.append(draw(product(rows_KD, contexts.hidden_BD), level))
             codes_B = entries[-1].clamp(max=vocabulary.codebook_size - 1)  # any code in place of an end

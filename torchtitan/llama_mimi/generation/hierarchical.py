@@ -28,7 +28,7 @@ class HierarchicalModel(SpeechModel):
     def log_likelihoods(
         self, ids: Sequence[torch.Tensor], is_scored: Sequence[torch.Tensor], *, is_admissible_only: bool = False
     ) -> torch.Tensor:
-        vocabulary, Q = self.sequences.vocabulary, self.codec.num_quantizers
+        vocabulary, Q = self.tokenizer.vocabulary, self.codec.num_quantizers
         embedded, places, entries, wanted = [], [], [], []
         for ids_L, is_scored_L in zip(ids, is_scored, strict=True):
             num_head = int((ids_L == vocabulary.audio_start_id).nonzero()[0]) + 1

@@ -5,15 +5,15 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, CsmForConditionalGeneration, GenerationConfig, LlamaForCausalLM
 
-from llama_mimi.audio.mimi import DEFAULT_CODEC, CodecAttention, MimiCodec, attention_of, local_codec
+from llama_mimi.audio.mimi import DEFAULT_CODEC, MimiCodec, has_sliding_window, local_codec
 from llama_mimi.common.cpu import available_device
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.hub import load_pretrained
 from llama_mimi.generation.flattened import FlattenedModel
 from llama_mimi.generation.hierarchical import HierarchicalModel
 from llama_mimi.generation.speech_model import DECODER_DTYPES, DecoderPrecision, SpeechModel
-from llama_mimi.tokens.sequences import SequenceBuilder
-from llama_mimi.tokens.units import Architecture, extend_tokenizer
+from llama_mimi.tokens.tokenizer import SpeechTokenizer
+from llama_mimi.tokens.vocabulary import Architecture, extend_tokenizer
 
 # By model_type of the config: the stock class of the weights, our class around it, and its architecture.
 MODELS: dict[str, tuple[Any, type[SpeechModel], Architecture]] = {
@@ -26,7 +26,7 @@ def load_speech_model(
     model_name: str,
     *,
     codec_name: str | None = None,
-    attention: CodecAttention | None = None,
+    sliding_window: bool | None = None,
     device: str | None = None,
     dtype: DecoderPrecision = "float32",
 ) -> SpeechModel:
@@ -35,7 +35,7 @@ def load_speech_model(
     Args:
         model_name, codec_name: hub id or folder; the default codec is the one that the checkpoint names, else
             ``kyutai/mimi``, which all released checkpoints use without naming it.
-        attention: of the codec; default: that of the training codes.
+        sliding_window: of the codec; default: as for the training codes.
         dtype: of the decoder; the codec always runs in float32.
 
     Raises:
@@ -55,11 +55,13 @@ def load_speech_model(
         raise UserError(f"{problem}; convert a training checkpoint with scripts/convert_dcp_to_hf.py")
     named = getattr(decoder.config, "codec", None) or DEFAULT_CODEC
     codec_name = codec_name or local_codec(named, model_name) or named
-    codec = MimiCodec(codec_name, num_quantizers, device, attention=attention or attention_of(decoder.config))
-    tokenizer = load_pretrained(AutoTokenizer, model_name, what="tokenizer")
-    sequences = SequenceBuilder(*extend_tokenizer(tokenizer, codec.codebook_size, num_quantizers), architecture)
+    if sliding_window is None:
+        sliding_window = has_sliding_window(decoder.config)
+    codec = MimiCodec(codec_name, num_quantizers, device, sliding_window=sliding_window)
+    text_tokenizer = load_pretrained(AutoTokenizer, model_name, what="tokenizer")
+    tokenizer = SpeechTokenizer(*extend_tokenizer(text_tokenizer, codec.codebook_size, num_quantizers), architecture)
     rows = getattr(decoder.config, "text_vocab_size", decoder.config.vocab_size)
-    if rows != sequences.vocabulary.size:
-        needed = f"{num_quantizers} quantizers of '{codec.name}' need {sequences.vocabulary.size}"
+    if rows != tokenizer.vocabulary.size:
+        needed = f"{num_quantizers} quantizers of '{codec.name}' need {tokenizer.vocabulary.size}"
         raise UserError(f"'{model_name}' has {rows} vocabulary entries, but {needed}; name its own codec with --codec")
-    return model_class(decoder.to(device).eval(), sequences, codec, 1.0 if top_p is None else top_p)
+    return model_class(decoder.to(device).eval(), tokenizer, codec, 1.0 if top_p is None else top_p)

@@ -17,10 +17,10 @@ from llama_mimi.audio.mimi import codec_hash
 from llama_mimi.audio.reading import AUDIO_ENDINGS, AudioError, Waveform, write_wav
 from llama_mimi.audio.silence import silences
 from llama_mimi.audio.streaming import decode_long
+from llama_mimi.common.distributed import DistributedContext, broadcast_from_rank0
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import as_utf8, find_files, parse_json, read_json, write_atomically
 from llama_mimi.common.hub import weights_sha256
-from llama_mimi.common.ranks import Ranks, from_first
 from llama_mimi.common.resume import ProgressLog, map_resumable, require_same
 from llama_mimi.common.versions import versions
 from llama_mimi.generation.continuation import SamplingOptions, encode_prompts, finished, read_prompt
@@ -49,7 +49,7 @@ def continue_folder(
     output_dir: Path,
     options: SamplingOptions,
     num_rows: int,
-    ranks: Ranks,
+    ranks: DistributedContext,
     made_by: Mapping[str, Any],
 ) -> list[Record]:
     """Continue every audio file below a folder; samples that an earlier run finished are not drawn again.
@@ -62,7 +62,7 @@ def continue_folder(
     Returns:
         On every rank the lines of ``results.jsonl``. Each sample has ``prompt``, ``prompt_sha256``, ``sample`` and
         ``seed``. If its prompt cannot be read, it has an ``error``; otherwise ``file``, ``prompt_frames``, ``frames``,
-        ``distinct_frames`` (few in a loop), ``end`` ("ended" by the model or "cut"), ``remarks`` on the prompt,
+        ``distinct_frames`` (few in a loop), ``end`` ("ended" by the model or "cut"), ``audio_warnings`` on the prompt,
         ``silences`` (start and length of those of 2 s or more) and ``seconds`` from its first frame to its file.
 
     Raises:
@@ -93,7 +93,7 @@ def continue_folder(
             results.unlink()
         return samples
 
-    samples = from_first(prepare)
+    samples = broadcast_from_rank0(prepare)
     keys, size = list(samples), BATCHES_PER_GROUP * num_rows
     groups = [{key: samples[key] for key in keys[start : start + size]} for start in range(0, len(keys), size)]
 
@@ -116,7 +116,7 @@ def describe_model(model_name: str, model: SpeechModel, dtype: str) -> Record:
         "model": model_name,
         "model_sha256": weights_sha256(model_name),
         "codec_sha256": codec_hash(model.codec.name),
-        "codec_attention": model.codec.attention,
+        "codec_sliding_window": model.codec.sliding_window,
         "dtype": dtype,
         "versions": versions(),
     }
@@ -175,7 +175,7 @@ def _continue_group(
             "frames": len(new_TQ),
             "distinct_frames": len(new_TQ.unique(dim=0)),
             "end": end.value,
-            "remarks": list(waveforms[sample.path].remarks),
+            "audio_warnings": list(waveforms[sample.path].audio_warnings),
             "silences": silences(waveform, LONG_SILENCE_SECONDS),
             "seconds": round(time.perf_counter() - began, 3),
         }

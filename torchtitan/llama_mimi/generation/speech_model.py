@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from llama_mimi.audio.mimi import DTYPES, LastFrame, MimiCodec, is_released
 from llama_mimi.generation.kv_cache import BatchedKVCache
-from llama_mimi.tokens.sequences import SequenceBuilder
+from llama_mimi.tokens.tokenizer import SpeechTokenizer
 
 DecoderPrecision = Literal["float32", "bfloat16", "float16"]  # the first release is evaluated in float16
 DECODER_DTYPES = {**DTYPES, "float16": torch.float16}
@@ -28,7 +28,7 @@ class SpeechModel(ABC):
     has_release: ClassVar[bool]  # True for the architecture of the first release
 
     decoder: PreTrainedModel
-    sequences: SequenceBuilder
+    tokenizer: SpeechTokenizer
     codec: MimiCodec
     top_p: float = 1.0
 
@@ -44,7 +44,7 @@ class SpeechModel(ABC):
     @property
     def end_entry(self) -> int:
         """K, the entry of level 0 that ends the speech."""
-        return self.sequences.vocabulary.codebook_size
+        return self.tokenizer.vocabulary.codebook_size
 
     @property
     @abstractmethod

@@ -15,10 +15,10 @@ import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
 
 from llama_mimi.audio.silence import silences
+from llama_mimi.common.distributed import DistributedContext, broadcast_from_rank0
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import digest
 from llama_mimi.common.hub import load_pretrained, weights_sha256
-from llama_mimi.common.ranks import Ranks, from_first
 from llama_mimi.common.resume import ProgressLog, map_resumable
 from llama_mimi.common.versions import versions
 from llama_mimi.judging.systems import Clip
@@ -44,11 +44,11 @@ class Measure:
     batch_size: int = 16  # maximum number of inputs in a batch
 
 
-def take(measure: Measure, inputs: Sequence[Input], folder: Path, ranks: Ranks) -> list[Value]:
+def take(measure: Measure, inputs: Sequence[Input], folder: Path, ranks: DistributedContext) -> list[Value]:
     """Return the value of each input; ranks share the work, and values in ``folder`` are not computed again."""
     keys = [digest([part.key if isinstance(part, Clip) else part for part in one]) for one in inputs]
     log = ProgressLog(folder / measure.name, measure.description)
-    values = from_first(log.load)
+    values = broadcast_from_rank0(log.load)
     todo = [(key, one) for key, one in dict(zip(keys, inputs, strict=True)).items() if key not in values]
     batches = [dict(todo[start : start + measure.batch_size]) for start in range(0, len(todo), measure.batch_size)]
 

@@ -138,7 +138,7 @@ def _cut_prompts(folder: Path, options: PromptOptions) -> tuple[list[Prompt], Co
     skipped: Counter[str] = Counter()
     drawn: list[tuple[bytes, int, Prompt]] = []  # the first rows by hash
     names: set[str] = set()
-    rows = tqdm(_rows(corpus), total=int(corpus.sizes_G.sum()), unit="recording", desc="prompts")
+    rows = tqdm(_rows(corpus), total=int(corpus.rows_per_group.sum()), unit="recording", desc="prompts")
     for number, (name, group, content) in enumerate(rows):
         if name in names:
             raise UserError(f"'{corpus.name}' has two rows with the id '{content['id']}'; give each its own")
@@ -182,7 +182,7 @@ def _cut_prompts(folder: Path, options: PromptOptions) -> tuple[list[Prompt], Co
 def _rows(corpus: AudioCorpus) -> Iterator[tuple[str, int, Mapping[str, Any]]]:
     """Yield file name, group and content of each row."""
     number = 0
-    for group in range(len(corpus.sizes_G)):
+    for group in range(len(corpus.rows_per_group)):
         table = corpus.read_group(group)
         for row in range(table.num_rows):
             content = table.slice(row, 1).to_pylist()[0]

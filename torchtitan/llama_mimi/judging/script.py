@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from llama_mimi.audio.mimi import CodecAttention, MimiCodec
+from llama_mimi.audio.mimi import MimiCodec
+from llama_mimi.common.distributed import DistributedContext, broadcast_from_rank0, distributed_context
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import LOCK, digest, is_synthetic, locked, read_json, write_atomically
-from llama_mimi.common.ranks import Ranks, from_first, torchrun_ranks
 from llama_mimi.common.resume import require_same
 from llama_mimi.common.versions import versions
 from llama_mimi.evaluation.results import model_folder
@@ -28,7 +28,7 @@ from llama_mimi.judging.prompts import PROMPTS, RECORDINGS, PromptOptions, Promp
 from llama_mimi.judging.systems import Clip, Sample
 from llama_mimi.report.comparisons import generations_markdown
 
-FORMAT, KIND = 2, "generations"
+FORMAT, KIND = 3, "generations"
 OFFICIAL_CORPORA = ("librispeech_clean_test",)
 # Without and with a GPU; Whisper large needs 0.5 GB for a clip in float32.
 BATCH_SIZES, LISTENING_BATCH_SIZES = (8, 64), (8, 16)
@@ -82,7 +82,7 @@ class GenerationOptions:
     output_dir: Path = Path("results/generation")  # folder of one set of prompts and of all systems that continue them
     measures: MeasureOptions = field(default_factory=MeasureOptions)
     codec: str | None = None  # hub id or folder; default: the model's
-    codec_attention: CodecAttention | None = None  # default: that of the model's training data
+    codec_sliding_window: bool | None = None  # sliding window of the codec; default: as for the training codes
     batch_size: int | None = None  # number of samples in a batch; default: 8, on GPUs 64
     device: str | None = None  # default: the accelerator, if there is one
     dtype: DecoderPrecision = "float32"  # precision of the decoder
@@ -107,17 +107,17 @@ def judge_generations(options: GenerationOptions) -> None:
     measures = options.measures
     if measures.judge_model and not (measures.judge_url or measures.dry_run or "OPENAI_API_KEY" in os.environ):
         raise UserError("--judge_model without --judge_url asks OpenAI; set OPENAI_API_KEY, or name a --judge_url")
-    with torchrun_ranks(options.device) as ranks, ExitStack() as locks:
+    with distributed_context(options.device) as ranks, ExitStack() as locks:
 
         def lock_and_cut() -> PromptSet:
             locks.enter_context(locked(options.output_dir / f".{options.system}{LOCK}", "--output_dir"))
             with locked(options.output_dir / LOCK, "--output_dir", wait=True):
                 return make_prompts(options.output_dir, options.prompts)
 
-        _judge(options, from_first(lock_and_cut), ranks)
+        _judge(options, broadcast_from_rank0(lock_and_cut), ranks)
 
 
-def _judge(options: GenerationOptions, prompts: PromptSet, ranks: Ranks) -> None:
+def _judge(options: GenerationOptions, prompts: PromptSet, ranks: DistributedContext) -> None:
     own, made_by, codec = _own_samples(options, prompts, ranks)
     folder, corpus = options.output_dir, options.prompts.corpus
     is_official = corpus in OFFICIAL_CORPORA and options.prompts.limit is None
@@ -129,7 +129,7 @@ def _judge(options: GenerationOptions, prompts: PromptSet, ranks: Ranks) -> None
             what = f"'{folder / options.system}.json'"
             require_same(earlier.get("made_by") or {}, origin, what, "choose another --name")
 
-    from_first(check_earlier)
+    broadcast_from_rank0(check_earlier)
     if ranks.rank == 0 and not any(prompt.speaker for prompt in prompts.prompts):
         print("the corpus has no speakers, so that shuffled pairs may have one voice", flush=True)
     samples = {options.system: own, **systems.references(prompts, codec, options.sampling.seconds, ranks)}
@@ -162,18 +162,21 @@ def _judge(options: GenerationOptions, prompts: PromptSet, ranks: Ranks) -> None
 
 
 def _own_samples(
-    options: GenerationOptions, prompts: PromptSet, ranks: Ranks
+    options: GenerationOptions, prompts: PromptSet, ranks: DistributedContext
 ) -> tuple[list[Sample], dict[str, Any], MimiCodec | None]:
     """Return the samples of the system, their origin, and the codec of a model."""
     if (wavs := options.wavs) is not None:
         hold_prompt, seconds = options.wavs_hold_prompt, options.sampling.seconds
-        samples = from_first(lambda: systems.wavs(prompts, wavs, hold_prompt=hold_prompt, max_seconds=seconds))
+        samples = broadcast_from_rank0(
+            lambda: systems.wavs(prompts, wavs, hold_prompt=hold_prompt, max_seconds=seconds)
+        )
         return samples, {"wavs": str(wavs)}, None
-    name, attention, device = str(options.model_name), options.codec_attention, str(ranks.device)
-    model = load_speech_model(name, codec_name=options.codec, attention=attention, device=device, dtype=options.dtype)
+    name, device = str(options.model_name), str(ranks.device)
+    window = options.codec_sliding_window
+    model = load_speech_model(name, codec_name=options.codec, sliding_window=window, device=device, dtype=options.dtype)
     if ranks.rank == 0 and (note := checkpoint_note(model, options.sampling)):
         print(note, flush=True)
-    made_by = from_first(lambda: describe_model(name, model, options.dtype))
+    made_by = broadcast_from_rank0(lambda: describe_model(name, model, options.dtype))
     folder = options.output_dir / options.system
     num_rows = options.batch_size or BATCH_SIZES[ranks.device.type == "cuda"]
     records = continue_folder(model, options.output_dir / PROMPTS, folder, options.sampling, num_rows, ranks, made_by)
@@ -182,7 +185,7 @@ def _own_samples(
 
 
 def measure_samples(
-    samples: Sequence[Sample], prompts: PromptSet, options: MeasureOptions, ranks: Ranks
+    samples: Sequence[Sample], prompts: PromptSet, options: MeasureOptions, ranks: DistributedContext
 ) -> tuple[list[Record], dict[str, Any]]:
     """Return a record of each sample, and the description of each measure; values are kept in the prompts' folder.
 

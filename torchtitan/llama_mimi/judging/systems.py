@@ -15,9 +15,9 @@ from tqdm import tqdm
 from llama_mimi.audio.mimi import MimiCodec, codec_hash
 from llama_mimi.audio.reading import AUDIO_ENDINGS, AudioError, Waveform, read_audio, write_wav
 from llama_mimi.audio.streaming import decode_long
+from llama_mimi.common.distributed import DistributedContext, broadcast_from_rank0
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import find_files, read_json, write_atomically
-from llama_mimi.common.ranks import Ranks, from_first
 from llama_mimi.common.resume import require_same
 from llama_mimi.generation.prompt_folder import SETTINGS
 from llama_mimi.judging.prompts import NEW_FOLDER, PROMPTS, RECORDINGS, Prompt, PromptSet, file_sha256
@@ -60,7 +60,7 @@ class Sample:
 
 
 def references(
-    prompts: PromptSet, codec: MimiCodec | None, max_seconds: float, ranks: Ranks
+    prompts: PromptSet, codec: MimiCodec | None, max_seconds: float, ranks: DistributedContext
 ) -> dict[str, list[Sample]]:
     """Return what a system is compared with, by name.
 
@@ -88,17 +88,17 @@ def references(
     return systems
 
 
-def _reconstruct(prompts: PromptSet, codec: MimiCodec, name: str, ranks: Ranks) -> None:
+def _reconstruct(prompts: PromptSet, codec: MimiCodec, name: str, ranks: DistributedContext) -> None:
     """Encode and decode the recordings into a folder beside the prompts; existing files are kept."""
     folder = str(prompts.folder / name)
-    settings = {"codec_sha256": codec_hash(codec.name), "codec_attention": codec.attention}
+    settings = {"codec_sha256": codec_hash(codec.name), "codec_sliding_window": codec.sliding_window}
 
     def keep_settings() -> None:
         if (earlier := read_json(folder, SETTINGS)) is not None:
             require_same(earlier, settings, f"'{folder}'", NEW_FOLDER)
         write_atomically(folder, SETTINGS, (json.dumps(settings, indent=1) + "\n").encode())
 
-    from_first(keep_settings)
+    broadcast_from_rank0(keep_settings)
     mine = prompts.prompts[ranks.rank :: ranks.world_size]
     for prompt in tqdm(mine, unit="recording", desc=name, disable=ranks.rank > 0):
         if not prompts.file(name, prompt).exists():

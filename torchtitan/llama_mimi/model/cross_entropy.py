@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.utils import _pytree as pytree
 
-from llama_mimi.tokens.sequences import IGNORE_INDEX
-from llama_mimi.tokens.units import UnitVocabulary
+from llama_mimi.tokens.tokenizer import IGNORE_INDEX
+from llama_mimi.tokens.vocabulary import AudioVocabulary
 
 # float32 logits computed at once, in bytes: 1,920 rows of Llama 3 with 4 levels. Every chunk adds a gradient of the
 # output matrix's size, so small chunks are slow.
@@ -30,7 +30,7 @@ VOCABULARY_MULTIPLE = 64
 
 
 @dataclass
-class PendingLogits:
+class LazyLogits:
     """Hidden states and output matrix; the loss computes the logits in chunks.
 
     A pytree, as FSDP looks for tensors in a model's output.
@@ -43,9 +43,9 @@ class PendingLogits:
     hidden_BLD: torch.Tensor
     weight_VD: torch.Tensor
 
-    def heads(self, labels_BL: torch.Tensor, vocabulary: UnitVocabulary) -> list["Head"]:
+    def heads(self, labels_BL: torch.Tensor, vocabulary: AudioVocabulary) -> list["Head"]:
         """Return the targets of a batch for each output matrix; labels are ids or `IGNORE_INDEX`."""
-        return [Head(self, unit_targets(labels_BL, vocabulary))]
+        return [Head(self, audio_targets(labels_BL, vocabulary))]
 
     @property
     def placements(self) -> tuple[Shard]:
@@ -57,7 +57,7 @@ class PendingLogits:
         return F.linear(self.hidden_BLD, self.weight_VD)
 
 
-pytree.register_dataclass(PendingLogits)
+pytree.register_dataclass(LazyLogits)
 
 
 @dataclass(frozen=True)
@@ -83,35 +83,35 @@ class Targets:
 class Head:
     """One output matrix and its targets."""
 
-    logits: PendingLogits
+    logits: LazyLogits
     targets: Targets
 
 
-def unit_targets(labels_BL: torch.Tensor, vocabulary: UnitVocabulary) -> Targets:
+def audio_targets(labels_BL: torch.Tensor, vocabulary: AudioVocabulary) -> Targets:
     """Return the targets of a matrix with a row for every id; labels are ids or `IGNORE_INDEX`."""
     labels_N = labels_BL.flatten()
     positions_N = (labels_N != IGNORE_INDEX).nonzero()[:, 0]
     ids_N = labels_N[positions_N]
-    is_unit_N, level_N = vocabulary.is_unit(ids_N), vocabulary.level(ids_N)
-    rows_N = torch.where(is_unit_N, level_N, vocabulary.num_quantizers)
-    return Targets(positions_N, ids_N, level_N * is_unit_N, rows_N, vocabulary.admissible_ids(ids_N.device))
+    is_audio_N, level_N = vocabulary.is_audio(ids_N), vocabulary.level(ids_N)
+    rows_N = torch.where(is_audio_N, level_N, vocabulary.num_quantizers)
+    return Targets(positions_N, ids_N, level_N * is_audio_N, rows_N, vocabulary.admissible_ids(ids_N.device))
 
 
 class PendingOutput(nn.Linear):
     """An output layer that leaves the product to the loss."""
 
-    def forward(self, hidden_BLD: torch.Tensor) -> PendingLogits:
+    def forward(self, hidden_BLD: torch.Tensor) -> LazyLogits:
         return pending_logits(hidden_BLD, self.weight)
 
 
-def pending_logits(hidden_BLD: torch.Tensor, weight_VD: torch.Tensor) -> PendingLogits:
+def pending_logits(hidden_BLD: torch.Tensor, weight_VD: torch.Tensor) -> LazyLogits:
     """Return hidden states and output matrix as a model's output."""
     # A view: FSDP adds a hook to every tensor of the output at every step, and hooks of a parameter would pile up.
-    return PendingLogits(hidden_BLD, weight_VD.view_as(weight_VD))
+    return LazyLogits(hidden_BLD, weight_VD.view_as(weight_VD))
 
 
 def cross_entropy(
-    logits: PendingLogits, targets: Targets, weights_N: torch.Tensor, chunk_step: Callable | None = None
+    logits: LazyLogits, targets: Targets, weights_N: torch.Tensor, chunk_step: Callable | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Compute the cross-entropy at some positions of a batch.
 
@@ -230,7 +230,7 @@ class _WithGradients(torch.autograd.Function):
         return None, grad_ND * grad_sum, grad_VD.mul_(grad_sum).to(ctx.weight_dtype), None, None
 
 
-def _local(logits: PendingLogits) -> tuple[torch.Tensor, torch.Tensor, int, dist.ProcessGroup | None]:
+def _local(logits: LazyLogits) -> tuple[torch.Tensor, torch.Tensor, int, dist.ProcessGroup | None]:
     """Return hidden states, this rank's rows of the output matrix, its first row, and the ranks that share it."""
     hidden_BLD, weight_VD = logits.hidden_BLD, logits.weight_VD
     if not isinstance(weight_VD, DTensor):

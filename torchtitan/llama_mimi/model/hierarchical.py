@@ -17,18 +17,18 @@ from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list, apply_compile
 from torchtitan.models.llama3.model.model import TransformerBlock, precompute_freqs_cis
 
-from llama_mimi.model.cross_entropy import Head, PendingLogits, PendingOutput, Targets, pending_logits
+from llama_mimi.model.cross_entropy import Head, LazyLogits, PendingOutput, Targets, pending_logits
 from llama_mimi.model.llama import LlamaMimi, LlamaMimiArgs, num_weights, training_flops
-from llama_mimi.tokens.sequences import IGNORE_INDEX
-from llama_mimi.tokens.units import UnitVocabulary
+from llama_mimi.tokens.tokenizer import IGNORE_INDEX
+from llama_mimi.tokens.vocabulary import AudioVocabulary
 
 # Kinds of inputs of a block: backbone and depth decoder, training and validation, packed rows, one frame alone.
 RECOMPILE_LIMIT = 32
 
 
 @dataclass
-class PendingFrames:
-    """Hidden states and output matrices of all levels; see `PendingLogits`.
+class HierarchicalOutput:
+    """Hidden states and output matrices of all levels; see `LazyLogits`.
 
     Args:
         level_0: of the backbone, at all positions.
@@ -36,12 +36,12 @@ class PendingFrames:
         levels: of the depth decoder, hidden states (1, N, D) each, for levels 1 to Q - 1.
     """
 
-    level_0: PendingLogits
+    level_0: LazyLogits
     depth_N: torch.Tensor
-    levels: list[PendingLogits]
+    levels: list[LazyLogits]
 
-    def heads(self, labels_BLQ: torch.Tensor, vocabulary: UnitVocabulary) -> list[Head]:
-        """See `PendingLogits.heads`."""
+    def heads(self, labels_BLQ: torch.Tensor, vocabulary: AudioVocabulary) -> list[Head]:
+        """See `LazyLogits.heads`."""
         labels_NQ = labels_BLQ.flatten(0, 1)
         frames_NQ = labels_NQ[self.depth_N]
         is_target_N, is_deep_N = labels_NQ[:, 0] != IGNORE_INDEX, frames_NQ[:, 1] != IGNORE_INDEX
@@ -61,7 +61,7 @@ class PendingFrames:
         return heads
 
 
-pytree.register_dataclass(PendingFrames)
+pytree.register_dataclass(HierarchicalOutput)
 
 
 class DepthDecoder(nn.Module):
@@ -89,7 +89,7 @@ class DepthDecoder(nn.Module):
         for linear in (self.projection, self.heads):
             nn.init.trunc_normal_(linear.weight, std=linear.in_features**-0.5)
 
-    def forward(self, hidden_ND: torch.Tensor, codes_NqD: torch.Tensor) -> list[PendingLogits]:
+    def forward(self, hidden_ND: torch.Tensor, codes_NqD: torch.Tensor) -> list[LazyLogits]:
         """Predict levels 1 to Q - 1 from the backbone's states and the embeddings of levels 0 to Q - 2."""
         states_NQD = self.projection(torch.cat([hidden_ND[:, None], codes_NqD], dim=1))
         for layer in self.layers.values():
@@ -118,11 +118,11 @@ class HierarchicalLlamaMimi(LlamaMimi):
         self.depth.init_weights(buffer_device)
 
     def flops_per_target(self, seq_len: int) -> int:
-        """Return the mean over the targets of a frame: one, and Q - 1 more in `depth_share` of the frames."""
+        """Return the mean over the targets of a frame: one, and Q - 1 more in `depth_train_fraction` of the frames."""
         args, depth, Q = self.model_args, self.depth, self.model_args.num_quantizers
         backbone = training_flops(num_weights(self.layers, self.norm, self.output), args, seq_len)
         levels = training_flops(num_weights(depth.layers, depth.norm, depth.projection), depth.args, Q)
-        frame = backbone + args.depth_share * (Q * levels + 6 * num_weights(depth.heads))
+        frame = backbone + args.depth_train_fraction * (Q * levels + 6 * num_weights(depth.heads))
         return round(frame / args.targets_per_frame)
 
     def deep_frames(self, targets_NQ: torch.Tensor) -> torch.Tensor:
@@ -132,7 +132,7 @@ class HierarchicalLlamaMimi(LlamaMimi):
 
     def forward(  # type: ignore[override]
         self, tokens: torch.Tensor, attention_masks: Any = None, positions: Any = None, *, targets: torch.Tensor
-    ) -> PendingFrames:
+    ) -> HierarchicalOutput:
         """Return the pending logits of the positions' ids (B, L, Q), which are below 0 where there is none.
 
         Args:
@@ -151,7 +151,7 @@ class HierarchicalLlamaMimi(LlamaMimi):
         assert self.norm is not None and self.output is not None
         h_BLD = self.norm(h_BLD)
         levels = self.depth(h_BLD.flatten(0, 1)[depth_N], codes_ND.view(len(depth_N), Q - 1, -1))
-        return PendingFrames(self.output(h_BLD), depth_N, levels)
+        return HierarchicalOutput(self.output(h_BLD), depth_N, levels)
 
 
 def prepare_depth_decoder(depth: DepthDecoder, job_config: Any) -> None:

@@ -11,9 +11,9 @@ from torchtitan.models.attention import VarlenAttentionWrapper, VarlenMetadata
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs
 from torchtitan.models.llama3.model.args import RoPEScalingArgs
 
-from llama_mimi.model.cross_entropy import PendingLogits, PendingOutput, pending_logits
-from llama_mimi.tokens.sequences import load_sequences
-from llama_mimi.tokens.units import Architecture, UnitVocabulary
+from llama_mimi.model.cross_entropy import LazyLogits, PendingOutput, pending_logits
+from llama_mimi.tokens.tokenizer import load_speech_tokenizer
+from llama_mimi.tokens.vocabulary import Architecture, AudioVocabulary
 
 
 @dataclass
@@ -24,7 +24,7 @@ class LlamaMimiArgs(TransformerModelArgs):
 
     Args:
         depth: shape of the hierarchical architecture's decoder over the levels of a frame.
-        depth_share: fraction of the frames that train it.
+        depth_train_fraction: fraction of the frames that train it.
     """
 
     enable_weight_tying: bool = False
@@ -32,7 +32,7 @@ class LlamaMimiArgs(TransformerModelArgs):
     architecture: Architecture = "flattened"
     num_quantizers: int = 0
     codebook_size: int = 0
-    depth_share: float = 1.0
+    depth_train_fraction: float = 1.0
 
     @property
     def ffn_dim(self) -> int:
@@ -46,24 +46,24 @@ class LlamaMimiArgs(TransformerModelArgs):
         super().update_from_config(job_config, **kwargs)
         codec, model = job_config.codec, job_config.model
         assets, architecture = model.hf_assets_path, model.architecture
-        sequences = load_sequences(assets, codec.name, codec.num_quantizers, model.vocabulary, architecture)
-        self.vocab_size = sequences.vocabulary.size
-        self.num_quantizers, self.codebook_size = codec.num_quantizers, sequences.vocabulary.codebook_size
-        self.architecture, self.depth_share = architecture, model.depth_share
+        tokenizer = load_speech_tokenizer(assets, codec.name, codec.num_quantizers, model.vocabulary, architecture)
+        self.vocab_size = tokenizer.vocabulary.size
+        self.num_quantizers, self.codebook_size = codec.num_quantizers, tokenizer.vocabulary.codebook_size
+        self.architecture, self.depth_train_fraction = architecture, model.depth_train_fraction
         if self.architecture == "hierarchical":
             self.enable_weight_tying = False  # a matrix of its own predicts level 0
         if job_config.data.packing == "pack":
             self.attn_type, self.attn_mask_type = "varlen", "block_causal"
 
     @property
-    def vocabulary(self) -> UnitVocabulary:
+    def vocabulary(self) -> AudioVocabulary:
         base = self.vocab_size - self.codebook_size * self.num_quantizers - 2
-        return UnitVocabulary(base, self.codebook_size, self.num_quantizers)
+        return AudioVocabulary(base, self.codebook_size, self.num_quantizers)
 
     @property
     def targets_per_frame(self) -> float:
         """Mean number of codes of a frame that the loss predicts."""
-        share = self.depth_share if self.architecture == "hierarchical" else 1.0
+        share = self.depth_train_fraction if self.architecture == "hierarchical" else 1.0
         return 1 + share * (self.num_quantizers - 1)
 
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
@@ -88,13 +88,13 @@ class PackedAttention(VarlenAttentionWrapper):
     """
 
     def forward(
-        self, q_BHLD: torch.Tensor, k_BGLD: torch.Tensor, v_BGLD: torch.Tensor, sequences: VarlenMetadata
+        self, q_BHLD: torch.Tensor, k_BGLD: torch.Tensor, v_BGLD: torch.Tensor, bounds: VarlenMetadata
     ) -> torch.Tensor:
         """Return (B, L, H, D), or (B * L, H, D) from the kernel; H query heads share G key heads."""
         if q_BHLD.is_cuda and q_BHLD.dtype in (torch.bfloat16, torch.float16):
-            return super().forward(q_BHLD, k_BGLD, v_BGLD, sequences)
+            return super().forward(q_BHLD, k_BGLD, v_BGLD, bounds)
         B, H, L, D = q_BHLD.shape
-        lengths = sequences.cu_seq_q.diff().tolist()
+        lengths = bounds.cu_seq_q.diff().tolist()
         # All rows end to end, heads first: the gradient of a clip's slice then needs no zeros around it.
         clips = zip(*(x.transpose(0, 1).flatten(1, 2).split(lengths, 1) for x in (q_BHLD, k_BGLD, v_BGLD)), strict=True)
         outputs = [
@@ -142,7 +142,7 @@ class LlamaMimi(Transformer):
         longest = positions_BL.shape[1]
         return VarlenMetadata(cu_seq_q=bounds, cu_seq_k=bounds, max_q=longest, max_k=longest)
 
-    def forward(self, tokens: torch.Tensor, attention_masks: Any = None, positions: Any = None) -> PendingLogits:
+    def forward(self, tokens: torch.Tensor, attention_masks: Any = None, positions: Any = None) -> LazyLogits:
         """Return the pending logits (B, L, V) of token ids (B, L)."""
         output = super().forward(tokens, attention_masks, positions)
         if not self.is_tied:

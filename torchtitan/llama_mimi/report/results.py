@@ -176,12 +176,12 @@ def rows_of(report: Mapping[str, Any], source: str) -> tuple[pd.DataFrame, list[
 
 def _benchmark(report: Mapping[str, Any], system: str) -> tuple[pd.DataFrame, list[str]]:
     benchmark, preset, settings = _text(report["benchmark"]), _text(report["preset"]), report["settings"]
-    dtype, seconds, attention = _text(settings["dtype"]), settings["max_audio_seconds"], report["codec"]["attention"]
+    dtype, seconds, window = _text(settings["dtype"]), settings["max_audio_seconds"], report["codec"]["sliding_window"]
     conditions = [preset]
     conditions += [dtype] if dtype != "float32" else []
     conditions += [f"cut at {seconds:g} s"] if seconds != MAX_AUDIO_SECONDS else []
-    if (attention == "whole") != preset.startswith("original"):  # each preset has its own default
-        conditions.append(f"codec {attention}")
+    if window == preset.startswith("original"):  # each preset has its own default
+        conditions.append(f"codec with{'' if window else 'out'} sliding window")
     pairs = pd.DataFrame(report["pairs"])
     parts = pairs.groupby("part")
     # The same audio gives groups in the same order, whatever their names in a folder or a table.

@@ -10,7 +10,7 @@ import torch
 
 from llama_mimi.audio.mimi import load_codec_config
 from llama_mimi.checkpoint.stand_ins import write_missing
-from llama_mimi.common.command_line import as_words
+from llama_mimi.common.command_line import to_cli_args
 from llama_mimi.data.code_store import MANIFEST, CodeCorpus
 from llama_mimi.model.architectures import build_model
 from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs
@@ -21,7 +21,7 @@ _parsed = cache(lambda words: parse_config(list(words)))
 
 def resolved(flags: Mapping[str, Any]) -> Any:
     """Return the job config of training flags; it is cached: do not change it. Raises `UserError` if one is refused."""
-    return _parsed(tuple(as_words(flags)))
+    return _parsed(tuple(to_cli_args(flags)))
 
 
 def is_packed_or_tokenised(flags: Mapping[str, Any]) -> bool:
@@ -44,11 +44,11 @@ def step_flops(flags: Mapping[str, Any], num_ranks: int) -> float:
     """
     config = resolved(flags)
     training, codec = config.training, config.codec
-    flops_per_frame, frame_rate_hz = _frame_cost(tuple(as_words(flags)))
+    flops_per_frame, frame_rate_hz = _frame_cost(tuple(to_cli_args(flags)))
     rows = training.global_batch_size if training.global_batch_size > 0 else training.local_batch_size * num_ranks
     frames = training.seq_len / (codec.num_quantizers if config.model.architecture == "flattened" else 1)
     if config.data.packing == "pad" and is_packed_or_tokenised(flags):
-        corpus = CodeCorpus(training.dataset, codec.name, codec.num_quantizers, codec.attention, with_text=False)
+        corpus = CodeCorpus(training.dataset, codec.name, codec.num_quantizers, codec.sliding_window, with_text=False)
         frames = min(frames, frame_rate_hz * corpus.mean_seconds(config.data.max_audio_seconds))
     return rows * frames * flops_per_frame
 

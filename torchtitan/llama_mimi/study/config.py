@@ -8,12 +8,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
-from llama_mimi.common.command_line import as_words, read_flags
+from llama_mimi.common.command_line import parse_options, to_cli_args
 from llama_mimi.common.errors import UserError
 from llama_mimi.evaluation.script import BENCHMARK_SCRIPTS, EvaluationOptions
 from llama_mimi.judging.script import GenerationOptions
 from llama_mimi.study.budget import is_packed_or_tokenised, resolved, step_flops
-from llama_mimi.tokens.units import Architecture
+from llama_mimi.tokens.vocabulary import Architecture
 from llama_mimi.training.config_file import fits
 
 # The axes of a study and their names for readers, and the types of the keys of sections.
@@ -178,7 +178,7 @@ def applies(override: Flags, variant: Variant) -> bool:
 
 
 def _options(kind: type[Options], flags: Flags) -> Options:
-    return read_flags(kind, as_words({**flags, "model_name": "model"}))
+    return parse_options(kind, to_cli_args({**flags, "model_name": "model"}))
 
 
 def _variants(study: Study, grid: Flags) -> tuple[Variant, ...]:

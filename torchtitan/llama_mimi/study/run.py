@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from llama_mimi.checkpoint.conversion import JOB_CONFIG, NOT_OF_THE_MODEL
-from llama_mimi.common.command_line import as_words
+from llama_mimi.common.command_line import to_cli_args
+from llama_mimi.common.distributed import end_with_parent
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import LOCK, digest, locked, read_json, write_atomically
-from llama_mimi.common.ranks import end_with_parent
 from llama_mimi.common.resume import require_same
 from llama_mimi.data.code_store import MANIFEST
 from llama_mimi.report.curves import read_curves
@@ -145,7 +145,7 @@ class StudyRunner:
             self._record(run, settings=record["settings"] | {step.name: _settings(self.study, run, step)})
             log, began = run_folder(self.study, run) / "logs" / f"{step.name}.log", time.monotonic()
             try:
-                self.start(step.name, log, [*step.program, *as_words(step.flags)])
+                self.start(step.name, log, [*step.program, *to_cli_args(step.flags)])
             except (UserError, OSError) as error:
                 if not self._is_stopping.is_set():
                     self._record(run, failed={"step": step.name, "why": str(error)})

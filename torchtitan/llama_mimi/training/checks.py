@@ -20,27 +20,27 @@ from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 from transformers import PreTrainedConfig
 
-from llama_mimi.audio.mimi import attention_of
+from llama_mimi.audio.mimi import has_sliding_window
 from llama_mimi.checkpoint.architectures import ASSETS_FOLDER, check_initial_weights, load_config, speech_config
 from llama_mimi.checkpoint.dcp import complete_steps, is_distributed, read_index, set_aside_incomplete, set_aside_later
 from llama_mimi.checkpoint.huggingface import NETWORK_KEYS, hf_config
+from llama_mimi.common.distributed import broadcast_from_rank0
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import LOCK, locked, read_json, write_atomically
-from llama_mimi.common.ranks import from_first
 from llama_mimi.common.resume import require_same
 from llama_mimi.data.build import chosen_split, dataset_names
 from llama_mimi.data.code_store import CodeCorpus, is_store
 from llama_mimi.data.corpus_files import check_corpus
 from llama_mimi.job_config import checkpoint_folder
 from llama_mimi.model.llama import FLAVORS
-from llama_mimi.tokens.sequences import load_sequences
-from llama_mimi.tokens.units import has_text
+from llama_mimi.tokens.tokenizer import load_speech_tokenizer
+from llama_mimi.tokens.vocabulary import has_text
 from llama_mimi.training.loss import level_weights
 
 FLOAT8 = "quantize.linear.float8"  # TorchTitan's name of the converter
 # Entries that must agree between a flavor, a Hugging Face folder and an earlier run in the same dump_folder.
 MODEL_KEYS = ("model_type", *NETWORK_KEYS, "tie_word_embeddings")
-RECORD_KEYS = (*MODEL_KEYS, "num_quantizers", "codec", "codec_attention", "vocab_size", "text_vocab_size")
+RECORD_KEYS = (*MODEL_KEYS, "num_quantizers", "codec", "codec_sliding_window", "vocab_size", "text_vocab_size")
 # Degrees in the order in which ParallelDims takes them.
 DEGREES = (
     "data_parallel_replicate data_parallel_shard context_parallel tensor_parallel pipeline_parallel expert_parallel "
@@ -57,14 +57,14 @@ RULES: list[tuple[str, Callable[[Any, Any], Any], str]] = [
     ("model.name", lambda v, c: v == "llama_mimi", "set it to 'llama_mimi', the size as model.flavor"),
     ("model.flavor", lambda v, c: v in FLAVORS, f"choose one of: {', '.join(FLAVORS)}"),
     (
-        "training.steps training.local_batch_size data.max_audio_seconds data.shuffle_block codec.num_quantizers "
+        "training.steps training.local_batch_size data.max_audio_seconds data.shuffle_window codec.num_quantizers "
         "validation.local_batch_size validation.freq metrics.log_freq checkpoint.interval comm.init_timeout_seconds "
         "comm.train_timeout_seconds",
         lambda v, c: 0 < v < math.inf,
         "set a positive, finite number",
     ),
     ("data.validation_clips", lambda v, c: v == -1 or v > 0, "set a positive number, or -1 for all clips"),
-    ("data.max_bad_share", lambda v, c: 0 <= v <= 1, "set a fraction between 0 and 1"),
+    ("data.max_skip_fraction", lambda v, c: 0 <= v <= 1, "set a fraction between 0 and 1"),
     ("training.max_norm", lambda v, c: v > 0, "set a positive number, or inf for no clipping"),
     ("optimizer.name", lambda v, c: v in ("Adam", "AdamW"), "choose 'Adam' or 'AdamW'"),
     ("optimizer.beta1 optimizer.beta2", lambda v, c: 0 <= v < 1, "set a number of at least 0 and below 1"),
@@ -94,7 +94,11 @@ RULES: list[tuple[str, Callable[[Any, Any], Any], str]] = [
     ("checkpoint.folder", lambda v, c: not re.search(r"^\.{0,2}$|/", v), "name a folder of its own in job.dump_folder"),
     ("checkpoint.folder", lambda v, c: v not in (c.metrics.save_tb_folder, ASSETS_FOLDER), "name a folder of its own"),
     ("checkpoint.keep_latest_k", lambda v, c: v != 1, "keep at least 2, as the last may be half written, or 0 for all"),
-    ("model.depth_share", lambda v, c: v == 1 or (0 < v < 1 and not c.is_flattened), "set 1, or less if hierarchical"),
+    (
+        "model.depth_train_fraction",
+        lambda v, c: v == 1 or (0 < v < 1 and not c.is_flattened),
+        "set 1, or less if hierarchical",
+    ),
     ("codec.num_quantizers", lambda v, c: v >= 2 or c.is_flattened, "'hierarchical' needs at least 2 levels"),
     ("model.converters checkpoint.last_save_in_hf", lambda v, c: not v or c.is_flattened, _FLATTENED_ONLY),
     ("parallelism.tensor_parallel_degree", lambda v, c: v == 1 or c.is_flattened, _FLATTENED_ONLY),
@@ -137,7 +141,7 @@ def prepare_run(job_config: Any) -> None:
             set_aside_incomplete(checkpoint)
         return steps()
 
-    of_first = from_first(prepare)
+    of_first = broadcast_from_rank0(prepare)
     # Each node looks for steps itself, and TorchTitan would start from random weights if the folder has none.
     for _ in range(SECONDS_FOR_NODES_TO_AGREE):
         if not settings.enable or steps() == of_first:
@@ -195,7 +199,7 @@ def _check_data(job_config: Any) -> None:
             elif values.dataset_path is not None or split is not None:
                 raise UserError(f"'{name}' is a tokenised corpus without splits; leave dataset_path and the split out")
             else:
-                CodeCorpus(name, codec.name, codec.num_quantizers, codec.attention, with_text=data.task == "tts")
+                CodeCorpus(name, codec.name, codec.num_quantizers, codec.sliding_window, with_text=data.task == "tts")
 
 
 def _check_model(job_config: Any) -> None:
@@ -204,8 +208,8 @@ def _check_model(job_config: Any) -> None:
     prepare = f"`scripts/prepare_base_model.py {flags}`"
     if not Path(model.hf_assets_path).is_dir():
         raise UserError(f"model.hf_assets_path '{model.hf_assets_path}' is not a folder; create one with {prepare}")
-    sequences = load_sequences(model.hf_assets_path, codec.name, codec.num_quantizers, model.vocabulary)
-    if model.vocabulary == "llama" and not has_text(sequences.tokenizer):
+    tokenizer = load_speech_tokenizer(model.hf_assets_path, codec.name, codec.num_quantizers, model.vocabulary)
+    if model.vocabulary == "llama" and not has_text(tokenizer.text_tokenizer):
         problem = f"model.vocabulary is 'llama', but the tokenizer in '{model.hf_assets_path}' has no text"
         raise UserError(f"{problem}; set it to 'audio', or name a folder by {prepare}")
     args = copy.copy(FLAVORS[model.flavor])
@@ -213,18 +217,20 @@ def _check_model(job_config: Any) -> None:
     found, wanted = _entries(base, MODEL_KEYS), _entries(hf_config(args), MODEL_KEYS)
     args.update_from_config(job_config)
     if settings.initial_load_in_hf:
-        wanted["vocab_size"], found["vocab_size"] = sequences.vocabulary.size, base.vocab_size
+        wanted["vocab_size"], found["vocab_size"] = tokenizer.vocabulary.size, base.vocab_size
         # The output of prepare_base_model names its codec, but was trained on no codes.
-        if hasattr(base, "codec_attention") or (hasattr(base, "num_quantizers") and not hasattr(base, "codec")):
-            wanted["codec.attention"], found["codec.attention"] = codec.attention, attention_of(base)
+        if hasattr(base, "codec_sliding_window") or (hasattr(base, "num_quantizers") and not hasattr(base, "codec")):
+            wanted["codec.sliding_window"] = codec.sliding_window
+            found["codec.sliding_window"] = has_sliding_window(base)
     what = f"model.hf_assets_path '{model.hf_assets_path}'"
-    require_same(found, wanted, what, f"fix model.flavor or codec.attention, or create another folder with {prepare}")
+    remedy = f"fix model.flavor or codec.sliding_window, or create another folder with {prepare}"
+    require_same(found, wanted, what, remedy)
     if settings.initial_load_in_hf:
         check_initial_weights(settings.initial_load_path or model.hf_assets_path, args)
     folder = Path(job_config.job.dump_folder)
     if checkpoint_folder(job_config).is_dir() and (folder / ASSETS_FOLDER).is_dir():
         earlier, _ = load_config(str(folder / ASSETS_FOLDER), "run record")
-        own = speech_config(args, sequences, codec.name, codec.attention)
+        own = speech_config(args, tokenizer, codec.name, codec.sliding_window)
         remedy = "set it as before, or choose another job.dump_folder"
         what = f"the run in job.dump_folder '{folder}'"
         require_same(_entries(earlier, RECORD_KEYS), _entries(own, RECORD_KEYS), what, remedy)

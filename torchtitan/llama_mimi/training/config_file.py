@@ -14,8 +14,8 @@ import llama_mimi.job_config
 from llama_mimi.common.errors import UserError
 from llama_mimi.training.checks import check_settings
 
-# Keys and sections of the first release's config files, and their names here; None has no counterpart.
-RELEASED_KEYS = {
+# Keys and sections of earlier config files, the first release's among them; None has no counterpart.
+OLD_KEYS = {
     "model.num_quantizers": "codec.num_quantizers",
     "model.pretrained": "checkpoint.initial_load_in_hf",
     "lr_scheduler.lr_min": "lr_scheduler.min_lr_factor",
@@ -26,6 +26,10 @@ RELEASED_KEYS = {
     "validation.enabled": "validation.enable",
     "checkpoint.enable_checkpoint": "checkpoint.enable",
     "float8": "quantize.linear.float8",
+    "codec.attention": "codec.sliding_window",
+    "data.max_bad_share": "data.max_skip_fraction",
+    "data.shuffle_block": "data.shuffle_window",
+    "model.depth_share": "model.depth_train_fraction",
     "evaluation": None,
 }
 
@@ -51,9 +55,9 @@ def _check_file(config_class: Any, path: str) -> None:
     except (OSError, ValueError) as error:
         raise UserError(f"the config file '{path}' cannot be read ({error}); name a TOML file") from error
     found = {*values, *(f"{name}.{key}" for name, keys in values.items() if isinstance(keys, dict) for key in keys)}
-    if old := [key for key in RELEASED_KEYS if key in found]:
-        changes = [f"rename '{key}' to '{new}'" if (new := RELEASED_KEYS[key]) else f"remove '{key}'" for key in old]
-        raise UserError(f"'{path}' has keys of the first release; {', '.join(changes)}")
+    if old := [key for key in OLD_KEYS if key in found]:
+        changes = [f"rename '{key}' to '{new}'" if (new := OLD_KEYS[key]) else f"remove '{key}'" for key in old]
+        raise UserError(f"'{path}' has old keys; {', '.join(changes)}")
     _check_keys(config_class, values, "", path)
 
 

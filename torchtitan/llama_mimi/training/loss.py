@@ -8,9 +8,9 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from llama_mimi.common.errors import UserError
-from llama_mimi.model.cross_entropy import PendingLogits, cross_entropy
-from llama_mimi.model.hierarchical import PendingFrames
-from llama_mimi.tokens.units import UnitVocabulary
+from llama_mimi.model.cross_entropy import LazyLogits, cross_entropy
+from llama_mimi.model.hierarchical import HierarchicalOutput
+from llama_mimi.tokens.vocabulary import AudioVocabulary
 
 
 class LevelMeter:
@@ -76,7 +76,7 @@ def level_weights(recipe: str, shares: Sequence[float]) -> list[float]:
     return [weight / share / mean for weight, share in zip(weights, shares, strict=True)]
 
 
-class UnitLoss:
+class SpeechLoss:
     """TorchTitan's loss function: the weighted sum of cross-entropies over targets.
 
     Args:
@@ -86,12 +86,12 @@ class UnitLoss:
     """
 
     def __init__(
-        self, vocabulary: UnitVocabulary, meter: LevelMeter, weights: Sequence[float], chunk_step: Any = None
+        self, vocabulary: AudioVocabulary, meter: LevelMeter, weights: Sequence[float], chunk_step: Any = None
     ) -> None:
         self._vocabulary, self._meter, self._chunk_step = vocabulary, meter, chunk_step
         self._weights_Q = torch.tensor(weights)
 
-    def __call__(self, logits: PendingLogits | PendingFrames, labels: torch.Tensor) -> torch.Tensor:
+    def __call__(self, logits: LazyLogits | HierarchicalOutput, labels: torch.Tensor) -> torch.Tensor:
         """Return the sum over the targets (B, L), or (B, L, Q) of the hierarchical architecture."""
         sums = []
         for head in logits.heads(labels, self._vocabulary):

@@ -13,7 +13,7 @@ from torchtitan.tools.utils import device_type
 from llama_mimi.common.errors import UserError
 from llama_mimi.data.build import build_validation_dataloader
 from llama_mimi.data.packing import Batch
-from llama_mimi.tokens.sequences import IGNORE_INDEX, SequenceBuilder
+from llama_mimi.tokens.tokenizer import IGNORE_INDEX, SpeechTokenizer
 from llama_mimi.training.loss import reduce_sums
 from llama_mimi.training.metrics import SpeechMetrics
 
@@ -28,7 +28,7 @@ class SpeechValidator(Validator):
     metrics_processor: SpeechMetrics
 
     def __init__(
-        self, *, job_config: Any, dp_world_size: int, dp_rank: int, tokenizer: SequenceBuilder, **parts: Any
+        self, *, job_config: Any, dp_world_size: int, dp_rank: int, tokenizer: SpeechTokenizer, **parts: Any
     ) -> None:
         self.__dict__.update(parts, job_config=job_config, tokenizer=tokenizer)  # Validator's own opens a text corpus
         self._loader = build_validation_dataloader(dp_world_size, dp_rank, tokenizer, job_config)

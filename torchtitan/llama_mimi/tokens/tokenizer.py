@@ -11,10 +11,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llama_mimi.audio.mimi import load_codec_config
 from llama_mimi.common.hub import load_pretrained
-from llama_mimi.tokens.units import (
+from llama_mimi.tokens.vocabulary import (
     AUDIO_START,
     Architecture,
-    UnitVocabulary,
+    AudioVocabulary,
     VocabularyKind,
     audio_tokenizer,
     extend_tokenizer,
@@ -27,15 +27,15 @@ Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class SequenceBuilder:
+class SpeechTokenizer:
     """Token sequences of one tokenizer and vocabulary of audio tokens.
 
     In the flattened architecture a position is one id; in the hierarchical one it is a frame of Q ids, or one token of
     text and `NO_TOKEN`.
     """
 
-    tokenizer: PreTrainedTokenizerBase
-    vocabulary: UnitVocabulary
+    text_tokenizer: PreTrainedTokenizerBase
+    vocabulary: AudioVocabulary
     architecture: Architecture = "flattened"
 
     @property
@@ -53,34 +53,34 @@ class SequenceBuilder:
             return {"input": inputs_BLW[..., 0]}, labels_BLW[..., 0]
         return {"input": inputs_BLW, "targets": labels_BLW}, labels_BLW  # the depth decoder reads the labels, too
 
-    def head(self, text: str | None = None) -> list[int]:
+    def prefix_ids(self, text: str | None = None) -> list[int]:
         """Return the ids before the audio: BOS, the transcript as plain text (task "tts") and ``<audio>``."""
-        transcript = [] if text is None else text_ids(self.tokenizer, text)
+        transcript = [] if text is None else text_ids(self.text_tokenizer, text)
         return [self._bos_id, *transcript, self.vocabulary.audio_start_id]
 
-    def sequence(self, codes_TQ: torch.Tensor, *, is_cut: bool, text: str | None = None) -> torch.Tensor:
+    def encode(self, codes_TQ: torch.Tensor, *, is_cut: bool, text: str | None = None) -> torch.Tensor:
         """Return the ids (L,) of one clip, without ``</audio>`` if it was cut; ``text`` is its transcript."""
         tail = torch.tensor([] if is_cut else [self.vocabulary.audio_end_id], dtype=torch.long)
-        return torch.cat([torch.tensor(self.head(text)), self.vocabulary.ids_from_codes(codes_TQ), tail])
+        return torch.cat([torch.tensor(self.prefix_ids(text)), self.vocabulary.ids_from_codes(codes_TQ), tail])
 
     @cached_property
     def adds_bos(self) -> bool:
         """True if the tokenizer itself adds BOS to a text, as those of released checkpoints do."""
-        return self.tokenizer(AUDIO_START).input_ids[0] == self._bos_id
+        return self.text_tokenizer(AUDIO_START).input_ids[0] == self._bos_id
 
     @cached_property
     def _bos_id(self) -> int:
-        return self.tokenizer.bos_token_id
+        return self.text_tokenizer.bos_token_id
 
 
 @lru_cache(maxsize=4)
-def load_sequences(
+def load_speech_tokenizer(
     tokenizer_name: str,
     codec_name: str,
     num_quantizers: int,
     vocabulary: VocabularyKind = "llama",
     architecture: Architecture = "flattened",
-) -> SequenceBuilder:
+) -> SpeechTokenizer:
     """Load a text tokenizer (hub id or folder), with the audio tokens of a codec added unless it has them.
 
     With the vocabulary "audio" its text is left out. Raises a `UserError` if it is missing or the two do not fit.
@@ -89,4 +89,4 @@ def load_sequences(
     tokenizer = load_pretrained(AutoTokenizer, tokenizer_name, what="tokenizer")
     if vocabulary == "audio":
         tokenizer = audio_tokenizer(tokenizer)
-    return SequenceBuilder(*extend_tokenizer(tokenizer, codebook_size, num_quantizers), architecture)
+    return SpeechTokenizer(*extend_tokenizer(tokenizer, codebook_size, num_quantizers), architecture)

@@ -39,7 +39,7 @@ def end_with_torchrun() -> None:
         os._exit(1)
 
 
-class Ranks:
+class DistributedContext:
     """The ranks of torchrun, or this process alone; a device that they cannot have raises a `UserError`.
 
     Args:
@@ -86,7 +86,7 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
-def from_first(make: Callable[[], Any]) -> Any:
+def broadcast_from_rank0(make: Callable[[], Any]) -> Any:
     """Call ``make`` on rank 0 and return its result, or raise its `UserError`, on every rank."""
     outcome: Any = None
     if not dist.is_initialized() or dist.get_rank() == 0:
@@ -101,7 +101,7 @@ def from_first(make: Callable[[], Any]) -> Any:
 
 
 @contextmanager
-def first_reports() -> Iterator[None]:
+def report_error_once() -> Iterator[None]:
     """Delay a `UserError` that all ranks raise: rank 0 reports it, and torchrun then ends the others."""
     try:
         yield
@@ -114,9 +114,9 @@ def first_reports() -> Iterator[None]:
 
 
 @contextmanager
-def torchrun_ranks(device: str | None = None) -> Iterator[Ranks]:
-    """Yield `Ranks` and end their process group; a user error that all ranks raise is reported once."""
-    with first_reports():
-        yield Ranks(device)
+def distributed_context(device: str | None = None) -> Iterator[DistributedContext]:
+    """Yield `DistributedContext` and end their process group; a user error that all ranks raise is reported once."""
+    with report_error_once():
+        yield DistributedContext(device)
         if dist.is_initialized():
             dist.destroy_process_group()

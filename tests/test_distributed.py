@@ -23,7 +23,7 @@ sys.argv[1:] = ["--job.config_file", "config/tiny.toml"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("module", "name"), [("common.ranks", "Ranks"), ("train", "main")])
+@pytest.mark.parametrize(("module", "name"), [("common.distributed", "DistributedContext"), ("train", "main")])
 def test_a_rank_ends_with_its_torchrun_while_others_are_awaited(tmp_path, module, name):
     script = tmp_path / "rank.py"
     script.write_text(WAITING.format(module=module, name=name))

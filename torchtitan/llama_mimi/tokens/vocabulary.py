@@ -21,7 +21,7 @@ Architecture = Literal["flattened", "hierarchical"]
 
 
 @dataclass(frozen=True)
-class UnitVocabulary:
+class AudioVocabulary:
     """Arithmetic between codes and token ids; needs no tokenizer.
 
     Args:
@@ -58,17 +58,17 @@ class UnitVocabulary:
         level_Q = torch.arange(self.num_quantizers, device=codes_TQ.device)
         return (self.base + codes_TQ * self.num_quantizers + level_Q).flatten()
 
-    def is_unit(self, ids: torch.Tensor) -> torch.Tensor:
+    def is_audio(self, ids: torch.Tensor) -> torch.Tensor:
         """Return True where an id is an audio token; any shape."""
         return (ids >= self.base) & (ids < self.audio_start_id)
 
     def level(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return the quantizer level of each id; only meaningful where `is_unit` holds."""
+        """Return the quantizer level of each id; only meaningful where `is_audio` holds."""
         return (ids - self.base) % self.num_quantizers
 
     def entries(self, ids: torch.Tensor) -> torch.Tensor:
         """Return the entry of each id within its level: its code, or K for ``</audio>``; any shape."""
-        return torch.where(self.is_unit(ids), (ids - self.base) // self.num_quantizers, self.codebook_size)
+        return torch.where(self.is_audio(ids), (ids - self.base) // self.num_quantizers, self.codebook_size)
 
     def admissible_ids(self, device: torch.device) -> torch.Tensor:
         """Return the ids (Q, K + 1) that can stand at each level: its codes, then ``</audio>`` or (not at 0) -1."""
@@ -79,8 +79,8 @@ class UnitVocabulary:
 
 def text_from_codes(codes_TQ: torch.Tensor) -> str:
     """Return the form that people read and tokenizers parse: ``<audio><c_0><c_1>...</audio>``."""
-    units = "".join(f"<{code}_{level}>" for frame in codes_TQ.tolist() for level, code in enumerate(frame))
-    return f"{AUDIO_START}{units}{AUDIO_END}"
+    tokens = "".join(f"<{code}_{level}>" for frame in codes_TQ.tolist() for level, code in enumerate(frame))
+    return f"{AUDIO_START}{tokens}{AUDIO_END}"
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -128,7 +128,7 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
 
 def extend_tokenizer(
     tokenizer: PreTrainedTokenizerBase, codebook_size: int, num_quantizers: int
-) -> tuple[PreTrainedTokenizerBase, UnitVocabulary]:
+) -> tuple[PreTrainedTokenizerBase, AudioVocabulary]:
     """Append the audio tokens to a tokenizer (in place), unless it has them already; return it and its vocabulary.
 
     Raises:
@@ -137,12 +137,12 @@ def extend_tokenizer(
     K, Q = codebook_size, num_quantizers
     ids = tokenizer.get_vocab()
     if AUDIO_START not in ids:
-        vocabulary = UnitVocabulary(len(tokenizer), K, Q)
+        vocabulary = AudioVocabulary(len(tokenizer), K, Q)
         tokens = [*(f"<{code}_{level}>" for code in range(K) for level in range(Q)), AUDIO_START, AUDIO_END]
         # Not normalised and not split, so that the text form of a clip tokenizes to the arithmetic ids.
         tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in tokens])
         return tokenizer, vocabulary
-    vocabulary = UnitVocabulary(ids[AUDIO_START] - K * Q, K, Q)
+    vocabulary = AudioVocabulary(ids[AUDIO_START] - K * Q, K, Q)
     found = len(tokenizer), ids.get("<0_0>"), ids.get(f"<{K - 1}_{Q - 1}>")
     if found != (vocabulary.size, vocabulary.base, vocabulary.audio_start_id - 1):
         raise UserError(

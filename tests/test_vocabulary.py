@@ -12,9 +12,9 @@ from tokenizers import Tokenizer, models, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from llama_mimi.common.errors import UserError
-from llama_mimi.tokens.sequences import SequenceBuilder
-from llama_mimi.tokens.units import (
-    UnitVocabulary,
+from llama_mimi.tokens.tokenizer import SpeechTokenizer
+from llama_mimi.tokens.vocabulary import (
+    AudioVocabulary,
     audio_tokenizer,
     extend_tokenizer,
     has_text,
@@ -26,7 +26,7 @@ SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>"]
 
 @st.composite
 def vocabularies_and_codes(draw):
-    vocabulary = UnitVocabulary(draw(st.integers(1, 200_000)), draw(st.integers(1, 4096)), draw(st.integers(1, 32)))
+    vocabulary = AudioVocabulary(draw(st.integers(1, 200_000)), draw(st.integers(1, 4096)), draw(st.integers(1, 32)))
     num_frames = draw(st.integers(0, 8))
     code = st.integers(0, vocabulary.codebook_size - 1)
     num_codes = num_frames * vocabulary.num_quantizers
@@ -40,12 +40,12 @@ def test_round_trips(case):
     ids_L = vocabulary.ids_from_codes(codes_TQ)
     Q = vocabulary.num_quantizers
     assert ids_L.tolist() == [vocabulary.base + c * Q + q for frame in codes_TQ.tolist() for q, c in enumerate(frame)]
-    assert torch.equal(vocabulary.entries(ids_L).view(-1, Q), codes_TQ) and bool(vocabulary.is_unit(ids_L).all())
+    assert torch.equal(vocabulary.entries(ids_L).view(-1, Q), codes_TQ) and bool(vocabulary.is_audio(ids_L).all())
     assert vocabulary.level(ids_L).tolist() == [*range(Q)] * len(codes_TQ)
 
 
 def test_llama_3_ids():
-    vocabulary = UnitVocabulary(base=128_256, codebook_size=2048, num_quantizers=4)
+    vocabulary = AudioVocabulary(base=128_256, codebook_size=2048, num_quantizers=4)
     assert vocabulary.size == 136_450
     assert vocabulary.ids_from_codes(torch.tensor([[0, 0, 0, 0], [2047, 2047, 2047, 2047]])).tolist() == [
         *(128_256, 128_257, 128_258, 128_259),
@@ -72,13 +72,13 @@ FRAGMENTS = [*SPECIAL, "<audio>", "</audio>", "<5_0>", "<255_3>", "<", "_0>", "|
 
 
 @given(st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=3), max_size=8).map("".join))
-def test_a_transcript_is_plain_text(sequences, text):
+def test_a_transcript_is_plain_text(tokenizer, text):
     """Its ids are those of a tokenizer without special and audio tokens."""
     plain = json.loads((TINY / "llama" / "tokenizer.json").read_text()) | {"added_tokens": [], "post_processor": None}
-    bos, *ids, start = sequences.head(text)
+    bos, *ids, start = tokenizer.prefix_ids(text)
     assert ids == Tokenizer.from_str(json.dumps(plain)).encode(text).ids
-    assert (bos, start) == (508, sequences.vocabulary.audio_start_id) and all(id_ < 508 for id_ in ids)
-    assert sequences.tokenizer.decode(ids) == text
+    assert (bos, start) == (508, tokenizer.vocabulary.audio_start_id) and all(id_ < 508 for id_ in ids)
+    assert tokenizer.text_tokenizer.decode(ids) == text
 
 
 def test_an_extended_tokenizer_is_recognised(tmp_path):
@@ -113,8 +113,8 @@ def test_without_text_the_units_follow_the_special_tokens(case, K, Q, data):
     special = list(dict.fromkeys(roles.values()))  # in the order bos, eos, pad
     assert tokenizer.convert_ids_to_tokens(range(len(special))) == special
     assert tokenizer.special_tokens_map == roles and not has_text(tokenizer)
-    assert vocabulary == UnitVocabulary(len(special), K, Q) and len(tokenizer) == vocabulary.size
-    assert SequenceBuilder(tokenizer, vocabulary).adds_bos == adds_bos
+    assert vocabulary == AudioVocabulary(len(special), K, Q) and len(tokenizer) == vocabulary.size
+    assert SpeechTokenizer(tokenizer, vocabulary).adds_bos == adds_bos
 
     codes = data.draw(st.lists(st.lists(st.integers(0, K - 1), min_size=Q, max_size=Q), min_size=1, max_size=4))
     text = text_from_codes(torch.tensor(codes))
@@ -141,4 +141,4 @@ def test_a_tokenizer_without_text_stays_as_it_is(tmp_path):
 @pytest.mark.parametrize("code", [-1, 5])
 def test_codes_outside_the_codebook_are_refused(code):
     with pytest.raises(ValueError, match=r"\[0, 5\)"):
-        UnitVocabulary(base=10, codebook_size=5, num_quantizers=2).ids_from_codes(torch.tensor([[0, code]]))
+        AudioVocabulary(base=10, codebook_size=5, num_quantizers=2).ids_from_codes(torch.tensor([[0, code]]))
