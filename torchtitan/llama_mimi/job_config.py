@@ -43,8 +43,7 @@ class Comm:
 @dataclass
 class Model:
     vocabulary: VocabularyKind = "llama"
-    """llama: all tokens of the tokenizer in hf_assets_path, then audio tokens; audio: only its special tokens, then audio
-    tokens"""
+    """llama: the tokenizer in hf_assets_path with audio tokens added; audio: its special tokens and audio tokens alone"""
 
     architecture: Architecture = "flattened"
     """flattened: one decoder over the audio tokens of all levels; hierarchical: one over frames, and a small one over
