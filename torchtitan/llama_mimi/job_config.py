@@ -43,7 +43,7 @@ class Comm:
 @dataclass
 class Model:
     vocabulary: VocabularyKind = "llama"
-    """llama: the tokenizer in hf_assets_path with audio tokens added; audio: its special tokens and audio tokens alone"""
+    """llama: the tokenizer in hf_assets_path with audio tokens added; audio: its special tokens and audio tokens"""
 
     architecture: Architecture = "flattened"
     """flattened: one decoder over the audio tokens of all levels; hierarchical: one over frames, and a small one over
