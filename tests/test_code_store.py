@@ -30,7 +30,7 @@ from llama_mimi.common.files import write_atomically
 from llama_mimi.data.build import build_dataloader, build_validation_dataloader
 from llama_mimi.data.clip_readers import CodeReader
 from llama_mimi.data.clips import ClipStream
-from llama_mimi.data.code_store import CodeCorpus, StoredClip, is_store, shard_bytes
+from llama_mimi.data.code_store import CodeCorpus, CodedClip, is_store, shard_bytes
 from llama_mimi.data.code_writer import TokenizationOptions
 from llama_mimi.data.order import RowsInOrder
 from llama_mimi.data.tokenization import tokenize_corpus
@@ -299,7 +299,7 @@ def write_store(folder, lengths, like, **changes):
     """A store of random codes by hand, as far as reading looks at it; ``changes`` are of its manifest's codec."""
     generator = np.random.default_rng(0)
     clips = [
-        StoredClip(f"clip-{i}", generator.integers(0, 256, (length, 8)).astype(np.uint16), length / 12.5, False)
+        CodedClip(f"clip-{i}", generator.integers(0, 256, (length, 8)).astype(np.uint16), length / 12.5, False)
         for i, length in enumerate(lengths)
     ]
     columns = ["id", "codes", "duration", "is_cut"]

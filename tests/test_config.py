@@ -23,7 +23,7 @@ from llama_mimi.checkpoint.huggingface import hf_config
 from llama_mimi.checkpoint.stand_ins import write_tokenizer
 from llama_mimi.common.errors import UserError
 from llama_mimi.data.build import open_readers
-from llama_mimi.data.code_store import StoredClip
+from llama_mimi.data.code_store import CodedClip
 from llama_mimi.data.corpus_files import CORPORA, RELEASED_NAMES
 from llama_mimi.model.architectures import build_model
 from llama_mimi.model.llama import FLAVORS
@@ -75,7 +75,7 @@ def downloads(tmp_path_factory):
         Dataset.from_list([row]).to_parquet(folder / "peoples_speech" / config / f"{split}-00000-of-00001.parquet")
     (folder / "mimi" / "model.safetensors").touch()
     for name in ("libri_light", "peoples_speech", "peoples_speech_all", "voxpopuli_en", "emilia_en"):
-        clips = [StoredClip("a", np.zeros((10, 8), np.uint16), 0.8, False)]
+        clips = [CodedClip("a", np.zeros((10, 8), np.uint16), 0.8, False)]
         write_codes(folder / "data" / "codes" / name, str(folder / "mimi"), [clips])
     return folder
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_mimi.common.errors import UserError
-from llama_mimi.data.clip_readers import CodedClip
+from llama_mimi.data.code_store import CodedClip
 from llama_mimi.data.dataloader import SpeechDataLoader
 from llama_mimi.data.order import CorpusOrder, ShuffledOrder
 from llama_mimi.data.packing import BatchPacker
@@ -45,7 +45,7 @@ class MadeUpReader:
         number = int(self.starts_G[ref.group]) + ref.row
         frames = np.arange(self.lengths[number])
         codes_TQ = np.stack([np.full_like(frames, self.number), np.full_like(frames, number), frames, 0 * frames], 1)
-        return [CodedClip(f"{self.number}-{number}", codes_TQ, is_cut=False, text=None)]
+        return [CodedClip(f"{self.number}-{number}", codes_TQ, 0.0, is_cut=False)]
 
 
 def make_loaders(readers, tokenizer, dp_world_size, num_workers, *, is_packed=True, batch_size=2, seed=3):

@@ -13,7 +13,7 @@ from simulated import write_codes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llama_mimi.data.code_store import StoredClip
+from llama_mimi.data.code_store import CodedClip
 from llama_mimi.model import cross_entropy
 from llama_mimi.model.architectures import build_model
 from llama_mimi.model.llama import FLAVORS
@@ -172,7 +172,7 @@ def write_eight_clips(folder):
     for name in ("a", "b", "c", "d"):
         codes = [generator.integers(0, 256, (T, 8)).astype(np.uint16) for T in generator.integers(5, 15, 2)]
         shards.append(
-            [StoredClip(f"{name}{i}", codes_TQ, len(codes_TQ) / 12.5, False) for i, codes_TQ in enumerate(codes)]
+            [CodedClip(f"{name}{i}", codes_TQ, len(codes_TQ) / 12.5, False) for i, codes_TQ in enumerate(codes)]
         )
     write_codes(folder, str(TINY / "mimi"), shards)
 

@@ -9,7 +9,7 @@ import numpy as np
 from transformers import MimiConfig
 
 from llama_mimi.audio.mimi import codec_hash, load_codec_config
-from llama_mimi.data.code_store import CLIPS_PER_GROUP, FORMAT, MANIFEST, StoredClip, shard_bytes
+from llama_mimi.data.code_store import CLIPS_PER_GROUP, FORMAT, MANIFEST, CodedClip, shard_bytes
 from llama_mimi.data.code_writer import by_second
 
 STORED_LEVELS = 8
@@ -21,15 +21,15 @@ def speech_lengths(number: int) -> np.ndarray:
     return np.ceil(12.5 * seconds[(seconds > 1) & (seconds < 20)][:number]).astype(int)
 
 
-def random_clips(frames: np.ndarray, config: MimiConfig) -> list[StoredClip]:
+def random_clips(frames: np.ndarray, config: MimiConfig) -> list[CodedClip]:
     """Clips of so many frames of random codes, at the levels that are stored by default."""
     generator = np.random.default_rng(0)
     codes = [generator.integers(0, config.codebook_size, (T, STORED_LEVELS)).astype(np.uint16) for T in frames]
     frame_s = config.frame_size / config.sampling_rate
-    return [StoredClip(f"clip-{i}", codes_TQ, len(codes_TQ) * frame_s, False) for i, codes_TQ in enumerate(codes)]
+    return [CodedClip(f"clip-{i}", codes_TQ, len(codes_TQ) * frame_s, False) for i, codes_TQ in enumerate(codes)]
 
 
-def write_codes(folder: Path, codec: str, shards: Sequence[list[StoredClip]]) -> str:
+def write_codes(folder: Path, codec: str, shards: Sequence[list[CodedClip]]) -> str:
     """Write a finished tokenised corpus, and return its folder.
 
     Args:

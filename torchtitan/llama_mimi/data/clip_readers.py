@@ -9,14 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
 
 from llama_mimi.audio.reading import SHORTER, AudioError, Waveform, read_audio
 from llama_mimi.audio.splitting import split_at_pauses
 from llama_mimi.common.errors import first_line
-from llama_mimi.data.code_store import CodeCorpus, CodeGroup
+from llama_mimi.data.code_store import CodeCorpus, CodedClip, CodeGroup
 from llama_mimi.data.corpora import AudioCorpus
 from llama_mimi.data.order import ClipRef
 from llama_mimi.data.row_filter import RowFilter
@@ -55,17 +54,6 @@ class AudioClip:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, samples_S=torch.from_numpy(state["samples_S"]))
-
-
-@dataclass(frozen=True)
-class CodedClip:
-    """One usable row of codes, of the levels wanted; otherwise as `AudioClip`."""
-
-    name: str
-    codes_TQ: np.ndarray
-    is_cut: bool
-    text: str | None
-    audio_warnings: tuple[str, ...] = ()
 
 
 Clip = AudioClip | CodedClip | SkippedClip
@@ -229,7 +217,7 @@ class CodeReader:
             return [SkippedClip("no text", f"'{name}' has no text")]
         codes_TQ = group.codes(ref.row)
         is_cut = group.columns["is_cut"][ref.row] or len(codes_TQ) > self._max_frames
-        return [CodedClip(name, codes_TQ[: self._max_frames].copy(), is_cut, text)]
+        return [CodedClip(name, codes_TQ[: self._max_frames].copy(), 0.0, is_cut, text)]
 
 
 ClipReader = AudioReader | CodeReader

@@ -35,12 +35,12 @@ AUDIO_HASH = "audio_hash"
 
 
 @dataclass(frozen=True)
-class StoredClip:
-    """One row of a shard; ``audio_warnings`` as `llama_mimi.audio.reading.Waveform`."""
+class CodedClip:
+    """A clip as codes, one row of a shard; ``audio_warnings`` as `llama_mimi.audio.reading.Waveform`."""
 
     name: str  # id or path
     codes_TQ: np.ndarray  # uint16
-    seconds: float
+    seconds: float  # of the audio; 0 for a clip that was read from codes
     is_cut: bool  # the recording is longer
     text: str | None = None
     speaker: str | None = None
@@ -194,7 +194,7 @@ def read_manifest(path: str) -> dict[str, Any]:
     return manifest
 
 
-def shard_bytes(clips: Sequence[StoredClip], num_quantizers: int, notes: dict[str, Any]) -> bytes:
+def shard_bytes(clips: Sequence[CodedClip], num_quantizers: int, notes: dict[str, Any]) -> bytes:
     """A shard as a Parquet file, with ``notes`` (JSON) in its metadata."""
     codes = np.concatenate([clip.codes_TQ for clip in clips] or [np.empty((0, num_quantizers), np.uint16)])
     offsets = np.cumsum([0, *(len(clip.codes_TQ) for clip in clips)], dtype=np.int32)

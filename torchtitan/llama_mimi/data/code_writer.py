@@ -25,7 +25,7 @@ from llama_mimi.data.code_store import (
     NOTES,
     OPTIONAL_COLUMNS,
     PLAN,
-    StoredClip,
+    CodedClip,
     shard_bytes,
 )
 from llama_mimi.data.corpora import AudioCorpus
@@ -179,7 +179,7 @@ def write_shard(
     plan: dict[str, Any],
     shard: int,
     num_rows: int,
-    clips: Sequence[StoredClip],
+    clips: Sequence[CodedClip],
     skipped: Sequence[SkippedClip],
 ) -> None:
     """Write a shard of the clips, and of those that were left out, that ``num_rows`` rows of the corpus contain."""
@@ -191,7 +191,7 @@ def write_shard(
     write_atomically(output_dir, plan["shards"][shard]["file"], content)
 
 
-def shard_of_clips(plan: dict[str, Any], num_rows: int, clips: Sequence[StoredClip], left_out: dict[str, Any]) -> bytes:
+def shard_of_clips(plan: dict[str, Any], num_rows: int, clips: Sequence[CodedClip], left_out: dict[str, Any]) -> bytes:
     """Return a shard with notes on its clips and on those left out (``skipped`` and ``filtered``)."""
     notes = {
         "columns": plan["columns"],
@@ -208,7 +208,7 @@ def shard_of_clips(plan: dict[str, Any], num_rows: int, clips: Sequence[StoredCl
     return shard_bytes(clips, plan["codec"]["num_quantizers"], notes)
 
 
-def by_second(clips: Sequence[StoredClip]) -> list[list[float]]:
+def by_second(clips: Sequence[CodedClip]) -> list[list[float]]:
     """Number and seconds of the clips that last less than 1 s, less than 2 s, and so on."""
     totals = [[0, 0.0] for _ in range(max((int(clip.seconds) for clip in clips), default=0) + 1)]
     for clip in clips:

@@ -183,7 +183,7 @@ class SpeechDataLoader(BaseDataLoader):
             codes = iter(self._codec.encode_many(waveforms))
             self._meter.codec_seconds += time.perf_counter() - start
         clips = [
-            CodedClip(clip.name, next(codes).numpy(), clip.is_cut, clip.text, clip.audio_warnings)
+            CodedClip(clip.name, next(codes).numpy(), 0.0, clip.is_cut, clip.text, audio_warnings=clip.audio_warnings)
             if isinstance(clip, AudioClip)
             else clip
             for clip in chunk.clips

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from llama_mimi.common.files import file_system, write_atomically
 from llama_mimi.data.clip_readers import HASH_BYTES
-from llama_mimi.data.code_store import AUDIO_HASH, OPTIONAL_COLUMNS, StoredClip, read_codes
+from llama_mimi.data.code_store import AUDIO_HASH, OPTIONAL_COLUMNS, CodedClip, read_codes
 from llama_mimi.data.code_writer import read_notes, shard_of_clips
 from llama_mimi.data.parquet_corpus import FOOTER_THREADS, unreadable
 
@@ -73,7 +73,7 @@ def _without(path: str, plan: dict[str, Any], rows: set[int]) -> bytes:
             of_row = tuple(audio_warnings.get(row, ()))
             codes_TQ = shard.codes(row)
             clips.append(
-                StoredClip(name, codes_TQ, seconds, is_cut, audio_warnings=of_row, audio_hash=audio_hash, **said)
+                CodedClip(name, codes_TQ, seconds, is_cut, audio_warnings=of_row, audio_hash=audio_hash, **said)
             )
     filtered = Counter(notes["filtered"]) + Counter({"duplicate": len(rows)})
     return shard_of_clips(plan, notes["rows"], clips, {"skipped": notes["skipped"], "filtered": filtered})

@@ -22,7 +22,7 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import LOCK, file_system, is_local, locked
 from llama_mimi.data.clip_readers import AudioClip, AudioReader, SkippedClip
 from llama_mimi.data.clips import Chunk, ClipStream, is_too_many
-from llama_mimi.data.code_store import StoredClip
+from llama_mimi.data.code_store import CodedClip
 from llama_mimi.data.code_writer import TokenizationOptions, begin, finish, make_plan, too_many, write_shard
 from llama_mimi.data.corpora import AudioCorpus, open_corpus
 from llama_mimi.data.corpus_files import CORPORA
@@ -133,7 +133,7 @@ def tokenize(
     stream = ClipStream([reader], RowsInOrder(corpus.rows_per_group, list(shard_of_group)), at_once)
     # Clips of the shard that is being made, and of no other: rows come in the order of the shards.
     shard = mine[0] if mine else -1
-    stored: list[StoredClip] = []
+    stored: list[CodedClip] = []
     skipped: list[SkippedClip] = []
     rows: set[tuple[int, int]] = set()
     num_read = num_skipped = 0
@@ -172,16 +172,16 @@ def tokenize(
 
 def encode(
     codec: MimiCodec, batch_seconds: float | None, chunk: Chunk
-) -> tuple[list[ClipRef], list[StoredClip | SkippedClip], float]:
+) -> tuple[list[ClipRef], list[CodedClip | SkippedClip], float]:
     """Return the places of clips, their codes, and the seconds of audio. The samples, which are large, are not kept."""
     waveforms = [clip.samples_S for clip in chunk.clips if isinstance(clip, AudioClip)]
     codes = iter(codec.encode_many(waveforms, batch_seconds))
-    clips: list[StoredClip | SkippedClip] = []
+    clips: list[CodedClip | SkippedClip] = []
     for clip in chunk.clips:
         if isinstance(clip, AudioClip):
             codes_TQ, seconds = next(codes).numpy().astype(np.uint16), len(clip.samples_S) / codec.sample_rate_hz
             of_row = clip.text, clip.speaker, clip.audio_warnings, clip.audio_hash
-            clips.append(StoredClip(clip.name, codes_TQ, seconds, clip.is_cut, *of_row))
+            clips.append(CodedClip(clip.name, codes_TQ, seconds, clip.is_cut, *of_row))
         else:
             assert isinstance(clip, SkippedClip)
             clips.append(clip)

@@ -21,7 +21,7 @@ from llama_mimi.common.batching import prefetch_map
 from llama_mimi.common.distributed import DistributedContext, gather
 from llama_mimi.common.files import find_files, write_atomically
 from llama_mimi.common.versions import versions
-from llama_mimi.data.code_store import StoredClip, read_codes, shard_bytes
+from llama_mimi.data.code_store import CodedClip, read_codes, shard_bytes
 from llama_mimi.evaluation.benchmarks import Clip
 
 STORED_LEVELS = 8  # levels cached if the codec has them; models with fewer levels use a prefix
@@ -98,7 +98,7 @@ def encode_clips(
             for (audio_id, waveform), codes_TQ in zip(new.items(), codes, strict=True):
                 known[audio_id] = clip = ClipCodes(codes_TQ.numpy().astype(np.uint16), waveform.is_cut)
                 seconds = len(clip.codes_TQ) / codec.frame_rate_hz
-                stored.append(StoredClip(audio_id, clip.codes_TQ, seconds, clip.is_cut))
+                stored.append(CodedClip(audio_id, clip.codes_TQ, seconds, clip.is_cut))
             content = shard_bytes(stored, deep.num_quantizers, {"columns": [], **settings})
             write_atomically(folder, f"shard-{uuid4().hex}.parquet", content)
     Q = codec.num_quantizers

@@ -1,0 +1,1 @@
+"""Corpora of recordings: open, read, filter, tokenise, and store as codes."""
