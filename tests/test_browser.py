@@ -17,7 +17,7 @@ from llama_mimi.audio.reading import read_audio
 from llama_mimi.report.document import Picture, Section, Table, pyplot, save_picture, write_html
 from llama_mimi.report.pages import make_clip
 
-pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+pytestmark = pytest.mark.slow
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HEARD = "[...document.querySelectorAll('audio')].map(a => [a.currentTime, a.duration, a.error && a.error.message])"
 

@@ -36,7 +36,6 @@ from llama_mimi.data.order import RowsInOrder
 from llama_mimi.data.tokenization import tokenize_corpus
 from llama_mimi.train_spec import build_speech_tokenizer
 
-pytestmark = pytest.mark.distributed
 CODEC = str(TINY / "mimi")
 
 

@@ -302,7 +302,6 @@ def report_of(output_dir, name="official"):
 
 
 @pytest.mark.slow
-@pytest.mark.distributed
 def test_ranks_and_kills_give_the_same_file(model_folder, some_pairs, tmp_path):
     flags = ("--batch_tokens", "1000")  # about 12 clips
     run_ranks(1, command(model_folder, tmp_path / "one", some_pairs, *flags), tmp_path / "log")

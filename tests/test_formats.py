@@ -89,7 +89,6 @@ def test_the_same_clips_in_every_layout(rows, layout, tmp_path):
         open_corpus(str(place), None, "audio", "said")
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize("layout", ["tar", "LibriSpeech", "manifest of parts", "Arrow"])
 def test_the_same_codes_through_every_format_on_any_ranks(rows, layout, tmp_path):
     def codes(name, place, nproc):
@@ -398,7 +397,6 @@ def test_cuts_lie_in_pauses_and_lose_nothing(seconds, max_seconds, pauses):
     assert ends[-1] - starts[-1] <= longest
 
 
-@pytest.mark.distributed
 def test_long_recordings_are_split_and_nothing_is_lost(rows, tmp_path, monkeypatch):
     """In pieces and as a whole, and on two ranks, the clips are the same and their sum the recording."""
     pause = np.zeros(RATE // 2, np.int16)
@@ -442,7 +440,6 @@ def test_a_recording_with_a_hole_is_skipped(rows, tmp_path, monkeypatch):
     assert isinstance(clip, SkippedClip) and clip.reason == "breaks off" and clip.message.startswith("'a' ends before")
 
 
-@pytest.mark.distributed
 def test_what_is_not_wanted_is_counted_by_name(rows, tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for number, row in enumerate(rows):
@@ -469,7 +466,6 @@ def test_what_is_not_wanted_is_counted_by_name(rows, tmp_path):
         assert done.returncode == 1 and message in done.output and "Traceback" not in done.output
 
 
-@pytest.mark.distributed
 def test_duplicates_are_counted_and_left_out(rows, tmp_path):
     """The same samples in another file, under another name and in another shard; the first in order stays."""
     wav = io.BytesIO()

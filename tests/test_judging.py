@@ -450,7 +450,6 @@ def test_one_command_from_prompts_to_results(generated, model_folder, tmp_path):
     assert code == 1 and "theirs.json' was made with wavs = " in stderr and "choose another --name" in stderr
 
 
-@pytest.mark.distributed
 def test_two_ranks_and_a_kill_change_nothing(generated, model_folder, tmp_path):
     again = Path(shutil.copytree(generated, tmp_path / "generation"))
     # As after a kill: samples, a reconstruction and values are gone, and two ranks continue.

@@ -92,7 +92,6 @@ def test_a_missing_extra_is_named(monkeypatch):
         import_extra("matplotlib")
 
 
-@pytest.mark.distributed
 def test_a_tokenised_corpus(tmp_path, capsys):
     rows = lossless_rows(str(TINY / "corpus" / "validation-*.parquet"), 6, 2.0)
     (tmp_path / "in").mkdir()

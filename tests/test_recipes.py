@@ -130,7 +130,6 @@ def test_downloads_say_each_pattern_with_a_flag_of_its_own():
         assert not any(word.startswith("--") for word in flags[1::2]) and len(flags) % 2 == 0, flags
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_recipe_on_what_is_published(rows, name, tmp_path):
     publish, left_out, is_right = PUBLISHED[name]
