@@ -182,7 +182,7 @@ def test_levels_come_from_the_same_pass():
         pending_logits(hidden_BLD, weight_VD), labels_BL
     )
     wanted_L, labels_L = plain(hidden_BLD, weight_VD, labels_BL), labels_BL.flatten()
-    sums = meter.take()
+    sums = meter.pop()
     rows = [(labels_L >= 5) & (labels_L < 21) & ((labels_L - 5) % 2 == level) for level in range(2)]
     for row, is_in in enumerate([*rows, labels_L == vocabulary.audio_end_id]):
         assert sums[1, row] == is_in.sum()

@@ -108,7 +108,7 @@ def loss_of(model, tokenizer, clips, seq_len, weights=(1.0,) * Q, is_packed=Fals
     loss = loss / (labels_BLQ != IGNORE_INDEX).sum()
     model.zero_grad()
     loss.backward()
-    return loss.detach(), meter.take()
+    return loss.detach(), meter.pop()
 
 
 def frames_of(tokenizer, codes_TQ):
@@ -174,7 +174,7 @@ def test_frames_that_do_not_train_the_depth_decoder(pair, tokenizer):
     labels_BLQ[0, 1:10][~torch.from_numpy(is_deep_T), 1:] = IGNORE_INDEX
     assert labels_BLQ[0, 9].tolist() == [tokenizer.vocabulary.audio_end_id, *[IGNORE_INDEX] * 3]
     SpeechLoss(tokenizer.vocabulary, meter, [1.0] * Q)(run(model, inputs | {"targets": labels_BLQ}), labels_BLQ)
-    torch.testing.assert_close(meter.take(), sums)
+    torch.testing.assert_close(meter.pop(), sums)
 
 
 def test_a_batch_without_targets_has_gradients(pair, tokenizer):

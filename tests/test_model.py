@@ -149,7 +149,7 @@ def loss_and_gradient(model, tokenizer, clips, seq_len, pad_id=0, is_packed=Fals
     loss = loss_sum / (labels_BL != IGNORE_INDEX).sum()
     model.zero_grad()
     loss.backward()
-    return loss.detach(), model.tok_embeddings.weight.grad.clone(), meter.take()
+    return loss.detach(), model.tok_embeddings.weight.grad.clone(), meter.pop()
 
 
 def clip(num_frames, seed):

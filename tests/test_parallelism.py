@@ -10,79 +10,62 @@ import torch.distributed.checkpoint as dcp
 from conftest import ROOT, TINY
 from forked_ranks import run_ranks
 from simulated import write_codes
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama_mimi.data.code_store import CodedClip
 from llama_mimi.model import cross_entropy
 from llama_mimi.model.architectures import build_model
 from llama_mimi.model.llama import FLAVORS
+from llama_mimi.report.curves import read_curves
 from llama_mimi.tokens.tokenizer import load_speech_tokenizer
 
-pytestmark = pytest.mark.distributed
-
-STEPS, GLOBAL_BATCH = 10, 8
+STEPS = 10
 LOSS, NORM, VALIDATION = "loss_metrics/global_avg_loss", "grad_norm", "validation_metrics/loss"
+BITS = [f"{prefix}admissible_bits_per_audio_second/all" for prefix in ("", "validation_")]
+BATCH = "--training.local_batch_size"
+GLOBAL_BATCH = "--training.global_batch_size"
 FSDP = "--parallelism.data_parallel_shard_degree"
 HSDP = "--parallelism.data_parallel_replicate_degree"
 TP = "--parallelism.tensor_parallel_degree"
-BITS = [f"{prefix}admissible_bits_per_audio_second/all" for prefix in ("", "validation_")]
-BATCH = "--training.local_batch_size"
-AUDIO = ["--model.vocabulary", "audio"]
-UNTIED = ["--model.flavor", "tiny_untied"]
-HIERARCHICAL = [
-    "--model.architecture",
-    "hierarchical",
-    "--model.depth_train_fraction",
-    "0.5",
-    "--loss.level_weights",
-    "4,2,1,1",
-]
+COMPILED = "--activation_checkpoint.mode selective --compile.enable --compile.backend aot_eager"
 FLOAT8 = "FSDP, float8 emulated"
 BFLOAT16 = "FSDP, bfloat16"
 LOOSE = {FLOAT8: ({"rel": 5e-3}, {"rel": 0.3}), BFLOAT16: ({"rel": 1e-3}, {"rel": 0.05})}  # losses, gradient norms
-# name: ranks, flags; what is not one process alone is compared with the first run of the same model
+# Flags of each model; the runs of a model are compared with its first one.
+MODELS = {
+    "tied": "",
+    "without text": "--model.vocabulary audio",
+    "untied": "--model.flavor tiny_untied",
+    "hierarchical": "--model.architecture hierarchical --model.depth_train_fraction 0.5 --loss.level_weights 4,2,1,1",
+}
+# (model, name): ranks, flags
 RUNS = {
-    "one process": (1, [BATCH, "8"]),
-    "gradient accumulation": (1, [BATCH, "2", "--training.global_batch_size", "8"]),
-    "selective checkpointing, compiled blocks": (
-        1,
-        [BATCH, "8", "--activation_checkpoint.mode", "selective", "--compile.enable", "--compile.backend", "aot_eager"],
-    ),
-    FLOAT8: (
+    ("tied", "one process"): (1, f"{BATCH} 8"),
+    ("tied", "gradient accumulation"): (1, f"{BATCH} 2 {GLOBAL_BATCH} 8"),
+    ("tied", "selective checkpointing, compiled blocks"): (1, f"{BATCH} 8 {COMPILED}"),
+    ("tied", FLOAT8): (
         2,
-        [BATCH, "4", "--model.converters", "quantize.linear.float8", "--quantize.linear.float8.emulate"],
+        f"{BATCH} 4 --model.converters quantize.linear.float8 --quantize.linear.float8.emulate",
     ),
-    BFLOAT16: (2, [BATCH, "4", "--training.mixed_precision_param", "bfloat16"]),
-    "FSDP": (2, [BATCH, "4"]),
-    "FSDP, gradient accumulation": (2, [BATCH, "2", "--training.global_batch_size", "8"]),
-    "TP": (2, [BATCH, "8", TP, "2"]),
-    "FSDP, more ranks than key heads": (4, [BATCH, "2"]),
-    "HSDP": (4, [BATCH, "2", HSDP, "2", FSDP, "2"]),
-    "FSDP x TP": (4, [BATCH, "4", FSDP, "2", TP, "2"]),
-    "without text: one process": (1, [*AUDIO, BATCH, "8"]),
-    "without text: TP": (2, [*AUDIO, BATCH, "8", TP, "2"]),
-    "untied: one process": (1, [*UNTIED, BATCH, "8"]),
-    "untied: FSDP, resharded": (2, [*UNTIED, BATCH, "4", "--parallelism.fsdp_reshard_after_forward", "always"]),
-    "untied: TP": (2, [*UNTIED, BATCH, "8", TP, "2"]),
-    "hierarchical: one process": (1, [*HIERARCHICAL, BATCH, "8"]),
-    "hierarchical: selective checkpointing, compiled blocks, gradient accumulation": (
-        1,
-        [
-            *HIERARCHICAL,
-            *(BATCH, "4", "--training.global_batch_size", "8"),
-            *("--activation_checkpoint.mode", "selective", "--compile.enable", "--compile.backend", "aot_eager"),
-        ],
-    ),
-    "hierarchical: FSDP": (2, [*HIERARCHICAL, BATCH, "4"]),
-    "hierarchical: HSDP": (4, [*HIERARCHICAL, BATCH, "2", HSDP, "2", FSDP, "2"]),
+    ("tied", BFLOAT16): (2, f"{BATCH} 4 --training.mixed_precision_param bfloat16"),
+    ("tied", "FSDP"): (2, f"{BATCH} 4"),
+    ("tied", "FSDP, gradient accumulation"): (2, f"{BATCH} 2 {GLOBAL_BATCH} 8"),
+    ("tied", "TP"): (2, f"{BATCH} 8 {TP} 2"),
+    ("tied", "FSDP, more ranks than key heads"): (4, f"{BATCH} 2"),
+    ("tied", "HSDP"): (4, f"{BATCH} 2 {HSDP} 2 {FSDP} 2"),
+    ("tied", "FSDP x TP"): (4, f"{BATCH} 4 {FSDP} 2 {TP} 2"),
+    ("without text", "one process"): (1, f"{BATCH} 8"),
+    ("without text", "TP"): (2, f"{BATCH} 8 {TP} 2"),
+    ("untied", "one process"): (1, f"{BATCH} 8"),
+    ("untied", "FSDP, resharded"): (2, f"{BATCH} 4 --parallelism.fsdp_reshard_after_forward always"),
+    ("untied", "TP"): (2, f"{BATCH} 8 {TP} 2"),
+    ("hierarchical", "one process"): (1, f"{BATCH} 8"),
+    ("hierarchical", "compiled blocks, gradient accumulation"): (1, f"{BATCH} 4 {GLOBAL_BATCH} 8 {COMPILED}"),
+    ("hierarchical", "FSDP"): (2, f"{BATCH} 4"),
+    ("hierarchical", "HSDP"): (4, f"{BATCH} 2 {HSDP} 2 {FSDP} 2"),
 }
-# What is compared by default; the others are of the full test run.
-QUICK = {
-    "FSDP, gradient accumulation",
-    "TP",
-    "hierarchical: FSDP",
-}
+# Runs that are compared by default; the others belong to the full test run.
+QUICK = {("tied", "FSDP, gradient accumulation"), ("tied", "TP"), ("hierarchical", "FSDP")}
 
 
 @pytest.fixture(scope="module")
@@ -115,29 +98,24 @@ def folder(tmp_path_factory, request):
         "--validation.seq_len": 64,
         "--validation.freq": STEPS,
     }
-    for name in runs_of(request.session.items):
-        num_ranks, flags = RUNS[name]
-        base = {"hierarchical": "tied"}.get(base_of(name), base_of(name))
-        own = {"--job.dump_folder": folder / name, "--model.hf_assets_path": folder / "base" / base}
+    for model, name in runs_of(request.session.items):
+        num_ranks, flags = RUNS[model, name]
+        base = "tied" if model == "hierarchical" else model
+        own = {"--job.dump_folder": folder / model / name, "--model.hf_assets_path": folder / "base" / base}
         words = [str(word) for item in (common | own).items() for word in item]
         initial = ["--checkpoint.initial_load_in_hf"]
-        if base_of(name) == "hierarchical":  # a Llama's folder has no depth decoder
+        if model == "hierarchical":  # a Llama's folder has no depth decoder
             initial = ["--checkpoint.initial_load_path", str(folder / "seed" / "step-0")]
-        command = ["-m", "llama_mimi.train", *words, *initial, *flags]
-        run_ranks(num_ranks, command, folder / name / "log.txt", set_up)
+        command = ["-m", "llama_mimi.train", *words, *initial, *MODELS[model].split(), *flags.split()]
+        run_ranks(num_ranks, command, folder / model / name / "log.txt", set_up)
     return folder
 
 
 def runs_of(items):
-    """The runs that the tests to come compare, and what they are compared with."""
-    here = [item for item in items if item.path == Path(__file__) and "name" in item.fixturenames]
-    names = [item.callspec.params["name"] for item in here]
-    return list(dict.fromkeys(name for compared in names for name in (one_process(compared), compared)))
-
-
-def one_process(name: str) -> str:
-    """The run of the same model in one process."""
-    return "one process" if base_of(name) == "tied" else f"{base_of(name)}: one process"
+    """Return the runs that the selected tests compare, and those in one process."""
+    here = [item for item in items if item.path == Path(__file__) and "run" in item.fixturenames]
+    runs = [item.callspec.params["run"] for item in here]
+    return list(dict.fromkeys(one for model, name in runs for one in ((model, "one process"), (model, name))))
 
 
 def set_up():
@@ -150,15 +128,8 @@ def set_up():
 def save_hierarchical(step):
     """First weights, which every run of that architecture loads."""
     torch.manual_seed(0)
-    args = replace(
-        FLAVORS["tiny"],
-        architecture="hierarchical",
-        enable_weight_tying=False,
-        vocab_size=1538,
-        num_quantizers=4,
-        codebook_size=256,
-        max_seq_len=64,
-    )
+    own = {"architecture": "hierarchical", "enable_weight_tying": False, "vocab_size": 1538, "max_seq_len": 64}
+    args = replace(FLAVORS["tiny"], num_quantizers=4, codebook_size=256, **own)
     model = build_model(args)
     with torch.no_grad():
         model.init_weights()
@@ -171,43 +142,25 @@ def write_eight_clips(folder):
     shards = []
     for name in ("a", "b", "c", "d"):
         codes = [generator.integers(0, 256, (T, 8)).astype(np.uint16) for T in generator.integers(5, 15, 2)]
-        shards.append(
-            [CodedClip(f"{name}{i}", codes_TQ, len(codes_TQ) / 12.5, False) for i, codes_TQ in enumerate(codes)]
-        )
+        shards.append([CodedClip(f"{name}{i}", one_TQ, len(one_TQ) / 12.5, False) for i, one_TQ in enumerate(codes)])
     write_codes(folder, str(TINY / "mimi"), shards)
 
 
 @pytest.mark.parametrize(
-    "name",
+    "run",
     [
-        pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow)
-        for name in RUNS
-        if not name.endswith("one process")
+        pytest.param(run, marks=[] if run in QUICK else pytest.mark.slow, id=": ".join(run))
+        for run in RUNS
+        if run[1] != "one process"
     ],
 )
-def test_ten_steps_equal_one_process(folder, name):
-    one = read(folder, one_process(name))
-    found = read(folder, name)
+def test_ten_steps_equal_one_process(folder, run):
+    model, name = run
+    one, found = (read_curves(folder / model / name) for name in ("one process", name))
     loss, norm = LOOSE.get(name, ({"abs": 1e-4}, {"rel": 1e-3}))
-    assert len(one[LOSS]) == len(one[NORM]) == STEPS
+    assert len(one[LOSS]) == len(one[NORM]) == STEPS and len(one[VALIDATION]) == 2
     assert found[LOSS] == pytest.approx(one[LOSS], **loss)
-    assert found[NORM] == pytest.approx(
-        one[NORM], **norm
-    )  # clipping and Adam would hide a wrong scale of the gradients
-    assert len(one[VALIDATION]) == 2
+    assert found[NORM] == pytest.approx(one[NORM], **norm)  # clipping and Adam would hide a wrong scale of gradients
     assert found[VALIDATION] == pytest.approx(one[VALIDATION], **loss)
     for bits in BITS:
         assert one[bits] and found[bits] == pytest.approx(one[bits], rel=loss.get("rel", 1e-4))
-
-
-def base_of(name: str) -> str:
-    """The model of a run: what its name begins with."""
-    return name.split(":")[0] if ":" in name else "tied"
-
-
-def read(folder, name) -> dict[str, list[float]]:
-    (logs,) = [path for path in (folder / name / "tb").rglob("events*") if path.is_file()]
-    events = EventAccumulator(str(logs))
-    events.Reload()
-    tags = {LOSS, NORM, VALIDATION, *BITS} & set(events.Tags()["scalars"])
-    return {tag: [event.value for event in events.Scalars(tag)] for tag in tags}

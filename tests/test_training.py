@@ -13,7 +13,9 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from conftest import ROOT, TINY
 from forked_ranks import ForkedRanks
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.optim import AdamW
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -35,60 +37,47 @@ from llama_mimi.checkpoint.conversion import convert_checkpoint, prepare_base_mo
 from llama_mimi.checkpoint.csm import csm_args, csm_config, csm_state
 from llama_mimi.checkpoint.dcp import load_model_state
 from llama_mimi.checkpoint.storage import check_step
+from llama_mimi.common.command_line import to_cli_args
 from llama_mimi.data.build import build_dataloader
 from llama_mimi.generation.continuation import SamplingOptions, continue_codes
 from llama_mimi.generation.loading import load_speech_model
 from llama_mimi.model.architectures import build_model
 from llama_mimi.model.llama import FLAVORS
+from llama_mimi.report.curves import read_curves
 from llama_mimi.tokens.tokenizer import IGNORE_INDEX, load_speech_tokenizer
 from llama_mimi.training.config_file import parse_config
 
-pytestmark = pytest.mark.distributed
 GOLDEN = Path(__file__).parent / "golden" / "tiny_loss.json"
 LOSS = "loss_metrics/global_avg_loss"
+SCHEDULE = {"lr_scheduler.total_steps": 420}  # of the README's run
 
 
-def flags_of(dump_folder: Path, **overrides) -> list[str]:
-    """The tiny run with every step logged, validation off, and ``section__key=value`` overrides."""
-    overrides = {"metrics__log_freq": 1, "validation__enable": False, **overrides}
-    flags = []
-    for key, value in overrides.items():
-        key = key.replace("__", ".")
-        if isinstance(value, bool):
-            section, name = key.rsplit(".", 1)
-            flags.append(f"--{section}.{name if value else 'no-' + name}")
-        else:
-            flags += [f"--{key}", str(value)]
-    return ["--job.config_file", "config/tiny.toml", "--job.dump_folder", str(dump_folder), *flags]
+def flags_of(dump_folder: Path, settings: dict[str, Any]) -> list[str]:
+    """Return the flags of the tiny run with every step logged, without validation."""
+    common = {"job.config_file": ROOT / "config/tiny.toml", "job.dump_folder": dump_folder}
+    return to_cli_args({**common, "metrics.log_freq": 1, "validation.enable": False, **settings})
 
 
-def start(nproc: int, dump_folder: Path, **overrides) -> ForkedRanks:
-    command = ["-m", "llama_mimi.train", *flags_of(dump_folder, **overrides)]
-    return ForkedRanks(nproc, command, dump_folder / "log.txt")
+def start(num_ranks: int, dump_folder: Path, settings: dict[str, Any], **own: Any) -> ForkedRanks:
+    command = ["-m", "llama_mimi.train", *flags_of(dump_folder, settings)]
+    return ForkedRanks(num_ranks, command, dump_folder / "log.txt", **own)
 
 
-def train(nproc: int, dump_folder: Path, **overrides) -> dict[int, float]:
-    ranks = start(nproc, dump_folder, **overrides)
+def train(num_ranks: int, dump_folder: Path, settings: dict[str, Any]) -> dict[int, float]:
+    ranks = start(num_ranks, dump_folder, settings)
     assert ranks.wait() == 0, ranks.output[-4000:]
     return losses(dump_folder)
 
 
 def losses(dump_folder: Path, tag: str = LOSS) -> dict[int, float]:
-    """Step -> value from all TensorBoard files of a run, later files first to speak."""
-    values: dict[int, float] = {}
-    for folder in sorted((dump_folder / "tb").iterdir()):
-        events = EventAccumulator(str(folder))
-        events.Reload()
-        if tag in events.Tags()["scalars"]:
-            values |= {event.step: event.value for event in events.Scalars(tag)}
-    return values
+    return read_curves(dump_folder).get(tag, {})
 
 
 @pytest.fixture(scope="module")
 def golden_run(tmp_path_factory):
     """20 steps of the README's run, with a checkpoint at step 10."""
     folder = tmp_path_factory.mktemp("golden")
-    train(2, folder, training__steps=20, lr_scheduler__total_steps=420, checkpoint__interval=10)
+    train(2, folder, {**SCHEDULE, "training.steps": 20, "checkpoint.interval": 10})
     return folder
 
 
@@ -103,19 +92,10 @@ def test_golden_loss_curve(golden_run, pytestconfig):
     assert measured[20] < measured[1] - 0.5
 
 
-def test_level_losses_average_to_the_loss(golden_run):
-    total = losses(golden_run)
-    levels = [losses(golden_run, f"loss_metrics/level_{level}") for level in range(4)]
-    for step in (1, 20):
-        mean = sum(level[step] for level in levels) / 4
-        assert mean == pytest.approx(total[step], abs=0.05)  # </audio>, one target a clip, is the rest
-
-
 def test_hours_seen_are_those_of_the_targets(golden_run):
-    """Counted by the loader of each rank, and by the loss."""
-    rates, seconds = (
-        losses(golden_run, tag) for tag in ("throughput/audio_seconds_per_s", "time_metrics/end_to_end(s)")
-    )
+    """The loader of each rank counts them, and the loss."""
+    rates = losses(golden_run, "throughput/audio_seconds_per_s")
+    seconds = losses(golden_run, "time_metrics/end_to_end(s)")
     total = sum(rates[step] * seconds[step] for step in range(1, 21))
     assert losses(golden_run, "data/hours_seen")[20] == pytest.approx(total / 3600, rel=1e-4)
 
@@ -126,25 +106,25 @@ def test_hours_seen_are_those_of_the_targets(golden_run):
     [
         pytest.param({}, id="flattened"),
         pytest.param(
-            {"model__architecture": "hierarchical", "model__depth_share": 0.25, "data__packing": "pack"},
+            {"model.architecture": "hierarchical", "model.depth_train_fraction": 0.25, "data.packing": "pack"},
             id="hierarchical",
         ),
     ],
 )
 def test_a_killed_run_continues_as_if_it_had_not_been(tmp_path, variant):
     """With gradient accumulation, loader workers, whose positions must fit together, and saving in the background."""
-    overrides = {
+    settings = {
         **variant,
-        "checkpoint__async_mode": "async",
-        "training__steps": 4,
-        "training__local_batch_size": 2,
-        "training__global_batch_size": 8,
-        "training__dataloader__num_workers": 2,
-        "checkpoint__interval": 2,
+        "checkpoint.async_mode": "async",
+        "training.steps": 4,
+        "training.local_batch_size": 2,
+        "training.global_batch_size": 8,
+        "training.dataloader.num_workers": 2,
+        "checkpoint.interval": 2,
     }
-    whole = train(2, tmp_path / "whole", **overrides)
+    whole = train(2, tmp_path / "whole", settings)
     killed = tmp_path / "killed"
-    ranks = start(2, killed, **overrides)
+    ranks = start(2, killed, settings)
     deadline = time.monotonic() + 240
     try:
         while not (killed / "checkpoint" / "step-2" / ".metadata").exists():
@@ -154,21 +134,21 @@ def test_a_killed_run_continues_as_if_it_had_not_been(tmp_path, variant):
         ranks.kill()
     assert not (killed / "checkpoint" / "step-4").exists(), "it was killed too late"
     shutil.rmtree(killed / "tb")  # what is read below was written after the kill
-    resumed = train(2, killed, **overrides)
+    resumed = train(2, killed, settings)
     assert resumed.keys() == {3, 4}, "it did not start after the checkpoint"
     assert resumed == pytest.approx({step: whole[step] for step in resumed}, abs=1e-5)
 
 
 def test_a_run_goes_on_on_other_ranks(golden_run, tmp_path):
     """A checkpoint of two ranks, on one and on three."""
-    for nproc, steps in ((1, 22), (3, 24)):
-        folder = shutil.copytree(golden_run, tmp_path / f"{nproc}")
+    for num_ranks, steps in ((1, 22), (3, 24)):
+        folder = shutil.copytree(golden_run, tmp_path / f"{num_ranks}")
         shutil.rmtree(folder / "tb")
-        resumed = train(nproc, folder, training__steps=steps, lr_scheduler__total_steps=420)
+        resumed = train(num_ranks, folder, {**SCHEDULE, "training.steps": steps})
         assert resumed.keys() == set(range(21, steps + 1)) and max(resumed.values()) < 7.2
         assert sorted(path.name for path in (folder / "checkpoint").iterdir()) == ["step-20", f"step-{steps}"]
         # A rank takes two clips a step; 20 steps of two ranks were before.
-        assert losses(folder, "data/clips_seen") == {step: 80 + 2 * nproc * (step - 20) for step in resumed}
+        assert losses(folder, "data/clips_seen") == {step: 80 + 2 * num_ranks * (step - 20) for step in resumed}
 
 
 def test_a_flipped_bit_ends_a_resumed_run(golden_run, tmp_path):
@@ -177,8 +157,7 @@ def test_a_flipped_bit_ends_a_resumed_run(golden_run, tmp_path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    flags = {"training__steps": 21, "lr_scheduler__total_steps": 420}
-    ranks = start(2, folder, **flags)
+    ranks = start(2, folder, {**SCHEDULE, "training.steps": 21})
     assert ranks.wait() == 1 and "Traceback" not in ranks.output
     assert f"error: '{path}' is damaged: a checksum does not match" in ranks.output
     assert f"use the last good step '{folder / 'checkpoint' / 'step-10'}'" in ranks.output
@@ -187,10 +166,8 @@ def test_a_flipped_bit_ends_a_resumed_run(golden_run, tmp_path):
 @pytest.mark.parametrize("mode", [pytest.param("disabled", marks=pytest.mark.slow), "async"])
 def test_a_full_disk_keeps_the_steps_before(mode, golden_run, tmp_path):
     folder = shutil.copytree(golden_run, tmp_path / "run")
-    flags = {"training__steps": 23, "lr_scheduler__total_steps": 420, "checkpoint__interval": 22}
-    flags["checkpoint__keep_latest_k"] = 0
-    command = ["-m", "llama_mimi.train", *flags_of(folder, checkpoint__async_mode=mode, **flags)]
-    ranks = ForkedRanks(2, command, tmp_path / "log.txt", set_up=no_large_files)
+    settings = {"training.steps": 23, "checkpoint.interval": 22, "checkpoint.keep_latest_k": 0}
+    ranks = start(2, folder, {**SCHEDULE, **settings, "checkpoint.async_mode": mode}, set_up=no_large_files)
     assert ranks.wait() == 1 and "Traceback" not in ranks.output
     assert "step-22' could not be written (File too large); " in ranks.output
     assert sorted(path.name for path in (folder / "checkpoint").iterdir()) == ["step-10", "step-20"]
@@ -214,144 +191,153 @@ def base_model(tmp_path_factory):
     return folder
 
 
-def test_20_steps_equal_a_plain_loop_over_hugging_face(base_model, tmp_path):
-    overrides = {
-        "model__hf_assets_path": base_model,
-        "checkpoint__initial_load_in_hf": True,
-        "training__steps": 20,
-        "optimizer__lr": 5e-4,  # at 3e-3 Adam makes 1.3e-4 of rounding in one step of the 20 on some processors
-        "lr_scheduler__warmup_steps": 0,
-        "lr_scheduler__decay_ratio": 0.0,
-        "training__local_batch_size": 2,
-    }
-    measured = train(1, tmp_path, **overrides)
-
-    flags = {
-        "--job.config_file": ROOT / "config/tiny.toml",
-        "--job.dump_folder": tmp_path / "none",
-        "--model.hf_assets_path": base_model,
-        "--training.local_batch_size": 2,
-        "--optimizer.lr": 5e-4,
-    }
-    (batches,), model, optimizer = plain_loop(base_model, flags, dp_world_size=1)
-    for step in range(1, 21):
-        inputs, labels_BL = next(batches)
-        loss = plain_loss(model, inputs["input"], labels_BL)
+def assert_equals_plain_loop(
+    run: Path, num_ranks: int, base: Path, settings: dict[str, Any], loss_of: Callable | None = None, tp: int = 1
+) -> LlamaForCausalLM:
+    """Compare the loss of each step of a run with that of a plain loop over Hugging Face's model; return that."""
+    measured = train(num_ranks, run, settings_of(base) | settings | {"parallelism.tensor_parallel_degree": tp})
+    ranks, model, optimizer = plain_loop(base, settings, num_ranks // tp)
+    for step in range(1, settings["training.steps"] + 1):
+        loss = (loss_of or plain_loss)(model, [next(batches) for batches in ranks])
         plain_step(model, optimizer, loss)
         assert measured[step] == pytest.approx(loss.item(), abs=1e-4), step
+    return model
+
+
+def settings_of(base: Path) -> dict[str, Any]:
+    """Return the settings of a run that begins with a folder's weights and has a constant learning rate."""
+    return {
+        "model.hf_assets_path": base,
+        "checkpoint.initial_load_in_hf": True,
+        "optimizer.lr": 5e-4,  # at 3e-3 Adam makes 1.3e-4 of rounding in one step of the 20 on some processors
+        "lr_scheduler.warmup_steps": 0,
+        "lr_scheduler.decay_ratio": 0.0,
+    }
+
+
+def plain_loop(base: Path, settings: dict[str, Any], dp_world_size: int) -> tuple[list, LlamaForCausalLM, AdamW]:
+    """Return every rank's batches, and Hugging Face's model with the run's optimizer, in this process."""
+    job_config = parse_config(flags_of(Path("none"), settings_of(base) | settings))
+    tokenizer = load_speech_tokenizer(str(base), str(TINY / "mimi"), 4)
+    ranks = [iter(build_dataloader(dp_world_size, rank, tokenizer, job_config)) for rank in range(dp_world_size)]
+    model = LlamaForCausalLM.from_pretrained(base)
+    return ranks, model, adamw(model)
+
+
+def adamw(model: torch.nn.Module) -> AdamW:
+    return AdamW(model.parameters(), lr=5e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+
+
+def plain_loss(model: LlamaForCausalLM, batches: list) -> torch.Tensor:
+    """Return the mean over the targets of all ranks, from all logits."""
+    inputs_BL = torch.cat([inputs["input"] for inputs, _ in batches])
+    labels_BL = torch.cat([labels_BL for _, labels_BL in batches])
+    logits_BLV = model(inputs_BL).logits
+    assert logits_BLV.shape[-1] == model.config.vocab_size
+    return F.cross_entropy(logits_BLV.flatten(0, 1), labels_BL.flatten(), ignore_index=IGNORE_INDEX)
+
+
+def plain_step(model: torch.nn.Module, optimizer: AdamW, loss: torch.Tensor) -> None:
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+
+
+def test_20_steps_equal_a_plain_loop_over_hugging_face(base_model, tmp_path):
+    assert_equals_plain_loop(tmp_path, 1, base_model, {"training.steps": 20, "training.local_batch_size": 2})
 
 
 @pytest.mark.slow
 def test_torchtitans_entry_point_is_the_same_trainer(base_model, tmp_path):
-    """It prepares its runs, too: weights are loaded beside an empty checkpoint folder, and DDP is refused."""
+    """It also prepares its runs: weights are loaded beside an empty checkpoint folder, and DDP is refused."""
     program = tmp_path / "torchtitan_train.py"  # on a GPU `-m torchtitan.train`
     program.write_text(
         "import runpy\nfrom llama_mimi.common.cpu import use_cpu_without_gpu\n"
         "use_cpu_without_gpu()\nrunpy.run_module('torchtitan.train', run_name='__main__')\n"
     )
 
-    def run(nproc, folder, **overrides):
-        torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={nproc}", "--standalone"]
-        command = [*torchrun, program, *flags_of(folder, **overrides)]
+    def run(num_ranks, folder, settings):
+        torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={num_ranks}", "--standalone"]
+        command = [*torchrun, program, *flags_of(folder, settings_of(base_model) | settings)]
         return subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=300)
 
-    overrides = {"model__hf_assets_path": base_model, "checkpoint__initial_load_in_hf": True, "training__steps": 1}
     (tmp_path / "run" / "checkpoint").mkdir(parents=True)
-    done = run(1, tmp_path / "run", **overrides)
+    done = run(1, tmp_path / "run", {"training.steps": 1})
     assert done.returncode == 0, done.stderr[-4000:]
-    measured = losses(tmp_path / "run")
-    flags = {"--job.config_file": ROOT / "config/tiny.toml", "--model.hf_assets_path": base_model}
-    (batches,), model, _ = plain_loop(base_model, flags, dp_world_size=1)
-    inputs, labels_BL = next(batches)
-    loss = plain_loss(model, inputs["input"], labels_BL)
-    assert measured == {1: pytest.approx(loss.item(), abs=1e-4)}
+    (batches,), model, _ = plain_loop(base_model, {}, dp_world_size=1)
+    loss = plain_loss(model, [next(batches)])
+    assert losses(tmp_path / "run") == {1: pytest.approx(loss.item(), abs=1e-4)}
 
-    done = run(2, tmp_path / "ddp", parallelism__data_parallel_replicate_degree=2)
+    done = run(2, tmp_path / "ddp", {"parallelism.data_parallel_replicate_degree": 2})
     assert done.returncode != 0
     assert "error: parallelism.data_parallel_replicate_degree is 2; use FSDP or HSDP" in done.stderr
     assert "UserError" not in done.stdout + done.stderr
 
 
 def test_text_in_front_of_the_audio_is_read_and_not_predicted(base_model, tmp_path):
-    """The task "tts", against Hugging Face's model; a batch has text, `<audio>` and audio tokens, in this order."""
-    overrides = {
-        "model__hf_assets_path": base_model,
-        "checkpoint__initial_load_in_hf": True,
-        "data__task": "tts",
-        "training__steps": 2,
-        "lr_scheduler__warmup_steps": 0,
-        "lr_scheduler__decay_ratio": 0.0,
-        "optimizer__lr": 5e-4,
-    }
-    measured = train(1, tmp_path, **overrides)
-    flags = {
-        "--job.config_file": ROOT / "config/tiny.toml",
-        "--job.dump_folder": tmp_path / "none",
-        "--data.task": "tts",
-        "--optimizer.lr": 5e-4,
-    }
-    (batches,), model, optimizer = plain_loop(base_model, flags, dp_world_size=1)
+    """A batch of the task "tts" has text, `<audio>` and audio tokens, in this order."""
     vocabulary = load_speech_tokenizer(str(base_model), str(TINY / "mimi"), 4).vocabulary
-    for step in (1, 2):
-        inputs, labels_BL = next(batches)
+
+    def loss_of(model, batches):
+        ((inputs, labels_BL),) = batches
         for ids_L, labels_L in zip(inputs["input"], labels_BL, strict=True):
             start = (ids_L == vocabulary.audio_start_id).nonzero().item()
             assert start > 5 and (ids_L[:start] < vocabulary.base).all(), "text"
             assert (labels_L[:start] == IGNORE_INDEX).all() and vocabulary.is_audio(labels_L[start])
-        loss = plain_loss(model, inputs["input"], labels_BL)
-        plain_step(model, optimizer, loss)
-        assert measured[step] == pytest.approx(loss.item(), abs=1e-4), step
+        return plain_loss(model, batches)
+
+    assert_equals_plain_loop(tmp_path, 1, base_model, {"data.task": "tts", "training.steps": 2}, loss_of)
 
 
 def test_without_text_from_the_base_model_to_a_converted_one(base_model, tmp_path):
     """Preparation, training and conversion with ``model.vocabulary = "audio"``, against Hugging Face's model."""
-    prepared, run, converted = (str(tmp_path / name) for name in ("prepared", "run", "converted"))
-    prepare_base_model(str(base_model), Path(prepared), codec=str(TINY / "mimi"), vocabulary="audio")
-    overrides = {
-        "model__hf_assets_path": prepared,
-        "model__vocabulary": "audio",
-        "checkpoint__initial_load_in_hf": True,
-        "checkpoint__last_save_model_only": True,
-        "training__steps": 4,
-        "lr_scheduler__warmup_steps": 0,
-        "lr_scheduler__decay_ratio": 0.0,
-    }
-    measured = train(2, Path(run), **overrides)
-
-    flags = {
-        "--job.config_file": ROOT / "config/tiny.toml",
-        "--job.dump_folder": tmp_path / "none",
-        "--model.hf_assets_path": prepared,
-        "--model.vocabulary": "audio",
-    }
-    ranks, model, optimizer = plain_loop(prepared, flags, dp_world_size=2)
-    for step in range(1, 5):
-        inputs, labels_BL = (torch.cat(parts) for parts in zip(*map(inputs_and_labels, ranks), strict=True))
-        loss = plain_loss(model, inputs, labels_BL)
-        plain_step(model, optimizer, loss)
-        assert measured[step] == pytest.approx(loss.item(), abs=1e-4), step
+    prepared, run, converted = (tmp_path / name for name in ("prepared", "run", "converted"))
+    prepare_base_model(str(base_model), prepared, codec=str(TINY / "mimi"), vocabulary="audio")
+    settings = {"model.vocabulary": "audio", "checkpoint.last_save_model_only": True, "training.steps": 4}
+    model = assert_equals_plain_loop(run, 2, prepared, settings)
     assert model.config.vocab_size == 3 + 4 * 256 + 2
 
-    convert_checkpoint(Path(run) / "checkpoint", Path(converted))
+    convert_checkpoint(run / "checkpoint", converted)
     ids_1L = AutoTokenizer.from_pretrained(converted)("<audio><3_0><5_1><7_2><9_3>", return_tensors="pt").input_ids
     assert ids_1L.tolist() == [[0, 1027, 3 + 12, 3 + 21, 3 + 30, 3 + 39]]
     stock = AutoModelForCausalLM.from_pretrained(converted)
     torch.testing.assert_close(stock(ids_1L).logits, model(ids_1L).logits, atol=1e-4, rtol=0)
-    speech = load_speech_model(converted, device="cpu")
     prompt_TQ = torch.tensor([[3, 5, 7, 9]])
+    speech = load_speech_model(str(converted), device="cpu")
     (codes_TQ,) = continue_codes(speech, prompt_TQ, SamplingOptions(seconds=0.4))
     assert torch.equal(codes_TQ[:1], prompt_TQ)
+
+
+@pytest.mark.parametrize("tp", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_packed_ranks_equal_hugging_face_clip_by_clip(base_model, tmp_path, tp):
+    """FSDP, or tensor parallel, over packed rows, against each clip of those rows in a forward pass of its own."""
+
+    def loss_of(model, batches):
+        losses_of_clips, num_targets = [], 0
+        for inputs, labels_BL in batches:
+            for row, starts_L in enumerate(inputs["positions"] == 0):
+                bounds = [*starts_L.nonzero().flatten().tolist(), len(starts_L)]
+                for begin, end in itertools.pairwise(bounds):
+                    logits_LV = model(inputs["input"][row : row + 1, begin:end]).logits[0]
+                    labels_L = labels_BL[row, begin:end]
+                    num_targets += int((labels_L != IGNORE_INDEX).sum())
+                    loss = F.cross_entropy(logits_LV, labels_L, ignore_index=IGNORE_INDEX, reduction="sum")
+                    losses_of_clips.append(loss)
+        assert len(losses_of_clips) > 2 * 2 * len(batches), "rows contain several clips"
+        return torch.stack(losses_of_clips).sum() / num_targets
+
+    assert_equals_plain_loop(tmp_path, 2, base_model, {"data.packing": "pack", "training.steps": 4}, loss_of, tp)
 
 
 def test_hierarchical_ranks_equal_transformers(tmp_path):
     """8 steps of FSDP against a plain loop over `CsmForConditionalGeneration`, with the same first weights.
 
-    Clips are cut: the rows of the ends, one for each level there, are one row here, which Adam moves otherwise.
+    Clips are cut: CSM has a row for the end at each level, this model one row for all, and Adam moves them otherwise.
     """
-    tokenizer = load_speech_tokenizer(str(TINY / "llama"), str(TINY / "mimi"), 4, "llama", "hierarchical")
     settings = {"model.architecture": "hierarchical", "data.max_audio_seconds": 0.8, "optimizer.lr": 5e-4}
-    flags = [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
-    job_config = parse_config(["--job.config_file", str(ROOT / "config/tiny.toml"), *flags])
+    settings |= {"lr_scheduler.warmup_steps": 0, "lr_scheduler.decay_ratio": 0.0, "training.steps": 8}
+    job_config = parse_config(flags_of(tmp_path, settings))
     args = copy.copy(FLAVORS["tiny"])
     args.update_from_config(job_config)
     torch.manual_seed(0)
@@ -359,22 +345,17 @@ def test_hierarchical_ranks_equal_transformers(tmp_path):
     with torch.no_grad():
         model.init_weights()
     dcp.save(model.state_dict(), checkpoint_id=tmp_path / "step-0", no_dist=True)
-    measured = train(
-        2,
-        tmp_path / "run",
-        checkpoint__initial_load_path=tmp_path / "step-0",
-        training__steps=8,
-        lr_scheduler__warmup_steps=0,
-        lr_scheduler__decay_ratio=0.0,
-        **{key.replace(".", "__"): value for key, value in settings.items()},
-    )
+    measured = train(2, tmp_path / "run", settings | {"checkpoint.initial_load_path": tmp_path / "step-0"})
     csm = CsmForConditionalGeneration(csm_config(args, codec=str(TINY / "mimi"), num_quantizers=4))
     csm.load_state_dict(csm_state(model.state_dict(), args), strict=False)
     csm.tie_weights()
-    optimizer = torch.optim.AdamW(csm.parameters(), lr=5e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    optimizer = adamw(csm)
+    tokenizer = load_speech_tokenizer(str(TINY / "llama"), str(TINY / "mimi"), 4, "llama", "hierarchical")
     ranks = [iter(build_dataloader(2, rank, tokenizer, job_config)) for rank in range(2)]
     for step in range(1, 9):
-        inputs_BLQ, labels_BLQ = (torch.cat(parts) for parts in zip(*map(inputs_and_labels, ranks), strict=True))
+        batches = [next(rank) for rank in ranks]
+        inputs_BLQ = torch.cat([inputs["input"] for inputs, _ in batches])
+        labels_BLQ = torch.cat([labels_BLQ for _, labels_BLQ in batches])
         is_frame_BL = inputs_BLQ[..., 1] >= 0
         frames_BLD = csm.backbone_model.embed_tokens(tokenizer.vocabulary.entries(inputs_BLQ))
         text_BLD = csm.embed_text_tokens(inputs_BLQ[..., 0])
@@ -394,91 +375,11 @@ def test_hierarchical_ranks_equal_transformers(tmp_path):
 
 def test_a_llama_is_where_a_hierarchical_run_begins(base_model, tmp_path):
     """The path of the 1B config, on two ranks: a learning rate of zero leaves what was loaded."""
-    train(
-        2,
-        tmp_path,
-        model__architecture="hierarchical",
-        model__hf_assets_path=base_model,
-        checkpoint__initial_load_in_hf=True,
-        training__steps=1,
-        optimizer__lr=0.0,
-    )
-    config = AutoConfig.from_pretrained(tmp_path / "hf_assets")
-    state = load_model_state(tmp_path / "checkpoint" / "step-1", csm_args(config))
-    theirs = csm_state(state, csm_args(config))
+    own = {"model.architecture": "hierarchical", "training.steps": 1, "optimizer.lr": 0.0}
+    train(2, tmp_path, settings_of(base_model) | own)
+    args = csm_args(AutoConfig.from_pretrained(tmp_path / "hf_assets"))
+    theirs = csm_state(load_model_state(tmp_path / "checkpoint" / "step-1", args), args)
     llama = LlamaForCausalLM.from_pretrained(base_model).state_dict()
     assert torch.equal(theirs["embed_text_tokens.weight"], llama["model.embed_tokens.weight"])
     for name in ("layers.3.self_attn.q_proj.weight", "layers.0.mlp.up_proj.weight", "norm.weight"):
         assert torch.equal(theirs[f"backbone_model.{name}"], llama[f"model.{name}"])
-
-
-def inputs_and_labels(batches):
-    inputs, labels_BL = next(batches)
-    return inputs["input"], labels_BL
-
-
-def plain_loop(base_model, flags, dp_world_size):
-    """Every rank's batches, and Hugging Face's model with the run's optimizer, in this process."""
-    job_config = parse_config([str(word) for flag in flags.items() for word in flag])
-    tokenizer = load_speech_tokenizer(str(base_model), str(TINY / "mimi"), 4)
-    ranks = [iter(build_dataloader(dp_world_size, rank, tokenizer, job_config)) for rank in range(dp_world_size)]
-    model = LlamaForCausalLM.from_pretrained(base_model)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=job_config.optimizer.lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1
-    )
-    return ranks, model, optimizer
-
-
-def plain_loss(model, inputs_BL, labels_BL):
-    """Mean over the targets, from all logits."""
-    logits_BLV = model(inputs_BL).logits
-    assert logits_BLV.shape[-1] == model.config.vocab_size
-    return F.cross_entropy(logits_BLV.flatten(0, 1), labels_BL.flatten(), ignore_index=IGNORE_INDEX)
-
-
-def plain_step(model, optimizer, loss):
-    optimizer.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-
-
-@pytest.mark.parametrize("dp_world_size", [2, pytest.param(1, marks=pytest.mark.slow)])
-def test_packed_ranks_equal_hugging_face_clip_by_clip(base_model, tmp_path, dp_world_size):
-    """FSDP, or tensor parallel, over packed rows, against each clip of those rows in a forward pass of its own."""
-    overrides = {
-        "model__hf_assets_path": base_model,
-        "checkpoint__initial_load_in_hf": True,
-        "data__packing": "pack",
-        "training__steps": 4,
-        "lr_scheduler__warmup_steps": 0,
-        "lr_scheduler__decay_ratio": 0.0,
-        "optimizer__lr": 5e-4,
-    }
-    flags = {
-        "--job.config_file": ROOT / "config/tiny.toml",
-        "--job.dump_folder": tmp_path / "none",
-        "--model.hf_assets_path": base_model,
-        "--data.packing": "pack",
-        "--optimizer.lr": 5e-4,
-    }
-    if dp_world_size == 1:
-        overrides["parallelism__tensor_parallel_degree"] = 2
-    measured = train(2, tmp_path, **overrides)
-    ranks, model, optimizer = plain_loop(base_model, flags, dp_world_size)
-    for step in range(1, 5):
-        losses_of_clips, num_targets = [], 0
-        for inputs, labels_BL in (next(batches) for batches in ranks):
-            for row, starts_L in enumerate(inputs["positions"] == 0):
-                bounds = [*starts_L.nonzero().flatten().tolist(), len(starts_L)]
-                for begin, end in itertools.pairwise(bounds):
-                    logits_LV = model(inputs["input"][row : row + 1, begin:end]).logits[0]
-                    labels_L = labels_BL[row, begin:end]
-                    num_targets += int((labels_L != IGNORE_INDEX).sum())
-                    losses_of_clips.append(
-                        F.cross_entropy(logits_LV, labels_L, ignore_index=IGNORE_INDEX, reduction="sum")
-                    )
-        assert len(losses_of_clips) > 2 * 2 * dp_world_size, "rows hold several clips"
-        loss = torch.stack(losses_of_clips).sum() / num_targets
-        plain_step(model, optimizer, loss)
-        assert measured[step] == pytest.approx(loss.item(), abs=1e-4), step

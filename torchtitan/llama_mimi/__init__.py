@@ -1,21 +1,23 @@
 """Speech language models on Mimi codec codes, flattened or hierarchical: everything this project adds to TorchTitan.
 
-Packages, from the top; a package imports only from lower ones (`tests/test_layout.py`):
+Packages, from the top; a package imports only from lower floors (`tests/test_layout.py`):
 
 | package | contents |
 |---|---|
-| `train` `train_spec` `job_config` | the entry point, the seams put together, the settings: what users name |
-| `study` | many runs as one: which, what they cost, the way of each to its scores |
-| `training` | settings and their checks, loss, metrics, validation |
-| `checkpoint` | distributed checkpoints, Hugging Face folders, and the way between |
-| `judging` | continuations of prompts: systems, measures, results |
-| `evaluation` | benchmarks, scores, accuracies, result files |
-| `generation` | converted models at work |
-| `data` | corpora, order, packing, the loader; making codes of audio |
+| `train` `train_spec` `job_config` | entry point, registration with TorchTitan, settings |
+| `study` | many runs from one file, and their reports |
+| `training` | checks of settings, loss, optimizer, metrics, validation |
+| `judging` | metrics of continued prompts |
+| `report` | results as tables, plots and pages |
+| `checkpoint` | distributed checkpoints, Hugging Face folders, conversion |
+| `evaluation` | benchmarks, scores, result files |
+| `generation` | continuation of speech by converted models |
+| `data` | order, packing, dataloader |
 | `model` | the decoders and their cross-entropy |
-| `tokens` | ids, text and sequences of codes |
-| `audio` | recordings and Mimi |
-| `common` | errors, files, hub, processes, versions |
+| `corpora` | formats of corpora, tokenisation, code shards |
+| `tokens` | vocabulary and token sequences |
+| `audio` | decoding of audio files, and Mimi |
+| `common` | errors, files, hub, processes |
 
 Shape suffixes used throughout:
 

@@ -1,7 +1,4 @@
-"""Settings this project adds to TorchTitan's job config, and what it defaults differently.
-
-Merged by TorchTitan through ``[job] custom_config_module = "llama_mimi.job_config"``.
-"""
+"""Settings and defaults beside TorchTitan's; ``[job] custom_config_module = "llama_mimi.job_config"`` merges them."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,10 +28,9 @@ class Checkpoint:
 
 @dataclass
 class Comm:
-    # All ranks wait for the slowest one: a shared file system may stall, or one rank may have more validation audio to
-    # encode. TorchTitan's limits, 300 s and after the first step 100 s, would end the run.
+    # All ranks wait for the slowest one, such as on a shared file system. TorchTitan's limits are 300 s and 100 s.
     init_timeout_seconds: int = 1800
-    """Timeout of collectives until the first step, and of all in a run that is resumed"""
+    """Timeout of collectives until the first step; in a resumed run, of all collectives"""
 
     train_timeout_seconds: int = 1800
     """Timeout of collectives after the first step"""
@@ -46,18 +42,18 @@ class Model:
     """llama: the tokenizer in hf_assets_path with audio tokens added; audio: its special tokens and audio tokens"""
 
     architecture: Architecture = "flattened"
-    """flattened: one decoder over the audio tokens of all levels; hierarchical: one over frames, and a small one over
-    the levels of a frame, as CSM"""
+    """flattened: one decoder over the audio tokens of all levels; hierarchical: a backbone over frames and a depth
+    decoder over the levels of a frame, as CSM"""
 
     depth_train_fraction: float = 1.0
-    """Share of the frames that train the small decoder of the hierarchical architecture, drawn anew in each epoch"""
+    """Fraction of the frames that train the depth decoder (hierarchical architecture), drawn again in each epoch"""
 
 
 @dataclass
 class Loss:
     level_weights: str = "uniform"
-    """Weights of the levels' losses, scaled to a mean of one: uniform; semantic:100, level 0 100 times as much as each
-    other; geometric:100, falling from the first to the last level to a hundredth; or Q numbers divided by commas"""
+    """Weights of the levels' losses, scaled to a mean of one: uniform; semantic:100, level 0 weighs 100 times as much
+    as each other level; geometric:100, falling from 100 at level 0 to 1 at the last; or Q numbers divided by commas"""
 
 
 @dataclass
@@ -66,14 +62,13 @@ class Codec:
     """Mimi codec: hub id or folder"""
 
     num_quantizers: int = 4
-    """Q, quantizer levels a frame; each adds 12.5 tokens per second of audio"""
+    """Q, quantizer levels per frame; each adds 12.5 tokens per second of audio"""
 
     dtype: Precision = "float32"
     """Precision of the codec; bfloat16 changes about 2 % of the codes"""
 
     sliding_window: bool = True
-    """Attend to the last 10 s, as Mimi was trained; false: to all earlier audio, as released checkpoints most probably
-    did"""
+    """Attend to the last 10 s, as in Mimi's training; false: to all earlier audio, as released checkpoints"""
 
 
 @dataclass
@@ -82,22 +77,22 @@ class Data:
     """a2a: audio alone; tts: the transcript, then the audio"""
 
     max_audio_seconds: float = 20.0
-    """Longer clips are cut here, after a whole frame (and get no </audio>)"""
+    """Longer clips are cut here, after a whole frame, and get no </audio>"""
 
     packing: Literal["pad", "pack"] = "pad"
-    """Rows of a training batch: one clip and padding, or clips end to end, with attention within a clip only"""
+    """Rows of a training batch: one clip and padding, or clips end to end with attention within each clip only"""
 
     weights: list[float] = field(default_factory=list)
-    """Shares of audio of the corpora in training.dataset; empty for each in proportion to its size"""
+    """Fractions of audio of the corpora in training.dataset; empty for each in proportion to its size"""
 
     split: str | None = None
-    """Split of training.dataset where that is a folder that holds several, such as train-*, test-*"""
+    """Split of training.dataset, if it is a folder with several, such as train-*, test-*"""
 
     validation_split: str | None = None
-    """Split of validation.dataset where that is a folder that holds several"""
+    """Split of validation.dataset, if it is a folder with several"""
 
     validation_clips: int = -1
-    """Clips of validation.dataset that are used, from its beginning and by all ranks together; -1 for all"""
+    """Number of clips of validation.dataset, from its beginning and over all ranks; -1 for all"""
 
     audio_column: str = "audio"
     """Column of audio{bytes,path} structs"""
@@ -106,11 +101,11 @@ class Data:
     """Column of transcripts, read by the task tts only"""
 
     shuffle_window: int = 4096
-    """Clips shuffled together. Row groups are shuffled as a whole, and a block has at least one. Each loader worker
-    holds a block in memory: of 4,096 clips of 14 s about 1 GB of FLAC at 16 kHz, or 11 MB of codes"""
+    """Clips shuffled together, at least one row group. Each loader worker keeps a window in memory: 4,096 clips of 14 s
+    are about 1 GB of FLAC at 16 kHz, or 11 MB of codes"""
 
     max_skip_fraction: float = 0.01
-    """Training stops when a larger share of the clips cannot be used, judged once 100 were read and after each epoch"""
+    """Training stops if a larger fraction of the clips cannot be used, checked after 100 clips and after each epoch"""
 
 
 @dataclass

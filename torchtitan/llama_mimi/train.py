@@ -7,7 +7,6 @@ import logging
 import os
 import sys
 from contextlib import suppress
-from typing import Any
 
 import torch
 
@@ -26,31 +25,27 @@ from llama_mimi.training.config_file import parse_config  # noqa: E402
 
 
 def main() -> None:
+    """Train, and close checkpoints and metrics however the training ends."""
     end_with_torchrun()
     init_logger()
     if int(os.environ.get("RANK", 0)) > 0:
-        logger.setLevel(logging.WARNING)  # rank 0 alone says what all ranks would
+        logger.setLevel(logging.WARNING)  # rank 0 alone logs what all ranks would
     with report_error_once():
         job_config = parse_config(sys.argv[1:])
         if "LOCAL_RANK" not in os.environ:
             command = "torchrun --standalone --nproc_per_node=1 -m llama_mimi.train"
             raise UserError(f"LOCAL_RANK is not set, as this is not started by torchrun; start it as `{command} ...`")
-        train(job_config)
+        trainer = Trainer(job_config)
+        try:
+            trainer.train()
+        except BaseException as error:
+            if isinstance(error, OSError) and error.filename is None:  # TensorBoard does not name its file
+                error.filename = job_config.job.dump_folder
+            with suppress(OSError):  # on a full disk the metrics cannot be closed; the first error says why
+                trainer.close()
+            raise
+        trainer.close()
     torch.distributed.destroy_process_group()
-
-
-def train(job_config: Any) -> None:
-    """Train, and close checkpoints and metrics however the training ends."""
-    trainer = Trainer(job_config)
-    try:
-        trainer.train()
-    except BaseException as error:
-        if isinstance(error, OSError) and error.filename is None:  # of TensorBoard, which does not name its file
-            error.filename = job_config.job.dump_folder
-        with suppress(OSError):  # on a full disk the metrics cannot be closed; the first error says why
-            trainer.close()
-        raise
-    trainer.close()
 
 
 if __name__ == "__main__":

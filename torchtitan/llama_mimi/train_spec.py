@@ -1,18 +1,15 @@
 """Registers the train spec "llama_mimi" with TorchTitan: ``[experimental] custom_import = "llama_mimi.train_spec"``."""
 
-import json
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from types import TracebackType
 from typing import Any
 
 import torch
-from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
-from torchtitan.tools.logging import logger
 
 from llama_mimi.audio.mimi import load_codec_config
 from llama_mimi.checkpoint.architectures import save_run_record, speech_config
@@ -26,23 +23,14 @@ from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs
 from llama_mimi.tokens.tokenizer import SpeechTokenizer, load_speech_tokenizer
 from llama_mimi.training.checkpoints import use_checksums
 from llama_mimi.training.checks import prepare_run
-from llama_mimi.training.loss import LevelMeter, SpeechLoss, level_weights
-from llama_mimi.training.metrics import Meters, SpeechMetrics
+from llama_mimi.training.loss import LevelMeter, SpeechLoss, level_fractions, level_weights
+from llama_mimi.training.metrics import Meters, SpeechMetrics, SpeechValidator
 from llama_mimi.training.optimizer import SpeechSchedulers, StepGuard, build_speech_optimizers
-from llama_mimi.training.validator import SpeechValidator
 
 # TorchTitan builds metrics apart from losses and loader; these meters connect them.
 _meters = Meters()
 _guard = StepGuard(_meters.train)
-
-
-def print_config(job_config: Any) -> None:
-    """Print the config where job.print_config asks for it; `prepare_run` saves it once the folder is locked."""
-    if job_config.job.print_config:
-        logger.info(f"Running with configs: {json.dumps(job_config.to_dict(), indent=2, ensure_ascii=False)}")
-
-
-JobConfig.maybe_log = print_config  # TorchTitan's own method also saves it, before the run is checked
+JobConfig.maybe_log = lambda job_config: None  # it would save the config before the run is checked; `prepare_run` does
 
 
 def build_tokenizer(job_config: Any) -> SpeechTokenizer:
@@ -51,16 +39,17 @@ def build_tokenizer(job_config: Any) -> SpeechTokenizer:
     TorchTitan's own entry point knows neither `UserError` nor that ranks should end with torchrun.
     """
     end_with_torchrun()
-    sys.excepthook = partial(report_uncaught, sys.excepthook)
+    sys.excepthook = report_uncaught
     prepare_run(job_config)
     use_checksums(job_config.checkpoint.verify)
+    job_config.quantize.linear.float8.filter_fqns.append("output")  # the loss needs the output matrix in full precision
     return build_speech_tokenizer(job_config)
 
 
-def report_uncaught(others: Callable[..., None], kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Report an uncaught `UserError` as one sentence; ``others`` handles other errors."""
+def report_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Report an uncaught `UserError` as one sentence."""
     if not isinstance(error, UserError):
-        others(kind, error, trace)
+        sys.__excepthook__(kind, error, trace)
         return
     with suppress(UserError), report_error_once():
         raise error
@@ -74,36 +63,24 @@ def build_speech_tokenizer(job_config: Any) -> SpeechTokenizer:
     )
 
 
-def build_loss(job_config: Any, **kwargs: Any) -> SpeechLoss:
-    weights = level_weights(job_config.loss.level_weights, _level_shares(job_config))
-    return _build_loss(job_config, _meters.train, weights)
-
-
-def build_validator(job_config: Any, **kwargs: Any) -> SpeechValidator:
-    loss_fn = _build_loss(job_config, _meters.validation, [1.0] * job_config.codec.num_quantizers)
-    return SpeechValidator(job_config=job_config, **kwargs | {"loss_fn": loss_fn})
-
-
-def _level_shares(job_config: Any) -> list[float]:
-    """Return the fraction of the frames in which each level has a target."""
-    return [1.0, *[job_config.model.depth_train_fraction] * (job_config.codec.num_quantizers - 1)]
-
-
-def _build_loss(job_config: Any, meter: LevelMeter, weights: list[float]) -> SpeechLoss:
+def build_loss(
+    job_config: Any, meter: LevelMeter = _meters.train, weights: list[float] | None = None, **kwargs: Any
+) -> SpeechLoss:
+    """Build the loss of training; validation has its own meter and weights."""
+    weights = weights or level_weights(job_config.loss.level_weights, level_fractions(job_config))
     settings = job_config.compile
     is_compiled = settings.enable and "loss" in settings.components
     chunk_step = torch.compile(chunk_losses, backend=settings.backend) if is_compiled else None
     return SpeechLoss(build_speech_tokenizer(job_config).vocabulary, meter, weights, chunk_step)
 
 
-def build_guarded_optimizers(*args: Any, **kwargs: Any) -> OptimizersContainer:
-    optimizers = build_speech_optimizers(*args, **kwargs)
-    optimizers.register_step_pre_hook(_guard.before_step)
-    return optimizers
+def build_validator(job_config: Any, **kwargs: Any) -> SpeechValidator:
+    loss_fn = build_loss(job_config, _meters.validation, [1.0] * job_config.codec.num_quantizers)
+    return SpeechValidator(job_config=job_config, **kwargs | {"loss_fn": loss_fn})
 
 
 def build_metrics(job_config: Any, parallel_dims: ParallelDims, model_args: LlamaMimiArgs) -> SpeechMetrics:
-    """The metrics of a run, and the record of its model beside them."""
+    """Build the metrics of a run, and write the record of its model."""
     codec = job_config.codec
     tokenizer = build_speech_tokenizer(job_config)
     codec_config = load_codec_config(codec.name, codec.num_quantizers)
@@ -113,7 +90,7 @@ def build_metrics(job_config: Any, parallel_dims: ParallelDims, model_args: Llam
     training = {"task": job_config.data.task, "max_audio_seconds": seconds}
     config = speech_config(model_args, tokenizer, codec.name, codec.sliding_window, **training)
     save_run_record(job_config.job.dump_folder, config, tokenizer)
-    return SpeechMetrics(job_config, parallel_dims, _meters, _guard, _level_shares(job_config), frame_rate_hz)
+    return SpeechMetrics(job_config, parallel_dims, _meters, _guard, frame_rate_hz)
 
 
 register_train_spec(
@@ -123,7 +100,7 @@ register_train_spec(
         model_args=FLAVORS,
         parallelize_fn=parallelize,
         pipelining_fn=None,
-        build_optimizers_fn=build_guarded_optimizers,
+        build_optimizers_fn=partial(build_speech_optimizers, guard=_guard),
         build_lr_schedulers_fn=SpeechSchedulers,
         build_dataloader_fn=partial(build_dataloader, meter=_meters.data),
         build_tokenizer_fn=build_tokenizer,

@@ -1,6 +1,8 @@
 """TorchTitan's checkpoint manager with checksums, and with one sentence for a full disk or a damaged file."""
 
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,17 +20,13 @@ _save_of_engine = engine.CheckpointManager.save
 
 
 def use_checksums(verify: bool) -> None:
-    """Let TorchTitan's checkpoint manager write checksums, and compare them on loading if ``verify`` is set.
+    """Let TorchTitan's checkpoint manager write checksums, and compare them on loading if ``verify`` is set."""
 
-    The manager passes a path to DCP, so its three DCP functions are replaced. A path of None means weights in Hugging
-    Face's format.
-    """
-
-    def save(state: Any, *, storage_writer: Any, checkpoint_id: str | None) -> Any:
-        return dcp.save(state, storage_writer=CheckedWriter(checkpoint_id) if checkpoint_id else storage_writer)
-
-    def async_save(state: Any, *, storage_writer: Any, checkpoint_id: str, **settings: Any) -> Any:
-        return dcp.async_save(state, storage_writer=CheckedWriter(checkpoint_id), **settings)
+    # The manager passes a path, or None and a writer or reader of Hugging Face's format.
+    def save(of_dcp: Callable, state: Any, *, storage_writer: Any, checkpoint_id: str | None, **settings: Any) -> Any:
+        return of_dcp(
+            state, storage_writer=CheckedWriter(checkpoint_id) if checkpoint_id else storage_writer, **settings
+        )
 
     def load(state: Any, *, storage_reader: Any = None, checkpoint_id: str | None = None) -> None:
         if checkpoint_id is None:
@@ -36,7 +34,7 @@ def use_checksums(verify: bool) -> None:
         else:
             load_step(state, Path(checkpoint_id), verify)
 
-    engine.dcp = SimpleNamespace(save=save, async_save=async_save, load=load)
+    engine.dcp = SimpleNamespace(save=partial(save, dcp.save), async_save=partial(save, dcp.async_save), load=load)
     engine.CheckpointManager.save = _save_and_purge
 
 

@@ -4,7 +4,6 @@ import copy
 import json
 import math
 import re
-import socket
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -35,20 +34,15 @@ from llama_mimi.job_config import checkpoint_folder
 from llama_mimi.model.llama import FLAVORS
 from llama_mimi.tokens.tokenizer import load_speech_tokenizer
 from llama_mimi.tokens.vocabulary import has_text
-from llama_mimi.training.loss import level_weights
+from llama_mimi.training.loss import level_fractions, level_weights
 
 FLOAT8 = "quantize.linear.float8"  # TorchTitan's name of the converter
 # Entries that must agree between a flavor, a Hugging Face folder and an earlier run in the same dump_folder.
 MODEL_KEYS = ("model_type", *NETWORK_KEYS, "tie_word_embeddings")
 RECORD_KEYS = (*MODEL_KEYS, "num_quantizers", "codec", "codec_sliding_window", "vocab_size", "text_vocab_size")
-# Degrees in the order in which ParallelDims takes them.
-DEGREES = (
-    "data_parallel_replicate data_parallel_shard context_parallel tensor_parallel pipeline_parallel expert_parallel "
-    "expert_tensor_parallel"
-)
 # Other nodes may see a change on a network file system a minute later (acdirmax of NFS).
 SECONDS_FOR_NODES_TO_AGREE = 90
-_held = ExitStack()  # locks of rank 0, until the process ends
+_locks = ExitStack()  # of rank 0, until the process ends
 
 _FLATTENED_ONLY = "leave it out: model.architecture 'hierarchical' runs with FSDP and HSDP only"
 # Settings, divided by spaces; a condition on the value and the config with the entries of `check_settings`; and the
@@ -58,13 +52,11 @@ RULES: list[tuple[str, Callable[[Any, Any], Any], str]] = [
     ("model.flavor", lambda v, c: v in FLAVORS, f"choose one of: {', '.join(FLAVORS)}"),
     (
         "training.steps training.local_batch_size data.max_audio_seconds data.shuffle_window codec.num_quantizers "
-        "validation.local_batch_size validation.freq metrics.log_freq checkpoint.interval comm.init_timeout_seconds "
-        "comm.train_timeout_seconds",
+        "validation.local_batch_size validation.freq metrics.log_freq checkpoint.interval",
         lambda v, c: 0 < v < math.inf,
         "set a positive, finite number",
     ),
     ("data.validation_clips", lambda v, c: v == -1 or v > 0, "set a positive number, or -1 for all clips"),
-    ("data.max_skip_fraction", lambda v, c: 0 <= v <= 1, "set a fraction between 0 and 1"),
     ("training.max_norm", lambda v, c: v > 0, "set a positive number, or inf for no clipping"),
     ("optimizer.name", lambda v, c: v in ("Adam", "AdamW"), "choose 'Adam' or 'AdamW'"),
     ("optimizer.beta1 optimizer.beta2", lambda v, c: 0 <= v < 1, "set a number of at least 0 and below 1"),
@@ -94,22 +86,14 @@ RULES: list[tuple[str, Callable[[Any, Any], Any], str]] = [
     ("checkpoint.folder", lambda v, c: not re.search(r"^\.{0,2}$|/", v), "name a folder of its own in job.dump_folder"),
     ("checkpoint.folder", lambda v, c: v not in (c.metrics.save_tb_folder, ASSETS_FOLDER), "name a folder of its own"),
     ("checkpoint.keep_latest_k", lambda v, c: v != 1, "keep at least 2, as the last may be half written, or 0 for all"),
-    (
-        "model.depth_train_fraction",
-        lambda v, c: v == 1 or (0 < v < 1 and not c.is_flattened),
-        "set 1, or less if hierarchical",
-    ),
+    ("model.depth_train_fraction", lambda v, c: 0 < v <= 1, "set 1, or a smaller positive fraction"),
+    ("model.depth_train_fraction", lambda v, c: v == 1 or not c.is_flattened, "set 1, or use 'hierarchical'"),
     ("codec.num_quantizers", lambda v, c: v >= 2 or c.is_flattened, "'hierarchical' needs at least 2 levels"),
     ("model.converters checkpoint.last_save_in_hf", lambda v, c: not v or c.is_flattened, _FLATTENED_ONLY),
     ("parallelism.tensor_parallel_degree", lambda v, c: v == 1 or c.is_flattened, _FLATTENED_ONLY),
     ("parallelism.context_parallel_degree", lambda v, c: v == 1 or c.is_flattened, _FLATTENED_ONLY),
     ("model.converters", lambda v, c: v in ([], [FLOAT8]), f"the one converter for this model is '{FLOAT8}'"),
     ("model.converters", lambda v, c: not v or find_spec("torchao"), "install torchao with `uv sync --extra float8`"),
-    (
-        "quantize.linear.float8.filter_fqns",
-        lambda v, c: not c.model.converters or FLAVORS[c.model.flavor].enable_weight_tying or "output" in v,
-        "set --quantize.linear.float8.filter_fqns output, as the loss needs the output matrix unconverted",
-    ),
     ("parallelism.pipeline_parallel_degree", lambda v, c: v == 1, "set 1: pipeline parallelism is not supported"),
     ("parallelism.data_parallel_replicate_degree", lambda v, c: v == 1 or c.dims.dp_shard > 1, "use FSDP or HSDP"),
     ("parallelism.disable_loss_parallel", lambda v, c: not v, "leave it out: the loss needs it"),
@@ -118,23 +102,21 @@ RULES: list[tuple[str, Callable[[Any, Any], Any], str]] = [
 
 
 def prepare_run(job_config: Any) -> None:
-    """Check a run, lock its folder, save its config and move steps aside. Rank 0 does it, and the others wait.
-
-    Raises:
-        UserError: on every rank the first problem, or on one node that it sees other steps than the first node.
-    """
+    """On rank 0 check a run, lock its folder, save its config and move steps aside; all ranks raise its `UserError`."""
     checkpoint, settings = checkpoint_folder(job_config), job_config.checkpoint
 
     def steps() -> list[int] | None:
-        return sorted(complete_steps(checkpoint)) if checkpoint.is_dir() else None
+        return sorted(complete_steps(checkpoint)) if settings.enable and checkpoint.is_dir() else None
 
     def prepare() -> list[int] | None:
         check_settings(job_config, dist.get_world_size() if dist.is_initialized() else 1)
         check_files(job_config)
-        folder = Path(job_config.job.dump_folder)
-        _held.enter_context(locked(folder / LOCK, "job.dump_folder"))
-        if name := job_config.job.save_config_file:
-            write_atomically(str(folder), name, json.dumps(job_config.to_dict(), indent=2).encode())
+        job, resolved = job_config.job, json.dumps(job_config.to_dict(), indent=2)
+        _locks.enter_context(locked(Path(job.dump_folder, LOCK), "job.dump_folder"))
+        if job.print_config:
+            logger.info(f"Running with configs: {resolved}")
+        if job.save_config_file:
+            write_atomically(job.dump_folder, job.save_config_file, resolved.encode())
         if settings.enable and settings.load_step != -1:
             set_aside_later(checkpoint, settings.load_step)
         if settings.enable and (settings.initial_load_in_hf or settings.initial_load_path):
@@ -144,18 +126,19 @@ def prepare_run(job_config: Any) -> None:
     of_first = broadcast_from_rank0(prepare)
     # Each node looks for steps itself, and TorchTitan would start from random weights if the folder has none.
     for _ in range(SECONDS_FOR_NODES_TO_AGREE):
-        if not settings.enable or steps() == of_first:
+        if steps() == of_first:
             return
         time.sleep(1)
-    found = f"the steps in '{checkpoint}' are {steps()} on {socket.gethostname()}, but {of_first} on the first node"
+    found = f"the steps in '{checkpoint}' are {steps()} on this node, but {of_first} on the first node"
     raise UserError(f"{found}; let all nodes see the same job.dump_folder")
 
 
 def check_settings(job_config: Any, world_size: int) -> None:
     """Refuse settings that cannot run on any machine; a `UserError` names the first rule that is broken."""
-    degrees = [getattr(job_config.parallelism, f"{name}_degree") for name in DEGREES.split()]
+    names = "data_parallel_replicate data_parallel_shard context_parallel tensor_parallel pipeline_parallel"
+    degrees = [getattr(job_config.parallelism, f"{name}_degree") for name in names.split()]
     try:
-        dims = ParallelDims(*degrees, world_size=world_size)
+        dims = ParallelDims(*degrees, ep=1, etp=1, world_size=world_size)
     except AssertionError as error:
         problem = f"the degrees in [parallelism] do not fit {world_size} ranks ({str(error) or 'too few'})"
         raise UserError(f"{problem}; change them, or torchrun's --nproc_per_node") from error
@@ -166,26 +149,19 @@ def check_settings(job_config: Any, world_size: int) -> None:
         divisor=dims.seq_len_divisor if dims.cp > 1 else dims.tp,
         pass_size=job_config.training.local_batch_size * dims.dp_replicate * dims.dp_shard,
     )
-    for keys, holds, demand in RULES:
+    for keys, is_valid, demand in RULES:
         for key in keys.split():
             value = reduce(getattr, key.split("."), config)
             is_used = config.validation.enable or not key.startswith("validation.")
-            if is_used and not holds(value, config):
+            if is_used and not is_valid(value, config):
                 raise UserError(f"{key} is {value!r}; {demand.format(**vars(config))}")
-    level_weights(job_config.loss.level_weights, [1.0] * job_config.codec.num_quantizers)
+    level_weights(job_config.loss.level_weights, level_fractions(job_config))
 
 
 def check_files(job_config: Any) -> None:
-    """Refuse what cannot run on this machine: device, corpora, model folder, earlier runs."""
+    """Refuse corpora, a model folder, an earlier run or a machine that do not fit the settings."""
     if job_config.parallelism.context_parallel_degree > 1 and not torch.cuda.is_available():
         raise UserError("parallelism.context_parallel_degree is more than 1, which needs GPUs; set it to 1")
-    _check_data(job_config)
-    _check_model(job_config)
-    if job_config.checkpoint.enable:
-        _check_resume(job_config)
-
-
-def _check_data(job_config: Any) -> None:
     data, codec = job_config.data, job_config.codec
     for section in ("training", *["validation"] * job_config.validation.enable):
         values = getattr(job_config, section)
@@ -200,21 +176,29 @@ def _check_data(job_config: Any) -> None:
                 raise UserError(f"'{name}' is a tokenised corpus without splits; leave dataset_path and the split out")
             else:
                 CodeCorpus(name, codec.name, codec.num_quantizers, codec.sliding_window, with_text=data.task == "tts")
+    _check_model(job_config)
+    if job_config.checkpoint.enable:
+        _check_resume(job_config)
 
 
 def _check_model(job_config: Any) -> None:
+    """Refuse a model folder that does not fit the settings, and the folder of a run of another model."""
     model, codec, settings = job_config.model, job_config.codec, job_config.checkpoint
     flags = f"--codec {codec.name} --num_quantizers {codec.num_quantizers} --vocabulary {model.vocabulary}"
     prepare = f"`scripts/prepare_base_model.py {flags}`"
+    assets = f"model.hf_assets_path '{model.hf_assets_path}'"
     if not Path(model.hf_assets_path).is_dir():
-        raise UserError(f"model.hf_assets_path '{model.hf_assets_path}' is not a folder; create one with {prepare}")
+        raise UserError(f"{assets} is not a folder; create one with {prepare}")
     tokenizer = load_speech_tokenizer(model.hf_assets_path, codec.name, codec.num_quantizers, model.vocabulary)
     if model.vocabulary == "llama" and not has_text(tokenizer.text_tokenizer):
-        problem = f"model.vocabulary is 'llama', but the tokenizer in '{model.hf_assets_path}' has no text"
-        raise UserError(f"{problem}; set it to 'audio', or name a folder by {prepare}")
+        raise UserError(f"{assets} has no text; set model.vocabulary to 'audio', or name a folder by {prepare}")
+
+    def entries(config: PreTrainedConfig, keys: tuple[str, ...]) -> dict[str, Any]:
+        return {key: getattr(config, key, None) for key in keys}
+
     args = copy.copy(FLAVORS[model.flavor])
     base, _ = load_config(model.hf_assets_path, "model")
-    found, wanted = _entries(base, MODEL_KEYS), _entries(hf_config(args), MODEL_KEYS)
+    found, wanted = entries(base, MODEL_KEYS), entries(hf_config(args), MODEL_KEYS)
     args.update_from_config(job_config)
     if settings.initial_load_in_hf:
         wanted["vocab_size"], found["vocab_size"] = tokenizer.vocabulary.size, base.vocab_size
@@ -222,26 +206,21 @@ def _check_model(job_config: Any) -> None:
         if hasattr(base, "codec_sliding_window") or (hasattr(base, "num_quantizers") and not hasattr(base, "codec")):
             wanted["codec.sliding_window"] = codec.sliding_window
             found["codec.sliding_window"] = has_sliding_window(base)
-    what = f"model.hf_assets_path '{model.hf_assets_path}'"
     remedy = f"fix model.flavor or codec.sliding_window, or create another folder with {prepare}"
-    require_same(found, wanted, what, remedy)
+    require_same(found, wanted, assets, remedy)
     if settings.initial_load_in_hf:
         check_initial_weights(settings.initial_load_path or model.hf_assets_path, args)
-    folder = Path(job_config.job.dump_folder)
-    if checkpoint_folder(job_config).is_dir() and (folder / ASSETS_FOLDER).is_dir():
-        earlier, _ = load_config(str(folder / ASSETS_FOLDER), "run record")
+    record = Path(job_config.job.dump_folder, ASSETS_FOLDER)
+    if checkpoint_folder(job_config).is_dir() and record.is_dir():
+        earlier, _ = load_config(str(record), "run record")
         own = speech_config(args, tokenizer, codec.name, codec.sliding_window)
+        run = f"the run in job.dump_folder '{record.parent}'"
         remedy = "set it as before, or choose another job.dump_folder"
-        what = f"the run in job.dump_folder '{folder}'"
-        require_same(_entries(earlier, RECORD_KEYS), _entries(own, RECORD_KEYS), what, remedy)
-
-
-def _entries(config: PreTrainedConfig, keys: tuple[str, ...]) -> dict[str, Any]:
-    return {key: getattr(config, key, None) for key in keys}
+        require_same(entries(earlier, RECORD_KEYS), entries(own, RECORD_KEYS), run, remedy)
 
 
 def _check_resume(job_config: Any) -> None:
-    """Refuse a step that cannot be resumed. The loader itself checks that a saved position fits the data."""
+    """Refuse a step that cannot be resumed, and log settings that changed. The loader checks the saved position."""
     settings, folder = job_config.checkpoint, checkpoint_folder(job_config)
     steps = complete_steps(folder)
     number = max(steps, default=-1) if settings.load_step == -1 else settings.load_step
@@ -250,35 +229,24 @@ def _check_resume(job_config: Any) -> None:
             read_index(Path(settings.initial_load_path))
         return
     if number not in steps:
-        there = ", ".join(map(str, sorted(steps))) or "none"
-        raise UserError(f"checkpoint.load_step is {number}, but the complete steps in '{folder}' are: {there}")
+        raise UserError(f"checkpoint.load_step is {number}, but the complete steps in '{folder}' are {sorted(steps)}")
     # From step 0, a seed checkpoint, TorchTitan loads the weights alone, so that no position is needed.
     needs_position = number > 0 and "dataloader" not in settings.exclude_from_loading
     entries = read_index(steps[number]).state_dict_metadata if is_distributed(steps[number]) else None
     if entries is None or (needs_position and "dataloader.position" not in entries):
-        raise UserError(
-            f"'{steps[number]}' contains weights only, without a position in the data, and cannot be resumed; start in "
-            "another job.dump_folder with it as checkpoint.initial_load_path (and initial_load_in_hf for safetensors)"
-        )
-    if number:
-        _log_changes(job_config)
-    if number >= job_config.training.steps:
-        reached = f"the run has reached step {number} of {job_config.training.steps}, so nothing is left to train"
-        logger.warning(f"{reached}; set a higher --training.steps to continue")
-
-
-def _log_changes(job_config: Any) -> None:
-    """Log the settings of the schedule and the training that differ from those of the last start."""
-    earlier = None
-    if name := job_config.job.save_config_file:
-        with suppress(UserError):  # a config that cannot be read is written again
-            earlier = read_json(job_config.job.dump_folder, name)
-    now = job_config.to_dict()
+        problem = f"'{steps[number]}' contains weights only, without a position in the data, and cannot be resumed"
+        remedy = "use it as checkpoint.initial_load_path (and initial_load_in_hf for safetensors) of another run"
+        raise UserError(f"{problem}; {remedy}")
+    earlier = now = job_config.to_dict()
+    with suppress(UserError):  # a config that cannot be read is written again
+        earlier = read_json(job_config.job.dump_folder, str(job_config.job.save_config_file)) or now
     changes = [
         f"{section}.{key} {before} -> {value}"
-        for section in ("lr_scheduler", "training")  # the optimizer's are compared with the checkpoint
+        for section in ("optimizer", "lr_scheduler", "training")
         for key, value in now[section].items()
-        if earlier and (before := (earlier.get(section) or {}).get(key)) != value
+        if (before := (earlier.get(section) or {}).get(key)) != value
     ]
-    if changes:
+    if changes and number:
         logger.warning(f"settings changed since the last start: {', '.join(changes)}")
+    if number >= job_config.training.steps:
+        logger.warning(f"the run has reached step {number} already; set a higher --training.steps to continue")

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import os
 import tomllib
+from inspect import formatannotation
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -40,29 +41,28 @@ def parse_config(args: list[str]) -> Any:
     for flag, following in zip(args, [*args[1:], ""], strict=False):
         key, has_value, value = flag.partition("=")
         if key.replace("-", "_") == "__job.config_file":
-            _check_file(config_class, value if has_value else following)
-    try:
-        job_config = ConfigManager(config_class).parse_args(args)
-    except AssertionError as error:  # some of TorchTitan's settings check themselves
-        raise UserError(f"TorchTitan refuses a setting: {error}") from error
+            path = value if has_value else following
+            try:
+                values = tomllib.loads(Path(path).read_text())
+            except (OSError, ValueError) as error:
+                raise UserError(f"the config file '{path}' cannot be read ({error}); name a TOML file") from error
+            keys = {
+                *values,
+                *(f"{a}.{b}" for a, section in values.items() if isinstance(section, dict) for b in section),
+            }
+            if changes := [
+                f"rename '{k}' to '{v}'" if v else f"remove '{k}'" for k, v in OLD_KEYS.items() if k in keys
+            ]:
+                raise UserError(f"'{path}' has old keys; {', '.join(changes)}")
+            _check_section(config_class, values, path)
+    job_config = ConfigManager(config_class).parse_args(args)
     check_settings(job_config, world_size=int(os.environ.get("WORLD_SIZE", 1)))
     return job_config
 
 
-def _check_file(config_class: Any, path: str) -> None:
-    try:
-        values = tomllib.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"the config file '{path}' cannot be read ({error}); name a TOML file") from error
-    found = {*values, *(f"{name}.{key}" for name, keys in values.items() if isinstance(keys, dict) for key in keys)}
-    if old := [key for key in OLD_KEYS if key in found]:
-        changes = [f"rename '{key}' to '{new}'" if (new := OLD_KEYS[key]) else f"remove '{key}'" for key in old]
-        raise UserError(f"'{path}' has old keys; {', '.join(changes)}")
-    _check_keys(config_class, values, "", path)
-
-
-def _check_keys(config_class: Any, values: dict[str, Any], prefix: str, path: str) -> None:
-    types = {field.name: field.type for field in dataclasses.fields(config_class)}
+def _check_section(section: Any, values: dict[str, Any], path: str, prefix: str = "") -> None:
+    """Refuse keys of a TOML file that the dataclass of a section does not have, and values of another type."""
+    types = {field.name: field.type for field in dataclasses.fields(section)}
     for key, value in values.items():
         name = prefix + key
         if key not in types:
@@ -72,10 +72,9 @@ def _check_keys(config_class: Any, values: dict[str, Any], prefix: str, path: st
         if dataclasses.is_dataclass(types[key]):
             if not isinstance(value, dict):
                 raise UserError(f"'{path}' sets '{name}' to {value!r}; it is a section, written [{name}]")
-            _check_keys(types[key], value, f"{name}.", path)
+            _check_section(types[key], value, path, f"{name}.")
         elif not fits(value, types[key]):
-            wanted = getattr(types[key], "__name__", "") if isinstance(types[key], type) else str(types[key])
-            raise UserError(f"'{path}' sets '{name}' to {value!r}; it takes {wanted.removeprefix('typing.')}")
+            raise UserError(f"'{path}' sets '{name}' to {value!r}; it takes {formatannotation(types[key])}")
 
 
 def fits(value: Any, annotation: Any) -> bool:

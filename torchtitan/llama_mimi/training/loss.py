@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh
 
 from llama_mimi.common.errors import UserError
 from llama_mimi.model.cross_entropy import LazyLogits, cross_entropy
@@ -27,36 +26,28 @@ class LevelMeter:
         self._step_sums = self._step_sums + sums[:2].sum(dim=1)
         self._sums = self._sums + sums[:, :num_rows]
 
-    def take(self) -> torch.Tensor:
-        """Return this rank's sums (3, Q + 1) of losses, targets and losses over admissible entries since the last."""
+    def pop(self) -> torch.Tensor:
+        """Return this rank's sums (3, Q + 1) of losses, targets and admissible losses since the last call."""
         sums, self._sums = self._sums, torch.zeros(())
         return sums
 
-    def take_step(self) -> torch.Tensor:
+    def pop_step(self) -> torch.Tensor:
         """Return this rank's sum of losses and number of targets (2,) since the last call, over all levels."""
         sums, self._step_sums = self._step_sums, torch.zeros(())
         return sums
 
 
-def reduce_sums(sums: torch.Tensor, mesh: DeviceMesh | None) -> torch.Tensor:
-    """Return the sum over the ranks of ``mesh``."""
-    if mesh is not None:
-        sums = sums.clone()
-        torch.distributed.all_reduce(sums, group=mesh.get_group())
-    return sums
+def level_fractions(job_config: Any) -> list[float]:
+    """Return the fraction of the frames in which each of the Q levels has a target."""
+    return [1.0, *[job_config.model.depth_train_fraction] * (job_config.codec.num_quantizers - 1)]
 
 
-def level_weights(recipe: str, shares: Sequence[float]) -> list[float]:
-    """Return the weight of each level's loss. The mean weight is one, so the learning rate needs no change.
+def level_weights(recipe: str, fractions: Sequence[float]) -> list[float]:
+    """Return the weight of each level's loss, as if all frames had a target; a `UserError` refuses the recipe.
 
-    Args:
-        recipe: as the setting ``loss.level_weights``, whose semantic:R is lambda in arXiv 2509.14882.
-        shares: fraction of the frames in which each of the Q levels has a target. The level counts as if it had all.
-
-    Raises:
-        UserError: the recipe is unknown, or the numbers are not Q or not positive.
+    The mean weight is one, so the learning rate needs no change. R of semantic:R is lambda in arXiv 2509.14882.
     """
-    Q = len(shares)
+    Q = len(fractions)
     name, _, number = recipe.partition(":")
     try:
         if recipe == "uniform":
@@ -72,17 +63,14 @@ def level_weights(recipe: str, shares: Sequence[float]) -> list[float]:
     if len(weights) != Q or not all(0 < weight < math.inf for weight in weights):
         remedy = f"set uniform, semantic:100, geometric:100, or {Q} positive numbers separated by commas"
         raise UserError(f"loss.level_weights is '{recipe}'; {remedy}")
-    mean = sum(weights) / sum(shares)
-    return [weight / share / mean for weight, share in zip(weights, shares, strict=True)]
+    mean = sum(weights) / sum(fractions)
+    return [weight / fraction / mean for weight, fraction in zip(weights, fractions, strict=True)]
 
 
 class SpeechLoss:
-    """TorchTitan's loss function: the weighted sum of cross-entropies over targets.
+    """TorchTitan's loss function: the sum of cross-entropies over targets, weighted by level.
 
-    Args:
-        meter: records the losses without weights.
-        weights: weights of the Q levels; ``</audio>`` has the weight of level 0.
-        chunk_step: compiled `llama_mimi.model.cross_entropy.chunk_losses`.
+    ``</audio>`` has the weight of level 0. ``chunk_step`` is a compiled `llama_mimi.model.cross_entropy.chunk_losses`.
     """
 
     def __init__(

@@ -1,22 +1,27 @@
-"""TorchTitan's metrics: useful tokens, losses per level, audio-seconds per second and time left."""
+"""TorchTitan's metrics and validator: useful tokens, losses per level, seconds of audio per second and time left."""
 
 import math
-import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import nn
 from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.components.validate import Validator
 from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_type
 
+from llama_mimi.common.errors import UserError
+from llama_mimi.data.build import build_validation_dataloader
 from llama_mimi.data.dataloader import DataMeter
-from llama_mimi.training.loss import LevelMeter, reduce_sums
+from llama_mimi.data.packing import Batch
+from llama_mimi.training.loss import LevelMeter, level_fractions
 from llama_mimi.training.optimizer import StepGuard
 
 # Dense bfloat16 FLOP/s of GPUs from NVIDIA's and AMD's data sheets, by a part of the name; the first match counts.
@@ -35,6 +40,13 @@ PEAK_FLOPS = {
 BITS = "admissible_bits_per_audio_second"
 
 
+def peak_flops(card: str) -> float | None:
+    """Return the FLOP/s of a GPU by `PEAK_FLOPS`; None for unknown GPUs, and for parts of a GPU (MIG)."""
+    if "MIG" in card:
+        return None
+    return next((flops for name, flops in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", card)), None)
+
+
 @dataclass
 class Meters:
     """Sums that losses and the training dataloader record for the metrics."""
@@ -47,62 +59,46 @@ class Meters:
 class SpeechMetrics(MetricsProcessor):
     """Metrics of a speech run. TorchTitan counts every position as a token; here only targets of the loss are tokens.
 
-    Args:
-        meters: filled by the losses and the dataloader.
-        level_shares: fraction of the frames in which each of the Q levels has targets.
+    The losses and the dataloader fill ``meters``.
     """
 
     time_last_log: float
 
     def __init__(
-        self,
-        job_config: Any,
-        parallel_dims: ParallelDims,
-        meters: Meters,
-        guard: StepGuard,
-        level_shares: Sequence[float],
-        frame_rate_hz: float,
+        self, job_config: Any, parallel_dims: ParallelDims, meters: Meters, guard: StepGuard, frame_rate_hz: float
     ) -> None:
-        if job_config.metrics.enable_wandb:
-            os.environ.setdefault("WANDB_PROJECT", "llama_mimi")
         super().__init__(job_config, parallel_dims)
-        self._meters, self._guard = meters, guard
-        self._level_shares, self._frame_rate_hz = level_shares, frame_rate_hz
-        self._peak_flops = peak_flops(self.device_memory_monitor.device_name)
-        self._last_step = -1
+        self._meters, self._guard, self._frame_rate_hz = meters, guard, frame_rate_hz
+        self._num_steps = 0  # since the last line
 
     def should_log(self, step: int) -> bool:
-        if self._last_step == -1:  # the first step of this process, which is not 1 in a resumed run
-            self._last_step = step - 1
+        self._num_steps += 1
         self._guard.check(self.job_config, step, self.model_parts)
         return super().should_log(step)
 
-    def log(
-        self, step: int, global_avg_loss: float, global_max_loss: float, grad_norm: float, extra_metrics: Any = None
-    ) -> None:
+    def log(self, step: int, avg_loss: float, max_loss: float, grad_norm: float, extra_metrics: Any = None) -> None:
         seconds = time.perf_counter() - self.time_last_log
-        sums = self._reduced(self._meters.train)
+        sums = self._sum(self._meters.train.pop(), "loss")
         if not sums[1].any():  # the next line is of these steps, too
             return
         # Over all targets since the last line, as the levels are; TorchTitan's own is that of the last step alone.
-        loss, by_level, levels = self._losses(sums, self._level_shares)
+        loss, by_level, levels = self._losses(sums, level_fractions(self.job_config))
         tokens_per_s = float(sums[1].sum()) / seconds
         audio_per_s = float(sums[1, 0]) / self._frame_rate_hz / seconds
-        steps, num_steps = step - self._last_step, self.job_config.training.steps
+        meter = self._meters.data
+        seen = torch.tensor([meter.num_clips, meter.num_frames], device=device_type)
+        num_clips, num_frames = self._sum(seen, "batch").tolist()
+        step_seconds, hours = seconds / self._num_steps, num_frames / self._frame_rate_hz / 3600
+        # The loader's share of the time includes the codec's.
+        data, codec = (100 * part / seconds for part in (sum(self.data_loading_times), meter.codec_seconds))
         memory_gib = self.device_memory_monitor.get_peak_stats().max_reserved_gib
-        # The share of the codec is a part of the loader's share.
-        data = 100 * sum(self.data_loading_times) / seconds
-        codec = 100 * self._meters.data.codec_seconds / seconds
-        seen = torch.tensor([self._meters.data.num_clips, self._meters.data.num_frames], device=device_type)
-        num_clips, num_frames = reduce_sums(seen, self.parallel_dims.get_optional_mesh("batch")).tolist()
-        hours = num_frames / self._frame_rate_hz / 3600
         metrics: dict[str, Any] = {
             "loss_metrics/global_avg_loss": loss,
             **by_level,
             "grad_norm": grad_norm,
             "throughput/useful_tokens_per_s": tokens_per_s,
             "throughput/audio_seconds_per_s": audio_per_s,
-            "time_metrics/end_to_end(s)": seconds / steps,
+            "time_metrics/end_to_end(s)": step_seconds,
             "time_metrics/data_loading(%)": data,
             "time_metrics/codec(%)": codec,
             "data/clips_seen": num_clips,
@@ -112,61 +108,96 @@ class SpeechMetrics(MetricsProcessor):
             **{key: value for key, value in (extra_metrics or {}).items() if key != "n_tokens_seen"},
         }
         mfu = ""
-        if self._peak_flops is not None:
+        if peak := peak_flops(self.device_memory_monitor.device_name):
             flops = self.num_flops_per_token * tokens_per_s / self.parallel_dims.world_size
-            metrics["throughput/mfu(%)"] = 100 * flops / self._peak_flops
-            mfu = f"  mfu: {metrics['throughput/mfu(%)']:.1f}%"
+            metrics["throughput/mfu(%)"] = 100 * flops / peak
+            mfu = f"  mfu: {100 * flops / peak:.1f}%"
         self.logger.log(metrics, step)
-        left = timedelta(seconds=math.ceil(seconds / steps * (num_steps - step)))
+        num_steps = self.job_config.training.steps
         logger.info(
             f"step: {step}/{num_steps}  loss: {loss:.5f}  levels: {levels}  grad_norm: {grad_norm:.3f}  "
             f"tokens/s: {tokens_per_s:,.0f}  audio-s/s: {audio_per_s:,.1f}{mfu}  "
             f"seen: {num_clips:,} clips, {hours:,.2f} h  data: {data:.1f}% (codec {codec:.1f}%)  "
-            f"memory: {memory_gib:.2f}GiB  left: {left}"
+            f"memory: {memory_gib:.2f}GiB  left: {timedelta(seconds=math.ceil(step_seconds * (num_steps - step)))}"
         )
-        self._last_step = step
-        self.ntokens_since_last_log = 0
+        self._num_steps = self.ntokens_since_last_log = 0
         self.data_loading_times.clear()
-        self._meters.data.codec_seconds = 0.0
+        meter.codec_seconds = 0.0
         self.time_last_log = time.perf_counter()
         self.device_memory_monitor.reset_peak_stats()
 
     def log_validation(self, step: int, seconds: float) -> None:
         """Log the validation that just took ``seconds``, which do not count as training time."""
         self.time_last_log += seconds
-        sums = self._reduced(self._meters.validation)
-        loss, by_level, levels = self._losses(sums, [1.0] * len(self._level_shares))
+        sums = self._sum(self._meters.validation.pop(), "loss")
+        if not sums.any():
+            name = self.job_config.validation.dataset
+            raise UserError(f"no clip of validation.dataset '{name}' can be used; name another")
+        loss, by_level, levels = self._losses(sums, [1.0] * self.job_config.codec.num_quantizers)
         by_level = {f"validation_{key.removeprefix('loss_')}": value for key, value in by_level.items()}
         self.logger.log({"validation_metrics/loss": loss, **by_level}, step)
         audio_seconds = sums[1, 0] / self._frame_rate_hz
         logger.info(f"validate step: {step}  loss: {loss:.5f}  levels: {levels}  ({audio_seconds:,.0f} s of audio)")
 
-    def _reduced(self, meter: LevelMeter) -> torch.Tensor:
-        return reduce_sums(meter.take(), self.parallel_dims.get_optional_mesh("loss"))
+    def _sum(self, values: torch.Tensor, mesh_name: str) -> torch.Tensor:
+        """Return the sum over the ranks of a mesh."""
+        if (mesh := self.parallel_dims.get_optional_mesh(mesh_name)) is not None:
+            dist.all_reduce(values, group=mesh.get_group())
+        return values
 
-    def _losses(self, sums: torch.Tensor, level_shares: Sequence[float]) -> tuple[float, dict[str, float], str]:
+    def _losses(self, sums: torch.Tensor, fractions: Sequence[float]) -> tuple[float, dict[str, float], str]:
         """Return the mean loss over codes and ends, the metrics of the levels that had targets, and their log text.
 
         In the mean loss a level is divided by its fraction of frames with a target. Bits are the cost of a second of
-        audio: each code is predicted among the admissible entries of its position, as in generation. The loss also
-        includes the cost of excluding other entries, of which a flattened vocabulary has more.
+        audio, where each code is predicted among the admissible entries of its position, as in generation.
         """
-        weights = torch.tensor([*(1 / share for share in level_shares), 1.0], dtype=torch.float64, device=sums.device)
+        weights = torch.tensor([*(1 / part for part in fractions), 1.0], dtype=torch.float64, device=sums.device)
         loss = float((weights * sums[0]).sum() / (weights * sums[1]).sum())
-        names = [*(f"level_{level}" for level in range(len(level_shares))), "audio_end"]
-        rows = dict(zip(names, sums.T.tolist(), strict=False))
+        names = [*(f"level_{level}" for level in range(len(fractions))), "audio_end"]
+        rows = dict(zip(names, sums.T.tolist(), strict=True))
         metrics = {f"loss_metrics/{name}": total / count for name, (total, count, _) in rows.items() if count}
-        levels = " ".join(f"{total / count:.3f}" if count else "-" for total, count, _ in list(rows.values())[:-1])
-        nats = {name: total / count for name, (_, count, total) in rows.items() if count and name != "audio_end"}
-        if len(nats) == len(level_shares):
+        del rows["audio_end"]
+        levels = " ".join(f"{total / count:.3f}" if count else "-" for total, count, _ in rows.values())
+        nats = {name: total / count for name, (_, count, total) in rows.items() if count}
+        if len(nats) == len(rows):
             nats["all"] = sum(nats.values())
         nats_to_bits = self._frame_rate_hz / math.log(2)
-        metrics |= {f"{BITS}/{name}": nats_to_bits * value for name, value in nats.items()}
-        return loss, metrics, levels
+        return loss, metrics | {f"{BITS}/{name}": nats_to_bits * value for name, value in nats.items()}, levels
 
 
-def peak_flops(card: str) -> float | None:
-    """Return the FLOP/s of a GPU by `PEAK_FLOPS`; None for unknown GPUs, and for parts of a GPU (MIG)."""
-    if "MIG" in card:
-        return None
-    return next((flops for name, flops in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", card)), None)
+class SpeechValidator(Validator):
+    """Validation on the same tokens each time: the corpus is encoded once, and its ids stay in memory.
+
+    The loss is the mean over all targets, not over batches.
+    """
+
+    metrics_processor: SpeechMetrics
+
+    def __init__(self, *, job_config: Any, dp_world_size: int, dp_rank: int, tokenizer: Any, **parts: Any) -> None:
+        self.__dict__.update(parts, job_config=job_config, tokenizer=tokenizer)  # Validator's own opens a text corpus
+        self._loader = build_validation_dataloader(dp_world_size, dp_rank, tokenizer, job_config)
+        self._batches: list[Batch] | None = None
+
+    @torch.no_grad()
+    def validate(self, model_parts: list[nn.Module], step: int) -> None:
+        (model,) = model_parts
+        model.eval()
+        start = time.perf_counter()
+        for input_dict, labels in self._padded_batches():
+            labels = labels.to(device_type)
+            input_dict = {key: value.to(device_type) for key, value in input_dict.items()}
+            inputs, labels, extra_inputs, extra_kwargs = self.post_dataloading_process(input_dict, labels, model_parts)
+            with self.validation_context(), self.maybe_enable_amp:
+                self.loss_fn(model(inputs, **extra_inputs, **extra_kwargs), labels)  # `log_validation` reads its meter
+        self.metrics_processor.log_validation(step, seconds=time.perf_counter() - start)
+        model.train()
+
+    def _padded_batches(self) -> Iterator[Batch]:
+        """Yield this rank's batches, then padding until the last rank is done, as a sharded model needs all ranks."""
+        if self._batches is None:
+            self._batches = list(self._loader)
+        num_batches = torch.tensor(len(self._batches), device=device_type)
+        dist.all_reduce(num_batches, op=dist.ReduceOp.MAX)
+        yield from self._batches
+        for _ in range(int(num_batches) - len(self._batches)):
+            yield self._loader.empty_batch()

@@ -20,36 +20,22 @@ from llama_mimi.common.resume import require_same
 from llama_mimi.job_config import checkpoint_folder
 from llama_mimi.training.loss import LevelMeter
 
-# Settings of an optimizer's parameter groups, and their keys in the config.
-SETTINGS = {
-    "initial_lr": "optimizer.lr",
-    "betas": "optimizer.beta1 and beta2",
-    "eps": "optimizer.eps",
-    "weight_decay": "optimizer.weight_decay",
-}
 
-
-def build_speech_optimizers(*args: Any, **kwargs: Any) -> OptimizersContainer:
-    """Build TorchTitan's optimizers; from a checkpoint they load moments, but no settings."""
+def build_speech_optimizers(*args: Any, guard: "StepGuard", **kwargs: Any) -> OptimizersContainer:
+    """Build TorchTitan's optimizers with checked steps; from a checkpoint they load moments, but no settings."""
     optimizers = build_optimizers(*args, **kwargs)
     for optimizer in optimizers:
         optimizer.register_load_state_dict_pre_hook(_with_own_settings)
+    optimizers.register_step_pre_hook(guard.before_step)
     return optimizers
 
 
 def _with_own_settings(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """Return the saved state with the settings of this run, and log those that differ.
-
-    Raises:
-        UserError: the moments are those of another optimizer.
-    """
+    """Return the saved state with the settings of this run; a `UserError` refuses moments of another optimizer."""
     own, saved = optimizer.param_groups[0], optimizer.param_groups[0] | state["param_groups"][0]
     before, now = ({"optimizer.name": "AdamW" if g["decoupled_weight_decay"] else "Adam"} for g in (saved, own))
     remedy = "set it as before, or start with new moments by --checkpoint.exclude_from_loading optimizer"
     require_same(before, now, "the checkpoint", remedy)
-    changes = [f"{name} {saved[key]} -> {own[key]}" for key, name in SETTINGS.items() if saved.get(key) != own.get(key)]
-    if changes and (not dist.is_initialized() or dist.get_rank() == 0):
-        logger.warning(f"settings changed since the checkpoint: {', '.join(changes)}")
     groups = zip(optimizer.param_groups, state["param_groups"], strict=True)
     return {**state, "param_groups": [own | {"params": saved["params"]} for own, saved in groups]}
 
@@ -72,21 +58,20 @@ class SpeechSchedulers(LRSchedulersContainer):
 class StepGuard:
     """Stops a run at a step whose loss, gradients or weights are not finite, before that step is saved.
 
-    A step without targets changes nothing, and the run continues. TorchTitan calls `before_step` as a hook of its
-    optimizer. `SpeechMetrics.should_log` calls `check`, because TorchTitan saves after it. Each step waits once for a
-    reduction of three numbers over all ranks. The cost on a GPU was not measured.
+    A step without targets changes nothing, and the run continues. `SpeechMetrics.should_log` calls `check`, because
+    TorchTitan saves after it. Each step waits for one reduction of three numbers, whose cost on a GPU was not measured.
     """
 
     def __init__(self, meter: LevelMeter) -> None:
         self._meter = meter  # of the training loss
-        self._problem: str | None = None
-        self._is_empty, self._num_empty = False, 0
+        self._problem = ""
+        self._is_empty = False
 
     def before_step(self, optimizers: OptimizersContainer, args: Any, kwargs: Any) -> None:
-        """Drop the gradients of a step that must change nothing: no optimizer of TorchTitan moves a weight without."""
+        """Drop the gradients of a step that must change nothing; TorchTitan's optimizers skip such weights."""
         parameters = [p for group in optimizers.param_groups for p in group["params"]]
         norm = _norm(p.grad for p in parameters if p.grad is not None)
-        loss_sum, num_targets, norms = _over_ranks(torch.cat([self._meter.take_step(), norm]))
+        loss_sum, num_targets, norms = _over_ranks(torch.cat([self._meter.pop_step(), norm]))
         self._is_empty = num_targets == 0
         if not self._is_empty and not math.isfinite(loss_sum + norms):
             gradients = "" if math.isfinite(norms) else " and the gradients are not finite"
@@ -96,15 +81,13 @@ class StepGuard:
 
     def check(self, job_config: Any, step: int, model_parts: list[nn.Module]) -> None:
         """Raise a `UserError` if the step was not finite, or if the weights are not where a checkpoint is due."""
-        if self._is_empty:
-            self._num_empty += 1
-            if not dist.is_initialized() or dist.get_rank() == 0:
-                logger.warning(f"step {step} has no targets and changes no weights ({self._num_empty} such steps)")
+        if self._is_empty and (not dist.is_initialized() or dist.get_rank() == 0):
+            logger.warning(f"step {step} has no targets and changes no weights")
         problem = self._problem
-        if problem is None and (step % job_config.checkpoint.interval == 0 or step in (1, job_config.training.steps)):
+        if not problem and (step % job_config.checkpoint.interval == 0 or step in (1, job_config.training.steps)):
             (norms,) = _over_ranks(_norm(p for part in model_parts for p in part.parameters()))
-            problem = None if math.isfinite(norms) else f"the norm of the new weights is {norms}"
-        if problem is None:
+            problem = "" if math.isfinite(norms) else f"the norm of the new weights is {norms}"
+        if not problem:
             return
         steps = complete_steps(checkpoint_folder(job_config))
         last = f"the last good checkpoint is '{steps[max(steps)]}'" if steps else "there is no good checkpoint"
