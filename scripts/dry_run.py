@@ -2,9 +2,8 @@
 
     uv run python scripts/dry_run.py --num_gpus 64 --job.config_file config/llama3_1_8b.toml
 
-Every option of training may follow. One process plays rank 0: it checks the config, builds the meshes, parallelizes the
-model and takes one step, all on fake tensors, which have a shape and no content. If the model's folder does not exist,
-the vocabulary is Llama 3's with the audio tokens of Mimi.
+Every option of training may follow. One process plays rank 0 and takes one step on fake tensors, which have a shape but
+no content. If the model's folder does not exist, the vocabulary is Llama 3's with the audio tokens of Mimi.
 """
 
 import contextlib
@@ -14,7 +13,7 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -65,14 +64,11 @@ class Flags(NamedTuple):
     """number of GPUs, over all nodes"""
 
     gpu_gb: float = 80.0
-    """memory of a GPU, in 10^9 bytes; a card of "80 GB" has 85, and CUDA, NCCL and fragmentation take the difference"""
+    """memory of a GPU, in GB; a card of "80 GB" has 85, and CUDA, NCCL and fragmentation take the difference"""
 
 
 def untracked_shape(*args: Any) -> Any:
-    """Let DTensor compute a shape unseen by the memory tracker.
-
-    It creates whole tensors for that. With them an 8B model on 64 GPUs would read 131.6 GB instead of 31.6.
-    """
+    """Let DTensor compute a shape unseen by the memory tracker: with its whole tensors 8B on 64 GPUs reads 131.6 GB."""
     with _disable_current_modes():
         return compute_shape(*args)
 
@@ -121,24 +117,19 @@ def no_content() -> Iterator[None]:
         yield
 
 
-def read_config(args: list[str], num_gpus: int) -> Any:
-    """Parse and check a config; refuse what the dry run does not cover."""
+def prepare(args: list[str], num_gpus: int) -> tuple[Any, ParallelDims]:
+    """Check a config, and build its meshes as rank 0 of a process group whose collectives do nothing."""
     os.environ["WORLD_SIZE"] = str(num_gpus)
     job_config = parse_config(args)
-    if job_config.parallelism.context_parallel_degree > 1 or job_config.model.converters:
-        raise UserError("the dry run covers no context parallelism and no model.converters; remove them")
-    if job_config.training.enable_cpu_offload:
-        raise UserError("the dry run does not cover training.enable_cpu_offload; remove it")
+    parallelism, converters = job_config.parallelism, job_config.model.converters
+    if parallelism.context_parallel_degree > 1 or converters or job_config.training.enable_cpu_offload:
+        settings = "context parallelism, model.converters and training.enable_cpu_offload"
+        raise UserError(f"the dry run does not cover {settings}; remove them")
     job_config.compile.enable = False
-    return job_config
-
-
-def build_meshes(job_config: Any, num_gpus: int) -> ParallelDims:
-    """Build the meshes as rank 0 of a process group whose collectives do nothing."""
     torch.distributed.init_process_group("fake", rank=0, world_size=num_gpus)
     parallel_dims = Trainer.init_distributed(SimpleNamespace(job_config=job_config))
     parallel_dims.build_mesh()
-    return parallel_dims
+    return job_config, parallel_dims
 
 
 def build_model(job_config: Any, parallel_dims: ParallelDims) -> nn.Module:
@@ -172,34 +163,30 @@ def make_batch(job_config: Any) -> tuple[torch.Tensor, torch.Tensor, dict[str, A
     return tokens, labels, inputs
 
 
-def local_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Return the bytes of this rank's shards."""
-    return sum((tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes for tensor in tensors)
-
-
 def build_states(job_config: Any, parallel_dims: ParallelDims, model: nn.Module) -> tuple[Any, dict[str, int]]:
     """Allocate the model, and an optimizer with its states as after a first step; return it and the bytes of each."""
     model.to_empty(device=DEVICE)
     # TorchTitan's: the optimizers of the train spec read the values of gradients.
     optimizers = build_optimizers([model], job_config.optimizer, parallel_dims)
-    parameters = list(model.parameters())
-    for parameter in parameters:
+    for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizers.step()
-    states = [tensor for optimizer in optimizers for state in optimizer.state.values() for tensor in state.values()]
-    sizes = {
-        "parameters": local_bytes(parameters),
-        "gradients": local_bytes(parameter.grad for parameter in parameters),
-        "optimizer states": local_bytes(states),
+    tensors = {
+        "parameters": list(model.parameters()),
+        "gradients": [parameter.grad for parameter in model.parameters()],
+        "optimizer states": [
+            t for optimizer in optimizers for state in optimizer.state.values() for t in state.values()
+        ],
     }
     optimizers.zero_grad()
-    return optimizers, sizes
+    shards = {name: [t.to_local() if isinstance(t, DTensor) else t for t in found] for name, found in tensors.items()}
+    return optimizers, {name: sum(shard.nbytes for shard in found) for name, found in shards.items()}
 
 
-def batch_sizes(job_config: Any, parallel_dims: ParallelDims) -> tuple[int, int]:
-    """Return the number of sequences of a pass, on all ranks, and the number of passes of a step."""
+def num_passes(job_config: Any, parallel_dims: ParallelDims) -> int:
+    """Return the number of forward passes of a step."""
     per_pass = job_config.training.local_batch_size * parallel_dims.dp_replicate * parallel_dims.dp_shard
-    return per_pass, max(1, job_config.training.global_batch_size // per_pass)
+    return max(1, job_config.training.global_batch_size // per_pass)
 
 
 def measure(job_config: Any, parallel_dims: ParallelDims, model: nn.Module) -> dict[str, int]:
@@ -214,7 +201,7 @@ def measure(job_config: Any, parallel_dims: ParallelDims, model: nn.Module) -> d
     tracker.track_external(model, *optimizers, inputs, labels)
     with patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", untracked_shape), tracker:
         # From the second pass of a step on, gradients are in memory, too.
-        for _ in range(min(2, batch_sizes(job_config, parallel_dims)[1])):
+        for _ in range(min(2, num_passes(job_config, parallel_dims))):
             with train_context():
                 with amp:
                     pred = model(inputs, **extra)
@@ -233,15 +220,14 @@ def readable(num_bytes: int) -> str:
 
 
 def print_table(job_config: Any, parallel_dims: ParallelDims, vocab_size: int, memory: dict[str, int]) -> None:
-    training, (per_pass, passes) = job_config.training, batch_sizes(job_config, parallel_dims)
     meshes = parallel_dims.get_all_one_dimensional_meshes().items()
+    sequences = f"{job_config.training.local_batch_size} per GPU and pass"
     rows = {
         "model": f"{job_config.model.flavor}, {vocab_size:,} vocabulary entries",
         "GPUs": f"{parallel_dims.world_size}",
         "meshes": ", ".join(f"{name} {mesh.size()}" for name, mesh in meshes) or "none",
         "activation checkpointing": job_config.activation_checkpoint.mode,
-        "sequences": f"{training.local_batch_size} per GPU and pass x {passes} passes, {per_pass * passes:,} per step",
-        "positions per step": f"{per_pass * passes * training.seq_len:,}",
+        "sequences": f"{sequences}, {num_passes(job_config, parallel_dims)} passes per step",
     } | {name: readable(num_bytes) for name, num_bytes in memory.items()}
     print("| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items()), sep="\n")
 
@@ -252,16 +238,15 @@ def main() -> None:
         raise UserError(f"--num_gpus is {flags.num_gpus}; it must be positive")
     init_logger()
     logger.setLevel(logging.ERROR)  # no warning about folders that do not exist
-    job_config = read_config(options, flags.num_gpus)
-    with contextlib.ExitStack() as stack:
-        write_missing(job_config, Path(stack.enter_context(tempfile.TemporaryDirectory())))
-        vocab_size = llama_mimi.train_spec.build_speech_tokenizer(job_config).vocabulary.size
-        parallel_dims = build_meshes(job_config, flags.num_gpus)
-        stack.callback(torch.distributed.destroy_process_group)
+    job_config, parallel_dims = prepare(options, flags.num_gpus)
+    with tempfile.TemporaryDirectory() as folder:
+        write_missing(job_config, Path(folder))
         model = build_model(job_config, parallel_dims)
-        stack.enter_context(no_content())
-        memory = measure(job_config, parallel_dims, model)
-        print_table(job_config, parallel_dims, vocab_size, memory)
+        with no_content():
+            memory = measure(job_config, parallel_dims, model)
+        vocab_size = llama_mimi.train_spec.build_speech_tokenizer(job_config).vocabulary.size
+    print_table(job_config, parallel_dims, vocab_size, memory)
+    torch.distributed.destroy_process_group()
     needs = f"a GPU needs {readable(memory['peak'])} of {flags.gpu_gb:g} GB"
     if memory["peak"] > flags.gpu_gb * 1e9:
         batch = f"training.local_batch_size ({job_config.training.local_batch_size})"

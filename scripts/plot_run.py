@@ -31,7 +31,6 @@ PANELS = {
     "Learning rate": {"lr": ""},
     "Gradient norm": {"grad_norm": ""},
 }
-LEVELS = {"Training loss": "loss_metrics/level_", "Validation loss": "validation_metrics/level_"}
 
 
 def plot_runs(run: tyro.conf.UseAppendAction[list[Path]], picture: Path) -> None:
@@ -53,46 +52,42 @@ def plot_runs(run: tyro.conf.UseAppendAction[list[Path]], picture: Path) -> None
 
 def draw(runs: Mapping[str, Mapping[str, Series]]) -> Any:
     """Return a figure with the panels that have data, in two columns with one axis of steps."""
-    drawn = {title: tags for title, tags in PANELS.items() if any(next(iter(tags)) in run for run in runs.values())}
-    titles = [*list(drawn)[: len(drawn) % 2], *drawn]  # the first of an odd number of panels spans both columns
+    drawn = [title for title, tags in PANELS.items() if any(next(iter(tags)) in run for run in runs.values())]
+    titles = [*drawn[: len(drawn) % 2], *drawn]  # the first of an odd number of panels spans both columns
     rows = [titles[i : i + 2] for i in range(0, len(titles), 2)]
     figure, axes = pyplot().subplot_mosaic(rows, figsize=(9, 2 * len(rows)), sharex=True, layout="constrained")
-    for title, tags in drawn.items():
-        axis, (total, label) = axes[title], next(iter(tags.items()))
-        if len(runs) == 1:
-            curves = curves_of_one(title, next(iter(runs.values())))
-        else:
+    for title in drawn:
+        axis, (total, label) = axes[title], next(iter(PANELS[title].items()))
+        curves: list[tuple[str | None, Series, Any]]
+        if len(runs) > 1:
             curves = [(name, run.get(total, {}), f"C{i}") for i, (name, run) in enumerate(runs.items())]
             title += f", {label}" if label else ""
+        else:
+            (run,) = runs.values()
+            names = zip(PANELS[title].items(), ("black", "tab:orange"), strict=False)
+            curves = levels_of(run, total) if label == "mean" else []
+            curves += [(name, run.get(tag, {}), color) for (tag, name), color in names]
         for name, series, color in curves:
-            marker = "." if len(series) <= 12 else None  # a line through one point is invisible
             if series:
-                axis.plot(list(series), list(series.values()), color=color, label=name, marker=marker, linewidth=1.1)
+                axis.plot(list(series), list(series.values()), ".-", color=color, label=name, markersize=3, linewidth=1)
         axis.set_title(title, fontsize=9, loc="left")
         axis.set_ylim(bottom=None if label == "mean" else 0)
         axis.ticklabel_format(useOffset=False, style="plain")
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
-        handles, labels = axis.get_legend_handles_labels()
-        if len(runs) > 1 and total == TOTAL:
-            figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=8, frameon=False)
-        elif len(runs) == 1 and labels:  # beside the title
-            place = {"loc": "lower right", "bbox_to_anchor": (1, 1), "handlelength": 0.8}
-            axis.legend(ncols=len(labels), fontsize=7, frameon=False, **place)
+        if axis.get_legend_handles_labels()[1] and (len(runs) == 1 or total == TOTAL):
+            axis.legend(ncols=2, fontsize=7, frameon=False)
     figure.supxlabel("step", fontsize=8)
     return figure
 
 
-def curves_of_one(title: str, run: Mapping[str, Series]) -> list[tuple[str | None, Series, Any]]:
-    """Return label, series and colour of the curves of a panel: levels from dark to light, then the totals."""
-    prefix = LEVELS.get(title, "none/")
+def levels_of(run: Mapping[str, Series], total: str) -> list[tuple[str | None, Series, Any]]:
+    """Return label, series and colour of the levels of a loss, from dark to light; the first and last have a label."""
+    prefix = f"{total.split('/')[0]}/level_"
     levels = sorted(int(tag.removeprefix(prefix)) for tag in run if tag.startswith(prefix))
-    curves: list[tuple[str | None, Series, Any]] = []
-    for i, level in enumerate(levels):
-        name = f"level {level}" if i == 0 else str(level) if len(levels) <= 8 or level == levels[-1] else None
-        curves.append((name, run[f"{prefix}{level}"], pyplot().get_cmap("viridis")(0.9 * i / len(levels))))
-    colors = ("black", "tab:orange")
-    return curves + [(name, run.get(tag, {}), colors[i]) for i, (tag, name) in enumerate(PANELS[title].items())]
+    names = {level: f"level {level}" if level in (levels[0], levels[-1]) else None for level in levels}
+    colors = pyplot().get_cmap("viridis")
+    return [(names[level], run[f"{prefix}{level}"], colors(0.9 * i / len(levels))) for i, level in enumerate(levels)]
 
 
 if __name__ == "__main__":

@@ -215,30 +215,14 @@ def test_another_models_run_is_not_continued(tmp_path, tokenizer):
         checked_config([*flags, "--codec.name", str(TINY / "mimi")])
 
 
-def test_the_folder_and_the_vocabulary_must_fit(tmp_path, monkeypatch, downloads):
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    corpus = str(downloads / "peoples_speech")
-    flags = ["--job.config_file", "config/llama3_2_1b_peoples_speech.toml", "--job.dump_folder", str(tmp_path / "run")]
-    flags += ["--model.hf_assets_path", str(downloads / "1B"), "--codec.name", str(downloads / "mimi")]
-    flags += ["--training.dataset", str(downloads / "data/codes/peoples_speech"), "--validation.dataset_path", corpus]
-    with pytest.raises(UserError, match="vocab_size = 136450, but it is 8196 now; .* --vocabulary audio"):
-        checked_config([*flags, "--model.vocabulary", "audio"])
-    checked_config([*flags, "--model.vocabulary", "audio", "--checkpoint.no-initial_load_in_hf"])
-
+def test_a_folder_without_text_needs_a_vocabulary_of_audio(tmp_path):
     shutil.copy(TINY / "llama" / "config.json", tmp_path)
     tokenizer = load_speech_tokenizer(str(TINY / "llama"), str(TINY / "mimi"), 4, "audio")
     tokenizer.text_tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="has no text; set model.vocabulary to 'audio'"):
-        checked_config(tiny_with("--model.hf_assets_path", str(tmp_path)))
-
-
-def test_a_config_needs_no_custom_modules(tmp_path):
-    """llama_mimi.train knows its own; only TorchTitan's entry point must be told."""
-    path = tmp_path / "run.toml"
-    lines = (ROOT / "config" / "tiny.toml").read_text().splitlines()
-    path.write_text("\n".join(line for line in lines if not line.startswith("custom_")))
-    job_config = checked_config(["--job.config_file", str(path), "--job.dump_folder", str(tmp_path / "run")])
-    assert job_config.codec.name == "assets/tiny/mimi"
+    flags = tiny_with("--model.hf_assets_path", str(tmp_path))
+    with pytest.raises(UserError, match="has no text; set model.vocabulary to 'audio', .* --vocabulary llama"):
+        checked_config(flags)
+    checked_config([*flags, "--model.vocabulary", "audio"])
 
 
 def test_changed_settings_of_the_schedule_are_named_on_resume(tmp_path, caplog):

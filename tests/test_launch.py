@@ -2,11 +2,10 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 from conftest import ROOT
@@ -44,36 +43,23 @@ def commands(tmp_path):
 
 @contextmanager
 def started(folder, *command, **variables):
-    """A command with no variables of a cluster but these, and whose processes all end with the block."""
+    """Start a command with no variables of a cluster but these; its processes all end with the block."""
     ours = {*NODES, "HF_HUB_OFFLINE", "WANDB_MODE"}
     kept = {key: v for key, v in os.environ.items() if key not in ours and not key.startswith("SLURM_")}
-    process = subprocess.Popen(
-        list(map(str, command)),
-        cwd=ROOT,
-        env={**kept, "PATH": f"{folder}:{os.environ['PATH']}", **variables},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
+    environment = {**kept, "PATH": f"{folder}:{os.environ['PATH']}", **variables}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([*map(str, command)], cwd=ROOT, env=environment, start_new_session=True, **pipes)
     try:
         yield process
-    finally:
-        end_group(process)
-
-
-def end_group(process):
-    """Ends the group of a process, first so that torchrun ends its ranks, which are groups of their own."""
-    for number, seconds in ((signal.SIGTERM, 40), (signal.SIGKILL, 10)):
-        deadline = time.monotonic() + seconds
-        try:
-            os.killpg(process.pid, number)
-            while time.monotonic() < deadline:
-                process.poll()  # a process that nobody has waited for is still in the group
-                os.killpg(process.pid, 0)
-                time.sleep(0.05)
-        except ProcessLookupError:
-            return
+    finally:  # first so that torchrun ends its ranks, which are groups of their own
+        for number, seconds in ((signal.SIGTERM, 40), (signal.SIGKILL, 10)):
+            deadline = time.monotonic() + seconds
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+                while time.monotonic() < deadline:
+                    process.poll()  # a process that nobody has waited for is still in the group
+                    os.killpg(process.pid, 0)
+                    time.sleep(0.05)
 
 
 def run(folder, *command, timeout=30, **variables):
@@ -109,45 +95,40 @@ def test_a_node_that_fails_fails_the_job(commands):
     assert run(folder, "bash", "scripts/train.slurm", *TRAINING, **JOB)[0] == 7
 
 
-def test_a_job_whose_time_is_up_queues_itself_anew(commands):
-    folder = commands(srun="echo started; exec sleep 60", scontrol='[ "$1" = show ] && echo node0 || echo "$@"')
-    with started(folder, "bash", "scripts/train.slurm", *TRAINING, **JOB) as process:
-        assert process.stdout.readline() == "started\n"
-        process.send_signal(signal.SIGUSR1)
-        assert process.stdout.readline() == "requeue 17\n"
-
-
-@pytest.mark.parametrize("part", [None, 3])
-def test_a_job_of_a_study(commands, part):
-    """It does its part of the array, or else the rest; and queues itself anew when its time is up."""
-    folder = commands(uv='echo "$@"; exec sleep 60', scontrol='echo "$@"')
-    job = {"SLURM_JOB_ID": "17"} | ({} if part is None else {"SLURM_ARRAY_TASK_ID": str(part)})
-    with started(folder, "bash", "scripts/study.slurm", "a study.toml", **job) as process:
-        wanted = "run --no-sync python scripts/study.py a study.toml" + ("" if part is None else " --part 3")
+@pytest.mark.parametrize(
+    ("command", "task", "wanted"),
+    [
+        (["scripts/train.slurm", *TRAINING], {}, "started"),
+        (["scripts/study.slurm", "a study.toml"], {}, "run --no-sync python scripts/study.py a study.toml"),
+        (
+            ["scripts/study.slurm", "a study.toml"],
+            {"SLURM_ARRAY_TASK_ID": "3"},
+            "run --no-sync python scripts/study.py a study.toml --part 3",
+        ),
+    ],
+    ids=["training", "study", "part of a study"],
+)
+def test_a_job_whose_time_is_up_queues_itself_again(commands, command, task, wanted):
+    folder = commands(
+        srun="echo started; exec sleep 60",
+        uv='echo "$@"; exec sleep 60',
+        scontrol='[ "$1" = show ] && echo node0 || echo "$@"',
+    )
+    with started(folder, "bash", *command, **JOB, **task) as process:
         assert process.stdout.readline() == wanted + "\n"
         process.send_signal(signal.SIGUSR1)
         assert process.stdout.readline() == "requeue 17\n"
 
 
 @pytest.mark.slow
-@pytest.mark.distributed
 def test_a_job_of_two_nodes_trains_on_two_ranks(commands, tmp_path):
     folder = commands(srun=SRUN, uv=f'shift 3; exec {sys.executable} -m torch.distributed.run "$@"')
     dump_folder = tmp_path / "run"
     overrides = {"--training.steps": 2, "--metrics.log_freq": 1, "--job.dump_folder": dump_folder}
     flags = [*TRAINING, "--validation.no-enable", *(word for flag in overrides.items() for word in flag)]
-    job = {**JOB, "SLURM_JOB_ID": str(free_port() - 20000)}
+    job = {**JOB, "SLURM_JOB_ID": str(os.getpid() % 5000)}  # the port is 20000 more
     code, stdout, stderr = run(folder, "bash", "scripts/train.slurm", *flags, **job, timeout=300)
     assert code == 0, stdout[-4000:] + stderr[-4000:]
     assert read_curves(dump_folder)[TOTAL].keys() == {1, 2}
     shards = sorted(file.name for file in (dump_folder / "checkpoint" / "step-2").glob("*.distcp"))
     assert shards == ["__0_0.distcp", "__1_0.distcp"]  # of ranks 0 and 1
-
-
-def free_port():
-    """One of those that jobs use."""
-    for port in range(20000 + os.getpid() % 5000, 30000):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)):
-                return port
-    raise AssertionError("no port is free")

@@ -84,7 +84,6 @@ RULES: list[tuple[str, Callable[[Any, Any], Any], str]] = [
     ("checkpoint.initial_load_in_hf", lambda v, c: not v or c.checkpoint.enable, "set checkpoint.enable, too"),
     ("checkpoint.initial_load_path", lambda v, c: not v or c.checkpoint.enable, "set checkpoint.enable, too"),
     ("checkpoint.folder", lambda v, c: not re.search(r"^\.{0,2}$|/", v), "name a folder of its own in job.dump_folder"),
-    ("checkpoint.folder", lambda v, c: v not in (c.metrics.save_tb_folder, ASSETS_FOLDER), "name a folder of its own"),
     ("checkpoint.keep_latest_k", lambda v, c: v != 1, "keep at least 2, as the last may be half written, or 0 for all"),
     ("model.depth_train_fraction", lambda v, c: 0 < v <= 1, "set 1, or a smaller positive fraction"),
     ("model.depth_train_fraction", lambda v, c: v == 1 or not c.is_flattened, "set 1, or use 'hierarchical'"),

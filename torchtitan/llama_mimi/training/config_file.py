@@ -46,13 +46,11 @@ def parse_config(args: list[str]) -> Any:
                 values = tomllib.loads(Path(path).read_text())
             except (OSError, ValueError) as error:
                 raise UserError(f"the config file '{path}' cannot be read ({error}); name a TOML file") from error
-            keys = {
-                *values,
-                *(f"{a}.{b}" for a, section in values.items() if isinstance(section, dict) for b in section),
-            }
-            if changes := [
-                f"rename '{k}' to '{v}'" if v else f"remove '{k}'" for k, v in OLD_KEYS.items() if k in keys
-            ]:
+            nested = {f"{name}.{key}" for name, keys in values.items() if isinstance(keys, dict) for key in keys}
+            if old := [key for key in OLD_KEYS if key in nested | values.keys()]:
+                changes = [
+                    f"rename '{key}' to '{OLD_KEYS[key]}'" if OLD_KEYS[key] else f"remove '{key}'" for key in old
+                ]
                 raise UserError(f"'{path}' has old keys; {', '.join(changes)}")
             _check_section(config_class, values, path)
     job_config = ConfigManager(config_class).parse_args(args)
