@@ -126,13 +126,13 @@ class SpeechMetrics(MetricsProcessor):
         self.time_last_log = time.perf_counter()
         self.device_memory_monitor.reset_peak_stats()
 
-    def log_validation(self, step: int, seconds: float) -> None:
-        """Log the validation that just took ``seconds``, which do not count as training time."""
-        self.time_last_log += seconds
+    def log_validation(self, step: int, start: float) -> None:
+        """Log the validation since the time ``start``, which does not count as training time."""
         sums = self._sum(self._meters.validation.pop(), "loss")
         if not sums.any():
             name = self.job_config.validation.dataset
             raise UserError(f"no clip of validation.dataset '{name}' can be used; name another")
+        self.time_last_log += time.perf_counter() - start  # the device has finished, as the sums were read
         loss, by_level, levels = self._losses(sums, [1.0] * self.job_config.codec.num_quantizers)
         by_level = {f"validation_{key.removeprefix('loss_')}": value for key, value in by_level.items()}
         self.logger.log({"validation_metrics/loss": loss, **by_level}, step)
@@ -189,7 +189,7 @@ class SpeechValidator(Validator):
             inputs, labels, extra_inputs, extra_kwargs = self.post_dataloading_process(input_dict, labels, model_parts)
             with self.validation_context(), self.maybe_enable_amp:
                 self.loss_fn(model(inputs, **extra_inputs, **extra_kwargs), labels)  # `log_validation` reads its meter
-        self.metrics_processor.log_validation(step, seconds=time.perf_counter() - start)
+        self.metrics_processor.log_validation(step, start)
         model.train()
 
     def _padded_batches(self) -> Iterator[Batch]:
