@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+from llama_mimi.common.errors import UserError
 from llama_mimi.data.dataloader import DataMeter
 from llama_mimi.training.config_file import parse_config
 from llama_mimi.training.metrics import Meters, SpeechMetrics, peak_flops
@@ -75,3 +76,5 @@ def test_a_line_of_the_log(card, monkeypatch, tmp_path):
         "lr": 1e-3,
     }
     assert meters.data.codec_seconds == 0
+    with pytest.raises(UserError, match="no clip of validation.dataset 'assets/tiny/corpus/validation-.*' can be used"):
+        metrics.log_validation(1, start=0.0)
