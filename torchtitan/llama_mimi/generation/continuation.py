@@ -71,7 +71,7 @@ class SamplingOptions:
             problem = f"top_p is {top_p!r} in the model's generation config; expected a number above 0, up to 1"
             raise UserError(f"{problem}. Fix its generation_config.json, or set --top_p")
         # 20 s is the paper's limit, which released checkpoints do not name
-        window_seconds = self.window_seconds or getattr(model.decoder.config, "max_audio_seconds", 20.0)
+        window_seconds = self.window_seconds or float(getattr(model.decoder.config, "max_audio_seconds", 20.0))
         window_frames = max(int(window_seconds * codec.frame_rate_hz + 1e-6), 4)
         min_frames = math.ceil(self.min_seconds * codec.frame_rate_hz - 1e-6)
         max_frames = max(round(self.seconds * codec.frame_rate_hz), min_frames)
