@@ -155,17 +155,14 @@ def test_a_compiled_step_draws_the_same(codec, architecture, monkeypatch):
 def test_caches_of_the_same_size_are_used_again(model):
     """On a GPU it has a graph. While one is in use, another draw gets its own."""
     requests = [Request(clip(3, seed=seed), seed) for seed in range(3)]
-    first = all_samples(model, requests, GREEDY, num_rows=2)
+    first, _ = zip(*all_samples(model, requests, GREEDY, num_rows=2).values(), strict=True)
     (kept,) = model.spare_caches.values()
-    in_use = decode(model, requests, GREEDY, 2)
-    next(in_use)
+    in_use = finished(decode(model, requests, GREEDY, 2), 4)
+    started = next(in_use)
     assert not model.spare_caches
-    again = all_samples(model, requests, GREEDY, num_rows=2)
-    assert list(model.spare_caches.values()) != [kept]
-    last = [new for number, new in in_use if number == 2]
-    assert list(model.spare_caches.values()) == [kept]
-    assert all(torch.equal(first[number][0], again[number][0]) for number in range(3))
-    assert torch.equal(torch.stack(last[:-1]), first[2][0]) and last[-1] is first[2][1]
+    again, _ = zip(*all_samples(model, requests, GREEDY, num_rows=2).values(), strict=True)
+    late = [new_TQ for _, new_TQ, *_ in (started, *in_use)]
+    assert list(model.spare_caches.values()) == [kept] and all(map(torch.equal, first + first, (*again, *late)))
 
 
 def test_a_sample_depends_on_prompt_and_seed_alone(model):

@@ -96,25 +96,20 @@ def test_killed_and_started_again_is_the_same_bytes(model, prompts, whole, tmp_p
     assert "22 of 22 samples were finished before" in capsys.readouterr().out
 
 
-def test_a_folder_may_be_named_relative_or_by_a_link(model, prompts, whole, monkeypatch, tmp_path):
-    monkeypatch.chdir(prompts.parent)
-    (tmp_path / "link").symlink_to(prompts)
-    for number, folder in enumerate((Path(prompts.name), tmp_path / "link")):
-        records = run(model, folder, tmp_path / f"{number}")
-        assert [record["file"] for record in records] == [record["file"] for record in whole[1]]
-
-
-def test_a_prompt_that_was_replaced_is_continued_again(model, prompts, whole, tmp_path):
+def test_a_prompt_that_was_replaced_is_continued_again(model, prompts, whole, tmp_path, monkeypatch):
+    """The folder of prompts is named by a relative path, and is a link."""
     shutil.copytree(whole[0], tmp_path / "out")
     shutil.copytree(prompts, tmp_path / "in")
     shutil.copy(prompts / "9.flac", tmp_path / "in" / "3.flac")
-    records = run(model, tmp_path / "in", tmp_path / "out")
-    pairs = zip(records, whole[1], strict=True)
+    (tmp_path / "link").symlink_to("in")
+    monkeypatch.chdir(tmp_path)
+    pairs = list(zip(run(model, Path("link"), Path("out")), whole[1], strict=True))
+    assert all(new["file"] == old["file"] for new, old in pairs)
     other = {(new["prompt"], new["sample"]) for new, old in pairs if new["prompt_frames"] != old["prompt_frames"]}
     assert other == {("3.flac", 0), ("3.flac", 1)}
     (tmp_path / "out" / "results.jsonl").write_text("{")
     with pytest.raises(UserError, match="is not a list of results"):
-        run(model, tmp_path / "in", tmp_path / "out")
+        run(model, Path("link"), Path("out"))
 
 
 def test_other_settings_are_refused(model, prompts, whole):

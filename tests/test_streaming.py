@@ -55,15 +55,6 @@ def test_the_shape_of_mimi_itself(tmp_path, window):
         assert error <= 1e-5 * max(float(whole_S.abs().max()), 1)
 
 
-def test_streams_do_not_share_state(codec):
-    codes = [torch.randint(256, (6, 4), generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
-    one, two = DecodingStream(codec), DecodingStream(codec)
-    parts = [(one.decode(codes[0][t : t + 2]), two.decode(codes[1][t : t + 2])) for t in (0, 2, 4)]
-    for number in (0, 1):
-        found_S = torch.cat([part[number] for part in parts])
-        torch.testing.assert_close(found_S, codec.decode(codes[number]), atol=1e-5, rtol=0)
-
-
 def test_memory_of_a_stream_does_not_grow(codec):
     stream, codes_TQ, sizes = DecodingStream(codec), torch.randint(256, (20, 4)), []
     for _ in range(4):

@@ -64,10 +64,10 @@ def decode(model: SpeechModel, requests: Sequence[Request], sampling: Sampling, 
 
     Returns:
         An iterator over ``(request number, next frame (Q,) on the CPU)``, at last ``(request number, FinishReason)``.
+        It raises a `UserError` if the model overflows.
 
     Raises:
-        UserError: at once if the window does not fit into the model's context, or the model was trained without text;
-            later if the model overflows.
+        UserError: the window does not fit into the model's context, or the model was trained without text.
     """
     if not requests:
         return iter(())

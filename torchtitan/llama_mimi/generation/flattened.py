@@ -15,8 +15,6 @@ from llama_mimi.generation.speech_model import POSITIONS_AT_ONCE, Draw, SpeechMo
 class FlattenedModel(SpeechModel):
     """A checkpoint of `LlamaForCausalLM`; see `SpeechModel`."""
 
-    has_release = True
-
     @property
     def backbone(self) -> PreTrainedModel:
         return self.decoder.model

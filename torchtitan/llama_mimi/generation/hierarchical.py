@@ -14,8 +14,6 @@ from llama_mimi.generation.speech_model import POSITIONS_AT_ONCE, Draw, SpeechMo
 class HierarchicalModel(SpeechModel):
     """A checkpoint of `CsmForConditionalGeneration`; see `SpeechModel`."""
 
-    has_release = False
-
     @property
     def backbone(self) -> PreTrainedModel:
         return self.decoder.backbone_model

@@ -20,11 +20,8 @@ def product(weight_ND: torch.Tensor, rows_BD: torch.Tensor) -> torch.Tensor:
 class BatchedKVCache:
     """B contexts of one Transformer, each of its own length, that grow by one position at a time.
 
-    ``hidden_BD`` is the Transformer's state at the last position of each context.
-
-    Args:
-        backbone: `LlamaModel`, or a Transformer of such layers as CSM's two are.
-        capacity: maximum length of a context; memory for it is allocated at once.
+    ``hidden_BD`` is the Transformer's state at the last position of each context. ``backbone`` is a `LlamaModel`, or
+    one of the two Transformers of CSM. Memory for contexts of length ``capacity`` is allocated at once.
     """
 
     def __init__(self, backbone: PreTrainedModel, num_rows: int, capacity: int) -> None:

@@ -30,15 +30,12 @@ def load_speech_model(
     device: str | None = None,
     dtype: DecoderPrecision = "float32",
 ) -> SpeechModel:
-    """Load a Hugging Face checkpoint of a speech language model.
+    """Load a checkpoint; raise a `UserError` if it is incomplete, or decoder, tokenizer and codec do not fit together.
 
     Args:
         codec_name: default: the codec that the checkpoint names, or `DEFAULT_CODEC` for released ones, which name none.
         sliding_window: codec's setting; default: as for the training codes.
         dtype: decoder's precision; the codec always runs in float32.
-
-    Raises:
-        UserError: something is missing, or decoder, tokenizer and codec do not fit together.
     """
     device = available_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     kind = load_pretrained(AutoConfig, model_name, what="model").model_type

@@ -47,10 +47,8 @@ def continue_folder(
 ) -> list[Record]:
     """Continue every audio file below a folder; samples that an earlier run finished are not drawn again.
 
-    Args:
-        output_dir: gets ``<prompt>_<sample>.wav``, ``settings.json`` and, at the end, ``results.jsonl``.
-        num_rows: sequences of a batch.
-        made_by: from `describe_model`.
+    ``num_rows`` samples are drawn at once; ``made_by`` is from `describe_model`. ``output_dir`` gets
+    ``<prompt>_<sample>.wav``, ``settings.json`` and, at the end, ``results.jsonl``.
 
     Returns:
         The records of ``results.jsonl``, on every rank. If a prompt cannot be read, its samples have an ``error``.

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -25,8 +25,6 @@ Draw = Callable[[torch.Tensor, int], torch.Tensor]
 class SpeechModel(ABC):
     """Decoder, tokenizer with audio tokens, codec, and the generation config's ``top_p`` of one checkpoint."""
 
-    has_release: ClassVar[bool]  # True for the architecture of the first release
-
     decoder: PreTrainedModel
     tokenizer: SpeechTokenizer
     codec: MimiCodec
@@ -35,6 +33,11 @@ class SpeechModel(ABC):
     @property
     def device(self) -> torch.device:
         return self.codec.device
+
+    @property
+    def has_release(self) -> bool:
+        """True for the architecture of the first release."""
+        return self.tokenizer.architecture == "flattened"
 
     @property
     def last_frame(self) -> LastFrame:
