@@ -66,10 +66,10 @@ class Options:
 def continue_speech(options: Options, sampling: SamplingOptions) -> None:
     """Continue speech; raise a `UserError` if the prompt, the model or an option cannot be used."""
     file, num_samples, is_folder = options.output_file, sampling.num_samples, options.prompts is not None
-    is_one, text = options.prompt is not None or options.text is not None, options.text or ""
+    is_prompt, text = options.prompt is not None or options.text is not None, options.text or ""
     is_batch_wrong = options.batch_size is not None and (options.batch_size < 1 or not is_folder)
     problems = {
-        "give a spoken --prompt, a --text, or both, or else a folder of --prompts": is_folder == is_one,
+        "give a spoken --prompt, a --text, or both, or else a folder of --prompts": is_folder == is_prompt,
         "--prompts and --output_dir go together; set both or none": is_folder != (options.output_dir is not None),
         f"--batch_size is {options.batch_size}; it must be 1 or more, and is for --prompts": is_batch_wrong,
         "--stream makes one sample of one prompt; remove it": options.stream and (is_folder or num_samples > 1),
@@ -120,7 +120,8 @@ def _continue_prompt(model: SpeechModel, options: Options, sampling: SamplingOpt
                 write_wav(path, Waveform(decode_long(codec, codes_TQ), codec.sample_rate_hz))
     for path, num_new in zip(files, new_frames, strict=True):
         prompt_seconds, new_seconds = len(prompt_TQ) / codec.frame_rate_hz, num_new / codec.frame_rate_hz
-        print(f"{path}: {prompt_seconds:.2f} s of prompt, {new_seconds:.2f} s of continuation")
+        if prompt_seconds or num_new:  # otherwise there is no audio to write
+            print(f"{path}: {prompt_seconds:.2f} s of prompt, {new_seconds:.2f} s of continuation")
         if not num_new:
             print("the model ended the speech at once; set --min_seconds, or end the prompt in mid-sentence")
 

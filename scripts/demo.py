@@ -109,10 +109,10 @@ def continued(model: SpeechModel, prompt: str, options: SamplingOptions) -> Iter
     codec, began = model.codec, time.perf_counter()
     (prompt_TQ,) = encode_prompts(model, [read_prompt(prompt, codec)], options)
     decoding = DecodingStream(codec)
-    audio = [decoding.decode(prompt_TQ)]  # of all frames, of which the first `num_sent` are sent
+    audio = [decoding.decode(prompt_TQ)]  # audio of all frames; the first `num_sent` entries are sent
     prompt_seconds = len(prompt_TQ) / codec.frame_rate_hz
     frames, num_sent, first_spent = list(prompt_TQ), 0, 0.0
-    for _, new in decode(model, [Request(prompt_TQ, options.seed, None)], options.for_model(model), 1):
+    for _, new in decode(model, [Request(prompt_TQ, options.seed)], options.for_model(model), 1):
         if not isinstance(new, FinishReason):
             audio.append(decoding.decode(new[None]))
             frames.append(new)

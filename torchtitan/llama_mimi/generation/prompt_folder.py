@@ -71,7 +71,7 @@ def continue_folder(
         else:
             compared = {key: value for key, value in settings.items() if key not in NOT_COMPARED}
             require_same(earlier, compared, f"'{output_dir}'", "name another --output_dir")
-        if (results := output_dir / RESULTS).exists():  # of a finished run: back into its log
+        if (results := output_dir / RESULTS).exists():  # records of a finished run go back into its log
             try:
                 log.add({_file(record): record for record in map(parse_json, results.read_text().splitlines())})
             except (ValueError, KeyError, TypeError) as error:
