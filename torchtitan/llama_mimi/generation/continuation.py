@@ -36,7 +36,7 @@ class SamplingOptions:
         min_seconds: minimum length of the continuation, in seconds; the model cannot end the speech before
         temperature: 0 takes the most likely token
         top_k: sample from the k most likely tokens (among those valid at this position)
-        top_p: of these, sample from the fewest whose probabilities sum to p; default: top_p of the model's generation
+        top_p: sample from the fewest of these whose probabilities sum to p; default: top_p of the model's generation
             config, or 1
         window_seconds: maximum length of prompt and new audio that the model sees at once; default: length of the
             longest training clip. When it is full, keep the start of the prompt and the last half of the window

@@ -23,7 +23,7 @@ class Sampling:
     window_frames: int  # maximum length of prompt and new audio that the model sees at once
     temperature: float  # 0 takes the most likely entry
     top_k: int  # draw from the k most likely entries
-    top_p: float  # of these, draw from the fewest whose probabilities sum to p
+    top_p: float  # draw from the fewest of these whose probabilities sum to p
 
 
 @dataclass(frozen=True)

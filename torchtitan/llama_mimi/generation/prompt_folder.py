@@ -109,7 +109,6 @@ def describe_model(model_name: str, model: SpeechModel, dtype: str) -> Record:
 
 
 def _file(record: Record) -> str:
-    """Return the path of a sample in the output folder."""
     return f"{Path(record['prompt']).with_suffix('')}_{record['sample']}.wav"
 
 

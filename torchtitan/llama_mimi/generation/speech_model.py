@@ -15,8 +15,7 @@ from llama_mimi.tokens.tokenizer import SpeechTokenizer
 
 DecoderPrecision = Literal["float32", "bfloat16", "float16"]  # the first release is evaluated in float16
 DECODER_DTYPES = {**DTYPES, "float16": torch.float16}
-# Positions whose logits are computed at once: 1.1 GB in float32 at the 136,450 entries of Llama 3 with 4 levels.
-POSITIONS_AT_ONCE = 2048
+POSITIONS_AT_ONCE = 2048  # their logits take 1.1 GB in float32 with the 136,450 entries of Llama 3 and 4 levels
 # Draws entries (B,) of a level from their logits: (B, K + 1) at level 0, whose entry K is the end, else (B, K).
 Draw = Callable[[torch.Tensor, int], torch.Tensor]
 

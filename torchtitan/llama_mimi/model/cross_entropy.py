@@ -62,7 +62,7 @@ class Targets:
     positions_N: torch.Tensor  # in the flattened batch
     entries_N: torch.Tensor
     levels_N: torch.Tensor  # quantizer levels; the end of the speech counts as level 0
-    rows_N: torch.Tensor  # where the losses are recorded: the level, Q for the end, or Q + 1 for nowhere
+    rows_N: torch.Tensor  # row of the recorded losses: the level, Q for the end, or Q + 1 to record nothing
     admissible_QC: torch.Tensor  # entries that are valid at each level; -1 fills shorter levels
 
 
