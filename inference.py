@@ -5,25 +5,26 @@ uv run python inference.py --model_name models/tiny --prompt assets/tiny/prompt.
 
 import time
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from llama_mimi.audio.mimi import MimiCodec
 from llama_mimi.audio.reading import Waveform, wav_writer, write_wav
 from llama_mimi.audio.streaming import DecodingStream, decode_long
 from llama_mimi.common.command_line import run_command
 from llama_mimi.common.distributed import broadcast_from_rank0, distributed_context
 from llama_mimi.common.errors import UserError
+from llama_mimi.common.files import as_utf8
 from llama_mimi.generation.continuation import (
     SamplingOptions,
-    check_text,
     checkpoint_note,
     continue_codes,
     encode_prompts,
     read_prompt,
 )
-from llama_mimi.generation.decoding import FinishReason, Request, decode
+from llama_mimi.generation.decoding import Drawn, Request, decode
 from llama_mimi.generation.loading import load_speech_model
 from llama_mimi.generation.prompt_folder import RESULTS, continue_folder, describe_model
 from llama_mimi.generation.speech_model import DecoderPrecision, SpeechModel
@@ -64,19 +65,19 @@ class Options:
 
 def continue_speech(options: Options, sampling: SamplingOptions) -> None:
     """Continue speech; raise a `UserError` if the prompt, the model or an option cannot be used."""
-    is_folder, file, num_samples = options.prompts is not None, options.output_file, sampling.num_samples
-    is_one = options.prompt is not None or options.text is not None
+    file, num_samples, is_folder = options.output_file, sampling.num_samples, options.prompts is not None
+    is_prompt, text = options.prompt is not None or options.text is not None, options.text or ""
     is_batch_wrong = options.batch_size is not None and (options.batch_size < 1 or not is_folder)
     problems = {
-        "give a spoken --prompt, a --text, or both, or else a folder of --prompts": is_folder == is_one,
+        "give a spoken --prompt, a --text, or both, or else a folder of --prompts": is_folder == is_prompt,
         "--prompts and --output_dir go together; set both or none": is_folder != (options.output_dir is not None),
         f"--batch_size is {options.batch_size}; it must be 1 or more, and is for --prompts": is_batch_wrong,
         "--stream makes one sample of one prompt; remove it": options.stream and (is_folder or num_samples > 1),
+        f"--text '{as_utf8(text)}' is not UTF-8; type it in a UTF-8 terminal": as_utf8(text) != text,
         f"--output_file is '{file}'; name a .wav file": file.suffix.lower() != ".wav",
     }
-    for problem, is_wrong in problems.items():
-        if is_wrong:
-            raise UserError(problem)
+    if wrong := [problem for problem, is_wrong in problems.items() if is_wrong]:
+        raise UserError(wrong[0])
     files = [file.with_stem(f"{file.stem}_{number}") for number in range(num_samples)] if num_samples > 1 else [file]
     if options.prompt is not None:  # a bad prompt is refused before the model is loaded
         for warning in read_prompt(options.prompt).audio_warnings:
@@ -85,16 +86,15 @@ def continue_speech(options: Options, sampling: SamplingOptions) -> None:
             raise UserError(f"--output_file would replace the --prompt '{options.prompt}'; name another file")
 
     with distributed_context(options.device) as ranks:
-        if ranks.world_size > 1 and not is_folder:
-            raise UserError(f"{ranks.world_size} ranks cannot share one prompt; run without torchrun, or use --prompts")
-        codec: Any = {"codec_name": options.codec, "sliding_window": options.codec_sliding_window}
-        model = load_speech_model(options.model_name, device=str(ranks.device), dtype=options.dtype, **codec)
+        name, device, dtype, window = options.model_name, str(ranks.device), options.dtype, options.codec_sliding_window
+        model = load_speech_model(name, codec_name=options.codec, sliding_window=window, device=device, dtype=dtype)
         if ranks.rank == 0 and (note := checkpoint_note(model, sampling)):
             print(note, flush=True)
         if options.prompts is None or options.output_dir is None:
-            _continue_prompt(model, options, sampling, files)
+            if ranks.rank == 0:
+                _continue_prompt(model, options, sampling, files)
             return
-        made_by = broadcast_from_rank0(lambda: describe_model(options.model_name, model, options.dtype))
+        made_by = broadcast_from_rank0(lambda: describe_model(name, model, dtype))
         num_rows = options.batch_size or (64 if ranks.device.type == "cuda" else 8)
         records = continue_folder(model, options.prompts, options.output_dir, sampling, num_rows, ranks, made_by)
     if ranks.rank == 0:
@@ -105,47 +105,41 @@ def continue_speech(options: Options, sampling: SamplingOptions) -> None:
 
 
 def _continue_prompt(model: SpeechModel, options: Options, sampling: SamplingOptions, files: list[Path]) -> None:
-    check_text(model, options.text)
-    began = time.perf_counter()
-    prompt_TQ = torch.zeros(0, model.codec.num_quantizers, dtype=torch.long)
+    began, codec = time.perf_counter(), model.codec
+    prompt_TQ = torch.zeros(0, codec.num_quantizers, dtype=torch.long)
     if options.prompt is not None:
-        (prompt_TQ,) = encode_prompts(model, [read_prompt(options.prompt, model.codec)], sampling)
+        (prompt_TQ,) = encode_prompts(model, [read_prompt(options.prompt, codec)], sampling)
     if options.stream:
-        _stream(model, Request(prompt_TQ, sampling.seed, options.text), sampling, files[0], began)
-        return
-    for path, codes_TQ in zip(files, continue_codes(model, prompt_TQ, sampling, options.text), strict=True):
-        if len(codes_TQ):
-            write_wav(path, Waveform(decode_long(model.codec, codes_TQ), model.codec.sample_rate_hz))
-        _describe(path, len(prompt_TQ), len(codes_TQ) - len(prompt_TQ), model.codec.frame_rate_hz)
-
-
-def _stream(model: SpeechModel, request: Request, options: SamplingOptions, path: Path, began: float) -> None:
-    """Write a sample frame by frame; the file can be played while it grows."""
-    codec, decoding = model.codec, DecodingStream(model.codec)
-    drawn = decode(model, [request], options.for_model(model), 1)  # refuses options before the file exists
-    num_new, first = 0, 0.0
-    with wav_writer(path, codec.sample_rate_hz) as file:
-        if len(request.prompt_TQ):
-            file.write(decoding.decode(request.prompt_TQ).clamp(-1, 1).numpy())
-        for _, new in drawn:
-            if not isinstance(new, FinishReason):
-                file.write(decoding.decode(new[None]).clamp(-1, 1).numpy())
-                file.flush()
-                num_new += 1
-                first = first or time.perf_counter() - began
-    speed = num_new / codec.frame_rate_hz / (time.perf_counter() - began)
-    _describe(path, len(request.prompt_TQ), num_new, codec.frame_rate_hz)
-    if num_new:
-        print(f"first new audio after {first:.2f} s; {speed:.2f} times real time")
-
-
-def _describe(path: Path, prompt_frames: int, new_frames: int, rate_hz: float) -> None:
-    if prompt_frames or new_frames:
-        print(f"{path}: {prompt_frames / rate_hz:.2f} s of prompt, {new_frames / rate_hz:.2f} s of continuation")
+        drawn = decode(model, [Request(prompt_TQ, sampling.seed, options.text)], sampling.for_model(model), 1)
+        new_frames = [_stream(codec, prompt_TQ, drawn, files[0], began)]
     else:
-        print(f"no audio for {path}")
-    if not new_frames:
-        print("the model ended the speech at once; set --min_seconds, cut a prompt in mid-sentence, or change --seed")
+        samples = continue_codes(model, prompt_TQ, sampling, options.text)
+        new_frames = [len(codes_TQ) - len(prompt_TQ) for codes_TQ in samples]
+        for path, codes_TQ in zip(files, samples, strict=True):
+            if len(codes_TQ):
+                write_wav(path, Waveform(decode_long(codec, codes_TQ), codec.sample_rate_hz))
+    for path, num_new in zip(files, new_frames, strict=True):
+        prompt_seconds, new_seconds = len(prompt_TQ) / codec.frame_rate_hz, num_new / codec.frame_rate_hz
+        if prompt_seconds or num_new:  # otherwise there is no audio to write
+            print(f"{path}: {prompt_seconds:.2f} s of prompt, {new_seconds:.2f} s of continuation")
+        if not num_new:
+            print("the model ended the speech at once; set --min_seconds, or end the prompt in mid-sentence")
+
+
+def _stream(codec: MimiCodec, prompt_TQ: torch.Tensor, drawn: Drawn, path: Path, began: float) -> int:
+    """Write a sample frame by frame, so that the file can be played while it grows; return the number of new frames."""
+    frames = (new[None] for _, new in drawn if isinstance(new, torch.Tensor))
+    decoding, spent = DecodingStream(codec), []
+    with wav_writer(path, codec.sample_rate_hz) as file:
+        for codes_TQ in chain([prompt_TQ], frames):
+            if len(codes_TQ):
+                file.write(decoding.decode(codes_TQ).clamp(-1, 1).numpy())
+                file.flush()
+            spent.append(time.perf_counter() - began)
+    if num_new := len(spent) - 1:
+        speed = num_new / codec.frame_rate_hz / spent[-1]
+        print(f"first new audio after {spent[1]:.2f} s; {speed:.2f} times real time")
+    return num_new
 
 
 if __name__ == "__main__":

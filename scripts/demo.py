@@ -6,7 +6,6 @@ gradio needs the program ffmpeg to stream audio. Everyone who can reach --host c
 machine can.
 """
 
-import functools
 import io
 import os
 import re
@@ -35,7 +34,7 @@ DELETE_AFTER = (600, 3600)  # seconds between looks at uploads, and the age at w
 
 
 def demo(
-    model_name: tuple[str, ...] = ("models/tiny",),
+    model_name: str = "models/tiny",
     host: str = "127.0.0.1",
     port: int = 7860,
     device: str | None = None,
@@ -44,7 +43,7 @@ def demo(
     """Serve the page until it is stopped.
 
     Args:
-        model_name: hub ids or folders of the models to choose from
+        model_name: hub id or folder
         host: address to listen at; 0.0.0.0 means all addresses of this machine
         port: port of the page
         device: torch device; by default the accelerator if there is one
@@ -57,15 +56,8 @@ def demo(
         raise UserError("the demo needs gradio; install it with `uv sync --extra demo`") from error
     if shutil.which("ffmpeg") is None:
         raise UserError("the demo needs the program ffmpeg to stream audio; install it")
-
-    @functools.lru_cache(maxsize=1)
-    def load(name: str) -> SpeechModel:
-        return load_speech_model(name, device=device, dtype=dtype)
-
-    if not model_name:
-        raise UserError("no model is named; give one or several as --model_name")
-    load(model_name[0])  # a missing model ends the command now
-    app = build_app(gradio, load, model_name).queue(max_size=MAX_WAITING, default_concurrency_limit=1)
+    model = load_speech_model(model_name, device=device, dtype=dtype)
+    app = build_app(gradio, model).queue(max_size=MAX_WAITING, default_concurrency_limit=1)
     # Fonts of the browser: gradio's own would be downloaded.
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     options = {"share": False, "theme": theme, "footer_links": [], "max_file_size": MAX_UPLOAD}
@@ -75,19 +67,16 @@ def demo(
         raise UserError(f"port {port} of {host} is taken or cannot be used; choose another --port") from error
 
 
-def build_app(gradio: Any, load: Any, model_names: tuple[str, ...]) -> Any:
+def build_app(gradio: Any, model: SpeechModel) -> Any:
     """Return the page; its button yields what `continued` yields."""
 
-    def answer(
-        prompt: str | None, name: str, seconds: float, temperature: float, top_k: int, top_p: float, seed: int | None
-    ) -> Iterator[Any]:
+    def answer(prompt: str | None, *values: float | None) -> Iterator[Any]:
         try:
-            if prompt is None or seed is None:
+            if prompt is None or None in values:
                 raise UserError("record or upload a prompt, and type a seed")
-            options = SamplingOptions(
-                seconds=seconds, temperature=temperature, top_k=int(top_k), top_p=top_p or None, seed=int(seed)
-            )
-            yield from continued(load(name), prompt, options)
+            options: dict[str, Any] = dict(zip(sliders, values, strict=True))
+            options |= {"top_k": int(options["top_k"]), "seed": int(options["seed"]), "top_p": options["top_p"] or None}
+            yield from continued(model, prompt, SamplingOptions(**options))
         except UserError as error:
             raise gradio.Error(without_folders(str(error))) from error
 
@@ -96,12 +85,13 @@ def build_app(gradio: Any, load: Any, model_names: tuple[str, ...]) -> Any:
         with gradio.Row():
             with gradio.Column():
                 prompt = gradio.Audio(sources=["upload", "microphone"], type="filepath", label="Prompt", buttons=[])
-                name = gradio.Dropdown(list(model_names), value=model_names[0], label="Model")
-                seconds = gradio.Slider(0.5, 30, value=4, step=0.5, label="Maximum length (s)")
-                temperature = gradio.Slider(0.1, 1.5, value=0.8, step=0.05, label="Temperature")
-                top_k = gradio.Slider(1, 200, value=30, step=1, label="Top k")
-                top_p = gradio.Slider(0, 1, value=0, step=0.05, label="Top p (0: the model's default)")
-                seed = gradio.Number(value=0, precision=0, label="Seed")
+                sliders = {
+                    "seconds": gradio.Slider(0.5, 30, value=4, step=0.5, label="Maximum length (s)"),
+                    "temperature": gradio.Slider(0.1, 1.5, value=0.8, step=0.05, label="Temperature"),
+                    "top_k": gradio.Slider(1, 200, value=30, step=1, label="Top k"),
+                    "top_p": gradio.Slider(0, 1, value=0, step=0.05, label="Top p (0: the model's default)"),
+                    "seed": gradio.Number(value=0, precision=0, label="Seed"),
+                }
                 button = gradio.Button("Continue", variant="primary")
             with gradio.Column():
                 sound = gradio.Audio(streaming=True, autoplay=True, label="Continuation", buttons=["download"])
@@ -110,8 +100,7 @@ def build_app(gradio: Any, load: Any, model_names: tuple[str, ...]) -> Any:
                 picture = gradio.Image(show_label=False, type="numpy", buttons=[])
                 gradio.Markdown(f"Tokens of the last {SHOWN_FRAMES} frames, newest first")
                 tokens = gradio.Textbox(show_label=False, lines=8, elem_id="tokens")
-        inputs = [prompt, name, seconds, temperature, top_k, top_p, seed]
-        button.click(answer, inputs, [sound, status, picture, tokens])
+        button.click(answer, [prompt, *sliders.values()], [sound, status, picture, tokens])
     return app
 
 
@@ -120,10 +109,10 @@ def continued(model: SpeechModel, prompt: str, options: SamplingOptions) -> Iter
     codec, began = model.codec, time.perf_counter()
     (prompt_TQ,) = encode_prompts(model, [read_prompt(prompt, codec)], options)
     decoding = DecodingStream(codec)
-    audio = [decoding.decode(prompt_TQ)]  # of all frames, of which the first `num_sent` are sent
+    audio = [decoding.decode(prompt_TQ)]  # audio of all frames; the first `num_sent` entries are sent
     prompt_seconds = len(prompt_TQ) / codec.frame_rate_hz
     frames, num_sent, first_spent = list(prompt_TQ), 0, 0.0
-    for _, new in decode(model, [Request(prompt_TQ, options.seed, None)], options.for_model(model), 1):
+    for _, new in decode(model, [Request(prompt_TQ, options.seed)], options.for_model(model), 1):
         if not isinstance(new, FinishReason):
             audio.append(decoding.decode(new[None]))
             frames.append(new)

@@ -1,4 +1,4 @@
-"""What the rest of the project relies on in the codec."""
+"""The codec: batches, padding, the sliding window, and levels."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def test_without_its_window_the_codec_attends_to_all_that_came_before(codec, spe
     whole = MimiCodec(codec.name, 4, sliding_window=False)
     (windowed_TQ,), (whole_TQ,) = codec.encode([speech]), whole.encode([speech])
     assert torch.equal(windowed_TQ[:12], whole_TQ[:12]) and not torch.equal(windowed_TQ, whole_TQ)
-    # what came first has no part in codes beyond the reach of all windows, and has in those of whole attention
+    # the first frames change no codes beyond the reach of all windows, but those of whole attention
     reach = 1 + codec.config.num_hidden_layers * codec.config.sliding_window // 2
     long = torch.cat([speech] * (reach * 1920 // len(speech) + 2))
     other = torch.cat([torch.zeros(4 * 1920), long[4 * 1920 :]])
@@ -52,16 +52,10 @@ def test_without_its_window_the_codec_attends_to_all_that_came_before(codec, spe
     assert (codec.sliding_window, whole.sliding_window) == (True, False)
 
 
-@pytest.mark.parametrize(
-    ("entries", "window"),
-    [
-        ({"num_quantizers": 4}, False),  # a released checkpoint
-        ({"num_quantizers": 4, "codec": "kyutai/mimi", "codec_sliding_window": True}, True),
-        ({"num_quantizers": 4, "codec": "kyutai/mimi", "codec_sliding_window": False}, False),
-    ],
-)
-def test_a_checkpoint_says_how_its_codes_were_made(entries, window):
-    assert has_sliding_window(LlamaConfig(**entries)) == window
+def test_a_checkpoint_says_how_its_codes_were_made():
+    assert not has_sliding_window(LlamaConfig(num_quantizers=4))  # a released checkpoint
+    for window in (True, False):
+        assert has_sliding_window(LlamaConfig(num_quantizers=4, codec_sliding_window=window)) == window
 
 
 def test_fewer_levels_are_a_prefix(speech):
@@ -70,15 +64,10 @@ def test_fewer_levels_are_a_prefix(speech):
         assert torch.equal(MimiCodec(str(TINY / "mimi"), Q).encode([speech])[0], deep[:, :Q])
 
 
-@pytest.mark.parametrize(
-    ("name", "num_quantizers", "message"),
-    [
-        (str(TINY / "mimi"), 0, "1 to 8 levels"),
-        (str(TINY / "mimi"), 9, "1 to 8 levels"),
-        ("models/no/such", 4, "does not exist"),
-        ("kyutai/mimi", 4, "hf download kyutai/mimi"),
-    ],
-)
-def test_a_codec_that_does_not_fit_is_refused(name, num_quantizers, message):
-    with pytest.raises(UserError, match=message):
-        MimiCodec(name, num_quantizers)
+def test_a_codec_that_does_not_fit_is_refused():
+    for num_quantizers in (0, 9):
+        with pytest.raises(UserError, match="1 to 8 levels"):
+            MimiCodec(str(TINY / "mimi"), num_quantizers)
+    for name, message in (("models/no/such", "does not exist"), ("kyutai/mimi", "hf download kyutai/mimi")):
+        with pytest.raises(UserError, match=message):
+            MimiCodec(name, 4)

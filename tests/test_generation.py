@@ -1,13 +1,12 @@
-"""The decoding loop: whole frames, the greedy choice of stock `transformers`, the window, and how entries are drawn."""
+"""The decoding loop: whole frames, the greedy choice of stock `transformers`, the window, and the sampling."""
 
-import itertools
 import os
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, run_here
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CsmForConditionalGeneration, LlamaForCausalLM
@@ -16,7 +15,7 @@ from llama_mimi.checkpoint.csm import csm_config
 from llama_mimi.checkpoint.huggingface import hf_config
 from llama_mimi.common.errors import UserError
 from llama_mimi.generation import kv_cache
-from llama_mimi.generation.continuation import SamplingOptions, check_text, continue_codes, finished
+from llama_mimi.generation.continuation import SamplingOptions, continue_codes, finished
 from llama_mimi.generation.decoding import FinishReason, Request, Sampling, decode, draw_entries
 from llama_mimi.generation.flattened import FlattenedModel
 from llama_mimi.generation.hierarchical import HierarchicalModel
@@ -41,13 +40,13 @@ def hierarchical(codec, Q, **shape):
     return HierarchicalModel(csm.eval(), tokenizer, codec.at_depth(Q))
 
 
-ARMS = {"flattened": flattened, "hierarchical": hierarchical}
+ARCHITECTURES = {"flattened": flattened, "hierarchical": hierarchical}
 
 
-def built(codec, arm, Q=4, **shape):
+def built(codec, architecture, Q=4, **shape):
     """A random model, whose unconstrained samples would be malformed at once."""
     torch.manual_seed(Q)
-    model = ARMS[arm](codec, Q, **shape)
+    model = ARCHITECTURES[architecture](codec, Q, **shape)
     with torch.no_grad():
         for name, parameter in model.decoder.named_parameters():
             if not name.startswith("codec_model"):
@@ -55,7 +54,7 @@ def built(codec, arm, Q=4, **shape):
     return model
 
 
-@pytest.fixture(scope="module", params=ARMS)
+@pytest.fixture(scope="module", params=ARCHITECTURES)
 def model(codec, request):
     return built(codec, request.param)
 
@@ -72,8 +71,8 @@ def stock_logits(model, codes_TQ, frame):
     decoder, head, level = model.decoder, model.tokenizer.prefix_ids(), len(frame)
     if model.has_release:
         vocabulary = model.tokenizer.vocabulary
-        units = [vocabulary.base + code * codes_TQ.shape[1] + q for q, code in enumerate(frame)]
-        ids_L = [*head, *vocabulary.ids_from_codes(codes_TQ).tolist(), *units]
+        tokens = [vocabulary.base + code * codes_TQ.shape[1] + q for q, code in enumerate(frame)]
+        ids_L = [*head, *vocabulary.ids_from_codes(codes_TQ).tolist(), *tokens]
         logits_V = decoder(torch.tensor([ids_L])).logits[0, -1]
         end = [vocabulary.audio_end_id] if level == 0 else []
         return logits_V[[*range(vocabulary.base + level, vocabulary.audio_start_id, codes_TQ.shape[1]), *end]]
@@ -122,12 +121,13 @@ class Ending:
         return self.model.next_frame(caches, draw_with_end)
 
 
-@pytest.mark.parametrize(
-    ("arm", "Q"), [*itertools.product(["flattened"], [1, 4, 8]), *itertools.product(["hierarchical"], [2, 4, 8])]
-)
-def test_greedy_is_that_of_stock_transformers(codec, arm, Q):
-    """Prompts of unequal lengths in one batch, more of them than rows; one prompt alone each there."""
-    model = built(codec, arm, Q)
+CASES = [("flattened", 1), ("flattened", 4), ("flattened", 8), ("hierarchical", 2), ("hierarchical", 8)]
+
+
+@pytest.mark.parametrize(("architecture", "Q"), CASES)
+def test_greedy_is_that_of_stock_transformers(codec, architecture, Q):
+    """Prompts of unequal lengths in one batch, more of them than rows, against one prompt alone."""
+    model = built(codec, architecture, Q)
     prompts = [clip(length, Q, seed=length) for length in (1, 9, 4, 17, 2)]
     found = all_samples(model, [Request(prompt_TQ, seed=0) for prompt_TQ in prompts], GREEDY, num_rows=3)
     lengths = []
@@ -141,10 +141,10 @@ def test_greedy_is_that_of_stock_transformers(codec, arm, Q):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arm", ARMS)
-def test_a_compiled_step_draws_the_same(codec, arm, monkeypatch):
-    """What a GPU runs as one graph, here compiled for the CPU: attention sees all positions under a mask."""
-    model = built(codec, arm, n_layers=1)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_compiled_step_draws_the_same(codec, architecture, monkeypatch):
+    """The step that a GPU runs as one graph, compiled for the CPU: attention to all positions under a mask."""
+    model = built(codec, architecture, n_layers=1)
     wanted = all_samples(model, [Request(clip(n), 0) for n in (3, 8)], GREEDY, num_rows=2)
     model.spare_caches.clear()
     monkeypatch.setattr(kv_cache, "GRAPH_DEVICES", ("cpu",))
@@ -153,52 +153,37 @@ def test_a_compiled_step_draws_the_same(codec, arm, monkeypatch):
 
 
 def test_caches_of_the_same_size_are_used_again(model):
-    """On a GPU it has a graph; while one is at work, another draw gets one of its own."""
+    """On a GPU it has a graph. While one is in use, another draw gets its own."""
     requests = [Request(clip(3, seed=seed), seed) for seed in range(3)]
-    first = all_samples(model, requests, GREEDY, num_rows=2)
+    first, _ = zip(*all_samples(model, requests, GREEDY, num_rows=2).values(), strict=True)
     (kept,) = model.spare_caches.values()
-    at_work = decode(model, requests, GREEDY, 2)
-    next(at_work)
+    in_use = finished(decode(model, requests, GREEDY, 2), 4)
+    started = next(in_use)
     assert not model.spare_caches
-    again = all_samples(model, requests, GREEDY, num_rows=2)
-    assert list(model.spare_caches.values()) != [kept]
-    rest = list(at_work)
-    assert list(model.spare_caches.values()) == [kept]
-    assert all(torch.equal(first[number][0], again[number][0]) for number in range(3))
-    last = [new for number, new in rest if number == 2]
-    assert torch.equal(torch.stack(last[:-1]), first[2][0]) and last[-1] is first[2][1]
+    again, _ = zip(*all_samples(model, requests, GREEDY, num_rows=2).values(), strict=True)
+    late = [new_TQ for _, new_TQ, *_ in (started, *in_use)]
+    assert list(model.spare_caches.values()) == [kept] and all(map(torch.equal, first + first, (*again, *late)))
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8, 5.0])
-def test_samples_are_whole_frames_after_the_prompt(model, temperature):
-    samples = continue_codes(model, PROMPT, SamplingOptions(seconds=2.0, temperature=temperature, num_samples=3))
-    assert len(samples) == 3
-    for codes_TQ in samples:
-        assert torch.equal(codes_TQ[:6], PROMPT)
-        assert codes_TQ.shape[1] == 4 and 6 <= len(codes_TQ) <= 6 + 25
-        assert codes_TQ.min() >= 0 and codes_TQ.max() < K
-    (again_TQ,) = continue_codes(model, PROMPT, SamplingOptions(seconds=2.0, temperature=temperature, seed=1))
-    assert torch.equal(again_TQ, samples[1])
-    assert temperature == 0 or not torch.equal(samples[0], samples[1])
-
-
-def test_a_sample_does_not_depend_on_its_batch(model):
-    """Nor on what had its row before: alone, and as one of ten in three rows."""
-    options = SamplingOptions(seconds=1.2, temperature=1.0)
-    model = Ending(model, 2.0)
-    sampling = options.for_model(model)
+def test_a_sample_depends_on_prompt_and_seed_alone(model):
+    """A sample alone, and as one of ten that share three rows."""
+    options, model = SamplingOptions(seconds=1.2, temperature=1.0), Ending(model, 2.0)
     requests = [Request(clip(2 + number % 5, seed=number), seed=number) for number in range(10)]
-    together = all_samples(model, requests, sampling, num_rows=3)
+    together = all_samples(model, requests, options.for_model(model), num_rows=3)
     assert sorted(together) == list(range(10)) and len({len(new_TQ) for new_TQ, _ in together.values()}) > 2
     for number, request in enumerate(requests):
         (alone_TQ,) = continue_codes(model, request.prompt_TQ, replace(options, seed=number))
-        assert torch.equal(alone_TQ[len(request.prompt_TQ) :], together[number][0])
+        assert torch.equal(alone_TQ, torch.cat([request.prompt_TQ, together[number][0]]))
+        assert alone_TQ.min() >= 0 and alone_TQ.max() < K
+    one_TQ, two_TQ = continue_codes(model, PROMPT, replace(options, num_samples=2))
+    assert torch.equal(two_TQ, continue_codes(model, PROMPT, replace(options, seed=1))[0])
+    assert not torch.equal(one_TQ, two_TQ)
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(2, 12), st.integers(1, 12), st.floats(0.05, 1.0), st.floats(0.3, 3.0), st.integers(0, 2**30))
-def test_what_may_be_drawn(num_entries, top_k, top_p, temperature, seed):
-    """The fewest of the ``top_k`` likeliest that have ``top_p``, each as often as its share says (in a plain loop)."""
+def test_sampling_is_that_of_a_plain_loop(num_entries, top_k, top_p, temperature, seed):
+    """The fewest of the ``top_k`` likeliest entries that have ``top_p``, each as often as its probability."""
     generator = torch.Generator().manual_seed(seed)
     logits_V = torch.randn(num_entries, generator=generator) * 2
     order = logits_V.argsort(descending=True).tolist()[:top_k]
@@ -228,11 +213,9 @@ def test_a_model_that_overflows_says_so(codec):
 
 def test_speech_does_not_end_before_min_seconds(model):
     ends_at_once = Ending(model, 1e4)
-    for min_seconds, num_frames in ((0.0, 0), (0.08, 1), (0.56, 7), (0.6, 8), (2.0, 25)):
-        (codes_TQ,) = continue_codes(ends_at_once, PROMPT, SamplingOptions(seconds=2.0, min_seconds=min_seconds))
+    for min_seconds, seconds, num_frames in ((0.0, 2.0, 0), (0.08, 2.0, 1), (0.6, 2.0, 8), (1.0, 1.0, 13)):
+        (codes_TQ,) = continue_codes(ends_at_once, PROMPT, SamplingOptions(seconds=seconds, min_seconds=min_seconds))
         assert len(codes_TQ) == 6 + num_frames
-    (codes_TQ,) = continue_codes(ends_at_once, PROMPT, SamplingOptions(seconds=1.0, min_seconds=1.0))
-    assert len(codes_TQ) == 6 + 13  # 12.5 are not enough
     # Rows that started at different times.
     eager, sampling = Ending(model, 7.0), replace(GREEDY, temperature=1.0, min_frames=3)
     rows = all_samples(eager, [Request(clip(2 + seed), seed) for seed in range(9)], sampling, num_rows=2)
@@ -245,47 +228,31 @@ def test_speech_does_not_end_before_min_seconds(model):
     [
         ({"min_seconds": float("nan")}, "--min_seconds is nan; choose a value from 0 to 1e\\+09"),
         ({"min_seconds": 10.1}, "--min_seconds is 10.1, more than --seconds 10"),
-        ({"top_p": 0.0}, "--top_p is 0.0; choose a value from 1e-09 to 1"),
-        ({"top_p": 1.5}, "--top_p is 1.5"),
-        ({"seed": -1}, "--seed is -1"),
+        ({"top_p": 1.5}, "--top_p is 1.5; choose a value from 1e-09 to 1"),
+        ({"window_seconds": 20_000.0, "seconds": 20_000.0}, "positions, more than the model's context of 131,072"),
     ],
 )
-def test_options_out_of_range_are_refused(options, message):
+def test_options_out_of_range_are_refused(model, options, message):
     with pytest.raises(UserError, match=message):
-        SamplingOptions(**options)
+        continue_codes(model, PROMPT, SamplingOptions(**options))
 
 
-def test_a_window_has_four_frames_and_fits_the_context(model):
-    with pytest.raises(UserError, match="--window_seconds is 0.3, 3 frames; raise it to 4 frames"):
-        continue_codes(model, PROMPT, SamplingOptions(window_seconds=0.3))
-    with pytest.raises(UserError, match="positions, more than the model's context of 131,072"):
-        continue_codes(model, PROMPT, SamplingOptions(seconds=20_000.0, window_seconds=20_000.0))
-
-
-def test_past_the_window_the_prompts_beginning_and_the_last_frames_go_on(model):
+@pytest.mark.parametrize("num_frames", [6, 40])  # a prompt that grows to the window, and one that is longer
+def test_past_the_window_the_start_of_the_prompt_and_the_last_frames_are_read(model, num_frames):
     """Each new context is one that a fresh prompt of the same frames would have; none is longer than the window."""
-    window, max_frames = 16, 60
+    window, max_frames, prompt_TQ = 16, 60, clip(num_frames)
     sampling = replace(GREEDY, window_frames=window, max_frames=max_frames, min_frames=max_frames)
-    ((new_TQ, end),) = all_samples(model, [Request(PROMPT, 0)], sampling, num_rows=1).values()
+    ((new_TQ, end),) = all_samples(model, [Request(prompt_TQ, 0)], sampling, num_rows=1).values()
     assert len(new_TQ) == max_frames and end is FinishReason.LENGTH
-    codes_TQ, context_TQ = PROMPT, PROMPT
-    while len(codes_TQ) < 6 + max_frames:
-        num_new = min(window - len(context_TQ), 6 + max_frames - len(codes_TQ))
+    codes_TQ = context_TQ = prompt_TQ
+    while len(codes_TQ) < num_frames + max_frames:
+        if len(context_TQ) >= window:
+            context_TQ = torch.cat([prompt_TQ[: window // 4], codes_TQ[-(window // 2) :]])
+        num_new = min(window - len(context_TQ), num_frames + max_frames - len(codes_TQ))
         step = replace(GREEDY, window_frames=100, max_frames=num_new, min_frames=num_new)
         ((part_TQ, _),) = all_samples(model, [Request(context_TQ, 0)], step, num_rows=1).values()
-        codes_TQ = torch.cat([codes_TQ, part_TQ])
-        context_TQ = torch.cat([PROMPT[: window // 4], codes_TQ[-(window // 2) :]])
-    assert torch.equal(torch.cat([PROMPT, new_TQ]), codes_TQ)
-
-
-def test_a_prompt_longer_than_the_window_is_read_as_one_that_grew(model):
-    sampling = replace(GREEDY, window_frames=12, min_frames=12)
-    ((new_TQ, _),) = all_samples(model, [Request(clip(40), 0)], sampling, num_rows=1).values()
-    shortened_TQ = torch.cat([clip(40)[:3], clip(40)[-6:]])
-    ((wanted_TQ, _),) = all_samples(
-        model, [Request(shortened_TQ, 0)], replace(sampling, max_frames=3, min_frames=3), 1
-    ).values()
-    assert len(new_TQ) == 12 and torch.equal(new_TQ[:3], wanted_TQ)
+        codes_TQ, context_TQ = torch.cat([codes_TQ, part_TQ]), torch.cat([context_TQ, part_TQ])
+    assert torch.equal(torch.cat([prompt_TQ, new_TQ]), codes_TQ)
 
 
 def test_text_comes_before_the_speech(codec):
@@ -293,20 +260,17 @@ def test_text_comes_before_the_speech(codec):
     model = built(codec, "flattened")
     options = SamplingOptions(seconds=1.0, min_seconds=1.0, temperature=0)
     for prompt_TQ in (torch.zeros(0, 4, dtype=torch.long), PROMPT):
-        said = [continue_codes(model, prompt_TQ, options, text)[0] for text in ("one two", "three", None)]
-        assert not torch.equal(said[0], said[1]) and not torch.equal(said[0], said[2])
+        spoken = [continue_codes(model, prompt_TQ, options, text)[0] for text in ("one two", "three", None)]
+        assert not torch.equal(spoken[0], spoken[1]) and not torch.equal(spoken[0], spoken[2])
         ids_L = model.tokenizer.encode(prompt_TQ, is_cut=True, text="one two")
         with torch.no_grad():
             logits_V = model.decoder(ids_L[None]).logits[0, -1]
         vocabulary = model.tokenizer.vocabulary
         first = logits_V[vocabulary.base : vocabulary.audio_start_id : 4].argmax()
-        assert said[0][len(prompt_TQ), 0] == first
-    with pytest.raises(UserError, match="was trained without text"):
-        check_text(flattened(codec, 4, "audio"), "one")
-    check_text(model, "one")
-    with pytest.raises(UserError, match=r"--text 'caf\\xe9' is not UTF-8"):
-        check_text(model, os.fsdecode(b"caf\xe9"))
+        assert spoken[0][len(prompt_TQ), 0] == first
     model.decoder.config.update({"task": "a2a"})
-    with pytest.raises(UserError, match="was trained without text; choose one of the task 'tts'"):
-        check_text(model, "one")
-    check_text(flattened(codec, 4, "audio"), None)
+    for without_text in (model, flattened(codec, 4, "audio")):
+        with pytest.raises(UserError, match="was trained without text; choose one of the task 'tts'"):
+            continue_codes(without_text, PROMPT, options, "one")
+    code, stderr = run_here("inference.py", "--text", os.fsdecode(b"caf\xe9"))
+    assert code == 1 and r"--text 'caf\xe9' is not UTF-8" in stderr

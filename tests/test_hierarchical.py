@@ -1,4 +1,4 @@
-"""The hierarchical arm against `CsmForConditionalGeneration` of transformers: logits, losses, scores, generation."""
+"""The hierarchical architecture against `CsmForConditionalGeneration`: logits, losses, scores, generation."""
 
 import itertools
 import json
@@ -64,7 +64,6 @@ def built(args, seed=0):
 
 
 def in_transformers(model):
-    """The same model as transformers has it, in its plainest attention."""
     config = csm_config(model.model_args, codec=str(TINY / "mimi"), num_quantizers=Q)
     csm = CsmForConditionalGeneration(config).eval()
     missing, unexpected = csm.load_state_dict(csm_state(model.state_dict(), model.model_args), strict=False)
@@ -92,17 +91,19 @@ def batch(tokenizer, clips, seq_len, is_packed=False, depth=None):
 
 
 def run(model, inputs):
-    """What logits are made of, with or without a mask."""
-    extra = {}
+    extra = {"targets": inputs["targets"]} if "targets" in inputs else {}
     if model.model_args.attn_type == "varlen":
         extra["attention_masks"] = model.get_attention_masks(inputs["input"], None, inputs)
         extra["positions"] = inputs["positions"]
-    return model(inputs["input"], targets=inputs["targets"], **extra)
+    return model(inputs["input"], **extra)
 
 
-def loss_of(model, tokenizer, clips, seq_len, weights=(1.0,) * Q, is_packed=False, depth=None):
-    """Loss and sums by level of a batch; the gradients are left in the model."""
+def loss_of(model, tokenizer, clips, seq_len, weights=(1.0,) * Q, is_packed=False, depth=None, pad_id=0):
+    """Return the loss and the sums by level of a batch of either architecture; the gradients are left in the model."""
     inputs, labels_BLQ = batch(tokenizer, clips, seq_len, is_packed, depth)
+    has_target_BL = labels_BLQ.view(len(labels_BLQ), seq_len, -1)[..., 0] != IGNORE_INDEX
+    is_padding_BL = has_target_BL.int().flip(1).cummax(dim=1).values.flip(1) == 0
+    inputs["input"][is_padding_BL] = pad_id
     meter = LevelMeter()
     loss = SpeechLoss(tokenizer.vocabulary, meter, weights)(run(model, inputs), labels_BLQ)
     loss = loss / (labels_BLQ != IGNORE_INDEX).sum()
@@ -111,56 +112,31 @@ def loss_of(model, tokenizer, clips, seq_len, weights=(1.0,) * Q, is_packed=Fals
     return loss.detach(), meter.pop()
 
 
-def frames_of(tokenizer, codes_TQ):
-    """A clip as CSM's code has it: embeddings' codes (T + 1, Q) with the end, whose every level is K."""
-    return torch.cat([codes_TQ, torch.full((1, Q), K)])
-
-
 def csm_inputs(csm, tokenizer, codes_TQ):
     """Embeddings (1, L, D) of ``BOS <audio>`` and all frames of a clip, without the end."""
-    head_1LD = csm.embed_text_tokens(torch.tensor([tokenizer.prefix_ids()]))
-    return torch.cat([head_1LD, csm.backbone_model.embed_tokens(codes_TQ[None])], dim=1)
+    prefix_1LD = csm.embed_text_tokens(torch.tensor([tokenizer.prefix_ids()]))
+    return torch.cat([prefix_1LD, csm.backbone_model.embed_tokens(codes_TQ[None])], dim=1)
 
 
-def test_logits_of_both_networks_are_those_of_transformers(pair, tokenizer):
+def test_logits_and_loss_are_those_of_transformers(pair, tokenizer):
+    """There the loss is the sum of two means, and the end is a frame like others, whose every level is K."""
     model, csm = pair
     codes_TQ = clip(9)
-    pending = run(model, batch(tokenizer, [codes_TQ], 16)[0])
-    frames_TQ = frames_of(tokenizer, codes_TQ)
-    with torch.no_grad():
-        out = csm.backbone_model(inputs_embeds=csm_inputs(csm, tokenizer, codes_TQ)).last_hidden_state[0, 1:]
-        level_0_TV = csm.lm_head(out)
-        given_TQ = F.pad(frames_TQ[:, :-1], (1, 0))
-        depth_TqV = csm.depth_decoder(input_ids=given_TQ, backbone_last_hidden_state=out).logits
-    torch.testing.assert_close(pending.level_0.compute()[0, 1:11], level_0_TV, atol=1e-5, rtol=1e-5)
-    for level, logits in enumerate(pending.levels, start=1):
-        torch.testing.assert_close(logits.compute()[0], depth_TqV[:, level - 1], atol=1e-5, rtol=1e-5)
-
-
-def test_the_loss_is_that_of_transformers(pair, tokenizer):
-    """Its sum of two means, from the sums of ours; the end is a frame like others there."""
-    model, csm = pair
-    codes_TQ = clip(9)
-    frames_TQ = frames_of(tokenizer, codes_TQ)
+    frames_TQ = torch.cat([codes_TQ, torch.full((1, Q), K)])
+    output = run(model, batch(tokenizer, [codes_TQ], 16)[0])
     labels_1LQ = torch.cat([torch.full((2, Q), IGNORE_INDEX), frames_TQ])[None]
     with torch.no_grad():
+        states_TD = csm.backbone_model(inputs_embeds=csm_inputs(csm, tokenizer, codes_TQ)).last_hidden_state[0, 1:]
+        level_0_TV = csm.lm_head(states_TD)
+        inputs_TQ = F.pad(frames_TQ[:, :-1], (1, 0))
+        depth_TqV = csm.depth_decoder(input_ids=inputs_TQ, backbone_last_hidden_state=states_TD).logits
         theirs = csm(inputs_embeds=csm_inputs(csm, tokenizer, frames_TQ), labels=labels_1LQ)
+    torch.testing.assert_close(output.level_0.compute()[0, 1:11], level_0_TV, atol=1e-5, rtol=1e-5)
+    for level, logits in enumerate(output.levels, start=1):
+        torch.testing.assert_close(logits.compute()[0], depth_TqV[:, level - 1], atol=1e-5, rtol=1e-5)
     ours, _ = loss_of(model, tokenizer, [codes_TQ], 32)
     wanted = (theirs.backbone_loss + (Q - 1) * theirs.depth_decoder_loss) / Q
     torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("seq_len", [25, 32])  # filled to the last place, and with padding behind
-def test_packed_clips_are_as_if_alone(args, tokenizer, seq_len):
-    model, packed = built(args), built(replace(args, attn_type="varlen", attn_mask_type="block_causal"))
-    clips = [clip(8, 0), clip(1, 1), clip(5, 2), clip(3, 3)]
-    loss, sums = loss_of(packed, tokenizer, clips, seq_len, is_packed=True)
-    alone = [loss_of(model, tokenizer, [codes_TQ], 16) for codes_TQ in clips]
-    torch.testing.assert_close(sums, sum(sums for _, sums in alone), atol=1e-4, rtol=1e-6)
-    padded_loss, _ = loss_of(model, tokenizer, clips, 16)
-    torch.testing.assert_close(loss, padded_loss, atol=1e-5, rtol=1e-5)
-    for (name, parameter), other in zip(packed.named_parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(parameter.grad, other.grad, atol=1e-5, rtol=1e-5, msg=name)
 
 
 def test_frames_that_do_not_train_the_depth_decoder(pair, tokenizer):
@@ -189,38 +165,28 @@ def test_a_batch_without_targets_has_gradients(pair, tokenizer):
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("weights", [(2.0, 1.0, 0.5, 0.5), tuple(level_weights("semantic:100", [1.0] * Q))])
-def test_weighted_gradients_are_those_of_the_plain_formula(pair, tokenizer, weights):
+def test_weighted_gradients_are_those_of_the_plain_formula(pair, tokenizer):
     model, _ = pair
-    clips = [clip(6, 1), clip(3, 2)]
+    clips, weights = [clip(6, 1), clip(3, 2)], (2.0, 1.0, 0.5, 0.5)
     loss, sums = loss_of(model, tokenizer, clips, 12, weights)
     gradients = [parameter.grad.clone() for parameter in model.parameters()]
     inputs, labels_BLQ = batch(tokenizer, clips, 12)
-    pending = run(model, inputs)
-    entries_BLQ = torch.where(
-        labels_BLQ == IGNORE_INDEX, IGNORE_INDEX, tokenizer.vocabulary.entries(labels_BLQ)
-    ).flatten(0, 1)
-    logits = [pending.level_0.compute().flatten(0, 1), *(level.compute()[0] for level in pending.levels)]
-    kept = [slice(None), *[pending.depth_N] * (Q - 1)]
-    plain = (
-        sum(
-            weight * F.cross_entropy(logits_NV, entries_BLQ[rows, level], reduction="sum", ignore_index=IGNORE_INDEX)
-            for level, (weight, logits_NV, rows) in enumerate(zip(weights, logits, kept, strict=True))
-        )
-        / (labels_BLQ != IGNORE_INDEX).sum()
-    )
+    output, plain = run(model, inputs), 0.0
+    entries_BLQ = tokenizer.vocabulary.entries(labels_BLQ).where(labels_BLQ != IGNORE_INDEX, IGNORE_INDEX)
+    logits = [output.level_0.compute().flatten(0, 1), *(level.compute()[0] for level in output.levels)]
+    for level, (weight, logits_NV) in enumerate(zip(weights, logits, strict=True)):
+        entries_N = entries_BLQ.flatten(0, 1)[output.depth_N if level else slice(None), level]
+        plain += weight * F.cross_entropy(logits_NV, entries_N, reduction="sum", ignore_index=IGNORE_INDEX)
+        log_probs_NV = logits_NV[:, : K + (level == 0)].log_softmax(dim=1)  # the codes, and the end at level 0
+        is_code_N = (entries_N >= 0) & (entries_N < K)
+        wanted = -log_probs_NV[is_code_N, entries_N[is_code_N]].sum()
+        assert sums[2, level].item() == pytest.approx(wanted.item(), rel=1e-5)
+    plain = plain / (labels_BLQ != IGNORE_INDEX).sum()
     torch.testing.assert_close(loss, plain.detach(), atol=1e-6, rtol=1e-5)
     for gradient, wanted in zip(gradients, torch.autograd.grad(plain, list(model.parameters())), strict=True):
         torch.testing.assert_close(gradient, wanted, atol=1e-6, rtol=1e-4)
     _, unweighted = loss_of(model, tokenizer, clips, 12)
     torch.testing.assert_close(sums, unweighted)
-    for level, (logits_NV, rows) in enumerate(zip(logits, kept, strict=True)):  # over the codes, and the end at level 0
-        entries_N = entries_BLQ[rows, level]
-        log_probs_NV = logits_NV[:, : K + (level == 0)].log_softmax(dim=1)
-        is_code_N = (entries_N >= 0) & (entries_N < K)
-        wanted = -log_probs_NV[is_code_N, entries_N[is_code_N]].sum()
-        assert sums[2, level].item() == pytest.approx(wanted.item(), rel=1e-5)
-        assert sums[2, level] <= sums[0, level] + 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -228,21 +194,9 @@ def speech_model(pair, tokenizer):
     return HierarchicalModel(pair[1], tokenizer, MimiCodec(str(TINY / "mimi"), Q))
 
 
-def plain_frame(csm, state_D, entries_Q, num_entries=K + 1):
-    """Log-likelihood of each level of one frame, its codes one after the other, among so many at levels above 0."""
-    values = [float(csm.lm_head(state_D).log_softmax(-1)[entries_Q[0]])]
-    for level in range(1, Q):
-        given = torch.tensor([[0, *entries_Q[:level].tolist()]])
-        logits_V = csm.depth_decoder(input_ids=given, backbone_last_hidden_state=state_D[None]).logits[0, level - 1]
-        values.append(float(logits_V[:num_entries].log_softmax(-1)[entries_Q[level]]))
-    return values
-
-
 @pytest.mark.parametrize("is_cut", [False, True])
 @pytest.mark.parametrize(
-    "scoring",
-    [Scoring(None), Scoring((0,)), Scoring((1, 3)), Scoring(None, likelihood="grammar")],
-    ids=str,
+    "scoring", [Scoring(None), Scoring((0,)), Scoring((1, 3)), Scoring(None, likelihood="grammar")], ids=str
 )
 @torch.no_grad()
 def test_a_score_is_that_of_the_plainest_loop(speech_model, tokenizer, scoring, is_cut):
@@ -250,12 +204,16 @@ def test_a_score_is_that_of_the_plainest_loop(speech_model, tokenizer, scoring, 
     csm, codes_TQ = speech_model.decoder, clip(6, 5)
     found, _ = batch_scores(speech_model, [(codes_TQ, is_cut), (clip(11, 6), False)], scoring)
     states_LD = csm.backbone_model(inputs_embeds=csm_inputs(csm, tokenizer, codes_TQ)).last_hidden_state[0]
-    values = []
-    for frame, entries_Q in enumerate(codes_TQ):
-        # The end can stand at level 0 alone.
-        num_entries = K if scoring.likelihood == "grammar" else K + 1
-        by_level = plain_frame(csm, states_LD[1 + frame], entries_Q, num_entries)
-        values += [by_level[level] for level in (range(Q) if scoring.levels is None else scoring.levels)]
+    num_entries, values = K if scoring.likelihood == "grammar" else K + 1, []  # the end is valid at level 0 alone
+    for state_D, entries_Q in zip(states_LD[1:-1], codes_TQ, strict=True):
+        for level in range(Q) if scoring.levels is None else scoring.levels:
+            if level:
+                ids_1L = torch.tensor([[0, *entries_Q[:level].tolist()]])
+                depth = csm.depth_decoder(input_ids=ids_1L, backbone_last_hidden_state=state_D[None])
+                logits_V = depth.logits[0, level - 1, :num_entries]
+            else:
+                logits_V = csm.lm_head(state_D)
+            values.append(float(logits_V.log_softmax(-1)[entries_Q[level]]))
     if not is_cut:
         values.append(float(csm.lm_head(states_LD[-1]).log_softmax(-1)[K]))
     assert found == pytest.approx(sum(values) / len(values), abs=1e-5)
@@ -267,7 +225,7 @@ def test_the_first_release_has_no_hierarchical_scores(speech_model):
 
 
 def test_a_llama_fills_the_backbone(args):
-    """What prepare_base_model writes: layers and embeddings are loaded, the rest is left as it was drawn."""
+    """Layers and embeddings of a base model are loaded; the other weights keep their initial values."""
     torch.manual_seed(5)
     llama = LlamaForCausalLM(hf_config(replace(args, architecture="flattened", enable_weight_tying=True))).eval()
     model, adapter = built(args), LlamaMimiStateDictAdapter(args, None)
@@ -286,24 +244,20 @@ def test_a_llama_fills_the_backbone(args):
         assert name.startswith(("layers.", "norm.", "tok_")) or torch.equal(weight, drawn[name])
 
 
-def json_of(folder):
-    return json.loads((folder / "folder" / "config.json").read_text())
-
-
 def test_a_checkpoint_becomes_a_stock_folder(args, tokenizer, tmp_path, monkeypatch, caplog):
-    """Which transformers loads and generates audio from, and which scores and continues here."""
+    """Stock transformers loads the folder and generates audio; here the folder scores and continues speech."""
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     model = built(args, seed=1)
-    config = speech_config(args, tokenizer, str(TINY / "mimi"))
-    save_run_record(str(tmp_path / "run"), config, tokenizer)
+    save_run_record(str(tmp_path / "run"), speech_config(args, tokenizer, str(TINY / "mimi")), tokenizer)
     dcp.save(model.state_dict(), checkpoint_id=tmp_path / "run" / "checkpoint" / "step-1", no_dist=True)
     convert_checkpoint(tmp_path / "run" / "checkpoint", tmp_path / "folder")
     csm = CsmForConditionalGeneration.from_pretrained(tmp_path / "folder").eval()
     assert not [record for record in caplog.records if "token_id" in record.getMessage()]
     wanted = in_transformers(model).state_dict()
     codec = MimiModel.from_pretrained(TINY / "mimi").state_dict()
+    config = json.loads((tmp_path / "folder" / "config.json").read_text())
     # Its codec has the levels of the model: stock code encodes a spoken prompt at the full depth.
-    assert csm.config.codec_config.num_quantizers == Q and not json_of(tmp_path)["tie_word_embeddings"]
+    assert csm.config.codec_config.num_quantizers == Q and not config["tie_word_embeddings"]
     for name, weight in csm.state_dict().items():
         torch.testing.assert_close(weight, codec.get(name.removeprefix("codec_model."), wanted[name]), rtol=0, atol=0)
     text_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "folder")
@@ -311,7 +265,6 @@ def test_a_checkpoint_becomes_a_stock_folder(args, tokenizer, tmp_path, monkeypa
     assert ids_1L[0].tolist() == tokenizer.prefix_ids()
     sampling = csm.depth_decoder.generation_config
     assert sampling.do_sample and (sampling.temperature, sampling.top_k) == (0.8, 30), "levels are drawn, too"
-    config = json_of(tmp_path)
     for network in (config, config["depth_decoder_config"]):  # as transformers 4.x reads them
         assert network["rope_theta"] == network["rope_parameters"]["rope_theta"] == 500_000
     assert config["rope_scaling"]["factor"] == 32 and config["depth_decoder_config"]["rope_scaling"] is None

@@ -1,37 +1,23 @@
-"""TorchTitan's Llama and Hugging Face's are the same model; padding and company change nothing."""
+"""TorchTitan's Llama and Hugging Face's are the same model; neither padding nor packing changes a loss."""
+
+from dataclasses import replace
 
 import pytest
 import torch
+from conftest import TINY
+from test_hierarchical import clip, loss_of
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
-from torchtitan.models.llama3.model.args import RoPEScalingArgs
 from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama_mimi.checkpoint.huggingface import hf_config, model_args
 from llama_mimi.common.errors import UserError
-from llama_mimi.data.packing import BatchPacker
-from llama_mimi.model.architectures import parallelize
+from llama_mimi.model.architectures import build_model, parallelize
 from llama_mimi.model.llama import FLAVORS, LlamaMimi, LlamaMimiArgs
-from llama_mimi.tokens.tokenizer import IGNORE_INDEX
-from llama_mimi.training.loss import LevelMeter, SpeechLoss
+from llama_mimi.tokens.tokenizer import load_speech_tokenizer
 
 VOCAB = 300
-
-
-def llama_config(tied: bool, rope: dict, intermediate_size: int = 176) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=intermediate_size,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        rms_norm_eps=1e-5,
-        rope_parameters={"rope_theta": 500000.0, **rope},
-        max_position_embeddings=131072,
-        tie_word_embeddings=tied,
-    )
 
 
 LLAMA_3_2 = {
@@ -43,55 +29,38 @@ LLAMA_3_2 = {
 }
 
 
-@pytest.fixture
-def tokens_BL():
-    return torch.randint(VOCAB, (2, 200), generator=torch.Generator().manual_seed(1))
-
-
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("rope", [LLAMA_3_2, LLAMA_3_2 | {"factor": 8.0}, {"rope_type": "default"}])
 @pytest.mark.parametrize("intermediate_size", [176, 100])
-def test_hugging_face_to_torchtitan(tied, rope, intermediate_size, tokens_BL):
+def test_torchtitan_and_hugging_face_have_the_same_logits(tied, rope, intermediate_size):
     torch.manual_seed(0)
-    hf = LlamaForCausalLM(llama_config(tied, rope, intermediate_size)).eval()
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_theta": 500000.0, **rope},
+        max_position_embeddings=131072,
+        tie_word_embeddings=tied,
+    )
+    hf = LlamaForCausalLM(config).eval()
     with torch.no_grad():
         for parameter in hf.parameters():  # norms are ones at the start, which would hide a swap
             parameter.add_(0.02 * torch.randn_like(parameter))
-    args = model_args(hf.config)
-    args.max_seq_len = 256
-    model = LlamaMimi(args)
+    args = replace(model_args(config), max_seq_len=256)
+    model, adapter = LlamaMimi(args), Llama3StateDictAdapter(args, None)
     with torch.no_grad():
         model.init_weights()
-    state = {k: v for k, v in hf.state_dict().items() if not (tied and k == "lm_head.weight")}
-    model.load_state_dict(Llama3StateDictAdapter(args, None).from_hf(state))
+    state = {name: weight for name, weight in hf.state_dict().items() if not (tied and name == "lm_head.weight")}
+    model.load_state_dict(adapter.from_hf(state))
+    tokens_BL = torch.randint(VOCAB, (2, 200), generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(model(tokens_BL).compute(), hf(tokens_BL).logits, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_torchtitan_to_hugging_face(tied, tokens_BL):
-    torch.manual_seed(0)
-    args = LlamaMimiArgs(
-        dim=64,
-        n_layers=3,
-        n_heads=4,
-        n_kv_heads=2,
-        vocab_size=VOCAB,
-        ffn_dim_multiplier=1.3,
-        multiple_of=32,
-        rope_theta=500000,
-        rope_scaling_args=RoPEScalingArgs(32.0, 1.0, 4.0, 8192),
-        max_seq_len=256,
-        enable_weight_tying=tied,
-    )
-    model = LlamaMimi(args)
-    with torch.no_grad():
-        model.init_weights()
-    config = hf_config(args)
-    hf = LlamaForCausalLM(config).eval()
-    missing, unexpected = hf.load_state_dict(Llama3StateDictAdapter(args, None).to_hf(model.state_dict()), strict=False)
-    assert missing == (["lm_head.weight"] if tied else []) and not unexpected
-    torch.testing.assert_close(model(tokens_BL).compute(), hf(tokens_BL).logits, atol=1e-5, rtol=1e-5)
-    assert hf_config(model_args(config)).to_dict() == config.to_dict()
+    back = adapter.to_hf(model.state_dict())
+    assert back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)
+    assert replace(model_args(hf_config(args)), max_seq_len=256) == args
 
 
 def test_a_scaling_of_positions_that_is_unknown_here_is_refused():
@@ -100,100 +69,61 @@ def test_a_scaling_of_positions_that_is_unknown_here_is_refused():
         model_args(LlamaConfig(rope_parameters=rope))
 
 
-@pytest.mark.parametrize(
-    ("flavor", "vocab_size", "num_params"),
-    # Llama-3.2-1B has 1,235,814,400 parameters and Llama-3.1-8B 8,030,261,248, by their model cards, at 128,256 entries
-    [("1B", 128_256, 1_235_814_400), ("8B", 128_256, 8_030_261_248)],
-)
-def test_flavours_have_the_published_size(flavor, vocab_size, num_params):
-    args = FLAVORS[flavor]
-    args = LlamaMimiArgs(**{**vars(args), "vocab_size": vocab_size, "max_seq_len": 128})
+CARDS = [("1B", 1_235_814_400, 8192), ("8B", 8_030_261_248, 14_336)]  # the published sizes of Llama 3.2 and 3.1
+
+
+@pytest.mark.parametrize(("flavor", "num_params", "width"), CARDS)
+def test_flavours_have_the_size_of_their_model_cards(flavor, num_params, width):
+    args = replace(FLAVORS[flavor], vocab_size=128_256, max_seq_len=128)
     with torch.device("meta"):
         model = LlamaMimi(args)
     counted, flops = args.get_nparams_and_flops(model, 1024)
-    assert counted == num_params
-    multiplied = num_params - (0 if args.enable_weight_tying else vocab_size * args.dim)
+    assert counted == num_params and hf_config(args).intermediate_size == width
+    multiplied = num_params - (0 if args.enable_weight_tying else 128_256 * args.dim)
     assert flops == 6 * multiplied + 12 * args.n_layers * args.dim * 1024
 
 
-@pytest.fixture
-def model(tokenizer):
+def built(architecture, **settings):
     torch.manual_seed(0)
-    args = LlamaMimiArgs(**{**vars(FLAVORS["tiny"]), "vocab_size": tokenizer.vocabulary.size, "max_seq_len": 256})
-    model = LlamaMimi(args)
+    tokenizer = load_speech_tokenizer(str(TINY / "llama"), str(TINY / "mimi"), 4, "llama", architecture)
+    settings |= {"num_quantizers": 4, "codebook_size": 256, "vocab_size": tokenizer.vocabulary.size, "max_seq_len": 256}
+    tied = architecture == "flattened"
+    model = build_model(replace(FLAVORS["tiny"], architecture=architecture, enable_weight_tying=tied, **settings))
     with torch.no_grad():
         model.init_weights()
-    return model
+    return model, tokenizer
 
 
-def rows(tokenizer, clips, seq_len, is_packed=False):
-    """One full batch of codes_TQ, as the loader makes it; pieces that do not fit are a mistake of the test."""
-    packer = BatchPacker(tokenizer, 1 if is_packed else len(clips), seq_len, is_packed=is_packed, has_positions=True)
-    for codes_TQ in clips:
-        assert packer.add(codes_TQ.numpy(), is_cut=False) == len(codes_TQ)
-    return packer.take()
-
-
-def loss_and_gradient(model, tokenizer, clips, seq_len, pad_id=0, is_packed=False):
-    inputs, labels_BL = rows(tokenizer, clips, seq_len, is_packed)
-    inputs_BL, positions_BL = inputs["input"], inputs["positions"]
-    lengths = [len(tokenizer.encode(codes_TQ, is_cut=False)) - 1 for codes_TQ in clips]
-    lengths_B1 = torch.tensor([[sum(lengths)]] if is_packed else [[length] for length in lengths])
-    inputs_BL[torch.arange(seq_len) >= lengths_B1] = pad_id
-    extra = {}
-    if model.model_args.attn_type == "varlen":
-        masks = model.get_attention_masks(inputs_BL, None, {"positions": positions_BL})
-        extra = {"attention_masks": masks, "positions": positions_BL}
-    meter = LevelMeter()
-    loss_sum = SpeechLoss(tokenizer.vocabulary, meter, [1.0] * 4)(model(inputs_BL, **extra), labels_BL)
-    loss = loss_sum / (labels_BL != IGNORE_INDEX).sum()
-    model.zero_grad()
-    loss.backward()
-    return loss.detach(), model.tok_embeddings.weight.grad.clone(), meter.pop()
-
-
-def clip(num_frames, seed):
-    return torch.randint(256, (num_frames, 4), generator=torch.Generator().manual_seed(seed))
-
-
-def test_padding_changes_no_loss(model, tokenizer):
-    clips = [clip(8, 0), clip(5, 1)]
-    loss, gradient, _ = loss_and_gradient(model, tokenizer, clips, 40)
-    for seq_len, pad_id in ((40, 7), (40, tokenizer.vocabulary.audio_end_id), (96, 0)):
-        other_loss, other_gradient, _ = loss_and_gradient(model, tokenizer, clips, seq_len, pad_id)
-        torch.testing.assert_close(other_loss, loss, atol=1e-6, rtol=1e-6)
-        torch.testing.assert_close(other_gradient, gradient, atol=1e-6, rtol=1e-5)
-
-
-def packed_twin(model):
-    """The same weights, with attention within the clips of a row."""
-    args = LlamaMimiArgs(**{**vars(model.model_args), "attn_type": "varlen", "attn_mask_type": "block_causal"})
-    twin = LlamaMimi(args)
-    with torch.no_grad():
-        twin.init_weights()
-    twin.load_state_dict(model.state_dict())
-    return twin
-
-
-@pytest.mark.parametrize("seq_len", [76, 90])  # filled to the last place, and with padding behind
+@pytest.mark.parametrize("architecture", ["flattened", "hierarchical"])
+@pytest.mark.parametrize("spare", [0, 14])  # filled to the last place, and with padding behind
 @pytest.mark.parametrize("pad_id", [0, 7])
-def test_packed_clips_are_as_if_alone(model, tokenizer, seq_len, pad_id):
+def test_packed_clips_are_as_if_alone(architecture, spare, pad_id):
+    model, tokenizer = built(architecture)
+    packed, _ = built(architecture, attn_type="varlen", attn_mask_type="block_causal")
     clips = [clip(8, 0), clip(1, 1), clip(5, 2), clip(3, 3)]
-    packed = packed_twin(model)
-    loss, gradient, sums = loss_and_gradient(packed, tokenizer, clips, seq_len, pad_id, is_packed=True)
-    padded_loss, padded_gradient, padded_sums = loss_and_gradient(model, tokenizer, clips, 48)
+    seq_len = tokenizer.positions_per_frame * 17 + 2 * 4 + spare
+    loss, sums = loss_of(packed, tokenizer, clips, seq_len, is_packed=True, pad_id=pad_id)
+    padded_loss, padded_sums = loss_of(model, tokenizer, clips, 48)
     torch.testing.assert_close(loss, padded_loss, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(gradient, padded_gradient, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(sums, padded_sums, atol=1e-4, rtol=1e-6)
-    loss_and_gradient(model, tokenizer, clips, 48)
     for (name, parameter), other in zip(packed.named_parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, other.grad, atol=1e-5, rtol=1e-5, msg=name)
 
 
-def test_level_losses_are_those_of_a_plain_loop(model, tokenizer):
-    codes_TQ = clip(6, 0)
+def test_padding_changes_no_loss():
+    model, tokenizer = built("flattened")
+    losses = []
+    for seq_len, pad_id in ((40, 0), (40, 7), (40, tokenizer.vocabulary.audio_end_id), (96, 0)):
+        loss, _ = loss_of(model, tokenizer, [clip(8, 0), clip(5, 1)], seq_len, pad_id=pad_id)
+        losses.append((loss, [parameter.grad.clone() for parameter in model.parameters()]))
+    for other in losses[1:]:
+        torch.testing.assert_close(other, losses[0], atol=1e-6, rtol=1e-5)
+
+
+def test_level_losses_are_those_of_a_plain_loop():
+    (model, tokenizer), codes_TQ = built("flattened"), clip(6, 0)
     ids_L = tokenizer.encode(codes_TQ, is_cut=False)
-    loss, _, sums = loss_and_gradient(model, tokenizer, [codes_TQ], 32)
+    loss, sums = loss_of(model, tokenizer, [codes_TQ], 32)
     log_probs_LV = model(ids_L[None, :-1]).compute()[0].log_softmax(-1)
     expected = torch.zeros(3, 5, dtype=torch.float64)
     for position, target in enumerate(ids_L[1:].tolist()):

@@ -58,11 +58,7 @@ def test_each_prompt_is_continued(whole):
     folder, records = whole
     written = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     assert written == json.loads(json.dumps(records)) and len(records) == 22 == len(content(folder))
-    assert {path.name for path in folder.iterdir() if not path.name.endswith(".wav")} == {
-        "results.jsonl",
-        "settings.json",
-        "speaker",
-    }
+    assert {path.name for path in folder.glob("[!0-9]*")} == {"results.jsonl", "settings.json", "speaker"}
     for record in records:
         info = soundfile.info(folder / record["file"])
         assert info.samplerate == 24_000 and info.frames == (record["prompt_frames"] + record["frames"]) * 1920
@@ -71,15 +67,8 @@ def test_each_prompt_is_continued(whole):
     assert {record["end"] for record in records} == {"cut", "ended"}
 
 
-def test_finished_ones_are_kept(model, prompts, whole, tmp_path, capsys, monkeypatch):
-    shutil.copytree(whole[0], tmp_path / "again")
-    monkeypatch.setattr(prompt_folder, "decode", None)  # nothing is drawn
-    assert run(model, prompts, tmp_path / "again") == json.loads(json.dumps(whole[1]))
-    assert "22 of 22 samples were finished before" in capsys.readouterr().out
-
-
-def test_killed_and_started_again_is_the_same_bytes(model, prompts, whole, tmp_path, monkeypatch):
-    """Interrupted after each number of written files in turn, which leaves groups half done."""
+def test_killed_and_started_again_is_the_same_bytes(model, prompts, whole, tmp_path, monkeypatch, capsys):
+    """Interrupted after each number of written files in turn, which leaves unfinished groups."""
     write_wav, left = prompt_folder.write_wav, 0
 
     def failing(path, waveform):
@@ -102,34 +91,30 @@ def test_killed_and_started_again_is_the_same_bytes(model, prompts, whole, tmp_p
     assert kills == 5 and content(tmp_path) == content(whole[0])
     timeless = [[{**record, "seconds": 0} for record in each] for each in (records, json.loads(json.dumps(whole[1])))]
     assert json.loads(json.dumps(timeless[0])) == timeless[1]
+    monkeypatch.setattr(prompt_folder, "decode", None)  # a finished folder draws nothing
+    assert run(model, prompts, tmp_path) == json.loads(json.dumps(records))
+    assert "22 of 22 samples were finished before" in capsys.readouterr().out
 
 
-def test_a_folder_may_be_named_from_here(model, prompts, whole, monkeypatch, tmp_path):
-    monkeypatch.chdir(prompts.parent)
-    (tmp_path / "link").symlink_to(prompts)
-    for number, folder in enumerate((Path(prompts.name), tmp_path / "link")):
-        records = run(model, folder, tmp_path / f"{number}")
-        assert [record["file"] for record in records] == [record["file"] for record in whole[1]]
-    with pytest.raises(UserError, match="name a folder of prompts"):
-        run(model, Path("nothing"), tmp_path / "out")
-
-
-def test_a_prompt_that_was_replaced_is_continued_anew(model, prompts, whole, tmp_path):
+def test_a_prompt_that_was_replaced_is_continued_again(model, prompts, whole, tmp_path, monkeypatch):
+    """The folder of prompts is named by a relative path, and is a link."""
     shutil.copytree(whole[0], tmp_path / "out")
     shutil.copytree(prompts, tmp_path / "in")
     shutil.copy(prompts / "9.flac", tmp_path / "in" / "3.flac")
-    records = {(r["prompt"], r["sample"]): r for r in run(model, tmp_path / "in", tmp_path / "out")}
-    before = {(r["prompt"], r["sample"]): r for r in whole[1]}
-    other = {key for key in records if records[key]["prompt_frames"] != before[key]["prompt_frames"]}
+    (tmp_path / "link").symlink_to("in")
+    monkeypatch.chdir(tmp_path)
+    pairs = list(zip(run(model, Path("link"), Path("out")), whole[1], strict=True))
+    assert all(new["file"] == old["file"] for new, old in pairs)
+    other = {(new["prompt"], new["sample"]) for new, old in pairs if new["prompt_frames"] != old["prompt_frames"]}
     assert other == {("3.flac", 0), ("3.flac", 1)}
     (tmp_path / "out" / "results.jsonl").write_text("{")
     with pytest.raises(UserError, match="is not a list of results"):
-        run(model, tmp_path / "in", tmp_path / "out")
+        run(model, Path("link"), Path("out"))
 
 
 def test_other_settings_are_refused(model, prompts, whole):
     for changed, message in (
-        ({"options": SamplingOptions(seconds=0.8, temperature=0.9, num_samples=2)}, "temperature = 1.0, but it is 0.9"),
+        ({"options": replace(OPTIONS, temperature=0.9)}, "temperature = 1.0, but it is 0.9"),
         ({"options": replace(OPTIONS, top_p=0.9)}, "top_p = 1.0, but it is 0.9"),
         ({"options": replace(OPTIONS, last_frame="pad")}, "last_frame = 'codec', but it is 'pad'"),
         ({"num_rows": 3}, "batch_size = 2, but it is 3"),
@@ -140,32 +125,30 @@ def test_other_settings_are_refused(model, prompts, whole):
 
 
 def test_a_bad_prompt_is_named_and_the_others_go_on(model, prompts, tmp_path):
-    shutil.copytree(prompts / "speaker", tmp_path / "in")
-    (tmp_path / "in" / "broken.wav").write_bytes(b"RIFF")
-    soundfile.write(tmp_path / "in" / "empty.wav", np.zeros(0, dtype="float32"), 24_000)
-    soundfile.write(tmp_path / "in" / "long.wav", np.ones(61 * 8000, dtype="float32") / 10, 8000)
-    (tmp_path / "in" / ".hidden.wav").write_bytes(b"")
+    folder, output_dir = tmp_path / "in", tmp_path / "out"
+    shutil.copytree(prompts / "speaker", folder)
+    (folder / "broken.wav").write_bytes(b"RIFF")
+    soundfile.write(folder / "long.wav", np.ones(61 * 8000, dtype="float32") / 10, 8000)
+    (folder / ".hidden.wav").write_bytes(b"")
     longest = "x" * 249  # a sample's file adds "_0"
-    shutil.copy(prompts / "speaker" / "0.wav", tmp_path / "in" / f"{longest}.wav")
-    records = run(model, tmp_path / "in", tmp_path / "out")
+    shutil.copy(prompts / "speaker" / "0.wav", folder / f"{longest}.wav")
+    records = run(model, folder, output_dir)
     errors = {record["prompt"]: record["error"] for record in records if "error" in record}
-    assert errors.keys() == {"broken.wav", "empty.wav", "long.wav"} and len(records) == 10
-    assert "longer than 60 s" in errors["long.wav"]
-    assert content(tmp_path / "out").keys() == {f"{name}_{number}.wav" for name in ("0", longest) for number in (0, 1)}
-    shutil.copy(prompts / "1.flac", tmp_path / "in" / "0.flac")
-    with pytest.raises(UserError, match="'0.flac' and '0.wav' would have one name"):
-        run(model, tmp_path / "in", tmp_path / "out")
-    with pytest.raises(UserError, match="overlap; name separate"):
-        run(model, tmp_path / "in", tmp_path / "in" / "out")
-    with pytest.raises(UserError, match="overlap; name separate"):
-        run(model, tmp_path / "in", tmp_path)
-    (tmp_path / "none").mkdir()
-    with pytest.raises(UserError, match="has no .wav"):
-        run(model, tmp_path / "none", tmp_path / "out")
+    assert errors.keys() == {"broken.wav", "long.wav"} and "longer than 60 s" in errors["long.wav"]
+    assert content(output_dir).keys() == {f"{name}_{number}.wav" for name in ("0", longest) for number in (0, 1)}
+    shutil.copy(prompts / "1.flac", folder / "0.flac")
+    for bad_prompts, bad_output, message in (
+        (folder, output_dir, "'0.flac' and '0.wav' would have one name"),
+        (folder, folder / "out", "overlap; name separate"),
+        (folder, tmp_path, "overlap; name separate"),
+        (tmp_path / "none", output_dir, "has no .wav"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(model, bad_prompts, bad_output)
 
 
 def test_a_name_that_is_not_utf_8_is_written_as_utf_8(model, prompts, tmp_path):
-    """Of a prompt that is continued and of one that cannot be; results can be read by anything and a run resumes."""
+    """A prompt that is continued, and one that cannot be read; the results are UTF-8, and the run resumes."""
     (tmp_path / "in").mkdir()
     for name, content in ((b"caf\xe9.flac", (prompts / "0.flac").read_bytes()), (b"\xff.wav", b"RIFF")):
         (tmp_path / "in" / os.fsdecode(name)).write_bytes(content)

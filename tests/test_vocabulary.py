@@ -1,4 +1,4 @@
-"""Codes <-> ids <-> text: DESIGN's arithmetic, for any Q and K, and against the tokenizer on the text form."""
+"""Codes, ids and text: the arithmetic for any Q and K, tokenizers with and without text, and sequences of clips."""
 
 import json
 import string
@@ -12,14 +12,8 @@ from tokenizers import Tokenizer, models, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from llama_mimi.common.errors import UserError
-from llama_mimi.tokens.tokenizer import SpeechTokenizer
-from llama_mimi.tokens.vocabulary import (
-    AudioVocabulary,
-    audio_tokenizer,
-    extend_tokenizer,
-    has_text,
-    text_from_codes,
-)
+from llama_mimi.tokens.tokenizer import SpeechTokenizer, load_speech_tokenizer
+from llama_mimi.tokens.vocabulary import AudioVocabulary, audio_tokenizer, extend_tokenizer, has_text, text_from_codes
 
 SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>"]
 
@@ -55,17 +49,20 @@ def test_llama_3_ids():
 
 
 @pytest.mark.parametrize("num_quantizers", [1, 4, 8])
-def test_tokenizer_agrees_with_arithmetic(num_quantizers):
-    tokenizer, vocabulary = extend_tokenizer(AutoTokenizer.from_pretrained(TINY / "llama"), 256, num_quantizers)
+def test_tokenizer_agrees_with_arithmetic(num_quantizers, tmp_path):
+    base = AutoTokenizer.from_pretrained(TINY / "llama")
+    tokenizer, vocabulary = extend_tokenizer(base, 256, num_quantizers)
     codes_TQ = torch.randint(256, (50, num_quantizers), generator=torch.Generator().manual_seed(0))
-    ids = tokenizer(text_from_codes(codes_TQ)).input_ids
-    assert ids == [
-        tokenizer.bos_token_id,
-        vocabulary.audio_start_id,
-        *vocabulary.ids_from_codes(codes_TQ).tolist(),
-        vocabulary.audio_end_id,
-    ]
+    tokens = vocabulary.ids_from_codes(codes_TQ).tolist()
+    ids = [tokenizer.bos_token_id, vocabulary.audio_start_id, *tokens, vocabulary.audio_end_id]
+    assert tokenizer(text_from_codes(codes_TQ)).input_ids == ids
     assert len(tokenizer) == vocabulary.size == 512 + 256 * num_quantizers + 2
+    tokenizer.save_pretrained(tmp_path)
+    again, same = extend_tokenizer(AutoTokenizer.from_pretrained(tmp_path), 256, num_quantizers)
+    assert same == vocabulary and len(again) == vocabulary.size
+    for K, Q in ((256, num_quantizers + 1), (512, num_quantizers), (128, 2 * num_quantizers)):
+        with pytest.raises(UserError, match=f"{Q} quantizers with {K} codes"):
+            extend_tokenizer(again, K, Q)
 
 
 FRAGMENTS = [*SPECIAL, "<audio>", "</audio>", "<5_0>", "<255_3>", "<", "_0>", "|>", "12_3", " ", "\n", "é", "語"]
@@ -79,16 +76,6 @@ def test_a_transcript_is_plain_text(tokenizer, text):
     assert ids == Tokenizer.from_str(json.dumps(plain)).encode(text).ids
     assert (bos, start) == (508, tokenizer.vocabulary.audio_start_id) and all(id_ < 508 for id_ in ids)
     assert tokenizer.text_tokenizer.decode(ids) == text
-
-
-def test_an_extended_tokenizer_is_recognised(tmp_path):
-    tokenizer, vocabulary = extend_tokenizer(AutoTokenizer.from_pretrained(TINY / "llama"), 256, 4)
-    tokenizer.save_pretrained(tmp_path)
-    again, same = extend_tokenizer(AutoTokenizer.from_pretrained(tmp_path), 256, 4)
-    assert same == vocabulary and len(again) == vocabulary.size
-    for K, Q in ((256, 8), (512, 4), (128, 8)):
-        with pytest.raises(UserError, match=f"{Q} quantizers with {K} codes"):
-            extend_tokenizer(AutoTokenizer.from_pretrained(tmp_path), K, Q)
 
 
 @st.composite
@@ -106,7 +93,7 @@ def text_tokenizers(draw):
 
 
 @given(text_tokenizers(), st.integers(1, 8), st.integers(1, 4), st.data())
-def test_without_text_the_units_follow_the_special_tokens(case, K, Q, data):
+def test_without_text_the_audio_tokens_follow_the_special_tokens(case, K, Q, data):
     text_tokenizer, roles, adds_bos = case
     assert has_text(text_tokenizer)
     tokenizer, vocabulary = extend_tokenizer(audio_tokenizer(text_tokenizer), K, Q)
@@ -118,13 +105,13 @@ def test_without_text_the_units_follow_the_special_tokens(case, K, Q, data):
 
     codes = data.draw(st.lists(st.lists(st.integers(0, K - 1), min_size=Q, max_size=Q), min_size=1, max_size=4))
     text = text_from_codes(torch.tensor(codes))
-    units = [len(special) + code * Q + level for frame in codes for level, code in enumerate(frame)]
-    ids = [0] * adds_bos + [vocabulary.audio_start_id, *units, vocabulary.audio_end_id]
+    tokens = [len(special) + code * Q + level for frame in codes for level, code in enumerate(frame)]
+    ids = [0] * adds_bos + [vocabulary.audio_start_id, *tokens, vocabulary.audio_end_id]
     assert tokenizer(text).input_ids == ids
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
-def test_a_tokenizer_without_text_stays_as_it_is(tmp_path):
+def test_a_tokenizer_without_text_is_not_changed(tmp_path):
     base = AutoTokenizer.from_pretrained(TINY / "llama")
     tokenizer, vocabulary = extend_tokenizer(audio_tokenizer(base), 256, 4)
     extended, _ = extend_tokenizer(base, 256, 8)
@@ -142,3 +129,25 @@ def test_a_tokenizer_without_text_stays_as_it_is(tmp_path):
 def test_codes_outside_the_codebook_are_refused(code):
     with pytest.raises(ValueError, match=r"\[0, 5\)"):
         AudioVocabulary(base=10, codebook_size=5, num_quantizers=2).ids_from_codes(torch.tensor([[0, code]]))
+
+
+CODES_TQ = torch.randint(256, (5, 4), generator=torch.Generator().manual_seed(5))
+
+
+def test_a2a_and_tts(tokenizer):
+    vocabulary, text_tokenizer = tokenizer.vocabulary, tokenizer.text_tokenizer
+    tokens = vocabulary.ids_from_codes(CODES_TQ).tolist()
+    bos, start, end = text_tokenizer.bos_token_id, vocabulary.audio_start_id, vocabulary.audio_end_id
+    assert tokenizer.encode(CODES_TQ, is_cut=False).tolist() == [bos, start, *tokens, end]
+    assert tokenizer.encode(CODES_TQ, is_cut=True).tolist() == [bos, start, *tokens]
+    text_ids = text_tokenizer("the doctor", add_special_tokens=False).input_ids
+    tts = tokenizer.encode(CODES_TQ, is_cut=False, text="the doctor").tolist()
+    assert tts == [bos, *text_ids, start, *tokens, end]
+
+
+def test_sequences_with_and_without_text_have_the_same_tokens(tokenizer):
+    small = load_speech_tokenizer(str(TINY / "llama"), str(TINY / "mimi"), 4, "audio")
+    assert small.vocabulary.base == 3 and small.adds_bos
+    ids = [(kind, kind.encode(CODES_TQ, is_cut=False).tolist()) for kind in (tokenizer, small)]
+    tokens, same = (kind.text_tokenizer.convert_ids_to_tokens(ids_L) for kind, ids_L in ids)
+    assert tokens == same and tokens[:2] == ["<|begin_of_text|>", "<audio>"]

@@ -7,15 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from llama_mimi.audio.mimi import LastFrame, MimiCodec, whole_frames
+from llama_mimi.audio.mimi import LastFrame, MimiCodec
 from llama_mimi.audio.reading import AudioError, Waveform, read_audio
 from llama_mimi.common.errors import UserError
-from llama_mimi.common.files import as_utf8
 from llama_mimi.generation.decoding import Drawn, FinishReason, Request, Sampling, decode
 from llama_mimi.generation.speech_model import SpeechModel
-from llama_mimi.tokens.vocabulary import has_text
 
-MIN_WINDOW_FRAMES = 4  # one of the prompt's beginning, the last two, and one to grow by
 ROWS = 16  # samples of one prompt that are drawn at once
 MAX_PROMPT_SECONDS = 60.0  # three times the longest clip of the paper's training
 RANGES = {
@@ -24,7 +21,7 @@ RANGES = {
     "temperature": (0, 1e9),
     "top_k": (1, 10**9),
     "top_p": (1e-9, 1),
-    "window_seconds": (1e-9, 1e9),
+    "window_seconds": (0.32, 1e9),  # 4 frames: one of the prompt's beginning, the last two, and one to grow by
     "seed": (0, 2**63 - 1),
     "num_samples": (1, 10**9),
 }
@@ -39,7 +36,7 @@ class SamplingOptions:
         min_seconds: minimum length of the continuation, in seconds; the model cannot end the speech before
         temperature: 0 takes the most likely token
         top_k: sample from the k most likely tokens (among those valid at this position)
-        top_p: of these, sample from the fewest whose probabilities sum to p; default: top_p of the model's generation
+        top_p: sample from the fewest of these whose probabilities sum to p; default: top_p of the model's generation
             config, or 1
         window_seconds: maximum length of prompt and new audio that the model sees at once; default: length of the
             longest training clip. When it is full, keep the start of the prompt and the last half of the window
@@ -69,18 +66,15 @@ class SamplingOptions:
 
     def for_model(self, model: SpeechModel) -> Sampling:
         """Return the options in frames, with the model's defaults; raise a `UserError` if they do not fit the model."""
-        top_p = model.top_p if self.top_p is None else self.top_p
+        top_p, codec = model.top_p if self.top_p is None else self.top_p, model.codec
         if not isinstance(top_p, int | float) or not 0 < top_p <= 1:
             problem = f"top_p is {top_p!r} in the model's generation config; expected a number above 0, up to 1"
             raise UserError(f"{problem}. Fix its generation_config.json, or set --top_p")
-        min_frames = math.ceil(self.min_seconds * model.codec.frame_rate_hz - 1e-6)
-        trained_seconds: float = getattr(model.decoder.config, "max_audio_seconds", 20.0)  # the paper's, if not named
-        window_seconds = self.window_seconds or trained_seconds
-        window_frames = whole_frames(window_seconds, model.codec.config, "--window_seconds")
-        if window_frames < MIN_WINDOW_FRAMES:
-            found = f"--window_seconds is {window_seconds:g}, {window_frames} frames"
-            raise UserError(f"{found}; raise it to {MIN_WINDOW_FRAMES} frames")
-        max_frames = max(round(self.seconds * model.codec.frame_rate_hz), min_frames)
+        # 20 s is the paper's limit, which released checkpoints do not name
+        window_seconds = self.window_seconds or float(getattr(model.decoder.config, "max_audio_seconds", 20.0))
+        window_frames = max(int(window_seconds * codec.frame_rate_hz + 1e-6), 4)
+        min_frames = math.ceil(self.min_seconds * codec.frame_rate_hz - 1e-6)
+        max_frames = max(round(self.seconds * codec.frame_rate_hz), min_frames)
         return Sampling(max_frames, min_frames, window_frames, self.temperature, self.top_k, top_p)
 
 
@@ -111,17 +105,6 @@ def encode_prompts(model: SpeechModel, prompts: Sequence[Waveform], options: Sam
     return model.codec.encode_many(samples)
 
 
-def check_text(model: SpeechModel, text: str | None) -> None:
-    """Raise a `UserError` if a text is not UTF-8, or the model was trained without text."""
-    if text is None:
-        return
-    if as_utf8(text) != text:
-        raise UserError(f"--text '{as_utf8(text)}' is not UTF-8; type it in a UTF-8 terminal")
-    task = getattr(model.decoder.config, "task", "tts")  # a checkpoint that does not name its task may have been
-    if task != "tts" or not has_text(model.tokenizer.text_tokenizer):
-        raise UserError("--text is given, but the model was trained without text; choose one of the task 'tts'")
-
-
 def continue_codes(
     model: SpeechModel, prompt_TQ: torch.Tensor, options: SamplingOptions, text: str | None = None
 ) -> list[torch.Tensor]:
@@ -136,9 +119,9 @@ def finished(drawn: Drawn, num_quantizers: int) -> Iterator[tuple[int, torch.Ten
     """Yield each sample of `decode` when it ends: its number, new frames (T, Q), why it ended, and when it began."""
     samples: dict[int, tuple[float, list[torch.Tensor]]] = {}
     for number, new in drawn:
-        began, frames = samples.setdefault(number, (time.perf_counter(), []))
+        began, frames = samples.setdefault(number, (time.perf_counter(), [torch.zeros(0, num_quantizers).long()]))
         if isinstance(new, FinishReason):
+            yield number, torch.cat(frames), new, began
             del samples[number]
-            yield number, torch.stack(frames) if frames else torch.zeros(0, num_quantizers).long(), new, began
         else:
-            frames.append(new)
+            frames.append(new[None])

@@ -8,8 +8,8 @@ from enum import Enum
 import torch
 
 from llama_mimi.common.errors import UserError
-from llama_mimi.generation.kv_cache import BatchedKVCache
 from llama_mimi.generation.speech_model import SpeechModel
+from llama_mimi.tokens.vocabulary import has_text
 
 POSITION_STEP = 256  # contexts have room for a multiple of it, so that most caches are of one size
 
@@ -23,16 +23,16 @@ class Sampling:
     window_frames: int  # maximum length of prompt and new audio that the model sees at once
     temperature: float  # 0 takes the most likely entry
     top_k: int  # draw from the k most likely entries
-    top_p: float  # of these, draw from the fewest whose probabilities sum to p
+    top_p: float  # draw from the fewest of these whose probabilities sum to p
 
 
 @dataclass(frozen=True)
 class Request:
-    """A sample to be drawn: codes (T, Q) of its prompt, its own seed, and a transcript for the task "tts"."""
+    """A sample to be drawn."""
 
     prompt_TQ: torch.Tensor  # (0, Q) if there is only text
     seed: int
-    text: str | None = None
+    text: str | None = None  # transcript of prompt and continuation, for the task "tts"
 
 
 class FinishReason(Enum):
@@ -51,9 +51,8 @@ class _Row:
 
     number: int
     request: Request
-    recent: deque[torch.Tensor]  # the last frames (Q,), as many as a window holds
     generator: torch.Generator
-    num_seen: int  # frames in its context; as many as a window holds before it is read
+    context: list[torch.Tensor]  # the frames (Q,) that the model sees
     num_new: int = 0
 
 
@@ -65,16 +64,20 @@ def decode(model: SpeechModel, requests: Sequence[Request], sampling: Sampling, 
 
     Returns:
         An iterator over ``(request number, next frame (Q,) on the CPU)``, at last ``(request number, FinishReason)``.
+        It raises a `UserError` if the model overflows.
 
     Raises:
-        UserError: at once if the window does not fit into the model's context; later if the model overflows.
+        UserError: the window does not fit into the model's context, or the model was trained without text.
     """
     if not requests:
         return iter(())
-    longest = max(len(request.prompt_TQ) for request in requests) + sampling.max_frames
-    window = min(sampling.window_frames, longest)
-    longest_head = max(len(model.tokenizer.prefix_ids(request.text)) for request in requests)
-    capacity = longest_head + window * model.tokenizer.positions_per_frame
+    if any(request.text is not None for request in requests):
+        task = getattr(model.decoder.config, "task", "tts")  # a checkpoint that names no task may be trained on text
+        if task != "tts" or not has_text(model.tokenizer.text_tokenizer):
+            raise UserError("--text is given, but the model was trained without text; choose one of the task 'tts'")
+    window = min(sampling.window_frames, sampling.max_frames + max(len(request.prompt_TQ) for request in requests))
+    longest_prefix = max(len(model.tokenizer.prefix_ids(request.text)) for request in requests)
+    capacity = longest_prefix + window * model.tokenizer.positions_per_frame
     context = model.backbone.config.max_position_embeddings
     if capacity > context:
         problem = f"text and a window of {window:,} frames take {capacity:,} positions"
@@ -87,22 +90,9 @@ def decode(model: SpeechModel, requests: Sequence[Request], sampling: Sampling, 
 
 @torch.inference_mode()
 def _decode(model: SpeechModel, requests: Sequence[Request], sampling: Sampling, size: tuple[int, int]) -> Drawn:
-    try:
-        caches = model.spare_caches.pop(size, None) or model.caches(*size)
-        yield from _draw_samples(model, caches, requests, sampling)
-    except torch.OutOfMemoryError as error:
-        problem = f"the memory of '{model.device}' is full with {size[0]:,} samples of {size[1]:,} positions"
-        remedy = "lower --batch_size or --window_seconds, or use --dtype bfloat16"
-        raise UserError(f"{problem}; {remedy}") from error
-    model.spare_caches.clear()
-    model.spare_caches[size] = caches
-
-
-def _draw_samples(
-    model: SpeechModel, caches: Sequence[BatchedKVCache], requests: Sequence[Request], sampling: Sampling
-) -> Drawn:
+    caches = model.spare_caches.pop(size, None) or model.caches(*size)
     contexts, Q, window = caches[0], model.codec.num_quantizers, sampling.window_frames
-    rows: list[_Row | None] = [None] * len(contexts.hidden_BD)
+    rows: list[_Row | None] = [None] * size[0]
     waiting = deque(enumerate(requests))
     is_finite = torch.tensor(True)  # the logits of level 0
 
@@ -116,21 +106,19 @@ def _draw_samples(
 
     for place in range(len(rows)):
         contexts.reset(place)
-    while True:
+    while waiting or any(rows):
         for place, row in enumerate(rows):
-            if row is None and waiting:
+            is_new = row is None and len(waiting) > 0
+            if is_new:
                 number, request = waiting.popleft()
                 generator = torch.Generator().manual_seed(request.seed)
-                rows[place] = row = _Row(number, request, deque(request.prompt_TQ, window), generator, num_seen=window)
-            if row is not None and row.num_seen == window:
+                rows[place] = row = _Row(number, request, generator, list(request.prompt_TQ))
+            if row is not None and (is_new or len(row.context) == window):
                 prompt_TQ = row.request.prompt_TQ
-                frames_TQ = torch.stack(list(row.recent)) if row.recent else prompt_TQ
-                if len(frames_TQ) == window:
-                    frames_TQ = torch.cat([prompt_TQ[: window // 4], frames_TQ[-(window // 2) :]])
-                row.num_seen = len(frames_TQ)
+                if len(row.context) >= window:
+                    row.context = [*prompt_TQ[: window // 4], *row.context[-(window // 2) :]]
+                frames_TQ = torch.stack(row.context) if row.context else prompt_TQ
                 contexts.prefill(place, model.embed(model.tokenizer.prefix_ids(row.request.text), frames_TQ))
-        if not any(rows):
-            return
         uniform_BQ = torch.stack([torch.rand(Q, generator=row.generator) if row else torch.zeros(Q) for row in rows])
         may_end_B = torch.tensor([row is None or row.num_new >= sampling.min_frames for row in rows])
         uniform_BQ, may_end_B = uniform_BQ.to(model.device), may_end_B.to(model.device)
@@ -141,16 +129,17 @@ def _draw_samples(
         for place, (row, entries_Q) in enumerate(zip(rows, entries_BQ, strict=True)):
             if row is None:
                 continue
-            ends = entries_Q[0] == model.end_entry
-            if not ends:
-                row.recent.append(entries_Q)
+            is_end = entries_Q[0] == model.end_entry
+            if not is_end:
+                row.context.append(entries_Q)
                 row.num_new += 1
-                row.num_seen += 1
                 yield row.number, entries_Q
-            if ends or row.num_new == sampling.max_frames:
-                yield row.number, FinishReason.EOS if ends else FinishReason.LENGTH
+            if is_end or row.num_new == sampling.max_frames:
+                yield row.number, FinishReason.EOS if is_end else FinishReason.LENGTH
                 rows[place] = None
                 contexts.reset(place)
+    model.spare_caches.clear()
+    model.spare_caches[size] = caches
 
 
 def draw_entries(logits_BK: torch.Tensor, sampling: Sampling, uniform_B: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The flattened architecture: a Llama over audio tokens, where a position can have the tokens of its level only."""
+"""The flattened architecture: a Llama over audio tokens, which draws only among the tokens of a position's level."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -15,14 +15,12 @@ from llama_mimi.generation.speech_model import POSITIONS_AT_ONCE, Draw, SpeechMo
 class FlattenedModel(SpeechModel):
     """A checkpoint of `LlamaForCausalLM`; see `SpeechModel`."""
 
-    has_release = True
-
     @property
     def backbone(self) -> PreTrainedModel:
         return self.decoder.model
 
-    def embed(self, head: Sequence[int] | torch.Tensor, codes_TQ: torch.Tensor) -> torch.Tensor:
-        ids_L = torch.cat([torch.as_tensor(head), self.tokenizer.vocabulary.ids_from_codes(codes_TQ)])
+    def embed(self, prefix: Sequence[int] | torch.Tensor, codes_TQ: torch.Tensor) -> torch.Tensor:
+        ids_L = torch.cat([torch.as_tensor(prefix), self.tokenizer.vocabulary.ids_from_codes(codes_TQ)])
         return self.backbone.embed_tokens(ids_L.to(self.device))
 
     @torch.inference_mode()
@@ -48,7 +46,7 @@ class FlattenedModel(SpeechModel):
 
     @cached_property
     def output_rows(self) -> list[torch.Tensor]:
-        """For each level the rows (K, D) of the output layer that a position can have; level 0 adds ``</audio>``'s."""
+        """Rows (K, D) of the output layer for the tokens of each level; level 0 has ``</audio>`` as its last row."""
         vocabulary, weight_VD = self.tokenizer.vocabulary, self.decoder.lm_head.weight.detach()
         audio_KQD = weight_VD[vocabulary.base : vocabulary.audio_start_id].unflatten(0, (-1, vocabulary.num_quantizers))
         first, *others = (rows_KD.contiguous() for rows_KD in audio_KQD.unbind(1))

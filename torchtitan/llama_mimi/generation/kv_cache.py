@@ -1,13 +1,13 @@
-"""Keys and values of contexts of different lengths, and a Llama's step by one position over all of them.
+"""Keys and values of contexts of different lengths, and one step of a Llama over all of them.
 
-`transformers` needs far more calls a layer for the same step: on CPUs and small models half of a token's time.
+`transformers` makes far more calls for the same step, which on CPUs and small models take half of a token's time.
 """
 
 import torch
 import torch.nn.functional as F
 from transformers import DynamicCache, PreTrainedModel
 
-GRAPH_DEVICES = ("cuda",)  # where a step is compiled, and is one CUDA graph in place of some hundred launches
+GRAPH_DEVICES = ("cuda",)  # a step is compiled there, to one CUDA graph instead of hundreds of launches
 
 
 def product(weight_ND: torch.Tensor, rows_BD: torch.Tensor) -> torch.Tensor:
@@ -20,30 +20,25 @@ def product(weight_ND: torch.Tensor, rows_BD: torch.Tensor) -> torch.Tensor:
 class BatchedKVCache:
     """B contexts of one Transformer, each of its own length, that grow by one position at a time.
 
-    ``hidden_BD`` is the Transformer's state at the last position of each context.
-
-    Args:
-        backbone: `LlamaModel`, or a Transformer of such layers as CSM's two are.
-        capacity: maximum length of a context; memory for it is allocated at once.
+    ``hidden_BD`` is the Transformer's state at the last position of each context. ``backbone`` is a `LlamaModel`, or
+    one of the two Transformers of CSM. Memory for contexts of length ``capacity`` is allocated at once.
     """
 
     def __init__(self, backbone: PreTrainedModel, num_rows: int, capacity: int) -> None:
-        config = backbone.config
+        config, like = backbone.config, {"dtype": backbone.dtype, "device": backbone.device}
         assert not (config.attention_bias or config.mlp_bias), "no Llama has them"
         self._backbone, self._capacity = backbone, capacity
-        self._num_groups = config.num_key_value_heads
-        like = {"dtype": backbone.dtype, "device": backbone.device}
         self.hidden_BD = torch.zeros(num_rows, config.hidden_size, **like)
         shape = (num_rows, config.num_key_value_heads, capacity, config.head_dim)
         self._keys = [torch.zeros(shape, **like) for _ in backbone.layers]
         self._values = [torch.zeros_like(keys) for keys in self._keys]
         self._lengths, self._growth = [0] * num_rows, [1] * num_rows  # unused rows do not grow
-        # The same on the device, changed in place, where a CUDA graph reads them.
+        # The same on the device, where a CUDA graph reads them: changed in place.
         self._lengths_B = torch.zeros(num_rows, dtype=torch.long, device=backbone.device)
         self._growth_B = torch.ones_like(self._lengths_B)
         self._rows_B = torch.arange(num_rows, device=backbone.device)
         self._places_S = torch.arange(capacity, device=backbone.device)
-        self._is_graph, self._forward = backbone.device.type in GRAPH_DEVICES, self._grow
+        self._forward, self._is_graph = self._grow, backbone.device.type in GRAPH_DEVICES
         if self._is_graph:
             for tensor in (*self._keys, *self._values, self._lengths_B):
                 torch._dynamo.mark_static_address(tensor)
@@ -95,11 +90,10 @@ class BatchedKVCache:
             keys[place] = _rotated(key_BHd, cos_B1d, sin_B1d)
             values[place] = value_BHd
             # Queries that share keys are the rows of one small product.
-            query_BGHd = _rotated(query_BHd, cos_B1d, sin_B1d).view(B, self._num_groups, -1, attention.head_dim)
-            attended = F.scaled_dot_product_attention(
-                query_BGHd, keys[:, :, :visible], values[:, :, :visible], attn_mask=is_seen_B11S
-            )
-            hidden_BD = hidden_BD + product(attention.o_proj.weight, attended.reshape(B, -1))
+            query_BGHd = _rotated(query_BHd, cos_B1d, sin_B1d).view(B, keys.shape[1], -1, attention.head_dim)
+            seen = keys[:, :, :visible], values[:, :, :visible]
+            attended_BGHd = F.scaled_dot_product_attention(query_BGHd, *seen, attn_mask=is_seen_B11S)
+            hidden_BD = hidden_BD + product(attention.o_proj.weight, attended_BGHd.reshape(B, -1))
             normed_BD = _norm(layer.post_attention_layernorm, hidden_BD)
             gate_BF = mlp.act_fn(product(mlp.gate_proj.weight, normed_BD))
             hidden_BD = hidden_BD + product(mlp.down_proj.weight, gate_BF * product(mlp.up_proj.weight, normed_BD))

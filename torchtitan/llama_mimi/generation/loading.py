@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, CsmForConditionalGeneration, GenerationConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoTokenizer, CsmForConditionalGeneration, LlamaForCausalLM
 
 from llama_mimi.audio.mimi import DEFAULT_CODEC, MimiCodec, has_sliding_window, local_codec
 from llama_mimi.common.cpu import available_device
@@ -15,7 +15,7 @@ from llama_mimi.generation.speech_model import DECODER_DTYPES, DecoderPrecision,
 from llama_mimi.tokens.tokenizer import SpeechTokenizer
 from llama_mimi.tokens.vocabulary import Architecture, extend_tokenizer
 
-# By model_type of the config: the stock class of the weights, our class around it, and its architecture.
+# By model_type of the config: the stock class of the weights, the class around it, and its architecture.
 MODELS: dict[str, tuple[Any, type[SpeechModel], Architecture]] = {
     "llama": (LlamaForCausalLM, FlattenedModel, "flattened"),
     "csm": (CsmForConditionalGeneration, HierarchicalModel, "hierarchical"),
@@ -30,16 +30,12 @@ def load_speech_model(
     device: str | None = None,
     dtype: DecoderPrecision = "float32",
 ) -> SpeechModel:
-    """Load a Hugging Face checkpoint of a speech language model.
+    """Load a checkpoint; raise a `UserError` if it is incomplete, or decoder, tokenizer and codec do not fit together.
 
     Args:
-        model_name, codec_name: hub id or folder; the default codec is the one that the checkpoint names, else
-            ``kyutai/mimi``, which all released checkpoints use without naming it.
-        sliding_window: of the codec; default: as for the training codes.
-        dtype: of the decoder; the codec always runs in float32.
-
-    Raises:
-        UserError: something is missing, or decoder, tokenizer and codec do not fit together.
+        codec_name: default: the codec that the checkpoint names, or `DEFAULT_CODEC` for released ones, which name none.
+        sliding_window: codec's setting; default: as for the training codes.
+        dtype: decoder's precision; the codec always runs in float32.
     """
     device = available_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     kind = load_pretrained(AutoConfig, model_name, what="model").model_type
@@ -47,21 +43,19 @@ def load_speech_model(
         raise UserError(f"'{model_name}' is a '{kind}', not one of: {', '.join(MODELS)}; name a converted checkpoint")
     stock_class, model_class, architecture = MODELS[kind]
     decoder = load_pretrained(stock_class, model_name, what="model", dtype=DECODER_DTYPES[dtype])
-    top_p = decoder.generation_config.top_p  # as in the first release; the caller sets everything else
-    decoder.generation_config = GenerationConfig()
     num_quantizers = getattr(decoder.config, "num_quantizers", None)
     if num_quantizers is None:
         problem = f"the config of '{model_name}' has no num_quantizers, so it is not a speech language model"
         raise UserError(f"{problem}; convert a training checkpoint with scripts/convert_dcp_to_hf.py")
     named = getattr(decoder.config, "codec", None) or DEFAULT_CODEC
+    window = has_sliding_window(decoder.config) if sliding_window is None else sliding_window
     codec_name = codec_name or local_codec(named, model_name) or named
-    if sliding_window is None:
-        sliding_window = has_sliding_window(decoder.config)
-    codec = MimiCodec(codec_name, num_quantizers, device, sliding_window=sliding_window)
+    codec = MimiCodec(codec_name, num_quantizers, device, sliding_window=window)
     text_tokenizer = load_pretrained(AutoTokenizer, model_name, what="tokenizer")
     tokenizer = SpeechTokenizer(*extend_tokenizer(text_tokenizer, codec.codebook_size, num_quantizers), architecture)
     rows = getattr(decoder.config, "text_vocab_size", decoder.config.vocab_size)
     if rows != tokenizer.vocabulary.size:
         needed = f"{num_quantizers} quantizers of '{codec.name}' need {tokenizer.vocabulary.size}"
         raise UserError(f"'{model_name}' has {rows} vocabulary entries, but {needed}; name its own codec with --codec")
+    top_p = decoder.generation_config.top_p  # as in the first release; the caller sets everything else
     return model_class(decoder.to(device).eval(), tokenizer, codec, 1.0 if top_p is None else top_p)

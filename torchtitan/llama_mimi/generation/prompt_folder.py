@@ -1,12 +1,11 @@
 """Continue every prompt in a folder: shared by ranks, resumed after a kill."""
 
-import errno
 import hashlib
 import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,19 +27,13 @@ from llama_mimi.generation.decoding import Request, decode
 from llama_mimi.generation.speech_model import SpeechModel
 
 RESULTS, SETTINGS = "results.jsonl", "settings.json"
-# Samples that are drawn together, in batches. A killed run draws the whole group again, so that each sample has the
-# same neighbours in its batch, hence the same rounding and the same bytes.
+# Samples are drawn in groups of this many batches. A killed run draws the whole group again, so that each sample has
+# the same neighbours in its batch, hence the same rounding and the same bytes.
 BATCHES_PER_GROUP = 4
 LONG_SILENCE_SECONDS = 2.0
 NOT_COMPARED = ("model", "versions")  # the hash of its weights identifies a model
 Record = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class _Sample:
-    path: Path
-    file: str  # in the output folder
-    record: Record  # prompt, prompt_sha256, sample and seed
+Sample = tuple[Path, Record]  # the prompt's file; its name, its hash, the number of the sample, and its seed
 
 
 def continue_folder(
@@ -54,16 +47,11 @@ def continue_folder(
 ) -> list[Record]:
     """Continue every audio file below a folder; samples that an earlier run finished are not drawn again.
 
-    Args:
-        output_dir: gets ``<prompt>_<sample>.wav``, ``settings.json`` and, at the end, ``results.jsonl``.
-        num_rows: sequences of a batch.
-        made_by: from `describe_model`.
+    ``num_rows`` samples are drawn at once; ``made_by`` is from `describe_model`. ``output_dir`` gets
+    ``<prompt>_<sample>.wav``, ``settings.json`` and, at the end, ``results.jsonl``.
 
     Returns:
-        On every rank the lines of ``results.jsonl``. Each sample has ``prompt``, ``prompt_sha256``, ``sample`` and
-        ``seed``. If its prompt cannot be read, it has an ``error``; otherwise ``file``, ``prompt_frames``, ``frames``,
-        ``distinct_frames`` (few in a loop), ``end`` ("ended" by the model or "cut"), ``audio_warnings`` on the prompt,
-        ``silences`` (start and length of those of 2 s or more) and ``seconds`` from its first frame to its file.
+        The records of ``results.jsonl``, on every rank. If a prompt cannot be read, its samples have an ``error``.
 
     Raises:
         UserError: no prompts, two of one name, or an ``output_dir`` of other settings.
@@ -72,7 +60,7 @@ def continue_folder(
     settings = {**asdict(options), **chosen, **made_by, "device": ranks.device.type, "batch_size": num_rows}
     log = ProgressLog(output_dir / "unfinished", {})  # settings.json has what the results depend on
 
-    def prepare() -> dict[str, _Sample]:
+    def prepare() -> dict[str, Sample]:
         folders = [os.path.realpath(folder) for folder in (prompts, output_dir)]
         if os.path.commonpath(folders) in folders:
             raise UserError(f"--output_dir '{output_dir}' and --prompts '{prompts}' overlap; name separate folders")
@@ -83,23 +71,21 @@ def continue_folder(
         else:
             compared = {key: value for key, value in settings.items() if key not in NOT_COMPARED}
             require_same(earlier, compared, f"'{output_dir}'", "name another --output_dir")
-        results = output_dir / RESULTS
-        if results.exists():  # of a finished run: back into its log
+        if (results := output_dir / RESULTS).exists():  # records of a finished run go back into its log
             try:
-                records = map(parse_json, results.read_text().splitlines())
-                log.add({f"{record['prompt']}/{record['sample']}": record for record in records})
+                log.add({_file(record): record for record in map(parse_json, results.read_text().splitlines())})
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"'{results}' is not a list of results ({first_line(error)}); remove it") from error
             results.unlink()
         return samples
 
     samples = broadcast_from_rank0(prepare)
-    keys, size = list(samples), BATCHES_PER_GROUP * num_rows
-    groups = [{key: samples[key] for key in keys[start : start + size]} for start in range(0, len(keys), size)]
+    files, size = list(samples), BATCHES_PER_GROUP * num_rows
+    groups = [{file: samples[file] for file in files[start : start + size]} for start in range(0, len(files), size)]
 
-    def is_done(key: str, record: Record) -> bool:
-        is_same = key in samples and record["prompt_sha256"] == samples[key].record["prompt_sha256"]
-        return is_same and ("error" in record or (output_dir / record["file"]).exists())
+    def is_done(file: str, record: Record) -> bool:
+        is_same = file in samples and record["prompt_sha256"] == samples[file][1]["prompt_sha256"]
+        return is_same and ("error" in record or (output_dir / file).exists())
 
     work = partial(_continue_group, model, output_dir, options, num_rows)
     records = list(map_resumable(groups, work, log, ranks, unit="sample", is_done=is_done).values())
@@ -122,61 +108,54 @@ def describe_model(model_name: str, model: SpeechModel, dtype: str) -> Record:
     }
 
 
-def _find_samples(prompts: Path, options: SamplingOptions) -> dict[str, _Sample]:
+def _file(record: Record) -> str:
+    return f"{Path(record['prompt']).with_suffix('')}_{record['sample']}.wav"
+
+
+def _find_samples(prompts: Path, options: SamplingOptions) -> dict[str, Sample]:
     paths = [Path(path) for path in find_files(str(prompts), AUDIO_ENDINGS)] if prompts.is_dir() else []
     if not paths:
         raise UserError(f"'{prompts}' has no {', '.join(AUDIO_ENDINGS)} file; name a folder of prompts")
-    samples: dict[str, _Sample] = {}
-    by_name: dict[str, str] = {}
+    samples: dict[str, Sample] = {}
     for path in paths:
         relative = path.relative_to(prompts.absolute())
-        prompt = as_utf8(str(relative))
-        name = str(Path(prompt).with_suffix(""))
-        if (other := by_name.setdefault(name, prompt)) != prompt:
-            raise UserError(f"'{other}' and '{prompt}' would have one name in --output_dir; rename one of them")
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        prompt, sha256 = as_utf8(str(relative)), hashlib.sha256(path.read_bytes()).hexdigest()
         for number in range(options.num_samples):
-            digest = hashlib.sha256(os.fsencode(f"{options.seed}/{relative}/{number}")).digest()
-            seed = int.from_bytes(digest[:4])
+            seed = int.from_bytes(hashlib.sha256(os.fsencode(f"{options.seed}/{relative}/{number}")).digest()[:4])
             record = {"prompt": prompt, "prompt_sha256": sha256, "sample": number, "seed": seed}
-            samples[f"{prompt}/{number}"] = _Sample(path, f"{name}_{number}.wav", record)
+            if (other := samples.setdefault(_file(record), (path, record))[1]) is not record:
+                both = f"'{other['prompt']}' and '{prompt}'"
+                raise UserError(f"{both} would have one name in --output_dir; rename one of them")
     return samples
 
 
 def _continue_group(
-    model: SpeechModel, output_dir: Path, options: SamplingOptions, num_rows: int, group: Mapping[str, _Sample]
+    model: SpeechModel, output_dir: Path, options: SamplingOptions, num_rows: int, group: Mapping[str, Sample]
 ) -> Iterator[tuple[str, Record]]:
     codec = model.codec
     waveforms: dict[Path, Waveform] = {}
-    for path in {sample.path: None for sample in group.values()}:
+    for path in dict.fromkeys(path for path, _ in group.values()):
         try:
             waveforms[path] = read_prompt(str(path), codec)
         except AudioError as error:
             text = as_utf8(str(error))
-            yield from ((key, {**s.record, "error": text}) for key, s in group.items() if s.path == path)
+            yield from ((file, {**record, "error": text}) for file, (other, record) in group.items() if other == path)
     codes = dict(zip(waveforms, encode_prompts(model, list(waveforms.values()), options), strict=True))
-    usable = [(key, sample) for key, sample in group.items() if sample.path in codes]
-    requests = [Request(codes[sample.path], sample.record["seed"]) for _, sample in usable]
+    usable = [(file, path, record) for file, (path, record) in group.items() if path in codes]
+    requests = [Request(codes[path], record["seed"]) for _, path, record in usable]
     drawn = decode(model, requests, options.for_model(model), num_rows)
     for number, new_TQ, end, began in finished(drawn, codec.num_quantizers):
-        (key, sample), prompt_TQ = usable[number], requests[number].prompt_TQ
+        (file, path, record), prompt_TQ = usable[number], requests[number].prompt_TQ
         waveform = Waveform(decode_long(codec, torch.cat([prompt_TQ, new_TQ])), codec.sample_rate_hz)
-        try:
-            write_wav(output_dir / sample.file, waveform)
-        except UserError as error:
-            if getattr(error.__cause__, "errno", None) != errno.ENAMETOOLONG:
-                raise
-            text = f"'{sample.file}' is too long for a file name; shorten the prompt's name"
-            yield key, {**sample.record, "error": text}
-            continue
+        write_wav(output_dir / file, waveform)
         found = {
-            "file": sample.file,
+            "file": file,
             "prompt_frames": len(prompt_TQ),
             "frames": len(new_TQ),
-            "distinct_frames": len(new_TQ.unique(dim=0)),
+            "distinct_frames": len(new_TQ.unique(dim=0)),  # few in a loop
             "end": end.value,
-            "audio_warnings": list(waveforms[sample.path].audio_warnings),
-            "silences": silences(waveform, LONG_SILENCE_SECONDS),
-            "seconds": round(time.perf_counter() - began, 3),
+            "audio_warnings": list(waveforms[path].audio_warnings),
+            "silences": silences(waveform, LONG_SILENCE_SECONDS),  # start and length
+            "seconds": round(time.perf_counter() - began, 3),  # from the first frame to the file
         }
-        yield key, sample.record | found
+        yield file, record | found

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -15,17 +15,14 @@ from llama_mimi.tokens.tokenizer import SpeechTokenizer
 
 DecoderPrecision = Literal["float32", "bfloat16", "float16"]  # the first release is evaluated in float16
 DECODER_DTYPES = {**DTYPES, "float16": torch.float16}
-# Positions whose logits are computed at once: 1.1 GB in float32 at the 136,450 entries of Llama 3 with 4 levels.
-POSITIONS_AT_ONCE = 2048
-# Draws entries (B,) of a level from their logits: (B, K + 1) at level 0, whose entry K ends the speech, else (B, K).
+POSITIONS_AT_ONCE = 2048  # their logits take 1.1 GB in float32 with the 136,450 entries of Llama 3 and 4 levels
+# Draws entries (B,) of a level from their logits: (B, K + 1) at level 0, whose entry K is the end, else (B, K).
 Draw = Callable[[torch.Tensor, int], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class SpeechModel(ABC):
     """Decoder, tokenizer with audio tokens, codec, and the generation config's ``top_p`` of one checkpoint."""
-
-    has_release: ClassVar[bool]  # True for the architecture of the first release
 
     decoder: PreTrainedModel
     tokenizer: SpeechTokenizer
@@ -35,6 +32,11 @@ class SpeechModel(ABC):
     @property
     def device(self) -> torch.device:
         return self.codec.device
+
+    @property
+    def has_release(self) -> bool:
+        """True for the architecture of the first release."""
+        return self.tokenizer.architecture == "flattened"
 
     @property
     def last_frame(self) -> LastFrame:
@@ -52,32 +54,32 @@ class SpeechModel(ABC):
         """The causal Transformer over a sequence, without its output layer."""
 
     @abstractmethod
-    def embed(self, head: Sequence[int] | torch.Tensor, codes_TQ: torch.Tensor) -> torch.Tensor:
-        """Return the backbone's inputs (L, D) for the tokens before the frames, and frames."""
+    def embed(self, prefix: Sequence[int] | torch.Tensor, codes_TQ: torch.Tensor) -> torch.Tensor:
+        """Return the backbone's inputs (L, D) for the ids of a prefix, and frames."""
 
     @abstractmethod
     def log_likelihoods(
         self, ids: Sequence[torch.Tensor], is_scored: Sequence[torch.Tensor], *, is_admissible_only: bool = False
     ) -> torch.Tensor:
-        """Return log-likelihoods (N,) in nats, float64 on the CPU, of the N scored tokens of clips that share a batch.
+        """Return log-likelihoods (N,) in nats, float64 on the CPU, of the N scored tokens of a batch of clips.
 
         Args:
             ids, is_scored: flattened sequence (L,) and mask (L,) of each clip.
-            is_admissible_only: compute the softmax over the tokens that can stand at a position, as in generation,
+            is_admissible_only: compute the softmax over the tokens that are valid at a position, as in generation,
                 instead of the whole vocabulary. Only codes and ``</audio>`` can be scored.
         """
 
     def caches(self, num_rows: int, capacity: int) -> list[BatchedKVCache]:
-        """Return the caches of `next_frame`; the first is the backbone's, of ``capacity`` positions."""
+        """Return empty caches for `next_frame`; the first is the backbone's, of ``capacity`` positions."""
         return [BatchedKVCache(self.backbone, num_rows, capacity)]
 
     @abstractmethod
     def next_frame(self, caches: Sequence[BatchedKVCache], draw: Draw) -> torch.Tensor:
-        """Draw the next frame of each context, entries (B, Q), and append it; levels after an end mean nothing."""
+        """Draw the next frame of each context, entries (B, Q), and append it; entries after an end mean nothing."""
 
     @cached_property
     def spare_caches(self) -> dict[tuple[int, int], list[BatchedKVCache]]:
-        """The caches used last, by rows and capacity: on a GPU their graph takes long to compile."""
+        """The caches used last, by rows and capacity. They are used again, as compiling a GPU's graph takes long."""
         return {}
 
 

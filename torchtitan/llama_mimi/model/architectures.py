@@ -1,4 +1,4 @@
-"""The two architectures behind one pair of functions: TorchTitan's model, and its plan for many devices."""
+"""Build a model of either architecture, and distribute it over devices."""
 
 from typing import Any
 
@@ -18,11 +18,7 @@ def build_model(args: LlamaMimiArgs) -> LlamaMimi:
 
 
 def parallelize(model: LlamaMimi, parallel_dims: ParallelDims, job_config: Any) -> nn.Module:
-    """Apply TorchTitan's plan for a Llama, and what the loss, gloo and the architecture need.
-
-    Raises:
-        UserError: packed rows cannot be compiled here.
-    """
+    """Apply TorchTitan's plan for a Llama; raise a `UserError` if packed rows cannot be compiled here."""
     # TorchTitan computes in lower precision under FSDP, and on one device alone.
     is_mixed = job_config.training.mixed_precision_param != "float32" and (
         parallel_dims.fsdp_enabled or parallel_dims.world_size == 1

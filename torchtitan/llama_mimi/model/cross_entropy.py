@@ -1,7 +1,7 @@
-"""Cross-entropy from hidden states: the logits of a batch, 18 GB for 32 x 1,024 positions of Llama 3, never exist.
+"""Cross-entropy from hidden states, in chunks: all logits of 32 x 1,024 positions of Llama 3 would take 18 GB.
 
-Positions without a target are left out; the others are multiplied with the output matrix one chunk at a time. The
-gradient of a sum of losses follows from a chunk's logits, so it is computed with them: nothing is computed twice.
+Only positions with a target are multiplied with the output matrix. The gradient of a sum of losses follows from a
+chunk's logits, so it is computed with them: nothing is computed twice.
 N targets, V entries (on this rank, of a vocabulary that tensor parallelism splits), D the model's width.
 """
 
@@ -23,8 +23,7 @@ from llama_mimi.tokens.vocabulary import AudioVocabulary
 # float32 logits computed at once, in bytes: 1,920 rows of Llama 3 with 4 levels. Every chunk adds a gradient of the
 # output matrix's size, so small chunks are slow.
 CHUNK_BYTES = 2**30
-# Tensor cores want sizes that divide well: rows of a chunk, and entries of the vocabulary. Llama 3's with 4 levels has
-# 136,450, so rows of bfloat16 logits would begin at multiples of 4 bytes, where fast kernels want 16.
+# Multiples for tensor cores: rows of 136,450 bfloat16 logits would begin at multiples of 4 bytes instead of 16.
 CHUNK_MULTIPLE = 128
 VOCABULARY_MULTIPLE = 64
 
@@ -34,14 +33,10 @@ class LazyLogits:
     """Hidden states and output matrix; the loss computes the logits in chunks.
 
     A pytree, as FSDP looks for tensors in a model's output.
-
-    Args:
-        hidden_BLD: the last hidden states; a replicated DTensor under tensor parallelism.
-        weight_VD: the output matrix; there a DTensor split by rows.
     """
 
-    hidden_BLD: torch.Tensor
-    weight_VD: torch.Tensor
+    hidden_BLD: torch.Tensor  # a replicated DTensor under tensor parallelism
+    weight_VD: torch.Tensor  # there a DTensor that is split by rows
 
     def heads(self, labels_BL: torch.Tensor, vocabulary: AudioVocabulary) -> list["Head"]:
         """Return the targets of a batch for each output matrix; labels are ids or `IGNORE_INDEX`."""
@@ -62,21 +57,13 @@ pytree.register_dataclass(LazyLogits)
 
 @dataclass(frozen=True)
 class Targets:
-    """Targets of one output matrix.
+    """Targets of one output matrix, whose rows are the entries."""
 
-    Args:
-        positions_N: positions in the flattened batch.
-        entries_N: the matrix's rows that are right.
-        levels_N: quantizer levels; the end of the speech counts as level 0.
-        rows_N: rows in which the losses are recorded: the level, Q for the end, or Q + 1 for none.
-        admissible_QC: the matrix's rows that can stand at a position of each level; -1 fills shorter levels.
-    """
-
-    positions_N: torch.Tensor
+    positions_N: torch.Tensor  # in the flattened batch
     entries_N: torch.Tensor
-    levels_N: torch.Tensor
-    rows_N: torch.Tensor
-    admissible_QC: torch.Tensor
+    levels_N: torch.Tensor  # quantizer levels; the end of the speech counts as level 0
+    rows_N: torch.Tensor  # row of the recorded losses: the level, Q for the end, or Q + 1 to record nothing
+    admissible_QC: torch.Tensor  # entries that are valid at each level; -1 fills shorter levels
 
 
 @dataclass(frozen=True)
@@ -88,7 +75,7 @@ class Head:
 
 
 def audio_targets(labels_BL: torch.Tensor, vocabulary: AudioVocabulary) -> Targets:
-    """Return the targets of a matrix with a row for every id; labels are ids or `IGNORE_INDEX`."""
+    """Return the targets of a matrix with an entry for every id; labels are ids or `IGNORE_INDEX`."""
     labels_N = labels_BL.flatten()
     positions_N = (labels_N != IGNORE_INDEX).nonzero()[:, 0]
     ids_N = labels_N[positions_N]
@@ -125,8 +112,8 @@ def cross_entropy(
     """
     hidden_BLD, weight_VD, first_row, group = _local(logits)
     # The same chunk size on every rank, though shards may differ by a row: each chunk runs collectives.
-    rows_of_largest = -(-len(logits.weight_VD) // (group.size() if group is not None else 1))
-    chunk_size = max(CHUNK_MULTIPLE, CHUNK_BYTES // (4 * rows_of_largest) // CHUNK_MULTIPLE * CHUNK_MULTIPLE)
+    largest_shard = -(-len(logits.weight_VD) // (group.size() if group is not None else 1))
+    chunk_size = max(CHUNK_MULTIPLE, CHUNK_BYTES // (4 * largest_shard) // CHUNK_MULTIPLE * CHUNK_MULTIPLE)
     if torch.is_autocast_enabled(hidden_BLD.device.type):  # one GPU without FSDP: the weights are float32
         dtype = torch.get_autocast_dtype(hidden_BLD.device.type)
         hidden_BLD, weight_VD = hidden_BLD.to(dtype), weight_VD.to(dtype)
@@ -137,7 +124,9 @@ def cross_entropy(
         losses_N = torch.zeros(len(hidden_ND), device=hidden_ND.device)
         admissible_N = torch.zeros_like(losses_N)
         targets_N, admissible_QC = targets.entries_N - first_row, targets.admissible_QC - first_row
-        num_entries, padded_VD = len(weight_VD), padded(weight_VD)
+        num_entries, padded_VD = len(weight_VD), weight_VD
+        if missing := -num_entries % VOCABULARY_MULTIPLE:
+            padded_VD = F.pad(weight_VD, (0, 0, 0, missing))
         if with_gradient:
             grad_ND = torch.empty_like(hidden_ND)
             grad_VD = torch.zeros_like(padded_VD, dtype=torch.float32)  # bfloat16 would lose most of a long sum
@@ -166,12 +155,6 @@ def cross_entropy(
     return loss_sum, losses_N, admissible_N
 
 
-def padded(weight_VD: torch.Tensor) -> torch.Tensor:
-    """Return the output matrix with rows of zeros up to `VOCABULARY_MULTIPLE`."""
-    missing = -len(weight_VD) % VOCABULARY_MULTIPLE
-    return F.pad(weight_VD, (0, 0, 0, missing)) if missing else weight_VD
-
-
 def chunk_losses(
     hidden_ND: torch.Tensor,
     weight_VD: torch.Tensor,
@@ -187,9 +170,9 @@ def chunk_losses(
     The gradient is the softmax minus one at the target, times the weight; None without ``with_gradient``.
 
     Args:
-        weight_VD: output matrix from `padded`; rows from ``num_entries`` on have logits of -inf and no gradient.
+        weight_VD: output matrix; rows from ``num_entries`` on are padding, with logits of -inf and no gradient.
         targets_N: entries; out of range if another rank of ``group`` has the target.
-        admissible_NC: entries that can stand there; out of range as ``targets_N``, or if there are fewer than C.
+        admissible_NC: valid entries; out of range if another rank has the entry, or there are fewer than C.
         group: ranks that share the vocabulary; None without tensor parallelism.
     """
     scores_NV = F.linear(hidden_ND, weight_VD).float()

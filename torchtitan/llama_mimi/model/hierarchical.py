@@ -2,9 +2,8 @@
 
 A position of the backbone is a frame, the sum of the embeddings of its Q audio tokens, or one token of text. The
 backbone predicts level 0 of the next frame, or the end of the speech; the depth decoder predicts levels 1 to Q - 1 from
-the backbone's state and the codes of the levels before. The end of speech is a frame with code K at every level, as
-`CsmForConditionalGeneration` of transformers expects, whose logits these networks have. N frames train the depth
-decoder.
+the backbone's state and the codes of lower levels. The logits are those of transformers' `CsmForConditionalGeneration`;
+as there, the end of speech is a frame with code K at every level. N frames train the depth decoder.
 """
 
 from dataclasses import dataclass
@@ -22,23 +21,14 @@ from llama_mimi.model.llama import LlamaMimi, LlamaMimiArgs, num_weights, traini
 from llama_mimi.tokens.tokenizer import IGNORE_INDEX
 from llama_mimi.tokens.vocabulary import AudioVocabulary
 
-# Kinds of inputs of a block: backbone and depth decoder, training and validation, packed rows, one frame alone.
-RECOMPILE_LIMIT = 32
-
 
 @dataclass
 class HierarchicalOutput:
-    """Hidden states and output matrices of all levels; see `LazyLogits`.
+    """Hidden states and output matrices of all levels; see `LazyLogits`."""
 
-    Args:
-        level_0: of the backbone, at all positions.
-        depth_N: positions of the flattened batch (B * L) that are frames which train the depth decoder; at least one.
-        levels: of the depth decoder, hidden states (1, N, D) each, for levels 1 to Q - 1.
-    """
-
-    level_0: LazyLogits
-    depth_N: torch.Tensor
-    levels: list[LazyLogits]
+    level_0: LazyLogits  # the backbone's, at all positions
+    depth_N: torch.Tensor  # positions of the flattened batch (B * L) that train the depth decoder; at least one
+    levels: list[LazyLogits]  # the depth decoder's for levels 1 to Q - 1, with hidden states (1, N, D) each
 
     def heads(self, labels_BLQ: torch.Tensor, vocabulary: AudioVocabulary) -> list[Head]:
         """See `LazyLogits.heads`."""
@@ -54,7 +44,7 @@ class HierarchicalOutput:
             ids_N = (frames_NQ if level else labels_NQ)[positions_N, level]
             entries_N = vocabulary.entries(ids_N)
             is_end_N = entries_N == vocabulary.codebook_size
-            # The end is one event: its other levels train the decoder and are not recorded.
+            # The end is one event: its levels above 0 train the decoder, and their losses are not recorded.
             rows_N = torch.where(is_end_N, vocabulary.num_quantizers + (level > 0), level)
             levels_N = torch.full_like(rows_N, level)
             heads.append(Head(logits, Targets(positions_N, entries_N, levels_N, rows_N, admissible_QC)))
@@ -77,7 +67,7 @@ class DepthDecoder(nn.Module):
         self.register_buffer("freqs_cis", self._freqs_cis(), persistent=False)
         self.layers = nn.ModuleDict({str(index): TransformerBlock(index, depth) for index in range(depth.n_layers)})
         self.norm = nn.RMSNorm(depth.dim, eps=depth.norm_eps)
-        # Rows of level 1, then of level 2, and so on.
+        # rows of level 1, then of level 2, and so on
         self.heads = nn.Linear(depth.dim, self.num_levels * self.num_entries, bias=False)
 
     def init_weights(self, buffer_device: torch.device | None) -> None:
@@ -133,7 +123,7 @@ class HierarchicalLlamaMimi(LlamaMimi):
     def forward(  # type: ignore[override]
         self, tokens: torch.Tensor, attention_masks: Any = None, positions: Any = None, *, targets: torch.Tensor
     ) -> HierarchicalOutput:
-        """Return the pending logits of the positions' ids (B, L, Q), which are below 0 where there is none.
+        """Return the lazy logits of positions with ids (B, L, Q); ids below 0 have no embedding.
 
         Args:
             targets: ids (B, L, Q) of the frames that the positions predict; the depth decoder reads their codes.
@@ -162,6 +152,7 @@ def prepare_depth_decoder(depth: DepthDecoder, job_config: Any) -> None:
         options: Any = {"op_sac_save_list": _op_sac_save_list, "base_folder": job_config.job.dump_folder}
         apply_ac(depth, checkpointing, model_compile_enabled=is_compiled, **options)
     if is_compiled:
-        # Blocks of both networks share their code, and the number of frames that train the second varies.
-        torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
+        # Blocks of both networks share their code, for training and validation, packed rows, and one frame alone; the
+        # number of frames that train the depth decoder varies.
+        torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
         apply_compile(depth, compilation)

@@ -18,21 +18,15 @@ from llama_mimi.tokens.vocabulary import Architecture, AudioVocabulary
 
 @dataclass
 class LlamaMimiArgs(TransformerModelArgs):
-    """Llama 3 hyperparameters, and those that follow from the settings of a run.
+    """Llama 3 hyperparameters; a flavour leaves ``vocab_size`` and the fields after ``depth`` to a run's settings."""
 
-    A flavour leaves ``vocab_size`` and the fields after ``depth`` to the tokenizer, the codec and the settings.
-
-    Args:
-        depth: shape of the hierarchical architecture's decoder over the levels of a frame.
-        depth_train_fraction: fraction of the frames that train it.
-    """
-
+    rope_theta: float = 500000
     enable_weight_tying: bool = False
-    depth: "LlamaMimiArgs | None" = None
+    depth: "LlamaMimiArgs | None" = None  # shape of the hierarchical architecture's depth decoder
     architecture: Architecture = "flattened"
     num_quantizers: int = 0
     codebook_size: int = 0
-    depth_train_fraction: float = 1.0
+    depth_train_fraction: float = 1.0  # fraction of the frames that train the depth decoder
 
     @property
     def ffn_dim(self) -> int:
@@ -50,8 +44,8 @@ class LlamaMimiArgs(TransformerModelArgs):
         self.vocab_size = tokenizer.vocabulary.size
         self.num_quantizers, self.codebook_size = codec.num_quantizers, tokenizer.vocabulary.codebook_size
         self.architecture, self.depth_train_fraction = architecture, model.depth_train_fraction
-        if self.architecture == "hierarchical":
-            self.enable_weight_tying = False  # a matrix of its own predicts level 0
+        if architecture == "hierarchical":
+            self.enable_weight_tying = False  # level 0 has an output matrix
         if job_config.data.packing == "pack":
             self.attn_type, self.attn_mask_type = "varlen", "block_causal"
 
@@ -63,8 +57,8 @@ class LlamaMimiArgs(TransformerModelArgs):
     @property
     def targets_per_frame(self) -> float:
         """Mean number of codes of a frame that the loss predicts."""
-        share = self.depth_train_fraction if self.architecture == "hierarchical" else 1.0
-        return 1 + share * (self.num_quantizers - 1)
+        fraction = self.depth_train_fraction if self.architecture == "hierarchical" else 1.0
+        return 1 + fraction * (self.num_quantizers - 1)
 
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
         """Return the number of parameters, and training FLOPs per target (`LlamaMimi.flops_per_target`)."""
@@ -143,7 +137,7 @@ class LlamaMimi(Transformer):
         return VarlenMetadata(cu_seq_q=bounds, cu_seq_k=bounds, max_q=longest, max_k=longest)
 
     def forward(self, tokens: torch.Tensor, attention_masks: Any = None, positions: Any = None) -> LazyLogits:
-        """Return the pending logits (B, L, V) of token ids (B, L)."""
+        """Return the lazy logits (B, L, V) of token ids (B, L)."""
         output = super().forward(tokens, attention_masks, positions)
         if not self.is_tied:
             return output
@@ -162,7 +156,6 @@ def depth_args(*, dim: int, n_layers: int, n_heads: int, n_kv_heads: int, ffn_di
         # TorchTitan rounds a derived width up to multiple_of: this pair gives ffn_dim itself
         multiple_of=ffn_dim,
         ffn_dim_multiplier=ffn_dim / int(8 * dim / 3),
-        rope_theta=500000,
         rope_scaling_args=RoPEScalingArgs(scaling_factor=1.0),
     )
 
@@ -177,7 +170,6 @@ FLAVORS = {
         n_heads=6,
         n_kv_heads=2,
         multiple_of=64,
-        rope_theta=500000,
         rope_scaling_args=LLAMA_3_2_ROPE,
         enable_weight_tying=True,
         depth=depth_args(dim=96, n_layers=1, n_heads=3, n_kv_heads=1, ffn_dim=768),
@@ -189,7 +181,6 @@ FLAVORS = {
         n_kv_heads=8,
         ffn_dim_multiplier=1.5,
         multiple_of=256,
-        rope_theta=500000,
         rope_scaling_args=LLAMA_3_2_ROPE,
         enable_weight_tying=True,
         depth=depth_args(dim=1024, n_layers=4, n_heads=8, n_kv_heads=2, ffn_dim=8192),  # as CSM-1B
@@ -201,7 +192,6 @@ FLAVORS = {
         n_kv_heads=8,
         ffn_dim_multiplier=1.3,
         multiple_of=1024,
-        rope_theta=500000,
         rope_scaling_args=LLAMA_3_1_ROPE,
         depth=depth_args(dim=2048, n_layers=8, n_heads=16, n_kv_heads=4, ffn_dim=16384),
     ),

@@ -1,4 +1,4 @@
-"""Clips as token sequences: codes and text -> ids.
+"""Clips as token sequences.
 
 ``BOS <audio> c[0,0] c[0,1] ... c[T-1,Q-1] </audio>``, with the text between BOS and ``<audio>`` for the task "tts".
 """
@@ -28,10 +28,9 @@ Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class SpeechTokenizer:
-    """Token sequences of one tokenizer and vocabulary of audio tokens.
+    """Encodes clips as token ids.
 
-    In the flattened architecture a position is one id; in the hierarchical one it is a frame of Q ids, or one token of
-    text and `NO_TOKEN`.
+    A position of the hierarchical architecture is a frame of Q ids, or one token of text and `NO_TOKEN`; else one id.
     """
 
     text_tokenizer: PreTrainedTokenizerBase
@@ -40,7 +39,7 @@ class SpeechTokenizer:
 
     @property
     def ids_per_position(self) -> int:
-        """W, ids that the model reads at once, and predicts at once."""
+        """W, number of ids that the model reads, and predicts, at one position."""
         return 1 if self.architecture == "flattened" else self.vocabulary.num_quantizers
 
     @property
@@ -81,9 +80,9 @@ def load_speech_tokenizer(
     vocabulary: VocabularyKind = "llama",
     architecture: Architecture = "flattened",
 ) -> SpeechTokenizer:
-    """Load a text tokenizer (hub id or folder), with the audio tokens of a codec added unless it has them.
+    """Load a tokenizer (hub id or folder), and add the audio tokens of a codec unless it has them.
 
-    With the vocabulary "audio" its text is left out. Raises a `UserError` if it is missing or the two do not fit.
+    The vocabulary "audio" has no text. Raises a `UserError` if the tokenizer is missing or does not fit the codec.
     """
     codebook_size = load_codec_config(codec_name, num_quantizers).codebook_size
     tokenizer = load_pretrained(AutoTokenizer, tokenizer_name, what="tokenizer")

@@ -22,17 +22,11 @@ Architecture = Literal["flattened", "hierarchical"]
 
 @dataclass(frozen=True)
 class AudioVocabulary:
-    """Arithmetic between codes and token ids; needs no tokenizer.
+    """Arithmetic between codes and token ids, without a tokenizer."""
 
-    Args:
-        base: number of entries before the audio tokens: the text vocabulary (128,256 for Llama 3), or special tokens.
-        codebook_size: K, codes per quantizer level (2,048 for Mimi).
-        num_quantizers: Q, levels per frame.
-    """
-
-    base: int
-    codebook_size: int
-    num_quantizers: int
+    base: int  # number of entries before the audio tokens: the text vocabulary (128,256 for Llama 3) or special tokens
+    codebook_size: int  # K, codes per quantizer level (2,048 for Mimi)
+    num_quantizers: int  # Q, levels per frame
 
     @property
     def audio_start_id(self) -> int:
@@ -63,7 +57,7 @@ class AudioVocabulary:
         return (ids >= self.base) & (ids < self.audio_start_id)
 
     def level(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return the quantizer level of each id; only meaningful where `is_audio` holds."""
+        """Return the quantizer level of each id; meaningful only for audio tokens."""
         return (ids - self.base) % self.num_quantizers
 
     def entries(self, ids: torch.Tensor) -> torch.Tensor:
@@ -71,7 +65,7 @@ class AudioVocabulary:
         return torch.where(self.is_audio(ids), (ids - self.base) // self.num_quantizers, self.codebook_size)
 
     def admissible_ids(self, device: torch.device) -> torch.Tensor:
-        """Return the ids (Q, K + 1) that can stand at each level: its codes, then ``</audio>`` or (not at 0) -1."""
+        """Return the ids (Q, K + 1) that are valid at each level: its codes, then ``</audio>`` or (not at 0) -1."""
         level_Q1 = torch.arange(self.num_quantizers, device=device)[:, None]
         ids_QK = self.base + torch.arange(self.codebook_size, device=device) * self.num_quantizers + level_Q1
         return torch.cat([ids_QK, torch.where(level_Q1 == 0, self.audio_end_id, -1)], dim=1)
@@ -91,9 +85,8 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     backend = tokenizer.backend_tokenizer
     if backend.normalizer is not None:
         text = backend.normalizer.normalize_str(text)
-    words = [text]
-    if backend.pre_tokenizer is not None:
-        words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
+    splitter = backend.pre_tokenizer
+    words = [text] if splitter is None else [word for word, _ in splitter.pre_tokenize_str(text)]
     return [token.id for word in words for token in backend.model.tokenize(word)]
 
 
@@ -103,7 +96,7 @@ def has_text(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def audio_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Return a tokenizer with only BOS, EOS and PAD, as far as the given one has them; audio tokens are added later.
+    """Return a tokenizer with only BOS, EOS and PAD of the given one; audio tokens are added later.
 
     It adds BOS to a text if the given tokenizer does. A tokenizer without text is returned unchanged.
     """
@@ -134,8 +127,7 @@ def extend_tokenizer(
     Raises:
         UserError: the tokenizer has the audio tokens of another depth or codebook size.
     """
-    K, Q = codebook_size, num_quantizers
-    ids = tokenizer.get_vocab()
+    K, Q, ids = codebook_size, num_quantizers, tokenizer.get_vocab()
     if AUDIO_START not in ids:
         vocabulary = AudioVocabulary(len(tokenizer), K, Q)
         tokens = [*(f"<{code}_{level}>" for code in range(K) for level in range(Q)), AUDIO_START, AUDIO_END]
@@ -145,9 +137,7 @@ def extend_tokenizer(
     vocabulary = AudioVocabulary(ids[AUDIO_START] - K * Q, K, Q)
     found = len(tokenizer), ids.get("<0_0>"), ids.get(f"<{K - 1}_{Q - 1}>")
     if found != (vocabulary.size, vocabulary.base, vocabulary.audio_start_id - 1):
-        raise UserError(
-            f"the tokenizer '{tokenizer.name_or_path}' has audio tokens already, but not those of {Q} quantizers with "
-            f"{K} codes; choose the codec and num_quantizers that it was extended for, or extend the base tokenizer "
-            "again with scripts/prepare_base_model.py"
-        )
+        problem = f"the tokenizer '{tokenizer.name_or_path}' has audio tokens, but not of {Q} quantizers with {K} codes"
+        remedy = "choose its codec and num_quantizers, or extend the base tokenizer with scripts/prepare_base_model.py"
+        raise UserError(f"{problem}; {remedy}")
     return tokenizer, vocabulary
