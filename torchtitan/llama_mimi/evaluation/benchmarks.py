@@ -289,7 +289,7 @@ def _add_table(benchmark: Benchmark, name: str, dataset: Dataset, columns: tuple
     if is_slm21 and not has_ids:
         benchmark.notes.append(f"'{name}' has no column 'id': rows are counted one by one, not by word or sentence")
     for index, row in enumerate(rows):
-        clips = [Clip(f"{name}_{index}_{column}", Cell(table, index, column)) for column, table in audio.items()]
+        right, wrong = (Clip(f"{name}_{index}_{column}", Cell(table, index, column)) for column, table in audio.items())
         group = "_".join(str(row.get(key)) for key in ("type", "subtype", "id")) if has_ids else str(index)
         labels = _labels(row, name) if is_slm21 else {}
-        benchmark.pairs.append(Pair(SLM21_TABLES.get(name, name), str(index), group, *clips, labels=labels))
+        benchmark.pairs.append(Pair(SLM21_TABLES.get(name, name), str(index), group, right, wrong, labels))

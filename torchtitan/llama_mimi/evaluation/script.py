@@ -31,8 +31,7 @@ class EvaluationOptions:
     """Flags of the scripts in eval/."""
 
     model_name: str = "llm-jp/Llama-Mimi-1.3B"  # hub id or folder
-    # folder in the official layout or of Parquet files, or a hub id; default: the benchmark's hub id
-    data_dir: str | None = None
+    data_dir: str | None = None  # folder (official layout or Parquet) or hub id; default: the benchmark's hub id
     output_dir: Path = Path("results")  # folder of results
     codes_dir: str | None = None  # cache of codes, shared by runs; default: <output_dir>/codes
     codec: str | None = None  # hub id or folder; default: the codec that the model names
@@ -41,11 +40,9 @@ class EvaluationOptions:
     dtype: DecoderPrecision = "float32"  # precision of the decoder; the first release evaluates in float16
     batch_tokens: int | None = None  # maximum tokens of a batch with padding; default: 4096, on a GPU 32768
     max_audio_seconds: float = MAX_AUDIO_SECONDS  # longer clips are cut, and counted
-    # the benchmark's own rule, or what the first release of Llama-Mimi computes
-    preset: Literal["official", "original"] = "official"
+    preset: Literal["official", "original"] = "official"  # the benchmark's own rule, or that of the first release
     levels: str | None = None  # quantizer levels to score: all, or 0, or 0,1; default: those of the benchmark
-    # over the whole vocabulary (softmax), or over the tokens that are possible at a position (grammar)
-    likelihood: Likelihood = "softmax"
+    likelihood: Likelihood = "softmax"  # over the whole vocabulary, or (grammar) the tokens possible at a position
     limit: int | None = None  # score only this number of pairs (words, sentences) of each part, for a quick look
 
     def scoring(self, levels: tuple[int, ...] | None) -> tuple[str, Scoring]:
