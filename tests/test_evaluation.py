@@ -1,9 +1,11 @@
 """The way from a benchmark to its result file: encoding, scoring, kills, ranks, and what is written."""
 
 import copy
+import itertools
 import json
 import shutil
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,10 +22,10 @@ from llama_mimi.checkpoint.huggingface import hf_config
 from llama_mimi.common.distributed import DistributedContext
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.resume import ProgressLog
+from llama_mimi.data.code_store import CodedClip
 from llama_mimi.evaluation.benchmarks import SALMON_PARTS, Benchmark, Clip, Pair, limited, read_salmon
-from llama_mimi.evaluation.codes import ClipCodes, encode_clips
-from llama_mimi.evaluation.results import check_earlier, results
-from llama_mimi.evaluation.results import model_folder as model_folder_name
+from llama_mimi.evaluation.codes import encode_clips
+from llama_mimi.evaluation.results import FORMAT, check_earlier, results
 from llama_mimi.evaluation.scoring import Scoring, batch_scores, score_clips
 from llama_mimi.generation.flattened import FlattenedModel
 from llama_mimi.generation.loading import load_speech_model
@@ -77,11 +79,13 @@ def test_codes_are_encoded_once(tmp_path, codec, monkeypatch):
     monkeypatch.setattr("llama_mimi.audio.mimi.MimiCodec.encode_many", lambda *_: [])  # nothing is left to encode
     again = encode(codec, clips, tmp_path)
     assert again[0] == ids and all(np.array_equal(again[1][i].codes_TQ, codes[i].codes_TQ) for i in ids)
-    deeper = codec.at_depth(8)  # a model of more levels finds them, too
-    _, deep = encode(deeper, clips, tmp_path)
-    assert all(
-        deep[i].codes_TQ.shape[1] == 8 and np.array_equal(deep[i].codes_TQ[:, :4], codes[i].codes_TQ) for i in ids
-    )
+    _, deep = encode(codec.at_depth(8), clips, tmp_path)  # a model of more levels finds them, too
+    assert all(deep[i].codes_TQ.shape[1] == 8 for i in ids)
+    assert all(np.array_equal(deep[i].codes_TQ[:, :4], codes[i].codes_TQ) for i in ids)
+    shard = next(tmp_path.rglob("*.parquet"))
+    shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(UserError, match=shard.name):
+        encode(codec, clips, tmp_path)
 
 
 @pytest.mark.parametrize(("max_seconds", "as_released"), [(1.0, False), (20.0, True)])
@@ -95,63 +99,29 @@ def test_codes_made_with_other_settings_are_kept_apart(tmp_path, codec, max_seco
         assert all(np.array_equal(plain[i].codes_TQ[:-1], other[i].codes_TQ[:-1]) for i in ids)
 
 
-def test_a_cache_may_contain_some_of_the_clips(tmp_path, codec, monkeypatch):
-    """A clip that comes again, in one chunk or in the next, is encoded once."""
-    paths = [clip.source for clip in some_clips()[:6]]
-    encode(codec, clips_of(*paths[:2]), tmp_path)
-    encoded = []
-
-    def counted(self, waveforms):
-        encoded.extend(waveforms)
-        return MimiCodec.encode(self, waveforms)
-
-    monkeypatch.setattr("llama_mimi.audio.mimi.MimiCodec.encode_many", counted)
-    monkeypatch.setattr("llama_mimi.evaluation.codes.CLIPS_PER_CHUNK", 3)
-    again = [paths[i] for i in (2, 0, 2, 2, 3, 1, 4, 5, 3)]
-    ids, codes = encode(codec, clips_of(*again), tmp_path)
-    assert len(encoded) == 4 and len(set(ids)) == 6 == len(codes)
-    encode(codec, clips_of(*again), tmp_path)
-    assert len(encoded) == 4
-
-
-def test_a_damaged_cache_is_named(tmp_path, codec):
-    clips = clips_of(TINY / "prompt.wav")
-    encode(codec, clips, tmp_path)
-    (shard,) = tmp_path.rglob("*.parquet")
-    shard.write_bytes(shard.read_bytes()[:100])
-    with pytest.raises(UserError, match=shard.name):
-        encode(codec, clips, tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("nothing.wav", "is empty (0 bytes)"),
-        ("short.wav", "less than one codec frame"),
-        ("text.wav", "not readable audio"),
-    ],
-)
-def test_a_clip_that_cannot_be_used_stops_the_run(tmp_path, codec, name, message):
-    path = tmp_path / name
-    if name == "short.wav":
-        speech(tmp_path, name, 0.05)
-    else:
-        path.write_bytes(b"" if name == "nothing.wav" else b"no audio")
-    with pytest.raises(AudioError) as error:
-        encode(codec, clips_of(TINY / "prompt.wav", path), tmp_path / "codes")
-    assert message in str(error.value) and str(path) in str(error.value)
+def test_a_clip_that_cannot_be_used_stops_the_run(tmp_path, codec):
+    speech(tmp_path, "short.wav", 0.05)
+    (tmp_path / "nothing.wav").touch()
+    for name, message in (("nothing.wav", "is empty (0 bytes)"), ("short.wav", "less than one codec frame")):
+        with pytest.raises(AudioError) as error:
+            encode(codec, clips_of(TINY / "prompt.wav", tmp_path / name), tmp_path / "codes")
+        assert message in str(error.value) and str(tmp_path / name) in str(error.value)
 
 
 def test_pairs_touched_by_the_cut_and_ties_are_counted(tmp_path, codec, model):
-    long, exact, short = (speech(tmp_path, f"{s}.wav", s) for s in (20.5, 20.0, 1.0))
-    clips = clips_of(long, exact, short, short)
+    """Two recordings that differ after 20 s only are a tie, also among others of about their length."""
+    long, exact, other = (speech(tmp_path, f"{s}.wav", s) for s in (22.0, 20.0, 19.5))
+    samples = read_audio(long, 24_000).samples_S.numpy()
+    samples[20 * 24_000 + 100 :] *= 0.5
+    soundfile.write(tmp_path / "other_end.wav", samples, 24_000)
+    clips = clips_of(long, exact, long, tmp_path / "other_end.wav", other)
     ids, codes = encode(codec, clips, tmp_path / "codes")
-    assert [codes[i].is_cut for i in ids] == [True, False, False, False]
-    assert [len(codes[i].codes_TQ) for i in ids] == [250, 250, 13, 13]
+    assert ids[2] != ids[3] and [codes[i].is_cut for i in ids] == [True, False, True, True, False]
+    assert [len(codes[i].codes_TQ) for i in ids] == [250, 250, 250, 250, 244]
     pairs = [Pair("a", "0", "0", clips[0], clips[1]), Pair("a", "1", "1", clips[2], clips[3])]
-    scores = score(model, codes, Scoring(None), tmp_path / "log")
+    scores = score(model, codes, Scoring(None), tmp_path / "log", 2100)
     report = results(Benchmark(pairs), ids, codes, scores, Scoring(None), SALMON_PARTS)
-    assert (report["parts"]["a"]["pairs_cut"], report["parts"]["a"]["ties"]) == (1, 1)
+    assert (report["parts"]["a"]["pairs_cut"], report["parts"]["a"]["ties"]) == (2, 1)
     assert report["pairs"][1]["correct"] == 0.5 and report["mean_of_parts"] is None
     strict = results(Benchmark(pairs), ids, codes, scores, Scoring(None, as_released=True), ())
     assert strict["pairs"][1]["correct"] == 0.0 and strict["pairs"][1]["is_tie"]
@@ -198,86 +168,27 @@ def test_preset_original_is_the_release_from_file_to_score(tmp_path, model, leve
     assert [scores[i] for i in ids] == pytest.approx(expected, abs=1e-5)
 
 
-def test_what_was_scored_before_a_kill_is_kept(tmp_path, codec, model, monkeypatch, capsys):
-    _, codes = encode(codec, some_clips(), tmp_path / "codes")
-    whole = score(model, codes, Scoring(None), tmp_path / "whole", 500, {"a": 1})
-    calls = []
-
-    def counted(*args):
-        calls.append(len(args[1]))
-        return batch_scores(*args)
-
-    monkeypatch.setattr("llama_mimi.evaluation.scoring.batch_scores", counted)
-    (log,) = (tmp_path / "whole").rglob("*.jsonl")
-    lines = log.read_text().splitlines(keepends=True)
-    assert len(lines) == len(codes) == 10
-    folder = tmp_path / "killed" / log.parent.name
-    folder.mkdir(parents=True)
-    (folder / "1.jsonl").write_text("".join(lines[:4]) + lines[4][:20])  # cut off in the fifth clip
-    (folder / "2.jsonl").write_text(lines[5][:5])
-    resumed = score(model, codes, Scoring(None), tmp_path / "killed", 500, {"a": 1})
-    assert resumed == whole and 6 <= sum(calls) < 10  # whole batches, so that a clip has the same neighbours
-    assert "of 10 clips were finished before" in capsys.readouterr().out
-    calls.clear()
-    score(model, codes, Scoring(None), tmp_path / "killed", 500, {"a": 2})  # of another model
-    assert sum(calls) == 10
-
-
 def test_other_audio_never_gets_the_scores_of_a_run_that_was_killed(tmp_path, codec, model):
     """The same codes may come from other files, or have been cut: scores go by the content that they belong to."""
-    clip = ClipCodes(
-        codec.encode([read_audio(TINY / "prompt.wav", 24_000).samples_S])[0].numpy().astype("uint16"), False
-    )
-    others = [ClipCodes(np.roll(clip.codes_TQ, shift, axis=0), False) for shift in (1, 2, 3)]
+    codes_TQ = codec.encode([read_audio(TINY / "prompt.wav", 24_000).samples_S])[0].numpy()
+    clip, *others = (CodedClip("", np.roll(codes_TQ, shift, axis=0), 0.0, False) for shift in range(4))
     before = {"a": clip, **{f"x{i}": other for i, other in enumerate(others)}}
     expected = score(model, before, Scoring(None), tmp_path / "log")
-    renamed = {"z": clip, "cut": ClipCodes(clip.codes_TQ, True), **{f"a{i}": other for i, other in enumerate(others)}}
+    renamed = {"z": clip, "cut": replace(clip, is_cut=True), **{f"a{i}": other for i, other in enumerate(others)}}
     scores = score(model, renamed, Scoring(None), tmp_path / "log")
     assert scores["z"] == expected["a"] and [scores[f"a{i}"] for i in range(3)] == [expected[f"x{i}"] for i in range(3)]
     assert scores["cut"] != scores["z"]
-    # The release puts </audio> behind a clip that was cut, too.
+    # The release puts </audio> after a clip that was cut, too.
     scores = score(model, renamed, Scoring(None, as_released=True), tmp_path / "log2")
     assert scores["cut"] == scores["z"]
-
-
-def test_clips_that_the_cut_has_made_equal_are_a_tie(tmp_path, codec, model):
-    """Two recordings that differ after 20 s only, among others of about their length."""
-    long = read_audio(speech(tmp_path, "long.wav", 22.0), 24_000).samples_S.numpy()
-    long[20 * 24_000 + 100 :] *= 0.5
-    soundfile.write(tmp_path / "other_end.wav", long, 24_000)
-    others = [speech(tmp_path, f"{s}.wav", s) for s in (19.5, 18.0, 19.9)]
-    clips = clips_of(tmp_path / "long.wav", tmp_path / "other_end.wav", *others)
-    ids, codes = encode(codec, clips, tmp_path / "codes")
-    assert ids[0] != ids[1]
-    scores = score(model, codes, Scoring(None), tmp_path / "log", 2100)
-    assert scores[ids[0]] == scores[ids[1]]
 
 
 def test_a_score_that_is_not_finite_is_refused(tmp_path, codec, model):
     broken = copy.deepcopy(model.decoder)
     broken.model.norm.weight.data[0] = float("inf")
-    codes = {"a": ClipCodes(np.zeros((3, 4), np.uint16), False)}
+    codes = {"a": CodedClip("a", np.zeros((3, 4), np.uint16), 0.0, False)}
     with pytest.raises(UserError, match="overflows in torch.float32"):
         score(FlattenedModel(broken, model.tokenizer, codec), codes, Scoring(None), tmp_path)
-
-
-@pytest.mark.slow
-def test_salmons_own_loop_gives_the_same_accuracy(tmp_path, codec, encoded, model):
-    """The benchmark's semantics (2409.07437): pairs one by one, the likelier waveform is right, a tie is half."""
-    pairs, ids, codes = encoded
-
-    def log_likelihood(wav_S):
-        return batch_scores(model, [(codec.encode([torch.from_numpy(wav_S)])[0], False)], Scoring(None))[0]
-
-    right = []
-    for pair in pairs:
-        wavs = [soundfile.read(clip.source, dtype="float32")[0] for clip in (pair.positive, pair.negative)]
-        positive, negative = map(log_likelihood, wavs)
-        right.append(0.5 if positive == negative else float(positive > negative))
-    scores = score(model, codes, Scoring(None), tmp_path / "log")
-    report = results(Benchmark(pairs), ids, codes, scores, Scoring(None), SALMON_PARTS)
-    assert report["parts"]["speaker_consistency"]["accuracy"] == sum(right) / len(right)
-    assert 0 < sum(right) < len(right)
 
 
 # The scripts
@@ -344,7 +255,7 @@ def kill_when(parts, is_time, log):
 def test_another_run_does_not_replace_a_result(tmp_path):
     path = tmp_path / "official.json"
     header = {
-        "format": 2,
+        "format": FORMAT,
         "model": "m",
         "model_sha256": "a" * 64,
         "data": "one",
@@ -355,9 +266,8 @@ def test_another_run_does_not_replace_a_result(tmp_path):
     path.write_text(json.dumps(header))
     assert check_earlier(path, header) == []
     for change, message in (
-        ({"format": 3}, "was made with format = 2, but it is 3 now; choose another --output_dir"),
+        ({"format": 4}, "was made with format = 3, but it is 4 now; choose another --output_dir"),
         ({"data": "two"}, "data = 'one', but it is 'two' now"),
-        ({"model": "other/m"}, "model = 'm', but it is 'other/m' now"),
         ({"codec": {"sha256": "c", "sliding_window": False}}, "codec.sliding_window = True"),
         ({"settings": {"dtype": "bfloat16", "max_audio_seconds": 20.0}}, "settings.dtype = 'float32'"),
     ):
@@ -367,19 +277,12 @@ def test_another_run_does_not_replace_a_result(tmp_path):
     assert sentence.startswith("replaced: ")
 
 
-def test_results_are_called_by_the_model(tmp_path, monkeypatch):
-    assert model_folder_name("llm-jp/Llama-Mimi-1.3B") == "Llama-Mimi-1.3B"
-    (tmp_path / "mine").mkdir()
-    monkeypatch.chdir(tmp_path / "mine")
-    assert model_folder_name(".") == "mine" == model_folder_name(str(tmp_path / "mine") + "/")
-
-
 def test_result_files_explain_themselves(model_folder, some_pairs, tmp_path):
     flags = ("--levels", "0,1", "--likelihood", "grammar")
     said = run_ranks(1, command(model_folder, tmp_path, some_pairs, *flags), tmp_path / "log")
     report = report_of(tmp_path, "official-levels_0_1-grammar")
     assert report["preset"] == "official-levels_0_1-grammar" and report["scoring"]["likelihood"] == "grammar"
-    assert report["format"] == 2 and report["data_kind"] == "other"  # a copy without the file SYNTHETIC
+    assert report["format"] == FORMAT and report["data_kind"] == "other"  # a copy without the file SYNTHETIC
     part = report["parts"]["speaker_consistency"]
     assert part["count"] == 40 == len(report["pairs"]) and part["interval"][0] < part["accuracy"] < part["interval"][1]
     assert report["pairs"][0].keys() >= {"positive_score", "negative_score", "correct"}
@@ -405,12 +308,8 @@ def test_result_files_explain_themselves(model_folder, some_pairs, tmp_path):
 
 def test_a_limit_draws_a_part_of_what_a_larger_one_draws():
     clip = Clip("x", TINY / "prompt.wav")
-    pairs = [
-        Pair(part, f"{word}-{voice}", f"word{word}", clip, clip)
-        for part in ("lexical", "syntactic")
-        for word in range(9)
-        for voice in range(3)
-    ]
+    places = itertools.product(("lexical", "syntactic"), range(9), range(3))
+    pairs = [Pair(part, f"{word}-{voice}", f"word{word}", clip, clip) for part, word, voice in places]
     whole = Benchmark(pairs, unpaired=[clip])
     few, more = limited(whole, 2), limited(whole, 5)
     assert len(few.pairs) == 2 * 2 * 3 and all(pair in more.pairs for pair in few.pairs) and few.unpaired == []
@@ -418,14 +317,11 @@ def test_a_limit_draws_a_part_of_what_a_larger_one_draws():
     assert limited(whole, 99).pairs == pairs
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_other_precisions_stay_close(model_folder, dtype):
+def test_other_precisions_stay_close(model_folder):
     clips = [(torch.randint(256, (T, 4), generator=torch.Generator().manual_seed(T)), False) for T in (12, 40)]
-    full, low = (
-        batch_scores(load_speech_model(str(model_folder), dtype=name), clips, Scoring(None))
-        for name in ("float32", dtype)
-    )
-    assert low == pytest.approx(full, abs=0.02) and low != full
+    models = [load_speech_model(str(model_folder), dtype=name) for name in ("float32", "bfloat16", "float16")]
+    full, *low = [batch_scores(model, clips, Scoring(None)) for model in models]
+    assert all(scores == pytest.approx(full, abs=0.02) and scores != full for scores in low)
 
 
 def test_slm21_writes_the_official_submission(model_folder, tmp_path):
@@ -456,16 +352,11 @@ def test_slm21_writes_the_official_submission(model_folder, tmp_path):
     assert report["scoring"]["levels"] == [0]
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
+def test_mistakes_get_one_sentence(model_folder, some_pairs, tmp_path):
+    for flags, message in (
         (("--max_audio_seconds", "0.01"), "less than a frame of the codec"),
         (("--levels", "9"), "level 9, but the model has levels 0 to 3"),
-        (("--device", "nothing"), "device 'nothing' is not available"),
-        (("--data_dir", "README.md"), "'README.md' is not a folder"),
         (("--output_dir", "README.md"), "'README.md"),
-    ],
-)
-def test_mistakes_get_one_sentence(model_folder, some_pairs, tmp_path, flags, message):
-    code, stderr = run_here(*command(model_folder, tmp_path, some_pairs, *flags))
-    assert code == 1 and message in stderr and stderr.count("error: ") == 1
+    ):
+        code, stderr = run_here(*command(model_folder, tmp_path, some_pairs, *flags))
+        assert code == 1 and message in stderr and stderr.count("error: ") == 1

@@ -76,9 +76,6 @@ def test_clips_share_a_time_axis_and_other_sections_are_linked():
     assert found.styles == ["width: 25.00%", "width: 100.00%"] and found.tags["audio"] == 2
     assert [text for text in found.texts if text.endswith(" s")] == ["0 s", "1 s", "2 s", "3 s", "4 s"] * 2
     assert [source for source in found.sources if not source.startswith("data:")] == ["#1", "#2"]
-
-
-def test_a_spectrogram():
     colors = spectrogram(torch.zeros(24_000), 24_000, mark_seconds=0.5)
     marked = [column for column in range(colors.shape[1]) if (colors[:, column] == MARK_COLOR).all()]
     assert marked == [50, 51]  # 0.5 s at 10 ms a column
@@ -141,13 +138,9 @@ def generations(tmp_path):
             for number in (1, 0) if system in ("mine", "theirs") else (None,):
                 file = f"{system}/{prompt['name']}_{number}.wav"
                 write_wav(folder / file, Waveform(samples_S[: lengths.get(system, 36_000)], 24_000))
-                values = {
-                    "distillmos": None,
-                    "text": f"{system} & {number}",
-                    "similarity": 0.25 if number == 0 else 0.5,
-                }
+                values = {"distillmos": None, "text": f"{system} & {number}", "similarity": 0.5 - 0.25 * (number == 0)}
                 samples.append({"prompt": prompt["name"], "sample": number, "file": file, "seconds": 0.5, **values})
-        result = {"format": 2, "kind": "generations", "data_kind": "synthetic", "system": system, "samples": samples}
+        result = {"format": 3, "kind": "generations", "data_kind": "synthetic", "system": system, "samples": samples}
         (folder / f"{system}.json").write_text(json.dumps(result))
     return folder
 
@@ -165,9 +158,8 @@ def test_continuations_are_beside_their_recording(tmp_path, generations):
         *("theirs", "theirs & 0", "speaker similarity 0.250"),
     ]
     chosen = continuations(generations, 9, {"theirs": "another name"})
-    assert [clip.title for clip in chosen[1].clips] == ["recording", "codec, Q = 4", "another name"] and len(
-        chosen
-    ) == 4
+    assert [clip.title for clip in chosen[1].clips] == ["recording", "codec, Q = 4", "another name"]
+    assert len(chosen) == 4
     (generations / "theirs" / "p1_0.wav").write_bytes(b"")
     build_page(page=tmp_path / "c.html", generations=generations, num_prompts=3)
     assert Outline((tmp_path / "c.html").read_text()).texts.count("no audio") == 1
@@ -185,9 +177,13 @@ def test_a_page_that_cannot_be_made(tmp_path, generations):
             build_page(page=tmp_path / "d.html", **mistake)
     result = json.loads((generations / "mine.json").read_text())
     sample = result["samples"][0]
-    for samples in ([{}], 3, [sample | {"similarity": "x"}], [sample | {"seconds": None}], [3]):
+    for samples in ([{}], 3, [sample | {"similarity": "x"}], [sample | {"seconds": None}]):
         (generations / "mine.json").write_text(json.dumps(result | {"samples": samples}))
-        with pytest.raises(UserError, match="mine.json' is a damaged result"):
+        with pytest.raises(UserError, match="mine.json' is damaged"):
+            build_page(page=tmp_path / "d.html", generations=generations)
+    for prompts in (None, [3], [{"name": "p0", "speaker": ""}], [{"name": "p0", "speaker": "", "seconds": "x"}]):
+        (generations / "prompts.json").write_text(json.dumps({"prompts": prompts}))
+        with pytest.raises(UserError, match="prompts.json' is damaged"):
             build_page(page=tmp_path / "d.html", generations=generations)
 
 

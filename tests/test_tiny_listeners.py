@@ -62,7 +62,7 @@ def test_a_few_steps_make_what_transformers_loads(listener, tmp_path):
     assert json.loads((tmp_path / "training.json").read_text())["clips"] == 47
     if listener == "recogniser":
         asr = transcripts(str(tmp_path), None, torch.device("cpu"), 1)
-        assert isinstance(dict(asr.compute({"a": (PROMPT,)}))["a"]["text"], str)
+        assert isinstance(next(iter(asr.compute([(PROMPT,)])))["text"], str)
     else:
         assert speaker_encoder(str(tmp_path), torch.device("cpu"))(PROMPT).shape == (128,)
 

@@ -72,7 +72,7 @@ def score_listeners(
         prompts_ND = None
         for name, waveforms in tqdm(versions_of.items(), unit="row"):
             files = write_clips(Path(folder) / name, waveforms, mimi.sample_rate_hz)
-            texts = [value["text"] for _, value in asr.compute({file.name: (Clip(file),) for file in files})]
+            texts = [value["text"] for value in asr.compute([(Clip(file),) for file in files])]
             if prompts_ND is None:  # prompts are recordings, whatever comes after them
                 prompts_ND = torch.stack([embed(Clip(file, 0, prompt_seconds)) for file in files])
             rests_ND = torch.stack([embed(Clip(file, prompt_seconds)) for file in files])

@@ -18,15 +18,9 @@ from llama_mimi.common.files import find_files, is_hidden, is_synthetic, visible
 
 ENDINGS = (*AUDIO_ENDINGS, ".aac", ".aif", ".aiff", ".m4a", ".mp4", ".opus", ".sph", ".webm", ".wma")
 SALMON_PARTS = (
-    "bg_alignment",
-    "bg_all_consistency",
-    "bg_domain_consistency",
-    "gender_consistency",
-    "rir_consistency",
-    "sentiment_alignment",
-    "sentiment_consistency",
-    "speaker_consistency",
-)
+    "bg_alignment bg_all_consistency bg_domain_consistency gender_consistency "
+    "rir_consistency sentiment_alignment sentiment_consistency speaker_consistency"
+).split()
 # Data sets on the hub and their parts. sWUGGY and sBLIMP are dev splits: the answers of the test splits are secret.
 SLM21_TABLES = {"sWUGGY": "lexical_dev", "sBLIMP": "syntactic_dev"}
 STORYCLOZE_TABLES = ("sStoryCloze", "tStoryCloze")
@@ -45,14 +39,13 @@ DataKind = Literal["official", "synthetic", "other"]
 
 @dataclass(frozen=True)
 class Cell:
-    """Audio in one row and column of a table."""
+    """Audio file in one row and column of a table."""
 
     dataset: Dataset
     index: int
     column: str
 
     def read_bytes(self) -> bytes:
-        """Return the bytes of the audio file."""
         audio = self.dataset[self.index][self.column]
         if audio is None or audio["bytes"] is None:
             raise UserError(f"row {self.index} has no audio bytes in the column '{self.column}'; embed the audio")
@@ -70,19 +63,14 @@ class Clip:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two clips; a model is right if ``positive`` is likelier.
-
-    Args:
-        group: pairs of one part and group, such as the voices of a word, are averaged first by preset "official".
-        labels: further categories of accuracies, such as {"type": "anaphor_agreement"}.
-    """
+    """Two clips; a model is right if ``positive`` is likelier."""
 
     part: str
     name: str
-    group: str
+    group: str  # such as a word: preset "official" averages its pairs (voices) first
     positive: Clip
     negative: Clip
-    labels: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)  # further categories, such as {"type": "agreement"}
 
 
 @dataclass(frozen=True)
@@ -100,19 +88,13 @@ class Benchmark:
 
 
 def limited(benchmark: Benchmark, limit: int) -> Benchmark:
-    """Return ``limit`` groups of each part, drawn by the hash of their names, without unpaired clips.
-
-    A smaller limit draws a subset of a larger one.
-    """
-    groups: dict[str, set[str]] = defaultdict(set)
-    for pair in benchmark.pairs:
-        groups[pair.part].add(pair.group)
-    chosen = {
-        (part, group)
-        for part, names in groups.items()
-        for group in sorted(names, key=lambda name: hashlib.sha256(f"{part}/{name}".encode()).digest())[:limit]
-    }
-    pairs = [pair for pair in benchmark.pairs if (pair.part, pair.group) in chosen]
+    """Return ``limit`` groups of each part, the first by the hash of their names, without unpaired clips."""
+    drawn: dict[str, set[str]] = defaultdict(set)
+    groups = {(pair.part, pair.group) for pair in benchmark.pairs}
+    for part, group in sorted(groups, key=lambda names: hashlib.sha256("/".join(names).encode()).digest()):
+        if len(drawn[part]) < limit:
+            drawn[part].add(group)
+    pairs = [pair for pair in benchmark.pairs if pair.group in drawn[pair.part]]
     note = f"only {len(pairs):,} of {len(benchmark.pairs):,} pairs were scored, by --limit {limit}"
     return Benchmark(pairs, notes=[*benchmark.notes, note])
 
@@ -122,28 +104,23 @@ def data_kind(source: str, pairs: list[Pair]) -> DataKind:
     if is_synthetic(source):
         return "synthetic"
     counts = Counter(pair.part for pair in pairs)
-    is_official = pairs and all(OFFICIAL_PAIRS.get(part) == count for part, count in counts.items())
-    return "official" if is_official else "other"
+    return "official" if counts and counts.items() <= OFFICIAL_PAIRS.items() else "other"
 
 
 def read_salmon(source: str) -> Benchmark:
     """Read SALMon: ``<root>/<part>/sample_<index>_<k>.wav``, or tables of its parts.
 
     The first file of an index is the positive, each other one a negative. Parts named ``all`` or ``all_*`` repeat pairs
-    of other parts and are left out. No pairs, or a file without a partner, are a `UserError`.
+    of other parts and are not read. No pairs, or a file without a partner, are a `UserError`.
     """
     benchmark = _read_tables(source, ("positive_audio", "negative_audio"))
-    for folder in _folders(Path(source)):
-        if _is_aggregate(folder.name):
-            continue
+    for folder in (folder for folder in _folders(Path(source)) if not _is_aggregate(folder.name)):
         samples: dict[int, list[Clip]] = defaultdict(list)
         for (index, _), path in sorted(_files_by(folder, r"sample_(\d+)_(\d+)").items()):
             samples[index].append(Clip(path.name, path))
         for index, (positive, *negatives) in samples.items():
             if not negatives:
-                raise UserError(
-                    f"'{positive.source}' has no counterpart of the same index; add it or move the file out"
-                )
+                raise UserError(f"'{positive.source}' has no counterpart of the same index; add it or move it out")
             benchmark.pairs.extend(Pair(folder.name, str(index), clip.name, positive, clip) for clip in negatives)
     return _not_empty(benchmark, source, "<part>/sample_<index>_<k>.wav")
 
@@ -152,16 +129,10 @@ def read_slm21(source: str) -> Benchmark:
     """Read sLM21: ``{lexical,syntactic}/{dev,test}`` (sWUGGY, sBLIMP) with audio and ``gold.csv``, or tables.
 
     Lexical pairs share id and voice, and the id is their group; syntactic pairs are consecutive rows, and (type,
-    subtype, id) is their group. A test split without ``gold.csv`` is scored for the submission only. No pairs, or files
-    that ``gold.csv`` does not match, are a `UserError`.
+    subtype, id) is their group. A test split without ``gold.csv`` is scored for the submission only.
     """
     benchmark = _read_tables(source, ("positive", "negative"), SLM21_TABLES)
-    root = Path(source)
-    tasks = ("lexical", "syntactic")
-    others = {folder.name for folder in _folders(root)} - {*tasks, "phonetic", "semantic"}  # of ZeroSpeech 2021
-    if others and any((root / task).is_dir() for task in tasks):
-        raise UserError(f"'{root / min(others)}' is not one of {', '.join(tasks)}; rename the folder or move it out")
-    for folder in (folder for task in tasks for folder in _folders(root / task)):
+    for folder in (folder for task in ("lexical", "syntactic") for folder in _folders(Path(source, task))):
         split = f"{folder.parent.name}/{folder.name}"
         files = {stem: Clip(path.name, path, split) for (stem,), path in _files_by(folder, ".*").items()}
         if (folder / "gold.csv").is_file():
@@ -188,7 +159,7 @@ def _gold_pairs(gold: Path, part: str, files: Mapping[str, Clip]) -> Iterator[Pa
         raise UserError(f"'{gold}' lists '{most[0]}' {most[1]} times; copy it again")
     if odd := listed.keys() ^ files.keys():
         raise UserError(f"'{min(odd)}' is only in one of '{gold}' and its folder; add the file or move it out")
-    is_lexical = part.startswith("lexical")
+    is_lexical = part.startswith("lexical_")
     found: dict[Any, list[dict[str, str]]] = defaultdict(list)
     for index, row in enumerate(rows):
         found[(row["id"], row["voice"]) if is_lexical else index // 2].append(row)
@@ -200,10 +171,10 @@ def _gold_pairs(gold: Path, part: str, files: Mapping[str, Clip]) -> Iterator[Pa
         wrong, right = sorted(pair, key=lambda row: row["correct"])
         group = right["id"] if is_lexical else "_".join(right.get(key, "") for key in ("type", "subtype", "id"))
         clips = files[right["filename"]], files[wrong["filename"]]
-        yield Pair(part, f"{right['id']}_{right['voice']}", group, *clips, _labels(right, str(gold)))
+        yield Pair(part, f"{right['id']}_{right['voice']}", group, *clips, _labels(right, gold))
 
 
-def _labels(row: Mapping[str, Any], where: str) -> dict[str, str]:
+def _labels(row: Mapping[str, Any], where: object) -> dict[str, str]:
     """Return the labels of a pair, from the row of its positive clip."""
     labels = {key: str(row[key]) for key in ("type", "subtype") if row.get(key) not in (None, "")}
     if (count := row.get("frequency")) not in (None, ""):
@@ -217,14 +188,13 @@ def _labels(row: Mapping[str, Any], where: str) -> dict[str, str]:
 
 def frequency_band(frequency: float) -> str:
     """Return the band of a word by its count in LibriSpeech; raise an `IndexError` for a negative count."""
-    return [name for edge, name in FREQUENCY_BANDS if edge <= frequency][-1]
+    return [name for lowest, name in FREQUENCY_BANDS if lowest <= frequency][-1]
 
 
 def read_storycloze(source: str) -> Benchmark:
     """Read StoryCloze: a folder of files sorted by their number, (positive, negative) in turn, or tables.
 
-    A folder of such folders has one part each: sStoryCloze (own wrong ending) and tStoryCloze (random ending). No
-    pairs, or a file without a partner, are a `UserError`.
+    A folder of such folders has one part each: sStoryCloze (own wrong ending) and tStoryCloze (random ending).
     """
     benchmark = _read_tables(source, ("positive", "negative"), STORYCLOZE_TABLES)
     root = Path(source)
@@ -235,11 +205,12 @@ def read_storycloze(source: str) -> Benchmark:
         files = sorted(_files_by(folder, r"(\d+).*").items())
         if len(files) % 2:
             raise UserError(f"'{folder}' has an odd number of files; the last one is '{files[-1][1].name}'")
-        pairs = list(zip(files[::2], files[1::2], strict=True))
-        for (_, a), (_, b) in pairs:
+        gaps = []
+        for ((i,), a), ((j,), b) in zip(files[::2], files[1::2], strict=True):
             benchmark.pairs.append(Pair(folder.resolve().name, a.stem, a.stem, Clip(a.name, a), Clip(b.name, b)))
-        if gaps := [f"'{a.name}' and '{b.name}'" for ((i,), a), ((j,), b) in pairs if j != i + 1]:
-            gap = f"{len(gaps):,} of {len(pairs):,} pairs have a gap between their numbers, as {gaps[0]}"
+            gaps += [f"'{a.name}' and '{b.name}'"] if j != i + 1 else []
+        if gaps:
+            gap = f"{len(gaps):,} of {len(files) // 2:,} pairs have a gap between their numbers, as {gaps[0]}"
             benchmark.notes.append(f"'{folder}': {gap}; make sure that no file is missing")
     return _not_empty(benchmark, source, "<number>_*.wav")
 
@@ -260,8 +231,7 @@ def _files_by(folder: Path, pattern: str) -> dict[tuple[Any, ...], Path]:
     """Return the audio files of a folder by the numbers in their names (groups of a pattern), or else by their stem."""
     files: dict[tuple[Any, ...], Path] = {}
     for path in _audio_files(folder):
-        match = re.fullmatch(pattern, path.stem)
-        if match is None:
+        if (match := re.fullmatch(pattern, path.stem)) is None:
             raise UserError(f"the name of '{path}' does not match '{pattern}'; move the odd file out")
         key = tuple(map(int, match.groups())) or (path.stem,)
         if key in files:
@@ -279,13 +249,11 @@ def _not_empty(benchmark: Benchmark, source: str, layout: str) -> Benchmark:
 def _read_tables(source: str, columns: tuple[str, str], names: Collection[str] | None = None) -> Benchmark:
     """Read the tables of a benchmark, one pair a row, from the hub or a download of its Parquet files.
 
-    Args:
-        source: hub id (of the owner or of one data set), or folder of that name. A folder with audio has no tables.
-        names: data sets of the benchmark; None takes each configuration as a part.
+    ``source`` is a hub id (of the owner or of one data set), or a folder of that name; a folder with audio has no
+    tables. ``names`` are the data sets of the benchmark; without them each configuration is a part.
     """
     benchmark, root = Benchmark([]), Path(source)
-    is_folder = root.is_dir()
-    if is_folder and find_files(source, ENDINGS):
+    if (is_folder := root.is_dir()) and find_files(source, ENDINGS):
         return benchmark
     try:
         if names is None and is_folder:
@@ -313,7 +281,7 @@ def _add_table(benchmark: Benchmark, name: str, dataset: Dataset, columns: tuple
     if not set(columns) <= set(dataset.column_names):
         found = ", ".join(dataset.column_names)
         raise UserError(f"'{name}' has the columns {found}, but needs {' and '.join(columns)}; name the right data set")
-    audio = [dataset.select_columns([column]).cast_column(column, Audio(decode=False)) for column in columns]
+    audio = {column: dataset.select_columns([column]).cast_column(column, Audio(decode=False)) for column in columns}
     others = dataset.remove_columns(list(columns))
     rows = list(others) if others.column_names else [{}] * len(dataset)
     is_slm21 = name in SLM21_TABLES
@@ -321,10 +289,7 @@ def _add_table(benchmark: Benchmark, name: str, dataset: Dataset, columns: tuple
     if is_slm21 and not has_ids:
         benchmark.notes.append(f"'{name}' has no column 'id': rows are counted one by one, not by word or sentence")
     for index, row in enumerate(rows):
-        positive, negative = (
-            Clip(f"{name}_{index}_{column}", Cell(table, index, column))
-            for table, column in zip(audio, columns, strict=True)
-        )
+        right, wrong = (Clip(f"{name}_{index}_{column}", Cell(table, index, column)) for column, table in audio.items())
         group = "_".join(str(row.get(key)) for key in ("type", "subtype", "id")) if has_ids else str(index)
         labels = _labels(row, name) if is_slm21 else {}
-        benchmark.pairs.append(Pair(SLM21_TABLES.get(name, name), str(index), group, positive, negative, labels))
+        benchmark.pairs.append(Pair(SLM21_TABLES.get(name, name), str(index), group, right, wrong, labels))

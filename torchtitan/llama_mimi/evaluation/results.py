@@ -7,13 +7,14 @@ from typing import Any
 
 from llama_mimi.common.files import read_json, write_atomically
 from llama_mimi.common.resume import require_same
+from llama_mimi.data.code_store import CodedClip
 from llama_mimi.evaluation.benchmarks import FREQUENCY_BANDS, Benchmark, Clip
-from llama_mimi.evaluation.codes import ClipCodes
 from llama_mimi.evaluation.scoring import Scoring
 from llama_mimi.evaluation.statistics import wilson_interval
 
-FORMAT = 3
+FORMAT = 3  # of the results of all scripts in eval/
 MAX_AUDIO_SECONDS = 20.0  # of the paper's training
+Result = dict[str, Any]
 
 
 def model_folder(model_name: str) -> str:
@@ -31,63 +32,64 @@ def check_earlier(path: Path, header: Mapping[str, Any]) -> list[str]:
     current["codec"] = {key: header["codec"][key] for key in ("sha256", "sliding_window")}
     current["settings"] = {key: header["settings"][key] for key in ("dtype", "max_audio_seconds")}
     require_same(earlier, current, f"'{path}'", "choose another --output_dir, or move the file")
-    if earlier.get("model_sha256") != header["model_sha256"]:
-        return [f"replaced: '{path}' was of other weights ({str(earlier.get('model_sha256'))[:12]})"]
-    return []
+    weights = str(earlier.get("model_sha256"))
+    return [] if weights == header["model_sha256"] else [f"replaced: '{path}' was of other weights ({weights[:12]})"]
 
 
 def results(
     benchmark: Benchmark,
     audio_ids: Sequence[str],
-    codes: Mapping[str, ClipCodes],
+    codes: Mapping[str, CodedClip],
     scores: Mapping[str, float],
     scoring: Scoring,
     mean_of: Sequence[str],
-) -> dict[str, Any]:
+) -> Result:
     """Return the accuracies by part, the mean of the parts ``mean_of`` (may be empty), and every pair.
 
     ``audio_ids`` are the SHA-256 of ``benchmark.clips``; ``codes`` and ``scores`` are by SHA-256.
     """
     pairs = []
-    for pair, positive_id, negative_id in zip(benchmark.pairs, audio_ids[::2], audio_ids[1::2], strict=False):
-        positive, negative = scores[positive_id], scores[negative_id]
+    for pair, *ids in zip(benchmark.pairs, audio_ids[::2], audio_ids[1::2], strict=False):
+        positive, negative = (scores[audio_id] for audio_id in ids)
         entry = vars(pair) | {"positive": pair.positive.name, "negative": pair.negative.name}
         entry |= {"positive_score": positive, "negative_score": negative, "is_tie": positive == negative}
         entry["correct"] = scoring.tie if positive == negative else float(positive > negative)
-        entry["is_cut"] = codes[positive_id].is_cut or codes[negative_id].is_cut
+        entry["is_cut"] = any(codes[audio_id].is_cut for audio_id in ids)
         pairs.append(entry)
-    report: dict[str, Any] = {"parts": part_results(pairs, by_group=scoring.by_group)}
+    report: Result = {"parts": part_results(pairs, by_group=scoring.by_group)}
     if mean_of:
         report["mean_of_parts"] = mean_of_parts(report["parts"], mean_of)
         report["missing_parts"] = [part for part in mean_of if part not in report["parts"]]
     return report | {"unpaired_clips": len(benchmark.unpaired), "notes": benchmark.notes, "pairs": pairs}
 
 
-def part_results(pairs: Sequence[Mapping[str, Any]], *, by_group: bool) -> dict[str, dict[str, Any]]:
-    """Return the accuracy of each part, and within it by each label.
+def part_results(pairs: Sequence[Mapping[str, Any]], *, by_group: bool) -> dict[str, Result]:
+    """Return accuracy, interval (95 %) and counts of each part, and under "by" those of each value of each label.
 
-    Args:
-        pairs: pairs with the keys part, group, labels, correct, is_tie and is_cut.
-        by_group: average the pairs of one group, such as the voices of a word, first.
-
-    Returns:
-        For each part `accuracy`, `interval` (95 %), `count` (number of groups or pairs averaged), `pairs`, `ties`,
-        `pairs_cut`, and `by`: the same by the values of each label, such as {"type": {"agreement": ...}}.
+    Pairs have the keys part, group, labels, correct, is_tie and is_cut. ``by_group`` averages the pairs of one group,
+    such as the voices of a word, first; "count" is the number of groups, or else of pairs.
     """
     members: dict[tuple[str, ...], list[Mapping[str, Any]]] = defaultdict(list)
     for pair in pairs:
         members[(pair["part"],)].append(pair)
         for label, value in pair["labels"].items():
             members[pair["part"], label, value].append(pair)
-    bands = [name for _, name in FREQUENCY_BANDS]
-
-    def place(key: tuple[str, ...]) -> tuple[Any, ...]:
-        """Frequency bands come in their order, everything else by name."""
-        return *key[:2], *(bands.index(value) if value in bands else len(bands) for value in key[2:]), *key[2:]
-
-    found: dict[str, dict[str, Any]] = {}
-    for part, *label in sorted(members, key=place):
-        result = _result(members[part, *label], by_group)
+    bands = {name: place for place, (_, name) in enumerate(FREQUENCY_BANDS)}  # they have an order of their own
+    found: dict[str, Result] = {}
+    for part, *label in sorted(members, key=lambda key: (key[:2], bands.get(key[-1], len(bands)), key[2:])):
+        some = members[part, *label]
+        credits: dict[Any, list[float]] = defaultdict(list)
+        for index, pair in enumerate(some):
+            credits[pair["group"] if by_group else index].append(pair["correct"])
+        accuracy = sum(sum(values) / len(values) for values in credits.values()) / len(credits)
+        result = {
+            "accuracy": accuracy,
+            "interval": wilson_interval(accuracy, len(credits)),
+            "count": len(credits),
+            "pairs": len(some),
+            "ties": sum(pair["is_tie"] for pair in some),
+            "pairs_cut": sum(pair["is_cut"] for pair in some),
+        }
         if label:
             found[part]["by"].setdefault(label[0], {})[label[1]] = result
         else:
@@ -95,22 +97,7 @@ def part_results(pairs: Sequence[Mapping[str, Any]], *, by_group: bool) -> dict[
     return found
 
 
-def _result(pairs: Sequence[Mapping[str, Any]], by_group: bool) -> dict[str, Any]:
-    credits: dict[Any, list[float]] = defaultdict(list)
-    for index, pair in enumerate(pairs):
-        credits[pair["group"] if by_group else index].append(pair["correct"])
-    accuracy = sum(sum(values) / len(values) for values in credits.values()) / len(credits)
-    return {
-        "accuracy": accuracy,
-        "interval": wilson_interval(accuracy, len(credits)),
-        "count": len(credits),
-        "pairs": len(pairs),
-        "ties": sum(pair["is_tie"] for pair in pairs),
-        "pairs_cut": sum(pair["is_cut"] for pair in pairs),
-    }
-
-
-def mean_of_parts(results: Mapping[str, Mapping[str, Any]], parts: Sequence[str]) -> dict[str, Any] | None:
+def mean_of_parts(results: Mapping[str, Result], parts: Sequence[str]) -> Result | None:
     """Return the unweighted mean accuracy of ``parts``, or None if one is missing.
 
     The interval is Wilson's for an effective count: the square of the number of parts, divided by the sum of the
@@ -123,27 +110,27 @@ def mean_of_parts(results: Mapping[str, Mapping[str, Any]], parts: Sequence[str]
     return {"accuracy": accuracy, "interval": wilson_interval(accuracy, count), "count": round(count)}
 
 
-def summary(report: Mapping[str, Any]) -> list[str]:
+def summary(report: Result) -> list[str]:
     """Return the lines that a script prints."""
+
+    def shown(result: Result) -> str:
+        low, high = (100 * bound for bound in result["interval"])
+        return f"{100 * result['accuracy']:.1f} % (95 % interval {low:.1f} to {high:.1f}, {result['count']:,} counted)"
+
     lines = list(report["notes"])
     if report["data_kind"] == "synthetic":
         lines.insert(0, "synthetic data: these accuracies compare with each other, not with published ones")
     for part, result in report["parts"].items():
         seconds = report["settings"]["max_audio_seconds"]
         cut = f", {result['pairs_cut']:,} cut at {seconds:g} s" if result["pairs_cut"] else ""
-        lines.append(f"{part}: {_accuracy(result)} of {result['pairs']:,} pairs, {result['ties']:,} ties{cut}")
+        lines.append(f"{part}: {shown(result)} of {result['pairs']:,} pairs, {result['ties']:,} ties{cut}")
         for label, values in result["by"].items():
-            lines += [f"  {label} {value}: {_accuracy(some)}" for value, some in values.items()]
-    if report.get("mean_of_parts") is not None:
-        lines.append(f"mean of the parts: {_accuracy(report['mean_of_parts'])}")
+            lines += [f"  {label} {value}: {shown(some)}" for value, some in values.items()]
+    if (mean := report.get("mean_of_parts")) is not None:
+        lines.append(f"mean of the parts: {shown(mean)}")
     elif "mean_of_parts" in report:
         lines.append(f"no mean of the parts; missing: {', '.join(report['missing_parts'])}")
     return lines
-
-
-def _accuracy(result: Mapping[str, Any]) -> str:
-    low, high = (100 * bound for bound in result["interval"])
-    return f"{100 * result['accuracy']:.1f} % (95 % interval {low:.1f} to {high:.1f}, {result['count']:,} counted)"
 
 
 def write_submissions(folder: Path, clips: Sequence[Clip], scores: Sequence[float]) -> None:

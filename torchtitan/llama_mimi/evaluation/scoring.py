@@ -13,7 +13,7 @@ from llama_mimi.common.batching import bucket_by_length
 from llama_mimi.common.distributed import DistributedContext
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.resume import ProgressLog, map_resumable
-from llama_mimi.evaluation.codes import ClipCodes
+from llama_mimi.data.code_store import CodedClip
 from llama_mimi.generation.speech_model import SpeechModel
 from llama_mimi.tokens.tokenizer import SpeechTokenizer
 
@@ -27,9 +27,9 @@ class Scoring:
     Args:
         levels: quantizer levels to score, with ``</audio>`` if the clip has one; None scores all.
         as_released: score as the first release does, its accidents included: BOS only if the tokenizer adds it,
-            ``</audio>`` also behind a clip that was cut, a partial last frame left to the codec, whose attention is
-            "whole". With ``levels`` None every token after the first is scored, ``<audio>`` too; with ``(0,)`` every
-            Q-th from position 2 on, which is level 0 and ``</audio>`` behind BOS, and level 1 without it.
+            ``</audio>`` also after a clip that was cut, a partial last frame left to the codec, no sliding window. With
+            ``levels`` None every token after the first is scored, ``<audio>`` too; with ``(0,)`` every Q-th from
+            position 2 on, which is level 0 and ``</audio>`` after BOS, and level 1 without BOS.
         likelihood: "softmax" is over the model's whole vocabulary; "grammar" is over the tokens that are possible at a
             position, which are the codes of its level and, at level 0, ``</audio>``.
     """
@@ -48,35 +48,22 @@ class Scoring:
         """True if pairs of one group, such as the voices of one word, are averaged first."""
         return not self.as_released
 
-    def check(self, model: SpeechModel) -> None:
-        """Raise a `UserError` for a model that lacks a level, or a hierarchical one with the scoring of the release."""
-        num_quantizers = model.tokenizer.vocabulary.num_quantizers
-        if self.as_released and not model.has_release:
-            raise UserError("no hierarchical model was released, so its scoring does not exist; use --preset official")
-        if self.levels is not None and max(self.levels) >= num_quantizers:
-            last = num_quantizers - 1
-            raise UserError(f"--levels names level {max(self.levels)}, but the model has levels 0 to {last}")
-
 
 def score_clips(
     model: SpeechModel,
-    codes: Mapping[str, ClipCodes],
+    codes: Mapping[str, CodedClip],
     scoring: Scoring,
     batch_tokens: int,
     log: ProgressLog,
     ranks: DistributedContext,
 ) -> dict[str, float]:
-    """Return scores by clip. Clips with equal codes have equal scores, so that a tie is one.
+    """Return scores by clip, those in ``log`` without computing them; clips with equal codes have equal scores.
 
-    Args:
-        batch_tokens: maximum size of a batch with its padding; one clip always fits.
-        log: finished scores.
-
-    Raises:
-        UserError: a score is not finite, or the log cannot be written.
+    ``batch_tokens`` is the maximum size of a batch with its padding; one clip always fits. A score that is not finite,
+    or a log that cannot be written, is a `UserError`.
     """
 
-    def content_hash(clip: ClipCodes) -> str:
+    def content_hash(clip: CodedClip) -> str:
         has_end = scoring.as_released or not clip.is_cut
         return hashlib.sha256(clip.codes_TQ.astype(np.uint16).tobytes() + bytes([has_end])).hexdigest()
 
@@ -87,7 +74,7 @@ def score_clips(
     plan.reverse()  # too long a batch fails at once
     batches = [{order[i]: unique[order[i]] for i in batch} for batch in plan]
 
-    def work(batch: Mapping[str, ClipCodes]) -> Iterator[tuple[str, float]]:
+    def work(batch: Mapping[str, CodedClip]) -> Iterator[tuple[str, float]]:
         clips = [(torch.from_numpy(clip.codes_TQ.astype(np.int64)), clip.is_cut) for clip in batch.values()]
         scores = batch_scores(model, clips, scoring)
         if not all(map(math.isfinite, scores)):

@@ -31,8 +31,7 @@ class EvaluationOptions:
     """Flags of the scripts in eval/."""
 
     model_name: str = "llm-jp/Llama-Mimi-1.3B"  # hub id or folder
-    # folder in the official layout or of Parquet files, or a hub id; default: the benchmark's hub id
-    data_dir: str | None = None
+    data_dir: str | None = None  # folder (official layout or Parquet) or hub id; default: the benchmark's hub id
     output_dir: Path = Path("results")  # folder of results
     codes_dir: str | None = None  # cache of codes, shared by runs; default: <output_dir>/codes
     codec: str | None = None  # hub id or folder; default: the codec that the model names
@@ -41,11 +40,9 @@ class EvaluationOptions:
     dtype: DecoderPrecision = "float32"  # precision of the decoder; the first release evaluates in float16
     batch_tokens: int | None = None  # maximum tokens of a batch with padding; default: 4096, on a GPU 32768
     max_audio_seconds: float = MAX_AUDIO_SECONDS  # longer clips are cut, and counted
-    # the benchmark's own rule, or what the first release of Llama-Mimi computes
-    preset: Literal["official", "original"] = "official"
+    preset: Literal["official", "original"] = "official"  # the benchmark's own rule, or that of the first release
     levels: str | None = None  # quantizer levels to score: all, or 0, or 0,1; default: those of the benchmark
-    # over the whole vocabulary (softmax), or over the tokens that are possible at a position (grammar)
-    likelihood: Likelihood = "softmax"
+    likelihood: Likelihood = "softmax"  # over the whole vocabulary, or (grammar) the tokens possible at a position
     limit: int | None = None  # score only this number of pairs (words, sentences) of each part, for a quick look
 
     def scoring(self, levels: tuple[int, ...] | None) -> tuple[str, Scoring]:
@@ -67,10 +64,8 @@ class EvaluationOptions:
             name += f"-{self.likelihood}"
         is_changed = name != self.preset or self.max_audio_seconds != MAX_AUDIO_SECONDS
         if self.preset == "original" and (is_changed or self.codec_sliding_window):
-            raise UserError(
-                "--preset original is fixed; leave out --levels, --likelihood, --max_audio_seconds and "
-                "--codec_sliding_window, or use --preset official"
-            )
+            flags = "--levels, --likelihood, --max_audio_seconds and --codec_sliding_window"
+            raise UserError(f"--preset original is fixed; leave out {flags}, or use --preset official")
         if self.limit is not None:
             name += f"-limit_{self.limit}"
         return name, Scoring(chosen, self.preset == "original", self.likelihood)
@@ -86,18 +81,18 @@ class BenchmarkScript:
     levels: tuple[int, ...] | None  # levels that both presets score; None is all
     mean_of: Sequence[str] = ()  # parts whose mean is the benchmark's one number
 
-    def run(self, options: EvaluationOptions) -> None:
-        """Score the benchmark and write the result file; raise a `UserError` for flags, data or models of no use."""
-        options.scoring(self.levels)  # a mistake in the flags ends the command before it starts ranks
-        with distributed_context(options.device) as ranks:
-            self._evaluate(options, ranks)
-
     def result_path(self, options: EvaluationOptions) -> Path:
         """Return the path of the result with these flags; raise a `UserError` as `EvaluationOptions.scoring`."""
         name, _ = options.scoring(self.levels)
         return options.output_dir / self.name / results.model_folder(options.model_name) / f"{name}.json"
 
-    def _evaluate(self, options: EvaluationOptions, ranks: DistributedContext) -> None:
+    def run(self, options: EvaluationOptions) -> None:
+        """Score the benchmark and write the result file; raise a `UserError` for flags, data or models of no use."""
+        path = self.result_path(options)  # a mistake in the flags ends the command before it starts ranks
+        with distributed_context(options.device) as ranks:
+            self._evaluate(options, path, ranks)
+
+    def _evaluate(self, options: EvaluationOptions, path: Path, ranks: DistributedContext) -> None:
         name, scoring = options.scoring(self.levels)
         source = options.data_dir or self.hub_source
         benchmark = self.read(source)
@@ -112,7 +107,10 @@ class BenchmarkScript:
         )
         codec, max_seconds = model.codec, options.max_audio_seconds
         whole_frames(max_seconds, codec.config, "--max_audio_seconds")
-        scoring.check(model)
+        if scoring.as_released and not model.has_release:
+            raise UserError("no hierarchical model was released, so its scoring does not exist; use --preset official")
+        if (level := max(scoring.levels or (0,))) > (last := codec.num_quantizers - 1):
+            raise UserError(f"--levels names level {level}, but the model has levels 0 to {last}")
         batch_tokens = options.batch_tokens or BATCH_TOKENS[ranks.device.type == "cuda"]
         settings = {"dtype": options.dtype, "device": ranks.device.type, "batch_tokens": batch_tokens}
         header = {
@@ -129,7 +127,6 @@ class BenchmarkScript:
             "settings": {**settings, "max_audio_seconds": max_seconds},
             "versions": versions(),
         }
-        path = self.result_path(options)
         replaced = broadcast_from_rank0(lambda: results.check_earlier(path, header))
 
         clips = benchmark.clips
@@ -149,9 +146,7 @@ class BenchmarkScript:
         }
         content = json.dumps(report, indent=1, allow_nan=False) + "\n"
         write_atomically(str(path.parent), path.name, content.encode())
-        results.write_submissions(
-            path.with_name(f"{name}_submission"), clips, [scores[audio_id] for audio_id in audio_ids]
-        )
+        results.write_submissions(path.with_name(f"{name}_submission"), clips, [scores[one] for one in audio_ids])
         log.close()
         print("\n".join([*results.summary(report), *replaced, f"written to {path}"]))
 

@@ -10,13 +10,10 @@ RESAMPLES = 10_000
 
 
 def wilson_interval(accuracy: float, count: float) -> tuple[float, float]:
-    """Return the interval of a proportion (Wilson 1927, score interval without continuity correction).
+    """Return the interval of a proportion (Wilson 1927, without continuity correction).
 
-    `scipy.stats.binomtest` has the same interval for whole successes only; half credits and mean credits of a group
-    are fractions.
-
-    Raises:
-        ValueError: ``count`` is not positive.
+    `scipy.stats.binomtest` has it for whole successes only; half credits and mean credits of a group are fractions. A
+    ``count`` that is not positive is a `ValueError`.
     """
     if not count > 0:
         raise ValueError(f"the interval of a proportion of {count} values does not exist; give at least one value")
@@ -31,8 +28,8 @@ def wilson_interval(accuracy: float, count: float) -> tuple[float, float]:
 def bootstrap_interval(*parts: Sequence[float]) -> tuple[float, float]:
     """Return the percentile bootstrap interval of the mean of the means of parts, each resampled by itself.
 
-    Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3. The same values give the same interval.
-    Most measures have one part; the mean of SALMon has eight. A part without values is a `ValueError`.
+    Most measures have one part; the mean of SALMon has eight. The same values give the same interval. A part without
+    values is a `ValueError`. (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3.)
     """
     if not parts or not all(map(len, parts)):
         raise ValueError("the mean of no values has no interval; give at least one value for each part")

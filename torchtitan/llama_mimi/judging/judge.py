@@ -4,15 +4,15 @@ import hashlib
 import os
 import re
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import parse_json
-from llama_mimi.judging.metrics import Input, Measure, Value, Values
+from llama_mimi.judging.metrics import Input, Measure, Value
 
 ATTEMPTS = 3  # for a reply that cannot be read
 RETRIES = 6  # of a call that fails, by the client: it waits up to 8 s, or as long as the server asks
@@ -72,32 +72,18 @@ def read_reply(text: str, names: Sequence[str]) -> dict[str, int]:
 def judge(url: str | None, model_name: str, criteria: Criteria) -> Measure:
     """Return the measure of scores by criterion, 1 to 5, of a prompt's and a continuation's text.
 
-    Without a ``url`` the server is OpenAI's. If it fails, a `UserError` comes after the replies that came before.
+    Without a ``url`` the server is OpenAI's. A call that fails is a `UserError`; earlier replies were yielded before.
     """
     call = _client(url, model_name, list(criteria.questions))
 
-    def compute(batch: Mapping[str, Input]) -> Values:
-        failure: UserError | None = None
-        pool = ThreadPoolExecutor(PARALLEL_CALLS, thread_name_prefix="judge")
-        try:
-            keys = {pool.submit(_ask, call, criteria, *texts): key for key, texts in batch.items()}
-            for future in as_completed(keys):
-                try:
-                    if not future.cancelled():
-                        yield keys[future], future.result()
-                except UserError as error:
-                    failure = failure or error
-                    for waiting in keys:
-                        waiting.cancel()
-        finally:
-            pool.shutdown(cancel_futures=True)
-        if failure is not None:
-            raise failure
+    def values(batch: Sequence[Input]) -> Iterator[Value]:
+        with ThreadPoolExecutor(PARALLEL_CALLS, thread_name_prefix="judge") as pool:
+            yield from pool.map(lambda texts: _ask(call, criteria, *texts), batch)  # a failure cancels the other calls
 
     keys = [f"judge/{name}" for name in criteria.questions]
     description = {"model": model_name, "criteria_sha256": criteria.sha256, "temperature": 0}
     # A batch waits for its slowest call, so it has several for each thread.
-    return Measure("judge", keys, description, compute, batch_size=8 * PARALLEL_CALLS)
+    return Measure("judge", keys, description, values, batch_size=8 * PARALLEL_CALLS)
 
 
 def _ask(call: Callable[[Messages], str], criteria: Criteria, prompt: str, continuation: str) -> Value:

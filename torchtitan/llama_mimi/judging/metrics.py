@@ -1,12 +1,13 @@
 """Measures of continuations: how they sound, and what is said."""
 
-import functools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import cache, partial
 from importlib.metadata import version
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -30,21 +31,20 @@ WORD = re.compile(r"[^\W_]+(?:['\u2019.][^\W_]+)*")  # don't and 10.5 are one wo
 WITHOUT_EFFECT = r"(masked_spec_embed|objective\.weight|\.masked_bias)$|^(quantizer|project_q|project_hid)\."
 Input = tuple[Any, ...]  # clips, or texts
 Value = Any  # numbers or texts by key (dict), or the reason why there is no value (str)
-Values = Iterator[tuple[str, Value]]
 
 
 @dataclass(frozen=True)
 class Measure:
     """A measure of inputs."""
 
-    name: str  # name in results, and of the folder of its values
-    keys: Sequence[str]  # keys of a value
+    name: str  # in results, and of the folder of its values
+    keys: Sequence[str]  # of a value
     description: dict[str, Any]  # everything that values depend on, except the input: models, hashes, settings
-    compute: Callable[[Mapping[str, Input]], Values]  # yields key and value for each input of a batch, in any order
+    compute: Callable[[Sequence[Input]], Iterable[Value]]  # yields the values of a batch in order
     batch_size: int = 16  # maximum number of inputs in a batch
 
 
-def take(measure: Measure, inputs: Sequence[Input], folder: Path, ranks: DistributedContext) -> list[Value]:
+def compute(measure: Measure, inputs: Sequence[Input], folder: Path, ranks: DistributedContext) -> list[Value]:
     """Return the value of each input; ranks share the work, and values in ``folder`` are not computed again."""
     keys = [digest([part.key if isinstance(part, Clip) else part for part in one]) for one in inputs]
     log = ProgressLog(folder / measure.name, measure.description)
@@ -52,8 +52,8 @@ def take(measure: Measure, inputs: Sequence[Input], folder: Path, ranks: Distrib
     todo = [(key, one) for key, one in dict(zip(keys, inputs, strict=True)).items() if key not in values]
     batches = [dict(todo[start : start + measure.batch_size]) for start in range(0, len(todo), measure.batch_size)]
 
-    def work(batch: Mapping[str, Input]) -> Values:
-        for key, value in measure.compute(batch):
+    def work(batch: Mapping[str, Input]) -> Iterator[tuple[str, Value]]:
+        for key, value in zip(batch, measure.compute(list(batch.values())), strict=True):
             numbers = [one for one in value.values() if isinstance(one, float)] if isinstance(value, dict) else []
             yield key, value if all(map(math.isfinite, numbers)) else "not finite"
 
@@ -80,13 +80,12 @@ def _describe(name: str) -> dict[str, Any]:
 def pauses() -> Measure:
     """Return the measure of a clip's length in seconds, and of its fraction in silences of `PAUSE_SECONDS` or more."""
 
-    def compute(batch: Mapping[str, Input]) -> Values:
-        for key, (clip,) in batch.items():
-            waveform = clip.read(RATE_HZ)
-            silent = sum(length for _, length in silences(waveform, PAUSE_SECONDS))
-            yield key, {"seconds": waveform.seconds, "silent": min(silent / max(waveform.seconds, 1e-9), 1.0)}
+    def value(clip: Clip) -> Value:
+        waveform = clip.read(RATE_HZ)
+        silent = sum(length for _, length in silences(waveform, PAUSE_SECONDS))
+        return {"seconds": waveform.seconds, "silent": min(silent / max(waveform.seconds, 1e-9), 1.0)}
 
-    return Measure("pauses", ("seconds", "silent"), {"pause_seconds": PAUSE_SECONDS}, compute)
+    return Measure("pauses", ("seconds", "silent"), {"pause_seconds": PAUSE_SECONDS}, partial(starmap, value))
 
 
 def speaker_encoder(model_name: str, device: torch.device) -> Callable[[Clip], torch.Tensor]:
@@ -105,13 +104,12 @@ def speaker_encoder(model_name: str, device: torch.device) -> Callable[[Clip], t
 
 def speaker_similarity(model_name: str, device: torch.device) -> Measure:
     """Return the measure of the cosine, in [-1, 1], of the x-vectors of a prompt and its continuation."""
-    embed = functools.cache(speaker_encoder(model_name, device))
+    embed = cache(speaker_encoder(model_name, device))
 
-    def compute(batch: Mapping[str, Input]) -> Values:
-        for key, clips in batch.items():
-            yield key, {"similarity": float(torch.nn.functional.cosine_similarity(*map(embed, clips), dim=0))}
+    def value(prompt: Clip, continuation: Clip) -> Value:
+        return {"similarity": float(torch.cosine_similarity(embed(prompt), embed(continuation), dim=0))}
 
-    return Measure("similarity", ("similarity",), _describe(model_name), compute)
+    return Measure("similarity", ("similarity",), _describe(model_name), partial(starmap, value))
 
 
 def distillmos(device: torch.device) -> Measure:
@@ -123,14 +121,12 @@ def distillmos(device: torch.device) -> Measure:
     with redirect_stdout(None):  # it prints the path of its weights
         model = ConvTransformerSQAModel().to(device).eval()
 
-    def compute(batch: Mapping[str, Input]) -> Values:
-        for key, (clip,) in batch.items():
-            with torch.inference_mode():
-                score = model(clip.read(RATE_HZ).samples_S[None].to(device))
-            yield key, {"distillmos": float(score)}
+    @torch.inference_mode()
+    def value(clip: Clip) -> Value:
+        return {"distillmos": float(model(clip.read(RATE_HZ).samples_S[None].to(device)))}
 
     description = {"model": "distillmos", "version": version("distillmos")}
-    return Measure("distillmos", ("distillmos",), description, compute)
+    return Measure("distillmos", ("distillmos",), description, partial(starmap, value))
 
 
 def aesthetics(batch_size: int) -> Measure:
@@ -141,14 +137,13 @@ def aesthetics(batch_size: int) -> Measure:
         raise UserError("--quality aesthetics needs the package audiobox-aesthetics (CC BY 4.0); install it") from error
     predictor = initialize_predictor()  # facebook/audiobox-aesthetics, safetensors
 
-    def compute(batch: Mapping[str, Input]) -> Values:
-        audio = [{"path": clip.read(RATE_HZ).samples_S[None], "sample_rate": RATE_HZ} for (clip,) in batch.values()]
-        for key, axes in zip(batch, predictor.forward(audio), strict=True):
-            yield key, {f"aesthetics/{axis}": score for axis, score in axes.items()}
+    def values(batch: Sequence[Input]) -> Iterable[Value]:
+        audio = [{"path": clip.read(RATE_HZ).samples_S[None], "sample_rate": RATE_HZ} for (clip,) in batch]
+        return ({f"aesthetics/{axis}": score for axis, score in axes.items()} for axes in predictor.forward(audio))
 
     keys = [f"aesthetics/{axis}" for axis in ("CE", "CU", "PC", "PQ")]
     description = {"model": "facebook/audiobox-aesthetics", "version": version("audiobox_aesthetics")}
-    return Measure("aesthetics", keys, description, compute, batch_size)
+    return Measure("aesthetics", keys, description, values, batch_size)
 
 
 def transcripts(model_name: str, language: str | None, device: torch.device, batch_size: int) -> Measure:
@@ -175,13 +170,12 @@ def transcripts(model_name: str, language: str | None, device: torch.device, bat
         batch_size=batch_size if is_seq2seq else 1,  # of CTC models the pipeline also transcribes the padding
     )
 
-    def compute(batch: Mapping[str, Input]) -> Values:
-        audio = ({"raw": clip.read(RATE_HZ).samples_S.numpy(), "sampling_rate": RATE_HZ} for (clip,) in batch.values())
-        for key, heard in zip(batch, transcribe(audio, **options), strict=True):
-            yield key, {"text": heard["text"].strip()}
+    def values(batch: Sequence[Input]) -> Iterable[Value]:
+        audio = ({"raw": clip.read(RATE_HZ).samples_S.numpy(), "sampling_rate": RATE_HZ} for (clip,) in batch)
+        return ({"text": transcript["text"].strip()} for transcript in transcribe(audio, **options))
 
     description = {**_describe(model_name), "language": language, "num_beams": 1}
-    return Measure("transcripts", ("text",), description, compute, batch_size)
+    return Measure("transcripts", ("text",), description, values, batch_size)
 
 
 def log_perplexity(model_name: str, device: torch.device) -> Measure:
@@ -192,13 +186,12 @@ def log_perplexity(model_name: str, device: torch.device) -> Measure:
     if first is None:
         raise UserError(f"'{model_name}' has neither a BOS nor an EOS token; choose another --text_model")
 
-    def compute(batch: Mapping[str, Input]) -> Values:
-        for key, (prompt, continuation) in batch.items():
-            encoded = tokenizer([prompt, f" {continuation}"], add_special_tokens=False, split_special_tokens=True)
-            given, new = [first, *encoded.input_ids[0]], encoded.input_ids[1]
-            with torch.inference_mode():
-                logits_LV = model(input_ids=torch.tensor([given + new], device=device)).logits[0].float().cpu()
-            loss = torch.nn.functional.cross_entropy(logits_LV[len(given) - 1 : -1], torch.tensor(new))
-            yield key, {"log_perplexity": float(loss)}
+    @torch.inference_mode()
+    def value(prompt: str, continuation: str) -> Value:
+        encoded = tokenizer([prompt, f" {continuation}"], add_special_tokens=False, split_special_tokens=True)
+        given, new = [first, *encoded.input_ids[0]], encoded.input_ids[1]
+        logits_LV = model(input_ids=torch.tensor([given + new], device=device)).logits[0].float().cpu()
+        loss = torch.nn.functional.cross_entropy(logits_LV[len(given) - 1 : -1], torch.tensor(new))
+        return {"log_perplexity": float(loss)}
 
-    return Measure("log_perplexity", ("log_perplexity",), _describe(model_name), compute)
+    return Measure("log_perplexity", ("log_perplexity",), _describe(model_name), partial(starmap, value))

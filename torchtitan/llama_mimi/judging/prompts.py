@@ -23,6 +23,7 @@ from llama_mimi.data.corpora import AudioCorpus, open_corpus
 MANIFEST, FORMAT = "prompts.json", 2
 PROMPTS, RECORDINGS = "prompts", "recordings"
 UNFINISHED = f"{PROMPTS}.partial"
+MAX_UNREADABLE = 0.1  # of the recordings that were read
 MAX_RECORDING_SECONDS = 60.0  # longer recordings are cut
 FRAME_SECONDS = 0.08  # a prompt of whole frames of Mimi needs no padding
 SEARCH_FRACTION = 1 / 6  # of the prompt's length: 3 s are cut between 2.5 and 3.5 s
@@ -82,10 +83,7 @@ class PromptSet:
 
 
 def make_prompts(folder: Path, options: PromptOptions) -> PromptSet:
-    """Cut the prompts of a corpus, or return those that the folder has.
-
-    Prompts of other options, other files and a corpus without a usable recording are a `UserError`.
-    """
+    """Cut the prompts of a corpus, or return those of the folder; other options or files are a `UserError`."""
     settings = asdict(options)
     manifest = read_json(str(folder), MANIFEST)
     if manifest is None:
@@ -93,9 +91,7 @@ def make_prompts(folder: Path, options: PromptOptions) -> PromptSet:
         manifest = {"format": FORMAT, "settings": settings, "skipped": skipped, "sha256": sha256}
         manifest["prompts"] = [asdict(prompt) for prompt in prompts]
         write_atomically(str(folder), MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
-    if (found := manifest.get("format", 1)) != FORMAT:
-        raise UserError(f"'{folder}' has prompts of format {found}, not {FORMAT}; {NEW_FOLDER}")
-    require_same(manifest["settings"], settings, f"'{folder}'", NEW_FOLDER)
+    require_same({"format": 1, **manifest}, {"format": FORMAT, "settings": settings}, f"'{folder}'", NEW_FOLDER)
     if _files_sha256(folder) != manifest["sha256"]:
         raise UserError(f"the files in '{folder}' are not the prompts and recordings of {MANIFEST}; {NEW_FOLDER}")
     return PromptSet(folder, manifest["sha256"], tuple(Prompt(**prompt) for prompt in manifest["prompts"]))
@@ -136,6 +132,7 @@ def _cut_prompts(folder: Path, options: PromptOptions) -> tuple[list[Prompt], Co
     columns = {"speaker": options.speaker_column}
     corpus = open_corpus(options.corpus, options.dataset_path, options.audio_column, None, columns, options.split)
     skipped: Counter[str] = Counter()
+    num_usable = 0
     drawn: list[tuple[bytes, int, Prompt]] = []  # the first rows by hash
     names: set[str] = set()
     rows = tqdm(_rows(corpus), total=int(corpus.rows_per_group.sum()), unit="recording", desc="prompts")
@@ -161,6 +158,7 @@ def _cut_prompts(folder: Path, options: PromptOptions) -> tuple[list[Prompt], Co
         prompt_S = waveform.samples_S[: round(prompt.seconds * waveform.sample_rate_hz)]
         write_wav(partial.file(PROMPTS, prompt), Waveform(prompt_S, waveform.sample_rate_hz))
         write_wav(partial.file(RECORDINGS, prompt), waveform)
+        num_usable += 1
         bisect.insort(drawn, (rank, number, prompt))
         if options.limit is not None and len(drawn) > options.limit:
             *_, last = drawn.pop()
@@ -169,6 +167,11 @@ def _cut_prompts(folder: Path, options: PromptOptions) -> tuple[list[Prompt], Co
             skipped["beyond --limit"] += 1
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in skipped.items())
     print(f"{len(drawn):,} prompts; skipped recordings: {reasons or 'none'}", flush=True)
+    unreadable = skipped.total() - skipped["too short"] - skipped["beyond --limit"]
+    num_read = num_usable + skipped["too short"] + unreadable
+    if unreadable > MAX_UNREADABLE * num_read:
+        problem = f"{unreadable:,} of {num_read:,} recordings of '{options.corpus}' cannot be read"
+        raise UserError(f"{problem}, more than {100 * MAX_UNREADABLE:g} %; fix those that are named above")
     if not drawn:
         problem = f"no recording of '{options.corpus}' is {options.min_seconds:g} s long and readable"
         raise UserError(f"{problem}; lower --recording_seconds and --prompt_seconds, or fix the corpus")

@@ -17,7 +17,7 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import LOCK, digest, is_synthetic, locked, read_json, write_atomically
 from llama_mimi.common.resume import require_same
 from llama_mimi.common.versions import versions
-from llama_mimi.evaluation.results import model_folder
+from llama_mimi.evaluation.results import FORMAT, model_folder
 from llama_mimi.generation.continuation import SamplingOptions, checkpoint_note
 from llama_mimi.generation.loading import load_speech_model
 from llama_mimi.generation.prompt_folder import SETTINGS, continue_folder, describe_model
@@ -27,13 +27,13 @@ from llama_mimi.judging.judge import judge, read_criteria
 from llama_mimi.judging.prompts import PROMPTS, RECORDINGS, PromptOptions, PromptSet, make_prompts
 from llama_mimi.judging.systems import Clip, Sample
 from llama_mimi.report.comparisons import generations_markdown
+from llama_mimi.report.results import KIND
 
-FORMAT, KIND = 3, "generations"
-OFFICIAL_CORPORA = ("librispeech_clean_test",)
+OFFICIAL_CORPUS = "librispeech_clean_test"
 # Without and with a GPU; Whisper large needs 0.5 GB for a clip in float32.
 BATCH_SIZES, LISTENING_BATCH_SIZES = (8, 64), (8, 16)
 MEASURED = "measured"  # folder of the values of all systems
-MIN_SECONDS = 0.4  # a shorter clip has no voice, and ASR models hear words in anything
+MIN_SECONDS = 0.4  # a shorter clip has no voice, and ASR models transcribe words from anything
 RESERVED = (systems.RECORDING, systems.SHUFFLED, PROMPTS, RECORDINGS, MEASURED)
 Record = dict[str, Any]
 
@@ -42,17 +42,15 @@ Record = dict[str, Any]
 class MeasureOptions:
     """Choice of measures."""
 
-    # hub id or folder, such as microsoft/wavlm-base-plus-sv; default: no speaker similarity
-    speaker_model: str | None = None
-    # distillmos rates degradation more than naturalness; aesthetics is Audiobox-Aesthetics, if installed
-    quality: Literal["distillmos", "aesthetics", "none"] = "distillmos"
+    speaker_model: str | None = None  # hub id or folder of a WavLM x-vector model; default: no speaker similarity
+    quality: Literal["distillmos", "aesthetics", "none"] = "distillmos"  # aesthetics: Audiobox-Aesthetics, if installed
     asr_model: str | None = None  # hub id or folder, such as openai/whisper-large-v3; default: no transcripts
     language: str | None = None  # spoken language, for ASR models that know several, such as en
     text_model: str | None = None  # hub id or folder of a causal language model, for the perplexity of transcripts
     judge_model: str | None = None  # name of a model that --judge_url serves; default: no judge
     judge_url: str | None = None  # server with OpenAI's protocol, such as http://localhost:8000/v1; default: OpenAI's
     judge_criteria: Path = Path("eval/judge.toml")  # file of the judge's questions
-    dry_run: bool = False  # transcribe, then print only the first question to the judge and the number of calls
+    dry_run: bool = False  # print the first question to the judge and the number of calls; write no result
     listening_batch_size: int | None = None  # number of clips in a batch; default: 8, on GPUs 16
 
     def __post_init__(self) -> None:
@@ -73,9 +71,8 @@ class GenerationOptions:
 
     prompts: PromptOptions
     model_name: str | None = None  # hub id or folder of a model of this project
-    # instead of a model, a folder of continuations by any system, named <prompt>.wav or <prompt>_<number>.wav
-    wavs: Path | None = None
-    wavs_hold_prompt: bool = False  # the files of --wavs begin with their prompt
+    wavs: Path | None = None  # or folder of another system's continuations: <prompt>.wav or <prompt>_<number>.wav
+    wavs_contain_prompt: bool = False  # the files of --wavs begin with their prompt
     name: str | None = None  # name of the system; default: the model's or folder's
     # options of sampling; --seconds also limits WAVs and recordings
     sampling: SamplingOptions = field(default_factory=lambda: SamplingOptions(num_samples=5))
@@ -120,14 +117,14 @@ def judge_generations(options: GenerationOptions) -> None:
 def _judge(options: GenerationOptions, prompts: PromptSet, ranks: DistributedContext) -> None:
     own, made_by, codec = _own_samples(options, prompts, ranks)
     folder, corpus = options.output_dir, options.prompts.corpus
-    is_official = corpus in OFFICIAL_CORPORA and options.prompts.limit is None
+    is_official = corpus == OFFICIAL_CORPUS and options.prompts.limit is None
 
     def check_earlier() -> None:
         """Refuse to replace the result of another system with the same name."""
         if (earlier := read_json(str(folder), f"{options.system}.json")) is not None:
             origin = {key: value for key, value in made_by.items() if key in ("wavs", "model_sha256")}
-            what = f"'{folder / options.system}.json'"
-            require_same(earlier.get("made_by") or {}, origin, what, "choose another --name")
+            path = folder / f"{options.system}.json"
+            require_same(earlier.get("made_by") or {}, origin, f"'{path}'", "choose another --name")
 
     broadcast_from_rank0(check_earlier)
     if ranks.rank == 0 and not any(prompt.speaker for prompt in prompts.prompts):
@@ -145,7 +142,6 @@ def _judge(options: GenerationOptions, prompts: PromptSet, ranks: DistributedCon
             "kind": KIND,
             "system": system,
             "prompts_sha256": prompts.sha256,
-            "num_prompts": len(prompts.prompts),
             "seconds": options.sampling.seconds,
             "measures": descriptions,
             "versions": versions(),
@@ -163,16 +159,13 @@ def _judge(options: GenerationOptions, prompts: PromptSet, ranks: DistributedCon
 
 def _own_samples(
     options: GenerationOptions, prompts: PromptSet, ranks: DistributedContext
-) -> tuple[list[Sample], dict[str, Any], MimiCodec | None]:
+) -> tuple[list[Sample], Record, MimiCodec | None]:
     """Return the samples of the system, their origin, and the codec of a model."""
     if (wavs := options.wavs) is not None:
-        hold_prompt, seconds = options.wavs_hold_prompt, options.sampling.seconds
-        samples = broadcast_from_rank0(
-            lambda: systems.wavs(prompts, wavs, hold_prompt=hold_prompt, max_seconds=seconds)
-        )
+        contain_prompt, seconds = options.wavs_contain_prompt, options.sampling.seconds
+        samples = broadcast_from_rank0(lambda: systems.wavs(prompts, wavs, contain_prompt, seconds))
         return samples, {"wavs": str(wavs)}, None
-    name, device = str(options.model_name), str(ranks.device)
-    window = options.codec_sliding_window
+    name, device, window = str(options.model_name), str(ranks.device), options.codec_sliding_window
     model = load_speech_model(name, codec_name=options.codec, sliding_window=window, device=device, dtype=options.dtype)
     if ranks.rank == 0 and (note := checkpoint_note(model, options.sampling)):
         print(note, flush=True)
@@ -186,31 +179,29 @@ def _own_samples(
 
 def measure_samples(
     samples: Sequence[Sample], prompts: PromptSet, options: MeasureOptions, ranks: DistributedContext
-) -> tuple[list[Record], dict[str, Any]]:
-    """Return a record of each sample, and the description of each measure; values are kept in the prompts' folder.
+) -> tuple[list[Record], Record]:
+    """Return a record of each sample, and the description of each measure; values are saved in the prompts' folder.
 
     A record has prompt, number, file, measures and texts, and by measure the reason why one is ``missing``.
     """
-    device, is_real = ranks.device, not options.dry_run
+    device, descriptions = ranks.device, Record()
     batch_size = options.listening_batch_size or LISTENING_BATCH_SIZES[device.type == "cuda"]
-    folder = prompts.folder / MEASURED
     records: list[Record] = []
     for sample in samples:
         path = sample.clip.path
         file = path.relative_to(prompts.folder) if path.is_relative_to(prompts.folder) else path
         names = {"prompt": sample.prompt.name, "sample": sample.number, "file": str(file)}
         records.append({**names, "missing": {}, **sample.known})
-    descriptions: dict[str, Any] = {}
 
-    def take(measure: metrics.Measure, inputs: Sequence[metrics.Input]) -> list[metrics.Value]:
+    def values_of(measure: metrics.Measure, inputs: Sequence[metrics.Input]) -> list[metrics.Value]:
         descriptions[measure.name] = measure.description
-        return metrics.take(measure, inputs, folder, ranks)
+        return metrics.compute(measure, inputs, prompts.folder / MEASURED, ranks)
 
     def enter(measure: metrics.Measure, some: Sequence[Record], inputs: Sequence[metrics.Input]) -> None:
-        """Enter a measure of some records; the others get None."""
+        """Enter a measure into some records; the others get None."""
         for record in records:
             record |= dict.fromkeys(measure.keys)
-        for record, value in zip(some, take(measure, inputs), strict=True):
+        for record, value in zip(some, values_of(measure, inputs), strict=True):
             if isinstance(value, str):
                 record["missing"][measure.name] = value
             else:
@@ -220,35 +211,35 @@ def measure_samples(
     for record in records:
         if record["seconds"] < MIN_SECONDS:
             record["missing"]["sound"] = "too short"
-    heard = [record for record in records if not record["missing"]]
-    usable = [sample for sample, record in zip(samples, records, strict=True) if not record["missing"]]
-    clips = [sample.clip for sample in usable]
-    prompt_clips = [Clip(prompts.file(PROMPTS, sample.prompt)) for sample in usable]
-    if is_real and options.speaker_model is not None:
-        clip_pairs = list(zip(prompt_clips, clips, strict=True))
-        enter(metrics.speaker_similarity(options.speaker_model, device), heard, clip_pairs)
-    if is_real and options.quality == "distillmos":
-        enter(metrics.distillmos(device), heard, [(clip,) for clip in clips])
-    if is_real and options.quality == "aesthetics":
-        enter(metrics.aesthetics(batch_size), heard, [(clip,) for clip in clips])
+    usable = [(sample, record) for sample, record in zip(samples, records, strict=True) if not record["missing"]]
+    audible = [record for _, record in usable]
+    clips = [(sample.clip,) for sample, _ in usable]
+    prompt_clips = [(Clip(prompts.file(PROMPTS, sample.prompt)),) for sample, _ in usable]
+    if options.speaker_model is not None:
+        clip_pairs = [(*prompt, *clip) for prompt, clip in zip(prompt_clips, clips, strict=True)]
+        enter(metrics.speaker_similarity(options.speaker_model, device), audible, clip_pairs)
+    if options.quality == "distillmos":
+        enter(metrics.distillmos(device), audible, clips)
+    if options.quality == "aesthetics":
+        enter(metrics.aesthetics(batch_size), audible, clips)
     if options.asr_model is None:
         return records, descriptions
     asr = metrics.transcripts(options.asr_model, options.language, device, batch_size)
-    texts = [value["text"] for value in take(asr, [(clip,) for clip in clips + prompt_clips])]
+    texts = [value["text"] for value in values_of(asr, clips + prompt_clips)]
     for record in records:
         record["words_per_minute"] = None
-    for record, text, prompt_text in zip(heard, texts, texts[len(heard) :], strict=False):
+    for record, text, prompt_text in zip(audible, texts, texts[len(audible) :], strict=False):
         num_words = len(metrics.words_of(text))
         record |= {"prompt_text": prompt_text, "text": text, "words_per_minute": 60 * num_words / record["seconds"]}
         if not num_words:
             record["missing"]["words"] = "no words"
-    spoken = [record for record in heard if "words" not in record["missing"]]
+    spoken = [record for record in audible if "words" not in record["missing"]]
     pairs = [(record["prompt_text"], record["text"]) for record in spoken]
-    if is_real and options.text_model is not None:
+    if options.text_model is not None:
         enter(metrics.log_perplexity(options.text_model, device), spoken, pairs)
     if options.judge_model is not None:
         criteria = read_criteria(options.judge_criteria)
-        if is_real:
+        if not options.dry_run:
             enter(judge(options.judge_url, options.judge_model, criteria), spoken, pairs)
         elif ranks.rank == 0:
             for message in criteria.messages(*pairs[0]) if pairs else ():

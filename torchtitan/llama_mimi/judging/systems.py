@@ -62,10 +62,10 @@ class Sample:
 def references(
     prompts: PromptSet, codec: MimiCodec | None, max_seconds: float, ranks: DistributedContext
 ) -> dict[str, list[Sample]]:
-    """Return what a system is compared with, by name.
+    """Return the samples that a system is compared with, by name.
 
-    These are the recordings after their prompts; each prompt with the rest of another recording, of another speaker if
-    the corpus has speakers; and, with a codec, the recordings encoded and decoded.
+    These are the rest of each recording; the rest of another recording, of another speaker if the corpus has speakers;
+    and, with a codec, the rest of the recording after encoding and decoding.
     """
     if len(prompts.prompts) < 2:
         raise UserError("one prompt cannot be shuffled; raise --limit")
@@ -89,16 +89,16 @@ def references(
 
 
 def _reconstruct(prompts: PromptSet, codec: MimiCodec, name: str, ranks: DistributedContext) -> None:
-    """Encode and decode the recordings into a folder beside the prompts; existing files are kept."""
+    """Encode and decode the recordings into a folder beside the prompts; existing files are not written again."""
     folder = str(prompts.folder / name)
     settings = {"codec_sha256": codec_hash(codec.name), "codec_sliding_window": codec.sliding_window}
 
-    def keep_settings() -> None:
+    def save_settings() -> None:
         if (earlier := read_json(folder, SETTINGS)) is not None:
             require_same(earlier, settings, f"'{folder}'", NEW_FOLDER)
         write_atomically(folder, SETTINGS, (json.dumps(settings, indent=1) + "\n").encode())
 
-    broadcast_from_rank0(keep_settings)
+    broadcast_from_rank0(save_settings)
     mine = prompts.prompts[ranks.rank :: ranks.world_size]
     for prompt in tqdm(mine, unit="recording", desc=name, disable=ranks.rank > 0):
         if not prompts.file(name, prompt).exists():
@@ -118,22 +118,21 @@ def continuations(
     by_name = {prompt.name: prompt for prompt in prompts.prompts}
     samples = []
     for record in records:
-        frames, seconds = record["frames"], record["frames"] / frame_rate_hz
+        frames = record["frames"]
         known = {
             "ended": float(record["end"] == "ended"),
             "distinct_frames": record["distinct_frames"] / frames if frames else None,
-            "real_time_factor": record["seconds"] / seconds if frames else None,
+            "real_time_factor": record["seconds"] / (frames / frame_rate_hz) if frames else None,
         }
         clip = Clip(folder / record["file"], record["prompt_frames"] / frame_rate_hz)
         samples.append(Sample(by_name[Path(record["prompt"]).stem], record["sample"], clip, known))
     return samples
 
 
-def wavs(prompts: PromptSet, folder: Path, *, hold_prompt: bool, max_seconds: float) -> list[Sample]:
+def wavs(prompts: PromptSet, folder: Path, contain_prompt: bool, max_seconds: float) -> list[Sample]:
     """Return continuations by another system: ``<prompt>.wav``, or ``<prompt>_0.wav``, ``<prompt>_1.wav`` and so on.
 
-    With ``hold_prompt`` each file begins with its prompt. A prompt without a file, two files for one sample, and a file
-    without a prompt are a `UserError`.
+    With ``contain_prompt`` each file begins with its prompt.
     """
     by_name = {prompt.name: prompt for prompt in prompts.prompts}
     found: dict[tuple[str, int], Path] = {}
@@ -150,8 +149,6 @@ def wavs(prompts: PromptSet, folder: Path, *, hold_prompt: bool, max_seconds: fl
         raise UserError(f"{problem}, such as '{min(missing)}'; add a file, empty if the system says nothing")
     samples = []
     for (name, number), path in sorted(found.items()):
-        start = by_name[name].seconds if hold_prompt else 0.0
-        if start and path.stat().st_size and Clip(path).read(8_000).seconds < start - 0.1:
-            raise UserError(f"'{path}' is shorter than its prompt of {start:g} s; leave out --wavs_hold_prompt")
+        start = by_name[name].seconds if contain_prompt else 0.0
         samples.append(Sample(by_name[name], number, Clip(path, start, start + max_seconds)))
     return samples

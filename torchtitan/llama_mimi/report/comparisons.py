@@ -11,9 +11,9 @@ from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import visible_files
 from llama_mimi.evaluation.statistics import sign_test
 from llama_mimi.report.document import Picture, Section, Table, to_markdown
-from llama_mimi.report.estimates import COMPARABLE, Estimate, by_measure, estimate, same_items
+from llama_mimi.report.estimates import COMPARABLE, SYNTHETIC, Estimate, by_measure, estimate, same_items
 from llama_mimi.report.plots import forest, tradeoff
-from llama_mimi.report.results import DAMAGE, MEASURES, SALMON, SALMON_MEAN, measure_of, read_results
+from llama_mimi.report.results import DAMAGE, SALMON, SALMON_MEAN, measure_of, read_results
 
 NOT_COMPARED = ("real_time_factor", "seconds")  # they depend on the machine, or higher is not better
 NUM_COLUMNS = 5  # of systems, beside the names of measures
@@ -39,16 +39,22 @@ def tables(corner: str, cells: Mapping[str, Mapping[str, str]], columns: Sequenc
         some = columns[start : start + NUM_COLUMNS]
         rows = [[name, *(of.get(column, "") for column in some)] for name, of in cells.items()]
         if rows := [row for row in rows if any(row[1:])]:
-            found.append(Table([corner, *some], rows))
+            found.append(_table([corner, *some], rows))
     return found
 
 
-def comparison(items: pd.DataFrame, title: str, groups: Mapping[str, Sequence[str]], picture: str | None) -> Section:
-    """Return how model variants differ from the first one: a forest plot and a table.
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Return a table of measures; the mark of synthetic data moves to the header if all measures have it."""
+    if all(SYNTHETIC in row[0] for row in rows):
+        header = [f"{header[0]} (synthetic data)", *header[1:]]
+        rows = [[row[0].replace(SYNTHETIC, ""), *row[1:]] for row in rows]
+    return Table(header, rows)
 
-    Args:
-        groups: systems of each variant by its label, one for each seed in the same order; a failed one may be missing.
-        picture: name of the picture's file, without its ending; None: it is not drawn.
+
+def comparison(items: pd.DataFrame, title: str, groups: Mapping[str, Sequence[str]], picture: str | None) -> Section:
+    """Return how model variants differ from the first one: a table, and a forest plot if its file is named.
+
+    ``groups`` are the systems of each variant by its label, one for each seed in the same order; one may be missing.
     """
     places = {system: (label, seed) for label, systems in groups.items() for seed, system in enumerate(systems)}
     baseline = next(iter(groups))
@@ -74,9 +80,8 @@ def comparison(items: pd.DataFrame, title: str, groups: Mapping[str, Sequence[st
         cells[heading + (f" (n = {n:,})" if (n := next(iter(means.values())).count) else "")] = texts
         panels |= {heading: differences} if differences else {}
         beside = rows[rows["is_reference"] & rows["item"].isin(values.index.unique("item"))].dropna(subset="value")
-        for system, some in beside.groupby("system"):
-            shown = measure.shown(some["value"].mean())
-            references.setdefault(heading, {})[str(system)] = f"{shown:.{measure.digits}f}"
+        for system, mean in beside.groupby("system")["value"].mean().items():
+            references.setdefault(heading, {})[str(system)] = measure.text(mean)
     alt = f"{title}: difference from {baseline}"
     pictures = [Picture(f"{picture}.png", forest(panels, alt, is_difference=True), alt)] if picture and panels else []
     notes = [f"No pair or prompt has a value of every model for: {', '.join(empty)}."] if empty else []
@@ -88,8 +93,7 @@ def comparison(items: pd.DataFrame, title: str, groups: Mapping[str, Sequence[st
 def summary(items: pd.DataFrame, title: str, picture: str | None = None) -> Section:
     """Return means of all systems: a table with notes, and a forest plot if its file is named.
 
-    Accuracies have Wilson's intervals, each of the system's own pairs. Other measures have bootstrap intervals over
-    prompts, on the samples that every system has a value for.
+    Accuracies are over each system's own pairs, other measures over the samples that every system has a value for.
     """
     cells: dict[str, dict[str, str]] = {}
     panels: dict[str, dict[str, Estimate]] = {}
@@ -126,7 +130,7 @@ def sign_tests(items: pd.DataFrame, title: str) -> list[Section]:
                 lines.append([heading, a, b, f"{better:,}", f"{worse:,}", f"{sign_test(better, worse):.2g}"])
     text = "Pairs, or groups of pairs, that one model decides better. p: McNemar's exact test, one for each row."
     header = ["measure", "A", "B", "A better", "B better", "p"]
-    return [Section(title, [text], tables=[Table(header, lines)])] if lines else []
+    return [Section(title, [text], tables=[_table(header, lines)])] if lines else []
 
 
 def comparable_sets(items: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
@@ -145,19 +149,13 @@ def generations_markdown(folder: Path) -> str:
 
 
 def published_numbers(items: pd.DataFrame, path: Path) -> list[Section]:
-    """Return what others have published of the measures that the table has on official data.
-
-    Raises:
-        UserError: the file (eval/published.toml) cannot be read, or has an unknown measure.
-    """
+    """Return the published numbers, from eval/published.toml, of the measures that the table has on official data."""
     try:
         rows = tomllib.loads(path.read_text())["rows"]
         scores = {row["model"]: {name: float(score) for name, score in row["scores"].items()} for row in rows}
         sources = {row["model"]: f"{row['model']}: {row['source']}" for row in rows}
     except (OSError, *DAMAGE) as error:
         raise UserError(f"'{path}' is not a list of published numbers ({first_line(error)}); fix the file") from error
-    if unknown := {name for of in scores.values() for name in of if name not in MEASURES and name[:6] != "judge/"}:
-        raise UserError(f"'{path}' has the unknown measure '{min(unknown)}'; fix the file")
     cells: dict[str, dict[str, str]] = {}
     for heading, measure, rows in by_measure(items[items["data_kind"] == "official"], ["measure"]):
         name = rows["measure"].iloc[0]

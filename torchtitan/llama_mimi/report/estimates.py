@@ -11,6 +11,7 @@ from llama_mimi.evaluation.statistics import bootstrap_interval, seed_half_width
 from llama_mimi.report.results import NO_SAMPLE, SALMON, SALMON_MEAN, Measure, in_order, measure_of
 
 COMPARABLE = ["measure", "conditions", "data", "data_kind"]
+SYNTHETIC = ", synthetic"  # in headings
 ROUNDING = 1e-9  # seeds whose relative difference is smaller are equal
 
 
@@ -62,10 +63,8 @@ class Estimate:
 def estimate(values: pd.DataFrame, measure: Measure, *, is_wilson: bool = False) -> Estimate:
     """Return the mean of the means of parts, over seeds.
 
-    Args:
-        values: values by part and item (rows) and seed (columns), as `same_items` returns them.
-        measure: the measure.
-        is_wilson: use Wilson's interval of a proportion; that of a mean of k parts has k^2 / sum(1 / n_i) values.
+    ``values`` are by part and item (rows) and seed (columns), as `same_items` returns them. With ``is_wilson`` the
+    interval is Wilson's of a proportion; a mean of k parts has k^2 / sum(1 / n_i) values.
     """
     scaled = values * measure.factor
     seeds = tuple(map(float, scaled.groupby(level="part").mean().mean()))
@@ -119,4 +118,4 @@ def by_measure(items: pd.DataFrame, keys: list[str]) -> Iterator[tuple[str, Meas
             for key in ("conditions", "data"):
                 if key in keys and of_measure[key].nunique() > 1:
                     heading += f", {rows[key].iloc[0]}" if key == "conditions" else f", data {rows[key].iloc[0][:8]}"
-            yield heading + ", synthetic" * bool(rows["data_kind"].iloc[0] == "synthetic"), measure_of(name), rows
+            yield heading + SYNTHETIC * bool(rows["data_kind"].iloc[0] == "synthetic"), measure_of(name), rows

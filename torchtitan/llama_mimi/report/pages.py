@@ -47,9 +47,7 @@ def make_clip(
 def spectrogram(samples_S: torch.Tensor, sample_rate_hz: int, mark_seconds: float | None = None) -> np.ndarray:
     """Return a spectrogram up to half the sample rate as uint8 colours (rows, columns, 3), on one scale for all clips.
 
-    Args:
-        samples_S: mono samples in [-1, 1].
-        mark_seconds: time of a line, such as the end of a prompt.
+    ``samples_S`` are mono in [-1, 1]; ``mark_seconds`` is the time of a line, such as the end of a prompt.
     """
     padded_S = torch.nn.functional.pad(samples_S, (0, max(0, WINDOW - len(samples_S))))
     magnitude_FT = torchaudio.transforms.Spectrogram(WINDOW, hop_length=HOP, power=1.0)(padded_S)
@@ -68,48 +66,47 @@ def spectrogram(samples_S: torch.Tensor, sample_rate_hz: int, mark_seconds: floa
 def continuations(folder: Path, num_prompts: int, labels: Mapping[str, str] | None = None) -> list[Section]:
     """Return a section for each of a few prompts: the recording, its reconstructions, and the systems' continuations.
 
+    A missing or damaged file, and a system without a result, are a `UserError`.
+
     Args:
         folder: the --output_dir of eval/generation.py.
         num_prompts: number of prompts, chosen by the hash of their names.
-        labels: names for readers, by system; the systems without one are left out. None shows all.
-
-    Raises:
-        UserError: a file is missing or damaged, or a system has no result.
+        labels: names for readers, by system; other systems are not shown. None shows all.
     """
-    manifest = read_json(str(folder), "prompts.json")
-    if manifest is None:
+    path = folder / "prompts.json"
+    if (manifest := read_json(str(folder), path.name)) is None:
         raise UserError(f"'{folder}' has no prompts.json; name the --output_dir of eval/generation.py")
-    found = [read_json(str(folder), path.name) or {} for path in visible_files(folder, "*.json")]
+    found = [read_json(str(folder), file.name) or {} for file in visible_files(folder, "*.json")]
     results = {str(result.get("system")): result for result in found if result.get("kind") == KIND}
     reconstructions = {name: label for name in sorted(results) if (label := system_label(name)) != name}
     models = sorted(results.keys() - reconstructions.keys() - {"recording", "shuffled"})
     shown = {"recording": "recording"} | reconstructions | dict(labels or {name: name for name in models})
     if missing := [name for name in shown if name not in results]:
         raise UserError(f"'{folder}' has no result of '{missing[0]}', only of {', '.join(results) or 'none'}")
-    prompts = sorted(manifest["prompts"], key=lambda prompt: hashlib.sha256(prompt["name"].encode()).digest())
-    clips: dict[str, list[Clip]] = {prompt["name"]: [] for prompt in prompts[:num_prompts]}
-    texts: dict[str, str] = {}
-    for system, label in shown.items():
-        try:
+    try:
+        prompts = [(str(one["name"]), str(one["speaker"]), float(one["seconds"])) for one in manifest["prompts"]]
+        prompts.sort(key=lambda prompt: hashlib.sha256(prompt[0].encode()).digest())
+        clips: dict[str, list[Clip]] = {name: [] for name, *_ in prompts[:num_prompts]}
+        texts: dict[str, str] = {}
+        for system, label in shown.items():
+            path = folder / f"{system}.json"
             samples = sorted(results[system]["samples"], key=lambda sample: sample["sample"] or 0, reverse=True)
             first = {sample["prompt"]: sample for sample in samples}
-            for prompt in prompts[:num_prompts]:
-                if sample := first.get(prompt["name"]):
-                    clips[prompt["name"]].append(_clip(label, folder, sample, prompt["seconds"]))
-                    texts |= {prompt["name"]: sample["prompt_text"]} if sample.get("prompt_text") else {}
-        except DAMAGE as error:
-            path = folder / f"{system}.json"
-            raise UserError(f"'{path}' is a damaged result ({error!r}); move it, or run eval/ again") from error
+            for name, _, seconds in prompts[:num_prompts]:
+                if sample := first.get(name):
+                    clips[name].append(_clip(label, folder, sample, seconds))
+                    texts |= {name: sample["prompt_text"]} if sample.get("prompt_text") else {}
+    except DAMAGE as error:
+        raise UserError(f"'{path}' is damaged ({error!r}); move it, and run eval/generation.py again") from error
     kind = " of synthetic speech" if results["recording"].get("data_kind") == "synthetic" else ""
     about = (
         "Each clip begins with its prompt, up to the blue line in the spectrogram. The transcript, by an ASR model, is "
         "of the speech after it. A system with several continuations is shown with the first."
     )
     sections = [Section(f"{len(clips)} of {len(prompts)} prompts{kind}", [about])]
-    for prompt in prompts[:num_prompts]:
-        name, speaker = prompt["name"], prompt["speaker"]
-        heard = [f"Prompt, transcribed: {texts[name]}"] if name in texts else []
-        sections.append(Section(name + (f", speaker {speaker}" if speaker else ""), heard, clips=clips[name]))
+    for name, speaker, _ in prompts[:num_prompts]:
+        prompt_text = [f"Prompt, transcribed: {texts[name]}"] if name in texts else []
+        sections.append(Section(name + (f", speaker {speaker}" if speaker else ""), prompt_text, clips=clips[name]))
     return sections
 
 
@@ -117,7 +114,7 @@ def _clip(label: str, folder: Path, sample: Mapping[str, Any], prompt_seconds: f
     """Return a continuation with its transcript and measures."""
     names = [*SHOWN, *in_order(name for name in sample if name.startswith("judge/"))]
     measures = [(measure_of(name), sample[name]) for name in names if sample.get(name) is not None]
-    values = ", ".join(f"{measure.heading} {measure.shown(value):.{measure.digits}f}" for measure, value in measures)
+    values = ", ".join(f"{measure.heading} {measure.text(value)}" for measure, value in measures)
     end = prompt_seconds + sample["seconds"]
     try:
         audio = read_audio(folder / sample["file"], RATE_HZ, max_seconds=end + ROUNDING_SECONDS)

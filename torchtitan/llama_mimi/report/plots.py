@@ -11,26 +11,27 @@ WIDTH_INCHES = 5.2
 FONT_SIZE = 10.5
 DPI = 120
 MARKERS = "osD^vPX"
+CAPTION = "line: 95 % interval over pairs or prompts; tick: mean"
 
 
 def forest(panels: Mapping[str, Mapping[str, Estimate]], title: str, *, is_difference: bool = False) -> bytes:
-    """Return a PNG with a panel for each measure and a line for each system: mean, interval, and a dot for each seed.
+    """Return a PNG with a panel for each measure and a line for each system: interval, mean, and a dot for each seed.
 
-    Args:
-        panels: estimates by the heading of the measure and by system.
-        is_difference: draw a line at zero, in the middle of each panel, and a star at significant differences.
+    ``panels`` are by the heading of the measure and by system. With ``is_difference`` zero is a line in the middle of
+    each panel, and significant differences have a star.
     """
     plt = pyplot()
     systems = list(dict.fromkeys(system for lines in panels.values() for system in lines))
     labels = {system: textwrap.fill(system, 24) for system in systems}
     pitch = 0.1 + 0.17 * max(label.count("\n") + 1 for label in labels.values())
     heights = [pitch * len(lines) + 0.55 for lines in panels.values()]
-    size = (WIDTH_INCHES, sum(heights) + 0.6)
+    size = (WIDTH_INCHES, sum(heights) + 0.8)
     with plt.rc_context({"font.size": FONT_SIZE}):
-        figure, grid = plt.subplots(
-            len(panels), figsize=size, height_ratios=heights, squeeze=False, layout="constrained"
-        )
+        options = {"figsize": size, "squeeze": False, "layout": "constrained"}
+        figure, grid = plt.subplots(len(panels), height_ratios=heights, **options)
         figure.suptitle(textwrap.fill(title, 50), fontsize=FONT_SIZE)
+        has_seeds = any(len(one.seeds) > 1 for lines in panels.values() for one in lines.values())
+        figure.supxlabel(CAPTION + "; dots: seeds" * has_seeds, fontsize=FONT_SIZE - 2)
         for axes, (heading, lines) in zip(grid[:, 0], panels.items(), strict=True):
             for place, (system, one) in enumerate(lines.items()):
                 color = f"C{systems.index(system) % 10}"
@@ -61,8 +62,7 @@ def forest(panels: Mapping[str, Mapping[str, Estimate]], title: str, *, is_diffe
 def tradeoff(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], vertical: str, title: str) -> bytes:
     """Return a PNG with a scatter plot for each measure of fidelity: a large mark for a mean, small ones for seeds.
 
-    Args:
-        panels: by the label of the horizontal axis and by system the points (x, y) of its seeds.
+    ``panels`` are the points (x, y) of the seeds, by the label of the horizontal axis and by system.
     """
     plt = pyplot()
     size = (WIDTH_INCHES, 3.4 * len(panels) + 1)

@@ -13,10 +13,9 @@ import pandas as pd
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import digest, parse_json, visible_files
 from llama_mimi.evaluation.benchmarks import SALMON_PARTS
-from llama_mimi.evaluation.results import MAX_AUDIO_SECONDS
+from llama_mimi.evaluation.results import FORMAT, MAX_AUDIO_SECONDS
 
 KIND = "generations"  # key `kind` of a result of eval/generation.py
-FORMATS = (1, 2)  # 1 has no `data_kind`
 DAMAGE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 BENCHMARKS = ("salmon", "sLM21", "sStoryCloze")
 SALMON = {f"salmon/{part}": f"SALMon {part}".replace("_", " ").replace("bg", "background") for part in SALMON_PARTS}
@@ -36,9 +35,9 @@ class Measure:
     is_log: bool = False  # means are of logarithms and shown as exp; differences are shown as ratios
     is_accuracy: bool = False  # of a benchmark
 
-    def shown(self, value: float) -> float:
-        """Return a mean as it is shown."""
-        return math.exp(value) if self.is_log else self.factor * value
+    def text(self, value: float) -> str:
+        """Return a stored value, or a mean of such values, as text."""
+        return f"{math.exp(value) if self.is_log else self.factor * value:.{self.digits}f}"
 
 
 def _accuracy(heading: str) -> Measure:
@@ -83,11 +82,11 @@ def measure_of(name: str) -> Measure:
 def in_order(names: Iterable[str]) -> list[str]:
     """Return measures once each in the order of tables: bits, accuracies, measures of continuations."""
     places = {name: place for place, name in enumerate(MEASURES)}
-
-    def key(name: str) -> tuple[bool, bool, int, str]:
-        return not name.startswith(BITS), not measure_of(name).is_accuracy, places.get(name, len(places)), name
-
-    return sorted(set(names), key=key)
+    with_key = {
+        (not name.startswith(BITS), not measure_of(name).is_accuracy, places.get(name, len(places)), name)
+        for name in names
+    }
+    return [name for *_, name in sorted(with_key)]
 
 
 def system_label(system: str) -> str:
@@ -98,25 +97,21 @@ def system_label(system: str) -> str:
 class Results(NamedTuple):
     """Content of result files.
 
-    Args:
-        items: a row for each pair or sample: system, measure, item (number of a group of pairs, or prompt), sample
-            (number in its item), value (NaN: none), conditions (settings that must agree in a comparison), weights
-            (hash), data (hash of the audio, or of the prompts), data_kind ("official", "synthetic" or "other"), and
-            is_reference (not a model, such as the recordings).
-        notes: sentences that a reader of the numbers should know.
-        ignored: number of JSON files that are not results.
+    A row of ``items`` is a pair or a sample: system, measure, item (number of a group of pairs, or prompt), sample
+    (number in its item), value (NaN: none), conditions (settings that must agree in a comparison), weights (hash), data
+    (hash of the audio, or of the prompts), data_kind ("official", "synthetic" or "other"), and is_reference (not a
+    model, such as the recordings).
     """
 
     items: pd.DataFrame
-    notes: list[str]
-    ignored: int
+    notes: list[str]  # for readers of the numbers
+    ignored: int  # number of JSON files that are not results
 
 
 def read_results(paths: Sequence[Path]) -> Results:
     """Read result files, and those below folders that are not hidden.
 
-    Raises:
-        UserError: a path does not exist, a file cannot be read or is damaged, or two are of the same.
+    A path that does not exist, a file that is damaged, and two results of the same are a `UserError`.
     """
     if missing := [path for path in paths if not path.exists()]:
         raise UserError(f"'{missing[0]}' does not exist; name folders of result files")
@@ -157,18 +152,15 @@ def read_results(paths: Sequence[Path]) -> Results:
 
 
 def rows_of(report: Mapping[str, Any], source: str) -> tuple[pd.DataFrame, list[str]]:
-    """Return the table and the notes of one result; raise a `UserError` if its format is another or it is damaged.
+    """Return the table and the notes of the result in the file ``source``, whose folder is the system of a benchmark.
 
-    Args:
-        report: content of a result file.
-        source: its path, for errors. The folder of a benchmark's result is the system.
+    A result of another format, or a damaged one, is a `UserError`.
     """
-    if report.get("format") not in FORMATS:
-        raise UserError(f"'{source}' has format {report.get('format')!r}, not 2; move it, or run eval/ again")
+    if (found := report.get("format")) != FORMAT:
+        raise UserError(f"'{source}' has format {found!r}, not {FORMAT}; remove it and run eval/ again")
     try:
         items, notes = _benchmark(report, Path(source).parent.name) if "benchmark" in report else _generations(report)
-        data_kind = _text(report["data_kind"]) if report["format"] == 2 else "other"
-        return items.assign(data_kind=data_kind)[COLUMNS], notes
+        return items.assign(data_kind=_text(report["data_kind"]))[COLUMNS], notes
     except DAMAGE as error:
         what = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"'{source}' is a damaged result ({what}); move it, or run eval/ again") from error
