@@ -54,8 +54,6 @@ def push_to_hub(
         license: license of the weights on the hub, such as llama3.2
         base_model: hub id of the model that training started from
     """
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-        raise UserError(f"--repo is '{repo}'; name it as owner/name")
     card = write_card(model_name, results)
     vars(card.data).update(model_name=repo.split("/")[-1], license=license, base_model=without_folders(base_model))
     texts = {CARD: card.content}
@@ -67,14 +65,10 @@ def push_to_hub(
         if dry_run.exists():
             raise UserError(f"--dry_run is '{dry_run}', which exists; name a new folder")
         dry_run.mkdir(parents=True)
-        try:
-            for path in files:
-                shutil.copyfile(path, dry_run / path.name)
-            for name, text in texts.items():
-                (dry_run / name).write_text(text)
-        except OSError:
-            shutil.rmtree(dry_run, ignore_errors=True)
-            raise
+        for path in files:
+            shutil.copyfile(path, dry_run / path.name)
+        for name, text in texts.items():
+            (dry_run / name).write_text(text)
         return print(f"would be uploaded: {', '.join(sorted([*texts, *(path.name for path in files)]))}; see {dry_run}")
     api = HfApi()
     try:
@@ -99,11 +93,10 @@ def without_folders(value: Any) -> Any:
         return [without_folders(item) for item in value]
     if not isinstance(value, str):
         return value
-    items = []
-    for item in value.split(","):
-        path = item.strip()
-        is_local = path.startswith(("/", "~")) or "file://" in path or ".." in Path(path).parts
-        items.append((Path(path).name or path) if is_local else item)
+    items = value.split(",")
+    for place, path in enumerate(map(str.strip, items)):
+        if path.startswith(("/", "~")) or "file://" in path or ".." in Path(path).parts:
+            items[place] = Path(path).name or path
     return ",".join(items)
 
 

@@ -51,9 +51,7 @@ def set_aside_incomplete(checkpoint: Path) -> Path | None:
     if checkpoint.is_symlink() or not all(re.fullmatch(_STEP, path.name) for path in paths):
         problem = f"'{checkpoint}' has no complete step, but prevents that initial weights are loaded"
         raise UserError(f"{problem}; as it is a link or contains other files, move it yourself")
-    aside = _move(paths, f"{checkpoint}.incomplete")
-    checkpoint.rmdir()
-    return aside
+    return _move(paths, f"{checkpoint}.incomplete", emptied=checkpoint)
 
 
 def set_aside_later(checkpoint: Path, step: int) -> Path | None:
@@ -65,12 +63,14 @@ def set_aside_later(checkpoint: Path, step: int) -> Path | None:
     return _move(later, f"{checkpoint}.after-step-{step}") if later else None
 
 
-def _move(paths: list[Path], name: str) -> Path:
+def _move(paths: list[Path], name: str, emptied: Path | None = None) -> Path:
     aside = next(path for number in count() if not (path := Path(f"{name}-{number}")).exists())
     try:
         aside.mkdir()
         for path in paths:
             path.rename(aside / path.name)
+        if emptied is not None:
+            emptied.rmdir()
     except OSError as error:
         raise UserError(f"'{error.filename}' cannot be moved to '{aside}' ({error.strerror}); move it") from error
     logger.warning(f"{len(paths)} incomplete or later steps were moved to '{aside}'")

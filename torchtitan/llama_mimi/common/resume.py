@@ -57,14 +57,9 @@ class ProgressLog:
         return done
 
     def add(self, results: Mapping[str, Any]) -> None:
-        """Append results; raise a `UserError` if the file cannot be written."""
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a") as file:
-                file.write(json.dumps(results) + "\n")
-        except OSError as error:
-            remedy = "free disk space or fix --output_dir, then run the command again: finished items are kept"
-            raise UserError(f"'{self._path}' could not be written ({error.strerror}); {remedy}") from error
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a") as file:
+            file.write(json.dumps(results) + "\n")
 
     def close(self) -> None:
         """Delete this log, and the folder of logs if it is empty."""
@@ -102,12 +97,11 @@ def map_resumable(
     mine = todo[ranks.rank :: ranks.world_size]
     new: dict[str, Result] = {}
     with tqdm(total=sum(map(len, mine)), unit=unit, desc=f"{unit}s", disable=ranks.rank > 0 or not mine) as progress:
-        for batch in mine:
-            for key, result in work(batch):
-                if is_done(key, result):
-                    log.add({key: result})
-                new[key] = result
-                progress.update()
+        for key, result in (pair for batch in mine for pair in work(batch)):
+            if is_done(key, result):
+                log.add({key: result})
+            new[key] = result
+            progress.update()
     for part in gather(new):
         done |= part
     return {key: done[key] for batch in batches for key in batch}

@@ -9,10 +9,9 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llama_mimi.checkpoint.conversion import JOB_CONFIG, NOT_OF_THE_MODEL
 from llama_mimi.common.command_line import to_cli_args
@@ -30,8 +29,7 @@ INDEX, RECORD = "index.jsonl", "record.json"
 TRAIN, GENERATION = "train", "generation"
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """A command of a run: training, conversion, a benchmark, or judging. It writes ``output``."""
 
     name: str
@@ -45,10 +43,10 @@ def steps(study: Study, run: Run) -> list[Step]:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     torchrun.append(f"--nproc_per_node={study.launch.nproc_per_node}")
     ranks = torchrun if study.launch.nproc_per_node > 1 else [sys.executable]
+    trainer = study.launch.train or [*torchrun, "-m", "llama_mimi.train"]
     folder, model = f"{run_folder(study, run)}/run", f"{study.output_dir}/models/{run.name}"
     results, generations = f"{study.output_dir}/results", f"{study.output_dir}/generations"
     checkpoint = f"{folder}/checkpoint/step-{run.variant.steps}"
-    trainer = study.launch.train or [*torchrun, "-m", "llama_mimi.train"]
     training = training_flags(study, run) | {"job.dump_folder": folder}
     conversion = {"checkpoint": checkpoint, "output_dir": model}
     scoring = {"model_name": model, "output_dir": results, "codes_dir": f"{study.output_dir}/clip_codes"}
@@ -98,11 +96,11 @@ def check_unchanged(study: Study) -> None:
         record = read_record(study, run)
         if "flags" in record:
             raise UserError(f"'{run_folder(study, run)}' is of an earlier version; choose another output_dir")
-        saved = record["settings"]
-        for step in (step for step in steps(study, run) if step.name in saved):
-            current = dict.fromkeys(saved[step.name]) | _settings(study, run, step)  # a removed flag is None
-            what = f"the step '{step.name}' of {run.name}"
-            require_same(saved[step.name], current, what, "restore that, or choose another output_dir")
+        for step in steps(study, run):
+            if saved := record["settings"].get(step.name):
+                current = dict.fromkeys(saved) | _settings(study, run, step)  # a removed flag is None
+                what = f"the step '{step.name}' of {run.name}"
+                require_same(saved, current, what, "restore that, or choose another output_dir")
 
 
 class StudyRunner:
@@ -134,30 +132,34 @@ class StudyRunner:
                     self._run(run, steps(self.study, run)[-1:])
 
     def _run(self, run: Run, todo: Sequence[Step]) -> None:
+        failed, record = None, read_record(self.study, run)
+
+        def save() -> None:
+            write_atomically(str(run_folder(self.study, run)), RECORD, json.dumps(record, indent=1).encode())
+
         for step in todo:
-            record = read_record(self.study, run)
             if step.name in record["seconds"] and step.output.exists():
                 continue
             if self._is_stopping.is_set():
                 return
             if step.name == TRAIN:  # a run that was killed behind its last checkpoint lacks the validation of that step
                 shutil.rmtree(step.output, ignore_errors=True)
-            self._record(run, settings=record["settings"] | {step.name: _settings(self.study, run, step)})
+            record["settings"][step.name] = _settings(self.study, run, step)
+            save()
             log, began = run_folder(self.study, run) / "logs" / f"{step.name}.log", time.monotonic()
             try:
                 self.start(step.name, log, [*step.program, *to_cli_args(step.flags)])
             except (UserError, OSError) as error:
-                if not self._is_stopping.is_set():
-                    self._record(run, failed={"step": step.name, "why": str(error)})
-                    print(f"{run.name}: {step.name} failed: {error}", flush=True)
-                return
-            self._record(run, seconds=record["seconds"] | {step.name: round(time.monotonic() - began, 1)})
+                if self._is_stopping.is_set():
+                    return
+                failed = {"step": step.name, "why": str(error)}
+                print(f"{run.name}: {step.name} failed: {error}", flush=True)
+                break
+            record["seconds"][step.name] = round(time.monotonic() - began, 1)
+            save()
             print(f"{run.name}: {step.name} is done", flush=True)
-        self._record(run, failed=None)
-
-    def _record(self, run: Run, **values: Any) -> None:
-        content = json.dumps(read_record(self.study, run) | values, indent=1)
-        write_atomically(str(run_folder(self.study, run)), RECORD, content.encode())
+        record["failed"] = failed
+        save()
 
     def start(self, name: str, log: Path, command: list[str]) -> None:
         """Run a command, which ends with this process at the latest; raise a `UserError` if it fails."""
