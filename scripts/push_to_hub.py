@@ -1,9 +1,6 @@
 """Upload a converted model to the hub, with a card of its training and its scores.
 
-    uv run python scripts/push_to_hub.py --model_name models/tiny --repo me/tiny \\
-        --results results --dry_run outputs/tiny_on_the_hub
-
-With --dry_run nothing is uploaded.
+uv run python scripts/push_to_hub.py --model_name models/tiny --repo me/tiny --results results --dry_run outputs/upload
 """
 
 import json
@@ -69,7 +66,8 @@ def push_to_hub(
             shutil.copyfile(path, dry_run / path.name)
         for name, text in texts.items():
             (dry_run / name).write_text(text)
-        return print(f"would be uploaded: {', '.join(sorted([*texts, *(path.name for path in files)]))}; see {dry_run}")
+        names = sorted([*texts, *(path.name for path in files)])
+        return print(f"would be uploaded: {', '.join(names)}; see {dry_run}")
     api = HfApi()
     try:
         api.create_repo(repo, private=private, exist_ok=True)

@@ -20,7 +20,7 @@ use_cpu_without_gpu()  # before anything imports TorchTitan
 from llama_mimi.common.command_line import run_command  # noqa: E402
 from llama_mimi.common.errors import UserError  # noqa: E402
 from llama_mimi.study.budget import step_flops  # noqa: E402
-from llama_mimi.study.config import Study, read_study  # noqa: E402
+from llama_mimi.study.config import read_study  # noqa: E402
 from llama_mimi.study.report import write_report  # noqa: E402
 from llama_mimi.study.run import StudyRunner, check_unchanged, read_record, write_index  # noqa: E402
 
@@ -49,7 +49,14 @@ def main(
     if tflops <= 0 or part not in (None, *range(len(runs))):
         raise UserError(f"--tflops is {tflops} and --part {part}; they are positive and 0 to {len(runs) - 1}")
     if plan:
-        return print_plan(study, tflops)
+        print("| variant | FLOPs a step | steps | GPU hours |\n|---|---|---|---|")
+        total = 0.0
+        for variant in study.variants:
+            flops = step_flops(study.flags(variant), study.launch.nproc_per_node)
+            hours = flops * variant.steps / (tflops * 1e12 * 3600)
+            total += hours * len(study.seeds)
+            print(f"| {variant.name} | {flops:.3g} | {variant.steps:,} | {hours:,.2f} |")
+        return print(f"\n{len(runs)} runs: {total:,.1f} GPU hours of training")
     if slurm:  # an array of one job for each run, and a job behind it that judges and writes the report
         job = shlex.join([*study.launch.slurm, "scripts/study.slurm", str(file)])
         print(f"job=$(sbatch --parsable --array=0-{len(runs) - 1} {job})")
@@ -58,28 +65,18 @@ def main(
         check_unchanged(study)
         runner = StudyRunner(study)
         runner.train_and_score(runs if part is None else [runs[part]])
-        if part is not None:
-            if failed := read_record(study, runs[part])["failed"]:
-                raise UserError(f"{failed['step']} failed: {failed['why']}; start --part {part} again")
+        if part is None:
+            runner.judge()
+        elif failed := read_record(study, runs[part])["failed"]:
+            raise UserError(f"{failed['step']} failed: {failed['why']}; start --part {part} again")
+        else:
             return
-        runner.judge()
     lines = write_index(study)
     print(write_report(study, lines))
     missing = [line["run"] for line in lines if line["state"] != "done"]
     print(f"{len(lines) - len(missing)} of {len(lines)} runs are done")
     if missing:
         raise UserError(f"not done: {', '.join(missing)}; the report says why, and the next start tries them again")
-
-
-def print_plan(study: Study, tflops: float) -> None:
-    print("| variant | FLOPs a step | steps | GPU hours |\n|---|---|---|---|")
-    total = 0.0
-    for variant in study.variants:
-        flops = step_flops(study.flags(variant), study.launch.nproc_per_node)
-        hours = flops * variant.steps / (tflops * 1e12 * 3600)
-        total += hours * len(study.seeds)
-        print(f"| {variant.name} | {flops:.3g} | {variant.steps:,} | {hours:,.2f} |")
-    print(f"\n{len(study.runs)} runs: {total:,.1f} GPU hours of training")
 
 
 if __name__ == "__main__":

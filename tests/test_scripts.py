@@ -126,14 +126,25 @@ def test_a_checkpoint_of_another_shape_is_refused(trained):
             load_model_state(step, args)
 
 
-def test_continuation(converted, tmp_path):
-    for name in ("a.wav", "b.wav"):
-        words = ("--model_name", converted, "--prompt", TINY / "prompt.wav", "--output_file", tmp_path / name)
-        assert run_here("inference.py", *words, "--seconds", 1, "--seed", 3)[0] == 0
-    (first, rate), (second, _) = (soundfile.read(tmp_path / name) for name in ("a.wav", "b.wav"))
-    assert rate == 24_000 and len(first) % 1920 == 0 and np.array_equal(first, second)
-    prompt_samples = soundfile.info(TINY / "prompt.wav").frames
-    assert prompt_samples <= len(first) <= prompt_samples + 1920 + 24_000
+def test_continuation(converted, tmp_path, capsys):
+    """A seed gives the same audio, also as a stream; a text needs no prompt."""
+
+    def run_inference(name, *words):
+        path = tmp_path / f"{name}.wav"
+        sampling = ("--seconds", 0.8, "--min_seconds", 0.8, "--seed", 3)
+        assert run_here("inference.py", "--model_name", converted, "--output_file", path, *sampling, *words)[0] == 0
+        samples_S, rate = soundfile.read(path, dtype="int16")
+        assert rate == 24_000 and len(samples_S) % 1920 == 0
+        return samples_S.astype(int), capsys.readouterr().out
+
+    prompt = ("--prompt", TINY / "prompt.wav")
+    first_S, second_S, stream_S = (
+        run_inference(*words)[0] for words in (("a", *prompt), ("b", *prompt), ("c", *prompt, "--stream"))
+    )
+    assert np.array_equal(first_S, second_S) and np.abs(first_S - stream_S).max() <= 1
+    assert soundfile.info(TINY / "prompt.wav").frames + 10 * 1920 <= len(first_S)
+    text_S, said = run_inference("said", "--text", "one two")
+    assert len(text_S) == 10 * 1920 and "0.00 s of prompt, 0.80 s of continuation" in said
 
 
 def test_a_prompt_that_ends_the_speech_is_said_and_min_seconds_helps(converted, tmp_path, monkeypatch, capsys):
@@ -148,24 +159,6 @@ def test_a_prompt_that_ends_the_speech_is_said_and_min_seconds_helps(converted, 
     inference.continue_speech(options, SamplingOptions(seconds=0.8))
     said = capsys.readouterr().out
     assert "0.00 s of continuation" in said and "ended the speech at once" in said and "--min_seconds" in said
-
-
-def test_a_stream_is_the_same_audio_as_it_is_made(converted, tmp_path, capsys):
-    for name, flags in (("whole.wav", ()), ("stream.wav", ("--stream",))):
-        words = ("--model_name", converted, "--prompt", TINY / "prompt.wav", "--output_file", tmp_path / name)
-        assert run_here("inference.py", *words, "--seconds", 1, "--min_seconds", 1, *flags)[0] == 0
-    whole, stream = (
-        soundfile.read(tmp_path / name, dtype="int16")[0].astype(int) for name in ("whole.wav", "stream.wav")
-    )
-    assert len(whole) == len(stream) and np.abs(whole - stream).max() <= 1
-    assert "first new audio after" in capsys.readouterr().out
-
-
-def test_a_text_is_said_without_a_prompt(converted, tmp_path, capsys):
-    words = ("--model_name", converted, "--text", "one two", "--output_file", tmp_path / "said.wav", "--seconds", 0.8)
-    assert run_here("inference.py", *words, "--min_seconds", 0.8)[0] == 0
-    assert soundfile.info(tmp_path / "said.wav").frames == 10 * 1920
-    assert "0.00 s of prompt, 0.80 s of continuation" in capsys.readouterr().out
 
 
 def test_ranks_share_a_folder_of_prompts(converted, tmp_path):

@@ -2,11 +2,9 @@
 
 import itertools
 import json
-import os
 import re
 import shlex
 import shutil
-import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +31,6 @@ from llama_mimi.study.report import write_report
 from llama_mimi.study.run import (
     StudyRunner,
     check_unchanged,
-    read_record,
     run_folder,
     steps,
     training_flags,
@@ -346,17 +343,3 @@ def test_a_study_that_is_not_done_says_so_in_the_end(tmp_path):
     ):
         code, stderr = run_here("scripts/study.py", path, *flags)
         assert code == 1 and re.search(message, stderr)
-
-
-def test_an_interrupt_starts_nothing_more(tmp_path):
-    class Interrupted(Played):
-        def start(self, name, log, command):
-            super().start(name, log, command)
-            if len(self.done) == 3:
-                os.kill(os.getpid(), signal.SIGINT)  # as Ctrl-C
-                assert self._is_stopping.wait(30)
-
-    runner = Interrupted(read_study(written(tmp_path)))
-    with pytest.raises(KeyboardInterrupt):
-        runner.train_and_score(runner.study.runs)
-    assert len(runner.done) == 3 and not any(read_record(runner.study, run)["failed"] for run in runner.study.runs)

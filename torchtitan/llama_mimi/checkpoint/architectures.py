@@ -107,16 +107,9 @@ def speech_config(
 
 
 def save_run_record(dump_folder: str, config: PreTrainedConfig, tokenizer: SpeechTokenizer) -> None:
-    """Write `ASSETS_FOLDER` on rank 0; raise a `UserError` if it cannot be written."""
-    if dist.is_initialized() and dist.get_rank() > 0:
-        return
-    folder = Path(dump_folder) / ASSETS_FOLDER
-    try:
-        save_folder(folder, config, tokenizer.text_tokenizer)
-    except Exception as error:
-        if not isinstance(error, OSError) and "os error" not in str(error):  # `tokenizers` raises no OSError
-            raise
-        raise UserError(f"'{folder}' could not be written ({first_line(error)}); free disk space") from error
+    """Write `ASSETS_FOLDER` on rank 0."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        save_folder(Path(dump_folder) / ASSETS_FOLDER, config, tokenizer.text_tokenizer)
 
 
 def find_run_record(checkpoint: Path) -> Path:

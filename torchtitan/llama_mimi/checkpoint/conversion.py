@@ -41,8 +41,7 @@ A speech language model: {kind.description}.
 """
 
 SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_k": 30}
-JOB_CONFIG = "job_config.json"  # of a run, in its folder
-TRAINING_CONFIG = "training_config.json"  # of a converted model
+JOB_CONFIG, TRAINING_CONFIG = "job_config.json", "training_config.json"  # of a run, and of a converted model
 # Sections without effect on the model.
 NOT_OF_THE_MODEL = ("job", "checkpoint", "metrics", "comm", "profiling", "memory_estimation", "fault_tolerance")
 
@@ -55,9 +54,6 @@ def convert_checkpoint(checkpoint: Path, output_dir: Path, dtype: Precision = "f
         output_dir: folder of the Hugging Face model
         dtype: precision of the saved weights
         verify: compare the checksums of the checkpoint
-
-    Raises:
-        UserError: the checkpoint is incomplete, damaged or of another run.
     """
     step = find_step(checkpoint)
     record = find_run_record(checkpoint)
@@ -85,8 +81,7 @@ def convert_checkpoint(checkpoint: Path, output_dir: Path, dtype: Precision = "f
     Q, num_parameters = config.num_quantizers, model.num_parameters()
     usage = kind.usage.format(num_quantizers=Q, last_level=Q - 1, codebook_size=args.codebook_size)
     facts = {"config": config, "args": args, "num_parameters": num_parameters, "step": step, "dtype": dtype}
-    card = MODEL_CARD.format(output_dir=output_dir, kind=kind, usage=usage, **facts)
-    (output_dir / "README.md").write_text(card)
+    (output_dir / "README.md").write_text(MODEL_CARD.format(output_dir=output_dir, kind=kind, usage=usage, **facts))
     if training := read_json(str(record.parent), JOB_CONFIG):
         own = {section: values for section, values in training.items() if section not in NOT_OF_THE_MODEL}
         write_atomically(str(output_dir), TRAINING_CONFIG, (json.dumps(own, indent=1) + "\n").encode())
@@ -114,9 +109,6 @@ def prepare_base_model(
         dtype: precision of the saved weights
         seed: seed of the new embedding rows
         random_weights: write tokenizer and config only
-
-    Raises:
-        UserError: the base model is missing, or has other entries than tokens.
     """
     codebook_size = load_codec_config(codec, num_quantizers).codebook_size
     config = load_pretrained(LlamaConfig, base_model, what="base model")

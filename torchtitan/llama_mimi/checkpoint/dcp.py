@@ -42,8 +42,8 @@ def find_step(checkpoint: Path) -> Path:
 def set_aside_incomplete(checkpoint: Path) -> Path | None:
     """Move the steps of a folder that has no complete one into a new folder, and return that.
 
-    TorchTitan loads initial weights only if there is no checkpoint folder. A run that was killed while it saved its
-    first step would otherwise start from random weights. A `UserError` refuses a folder that contains something else.
+    TorchTitan loads initial weights only if there is no checkpoint folder: a run that was killed while it saved its
+    first step would start from random weights.
     """
     if not checkpoint.is_dir() or complete_steps(checkpoint):
         return None
@@ -127,11 +127,7 @@ def load_step(state: dict[str, Any], step: Path, verify: bool, is_alone: bool = 
 
 
 def load_model_state(step: Path, args: LlamaMimiArgs, verify: bool = True) -> dict[str, torch.Tensor]:
-    """Return the weights of a model of shape ``args`` from one step, as float32.
-
-    Raises:
-        UserError: files are damaged or missing, or the weights are not finite or not those of ``args``.
-    """
+    """Return the weights of a model of shape ``args`` from one step, as float32; a `UserError` names a wrong one."""
     read_index(step)
     with torch.device("meta"):
         wanted = build_model(args).state_dict()

@@ -31,18 +31,13 @@ def end_with_torchrun() -> None:
     """End this rank with its torchrun (Linux only); it would wait for other ranks until its timeout."""
     if sys.platform == "linux" and dist.is_torchelastic_launched():
         end_with_parent()
-        # An orphan, whose torchrun was killed during the imports, belongs to process 1. In a container that may be
-        # torchrun itself, which is Python.
+        # An orphan, whose torchrun was killed during the imports, belongs to process 1, as a container's torchrun is.
         if os.getppid() == 1 and b"python" not in Path("/proc/1/cmdline").read_bytes():
             os._exit(1)
 
 
 class DistributedContext:
-    """The ranks of torchrun, or this process alone; a device that they cannot have raises a `UserError`.
-
-    Args:
-        device: None, or "cuda" without a number, means the rank's own GPU if there is one.
-    """
+    """The ranks of torchrun, or this process alone; without a device or with "cuda" each rank has its own GPU."""
 
     def __init__(self, device: str | None = None) -> None:
         end_with_torchrun()

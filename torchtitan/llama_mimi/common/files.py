@@ -34,10 +34,7 @@ def is_local(fs: fsspec.AbstractFileSystem) -> bool:
 
 
 def find_files(path: str, endings: tuple[str, ...]) -> list[str]:
-    """Return the sorted fsspec paths of a file, of a glob's visible matches, or of a folder's files at any depth.
-
-    A folder means its files that have one of the endings (".parquet", in any case) and are not hidden.
-    """
+    """Return sorted fsspec paths: a file, a glob's visible matches, or a folder's visible files with these endings."""
     fs, bare = file_system(path)
     try:
         start = bare  # the beginning that exists is not a pattern, such as a folder with brackets in its name
@@ -79,8 +76,7 @@ def is_hidden(relative: str) -> bool:
 
 def is_synthetic(path: str) -> bool:
     """Return True for a local path, or a glob, below a folder of synthesised speech."""
-    absolute = Path(path).absolute()
-    return any((folder / SYNTHETIC).is_file() for folder in (absolute, *absolute.parents))
+    return any((folder / SYNTHETIC).is_file() for folder in (Path(path).absolute() / "_").parents)
 
 
 def as_utf8(name: str) -> str:

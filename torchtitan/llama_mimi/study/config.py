@@ -16,13 +16,12 @@ from llama_mimi.study.budget import resolved, step_flops
 from llama_mimi.tokens.vocabulary import Architecture
 from llama_mimi.training.config_file import fits
 
+Flags = dict[str, Any]
 # The axes of a study and their names for readers, and the types of the keys of sections.
 AXES = {"architecture": "{}", "flavor": "{}", "num_quantizers": "Q = {}", "level_weights": "weights {}"}
 AXES |= {"steps": "{:,} steps"}
-Flags = dict[str, Any]
-LISTS = {"architecture": list[Architecture], "flavor": list[str], "num_quantizers": list[int]}
-OVERRIDE: Flags = LISTS | {"level_weights": list[str], "settings": Flags}
-TABLE: Flags = LISTS | {"level_weights": list[str], "title": str, "steps": list[int], "flops": list[float]}
+LISTS: Flags = {"architecture": list[Architecture], "flavor": list[str], "num_quantizers": list[int]}
+LISTS |= {"level_weights": list[str]}
 # Settings of training, and flags of the scripts in eval/, that an axis or the study itself sets.
 OWN = {"model.architecture", "model.flavor", "codec.num_quantizers", "loss.level_weights", "job.config_file"}
 OWN |= {"job.dump_folder", "checkpoint.folder", "debug.seed", "model_name", "output_dir", "codes_dir", "name"}
@@ -135,17 +134,14 @@ def applies(override: Flags, variant: Variant) -> bool:
 
 
 def read_study(path: Path) -> Study:
-    """Read a study's file.
-
-    Raises:
-        UserError: the file cannot be read, has an unknown key, or describes a run that training or eval/ refuses.
-    """
+    """Read a study's file; a `UserError` refuses unknown keys, and runs that training or eval/ would refuse."""
     try:
         values = tomllib.loads(path.read_text())
         values["launch"] = Launch(**_checked(values.get("launch", {}), get_type_hints(Launch), "[launch]"))
         for override in values.get("override", []):
-            _checked(override, OVERRIDE, "[[override]]", "settings")
-        grids = [_checked(some, TABLE, "[[tables]]", "title") for some in values.pop("tables", [])]
+            _checked(override, LISTS | {"settings": Flags}, "[[override]]", "settings")
+        types = LISTS | {"title": str, "steps": list[int], "flops": list[float]}
+        grids = [_checked(some, types, "[[tables]]", "title") for some in values.pop("tables", [])]
         _checked(values, get_type_hints(Study), "the file", "name", "output_dir", "config")
         study = Study(path, **values | {"output_dir": Path(values["output_dir"])})
         tables = tuple(Table(grid["title"], _variants(study, grid)) for grid in grids)
@@ -198,7 +194,7 @@ def _check(study: Study) -> None:
     """Refuse values that have the right type and cannot be run, before anything is trained."""
     launch, sections = study.launch, [study.settings, study.generation, *study.benchmarks.values()]
     own = OWN & set().union(*sections, *(some["settings"] for some in study.override))
-    unused = [override for override in study.override if not any(applies(override, v) for v in study.variants)]
+    unused = [some for some in study.override if not any(applies(some, variant) for variant in study.variants)]
     configs = [resolved(study.flags(v) | {"training.steps": v.steps}) for v in study.variants]
     is_unknown_batch = launch.train and any(config.training.global_batch_size < 1 for config in configs)
     for is_wrong, message in (

@@ -24,17 +24,13 @@ Lines = Sequence[Mapping[str, Any]]
 
 
 def write_report(study: Study, lines: Lines) -> Path:
-    """Write the report and its pictures into the study's folder, and return its path; `lines` are those of the index.
-
-    Raises:
-        UserError: a result cannot be read, or a file cannot be written.
-    """
+    """Write the report and its pictures into the study's folder, and return its path; `lines` are the index."""
     write_markdown(sections(study, lines), study.output_dir / REPORT)
     return study.output_dir / REPORT
 
 
 def sections(study: Study, lines: Lines) -> list[Section]:
-    """Return the sections of the report; raises as `write_report`."""
+    """Return the sections of the report; raise a `UserError` if a result cannot be read."""
     items = _with_bits(_collect_results(study), lines)
     commits = sorted({line["commit"] for line in lines if line["commit"]})
     missing = [line for line in lines if line["state"] != "done"]
@@ -57,11 +53,7 @@ def sections(study: Study, lines: Lines) -> list[Section]:
 
 
 def _collect_results(study: Study) -> pd.DataFrame:
-    """Return all values of the result files and write them to `RESULTS`; without such files, read `RESULTS`.
-
-    Raises:
-        UserError: `RESULTS` has values that the result files lack, which would be lost.
-    """
+    """Return all values of the result files and write them to `RESULTS`; without such files, read `RESULTS`."""
     folders = [folder for name in ("results", "generations") if (folder := study.output_dir / name).is_dir()]
     found = read_results(folders).items
     if (path := study.output_dir / RESULTS).is_file():

@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -83,11 +82,8 @@ def read_record(study: Study, run: Run) -> dict[str, Any]:
 
 def _settings(study: Study, run: Run, step: Step) -> Flags:
     """Return everything that must not change after a step was started."""
-    return step.flags | {"SHA-256 of the config": _sha256(Path(study.config[run.variant.architecture]))}
-
-
-def _sha256(path: Path) -> str:
-    return sha256(path.read_bytes()).hexdigest()
+    config = Path(study.config[run.variant.architecture]).read_bytes()
+    return step.flags | {"SHA-256 of the config": sha256(config).hexdigest()}
 
 
 def check_unchanged(study: Study) -> None:
@@ -108,7 +104,6 @@ class StudyRunner:
 
     def __init__(self, study: Study) -> None:
         self.study = study
-        self._is_stopping = threading.Event()
 
     def train_and_score(self, runs: Sequence[Run]) -> None:
         """Train, convert and score runs, ``launch.parallel`` at a time."""
@@ -118,11 +113,7 @@ class StudyRunner:
                 self._run(run, [step for step in steps(self.study, run) if step.name != GENERATION])
 
         with ThreadPoolExecutor(self.study.launch.parallel) as pool:
-            try:
-                list(pool.map(work, runs))
-            except BaseException:  # such as an interrupt: no other command is started
-                self._is_stopping.set()
-                raise
+            list(pool.map(work, runs))  # an interrupt ends the commands, and starts no other run
 
     def judge(self) -> None:
         """Judge the continuations of all scored runs one after the other, as they share the prompts."""
@@ -140,8 +131,6 @@ class StudyRunner:
         for step in todo:
             if step.name in record["seconds"] and step.output.exists():
                 continue
-            if self._is_stopping.is_set():
-                return
             if step.name == TRAIN:  # a run that was killed behind its last checkpoint lacks the validation of that step
                 shutil.rmtree(step.output, ignore_errors=True)
             record["settings"][step.name] = _settings(self.study, run, step)
@@ -150,8 +139,6 @@ class StudyRunner:
             try:
                 self.start(step.name, log, [*step.program, *to_cli_args(step.flags)])
             except (UserError, OSError) as error:
-                if self._is_stopping.is_set():
-                    return
                 failed = {"step": step.name, "why": str(error)}
                 print(f"{run.name}: {step.name} failed: {error}", flush=True)
                 break
@@ -192,7 +179,7 @@ def _line(study: Study, run: Run) -> dict[str, Any]:
     config, dataset = read_json(str(folder), JOB_CONFIG), []
     if config:  # corpora, tokenised ones by the hash of their manifest
         parts = [part.strip() for part in config["training"]["dataset"].split(",")]
-        dataset = [_sha256(path) if (path := Path(part, MANIFEST)).is_file() else part for part in parts]
+        dataset = [sha256(p.read_bytes()).hexdigest() if (p := Path(d, MANIFEST)).is_file() else d for d in parts]
     bits = {tag: values for tag, values in read_curves(folder).items() if tag.startswith(f"validation_{BITS}/")}
     return {
         "study": study.name,
