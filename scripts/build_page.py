@@ -27,10 +27,10 @@ def build_page(page: Path, generations: Path | None = None, study: Path | None =
         raise UserError(f"--num_prompts is {num_prompts}; it must be 0 or more")
     if (generations is None) == (study is None):
         raise UserError("name either a --study or the folder of --generations")
-    if generations is not None:
-        return write_html(f"Continuations in {generations}", continuations(generations, num_prompts), page)
-    assert study is not None
-    write_html(f"Study {study.stem}", study_sections(study, num_prompts), page)
+    if study is not None:
+        return write_html(f"Study {study.stem}", study_sections(study, num_prompts), page)
+    assert generations is not None
+    write_html(f"Continuations in {generations}", continuations(generations, num_prompts), page)
 
 
 def study_sections(path: Path, num_prompts: int) -> list[Section]:

@@ -1,9 +1,6 @@
 """Upload a converted model to the hub, with a card of its training and its scores.
 
-    uv run python scripts/push_to_hub.py --model_name models/tiny --repo me/tiny \\
-        --results results --dry_run outputs/tiny_on_the_hub
-
-With --dry_run nothing is uploaded.
+uv run python scripts/push_to_hub.py --model_name models/tiny --repo me/tiny --results results --dry_run outputs/upload
 """
 
 import json
@@ -54,8 +51,6 @@ def push_to_hub(
         license: license of the weights on the hub, such as llama3.2
         base_model: hub id of the model that training started from
     """
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-        raise UserError(f"--repo is '{repo}'; name it as owner/name")
     card = write_card(model_name, results)
     vars(card.data).update(model_name=repo.split("/")[-1], license=license, base_model=without_folders(base_model))
     texts = {CARD: card.content}
@@ -67,15 +62,12 @@ def push_to_hub(
         if dry_run.exists():
             raise UserError(f"--dry_run is '{dry_run}', which exists; name a new folder")
         dry_run.mkdir(parents=True)
-        try:
-            for path in files:
-                shutil.copyfile(path, dry_run / path.name)
-            for name, text in texts.items():
-                (dry_run / name).write_text(text)
-        except OSError:
-            shutil.rmtree(dry_run, ignore_errors=True)
-            raise
-        return print(f"would be uploaded: {', '.join(sorted([*texts, *(path.name for path in files)]))}; see {dry_run}")
+        for path in files:
+            shutil.copyfile(path, dry_run / path.name)
+        for name, text in texts.items():
+            (dry_run / name).write_text(text)
+        names = sorted([*texts, *(path.name for path in files)])
+        return print(f"would be uploaded: {', '.join(names)}; see {dry_run}")
     api = HfApi()
     try:
         api.create_repo(repo, private=private, exist_ok=True)
@@ -99,11 +91,10 @@ def without_folders(value: Any) -> Any:
         return [without_folders(item) for item in value]
     if not isinstance(value, str):
         return value
-    items = []
-    for item in value.split(","):
-        path = item.strip()
-        is_local = path.startswith(("/", "~")) or "file://" in path or ".." in Path(path).parts
-        items.append((Path(path).name or path) if is_local else item)
+    items = value.split(",")
+    for place, path in enumerate(map(str.strip, items)):
+        if path.startswith(("/", "~")) or "file://" in path or ".." in Path(path).parts:
+            items[place] = Path(path).name or path
     return ",".join(items)
 
 

@@ -25,9 +25,6 @@ def report(
         results: folders of result files
         published: TOML file of published numbers, shown beside results on the official data
         output_file: Markdown file, with its pictures in the same folder; by default the text is printed
-
-    Raises:
-        UserError: there are no results, or one cannot be read.
     """
     found = read_results(results)
     if found.items.empty:

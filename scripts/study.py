@@ -45,8 +45,9 @@ def main(
     """
     logging.getLogger().setLevel(logging.ERROR)  # plans need no base model, and TorchTitan would warn of that
     study = read_study(file)
-    if tflops <= 0 or part not in (None, *range(len(study.runs))):
-        raise UserError(f"--tflops is {tflops} and --part {part}; they are positive and 0 to {len(study.runs) - 1}")
+    runs = study.runs
+    if tflops <= 0 or part not in (None, *range(len(runs))):
+        raise UserError(f"--tflops is {tflops} and --part {part}; they are positive and 0 to {len(runs) - 1}")
     if plan:
         print("| variant | FLOPs a step | steps | GPU hours |\n|---|---|---|---|")
         total = 0.0
@@ -55,21 +56,21 @@ def main(
             hours = flops * variant.steps / (tflops * 1e12 * 3600)
             total += hours * len(study.seeds)
             print(f"| {variant.name} | {flops:.3g} | {variant.steps:,} | {hours:,.2f} |")
-        return print(f"\n{len(study.runs)} runs: {total:,.1f} GPU hours of training")
+        return print(f"\n{len(runs)} runs: {total:,.1f} GPU hours of training")
     if slurm:  # an array of one job for each run, and a job behind it that judges and writes the report
         job = shlex.join([*study.launch.slurm, "scripts/study.slurm", str(file)])
-        print(f"job=$(sbatch --parsable --array=0-{len(study.runs) - 1} {job})")
+        print(f"job=$(sbatch --parsable --array=0-{len(runs) - 1} {job})")
         return print(f"sbatch --dependency=afterany:$job {job}")
     if not report_only:
         check_unchanged(study)
         runner = StudyRunner(study)
-        if part is not None:
-            runner.train_and_score([study.runs[part]])
-            if failed := read_record(study, study.runs[part])["failed"]:
-                raise UserError(f"{failed['step']} failed: {failed['why']}; start --part {part} again")
+        runner.train_and_score(runs if part is None else [runs[part]])
+        if part is None:
+            runner.judge()
+        elif failed := read_record(study, runs[part])["failed"]:
+            raise UserError(f"{failed['step']} failed: {failed['why']}; start --part {part} again")
+        else:
             return
-        runner.train_and_score(study.runs)
-        runner.judge()
     lines = write_index(study)
     print(write_report(study, lines))
     missing = [line["run"] for line in lines if line["state"] != "done"]

@@ -1,8 +1,7 @@
-"""Every command explains its flags."""
+"""Every command explains its flags, and reports errors in one sentence."""
 
 import ast
 import errno
-import json
 import os
 import runpy
 import socket
@@ -13,7 +12,7 @@ import demo
 import fsspec
 import pytest
 import torch
-from conftest import ROOT, TINY, run_here
+from conftest import ROOT
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from llama_mimi.audio.reading import Waveform, wav_writer, write_wav
@@ -58,23 +57,6 @@ def test_an_error_stands_once_and_last_in_what_torchrun_prints(tmp_path, monkeyp
     printed = str(ChildFailedError("command", {0: ended, 1: failed}))
     assert printed.splitlines()[-2:] == ["  error: x is 1; set 2", "=" * 60]
     assert printed.count("x is 1") == 1 and not capsys.readouterr().err
-
-
-def test_the_flags_of_a_function(tmp_path):
-    """`--random_weights` and a choice, from the command line to the files."""
-    words = ("--base_model", TINY / "llama", "--codec", TINY / "mimi", "--vocabulary", "audio", "--random_weights")
-    code, stderr = run_here("scripts/prepare_base_model.py", *words, "--output_dir", tmp_path)
-    assert code == 0, stderr
-    assert json.loads((tmp_path / "config.json").read_text())["vocab_size"] == 3 + 4 * 256 + 2
-    assert not (tmp_path / "model.safetensors").exists()
-
-
-def test_training_lists_its_keys(monkeypatch, capsys):
-    from llama_mimi.training.config_file import parse_config
-
-    with pytest.raises(SystemExit) as end:
-        parse_config(["--help"])
-    assert end.value.code == 0 and "--codec.num-quantizers" in capsys.readouterr().out.replace("_", "-")
 
 
 def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch, capsys):

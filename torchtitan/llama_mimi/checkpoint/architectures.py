@@ -1,15 +1,14 @@
 """The two architectures as Hugging Face folders: a flattened model is a Llama, a hierarchical one a CSM."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from transformers import AutoConfig, CsmForConditionalGeneration, LlamaForCausalLM, PreTrainedConfig
 
-from llama_mimi.checkpoint.csm import codec_state, csm_args, csm_config, csm_state
+from llama_mimi.checkpoint.csm import csm_args, csm_config, csm_state
 from llama_mimi.checkpoint.huggingface import LlamaMimiStateDictAdapter, hf_config, llama_state, model_args, save_folder
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.hub import load_pretrained, require_no_difference
@@ -23,39 +22,30 @@ from llama_mimi.tokens.vocabulary import Architecture
 ASSETS_FOLDER = "hf_assets"
 
 
-@dataclass(frozen=True)
-class FolderKind:
+class FolderKind(NamedTuple):
     """The Hugging Face folder of one architecture."""
 
     stock_class: Any
     config: Callable[..., PreTrainedConfig]  # of our arguments, with further entries
     args: Callable[[Any], LlamaMimiArgs]  # inverse of `config`
-    state: Callable[[dict[str, torch.Tensor], Any], dict[str, torch.Tensor]]  # our weights under its names
+    state: Callable[[dict[str, torch.Tensor], LlamaMimiArgs], dict[str, torch.Tensor]]  # for the stock class
     description: str  # for the model card, as `usage`
     usage: str
-    codec_state: Callable[[Any, str], dict[str, torch.Tensor]] = lambda config, codec: {}  # of a codec in the folder
 
 
 KINDS: dict[Architecture, FolderKind] = {
     "flattened": FolderKind(
-        stock_class=LlamaForCausalLM,
-        config=hf_config,
-        args=model_args,
-        state=llama_state,
-        description="a plain Llama decoder over flattened Mimi codec tokens (arXiv 2509.14882)",
-        usage="""\
+        *(LlamaForCausalLM, hf_config, model_args, llama_state),
+        "a plain Llama decoder over flattened Mimi codec tokens (arXiv 2509.14882)",
+        """\
 A clip is `<|begin_of_text|><audio><c_0>...<c_{last_level}>...</audio>`, frame by frame. Load it with
 `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`; continue speech with `inference.py` of
 Llama-Mimi.""",
     ),
     "hierarchical": FolderKind(
-        stock_class=CsmForConditionalGeneration,
-        config=csm_config,
-        args=csm_args,
-        state=csm_state,
-        codec_state=codec_state,
-        description="a Llama over frames of Mimi codec tokens, and a small decoder over the levels of a frame, as CSM",
-        usage="""\
+        *(CsmForConditionalGeneration, csm_config, csm_args, csm_state),
+        "a Llama over frames of Mimi codec tokens, and a small decoder over the levels of a frame, as CSM",
+        """\
 A position is a frame of {num_quantizers} codes, behind `<|begin_of_text|><audio>`; the end is a frame of
 {codebook_size}s. Without a prompt (12.5 positions are a second):
 
@@ -87,8 +77,8 @@ def check_initial_weights(folder: str, args: LlamaMimiArgs) -> None:
     # An output matrix of its own is not read where embeddings are tied, or where the output is that of frames.
     unexpected = {key for key in found.keys() - wanted.keys() - {"lm_head.weight"} if "rotary_emb" not in key}
     reshaped = {key for key in found.keys() & wanted.keys() if found[key].size != wanted[key].shape}
-    problem = f"'{folder}' does not have the initial weights of this run"
-    require_no_difference(wanted.keys() - found.keys(), unexpected, reshaped, problem, "model")
+    wrong = {"missing": wanted.keys() - found.keys(), "unexpected": unexpected, "of another shape": reshaped}
+    require_no_difference(wrong, f"'{folder}' does not have the initial weights of this run", "model")
 
 
 def load_config(folder: str, what: str) -> tuple[PreTrainedConfig, FolderKind]:
@@ -101,11 +91,7 @@ def load_config(folder: str, what: str) -> tuple[PreTrainedConfig, FolderKind]:
 
 
 def speech_config(
-    args: LlamaMimiArgs,
-    tokenizer: SpeechTokenizer,
-    codec_name: str,
-    sliding_window: bool = True,
-    **training: Any,
+    args: LlamaMimiArgs, tokenizer: SpeechTokenizer, codec_name: str, sliding_window: bool = True, **training: Any
 ) -> PreTrainedConfig:
     """Return the configuration of a speech model; ``training`` are entries that generation needs, such as ``task``."""
     return KINDS[args.architecture].config(
@@ -121,16 +107,9 @@ def speech_config(
 
 
 def save_run_record(dump_folder: str, config: PreTrainedConfig, tokenizer: SpeechTokenizer) -> None:
-    """Write `ASSETS_FOLDER` on rank 0; a `UserError` says that it cannot be written."""
-    if dist.is_initialized() and dist.get_rank() > 0:
-        return
-    folder = Path(dump_folder) / ASSETS_FOLDER
-    try:
-        save_folder(folder, config, tokenizer.text_tokenizer)
-    except Exception as error:
-        if not isinstance(error, OSError) and "os error" not in str(error):  # `tokenizers` raises no OSError
-            raise
-        raise UserError(f"'{folder}' could not be written ({first_line(error)}); free disk space") from error
+    """Write `ASSETS_FOLDER` on rank 0."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        save_folder(Path(dump_folder) / ASSETS_FOLDER, config, tokenizer.text_tokenizer)
 
 
 def find_run_record(checkpoint: Path) -> Path:

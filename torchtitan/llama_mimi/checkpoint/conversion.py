@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForC
 
 from llama_mimi.audio.mimi import DEFAULT_CODEC, DTYPES, Precision, load_codec_config, local_codec
 from llama_mimi.checkpoint.architectures import find_run_record, load_config
+from llama_mimi.checkpoint.csm import codec_state
 from llama_mimi.checkpoint.dcp import find_step, load_model_state
 from llama_mimi.checkpoint.huggingface import save_folder
 from llama_mimi.common.errors import UserError
@@ -40,8 +41,7 @@ A speech language model: {kind.description}.
 """
 
 SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_k": 30}
-JOB_CONFIG = "job_config.json"  # of a run, in its folder
-TRAINING_CONFIG = "training_config.json"  # of a converted model
+JOB_CONFIG, TRAINING_CONFIG = "job_config.json", "training_config.json"  # of a run, and of a converted model
 # Sections without effect on the model.
 NOT_OF_THE_MODEL = ("job", "checkpoint", "metrics", "comm", "profiling", "memory_estimation", "fault_tolerance")
 
@@ -54,9 +54,6 @@ def convert_checkpoint(checkpoint: Path, output_dir: Path, dtype: Precision = "f
         output_dir: folder of the Hugging Face model
         dtype: precision of the saved weights
         verify: compare the checksums of the checkpoint
-
-    Raises:
-        UserError: the checkpoint is incomplete, damaged or of another run.
     """
     step = find_step(checkpoint)
     record = find_run_record(checkpoint)
@@ -67,7 +64,9 @@ def convert_checkpoint(checkpoint: Path, output_dir: Path, dtype: Precision = "f
         config.codec = str(Path(codec).resolve())  # the name does not lead to the codec from the new folder
 
     args = kind.args(config)
-    state = kind.state(load_model_state(step, args, verify), args) | kind.codec_state(config, codec)
+    state = kind.state(load_model_state(step, args, verify), args)
+    if hasattr(config, "codec_config"):
+        state |= codec_state(config, codec)
     with torch.device("meta"):
         model = kind.stock_class(config)
     model.load_state_dict({name: weight.to(DTYPES[dtype]) for name, weight in state.items()}, assign=True)
@@ -79,11 +78,10 @@ def convert_checkpoint(checkpoint: Path, output_dir: Path, dtype: Precision = "f
         model.depth_decoder.generation_config = GenerationConfig(**SAMPLING)
     save_folder(output_dir, model, load_pretrained(AutoTokenizer, str(record), what="tokenizer"))
 
-    Q, K, num_parameters = config.num_quantizers, args.codebook_size, model.num_parameters()
-    usage = kind.usage.format(num_quantizers=Q, last_level=Q - 1, codebook_size=K)
+    Q, num_parameters = config.num_quantizers, model.num_parameters()
+    usage = kind.usage.format(num_quantizers=Q, last_level=Q - 1, codebook_size=args.codebook_size)
     facts = {"config": config, "args": args, "num_parameters": num_parameters, "step": step, "dtype": dtype}
-    card = MODEL_CARD.format(output_dir=output_dir, kind=kind, usage=usage, **facts)
-    (output_dir / "README.md").write_text(card)
+    (output_dir / "README.md").write_text(MODEL_CARD.format(output_dir=output_dir, kind=kind, usage=usage, **facts))
     if training := read_json(str(record.parent), JOB_CONFIG):
         own = {section: values for section, values in training.items() if section not in NOT_OF_THE_MODEL}
         write_atomically(str(output_dir), TRAINING_CONFIG, (json.dumps(own, indent=1) + "\n").encode())
@@ -111,9 +109,6 @@ def prepare_base_model(
         dtype: precision of the saved weights
         seed: seed of the new embedding rows
         random_weights: write tokenizer and config only
-
-    Raises:
-        UserError: the base model is missing, or has other entries than tokens.
     """
     codebook_size = load_codec_config(codec, num_quantizers).codebook_size
     config = load_pretrained(LlamaConfig, base_model, what="base model")
@@ -128,8 +123,8 @@ def prepare_base_model(
         special_ids = {f"{role}_id": getattr(kept, f"{role}_id") for role in SPECIAL_ROLES}
     extra = {"num_quantizers": num_quantizers, "codec": codec, **special_ids}
     if random_weights:
+        model = config
         config.update({"vocab_size": extended.size, **extra})
-        save_folder(output_dir, config, kept)
     else:
         model = load_pretrained(LlamaForCausalLM, base_model, what="base model", dtype=DTYPES[dtype])
         torch.manual_seed(seed)
@@ -144,6 +139,6 @@ def prepare_base_model(
             model.resize_token_embeddings(len(ids))
         model.config.update(extra)
         model.generation_config.update(**special_ids)
-        save_folder(output_dir, model, kept)
+    save_folder(output_dir, model, kept)
     num_audio, size = extended.size - extended.base, extended.size
     print(f"{base_model} + {num_audio:,} audio tokens -> {output_dir} ({size:,} vocabulary entries)")

@@ -42,8 +42,8 @@ def find_step(checkpoint: Path) -> Path:
 def set_aside_incomplete(checkpoint: Path) -> Path | None:
     """Move the steps of a folder that has no complete one into a new folder, and return that.
 
-    TorchTitan loads initial weights only if there is no checkpoint folder. A run that was killed while it saved its
-    first step would otherwise start from random weights. A `UserError` refuses a folder that contains something else.
+    TorchTitan loads initial weights only if there is no checkpoint folder: a run that was killed while it saved its
+    first step would start from random weights.
     """
     if not checkpoint.is_dir() or complete_steps(checkpoint):
         return None
@@ -51,9 +51,7 @@ def set_aside_incomplete(checkpoint: Path) -> Path | None:
     if checkpoint.is_symlink() or not all(re.fullmatch(_STEP, path.name) for path in paths):
         problem = f"'{checkpoint}' has no complete step, but prevents that initial weights are loaded"
         raise UserError(f"{problem}; as it is a link or contains other files, move it yourself")
-    aside = _move(paths, f"{checkpoint}.incomplete")
-    checkpoint.rmdir()
-    return aside
+    return _move(paths, f"{checkpoint}.incomplete", emptied=checkpoint)
 
 
 def set_aside_later(checkpoint: Path, step: int) -> Path | None:
@@ -65,12 +63,14 @@ def set_aside_later(checkpoint: Path, step: int) -> Path | None:
     return _move(later, f"{checkpoint}.after-step-{step}") if later else None
 
 
-def _move(paths: list[Path], name: str) -> Path:
+def _move(paths: list[Path], name: str, emptied: Path | None = None) -> Path:
     aside = next(path for number in count() if not (path := Path(f"{name}-{number}")).exists())
     try:
         aside.mkdir()
         for path in paths:
             path.rename(aside / path.name)
+        if emptied is not None:
+            emptied.rmdir()
     except OSError as error:
         raise UserError(f"'{error.filename}' cannot be moved to '{aside}' ({error.strerror}); move it") from error
     logger.warning(f"{len(paths)} incomplete or later steps were moved to '{aside}'")
@@ -127,11 +127,7 @@ def load_step(state: dict[str, Any], step: Path, verify: bool, is_alone: bool = 
 
 
 def load_model_state(step: Path, args: LlamaMimiArgs, verify: bool = True) -> dict[str, torch.Tensor]:
-    """Return the weights of a model of shape ``args`` from one step, as float32.
-
-    Raises:
-        UserError: files are damaged or missing, or the weights are not finite or not those of ``args``.
-    """
+    """Return the weights of a model of shape ``args`` from one step, as float32; a `UserError` names a wrong one."""
     read_index(step)
     with torch.device("meta"):
         wanted = build_model(args).state_dict()

@@ -26,17 +26,12 @@ from llama_mimi.common.errors import UserError, first_line
 METADATA = ".metadata"
 _SEAL = b"crc32:%08x"
 _BLOCK_BYTES = 1 << 20
+_DCP = "torch.distributed.checkpoint"
 # What DCP writes into its index, besides dtypes.
-_RECORDS = {
-    "torch.distributed.checkpoint.metadata": (
-        "BytesStorageMetadata ChunkStorageMetadata Metadata MetadataIndex StorageMeta TensorProperties "
-        "TensorStorageMetadata _MEM_FORMAT_ENCODING"
-    ),
-    "torch.distributed.checkpoint.filesystem": "_StorageInfo",
-    "torch.serialization": "_get_layout",
-    "torch": "Size",
-    "pathlib": "PosixPath",
-}
+_RECORDS = {"torch.Size", "pathlib.PosixPath", "torch.serialization._get_layout", f"{_DCP}.filesystem._StorageInfo"}
+_RECORDS |= {f"{_DCP}.metadata.{name}" for name in ("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties")}
+_RECORDS |= {f"{_DCP}.metadata.{kind}StorageMetadata" for kind in ("Bytes", "Chunk", "Tensor")}
+_RECORDS.add(f"{_DCP}.metadata._MEM_FORMAT_ENCODING")
 
 
 class CheckedWriter(_FileSystemWriter):
@@ -145,7 +140,7 @@ class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         module = "pathlib" if module == "pathlib._local" else module  # as Python 3.13 calls it
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_dtype or name in _RECORDS.get(module, "").split():
+        if is_dtype or f"{module}.{name}" in _RECORDS:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no DCP index contains")
 

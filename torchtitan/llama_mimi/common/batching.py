@@ -26,11 +26,8 @@ def bucket_by_length(sizes: Sequence[int], limit: float) -> list[list[int]]:
 
 def prefetch_map(function: Callable[[Item], Result], items: Iterable[Item], num_ahead: int) -> Iterator[Result]:
     """Like ``map``, with up to ``num_ahead`` results computed in advance by a thread; the caller's reads the items."""
-    if not num_ahead:
-        yield from map(function, items)
-        return
-    pool = ThreadPoolExecutor(1, thread_name_prefix="ahead")
     ahead: deque[Future[Result]] = deque()
+    pool = ThreadPoolExecutor(1, thread_name_prefix="ahead")
     try:
         for item in items:
             ahead.append(pool.submit(function, item))

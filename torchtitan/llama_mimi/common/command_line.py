@@ -14,7 +14,7 @@ import tyro
 from llama_mimi.common.errors import UserError, first_line, report
 
 Options = TypeVar("Options")
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+DISK_ERRORS = "ENOSPC EDQUOT EROFS EACCES ENOTDIR EEXIST".split()
 
 
 def run_command(command: Callable[..., None], doc: str | None) -> None:
@@ -43,20 +43,18 @@ def run_cli(main: Callable[[], None]) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr by default, for file names that are not UTF-8
     try:
-        main()
+        return main()
     except UserError as error:
         report(error)
-        sys.exit(1)
     except torch.OutOfMemoryError as error:
         report(UserError(f"the memory of the device is full ({first_line(error)}); lower the batch size"))
-        sys.exit(1)
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        if errno.errorcode.get(error.errno or 0) not in DISK_ERRORS:
             raise
         file = error.filename2 or error.filename or "a file"  # filename2 is the target of a copy
         remedy = "free disk space, set its permissions, or choose another folder"
         report(UserError(f"'{file}' cannot be used ({error.strerror}); {remedy}"))
-        sys.exit(1)
+    sys.exit(1)
 
 
 def to_cli_args(settings: Mapping[str, Any]) -> list[str]:

@@ -23,15 +23,14 @@ def use_cpu_without_gpu() -> None:
     assert "torchtitan.tools.utils" not in sys.modules, "TorchTitan was imported before"
     torch._utils._get_available_device_type = lambda: "cpu"
     total_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for name, function in {
-        "get_device_name": lambda device=None: platform.processor() or "cpu",
-        "get_device_properties": lambda device=None: SimpleNamespace(total_memory=total_memory),
-        "memory_stats": _memory_stats,
-        "reset_peak_memory_stats": lambda device=None: None,
-        "empty_cache": lambda: None,
-        "current_device": lambda: 0,  # torch.cpu returns "cpu"; a barrier needs an index
-    }.items():
-        setattr(torch.cpu, name, function)
+    vars(torch.cpu).update(
+        get_device_name=lambda device=None: platform.processor() or "cpu",
+        get_device_properties=lambda device=None: SimpleNamespace(total_memory=total_memory),
+        memory_stats=_memory_stats,
+        reset_peak_memory_stats=lambda device=None: None,
+        empty_cache=lambda: None,
+        current_device=lambda: 0,  # torch.cpu returns "cpu"; a barrier needs an index
+    )
 
 
 def _memory_stats(device: Any = None) -> dict[str, int]:
@@ -42,10 +41,7 @@ def _memory_stats(device: Any = None) -> dict[str, int]:
 
 
 def keep_freed_memory() -> None:
-    """Reuse freed blocks of memory instead of returning them to the kernel (glibc only).
-
-    The kernel fills each new block with zeros: half the time of a codec's convolutions.
-    """
+    """Reuse freed memory (glibc only): the kernel fills new blocks with zeros, half the time of a convolution."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own

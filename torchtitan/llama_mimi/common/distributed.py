@@ -28,23 +28,16 @@ def end_with_parent() -> None:
 
 
 def end_with_torchrun() -> None:
-    """End this rank with its torchrun; it would wait for other ranks until its timeout. Others may outlive a shell."""
-    if not dist.is_torchelastic_launched():
-        return
-    end_with_parent()
-    # Torchrun may have been killed during this process's imports. Orphans go to process 1, which in a container may be
-    # torchrun itself, but then it is Python.
-    first = Path("/proc/1/cmdline")
-    if os.getppid() == 1 and first.exists() and b"python" not in first.read_bytes():
-        os._exit(1)
+    """End this rank with its torchrun (Linux only); it would wait for other ranks until its timeout."""
+    if sys.platform == "linux" and dist.is_torchelastic_launched():
+        end_with_parent()
+        # An orphan, whose torchrun was killed during the imports, belongs to process 1, as a container's torchrun is.
+        if os.getppid() == 1 and b"python" not in Path("/proc/1/cmdline").read_bytes():
+            os._exit(1)
 
 
 class DistributedContext:
-    """The ranks of torchrun, or this process alone; a device that they cannot have raises a `UserError`.
-
-    Args:
-        device: None, or "cuda" without a number, means the rank's own GPU if there is one.
-    """
+    """The ranks of torchrun, or this process alone; without a device or with "cuda" each rank has its own GPU."""
 
     def __init__(self, device: str | None = None) -> None:
         end_with_torchrun()
@@ -55,9 +48,9 @@ class DistributedContext:
             self._store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
             world = {"rank": self.rank, "world_size": self.world_size}
             dist.init_process_group("gloo", store=self._store, timeout=TIMEOUT, **world)
+            if device is not None and device.startswith("cuda:"):
+                raise UserError(f"--device {device} is one GPU for {self.world_size} ranks; leave the number out")
         self.device = available_device(device or "cpu")
-        if self.world_size > 1 and device is not None and device.startswith("cuda:"):
-            raise UserError(f"--device {device} is one GPU for {self.world_size} ranks; leave the number out")
         if device in (None, "cuda") and torch.cuda.is_available():
             local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
             if local_rank >= num_gpus:

@@ -20,12 +20,10 @@ def report(error: UserError) -> None:
     if path := os.environ.get(RANK_ERROR_FILE):
         # Torchrun prints the earliest failure last; the ranks that it ends fail within the same second.
         extra = {"py_callstack": f"\n{sentence}", "timestamp": str(int(time.time()) - 1)}
-        try:
+        with suppress(OSError):  # such as a full disk
             Path(path).write_text(json.dumps({"message": {"message": sentence, "extraInfo": extra}}))
             return
-        except OSError:  # such as a full disk; torchrun cannot read half a file
-            with suppress(OSError):
-                Path(path).unlink(missing_ok=True)
+        Path(path).unlink(missing_ok=True)  # torchrun cannot read half a file
     print(sentence, file=sys.stderr)
 
 

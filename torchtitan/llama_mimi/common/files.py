@@ -34,20 +34,22 @@ def is_local(fs: fsspec.AbstractFileSystem) -> bool:
 
 
 def find_files(path: str, endings: tuple[str, ...]) -> list[str]:
-    """Return the sorted fsspec paths of a folder's files, of a file, or of a glob's matches.
-
-    A folder means its files at any depth that have one of the endings (".parquet", in any case) and are not hidden.
-    """
+    """Return sorted fsspec paths: a file, a glob's visible matches, or a folder's visible files with these endings."""
     fs, bare = file_system(path)
     try:
+        start = bare  # the beginning that exists is not a pattern, such as a folder with brackets in its name
+        while start.strip("/") and not fs.exists(start):
+            start = os.path.dirname(start)
         if fs.isdir(bare):
             below = _walk(bare) if is_local(fs) else fs.find(bare)
-            found = [file for file in below if file.lower().endswith(endings) and not is_hidden(_below(file, bare))]
-        else:
-            found = [bare] if fs.isfile(bare) else _glob(fs, bare)
+            found = [file for file in below if file.lower().endswith(endings)]
+        else:  # fsspec's own glob does not follow links to folders
+            pattern = escape(start) + bare[len(start) :]
+            found = glob(pattern, recursive=True) if is_local(fs) else fs.glob(pattern)
+        found = sorted(file for file in found if not is_hidden(file[len(start) :].lstrip("/")))
     except Exception as error:  # remote file systems raise what their transports raise
         raise UserError(f"'{path}' cannot be listed ({first_line(error)}); check the path and the network") from error
-    return sorted(found if is_local(fs) else map(fs.unstrip_protocol, found))
+    return found if is_local(fs) else [fs.unstrip_protocol(file) for file in found]
 
 
 def _walk(folder: str) -> Iterator[str]:
@@ -56,24 +58,9 @@ def _walk(folder: str) -> Iterator[str]:
     for path, folders, names in os.walk(folder, followlinks=True):
         if (real := os.path.realpath(path)) in seen:
             folders.clear()
-            continue
-        seen.add(real)
-        yield from (f"{path}/{name}" for name in names)
-
-
-def _glob(fs: fsspec.AbstractFileSystem, pattern: str) -> list[str]:
-    """Return a glob's matches. The folder at its beginning that exists is not a pattern, such as one with brackets."""
-    folder = os.path.dirname(pattern)
-    while folder.strip("/") and not fs.isdir(folder):
-        folder = os.path.dirname(folder)
-    escaped, wanted = escape(folder) + pattern[len(folder) :], _below(pattern, folder).split("/")
-    # fsspec's own glob does not follow links to folders
-    found = glob(escaped, recursive=True, include_hidden=True) if is_local(fs) else fs.glob(escaped)
-    return found if any(map(is_hidden, wanted)) else [file for file in found if not is_hidden(_below(file, folder))]
-
-
-def _below(file: str, folder: str) -> str:
-    return file[len(folder) :].lstrip("/")
+        else:
+            seen.add(real)
+            yield from (f"{path}/{name}" for name in names)
 
 
 def visible_files(folder: Path, pattern: str) -> list[Path]:
@@ -89,8 +76,7 @@ def is_hidden(relative: str) -> bool:
 
 def is_synthetic(path: str) -> bool:
     """Return True for a local path, or a glob, below a folder of synthesised speech."""
-    absolute = Path(path).absolute()
-    return any((folder / SYNTHETIC).is_file() for folder in (absolute, *absolute.parents))
+    return any((folder / SYNTHETIC).is_file() for folder in (Path(path).absolute() / "_").parents)
 
 
 def as_utf8(name: str) -> str:
@@ -123,13 +109,14 @@ def read_json(folder: str, name: str) -> dict[str, Any] | None:
     fs, bare = file_system(folder)
     try:
         values = parse_json(fs.cat_file(f"{bare.rstrip('/')}/{name}"))
-        if not isinstance(values, dict):
-            raise ValueError("it is not a JSON object")
-        return values
+        if isinstance(values, dict):
+            return values
+        reason = "it is not a JSON object"
     except FileNotFoundError:
         return None
     except (ValueError, OSError) as error:
-        raise UserError(f"'{folder}/{name}' is not readable as JSON ({error}); fix or remove the file") from error
+        reason = str(error)
+    raise UserError(f"'{folder}/{name}' is not readable as JSON ({reason}); fix or remove the file")
 
 
 def write_atomically(folder: str, name: str, content: bytes) -> None:
@@ -140,11 +127,9 @@ def write_atomically(folder: str, name: str, content: bytes) -> None:
     aside = f"{os.path.dirname(path)}/.{uuid4().hex}{PARTIAL}"  # short, as the target's name may be the longest allowed
     try:
         fs.makedirs(bare, exist_ok=True)
+        fs.pipe_file(aside if is_local(fs) else path, content)
         if is_local(fs):
-            fs.pipe_file(aside, content)
             os.replace(aside, path)
-        else:
-            fs.pipe_file(path, content)
     except OSError as error:
         with contextlib.suppress(OSError):
             os.unlink(aside)
@@ -167,19 +152,15 @@ def locked(path: Path, setting: str, wait: bool = False) -> Iterator[None]:
         wait: wait for another process instead of raising a `UserError`.
     """
     folder = path.parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = path.open("a")
-    except OSError as error:
-        raise UserError(f"'{folder}' cannot be written ({error.strerror}); choose another {setting}") from error
-    with file:
+    folder.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
         try:  # unlike flock, lockf is not inherited by loader workers
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 print(f"'{folder}' cannot be locked ({error.strerror}): start one process only on it", flush=True)
             elif wait:
-                print(f"waiting for another process, which holds '{path}'", flush=True)
+                print(f"waiting for another process, which has locked '{path}'", flush=True)
                 fcntl.lockf(file, fcntl.LOCK_EX)
             else:
                 remedy = f"wait for it, stop it, or choose another {setting}"

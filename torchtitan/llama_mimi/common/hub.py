@@ -3,13 +3,11 @@
 import hashlib
 import logging
 import re
-from collections.abc import Set
-from contextlib import suppress
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
 
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import visible_files
@@ -24,15 +22,17 @@ def load_pretrained(
     when it initialises missing ones at random. Exempt are tied weights, keys that the class exempts, and buffers.
 
     Args:
-        name: hub id or folder.
         what: noun for messages.
         allow_torch_weights: read ``.bin`` files if there are no safetensors (PyTorch loads weights only).
-        without_effect: regular expression of further tensors that may be missing or unexpected.
-
-    Raises:
-        UserError: the folder or hub model is missing, gated, unreachable, damaged, or of another kind.
+        without_effect: regular expression of further tensors that may be wrong.
     """
-    _check_name(name, what)
+    path = Path(name)
+    if not path.is_dir():  # the name of a folder with a typo is not a hub id, unless it was downloaded before
+        is_hub_id = re.fullmatch(r"\w+([.-]\w+)*/\w+([.-]\w+)*", name)
+        is_cached = is_hub_id and isinstance(try_to_load_from_cache(name, "config.json"), str)
+        if not is_hub_id or (path.parent.is_dir() and not is_cached):
+            remedy = f"check the path, name a hub id (owner/name), or fetch it with `hf download {name}`"
+            raise UserError(f"the {what} folder '{name}' does not exist; {remedy}")
     if is_model := "dtype" in kwargs:
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         kwargs["use_safetensors"] = None if allow_torch_weights else True
@@ -41,52 +41,32 @@ def load_pretrained(
     try:
         loaded = cls.from_pretrained(name, trust_remote_code=False, **kwargs)
     except Exception as error:  # damaged files raise whatever their parser does
-        reason = first_line(error)
-        if Path(name).is_dir():
-            problem = f"the {what} in '{name}' could not be loaded: {reason}"
+        if path.is_dir():
+            problem = f"the {what} in '{name}' could not be loaded: {first_line(error)}"
             raise UserError(f"{problem}; copy the folder again or name another {what}") from error
         raise UserError(
             f"the folder '{name}' does not exist, and the {what} could not be loaded from the Hugging Face Hub "
-            f"({reason}); check the path; if the hub's model is gated, accept its licence on its page and run "
-            f"`hf auth login`; without a network, download it elsewhere with `hf download {name} --local-dir FOLDER`"
+            f"({first_line(error)}); check the path; if the hub's model is gated, accept its licence on its page and "
+            f"run `hf auth login`; without a network, download it elsewhere with `hf download {name} --local-dir DIR`"
         ) from error
     finally:
         load_report.disabled = False
     if not is_model:
         return loaded
     model, info = loaded
-    exempt = re.compile(without_effect)
-    missing = {key for key in info["missing_keys"] if not exempt.search(key)}
-    unexpected = {key for key in info["unexpected_keys"] if not exempt.search(key)}
-    unexpected -= {buffer for buffer, _ in model.named_buffers()}
-    reshaped = {key for key, *_ in info["mismatched_keys"]}
-    require_no_difference(missing, unexpected, reshaped, f"'{name}' is not a whole {what}", type(model).__name__)
+    wrong = {
+        "missing": info["missing_keys"],
+        "unexpected": set(info["unexpected_keys"]) - {buffer for buffer, _ in model.named_buffers()},
+        "of another shape": [key for key, *_ in info["mismatched_keys"]],
+    }
+    wrong = {kind: [key for key in keys if not re.search(without_effect, key)] for kind, keys in wrong.items()}
+    require_no_difference(wrong, f"'{name}' is not a whole {what}", type(model).__name__)
     return model
 
 
-def _check_name(name: str, what: str) -> None:
-    """Refuse a folder that does not exist or has no model, before the hub is asked."""
-    path = Path(name)
-    if path.is_dir():
-        if not any((path / file).is_file() for file in ("config.json", "tokenizer_config.json")):
-            raise UserError(f"'{name}' has no {what} (no config.json in it); name a Hugging Face model folder")
-        return
-    missing = f"the {what} folder '{name}' does not exist; check the path or "
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        raise UserError(f"{missing}name a hub id (owner/name)")
-    if path.parent.is_dir():  # most likely a typo in the name of a local folder
-        with suppress(HFValidationError):
-            if isinstance(try_to_load_from_cache(name, "config.json"), str):
-                return
-        raise UserError(f"{missing}fetch the hub's model of that name with `hf download {name}`")
-
-
-def require_no_difference(
-    missing: Set[str], unexpected: Set[str], reshaped: Set[str], problem: str, model: str
-) -> None:
-    """Raise a `UserError` with ``problem``, and the number and first name of each kind of wrong tensors."""
-    found = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
-    if parts := "; ".join(f"{len(keys)} {kind}, first '{min(keys)}'" for kind, keys in found.items() if keys):
+def require_no_difference(wrong: Mapping[str, Collection[str]], problem: str, model: str) -> None:
+    """Raise a `UserError` with ``problem`` if there are wrong tensors; ``wrong`` maps the kind of a fault to names."""
+    if parts := "; ".join(f"{len(keys)} {kind}, first '{min(keys)}'" for kind, keys in wrong.items() if keys):
         problem += f": its tensors are not those of the {model} in its config.json ({parts})"
         raise UserError(f"{problem}; copy or convert the folder again, or name another")
 

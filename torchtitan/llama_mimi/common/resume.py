@@ -19,29 +19,24 @@ Result = TypeVar("Result")
 
 
 def require_same(saved: Mapping[str, Any], current: Mapping[str, Any], what: str, remedy: str) -> None:
-    """Raise a `UserError` if one of the current settings differs from that of the saved work.
+    """Raise a `UserError` if one of the current settings, by dotted name, differs from that of the saved work.
 
-    Nested mappings are compared by dotted names; keys that only ``saved`` has are not compared. In the error ``what``
-    is the subject, and ``remedy`` an imperative clause.
+    In the error ``what`` is the subject, and ``remedy`` an imperative clause.
     """
-    saved, current = _flat(saved), _flat(current)
     for name, value in current.items():
-        if saved.get(name) != value:
-            before = repr(saved[name]) if name in saved else "not set"
-            raise UserError(f"{what} was made with {name} = {before}, but it is {value!r} now; {remedy}")
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
+        before = saved.get(name)
+        if isinstance(value, Mapping) and isinstance(before or {}, Mapping):
+            nested = [{f"{name}.{key}": item for key, item in some.items()} for some in (before or {}, value)]
+            require_same(nested[0], nested[1], what, remedy)
+        elif before != value:
+            was = repr(before) if name in saved else "not set"
+            raise UserError(f"{what} was made with {name} = {was}, but it is {value!r} now; {remedy}")
 
 
 class ProgressLog:
-    """Append-only log of finished items: lines of JSON, one file for each process.
+    """Append-only log of finished items: JSON Lines, a file for each process; its folder is named by ``header``'s hash.
 
-    It is the subfolder named by the hash of ``header``, which is everything that results depend on besides the items.
+    ``header`` is everything that results depend on besides the items.
     """
 
     def __init__(self, folder: Path, header: Mapping[str, Any]) -> None:
@@ -57,14 +52,9 @@ class ProgressLog:
         return done
 
     def add(self, results: Mapping[str, Any]) -> None:
-        """Append results; raise a `UserError` if the file cannot be written."""
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a") as file:
-                file.write(json.dumps(results) + "\n")
-        except OSError as error:
-            remedy = "free disk space or fix --output_dir, then run the command again: finished items are kept"
-            raise UserError(f"'{self._path}' could not be written ({error.strerror}); {remedy}") from error
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a") as file:
+            file.write(json.dumps(results) + "\n")
 
     def close(self) -> None:
         """Delete this log, and the folder of logs if it is empty."""
@@ -102,12 +92,11 @@ def map_resumable(
     mine = todo[ranks.rank :: ranks.world_size]
     new: dict[str, Result] = {}
     with tqdm(total=sum(map(len, mine)), unit=unit, desc=f"{unit}s", disable=ranks.rank > 0 or not mine) as progress:
-        for batch in mine:
-            for key, result in work(batch):
-                if is_done(key, result):
-                    log.add({key: result})
-                new[key] = result
-                progress.update()
+        for key, result in (pair for batch in mine for pair in work(batch)):
+            if is_done(key, result):
+                log.add({key: result})
+            new[key] = result
+            progress.update()
     for part in gather(new):
         done |= part
     return {key: done[key] for batch in batches for key in batch}

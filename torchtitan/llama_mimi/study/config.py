@@ -6,27 +6,25 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, NamedTuple, get_type_hints
 
 from llama_mimi.common.command_line import parse_options, to_cli_args
 from llama_mimi.common.errors import UserError
 from llama_mimi.evaluation.script import BENCHMARK_SCRIPTS, EvaluationOptions
 from llama_mimi.judging.script import GenerationOptions
-from llama_mimi.study.budget import is_packed_or_tokenised, resolved, step_flops
+from llama_mimi.study.budget import resolved, step_flops
 from llama_mimi.tokens.vocabulary import Architecture
 from llama_mimi.training.config_file import fits
 
+Flags = dict[str, Any]
 # The axes of a study and their names for readers, and the types of the keys of sections.
 AXES = {"architecture": "{}", "flavor": "{}", "num_quantizers": "Q = {}", "level_weights": "weights {}"}
 AXES |= {"steps": "{:,} steps"}
-Flags = dict[str, Any]
-LISTS = {"architecture": list[Architecture], "flavor": list[str], "num_quantizers": list[int]}
-OVERRIDE: Flags = LISTS | {"level_weights": list[str], "settings": Flags}
-TABLE: Flags = LISTS | {"level_weights": list[str], "title": str, "steps": list[int], "flops": list[float]}
+LISTS: Flags = {"architecture": list[Architecture], "flavor": list[str], "num_quantizers": list[int]}
+LISTS |= {"level_weights": list[str]}
 # Settings of training, and flags of the scripts in eval/, that an axis or the study itself sets.
 OWN = {"model.architecture", "model.flavor", "codec.num_quantizers", "loss.level_weights", "job.config_file"}
 OWN |= {"job.dump_folder", "checkpoint.folder", "debug.seed", "model_name", "output_dir", "codes_dir", "name"}
-Options = TypeVar("Options")
 
 
 @dataclass(frozen=True)
@@ -45,10 +43,7 @@ class Variant:
         return f"{self.architecture}-{self.flavor}-q{self.num_quantizers}-{weights}-{self.steps}"
 
 
-@dataclass(frozen=True)
-class Run:
-    """A variant with one seed."""
-
+class Run(NamedTuple):
     variant: Variant
     seed: int
 
@@ -57,8 +52,7 @@ class Run:
         return f"{self.variant.name}-seed{self.seed}"
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """Variants that are compared; the first one is the baseline."""
 
     title: str
@@ -97,7 +91,7 @@ class Study:
     benchmarks: dict[Literal["salmon", "sLM21", "sStoryCloze"], Flags] = field(default_factory=dict)
     generation: Flags = field(default_factory=dict)  # flags of eval/generation.py; empty: nothing is judged
     tables: tuple[Table, ...] = ()
-    result_files: Mapping[Any, str] = field(default_factory=dict)  # names of the benchmarks' result files
+    result_files: dict[str, str] = field(default_factory=dict)  # names of the benchmarks' result files
 
     @property
     def variants(self) -> list[Variant]:
@@ -125,34 +119,38 @@ class Study:
             for section in ("training", "validation"):
                 length = getattr(base, section).seq_len
                 flags[f"{section}.seq_len"] = length * variant.num_quantizers // base.codec.num_quantizers
-        for settings in (self.settings, *(some["settings"] for some in self.override if applies(some, variant))):
-            flags |= settings
-        axes = {f"{{{axis}}}": str(value) for axis, value in vars(variant).items()}
-        for key, value in flags.items():
-            if isinstance(value, str):
-                flags[key] = re.sub(r"{\w+}", lambda match: axes.get(match[0], match[0]), value)
-        return flags
+        flags |= self.settings
+        for override in self.override:
+            flags |= override["settings"] if applies(override, variant) else {}
+        try:
+            return {k: v.format_map(vars(variant)) if isinstance(v, str) else v for k, v in flags.items()}
+        except (LookupError, ValueError) as error:
+            raise UserError(f"settings use {error} in braces; the axes are {', '.join(AXES)}") from error
+
+
+def applies(override: Flags, variant: Variant) -> bool:
+    """Return True if a variant has one of the values of each axis of an [[override]]."""
+    return all(getattr(variant, axis) in values for axis, values in override.items() if axis in AXES)
 
 
 def read_study(path: Path) -> Study:
-    """Read a study's file.
-
-    Raises:
-        UserError: the file cannot be read, has an unknown key, or describes a run that training or eval/ refuses.
-    """
+    """Read a study's file; a `UserError` refuses unknown keys, and runs that training or eval/ would refuse."""
     try:
-        values = tomllib.loads(path.read_text()) | {"path": path}
-        launch = Launch(**_checked(values.get("launch", {}), get_type_hints(Launch), "[launch]"))
+        values = tomllib.loads(path.read_text())
+        values["launch"] = Launch(**_checked(values.get("launch", {}), get_type_hints(Launch), "[launch]"))
         for override in values.get("override", []):
-            _checked(override, OVERRIDE, "[[override]]", "settings")
-        grids = [_checked(some, TABLE, "[[tables]]", "title") for some in values.pop("tables", [])]
-        _checked(values | {"launch": launch}, get_type_hints(Study), "the file", "name", "output_dir", "config")
-        study = Study(**values | {"launch": launch, "output_dir": Path(str(values["output_dir"]))})
+            _checked(override, LISTS | {"settings": Flags}, "[[override]]", "settings")
+        types = LISTS | {"title": str, "steps": list[int], "flops": list[float]}
+        grids = [_checked(some, types, "[[tables]]", "title") for some in values.pop("tables", [])]
+        _checked(values, get_type_hints(Study), "the file", "name", "output_dir", "config")
+        study = Study(path, **values | {"output_dir": Path(values["output_dir"])})
         tables = tuple(Table(grid["title"], _variants(study, grid)) for grid in grids)
-        options = {name: _options(EvaluationOptions, flags) for name, flags in study.benchmarks.items()}
-        names = {name: BENCHMARK_SCRIPTS[name].result_path(some).name for name, some in options.items()}
-        study = replace(study, tables=tables, result_files=names)
-        _check(study)
+        _check(study := replace(study, tables=tables))
+        for name, flags in study.benchmarks.items():
+            options = parse_options(EvaluationOptions, to_cli_args({**flags, "model_name": "model"}))
+            study.result_files[name] = BENCHMARK_SCRIPTS[name].result_path(options).name
+        if study.generation:
+            parse_options(GenerationOptions, to_cli_args({**study.generation, "model_name": "model"}))
     except (OSError, TypeError, ValueError, UserError) as error:
         raise UserError(f"the study '{path}' cannot be used: {error}") from error
     return study
@@ -172,15 +170,6 @@ def _checked(values: Any, types: Mapping[str, Any], name: str, *required: str) -
     return values
 
 
-def applies(override: Flags, variant: Variant) -> bool:
-    """Return True if a variant has one of the values of each axis of an [[override]]."""
-    return all(getattr(variant, axis) in values for axis, values in override.items() if axis in AXES)
-
-
-def _options(kind: type[Options], flags: Flags) -> Options:
-    return parse_options(kind, to_cli_args({**flags, "model_name": "model"}))
-
-
 def _variants(study: Study, grid: Flags) -> tuple[Variant, ...]:
     """Return the product of the axes of a table; an axis without values has that of the config."""
     found: list[Variant] = []
@@ -188,19 +177,15 @@ def _variants(study: Study, grid: Flags) -> tuple[Variant, ...]:
         if architecture not in study.config:
             raise UserError(f"[config] has no file for the architecture '{architecture}' of '{grid['title']}'")
         base = resolved({"job.config_file": study.config[architecture]})
-        axes = (
+        for values in itertools.product(
             grid.get("flavor") or [base.model.flavor],
             grid.get("num_quantizers") or [base.codec.num_quantizers],
             grid.get("level_weights") or [base.loss.level_weights],
-        )
-        for values in itertools.product(*axes):
+        ):
             variant = Variant(architecture, *values, steps=0)
             flags = study.flags(variant)
-            steps = grid.get("steps") or [resolved(flags).training.steps]
-            if flops := grid.get("flops"):
-                if "steps" in grid or not is_packed_or_tokenised(flags):
-                    raise UserError(f"'{grid['title']}' has flops; remove its steps, and tokenise or pack the corpus")
-                steps = [round(some / step_flops(flags, study.launch.nproc_per_node)) for some in flops]
+            budgets = [some / step_flops(flags, study.launch.nproc_per_node) for some in grid.get("flops", [])]
+            steps = [*grid.get("steps", []), *map(round, budgets)] or [resolved(flags).training.steps]
             found += [replace(variant, steps=number) for number in steps]
     return tuple(dict.fromkeys(found))
 
@@ -209,13 +194,7 @@ def _check(study: Study) -> None:
     """Refuse values that have the right type and cannot be run, before anything is trained."""
     launch, sections = study.launch, [study.settings, study.generation, *study.benchmarks.values()]
     own = OWN & set().union(*sections, *(some["settings"] for some in study.override))
-    unused = [
-        f"{axis} = {value!r}"
-        for some in study.override
-        for axis in AXES
-        for value in some.get(axis, ())
-        if not any(applies({**some, axis: [value]}, variant) for variant in study.variants)
-    ]
+    unused = [some for some in study.override if not any(applies(some, variant) for variant in study.variants)]
     configs = [resolved(study.flags(v) | {"training.steps": v.steps}) for v in study.variants]
     is_unknown_batch = launch.train and any(config.training.global_batch_size < 1 for config in configs)
     for is_wrong, message in (
@@ -223,10 +202,8 @@ def _check(study: Study) -> None:
         (len({*study.seeds}) < len(study.seeds), f"seeds is {study.seeds}; list different numbers"),
         (min(launch.parallel, launch.nproc_per_node) < 1, "launch.parallel and launch.nproc_per_node are 1 or more"),
         (own, f"it sets {', '.join(sorted(own))}, which an axis or the study itself sets; remove that"),
-        (unused, f"an [[override]] with {unused[:1]} applies to no variant; correct its axes"),
+        (unused, f"the [[override]] {unused[:1]} applies to no variant; correct its axes"),
         (is_unknown_batch, "launch.train starts an unknown number of ranks; set training.global_batch_size"),
     ):
         if is_wrong:
             raise UserError(message)
-    if study.generation:
-        _options(GenerationOptions, study.generation)

@@ -24,18 +24,14 @@ Lines = Sequence[Mapping[str, Any]]
 
 
 def write_report(study: Study, lines: Lines) -> Path:
-    """Write the report and its pictures into the study's folder, and return its path; `lines` are those of the index.
-
-    Raises:
-        UserError: a result cannot be read, or a file cannot be written.
-    """
+    """Write the report and its pictures into the study's folder, and return its path; `lines` are the index."""
     write_markdown(sections(study, lines), study.output_dir / REPORT)
     return study.output_dir / REPORT
 
 
 def sections(study: Study, lines: Lines) -> list[Section]:
-    """Return the sections of the report; raises as `write_report`."""
-    items = _with_bits(collect_results(study), lines)
+    """Return the sections of the report; raise a `UserError` if a result cannot be read."""
+    items = _with_bits(_collect_results(study), lines)
     commits = sorted({line["commit"] for line in lines if line["commit"]})
     missing = [line for line in lines if line["state"] != "done"]
     about = (
@@ -51,30 +47,23 @@ def sections(study: Study, lines: Lines) -> list[Section]:
     for number, table in enumerate(study.tables, 1):
         groups = {table.label(v): [Run(v, seed).name for seed in study.seeds] for v in table.variants}
         found.append(comparison(items, table.title, groups, f"forest-{number}"))
-        pictures = tradeoffs(items, table.title, groups, f"tradeoff-{number}")
-        found += [Section(f"{table.title}: trade-off", pictures=pictures)] if pictures else []
+        if pictures := tradeoffs(items, table.title, groups, f"tradeoff-{number}"):
+            found.append(Section(f"{table.title}: trade-off", pictures=pictures))
     return found + published_numbers(items, PUBLISHED)
 
 
-def collect_results(study: Study) -> pd.DataFrame:
-    """Return all values of the result files and write them to `RESULTS`; without such files, read `RESULTS`.
-
-    Raises:
-        UserError: `RESULTS` has values that the result files lack, which would be lost.
-    """
-    folders = [study.output_dir / name for name in ("results", "generations")]
-    found = read_results([folder for folder in folders if folder.is_dir()]).items
+def _collect_results(study: Study) -> pd.DataFrame:
+    """Return all values of the result files and write them to `RESULTS`; without such files, read `RESULTS`."""
+    folders = [folder for name in ("results", "generations") if (folder := study.output_dir / name).is_dir()]
+    found = read_results(folders).items
     if (path := study.output_dir / RESULTS).is_file():
         saved = pd.read_parquet(path)
         if found.empty:
             return saved
-        keys = ["system", "measure"]
-        lost = set(saved[keys].itertuples(index=False, name=None)) - set(found[keys].itertuples(index=False, name=None))
-        if lost:
-            name, measure = min(lost)
-            raise UserError(
-                f"'{path}' has values of {name} ({measure}) that no result file has; restore the files, or remove it"
-            )
+        there = set(zip(found["system"], found["measure"], strict=True))
+        if lost := set(zip(saved["system"], saved["measure"], strict=True)) - there:
+            problem = "'{}' has values of {} ({}) that no result file has".format(path, *min(lost))
+            raise UserError(f"{problem}; restore the files, or remove it")
     write_atomically(str(study.output_dir), RESULTS, found.to_parquet(None, compression="zstd", index=False))
     return found
 

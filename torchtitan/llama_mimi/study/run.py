@@ -5,14 +5,12 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llama_mimi.checkpoint.conversion import JOB_CONFIG, NOT_OF_THE_MODEL
 from llama_mimi.common.command_line import to_cli_args
@@ -30,8 +28,7 @@ INDEX, RECORD = "index.jsonl", "record.json"
 TRAIN, GENERATION = "train", "generation"
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """A command of a run: training, conversion, a benchmark, or judging. It writes ``output``."""
 
     name: str
@@ -45,10 +42,10 @@ def steps(study: Study, run: Run) -> list[Step]:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     torchrun.append(f"--nproc_per_node={study.launch.nproc_per_node}")
     ranks = torchrun if study.launch.nproc_per_node > 1 else [sys.executable]
+    trainer = study.launch.train or [*torchrun, "-m", "llama_mimi.train"]
     folder, model = f"{run_folder(study, run)}/run", f"{study.output_dir}/models/{run.name}"
     results, generations = f"{study.output_dir}/results", f"{study.output_dir}/generations"
     checkpoint = f"{folder}/checkpoint/step-{run.variant.steps}"
-    trainer = study.launch.train or [*torchrun, "-m", "llama_mimi.train"]
     training = training_flags(study, run) | {"job.dump_folder": folder}
     conversion = {"checkpoint": checkpoint, "output_dir": model}
     scoring = {"model_name": model, "output_dir": results, "codes_dir": f"{study.output_dir}/clip_codes"}
@@ -85,11 +82,8 @@ def read_record(study: Study, run: Run) -> dict[str, Any]:
 
 def _settings(study: Study, run: Run, step: Step) -> Flags:
     """Return everything that must not change after a step was started."""
-    return step.flags | {"SHA-256 of the config": _sha256(Path(study.config[run.variant.architecture]))}
-
-
-def _sha256(path: Path) -> str:
-    return sha256(path.read_bytes()).hexdigest()
+    config = Path(study.config[run.variant.architecture]).read_bytes()
+    return step.flags | {"SHA-256 of the config": sha256(config).hexdigest()}
 
 
 def check_unchanged(study: Study) -> None:
@@ -98,11 +92,11 @@ def check_unchanged(study: Study) -> None:
         record = read_record(study, run)
         if "flags" in record:
             raise UserError(f"'{run_folder(study, run)}' is of an earlier version; choose another output_dir")
-        saved = record["settings"]
-        for step in (step for step in steps(study, run) if step.name in saved):
-            current = dict.fromkeys(saved[step.name]) | _settings(study, run, step)  # a removed flag is None
-            what = f"the step '{step.name}' of {run.name}"
-            require_same(saved[step.name], current, what, "restore that, or choose another output_dir")
+        for step in steps(study, run):
+            if saved := record["settings"].get(step.name):
+                current = dict.fromkeys(saved) | _settings(study, run, step)  # a removed flag is None
+                what = f"the step '{step.name}' of {run.name}"
+                require_same(saved, current, what, "restore that, or choose another output_dir")
 
 
 class StudyRunner:
@@ -110,7 +104,6 @@ class StudyRunner:
 
     def __init__(self, study: Study) -> None:
         self.study = study
-        self._is_stopping = threading.Event()
 
     def train_and_score(self, runs: Sequence[Run]) -> None:
         """Train, convert and score runs, ``launch.parallel`` at a time."""
@@ -120,11 +113,7 @@ class StudyRunner:
                 self._run(run, [step for step in steps(self.study, run) if step.name != GENERATION])
 
         with ThreadPoolExecutor(self.study.launch.parallel) as pool:
-            try:
-                list(pool.map(work, runs))
-            except BaseException:  # such as an interrupt: no other command is started
-                self._is_stopping.set()
-                raise
+            list(pool.map(work, runs))  # an interrupt ends the commands, and starts no other run
 
     def judge(self) -> None:
         """Judge the continuations of all scored runs one after the other, as they share the prompts."""
@@ -134,30 +123,30 @@ class StudyRunner:
                     self._run(run, steps(self.study, run)[-1:])
 
     def _run(self, run: Run, todo: Sequence[Step]) -> None:
+        failed, record = None, read_record(self.study, run)
+
+        def save() -> None:
+            write_atomically(str(run_folder(self.study, run)), RECORD, json.dumps(record, indent=1).encode())
+
         for step in todo:
-            record = read_record(self.study, run)
             if step.name in record["seconds"] and step.output.exists():
                 continue
-            if self._is_stopping.is_set():
-                return
             if step.name == TRAIN:  # a run that was killed behind its last checkpoint lacks the validation of that step
                 shutil.rmtree(step.output, ignore_errors=True)
-            self._record(run, settings=record["settings"] | {step.name: _settings(self.study, run, step)})
+            record["settings"][step.name] = _settings(self.study, run, step)
+            save()
             log, began = run_folder(self.study, run) / "logs" / f"{step.name}.log", time.monotonic()
             try:
                 self.start(step.name, log, [*step.program, *to_cli_args(step.flags)])
             except (UserError, OSError) as error:
-                if not self._is_stopping.is_set():
-                    self._record(run, failed={"step": step.name, "why": str(error)})
-                    print(f"{run.name}: {step.name} failed: {error}", flush=True)
-                return
-            self._record(run, seconds=record["seconds"] | {step.name: round(time.monotonic() - began, 1)})
+                failed = {"step": step.name, "why": str(error)}
+                print(f"{run.name}: {step.name} failed: {error}", flush=True)
+                break
+            record["seconds"][step.name] = round(time.monotonic() - began, 1)
+            save()
             print(f"{run.name}: {step.name} is done", flush=True)
-        self._record(run, failed=None)
-
-    def _record(self, run: Run, **values: Any) -> None:
-        content = json.dumps(read_record(self.study, run) | values, indent=1)
-        write_atomically(str(run_folder(self.study, run)), RECORD, content.encode())
+        record["failed"] = failed
+        save()
 
     def start(self, name: str, log: Path, command: list[str]) -> None:
         """Run a command, which ends with this process at the latest; raise a `UserError` if it fails."""
@@ -190,7 +179,7 @@ def _line(study: Study, run: Run) -> dict[str, Any]:
     config, dataset = read_json(str(folder), JOB_CONFIG), []
     if config:  # corpora, tokenised ones by the hash of their manifest
         parts = [part.strip() for part in config["training"]["dataset"].split(",")]
-        dataset = [_sha256(path) if (path := Path(part, MANIFEST)).is_file() else part for part in parts]
+        dataset = [sha256(p.read_bytes()).hexdigest() if (p := Path(d, MANIFEST)).is_file() else d for d in parts]
     bits = {tag: values for tag, values in read_curves(folder).items() if tag.startswith(f"validation_{BITS}/")}
     return {
         "study": study.name,
