@@ -97,9 +97,11 @@ class AudioReader:
         """Return the clips of a row, or one skipped clip with the reason why it cannot be used."""
         name = row["name"]
         try:
+            if row.get("problem"):
+                raise AudioError("damaged row", f"'{name}' cannot be used: {row['problem']}")
             if (reason := self._filter.of_values(row)) is not None:
                 return [_filtered(name, reason)]
-            if self._with_text and not row.get("text") and not row.get("problem"):
+            if self._with_text and not row.get("text"):
                 raise AudioError("no text", f"'{name}' has no text")
             if self._splits:
                 return self._split(row)
@@ -162,9 +164,6 @@ def read_row(row: Row, sample_rate_hz: int | None, *, max_seconds: float) -> Wav
         raise AudioError("damaged row", f"'{name}' cannot be used: {row['problem']}")
     if audio is None:
         raise AudioError("no audio", f"'{name}' has neither audio bytes nor a path")
-    if not isinstance(audio, bytes | str):
-        kind = type(audio).__name__
-        raise AudioError("not bytes", f"the audio of '{name}' is a {kind}, not bytes; write the bytes of its file")
     if duration == 0:
         raise AudioError("too short", f"'{name}' has a duration of 0 s")
     if isinstance(audio, str) and "://" in audio:

@@ -8,7 +8,7 @@ from typing import Any
 
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import digest, file_system
-from llama_mimi.corpora.source import ROWS_PER_UNIT, Columns, Row, Source, Unit, parse_object, slices
+from llama_mimi.corpora.source import ROWS_PER_UNIT, Columns, Row, Source, Unit, parse_object, reading, slices
 
 AUDIO_KEY = "audio_filepath"
 
@@ -30,13 +30,7 @@ class ManifestSource(Source):
         found = map(parse_object, self._lines(0))
         keys = dict.fromkeys(str(key) for values in found if isinstance(values, dict) for key in values)
         self._audio_key = wanted.audio if wanted.audio in keys else AUDIO_KEY
-        if self._audio_key not in keys:
-            raise UserError(
-                f"'{self._places[0][0]}' has neither '{wanted.audio}' nor '{AUDIO_KEY}' in its first {ROWS_PER_UNIT} "
-                f"lines, only {', '.join(sorted(keys)) or 'no JSON objects'}; set the key of audio files "
-                "(data.audio_column, or --audio_column of a script)"
-            )
-        self._choose_columns(keys)
+        self._choose_columns(keys, ("text",) if self._audio_key in keys else ("audio", "text"))
 
     def rows(self, unit: int, start: int = 0) -> Iterator[Row]:
         file, first, _ = self._places[unit]
@@ -55,18 +49,15 @@ class ManifestSource(Source):
     def _scan(self, file: str) -> str:
         """Find the units of a manifest; return its hash."""
         starts, num_rows, offset, sha256 = [], 0, 0, hashlib.sha256()
-        try:
-            fs, bare = file_system(file)
-            with fs.open(bare, "rb") as stream:
-                for line in stream:
-                    if line.strip():
-                        if num_rows % ROWS_PER_UNIT == 0:
-                            starts.append(offset)
-                        num_rows += 1
-                    offset += len(line)
-                    sha256.update(line)
-        except OSError as error:
-            raise _unreadable(file, error) from error
+        fs, bare = file_system(file)
+        with reading(file, "manifest"), fs.open(bare, "rb") as stream:
+            for line in stream:
+                if line.strip():
+                    if num_rows % ROWS_PER_UNIT == 0:
+                        starts.append(offset)
+                    num_rows += 1
+                offset += len(line)
+                sha256.update(line)
         for (first, last), (start, end) in zip(slices(num_rows), pairwise([*starts, offset]), strict=True):
             self.units.append(Unit(f"rows from {first} of {file}", end - start, last - first))
             self._places.append((file, first, start))
@@ -74,11 +65,9 @@ class ManifestSource(Source):
 
     def _lines(self, unit: int) -> list[bytes]:
         file, _, start = self._places[unit]
-        try:
-            fs, bare = file_system(file)
+        fs, bare = file_system(file)
+        with reading(file, "manifest"):
             content = fs.read_block(bare, start, self.units[unit].num_bytes)
-        except OSError as error:
-            raise _unreadable(file, error) from error
         return [line for line in content.split(b"\n") if line.strip()]
 
 
@@ -88,7 +77,3 @@ def _seconds(value: Any) -> float | None:
     if not 0 <= (seconds := float(value)) < math.inf:
         raise ValueError(f"{value} is not a number of seconds")
     return seconds
-
-
-def _unreadable(file: str, error: Exception) -> UserError:
-    return UserError(f"the manifest '{file}' cannot be read ({first_line(error)}); check it, or copy it again")

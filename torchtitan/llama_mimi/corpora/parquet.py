@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import digest, file_system
-from llama_mimi.corpora.source import Columns, Row, Source, Unit
+from llama_mimi.corpora.source import Columns, Row, Source, Unit, reading
 
 FOOTER_THREADS = 16  # that read footers at once: a remote one is mostly waiting
 # A row group that is larger by its footer is read in parts of a quarter of that; in memory it may have twice as many.
@@ -52,28 +52,24 @@ class ParquetSource(Source):
     def rows(self, unit: int, start: int = 0) -> Iterator[Row]:
         path, number, first = self._places[unit]
         at, num_bytes = first, 0
-        try:
-            fs, bare = file_system(path)
-            with fs.open(bare) as stream:
-                file = pq.ParquetFile(stream)
-                # A value of a dictionary is as large as the row group at most, and each row may have it.
-                at_once = max(1, MAX_GROUP_BYTES // max(1, file.metadata.row_group(number).total_byte_size))
-                columns = list(set(self._columns.values()))
-                batches = file.iter_batches(min(at_once, ROWS_AT_ONCE), row_groups=[number], columns=columns)
-                # In a part of a row group, a batch is a row.
-                for batch in islice(batches, first, first + int(self.units[unit].num_rows or 0)):
-                    num_bytes += batch.nbytes
-                    if num_bytes > 2 * MAX_GROUP_BYTES:
-                        raise UserError(
-                            f"row group {number} of '{path}' takes more than {2 * MAX_GROUP_BYTES:,} bytes of memory, "
-                            "and its footer says less; write the file again with fewer rows in a row group"
-                        )
-                    for index in range(batch.num_rows):
-                        if at >= first + start:
-                            yield self._of_batch(batch, index, f"row {at} of {self.units[unit].name}", path)
-                        at += 1
-        except (OSError, ValueError, pa.ArrowException) as error:
-            raise unreadable(path, error) from error
+        fs, bare = file_system(path)
+        with reading(path, "Parquet file"), fs.open(bare) as stream:
+            file = pq.ParquetFile(stream)
+            # A value of a dictionary is as large as the row group at most, and each row may have it.
+            at_once = max(1, MAX_GROUP_BYTES // max(1, file.metadata.row_group(number).total_byte_size))
+            columns = list(set(self._columns.values()))
+            batches = file.iter_batches(min(at_once, ROWS_AT_ONCE), row_groups=[number], columns=columns)
+            # In a part of a row group, a batch is a row.
+            for batch in islice(batches, first, first + int(self.units[unit].num_rows or 0)):
+                num_bytes += batch.nbytes
+                if num_bytes > 2 * MAX_GROUP_BYTES:
+                    problem = f"takes more than {2 * MAX_GROUP_BYTES:,} bytes of memory, and its footer says less"
+                    remedy = "write the file again with fewer rows in a row group"
+                    raise UserError(f"row group {number} of '{path}' {problem}; {remedy}")
+                for index in range(batch.num_rows):
+                    if at >= first + start:
+                        yield self._of_batch(batch, index, f"row {at} of {self.units[unit].name}", path)
+                    at += 1
 
     def _of_batch(self, batch: pa.RecordBatch, index: int, place: str, path: str) -> Row:
         try:
@@ -103,11 +99,8 @@ class ParquetSource(Source):
 def read_footer(path: str) -> pq.FileMetaData:
     """Return the metadata of a Parquet file, or raise a `UserError`."""
     fs, bare = file_system(path)
-    try:
-        with fs.open(bare) as stream:
-            return pq.read_metadata(stream)
-    except (OSError, pa.ArrowException) as error:
-        raise unreadable(path, error) from error
+    with reading(path, "Parquet file"), fs.open(bare) as stream:
+        return pq.read_metadata(stream)
 
 
 def _contents(path: str) -> tuple[pa.Schema, list[tuple[int, int]]]:
@@ -116,8 +109,3 @@ def _contents(path: str) -> tuple[pa.Schema, list[tuple[int, int]]]:
     groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
     schema = footer.schema.to_arrow_schema().remove_metadata()
     return schema, [(group.num_rows, group.total_byte_size) for group in groups]
-
-
-def unreadable(path: str, error: Exception) -> UserError:
-    """Return the error for a Parquet file that cannot be read."""
-    return UserError(f"'{path}' is not a readable Parquet file ({first_line(error)}); fix the cause, or copy it again")

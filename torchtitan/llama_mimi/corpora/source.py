@@ -1,10 +1,14 @@
 """Interface between the formats of corpora and their readers. Audio stays undecoded here."""
 
 import json
+import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+import pyarrow as pa
 
 from llama_mimi.audio.reading import AUDIO_ENDINGS
 from llama_mimi.common.errors import UserError, first_line
@@ -15,9 +19,9 @@ ROWS_PER_UNIT = 100  # of formats without row groups, as `datasets` writes audio
 # Endings of audio in corpora; the last four need FFmpeg.
 CORPUS_ENDINGS = (*AUDIO_ENDINGS, ".oga", ".opus", ".aiff", ".aif", ".au", ".m4a", ".aac", ".webm", ".wma")
 
-# A row has "name", and "audio": the bytes of an audio file, its path (absolute, or a URL of fsspec), or None. It may
-# have "text", "speaker", "offset" and "duration" (of a part of a recording, in seconds), "problem" (why it cannot be
-# used), and the columns that a filter names.
+# A row has "name" (its id, else its path, else its place), and "audio": the bytes of an audio file, its path (absolute,
+# or a URL of fsspec), or None. It may have "id", "text", "speaker", "offset" and "duration" (of a part of a recording,
+# in seconds), "problem" (why it cannot be used), and the columns that a filter names.
 Row = dict[str, Any]
 Values = dict[str, Any]
 
@@ -83,7 +87,10 @@ class Source(ABC):
         content, path = (audio, None) if isinstance(audio, bytes) else (None, audio)
         if isinstance(audio, Mapping):
             content, path = audio.get("bytes"), audio.get("path")
-        row: Row = {"name": _label(row_id) or _label(path) or place, "audio": content, **part}
+        name = _label(row_id)
+        row: Row = {"name": name or _label(path) or place, "id": name, "audio": content, **part}
+        if content and not isinstance(content, bytes):
+            values = f"its audio is a {type(content).__name__}, not the bytes of a file"
         if isinstance(values, str):
             return row | {"problem": values}
         if not content and path:
@@ -97,6 +104,16 @@ class Source(ABC):
         except (ValueError, RecursionError) as error:
             row["problem"] = f"its {role} cannot be stored ({first_line(error)})"
         return row
+
+
+@contextmanager
+def reading(path: str, kind: str) -> Iterator[None]:
+    """Raise a `UserError` that names the file if it is damaged; ``kind`` is what it should be."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, tarfile.TarError, pa.ArrowException) as error:
+        problem = f"'{path}' is not a readable {kind} ({first_line(error)})"
+        raise UserError(f"{problem}; fix the cause, or copy it again") from error
 
 
 def slices(count: int) -> list[tuple[int, int]]:

@@ -7,7 +7,17 @@ from operator import itemgetter
 
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import digest, file_system
-from llama_mimi.corpora.source import CORPUS_ENDINGS, ROWS_PER_UNIT, Columns, Row, Source, Unit, Values, parse_object
+from llama_mimi.corpora.source import (
+    CORPUS_ENDINGS,
+    ROWS_PER_UNIT,
+    Columns,
+    Row,
+    Source,
+    Unit,
+    Values,
+    parse_object,
+    reading,
+)
 
 TEXTS = ("json", "txt")  # members beside the audio; others are ignored
 NO_AUDIO = "it has no audio file; members of a row must have one name and differ only in the last ending"
@@ -43,36 +53,31 @@ class TarSource(Source):
         """Yield key and wanted members of each row from ``start`` on; earlier rows are not read."""
         file, seen = self.units[unit].name, set()
         fs, bare = file_system(file)
-        try:
+        with (
+            reading(file, "tar file, or is a compressed one"),
+            fs.open(bare, "rb") as stream,
             # Names that are not UTF-8 are escaped.
-            with (
-                fs.open(bare, "rb") as stream,
-                tarfile.open(fileobj=stream, mode="r:", encoding="utf-8", errors="backslashreplace") as tar,
-            ):
-                for number, (key, members) in enumerate(groupby(filter(None, map(_part, tar)), itemgetter(0))):
-                    if key in seen:
-                        raise UserError(
-                            f"'{file}' has other members between those of '{key}'; sort its members by name"
-                        )
-                    seen.add(key)
-                    parts: dict[str, bytes] = {}
-                    for _, part, member in members:
-                        if part in parts:
-                            raise UserError(f"'{file}' has '{member.name}' twice, or two audio files of that name")
-                        is_wanted = number >= start and part in wanted
-                        # extractfile follows links and fills the holes of sparse members.
-                        content = tar.extractfile(member) if is_wanted else None
-                        parts[part] = content.read() if content else b""
-                    if number >= start:
-                        yield key, parts
-                # tarfile takes damage behind the first header for the end, which is zeros to the last byte.
-                stream.seek(tar.offset)
-                rest = stream.read()
-                if len(rest) < tarfile.BLOCKSIZE or rest.strip(b"\0"):
-                    raise tarfile.ReadError("it ends without an end-of-archive mark")
-        except (OSError, KeyError, ValueError, tarfile.TarError) as error:
-            problem = f"is truncated, damaged or compressed ({first_line(error)})"
-            raise UserError(f"'{file}' {problem}; copy it again, or unpack a .gz") from error
+            tarfile.open(fileobj=stream, mode="r:", encoding="utf-8", errors="backslashreplace") as tar,
+        ):
+            for number, (key, members) in enumerate(groupby(filter(None, map(_part, tar)), itemgetter(0))):
+                if key in seen:
+                    raise UserError(f"'{file}' has other members between those of '{key}'; sort its members by name")
+                seen.add(key)
+                parts: dict[str, bytes] = {}
+                for _, part, member in members:
+                    if part in parts:
+                        raise UserError(f"'{file}' has '{member.name}' twice, or two audio files of that name")
+                    is_wanted = number >= start and part in wanted
+                    # extractfile follows links and fills the holes of sparse members.
+                    content = tar.extractfile(member) if is_wanted else None
+                    parts[part] = content.read() if content else b""
+                if number >= start:
+                    yield key, parts
+            # tarfile takes damage behind the first header for the end, which is zeros to the last byte.
+            stream.seek(tar.offset)
+            rest = stream.read()
+            if len(rest) < tarfile.BLOCKSIZE or rest.strip(b"\0"):
+                raise tarfile.ReadError("it ends without an end-of-archive mark")
 
 
 def _part(member: tarfile.TarInfo) -> tuple[str, str, tarfile.TarInfo] | None:

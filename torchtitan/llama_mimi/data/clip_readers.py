@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 
 from llama_mimi.audio.reading import SHORTER, AudioError, Waveform, read_audio
-from llama_mimi.audio.splitting import split_at_pauses
+from llama_mimi.audio.silence import split_at_pauses
 from llama_mimi.common.errors import first_line
 from llama_mimi.data.code_store import CodeCorpus, CodedClip, CodeGroup
 from llama_mimi.data.corpora import AudioCorpus
