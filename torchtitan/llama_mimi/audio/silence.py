@@ -5,15 +5,12 @@ import torch
 from llama_mimi.audio.reading import Waveform
 
 HOP_SECONDS = 0.02
-BELOW_LOUDEST_DB = 45.0  # speech itself spans about 40 dB
+BELOW_LOUDEST_DB = 45.0  # of a silent hop, below the loudest hop of the clip; speech itself spans about 40 dB
 PAUSE_SECONDS = 0.2  # most pauses between phrases are longer, most closures within words shorter
 
 
 def silences(waveform: Waveform, min_seconds: float) -> list[tuple[float, float]]:
-    """Return start and length, in seconds, of the silences of ``min_seconds`` or more.
-
-    A hop of 20 ms is silent if it is 45 dB quieter than the loudest of the clip.
-    """
+    """Return start and length, in seconds, of the silences of ``min_seconds`` or more, by `BELOW_LOUDEST_DB`."""
     energy_N = _squares(waveform.samples_S, waveform.sample_rate_hz).mean(dim=1)
     if not len(energy_N):
         return []

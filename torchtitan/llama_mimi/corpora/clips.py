@@ -58,9 +58,8 @@ class AudioReader:
 
     Args:
         sample_rate_hz, frame_size: of the codec; clips shorter than a frame are skipped.
-        max_frames: longer clips are cut.
+        max_frames: longer clips are cut, or with ``splits`` split at pauses into several clips without texts.
         with_text: skip rows without a transcript.
-        splits: split longer recordings at pauses into several clips without texts.
         hashes: add a hash of its samples to each clip.
     """
 
@@ -100,7 +99,7 @@ class AudioReader:
             if row.get("problem"):
                 raise AudioError("damaged row", f"'{name}' cannot be used: {row['problem']}")
             if (reason := self._filter.of_values(row)) is not None:
-                return [_filtered(name, reason)]
+                return [SkippedClip(reason, f"'{name}' was left out: {reason}", is_filtered=True)]
             if self._with_text and not row.get("text"):
                 raise AudioError("no text", f"'{name}' has no text")
             if self._splits:
@@ -138,17 +137,13 @@ class AudioReader:
 
     def _clip(self, name: str, waveform: Waveform, row: Row) -> AudioClip | SkippedClip:
         if (reason := self._filter.of_length(waveform.seconds, is_cut=waveform.is_cut)) is not None:
-            return _filtered(name, reason)
+            return SkippedClip(reason, f"'{name}' was left out: {reason}", is_filtered=True)
         if len(waveform.samples_S) < self._frame_size:
             return SkippedClip("too short", f"'{name}' is {waveform.seconds:.3f} s, less than a frame of the codec")
         content = memoryview(waveform.samples_S.numpy())
         audio_hash = hashlib.blake2b(content, digest_size=HASH_BYTES).digest() if self._hashes else None
         of_row = row.get("text"), row.get("speaker"), waveform.audio_warnings, audio_hash
         return AudioClip(name, waveform.samples_S, waveform.is_cut, *of_row)
-
-
-def _filtered(name: str, reason: str) -> SkippedClip:
-    return SkippedClip(reason, f"'{name}' was left out: {reason}", is_filtered=True)
 
 
 def read_row(row: Row, sample_rate_hz: int | None, *, max_seconds: float) -> Waveform:

@@ -7,7 +7,7 @@ from datasets import Audio, ClassLabel, Dataset, DatasetDict, Value, load_datase
 
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import digest
-from llama_mimi.corpora.source import Columns, Row, Source, Unit, slices
+from llama_mimi.corpora.source import OTHER_COLUMN, Columns, Row, Source, Unit, slices
 from llama_mimi.corpora.splits import choose_split
 
 HUB = "hf:"  # before an id of any dataset on the hub
@@ -24,7 +24,7 @@ class DatasetSource(Source):
         for role, column in self._columns.items():
             if not isinstance(kind := dataset.features[column], KINDS.get(role, object)):
                 problem = f"the column '{column}' of the dataset '{name}' is {kind}, which cannot be the {role}"
-                raise UserError(f"{problem}; set another (data.{role}_column, or --{role}_column of a script)")
+                raise UserError(f"{problem}; {OTHER_COLUMN.format(role)}")
         if not len(dataset):
             raise UserError(f"the dataset '{name}' has no rows; choose another")
         self._rows = dataset.cast_column(wanted.audio, Audio(decode=False)).with_format("arrow")

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import digest, file_system
-from llama_mimi.corpora.source import Columns, Row, Source, Unit, reading
+from llama_mimi.corpora.source import OTHER_COLUMN, Columns, Row, Source, Unit, reading
 
 FOOTER_THREADS = 16  # that read footers at once: a remote one is mostly waiting
 # A row group that is larger by its footer is read in parts of a quarter of that; in memory it may have twice as many.
@@ -93,7 +93,7 @@ class ParquetSource(Source):
             }
             if not allowed.get(role, True):
                 problem = f"the column '{column}' {place} is {kind}, which cannot be the {role}"
-                raise UserError(f"{problem}; set another (data.{role}_column, or --{role}_column of a script)")
+                raise UserError(f"{problem}; {OTHER_COLUMN.format(role)}")
 
 
 def read_footer(path: str) -> pq.FileMetaData:

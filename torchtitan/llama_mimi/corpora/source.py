@@ -24,6 +24,7 @@ CORPUS_ENDINGS = (*AUDIO_ENDINGS, ".oga", ".opus", ".aiff", ".aif", ".au", ".m4a
 # in seconds), "problem" (why it cannot be used), and the columns that a filter names.
 Row = dict[str, Any]
 Values = dict[str, Any]
+OTHER_COLUMN = "set another (data.{0}_column, or --{0}_column of a script)"
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of columns: of audio, of transcripts (None if rows have no text), and of other roles if they exist."""
+    """Names of the columns of audio and text (None: rows have no text), and of other roles where they exist."""
 
     audio: str
     text: str | None
@@ -68,20 +69,19 @@ class Source(ABC):
         columns, extra = list(dict.fromkeys(found)), {"id": "id", **self._wanted.extra}
         self._columns = {role: column for role, column in extra.items() if column in columns}
         for role in required:
-            column = getattr(self._wanted, role)
-            if column is not None and column not in columns:
+            if (column := getattr(self._wanted, role)) in columns:
+                self._columns[role] = column
+            elif column is not None:
                 place = place or f"the dataset '{self.name}'"
                 problem = f"{place} has no column '{column}' for the {role}, only {', '.join(columns) or 'none'}"
-                raise UserError(f"{problem}; set another (data.{role}_column, or --{role}_column of a script)")
-            self._columns |= {} if column is None else {role: column}
+                raise UserError(f"{problem}; {OTHER_COLUMN.format(role)}")
 
     def _row(self, place: str, values: Values | str, audio: Any, row_id: Any, folder: str = "", **part: Any) -> Row:
         """Return a row of values by column, or of the sentence why they cannot be read.
 
         Args:
             place: name of a row that has neither an id nor a path.
-            audio: bytes, a path, an object with both, or None.
-            folder: start of relative paths.
+            audio: bytes, a path, an object with both, or None; relative paths start in ``folder``.
             part: offset, duration or problem.
         """
         content, path = (audio, None) if isinstance(audio, bytes) else (None, audio)
@@ -131,14 +131,13 @@ def parse_object(content: bytes) -> Values | str:
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, bytes):
-        return value.decode()
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    text.encode()  # fails for half a character
-    return text
+    """Return a value as text; raise a ValueError for bytes that are not UTF-8, and for half a character."""
+    text = value if isinstance(value, str | bytes) else json.dumps(value, ensure_ascii=False)
+    return (text.encode() if isinstance(text, str) else text).decode()
 
 
 def _label(value: Any) -> str | None:
-    if isinstance(value, bytes):
-        return value.decode(errors="backslashreplace")
-    return None if value is None else str(value).encode(errors="backslashreplace").decode()
+    if value is None:
+        return None
+    content = value if isinstance(value, bytes) else str(value).encode(errors="backslashreplace")
+    return content.decode(errors="backslashreplace")

@@ -52,7 +52,7 @@ def open_source(
     extra_columns: Mapping[str, str] = MappingProxyType({}),
     split: str | None = None,
 ) -> Source:
-    """Open a corpus of audio.
+    """Open a corpus of audio; raise a `UserError` if it does not exist, has several splits, or lacks a column.
 
     Args:
         dataset: a name in `CORPORA`, a folder, a path or glob, a folder of `Dataset.save_to_disk`, or a hub id as
@@ -61,9 +61,6 @@ def open_source(
         text_column: column of transcripts; None means that rows have no text.
         extra_columns: columns by role (speaker, ...) that are read where the corpus has them.
         split: split of a folder or a hub id that contains several.
-
-    Raises:
-        UserError: nothing there, several splits, or a column is missing.
     """
     columns = Columns(audio_column, text_column, extra_columns)
     if is_dataset(dataset):
@@ -94,11 +91,7 @@ def check_corpus(dataset: str, dataset_path: str | None, split: str | None) -> N
 
 
 def corpus_files(dataset: str, dataset_path: str | None, split: str | None) -> tuple[Callable[..., Source], list[str]]:
-    """Return the format and files of a corpus, in order, as fsspec paths; arguments as `open_source`.
-
-    Raises:
-        UserError: there is none, or a folder contains several splits and none was chosen.
-    """
+    """Return the format and files of a corpus, in order, as fsspec paths; arguments and errors as `open_source`."""
     if dataset in CORPORA:
         choose_split(dataset, CORPORA[dataset][2:], split)
         return ParquetSource, _named_files(dataset, dataset_path)

@@ -17,11 +17,7 @@ _SPLIT_OF_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\S*\.\w+")
 
 
 def choose_split(name: str, splits: Iterable[str | None], split: str | None) -> str | None:
-    """Return the split of a corpus to read; None if none was asked for.
-
-    Raises:
-        UserError: there are several and none was asked for, or there is no such split.
-    """
+    """Return the split to read, or None for all files; raise a `UserError` if it does not exist or is not named."""
     found = list(dict.fromkeys(filter(None, splits)))
     if split is None and len(found) > 1:
         remedy = "choose one (data.split, data.validation_split, or --split of a script), or name its files by a glob"
