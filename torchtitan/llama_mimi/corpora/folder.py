@@ -69,6 +69,8 @@ class FolderSource(Source):
         """Return the entry of each file; print the numbers of files and entries that do not match."""
         found: list[Values] = []
         unused = {(folder, key) for folder, table in tables.items() for key in table}
+        if not unused:
+            return [{}] * len(names)
         num_entries = len(unused)
         for name in names:
             entry: Values = {}
@@ -78,7 +80,7 @@ class FolderSource(Source):
                     unused.discard((folder, key))
             found.append(entry)
         lonely = [as_utf8(name) for name, entry in zip(names, found, strict=True) if not entry]
-        if num_entries and (lonely or unused):
+        if lonely or unused:
             examples = ", ".join(lonely[:1] + ["/".join(entry) for entry in sorted(unused)[:1]])
             counts = f"{len(lonely):,} audio files have no entry and {len(unused):,} entries have no audio file"
             if len(unused) == num_entries:
