@@ -21,8 +21,8 @@ import torch
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import write_atomically
 
-# Larger samples are integers stored as floats. 16 is 24 dB over full scale: mixes and lossy codecs exceed full scale by a
-# few dB, and speech of 16-bit integers that stays below 16 is quieter than -66 dB.
+# Larger samples are integers stored as floats. 16 is 24 dB over full scale, exceeded by mixes and lossy codecs by a few
+# dB; speech of 16-bit integers that stays below 16 is quieter than -66 dB.
 MAX_PEAK = 16.0
 AUDIO_ENDINGS = (".wav", ".flac", ".ogg", ".mp3")  # of files in a folder; files given by name may have others
 RATES_HZ = (1_000, 1_000_000)  # headers with other sample rates are damaged, and would stretch a clip
