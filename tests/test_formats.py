@@ -307,7 +307,14 @@ def test_odd_lines_of_a_manifest(rows, tmp_path):
     assert [clip.reason for clip in skipped] == list(odd.values()) and "before its start of 60 s" in skipped[4].message
     place.write_text('{"audio_filepath": "long.wav", "offset": 3.5, "duration": 2}')
     (short,) = clips_of(opened(place), max_frames=100)
-    assert short.audio_warnings == (SHORTER,) and len(short.samples_S) == RATE // 2 and short.name == "long.wav@3.5"
+    assert (
+        short.audio_warnings == (SHORTER,)
+        and short.is_cut
+        and len(short.samples_S) == RATE // 2
+        and short.name == "long.wav@3.5"
+    )
+    (short,) = clips_of(opened(place), max_frames=100, splits=True, row_filter=RowFilter(max_seconds=9))
+    assert short.audio_warnings == (SHORTER,) and short.is_cut
     place.rename(tmp_path / "nemo.json")
     assert len(clips_of(opened(tmp_path / "nemo.json"))) == 1
 

@@ -119,7 +119,7 @@ class AudioReader:
         while goes_on:
             at_once = max(SECONDS_AT_ONCE, 2 * self._max_seconds)
             waveform = read_row(row | {"offset": begin, "duration": left}, rate_hz, max_seconds=at_once)
-            goes_on = waveform.is_cut
+            goes_on = waveform.is_cut and SHORTER not in waveform.audio_warnings
             ends = split_at_pauses(waveform.samples_S, rate_hz, self._max_seconds)
             ends = ends[:-1] if goes_on else ends  # where it goes on, the last has no pause at its end
             for start, end in itertools.pairwise([0, *ends]):
@@ -136,7 +136,8 @@ class AudioReader:
         return [self._clip(f"{row['name']}_{number:05d}", part, without_text) for number, part in enumerate(parts)]
 
     def _clip(self, name: str, waveform: Waveform, row: Row) -> AudioClip | SkippedClip:
-        if (reason := self._filter.of_length(waveform.seconds, is_cut=waveform.is_cut)) is not None:
+        is_longer = waveform.is_cut and SHORTER not in waveform.audio_warnings
+        if (reason := self._filter.of_length(waveform.seconds, is_cut=is_longer)) is not None:
             return SkippedClip(reason, f"'{name}' was left out: {reason}", is_filtered=True)
         if len(waveform.samples_S) < self._frame_size:
             return SkippedClip("too short", f"'{name}' is {waveform.seconds:.3f} s, less than a frame of the codec")
@@ -149,7 +150,7 @@ class AudioReader:
 def read_row(row: Row, sample_rate_hz: int | None, *, max_seconds: float) -> Waveform:
     """Read the audio of a row, or its part of a recording; arguments as `llama_mimi.audio.reading.read_audio`.
 
-    A part that ends with its row is not cut, although the recording goes on.
+    A part that ends with its row is not cut, although the recording goes on; one that ends before its row is cut.
 
     Raises:
         AudioError: it cannot be used.
@@ -173,4 +174,6 @@ def read_row(row: Row, sample_rate_hz: int | None, *, max_seconds: float) -> Wav
     if seconds > max_seconds:
         return waveform
     is_short = waveform.seconds < seconds - ROUNDED_SECONDS
-    return dataclasses.replace(waveform, is_cut=False, audio_warnings=waveform.audio_warnings + (SHORTER,) * is_short)
+    return dataclasses.replace(
+        waveform, is_cut=is_short, audio_warnings=waveform.audio_warnings + (SHORTER,) * is_short
+    )
