@@ -7,7 +7,7 @@ from datasets import Audio, ClassLabel, Dataset, DatasetDict, Value, load_datase
 
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import digest
-from llama_mimi.corpora.source import OTHER_COLUMN, Columns, Row, Source, Unit, slices
+from llama_mimi.corpora.source import OTHER_COLUMN, ROWS_PER_UNIT, Columns, Row, Source, Unit, slices
 from llama_mimi.corpora.splits import choose_split
 
 HUB = "hf:"  # before an id of any dataset on the hub
@@ -34,8 +34,8 @@ class DatasetSource(Source):
         self.fingerprint = digest([files, len(dataset), dataset.data.nbytes, dataset._fingerprint])
 
     def rows(self, unit: int, start: int = 0) -> Iterator[Row]:
-        first, end = slices(len(self._rows))[unit]
-        table = self._rows[first + start : end]
+        first = unit * ROWS_PER_UNIT
+        table = self._rows[first + start : first + ROWS_PER_UNIT]
         features = {column: self._rows.features[column] for column in self._columns.values()}
         labels = {c: dict(enumerate(kind.names)) for c, kind in features.items() if isinstance(kind, ClassLabel)}
         for index in range(len(table)):

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import as_utf8, digest, file_system, is_local, parse_json
-from llama_mimi.corpora.source import Columns, Row, Source, Unit, Values, parse_object, slices
+from llama_mimi.corpora.source import ROWS_PER_UNIT, Columns, Row, Source, Unit, Values, parse_object, slices
 
 TABLES, TRANSCRIPTS = ("metadata.csv", "metadata.jsonl"), ".trans.txt"
 
@@ -48,11 +48,12 @@ class FolderSource(Source):
             Unit(f"files from {start} of {name}", sum(audio_sizes[start:end]), end - start)
             for start, end in slices(len(files))
         ]
-        first = map(self._values, range(int(self.units[0].num_rows or 0)))
-        self._choose_columns(key for values in first if isinstance(values, dict) for key in values)
+        known = [*self._entries, *map(self._values, range(*slices(len(files))[0]))]
+        self._choose_columns(key for values in known if isinstance(values, dict) for key in values)
 
     def rows(self, unit: int, start: int = 0) -> Iterator[Row]:
-        for index in range(*slices(len(self._files))[unit])[start:]:
+        first = unit * ROWS_PER_UNIT
+        for index in range(first + start, min(first + ROWS_PER_UNIT, len(self._files))):
             yield self._row("", self._values(index), self._files[index], self._ids[index])
 
     def _values(self, index: int) -> Values | str:
@@ -99,7 +100,7 @@ def _places(root: str, name: str) -> list[tuple[str, str]]:
 def _sizes(folder: str) -> dict[str, int]:
     """Return the bytes of each file in a folder, by name."""
     fs, bare = file_system(folder)
-    return {info["name"].rsplit("/", 1)[-1]: info["size"] for info in fs.ls(bare, detail=True)}
+    return {info["name"].rsplit("/", 1)[-1]: info["size"] or 0 for info in fs.ls(bare, detail=True)}
 
 
 def _key(name: str) -> str:
