@@ -126,11 +126,7 @@ def read_audio(
 
 
 def write_wav(path: str | Path, waveform: Waveform) -> None:
-    """Write a 16-bit PCM WAV file, clipped to [-1, 1], as a whole or not at all; create missing folders.
-
-    Raises:
-        UserError: the file system is full or refuses.
-    """
+    """Write a 16-bit PCM WAV file, clipped to [-1, 1], as a whole or not at all; raise a `UserError` if it fails."""
     stream, path = BytesIO(), Path(path)
     samples_S = waveform.samples_S.clamp(-1, 1).numpy()
     soundfile.write(stream, samples_S, waveform.sample_rate_hz, format="WAV", subtype="PCM_16")
@@ -139,10 +135,9 @@ def write_wav(path: str | Path, waveform: Waveform) -> None:
 
 @contextmanager
 def wav_writer(path: str | Path, sample_rate_hz: int) -> Iterator[soundfile.SoundFile]:
-    """Open a mono 16-bit PCM WAV file that can be played while it grows; create missing folders.
+    """Open a mono 16-bit PCM WAV file that can be played while it grows.
 
-    Raises:
-        UserError: the file system is full or refuses. The incomplete file is removed.
+    If writing fails, remove the incomplete file and raise a `UserError`.
     """
     path = Path(path)
     is_ours = not path.exists()

@@ -96,11 +96,10 @@ class AudioReader:
         """Return the clips of a row, or one skipped clip with the reason why it cannot be used."""
         name = row["name"]
         try:
-            if row.get("problem"):
-                raise AudioError("damaged row", f"'{name}' cannot be used: {row['problem']}")
-            if (reason := self._filter.of_values(row)) is not None:
+            is_sound = not row.get("problem")
+            if is_sound and (reason := self._filter.of_values(row)) is not None:
                 return [SkippedClip(reason, f"'{name}' was left out: {reason}", is_filtered=True)]
-            if self._with_text and not row.get("text"):
+            if is_sound and self._with_text and not row.get("text"):
                 raise AudioError("no text", f"'{name}' has no text")
             if self._splits:
                 return self._split(row)

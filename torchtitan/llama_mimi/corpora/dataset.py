@@ -7,10 +7,9 @@ from datasets import Audio, ClassLabel, Dataset, DatasetDict, Value, load_datase
 
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import digest
-from llama_mimi.corpora.source import OTHER_COLUMN, ROWS_PER_UNIT, Columns, Row, Source, Unit, slices
+from llama_mimi.corpora.source import HUB, OTHER_COLUMN, ROWS_PER_UNIT, Columns, Row, Source, Unit, slices
 from llama_mimi.corpora.splits import choose_split
 
-HUB = "hf:"  # before an id of any dataset on the hub
 KINDS = {"audio": Audio, "text": Value, "speaker": Value | ClassLabel, "id": Value}
 
 

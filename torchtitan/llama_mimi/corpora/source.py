@@ -24,6 +24,7 @@ CORPUS_ENDINGS = (*AUDIO_ENDINGS, ".oga", ".opus", ".aiff", ".aif", ".au", ".m4a
 # in seconds), "problem" (why it cannot be used), and the columns that a filter names.
 Row = dict[str, Any]
 Values = dict[str, Any]
+HUB = "hf:"  # before an id of any dataset on the hub
 OTHER_COLUMN = "set another (data.{0}_column, or --{0}_column of a script)"
 
 

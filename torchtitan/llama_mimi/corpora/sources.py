@@ -8,12 +8,11 @@ from llama_mimi.common.files import file_system, find_files
 from llama_mimi.corpora.folder import FolderSource
 from llama_mimi.corpora.manifest import ManifestSource
 from llama_mimi.corpora.parquet import ParquetSource
-from llama_mimi.corpora.source import CORPUS_ENDINGS, Columns, Source
+from llama_mimi.corpora.source import CORPUS_ENDINGS, HUB, Columns, Source
 from llama_mimi.corpora.splits import choose_split, splits_in
 from llama_mimi.corpora.tar import TarSource
 
 PARQUET_ENDINGS = (".parquet", ".pq")
-HUB = "hf:"  # before an id of any dataset on the hub
 SAVED = ("state.json", "dataset_dict.json")  # files of `Dataset.save_to_disk` and `DatasetDict.save_to_disk`
 # Formats by the endings of their files. A folder has the first format of which it contains a file: audio may lie beside
 # Parquet files that name it, and JSON lines beside audio are about it. TarSource refuses compressed tars.
