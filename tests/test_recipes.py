@@ -21,7 +21,7 @@ from layouts import add, lossless_rows
 from llama_mimi.audio.reading import read_audio
 
 PAGE = ROOT / "config" / "CORPORA.md"
-SECONDS_OF_A_SESSION = 45.0
+SECONDS_OF_A_SESSION, SESSION = 45.0, "20181024-0900-PLENARY_en"
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def peoples_speech(folder, rows):
 def voxpopuli(folder, rows):
     place = folder / "voxpopuli" / "en" / "2018"
     place.mkdir(parents=True)
-    (place / "20181024-0900-PLENARY_en.ogg").write_bytes(written(session(rows, 16_000), 16_000, "OGG"))
+    (place / f"{SESSION}.ogg").write_bytes(written(session(rows, 16_000), 16_000, "OGG"))
 
 
 def emilia(folder, rows):
@@ -88,11 +88,7 @@ def emilia(folder, rows):
 PUBLISHED = {
     "libri_light": (libri_light, {}, lambda row: row["speaker"] == "100" and "text" not in row),
     "peoples_speech_all": (peoples_speech, {"duplicate": 1}, lambda row: bool(row["text"])),
-    "voxpopuli_en": (
-        voxpopuli,
-        {},
-        lambda row: "text" not in row and row["id"].startswith("en/2018/20181024-0900-PLENARY_en_0000"),
-    ),
+    "voxpopuli_en": (voxpopuli, {}, lambda row: "text" not in row and row["id"].startswith(f"en/2018/{SESSION}_0000")),
     "emilia_en": (
         emilia,
         {'not language == "en"': 2},

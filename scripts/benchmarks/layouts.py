@@ -14,7 +14,7 @@ import soundfile
 from datasets import Audio, Dataset
 
 from llama_mimi.audio.reading import read_audio
-from llama_mimi.data.corpus_files import find_files
+from llama_mimi.common.files import find_files
 
 RATE_HZ = 24_000
 SAID = ("text", "speaker")

@@ -84,9 +84,8 @@ class MimiCodec:
         name: hub id or folder.
         num_quantizers: Q, levels to encode and decode.
         dtype: of weights and activations; bfloat16 changes about 2 % of the codes.
-        sliding_window: Mimi's Transformers attend to the last 250 positions (10 s), as Mimi was trained and as
-            transformers does since February 2026 (pull request 43971). False: to all earlier positions, as transformers
-            did before. Both give the same codes until the window is full.
+        sliding_window: Mimi's Transformers attend to the last 250 positions (10 s), as Mimi was trained. False: to all
+            earlier positions, as transformers did before February 2026 (pull request 43971).
     """
 
     def __init__(

@@ -2,40 +2,56 @@
 
 import math
 import os
+import re
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
-from io import BytesIO
+from io import SEEK_END, BytesIO
+from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import soundfile
 import soxr
 import torch
 
-from llama_mimi.audio.decoders import fault_at_end, opened
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import write_atomically
 
-# Samples beyond it are not audio in [-1, 1] but integers that were stored as floats. 16 is 24 dB over full scale: mixes
-# and lossy codecs go over it by a few dB, and speech of 16-bit integers that stays below is quieter than -66 dB.
+# Larger samples are integers stored as floats. 16 is 24 dB over full scale, exceeded by mixes and lossy codecs by a few
+# dB; speech of 16-bit integers that stays below 16 is quieter than -66 dB.
 MAX_PEAK = 16.0
-# Endings that are looked for in a folder; files given by name may have others.
-AUDIO_ENDINGS = (".wav", ".flac", ".ogg", ".mp3")
-# Sample rates of speech. Headers outside are damaged, and would stretch a clip or make endless work of it.
-RATES_HZ = (1_000, 1_000_000)
-# How `read_audio` resamples; codes depend on it.
-RESAMPLER = "soxr HQ"
+AUDIO_ENDINGS = (".wav", ".flac", ".ogg", ".mp3")  # of files in a folder; files given by name may have others
+RATES_HZ = (1_000, 1_000_000)  # headers with other sample rates are damaged, and would stretch a clip
+RESAMPLER = "soxr HQ"  # codes depend on it
 # Warnings on clips that are used all the same; each is counted.
 OPPOSITE = "in opposite phases, the loudest channel taken"
 SHORTER = "shorter than its manifest says"
-# Where the mean of the channels would cancel more than this fraction of the energy, the loudest channel is used.
-MAX_CANCELLED = 0.1
+MAX_CANCELLED = 0.1  # fraction of the energy; where the mean of the channels would cancel more, the loudest is used
 FAULTS = {
     "breaks off": "ends before the length in its header; copy it again",
     "chained Ogg": "is several Ogg files one after another; split it, or convert it to one WAV or FLAC file",
 }
+BLOCK_SAMPLES = 2**16  # of all channels that are decoded at once, 0.25 MB in float32
+UNKNOWN_LENGTH = 2**63 - 1  # libsndfile's length of a file written through a pipe
+# libsndfile seeks to the exact sample in these encodings of these formats.
+UNCODED = ("PCM", "FLOAT", "DOUBLE", "ULAW", "ALAW")
+SEEKABLE = ("WAV", "WAVEX", "AIFF", "FLAC", "W64", "RF64")
+# FFmpeg's formats that libsndfile does not read (MP4, WebM, AAC, WMA), by the first bytes of a file. FFmpeg may not try
+# others: some are lists of addresses, and bytes that claim to be audio must not cause a download.
+FFMPEG_FORMATS = {
+    "mov": rb".{4}ftyp",
+    "matroska": rb"\x1aE\xdf\xa3",
+    "aac": rb"\xff[\xf0\xf1\xf8\xf9]",  # ADTS: layer 0, which no MP3 frame has
+    "asf": rb"\x30\x26\xb2\x75\x8e\x66\xcf\x11\xa6\xd9\x00\xaa\x00\x62\xce\x6c",
+}
+MISCOUNTED_BYTES = 256  # that a whole WAV or AIFF file may lack: some programs count the header, too
+UNKNOWN_SIZE = 0x7FFF_F000  # larger sizes mean that the size was not known when the header was written
+# Sample rate in Hz, C, samples per channel by the header (None where it gives none, or an estimate), and blocks (S, C).
+Recording = tuple[int, int, int | None, Iterator[np.ndarray]]
 
 
 class AudioError(UserError):
@@ -73,54 +89,44 @@ def read_audio(
     name: str | None = None,
     min_samples: int = 1,
 ) -> Waveform:
-    """Read WAV, FLAC, MP3, OGG (whatever libsndfile reads), with PyAV also M4A, AAC, WebM and WMA, as mono float32.
+    """Read the formats of libsndfile (WAV, FLAC, MP3, OGG), with PyAV also M4A, AAC, WebM and WMA, as mono float32.
 
-    Channels are averaged, but where they cancel each other the loudest is taken. Other rates are resampled by soxr
-    ("HQ", 20 bits). Only the first ``max_seconds`` are decoded, in blocks.
+    Channels are averaged, but where they cancel each other the loudest is used. Only the first ``max_seconds`` are
+    decoded, in blocks.
 
     Args:
         source: a path, or the bytes of a file.
         sample_rate_hz: None keeps the rate of the file.
-        start_seconds: leave out what comes before; in WAV, AIFF and FLAC it is not decoded.
+        start_seconds: start of the wanted part; in WAV, AIFF and FLAC earlier samples are not decoded.
         name: the clip's name in messages; by default its path.
         min_samples: minimum length at ``sample_rate_hz``, such as a codec's frame.
 
     Raises:
-        AudioError: missing, not audio, damaged, breaking off, a chained Ogg, empty, shorter than ``min_samples``, or
-            with samples that are not finite or far outside [-1, 1].
+        AudioError: missing, not audio, damaged, too short, or with samples that are not finite or far outside [-1, 1].
     """
     name = name or ("audio bytes" if isinstance(source, bytes) else str(source))
     try:
         with _open(source, name) as stream:
+            if not stream.seek(0, SEEK_END):
+                raise AudioError("empty", f"'{name}' is empty (0 bytes); give a WAV, FLAC, MP3 or OGG file")
             waveform = _read(stream, name, sample_rate_hz, start_seconds, max_seconds)
     except AudioError:
         raise
     except ImportError as error:
-        raise AudioError(
-            "needs FFmpeg",
-            f"'{name}' is read by FFmpeg alone; install it with `uv sync --extra ffmpeg`, or convert the file to WAV, "
-            "FLAC, MP3 or OGG",
-        ) from error
+        remedy = "install it with `uv sync --extra ffmpeg`, or convert the file to WAV, FLAC, MP3 or OGG"
+        raise AudioError("needs FFmpeg", f"only FFmpeg reads '{name}'; {remedy}") from error
     except Exception as error:  # decoders raise various errors for damaged files
-        detail = first_line(error).split(": ", 1)[-1].rstrip(".")
-        raise AudioError(
-            "unreadable", f"'{name}' is not readable audio ({detail}); give a WAV, FLAC, MP3 or OGG file"
-        ) from error
+        problem = f"is not readable audio ({first_line(error).split(': ', 1)[-1].rstrip('.')})"
+        raise AudioError("unreadable", f"'{name}' {problem}; give a WAV, FLAC, MP3 or OGG file") from error
     if len(waveform.samples_S) < min_samples:
-        raise AudioError(
-            "too short",
-            f"'{name}' is {1000 * waveform.seconds:.1f} ms long, less than one codec frame "
-            f"({1000 * min_samples / waveform.sample_rate_hz:.0f} ms); give a longer clip",
-        )
+        milliseconds, frame = 1000 * waveform.seconds, 1000 * min_samples / waveform.sample_rate_hz
+        problem = f"is {milliseconds:.1f} ms long, less than one codec frame ({frame:.0f} ms)"
+        raise AudioError("too short", f"'{name}' {problem}; give a longer clip")
     return waveform
 
 
 def write_wav(path: str | Path, waveform: Waveform) -> None:
-    """Write a 16-bit PCM WAV file, clipped to [-1, 1], as a whole or not at all; create missing folders.
-
-    Raises:
-        UserError: the file system is full or refuses.
-    """
+    """Write a 16-bit PCM WAV file, clipped to [-1, 1], as a whole or not at all; raise a `UserError` if it fails."""
     stream, path = BytesIO(), Path(path)
     samples_S = waveform.samples_S.clamp(-1, 1).numpy()
     soundfile.write(stream, samples_S, waveform.sample_rate_hz, format="WAV", subtype="PCM_16")
@@ -129,10 +135,9 @@ def write_wav(path: str | Path, waveform: Waveform) -> None:
 
 @contextmanager
 def wav_writer(path: str | Path, sample_rate_hz: int) -> Iterator[soundfile.SoundFile]:
-    """Open a mono 16-bit PCM WAV file that can be played while it grows; create missing folders.
+    """Open a mono 16-bit PCM WAV file that can be played while it grows.
 
-    Raises:
-        UserError: the file system is full or refuses. The incomplete file is removed.
+    If writing fails, remove the incomplete file and raise a `UserError`.
     """
     path = Path(path)
     is_ours = not path.exists()
@@ -145,21 +150,19 @@ def wav_writer(path: str | Path, sample_rate_hz: int) -> Iterator[soundfile.Soun
     except (OSError, soundfile.LibsndfileError) as error:
         if is_ours and path.is_file():
             path.unlink()
-        raise UserError(
-            f"'{path}' could not be written ({first_line(error)}); free disk space, or choose another folder"
-        ) from error
+        problem = f"'{path}' could not be written ({first_line(error)})"
+        raise UserError(f"{problem}; free disk space, or choose another folder") from error
 
 
 def _open(source: str | Path | bytes, name: str) -> BinaryIO:
-    if not isinstance(source, bytes):
-        path = Path(source)
-        if not path.exists():
-            raise AudioError("missing", f"'{name}' does not exist; check the path")
-        if path.is_dir():
-            raise AudioError("unreadable", f"'{name}' is a directory; name one audio file")
-    if not (len(source) if isinstance(source, bytes) else path.stat().st_size):
-        raise AudioError("empty", f"'{name}' is empty (0 bytes); give a WAV, FLAC, MP3 or OGG file")
-    return BytesIO(source) if isinstance(source, bytes) else path.open("rb", buffering=0)
+    if isinstance(source, bytes):
+        return BytesIO(source)
+    path = Path(source)
+    if not path.exists():
+        raise AudioError("missing", f"'{name}' does not exist; check the path")
+    if path.is_dir():
+        raise AudioError("unreadable", f"'{name}' is a directory; name one audio file")
+    return path.open("rb", buffering=0)
 
 
 def _read(
@@ -173,11 +176,10 @@ def _read(
     """Read the mean of the channels, or ``channel``; read again where the channels cancel each other."""
     parts: list[np.ndarray] = []
     num_read, is_cut, cancelled = 0, False, 0.0
-    with opened(stream, start_seconds) as (rate_hz, C, num_samples, blocks):
+    with _opened(stream, start_seconds) as (rate_hz, C, num_samples, blocks):
         if not RATES_HZ[0] <= rate_hz <= RATES_HZ[1]:
-            raise AudioError(
-                "sample rate", f"the sample rate of '{name}' is {rate_hz:,} Hz, not 1 kHz to 1 MHz; fix its header"
-            )
+            problem = f"the sample rate of '{name}' is {rate_hz:,} Hz, not 1 kHz to 1 MHz"
+            raise AudioError("sample rate", f"{problem}; fix its header")
         wanted_hz = wanted_hz or rate_hz
         resampler = soxr.ResampleStream(rate_hz, wanted_hz, 1) if wanted_hz != rate_hz else None
         limit = None if max_seconds is None else math.ceil(max_seconds * rate_hz)
@@ -203,15 +205,15 @@ def _read(
                 break
         if resampler:
             parts.append(resampler.resample_chunk(np.empty(0, np.float32), last=True))
-    if not is_cut and (fault := "breaks off" if num_read < (num_samples or 0) else fault_at_end(stream)):
+    if not is_cut and (fault := "breaks off" if num_read < (num_samples or 0) else _fault_at_end(stream)):
         raise AudioError(fault, f"'{name}' {FAULTS[fault]}")
     if cancelled > MAX_CANCELLED * energy_C.max():
         return _read(stream, name, wanted_hz, start_seconds, max_seconds, int(energy_C.argmax()))
     samples_S = np.concatenate([*parts, np.empty(0, np.float32)])
     samples_S = samples_S if max_seconds is None else samples_S[: round(max_seconds * wanted_hz)]
+    if not len(samples_S) and start_seconds:
+        raise AudioError("past the end", f"'{name}' ends before its start of {start_seconds:g} s; fix the start")
     if not len(samples_S):
-        if start_seconds:
-            raise AudioError("past the end", f"'{name}' ends before its start of {start_seconds:g} s; fix the start")
         raise AudioError("empty", f"'{name}' has no audio samples; give a clip with sound in it")
     return Waveform(torch.from_numpy(samples_S), wanted_hz, is_cut, () if channel is None else (OPPOSITE,))
 
@@ -221,8 +223,148 @@ def _check_samples(block_SC: np.ndarray, name: str) -> None:
     if not math.isfinite(peak):
         raise AudioError("non-finite", f"'{name}' has NaN or infinite samples; repair or remove the file")
     if peak > MAX_PEAK:
-        raise AudioError(
-            "out of range",
-            f"'{name}' has samples up to {peak:,.0f}, outside [-1, 1] (more than {MAX_PEAK:g} is not an overshoot): "
-            "integers that were stored as floats? divide them by their full scale",
-        )
+        problem = f"'{name}' has samples up to {peak:,.0f}, outside [-1, 1]; they may be integers stored as floats"
+        raise AudioError("out of range", f"{problem}: divide them by their full scale")
+
+
+@contextmanager
+def _opened(stream: BinaryIO, start_seconds: float = 0.0) -> Iterator[Recording]:
+    """Open bytes, or a file without a buffer, for decoding from ``start_seconds`` on.
+
+    Decoders raise various errors for damaged files, here and while blocks are read. An ImportError means that only
+    FFmpeg reads the file, and PyAV is not installed.
+    """
+    stream.seek(0)
+    head = stream.read(16)
+    stream.seek(0)
+    for form, pattern in FFMPEG_FORMATS.items():
+        if re.match(pattern, head, re.DOTALL):
+            import av
+
+            with closing(av.open(stream, format=form, options={"protocol_whitelist": ""})) as container:
+                yield _ffmpeg_recording(container, start_seconds)
+            return
+    # libsndfile itself reads from a file on disk; bytes are read through Python.
+    with _Forward(stream if isinstance(stream, BytesIO) else stream.fileno(), closefd=False) as file:
+        if file.format != "MP3":
+            yield _recording(file, start_seconds)
+            return
+    # Without a Xing frame the length of an MP3 is a guess, at which libsndfile ends, unless it cannot seek.
+    with _piped(stream) as source, _Forward(source, closefd=False) as file:
+        yield _recording(file, start_seconds)
+
+
+def _fault_at_end(stream: BinaryIO) -> str | None:
+    """Return "breaks off" (WAV, AIFF, Ogg) or "chained Ogg" where it applies; libsndfile does not report them."""
+    size = stream.seek(0, SEEK_END)
+    stream.seek(0)
+    head = stream.read(12)
+    if head.startswith(b"RIFF") and head.endswith(b"WAVE"):
+        return _chunk_fault(stream, size, "little", b"data")
+    if head.startswith(b"FORM") and head[8:11] == b"AIF":
+        return _chunk_fault(stream, size, "big", b"SSND")
+    return _page_fault(stream, size) if head.startswith(b"OggS") else None
+
+
+def _chunk_fault(stream: BinaryIO, size: int, order: Literal["little", "big"], samples: bytes) -> str | None:
+    offset = 12
+    while len(head := stream.read(8)) == 8:
+        length = int.from_bytes(head[4:], order)
+        offset += 8 + length
+        if head.startswith(samples):
+            return "breaks off" if length < UNKNOWN_SIZE and offset > size + MISCOUNTED_BYTES else None
+        offset += length % 2
+        stream.seek(offset)
+    return None
+
+
+def _page_fault(stream: BinaryIO, size: int) -> str | None:
+    """A chain is Ogg files one after another, each with a first page that says so (RFC 3533, section 6)."""
+    offset, has_begun = 0, False
+    while offset <= size:
+        stream.seek(offset)
+        header = stream.read(27)
+        if len(header) < 27 or not header.startswith(b"OggS"):
+            return "breaks off" if b"OggS" in header + stream.read() else None
+        is_first = bool(header[5] & 2)
+        if is_first and has_begun:
+            return "chained Ogg"
+        has_begun |= not is_first  # multiplexed streams all begin at the start
+        offset += 27 + header[26] + sum(stream.read(header[26]))
+    return "breaks off"
+
+
+class _Forward(soundfile.SoundFile):
+    """A file read from beginning to end. soundfile seeks after each block, which pipes and some encodings forbid."""
+
+    def seekable(self) -> bool:
+        return False
+
+
+@contextmanager
+def _piped(stream: BinaryIO) -> Iterator[int]:
+    """A file descriptor from which the bytes of ``stream`` are read, and which cannot seek."""
+    stream.seek(0)
+    reader, writer = os.pipe()
+
+    def feed() -> None:
+        with suppress(BrokenPipeError), open(writer, "wb") as file:  # the reader may stop early
+            shutil.copyfileobj(stream, file)
+
+    with ThreadPoolExecutor(1) as pool:
+        fed = pool.submit(feed)
+        try:
+            yield reader
+        finally:
+            os.close(reader)
+            fed.result()
+
+
+def _recording(file: soundfile.SoundFile, start_seconds: float) -> Recording:
+    first = round(start_seconds * file.samplerate)
+    is_exact = file.frames != UNKNOWN_LENGTH and not file.subtype.startswith("MPEG")
+    length = max(file.frames - first, 0) if is_exact else None
+    if length and first and file.format in SEEKABLE and file.subtype.startswith(UNCODED):
+        file.seek(first)
+        return file.samplerate, file.channels, length, _blocks(file, length)
+    return file.samplerate, file.channels, length, _without(first, _blocks(file, file.frames if is_exact else None))
+
+
+def _blocks(file: soundfile.SoundFile, length: int | None) -> Iterator[np.ndarray]:
+    """Blocks of up to ``length`` samples per channel: other data may follow the last frame of a sound FLAC file."""
+    at_once, left = max(1, BLOCK_SAMPLES // file.channels), float("inf") if length is None else length
+    while left and len(block_SC := file.read(int(min(at_once, left)), "float32", always_2d=True)):
+        left -= len(block_SC)
+        yield block_SC
+
+
+def _without(first: int, blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """Drop the first samples."""
+    for block_SC in blocks:
+        if len(block_SC) > first:
+            yield block_SC[first:]
+        first = max(first - len(block_SC), 0)
+
+
+def _ffmpeg_recording(container: Any, start_seconds: float) -> Recording:
+    import av
+
+    if not container.streams.audio:
+        raise ValueError("it has no audio stream")
+    stream = container.streams.audio[0]
+    frames = container.decode(stream)
+    first = next(frames, None)  # decoded audio may have another rate than the header says (HE-AAC)
+    if first is None:
+        raise ValueError("nothing of it can be decoded")
+    C, rate_hz = first.layout.nb_channels, first.sample_rate
+    to_float = av.AudioResampler(format="flt")  # interleaved; rate and channels stay
+
+    def blocks() -> Iterator[np.ndarray]:
+        for frame in chain([first], frames):
+            if (frame.layout.nb_channels, frame.sample_rate) != (C, rate_hz):  # PyAV 18.1 then reads foreign memory
+                raise ValueError("its channels or its sample rate change within the file")
+            for part in to_float.resample(frame):
+                if part.samples:
+                    yield part.to_ndarray().reshape(-1, C)
+
+    return rate_hz, C, None, _without(round(start_seconds * rate_hz), blocks())

@@ -1,25 +1,46 @@
-"""Silences in a waveform, by their energy."""
+"""Silences in a waveform, and cuts in them, by energy."""
 
 import torch
 
 from llama_mimi.audio.reading import Waveform
 
 HOP_SECONDS = 0.02
-BELOW_LOUDEST_DB = 45.0  # speech itself spans about 40 dB
+BELOW_LOUDEST_DB = 45.0  # of a silent hop, below the loudest hop of the clip; speech itself spans about 40 dB
+PAUSE_SECONDS = 0.2  # most pauses between phrases are longer, most closures within words shorter
 
 
 def silences(waveform: Waveform, min_seconds: float) -> list[tuple[float, float]]:
-    """Return start and length, in seconds, of the silences of ``min_seconds`` or more.
-
-    A hop of 20 ms is silent if it is 45 dB quieter than the loudest of the clip.
-    """
-    hop = max(round(HOP_SECONDS * waveform.sample_rate_hz), 1)
-    whole_S = waveform.samples_S[: len(waveform.samples_S) // hop * hop]
-    energy_N = whole_S.double().view(-1, hop).square().mean(dim=1)
+    """Return start and length, in seconds, of the silences of ``min_seconds`` or more, by `BELOW_LOUDEST_DB`."""
+    energy_N = _squares(waveform.samples_S, waveform.sample_rate_hz).mean(dim=1)
     if not len(energy_N):
         return []
     is_quiet_N = energy_N <= energy_N.max() * 10 ** (-BELOW_LOUDEST_DB / 10)
     edges = torch.diff(is_quiet_N.int(), prepend=torch.zeros(1), append=torch.zeros(1)).nonzero()[:, 0].tolist()
-    spans = zip(edges[::2], edges[1::2], strict=True)
-    in_seconds = [(start * HOP_SECONDS, (end - start) * HOP_SECONDS) for start, end in spans]
-    return [(round(start, 2), round(length, 2)) for start, length in in_seconds if length >= min_seconds - 1e-9]
+    hops = zip(edges[::2], edges[1::2], strict=True)
+    spans = [(start * HOP_SECONDS, (end - start) * HOP_SECONDS) for start, end in hops]
+    return [(round(start, 2), round(length, 2)) for start, length in spans if length >= min_seconds - 1e-9]
+
+
+def split_at_pauses(samples_S: torch.Tensor, sample_rate_hz: int, max_seconds: float) -> list[int]:
+    """Return the ends, in samples, of clips of a mono recording that are no longer than ``max_seconds``.
+
+    Each cut is in the middle of the quietest `PAUSE_SECONDS` in the second half of the longest clip; of equally quiet
+    ones it is the last.
+    """
+    hop, longest = max(round(HOP_SECONDS * sample_rate_hz), 1), int(max_seconds * sample_rate_hz)
+    ends, start = [], 0
+    while len(samples_S) - start > longest:
+        first = start + longest // 2
+        energy_N = _squares(samples_S[first : start + longest], sample_rate_hz).sum(dim=1)
+        width = min(round(PAUSE_SECONDS / HOP_SECONDS), len(energy_N))
+        of_pause_N = energy_N.unfold(0, width, 1).sum(dim=1)
+        quietest = len(of_pause_N) - 1 - int(of_pause_N.flip(0).argmin())
+        start = first + quietest * hop + width * hop // 2
+        ends.append(start)
+    return [*ends, len(samples_S)]
+
+
+def _squares(samples_S: torch.Tensor, sample_rate_hz: int) -> torch.Tensor:
+    """Return the squared samples of whole hops, (hops, samples of a hop)."""
+    hop = max(round(HOP_SECONDS * sample_rate_hz), 1)
+    return samples_S[: len(samples_S) // hop * hop].double().view(-1, hop).square()

@@ -1,13 +1,31 @@
 """Interface between the formats of corpora and their readers. Audio stays undecoded here."""
 
-from collections.abc import Iterator, Sequence
+import json
+import tarfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-# A row has "name" and "audio": the bytes of an audio file, its path (local or any fsspec path), or None. It may have
-# "text", "speaker", "offset" and "duration" (of a part of a recording, in seconds), "problem" (why it cannot be used),
-# and the columns that a filter names.
+import pyarrow as pa
+
+from llama_mimi.audio.reading import AUDIO_ENDINGS
+from llama_mimi.common.errors import UserError, first_line
+from llama_mimi.common.files import parse_json
+from llama_mimi.corpora.where import ROLE
+
+ROWS_PER_UNIT = 100  # of formats without row groups, as `datasets` writes audio to Parquet
+# Endings of audio in corpora; the last four need FFmpeg.
+CORPUS_ENDINGS = (*AUDIO_ENDINGS, ".oga", ".opus", ".aiff", ".aif", ".au", ".m4a", ".aac", ".webm", ".wma")
+
+# A row has "name" (its id, else its path, else its place), and "audio": the bytes of an audio file, its path (absolute,
+# or a URL of fsspec), or None. It may have "id", "text", "speaker", "offset" and "duration" (of a part of a recording,
+# in seconds), "problem" (why it cannot be used), and the columns that a filter names.
 Row = dict[str, Any]
+Values = dict[str, Any]
+HUB = "hf:"  # before an id of any dataset on the hub
+OTHER_COLUMN = "set another (data.{0}_column, or --{0}_column of a script)"
 
 
 @dataclass(frozen=True)
@@ -19,14 +37,108 @@ class Unit:
     num_rows: int | None  # None: known only after reading, as of a tar file
 
 
-class Source(Protocol):
+@dataclass(frozen=True)
+class Columns:
+    """Names of the columns of audio and text (None: rows have no text), and of other roles where they exist."""
+
+    audio: str
+    text: str | None
+    extra: Mapping[str, str]
+
+
+class Source(ABC):
     """A corpus in one of the formats."""
 
-    name: str
     units: Sequence[Unit]
-    columns: Sequence[str]  # keys of all rows, except "name"
     fingerprint: str  # equal for corpora of equal content
 
+    def __init__(self, name: str, wanted: Columns) -> None:
+        self.name, self._wanted = name, wanted
+        self._columns: dict[str, str] = {}  # by role
+
+    @property
+    def columns(self) -> list[str]:
+        """Keys of all rows, except "name" and "problem"."""
+        return ["audio", *(role for role in self._columns if role not in ("audio", "id"))]
+
+    @abstractmethod
     def rows(self, unit: int, start: int = 0) -> Iterator[Row]:
         """Yield the rows of a unit in order, from number ``start`` on; raise a `UserError` if a file is damaged."""
-        ...
+
+    def _choose_columns(self, found: Iterable[str], required: Sequence[str] = ("text",), place: str = "") -> None:
+        """Set the column of each role; raise a `UserError` if a required one is missing."""
+        columns, extra = list(dict.fromkeys(found)), {"id": "id", **self._wanted.extra}
+        self._columns = {role: column for role, column in extra.items() if column in columns}
+        for role in required:
+            if (column := getattr(self._wanted, role)) in columns:
+                self._columns[role] = column
+            elif column is not None:
+                place = place or f"the dataset '{self.name}'"
+                problem = f"{place} has no column '{column}' for the {role}, only {', '.join(columns) or 'none'}"
+                raise UserError(f"{problem}; {OTHER_COLUMN.format(role)}")
+
+    def _row(self, place: str, values: Values | str, audio: Any, row_id: Any, folder: str = "", **part: Any) -> Row:
+        """Return a row of values by column, or of the sentence why they cannot be read.
+
+        Args:
+            place: name of a row that has neither an id nor a path.
+            audio: bytes, a path, an object with both, or None; relative paths start in ``folder``.
+            part: offset, duration or problem.
+        """
+        content, path = (audio, None) if isinstance(audio, bytes) else (None, audio)
+        if isinstance(audio, Mapping):
+            content, path = audio.get("bytes"), audio.get("path")
+        name = _label(row_id)
+        row: Row = {"name": name or _label(path) or place, "id": name, "audio": content, **part}
+        if content and not isinstance(content, bytes):
+            values = f"its audio is a {type(content).__name__}, not the bytes of a file"
+        if isinstance(values, str):
+            return row | {"problem": values}
+        if not content and path:
+            is_relative = folder and "://" not in str(path) and not str(path).startswith("/")
+            row["audio"] = f"{folder}/{path}" if is_relative else str(path)
+        try:
+            for role in self.columns[1:]:
+                value = values.get(self._columns[role])
+                value = None if value != value else value  # NaN, as pandas writes missing values
+                row[role] = value if value is None or role.startswith(ROLE) else _text(value)
+        except (ValueError, RecursionError) as error:
+            row["problem"] = f"its {role} cannot be stored ({first_line(error)})"
+        return row
+
+
+@contextmanager
+def reading(path: str, kind: str) -> Iterator[None]:
+    """Raise a `UserError` that names the file if it is damaged; ``kind`` is what it should be."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, tarfile.TarError, pa.ArrowException) as error:
+        problem = f"'{path}' is not a readable {kind} ({first_line(error)})"
+        raise UserError(f"{problem}; fix the cause, or copy it again") from error
+
+
+def slices(count: int) -> list[tuple[int, int]]:
+    """Return start and end of each unit of so many files or rows."""
+    return [(start, min(start + ROWS_PER_UNIT, count)) for start in range(0, count, ROWS_PER_UNIT)]
+
+
+def parse_object(content: bytes) -> Values | str:
+    """Return a JSON object, or the sentence why it is not one."""
+    try:
+        values = parse_json(content)
+    except ValueError as error:
+        return f"its JSON cannot be read ({first_line(error)})"
+    return values if isinstance(values, dict) else "its JSON is not an object"
+
+
+def _text(value: Any) -> str:
+    """Return a value as text; raise a ValueError for bytes that are not UTF-8, and for half a character."""
+    text = value if isinstance(value, str | bytes) else json.dumps(value, ensure_ascii=False)
+    return (text.encode() if isinstance(text, str) else text).decode()
+
+
+def _label(value: Any) -> str | None:
+    if value is None:
+        return None
+    content = value if isinstance(value, bytes) else str(value).encode(errors="backslashreplace")
+    return content.decode(errors="backslashreplace")

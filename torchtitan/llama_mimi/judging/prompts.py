@@ -6,10 +6,9 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -17,8 +16,9 @@ from llama_mimi.audio.reading import AudioError, Waveform, write_wav
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import digest, read_json, visible_files, write_atomically
 from llama_mimi.common.resume import require_same
-from llama_mimi.data.clip_readers import read_row
-from llama_mimi.data.corpora import AudioCorpus, open_corpus
+from llama_mimi.corpora.clips import read_row
+from llama_mimi.corpora.source import Row, Source
+from llama_mimi.corpora.sources import open_source
 
 MANIFEST, FORMAT = "prompts.json", 2
 PROMPTS, RECORDINGS = "prompts", "recordings"
@@ -130,22 +130,21 @@ def _cut_prompts(folder: Path, options: PromptOptions) -> tuple[list[Prompt], Co
     partial = PromptSet(folder / UNFINISHED, "", ())
     shutil.rmtree(partial.folder, ignore_errors=True)  # from a run that was killed
     columns = {"speaker": options.speaker_column}
-    corpus = open_corpus(options.corpus, options.dataset_path, options.audio_column, None, columns, options.split)
+    source = open_source(options.corpus, options.dataset_path, options.audio_column, None, columns, options.split)
     skipped: Counter[str] = Counter()
     num_usable = 0
     drawn: list[tuple[bytes, int, Prompt]] = []  # the first rows by hash
     names: set[str] = set()
-    rows = tqdm(_rows(corpus), total=int(corpus.rows_per_group.sum()), unit="recording", desc="prompts")
-    for number, (name, group, content) in enumerate(rows):
+    for number, (name, row) in enumerate(tqdm(_rows(source), unit="recording", desc="prompts")):
         if name in names:
-            raise UserError(f"'{corpus.name}' has two rows with the id '{content['id']}'; give each its own")
+            raise UserError(f"'{source.name}' has two rows with the id '{row['id']}'; give each its own")
         names.add(name)
         rank = hashlib.sha256(name.encode()).digest()
         if len(drawn) == options.limit and rank > drawn[-1][0]:
             skipped["beyond --limit"] += 1
             continue
         try:
-            waveform = read_row(corpus, group, content, name, None, max_seconds=MAX_RECORDING_SECONDS)
+            waveform = read_row(row, None, max_seconds=MAX_RECORDING_SECONDS)
         except AudioError as error:
             print(f"skipped: {error}", flush=True)
             skipped[error.reason] += 1
@@ -153,7 +152,7 @@ def _cut_prompts(folder: Path, options: PromptOptions) -> tuple[list[Prompt], Co
         if waveform.seconds < options.min_seconds:
             skipped["too short"] += 1
             continue
-        speaker = content.get("speaker")
+        speaker = row.get("speaker")
         prompt = Prompt(name, "" if speaker is None else str(speaker), cut_seconds(waveform, options.prompt_seconds))
         prompt_S = waveform.samples_S[: round(prompt.seconds * waveform.sample_rate_hz)]
         write_wav(partial.file(PROMPTS, prompt), Waveform(prompt_S, waveform.sample_rate_hz))
@@ -182,16 +181,12 @@ def _cut_prompts(folder: Path, options: PromptOptions) -> tuple[list[Prompt], Co
     return [prompt for _, _, prompt in sorted(drawn, key=lambda one: one[1])], skipped, sha256
 
 
-def _rows(corpus: AudioCorpus) -> Iterator[tuple[str, int, Mapping[str, Any]]]:
-    """Yield file name, group and content of each row."""
-    number = 0
-    for group in range(len(corpus.rows_per_group)):
-        table = corpus.read_group(group)
-        for row in range(table.num_rows):
-            content = table.slice(row, 1).to_pylist()[0]
-            name = f"row-{number:06d}" if content.get("id") is None else str(content["id"])
-            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]{0,99}", name):  # not a file name on every system
-                cleaned = re.sub(r"[^A-Za-z0-9.-]+", "-", name)[:60].strip("-.")
-                name = f"{cleaned}-{hashlib.sha256(name.encode()).hexdigest()[:8]}".lstrip("-")
-            number += 1
-            yield name, group, content
+def _rows(source: Source) -> Iterator[tuple[str, Row]]:
+    """Yield file name and content of each row."""
+    rows = (row for unit in range(len(source.units)) for row in source.rows(unit))
+    for number, row in enumerate(rows):
+        name = row.get("id") or f"row-{number:06d}"
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]{0,99}", name):  # not a file name on every system
+            cleaned = re.sub(r"[^A-Za-z0-9.-]+", "-", name)[:60].strip("-.")
+            name = f"{cleaned}-{hashlib.sha256(name.encode()).hexdigest()[:8]}".lstrip("-")
+        yield name, row

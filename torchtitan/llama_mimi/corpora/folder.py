@@ -1,0 +1,143 @@
+"""Folders of audio files, with the texts beside them: ``metadata.csv``, LibriSpeech's transcripts, or JSON files."""
+
+import csv
+import io
+import os
+import posixpath
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from llama_mimi.common.errors import UserError, first_line
+from llama_mimi.common.files import as_utf8, digest, file_system, is_local, parse_json
+from llama_mimi.corpora.source import ROWS_PER_UNIT, Columns, Row, Source, Unit, Values, parse_object, slices
+
+TABLES, TRANSCRIPTS = ("metadata.csv", "metadata.jsonl"), ".trans.txt"
+
+
+class FolderSource(Source):
+    """A row is an audio file, at any depth. Its values come from these places, the first of which wins:
+
+    - in its folder, else in one above: ``metadata.csv`` or ``metadata.jsonl`` with the column ``file_name``, as
+      `datasets`' audiofolder has it; ``metadata.csv`` with lines ``id|text|normalized_text`` beside the folder
+      ``wavs``, as LJSpeech has it; ``*.trans.txt`` with lines ``name TEXT``, as LibriSpeech has it;
+    - a JSON file of its name, as Libri-Light and Emilia have it.
+    """
+
+    def __init__(self, name: str, files: Sequence[str], wanted: Columns) -> None:
+        super().__init__(name, wanted)
+        fs, bare = file_system(name)
+        named = (bare if is_local(fs) else fs.unstrip_protocol(bare)).rstrip("/")
+        root = named if fs.isdir(bare) else os.path.commonprefix(files).rpartition("/")[0]  # noqa: RUF071
+        self._files, names = files, [file[len(root) + 1 :] for file in files]
+        folders = sorted({folder for name in names for folder, _ in _places(root, name)})
+        sizes = {folder: _sizes(folder) for folder in folders}
+        tables = {folder: _table(folder, sizes[folder]) for folder in folders}
+        self._entries = self._match(root, names, tables)
+        stems = [name.rsplit(".", 1)[0] for name in names]
+        count = Counter(stems)
+        self._ids = [as_utf8(name if count[stem] > 1 else stem) for name, stem in zip(names, stems, strict=True)]
+
+        def size(path: str) -> int:
+            folder, _, base = f"{root}/{path}".rpartition("/")
+            return sizes[folder].get(base, -1)
+
+        audio_sizes, self._json_sizes = list(map(size, names)), [size(f"{stem}.json") for stem in stems]
+        self.fingerprint = digest([names, audio_sizes, list(tables.values()), self._json_sizes])
+        self.units = [
+            Unit(f"files from {start} of {name}", sum(audio_sizes[start:end]), end - start)
+            for start, end in slices(len(files))
+        ]
+        known = [*self._entries, *map(self._values, range(*slices(len(files))[0]))]
+        self._choose_columns(key for values in known if isinstance(values, dict) for key in values)
+
+    def rows(self, unit: int, start: int = 0) -> Iterator[Row]:
+        first = unit * ROWS_PER_UNIT
+        for index in range(first + start, min(first + ROWS_PER_UNIT, len(self._files))):
+            yield self._row("", self._values(index), self._files[index], self._ids[index])
+
+    def _values(self, index: int) -> Values | str:
+        if self._json_sizes[index] < 0:
+            return self._entries[index]
+        fs, bare = file_system(f"{self._files[index].rsplit('.', 1)[0]}.json")
+        try:
+            values = parse_object(fs.cat_file(bare))
+        except OSError as error:
+            return f"its JSON cannot be read ({first_line(error)})"
+        return values if isinstance(values, str) else values | self._entries[index]
+
+    def _match(self, root: str, names: Sequence[str], tables: Mapping[str, Mapping[str, Values]]) -> list[Values]:
+        """Return the entry of each file; print the numbers of files and entries that do not match."""
+        found: list[Values] = []
+        unused = {(folder, key) for folder, table in tables.items() for key in table}
+        if not unused:
+            return [{}] * len(names)
+        num_entries = len(unused)
+        for name in names:
+            entry: Values = {}
+            for folder, below in _places(root, name):
+                for key in {_key(below), _key(below).rsplit(".", 1)[0]} & tables[folder].keys():
+                    entry |= tables[folder][key]
+                    unused.discard((folder, key))
+            found.append(entry)
+        lonely = [as_utf8(name) for name, entry in zip(names, found, strict=True) if not entry]
+        if lonely or unused:
+            examples = ", ".join(lonely[:1] + ["/".join(entry) for entry in sorted(unused)[:1]])
+            counts = f"{len(lonely):,} audio files have no entry and {len(unused):,} entries have no audio file"
+            if len(unused) == num_entries:
+                raise UserError(f"no table of '{self.name}' names one of its audio files ({examples}); fix the names")
+            if not int(os.environ.get("RANK", 0)):
+                print(f"tables of '{self.name}': {counts} ({examples})", flush=True)
+        return found
+
+
+def _places(root: str, name: str) -> list[tuple[str, str]]:
+    """Return each folder from the root to that of a file, with the name of the file relative to it."""
+    parts = name.split("/")
+    return [("/".join([root, *parts[:depth]]), "/".join(parts[depth:])) for depth in range(len(parts))]
+
+
+def _sizes(folder: str) -> dict[str, int]:
+    """Return the bytes of each file in a folder, by name."""
+    fs, bare = file_system(folder)
+    return {info["name"].rsplit("/", 1)[-1]: info["size"] or 0 for info in fs.ls(bare, detail=True)}
+
+
+def _key(name: str) -> str:
+    return posixpath.normpath(unicodedata.normalize("NFC", name.replace("\\", "/")))
+
+
+def _table(folder: str, names: Iterable[str]) -> dict[str, Values]:
+    """Return the entries of a folder's tables, by the name of a file or its name without ending."""
+    found: dict[str, Values] = {}
+    for name in sorted(names):
+        if name in TABLES or (name.endswith(TRANSCRIPTS) and not name.startswith(".")):
+            fs, bare = file_system(f"{folder}/{name}")
+            try:
+                for file, values in _read_table(name, fs.cat_file(bare).decode("utf-8-sig")):
+                    if (key := _key(file)) in found:
+                        raise ValueError(f"it names '{file}' twice")
+                    found[key] = values
+            except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
+                problem = f"{type(error).__name__}: {first_line(error)}"
+                needed = "in UTF-8" if name.endswith(TRANSCRIPTS) else "with the column file_name"
+                raise UserError(f"'{folder}/{name}' is not a table {needed} ({problem}); fix it") from error
+    return found
+
+
+def _read_table(name: str, text: str) -> Iterator[tuple[str, Values]]:
+    lines = [line.rstrip("\r") for line in text.split("\n") if line.strip()]
+    if name.endswith(TRANSCRIPTS):
+        for line in lines:
+            stem, _, words = line.partition(" ")
+            yield stem, {"speaker": stem.split("-")[0], "text": words.strip()}
+    elif name.endswith("csv") and lines and "|" in lines[0] and "file_name" not in lines[0]:
+        for line in lines:
+            stem, *texts = line.split("|")
+            yield f"wavs/{stem}", dict(zip(("text", "normalized_text"), texts, strict=False))
+    else:
+        for row in csv.DictReader(io.StringIO(text), strict=True) if name.endswith("csv") else map(parse_json, lines):
+            file = row.pop("file_name")
+            if any(row.pop(None, ())):
+                raise ValueError(f"the line of '{file}' has more fields than the header")
+            yield file, {key: value for key, value in row.items() if value != ""}

@@ -1,0 +1,133 @@
+"""Open a corpus: from a name, folder, path, glob or hub id to its format and files, on any fsspec file system."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from llama_mimi.common.errors import UserError, first_line
+from llama_mimi.common.files import file_system, find_files
+from llama_mimi.corpora.folder import FolderSource
+from llama_mimi.corpora.manifest import ManifestSource
+from llama_mimi.corpora.parquet import ParquetSource
+from llama_mimi.corpora.source import CORPUS_ENDINGS, HUB, Columns, Source
+from llama_mimi.corpora.splits import choose_split, splits_in
+from llama_mimi.corpora.tar import TarSource
+
+PARQUET_ENDINGS = (".parquet", ".pq")
+SAVED = ("state.json", "dataset_dict.json")  # files of `Dataset.save_to_disk` and `DatasetDict.save_to_disk`
+# Formats by the endings of their files. A folder has the first format of which it contains a file: audio may lie beside
+# Parquet files that name it, and JSON lines beside audio are about it. TarSource refuses compressed tars.
+FORMATS: dict[tuple[str, ...], Callable[..., Source]] = {
+    PARQUET_ENDINGS: ParquetSource,
+    (".tar",): TarSource,
+    CORPUS_ENDINGS: FolderSource,
+    (".jsonl",): ManifestSource,
+    (".tar.gz", ".tgz"): TarSource,
+}
+# Hub id, config and split of published corpora, whose files are <config>/<split>-*.parquet with the columns audio and
+# text, on the hub and in a local download.
+CORPORA = {
+    "peoples_speech": ("MLCommons/peoples_speech", "clean", "train"),
+    "peoples_speech_validation": ("MLCommons/peoples_speech", "validation", "validation"),
+    **{
+        f"librispeech_{config}_{split}": ("openslr/librispeech_asr", config, split)
+        for config, train in (("clean", ("train.100", "train.360")), ("other", ("train.500",)))
+        for split in (*train, "validation", "test")
+    },
+}
+# Names in the first release's config files, and what to set here.
+RELEASED_NAMES = {
+    "librispeech_asr_train": "'librispeech_other_train.500'",
+    "librispeech_asr_test": "'librispeech_clean_test'",
+    "librispeech_asr": "'librispeech_clean_test'",
+    "all": "folders of codes, divided by commas; config/CORPORA.md says how to make them",
+}
+
+
+def open_source(
+    dataset: str,
+    dataset_path: str | None,
+    audio_column: str,
+    text_column: str | None,
+    extra_columns: Mapping[str, str] = MappingProxyType({}),
+    split: str | None = None,
+) -> Source:
+    """Open a corpus of audio; raise a `UserError` if it does not exist, has several splits, or lacks a column.
+
+    Args:
+        dataset: a name in `CORPORA`, a folder, a path or glob, a folder of `Dataset.save_to_disk`, or a hub id as
+            ``hf:owner/name`` or ``hf:owner/name:config``.
+        dataset_path: local download of a named corpus; None reads it from the hub.
+        text_column: column of transcripts; None means that rows have no text.
+        extra_columns: columns by role (speaker, ...) that are read where the corpus has them.
+        split: split of a folder or a hub id that contains several.
+    """
+    columns = Columns(audio_column, text_column, extra_columns)
+    if is_dataset(dataset):
+        from llama_mimi.corpora.dataset import DatasetSource  # datasets takes seconds to import
+
+        return DatasetSource(dataset, columns, split)
+    source, files = corpus_files(dataset, dataset_path, split)
+    return source(dataset, files, columns)
+
+
+def is_dataset(dataset: str) -> bool:
+    """Return True for a hub id, or a folder that the library `datasets` has saved."""
+    if dataset.startswith(HUB) and "://" not in dataset:
+        return True
+    if dataset in CORPORA:
+        return False
+    fs, bare = file_system(dataset)
+    try:
+        return fs.isdir(bare) and any(fs.isfile(f"{bare.rstrip('/')}/{name}") for name in SAVED)
+    except Exception:  # remote file systems raise the errors of their transports; listing the files reports them
+        return False
+
+
+def check_corpus(dataset: str, dataset_path: str | None, split: str | None) -> None:
+    """Raise a `UserError` early, without opening a file, if a local corpus is missing."""
+    if not is_dataset(dataset) and (dataset not in CORPORA or dataset_path is not None):
+        corpus_files(dataset, dataset_path, split)
+
+
+def corpus_files(dataset: str, dataset_path: str | None, split: str | None) -> tuple[Callable[..., Source], list[str]]:
+    """Return the format and files of a corpus, in order, as fsspec paths; arguments and errors as `open_source`."""
+    if dataset in CORPORA:
+        choose_split(dataset, CORPORA[dataset][2:], split)
+        return ParquetSource, _named_files(dataset, dataset_path)
+    if dataset_path is not None:
+        problem = f"dataset_path is '{dataset_path}', but dataset '{dataset}' is not a named corpus"
+        raise UserError(f"{problem}; name the folder itself as dataset, or one of: {', '.join(CORPORA)}")
+    found = find_files(dataset, tuple(ending for endings in FORMATS for ending in endings))
+    for endings, source in FORMATS.items():
+        if files := [file for file in found if file.lower().endswith(endings)]:
+            fs, bare = file_system(dataset)
+            splits = (
+                splits_in(bare, [file_system(file)[1] for file in files]) if fs.isdir(bare) else [None] * len(files)
+            )
+            chosen = choose_split(dataset, splits, split)
+            return source, [file for file, own in zip(files, splits, strict=True) if chosen in (None, own)]
+    if found:  # a path whose ending is not known; NeMo's manifests have the ending .json
+        choose_split(dataset, (), split)
+        return ManifestSource if all(file.lower().endswith(".json") for file in found) else ParquetSource, found
+    if dataset in RELEASED_NAMES:
+        raise UserError(f"'{dataset}' is a dataset name of the first release; set {RELEASED_NAMES[dataset]}")
+    raise UserError(
+        f"no Parquet, tar or audio file and no JSONL manifest matches the dataset '{dataset}'; name a folder, a path, "
+        f"a glob, {HUB} and the id of a dataset, a folder of codes by scripts/tokenize_corpus.py, or one of: "
+        f"{', '.join(CORPORA)}"
+    )
+
+
+def _named_files(name: str, dataset_path: str | None) -> list[str]:
+    hub_id, config, split = CORPORA[name]
+    root, reason = (dataset_path or f"hf://datasets/{hub_id}").rstrip("/"), "no such files"
+    try:
+        for pattern in (f"{config}/{split}-*.parquet", f"{config}/{split}/*.parquet"):
+            if files := find_files(f"{root}/{pattern}", PARQUET_ENDINGS):
+                return files
+    except Exception as error:  # the hub's client raises the errors of its transports
+        reason = first_line(error)
+    raise UserError(
+        f"'{root}' contains no {config}/{split}-*.parquet of the corpus '{name}' ({reason}); download it with `hf "
+        f"download {hub_id} --repo-type dataset --local-dir FOLDER` and set dataset_path to FOLDER"
+    )

@@ -1,0 +1,98 @@
+"""WebDataset: uncompressed tar files whose members of one name are a row, such as ``a.mp3`` and ``a.json``."""
+
+import tarfile
+from collections.abc import Collection, Iterator, Sequence
+from itertools import groupby, islice
+from operator import itemgetter
+
+from llama_mimi.common.errors import UserError, first_line
+from llama_mimi.common.files import digest, file_system
+from llama_mimi.corpora.source import (
+    CORPUS_ENDINGS,
+    ROWS_PER_UNIT,
+    Columns,
+    Row,
+    Source,
+    Unit,
+    Values,
+    parse_object,
+    reading,
+)
+
+TEXTS = ("json", "txt")  # members beside the audio; others are ignored
+NO_AUDIO = "it has no audio file; members of a row must have one name and differ only in the last ending"
+
+
+class TarSource(Source):
+    """A unit is a tar, which is read from its beginning, without an index; a ``.txt`` member has the key "text"."""
+
+    def __init__(self, name: str, files: Sequence[str], wanted: Columns) -> None:
+        super().__init__(name, wanted)
+        self.units, contents = [], []
+        for file in files:
+            fs, bare = file_system(file)
+            info = fs.info(bare)
+            changed = str(info.get("mtime") or info.get("ETag") or info.get("LastModified") or "")
+            self.units.append(Unit(file, info["size"], None))
+            contents.append([file.rsplit("/", 1)[-1], info["size"], changed])
+        self.fingerprint = digest(contents)
+        rows = (_values(parts) for unit in range(len(files)) for _, parts in self._members(unit, 0, TEXTS))
+        first = list(islice(rows, ROWS_PER_UNIT))
+        if not first:
+            raise UserError(f"the dataset '{name}' has no rows; choose another")
+        self._choose_columns(key for values in first if isinstance(values, dict) for key in values)
+
+    def rows(self, unit: int, start: int = 0) -> Iterator[Row]:
+        for key, parts in self._members(unit, start, ("audio", *TEXTS)):
+            values = _values(parts)
+            row_id = None if isinstance(values, str) else values.get("id", values.get("_id"))
+            problem = {} if "audio" in parts else {"problem": NO_AUDIO}
+            yield self._row(key, values, parts.get("audio"), key if row_id is None else row_id, **problem)
+
+    def _members(self, unit: int, start: int, wanted: Collection[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
+        """Yield key and wanted members of each row from ``start`` on; earlier rows are not read."""
+        file, seen = self.units[unit].name, set()
+        fs, bare = file_system(file)
+        with (
+            reading(file, "tar file, or is a compressed one"),
+            fs.open(bare, "rb") as stream,
+            # Names that are not UTF-8 are escaped.
+            tarfile.open(fileobj=stream, mode="r:", encoding="utf-8", errors="backslashreplace") as tar,
+        ):
+            for number, (key, members) in enumerate(groupby(filter(None, map(_part, tar)), itemgetter(0))):
+                if key in seen:
+                    raise UserError(f"'{file}' has other members between those of '{key}'; sort its members by name")
+                seen.add(key)
+                parts: dict[str, bytes] = {}
+                for _, part, member in members:
+                    if part in parts:
+                        raise UserError(f"'{file}' has '{member.name}' twice, or two audio files of that name")
+                    is_wanted = number >= start and part in wanted
+                    # extractfile follows links and fills the holes of sparse members.
+                    content = tar.extractfile(member) if is_wanted else None
+                    parts[part] = content.read() if content else b""
+                if number >= start:
+                    yield key, parts
+            # tarfile takes damage behind the first header for the end, which is zeros to the last byte.
+            stream.seek(tar.offset)
+            rest = stream.read()
+            if len(rest) < tarfile.BLOCKSIZE or rest.strip(b"\0"):
+                raise tarfile.ReadError("it ends without an end-of-archive mark")
+
+
+def _part(member: tarfile.TarInfo) -> tuple[str, str, tarfile.TarInfo] | None:
+    """Return key, part and member; None for directories, hidden files (as macOS adds them) and other endings."""
+    stem, _, ending = member.name.rpartition(".")
+    part = "audio" if f".{ending.lower()}" in CORPUS_ENDINGS else ending.lower()
+    is_file = member.isfile() or member.islnk() or member.issym()
+    is_hidden = member.name.rpartition("/")[2].startswith(".")
+    return (stem, part, member) if is_file and part in ("audio", *TEXTS) and not is_hidden else None
+
+
+def _values(parts: dict[str, bytes]) -> Values | str:
+    values = parse_object(parts.get("json", b"{}"))
+    try:
+        text = {"text": parts["txt"].decode("utf-8-sig").strip()} if "txt" in parts else {}
+    except ValueError as error:
+        return f"its text is not UTF-8 ({first_line(error)})"
+    return values if isinstance(values, str) else text | values

@@ -1,0 +1,95 @@
+"""Filter clips by their length and by a small expression over the columns of their rows."""
+
+import ast
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from operator import eq, ge, gt, le, lt, ne
+from typing import Any
+
+from llama_mimi.common.errors import UserError
+
+ROLE = "filter/"  # before the name of a column that only an expression names
+OPERATORS: dict[type, Callable] = {ast.Eq: eq, ast.NotEq: ne, ast.Lt: lt, ast.LtE: le, ast.Gt: gt, ast.GtE: ge}
+OPERATORS[ast.In] = lambda value, values: any(_compare(eq, value, other) for other in values)
+OPERATORS[ast.NotIn] = lambda value, values: not OPERATORS[ast.In](value, values)
+
+
+@dataclass(frozen=True)
+class RowFilter:
+    """Limits on the length of a clip, and an expression such as ``language == "en" and dnsmos >= 3``."""
+
+    min_seconds: float = 0.0
+    max_seconds: float | None = None
+    where: str | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            self.of_values(dict.fromkeys(self.columns, 0))  # checks every part
+        except (SyntaxError, ValueError, TypeError, RecursionError) as error:
+            example = 'language == "en" and dnsmos >= 3'
+            problem = f"--where is {self.where!r}; it compares columns with numbers and texts"
+            raise UserError(f"{problem}, such as {example}") from error
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Columns that ``where`` names, by the role under which a source reads them."""
+        nodes = [] if self.where is None else ast.walk(_parsed(self.where))
+        return {ROLE + node.id: node.id for node in nodes if isinstance(node, ast.Name)}
+
+    def of_values(self, values: Mapping[str, Any]) -> str | None:
+        """Return why a row is left out before its audio is read, such as a column without a value; None keeps it."""
+        if self.where is None:
+            return None
+        row = {name: values.get(role) for role, name in self.columns.items()}
+        if missing := [name for name, value in row.items() if value in (None, "")]:
+            return f"no {missing[0]}"
+        return None if _is_true(_parsed(self.where), row) else f"not {self.where}"
+
+    def of_length(self, seconds: float, *, is_cut: bool) -> str | None:
+        """Return why a clip of ``seconds``, or more if it is cut, is left out; None keeps it."""
+        if seconds < self.min_seconds:
+            return f"under {self.min_seconds:g} s"
+        is_long = self.max_seconds is not None and (is_cut or seconds > self.max_seconds)
+        return f"over {self.max_seconds:g} s" if is_long else None
+
+
+@lru_cache(maxsize=8)
+def _parsed(where: str) -> ast.expr:
+    return ast.parse(where.strip(), mode="eval").body
+
+
+def _is_true(node: ast.expr, row: Mapping[str, Any]) -> bool:
+    match node:
+        case ast.BoolOp():
+            parts = [_is_true(part, row) for part in node.values]
+            return all(parts) if isinstance(node.op, ast.And) else any(parts)
+        case ast.UnaryOp(op=ast.Not()):
+            return not _is_true(node.operand, row)
+        case ast.Compare() if all(type(op) in OPERATORS for op in node.ops):
+            is_list = [False, *(isinstance(op, ast.In | ast.NotIn) for op in node.ops)]
+            sides = [_side(*side, row) for side in zip((node.left, *node.comparators), is_list, strict=True)]
+            return all(_compare(OPERATORS[type(op)], *pair) for op, pair in zip(node.ops, pairwise(sides), strict=True))
+    raise ValueError("not a comparison")
+
+
+def _side(node: ast.expr, is_list: bool, row: Mapping[str, Any]) -> Any:
+    if isinstance(node, ast.Name) and not is_list:
+        return row[node.id]
+    constant = ast.literal_eval(node)
+    if not isinstance(constant, tuple | list if is_list else str | int | float):
+        raise ValueError("neither a text nor a number")
+    return constant
+
+
+def _compare(operator: Callable, left: Any, right: Any) -> bool:
+    """Compare two values; a text is read as a number beside a number, as CSV tables contain only texts."""
+    with suppress(ValueError, TypeError):
+        if isinstance(left, str) and isinstance(right, int | float):
+            left = float(left)
+        elif isinstance(right, str) and isinstance(left, int | float):
+            right = float(right)
+        return operator(left, right)
+    return operator is ne
