@@ -9,7 +9,7 @@ missing.
 """
 
 from llama_mimi.common.command_line import run_command
-from llama_mimi.data.tokenization import tokenize_corpus
+from llama_mimi.corpora.tokenize import tokenize_corpus
 
 if __name__ == "__main__":
     run_command(tokenize_corpus, __doc__)

@@ -11,7 +11,7 @@ import torch
 from llama_mimi.audio.mimi import load_codec_config
 from llama_mimi.checkpoint.stand_ins import write_missing
 from llama_mimi.common.command_line import to_cli_args
-from llama_mimi.data.code_store import MANIFEST, CodeCorpus
+from llama_mimi.corpora.code_shards import MANIFEST, CodeCorpus
 from llama_mimi.model.architectures import build_model
 from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs
 from llama_mimi.training.config_file import parse_config
