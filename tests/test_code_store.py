@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -26,7 +25,6 @@ from forked_ranks import ForkedRanks
 from llama_mimi.audio.mimi import MimiCodec, codec_hash
 from llama_mimi.audio.reading import OPPOSITE, read_audio
 from llama_mimi.common.errors import UserError
-from llama_mimi.common.files import write_atomically
 from llama_mimi.corpora.code_shards import CodeCorpus, CodedClip, is_store, shard_bytes
 from llama_mimi.corpora.source import Unit
 from llama_mimi.corpora.tokenize import TokenizationOptions, make_jobs, share_jobs, tokenize_corpus
@@ -118,7 +116,7 @@ def test_the_manifest_counts_what_is_there(store):
     found, rows = manifest(store), pa.concat_tables(contents(store).values())
     assert found["codec"]["sha256"] == codec_hash(CODEC) and found["codec"]["num_quantizers"] == 8
     assert found["clips"] == len(rows) == sum(n for n, _ in found["by_second"]) == 23
-    assert found["skipped"] == {"unreadable": 1} and "not readable audio" in found["skipped_first"][0]
+    assert found["skipped"] == {"unreadable": 1}
     assert found["audio_warnings"] == {OPPOSITE: 1} and found["cut"] == sum(rows["is_cut"].to_pylist())
     seconds = rows["duration"].to_pylist()
     cut_mean = sum(min(s, 3.0) for s in seconds) / len(seconds)
@@ -209,7 +207,6 @@ def test_output_on_another_file_system(speech, store):
         (["--clips_per_shard", 16], "made with clips_per_shard = 8, but it is 16 now"),
         (["--corpus", TINY / "words" / "train-*.parquet"], "made with corpus_sha256 = "),
         (["--no_codec_sliding_window"], "made with codec.sliding_window = True, but it is False now"),
-        (["--batch_seconds", 0], "must be a positive number"),
         (["--max_audio_seconds", "inf"], "must be a positive number"),
         (["--output_dir", "nothing://codes"], "cannot be opened"),
         (["--max_skip_fraction", 2], "a fraction between 0 and 1"),
@@ -217,25 +214,24 @@ def test_output_on_another_file_system(speech, store):
         (["--max_seconds", 2, "--long_recordings", "split"], "choose one"),
         (["--where", "score > 3"], "has no column 'score'"),
         (["--codec", "models/none/here"], "does not exist"),
+        (["--output_dir", "CORPUS/codes"], "is inside the corpus"),
     ],
     ids=str,
 )
 def test_mistakes_get_one_sentence(flags, message, store, speech, tmp_path):
     again = shutil.copytree(store, tmp_path / "store")
     with pytest.raises(UserError) as error:
+        flags = [str(flag).replace("CORPUS", str(speech)) for flag in flags]
         run_alone("--corpus", speech, "--max_audio_seconds", 4, "--output_dir", again, *flags)
     assert message in str(error.value) and "\n" not in str(error.value)
     assert manifest(again) == manifest(store), "nothing was touched"
 
 
 def test_a_folder_of_the_first_format_is_refused(store, speech, tmp_path):
-    again = shutil.copytree(store, tmp_path / "store")
-    for name in ("tokenization.json", "manifest.json"):
-        (again / name).write_text(json.dumps(json.loads((again / name).read_text()) | {"format": 1}))
+    plan = json.loads((store / "tokenization.json").read_text()) | {"format": 1}
+    (tmp_path / "tokenization.json").write_text(json.dumps(plan))
     with pytest.raises(UserError, match="was made with format = 1, but it is 2 now; .* choose another --output_dir"):
-        run_alone("--corpus", speech, "--output_dir", again)
-    with pytest.raises(UserError, match="has format 1, not 2; tokenise the corpus again"):
-        CodeCorpus(str(again), CODEC, 8)
+        run_alone("--corpus", speech, "--output_dir", tmp_path)
 
 
 def test_too_many_bad_clips_stop_before_the_manifest(speech, tmp_path):
@@ -247,11 +243,10 @@ def test_too_many_bad_clips_stop_before_the_manifest(speech, tmp_path):
 def test_a_shard_of_other_rows_stops_before_the_manifest(store, speech, tmp_path):
     again = shutil.copytree(store, tmp_path / "store")
     (again / "manifest.json").unlink()
-    shard = pq.read_table(again / "shard-000001-0000-end.parquet")
-    notes = json.loads(shard.schema.metadata[b"llama_mimi"]) | {"rows": [0, 7]}
-    pq.write_table(
-        shard.replace_schema_metadata({"llama_mimi": json.dumps(notes)}), again / "shard-000001-0000-end.parquet"
-    )
+    path = again / "shard-000001-0000-end.parquet"
+    shard = pq.read_table(path)
+    notes = json.loads(shard.schema.metadata[b"llama_mimi"]) | {"rows": 7}
+    pq.write_table(shard.replace_schema_metadata({"llama_mimi": json.dumps(notes)}), path)
     with pytest.raises(UserError, match="'shard-000001-0000-end.parquet' lack rows of the corpus; delete them"):
         run_alone("--corpus", speech, "--max_audio_seconds", 4, "--output_dir", again)
 
@@ -286,36 +281,13 @@ def test_duplicates_are_counted_and_dropped(rows, tmp_path):
         made("dropped")
 
 
-def test_the_output_is_not_inside_the_corpus(speech):
-    with pytest.raises(UserError, match="is inside the corpus"):
-        run_alone("--corpus", speech, "--output_dir", speech / "codes")
-
-
 def test_two_runs_do_not_share_an_output(speech, tmp_path):
-    first = subprocess.Popen(
-        [sys.executable, "-c", f"import fcntl,time;f=open('{tmp_path}/.lock','w');fcntl.lockf(f,2);print(1,flush=True);"
-         "time.sleep(60)"],
-        stdout=subprocess.PIPE,
-    )  # fmt: skip
-    try:
+    """Locks are those of other processes."""
+    code = f"import fcntl; file = open('{tmp_path}/.lock', 'w'); fcntl.lockf(file, 2); print(1, flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
         assert first.stdout.readline()
         with pytest.raises(UserError, match="another process writes to .* choose another --output_dir"):
             run_alone("--corpus", speech, "--output_dir", tmp_path)
-    finally:
-        first.kill()
-        first.wait()
-    run_alone("--corpus", speech, "--output_dir", tmp_path)
-    assert manifest(tmp_path)["clips"] == 23, "a lock ends with its process"
-
-
-def test_a_full_disk_leaves_no_half_shard(tmp_path, monkeypatch):
-    full = os.open("/dev/full", os.O_WRONLY)
-    local = type(fsspec.filesystem("file"))
-    monkeypatch.setattr(local, "pipe_file", lambda self, path, content: os.write(full, content))
-    with pytest.raises(UserError, match=r"No space left on device\); free disk space"):
-        write_atomically(str(tmp_path), "shard-000000.parquet", b"codes")
-    os.close(full)
-    assert not (tmp_path / "shard-000000.parquet").exists()
 
 
 # ---- training from it
@@ -357,12 +329,9 @@ def test_shards_give_the_batches_that_audio_gives(packing, num_quantizers, store
 
 
 def test_a_mixture_has_the_shares_of_audio_asked_for(store, tmp_path, tokenizer, world_of_one):
-    short = tmp_path / "short"
-    write_store(short, lengths=[12] * 40, like=store)
-    job_config = config(
-        f"{store}, {short}", "--validation.no-enable", "--data.weights", 1.0, 3.0, "--data.packing", "pack"
-    )
-    loader = build_dataloader(1, 0, tokenizer, job_config)
+    short = write_store(tmp_path / "short", lengths=[12] * 40, like=store)
+    flags = ["--validation.no-enable", "--data.weights", 1.0, 3.0, "--data.packing", "pack"]
+    loader = build_dataloader(1, 0, tokenizer, config(f"{store}, {short}", *flags))
     seconds = Counter()
     for ref, clip in loader._clips():
         seconds[ref.corpus] += len(clip.codes_TQ) / 12.5
@@ -391,79 +360,57 @@ def write_store(folder, lengths, like, **changes):
     content = shard_bytes(clips, 8, {"columns": columns})
     folder.mkdir()
     (folder / "shard-000000.parquet").write_bytes(content)
-    made = manifest(like) | {
-        "columns": columns,
-        "clips": len(clips),
-        "by_second": [[len(lengths), sum(lengths) / 12.5]],
-    }
+    made = manifest(like) | {"columns": columns, "clips": len(clips), "by_second": [[len(clips), sum(lengths) / 12.5]]}
     made["codec"] |= changes
     made["shards"] = [{"file": "shard-000000.parquet", "clips": len(clips), "bytes": len(content)}]
     (folder / "manifest.json").write_text(json.dumps(made))
     return folder
 
 
+def edit(in_codec=False, **changes):
+    """Return a function that changes values in the manifest of a folder, or in its part on the codec."""
+
+    def change(folder):
+        found = manifest(folder)
+        (found["codec"] if in_codec else found).update(changes)
+        (folder / "manifest.json").write_text(json.dumps(found))
+
+    return change
+
+
 def truncate(folder):
-    path = sorted(folder.glob("shard-*.parquet"))[0]
+    path = min(folder.glob("shard-*.parquet"))
     path.write_bytes(path.read_bytes()[:-40])
-
-
-def edit_manifest(**changes):
-    def edit(folder):
-        (folder / "manifest.json").write_text(json.dumps(manifest(folder) | changes))
-
-    return edit
-
-
-def edit_codec(**changes):
-    return lambda folder: edit_manifest(codec=manifest(folder)["codec"] | changes)(folder)
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (truncate, "bytes, not"),
-        (lambda folder: next(folder.glob("shard-000002*")).unlink(), "shard-000002-0000-end.parquet"),
+        (lambda folder: max(folder.glob("shard-*")).unlink(), "shard-000002-0000-end.parquet"),
         (lambda folder: (folder / "manifest.json").unlink(), "its tokenisation is not finished"),
         (lambda folder: (folder / "manifest.json").write_text("{"), "is not readable as JSON"),
-        (lambda folder: (folder / "manifest.json").write_text("[]"), "is not a JSON object"),
-        (edit_manifest(format=3), "format 3, not 2"),
-        (edit_codec(sha256="0" * 64), "codec.sha256 = '000000000000"),
-        (edit_codec(num_quantizers=2), "has 2 levels, fewer than codec.num_quantizers = 4"),
-        (edit_codec(sliding_window=False), "made with codec.sliding_window = False, but it is True now"),
+        (edit(format=1), "has format 1, not 2; tokenise the corpus again"),
+        (edit(in_codec=True, sha256="0" * 64), "codec.sha256 = '000000000000"),
+        (edit(in_codec=True, num_quantizers=2), "has 2 levels, fewer than codec.num_quantizers = 4"),
+        (edit(in_codec=True, sliding_window=False), "made with codec.sliding_window = False, but it is True now"),
+        (edit(columns=["id", "codes"]), "has no text"),
     ],
-    ids=[
-        "truncated",
-        "missing",
-        "unfinished",
-        "no_json",
-        "no_object",
-        "format",
-        "another_codec",
-        "levels",
-        "attention",
-    ],
+    ids="truncated missing unfinished json format codec levels attention text".split(),
 )
 def test_damaged_stores_are_refused_at_the_start(damage, message, store, tmp_path, world_of_one):
     folder = shutil.copytree(store, tmp_path / "store")
     damage(folder)
     with pytest.raises(UserError) as error:
-        config(folder)
+        config(folder, "--data.task", "tts")
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_folder_of_another_program_is_no_store(tmp_path):
+def test_a_store_is_a_folder_by_tokenisation_and_has_no_splits(store, tmp_path, world_of_one):
     (tmp_path / "manifest.json").write_text('{"audio_filepath": "a.wav"}\n{"audio_filepath": "b.wav"}\n')
     assert not is_store(str(tmp_path)) and not is_store("peoples_speech")
-
-
-def test_a_store_has_no_splits(store, world_of_one):
     with pytest.raises(UserError, match="is a tokenised corpus without splits; leave dataset_path and the split out"):
         config(store, "--data.split", "train")
-
-
-def test_a_store_without_text_trains_no_tts(store, tmp_path, world_of_one):
-    with pytest.raises(UserError, match="has no text"):
-        config(write_store(tmp_path / "store", [10], like=store), "--data.task", "tts")
 
 
 def test_codes_outside_the_codebook_are_refused(store, tmp_path):

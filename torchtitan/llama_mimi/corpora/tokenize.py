@@ -17,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -141,11 +140,9 @@ def tokenize_corpus(options: TokenizationOptions) -> None:
         if ranks.rank == 0:
             done = f"finished: {len(jobs) - len(todo)} of {len(jobs)} jobs"
             print(f"{done}; columns: {', '.join(plan['columns'])}", flush=True)
-            if len(todo) < ranks.world_size:
+            if 0 < len(todo) < ranks.world_size:
                 print(f"there are {ranks.world_size} ranks for {len(todo)} jobs; the other ranks wait", flush=True)
         write_shards(options, ranks, todo, reader, codec, plan["columns"])
-        if ranks.rank == 0 and ranks.world_size > 1:
-            print("this rank is done, waiting for the others", flush=True)
         ranks.wait()
         if ranks.rank == 0:
             write_manifest(options, plan, source.units, jobs)
@@ -233,37 +230,42 @@ def share_jobs(jobs: Sequence[Job], rank: int, world_size: int) -> list[Job]:
 
 
 class Chunks(IterableDataset):
-    """The rows of jobs in order, as chunks (job, number of rows, bytes, clips); a chunk of 0 rows ends a job.
+    """The rows of jobs in order, as chunks (shard, number of rows, bytes, clips); each of n workers yields every n-th.
 
-    Each of n loader workers yields every n-th chunk. No chunk contains rows of two shards.
+    The last chunk of a shard has the shard's name, others have None; the last chunk of a job is empty.
     """
 
     def __init__(self, reader: AudioReader, jobs: Sequence[Job], rows_per_chunk: int) -> None:
         self._reader, self._jobs, self._rows_per_chunk = reader, jobs, rows_per_chunk
 
-    def __iter__(self) -> Iterator[tuple[Job, int, int, list[AudioClip | SkippedClip]]]:
+    def __iter__(self) -> Iterator[tuple[str | None, int, int, list[AudioClip | SkippedClip]]]:
         source, info, size = self._reader.source, get_worker_info(), self._rows_per_chunk
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
         turns: Iterator[bool] = itertools.cycle(number == worker for number in range(num_workers))
         for job in self._jobs:
-            part = job.rows_per_part or sys.maxsize
+            rows_per_part, bytes_left = job.rows_per_part or sys.maxsize, job.num_bytes
+            row = job.first_part * (job.rows_per_part or 0)
             for number in job.units:
-                own, num_bytes, num_rows = turns, source.units[number].num_bytes, source.units[number].num_rows
-                if num_rows is not None:
-                    turns_of_unit = [next(turns) for _ in range(0, num_rows, size)]
+                unit, own = source.units[number], turns
+                if unit.num_rows is not None:
+                    turns_of_unit = [next(turns) for _ in range(0, unit.num_rows, size)]
                     if not any(turns_of_unit):
+                        bytes_left -= unit.num_bytes
                         continue  # without reading the unit
                     own = iter(turns_of_unit)
-                row = job.first_part * (job.rows_per_part or 0)
-                rows = source.rows(number, row)
-                while chunk := list(itertools.islice(rows, min(size, part - row % part))):
+                rows = source.rows(number, row if unit.num_rows is None else 0)
+                while chunk := list(itertools.islice(rows, min(size, rows_per_part - row % rows_per_part))):
                     row += len(chunk)
+                    num_bytes = sum(len(one.get("audio") or b"") for one in chunk)  # a tar has more
+                    if unit.num_rows is not None:
+                        num_bytes = unit.num_bytes * len(chunk) // unit.num_rows
+                    bytes_left -= num_bytes
                     if next(own, False):
-                        read = sum(len(one.get("audio") or b"") for one in chunk)  # of a tar; its size has more
-                        done = read if num_rows is None else num_bytes * len(chunk) // num_rows
-                        yield job, len(chunk), done, [clip for one in chunk for clip in self._reader.clips(one)]
+                        part, rest = divmod(row, rows_per_part)
+                        shard = None if rest else job.shard(part - 1, is_end=False)
+                        yield shard, len(chunk), num_bytes, [clip for one in chunk for clip in self._reader.clips(one)]
             if next(turns):
-                yield job, 0, 0, []
+                yield job.shard(row // rows_per_part, is_end=True), 0, bytes_left, []
 
 
 def write_shards(
@@ -280,51 +282,44 @@ def write_shards(
     workers = {"num_workers": options.num_workers} | ({"prefetch_factor": 1} if splits and options.num_workers else {})
     total_bytes = sum(job.num_bytes for job in todo)
     start, last_report = time.monotonic(), 0.0
-    num_read = num_skipped = 0
-    for job, of_job in itertools.groupby(read_in_workers(chunks, **workers), itemgetter(0)):
-        part, bytes_left = job.first_part, job.num_bytes
-        first = end = part * (job.rows_per_part or 0)
-        clips: list[CodedClip | SkippedClip] = []
-        for _, num_rows, num_bytes, audio in of_job:
-            new, _ = encode_clips(codec, audio, options.batch_seconds)
-            clips += new
-            end += num_rows
-            bad = [clip for clip in new if isinstance(clip, SkippedClip) and not clip.is_filtered]
-            num_read, num_skipped = num_read + len(new), num_skipped + len(bad)
-            if bad and is_too_many(num_skipped, num_read, options.max_skip_fraction, is_end=False, is_whole=False):
-                raise _too_many(num_skipped, num_read, options, bad[-1].message)
-            if num_rows == 0 or end - first == job.rows_per_part:
-                notes = {"columns": columns, "rows": (first, end)}
-                content = _shard(clips, codec.num_quantizers, notes)
-                files.write_atomically(options.output_dir, job.shard(part, is_end=num_rows == 0), content)
-                part, first, clips = part + 1, end, []
-            num_bytes = min(bytes_left, num_bytes) if num_rows else bytes_left
-            bytes_left -= num_bytes
-            rows_done, bytes_done = ranks.add("rows", num_rows), ranks.add("bytes", num_bytes)
-            milliseconds = sum(round(1000 * clip.seconds) for clip in new if isinstance(clip, CodedClip))
-            hours = ranks.add("milliseconds", milliseconds) / 3.6e6
-            elapsed = time.monotonic() - start
-            is_done = num_rows == 0 and bytes_done == total_bytes
-            if ranks.rank == 0 and (is_done or elapsed > last_report + SECONDS_PER_REPORT):
-                last_report = elapsed
-                left = timedelta(seconds=round(elapsed / max(1, bytes_done) * (total_bytes - bytes_done)))
-                rate, done, total = 3600 * hours / elapsed, bytes_done / 1e6, total_bytes / 1e6
-                size = f"{done:,.1f} of {total:,.1f} MB"
-                print(f"{rows_done:,} rows  {size}  {hours:.2f} h  {rate:,.1f} audio-s/s  left: {left}", flush=True)
+    clips: list[CodedClip | SkippedClip] = []  # of a shard, which has ``shard_rows`` rows so far
+    shard_rows = num_read = num_skipped = 0
+    for shard, num_rows, num_bytes, audio in read_in_workers(chunks, **workers):
+        new, _ = encode_clips(codec, audio, options.batch_seconds)
+        coded = [clip for clip in new if isinstance(clip, CodedClip)]
+        bad = [clip for clip in new if isinstance(clip, SkippedClip) and not clip.is_filtered]
+        num_read, num_skipped = num_read + len(new), num_skipped + len(bad)
+        if bad:
+            _judge(num_skipped, num_read, options.max_skip_fraction, bad[-1].message, is_end=False)
+        clips, shard_rows = clips + new, shard_rows + num_rows
+        if shard is not None:
+            skipped = [clip for clip in clips if isinstance(clip, SkippedClip)]
+            notes = {
+                "columns": columns,
+                "rows": shard_rows,
+                "skipped": [[clip.reason, clip.message] for clip in skipped if not clip.is_filtered],
+                "filtered": Counter(clip.reason for clip in skipped if clip.is_filtered),
+            }
+            stored = [clip for clip in clips if isinstance(clip, CodedClip)]
+            content = shards.shard_bytes(stored, codec.num_quantizers, notes)
+            files.write_atomically(options.output_dir, shard, content)
+            clips, shard_rows = [], 0
+        rows_done, bytes_done = ranks.add("rows", num_rows), ranks.add("bytes", num_bytes)
+        hours = ranks.add("milliseconds", sum(round(1000 * clip.seconds) for clip in coded)) / 3.6e6
+        elapsed, is_done = time.monotonic() - start, num_rows == 0 and bytes_done == total_bytes
+        if ranks.rank == 0 and (is_done or elapsed > last_report + SECONDS_PER_REPORT):
+            last_report = elapsed
+            left = timedelta(seconds=round(elapsed / max(1, bytes_done) * (total_bytes - bytes_done)))
+            size, rate = f"{bytes_done / 1e6:,.1f} of {total_bytes / 1e6:,.1f} MB", 3600 * hours / elapsed
+            print(f"{rows_done:,} rows  {size}  {hours:.2f} h  {rate:,.1f} audio-s/s  left: {left}", flush=True)
 
 
-def _shard(clips: Sequence[CodedClip | SkippedClip], num_quantizers: int, notes: dict[str, Any]) -> bytes:
-    skipped = [clip for clip in clips if isinstance(clip, SkippedClip)]
-    notes["skipped"] = [[clip.reason, clip.message] for clip in skipped if not clip.is_filtered]
-    notes["filtered"] = Counter(clip.reason for clip in skipped if clip.is_filtered)
-    return shards.shard_bytes([clip for clip in clips if isinstance(clip, CodedClip)], num_quantizers, notes)
-
-
-def _too_many(num_skipped: int, num_read: int, options: TokenizationOptions, last: str) -> UserError:
-    return UserError(
-        f"{num_skipped} of {num_read} clips could not be used, more than --max_skip_fraction "
-        f"{options.max_skip_fraction:g} (the last: {last}); repair the corpus or raise --max_skip_fraction"
-    )
+def _judge(num_skipped: int, num_read: int, limit: float, last: str, *, is_end: bool) -> None:
+    if is_too_many(num_skipped, num_read, limit, is_end=is_end, is_whole=is_end):
+        raise UserError(
+            f"{num_skipped} of {num_read} clips could not be used, more than --max_skip_fraction {limit:g} (the last: "
+            f"{last}); repair the corpus or raise --max_skip_fraction"
+        )
 
 
 def write_manifest(
@@ -341,22 +336,21 @@ def write_manifest(
         contents = dict(zip(names, pool.map(_content, (f"{output_dir}/{name}" for name in names)), strict=True))
     for job in jobs:
         of_job = job.shards_in(found)[0]
-        firsts, ends = zip(*(contents[name]["rows"] for name in of_job), strict=True)
-        num_rows = ends[-1] if job.rows_per_part else sum(units[unit].num_rows or 0 for unit in job.units)
-        if (*firsts, num_rows) != (0, *ends):
+        *full, last = [contents[name]["rows"] for name in of_job]
+        num_rows = sum(units[unit].num_rows or 0 for unit in job.units)
+        if set(full) - {job.rows_per_part} or (last != num_rows and not job.rows_per_part):
             raise UserError(f"'{of_job[0]}' to '{of_job[-1]}' lack rows of the corpus; delete them and start again")
     num_duplicates = _drop_duplicates(output_dir, contents, options.duplicates == "drop")
     skipped = [clip for content in contents.values() for clip in content["skipped"]]
     warned = [clip for content in contents.values() for clip in content["warned"]]
-    messages = [message for _, message in skipped[:MAX_NAMED_CLIPS]]
-    lines = [f"skipped: {message}\n" for message in messages]
-    lines += [f"clip '{name}': {warning}\n" for name, warning in warned[:MAX_NAMED_CLIPS]]
-    print(*lines, sep="", end="", flush=True)
+    for _, message in skipped[:MAX_NAMED_CLIPS]:
+        print(f"skipped: {message}", flush=True)
+    for name, warning in warned[:MAX_NAMED_CLIPS]:
+        print(f"clip '{name}': {warning}", flush=True)
     seconds_N = np.concatenate([content["seconds"] for content in contents.values()])
     filtered = sum((Counter(content["filtered"]) for content in contents.values()), Counter[str]())
     num_read = len(seconds_N) + len(skipped) + filtered.total()
-    if is_too_many(len(skipped), num_read, options.max_skip_fraction, is_end=True, is_whole=True):
-        raise _too_many(len(skipped), num_read, options, messages[-1])
+    _judge(len(skipped), num_read, options.max_skip_fraction, skipped[-1][1] if skipped else "", is_end=True)
     sizes = files.sizes_in(output_dir)
     manifest = {
         **plan,
@@ -368,7 +362,6 @@ def write_manifest(
         "by_second": shards.by_second(seconds_N),
         "cut": sum(content["cut"] for content in contents.values()),
         "skipped": Counter(reason for reason, _ in skipped),
-        "skipped_first": messages,
         "filtered": filtered,
         "audio_warnings": Counter(warning for _, warning in warned),
         "duplicates_kept": num_duplicates,
