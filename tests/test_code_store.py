@@ -87,13 +87,13 @@ def contents(folder):
 
 
 @pytest.fixture(scope="module")
-def store(speech, rows, tmp_path_factory):
+def store(speech, tmp_path_factory):
     """The corpus tokenised on two ranks."""
     folder = tmp_path_factory.mktemp("codes") / "store"
     done = tokenize(speech, folder, "--max_audio_seconds", 4, "--max_skip_fraction", 0.1, nproc=2)
     assert done.returncode == 0, done.output[-3000:]
     assert "23 clips" in done.output and "1 skipped" in done.output and "not readable audio" in done.output
-    assert f"clip '{rows[14]['id']}': {OPPOSITE}" in done.output
+    assert f"1 {OPPOSITE}" in done.output
     return folder
 
 

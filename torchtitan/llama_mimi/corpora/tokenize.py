@@ -342,13 +342,13 @@ def write_manifest(
             raise UserError(f"'{of_job[0]}' to '{of_job[-1]}' lack rows of the corpus; delete them and start again")
     num_duplicates = _drop_duplicates(output_dir, contents, options.duplicates == "drop")
     skipped = [clip for content in contents.values() for clip in content["skipped"]]
-    warned = [clip for content in contents.values() for clip in content["warned"]]
     for _, message in skipped[:MAX_NAMED_CLIPS]:
         print(f"skipped: {message}", flush=True)
-    for name, warning in warned[:MAX_NAMED_CLIPS]:
-        print(f"clip '{name}': {warning}", flush=True)
     seconds_N = np.concatenate([content["seconds"] for content in contents.values()])
-    filtered = sum((Counter(content["filtered"]) for content in contents.values()), Counter[str]())
+    filtered, warnings = (
+        sum((Counter(content[key]) for content in contents.values()), Counter[str]())
+        for key in ("filtered", "audio_warnings")
+    )
     num_read = len(seconds_N) + len(skipped) + filtered.total()
     _judge(len(skipped), num_read, options.max_skip_fraction, skipped[-1][1] if skipped else "", is_end=True)
     sizes = files.sizes_in(output_dir)
@@ -363,29 +363,26 @@ def write_manifest(
         "cut": sum(content["cut"] for content in contents.values()),
         "skipped": Counter(reason for reason, _ in skipped),
         "filtered": filtered,
-        "audio_warnings": Counter(warning for _, warning in warned),
+        "audio_warnings": warnings,
         "duplicates_kept": num_duplicates,
         "versions": versions(),
     }
     files.write_atomically(output_dir, shards.MANIFEST, json.dumps(manifest, indent=1).encode())
     counts = {"cut": manifest["cut"], "skipped": len(skipped), "duplicates kept": num_duplicates}
-    counts |= {f"filtered: {reason}": number for reason, number in filtered.items()} | manifest["audio_warnings"]
-    print(
-        f"{output_dir}: {len(seconds_N):,} clips, {manifest['hours']:.2f} h, {len(names)} shards, "
-        f"{sum(sizes[name] for name in names) / 1e6:.1f} MB; "
-        + ", ".join(f"{number:,} {what}" for what, number in counts.items())
-    )
+    counts |= {f"filtered: {reason}": number for reason, number in filtered.items()} | warnings
+    size = f"{len(names)} shards, {sum(sizes[name] for name in names) / 1e6:.1f} MB"
+    summary = ", ".join(f"{number:,} {what}" for what, number in counts.items())
+    print(f"{output_dir}: {len(seconds_N):,} clips, {manifest['hours']:.2f} h, {size}; {summary}")
 
 
 def _content(path: str) -> dict[str, Any]:
     """Return the notes of a shard, and the seconds, hashes, cuts and warnings of its clips."""
-    table = shards.read_shard(path, ["id", "duration", "is_cut", "audio_hash", "audio_warnings"])
-    warnings = zip(table["id"].to_pylist(), table["audio_warnings"].to_pylist(), strict=True)
+    table = shards.read_shard(path, ["duration", "is_cut", "audio_hash", "audio_warnings"])
     return json.loads(table.schema.metadata[shards.NOTES]) | {
         "seconds": table["duration"].to_numpy(),
         "hashes": np.array(table["audio_hash"].to_pylist(), dtype=f"S{HASH_BYTES}"),
         "cut": sum(table["is_cut"].to_pylist()),
-        "warned": [(name, warning) for name, of_clip in warnings for warning in of_clip],
+        "audio_warnings": Counter(itertools.chain(*table["audio_warnings"].to_pylist())),
     }
 
 
