@@ -279,6 +279,15 @@ def test_duplicates_are_counted_and_dropped(rows, tmp_path):
         assert made("dropped", "--duplicates", "drop") == (dropped, stored)
     with pytest.raises(UserError, match="made with duplicates = 'drop', but it is 'keep' now"):
         made("dropped")
+    (tmp_path / "kept" / "manifest.json").unlink()
+    plan, shard = tmp_path / "kept" / "tokenization.json", tmp_path / "kept" / "shard-000003-0000-end.parquet"
+    plan.write_text(plan.read_text().replace('"keep"', '"drop"'))
+    content, codes = bytearray(shard.read_bytes()), pq.read_metadata(shard).row_group(0).column(1)
+    content[codes.dictionary_page_offset + codes.total_compressed_size - 4] ^= 1  # the end of the codes
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match="shard-000003-0000-end.parquet' is not a readable Parquet file"):
+        made("kept", "--duplicates", "drop")
+    assert shard.read_bytes() == content
 
 
 def test_two_runs_do_not_share_an_output(speech, tmp_path):
