@@ -4,8 +4,7 @@
         --corpus "assets/tiny/corpus/train-*.parquet" \
         --codec assets/tiny/mimi --output_dir data/codes/tiny
 
-Ranks share the work. A run that was killed is started again, on any number of ranks, and makes the shards that are
-missing.
+Ranks share the work. A killed run is started again, on any number of ranks, and writes the missing shards.
 """
 
 from llama_mimi.common.command_line import run_command
