@@ -4,7 +4,6 @@ uv run python scripts/inspect_codes.py --codes data/codes/tiny --page outputs/co
 """
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -15,7 +14,7 @@ from llama_mimi.audio.mimi import MimiCodec
 from llama_mimi.common.command_line import run_command
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import file_system
-from llama_mimi.data.code_store import CodeCorpus, read_manifest
+from llama_mimi.corpora.code_shards import CodeCorpus, read_manifest
 from llama_mimi.report.document import Clip, Picture, Section, Table, pyplot, save_picture, write_html
 from llama_mimi.report.pages import make_clip
 
@@ -37,31 +36,30 @@ def inspect_codes(codes: str, page: Path, codec: str | None = None, num_clips: i
     if num_clips < 0:
         raise UserError(f"--num_clips is {num_clips}; it must be 0 or more")
     manifest = read_manifest(codes)
-    made_by, has_text = manifest["codec"], "text" in manifest["columns"]
-    name, num_quantizers = codec or made_by["name"], made_by["num_quantizers"]
-    sliding_window = made_by["sliding_window"]
-    corpus = CodeCorpus(codes, name, num_quantizers, sliding_window, with_text=has_text)
-    sections = [overview(manifest), code_use(corpus)]
-    sections += [speakers(codes, manifest)] if "speaker" in manifest["columns"] else []
+    made_by, columns = manifest["codec"], manifest["columns"]
+    name, levels, sliding_window = codec or made_by["name"], made_by["num_quantizers"], made_by["sliding_window"]
+    corpus = CodeCorpus(codes, name, levels, sliding_window, with_text="text" in columns)
+    sections = [overview(corpus), code_use(corpus)] + ([speakers(corpus)] if "speaker" in columns else [])
     if num_clips:
-        clips = decoded_clips(corpus, MimiCodec(name, num_quantizers, sliding_window=sliding_window), num_clips, seed)
+        clips = decoded_clips(corpus, MimiCodec(name, levels, sliding_window=sliding_window), num_clips, seed)
         sections.insert(0, Section(f"{len(clips)} of {manifest['clips']:,} clips, decoded", clips=clips))
     write_html(f"Codes in {codes}", sections, page)
 
 
-def overview(manifest: dict[str, Any]) -> Section:
+def overview(corpus: CodeCorpus) -> Section:
+    manifest = corpus.manifest
     codec, clips, hours = manifest["codec"], manifest["clips"], manifest["hours"]
     rows = [
         ("corpus", manifest["corpus"]),
         ("audio", f"{hours:,.2f} hours"),
-        ("clips", f"{clips:,}, {3600 * hours / max(clips, 1):.1f} s on average"),
+        ("clips", f"{clips:,}, {3600 * hours / clips:.1f} s on average"),
         ("cut off at", f"{manifest['max_audio_seconds']:g} s: {manifest['cut']:,} clips"),
-        ("duplicates", f"{manifest.get('duplicates_kept', 0):,} kept"),
+        ("duplicates", f"{manifest['duplicates_kept']:,} kept"),
         ("shards", f"{len(manifest['shards']):,}, {sum(s['bytes'] for s in manifest['shards']) / 1e6:,.1f} MB"),
         ("codec", f"{codec['name']}, weights {codec['sha256'][:12]}, {codec['num_quantizers']} levels"),
     ]
     for key, title in {"skipped": "could not be used", "filtered": "filtered", "audio_warnings": "used, but"}.items():
-        rows += [(f"{title}: {reason}", f"{number:,} clips") for reason, number in manifest.get(key, {}).items()]
+        rows += [(f"{title}: {reason}", f"{number:,} clips") for reason, number in manifest[key].items()]
     print("\n".join(map(": ".join, rows)))
     figure, axes = pyplot().subplots(figsize=(4.5, 2.2), layout="constrained")
     lengths = [seconds / 3600 for _, seconds in manifest["by_second"]]
@@ -72,13 +70,13 @@ def overview(manifest: dict[str, Any]) -> Section:
 
 
 def code_use(corpus: CodeCorpus) -> Section:
-    groups = np.unique(np.linspace(0, len(corpus.rows_per_group) - 1, MAX_GROUPS).round().astype(int))
-    Q, size = (corpus.manifest["codec"][key] for key in ("num_quantizers", "codebook_size"))
+    num_units, made_by = len(corpus.rows_per_unit), corpus.manifest["codec"]
+    units = np.unique(np.linspace(0, num_units - 1, MAX_GROUPS).round().astype(int))
+    Q, size = made_by["num_quantizers"], made_by["codebook_size"]
     counts_QK = np.zeros((Q, size), dtype=np.int64)
-    for group in groups.tolist():
-        frames_NQ = corpus.read_group(group).frames_NQ
-        counts_QK += [np.bincount(level_N, minlength=size) for level_N in frames_NQ.T]
-    fractions_QK = counts_QK / np.maximum(counts_QK.sum(axis=1, keepdims=True), 1)
+    for unit in units.tolist():
+        counts_QK += [np.bincount(level_N, minlength=size) for level_N in corpus.read(unit).frames_NQ.T]
+    fractions_QK = counts_QK / counts_QK.sum(axis=1, keepdims=True)
     figure, axes = pyplot().subplots(figsize=(4.5, 3), layout="constrained")
     axes.set_prop_cycle(color=pyplot().get_cmap("viridis")(np.linspace(0, 0.9, Q)))
     axes.axhline(1 / size, color="gray", linewidth=0.8, linestyle=":", label="uniform")
@@ -91,35 +89,33 @@ def code_use(corpus: CodeCorpus) -> Section:
     axes.set(xscale="log", yscale="log", xlabel="rank of the code", ylabel="fraction of frames")
     axes.legend(fontsize=8, ncols=2)
     alt = "Fraction of frames by the rank of a code, for each level"
-    about = f"Counted on {corpus.rows_per_group[groups].sum():,} of {corpus.manifest['clips']:,} clips."
+    about = f"Counted on {corpus.rows_per_unit[units].sum():,} of {corpus.manifest['clips']:,} clips."
     table = Table(("level", "codes used", "entropy", "most frequent code", "its fraction"), rows)
     return Section("Use of codes", [about], [Picture("code_use.png", save_picture(figure), alt)], [table])
 
 
-def speakers(codes: str, manifest: dict[str, Any]) -> Section:
-    fs, folder = file_system(codes)
-    files = [f"{folder.rstrip('/')}/{shard['file']}" for shard in manifest["shards"]]
-    table = pq.read_table(files, columns=["speaker", "duration"], filesystem=fs)
-    seconds = table.to_pandas().groupby("speaker")["duration"].agg(["sum", "count"]).sort_values("sum", ascending=False)
-    rows = [(name, f"{s / 3600:,.2f}", f"{n:,}") for name, s, n in seconds.head(NUM_SPEAKERS).itertuples()]
-    without = manifest["clips"] - seconds["count"].sum()
-    about = f"{len(seconds):,} speakers; {without:,} clips without one. Those with the most hours:"
+def speakers(corpus: CodeCorpus) -> Section:
+    fs, folder = file_system(corpus.name)
+    files = [f"{folder.rstrip('/')}/{shard['file']}" for shard in corpus.manifest["shards"]]
+    clips = pq.read_table(files, columns=["speaker", "duration"], filesystem=fs).to_pandas()
+    hours = (clips.groupby("speaker")["duration"].agg(["sum", "count"])).sort_values("sum", ascending=False)
+    rows = [(name, f"{seconds / 3600:,.2f}", f"{n:,}") for name, seconds, n in hours.head(NUM_SPEAKERS).itertuples()]
+    about = f"{len(hours):,} speakers; {clips['speaker'].isna().sum():,} clips without one. Those with the most hours:"
     return Section("Speakers", [about], tables=[Table(("speaker", "hours", "clips"), rows)])
 
 
 def decoded_clips(corpus: CodeCorpus, codec: MimiCodec, num_clips: int, seed: int) -> list[Clip]:
     """Decode the beginning of random clips, each clip of the corpus with the same probability."""
-    ends_G = np.cumsum(corpus.rows_per_group)
+    ends_U, max_frames = np.cumsum(corpus.rows_per_unit), round(CLIP_SECONDS * codec.frame_rate_hz)
     clips = []
-    for number in np.sort(np.random.default_rng(seed).choice(ends_G[-1], min(num_clips, ends_G[-1]), replace=False)):
-        group = int(np.searchsorted(ends_G, number, side="right"))
-        found, row = corpus.read_group(group), int(number - ends_G[group] + corpus.rows_per_group[group])
-        codes_TQ = torch.from_numpy(found.codes(row).astype(np.int64))
-        seconds = len(codes_TQ) / codec.frame_rate_hz
+    for number in np.sort(np.random.default_rng(seed).choice(ends_U[-1], min(num_clips, ends_U[-1]), replace=False)):
+        unit = int(np.searchsorted(ends_U, number, side="right"))
+        row = corpus.read(unit)[int(number - ends_U[unit] + corpus.rows_per_unit[unit])]
+        seconds = len(row["codes"]) / codec.frame_rate_hz
         lines = [f"{seconds:.1f} s" + f", the first {CLIP_SECONDS:g} s decoded" * (seconds > CLIP_SECONDS)]
-        lines += [f"text: {text}" for text in found.columns.get("text", [])[row : row + 1] if text]
-        samples_S = codec.decode(codes_TQ[: round(CLIP_SECONDS * codec.frame_rate_hz)])
-        clips.append(make_clip(found.columns["id"][row], samples_S, codec.sample_rate_hz, lines))
+        lines += [f"text: {row['text']}"] if row.get("text") else []
+        samples_S = codec.decode(torch.from_numpy(row["codes"][:max_frames].astype(np.int64)))
+        clips.append(make_clip(row["id"], samples_S, codec.sample_rate_hz, lines))
     return clips
 
 

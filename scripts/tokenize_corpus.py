@@ -4,12 +4,11 @@
         --corpus "assets/tiny/corpus/train-*.parquet" \
         --codec assets/tiny/mimi --output_dir data/codes/tiny
 
-Ranks share the work. A run that was killed is started again, on any number of ranks, and makes the shards that are
-missing.
+Ranks share the work. A killed run is started again, on any number of ranks, and writes the missing shards.
 """
 
 from llama_mimi.common.command_line import run_command
-from llama_mimi.data.tokenization import tokenize_corpus
+from llama_mimi.corpora.tokenize import tokenize_corpus
 
 if __name__ == "__main__":
     run_command(tokenize_corpus, __doc__)

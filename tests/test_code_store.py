@@ -2,10 +2,10 @@
 
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -17,7 +17,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
-import torch
 import tyro
 from conftest import ROOT, TINY, checked_config
 from datasets import load_dataset
@@ -26,29 +25,43 @@ from forked_ranks import ForkedRanks
 from llama_mimi.audio.mimi import MimiCodec, codec_hash
 from llama_mimi.audio.reading import OPPOSITE, read_audio
 from llama_mimi.common.errors import UserError
-from llama_mimi.common.files import write_atomically
-from llama_mimi.data.build import build_dataloader, build_validation_dataloader
-from llama_mimi.data.clip_readers import CodeReader
-from llama_mimi.data.clips import ClipStream
-from llama_mimi.data.code_store import CodeCorpus, CodedClip, is_store, shard_bytes
-from llama_mimi.data.code_writer import TokenizationOptions
-from llama_mimi.data.order import RowsInOrder
-from llama_mimi.data.tokenization import tokenize_corpus
+from llama_mimi.corpora.code_shards import CodeCorpus, CodedClip, is_store, shard_bytes
+from llama_mimi.corpora.source import Unit
+from llama_mimi.corpora.tokenize import TokenizationOptions, make_jobs, share_jobs, tokenize_corpus
+from llama_mimi.data.build import build_dataloader
 from llama_mimi.train_spec import build_speech_tokenizer
 
 CODEC = str(TINY / "mimi")
 
 
 @pytest.fixture(scope="module")
-def speech(tmp_path_factory):
-    """24 clips of real codec speech in three row groups, one of them no audio."""
+def rows():
+    """Return 24 rows of real codec speech, one without audio and one whose channels cancel."""
+    rows = pq.read_table(TINY / "corpus" / "validation-00000-of-00001.parquet").slice(0, 24).to_pylist()
+    samples_S, rate_hz = soundfile.read(io.BytesIO(rows[14]["audio"]["bytes"]))
+    opposite = io.BytesIO()
+    soundfile.write(opposite, np.stack([samples_S, -samples_S], axis=1), rate_hz, format="FLAC")
+    rows[13]["audio"]["bytes"], rows[14]["audio"]["bytes"] = b"no audio", opposite.getvalue()
+    return rows
+
+
+@pytest.fixture(scope="module")
+def speech(rows, tmp_path_factory):
+    """The rows as Parquet, in three row groups."""
     folder = tmp_path_factory.mktemp("speech")
-    table = pq.read_table(TINY / "corpus" / "validation-00000-of-00001.parquet").slice(0, 24)
-    rows = table.to_pylist()
-    rows[13]["audio"]["bytes"] = b"no audio"
-    rows[14]["audio"]["bytes"] = in_opposite_phases(rows[14]["audio"]["bytes"])
-    pq.write_table(pa.Table.from_pylist(rows, table.schema), folder / "clips.parquet", row_group_size=8)
+    schema = pq.read_schema(TINY / "corpus" / "validation-00000-of-00001.parquet")
+    pq.write_table(pa.Table.from_pylist(rows, schema), folder / "clips.parquet", row_group_size=8)
     return folder
+
+
+def write_tar(path, rows):
+    with tarfile.open(path, "w") as tar:
+        for number, row in enumerate(rows):
+            values = json.dumps({key: row[key] for key in ("id", "text", "speaker")}).encode()
+            for ending, content in (("flac", row["audio"]["bytes"]), ("json", values)):
+                member = tarfile.TarInfo(f"{number:03d}.{ending}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
 
 
 def tokenize(corpus, output_dir, *flags, nproc=1, timeout=240):
@@ -59,11 +72,18 @@ def tokenize(corpus, output_dir, *flags, nproc=1, timeout=240):
         return SimpleNamespace(returncode=ranks.wait(timeout), output=ranks.output)
 
 
-def in_opposite_phases(content: bytes) -> bytes:
-    samples_S, rate_hz = soundfile.read(io.BytesIO(content))
-    stream = io.BytesIO()
-    soundfile.write(stream, np.stack([samples_S, -samples_S], axis=1), rate_hz, format="FLAC")
-    return stream.getvalue()
+def run_alone(*flags):
+    """Tokenise in this process, as `python scripts/tokenize_corpus.py` does."""
+    words = ["--codec", CODEC, "--clips_per_shard", 8, "--num_workers", 0, "--max_skip_fraction", 0.1, *flags]
+    tokenize_corpus(tyro.cli(TokenizationOptions, args=[*map(str, words)], use_underscores=True))
+
+
+def manifest(folder):
+    return json.loads((Path(folder) / "manifest.json").read_text())
+
+
+def contents(folder):
+    return {path.name: pq.read_table(path) for path in sorted(folder.glob("shard-*.parquet"))}
 
 
 @pytest.fixture(scope="module")
@@ -73,163 +93,210 @@ def store(speech, tmp_path_factory):
     done = tokenize(speech, folder, "--max_audio_seconds", 4, "--max_skip_fraction", 0.1, nproc=2)
     assert done.returncode == 0, done.output[-3000:]
     assert "23 clips" in done.output and "1 skipped" in done.output and "not readable audio" in done.output
-    name = pq.read_table(speech, columns=["id"])["id"][14].as_py()
-    assert f"clip '{name}': {OPPOSITE}" in done.output and manifest(folder)["audio_warnings"] == {OPPOSITE: 1}
+    assert f"1 {OPPOSITE}" in done.output
     return folder
 
 
-def manifest(folder):
-    return json.loads((Path(folder) / "manifest.json").read_text())
-
-
-def test_shards_hold_what_the_codec_says_of_each_clip_alone(store, speech):
+def test_shards_contain_the_codes_of_each_clip_alone(store, rows):
     codec = MimiCodec(CODEC, 8)
-    rows = load_dataset("parquet", data_files=str(store / "shard-*.parquet"), split="train")  # as they are
-    source = {row["id"]: row for row in pq.read_table(speech / "clips.parquet").to_pylist()}
-    assert len(rows) == 23 and set(rows["id"]) < set(source)
-    for row in rows:
-        waveform = read_audio(source[row["id"]]["audio"]["bytes"], 24_000, max_seconds=4.0)
+    stored = load_dataset("parquet", data_files=str(store / "shard-*.parquet"), split="train")  # as they are
+    by_id = {row["id"]: row for row in rows}
+    assert stored["id"] == [row["id"] for number, row in enumerate(rows) if number != 13]
+    for row in stored:
+        waveform = read_audio(by_id[row["id"]]["audio"]["bytes"], 24_000, max_seconds=4.0)
         assert np.array_equal(np.array(row["codes"]), codec.encode([waveform.samples_S])[0].numpy())
         assert row["duration"] == pytest.approx(waveform.seconds) and row["is_cut"] == waveform.is_cut
-        assert row["text"] == source[row["id"]]["text"] and row["speaker"] == source[row["id"]]["speaker"]
-    assert rows.features["codes"].feature.feature.dtype == "uint16"
-    assert any(rows["is_cut"]) and not all(rows["is_cut"])
+        assert row["text"] == by_id[row["id"]]["text"] and row["speaker"] == by_id[row["id"]]["speaker"]
+        assert row["audio_warnings"] == list(waveform.audio_warnings)
+    assert stored.features["codes"].feature.feature.dtype == "uint16"
+    assert any(stored["is_cut"]) and not all(stored["is_cut"])
 
 
-def test_the_manifest_says_what_is_there(store):
-    found = manifest(store)
+def test_the_manifest_counts_what_is_there(store):
+    found, rows = manifest(store), pa.concat_tables(contents(store).values())
     assert found["codec"]["sha256"] == codec_hash(CODEC) and found["codec"]["num_quantizers"] == 8
-    assert (
-        found["clips"] == 23
-        and found["skipped"] == {"unreadable": 1}
-        and "not readable audio" in found["skipped_first"][0]
-    )
-    rows = pq.read_table([store / shard["file"] for shard in found["shards"]])
+    assert found["clips"] == len(rows) == sum(n for n, _ in found["by_second"]) == 23
+    assert found["skipped"] == {"unreadable": 1}
+    assert found["audio_warnings"] == {OPPOSITE: 1} and found["cut"] == sum(rows["is_cut"].to_pylist())
     seconds = rows["duration"].to_pylist()
-    assert sum(n for n, _ in found["by_second"]) == 23
     cut_mean = sum(min(s, 3.0) for s in seconds) / len(seconds)
-    assert CodeCorpus(str(store), CODEC, 8, with_text=False).mean_seconds(3.0) == pytest.approx(cut_mean)
-    assert found["hours"] == pytest.approx(sum(rows["duration"].to_pylist()) / 3600)
-    assert found["cut"] == sum(rows["is_cut"].to_pylist()) and "torch" in found["versions"]
+    assert CodeCorpus(str(store), CODEC, 8).mean_seconds(3.0) == pytest.approx(cut_mean)
+    assert found["hours"] == pytest.approx(sum(seconds) / 3600) and "torch" in found["versions"]
     assert {shard["file"]: shard["bytes"] for shard in found["shards"]} == {
         path.name: path.stat().st_size for path in store.glob("shard-*")
     }
 
 
-def test_a_run_that_was_cut_off_finishes_on_other_ranks(store, speech, tmp_path):
-    """A shard is missing, another is half written under its name aside, and the manifest was not reached."""
+def test_a_run_that_was_killed_finishes_on_other_ranks(store, speech, tmp_path):
+    """A shard is missing, another is half written under its temporary name, and there is no manifest."""
     again = shutil.copytree(store, tmp_path / "store")
     (again / "manifest.json").unlink()
-    (again / "shard-000001.parquet").rename(again / ".0123.partial")
+    (again / "shard-000001-0000-end.parquet").rename(again / ".0123.partial")
     kept = {path.name: path.stat().st_mtime_ns for path in again.glob("shard-*.parquet")}
-    done = tokenize(speech, again, "--max_audio_seconds", 4, "--max_skip_fraction", 0.1, nproc=1)
+    done = tokenize(speech, again, "--max_audio_seconds", 4, "--max_skip_fraction", 0.1)
     assert done.returncode == 0, done.output[-3000:]
-    assert not list(again.glob("*.partial"))
+    assert not list(again.glob("*.partial")) and manifest(again)["shards"] == manifest(store)["shards"]
     for name, time_ns in kept.items():
-        assert (again / name).stat().st_mtime_ns == time_ns, "what is there is not made again"
-    for path in store.glob("shard-*.parquet"):
-        assert pq.read_table(path).equals(pq.read_table(again / path.name))
-    assert manifest(again)["shards"] == manifest(store)["shards"]
+        assert (again / name).stat().st_mtime_ns == time_ns, "a finished shard is not written again"
+    assert contents(again) == contents(store)
 
 
-def run_alone(monkeypatch, *flags):
-    """In this process, as `python scripts/tokenize_corpus.py` does it."""
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    options = tyro.cli(TokenizationOptions, args=[*map(str, flags), "--num_workers", "0"], use_underscores=True)
-    tokenize_corpus(options)
+def test_a_tar_makes_several_shards_and_continues_at_the_first_missing_one(rows, store, tmp_path):
+    """Parts have 8 rows each; a tar of 16 rows ends in an empty part. Three ranks find work for two."""
+    (tmp_path / "in").mkdir()
+    write_tar(tmp_path / "in" / "0.tar", rows[:16])
+    write_tar(tmp_path / "in" / "1.tar", rows[16:])
+    flags = ["--max_audio_seconds", 4, "--max_skip_fraction", 0.1]
+    done = tokenize(tmp_path / "in", tmp_path / "out", *flags, "--num_workers", 2, nproc=3)
+    assert done.returncode == 0 and "there are 3 ranks for 2 jobs" in done.output, done.output[-3000:]
+    expected = contents(tmp_path / "out")
+    sizes = {"000000-0000": 8, "000000-0001": 7, "000000-0002-end": 0, "000001-0000": 8, "000001-0001-end": 0}
+    assert {name: len(table) for name, table in expected.items()} == {f"shard-{k}.parquet": n for k, n in sizes.items()}
+    clips, others = (pa.concat_tables(tables.values()) for tables in (expected, contents(store)))
+    assert clips.select(["id", "codes", "audio_hash"]).equals(others.select(["id", "codes", "audio_hash"]))
+    assert CodeCorpus(str(tmp_path / "out"), CODEC, 8).rows_per_unit.tolist() == [8, 7, 8]
+    whole = manifest(tmp_path / "out")
+    for missing in (["000000-0001"], ["000000-0002-end", "000001-0000"]):
+        (tmp_path / "out" / "manifest.json").unlink()
+        for name in missing:
+            (tmp_path / "out" / f"shard-{name}.parquet").unlink()
+        run_alone("--corpus", tmp_path / "in", "--output_dir", tmp_path / "out", "--max_audio_seconds", 4)
+        assert contents(tmp_path / "out") == expected and manifest(tmp_path / "out") == whole
 
 
-def test_output_on_another_file_system(speech, store, monkeypatch):
-    fs = fsspec.filesystem("memory")
-    flags = ["--corpus", speech, "--codec", CODEC, "--clips_per_shard", 8, "--max_audio_seconds", 4]
-    run_alone(monkeypatch, *flags, "--max_skip_fraction", 0.1, "--output_dir", "memory://codes/store")
-    there = CodeCorpus("memory://codes/store", CODEC, 8, with_text=True)
-    here = CodeCorpus(str(store), CODEC, 8, with_text=True)
-    assert there.rows_per_group.tolist() == here.rows_per_group.tolist() and not fs.glob("codes/store/*.partial")
-    assert np.array_equal(there.read_group(2).frames_NQ, here.read_group(2).frames_NQ)
+@pytest.mark.parametrize(
+    ("sizes", "clips_per_shard", "units", "rows_per_part"),
+    [
+        ([8] * 5, 10, [[0, 1], [2, 3], [4]], [None] * 3),
+        ([3000, 100], 2048, [[0], [1]], [None] * 2),
+        ([100] * 640, None, [list(range(n, n + 10)) for n in range(0, 640, 10)], [None] * 64),
+        ([None, None], None, [[0], [1]], [2048] * 2),
+        ([8, None, 8, 8], 100, [[0], [1], [2, 3]], [None, 100, None]),
+    ],
+    ids=str,
+)
+def test_jobs(sizes, clips_per_shard, units, rows_per_part):
+    jobs = make_jobs([Unit(str(number), number, size) for number, size in enumerate(sizes)], clips_per_shard)
+    assert [list(job.units) for job in jobs] == units and [job.rows_per_part for job in jobs] == rows_per_part
+    assert [job.num_bytes for job in jobs] == list(map(sum, units)) and [job.number for job in jobs] == list(
+        range(len(jobs))
+    )
+
+
+@pytest.mark.parametrize("num_bytes", [[5, 1, 1, 1, 2, 9], [0] * 6])
+def test_ranks_share_the_bytes(num_bytes):
+    jobs = make_jobs([Unit("", size, None) for size in num_bytes], None)
+    shares = [share_jobs(jobs, rank, 3) for rank in range(3)]
+    assert sorted(job.number for share in shares for job in share) == list(range(6))
+    assert max(sum(job.num_bytes for job in share) for share in shares) == max(num_bytes)
+    assert len({len(share) for share in shares}) == 1 or any(num_bytes)
+
+
+def test_output_on_another_file_system(speech, store):
+    run_alone("--corpus", speech, "--max_audio_seconds", 4, "--output_dir", "memory://codes/store")
+    there, here = (CodeCorpus(path, CODEC, 8, with_text=True) for path in ("memory://codes/store", str(store)))
+    assert there.rows_per_unit.tolist() == here.rows_per_unit.tolist()
+    assert not fsspec.filesystem("memory").glob("codes/store/*.partial")
+    assert np.array_equal(there.read(2).frames_NQ, here.read(2).frames_NQ)
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--num_quantizers", 4], "made with codec.num_quantizers = 8, but it is 4 now"),
-        (["--max_audio_seconds", 3], "made with max_audio_seconds = 4.0, but it is 3.0 now"),
-        (["--clips_per_shard", 16], "made with shards_sha256 (--clips_per_shard)"),
-        (["--num_quantizers", 9], "1 to 8 levels"),
+        (["--clips_per_shard", 16], "made with clips_per_shard = 8, but it is 16 now"),
         (["--corpus", TINY / "words" / "train-*.parquet"], "made with corpus_sha256 = "),
-        (["--corpus", TINY / "words"], "holds the splits train, validation; choose one (data.split"),
         (["--no_codec_sliding_window"], "made with codec.sliding_window = True, but it is False now"),
-        (["--text_column", "none"], "made with columns"),
-        (["--batch_seconds", 0], "must be a positive number"),
-        (["--max_audio_seconds", 0.01], "less than a frame"),
         (["--max_audio_seconds", "inf"], "must be a positive number"),
-        (["--audio_column", "text"], "not a struct of audio bytes and path"),
         (["--output_dir", "nothing://codes"], "cannot be opened"),
-        (["--max_skip_fraction", 2], "share between 0 and 1"),
-        (["--corpus", "nothing/*.parquet"], "no Parquet, tar or audio file and no JSONL manifest matches"),
-        (["--audio_column", "sound"], "no column 'sound'"),
+        (["--max_skip_fraction", 2], "a fraction between 0 and 1"),
+        (["--min_seconds", 500], "--min_seconds is 500; it must be between 0 and --max_audio_seconds 4"),
+        (["--max_seconds", 2, "--long_recordings", "split"], "choose one"),
+        (["--where", "score > 3"], "has no column 'score'"),
         (["--codec", "models/none/here"], "does not exist"),
+        (["--output_dir", "CORPUS/codes"], "is inside the corpus"),
     ],
     ids=str,
 )
-def test_mistakes_get_one_sentence(flags, message, store, speech, tmp_path, monkeypatch):
+def test_mistakes_get_one_sentence(flags, message, store, speech, tmp_path):
     again = shutil.copytree(store, tmp_path / "store")
-    usual = [
-        "--corpus",
-        speech,
-        "--codec",
-        CODEC,
-        "--clips_per_shard",
-        8,
-        "--max_audio_seconds",
-        4,
-        "--output_dir",
-        again,
-    ]
     with pytest.raises(UserError) as error:
-        run_alone(monkeypatch, *usual, *flags)
+        flags = [str(flag).replace("CORPUS", str(speech)) for flag in flags]
+        run_alone("--corpus", speech, "--max_audio_seconds", 4, "--output_dir", again, *flags)
     assert message in str(error.value) and "\n" not in str(error.value)
     assert manifest(again) == manifest(store), "nothing was touched"
 
 
-def test_too_many_bad_clips_stop_before_the_manifest(speech, tmp_path, monkeypatch):
-    flags = ["--corpus", speech, "--codec", CODEC, "--clips_per_shard", 8, "--output_dir", tmp_path / "store"]
-    with pytest.raises(UserError, match=r"1 of 14 clips could not be used, more than --max_skip_fraction 0 "):
-        run_alone(monkeypatch, *flags, "--max_skip_fraction", 0)
+def test_a_folder_of_the_first_format_is_refused(store, speech, tmp_path):
+    plan = json.loads((store / "tokenization.json").read_text()) | {"format": 1}
+    (tmp_path / "tokenization.json").write_text(json.dumps(plan))
+    with pytest.raises(UserError, match="was made with format = 1, but it is 2 now; .* choose another --output_dir"):
+        run_alone("--corpus", speech, "--output_dir", tmp_path)
+
+
+def test_too_many_bad_clips_stop_before_the_manifest(speech, tmp_path):
+    with pytest.raises(UserError, match=r"1 of 16 clips could not be used, more than --max_skip_fraction 0 "):
+        run_alone("--corpus", speech, "--output_dir", tmp_path / "store", "--max_skip_fraction", 0)
     assert not (tmp_path / "store" / "manifest.json").exists()
 
 
-def test_the_output_is_no_part_of_the_corpus(speech, monkeypatch):
-    with pytest.raises(UserError, match="lies inside the corpus"):
-        run_alone(monkeypatch, "--corpus", speech, "--codec", CODEC, "--output_dir", speech / "codes")
+def test_a_shard_of_other_rows_stops_before_the_manifest(store, speech, tmp_path):
+    again = shutil.copytree(store, tmp_path / "store")
+    (again / "manifest.json").unlink()
+    path = again / "shard-000001-0000-end.parquet"
+    shard = pq.read_table(path)
+    notes = json.loads(shard.schema.metadata[b"llama_mimi"]) | {"rows": 7}
+    pq.write_table(shard.replace_schema_metadata({"llama_mimi": json.dumps(notes)}), path)
+    with pytest.raises(UserError, match="'shard-000001-0000-end.parquet' lack rows of the corpus; delete them"):
+        run_alone("--corpus", speech, "--max_audio_seconds", 4, "--output_dir", again)
 
 
-def test_two_runs_do_not_share_an_output(speech, tmp_path, monkeypatch):
-    first = subprocess.Popen(
-        [sys.executable, "-c", f"import fcntl,time;f=open('{tmp_path}/.lock','w');fcntl.lockf(f,2);print(1,flush=True);"
-         "time.sleep(60)"],
-        stdout=subprocess.PIPE,
-    )  # fmt: skip
-    try:
+def test_duplicates_are_counted_and_dropped(rows, tmp_path):
+    """The same samples in another file, under another name and in another shard; the first in order stays."""
+    wav, samples = io.BytesIO(), soundfile.read(io.BytesIO(rows[1]["audio"]["bytes"]), dtype="float32")
+    soundfile.write(wav, *samples, format="WAV", subtype="FLOAT")
+    again = [{**rows[1], "id": "b1", "audio": {"bytes": wav.getvalue()}}, {**rows[14], "id": "b0"}]
+    (tmp_path / "in").mkdir()
+    for number, row in enumerate([rows[14], *rows[1:3], *again]):
+        write_tar(tmp_path / "in" / f"{number}.tar", [row])
+
+    def made(folder, *flags):
+        run_alone("--corpus", tmp_path / "in", "--output_dir", tmp_path / folder, *flags)
+        found, stored = manifest(tmp_path / folder), pa.concat_tables(contents(tmp_path / folder).values())
+        assert found["clips"] == len(stored) == sum(number for number, _ in found["by_second"])
+        assert found["hours"] * 3600 == pytest.approx(sum(stored["duration"].to_pylist()))
+        return found, stored.to_pylist()
+
+    kept, everything = made("kept")
+    assert kept["duplicates_kept"] == 2 and kept["clips"] == 5 and kept["filtered"] == {}
+    assert kept["audio_warnings"] == {OPPOSITE: 2}
+    dropped, stored = made("dropped", "--duplicates", "drop")
+    assert dropped["duplicates_kept"] == 0 and dropped["filtered"] == {"duplicate": 2}
+    assert stored == everything[:3] and dropped["audio_warnings"] == {OPPOSITE: 1}
+    for job in (4, 0):  # the shard of a duplicate, and of the first of one
+        (tmp_path / "dropped" / "manifest.json").unlink()
+        (tmp_path / "dropped" / f"shard-{job:06d}-0000-end.parquet").unlink()
+        assert made("dropped", "--duplicates", "drop") == (dropped, stored)
+    with pytest.raises(UserError, match="made with duplicates = 'drop', but it is 'keep' now"):
+        made("dropped")
+    (tmp_path / "kept" / "manifest.json").unlink()
+    plan, shard = tmp_path / "kept" / "tokenization.json", tmp_path / "kept" / "shard-000003-0000-end.parquet"
+    plan.write_text(plan.read_text().replace('"keep"', '"drop"'))
+    content, codes = bytearray(shard.read_bytes()), pq.read_metadata(shard).row_group(0).column(1)
+    content[codes.dictionary_page_offset + codes.total_compressed_size - 4] ^= 1  # the end of the codes
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match="shard-000003-0000-end.parquet' is not a readable Parquet file"):
+        made("kept", "--duplicates", "drop")
+    assert shard.read_bytes() == content
+
+
+def test_two_runs_do_not_share_an_output(speech, tmp_path):
+    """Locks are those of other processes."""
+    code = f"import fcntl; file = open('{tmp_path}/.lock', 'w'); fcntl.lockf(file, 2); print(1, flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
         assert first.stdout.readline()
         with pytest.raises(UserError, match="another process writes to .* choose another --output_dir"):
-            run_alone(monkeypatch, "--corpus", speech, "--codec", CODEC, "--output_dir", tmp_path)
-    finally:
-        first.kill()
-        first.wait()
-    run_alone(monkeypatch, "--corpus", speech, "--codec", CODEC, "--output_dir", tmp_path, "--max_skip_fraction", 1)
-    assert manifest(tmp_path)["clips"] == 23, "a lock ends with its process"
-
-
-def test_a_full_disk_leaves_no_half_shard(tmp_path, monkeypatch):
-    full = os.open("/dev/full", os.O_WRONLY)
-    local = type(fsspec.filesystem("file"))
-    monkeypatch.setattr(local, "pipe_file", lambda self, path, content: os.write(full, content))
-    with pytest.raises(UserError, match=r"No space left on device\); free disk space"):
-        write_atomically(str(tmp_path), "shard-000000.parquet", b"codes")
-    os.close(full)
-    assert not (tmp_path / "shard-000000.parquet").exists()
+            run_alone("--corpus", speech, "--output_dir", tmp_path)
 
 
 # ---- training from it
@@ -262,7 +329,7 @@ def test_shards_give_the_batches_that_audio_gives(packing, num_quantizers, store
     loaders = []
     for dataset in (store, speech):
         job_config = config(dataset, *depth, "--data.max_skip_fraction", 1)
-        loaders.append(build_validation_dataloader(1, 0, build_speech_tokenizer(job_config), job_config))
+        loaders.append(build_dataloader(1, 0, build_speech_tokenizer(job_config), job_config, is_validation=True))
     pairs = list(zip(*loaders, strict=True))
     assert pairs
     for (inputs, labels_BL), (others, other_labels_BL) in pairs:
@@ -271,12 +338,9 @@ def test_shards_give_the_batches_that_audio_gives(packing, num_quantizers, store
 
 
 def test_a_mixture_has_the_shares_of_audio_asked_for(store, tmp_path, tokenizer, world_of_one):
-    short = tmp_path / "short"
-    write_store(short, lengths=[12] * 40, like=store)
-    job_config = config(
-        f"{store}, {short}", "--validation.no-enable", "--data.weights", 1.0, 3.0, "--data.packing", "pack"
-    )
-    loader = build_dataloader(1, 0, tokenizer, job_config)
+    short = write_store(tmp_path / "short", lengths=[12] * 40, like=store)
+    flags = ["--validation.no-enable", "--data.weights", 1.0, 3.0, "--data.packing", "pack"]
+    loader = build_dataloader(1, 0, tokenizer, config(f"{store}, {short}", *flags))
     seconds = Counter()
     for ref, clip in loader._clips():
         seconds[ref.corpus] += len(clip.codes_TQ) / 12.5
@@ -305,88 +369,66 @@ def write_store(folder, lengths, like, **changes):
     content = shard_bytes(clips, 8, {"columns": columns})
     folder.mkdir()
     (folder / "shard-000000.parquet").write_bytes(content)
-    made = manifest(like) | {
-        "columns": columns,
-        "clips": len(clips),
-        "by_second": [[len(lengths), sum(lengths) / 12.5]],
-    }
+    made = manifest(like) | {"columns": columns, "clips": len(clips), "by_second": [[len(clips), sum(lengths) / 12.5]]}
     made["codec"] |= changes
     made["shards"] = [{"file": "shard-000000.parquet", "clips": len(clips), "bytes": len(content)}]
     (folder / "manifest.json").write_text(json.dumps(made))
     return folder
 
 
+def edit(in_codec=False, **changes):
+    """Return a function that changes values in the manifest of a folder, or in its part on the codec."""
+
+    def change(folder):
+        found = manifest(folder)
+        (found["codec"] if in_codec else found).update(changes)
+        (folder / "manifest.json").write_text(json.dumps(found))
+
+    return change
+
+
 def truncate(folder):
-    path = sorted(folder.glob("shard-*.parquet"))[0]
+    path = min(folder.glob("shard-*.parquet"))
     path.write_bytes(path.read_bytes()[:-40])
-
-
-def edit_manifest(**changes):
-    def edit(folder):
-        (folder / "manifest.json").write_text(json.dumps(manifest(folder) | changes))
-
-    return edit
-
-
-def edit_codec(**changes):
-    return lambda folder: edit_manifest(codec=manifest(folder)["codec"] | changes)(folder)
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (truncate, "bytes, not"),
-        (lambda folder: next(folder.glob("shard-000002*")).unlink(), "shard-000002.parquet"),
+        (lambda folder: max(folder.glob("shard-*")).unlink(), "shard-000002-0000-end.parquet"),
         (lambda folder: (folder / "manifest.json").unlink(), "its tokenisation is not finished"),
         (lambda folder: (folder / "manifest.json").write_text("{"), "is not readable as JSON"),
-        (lambda folder: (folder / "manifest.json").write_text("[]"), "is not a JSON object"),
-        (edit_manifest(format=2), "format 2, not 1"),
-        (edit_codec(sha256="0" * 64), "codec.sha256 = '000000000000"),
-        (edit_codec(num_quantizers=2), "has 2 levels, fewer than codec.num_quantizers = 4"),
-        (edit_codec(sliding_window=False), "made with codec.sliding_window = False, but it is True now"),
+        (edit(format=1), "has format 1, not 2; tokenise the corpus again"),
+        (edit(in_codec=True, sha256="0" * 64), "codec.sha256 = '000000000000"),
+        (edit(in_codec=True, num_quantizers=2), "has 2 levels, fewer than codec.num_quantizers = 4"),
+        (edit(in_codec=True, sliding_window=False), "made with codec.sliding_window = False, but it is True now"),
+        (edit(columns=["id", "codes"]), "has no text"),
     ],
-    ids=[
-        "truncated",
-        "missing",
-        "unfinished",
-        "no_json",
-        "no_object",
-        "format",
-        "another_codec",
-        "levels",
-        "attention",
-    ],
+    ids="truncated missing unfinished json format codec levels attention text".split(),
 )
 def test_damaged_stores_are_refused_at_the_start(damage, message, store, tmp_path, world_of_one):
     folder = shutil.copytree(store, tmp_path / "store")
     damage(folder)
     with pytest.raises(UserError) as error:
-        config(folder)
+        config(folder, "--data.task", "tts")
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_folder_of_another_program_is_no_store(tmp_path):
+def test_a_store_is_a_folder_by_tokenisation_and_has_no_splits(store, tmp_path, world_of_one):
     (tmp_path / "manifest.json").write_text('{"audio_filepath": "a.wav"}\n{"audio_filepath": "b.wav"}\n')
     assert not is_store(str(tmp_path)) and not is_store("peoples_speech")
-
-
-def test_a_store_has_no_splits(store, world_of_one):
     with pytest.raises(UserError, match="is a tokenised corpus without splits; leave dataset_path and the split out"):
         config(store, "--data.split", "train")
 
 
-def test_a_store_without_text_trains_no_tts(store, tmp_path, world_of_one):
-    with pytest.raises(UserError, match="has no text"):
-        config(write_store(tmp_path / "store", [10], like=store), "--data.task", "tts")
-
-
 def test_codes_outside_the_codebook_are_refused(store, tmp_path):
     folder = write_store(tmp_path / "store", [10, 20], like=store, codebook_size=200)
-    with pytest.raises(UserError, match=r"holds the code 2\d\d, outside the codebook of 200"):
-        CodeCorpus(str(folder), CODEC, 4, with_text=False).read_group(0)
+    with pytest.raises(UserError, match=r"contains the code 2\d\d, outside the codebook of 200"):
+        CodeCorpus(str(folder), CODEC, 4).read(0)
 
 
-def test_a_flipped_bit_is_found(store, tmp_path):
+def test_a_flipped_bit_is_found(store, tmp_path, tokenizer, world_of_one):
     """Of the same length and with a sound footer; pages carry checksums."""
     folder = write_store(tmp_path / "store", [50] * 20, like=store)
     path = folder / "shard-000000.parquet"
@@ -394,23 +436,7 @@ def test_a_flipped_bit_is_found(store, tmp_path):
     content[len(content) // 2] ^= 0x10  # in the codes
     path.write_bytes(content)
     for num_workers in (0, 1):
-        reader = CodeReader(CodeCorpus(str(folder), CODEC, 4, with_text=False), max_frames=62, with_text=False)
+        loader = build_dataloader(1, 0, tokenizer, config(folder, "--training.dataloader.num_workers", num_workers))
         with pytest.raises(UserError, match="not a readable Parquet file") as error:
-            list(ClipStream([reader], RowsInOrder(reader.corpus.rows_per_group, [0]), 3).load(num_workers=num_workers))
+            next(iter(loader))
         assert "Traceback" not in str(error.value)
-
-
-def test_a_shard_with_fewer_clips_than_the_manifest_says(store, tmp_path):
-    folder = write_store(tmp_path / "store", [10, 20], like=store)
-    edit_manifest(shards=[manifest(folder)["shards"][0] | {"clips": 3}])(folder)
-    with pytest.raises(UserError, match="does not hold the clips"):
-        CodeCorpus(str(folder), CODEC, 4, with_text=False).read_group(0)
-
-
-def test_torch_reads_codes_at_any_depth(store):
-    whole = CodeCorpus(str(store), CODEC, 8, with_text=False).read_group(0)
-    for depth in (1, 3, 8):
-        group = CodeCorpus(str(store), CODEC, depth, with_text=False).read_group(0)
-        assert torch.from_numpy(group.codes(2).astype(np.int64)).equal(
-            torch.from_numpy(whole.codes(2)[:, :depth].astype(np.int64))
-        )

@@ -18,7 +18,7 @@ from llama_mimi.common.distributed import end_with_parent
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import LOCK, digest, locked, read_json, write_atomically
 from llama_mimi.common.resume import require_same
-from llama_mimi.data.code_store import MANIFEST
+from llama_mimi.corpora.code_shards import MANIFEST
 from llama_mimi.report.curves import read_curves
 from llama_mimi.study.budget import resolved, step_flops
 from llama_mimi.study.config import Flags, Run, Study

@@ -1,0 +1,408 @@
+"""Tokenise a corpus into shards of codes, on any number of ranks.
+
+A job is a run of units that makes one shard, or one unit of unknown length, such as a tar, that makes several. Jobs
+depend only on the corpus and on --clips_per_shard, and a shard appears when it is whole. So a listing of the folder
+tells a later start, on any number of ranks, which rows are missing. The manifest is written last.
+"""
+
+import itertools
+import json
+import math
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Container, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from torch.utils.data import IterableDataset, get_worker_info
+
+from llama_mimi.audio.mimi import DEFAULT_CODEC, DTYPES, MimiCodec, Precision, codec_hash, whole_frames
+from llama_mimi.audio.reading import RESAMPLER
+from llama_mimi.common import files
+from llama_mimi.common.distributed import DistributedContext, broadcast_from_rank0, distributed_context
+from llama_mimi.common.errors import UserError
+from llama_mimi.common.resume import require_same
+from llama_mimi.common.versions import versions
+from llama_mimi.corpora import code_shards as shards
+from llama_mimi.corpora.clips import HASH_BYTES, AudioClip, AudioReader, SkippedClip
+from llama_mimi.corpora.code_shards import CodedClip
+from llama_mimi.corpora.loading import MAX_NAMED_CLIPS, encode_clips, is_too_many, read_in_workers
+from llama_mimi.corpora.source import Source, Unit
+from llama_mimi.corpora.sources import CORPORA, open_source
+from llama_mimi.corpora.where import RowFilter
+
+READER = 2  # raise it when other clips are skipped or filtered, so that a folder is not continued by other rules
+CLIPS_PER_SHARD, MIN_SHARDS = 2048, 64  # by default: 3 MB for clips of 14 s, and work for many ranks
+ROWS_PER_CHUNK = 100  # rows that a worker reads at once, and whose clips are sorted by length for batches
+SECONDS_PER_REPORT = 10.0
+SHARD_READERS = 16  # threads; reading a remote shard is mostly waiting
+# Options that codes do not depend on.
+FREE = "corpus dataset_path split output_dir codec batch_seconds num_workers max_skip_fraction".split()
+
+
+@dataclass
+class TokenizationOptions:
+    """Options of tokenising."""
+
+    # Named corpus; folder, path or glob of Parquet, tar or audio files or JSONL manifests; folder of save_to_disk; or
+    # hf:owner/name
+    corpus: str
+    output_dir: str  # folder of the shards, local or any fsspec path
+    dataset_path: str | None = None  # local download of a named corpus
+    split: str | None = None  # split to tokenise, where a folder has several (train-*, test-*)
+    codec: str = DEFAULT_CODEC  # Hub id or folder
+    num_quantizers: int = 8  # levels to store; training uses the first of them
+    dtype: Precision = "float32"  # bfloat16 changes about 2 % of the codes
+    codec_sliding_window: bool = True  # see codec.sliding_window in the training settings
+    audio_column: str = "audio"
+    text_column: str = "text"  # stored where the corpus has it
+    speaker_column: str = "speaker"  # stored where the corpus has it
+    max_audio_seconds: float = 120.0  # longer clips are cut, and counted
+    # Cut longer recordings at --max_audio_seconds, or split them at pauses into clips within it, without text
+    long_recordings: Literal["cut", "split"] = "cut"
+    min_seconds: float = 0.0  # shorter clips are filtered, and counted
+    max_seconds: float | None = None  # longer clips are filtered, and counted
+    where: str | None = None  # rows to keep, such as 'language == "en" and dnsmos >= 3'; others are counted
+    # Rows of a shard: a minimum, or for a tar the exact number. A kill loses unfinished shards. By default 2,048,
+    # or fewer, so that there are 64 shards
+    clips_per_shard: int | None = None
+    batch_seconds: float | None = None  # seconds of audio to encode at once, with padding; depends on the device
+    num_workers: int = 2  # processes of each rank that read and resample
+    duplicates: Literal["keep", "drop"] = "keep"  # clips with the samples of an earlier clip; they are counted
+    max_skip_fraction: float = 0.01  # stop when a larger fraction of the clips cannot be used
+
+
+@dataclass(frozen=True)
+class Job:
+    """Consecutive units of a corpus that make one shard, or one unit of unknown length that makes several."""
+
+    number: int
+    units: range
+    num_bytes: int
+    rows_per_part: int | None  # of several shards, all but the last
+    first_part: int = 0  # earlier shards exist
+
+    def shard(self, part: int, *, is_end: bool) -> str:
+        return f"shard-{self.number:06d}-{part:04d}{'-end' * is_end}.parquet"
+
+    def shards_in(self, names: Container[str]) -> tuple[list[str], bool]:
+        """Return the shards that exist, up to the first missing one, and True if none is missing."""
+        found: list[str] = []
+        while (name := self.shard(len(found), is_end=False)) in names:
+            found.append(name)
+        end = self.shard(len(found), is_end=True)
+        return ([*found, end], True) if end in names else (found, False)
+
+
+def tokenize_corpus(options: TokenizationOptions) -> None:
+    """Tokenise a corpus, or the shards that are missing.
+
+    Raises:
+        UserError: an option, the corpus or earlier output cannot be used, or too many clips cannot be used.
+    """
+    _check(options)
+    with distributed_context() as ranks, ExitStack() as resources:
+        row_filter = RowFilter(options.min_seconds, options.max_seconds, options.where)
+        columns = {"text": options.text_column, "speaker": options.speaker_column, **row_filter.columns}
+        place = options.corpus, options.dataset_path, options.audio_column, None
+        source = open_source(*place, extra_columns=columns, split=options.split)
+        if missing := [column for role, column in row_filter.columns.items() if role not in source.columns]:
+            raise UserError(f"--where is {options.where!r}, but '{options.corpus}' has no column '{missing[0]}'")
+        codec = MimiCodec(
+            options.codec, options.num_quantizers, ranks.device, DTYPES[options.dtype], options.codec_sliding_window
+        )
+        reader = AudioReader(
+            source,
+            sample_rate_hz=codec.sample_rate_hz,
+            frame_size=codec.frame_size,
+            max_frames=whole_frames(options.max_audio_seconds, codec.config, "--max_audio_seconds"),
+            row_filter=row_filter,
+            splits=options.long_recordings == "split",
+            hashes=True,
+        )
+        plan, jobs = _plan(options, source, codec), make_jobs(source.units, options.clips_per_shard)
+
+        def resume() -> list[Job]:
+            fs, folder = files.file_system(options.output_dir)
+            if files.is_local(fs):  # elsewhere two runs would repeat work, but every shard would still be whole
+                resources.enter_context(files.locked(Path(folder) / files.LOCK, "--output_dir"))
+            return unfinished(options.output_dir, plan, jobs)
+
+        todo = broadcast_from_rank0(resume)
+        if ranks.rank == 0:
+            done = f"finished: {len(jobs) - len(todo)} of {len(jobs)} jobs"
+            print(f"{done}; columns: {', '.join(plan['columns'])}", flush=True)
+            if 0 < len(todo) < ranks.world_size:
+                print(f"there are {ranks.world_size} ranks for {len(todo)} jobs; the other ranks wait", flush=True)
+        write_shards(options, ranks, todo, reader, codec, plan["columns"])
+        ranks.wait()
+        if ranks.rank == 0:
+            write_manifest(options, plan, source.units, jobs)
+
+
+def _check(options: TokenizationOptions) -> None:
+    shortest, longest, limit = options.min_seconds, options.max_seconds, options.max_audio_seconds
+    for name in ("max_audio_seconds", "clips_per_shard", "batch_seconds"):
+        if getattr(options, name) is not None and not 0 < getattr(options, name) < math.inf:
+            raise UserError(f"--{name} is {getattr(options, name)}; it must be a positive number")
+    if options.num_workers < 0 or not 0 <= options.max_skip_fraction <= 1:
+        raise UserError("--num_workers must be 0 or more, and --max_skip_fraction a fraction between 0 and 1")
+    for name, value, lowest in (("min_seconds", shortest, 0), ("max_seconds", longest, shortest)):
+        if value is not None and not lowest <= value <= limit:
+            raise UserError(f"--{name} is {value:g}; it must be between {lowest:g} and --max_audio_seconds {limit:g}")
+    if longest is not None and options.long_recordings == "split":
+        raise UserError("--max_seconds filters long recordings, and --long_recordings split keeps them; choose one")
+    corpus, output = os.path.abspath(options.corpus.partition("**")[0]), os.path.abspath(options.output_dir)
+    if options.corpus not in CORPORA and os.path.join(output, "").startswith(os.path.join(corpus, "")):
+        raise UserError(f"--output_dir '{options.output_dir}' is inside the corpus '{options.corpus}'; choose another")
+
+
+def _plan(options: TokenizationOptions, source: Source, codec: MimiCodec) -> dict[str, Any]:
+    """Return everything that shards depend on."""
+    optional = [name for name in shards.OPTIONAL_COLUMNS if name in source.columns or name.startswith("audio_")]
+    return {
+        "format": shards.FORMAT,
+        "corpus_sha256": source.fingerprint,
+        "codec": {
+            "sha256": codec_hash(options.codec),
+            "num_quantizers": options.num_quantizers,
+            "codebook_size": codec.codebook_size,
+            "sliding_window": codec.sliding_window,
+        },
+        "resampler": RESAMPLER,
+        "reader": READER,
+        **{name: value for name, value in vars(options).items() if name not in FREE},
+        "columns": ["id", "codes", "duration", "is_cut", *optional],
+        "clips_per_group": shards.CLIPS_PER_GROUP,
+    }
+
+
+def make_jobs(units: Sequence[Unit], clips_per_shard: int | None) -> list[Job]:
+    """Divide the units of a corpus into jobs of at least ``clips_per_shard`` rows; a unit of unknown length is one."""
+    sizes = [unit.num_rows for unit in units]
+    total = sum(size or 0 for size in sizes)
+    wanted = clips_per_shard or (CLIPS_PER_SHARD if None in sizes else min(CLIPS_PER_SHARD, -(-total // MIN_SHARDS)))
+    jobs: list[Job] = []
+    first = num_rows = 0
+    for unit, size in enumerate(sizes):
+        num_rows += size or 0
+        if num_rows >= wanted or unit + 1 == len(sizes) or None in sizes[unit : unit + 2]:
+            num_bytes = sum(one.num_bytes for one in units[first : unit + 1])
+            jobs.append(Job(len(jobs), range(first, unit + 1), num_bytes, wanted if size is None else None))
+            first, num_rows = unit + 1, 0
+    return jobs
+
+
+def unfinished(output_dir: str, plan: dict[str, Any], jobs: Sequence[Job]) -> list[Job]:
+    """Write or compare the plan, remove files of killed runs, and return the jobs with missing shards."""
+    earlier = files.read_json(output_dir, shards.PLAN)
+    if earlier is None:
+        files.write_atomically(output_dir, shards.PLAN, json.dumps(plan, indent=1).encode())
+    else:
+        remedy = "start again with the earlier options, or choose another --output_dir"
+        require_same(earlier, plan, f"'{output_dir}'", remedy)
+    fs, folder = files.file_system(output_dir)
+    names = files.sizes_in(output_dir)
+    for name in names:
+        if name.endswith(files.PARTIAL):
+            fs.rm_file(f"{folder}/{name}")
+    existing = [(job, *job.shards_in(names)) for job in jobs]
+    return [replace(job, first_part=len(found)) for job, found, is_done in existing if not is_done]
+
+
+def share_jobs(jobs: Sequence[Job], rank: int, world_size: int) -> list[Job]:
+    """Return the jobs of a rank; each job, from the largest on, goes to the rank with the fewest bytes."""
+    shares: list[list[Job]] = [[] for _ in range(world_size)]
+    num_bytes = [0] * world_size
+    for job in sorted(jobs, key=lambda job: -job.num_bytes):
+        smallest = num_bytes.index(min(num_bytes))
+        shares[smallest].append(job)
+        num_bytes[smallest] += max(1, job.num_bytes)
+    return sorted(shares[rank], key=lambda job: job.number)
+
+
+class Chunks(IterableDataset):
+    """The rows of jobs in order, as chunks (shard, number of rows, bytes, clips); each of n workers yields every n-th.
+
+    The last chunk of a shard has the shard's name, others have None; the last chunk of a job is empty.
+    """
+
+    def __init__(self, reader: AudioReader, jobs: Sequence[Job], rows_per_chunk: int) -> None:
+        self._reader, self._jobs, self._rows_per_chunk = reader, jobs, rows_per_chunk
+
+    def __iter__(self) -> Iterator[tuple[str | None, int, int, list[AudioClip | SkippedClip]]]:
+        source, info, size = self._reader.source, get_worker_info(), self._rows_per_chunk
+        worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
+        turns: Iterator[bool] = itertools.cycle(number == worker for number in range(num_workers))
+        for job in self._jobs:
+            rows_per_part, bytes_left = job.rows_per_part or sys.maxsize, job.num_bytes
+            row = job.first_part * (job.rows_per_part or 0)
+            for number in job.units:
+                unit, own = source.units[number], turns
+                if unit.num_rows is not None:
+                    turns_of_unit = [next(turns) for _ in range(0, unit.num_rows, size)]
+                    if not any(turns_of_unit):
+                        bytes_left -= unit.num_bytes
+                        continue  # without reading the unit
+                    own = iter(turns_of_unit)
+                rows = source.rows(number, row if unit.num_rows is None else 0)
+                while chunk := list(itertools.islice(rows, min(size, rows_per_part - row % rows_per_part))):
+                    row += len(chunk)
+                    num_bytes = sum(len(one.get("audio") or b"") for one in chunk)  # a tar has more
+                    if unit.num_rows is not None:
+                        num_bytes = unit.num_bytes * len(chunk) // unit.num_rows
+                    bytes_left -= num_bytes
+                    if next(own, False):
+                        part, rest = divmod(row, rows_per_part)
+                        shard = None if rest else job.shard(part - 1, is_end=False)
+                        yield shard, len(chunk), num_bytes, [clip for one in chunk for clip in self._reader.clips(one)]
+            if next(turns):
+                yield job.shard(row // rows_per_part, is_end=True), 0, bytes_left, []
+
+
+def write_shards(
+    options: TokenizationOptions,
+    ranks: DistributedContext,
+    todo: Sequence[Job],
+    reader: AudioReader,
+    codec: MimiCodec,
+    columns: Sequence[str],
+) -> None:
+    """Encode this rank's share of the jobs, and report the progress of all ranks."""
+    splits = options.long_recordings == "split"  # a row may be an hour of audio
+    chunks = Chunks(reader, share_jobs(todo, ranks.rank, ranks.world_size), 1 if splits else ROWS_PER_CHUNK)
+    workers = {"num_workers": options.num_workers} | ({"prefetch_factor": 1} if splits and options.num_workers else {})
+    total_bytes = sum(job.num_bytes for job in todo)
+    start, last_report = time.monotonic(), 0.0
+    clips: list[CodedClip | SkippedClip] = []  # of a shard, which has ``shard_rows`` rows so far
+    shard_rows = num_read = num_skipped = 0
+    for shard, num_rows, num_bytes, audio in read_in_workers(chunks, **workers):
+        new, _ = encode_clips(codec, audio, options.batch_seconds)
+        coded = [clip for clip in new if isinstance(clip, CodedClip)]
+        bad = [clip for clip in new if isinstance(clip, SkippedClip) and not clip.is_filtered]
+        num_read, num_skipped = num_read + len(new), num_skipped + len(bad)
+        if bad:
+            _judge(num_skipped, num_read, options.max_skip_fraction, bad[-1].message, is_end=False)
+        clips, shard_rows = clips + new, shard_rows + num_rows
+        if shard is not None:
+            skipped = [clip for clip in clips if isinstance(clip, SkippedClip)]
+            notes = {
+                "columns": columns,
+                "rows": shard_rows,
+                "skipped": [[clip.reason, clip.message] for clip in skipped if not clip.is_filtered],
+                "filtered": Counter(clip.reason for clip in skipped if clip.is_filtered),
+            }
+            stored = [clip for clip in clips if isinstance(clip, CodedClip)]
+            content = shards.shard_bytes(stored, codec.num_quantizers, notes)
+            files.write_atomically(options.output_dir, shard, content)
+            clips, shard_rows = [], 0
+        rows_done, bytes_done = ranks.add("rows", num_rows), ranks.add("bytes", num_bytes)
+        hours = ranks.add("milliseconds", sum(round(1000 * clip.seconds) for clip in coded)) / 3.6e6
+        elapsed, is_done = time.monotonic() - start, num_rows == 0 and bytes_done == total_bytes
+        if ranks.rank == 0 and (is_done or elapsed > last_report + SECONDS_PER_REPORT):
+            last_report = elapsed
+            left = timedelta(seconds=round(elapsed / max(1, bytes_done) * (total_bytes - bytes_done)))
+            size, rate = f"{bytes_done / 1e6:,.1f} of {total_bytes / 1e6:,.1f} MB", 3600 * hours / elapsed
+            print(f"{rows_done:,} rows  {size}  {hours:.2f} h  {rate:,.1f} audio-s/s  left: {left}", flush=True)
+
+
+def _judge(num_skipped: int, num_read: int, limit: float, last: str, *, is_end: bool) -> None:
+    if is_too_many(num_skipped, num_read, limit, is_end=is_end, is_whole=is_end):
+        raise UserError(
+            f"{num_skipped} of {num_read} clips could not be used, more than --max_skip_fraction {limit:g} (the last: "
+            f"{last}); repair the corpus or raise --max_skip_fraction"
+        )
+
+
+def write_manifest(
+    options: TokenizationOptions, plan: Mapping[str, Any], units: Sequence[Unit], jobs: Sequence[Job]
+) -> None:
+    """Count or drop duplicates, and write the manifest from the content of the shards.
+
+    Raises:
+        UserError: a shard is damaged or contains other rows, or too many clips cannot be used.
+    """
+    output_dir, found = options.output_dir.rstrip("/"), files.sizes_in(options.output_dir)
+    names = [name for job in jobs for name in job.shards_in(found)[0]]
+    with ThreadPoolExecutor(SHARD_READERS) as pool:
+        contents = dict(zip(names, pool.map(_content, (f"{output_dir}/{name}" for name in names)), strict=True))
+    for job in jobs:
+        of_job = job.shards_in(found)[0]
+        *full, last = [contents[name]["rows"] for name in of_job]
+        num_rows = sum(units[unit].num_rows or 0 for unit in job.units)
+        if set(full) - {job.rows_per_part} or (last != num_rows and not job.rows_per_part):
+            raise UserError(f"'{of_job[0]}' to '{of_job[-1]}' lack rows of the corpus; delete them and start again")
+    num_duplicates = _drop_duplicates(output_dir, contents, options.duplicates == "drop")
+    skipped = [clip for content in contents.values() for clip in content["skipped"]]
+    for _, message in skipped[:MAX_NAMED_CLIPS]:
+        print(f"skipped: {message}", flush=True)
+    seconds_N = np.concatenate([content["seconds"] for content in contents.values()])
+    filtered, warnings = (
+        sum((Counter(content[key]) for content in contents.values()), Counter[str]())
+        for key in ("filtered", "audio_warnings")
+    )
+    num_read = len(seconds_N) + len(skipped) + filtered.total()
+    _judge(len(skipped), num_read, options.max_skip_fraction, skipped[-1][1] if skipped else "", is_end=True)
+    sizes = files.sizes_in(output_dir)
+    manifest = {
+        **plan,
+        "corpus": options.corpus,
+        "codec": {**plan["codec"], "name": options.codec},
+        "shards": [{"file": name, "clips": len(contents[name]["seconds"]), "bytes": sizes[name]} for name in names],
+        "clips": len(seconds_N),
+        "hours": float(seconds_N.sum()) / 3600,
+        "by_second": shards.by_second(seconds_N),
+        "cut": sum(content["cut"] for content in contents.values()),
+        "skipped": Counter(reason for reason, _ in skipped),
+        "filtered": filtered,
+        "audio_warnings": warnings,
+        "duplicates_kept": num_duplicates,
+        "versions": versions(),
+    }
+    files.write_atomically(output_dir, shards.MANIFEST, json.dumps(manifest, indent=1).encode())
+    counts = {"cut": manifest["cut"], "skipped": len(skipped), "duplicates kept": num_duplicates}
+    counts |= {f"filtered: {reason}": number for reason, number in filtered.items()} | warnings
+    size = f"{len(names)} shards, {sum(sizes[name] for name in names) / 1e6:.1f} MB"
+    summary = ", ".join(f"{number:,} {what}" for what, number in counts.items())
+    print(f"{output_dir}: {len(seconds_N):,} clips, {manifest['hours']:.2f} h, {size}; {summary}")
+
+
+def _content(path: str) -> dict[str, Any]:
+    """Return the notes of a shard, and the seconds, hashes, cuts and warnings of its clips."""
+    table = shards.read_shard(path, ["duration", "is_cut", "audio_hash", "audio_warnings"])
+    return json.loads(table.schema.metadata[shards.NOTES]) | {
+        "seconds": table["duration"].to_numpy(),
+        "hashes": np.array(table["audio_hash"].to_pylist(), dtype=f"S{HASH_BYTES}"),
+        "cut": sum(table["is_cut"].to_pylist()),
+        "audio_warnings": Counter(itertools.chain(*table["audio_warnings"].to_pylist())),
+    }
+
+
+def _drop_duplicates(output_dir: str, contents: dict[str, dict[str, Any]], is_wanted: bool) -> int:
+    """Remove clips with the samples of an earlier one from the shards, if wanted, and return the number that remain.
+
+    The notes of a shard count its removed clips, so a run that is killed here continues.
+    """
+    hashes_N = np.concatenate([content["hashes"] for content in contents.values()])
+    is_duplicate_N = np.ones(len(hashes_N), dtype=bool)
+    is_duplicate_N[np.unique(hashes_N, return_index=True)[1]] = False  # the first of each
+    if not is_wanted:
+        return int(is_duplicate_N.sum())
+    ends = np.cumsum([len(content["hashes"]) for content in contents.values()])
+    for name, is_dropped_N in zip(contents, np.split(is_duplicate_N, ends[:-1]), strict=True):
+        if is_dropped_N.any():
+            table = shards.read_shard(f"{output_dir}/{name}")
+            notes = json.loads(table.schema.metadata[shards.NOTES])
+            notes["filtered"] = Counter(notes["filtered"]) + Counter(duplicate=int(is_dropped_N.sum()))
+            content = shards.table_bytes(table.filter(pa.array(~is_dropped_N)), notes)
+            files.write_atomically(output_dir, name, content)
+            contents[name] = _content(f"{output_dir}/{name}")
+    return 0
