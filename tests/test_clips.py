@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 
 from llama_mimi.common.batching import prefetch_map
 from llama_mimi.common.errors import UserError
-from llama_mimi.data.build import build_dataloader, build_validation_dataloader
-from llama_mimi.data.clip_readers import AudioClip, AudioReader, SkippedClip
-from llama_mimi.data.clips import ClipStream, is_too_many
-from llama_mimi.data.corpora import open_corpus
-from llama_mimi.data.dataloader import DataMeter, SpeechDataLoader
+from llama_mimi.corpora.clips import AudioClip, AudioReader, SkippedClip
+from llama_mimi.corpora.loading import is_too_many, read_in_workers
+from llama_mimi.corpora.sources import open_source
+from llama_mimi.data.build import build_dataloader
+from llama_mimi.data.dataloader import ClipStream, DataMeter, SpeechDataLoader
 from llama_mimi.data.order import RowsInOrder, ShuffledOrder
 from llama_mimi.data.packing import BatchPacker
 from llama_mimi.tokens.tokenizer import IGNORE_INDEX, load_speech_tokenizer
@@ -53,21 +53,16 @@ def write_corpus(folder, contents, num_files=3, rows_per_group=4, texts=None):
     return str(folder)
 
 
-def reader(corpus, text=None, max_frames=12):
-    return AudioReader(
-        open_corpus(corpus, None, "audio", text),
-        sample_rate_hz=RATE,
-        frame_size=1920,
-        max_frames=max_frames,
-        with_text=text is not None,
-    )
+def reader(corpus, text=None, max_frames=12, path=None):
+    source = open_source(corpus, path, "audio", text)
+    with_text = text is not None
+    return AudioReader(source, sample_rate_hz=RATE, frame_size=1920, max_frames=max_frames, with_text=with_text)
 
 
 def read_all(reader, dp_rank=0, dp_world_size=1, num_workers=0):
-    """Every clip of one rank once, in corpus order, through the loader that training uses."""
-    rows_per_group = reader.corpus.rows_per_group
-    order = RowsInOrder(rows_per_group, range(len(rows_per_group)), dp_rank, dp_world_size)
-    return [clip for chunk in ClipStream([reader], order, 3).load(num_workers=num_workers) for clip in chunk.clips]
+    """Every clip of one rank once, in corpus order, through the workers that training uses."""
+    stream = ClipStream([reader], RowsInOrder(reader.rows_per_unit, dp_rank, dp_world_size), 3)
+    return [clip for chunk in read_in_workers(stream, num_workers=num_workers) for _, clip in chunk]
 
 
 @pytest.fixture(scope="module")
@@ -104,35 +99,16 @@ def test_bad_clips_are_named(tmp_path):
 
 def speech_loader(corpus, codec, tokenizer, max_skip_fraction, is_packed=False, **extra):
     audio = reader(corpus)
-    order = ShuffledOrder([audio.corpus], [1.0], dp_rank=0, dp_world_size=1, shuffle_window=5, seed=0)
-    return SpeechDataLoader(
-        [audio],
-        order,
-        BatchPacker(tokenizer, 2, 16, is_packed=is_packed, has_positions=is_packed),
-        codec,
-        dp_rank=0,
-        dp_world_size=1,
-        dataset=corpus,
-        chunk_size=8,
-        max_skip_fraction=max_skip_fraction,
-        workers={},
-        **extra,
-    )
+    order = ShuffledOrder([audio], [1.0], 0, 1, shuffle_window=5, seed=0)
+    packer = BatchPacker(tokenizer, 2, 16, is_packed=is_packed, has_positions=is_packed)
+    return SpeechDataLoader([audio], order, packer, codec, workers={}, max_skip_fraction=max_skip_fraction, **extra)
 
 
-@pytest.mark.parametrize(
-    ("num_bad", "max_skip_fraction", "stops"), [(1, 0.01, False), (3, 0.01, True), (3, 0.5, False)]
-)
-def test_training_stops_at_too_large_a_share(tmp_path, codec, tokenizer, num_bad, max_skip_fraction, stops):
-    corpus = write_corpus(tmp_path, [GOOD] * 97 + BAD[:num_bad])
-    batches = iter(speech_loader(corpus, codec, tokenizer, max_skip_fraction))
-    if stops:
-        with pytest.raises(UserError, match="data.max_skip_fraction"):
-            for _ in range(50):
-                next(batches)
-    else:
-        for _ in range(48):
-            next(batches)
+@pytest.mark.parametrize(("max_skip_fraction", "stops"), [(0.01, True), (0.5, False)])
+def test_training_stops_at_too_large_a_fraction(tmp_path, codec, tokenizer, max_skip_fraction, stops):
+    corpus = write_corpus(tmp_path, [GOOD] * 97 + BAD)
+    with pytest.raises(UserError, match="data.max_skip_fraction") if stops else contextlib.nullcontext():
+        assert len(list(itertools.islice(speech_loader(corpus, codec, tokenizer, max_skip_fraction), 50))) == 50
 
 
 @pytest.mark.parametrize("packing", ["pad", "pack"])
@@ -145,20 +121,20 @@ def test_a_text_that_leaves_no_room_for_audio_is_skipped(tmp_path, caplog, monke
     flags = [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
     job_config = parse_config(["--job.config_file", "config/tiny.toml", *flags])
     builder = load_speech_tokenizer(str(TINY / "llama"), str(TINY / "mimi"), 4, "llama", architecture)
-    for build in (build_dataloader, build_validation_dataloader):
+    for is_validation in (False, True):
         caplog.clear()
-        loader = build(1, 0, builder, job_config)
+        loader = build_dataloader(1, 0, builder, job_config, is_validation=is_validation)
         _, labels = next(iter(loader))
         assert (labels != IGNORE_INDEX).flatten(1).any(dim=1).sum() == 2
-        assert "skipped clip 1 (text too long): 'clip-00" in caplog.text and "tokens with BOS" in caplog.text
+        assert "skipped: text too long: 'clip-00" in caplog.text and "tokens with BOS" in caplog.text
 
 
 @pytest.mark.parametrize(("num_clips", "stops"), [(120, False), (40, True)])
 def test_the_share_is_judged_after_a_hundred_clips_and_at_the_end(tmp_path, codec, tokenizer, num_clips, stops):
     """The first three clips are bad: 2.5 % of 120, and more than the 2.8 that 40 clips may have."""
     loader = speech_loader(write_corpus(tmp_path, BAD + [GOOD] * (num_clips - 3), 1), codec, tokenizer, 0.028)
-    loader._order = RowsInOrder(loader._readers[0].corpus.rows_per_group, range(num_clips // 4))
-    with pytest.raises(UserError, match="3 of 40 clips could not be used") if stops else contextlib.nullcontext():
+    loader._order = RowsInOrder(loader._readers[0].rows_per_unit)
+    with pytest.raises(UserError, match="3 of 40 clips .* could not be used") if stops else contextlib.nullcontext():
         assert len(list(loader)) == 59  # of two clips each
 
 
@@ -172,20 +148,17 @@ def test_a_sample_with_bad_clips_by_chance_is_accepted(fraction, num_ended):
 
 
 def test_a_corpus_without_a_usable_clip_ends(tmp_path, codec, tokenizer):
-    with pytest.raises(UserError, match="can be used"):
+    with pytest.raises(UserError, match="6 of 6 clips .* could not be used"):
         next(iter(speech_loader(write_corpus(tmp_path, [b"no audio"] * 6), codec, tokenizer, 1.0)))
 
 
 def test_counts_survive_a_checkpoint(tmp_path, codec, tokenizer):
-    corpus = write_corpus(tmp_path, [GOOD] * 60 + BAD[:1])
+    corpus, meter = write_corpus(tmp_path, [GOOD] * 60 + BAD[:1]), DataMeter()
     loader = speech_loader(corpus, codec, tokenizer, 0.5)
-    batches = iter(loader)
-    for _ in range(40):
-        next(batches)
-    again = speech_loader(corpus, codec, tokenizer, 0.5)
+    assert len(list(itertools.islice(loader, 40))) == 40
+    again = speech_loader(corpus, codec, tokenizer, 0.5, meter=meter)
     again.load_state_dict(loader.state_dict())
     assert again._counts["read"] == loader._counts["read"] >= 80
-    again._meter = meter = DataMeter()
     next(iter(again))
     assert (meter.num_clips, meter.num_frames) == (82, 164), "two rows of two frames a batch"
 
@@ -232,9 +205,9 @@ def test_workers_need_no_shared_memory(corpus, monkeypatch):
 
     monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", full)
     audio = reader(corpus)
-    order = RowsInOrder(audio.corpus.rows_per_group, range(len(audio.corpus.rows_per_group)))
-    (sent, *_), (read, *_) = (ClipStream([audio], order, 4).load(num_workers=n, timeout=20 if n else 0) for n in (1, 0))
-    for clip, wanted in zip(sent.clips, read.clips, strict=True):
+    stream = ClipStream([audio], RowsInOrder(audio.rows_per_unit), 4)
+    sent, read = (next(read_in_workers(stream, num_workers=n, timeout=20 if n else 0)) for n in (1, 0))
+    for (_, clip), (_, wanted) in zip(sent, read, strict=True):
         assert clip.samples_S.equal(wanted.samples_S) and clip.name == wanted.name
 
 
@@ -245,7 +218,8 @@ def test_validation_takes_the_same_clips_on_any_number_of_ranks(tokenizer, monke
     def rows(num_ranks):
         monkeypatch.setenv("WORLD_SIZE", str(num_ranks))
         loaders = [
-            build_validation_dataloader(num_ranks, rank, tokenizer, parse_config(flags)) for rank in range(num_ranks)
+            build_dataloader(num_ranks, rank, tokenizer, parse_config(flags), is_validation=True)
+            for rank in range(num_ranks)
         ]
         labels = torch.cat([labels_BL for loader in loaders for _, labels_BL in loader]).tolist()
         return sorted(row for row in labels if set(row) != {IGNORE_INDEX})
@@ -256,30 +230,50 @@ def test_validation_takes_the_same_clips_on_any_number_of_ranks(tokenizer, monke
 def test_audio_is_packed_as_its_codes_are(codec, tokenizer):
     """The online path: the same rows as from codes that were made before."""
     loader = speech_loader(str(TINY / "corpus" / "validation-*.parquet"), codec, tokenizer, 0.0, is_packed=True)
-    refs, clone = [], loader._order.clone()
     packer = BatchPacker(tokenizer, 2, 16, is_packed=True, has_positions=True)
+    upcoming = itertools.chain.from_iterable(ClipStream(loader._readers, loader._order, 1))
     batches = iter(loader)
-    while not packer.is_full:
-        refs.append(clone.take())
-        table = loader._readers[0].corpus.read_group(refs[-1].group)
-        (clip,) = loader._readers[0].clips(table, refs[-1])
-        (codes_TQ,) = codec.encode([clip.samples_S])
-        packer.add(codes_TQ.numpy(), is_cut=clip.is_cut)
+    for _, clip in upcoming:
+        (codes_TQ,), frame = codec.encode([clip.samples_S]), 0
+        while frame < len(codes_TQ) and not packer.is_full:
+            frame += packer.add(codes_TQ[frame:].numpy(), is_cut=clip.is_cut)
+        if packer.is_full:
+            break
     inputs, labels_BL = next(batches)
-    expected, expected_labels_BL = packer.take()
+    expected, expected_labels_BL = packer.pop()
     assert inputs["input"].equal(expected["input"]) and labels_BL.equal(expected_labels_BL)
     assert inputs["positions"].equal(expected["positions"])
 
 
-def test_columns_and_paths_are_checked(corpus, tmp_path):
-    with pytest.raises(UserError, match="no column 'sound' for the audio, only"):
-        open_corpus(corpus, None, "sound", None)
-    with pytest.raises(UserError, match="has no column 'transcript' for the text, only"):
-        open_corpus(corpus, None, "audio", "transcript")
-    with pytest.raises(UserError, match="no Parquet, tar or audio file and no JSONL manifest matches"):
-        open_corpus(str(tmp_path / "*.parquet"), None, "audio", None)
-    with pytest.raises(UserError, match="hf download MLCommons/peoples_speech"):
-        open_corpus("peoples_speech", str(tmp_path), "audio", None)
+def without_text(folder):
+    pq.write_table(pq.read_table(folder / "train-2.parquet").drop_columns(["text"]), folder / "train-2.parquet")
+
+
+def cut_in_half(folder):
+    content = (folder / "train-0.parquet").read_bytes()
+    (folder / "train-0.parquet").write_bytes(content[: len(content) // 2])
+
+
+@pytest.mark.parametrize(
+    ("corpus", "audio", "text", "change", "message"),
+    [
+        ("{}", "sound", None, None, "'sound'"),
+        ("{}", "audio", "transcript", None, "'transcript'"),
+        ("{}", "audio", "text", without_text, r"train-2\.parquet' .*'text'"),
+        ("{}", "audio", None, cut_in_half, r"train-0\.parquet' is not a readable Parquet file"),
+        ("{}/other/*.parquet", "audio", None, None, "other/\\*.parquet"),
+        ("nothing://speech", "audio", None, None, "cannot be opened"),
+        ("s3://speech", "audio", None, None, "cannot be opened"),
+        ("peoples_speech", "audio", None, None, "peoples_speech"),
+    ],
+)
+def test_corpora_that_cannot_be_opened(tmp_path, corpus, audio, text, change, message):
+    write_corpus(tmp_path, [GOOD] * 9)
+    if change:
+        change(tmp_path)
+    path = str(tmp_path) if corpus == "peoples_speech" else None
+    with pytest.raises(UserError, match=message):
+        open_source(corpus.format(tmp_path), path, audio, text)
 
 
 def test_named_corpora_read_a_local_download(tmp_path):
@@ -287,31 +281,23 @@ def test_named_corpora_read_a_local_download(tmp_path):
     write_corpus(tmp_path / "clean", [GOOD] * 8)
     for file in (tmp_path / "clean").glob("train-*.parquet"):
         file.rename(file.with_name(f"{file.stem}-of-00003.parquet"))
-    corpus = open_corpus("peoples_speech", str(tmp_path), "audio", "text")
-    ids = [name for group in range(len(corpus.rows_per_group)) for name in corpus.read_group(group)["id"].to_pylist()]
-    assert sorted(ids) == [f"clip-{i:03}" for i in range(8)]
+    clips = read_all(reader("peoples_speech", "text", path=str(tmp_path)))
+    assert sorted(clip.name for clip in clips) == [f"clip-{i:03}" for i in range(8)]
 
 
 def test_corpora_lie_on_any_file_system(corpus):
     memory = fsspec.filesystem("memory")
     for path in sorted(Path(corpus).glob("*.parquet")):
         memory.pipe_file(f"/speech/{path.name}", path.read_bytes())
-    there, here = open_corpus("memory://speech", None, "audio", "text"), open_corpus(corpus, None, "audio", "text")
-    assert there.rows_per_group.tolist() == here.rows_per_group.tolist()
-    assert there.read_group(4).equals(here.read_group(4))
-    assert open_corpus("memory://speech/train-1.parquet", None, "audio", "text").rows_per_group.sum() == 9
-
-
-def test_a_damaged_file_is_named(corpus, tmp_path):
-    whole = (Path(corpus) / "train-0.parquet").read_bytes()
-    (tmp_path / "half.parquet").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=r"half.parquet' is not a readable Parquet file"):
-        open_corpus(str(tmp_path), None, "audio", None)
+    there, here = reader("memory://speech", "text"), reader(corpus, "text")
+    assert there.rows_per_unit.tolist() == here.rows_per_unit.tolist()
+    clips = [[(clip.name, clip.text, clip.samples_S.tolist()) for clip in read_all(each)] for each in (there, here)]
+    assert clips[0] == clips[1] and len(clips[0]) == 26
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_damage_behind_a_sound_footer_is_one_sentence(corpus, tmp_path, num_workers):
-    """Also where a loader worker finds it."""
+    """Also if a loader worker finds it."""
     content = bytearray((Path(corpus) / "train-0.parquet").read_bytes())
     content[4:40] = bytes(36)
     (tmp_path / "damaged.parquet").write_bytes(content)
@@ -320,32 +306,11 @@ def test_damage_behind_a_sound_footer_is_one_sentence(corpus, tmp_path, num_work
     assert "Traceback" not in str(error.value)
 
 
-def test_every_file_needs_the_columns(corpus, tmp_path):
-    for path in Path(corpus).glob("*.parquet"):
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    table = pq.read_table(tmp_path / "train-2.parquet").drop_columns(["text"])
-    pq.write_table(table, tmp_path / "train-2.parquet")
-    with pytest.raises(UserError, match=r"train-2.parquet' of the dataset .* has no column 'text'"):
-        open_corpus(str(tmp_path), None, "audio", "text")
-
-
 def test_empty_files_are_no_windows(corpus, tmp_path):
     table = pq.read_table(Path(corpus) / "train-0.parquet")
     pq.write_table(table, tmp_path / "train-0.parquet")
     pq.write_table(table.slice(0, 0), tmp_path / "train-1.parquet")
-    assert open_corpus(str(tmp_path), None, "audio", None).rows_per_group.tolist() == [9]
-
-
-@pytest.mark.parametrize("path", ["nothing://speech", "s3://speech"])
-def test_protocols_that_cannot_be_opened(path):
-    with pytest.raises(UserError, match="cannot be opened"):
-        open_corpus(path, None, "audio", None)
-
-
-def test_the_tiny_corpus_has_ids_and_texts():
-    corpus = open_corpus(str(TINY / "corpus" / "validation-*.parquet"), None, "audio", "text")
-    row = corpus.read_group(0).slice(0, 1).to_pylist()[0]
-    assert row["audio"]["bytes"][:4] == b"OggS" and row["text"] and row["id"]
+    assert reader(str(tmp_path)).rows_per_unit.tolist() == [9]
 
 
 @pytest.mark.slow
@@ -354,10 +319,9 @@ def test_workers_end_with_a_killed_process(corpus):
     script = f"""
 import sys, time
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_clips import AudioReader, ClipStream, RowsInOrder, reader
+from test_clips import ClipStream, RowsInOrder, read_in_workers, reader
 audio = reader({corpus!r})
-rows_per_group = audio.corpus.rows_per_group
-chunks = ClipStream([audio], RowsInOrder(rows_per_group, list(range(len(rows_per_group))) * 9), 40).load(num_workers=2)
+chunks = read_in_workers(ClipStream([audio], list(RowsInOrder(audio.rows_per_unit)) * 9, 40), num_workers=2)
 next(chunks)
 print("reading", flush=True)
 time.sleep(60)

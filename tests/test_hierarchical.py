@@ -87,7 +87,7 @@ def batch(tokenizer, clips, seq_len, is_packed=False, depth=None):
     for codes_TQ in clips:
         is_deep_T = None if depth is None else depth[: len(codes_TQ) + 1]
         assert packer.add(codes_TQ.numpy(), is_cut=False, is_deep_T=is_deep_T) == len(codes_TQ)
-    return packer.take()
+    return packer.pop()
 
 
 def run(model, inputs):
@@ -157,7 +157,7 @@ def test_a_batch_without_targets_has_gradients(pair, tokenizer):
     """Every rank of a sharded model needs one of every weight."""
     model, _ = pair
     packer = BatchPacker(tokenizer, 2, 16, is_packed=False, has_positions=False)
-    inputs, labels_BLQ = packer.take()
+    inputs, labels_BLQ = packer.pop()
     loss = SpeechLoss(tokenizer.vocabulary, LevelMeter(), [1.0] * Q)(run(model, inputs), labels_BLQ)
     model.zero_grad()
     loss.backward()
@@ -299,24 +299,12 @@ def test_a_checkpoint_becomes_a_stock_folder(args, tokenizer, tmp_path, monkeypa
 @pytest.mark.parametrize("share", [0.0625, 0.5])
 def test_frames_are_drawn_anew_in_each_epoch_and_alike_on_any_ranks(share):
     """By the place of a clip in the order, not by who reads it."""
-    corpora = [SimpleNamespace(rows_per_group=np.array([50, 50]), fingerprint="a")]
+    corpora = [SimpleNamespace(rows_per_unit=np.array([50, 50]), fingerprint="a")]
     drawn = {}
     for dp_world_size in (1, 2):
         for rank in range(dp_world_size):
-            order = ShuffledOrder(corpora, [1.0], dp_rank=rank, dp_world_size=dp_world_size, shuffle_window=50, seed=1)
-            loader = SpeechDataLoader(
-                [],
-                order,
-                None,
-                None,
-                dp_rank=rank,
-                dp_world_size=dp_world_size,
-                dataset="",
-                chunk_size=1,
-                max_skip_fraction=0.0,
-                workers={},
-                depth_train_fraction=share,
-            )
+            order = ShuffledOrder(corpora, [1.0], rank, dp_world_size, shuffle_window=50, seed=1)
+            loader = SpeechDataLoader([], order, None, workers={}, depth_train_fraction=share)
             for ref in itertools.islice(order, 200 // dp_world_size):
                 frames_T = loader._deep_frames(ref, 200)
                 assert np.array_equal(drawn.setdefault(ref, frames_T), frames_T)

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "torchtitan" / "llama_mimi"
 FLOORS = (
     "common",
     "audio",
-    "tokens",
+    "tokens corpora",
     "generation data model job_config",
     "evaluation",
     "report checkpoint",

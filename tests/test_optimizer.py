@@ -25,10 +25,10 @@ def spoil_steps() -> None:
     from llama_mimi.data.packing import BatchPacker
 
     batches, steps = itertools.count(1), itertools.count(1)
-    take, clip = BatchPacker.take, utils.clip_grad_norm_
+    pop, clip = BatchPacker.pop, utils.clip_grad_norm_
 
-    def take_without_targets(self):
-        inputs, labels = take(self)
+    def pop_without_targets(self):
+        inputs, labels = pop(self)
         if next(batches) == 2:
             labels.fill_(-100)
         return inputs, labels
@@ -39,7 +39,7 @@ def spoil_steps() -> None:
             parameters[-1].grad.to_local().view(-1)[0] = torch.inf
         return norm
 
-    BatchPacker.take, utils.clip_grad_norm_ = take_without_targets, clip_and_spoil
+    BatchPacker.pop, utils.clip_grad_norm_ = pop_without_targets, clip_and_spoil
 
 
 def saved(step):

@@ -3,6 +3,8 @@
 Codes say which clip and frame they are, so that what was trained on is read back from the tokens of the batches.
 """
 
+import dataclasses
+import itertools
 import json
 import pickle
 from collections import Counter
@@ -10,70 +12,45 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from conftest import costly
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_mimi.common.errors import UserError
-from llama_mimi.data.code_store import CodedClip
-from llama_mimi.data.dataloader import SpeechDataLoader
+from llama_mimi.corpora.code_shards import CodedClip
+from llama_mimi.data.dataloader import ClipStream, SpeechDataLoader
 from llama_mimi.data.order import CorpusOrder, ShuffledOrder
 from llama_mimi.data.packing import BatchPacker
 from llama_mimi.tokens.tokenizer import IGNORE_INDEX
 
-BLOCK = 6
-
-
-def read_nothing(group):
-    return None
+WINDOW = 6
 
 
 class MadeUpReader:
-    """Clips of 1 to 40 frames in row groups of 1 to 5; the codes of a frame are its corpus, clip, and number."""
+    """Clips of 1 to 40 frames in units of 1 to 5; the codes of a frame are its corpus, clip, and number."""
 
-    def __init__(self, number: int, num_groups: int) -> None:
+    def __init__(self, number: int, num_units: int) -> None:
         generator = np.random.default_rng(number)
-        rows_per_group = generator.integers(1, 6, num_groups)
-        self.number, self.starts_G = number, np.cumsum([0, *rows_per_group])
-        self.lengths = generator.integers(1, 41, rows_per_group.sum())
-        self.corpus = SimpleNamespace(
-            rows_per_group=rows_per_group, fingerprint=f"made up {number}", read_group=read_nothing
-        )
+        self.number, self.name, self.fingerprint = number, "made up", f"made up {number}"
+        self.rows_per_unit = generator.integers(1, 6, num_units)
+        self.starts_U = np.cumsum([0, *self.rows_per_unit]).tolist()
+        self.lengths = generator.integers(1, 41, self.rows_per_unit.sum())
 
-    def clips(self, table, ref):
-        number = int(self.starts_G[ref.group]) + ref.row
-        frames = np.arange(self.lengths[number])
-        codes_TQ = np.stack([np.full_like(frames, self.number), np.full_like(frames, number), frames, 0 * frames], 1)
-        return [CodedClip(f"{self.number}-{number}", codes_TQ, 0.0, is_cut=False)]
+    def read(self, unit):
+        return range(self.starts_U[unit], self.starts_U[unit + 1])
+
+    def clips(self, row):
+        frames = np.arange(self.lengths[row])
+        codes_TQ = np.stack([np.full_like(frames, self.number), np.full_like(frames, row), frames, 0 * frames], 1)
+        return [CodedClip(f"{self.number}-{row}", codes_TQ, 0.0, is_cut=False)]
 
 
-def make_loaders(readers, tokenizer, dp_world_size, num_workers, *, is_packed=True, batch_size=2, seed=3):
+def make_loaders(readers, tokenizer, dp_world_size, num_workers, *, is_packed=True, seed=3):
     loaders = []
     for rank in range(dp_world_size):
-        order = ShuffledOrder(
-            [reader.corpus for reader in readers],
-            [float(len(reader.lengths)) for reader in readers],
-            dp_rank=rank,
-            dp_world_size=dp_world_size,
-            shuffle_window=BLOCK,
-            seed=seed,
-        )
-        packer = BatchPacker(tokenizer, batch_size, 170, is_packed=is_packed, has_positions=True)
-        loaders.append(
-            SpeechDataLoader(
-                readers,
-                order,
-                packer,
-                None,
-                dp_rank=rank,
-                dp_world_size=dp_world_size,
-                dataset="made up",
-                chunk_size=3,
-                max_skip_fraction=0.0,
-                workers={"num_workers": num_workers},
-            )
-        )
+        order = ShuffledOrder(readers, [len(reader.lengths) for reader in readers], rank, dp_world_size, WINDOW, seed)
+        packer = BatchPacker(tokenizer, 2, 170, is_packed=is_packed, has_positions=True)
+        loaders.append(SpeechDataLoader(readers, order, packer, workers={"num_workers": num_workers}))
     return loaders
 
 
@@ -100,18 +77,17 @@ def frames_of_windows(readers, state, seed=3):
     positions = json.loads(state["position"])["ranks"]
     expected = Counter()
     for number, reader in enumerate(readers):
-        order = CorpusOrder(reader.corpus.rows_per_group, BLOCK, seed + number)
+        order = CorpusOrder(reader.rows_per_unit, WINDOW, seed + number)
         cursors = [position["cursors"][number] for position in positions]
         end = max(cursor["next_window"] for cursor in cursors)
         left = {window: (0, 0) for c in cursors for window in range(c["next_window"], end, len(positions))}
         left |= {b["window"]: (b["rows_used"], b["frames_used"]) for cursor in cursors for b in cursor["begun"]}
         for window in range(end):
-            num_rows, first_frame = left.get(window, (order.num_rows(window), 0))
-            for index in range(num_rows + (first_frame > 0)):
-                group, row = order.row(window, index)
-                clip = int(reader.starts_G[group]) + row
-                stop = first_frame if index == num_rows else reader.lengths[clip]
-                expected.update((number, clip, frame) for frame in range(stop))
+            clips = [reader.read(unit)[row] for unit, row in order.rows(window)]
+            num_rows, first_frame = left.get(window, (len(clips), 0))
+            lengths = {clip: reader.lengths[clip] for clip in clips[:num_rows]}
+            lengths |= dict.fromkeys(clips[num_rows : num_rows + 1], first_frame)
+            expected.update((number, clip, frame) for clip, length in lengths.items() for frame in range(length))
     return expected
 
 
@@ -121,10 +97,10 @@ segments = st.lists(
 
 
 @costly(max_examples=40)
-@given(segments=segments, num_corpora=st.integers(1, 2), is_packed=st.booleans(), num_groups=st.integers(1, 30))
-def test_every_frame_once_over_changing_ranks(tokenizer, segments, num_corpora, is_packed, num_groups):
+@given(segments=segments, num_corpora=st.integers(1, 2), is_packed=st.booleans(), num_units=st.integers(1, 30))
+def test_every_frame_once_over_changing_ranks(tokenizer, segments, num_corpora, is_packed, num_units):
     """Segments of (ranks, workers, steps), each killed after its steps: what workers read ahead is lost with them."""
-    readers = [MadeUpReader(number, num_groups) for number in range(num_corpora)]
+    readers = [MadeUpReader(number, num_units) for number in range(num_corpora)]
     state, seen = None, Counter()
     for dp_world_size, num_workers, steps in segments:
         loaders = make_loaders(readers, tokenizer, dp_world_size, num_workers, is_packed=is_packed)
@@ -164,43 +140,49 @@ def test_the_same_ranks_go_on_as_if_never_killed(tokenizer, dp_world_size, worke
 
 
 @settings(max_examples=50, deadline=None)
-@given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=40), block=st.integers(1, 100), seed=st.integers(0, 9))
-def test_an_epoch_of_windows_is_a_permutation(sizes, block, seed):
-    order = CorpusOrder(np.array(sizes), block, seed)
-    rows = [(group, row) for group, size in enumerate(sizes) for row in range(size)]
-    epochs = []
-    for epoch in range(2):
-        windows = range(epoch * order.windows_per_epoch, (epoch + 1) * order.windows_per_epoch)
-        epochs.append([order.row(window, index) for window in windows for index in range(order.num_rows(window))])
-        assert sorted(epochs[-1]) == rows
+@given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=40), window=st.integers(1, 100), seed=st.integers(0, 9))
+def test_an_epoch_of_windows_is_a_permutation(sizes, window, seed):
+    order = CorpusOrder(np.array(sizes), window, seed)
+    rows = [[unit, row] for unit, size in enumerate(sizes) for row in range(size)]
+    n = order.windows_per_epoch
+    epochs = [np.concatenate([order.rows(epoch * n + number) for number in range(n)]).tolist() for epoch in range(2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == rows
     if len(rows) > 8:
         assert epochs[0] != epochs[1] and epochs[0] != rows
 
 
 def corpus(*sizes):
-    return SimpleNamespace(rows_per_group=np.array(sizes), fingerprint="made up")
+    return SimpleNamespace(rows_per_unit=np.array(sizes), fingerprint="made up")
+
+
+def test_the_order_of_a_run_stays():
+    """The clips of a mixture in an order that was written down; runs that were begun must continue in it."""
+    order = ShuffledOrder([corpus(*[3, 5] * 70), corpus(*[2] * 40)], [0.7, 0.3], 1, 2, shuffle_window=9, seed=5)
+    refs = [tuple(ref) for ref in itertools.islice(order, 1000)]
+    assert refs[:4] == [(0, 1, 99, 3, 0), (0, 1, 99, 0, 0), (0, 1, 100, 0, 0), (1, 1, 33, 0, 0)]
+    assert refs[-1] == (0, 171, 109, 2, 0)
 
 
 def test_windows_are_of_one_size():
-    """So that ranks, which read windows in turn, stay beside each other."""
+    """So that ranks, which read windows in turn, stay side by side."""
     order = CorpusOrder(np.full(1000, 10), 100, 0)
-    assert {order.num_rows(window) for window in range(order.windows_per_epoch)} <= {100}
+    assert {len(order.rows(window)) for window in range(order.windows_per_epoch)} == {100}
     order = CorpusOrder(np.full(16, 32), 256, 0)
-    assert order.windows_per_epoch == 16, "a small corpus has as many windows as row groups"
+    assert order.windows_per_epoch == 16, "a small corpus has as many windows as units"
 
 
-def test_shares_are_met_at_once():
+def test_fractions_are_met_at_once():
     corpora = [corpus(*[50] * 100), corpus(*[50] * 40), corpus(*[50] * 10)]
-    order = ShuffledOrder(corpora, [0.5, 0.3, 0.2], dp_rank=1, dp_world_size=3, shuffle_window=100, seed=0)
-    drawn = Counter(order.take().corpus for _ in range(200))
+    order = ShuffledOrder(corpora, [0.5, 0.3, 0.2], 1, 3, shuffle_window=100, seed=0)
+    drawn = Counter(ref.corpus for ref in itertools.islice(order, 200))
     assert [drawn[number] for number in range(3)] == pytest.approx([100, 60, 40], abs=3)
 
 
 def test_the_state_of_a_million_clips_is_small():
-    order = ShuffledOrder([corpus(*[256] * 3906)], [1.0], dp_rank=0, dp_world_size=64, shuffle_window=4096, seed=0)
+    order = ShuffledOrder([corpus(*[256] * 3906)], [1.0], 0, 64, shuffle_window=4096, seed=0)
     for _ in range(5000):
-        order.take()
-    assert len(json.dumps(order.position.to_json())) < 200
+        order.next_clip()
+    assert len(json.dumps(dataclasses.asdict(order.position))) < 200
 
 
 def test_a_shorter_longest_clip_may_be_set_on_resuming(tokenizer):
@@ -216,14 +198,6 @@ def test_a_shorter_longest_clip_may_be_set_on_resuming(tokenizer):
     assert len(frames_in(next(iter(resumed)), tokenizer)) > 20
 
 
-def test_workers_may_be_spawned(tokenizer):
-    """What is sent to them can be pickled."""
-    (loader,) = make_loaders([MadeUpReader(0, 9)], tokenizer, 1, 0)
-    loader._order.take()
-    order = pickle.loads(pickle.dumps(loader._order))
-    assert [order.take() for _ in range(5)] == [loader._order.take() for _ in range(5)]
-
-
 def test_a_position_in_other_data_is_refused(tokenizer):
     loader, other = (make_loaders([MadeUpReader(k, 9)], tokenizer, 1, 0)[0] for k in (0, 1))
     with pytest.raises(UserError, match="exclude_from_loading dataloader"):
@@ -233,19 +207,15 @@ def test_a_position_in_other_data_is_refused(tokenizer):
         reseeded.load_state_dict(loader.state_dict())
 
 
-def test_workers_divide_the_reading(tokenizer):
-    """Each chunk is read by one worker; if all read everything, n workers would be no faster than one."""
-    from llama_mimi.data.clips import ClipStream
-
+def test_workers_divide_the_reading(tokenizer, monkeypatch):
+    """Each chunk is read by one worker, which may be spawned: what is sent to it can be pickled."""
     reader = MadeUpReader(0, 20)
     order = make_loaders([reader], tokenizer, 1, 0)[0]._order
-    parts = []
+    order.next_clip()
+    stream, parts = pickle.loads(pickle.dumps(ClipStream([reader], order, 3))), []
     for number in range(3):
         info = SimpleNamespace(id=number, num_workers=3)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.utils.data, "get_worker_info", lambda info=info: info)
-            stream = iter(ClipStream([reader], order, 3))
-            parts.append([next(stream).refs for _ in range(4)])
-    chunks = [parts[i % 3][i // 3] for i in range(12)]
-    clone = order.clone()
-    assert [ref for chunk in chunks for ref in chunk] == [clone.take() for _ in range(36)]
+        monkeypatch.setattr("llama_mimi.data.dataloader.get_worker_info", lambda info=info: info)
+        parts.append(list(itertools.islice(stream, 4)))
+    refs = [ref for chunks in zip(*parts, strict=True) for chunk in chunks for ref, _ in chunk]
+    assert refs == [order.next_clip() for _ in range(36)]

@@ -27,9 +27,9 @@ def fill(packer, clips):
         while taken < len(codes_TQ):
             taken += packer.add(codes_TQ[taken:].numpy(), is_cut=is_cut, text=text)
             if packer.is_full:
-                batches.append(packer.take())
+                batches.append(packer.pop())
     if not packer.is_empty:
-        batches.append(packer.take())
+        batches.append(packer.pop())
     return batches
 
 
@@ -80,7 +80,7 @@ def test_text_stays_with_its_audio(tokenizer):
     clips = [(codes(length), False, "the doctor") for length in (10, 12, 30, 5)]
     rows = packer(tokenizer, 1, 100)
     found = list(pieces(fill(rows, clips)))
-    assert rows.num_cut == 1 and rows.num_split == 0  # 30 frames are 120 audio tokens
+    assert rows.num_cut == 1  # 30 frames are 120 audio tokens
     text_ids = tokenizer.text_tokenizer("the doctor", add_special_tokens=False).input_ids
     assert all(ids_L[1 : 1 + len(text_ids)].tolist() == text_ids for ids_L, _ in found)
     units = [int(tokenizer.vocabulary.is_audio(labels_L).sum()) for _, labels_L in found]
@@ -97,31 +97,23 @@ def test_a_row_has_room_for_a_frame_behind_a_text(tokenizer, is_packed):
         assert int((labels_BL != IGNORE_INDEX).sum()) == (4 if has_room else 3)
 
 
-def test_padded_rows_hold_one_clip(tokenizer):
-    vocabulary = tokenizer.vocabulary
-    clips = [(codes(length), False, None) for length in (3, 9, 1)]
-    (batch,) = fill(packer(tokenizer, 3, 32, is_packed=False), clips)
+@pytest.mark.parametrize("text", [None, "the doctor"])
+def test_padded_rows_hold_one_clip(tokenizer, text):
+    """And labels are the next ids, but for those that are given."""
+    lengths, num_given = (3, 9, 1), len(tokenizer.prefix_ids(text)) - 1
+    (batch,) = fill(packer(tokenizer, 3, 32, is_packed=False), [(codes(length), False, text) for length in lengths])
     inputs, labels_BL = batch
-    assert inputs["positions"].tolist()[2] == [*range(6), *range(26)]
-    for row, length in enumerate((3, 9, 1)):
-        ids_L = tokenizer.encode(codes(length), is_cut=False)
+    for row, length in enumerate(lengths):
+        ids_L = tokenizer.encode(codes(length), is_cut=False, text=text)
         held = min(len(ids_L) - 1, 32)
         assert inputs["input"][row, :held].equal(ids_L[:held])
-        assert labels_BL[row, 1:held].equal(ids_L[2 : held + 1]) and labels_BL[row, 0] == IGNORE_INDEX
-        assert labels_BL[row, held:].eq(IGNORE_INDEX).all()
-        assert (vocabulary.audio_end_id in labels_BL[row]) == (length != 9), "a row too short has no </audio>"
-
-
-def test_labels_are_the_next_targets(tokenizer):
-    ids_L = tokenizer.encode(codes(2), is_cut=False, text="the doctor")
-    (batch,) = fill(packer(tokenizer, 1, 32, is_packed=False), [(codes(2), False, "the doctor")])
-    labels_L, length = batch[1][0], len(ids_L) - 1
-    num_given = length - 9  # all but 8 audio tokens and </audio>
-    assert labels_L[:num_given].eq(IGNORE_INDEX).all() and labels_L[length:].eq(IGNORE_INDEX).all()
-    assert labels_L[num_given:length].tolist() == ids_L[-9:].tolist()
+        assert inputs["positions"][row].tolist() == [*range(held), *range(32 - held)]
+        assert labels_BL[row, num_given:held].equal(ids_L[num_given + 1 : held + 1])
+        assert labels_BL[row, :num_given].eq(IGNORE_INDEX).all() and labels_BL[row, held:].eq(IGNORE_INDEX).all()
+        assert (tokenizer.vocabulary.audio_end_id in labels_BL[row]) == (length != 9), "a row too short has no </audio>"
 
 
 @pytest.mark.parametrize("is_packed", [True, False])
 def test_an_empty_batch_has_no_target(tokenizer, is_packed):
-    inputs, labels_BL = packer(tokenizer, 2, 16, is_packed).take()
+    inputs, labels_BL = packer(tokenizer, 2, 16, is_packed).pop()
     assert labels_BL.eq(IGNORE_INDEX).all() and inputs["positions"].tolist() == [list(range(16))] * 2

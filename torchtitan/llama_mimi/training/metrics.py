@@ -18,7 +18,7 @@ from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_type
 
 from llama_mimi.common.errors import UserError
-from llama_mimi.data.build import build_validation_dataloader
+from llama_mimi.data.build import build_dataloader
 from llama_mimi.data.dataloader import DataMeter
 from llama_mimi.data.packing import Batch
 from llama_mimi.training.loss import LevelMeter, level_fractions
@@ -175,7 +175,7 @@ class SpeechValidator(Validator):
 
     def __init__(self, *, job_config: Any, dp_world_size: int, dp_rank: int, tokenizer: Any, **parts: Any) -> None:
         self.__dict__.update(parts, job_config=job_config, tokenizer=tokenizer)  # Validator's own opens a text corpus
-        self._loader = build_validation_dataloader(dp_world_size, dp_rank, tokenizer, job_config)
+        self._loader = build_dataloader(dp_world_size, dp_rank, tokenizer, job_config, is_validation=True)
         self._batches: list[Batch] | None = None
 
     @torch.no_grad()
