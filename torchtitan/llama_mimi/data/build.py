@@ -11,7 +11,7 @@ from llama_mimi.corpora.clips import AudioReader
 from llama_mimi.corpora.code_shards import CodeCorpus, is_store
 from llama_mimi.corpora.sources import open_source
 from llama_mimi.data.dataloader import DataMeter, SpeechDataLoader
-from llama_mimi.data.order import ClipOrder, ClipReader, RowsInOrder, ShuffledOrder
+from llama_mimi.data.order import ClipReader, RowsInOrder, ShuffledOrder
 from llama_mimi.data.packing import BatchPacker
 from llama_mimi.tokens.tokenizer import SpeechTokenizer
 
@@ -31,10 +31,10 @@ def build_dataloader(
     """
     data, section = job_config.data, job_config.validation if is_validation else job_config.training
     readers = open_readers(job_config, section)
-    order: ClipOrder
     if is_validation:
-        limit = None if data.validation_clips == -1 else data.validation_clips
-        order = RowsInOrder(readers[0].rows_per_unit, dp_rank, dp_world_size, limit)
+        order: RowsInOrder | ShuffledOrder = RowsInOrder(
+            readers[0].rows_per_unit, dp_rank, dp_world_size, data.validation_clips
+        )
     else:
         fractions = _clip_fractions(readers, data.weights, data.max_audio_seconds)
         order = ShuffledOrder(
@@ -60,8 +60,7 @@ def dataset_names(section: Any) -> list[str]:
 
 def chosen_split(job_config: Any, section: Any) -> str | None:
     """Return the split that ``[training]`` or ``[validation]`` reads of a corpus of several."""
-    data = job_config.data
-    return data.split if section is job_config.training else data.validation_split
+    return job_config.data.split if section is job_config.training else job_config.data.validation_split
 
 
 def open_readers(job_config: Any, section: Any) -> list[ClipReader]:
@@ -83,10 +82,7 @@ def open_readers(job_config: Any, section: Any) -> list[ClipReader]:
 
 
 def _clip_fractions(readers: list[ClipReader], weights: list[float], max_audio_seconds: float) -> list[float]:
-    """Return the fraction of clips, not scaled, of each corpus from ``weights``, its fractions of audio.
-
-    Without weights all corpora end their epochs together.
-    """
+    """Return the fraction of clips from each corpus; without ``weights``, fractions of audio, epochs end together."""
     if not weights or len(readers) == 1:
         return [float(reader.rows_per_unit.sum()) for reader in readers]
     fractions = []

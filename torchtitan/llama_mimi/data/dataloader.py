@@ -1,8 +1,4 @@
-"""Training dataloader: workers read clips, the training process encodes audio and packs tokens into batches.
-
-The state is a position (`llama_mimi.data.order`): that after the last frame that a batch contains, not after those that
-workers have read ahead.
-"""
+"""Training dataloader: workers read clips, the training process encodes audio and packs tokens into batches."""
 
 import dataclasses
 import json
@@ -24,7 +20,7 @@ from llama_mimi.common.resume import require_same
 from llama_mimi.corpora.clips import AudioClip, SkippedClip
 from llama_mimi.corpora.code_shards import CodedClip
 from llama_mimi.corpora.loading import MAX_NAMED_CLIPS, MIN_JUDGED_CLIPS, encode_clips, is_too_many, read_in_workers
-from llama_mimi.data.order import ClipOrder, ClipReader, ClipRef, Position, ShuffledOrder, reshard
+from llama_mimi.data.order import ClipReader, ClipRef, Position, RowsInOrder, ShuffledOrder, reshard
 from llama_mimi.data.packing import BatchPacker
 from llama_mimi.tokens.tokenizer import Batch
 
@@ -32,6 +28,7 @@ CLIPS_PER_REPORT = 1000
 MIN_CHUNK = 8  # clips that a worker reads, and the codec encodes, at once; or those of a batch if it is larger
 
 Clip = AudioClip | CodedClip | SkippedClip
+ClipOrder = ShuffledOrder | RowsInOrder
 
 
 @dataclass
@@ -76,7 +73,6 @@ class SpeechDataLoader(BaseDataLoader):
     """Batches of token ids, without end in a `ShuffledOrder`, or of the rows once.
 
     Args:
-        order: this rank's clips.
         codec: None if all corpora are codes.
         workers: keyword arguments of PyTorch's DataLoader.
         max_skip_fraction: a larger fraction of clips that cannot be used is an error.
@@ -100,14 +96,11 @@ class SpeechDataLoader(BaseDataLoader):
         self._depth_train_fraction, self._meter = depth_train_fraction, meter or DataMeter()
         self._counts: Counter[str] = Counter()  # clips read, cut, and skipped by reason
         self._num_clips = sum(int(reader.rows_per_unit.sum()) for reader in readers)
+        self._meter.num_clips = self._meter.num_frames = 0
         self.dataset = ", ".join(reader.name for reader in readers)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield batches; the last is filled up with padding.
-
-        Raises:
-            UserError: too many clips, or all of them, cannot be used.
-        """
+        """Yield batches, the last filled up with padding; raise a `UserError` if too many clips cannot be used."""
         packer = self._packer
         for ref, clip in self._clips():
             if isinstance(clip, CodedClip) and clip.text is not None and (why := packer.no_room(clip.text)):
@@ -135,22 +128,17 @@ class SpeechDataLoader(BaseDataLoader):
         return self._packer.pop()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the positions of all ranks, the same on every rank: a collective."""
+        """Return the positions of all ranks after their last batches, the same on every rank: a collective."""
         assert isinstance(self._order, ShuffledOrder)
         own = dataclasses.asdict(self._order.position), self._counts, self._meter.num_frames
         of_ranks = dict(gather((self._order.dp_rank, own)))  # tensor-parallel ranks share a position
-        positions, counts, frames = zip(*(of_ranks[rank] for rank in sorted(of_ranks)), strict=True)
-        sums = {"counts": sum(counts, Counter()), "frames": sum(frames)}
-        state = {"ranks": positions, **sums, "of": self._order.fingerprint}
+        ranks, counts, frames = zip(*(of_ranks[rank] for rank in sorted(of_ranks)), strict=True)
+        state = {"ranks": ranks, "counts": sum(counts, Counter()), "frames": sum(frames), "of": self._order.fingerprint}
         # One JSON string, because a checkpoint loads only keys that exist beforehand.
         return {"position": json.dumps(state)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a position, saved by any number of ranks.
-
-        Raises:
-            UserError: it is a position in other data.
-        """
+        """Continue from a position that any number of ranks saved; raise a `UserError` if it is one in other data."""
         if not state_dict:
             return
         assert isinstance(self._order, ShuffledOrder)

@@ -1,10 +1,4 @@
-"""The order of training clips: a position in an endless sequence, not a buffer.
-
-In each epoch the units of a corpus are permuted as a whole; consecutive units form a window, and rows are permuted
-inside it. Windows are numbered without end, across epochs, and rank k of W reads windows k, k + W, k + 2 W. Every
-permutation is a function of the seed and a number, so the state of a run is, for each rank, the windows that it has
-begun and the first that it has not. On another number of ranks the remaining windows are shared out again.
-"""
+"""The order of training clips: a position in an endless sequence, not a buffer."""
 
 import copy
 import itertools
@@ -58,9 +52,9 @@ class Cursor:
 
 @dataclass
 class Position:
-    """One rank's place in a mixture: the number of clips drawn, and a cursor for each corpus."""
+    """One rank's place in a mixture of corpora."""
 
-    drawn: int
+    drawn: int  # clips so far
     cursors: list[Cursor]
 
     @staticmethod
@@ -70,7 +64,10 @@ class Position:
 
 
 class CorpusOrder:
-    """The windows of one corpus: at most ``shuffle_window`` rows, and at least one unit."""
+    """The windows of one corpus, of at most ``shuffle_window`` rows and at least one unit.
+
+    In each epoch units are permuted as a whole; consecutive units form a window, and rows are permuted inside it.
+    """
 
     def __init__(self, rows_per_unit: np.ndarray, shuffle_window: int, seed: int) -> None:
         self._rows_per_unit, self._seed = rows_per_unit, seed
@@ -96,7 +93,12 @@ class CorpusOrder:
 
 
 class ShuffledOrder:
-    """One rank's endless sequence of clips; ``fractions`` of them come from each corpus, scaled to sum to one."""
+    """One rank's endless sequence of clips; ``fractions`` of them, which need not sum to one, come from each corpus.
+
+    Windows are numbered without end, across epochs, and rank k of W reads windows k, k + W, k + 2 W. A permutation is
+    a function of the seed and a number, so a position is a few numbers: the windows that the rank has begun, and the
+    first that it has not. On another number of ranks the remaining windows are shared out again (`reshard`).
+    """
 
     def __init__(
         self,
@@ -150,19 +152,16 @@ class ShuffledOrder:
 
 @dataclass(frozen=True)
 class RowsInOrder:
-    """The rows of a corpus once, in its order, dealt to the ranks one by one; ``limit`` counts those of all ranks."""
+    """The rows of a corpus once, in its order, dealt to the ranks one by one; ``limit`` of all ranks, or -1 for all."""
 
     rows_per_unit: np.ndarray
     dp_rank: int = 0
     dp_world_size: int = 1
-    limit: int | None = None
+    limit: int = -1
 
     def __iter__(self) -> Iterator[ClipRef]:
         rows = (ClipRef(0, u, u, row) for u, n in enumerate(self.rows_per_unit.tolist()) for row in range(n))
-        return itertools.islice(rows, self.dp_rank, self.limit, self.dp_world_size)
-
-
-ClipOrder = ShuffledOrder | RowsInOrder
+        return itertools.islice(rows, self.dp_rank, None if self.limit == -1 else self.limit, self.dp_world_size)
 
 
 def reshard(positions: Sequence[Position], dp_world_size: int) -> list[Position]:
@@ -178,7 +177,6 @@ def reshard(positions: Sequence[Position], dp_world_size: int) -> list[Position]
         end = max(cursor.next_window for cursor in cursors)
         windows = [window for cursor in cursors for window in cursor.begun]
         windows += [BegunWindow(w) for c in cursors for w in range(c.next_window, end, len(positions))]
-        windows.sort()
         for rank, position in enumerate(resharded):
-            position.cursors.append(Cursor(windows[rank::dp_world_size], end + rank))
+            position.cursors.append(Cursor(sorted(windows)[rank::dp_world_size], end + rank))
     return resharded

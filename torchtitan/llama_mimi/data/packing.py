@@ -1,10 +1,4 @@
-"""Batches of token ids: one clip in each row (``pad``), or clips end to end (``pack``).
-
-In a packed row positions restart at every clip, which also tells attention where a clip begins. A clip that does not
-fit is cut after a whole frame, without ``</audio>`` as the speech goes on; the rest begins the next row with its own
-``BOS <audio>``. With a text (task "tts") the rest would lack it, so such a clip moves to the next row as a whole and
-is cut only if it is longer than a row.
-"""
+"""Batches of token ids: one clip in each row (``pad``), or clips end to end (``pack``)."""
 
 import numpy as np
 import torch
@@ -15,11 +9,14 @@ from llama_mimi.tokens.tokenizer import IGNORE_INDEX, NO_TOKEN, Batch, SpeechTok
 class BatchPacker:
     """Write clips into the rows of a batch, one after the other.
 
+    In a packed row positions restart at every clip, which also tells attention where a clip begins. A clip that does
+    not fit is cut after a whole frame, without ``</audio>`` as the speech goes on; the rest begins the next row with
+    its own ``BOS <audio>``. With a text (task "tts") the rest would lack it, so such a clip moves to the next row as a
+    whole and is cut only if it is longer than a row.
+
     Args:
-        batch_size, seq_len: B and L.
         is_packed: several clips in each row; otherwise one.
-        has_positions: batches contain positions that restart at every clip, for attention within a clip. Rows of one
-            clip need them only if training rows are packed.
+        has_positions: batches contain positions. Rows of one clip need them only if training rows are packed.
     """
 
     def __init__(
@@ -29,10 +26,7 @@ class BatchPacker:
         self._tokenizer, self.batch_size, self._seq_len = tokenizer, batch_size, seq_len
         self._is_packed, self._has_positions = is_packed, has_positions
         self.num_cut = 0  # clips so far that were cut at seq_len
-        K, Q = tokenizer.vocabulary.codebook_size, tokenizer.vocabulary.num_quantizers
-        self._levels_Q = np.arange(Q)
-        codes_KQ = torch.arange(K)[:, None].expand(K, Q)
-        self._ids_KQ = tokenizer.vocabulary.ids_from_codes(codes_KQ).numpy().reshape(K, Q)  # the id of each code
+        self._ids_QK = tokenizer.vocabulary.admissible_ids(torch.device("cpu")).numpy()  # the id of each code
         self._clear()
 
     def _clear(self) -> None:
@@ -69,8 +63,8 @@ class BatchPacker:
             is_deep_T: (T + 1,) frames, and end, that train the depth decoder of the hierarchical model; None for all.
 
         Returns:
-            Number of frames written, possibly 0. The others belong in the next row, or batch if this one is full. A
-            clip that must stay in one row (rows of one clip, or a text) is cut at ``seq_len`` and counts as written.
+            Number of frames written, possibly 0; the others belong in the next row, or in the next batch if this one is
+            full. A clip that must stay in one row (rows of one clip, or a text) is cut there and counts as written.
         """
         P, L, vocabulary = self._tokenizer.positions_per_frame, self._seq_len, self._tokenizer.vocabulary
         prefix, num_frames, room = self._tokenizer.prefix_ids(text), len(codes_TQ), L - self._used
@@ -88,7 +82,9 @@ class BatchPacker:
         has_end = not is_cut and num_frames == len(codes_TQ)
         ids_NW = np.full((last + has_end, self._tokenizer.ids_per_position), vocabulary.audio_end_id)
         ids_NW[:first, 0], ids_NW[:first, 1:] = prefix, NO_TOKEN
-        ids_NW[first:last] = self._ids_KQ[codes_TQ[:num_frames], self._levels_Q].reshape(num_frames * P, -1)
+        ids_NW[first:last] = self._ids_QK[np.arange(codes_TQ.shape[1]), codes_TQ[:num_frames]].reshape(
+            num_frames * P, -1
+        )
 
         row, start, end = self._row, self._used, self._used + min(len(ids_NW) - 1, room)
         self._inputs_BLW[row, start:end] = ids_NW[: end - start]
