@@ -58,9 +58,8 @@ def world_state(loaders):
     """What `state_dict` gives on every rank, where there are no ranks to gather from."""
     states = [json.loads(loader.state_dict()["position"]) for loader in loaders]
     counts = sum((Counter(state["counts"]) for state in states), Counter())
-    ranks = [state["ranks"][0] for state in states]
-    frames = sum(state["frames"] for state in states)
-    return {"position": json.dumps({"ranks": ranks, "counts": counts, "frames": frames, "of": states[0]["of"]})}
+    sums = {"ranks": [state["ranks"][0] for state in states], "counts": counts, "frames": 0}
+    return {"position": json.dumps(states[0] | sums)}
 
 
 def frames_in(batch, tokenizer):
@@ -107,9 +106,8 @@ def test_every_frame_once_over_changing_ranks(tokenizer, segments, num_corpora, 
         for loader in loaders:
             if state is not None:
                 loader.load_state_dict(state)
-            batches = iter(loader)
-            for _ in range(steps):
-                seen.update(frames_in(next(batches), tokenizer))
+            for batch in itertools.islice(loader, steps):
+                seen.update(frames_in(batch, tokenizer))
         state = world_state(loaders)
     assert seen == frames_of_windows(readers, state)
 
@@ -126,9 +124,7 @@ def test_the_same_ranks_go_on_as_if_never_killed(tokenizer, dp_world_size, worke
     readers = [MadeUpReader(0, 20), MadeUpReader(1, 7)]
     whole = make_loaders(readers, tokenizer, dp_world_size, workers[0], is_packed=is_packed)
     streams = [iter(loader) for loader in whole]
-    for stream in streams:
-        for _ in range(kill_after):
-            next(stream)
+    assert all(len(list(itertools.islice(stream, kill_after))) == kill_after for stream in streams)
     state = world_state(whole)
     expected = [[next(stream) for _ in range(5)] for stream in streams]
     resumed = make_loaders(readers, tokenizer, dp_world_size, workers[1], is_packed=is_packed)
@@ -167,13 +163,11 @@ def test_windows_are_of_one_size():
     """So that ranks, which read windows in turn, stay side by side."""
     order = CorpusOrder(np.full(1000, 10), 100, 0)
     assert {len(order.rows(window)) for window in range(order.windows_per_epoch)} == {100}
-    order = CorpusOrder(np.full(16, 32), 256, 0)
-    assert order.windows_per_epoch == 16, "a small corpus has as many windows as units"
+    assert CorpusOrder(np.full(16, 32), 256, 0).windows_per_epoch == 16, "as many as a small corpus has units"
 
 
 def test_fractions_are_met_at_once():
-    corpora = [corpus(*[50] * 100), corpus(*[50] * 40), corpus(*[50] * 10)]
-    order = ShuffledOrder(corpora, [0.5, 0.3, 0.2], 1, 3, shuffle_window=100, seed=0)
+    order = ShuffledOrder([corpus(*[50] * n) for n in (100, 40, 10)], [5, 3, 2], 1, 3, shuffle_window=100, seed=0)
     drawn = Counter(ref.corpus for ref in itertools.islice(order, 200))
     assert [drawn[number] for number in range(3)] == pytest.approx([100, 60, 40], abs=3)
 

@@ -27,15 +27,13 @@ def fill(packer, clips):
         while taken < len(codes_TQ):
             taken += packer.add(codes_TQ[taken:].numpy(), is_cut=is_cut, text=text)
             if packer.is_full:
-                batches.append(packer.pop())
-    if not packer.is_empty:
-        batches.append(packer.pop())
-    return batches
+                batches.append((packer.num_frames, *packer.pop()))
+    return batches if packer.is_empty else [*batches, (packer.num_frames, *packer.pop())]
 
 
 def pieces(batches):
     """The sequences that rows hold, read back by their positions: ids and the labels under them."""
-    for inputs, labels_BL in batches:
+    for _, inputs, labels_BL in batches:
         for ids_L, positions_L, labels_L in zip(inputs["input"], inputs["positions"], labels_BL, strict=True):
             starts = [*(positions_L == 0).nonzero().flatten().tolist(), len(ids_L)]
             for start, end in itertools.pairwise(starts):
@@ -55,6 +53,7 @@ def test_packed_rows_hold_every_frame_once(tokenizer, lengths, cuts, batch_size,
     vocabulary = tokenizer.vocabulary
     clips = [(codes(length), is_cut, None) for length, is_cut in zip(lengths, cuts, strict=False)]
     batches = fill(packer(tokenizer, batch_size, seq_len), clips)
+    assert sum(num_frames for num_frames, _, _ in batches) == sum(lengths[: len(clips)])
     units, ends = [], 0
     for ids_L, labels_L in pieces(batches):
         assert ids_L[:2].tolist() == [tokenizer.text_tokenizer.bos_token_id, vocabulary.audio_start_id]
@@ -70,10 +69,8 @@ def test_packed_rows_hold_every_frame_once(tokenizer, lengths, cuts, batch_size,
 
 
 def test_packed_rows_are_nearly_full(tokenizer):
-    clips = [(codes(length), False, None) for length in range(150, 200)]
-    batches = fill(packer(tokenizer, 4, 1024), clips)[:-1]
-    targets = sum(int((labels_BL != IGNORE_INDEX).sum()) for _, labels_BL in batches)
-    assert targets / (len(batches) * 4 * 1024) > 0.99
+    batches = fill(packer(tokenizer, 4, 1024), [(codes(length), False, None) for length in range(150, 200)])[:-1]
+    assert torch.cat([labels_BL for _, _, labels_BL in batches]).ne(IGNORE_INDEX).float().mean() > 0.99
 
 
 def test_text_stays_with_its_audio(tokenizer):
@@ -93,7 +90,7 @@ def test_a_row_has_room_for_a_frame_behind_a_text(tokenizer, is_packed):
     for seq_len, has_room in ((length + 3, True), (length + 2, False)):
         rows = packer(tokenizer, 1, seq_len, is_packed)
         assert (rows.no_room("the doctor") is None) == has_room
-        ((_, labels_BL),) = fill(rows, [(codes(2), False, "the doctor")])
+        ((_, _, labels_BL),) = fill(rows, [(codes(2), False, "the doctor")])
         assert int((labels_BL != IGNORE_INDEX).sum()) == (4 if has_room else 3)
 
 
@@ -101,8 +98,8 @@ def test_a_row_has_room_for_a_frame_behind_a_text(tokenizer, is_packed):
 def test_padded_rows_hold_one_clip(tokenizer, text):
     """And labels are the next ids, but for those that are given."""
     lengths, num_given = (3, 9, 1), len(tokenizer.prefix_ids(text)) - 1
-    (batch,) = fill(packer(tokenizer, 3, 32, is_packed=False), [(codes(length), False, text) for length in lengths])
-    inputs, labels_BL = batch
+    clips = [(codes(length), False, text) for length in lengths]
+    ((_, inputs, labels_BL),) = fill(packer(tokenizer, 3, 32, is_packed=False), clips)
     for row, length in enumerate(lengths):
         ids_L = tokenizer.encode(codes(length), is_cut=False, text=text)
         held = min(len(ids_L) - 1, 32)
