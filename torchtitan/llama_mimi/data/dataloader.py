@@ -169,7 +169,7 @@ class SpeechDataLoader(BaseDataLoader):
         return generator.random(num_frames + 1) < self._depth_train_fraction
 
     def _advance(self, ref: ClipRef, frame: int | None = None) -> None:
-        """Move the position to a frame of this clip, or behind the clip."""
+        """Move the position to a frame of this clip, or after the clip."""
         if isinstance(self._order, ShuffledOrder):
             if frame is not None:
                 self._order.use_frames(frame)

@@ -26,7 +26,7 @@ class BatchPacker:
         self._tokenizer, self.batch_size, self._seq_len = tokenizer, batch_size, seq_len
         self._is_packed, self._has_positions = is_packed, has_positions
         self.num_cut = 0  # clips so far that were cut at seq_len
-        self._ids_QK = tokenizer.vocabulary.admissible_ids(torch.device("cpu")).numpy()  # the id of each code
+        self._ids_QK = tokenizer.vocabulary.admissible_ids(torch.device("cpu")).numpy()[:, :-1]  # of all codes
         self._clear()
 
     def _clear(self) -> None:
@@ -82,9 +82,8 @@ class BatchPacker:
         has_end = not is_cut and num_frames == len(codes_TQ)
         ids_NW = np.full((last + has_end, self._tokenizer.ids_per_position), vocabulary.audio_end_id)
         ids_NW[:first, 0], ids_NW[:first, 1:] = prefix, NO_TOKEN
-        ids_NW[first:last] = self._ids_QK[np.arange(codes_TQ.shape[1]), codes_TQ[:num_frames]].reshape(
-            num_frames * P, -1
-        )
+        levels_Q = np.arange(len(self._ids_QK))
+        ids_NW[first:last] = self._ids_QK[levels_Q, codes_TQ[:num_frames]].reshape(last - first, -1)
 
         row, start, end = self._row, self._used, self._used + min(len(ids_NW) - 1, room)
         self._inputs_BLW[row, start:end] = ids_NW[: end - start]
