@@ -23,7 +23,7 @@ from llama_mimi.checkpoint.stand_ins import write_tokenizer
 from llama_mimi.common.errors import UserError
 from llama_mimi.corpora.sources import CORPORA, RELEASED_NAMES
 from llama_mimi.data.build import chosen_split
-from llama_mimi.data.code_store import CodedClip
+from llama_mimi.corpora.code_shards import CodedClip
 from llama_mimi.model.architectures import build_model
 from llama_mimi.model.llama import FLAVORS
 from llama_mimi.tokens.tokenizer import load_speech_tokenizer

@@ -22,7 +22,7 @@ from llama_mimi.checkpoint.huggingface import hf_config
 from llama_mimi.common.distributed import DistributedContext
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.resume import ProgressLog
-from llama_mimi.data.code_store import CodedClip
+from llama_mimi.corpora.code_shards import CodedClip
 from llama_mimi.evaluation.benchmarks import SALMON_PARTS, Benchmark, Clip, Pair, limited, read_salmon
 from llama_mimi.evaluation.codes import encode_clips
 from llama_mimi.evaluation.results import FORMAT, check_earlier, results

@@ -12,7 +12,7 @@ from forked_ranks import run_ranks
 from simulated import write_codes
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llama_mimi.data.code_store import CodedClip
+from llama_mimi.corpora.code_shards import CodedClip
 from llama_mimi.model import cross_entropy
 from llama_mimi.model.architectures import build_model
 from llama_mimi.model.llama import FLAVORS

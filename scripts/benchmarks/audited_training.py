@@ -15,7 +15,7 @@ from llama_mimi import train  # first: it decides on the device before anything 
 from torchtitan.train import Trainer
 
 from llama_mimi.data.clip_readers import SkippedClip
-from llama_mimi.data.code_store import CodedClip
+from llama_mimi.corpora.code_shards import CodedClip
 from llama_mimi.data.dataloader import SpeechDataLoader
 from llama_mimi.data.order import ClipRef
 

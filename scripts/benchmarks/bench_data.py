@@ -32,7 +32,7 @@ from llama_mimi.common.command_line import run_command
 from llama_mimi.common.errors import UserError
 from llama_mimi.data.clip_readers import AudioClip, AudioReader, CodeReader
 from llama_mimi.data.clips import ClipStream
-from llama_mimi.data.code_store import CodeCorpus
+from llama_mimi.corpora.code_shards import CodeCorpus
 from llama_mimi.data.code_writer import TokenizationOptions
 from llama_mimi.data.corpora import open_corpus
 from llama_mimi.data.dataloader import SpeechDataLoader

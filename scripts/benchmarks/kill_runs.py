@@ -36,7 +36,7 @@ from llama_mimi.audio.mimi import load_codec_config, whole_frames
 from llama_mimi.checkpoint.dcp import find_step
 from llama_mimi.common.command_line import run_command, to_cli_args
 from llama_mimi.common.errors import UserError
-from llama_mimi.data.code_store import CodeCorpus
+from llama_mimi.corpora.code_shards import CodeCorpus
 from llama_mimi.data.order import CorpusOrder, Position
 from llama_mimi.training.metrics import BITS
 

@@ -9,7 +9,7 @@ import numpy as np
 from transformers import MimiConfig
 
 from llama_mimi.audio.mimi import codec_hash, load_codec_config
-from llama_mimi.data.code_store import CLIPS_PER_GROUP, FORMAT, MANIFEST, CodedClip, shard_bytes
+from llama_mimi.corpora.code_shards import CLIPS_PER_GROUP, FORMAT, MANIFEST, CodedClip, shard_bytes
 from llama_mimi.data.code_writer import by_second
 
 STORED_LEVELS = 8
