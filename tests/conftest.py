@@ -34,7 +34,7 @@ ROOT = Path(__file__).parent.parent
 TINY = ROOT / "assets" / "tiny"
 
 torch.set_num_threads(1)
-# Long modules first, so that no worker starts one when the others are done.
+# The longest test modules run first.
 LONG = ["readme", "training", "evaluation", "parallelism", "scripts", "judging", "study", "order", "code_store"]
 # The same examples in every run, so that a failure can be repeated.
 hypothesis.settings.register_profile("repeatable", derandomize=True)
@@ -42,12 +42,12 @@ hypothesis.settings.load_profile("repeatable")
 
 
 def costly(max_examples: int) -> hypothesis.settings:
-    """Settings of a property whose examples take a second: all with THOROUGH set, as in .ci/nightly, else a sixth."""
+    """Return settings of a slow property: all examples with THOROUGH set, as in .ci/nightly, else a sixth."""
     return hypothesis.settings(max_examples=max_examples // (1 if os.environ.get("THOROUGH") else 6), deadline=None)
 
 
 def run_here(path: str, *words: object) -> tuple[int, str]:
-    """Run a command in this process, which saves its imports; return its exit code and standard error."""
+    """Run a command in this process, without new imports; return its exit code and standard error."""
     stderr = io.StringIO()
     level = logging.getLogger().level  # some commands raise it
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(stderr):

@@ -1,6 +1,6 @@
-"""What torchrun starts, on ranks forked from a server that has imported the trainer once: most of a short run's time.
+"""Ranks forked from a server that has imported the trainer once, in place of torchrun, whose imports take longer.
 
-Runs under torchrun itself are those of the README, of test_ranks.py, test_launch.py and TorchTitan's entry point.
+Tests of the README, of launching and of TorchTitan's entry point use torchrun itself.
 """
 
 import multiprocessing
@@ -22,10 +22,9 @@ class ForkedRanks:
     """Ranks of one run, in the folder of the repository.
 
     Args:
-        num_ranks: of the run.
         command: ``-m llama_mimi.train`` or a script, and its arguments.
-        log: gets what they print.
-        set_up: called by each rank first; a function of a module.
+        log: file of their output.
+        set_up: function of a module that each rank calls first.
     """
 
     def __init__(
@@ -36,17 +35,12 @@ class ForkedRanks:
             port = probe.getsockname()[1]
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text("")
-        self._log = log
+        self._log, self._ranks = log, []
         world = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        self._ranks = [
-            _server.Process(
-                target=_be_rank,
-                args=(world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, [*map(str, command)], str(log), set_up),
-            )
-            for rank in range(num_ranks)
-        ]
-        for rank in self._ranks:
-            rank.start()
+        for rank in range(num_ranks):
+            args = world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, [*map(str, command)], str(log), set_up
+            self._ranks.append(_server.Process(target=_be_rank, args=args))
+            self._ranks[-1].start()
 
     @property
     def output(self) -> str:
@@ -56,14 +50,14 @@ class ForkedRanks:
         return all(rank.is_alive() for rank in self._ranks)
 
     def kill(self) -> None:
-        """All at once, by SIGKILL."""
+        """Kill all ranks by SIGKILL."""
         for rank in self._ranks:
             rank.kill()
         for rank in self._ranks:
             rank.join()
 
     def wait(self, timeout: float = 300) -> int:
-        """The exit code: 0 if all ranks end well; where one does not, the others are killed."""
+        """Return the exit code, 0 if all ranks succeed; if one fails, the others are killed."""
         deadline = time.monotonic() + timeout
         try:
             while any(rank.is_alive() for rank in self._ranks) and not any(rank.exitcode for rank in self._ranks):
@@ -76,7 +70,7 @@ class ForkedRanks:
 
 
 def run_ranks(num_ranks: int, command: Sequence[object], log: Path, set_up: Callable[[], None] | None = None) -> str:
-    """What a run prints that ends well."""
+    """Return the output of a run that must succeed."""
     ranks = ForkedRanks(num_ranks, command, log, set_up)
     assert ranks.wait() == 0, ranks.output[-4000:]
     return ranks.output

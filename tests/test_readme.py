@@ -20,32 +20,32 @@ def tracked(*patterns: str) -> list[Path]:
 READMES = tracked("*.md")
 PROGRAMS = ("pip", "uv", "sbatch", "NUM_NODES")
 TORCHRUN = "uv run torchrun --standalone --nproc_per_node="
-# The beginning of a command, and why it is not run here.
+SCRIPT = "uv run python scripts/"
+# Beginnings of commands that are not run here, and the reason or the test that runs them.
 ELSEWHERE = {
-    "uv run pytest": "this is it",
+    "uv run pytest": "the tests themselves",
     "uv sync": ".ci/run",
-    "uv run python scripts/prepare_base_model.py --base_model meta-llama/": "needs the hub; tests/test_scripts.py",
-    "uv run hf download": "needs the hub; tests/test_recipes.py",
-    "uv run hf auth": "needs the hub",
+    "uv run hf": "needs the hub; tests/test_recipes.py",
     f"{TORCHRUN}8": "needs the hub and GPUs; tests/test_config.py, tests/test_code_store.py",
     "sbatch": "tests/test_launch.py",
     "NUM_NODES": "tests/test_launch.py",
-    "uv run python scripts/benchmarks/gpu_check.py": "needs a GPU; tests/test_gpu_check.py",
-    "uv run python scripts/benchmarks/bench_train.py": "minutes and 7 GB at its smallest; tests/test_commands.py",
-    "uv run python scripts/benchmarks/bench_hierarchical.py": "minutes at its smallest; tests/test_commands.py",
-    "uv run python scripts/benchmarks/kill_runs.py": "minutes at its smallest; tests/test_training.py kills a run",
-    "uv run python scripts/benchmarks/bench_eval.py": "minutes at its smallest; tests/test_likelihood.py",
-    "uv run python scripts/study.py config/studies/tiny.toml": "an hour or more; tests/test_study.py",
-    "uv run python scripts/build_page.py --study": "needs the study; tests/test_pages.py",
-    "uv run python scripts/demo.py": "serves until it is stopped; tests/test_browser.py",
-    "uv run python scripts/tiny/train_tiny_listeners.py": "11 and 44 minutes; tests/test_tiny_listeners.py",
-    "uv run python scripts/tiny/score_listeners.py": "tests/test_tiny_listeners.py",
-    "uv run python scripts/tiny/train_tiny_codec.py": "74 minutes; tests/test_tiny_codec.py",
-    "uv run python scripts/tiny/build_tiny_assets.py": "needs espeak-ng",
+    f"{SCRIPT}prepare_base_model.py --base_model meta-llama/": "needs the hub; tests/test_scripts.py",
+    f"{SCRIPT}benchmarks/gpu_check.py": "needs a GPU; tests/test_gpu_check.py",
+    f"{SCRIPT}benchmarks/bench_train.py": "minutes and 7 GB at its smallest; tests/test_commands.py",
+    f"{SCRIPT}benchmarks/bench_hierarchical.py": "minutes at its smallest; tests/test_commands.py",
+    f"{SCRIPT}benchmarks/kill_runs.py": "minutes at its smallest; tests/test_training.py kills a run",
+    f"{SCRIPT}benchmarks/bench_eval.py": "minutes at its smallest; tests/test_evaluation.py",
+    f"{SCRIPT}study.py config/studies/tiny.toml": "an hour or more; tests/test_study.py",
+    f"{SCRIPT}build_page.py --study": "needs the study; tests/test_pages.py",
+    f"{SCRIPT}demo.py": "serves until it is stopped; tests/test_browser.py",
+    f"{SCRIPT}tiny/train_tiny_listeners.py": "11 and 44 minutes; tests/test_tiny_listeners.py",
+    f"{SCRIPT}tiny/score_listeners.py": "tests/test_tiny_listeners.py",
+    f"{SCRIPT}tiny/train_tiny_codec.py": "74 minutes; tests/test_tiny_codec.py",
+    f"{SCRIPT}tiny/build_tiny_assets.py": "needs espeak-ng",
 }
 
-BENCHMARKS = "uv run python scripts/benchmarks/"
-# Commands that take minutes are run with these flags instead of their own.
+BENCHMARKS = f"{SCRIPT}benchmarks/"
+# Flags for commands that take minutes with their own.
 SMALLEST = {
     f"pip install uv && {TORCHRUN}2 -m llama_mimi.train --job.config_file config/tiny.toml": (
         "--training.steps 120 --checkpoint.interval 60 --validation.freq 120"
@@ -68,11 +68,7 @@ SMALLEST = {
 
 
 def smallest(command: str) -> str:
-    """Return the command, or its smallest form if it takes minutes."""
-    for beginning, flags in SMALLEST.items():
-        if command.startswith(beginning):
-            return f"{beginning} {flags}"
-    return command
+    return next((f"{start} {flags}" for start, flags in SMALLEST.items() if command.startswith(start)), command)
 
 
 def commands(readme: Path) -> list[str]:
@@ -86,7 +82,7 @@ def commands(readme: Path) -> list[str]:
 
 
 def is_elsewhere(command: str) -> bool:
-    return any(command.startswith(beginning) for beginning in ELSEWHERE)
+    return command.startswith(tuple(ELSEWHERE))
 
 
 def program(command: str) -> list[str]:
@@ -98,10 +94,9 @@ def program(command: str) -> list[str]:
 
 def test_listed_commands_exist():
     everything = [command for readme in READMES for command in commands(readme)]
-    for beginning in ELSEWHERE:
+    for beginning in (*ELSEWHERE, *SMALLEST):
         assert any(command.startswith(beginning) for command in everything), f"no README has '{beginning}'"
-    for command in everything:
-        assert is_elsewhere(command) or program(command)[0] == sys.executable
+    assert all(is_elsewhere(command) or program(command)[0] == sys.executable for command in everything)
 
 
 @pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(ROOT).parent))
@@ -140,17 +135,10 @@ def test_it_runs(copy, kind):
     """The benchmarks, which .ci/run leaves to .ci/nightly, need the model of the other commands."""
     first = [ROOT / "README.md", *(readme for readme in READMES if readme != ROOT / "README.md")]  # trains the model
     done = dict.fromkeys(smallest(c) for readme in first for c in commands(readme) if not is_elsewhere(c))
-    assert len(done.keys() & {f"{beginning} {flags}" for beginning, flags in SMALLEST.items()}) == len(SMALLEST)
     for command in done:
         if command.startswith(BENCHMARKS) != (kind == "benchmarks"):
             continue
-        result = subprocess.run(
-            program(command),
-            cwd=copy,
-            env=os.environ | {"PYTHONPATH": str(copy / "torchtitan")},
-            text=True,
-            capture_output=True,
-            timeout=1200,
-        )
+        env = os.environ | {"PYTHONPATH": str(copy / "torchtitan")}
+        result = subprocess.run(program(command), cwd=copy, env=env, text=True, capture_output=True, timeout=1200)
         assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
     assert (copy / "continuation.wav").stat().st_size > 40_000

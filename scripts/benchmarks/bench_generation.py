@@ -1,9 +1,9 @@
-"""What a new token costs: this loop beside stock ``generate``, the body alone, and the first release's way.
+"""Measure the cost of a new token: this loop, stock ``generate``, the backbone alone, and the first release's method.
 
     uv run python scripts/benchmarks/bench_generation.py
 
-A random model with Llama 3's vocabulary extended by 4 levels, and a random codec in Mimi's shape. All ways continue the
-same prompt of 3 s by as many frames, all in turn, the prompt's own pass included. The last line is JSON.
+A random model with Llama 3's vocabulary extended by 4 levels, and a random codec in Mimi's shape. All methods continue
+the same prompt of 3 s by as many frames, alternating, with the prompt's own pass. The last line is JSON.
 On a GPU: ``--shape 1B --batch_sizes 8 64 --dtype bfloat16 --new_frames 125``.
 """
 
@@ -21,23 +21,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from measuring import DEVICE, in_turn, machine, measured, median_and_range, peak_mb
-from transformers import (
-    DynamicCache,
-    GenerationConfig,
-    LlamaForCausalLM,
-    LogitsProcessor,
-    LogitsProcessorList,
-    MimiConfig,
-    MimiModel,
-)
+from measuring import DEVICE, alternate, device_name, machine, measure, median_and_range, peak_mb
+from transformers import DynamicCache, GenerationConfig, LlamaForCausalLM, MimiConfig, MimiModel
 
 from llama_mimi.audio.mimi import MimiCodec
 from llama_mimi.audio.streaming import DecodingStream
 from llama_mimi.checkpoint.huggingface import hf_config
 from llama_mimi.checkpoint.stand_ins import LLAMA_3_VOCABULARY, write_tokenizer
 from llama_mimi.common.command_line import run_command
-from llama_mimi.common.errors import UserError
 from llama_mimi.generation.decoding import FinishReason, Request, Sampling, decode
 from llama_mimi.generation.flattened import FlattenedModel
 from llama_mimi.generation.speech_model import DECODER_DTYPES, DecoderPrecision
@@ -55,6 +46,7 @@ SHAPES = {
     "1B": FLAVORS["1B"],
 }
 Shape = Literal["tiny", "180M", "1B"]
+STOCK, BACKBONE, OURS, STREAMED = "stock `generate` and a mask", "backbone alone", "this loop", "this loop, streamed"
 
 
 def bench_generation(
@@ -70,54 +62,54 @@ def bench_generation(
     """Print the table.
 
     Args:
-        shape: of the model
-        new_frames: that a sample gets
-        batch_sizes: of this loop, besides 1
-        dtype: of the model
-        stream_seconds: of streams of the tiny shape, whose peaks of memory are compared
-        prompts: numbers of them, continued in groups of 32, whose peaks of memory are compared
+        shape: shape of the model
+        new_frames: new frames per sample
+        batch_sizes: batch sizes of this loop, besides 1
+        dtype: precision of the model
+        stream_seconds: lengths of streams at the tiny shape, whose peak memory is compared
+        prompts: numbers of prompts at the tiny shape, continued in groups of 32, whose peak memory is compared
     """
     torch.set_num_threads(num_threads)
     print(machine())
     model = random_model(shape, dtype)
-    ways: dict[str, Callable[[], float]] = {
-        "stock `generate` and a mask": partial(stock, model, new_frames),
-        "the release's way: text, `generate`, text": partial(as_released, model, new_frames),
-        "body alone": partial(body_alone, model, new_frames),
-        "this loop": partial(ours, model, new_frames, 1),
+    first_audio: list[float] = []
+    methods: dict[str, Callable[[], Any]] = {
+        STOCK: partial(stock, model, new_frames),
+        "the release's method: text, `generate`, text": partial(as_released, model, new_frames),
+        BACKBONE: partial(backbone_alone, model, new_frames),
+        OURS: partial(ours, model, new_frames, 1),
+        **{f"{OURS}, batch of {size}": partial(ours, model, new_frames, size) for size in batch_sizes},
+        STREAMED: partial(streamed, model, new_frames, first_audio),
     }
-    for batch_size in batch_sizes:
-        ways[f"this loop, batch of {batch_size}"] = partial(ours, model, new_frames, batch_size)
-    firsts: list[float] = []
-    ways["this loop, streamed through the codec"] = partial(streamed, model, new_frames, firsts)
-    for way in ways.values():  # allocations, and compilation on a GPU
-        way()
-    firsts.clear()
-    rates = in_turn(ways, repeats)
-    medians = {name: statistics.median(values) for name, values in rates.items()}
-    first, *_ = medians
-    print("| way | tokens/s | times `generate` | of the body alone | times real time |")
-    print("|---|---|---|---|---|")
+    num_frames = {f"{OURS}, batch of {size}": size * new_frames for size in batch_sizes}
+    for method in methods.values():  # allocations, and compilation on a GPU
+        method()
+    first_audio.clear()
+    timed = {name: partial(rate, call, Q * num_frames.get(name, new_frames)) for name, call in methods.items()}
+    rates = alternate(timed, repeats)
+    median = {name: statistics.median(values) for name, values in rates.items()}
+    real_time = Q * model.codec.frame_rate_hz
+    print("| method | tokens/s | times `generate` | of the backbone alone | times real time |\n|---|---|---|---|---|")
     for name, values in rates.items():
-        row = [name, median_and_range(values, 1), f"{medians[name] / medians[first]:.2f}"]
-        row += [f"{100 * medians[name] / medians['body alone']:.0f} %"]
-        row += [f"{medians[name] / (Q * model.codec.frame_rate_hz):.2f}"]
-        print("|", " | ".join(row), "|")
+        ratios = f"{median[name] / median[STOCK]:.2f} | {100 * median[name] / median[BACKBONE]:.0f} %"
+        print(f"| {name} | {median_and_range(values, 1)} | {ratios} | {median[name] / real_time:.2f} |")
     num_bytes = sum(p.numel() * p.element_size() for p in model.backbone.layers.parameters())
-    print(f"\nA token reads {num_bytes / 1e9:.2f} GB of layers; {bandwidth(num_bytes, medians['this loop'])}")
+    used, possible = num_bytes * median[OURS], bandwidth()
+    of_memory = f"{used / 1e9:,.1f} of {possible / 1e9:,.0f} GB/s ({100 * used / possible:.0f} %)"
+    print(f"\nA token reads {num_bytes / 1e9:.2f} GB of layers: {of_memory}")
     for seconds in stream_seconds:
-        print(f"peak memory of a stream of {seconds:g} s, tiny shape: {_peak(stream_memory, seconds=seconds)}")
-    for num_prompts in prompts:
-        print(f"peak memory of {num_prompts} prompts, tiny shape: {_peak(prompts_memory, num_prompts=num_prompts)}")
+        print(f"peak memory of a stream of {seconds:g} s, tiny: {measure(stream_memory, seconds=seconds):,.0f} MB")
+    for number in prompts:
+        print(f"peak memory of {number} prompts, tiny: {measure(prompts_memory, num_prompts=number):,.0f} MB")
     report = {
-        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else f"{os.cpu_count()} CPU cores",
+        "device": device_name(),
         "shape": shape,
         "dtype": dtype,
-        "tokens_per_s": medians["this loop"],
-        "hf_generate_tokens_per_s": medians[first],
-        "ratio": medians["this loop"] / medians[first],
-        "real_time_factor": medians["this loop, streamed through the codec"] / (Q * model.codec.frame_rate_hz),
-        "seconds_to_first_audio": statistics.median(firsts),
+        "tokens_per_s": median[OURS],
+        "hf_generate_tokens_per_s": median[STOCK],
+        "ratio": median[OURS] / median[STOCK],
+        "real_time_factor": median[STREAMED] / real_time,
+        "seconds_to_first_audio": statistics.median(first_audio),
     }
     print(json.dumps(report))
 
@@ -144,155 +136,107 @@ def prompt_of(model: FlattenedModel) -> torch.Tensor:
 
 
 def sampling_of(new_frames: int) -> Sampling:
-    """Nothing ends before, so that all ways draw as many tokens."""
+    """Return settings without an earlier end, so that all methods draw as many tokens."""
     return Sampling(new_frames, new_frames, 10**6, TEMPERATURE, TOP_K, 1.0)
 
 
-class LevelMask(LogitsProcessor):
-    """Leaves the codes of the level that comes next, among logits of the whole vocabulary."""
-
-    def __init__(self, model: FlattenedModel, num_head_tokens: int) -> None:
-        self._vocabulary, self._num_head_tokens = model.tokenizer.vocabulary, num_head_tokens
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        level = (input_ids.shape[1] - self._num_head_tokens) % Q
-        units = slice(self._vocabulary.base + level, self._vocabulary.audio_start_id, Q)
-        allowed = torch.full_like(scores, -torch.inf)
-        allowed[:, units] = scores[:, units]
-        return allowed
-
-
-def generate(model: FlattenedModel, ids_1L: torch.Tensor, num_new: int, processors: list[LogitsProcessor]) -> Any:
-    config = GenerationConfig(
-        max_new_tokens=num_new,
-        min_new_tokens=num_new,
-        do_sample=True,
-        temperature=TEMPERATURE,
-        top_k=TOP_K,
-        pad_token_id=0,
-    )
-    return model.decoder.generate(
-        ids_1L.to(DEVICE),
-        attention_mask=torch.ones_like(ids_1L, device=DEVICE),
-        generation_config=config,
-        logits_processor=LogitsProcessorList(processors),
-    )
-
-
-def timed(call: Callable[[], Any], num_tokens: int) -> float:
-    """Tokens a second."""
-    start = time.perf_counter()
-    call()
+def synchronize() -> None:
     if DEVICE == "cuda":
         torch.cuda.synchronize()
+
+
+def rate(call: Callable[[], Any], num_tokens: int) -> float:
+    """Return tokens per second."""
+    start = time.perf_counter()
+    call()
+    synchronize()
     return num_tokens / (time.perf_counter() - start)
 
 
-def stock(model: FlattenedModel, new_frames: int) -> float:
+def generate(model: FlattenedModel, ids_1L: torch.Tensor, num_new: int, processors: list[Any]) -> torch.Tensor:
+    length = {"max_new_tokens": num_new, "min_new_tokens": num_new, "pad_token_id": 0}
+    config = GenerationConfig(**length, do_sample=True, temperature=TEMPERATURE, top_k=TOP_K)
+    mask_1L = torch.ones_like(ids_1L, device=DEVICE)
+    inputs = {"attention_mask": mask_1L, "generation_config": config, "logits_processor": processors}
+    return model.decoder.generate(ids_1L.to(DEVICE), **inputs)
+
+
+def stock(model: FlattenedModel, new_frames: int) -> None:
     ids_1L = model.tokenizer.encode(prompt_of(model), is_cut=True)[None]
-    mask = LevelMask(model, len(model.tokenizer.prefix_ids()))
-    return timed(lambda: generate(model, ids_1L, new_frames * Q, [mask]), new_frames * Q)
+    vocabulary, num_prefix = model.tokenizer.vocabulary, len(model.tokenizer.prefix_ids())
+
+    def mask_levels(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Leave the codes of the next level among logits of the whole vocabulary."""
+        level = (input_ids.shape[1] - num_prefix) % Q
+        codes = slice(vocabulary.base + level, vocabulary.audio_start_id, Q)
+        allowed = torch.full_like(scores, -torch.inf)
+        allowed[:, codes] = scores[:, codes]
+        return allowed
+
+    generate(model, ids_1L, new_frames * Q, [mask_levels])
 
 
-def as_released(model: FlattenedModel, new_frames: int) -> float:
-    """Codes to text to ids, ``generate`` without a mask, ids to text to codes to audio."""
-
-    def call() -> None:
-        prompt_TQ = prompt_of(model)
-        text = text_from_codes(prompt_TQ).removesuffix("</audio>")
-        ids_1L = model.tokenizer.text_tokenizer(text, return_tensors="pt").input_ids
-        drawn_1L = generate(model, ids_1L, new_frames * Q, [])
-        model.tokenizer.text_tokenizer.decode(drawn_1L[0])
-        # What a random model says without a mask is no audio; as many codes are parsed and decoded in its place.
-        text = text_from_codes(prompt_TQ.repeat(9, 1)[: PROMPT_FRAMES + new_frames])
-        codes = [int(code) for code, _ in re.findall(r"<(\d+)_(\d+)>", text)]
-        model.codec.decode(torch.tensor(codes).view(-1, Q))
-
-    return timed(call, new_frames * Q)
+def as_released(model: FlattenedModel, new_frames: int) -> None:
+    """Convert codes to text to ids, call ``generate`` without a mask, convert ids to text to codes to audio."""
+    prompt_TQ, tokenizer = prompt_of(model), model.tokenizer.text_tokenizer
+    ids_1L = tokenizer(text_from_codes(prompt_TQ).removesuffix("</audio>"), return_tensors="pt").input_ids
+    tokenizer.decode(generate(model, ids_1L, new_frames * Q, [])[0])
+    # Without a mask a random model draws no audio; as many codes of the prompt are parsed and decoded instead.
+    text = text_from_codes(prompt_TQ.repeat(9, 1)[: PROMPT_FRAMES + new_frames])
+    codes = [int(code) for code, _ in re.findall(r"<(\d+)_(\d+)>", text)]
+    model.codec.decode(torch.tensor(codes).view(-1, Q))
 
 
 @torch.inference_mode()
-def body_alone(model: FlattenedModel, new_frames: int) -> float:
-    """The Transformer without output layer, choice or grammar: the least that a token costs here."""
-    ids_1L = model.tokenizer.encode(prompt_of(model), is_cut=True)[None].to(DEVICE)
-
-    def call() -> None:
-        cache = DynamicCache(config=model.backbone.config)
-        inputs_1L = ids_1L
-        for _ in range(new_frames * Q):
-            model.backbone(inputs_1L, past_key_values=cache, use_cache=True)
-            inputs_1L = ids_1L[:, -1:]
-
-    return timed(call, new_frames * Q)
+def backbone_alone(model: FlattenedModel, new_frames: int) -> None:
+    """Run the Transformer without output layer, sampling or grammar: the least cost of a token here."""
+    inputs_1L = model.tokenizer.encode(prompt_of(model), is_cut=True)[None].to(DEVICE)
+    cache = DynamicCache(config=model.backbone.config)
+    for _ in range(new_frames * Q):
+        model.backbone(inputs_1L, past_key_values=cache, use_cache=True)
+        inputs_1L = inputs_1L[:, -1:]
 
 
-def ours(model: FlattenedModel, new_frames: int, batch_size: int) -> float:
+def ours(model: FlattenedModel, new_frames: int, batch_size: int) -> None:
     requests = [Request(prompt_of(model), seed) for seed in range(batch_size)]
-
-    def call() -> None:
-        for _ in decode(model, requests, sampling_of(new_frames), batch_size):
-            pass
-
-    return timed(call, batch_size * new_frames * Q)
+    for _ in decode(model, requests, sampling_of(new_frames), batch_size):
+        pass
 
 
-def streamed(model: FlattenedModel, new_frames: int, firsts: list[float]) -> float:
-    """From the prompt's codes to audio, a frame at a time; notes when the first new audio was there."""
-
-    def call() -> None:
-        start = time.perf_counter()
-        stream = DecodingStream(model.codec)
-        stream.decode(prompt_of(model))
-        is_first = True
-        for _, new in decode(model, [Request(prompt_of(model), 0)], sampling_of(new_frames), 1):
-            if not isinstance(new, FinishReason):
-                stream.decode(new[None])
-                if is_first:
-                    firsts.append(time.perf_counter() - start)
-                is_first = False
-
-    return timed(call, new_frames * Q)
-
-
-def bandwidth(num_bytes: int, tokens_per_s: float) -> str:
-    """How fast memory is read, beside how fast it can be."""
-    block = torch.ones(2**28, device=DEVICE)  # 1 GiB
+def streamed(model: FlattenedModel, new_frames: int, first_audio: list[float], window_frames: int = 10**6) -> None:
+    """Decode to audio frame by frame, and note the seconds to the first new audio."""
     start = time.perf_counter()
-    for _ in range(5):
-        block.sum()
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    possible = 5 * block.numel() * block.element_size() / (time.perf_counter() - start)
-    read = num_bytes * tokens_per_s
-    return f"that is {read / 1e9:,.1f} GB/s of {possible / 1e9:,.0f} ({100 * read / possible:.0f} %)"
+    stream = DecodingStream(model.codec)
+    stream.decode(prompt_of(model))
+    sampling = replace(sampling_of(new_frames), window_frames=window_frames)
+    for number, (_, new) in enumerate(decode(model, [Request(prompt_of(model), 0)], sampling, 1)):
+        if not isinstance(new, FinishReason):
+            stream.decode(new[None])
+            if number == 0:
+                first_audio.append(time.perf_counter() - start)
+
+
+def bandwidth() -> float:
+    """Return the bytes per second at which memory can be read."""
+    block = torch.ones(2**28, device=DEVICE)  # 1 GiB
+    return rate(lambda: [block.sum() for _ in range(5)], 5 * block.numel() * block.element_size())
 
 
 def stream_memory(seconds: float) -> float:
-    """MB at the peak of a stream that goes on past its window."""
+    """Return MB at the peak of a stream that is longer than its window."""
     model = random_model("tiny")
-    sampling = replace(sampling_of(round(seconds * model.codec.frame_rate_hz)), window_frames=62)
-    stream = DecodingStream(model.codec)
-    for _, new in decode(model, [Request(prompt_of(model), 0)], sampling, 1):
-        if not isinstance(new, FinishReason):
-            stream.decode(new[None])
+    streamed(model, round(seconds * model.codec.frame_rate_hz), [], window_frames=62)
     return peak_mb()
 
 
 def prompts_memory(num_prompts: int) -> float:
-    """MB at the peak of so many prompts, each continued by a second, in groups as those of a folder."""
+    """Return MB at the peak of prompts continued by a second each, in groups as those of a folder."""
     model = random_model("tiny")
     for start in range(0, num_prompts, 32):
         requests = [Request(prompt_of(model), seed) for seed in range(start, start + 32)]
         for _ in decode(model, requests, sampling_of(12), 8):
             pass
     return peak_mb()
-
-
-def _peak(function: Callable[..., float], **arguments: float) -> str:
-    found, done = measured(function, **arguments)
-    if found is None:
-        raise UserError(f"'{function.__name__}' failed: {done.stderr[-600:]}")
-    return f"{found:,.0f} MB"
 
 
 if __name__ == "__main__":

@@ -1,14 +1,12 @@
-"""Run the 1B recipe on GPUs with random weights: everything but the numbers in the weights is real.
+"""Run the 1B recipe on GPUs with random weights, without a network.
 
     uv run python scripts/benchmarks/gpu_check.py --num_gpus 1
 
 Llama-3.2-1B and Mimi are replaced by random models of the same shape (136,450 vocabulary entries, 2,048 codes), the
-corpus by assets/tiny; the settings are those of config/llama3_2_1b_peoples_speech.toml. The corpus is tokenised, 20
-steps are trained on its codes, one clip a row, and 20 on its audio, encoded in each step, in packed rows. Needs no
-network.
+corpus by assets/tiny; the settings are those of config/llama3_2_1b_peoples_speech.toml. The corpus is tokenised; 20
+steps train on its codes, one clip per row, and 20 on its audio, encoded in each step, in packed rows.
 """
 
-import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +19,7 @@ from llama_mimi.checkpoint.huggingface import hf_config
 from llama_mimi.checkpoint.stand_ins import LLAMA_3_VOCABULARY, write_tokenizer
 from llama_mimi.common.command_line import run_command, to_cli_args
 from llama_mimi.common.errors import UserError
-from llama_mimi.model.llama import FLAVORS
+from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs
 
 CONFIG = "config/llama3_2_1b_peoples_speech.toml"
 CORPUS = "assets/tiny/corpus/train-*.parquet"
@@ -31,8 +29,7 @@ VALIDATION_CORPUS = "assets/tiny/corpus/validation-*.parquet"
 def write_stand_ins(folder: Path) -> None:
     """Write a Llama-3.2-1B without weights, a tokenizer of Llama 3's size, and a Mimi with random weights."""
     write_tokenizer(folder / "llama")
-    args = copy.copy(FLAVORS["1B"])
-    args.vocab_size = LLAMA_3_VOCABULARY
+    args = LlamaMimiArgs(**{**vars(FLAVORS["1B"]), "vocab_size": LLAMA_3_VOCABULARY})
     hf_config(args).save_pretrained(folder / "llama")
     torch.manual_seed(0)
     MimiModel(MimiConfig()).save_pretrained(folder / "mimi")
@@ -55,9 +52,7 @@ def check_gpus(num_gpus: int = 1, steps: int = 20, output_dir: Path = Path("outp
     for name, own in (("codes", {"training.dataset": codes}), ("audio", on_audio)):
         run = output_dir / name
         if complete_steps(run / "checkpoint"):
-            raise UserError(
-                f"'{run}' holds an earlier run, which would only be resumed; remove it or change --output_dir"
-            )
+            raise UserError(f"'{run}' holds an earlier run; remove it or change --output_dir")
         overrides = {
             "job.config_file": CONFIG,
             "job.dump_folder": run,
@@ -76,7 +71,7 @@ def check_gpus(num_gpus: int = 1, steps: int = 20, output_dir: Path = Path("outp
 
 
 def launch(num_gpus: int, *words: str) -> None:
-    """One process a GPU; this one ends with theirs if they fail."""
+    """Start one process per GPU; end with their exit code if they fail."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_gpus}"]
     if returncode := subprocess.run([*torchrun, *words]).returncode:
         sys.exit(returncode)

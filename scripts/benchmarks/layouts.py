@@ -1,4 +1,4 @@
-"""A few clips as corpora of each format that is read, in the layouts in which they are published."""
+"""Write a few clips as a corpus in each supported format and published layout."""
 
 import io
 import json
@@ -17,28 +17,31 @@ from llama_mimi.audio.reading import read_audio
 from llama_mimi.common.files import find_files
 
 RATE_HZ = 24_000
-SAID = ("text", "speaker")
 Row = dict[str, Any]
 Rows = list[Row]
 
 
 def lossless_rows(corpus: str, limit: int, max_seconds: float) -> Rows:
-    """Clips of a Parquet corpus as FLAC, whose samples are the same in all formats, with what is said about them.
+    """Return the first clips of a Parquet corpus as FLAC, which has the same samples in all formats, with labels.
 
     Args:
         corpus: path or glob of files with ``audio``, ``text`` and ``speaker``.
-        limit: so many clips.
-        max_seconds: the first of each.
+        max_seconds: maximum length of a clip.
     """
-    found: Rows = []
+    rows: Rows = []
     for path in find_files(corpus, (".parquet",)):
-        for row in pq.read_table(path).slice(0, limit - len(found)).to_pylist():
+        for row in pq.read_table(path).slice(0, limit - len(rows)).to_pylist():
             samples_S = read_audio(row["audio"]["bytes"], RATE_HZ, max_seconds=max_seconds).samples_S.numpy()
-            stream, number = io.BytesIO(), len(found)
+            stream = io.BytesIO()
             soundfile.write(stream, (samples_S * 32767).astype(np.int16), RATE_HZ, format="FLAC")
-            name = f"{number}-{number}-{number:04d}"
-            found.append({"name": name, "bytes": stream.getvalue(), **said(row)})
-    return found
+            name = f"{len(rows)}-{len(rows)}-{len(rows):04d}"
+            rows.append({"name": name, "bytes": stream.getvalue(), **said(row)})
+    return rows
+
+
+def said(row: Row) -> Row:
+    """Return the labels of a row."""
+    return {key: row[key] for key in ("text", "speaker")}
 
 
 def in_parquet(folder: Path, rows: Rows) -> Path:
@@ -56,22 +59,30 @@ def in_tar(folder: Path, rows: Rows, shards: int = 2) -> Path:
     return folder
 
 
+def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
+
+
 def in_metadata(folder: Path, rows: Rows) -> Path:
-    with (folder / "metadata.jsonl").open("w") as file:
-        for row in rows:
-            (folder / row["speaker"]).mkdir(exist_ok=True)
-            (folder / row["speaker"] / f"{row['name']}.flac").write_bytes(row["bytes"])
-            file.write(json.dumps({"file_name": f"{row['speaker']}/{row['name']}.flac", **said(row)}) + "\n")
+    lines = []
+    for row in rows:
+        name = f"{row['speaker']}/{row['name']}.flac"
+        (folder / row["speaker"]).mkdir(exist_ok=True)
+        (folder / name).write_bytes(row["bytes"])
+        lines.append(json.dumps({"file_name": name, **said(row)}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
     return folder
 
 
 def in_librispeech(folder: Path, rows: Rows) -> Path:
     for row in rows:
         speaker, chapter, _ = row["name"].split("-")
-        place = folder / speaker / chapter
-        place.mkdir(parents=True, exist_ok=True)
-        (place / f"{row['name']}.flac").write_bytes(row["bytes"])
-        with (place / f"{speaker}-{chapter}.trans.txt").open("a") as file:
+        chapter_folder = folder / speaker / chapter
+        chapter_folder.mkdir(parents=True, exist_ok=True)
+        (chapter_folder / f"{row['name']}.flac").write_bytes(row["bytes"])
+        with (chapter_folder / f"{speaker}-{chapter}.trans.txt").open("a") as file:
             file.write(f"{row['name']} {row['text']}\n")
     return folder
 
@@ -93,7 +104,7 @@ def in_manifest(folder: Path, rows: Rows) -> Path:
 
 
 def in_parts_of_one_recording(folder: Path, rows: Rows) -> Path:
-    """A recording of an hour, cut by its manifest."""
+    """Write one long recording, and a manifest of its parts."""
     lines, parts, offset = [], [], 0.0
     for row in rows:
         parts.append(soundfile.read(io.BytesIO(row["bytes"]), dtype="int16")[0])
@@ -112,19 +123,8 @@ def in_arrow(folder: Path, rows: Rows) -> Path:
 
 
 def dataset(rows: Rows) -> Dataset:
-    table = {"id": [r["name"] for r in rows], "audio": [{"bytes": r["bytes"], "path": None} for r in rows]}
-    table |= {key: [r[key] for r in rows] for key in SAID}
-    return Dataset.from_dict(table).cast_column("audio", Audio(decode=False)).cast_column("audio", Audio())
-
-
-def said(row: Row) -> Row:
-    return {key: row[key] for key in SAID}
-
-
-def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    info = tarfile.TarInfo(name)
-    info.size = len(content)
-    tar.addfile(info, io.BytesIO(content))
+    table = [{"id": r["name"], "audio": {"bytes": r["bytes"], "path": None}, **said(r)} for r in rows]
+    return Dataset.from_list(table).cast_column("audio", Audio(decode=False)).cast_column("audio", Audio())
 
 
 LAYOUTS: dict[str, Callable[[Path, Rows], Path]] = {

@@ -1,4 +1,4 @@
-"""What benchmarks share: the line about the machine, measurements in processes of their own or in turn, medians."""
+"""Shared parts of the benchmarks: description of the machine, measurements in a new process, medians."""
 
 import contextlib
 import importlib
@@ -15,48 +15,45 @@ from typing import Any
 
 import torch
 
+from llama_mimi.common.errors import UserError
 from llama_mimi.common.versions import versions
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def device_name() -> str:
-    """Name of the GPU, or of the processor where there is none."""
     if DEVICE == "cuda":
         return torch.cuda.get_device_name()
     return f"{platform.processor() or platform.machine()} without a GPU"
 
 
 def machine() -> str:
-    """Two lines: what was measured on, and with which versions."""
+    """Return two lines about the machine and the versions of packages."""
     packages = ", ".join(f"{name} {version}" for name, version in versions().items())
     return f"{device_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads\n{packages}\n"
 
 
-def measured(function: Callable[..., Any], **arguments: Any) -> tuple[Any, subprocess.CompletedProcess[str]]:
-    """One measurement in a process of its own, which no other has warmed up, with as many threads as this one.
+def measure(function: Callable[..., Any], **arguments: Any) -> Any:
+    """Call a function of a script in this folder in a new process with as many threads as this one.
 
-    Args:
-        function: of a script in this folder; what it takes and returns goes through JSON.
-        arguments: for the function; paths arrive as strings.
-
-    Returns:
-        What the function returned (None if it failed), and how the process ended.
+    Arguments and result go through JSON, so that paths arrive as strings. A `UserError` says why a process failed.
     """
     module = Path(inspect.getfile(function)).stem
     command = [sys.executable, __file__, module, function.__name__, json.dumps(arguments, default=str)]
     env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
-    return (None if done.returncode else json.loads(done.stdout.splitlines()[-1])), done
+    if done.returncode:
+        raise UserError(f"{function.__name__} of {module}.py failed with {arguments}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def in_turn(ways: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """Results of each way; they take turns, so that a slow minute of the machine hits all of them."""
-    found: dict[str, list[float]] = {name: [] for name in ways}
+def alternate(methods: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    """Return the results of each method; methods alternate, so that a slow minute of the machine affects all."""
+    results: dict[str, list[float]] = {name: [] for name in methods}
     for _ in range(repeats):
-        for name, way in ways.items():
-            found[name].append(way())
-    return found
+        for name, method in methods.items():
+            results[name].append(method())
+    return results
 
 
 def median_and_range(values: Sequence[float], digits: int = 0) -> str:
@@ -64,7 +61,7 @@ def median_and_range(values: Sequence[float], digits: int = 0) -> str:
 
 
 def peak_mb() -> float:
-    """Most memory this process has held; getrusage would count what its parent held before it."""
+    """Return the peak memory of this process; getrusage would include that of its parent."""
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
 
 

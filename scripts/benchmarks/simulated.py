@@ -1,4 +1,4 @@
-"""Tokenised corpora of random codes: lengths like real speech, nothing to hear."""
+"""Tokenised corpora of random codes with lengths as in real speech."""
 
 import json
 import os
@@ -16,13 +16,13 @@ STORED_LEVELS = 8
 
 
 def speech_lengths(number: int) -> np.ndarray:
-    """Frames of simulated clips like The People's Speech: 14 s on average before those over 20 s are left out."""
+    """Return lengths in frames as in The People's Speech: 14 s on average before clips over 20 s are left out."""
     seconds = np.random.default_rng(0).normal(14, 4, 4 * number)
     return np.ceil(12.5 * seconds[(seconds > 1) & (seconds < 20)][:number]).astype(int)
 
 
 def random_clips(frames: np.ndarray, config: MimiConfig) -> list[CodedClip]:
-    """Clips of so many frames of random codes, at the levels that are stored by default."""
+    """Return clips of random codes with the given numbers of frames."""
     generator = np.random.default_rng(0)
     codes = [generator.integers(0, config.codebook_size, (T, STORED_LEVELS)).astype(np.uint16) for T in frames]
     frame_s = config.frame_size / config.sampling_rate
@@ -33,9 +33,8 @@ def write_codes(folder: Path, codec: str, shards: Sequence[list[CodedClip]]) -> 
     """Write a finished tokenised corpus, and return its folder.
 
     Args:
-        folder: to be made.
         codec: hub id or folder.
-        shards: clips of each; where one is the very list of the first, its file is a hard link to that of the first.
+        shards: clips of each shard; a list that is the first one again becomes a hard link to the first file.
     """
     columns = ["id", "codes", "duration", "is_cut"]
     folder.mkdir(parents=True)

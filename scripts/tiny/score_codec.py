@@ -1,11 +1,10 @@
-"""How much of held-out speech a codec keeps at 1, 2, 4 and 8 levels, as one table.
+"""Measure how much of held-out speech a codec keeps at 1, 2, 4 and 8 levels.
 
 uv run python scripts/tiny/score_codec.py --codec assets/tiny/mimi --corpus "assets/tiny/corpus/train-*.parquet" \\
     --validation_corpus "assets/tiny/corpus/validation-*.parquet" --words_corpus "assets/tiny/words/train-*.parquet" \\
     --words_validation_corpus "assets/tiny/words/validation-*.parquet"
 
-Classifiers are fitted to original recordings of the first corpora and name what they hear in reconstructions of the
-second ones. Without --words_corpus, words are cut out of the corpus itself where digital silence separates them.
+Classifiers are trained on original recordings of the first corpora and classify reconstructions of the second ones.
 
 Shapes: S samples, T frames, Q quantizers, K codebook size.
 """
@@ -17,122 +16,66 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from spectrograms import draw_spectrograms
-from speech_classifier import LabelledClip, SpeechClassifier, isolated_words, read_clips
+from speech_classifier import LabelledClip, SpeechClassifier, read_clips
 from tiny_codec import DEPTHS, MelMagnitude, new_codec
 
 from llama_mimi.audio.mimi import MimiCodec
 from llama_mimi.common.command_line import run_command
-from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import write_atomically
 from llama_mimi.common.versions import versions
 from llama_mimi.evaluation.statistics import wilson_interval
 
-WORD_PARTS = 5  # a word is judged by the means of as many equal parts, because order makes the word
+WORD_PARTS = 5  # parts of a word with means of their own, because the order of sounds makes the word
+DYNAMIC_RANGE_DB = 70.0  # of the spectrograms
 
 
-def reconstructions(
-    codec: MimiCodec, clips: Sequence[LabelledClip], depths: Sequence[int]
-) -> tuple[dict[int, list[torch.Tensor]], torch.Tensor]:
-    """Every clip as decoded from each depth, cut to its own length, and codes_TQ of all clips together."""
-    codes = [codes_TQ for clip in clips for codes_TQ in codec.encode([clip.samples_S])]
-    decoded = {
-        depth: [
-            codec.decode(codes_TQ[:, :depth])[: len(clip.samples_S)]
-            for clip, codes_TQ in zip(clips, codes, strict=True)
-        ]
-        for depth in depths
-    }
-    return decoded, torch.cat(codes)
+def decode_at(codec: MimiCodec, codes: Sequence[torch.Tensor], depth: int, clips: Sequence[LabelledClip]) -> list:
+    """Return clips as decoded from the first levels, cut to their own lengths."""
+    pairs = zip(codes, clips, strict=True)
+    return [codec.decode(codes_TQ[:, :depth])[: len(clip.samples_S)] for codes_TQ, clip in pairs]
+
+
+def encode_each(codec: MimiCodec, clips: Sequence[LabelledClip]) -> list[torch.Tensor]:
+    return [codec.encode([clip.samples_S])[0] for clip in clips]
 
 
 def perplexities(codes_TQ: torch.Tensor, codebook_size: int) -> list[float]:
-    """How many codes an even use would have, for each level."""
-    shares_QK = torch.stack([torch.bincount(codes_T, minlength=codebook_size) for codes_T in codes_TQ.T]) / len(
-        codes_TQ
-    )
-    return torch.exp(torch.special.entr(shares_QK.double()).sum(dim=1)).tolist()
+    """Return the perplexity of the codes of each level: the number of codes that an even use would have."""
+    counts_QK = torch.stack([torch.bincount(codes_T, minlength=codebook_size) for codes_T in codes_TQ.T])
+    return torch.exp(torch.special.entr((counts_QK / len(codes_TQ)).double()).sum(dim=1)).tolist()
 
 
-def share_named(classifier: SpeechClassifier, clips: Sequence[torch.Tensor], labels: Sequence[str]) -> float:
-    """Share of clips that the classifier gives their own label."""
-    return sum(name == label for name, label in zip(classifier.names(clips), labels, strict=True)) / len(labels)
+def draw_spectrograms(path: Path, clips: dict[str, torch.Tensor], sample_rate_hz: int, title: str) -> None:
+    """Write a PNG with one spectrogram per clip (S,), on one scale of time, frequency and level."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(len(clips), 1, figsize=(9, 1.7 * len(clips)), sharex=True, layout="constrained")
+    images = []
+    for axis, (name, samples_S) in zip(axes, clips.items(), strict=True):
+        *_, image = axis.specgram(samples_S, NFFT=1024, noverlap=784, Fs=sample_rate_hz, cmap="magma")
+        images.append(image)
+        axis.set_ylabel("Hz")
+        axis.set_title(name, fontsize=9, loc="left", pad=3)
+    top_db = max(image.get_array().max() for image in images)
+    for image in images:
+        image.set_clim(top_db - DYNAMIC_RANGE_DB, top_db)
+    axes[-1].set_xlabel("seconds")
+    figure.suptitle(title, fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=90)
 
 
-def score(codec: MimiCodec, corpora: Sequence[str], words_corpora: Sequence[str], picture: Path | None) -> dict:
-    """Every figure of the table. Corpora are one to fit to and a held-out one; those of words may be missing."""
-    rate = codec.sample_rate_hz
-    train, held_out = (read_clips(corpus, rate) for corpus in corpora)
-    with_words = [read_clips(corpus, rate) for corpus in words_corpora] or [train, held_out]
-    (words, uncut), (spoken, uncut_held_out) = (isolated_words(clips, rate) for clips in with_words)
-    if not words or not spoken:
-        raise UserError(
-            f"{len(words)} isolated words to fit to and {len(spoken)} held out were found ({uncut + uncut_held_out} "
-            f"clips could not be cut); name corpora of words with --words_corpus and --words_validation_corpus"
-        )
-    by_speaker = SpeechClassifier(train, [clip.speaker for clip in train], rate)
-    by_word = SpeechClassifier(words, [clip.text for clip in words], rate, num_parts=WORD_PARTS)
-    mel = MelMagnitude(rate)
-    speakers, texts = [clip.speaker for clip in held_out], [clip.text for clip in spoken]
-
-    def row(clips: list[torch.Tensor], word_clips: list[torch.Tensor]) -> dict[str, float]:
-        both = [mel.distances(clip_S, original.samples_S) for clip_S, original in zip(clips, held_out, strict=True)]
-        return {
-            "log_mel_distance": mean(float(log_distance) for log_distance, _ in both),
-            "spectral_convergence": mean(float(convergence) for _, convergence in both),
-            "speaker": share_named(by_speaker, clips, speakers),
-            "word": share_named(by_word, word_clips, texts),
-        }
-
-    rows = {"original": row([clip.samples_S for clip in held_out], [clip.samples_S for clip in spoken])}
-    decoded, codes_TQ = reconstructions(codec, held_out, DEPTHS)
-    decoded_words, _ = reconstructions(codec, spoken, DEPTHS)
-    for depth in DEPTHS:
-        rows[f"{depth} level{'s' * (depth > 1)}"] = row(decoded[depth], decoded_words[depth])
-    with tempfile.TemporaryDirectory() as folder:
-        torch.manual_seed(0)
-        new_codec(codec.model.config).save_pretrained(folder)
-        untrained = MimiCodec(folder, codec.num_quantizers)
-        untrained_clips, untrained_words = (
-            reconstructions(untrained, clips, DEPTHS[-1:])[0][DEPTHS[-1]] for clips in (held_out, spoken)
-        )
-    rows["untrained, 8 levels"] = row(untrained_clips, untrained_words)
-    if picture:
-        clip = held_out[0]
-        shown = {"original": clip.samples_S} | {f"{d} level{'s' * (d > 1)}": decoded[d][0] for d in reversed(DEPTHS)}
-        draw_spectrograms(picture, shown, rate, title=clip.text)
-    return {
-        "codec": codec.name,
-        "rows": rows,
-        "perplexity": perplexities(codes_TQ, codec.codebook_size),
-        "codebook_size": codec.codebook_size,
-        "counts": {
-            "train_clips": len(train),
-            "held_out_clips": len(held_out),
-            "speakers": len(set(speakers)),
-            "train_words": len(words),
-            "held_out_words": len(spoken),
-            "words": len(set(texts)),
-            "clips_not_cut_into_words": uncut + uncut_held_out,
-        },
-        "versions": versions(),
-    }
-
-
-def table(report: dict) -> str:
-    """The report as Markdown."""
-    counts = report["counts"]
-    lines = ["| | log-mel distance | spectral convergence | speaker | word |", "|---|---|---|---|---|"]
-    for name, row in report["rows"].items():
+def print_table(rows: dict[str, dict[str, float]], num_clips: int, num_words: int) -> None:
+    print("| | log-mel distance | spectral convergence | speaker | word |\n|---|---|---|---|---|")
+    for name, row in rows.items():
         cells = [f"{row['log_mel_distance']:.3f}", f"{row['spectral_convergence']:.3f}"]
-        for kind, count in (("speaker", counts["held_out_clips"]), ("word", counts["held_out_words"])):
+        for kind, count in (("speaker", num_clips), ("word", num_words)):
             low, high = wilson_interval(row[kind], count)
             cells.append(f"{100 * row[kind]:.1f} % ({100 * low:.0f} to {100 * high:.0f})")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    used = ", ".join(f"{value:.0f}" for value in report["perplexity"])
-    lines += ["", f"Perplexity per level, of {report['codebook_size']}: {used}."]
-    lines.append(", ".join(f"{name} {value}" for name, value in counts.items()) + ".")
-    return "\n".join(lines)
+        print(f"| {name} | {' | '.join(cells)} |")
 
 
 def score_codec(
@@ -149,17 +92,53 @@ def score_codec(
     Args:
         codec: hub id or folder
         corpus: Parquet path or glob with columns audio, speaker, text
-        validation_corpus: the same, of held-out clips
-        words_corpus: the same, of isolated words; by default cut out of --corpus
-        words_validation_corpus: the same, of held-out words
+        validation_corpus: held-out clips
+        words_corpus: isolated words; default: --corpus
+        words_validation_corpus: held-out isolated words; default: --validation_corpus
         picture: PNG of the first held-out clip's spectrograms
     """
-    words_corpora = [words for words in (words_corpus, words_validation_corpus) if words is not None]
-    if len(words_corpora) == 1:
-        raise UserError("--words_corpus and --words_validation_corpus go together; give both or neither")
-    report = score(MimiCodec(codec, DEPTHS[-1]), [corpus, validation_corpus], words_corpora, picture)
+    mimi = MimiCodec(codec, DEPTHS[-1])
+    rate_hz, mel = mimi.sample_rate_hz, MelMagnitude(mimi.sample_rate_hz)
+    train, held_out, train_words, words = (
+        read_clips(name, rate_hz)
+        for name in (corpus, validation_corpus, words_corpus or corpus, words_validation_corpus or validation_corpus)
+    )
+    by_speaker = SpeechClassifier(train, [clip.speaker for clip in train], rate_hz)
+    by_word = SpeechClassifier(train_words, [clip.text for clip in train_words], rate_hz, num_parts=WORD_PARTS)
+
+    def score(clips: list[torch.Tensor], word_clips: list[torch.Tensor]) -> dict[str, float]:
+        both = [mel.distances(clip_S, original.samples_S) for clip_S, original in zip(clips, held_out, strict=True)]
+        return {
+            "log_mel_distance": mean(float(log_distance) for log_distance, _ in both),
+            "spectral_convergence": mean(float(convergence) for _, convergence in both),
+            "speaker": by_speaker.accuracy(clips, [clip.speaker for clip in held_out]),
+            "word": by_word.accuracy(word_clips, [clip.text for clip in words]),
+        }
+
+    rows = {"original": score([clip.samples_S for clip in held_out], [clip.samples_S for clip in words])}
+    pictures = {"original": held_out[0].samples_S}
+    codes, word_codes = encode_each(mimi, held_out), encode_each(mimi, words)
+    for depth in DEPTHS:
+        name = f"{depth} level{'s' * (depth > 1)}"
+        decoded = decode_at(mimi, codes, depth, held_out)
+        rows[name] = score(decoded, decode_at(mimi, word_codes, depth, words))
+        pictures[name] = decoded[0]
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        new_codec(mimi.model.config).save_pretrained(folder)
+        untrained = MimiCodec(folder, mimi.num_quantizers)
+        random = [decode_at(untrained, encode_each(untrained, clips), DEPTHS[-1], clips) for clips in (held_out, words)]
+        rows["untrained, 8 levels"] = score(*random)
+    if picture:
+        draw_spectrograms(picture, pictures, rate_hz, title=held_out[0].text)
+    used = perplexities(torch.cat(codes), mimi.codebook_size)
+    numbers = {"train_clips": train, "held_out_clips": held_out, "train_words": train_words, "held_out_words": words}
+    counts = {name: len(clips) for name, clips in numbers.items()}
+    report = {"codec": codec, "rows": rows, "perplexity": used, "counts": counts, "versions": versions()}
     write_atomically(str(output_file.parent), output_file.name, (json.dumps(report, indent=1) + "\n").encode())
-    print(table(report))
+    print_table(rows, len(held_out), len(words))
+    print(f"\nPerplexity per level, of {mimi.codebook_size}: {', '.join(f'{value:.0f}' for value in used)}.")
+    print(", ".join(f"{name} {count}" for name, count in counts.items()) + ".")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""A small Mimi that can be trained: `transformers.MimiModel` unchanged, with a quantizer whose codebooks learn.
+"""Training of a small Mimi: `transformers.MimiModel` unchanged, with a quantizer whose codebooks learn.
 
 Shapes: B batch, S samples, T frames, D latent width, E width of the quantizer, K codebook size, N vectors, C channels.
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -15,20 +14,20 @@ from transformers import EncodecFeatureExtractor, MimiConfig, MimiModel
 
 from llama_mimi.common.files import share_weights
 
-LAYER_SCALE = 0.2  # where a codec begins; Mimi's 0.01 is meant for far longer training
-EMA_DECAY = 0.99  # codebooks', per step; as in VQ-VAE (arXiv 1711.00937, appendix A)
-DEAD_SHARE = 0.25  # a code used less often than this share of an even use is drawn anew
+LAYER_SCALE = 0.2  # initial value; Mimi's 0.01 is meant for far longer training
+EMA_DECAY = 0.99  # of codebooks, per step; as in VQ-VAE (arXiv 1711.00937, appendix A)
+DEAD_FRACTION = 0.25  # of an even use; a code that is used less often is drawn again
 # STFT windows in samples (10.7, 21.3, 42.7, 85.3 ms at 24 kHz) and mel bands; four hops a window.
 RESOLUTIONS = ((256, 20), (512, 40), (1024, 80), (2048, 128))
-DEPTHS = (1, 2, 4, 8)  # levels at which a codec is judged
-MEL_FLOOR = 3e-4  # magnitude below which nothing counts; a sine of full scale has 0.5
+DEPTHS = (1, 2, 4, 8)  # numbers of levels at which a codec is scored
+MEL_FLOOR = 3e-4  # lower limit of magnitudes; a sine of full scale has 0.5
 
 
 def tiny_mimi_config(codebook_size: int) -> MimiConfig:
-    """24 kHz, 12.5 frames/s, 8 levels, 1.8 million parameters.
+    """Return a configuration with 24 kHz, 12.5 frames/s, 8 levels and 1.8 million parameters.
 
-    The strides are Mimi's in the other order: the highest rate is left at once, which halves the work. The window of
-    the transformers is one training crop, so that a long clip is nothing new to them.
+    Mimi's strides are in reverse order, which halves the work. The attention window is one training crop, so that long
+    clips are no harder than crops.
     """
     filters = {"num_filters": 16, "hidden_size": 128, "upsampling_ratios": [4, 5, 6, 8], "frame_rate": 12.5}
     books = {"codebook_size": codebook_size, "codebook_dim": 32, "vector_quantization_hidden_dimension": 32}
@@ -38,7 +37,7 @@ def tiny_mimi_config(codebook_size: int) -> MimiConfig:
 
 
 def new_codec(config: MimiConfig) -> MimiModel:
-    """A codec to train. The library's own initial values are made to be overwritten by loading and hardly learn."""
+    """Return a codec with PyTorch's default weights; the library's are meant to be overwritten and hardly learn."""
     model = MimiModel(config)
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv1d | nn.ConvTranspose1d | nn.Linear):
@@ -52,10 +51,10 @@ def new_codec(config: MimiConfig) -> MimiModel:
 
 @torch.no_grad()
 def standardize(model: MimiModel, audio_B1S: torch.Tensor) -> None:
-    """Scales every convolution to zero mean and unit variance per channel on speech (after arXiv 1511.06422).
+    """Scale every convolution to zero mean and unit variance per channel on speech (after arXiv 1511.06422).
 
-    As drawn, each layer shrinks what it is given towards its bias; after some twenty of them the output hardly depends
-    on the input, and training stays at the average spectrum for a long time.
+    With PyTorch's default weights the output of some twenty layers hardly depends on the input, and training stays at
+    the average spectrum for a long time.
     """
 
     def scale(conv: nn.Conv1d | nn.ConvTranspose1d, _inputs: tuple, output: torch.Tensor) -> torch.Tensor:
@@ -79,15 +78,13 @@ def standardize(model: MimiModel, audio_B1S: torch.Tensor) -> None:
     last.bias.mul_(audio_B1S.std())
 
 
-def codebooks(model: MimiModel) -> Iterator[nn.Module]:
-    """The codebook of every level, in order."""
-    for quantizer in _branches(model):
-        for layer in quantizer.layers:
-            yield layer.codebook
+def codebooks(model: MimiModel) -> list[nn.Module]:
+    """Return the codebooks of all levels, in order."""
+    return [layer.codebook for branch in _branches(model) for layer in branch.layers]
 
 
 def _branches(model: MimiModel) -> tuple[nn.Module, nn.Module]:
-    """Mimi quantizes the same latents twice, by one semantic and by residual acoustic levels, and adds the two."""
+    """Return the semantic and the acoustic quantizer; Mimi quantizes the same latents with both and adds the two."""
     quantizer = model.quantizer
     return quantizer.semantic_residual_vector_quantizer, quantizer.acoustic_residual_vector_quantizer
 
@@ -95,15 +92,14 @@ def _branches(model: MimiModel) -> tuple[nn.Module, nn.Module]:
 def reconstruct(
     model: MimiModel, audio_B1S: torch.Tensor, depth_B: torch.Tensor, *, is_quantized: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One training pass; codebooks move towards what they are given.
+    """Encode and decode whole frames in training, and move codebooks towards the latents.
 
     Args:
-        audio_B1S: whole frames.
-        depth_B: levels that each clip is decoded from; the rest is left out.
-        is_quantized: False lets the projected latents through as they are, for warming up.
+        depth_B: number of levels from which each clip is decoded.
+        is_quantized: False leaves the projected latents unchanged, for the warm-up.
 
     Returns:
-        audio_B1S as decoded, and the commitment loss: the mean square distance of latents from their codes.
+        The decoded audio_B1S, and the commitment loss: the mean square distance of latents from their codes.
     """
     latents_BDT = model.encoder(audio_B1S).latents
     total_BDT, commitment, first = torch.zeros_like(latents_BDT), latents_BDT.new_zeros(()), 0
@@ -112,14 +108,13 @@ def reconstruct(
         if is_quantized:
             vectors_BTE, distance = quantize(branch, vectors_BTE, depth_B - first)
             commitment = commitment + distance
-        is_kept_B11 = (depth_B > first)[:, None, None]
-        total_BDT = total_BDT + branch.output_proj(vectors_BTE.mT) * is_kept_B11
+        total_BDT = total_BDT + branch.output_proj(vectors_BTE.mT) * (depth_B > first)[:, None, None]
         first += len(branch.layers)
     return model.decoder(total_BDT).audio_values, commitment
 
 
 def quantize(branch: nn.Module, vectors_BTE: torch.Tensor, depth_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sum of the first ``depth_B`` codes with the gradient of ``vectors_BTE`` (straight-through)."""
+    """Return the sum of the first ``depth_B`` codes with the gradient of ``vectors_BTE``, and the commitment loss."""
     residual_BTE, kept_BTE = vectors_BTE, torch.zeros_like(vectors_BTE)
     commitment = vectors_BTE.new_zeros(())
     for level, layer in enumerate(branch.layers):
@@ -135,14 +130,14 @@ def quantize(branch: nn.Module, vectors_BTE: torch.Tensor, depth_B: torch.Tensor
 
 @torch.no_grad()
 def _move_codebook(book: nn.Module, vectors_NE: torch.Tensor, index_N: torch.Tensor) -> None:
-    """Moving averages of the vectors of each code; a dead code restarts at a random vector of the batch."""
+    """Update the moving average of each code's vectors; a dead code restarts at a random vector of the batch."""
     size = book.codebook_size
     usage_K = torch.bincount(index_N, minlength=size).to(vectors_NE)
     sum_KE = torch.zeros_like(book.embed_sum).index_add_(0, index_N, vectors_NE)
     book.cluster_usage.lerp_(usage_K, 1 - EMA_DECAY)
     book.embed_sum.lerp_(sum_KE, 1 - EMA_DECAY)
     even = len(vectors_NE) / size
-    is_dead_K = book.cluster_usage < DEAD_SHARE * even
+    is_dead_K = book.cluster_usage < DEAD_FRACTION * even
     drawn_NE = vectors_NE[torch.randint(len(vectors_NE), (int(is_dead_K.sum()),), device=vectors_NE.device)]
     book.embed_sum[is_dead_K] = drawn_NE * even
     book.cluster_usage[is_dead_K] = even
@@ -151,14 +146,14 @@ def _move_codebook(book: nn.Module, vectors_NE: torch.Tensor, index_N: torch.Ten
 
 @torch.no_grad()
 def fit_codebooks(model: MimiModel, crops: list[torch.Tensor]) -> None:
-    """k-means codebooks, level after level, for a model that was warmed up without them; crops (B, 1, S) each."""
+    """Set the codebooks by k-means, level after level, after the warm-up; crops are (B, 1, S) each."""
     latents_BDT = torch.cat([model.encoder(audio_B1S).latents for audio_B1S in crops])
     for branch in _branches(model):
         residual_NE = branch.input_proj(latents_BDT).mT.flatten(0, 1)
         for layer in branch.layers:
             book = layer.codebook
             center_KE = _k_means(residual_NE, book.codebook_size)
-            # As if every code had been used evenly, at the rate of a training step.
+            # The state after even use at the rate of a training step.
             even = len(residual_NE) / len(crops) / book.codebook_size
             book.cluster_usage.fill_(even)
             book.embed_sum.copy_(center_KE * even)
@@ -167,7 +162,7 @@ def fit_codebooks(model: MimiModel, crops: list[torch.Tensor]) -> None:
 
 
 def _k_means(vectors_NE: torch.Tensor, k: int, steps: int = 20) -> torch.Tensor:
-    """Centers (K, E) of Lloyd's algorithm; an empty cluster restarts at a random vector."""
+    """Return the centers (K, E) of Lloyd's algorithm; an empty cluster restarts at a random vector."""
     center_KE = vectors_NE[torch.randperm(len(vectors_NE), device=vectors_NE.device)[:k]].clone()
     for _ in range(steps):
         index_N = torch.cdist(vectors_NE, center_KE).argmin(dim=1)
@@ -193,31 +188,26 @@ class MelMagnitude(nn.Module):
         return (self.mel(audio) * self.scale).clamp(min=MEL_FLOOR)
 
     def distances(self, decoded: torch.Tensor, original: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-mel distance of two signals (..., S) (mean absolute difference of natural logarithms), and their
-        spectral convergence (norm of the difference over the norm of the original)."""
+        """Return the log-mel distance (mean, natural logarithm) and the spectral convergence of signals (..., S)."""
         ours, theirs = self(decoded), self(original)
         convergence = torch.linalg.vector_norm(ours - theirs) / torch.linalg.vector_norm(theirs)
         return F.l1_loss(ours.log(), theirs.log()), convergence
 
 
 class SpectralLoss(nn.Module):
-    """Multi-resolution distance of two signals (B, 1, S), as in Parallel WaveGAN (arXiv 1910.11480, section 2.2):
-    log distance plus spectral convergence, here of mel bands."""
+    """Log-mel distance plus spectral convergence of signals (B, 1, S) at several resolutions (arXiv 1910.11480)."""
 
     def __init__(self, sample_rate_hz: int) -> None:
         super().__init__()
         self.scales = nn.ModuleList(MelMagnitude(sample_rate_hz, window, bands) for window, bands in RESOLUTIONS)
 
     def forward(self, decoded_B1S: torch.Tensor, original_B1S: torch.Tensor) -> torch.Tensor:
-        loss = decoded_B1S.new_zeros(())
-        for scale in self.scales:
-            log_distance, convergence = scale.distances(decoded_B1S, original_B1S)
-            loss = loss + log_distance + convergence
-        return loss / len(self.scales)
+        distances = [value for scale in self.scales for value in scale.distances(decoded_B1S, original_B1S)]
+        return sum(distances, decoded_B1S.new_zeros(())) / len(self.scales)
 
 
 def save_half(model: MimiModel, folder: Path) -> None:
-    """Save a codec in float16 storage with its feature extractor; the config has it loaded in float32."""
+    """Save a codec in float16 with its feature extractor, and a config that loads it in float32."""
     half = MimiModel(model.config)
     half.load_state_dict(model.state_dict())
     for book in codebooks(half):

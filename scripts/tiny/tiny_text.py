@@ -1,27 +1,22 @@
-"""Text of the tiny offline assets: word lists, a small sentence grammar, two-line stories and made-up words.
+"""Text of the tiny offline assets: word lists, a small grammar of sentences, stories and non-words.
 
-Everything here is written for this project. Each topic has its own people, actions, things and places, and a sentence
-stays inside one topic, so that even a small model can learn which words go together. All generators draw from a given
-`random.Random`, so the same seed gives the same text.
+Everything here was written for this project. Each topic has its own people, actions, things and places, and a sentence
+has one topic, so that a small model can learn which words go together. The same seed gives the same text.
 """
-
-from __future__ import annotations
 
 import random
 import re
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from typing import NamedTuple
 
-Token = tuple[str, str]  # (tag, words)
 
-
-@dataclass(frozen=True)
-class Speaker:
-    """An espeak-ng voice: accent plus variant, pitch 0..99, speed in words a minute."""
+class Speaker(NamedTuple):
+    """An espeak-ng voice."""
 
     name: str
-    voice: str
-    pitch: int
-    speed: int
+    voice: str  # accent and variant
+    pitch: int  # 0 to 99
+    speed: int  # words per minute
 
 
 SPEAKERS = (
@@ -36,21 +31,14 @@ SPEAKERS = (
 )
 
 
-@dataclass(frozen=True)
-class Topic:
-    """Words of one topic: people, past-tense transitive verbs, countable things, their adjectives, "prep place"."""
+class Topic(NamedTuple):
+    """Words of one topic."""
 
-    agents: tuple[str, ...]
-    verbs: tuple[str, ...]
-    objects: tuple[str, ...]
-    adjectives: tuple[str, ...]
-    places: tuple[tuple[str, str], ...]
-
-
-def _topic(line: str) -> Topic:
-    """Parses "agents | verbs | objects | adjectives | preposition place ..."."""
-    agents, verbs, objects, adjectives, places = (tuple(part.split()) for part in line.split("|"))
-    return Topic(agents, verbs, objects, adjectives, tuple(zip(places[::2], places[1::2], strict=True)))
+    agents: list[str]
+    verbs: list[str]  # in the past tense
+    objects: list[str]
+    adjectives: list[str]
+    places: list[tuple[str, str]]  # preposition and noun
 
 
 _TABLE = """
@@ -75,19 +63,12 @@ expensive woollen purple | in market near village beside fountain
 pilot scientist astronaut | observed recorded inspected reported | planet comet rocket satellite | \
 distant glowing enormous | in desert behind antenna near telescope
 """
-TOPICS = [_topic(line) for line in _TABLE.strip().splitlines()]
-PERSON_ADJECTIVES = (
-    "careful",
-    "cheerful",
-    "clever",
-    "curious",
-    "friendly",
-    "gentle",
-    "nervous",
-    "patient",
-    "sleepy",
-    "tired",
-)
+TOPICS = []
+for line in _TABLE.strip().splitlines():
+    _agents, _verbs, _objects, _adjectives, _places = (part.split() for part in line.split("|"))
+    _pairs = list(zip(_places[::2], _places[1::2], strict=True))
+    TOPICS.append(Topic(_agents, _verbs, _objects, _adjectives, _pairs))
+PERSON_ADJECTIVES = "careful cheerful clever curious friendly gentle nervous patient sleepy tired".split()
 NAMES = ("Amanda", "Benjamin", "Camilla", "Dominic", "Helena", "Martin", "Nicola", "Oliver")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TIMES = ("yesterday", "last summer", "after dinner", "every morning", "before midnight", "on Saturday")
@@ -98,93 +79,57 @@ SYNTACTIC_TYPES = tuple(WRONG_ORDERS)
 
 
 def article(word: str) -> str:
-    """The indefinite article in front of `word`."""
+    """Return the indefinite article for a word."""
     return "an" if word[0] in "aeiou" else "a"
 
 
-def render(tokens: list[Token]) -> str:
-    """Joins tagged tokens into a sentence with a capital letter and a full stop."""
-    text = " ".join(words for _, words in tokens)
+def render(words: list[str]) -> str:
+    """Join words into a sentence with a capital letter and a full stop."""
+    text = " ".join(words)
     return text[0].upper() + text[1:] + "."
 
 
 def words_of(text: str) -> list[str]:
-    """Lower-case words of a text, without punctuation."""
+    """Return the lower-case words of a text, without punctuation."""
     return re.findall(r"[a-z]+", text.lower())
 
 
-@dataclass
 class SentenceMaker:
-    """Draws sentences that have not been drawn before; `seen` is shared by corpus and benchmarks."""
+    """Generator of sentences, none of them twice, for the corpus and the benchmarks."""
 
-    rng: random.Random
-    seen: set[str] = field(default_factory=set)
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
+        self.seen: set[str] = set()
 
-    def _new(self, draw) -> list[Token]:
-        """Calls `draw` until it gives an unseen sentence."""
+    def _new(self, draw: Callable[[random.Random, Topic], list[str]]) -> list[str]:
+        """Draw until the sentence is a new one."""
         while True:
-            tokens = draw()
-            text = render(tokens)
+            words = draw(self.rng, self.rng.choice(TOPICS))
+            text = render(words)
             if text not in self.seen:
                 self.seen.add(text)
-                return tokens
+                return words
 
-    def plain(self) -> list[Token]:
-        """The basic sentence: the ADJ AGENT VERB the ADJ OBJECT PREP the PLACE."""
-
-        def draw() -> list[Token]:
-            rng, topic = self.rng, self.rng.choice(TOPICS)
-            preposition, place = rng.choice(topic.places)
-            return [
-                ("det", "the"),
-                ("adj", rng.choice(PERSON_ADJECTIVES)),
-                ("agent", rng.choice(topic.agents)),
-                ("verb", rng.choice(topic.verbs)),
-                ("object", f"the {rng.choice(topic.adjectives)} {rng.choice(topic.objects)}"),
-                ("prep", preposition),
-                ("place", f"the {place}"),
-            ]
-
-        return self._new(draw)
-
-    def varied(self) -> list[Token]:
-        """One of five other sentence shapes, as a single-tag token list."""
-
-        def draw() -> list[Token]:
-            rng, topic = self.rng, self.rng.choice(TOPICS)
-            first, second = rng.sample(topic.agents, 2)
-            thing, other = rng.sample(topic.objects, 2)
-            verb, verb2 = rng.sample(topic.verbs, 2)
-            adjective, adjective2 = rng.sample(topic.adjectives, 2)
-            preposition, place = rng.choice(topic.places)
-            shapes = (
-                f"{rng.choice(NAMES)} and the {first} {verb} the {thing} {rng.choice(TIMES)}",
-                f"{preposition} the {place}, the {first} {verb} {article(adjective)} {adjective} {thing}",
-                f"the {first} and the {second} {verb} the {adjective} {thing} {rng.choice(TIMES)}",
-                f"the {thing} {preposition} the {place} was {adjective} and {adjective2}",
-                f"the {first} {verb} the {thing}. Then the {first} {verb2} the {other}",
-            )
-            return [("clause", rng.choice(shapes))]
-
-        return self._new(draw)
+    def plain(self) -> list[str]:
+        """Return the seven parts of a basic sentence: the ADJ AGENT VERB the-ADJ-OBJECT PREP the-PLACE."""
+        return self._new(_plain)
 
     def corpus(self) -> str:
-        """A corpus sentence: half of them basic, half of other shapes."""
-        return render(self.plain() if self.rng.random() < 0.5 else self.varied())
+        """Return a corpus sentence: half of them are basic, half have other shapes."""
+        return render(self.plain() if self.rng.random() < 0.5 else self._new(_varied))
 
     def halves(self) -> tuple[str, str]:
-        """A new basic sentence cut after its verb."""
-        tokens = self.plain()
-        first = render(tokens[:4])[:-1]
-        return first, " ".join(words for _, words in tokens[4:]) + "."
+        """Return a new basic sentence cut after its verb."""
+        words = self.plain()
+        return render(words[:4])[:-1], " ".join(words[4:]) + "."
 
     def order_pair(self, kind: str) -> tuple[str, str]:
-        """A new basic sentence and the same words in a wrong order (see WRONG_ORDERS)."""
-        tokens = self.plain()
-        return render(tokens), render([tokens[i] for i in WRONG_ORDERS[kind]])
+        """Return a new basic sentence and the same words in a wrong order (see WRONG_ORDERS)."""
+        words = self.plain()
+        return render(words), render([words[i] for i in WRONG_ORDERS[kind]])
 
     def story(self) -> tuple[str, str, str]:
-        """A story of two sentences, an ending inside its topic, and an ending from another topic."""
+        """Return a story of two sentences, an ending with its topic, and an ending with another topic."""
         while True:
             rng = self.rng
             topic = rng.choice(TOPICS)
@@ -199,25 +144,49 @@ class SentenceMaker:
                 continue
             self.seen.add(story)
             away = rng.choice([other_topic for other_topic in TOPICS if other_topic is not topic])
-            unrelated = f"In the end, the {rng.choice(away.agents)} {rng.choice(away.verbs)} "
-            unrelated += f"the {rng.choice(away.objects)}."
+            words = rng.choice(away.agents), rng.choice(away.verbs), rng.choice(away.objects)
+            unrelated = "In the end, the {} {} the {}.".format(*words)
             return story, f"In the end, the {agent} {verb3} the {third}.", unrelated
 
 
+def _plain(rng: random.Random, topic: Topic) -> list[str]:
+    preposition, place = rng.choice(topic.places)
+    words = [rng.choice(choices) for choices in (PERSON_ADJECTIVES, topic.agents, topic.verbs)]
+    thing = f"the {rng.choice(topic.adjectives)} {rng.choice(topic.objects)}"
+    return ["the", *words, thing, preposition, f"the {place}"]
+
+
+def _varied(rng: random.Random, topic: Topic) -> list[str]:
+    """Draw one of five other shapes, as one part."""
+    first, second = rng.sample(topic.agents, 2)
+    thing, other = rng.sample(topic.objects, 2)
+    verb, verb2 = rng.sample(topic.verbs, 2)
+    adjective, adjective2 = rng.sample(topic.adjectives, 2)
+    preposition, place = rng.choice(topic.places)
+    shapes = (
+        f"{rng.choice(NAMES)} and the {first} {verb} the {thing} {rng.choice(TIMES)}",
+        f"{preposition} the {place}, the {first} {verb} {article(adjective)} {adjective} {thing}",
+        f"the {first} and the {second} {verb} the {adjective} {thing} {rng.choice(TIMES)}",
+        f"the {thing} {preposition} the {place} was {adjective} and {adjective2}",
+        f"the {first} {verb} the {thing}. Then the {first} {verb2} the {other}",
+    )
+    return [rng.choice(shapes)]
+
+
 def syllables(word: str) -> int:
-    """Rough syllable count: vowel groups, less a silent final e or ed."""
+    """Estimate the number of syllables: groups of vowels without a silent final e or ed."""
     stem = re.sub(r"(?<=[^aeioutdl])ed$", "", word)
     stem = re.sub(r"(?<=[^aeioul])e$", "", stem)
     return len(re.findall(r"[aeiouy]+", stem))
 
 
-# Non-words that happen to be real words or names, or sound like one.
+# Non-words that are real words or names, or sound like one.
 BANNED = {"ravage", "emory", "ganger", "calious", "neager", "clozer", "gudger", "softed", "tinger", "parkit", "goble"}
 BANNED |= {"mormer", "nasty", "vested", "middle", "copious", "gitler", "sodger", "minger", "linger", "bitter", "warden"}
 
 
 def _changeable(word: str) -> list[int]:
-    """Positions where a letter can change and the word stays pronounceable: single vowels and single consonants."""
+    """Return the positions of single vowels and single consonants, which can change in a pronounceable word."""
     vowels = "aeiouy"
     places = []
     for i, letter in enumerate(word):
@@ -231,11 +200,8 @@ def _changeable(word: str) -> list[int]:
 
 
 def non_word(word: str, rng: random.Random, vocabulary: set[str]) -> str | None:
-    """A pronounceable made-up word that differs from `word` in exactly two letters, or None if there is no room.
-
-    Vowels become vowels and consonants become consonants, so the made-up word keeps the shape and length of the word.
-    """
-    # The ending carries inflection (watered, painted): changing it would mark the non-word by form alone.
+    """Return a pronounceable non-word that differs from a word in two vowels or consonants, or None."""
+    # A changed ending (watered, painted) would mark the non-word by its form alone.
     limit = len(word) - 2 if word.endswith(("ed", "er", "or")) else len(word)
     places = [i for i in _changeable(word) if i < limit]
     if len(places) < 2:
@@ -249,50 +215,3 @@ def non_word(word: str, rng: random.Random, vocabulary: set[str]) -> str | None:
         if made not in vocabulary and made not in BANNED:
             return made
     return None
-
-
-# Filled in by `str.format`; sizes are in MB.
-README = """# Tiny offline assets
-
-A small stand-in for the full data, codec and base model: enough to run encoding, training, evaluation and generation
-on a laptop without a network. Scores on it say whether the code works, not how good a full model is.
-
-    {command}
-
-builds the folder again from fixed seeds (`espeak-ng` must be installed). Built with
-{versions}.
-
-| part | what | size |
-|---|---|---|
-| `corpus/` | {train_clips} training clips ({train_minutes:.1f} min, 4 shards) and {validation_clips} validation clips \
-({validation_minutes:.1f} min, other sentences) | {corpus:.1f} MB |
-| `words/` | the ten digits said alone, {words} clips a take: {takes} takes for training, one held out \
-| {words_mb:.1f} MB |
-| `mimi/` | codec in the Mimi architecture, 24 kHz, 12.5 frames/s, 8 levels of 256 codes, trained on `corpus/` by \
-`scripts/tiny/train_tiny_codec.py`: how in `mimi/training.json`, how good in `mimi/README.md` | {mimi:.1f} MB |
-| `recogniser/` `speaker_encoder/` | `Wav2Vec2ForCTC` and `WavLMForXVector` that know words and voices of `corpus/`, \
-trained on it by `scripts/tiny/train_tiny_listeners.py`: how well they hear in `recogniser/README.md` \
-| {recogniser:.1f} + {speaker_encoder:.1f} MB |
-| `llama/` | Llama configuration without weights, byte-level BPE tokenizer of 512 entries | {llama:.2f} MB |
-| `benchmarks/` | SALMon speaker consistency ({speaker_pairs} pairs), sLM21 lexical and syntactic, StoryCloze \
-({pairs} pairs each) | {benchmarks:.1f} MB |
-| `prompt.wav` | the beginning of a sentence that is in no other part, 16-bit PCM, 24 kHz | {prompt:.2f} MB |
-
-Clips are Ogg Opus, 24 kHz mono, about 22 kbit/s (StoryCloze 16). Corpus columns: `id`, `audio` (bytes, path),
-`text`, `speaker`, `duration` in seconds.
-
-The two clips of a speaker-consistency or StoryCloze pair share their opening before compression; Opus may code it a
-little differently in the two files. The negative of a StoryCloze pair has an ending from another topic. `frequency` in
-`sLM21/lexical/dev/gold.csv` counts the word (for a non-word, its partner) in the training text.
-
-## Speakers
-
-| name | espeak-ng voice | pitch (`-p`) | words/min (`-s`) |
-|---|---|---|---|
-{voices}
-
-## Licence
-
-Speech synthesised with espeak-ng; the text was written for this project. Distributed under the project's BSD-3-Clause
-licence.
-"""

@@ -1,0 +1,320 @@
+"""Methods to train at one shape, each measured in its own process; see bench_train.py and bench_hierarchical.py."""
+
+import dataclasses
+import itertools
+import os
+import resource
+import time
+from collections.abc import Callable, Iterator
+from copy import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llama_mimi.train import Trainer  # first, as TorchTitan looks for its device when it is imported
+
+# isort: split
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+from measuring import DEVICE
+from simulated import random_clips, speech_lengths, write_codes
+from torchtitan.components.loss import build_cross_entropy_loss
+from torchtitan.components.optimizer import build_optimizers
+from torchtitan.models.llama3 import Transformer, TransformerModelArgs, parallelize_llama
+from torchtitan.protocols.train_spec import get_train_spec, register_train_spec
+from transformers import CsmForConditionalGeneration, LlamaForCausalLM, MimiConfig
+
+from llama_mimi.checkpoint.csm import csm_config
+from llama_mimi.checkpoint.huggingface import hf_config
+from llama_mimi.checkpoint.stand_ins import LLAMA_3_VOCABULARY, write_tokenizer
+from llama_mimi.common.command_line import to_cli_args
+from llama_mimi.model.architectures import build_model
+from llama_mimi.model.cross_entropy import audio_targets, cross_entropy, pending_logits
+from llama_mimi.model.llama import FLAVORS, LLAMA_3_2_ROPE, LlamaMimiArgs, depth_args
+from llama_mimi.tokens.tokenizer import IGNORE_INDEX
+from llama_mimi.tokens.vocabulary import AudioVocabulary
+from llama_mimi.train_spec import build_speech_tokenizer
+from llama_mimi.training.config_file import parse_config
+
+NUM_QUANTIZERS = 4
+LOSS_POSITIONS = {"cpu": 4096, "cuda": 32_768}[DEVICE]
+WARM_UP = {"cpu": 2, "cuda": 5}[DEVICE]  # steps, for compilation and allocations
+# The environment of a rank of torchrun.
+ONE_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+Step = Callable[[], tuple[int, int]]  # returns the useful tokens and the positions of a step
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model and its batches; ``seconds_per_clip`` is the mean of simulated lengths."""
+
+    args: LlamaMimiArgs
+    text_entries: int
+    codebook_size: int
+    seq_len: int
+    batch_size: int
+    seconds_per_clip: float
+    steps: int
+
+
+MID = LlamaMimiArgs(
+    dim=512,
+    n_layers=8,
+    n_heads=8,
+    n_kv_heads=4,
+    multiple_of=64,
+    rope_theta=500000,
+    rope_scaling_args=LLAMA_3_2_ROPE,
+    enable_weight_tying=True,
+    depth=depth_args(dim=256, n_layers=2, n_heads=4, n_kv_heads=1, ffn_dim=2048),
+)
+SHAPES = {
+    "tiny": Shape(FLAVORS["tiny"], 512, 256, 256, 8, 3.3, 20),
+    "mid": Shape(MID, 512, 2048, 1024, 2, 13.4, 6),
+    "1B": Shape(FLAVORS["1B"], LLAMA_3_VOCABULARY, 2048, 1024, 16, 13.4, 20),
+    "8B": Shape(FLAVORS["8B"], LLAMA_3_VOCABULARY, 2048, 1024, 4, 13.4, 20),
+}
+PLAIN, UNMASKED, STOCK, OURS = "plain loop", "plain loop without its mask", "TorchTitan's Llama 3", "this trainer"
+PLAIN_CSM, OURS_CSM = "plain loop over CSM", "this trainer, hierarchical"
+
+
+def write_stand_ins(shape: str, folder: Path) -> None:
+    """Write a tokenizer, a codec without weights, and codes of simulated lengths."""
+    own = SHAPES[shape]
+    write_tokenizer(folder / "llama", own.text_entries)
+    codec = MimiConfig(codebook_size=own.codebook_size)
+    codec.save_pretrained(folder / "mimi")
+    (folder / "mimi" / "model.safetensors").touch()  # codes need only the codec's name and hash
+    frames = np.maximum(1, (speech_lengths(2048) * (own.seconds_per_clip / 13.4)).astype(int))
+    write_codes(folder / "codes", str(folder / "mimi"), [random_clips(frames, codec)])
+
+
+def measure_training(
+    shape: str, folder: str, method: str, flags: str, num_layers: int, profile: str | None = None
+) -> Any:
+    """Return useful tokens/s and peak memory of one method; None if the memory is not enough."""
+    os.environ.update(ONE_RANK)
+    FLAVORS[shape] = args = copy(SHAPES[shape].args)
+    args.n_layers, args.vocab_size = num_layers, SHAPES[shape].text_entries
+    hf_config(args).save_pretrained(Path(folder) / "llama")
+    job_config = parse_config([*training_flags(shape, Path(folder), method), *flags.split()])
+    build_step = {OURS: trainer, OURS_CSM: trainer, STOCK: trainer, PLAIN_CSM: csm_loop}.get(method, llama_loop)
+    try:
+        step = build_step(job_config, method)
+        for _ in range(WARM_UP):
+            step()
+        start = synchronized_time()
+        useful, positions = np.sum([step() for _ in range(SHAPES[shape].steps)], axis=0).tolist()
+        taken = synchronized_time() - start
+        if profile:
+            write_profile(step, Path(profile))
+    except torch.OutOfMemoryError:
+        return None
+    return {
+        "useful_tokens_per_s": useful / taken,
+        "useful_fraction": useful / positions,
+        "flops_per_token": model_flops(job_config),
+        "peak_memory_bytes": memory_bytes(),
+    }
+
+
+def training_flags(shape: str, folder: Path, method: str) -> list[str]:
+    own, is_csm = SHAPES[shape], method in (PLAIN_CSM, OURS_CSM)
+    flags = {
+        "job.config_file": "config/tiny.toml",
+        "job.dump_folder": folder / f"run-{os.getpid()}",
+        "model.flavor": shape,
+        "model.architecture": "hierarchical" if is_csm else "flattened",
+        "model.hf_assets_path": folder / "llama",
+        "codec.name": folder / "mimi",
+        "codec.num_quantizers": NUM_QUANTIZERS,
+        "data.packing": "pack" if method in (OURS, OURS_CSM) else "pad",
+        "data.max_audio_seconds": 20.0,
+        "training.dataset": folder / "codes",
+        "training.local_batch_size": own.batch_size,
+        "training.seq_len": own.seq_len // (NUM_QUANTIZERS if is_csm else 1),  # the same audio per row
+        "training.mixed_precision_param": "bfloat16" if DEVICE == "cuda" else "float32",
+        "training.dataloader.num_workers": int(DEVICE == "cuda"),  # as in the large configs
+        "metrics.log_freq": 1_000_000,
+        "validation.enable": False,
+        "checkpoint.enable": False,
+        "metrics.enable_tensorboard": False,
+    }
+    return to_cli_args(flags)
+
+
+def trainer(job_config: Any, method: str) -> Step:
+    """Return a step of TorchTitan's trainer, with this project's train spec or with the stock model and loss."""
+    if method == STOCK:
+        register_stock(job_config)
+    built = Trainer(job_config)
+    counts = [0, 0]
+
+    def counted() -> Iterator[Any]:
+        for batch in built.batch_generator(built.dataloader):
+            counts[0] += int((batch[1] != IGNORE_INDEX).sum())
+            counts[1] += batch[1].numel()
+            yield batch
+
+    batches = counted()
+
+    def step() -> tuple[int, int]:
+        counts[:] = 0, 0
+        built.step += 1
+        built.train_step(batches)
+        return counts[0], counts[1]
+
+    return step
+
+
+def register_stock(job_config: Any) -> None:
+    """Register TorchTitan's own Llama 3, which has no tied embeddings, and its loss, on this project's batches."""
+    flavor = job_config.model.flavor
+    values = vars(FLAVORS[flavor]) | {"vocab_size": build_speech_tokenizer(job_config).vocabulary.size}
+    names = {field.name for field in dataclasses.fields(TransformerModelArgs)}
+    stock = TransformerModelArgs(**{name: value for name, value in values.items() if name in names})
+    spec = dataclasses.replace(
+        get_train_spec("llama_mimi"),
+        model_cls=Transformer,
+        model_args={flavor: stock},
+        parallelize_fn=parallelize_llama,
+        build_tokenizer_fn=build_speech_tokenizer,  # without the checks of a run
+        build_optimizers_fn=build_optimizers,
+        build_loss_fn=build_cross_entropy_loss,
+        build_metrics_processor_fn=None,
+        state_dict_adapter=None,
+    )
+    register_train_spec("stock", spec)
+    job_config.model.name = "stock"
+
+
+def llama_loop(job_config: Any, method: str) -> Step:
+    """Return a step of `LlamaForCausalLM` with one clip per row, and padding with or without its mask."""
+    tokenizer = build_speech_tokenizer(job_config)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(hf_config(model_args(job_config))).to(DEVICE)
+    clips = clips_in_order(job_config)
+    B, L = job_config.training.local_batch_size, job_config.training.seq_len
+
+    def loss() -> tuple[torch.Tensor, int, int]:
+        inputs_BL = torch.zeros(B, L, dtype=torch.long)
+        labels_BL = torch.full((B, L), IGNORE_INDEX)
+        for row in range(B):
+            ids_L = tokenizer.encode(torch.from_numpy(next(clips)), is_cut=False)[:L]
+            inputs_BL[row, : len(ids_L)] = ids_L
+            labels_BL[row, 2 : len(ids_L)] = ids_L[2:]
+        mask_BL = (torch.arange(L) < (labels_BL != IGNORE_INDEX).sum(dim=1, keepdim=True) + 2).long().to(DEVICE)
+        inputs = {"input_ids": inputs_BL.to(DEVICE), "attention_mask": None if method == UNMASKED else mask_BL}
+        output = model(**inputs, labels=labels_BL.to(DEVICE), use_cache=False)
+        return output.loss, int((labels_BL != IGNORE_INDEX).sum()), labels_BL.numel()
+
+    return plain_step(list(model.parameters()), loss)
+
+
+def csm_loop(job_config: Any, method: str) -> Step:
+    """Return a step of `CsmForConditionalGeneration` with its own loss, one clip per row, and padding with its mask."""
+    tokenizer = build_speech_tokenizer(job_config)
+    args = model_args(job_config)
+    torch.manual_seed(0)
+    model = CsmForConditionalGeneration(csm_config(args, codec=job_config.codec.name)).to(DEVICE)
+    clips = clips_in_order(job_config)
+    B, L, K = job_config.training.local_batch_size, job_config.training.seq_len, args.codebook_size
+    prefix = torch.tensor(tokenizer.prefix_ids())
+    P = len(prefix)
+
+    def loss() -> tuple[torch.Tensor, int, int]:
+        labels_BLQ = torch.full((B, L, NUM_QUANTIZERS), IGNORE_INDEX)
+        for row in range(B):
+            frames_TQ = torch.from_numpy(next(clips).astype(np.int64))
+            frames_TQ = torch.cat([frames_TQ, torch.full((1, NUM_QUANTIZERS), K)])[: L - P]
+            labels_BLQ[row, P : P + len(frames_TQ)] = frames_TQ
+        labels_BLQ = labels_BLQ.to(DEVICE)
+        is_frame_BL = labels_BLQ[..., 0] != IGNORE_INDEX
+        mask_BL = is_frame_BL.long()
+        mask_BL[:, :P] = 1
+        embedded_BLD = model.backbone_model.embed_tokens(labels_BLQ.clamp(min=0))
+        text_BPD = model.embed_text_tokens(prefix.to(DEVICE)).expand(B, -1, -1)
+        inputs_BLD = torch.cat([text_BPD, embedded_BLD[:, P:]], dim=1)
+        output = model(inputs_embeds=inputs_BLD, attention_mask=mask_BL, labels=labels_BLQ, use_cache=False)
+        return output.loss, int(is_frame_BL.sum()) * NUM_QUANTIZERS, labels_BLQ.numel()
+
+    return plain_step([weight for name, weight in model.named_parameters() if "codec_model." not in name], loss)
+
+
+def plain_step(weights: list[torch.Tensor], loss: Callable[[], tuple[torch.Tensor, int, int]]) -> Step:
+    """Return a step of AdamW."""
+    optimizer = torch.optim.AdamW(weights, lr=3e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+
+    def step() -> tuple[int, int]:
+        optimizer.zero_grad()
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"):
+            value, *counts = loss()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        return counts[0], counts[1]
+
+    return step
+
+
+def clips_in_order(job_config: Any) -> Iterator[np.ndarray]:
+    """Yield the codes of clips, shuffled once, without end."""
+    table = pq.read_table(f"{job_config.training.dataset}/shard-000000.parquet", columns=["codes"])
+    codes = [np.stack(clip)[:, :NUM_QUANTIZERS] for clip in table["codes"].to_numpy()]
+    return (codes[index] for index in itertools.cycle(np.random.default_rng(0).permutation(len(codes))))
+
+
+def model_args(job_config: Any) -> LlamaMimiArgs:
+    """Return the model of a job, with its own vocabulary."""
+    args = copy(FLAVORS[job_config.model.flavor])
+    args.update_from_config(job_config)
+    return args
+
+
+def model_flops(job_config: Any) -> float:
+    """Return the training FLOPs of a token."""
+    args = model_args(job_config)
+    with torch.device("meta"):
+        return args.get_nparams_and_flops(build_model(args), job_config.training.seq_len)[1]
+
+
+def measure_loss(method: str) -> dict[str, float]:
+    """Return the memory of the loss, forward and backward."""
+    N, dtype = LOSS_POSITIONS, torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    hidden_BLD = torch.randn(1, N, 2048, device=DEVICE, dtype=dtype, requires_grad=True)
+    weight_VD = torch.empty(136_450, 2048, device=DEVICE, dtype=dtype).normal_(std=0.02).requires_grad_()
+    targets_N = torch.randint(128_256, 128_256 + 4 * 2048, (N,), device=DEVICE)
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    before = memory_bytes()
+    if method == "in chunks":
+        targets = audio_targets(targets_N, AudioVocabulary(128_256, 2048, 4))
+        loss, *_ = cross_entropy(pending_logits(hidden_BLD, weight_VD), targets, torch.ones(N, device=DEVICE))
+    else:
+        loss = F.cross_entropy(F.linear(hidden_BLD, weight_VD).flatten(0, 1).float(), targets_N, reduction="sum")
+    loss.backward()
+    return {"bytes": memory_bytes() - before}
+
+
+def write_profile(step: Step, path: Path) -> None:
+    with torch.profiler.profile() as profiler:
+        for _ in range(3):
+            step()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(profiler.key_averages().table(sort_by=f"self_{DEVICE}_time_total", row_limit=40))
+
+
+def synchronized_time() -> float:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def memory_bytes() -> int:
+    """Return the peak memory of this process, on the GPU or resident on a CPU."""
+    if DEVICE == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
