@@ -1,6 +1,6 @@
 """The trainer in a rank of torchrun, with a record of the clips of every step for scripts/benchmarks/kill_runs.py.
 
-Each step adds a line of JSON to ``$AUDIT-<rank>.jsonl``: its number, and [row group, row, first frame, end] of each
+Each step adds a line of JSON to ``$AUDIT-<rank>.jsonl``: its number, and [unit, row, first frame, end] of each
 piece of a clip in its batches.
 """
 
@@ -14,38 +14,30 @@ from llama_mimi import train  # first: it decides on the device before anything 
 # isort: split
 from torchtitan.train import Trainer
 
-from llama_mimi.data.clip_readers import SkippedClip
+from llama_mimi.corpora.clips import SkippedClip
 from llama_mimi.corpora.code_shards import CodedClip
 from llama_mimi.data.dataloader import SpeechDataLoader
 from llama_mimi.data.order import ClipRef
 
-clips, use_up, use_frames = SpeechDataLoader._clips, SpeechDataLoader._use_up, SpeechDataLoader._use_frames
+clips, advance = SpeechDataLoader._clips, SpeechDataLoader._advance
 train_step = Trainer.train_step
 pieces: list[list[int]] = []
-current: dict[str, int] = {}  # row group, row and length of the clip in use, and its frames used so far
+current: dict[str, int] = {}  # unit, row and length of the clip in use, and its frames used so far
 
 
 def audited_clips(self: SpeechDataLoader) -> Iterator[tuple[ClipRef, CodedClip | SkippedClip]]:
     for ref, clip in clips(self):
         assert isinstance(clip, CodedClip), "the corpus has no bad clips"
-        current.update(group=ref.group, row=ref.row, length=len(clip.codes_TQ), used=ref.frame)
+        current.update(unit=ref.unit, row=ref.row, length=len(clip.codes_TQ), used=ref.frame)
         yield ref, clip
 
 
-def note(frames: int) -> None:
-    if frames > current["used"]:
-        pieces.append([current["group"], current["row"], current["used"], frames])
-        current["used"] = frames
-
-
-def audited_use_up(self: SpeechDataLoader, ref: ClipRef) -> None:
-    note(current["length"])
-    use_up(self, ref)
-
-
-def audited_use_frames(self: SpeechDataLoader, frames: int) -> None:
-    note(frames)
-    use_frames(self, frames)
+def audited_advance(self: SpeechDataLoader, ref: ClipRef, frame: int | None = None) -> None:
+    end = current["length"] if frame is None else frame
+    if end > current["used"]:
+        pieces.append([current["unit"], current["row"], current["used"], end])
+        current["used"] = end
+    advance(self, ref, frame)
 
 
 def audited_step(self: Trainer, data_iterator: Iterator[Any]) -> None:
@@ -66,8 +58,8 @@ def audited_step(self: Trainer, data_iterator: Iterator[Any]) -> None:
 
 
 if __name__ == "__main__":
-    for name in ("clips", "use_up", "use_frames"):
-        setattr(SpeechDataLoader, f"_{name}", globals()[f"audited_{name}"])
+    for name, replacement in (("_clips", audited_clips), ("_advance", audited_advance)):
+        setattr(SpeechDataLoader, name, replacement)
     Trainer.train_step = audited_step
     with open(f"{os.environ['AUDIT']}-{os.environ['RANK']}.jsonl", "w") as audit:
         train.main()

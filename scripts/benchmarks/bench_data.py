@@ -30,14 +30,13 @@ from simulated import STORED_LEVELS, random_clips, speech_lengths, write_codes
 from llama_mimi.audio.mimi import DTYPES, MimiCodec, load_codec_config, whole_frames
 from llama_mimi.common.command_line import run_command
 from llama_mimi.common.errors import UserError
-from llama_mimi.data.clip_readers import AudioClip, AudioReader, CodeReader
-from llama_mimi.data.code_store import CodeCorpus
-from llama_mimi.data.code_writer import TokenizationOptions
-from llama_mimi.data.corpora import open_corpus
+from llama_mimi.corpora.clips import AudioClip, AudioReader
+from llama_mimi.corpora.code_shards import CodeCorpus
+from llama_mimi.corpora.sources import open_source
+from llama_mimi.corpora.tokenize import TokenizationOptions, tokenize_corpus
 from llama_mimi.data.dataloader import SpeechDataLoader
-from llama_mimi.data.order import ClipRef, ShuffledOrder
+from llama_mimi.data.order import ShuffledOrder
 from llama_mimi.data.packing import BatchPacker
-from llama_mimi.data.tokenization import tokenize_corpus
 from llama_mimi.tokens.tokenizer import IGNORE_INDEX, SpeechTokenizer, load_speech_tokenizer
 from llama_mimi.tokens.vocabulary import text_from_codes
 
@@ -78,7 +77,7 @@ def bench_data(flags: DataFlags) -> None:
 
 def audio_reader(corpus: str, codec: MimiCodec) -> AudioReader:
     return AudioReader(
-        open_corpus(corpus, None, "audio", None),
+        open_source(corpus, None, "audio", None),
         sample_rate_hz=codec.sample_rate_hz,
         frame_size=codec.frame_size,
         max_frames=whole_frames(20, codec.config),
@@ -87,40 +86,32 @@ def audio_reader(corpus: str, codec: MimiCodec) -> AudioReader:
 
 def read_clips(reader: AudioReader, limit: int) -> Iterator[AudioClip]:
     """Yield the first clips of a corpus."""
-    for group, num_rows in enumerate(reader.corpus.rows_per_group.tolist()):
-        rows = reader.corpus.read_group(group)
-        for row in range(min(num_rows, limit)):
-            (clip,) = reader.clips(rows, ClipRef(0, group, group, row, 0))
-            if not isinstance(clip, AudioClip):
-                raise UserError(
-                    f"row {row} of row group {group} of '{reader.corpus.name}' is unusable; choose another corpus"
-                )
-            yield clip
-        limit -= num_rows
-        if limit <= 0:
-            return
+    rows = (row for unit in range(len(reader.source.units)) for row in reader.source.rows(unit))
+    for row in itertools.islice(rows, limit):
+        (clip,) = reader.clips(row)
+        if not isinstance(clip, AudioClip):
+            raise UserError(f"{clip.message}; choose another corpus")
+        yield clip
 
 
 def fetch(reader: AudioReader, seconds: float) -> float:
     """Return the rate of reading the bytes of all rows, and of the files that rows name."""
     start = time.perf_counter()
-    for group in range(len(reader.corpus.rows_per_group)):
-        for row in reader.corpus.read_group(group).to_pylist():
-            source = row["audio"]["bytes"] or reader.corpus.open_path(row["audio"]["path"], group)
-            if isinstance(source, str):
-                Path(source).read_bytes()
+    for unit in range(len(reader.source.units)):
+        for row in reader.source.rows(unit):
+            if isinstance(row["audio"], str):
+                Path(row["audio"]).read_bytes()
     return seconds / (time.perf_counter() - start)
 
 
-def code_reader(flags: DataFlags, corpus: str) -> CodeReader:
+def code_reader(flags: DataFlags, corpus: str) -> CodeCorpus:
     max_frames = whole_frames(20, load_codec_config(flags.codec, flags.num_quantizers))
-    codes = CodeCorpus(corpus, flags.codec, flags.num_quantizers, with_text=False)
-    return CodeReader(codes, max_frames=max_frames, with_text=False)
+    return CodeCorpus(corpus, flags.codec, flags.num_quantizers, max_frames=max_frames)
 
 
 def loader(
     flags: DataFlags,
-    reader: AudioReader | CodeReader,
+    reader: AudioReader | CodeCorpus,
     batch_size: int,
     codec: MimiCodec | None = None,
     *,
@@ -129,14 +120,9 @@ def loader(
     tokenizer = flags.speech_tokenizer()
     return SpeechDataLoader(
         [reader],
-        ShuffledOrder([reader.corpus], [1.0], dp_rank=0, dp_world_size=1, shuffle_window=4096, seed=0),
+        ShuffledOrder([reader], [1.0], dp_rank=0, dp_world_size=1, shuffle_window=4096, seed=0),
         BatchPacker(tokenizer, batch_size, flags.seq_len, is_packed=is_packed, has_positions=is_packed),
         codec,
-        dp_rank=0,
-        dp_world_size=1,
-        dataset=flags.corpus,
-        chunk_size=8 if codec else 32,
-        max_skip_fraction=0.0,
         workers={},
     )
 
@@ -195,7 +181,7 @@ def encode(codec: MimiCodec, clips: list[AudioClip], batch_size: int) -> float:
 def until_read(batches: SpeechDataLoader, num_clips: int) -> Iterator[Any]:
     for batch in batches:
         yield batch
-        if batches.num_read >= num_clips:
+        if batches._meter.num_clips >= num_clips:
             return
 
 
@@ -291,7 +277,7 @@ def probe(corpus_of_codes: str, **values: Any) -> dict[str, float]:
     for _ in range(300):
         next(iterator)
     return {
-        "clips": int(reader.corpus.rows_per_group.sum()),
+        "clips": int(reader.rows_per_unit.sum()),
         "start_s": start_s,
         "before_mb": before_mb,
         "peak_mb": peak_mb(),

@@ -324,19 +324,19 @@ def frames_of_position(run: Path, codes: Path) -> Counter[Frame]:
     cursors = [Position.from_json(position).cursors[0] for position in ranks]
     config = json.loads((run / "job_config.json").read_text())
     corpus = CodeCorpus(str(codes), CODEC, config["codec"]["num_quantizers"], with_text=False)
-    order = CorpusOrder(corpus.rows_per_group, config["data"]["shuffle_window"], config["debug"]["seed"])
+    order = CorpusOrder(corpus.rows_per_unit, config["data"]["shuffle_window"], config["debug"]["seed"])
     max_frames = whole_frames(config["data"]["max_audio_seconds"], load_codec_config(CODEC, 1))
     end = max(cursor.next_window for cursor in cursors)
     left = {window: (0, 0) for c in cursors for window in range(c.next_window, end, len(cursors))}
     left |= {begun.window: (begun.rows_used, begun.frames_used) for cursor in cursors for begun in cursor.begun}
-    lengths = [[len(corpus.read_group(g).codes(row)) for row in range(n)] for g, n in enumerate(corpus.rows_per_group)]
+    lengths = [[len(row["codes"]) for row in corpus.read(unit)] for unit in range(len(corpus.rows_per_unit))]
     frames: Counter[Frame] = Counter()
     for window in range(end):
-        num_rows, first_frame = left.get(window, (order.num_rows(window), 0))
+        num_rows, first_frame = left.get(window, (len(order.rows(window)), 0))
         for index in range(num_rows + (first_frame > 0)):
-            group, row = order.row(window, index)
-            stop = first_frame if index == num_rows else min(lengths[group][row], max_frames)
-            frames.update((group, row, frame) for frame in range(stop))
+            unit, row = order.rows(window)[index].tolist()
+            stop = first_frame if index == num_rows else min(lengths[unit][row], max_frames)
+            frames.update((unit, row, frame) for frame in range(stop))
     return frames
 
 

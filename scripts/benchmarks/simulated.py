@@ -9,8 +9,7 @@ import numpy as np
 from transformers import MimiConfig
 
 from llama_mimi.audio.mimi import codec_hash, load_codec_config
-from llama_mimi.corpora.code_shards import CLIPS_PER_GROUP, FORMAT, MANIFEST, CodedClip, shard_bytes
-from llama_mimi.data.code_writer import by_second
+from llama_mimi.corpora.code_shards import CLIPS_PER_GROUP, FORMAT, MANIFEST, CodedClip, by_second, shard_bytes
 
 STORED_LEVELS = 8
 
@@ -56,7 +55,7 @@ def write_codes(folder: Path, codec: str, shards: Sequence[list[CodedClip]]) -> 
         "columns": columns,
         "clips_per_group": CLIPS_PER_GROUP,
         "clips": sum(map(len, shards)),
-        "by_second": by_second([clip for clips in shards for clip in clips]),
+        "by_second": by_second(np.array([clip.seconds for clips in shards for clip in clips])),
         "shards": [
             {"file": path.name, "clips": len(clips), "bytes": path.stat().st_size}
             for path, clips in zip(paths, shards, strict=True)

@@ -7,6 +7,7 @@ The same command continues a run that was stopped. `--output_dir` gets `codec/` 
 float16) and `checkpoint.pt` (the whole state).
 """
 
+import dataclasses
 import itertools
 import json
 import math
@@ -26,10 +27,10 @@ from torch.nn.functional import l1_loss, pad
 from llama_mimi.common.command_line import run_command
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.versions import versions
-from llama_mimi.data.clip_readers import AudioClip, AudioReader, Clip, SkippedClip
-from llama_mimi.data.clips import ClipStream
-from llama_mimi.data.corpora import open_corpus
-from llama_mimi.data.order import Position, RowsInOrder, ShuffledOrder
+from llama_mimi.corpora.clips import AudioClip, AudioReader, SkippedClip
+from llama_mimi.corpora.sources import open_source
+from llama_mimi.data.dataloader import Clip, ClipStream
+from llama_mimi.data.order import ClipRef, Position, RowsInOrder, ShuffledOrder
 
 CROP_FRAMES = 12  # 0.96 s
 WARMUP_FRACTION = 0.4  # of all steps, without quantization
@@ -81,9 +82,7 @@ class CodecRun:
         self.config = config = tiny.tiny_mimi_config(flags.codebook_size)
         self.crop_size = CROP_FRAMES * config.frame_size
         reader = self._open(flags.corpus, max_seconds=20.0)
-        self.order = ShuffledOrder(
-            [reader.corpus], [1.0], dp_rank=0, dp_world_size=1, shuffle_window=1024, seed=flags.seed
-        )
+        self.order = ShuffledOrder([reader], [1.0], 0, 1, 1024, flags.seed)
         self.stream = ClipStream([reader], self.order, flags.batch_size)
         self.held_out = self._held_out_clips()
         self.starts: list[dict[str, Any]] = []  # step and commit of each start
@@ -94,20 +93,19 @@ class CodecRun:
         self.loss = tiny.SpectralLoss(config.sampling_rate).to(self.device)
         self.mel = tiny.MelMagnitude(config.sampling_rate).to(self.device)
         self._resume()
-        self.batches = self.stream.load()
+        self.batches = iter(self.stream)
 
     def _open(self, corpus: str, *, max_seconds: float) -> AudioReader:
         rate_hz, frame_size = self.config.sampling_rate, self.config.frame_size
         max_frames = int(max_seconds * rate_hz / frame_size)
-        source = open_corpus(corpus, None, "audio", None)
+        source = open_source(corpus, None, "audio", None)
         return AudioReader(source, sample_rate_hz=rate_hz, frame_size=frame_size, max_frames=max_frames)
 
     def _held_out_clips(self) -> list[torch.Tensor]:
         """Return the first held-out clips (S,)."""
         reader = self._open(self.flags.validation_corpus, max_seconds=HELD_OUT_SECONDS)
-        rows_per_group = reader.corpus.rows_per_group
-        chunks = ClipStream([reader], RowsInOrder(rows_per_group, range(len(rows_per_group))), 1).load()
-        clips = (samples_S for chunk in chunks for samples_S in usable(chunk.clips))
+        chunks = ClipStream([reader], RowsInOrder(reader.rows_per_unit), 1)
+        clips = (samples_S for chunk in chunks for samples_S in usable(chunk))
         if found := list(itertools.islice(clips, HELD_OUT_CLIPS)):
             return found
         raise UserError(f"no clip of the corpus '{self.flags.validation_corpus}' can be used; fix the skipped ones")
@@ -115,10 +113,10 @@ class CodecRun:
     def crops(self) -> torch.Tensor:
         """Return the next batch of random crops (B, 1, S); shorter clips are padded with silence."""
         chunk = next(self.batches)
-        for _ in chunk.refs:
-            self.order.take()
+        for _ in chunk:
+            self.order.next_clip()
         crops = []
-        for samples_S in usable(chunk.clips):
+        for samples_S in usable(chunk):
             start = int(torch.randint(max(len(samples_S) - self.crop_size, 0) + 1, ()))
             crop_S = samples_S[start : start + self.crop_size]
             crops.append(pad(crop_S, (0, self.crop_size - len(crop_S))))
@@ -187,7 +185,7 @@ class CodecRun:
             "settings": self.settings,
             "step": self.step,
             "starts": self.starts,
-            "position": self.order.position.to_json(),
+            "position": dataclasses.asdict(self.order.position),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
@@ -228,8 +226,9 @@ class CodecRun:
                 self.save()
 
 
-def usable(clips: list[Clip]) -> list[torch.Tensor]:
+def usable(chunk: list[tuple[ClipRef, Clip]]) -> list[torch.Tensor]:
     """Return the samples of the clips that can be used, and name the others."""
+    clips = [clip for _, clip in chunk]
     for clip in clips:
         if isinstance(clip, SkippedClip):
             print(f"skipped: {clip.message}", flush=True)

@@ -20,7 +20,7 @@ from llama_mimi.common.batching import prefetch_map
 from llama_mimi.common.distributed import DistributedContext, gather
 from llama_mimi.common.files import digest, find_files, write_atomically
 from llama_mimi.common.versions import versions
-from llama_mimi.data.code_store import CodedClip, read_codes, shard_bytes
+from llama_mimi.corpora.code_shards import CodedClip, CodedRows, read_shard, shard_bytes
 from llama_mimi.evaluation.benchmarks import Clip
 
 STORED_LEVELS = 8  # levels cached if the codec has them; models with fewer levels use a prefix
@@ -62,9 +62,8 @@ def encode_clips(
     folder = f"{codes_dir.rstrip('/')}/{digest(settings)[:16]}"
     known: dict[str, CodedClip] = {}
     for path in find_files(folder, (".parquet",)):
-        shard = read_codes(path, ["id", "codes", "is_cut"], deep.num_quantizers)
-        for row, (audio_id, is_cut) in enumerate(zip(shard.columns["id"], shard.columns["is_cut"], strict=True)):
-            known[audio_id] = CodedClip(audio_id, shard.codes(row), 0.0, is_cut)
+        for row in CodedRows(read_shard(path, ["id", "codes", "is_cut"])):
+            known[row["id"]] = CodedClip(row["id"], row["codes"], 0.0, row["is_cut"])
 
     def read(clip: Clip) -> tuple[str, Waveform | None]:
         """Return the SHA-256 of a clip's file, and its samples unless its codes are known."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from llama_mimi.common.files import read_json, write_atomically
 from llama_mimi.common.resume import require_same
-from llama_mimi.data.code_store import CodedClip
+from llama_mimi.corpora.code_shards import CodedClip
 from llama_mimi.evaluation.benchmarks import FREQUENCY_BANDS, Benchmark, Clip
 from llama_mimi.evaluation.scoring import Scoring
 from llama_mimi.evaluation.statistics import wilson_interval

@@ -13,7 +13,7 @@ from llama_mimi.common.batching import bucket_by_length
 from llama_mimi.common.distributed import DistributedContext
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.resume import ProgressLog, map_resumable
-from llama_mimi.data.code_store import CodedClip
+from llama_mimi.corpora.code_shards import CodedClip
 from llama_mimi.generation.speech_model import SpeechModel
 from llama_mimi.tokens.tokenizer import SpeechTokenizer
 
