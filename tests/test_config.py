@@ -131,7 +131,7 @@ def tiny_with(*flags):
         ("--codec.name models/nothing/here", "codec folder 'models/nothing/here' does not exist"),
         ("--model.hf_assets_path models/nothing", "prepare_base_model.py"),
         ("--training.dataset assets/tiny/corpus,assets/tiny/words", "name one corpus, or for training several"),
-        ("--training.dataset assets/tiny/corpus", "holds the splits train, validation; choose one (data.split"),
+        ("--training.dataset assets/tiny/corpus", "contains the splits train, validation; choose one (data.split"),
         ("--checkpoint.initial_load_in_hf", "vocab_size = 512, but it is 1538 now"),
         ("--checkpoint.initial_load_path models/nothing", "models/nothing/.metadata' is missing"),
     ],
