@@ -29,8 +29,6 @@ def report(
     found = read_results(results)
     if found.items.empty:
         raise UserError(f"there is no result file in {', '.join(map(str, results))}; run the scripts in eval/ first")
-    if found.ignored:
-        print(f"ignored: {found.ignored:,} JSON files that are not results")
     sections: list[Section] = []
     for number, (title, items) in enumerate(comparable_sets(found.items), 1):
         picture = f"{output_file.stem}-{number}" if output_file else None

@@ -27,9 +27,8 @@ def test_voices_are_averaged_before_words(by_group, accuracy, count):
 
 def test_bands_and_types():
     # The official tool's edges are 0, 1, 5, 20 and 100, each in its band: 5 is in the one it calls 6-20.
-    assert [frequency_band(count) for count in (0, 1, 4, 5, 19, 20, 99, 100)] == [
-        *("oov", "1-5", "1-5", "6-20", "6-20", "21-100", "21-100", ">100")
-    ]
+    bands = {0: "oov", 1: "1-5", 4: "1-5", 5: "6-20", 19: "6-20", 20: "21-100", 99: "21-100", 100: ">100"}
+    assert {count: frequency_band(count) for count in bands} == bands
     pairs = [
         pair("0", 1.0, frequency="oov"),
         pair("1", 0.0, frequency="oov", is_cut=True),
@@ -39,31 +38,26 @@ def test_bands_and_types():
     ]
     results = part_results(pairs, by_group=True)
     by = results["a"]["by"]["frequency"]
-    assert list(by) == ["oov", ">100"]  # in the order of the bands
+    assert list(by) == ["oov", ">100"] and results["a"]["accuracy"] == 0.5  # in the order of the bands
     assert (by["oov"]["accuracy"], by["oov"]["count"], by["oov"]["pairs_cut"]) == (0.5, 2, 1)
-    assert by[">100"]["accuracy"] == 1.0 and results["a"]["count"] == 4 and results["a"]["accuracy"] == 0.5
     assert results["b"]["by"]["type"]["order"]["ties"] == 1 and list(results["b"]["by"]) == ["subtype", "type"]
 
 
 def test_the_mean_is_that_of_all_eight_parts_or_none():
     parts = {part: {"accuracy": i / 10, "count": 200} for i, part in enumerate(SALMON_PARTS)}
     mean = mean_of_parts(parts, SALMON_PARTS)
-    assert mean["accuracy"] == pytest.approx(0.35) and mean["count"] == 1600
-    assert mean["interval"] == wilson_interval(mean["accuracy"], 1600)
+    assert mean == {"accuracy": pytest.approx(0.35), "count": 1600, "interval": wilson_interval(mean["accuracy"], 1600)}
     uneven = parts | {SALMON_PARTS[0]: {"accuracy": 0.0, "count": 20}}
     assert mean_of_parts(uneven, SALMON_PARTS)["count"] == round(64 / (7 / 200 + 1 / 20))
-    del parts[SALMON_PARTS[3]]
-    assert mean_of_parts(parts, SALMON_PARTS) is None
+    assert mean_of_parts(parts, [*SALMON_PARTS, "another"]) is None
 
 
-@pytest.mark.parametrize(
+def test_wilson_interval():
     # computed with statsmodels.stats.proportion.proportion_confint(method="wilson")
-    ("accuracy", "count", "expected"),
-    [(0.5, 200, (0.4313608, 0.5686392)), (1.0, 200, (0.9811546, 1.0)), (0.0, 10, (0.0, 0.2775328))],
-)
-def test_wilson_interval(accuracy, count, expected):
-    low, high = wilson_interval(accuracy, count)
-    assert 0 <= low <= accuracy <= high <= 1 and (low, high) == pytest.approx(expected, abs=1e-6)
+    known = {(0.5, 200): (0.4313608, 0.5686392), (1.0, 200): (0.9811546, 1.0), (0.0, 10): (0.0, 0.2775328)}
+    for (accuracy, count), expected in known.items():
+        low, high = wilson_interval(accuracy, count)
+        assert 0 <= low <= accuracy <= high <= 1 and (low, high) == pytest.approx(expected, abs=1e-6)
 
 
 def test_no_values_have_no_interval():

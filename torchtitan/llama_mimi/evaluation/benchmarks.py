@@ -114,7 +114,7 @@ def read_salmon(source: str) -> Benchmark:
     of other parts and are not read. No pairs, or a file without a partner, are a `UserError`.
     """
     benchmark = _read_tables(source, ("positive_audio", "negative_audio"))
-    for folder in (folder for folder in _folders(Path(source)) if not _is_aggregate(folder.name)):
+    for folder in (folder for folder in _folders(Path(source)) if folder.name.split("_")[0] != "all"):
         samples: dict[int, list[Clip]] = defaultdict(list)
         for (index, _), path in sorted(_files_by(folder, r"sample_(\d+)_(\d+)").items()):
             samples[index].append(Clip(path.name, path))
@@ -215,10 +215,6 @@ def read_storycloze(source: str) -> Benchmark:
     return _not_empty(benchmark, source, "<number>_*.wav")
 
 
-def _is_aggregate(part: str) -> bool:
-    return part == "all" or part.startswith("all_")
-
-
 def _folders(root: Path) -> list[Path]:
     return sorted(path for path in root.glob("*/") if not is_hidden(f"{path.name}/"))
 
@@ -265,7 +261,7 @@ def _read_tables(source: str, columns: tuple[str, str], names: Collection[str] |
         else:
             tables = {name: [f"{source}/{name}"] for name in names if not is_folder or (root / name).is_dir()}
         for name, arguments in tables.items():
-            if not _is_aggregate(name):
+            if name.split("_")[0] != "all":
                 _add_table(benchmark, name, load_dataset(*arguments, split="train"), columns)
     except UserError:
         raise

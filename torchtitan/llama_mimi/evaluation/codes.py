@@ -5,7 +5,7 @@ named by the hash of everything else that the codes depend on.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -71,9 +71,8 @@ def encode_clips(
         if (audio_id := hashlib.sha256(content).hexdigest()) in known:
             return audio_id, None
         name = str(clip.source) if isinstance(clip.source, Path) else clip.name
-        waveform = read_audio(
-            content, deep.sample_rate_hz, max_seconds=max_seconds, name=name, min_samples=deep.frame_size
-        )
+        rate_hz, frame_size = deep.sample_rate_hz, deep.frame_size
+        waveform = read_audio(content, rate_hz, max_seconds=max_seconds, name=name, min_samples=frame_size)
         if waveform.audio_warnings:  # half a clip, or one channel, has another score
             raise AudioError("damaged", f"'{name}' is {waveform.audio_warnings[0]}; fix it or copy it again")
         return audio_id, waveform
@@ -105,11 +104,3 @@ def encode_clips(
         all_ids[rank :: ranks.world_size] = ids_of_rank
         all_codes |= codes_of_rank
     return all_ids, all_codes
-
-
-def codes_sha256(audio_ids: Sequence[str], codes: Mapping[str, CodedClip]) -> str:
-    """Return the SHA-256 of the codes of all clips in order; results compare only if it is equal."""
-    hashed = hashlib.sha256()
-    for audio_id in audio_ids:
-        hashed.update(codes[audio_id].codes_TQ.astype(np.int32).tobytes())
-    return hashed.hexdigest()

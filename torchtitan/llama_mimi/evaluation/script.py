@@ -17,7 +17,7 @@ from llama_mimi.common.hub import weights_sha256
 from llama_mimi.common.resume import ProgressLog
 from llama_mimi.common.versions import versions
 from llama_mimi.evaluation import benchmarks, results
-from llama_mimi.evaluation.codes import codes_sha256, encode_clips
+from llama_mimi.evaluation.codes import encode_clips
 from llama_mimi.evaluation.results import MAX_AUDIO_SECONDS
 from llama_mimi.evaluation.scoring import Likelihood, Scoring, score_clips
 from llama_mimi.generation.loading import load_speech_model
@@ -138,10 +138,11 @@ class BenchmarkScript:
         scores = score_clips(model, codes, scoring, batch_tokens, log, ranks)
         if ranks.rank > 0:
             return
+        codes_of_clips = (codes[audio_id].codes_TQ.astype("int32").tobytes() for audio_id in audio_ids)
         report = {
             **header,
             "audio_sha256": hashlib.sha256("".join(audio_ids).encode()).hexdigest(),
-            "codes_sha256": codes_sha256(audio_ids, codes),
+            "codes_sha256": hashlib.sha256(b"".join(codes_of_clips)).hexdigest(),
             **results.results(benchmark, audio_ids, codes, scores, scoring, self.mean_of),
         }
         content = json.dumps(report, indent=1, allow_nan=False) + "\n"

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import parse_json
-from llama_mimi.judging.metrics import Input, Measure, Value
+from llama_mimi.judging.metrics import INSTALL, Input, Measure, Value
+from llama_mimi.report.document import import_extra
 
 ATTEMPTS = 3  # for a reply that cannot be read
 RETRIES = 6  # of a call that fails, by the client: it waits up to 8 s, or as long as the server asks
@@ -74,16 +74,34 @@ def judge(url: str | None, model_name: str, criteria: Criteria) -> Measure:
 
     Without a ``url`` the server is OpenAI's. A call that fails is a `UserError`; earlier replies were yielded before.
     """
-    call = _client(url, model_name, list(criteria.questions))
+    openai = import_extra("openai", "--judge_model", INSTALL)
+    key = os.environ.get("OPENAI_API_KEY") or "none"
+    client = openai.OpenAI(base_url=url, api_key=key, max_retries=RETRIES, timeout=TIMEOUT_SECONDS)
+    score = {"type": "integer", "minimum": SCALE[0], "maximum": SCALE[-1]}
+    names = list(criteria.questions)
+    properties = {"properties": dict.fromkeys(names, score), "required": names, "additionalProperties": False}
+    schema = {"name": "scores", "schema": {"type": "object", **properties}, "strict": True}
+    form = {"type": "json_schema", "json_schema": schema}  # servers without schemas ignore it
+    create = client.chat.completions.create
+
+    def call(messages: Messages) -> str:
+        """Return the text of a reply, empty if the reply is not of the protocol."""
+        try:
+            reply = create(model=model_name, messages=messages, temperature=0, response_format=form)
+            return reply.choices[0].message.content or ""
+        except (openai.APIConnectionError, openai.APIStatusError) as error:  # also a timeout
+            problem = f"the judge '{model_name}' at {url or 'OpenAI'} does not answer ({first_line(error)})"
+            raise UserError(f"{problem}; fix that and run the command again: earlier replies are kept") from error
+        except (openai.OpenAIError, ValueError, RecursionError, AttributeError, IndexError, TypeError):
+            return ""
 
     def values(batch: Sequence[Input]) -> Iterator[Value]:
         with ThreadPoolExecutor(PARALLEL_CALLS, thread_name_prefix="judge") as pool:
             yield from pool.map(lambda texts: _ask(call, criteria, *texts), batch)  # a failure cancels the other calls
 
-    keys = [f"judge/{name}" for name in criteria.questions]
     description = {"model": model_name, "criteria_sha256": criteria.sha256, "temperature": 0}
     # A batch waits for its slowest call, so it has several for each thread.
-    return Measure("judge", keys, description, values, batch_size=8 * PARALLEL_CALLS)
+    return Measure("judge", [f"judge/{name}" for name in names], description, values, batch_size=8 * PARALLEL_CALLS)
 
 
 def _ask(call: Callable[[Messages], str], criteria: Criteria, prompt: str, continuation: str) -> Value:
@@ -99,30 +117,3 @@ def _ask(call: Callable[[Messages], str], criteria: Criteria, prompt: str, conti
         again = f"That could not be read ({reason}). Reply with one JSON object with only the keys {', '.join(names)}."
         messages = [*messages[:2], {"role": "assistant", "content": text}, {"role": "user", "content": again}]
     return reason
-
-
-def _client(url: str | None, model_name: str, names: list[str]) -> Callable[[Messages], str]:
-    """Return the function from messages to the text of a reply, which is empty if the reply is not of the protocol."""
-    try:
-        import openai  # an extra
-    except ImportError as error:
-        raise UserError("--judge_model needs the package openai; install llama-mimi[judging]") from error
-    key = os.environ.get("OPENAI_API_KEY") or "none"
-    client = openai.OpenAI(base_url=url, api_key=key, max_retries=RETRIES, timeout=TIMEOUT_SECONDS)
-    score = {"type": "integer", "minimum": SCALE[0], "maximum": SCALE[-1]}
-    properties = {"properties": dict.fromkeys(names, score), "required": names, "additionalProperties": False}
-    schema = {"name": "scores", "schema": {"type": "object", **properties}, "strict": True}
-    form = {"type": "json_schema", "json_schema": schema}  # servers without schemas ignore it
-    create: Any = client.chat.completions.create
-
-    def call(messages: Messages) -> str:
-        try:
-            reply = create(model=model_name, messages=messages, temperature=0, response_format=form)
-            return reply.choices[0].message.content or ""
-        except (openai.APIConnectionError, openai.APIStatusError) as error:  # also a timeout
-            problem = f"the judge '{model_name}' at {url or 'OpenAI'} does not answer ({first_line(error)})"
-            raise UserError(f"{problem}; fix that and run the command again: earlier replies are kept") from error
-        except (openai.OpenAIError, ValueError, RecursionError, AttributeError, IndexError, TypeError):
-            return ""
-
-    return call

@@ -23,7 +23,9 @@ from llama_mimi.common.hub import load_pretrained, weights_sha256
 from llama_mimi.common.resume import ProgressLog, map_resumable
 from llama_mimi.common.versions import versions
 from llama_mimi.judging.systems import Clip
+from llama_mimi.report.document import import_extra
 
+INSTALL = "install llama-mimi[judging]"
 RATE_HZ = 16_000  # of all audio models here
 PAUSE_SECONDS = 0.3  # shorter silences are part of speech
 WORD = re.compile(r"[^\W_]+(?:['\u2019.][^\W_]+)*")  # don't and 10.5 are one word each
@@ -114,12 +116,9 @@ def speaker_similarity(model_name: str, device: torch.device) -> Measure:
 
 def distillmos(device: torch.device) -> Measure:
     """Return the measure of a mean opinion score, 1 to 5, by DistillMOS (arXiv 2502.05356)."""
-    try:
-        from distillmos import ConvTransformerSQAModel  # an extra
-    except ImportError as error:
-        raise UserError("--quality distillmos needs the package distillmos; install llama-mimi[judging]") from error
+    package = import_extra("distillmos", "--quality distillmos", INSTALL)
     with redirect_stdout(None):  # it prints the path of its weights
-        model = ConvTransformerSQAModel().to(device).eval()
+        model = package.ConvTransformerSQAModel().to(device).eval()
 
     @torch.inference_mode()
     def value(clip: Clip) -> Value:
@@ -131,11 +130,9 @@ def distillmos(device: torch.device) -> Measure:
 
 def aesthetics(batch_size: int) -> Measure:
     """Return the measure of the four axes of Audiobox-Aesthetics (arXiv 2502.05139), 1 to 10."""
-    try:
-        from audiobox_aesthetics.infer import initialize_predictor  # only where a user has installed it
-    except ImportError as error:
-        raise UserError("--quality aesthetics needs the package audiobox-aesthetics (CC BY 4.0); install it") from error
-    predictor = initialize_predictor()  # facebook/audiobox-aesthetics, safetensors
+    remedy = "install audiobox-aesthetics (CC BY 4.0)"
+    package = import_extra("audiobox_aesthetics.infer", "--quality aesthetics", remedy)
+    predictor = package.initialize_predictor()  # facebook/audiobox-aesthetics, safetensors
 
     def values(batch: Sequence[Input]) -> Iterable[Value]:
         audio = [{"path": clip.read(RATE_HZ).samples_S[None], "sample_rate": RATE_HZ} for (clip,) in batch]
@@ -155,12 +152,11 @@ def transcripts(model_name: str, language: str | None, device: torch.device, bat
     languages = getattr(getattr(model, "generation_config", None), "lang_to_id", None) or {}
     if language is not None and f"<|{language}|>" not in languages:
         raise UserError(f"--language is '{language}', which '{model_name}' does not know; leave it out or change it")
-    options: dict[str, Any] = {}
+    # Without timestamps Whisper transcribes only 30 s.
+    options: dict[str, Any] = {"return_timestamps": True} if config.model_type == "whisper" else {}
     if is_seq2seq:
         chosen = {} if language is None else {"language": language, "task": "transcribe"}
         options["generate_kwargs"] = {"num_beams": 1, "do_sample": False, **chosen}
-    if config.model_type == "whisper":
-        options["return_timestamps"] = True  # without, it transcribes only 30 s
     transcribe = transformers.pipeline(
         "automatic-speech-recognition",
         model=model,

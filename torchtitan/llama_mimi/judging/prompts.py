@@ -22,7 +22,6 @@ from llama_mimi.corpora.sources import open_source
 
 MANIFEST, FORMAT = "prompts.json", 2
 PROMPTS, RECORDINGS = "prompts", "recordings"
-UNFINISHED = f"{PROMPTS}.partial"
 MAX_UNREADABLE = 0.1  # of the recordings that were read
 MAX_RECORDING_SECONDS = 60.0  # longer recordings are cut
 FRAME_SECONDS = 0.08  # a prompt of whole frames of Mimi needs no padding
@@ -51,8 +50,6 @@ class PromptOptions:
         if not low <= self.min_seconds <= high:
             needed = f"for prompts of {self.prompt_seconds:g} s it must be {low:g} to {high:g}"
             raise UserError(f"--recording_seconds is {self.min_seconds:g}; {needed}")
-        if self.limit is not None and self.limit < 1:
-            raise UserError(f"--limit is {self.limit}; it must be 1 or more")
 
     @property
     def min_seconds(self) -> float:
@@ -127,12 +124,12 @@ def _cut_prompts(folder: Path, options: PromptOptions) -> tuple[list[Prompt], Co
     for part in (PROMPTS, RECORDINGS):
         if (folder / part).exists():
             raise UserError(f"'{folder / part}' has no {MANIFEST} beside it; remove it, or {NEW_FOLDER}")
-    partial = PromptSet(folder / UNFINISHED, "", ())
+    partial = PromptSet(folder / f"{PROMPTS}.partial", "", ())
     shutil.rmtree(partial.folder, ignore_errors=True)  # from a run that was killed
     columns = {"speaker": options.speaker_column}
     source = open_source(options.corpus, options.dataset_path, options.audio_column, None, columns, options.split)
     skipped: Counter[str] = Counter()
-    num_usable = 0
+    num_read = num_unreadable = 0
     drawn: list[tuple[bytes, int, Prompt]] = []  # the first rows by hash
     names: set[str] = set()
     for number, (name, row) in enumerate(tqdm(_rows(source), unit="recording", desc="prompts")):
@@ -143,11 +140,13 @@ def _cut_prompts(folder: Path, options: PromptOptions) -> tuple[list[Prompt], Co
         if len(drawn) == options.limit and rank > drawn[-1][0]:
             skipped["beyond --limit"] += 1
             continue
+        num_read += 1
         try:
             waveform = read_row(row, None, max_seconds=MAX_RECORDING_SECONDS)
         except AudioError as error:
             print(f"skipped: {error}", flush=True)
             skipped[error.reason] += 1
+            num_unreadable += error.reason != "too short"
             continue
         if waveform.seconds < options.min_seconds:
             skipped["too short"] += 1
@@ -157,7 +156,6 @@ def _cut_prompts(folder: Path, options: PromptOptions) -> tuple[list[Prompt], Co
         prompt_S = waveform.samples_S[: round(prompt.seconds * waveform.sample_rate_hz)]
         write_wav(partial.file(PROMPTS, prompt), Waveform(prompt_S, waveform.sample_rate_hz))
         write_wav(partial.file(RECORDINGS, prompt), waveform)
-        num_usable += 1
         bisect.insort(drawn, (rank, number, prompt))
         if options.limit is not None and len(drawn) > options.limit:
             *_, last = drawn.pop()
@@ -166,10 +164,8 @@ def _cut_prompts(folder: Path, options: PromptOptions) -> tuple[list[Prompt], Co
             skipped["beyond --limit"] += 1
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in skipped.items())
     print(f"{len(drawn):,} prompts; skipped recordings: {reasons or 'none'}", flush=True)
-    unreadable = skipped.total() - skipped["too short"] - skipped["beyond --limit"]
-    num_read = num_usable + skipped["too short"] + unreadable
-    if unreadable > MAX_UNREADABLE * num_read:
-        problem = f"{unreadable:,} of {num_read:,} recordings of '{options.corpus}' cannot be read"
+    if num_unreadable > MAX_UNREADABLE * num_read:
+        problem = f"{num_unreadable:,} of {num_read:,} recordings of '{options.corpus}' cannot be read"
         raise UserError(f"{problem}, more than {100 * MAX_UNREADABLE:g} %; fix those that are named above")
     if not drawn:
         problem = f"no recording of '{options.corpus}' is {options.min_seconds:g} s long and readable"

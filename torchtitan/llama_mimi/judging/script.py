@@ -1,8 +1,6 @@
 """eval/generation.py: from prompts to results."""
 
-import itertools
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -50,19 +48,7 @@ class MeasureOptions:
     judge_model: str | None = None  # name of a model that --judge_url serves; default: no judge
     judge_url: str | None = None  # server with OpenAI's protocol, such as http://localhost:8000/v1; default: OpenAI's
     judge_criteria: Path = Path("eval/judge.toml")  # file of the judge's questions
-    dry_run: bool = False  # print the first question to the judge and the number of calls; write no result
     listening_batch_size: int | None = None  # number of clips in a batch; default: 8, on GPUs 16
-
-    def __post_init__(self) -> None:
-        needed = dict.fromkeys(("language", "text_model", "judge_model"), "asr_model")
-        needed |= dict.fromkeys(("judge_url", "dry_run"), "judge_model")
-        for flag, other in needed.items():
-            if getattr(self, flag) and getattr(self, other) is None:
-                raise UserError(f"--{flag} needs --{other}; set it, or leave --{flag} out")
-        if self.listening_batch_size is not None and self.listening_batch_size < 1:
-            raise UserError(f"--listening_batch_size is {self.listening_batch_size}; it must be 1 or more")
-        if self.judge_model is not None:
-            read_criteria(self.judge_criteria)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +73,15 @@ class GenerationOptions:
     def __post_init__(self) -> None:
         if (self.model_name is None) == (self.wavs is None):
             raise UserError("give either a --model_name or a folder of --wavs")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise UserError(f"--batch_size is {self.batch_size}; it must be 1 or more")
+        needed = dict.fromkeys(("language", "text_model", "judge_model"), "asr_model")
+        for flag, other in {**needed, "judge_url": "judge_model"}.items():
+            if getattr(self.measures, flag) and getattr(self.measures, other) is None:
+                raise UserError(f"--{flag} needs --{other}; set it, or leave --{flag} out")
+        if self.measures.judge_model is not None:
+            read_criteria(self.measures.judge_criteria)
+        for options, flag in ((self, "batch_size"), (self.measures, "listening_batch_size"), (self.prompts, "limit")):
+            if (value := getattr(options, flag)) is not None and value < 1:
+                raise UserError(f"--{flag} is {value}; it must be 1 or more")
         is_file_name = re.fullmatch(rf"(?!{systems.RECONSTRUCTION})[A-Za-z0-9][A-Za-z0-9._-]*", self.system)
         if not is_file_name or self.system in RESERVED:
             raise UserError(f"--name is '{self.system}', which is reserved or not a file name; choose another")
@@ -101,9 +94,6 @@ class GenerationOptions:
 
 def judge_generations(options: GenerationOptions) -> None:
     """Continue prompts, measure the continuations, write results, and print a table."""
-    measures = options.measures
-    if measures.judge_model and not (measures.judge_url or measures.dry_run or "OPENAI_API_KEY" in os.environ):
-        raise UserError("--judge_model without --judge_url asks OpenAI; set OPENAI_API_KEY, or name a --judge_url")
     with distributed_context(options.device) as ranks, ExitStack() as locks:
 
         def lock_and_cut() -> PromptSet:
@@ -118,25 +108,19 @@ def _judge(options: GenerationOptions, prompts: PromptSet, ranks: DistributedCon
     own, made_by, codec = _own_samples(options, prompts, ranks)
     folder, corpus = options.output_dir, options.prompts.corpus
     is_official = corpus == OFFICIAL_CORPUS and options.prompts.limit is None
-
-    def check_earlier() -> None:
-        """Refuse to replace the result of another system with the same name."""
-        if (earlier := read_json(str(folder), f"{options.system}.json")) is not None:
-            origin = {key: value for key, value in made_by.items() if key in ("wavs", "model_sha256")}
-            path = folder / f"{options.system}.json"
-            require_same(earlier.get("made_by") or {}, origin, f"'{path}'", "choose another --name")
-
-    broadcast_from_rank0(check_earlier)
+    path = folder / f"{options.system}.json"
+    if earlier := read_json(str(folder), path.name):  # must not be of another system with the same name
+        origin: Record = {key: made_by[key] for key in ("wavs", "model_sha256") if key in made_by}
+        require_same(earlier.get("made_by") or {}, origin, f"'{path}'", "choose another --name")
     if ranks.rank == 0 and not any(prompt.speaker for prompt in prompts.prompts):
         print("the corpus has no speakers, so that shuffled pairs may have one voice", flush=True)
     samples = {options.system: own, **systems.references(prompts, codec, options.sampling.seconds, ranks)}
-    everything = list(itertools.chain(*samples.values()))
+    everything = [sample for of_system in samples.values() for sample in of_system]
     records, descriptions = measure_samples(everything, prompts, options.measures, ranks)
-    if ranks.rank > 0 or options.measures.dry_run:
+    if ranks.rank > 0:
         return
-    remaining = iter(records)
     for system, some in samples.items():
-        own_records = list(itertools.islice(remaining, len(some)))
+        own_records, records = records[: len(some)], records[len(some) :]
         result = {
             "format": FORMAT,
             "kind": KIND,
@@ -154,7 +138,7 @@ def _judge(options: GenerationOptions, prompts: PromptSet, ranks: DistributedCon
         content = json.dumps(result, indent=1, allow_nan=False) + "\n"
         write_atomically(str(folder), f"{system}.json", content.encode())
     print(generations_markdown(folder))
-    print(f"written: '{folder / options.system}.json' and the results of the references")
+    print(f"written: '{path}' and the results of the references")
 
 
 def _own_samples(
@@ -162,9 +146,8 @@ def _own_samples(
 ) -> tuple[list[Sample], Record, MimiCodec | None]:
     """Return the samples of the system, their origin, and the codec of a model."""
     if (wavs := options.wavs) is not None:
-        contain_prompt, seconds = options.wavs_contain_prompt, options.sampling.seconds
-        samples = broadcast_from_rank0(lambda: systems.wavs(prompts, wavs, contain_prompt, seconds))
-        return samples, {"wavs": str(wavs)}, None
+        arguments = prompts, wavs, options.wavs_contain_prompt, options.sampling.seconds
+        return broadcast_from_rank0(lambda: systems.wavs(*arguments)), {"wavs": str(wavs)}, None
     name, device, window = str(options.model_name), str(ranks.device), options.codec_sliding_window
     model = load_speech_model(name, codec_name=options.codec, sliding_window=window, device=device, dtype=options.dtype)
     if ranks.rank == 0 and (note := checkpoint_note(model, options.sampling)):
@@ -239,10 +222,5 @@ def measure_samples(
         enter(metrics.log_perplexity(options.text_model, device), spoken, pairs)
     if options.judge_model is not None:
         criteria = read_criteria(options.judge_criteria)
-        if not options.dry_run:
-            enter(judge(options.judge_url, options.judge_model, criteria), spoken, pairs)
-        elif ranks.rank == 0:
-            for message in criteria.messages(*pairs[0]) if pairs else ():
-                print(f"--- {message['role']}\n{message['content'].strip()}")
-            print(f"--- {len(set(pairs)):,} such calls, less those with known replies")
+        enter(judge(options.judge_url, options.judge_model, criteria), spoken, pairs)
     return records, descriptions

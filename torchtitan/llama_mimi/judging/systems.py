@@ -74,9 +74,8 @@ def references(
         start = begins_with.seconds
         return Sample(prompt, None, Clip(prompts.file(folder, begins_with), start, start + max_seconds))
 
-    systems: dict[str, list[Sample]] = {RECORDING: [], SHUFFLED: []}
+    systems = {RECORDING: [rest(prompt, RECORDINGS, prompt) for prompt in prompts.prompts], SHUFFLED: []}
     for prompt in prompts.prompts:
-        systems[RECORDING].append(rest(prompt, RECORDINGS, prompt))
         others = [other for other in prompts.prompts if other.name != prompt.name]
         strangers = [other for other in others if other.speaker != prompt.speaker]
         other = random.Random(file_sha256(prompts.file(PROMPTS, prompt))).choice(strangers or others)
@@ -93,14 +92,12 @@ def _reconstruct(prompts: PromptSet, codec: MimiCodec, name: str, ranks: Distrib
     folder = str(prompts.folder / name)
     settings = {"codec_sha256": codec_hash(codec.name), "codec_sliding_window": codec.sliding_window}
 
-    def save_settings() -> None:
-        if (earlier := read_json(folder, SETTINGS)) is not None:
-            require_same(earlier, settings, f"'{folder}'", NEW_FOLDER)
+    def check_settings() -> None:
+        require_same(read_json(folder, SETTINGS) or settings, settings, f"'{folder}'", NEW_FOLDER)
         write_atomically(folder, SETTINGS, (json.dumps(settings, indent=1) + "\n").encode())
 
-    broadcast_from_rank0(save_settings)
-    mine = prompts.prompts[ranks.rank :: ranks.world_size]
-    for prompt in tqdm(mine, unit="recording", desc=name, disable=ranks.rank > 0):
+    broadcast_from_rank0(check_settings)
+    for prompt in tqdm(prompts.prompts[ranks.rank :: ranks.world_size], desc=name, disable=ranks.rank > 0):
         if not prompts.file(name, prompt).exists():
             whole_S = read_audio(prompts.file(RECORDINGS, prompt), codec.sample_rate_hz).samples_S
             (codes_TQ,) = codec.encode([whole_S])

@@ -80,8 +80,8 @@ def comparison(items: pd.DataFrame, title: str, groups: Mapping[str, Sequence[st
         cells[heading + (f" (n = {n:,})" if (n := next(iter(means.values())).count) else "")] = texts
         panels |= {heading: differences} if differences else {}
         beside = rows[rows["is_reference"] & rows["item"].isin(values.index.unique("item"))].dropna(subset="value")
-        for system, mean in beside.groupby("system")["value"].mean().items():
-            references.setdefault(heading, {})[str(system)] = measure.text(mean)
+        means_of_references = beside.groupby("system")["value"].mean().items()
+        references[heading] = {str(system): measure.text(mean) for system, mean in means_of_references}
     alt = f"{title}: difference from {baseline}"
     pictures = [Picture(f"{picture}.png", forest(panels, alt, is_difference=True), alt)] if picture and panels else []
     notes = [f"No pair or prompt has a value of every model for: {', '.join(empty)}."] if empty else []

@@ -81,11 +81,10 @@ def write_markdown(sections: Sequence[Section], path: Path) -> None:
 
 def _inert(text: str) -> str:
     """Return a text on one line, with code between backticks and without other markup."""
-
-    def escaped(found: re.Match[str]) -> str:
-        return found[0].replace("|", r"\|") if len(found[0]) > 1 else rf"\{found[0]}"
-
-    return re.sub(r"`[^`]+`|[\\`*_|<>\[\]~&#]", escaped, " ".join(text.split()))
+    parts = re.split(r"(`[^`]+`)", " ".join(text.split()))  # every second part is code
+    parts[::2] = [re.sub(r"[\\`*_|<>\[\]~&#]", r"\\\g<0>", part) for part in parts[::2]]
+    parts[1::2] = [part.replace("|", r"\|") for part in parts[1::2]]
+    return "".join(parts)
 
 
 def to_html(title: str, sections: Sequence[Section]) -> str:
@@ -112,12 +111,12 @@ def _ticks(seconds: float) -> list[float]:
     return [step * number for number in range(int(seconds / step) + 1)]
 
 
-def import_extra(module: str) -> Any:
-    """Return a module of the packages that draw; raise a `UserError` if it is not installed."""
+def import_extra(module: str, user: str = "a picture", remedy: str = "install it with `uv sync --extra plots`") -> Any:
+    """Return an optional module; raise a `UserError` if it is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UserError(f"pictures need {error.name}; install it with `uv sync --extra plots`") from error
+        raise UserError(f"{user} needs the package {error.name}; {remedy}") from error
 
 
 def pyplot() -> Any:

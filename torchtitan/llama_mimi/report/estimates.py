@@ -35,10 +35,7 @@ class Estimate:
 
     @property
     def is_significant(self) -> bool:
-        """True for a difference whose intervals over items and over seeds exclude zero and have a width.
-
-        Without a width (seeds that agree but for rounding, or equal pairs) an interval says nothing.
-        """
+        """True for a difference whose intervals over items and over seeds exclude zero and have a width."""
         half, mean = seed_half_width(self.seeds), abs(self.mean)
         if half is None or not ROUNDING * mean < half < mean:
             return False

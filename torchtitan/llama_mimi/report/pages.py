@@ -66,12 +66,9 @@ def spectrogram(samples_S: torch.Tensor, sample_rate_hz: int, mark_seconds: floa
 def continuations(folder: Path, num_prompts: int, labels: Mapping[str, str] | None = None) -> list[Section]:
     """Return a section for each of a few prompts: the recording, its reconstructions, and the systems' continuations.
 
-    A missing or damaged file, and a system without a result, are a `UserError`.
-
-    Args:
-        folder: the --output_dir of eval/generation.py.
-        num_prompts: number of prompts, chosen by the hash of their names.
-        labels: names for readers, by system; other systems are not shown. None shows all.
+    ``folder`` is the --output_dir of eval/generation.py. Prompts are chosen by the hash of their names. ``labels`` are
+    names for readers, by system; other systems are not shown. Without it all systems are shown. A missing or damaged
+    file, and a system without a result, are a `UserError`.
     """
     path = folder / "prompts.json"
     if (manifest := read_json(str(folder), path.name)) is None:

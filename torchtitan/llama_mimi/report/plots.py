@@ -1,4 +1,4 @@
-"""Pictures of a report, drawn for a phone: 390 pixels wide, a text has 8 points."""
+"""Pictures of a report, drawn for a phone: 390 pixels wide, a text has 8 points, the caption 6."""
 
 import math
 import textwrap

@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,10 +41,7 @@ class Measure:
         return f"{math.exp(value) if self.is_log else self.factor * value:.{self.digits}f}"
 
 
-def _accuracy(heading: str) -> Measure:
-    return Measure(heading, 1, 100, is_accuracy=True)
-
-
+_accuracy = partial(Measure, digits=1, factor=100, is_accuracy=True)
 # In the order of tables. Other parts of benchmarks, and the criteria of a judge, follow.
 MEASURES = {
     **{name: _accuracy(heading) for name, heading in SALMON.items()},
@@ -82,11 +80,8 @@ def measure_of(name: str) -> Measure:
 def in_order(names: Iterable[str]) -> list[str]:
     """Return measures once each in the order of tables: bits, accuracies, measures of continuations."""
     places = {name: place for place, name in enumerate(MEASURES)}
-    with_key = {
-        (not name.startswith(BITS), not measure_of(name).is_accuracy, places.get(name, len(places)), name)
-        for name in names
-    }
-    return [name for *_, name in sorted(with_key)]
+    keys = {name: (not measure_of(name).is_accuracy, places.get(name, len(places)), name) for name in names}
+    return sorted(keys, key=lambda name: (not name.startswith(BITS), keys[name]))
 
 
 def system_label(system: str) -> str:
@@ -105,13 +100,13 @@ class Results(NamedTuple):
 
     items: pd.DataFrame
     notes: list[str]  # for readers of the numbers
-    ignored: int  # number of JSON files that are not results
 
 
 def read_results(paths: Sequence[Path]) -> Results:
-    """Read result files, and those below folders that are not hidden.
+    """Read result files, and those below folders that are not hidden; other JSON files are ignored.
 
-    A path that does not exist, a file that is damaged, and two results of the same are a `UserError`.
+    The system of a benchmark's result is its folder. A path that does not exist, a file that is damaged or of another
+    format, and two results of the same are a `UserError`.
     """
     if missing := [path for path in paths if not path.exists()]:
         raise UserError(f"'{missing[0]}' does not exist; name folders of result files")
@@ -119,7 +114,6 @@ def read_results(paths: Sequence[Path]) -> Results:
     frames = [pd.DataFrame(columns=COLUMNS)]
     notes: list[str] = []
     seen: dict[tuple[str, ...], str] = {}
-    ignored = 0
     for file in sorted(files):
         try:
             report = parse_json(file.read_bytes())
@@ -127,11 +121,17 @@ def read_results(paths: Sequence[Path]) -> Results:
         except (OSError, RecursionError, ValueError) as error:
             raise UserError(f"'{file}' is not readable as JSON ({first_line(error)}); move or remove it") from error
         if not isinstance(report, dict) or not ("benchmark" in report or report.get("kind") == KIND):
-            ignored += 1
             continue
         if report.get("pairs") == []:  # a test split without answers has clips for the submission only
             continue
-        items, of_file = rows_of(report, str(file))
+        if (found := report.get("format")) != FORMAT:
+            raise UserError(f"'{file}' has format {found!r}, not {FORMAT}; remove it and run eval/ again")
+        try:
+            items, of_file = _benchmark(report, file.parent.name) if "benchmark" in report else _generations(report)
+            items = items.assign(data_kind=_text(report["data_kind"]))[COLUMNS]
+        except DAMAGE as error:
+            what = f"{type(error).__name__}: {first_line(error)}"
+            raise UserError(f"'{file}' is a damaged result ({what}); move it, or run eval/ again") from error
         one = items.iloc[0]
         about = report.get("benchmark", "the same prompts")
         of_weights = (one["weights"], one["data_kind"]) if "benchmark" in report else (one["data"],)
@@ -148,22 +148,7 @@ def read_results(paths: Sequence[Path]) -> Results:
     known = table["weights"].where(table["weights"] != "")
     is_double = known.groupby(table["system"]).transform("nunique") > 1
     table["system"] = table["system"].where(~is_double, table["system"] + " " + table["weights"].str[:8])
-    return Results(table, notes, ignored)
-
-
-def rows_of(report: Mapping[str, Any], source: str) -> tuple[pd.DataFrame, list[str]]:
-    """Return the table and the notes of the result in the file ``source``, whose folder is the system of a benchmark.
-
-    A result of another format, or a damaged one, is a `UserError`.
-    """
-    if (found := report.get("format")) != FORMAT:
-        raise UserError(f"'{source}' has format {found!r}, not {FORMAT}; remove it and run eval/ again")
-    try:
-        items, notes = _benchmark(report, Path(source).parent.name) if "benchmark" in report else _generations(report)
-        return items.assign(data_kind=_text(report["data_kind"]))[COLUMNS], notes
-    except DAMAGE as error:
-        what = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"'{source}' is a damaged result ({what}); move it, or run eval/ again") from error
+    return Results(table, notes)
 
 
 def _benchmark(report: Mapping[str, Any], system: str) -> tuple[pd.DataFrame, list[str]]:
@@ -194,10 +179,9 @@ def _benchmark(report: Mapping[str, Any], system: str) -> tuple[pd.DataFrame, li
     )
     if not items["value"].between(0, 1).all():
         raise ValueError("a credit is outside 0 to 1")
-    notes = [f"{system}, {benchmark}: {note}." for note in report["notes"]]
-    if num_cut := int(sum(pairs["is_cut"])):
-        notes.append(f"{system}, {benchmark}: {num_cut:,} of {len(pairs):,} pairs were cut at {seconds:g} s.")
-    return items, notes
+    num_cut = int(sum(pairs["is_cut"]))
+    cut = [f"{num_cut:,} of {len(pairs):,} pairs were cut at {seconds:g} s"] if num_cut else []
+    return items, [f"{system}, {benchmark}: {note}." for note in (*report["notes"], *cut)]
 
 
 def _generations(report: Mapping[str, Any]) -> tuple[pd.DataFrame, list[str]]:
