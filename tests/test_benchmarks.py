@@ -1,6 +1,7 @@
 """Benchmarks as they are published, in folders, on the hub and as Parquet, and odd files in them."""
 
 import csv
+import itertools
 import shutil
 from collections import Counter
 
@@ -115,12 +116,9 @@ def test_an_empty_or_missing_folder_is_refused(tmp_path):
 
 def test_voices_of_a_word_are_one_group_and_bands_are_the_words(tmp_path):
     folder = tmp_path / "lexical" / "dev"
-    rows = []
-    for word_id, frequency in ((7, 3), (8, 0)):
-        for voice in ("A", "B"):
-            for correct in (1, 0):
-                touch(folder, f"w{word_id}{voice}{correct}.wav")
-                rows.append([f"w{word_id}{voice}{correct}", word_id, voice, frequency if correct else "", correct])
+    places = itertools.product(((7, 3), (8, 0)), "AB", (1, 0))
+    rows = [(f"w{i}{voice}{right}", i, voice, count if right else "", right) for (i, count), voice, right in places]
+    touch(folder, *(f"{name}.wav" for name, *_ in rows))
     write_gold(folder / "gold.csv", ["filename", "id", "voice", "frequency", "correct"], rows[::-1])
     pairs = read_slm21(str(tmp_path)).pairs
     assert Counter(pair.group for pair in pairs) == {"7": 2, "8": 2}
@@ -131,12 +129,8 @@ def test_voices_of_a_word_are_one_group_and_bands_are_the_words(tmp_path):
 
 def test_syntactic_groups_are_types_subtypes_and_ids(tmp_path):
     folder = tmp_path / "syntactic" / "dev"
-    rows = [
-        (f"s{i}{voice}{correct}", i // 2, voice, kind, correct)
-        for i, kind in enumerate(("agreement", "binding", "agreement"))
-        for voice in "AB"
-        for correct in (1, 0)
-    ]
+    places = itertools.product(enumerate(("agreement", "binding", "agreement")), "AB", (1, 0))
+    rows = [(f"s{i}{voice}{right}", i // 2, voice, kind, right) for (i, kind), voice, right in places]
     touch(folder, *(f"{name}.wav" for name, *_ in rows))
     header = ["filename", "id", "voice", "type", "correct"]
     write_gold(folder / "gold.csv", header, rows)
@@ -206,7 +200,7 @@ def write_table(tmp_path, monkeypatch):
     return write
 
 
-def test_salmon_as_parquet(tmp_path, write_table):
+def test_tables_are_read_as_parquet(tmp_path, write_table):
     dataset, contents = table(("positive_audio", "negative_audio"), task=["x", "x"], ind=[0, 1])
     for part in ("rir_consistency", "all"):
         write_table(dataset, "SALMon", part)
@@ -214,22 +208,16 @@ def test_salmon_as_parquet(tmp_path, write_table):
     assert [(pair.part, pair.group) for pair in benchmark.pairs] == [("rir_consistency", "0"), ("rir_consistency", "1")]
     assert [clip.source.read_bytes() for clip in benchmark.clips] == contents
 
-
-def test_slm21_and_stories_as_parquet(tmp_path, write_table):
-    words, contents = table(("positive", "negative"))
+    words, _ = table(("positive", "negative"))
     sentences, _ = table(("positive", "negative"), id=[5, 5], voice=["A", "B"], type=["t", "t"], subtype=["s", "s"])
     for name, dataset in (("sWUGGY", words), ("sBLIMP", sentences), ("tStoryCloze", words)):
         write_table(dataset, "speed", name, "data")
     benchmark = read_slm21(str(tmp_path / "speed"))  # stories lie beside
     assert benchmark.notes == ["'sWUGGY' has no column 'id': rows are counted one by one, not by word or sentence"]
-    assert [(pair.part, pair.group) for pair in benchmark.pairs] == [
-        ("lexical_dev", "0"),
-        ("lexical_dev", "1"),
-        ("syntactic_dev", "t_s_5"),
-        ("syntactic_dev", "t_s_5"),
-    ]
+    groups = [f"{pair.part} {pair.group}" for pair in benchmark.pairs]
+    assert groups == ["lexical_dev 0", "lexical_dev 1", "syntactic_dev t_s_5", "syntactic_dev t_s_5"]
     assert benchmark.pairs[2].labels == {"type": "t", "subtype": "s"}
-    assert [clip.source.read_bytes() for clip in benchmark.clips[:4]] == contents
+    assert [clip.source.read_bytes() for clip in benchmark.clips] == contents * 2
     assert [pair.part for pair in read_slm21(str(tmp_path / "speed" / "sBLIMP")).pairs] == ["syntactic_dev"] * 2
     assert [pair.part for pair in read_storycloze(str(tmp_path / "speed")).pairs] == ["tStoryCloze"] * 2
     write_table(words.rename_column("negative", "other"), "speed", "tStoryCloze", "data")
@@ -274,9 +262,8 @@ def test_hidden_files_and_tables_beside_audio_are_ignored(copied):
     root = copied("salmon")
     expected = [pair.name for pair in read_salmon(str(root)).pairs]
     part = next(root.iterdir())
-    (part / "._sample_0_0.ogg").write_bytes(b"a sidecar")
-    (root / ".cache" / "huggingface").mkdir(parents=True)
-    (root / ".cache" / "huggingface" / "sample_0_0.wav").write_bytes(b"a part")
+    touch(part, "._sample_0_0.ogg")
+    touch(root / ".cache" / "huggingface", "sample_0_0.wav")
     for folder in (".ipynb_checkpoints", "__MACOSX"):
         shutil.copytree(part, root / folder)
     assert [pair.name for pair in read_salmon(str(root)).pairs] == expected

@@ -91,8 +91,6 @@ def test_transcripts_are_greedy_paths(clips):
     for clip, found in zip(clips, values(measure, [(clip,) for clip in clips]), strict=True):
         ids = model(features(clip.read(16_000).samples_S)).logits[0].argmax(-1)
         assert found["text"] == tokenizer.decode(ids) != ""
-    with pytest.raises(UserError, match="--language is 'en', which .* does not know; leave it out"):
-        metrics.transcripts(RECOGNISER, "en", CPU, 1)
 
 
 @pytest.fixture(scope="module")
@@ -130,9 +128,8 @@ def whisper(tmp_path_factory):
 
 
 def test_whisper_transcribes_a_clip_alone_as_in_a_batch(whisper, clips):
-    inputs = [(clip,) for clip in clips]
-    together = values(metrics.transcripts(whisper, "en", CPU, batch_size=3), inputs)
-    assert together == values(metrics.transcripts(whisper, "en", CPU, batch_size=1), inputs)
+    found = [values(metrics.transcripts(whisper, "en", CPU, size), [(clip,) for clip in clips]) for size in (1, 3)]
+    assert found[0] == found[1]
     with pytest.raises(UserError, match="--language is 'xx', which .* does not know"):
         metrics.transcripts(whisper, "xx", CPU, batch_size=1)
 
@@ -315,7 +312,7 @@ def test_each_reply_stays_with_its_question_and_is_kept(tmp_path, monkeypatch):
         return (200, json.dumps({"content": n + 1})) if n < 3 else (500, "gone")
 
     with serving(by_number) as server:
-        with pytest.raises(UserError, match="500"):
+        with pytest.raises(UserError, match=f"the judge 'm' at {server.url} does not answer .*500"):
             judged(server, tmp_path)
         server.answer = lambda request, number: (200, GOOD)
         assert [value["judge/content"] for value in judged(server, tmp_path)] == [1, 2, 3, 4]
@@ -323,8 +320,6 @@ def test_each_reply_stays_with_its_question_and_is_kept(tmp_path, monkeypatch):
     assert len(server.requests) == 5 and request["temperature"] == 0 and request["model"] == "m"
     assert request["response_format"]["json_schema"]["schema"]["required"] == ["content"]
     assert "goes on" in request["messages"][1]["content"] and "Is the continuation" in request["messages"][0]["content"]
-    with pytest.raises(UserError, match=f"the judge 'm' at {server.url} does not answer"):
-        judged(server, tmp_path, [("a", "b")])
 
 
 def test_a_file_without_criteria_is_refused(tmp_path):
@@ -385,9 +380,8 @@ def generated(model_folder, tmp_path_factory):
 def test_one_command_from_prompts_to_results(generated, model_folder, tmp_path):
     results = result_files(generated)
     own = model_folder.name
-    assert {name: len(result["samples"]) for name, result in results.items()} == {
-        f"{own}.json": 6, "recording.json": 3, "shuffled.json": 3, "reconstruction_q4.json": 3
-    }  # fmt: skip
+    counts = {name.removesuffix(".json"): len(result["samples"]) for name, result in results.items()}
+    assert counts == {own: 6, "recording": 3, "shuffled": 3, "reconstruction_q4": 3}
     for first, second in itertools.pairwise(results.values()):
         assert all(first[key] == second[key] for key in ("prompts_sha256", "measures", "seconds"))
         assert first["format"] == FORMAT and first["kind"] == "generations" and first["data_kind"] == "synthetic"

@@ -76,7 +76,8 @@ def comparison(items: pd.DataFrame, title: str, groups: Mapping[str, Sequence[st
             difference = (values[label] - values[baseline]).dropna(axis="columns")  # of the seeds that both have
             if not difference.empty:
                 differences[label] = estimate(difference, measure)
-                texts[label] = f"{means[label].shown}, {differences[label].text(is_difference=True)}"
+                mean_alone = texts[label].split()[0]
+                texts[label] = f"{mean_alone}, {differences[label].text(is_difference=True)}"
         cells[heading + (f" (n = {n:,})" if (n := next(iter(means.values())).count) else "")] = texts
         panels |= {heading: differences} if differences else {}
         beside = rows[rows["is_reference"] & rows["item"].isin(values.index.unique("item"))].dropna(subset="value")

@@ -29,11 +29,6 @@ class Estimate:
         return statistics.fmean(self.seeds)
 
     @property
-    def shown(self) -> str:
-        """The mean as text."""
-        return f"{np.exp(self.mean) if self.measure.is_log else self.mean:z.{self.measure.digits}f}"
-
-    @property
     def is_significant(self) -> bool:
         """True for a difference whose intervals over items and over seeds exclude zero and have a width."""
         half, mean = seed_half_width(self.seeds), abs(self.mean)
