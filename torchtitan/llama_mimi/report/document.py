@@ -116,7 +116,7 @@ def import_extra(module: str, user: str = "a picture", remedy: str = "install it
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UserError(f"{user} needs the package {error.name}; {remedy}") from error
+        raise UserError(f"{user} needs the package {error.name or module}; {remedy}") from error
 
 
 def pyplot() -> Any:
