@@ -14,7 +14,6 @@ import torch
 
 from llama_mimi.audio.mimi import codec_hash
 from llama_mimi.audio.reading import AUDIO_ENDINGS, AudioError, Waveform, write_wav
-from llama_mimi.audio.silence import silences
 from llama_mimi.audio.streaming import decode_long
 from llama_mimi.common.distributed import DistributedContext, broadcast_from_rank0
 from llama_mimi.common.errors import UserError, first_line
@@ -30,7 +29,6 @@ RESULTS, SETTINGS = "results.jsonl", "settings.json"
 # Samples are drawn in groups of this many batches. A killed run draws the whole group again, so that each sample has
 # the same neighbours in its batch, hence the same rounding and the same bytes.
 BATCHES_PER_GROUP = 4
-LONG_SILENCE_SECONDS = 2.0
 NOT_COMPARED = ("model", "versions")  # the hash of its weights identifies a model
 Record = dict[str, Any]
 Sample = tuple[Path, Record]  # the prompt's file; its name, its hash, the number of the sample, and its seed
@@ -155,7 +153,6 @@ def _continue_group(
             "distinct_frames": len(new_TQ.unique(dim=0)),  # few in a loop
             "end": end.value,
             "audio_warnings": list(waveforms[path].audio_warnings),
-            "silences": silences(waveform, LONG_SILENCE_SECONDS),  # start and length
             "seconds": round(time.perf_counter() - began, 3),  # from the first frame to the file
         }
         yield file, record | found
