@@ -90,7 +90,7 @@ def build_metrics(job_config: Any, parallel_dims: ParallelDims, model_args: Llam
     training = {"task": job_config.data.task, "max_audio_seconds": seconds}
     config = speech_config(model_args, tokenizer, codec.name, codec.sliding_window, **training)
     save_run_record(job_config.job.dump_folder, config, tokenizer)
-    meters = {"guard": _guard, "validation": _validation_meter, "data": _data_meter}
+    meters: dict[str, Any] = {"guard": _guard, "validation": _validation_meter, "data": _data_meter}
     return SpeechMetrics(job_config, parallel_dims, **meters, frame_rate_hz=frame_rate_hz)
 
 

@@ -158,8 +158,6 @@ class SpeechValidator(Validator):
     The loss is the mean over all targets, not over batches.
     """
 
-    metrics_processor: SpeechMetrics
-
     def __init__(self, *, job_config: Any, dp_world_size: int, dp_rank: int, tokenizer: Any, **parts: Any) -> None:
         self.__dict__.update(parts, job_config=job_config, tokenizer=tokenizer)  # Validator's own opens a text corpus
         self._loader = build_dataloader(dp_world_size, dp_rank, tokenizer, job_config, is_validation=True)
