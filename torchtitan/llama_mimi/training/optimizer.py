@@ -80,16 +80,15 @@ class StepGuard:
         """Raise a `UserError` if the step was not finite, or if the weights are not where a checkpoint is due."""
         if self._is_empty:
             logger.info(f"step {step} has no targets and changes no weights")
-        problem = self._problem
-        if not problem and (step % job_config.checkpoint.interval == 0 or step in (1, job_config.training.steps)):
+        if not self._problem and (step % job_config.checkpoint.interval == 0 or step in (1, job_config.training.steps)):
             (norms,) = _over_ranks(_norm(p for part in model_parts for p in part.parameters()))
-            problem = "" if math.isfinite(norms) else f"the norm of the new weights is {norms}"
-        if not problem:
+            self._problem = "" if math.isfinite(norms) else f"the norm of the new weights is {norms}"
+        if not self._problem:
             return
         steps = complete_steps(checkpoint_folder(job_config))
         last = f"the last good checkpoint is '{steps[max(steps)]}'" if steps else "there is no good checkpoint"
         raise UserError(
-            f"at step {step} {problem}, so the run stops and saves nothing; {last}; lower optimizer.lr or "
+            f"at step {step} {self._problem}, so the run stops and saves nothing; {last}; lower optimizer.lr or "
             "training.max_norm and start again, from an earlier step with --checkpoint.load_step"
         )
 
