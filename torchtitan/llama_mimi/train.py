@@ -38,7 +38,9 @@ def main() -> None:
         trainer = Trainer(job_config)
         try:
             trainer.train()
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, OSError) and error.filename is None:  # TensorBoard does not name its file
+                error.filename = job_config.job.dump_folder
             with suppress(OSError):  # on a full disk the metrics cannot be closed; the first error says why
                 trainer.close()
             raise
