@@ -78,9 +78,7 @@ QUIET = np.zeros(RATE, np.float32)
 READ = {
     "flac through a pipe": (flac_of_length(0), 1.5, ()),
     "flac before an ID3 tag": (FLAC + b"TAG" + bytes(125), 1.5, ()),
-    "flac before a line end": (FLAC + b"\n", 1.5, ()),
     "mp3": (mp3(has_xing=True, b="64k"), 12.0, ()),
-    "mp3 without Xing frame": (mp3(has_xing=False, b="64k"), 12.0, ()),
     "mp3 of varying rate without Xing frame": (mp3(has_xing=False, q="2"), 12.0, ()),
     "wav of unknown size": (with_size(wav(SPEECH), 0xFFFFFFFF), 1.5, ()),
     "wav that counts its header": (with_size(wav(SPEECH), 4 * len(SPEECH) + 44), 1.5, ()),
@@ -90,14 +88,9 @@ READ = {
         (OPPOSITE,),
     ),
     "opus behind noise": (OPUS + bytes(100), 1.5, ()),
-    "gsm": (wav(resample(SPEECH, RATE, 8000), 8000, "GSM610"), 1.5, ()),
-    "44,101 Hz": (wav(resample(SPEECH, RATE, 44_101), 44_101), 1.5, ()),
-    "47,999 Hz": (wav(resample(SPEECH, RATE, 47_999), 47_999), 1.5, ()),
     "192,001 Hz": (wav(resample(SPEECH, RATE, 192_001), 192_001), 1.5, ()),
     "opposite phases": (wav(np.stack([SPEECH, -SPEECH], 1)), 1.5, (OPPOSITE,)),
-    "nearly opposite phases": (wav(np.stack([SPEECH, -0.9 * SPEECH], 1)), 1.5, (OPPOSITE,)),
     "one of two channels": (wav(np.stack([SPEECH, 0 * SPEECH], 1)), 1.5, ()),
-    "one of eight channels": (wav(np.stack([0 * SPEECH] * 7 + [SPEECH], 1)), 1.5, ()),
     "silence in stereo": (wav(np.stack([QUIET, QUIET], 1)), 1.0, ()),
     "peaks of 15": (wav(SPEECH / np.abs(SPEECH).max() * 15), 1.5, ()),
     "mp4": (by_ffmpeg("ipod", "aac"), 1.5, ()),
@@ -112,59 +105,24 @@ REFUSED = {
     "flac with noise": (with_damage(written(np.tile(SPEECH, 40), format="FLAC")), "unreadable", "not readable audio"),
     "wav cut in half": (wav(SPEECH)[: 2 * len(SPEECH)], "breaks off", "copy it again"),
     "aiff cut in half": (written(format="AIFF")[: len(SPEECH)], "breaks off", "copy it again"),
-    "opus before half a vorbis header": (OPUS + VORBIS[:3000], "chained Ogg", "one after another"),
     "opus, noise, opus": (OPUS + b"x" * 100 + OPUS, "breaks off", "copy it again"),
     "chained opus": (OPUS + OPUS, "chained Ogg", "one after another"),
-    "chained opus and vorbis": (OPUS + VORBIS, "chained Ogg", "one after another"),
     "16-bit integers as floats": (wav(SPEECH * 32768), "out of range", "divide them by their full scale"),
     "peaks of 17": (wav(SPEECH / np.abs(SPEECH).max() * 17), "out of range", "samples up to 17"),
     "1 Hz": (with_rate(wav(SPEECH), 1), "sample rate", "is 1 Hz, not 1 kHz to 1 MHz"),
-    "2 GHz": (with_rate(wav(SPEECH), 2**31 - 1), "sample rate", "2,147,483,647 Hz"),
     "nothing": (b"", "empty", "0 bytes"),
     "no samples": (wav(SPEECH[:0]), "empty", "no audio samples"),
     "NaN": (wav(np.full(4000, np.nan, np.float32)), "non-finite", "NaN or infinite"),
-    "infinite": (wav(np.full(4000, np.inf, np.float32)), "non-finite", "NaN or infinite"),
     "half a header": (wav(SPEECH)[:40], "unreadable", "not readable audio"),
-    "base64": (b"T2dnUwACAAAAAAAAAAABAAAAAAAAAF3pgQoBE09wdXNIZWFk" * 9, "unreadable", "not readable audio"),
     "a playlist": (b"#EXTM3U\n#EXTINF:9,\nhttp://127.0.0.1:9/a.aac\n", "unreadable", "not readable audio"),
     "mp4 of nothing": (by_ffmpeg("ipod", "aac")[:40], "unreadable", "not readable audio"),
-    "aac of nothing": (by_ffmpeg("adts", "aac")[:30], "unreadable", "not readable audio"),
 }
 
 
-def tone(rate_hz: int, channels: int = 1) -> np.ndarray:
-    """Return a second of a 440 Hz tone of amplitude 0.5, (S, channels)."""
-    samples = 0.5 * np.sin(2 * np.pi * 440 * np.arange(rate_hz) / rate_hz)
-    return np.repeat(samples[:, None], channels, axis=1).astype(np.float32)
-
-
-@pytest.mark.parametrize(
-    ("rate_hz", "channels", "form", "tolerance"),
-    [
-        (24_000, 1, {"format": "WAV", "subtype": "PCM_16"}, 1e-4),
-        (24_000, 1, {"format": "WAV", "subtype": "PCM_24"}, 1e-6),
-        (24_000, 1, {"format": "WAV", "subtype": "FLOAT"}, 1e-6),
-        (8_000, 1, {"format": "WAV", "subtype": "PCM_16"}, 0.01),
-        (44_100, 2, {"format": "FLAC"}, 0.01),
-        (192_000, 1, {"format": "WAV", "subtype": "PCM_24"}, 0.01),
-        (44_100, 2, {"format": "MP3"}, 0.05),
-        (48_000, 1, {"format": "OGG", "subtype": "OPUS"}, 0.05),
-        (16_000, 1, {"format": "OGG", "subtype": "VORBIS"}, 0.05),
-    ],
-    ids=str,
-)
-def test_every_format_gives_the_same_tone(rate_hz, channels, form, tolerance, tmp_path):
-    content = written(tone(rate_hz, channels), rate_hz, **form)
-    path = tmp_path / "clip"
-    path.write_bytes(content)
-    waveform = read_audio(path, RATE)
-    assert waveform.samples_S.dtype == torch.float32 and waveform.samples_S.ndim == 1
-    assert torch.equal(waveform.samples_S, read_audio(content, RATE).samples_S)
-    assert waveform.seconds == pytest.approx(1.0, abs=0.06)  # MP3 pads
-    # compare in the middle, away from the codecs' edges; the delay of MP3 shows as phase, so compare spectra
-    spectrum = torch.fft.rfft(waveform.samples_S[6000:18000]).abs() / 6000
-    expected = torch.fft.rfft(torch.from_numpy(tone(RATE)[6000:18000, 0])).abs() / 6000
-    assert float((spectrum - expected).abs().max()) <= tolerance
+@pytest.mark.parametrize("form", ["WAV PCM_16", "WAV PCM_24", "FLAC PCM_16", "MP3", "OGG OPUS", "OGG VORBIS"])
+def test_every_format_keeps_the_level(form):
+    heard_S = read_audio(written(**dict(zip(("format", "subtype"), form.split(), strict=False))), RATE).samples_S
+    assert heard_S.norm().item() == pytest.approx(np.linalg.norm(SPEECH), rel=0.02)
 
 
 def test_stereo_is_averaged():
@@ -180,7 +138,7 @@ def test_reading_stops_at_the_limit(tmp_path):
     waveform = read_audio(path, RATE, max_seconds=20)
     assert waveform.is_cut and len(waveform.samples_S) == 20 * RATE
     for max_seconds in (0.9999, 1.0, 1.5):
-        content = written(tone(44_100, 2), 44_100, format="FLAC")
+        content = written(np.zeros((44_100, 2)), 44_100, format="FLAC")
         assert read_audio(content, RATE, max_seconds=max_seconds).is_cut == (max_seconds < 1)
 
 

@@ -69,7 +69,7 @@ PROMPT = clip(6)
 def stock_logits(model, codes_TQ, frame):
     """Logits of the next entry of a frame by stock `transformers`, without a cache: its level's codes, then the end."""
     decoder, head, level = model.decoder, model.tokenizer.prefix_ids(), len(frame)
-    if model.has_release:
+    if model.tokenizer.architecture == "flattened":
         vocabulary = model.tokenizer.vocabulary
         tokens = [vocabulary.base + code * codes_TQ.shape[1] + q for q, code in enumerate(frame)]
         ids_L = [*head, *vocabulary.ids_from_codes(codes_TQ).tolist(), *tokens]

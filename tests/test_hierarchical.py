@@ -12,13 +12,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from conftest import TINY
-from transformers import AutoTokenizer, CsmForConditionalGeneration, LlamaForCausalLM, MimiModel
+from transformers import AutoTokenizer, CsmForConditionalGeneration, MimiModel
 
 from llama_mimi.audio.mimi import MimiCodec
 from llama_mimi.checkpoint.architectures import save_run_record, speech_config
 from llama_mimi.checkpoint.conversion import convert_checkpoint
 from llama_mimi.checkpoint.csm import csm_config, csm_state
-from llama_mimi.checkpoint.huggingface import LlamaMimiStateDictAdapter, hf_config
 from llama_mimi.common.errors import UserError
 from llama_mimi.data.dataloader import SpeechDataLoader
 from llama_mimi.data.order import ShuffledOrder
@@ -29,7 +28,7 @@ from llama_mimi.generation.hierarchical import HierarchicalModel
 from llama_mimi.generation.loading import load_speech_model
 from llama_mimi.model.architectures import build_model
 from llama_mimi.model.llama import FLAVORS
-from llama_mimi.tokens.tokenizer import IGNORE_INDEX, NO_TOKEN, load_speech_tokenizer
+from llama_mimi.tokens.tokenizer import IGNORE_INDEX, load_speech_tokenizer
 from llama_mimi.training.loss import LevelMeter, SpeechLoss, level_weights
 
 Q, K = 4, 256
@@ -217,26 +216,6 @@ def test_a_score_is_that_of_the_plainest_loop(speech_model, tokenizer, scoring, 
     if not is_cut:
         values.append(float(csm.lm_head(states_LD[-1]).log_softmax(-1)[K]))
     assert found == pytest.approx(sum(values) / len(values), abs=1e-5)
-
-
-def test_a_llama_fills_the_backbone(args):
-    """Layers and embeddings of a base model are loaded; the other weights keep their initial values."""
-    torch.manual_seed(5)
-    llama = LlamaForCausalLM(hf_config(replace(args, architecture="flattened", enable_weight_tying=True))).eval()
-    model, adapter = built(args), LlamaMimiStateDictAdapter(args, None)
-    drawn = {name: weight.clone() for name, weight in model.state_dict().items()}
-    names = adapter.to_hf(model.state_dict()).keys()
-    theirs = llama.state_dict()
-    assert names == theirs.keys() - {"lm_head.weight"}
-    model.load_state_dict(adapter.from_hf({name: theirs[name] for name in names}), strict=False)
-    ids_1L = torch.tensor([[3, 7, 500, 9, 2]])
-    inputs = {"input": F.pad(ids_1L[..., None], (0, Q - 1), value=NO_TOKEN)}
-    inputs["targets"] = torch.full_like(inputs["input"], IGNORE_INDEX)
-    with torch.no_grad():
-        wanted_1LD = llama.model(ids_1L).last_hidden_state
-        torch.testing.assert_close(run(model, inputs).level_0.hidden_BLD, wanted_1LD, atol=1e-5, rtol=1e-5)
-    for name, weight in model.state_dict().items():
-        assert name.startswith(("layers.", "norm.", "tok_")) or torch.equal(weight, drawn[name])
 
 
 def test_a_checkpoint_becomes_a_stock_folder(args, tokenizer, tmp_path, monkeypatch, caplog):

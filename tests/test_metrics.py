@@ -11,7 +11,8 @@ from conftest import ROOT
 from llama_mimi.common.errors import UserError
 from llama_mimi.data.dataloader import DataMeter
 from llama_mimi.training.config_file import parse_config
-from llama_mimi.training.metrics import Meters, SpeechMetrics, peak_flops
+from llama_mimi.training.loss import LevelMeter
+from llama_mimi.training.metrics import SpeechMetrics, peak_flops
 from llama_mimi.training.optimizer import StepGuard
 
 
@@ -43,15 +44,16 @@ def test_a_line_of_the_log(card, monkeypatch, tmp_path):
     monkeypatch.setattr("torchtitan.tools.utils.subprocess.run", lambda *args, **kwargs: lspci)
     flags = ["--job.config_file", "config/tiny.toml", "--metrics.no-enable_tensorboard"]
     job_config = parse_config([*flags, "--job.dump_folder", str(tmp_path)])
-    meters = Meters(data=DataMeter(codec_seconds=2.0, num_clips=3, num_frames=45_000))
+    guard, data = StepGuard(), DataMeter(codec_seconds=2.0, num_clips=3, num_frames=45_000)
     dims = SimpleNamespace(world_size=1, pp_enabled=False, get_optional_mesh=lambda name: None)
-    metrics = SpeechMetrics(job_config, dims, meters, StepGuard(meters.train), frame_rate_hz=12.5)
+    meters = {"guard": guard, "validation": LevelMeter(), "data": data}
+    metrics = SpeechMetrics(job_config, dims, **meters, frame_rate_hz=12.5)
     logged = {}
     metrics.logger = SimpleNamespace(log=lambda values, step: logged.update(values))
     metrics.model_parts, metrics.num_flops_per_token = [], 1_000_000
     assert metrics.should_log(1)
     levels_N = torch.tensor([0, 1, 2, 3] * 24 + [4] * 4)  # 24 frames, four clips that end
-    meters.train.add(levels_N + 1.0, levels_N + 0.5, levels_N, 5)
+    guard.meter.add(levels_N + 1.0, levels_N + 0.5, levels_N, 5)
     metrics.data_loading_times.append(1.0)
     metrics.time_last_log = time.perf_counter() - 8.0
     metrics.log(1, 1.0, 1.0, 0.5, {"n_tokens_seen": 1000, "lr": 1e-3})  # n_tokens_seen counts padding
@@ -75,6 +77,6 @@ def test_a_line_of_the_log(card, monkeypatch, tmp_path):
         "memory/max_reserved(GiB)": 1.0,
         "lr": 1e-3,
     }
-    assert meters.data.codec_seconds == 0
+    assert data.codec_seconds == 0
     with pytest.raises(UserError, match="no clip of validation.dataset 'assets/tiny/corpus/validation-.*' can be used"):
         metrics.log_validation(1, start=0.0)

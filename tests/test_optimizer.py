@@ -14,7 +14,6 @@ from torchtitan.config.job_config import LRScheduler, Optimizer
 
 from llama_mimi.common.errors import UserError
 from llama_mimi.training.config_file import parse_config
-from llama_mimi.training.loss import LevelMeter
 from llama_mimi.training.optimizer import SpeechSchedulers, StepGuard, build_speech_optimizers
 
 
@@ -76,7 +75,7 @@ def test_weights_are_checked_where_they_are_saved(tmp_path, step, value, stops):
     model = nn.Linear(2, 2)
     nn.init.constant_(model.bias, value)
     with pytest.raises(UserError, match=f"at step {step} the norm .*; there is no good") if stops else nullcontext():
-        StepGuard(LevelMeter()).check(job_config, step, [model])
+        StepGuard().check(job_config, step, [model])
 
 
 @pytest.mark.parametrize("name", ["for-loop", "foreach", "fused"])

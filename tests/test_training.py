@@ -381,5 +381,5 @@ def test_a_llama_is_where_a_hierarchical_run_begins(base_model, tmp_path):
     theirs = csm_state(load_model_state(tmp_path / "checkpoint" / "step-1", args), args)
     llama = LlamaForCausalLM.from_pretrained(base_model).state_dict()
     assert torch.equal(theirs["embed_text_tokens.weight"], llama["model.embed_tokens.weight"])
-    for name in ("layers.3.self_attn.q_proj.weight", "layers.0.mlp.up_proj.weight", "norm.weight"):
-        assert torch.equal(theirs[f"backbone_model.{name}"], llama[f"model.{name}"])
+    names = [name.removeprefix("model.") for name in llama if name.startswith(("model.layers.", "model.norm."))]
+    assert len(names) > 30 and all(torch.equal(theirs[f"backbone_model.{n}"], llama[f"model.{n}"]) for n in names)

@@ -42,8 +42,7 @@ class Model:
     """llama: the tokenizer in hf_assets_path with audio tokens added; audio: its special tokens and audio tokens"""
 
     architecture: Architecture = "flattened"
-    """flattened: one decoder over the audio tokens of all levels; hierarchical: a backbone over frames and a depth
-    decoder over the levels of a frame, as CSM"""
+    """flattened: one decoder over audio tokens; hierarchical: a backbone over frames, a depth decoder over levels"""
 
     depth_train_fraction: float = 1.0
     """Fraction of the frames that train the depth decoder (hierarchical architecture), drawn again in each epoch"""
@@ -101,8 +100,7 @@ class Data:
     """Column of transcripts, read by the task tts only"""
 
     shuffle_window: int = 4096
-    """Clips shuffled together, at least one row group. Each loader worker keeps a window in memory: 4,096 clips of 14 s
-    are about 1 GB of FLAC at 16 kHz, or 11 MB of codes"""
+    """Clips shuffled together, at least one row group; each worker has them in memory (4,096 of 14 s: 1 GB of FLAC)"""
 
     max_skip_fraction: float = 0.01
     """Training stops if a larger fraction of the clips cannot be used, checked after 100 clips and after each epoch"""

@@ -17,6 +17,7 @@ from llama_mimi.checkpoint.huggingface import LlamaMimiStateDictAdapter
 from llama_mimi.common.distributed import end_with_torchrun, report_error_once
 from llama_mimi.common.errors import UserError, report
 from llama_mimi.data.build import build_dataloader
+from llama_mimi.data.dataloader import DataMeter
 from llama_mimi.model.architectures import build_model, parallelize
 from llama_mimi.model.cross_entropy import chunk_losses
 from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs
@@ -24,12 +25,11 @@ from llama_mimi.tokens.tokenizer import SpeechTokenizer, load_speech_tokenizer
 from llama_mimi.training.checkpoints import use_checksums
 from llama_mimi.training.checks import prepare_run
 from llama_mimi.training.loss import LevelMeter, SpeechLoss, level_fractions, level_weights
-from llama_mimi.training.metrics import Meters, SpeechMetrics, SpeechValidator
+from llama_mimi.training.metrics import SpeechMetrics, SpeechValidator
 from llama_mimi.training.optimizer import SpeechSchedulers, StepGuard, build_speech_optimizers
 
 # TorchTitan builds metrics apart from losses and loader; these meters connect them.
-_meters = Meters()
-_guard = StepGuard(_meters.train)
+_guard, _validation_meter, _data_meter = StepGuard(), LevelMeter(), DataMeter()
 JobConfig.maybe_log = lambda job_config: None  # it would save the config before the run is checked; `prepare_run` does
 
 
@@ -64,7 +64,7 @@ def build_speech_tokenizer(job_config: Any) -> SpeechTokenizer:
 
 
 def build_loss(
-    job_config: Any, meter: LevelMeter = _meters.train, weights: list[float] | None = None, **kwargs: Any
+    job_config: Any, meter: LevelMeter = _guard.meter, weights: list[float] | None = None, **kwargs: Any
 ) -> SpeechLoss:
     """Build the loss of training; validation has its own meter and weights."""
     weights = weights or level_weights(job_config.loss.level_weights, level_fractions(job_config))
@@ -75,7 +75,7 @@ def build_loss(
 
 
 def build_validator(job_config: Any, **kwargs: Any) -> SpeechValidator:
-    loss_fn = build_loss(job_config, _meters.validation, [1.0] * job_config.codec.num_quantizers)
+    loss_fn = build_loss(job_config, _validation_meter, [1.0] * job_config.codec.num_quantizers)
     return SpeechValidator(job_config=job_config, **kwargs | {"loss_fn": loss_fn})
 
 
@@ -90,7 +90,8 @@ def build_metrics(job_config: Any, parallel_dims: ParallelDims, model_args: Llam
     training = {"task": job_config.data.task, "max_audio_seconds": seconds}
     config = speech_config(model_args, tokenizer, codec.name, codec.sliding_window, **training)
     save_run_record(job_config.job.dump_folder, config, tokenizer)
-    return SpeechMetrics(job_config, parallel_dims, _meters, _guard, frame_rate_hz)
+    meters: dict[str, Any] = {"guard": _guard, "validation": _validation_meter, "data": _data_meter}
+    return SpeechMetrics(job_config, parallel_dims, **meters, frame_rate_hz=frame_rate_hz)
 
 
 register_train_spec(
@@ -102,7 +103,7 @@ register_train_spec(
         pipelining_fn=None,
         build_optimizers_fn=partial(build_speech_optimizers, guard=_guard),
         build_lr_schedulers_fn=SpeechSchedulers,
-        build_dataloader_fn=partial(build_dataloader, meter=_meters.data),
+        build_dataloader_fn=partial(build_dataloader, meter=_data_meter),
         build_tokenizer_fn=build_tokenizer,
         build_loss_fn=build_loss,
         build_validator_fn=build_validator,

@@ -107,7 +107,7 @@ class BenchmarkScript:
         )
         codec, max_seconds = model.codec, options.max_audio_seconds
         whole_frames(max_seconds, codec.config, "--max_audio_seconds")
-        if scoring.as_released and not model.has_release:
+        if scoring.as_released and model.tokenizer.architecture == "hierarchical":
             raise UserError("no hierarchical model was released, so its scoring does not exist; use --preset official")
         if (level := max(scoring.levels or (0,))) > (last := codec.num_quantizers - 1):
             raise UserError(f"--levels names level {level}, but the model has levels 0 to {last}")

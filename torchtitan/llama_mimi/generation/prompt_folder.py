@@ -14,7 +14,6 @@ import torch
 
 from llama_mimi.audio.mimi import codec_hash
 from llama_mimi.audio.reading import AUDIO_ENDINGS, AudioError, Waveform, write_wav
-from llama_mimi.audio.silence import silences
 from llama_mimi.audio.streaming import decode_long
 from llama_mimi.common.distributed import DistributedContext, broadcast_from_rank0
 from llama_mimi.common.errors import UserError, first_line
@@ -30,10 +29,9 @@ RESULTS, SETTINGS = "results.jsonl", "settings.json"
 # Samples are drawn in groups of this many batches. A killed run draws the whole group again, so that each sample has
 # the same neighbours in its batch, hence the same rounding and the same bytes.
 BATCHES_PER_GROUP = 4
-LONG_SILENCE_SECONDS = 2.0
 NOT_COMPARED = ("model", "versions")  # the hash of its weights identifies a model
 Record = dict[str, Any]
-Sample = tuple[Path, Record]  # the prompt's file; its name, its hash, the number of the sample, and its seed
+Sample = tuple[Path, Record]  # the prompt's path; file, prompt, prompt_sha256, sample (its number) and seed
 
 
 def continue_folder(
@@ -73,7 +71,7 @@ def continue_folder(
             require_same(earlier, compared, f"'{output_dir}'", "name another --output_dir")
         if (results := output_dir / RESULTS).exists():  # records of a finished run go back into its log
             try:
-                log.add({_file(record): record for record in map(parse_json, results.read_text().splitlines())})
+                log.add({record["file"]: record for record in map(parse_json, results.read_text().splitlines())})
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"'{results}' is not a list of results ({first_line(error)}); remove it") from error
             results.unlink()
@@ -108,10 +106,6 @@ def describe_model(model_name: str, model: SpeechModel, dtype: str) -> Record:
     }
 
 
-def _file(record: Record) -> str:
-    return f"{Path(record['prompt']).with_suffix('')}_{record['sample']}.wav"
-
-
 def _find_samples(prompts: Path, options: SamplingOptions) -> dict[str, Sample]:
     paths = [Path(path) for path in find_files(str(prompts), AUDIO_ENDINGS)] if prompts.is_dir() else []
     if not paths:
@@ -122,8 +116,9 @@ def _find_samples(prompts: Path, options: SamplingOptions) -> dict[str, Sample]:
         prompt, sha256 = as_utf8(str(relative)), hashlib.sha256(path.read_bytes()).hexdigest()
         for number in range(options.num_samples):
             seed = int.from_bytes(hashlib.sha256(os.fsencode(f"{options.seed}/{relative}/{number}")).digest()[:4])
-            record = {"prompt": prompt, "prompt_sha256": sha256, "sample": number, "seed": seed}
-            if (other := samples.setdefault(_file(record), (path, record))[1]) is not record:
+            file = f"{Path(prompt).with_suffix('')}_{number}.wav"
+            record = {"file": file, "prompt": prompt, "prompt_sha256": sha256, "sample": number, "seed": seed}
+            if (other := samples.setdefault(file, (path, record))[1]) is not record:
                 both = f"'{other['prompt']}' and '{prompt}'"
                 raise UserError(f"{both} would have one name in --output_dir; rename one of them")
     return samples
@@ -149,13 +144,11 @@ def _continue_group(
         waveform = Waveform(decode_long(codec, torch.cat([prompt_TQ, new_TQ])), codec.sample_rate_hz)
         write_wav(output_dir / file, waveform)
         found = {
-            "file": file,
             "prompt_frames": len(prompt_TQ),
             "frames": len(new_TQ),
             "distinct_frames": len(new_TQ.unique(dim=0)),  # few in a loop
             "end": end.value,
             "audio_warnings": list(waveforms[path].audio_warnings),
-            "silences": silences(waveform, LONG_SILENCE_SECONDS),  # start and length
             "seconds": round(time.perf_counter() - began, 3),  # from the first frame to the file
         }
         yield file, record | found

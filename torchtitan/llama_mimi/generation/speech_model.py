@@ -34,14 +34,9 @@ class SpeechModel(ABC):
         return self.codec.device
 
     @property
-    def has_release(self) -> bool:
-        """True for the architecture of the first release."""
-        return self.tokenizer.architecture == "flattened"
-
-    @property
     def last_frame(self) -> LastFrame:
         """How partial last frames of the training clips were encoded."""
-        return "codec" if self.has_release and is_released(self.decoder.config) else "pad"
+        return "codec" if is_released(self.decoder.config) else "pad"
 
     @property
     def end_entry(self) -> int:

@@ -38,9 +38,9 @@ class LazyLogits:
     hidden_BLD: torch.Tensor  # a replicated DTensor under tensor parallelism
     weight_VD: torch.Tensor  # there a DTensor that is split by rows
 
-    def heads(self, labels_BL: torch.Tensor, vocabulary: AudioVocabulary) -> list["Head"]:
-        """Return the targets of a batch for each output matrix; labels are ids or `IGNORE_INDEX`."""
-        return [Head(self, audio_targets(labels_BL, vocabulary))]
+    def heads(self, labels_BL: torch.Tensor, vocabulary: AudioVocabulary) -> list[tuple["LazyLogits", "Targets"]]:
+        """Return each output matrix with its targets in a batch; labels are ids or `IGNORE_INDEX`."""
+        return [(self, audio_targets(labels_BL, vocabulary))]
 
     @property
     def placements(self) -> tuple[Shard]:
@@ -64,14 +64,6 @@ class Targets:
     levels_N: torch.Tensor  # quantizer levels; the end of the speech counts as level 0
     rows_N: torch.Tensor  # row of the recorded losses: the level, Q for the end, or Q + 1 to record nothing
     admissible_QC: torch.Tensor  # entries that are valid at each level; -1 fills shorter levels
-
-
-@dataclass(frozen=True)
-class Head:
-    """One output matrix and its targets."""
-
-    logits: LazyLogits
-    targets: Targets
 
 
 def audio_targets(labels_BL: torch.Tensor, vocabulary: AudioVocabulary) -> Targets:

@@ -16,7 +16,7 @@ from torchtitan.distributed.activation_checkpoint import apply_ac
 from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list, apply_compile
 from torchtitan.models.llama3.model.model import TransformerBlock, precompute_freqs_cis
 
-from llama_mimi.model.cross_entropy import Head, LazyLogits, PendingOutput, Targets, pending_logits
+from llama_mimi.model.cross_entropy import LazyLogits, PendingOutput, Targets, pending_logits
 from llama_mimi.model.llama import LlamaMimi, LlamaMimiArgs, num_weights, training_flops
 from llama_mimi.tokens.tokenizer import IGNORE_INDEX
 from llama_mimi.tokens.vocabulary import AudioVocabulary
@@ -30,7 +30,7 @@ class HierarchicalOutput:
     depth_N: torch.Tensor  # positions of the flattened batch (B * L) that train the depth decoder; at least one
     levels: list[LazyLogits]  # the depth decoder's for levels 1 to Q - 1, with hidden states (1, N, D) each
 
-    def heads(self, labels_BLQ: torch.Tensor, vocabulary: AudioVocabulary) -> list[Head]:
+    def heads(self, labels_BLQ: torch.Tensor, vocabulary: AudioVocabulary) -> list[tuple[LazyLogits, Targets]]:
         """See `LazyLogits.heads`."""
         labels_NQ = labels_BLQ.flatten(0, 1)
         frames_NQ = labels_NQ[self.depth_N]
@@ -47,7 +47,7 @@ class HierarchicalOutput:
             # The end is one event: its levels above 0 train the decoder, and their losses are not recorded.
             rows_N = torch.where(is_end_N, vocabulary.num_quantizers + (level > 0), level)
             levels_N = torch.full_like(rows_N, level)
-            heads.append(Head(logits, Targets(positions_N, entries_N, levels_N, rows_N, admissible_QC)))
+            heads.append((logits, Targets(positions_N, entries_N, levels_N, rows_N, admissible_QC)))
         return heads
 
 

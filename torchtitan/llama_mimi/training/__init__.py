@@ -1,1 +1,1 @@
-"""TorchTitan's seams: settings and their checks, loss, metrics, validation."""
+"""TorchTitan's hooks: settings and their checks, loss, metrics, validation."""

@@ -24,9 +24,8 @@ def use_checksums(verify: bool) -> None:
 
     # The manager passes a path, or None and a writer or reader of Hugging Face's format.
     def save(of_dcp: Callable, state: Any, *, storage_writer: Any, checkpoint_id: str | None, **settings: Any) -> Any:
-        return of_dcp(
-            state, storage_writer=CheckedWriter(checkpoint_id) if checkpoint_id else storage_writer, **settings
-        )
+        writer = CheckedWriter(checkpoint_id) if checkpoint_id else storage_writer
+        return of_dcp(state, storage_writer=writer, **settings)
 
     def load(state: Any, *, storage_reader: Any = None, checkpoint_id: str | None = None) -> None:
         if checkpoint_id is None:

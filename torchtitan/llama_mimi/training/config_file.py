@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import os
 import tomllib
+from argparse import ArgumentParser
 from inspect import formatannotation
 from pathlib import Path
 from types import UnionType
@@ -15,7 +16,7 @@ import llama_mimi.job_config
 from llama_mimi.common.errors import UserError
 from llama_mimi.training.checks import check_settings
 
-# Keys and sections of earlier config files, the first release's among them; None has no counterpart.
+# Keys and sections of earlier config files, the first release's among them, and what replaced them.
 OLD_KEYS = {
     "model.num_quantizers": "codec.num_quantizers",
     "model.pretrained": "checkpoint.initial_load_in_hf",
@@ -31,29 +32,25 @@ OLD_KEYS = {
     "data.max_bad_share": "data.max_skip_fraction",
     "data.shuffle_block": "data.shuffle_window",
     "model.depth_share": "model.depth_train_fraction",
-    "evaluation": None,
+    "evaluation": "eval/, whose scripts are run after training",
 }
 
 
 def parse_config(args: list[str]) -> Any:
     """Parse the arguments of the command line; a `UserError` refuses unknown keys, and settings that cannot run."""
     config_class = ConfigManager._merge_configs(JobConfig, llama_mimi.job_config.JobConfig)
-    for flag, following in zip(args, [*args[1:], ""], strict=False):
-        key, has_value, value = flag.partition("=")
-        if key.replace("-", "_") == "__job.config_file":
-            path = value if has_value else following
-            try:
-                values = tomllib.loads(Path(path).read_text())
-            except (OSError, ValueError) as error:
-                raise UserError(f"the config file '{path}' cannot be read ({error}); name a TOML file") from error
-            nested = {f"{name}.{key}" for name, keys in values.items() if isinstance(keys, dict) for key in keys}
-            if old := [key for key in OLD_KEYS if key in nested | values.keys()]:
-                changes = [
-                    f"rename '{key}' to '{OLD_KEYS[key]}'" if OLD_KEYS[key] else f"remove '{key}'" for key in old
-                ]
-                raise UserError(f"'{path}' has old keys; {', '.join(changes)}")
-            _check_section(config_class, values, path)
-    job_config = ConfigManager(config_class).parse_args(args)
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--job.config_file", "--job.config-file", dest="paths", action="append", default=[])
+    for path in parser.parse_known_args(args)[0].paths:
+        try:
+            values = tomllib.loads(Path(path).read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"the config file '{path}' cannot be read ({error}); name a TOML file") from error
+        _check_section(config_class, values, path)
+    try:
+        job_config = ConfigManager(config_class).parse_args(args)
+    except AssertionError as error:  # some of TorchTitan's settings check themselves
+        raise UserError(f"TorchTitan refuses a setting ({error}); change it") from error
     check_settings(job_config, world_size=int(os.environ.get("WORLD_SIZE", 1)))
     return job_config
 
@@ -64,9 +61,9 @@ def _check_section(section: Any, values: dict[str, Any], path: str, prefix: str 
     for key, value in values.items():
         name = prefix + key
         if key not in types:
-            nearest = difflib.get_close_matches(key, types, n=1)
-            hint = f"the nearest valid key is '{prefix}{nearest[0]}'" if nearest else "--help lists all keys"
-            raise UserError(f"'{path}' sets the unknown key '{name}'; {hint}")
+            nearest = [prefix + valid for valid in difflib.get_close_matches(key, types, n=1)]
+            hint = OLD_KEYS.get(name) or " ".join(nearest) or "--help to list all keys"
+            raise UserError(f"'{path}' sets the unknown key '{name}'; use {hint}")
         if dataclasses.is_dataclass(types[key]):
             if not isinstance(value, dict):
                 raise UserError(f"'{path}' sets '{name}' to {value!r}; it is a section, written [{name}]")

@@ -82,10 +82,10 @@ class SpeechLoss:
     def __call__(self, logits: LazyLogits | HierarchicalOutput, labels: torch.Tensor) -> torch.Tensor:
         """Return the sum over the targets (B, L), or (B, L, Q) of the hierarchical architecture."""
         sums = []
-        for head in logits.heads(labels, self._vocabulary):
-            self._weights_Q = self._weights_Q.to(head.targets.levels_N.device)
-            weights_N = self._weights_Q[head.targets.levels_N]
-            loss_sum, losses_N, admissible_N = cross_entropy(head.logits, head.targets, weights_N, self._chunk_step)
-            self._meter.add(losses_N, admissible_N, head.targets.rows_N, self._vocabulary.num_quantizers + 1)
+        self._weights_Q = self._weights_Q.to(labels.device)
+        for head, targets in logits.heads(labels, self._vocabulary):
+            weights_N = self._weights_Q[targets.levels_N]
+            loss_sum, losses_N, admissible_N = cross_entropy(head, targets, weights_N, self._chunk_step)
+            self._meter.add(losses_N, admissible_N, targets.rows_N, self._vocabulary.num_quantizers + 1)
             sums.append(loss_sum)
         return torch.stack(sums).sum()

@@ -4,7 +4,6 @@ import math
 import re
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch.distributed as dist
 from torch import nn
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.components.validate import Validator
-from torchtitan.distributed import ParallelDims
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_type
 
@@ -47,29 +45,18 @@ def peak_flops(card: str) -> float | None:
     return next((flops for name, flops in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", card)), None)
 
 
-@dataclass
-class Meters:
-    """Sums that losses and the training dataloader record for the metrics."""
-
-    train: LevelMeter = field(default_factory=LevelMeter)
-    validation: LevelMeter = field(default_factory=LevelMeter)
-    data: DataMeter = field(default_factory=DataMeter)
-
-
 class SpeechMetrics(MetricsProcessor):
     """Metrics of a speech run. TorchTitan counts every position as a token; here only targets of the loss are tokens.
 
-    The losses and the dataloader fill ``meters``.
+    The losses and the dataloader fill the meters; that of the training loss is the guard's.
     """
 
     time_last_log: float
 
-    def __init__(
-        self, job_config: Any, parallel_dims: ParallelDims, meters: Meters, guard: StepGuard, frame_rate_hz: float
-    ) -> None:
-        super().__init__(job_config, parallel_dims)
-        self._meters, self._guard, self._frame_rate_hz = meters, guard, frame_rate_hz
-        self._num_steps = 0  # since the last line
+    def __init__(self, *args: Any, guard: StepGuard, validation: LevelMeter, data: DataMeter, frame_rate_hz: float):
+        super().__init__(*args)
+        self._guard, self._validation_meter, self._data_meter = guard, validation, data
+        self._frame_rate_hz, self._num_steps = frame_rate_hz, 0  # steps since the last line
 
     def should_log(self, step: int) -> bool:
         self._num_steps += 1
@@ -78,14 +65,14 @@ class SpeechMetrics(MetricsProcessor):
 
     def log(self, step: int, avg_loss: float, max_loss: float, grad_norm: float, extra_metrics: Any = None) -> None:
         seconds = time.perf_counter() - self.time_last_log
-        sums = self._sum(self._meters.train.pop(), "loss")
+        sums = self._sum(self._guard.meter.pop(), "loss")
         if not sums[1].any():  # the next line is of these steps, too
             return
         # Over all targets since the last line, as the levels are; TorchTitan's own is that of the last step alone.
         loss, by_level, levels = self._losses(sums, level_fractions(self.job_config))
         tokens_per_s = float(sums[1].sum()) / seconds
         audio_per_s = float(sums[1, 0]) / self._frame_rate_hz / seconds
-        meter = self._meters.data
+        meter = self._data_meter
         seen = torch.tensor([meter.num_clips, meter.num_frames], device=device_type)
         num_clips, num_frames = self._sum(seen, "batch").tolist()
         step_seconds, hours = seconds / self._num_steps, num_frames / self._frame_rate_hz / 3600
@@ -128,7 +115,7 @@ class SpeechMetrics(MetricsProcessor):
 
     def log_validation(self, step: int, start: float) -> None:
         """Log the validation since the time ``start``, which does not count as training time."""
-        sums = self._sum(self._meters.validation.pop(), "loss")
+        sums = self._sum(self._validation_meter.pop(), "loss")
         if not sums.any():
             name = self.job_config.validation.dataset
             raise UserError(f"no clip of validation.dataset '{name}' can be used; name another")
@@ -170,8 +157,6 @@ class SpeechValidator(Validator):
 
     The loss is the mean over all targets, not over batches.
     """
-
-    metrics_processor: SpeechMetrics
 
     def __init__(self, *, job_config: Any, dp_world_size: int, dp_rank: int, tokenizer: Any, **parts: Any) -> None:
         self.__dict__.update(parts, job_config=job_config, tokenizer=tokenizer)  # Validator's own opens a text corpus

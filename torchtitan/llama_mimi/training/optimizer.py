@@ -47,12 +47,10 @@ class SpeechSchedulers(LRSchedulersContainer):
         self.schedulers = build_lr_schedulers(*args).schedulers
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        counts = {key: state_dict[key] - 1 for key in ("last_epoch", "_step_count")}
         for scheduler in self.schedulers:
-            factors = (factor(state_dict["last_epoch"]) for factor in scheduler.lr_lambdas)
-            lrs = [base_lr * factor for base_lr, factor in zip(scheduler.base_lrs, factors, strict=True)]
-            scheduler.load_state_dict({**state_dict, "base_lrs": scheduler.base_lrs, "_last_lr": lrs})
-            for group, lr in zip(scheduler.optimizer.param_groups, lrs, strict=True):
-                group["lr"] = lr
+            scheduler.load_state_dict(state_dict | counts | {"base_lrs": scheduler.base_lrs})
+            scheduler.step()  # to the saved step, with the learning rate of this run's config
 
 
 class StepGuard:
@@ -62,16 +60,15 @@ class StepGuard:
     TorchTitan saves after it. Each step waits for one reduction of three numbers, whose cost on a GPU was not measured.
     """
 
-    def __init__(self, meter: LevelMeter) -> None:
-        self._meter = meter  # of the training loss
-        self._problem = ""
-        self._is_empty = False
+    def __init__(self) -> None:
+        self.meter = LevelMeter()  # of the training loss
+        self._problem, self._is_empty = "", False
 
     def before_step(self, optimizers: OptimizersContainer, args: Any, kwargs: Any) -> None:
         """Drop the gradients of a step that must change nothing; TorchTitan's optimizers skip such weights."""
         parameters = [p for group in optimizers.param_groups for p in group["params"]]
         norm = _norm(p.grad for p in parameters if p.grad is not None)
-        loss_sum, num_targets, norms = _over_ranks(torch.cat([self._meter.pop_step(), norm]))
+        loss_sum, num_targets, norms = _over_ranks(torch.cat([self.meter.pop_step(), norm]))
         self._is_empty = num_targets == 0
         if not self._is_empty and not math.isfinite(loss_sum + norms):
             gradients = "" if math.isfinite(norms) else " and the gradients are not finite"
@@ -81,18 +78,17 @@ class StepGuard:
 
     def check(self, job_config: Any, step: int, model_parts: list[nn.Module]) -> None:
         """Raise a `UserError` if the step was not finite, or if the weights are not where a checkpoint is due."""
-        if self._is_empty and (not dist.is_initialized() or dist.get_rank() == 0):
-            logger.warning(f"step {step} has no targets and changes no weights")
-        problem = self._problem
-        if not problem and (step % job_config.checkpoint.interval == 0 or step in (1, job_config.training.steps)):
+        if self._is_empty:
+            logger.info(f"step {step} has no targets and changes no weights")
+        if not self._problem and (step % job_config.checkpoint.interval == 0 or step in (1, job_config.training.steps)):
             (norms,) = _over_ranks(_norm(p for part in model_parts for p in part.parameters()))
-            problem = "" if math.isfinite(norms) else f"the norm of the new weights is {norms}"
-        if not problem:
+            self._problem = "" if math.isfinite(norms) else f"the norm of the new weights is {norms}"
+        if not self._problem:
             return
         steps = complete_steps(checkpoint_folder(job_config))
         last = f"the last good checkpoint is '{steps[max(steps)]}'" if steps else "there is no good checkpoint"
         raise UserError(
-            f"at step {step} {problem}, so the run stops and saves nothing; {last}; lower optimizer.lr or "
+            f"at step {step} {self._problem}, so the run stops and saves nothing; {last}; lower optimizer.lr or "
             "training.max_norm and start again, from an earlier step with --checkpoint.load_step"
         )
 
