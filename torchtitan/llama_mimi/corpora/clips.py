@@ -60,7 +60,6 @@ class AudioReader:
         sample_rate_hz, frame_size: of the codec; clips shorter than a frame are skipped.
         max_frames: longer clips are cut, or with ``splits`` split at pauses into several clips without texts.
         with_text: skip rows without a transcript.
-        hashes: add a hash of its samples to each clip.
     """
 
     def __init__(
@@ -73,10 +72,9 @@ class AudioReader:
         with_text: bool = False,
         row_filter: RowFilter | None = None,
         splits: bool = False,
-        hashes: bool = False,
     ) -> None:
         self.source, self.name, self.fingerprint = source, source.name, source.fingerprint
-        self._filter, self._splits, self._hashes = row_filter or RowFilter(), splits, hashes
+        self._filter, self._splits = row_filter or RowFilter(), splits
         self._sample_rate_hz, self._frame_size, self._with_text = sample_rate_hz, frame_size, with_text
         self._max_seconds = max_frames * frame_size / sample_rate_hz
 
@@ -140,8 +138,7 @@ class AudioReader:
             return SkippedClip(reason, f"'{name}' was left out: {reason}", is_filtered=True)
         if len(waveform.samples_S) < self._frame_size:
             return SkippedClip("too short", f"'{name}' is {waveform.seconds:.3f} s, less than a frame of the codec")
-        content = memoryview(waveform.samples_S.numpy())
-        audio_hash = hashlib.blake2b(content, digest_size=HASH_BYTES).digest() if self._hashes else None
+        audio_hash = hashlib.blake2b(memoryview(waveform.samples_S.numpy()), digest_size=HASH_BYTES).digest()
         of_row = row.get("text"), row.get("speaker"), waveform.audio_warnings, audio_hash
         return AudioClip(name, waveform.samples_S, waveform.is_cut, *of_row)
 

@@ -60,11 +60,11 @@ def _end_with(parent: int, worker: int) -> None:
 
 
 def encode_clips(
-    codec: MimiCodec, clips: Sequence[AudioClip | CodedClip | SkippedClip], batch_seconds: float | None = None
+    codec: MimiCodec, clips: Sequence[AudioClip | CodedClip | SkippedClip]
 ) -> tuple[list[CodedClip | SkippedClip], float]:
     """Return the clips with codes in place of audio, and the seconds that encoding took."""
     start = time.perf_counter()
-    codes = iter(codec.encode_many([clip.samples_S for clip in clips if isinstance(clip, AudioClip)], batch_seconds))
+    codes = iter(codec.encode_many([clip.samples_S for clip in clips if isinstance(clip, AudioClip)]))
     encoded: list[CodedClip | SkippedClip] = []
     for clip in clips:
         if isinstance(clip, AudioClip):

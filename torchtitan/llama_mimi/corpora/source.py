@@ -1,6 +1,7 @@
 """Interface between the formats of corpora and their readers. Audio stays undecoded here."""
 
 import json
+import os
 import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -85,24 +86,23 @@ class Source(ABC):
             audio: bytes, a path, an object with both, or None; relative paths start in ``folder``.
             part: offset, duration or problem.
         """
-        content, path = (audio, None) if isinstance(audio, bytes) else (None, audio)
-        if isinstance(audio, Mapping):
-            content, path = audio.get("bytes"), audio.get("path")
-        name = _label(row_id)
+        if not isinstance(audio, Mapping):
+            audio = {"bytes" if isinstance(audio, bytes) else "path": audio}
+        content, path, name = audio.get("bytes"), audio.get("path"), _label(row_id)
         row: Row = {"name": name or _label(path) or place, "id": name, "audio": content, **part}
-        if content and not isinstance(content, bytes):
-            values = f"its audio is a {type(content).__name__}, not the bytes of a file"
+        for value, kind, wanted in ((content, bytes, "the bytes of a file"), (path, str, "a path")):
+            if value and not isinstance(value, kind):
+                values = f"its audio is a {type(value).__name__}, not {wanted}"
         if isinstance(values, str):
             return row | {"problem": values}
         if not content and path:
-            is_relative = folder and "://" not in str(path) and not str(path).startswith("/")
-            row["audio"] = f"{folder}/{path}" if is_relative else str(path)
+            row["audio"] = path if "://" in path else os.path.join(folder, path)
         try:
             for role in self.columns[1:]:
                 value = values.get(self._columns[role])
                 value = None if value != value else value  # NaN, as pandas writes missing values
                 row[role] = value if value is None or role.startswith(ROLE) else _text(value)
-        except (ValueError, RecursionError) as error:
+        except (ValueError, TypeError) as error:
             row["problem"] = f"its {role} cannot be stored ({first_line(error)})"
         return row
 
@@ -132,8 +132,10 @@ def parse_object(content: bytes) -> Values | str:
 
 
 def _text(value: Any) -> str:
-    """Return a value as text; raise a ValueError for bytes that are not UTF-8, and for half a character."""
-    text = value if isinstance(value, str | bytes) else json.dumps(value, ensure_ascii=False)
+    """Return a text or number as text; raise an error for others, bytes that are not UTF-8, and half a character."""
+    if isinstance(value, list | dict):
+        raise TypeError(f"it is a {type(value).__name__}")
+    text = value if isinstance(value, str | bytes) else json.dumps(value)
     return (text.encode() if isinstance(text, str) else text).decode()
 
 

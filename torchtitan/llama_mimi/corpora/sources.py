@@ -34,13 +34,6 @@ CORPORA = {
         for split in (*train, "validation", "test")
     },
 }
-# Names in the first release's config files, and what to set here.
-RELEASED_NAMES = {
-    "librispeech_asr_train": "'librispeech_other_train.500'",
-    "librispeech_asr_test": "'librispeech_clean_test'",
-    "librispeech_asr": "'librispeech_clean_test'",
-    "all": "folders of codes, divided by commas; config/CORPORA.md says how to make them",
-}
 
 
 def open_source(
@@ -109,8 +102,6 @@ def corpus_files(dataset: str, dataset_path: str | None, split: str | None) -> t
     if found:  # a path whose ending is not known; NeMo's manifests have the ending .json
         choose_split(dataset, (), split)
         return ManifestSource if all(file.lower().endswith(".json") for file in found) else ParquetSource, found
-    if dataset in RELEASED_NAMES:
-        raise UserError(f"'{dataset}' is a dataset name of the first release; set {RELEASED_NAMES[dataset]}")
     raise UserError(
         f"no Parquet, tar or audio file and no JSONL manifest matches the dataset '{dataset}'; name a folder, a path, "
         f"a glob, {HUB} and the id of a dataset, a folder of codes by scripts/tokenize_corpus.py, or one of: "

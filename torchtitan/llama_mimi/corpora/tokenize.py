@@ -45,7 +45,7 @@ ROWS_PER_CHUNK = 100  # rows that a worker reads at once, and whose clips are so
 SECONDS_PER_REPORT = 10.0
 SHARD_READERS = 16  # threads; reading a remote shard is mostly waiting
 # Options that codes do not depend on.
-FREE = "corpus dataset_path split output_dir codec batch_seconds num_workers max_skip_fraction".split()
+FREE = "corpus dataset_path split output_dir codec num_workers max_skip_fraction".split()
 
 
 @dataclass
@@ -74,7 +74,6 @@ class TokenizationOptions:
     # Rows of a shard: a minimum, or for a tar the exact number. A kill loses unfinished shards. By default 2,048,
     # or fewer, so that there are 64 shards
     clips_per_shard: int | None = None
-    batch_seconds: float | None = None  # seconds of audio to encode at once, with padding; depends on the device
     num_workers: int = 2  # processes of each rank that read and resample
     duplicates: Literal["keep", "drop"] = "keep"  # clips with the samples of an earlier clip; they are counted
     max_skip_fraction: float = 0.01  # stop when a larger fraction of the clips cannot be used
@@ -126,7 +125,6 @@ def tokenize_corpus(options: TokenizationOptions) -> None:
             max_frames=whole_frames(options.max_audio_seconds, codec.config, "--max_audio_seconds"),
             row_filter=row_filter,
             splits=options.long_recordings == "split",
-            hashes=True,
         )
         plan, jobs = _plan(options, source, codec), make_jobs(source.units, options.clips_per_shard)
 
@@ -134,15 +132,14 @@ def tokenize_corpus(options: TokenizationOptions) -> None:
             fs, folder = files.file_system(options.output_dir)
             if files.is_local(fs):  # elsewhere two runs would repeat work, but every shard would still be whole
                 resources.enter_context(files.locked(Path(folder) / files.LOCK, "--output_dir"))
-            return unfinished(options.output_dir, plan, jobs)
-
-        todo = broadcast_from_rank0(resume)
-        if ranks.rank == 0:
+            todo = unfinished(options.output_dir, plan, jobs)
             done = f"finished: {len(jobs) - len(todo)} of {len(jobs)} jobs"
             print(f"{done}; columns: {', '.join(plan['columns'])}", flush=True)
             if 0 < len(todo) < ranks.world_size:
                 print(f"there are {ranks.world_size} ranks for {len(todo)} jobs; the other ranks wait", flush=True)
-        write_shards(options, ranks, todo, reader, codec, plan["columns"])
+            return todo
+
+        write_shards(options, ranks, broadcast_from_rank0(resume), reader, codec, plan["columns"])
         ranks.wait()
         if ranks.rank == 0:
             write_manifest(options, plan, source.units, jobs)
@@ -150,7 +147,7 @@ def tokenize_corpus(options: TokenizationOptions) -> None:
 
 def _check(options: TokenizationOptions) -> None:
     shortest, longest, limit = options.min_seconds, options.max_seconds, options.max_audio_seconds
-    for name in ("max_audio_seconds", "clips_per_shard", "batch_seconds"):
+    for name in ("max_audio_seconds", "clips_per_shard"):
         if getattr(options, name) is not None and not 0 < getattr(options, name) < math.inf:
             raise UserError(f"--{name} is {getattr(options, name)}; it must be a positive number")
     if options.num_workers < 0 or not 0 <= options.max_skip_fraction <= 1:
@@ -248,22 +245,23 @@ class Chunks(IterableDataset):
             for number in job.units:
                 unit, own = source.units[number], turns
                 if unit.num_rows is not None:
+                    bytes_left -= unit.num_bytes
                     turns_of_unit = [next(turns) for _ in range(0, unit.num_rows, size)]
                     if not any(turns_of_unit):
-                        bytes_left -= unit.num_bytes
                         continue  # without reading the unit
                     own = iter(turns_of_unit)
                 rows = source.rows(number, row if unit.num_rows is None else 0)
+                num_bytes = unit.num_bytes  # are counted with the first chunk; of a tar each chunk has its own
                 while chunk := list(itertools.islice(rows, min(size, rows_per_part - row % rows_per_part))):
                     row += len(chunk)
-                    num_bytes = sum(len(one.get("audio") or b"") for one in chunk)  # a tar has more
-                    if unit.num_rows is not None:
-                        num_bytes = unit.num_bytes * len(chunk) // unit.num_rows
-                    bytes_left -= num_bytes
+                    if unit.num_rows is None:
+                        num_bytes = sum(len(one.get("audio") or b"") for one in chunk)
+                        bytes_left -= num_bytes
                     if next(own, False):
                         part, rest = divmod(row, rows_per_part)
                         shard = None if rest else job.shard(part - 1, is_end=False)
                         yield shard, len(chunk), num_bytes, [clip for one in chunk for clip in self._reader.clips(one)]
+                    num_bytes = 0
             if next(turns):
                 yield job.shard(row // rows_per_part, is_end=True), 0, bytes_left, []
 
@@ -282,28 +280,25 @@ def write_shards(
     workers = {"num_workers": options.num_workers} | ({"prefetch_factor": 1} if splits and options.num_workers else {})
     total_bytes = sum(job.num_bytes for job in todo)
     start, last_report = time.monotonic(), 0.0
-    clips: list[CodedClip | SkippedClip] = []  # of a shard, which has ``shard_rows`` rows so far
+    stored: list[CodedClip] = []  # in a shard, which has ``shard_rows`` rows so far
+    bad: list[SkippedClip] = []
+    filtered: Counter[str] = Counter()
     shard_rows = num_read = num_skipped = 0
     for shard, num_rows, num_bytes, audio in read_in_workers(chunks, **workers):
-        new, _ = encode_clips(codec, audio, options.batch_seconds)
-        coded = [clip for clip in new if isinstance(clip, CodedClip)]
-        bad = [clip for clip in new if isinstance(clip, SkippedClip) and not clip.is_filtered]
-        num_read, num_skipped = num_read + len(new), num_skipped + len(bad)
-        if bad:
-            _judge(num_skipped, num_read, options.max_skip_fraction, bad[-1].message, is_end=False)
-        clips, shard_rows = clips + new, shard_rows + num_rows
+        clips, _ = encode_clips(codec, audio)
+        skipped = [clip for clip in clips if isinstance(clip, SkippedClip)]
+        stored += (coded := [clip for clip in clips if isinstance(clip, CodedClip)])
+        filtered.update(clip.reason for clip in skipped if clip.is_filtered)
+        bad += (new := [clip for clip in skipped if not clip.is_filtered])
+        shard_rows, num_read, num_skipped = shard_rows + num_rows, num_read + len(clips), num_skipped + len(new)
+        if new:
+            _judge(num_skipped, num_read, options.max_skip_fraction, new[-1].message, is_end=False)
         if shard is not None:
-            skipped = [clip for clip in clips if isinstance(clip, SkippedClip)]
-            notes = {
-                "columns": columns,
-                "rows": shard_rows,
-                "skipped": [[clip.reason, clip.message] for clip in skipped if not clip.is_filtered],
-                "filtered": Counter(clip.reason for clip in skipped if clip.is_filtered),
-            }
-            stored = [clip for clip in clips if isinstance(clip, CodedClip)]
+            notes = {"columns": columns, "rows": shard_rows, "filtered": filtered}
+            notes["skipped"] = [(clip.reason, clip.message) for clip in bad]
             content = shards.shard_bytes(stored, codec.num_quantizers, notes)
             files.write_atomically(options.output_dir, shard, content)
-            clips, shard_rows = [], 0
+            stored, bad, filtered, shard_rows = [], [], Counter(), 0
         rows_done, bytes_done = ranks.add("rows", num_rows), ranks.add("bytes", num_bytes)
         hours = ranks.add("milliseconds", sum(round(1000 * clip.seconds) for clip in coded)) / 3.6e6
         elapsed, is_done = time.monotonic() - start, num_rows == 0 and bytes_done == total_bytes
@@ -316,10 +311,8 @@ def write_shards(
 
 def _judge(num_skipped: int, num_read: int, limit: float, last: str, *, is_end: bool) -> None:
     if is_too_many(num_skipped, num_read, limit, is_end=is_end, is_whole=is_end):
-        raise UserError(
-            f"{num_skipped} of {num_read} clips could not be used, more than --max_skip_fraction {limit:g} (the last: "
-            f"{last}); repair the corpus or raise --max_skip_fraction"
-        )
+        problem = f"{num_skipped} of {num_read} clips could not be used, more than --max_skip_fraction {limit:g}"
+        raise UserError(f"{problem} (the last: {last}); repair the corpus or raise --max_skip_fraction")
 
 
 def write_manifest(
