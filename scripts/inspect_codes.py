@@ -4,6 +4,7 @@ uv run python scripts/inspect_codes.py --codes data/codes/tiny --page outputs/co
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -39,15 +40,13 @@ def inspect_codes(codes: str, page: Path, codec: str | None = None, num_clips: i
     made_by, columns = manifest["codec"], manifest["columns"]
     name, levels, sliding_window = codec or made_by["name"], made_by["num_quantizers"], made_by["sliding_window"]
     corpus = CodeCorpus(codes, name, levels, sliding_window, with_text="text" in columns)
-    sections = [overview(corpus), code_use(corpus)] + ([speakers(corpus)] if "speaker" in columns else [])
-    if num_clips:
-        clips = decoded_clips(corpus, MimiCodec(name, levels, sliding_window=sliding_window), num_clips, seed)
-        sections.insert(0, Section(f"{len(clips)} of {manifest['clips']:,} clips, decoded", clips=clips))
+    clips = decoded_clips(corpus, MimiCodec(name, levels, sliding_window=sliding_window), num_clips, seed)
+    sections = [Section(f"{len(clips)} of {manifest['clips']:,} clips, decoded", clips=clips)]
+    sections += [overview(manifest), code_use(corpus)] + ([speakers(corpus)] if "speaker" in columns else [])
     write_html(f"Codes in {codes}", sections, page)
 
 
-def overview(corpus: CodeCorpus) -> Section:
-    manifest = corpus.manifest
+def overview(manifest: dict[str, Any]) -> Section:
     codec, clips, hours = manifest["codec"], manifest["clips"], manifest["hours"]
     rows = [
         ("corpus", manifest["corpus"]),

@@ -22,6 +22,7 @@ from llama_mimi.checkpoint.huggingface import hf_config
 from llama_mimi.checkpoint.stand_ins import write_tokenizer
 from llama_mimi.common.errors import UserError
 from llama_mimi.corpora.code_shards import CodedClip
+from llama_mimi.corpora.sources import CORPORA, RELEASED_NAMES
 from llama_mimi.data.build import chosen_split
 from llama_mimi.model.architectures import build_model
 from llama_mimi.model.llama import FLAVORS
@@ -195,6 +196,10 @@ def test_configs_of_the_first_release_are_told_what_keys_and_datasets_are_called
         assert new is None or reduce(getattr, new.split("."), job_config) is not None
         with pytest.raises(AttributeError):
             reduce(getattr, old.split("."), job_config)
+    for section in ("training", "validation"):
+        with pytest.raises(UserError, match="of the first release; set 'librispeech_clean_test'"):
+            checked_config(tiny_with(f"--{section}.dataset", "librispeech_asr_test"))
+    assert {name for name in RELEASED_NAMES.values() if name.startswith("'")} <= {f"'{name}'" for name in CORPORA}
 
 
 def test_another_models_run_is_not_continued(tmp_path, tokenizer):

@@ -145,7 +145,6 @@ FOLDERS = {
         "line of 'c.flac' has more fields than the header",
     ),
     "another header": ({"c.flac": CLIP, "metadata.csv": "file,text\nc.flac,b\n"}, "with the column file_name"),
-    "damaged JSON table": ({"c.flac": CLIP, "metadata.jsonl": "{no"}, "with the column file_name"),
     "deep JSON table": (
         {"c.flac": CLIP, "metadata.jsonl": DEEP},
         "metadata.jsonl' is not a table .* nested too deeply",
@@ -465,14 +464,6 @@ def test_filtered_clips_are_counted_by_reason(rows, tmp_path):
     found = json.loads((tmp_path.parent / f"{tmp_path.name}_out" / "manifest.json").read_text())
     assert found["clips"] == 2 and found["skipped"] == {}
     assert found["filtered"] == {f"not {flags[-1]}": 1, "under 0.6 s": 1, "no dnsmos": 1}
-    for mistake, message in (
-        (("--where", "score > 3"), "has no column 'score'"),
-        (("--where", "len(text) > 3"), "it compares columns with numbers and texts"),
-        (("--min_seconds", 500), "--min_seconds is 500; it "),
-        (("--max_seconds", 2, "--long_recordings", "split"), "choose one"),
-    ):
-        done = tokenize(tmp_path, tmp_path.parent / f"{tmp_path.name}_no", *mistake)
-        assert done.returncode == 1 and message in done.output and "Traceback" not in done.output
 
 
 @pytest.mark.parametrize(
@@ -486,14 +477,11 @@ def test_filtered_clips_are_counted_by_reason(rows, tmp_path):
         ("not a == 'x' or b > 1", {"a": "x", "b": 2}, True),
         ("a in ('x', 'y') and b != 0", {"a": "y", "b": 0}, False),
         ("a not in [1, 2]", {"a": 3}, True),
-        ("a > -1", {"a": 0}, True),
         ("a in (1, 2)", {"a": "1"}, True),
         ("a not in ('1', '2')", {"a": "1"}, False),
         ("a < b", {"a": "9", "b": "10"}, False),
         ("a == 1", {"a": "en"}, False),
-        ("a > 1", {"a": "en"}, False),
         (" a == True", {"a": True}, True),
-        ("a == 'x'", {"a": ""}, False),
         ("a == 'x'", {"a": None}, False),
     ],
 )

@@ -128,7 +128,7 @@ def test_a_large_row_group_is_read_in_parts(tmp_path, monkeypatch):
     size = pq.read_metadata(tmp_path / "x.parquet").row_group(0).total_byte_size
     assert whole.fingerprint == digest([["x.parquet"], [[[7, size]]]]), "runs of earlier versions resume"
     assert [unit.num_rows for unit in whole.units] == [7] and [unit.num_rows for unit in parts.units] == [1] * 7
-    assert rows_of(parts) == rows_of(whole) and parts.fingerprint != whole.fingerprint
+    assert rows_of(parts) == rows_of(whole)
     assert rows_of(whole)[3]["name"] == f"row 3 of row group 0 of {tmp_path}/x.parquet"
 
 

@@ -94,11 +94,11 @@ class AudioReader:
         """Return the clips of a row, or one skipped clip with the reason why it cannot be used."""
         name = row["name"]
         try:
-            is_sound = not row.get("problem")
-            if is_sound and (reason := self._filter.of_values(row)) is not None:
-                return [SkippedClip(reason, f"'{name}' was left out: {reason}", is_filtered=True)]
-            if is_sound and self._with_text and not row.get("text"):
-                raise AudioError("no text", f"'{name}' has no text")
+            if not row.get("problem"):
+                if (reason := self._filter.of_values(row)) is not None:
+                    return [_filtered(name, reason)]
+                if self._with_text and not row.get("text"):
+                    return [SkippedClip("no text", f"'{name}' has no text")]
             if self._splits:
                 return self._split(row)
             return [self._clip(name, read_row(row, self._sample_rate_hz, max_seconds=self._max_seconds), row)]
@@ -120,11 +120,10 @@ class AudioReader:
             ends = split_at_pauses(waveform.samples_S, rate_hz, self._max_seconds)
             ends = ends[:-1] if goes_on else ends  # where it goes on, the last has no pause at its end
             for start, end in itertools.pairwise([0, *ends]):
-                part = dataclasses.replace(waveform, samples_S=waveform.samples_S[start:end].clone())
+                part: dict[str, Any] = {"samples_S": waveform.samples_S[start:end].clone()}
                 if goes_on or end != ends[-1]:
-                    warnings = tuple({*part.audio_warnings} - {SHORTER})
-                    part = dataclasses.replace(part, is_cut=True, audio_warnings=warnings)
-                parts.append(part)
+                    part |= {"is_cut": True, "audio_warnings": tuple({*waveform.audio_warnings} - {SHORTER})}
+                parts.append(dataclasses.replace(waveform, **part))
             begin += ends[-1] / rate_hz
             left = None if left is None else left - ends[-1] / rate_hz
         if len(parts) == 1:
@@ -135,12 +134,16 @@ class AudioReader:
     def _clip(self, name: str, waveform: Waveform, row: Row) -> AudioClip | SkippedClip:
         is_longer = waveform.is_cut and SHORTER not in waveform.audio_warnings
         if (reason := self._filter.of_length(waveform.seconds, is_cut=is_longer)) is not None:
-            return SkippedClip(reason, f"'{name}' was left out: {reason}", is_filtered=True)
+            return _filtered(name, reason)
         if len(waveform.samples_S) < self._frame_size:
             return SkippedClip("too short", f"'{name}' is {waveform.seconds:.3f} s, less than a frame of the codec")
         audio_hash = hashlib.blake2b(memoryview(waveform.samples_S.numpy()), digest_size=HASH_BYTES).digest()
         of_row = row.get("text"), row.get("speaker"), waveform.audio_warnings, audio_hash
         return AudioClip(name, waveform.samples_S, waveform.is_cut, *of_row)
+
+
+def _filtered(name: str, reason: str) -> SkippedClip:
+    return SkippedClip(reason, f"'{name}' was left out: {reason}", is_filtered=True)
 
 
 def read_row(row: Row, sample_rate_hz: int | None, *, max_seconds: float) -> Waveform:
@@ -164,8 +167,8 @@ def read_row(row: Row, sample_rate_hz: int | None, *, max_seconds: float) -> Wav
             audio = fs.cat_file(bare)
         except OSError as error:
             raise AudioError("missing", f"'{name}' cannot be opened ({error}); check its path") from error
-    seconds = math.inf if duration is None else duration
-    start, limit = row.get("offset") or 0.0, seconds if seconds <= max_seconds else max_seconds
+    seconds, start = math.inf if duration is None else duration, row.get("offset") or 0.0
+    limit = min(seconds, max_seconds)
     waveform = read_audio(audio, sample_rate_hz, start_seconds=start, max_seconds=limit, name=name)
     if seconds > max_seconds:
         return waveform

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from llama_mimi.audio.mimi import codec_hash
 from llama_mimi.common.errors import UserError, first_line
-from llama_mimi.common.files import digest, file_system, parse_json, read_json, sizes_in
+from llama_mimi.common.files import digest, file_system, read_json, sizes_in
 from llama_mimi.common.resume import require_same
 from llama_mimi.corpora.clips import SkippedClip
 from llama_mimi.corpora.source import Row
@@ -73,11 +73,11 @@ class CodeCorpus:
         self.manifest = read_manifest(path)
         self._check(codec, sliding_window)
         self._columns = ["id", "codes", "is_cut", *(["text"] if with_text else [])]
-        per_group, shards = self.manifest["clips_per_group"], self.manifest["shards"]
+        size, shards = self.manifest["clips_per_group"], self.manifest["shards"]
         units = [
-            (number, group, min(per_group, shard["clips"] - group * per_group))
+            (number, first // size, min(size, shard["clips"] - first))
             for number, shard in enumerate(shards)
-            for group in range(-(-shard["clips"] // per_group))
+            for first in range(0, shard["clips"], size)
         ]
         if not units:
             raise UserError(f"the tokenised corpus '{path}' has no clips; tokenise another corpus")
@@ -171,8 +171,8 @@ def is_store(path: str) -> bool:
     if fs.exists(f"{folder.rstrip('/')}/{PLAN}"):
         return True
     try:
-        return "codec" in parse_json(fs.cat_file(f"{folder.rstrip('/')}/{MANIFEST}"))
-    except (OSError, ValueError, TypeError):  # no such file, or another program's
+        return "codec" in (read_json(path, MANIFEST) or ())
+    except UserError:  # another program's
         return False
 
 

@@ -23,7 +23,7 @@ class DatasetSource(Source):
         if isinstance(dataset.features[wanted.audio], Audio):
             dataset = dataset.cast_column(wanted.audio, Audio(decode=False))
         self._rows, size = dataset.with_format("arrow"), dataset.data.nbytes // len(dataset)
-        self.units = [Unit(f"rows from {a} of {name}", (b - a) * size, b - a) for a, b in slices(len(dataset))]
+        self.units = [Unit((b - a) * size, b - a) for a, b in slices(len(dataset))]
         files = [file["filename"].rsplit("/", 1)[-1] for file in dataset.cache_files]
         self.fingerprint = digest([files, len(dataset), dataset.data.nbytes, dataset._fingerprint])
 

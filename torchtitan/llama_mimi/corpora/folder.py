@@ -50,10 +50,7 @@ class FolderSource(Source):
         audio_sizes = [sizes.get(name, -1) for name in names]
         self._json_sizes = [sizes.get(f"{stem}.json", -1) for stem in stems]
         self.fingerprint = digest([names, audio_sizes, tables, self._json_sizes])
-        self.units = [
-            Unit(f"files from {start} of {name}", sum(audio_sizes[start:end]), end - start)
-            for start, end in slices(len(files))
-        ]
+        self.units = [Unit(sum(audio_sizes[start:end]), end - start) for start, end in slices(len(files))]
         known = [*self._entries, *map(self._values, range(*slices(len(files))[0]))]
         self._choose_columns(key for values in known if isinstance(values, dict) for key in values)
 

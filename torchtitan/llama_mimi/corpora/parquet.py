@@ -30,20 +30,17 @@ class ParquetSource(Source):
         # File, row group and first row of each unit.
         self._places: list[tuple[str, int, int]] = []
         self.units: list[Unit] = []
-        is_split = False
         for file, (_, groups) in contents:
             for number, (num_rows, num_bytes) in enumerate(groups):
                 size = num_rows if num_bytes <= MAX_GROUP_BYTES else num_rows * (MAX_GROUP_BYTES // 4) // num_bytes
                 for first in (starts := range(0, num_rows, max(1, size))):
                     rows = min(starts.step, num_rows - first)
                     self._places.append((file, number, first))
-                    self.units.append(Unit(f"row group {number} of {file}", num_bytes * rows // num_rows, rows))
-                    is_split |= rows < num_rows
+                    self.units.append(Unit(num_bytes * rows // num_rows, rows))
         if not self.units:
             raise UserError(f"the dataset '{name}' has no rows; choose another")
-        # File names, rows and bytes of row groups, and the rows of the parts of large ones.
-        content = [[file.rsplit("/", 1)[-1] for file in files], [groups for _, (_, groups) in contents]]
-        self.fingerprint = digest([*content, [unit.num_rows for unit in self.units]] if is_split else content)
+        names = [file.rsplit("/", 1)[-1] for file in files]
+        self.fingerprint = digest([names, [groups for _, (_, groups) in contents]])
 
     def rows(self, unit: int, start: int = 0) -> Iterator[Row]:
         path, number, first = self._places[unit]
@@ -64,7 +61,7 @@ class ParquetSource(Source):
                     raise UserError(f"row group {number} of '{path}' {problem}; {remedy}")
                 for index in range(batch.num_rows):
                     if at >= first + start:
-                        yield self._of_batch(batch, index, f"row {at} of {self.units[unit].name}", path)
+                        yield self._of_batch(batch, index, f"row {at} of row group {number} of {path}", path)
                     at += 1
 
     def _of_batch(self, batch: pa.RecordBatch, index: int, place: str, path: str) -> Row:
@@ -75,15 +72,10 @@ class ParquetSource(Source):
         return self._row(place, values, values[self._wanted.audio], values.get("id"), path.rsplit("/", 1)[0])
 
 
-def read_footer(path: str) -> pq.FileMetaData:
-    """Return the metadata of a Parquet file, or raise a `UserError`."""
-    fs, bare = file_system(path)
-    with reading(path, "Parquet file"), fs.open(bare) as stream:
-        return pq.read_metadata(stream)
-
-
 def _contents(path: str) -> tuple[list[str], list[tuple[int, int]]]:
     """Return the columns of a file, and rows and bytes of its row groups; there may be too many footers to keep."""
-    footer = read_footer(path)
+    fs, bare = file_system(path)
+    with reading(path, "Parquet file"), fs.open(bare) as stream:
+        footer = pq.read_metadata(stream)
     groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
     return footer.schema.to_arrow_schema().names, [(group.num_rows, group.total_byte_size) for group in groups]

@@ -26,14 +26,12 @@ CORPUS_ENDINGS = (*AUDIO_ENDINGS, ".oga", ".opus", ".aiff", ".aif", ".au", ".m4a
 Row = dict[str, Any]
 Values = dict[str, Any]
 HUB = "hf:"  # before an id of any dataset on the hub
-OTHER_COLUMN = "set another (data.{0}_column, or --{0}_column of a script)"
 
 
 @dataclass(frozen=True)
 class Unit:
     """Rows that are read together and in order: a tar file, a Parquet row group, or a slice of files, lines or rows."""
 
-    name: str
     num_bytes: int
     num_rows: int | None  # None: known only after reading, as of a tar file
 
@@ -74,9 +72,9 @@ class Source(ABC):
             if (column := getattr(self._wanted, role)) in columns:
                 self._columns[role] = column
             elif column is not None:
-                place = place or f"the dataset '{self.name}'"
-                problem = f"{place} has no column '{column}' for the {role}, only {', '.join(columns) or 'none'}"
-                raise UserError(f"{problem}; {OTHER_COLUMN.format(role)}")
+                where, others = place or f"the dataset '{self.name}'", ", ".join(columns) or "none"
+                problem = f"{where} has no column '{column}' for the {role}, only {others}"
+                raise UserError(f"{problem}; set another (data.{role}_column, or --{role}_column of a script)")
 
     def _row(self, place: str, values: Values | str, audio: Any, row_id: Any, folder: str = "", **part: Any) -> Row:
         """Return a row of values by column, or of the sentence why they cannot be read.

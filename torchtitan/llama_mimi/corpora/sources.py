@@ -23,8 +23,8 @@ FORMATS: dict[tuple[str, ...], Callable[..., Source]] = {
     (".jsonl",): ManifestSource,
     (".tar.gz", ".tgz"): TarSource,
 }
-# Hub id, config and split of published corpora, whose files are <config>/<split>-*.parquet with the columns audio and
-# text, on the hub and in a local download.
+# Hub id, config and split of published corpora: files <config>/<split>-*.parquet, or <config>/<split>/*.parquet, with
+# the columns audio and text, on the hub and in a local download.
 CORPORA = {
     "peoples_speech": ("MLCommons/peoples_speech", "clean", "train"),
     "peoples_speech_validation": ("MLCommons/peoples_speech", "validation", "validation"),
@@ -33,6 +33,13 @@ CORPORA = {
         for config, train in (("clean", ("train.100", "train.360")), ("other", ("train.500",)))
         for split in (*train, "validation", "test")
     },
+}
+# Names in the first release's config files, and what to set here.
+RELEASED_NAMES = {
+    "librispeech_asr_train": "'librispeech_other_train.500'",
+    "librispeech_asr_test": "'librispeech_clean_test'",
+    "librispeech_asr": "'librispeech_clean_test'",
+    "all": "folders of codes, divided by commas; config/CORPORA.md says how to make them",
 }
 
 
@@ -90,18 +97,16 @@ def corpus_files(dataset: str, dataset_path: str | None, split: str | None) -> t
     if dataset_path is not None:
         problem = f"dataset_path is '{dataset_path}', but dataset '{dataset}' is not a named corpus"
         raise UserError(f"{problem}; name the folder itself as dataset, or one of: {', '.join(CORPORA)}")
-    found = find_files(dataset, tuple(ending for endings in FORMATS for ending in endings))
-    for endings, source in FORMATS.items():
+    found, (fs, bare) = find_files(dataset, sum(FORMATS, ())), file_system(dataset)
+    # A file that is named may have another ending.
+    for endings, source in (FORMATS | {(".json",): ManifestSource, ("",): ParquetSource}).items():
         if files := [file for file in found if file.lower().endswith(endings)]:
-            fs, bare = file_system(dataset)
-            splits = (
-                splits_in(bare, [file_system(file)[1] for file in files]) if fs.isdir(bare) else [None] * len(files)
-            )
+            below = [file_system(file)[1] for file in files]
+            splits = splits_in(bare, below) if fs.isdir(bare) else [None] * len(files)
             chosen = choose_split(dataset, splits, split)
             return source, [file for file, own in zip(files, splits, strict=True) if chosen in (None, own)]
-    if found:  # a path whose ending is not known; NeMo's manifests have the ending .json
-        choose_split(dataset, (), split)
-        return ManifestSource if all(file.lower().endswith(".json") for file in found) else ParquetSource, found
+    if dataset in RELEASED_NAMES:
+        raise UserError(f"'{dataset}' is a dataset name of the first release; set {RELEASED_NAMES[dataset]}")
     raise UserError(
         f"no Parquet, tar or audio file and no JSONL manifest matches the dataset '{dataset}'; name a folder, a path, "
         f"a glob, {HUB} and the id of a dataset, a folder of codes by scripts/tokenize_corpus.py, or one of: "

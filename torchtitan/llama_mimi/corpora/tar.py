@@ -19,12 +19,12 @@ class TarSource(Source):
 
     def __init__(self, name: str, files: Sequence[str], wanted: Columns) -> None:
         super().__init__(name, wanted)
-        self.units, contents = [], []
+        self._files, self.units, contents = files, [], []
         for file in files:
             fs, bare = file_system(file)
             info = fs.info(bare)
             changed = str(info.get("mtime") or info.get("ETag") or info.get("LastModified") or "")
-            self.units.append(Unit(file, info["size"], None))
+            self.units.append(Unit(info["size"], None))
             contents.append([file.rsplit("/", 1)[-1], info["size"], changed])
         self.fingerprint = digest(contents)
         rows = (_values(parts) for unit in range(len(files)) for _, parts in self._members(unit, 0, TEXTS))
@@ -41,7 +41,7 @@ class TarSource(Source):
 
     def _members(self, unit: int, start: int, wanted: Collection[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
         """Yield key and wanted members of each row from ``start`` on; earlier rows are not read."""
-        file, seen = self.units[unit].name, set()
+        file, seen = self._files[unit], set()
         fs, bare = file_system(file)
         with (
             source.reading(file, "tar file, or is a compressed one"),

@@ -1,9 +1,4 @@
-"""Tokenise a corpus into shards of codes, on any number of ranks.
-
-A job is a run of units that makes one shard, or one unit of unknown length, such as a tar, that makes several. Jobs
-depend only on the corpus and on --clips_per_shard, and a shard appears when it is whole. So a listing of the folder
-tells a later start, on any number of ranks, which rows are missing. The manifest is written last.
-"""
+"""Tokenise a corpus into shards of codes, on any number of ranks; a later start writes the shards that are missing."""
 
 import itertools
 import json
@@ -39,7 +34,7 @@ from llama_mimi.corpora.source import Source, Unit
 from llama_mimi.corpora.sources import CORPORA, open_source
 from llama_mimi.corpora.where import RowFilter
 
-READER = 2  # raise it when other clips are skipped or filtered, so that a folder is not continued by other rules
+READER = 3  # raise it when other clips are skipped or filtered, so that a folder is not continued by other rules
 CLIPS_PER_SHARD, MIN_SHARDS = 2048, 64  # by default: 3 MB for clips of 14 s, and work for many ranks
 ROWS_PER_CHUNK = 100  # rows that a worker reads at once, and whose clips are sorted by length for batches
 SECONDS_PER_REPORT = 10.0
@@ -52,9 +47,7 @@ FREE = "corpus dataset_path split output_dir codec num_workers max_skip_fraction
 class TokenizationOptions:
     """Options of tokenising."""
 
-    # Named corpus; folder, path or glob of Parquet, tar or audio files or JSONL manifests; folder of save_to_disk; or
-    # hf:owner/name
-    corpus: str
+    corpus: str  # named corpus; folder, path or glob of Parquet, tar, audio or JSONL files; or hf:owner/name
     output_dir: str  # folder of the shards, local or any fsspec path
     dataset_path: str | None = None  # local download of a named corpus
     split: str | None = None  # split to tokenise, where a folder has several (train-*, test-*)
@@ -71,8 +64,7 @@ class TokenizationOptions:
     min_seconds: float = 0.0  # shorter clips are filtered, and counted
     max_seconds: float | None = None  # longer clips are filtered, and counted
     where: str | None = None  # rows to keep, such as 'language == "en" and dnsmos >= 3'; others are counted
-    # Rows of a shard: a minimum, or for a tar the exact number. A kill loses unfinished shards. By default 2,048,
-    # or fewer, so that there are 64 shards
+    # Rows of a shard: a minimum, or for a tar the exact number. Default: 2,048, or fewer, so that there are 64 shards
     clips_per_shard: int | None = None
     num_workers: int = 2  # processes of each rank that read and resample
     duplicates: Literal["keep", "drop"] = "keep"  # clips with the samples of an earlier clip; they are counted
@@ -81,12 +73,16 @@ class TokenizationOptions:
 
 @dataclass(frozen=True)
 class Job:
-    """Consecutive units of a corpus that make one shard, or one unit of unknown length that makes several."""
+    """Consecutive units that make one shard, or one unit of unknown length, such as a tar, that makes several.
+
+    A job depends only on the corpus and on --clips_per_shard, and a shard appears when it is whole. So the names of the
+    shards tell a later start, on any number of ranks, which rows are missing.
+    """
 
     number: int
     units: range
     num_bytes: int
-    rows_per_part: int | None  # of several shards, all but the last
+    rows_per_part: int | None  # of all shards but the last, if there are several
     first_part: int = 0  # earlier shards exist
 
     def shard(self, part: int, *, is_end: bool) -> str:
@@ -192,9 +188,9 @@ def make_jobs(units: Sequence[Unit], clips_per_shard: int | None) -> list[Job]:
     for unit, size in enumerate(sizes):
         num_rows += size or 0
         if num_rows >= wanted or unit + 1 == len(sizes) or None in sizes[unit : unit + 2]:
-            num_bytes = sum(one.num_bytes for one in units[first : unit + 1])
-            jobs.append(Job(len(jobs), range(first, unit + 1), num_bytes, wanted if size is None else None))
-            first, num_rows = unit + 1, 0
+            own, first, num_rows = range(first, unit + 1), unit + 1, 0
+            num_bytes = sum(units[number].num_bytes for number in own)
+            jobs.append(Job(len(jobs), own, num_bytes, wanted if size is None else None))
     return jobs
 
 
@@ -213,17 +209,6 @@ def unfinished(output_dir: str, plan: dict[str, Any], jobs: Sequence[Job]) -> li
             fs.rm_file(f"{folder}/{name}")
     existing = [(job, *job.shards_in(names)) for job in jobs]
     return [replace(job, first_part=len(found)) for job, found, is_done in existing if not is_done]
-
-
-def share_jobs(jobs: Sequence[Job], rank: int, world_size: int) -> list[Job]:
-    """Return the jobs of a rank; each job, from the largest on, goes to the rank with the fewest bytes."""
-    shares: list[list[Job]] = [[] for _ in range(world_size)]
-    num_bytes = [0] * world_size
-    for job in sorted(jobs, key=lambda job: -job.num_bytes):
-        smallest = num_bytes.index(min(num_bytes))
-        shares[smallest].append(job)
-        num_bytes[smallest] += max(1, job.num_bytes)
-    return sorted(shares[rank], key=lambda job: job.number)
 
 
 class Chunks(IterableDataset):
@@ -276,7 +261,8 @@ def write_shards(
 ) -> None:
     """Encode this rank's share of the jobs, and report the progress of all ranks."""
     splits = options.long_recordings == "split"  # a row may be an hour of audio
-    chunks = Chunks(reader, share_jobs(todo, ranks.rank, ranks.world_size), 1 if splits else ROWS_PER_CHUNK)
+    own = sorted(todo, key=lambda job: -job.num_bytes)[ranks.rank :: ranks.world_size]
+    chunks = Chunks(reader, own, 1 if splits else ROWS_PER_CHUNK)
     workers = {"num_workers": options.num_workers} | ({"prefetch_factor": 1} if splits and options.num_workers else {})
     total_bytes = sum(job.num_bytes for job in todo)
     start, last_report = time.monotonic(), 0.0
@@ -361,11 +347,11 @@ def write_manifest(
         "versions": versions(),
     }
     files.write_atomically(output_dir, shards.MANIFEST, json.dumps(manifest, indent=1).encode())
-    counts = {"cut": manifest["cut"], "skipped": len(skipped), "duplicates kept": num_duplicates}
-    counts |= {f"filtered: {reason}": number for reason, number in filtered.items()} | warnings
-    size = f"{len(names)} shards, {sum(sizes[name] for name in names) / 1e6:.1f} MB"
+    counts = {"clips": len(seconds_N), "shards": len(names), "cut": manifest["cut"], "skipped": len(skipped)}
+    counts |= {f"filtered: {reason}": number for reason, number in filtered.items()}
+    counts |= {"duplicates kept": num_duplicates, **warnings}
     summary = ", ".join(f"{number:,} {what}" for what, number in counts.items())
-    print(f"{output_dir}: {len(seconds_N):,} clips, {manifest['hours']:.2f} h, {size}; {summary}")
+    print(f"{output_dir}: {manifest['hours']:.2f} h, {summary}")
 
 
 def _content(path: str) -> dict[str, Any]:
