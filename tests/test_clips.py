@@ -75,11 +75,6 @@ def test_every_clip_once_in_corpus_order(corpus, dp_world_size, num_workers):
     assert names == [expected[rank::dp_world_size] for rank in range(dp_world_size)]
 
 
-def test_clips_are_cut_after_a_whole_frame(corpus):
-    clips = [read_all(reader(corpus, max_frames=max_frames))[0] for max_frames in (1, 2)]
-    assert [(len(clip.samples_S), clip.is_cut) for clip in clips] == [(1920, True), (2000, False)]
-
-
 BAD = [b"", b"no audio at all", None]
 
 
@@ -233,13 +228,6 @@ def test_damage_behind_a_sound_footer_is_one_sentence(corpus, tmp_path, num_work
     with pytest.raises(UserError, match="not a readable Parquet file") as error:
         read_all(reader(str(tmp_path)), num_workers=num_workers)
     assert "Traceback" not in str(error.value)
-
-
-def test_empty_files_are_no_windows(corpus, tmp_path):
-    table = pq.read_table(Path(corpus) / "train-0.parquet")
-    pq.write_table(table, tmp_path / "train-0.parquet")
-    pq.write_table(table.slice(0, 0), tmp_path / "train-1.parquet")
-    assert reader(str(tmp_path)).rows_per_unit.tolist() == [9]
 
 
 @pytest.mark.slow

@@ -178,9 +178,7 @@ def test_a_tar_makes_several_shards_and_continues_at_the_first_missing_one(rows,
 def test_jobs(sizes, clips_per_shard, units, rows_per_part):
     jobs = make_jobs([Unit(number, size) for number, size in enumerate(sizes)], clips_per_shard)
     assert [list(job.units) for job in jobs] == units and [job.rows_per_part for job in jobs] == rows_per_part
-    assert [job.num_bytes for job in jobs] == list(map(sum, units)) and [job.number for job in jobs] == list(
-        range(len(jobs))
-    )
+    assert [(job.number, job.num_bytes) for job in jobs] == list(enumerate(map(sum, units)))
 
 
 def test_output_on_another_file_system(speech, store):
@@ -195,16 +193,13 @@ def test_output_on_another_file_system(speech, store):
     ("flags", "message"),
     [
         (["--num_quantizers", 4], "made with codec.num_quantizers = 8, but it is 4 now"),
-        (["--clips_per_shard", 16], "made with clips_per_shard = 8, but it is 16 now"),
         (["--corpus", TINY / "words" / "train-*.parquet"], "made with corpus_sha256 = "),
         (["--no_codec_sliding_window"], "made with codec.sliding_window = True, but it is False now"),
         (["--max_audio_seconds", "inf"], "must be a positive number"),
-        (["--output_dir", "nothing://codes"], "cannot be opened"),
         (["--max_skip_fraction", 2], "a fraction between 0 and 1"),
         (["--min_seconds", 500], "--min_seconds is 500; it must be between 0 and --max_audio_seconds 4"),
         (["--max_seconds", 2, "--long_recordings", "split"], "choose one"),
         (["--where", "score > 3"], "has no column 'score'"),
-        (["--codec", "models/none/here"], "does not exist"),
         (["--output_dir", "CORPUS/codes"], "is inside the corpus"),
     ],
     ids=str,

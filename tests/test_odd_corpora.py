@@ -11,7 +11,6 @@ import soundfile
 from conftest import TINY
 from test_formats import clips_of, rows_of
 
-from llama_mimi.audio.reading import OPPOSITE
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import digest
 from llama_mimi.corpora import parquet
@@ -50,14 +49,11 @@ HUB = ("train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-0000
     [
         ([f"data/{name}.parquet" for name in HUB], "test, train, validation"),
         ([f"{name}.parquet" for name in HUB], "test, train, validation"),
-        (["train.parquet", "dev.parquet"], "validation, train"),
         (["train/0.parquet", "eval/0.parquet"], "test, train"),
         (["clean/train/a.parquet", "clean/valid/a.parquet"], "train, validation"),
-        (["my_training 1.parquet", "my_testing 1.parquet"], "test, train"),
         (["split=train/0.parquet", "split=test/0.parquet"], "test, train"),
         (["Train-0.parquet", "Test-0.parquet"], "test, train"),
         (["data/train.100-00000-of-00001.parquet", "data/train.360-00000-of-00001.parquet"], "train.100, train.360"),
-        (["train-0.parquet", "train-1.parquet"], None),
         (["part-0.parquet", "part-1.parquet"], None),
         (["constraint.parquet", "latest.parquet"], None),  # words within words
         (["data/train-00000-of-00001.parquet", "data/extra.parquet"], None),
@@ -223,13 +219,9 @@ def test_paths_lie_beside_the_parquet_file(tmp_path, content, monkeypatch):
     assert isinstance(clip, AudioClip)
 
 
-def test_warnings_and_faults_of_audio_reach_the_clip(tmp_path):
-    samples, rate_hz = soundfile.read(TINY / "prompt.wav", dtype="float32")
-    path = tmp_path / "opposite.wav"
-    soundfile.write(path, [[a, -a] for a in samples], rate_hz)
-    assert clip_of(tmp_path, {"bytes": path.read_bytes(), "path": None}).audio_warnings == (OPPOSITE,)
+def test_a_fault_of_audio_reaches_the_clip(tmp_path):
     flac = tmp_path / "a.flac"
-    soundfile.write(flac, samples, rate_hz)
+    soundfile.write(flac, *soundfile.read(TINY / "prompt.wav", dtype="float32"))
     content = bytearray(flac.read_bytes())
     content[24] |= 0xF0  # the length
     clip = clip_of(tmp_path, {"bytes": bytes(content), "path": None})

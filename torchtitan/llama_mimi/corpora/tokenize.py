@@ -309,79 +309,69 @@ def write_manifest(
     Raises:
         UserError: a shard is damaged or contains other rows, or too many clips cannot be used.
     """
-    output_dir, found = options.output_dir.rstrip("/"), files.sizes_in(options.output_dir)
+    output_dir, found = options.output_dir, files.sizes_in(options.output_dir)
     names = [name for job in jobs for name in job.shards_in(found)[0]]
-    with ThreadPoolExecutor(SHARD_READERS) as pool:
-        contents = dict(zip(names, pool.map(_content, (f"{output_dir}/{name}" for name in names)), strict=True))
+    tables, notes = _read_shards(output_dir, names)
+    rows = {name: note["rows"] for name, note in zip(names, notes, strict=True)}
     for job in jobs:
-        of_job = job.shards_in(found)[0]
-        *full, last = [contents[name]["rows"] for name in of_job]
+        of_job, _ = job.shards_in(found)
+        *full, last = [rows[name] for name in of_job]
         num_rows = sum(units[unit].num_rows or 0 for unit in job.units)
         if set(full) - {job.rows_per_part} or (last != num_rows and not job.rows_per_part):
             raise UserError(f"'{of_job[0]}' to '{of_job[-1]}' lack rows of the corpus; delete them and start again")
-    num_duplicates = _drop_duplicates(output_dir, contents, options.duplicates == "drop")
-    skipped = [clip for content in contents.values() for clip in content["skipped"]]
+    duplicates = _duplicates(tables)
+    if options.duplicates == "drop":  # the notes count them, so a run that is killed here continues
+        for name, note, is_dropped_N in zip(names, notes, duplicates, strict=True):
+            if is_dropped_N.any():
+                note["filtered"] = Counter(note["filtered"]) + Counter(duplicate=int(is_dropped_N.sum()))
+                table = shards.read_shard(f"{output_dir}/{name}").filter(pa.array(~is_dropped_N))
+                files.write_atomically(output_dir, name, shards.table_bytes(table, note))
+        tables, notes = _read_shards(output_dir, names)
+        duplicates = _duplicates(tables)
+    clips = pa.concat_tables(tables)
+    skipped = [clip for note in notes for clip in note["skipped"]]
     for _, message in skipped[:MAX_NAMED_CLIPS]:
         print(f"skipped: {message}", flush=True)
-    seconds_N = np.concatenate([content["seconds"] for content in contents.values()])
-    filtered, warnings = (
-        sum((Counter(content[key]) for content in contents.values()), Counter[str]())
-        for key in ("filtered", "audio_warnings")
-    )
-    num_read = len(seconds_N) + len(skipped) + filtered.total()
+    filtered = sum((Counter(note["filtered"]) for note in notes), Counter[str]())
+    num_read = len(clips) + len(skipped) + filtered.total()
     _judge(len(skipped), num_read, options.max_skip_fraction, skipped[-1][1] if skipped else "", is_end=True)
-    sizes = files.sizes_in(output_dir)
+    seconds_N, sizes = clips["duration"].to_numpy(), files.sizes_in(output_dir)
     manifest = {
         **plan,
         "corpus": options.corpus,
         "codec": {**plan["codec"], "name": options.codec},
-        "shards": [{"file": name, "clips": len(contents[name]["seconds"]), "bytes": sizes[name]} for name in names],
-        "clips": len(seconds_N),
+        "shards": [
+            {"file": name, "clips": len(table), "bytes": sizes[name]} for name, table in zip(names, tables, strict=True)
+        ],
+        "clips": len(clips),
         "hours": float(seconds_N.sum()) / 3600,
         "by_second": shards.by_second(seconds_N),
-        "cut": sum(content["cut"] for content in contents.values()),
+        "cut": int(clips["is_cut"].to_numpy().sum()),
         "skipped": Counter(reason for reason, _ in skipped),
         "filtered": filtered,
-        "audio_warnings": warnings,
-        "duplicates_kept": num_duplicates,
+        "audio_warnings": Counter(itertools.chain(*clips["audio_warnings"].to_pylist())),
+        "duplicates_kept": int(sum(is_duplicate_N.sum() for is_duplicate_N in duplicates)),
         "versions": versions(),
     }
     files.write_atomically(output_dir, shards.MANIFEST, json.dumps(manifest, indent=1).encode())
-    counts = {"clips": len(seconds_N), "shards": len(names), "cut": manifest["cut"], "skipped": len(skipped)}
+    counts = {"clips": len(clips), "shards": len(names), "cut": manifest["cut"], "skipped": len(skipped)}
     counts |= {f"filtered: {reason}": number for reason, number in filtered.items()}
-    counts |= {"duplicates kept": num_duplicates, **warnings}
+    counts |= {"duplicates kept": manifest["duplicates_kept"], **manifest["audio_warnings"]}
     summary = ", ".join(f"{number:,} {what}" for what, number in counts.items())
     print(f"{output_dir}: {manifest['hours']:.2f} h, {summary}")
 
 
-def _content(path: str) -> dict[str, Any]:
-    """Return the notes of a shard, and the seconds, hashes, cuts and warnings of its clips."""
-    table = shards.read_shard(path, ["duration", "is_cut", "audio_hash", "audio_warnings"])
-    return json.loads(table.schema.metadata[shards.NOTES]) | {
-        "seconds": table["duration"].to_numpy(),
-        "hashes": np.array(table["audio_hash"].to_pylist(), dtype=f"S{HASH_BYTES}"),
-        "cut": sum(table["is_cut"].to_pylist()),
-        "audio_warnings": Counter(itertools.chain(*table["audio_warnings"].to_pylist())),
-    }
+def _read_shards(output_dir: str, names: Sequence[str]) -> tuple[list[pa.Table], list[dict[str, Any]]]:
+    """Return of each shard a table of its clips, without their codes, and its notes."""
+    columns = ["duration", "is_cut", "audio_hash", "audio_warnings"]
+    with ThreadPoolExecutor(SHARD_READERS) as pool:
+        tables = list(pool.map(lambda name: shards.read_shard(f"{output_dir}/{name}", columns), names))
+    return tables, [json.loads(table.schema.metadata[shards.NOTES]) for table in tables]
 
 
-def _drop_duplicates(output_dir: str, contents: dict[str, dict[str, Any]], is_wanted: bool) -> int:
-    """Remove clips with the samples of an earlier one from the shards, if wanted, and return the number that remain.
-
-    The notes of a shard count its removed clips, so a run that is killed here continues.
-    """
-    hashes_N = np.concatenate([content["hashes"] for content in contents.values()])
+def _duplicates(tables: Sequence[pa.Table]) -> list[np.ndarray]:
+    """Return, for each shard, which of its clips have the samples of an earlier clip."""
+    hashes_N = np.array([one for table in tables for one in table["audio_hash"].to_pylist()], dtype=f"S{HASH_BYTES}")
     is_duplicate_N = np.ones(len(hashes_N), dtype=bool)
     is_duplicate_N[np.unique(hashes_N, return_index=True)[1]] = False  # the first of each
-    if not is_wanted:
-        return int(is_duplicate_N.sum())
-    ends = np.cumsum([len(content["hashes"]) for content in contents.values()])
-    for name, is_dropped_N in zip(contents, np.split(is_duplicate_N, ends[:-1]), strict=True):
-        if is_dropped_N.any():
-            table = shards.read_shard(f"{output_dir}/{name}")
-            notes = json.loads(table.schema.metadata[shards.NOTES])
-            notes["filtered"] = Counter(notes["filtered"]) + Counter(duplicate=int(is_dropped_N.sum()))
-            content = shards.table_bytes(table.filter(pa.array(~is_dropped_N)), notes)
-            files.write_atomically(output_dir, name, content)
-            contents[name] = _content(f"{output_dir}/{name}")
-    return 0
+    return np.split(is_duplicate_N, np.cumsum([len(table) for table in tables])[:-1])
