@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 
 from llama_mimi.common.batching import prefetch_map
 from llama_mimi.common.errors import UserError
-from llama_mimi.corpora.clips import AudioReader
-from llama_mimi.corpora.loading import is_too_many, read_in_workers
+from llama_mimi.corpora.clips import AudioReader, is_too_many, read_in_workers
 from llama_mimi.corpora.sources import open_source
 from llama_mimi.data.build import build_dataloader
 from llama_mimi.data.dataloader import ClipStream, DataMeter, SpeechDataLoader

@@ -1,18 +1,22 @@
-"""From a row of a source to clips: whole, cut, or split at pauses."""
+"""From a row of a source to clips: whole, cut, or split at pauses; reading in workers; the limit on skipped clips."""
 
 import dataclasses
 import hashlib
 import itertools
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, IterableDataset
 
 from llama_mimi.audio.reading import SHORTER, AudioError, Waveform, read_audio
 from llama_mimi.audio.silence import split_at_pauses
+from llama_mimi.common.distributed import end_with_parent
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import file_system
 from llama_mimi.corpora.source import Row, Source
@@ -21,6 +25,8 @@ from llama_mimi.corpora.where import RowFilter
 SECONDS_AT_ONCE = 3600.0  # of a long recording that is split: 345 MB at 24 kHz
 ROUNDED_SECONDS = 0.1  # by which manifests may be wrong
 HASH_BYTES = 16
+MIN_JUDGED_CLIPS = 100  # clips that are read before the fraction of skipped ones is judged
+MAX_NAMED_CLIPS = 20  # skipped clips that are named one by one; all are counted
 
 
 @dataclass(frozen=True)
@@ -176,3 +182,58 @@ def read_row(row: Row, sample_rate_hz: int | None, *, max_seconds: float) -> Wav
     return dataclasses.replace(
         waveform, is_cut=is_short, audio_warnings=waveform.audio_warnings + (SHORTER,) * is_short
     )
+
+
+class _WithErrors(IterableDataset):
+    """A dataset whose `UserError` is its last item: an exception of a worker would arrive with its traceback."""
+
+    def __init__(self, dataset: Iterable[Any]) -> None:
+        self._dataset = dataset
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from self._dataset
+        except UserError as error:
+            yield UserError(str(error))
+
+
+def read_in_workers(dataset: Iterable[Any], **workers: Any) -> Iterator[Any]:
+    """Yield the items of a dataset, read in worker processes; ``workers`` are arguments of PyTorch's DataLoader.
+
+    Raises:
+        UserError: the dataset raised it, in whichever process.
+    """
+    # PyTorch draws a seed for the workers, which must not advance the generator of training.
+    options: dict[str, Any] = {"batch_size": None, "collate_fn": _unchanged, "generator": torch.Generator(), **workers}
+    for item in DataLoader(_WithErrors(dataset), worker_init_fn=partial(_end_with, os.getpid()), **options):
+        if isinstance(item, UserError):
+            raise item
+        yield item
+
+
+def _unchanged(item: Any) -> Any:
+    return item
+
+
+def _end_with(parent: int, worker: int) -> None:
+    """End a worker with the process that reads from it, even if that is killed; it would wait for ever to send."""
+    end_with_parent()
+    if os.getppid() != parent:  # the parent was killed before
+        os._exit(1)
+
+
+def is_too_many(num_skipped: int, num_read: int, max_skip_fraction: float, *, is_whole: bool, is_end: bool) -> bool:
+    """Return True if more than the allowed fraction of the clips was skipped.
+
+    Clips before the end, or of one rank of several, are a sample of the corpus: they may exceed the allowed number by
+    three standard deviations and one. Fewer than `MIN_JUDGED_CLIPS` clips are judged only at the end, where they
+    count as that many, or if no clip may be skipped.
+
+    Args:
+        is_whole: this process reads the whole corpus.
+        is_end: there are no more clips.
+    """
+    allowed = max_skip_fraction * max(num_read, MIN_JUDGED_CLIPS)
+    if not (is_end and is_whole) and max_skip_fraction:
+        allowed += 3 * math.sqrt(allowed) + 1
+    return (is_end or num_read >= MIN_JUDGED_CLIPS or not max_skip_fraction) and num_skipped > allowed

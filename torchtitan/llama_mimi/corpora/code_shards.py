@@ -2,6 +2,7 @@
 
 import io
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llama_mimi.audio.mimi import codec_hash
+from llama_mimi.audio.mimi import MimiCodec, codec_hash
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import digest, file_system, read_json, sizes_in
 from llama_mimi.common.resume import require_same
-from llama_mimi.corpora.clips import SkippedClip
+from llama_mimi.corpora.clips import AudioClip, SkippedClip
 from llama_mimi.corpora.source import Row
 
 MANIFEST = "manifest.json"
@@ -43,6 +44,23 @@ class CodedClip:
     speaker: str | None = None
     audio_warnings: tuple[str, ...] = ()
     audio_hash: bytes | None = None  # of the samples, 16 bytes
+
+
+def encode_clips(
+    codec: MimiCodec, clips: Sequence[AudioClip | CodedClip | SkippedClip]
+) -> tuple[list[CodedClip | SkippedClip], float]:
+    """Return the clips with codes in place of audio, and the seconds that encoding took."""
+    start = time.perf_counter()
+    codes = iter(codec.encode_many([clip.samples_S for clip in clips if isinstance(clip, AudioClip)]))
+    encoded: list[CodedClip | SkippedClip] = []
+    for clip in clips:
+        if isinstance(clip, AudioClip):
+            codes_TQ, seconds = next(codes).numpy().astype(np.uint16), len(clip.samples_S) / codec.sample_rate_hz
+            labels = clip.text, clip.speaker, clip.audio_warnings, clip.audio_hash
+            encoded.append(CodedClip(clip.name, codes_TQ, seconds, clip.is_cut, *labels))
+        else:
+            encoded.append(clip)
+    return encoded, time.perf_counter() - start
 
 
 class CodeCorpus:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from torch.utils.data import IterableDataset, get_worker_info
 
 from llama_mimi.audio.mimi import DEFAULT_CODEC, DTYPES, MimiCodec, Precision, codec_hash, whole_frames
@@ -27,9 +28,16 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.common.resume import require_same
 from llama_mimi.common.versions import versions
 from llama_mimi.corpora import code_shards as shards
-from llama_mimi.corpora.clips import HASH_BYTES, AudioClip, AudioReader, SkippedClip
-from llama_mimi.corpora.code_shards import CodedClip
-from llama_mimi.corpora.loading import MAX_NAMED_CLIPS, encode_clips, is_too_many, read_in_workers
+from llama_mimi.corpora.clips import (
+    HASH_BYTES,
+    MAX_NAMED_CLIPS,
+    AudioClip,
+    AudioReader,
+    SkippedClip,
+    is_too_many,
+    read_in_workers,
+)
+from llama_mimi.corpora.code_shards import CodedClip, encode_clips
 from llama_mimi.corpora.source import Source, Unit
 from llama_mimi.corpora.sources import CORPORA, open_source
 from llama_mimi.corpora.where import RowFilter
@@ -349,7 +357,7 @@ def write_manifest(
         "cut": int(clips["is_cut"].to_numpy().sum()),
         "skipped": Counter(reason for reason, _ in skipped),
         "filtered": filtered,
-        "audio_warnings": Counter(itertools.chain(*clips["audio_warnings"].to_pylist())),
+        "audio_warnings": Counter(pc.list_flatten(clips["audio_warnings"]).to_pylist()),
         "duplicates_kept": int(sum(is_duplicate_N.sum() for is_duplicate_N in duplicates)),
         "versions": versions(),
     }
@@ -371,7 +379,8 @@ def _read_shards(output_dir: str, names: Sequence[str]) -> tuple[list[pa.Table],
 
 def _duplicates(tables: Sequence[pa.Table]) -> list[np.ndarray]:
     """Return, for each shard, which of its clips have the samples of an earlier clip."""
-    hashes_N = np.array([one for table in tables for one in table["audio_hash"].to_pylist()], dtype=f"S{HASH_BYTES}")
+    hashes = [np.array(table["audio_hash"].to_pylist(), dtype=f"S{HASH_BYTES}") for table in tables]
+    hashes_N = np.concatenate(hashes)
     is_duplicate_N = np.ones(len(hashes_N), dtype=bool)
     is_duplicate_N[np.unique(hashes_N, return_index=True)[1]] = False  # the first of each
     return np.split(is_duplicate_N, np.cumsum([len(table) for table in tables])[:-1])
