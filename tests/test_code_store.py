@@ -214,7 +214,7 @@ def test_mistakes_get_one_sentence(flags, message, store, speech, tmp_path):
 
 
 def test_too_many_bad_clips_stop_before_the_manifest(speech, tmp_path):
-    with pytest.raises(UserError, match=r"1 of 16 clips could not be used, more than --max_skip_fraction 0 "):
+    with pytest.raises(UserError, match=r"1 of \d+ clips could not be used, more than --max_skip_fraction 0 "):
         run_alone("--corpus", speech, "--output_dir", tmp_path / "store", "--max_skip_fraction", 0)
     assert not (tmp_path / "store" / "manifest.json").exists()
 

@@ -132,12 +132,9 @@ class CodeCorpus:
         if made_by["num_quantizers"] < self._num_quantizers:
             problem = f"{what} has {made_by['num_quantizers']} levels, fewer than codec.num_quantizers"
             raise UserError(f"{problem} = {self._num_quantizers}; lower that, or tokenise with more levels")
-        require_same(
-            {"codec.sha256": made_by["sha256"], "codec.sliding_window": made_by["sliding_window"]},
-            {"codec.sha256": codec_hash(codec), "codec.sliding_window": sliding_window},
-            what,
-            f"set codec.name to '{made_by['name']}' and codec.sliding_window as before, or tokenise again",
-        )
+        remedy = f"set codec.name to '{made_by['name']}' and codec.sliding_window as before, or tokenise again"
+        own = {"sha256": codec_hash(codec), "sliding_window": sliding_window}
+        require_same({"codec": made_by}, {"codec": own}, what, remedy)
         if self._with_text and "text" not in self.manifest["columns"]:
             raise UserError(f"{what} has no text, which data.task = 'tts' needs; use 'a2a'")
         sizes = sizes_in(self.name)

@@ -7,8 +7,7 @@ from datasets import Audio, ClassLabel, Dataset, DatasetDict, load_dataset, load
 
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import digest
-from llama_mimi.corpora.source import HUB, ROWS_PER_UNIT, Columns, Row, Source, Unit, slices
-from llama_mimi.corpora.splits import choose_split
+from llama_mimi.corpora.source import HUB, ROWS_PER_UNIT, Columns, Row, Source, Unit, choose_split, slices
 
 
 class DatasetSource(Source):

@@ -1,7 +1,8 @@
-"""Interface between the formats of corpora and their readers. Audio stays undecoded here."""
+"""What formats of corpora share: rows, whose audio stays undecoded, and splits."""
 
 import json
 import os
+import re
 import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,6 +20,16 @@ from llama_mimi.corpora.where import ROLE
 ROWS_PER_UNIT = 100  # of formats without row groups, as `datasets` writes audio to Parquet
 # Endings of audio in corpora; the last four need FFmpeg.
 CORPUS_ENDINGS = (*AUDIO_ENDINGS, ".oga", ".opus", ".aiff", ".aif", ".au", ".m4a", ".aac", ".webm", ".wma")
+
+# Words that name a split, by the hub's rules (huggingface.co/docs/hub/datasets-file-names-and-splits).
+SPLIT_WORDS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "dev", "val"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+# Beyond these rules capitals do not matter, and "=" stands between words, too: split=train is a folder of Hive.
+_SPLIT_WORD = re.compile(rf"(?:^|[-._= 0-9])({'|'.join(SPLIT_WORDS)})(?=[-._= 0-9]|$)")
+_SPLIT_OF_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\S*\.\w+")
 
 # A row has "name" (its id, else its path, else its place), and "audio": the bytes of an audio file, its path (absolute,
 # or a URL of fsspec), or None. It may have "id", "text", "speaker", "offset" and "duration" (of a part of a recording,
@@ -142,3 +153,35 @@ def _label(value: Any) -> str | None:
         return None
     content = value if isinstance(value, bytes) else str(value).encode(errors="backslashreplace")
     return content.decode(errors="backslashreplace")
+
+
+def choose_split(name: str, splits: Iterable[str | None], split: str | None) -> str | None:
+    """Return the split to read, or None for all files; raise a `UserError` if it does not exist or is not named."""
+    found = list(dict.fromkeys(filter(None, splits)))
+    if split is None and len(found) > 1:
+        remedy = "choose one (data.split, data.validation_split, or --split of a script), or name its files by a glob"
+        raise UserError(f"'{name}' contains the splits {', '.join(found)}; {remedy}")
+    chosen = split if split is None or split in found else SPLIT_WORDS.get(split, split)
+    if chosen is not None and chosen not in found:
+        contained = f"'{name}' contains {', '.join(found) or 'no splits'}"
+        raise UserError(f"the split '{split}' was asked for, but {contained}; choose another, or leave it out")
+    return chosen
+
+
+def splits_in(folder: str, files: Sequence[str]) -> list[str | None]:
+    """Return the split of each file, by the hub's rules; None if its path names none.
+
+    Files are called ``data/<split>-00000-of-00001.parquet``, or have one of `SPLIT_WORDS` between other characters than
+    letters in the name of a folder below ``folder``, or in their own; the first rule that a file meets applies to all.
+    """
+    below = [file[len(folder.rstrip("/")) + 1 :].split("/") for file in files]
+    shards = [_SPLIT_OF_SHARD.fullmatch(parts[-1]) if parts[:-1] == ["data"] else None for parts in below]
+    by_shard = [match[1] if match else None for match in shards]
+    by_folder = [next(filter(None, map(_split_word, reversed(parts[:-1]))), None) for parts in below]
+    by_name = [_split_word(parts[-1]) for parts in below]
+    return next((rule for rule in (by_shard, by_folder, by_name) if any(rule)), by_name)
+
+
+def _split_word(name: str) -> str | None:
+    match = _SPLIT_WORD.search(name.lower())
+    return SPLIT_WORDS[match[1]] if match else None

@@ -8,8 +8,7 @@ from llama_mimi.common.files import file_system, find_files
 from llama_mimi.corpora.folder import FolderSource
 from llama_mimi.corpora.manifest import ManifestSource
 from llama_mimi.corpora.parquet import ParquetSource
-from llama_mimi.corpora.source import CORPUS_ENDINGS, HUB, Columns, Source
-from llama_mimi.corpora.splits import choose_split, splits_in
+from llama_mimi.corpora.source import CORPUS_ENDINGS, HUB, Columns, Source, choose_split, splits_in
 from llama_mimi.corpora.tar import TarSource
 
 PARQUET_ENDINGS = (".parquet", ".pq")

@@ -37,7 +37,6 @@ from llama_mimi.corpora.clips import (
     is_too_many,
     read_in_workers,
 )
-from llama_mimi.corpora.code_shards import CodedClip, encode_clips
 from llama_mimi.corpora.source import Source, Unit
 from llama_mimi.corpora.sources import CORPORA, open_source
 from llama_mimi.corpora.where import RowFilter
@@ -274,14 +273,14 @@ def write_shards(
     workers = {"num_workers": options.num_workers} | ({"prefetch_factor": 1} if splits and options.num_workers else {})
     total_bytes = sum(job.num_bytes for job in todo)
     start, last_report = time.monotonic(), 0.0
-    stored: list[CodedClip] = []  # in a shard, which has ``shard_rows`` rows so far
+    stored: list[shards.CodedClip] = []  # in a shard, which has ``shard_rows`` rows so far
     bad: list[SkippedClip] = []
     filtered: Counter[str] = Counter()
     shard_rows = num_read = num_skipped = 0
     for shard, num_rows, num_bytes, audio in read_in_workers(chunks, **workers):
-        clips, _ = encode_clips(codec, audio)
+        clips, _ = shards.encode_clips(codec, audio)
         skipped = [clip for clip in clips if isinstance(clip, SkippedClip)]
-        stored += (coded := [clip for clip in clips if isinstance(clip, CodedClip)])
+        stored += (coded := [clip for clip in clips if isinstance(clip, shards.CodedClip)])
         filtered.update(clip.reason for clip in skipped if clip.is_filtered)
         bad += (new := [clip for clip in skipped if not clip.is_filtered])
         shard_rows, num_read, num_skipped = shard_rows + num_rows, num_read + len(clips), num_skipped + len(new)
