@@ -4,17 +4,17 @@ uv run python scripts/inspect_codes.py --codes data/codes/tiny --page outputs/co
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
+import pyarrow as pa
 import torch
 from scipy.stats import entropy
 
 from llama_mimi.audio.mimi import MimiCodec
 from llama_mimi.common.command_line import run_command
 from llama_mimi.common.errors import UserError
-from llama_mimi.common.files import file_system
-from llama_mimi.corpora.code_shards import CodeCorpus, read_manifest
+from llama_mimi.corpora.code_shards import CodeCorpus, read_manifest, read_shard
 from llama_mimi.report.document import Clip, Picture, Section, Table, pyplot, save_picture, write_html
 from llama_mimi.report.pages import make_clip
 
@@ -39,15 +39,13 @@ def inspect_codes(codes: str, page: Path, codec: str | None = None, num_clips: i
     made_by, columns = manifest["codec"], manifest["columns"]
     name, levels, sliding_window = codec or made_by["name"], made_by["num_quantizers"], made_by["sliding_window"]
     corpus = CodeCorpus(codes, name, levels, sliding_window, with_text="text" in columns)
-    sections = [overview(corpus), code_use(corpus)] + ([speakers(corpus)] if "speaker" in columns else [])
-    if num_clips:
-        clips = decoded_clips(corpus, MimiCodec(name, levels, sliding_window=sliding_window), num_clips, seed)
-        sections.insert(0, Section(f"{len(clips)} of {manifest['clips']:,} clips, decoded", clips=clips))
+    clips = decoded_clips(corpus, MimiCodec(name, levels, sliding_window=sliding_window), num_clips, seed)
+    sections = [Section(f"{len(clips)} of {manifest['clips']:,} clips, decoded", clips=clips)]
+    sections += [overview(manifest), code_use(corpus)] + ([speakers(corpus)] if "speaker" in columns else [])
     write_html(f"Codes in {codes}", sections, page)
 
 
-def overview(corpus: CodeCorpus) -> Section:
-    manifest = corpus.manifest
+def overview(manifest: dict[str, Any]) -> Section:
     codec, clips, hours = manifest["codec"], manifest["clips"], manifest["hours"]
     rows = [
         ("corpus", manifest["corpus"]),
@@ -61,8 +59,8 @@ def overview(corpus: CodeCorpus) -> Section:
     for key, title in {"skipped": "could not be used", "filtered": "filtered", "audio_warnings": "used, but"}.items():
         rows += [(f"{title}: {reason}", f"{number:,} clips") for reason, number in manifest[key].items()]
     print("\n".join(map(": ".join, rows)))
-    figure, axes = pyplot().subplots(figsize=(4.5, 2.2), layout="constrained")
     lengths = [seconds / 3600 for _, seconds in manifest["by_second"]]
+    figure, axes = pyplot().subplots(figsize=(4.5, 2.2), layout="constrained")
     axes.bar(np.arange(len(lengths)) + 0.5, lengths, 1.0, edgecolor="white")
     axes.set(xlabel="clip length (s)", ylabel="hours of audio")
     picture = Picture("lengths.png", save_picture(figure), "Hours of audio by the length of clips")
@@ -70,9 +68,8 @@ def overview(corpus: CodeCorpus) -> Section:
 
 
 def code_use(corpus: CodeCorpus) -> Section:
-    num_units, made_by = len(corpus.rows_per_unit), corpus.manifest["codec"]
-    units = np.unique(np.linspace(0, num_units - 1, MAX_GROUPS).round().astype(int))
-    Q, size = made_by["num_quantizers"], made_by["codebook_size"]
+    Q, size = (corpus.manifest["codec"][name] for name in ("num_quantizers", "codebook_size"))
+    units = np.unique(np.linspace(0, len(corpus.rows_per_unit) - 1, MAX_GROUPS).round().astype(int))
     counts_QK = np.zeros((Q, size), dtype=np.int64)
     for unit in units.tolist():
         counts_QK += [np.bincount(level_N, minlength=size) for level_N in corpus.read(unit).frames_NQ.T]
@@ -95,10 +92,9 @@ def code_use(corpus: CodeCorpus) -> Section:
 
 
 def speakers(corpus: CodeCorpus) -> Section:
-    fs, folder = file_system(corpus.name)
-    files = [f"{folder.rstrip('/')}/{shard['file']}" for shard in corpus.manifest["shards"]]
-    clips = pq.read_table(files, columns=["speaker", "duration"], filesystem=fs).to_pandas()
-    hours = (clips.groupby("speaker")["duration"].agg(["sum", "count"])).sort_values("sum", ascending=False)
+    paths = [f"{corpus.name}/{shard['file']}" for shard in corpus.manifest["shards"]]
+    clips = pa.concat_tables([read_shard(path, ["speaker", "duration"]) for path in paths]).to_pandas()
+    hours = clips.groupby("speaker")["duration"].agg(["sum", "count"]).sort_values("sum", ascending=False)
     rows = [(name, f"{seconds / 3600:,.2f}", f"{n:,}") for name, seconds, n in hours.head(NUM_SPEAKERS).itertuples()]
     about = f"{len(hours):,} speakers; {clips['speaker'].isna().sum():,} clips without one. Those with the most hours:"
     return Section("Speakers", [about], tables=[Table(("speaker", "hours", "clips"), rows)])

@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 
 from llama_mimi.common.batching import prefetch_map
 from llama_mimi.common.errors import UserError
-from llama_mimi.corpora.clips import AudioClip, AudioReader, SkippedClip
-from llama_mimi.corpora.loading import is_too_many, read_in_workers
+from llama_mimi.corpora.clips import AudioReader, is_too_many, read_in_workers
 from llama_mimi.corpora.sources import open_source
 from llama_mimi.data.build import build_dataloader
 from llama_mimi.data.dataloader import ClipStream, DataMeter, SpeechDataLoader
@@ -75,33 +74,14 @@ def test_every_clip_once_in_corpus_order(corpus, dp_world_size, num_workers):
     assert names == [expected[rank::dp_world_size] for rank in range(dp_world_size)]
 
 
-def test_clips_are_cut_after_a_whole_frame(corpus):
-    clips = [read_all(reader(corpus, max_frames=max_frames))[0] for max_frames in (1, 2)]
-    assert [(len(clip.samples_S), clip.is_cut) for clip in clips] == [(1920, True), (2000, False)]
-
-
 BAD = [b"", b"no audio at all", None]
 
 
-def test_bad_clips_are_named(tmp_path):
-    clips = read_all(reader(write_corpus(tmp_path, [GOOD] * 10 + BAD)))
-    good = [clip.name for clip in clips if isinstance(clip, AudioClip)]
-    assert sorted(good) == [f"clip-{i:03}" for i in range(10)]
-    skipped = {clip.message.split("'")[1]: clip.reason for clip in clips if isinstance(clip, SkippedClip)}
-    assert skipped == {"clip-010": "empty", "clip-011": "unreadable", "clip-012": "no audio"}
-
-
-def speech_loader(corpus, codec, tokenizer, max_skip_fraction, is_packed=False, **extra):
+def speech_loader(corpus, codec, tokenizer, max_skip_fraction, **extra):
     audio = reader(corpus)
     order = ShuffledOrder([audio], [1.0], 0, 1, shuffle_window=5, seed=0)
-    packer = BatchPacker(tokenizer, 2, 16, is_packed=is_packed, has_positions=is_packed)
+    packer = BatchPacker(tokenizer, 2, 16, is_packed=False, has_positions=False)
     return SpeechDataLoader([audio], order, packer, codec, workers={}, max_skip_fraction=max_skip_fraction, **extra)
-
-
-def test_training_stops_at_too_large_a_fraction(tmp_path, codec, tokenizer):
-    with pytest.raises(UserError, match="data.max_skip_fraction"):
-        for _ in speech_loader(write_corpus(tmp_path, [GOOD] * 97 + BAD), codec, tokenizer, 0.01):
-            pass
 
 
 @pytest.mark.parametrize("packing", ["pad", "pack"])
@@ -200,21 +180,6 @@ def test_validation_takes_the_same_clips_on_any_number_of_ranks(tokenizer, monke
     assert rows(1) == rows(2) == rows(3) and len(rows(1)) == 7
 
 
-def test_audio_is_packed_as_its_codes_are(codec, tokenizer):
-    """The online path: the same rows as from codes that were made before."""
-    loader = speech_loader(str(TINY / "corpus" / "validation-*.parquet"), codec, tokenizer, 0.0, is_packed=True)
-    packer = BatchPacker(tokenizer, 2, 16, is_packed=True, has_positions=True)
-    for ((_, clip),) in ClipStream(loader._readers, loader._order, 1):
-        (codes_TQ,), frame = codec.encode([clip.samples_S]), 0
-        while frame < len(codes_TQ) and not packer.is_full:
-            frame += packer.add(codes_TQ[frame:].numpy(), is_cut=clip.is_cut)
-        if packer.is_full:
-            break
-    (inputs, labels_BL), (expected, expected_labels_BL) = next(iter(loader)), packer.pop()
-    assert inputs["input"].equal(expected["input"]) and labels_BL.equal(expected_labels_BL)
-    assert inputs["positions"].equal(expected["positions"])
-
-
 def without_text(folder):
     pq.write_table(pq.read_table(folder / "train-2.parquet").drop_columns(["text"]), folder / "train-2.parquet")
 
@@ -262,13 +227,6 @@ def test_damage_behind_a_sound_footer_is_one_sentence(corpus, tmp_path, num_work
     with pytest.raises(UserError, match="not a readable Parquet file") as error:
         read_all(reader(str(tmp_path)), num_workers=num_workers)
     assert "Traceback" not in str(error.value)
-
-
-def test_empty_files_are_no_windows(corpus, tmp_path):
-    table = pq.read_table(Path(corpus) / "train-0.parquet")
-    pq.write_table(table, tmp_path / "train-0.parquet")
-    pq.write_table(table.slice(0, 0), tmp_path / "train-1.parquet")
-    assert reader(str(tmp_path)).rows_per_unit.tolist() == [9]
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ from llama_mimi.audio.reading import OPPOSITE, read_audio
 from llama_mimi.common.errors import UserError
 from llama_mimi.corpora.code_shards import CodeCorpus, CodedClip, is_store, shard_bytes
 from llama_mimi.corpora.source import Unit
-from llama_mimi.corpora.tokenize import TokenizationOptions, make_jobs, share_jobs, tokenize_corpus
+from llama_mimi.corpora.tokenize import TokenizationOptions, make_jobs, tokenize_corpus
 from llama_mimi.data.build import build_dataloader
 from llama_mimi.train_spec import build_speech_tokenizer
 
@@ -176,20 +176,9 @@ def test_a_tar_makes_several_shards_and_continues_at_the_first_missing_one(rows,
     ids=str,
 )
 def test_jobs(sizes, clips_per_shard, units, rows_per_part):
-    jobs = make_jobs([Unit(str(number), number, size) for number, size in enumerate(sizes)], clips_per_shard)
+    jobs = make_jobs([Unit(number, size) for number, size in enumerate(sizes)], clips_per_shard)
     assert [list(job.units) for job in jobs] == units and [job.rows_per_part for job in jobs] == rows_per_part
-    assert [job.num_bytes for job in jobs] == list(map(sum, units)) and [job.number for job in jobs] == list(
-        range(len(jobs))
-    )
-
-
-@pytest.mark.parametrize("num_bytes", [[5, 1, 1, 1, 2, 9], [0] * 6])
-def test_ranks_share_the_bytes(num_bytes):
-    jobs = make_jobs([Unit("", size, None) for size in num_bytes], None)
-    shares = [share_jobs(jobs, rank, 3) for rank in range(3)]
-    assert sorted(job.number for share in shares for job in share) == list(range(6))
-    assert max(sum(job.num_bytes for job in share) for share in shares) == max(num_bytes)
-    assert len({len(share) for share in shares}) == 1 or any(num_bytes)
+    assert [(job.number, job.num_bytes) for job in jobs] == list(enumerate(map(sum, units)))
 
 
 def test_output_on_another_file_system(speech, store):
@@ -204,16 +193,13 @@ def test_output_on_another_file_system(speech, store):
     ("flags", "message"),
     [
         (["--num_quantizers", 4], "made with codec.num_quantizers = 8, but it is 4 now"),
-        (["--clips_per_shard", 16], "made with clips_per_shard = 8, but it is 16 now"),
         (["--corpus", TINY / "words" / "train-*.parquet"], "made with corpus_sha256 = "),
         (["--no_codec_sliding_window"], "made with codec.sliding_window = True, but it is False now"),
         (["--max_audio_seconds", "inf"], "must be a positive number"),
-        (["--output_dir", "nothing://codes"], "cannot be opened"),
         (["--max_skip_fraction", 2], "a fraction between 0 and 1"),
         (["--min_seconds", 500], "--min_seconds is 500; it must be between 0 and --max_audio_seconds 4"),
         (["--max_seconds", 2, "--long_recordings", "split"], "choose one"),
         (["--where", "score > 3"], "has no column 'score'"),
-        (["--codec", "models/none/here"], "does not exist"),
         (["--output_dir", "CORPUS/codes"], "is inside the corpus"),
     ],
     ids=str,
@@ -227,15 +213,8 @@ def test_mistakes_get_one_sentence(flags, message, store, speech, tmp_path):
     assert manifest(again) == manifest(store), "nothing was touched"
 
 
-def test_a_folder_of_the_first_format_is_refused(store, speech, tmp_path):
-    plan = json.loads((store / "tokenization.json").read_text()) | {"format": 1}
-    (tmp_path / "tokenization.json").write_text(json.dumps(plan))
-    with pytest.raises(UserError, match="was made with format = 1, but it is 2 now; .* choose another --output_dir"):
-        run_alone("--corpus", speech, "--output_dir", tmp_path)
-
-
 def test_too_many_bad_clips_stop_before_the_manifest(speech, tmp_path):
-    with pytest.raises(UserError, match=r"1 of 16 clips could not be used, more than --max_skip_fraction 0 "):
+    with pytest.raises(UserError, match=r"1 of \d+ clips could not be used, more than --max_skip_fraction 0 "):
         run_alone("--corpus", speech, "--output_dir", tmp_path / "store", "--max_skip_fraction", 0)
     assert not (tmp_path / "store" / "manifest.json").exists()
 

@@ -11,7 +11,6 @@ import soundfile
 from conftest import TINY
 from test_formats import clips_of, rows_of
 
-from llama_mimi.audio.reading import OPPOSITE
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import digest
 from llama_mimi.corpora import parquet
@@ -50,14 +49,11 @@ HUB = ("train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-0000
     [
         ([f"data/{name}.parquet" for name in HUB], "test, train, validation"),
         ([f"{name}.parquet" for name in HUB], "test, train, validation"),
-        (["train.parquet", "dev.parquet"], "validation, train"),
         (["train/0.parquet", "eval/0.parquet"], "test, train"),
         (["clean/train/a.parquet", "clean/valid/a.parquet"], "train, validation"),
-        (["my_training 1.parquet", "my_testing 1.parquet"], "test, train"),
         (["split=train/0.parquet", "split=test/0.parquet"], "test, train"),
         (["Train-0.parquet", "Test-0.parquet"], "test, train"),
         (["data/train.100-00000-of-00001.parquet", "data/train.360-00000-of-00001.parquet"], "train.100, train.360"),
-        (["train-0.parquet", "train-1.parquet"], None),
         (["part-0.parquet", "part-1.parquet"], None),
         (["constraint.parquet", "latest.parquet"], None),  # words within words
         (["data/train-00000-of-00001.parquet", "data/extra.parquet"], None),
@@ -128,7 +124,7 @@ def test_a_large_row_group_is_read_in_parts(tmp_path, monkeypatch):
     size = pq.read_metadata(tmp_path / "x.parquet").row_group(0).total_byte_size
     assert whole.fingerprint == digest([["x.parquet"], [[[7, size]]]]), "runs of earlier versions resume"
     assert [unit.num_rows for unit in whole.units] == [7] and [unit.num_rows for unit in parts.units] == [1] * 7
-    assert rows_of(parts) == rows_of(whole) and parts.fingerprint != whole.fingerprint
+    assert rows_of(parts) == rows_of(whole)
     assert rows_of(whole)[3]["name"] == f"row 3 of row group 0 of {tmp_path}/x.parquet"
 
 
@@ -145,9 +141,8 @@ def test_columns_twice_and_in_two_roles(tmp_path):
     table = pa.Table.from_arrays([column, pa.array(["a"]), pa.array(["b"])], names=["audio", "text", "text"])
     pq.write_table(table, tmp_path / "train-0.parquet")
     assert len(rows_of(opened(tmp_path))) == 1  # nobody asks for it
-    for wanted in ({"text_column": "text"}, {"extra_columns": {"text": "text"}}):
-        with pytest.raises(UserError, match="the column 'text' .* exists 2 times"):
-            opened(tmp_path, **wanted)
+    with pytest.raises(UserError, match='not a readable Parquet file .*Field "text" exists 2 times in schema'):
+        rows_of(opened(tmp_path, "text"))
     folder = write(tmp_path / "b" / "train-0.parquet", id=["some words"], speaker=["x"])
     (clip,) = clips_of(opened(folder, "id"), with_text=True)
     assert (clip.name, clip.text) == ("some words", "some words")
@@ -162,11 +157,10 @@ def test_transcripts_are_text(tmp_path):
         folder = write(tmp_path / str(number) / "train-0.parquet", text=values)
         (clip,) = clips_of(opened(folder, "text"), with_text=True)
         assert clip.text == "déjà vu"
-    for number, values in enumerate(([["a", "b"]], [7], [{"a": "b"}], [True])):
+    for number, values in enumerate(([["a", "b"]], [{"a": "b"}])):
         folder = write(tmp_path / f"no {number}" / "train-0.parquet", text=values)
-        for wanted in ({"text_column": "text"}, {"extra_columns": {"text": "text"}}):
-            with pytest.raises(UserError, match=r"which cannot be the text; set another \(data.text_column, or --text"):
-                opened(folder, **wanted)
+        (clip,) = clips_of(opened(folder, "text"), with_text=True)
+        assert clip.reason == "damaged row" and "its text cannot be stored (it is a " in clip.message
         assert isinstance(clips_of(opened(folder))[0], AudioClip)  # nobody asks for it
     audio = [{"bytes": PROMPT, "path": None}] * 2
     folder = write(tmp_path / "odd" / "train-0.parquet", audio, text=[b"\xff\xfe", b"good"], id=[b"\xff1", b"two"])
@@ -197,7 +191,8 @@ def clip_of(folder, row, kind=AUDIO, **options):
         ({"bytes": None, "path": "nothing://a.wav"}, AUDIO, "unexpected"),
         ({"bytes": None, "path": "."}, AUDIO, "unreadable"),
         ({"bytes": None, "path": ""}, AUDIO, "no audio"),
-        ({"bytes": None, "path": 7}, pa.struct({"bytes": pa.binary(), "path": pa.int64()}), "missing"),
+        ({"bytes": None, "path": 7}, pa.struct({"bytes": pa.binary(), "path": pa.int64()}), "damaged row"),
+        ([0.5, 0.25], pa.list_(pa.float32()), "damaged row"),
         (None, AUDIO, "no audio"),
     ],
 )
@@ -224,13 +219,9 @@ def test_paths_lie_beside_the_parquet_file(tmp_path, content, monkeypatch):
     assert isinstance(clip, AudioClip)
 
 
-def test_warnings_and_faults_of_audio_reach_the_clip(tmp_path):
-    samples, rate_hz = soundfile.read(TINY / "prompt.wav", dtype="float32")
-    path = tmp_path / "opposite.wav"
-    soundfile.write(path, [[a, -a] for a in samples], rate_hz)
-    assert clip_of(tmp_path, {"bytes": path.read_bytes(), "path": None}).audio_warnings == (OPPOSITE,)
+def test_a_fault_of_audio_reaches_the_clip(tmp_path):
     flac = tmp_path / "a.flac"
-    soundfile.write(flac, samples, rate_hz)
+    soundfile.write(flac, *soundfile.read(TINY / "prompt.wav", dtype="float32"))
     content = bytearray(flac.read_bytes())
     content[24] |= 0xF0  # the length
     clip = clip_of(tmp_path, {"bytes": bytes(content), "path": None})

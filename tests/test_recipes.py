@@ -115,17 +115,6 @@ def test_the_long_runs_train_on_what_the_recipes_make():
         assert all(f"`{folder}`" in PAGE.read_text() for folder in folders)
 
 
-def test_downloads_say_each_pattern_with_a_flag_of_its_own():
-    """Words without one are names of files to the hub's command, which then leaves out all patterns."""
-    pages = [ROOT / "README.md", *(ROOT / "config").glob("*.md"), *(ROOT / "config").glob("*.toml")]
-    texts = [re.sub(r"\\\n#?", " ", path.read_text()) for path in pages]
-    commands = [shlex.split(line) for text in texts for line in re.findall(r"uv run hf download (.*)$", text, re.M)]
-    assert len(commands) == 4
-    for repository, *flags in commands:
-        assert "/" in repository and all(word.startswith("--") for word in flags[::2]), flags
-        assert not any(word.startswith("--") for word in flags[1::2]) and len(flags) % 2 == 0, flags
-
-
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_recipe_on_what_is_published(rows, name, tmp_path):
     publish, left_out, is_right = PUBLISHED[name]

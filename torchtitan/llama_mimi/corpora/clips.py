@@ -1,18 +1,22 @@
-"""From a row of a source to clips: whole, cut, or split at pauses."""
+"""From a row of a source to clips: whole, cut, or split at pauses; reading in workers; the limit on skipped clips."""
 
 import dataclasses
 import hashlib
 import itertools
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, IterableDataset
 
 from llama_mimi.audio.reading import SHORTER, AudioError, Waveform, read_audio
 from llama_mimi.audio.silence import split_at_pauses
+from llama_mimi.common.distributed import end_with_parent
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import file_system
 from llama_mimi.corpora.source import Row, Source
@@ -21,6 +25,8 @@ from llama_mimi.corpora.where import RowFilter
 SECONDS_AT_ONCE = 3600.0  # of a long recording that is split: 345 MB at 24 kHz
 ROUNDED_SECONDS = 0.1  # by which manifests may be wrong
 HASH_BYTES = 16
+MIN_JUDGED_CLIPS = 100  # clips that are read before the fraction of skipped ones is judged
+MAX_NAMED_CLIPS = 20  # skipped clips that are named one by one; all are counted
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,6 @@ class AudioReader:
         sample_rate_hz, frame_size: of the codec; clips shorter than a frame are skipped.
         max_frames: longer clips are cut, or with ``splits`` split at pauses into several clips without texts.
         with_text: skip rows without a transcript.
-        hashes: add a hash of its samples to each clip.
     """
 
     def __init__(
@@ -73,10 +78,9 @@ class AudioReader:
         with_text: bool = False,
         row_filter: RowFilter | None = None,
         splits: bool = False,
-        hashes: bool = False,
     ) -> None:
         self.source, self.name, self.fingerprint = source, source.name, source.fingerprint
-        self._filter, self._splits, self._hashes = row_filter or RowFilter(), splits, hashes
+        self._filter, self._splits = row_filter or RowFilter(), splits
         self._sample_rate_hz, self._frame_size, self._with_text = sample_rate_hz, frame_size, with_text
         self._max_seconds = max_frames * frame_size / sample_rate_hz
 
@@ -96,11 +100,11 @@ class AudioReader:
         """Return the clips of a row, or one skipped clip with the reason why it cannot be used."""
         name = row["name"]
         try:
-            is_sound = not row.get("problem")
-            if is_sound and (reason := self._filter.of_values(row)) is not None:
-                return [SkippedClip(reason, f"'{name}' was left out: {reason}", is_filtered=True)]
-            if is_sound and self._with_text and not row.get("text"):
-                raise AudioError("no text", f"'{name}' has no text")
+            if not row.get("problem"):
+                if (reason := self._filter.of_values(row)) is not None:
+                    return [_filtered(name, reason)]
+                if self._with_text and not row.get("text"):
+                    return [SkippedClip("no text", f"'{name}' has no text")]
             if self._splits:
                 return self._split(row)
             return [self._clip(name, read_row(row, self._sample_rate_hz, max_seconds=self._max_seconds), row)]
@@ -122,11 +126,10 @@ class AudioReader:
             ends = split_at_pauses(waveform.samples_S, rate_hz, self._max_seconds)
             ends = ends[:-1] if goes_on else ends  # where it goes on, the last has no pause at its end
             for start, end in itertools.pairwise([0, *ends]):
-                part = dataclasses.replace(waveform, samples_S=waveform.samples_S[start:end].clone())
+                part: dict[str, Any] = {"samples_S": waveform.samples_S[start:end].clone()}
                 if goes_on or end != ends[-1]:
-                    warnings = tuple({*part.audio_warnings} - {SHORTER})
-                    part = dataclasses.replace(part, is_cut=True, audio_warnings=warnings)
-                parts.append(part)
+                    part |= {"is_cut": True, "audio_warnings": tuple({*waveform.audio_warnings} - {SHORTER})}
+                parts.append(dataclasses.replace(waveform, **part))
             begin += ends[-1] / rate_hz
             left = None if left is None else left - ends[-1] / rate_hz
         if len(parts) == 1:
@@ -137,13 +140,16 @@ class AudioReader:
     def _clip(self, name: str, waveform: Waveform, row: Row) -> AudioClip | SkippedClip:
         is_longer = waveform.is_cut and SHORTER not in waveform.audio_warnings
         if (reason := self._filter.of_length(waveform.seconds, is_cut=is_longer)) is not None:
-            return SkippedClip(reason, f"'{name}' was left out: {reason}", is_filtered=True)
+            return _filtered(name, reason)
         if len(waveform.samples_S) < self._frame_size:
             return SkippedClip("too short", f"'{name}' is {waveform.seconds:.3f} s, less than a frame of the codec")
-        content = memoryview(waveform.samples_S.numpy())
-        audio_hash = hashlib.blake2b(content, digest_size=HASH_BYTES).digest() if self._hashes else None
+        audio_hash = hashlib.blake2b(memoryview(waveform.samples_S.numpy()), digest_size=HASH_BYTES).digest()
         of_row = row.get("text"), row.get("speaker"), waveform.audio_warnings, audio_hash
         return AudioClip(name, waveform.samples_S, waveform.is_cut, *of_row)
+
+
+def _filtered(name: str, reason: str) -> SkippedClip:
+    return SkippedClip(reason, f"'{name}' was left out: {reason}", is_filtered=True)
 
 
 def read_row(row: Row, sample_rate_hz: int | None, *, max_seconds: float) -> Waveform:
@@ -167,8 +173,8 @@ def read_row(row: Row, sample_rate_hz: int | None, *, max_seconds: float) -> Wav
             audio = fs.cat_file(bare)
         except OSError as error:
             raise AudioError("missing", f"'{name}' cannot be opened ({error}); check its path") from error
-    seconds = math.inf if duration is None else duration
-    start, limit = row.get("offset") or 0.0, seconds if seconds <= max_seconds else max_seconds
+    seconds, start = math.inf if duration is None else duration, row.get("offset") or 0.0
+    limit = min(seconds, max_seconds)
     waveform = read_audio(audio, sample_rate_hz, start_seconds=start, max_seconds=limit, name=name)
     if seconds > max_seconds:
         return waveform
@@ -176,3 +182,58 @@ def read_row(row: Row, sample_rate_hz: int | None, *, max_seconds: float) -> Wav
     return dataclasses.replace(
         waveform, is_cut=is_short, audio_warnings=waveform.audio_warnings + (SHORTER,) * is_short
     )
+
+
+class _WithErrors(IterableDataset):
+    """A dataset whose `UserError` is its last item: an exception of a worker would arrive with its traceback."""
+
+    def __init__(self, dataset: Iterable[Any]) -> None:
+        self._dataset = dataset
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from self._dataset
+        except UserError as error:
+            yield UserError(str(error))
+
+
+def read_in_workers(dataset: Iterable[Any], **workers: Any) -> Iterator[Any]:
+    """Yield the items of a dataset, read in worker processes; ``workers`` are arguments of PyTorch's DataLoader.
+
+    Raises:
+        UserError: the dataset raised it, in whichever process.
+    """
+    # PyTorch draws a seed for the workers, which must not advance the generator of training.
+    options: dict[str, Any] = {"batch_size": None, "collate_fn": _unchanged, "generator": torch.Generator(), **workers}
+    for item in DataLoader(_WithErrors(dataset), worker_init_fn=partial(_end_with, os.getpid()), **options):
+        if isinstance(item, UserError):
+            raise item
+        yield item
+
+
+def _unchanged(item: Any) -> Any:
+    return item
+
+
+def _end_with(parent: int, worker: int) -> None:
+    """End a worker with the process that reads from it, even if that is killed; it would wait for ever to send."""
+    end_with_parent()
+    if os.getppid() != parent:  # the parent was killed before
+        os._exit(1)
+
+
+def is_too_many(num_skipped: int, num_read: int, max_skip_fraction: float, *, is_whole: bool, is_end: bool) -> bool:
+    """Return True if more than the allowed fraction of the clips was skipped.
+
+    Clips before the end, or of one rank of several, are a sample of the corpus: they may exceed the allowed number by
+    three standard deviations and one. Fewer than `MIN_JUDGED_CLIPS` clips are judged only at the end, where they
+    count as that many, or if no clip may be skipped.
+
+    Args:
+        is_whole: this process reads the whole corpus.
+        is_end: there are no more clips.
+    """
+    allowed = max_skip_fraction * max(num_read, MIN_JUDGED_CLIPS)
+    if not (is_end and is_whole) and max_skip_fraction:
+        allowed += 3 * math.sqrt(allowed) + 1
+    return (is_end or num_read >= MIN_JUDGED_CLIPS or not max_skip_fraction) and num_skipped > allowed

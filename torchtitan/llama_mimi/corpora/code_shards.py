@@ -2,6 +2,7 @@
 
 import io
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llama_mimi.audio.mimi import codec_hash
+from llama_mimi.audio.mimi import MimiCodec, codec_hash
 from llama_mimi.common.errors import UserError, first_line
-from llama_mimi.common.files import digest, file_system, parse_json, read_json, sizes_in
+from llama_mimi.common.files import digest, file_system, read_json, sizes_in
 from llama_mimi.common.resume import require_same
-from llama_mimi.corpora.clips import SkippedClip
+from llama_mimi.corpora.clips import AudioClip, SkippedClip
 from llama_mimi.corpora.source import Row
 
 MANIFEST = "manifest.json"
@@ -45,6 +46,23 @@ class CodedClip:
     audio_hash: bytes | None = None  # of the samples, 16 bytes
 
 
+def encode_clips(
+    codec: MimiCodec, clips: Sequence[AudioClip | CodedClip | SkippedClip]
+) -> tuple[list[CodedClip | SkippedClip], float]:
+    """Return the clips with codes in place of audio, and the seconds that encoding took."""
+    start = time.perf_counter()
+    codes = iter(codec.encode_many([clip.samples_S for clip in clips if isinstance(clip, AudioClip)]))
+    encoded: list[CodedClip | SkippedClip] = []
+    for clip in clips:
+        if isinstance(clip, AudioClip):
+            codes_TQ, seconds = next(codes).numpy().astype(np.uint16), len(clip.samples_S) / codec.sample_rate_hz
+            labels = clip.text, clip.speaker, clip.audio_warnings, clip.audio_hash
+            encoded.append(CodedClip(clip.name, codes_TQ, seconds, clip.is_cut, *labels))
+        else:
+            encoded.append(clip)
+    return encoded, time.perf_counter() - start
+
+
 class CodeCorpus:
     """A finished tokenised corpus; a unit is a row group of a shard.
 
@@ -73,11 +91,11 @@ class CodeCorpus:
         self.manifest = read_manifest(path)
         self._check(codec, sliding_window)
         self._columns = ["id", "codes", "is_cut", *(["text"] if with_text else [])]
-        per_group, shards = self.manifest["clips_per_group"], self.manifest["shards"]
+        size, shards = self.manifest["clips_per_group"], self.manifest["shards"]
         units = [
-            (number, group, min(per_group, shard["clips"] - group * per_group))
+            (number, first // size, min(size, shard["clips"] - first))
             for number, shard in enumerate(shards)
-            for group in range(-(-shard["clips"] // per_group))
+            for first in range(0, shard["clips"], size)
         ]
         if not units:
             raise UserError(f"the tokenised corpus '{path}' has no clips; tokenise another corpus")
@@ -114,12 +132,9 @@ class CodeCorpus:
         if made_by["num_quantizers"] < self._num_quantizers:
             problem = f"{what} has {made_by['num_quantizers']} levels, fewer than codec.num_quantizers"
             raise UserError(f"{problem} = {self._num_quantizers}; lower that, or tokenise with more levels")
-        require_same(
-            {"codec.sha256": made_by["sha256"], "codec.sliding_window": made_by["sliding_window"]},
-            {"codec.sha256": codec_hash(codec), "codec.sliding_window": sliding_window},
-            what,
-            f"set codec.name to '{made_by['name']}' and codec.sliding_window as before, or tokenise again",
-        )
+        remedy = f"set codec.name to '{made_by['name']}' and codec.sliding_window as before, or tokenise again"
+        own = {"sha256": codec_hash(codec), "sliding_window": sliding_window}
+        require_same({"codec": made_by}, {"codec": own}, what, remedy)
         if self._with_text and "text" not in self.manifest["columns"]:
             raise UserError(f"{what} has no text, which data.task = 'tts' needs; use 'a2a'")
         sizes = sizes_in(self.name)
@@ -171,8 +186,8 @@ def is_store(path: str) -> bool:
     if fs.exists(f"{folder.rstrip('/')}/{PLAN}"):
         return True
     try:
-        return "codec" in parse_json(fs.cat_file(f"{folder.rstrip('/')}/{MANIFEST}"))
-    except (OSError, ValueError, TypeError):  # no such file, or another program's
+        return "codec" in (read_json(path, MANIFEST) or ())
+    except UserError:  # another program's
         return False
 
 

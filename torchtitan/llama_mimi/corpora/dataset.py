@@ -3,14 +3,11 @@
 from collections.abc import Iterator
 from typing import Any
 
-from datasets import Audio, ClassLabel, Dataset, DatasetDict, Value, load_dataset, load_from_disk
+from datasets import Audio, ClassLabel, Dataset, DatasetDict, load_dataset, load_from_disk
 
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import digest
-from llama_mimi.corpora.source import HUB, OTHER_COLUMN, ROWS_PER_UNIT, Columns, Row, Source, Unit, slices
-from llama_mimi.corpora.splits import choose_split
-
-KINDS = {"audio": Audio, "text": Value, "speaker": Value | ClassLabel, "id": Value}
+from llama_mimi.corpora.source import HUB, ROWS_PER_UNIT, Columns, Row, Source, Unit, choose_split, slices
 
 
 class DatasetSource(Source):
@@ -20,15 +17,12 @@ class DatasetSource(Source):
         super().__init__(name, wanted)
         dataset = _load(name, split)
         self._choose_columns(dataset.column_names, ("audio", "text"))
-        for role, column in self._columns.items():
-            if not isinstance(kind := dataset.features[column], KINDS.get(role, object)):
-                problem = f"the column '{column}' of the dataset '{name}' is {kind}, which cannot be the {role}"
-                raise UserError(f"{problem}; {OTHER_COLUMN.format(role)}")
         if not len(dataset):
             raise UserError(f"the dataset '{name}' has no rows; choose another")
-        self._rows = dataset.cast_column(wanted.audio, Audio(decode=False)).with_format("arrow")
-        size = dataset.data.nbytes // len(dataset)
-        self.units = [Unit(f"rows from {a} of {name}", (b - a) * size, b - a) for a, b in slices(len(dataset))]
+        if isinstance(dataset.features[wanted.audio], Audio):
+            dataset = dataset.cast_column(wanted.audio, Audio(decode=False))
+        self._rows, size = dataset.with_format("arrow"), dataset.data.nbytes // len(dataset)
+        self.units = [Unit((b - a) * size, b - a) for a, b in slices(len(dataset))]
         files = [file["filename"].rsplit("/", 1)[-1] for file in dataset.cache_files]
         self.fingerprint = digest([files, len(dataset), dataset.data.nbytes, dataset._fingerprint])
 

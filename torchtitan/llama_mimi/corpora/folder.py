@@ -6,7 +6,8 @@ import os
 import posixpath
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import as_utf8, digest, file_system, is_local, parse_json
@@ -30,24 +31,26 @@ class FolderSource(Source):
         named = (bare if is_local(fs) else fs.unstrip_protocol(bare)).rstrip("/")
         root = named if fs.isdir(bare) else os.path.commonprefix(files).rpartition("/")[0]  # noqa: RUF071
         self._files, names = files, [file[len(root) + 1 :] for file in files]
-        folders = sorted({folder for name in names for folder, _ in _places(root, name)})
-        sizes = {folder: _sizes(folder) for folder in folders}
-        tables = {folder: _table(folder, sizes[folder]) for folder in folders}
-        self._entries = self._match(root, names, tables)
         stems = [name.rsplit(".", 1)[0] for name in names]
         count = Counter(stems)
         self._ids = [as_utf8(name if count[stem] > 1 else stem) for name, stem in zip(names, stems, strict=True)]
-
-        def size(path: str) -> int:
-            folder, _, base = f"{root}/{path}".rpartition("/")
-            return sizes[folder].get(base, -1)
-
-        audio_sizes, self._json_sizes = list(map(size, names)), [size(f"{stem}.json") for stem in stems]
-        self.fingerprint = digest([names, audio_sizes, list(tables.values()), self._json_sizes])
-        self.units = [
-            Unit(f"files from {start} of {name}", sum(audio_sizes[start:end]), end - start)
-            for start, end in slices(len(files))
-        ]
+        sizes: dict[str, int] = {}  # of all files, by their names below the root
+        tables: dict[str, Values] = {}  # by the name of an audio file, or its name without ending
+        folders = {posixpath.dirname(name) for name in names} - {""}
+        above = {path for folder in folders for path in accumulate(folder.split("/"), "{}/{}".format)}
+        for folder in ["", *sorted(above)]:
+            path = os.path.join(root, folder)
+            fs, bare = file_system(path)
+            found = {posixpath.basename(info["name"]): info["size"] or 0 for info in fs.ls(bare, detail=True)}
+            sizes |= {posixpath.join(folder, name): size for name, size in found.items()}
+            for key, values in _read_tables(path, sorted(found)).items():
+                key = _key(posixpath.join(folder, key))
+                tables[key] = tables.get(key, {}) | values
+        self._entries = self._match(names, tables)
+        audio_sizes = [sizes.get(name, -1) for name in names]
+        self._json_sizes = [sizes.get(f"{stem}.json", -1) for stem in stems]
+        self.fingerprint = digest([names, audio_sizes, tables, self._json_sizes])
+        self.units = [Unit(sum(audio_sizes[start:end]), end - start) for start, end in slices(len(files))]
         known = [*self._entries, *map(self._values, range(*slices(len(files))[0]))]
         self._choose_columns(key for values in known if isinstance(values, dict) for key in values)
 
@@ -66,53 +69,33 @@ class FolderSource(Source):
             return f"its JSON cannot be read ({first_line(error)})"
         return values if isinstance(values, str) else values | self._entries[index]
 
-    def _match(self, root: str, names: Sequence[str], tables: Mapping[str, Mapping[str, Values]]) -> list[Values]:
+    def _match(self, names: Sequence[str], tables: dict[str, Values]) -> list[Values]:
         """Return the entry of each file; print the numbers of files and entries that do not match."""
-        found: list[Values] = []
-        unused = {(folder, key) for folder, table in tables.items() for key in table}
-        if not unused:
-            return [{}] * len(names)
-        num_entries = len(unused)
-        for name in names:
-            entry: Values = {}
-            for folder, below in _places(root, name):
-                for key in {_key(below), _key(below).rsplit(".", 1)[0]} & tables[folder].keys():
-                    entry |= tables[folder][key]
-                    unused.discard((folder, key))
-            found.append(entry)
+        keys = [(key.rsplit(".", 1)[0], key) for key in map(_key, names)]
+        found = [tables.get(stem, {}) | tables.get(key, {}) for stem, key in keys]
         lonely = [as_utf8(name) for name, entry in zip(names, found, strict=True) if not entry]
-        if lonely or unused:
-            examples = ", ".join(lonely[:1] + ["/".join(entry) for entry in sorted(unused)[:1]])
-            counts = f"{len(lonely):,} audio files have no entry and {len(unused):,} entries have no audio file"
-            if len(unused) == num_entries:
+        unused = sorted(tables.keys() - {key for pair in keys for key in pair})
+        if tables and (lonely or unused):
+            examples = ", ".join(lonely[:1] + unused[:1])
+            if len(unused) == len(tables):
                 raise UserError(f"no table of '{self.name}' names one of its audio files ({examples}); fix the names")
             if not int(os.environ.get("RANK", 0)):
+                counts = f"{len(lonely):,} audio files have no entry and {len(unused):,} entries have no audio file"
                 print(f"tables of '{self.name}': {counts} ({examples})", flush=True)
         return found
-
-
-def _places(root: str, name: str) -> list[tuple[str, str]]:
-    """Return each folder from the root to that of a file, with the name of the file relative to it."""
-    parts = name.split("/")
-    return [("/".join([root, *parts[:depth]]), "/".join(parts[depth:])) for depth in range(len(parts))]
-
-
-def _sizes(folder: str) -> dict[str, int]:
-    """Return the bytes of each file in a folder, by name."""
-    fs, bare = file_system(folder)
-    return {info["name"].rsplit("/", 1)[-1]: info["size"] or 0 for info in fs.ls(bare, detail=True)}
 
 
 def _key(name: str) -> str:
     return posixpath.normpath(unicodedata.normalize("NFC", name.replace("\\", "/")))
 
 
-def _table(folder: str, names: Iterable[str]) -> dict[str, Values]:
+def _read_tables(folder: str, names: Sequence[str]) -> dict[str, Values]:
     """Return the entries of a folder's tables, by the name of a file or its name without ending."""
     found: dict[str, Values] = {}
-    for name in sorted(names):
+    for name in names:
         if name in TABLES or (name.endswith(TRANSCRIPTS) and not name.startswith(".")):
-            fs, bare = file_system(f"{folder}/{name}")
+            path = os.path.join(folder, name)
+            fs, bare = file_system(path)
             try:
                 for file, values in _read_table(name, fs.cat_file(bare).decode("utf-8-sig")):
                     if (key := _key(file)) in found:
@@ -121,7 +104,7 @@ def _table(folder: str, names: Iterable[str]) -> dict[str, Values]:
             except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
                 problem = f"{type(error).__name__}: {first_line(error)}"
                 needed = "in UTF-8" if name.endswith(TRANSCRIPTS) else "with the column file_name"
-                raise UserError(f"'{folder}/{name}' is not a table {needed} ({problem}); fix it") from error
+                raise UserError(f"'{path}' is not a table {needed} ({problem}); fix it") from error
     return found
 
 

@@ -59,7 +59,7 @@ class ManifestSource(Source):
                 offset += len(line)
                 sha256.update(line)
         for (first, last), (start, end) in zip(slices(num_rows), pairwise([*starts, offset]), strict=True):
-            self.units.append(Unit(f"rows from {first} of {file}", end - start, last - first))
+            self.units.append(Unit(end - start, last - first))
             self._places.append((file, first, start))
         return sha256.hexdigest()
 

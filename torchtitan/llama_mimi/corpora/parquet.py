@@ -9,13 +9,12 @@ import pyarrow.parquet as pq
 
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import digest, file_system
-from llama_mimi.corpora.source import OTHER_COLUMN, Columns, Row, Source, Unit, reading
+from llama_mimi.corpora.source import Columns, Row, Source, Unit, reading
 
 FOOTER_THREADS = 16  # that read footers at once: a remote one is mostly waiting
 # A row group that is larger by its footer is read in parts of a quarter of that; in memory it may have twice as many.
 MAX_GROUP_BYTES = 2**31
 ROWS_AT_ONCE = 16
-TEXT = "string large_string string_view binary large_binary binary_view null".split()
 
 
 class ParquetSource(Source):
@@ -24,30 +23,24 @@ class ParquetSource(Source):
     def __init__(self, name: str, files: Sequence[str], wanted: Columns) -> None:
         super().__init__(name, wanted)
         with ThreadPoolExecutor(FOOTER_THREADS) as pool:
-            contents = list(pool.map(_contents, files))
-        for file, (schema, _) in zip(files, contents, strict=True):
-            self._choose_columns(schema.names, ("audio", "text"), f"'{file}' of the dataset '{name}'")
-        in_all = set.intersection(*(set(schema.names) for schema, _ in contents))
-        self._choose_columns(in_all, ("audio", "text"))
-        for file, (schema, _) in zip(files, contents, strict=True):
-            self._check_types(file, schema)
+            contents = list(zip(files, pool.map(_contents, files), strict=True))
+        for file, (names, _) in contents:
+            self._choose_columns(names, ("audio", "text"), f"'{file}' of the dataset '{name}'")
+        self._choose_columns(set.intersection(*(set(names) for _, (names, _) in contents)), ("audio", "text"))
         # File, row group and first row of each unit.
         self._places: list[tuple[str, int, int]] = []
         self.units: list[Unit] = []
-        is_split = False
-        for file, (_, groups) in zip(files, contents, strict=True):
+        for file, (_, groups) in contents:
             for number, (num_rows, num_bytes) in enumerate(groups):
                 size = num_rows if num_bytes <= MAX_GROUP_BYTES else num_rows * (MAX_GROUP_BYTES // 4) // num_bytes
                 for first in (starts := range(0, num_rows, max(1, size))):
                     rows = min(starts.step, num_rows - first)
                     self._places.append((file, number, first))
-                    self.units.append(Unit(f"row group {number} of {file}", num_bytes * rows // num_rows, rows))
-                    is_split |= rows < num_rows
+                    self.units.append(Unit(num_bytes * rows // num_rows, rows))
         if not self.units:
             raise UserError(f"the dataset '{name}' has no rows; choose another")
-        # File names, rows and bytes of row groups, and the rows of the parts of large ones.
-        content = [[file.rsplit("/", 1)[-1] for file in files], [groups for _, groups in contents]]
-        self.fingerprint = digest([*content, [unit.num_rows for unit in self.units]] if is_split else content)
+        names = [file.rsplit("/", 1)[-1] for file in files]
+        self.fingerprint = digest([names, [groups for _, (_, groups) in contents]])
 
     def rows(self, unit: int, start: int = 0) -> Iterator[Row]:
         path, number, first = self._places[unit]
@@ -68,7 +61,7 @@ class ParquetSource(Source):
                     raise UserError(f"row group {number} of '{path}' {problem}; {remedy}")
                 for index in range(batch.num_rows):
                     if at >= first + start:
-                        yield self._of_batch(batch, index, f"row {at} of {self.units[unit].name}", path)
+                        yield self._of_batch(batch, index, f"row {at} of row group {number} of {path}", path)
                     at += 1
 
     def _of_batch(self, batch: pa.RecordBatch, index: int, place: str, path: str) -> Row:
@@ -78,34 +71,11 @@ class ParquetSource(Source):
             return {"name": place, "problem": f"its text is not UTF-8 ({first_line(error)})"}
         return self._row(place, values, values[self._wanted.audio], values.get("id"), path.rsplit("/", 1)[0])
 
-    def _check_types(self, file: str, schema: pa.Schema) -> None:
-        place = f"of '{file}' of the dataset '{self.name}'"
-        for role, column in self._columns.items():
-            if (number := schema.names.count(column)) > 1:
-                raise UserError(f"the column '{column}' {place} exists {number} times; rename all but one")
-            kind = schema.field(column).type
-            inner = kind.value_type if pa.types.is_dictionary(kind) else kind
-            is_text = any(getattr(pa.types, f"is_{name}")(inner) for name in TEXT)
-            allowed = {
-                "audio": pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0,
-                "text": is_text,
-                "speaker": is_text or pa.types.is_integer(kind) or pa.types.is_floating(kind),
-            }
-            if not allowed.get(role, True):
-                problem = f"the column '{column}' {place} is {kind}, which cannot be the {role}"
-                raise UserError(f"{problem}; {OTHER_COLUMN.format(role)}")
 
-
-def read_footer(path: str) -> pq.FileMetaData:
-    """Return the metadata of a Parquet file, or raise a `UserError`."""
+def _contents(path: str) -> tuple[list[str], list[tuple[int, int]]]:
+    """Return the columns of a file, and rows and bytes of its row groups; there may be too many footers to keep."""
     fs, bare = file_system(path)
     with reading(path, "Parquet file"), fs.open(bare) as stream:
-        return pq.read_metadata(stream)
-
-
-def _contents(path: str) -> tuple[pa.Schema, list[tuple[int, int]]]:
-    """Return the schema of a file, and rows and bytes of its row groups; there may be too many footers to keep."""
-    footer = read_footer(path)
+        footer = pq.read_metadata(stream)
     groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
-    schema = footer.schema.to_arrow_schema().remove_metadata()
-    return schema, [(group.num_rows, group.total_byte_size) for group in groups]
+    return footer.schema.to_arrow_schema().names, [(group.num_rows, group.total_byte_size) for group in groups]

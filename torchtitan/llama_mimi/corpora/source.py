@@ -1,6 +1,8 @@
-"""Interface between the formats of corpora and their readers. Audio stays undecoded here."""
+"""What formats of corpora share: rows, whose audio stays undecoded, and splits."""
 
 import json
+import os
+import re
 import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,20 +21,28 @@ ROWS_PER_UNIT = 100  # of formats without row groups, as `datasets` writes audio
 # Endings of audio in corpora; the last four need FFmpeg.
 CORPUS_ENDINGS = (*AUDIO_ENDINGS, ".oga", ".opus", ".aiff", ".aif", ".au", ".m4a", ".aac", ".webm", ".wma")
 
+# Words that name a split, by the hub's rules (huggingface.co/docs/hub/datasets-file-names-and-splits).
+SPLIT_WORDS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "dev", "val"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+# Beyond these rules capitals do not matter, and "=" stands between words, too: split=train is a folder of Hive.
+_SPLIT_WORD = re.compile(rf"(?:^|[-._= 0-9])({'|'.join(SPLIT_WORDS)})(?=[-._= 0-9]|$)")
+_SPLIT_OF_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\S*\.\w+")
+
 # A row has "name" (its id, else its path, else its place), and "audio": the bytes of an audio file, its path (absolute,
 # or a URL of fsspec), or None. It may have "id", "text", "speaker", "offset" and "duration" (of a part of a recording,
 # in seconds), "problem" (why it cannot be used), and the columns that a filter names.
 Row = dict[str, Any]
 Values = dict[str, Any]
 HUB = "hf:"  # before an id of any dataset on the hub
-OTHER_COLUMN = "set another (data.{0}_column, or --{0}_column of a script)"
 
 
 @dataclass(frozen=True)
 class Unit:
     """Rows that are read together and in order: a tar file, a Parquet row group, or a slice of files, lines or rows."""
 
-    name: str
     num_bytes: int
     num_rows: int | None  # None: known only after reading, as of a tar file
 
@@ -73,9 +83,9 @@ class Source(ABC):
             if (column := getattr(self._wanted, role)) in columns:
                 self._columns[role] = column
             elif column is not None:
-                place = place or f"the dataset '{self.name}'"
-                problem = f"{place} has no column '{column}' for the {role}, only {', '.join(columns) or 'none'}"
-                raise UserError(f"{problem}; {OTHER_COLUMN.format(role)}")
+                where, others = place or f"the dataset '{self.name}'", ", ".join(columns) or "none"
+                problem = f"{where} has no column '{column}' for the {role}, only {others}"
+                raise UserError(f"{problem}; set another (data.{role}_column, or --{role}_column of a script)")
 
     def _row(self, place: str, values: Values | str, audio: Any, row_id: Any, folder: str = "", **part: Any) -> Row:
         """Return a row of values by column, or of the sentence why they cannot be read.
@@ -85,24 +95,23 @@ class Source(ABC):
             audio: bytes, a path, an object with both, or None; relative paths start in ``folder``.
             part: offset, duration or problem.
         """
-        content, path = (audio, None) if isinstance(audio, bytes) else (None, audio)
-        if isinstance(audio, Mapping):
-            content, path = audio.get("bytes"), audio.get("path")
-        name = _label(row_id)
+        if not isinstance(audio, Mapping):
+            audio = {"bytes" if isinstance(audio, bytes) else "path": audio}
+        content, path, name = audio.get("bytes"), audio.get("path"), _label(row_id)
         row: Row = {"name": name or _label(path) or place, "id": name, "audio": content, **part}
-        if content and not isinstance(content, bytes):
-            values = f"its audio is a {type(content).__name__}, not the bytes of a file"
+        for value, kind, wanted in ((content, bytes, "the bytes of a file"), (path, str, "a path")):
+            if value and not isinstance(value, kind):
+                values = f"its audio is a {type(value).__name__}, not {wanted}"
         if isinstance(values, str):
             return row | {"problem": values}
         if not content and path:
-            is_relative = folder and "://" not in str(path) and not str(path).startswith("/")
-            row["audio"] = f"{folder}/{path}" if is_relative else str(path)
+            row["audio"] = path if "://" in path else os.path.join(folder, path)
         try:
             for role in self.columns[1:]:
                 value = values.get(self._columns[role])
                 value = None if value != value else value  # NaN, as pandas writes missing values
                 row[role] = value if value is None or role.startswith(ROLE) else _text(value)
-        except (ValueError, RecursionError) as error:
+        except (ValueError, TypeError) as error:
             row["problem"] = f"its {role} cannot be stored ({first_line(error)})"
         return row
 
@@ -132,8 +141,10 @@ def parse_object(content: bytes) -> Values | str:
 
 
 def _text(value: Any) -> str:
-    """Return a value as text; raise a ValueError for bytes that are not UTF-8, and for half a character."""
-    text = value if isinstance(value, str | bytes) else json.dumps(value, ensure_ascii=False)
+    """Return a text or number as text; raise an error for others, bytes that are not UTF-8, and half a character."""
+    if isinstance(value, list | dict):
+        raise TypeError(f"it is a {type(value).__name__}")
+    text = value if isinstance(value, str | bytes) else json.dumps(value)
     return (text.encode() if isinstance(text, str) else text).decode()
 
 
@@ -142,3 +153,35 @@ def _label(value: Any) -> str | None:
         return None
     content = value if isinstance(value, bytes) else str(value).encode(errors="backslashreplace")
     return content.decode(errors="backslashreplace")
+
+
+def choose_split(name: str, splits: Iterable[str | None], split: str | None) -> str | None:
+    """Return the split to read, or None for all files; raise a `UserError` if it does not exist or is not named."""
+    found = list(dict.fromkeys(filter(None, splits)))
+    if split is None and len(found) > 1:
+        remedy = "choose one (data.split, data.validation_split, or --split of a script), or name its files by a glob"
+        raise UserError(f"'{name}' contains the splits {', '.join(found)}; {remedy}")
+    chosen = split if split is None or split in found else SPLIT_WORDS.get(split, split)
+    if chosen is not None and chosen not in found:
+        contained = f"'{name}' contains {', '.join(found) or 'no splits'}"
+        raise UserError(f"the split '{split}' was asked for, but {contained}; choose another, or leave it out")
+    return chosen
+
+
+def splits_in(folder: str, files: Sequence[str]) -> list[str | None]:
+    """Return the split of each file, by the hub's rules; None if its path names none.
+
+    Files are called ``data/<split>-00000-of-00001.parquet``, or have one of `SPLIT_WORDS` between other characters than
+    letters in the name of a folder below ``folder``, or in their own; the first rule that a file meets applies to all.
+    """
+    below = [file[len(folder.rstrip("/")) + 1 :].split("/") for file in files]
+    shards = [_SPLIT_OF_SHARD.fullmatch(parts[-1]) if parts[:-1] == ["data"] else None for parts in below]
+    by_shard = [match[1] if match else None for match in shards]
+    by_folder = [next(filter(None, map(_split_word, reversed(parts[:-1]))), None) for parts in below]
+    by_name = [_split_word(parts[-1]) for parts in below]
+    return next((rule for rule in (by_shard, by_folder, by_name) if any(rule)), by_name)
+
+
+def _split_word(name: str) -> str | None:
+    match = _SPLIT_WORD.search(name.lower())
+    return SPLIT_WORDS[match[1]] if match else None

@@ -8,8 +8,7 @@ from llama_mimi.common.files import file_system, find_files
 from llama_mimi.corpora.folder import FolderSource
 from llama_mimi.corpora.manifest import ManifestSource
 from llama_mimi.corpora.parquet import ParquetSource
-from llama_mimi.corpora.source import CORPUS_ENDINGS, HUB, Columns, Source
-from llama_mimi.corpora.splits import choose_split, splits_in
+from llama_mimi.corpora.source import CORPUS_ENDINGS, HUB, Columns, Source, choose_split, splits_in
 from llama_mimi.corpora.tar import TarSource
 
 PARQUET_ENDINGS = (".parquet", ".pq")
@@ -23,8 +22,8 @@ FORMATS: dict[tuple[str, ...], Callable[..., Source]] = {
     (".jsonl",): ManifestSource,
     (".tar.gz", ".tgz"): TarSource,
 }
-# Hub id, config and split of published corpora, whose files are <config>/<split>-*.parquet with the columns audio and
-# text, on the hub and in a local download.
+# Hub id, config and split of published corpora: files <config>/<split>-*.parquet, or <config>/<split>/*.parquet, with
+# the columns audio and text, on the hub and in a local download.
 CORPORA = {
     "peoples_speech": ("MLCommons/peoples_speech", "clean", "train"),
     "peoples_speech_validation": ("MLCommons/peoples_speech", "validation", "validation"),
@@ -97,18 +96,14 @@ def corpus_files(dataset: str, dataset_path: str | None, split: str | None) -> t
     if dataset_path is not None:
         problem = f"dataset_path is '{dataset_path}', but dataset '{dataset}' is not a named corpus"
         raise UserError(f"{problem}; name the folder itself as dataset, or one of: {', '.join(CORPORA)}")
-    found = find_files(dataset, tuple(ending for endings in FORMATS for ending in endings))
-    for endings, source in FORMATS.items():
+    found, (fs, bare) = find_files(dataset, sum(FORMATS, ())), file_system(dataset)
+    # A file that is named may have another ending.
+    for endings, source in (FORMATS | {(".json",): ManifestSource, ("",): ParquetSource}).items():
         if files := [file for file in found if file.lower().endswith(endings)]:
-            fs, bare = file_system(dataset)
-            splits = (
-                splits_in(bare, [file_system(file)[1] for file in files]) if fs.isdir(bare) else [None] * len(files)
-            )
+            below = [file_system(file)[1] for file in files]
+            splits = splits_in(bare, below) if fs.isdir(bare) else [None] * len(files)
             chosen = choose_split(dataset, splits, split)
             return source, [file for file, own in zip(files, splits, strict=True) if chosen in (None, own)]
-    if found:  # a path whose ending is not known; NeMo's manifests have the ending .json
-        choose_split(dataset, (), split)
-        return ManifestSource if all(file.lower().endswith(".json") for file in found) else ParquetSource, found
     if dataset in RELEASED_NAMES:
         raise UserError(f"'{dataset}' is a dataset name of the first release; set {RELEASED_NAMES[dataset]}")
     raise UserError(

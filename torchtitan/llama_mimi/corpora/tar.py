@@ -7,17 +7,8 @@ from operator import itemgetter
 
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import digest, file_system
-from llama_mimi.corpora.source import (
-    CORPUS_ENDINGS,
-    ROWS_PER_UNIT,
-    Columns,
-    Row,
-    Source,
-    Unit,
-    Values,
-    parse_object,
-    reading,
-)
+from llama_mimi.corpora import source
+from llama_mimi.corpora.source import Columns, Row, Source, Unit, Values
 
 TEXTS = ("json", "txt")  # members beside the audio; others are ignored
 NO_AUDIO = "it has no audio file; members of a row must have one name and differ only in the last ending"
@@ -28,17 +19,16 @@ class TarSource(Source):
 
     def __init__(self, name: str, files: Sequence[str], wanted: Columns) -> None:
         super().__init__(name, wanted)
-        self.units, contents = [], []
+        self._files, self.units, contents = files, [], []
         for file in files:
             fs, bare = file_system(file)
             info = fs.info(bare)
             changed = str(info.get("mtime") or info.get("ETag") or info.get("LastModified") or "")
-            self.units.append(Unit(file, info["size"], None))
+            self.units.append(Unit(info["size"], None))
             contents.append([file.rsplit("/", 1)[-1], info["size"], changed])
         self.fingerprint = digest(contents)
         rows = (_values(parts) for unit in range(len(files)) for _, parts in self._members(unit, 0, TEXTS))
-        first = list(islice(rows, ROWS_PER_UNIT))
-        if not first:
+        if not (first := list(islice(rows, source.ROWS_PER_UNIT))):
             raise UserError(f"the dataset '{name}' has no rows; choose another")
         self._choose_columns(key for values in first if isinstance(values, dict) for key in values)
 
@@ -51,10 +41,10 @@ class TarSource(Source):
 
     def _members(self, unit: int, start: int, wanted: Collection[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
         """Yield key and wanted members of each row from ``start`` on; earlier rows are not read."""
-        file, seen = self.units[unit].name, set()
+        file, seen = self._files[unit], set()
         fs, bare = file_system(file)
         with (
-            reading(file, "tar file, or is a compressed one"),
+            source.reading(file, "tar file, or is a compressed one"),
             fs.open(bare, "rb") as stream,
             # Names that are not UTF-8 are escaped.
             tarfile.open(fileobj=stream, mode="r:", encoding="utf-8", errors="backslashreplace") as tar,
@@ -83,14 +73,14 @@ class TarSource(Source):
 def _part(member: tarfile.TarInfo) -> tuple[str, str, tarfile.TarInfo] | None:
     """Return key, part and member; None for directories, hidden files (as macOS adds them) and other endings."""
     stem, _, ending = member.name.rpartition(".")
-    part = "audio" if f".{ending.lower()}" in CORPUS_ENDINGS else ending.lower()
+    part = "audio" if f".{ending.lower()}" in source.CORPUS_ENDINGS else ending.lower()
     is_file = member.isfile() or member.islnk() or member.issym()
     is_hidden = member.name.rpartition("/")[2].startswith(".")
     return (stem, part, member) if is_file and part in ("audio", *TEXTS) and not is_hidden else None
 
 
 def _values(parts: dict[str, bytes]) -> Values | str:
-    values = parse_object(parts.get("json", b"{}"))
+    values = source.parse_object(parts.get("json", b"{}"))
     try:
         text = {"text": parts["txt"].decode("utf-8-sig").strip()} if "txt" in parts else {}
     except ValueError as error:

@@ -1,9 +1,4 @@
-"""Tokenise a corpus into shards of codes, on any number of ranks.
-
-A job is a run of units that makes one shard, or one unit of unknown length, such as a tar, that makes several. Jobs
-depend only on the corpus and on --clips_per_shard, and a shard appears when it is whole. So a listing of the folder
-tells a later start, on any number of ranks, which rows are missing. The manifest is written last.
-"""
+"""Tokenise a corpus into shards of codes, on any number of ranks; a later start writes the shards that are missing."""
 
 import itertools
 import json
@@ -22,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from torch.utils.data import IterableDataset, get_worker_info
 
 from llama_mimi.audio.mimi import DEFAULT_CODEC, DTYPES, MimiCodec, Precision, codec_hash, whole_frames
@@ -32,29 +28,33 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.common.resume import require_same
 from llama_mimi.common.versions import versions
 from llama_mimi.corpora import code_shards as shards
-from llama_mimi.corpora.clips import HASH_BYTES, AudioClip, AudioReader, SkippedClip
-from llama_mimi.corpora.code_shards import CodedClip
-from llama_mimi.corpora.loading import MAX_NAMED_CLIPS, encode_clips, is_too_many, read_in_workers
+from llama_mimi.corpora.clips import (
+    HASH_BYTES,
+    MAX_NAMED_CLIPS,
+    AudioClip,
+    AudioReader,
+    SkippedClip,
+    is_too_many,
+    read_in_workers,
+)
 from llama_mimi.corpora.source import Source, Unit
 from llama_mimi.corpora.sources import CORPORA, open_source
 from llama_mimi.corpora.where import RowFilter
 
-READER = 2  # raise it when other clips are skipped or filtered, so that a folder is not continued by other rules
+READER = 3  # raise it when other clips are skipped or filtered, so that a folder is not continued by other rules
 CLIPS_PER_SHARD, MIN_SHARDS = 2048, 64  # by default: 3 MB for clips of 14 s, and work for many ranks
 ROWS_PER_CHUNK = 100  # rows that a worker reads at once, and whose clips are sorted by length for batches
 SECONDS_PER_REPORT = 10.0
 SHARD_READERS = 16  # threads; reading a remote shard is mostly waiting
 # Options that codes do not depend on.
-FREE = "corpus dataset_path split output_dir codec batch_seconds num_workers max_skip_fraction".split()
+FREE = "corpus dataset_path split output_dir codec num_workers max_skip_fraction".split()
 
 
 @dataclass
 class TokenizationOptions:
     """Options of tokenising."""
 
-    # Named corpus; folder, path or glob of Parquet, tar or audio files or JSONL manifests; folder of save_to_disk; or
-    # hf:owner/name
-    corpus: str
+    corpus: str  # named corpus; folder, path or glob of Parquet, tar, audio or JSONL files; or hf:owner/name
     output_dir: str  # folder of the shards, local or any fsspec path
     dataset_path: str | None = None  # local download of a named corpus
     split: str | None = None  # split to tokenise, where a folder has several (train-*, test-*)
@@ -71,10 +71,8 @@ class TokenizationOptions:
     min_seconds: float = 0.0  # shorter clips are filtered, and counted
     max_seconds: float | None = None  # longer clips are filtered, and counted
     where: str | None = None  # rows to keep, such as 'language == "en" and dnsmos >= 3'; others are counted
-    # Rows of a shard: a minimum, or for a tar the exact number. A kill loses unfinished shards. By default 2,048,
-    # or fewer, so that there are 64 shards
+    # Rows of a shard: a minimum, or for a tar the exact number. Default: 2,048, or fewer, so that there are 64 shards
     clips_per_shard: int | None = None
-    batch_seconds: float | None = None  # seconds of audio to encode at once, with padding; depends on the device
     num_workers: int = 2  # processes of each rank that read and resample
     duplicates: Literal["keep", "drop"] = "keep"  # clips with the samples of an earlier clip; they are counted
     max_skip_fraction: float = 0.01  # stop when a larger fraction of the clips cannot be used
@@ -82,12 +80,16 @@ class TokenizationOptions:
 
 @dataclass(frozen=True)
 class Job:
-    """Consecutive units of a corpus that make one shard, or one unit of unknown length that makes several."""
+    """Consecutive units that make one shard, or one unit of unknown length, such as a tar, that makes several.
+
+    A job depends only on the corpus and on --clips_per_shard, and a shard appears when it is whole. So the names of the
+    shards tell a later start, on any number of ranks, which rows are missing.
+    """
 
     number: int
     units: range
     num_bytes: int
-    rows_per_part: int | None  # of several shards, all but the last
+    rows_per_part: int | None  # of all shards but the last, if there are several
     first_part: int = 0  # earlier shards exist
 
     def shard(self, part: int, *, is_end: bool) -> str:
@@ -126,7 +128,6 @@ def tokenize_corpus(options: TokenizationOptions) -> None:
             max_frames=whole_frames(options.max_audio_seconds, codec.config, "--max_audio_seconds"),
             row_filter=row_filter,
             splits=options.long_recordings == "split",
-            hashes=True,
         )
         plan, jobs = _plan(options, source, codec), make_jobs(source.units, options.clips_per_shard)
 
@@ -134,15 +135,14 @@ def tokenize_corpus(options: TokenizationOptions) -> None:
             fs, folder = files.file_system(options.output_dir)
             if files.is_local(fs):  # elsewhere two runs would repeat work, but every shard would still be whole
                 resources.enter_context(files.locked(Path(folder) / files.LOCK, "--output_dir"))
-            return unfinished(options.output_dir, plan, jobs)
-
-        todo = broadcast_from_rank0(resume)
-        if ranks.rank == 0:
+            todo = unfinished(options.output_dir, plan, jobs)
             done = f"finished: {len(jobs) - len(todo)} of {len(jobs)} jobs"
             print(f"{done}; columns: {', '.join(plan['columns'])}", flush=True)
             if 0 < len(todo) < ranks.world_size:
                 print(f"there are {ranks.world_size} ranks for {len(todo)} jobs; the other ranks wait", flush=True)
-        write_shards(options, ranks, todo, reader, codec, plan["columns"])
+            return todo
+
+        write_shards(options, ranks, broadcast_from_rank0(resume), reader, codec, plan["columns"])
         ranks.wait()
         if ranks.rank == 0:
             write_manifest(options, plan, source.units, jobs)
@@ -150,7 +150,7 @@ def tokenize_corpus(options: TokenizationOptions) -> None:
 
 def _check(options: TokenizationOptions) -> None:
     shortest, longest, limit = options.min_seconds, options.max_seconds, options.max_audio_seconds
-    for name in ("max_audio_seconds", "clips_per_shard", "batch_seconds"):
+    for name in ("max_audio_seconds", "clips_per_shard"):
         if getattr(options, name) is not None and not 0 < getattr(options, name) < math.inf:
             raise UserError(f"--{name} is {getattr(options, name)}; it must be a positive number")
     if options.num_workers < 0 or not 0 <= options.max_skip_fraction <= 1:
@@ -195,9 +195,9 @@ def make_jobs(units: Sequence[Unit], clips_per_shard: int | None) -> list[Job]:
     for unit, size in enumerate(sizes):
         num_rows += size or 0
         if num_rows >= wanted or unit + 1 == len(sizes) or None in sizes[unit : unit + 2]:
-            num_bytes = sum(one.num_bytes for one in units[first : unit + 1])
-            jobs.append(Job(len(jobs), range(first, unit + 1), num_bytes, wanted if size is None else None))
-            first, num_rows = unit + 1, 0
+            own, first, num_rows = range(first, unit + 1), unit + 1, 0
+            num_bytes = sum(units[number].num_bytes for number in own)
+            jobs.append(Job(len(jobs), own, num_bytes, wanted if size is None else None))
     return jobs
 
 
@@ -216,17 +216,6 @@ def unfinished(output_dir: str, plan: dict[str, Any], jobs: Sequence[Job]) -> li
             fs.rm_file(f"{folder}/{name}")
     existing = [(job, *job.shards_in(names)) for job in jobs]
     return [replace(job, first_part=len(found)) for job, found, is_done in existing if not is_done]
-
-
-def share_jobs(jobs: Sequence[Job], rank: int, world_size: int) -> list[Job]:
-    """Return the jobs of a rank; each job, from the largest on, goes to the rank with the fewest bytes."""
-    shares: list[list[Job]] = [[] for _ in range(world_size)]
-    num_bytes = [0] * world_size
-    for job in sorted(jobs, key=lambda job: -job.num_bytes):
-        smallest = num_bytes.index(min(num_bytes))
-        shares[smallest].append(job)
-        num_bytes[smallest] += max(1, job.num_bytes)
-    return sorted(shares[rank], key=lambda job: job.number)
 
 
 class Chunks(IterableDataset):
@@ -248,22 +237,23 @@ class Chunks(IterableDataset):
             for number in job.units:
                 unit, own = source.units[number], turns
                 if unit.num_rows is not None:
+                    bytes_left -= unit.num_bytes
                     turns_of_unit = [next(turns) for _ in range(0, unit.num_rows, size)]
                     if not any(turns_of_unit):
-                        bytes_left -= unit.num_bytes
                         continue  # without reading the unit
                     own = iter(turns_of_unit)
                 rows = source.rows(number, row if unit.num_rows is None else 0)
+                num_bytes = unit.num_bytes  # are counted with the first chunk; of a tar each chunk has its own
                 while chunk := list(itertools.islice(rows, min(size, rows_per_part - row % rows_per_part))):
                     row += len(chunk)
-                    num_bytes = sum(len(one.get("audio") or b"") for one in chunk)  # a tar has more
-                    if unit.num_rows is not None:
-                        num_bytes = unit.num_bytes * len(chunk) // unit.num_rows
-                    bytes_left -= num_bytes
+                    if unit.num_rows is None:
+                        num_bytes = sum(len(one.get("audio") or b"") for one in chunk)
+                        bytes_left -= num_bytes
                     if next(own, False):
                         part, rest = divmod(row, rows_per_part)
                         shard = None if rest else job.shard(part - 1, is_end=False)
                         yield shard, len(chunk), num_bytes, [clip for one in chunk for clip in self._reader.clips(one)]
+                    num_bytes = 0
             if next(turns):
                 yield job.shard(row // rows_per_part, is_end=True), 0, bytes_left, []
 
@@ -278,32 +268,30 @@ def write_shards(
 ) -> None:
     """Encode this rank's share of the jobs, and report the progress of all ranks."""
     splits = options.long_recordings == "split"  # a row may be an hour of audio
-    chunks = Chunks(reader, share_jobs(todo, ranks.rank, ranks.world_size), 1 if splits else ROWS_PER_CHUNK)
+    own = sorted(todo, key=lambda job: -job.num_bytes)[ranks.rank :: ranks.world_size]
+    chunks = Chunks(reader, own, 1 if splits else ROWS_PER_CHUNK)
     workers = {"num_workers": options.num_workers} | ({"prefetch_factor": 1} if splits and options.num_workers else {})
     total_bytes = sum(job.num_bytes for job in todo)
     start, last_report = time.monotonic(), 0.0
-    clips: list[CodedClip | SkippedClip] = []  # of a shard, which has ``shard_rows`` rows so far
+    stored: list[shards.CodedClip] = []  # in a shard, which has ``shard_rows`` rows so far
+    bad: list[SkippedClip] = []
+    filtered: Counter[str] = Counter()
     shard_rows = num_read = num_skipped = 0
     for shard, num_rows, num_bytes, audio in read_in_workers(chunks, **workers):
-        new, _ = encode_clips(codec, audio, options.batch_seconds)
-        coded = [clip for clip in new if isinstance(clip, CodedClip)]
-        bad = [clip for clip in new if isinstance(clip, SkippedClip) and not clip.is_filtered]
-        num_read, num_skipped = num_read + len(new), num_skipped + len(bad)
-        if bad:
-            _judge(num_skipped, num_read, options.max_skip_fraction, bad[-1].message, is_end=False)
-        clips, shard_rows = clips + new, shard_rows + num_rows
+        clips, _ = shards.encode_clips(codec, audio)
+        skipped = [clip for clip in clips if isinstance(clip, SkippedClip)]
+        stored += (coded := [clip for clip in clips if isinstance(clip, shards.CodedClip)])
+        filtered.update(clip.reason for clip in skipped if clip.is_filtered)
+        bad += (new := [clip for clip in skipped if not clip.is_filtered])
+        shard_rows, num_read, num_skipped = shard_rows + num_rows, num_read + len(clips), num_skipped + len(new)
+        if new:
+            _judge(num_skipped, num_read, options.max_skip_fraction, new[-1].message, is_end=False)
         if shard is not None:
-            skipped = [clip for clip in clips if isinstance(clip, SkippedClip)]
-            notes = {
-                "columns": columns,
-                "rows": shard_rows,
-                "skipped": [[clip.reason, clip.message] for clip in skipped if not clip.is_filtered],
-                "filtered": Counter(clip.reason for clip in skipped if clip.is_filtered),
-            }
-            stored = [clip for clip in clips if isinstance(clip, CodedClip)]
+            notes = {"columns": columns, "rows": shard_rows, "filtered": filtered}
+            notes["skipped"] = [(clip.reason, clip.message) for clip in bad]
             content = shards.shard_bytes(stored, codec.num_quantizers, notes)
             files.write_atomically(options.output_dir, shard, content)
-            clips, shard_rows = [], 0
+            stored, bad, filtered, shard_rows = [], [], Counter(), 0
         rows_done, bytes_done = ranks.add("rows", num_rows), ranks.add("bytes", num_bytes)
         hours = ranks.add("milliseconds", sum(round(1000 * clip.seconds) for clip in coded)) / 3.6e6
         elapsed, is_done = time.monotonic() - start, num_rows == 0 and bytes_done == total_bytes
@@ -316,10 +304,8 @@ def write_shards(
 
 def _judge(num_skipped: int, num_read: int, limit: float, last: str, *, is_end: bool) -> None:
     if is_too_many(num_skipped, num_read, limit, is_end=is_end, is_whole=is_end):
-        raise UserError(
-            f"{num_skipped} of {num_read} clips could not be used, more than --max_skip_fraction {limit:g} (the last: "
-            f"{last}); repair the corpus or raise --max_skip_fraction"
-        )
+        problem = f"{num_skipped} of {num_read} clips could not be used, more than --max_skip_fraction {limit:g}"
+        raise UserError(f"{problem} (the last: {last}); repair the corpus or raise --max_skip_fraction")
 
 
 def write_manifest(
@@ -330,79 +316,70 @@ def write_manifest(
     Raises:
         UserError: a shard is damaged or contains other rows, or too many clips cannot be used.
     """
-    output_dir, found = options.output_dir.rstrip("/"), files.sizes_in(options.output_dir)
+    output_dir, found = options.output_dir, files.sizes_in(options.output_dir)
     names = [name for job in jobs for name in job.shards_in(found)[0]]
-    with ThreadPoolExecutor(SHARD_READERS) as pool:
-        contents = dict(zip(names, pool.map(_content, (f"{output_dir}/{name}" for name in names)), strict=True))
+    tables, notes = _read_shards(output_dir, names)
+    rows = {name: note["rows"] for name, note in zip(names, notes, strict=True)}
     for job in jobs:
-        of_job = job.shards_in(found)[0]
-        *full, last = [contents[name]["rows"] for name in of_job]
+        of_job, _ = job.shards_in(found)
+        *full, last = [rows[name] for name in of_job]
         num_rows = sum(units[unit].num_rows or 0 for unit in job.units)
         if set(full) - {job.rows_per_part} or (last != num_rows and not job.rows_per_part):
             raise UserError(f"'{of_job[0]}' to '{of_job[-1]}' lack rows of the corpus; delete them and start again")
-    num_duplicates = _drop_duplicates(output_dir, contents, options.duplicates == "drop")
-    skipped = [clip for content in contents.values() for clip in content["skipped"]]
+    duplicates = _duplicates(tables)
+    if options.duplicates == "drop":  # the notes count them, so a run that is killed here continues
+        for name, note, is_dropped_N in zip(names, notes, duplicates, strict=True):
+            if is_dropped_N.any():
+                note["filtered"] = Counter(note["filtered"]) + Counter(duplicate=int(is_dropped_N.sum()))
+                table = shards.read_shard(f"{output_dir}/{name}").filter(pa.array(~is_dropped_N))
+                files.write_atomically(output_dir, name, shards.table_bytes(table, note))
+        tables, notes = _read_shards(output_dir, names)
+        duplicates = _duplicates(tables)
+    clips = pa.concat_tables(tables)
+    skipped = [clip for note in notes for clip in note["skipped"]]
     for _, message in skipped[:MAX_NAMED_CLIPS]:
         print(f"skipped: {message}", flush=True)
-    seconds_N = np.concatenate([content["seconds"] for content in contents.values()])
-    filtered, warnings = (
-        sum((Counter(content[key]) for content in contents.values()), Counter[str]())
-        for key in ("filtered", "audio_warnings")
-    )
-    num_read = len(seconds_N) + len(skipped) + filtered.total()
+    filtered = sum((Counter(note["filtered"]) for note in notes), Counter[str]())
+    num_read = len(clips) + len(skipped) + filtered.total()
     _judge(len(skipped), num_read, options.max_skip_fraction, skipped[-1][1] if skipped else "", is_end=True)
-    sizes = files.sizes_in(output_dir)
+    seconds_N, sizes = clips["duration"].to_numpy(), files.sizes_in(output_dir)
     manifest = {
         **plan,
         "corpus": options.corpus,
         "codec": {**plan["codec"], "name": options.codec},
-        "shards": [{"file": name, "clips": len(contents[name]["seconds"]), "bytes": sizes[name]} for name in names],
-        "clips": len(seconds_N),
+        "shards": [
+            {"file": name, "clips": len(table), "bytes": sizes[name]} for name, table in zip(names, tables, strict=True)
+        ],
+        "clips": len(clips),
         "hours": float(seconds_N.sum()) / 3600,
         "by_second": shards.by_second(seconds_N),
-        "cut": sum(content["cut"] for content in contents.values()),
+        "cut": int(clips["is_cut"].to_numpy().sum()),
         "skipped": Counter(reason for reason, _ in skipped),
         "filtered": filtered,
-        "audio_warnings": warnings,
-        "duplicates_kept": num_duplicates,
+        "audio_warnings": Counter(pc.list_flatten(clips["audio_warnings"]).to_pylist()),
+        "duplicates_kept": int(sum(is_duplicate_N.sum() for is_duplicate_N in duplicates)),
         "versions": versions(),
     }
     files.write_atomically(output_dir, shards.MANIFEST, json.dumps(manifest, indent=1).encode())
-    counts = {"cut": manifest["cut"], "skipped": len(skipped), "duplicates kept": num_duplicates}
-    counts |= {f"filtered: {reason}": number for reason, number in filtered.items()} | warnings
-    size = f"{len(names)} shards, {sum(sizes[name] for name in names) / 1e6:.1f} MB"
+    counts = {"clips": len(clips), "shards": len(names), "cut": manifest["cut"], "skipped": len(skipped)}
+    counts |= {f"filtered: {reason}": number for reason, number in filtered.items()}
+    counts |= {"duplicates kept": manifest["duplicates_kept"], **manifest["audio_warnings"]}
     summary = ", ".join(f"{number:,} {what}" for what, number in counts.items())
-    print(f"{output_dir}: {len(seconds_N):,} clips, {manifest['hours']:.2f} h, {size}; {summary}")
+    print(f"{output_dir}: {manifest['hours']:.2f} h, {summary}")
 
 
-def _content(path: str) -> dict[str, Any]:
-    """Return the notes of a shard, and the seconds, hashes, cuts and warnings of its clips."""
-    table = shards.read_shard(path, ["duration", "is_cut", "audio_hash", "audio_warnings"])
-    return json.loads(table.schema.metadata[shards.NOTES]) | {
-        "seconds": table["duration"].to_numpy(),
-        "hashes": np.array(table["audio_hash"].to_pylist(), dtype=f"S{HASH_BYTES}"),
-        "cut": sum(table["is_cut"].to_pylist()),
-        "audio_warnings": Counter(itertools.chain(*table["audio_warnings"].to_pylist())),
-    }
+def _read_shards(output_dir: str, names: Sequence[str]) -> tuple[list[pa.Table], list[dict[str, Any]]]:
+    """Return of each shard a table of its clips, without their codes, and its notes."""
+    columns = ["duration", "is_cut", "audio_hash", "audio_warnings"]
+    with ThreadPoolExecutor(SHARD_READERS) as pool:
+        tables = list(pool.map(lambda name: shards.read_shard(f"{output_dir}/{name}", columns), names))
+    return tables, [json.loads(table.schema.metadata[shards.NOTES]) for table in tables]
 
 
-def _drop_duplicates(output_dir: str, contents: dict[str, dict[str, Any]], is_wanted: bool) -> int:
-    """Remove clips with the samples of an earlier one from the shards, if wanted, and return the number that remain.
-
-    The notes of a shard count its removed clips, so a run that is killed here continues.
-    """
-    hashes_N = np.concatenate([content["hashes"] for content in contents.values()])
+def _duplicates(tables: Sequence[pa.Table]) -> list[np.ndarray]:
+    """Return, for each shard, which of its clips have the samples of an earlier clip."""
+    hashes = [np.array(table["audio_hash"].to_pylist(), dtype=f"S{HASH_BYTES}") for table in tables]
+    hashes_N = np.concatenate(hashes)
     is_duplicate_N = np.ones(len(hashes_N), dtype=bool)
     is_duplicate_N[np.unique(hashes_N, return_index=True)[1]] = False  # the first of each
-    if not is_wanted:
-        return int(is_duplicate_N.sum())
-    ends = np.cumsum([len(content["hashes"]) for content in contents.values()])
-    for name, is_dropped_N in zip(contents, np.split(is_duplicate_N, ends[:-1]), strict=True):
-        if is_dropped_N.any():
-            table = shards.read_shard(f"{output_dir}/{name}")
-            notes = json.loads(table.schema.metadata[shards.NOTES])
-            notes["filtered"] = Counter(notes["filtered"]) + Counter(duplicate=int(is_dropped_N.sum()))
-            content = shards.table_bytes(table.filter(pa.array(~is_dropped_N)), notes)
-            files.write_atomically(output_dir, name, content)
-            contents[name] = _content(f"{output_dir}/{name}")
-    return 0
+    return np.split(is_duplicate_N, np.cumsum([len(table) for table in tables])[:-1])

@@ -3,8 +3,6 @@
 import ast
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 from operator import eq, ge, gt, le, lt, ne
 from typing import Any
@@ -17,48 +15,40 @@ OPERATORS[ast.In] = lambda value, values: any(_compare(eq, value, other) for oth
 OPERATORS[ast.NotIn] = lambda value, values: not OPERATORS[ast.In](value, values)
 
 
-@dataclass(frozen=True)
 class RowFilter:
-    """Limits on the length of a clip, and an expression such as ``language == "en" and dnsmos >= 3``."""
+    """Limits on the length of a clip, and an expression such as ``language == "en" and dnsmos >= 3``.
 
-    min_seconds: float = 0.0
-    max_seconds: float | None = None
-    where: str | None = None
+    Attributes:
+        columns: those that the expression names, by the role under which a source reads them.
+    """
 
-    def __post_init__(self) -> None:
+    def __init__(self, min_seconds: float = 0.0, max_seconds: float | None = None, where: str | None = None) -> None:
+        self._min_seconds, self._max_seconds, self._where = min_seconds, max_seconds, where
+        self.columns: dict[str, str] = {}
+        if where is None:
+            return
         try:
-            self.of_values(dict.fromkeys(self.columns, 0))  # checks every part
+            self._tree = ast.parse(where.strip(), mode="eval").body
+            names = [node.id for node in ast.walk(self._tree) if isinstance(node, ast.Name)]
+            self.columns = {ROLE + name: name for name in names}
+            _is_true(self._tree, dict.fromkeys(names, 0))  # checks every part
         except (SyntaxError, ValueError, TypeError, RecursionError) as error:
-            example = 'language == "en" and dnsmos >= 3'
-            problem = f"--where is {self.where!r}; it compares columns with numbers and texts"
-            raise UserError(f"{problem}, such as {example}") from error
-
-    @property
-    def columns(self) -> dict[str, str]:
-        """Columns that ``where`` names, by the role under which a source reads them."""
-        nodes = [] if self.where is None else ast.walk(_parsed(self.where))
-        return {ROLE + node.id: node.id for node in nodes if isinstance(node, ast.Name)}
+            problem = f"--where is {where!r}; it compares columns with numbers and texts"
+            raise UserError(f'{problem}, such as language == "en" and dnsmos >= 3') from error
 
     def of_values(self, values: Mapping[str, Any]) -> str | None:
         """Return why a row is left out before its audio is read, such as a column without a value; None keeps it."""
-        if self.where is None:
-            return None
         row = {name: values.get(role) for role, name in self.columns.items()}
         if missing := [name for name, value in row.items() if value in (None, "")]:
             return f"no {missing[0]}"
-        return None if _is_true(_parsed(self.where), row) else f"not {self.where}"
+        return None if self._where is None or _is_true(self._tree, row) else f"not {self._where}"
 
     def of_length(self, seconds: float, *, is_cut: bool) -> str | None:
         """Return why a clip of ``seconds``, or more if it is cut, is left out; None keeps it."""
-        if seconds < self.min_seconds:
-            return f"under {self.min_seconds:g} s"
-        is_long = self.max_seconds is not None and (is_cut or seconds > self.max_seconds)
-        return f"over {self.max_seconds:g} s" if is_long else None
-
-
-@lru_cache(maxsize=8)
-def _parsed(where: str) -> ast.expr:
-    return ast.parse(where.strip(), mode="eval").body
+        if seconds < self._min_seconds:
+            return f"under {self._min_seconds:g} s"
+        is_long = self._max_seconds is not None and (is_cut or seconds > self._max_seconds)
+        return f"over {self._max_seconds:g} s" if is_long else None
 
 
 def _is_true(node: ast.expr, row: Mapping[str, Any]) -> bool:

@@ -1,1 +1,1 @@
-"""Corpora of audio and of codes, the order they are read in, and rows of a batch; making codes of audio."""
+"""From corpora to batches: the order of clips, packing, and the loader."""

@@ -17,9 +17,15 @@ from llama_mimi.audio.mimi import MimiCodec
 from llama_mimi.common.distributed import gather
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.resume import require_same
-from llama_mimi.corpora.clips import AudioClip, SkippedClip
-from llama_mimi.corpora.code_shards import CodedClip
-from llama_mimi.corpora.loading import MAX_NAMED_CLIPS, MIN_JUDGED_CLIPS, encode_clips, is_too_many, read_in_workers
+from llama_mimi.corpora.clips import (
+    MAX_NAMED_CLIPS,
+    MIN_JUDGED_CLIPS,
+    AudioClip,
+    SkippedClip,
+    is_too_many,
+    read_in_workers,
+)
+from llama_mimi.corpora.code_shards import CodedClip, encode_clips
 from llama_mimi.data.order import ClipReader, ClipRef, Position, RowsInOrder, ShuffledOrder, reshard
 from llama_mimi.data.packing import BatchPacker
 from llama_mimi.tokens.tokenizer import Batch

@@ -132,7 +132,9 @@ def _cut_prompts(folder: Path, options: PromptOptions) -> tuple[list[Prompt], Co
     num_read = num_unreadable = 0
     drawn: list[tuple[bytes, int, Prompt]] = []  # the first rows by hash
     names: set[str] = set()
-    for number, (name, row) in enumerate(tqdm(_rows(source), unit="recording", desc="prompts")):
+    sizes = [unit.num_rows for unit in source.units]
+    total = None if None in sizes else sum(size or 0 for size in sizes)  # rows of tars are not known
+    for number, (name, row) in enumerate(tqdm(_rows(source), "prompts", total, unit="recording")):
         if name in names:
             raise UserError(f"'{source.name}' has two rows with the id '{row['id']}'; give each its own")
         names.add(name)
