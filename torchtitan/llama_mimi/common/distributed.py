@@ -80,25 +80,25 @@ def gather(value: Any) -> list[Any]:
 
 
 def broadcast_from_rank0(make: Callable[[], Any]) -> Any:
-    """Call ``make`` on rank 0 and return its result, or raise its `UserError`, on every rank."""
+    """Call ``make`` on rank 0 and return its result, or raise its `UserError` or OSError, on every rank."""
     outcome: Any = None
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
             outcome = make()
-        except UserError as error:
+        except (UserError, OSError) as error:
             outcome = error
     outcome = gather(outcome)[0]
-    if isinstance(outcome, UserError):
+    if isinstance(outcome, Exception):
         raise outcome
     return outcome
 
 
 @contextmanager
 def report_error_once() -> Iterator[None]:
-    """Delay a `UserError` that all ranks raise: rank 0 reports it, and torchrun then ends the others."""
+    """Delay an error that `run_cli` reports: if all ranks raise it, rank 0 reports it, and torchrun ends the others."""
     try:
         yield
-    except UserError:
+    except (UserError, OSError):
         if int(os.environ.get("RANK", 0)):
             if path := os.environ.get(RANK_ERROR_FILE):  # TorchTitan may have written a traceback there
                 Path(path).unlink(missing_ok=True)
