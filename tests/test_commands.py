@@ -86,7 +86,10 @@ def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch, capsys):
 
     for error, said in (
         (OSError(errno.EROFS, "Read-only file system", "from", None, "to"), "'to' cannot be used (Read-only file syst"),
-        (Exception("I/O error: No space left on device (os error 28)"), "a file cannot be written (No space left on d"),
+        (
+            Exception("I/O error: No space left on device (os error 28)"),
+            "a file cannot be used (No space left on device)",
+        ),
     ):
         with pytest.raises(SystemExit):
             report_uncaught(type(error), error, None)

@@ -51,9 +51,9 @@ def run_cli(main: Callable[[], None]) -> None:
         if errno.errorcode.get(number) not in DISK_ERRORS:
             raise
         name = getattr(error, "filename2", None) or getattr(error, "filename", None)  # filename2: a copy's target
-        problem = f"'{name}' cannot be used" if name else "a file cannot be written"
-        remedy = "free disk space, set its permissions, or choose another folder"
-        report(UserError(f"{problem} ({os.strerror(number)}); {remedy}"))
+        file = f"'{name}'" if name else "a file"
+        problem = f"{file} cannot be used ({os.strerror(number)})"
+        report(UserError(f"{problem}; free disk space, set its permissions, or choose another folder"))
     sys.exit(1)
 
 

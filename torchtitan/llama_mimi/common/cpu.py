@@ -53,4 +53,4 @@ def available_device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"the device '{name}' is not available here; use --device cpu") from error
+        raise UserError(f"the device '{name}' is not available; use --device cpu, or fewer ranks") from error

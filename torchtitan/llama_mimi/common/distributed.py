@@ -50,12 +50,10 @@ class DistributedContext:
             dist.init_process_group("gloo", store=self._store, timeout=TIMEOUT, **world)
             if device is not None and device.startswith("cuda:"):
                 raise UserError(f"--device {device} is one GPU for {self.world_size} ranks; leave the number out")
-        self.device = available_device(device or "cpu")
         if device in (None, "cuda") and torch.cuda.is_available():
-            local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-            if local_rank >= num_gpus:
-                raise UserError(f"there are {num_gpus} GPUs; set torchrun's --nproc_per_node to that")
-            self.device = torch.device("cuda", local_rank)
+            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        self.device = available_device(device or "cpu")
+        if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
 
     def add(self, counter: str, number: int) -> int:
