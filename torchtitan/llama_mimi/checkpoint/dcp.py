@@ -104,7 +104,7 @@ def name_last_good(error: UserError, step: Path) -> UserError:
     """Return the error of a damaged step together with the newest other step whose files and checksums are right."""
     for _, other in sorted(complete_steps(step.parent).items(), reverse=True):
         if other.name != step.name and is_distributed(other):
-            with suppress(UserError):
+            with suppress(UserError, OSError):
                 check_step(other, verify=True)
                 return UserError(f"{error}; copy it again, or move '{step}' away and use the last good step '{other}'")
     return UserError(f"{error}; copy it again: no other step in '{step.parent}' is good")
