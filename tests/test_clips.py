@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +13,7 @@ import pytest
 import soundfile
 import torch
 from conftest import ROOT, TINY
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from llama_mimi.common.batching import prefetch_map
 from llama_mimi.common.errors import UserError
 from llama_mimi.corpora.clips import AudioReader, is_too_many, read_in_workers
 from llama_mimi.corpora.sources import open_source
@@ -135,19 +131,6 @@ def test_counts_survive_a_checkpoint(tmp_path, codec, tokenizer):
     next(iter(again))
     assert (meter.num_clips, meter.num_frames) == (82, 164), "two rows of two frames a batch"
     assert meter.codec_seconds > 0
-
-
-@settings(deadline=None)
-@given(num_items=st.integers(0, 12), num_ahead=st.integers(0, 5), fails_at=st.integers(0, 12))
-def test_map_ahead_is_map(num_items, num_ahead, fails_at):
-    """Also where the function fails; an error of the items ends it, too."""
-    found = [[], []]
-    for results, mapped in zip(found, (map, partial(prefetch_map, num_ahead=num_ahead)), strict=True):
-        with contextlib.suppress(ZeroDivisionError):
-            results.extend(mapped(lambda item: 1 / (item - fails_at), range(num_items)))  # keeps those before an error
-    assert found[0] == found[1]
-    with pytest.raises(ValueError, match="x"):
-        list(prefetch_map(str, map(int, ["1", "x"]), num_ahead))
 
 
 def test_workers_need_no_shared_memory(corpus, monkeypatch):

@@ -19,6 +19,7 @@ from llama_mimi.audio.reading import Waveform, wav_writer, write_wav
 from llama_mimi.common.command_line import run_cli
 from llama_mimi.common.errors import UserError
 from llama_mimi.report.document import Picture, Section, write_html, write_markdown
+from llama_mimi.train_spec import report_uncaught
 
 INTERNAL = {"audited_training", "measuring"}  # started by other commands, with their own arguments
 COMMANDS = [
@@ -83,12 +84,16 @@ def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch, capsys):
     write_html("a", [], tmp_path / "link.html")
     assert (tmp_path / "link.html").is_symlink() and len(list(tmp_path.iterdir())) == 2
 
-    def copy() -> None:
-        raise OSError(errno.EROFS, "Read-only file system", "from", None, "to")
-
-    with pytest.raises(SystemExit):
-        run_cli(copy)
-    assert capsys.readouterr().err.startswith("error: 'to' cannot be used (Read-only file system); ")
+    for error, said in (
+        (OSError(errno.EROFS, "Read-only file system", "from", None, "to"), "'to' cannot be used (Read-only file syst"),
+        (
+            Exception("I/O error: No space left on device (os error 28)"),
+            "a file cannot be used (No space left on device)",
+        ),
+    ):
+        with pytest.raises(SystemExit):
+            report_uncaught(type(error), error, None)
+        assert capsys.readouterr().err.startswith(f"error: {said}")
 
 
 def test_the_demo_names_a_taken_port_and_no_paths(monkeypatch):

@@ -44,18 +44,6 @@ def change_weights(folder, change):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def overwrite_shard(folder):
-    """Two shards, the second of which holds a copy of the first."""
-    weights = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    names, half = sorted(weights), len(weights) // 2
-    shards = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
-    for shard in shards:
-        save_file({name: weights[name] for name in names[:half]}, folder / shard, metadata={"format": "pt"})
-    places = {name: shards[index >= half] for index, name in enumerate(names)}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
-
-
 def truncate(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:100_000])
@@ -67,7 +55,6 @@ WRONG_WEIGHTS = {
     "reshaped": (lambda f: change_weights(f, lambda w: w.update({NORM: torch.ones(5)})), "1 of another shape, first"),
     "more layers": (lambda f: change_config(f, num_hidden_layers=6), "18 missing, first 'model.layers.4."),
     "fewer layers": (lambda f: change_config(f, num_hidden_layers=2), "18 unexpected, first 'model.layers.2."),
-    "overwritten shard": (overwrite_shard, "19 missing, first"),
     "truncated": (truncate, "file not fully covered"),
     "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "header too small"),
 }
@@ -161,7 +148,7 @@ def test_code_in_a_folder_is_not_run(model_type, folder, tmp_path, monkeypatch):
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_local_typo_does_not_ask_the_hub(folder, tmp_path, monkeypatch):
+def test_a_local_typo_does_not_ask_the_hub(tmp_path, monkeypatch):
     def connected(*args):
         raise AssertionError("the network was asked")
 
@@ -172,15 +159,8 @@ def test_a_local_typo_does_not_ask_the_hub(folder, tmp_path, monkeypatch):
     for name in ("models/tinny", "tinny", "a/b/c", "./tinny"):
         with pytest.raises(UserError, match=f"^the model folder '{name}' does not exist; check the path"):
             load_pretrained(AutoConfig, name, what="model")
-    with pytest.raises(UserError, match="^the folder 'owner/tinny' does not exist, and the model could not be loaded"):
+    with pytest.raises(UserError, match="^the model in 'owner/tinny' could not be loaded .*no such folder"):
         load_pretrained(AutoConfig, "owner/tinny", what="model", local_files_only=True)
-    # A hub model that was downloaded before is loaded, although a folder of its owner's name exists.
-    cached = tmp_path / "cache" / "models--models--tinny"
-    (cached / "refs").mkdir(parents=True)
-    (cached / "refs" / "main").write_text("0" * 40)
-    shutil.copytree(folder, cached / "snapshots" / ("0" * 40))
-    loaded = load_pretrained(AutoConfig, "models/tinny", what="model", local_files_only=True)
-    assert loaded.num_quantizers == 4
 
 
 def test_a_model_finds_its_codec_from_any_working_directory(folder, tmp_path, monkeypatch):

@@ -1,14 +1,10 @@
 """The chain behind training, as commands: convert, load with stock transformers, continue, evaluate."""
 
-import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +12,7 @@ import soundfile
 import torch
 import torch.distributed.checkpoint as dcp
 from conftest import ROOT, TINY, run_here
-from forked_ranks import ForkedRanks, run_ranks
+from forked_ranks import run_ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from llama_mimi.audio.reading import read_audio
@@ -29,13 +25,6 @@ from llama_mimi.generation.continuation import SamplingOptions, checkpoint_note,
 from llama_mimi.generation.loading import load_speech_model
 from llama_mimi.model.llama import FLAVORS, LlamaMimi, LlamaMimiArgs
 from llama_mimi.tokens.vocabulary import text_from_codes
-
-
-def run(*command: object) -> SimpleNamespace:
-    """A script in a process that has imported what it needs."""
-    with tempfile.TemporaryDirectory() as folder:
-        process = ForkedRanks(1, command, Path(folder) / "log")
-        return SimpleNamespace(returncode=process.wait(), output=process.output)
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +45,9 @@ def trained(tmp_path_factory, tokenizer):
 @pytest.fixture(scope="module")
 def converted(trained, tmp_path_factory):
     output = tmp_path_factory.mktemp("models") / "tiny"
-    result = run("scripts/convert_dcp_to_hf.py", "--checkpoint", trained[0] / "checkpoint", "--output_dir", output)
-    assert result.returncode == 0, result.output
-    assert "step-30' is incomplete" in result.output and "step-20" in result.output
+    command = ["scripts/convert_dcp_to_hf.py", "--checkpoint", trained[0] / "checkpoint", "--output_dir", output]
+    said = run_ranks(1, command, output.with_name("log"))
+    assert "step-30' is incomplete" in said and "step-20" in said
     return output
 
 
@@ -103,9 +92,9 @@ def test_bfloat16_and_a_single_step(trained, tmp_path):
     ("damage", "message"),
     [
         (shutil.rmtree, "is not a complete step and contains none"),
-        (lambda step: (step / ".metadata").write_bytes(b"not a pickle"), "is damaged"),
-        (lambda step: next(step.glob("*.distcp")).unlink(), "is missing"),
-        (lambda step: os.truncate(next(step.glob("*.distcp")), 1000), "is truncated"),
+        (lambda step: (step / ".metadata").write_bytes(b"not a pickle"), "is missing or damaged"),
+        (lambda step: next(step.glob("*.distcp")).unlink(), "is missing or truncated: 0 of"),
+        (lambda step: os.truncate(next(step.glob("*.distcp")), 1000), "is missing or truncated: 1,000 of"),
     ],
 )
 def test_damaged_checkpoints_are_refused_by_name(trained, tmp_path, damage, message):
@@ -147,20 +136,6 @@ def test_continuation(converted, tmp_path, capsys):
     assert len(text_S) == 10 * 1920 and "0.00 s of prompt, 0.80 s of continuation" in said
 
 
-def test_a_prompt_that_ends_the_speech_is_said_and_min_seconds_helps(converted, tmp_path, monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("inference", ROOT / "inference.py")
-    inference = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(inference)
-    output = tmp_path / "a.wav"
-    options = inference.Options(str(converted), prompt=str(TINY / "prompt.wav"), output_file=output)
-    inference.continue_speech(options, SamplingOptions(seconds=0.8, min_seconds=0.8))
-    assert "0.80 s of continuation" in capsys.readouterr().out
-    monkeypatch.setattr(inference, "continue_codes", lambda model, prompt_TQ, sampling, text: [prompt_TQ])
-    inference.continue_speech(options, SamplingOptions(seconds=0.8))
-    said = capsys.readouterr().out
-    assert "0.00 s of continuation" in said and "ended the speech at once" in said and "--min_seconds" in said
-
-
 def test_ranks_share_a_folder_of_prompts(converted, tmp_path):
     """In groups that are the same for any number of ranks, so that the files are, too."""
     (tmp_path / "in").mkdir()
@@ -184,12 +159,12 @@ def test_released_layout_works(tokenizer, tmp_path):
     decoder.save_pretrained(tmp_path)
     tokenizer.text_tokenizer.save_pretrained(tmp_path)
     assert "codec" not in json.loads((tmp_path / "config.json").read_text())
-    command = ("inference.py", "--model_name", tmp_path, "--prompt", TINY / "prompt.wav", "--seconds", 0.5)
-    result = run(*command, "--output_file", tmp_path / "c.wav", "--num_samples", 2, "--codec", TINY / "mimi")
-    assert result.returncode == 0, result.output
+    command = ["inference.py", "--model_name", tmp_path, "--prompt", TINY / "prompt.wav", "--seconds", 0.5]
+    command += ["--output_file", tmp_path / "c.wav", "--num_samples", 2, "--codec", TINY / "mimi"]
+    said = run_ranks(1, command, tmp_path / "log")
     assert (tmp_path / "c_0.wav").exists() and (tmp_path / "c_1.wav").exists()
     taken = "--top_p 0.9 (its generation config), --last_frame codec (a released checkpoint)"
-    assert result.output.count(f"defaults of this checkpoint: {taken}\n") == 1
+    assert said.count(f"defaults of this checkpoint: {taken}\n") == 1
 
 
 def test_a_released_checkpoint_continues_as_the_release_does_unless_flags_say_otherwise(converted, tmp_path, codec):
@@ -263,18 +238,18 @@ def test_a_converted_model_is_scored(converted, tmp_path):
     assert run_here("eval/sStoryCloze.py", *words)[0] == 0
     report = json.loads((tmp_path / "results/sStoryCloze/tiny/official.json").read_text())
     assert report["parts"]["storycloze"]["count"] == 4 == len(report["pairs"])
-    (data / "9_odd.ogg").write_bytes((data / "0_fitting.ogg").read_bytes())
-    code, stderr = run_here("eval/sStoryCloze.py", *words)
-    assert code == 1 and "9_odd.ogg" in stderr
+
+
+def write_base(folder, **config):
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig.from_pretrained(TINY / "llama", **config)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(TINY / "llama").save_pretrained(folder)
+    return str(folder)
 
 
 def test_prepare_base_model(tmp_path, capsys):
-    base = tmp_path / "base"
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig.from_pretrained(TINY / "llama")).save_pretrained(base)
-    AutoTokenizer.from_pretrained(TINY / "llama").save_pretrained(base)
     common = {"codec": str(TINY / "mimi"), "num_quantizers": 8}
-    prepare_base_model(str(base), tmp_path / "extended", **common)
+    prepare_base_model(write_base(tmp_path / "base"), tmp_path / "extended", **common)
     old, new = (
         LlamaForCausalLM.from_pretrained(tmp_path / name).get_input_embeddings().weight.detach()
         for name in ("base", "extended")
@@ -287,16 +262,10 @@ def test_prepare_base_model(tmp_path, capsys):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_prepare_base_model_without_text(tied, tmp_path):
-    config = LlamaConfig.from_pretrained(TINY / "llama", tie_word_embeddings=tied)
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
-    AutoTokenizer.from_pretrained(TINY / "llama").save_pretrained(tmp_path / "base")
-
-    def prepare(base: str, vocabulary: str) -> LlamaForCausalLM:
-        prepare_base_model(str(tmp_path / base), tmp_path / vocabulary, codec=str(TINY / "mimi"), vocabulary=vocabulary)
-        return LlamaForCausalLM.from_pretrained(tmp_path / vocabulary)
-
-    whole, small = prepare("base", "llama"), prepare("base", "audio")
+    base = write_base(tmp_path / "base", tie_word_embeddings=tied)
+    for vocabulary in ("llama", "audio"):
+        prepare_base_model(base, tmp_path / vocabulary, codec=str(TINY / "mimi"), vocabulary=vocabulary)
+    whole, small = (LlamaForCausalLM.from_pretrained(tmp_path / name) for name in ("llama", "audio"))
     assert len(AutoTokenizer.from_pretrained(tmp_path / "audio")) == small.config.vocab_size == 3 + 4 * 256 + 2
     rows = [508, 509, 510, *range(512, 512 + 4 * 256 + 2)]  # BOS, EOS, padding; audio tokens
     weights, small_weights = whole.state_dict(), small.state_dict()

@@ -1,7 +1,6 @@
 """Registers the train spec "llama_mimi" with TorchTitan: ``[experimental] custom_import = "llama_mimi.train_spec"``."""
 
 import sys
-from contextlib import suppress
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -14,8 +13,8 @@ from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 from llama_mimi.audio.mimi import load_codec_config
 from llama_mimi.checkpoint.architectures import save_run_record, speech_config
 from llama_mimi.checkpoint.huggingface import LlamaMimiStateDictAdapter
+from llama_mimi.common.command_line import run_cli
 from llama_mimi.common.distributed import end_with_torchrun, report_error_once
-from llama_mimi.common.errors import UserError, report
 from llama_mimi.data.build import build_dataloader
 from llama_mimi.data.dataloader import DataMeter
 from llama_mimi.model.architectures import build_model, parallelize
@@ -47,13 +46,16 @@ def build_tokenizer(job_config: Any) -> SpeechTokenizer:
 
 
 def report_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Report an uncaught `UserError` as one sentence."""
-    if not isinstance(error, UserError):
+    """Report an uncaught error as `llama_mimi.train` does."""
+
+    def raise_again() -> None:
+        with report_error_once():
+            raise error
+
+    try:
+        run_cli(raise_again)
+    except kind:
         sys.__excepthook__(kind, error, trace)
-        return
-    with suppress(UserError), report_error_once():
-        raise error
-    report(error)
 
 
 def build_speech_tokenizer(job_config: Any) -> SpeechTokenizer:

@@ -132,10 +132,8 @@ def prepare_base_model(
         model.resize_token_embeddings(num_drawn, mean_resizing=True)
         if kept is not whole:
             ids = whole.convert_tokens_to_ids(kept.convert_ids_to_tokens(range(extended.size)))
-            matrices = [module.weight.data for module in (model.get_input_embeddings(), model.get_output_embeddings())]
-            rows = [matrix[ids] for matrix in matrices]  # of both first, as they may be one
-            for matrix, kept_rows in zip(matrices, rows, strict=True):
-                matrix[: len(ids)] = kept_rows
+            for weight in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:  # one if tied
+                weight.data[: len(ids)] = weight.data[ids]
             model.resize_token_embeddings(len(ids))
         model.config.update(extra)
         model.generation_config.update(**special_ids)

@@ -51,7 +51,9 @@ def set_aside_incomplete(checkpoint: Path) -> Path | None:
     if checkpoint.is_symlink() or not all(re.fullmatch(_STEP, path.name) for path in paths):
         problem = f"'{checkpoint}' has no complete step, but prevents that initial weights are loaded"
         raise UserError(f"{problem}; as it is a link or contains other files, move it yourself")
-    return _move(paths, f"{checkpoint}.incomplete", emptied=checkpoint)
+    aside = _move(paths, f"{checkpoint}.incomplete")
+    checkpoint.rmdir()
+    return aside
 
 
 def set_aside_later(checkpoint: Path, step: int) -> Path | None:
@@ -63,16 +65,11 @@ def set_aside_later(checkpoint: Path, step: int) -> Path | None:
     return _move(later, f"{checkpoint}.after-step-{step}") if later else None
 
 
-def _move(paths: list[Path], name: str, emptied: Path | None = None) -> Path:
+def _move(paths: list[Path], name: str) -> Path:
     aside = next(path for number in count() if not (path := Path(f"{name}-{number}")).exists())
-    try:
-        aside.mkdir()
-        for path in paths:
-            path.rename(aside / path.name)
-        if emptied is not None:
-            emptied.rmdir()
-    except OSError as error:
-        raise UserError(f"'{error.filename}' cannot be moved to '{aside}' ({error.strerror}); move it") from error
+    aside.mkdir()
+    for path in paths:
+        path.rename(aside / path.name)
     logger.warning(f"{len(paths)} incomplete or later steps were moved to '{aside}'")
     return aside
 
@@ -107,16 +104,16 @@ def name_last_good(error: UserError, step: Path) -> UserError:
     """Return the error of a damaged step together with the newest other step whose files and checksums are right."""
     for _, other in sorted(complete_steps(step.parent).items(), reverse=True):
         if other.name != step.name and is_distributed(other):
-            with suppress(UserError):
+            with suppress(UserError, OSError):
                 check_step(other, verify=True)
                 return UserError(f"{error}; copy it again, or move '{step}' away and use the last good step '{other}'")
     return UserError(f"{error}; copy it again: no other step in '{step.parent}' is good")
 
 
-def load_step(state: dict[str, Any], step: Path, verify: bool, is_alone: bool = False) -> None:
-    """Load the entries of ``state`` from a step, on all ranks unless ``is_alone``; ``verify`` compares checksums."""
+def load_step(state: dict[str, Any], step: Path, verify: bool) -> None:
+    """Load the entries of ``state`` from a step, on all ranks; ``verify`` compares checksums."""
     try:
-        dcp.load(state, storage_reader=CheckedReader(step, verify), planner=PlainLoadPlanner(), no_dist=is_alone)
+        dcp.load(state, storage_reader=CheckedReader(step, verify), planner=PlainLoadPlanner())
     except CheckpointException as error:
         failure = first_failure(error)
         if not isinstance(failure, UserError):
@@ -132,7 +129,7 @@ def load_model_state(step: Path, args: LlamaMimiArgs, verify: bool = True) -> di
     with torch.device("meta"):
         wanted = build_model(args).state_dict()
     state = {name: torch.empty_like(tensor, device="cpu") for name, tensor in wanted.items()}
-    load_step(state, step, verify, is_alone=True)
+    load_step(state, step, verify)
     for name, tensor in state.items():
         if not bool(torch.isfinite(tensor).all()):
             raise UserError(f"'{step}' has NaN or infinite values in '{name}'; use an earlier step")

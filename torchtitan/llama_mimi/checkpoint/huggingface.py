@@ -28,8 +28,7 @@ def hf_config(args: LlamaMimiArgs, **extra: Any) -> LlamaConfig:
     """Return the configuration of the Hugging Face Llama that computes the same logits; ``extra`` are more entries."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(args.rope_theta)}
     if args.rope_scaling_args.scaling_factor != 1:
-        scaling = zip(SCALING_KEYS, astuple(args.rope_scaling_args), strict=True)
-        rope |= {"rope_type": "llama3", **dict(scaling)}
+        rope |= dict(zip(SCALING_KEYS, astuple(args.rope_scaling_args), strict=True), rope_type="llama3")
     return LlamaConfig(
         architectures=["LlamaForCausalLM"],
         vocab_size=args.vocab_size,

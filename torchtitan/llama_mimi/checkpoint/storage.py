@@ -8,8 +8,6 @@ import os
 import pickle
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,43 +33,25 @@ _RECORDS.add(f"{_DCP}.metadata._MEM_FORMAT_ENCODING")
 
 
 class CheckedWriter(_FileSystemWriter):
-    """DCP's file writer, which adds checksums and reports a full or read-only disk as a `UserError`."""
+    """DCP's file writer, which adds checksums."""
 
     def __init__(self, path: str | os.PathLike) -> None:
         super().__init__(path)
         self.fs = _SealingFileSystem()
         self.transforms: _ChecksumStreams = _ChecksumStreams()
 
-    def prepare_local_plan(self, plan: Any) -> Any:
-        with _naming(self.path):
-            return super().prepare_local_plan(plan)
-
     def prepare_global_plan(self, plans: list[Any]) -> list[Any]:
         (self.path / METADATA).unlink(missing_ok=True)  # a step that is saved again is incomplete until its end
         return super().prepare_global_plan(plans)
 
     def write_data(self, plan: Any, planner: Any) -> Any:
-        with _naming(self.path):
+        try:
             written = super().write_data(plan, planner)
+        except RuntimeError as error:  # on a full disk torch.save fails once more on leaving
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
         for result in written.value():
             result.storage_data.crc32 = self.transforms.of_entry[result.index].crc32
         return written
-
-    def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
-        with _naming(self.path):
-            super().finish(metadata, results)
-
-
-@contextmanager
-def _naming(step: Any) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        cause = error if isinstance(error, OSError) else error.__context__  # torch.save fails once more on leaving
-        if not isinstance(cause, OSError):
-            raise
-        problem = f"the checkpoint '{step}' could not be written ({cause.strerror})"
-        raise UserError(f"{problem}; free disk space, and start the run again from its last complete step") from error
 
 
 class _ChecksumStreams(_StorageWriterTransforms):
@@ -113,7 +93,7 @@ class CheckedReader(FileSystemReader):
         self._verify = verify
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Return the index; a `UserError` says that it is damaged, or contains more than DCP writes."""
+        """Return the index; a `UserError` refuses one that is damaged, or contains more than DCP writes."""
         path = Path(self._get_metadata_path(kwargs.get("rank")))
         try:
             content = path.read_bytes()
@@ -124,10 +104,8 @@ class CheckedReader(FileSystemReader):
                 raise ValueError("its checksum does not match")
             metadata.storage_meta = metadata.storage_meta or StorageMeta()
             metadata.storage_meta.load_id = self.load_id
-        except FileNotFoundError as error:
-            raise UserError(f"'{path}' is missing") from error
         except Exception as error:  # a damaged pickle raises whatever its bytes spell
-            raise UserError(f"'{path}' is damaged ({first_line(error)})") from error
+            raise UserError(f"'{path}' is missing or damaged ({first_line(error)})") from error
         return metadata
 
     def _slice_file(self, file: Any, sinfo: Any) -> IO[bytes]:
@@ -158,26 +136,19 @@ class PlainLoadPlanner(DefaultLoadPlanner):
 
 
 def check_step(step: Path, verify: bool) -> Metadata:
-    """Return the index of a step; a `UserError` says that a file is missing, truncated or damaged.
-
-    Args:
-        verify: also read the files and compare their checksums, where the checkpoint has them.
-    """
+    """Return the index of a step; a `UserError` names a missing, truncated or (with ``verify``) damaged file."""
     metadata = CheckedReader(step).read_metadata()
     entries = defaultdict(list)
     for info in (metadata.storage_data or {}).values():
         entries[step / info.relative_path].append(info)
     for path, infos in entries.items():
         num_bytes = max(info.offset + info.length for info in infos)
-        try:
+        if (found := path.stat().st_size if path.is_file() else 0) < num_bytes:
+            raise UserError(f"'{path}' is missing or truncated: {found:,} of {num_bytes:,} bytes")
+        if verify:
             with path.open("rb") as file:
-                if (there := os.fstat(file.fileno()).st_size) < num_bytes:
-                    raise UserError(f"'{path}' is truncated: it has {there:,} of {num_bytes:,} bytes")
-                for info in infos if verify else ():
+                for info in infos:
                     _check_entry(file, info)
-        except OSError as error:
-            problem = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-            raise UserError(f"'{path}' {problem}") from error
     return metadata
 
 

@@ -1,12 +1,6 @@
-"""Length-bucketed batches and background prefetching."""
+"""Length-bucketed batches."""
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
+from collections.abc import Sequence
 
 
 def bucket_by_length(sizes: Sequence[int], limit: float) -> list[list[int]]:
@@ -22,18 +16,3 @@ def bucket_by_length(sizes: Sequence[int], limit: float) -> list[list[int]]:
         else:
             batches.append([index])
     return batches
-
-
-def prefetch_map(function: Callable[[Item], Result], items: Iterable[Item], num_ahead: int) -> Iterator[Result]:
-    """Like ``map``, with up to ``num_ahead`` results computed in advance by a thread; the caller's reads the items."""
-    ahead: deque[Future[Result]] = deque()
-    pool = ThreadPoolExecutor(1, thread_name_prefix="ahead")
-    try:
-        for item in items:
-            ahead.append(pool.submit(function, item))
-            if len(ahead) > num_ahead:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)

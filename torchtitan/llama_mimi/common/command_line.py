@@ -3,35 +3,32 @@
 import contextlib
 import errno
 import io
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import tyro
 
 from llama_mimi.common.errors import UserError, first_line, report
 
-Options = TypeVar("Options")
-DISK_ERRORS = "ENOSPC EDQUOT EROFS EACCES ENOTDIR EEXIST".split()
+TYRO: dict[str, Any] = {"use_underscores": True, "config": (tyro.conf.OmitArgPrefixes,)}
+DISK_ERRORS = "ENOSPC EDQUOT EFBIG EROFS EACCES ENOTDIR EEXIST".split()
 
 
 def run_command(command: Callable[..., None], doc: str | None) -> None:
     """Call a function with its parameters, or the fields of dataclasses among them, from the command line."""
-    run_cli(lambda: _parsed(command, doc))
+    run_cli(lambda: tyro.cli(command, description=doc, **TYRO))
 
 
-def _parsed(target: Callable[..., Any], doc: str | None = None, words: Sequence[str] | None = None) -> Any:
-    return tyro.cli(target, args=words, description=doc, use_underscores=True, config=(tyro.conf.OmitArgPrefixes,))
-
-
-def parse_options(kind: type[Options], words: Sequence[str]) -> Options:
+def parse_options(kind: type, words: Sequence[str]) -> Any:
     """Parse command-line arguments into an options object; raise tyro's reason as a `UserError`."""
     output = io.StringIO()
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            return _parsed(kind, words=words)
+            return tyro.cli(kind, args=words, **TYRO)
     except SystemExit as error:
         # tyro prints a title, the reason and help, separated by lines of dashes.
         reason = re.split(r"^\s*-{20,}\s*$", output.getvalue(), flags=re.MULTILINE)[1:2] or [output.getvalue()]
@@ -48,12 +45,15 @@ def run_cli(main: Callable[[], None]) -> None:
         report(error)
     except torch.OutOfMemoryError as error:
         report(UserError(f"the memory of the device is full ({first_line(error)}); lower the batch size"))
-    except OSError as error:
-        if errno.errorcode.get(error.errno or 0) not in DISK_ERRORS:
+    except Exception as error:
+        in_text = re.search(r"\(os error (\d+)\)", str(error))  # of tokenizers and safetensors, which raise no OSError
+        number = int(in_text[1]) if in_text else getattr(error, "errno", None) or 0
+        if errno.errorcode.get(number) not in DISK_ERRORS:
             raise
-        file = error.filename2 or error.filename or "a file"  # filename2 is the target of a copy
-        remedy = "free disk space, set its permissions, or choose another folder"
-        report(UserError(f"'{file}' cannot be used ({error.strerror}); {remedy}"))
+        name = getattr(error, "filename2", None) or getattr(error, "filename", None)  # filename2: a copy's target
+        file = f"'{name}'" if name else "a file"
+        problem = f"{file} cannot be used ({os.strerror(number)})"
+        report(UserError(f"{problem}; free disk space, set its permissions, or choose another folder"))
     sys.exit(1)
 
 

@@ -23,21 +23,20 @@ def use_cpu_without_gpu() -> None:
     assert "torchtitan.tools.utils" not in sys.modules, "TorchTitan was imported before"
     torch._utils._get_available_device_type = lambda: "cpu"
     total_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes on macOS, KiB on Linux
+
+    def memory_stats(device: Any = None) -> dict[str, int]:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return {"active_bytes.all.peak": peak, "reserved_bytes.all.peak": peak}
+
     vars(torch.cpu).update(
         get_device_name=lambda device=None: platform.processor() or "cpu",
         get_device_properties=lambda device=None: SimpleNamespace(total_memory=total_memory),
-        memory_stats=_memory_stats,
+        memory_stats=memory_stats,
         reset_peak_memory_stats=lambda device=None: None,
         empty_cache=lambda: None,
         current_device=lambda: 0,  # torch.cpu returns "cpu"; a barrier needs an index
     )
-
-
-def _memory_stats(device: Any = None) -> dict[str, int]:
-    """Return the peak resident memory of this process in bytes, under the keys that TorchTitan reads."""
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes on macOS, KiB on Linux
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return {"active_bytes.all.peak": peak, "reserved_bytes.all.peak": peak}
 
 
 def keep_freed_memory() -> None:
@@ -54,4 +53,4 @@ def available_device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"the device '{name}' is not available here; use --device cpu") from error
+        raise UserError(f"the device '{name}' is not available; use --device cpu, or fewer ranks") from error

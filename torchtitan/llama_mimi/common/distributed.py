@@ -50,12 +50,10 @@ class DistributedContext:
             dist.init_process_group("gloo", store=self._store, timeout=TIMEOUT, **world)
             if device is not None and device.startswith("cuda:"):
                 raise UserError(f"--device {device} is one GPU for {self.world_size} ranks; leave the number out")
-        self.device = available_device(device or "cpu")
         if device in (None, "cuda") and torch.cuda.is_available():
-            local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-            if local_rank >= num_gpus:
-                raise UserError(f"there are {num_gpus} GPUs; set torchrun's --nproc_per_node to that")
-            self.device = torch.device("cuda", local_rank)
+            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        self.device = available_device(device or "cpu")
+        if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
 
     def add(self, counter: str, number: int) -> int:
@@ -80,25 +78,25 @@ def gather(value: Any) -> list[Any]:
 
 
 def broadcast_from_rank0(make: Callable[[], Any]) -> Any:
-    """Call ``make`` on rank 0 and return its result, or raise its `UserError`, on every rank."""
+    """Call ``make`` on rank 0 and return its result, or raise its `UserError` or OSError, on every rank."""
     outcome: Any = None
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
             outcome = make()
-        except UserError as error:
+        except (UserError, OSError) as error:
             outcome = error
     outcome = gather(outcome)[0]
-    if isinstance(outcome, UserError):
+    if isinstance(outcome, Exception):
         raise outcome
     return outcome
 
 
 @contextmanager
 def report_error_once() -> Iterator[None]:
-    """Delay a `UserError` that all ranks raise: rank 0 reports it, and torchrun then ends the others."""
+    """Delay an error that `run_cli` reports: if all ranks raise it, rank 0 reports it, and torchrun ends the others."""
     try:
         yield
-    except UserError:
+    except (UserError, OSError):
         if int(os.environ.get("RANK", 0)):
             if path := os.environ.get(RANK_ERROR_FILE):  # TorchTitan may have written a traceback there
                 Path(path).unlink(missing_ok=True)

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download, try_to_load_from_cache
+from huggingface_hub import snapshot_download
 
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import visible_files
@@ -22,17 +22,13 @@ def load_pretrained(
     when it initialises missing ones at random. Exempt are tied weights, keys that the class exempts, and buffers.
 
     Args:
-        what: noun for messages.
         allow_torch_weights: read ``.bin`` files if there are no safetensors (PyTorch loads weights only).
         without_effect: regular expression of further tensors that may be wrong.
     """
     path = Path(name)
-    if not path.is_dir():  # the name of a folder with a typo is not a hub id, unless it was downloaded before
-        is_hub_id = re.fullmatch(r"\w+([.-]\w+)*/\w+([.-]\w+)*", name)
-        is_cached = is_hub_id and isinstance(try_to_load_from_cache(name, "config.json"), str)
-        if not is_hub_id or (path.parent.is_dir() and not is_cached):
-            remedy = f"check the path, name a hub id (owner/name), or fetch it with `hf download {name}`"
-            raise UserError(f"the {what} folder '{name}' does not exist; {remedy}")
+    if not path.is_dir() and (path.parent.is_dir() or not re.fullmatch(r"\w+([.-]\w+)*/\w+([.-]\w+)*", name)):
+        remedy = f"check the path, name a hub id (owner/name), or fetch it with `hf download {name} --local-dir {name}`"
+        raise UserError(f"the {what} folder '{name}' does not exist; {remedy}")
     if is_model := "dtype" in kwargs:
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         kwargs["use_safetensors"] = None if allow_torch_weights else True
@@ -41,14 +37,12 @@ def load_pretrained(
     try:
         loaded = cls.from_pretrained(name, trust_remote_code=False, **kwargs)
     except Exception as error:  # damaged files raise whatever their parser does
-        if path.is_dir():
-            problem = f"the {what} in '{name}' could not be loaded: {first_line(error)}"
-            raise UserError(f"{problem}; copy the folder again or name another {what}") from error
-        raise UserError(
-            f"the folder '{name}' does not exist, and the {what} could not be loaded from the Hugging Face Hub "
-            f"({first_line(error)}); check the path; if the hub's model is gated, accept its licence on its page and "
-            f"run `hf auth login`; without a network, download it elsewhere with `hf download {name} --local-dir DIR`"
-        ) from error
+        remedy = f"copy the folder again, or name another {what}"
+        if not path.is_dir():
+            licence = "if the model is gated, accept its licence on its page and run `hf auth login`"
+            remedy = f"there is no such folder: check the path; {licence}; or fetch it with `hf download {name}`"
+        problem = f"the {what} in '{name}' could not be loaded ({first_line(error)})"
+        raise UserError(f"{problem}; {remedy}") from error
     finally:
         load_report.disabled = False
     if not is_model:

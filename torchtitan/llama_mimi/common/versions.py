@@ -1,22 +1,19 @@
 """Package versions and commit."""
 
 import subprocess
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
-FOLDER = Path(__file__).parent.parent  # of the package
 PACKAGES = ("llama-mimi", "torch", "torchaudio", "transformers", "soundfile", "soxr")  # results depend on them
+ROOT = Path(__file__).parents[3]
 
 
 def versions() -> dict[str, str]:
     """Return package versions, and the commit if the package is inside this repository."""
-    is_ours = _git("rev-parse", "--show-prefix") == f"torchtitan/{FOLDER.name}/"  # not some repository around it
-    commit = _git("describe", "--always", "--dirty") if is_ours else ""
+    commit = ""
+    if (ROOT / ".git").exists():  # git itself would also find a repository around an installed package
+        with suppress(OSError):  # git is not installed
+            describe = ["git", "describe", "--always", "--dirty"]
+            commit = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     return {package: version(package) for package in PACKAGES} | {"commit": commit or "unknown"}
-
-
-def _git(*command: str) -> str:
-    try:
-        return subprocess.run(["git", *command], cwd=FOLDER, capture_output=True, text=True).stdout.strip()
-    except OSError:  # git is not installed
-        return ""

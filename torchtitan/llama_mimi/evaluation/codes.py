@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import chain, pairwise
 from pathlib import Path
 from uuid import uuid4
 
@@ -16,7 +17,6 @@ from tqdm import tqdm
 
 from llama_mimi.audio.mimi import MimiCodec, codec_hash
 from llama_mimi.audio.reading import AudioError, Waveform, read_audio
-from llama_mimi.common.batching import prefetch_map
 from llama_mimi.common.distributed import DistributedContext, gather
 from llama_mimi.common.files import digest, find_files, write_atomically
 from llama_mimi.common.versions import versions
@@ -81,8 +81,10 @@ def encode_clips(
     chunks = [mine[start : start + CLIPS_PER_CHUNK] for start in range(0, len(mine), CLIPS_PER_CHUNK)]
     audio_ids: list[str] = []
     with ThreadPoolExecutor(READERS) as pool:
-        ahead = prefetch_map(lambda chunk: list(pool.map(read, chunk)), chunks, num_ahead=1)
-        for chunk in tqdm(ahead, total=len(chunks), desc="codes", unit="chunk", disable=ranks.rank > 0):
+        read_chunks = (pool.map(read, chunk) for chunk in chunks)  # each starts when the loop asks for it
+        ahead = pairwise(chain(read_chunks, [None]))  # asks for one more, which is read while this one is encoded
+        for chunk, _ in tqdm(ahead, total=len(chunks), desc="codes", unit="chunk", disable=ranks.rank > 0):
+            chunk = list(chunk)
             audio_ids += [audio_id for audio_id, _ in chunk]
             # The chunk before may contain a clip that was not known when it was read.
             new = {audio_id: one for audio_id, one in chunk if one is not None and audio_id not in known}
