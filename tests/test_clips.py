@@ -16,7 +16,7 @@ from conftest import ROOT, TINY
 
 from llama_mimi.common.errors import UserError
 from llama_mimi.corpora.clips import AudioReader, is_too_many, read_in_workers
-from llama_mimi.corpora.sources import open_source
+from llama_mimi.corpora.formats import open_source
 from llama_mimi.data.build import build_dataloader
 from llama_mimi.data.dataloader import ClipStream, DataMeter, SpeechDataLoader
 from llama_mimi.data.order import RowsInOrder, ShuffledOrder

@@ -22,7 +22,7 @@ from llama_mimi.checkpoint.huggingface import hf_config
 from llama_mimi.checkpoint.stand_ins import write_tokenizer
 from llama_mimi.common.errors import UserError
 from llama_mimi.corpora.code_shards import CodedClip
-from llama_mimi.corpora.sources import CORPORA, RELEASED_NAMES
+from llama_mimi.corpora.formats import CORPORA, RELEASED_NAMES
 from llama_mimi.data.build import chosen_split
 from llama_mimi.model.architectures import build_model
 from llama_mimi.model.llama import FLAVORS

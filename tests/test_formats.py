@@ -26,7 +26,7 @@ from llama_mimi.audio.silence import split_at_pauses
 from llama_mimi.common.errors import UserError
 from llama_mimi.corpora import clips as corpora_clips
 from llama_mimi.corpora.clips import AudioClip, AudioReader, SkippedClip
-from llama_mimi.corpora.sources import open_source
+from llama_mimi.corpora.formats import open_source
 from llama_mimi.corpora.where import RowFilter
 
 RATE = 24_000

@@ -15,7 +15,7 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import digest
 from llama_mimi.corpora import parquet
 from llama_mimi.corpora.clips import AudioClip, SkippedClip
-from llama_mimi.corpora.sources import corpus_files, open_source
+from llama_mimi.corpora.formats import corpus_files, open_source
 
 PROMPT = (TINY / "prompt.wav").read_bytes()
 AUDIO = pa.struct({"bytes": pa.binary(), "path": pa.string()})

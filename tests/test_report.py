@@ -267,6 +267,13 @@ def test_continuations_are_summarised_on_the_same_samples(tmp_path):
     assert "(n = 2) |" in text and "4 samples left out" in text and "no value for silent" in text
 
 
+def test_an_unknown_measure_has_its_own_name(tmp_path):
+    generations_file(tmp_path, "a", {"x": [1.0], "y": [3.0]}, "new_measure")
+    assert summary(read_results([tmp_path]).items, "t").tables[0].rows == [
+        ["new_measure (n = 2)", "2.00 (1.00 to 3.00)"]
+    ]
+
+
 def test_logarithms_are_shown_as_perplexities_and_ratios(tmp_path):
     for name, low, high in (("a", 10.0, 1000.0), ("b", 5.0, 500.0)):
         values = {"x": [math.log(low)], "y": [math.log(high)]}

@@ -32,7 +32,7 @@ from llama_mimi.common.command_line import run_command
 from llama_mimi.common.errors import UserError
 from llama_mimi.corpora.clips import AudioClip, AudioReader
 from llama_mimi.corpora.code_shards import CodeCorpus
-from llama_mimi.corpora.sources import open_source
+from llama_mimi.corpora.formats import open_source
 from llama_mimi.corpora.tokenize import TokenizationOptions, tokenize_corpus
 from llama_mimi.data.dataloader import SpeechDataLoader
 from llama_mimi.data.order import ShuffledOrder

@@ -28,7 +28,7 @@ from llama_mimi.common.command_line import run_command
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.versions import versions
 from llama_mimi.corpora.clips import AudioClip, AudioReader, SkippedClip
-from llama_mimi.corpora.sources import open_source
+from llama_mimi.corpora.formats import open_source
 from llama_mimi.data.dataloader import Clip, ClipStream
 from llama_mimi.data.order import ClipRef, Position, RowsInOrder, ShuffledOrder
 

@@ -37,8 +37,8 @@ from llama_mimi.corpora.clips import (
     is_too_many,
     read_in_workers,
 )
+from llama_mimi.corpora.formats import CORPORA, open_source
 from llama_mimi.corpora.source import Source, Unit
-from llama_mimi.corpora.sources import CORPORA, open_source
 from llama_mimi.corpora.where import RowFilter
 
 READER = 3  # raise it when other clips are skipped or filtered, so that a folder is not continued by other rules

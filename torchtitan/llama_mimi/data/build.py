@@ -9,7 +9,7 @@ from llama_mimi.audio.mimi import DTYPES, MimiCodec, load_codec_config, whole_fr
 from llama_mimi.common.errors import UserError
 from llama_mimi.corpora.clips import AudioReader
 from llama_mimi.corpora.code_shards import CodeCorpus, is_store
-from llama_mimi.corpora.sources import open_source
+from llama_mimi.corpora.formats import open_source
 from llama_mimi.data.dataloader import DataMeter, SpeechDataLoader
 from llama_mimi.data.order import ClipReader, RowsInOrder, ShuffledOrder
 from llama_mimi.data.packing import BatchPacker

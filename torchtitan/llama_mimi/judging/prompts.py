@@ -17,8 +17,8 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import digest, read_json, visible_files, write_atomically
 from llama_mimi.common.resume import require_same
 from llama_mimi.corpora.clips import read_row
+from llama_mimi.corpora.formats import open_source
 from llama_mimi.corpora.source import Row, Source
-from llama_mimi.corpora.sources import open_source
 
 MANIFEST, FORMAT = "prompts.json", 2
 PROMPTS, RECORDINGS = "prompts", "recordings"

@@ -74,7 +74,7 @@ def measure_of(name: str) -> Measure:
         return _accuracy(name)
     if name.startswith(BITS):
         return Measure(f"validation bits/s, Q = {name.removeprefix(BITS)}", 1)
-    return Measure(f"judged {name.removeprefix('judge/')}", 2)
+    return Measure(name.replace("judge/", "judged "), 2)
 
 
 def in_order(names: Iterable[str]) -> list[str]:
@@ -186,7 +186,8 @@ def _benchmark(report: Mapping[str, Any], system: str) -> tuple[pd.DataFrame, li
 
 def _generations(report: Mapping[str, Any]) -> tuple[pd.DataFrame, list[str]]:
     samples = pd.DataFrame(report["samples"]).astype({"sample": float})
-    names = [name for name in samples if name in MEASURES or "/" in name]
+    numbers = set(samples.select_dtypes("number")) - {"sample"}  # a new measure is shown under its own name
+    names = [name for name in samples if name in MEASURES or "/" in name or name in numbers]
     items = samples.melt(["prompt", "sample"], names, "measure", "value").rename(columns={"prompt": "item"})
     items["item"].map(_text)
     items["value"] = items["value"].astype(float)

@@ -27,7 +27,7 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import LOCK, locked, read_json, write_atomically
 from llama_mimi.common.resume import require_same
 from llama_mimi.corpora.code_shards import CodeCorpus, is_store
-from llama_mimi.corpora.sources import check_corpus
+from llama_mimi.corpora.formats import check_corpus
 from llama_mimi.data.build import chosen_split, dataset_names
 from llama_mimi.job_config import checkpoint_folder
 from llama_mimi.model.llama import FLAVORS
