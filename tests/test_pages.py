@@ -171,7 +171,6 @@ def test_a_page_that_cannot_be_made(tmp_path, generations):
         ({"generations": generations}, "a continuation of 'mine' cannot be played: .*does not exist"),
         ({"generations": tmp_path}, "has no prompts.json"),
         ({}, "name either a --study or the folder of --generations"),
-        ({"generations": generations, "num_prompts": -1}, "--num_prompts is -1"),
     ):
         with pytest.raises(UserError, match=message):
             build_page(page=tmp_path / "d.html", **mistake)

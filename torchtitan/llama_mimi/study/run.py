@@ -21,7 +21,7 @@ from llama_mimi.common.resume import require_same
 from llama_mimi.corpora.code_shards import MANIFEST
 from llama_mimi.report.curves import read_curves
 from llama_mimi.study.budget import resolved, step_flops
-from llama_mimi.study.config import Flags, Run, Study
+from llama_mimi.study.config import Flags, Run, Study, Table
 from llama_mimi.training.metrics import BITS
 
 INDEX, RECORD = "index.jsonl", "record.json"
@@ -29,44 +29,42 @@ TRAIN, GENERATION = "train", "generation"
 
 
 class Step(NamedTuple):
-    """A command of a run: training, conversion, a benchmark, or judging. It writes ``output``."""
+    """A command of a run: training, conversion, a benchmark, or judging."""
 
     name: str
     program: list[str]
     flags: Flags
-    output: Path
+    output: Path  # file or folder that it writes
 
 
 def steps(study: Study, run: Run) -> list[Step]:
     """Return the commands of a run in their order."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    torchrun.append(f"--nproc_per_node={study.launch.nproc_per_node}")
-    ranks = torchrun if study.launch.nproc_per_node > 1 else [sys.executable]
-    trainer = study.launch.train or [*torchrun, "-m", "llama_mimi.train"]
-    folder, model = f"{run_folder(study, run)}/run", f"{study.output_dir}/models/{run.name}"
-    results, generations = f"{study.output_dir}/results", f"{study.output_dir}/generations"
+    python, num_ranks, out = [sys.executable], study.launch.nproc_per_node, study.output_dir
+    torchrun = [*python, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
+    ranks, trainer = torchrun if num_ranks > 1 else python, study.launch.train or [*torchrun, "-m", "llama_mimi.train"]
+    folder, model = f"{run_folder(study, run)}/run", f"{out}/models/{run.name}"
     checkpoint = f"{folder}/checkpoint/step-{run.variant.steps}"
     training = training_flags(study, run) | {"job.dump_folder": folder}
     conversion = {"checkpoint": checkpoint, "output_dir": model}
-    scoring = {"model_name": model, "output_dir": results, "codes_dir": f"{study.output_dir}/clip_codes"}
-    judging = study.generation | {"model_name": model, "output_dir": generations, "name": run.name}
+    scoring = {"model_name": model, "output_dir": f"{out}/results", "codes_dir": f"{out}/clip_codes"}
+    judging = study.generation | {"model_name": model, "output_dir": f"{out}/generations", "name": run.name}
     found = [
         Step(TRAIN, trainer, training, Path(checkpoint)),
-        Step("convert", [sys.executable, "scripts/convert_dcp_to_hf.py"], conversion, Path(model, "config.json")),
+        Step("convert", [*python, "scripts/convert_dcp_to_hf.py"], conversion, Path(model, "config.json")),
     ]
     for name, flags in study.benchmarks.items():
-        output = Path(results, name, run.name, study.result_files[name])
+        output = out / "results" / name / run.name / study.result_files[name]
         found.append(Step(name, [*ranks, f"eval/{name}.py"], flags | scoring, output))
     if study.generation:
-        found.append(Step(GENERATION, [*ranks, "eval/generation.py"], judging, Path(generations, f"{run.name}.json")))
+        found.append(Step(GENERATION, [*ranks, "eval/generation.py"], judging, out / f"generations/{run.name}.json"))
     return found
 
 
 def training_flags(study: Study, run: Run) -> Flags:
     """Return the settings of a run. It ends with a validation: ``validation.freq`` divides its number of steps."""
     flags, number = study.flags(run.variant), run.variant.steps
-    wanted = min(resolved(flags).validation.freq, number)
-    freq = next(freq for freq in range(wanted, number + 1) if number % freq == 0)
+    least = min(resolved(flags).validation.freq, number)
+    freq = next(freq for freq in range(least, number + 1) if number % freq == 0)
     return flags | {"debug.seed": run.seed, "training.steps": number, "validation.freq": freq}
 
 
@@ -123,10 +121,10 @@ class StudyRunner:
                     self._run(run, steps(self.study, run)[-1:])
 
     def _run(self, run: Run, todo: Sequence[Step]) -> None:
-        failed, record = None, read_record(self.study, run)
+        failed, record, folder = None, read_record(self.study, run), run_folder(self.study, run)
 
         def save() -> None:
-            write_atomically(str(run_folder(self.study, run)), RECORD, json.dumps(record, indent=1).encode())
+            write_atomically(str(folder), RECORD, json.dumps(record, indent=1).encode())
 
         for step in todo:
             if step.name in record["seconds"] and step.output.exists():
@@ -135,9 +133,9 @@ class StudyRunner:
                 shutil.rmtree(step.output, ignore_errors=True)
             record["settings"][step.name] = _settings(self.study, run, step)
             save()
-            log, began = run_folder(self.study, run) / "logs" / f"{step.name}.log", time.monotonic()
+            began = time.monotonic()
             try:
-                self.start(step.name, log, [*step.program, *to_cli_args(step.flags)])
+                self.start(step.name, folder / f"logs/{step.name}.log", [*step.program, *to_cli_args(step.flags)])
             except (UserError, OSError) as error:
                 failed = {"step": step.name, "why": str(error)}
                 print(f"{run.name}: {step.name} failed: {error}", flush=True)
@@ -184,8 +182,8 @@ def _line(study: Study, run: Run) -> dict[str, Any]:
     return {
         "study": study.name,
         "run": run.name,
-        "label": study.label(run),
-        **vars(run.variant),
+        "label": f"{Table('', tuple(study.variants)).label(run.variant)}, seed {run.seed}",  # for readers
+        **run.variant._asdict(),
         "seed": run.seed,
         "state": "failed" if record["failed"] else "done" if is_done else "unfinished",
         "failed": record["failed"],
