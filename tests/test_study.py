@@ -28,7 +28,7 @@ from llama_mimi.report import comparisons
 from llama_mimi.study.budget import step_flops
 from llama_mimi.study.config import Run, Table, read_study
 from llama_mimi.study.report import write_report
-from llama_mimi.study.run import StudyRunner, check_unchanged, run_folder, steps, training_flags, write_index
+from llama_mimi.study.run import StudyRunner, check_unchanged, run_folder, steps, write_index
 from llama_mimi.training.config_file import parse_config
 
 SALMON = 'data_dir = "assets/tiny/benchmarks/salmon"\n'
@@ -111,7 +111,7 @@ def test_a_run_ends_with_a_validation(tmp_path):
     """At the smallest divisor of its steps that is not below the config's ``validation.freq``, 210."""
     study = read_study(written(tmp_path))
     runs = [Run(study.variants[0]._replace(steps=n), 0) for n in (24, 420, 421, 1050, 840)]
-    assert [training_flags(study, run)["validation.freq"] for run in runs] == [24, 210, 421, 210, 210]
+    assert [steps(study, run)[0].flags["validation.freq"] for run in runs] == [24, 210, 421, 210, 210]
 
 
 @pytest.mark.parametrize(

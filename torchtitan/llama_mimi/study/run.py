@@ -43,8 +43,12 @@ def steps(study: Study, run: Run) -> list[Step]:
     torchrun = [*python, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
     ranks, trainer = torchrun if num_ranks > 1 else python, study.launch.train or [*torchrun, "-m", "llama_mimi.train"]
     folder, model = f"{run_folder(study, run)}/run", f"{out}/models/{run.name}"
-    checkpoint = f"{folder}/checkpoint/step-{run.variant.steps}"
-    training = training_flags(study, run) | {"job.dump_folder": folder}
+    num_steps, flags = run.variant.steps, study.flags(run.variant)
+    checkpoint = f"{folder}/checkpoint/step-{num_steps}"
+    # A run ends with a validation: the frequency divides its number of steps.
+    frequencies = range(min(resolved(flags).validation.freq, num_steps), num_steps + 1)
+    training = flags | {"debug.seed": run.seed, "training.steps": num_steps, "job.dump_folder": folder}
+    training["validation.freq"] = next(freq for freq in frequencies if num_steps % freq == 0)
     conversion = {"checkpoint": checkpoint, "output_dir": model}
     scoring = {"model_name": model, "output_dir": f"{out}/results", "codes_dir": f"{out}/clip_codes"}
     judging = study.generation | {"model_name": model, "output_dir": f"{out}/generations", "name": run.name}
@@ -52,20 +56,12 @@ def steps(study: Study, run: Run) -> list[Step]:
         Step(TRAIN, trainer, training, Path(checkpoint)),
         Step("convert", [*python, "scripts/convert_dcp_to_hf.py"], conversion, Path(model, "config.json")),
     ]
-    for name, flags in study.benchmarks.items():
+    for name, options in study.benchmarks.items():
         output = out / "results" / name / run.name / study.result_files[name]
-        found.append(Step(name, [*ranks, f"eval/{name}.py"], flags | scoring, output))
+        found.append(Step(name, [*ranks, f"eval/{name}.py"], options | scoring, output))
     if study.generation:
         found.append(Step(GENERATION, [*ranks, "eval/generation.py"], judging, out / f"generations/{run.name}.json"))
     return found
-
-
-def training_flags(study: Study, run: Run) -> Flags:
-    """Return the settings of a run. It ends with a validation: ``validation.freq`` divides its number of steps."""
-    flags, number = study.flags(run.variant), run.variant.steps
-    least = min(resolved(flags).validation.freq, number)
-    freq = next(freq for freq in range(least, number + 1) if number % freq == 0)
-    return flags | {"debug.seed": run.seed, "training.steps": number, "validation.freq": freq}
 
 
 def run_folder(study: Study, run: Run) -> Path:
