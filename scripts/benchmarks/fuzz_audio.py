@@ -184,7 +184,8 @@ def read_all(
 
 
 def _read_watched(fuzzer: Fuzzer, files: Sequence[int], folder: Path, max_seconds: float) -> list[tuple[int, Outcome]]:
-    context, found = multiprocessing.get_context("fork"), []
+    context = multiprocessing.get_context("fork")
+    found: list[tuple[int, Outcome]] = []
     while left := files[len(found) :]:
         with FORKING:  # no other child inherits the sender, whose end is an error of the receiver
             receiver, sender = context.Pipe(duplex=False)
