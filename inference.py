@@ -3,7 +3,6 @@
 uv run python inference.py --model_name models/tiny --prompt assets/tiny/prompt.wav --output_file continuation.wav
 """
 
-import time
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -105,13 +104,13 @@ def continue_speech(options: Options, sampling: SamplingOptions) -> None:
 
 
 def _continue_prompt(model: SpeechModel, options: Options, sampling: SamplingOptions, files: list[Path]) -> None:
-    began, codec = time.perf_counter(), model.codec
+    codec = model.codec
     prompt_TQ = torch.zeros(0, codec.num_quantizers, dtype=torch.long)
     if options.prompt is not None:
         (prompt_TQ,) = encode_prompts(model, [read_prompt(options.prompt, codec)], sampling)
     if options.stream:
         drawn = decode(model, [Request(prompt_TQ, sampling.seed, options.text)], sampling.for_model(model), 1)
-        samples = [_stream(codec, prompt_TQ, drawn, files[0], began)]
+        samples = [_stream(codec, prompt_TQ, drawn, files[0])]
     else:
         samples = continue_codes(model, prompt_TQ, sampling, options.text)
     for path, codes_TQ in zip(files, samples, strict=True):
@@ -124,19 +123,15 @@ def _continue_prompt(model: SpeechModel, options: Options, sampling: SamplingOpt
             print("the model ended the speech at once; set --min_seconds, or end the prompt in mid-sentence")
 
 
-def _stream(codec: MimiCodec, prompt_TQ: torch.Tensor, drawn: Drawn, path: Path, began: float) -> torch.Tensor:
+def _stream(codec: MimiCodec, prompt_TQ: torch.Tensor, drawn: Drawn, path: Path) -> torch.Tensor:
     """Write a sample frame by frame, so that the file can be played while it grows; return its codes_TQ."""
-    decoding, written, spent = DecodingStream(codec), [], []
+    decoding, written = DecodingStream(codec), []
     with wav_writer(path, codec.sample_rate_hz) as file:
         for codes_TQ in chain([prompt_TQ], (new[None] for _, new in drawn if isinstance(new, torch.Tensor))):
             if len(codes_TQ):
                 file.write(decoding.decode(codes_TQ).clamp(-1, 1).numpy())
                 file.flush()
             written.append(codes_TQ)
-            spent.append(time.perf_counter() - began)
-    if num_new := len(spent) - 1:
-        speed = num_new / codec.frame_rate_hz / spent[-1]
-        print(f"first new audio after {spent[1]:.2f} s; {speed:.2f} times real time")
     return torch.cat(written)
 
 

@@ -223,10 +223,7 @@ def main() -> None:
     meshes = parallel_dims.get_all_one_dimensional_meshes().items()
     rows = {
         "model": f"{job_config.model.flavor}, {vocab_size:,} vocabulary entries",
-        "GPUs": f"{flags.num_gpus}",
         "meshes": ", ".join(f"{name} {mesh.size()}" for name, mesh in meshes) or "none",
-        "activation checkpointing": job_config.activation_checkpoint.mode,
-        "sequences": f"{job_config.training.local_batch_size} per GPU and pass",
     } | {name: f"{num_bytes / 1e9:,.3f} GB" for name, num_bytes in memory.items()}
     print("| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items()), sep="\n")
     torch.distributed.destroy_process_group()

@@ -73,7 +73,7 @@ def push_to_hub(
             api.upload_file(repo_id=repo, path_or_fileobj=text.encode(), path_in_repo=name)
     except (OSError, ValueError, HfHubHTTPError) as error:  # no network, a name that the hub refuses, no login
         remedy = "log in with `hf auth login`, or look at the upload with --dry_run"
-        raise UserError(f"'{repo}' could not be uploaded ({first_line(error)}); {remedy}") from error
+        raise UserError(f"the upload to '{repo}' failed ({first_line(error)}); {remedy}") from error
     print(f"{model_name} -> https://huggingface.co/{repo}")
 
 

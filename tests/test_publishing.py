@@ -97,7 +97,7 @@ def test_mistakes(model, monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr(HfApi, "create_repo", refused)
-    with pytest.raises(UserError, match="'me/mine' could not be uploaded .*no network.*--dry_run"):
+    with pytest.raises(UserError, match="the upload to 'me/mine' failed .no network.*--dry_run"):
         push_to_hub(model, "me/mine", ())
     with pytest.raises(UserError, match="is not a converted model"):
         push_to_hub(TINY, "me/mine", ())

@@ -12,13 +12,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llama_mimi.checkpoint.conversion import JOB_CONFIG, NOT_OF_THE_MODEL
 from llama_mimi.common.command_line import to_cli_args
 from llama_mimi.common.distributed import end_with_parent
 from llama_mimi.common.errors import UserError
-from llama_mimi.common.files import LOCK, digest, locked, read_json, write_atomically
+from llama_mimi.common.files import LOCK, locked, read_json, write_atomically
 from llama_mimi.common.resume import require_same
-from llama_mimi.corpora.code_shards import MANIFEST
 from llama_mimi.report.curves import read_curves
 from llama_mimi.study.budget import resolved, step_flops
 from llama_mimi.study.config import Flags, Run, Study, Table
@@ -159,37 +157,30 @@ class StudyRunner:
 
 def write_index(study: Study) -> list[dict[str, Any]]:
     """Write a line of JSON for each run into `INDEX`, and return the lines."""
-    lines = [_line(study, run) for run in study.runs]
+    lines, tag = [], f"validation_{BITS}/"
+    for run in study.runs:
+        record, (_, _, *scoring) = read_record(study, run), steps(study, run)
+        found = [result for step in scoring if (result := read_json(str(step.output.parent), step.output.name))]
+        is_done = TRAIN in record["seconds"] and len(found) == len(scoring)
+        scored, num_steps = found[0] if found and study.benchmarks else {}, run.variant.steps
+        curves = read_curves(run_folder(study, run) / "run")
+        line = {
+            "study": study.name,
+            "run": run.name,
+            "label": f"{Table('', tuple(study.variants)).label(run.variant)}, seed {run.seed}",  # for readers
+            **run.variant._asdict(),
+            "seed": run.seed,
+            "state": "failed" if record["failed"] else "done" if is_done else "unfinished",
+            "failed": record["failed"],
+            "model_sha256": scored.get("model_sha256"),
+            "commit": scored.get("versions", {}).get("commit"),
+            "flops": num_steps * step_flops(study.flags(run.variant), study.launch.nproc_per_node),
+            "seconds": record["seconds"],
+            # Of the last step, by level and of all levels.
+            BITS: {
+                t.removeprefix(tag): c[num_steps] for t, c in curves.items() if t.startswith(tag) and num_steps in c
+            },
+        }
+        lines.append(line)
     write_atomically(str(study.output_dir), INDEX, "".join(json.dumps(line) + "\n" for line in lines).encode())
     return lines
-
-
-def _line(study: Study, run: Run) -> dict[str, Any]:
-    record, folder = read_record(study, run), run_folder(study, run) / "run"
-    outputs = [step.output for step in steps(study, run)[2:]]  # results of benchmarks, and continuations
-    found = [result for path in outputs if (result := read_json(str(path.parent), path.name))]
-    is_done = TRAIN in record["seconds"] and len(found) == len(outputs)
-    scored = found[0] if found and study.benchmarks else {}
-    config, dataset = read_json(str(folder), JOB_CONFIG), []
-    if config:  # corpora, tokenised ones by the hash of their manifest
-        parts = [part.strip() for part in config["training"]["dataset"].split(",")]
-        dataset = [sha256(p.read_bytes()).hexdigest() if (p := Path(d, MANIFEST)).is_file() else d for d in parts]
-    bits = {tag: values for tag, values in read_curves(folder).items() if tag.startswith(f"validation_{BITS}/")}
-    return {
-        "study": study.name,
-        "run": run.name,
-        "label": f"{Table('', tuple(study.variants)).label(run.variant)}, seed {run.seed}",  # for readers
-        **run.variant._asdict(),
-        "seed": run.seed,
-        "state": "failed" if record["failed"] else "done" if is_done else "unfinished",
-        "failed": record["failed"],
-        "config_sha256": config and digest({k: v for k, v in config.items() if k not in NOT_OF_THE_MODEL}),
-        "data_sha256": config and digest(dataset),
-        "codec_sha256": scored.get("codec", {}).get("sha256"),
-        "model_sha256": scored.get("model_sha256"),
-        "commit": scored.get("versions", {}).get("commit"),
-        "flops": run.variant.steps * step_flops(study.flags(run.variant), study.launch.nproc_per_node),
-        "seconds": record["seconds"],
-        # Of the last step, by level and of all levels.
-        BITS: {tag.split("/")[1]: by[run.variant.steps] for tag, by in bits.items() if run.variant.steps in by},
-    }
