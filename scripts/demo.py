@@ -76,7 +76,7 @@ def build_app(gradio: Any, model: SpeechModel) -> Any:
         except UserError as error:
             raise gradio.Error(without_folders(str(error))) from error
 
-    with gradio.Blocks(title="Llama-Mimi", delete_cache=(600, 3600)) as app:  # s: looks every 10 minutes, age 1 hour
+    with gradio.Blocks(title="Llama-Mimi", delete_cache=(600, 3600)) as app:  # uploads stay an hour
         gradio.Markdown("# Llama-Mimi\nRecord the beginning; the model continues it in the same voice.")
         with gradio.Row():
             with gradio.Column():

@@ -22,7 +22,7 @@ from llama_mimi.common.errors import UserError  # noqa: E402
 from llama_mimi.study.budget import step_flops  # noqa: E402
 from llama_mimi.study.config import read_study  # noqa: E402
 from llama_mimi.study.report import write_report  # noqa: E402
-from llama_mimi.study.run import StudyRunner, check_unchanged, read_record, write_index  # noqa: E402
+from llama_mimi.study.run import check_unchanged, judge, read_record, train_and_score, write_index  # noqa: E402
 
 
 def main(
@@ -61,10 +61,9 @@ def main(
         return print(f"sbatch --dependency=afterany:$job {job}")
     if not report_only:
         check_unchanged(study)
-        runner = StudyRunner(study)
-        runner.train_and_score(runs if part is None else [runs[part]])
+        train_and_score(study, runs if part is None else [runs[part]])
         if part is None:
-            runner.judge()
+            judge(study)
         elif failed := read_record(study, runs[part])["failed"]:
             raise UserError(f"{failed['step']} failed: {failed['why']}; start --part {part} again")
         else:

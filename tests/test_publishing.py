@@ -40,18 +40,13 @@ def model(model_folder, tmp_path):
     return folder
 
 
-def results(folder, sha256):
-    """Results of the model and of another, and continuations."""
-    part = {"lexical_dev": [1.0, 1.0, 1.0, 0.0]}
-    result_file(folder, "mine", part, "sLM21", model_sha256=sha256, data_kind="synthetic")
-    result_file(folder, "other", part, "sLM21")
-    generations_file(folder, "mine", {"a": [0.4], "b": [0.6]}, made_by={"model_sha256": sha256})
-    (folder / "other.json").write_text(json.dumps({"made_by": "tool 1.0"}))  # of another program
-    return folder
-
-
 def test_a_dry_run_writes_what_would_be_uploaded(model, tmp_path, capsys):
-    of_model = results(tmp_path / "results", weights_sha256(str(model)))
+    of_model, sha256 = tmp_path / "results", weights_sha256(str(model))
+    part = {"lexical_dev": [1.0, 1.0, 1.0, 0.0]}
+    result_file(of_model, "mine", part, "sLM21", model_sha256=sha256, data_kind="synthetic")
+    result_file(of_model, "other", part, "sLM21")
+    generations_file(of_model, "mine", {"a": [0.4], "b": [0.6]}, made_by={"model_sha256": sha256})
+    (of_model / "other.json").write_text(json.dumps({"made_by": "tool 1.0"}))  # of another program
     for path in (model / "._model.safetensors", of_model / "._a.json"):
         path.write_bytes(b"\x00\x05\x16\x07\xff")  # as macOS leaves them beside files
     of_weights = {"license": "llama3.2", "base_model": "meta-llama/Llama-3.2-1B"}
@@ -97,12 +92,13 @@ def test_mistakes(model, monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr(HfApi, "create_repo", refused)
-    with pytest.raises(UserError, match="the upload to 'me/mine' failed .no network.*--dry_run"):
-        push_to_hub(model, "me/mine", ())
-    with pytest.raises(UserError, match="is not a converted model"):
-        push_to_hub(TINY, "me/mine", ())
-    with pytest.raises(UserError, match="'nowhere' does not exist"):
-        push_to_hub(model, "me/mine", (Path("nowhere"),))
+    for folder, results, message in (
+        (model, (), "the upload to 'me/mine' failed .no network.*--dry_run"),
+        (TINY, (), "is not a converted model"),
+        (model, (Path("nowhere"),), "'nowhere' does not exist"),
+    ):
+        with pytest.raises(UserError, match=message):
+            push_to_hub(folder, "me/mine", results)
 
 
 def test_the_other_architecture(tmp_path):

@@ -19,7 +19,7 @@ from llama_mimi.common.files import LOCK, locked, read_json, write_atomically
 from llama_mimi.common.resume import require_same
 from llama_mimi.report.curves import read_curves
 from llama_mimi.study.budget import resolved, step_flops
-from llama_mimi.study.config import Flags, Run, Study, Table
+from llama_mimi.study.config import Flags, Launch, Run, Study, Table
 from llama_mimi.training.metrics import BITS
 
 INDEX, RECORD = "index.jsonl", "record.json"
@@ -91,68 +91,65 @@ def check_unchanged(study: Study) -> None:
                 require_same(saved, current, what, "restore that, or choose another output_dir")
 
 
-class StudyRunner:
-    """Runs the commands of a study. A finished command is not repeated; a failed one is recorded."""
+def train_and_score(study: Study, runs: Sequence[Run]) -> None:
+    """Train, convert and score runs, ``launch.parallel`` at a time."""
 
-    def __init__(self, study: Study) -> None:
-        self.study = study
+    def work(run: Run) -> None:
+        with locked(study.output_dir / "runs" / f".{run.name}{LOCK}", "output_dir", wait=True):
+            _run(study, run, [step for step in steps(study, run) if step.name != GENERATION])
 
-    def train_and_score(self, runs: Sequence[Run]) -> None:
-        """Train, convert and score runs, ``launch.parallel`` at a time."""
+    with ThreadPoolExecutor(study.launch.parallel) as pool:
+        list(pool.map(work, runs))  # an interrupt ends the commands, and starts no other run
 
-        def work(run: Run) -> None:
-            with locked(self.study.output_dir / "runs" / f".{run.name}{LOCK}", "output_dir", wait=True):
-                self._run(run, [step for step in steps(self.study, run) if step.name != GENERATION])
 
-        with ThreadPoolExecutor(self.study.launch.parallel) as pool:
-            list(pool.map(work, runs))  # an interrupt ends the commands, and starts no other run
+def judge(study: Study) -> None:
+    """Judge the continuations of all scored runs one after the other, as they share the prompts."""
+    with locked(study.output_dir / f".generations{LOCK}", "output_dir", wait=True):
+        for run in study.runs:
+            if study.generation and read_record(study, run)["failed"] is None:
+                _run(study, run, steps(study, run)[-1:])
 
-    def judge(self) -> None:
-        """Judge the continuations of all scored runs one after the other, as they share the prompts."""
-        with locked(self.study.output_dir / f".generations{LOCK}", "output_dir", wait=True):
-            for run in self.study.runs:
-                if self.study.generation and read_record(self.study, run)["failed"] is None:
-                    self._run(run, steps(self.study, run)[-1:])
 
-    def _run(self, run: Run, todo: Sequence[Step]) -> None:
-        failed, record, folder = None, read_record(self.study, run), run_folder(self.study, run)
+def _run(study: Study, run: Run, todo: Sequence[Step]) -> None:
+    """Run commands. A finished command is not repeated; a failed one is recorded, and the last."""
+    failed, record, folder = None, read_record(study, run), run_folder(study, run)
 
-        def save() -> None:
-            write_atomically(str(folder), RECORD, json.dumps(record, indent=1).encode())
+    def save() -> None:
+        write_atomically(str(folder), RECORD, json.dumps(record, indent=1).encode())
 
-        for step in todo:
-            if step.name in record["seconds"] and step.output.exists():
-                continue
-            if step.name == TRAIN:  # a run that was killed behind its last checkpoint lacks the validation of that step
-                shutil.rmtree(step.output, ignore_errors=True)
-            record["settings"][step.name] = _settings(self.study, run, step)
-            save()
-            began = time.monotonic()
-            try:
-                self.start(step.name, folder / f"logs/{step.name}.log", [*step.program, *to_cli_args(step.flags)])
-            except (UserError, OSError) as error:
-                failed = {"step": step.name, "why": str(error)}
-                print(f"{run.name}: {step.name} failed: {error}", flush=True)
-                break
-            record["seconds"][step.name] = round(time.monotonic() - began, 1)
-            save()
-            print(f"{run.name}: {step.name} is done", flush=True)
-        record["failed"] = failed
+    for step in todo:
+        if step.name in record["seconds"] and step.output.exists():
+            continue
+        if step.name == TRAIN:  # a run that was killed behind its last checkpoint lacks the validation of that step
+            shutil.rmtree(step.output, ignore_errors=True)
+        record["settings"][step.name] = _settings(study, run, step)
         save()
+        began = time.monotonic()
+        try:
+            start(study.launch, step.name, folder / f"logs/{step.name}.log", [*step.program, *to_cli_args(step.flags)])
+        except (UserError, OSError) as error:
+            failed = {"step": step.name, "why": str(error)}
+            print(f"{run.name}: {step.name} failed: {error}", flush=True)
+            break
+        record["seconds"][step.name] = round(time.monotonic() - began, 1)
+        save()
+        print(f"{run.name}: {step.name} is done", flush=True)
+    record["failed"] = failed
+    save()
 
-    def start(self, name: str, log: Path, command: list[str]) -> None:
-        """Run a command, which ends with this process at the latest; raise a `UserError` if it fails."""
-        launch = self.study.launch
-        # Runs are judged one after the other, so that the judge has the threads of all parallel runs.
-        threads = launch.threads and launch.threads * (launch.parallel if name == GENERATION else 1)
-        env = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("w") as output:
-            done = subprocess.run(command, stdout=output, stderr=output, env=env, preexec_fn=end_with_parent)
-        if done.returncode:
-            lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-            errors = [line for line in lines if line.startswith("error: ")] or lines[-5:]
-            raise UserError(" / ".join(errors)[-600:] or f"the command ended with code {done.returncode}")
+
+def start(launch: Launch, name: str, log: Path, command: list[str]) -> None:
+    """Run a command, which ends with this process at the latest; raise a `UserError` if it fails."""
+    # Runs are judged one after the other, so that the judge has the threads of all parallel runs.
+    threads = launch.threads and launch.threads * (launch.parallel if name == GENERATION else 1)
+    env = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as output:
+        done = subprocess.run(command, stdout=output, stderr=output, env=env, preexec_fn=end_with_parent)
+    if done.returncode:
+        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith("error: ")] or lines[-5:]
+        raise UserError(" / ".join(errors)[-600:] or f"the command ended with code {done.returncode}")
 
 
 def write_index(study: Study) -> list[dict[str, Any]]:
