@@ -3,7 +3,6 @@
 uv run python inference.py --model_name models/tiny --prompt assets/tiny/prompt.wav --output_file continuation.wav
 """
 
-import time
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -65,8 +64,8 @@ class Options:
 
 def continue_speech(options: Options, sampling: SamplingOptions) -> None:
     """Continue speech; raise a `UserError` if the prompt, the model or an option cannot be used."""
-    file, num_samples, is_folder = options.output_file, sampling.num_samples, options.prompts is not None
-    is_prompt, text = options.prompt is not None or options.text is not None, options.text or ""
+    file, num_samples, text = options.output_file, sampling.num_samples, options.text or ""
+    is_folder, is_prompt = options.prompts is not None, (options.prompt, options.text) != (None, None)
     is_batch_wrong = options.batch_size is not None and (options.batch_size < 1 or not is_folder)
     problems = {
         "give a spoken --prompt, a --text, or both, or else a folder of --prompts": is_folder == is_prompt,
@@ -105,41 +104,35 @@ def continue_speech(options: Options, sampling: SamplingOptions) -> None:
 
 
 def _continue_prompt(model: SpeechModel, options: Options, sampling: SamplingOptions, files: list[Path]) -> None:
-    began, codec = time.perf_counter(), model.codec
+    codec = model.codec
     prompt_TQ = torch.zeros(0, codec.num_quantizers, dtype=torch.long)
     if options.prompt is not None:
         (prompt_TQ,) = encode_prompts(model, [read_prompt(options.prompt, codec)], sampling)
     if options.stream:
         drawn = decode(model, [Request(prompt_TQ, sampling.seed, options.text)], sampling.for_model(model), 1)
-        new_frames = [_stream(codec, prompt_TQ, drawn, files[0], began)]
+        samples = [_stream(codec, prompt_TQ, drawn, files[0])]
     else:
         samples = continue_codes(model, prompt_TQ, sampling, options.text)
-        new_frames = [len(codes_TQ) - len(prompt_TQ) for codes_TQ in samples]
-        for path, codes_TQ in zip(files, samples, strict=True):
-            if len(codes_TQ):
+    for path, codes_TQ in zip(files, samples, strict=True):
+        if len(codes_TQ):  # otherwise there is no audio to write
+            if not options.stream:
                 write_wav(path, Waveform(decode_long(codec, codes_TQ), codec.sample_rate_hz))
-    for path, num_new in zip(files, new_frames, strict=True):
-        prompt_seconds, new_seconds = len(prompt_TQ) / codec.frame_rate_hz, num_new / codec.frame_rate_hz
-        if prompt_seconds or num_new:  # otherwise there is no audio to write
-            print(f"{path}: {prompt_seconds:.2f} s of prompt, {new_seconds:.2f} s of continuation")
-        if not num_new:
+            seconds, all_seconds = len(prompt_TQ) / codec.frame_rate_hz, len(codes_TQ) / codec.frame_rate_hz
+            print(f"{path}: {seconds:.2f} s of prompt, {all_seconds - seconds:.2f} s of continuation")
+        if len(codes_TQ) == len(prompt_TQ):
             print("the model ended the speech at once; set --min_seconds, or end the prompt in mid-sentence")
 
 
-def _stream(codec: MimiCodec, prompt_TQ: torch.Tensor, drawn: Drawn, path: Path, began: float) -> int:
-    """Write a sample frame by frame, so that the file can be played while it grows; return the number of new frames."""
-    frames = (new[None] for _, new in drawn if isinstance(new, torch.Tensor))
-    decoding, spent = DecodingStream(codec), []
+def _stream(codec: MimiCodec, prompt_TQ: torch.Tensor, drawn: Drawn, path: Path) -> torch.Tensor:
+    """Write a sample frame by frame, so that the file can be played while it grows; return its codes_TQ."""
+    decoding, written = DecodingStream(codec), []
     with wav_writer(path, codec.sample_rate_hz) as file:
-        for codes_TQ in chain([prompt_TQ], frames):
+        for codes_TQ in chain([prompt_TQ], (new[None] for _, new in drawn if isinstance(new, torch.Tensor))):
             if len(codes_TQ):
                 file.write(decoding.decode(codes_TQ).clamp(-1, 1).numpy())
                 file.flush()
-            spent.append(time.perf_counter() - began)
-    if num_new := len(spent) - 1:
-        speed = num_new / codec.frame_rate_hz / spent[-1]
-        print(f"first new audio after {spent[1]:.2f} s; {speed:.2f} times real time")
-    return num_new
+            written.append(codes_TQ)
+    return torch.cat(written)
 
 
 if __name__ == "__main__":

@@ -23,14 +23,11 @@ def build_page(page: Path, generations: Path | None = None, study: Path | None =
         study: or TOML file of a study, whose runs with the first seed are shown
         num_prompts: number of prompts with audio, chosen by the hash of their names
     """
-    if num_prompts < 0:
-        raise UserError(f"--num_prompts is {num_prompts}; it must be 0 or more")
-    if (generations is None) == (study is None):
+    if generations is not None and study is None:
+        return write_html(f"Continuations in {generations}", continuations(generations, num_prompts), page)
+    if study is None or generations is not None:
         raise UserError("name either a --study or the folder of --generations")
-    if study is not None:
-        return write_html(f"Study {study.stem}", study_sections(study, num_prompts), page)
-    assert generations is not None
-    write_html(f"Continuations in {generations}", continuations(generations, num_prompts), page)
+    write_html(f"Study {study.stem}", study_sections(study, num_prompts), page)
 
 
 def study_sections(path: Path, num_prompts: int) -> list[Section]:

@@ -27,10 +27,6 @@ from llama_mimi.generation.speech_model import DecoderPrecision, SpeechModel
 from llama_mimi.report.pages import spectrogram
 
 CHUNK_SECONDS = 0.4  # new audio that is sent at once
-SHOWN_FRAMES = 24
-MAX_UPLOAD = "50mb"
-MAX_WAITING = 8  # requests in the queue; one more is refused
-DELETE_AFTER = (600, 3600)  # seconds between looks at uploads, and the age at which they are deleted
 
 
 def demo(
@@ -57,10 +53,10 @@ def demo(
     if shutil.which("ffmpeg") is None:
         raise UserError("the demo needs the program ffmpeg to stream audio; install it")
     model = load_speech_model(model_name, device=device, dtype=dtype)
-    app = build_app(gradio, model).queue(max_size=MAX_WAITING, default_concurrency_limit=1)
+    app = build_app(gradio, model).queue(max_size=8, default_concurrency_limit=1)  # a ninth waiting request is refused
     # Fonts of the browser: gradio's own would be downloaded.
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    options = {"share": False, "theme": theme, "footer_links": [], "max_file_size": MAX_UPLOAD}
+    options = {"share": False, "theme": theme, "footer_links": [], "max_file_size": "50mb"}
     try:
         app.launch(server_name=host, server_port=port, **options)
     except OSError as error:  # gradio raises it for every port that it cannot bind
@@ -80,7 +76,7 @@ def build_app(gradio: Any, model: SpeechModel) -> Any:
         except UserError as error:
             raise gradio.Error(without_folders(str(error))) from error
 
-    with gradio.Blocks(title="Llama-Mimi", delete_cache=DELETE_AFTER) as app:
+    with gradio.Blocks(title="Llama-Mimi", delete_cache=(600, 3600)) as app:  # uploads stay an hour
         gradio.Markdown("# Llama-Mimi\nRecord the beginning; the model continues it in the same voice.")
         with gradio.Row():
             with gradio.Column():
@@ -98,24 +94,21 @@ def build_app(gradio: Any, model: SpeechModel) -> Any:
                 status = gradio.Textbox(label="State", lines=2, elem_id="state")
                 gradio.Markdown("Spectrogram; the line marks the end of the prompt")
                 picture = gradio.Image(show_label=False, type="numpy", buttons=[])
-                gradio.Markdown(f"Tokens of the last {SHOWN_FRAMES} frames, newest first")
-                tokens = gradio.Textbox(show_label=False, lines=8, elem_id="tokens")
-        button.click(answer, [prompt, *sliders.values()], [sound, status, picture, tokens])
+        button.click(answer, [prompt, *sliders.values()], [sound, status, picture])
     return app
 
 
 def continued(model: SpeechModel, prompt: str, options: SamplingOptions) -> Iterator[tuple[Any, ...]]:
-    """Yield new audio as WAV, the state, the spectrogram and the newest tokens, after each chunk of new audio."""
+    """Yield new audio as WAV, the state and the spectrogram, after each chunk of new audio."""
     codec, began = model.codec, time.perf_counter()
     (prompt_TQ,) = encode_prompts(model, [read_prompt(prompt, codec)], options)
     decoding = DecodingStream(codec)
     audio = [decoding.decode(prompt_TQ)]  # audio of all frames; the first `num_sent` entries are sent
-    prompt_seconds = len(prompt_TQ) / codec.frame_rate_hz
-    frames, num_sent, first_spent = list(prompt_TQ), 0, 0.0
+    prompt_seconds, num_new, num_sent, first_spent = len(prompt_TQ) / codec.frame_rate_hz, 0, 0, 0.0
     for _, new in decode(model, [Request(prompt_TQ, options.seed)], options.for_model(model), 1):
         if not isinstance(new, FinishReason):
             audio.append(decoding.decode(new[None]))
-            frames.append(new)
+            num_new += 1
             if sum(map(len, audio[num_sent:])) < CHUNK_SECONDS * codec.sample_rate_hz:
                 continue
         sound = None
@@ -123,26 +116,19 @@ def continued(model: SpeechModel, prompt: str, options: SamplingOptions) -> Iter
             stream, samples_S = io.BytesIO(), torch.cat(audio[num_sent:]).clamp(-1, 1).numpy()
             soundfile.write(stream, samples_S, codec.sample_rate_hz, format="WAV", subtype="PCM_16")
             sound = stream.getvalue()
-        num_sent = len(audio)
-        spent = time.perf_counter() - began
+        num_sent, spent = len(audio), time.perf_counter() - began
         first_spent = first_spent or spent
-        new_seconds = len(frames) / codec.frame_rate_hz - prompt_seconds
+        new_seconds = num_new / codec.frame_rate_hz
         state = f"{new_seconds:.1f} s new after {spent:.1f} s; the first frame was sent after {first_spent:.1f} s"
         if isinstance(new, FinishReason):
             state += f". The end: {'</audio>' if new is FinishReason.EOS else 'the maximum length'}"
             state += f"; {note}" if (note := checkpoint_note(model, options)) else ""
-        colors = spectrogram(torch.cat(audio), codec.sample_rate_hz, prompt_seconds)
-        codes = [frame_Q.tolist() for frame_Q in reversed(frames[-SHOWN_FRAMES:])]
-        tokens = ["".join(f"<{code}_{level}>" for level, code in enumerate(frame)) for frame in codes]
-        yield sound, state, colors, "\n".join(tokens)
+        yield sound, state, spectrogram(torch.cat(audio), codec.sample_rate_hz, prompt_seconds)
 
 
 def without_folders(message: str) -> str:
-    """Return an error in which each absolute path is only its last part: visitors see no folders of this machine.
-
-    A path in quotes may have spaces. A quote follows a space or a bracket.
-    """
-    quoted = r"""(?<![^\s(\[])(['"])/(?:(?!\1).)*?([^/'"]*)/*\1"""
+    """Return an error in which each absolute path is only its last part: visitors see no folders of this machine."""
+    quoted = r"""(?<![^\s(\[])(['"])/(?:(?!\1).)*?([^/'"]*)/*\1"""  # a path in quotes may have spaces
     message = re.sub(quoted, r"\1\2\1", message)
     return re.sub(r"""(?<![^\s(\[=])/[^\s'"]*?([^\s/'",;:)\]]+)/*(?=[\s,;:)\]]|$)""", r"\1", message)
 

@@ -171,22 +171,12 @@ def build_states(job_config: Any, parallel_dims: ParallelDims, model: nn.Module)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizers.step()
-    tensors = {
-        "parameters": list(model.parameters()),
-        "gradients": [parameter.grad for parameter in model.parameters()],
-        "optimizer states": [
-            t for optimizer in optimizers for state in optimizer.state.values() for t in state.values()
-        ],
-    }
-    optimizers.zero_grad()
+    parameters, states = list(model.parameters()), [state for some in optimizers for state in some.state.values()]
+    tensors = {"parameters": parameters, "gradients": [parameter.grad for parameter in parameters]}
+    tensors["optimizer states"] = [tensor for state in states for tensor in state.values()]
     shards = {name: [t.to_local() if isinstance(t, DTensor) else t for t in found] for name, found in tensors.items()}
+    optimizers.zero_grad()
     return optimizers, {name: sum(shard.nbytes for shard in found) for name, found in shards.items()}
-
-
-def num_passes(job_config: Any, parallel_dims: ParallelDims) -> int:
-    """Return the number of forward passes of a step."""
-    per_pass = job_config.training.local_batch_size * parallel_dims.dp_replicate * parallel_dims.dp_shard
-    return max(1, job_config.training.global_batch_size // per_pass)
 
 
 def measure(job_config: Any, parallel_dims: ParallelDims, model: nn.Module) -> dict[str, int]:
@@ -197,11 +187,13 @@ def measure(job_config: Any, parallel_dims: ParallelDims, model: nn.Module) -> d
     train_context = dist_utils.get_train_context(has_loss_parallel)
     amp = dist_utils.maybe_enable_amp(parallel_dims, job_config.training.mixed_precision_param, DEVICE.type)
     inputs, labels, extra = make_batch(job_config)
+    per_pass = job_config.training.local_batch_size * parallel_dims.dp_replicate * parallel_dims.dp_shard
+    num_passes = max(1, job_config.training.global_batch_size // per_pass)  # of a step
     tracker = MemTracker()
     tracker.track_external(model, *optimizers, inputs, labels)
     with patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", untracked_shape), tracker:
         # From the second pass of a step on, gradients are in memory, too.
-        for _ in range(min(2, num_passes(job_config, parallel_dims))):
+        for _ in range(min(2, num_passes)):
             with train_context():
                 with amp:
                     pred = model(inputs, **extra)
@@ -213,23 +205,6 @@ def measure(job_config: Any, parallel_dims: ParallelDims, model: nn.Module) -> d
         optimizers.step()
     peak = tracker.get_tracker_snapshot("peak")[DEVICE]["Total"]
     return {**sizes, "activations, gathered weights, loss": peak - sum(sizes.values()), "peak": peak}
-
-
-def readable(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:,.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:,.2f} MB"
-
-
-def print_table(job_config: Any, parallel_dims: ParallelDims, vocab_size: int, memory: dict[str, int]) -> None:
-    meshes = parallel_dims.get_all_one_dimensional_meshes().items()
-    sequences = f"{job_config.training.local_batch_size} per GPU and pass"
-    rows = {
-        "model": f"{job_config.model.flavor}, {vocab_size:,} vocabulary entries",
-        "GPUs": f"{parallel_dims.world_size}",
-        "meshes": ", ".join(f"{name} {mesh.size()}" for name, mesh in meshes) or "none",
-        "activation checkpointing": job_config.activation_checkpoint.mode,
-        "sequences": f"{sequences}, {num_passes(job_config, parallel_dims)} passes per step",
-    } | {name: readable(num_bytes) for name, num_bytes in memory.items()}
-    print("| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items()), sep="\n")
 
 
 def main() -> None:
@@ -245,14 +220,19 @@ def main() -> None:
         with no_content():
             memory = measure(job_config, parallel_dims, model)
         vocab_size = llama_mimi.train_spec.build_speech_tokenizer(job_config).vocabulary.size
-    print_table(job_config, parallel_dims, vocab_size, memory)
+    meshes = parallel_dims.get_all_one_dimensional_meshes().items()
+    rows = {
+        "model": f"{job_config.model.flavor}, {vocab_size:,} vocabulary entries",
+        "meshes": ", ".join(f"{name} {mesh.size()}" for name, mesh in meshes) or "none",
+    } | {name: f"{num_bytes / 1e9:,.3f} GB" for name, num_bytes in memory.items()}
+    print("| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items()), sep="\n")
     torch.distributed.destroy_process_group()
-    needs = f"a GPU needs {readable(memory['peak'])} of {flags.gpu_gb:g} GB"
-    if memory["peak"] > flags.gpu_gb * 1e9:
-        batch = f"training.local_batch_size ({job_config.training.local_batch_size})"
-        print(f"does not fit: {needs}; lower {batch}, set activation_checkpoint.mode to 'full', or use more GPUs")
-        sys.exit(1)
-    print(f"fits: {needs}")
+    needs = f"a GPU needs {memory['peak'] / 1e9:,.2f} of {flags.gpu_gb:g} GB"
+    if memory["peak"] <= flags.gpu_gb * 1e9:
+        return print(f"fits: {needs}")
+    remedy = "lower training.local_batch_size, set activation_checkpoint.mode to 'full', or use more GPUs"
+    print(f"does not fit: {needs}; {remedy}")
+    sys.exit(1)
 
 
 if __name__ == "__main__":

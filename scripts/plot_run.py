@@ -85,9 +85,9 @@ def levels_of(run: Mapping[str, Series], total: str) -> list[tuple[str | None, S
     """Return label, series and colour of the levels of a loss, from dark to light; the first and last have a label."""
     prefix = f"{total.split('/')[0]}/level_"
     levels = sorted(int(tag.removeprefix(prefix)) for tag in run if tag.startswith(prefix))
-    names = {level: f"level {level}" if level in (levels[0], levels[-1]) else None for level in levels}
+    names = [f"level {level}" if level in (levels[0], levels[-1]) else None for level in levels]
     colors = pyplot().get_cmap("viridis")
-    return [(names[level], run[f"{prefix}{level}"], colors(0.9 * i / len(levels))) for i, level in enumerate(levels)]
+    return [(names[i], run[f"{prefix}{level}"], colors(0.9 * i / len(levels))) for i, level in enumerate(levels)]
 
 
 if __name__ == "__main__":

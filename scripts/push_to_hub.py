@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
@@ -53,10 +52,9 @@ def push_to_hub(
     """
     card = write_card(model_name, results)
     vars(card.data).update(model_name=repo.split("/")[-1], license=license, base_model=without_folders(base_model))
-    texts = {CARD: card.content}
-    for name in ("config.json", TRAINING_CONFIG):
-        if (config := read_json(str(model_name), name)) is not None:
-            texts[name] = json.dumps(without_folders(config), indent=2) + "\n"
+    configs = {name: read_json(str(model_name), name) for name in ("config.json", TRAINING_CONFIG)}
+    texts = {name: json.dumps(without_folders(config), indent=2) + "\n" for name, config in configs.items() if config}
+    texts[CARD] = card.content
     files = [path for path in visible_files(model_name, "*") if path.is_file() and path.name not in texts]
     if dry_run is not None:
         if dry_run.exists():
@@ -66,8 +64,7 @@ def push_to_hub(
             shutil.copyfile(path, dry_run / path.name)
         for name, text in texts.items():
             (dry_run / name).write_text(text)
-        names = sorted([*texts, *(path.name for path in files)])
-        return print(f"would be uploaded: {', '.join(names)}; see {dry_run}")
+        return print(f"would be uploaded: {', '.join(sorted(path.name for path in dry_run.iterdir()))}; see {dry_run}")
     api = HfApi()
     try:
         api.create_repo(repo, private=private, exist_ok=True)
@@ -75,8 +72,8 @@ def push_to_hub(
         for name, text in texts.items():
             api.upload_file(repo_id=repo, path_or_fileobj=text.encode(), path_in_repo=name)
     except (OSError, ValueError, HfHubHTTPError) as error:  # no network, a name that the hub refuses, no login
-        problem = f"'{model_name}' could not be uploaded to '{repo}' ({first_line(error)})"
-        raise UserError(f"{problem}; log in with `hf auth login`, or look at the upload with --dry_run") from error
+        remedy = "log in with `hf auth login`, or look at the upload with --dry_run"
+        raise UserError(f"the upload to '{repo}' failed ({first_line(error)}); {remedy}") from error
     print(f"{model_name} -> https://huggingface.co/{repo}")
 
 
@@ -89,13 +86,11 @@ def without_folders(value: Any) -> Any:
         return {key: without_folders(item) for key, item in value.items()}
     if isinstance(value, list):
         return [without_folders(item) for item in value]
-    if not isinstance(value, str):
-        return value
-    items = value.split(",")
-    for place, path in enumerate(map(str.strip, items)):
-        if path.startswith(("/", "~")) or "file://" in path or ".." in Path(path).parts:
-            items[place] = Path(path).name or path
-    return ",".join(items)
+    if isinstance(value, str) and "," in value:
+        return ",".join(map(without_folders, value.split(",")))
+    path = value.strip() if isinstance(value, str) else ""
+    is_local = path.startswith(("/", "~")) or "file://" in path or ".." in Path(path).parts
+    return Path(path).name or path if is_local else value
 
 
 def write_card(model: Path, folders: Sequence[Path]) -> ModelCard:
@@ -110,16 +105,8 @@ def write_card(model: Path, folders: Sequence[Path]) -> ModelCard:
         if (value := training.get(section, {}).get(setting)) is not None:
             facts[f"`{section}.{setting}`"] = f"`{value}`"
     items = read_results(folders).items
-    items = items[items["weights"] == sha256]
-    for path in (path for folder in folders for path in visible_files(folder, "**/index.jsonl")):
-        try:
-            lines = pd.read_json(path, lines=True)
-            for line in lines[lines["model_sha256"] == sha256].to_dict("records"):  # of a study
-                facts |= {"data (SHA-256)": f"`{line['data_sha256']}`", "training FLOPs": f"{line['flops']:.3g}"}
-        except (LookupError, TypeError, ValueError) as error:
-            raise UserError(f"'{path}' is not the index of a study ({error!r}); fix or remove it") from error
     sections = [Section("Training", tables=[Table(("", ""), list(facts.items()))])]
-    sections += [summary(some, title) for title, some in comparable_sets(items)]
+    sections += [summary(some, title) for title, some in comparable_sets(items[items["weights"] == sha256])]
     card = ModelCard.load(model / CARD)
     text = re.sub(r"`([^`\n]+)`", lambda match: f"`{without_folders(match[1])}`", card.text.strip())
     card.text = f"\n{text}\n\n#{to_markdown(sections)}"  # headings of the second level

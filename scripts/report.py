@@ -33,18 +33,16 @@ def report(
     for number, (title, items) in enumerate(comparable_sets(found.items), 1):
         picture = f"{output_file.stem}-{number}" if output_file else None
         sections.append(summary(items, title, picture))
-        systems = items["system"][~items["is_reference"]].unique()
-        if len(systems) > 1:
-            groups = {system: [system] for system in systems}
+        groups = {system: [system] for system in items["system"][~items["is_reference"]].unique()}
+        if len(groups) > 1:
             sections.append(comparison(items, f"Differences, {title}", groups, picture and f"{picture}-differences"))
             sections += sign_tests(items, f"Tests, {title}")
     legend = LEGEND if any(section.title.startswith("Differences") for section in sections) else ()
     sections = [Section("Results", legend, items=found.notes), *sections, *published_numbers(found.items, published)]
     if output_file is None:
-        print(to_markdown(sections))
-    else:
-        write_markdown(sections, output_file)
-        print(f"written to {output_file}")
+        return print(to_markdown(sections))
+    write_markdown(sections, output_file)
+    print(f"written to {output_file}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from llama_mimi.common.errors import UserError  # noqa: E402
 from llama_mimi.study.budget import step_flops  # noqa: E402
 from llama_mimi.study.config import read_study  # noqa: E402
 from llama_mimi.study.report import write_report  # noqa: E402
-from llama_mimi.study.run import StudyRunner, check_unchanged, read_record, write_index  # noqa: E402
+from llama_mimi.study.run import check_unchanged, judge, read_record, train_and_score, write_index  # noqa: E402
 
 
 def main(
@@ -50,23 +50,20 @@ def main(
         raise UserError(f"--tflops is {tflops} and --part {part}; they are positive and 0 to {len(runs) - 1}")
     if plan:
         print("| variant | FLOPs a step | steps | GPU hours |\n|---|---|---|---|")
-        total = 0.0
-        for variant in study.variants:
-            flops = step_flops(study.flags(variant), study.launch.nproc_per_node)
-            hours = flops * variant.steps / (tflops * 1e12 * 3600)
-            total += hours * len(study.seeds)
-            print(f"| {variant.name} | {flops:.3g} | {variant.steps:,} | {hours:,.2f} |")
-        return print(f"\n{len(runs)} runs: {total:,.1f} GPU hours of training")
+        flops = {v: step_flops(study.flags(v), study.launch.nproc_per_node) for v in study.variants}
+        hours = {v: number * v.steps / (tflops * 1e12 * 3600) for v, number in flops.items()}
+        for variant, number in flops.items():
+            print(f"| {variant.name} | {number:.3g} | {variant.steps:,} | {hours[variant]:,.2f} |")
+        return print(f"\n{len(runs)} runs: {sum(hours.values()) * len(study.seeds):,.1f} GPU hours of training")
     if slurm:  # an array of one job for each run, and a job behind it that judges and writes the report
         job = shlex.join([*study.launch.slurm, "scripts/study.slurm", str(file)])
         print(f"job=$(sbatch --parsable --array=0-{len(runs) - 1} {job})")
         return print(f"sbatch --dependency=afterany:$job {job}")
     if not report_only:
         check_unchanged(study)
-        runner = StudyRunner(study)
-        runner.train_and_score(runs if part is None else [runs[part]])
+        train_and_score(study, runs if part is None else [runs[part]])
         if part is None:
-            runner.judge()
+            judge(study)
         elif failed := read_record(study, runs[part])["failed"]:
             raise UserError(f"{failed['step']} failed: {failed['why']}; start --part {part} again")
         else:

@@ -98,8 +98,6 @@ def test_the_demo_plays_before_it_is_done(model_folder, tmp_path):
             state = page.locator("#state textarea").input_value()
             first, last = (float(re.search(rf"{text} ([\d.]+) s", state)[1]) for text in ("sent after", "new after"))
             assert first < last
-            tokens = page.locator("#tokens textarea").input_value().splitlines()
-            assert len(tokens) == 24 and all(re.fullmatch(r"(<\d+_0><\d+_1><\d+_2><\d+_3>)", line) for line in tokens)
             assert page.locator("img").count() >= 1 and errors == []
     finally:
         server.terminate()

@@ -14,7 +14,9 @@ import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+import timeit
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -94,14 +96,11 @@ def read_clips(reader: AudioReader, limit: int) -> Iterator[AudioClip]:
         yield clip
 
 
-def fetch(reader: AudioReader, seconds: float) -> float:
-    """Return the rate of reading the bytes of all rows, and of the files that rows name."""
-    start = time.perf_counter()
+def fetch(reader: AudioReader) -> Iterator[Any]:
+    """Read the bytes of all rows, and of the files that rows name."""
     for unit in range(len(reader.source.units)):
         for row in reader.source.rows(unit):
-            if isinstance(row["audio"], str):
-                Path(row["audio"]).read_bytes()
-    return seconds / (time.perf_counter() - start)
+            yield Path(row["audio"]).read_bytes() if isinstance(row["audio"], str) else row["audio"]
 
 
 def code_reader(flags: DataFlags, corpus: str) -> CodeCorpus:
@@ -127,16 +126,9 @@ def loader(
     )
 
 
-def rate_of(items: Iterator[Any], seconds: float) -> float:
-    """Return audio-seconds per second of an iterator."""
-    start = time.perf_counter()
-    for _ in items:
-        pass
-    return seconds / (time.perf_counter() - start)
-
-
-def read_all(reader: AudioReader, seconds: float) -> float:
-    return rate_of(read_clips(reader, 10**9), seconds)
+def rate_of(work: Callable[[], Iterable[Any]], seconds: float) -> float:
+    """Return audio-seconds per second of an iteration."""
+    return seconds / timeit.timeit(lambda: deque(work(), maxlen=0), number=1)
 
 
 def print_rates(flags: DataFlags, folder: Path) -> None:
@@ -145,15 +137,14 @@ def print_rates(flags: DataFlags, folder: Path) -> None:
     clips = list(read_clips(reader, flags.clips))
     seconds = sum(len(clip.samples_S) for clip in clips) / codec.sample_rate_hz
     frames = np.array([codec.num_frames(len(clip.samples_S)) for clip in clips])
-    methods: dict[str, Callable[[], float]] = {
-        "reading and resampling": lambda: rate_of(read_clips(reader, flags.clips), seconds)
-    }
+    methods = {"reading and resampling": partial(rate_of, partial(read_clips, reader, flags.clips), seconds)}
     for dtype in DTYPES:
         model = MimiCodec(flags.codec, flags.num_quantizers, DEVICE, DTYPES[dtype])
         for batch_size in (1, 4, 16):
             methods[f"encoding, {dtype}, {batch_size} clips at once"] = partial(encode, model, clips, batch_size)
-    methods[BASELINE] = lambda: rate_of(baseline(flags, codec, reader), seconds)
-    methods["online loader (pack)"] = lambda: token_rate(until_read(loader(flags, reader, 1, codec), len(clips)), codec)
+    methods[BASELINE] = partial(rate_of, partial(baseline, flags, codec, reader), seconds)
+    num_rows = max(1, round(frames.sum() * flags.num_quantizers / flags.seq_len))  # as many as the clips fill
+    methods["online loader (pack)"] = partial(token_rate, loader(flags, reader, 1, codec), codec, num_rows)
     for name, lengths in ((CODES, np.resize(frames, 4096)), (LONG_CODES, speech_lengths(4096))):
         corpus = write_codes(folder / name.replace(" ", "-"), flags.codec, [random_clips(lengths, codec.config)])
         batches = iter(loader(flags, code_reader(flags, corpus), 32))
@@ -166,26 +157,18 @@ def print_rates(flags: DataFlags, folder: Path) -> None:
     rate = {name: statistics.median(values) for name, values in results.items()}
     needed = GPU_TOKENS_PER_S / (codec.frame_rate_hz * flags.num_quantizers)
     print(f"\nshard loader / baseline: {rate[CODES] / rate[BASELINE]:,.0f} times (the corpus is encoded once)")
-    print(
-        f"fraction of a step of {GPU_TOKENS_PER_S:,} tokens/s that the shard loader takes: "
-        f"{100 * needed / rate[LONG_CODES]:.2f} % ({100 * needed / rate[CODES]:.2f} % with the clips of the corpus)\n"
-    )
+    percents = [f"{100 * needed / rate[name]:.2f} %" for name in (LONG_CODES, CODES)]
+    print(f"fraction of a step of {GPU_TOKENS_PER_S:,} tokens/s that the shard loader takes: {percents[0]}")
+    print(f"({percents[1]} with the clips of the corpus)\n")
 
 
 def encode(codec: MimiCodec, clips: list[AudioClip], batch_size: int) -> float:
     samples = sorted((clip.samples_S for clip in clips), key=len)
     batches = [samples[i : i + batch_size] for i in range(0, len(samples), batch_size)]
-    return rate_of(map(codec.encode, batches), sum(map(len, samples)) / codec.sample_rate_hz)
+    return rate_of(partial(map, codec.encode, batches), sum(map(len, samples)) / codec.sample_rate_hz)
 
 
-def until_read(batches: SpeechDataLoader, num_clips: int) -> Iterator[Any]:
-    for batch in batches:
-        yield batch
-        if batches._meter.num_clips >= num_clips:
-            return
-
-
-def token_rate(batches: Iterator[Any], codec: MimiCodec, limit: int | None = None) -> float:
+def token_rate(batches: Iterable[Any], codec: MimiCodec, limit: int) -> float:
     """Return audio-seconds per second of the next batches."""
     start = time.perf_counter()
     num_tokens = sum(int((labels_BL != IGNORE_INDEX).sum()) for _, labels_BL in itertools.islice(batches, limit))
@@ -212,8 +195,8 @@ def print_formats(flags: DataFlags, folder: Path) -> None:
         corpus = str(write(place, rows))
         reader = audio_reader(corpus, codec)
         seconds = sum(len(clip.samples_S) for clip in read_clips(reader, flags.clips)) / codec.sample_rate_hz
-        columns[0][name] = partial(fetch, reader, seconds)
-        columns[1][name] = partial(read_all, reader, seconds)
+        columns[0][name] = partial(rate_of, partial(fetch, reader), seconds)
+        columns[1][name] = partial(rate_of, partial(read_clips, reader, flags.clips), seconds)
         columns[2][name] = partial(tokenize, flags, corpus, folder, numbers)
     results = [alternate(methods, flags.repeats) for methods in columns]
     megabytes = sum(len(row["bytes"]) for row in rows) / 1e6
@@ -257,15 +240,13 @@ def print_sizes(flags: DataFlags, folder: Path) -> None:
     for number in (1000, 10_000, 100_000, 1_000_000):
         num_shards = max(1, round(number / CLIPS_PER_SHARD))
         corpus = write_codes(folder / f"size-{number}", flags.codec, [clips[:number]] * num_shards)
-        result = measure(probe, corpus_of_codes=corpus, **vars(flags))
-        print(
-            f"| {result['clips']:,} | {result['start_s']:.2f} s | {result['peak_mb']:,.0f} MB (before the loader "
-            f"{result['before_mb']:,.0f} MB) | {result['state_bytes']:,} bytes a rank |"
-        )
+        num_clips, start_s, before_mb, end_mb, state = measure(probe, corpus_of_codes=corpus, **vars(flags))
+        memory = f"{end_mb:,.0f} MB (before the loader {before_mb:,.0f} MB)"
+        print(f"| {num_clips:,} | {start_s:.2f} s | {memory} | {state:,} bytes a rank |")
 
 
-def probe(corpus_of_codes: str, **values: Any) -> dict[str, float]:
-    """Return memory, start-up and state of a loader of codes."""
+def probe(corpus_of_codes: str, **values: Any) -> tuple[int, float, float, float, int]:
+    """Return the clips of a loader of codes, its seconds of start-up, MB before and at the peak, and bytes of state."""
     flags = DataFlags(**values)
     flags.speech_tokenizer()
     before_mb, start = peak_mb(), time.perf_counter()
@@ -276,13 +257,7 @@ def probe(corpus_of_codes: str, **values: Any) -> dict[str, float]:
     start_s = time.perf_counter() - start
     for _ in range(300):
         next(iterator)
-    return {
-        "clips": int(reader.rows_per_unit.sum()),
-        "start_s": start_s,
-        "before_mb": before_mb,
-        "peak_mb": peak_mb(),
-        "state_bytes": len(batches.state_dict()["position"]),
-    }
+    return int(reader.rows_per_unit.sum()), start_s, before_mb, peak_mb(), len(batches.state_dict()["position"])
 
 
 if __name__ == "__main__":

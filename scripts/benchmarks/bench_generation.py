@@ -38,13 +38,9 @@ from llama_mimi.tokens.vocabulary import text_from_codes
 
 Q, PROMPT_FRAMES, TEMPERATURE, TOP_K = 4, 38, 0.8, 30
 TINY_CODEC = str(Path(__file__).parents[2] / "assets" / "tiny" / "mimi")
-SHAPES = {
-    "tiny": FLAVORS["tiny"],
-    "180M": LlamaMimiArgs(
-        dim=768, n_layers=12, n_heads=12, n_kv_heads=4, multiple_of=256, rope_theta=500000, enable_weight_tying=True
-    ),
-    "1B": FLAVORS["1B"],
-}
+LAYERS: dict[str, Any] = {"dim": 768, "n_layers": 12, "n_heads": 12, "n_kv_heads": 4, "multiple_of": 256}
+SHAPES = {"180M": LlamaMimiArgs(**LAYERS, rope_theta=500000, enable_weight_tying=True)}
+SHAPES |= {name: FLAVORS[name] for name in ("tiny", "1B")}
 Shape = Literal["tiny", "180M", "1B"]
 STOCK, BACKBONE, OURS, STREAMED = "stock `generate` and a mask", "backbone alone", "this loop", "this loop, streamed"
 
@@ -101,17 +97,10 @@ def bench_generation(
         print(f"peak memory of a stream of {seconds:g} s, tiny: {measure(stream_memory, seconds=seconds):,.0f} MB")
     for number in prompts:
         print(f"peak memory of {number} prompts, tiny: {measure(prompts_memory, num_prompts=number):,.0f} MB")
-    report = {
-        "device": device_name(),
-        "shape": shape,
-        "dtype": dtype,
-        "tokens_per_s": median[OURS],
-        "hf_generate_tokens_per_s": median[STOCK],
-        "ratio": median[OURS] / median[STOCK],
-        "real_time_factor": median[STREAMED] / real_time,
-        "seconds_to_first_audio": statistics.median(first_audio),
-    }
-    print(json.dumps(report))
+    report = {"device": device_name(), "shape": shape, "dtype": dtype, "tokens_per_s": median[OURS]}
+    report |= {"hf_generate_tokens_per_s": median[STOCK], "ratio": median[OURS] / median[STOCK]}
+    report["real_time_factor"] = median[STREAMED] / real_time
+    print(json.dumps(report | {"seconds_to_first_audio": statistics.median(first_audio)}))
 
 
 def random_model(shape: Shape, dtype: DecoderPrecision = "float32") -> FlattenedModel:
@@ -140,16 +129,12 @@ def sampling_of(new_frames: int) -> Sampling:
     return Sampling(new_frames, new_frames, 10**6, TEMPERATURE, TOP_K, 1.0)
 
 
-def synchronize() -> None:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-
-
 def rate(call: Callable[[], Any], num_tokens: int) -> float:
     """Return tokens per second."""
     start = time.perf_counter()
     call()
-    synchronize()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
     return num_tokens / (time.perf_counter() - start)
 
 

@@ -10,9 +10,8 @@ that should not be there, an image of that tone or, when the rate is lowered, an
 
 import io
 import statistics
-import time
+import timeit
 from collections.abc import Callable, Sequence
-from math import gcd
 from typing import Any
 
 import numpy as np
@@ -61,12 +60,7 @@ def bench_reading(
 
     def speed(function: Callable[..., Any], items: Sequence[Any], *args: int) -> float:
         """Return audio-seconds per second."""
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            for item in items:
-                function(item, *args)
-            times.append(time.perf_counter() - start)
+        times = timeit.repeat(lambda: [function(item, *args) for item in items], number=1, repeat=repeats)
         return seconds / statistics.median(times)
 
     print(f"| to {rate_hz:,} Hz from | audio-s/s | tone at 90 % | strongest other component |\n|---|---|---|---|")
@@ -76,8 +70,7 @@ def bench_reading(
         rate = speed(resample, at_rate, source_hz, rate_hz)
         print(f"| {source_hz:,} Hz | {rate:,.0f} | {gain_db:+.2f} dB | {stray_db:.0f} dB |", flush=True)
 
-    needed = GPU_TOKENS_PER_S / (4 * mimi.frame_rate_hz)
-    gflops = encoding_flops(num_quantizers) / 1e9
+    needed, gflops = GPU_TOKENS_PER_S / (4 * mimi.frame_rate_hz), encoding_flops(num_quantizers) / 1e9
     encoded = 1000 * GPU_TFLOPS / gflops / 2
     print(
         f"\nMimi encodes a second of audio in {gflops:.1f} GFLOPs ({num_quantizers} levels): {encoded:,.0f} audio-s/s"
@@ -101,9 +94,7 @@ def encoding_flops(num_quantizers: int, seconds: float = 10.0) -> float:
 
 
 def scipy_resample(samples_S: np.ndarray, from_hz: int, to_hz: int) -> np.ndarray:
-    divisor = gcd(from_hz, to_hz)
-    window = ("kaiser", 12.0)
-    return scipy.signal.resample_poly(samples_S, to_hz // divisor, from_hz // divisor, window=window).astype(np.float32)
+    return scipy.signal.resample_poly(samples_S, to_hz, from_hz, window=("kaiser", 12.0)).astype(np.float32)
 
 
 def quality(from_hz: int, to_hz: int) -> tuple[float, float]:

@@ -16,7 +16,7 @@ import os
 import statistics
 import sys
 import tempfile
-import time
+import timeit
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -88,7 +88,7 @@ def measure_shape(
     rates = {row: [run["useful_tokens_per_s"] for run in own] for row, own in runs.items() if own}
     plain = statistics.median(rates[PLAIN, ""]) if (PLAIN, "") in rates else None
     for (method, flags), own in runs.items():
-        cells = ["failed: see above", *[""] * 4]
+        cells = ["failed: see above", "", "", "", ""]
         if own:
             median = statistics.median(rates[method, flags])
             cells = [
@@ -106,16 +106,10 @@ def measure_shape(
     if profile:
         path = profile.with_stem(f"{profile.stem}-{shape}")
         measure(training_methods.measure_training, **job, method=OURS, flags=DEFAULT_FLAGS, profile=path)
-    rate = statistics.median(rates[ours])
-    return {
-        "shape": shape,
-        "num_layers": job["num_layers"],
-        "useful_tokens_per_s": rate,
-        "plain_loop_useful_tokens_per_s": plain,
-        "ratio_to_plain_loop": rate / plain if plain else None,
-        "mfu": runs[ours][0]["flops_per_token"] * rate / reference_flops,
-        "peak_memory_bytes": max(run["peak_memory_bytes"] for run in runs[ours]),
-    }
+    rate, peak = statistics.median(rates[ours]), max(run["peak_memory_bytes"] for run in runs[ours])
+    found = {"shape": shape, "num_layers": job["num_layers"], "useful_tokens_per_s": rate, "peak_memory_bytes": peak}
+    found |= {"plain_loop_useful_tokens_per_s": plain, "ratio_to_plain_loop": rate / plain if plain else None}
+    return found | {"mfu": runs[ours][0]["flops_per_token"] * rate / reference_flops}
 
 
 def most_layers(job: dict[str, Any]) -> int:
@@ -140,12 +134,7 @@ def measure_or_none(function: Callable[..., Any], **job: Any) -> Any:
 def matmul_flops() -> float:
     """Return the FLOP/s of a float32 matrix product on this CPU, the best of ten."""
     a, b = torch.randn(2, 2048, 2048)
-    times = []
-    for _ in range(10):
-        start = time.perf_counter()
-        a @ b
-        times.append(time.perf_counter() - start)
-    return 2 * 2048**3 / min(times)
+    return 2 * 2048**3 / min(timeit.repeat(lambda: a @ b, number=1, repeat=10))
 
 
 if __name__ == "__main__":

@@ -12,12 +12,13 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from threading import Lock
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -29,7 +30,7 @@ from llama_mimi.common.command_line import run_command
 from llama_mimi.common.errors import UserError
 
 RATE_HZ, MAX_SECONDS = 24_000, 20.0  # as in training
-FILES_PER_PROCESS = 500
+FILES_PER_PROCESS, FORKING = 500, Lock()
 # Formats that libsndfile writes and reads, and formats that PyAV writes and only FFmpeg reads.
 WAV_SUBTYPES = {
     **{"PCM_U8": 8_000, "PCM_16": 16_000, "PCM_24": 44_100, "PCM_32": 48_000, "FLOAT": 24_000, "DOUBLE": 22_050},
@@ -45,13 +46,10 @@ ODD_NUMBERS = (0, 1, 2, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x
 HEADER_BYTES = 256
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """Result of one file: "a clip" with its warnings, or a reason; seconds, and megabytes at the peak."""
-
-    kind: str
+class Outcome(NamedTuple):
+    kind: str  # "a clip" with its warnings, or a reason
     seconds: float
-    megabytes: float
+    megabytes: float  # more than before, at the peak
 
 
 def fuzz_audio(
@@ -66,17 +64,15 @@ def fuzz_audio(
     Args:
         speech: recording that is written and damaged
     """
-    fuzzer = Fuzzer(speech, seed)
+    fuzzer, slowest, largest = Fuzzer(speech, seed), 0.0, 0.0
     counts: Counter[str] = Counter()
-    slowest, largest = 0.0, 0.0
     for index, outcome in read_all(fuzzer, range(num_files), max_seconds):
-        kind = outcome.kind
         slowest, largest = max(slowest, outcome.seconds), max(largest, outcome.megabytes)
-        if outcome.seconds > max_seconds or outcome.megabytes > max_megabytes:
-            kind = "FAULT: too slow or too large"
+        is_large = outcome.seconds > max_seconds or outcome.megabytes > max_megabytes
+        kind = "FAULT: too slow or too large" if is_large else outcome.kind
         counts[kind] += 1
         if kind.startswith("FAULT"):
-            print(f"file {index} ({fuzzer.describe(index)}): {outcome}", flush=True)
+            print(f"file {index} ({fuzzer.content(index)[0]}): {outcome}", flush=True)
         if counts.total() % 1000 == 0:
             print(f"{counts.total():,} files", flush=True)
     print(f"\n| {num_files:,} files, seed {seed} | |\n|---|---|")
@@ -114,20 +110,15 @@ class Fuzzer:
         opus, vorbis = (self.originals[f"OGG {subtype}, 1 channels"] for subtype in ("OPUS", "VORBIS"))
         self.originals |= dict.fromkeys(("a chained Ogg", "another chained Ogg"), opus + vorbis + opus)
 
-    def content(self, index: int) -> bytes:
-        """Return the bytes of file ``index``."""
-        rng, contents = self._rng(index), list(self.originals.values())
-        content = bytearray(contents[rng.integers(len(contents))])
+    def content(self, index: int) -> tuple[str, bytes]:
+        """Return the format and the bytes of file ``index``."""
+        rng, contents = np.random.default_rng((self._seed, index)), list(self.originals.values())
+        original = rng.integers(len(contents))
+        content = bytearray(contents[original])
         for _ in range(rng.integers(1, 4)):
             mutation = MUTATIONS[rng.integers(len(MUTATIONS))]
             content = mutation(content or bytearray(1), rng, contents)
-        return bytes(content)
-
-    def describe(self, index: int) -> str:
-        return list(self.originals)[self._rng(index).integers(len(self.originals))]
-
-    def _rng(self, index: int) -> np.random.Generator:
-        return np.random.default_rng((self._seed, index))
+        return list(self.originals)[original], bytes(content)
 
 
 def written_by_ffmpeg(samples_SC: np.ndarray, form: str, codec: str, rate_hz: int) -> bytes:
@@ -182,66 +173,53 @@ def _splice(content: bytearray, rng: np.random.Generator, contents: Sequence[byt
 MUTATIONS = (_flip_bits, _cut, _set_header_field, _set_header_field, _swap_parts, _repeat_part, _splice)
 
 
-def read_one(content: bytes, path: Path | None) -> str:
-    """Return "a clip" with its warnings, or the reason of an `AudioError`; read from ``path`` if there is one."""
-    if path is not None:
-        path.write_bytes(content)
-    try:
-        waveform = read_audio(path or content, RATE_HZ, max_seconds=MAX_SECONDS, min_samples=1920)
-    except AudioError as error:
-        return error.reason
-    return ", ".join(["a clip", *waveform.audio_warnings])
-
-
 def read_all(
     fuzzer: Fuzzer, indices: Sequence[int], max_seconds: float, num_processes: int = os.cpu_count() or 1
 ) -> Iterator[tuple[int, Outcome]]:
     """Yield (index, outcome) of all files, read by processes that are replaced when one dies or hangs."""
+    parts = [indices[at : at + FILES_PER_PROCESS] for at in range(0, len(indices), FILES_PER_PROCESS)]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(num_processes) as pool:
+        for found in pool.map(lambda files: _read_watched(fuzzer, files, Path(folder), max_seconds), parts):
+            yield from found
+
+
+def _read_watched(fuzzer: Fuzzer, files: Sequence[int], folder: Path, max_seconds: float) -> list[tuple[int, Outcome]]:
     context = multiprocessing.get_context("fork")
-    queue = deque(list(indices[at : at + FILES_PER_PROCESS]) for at in range(0, len(indices), FILES_PER_PROCESS))
-    running: dict[Connection, tuple[Any, list[int], float]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        while queue or running:
-            while queue and len(running) < num_processes:
-                files = queue.popleft()
-                receiver, sender = context.Pipe(duplex=False)
-                process = context.Process(target=_read_files, args=(fuzzer, files, Path(folder), sender))
-                process.start()
-                sender.close()
-                running[receiver] = process, files, time.monotonic()
-            multiprocessing.connection.wait(list(running), timeout=0.5)
-            for receiver, (process, files, start) in list(running.items()):
-                seconds = time.monotonic() - start
-                if receiver.poll():
-                    try:
-                        outcome = receiver.recv()
-                        yield files[0], outcome
-                        running[receiver] = process, files[1:], time.monotonic()
-                        continue
-                    except EOFError:
-                        process.join()
-                        fault = f"FAULT: exit code {process.exitcode}"
-                elif seconds > 3 * max_seconds:  # a hang takes longer than a slow file, and the machine may be busy
-                    process.kill()
-                    process.join()
-                    fault = "FAULT: hung"
-                else:
-                    continue
-                del running[receiver]
-                if files:
-                    yield files[0], Outcome(fault, seconds, 0.0)
-                    queue.appendleft(files[1:])
+    found: list[tuple[int, Outcome]] = []
+    while left := files[len(found) :]:
+        with FORKING:  # no other child inherits the sender, whose end is an error of the receiver
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=_read_files, args=(fuzzer, left, folder, sender))
+            process.start()
+            sender.close()
+        fault = "hung"
+        try:  # a hang takes longer than a slow file, and the machine may be busy
+            while len(found) < len(files) and receiver.poll(3 * max_seconds):
+                found.append((files[len(found)], receiver.recv()))
+        except EOFError:
+            process.join()
+            fault = f"exit code {process.exitcode}"
+        process.kill()
+        process.join()
+        if len(found) < len(files):
+            found.append((files[len(found)], Outcome(f"FAULT: {fault}", 0.0, 0.0)))
+    return found
 
 
 def _read_files(fuzzer: Fuzzer, files: Sequence[int], folder: Path, sender: Connection) -> None:
     """Read files, every second one from disk, and send their outcomes."""
     path = folder / str(os.getpid())
     for index in files:
-        content = fuzzer.content(index)
+        _, content = fuzzer.content(index)
         Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak resident set
         before, start = peak_mb(), time.perf_counter()
         try:
-            kind = read_one(content, path if index % 2 else None)
+            if index % 2:
+                path.write_bytes(content)
+            waveform = read_audio(path if index % 2 else content, RATE_HZ, max_seconds=MAX_SECONDS, min_samples=1920)
+            kind = ", ".join(["a clip", *waveform.audio_warnings])
+        except AudioError as error:
+            kind = error.reason
         except BaseException as error:
             kind = f"FAULT: {type(error).__name__}: {error}"
         sender.send(Outcome(kind, time.perf_counter() - start, peak_mb() - before))

@@ -36,11 +36,7 @@ def write_stand_ins(folder: Path) -> None:
 
 
 def check_gpus(num_gpus: int = 1, steps: int = 20, output_dir: Path = Path("outputs/gpu_check")) -> None:
-    """Tokenise the corpus, then train on its codes and on its audio.
-
-    Raises:
-        UserError: there are fewer GPUs, or a run would be resumed or took no step.
-    """
+    """Tokenise the corpus, then train on its codes and on its audio."""
     if torch.cuda.device_count() < num_gpus:
         raise UserError(f"--num_gpus is {num_gpus}, but {torch.cuda.device_count()} GPUs are visible here")
 

@@ -101,10 +101,8 @@ def kill_until_finished(
 ) -> int:
     """Kill a command as often as wanted, then let it finish; return how often it finished.
 
-    Args:
-        command: its words, given the number of ranks and whether it is the last start.
-        output: folder, removed after each finish but the last.
-        check: called after every start; returns its state.
+    ``command`` gets the number of ranks, and whether it is the last start. ``output`` is removed after each finish but
+    the last. ``check`` returns the state after a start.
     """
     generator, log = random.Random(flags.seed), flags.folder / f"{flags.of}.log"
     shutil.rmtree(output, ignore_errors=True)
@@ -148,31 +146,21 @@ def kill_at(process: subprocess.Popen, seconds: float) -> bool:
         process.wait(timeout=seconds)
         return False
     os.kill(process.pid, signal.SIGSTOP)  # torchrun starts nothing more while its ranks are killed
-    pids = descendants(process.pid)
-    while pids:
-        for pid in reversed(pids):
+    parents, pids = living(), [process.pid]
+    for pid in pids:  # grows in the loop
+        pids += [child for child, parent in parents.items() if parent == pid]
+    while alive := living().keys() & set(pids):
+        for pid in alive:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        pids = [pid for pid in pids if is_alive(pid)]
     process.wait()
     return True
 
 
-def descendants(pid: int) -> list[int]:
-    listing = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
-    pairs = [tuple(map(int, line.split())) for line in listing.splitlines()]
-    pids = [pid]
-    for parent in pids:  # grows in the loop
-        pids += [child for child, its_parent in pairs if its_parent == parent]
-    return pids
-
-
-def is_alive(pid: int) -> bool:
-    """Return False for a process that has ended, also if nobody has waited for it yet."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+def living() -> dict[int, int]:
+    """Return the parents of all processes, without those that have ended and that nobody has waited for."""
+    listing = subprocess.run(["ps", "-eo", "pid=,ppid=,stat="], capture_output=True, text=True, check=True).stdout
+    return {int(pid): int(parent) for pid, parent, state in map(str.split, listing.splitlines()) if state[0] != "Z"}
 
 
 def tokenization(corpus: str, output_dir: Path, num_ranks: int) -> Command:
@@ -183,8 +171,6 @@ def tokenization(corpus: str, output_dir: Path, num_ranks: int) -> Command:
 def tokenize(flags: KillFlags) -> tuple[str, Path]:
     """Write the corpus in the wanted layout and its codes; return both."""
     corpus, codes = CORPUS, flags.folder / f"codes-{flags.layout}"
-    if flags.layout not in LAYOUTS:
-        raise UserError(f"--layout is '{flags.layout}'; choose one of {', '.join(LAYOUTS)}")
     if flags.layout != "parquet":
         folder = flags.folder / f"corpus-{flags.layout}"
         shutil.rmtree(folder, ignore_errors=True)
@@ -257,13 +243,13 @@ def kill_study(flags: KillFlags) -> tuple[str, bool]:
         return f"{len(list((killed / 'out' / 'results').rglob('official*.json')))} results"
 
     kill_until_finished(flags, lambda *_: ["scripts/study.py", killed / "study.toml"], killed / "out", check)
-    reports = [(folder / "out/report.md").read_text().replace(str(folder), "") for folder in (whole, killed)]
-    scores = []
+    results = []
     for folder in (whole, killed):
         index = map(json.loads, (folder / "out/index.jsonl").read_text().splitlines())
-        scores.append([{key: line[key] for key in ("run", "state", BITS)} for line in index])
-    is_right = reports[0] == reports[1] and scores[0] == scores[1]
-    return f"{len(scores[0])} runs, the report is {'the same' if is_right else 'different'}", is_right
+        scores = [{key: line[key] for key in ("run", "state", BITS)} for line in index]
+        results.append((scores, (folder / "out/report.md").read_text().replace(str(folder), "")))
+    is_right = results[0] == results[1]
+    return f"{len(results[0][0])} runs, the report is {'the same' if is_right else 'different'}", is_right
 
 
 def kill_training(flags: KillFlags) -> tuple[str, bool]:

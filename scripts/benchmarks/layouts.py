@@ -22,12 +22,7 @@ Rows = list[Row]
 
 
 def lossless_rows(corpus: str, limit: int, max_seconds: float) -> Rows:
-    """Return the first clips of a Parquet corpus as FLAC, which has the same samples in all formats, with labels.
-
-    Args:
-        corpus: path or glob of files with ``audio``, ``text`` and ``speaker``.
-        max_seconds: maximum length of a clip.
-    """
+    """Return the first clips of a Parquet corpus as FLAC, which has the same samples in all formats, with labels."""
     rows: Rows = []
     for path in find_files(corpus, (".parquet",)):
         for row in pq.read_table(path).slice(0, limit - len(rows)).to_pylist():

@@ -7,9 +7,8 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from copy import copy
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llama_mimi.train import Trainer  # first, as TorchTitan looks for its device when it is imported
 
@@ -47,30 +46,20 @@ ONE_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "1
 Step = Callable[[], tuple[int, int]]  # returns the useful tokens and the positions of a step
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A model and its batches; ``seconds_per_clip`` is the mean of simulated lengths."""
-
+class Shape(NamedTuple):
     args: LlamaMimiArgs
     text_entries: int
     codebook_size: int
     seq_len: int
     batch_size: int
-    seconds_per_clip: float
+    seconds_per_clip: float  # mean of simulated lengths
     steps: int
 
 
-MID = LlamaMimiArgs(
-    dim=512,
-    n_layers=8,
-    n_heads=8,
-    n_kv_heads=4,
-    multiple_of=64,
-    rope_theta=500000,
-    rope_scaling_args=LLAMA_3_2_ROPE,
-    enable_weight_tying=True,
-    depth=depth_args(dim=256, n_layers=2, n_heads=4, n_kv_heads=1, ffn_dim=2048),
-)
+LAYERS: dict[str, Any] = {"dim": 512, "n_layers": 8, "n_heads": 8, "n_kv_heads": 4, "multiple_of": 64}
+ROPE: dict[str, Any] = {"rope_theta": 500000, "rope_scaling_args": LLAMA_3_2_ROPE}
+DEPTH = depth_args(dim=256, n_layers=2, n_heads=4, n_kv_heads=1, ffn_dim=2048)
+MID = LlamaMimiArgs(**LAYERS, **ROPE, enable_weight_tying=True, depth=DEPTH)
 SHAPES = {
     "tiny": Shape(FLAVORS["tiny"], 512, 256, 256, 8, 3.3, 20),
     "mid": Shape(MID, 512, 2048, 1024, 2, 13.4, 6),
@@ -113,12 +102,11 @@ def measure_training(
             write_profile(step, Path(profile))
     except torch.OutOfMemoryError:
         return None
-    return {
-        "useful_tokens_per_s": useful / taken,
-        "useful_fraction": useful / positions,
-        "flops_per_token": model_flops(job_config),
-        "peak_memory_bytes": memory_bytes(),
-    }
+    found = {"useful_tokens_per_s": useful / taken, "useful_fraction": useful / positions}
+    found["peak_memory_bytes"], args = memory_bytes(), model_args(job_config)
+    with torch.device("meta"):
+        _, flops = args.get_nparams_and_flops(build_model(args), job_config.training.seq_len)
+    return found | {"flops_per_token": flops}
 
 
 def training_flags(shape: str, folder: Path, method: str) -> list[str]:
@@ -228,9 +216,8 @@ def csm_loop(job_config: Any, method: str) -> Step:
     def loss() -> tuple[torch.Tensor, int, int]:
         labels_BLQ = torch.full((B, L, NUM_QUANTIZERS), IGNORE_INDEX)
         for row in range(B):
-            frames_TQ = torch.from_numpy(next(clips).astype(np.int64))
-            frames_TQ = torch.cat([frames_TQ, torch.full((1, NUM_QUANTIZERS), K)])[: L - P]
-            labels_BLQ[row, P : P + len(frames_TQ)] = frames_TQ
+            frames_TQ = torch.from_numpy(np.pad(next(clips).astype(np.int64), ((0, 1), (0, 0)), constant_values=K))
+            labels_BLQ[row, P : P + len(frames_TQ)] = frames_TQ[: L - P]
         labels_BLQ = labels_BLQ.to(DEVICE)
         is_frame_BL = labels_BLQ[..., 0] != IGNORE_INDEX
         mask_BL = is_frame_BL.long()
@@ -272,13 +259,6 @@ def model_args(job_config: Any) -> LlamaMimiArgs:
     args = copy(FLAVORS[job_config.model.flavor])
     args.update_from_config(job_config)
     return args
-
-
-def model_flops(job_config: Any) -> float:
-    """Return the training FLOPs of a token."""
-    args = model_args(job_config)
-    with torch.device("meta"):
-        return args.get_nparams_and_flops(build_model(args), job_config.training.seq_len)[1]
 
 
 def measure_loss(method: str) -> dict[str, float]:

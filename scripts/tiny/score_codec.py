@@ -24,6 +24,7 @@ from llama_mimi.common.command_line import run_command
 from llama_mimi.common.files import write_atomically
 from llama_mimi.common.versions import versions
 from llama_mimi.evaluation.statistics import wilson_interval
+from llama_mimi.report.document import pyplot
 
 WORD_PARTS = 5  # parts of a word with means of their own, because the order of sounds makes the word
 DYNAMIC_RANGE_DB = 70.0  # of the spectrograms
@@ -47,12 +48,7 @@ def perplexities(codes_TQ: torch.Tensor, codebook_size: int) -> list[float]:
 
 def draw_spectrograms(path: Path, clips: dict[str, torch.Tensor], sample_rate_hz: int, title: str) -> None:
     """Write a PNG with one spectrogram per clip (S,), on one scale of time, frequency and level."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(len(clips), 1, figsize=(9, 1.7 * len(clips)), sharex=True, layout="constrained")
+    figure, axes = pyplot().subplots(len(clips), 1, figsize=(9, 1.7 * len(clips)), sharex=True, layout="constrained")
     images = []
     for axis, (name, samples_S) in zip(axes, clips.items(), strict=True):
         *_, image = axis.specgram(samples_S, NFFT=1024, noverlap=784, Fs=sample_rate_hz, cmap="magma")
@@ -66,16 +62,6 @@ def draw_spectrograms(path: Path, clips: dict[str, torch.Tensor], sample_rate_hz
     figure.suptitle(title, fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=90)
-
-
-def print_table(rows: dict[str, dict[str, float]], num_clips: int, num_words: int) -> None:
-    print("| | log-mel distance | spectral convergence | speaker | word |\n|---|---|---|---|---|")
-    for name, row in rows.items():
-        cells = [f"{row['log_mel_distance']:.3f}", f"{row['spectral_convergence']:.3f}"]
-        for kind, count in (("speaker", num_clips), ("word", num_words)):
-            low, high = wilson_interval(row[kind], count)
-            cells.append(f"{100 * row[kind]:.1f} % ({100 * low:.0f} to {100 * high:.0f})")
-        print(f"| {name} | {' | '.join(cells)} |")
 
 
 def score_codec(
@@ -136,7 +122,13 @@ def score_codec(
     counts = {name: len(clips) for name, clips in numbers.items()}
     report = {"codec": codec, "rows": rows, "perplexity": used, "counts": counts, "versions": versions()}
     write_atomically(str(output_file.parent), output_file.name, (json.dumps(report, indent=1) + "\n").encode())
-    print_table(rows, len(held_out), len(words))
+    print("| | log-mel distance | spectral convergence | speaker | word |\n|---|---|---|---|---|")
+    for name, row in rows.items():
+        cells = [f"{row['log_mel_distance']:.3f}", f"{row['spectral_convergence']:.3f}"]
+        for kind, count in (("speaker", len(held_out)), ("word", len(words))):
+            low, high = wilson_interval(row[kind], count)
+            cells.append(f"{100 * row[kind]:.1f} % ({100 * low:.0f} to {100 * high:.0f})")
+        print(f"| {name} | {' | '.join(cells)} |")
     print(f"\nPerplexity per level, of {mimi.codebook_size}: {', '.join(f'{value:.0f}' for value in used)}.")
     print(", ".join(f"{name} {count}" for name, count in counts.items()) + ".")
 

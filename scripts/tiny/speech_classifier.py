@@ -4,7 +4,7 @@ Shapes: S samples, F spectral windows, B mel bands, C cepstral coefficients.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -25,28 +25,16 @@ ENERGY_FRACTION = 0.99  # of the mean magnitude spectrum; bands above it are lef
 COLUMNS = ["audio", "speaker", "text"]
 
 
-@dataclass(frozen=True)
-class LabelledClip:
-    """A clip with its speaker and text."""
-
+class LabelledClip(NamedTuple):
     samples_S: torch.Tensor
     speaker: str
     text: str
 
 
 def read_clips(corpus: str, sample_rate_hz: int) -> list[LabelledClip]:
-    """Read the clips of a folder, Parquet path or glob with the columns audio, speaker and text.
-
-    Raises:
-        UserError: there is no such file or column, or a clip cannot be used.
-    """
-    files = find_files(corpus, (".parquet",))
-    if not files:
-        raise UserError(f"no Parquet file matches '{corpus}'; name a folder, a path or a glob")
+    """Read the clips of a folder, Parquet path or glob with the columns audio, speaker and text."""
     clips = []
-    for file in files:
-        if missing := set(COLUMNS) - set(pq.read_schema(file).names):
-            raise UserError(f"'{file}' has no column {', '.join(sorted(missing))}; name a corpus with speaker and text")
+    for file in find_files(corpus, (".parquet",)):
         for index, row in enumerate(pq.read_table(file, columns=COLUMNS).to_pylist()):
             source = row["audio"]["bytes"] or row["audio"]["path"]
             waveform = read_audio(source, sample_rate_hz, name=f"row {index} of {file}", min_samples=WINDOW)
@@ -55,22 +43,17 @@ def read_clips(corpus: str, sample_rate_hz: int) -> list[LabelledClip]:
 
 
 class SpeechClassifier:
-    """Logistic regression on mean MFCCs.
+    """Logistic regression on mean MFCCs of original recordings; each of ``num_parts`` equal parts has its own means.
 
     Deviations over time are left out: they identify originals as well, and reconstructions far worse
     (scripts/benchmarks/LEDGER.md).
-
-    Args:
-        clips: original recordings to train on.
-        labels: one class per clip, at least two different ones.
-        num_parts: number of equal parts of a clip with means of their own.
     """
 
     def __init__(
         self, clips: Sequence[LabelledClip], labels: Sequence[str], sample_rate_hz: int, *, num_parts: int = 1
     ) -> None:
         if len(set(labels)) < 2:
-            raise UserError(f"the {len(clips)} clips have one label ('{labels[0]}'); name a corpus with two or more")
+            raise UserError(f"the {len(clips)} clips have one label or none; name a corpus with two or more")
         self.num_parts = num_parts
         # Recordings at a low rate have empty upper bands, whose coefficients would describe the codec's noise.
         spectrum = torchaudio.transforms.Spectrogram(WINDOW, hop_length=HOP, power=1.0)

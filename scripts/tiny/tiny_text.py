@@ -89,11 +89,6 @@ def render(words: list[str]) -> str:
     return text[0].upper() + text[1:] + "."
 
 
-def words_of(text: str) -> list[str]:
-    """Return the lower-case words of a text, without punctuation."""
-    return re.findall(r"[a-z]+", text.lower())
-
-
 class SentenceMaker:
     """Generator of sentences, none of them twice, for the corpus and the benchmarks."""
 
@@ -137,9 +132,8 @@ class SentenceMaker:
             thing, other, third = rng.sample(topic.objects, 3)
             verb, verb2, verb3 = rng.sample(topic.verbs, 3)
             adjective = rng.choice(topic.adjectives)
-            story = (
-                f"The {agent} {verb} the {thing}. Then the {agent} {verb2} {article(adjective)} {adjective} {other}."
-            )
+            story = f"The {agent} {verb} the {thing}. Then the {agent} {verb2} "
+            story += f"{article(adjective)} {adjective} {other}."
             if story in self.seen:
                 continue
             self.seen.add(story)

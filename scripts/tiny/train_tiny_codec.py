@@ -49,11 +49,9 @@ class CodecFlags:
         corpus: name, folder, or Parquet path or glob to train on
         validation_corpus: held-out clips
         output_dir: folder of the run
-        steps: optimizer steps
         batch_size: crops of 0.96 s per step
         codebook_size: codes of a level, a power of 2
         learning_rate: peak
-        seed: seed of weights, order and crops
     """
 
     corpus: str
@@ -173,22 +171,13 @@ class CodecRun:
         """Export the codec with a record of its training, then replace the checkpoint."""
         folder = self.flags.output_dir / "codec"
         tiny.save_half(self.model, folder)
-        record = {
-            "command": shlex.join(["uv", "run", "python", *sys.argv]),
-            "corpus": self.flags.corpus,
-            "steps": self.step,
-            "starts": self.starts,
-            "versions": {name: number for name, number in versions().items() if name != "commit"},
-        }
+        command = shlex.join(["uv", "run", "python", *sys.argv])
+        record = {"command": command, "corpus": self.flags.corpus, "steps": self.step, "starts": self.starts}
+        record["versions"] = {name: number for name, number in versions().items() if name != "commit"}
         (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
-        state = {
-            "settings": self.settings,
-            "step": self.step,
-            "starts": self.starts,
-            "position": dataclasses.asdict(self.order.position),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
+        state = {"settings": self.settings, "step": self.step, "starts": self.starts}
+        state |= {"position": dataclasses.asdict(self.order.position)}
+        state |= {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         torch.save(state, self.path.with_suffix(".tmp"))
         os.replace(self.path.with_suffix(".tmp"), self.path)
 

@@ -47,20 +47,10 @@ LOG_EVERY = 50  # steps
 # Steps, clips per step and peak learning rate.
 RECIPES = {"recogniser": (2500, 8, 1.5e-3), "speaker_encoder": (1500, 16, 4e-4)}
 # Frames of 25 ms every 5 ms, then of 20 ms, as in wav2vec 2.0. The first layer is a fixed filter bank.
-FRONT_END = {
-    "conv_kernel": (400, 3, 3),
-    "conv_stride": (80, 2, 2),
-    "feat_extract_norm": "layer",
-    "conv_bias": True,
-    "do_stable_layer_norm": True,
-    "num_conv_pos_embeddings": 32,
-    "num_conv_pos_embedding_groups": 8,
-    "num_attention_heads": 4,
-    "hidden_dropout": 0.1,
-    **dict.fromkeys(
-        ("attention_dropout", "activation_dropout", "final_dropout", "feat_proj_dropout", "layerdrop"), 0.0
-    ),
-}
+FRONT_END = {"conv_kernel": (400, 3, 3), "conv_stride": (80, 2, 2), "feat_extract_norm": "layer", "conv_bias": True}
+FRONT_END |= {"do_stable_layer_norm": True, "num_conv_pos_embeddings": 32, "num_conv_pos_embedding_groups": 8}
+FRONT_END |= {"num_attention_heads": 4, "hidden_dropout": 0.1, "attention_dropout": 0.0, "activation_dropout": 0.0}
+FRONT_END |= {"final_dropout": 0.0, "feat_proj_dropout": 0.0, "layerdrop": 0.0}
 Batch = dict[str, torch.Tensor]
 
 
@@ -105,21 +95,11 @@ def at_speeds(clips: Sequence[LabelledClip]) -> list[tuple[LabelledClip, float]]
 
 def recogniser(clips: Sequence[LabelledClip]) -> tuple[transformers.PreTrainedModel, Callable[[int], Batch]]:
     """Return a model that recognises letters, and a function that draws a batch of a given size."""
-    config = transformers.Wav2Vec2Config(
-        **FRONT_END,
-        vocab_size=len(VOCABULARY),
-        hidden_size=160,
-        num_hidden_layers=4,
-        intermediate_size=480,
-        conv_dim=(160, 160, 160),
-        mask_time_prob=0.1,
-        mask_time_length=5,
-        mask_feature_prob=0.1,
-        mask_feature_length=10,
-        pad_token_id=VOCABULARY[PAD],
-        ctc_loss_reduction="mean",
-        ctc_zero_infinity=True,
-    )
+    shape = {"hidden_size": 160, "num_hidden_layers": 4, "intermediate_size": 480, "conv_dim": (160, 160, 160)}
+    masks = {"mask_time_prob": 0.1, "mask_time_length": 5, "mask_feature_prob": 0.1, "mask_feature_length": 10}
+    loss = {"ctc_loss_reduction": "mean", "ctc_zero_infinity": True}
+    entries = {"vocab_size": len(VOCABULARY), "pad_token_id": VOCABULARY[PAD]}
+    config = transformers.Wav2Vec2Config(**FRONT_END, **shape, **masks, **loss, **entries)
     labelled = [
         (clip.samples_S, torch.tensor([VOCABULARY[letter] for letter in normalize(clip.text).replace(" ", SPACE)]))
         for clip, _ in at_speeds(clips)
@@ -137,17 +117,9 @@ def speaker_encoder(clips: Sequence[LabelledClip]) -> tuple[transformers.PreTrai
     """Return an x-vector model that classifies voices and speeds, and a function that draws a batch of a given size."""
     changed = at_speeds(clips)
     voices = sorted({(clip.speaker, speed) for clip, speed in changed})
-    config = transformers.WavLMConfig(
-        **FRONT_END,
-        hidden_size=128,
-        num_hidden_layers=1,
-        intermediate_size=384,
-        conv_dim=(160, 128, 128),
-        tdnn_dim=(128, 128, 128, 128, 256),
-        xvector_output_dim=128,
-        apply_spec_augment=False,
-        num_labels=len(voices),
-    )
+    shape = {"hidden_size": 128, "num_hidden_layers": 1, "intermediate_size": 384, "conv_dim": (160, 128, 128)}
+    shape |= {"tdnn_dim": (128, 128, 128, 128, 256), "xvector_output_dim": 128}
+    config = transformers.WavLMConfig(**FRONT_END, **shape, apply_spec_augment=False, num_labels=len(voices))
     labelled = [(clip.samples_S, voices.index((clip.speaker, speed))) for clip, speed in changed]
 
     def draw(batch_size: int) -> Batch:
@@ -178,9 +150,6 @@ def train_listener(
         steps: optimizer steps; default: that of the recipe, as for the next two
         batch_size: clips per step
         learning_rate: peak
-
-    Raises:
-        UserError: the corpus cannot be used, or the loss is not finite.
     """
     for set_seed in (random.seed, np.random.seed, torch.manual_seed):  # NumPy draws the masks of the ASR model
         set_seed(1)

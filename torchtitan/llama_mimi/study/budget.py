@@ -25,11 +25,8 @@ def resolved(flags: Mapping[str, Any]) -> Any:
 def step_flops(flags: Mapping[str, Any], num_ranks: int) -> float:
     """Return the FLOPs of a training step: 6 for each weight that a position is multiplied with, and attention.
 
-    Rows count in full, with padding, and attention is over the whole row.
-
-    Args:
-        flags: settings of training; a `UserError` refuses one.
-        num_ranks: ranks that share a step, if the flags do not set its global batch.
+    Rows count in full, with padding, and attention is over the whole row. The number of ranks counts if the flags do
+    not set the global batch.
     """
     training = resolved(flags).training
     rows = training.global_batch_size if training.global_batch_size > 0 else training.local_batch_size * num_ranks
@@ -43,7 +40,7 @@ def _row_flops(words: tuple[str, ...]) -> float:
         write_missing(config, Path(folder))
         args = LlamaMimiArgs(**vars(FLAVORS[config.model.flavor]))
         args.update_from_config(config)
-    seq_len, is_flattened = config.training.seq_len, config.model.architecture == "flattened"
     with torch.device("meta"):
-        _, flops_per_target = args.get_nparams_and_flops(build_model(args), seq_len)
-    return seq_len * flops_per_target * (1 if is_flattened else args.targets_per_frame)
+        _, flops_per_target = args.get_nparams_and_flops(build_model(args), config.training.seq_len)
+    is_flattened = config.model.architecture == "flattened"
+    return config.training.seq_len * flops_per_target * (1 if is_flattened else args.targets_per_frame)

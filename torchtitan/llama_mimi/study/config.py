@@ -17,18 +17,16 @@ from llama_mimi.tokens.vocabulary import Architecture
 from llama_mimi.training.config_file import fits
 
 Flags = dict[str, Any]
-# The axes of a study and their names for readers, and the types of the keys of sections.
-AXES = {"architecture": "{}", "flavor": "{}", "num_quantizers": "Q = {}", "level_weights": "weights {}"}
+AXES = {"architecture": "{}", "flavor": "{}", "num_quantizers": "Q = {}", "level_weights": "weights {}"}  # for readers
 AXES |= {"steps": "{:,} steps"}
-LISTS: Flags = {"architecture": list[Architecture], "flavor": list[str], "num_quantizers": list[int]}
+LISTS: Flags = {"architecture": list[Architecture], "flavor": list[str], "num_quantizers": list[int]}  # types of keys
 LISTS |= {"level_weights": list[str]}
 # Settings of training, and flags of the scripts in eval/, that an axis or the study itself sets.
 OWN = {"model.architecture", "model.flavor", "codec.num_quantizers", "loss.level_weights", "job.config_file"}
 OWN |= {"job.dump_folder", "checkpoint.folder", "debug.seed", "model_name", "output_dir", "codes_dir", "name"}
 
 
-@dataclass(frozen=True)
-class Variant:
+class Variant(NamedTuple):
     """A model that is trained with every seed; its fields are the axes of a study."""
 
     architecture: Architecture
@@ -91,7 +89,7 @@ class Study:
     benchmarks: dict[Literal["salmon", "sLM21", "sStoryCloze"], Flags] = field(default_factory=dict)
     generation: Flags = field(default_factory=dict)  # flags of eval/generation.py; empty: nothing is judged
     tables: tuple[Table, ...] = ()
-    result_files: dict[str, str] = field(default_factory=dict)  # names of the benchmarks' result files
+    result_files: dict[str, str] = field(default_factory=dict)  # their names, of each benchmark
 
     @property
     def variants(self) -> list[Variant]:
@@ -102,18 +100,10 @@ class Study:
     def runs(self) -> list[Run]:
         return [Run(variant, seed) for variant in self.variants for seed in self.seeds]
 
-    def label(self, run: Run) -> str:
-        """Return the name of a run for readers, such as "hierarchical, Q = 4, seed 0"."""
-        return f"{Table('', tuple(self.variants)).label(run.variant)}, seed {run.seed}"
-
     def flags(self, variant: Variant) -> Flags:
         """Return the training settings of a variant, except its steps and seed."""
-        flags: Flags = {
-            "job.config_file": self.config[variant.architecture],
-            "model.flavor": variant.flavor,
-            "codec.num_quantizers": variant.num_quantizers,
-            "loss.level_weights": variant.level_weights,
-        }
+        flags: Flags = {"job.config_file": self.config[variant.architecture], "model.flavor": variant.flavor}
+        flags |= {"codec.num_quantizers": variant.num_quantizers, "loss.level_weights": variant.level_weights}
         if variant.architecture == "flattened":  # a row has the same audio for every Q
             base = resolved({"job.config_file": flags["job.config_file"]})
             for section in ("training", "validation"):
@@ -123,8 +113,8 @@ class Study:
         for override in self.override:
             flags |= override["settings"] if applies(override, variant) else {}
         try:
-            return {k: v.format_map(vars(variant)) if isinstance(v, str) else v for k, v in flags.items()}
-        except (LookupError, ValueError) as error:
+            return {k: v.format_map(variant._asdict()) if isinstance(v, str) else v for k, v in flags.items()}
+        except (AttributeError, LookupError, ValueError) as error:
             raise UserError(f"settings use {error} in braces; the axes are {', '.join(AXES)}") from error
 
 
@@ -186,7 +176,7 @@ def _variants(study: Study, grid: Flags) -> tuple[Variant, ...]:
             flags = study.flags(variant)
             budgets = [some / step_flops(flags, study.launch.nproc_per_node) for some in grid.get("flops", [])]
             steps = [*grid.get("steps", []), *map(round, budgets)] or [resolved(flags).training.steps]
-            found += [replace(variant, steps=number) for number in steps]
+            found += [variant._replace(steps=number) for number in steps]
     return tuple(dict.fromkeys(found))
 
 
@@ -194,7 +184,8 @@ def _check(study: Study) -> None:
     """Refuse values that have the right type and cannot be run, before anything is trained."""
     launch, sections = study.launch, [study.settings, study.generation, *study.benchmarks.values()]
     own = OWN & set().union(*sections, *(some["settings"] for some in study.override))
-    unused = [some for some in study.override if not any(applies(some, variant) for variant in study.variants)]
+    values = [{**some, axis: [value]} for some in study.override for axis in some.keys() & AXES for value in some[axis]]
+    unused = [some for some in values if not any(applies(some, variant) for variant in study.variants)]
     configs = [resolved(study.flags(v) | {"training.steps": v.steps}) for v in study.variants]
     is_unknown_batch = launch.train and any(config.training.global_batch_size < 1 for config in configs)
     for is_wrong, message in (

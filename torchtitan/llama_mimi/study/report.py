@@ -20,18 +20,26 @@ ABOUT_BITS = (
     "Bits are over the tokens that can stand at a position: the codes of its level and, between frames, `</audio>`. "
     "Bits of models with different numbers of levels do not compare."
 )
-Lines = Sequence[Mapping[str, Any]]
+Lines = Sequence[Mapping[str, Any]]  # of the index
 
 
 def write_report(study: Study, lines: Lines) -> Path:
-    """Write the report and its pictures into the study's folder, and return its path; `lines` are the index."""
+    """Write the report and its pictures into the study's folder, and return its path."""
     write_markdown(sections(study, lines), study.output_dir / REPORT)
     return study.output_dir / REPORT
 
 
 def sections(study: Study, lines: Lines) -> list[Section]:
     """Return the sections of the report; raise a `UserError` if a result cannot be read."""
-    items = _with_bits(_collect_results(study), lines)
+    items = _collect_results(study)
+    same = {"item": "", "sample": 0, "conditions": "", "weights": "", "data": "", "is_reference": False}
+    same["data_kind"] = items["data_kind"].iloc[0] if items["data_kind"].nunique() == 1 else "other"
+    bits = [  # a measure without items for each number of levels
+        same | {"system": line["run"], "measure": f"{BITS}{line['num_quantizers']}", "value": line[BITS_KEY]["all"]}
+        for line in lines
+        if line.get(BITS_KEY)
+    ]
+    items = pd.concat([items, pd.DataFrame(bits)], ignore_index=True) if bits else items
     commits = sorted({line["commit"] for line in lines if line["commit"]})
     missing = [line for line in lines if line["state"] != "done"]
     about = (
@@ -66,16 +74,3 @@ def _collect_results(study: Study) -> pd.DataFrame:
             raise UserError(f"{problem}; restore the files, or remove it")
     write_atomically(str(study.output_dir), RESULTS, found.to_parquet(None, compression="zstd", index=False))
     return found
-
-
-def _with_bits(items: pd.DataFrame, lines: Lines) -> pd.DataFrame:
-    """Add the bits of runs, a measure without items for each number of levels."""
-    kinds = items["data_kind"].unique()
-    same = {"item": "", "sample": 0, "conditions": "", "weights": "", "data": "", "is_reference": False}
-    same["data_kind"] = kinds[0] if len(kinds) == 1 else "other"
-    rows = [
-        same | {"system": line["run"], "measure": f"{BITS}{line['num_quantizers']}", "value": line[BITS_KEY]["all"]}
-        for line in lines
-        if line.get(BITS_KEY)
-    ]
-    return pd.concat([items, pd.DataFrame(rows)], ignore_index=True) if rows else items

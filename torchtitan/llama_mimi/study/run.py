@@ -12,16 +12,14 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llama_mimi.checkpoint.conversion import JOB_CONFIG, NOT_OF_THE_MODEL
 from llama_mimi.common.command_line import to_cli_args
 from llama_mimi.common.distributed import end_with_parent
 from llama_mimi.common.errors import UserError
-from llama_mimi.common.files import LOCK, digest, locked, read_json, write_atomically
+from llama_mimi.common.files import LOCK, locked, read_json, write_atomically
 from llama_mimi.common.resume import require_same
-from llama_mimi.corpora.code_shards import MANIFEST
 from llama_mimi.report.curves import read_curves
 from llama_mimi.study.budget import resolved, step_flops
-from llama_mimi.study.config import Flags, Run, Study
+from llama_mimi.study.config import Flags, Launch, Run, Study, Table
 from llama_mimi.training.metrics import BITS
 
 INDEX, RECORD = "index.jsonl", "record.json"
@@ -29,45 +27,39 @@ TRAIN, GENERATION = "train", "generation"
 
 
 class Step(NamedTuple):
-    """A command of a run: training, conversion, a benchmark, or judging. It writes ``output``."""
+    """A command of a run: training, conversion, a benchmark, or judging."""
 
     name: str
     program: list[str]
     flags: Flags
-    output: Path
+    output: Path  # file or folder that it writes
 
 
 def steps(study: Study, run: Run) -> list[Step]:
     """Return the commands of a run in their order."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    torchrun.append(f"--nproc_per_node={study.launch.nproc_per_node}")
-    ranks = torchrun if study.launch.nproc_per_node > 1 else [sys.executable]
-    trainer = study.launch.train or [*torchrun, "-m", "llama_mimi.train"]
-    folder, model = f"{run_folder(study, run)}/run", f"{study.output_dir}/models/{run.name}"
-    results, generations = f"{study.output_dir}/results", f"{study.output_dir}/generations"
-    checkpoint = f"{folder}/checkpoint/step-{run.variant.steps}"
-    training = training_flags(study, run) | {"job.dump_folder": folder}
+    python, num_ranks, out = [sys.executable], study.launch.nproc_per_node, study.output_dir
+    torchrun = [*python, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
+    ranks, trainer = torchrun if num_ranks > 1 else python, study.launch.train or [*torchrun, "-m", "llama_mimi.train"]
+    folder, model = f"{run_folder(study, run)}/run", f"{out}/models/{run.name}"
+    num_steps, flags = run.variant.steps, study.flags(run.variant)
+    checkpoint = f"{folder}/checkpoint/step-{num_steps}"
+    # A run ends with a validation: the frequency divides its number of steps.
+    frequencies = range(min(resolved(flags).validation.freq, num_steps), num_steps + 1)
+    training = flags | {"debug.seed": run.seed, "training.steps": num_steps, "job.dump_folder": folder}
+    training["validation.freq"] = next(freq for freq in frequencies if num_steps % freq == 0)
     conversion = {"checkpoint": checkpoint, "output_dir": model}
-    scoring = {"model_name": model, "output_dir": results, "codes_dir": f"{study.output_dir}/clip_codes"}
-    judging = study.generation | {"model_name": model, "output_dir": generations, "name": run.name}
+    scoring = {"model_name": model, "output_dir": f"{out}/results", "codes_dir": f"{out}/clip_codes"}
+    judging = study.generation | {"model_name": model, "output_dir": f"{out}/generations", "name": run.name}
     found = [
         Step(TRAIN, trainer, training, Path(checkpoint)),
-        Step("convert", [sys.executable, "scripts/convert_dcp_to_hf.py"], conversion, Path(model, "config.json")),
+        Step("convert", [*python, "scripts/convert_dcp_to_hf.py"], conversion, Path(model, "config.json")),
     ]
-    for name, flags in study.benchmarks.items():
-        output = Path(results, name, run.name, study.result_files[name])
-        found.append(Step(name, [*ranks, f"eval/{name}.py"], flags | scoring, output))
+    for name, options in study.benchmarks.items():
+        output = out / "results" / name / run.name / study.result_files[name]
+        found.append(Step(name, [*ranks, f"eval/{name}.py"], options | scoring, output))
     if study.generation:
-        found.append(Step(GENERATION, [*ranks, "eval/generation.py"], judging, Path(generations, f"{run.name}.json")))
+        found.append(Step(GENERATION, [*ranks, "eval/generation.py"], judging, out / f"generations/{run.name}.json"))
     return found
-
-
-def training_flags(study: Study, run: Run) -> Flags:
-    """Return the settings of a run. It ends with a validation: ``validation.freq`` divides its number of steps."""
-    flags, number = study.flags(run.variant), run.variant.steps
-    wanted = min(resolved(flags).validation.freq, number)
-    freq = next(freq for freq in range(wanted, number + 1) if number % freq == 0)
-    return flags | {"debug.seed": run.seed, "training.steps": number, "validation.freq": freq}
 
 
 def run_folder(study: Study, run: Run) -> Path:
@@ -99,103 +91,93 @@ def check_unchanged(study: Study) -> None:
                 require_same(saved, current, what, "restore that, or choose another output_dir")
 
 
-class StudyRunner:
-    """Runs the commands of a study. A finished command is not repeated; a failed one is recorded."""
+def train_and_score(study: Study, runs: Sequence[Run]) -> None:
+    """Train, convert and score runs, ``launch.parallel`` at a time."""
 
-    def __init__(self, study: Study) -> None:
-        self.study = study
+    def work(run: Run) -> None:
+        with locked(study.output_dir / "runs" / f".{run.name}{LOCK}", "output_dir", wait=True):
+            _run(study, run, [step for step in steps(study, run) if step.name != GENERATION])
 
-    def train_and_score(self, runs: Sequence[Run]) -> None:
-        """Train, convert and score runs, ``launch.parallel`` at a time."""
+    with ThreadPoolExecutor(study.launch.parallel) as pool:
+        list(pool.map(work, runs))  # an interrupt ends the commands, and starts no other run
 
-        def work(run: Run) -> None:
-            with locked(self.study.output_dir / "runs" / f".{run.name}{LOCK}", "output_dir", wait=True):
-                self._run(run, [step for step in steps(self.study, run) if step.name != GENERATION])
 
-        with ThreadPoolExecutor(self.study.launch.parallel) as pool:
-            list(pool.map(work, runs))  # an interrupt ends the commands, and starts no other run
+def judge(study: Study) -> None:
+    """Judge the continuations of all scored runs one after the other, as they share the prompts."""
+    with locked(study.output_dir / f".generations{LOCK}", "output_dir", wait=True):
+        for run in study.runs:
+            if study.generation and read_record(study, run)["failed"] is None:
+                _run(study, run, steps(study, run)[-1:])
 
-    def judge(self) -> None:
-        """Judge the continuations of all scored runs one after the other, as they share the prompts."""
-        with locked(self.study.output_dir / f".generations{LOCK}", "output_dir", wait=True):
-            for run in self.study.runs:
-                if self.study.generation and read_record(self.study, run)["failed"] is None:
-                    self._run(run, steps(self.study, run)[-1:])
 
-    def _run(self, run: Run, todo: Sequence[Step]) -> None:
-        failed, record = None, read_record(self.study, run)
+def _run(study: Study, run: Run, todo: Sequence[Step]) -> None:
+    """Run commands. A finished command is not repeated; a failed one is recorded, and the last."""
+    failed, record, folder = None, read_record(study, run), run_folder(study, run)
 
-        def save() -> None:
-            write_atomically(str(run_folder(self.study, run)), RECORD, json.dumps(record, indent=1).encode())
+    def save() -> None:
+        write_atomically(str(folder), RECORD, json.dumps(record, indent=1).encode())
 
-        for step in todo:
-            if step.name in record["seconds"] and step.output.exists():
-                continue
-            if step.name == TRAIN:  # a run that was killed behind its last checkpoint lacks the validation of that step
-                shutil.rmtree(step.output, ignore_errors=True)
-            record["settings"][step.name] = _settings(self.study, run, step)
-            save()
-            log, began = run_folder(self.study, run) / "logs" / f"{step.name}.log", time.monotonic()
-            try:
-                self.start(step.name, log, [*step.program, *to_cli_args(step.flags)])
-            except (UserError, OSError) as error:
-                failed = {"step": step.name, "why": str(error)}
-                print(f"{run.name}: {step.name} failed: {error}", flush=True)
-                break
-            record["seconds"][step.name] = round(time.monotonic() - began, 1)
-            save()
-            print(f"{run.name}: {step.name} is done", flush=True)
-        record["failed"] = failed
+    for step in todo:
+        if step.name in record["seconds"] and step.output.exists():
+            continue
+        if step.name == TRAIN:  # a run that was killed behind its last checkpoint lacks the validation of that step
+            shutil.rmtree(step.output, ignore_errors=True)
+        record["settings"][step.name] = _settings(study, run, step)
         save()
+        began = time.monotonic()
+        try:
+            start(study.launch, step.name, folder / f"logs/{step.name}.log", [*step.program, *to_cli_args(step.flags)])
+        except (UserError, OSError) as error:
+            failed = {"step": step.name, "why": str(error)}
+            print(f"{run.name}: {step.name} failed: {error}", flush=True)
+            break
+        record["seconds"][step.name] = round(time.monotonic() - began, 1)
+        save()
+        print(f"{run.name}: {step.name} is done", flush=True)
+    record["failed"] = failed
+    save()
 
-    def start(self, name: str, log: Path, command: list[str]) -> None:
-        """Run a command, which ends with this process at the latest; raise a `UserError` if it fails."""
-        launch = self.study.launch
-        # Runs are judged one after the other, so that the judge has the threads of all parallel runs.
-        threads = launch.threads and launch.threads * (launch.parallel if name == GENERATION else 1)
-        env = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("w") as output:
-            done = subprocess.run(command, stdout=output, stderr=output, env=env, preexec_fn=end_with_parent)
-        if done.returncode:
-            lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-            errors = [line for line in lines if line.startswith("error: ")] or lines[-5:]
-            raise UserError(" / ".join(errors)[-600:] or f"the command ended with code {done.returncode}")
+
+def start(launch: Launch, name: str, log: Path, command: list[str]) -> None:
+    """Run a command, which ends with this process at the latest; raise a `UserError` if it fails."""
+    # Runs are judged one after the other, so that the judge has the threads of all parallel runs.
+    threads = launch.threads and launch.threads * (launch.parallel if name == GENERATION else 1)
+    env = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as output:
+        done = subprocess.run(command, stdout=output, stderr=output, env=env, preexec_fn=end_with_parent)
+    if done.returncode:
+        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith("error: ")] or lines[-5:]
+        raise UserError(" / ".join(errors)[-600:] or f"the command ended with code {done.returncode}")
 
 
 def write_index(study: Study) -> list[dict[str, Any]]:
     """Write a line of JSON for each run into `INDEX`, and return the lines."""
-    lines = [_line(study, run) for run in study.runs]
+    lines, tag = [], f"validation_{BITS}/"
+    for run in study.runs:
+        record, (_, _, *scoring) = read_record(study, run), steps(study, run)
+        found = [result for step in scoring if (result := read_json(str(step.output.parent), step.output.name))]
+        is_done = TRAIN in record["seconds"] and len(found) == len(scoring)
+        scored, num_steps = found[0] if found and study.benchmarks else {}, run.variant.steps
+        curves = read_curves(run_folder(study, run) / "run")
+        line = {
+            "study": study.name,
+            "run": run.name,
+            "label": f"{Table('', tuple(study.variants)).label(run.variant)}, seed {run.seed}",  # for readers
+            **run.variant._asdict(),
+            "seed": run.seed,
+            "state": "failed" if record["failed"] else "done" if is_done else "unfinished",
+            "failed": record["failed"],
+            "model_sha256": scored.get("model_sha256"),
+            "commit": scored.get("versions", {}).get("commit"),
+            "flops": num_steps * step_flops(study.flags(run.variant), study.launch.nproc_per_node),
+            "seconds": record["seconds"],
+            # Of the last step, by level and of all levels.
+            BITS: {
+                t.removeprefix(tag): c[num_steps] for t, c in curves.items() if t.startswith(tag) and num_steps in c
+            },
+        }
+        lines.append(line)
     write_atomically(str(study.output_dir), INDEX, "".join(json.dumps(line) + "\n" for line in lines).encode())
     return lines
-
-
-def _line(study: Study, run: Run) -> dict[str, Any]:
-    record, folder = read_record(study, run), run_folder(study, run) / "run"
-    outputs = [step.output for step in steps(study, run)[2:]]  # results of benchmarks, and continuations
-    found = [result for path in outputs if (result := read_json(str(path.parent), path.name))]
-    is_done = TRAIN in record["seconds"] and len(found) == len(outputs)
-    scored = found[0] if found and study.benchmarks else {}
-    config, dataset = read_json(str(folder), JOB_CONFIG), []
-    if config:  # corpora, tokenised ones by the hash of their manifest
-        parts = [part.strip() for part in config["training"]["dataset"].split(",")]
-        dataset = [sha256(p.read_bytes()).hexdigest() if (p := Path(d, MANIFEST)).is_file() else d for d in parts]
-    bits = {tag: values for tag, values in read_curves(folder).items() if tag.startswith(f"validation_{BITS}/")}
-    return {
-        "study": study.name,
-        "run": run.name,
-        "label": study.label(run),
-        **vars(run.variant),
-        "seed": run.seed,
-        "state": "failed" if record["failed"] else "done" if is_done else "unfinished",
-        "failed": record["failed"],
-        "config_sha256": config and digest({k: v for k, v in config.items() if k not in NOT_OF_THE_MODEL}),
-        "data_sha256": config and digest(dataset),
-        "codec_sha256": scored.get("codec", {}).get("sha256"),
-        "model_sha256": scored.get("model_sha256"),
-        "commit": scored.get("versions", {}).get("commit"),
-        "flops": run.variant.steps * step_flops(study.flags(run.variant), study.launch.nproc_per_node),
-        "seconds": record["seconds"],
-        # Of the last step, by level and of all levels.
-        BITS: {tag.split("/")[1]: by[run.variant.steps] for tag, by in bits.items() if run.variant.steps in by},
-    }
