@@ -35,7 +35,7 @@ class Options:
 
     Args:
         model_name: hub id or folder
-        prompt: WAV, FLAC, MP3 or OGG file; other formats need FFmpeg
+        prompt: WAV, FLAC, MP3 or OGG file; M4A, AAC, WebM and WMA need FFmpeg
         prompts: folder of such files, continued into --output_dir; the same command resumes a killed run
         text: text to speak, for models of the task tts; with --prompt as the voice, the text begins with its transcript
         output_file: WAV file; with several samples their numbers are added to its name
@@ -119,6 +119,8 @@ def _continue_prompt(model: SpeechModel, options: Options, sampling: SamplingOpt
                 write_wav(path, Waveform(decode_long(codec, codes_TQ), codec.sample_rate_hz))
             seconds, all_seconds = len(prompt_TQ) / codec.frame_rate_hz, len(codes_TQ) / codec.frame_rate_hz
             print(f"{path}: {seconds:.2f} s of prompt, {all_seconds - seconds:.2f} s of continuation")
+        else:
+            print(f"no audio for {path}")
         if len(codes_TQ) == len(prompt_TQ):
             print("the model ended the speech at once; set --min_seconds, or end the prompt in mid-sentence")
 

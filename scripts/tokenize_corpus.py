@@ -1,7 +1,7 @@
 """Tokenise a corpus once: audio -> shards of Mimi codes that training reads.
 
-    uv run torchrun --standalone --nproc_per_node=2 scripts/tokenize_corpus.py \
-        --corpus "assets/tiny/corpus/train-*.parquet" \
+    uv run torchrun --standalone --nproc_per_node=2 scripts/tokenize_corpus.py \\
+        --corpus "assets/tiny/corpus/train-*.parquet" \\
         --codec assets/tiny/mimi --output_dir data/codes/tiny
 
 Ranks share the work. A killed run is started again, on any number of ranks, and writes the missing shards.

@@ -5,7 +5,7 @@ import torch
 from conftest import TINY
 from transformers import LlamaConfig
 
-from llama_mimi.audio.mimi import MimiCodec, has_sliding_window
+from llama_mimi.audio.mimi import MimiCodec, has_sliding_window, is_released
 from llama_mimi.audio.reading import read_audio
 from llama_mimi.common.errors import UserError
 
@@ -56,6 +56,13 @@ def test_a_checkpoint_says_how_its_codes_were_made():
     assert not has_sliding_window(LlamaConfig(num_quantizers=4))  # a released checkpoint
     for window in (True, False):
         assert has_sliding_window(LlamaConfig(num_quantizers=4, codec_sliding_window=window)) == window
+
+
+def test_a_config_with_the_old_name_of_the_window_is_refused():
+    config = LlamaConfig(num_quantizers=4, codec="kyutai/mimi", codec_attention="whole")
+    assert not is_released(config)
+    with pytest.raises(UserError, match="codec_attention = 'whole'; replace it by codec_sliding_window"):
+        has_sliding_window(config)
 
 
 def test_fewer_levels_are_a_prefix(speech):

@@ -112,6 +112,7 @@ def tiny_with(*flags):
         ("--validation.seq_len 512", "set at most training.seq_len, 256"),
         ("--checkpoint.initial_load_in_hf --checkpoint.no-enable", "set checkpoint.enable"),
         ("--checkpoint.folder /elsewhere/checkpoints", "a folder of its own in job.dump_folder"),
+        ("--checkpoint.folder tb", "checkpoint.folder is 'tb'; name a folder of its own"),
         ("--model.depth_train_fraction 0.5", "model.depth_train_fraction is 0.5; set 1"),
         ("--loss.level_weights 1,2", "4 positive numbers"),
         (f"{HIERARCHICAL} --codec.num_quantizers 1", "at least 2 levels"),

@@ -62,7 +62,7 @@ def whole_frames(seconds: float, config: MimiConfig, setting: str = "data.max_au
 
 def is_released(config: PreTrainedConfig) -> bool:
     """Return True for a checkpoint of the first release, whose config does not say if the codec has its window."""
-    return not hasattr(config, "codec_sliding_window")
+    return not (hasattr(config, "codec_sliding_window") or hasattr(config, "codec_attention"))
 
 
 def has_sliding_window(config: PreTrainedConfig) -> bool:

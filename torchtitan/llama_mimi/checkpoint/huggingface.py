@@ -12,7 +12,7 @@ from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAda
 from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llama_mimi.common.errors import UserError
-from llama_mimi.common.files import share_weights
+from llama_mimi.common.files import is_hidden, share_weights
 from llama_mimi.model.llama import LlamaMimiArgs
 
 # Entries of the configuration that give the shape of a network: a Llama, or one of the two of a CSM.
@@ -116,6 +116,13 @@ class LlamaMimiStateDictAdapter(Llama3StateDictAdapter):
     The two implementations of rotary embeddings order the rows of a head differently. TorchTitan reorders each rank's
     part of a matrix, which fails when ranks have parts of heads: with more ranks than key heads, and with FSDP x TP.
     """
+
+    def get_hf_storage_reader(self, path: str, from_quantized: bool = False) -> Any:
+        """Return PyTorch's reader of safetensors files, without hidden files (`._*`, as macOS adds them)."""
+        reader = super().get_hf_storage_reader(path, from_quantized)
+        list_all = reader.fs.ls
+        reader.fs.ls = lambda folder: [file for file in list_all(folder) if not is_hidden(Path(file).name)]
+        return reader
 
     def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         if self.model_args.architecture == "hierarchical":  # a Llama has its backbone and the embeddings

@@ -124,7 +124,7 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 class PlainLoadPlanner(DefaultLoadPlanner):
-    """DCP's load planner, which reads entries that are no tensors without running code."""
+    """DCP's load planner, which reads entries that are not tensors without running code."""
 
     def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
         name = read_item.dest_index.fqn
@@ -146,9 +146,12 @@ def check_step(step: Path, verify: bool) -> Metadata:
         if (found := path.stat().st_size if path.is_file() else 0) < num_bytes:
             raise UserError(f"'{path}' is missing or truncated: {found:,} of {num_bytes:,} bytes")
         if verify:
-            with path.open("rb") as file:
-                for info in infos:
-                    _check_entry(file, info)
+            try:
+                with path.open("rb") as file:
+                    for info in infos:
+                        _check_entry(file, info)
+            except OSError as error:
+                raise UserError(f"'{path}' cannot be read ({error.strerror})") from error
     return metadata
 
 

@@ -43,6 +43,8 @@ def find_files(path: str, endings: tuple[str, ...]) -> list[str]:
         if fs.isdir(bare):
             below = _walk(bare) if is_local(fs) else fs.find(bare)
             found = [file for file in below if file.lower().endswith(endings)]
+        elif start == bare:
+            found = [bare]
         else:  # fsspec's own glob does not follow links to folders
             pattern = escape(start) + bare[len(start) :]
             found = glob(pattern, recursive=True) if is_local(fs) else fs.glob(pattern)

@@ -110,7 +110,7 @@ class Source(ABC):
             for role in self.columns[1:]:
                 value = values.get(self._columns[role])
                 value = None if value != value else value  # NaN, as pandas writes missing values
-                row[role] = value if value is None or role.startswith(ROLE) else _text(value)
+                row[role] = value if value is None or role.startswith(ROLE) else _text(value, role)
         except (ValueError, TypeError) as error:
             row["problem"] = f"its {role} cannot be stored ({first_line(error)})"
         return row
@@ -140,11 +140,11 @@ def parse_object(content: bytes) -> Values | str:
     return values if isinstance(values, dict) else "its JSON is not an object"
 
 
-def _text(value: Any) -> str:
-    """Return a text or number as text; raise an error for others, bytes that are not UTF-8, and half a character."""
-    if isinstance(value, list | dict):
+def _text(value: Any, role: str) -> str:
+    """Return a value as text; raise an error for bytes that are not UTF-8, half a character, and a text of parts."""
+    if role == "text" and isinstance(value, list | dict):
         raise TypeError(f"it is a {type(value).__name__}")
-    text = value if isinstance(value, str | bytes) else json.dumps(value)
+    text = value if isinstance(value, str | bytes) else json.dumps(value, ensure_ascii=False, default=str)
     return (text.encode() if isinstance(text, str) else text).decode()
 
 

@@ -10,6 +10,7 @@ from llama_mimi.common.files import digest, file_system
 from llama_mimi.corpora import source
 from llama_mimi.corpora.source import Columns, Row, Source, Unit, Values
 
+KIND = "tar file, or is a compressed one"
 TEXTS = ("json", "txt")  # members beside the audio; others are ignored
 NO_AUDIO = "it has no audio file; members of a row must have one name and differ only in the last ending"
 
@@ -24,6 +25,10 @@ class TarSource(Source):
             fs, bare = file_system(file)
             info = fs.info(bare)
             changed = str(info.get("mtime") or info.get("ETag") or info.get("LastModified") or "")
+            with source.reading(file, KIND), fs.open(bare, "rb") as stream:
+                stream.seek(max(0, info["size"] - tarfile.BLOCKSIZE))
+                if stream.read().strip(b"\0"):  # such as a download that broke off
+                    raise tarfile.ReadError("it ends without an end-of-archive mark")
             self.units.append(Unit(info["size"], None))
             contents.append([file.rsplit("/", 1)[-1], info["size"], changed])
         self.fingerprint = digest(contents)
@@ -44,7 +49,7 @@ class TarSource(Source):
         file, seen = self._files[unit], set()
         fs, bare = file_system(file)
         with (
-            source.reading(file, "tar file, or is a compressed one"),
+            source.reading(file, KIND),
             fs.open(bare, "rb") as stream,
             # Names that are not UTF-8 are escaped.
             tarfile.open(fileobj=stream, mode="r:", encoding="utf-8", errors="backslashreplace") as tar,
@@ -65,8 +70,9 @@ class TarSource(Source):
                     yield key, parts
             # tarfile takes damage behind the first header for the end, which is zeros to the last byte.
             stream.seek(tar.offset)
-            rest = stream.read()
-            if len(rest) < tarfile.BLOCKSIZE or rest.strip(b"\0"):
+            blocks = iter(lambda: stream.read(2**20), b"")
+            rest = next(blocks, b"")
+            if len(rest) < tarfile.BLOCKSIZE or rest.strip(b"\0") or any(block.strip(b"\0") for block in blocks):
                 raise tarfile.ReadError("it ends without an end-of-archive mark")
 
 

@@ -71,7 +71,7 @@ class TokenizationOptions:
     min_seconds: float = 0.0  # shorter clips are filtered, and counted
     max_seconds: float | None = None  # longer clips are filtered, and counted
     where: str | None = None  # rows to keep, such as 'language == "en" and dnsmos >= 3'; others are counted
-    # Rows of a shard: a minimum, or for a tar the exact number. Default: 2,048, or fewer, so that there are 64 shards
+    # Rows of a shard: a minimum; for a tar, of all but its last. Default: 2,048; without tars fewer, to have 64 shards
     clips_per_shard: int | None = None
     num_workers: int = 2  # processes of each rank that read and resample
     duplicates: Literal["keep", "drop"] = "keep"  # clips with the samples of an earlier clip; they are counted
@@ -321,7 +321,9 @@ def write_manifest(
     tables, notes = _read_shards(output_dir, names)
     rows = {name: note["rows"] for name, note in zip(names, notes, strict=True)}
     for job in jobs:
-        of_job, _ = job.shards_in(found)
+        of_job, is_done = job.shards_in(found)
+        if not is_done:
+            raise UserError(f"'{output_dir}' lacks shards of job {job.number}; start again")
         *full, last = [rows[name] for name in of_job]
         num_rows = sum(units[unit].num_rows or 0 for unit in job.units)
         if set(full) - {job.rows_per_part} or (last != num_rows and not job.rows_per_part):

@@ -132,6 +132,9 @@ def read_slm21(source: str) -> Benchmark:
     subtype, id) is their group. A test split without ``gold.csv`` is scored for the submission only.
     """
     benchmark = _read_tables(source, ("positive", "negative"), SLM21_TABLES)
+    names = {folder.name for folder in _folders(Path(source))}
+    if names & {"lexical", "syntactic"} and (odd := names - {"lexical", "syntactic", "phonetic", "semantic"}):
+        raise UserError(f"'{Path(source, min(odd))}' is not a part of sLM21; rename the folder or move it out")
     for folder in (folder for task in ("lexical", "syntactic") for folder in _folders(Path(source, task))):
         split = f"{folder.parent.name}/{folder.name}"
         files = {stem: Clip(path.name, path, split) for (stem,), path in _files_by(folder, ".*").items()}

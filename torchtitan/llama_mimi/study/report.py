@@ -45,7 +45,7 @@ def sections(study: Study, lines: Lines) -> list[Section]:
     about = (
         f"`uv run python scripts/study.py {study.path}`: {len(lines) - len(missing)} of {len(lines)} runs are done, "
         f"{len(study.seeds)} for each of {len(study.variants)} variants; commit {', '.join(commits) or 'unknown'}. "
-        f"`index.jsonl` has the settings and the cost of each run, `{RESULTS}` its values."
+        f"`index.jsonl` has the axes and the cost of each run, `{RESULTS}` its values."
     )
     found = [Section(f"Study {study.name}", [about, *filter(None, [study.note]), *LEGEND, ABOUT_BITS])]
     if missing:

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from llama_mimi.training.metrics import BITS
 
 INDEX, RECORD = "index.jsonl", "record.json"
 TRAIN, GENERATION = "train", "generation"
+_stopping = threading.Event()  # set by an interrupt
 
 
 class Step(NamedTuple):
@@ -99,7 +101,11 @@ def train_and_score(study: Study, runs: Sequence[Run]) -> None:
             _run(study, run, [step for step in steps(study, run) if step.name != GENERATION])
 
     with ThreadPoolExecutor(study.launch.parallel) as pool:
-        list(pool.map(work, runs))  # an interrupt ends the commands, and starts no other run
+        try:
+            list(pool.map(work, runs))
+        except BaseException:  # such as an interrupt, which also ends the commands: no other one is started
+            _stopping.set()
+            raise
 
 
 def judge(study: Study) -> None:
@@ -120,6 +126,8 @@ def _run(study: Study, run: Run, todo: Sequence[Step]) -> None:
     for step in todo:
         if step.name in record["seconds"] and step.output.exists():
             continue
+        if _stopping.is_set():
+            return
         if step.name == TRAIN:  # a run that was killed behind its last checkpoint lacks the validation of that step
             shutil.rmtree(step.output, ignore_errors=True)
         record["settings"][step.name] = _settings(study, run, step)
@@ -128,6 +136,8 @@ def _run(study: Study, run: Run, todo: Sequence[Step]) -> None:
         try:
             start(study.launch, step.name, folder / f"logs/{step.name}.log", [*step.program, *to_cli_args(step.flags)])
         except (UserError, OSError) as error:
+            if _stopping.is_set():
+                return
             failed = {"step": step.name, "why": str(error)}
             print(f"{run.name}: {step.name} failed: {error}", flush=True)
             break

@@ -78,6 +78,10 @@ RULES: list[tuple[str, Callable[[Any, Any], Any], str]] = [
     ("checkpoint.initial_load_in_hf", lambda v, c: not v or c.checkpoint.enable, "set checkpoint.enable, too"),
     ("checkpoint.initial_load_path", lambda v, c: not v or c.checkpoint.enable, "set checkpoint.enable, too"),
     ("checkpoint.folder", lambda v, c: not re.search(r"^\.{0,2}$|/", v), "name a folder of its own in job.dump_folder"),
+    # TorchTitan ignores initial weights if the folder exists when it loads, as these do.
+    ("checkpoint.folder", lambda v, c: v not in (c.metrics.save_tb_folder, ASSETS_FOLDER), "name a folder of its own"),
+    ("checkpoint.keep_latest_k", lambda v, c: v != 1, "set at least 2, or 0 for all"),
+    ("optimizer.beta1 optimizer.beta2", lambda v, c: 0 <= v < 1, "set a number of at least 0 and below 1"),
     ("model.depth_train_fraction", lambda v, c: 0 < v <= 1, "set 1, or a smaller positive fraction"),
     ("model.depth_train_fraction", lambda v, c: v == 1 or not c.is_flattened, "set 1, or use 'hierarchical'"),
     ("codec.num_quantizers", lambda v, c: v >= 2 or c.is_flattened, "'hierarchical' needs at least 2 levels"),
@@ -194,7 +198,8 @@ def _check_model(job_config: Any) -> None:
     if settings.initial_load_in_hf:
         wanted["vocab_size"], found["vocab_size"] = tokenizer.vocabulary.size, base.vocab_size
         # The output of prepare_base_model names its codec, but was trained on no codes.
-        if hasattr(base, "codec_sliding_window") or (hasattr(base, "num_quantizers") and not hasattr(base, "codec")):
+        is_trained = hasattr(base, "codec_sliding_window") or hasattr(base, "codec_attention")
+        if is_trained or (hasattr(base, "num_quantizers") and not hasattr(base, "codec")):
             wanted["codec.sliding_window"] = codec.sliding_window
             found["codec.sliding_window"] = has_sliding_window(base)
     remedy = f"fix model.flavor or codec.sliding_window, or create another folder with {prepare}"

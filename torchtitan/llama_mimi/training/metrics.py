@@ -115,8 +115,8 @@ class SpeechMetrics(MetricsProcessor):
 
     def log_validation(self, step: int, start: float) -> None:
         """Log the validation since the time ``start``, which does not count as training time."""
-        sums = self._sum(self._validation_meter.pop(), "loss")
-        if not sums.any():
+        sums = self._validation_meter.pop()  # without dimensions if no rank had a batch
+        if not sums.ndim or not self._sum(sums, "loss").any():  # summed in place
             name = self.job_config.validation.dataset
             raise UserError(f"no clip of validation.dataset '{name}' can be used; name another")
         self.time_last_log += time.perf_counter() - start  # the device has finished, as the sums were read
