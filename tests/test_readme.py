@@ -18,13 +18,15 @@ def tracked(*patterns: str) -> list[Path]:
 
 
 READMES = tracked("*.md")
-PROGRAMS = ("pip", "uv", "sbatch", "NUM_NODES")
+PROGRAMS = ("pip", "uv", "sbatch", "NUM_NODES", "HF_HUB_OFFLINE")
 TORCHRUN = "uv run torchrun --standalone --nproc_per_node="
 SCRIPT = "uv run python scripts/"
 # Beginnings of commands that are not run here, and the reason or the test that runs them.
 ELSEWHERE = {
     "uv run pytest": "the tests themselves",
     "uv sync": ".ci/run",
+    "uv run python inference.py --model_name llm-jp/": "needs the hub; tests/test_generation.py",
+    "HF_HUB_OFFLINE": "needs the hub; tests/test_generation.py",
     "uv run hf": "needs the hub; tests/test_recipes.py",
     f"{TORCHRUN}8": "needs the hub and GPUs; tests/test_config.py, tests/test_code_store.py",
     "sbatch": "tests/test_launch.py",
@@ -47,7 +49,7 @@ ELSEWHERE = {
 BENCHMARKS = f"{SCRIPT}benchmarks/"
 # Flags for commands that take minutes with their own.
 SMALLEST = {
-    f"pip install uv && {TORCHRUN}2 -m llama_mimi.train --job.config_file config/tiny.toml": (
+    f"pip install uv && uv sync --compile-bytecode && {TORCHRUN}2 -m llama_mimi.train --job.config_file config/tiny.toml": (
         "--training.steps 120 --checkpoint.interval 60 --validation.freq 120"
     ),
     f"{TORCHRUN}2 -m llama_mimi.train --job.config_file config/tiny_hierarchical.toml": (
@@ -77,7 +79,7 @@ def commands(readme: Path) -> list[str]:
     blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)
     found = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     found += re.findall(r"`((?:uv|pip) [^`]+)`", text) + re.findall(r"^    (uv run .*)$", text, re.M)
-    found = [" ".join(line.split()) for line in found]
+    found = [re.sub(r"^uv run --(extra|group) \w+", "uv run", " ".join(line.split())) for line in found]
     return list(dict.fromkeys(line for line in found if line.startswith(PROGRAMS)))
 
 
@@ -87,7 +89,7 @@ def is_elsewhere(command: str) -> bool:
 
 def program(command: str) -> list[str]:
     """Return the arguments that start a command without an installation."""
-    name, *words = shlex.split(command.removeprefix("pip install uv && ").removeprefix("uv run "))
+    name, *words = shlex.split(command.rpartition("&& ")[2].removeprefix("uv run "))
     torchrun = [sys.executable, "-m", "torch.distributed.run"]
     return [*{"python": [sys.executable], "torchrun": torchrun}[name], *words]
 
