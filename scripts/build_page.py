@@ -23,11 +23,12 @@ def build_page(page: Path, generations: Path | None = None, study: Path | None =
         study: or TOML file of a study, whose runs with the first seed are shown
         num_prompts: number of prompts with audio, chosen by the hash of their names
     """
-    if generations is not None and study is None:
-        return write_html(f"Continuations in {generations}", continuations(generations, num_prompts), page)
-    if study is None or generations is not None:
-        raise UserError("name either a --study or the folder of --generations")
-    write_html(f"Study {study.stem}", study_sections(study, num_prompts), page)
+    if (study is None) == (generations is None) or num_prompts < 1:
+        raise UserError("name either a --study or the folder of --generations, and 1 or more --num_prompts")
+    if generations is not None:
+        write_html(f"Continuations in {generations}", continuations(generations, num_prompts), page)
+    if study is not None:
+        write_html(f"Study {study.stem}", study_sections(study, num_prompts), page)
 
 
 def study_sections(path: Path, num_prompts: int) -> list[Section]:

@@ -71,7 +71,6 @@ def main(
     lines = write_index(study)
     print(write_report(study, lines))
     missing = [line["run"] for line in lines if line["state"] != "done"]
-    print(f"{len(lines) - len(missing)} of {len(lines)} runs are done")
     if missing:
         raise UserError(f"not done: {', '.join(missing)}; the report says why, and the next start tries them again")
 

@@ -1,6 +1,5 @@
 """The report over result files: means, intervals, differences, tests, and files that are refused."""
 
-import copy
 import json
 import math
 import re
@@ -20,17 +19,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_mimi.common.errors import UserError
-from llama_mimi.evaluation import statistics as intervals
 from llama_mimi.evaluation.benchmarks import SALMON_PARTS
 from llama_mimi.evaluation.results import FORMAT
 from llama_mimi.report import comparisons
-from llama_mimi.report.comparisons import comparison, generations_markdown, summary, tables
+from llama_mimi.report.comparisons import comparable_sets, comparison, summary
+from llama_mimi.report.document import to_markdown
 from llama_mimi.report.estimates import Estimate, estimate, same_items
 from llama_mimi.report.results import MEASURES, measure_of, read_results
 from llama_mimi.study.config import read_study
 from llama_mimi.study.report import write_report
 
-PUBLISHED = ROOT / "eval" / "published.toml"
 TINY_STUDY = ROOT / "config" / "studies" / "tiny"
 
 
@@ -154,7 +152,7 @@ def test_published_numbers_are_only_beside_official_data(tmp_path, make):
 
 
 def test_published_numbers_have_sources():
-    rows = tomllib.loads(PUBLISHED.read_text())["rows"]
+    rows = tomllib.loads(comparisons.PUBLISHED.read_text())["rows"]
     assert all(row["source"] for row in rows)
     assert {name for row in rows for name in row["scores"]} - MEASURES.keys() == {"judge/content"}
     of_rerun = [score for column, score in rows[0]["scores"].items() if column != "salmon/mean"]
@@ -164,54 +162,25 @@ def test_published_numbers_have_sources():
 def test_mistakes_get_one_sentence(tmp_path, make):
     for folder, number in (("a", 3), ("b", 3), ("old", 2)):
         result_file(tmp_path / folder, "m", {"rir_consistency": [1]}, format=number)
-    for flags, message in (
-        ([tmp_path / "old"], "has format 2, not 3; remove it and run eval/ again"),
-        ([tmp_path / "a", tmp_path / "b"], "is a second result of m on salmon"),
-        ([tmp_path / "typo"], "typo' does not exist"),
-        ([tmp_path / "a", "--published", ROOT / "README.md"], "is not a list of published numbers"),
+    for folders, message in (
+        (["old"], "has format 2, not 3; remove it and run eval/ again"),
+        (["a", "b"], "is a second result of m on salmon"),
+        (["typo"], "typo' does not exist"),
     ):
         with pytest.raises(UserError, match=message):
-            make("--results", *flags)
+            make("--results", *(tmp_path / folder for folder in folders))
 
 
-ODD = (None, -1, 10**400, float("nan"), "\ud83d", {"a": {"b": None}})
-
-
-def mutants(content):
-    """Copies of JSON, each with one value removed or of another type; of a list the first value stands for all."""
-    for key in list(content) if isinstance(content, dict) else range(min(1, len(content))):
-        changed = copy.copy(content)
-        del changed[key]
-        yield changed
-        inner = mutants(content[key]) if isinstance(content[key], dict | list) else ()
-        for odd in (*ODD, *inner):
-            changed = copy.copy(content)
-            changed[key] = odd
-            yield changed
-
-
-@pytest.mark.parametrize("kind", ["benchmark", "generations"])
-def test_damaged_results_end_in_one_sentence_that_names_them(tmp_path, make, monkeypatch, kind):
-    monkeypatch.setattr(intervals, "RESAMPLES", 10)
-    make_one, *values = {
-        "benchmark": (result_file, {"rir_consistency": [1, 0]}),
-        "generations": (generations_file, {"one": [3.0], "two": [4.0]}, "log_perplexity"),
-    }[kind]
-    make_one(tmp_path, "whole", values[0])
-    path = make_one(tmp_path, "m", *values)
-    whole, refused = path.read_text(), 0
-    contents = [json.dumps(mutant) for mutant in mutants(json.loads(whole))]
-    for content in [*contents, whole[:-2], "", "[" * 100_000, "\x00"]:
-        path.write_text(content)
-        try:
-            read_results([path])
-            make("--results", tmp_path)
-        except UserError as error:
-            assert f"'{path}'" in str(error) and "\n" not in str(error), content
-            refused += 1
-    assert len(contents) > 100 and refused > len(contents) / 3
-    path.write_text(whole)
-    make("--results", tmp_path)
+def test_damaged_results_end_in_one_sentence_that_names_them(tmp_path):
+    paths = [result_file(tmp_path, "m", {"rir_consistency": [1, 0]}), generations_file(tmp_path, "m", {"one": [3.0]})]
+    for path in paths:
+        content = json.loads(path.read_text())
+        lacking = [json.dumps({k: v for k, v in content.items() if k != key}) for key in ("data_kind", "format")]
+        wrong = [json.dumps(content | {key: None}) for key in ("pairs", "samples", "settings") if key in content]
+        for text in [*lacking, *wrong, path.read_text()[:-2], "", "[" * 100_000, "\x00"]:
+            path.write_text(text)
+            with pytest.raises(UserError, match=f"^'{path}'"):
+                read_results([path])
 
 
 def test_other_json_and_hidden_files_are_left_out(tmp_path, make):
@@ -260,8 +229,8 @@ def test_continuations_are_summarised_on_the_same_samples(tmp_path):
     generations_file(tmp_path, "silent", {"x": [None, None]})
     generations_file(tmp_path, "recording", {"x": 5.0, "y": 6.0, "z": 7.0}, made_by=None)
     written(tmp_path / "prompts.json", {})
-    text = generations_markdown(tmp_path)
-    (title,) = re.findall("^# (Continuations, 2 s.*)", text)
+    ((title, items),) = comparable_sets(read_results([tmp_path]).items)
+    text = to_markdown([summary(items, title)])
     found = [cells(text, title)["speaker similarity", name] for name in ("a", "b", "recording")]
     assert found == ["2.000 (1.000 to 3.000)", "3.000 (2.000 to 4.000)", "5.500 (5.000 to 6.000)"]
     assert "(n = 2) |" in text and "4 samples left out" in text and "no value for silent" in text
@@ -269,9 +238,8 @@ def test_continuations_are_summarised_on_the_same_samples(tmp_path):
 
 def test_an_unknown_measure_has_its_own_name(tmp_path):
     generations_file(tmp_path, "a", {"x": [1.0], "y": [3.0]}, "new_measure")
-    assert summary(read_results([tmp_path]).items, "t").tables[0].rows == [
-        ["new_measure (n = 2)", "2.00 (1.00 to 3.00)"]
-    ]
+    rows = summary(read_results([tmp_path]).items, "t").tables[0].rows
+    assert rows == [["new_measure (n = 2)", "2.00 (1.00 to 3.00)"]]
 
 
 def test_logarithms_are_shown_as_perplexities_and_ratios(tmp_path):
@@ -359,13 +327,6 @@ def test_a_model_that_was_trained_again_has_two_names(tmp_path):
     path = result_file(tmp_path, "m", {}, benchmark="sStoryCloze")
     assert json.loads(path.read_text())["pairs"] == []  # clips without answers
     assert set(read_results([tmp_path]).items["system"]) == {"m mmmmmmmm", "m 00000000"}
-
-
-def test_tables_have_at_most_six_columns():
-    columns = [f"c{i}" for i in range(7)]
-    found = tables("measure", {"m": dict.fromkeys(columns, "1"), "n": {"c6": "2"}}, columns)
-    assert [table.header for table in found] == [["measure", *columns[:5]], ["measure", *columns[5:]]]
-    assert [table.rows for table in found] == [[["m", *"11111"]], [["m", "1", "1"], ["n", "", "2"]]]
 
 
 @pytest.fixture

@@ -78,17 +78,12 @@ def written(folder, text=STUDY, **changes):
 def test_variants_are_the_combinations_of_each_table(tmp_path):
     study = read_study(written(tmp_path))
     pairs = itertools.product(("flattened", "hierarchical"), (40, 20))
-    names = [
-        *(f"{architecture}-tiny-q4-uniform-{steps}" for architecture, steps in pairs),
-        "flattened-tiny-q8-uniform-40",
-    ]
-    assert [variant.name for variant in study.variants] == names
+    names = [f"{architecture}-tiny-q4-uniform-{steps}" for architecture, steps in pairs]
+    assert [variant.name for variant in study.variants] == [*names, "flattened-tiny-q8-uniform-40"]
     assert len({run.name for run in study.runs}) == 10
     first, second = study.tables
-    assert [first.label(variant) for variant in first.variants[1:3]] == [
-        "flattened, 20 steps",
-        "hierarchical, 40 steps",
-    ]
+    labels = [first.label(variant) for variant in first.variants]
+    assert labels[1:3] == ["flattened, 20 steps", "hierarchical, 40 steps"]
     assert [second.label(variant) for variant in second.variants] == ["Q = 4", "Q = 8"]
     weights = study.variants[0]._replace(level_weights="geometric:100")
     assert weights.name == "flattened-tiny-q4-geometric_100-40"  # a folder's name

@@ -2,14 +2,14 @@
 
 import csv
 import hashlib
-import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import pandas as pd
 from datasets import Audio, Dataset, get_dataset_config_names, load_dataset
 
 from llama_mimi.audio.reading import AUDIO_ENDINGS
@@ -34,7 +34,6 @@ OFFICIAL_PAIRS = {
 # (lowest count in LibriSpeech, label) of each band, as in sLM21's own tool. Its labels are off by one: a count of 5 is
 # in the band "6-20".
 FREQUENCY_BANDS = ((0, "oov"), (1, "1-5"), (5, "6-20"), (20, "21-100"), (100, ">100"))
-DataKind = Literal["official", "synthetic", "other"]
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ def limited(benchmark: Benchmark, limit: int) -> Benchmark:
     return Benchmark(pairs, notes=[*benchmark.notes, note])
 
 
-def data_kind(source: str, pairs: list[Pair]) -> DataKind:
+def data_kind(source: str, pairs: list[Pair]) -> str:
     """Return "official" if each part has as many pairs as the published one, "synthetic" for synthesised speech."""
     if is_synthetic(source):
         return "synthetic"
@@ -110,8 +109,7 @@ def data_kind(source: str, pairs: list[Pair]) -> DataKind:
 def read_salmon(source: str) -> Benchmark:
     """Read SALMon: ``<root>/<part>/sample_<index>_<k>.wav``, or tables of its parts.
 
-    The first file of an index is the positive, each other one a negative. Parts named ``all`` or ``all_*`` repeat pairs
-    of other parts and are not read. No pairs, or a file without a partner, are a `UserError`.
+    The first file of an index is the positive, the others are negatives. Parts ``all`` and ``all_*`` are not read.
     """
     benchmark = _read_tables(source, ("positive_audio", "negative_audio"))
     for folder in (folder for folder in _folders(Path(source)) if folder.name.split("_")[0] != "all"):
@@ -128,8 +126,8 @@ def read_salmon(source: str) -> Benchmark:
 def read_slm21(source: str) -> Benchmark:
     """Read sLM21: ``{lexical,syntactic}/{dev,test}`` (sWUGGY, sBLIMP) with audio and ``gold.csv``, or tables.
 
-    Lexical pairs share id and voice, and the id is their group; syntactic pairs are consecutive rows, and (type,
-    subtype, id) is their group. A test split without ``gold.csv`` is scored for the submission only.
+    A lexical pair has one id (its group) and voice. A syntactic pair is two consecutive rows; its group is type,
+    subtype and id. A test split without ``gold.csv`` is scored for the submission only.
     """
     benchmark = _read_tables(source, ("positive", "negative"), SLM21_TABLES)
     names = {folder.name for folder in _folders(Path(source))}
@@ -154,18 +152,15 @@ def _gold_pairs(gold: Path, part: str, files: Mapping[str, Clip]) -> Iterator[Pa
     keys = {"filename", "id", "voice", "correct"}
     if not rows or not keys <= rows[0].keys() or any(None in row.values() for row in rows):
         raise UserError(f"'{gold}' needs rows with the columns {', '.join(sorted(keys))}; copy it again")
-    for row in rows:
-        if row["filename"].lower().endswith(ENDINGS):
-            row["filename"] = Path(row["filename"]).stem
-    listed = Counter(row["filename"] for row in rows)
-    if (most := listed.most_common(1)[0])[1] > 1:
-        raise UserError(f"'{gold}' lists '{most[0]}' {most[1]} times; copy it again")
-    if odd := listed.keys() ^ files.keys():
-        raise UserError(f"'{min(odd)}' is only in one of '{gold}' and its folder; add the file or move it out")
     is_lexical = part.startswith("lexical_")
     found: dict[Any, list[dict[str, str]]] = defaultdict(list)
     for index, row in enumerate(rows):
+        if row["filename"].lower().endswith(ENDINGS):
+            row["filename"] = Path(row["filename"]).stem
         found[(row["id"], row["voice"]) if is_lexical else index // 2].append(row)
+    listed, present = Counter(row["filename"] for row in rows), Counter(files.keys())
+    if odd := (listed - present) | (present - listed):
+        raise UserError(f"'{min(odd)}' must be once in '{gold}' and once in its folder; fix the file or the folder")
     for pair in found.values():
         places = {(row["id"], row["voice"]) for row in pair}
         if len(places) > 1 or sorted(row["correct"] for row in pair) != ["0", "1"]:
@@ -174,24 +169,15 @@ def _gold_pairs(gold: Path, part: str, files: Mapping[str, Clip]) -> Iterator[Pa
         wrong, right = sorted(pair, key=lambda row: row["correct"])
         group = right["id"] if is_lexical else "_".join(right.get(key, "") for key in ("type", "subtype", "id"))
         clips = files[right["filename"]], files[wrong["filename"]]
-        yield Pair(part, f"{right['id']}_{right['voice']}", group, *clips, _labels(right, gold))
+        yield Pair(part, f"{right['id']}_{right['voice']}", group, *clips, _labels(right))
 
 
-def _labels(row: Mapping[str, Any], where: object) -> dict[str, str]:
-    """Return the labels of a pair, from the row of its positive clip."""
+def _labels(row: Mapping[str, Any]) -> dict[str, str]:
+    """Return the labels of a pair, from the row of its positive clip; a word without a frequency is in no band."""
     labels = {key: str(row[key]) for key in ("type", "subtype") if row.get(key) not in (None, "")}
-    if (count := row.get("frequency")) not in (None, ""):
-        try:
-            if not math.isnan(frequency := float(count)):  # without one in no band, as in the official tool
-                labels["frequency"] = frequency_band(frequency)
-        except (ValueError, IndexError) as error:
-            raise UserError(f"'{where}' has the frequency '{count}', not a count; copy it again") from error
-    return labels
-
-
-def frequency_band(frequency: float) -> str:
-    """Return the band of a word by its count in LibriSpeech; raise an `IndexError` for a negative count."""
-    return [name for lowest, name in FREQUENCY_BANDS if lowest <= frequency][-1]
+    frequency = pd.to_numeric(row.get("frequency"), errors="coerce")
+    bands = [band for lowest, band in FREQUENCY_BANDS if frequency >= lowest]
+    return labels | ({"frequency": bands[-1]} if bands else {})
 
 
 def read_storycloze(source: str) -> Benchmark:
@@ -246,10 +232,10 @@ def _not_empty(benchmark: Benchmark, source: str, layout: str) -> Benchmark:
 
 
 def _read_tables(source: str, columns: tuple[str, str], names: Collection[str] | None = None) -> Benchmark:
-    """Read the tables of a benchmark, one pair a row, from the hub or a download of its Parquet files.
+    """Read the tables of a benchmark, one pair a row, from the hub or a download; a folder with audio has no tables.
 
-    ``source`` is a hub id (of the owner or of one data set), or a folder of that name; a folder with audio has no
-    tables. ``names`` are the data sets of the benchmark; without them each configuration is a part.
+    ``source`` is a hub id (of the owner or of one data set) or a folder of that name. ``names`` are the data sets
+    of the benchmark; without them each configuration is a part.
     """
     benchmark, root = Benchmark([]), Path(source)
     if (is_folder := root.is_dir()) and find_files(source, ENDINGS):
@@ -263,16 +249,15 @@ def _read_tables(source: str, columns: tuple[str, str], names: Collection[str] |
             tables = {root.absolute().name: [source]}
         else:
             tables = {name: [f"{source}/{name}"] for name in names if not is_folder or (root / name).is_dir()}
-        for name, arguments in tables.items():
-            if name.split("_")[0] != "all":
-                _add_table(benchmark, name, load_dataset(*arguments, split="train"), columns)
-    except UserError:
-        raise
+        tables = {name: arguments for name, arguments in tables.items() if name.split("_")[0] != "all"}
+        loaded = {name: load_dataset(*arguments, split="train") for name, arguments in tables.items()}
     except Exception as error:  # datasets raises what its readers and the network raise
         raise UserError(
             f"'{source}' is not a folder in the official layout, and not a data set on the hub or a download of one "
             f"({first_line(error)}); download it again and give its folder with --data_dir"
         ) from error
+    for name, dataset in loaded.items():
+        _add_table(benchmark, name, dataset, columns)
     return benchmark
 
 
@@ -290,5 +275,5 @@ def _add_table(benchmark: Benchmark, name: str, dataset: Dataset, columns: tuple
     for index, row in enumerate(rows):
         right, wrong = (Clip(f"{name}_{index}_{column}", Cell(table, index, column)) for column, table in audio.items())
         group = "_".join(str(row.get(key)) for key in ("type", "subtype", "id")) if has_ids else str(index)
-        labels = _labels(row, name) if is_slm21 else {}
+        labels = _labels(row) if is_slm21 else {}
         benchmark.pairs.append(Pair(SLM21_TABLES.get(name, name), str(index), group, right, wrong, labels))

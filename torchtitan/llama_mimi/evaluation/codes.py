@@ -1,7 +1,6 @@
-"""Codes of benchmark clips, cached on disk so that a second model or preset does not encode them again.
+"""Codes of benchmark clips, cached in Parquet shards so that a second model or preset does not encode them again.
 
-The cache is a folder of Parquet shards as in tokenised corpora; ``id`` is the SHA-256 of the audio file. The folder is
-named by the hash of everything else that the codes depend on.
+Their ``id`` is the SHA-256 of the audio file. A hash of everything else that codes depend on names the folder.
 """
 
 import hashlib
@@ -38,9 +37,7 @@ def encode_clips(
     *,
     as_released: bool = False,
 ) -> tuple[list[str], dict[str, CodedClip]]:
-    """Return the SHA-256 of the audio of each clip, and codes by that, from the cache or encoded now.
-
-    A clip that cannot be used is an `AudioError`; none is ever left out.
+    """Return the SHA-256 of each clip's audio, and codes by SHA-256; a clip that cannot be used is an `AudioError`.
 
     Args:
         codes_dir: folder of caches, local or on any fsspec path.

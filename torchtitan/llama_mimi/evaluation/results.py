@@ -44,10 +44,7 @@ def results(
     scoring: Scoring,
     mean_of: Sequence[str],
 ) -> Result:
-    """Return the accuracies by part, the mean of the parts ``mean_of`` (may be empty), and every pair.
-
-    ``audio_ids`` are the SHA-256 of ``benchmark.clips``; ``codes`` and ``scores`` are by SHA-256.
-    """
+    """Return accuracies by part, the mean of the parts ``mean_of``, and all pairs; ``audio_ids`` are in clip order."""
     pairs = []
     for pair, *ids in zip(benchmark.pairs, audio_ids[::2], audio_ids[1::2], strict=False):
         positive, negative = (scores[audio_id] for audio_id in ids)
@@ -64,10 +61,9 @@ def results(
 
 
 def part_results(pairs: Sequence[Mapping[str, Any]], *, by_group: bool) -> dict[str, Result]:
-    """Return accuracy, interval (95 %) and counts of each part, and under "by" those of each value of each label.
+    """Return accuracy, 95 % interval and counts of each part, and under "by" the same for each value of each label.
 
-    Pairs have the keys part, group, labels, correct, is_tie and is_cut. ``by_group`` averages the pairs of one group,
-    such as the voices of a word, first; "count" is the number of groups, or else of pairs.
+    ``by_group`` first averages the pairs of a group, such as the voices of a word; "count" then counts groups.
     """
     members: dict[tuple[str, ...], list[Mapping[str, Any]]] = defaultdict(list)
     for pair in pairs:
@@ -98,10 +94,9 @@ def part_results(pairs: Sequence[Mapping[str, Any]], *, by_group: bool) -> dict[
 
 
 def mean_of_parts(results: Mapping[str, Result], parts: Sequence[str]) -> Result | None:
-    """Return the unweighted mean accuracy of ``parts``, or None if one is missing.
+    """Return the unweighted mean accuracy of k parts, or None if one is missing.
 
-    The interval is Wilson's for an effective count: the square of the number of parts, divided by the sum of the
-    inverse counts n_i. If all k parts are equal, k^2 / sum(1/n_i) is the total number of pairs.
+    The interval is Wilson's for k^2 / sum(1/n_i) pairs, which is the number of all pairs if the parts have equal sizes.
     """
     if any(part not in results for part in parts):
         return None

@@ -26,12 +26,10 @@ class Scoring:
 
     Args:
         levels: quantizer levels to score, with ``</audio>`` if the clip has one; None scores all.
-        as_released: score as the first release does, its accidents included: BOS only if the tokenizer adds it,
-            ``</audio>`` also after a clip that was cut, a partial last frame left to the codec, no sliding window. With
-            ``levels`` None every token after the first is scored, ``<audio>`` too; with ``(0,)`` every Q-th from
-            position 2 on, which is level 0 and ``</audio>`` after BOS, and level 1 without BOS.
-        likelihood: "softmax" is over the model's whole vocabulary; "grammar" is over the tokens that are possible at a
-            position, which are the codes of its level and, at level 0, ``</audio>``.
+        as_released: score as the first release does: BOS only if the tokenizer adds it, and ``</audio>`` also after a
+            clip that was cut. With ``levels`` None every token after the first is scored, ``<audio>`` too; with
+            ``(0,)`` every Q-th from position 2 on: level 0 and ``</audio>`` after BOS, level 1 without BOS.
+        likelihood: softmax over the vocabulary, or "grammar": over the level's codes and, at level 0, ``</audio>``.
     """
 
     levels: tuple[int, ...] | None
@@ -57,10 +55,9 @@ def score_clips(
     log: ProgressLog,
     ranks: DistributedContext,
 ) -> dict[str, float]:
-    """Return scores by clip, those in ``log`` without computing them; clips with equal codes have equal scores.
+    """Return scores by clip; clips with equal codes have equal scores, and scores in ``log`` are not computed again.
 
-    ``batch_tokens`` is the maximum size of a batch with its padding; one clip always fits. A score that is not finite,
-    or a log that cannot be written, is a `UserError`.
+    ``batch_tokens`` is the maximum size of a batch with its padding. A score that is not finite is a `UserError`.
     """
 
     def content_hash(clip: CodedClip) -> str:

@@ -10,10 +10,9 @@ RESAMPLES = 10_000
 
 
 def wilson_interval(accuracy: float, count: float) -> tuple[float, float]:
-    """Return the interval of a proportion (Wilson 1927, without continuity correction).
+    """Return the interval of a proportion of a positive ``count`` (Wilson 1927, without continuity correction).
 
-    `scipy.stats.binomtest` has it for whole successes only; half credits and mean credits of a group are fractions. A
-    ``count`` that is not positive is a `ValueError`.
+    `scipy.stats.binomtest` has it for whole successes only; half credits and mean credits of a group are fractions.
     """
     if not count > 0:
         raise ValueError(f"the interval of a proportion of {count} values does not exist; give at least one value")
@@ -28,16 +27,13 @@ def wilson_interval(accuracy: float, count: float) -> tuple[float, float]:
 def bootstrap_interval(*parts: Sequence[float]) -> tuple[float, float]:
     """Return the percentile bootstrap interval of the mean of the means of parts, each resampled by itself.
 
-    Most measures have one part; the mean of SALMon has eight. The same values give the same interval. A part without
-    values is a `ValueError`. (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3.)
+    A measure has one part, the mean of SALMon has eight. The same values give the same interval. A part with fewer than
+    two values is a `ValueError`. (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3.)
     """
-    if not parts or not all(map(len, parts)):
-        raise ValueError("the mean of no values has no interval; give at least one value for each part")
-    if all(len(part) == 1 for part in parts):
-        mean = float(np.mean(parts))
-        return mean, mean
+    if not parts or min(map(len, parts)) < 2:
+        raise ValueError("fewer than two values have no interval; give at least two for each part")
     found = stats.bootstrap(
-        [np.repeat(part, 2) if len(part) == 1 else np.asarray(part, dtype=np.float64) for part in parts],
+        [np.asarray(part, dtype=np.float64) for part in parts],
         lambda *some, axis: np.mean([part.mean(axis=axis) for part in some], axis=0),
         n_resamples=RESAMPLES,
         batch=max(1, 4_000_000 // max(map(len, parts))),

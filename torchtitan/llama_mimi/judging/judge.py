@@ -26,16 +26,10 @@ Messages = list[dict[str, str]]
 class Criteria:
     """Content of a file such as eval/judge.toml."""
 
-    system: str  # role of the judge
+    names: list[str]
+    system: str  # role of the judge, and a question for each criterion
     request: str  # template with the fields {prompt} and {continuation}
-    questions: dict[str, str]  # by criterion
     sha256: str
-
-    def messages(self, prompt: str, continuation: str) -> Messages:
-        """Return the first messages of a call."""
-        questions = "\n".join(f"- {name}: {question}" for name, question in self.questions.items())
-        request = self.request.format(prompt=prompt, continuation=continuation)
-        return [{"role": "system", "content": f"{self.system}\n\n{questions}"}, {"role": "user", "content": request}]
 
 
 def read_criteria(path: Path) -> Criteria:
@@ -43,15 +37,16 @@ def read_criteria(path: Path) -> Criteria:
     try:
         data = path.read_bytes()
         content = tomllib.loads(data.decode())
-        questions = {str(name): str(question) for name, question in content["criteria"].items()}
-        criteria = Criteria(content["system"], content["request"], questions, hashlib.sha256(data).hexdigest())
-        request = criteria.messages("<prompt>", "<continuation>")[1]["content"]
-        if not questions or "<prompt>" not in request or "<continuation>" not in request:
+        names, request = list(content["criteria"]), content["request"]
+        questions = "\n".join(f"- {name}: {question}" for name, question in content["criteria"].items())
+        system = f"{content['system']}\n\n{questions}"
+        filled = request.format(prompt="<prompt>", continuation="<continuation>")
+        if not names or "<prompt>" not in filled or "<continuation>" not in filled:
             raise ValueError("no criterion, or no field {prompt} or {continuation} in the request")
     except (OSError, ValueError, KeyError, AttributeError, IndexError) as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"'{path}' is not a file of criteria ({reason}); see eval/judge.toml") from error
-    return criteria
+    return Criteria(names, system, request, hashlib.sha256(data).hexdigest())
 
 
 def read_reply(text: str, names: Sequence[str]) -> dict[str, int]:
@@ -70,15 +65,12 @@ def read_reply(text: str, names: Sequence[str]) -> dict[str, int]:
 
 
 def judge(url: str | None, model_name: str, criteria: Criteria) -> Measure:
-    """Return the measure of scores by criterion, 1 to 5, of a prompt's and a continuation's text.
-
-    Without a ``url`` the server is OpenAI's. A call that fails is a `UserError`; earlier replies were yielded before.
-    """
+    """Return the measure of scores by criterion, 1 to 5, of two texts; a call that fails is a `UserError`."""
     openai = import_extra("openai", "--judge_model", INSTALL)
     key = os.environ.get("OPENAI_API_KEY") or "none"
     client = openai.OpenAI(base_url=url, api_key=key, max_retries=RETRIES, timeout=TIMEOUT_SECONDS)
     score = {"type": "integer", "minimum": SCALE[0], "maximum": SCALE[-1]}
-    names = list(criteria.questions)
+    names = criteria.names
     properties = {"properties": dict.fromkeys(names, score), "required": names, "additionalProperties": False}
     schema = {"name": "scores", "schema": {"type": "object", **properties}, "strict": True}
     form = {"type": "json_schema", "json_schema": schema}  # servers without schemas ignore it
@@ -106,14 +98,16 @@ def judge(url: str | None, model_name: str, criteria: Criteria) -> Measure:
 
 def _ask(call: Callable[[Messages], str], criteria: Criteria, prompt: str, continuation: str) -> Value:
     """Return scores, or the reason why there are none after `ATTEMPTS` replies."""
-    messages, names = criteria.messages(prompt, continuation), list(criteria.questions)
+    request = criteria.request.format(prompt=prompt, continuation=continuation)
+    messages = [{"role": "system", "content": criteria.system}, {"role": "user", "content": request}]
     for _ in range(ATTEMPTS):
         text = call(messages)
         try:
-            return {f"judge/{name}": score for name, score in read_reply(text, names).items()}
+            return {f"judge/{name}": score for name, score in read_reply(text, criteria.names).items()}
         except ValueError as error:
             reason = str(error)
         # At temperature 0 the same question has the same answer.
-        again = f"That could not be read ({reason}). Reply with one JSON object with only the keys {', '.join(names)}."
+        keys = ", ".join(criteria.names)
+        again = f"That could not be read ({reason}). Reply with one JSON object with only the keys {keys}."
         messages = [*messages[:2], {"role": "assistant", "content": text}, {"role": "user", "content": again}]
     return reason

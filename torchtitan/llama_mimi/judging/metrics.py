@@ -27,7 +27,7 @@ from llama_mimi.report.document import import_extra
 
 INSTALL = "install llama-mimi[judging]"
 RATE_HZ = 16_000  # of all audio models here
-PAUSE_SECONDS = 0.3  # shorter silences are part of speech
+MIN_PAUSE_SECONDS = 0.3  # shorter silences are part of speech
 WORD = re.compile(r"[^\W_]+(?:['\u2019.][^\W_]+)*")  # don't and 10.5 are one word each
 # Tensors that only training uses, so that published models may lack them or have them in addition.
 WITHOUT_EFFECT = r"(masked_spec_embed|objective\.weight|\.masked_bias)$|^(quantizer|project_q|project_hid)\."
@@ -80,14 +80,14 @@ def _describe(name: str) -> dict[str, Any]:
 
 
 def pauses() -> Measure:
-    """Return the measure of a clip's length in seconds, and of its fraction in silences of `PAUSE_SECONDS` or more."""
+    """Measure a clip: its length in seconds, and the fraction that is in silences of `MIN_PAUSE_SECONDS` or more."""
 
     def value(clip: Clip) -> Value:
         waveform = clip.read(RATE_HZ)
-        silent = sum(length for _, length in silences(waveform, PAUSE_SECONDS))
+        silent = sum(length for _, length in silences(waveform, MIN_PAUSE_SECONDS))
         return {"seconds": waveform.seconds, "silent": min(silent / max(waveform.seconds, 1e-9), 1.0)}
 
-    return Measure("pauses", ("seconds", "silent"), {"pause_seconds": PAUSE_SECONDS}, partial(starmap, value))
+    return Measure("pauses", ("seconds", "silent"), {"pause_seconds": MIN_PAUSE_SECONDS}, partial(starmap, value))
 
 
 def speaker_encoder(model_name: str, device: torch.device) -> Callable[[Clip], torch.Tensor]:
@@ -179,8 +179,6 @@ def log_perplexity(model_name: str, device: torch.device) -> Measure:
     model = load_evaluator(transformers.AutoModelForCausalLM, model_name, device, what="language model")
     tokenizer = load_pretrained(transformers.AutoTokenizer, model_name, what="language model")
     first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    if first is None:
-        raise UserError(f"'{model_name}' has neither a BOS nor an EOS token; choose another --text_model")
 
     @torch.inference_mode()
     def value(prompt: str, continuation: str) -> Value:

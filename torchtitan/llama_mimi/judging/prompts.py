@@ -1,13 +1,13 @@
 """Prompts that all systems continue: the beginnings of recordings of a corpus."""
 
 import bisect
-import hashlib
 import json
 import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 
 from tqdm import tqdm
@@ -44,12 +44,10 @@ class PromptOptions:
     limit: int | None = None  # maximum number of recordings, drawn by the hash of their names; default: all
 
     def __post_init__(self) -> None:
-        if not self.prompt_seconds >= 0.5:
-            raise UserError(f"--prompt_seconds is {self.prompt_seconds}; it must be 0.5 or more")
-        low, high = 1.25 * self.prompt_seconds, MAX_RECORDING_SECONDS
-        if not low <= self.min_seconds <= high:
-            needed = f"for prompts of {self.prompt_seconds:g} s it must be {low:g} to {high:g}"
-            raise UserError(f"--recording_seconds is {self.min_seconds:g}; {needed}")
+        low, high = 1.25 * max(self.prompt_seconds, 0.5), MAX_RECORDING_SECONDS
+        if not (self.prompt_seconds >= 0.5 and low <= self.min_seconds <= high):
+            problem = f"--prompt_seconds is {self.prompt_seconds:g} and --recording_seconds {self.min_seconds:g}"
+            raise UserError(f"{problem}; set them to at least 0.5, and to {low:g} to {high:g}")
 
     @property
     def min_seconds(self) -> float:
@@ -84,8 +82,8 @@ def make_prompts(folder: Path, options: PromptOptions) -> PromptSet:
     settings = asdict(options)
     manifest = read_json(str(folder), MANIFEST)
     if manifest is None:
-        prompts, skipped, sha256 = _cut_prompts(folder, options)
-        manifest = {"format": FORMAT, "settings": settings, "skipped": skipped, "sha256": sha256}
+        prompts, skipped, hash_of_files = _cut_prompts(folder, options)
+        manifest = {"format": FORMAT, "settings": settings, "skipped": skipped, "sha256": hash_of_files}
         manifest["prompts"] = [asdict(prompt) for prompt in prompts]
         write_atomically(str(folder), MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
     require_same({"format": 1, **manifest}, {"format": FORMAT, "settings": settings}, f"'{folder}'", NEW_FOLDER)
@@ -108,15 +106,9 @@ def cut_seconds(waveform: Waveform, wanted_seconds: float) -> float:
     return round(quietest * FRAME_SECONDS, 2)
 
 
-def file_sha256(path: Path) -> str:
-    """Return the hash of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _files_sha256(folder: Path) -> str:
     files = [path for part in (PROMPTS, RECORDINGS) for path in visible_files(folder, f"{part}/**/*") if path.is_file()]
-    return digest({path.relative_to(folder).as_posix(): file_sha256(path) for path in files})
+    return digest({path.relative_to(folder).as_posix(): sha256(path.read_bytes()).hexdigest() for path in files})
 
 
 def _cut_prompts(folder: Path, options: PromptOptions) -> tuple[list[Prompt], Counter[str], str]:
@@ -132,13 +124,11 @@ def _cut_prompts(folder: Path, options: PromptOptions) -> tuple[list[Prompt], Co
     num_read = num_unreadable = 0
     drawn: list[tuple[bytes, int, Prompt]] = []  # the first rows by hash
     names: set[str] = set()
-    sizes = [unit.num_rows for unit in source.units]
-    total = None if None in sizes else sum(size or 0 for size in sizes)  # rows of tars are not known
-    for number, (name, row) in enumerate(tqdm(_rows(source), "prompts", total, unit="recording")):
+    for number, (name, row) in enumerate(tqdm(_rows(source), "prompts", unit=" recordings")):
         if name in names:
             raise UserError(f"'{source.name}' has two rows with the id '{row['id']}'; give each its own")
         names.add(name)
-        rank = hashlib.sha256(name.encode()).digest()
+        rank = sha256(name.encode()).digest()
         if len(drawn) == options.limit and rank > drawn[-1][0]:
             skipped["beyond --limit"] += 1
             continue
@@ -172,11 +162,11 @@ def _cut_prompts(folder: Path, options: PromptOptions) -> tuple[list[Prompt], Co
     if not drawn:
         problem = f"no recording of '{options.corpus}' is {options.min_seconds:g} s long and readable"
         raise UserError(f"{problem}; lower --recording_seconds and --prompt_seconds, or fix the corpus")
-    sha256 = _files_sha256(partial.folder)  # before the folders have their names, as it takes a while
+    hash_of_files = _files_sha256(partial.folder)  # before the folders have their names, as it takes a while
     for part in (RECORDINGS, PROMPTS):
         (partial.folder / part).rename(folder / part)
     partial.folder.rmdir()
-    return [prompt for _, _, prompt in sorted(drawn, key=lambda one: one[1])], skipped, sha256
+    return [prompt for _, _, prompt in sorted(drawn, key=lambda one: one[1])], skipped, hash_of_files
 
 
 def _rows(source: Source) -> Iterator[tuple[str, Row]]:
@@ -186,5 +176,5 @@ def _rows(source: Source) -> Iterator[tuple[str, Row]]:
         name = row.get("id") or f"row-{number:06d}"
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]{0,99}", name):  # not a file name on every system
             cleaned = re.sub(r"[^A-Za-z0-9.-]+", "-", name)[:60].strip("-.")
-            name = f"{cleaned}-{hashlib.sha256(name.encode()).hexdigest()[:8]}".lstrip("-")
+            name = f"{cleaned}-{sha256(name.encode()).hexdigest()[:8]}".lstrip("-")
         yield name, row

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from llama_mimi.audio.mimi import MimiCodec
 from llama_mimi.common.distributed import DistributedContext, broadcast_from_rank0, distributed_context
 from llama_mimi.common.errors import UserError
-from llama_mimi.common.files import LOCK, digest, is_synthetic, locked, read_json, write_atomically
+from llama_mimi.common.files import LOCK, digest, is_synthetic, locked, read_json, visible_files, write_atomically
 from llama_mimi.common.resume import require_same
 from llama_mimi.common.versions import versions
 from llama_mimi.evaluation.results import FORMAT, model_folder
@@ -24,8 +24,9 @@ from llama_mimi.judging import metrics, systems
 from llama_mimi.judging.judge import judge, read_criteria
 from llama_mimi.judging.prompts import PROMPTS, RECORDINGS, PromptOptions, PromptSet, make_prompts
 from llama_mimi.judging.systems import Clip, Sample
-from llama_mimi.report.comparisons import generations_markdown
-from llama_mimi.report.results import KIND
+from llama_mimi.report.comparisons import comparable_sets, summary
+from llama_mimi.report.document import to_markdown
+from llama_mimi.report.results import KIND, read_results
 
 OFFICIAL_CORPUS = "librispeech_clean_test"
 # Without and with a GPU; Whisper large needs 0.5 GB for a clip in float32.
@@ -112,8 +113,6 @@ def _judge(options: GenerationOptions, prompts: PromptSet, ranks: DistributedCon
     if earlier := read_json(str(folder), path.name):  # must not be of another system with the same name
         origin: Record = {key: made_by[key] for key in ("wavs", "model_sha256") if key in made_by}
         require_same(earlier.get("made_by") or {}, origin, f"'{path}'", "choose another --name")
-    if ranks.rank == 0 and not any(prompt.speaker for prompt in prompts.prompts):
-        print("the corpus has no speakers, so that shuffled pairs may have one voice", flush=True)
     samples = {options.system: own, **systems.references(prompts, codec, options.sampling.seconds, ranks)}
     everything = [sample for of_system in samples.values() for sample in of_system]
     records, descriptions = measure_samples(everything, prompts, options.measures, ranks)
@@ -137,7 +136,8 @@ def _judge(options: GenerationOptions, prompts: PromptSet, ranks: DistributedCon
         }
         content = json.dumps(result, indent=1, allow_nan=False) + "\n"
         write_atomically(str(folder), f"{system}.json", content.encode())
-    print(generations_markdown(folder))
+    items = read_results(visible_files(folder, "*.json")).items
+    print(to_markdown([summary(some, title) for title, some in comparable_sets(items)]))
     print(f"written: '{path}' and the results of the references")
 
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import find_files, read_json, write_atomically
 from llama_mimi.common.resume import require_same
 from llama_mimi.generation.prompt_folder import SETTINGS
-from llama_mimi.judging.prompts import NEW_FOLDER, PROMPTS, RECORDINGS, Prompt, PromptSet, file_sha256
+from llama_mimi.judging.prompts import NEW_FOLDER, PROMPTS, RECORDINGS, Prompt, PromptSet
 
 RECORDING, SHUFFLED, RECONSTRUCTION = "recording", "shuffled", "reconstruction"
 
@@ -46,7 +47,7 @@ class Clip:
     @cached_property
     def key(self) -> str:
         """Hash of the file, and the part."""
-        return f"{file_sha256(self.path)}@{self.start_seconds:.4f}-{self.end_seconds or 0:.4f}"
+        return f"{sha256(self.path.read_bytes()).hexdigest()}@{self.start_seconds:.4f}-{self.end_seconds or 0:.4f}"
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,9 @@ class Sample:
 def references(
     prompts: PromptSet, codec: MimiCodec | None, max_seconds: float, ranks: DistributedContext
 ) -> dict[str, list[Sample]]:
-    """Return the samples that a system is compared with, by name.
+    """Return samples by name: the rest of each recording; the rest of a recording of another speaker (shuffled).
 
-    These are the rest of each recording; the rest of another recording, of another speaker if the corpus has speakers;
-    and, with a codec, the rest of the recording after encoding and decoding.
+    With a codec, a third reference is the rest of the recording after encoding and decoding.
     """
     if len(prompts.prompts) < 2:
         raise UserError("one prompt cannot be shuffled; raise --limit")
@@ -78,7 +78,9 @@ def references(
     for prompt in prompts.prompts:
         others = [other for other in prompts.prompts if other.name != prompt.name]
         strangers = [other for other in others if other.speaker != prompt.speaker]
-        other = random.Random(file_sha256(prompts.file(PROMPTS, prompt))).choice(strangers or others)
+        other = random.Random(sha256(prompts.file(PROMPTS, prompt).read_bytes()).hexdigest()).choice(
+            strangers or others
+        )
         systems[SHUFFLED].append(rest(prompt, RECORDINGS, other))
     if codec is not None:
         name = f"{RECONSTRUCTION}_q{codec.num_quantizers}"
@@ -127,10 +129,7 @@ def continuations(
 
 
 def wavs(prompts: PromptSet, folder: Path, contain_prompt: bool, max_seconds: float) -> list[Sample]:
-    """Return continuations by another system: ``<prompt>.wav``, or ``<prompt>_0.wav``, ``<prompt>_1.wav`` and so on.
-
-    With ``contain_prompt`` each file begins with its prompt.
-    """
+    """Return the files of another system, ``<prompt>.wav`` or ``<prompt>_<number>.wav``, without their prompts."""
     by_name = {prompt.name: prompt for prompt in prompts.prompts}
     found: dict[tuple[str, int], Path] = {}
     for path in map(Path, find_files(str(folder), AUDIO_ENDINGS)):

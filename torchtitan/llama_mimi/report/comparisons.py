@@ -3,20 +3,18 @@
 import itertools
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 import pandas as pd
 
-from llama_mimi.common.errors import UserError, first_line
-from llama_mimi.common.files import visible_files
+from llama_mimi.common.versions import ROOT
 from llama_mimi.evaluation.statistics import sign_test
-from llama_mimi.report.document import Picture, Section, Table, to_markdown
+from llama_mimi.report.document import Picture, Section, Table
 from llama_mimi.report.estimates import COMPARABLE, SYNTHETIC, Estimate, by_measure, estimate, same_items
 from llama_mimi.report.plots import forest, tradeoff
-from llama_mimi.report.results import DAMAGE, SALMON, SALMON_MEAN, measure_of, read_results
+from llama_mimi.report.results import SALMON, SALMON_MEAN, measure_of
 
 NOT_COMPARED = ("real_time_factor", "seconds")  # they depend on the machine, or higher is not better
-NUM_COLUMNS = 5  # of systems, beside the names of measures
+PUBLISHED = ROOT / "eval" / "published.toml"
 LEGEND = (
     "Accuracies are in percent. A cell begins with the mean over seeds. Brackets: 95 % bootstrap interval over the n "
     "pairs, groups of pairs or prompts that every model of the row has a value for. ±: half of the 95 % interval over "
@@ -32,15 +30,11 @@ SUMMARY = (
 )
 
 
-def tables(corner: str, cells: Mapping[str, Mapping[str, str]], columns: Sequence[str]) -> list[Table]:
-    """Return tables of measures (rows) by systems, as many as are needed for their widths."""
-    found = []
-    for start in range(0, len(columns), NUM_COLUMNS):
-        some = columns[start : start + NUM_COLUMNS]
-        rows = [[name, *(of.get(column, "") for column in some)] for name, of in cells.items()]
-        if rows := [row for row in rows if any(row[1:])]:
-            found.append(_table([corner, *some], rows))
-    return found
+def _by_system(corner: str, cells: Mapping[str, Mapping[str, str]], columns: Sequence[str]) -> list[Table]:
+    """Return a table of measures (rows) by systems without empty rows, or no table if there are only such rows."""
+    rows = [[name, *(of.get(column, "") for column in columns)] for name, of in cells.items()]
+    rows = [row for row in rows if any(row[1:])]
+    return [_table([corner, *columns], rows)] if rows else []
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
@@ -87,8 +81,8 @@ def comparison(items: pd.DataFrame, title: str, groups: Mapping[str, Sequence[st
     pictures = [Picture(f"{picture}.png", forest(panels, alt, is_difference=True), alt)] if picture and panels else []
     notes = [f"No pair or prompt has a value of every model for: {', '.join(empty)}."] if empty else []
     names = sorted({name for of in references.values() for name in of})
-    of_references = tables("references on the same prompts", references, names)
-    return Section(title, notes, pictures, tables("measure", cells, list(groups)) + of_references)
+    of_references = _by_system("references on the same prompts", references, names)
+    return Section(title, notes, pictures, _by_system("measure", cells, list(groups)) + of_references)
 
 
 def summary(items: pd.DataFrame, title: str, picture: str | None = None) -> Section:
@@ -117,7 +111,7 @@ def summary(items: pd.DataFrame, title: str, picture: str | None = None) -> Sect
             panels[heading] = found
     columns = items.sort_values("is_reference", kind="stable")["system"].unique()
     pictures = [Picture(f"{picture}.png", forest(panels, title), title)] if picture and panels else []
-    return Section(title, [SUMMARY], pictures, tables("measure", cells, columns), notes)
+    return Section(title, [SUMMARY], pictures, _by_system("measure", cells, columns), notes)
 
 
 def sign_tests(items: pd.DataFrame, title: str) -> list[Section]:
@@ -143,27 +137,18 @@ def comparable_sets(items: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
         yield f"Continuations, {conditions}", some
 
 
-def generations_markdown(folder: Path) -> str:
-    """Return tables of all systems that eval/generation.py has judged in a folder, as Markdown."""
-    items = read_results(visible_files(folder, "*.json")).items
-    return to_markdown([summary(some, title) for title, some in comparable_sets(items)])
-
-
-def published_numbers(items: pd.DataFrame, path: Path) -> list[Section]:
-    """Return the published numbers, from eval/published.toml, of the measures that the table has on official data."""
-    try:
-        rows = tomllib.loads(path.read_text())["rows"]
-        scores = {row["model"]: {name: float(score) for name, score in row["scores"].items()} for row in rows}
-        sources = {row["model"]: f"{row['model']}: {row['source']}" for row in rows}
-    except (OSError, *DAMAGE) as error:
-        raise UserError(f"'{path}' is not a list of published numbers ({first_line(error)}); fix the file") from error
+def published_numbers(items: pd.DataFrame) -> list[Section]:
+    """Return the published numbers, from `PUBLISHED`, of the measures that the table has on official data."""
+    rows = tomllib.loads(PUBLISHED.read_text())["rows"]
+    scores = {row["model"]: row["scores"] for row in rows}
+    sources = {row["model"]: f"{row['model']}: {row['source']}" for row in rows}
     cells: dict[str, dict[str, str]] = {}
     for heading, measure, rows in by_measure(items[items["data_kind"] == "official"], ["measure"]):
         name = rows["measure"].iloc[0]
         cells[heading] = {model: f"{of[name]:.{measure.digits}f}" for model, of in scores.items() if name in of}
     models = [model for model in scores if any(model in of for of in cells.values())]
     text = "These numbers are the authors' own, by their own scoring."
-    found = tables("measure", cells, models)
+    found = _by_system("measure", cells, models)
     return [Section("Published by others", [text], (), found, [sources[model] for model in models])] if found else []
 
 

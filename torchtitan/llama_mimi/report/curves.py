@@ -14,8 +14,7 @@ def read_curves(folder: Path) -> dict[str, Series]:
     for file in sorted((folder / "tb").rglob("events.out.tfevents.*"), key=lambda file: file.name):
         events = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()  # all values, not a sample
         logged = {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
-        start = min((step for values in logged.values() for step in values), default=None)
-        if start is not None:
-            kept = {tag: {step: v for step, v in values.items() if step < start} for tag, values in curves.items()}
-            curves = {tag: kept.get(tag, {}) | logged.get(tag, {}) for tag in kept | logged}
+        start = min((step for values in logged.values() for step in values), default=float("inf"))
+        kept = {tag: {step: v for step, v in values.items() if step < start} for tag, values in curves.items()}
+        curves = {tag: kept.get(tag, {}) | logged.get(tag, {}) for tag in kept | logged}
     return {tag: values for tag, values in curves.items() if values}

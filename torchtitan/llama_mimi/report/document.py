@@ -29,7 +29,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text, at most six columns so that a page of 1,280 pixels shows all of them."""
+    """Rows of text."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -87,20 +87,15 @@ def _inert(text: str) -> str:
     return "".join(parts)
 
 
-def to_html(title: str, sections: Sequence[Section]) -> str:
-    """Return a document as a page in one file, without scripts and without links to other files."""
+def write_html(title: str, sections: Sequence[Section], path: Path) -> None:
+    """Write a document as a page in one file, without scripts or links to other files, and print its size."""
     folder = Path(__file__).parent / "templates"
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(folder), autoescape=True, trim_blocks=True)
     environment.filters["data"] = lambda content, kind: f"data:{kind};base64,{base64.b64encode(content).decode()}"
     environment.filters["parts"] = re.compile("(`[^`]+`)").split  # every second part is code
     environment.tests["number"] = re.compile(r"[-+]?[\d.,]+ ?%?").fullmatch
     template = environment.get_template("page.html.jinja")
-    return template.render(title=title, sections=sections, ticks=_ticks)
-
-
-def write_html(title: str, sections: Sequence[Section], path: Path) -> None:
-    """Write a document as a page and print its size; raise a `UserError` if it cannot be written."""
-    content = to_html(title, sections).encode()
+    content = template.render(title=title, sections=sections, ticks=_ticks).encode()
     write_atomically(str(path.parent), path.name, content)
     print(f"{path}: {len(content) / 1e6:.1f} MB")
 

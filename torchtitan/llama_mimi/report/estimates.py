@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from llama_mimi.evaluation.statistics import bootstrap_interval, seed_half_width, wilson_interval
-from llama_mimi.report.results import NO_SAMPLE, SALMON, SALMON_MEAN, Measure, in_order, measure_of
+from llama_mimi.report.results import NO_SAMPLE, SALMON, SALMON_MEAN, MeasureFormat, in_order, measure_of
 
 COMPARABLE = ["measure", "conditions", "data", "data_kind"]
 SYNTHETIC = ", synthetic"  # in headings
@@ -19,7 +19,7 @@ ROUNDING = 1e-9  # seeds whose relative difference is smaller are equal
 class Estimate:
     """A mean over seeds with two kinds of uncertainty, on the scale of differences: percent, or log perplexity."""
 
-    measure: Measure
+    measure: MeasureFormat
     seeds: tuple[float, ...]  # mean of each seed
     interval: tuple[float, float] | None  # 95 % interval over items; None for fewer than two
     count: int  # of items; 0 for a measure that has none, such as bits/s
@@ -52,11 +52,10 @@ class Estimate:
         return text + " *" * (is_difference and self.is_significant)
 
 
-def estimate(values: pd.DataFrame, measure: Measure, *, is_wilson: bool = False) -> Estimate:
-    """Return the mean of the means of parts, over seeds.
+def estimate(values: pd.DataFrame, measure: MeasureFormat, *, is_wilson: bool = False) -> Estimate:
+    """Return the mean over parts and seeds of ``values`` by part and item (rows) and seed (columns).
 
-    ``values`` are by part and item (rows) and seed (columns), as `same_items` returns them. With ``is_wilson`` the
-    interval is Wilson's of a proportion; a mean of k parts has k^2 / sum(1 / n_i) values.
+    With ``is_wilson`` the interval is Wilson's of a proportion, as in `mean_of_parts`.
     """
     scaled = values * measure.factor
     seeds = tuple(map(float, scaled.groupby(level="part").mean().mean()))
@@ -73,28 +72,22 @@ def estimate(values: pd.DataFrame, measure: Measure, *, is_wilson: bool = False)
 
 
 def same_items(rows: pd.DataFrame) -> tuple[pd.DataFrame, int]:
-    """Return values by part and item (rows) and system (columns), and how many samples were left out.
+    """Return values by part and item (rows) and system (columns), and the number of samples without a value of each.
 
-    A sample counts where every system has a value. The only sample of a reference stands beside all samples of an item.
-    Systems without any value take no part.
+    The only sample of a reference is compared with all samples of an item. Systems without any value are left out.
     """
     systems = list(rows.dropna(subset="value")["system"].unique())
     if not systems:
         return pd.DataFrame(), 0
-    wide = rows.pivot_table("value", ["part", "item", "sample"], "system", sort=False)[systems]
-    own = wide[wide.index.get_level_values("sample") != NO_SAMPLE]
-    if own.empty:
-        own = wide
-    elif len(own) < len(wide):
-        single = wide.xs(NO_SAMPLE, level="sample").reindex(own.index.droplevel("sample")).set_axis(own.index)
-        own = own.fillna(single.loc[:, own.isna().all()])
-    kept = own.dropna()
-    is_single = rows["sample"] == NO_SAMPLE
-    samples = rows.loc[~is_single | is_single.all(), ["part", "item", "sample"]].drop_duplicates()
-    return kept.groupby(level=["part", "item"], sort=False).mean(), len(samples) - len(kept)
+    keys, is_single = ["part", "item", "sample"], rows["sample"] == NO_SAMPLE
+    if not is_single.all():
+        samples = rows.loc[~is_single, keys].drop_duplicates()
+        rows = pd.concat([rows[~is_single], rows[is_single].drop(columns="sample").merge(samples)])
+    kept = rows.pivot_table("value", keys, "system", sort=False)[systems].dropna()
+    return kept.groupby(level=["part", "item"], sort=False).mean(), len(rows[keys].drop_duplicates()) - len(kept)
 
 
-def by_measure(items: pd.DataFrame, keys: list[str]) -> Iterator[tuple[str, Measure, pd.DataFrame]]:
+def by_measure(items: pd.DataFrame, keys: list[str]) -> Iterator[tuple[str, MeasureFormat, pd.DataFrame]]:
     """Yield heading, measure and rows of each combination of keys; `part` of a row is its measure, or part of SALMon.
 
     The heading marks synthetic data, and names conditions and data where the measure has several.

@@ -25,6 +25,10 @@ MARK_COLUMNS, MARK_COLOR = 2, (90, 220, 255)
 # The colour map magma in nine equal steps, so that the demo needs no matplotlib.
 MAGMA = np.array([*bytes.fromhex("0000041c10444f127b812581b5367ae55064fb8761fec287fcfdbf")]).reshape(9, 3)
 MP3_QUALITY = 0.6  # of soundfile, 0 is the best; 5 kB for a second at 24 kHz
+ABOUT = (
+    "Each clip begins with its prompt, up to the blue line in the spectrogram. The transcript, by an ASR model, is "
+    "of the speech after it. A system with several continuations is shown with the first."
+)
 SHOWN = ("similarity", "distillmos", "words_per_minute")  # of one continuation; criteria of a judge follow
 
 
@@ -67,43 +71,30 @@ def continuations(folder: Path, num_prompts: int, labels: Mapping[str, str] | No
     """Return a section for each of a few prompts: the recording, its reconstructions, and the systems' continuations.
 
     ``folder`` is the --output_dir of eval/generation.py. Prompts are chosen by the hash of their names. ``labels`` are
-    names for readers, by system; other systems are not shown. Without it all systems are shown. A missing or damaged
-    file, and a system without a result, are a `UserError`.
+    names for readers of the systems to show; the default is all systems. A missing or damaged file is a `UserError`.
     """
-    path = folder / "prompts.json"
-    if (manifest := read_json(str(folder), path.name)) is None:
+    if (manifest := read_json(str(folder), "prompts.json")) is None:
         raise UserError(f"'{folder}' has no prompts.json; name the --output_dir of eval/generation.py")
     found = [read_json(str(folder), file.name) or {} for file in visible_files(folder, "*.json")]
     results = {str(result.get("system")): result for result in found if result.get("kind") == KIND}
     reconstructions = {name: label for name in sorted(results) if (label := system_label(name)) != name}
     models = sorted(results.keys() - reconstructions.keys() - {"recording", "shuffled"})
     shown = {"recording": "recording"} | reconstructions | dict(labels or {name: name for name in models})
-    if missing := [name for name in shown if name not in results]:
-        raise UserError(f"'{folder}' has no result of '{missing[0]}', only of {', '.join(results) or 'none'}")
     try:
-        prompts = [(str(one["name"]), str(one["speaker"]), float(one["seconds"])) for one in manifest["prompts"]]
-        prompts.sort(key=lambda prompt: hashlib.sha256(prompt[0].encode()).digest())
-        clips: dict[str, list[Clip]] = {name: [] for name, *_ in prompts[:num_prompts]}
-        texts: dict[str, str] = {}
-        for system, label in shown.items():
-            path = folder / f"{system}.json"
-            samples = sorted(results[system]["samples"], key=lambda sample: sample["sample"] or 0, reverse=True)
-            first = {sample["prompt"]: sample for sample in samples}
-            for name, _, seconds in prompts[:num_prompts]:
-                if sample := first.get(name):
-                    clips[name].append(_clip(label, folder, sample, seconds))
-                    texts |= {name: sample["prompt_text"]} if sample.get("prompt_text") else {}
+        prompts = sorted(manifest["prompts"], key=lambda prompt: hashlib.sha256(prompt["name"].encode()).digest())
+        kind = " of synthetic speech" if results["recording"]["data_kind"] == "synthetic" else ""
+        sections = [Section(f"{min(num_prompts, len(prompts))} of {len(prompts)} prompts{kind}", [ABOUT])]
+        for prompt in prompts[:num_prompts]:
+            clips, texts = [], []
+            for system, label in shown.items():
+                samples = [sample for sample in results[system]["samples"] if sample["prompt"] == prompt["name"]]
+                for sample in sorted(samples, key=lambda sample: sample["sample"] or 0)[:1]:
+                    clips.append(_clip(label, folder, sample, prompt["seconds"]))
+                    texts += [f"Prompt, transcribed: {text}"] if (text := sample.get("prompt_text")) else []
+            speaker = f", speaker {prompt['speaker']}" if prompt["speaker"] else ""
+            sections.append(Section(prompt["name"] + speaker, texts[:1], clips=clips))
     except DAMAGE as error:
-        raise UserError(f"'{path}' is damaged ({error!r}); move it, and run eval/generation.py again") from error
-    kind = " of synthetic speech" if results["recording"].get("data_kind") == "synthetic" else ""
-    about = (
-        "Each clip begins with its prompt, up to the blue line in the spectrogram. The transcript, by an ASR model, is "
-        "of the speech after it. A system with several continuations is shown with the first."
-    )
-    sections = [Section(f"{len(clips)} of {len(prompts)} prompts{kind}", [about])]
-    for name, speaker, _ in prompts[:num_prompts]:
-        prompt_text = [f"Prompt, transcribed: {texts[name]}"] if name in texts else []
-        sections.append(Section(name + (f", speaker {speaker}" if speaker else ""), prompt_text, clips=clips[name]))
+        raise UserError(f"a file in '{folder}' is missing or damaged ({error!r}); run eval/ again") from error
     return sections
 
 

@@ -25,22 +25,15 @@ def resolved(flags: Mapping[str, Any]) -> Any:
 def step_flops(flags: Mapping[str, Any], num_ranks: int) -> float:
     """Return the FLOPs of a training step: 6 for each weight that a position is multiplied with, and attention.
 
-    Rows count in full, with padding, and attention is over the whole row. The number of ranks counts if the flags do
-    not set the global batch.
+    Rows count in full, with padding. ``num_ranks`` counts if the flags do not set the global batch size.
     """
-    training = resolved(flags).training
-    rows = training.global_batch_size if training.global_batch_size > 0 else training.local_batch_size * num_ranks
-    return rows * _row_flops(tuple(to_cli_args(flags)))
-
-
-@cache
-def _row_flops(words: tuple[str, ...]) -> float:
-    config = parse_config(list(words))  # write_missing changes it
+    config = parse_config(to_cli_args(flags))  # not the cached one, as write_missing changes it
     with tempfile.TemporaryDirectory() as folder:
         write_missing(config, Path(folder))
         args = LlamaMimiArgs(**vars(FLAVORS[config.model.flavor]))
         args.update_from_config(config)
     with torch.device("meta"):
         _, flops_per_target = args.get_nparams_and_flops(build_model(args), config.training.seq_len)
-    is_flattened = config.model.architecture == "flattened"
-    return config.training.seq_len * flops_per_target * (1 if is_flattened else args.targets_per_frame)
+    training, is_flattened = config.training, config.model.architecture == "flattened"
+    rows = training.global_batch_size if training.global_batch_size > 0 else training.local_batch_size * num_ranks
+    return rows * training.seq_len * flops_per_target * (1 if is_flattened else args.targets_per_frame)

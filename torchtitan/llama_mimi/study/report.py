@@ -15,7 +15,6 @@ from llama_mimi.study.config import Run, Study
 from llama_mimi.training.metrics import BITS as BITS_KEY
 
 REPORT, RESULTS = "report.md", "results.parquet"
-PUBLISHED = Path("eval/published.toml")
 ABOUT_BITS = (
     "Bits are over the tokens that can stand at a position: the codes of its level and, between frames, `</audio>`. "
     "Bits of models with different numbers of levels do not compare."
@@ -57,7 +56,7 @@ def sections(study: Study, lines: Lines) -> list[Section]:
         found.append(comparison(items, table.title, groups, f"forest-{number}"))
         if pictures := tradeoffs(items, table.title, groups, f"tradeoff-{number}"):
             found.append(Section(f"{table.title}: trade-off", pictures=pictures))
-    return found + published_numbers(items, PUBLISHED)
+    return found + published_numbers(items)
 
 
 def _collect_results(study: Study) -> pd.DataFrame:
@@ -68,9 +67,7 @@ def _collect_results(study: Study) -> pd.DataFrame:
         saved = pd.read_parquet(path)
         if found.empty:
             return saved
-        there = set(zip(found["system"], found["measure"], strict=True))
-        if lost := set(zip(saved["system"], saved["measure"], strict=True)) - there:
-            problem = "'{}' has values of {} ({}) that no result file has".format(path, *min(lost))
-            raise UserError(f"{problem}; restore the files, or remove it")
+        if lost := set(saved["system"] + ", " + saved["measure"]) - set(found["system"] + ", " + found["measure"]):
+            raise UserError(f"'{path}' has values ({min(lost)}) that no result file has; restore those, or remove it")
     write_atomically(str(study.output_dir), RESULTS, found.to_parquet(None, compression="zstd", index=False))
     return found

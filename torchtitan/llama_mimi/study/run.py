@@ -84,8 +84,6 @@ def check_unchanged(study: Study) -> None:
     """Refuse with a `UserError` to continue runs whose flags or config file have changed."""
     for run in study.runs:
         record = read_record(study, run)
-        if "flags" in record:
-            raise UserError(f"'{run_folder(study, run)}' is of an earlier version; choose another output_dir")
         for step in steps(study, run):
             if saved := record["settings"].get(step.name):
                 current = dict.fromkeys(saved) | _settings(study, run, step)  # a removed flag is None
