@@ -1,4 +1,4 @@
-"""StoryCloze: does a story go on as it should, against its own wrong ending (s) or a random one (t).
+"""StoryCloze: correct story endings against wrong endings (sStoryCloze) or random endings (tStoryCloze).
 
 uv run python eval/sStoryCloze.py --model_name models/tiny --data_dir assets/tiny/benchmarks/storycloze
 """

@@ -1,4 +1,4 @@
-"""From scores to accuracies, as data."""
+"""Accuracies and intervals from scores."""
 
 import pytest
 
@@ -12,7 +12,7 @@ def pair(name="0", correct=1.0, group=None, part="a", is_tie=False, is_cut=False
     return known | {"is_tie": is_tie, "is_cut": is_cut, "labels": labels}
 
 
-# Word 0 in four voices, word 1 in one, word 2 in two.
+# Word 0 has four voices, word 1 has one, word 2 has two.
 VOICES = [("0", 1.0), ("0", 1.0), ("0", 1.0), ("0", 0.0), ("1", 0.0), ("2", 1.0), ("2", 0.5)]
 
 
@@ -30,12 +30,12 @@ def test_bands_and_types():
         pair("0", 1.0, frequency="oov"),
         pair("1", 0.0, frequency="oov", is_cut=True),
         pair("2", 1.0, frequency=">100"),
-        pair("3", 0.0),  # a word without a frequency is in no band, as in the official tool
+        pair("3", 0.0),  # a word without a frequency has no band, as in the official tool
         pair("0", 0.5, part="b", is_tie=True, type="order", subtype="noun"),
     ]
     results = part_results(pairs, by_group=True)
     by = results["a"]["by"]["frequency"]
-    assert list(by) == ["oov", ">100"] and results["a"]["accuracy"] == 0.5  # in the order of the bands
+    assert list(by) == ["oov", ">100"] and results["a"]["accuracy"] == 0.5  # ordered by frequency
     assert (by["oov"]["accuracy"], by["oov"]["count"], by["oov"]["pairs_cut"]) == (0.5, 2, 1)
     assert results["b"]["by"]["type"]["order"]["ties"] == 1 and list(results["b"]["by"]) == ["subtype", "type"]
 
