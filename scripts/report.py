@@ -1,8 +1,8 @@
-"""Report of any number of results of eval/: means, differences between models, and published numbers.
+"""Report results of eval/: means, differences between models and published numbers.
 
     uv run python scripts/report.py --results results --output_file results/report.md
 
-Models are compared that were scored with the same settings on the same audio, or that continued the same prompts.
+Models are compared if they were scored with the same settings on the same audio, or have continued the same prompts.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ def report(results: tuple[Path, ...] = (Path("results"),), output_file: Path | N
 
     Args:
         results: folders of result files
-        output_file: Markdown file, with its pictures in the same folder; by default the text is printed
+        output_file: Markdown file, with pictures in the same folder; default: print the text
     """
     found = read_results(results)
     if found.items.empty:

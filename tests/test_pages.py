@@ -1,4 +1,4 @@
-"""Documents and pages: text is not markup, and a page needs no other file."""
+"""Documents and pages: texts are escaped, and a page is a single file."""
 
 import json
 import math
@@ -27,7 +27,7 @@ ODD = '<script>alert("x")</script> & "quotes" | `a|<b>` *c* `d'
 
 
 class Outline(HTMLParser):
-    """Counts of tags, sources, and texts of a page."""
+    """Tag counts, sources and texts of a page."""
 
     def __init__(self, path):
         super().__init__()
@@ -81,9 +81,9 @@ def test_clips_share_a_time_axis_and_other_sections_are_linked(tmp_path):
     assert [source for source in found.sources if not source.startswith("data:")] == ["#1", "#2"]
     colors = spectrogram(torch.zeros(24_000), 24_000, mark_seconds=0.5)
     marked = [column for column in range(colors.shape[1]) if (colors[:, column] == MARK_COLOR).all()]
-    assert marked == [50, 51]  # 0.5 s at 10 ms a column
+    assert marked == [50, 51]  # 0.5 s with 10 ms per column
     tone = torch.sin(2 * math.pi * 6_000 * torch.arange(24_000) / 24_000)
-    assert abs(spectrogram(tone, 24_000)[:, 50].sum(axis=1).argmax() - 48) <= 1  # half of 12 kHz, of 96 rows
+    assert abs(spectrogram(tone, 24_000)[:, 50].sum(axis=1).argmax() - 48) <= 1  # 6 of 12 kHz is row 48 of 96
 
 
 def test_a_tokenised_corpus(tmp_path, capsys):
@@ -116,7 +116,7 @@ def test_a_tokenised_corpus(tmp_path, capsys):
 
 @pytest.fixture
 def generations(tmp_path):
-    """Results of two systems and three references on three prompts, as eval/generation.py leaves them."""
+    """Write results of two systems and three references on three prompts, like eval/generation.py."""
     folder = tmp_path / "generations"
     samples_S = read_audio(TINY / "prompt.wav", 24_000).samples_S
     lengths = {"recording": 40_000, "theirs": 12_000}
@@ -161,8 +161,8 @@ def test_a_page_that_cannot_be_made(tmp_path, generations):
     for mistake, message in (
         ({"generations": generations}, "a continuation of 'mine' cannot be played: .*does not exist"),
         ({"generations": tmp_path}, "has no prompts.json"),
-        ({}, "name either a --study or the folder of --generations"),
-        ({"generations": generations, "num_prompts": -1}, "1 or more --num_prompts"),
+        ({}, "set either --study or --generations"),
+        ({"generations": generations, "num_prompts": -1}, "--num_prompts to 1 or more"),
     ):
         with pytest.raises(UserError, match=message):
             build_page(page=tmp_path / "d.html", **mistake)

@@ -1,4 +1,4 @@
-"""The report over result files: means, intervals, differences, tests, and files that are refused."""
+"""Reports of result files: means, intervals, differences, tests and refused files."""
 
 import json
 import math
@@ -33,7 +33,7 @@ TINY_STUDY = ROOT / "config" / "studies" / "tiny"
 
 
 def result_file(folder, model, corrects, benchmark="salmon", preset="official", voices=1, **changed):
-    """Write a result with these credits by part, `voices` of each group; return its path."""
+    """Write a result with the credits of each part, with `voices` pairs per group; return its path."""
     content = {
         "format": FORMAT,
         "benchmark": benchmark,
@@ -61,7 +61,7 @@ def written(path, content):
 
 
 def samples(values, measure="similarity"):
-    """Samples by prompt: a list has a value for each number, a single value has no number."""
+    """Return samples by prompt. A list has numbered samples; a single value has no sample number."""
     return [
         {"prompt": prompt, "sample": number if isinstance(some, list) else None, measure: value}
         for prompt, some in values.items()
@@ -70,7 +70,7 @@ def samples(values, measure="similarity"):
 
 
 def generations_file(folder, system, values, measure="similarity", **changed):
-    """Write a result of eval/generation.py; return its path."""
+    """Write a result file of eval/generation.py; return its path."""
     content = {"format": FORMAT, "kind": "generations", "system": system, "prompts_sha256": "p", "seconds": 2.0}
     content |= {"measures": {"pauses": {}}, "audio_sha256": system, "data_kind": "other"}
     content |= {"made_by": {"model_sha256": system * 8}, "samples": samples(values, measure)}
@@ -79,7 +79,7 @@ def generations_file(folder, system, values, measure="similarity", **changed):
 
 @pytest.fixture
 def make(monkeypatch, capsys):
-    """Runs the script with some flags; returns the text that it prints."""
+    """Return a function that runs the script with flags and returns the printed text."""
 
     def run(*flags):
         monkeypatch.chdir(ROOT)
@@ -90,7 +90,7 @@ def make(monkeypatch, capsys):
 
 
 def cells(text, title):
-    """Return cells by measure and column of the tables of a section."""
+    """Return the cells in the tables of a section, by measure and column."""
     (section,) = [part for part in re.split(r"^#+ ", text, flags=re.M) if part.splitlines()[:1] == [title]]
     found, header = {}, None
     for line in [*section.splitlines(), ""]:
@@ -117,7 +117,7 @@ def test_means_and_intervals_of_models(tmp_path, make):
     official, original = cells(text, "Accuracy, preset official"), cells(text, "Accuracy, preset original")
     assert official["SALMon speaker consistency", "big"] == "85.0 (64.0 to 94.8)"
     assert official["SALMon mean", "big"] == "67.5 (59.9 to 74.3)" and ("SALMon mean", "small") not in official
-    # Three of four voices of one word, none of the other: official counts two words, original eight pairs.
+    # One word is correct in three of four voices, the other in none: two words (official) or eight pairs (original).
     assert official["sWUGGY", "big"] == "37.5 (5.6 to 85.8)" and original["sWUGGY", "big"] == "37.5 (13.7 to 69.4)"
     assert cells(text, "Accuracy, preset official-levels\\_0")
     assert "big, salmon: 8 of 160 pairs were cut at 20 s." in text and "published" not in text
@@ -128,11 +128,11 @@ def test_means_and_intervals_of_models(tmp_path, make):
 def test_two_models_on_the_same_pairs_are_compared(tmp_path, make):
     result_file(tmp_path, "x", {"rir_consistency": [1] * 12 + [0] * 8})
     path = result_file(tmp_path, "y", {"rir_consistency": [1] * 2 + [0] * 10 + [1] + [0] * 7})
-    # The same audio may come from a folder of files and from a table, whose groups have other names.
+    # A folder and a table of the same audio have different names for groups.
     path.write_text(path.read_text().replace('"group": "g', '"group": "sample_'))
     result_file(tmp_path, "z", {"rir_consistency": [1] * 20}, audio_sha256="other")
     text = make("--results", tmp_path)
-    # 10 pairs against 1: 2 * (1 + 11) / 2**11
+    # p-value for 10 pairs against 1: 2 * (1 + 11) / 2**11
     assert "| SALMon rir consistency, data data | x | y | 10 | 1 | 0.012 |" in text and text.count("| 0.012 |") == 1
     difference = cells(text, "Differences, Accuracy, preset official")["SALMon rir consistency, data data", "y"]
     assert difference.startswith("15.0, -45.0 (-70.0 to -20.0)") and "*" not in difference  # one seed
@@ -143,7 +143,7 @@ def test_published_numbers_are_only_beside_official_data(tmp_path, make):
     path = result_file(tmp_path, "toy", words, "sLM21", data_kind="synthetic")
     text = make("--results", tmp_path)
     assert "| measure (synthetic data) | toy |" in text and "| sBLIMP (n = 2) |" in text and "8B" not in text
-    result_file(tmp_path, "other", {"rir_consistency": [1, 0]})  # only some rows are of synthetic data
+    result_file(tmp_path, "other", {"rir_consistency": [1, 0]})  # now only some rows are from synthetic data
     assert "| sBLIMP, synthetic (n = 2) |" in make("--results", tmp_path)
     path.write_text(path.read_text().replace('"synthetic"', '"official"'))
     text = make("--results", tmp_path)
@@ -163,8 +163,8 @@ def test_mistakes_get_one_sentence(tmp_path, make):
     for folder, number in (("a", 3), ("b", 3), ("old", 2)):
         result_file(tmp_path / folder, "m", {"rir_consistency": [1]}, format=number)
     for folders, message in (
-        (["old"], "has format 2, not 3; remove it and run eval/ again"),
-        (["a", "b"], "is a second result of m on salmon"),
+        (["old"], "has format 2; expected 3. Remove it and re-run eval/"),
+        (["a", "b"], "repeats a result of m on salmon"),
         (["typo"], "typo' does not exist"),
     ):
         with pytest.raises(UserError, match=message):
@@ -188,7 +188,7 @@ def test_other_json_and_hidden_files_are_left_out(tmp_path, make):
         make("--results", tmp_path)
     path = result_file(tmp_path, "m", {"rir_consistency": [1, 0]})
     expected = make("--results", tmp_path)
-    path.with_name("._official.json").write_bytes(b"\x00\x05\x16\x07")  # as macOS leaves them
+    path.with_name("._official.json").write_bytes(b"\x00\x05\x16\x07")  # file of macOS
     for name, content in (("settings", {"model": "a", "versions": {}}), ("list", [1]), ("number", 7)):
         written(tmp_path / f"{name}.json", content)
     assert make("--results", tmp_path) == expected
@@ -204,7 +204,7 @@ of_samples = st.dictionaries(st.sampled_from("abcde"), st.lists(some_values, min
 @settings(max_examples=30, deadline=None)
 @given(of_samples, of_samples, st.lists(some_values, min_size=5, max_size=5))
 def test_systems_are_compared_on_the_same_samples(a, b, reference):
-    """Against the plainest reading: a sample counts where every system that has values has one."""
+    """Compare with a plain loop: a sample counts if each system that has any values has one for it."""
     of_prompts = dict(zip("abcde", reference, strict=True))
     systems = {"a": a, "b": b, "r": of_prompts}
     rows = pd.concat([pd.DataFrame(samples(of)).assign(system=name, part="x") for name, of in systems.items()])
@@ -233,7 +233,7 @@ def test_continuations_are_summarised_on_the_same_samples(tmp_path):
     text = to_markdown([summary(items, title)])
     found = [cells(text, title)["speaker similarity", name] for name in ("a", "b", "recording")]
     assert found == ["2.000 (1.000 to 3.000)", "3.000 (2.000 to 4.000)", "5.500 (5.000 to 6.000)"]
-    assert "(n = 2) |" in text and "4 samples left out" in text and "no value for silent" in text
+    assert "(n = 2) |" in text and "4 samples without a value" in text and "no value for silent" in text
 
 
 def test_an_unknown_measure_has_its_own_name(tmp_path):
@@ -278,12 +278,12 @@ def test_a_star_is_where_neither_interval_contains_zero():
     ratio = difference((0.2, 0.21), (0.2, 0.22), measure="log_perplexity")
     assert ratio.text(is_difference=True) == "ratio 1.23 (1.22 to 1.24) ± a factor of 1.03 *"
     bits = measure_of("bits/4")
-    assert Estimate(bits, (1.0, 1.1), None, 0).is_significant  # there are no pairs
+    assert Estimate(bits, (1.0, 1.1), None, 0).is_significant  # no items
     assert not Estimate(bits, (1.0, 1.0, 1.0), None, 0).is_significant
 
 
 def test_variants_are_compared_pair_by_pair_and_seed_by_seed(tmp_path):
-    """Numbers of a comparison against the plainest reading; one run failed, and one prompt has no value in one run."""
+    """Compare with plain computations. One run has failed, and one run lacks the value of a prompt."""
     random = np.random.default_rng(0)
     credits = {name: random.integers(0, 2, 20) for name in ("a0", "a1", "b0", "b1", "c1")}
     for name, of_run in credits.items():
@@ -305,7 +305,7 @@ def test_variants_are_compared_pair_by_pair_and_seed_by_seed(tmp_path):
     changes = [percent[f"b{seed}"] - percent[f"a{seed}"] for seed in range(2)]
     assert f", {statistics.mean(changes):+.1f} (" in speaker[2]
     assert f", {percent['c1'] - percent['a1']:+.1f} (" in speaker[3] and "±" not in speaker[3]
-    assert references.rows == [["speaker similarity", "0.240"]]  # of the prompts 0, 1, 2, 4, 5
+    assert references.rows == [["speaker similarity", "0.240"]]  # mean over the prompts 0, 1, 2, 4, 5
     alone = comparison(items, "Title", {"A": ["a0"], "B": ["nobody"]}, None)
     assert [len(table.rows[0]) for table in alone.tables] == [3, 2] and not alone.pictures
 
@@ -316,7 +316,7 @@ def test_measures_without_a_common_item_are_named_and_conditions_are_not_mixed(t
     for preset in ("official", "official-levels_0"):
         result_file(tmp_path, "a", {"rir_consistency": [1, 0]}, preset=preset)
     section = comparison(read_results([tmp_path]).items, "t", {"A": ["a"], "B": ["b"]}, None)
-    assert section.texts == ["No pair or prompt has a value of every model for: speaker similarity."]
+    assert section.texts == ["No pair or prompt has values for all models in: speaker similarity."]
     names = [row[0] for row in section.tables[0].rows]
     assert names == [f"SALMon rir consistency, {preset} (n = 2)" for preset in ("official-levels_0", "official")]
 
@@ -325,7 +325,7 @@ def test_a_model_that_was_trained_again_has_two_names(tmp_path):
     result_file(tmp_path, "m", {"rir_consistency": [1, 0]})
     result_file(tmp_path, "m", {"lexical_dev": [1, 0]}, benchmark="sLM21", model_sha256="0" * 64)
     path = result_file(tmp_path, "m", {}, benchmark="sStoryCloze")
-    assert json.loads(path.read_text())["pairs"] == []  # clips without answers
+    assert json.loads(path.read_text())["pairs"] == []  # all clips have secret answers
     assert set(read_results([tmp_path]).items["system"]) == {"m mmmmmmmm", "m 00000000"}
 
 
@@ -339,7 +339,7 @@ def tiny_study(tmp_path, monkeypatch):
 
 
 def test_the_committed_study_says_what_its_results_do(tmp_path, tiny_study):
-    """Its report follows from the values beside it, and the README's table from the report."""
+    """The values give the report, and the report gives the table in the README."""
     study, lines = tiny_study
     shutil.copy(TINY_STUDY / "results.parquet", tmp_path)
     text = write_report(study, lines).read_text()
@@ -376,7 +376,7 @@ def test_a_study_without_results_names_its_runs(tiny_study):
     text = write_report(study, lines).read_text()
     label = "flattened, Q = 4, weights uniform, 420 steps, seed"
     assert f"- {label} 0: salmon failed: no \\<disk\\>\n- {label} 1: not finished\n" in text
-    # Bits have no items; those of other numbers of levels are not compared.
+    # Bits have no items. Bits of different numbers of levels are not compared.
     found = {key[1]: cell for key, cell in cells(text, "Quantizers").items()}
     assert found == {"Q = 4": "288.3 ± 3.4", "Q = 2": "103.9 ± 1.3", "Q = 8": "680.5 ± 7.7"}
     bits = cells(text, "Weight of level 0")["validation bits/s, Q = 4", "weights semantic:100"]

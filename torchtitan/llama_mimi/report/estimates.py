@@ -1,4 +1,4 @@
-"""Means of systems on the same pairs or prompts, with their uncertainty."""
+"""Means of systems on the same pairs or prompts, with uncertainty."""
 
 import statistics
 from collections.abc import Iterator
@@ -11,18 +11,18 @@ from llama_mimi.evaluation.statistics import bootstrap_interval, seed_half_width
 from llama_mimi.report.results import NO_SAMPLE, SALMON, SALMON_MEAN, MeasureFormat, in_order, measure_of
 
 COMPARABLE = ["measure", "conditions", "data", "data_kind"]
-SYNTHETIC = ", synthetic"  # in headings
-ROUNDING = 1e-9  # seeds whose relative difference is smaller are equal
+SYNTHETIC = ", synthetic"  # ending of headings
+ROUNDING = 1e-9  # smaller relative differences between seeds count as rounding
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds with two kinds of uncertainty, on the scale of differences: percent, or log perplexity."""
+    """A mean over seeds with two kinds of uncertainty, in percent or as a log perplexity."""
 
     measure: MeasureFormat
     seeds: tuple[float, ...]  # mean of each seed
-    interval: tuple[float, float] | None  # 95 % interval over items; None for fewer than two
-    count: int  # of items; 0 for a measure that has none, such as bits/s
+    interval: tuple[float, float] | None  # 95 % interval over items; None if there are fewer than two
+    count: int  # number of items; 0 for measures without items, such as bits/s
 
     @property
     def mean(self) -> float:
@@ -30,7 +30,7 @@ class Estimate:
 
     @property
     def is_significant(self) -> bool:
-        """True for a difference whose intervals over items and over seeds exclude zero and have a width."""
+        """True for a difference if both intervals exclude zero and have a positive width."""
         half, mean = seed_half_width(self.seeds), abs(self.mean)
         if half is None or not ROUNDING * mean < half < mean:
             return False
@@ -38,7 +38,7 @@ class Estimate:
         return low < high and not low <= 0 <= high if self.interval else self.count == 0
 
     def text(self, *, is_difference: bool = False) -> str:
-        """Return the mean with both intervals; a difference has a sign or is a ratio, with a star if significant."""
+        """Return the mean with both intervals. A difference has a sign or is a ratio, and has a star if significant."""
         is_log = self.measure.is_log
         sign = "+" if is_difference and not is_log else ""
         form = f"z.{self.measure.digits + (is_difference and is_log)}f"
@@ -53,9 +53,9 @@ class Estimate:
 
 
 def estimate(values: pd.DataFrame, measure: MeasureFormat, *, is_wilson: bool = False) -> Estimate:
-    """Return the mean over parts and seeds of ``values`` by part and item (rows) and seed (columns).
+    """Return the mean of ``values``, which have rows (part, item) and a column for each seed.
 
-    With ``is_wilson`` the interval is Wilson's of a proportion, as in `mean_of_parts`.
+    With ``is_wilson`` the interval is Wilson's, as in `mean_of_parts`; otherwise it is bootstrapped.
     """
     scaled = values * measure.factor
     seeds = tuple(map(float, scaled.groupby(level="part").mean().mean()))
@@ -72,9 +72,10 @@ def estimate(values: pd.DataFrame, measure: MeasureFormat, *, is_wilson: bool = 
 
 
 def same_items(rows: pd.DataFrame) -> tuple[pd.DataFrame, int]:
-    """Return values by part and item (rows) and system (columns), and the number of samples without a value of each.
+    """Return values with rows (part, item) and columns (system), and the number of excluded samples.
 
-    The only sample of a reference is compared with all samples of an item. Systems without any value are left out.
+    A sample is excluded if a system has no value for it. Systems without any value are ignored. The single sample of a
+    reference is compared with all samples of its item.
     """
     systems = list(rows.dropna(subset="value")["system"].unique())
     if not systems:
@@ -88,9 +89,9 @@ def same_items(rows: pd.DataFrame) -> tuple[pd.DataFrame, int]:
 
 
 def by_measure(items: pd.DataFrame, keys: list[str]) -> Iterator[tuple[str, MeasureFormat, pd.DataFrame]]:
-    """Yield heading, measure and rows of each combination of keys; `part` of a row is its measure, or part of SALMon.
+    """Yield heading, format and rows for each measure and combination of keys, and for the mean of SALMon's parts.
 
-    The heading marks synthetic data, and names conditions and data where the measure has several.
+    The heading names synthetic data. It names conditions and data if the measure has several of them.
     """
     items = items.assign(part=items["measure"])
     salmon = items[items["measure"].isin(SALMON)]

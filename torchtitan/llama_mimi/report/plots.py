@@ -1,4 +1,4 @@
-"""Pictures of a report, drawn for a phone: 390 pixels wide, a text has 8 points, the caption 6."""
+"""Plots of a report, readable on a phone that is 390 pixels wide."""
 
 import math
 import textwrap
@@ -14,9 +14,9 @@ MARKERS = "osD^vPX"
 
 
 def forest(panels: Mapping[str, Mapping[str, Estimate]], title: str, *, is_difference: bool = False) -> bytes:
-    """Return a PNG with a panel for each measure and a line for each system: interval, mean, and a dot for each seed.
+    """Return a PNG with a panel for each measure. A system has a line (interval), a tick (mean) and dots (seeds).
 
-    With ``is_difference`` zero is a line in the middle of each panel, and significant differences have a star.
+    With ``is_difference``, zero is in the middle of each panel, and significant differences have a star.
     """
     plt = pyplot()
     systems = list(dict.fromkeys(system for lines in panels.values() for system in lines))
@@ -59,9 +59,9 @@ def forest(panels: Mapping[str, Mapping[str, Estimate]], title: str, *, is_diffe
 
 
 def tradeoff(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], vertical: str, title: str) -> bytes:
-    """Return a PNG with a scatter plot for each measure of fidelity: a large mark for a mean, small ones for seeds.
+    """Return a PNG with a scatter plot for each measure of fidelity. Small marks are seeds, large ones their mean.
 
-    ``panels`` are the points (x, y) of the seeds, by the label of the horizontal axis and by system.
+    ``panels`` maps the label of the horizontal axis, then the system, to the points (x, y) of the seeds.
     """
     plt = pyplot()
     size = (WIDTH_INCHES, 3.4 * len(panels) + 1)

@@ -1,4 +1,4 @@
-"""Result files of the scripts in eval/ as one tidy table: a row for each pair or sample that was scored."""
+"""Result files of eval/ as one table with a row for each pair or sample."""
 
 import math
 import re
@@ -15,33 +15,33 @@ from llama_mimi.common.files import digest, parse_json, visible_files
 from llama_mimi.evaluation.benchmarks import SALMON_PARTS
 from llama_mimi.evaluation.results import FORMAT, MAX_AUDIO_SECONDS
 
-KIND = "generations"  # key `kind` of a result of eval/generation.py
+KIND = "generations"  # value of the key "kind" in results of eval/generation.py
 DAMAGE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 BENCHMARKS = ("salmon", "sLM21", "sStoryCloze")
 SALMON = {f"salmon/{part}": f"SALMon {part}".replace("_", " ").replace("bg", "background") for part in SALMON_PARTS}
 SALMON_MEAN = "salmon/mean"
-BITS = "bits/"  # beginning of the measure of runs with so many levels
-NO_SAMPLE = -1  # number of the only sample of a reference
+BITS = "bits/"  # a number of levels follows
+NO_SAMPLE = -1  # sample number of references, which have a single sample
 COLUMNS = "system measure item sample value conditions weights data data_kind is_reference".split()
 
 
 @dataclass(frozen=True)
 class MeasureFormat:
-    """How a measure is shown."""
+    """Format in which a measure is shown."""
 
-    heading: str  # with its unit
-    digits: int = 3  # after the point
-    factor: float = 1.0  # from stored to shown values, 100 for percent
-    is_log: bool = False  # means are of logarithms and shown as exp; differences are shown as ratios
-    is_accuracy: bool = False  # of a benchmark
+    heading: str  # name with unit
+    digits: int = 3  # number of decimals
+    factor: float = 1.0  # shown value / stored value; 100 for percent
+    is_log: bool = False  # values are logarithms; show exp of means, and ratios for differences
+    is_accuracy: bool = False  # True for benchmarks
 
     def text(self, value: float) -> str:
-        """Return a stored value, or a mean of such values, as text."""
+        """Return a stored value or mean as text."""
         return f"{math.exp(value) if self.is_log else self.factor * value:.{self.digits}f}"
 
 
 _accuracy = partial(MeasureFormat, digits=1, factor=100, is_accuracy=True)
-# In the order of tables. Other parts of benchmarks, and the criteria of a judge, follow.
+# In the order of tables. Other parts of benchmarks and the judge's criteria follow.
 MEASURES = {
     **{name: _accuracy(heading) for name, heading in SALMON.items()},
     SALMON_MEAN: _accuracy("SALMon mean"),
@@ -66,7 +66,7 @@ MEASURES = {
 
 
 def measure_of(name: str) -> MeasureFormat:
-    """Return how a measure is shown, by its name in a result file or in the table."""
+    """Return the format of a measure, by its name in a result file."""
     if name in MEASURES:
         return MEASURES[name]
     if name.split("/")[0] in BENCHMARKS:
@@ -77,36 +77,36 @@ def measure_of(name: str) -> MeasureFormat:
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Return measures once each in the order of tables: bits, accuracies, measures of continuations."""
+    """Return unique measures in the order of tables: bits, accuracies, measures of continuations."""
     places = {name: place for place, name in enumerate(MEASURES)}
     keys = {name: (not measure_of(name).is_accuracy, places.get(name, len(places)), name) for name in names}
     return sorted(keys, key=lambda name: (not name.startswith(BITS), keys[name]))
 
 
 def system_label(system: str) -> str:
-    """Return the name of a system for readers."""
+    """Return the name of a system for reports."""
     return re.sub(r"^reconstruction_q(\d+)$", r"codec, Q = \1", system)
 
 
 class Results(NamedTuple):
-    """Values of result files, a row for each pair or sample, and notes.
+    """Values of result files, with a row for each pair or sample, and notes.
 
-    Columns: system, measure, item (a group of pairs, or a prompt), sample (number in its item), value (NaN if none),
-    conditions (settings that must agree in a comparison), weights (hash), data (hash of audio or prompts), data_kind
-    ("official", "synthetic" or "other"), is_reference (True for recordings, for example).
+    Columns: system, measure, item (a group of pairs, or a prompt), sample (number within the item), value (NaN if
+    missing), conditions (settings, equal in a comparison), weights (hash), data (hash of audio or prompts), data_kind
+    ("official", "synthetic" or "other"), and is_reference (True for recordings, for example).
     """
 
     items: pd.DataFrame
-    notes: list[str]  # for readers of the numbers
+    notes: list[str]  # lines to show in a report
 
 
 def read_results(paths: Sequence[Path]) -> Results:
-    """Read result files and folders of them; other JSON files and hidden ones are ignored.
+    """Read result files, and those in folders; other JSON files and hidden files are ignored.
 
-    A path that does not exist, a damaged file, one of another format, and two results of the same are a `UserError`.
+    A missing path, a damaged file, another format and a repeated result raise a `UserError`.
     """
     if missing := [path for path in paths if not path.exists()]:
-        raise UserError(f"'{missing[0]}' does not exist; name folders of result files")
+        raise UserError(f"'{missing[0]}' does not exist; choose folders of result files")
     files = {file for path in paths for file in (visible_files(path, "**/*.json") if path.is_dir() else [path])}
     frames = [pd.DataFrame(columns=COLUMNS)]
     notes: list[str] = []
@@ -115,19 +115,19 @@ def read_results(paths: Sequence[Path]) -> Results:
         try:
             report = parse_json(file.read_bytes())
         except (OSError, ValueError) as error:
-            raise UserError(f"'{file}' is not readable as JSON ({first_line(error)}); move or remove it") from error
+            raise UserError(f"'{file}' is not readable as JSON ({first_line(error)}); remove it") from error
         if not isinstance(report, dict) or not ("benchmark" in report or report.get("kind") == KIND):
             continue
-        if report.get("pairs") == []:  # a test split without answers has clips for the submission only
+        if report.get("pairs") == []:  # a test split without answers
             continue
         if (found := report.get("format")) != FORMAT:
-            raise UserError(f"'{file}' has format {found!r}, not {FORMAT}; remove it and run eval/ again")
+            raise UserError(f"'{file}' has format {found!r}; expected {FORMAT}. Remove it and re-run eval/")
         try:
             items, of_file = _benchmark(report, file.parent.name) if "benchmark" in report else _generations(report)
             items = items.assign(data_kind=report["data_kind"])[COLUMNS]
         except DAMAGE as error:
             what = f"{type(error).__name__}: {first_line(error)}"
-            raise UserError(f"'{file}' is a damaged result ({what}); move it, or run eval/ again") from error
+            raise UserError(f"'{file}' is a damaged result ({what}); remove it, or re-run eval/") from error
         one = items.iloc[0]
         about = report.get("benchmark", "the same prompts")
         of_weights = (one["weights"], one["data_kind"]) if "benchmark" in report else (one["data"],)
@@ -137,10 +137,10 @@ def read_results(paths: Sequence[Path]) -> Results:
             seen[identity] = audio
             frames.append(items)
             notes += of_file
-        elif "benchmark" in report or seen[identity] != audio:  # folders may have the same references
-            raise UserError(f"'{file}' is a second result of {one['system']} on {about} ({one['conditions']})")
+        elif "benchmark" in report or seen[identity] != audio:  # the same references may be in several folders
+            raise UserError(f"'{file}' repeats a result of {one['system']} on {about} ({one['conditions']}); move it")
     table = pd.concat(frames[1:] or frames, ignore_index=True)
-    # One name with several weights: the weights become part of the name.
+    # If a system has several weights, their hash becomes part of its name.
     known = table["weights"].where(table["weights"] != "")
     is_double = known.groupby(table["system"]).transform("nunique") > 1
     table["system"] = table["system"].where(~is_double, table["system"] + " " + table["weights"].str[:8])
@@ -153,11 +153,11 @@ def _benchmark(report: Mapping[str, Any], system: str) -> tuple[pd.DataFrame, li
     conditions = [preset]
     conditions += [dtype] if dtype != "float32" else []
     conditions += [f"cut at {seconds:g} s"] if seconds != MAX_AUDIO_SECONDS else []
-    if window == preset.startswith("original"):  # each preset has its own default
+    if window == preset.startswith("original"):  # not the default of the preset
         conditions.append(f"codec with{'' if window else 'out'} sliding window")
     pairs = pd.DataFrame(report["pairs"])
     parts = pairs.groupby("part")
-    # The same audio gives groups in the same order, whatever their names in a folder or a table.
+    # Groups are numbered, because a folder and a table may have different names for the same group.
     by_group = report["scoring"]["by_group"]
     item = parts["group"].transform(lambda names: pd.factorize(names)[0]) if by_group else parts.cumcount()
     items = pd.DataFrame(
@@ -180,7 +180,7 @@ def _benchmark(report: Mapping[str, Any], system: str) -> tuple[pd.DataFrame, li
 
 def _generations(report: Mapping[str, Any]) -> tuple[pd.DataFrame, list[str]]:
     samples = pd.DataFrame(report["samples"]).astype({"sample": float})
-    numbers = set(samples.select_dtypes("number")) - {"sample"}  # a new measure is shown under its own name
+    numbers = set(samples.select_dtypes("number")) - {"sample"}  # includes new measures
     names = [name for name in samples if name in MEASURES or "/" in name or name in numbers]
     items = samples.melt(["prompt", "sample"], names, "measure", "value").rename(columns={"prompt": "item"})
     items["value"] = items["value"].astype(float)

@@ -1,4 +1,4 @@
-"""FLOPs of training, computed before it without a model, a GPU or data."""
+"""FLOPs of training, computed without weights, data or a GPU."""
 
 import tempfile
 from collections.abc import Mapping
@@ -18,16 +18,16 @@ _parsed = cache(lambda words: parse_config(list(words)))
 
 
 def resolved(flags: Mapping[str, Any]) -> Any:
-    """Return the job config of training flags; it is cached: do not change it. Raises `UserError` if one is refused."""
+    """Return the checked job config for training flags. It is cached: do not change it."""
     return _parsed(tuple(to_cli_args(flags)))
 
 
 def step_flops(flags: Mapping[str, Any], num_ranks: int) -> float:
-    """Return the FLOPs of a training step: 6 for each weight that a position is multiplied with, and attention.
+    """Return the FLOPs of a training step: 6 per position and weight, plus attention.
 
-    Rows count in full, with padding. ``num_ranks`` counts if the flags do not set the global batch size.
+    Padding counts in full. ``num_ranks`` is used only if the flags do not set the global batch size.
     """
-    config = parse_config(to_cli_args(flags))  # not the cached one, as write_missing changes it
+    config = parse_config(to_cli_args(flags))  # not cached: write_missing changes it
     with tempfile.TemporaryDirectory() as folder:
         write_missing(config, Path(folder))
         args = LlamaMimiArgs(**vars(FLAVORS[config.model.flavor]))
