@@ -74,7 +74,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Pairs of a benchmark, unpaired clips (sLM21's test split has secret answers), and notes for the user."""
+    """Pairs, unpaired clips (sLM21's test split, whose answers are secret), and notes for the user."""
 
     pairs: list[Pair]
     unpaired: list[Clip] = field(default_factory=list)
@@ -181,9 +181,9 @@ def _labels(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def read_storycloze(source: str) -> Benchmark:
-    """Read StoryCloze: numbered files, of which each two are a pair (positive, negative), or tables.
+    """Read StoryCloze: pairs (positive, negative) of consecutive numbered files, or tables.
 
-    If the files are in subfolders, each subfolder is a part, such as sStoryCloze and tStoryCloze.
+    If the files are in subfolders, such as sStoryCloze and tStoryCloze, each subfolder is a part.
     """
     benchmark = _read_tables(source, ("positive", "negative"), STORYCLOZE_TABLES)
     root = Path(source)
@@ -213,7 +213,7 @@ def _audio_files(folder: Path) -> list[Path]:
 
 
 def _files_by(folder: Path, pattern: str) -> dict[tuple[Any, ...], Path]:
-    """Map the groups of a pattern in a file's stem (numbers), or the stem if there are no groups, to the audio file."""
+    """Return the audio files of a folder, by the numbers that a pattern finds in their stems, or else by stem."""
     files: dict[tuple[Any, ...], Path] = {}
     for path in _audio_files(folder):
         if (match := re.fullmatch(pattern, path.stem)) is None:

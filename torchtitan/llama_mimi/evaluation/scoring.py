@@ -94,7 +94,7 @@ def batch_scores(model: SpeechModel, clips: Sequence[tuple[torch.Tensor, bool]],
 def scored_sequence(
     tokenizer: SpeechTokenizer, codes_TQ: torch.Tensor, is_cut: bool, scoring: Scoring
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the ids (L,) of a clip, and a mask (L,) of the scored ones."""
+    """Return the ids (L,) of a clip, and a mask (L,) of the scored positions."""
     vocabulary, Q = tokenizer.vocabulary, tokenizer.vocabulary.num_quantizers
     if scoring.as_released:
         ids_L = tokenizer.encode(codes_TQ, is_cut=False)[0 if tokenizer.adds_bos else 1 :]
