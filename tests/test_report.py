@@ -233,7 +233,7 @@ def test_continuations_are_summarised_on_the_same_samples(tmp_path):
     text = to_markdown([summary(items, title)])
     found = [cells(text, title)["speaker similarity", name] for name in ("a", "b", "recording")]
     assert found == ["2.000 (1.000 to 3.000)", "3.000 (2.000 to 4.000)", "5.500 (5.000 to 6.000)"]
-    assert "(n = 2) |" in text and "4 samples without a value" in text and "no value for silent" in text
+    assert "(n = 2) |" in text and "4 samples are excluded" in text and "no value for silent" in text
 
 
 def test_an_unknown_measure_has_its_own_name(tmp_path):

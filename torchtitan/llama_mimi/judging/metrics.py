@@ -29,7 +29,7 @@ INSTALL = "install llama-mimi[judging]"
 RATE_HZ = 16_000  # sample rate of all audio models here
 MIN_PAUSE_SECONDS = 0.3  # shorter silences count as speech
 WORD = re.compile(r"[^\W_]+(?:['\u2019.][^\W_]+)*")  # "don't" and "10.5" are single words
-# Tensors for training only. Published models may lack them, or have more of them than the class.
+# Tensors that only training uses. Published models may lack them or have additional ones.
 WITHOUT_EFFECT = r"(masked_spec_embed|objective\.weight|\.masked_bias)$|^(quantizer|project_q|project_hid)\."
 Input = tuple[Any, ...]  # clips or texts
 Value = Any  # dict of numbers or texts, or the reason why there is no value (str)
@@ -37,11 +37,11 @@ Value = Any  # dict of numbers or texts, or the reason why there is no value (st
 
 @dataclass(frozen=True)
 class Measure:
-    """A function that computes values for inputs, with its description."""
+    """A function from inputs to values, with a description of everything else that the values depend on."""
 
     name: str  # name in results and of the folder of cached values
     keys: Sequence[str]  # keys of a value
-    description: dict[str, Any]  # models, hashes and settings that the values depend on
+    description: dict[str, Any]  # models, hashes and settings
     compute: Callable[[Sequence[Input]], Iterable[Value]]  # returns the values of a batch, in order
     batch_size: int = 16  # maximum number of inputs in a batch
 
@@ -163,7 +163,7 @@ def transcripts(model_name: str, language: str | None, device: torch.device, bat
         tokenizer=load_pretrained(transformers.AutoTokenizer, model_name, what="ASR model"),
         feature_extractor=load_pretrained(transformers.AutoFeatureExtractor, model_name, what="ASR model"),
         device=device,
-        batch_size=batch_size if is_seq2seq else 1,  # with CTC, padding would be transcribed
+        batch_size=batch_size if is_seq2seq else 1,  # CTC models would transcribe the padding
     )
 
     def values(batch: Sequence[Input]) -> Iterable[Value]:

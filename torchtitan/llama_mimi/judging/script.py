@@ -42,7 +42,7 @@ class MeasureOptions:
     """Measures to compute."""
 
     speaker_model: str | None = None  # hub id or folder of a WavLM x-vector model; default: no similarity
-    quality: Literal["distillmos", "aesthetics", "none"] = "distillmos"  # model of sound quality
+    quality: Literal["distillmos", "aesthetics", "none"] = "distillmos"  # sound quality model; aesthetics: Audiobox
     asr_model: str | None = None  # hub id or folder of an ASR model; default: no transcripts
     language: str | None = None  # language code for multilingual ASR models, such as en; default: detect it
     text_model: str | None = None  # hub id or folder of a language model; default: no perplexity

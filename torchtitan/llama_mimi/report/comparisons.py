@@ -13,7 +13,7 @@ from llama_mimi.report.estimates import COMPARABLE, SYNTHETIC, Estimate, by_meas
 from llama_mimi.report.plots import forest, tradeoff
 from llama_mimi.report.results import SALMON, SALMON_MEAN, measure_of
 
-NOT_COMPARED = ("real_time_factor", "seconds")  # the machine determines the first; more seconds are not better
+NOT_COMPARED = ("real_time_factor", "seconds")  # the first depends on the machine; for the second, more is not better
 PUBLISHED = ROOT / "eval" / "published.toml"
 LEGEND = (
     "Accuracies are in percent. Each cell begins with the mean over seeds. Brackets: 95 % bootstrap interval over n "
@@ -67,7 +67,7 @@ def comparison(items: pd.DataFrame, title: str, groups: Mapping[str, Sequence[st
         texts = {label: mean.text() for label, mean in means.items()}
         differences = {}
         for label in [label for label in means if label != baseline and baseline in means]:
-            difference = (values[label] - values[baseline]).dropna(axis="columns")  # only seeds of both
+            difference = (values[label] - values[baseline]).dropna(axis="columns")  # seeds of both variants
             if not difference.empty:
                 differences[label] = estimate(difference, measure)
                 mean_alone = texts[label].split()[0]
@@ -102,7 +102,7 @@ def summary(items: pd.DataFrame, title: str, picture: str | None = None) -> Sect
         else:
             values, left_out = same_items(rows)
             found = {system: estimate(values[[system]], measure) for system in values} if len(values) else {}
-            notes += [f"{heading}: {left_out:,} samples without a value in a system are excluded."] if left_out else []
+            notes += [f"{heading}: {left_out:,} samples are excluded (a system has no value)."] if left_out else []
             empty = [system for system in systems if system not in values]
             notes += [f"{heading}: no value for {', '.join(empty)}."] if empty else []
         if found:
@@ -129,7 +129,7 @@ def sign_tests(items: pd.DataFrame, title: str) -> list[Section]:
 
 
 def comparable_sets(items: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield title and rows of comparable results: of the same settings and, for continuations, the same prompts."""
+    """Yield title and rows of results that can be compared: same settings and, for continuations, same prompts."""
     is_benchmark = items["measure"].map(lambda name: measure_of(name).is_accuracy).astype(bool)
     for conditions, some in items[is_benchmark].groupby("conditions", sort=False):
         yield f"Accuracy, preset {conditions}", some
@@ -138,7 +138,7 @@ def comparable_sets(items: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 
 
 def published_numbers(items: pd.DataFrame) -> list[Section]:
-    """Return the published numbers in `PUBLISHED` of all measures that the table has on official data."""
+    """Return the published numbers for all measures that the table has on official data."""
     rows = tomllib.loads(PUBLISHED.read_text())["rows"]
     scores = {row["model"]: row["scores"] for row in rows}
     sources = {row["model"]: f"{row['model']}: {row['source']}" for row in rows}

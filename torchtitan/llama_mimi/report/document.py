@@ -48,7 +48,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a document. Its content has the order of the fields; the first section is the title of Markdown."""
+    """A section of a document, shown in the order of its fields. The first title is that of a Markdown document."""
 
     title: str
     texts: Sequence[str] = ()

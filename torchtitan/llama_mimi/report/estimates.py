@@ -12,12 +12,12 @@ from llama_mimi.report.results import NO_SAMPLE, SALMON, SALMON_MEAN, MeasureFor
 
 COMPARABLE = ["measure", "conditions", "data", "data_kind"]
 SYNTHETIC = ", synthetic"  # ending of headings
-ROUNDING = 1e-9  # smaller relative differences between seeds count as rounding
+ROUNDING = 1e-9  # seeds with smaller relative differences count as equal
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds with two kinds of uncertainty, in percent or as a log perplexity."""
+    """A mean over seeds with two kinds of uncertainty, in shown units (for perplexities: as logarithms)."""
 
     measure: MeasureFormat
     seeds: tuple[float, ...]  # mean of each seed

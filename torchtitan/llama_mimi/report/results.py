@@ -20,7 +20,7 @@ DAMAGE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeErro
 BENCHMARKS = ("salmon", "sLM21", "sStoryCloze")
 SALMON = {f"salmon/{part}": f"SALMon {part}".replace("_", " ").replace("bg", "background") for part in SALMON_PARTS}
 SALMON_MEAN = "salmon/mean"
-BITS = "bits/"  # a number of levels follows
+BITS = "bits/"  # prefix of the measure "validation bits/s"; the number of levels follows
 NO_SAMPLE = -1  # sample number of references, which have a single sample
 COLUMNS = "system measure item sample value conditions weights data data_kind is_reference".split()
 
@@ -106,7 +106,7 @@ def read_results(paths: Sequence[Path]) -> Results:
     A missing path, a damaged file, another format and a repeated result raise a `UserError`.
     """
     if missing := [path for path in paths if not path.exists()]:
-        raise UserError(f"'{missing[0]}' does not exist; choose folders of result files")
+        raise UserError(f"'{missing[0]}' does not exist; choose folders with result files")
     files = {file for path in paths for file in (visible_files(path, "**/*.json") if path.is_dir() else [path])}
     frames = [pd.DataFrame(columns=COLUMNS)]
     notes: list[str] = []
