@@ -5,7 +5,6 @@ import math
 import re
 import shutil
 import statistics
-import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from llama_mimi.report import comparisons
 from llama_mimi.report.comparisons import comparable_sets, comparison, summary
 from llama_mimi.report.document import to_markdown
 from llama_mimi.report.estimates import Estimate, estimate, same_items
-from llama_mimi.report.results import MEASURES, measure_of, read_results
+from llama_mimi.report.results import measure_of, read_results
 from llama_mimi.study.config import read_study
 from llama_mimi.study.report import write_report
 
@@ -149,14 +148,6 @@ def test_published_numbers_are_only_beside_official_data(tmp_path, make):
     text = make("--results", tmp_path)
     assert cells(text, "Published by others")["sBLIMP", "Llama-Mimi-8B"] == "55.1" and "synthetic" not in text
     assert "- Llama-Mimi-8B: WavSLM" in text and "similarity" not in text
-
-
-def test_published_numbers_have_sources():
-    rows = tomllib.loads(comparisons.PUBLISHED.read_text())["rows"]
-    assert all(row["source"] for row in rows)
-    assert {name for row in rows for name in row["scores"]} - MEASURES.keys() == {"judge/content"}
-    of_rerun = [score for column, score in rows[0]["scores"].items() if column != "salmon/mean"]
-    assert sum(of_rerun) / 8 == pytest.approx(rows[0]["scores"]["salmon/mean"], abs=0.01)
 
 
 def test_mistakes_get_one_sentence(tmp_path, make):

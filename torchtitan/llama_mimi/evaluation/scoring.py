@@ -25,7 +25,7 @@ class Scoring:
     """Scoring rule of a preset.
 
     Args:
-        levels: quantizer levels to score; None means all. ``</audio>`` is always scored.
+        levels: quantizer levels to score; None means all. ``</audio>`` is also scored, if present.
         as_released: score as the first release does: BOS only if the tokenizer adds it, and ``</audio>`` also after a
             cut clip. If ``levels`` is None, all tokens after the first are scored, including ``<audio>``. If it is
             ``(0,)``, every Q-th token from position 2 is scored: with BOS level 0 and ``</audio>``, else level 1.

@@ -61,8 +61,7 @@ class EvaluationOptions:
             name += f"-{self.likelihood}"
         is_changed = name != self.preset or self.max_audio_seconds != MAX_AUDIO_SECONDS
         if self.preset == "original" and (is_changed or self.codec_sliding_window):
-            flags = "other --levels, --likelihood, --max_audio_seconds or --codec_sliding_window"
-            raise UserError(f"--preset original does not allow {flags}; remove them, or set --preset official")
+            raise UserError("--preset original forbids other scoring flags; remove them, or set --preset official")
         if self.limit is not None:
             name += f"-limit_{self.limit}"
         return name, Scoring(chosen, self.preset == "original", self.likelihood)

@@ -78,9 +78,8 @@ def references(
     for prompt in prompts.prompts:
         others = [other for other in prompts.prompts if other.name != prompt.name]
         strangers = [other for other in others if other.speaker != prompt.speaker]
-        other = random.Random(sha256(prompts.file(PROMPTS, prompt).read_bytes()).hexdigest()).choice(
-            strangers or others
-        )
+        seed = sha256(prompts.file(PROMPTS, prompt).read_bytes()).hexdigest()
+        other = random.Random(seed).choice(strangers or others)
         systems[SHUFFLED].append(rest(prompt, RECORDINGS, other))
     if codec is not None:
         name = f"{RECONSTRUCTION}_q{codec.num_quantizers}"
