@@ -1,10 +1,10 @@
-"""Continue prompts, and measure the continuations: speaker similarity, quality, and transcripts.
+"""Continue prompts and measure the continuations: speaker similarity, quality and transcripts.
 
     uv run python eval/generation.py --model_name models/tiny --corpus "assets/tiny/corpus/validation-*.parquet" \\
         --prompt_seconds 1.6 --recording_seconds 2.6 --seconds 2 --speaker_model assets/tiny/speaker_encoder \\
         --asr_model assets/tiny/recogniser
 
-Ranks of torchrun share the work. A run that was killed continues when the command is run again.
+Ranks of torchrun share the work. To continue a killed run, run the command again.
 """
 
 from llama_mimi.common.command_line import run_command

@@ -1,8 +1,6 @@
 """sLM21: sWUGGY (lexical) and sBLIMP (syntactic).
 
-    uv run python eval/sLM21.py --model_name models/tiny --data_dir assets/tiny/benchmarks/sLM21
-
-Starts under torchrun, too: each rank then encodes and scores a part of the clips.
+uv run python eval/sLM21.py --model_name models/tiny --data_dir assets/tiny/benchmarks/sLM21
 """
 
 from llama_mimi.common.command_line import run_command

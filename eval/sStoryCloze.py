@@ -1,8 +1,6 @@
-"""StoryCloze: does a story go on as it should, against its own wrong ending (s) or a random one (t).
+"""StoryCloze: correct story endings against wrong endings (sStoryCloze) or random endings (tStoryCloze).
 
-    uv run python eval/sStoryCloze.py --model_name models/tiny --data_dir assets/tiny/benchmarks/storycloze
-
-Starts under torchrun, too: each rank then encodes and scores a part of the clips.
+uv run python eval/sStoryCloze.py --model_name models/tiny --data_dir assets/tiny/benchmarks/storycloze
 """
 
 from llama_mimi.common.command_line import run_command

@@ -1,8 +1,6 @@
 """SALMon: acoustic consistency and alignment.
 
-    uv run python eval/salmon.py --model_name models/tiny --data_dir assets/tiny/benchmarks/salmon
-
-Starts under torchrun, too: each rank then encodes and scores a part of the clips.
+uv run python eval/salmon.py --model_name models/tiny --data_dir assets/tiny/benchmarks/salmon
 """
 
 from llama_mimi.common.command_line import run_command

@@ -1,4 +1,4 @@
-"""A page with audio: prompts, recordings and the continuations of each model, and the report of a study.
+"""Build a page with audio: recordings, the continuations of each model, and the report of a study.
 
 uv run python scripts/build_page.py --generations results/generation --page results/generation.html
 uv run python scripts/build_page.py --study config/studies/tiny.toml --page outputs/studies/tiny/page.html
@@ -19,19 +19,20 @@ def build_page(page: Path, generations: Path | None = None, study: Path | None =
 
     Args:
         page: HTML file to write
-        generations: the --output_dir of eval/generation.py, whose systems are all shown
-        study: or TOML file of a study, whose runs with the first seed are shown
-        num_prompts: number of prompts with audio, chosen by the hash of their names
+        generations: --output_dir of eval/generation.py; all of its systems are shown
+        study: TOML file of a study; its runs with the first seed are shown
+        num_prompts: number of prompts to play, chosen by the hash of their names
     """
-    if generations is not None and study is None:
-        return write_html(f"Continuations in {generations}", continuations(generations, num_prompts), page)
-    if study is None or generations is not None:
-        raise UserError("name either a --study or the folder of --generations")
-    write_html(f"Study {study.stem}", study_sections(study, num_prompts), page)
+    if (study is None) == (generations is None) or num_prompts < 1:
+        raise UserError("set either --study or --generations, and --num_prompts to 1 or more")
+    if generations is not None:
+        write_html(f"Continuations in {generations}", continuations(generations, num_prompts), page)
+    if study is not None:
+        write_html(f"Study {study.stem}", study_sections(study, num_prompts), page)
 
 
 def study_sections(path: Path, num_prompts: int) -> list[Section]:
-    """Return the audio of a study's runs, and its report."""
+    """Return sections with the audio of a study's runs, and with its report."""
     use_cpu_without_gpu()  # before any import of TorchTitan
     from llama_mimi.study.config import read_study
     from llama_mimi.study.report import sections

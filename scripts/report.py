@@ -1,8 +1,8 @@
-"""Report of any number of results of eval/: means, differences between models, and published numbers.
+"""Report results of eval/: means, differences between models and published numbers.
 
     uv run python scripts/report.py --results results --output_file results/report.md
 
-Models are compared that were scored with the same settings on the same audio, or that continued the same prompts.
+Models are compared if they were scored with the same settings on the same audio, or have continued the same prompts.
 """
 
 from pathlib import Path
@@ -14,17 +14,12 @@ from llama_mimi.report.document import Section, to_markdown, write_markdown
 from llama_mimi.report.results import read_results
 
 
-def report(
-    results: tuple[Path, ...] = (Path("results"),),
-    published: Path = Path("eval/published.toml"),
-    output_file: Path | None = None,
-) -> None:
+def report(results: tuple[Path, ...] = (Path("results"),), output_file: Path | None = None) -> None:
     """Write a report.
 
     Args:
         results: folders of result files
-        published: TOML file of published numbers, shown beside results on the official data
-        output_file: Markdown file, with its pictures in the same folder; by default the text is printed
+        output_file: Markdown file, with pictures in the same folder; default: print the text
     """
     found = read_results(results)
     if found.items.empty:
@@ -38,7 +33,7 @@ def report(
             sections.append(comparison(items, f"Differences, {title}", groups, picture and f"{picture}-differences"))
             sections += sign_tests(items, f"Tests, {title}")
     legend = LEGEND if any(section.title.startswith("Differences") for section in sections) else ()
-    sections = [Section("Results", legend, items=found.notes), *sections, *published_numbers(found.items, published)]
+    sections = [Section("Results", legend, items=found.notes), *sections, *published_numbers(found.items)]
     if output_file is None:
         return print(to_markdown(sections))
     write_markdown(sections, output_file)

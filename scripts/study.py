@@ -2,8 +2,8 @@
 
     uv run python scripts/study.py config/studies/tiny.toml
 
-A study that was stopped or killed continues when the command is started again. A run that fails does not stop the
-others; the report names it, and the next start tries it again.
+To continue a stopped or killed study, run the command again. A failed run does not stop the other runs; the report
+names it, and the next start tries it again.
 """
 
 import logging
@@ -37,17 +37,17 @@ def main(
 
     Args:
         file: TOML file of the study
-        plan: print the variants, their FLOPs and GPU hours, and start nothing
-        slurm: print the two sbatch commands that run the study as an array of jobs, and start nothing
-        part: number of the run that this job of the array trains and scores
-        report_only: write the report of the finished runs, and start nothing
-        tflops: TFLOP/s that a GPU reaches, for the plan; the default is 40 % of an H100's peak in bfloat16
+        plan: only print the variants with their FLOPs and GPU hours
+        slurm: only print two sbatch commands that run the study as an array of jobs
+        part: number of the only run to train and score (for a job of the array)
+        report_only: only write the report of the finished runs
+        tflops: TFLOP/s of a GPU for --plan; the default is 40 % of an H100's peak in bfloat16
     """
-    logging.getLogger().setLevel(logging.ERROR)  # plans need no base model, and TorchTitan would warn of that
+    logging.getLogger().setLevel(logging.ERROR)  # no warnings of TorchTitan about missing base models
     study = read_study(file)
     runs = study.runs
     if tflops <= 0 or part not in (None, *range(len(runs))):
-        raise UserError(f"--tflops is {tflops} and --part {part}; they are positive and 0 to {len(runs) - 1}")
+        raise UserError(f"--tflops is {tflops} and --part is {part}; set a positive number, and 0 to {len(runs) - 1}")
     if plan:
         print("| variant | FLOPs a step | steps | GPU hours |\n|---|---|---|---|")
         flops = {v: step_flops(study.flags(v), study.launch.nproc_per_node) for v in study.variants}
@@ -55,7 +55,7 @@ def main(
         for variant, number in flops.items():
             print(f"| {variant.name} | {number:.3g} | {variant.steps:,} | {hours[variant]:,.2f} |")
         return print(f"\n{len(runs)} runs: {sum(hours.values()) * len(study.seeds):,.1f} GPU hours of training")
-    if slurm:  # an array of one job for each run, and a job behind it that judges and writes the report
+    if slurm:  # one job per run, then a job that judges and writes the report
         job = shlex.join([*study.launch.slurm, "scripts/study.slurm", str(file)])
         print(f"job=$(sbatch --parsable --array=0-{len(runs) - 1} {job})")
         return print(f"sbatch --dependency=afterany:$job {job}")
@@ -65,15 +65,14 @@ def main(
         if part is None:
             judge(study)
         elif failed := read_record(study, runs[part])["failed"]:
-            raise UserError(f"{failed['step']} failed: {failed['why']}; start --part {part} again")
+            raise UserError(f"{failed['step']} failed: {failed['why']}; fix that and re-run --part {part}")
         else:
             return
     lines = write_index(study)
     print(write_report(study, lines))
     missing = [line["run"] for line in lines if line["state"] != "done"]
-    print(f"{len(lines) - len(missing)} of {len(lines)} runs are done")
     if missing:
-        raise UserError(f"not done: {', '.join(missing)}; the report says why, and the next start tries them again")
+        raise UserError(f"not done: {', '.join(missing)}; see the report for the reasons, and re-run the command")
 
 
 if __name__ == "__main__":

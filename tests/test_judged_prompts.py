@@ -1,4 +1,4 @@
-"""Prompts cut from a corpus, and the systems that continue them."""
+"""Prompts from a corpus, and the systems that continue them."""
 
 import io
 import shutil
@@ -38,7 +38,7 @@ def prompts(tmp_path_factory):
         (2.6, 0.2, 1e-3, 2.72),
         (3.16, 0.08, 0.5, 3.2),
         (1.0, 0.5, 1e-3, None),  # too far from 3 s
-        (0.0, 8.0, 0.0, 3.0),  # of equally quiet borders the nearest
+        (0.0, 8.0, 0.0, 3.0),  # the nearest of equally quiet borders
     ],
 )
 def test_a_prompt_ends_at_the_quietest_frame_border(start, length, gain, expected):
@@ -71,7 +71,7 @@ def test_equal_options_give_equal_prompts(prompts, tmp_path):
 @pytest.mark.parametrize("change", ["changed", "missing", "added", "format"])
 def test_a_folder_with_other_files_is_refused(prompts, tmp_path, change):
     folder = shutil.copytree(prompts.folder, tmp_path / "copy")
-    file, message = folder / PROMPTS / f"{prompts.prompts[0].name}.wav", "are not the prompts and recordings of"
+    file, message = folder / PROMPTS / f"{prompts.prompts[0].name}.wav", "differ from those in"
     if change == "missing":
         file.unlink()
     elif change == "format":
@@ -90,7 +90,7 @@ def test_a_run_that_was_killed_while_cutting_leaves_nothing_behind(tmp_path):
     make_prompts(tmp_path, options())
     assert not (tmp_path / "prompts.partial").exists() and len(list((tmp_path / "prompts").iterdir())) == 6
     (tmp_path / "prompts.json").unlink()
-    with pytest.raises(UserError, match="prompts' has no prompts.json beside it; remove it"):
+    with pytest.raises(UserError, match="prompts' exists without prompts.json; remove it"):
         make_prompts(tmp_path, options())
 
 
@@ -112,14 +112,14 @@ def test_skipped_recordings_are_counted_and_few_may_be_unreadable(tmp_path, caps
     assert [prompt.name for prompt in prompts.prompts] == [f"row-{number:06d}" for number in (0, *range(3, 10))]
     assert "8 prompts; skipped recordings: too short 1, unreadable 1" in capsys.readouterr().out
     path = corpus(tmp_path / "odd.parquet", [*rows, damaged])
-    with pytest.raises(UserError, match=r"2 of 11 recordings of .* cannot be read, more than 10 %; fix those"):
+    with pytest.raises(UserError, match=r"2 of 11 recordings of .* cannot be read, more than 10 %; fix the files"):
         make_prompts(tmp_path / "odd", PromptOptions(corpus=path))
 
 
 def test_wrong_options_of_prompts_are_refused(tmp_path):
-    with pytest.raises(UserError, match="--recording_seconds is 70; for prompts of 1.6 s it must be 2 to 60"):
+    with pytest.raises(UserError, match="--recording_seconds 70; set at least 0.5 s, and 2 to 60 s"):
         options(recording_seconds=70)
-    with pytest.raises(UserError, match="no recording of .* is 50 s long and readable; lower"):
+    with pytest.raises(UserError, match="no readable recording of .* has 50 s; lower"):
         make_prompts(tmp_path, options(recording_seconds=50))
 
 
@@ -131,7 +131,7 @@ def test_any_id_has_a_file_name_of_its_own(tmp_path):
     assert names[0] == "a-b" and names[-1] == "1089-134686-0000" and names[1].startswith("a-b-")
     assert all(name[0].isalnum() and name.isascii() and len(name) < 101 for name in names)
     same = corpus(tmp_path / "same.parquet", [audio_row(number, 7, id="a") for number in range(2)])
-    with pytest.raises(UserError, match="has two rows with the id 'a'; give each its own"):
+    with pytest.raises(UserError, match="has two rows with the id 'a'; make ids unique"):
         make_prompts(tmp_path / "two", PromptOptions(corpus=same))
 
 
@@ -146,7 +146,7 @@ def test_references_continue_the_same_prompts(prompts, codec, tmp_path):
     whole_S = read_audio(prompts.file(RECORDINGS, prompt), 24_000).samples_S
     start = round(prompt.seconds * 24_000)
     plain_S = codec.decode(codec.encode([whole_S])[0])[start : start + 12_000]
-    assert torch.allclose(clip.read(24_000).samples_S, plain_S, atol=1e-3)  # 16 bits
+    assert torch.allclose(clip.read(24_000).samples_S, plain_S, atol=1e-3)  # rounded to 16 bits
     before = clip.path.stat().st_mtime_ns
     longer = references(prompts, codec, 0.9, DistributedContext())["reconstruction_q4"][0].clip
     assert clip.path.stat().st_mtime_ns == before and longer.read(24_000).seconds == pytest.approx(0.9, abs=0.01)
@@ -159,7 +159,7 @@ def test_references_continue_the_same_prompts(prompts, codec, tmp_path):
 
 @pytest.fixture
 def others(prompts, tmp_path):
-    """Files of another system: stereo at 16 kHz, in folders, two samples of the first prompt."""
+    """Write files of another system: stereo, 16 kHz, in two folders, with two samples of the first prompt."""
     stereo = np.random.default_rng(0).normal(size=(RATE, 2)).astype(np.float32) * 0.1
     for number, prompt in enumerate(prompts.prompts):
         (tmp_path / str(number % 2)).mkdir(exist_ok=True)
@@ -170,13 +170,13 @@ def others(prompts, tmp_path):
 
 
 def test_files_of_another_system_are_continuations(prompts, others):
-    (others / "1" / f"{prompts.prompts[1].name}.wav").write_bytes(b"")  # says nothing
+    (others / "1" / f"{prompts.prompts[1].name}.wav").write_bytes(b"")  # the system generated nothing
     soundfile.write(others / "1" / f"{prompts.prompts[3].name}.wav", np.zeros(0), RATE)
     samples = wavs(prompts, others, contain_prompt=False, max_seconds=0.6)
     assert len(samples) == 7 and (prompts.prompts[0].name, 1) in {(s.prompt.name, s.number) for s in samples}
     lengths = {sample.prompt.name: len(sample.clip.read(24_000).samples_S) for sample in samples}
     assert [lengths[prompt.name] for prompt in prompts.prompts[:4]] == [14_400, 0, 14_400, 0]
-    path = others / "1" / f"{prompts.prompts[1].name}.wav"  # begins with its prompt
+    path = others / "1" / f"{prompts.prompts[1].name}.wav"  # file with its prompt
     soundfile.write(path, np.zeros(round((prompts.prompts[1].seconds + 0.3) * RATE)), RATE)
     sample = next(s for s in wavs(prompts, others, contain_prompt=True, max_seconds=9) if s.clip.path == path)
     assert sample.clip.read(RATE).seconds == pytest.approx(0.3, abs=0.01)
@@ -185,9 +185,9 @@ def test_files_of_another_system_are_continuations(prompts, others):
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
-        ("missing", "has no continuation of 1 of 6 prompts, such as '{}'; add a file"),
+        ("missing", "has no file for 1 of 6 prompts, such as '{}'; add it"),
         ("{}_0.wav", "are both sample 0 of '{}'; remove one"),
-        ("notes_7.wav", "notes_7.wav' has no prompt; name it"),
+        ("notes_7.wav", "notes_7.wav' has no prompt; rename it"),
         ("1/{}.wav", "{}.wav' is not readable audio"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Scores of clips, against the plainest loop over one clip's full logits."""
+"""Scores of clips, compared with a plain loop over the full logits of one clip."""
 
 import copy
 
@@ -21,7 +21,7 @@ from llama_mimi.tokens.vocabulary import text_from_codes
 
 @pytest.fixture(scope="module")
 def models():
-    """Models of random weights with 4 and 8 levels, whose tokenizers add BOS or do not."""
+    """Return random models with 4 and 8 levels, with tokenizers that do or do not add BOS."""
     made = {}
     for Q in (4, 8):
         tokenizer = load_speech_tokenizer(str(TINY / "llama"), str(TINY / "mimi"), Q)
@@ -41,7 +41,7 @@ def random_codes(num_frames, Q=4):
 
 
 def plain_mean(model, ids, scored_positions, *, is_grammar=False):
-    """Mean log-likelihood of the tokens at some positions: full logits, one clip, one label after the other.
+    """Return the mean log-likelihood of the tokens at some positions, from full logits.
 
     With ``is_grammar`` the softmax is over the codes of a level and, at level 0, ``</audio>``.
     """
@@ -63,7 +63,7 @@ def plain_mean(model, ids, scored_positions, *, is_grammar=False):
 @pytest.mark.parametrize("Q", [4, 8])
 @pytest.mark.parametrize("levels", [None, (0,)])
 def test_preset_original_is_the_first_release(models, levels, Q, adds_bos, is_cut):
-    """Text through a tokenizer that may add BOS, ``</audio>`` also where the clip was cut, labels by position."""
+    """The tokenizer reads text and may add BOS; cut clips also have ``</audio>``; positions determine the labels."""
     model = models[Q, adds_bos]
     codes_TQ = random_codes(7, Q)
     ids = model.tokenizer.text_tokenizer(text_from_codes(codes_TQ)).input_ids
@@ -74,7 +74,7 @@ def test_preset_original_is_the_first_release(models, levels, Q, adds_bos, is_cu
         assert tokens[0] == ("<audio>" if adds_bos else f"<{codes_TQ[0, 0]}_0>") and tokens[-1] == "</audio>"
     elif adds_bos:
         assert tokens == [f"<{code}_0>" for code in codes_TQ[:, 0].tolist()] + ["</audio>"]
-    else:  # without BOS it would score the wrong level
+    else:  # without BOS, level 1 is scored
         assert tokens == [f"<{code}_1>" for code in codes_TQ[:, 1].tolist()]
     (score,) = batch_scores(model, [(codes_TQ, is_cut)], Scoring(levels, as_released=True))
     assert score == pytest.approx(plain_mean(model, ids, positions), abs=1e-5)
@@ -85,7 +85,7 @@ def test_preset_original_is_the_first_release(models, levels, Q, adds_bos, is_cu
 @pytest.mark.parametrize("Q", [4, 8])
 @pytest.mark.parametrize("levels", [None, (0,), (0, 2)])
 def test_preset_official_scores_what_it_says(models, levels, Q, adds_bos, is_cut):
-    """BOS is always there, whatever the tokenizer does; ``<audio>`` is never scored, as no model is trained on it."""
+    """Sequences always begin with BOS. ``<audio>`` is never scored, because no model is trained to predict it."""
     model = models[Q, adds_bos]
     vocabulary = model.tokenizer.vocabulary
     codes_TQ = random_codes(7, Q)
@@ -121,12 +121,12 @@ def test_scores_do_not_depend_on_how_many_logits_are_made_at_once(models, monkey
         (None, {"levels": "1,0", "limit": 3}, "official-levels_0_1-limit_3"),
         (None, {"likelihood": "grammar", "levels": "0"}, "official-levels_0-grammar"),
         ((0,), {"preset": "original", "levels": "0", "codec_sliding_window": False}, "original"),
-        # Flags that do not fit.
+        # Wrong flags.
         (None, {"levels": "0,-1"}, "--levels is '0,-1'"),
         (None, {"max_audio_seconds": -1.0}, "--max_audio_seconds is -1"),
-        (None, {"preset": "original", "likelihood": "grammar"}, "--preset original is fixed"),
-        (None, {"preset": "original", "max_audio_seconds": 5.0}, "--preset original is fixed"),
-        (None, {"preset": "original", "codec_sliding_window": True}, "--preset original is fixed"),
+        (None, {"preset": "original", "likelihood": "grammar"}, "--preset original forbids"),
+        (None, {"preset": "original", "max_audio_seconds": 5.0}, "--preset original forbids"),
+        (None, {"preset": "original", "codec_sliding_window": True}, "--preset original forbids"),
     ],
 )
 def test_results_are_named_by_what_differs_from_the_preset(levels, flags, name):

@@ -1,12 +1,10 @@
-"""The report over result files: means, intervals, differences, tests, and files that are refused."""
+"""Reports of result files: means, intervals, differences, tests and refused files."""
 
-import copy
 import json
 import math
 import re
 import shutil
 import statistics
-import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,22 +18,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_mimi.common.errors import UserError
-from llama_mimi.evaluation import statistics as intervals
 from llama_mimi.evaluation.benchmarks import SALMON_PARTS
 from llama_mimi.evaluation.results import FORMAT
 from llama_mimi.report import comparisons
-from llama_mimi.report.comparisons import comparison, generations_markdown, summary, tables
+from llama_mimi.report.comparisons import comparable_sets, comparison, summary
+from llama_mimi.report.document import to_markdown
 from llama_mimi.report.estimates import Estimate, estimate, same_items
-from llama_mimi.report.results import MEASURES, measure_of, read_results
+from llama_mimi.report.results import measure_of, read_results
 from llama_mimi.study.config import read_study
 from llama_mimi.study.report import write_report
 
-PUBLISHED = ROOT / "eval" / "published.toml"
 TINY_STUDY = ROOT / "config" / "studies" / "tiny"
 
 
 def result_file(folder, model, corrects, benchmark="salmon", preset="official", voices=1, **changed):
-    """Write a result with these credits by part, `voices` of each group; return its path."""
+    """Write a result with the credits of each part, with `voices` pairs per group; return its path."""
     content = {
         "format": FORMAT,
         "benchmark": benchmark,
@@ -63,7 +60,7 @@ def written(path, content):
 
 
 def samples(values, measure="similarity"):
-    """Samples by prompt: a list has a value for each number, a single value has no number."""
+    """Return samples by prompt. A list has numbered samples; a single value has no sample number."""
     return [
         {"prompt": prompt, "sample": number if isinstance(some, list) else None, measure: value}
         for prompt, some in values.items()
@@ -72,7 +69,7 @@ def samples(values, measure="similarity"):
 
 
 def generations_file(folder, system, values, measure="similarity", **changed):
-    """Write a result of eval/generation.py; return its path."""
+    """Write a result file of eval/generation.py; return its path."""
     content = {"format": FORMAT, "kind": "generations", "system": system, "prompts_sha256": "p", "seconds": 2.0}
     content |= {"measures": {"pauses": {}}, "audio_sha256": system, "data_kind": "other"}
     content |= {"made_by": {"model_sha256": system * 8}, "samples": samples(values, measure)}
@@ -81,7 +78,7 @@ def generations_file(folder, system, values, measure="similarity", **changed):
 
 @pytest.fixture
 def make(monkeypatch, capsys):
-    """Runs the script with some flags; returns the text that it prints."""
+    """Return a function that runs the script with flags and returns the printed text."""
 
     def run(*flags):
         monkeypatch.chdir(ROOT)
@@ -92,7 +89,7 @@ def make(monkeypatch, capsys):
 
 
 def cells(text, title):
-    """Return cells by measure and column of the tables of a section."""
+    """Return the cells in the tables of a section, by measure and column."""
     (section,) = [part for part in re.split(r"^#+ ", text, flags=re.M) if part.splitlines()[:1] == [title]]
     found, header = {}, None
     for line in [*section.splitlines(), ""]:
@@ -119,7 +116,7 @@ def test_means_and_intervals_of_models(tmp_path, make):
     official, original = cells(text, "Accuracy, preset official"), cells(text, "Accuracy, preset original")
     assert official["SALMon speaker consistency", "big"] == "85.0 (64.0 to 94.8)"
     assert official["SALMon mean", "big"] == "67.5 (59.9 to 74.3)" and ("SALMon mean", "small") not in official
-    # Three of four voices of one word, none of the other: official counts two words, original eight pairs.
+    # One word is correct in three of four voices, the other in none: two words (official) or eight pairs (original).
     assert official["sWUGGY", "big"] == "37.5 (5.6 to 85.8)" and original["sWUGGY", "big"] == "37.5 (13.7 to 69.4)"
     assert cells(text, "Accuracy, preset official-levels\\_0")
     assert "big, salmon: 8 of 160 pairs were cut at 20 s." in text and "published" not in text
@@ -130,11 +127,11 @@ def test_means_and_intervals_of_models(tmp_path, make):
 def test_two_models_on_the_same_pairs_are_compared(tmp_path, make):
     result_file(tmp_path, "x", {"rir_consistency": [1] * 12 + [0] * 8})
     path = result_file(tmp_path, "y", {"rir_consistency": [1] * 2 + [0] * 10 + [1] + [0] * 7})
-    # The same audio may come from a folder of files and from a table, whose groups have other names.
+    # A folder and a table of the same audio have different names for groups.
     path.write_text(path.read_text().replace('"group": "g', '"group": "sample_'))
     result_file(tmp_path, "z", {"rir_consistency": [1] * 20}, audio_sha256="other")
     text = make("--results", tmp_path)
-    # 10 pairs against 1: 2 * (1 + 11) / 2**11
+    # p-value for 10 pairs against 1: 2 * (1 + 11) / 2**11
     assert "| SALMon rir consistency, data data | x | y | 10 | 1 | 0.012 |" in text and text.count("| 0.012 |") == 1
     difference = cells(text, "Differences, Accuracy, preset official")["SALMon rir consistency, data data", "y"]
     assert difference.startswith("15.0, -45.0 (-70.0 to -20.0)") and "*" not in difference  # one seed
@@ -145,7 +142,7 @@ def test_published_numbers_are_only_beside_official_data(tmp_path, make):
     path = result_file(tmp_path, "toy", words, "sLM21", data_kind="synthetic")
     text = make("--results", tmp_path)
     assert "| measure (synthetic data) | toy |" in text and "| sBLIMP (n = 2) |" in text and "8B" not in text
-    result_file(tmp_path, "other", {"rir_consistency": [1, 0]})  # only some rows are of synthetic data
+    result_file(tmp_path, "other", {"rir_consistency": [1, 0]})  # now only some rows are from synthetic data
     assert "| sBLIMP, synthetic (n = 2) |" in make("--results", tmp_path)
     path.write_text(path.read_text().replace('"synthetic"', '"official"'))
     text = make("--results", tmp_path)
@@ -153,65 +150,28 @@ def test_published_numbers_are_only_beside_official_data(tmp_path, make):
     assert "- Llama-Mimi-8B: WavSLM" in text and "similarity" not in text
 
 
-def test_published_numbers_have_sources():
-    rows = tomllib.loads(PUBLISHED.read_text())["rows"]
-    assert all(row["source"] for row in rows)
-    assert {name for row in rows for name in row["scores"]} - MEASURES.keys() == {"judge/content"}
-    of_rerun = [score for column, score in rows[0]["scores"].items() if column != "salmon/mean"]
-    assert sum(of_rerun) / 8 == pytest.approx(rows[0]["scores"]["salmon/mean"], abs=0.01)
-
-
 def test_mistakes_get_one_sentence(tmp_path, make):
     for folder, number in (("a", 3), ("b", 3), ("old", 2)):
         result_file(tmp_path / folder, "m", {"rir_consistency": [1]}, format=number)
-    for flags, message in (
-        ([tmp_path / "old"], "has format 2, not 3; remove it and run eval/ again"),
-        ([tmp_path / "a", tmp_path / "b"], "is a second result of m on salmon"),
-        ([tmp_path / "typo"], "typo' does not exist"),
-        ([tmp_path / "a", "--published", ROOT / "README.md"], "is not a list of published numbers"),
+    for folders, message in (
+        (["old"], "has format 2; expected 3. Remove it and re-run eval/"),
+        (["a", "b"], "repeats a result of m on salmon"),
+        (["typo"], "typo' does not exist"),
     ):
         with pytest.raises(UserError, match=message):
-            make("--results", *flags)
+            make("--results", *(tmp_path / folder for folder in folders))
 
 
-ODD = (None, -1, 10**400, float("nan"), "\ud83d", {"a": {"b": None}})
-
-
-def mutants(content):
-    """Copies of JSON, each with one value removed or of another type; of a list the first value stands for all."""
-    for key in list(content) if isinstance(content, dict) else range(min(1, len(content))):
-        changed = copy.copy(content)
-        del changed[key]
-        yield changed
-        inner = mutants(content[key]) if isinstance(content[key], dict | list) else ()
-        for odd in (*ODD, *inner):
-            changed = copy.copy(content)
-            changed[key] = odd
-            yield changed
-
-
-@pytest.mark.parametrize("kind", ["benchmark", "generations"])
-def test_damaged_results_end_in_one_sentence_that_names_them(tmp_path, make, monkeypatch, kind):
-    monkeypatch.setattr(intervals, "RESAMPLES", 10)
-    make_one, *values = {
-        "benchmark": (result_file, {"rir_consistency": [1, 0]}),
-        "generations": (generations_file, {"one": [3.0], "two": [4.0]}, "log_perplexity"),
-    }[kind]
-    make_one(tmp_path, "whole", values[0])
-    path = make_one(tmp_path, "m", *values)
-    whole, refused = path.read_text(), 0
-    contents = [json.dumps(mutant) for mutant in mutants(json.loads(whole))]
-    for content in [*contents, whole[:-2], "", "[" * 100_000, "\x00"]:
-        path.write_text(content)
-        try:
-            read_results([path])
-            make("--results", tmp_path)
-        except UserError as error:
-            assert f"'{path}'" in str(error) and "\n" not in str(error), content
-            refused += 1
-    assert len(contents) > 100 and refused > len(contents) / 3
-    path.write_text(whole)
-    make("--results", tmp_path)
+def test_damaged_results_end_in_one_sentence_that_names_them(tmp_path):
+    paths = [result_file(tmp_path, "m", {"rir_consistency": [1, 0]}), generations_file(tmp_path, "m", {"one": [3.0]})]
+    for path in paths:
+        content = json.loads(path.read_text())
+        lacking = [json.dumps({k: v for k, v in content.items() if k != key}) for key in ("data_kind", "format")]
+        wrong = [json.dumps(content | {key: None}) for key in ("pairs", "samples", "settings") if key in content]
+        for text in [*lacking, *wrong, path.read_text()[:-2], "", "[" * 100_000, "\x00"]:
+            path.write_text(text)
+            with pytest.raises(UserError, match=f"^'{path}'"):
+                read_results([path])
 
 
 def test_other_json_and_hidden_files_are_left_out(tmp_path, make):
@@ -219,7 +179,7 @@ def test_other_json_and_hidden_files_are_left_out(tmp_path, make):
         make("--results", tmp_path)
     path = result_file(tmp_path, "m", {"rir_consistency": [1, 0]})
     expected = make("--results", tmp_path)
-    path.with_name("._official.json").write_bytes(b"\x00\x05\x16\x07")  # as macOS leaves them
+    path.with_name("._official.json").write_bytes(b"\x00\x05\x16\x07")  # file of macOS
     for name, content in (("settings", {"model": "a", "versions": {}}), ("list", [1]), ("number", 7)):
         written(tmp_path / f"{name}.json", content)
     assert make("--results", tmp_path) == expected
@@ -235,7 +195,7 @@ of_samples = st.dictionaries(st.sampled_from("abcde"), st.lists(some_values, min
 @settings(max_examples=30, deadline=None)
 @given(of_samples, of_samples, st.lists(some_values, min_size=5, max_size=5))
 def test_systems_are_compared_on_the_same_samples(a, b, reference):
-    """Against the plainest reading: a sample counts where every system that has values has one."""
+    """Compare with a plain loop: a sample counts if each system that has any values has one for it."""
     of_prompts = dict(zip("abcde", reference, strict=True))
     systems = {"a": a, "b": b, "r": of_prompts}
     rows = pd.concat([pd.DataFrame(samples(of)).assign(system=name, part="x") for name, of in systems.items()])
@@ -260,18 +220,17 @@ def test_continuations_are_summarised_on_the_same_samples(tmp_path):
     generations_file(tmp_path, "silent", {"x": [None, None]})
     generations_file(tmp_path, "recording", {"x": 5.0, "y": 6.0, "z": 7.0}, made_by=None)
     written(tmp_path / "prompts.json", {})
-    text = generations_markdown(tmp_path)
-    (title,) = re.findall("^# (Continuations, 2 s.*)", text)
+    ((title, items),) = comparable_sets(read_results([tmp_path]).items)
+    text = to_markdown([summary(items, title)])
     found = [cells(text, title)["speaker similarity", name] for name in ("a", "b", "recording")]
     assert found == ["2.000 (1.000 to 3.000)", "3.000 (2.000 to 4.000)", "5.500 (5.000 to 6.000)"]
-    assert "(n = 2) |" in text and "4 samples left out" in text and "no value for silent" in text
+    assert "(n = 2) |" in text and "4 samples are excluded" in text and "no value for silent" in text
 
 
 def test_an_unknown_measure_has_its_own_name(tmp_path):
     generations_file(tmp_path, "a", {"x": [1.0], "y": [3.0]}, "new_measure")
-    assert summary(read_results([tmp_path]).items, "t").tables[0].rows == [
-        ["new_measure (n = 2)", "2.00 (1.00 to 3.00)"]
-    ]
+    rows = summary(read_results([tmp_path]).items, "t").tables[0].rows
+    assert rows == [["new_measure (n = 2)", "2.00 (1.00 to 3.00)"]]
 
 
 def test_logarithms_are_shown_as_perplexities_and_ratios(tmp_path):
@@ -310,12 +269,12 @@ def test_a_star_is_where_neither_interval_contains_zero():
     ratio = difference((0.2, 0.21), (0.2, 0.22), measure="log_perplexity")
     assert ratio.text(is_difference=True) == "ratio 1.23 (1.22 to 1.24) ± a factor of 1.03 *"
     bits = measure_of("bits/4")
-    assert Estimate(bits, (1.0, 1.1), None, 0).is_significant  # there are no pairs
+    assert Estimate(bits, (1.0, 1.1), None, 0).is_significant  # no items
     assert not Estimate(bits, (1.0, 1.0, 1.0), None, 0).is_significant
 
 
 def test_variants_are_compared_pair_by_pair_and_seed_by_seed(tmp_path):
-    """Numbers of a comparison against the plainest reading; one run failed, and one prompt has no value in one run."""
+    """Compare with plain computations. One run has failed, and one run lacks the value of a prompt."""
     random = np.random.default_rng(0)
     credits = {name: random.integers(0, 2, 20) for name in ("a0", "a1", "b0", "b1", "c1")}
     for name, of_run in credits.items():
@@ -337,7 +296,7 @@ def test_variants_are_compared_pair_by_pair_and_seed_by_seed(tmp_path):
     changes = [percent[f"b{seed}"] - percent[f"a{seed}"] for seed in range(2)]
     assert f", {statistics.mean(changes):+.1f} (" in speaker[2]
     assert f", {percent['c1'] - percent['a1']:+.1f} (" in speaker[3] and "±" not in speaker[3]
-    assert references.rows == [["speaker similarity", "0.240"]]  # of the prompts 0, 1, 2, 4, 5
+    assert references.rows == [["speaker similarity", "0.240"]]  # mean over the prompts 0, 1, 2, 4, 5
     alone = comparison(items, "Title", {"A": ["a0"], "B": ["nobody"]}, None)
     assert [len(table.rows[0]) for table in alone.tables] == [3, 2] and not alone.pictures
 
@@ -348,7 +307,7 @@ def test_measures_without_a_common_item_are_named_and_conditions_are_not_mixed(t
     for preset in ("official", "official-levels_0"):
         result_file(tmp_path, "a", {"rir_consistency": [1, 0]}, preset=preset)
     section = comparison(read_results([tmp_path]).items, "t", {"A": ["a"], "B": ["b"]}, None)
-    assert section.texts == ["No pair or prompt has a value of every model for: speaker similarity."]
+    assert section.texts == ["No pair or prompt has values for all models in: speaker similarity."]
     names = [row[0] for row in section.tables[0].rows]
     assert names == [f"SALMon rir consistency, {preset} (n = 2)" for preset in ("official-levels_0", "official")]
 
@@ -357,15 +316,8 @@ def test_a_model_that_was_trained_again_has_two_names(tmp_path):
     result_file(tmp_path, "m", {"rir_consistency": [1, 0]})
     result_file(tmp_path, "m", {"lexical_dev": [1, 0]}, benchmark="sLM21", model_sha256="0" * 64)
     path = result_file(tmp_path, "m", {}, benchmark="sStoryCloze")
-    assert json.loads(path.read_text())["pairs"] == []  # clips without answers
+    assert json.loads(path.read_text())["pairs"] == []  # all clips have secret answers
     assert set(read_results([tmp_path]).items["system"]) == {"m mmmmmmmm", "m 00000000"}
-
-
-def test_tables_have_at_most_six_columns():
-    columns = [f"c{i}" for i in range(7)]
-    found = tables("measure", {"m": dict.fromkeys(columns, "1"), "n": {"c6": "2"}}, columns)
-    assert [table.header for table in found] == [["measure", *columns[:5]], ["measure", *columns[5:]]]
-    assert [table.rows for table in found] == [[["m", *"11111"]], [["m", "1", "1"], ["n", "", "2"]]]
 
 
 @pytest.fixture
@@ -378,7 +330,7 @@ def tiny_study(tmp_path, monkeypatch):
 
 
 def test_the_committed_study_says_what_its_results_do(tmp_path, tiny_study):
-    """Its report follows from the values beside it, and the README's table from the report."""
+    """The values give the report, and the report gives the table in the README."""
     study, lines = tiny_study
     shutil.copy(TINY_STUDY / "results.parquet", tmp_path)
     text = write_report(study, lines).read_text()
@@ -415,7 +367,7 @@ def test_a_study_without_results_names_its_runs(tiny_study):
     text = write_report(study, lines).read_text()
     label = "flattened, Q = 4, weights uniform, 420 steps, seed"
     assert f"- {label} 0: salmon failed: no \\<disk\\>\n- {label} 1: not finished\n" in text
-    # Bits have no items; those of other numbers of levels are not compared.
+    # Bits have no items. Bits of different numbers of levels are not compared.
     found = {key[1]: cell for key, cell in cells(text, "Quantizers").items()}
     assert found == {"Q = 4": "288.3 ± 3.4", "Q = 2": "103.9 ± 1.3", "Q = 8": "680.5 ± 7.7"}
     bits = cells(text, "Weight of level 0")["validation bits/s, Q = 4", "weights semantic:100"]

@@ -1,4 +1,4 @@
-"""Studies: the runs of a file, their cost, their commands, and their lines in the index."""
+"""Studies: runs of a study file, their FLOPs, commands and lines in the index."""
 
 import itertools
 import json
@@ -78,20 +78,15 @@ def written(folder, text=STUDY, **changes):
 def test_variants_are_the_combinations_of_each_table(tmp_path):
     study = read_study(written(tmp_path))
     pairs = itertools.product(("flattened", "hierarchical"), (40, 20))
-    names = [
-        *(f"{architecture}-tiny-q4-uniform-{steps}" for architecture, steps in pairs),
-        "flattened-tiny-q8-uniform-40",
-    ]
-    assert [variant.name for variant in study.variants] == names
+    names = [f"{architecture}-tiny-q4-uniform-{steps}" for architecture, steps in pairs]
+    assert [variant.name for variant in study.variants] == [*names, "flattened-tiny-q8-uniform-40"]
     assert len({run.name for run in study.runs}) == 10
     first, second = study.tables
-    assert [first.label(variant) for variant in first.variants[1:3]] == [
-        "flattened, 20 steps",
-        "hierarchical, 40 steps",
-    ]
+    labels = [first.label(variant) for variant in first.variants]
+    assert labels[1:3] == ["flattened, 20 steps", "hierarchical, 40 steps"]
     assert [second.label(variant) for variant in second.variants] == ["Q = 4", "Q = 8"]
     weights = study.variants[0]._replace(level_weights="geometric:100")
-    assert weights.name == "flattened-tiny-q4-geometric_100-40"  # a folder's name
+    assert weights.name == "flattened-tiny-q4-geometric_100-40"  # valid as a folder name
     assert Table("", (weights,)).label(weights) == weights.name
 
 
@@ -107,7 +102,7 @@ def test_settings_of_a_variant(tmp_path):
 
 
 def test_a_run_ends_with_a_validation(tmp_path):
-    """At the smallest divisor of its steps that is not below the config's ``validation.freq``, 210."""
+    """The frequency is the smallest divisor of the steps that is not below the config's ``validation.freq`` (210)."""
     study = read_study(written(tmp_path))
     runs = [Run(study.variants[0]._replace(steps=n), 0) for n in (24, 420, 421, 1050, 840)]
     assert [steps(study, run)[0].flags["validation.freq"] for run in runs] == [24, 210, 421, 210, 210]
@@ -116,16 +111,16 @@ def test_a_run_ends_with_a_validation(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('name = "mini"\n', "", "the file has no name"),
+        ('name = "mini"\n', "", "the file has no key 'name'"),
         ("steps = [40, 20]", "stepz = [40]", r"\[\[tables\]\] has the unknown key 'stepz'; .* steps"),
-        ("num_quantizers = [4, 8]", 'num_quantizers = ["4"]', r"sets num_quantizers to \['4'\]; it takes list\[int\]"),
-        ("[[override]]", "[override]", "is 'num_quantizers'; write a section"),
+        ("num_quantizers = [4, 8]", 'num_quantizers = ["4"]', r"sets num_quantizers to \['4'\]; expected list\[int\]"),
+        ("[[override]]", "[override]", "is 'num_quantizers'; expected a section"),
         ('hierarchical = "config/tiny_hierarchical.toml"\n', "", "has no file for the architecture 'hierarchical'"),
         ("steps = [40, 20]", "steps = [0]", "training.steps is 0; set a positive"),
-        ("assets/tiny/llama", "base-q{num_quantisers}", "settings use 'num_quantisers' in braces; the axes are archit"),
-        ("seeds = [3, 5]", "seeds = [3, 3]", r"seeds is \[3, 3\]; list different numbers"),
+        ("assets/tiny/llama", "base-q{num_quantisers}", "settings use 'num_quantisers' in braces; use one of archit"),
+        ("seeds = [3, 5]", "seeds = [3, 3]", r"seeds is \[3, 3\]; use different numbers"),
         ("[generation]", '[launch]\ntrain = ["bash", "x"]\n[generation]', "set training.global_batch_size"),
-        (SALMON, SALMON + 'output_dir = "x"\n', "it sets output_dir, which an axis"),
+        (SALMON, SALMON + 'output_dir = "x"\n', "it sets output_dir, which only an axis"),
         ("num_quantizers = [8]", "num_quantizers = [8, 6]", r"'num_quantizers': \[6\].* applies to no variant"),
         (SALMON, SALMON + "limmit = 3\n", "Unrecognized options: --limmit, 3"),
         ('corpus = "x.parquet"', "seconds = 3", "Missing from"),
@@ -145,7 +140,7 @@ def test_results_are_found_under_the_names_that_the_scripts_give(tmp_path):
 
 
 def test_steps_of_a_budget(tmp_path):
-    """The same FLOPs are more steps of a cheaper model."""
+    """A cheaper model gets more steps for the same FLOPs."""
     study = read_study(written(tmp_path))
     flat, deep = (step_flops(study.flags(study.variants[i]), num_ranks=1) for i in (0, 2))
     study = read_study(written(tmp_path, a=("steps = [40, 20]", f"flops = [{10 * flat!r}]")))
@@ -156,7 +151,7 @@ def test_steps_of_a_budget(tmp_path):
     ("architecture", "share"), [("flattened", 1.0), ("hierarchical", 1.0), ("hierarchical", 1 / 16)]
 )
 def test_a_step_costs_what_pytorch_counts_of_the_stock_model(tmp_path, architecture, share):
-    """Forward and backward of a row of 64 frames, of which a share trains the depth decoder."""
+    """Count forward and backward of a sequence of 64 frames; a fraction of them trains the depth decoder."""
     study = read_study(written(tmp_path))
     flags = study.flags(next(variant for variant in study.variants if variant.architecture == architecture))
     flops = step_flops({**flags, "model.depth_train_fraction": share, "training.local_batch_size": 1}, 1)
@@ -170,7 +165,7 @@ def test_a_step_costs_what_pytorch_counts_of_the_stock_model(tmp_path, architect
             model = CsmForConditionalGeneration(csm_config(args, codec=str(TINY / "mimi"), num_quantizers=Q))
             inputs = {"inputs_embeds": torch.zeros(1, T, args.dim, requires_grad=True)}
             codes_NQ = torch.zeros(round(share * T), Q, dtype=torch.long)
-        model.set_attn_implementation("eager")  # its backward computes nothing twice
+        model.set_attn_implementation("eager")  # its backward recomputes nothing
         with FlopCounterMode(display=False) as counter:
             if architecture == "flattened":
                 total = model(**inputs).logits.sum()
@@ -198,10 +193,10 @@ def test_the_shipped_studies_can_be_planned(capsys):
 
 
 class Played:
-    """A study whose commands write files like those of the real ones, and are listed."""
+    """A study with stand-in commands, which write files like the real ones and are recorded."""
 
     def __init__(self, study, breaks=()):
-        self.study, self.done, self.breaks = study, [], breaks  # breaks: script and part of a path of those that fail
+        self.study, self.done, self.breaks = study, [], breaks  # (script, part of a path) of failing commands
 
     def start(self, launch, name, log, command):
         flags = dict(itertools.pairwise(command))
@@ -220,7 +215,7 @@ class Played:
                 writer.add_scalar("validation_admissible_bits_per_audio_second/all", 999, 1)
         elif script == "scripts/convert_dcp_to_hf.py":
             (out / "config.json").touch()
-        else:  # values depend on the run
+        else:  # the values depend on the run
             model, benchmark = Path(flags["--model_name"]).name, Path(script).stem
             value = sum(map(ord, model)) % 5
             if benchmark == "generation":
@@ -234,7 +229,7 @@ class Played:
 
 
 def whole(played):
-    """Run all of a study, and return the lines of its index and its report."""
+    """Run the whole study; return the lines of its index, and its report."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("llama_mimi.study.run.start", played.start)
         train_and_score(played.study, played.study.runs)
@@ -246,7 +241,7 @@ def whole(played):
 
 
 def test_a_study_is_done_once(tmp_path):
-    """Also by a start in which a run is not trained to its end: it would have no bits of its last step."""
+    """Finished commands are not repeated, but an interrupted training is, to get the bits of its last step."""
     played = Played(read_study(written(tmp_path)))
     lines, report = whole(played)
     counts = {script: [name for name, _ in played.done].count(script) for script, _ in played.done}
@@ -256,13 +251,13 @@ def test_a_study_is_done_once(tmp_path):
     line = lines[-1]
     assert line["state"] == "done" and line["seconds"].keys() == {"train", "convert", "salmon", "sLM21", "generation"}
     assert line["label"] == "flattened, Q = 8, 40 steps, seed 5" and line["model_sha256"] == "m" * 64
-    assert line["admissible_bits_per_audio_second"] == {"all": 185.0}  # of the last step alone
+    assert line["admissible_bits_per_audio_second"] == {"all": 185.0}  # only the last step
 
     again = Played(played.study)
     assert whole(again)[1] == report and again.done == []
     path = run_folder(played.study, played.study.runs[-1]) / "record.json"
     record = json.loads(path.read_text())
-    del record["seconds"]["train"]  # killed between its last checkpoint and its validation
+    del record["seconds"]["train"]  # as after a kill before the last validation
     path.write_text(json.dumps(record))
     assert whole(again)[1] == report and [name for name, _ in again.done] == ["train"]
 
@@ -279,7 +274,7 @@ def test_a_run_that_fails_is_named_and_tried_again(tmp_path):
     lines, report = whole(Played(study))
     assert {line["state"] for line in lines} == {"done"}
     shutil.rmtree(study.output_dir)
-    assert whole(Played(study))[1] == report  # as if nothing had failed
+    assert whole(Played(study))[1] == report  # the same report as without failures
 
 
 def test_other_flags_and_an_edited_config_are_refused(tmp_path):
@@ -303,7 +298,7 @@ def test_other_flags_and_an_edited_config_are_refused(tmp_path):
 
 
 def test_a_real_command_has_its_threads_and_its_own_sentence(tmp_path):
-    """Runs are judged one after the other, with the threads of all parallel runs."""
+    """Only one run is judged at a time, with the threads of all parallel runs."""
     launch = ("[generation]", "[launch]\nparallel = 3\nthreads = 2\n[generation]")
     study, log = read_study(written(tmp_path, a=launch)), tmp_path / "logs" / "log"
     for step, threads in (("train", "2"), ("generation", "6")):
@@ -318,8 +313,8 @@ def test_a_real_command_has_its_threads_and_its_own_sentence(tmp_path):
 def test_a_study_that_is_not_done_says_so_in_the_end(tmp_path):
     path = written(tmp_path, a=('hf_assets_path" = "assets/tiny/llama', 'hf_assets_path" = "nowhere'))
     for flags, message in (
-        (["--report_only"], "not done: flattened-tiny-q4-uniform-40-seed3, .*; the report says why"),
-        (["--part", 99], "--part 99; they are positive and 0 to 9"),
+        (["--report_only"], "not done: flattened-tiny-q4-uniform-40-seed3, .*; see the report"),
+        (["--part", 99], "--part is 99; set a positive number, and 0 to 9"),
     ):
         code, stderr = run_here("scripts/study.py", path, *flags)
         assert code == 1 and re.search(message, stderr)

@@ -1,1 +1,1 @@
-"""Benchmarks: pairs of clips, how likely a model finds them, accuracies and result files."""
+"""Benchmarks: pairs of clips, their likelihood under a model, accuracies and result files."""

@@ -1,15 +1,15 @@
-"""The pairs of SALMon, sLM21 and StoryCloze, from folders in the official layouts, Parquet files and the hub."""
+"""Read the pairs of SALMon, sLM21 and StoryCloze from the official folders, Parquet files or the hub."""
 
 import csv
 import hashlib
-import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import pandas as pd
 from datasets import Audio, Dataset, get_dataset_config_names, load_dataset
 
 from llama_mimi.audio.reading import AUDIO_ENDINGS
@@ -21,7 +21,7 @@ SALMON_PARTS = (
     "bg_alignment bg_all_consistency bg_domain_consistency gender_consistency "
     "rir_consistency sentiment_alignment sentiment_consistency speaker_consistency"
 ).split()
-# Data sets on the hub and their parts. sWUGGY and sBLIMP are dev splits: the answers of the test splits are secret.
+# Data sets on the hub and their parts. sWUGGY and sBLIMP are dev splits, because the test answers are secret.
 SLM21_TABLES = {"sWUGGY": "lexical_dev", "sBLIMP": "syntactic_dev"}
 STORYCLOZE_TABLES = ("sStoryCloze", "tStoryCloze")
 # Numbers of pairs in the published data sets.
@@ -31,15 +31,14 @@ OFFICIAL_PAIRS = {
     "syntactic_dev": 25_200,  # 6,300 sentences in 4 voices, arXiv 2011.11588 and the hub's table
     **dict.fromkeys(STORYCLOZE_TABLES, 1_871),  # arXiv 2305.13009
 }
-# (lowest count in LibriSpeech, label) of each band, as in sLM21's own tool. Its labels are off by one: a count of 5 is
-# in the band "6-20".
+# (lowest count in LibriSpeech, label) for each band, copied from sLM21's own tool. Its labels are off by one: the band
+# "6-20" includes words with a count of 5.
 FREQUENCY_BANDS = ((0, "oov"), (1, "1-5"), (5, "6-20"), (20, "21-100"), (100, ">100"))
-DataKind = Literal["official", "synthetic", "other"]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Audio file in one row and column of a table."""
+    """Audio in one row and column of a table."""
 
     dataset: Dataset
     index: int
@@ -48,13 +47,13 @@ class Cell:
     def read_bytes(self) -> bytes:
         audio = self.dataset[self.index][self.column]
         if audio is None or audio["bytes"] is None:
-            raise UserError(f"row {self.index} has no audio bytes in the column '{self.column}'; embed the audio")
+            raise UserError(f"row {self.index} has no audio bytes in the column '{self.column}'; add the audio")
         return audio["bytes"]
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A clip to score, called ``name`` in the result; ``split`` of sLM21 ("lexical/dev") has a submission file."""
+    """A clip to score. ``split`` names its submission file in sLM21, such as "lexical/dev"."""
 
     name: str
     source: Path | Cell
@@ -63,19 +62,19 @@ class Clip:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two clips; a model is right if ``positive`` is likelier."""
+    """Two clips. A model is correct if ``positive`` is more likely."""
 
     part: str
     name: str
-    group: str  # such as a word: preset "official" averages its pairs (voices) first
+    group: str  # for example a word; the preset "official" first averages its pairs (voices)
     positive: Clip
     negative: Clip
-    labels: Mapping[str, str] = field(default_factory=dict)  # further categories, such as {"type": "agreement"}
+    labels: Mapping[str, str] = field(default_factory=dict)  # more categories, such as {"type": "agreement"}
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Pairs, clips with secret answers (sLM21's test split, for the submission only), and notes on the source."""
+    """Pairs, unpaired clips (sLM21's test split, whose answers are secret), and notes for the user."""
 
     pairs: list[Pair]
     unpaired: list[Clip] = field(default_factory=list)
@@ -83,24 +82,24 @@ class Benchmark:
 
     @property
     def clips(self) -> list[Clip]:
-        """All clips: positive and negative of each pair, then the unpaired ones."""
+        """All clips: first the positive and negative clip of each pair, then the unpaired clips."""
         return [clip for pair in self.pairs for clip in (pair.positive, pair.negative)] + self.unpaired
 
 
 def limited(benchmark: Benchmark, limit: int) -> Benchmark:
-    """Return ``limit`` groups of each part, the first by the hash of their names, without unpaired clips."""
+    """Return a benchmark with ``limit`` groups from each part, chosen by the hash of their names."""
     drawn: dict[str, set[str]] = defaultdict(set)
     groups = {(pair.part, pair.group) for pair in benchmark.pairs}
     for part, group in sorted(groups, key=lambda names: hashlib.sha256("/".join(names).encode()).digest()):
         if len(drawn[part]) < limit:
             drawn[part].add(group)
     pairs = [pair for pair in benchmark.pairs if pair.group in drawn[pair.part]]
-    note = f"only {len(pairs):,} of {len(benchmark.pairs):,} pairs were scored, by --limit {limit}"
+    note = f"--limit {limit}: {len(pairs):,} of {len(benchmark.pairs):,} pairs were scored"
     return Benchmark(pairs, notes=[*benchmark.notes, note])
 
 
-def data_kind(source: str, pairs: list[Pair]) -> DataKind:
-    """Return "official" if each part has as many pairs as the published one, "synthetic" for synthesised speech."""
+def data_kind(source: str, pairs: list[Pair]) -> str:
+    """Return "synthetic" for synthesised speech, "official" if all parts have the published sizes, or else "other"."""
     if is_synthetic(source):
         return "synthetic"
     counts = Counter(pair.part for pair in pairs)
@@ -108,10 +107,9 @@ def data_kind(source: str, pairs: list[Pair]) -> DataKind:
 
 
 def read_salmon(source: str) -> Benchmark:
-    """Read SALMon: ``<root>/<part>/sample_<index>_<k>.wav``, or tables of its parts.
+    """Read SALMon: files ``<part>/sample_<index>_<k>.wav``, or a table for each part.
 
-    The first file of an index is the positive, each other one a negative. Parts named ``all`` or ``all_*`` repeat pairs
-    of other parts and are not read. No pairs, or a file without a partner, are a `UserError`.
+    The first file of an index is positive, the others are negative. The parts ``all`` and ``all_*`` are not read.
     """
     benchmark = _read_tables(source, ("positive_audio", "negative_audio"))
     for folder in (folder for folder in _folders(Path(source)) if folder.name.split("_")[0] != "all"):
@@ -120,21 +118,21 @@ def read_salmon(source: str) -> Benchmark:
             samples[index].append(Clip(path.name, path))
         for index, (positive, *negatives) in samples.items():
             if not negatives:
-                raise UserError(f"'{positive.source}' has no counterpart of the same index; add it or move it out")
+                raise UserError(f"'{positive.source}' is the only file with its index; add the other one, or remove it")
             benchmark.pairs.extend(Pair(folder.name, str(index), clip.name, positive, clip) for clip in negatives)
     return _not_empty(benchmark, source, "<part>/sample_<index>_<k>.wav")
 
 
 def read_slm21(source: str) -> Benchmark:
-    """Read sLM21: ``{lexical,syntactic}/{dev,test}`` (sWUGGY, sBLIMP) with audio and ``gold.csv``, or tables.
+    """Read sLM21: folders ``{lexical,syntactic}/{dev,test}`` (sWUGGY, sBLIMP) with audio and ``gold.csv``, or tables.
 
-    Lexical pairs share id and voice, and the id is their group; syntactic pairs are consecutive rows, and (type,
-    subtype, id) is their group. A test split without ``gold.csv`` is scored for the submission only.
+    The two rows of a lexical pair have the same id and voice; the id is the group. A syntactic pair is two consecutive
+    rows; the group is type, subtype and id. A test split without ``gold.csv`` is scored for the submission only.
     """
     benchmark = _read_tables(source, ("positive", "negative"), SLM21_TABLES)
     names = {folder.name for folder in _folders(Path(source))}
     if names & {"lexical", "syntactic"} and (odd := names - {"lexical", "syntactic", "phonetic", "semantic"}):
-        raise UserError(f"'{Path(source, min(odd))}' is not a part of sLM21; rename the folder or move it out")
+        raise UserError(f"'{Path(source, min(odd))}' is not a folder of sLM21; rename it or move it elsewhere")
     for folder in (folder for task in ("lexical", "syntactic") for folder in _folders(Path(source, task))):
         split = f"{folder.parent.name}/{folder.name}"
         files = {stem: Clip(path.name, path, split) for (stem,), path in _files_by(folder, ".*").items()}
@@ -144,7 +142,7 @@ def read_slm21(source: str) -> Benchmark:
             benchmark.unpaired.extend(files.values())
             benchmark.notes.append(f"'{folder}' has no gold.csv: {len(files):,} clips are for the submission only")
         else:
-            raise UserError(f"'{folder}' has no gold.csv with the answers; add it or move the folder out")
+            raise UserError(f"'{folder}' has no gold.csv with the answers; add the file, or move the folder elsewhere")
     return _not_empty(benchmark, source, "{lexical,syntactic}/{dev,test}/gold.csv")
 
 
@@ -153,68 +151,56 @@ def _gold_pairs(gold: Path, part: str, files: Mapping[str, Clip]) -> Iterator[Pa
         rows = list(csv.DictReader(file))
     keys = {"filename", "id", "voice", "correct"}
     if not rows or not keys <= rows[0].keys() or any(None in row.values() for row in rows):
-        raise UserError(f"'{gold}' needs rows with the columns {', '.join(sorted(keys))}; copy it again")
-    for row in rows:
-        if row["filename"].lower().endswith(ENDINGS):
-            row["filename"] = Path(row["filename"]).stem
-    listed = Counter(row["filename"] for row in rows)
-    if (most := listed.most_common(1)[0])[1] > 1:
-        raise UserError(f"'{gold}' lists '{most[0]}' {most[1]} times; copy it again")
-    if odd := listed.keys() ^ files.keys():
-        raise UserError(f"'{min(odd)}' is only in one of '{gold}' and its folder; add the file or move it out")
+        raise UserError(f"'{gold}' must have rows with the columns {', '.join(sorted(keys))}; copy the file again")
     is_lexical = part.startswith("lexical_")
     found: dict[Any, list[dict[str, str]]] = defaultdict(list)
     for index, row in enumerate(rows):
+        if row["filename"].lower().endswith(ENDINGS):
+            row["filename"] = Path(row["filename"]).stem
         found[(row["id"], row["voice"]) if is_lexical else index // 2].append(row)
+    listed, present = Counter(row["filename"] for row in rows), Counter(files.keys())
+    if odd := (listed - present) | (present - listed):
+        raise UserError(f"'{min(odd)}' must occur once in '{gold}' and once in its folder; copy both again")
     for pair in found.values():
         places = {(row["id"], row["voice"]) for row in pair}
         if len(places) > 1 or sorted(row["correct"] for row in pair) != ["0", "1"]:
             names = "', '".join(row["filename"] for row in pair)
-            raise UserError(f"'{gold}': '{names}' are not a pair of one id and voice, one correct; copy it again")
+            raise UserError(f"'{gold}': '{names}' must have one id, one voice and one correct row; copy the file again")
         wrong, right = sorted(pair, key=lambda row: row["correct"])
         group = right["id"] if is_lexical else "_".join(right.get(key, "") for key in ("type", "subtype", "id"))
         clips = files[right["filename"]], files[wrong["filename"]]
-        yield Pair(part, f"{right['id']}_{right['voice']}", group, *clips, _labels(right, gold))
+        yield Pair(part, f"{right['id']}_{right['voice']}", group, *clips, _labels(right))
 
 
-def _labels(row: Mapping[str, Any], where: object) -> dict[str, str]:
-    """Return the labels of a pair, from the row of its positive clip."""
+def _labels(row: Mapping[str, Any]) -> dict[str, str]:
+    """Return the labels of a pair from the row of its positive clip. A word without a frequency has no band."""
     labels = {key: str(row[key]) for key in ("type", "subtype") if row.get(key) not in (None, "")}
-    if (count := row.get("frequency")) not in (None, ""):
-        try:
-            if not math.isnan(frequency := float(count)):  # without one in no band, as in the official tool
-                labels["frequency"] = frequency_band(frequency)
-        except (ValueError, IndexError) as error:
-            raise UserError(f"'{where}' has the frequency '{count}', not a count; copy it again") from error
-    return labels
-
-
-def frequency_band(frequency: float) -> str:
-    """Return the band of a word by its count in LibriSpeech; raise an `IndexError` for a negative count."""
-    return [name for lowest, name in FREQUENCY_BANDS if lowest <= frequency][-1]
+    frequency = pd.to_numeric(row.get("frequency"), errors="coerce")
+    bands = [band for lowest, band in FREQUENCY_BANDS if frequency >= lowest]
+    return labels | ({"frequency": bands[-1]} if bands else {})
 
 
 def read_storycloze(source: str) -> Benchmark:
-    """Read StoryCloze: a folder of files sorted by their number, (positive, negative) in turn, or tables.
+    """Read StoryCloze: pairs (positive, negative) of consecutive numbered files, or tables.
 
-    A folder of such folders has one part each: sStoryCloze (own wrong ending) and tStoryCloze (random ending).
+    If the files are in subfolders, such as sStoryCloze and tStoryCloze, each subfolder is a part.
     """
     benchmark = _read_tables(source, ("positive", "negative"), STORYCLOZE_TABLES)
     root = Path(source)
     folders = [folder for folder in _folders(root) if _audio_files(folder)]
     if folders and (odd := _audio_files(root)):
-        raise UserError(f"'{odd[0]}' lies beside folders of stories; move it out, or name one folder")
+        raise UserError(f"'{odd[0]}' is outside the subfolders with stories; move it, or choose one subfolder")
     for folder in folders or [root]:
         files = sorted(_files_by(folder, r"(\d+).*").items())
         if len(files) % 2:
-            raise UserError(f"'{folder}' has an odd number of files; the last one is '{files[-1][1].name}'")
+            raise UserError(f"'{folder}' has an odd number of files, up to '{files[-1][1].name}'; copy it again")
         gaps = []
         for ((i,), a), ((j,), b) in zip(files[::2], files[1::2], strict=True):
             benchmark.pairs.append(Pair(folder.resolve().name, a.stem, a.stem, Clip(a.name, a), Clip(b.name, b)))
             gaps += [f"'{a.name}' and '{b.name}'"] if j != i + 1 else []
         if gaps:
-            gap = f"{len(gaps):,} of {len(files) // 2:,} pairs have a gap between their numbers, as {gaps[0]}"
-            benchmark.notes.append(f"'{folder}': {gap}; make sure that no file is missing")
+            gap = f"{len(gaps):,} of {len(files) // 2:,} pairs have numbers with a gap, such as {gaps[0]}"
+            benchmark.notes.append(f"'{folder}': {gap}; check that no file is missing")
     return _not_empty(benchmark, source, "<number>_*.wav")
 
 
@@ -227,29 +213,29 @@ def _audio_files(folder: Path) -> list[Path]:
 
 
 def _files_by(folder: Path, pattern: str) -> dict[tuple[Any, ...], Path]:
-    """Return the audio files of a folder by the numbers in their names (groups of a pattern), or else by their stem."""
+    """Return the audio files of a folder, by the numbers that a pattern finds in their stems, or else by stem."""
     files: dict[tuple[Any, ...], Path] = {}
     for path in _audio_files(folder):
         if (match := re.fullmatch(pattern, path.stem)) is None:
-            raise UserError(f"the name of '{path}' does not match '{pattern}'; move the odd file out")
+            raise UserError(f"the name of '{path}' does not match '{pattern}'; rename the file or move it elsewhere")
         key = tuple(map(int, match.groups())) or (path.stem,)
         if key in files:
-            raise UserError(f"'{path}' and '{files[key]}' have the same number or name; move the odd file out")
+            raise UserError(f"'{path}' and '{files[key]}' have the same number or name; remove one of them")
         files[key] = path
     return files
 
 
 def _not_empty(benchmark: Benchmark, source: str, layout: str) -> Benchmark:
     if not benchmark.clips:
-        raise UserError(f"'{source}' contains no pairs; the official layout is {layout}, and Parquet is read, too")
+        raise UserError(f"'{source}' contains no pairs; choose a folder with files {layout}, or with Parquet files")
     return benchmark
 
 
 def _read_tables(source: str, columns: tuple[str, str], names: Collection[str] | None = None) -> Benchmark:
-    """Read the tables of a benchmark, one pair a row, from the hub or a download of its Parquet files.
+    """Read a benchmark that is stored as tables with a pair in each row; return no pairs for a folder with audio files.
 
-    ``source`` is a hub id (of the owner or of one data set), or a folder of that name; a folder with audio has no
-    tables. ``names`` are the data sets of the benchmark; without them each configuration is a part.
+    ``source`` is a hub id, of the owner or of one data set, or a downloaded folder with the same name. ``names`` are
+    the benchmark's data sets; if None, each configuration of ``source`` is a part.
     """
     benchmark, root = Benchmark([]), Path(source)
     if (is_folder := root.is_dir()) and find_files(source, ENDINGS):
@@ -263,32 +249,31 @@ def _read_tables(source: str, columns: tuple[str, str], names: Collection[str] |
             tables = {root.absolute().name: [source]}
         else:
             tables = {name: [f"{source}/{name}"] for name in names if not is_folder or (root / name).is_dir()}
-        for name, arguments in tables.items():
-            if name.split("_")[0] != "all":
-                _add_table(benchmark, name, load_dataset(*arguments, split="train"), columns)
-    except UserError:
-        raise
-    except Exception as error:  # datasets raises what its readers and the network raise
+        tables = {name: arguments for name, arguments in tables.items() if name.split("_")[0] != "all"}
+        loaded = {name: load_dataset(*arguments, split="train") for name, arguments in tables.items()}
+    except Exception as error:  # `datasets` passes on any error of its readers and of the network
         raise UserError(
-            f"'{source}' is not a folder in the official layout, and not a data set on the hub or a download of one "
-            f"({first_line(error)}); download it again and give its folder with --data_dir"
+            f"'{source}' is neither a folder in the official layout nor a data set of the hub ({first_line(error)}); "
+            f"download it again and set --data_dir to its folder"
         ) from error
+    for name, dataset in loaded.items():
+        _add_table(benchmark, name, dataset, columns)
     return benchmark
 
 
 def _add_table(benchmark: Benchmark, name: str, dataset: Dataset, columns: tuple[str, str]) -> None:
     if not set(columns) <= set(dataset.column_names):
         found = ", ".join(dataset.column_names)
-        raise UserError(f"'{name}' has the columns {found}, but needs {' and '.join(columns)}; name the right data set")
+        raise UserError(f"'{name}' has the columns {found}; choose a data set with {' and '.join(columns)}")
     audio = {column: dataset.select_columns([column]).cast_column(column, Audio(decode=False)) for column in columns}
     others = dataset.remove_columns(list(columns))
     rows = list(others) if others.column_names else [{}] * len(dataset)
     is_slm21 = name in SLM21_TABLES
     has_ids = is_slm21 and all(row.get("id") is not None for row in rows)
     if is_slm21 and not has_ids:
-        benchmark.notes.append(f"'{name}' has no column 'id': rows are counted one by one, not by word or sentence")
+        benchmark.notes.append(f"'{name}' has no column 'id'; each row counts as one word or sentence")
     for index, row in enumerate(rows):
         right, wrong = (Clip(f"{name}_{index}_{column}", Cell(table, index, column)) for column, table in audio.items())
         group = "_".join(str(row.get(key)) for key in ("type", "subtype", "id")) if has_ids else str(index)
-        labels = _labels(row, name) if is_slm21 else {}
+        labels = _labels(row) if is_slm21 else {}
         benchmark.pairs.append(Pair(SLM21_TABLES.get(name, name), str(index), group, right, wrong, labels))

@@ -1,7 +1,6 @@
-"""Codes of benchmark clips, cached on disk so that a second model or preset does not encode them again.
+"""Cache of codes of benchmark clips: Parquet shards that a second model or preset reads again.
 
-The cache is a folder of Parquet shards as in tokenised corpora; ``id`` is the SHA-256 of the audio file. The folder is
-named by the hash of everything else that the codes depend on.
+The ``id`` of a row is the SHA-256 of the audio file. The folder's name is a hash of the codec and all settings.
 """
 
 import hashlib
@@ -23,10 +22,10 @@ from llama_mimi.common.versions import versions
 from llama_mimi.corpora.code_shards import CodedClip, CodedRows, read_shard, shard_bytes
 from llama_mimi.evaluation.benchmarks import Clip
 
-STORED_LEVELS = 8  # levels cached if the codec has them; models with fewer levels use a prefix
-CLIPS_PER_CHUNK = 64  # clips read ahead, encoded and written together; a kill loses one chunk
-READERS = 4  # threads that read and resample
-ENCODING = 2  # raise it when this project changes how clips are read, resampled, cut or encoded
+STORED_LEVELS = 8  # quantizer levels in the cache; models with fewer levels use the first ones
+CLIPS_PER_CHUNK = 64  # number of clips that are encoded and written together
+READERS = 4  # threads that read and resample audio
+ENCODING = 2  # increase it after a change in how clips are read, resampled, cut or encoded
 
 
 def encode_clips(
@@ -38,14 +37,12 @@ def encode_clips(
     *,
     as_released: bool = False,
 ) -> tuple[list[str], dict[str, CodedClip]]:
-    """Return the SHA-256 of the audio of each clip, and codes by that, from the cache or encoded now.
-
-    A clip that cannot be used is an `AudioError`; none is ever left out.
+    """Return the SHA-256 of each clip's audio, and codes by SHA-256. An unusable clip raises an `AudioError`.
 
     Args:
-        codes_dir: folder of caches, local or on any fsspec path.
-        max_seconds: maximum length of a clip; longer ones are cut.
-        as_released: leave a partial last frame to the codec, as the first release does, one clip at a time.
+        codes_dir: parent folder of the caches, a local or fsspec path.
+        max_seconds: maximum length of a clip; longer clips are cut.
+        as_released: encode single clips and let the codec handle a partial last frame, as the first release does.
     """
     deep = codec.at_depth(max(codec.num_quantizers, min(STORED_LEVELS, codec.config.num_quantizers)))
     settings = {
@@ -66,27 +63,27 @@ def encode_clips(
             known[row["id"]] = CodedClip(row["id"], row["codes"], 0.0, row["is_cut"])
 
     def read(clip: Clip) -> tuple[str, Waveform | None]:
-        """Return the SHA-256 of a clip's file, and its samples unless its codes are known."""
+        """Return the SHA-256 of a clip's file, and the waveform if its codes are not in the cache."""
         content = clip.source.read_bytes()
         if (audio_id := hashlib.sha256(content).hexdigest()) in known:
             return audio_id, None
         name = str(clip.source) if isinstance(clip.source, Path) else clip.name
         rate_hz, frame_size = deep.sample_rate_hz, deep.frame_size
         waveform = read_audio(content, rate_hz, max_seconds=max_seconds, name=name, min_samples=frame_size)
-        if waveform.audio_warnings:  # half a clip, or one channel, has another score
-            raise AudioError("damaged", f"'{name}' is {waveform.audio_warnings[0]}; fix it or copy it again")
+        if waveform.audio_warnings:  # the score of a damaged clip would be wrong
+            raise AudioError("damaged", f"'{name}' is {waveform.audio_warnings[0]}; fix the file or copy it again")
         return audio_id, waveform
 
     mine = clips[ranks.rank :: ranks.world_size]
     chunks = [mine[start : start + CLIPS_PER_CHUNK] for start in range(0, len(mine), CLIPS_PER_CHUNK)]
     audio_ids: list[str] = []
     with ThreadPoolExecutor(READERS) as pool:
-        read_chunks = (pool.map(read, chunk) for chunk in chunks)  # each starts when the loop asks for it
-        ahead = pairwise(chain(read_chunks, [None]))  # asks for one more, which is read while this one is encoded
+        read_chunks = (pool.map(read, chunk) for chunk in chunks)
+        ahead = pairwise(chain(read_chunks, [None]))  # the next chunk is read while this one is encoded
         for chunk, _ in tqdm(ahead, total=len(chunks), desc="codes", unit="chunk", disable=ranks.rank > 0):
             chunk = list(chunk)
             audio_ids += [audio_id for audio_id, _ in chunk]
-            # The chunk before may contain a clip that was not known when it was read.
+            # The previous chunk may contain the same clip.
             new = {audio_id: one for audio_id, one in chunk if one is not None and audio_id not in known}
             if not new:
                 continue

@@ -1,4 +1,4 @@
-"""From the scores of clips to accuracies, a result file and the printed summary."""
+"""Compute accuracies from scores; build, check and print result files."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -12,19 +12,19 @@ from llama_mimi.evaluation.benchmarks import FREQUENCY_BANDS, Benchmark, Clip
 from llama_mimi.evaluation.scoring import Scoring
 from llama_mimi.evaluation.statistics import wilson_interval
 
-FORMAT = 3  # of the results of all scripts in eval/
-MAX_AUDIO_SECONDS = 20.0  # of the paper's training
+FORMAT = 3  # format number of all results of eval/
+MAX_AUDIO_SECONDS = 20.0  # maximum length of a clip in the paper's training
 Result = dict[str, Any]
 
 
 def model_folder(model_name: str) -> str:
-    """Return the name of a model's folder of results: the last part of its path or hub id."""
+    """Return the name of a model's result folder: the last part of its path or hub id."""
     path = Path(model_name)
     return path.resolve().name if path.is_dir() else path.name
 
 
 def check_earlier(path: Path, header: Mapping[str, Any]) -> list[str]:
-    """Return a notice if a result of other weights will be replaced; refuse one of other data or settings."""
+    """Return a notice if the earlier result has other weights; raise a `UserError` for other data or settings."""
     earlier = read_json(str(path.parent), path.name)
     if earlier is None:
         return []
@@ -33,7 +33,7 @@ def check_earlier(path: Path, header: Mapping[str, Any]) -> list[str]:
     current["settings"] = {key: header["settings"][key] for key in ("dtype", "max_audio_seconds")}
     require_same(earlier, current, f"'{path}'", "choose another --output_dir, or move the file")
     weights = str(earlier.get("model_sha256"))
-    return [] if weights == header["model_sha256"] else [f"replaced: '{path}' was of other weights ({weights[:12]})"]
+    return [] if weights == header["model_sha256"] else [f"replaced '{path}' from other weights ({weights[:12]})"]
 
 
 def results(
@@ -44,10 +44,7 @@ def results(
     scoring: Scoring,
     mean_of: Sequence[str],
 ) -> Result:
-    """Return the accuracies by part, the mean of the parts ``mean_of`` (may be empty), and every pair.
-
-    ``audio_ids`` are the SHA-256 of ``benchmark.clips``; ``codes`` and ``scores`` are by SHA-256.
-    """
+    """Return accuracies by part, the mean over ``mean_of``, and all pairs. ``audio_ids`` has the order of the clips."""
     pairs = []
     for pair, *ids in zip(benchmark.pairs, audio_ids[::2], audio_ids[1::2], strict=False):
         positive, negative = (scores[audio_id] for audio_id in ids)
@@ -64,17 +61,16 @@ def results(
 
 
 def part_results(pairs: Sequence[Mapping[str, Any]], *, by_group: bool) -> dict[str, Result]:
-    """Return accuracy, interval (95 %) and counts of each part, and under "by" those of each value of each label.
+    """Return accuracy, 95 % interval and counts for each part, and the same for each value of each label ("by").
 
-    Pairs have the keys part, group, labels, correct, is_tie and is_cut. ``by_group`` averages the pairs of one group,
-    such as the voices of a word, first; "count" is the number of groups, or else of pairs.
+    With ``by_group``, the pairs of a group, such as the voices of a word, are averaged first; "count" counts groups.
     """
     members: dict[tuple[str, ...], list[Mapping[str, Any]]] = defaultdict(list)
     for pair in pairs:
         members[(pair["part"],)].append(pair)
         for label, value in pair["labels"].items():
             members[pair["part"], label, value].append(pair)
-    bands = {name: place for place, (_, name) in enumerate(FREQUENCY_BANDS)}  # they have an order of their own
+    bands = {name: place for place, (_, name) in enumerate(FREQUENCY_BANDS)}  # sort order of bands
     found: dict[str, Result] = {}
     for part, *label in sorted(members, key=lambda key: (key[:2], bands.get(key[-1], len(bands)), key[2:])):
         some = members[part, *label]
@@ -98,10 +94,9 @@ def part_results(pairs: Sequence[Mapping[str, Any]], *, by_group: bool) -> dict[
 
 
 def mean_of_parts(results: Mapping[str, Result], parts: Sequence[str]) -> Result | None:
-    """Return the unweighted mean accuracy of ``parts``, or None if one is missing.
+    """Return the unweighted mean accuracy of k parts, or None if one is missing.
 
-    The interval is Wilson's for an effective count: the square of the number of parts, divided by the sum of the
-    inverse counts n_i. If all k parts are equal, k^2 / sum(1/n_i) is the total number of pairs.
+    The interval is Wilson's for k^2 / sum(1/n_i) pairs. If all parts have the same size, this is the number of pairs.
     """
     if any(part not in results for part in parts):
         return None
@@ -111,30 +106,30 @@ def mean_of_parts(results: Mapping[str, Result], parts: Sequence[str]) -> Result
 
 
 def summary(report: Result) -> list[str]:
-    """Return the lines that a script prints."""
+    """Return the lines to print for a result."""
 
     def shown(result: Result) -> str:
         low, high = (100 * bound for bound in result["interval"])
-        return f"{100 * result['accuracy']:.1f} % (95 % interval {low:.1f} to {high:.1f}, {result['count']:,} counted)"
+        return f"{100 * result['accuracy']:.1f} % (95 % interval {low:.1f} to {high:.1f}, n = {result['count']:,})"
 
     lines = list(report["notes"])
     if report["data_kind"] == "synthetic":
-        lines.insert(0, "synthetic data: these accuracies compare with each other, not with published ones")
+        lines.insert(0, "synthetic data: do not compare these accuracies with published ones")
     for part, result in report["parts"].items():
         seconds = report["settings"]["max_audio_seconds"]
-        cut = f", {result['pairs_cut']:,} cut at {seconds:g} s" if result["pairs_cut"] else ""
-        lines.append(f"{part}: {shown(result)} of {result['pairs']:,} pairs, {result['ties']:,} ties{cut}")
+        cut = f", {result['pairs_cut']:,} pairs cut at {seconds:g} s" if result["pairs_cut"] else ""
+        lines.append(f"{part}: {shown(result)}, {result['pairs']:,} pairs, {result['ties']:,} ties{cut}")
         for label, values in result["by"].items():
             lines += [f"  {label} {value}: {shown(some)}" for value, some in values.items()]
     if (mean := report.get("mean_of_parts")) is not None:
-        lines.append(f"mean of the parts: {shown(mean)}")
+        lines.append(f"mean over parts: {shown(mean)}")
     elif "mean_of_parts" in report:
-        lines.append(f"no mean of the parts; missing: {', '.join(report['missing_parts'])}")
+        lines.append(f"no mean over parts, because these are missing: {', '.join(report['missing_parts'])}")
     return lines
 
 
 def write_submissions(folder: Path, clips: Sequence[Clip], scores: Sequence[float]) -> None:
-    """Write sLM21's submission: ``<task>/<split>.txt`` with lines ``filename score``."""
+    """Write sLM21's submission files ``<task>/<split>.txt`` with lines ``filename score``."""
     lines: dict[str, list[str]] = defaultdict(list)
     for clip, score in zip(clips, scores, strict=True):
         if clip.split is not None:

@@ -1,4 +1,4 @@
-"""Scores of clips: mean log-likelihood of chosen tokens over a vocabulary; higher is likelier."""
+"""Scores of clips: the mean log-likelihood of chosen tokens. A higher score means more likely."""
 
 import hashlib
 import math
@@ -22,16 +22,14 @@ Likelihood = Literal["softmax", "grammar"]
 
 @dataclass(frozen=True)
 class Scoring:
-    """Rule by which a clip gets a score.
+    """Scoring rule of a preset.
 
     Args:
-        levels: quantizer levels to score, with ``</audio>`` if the clip has one; None scores all.
-        as_released: score as the first release does, its accidents included: BOS only if the tokenizer adds it,
-            ``</audio>`` also after a clip that was cut, a partial last frame left to the codec, no sliding window. With
-            ``levels`` None every token after the first is scored, ``<audio>`` too; with ``(0,)`` every Q-th from
-            position 2 on, which is level 0 and ``</audio>`` after BOS, and level 1 without BOS.
-        likelihood: "softmax" is over the model's whole vocabulary; "grammar" is over the tokens that are possible at a
-            position, which are the codes of its level and, at level 0, ``</audio>``.
+        levels: quantizer levels to score; None means all. ``</audio>`` is also scored, if present.
+        as_released: score as the first release does: BOS only if the tokenizer adds it, and ``</audio>`` also after a
+            cut clip. If ``levels`` is None, all tokens after the first are scored, including ``<audio>``. If it is
+            ``(0,)``, every Q-th token from position 2 is scored: with BOS level 0 and ``</audio>``, else level 1.
+        likelihood: softmax over the vocabulary, or "grammar": over the level's codes and, at level 0, ``</audio>``.
     """
 
     levels: tuple[int, ...] | None
@@ -45,7 +43,7 @@ class Scoring:
 
     @property
     def by_group(self) -> bool:
-        """True if pairs of one group, such as the voices of one word, are averaged first."""
+        """True if the pairs of a group, such as the voices of a word, are averaged first."""
         return not self.as_released
 
 
@@ -57,10 +55,9 @@ def score_clips(
     log: ProgressLog,
     ranks: DistributedContext,
 ) -> dict[str, float]:
-    """Return scores by clip, those in ``log`` without computing them; clips with equal codes have equal scores.
+    """Return scores by clip. Clips with equal codes have equal scores; scores in ``log`` are not computed again.
 
-    ``batch_tokens`` is the maximum size of a batch with its padding; one clip always fits. A score that is not finite,
-    or a log that cannot be written, is a `UserError`.
+    ``batch_tokens`` is the maximum size of a batch including padding. A score that is not finite raises a `UserError`.
     """
 
     def content_hash(clip: CodedClip) -> str:
@@ -69,16 +66,16 @@ def score_clips(
 
     keys = {name: content_hash(clip) for name, clip in codes.items()}
     unique = {keys[name]: clip for name, clip in codes.items()}
-    order = sorted(unique)  # batches depend on the codes alone, so that they are the same after a kill
+    order = sorted(unique)  # batches depend only on the codes, so a resumed run has the same ones
     plan = bucket_by_length([unique[key].codes_TQ.size for key in order], batch_tokens)
-    plan.reverse()  # too long a batch fails at once
+    plan.reverse()  # if memory is too small, the first batch fails
     batches = [{order[i]: unique[order[i]] for i in batch} for batch in plan]
 
     def work(batch: Mapping[str, CodedClip]) -> Iterator[tuple[str, float]]:
         clips = [(torch.from_numpy(clip.codes_TQ.astype(np.int64)), clip.is_cut) for clip in batch.values()]
         scores = batch_scores(model, clips, scoring)
         if not all(map(math.isfinite, scores)):
-            raise UserError(f"a score is not finite: the model overflows in {model.decoder.dtype}; use another --dtype")
+            raise UserError(f"a score is not finite: the model overflows in {model.decoder.dtype}; set another --dtype")
         yield from zip(batch, scores, strict=True)
 
     done = map_resumable(batches, work, log, ranks, unit="clip")
@@ -86,7 +83,7 @@ def score_clips(
 
 
 def batch_scores(model: SpeechModel, clips: Sequence[tuple[torch.Tensor, bool]], scoring: Scoring) -> list[float]:
-    """Return the scores, in nats per token, of clips that share one batch: codes_TQ, and whether the clip was cut."""
+    """Return the scores, in nats per token, of one batch of clips (codes_TQ, is_cut)."""
     sequences = [scored_sequence(model.tokenizer, codes_TQ, is_cut, scoring) for codes_TQ, is_cut in clips]
     ids, is_scored = zip(*sequences, strict=True)
     log_probs_N = model.log_likelihoods(ids, is_scored, is_admissible_only=scoring.likelihood == "grammar")
@@ -97,7 +94,7 @@ def batch_scores(model: SpeechModel, clips: Sequence[tuple[torch.Tensor, bool]],
 def scored_sequence(
     tokenizer: SpeechTokenizer, codes_TQ: torch.Tensor, is_cut: bool, scoring: Scoring
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a clip as ids (L,), and a mask (L,) of the scored ones."""
+    """Return the ids (L,) of a clip, and a mask (L,) of the scored positions."""
     vocabulary, Q = tokenizer.vocabulary, tokenizer.vocabulary.num_quantizers
     if scoring.as_released:
         ids_L = tokenizer.encode(codes_TQ, is_cut=False)[0 if tokenizer.adds_bos else 1 :]

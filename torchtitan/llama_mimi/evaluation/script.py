@@ -1,4 +1,4 @@
-"""The three benchmark scripts: flags, and the steps from a source to a result file."""
+"""The three benchmark scripts: flags, and the evaluation that writes a result file."""
 
 import hashlib
 import json
@@ -23,40 +23,37 @@ from llama_mimi.evaluation.scoring import Likelihood, Scoring, score_clips
 from llama_mimi.generation.loading import load_speech_model
 from llama_mimi.generation.speech_model import DecoderPrecision
 
-BATCH_TOKENS = (4096, 32768)  # without and with a GPU
+BATCH_TOKENS = (4096, 32768)  # on a CPU, on a GPU
 
 
 @dataclass(frozen=True)
 class EvaluationOptions:
     """Flags of the scripts in eval/."""
 
-    model_name: str = "llm-jp/Llama-Mimi-1.3B"  # hub id or folder
+    model_name: str = "llm-jp/Llama-Mimi-1.3B"  # hub id or folder of the model
     data_dir: str | None = None  # folder (official layout or Parquet) or hub id; default: the benchmark's hub id
-    output_dir: Path = Path("results")  # folder of results
-    codes_dir: str | None = None  # cache of codes, shared by runs; default: <output_dir>/codes
-    codec: str | None = None  # hub id or folder; default: the codec that the model names
-    codec_sliding_window: bool | None = None  # sliding window of the codec; default: as for the training codes
-    device: str | None = None  # default: the accelerator if there is one
-    dtype: DecoderPrecision = "float32"  # precision of the decoder; the first release evaluates in float16
-    batch_tokens: int | None = None  # maximum tokens of a batch with padding; default: 4096, on a GPU 32768
-    max_audio_seconds: float = MAX_AUDIO_SECONDS  # longer clips are cut, and counted
-    preset: Literal["official", "original"] = "official"  # the benchmark's own rule, or that of the first release
-    levels: str | None = None  # quantizer levels to score: all, or 0, or 0,1; default: those of the benchmark
-    likelihood: Likelihood = "softmax"  # over the whole vocabulary, or (grammar) the tokens possible at a position
-    limit: int | None = None  # score only this number of pairs (words, sentences) of each part, for a quick look
+    output_dir: Path = Path("results")  # folder for results
+    codes_dir: str | None = None  # folder of cached codes, for all models; default: <output_dir>/codes
+    codec: str | None = None  # hub id or folder of the codec; default: the model's codec
+    codec_sliding_window: bool | None = None  # sliding window of the codec; default: as in training
+    device: str | None = None  # torch device; default: the GPU, if available
+    dtype: DecoderPrecision = "float32"  # precision of the decoder (the first release evaluates in float16)
+    batch_tokens: int | None = None  # maximum number of tokens in a batch; default: 4096 (GPU: 32768)
+    max_audio_seconds: float = MAX_AUDIO_SECONDS  # maximum length of a clip, in seconds; longer clips are cut
+    preset: Literal["official", "original"] = "official"  # scoring rule: the benchmark's own, or the first release's
+    levels: str | None = None  # quantizer levels to score: "all" or a list such as 0,1; default: by benchmark
+    likelihood: Likelihood = "softmax"  # softmax over the vocabulary, or (grammar) over possible tokens
+    limit: int | None = None  # maximum number of pairs (words, sentences) in each part; default: all
 
     def scoring(self, levels: tuple[int, ...] | None) -> tuple[str, Scoring]:
-        """Return the name of the result, which lists what differs from the preset, and the scoring of these flags.
-
-        ``levels`` are those that the benchmark's presets score. A flag that does not fit the preset is a `UserError`.
-        """
+        """Return the name of the result file and the scoring rule; ``levels`` is the default of the benchmark."""
         for flag in ("max_audio_seconds", "batch_tokens", "limit"):
             if (value := getattr(self, flag)) is not None and not 0 < value < math.inf:
-                raise UserError(f"--{flag} is {value}; it must be a positive number")
+                raise UserError(f"--{flag} is {value}; set a positive number")
         name, chosen = str(self.preset), levels
         if self.levels is not None:
             if not re.fullmatch(r"all|\d+(,\d+)*", self.levels):
-                raise UserError(f"--levels is '{self.levels}'; it is 'all' or a list of levels, such as 0 or 0,1")
+                raise UserError(f"--levels is '{self.levels}'; set 'all' or a list of levels, such as 0,1")
             chosen = None if self.levels == "all" else tuple(sorted({int(level) for level in self.levels.split(",")}))
         if chosen != levels:
             name += "-all_levels" if chosen is None else f"-levels_{'_'.join(map(str, chosen))}"
@@ -64,8 +61,7 @@ class EvaluationOptions:
             name += f"-{self.likelihood}"
         is_changed = name != self.preset or self.max_audio_seconds != MAX_AUDIO_SECONDS
         if self.preset == "original" and (is_changed or self.codec_sliding_window):
-            flags = "--levels, --likelihood, --max_audio_seconds and --codec_sliding_window"
-            raise UserError(f"--preset original is fixed; leave out {flags}, or use --preset official")
+            raise UserError("--preset original forbids other scoring flags; remove them, or set --preset official")
         if self.limit is not None:
             name += f"-limit_{self.limit}"
         return name, Scoring(chosen, self.preset == "original", self.likelihood)
@@ -73,22 +69,22 @@ class EvaluationOptions:
 
 @dataclass(frozen=True)
 class BenchmarkScript:
-    """One of the scripts in eval/."""
+    """A benchmark script in eval/."""
 
-    name: str  # of the benchmark, and of its folder of results
-    hub_source: str  # source without --data_dir
+    name: str  # name of the benchmark and of its result folder
+    hub_source: str  # default of --data_dir
     read: Callable[[str], benchmarks.Benchmark]
-    levels: tuple[int, ...] | None  # levels that both presets score; None is all
-    mean_of: Sequence[str] = ()  # parts whose mean is the benchmark's one number
+    levels: tuple[int, ...] | None  # quantizer levels that both presets score; None means all
+    mean_of: Sequence[str] = ()  # parts whose mean is reported
 
     def result_path(self, options: EvaluationOptions) -> Path:
-        """Return the path of the result with these flags; raise a `UserError` as `EvaluationOptions.scoring`."""
+        """Return the path of the result file for these flags."""
         name, _ = options.scoring(self.levels)
         return options.output_dir / self.name / results.model_folder(options.model_name) / f"{name}.json"
 
     def run(self, options: EvaluationOptions) -> None:
-        """Score the benchmark and write the result file; raise a `UserError` for flags, data or models of no use."""
-        path = self.result_path(options)  # a mistake in the flags ends the command before it starts ranks
+        """Score the benchmark and write the result file."""
+        path = self.result_path(options)  # checks the flags before the ranks connect
         with distributed_context(options.device) as ranks:
             self._evaluate(options, path, ranks)
 
@@ -108,9 +104,9 @@ class BenchmarkScript:
         codec, max_seconds = model.codec, options.max_audio_seconds
         whole_frames(max_seconds, codec.config, "--max_audio_seconds")
         if scoring.as_released and model.tokenizer.architecture == "hierarchical":
-            raise UserError("no hierarchical model was released, so its scoring does not exist; use --preset official")
+            raise UserError("--preset original is for flattened models; set --preset official")
         if (level := max(scoring.levels or (0,))) > (last := codec.num_quantizers - 1):
-            raise UserError(f"--levels names level {level}, but the model has levels 0 to {last}")
+            raise UserError(f"--levels has level {level}, but the model has levels 0 to {last}; set one of these")
         batch_tokens = options.batch_tokens or BATCH_TOKENS[ranks.device.type == "cuda"]
         settings = {"dtype": options.dtype, "device": ranks.device.type, "batch_tokens": batch_tokens}
         header = {
@@ -132,7 +128,7 @@ class BenchmarkScript:
         clips = benchmark.clips
         codes_dir = options.codes_dir or str(options.output_dir / "codes")
         audio_ids, codes = encode_clips(codec, clips, codes_dir, ranks, max_seconds, as_released=scoring.as_released)
-        # An edited file of the project does not void the log.
+        # The log stays valid after a new commit.
         log_key = {**header, "versions": versions() | {"commit": ""}, "adds_bos": model.tokenizer.adds_bos}
         log = ProgressLog(path.with_suffix(".partial"), log_key)
         scores = score_clips(model, codes, scoring, batch_tokens, log, ranks)

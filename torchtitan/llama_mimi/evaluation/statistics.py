@@ -1,4 +1,4 @@
-"""Intervals and tests, all of them two-sided and at 95 %."""
+"""Two-sided 95 % intervals and tests."""
 
 import math
 from collections.abc import Sequence
@@ -12,32 +12,28 @@ RESAMPLES = 10_000
 def wilson_interval(accuracy: float, count: float) -> tuple[float, float]:
     """Return the interval of a proportion (Wilson 1927, without continuity correction).
 
-    `scipy.stats.binomtest` has it for whole successes only; half credits and mean credits of a group are fractions. A
-    ``count`` that is not positive is a `ValueError`.
+    `scipy.stats.binomtest` accepts only whole numbers of successes, but ties and groups of pairs give fractions.
     """
     if not count > 0:
-        raise ValueError(f"the interval of a proportion of {count} values does not exist; give at least one value")
+        raise ValueError(f"a proportion of {count} values has no interval; give at least one value")
     z = float(stats.norm.ppf(0.975))
     center = accuracy + z**2 / (2 * count)
     half = z * math.sqrt(accuracy * (1 - accuracy) / count + z**2 / (4 * count**2))
     scale = 1 + z**2 / count
-    # At 0 and 1 rounding would leave the accuracy itself outside.
+    # The interval must include the accuracy, also after rounding at 0 and 1.
     return max(0.0, min(accuracy, (center - half) / scale)), min(1.0, max(accuracy, (center + half) / scale))
 
 
 def bootstrap_interval(*parts: Sequence[float]) -> tuple[float, float]:
-    """Return the percentile bootstrap interval of the mean of the means of parts, each resampled by itself.
+    """Return the percentile bootstrap interval of the mean over parts, which are resampled separately.
 
-    Most measures have one part; the mean of SALMon has eight. The same values give the same interval. A part without
-    values is a `ValueError`. (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3.)
+    Most measures have one part; the mean of SALMon has eight. The same values give the same interval. A part needs at
+    least two values. (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3.)
     """
-    if not parts or not all(map(len, parts)):
-        raise ValueError("the mean of no values has no interval; give at least one value for each part")
-    if all(len(part) == 1 for part in parts):
-        mean = float(np.mean(parts))
-        return mean, mean
+    if not parts or min(map(len, parts)) < 2:
+        raise ValueError("fewer than two values have no interval; give at least two for each part")
     found = stats.bootstrap(
-        [np.repeat(part, 2) if len(part) == 1 else np.asarray(part, dtype=np.float64) for part in parts],
+        [np.asarray(part, dtype=np.float64) for part in parts],
         lambda *some, axis: np.mean([part.mean(axis=axis) for part in some], axis=0),
         n_resamples=RESAMPLES,
         batch=max(1, 4_000_000 // max(map(len, parts))),
@@ -48,12 +44,12 @@ def bootstrap_interval(*parts: Sequence[float]) -> tuple[float, float]:
 
 
 def seed_half_width(values_S: Sequence[float]) -> float | None:
-    """Return half of the interval of a mean over seeds (Student's t), or None for fewer than two seeds."""
+    """Return half the width of the interval of a mean over seeds (Student's t), or None for fewer than two seeds."""
     if len(values_S) < 2:
         return None
     return float(stats.t.ppf(0.975, len(values_S) - 1) * stats.sem(values_S))
 
 
 def sign_test(num_better: int, num_worse: int) -> float:
-    """Return the p-value of the exact sign test; for pairs it is McNemar's exact test (McNemar 1947)."""
+    """Return the p-value of the exact sign test, which for pairs is McNemar's exact test (McNemar 1947)."""
     return float(stats.binomtest(num_better, num_better + num_worse).pvalue) if num_better + num_worse else 1.0

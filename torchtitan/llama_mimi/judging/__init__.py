@@ -1,1 +1,1 @@
-"""Continuations of prompts: prompts, systems, measures, and results."""
+"""Evaluation of continued prompts: prompts, systems, measures and results."""

@@ -1,4 +1,4 @@
-"""A language model behind OpenAI's protocol that judges transcripts of continuations."""
+"""Judge of transcripts: a language model on a server with OpenAI's protocol."""
 
 import hashlib
 import os
@@ -14,49 +14,44 @@ from llama_mimi.common.files import parse_json
 from llama_mimi.judging.metrics import INSTALL, Input, Measure, Value
 from llama_mimi.report.document import import_extra
 
-ATTEMPTS = 3  # for a reply that cannot be read
-RETRIES = 6  # of a call that fails, by the client: it waits up to 8 s, or as long as the server asks
+ATTEMPTS = 3  # maximum number of requests for a reply that can be parsed
+RETRIES = 6  # maximum number of retries of a failed call, by the client
 SCALE = range(1, 6)
-PARALLEL_CALLS = 8  # on each rank
-TIMEOUT_SECONDS = 120.0  # of a call
+PARALLEL_CALLS = 8  # per rank
+TIMEOUT_SECONDS = 120.0  # per call
 Messages = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
 class Criteria:
-    """Content of a file such as eval/judge.toml."""
+    """Content of a criteria file such as eval/judge.toml."""
 
-    system: str  # role of the judge
-    request: str  # template with the fields {prompt} and {continuation}
-    questions: dict[str, str]  # by criterion
+    names: list[str]
+    system: str  # system message: role of the judge, and a question for each criterion
+    request: str  # user message with the fields {prompt} and {continuation}
     sha256: str
-
-    def messages(self, prompt: str, continuation: str) -> Messages:
-        """Return the first messages of a call."""
-        questions = "\n".join(f"- {name}: {question}" for name, question in self.questions.items())
-        request = self.request.format(prompt=prompt, continuation=continuation)
-        return [{"role": "system", "content": f"{self.system}\n\n{questions}"}, {"role": "user", "content": request}]
 
 
 def read_criteria(path: Path) -> Criteria:
-    """Read a file such as eval/judge.toml; raise a `UserError` if it is missing or has another form."""
+    """Read a criteria file; raise a `UserError` if it cannot be used."""
     try:
         data = path.read_bytes()
         content = tomllib.loads(data.decode())
-        questions = {str(name): str(question) for name, question in content["criteria"].items()}
-        criteria = Criteria(content["system"], content["request"], questions, hashlib.sha256(data).hexdigest())
-        request = criteria.messages("<prompt>", "<continuation>")[1]["content"]
-        if not questions or "<prompt>" not in request or "<continuation>" not in request:
-            raise ValueError("no criterion, or no field {prompt} or {continuation} in the request")
+        names, request = list(content["criteria"]), content["request"]
+        questions = "\n".join(f"- {name}: {question}" for name, question in content["criteria"].items())
+        system = f"{content['system']}\n\n{questions}"
+        filled = request.format(prompt="<prompt>", continuation="<continuation>")
+        if not names or "<prompt>" not in filled or "<continuation>" not in filled:
+            raise ValueError("there is no criterion, or the request lacks {prompt} or {continuation}")
     except (OSError, ValueError, KeyError, AttributeError, IndexError) as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"'{path}' is not a file of criteria ({reason}); see eval/judge.toml") from error
-    return criteria
+        raise UserError(f"'{path}' is not a criteria file ({reason}); fix it, following eval/judge.toml") from error
+    return Criteria(names, system, request, hashlib.sha256(data).hexdigest())
 
 
 def read_reply(text: str, names: Sequence[str]) -> dict[str, int]:
-    """Return the scores in the last JSON object of a reply that contains no other; raise a `ValueError` if invalid."""
-    for found in reversed(re.findall(r"{[^{}]*}", text)):  # some models think before they answer, also in braces
+    """Return the scores in the last JSON object of a reply; raise a `ValueError` if there are no valid scores."""
+    for found in reversed(re.findall(r"{[^{}]*}", text)):  # reasoning may contain braces, too
         try:
             scores = parse_json(found)
         except ValueError:
@@ -70,50 +65,49 @@ def read_reply(text: str, names: Sequence[str]) -> dict[str, int]:
 
 
 def judge(url: str | None, model_name: str, criteria: Criteria) -> Measure:
-    """Return the measure of scores by criterion, 1 to 5, of a prompt's and a continuation's text.
-
-    Without a ``url`` the server is OpenAI's. A call that fails is a `UserError`; earlier replies were yielded before.
-    """
+    """Return a measure: scores by criterion, 1 to 5, for two texts. A failed call raises a `UserError`."""
     openai = import_extra("openai", "--judge_model", INSTALL)
     key = os.environ.get("OPENAI_API_KEY") or "none"
     client = openai.OpenAI(base_url=url, api_key=key, max_retries=RETRIES, timeout=TIMEOUT_SECONDS)
     score = {"type": "integer", "minimum": SCALE[0], "maximum": SCALE[-1]}
-    names = list(criteria.questions)
+    names = criteria.names
     properties = {"properties": dict.fromkeys(names, score), "required": names, "additionalProperties": False}
     schema = {"name": "scores", "schema": {"type": "object", **properties}, "strict": True}
-    form = {"type": "json_schema", "json_schema": schema}  # servers without schemas ignore it
+    form = {"type": "json_schema", "json_schema": schema}  # servers without support for schemas ignore it
     create = client.chat.completions.create
 
     def call(messages: Messages) -> str:
-        """Return the text of a reply, empty if the reply is not of the protocol."""
+        """Return the text of a reply, or an empty text for a malformed reply."""
         try:
             reply = create(model=model_name, messages=messages, temperature=0, response_format=form)
             return reply.choices[0].message.content or ""
-        except (openai.APIConnectionError, openai.APIStatusError) as error:  # also a timeout
+        except (openai.APIConnectionError, openai.APIStatusError) as error:  # includes timeouts
             problem = f"the judge '{model_name}' at {url or 'OpenAI'} does not answer ({first_line(error)})"
-            raise UserError(f"{problem}; fix that and run the command again: earlier replies are kept") from error
+            raise UserError(f"{problem}; fix the server and re-run the command: earlier replies are saved") from error
         except (openai.OpenAIError, ValueError, RecursionError, AttributeError, IndexError, TypeError):
             return ""
 
     def values(batch: Sequence[Input]) -> Iterator[Value]:
         with ThreadPoolExecutor(PARALLEL_CALLS, thread_name_prefix="judge") as pool:
-            yield from pool.map(lambda texts: _ask(call, criteria, *texts), batch)  # a failure cancels the other calls
+            yield from pool.map(lambda texts: _ask(call, criteria, *texts), batch)  # an error cancels the other calls
 
     description = {"model": model_name, "criteria_sha256": criteria.sha256, "temperature": 0}
-    # A batch waits for its slowest call, so it has several for each thread.
+    # Each batch waits for its slowest call. Large batches reduce the waiting.
     return Measure("judge", [f"judge/{name}" for name in names], description, values, batch_size=8 * PARALLEL_CALLS)
 
 
 def _ask(call: Callable[[Messages], str], criteria: Criteria, prompt: str, continuation: str) -> Value:
-    """Return scores, or the reason why there are none after `ATTEMPTS` replies."""
-    messages, names = criteria.messages(prompt, continuation), list(criteria.questions)
+    """Return scores, or the reason why `ATTEMPTS` replies have none."""
+    request = criteria.request.format(prompt=prompt, continuation=continuation)
+    messages = [{"role": "system", "content": criteria.system}, {"role": "user", "content": request}]
     for _ in range(ATTEMPTS):
         text = call(messages)
         try:
-            return {f"judge/{name}": score for name, score in read_reply(text, names).items()}
+            return {f"judge/{name}": score for name, score in read_reply(text, criteria.names).items()}
         except ValueError as error:
             reason = str(error)
-        # At temperature 0 the same question has the same answer.
-        again = f"That could not be read ({reason}). Reply with one JSON object with only the keys {', '.join(names)}."
+        # A repeated question would get the same answer at temperature 0, so the error is added.
+        keys = ", ".join(criteria.names)
+        again = f"That could not be read ({reason}). Reply with one JSON object with only the keys {keys}."
         messages = [*messages[:2], {"role": "assistant", "content": text}, {"role": "user", "content": again}]
     return reason

@@ -1,4 +1,4 @@
-"""Measures of continuations: how they sound, and what is said."""
+"""Measures of continuations: voice, sound quality and transcripts."""
 
 import math
 import re
@@ -26,28 +26,28 @@ from llama_mimi.judging.systems import Clip
 from llama_mimi.report.document import import_extra
 
 INSTALL = "install llama-mimi[judging]"
-RATE_HZ = 16_000  # of all audio models here
-PAUSE_SECONDS = 0.3  # shorter silences are part of speech
-WORD = re.compile(r"[^\W_]+(?:['\u2019.][^\W_]+)*")  # don't and 10.5 are one word each
-# Tensors that only training uses, so that published models may lack them or have them in addition.
+RATE_HZ = 16_000  # sample rate of all audio models here
+MIN_PAUSE_SECONDS = 0.3  # shorter silences count as speech
+WORD = re.compile(r"[^\W_]+(?:['\u2019.][^\W_]+)*")  # "don't" and "10.5" are single words
+# Tensors that only training uses. Published models may lack them or have additional ones.
 WITHOUT_EFFECT = r"(masked_spec_embed|objective\.weight|\.masked_bias)$|^(quantizer|project_q|project_hid)\."
-Input = tuple[Any, ...]  # clips, or texts
-Value = Any  # numbers or texts by key (dict), or the reason why there is no value (str)
+Input = tuple[Any, ...]  # clips or texts
+Value = Any  # dict of numbers or texts, or the reason why there is no value (str)
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A measure of inputs."""
+    """A function from inputs to values, with a description of everything else that the values depend on."""
 
-    name: str  # in results, and of the folder of its values
-    keys: Sequence[str]  # of a value
-    description: dict[str, Any]  # everything that values depend on, except the input: models, hashes, settings
-    compute: Callable[[Sequence[Input]], Iterable[Value]]  # yields the values of a batch in order
+    name: str  # name in results and of the folder of cached values
+    keys: Sequence[str]  # keys of a value
+    description: dict[str, Any]  # models, hashes and settings
+    compute: Callable[[Sequence[Input]], Iterable[Value]]  # returns the values of a batch, in order
     batch_size: int = 16  # maximum number of inputs in a batch
 
 
 def compute(measure: Measure, inputs: Sequence[Input], folder: Path, ranks: DistributedContext) -> list[Value]:
-    """Return the value of each input; ranks share the work, and values in ``folder`` are not computed again."""
+    """Return the value of each input. Ranks share the work; values cached in ``folder`` are not computed again."""
     keys = [digest([part.key if isinstance(part, Clip) else part for part in one]) for one in inputs]
     log = ProgressLog(folder / measure.name, measure.description)
     values = broadcast_from_rank0(log.load)
@@ -65,12 +65,12 @@ def compute(measure: Measure, inputs: Sequence[Input], folder: Path, ranks: Dist
 
 
 def words_of(text: str) -> list[str]:
-    """Return the words of a transcript in lower case, without punctuation."""
+    """Return the words of a transcript, in lower case and without punctuation."""
     return WORD.findall(text.lower())
 
 
 def load_evaluator(cls: Any, name: str, device: torch.device, *, what: str) -> transformers.PreTrainedModel:
-    """Load a model in float32; raise a `UserError` if it cannot be loaded or its weights are of another class."""
+    """Load a model in float32; raise a `UserError` if its weights do not belong to its class."""
     options = {"dtype": torch.float32, "allow_torch_weights": True, "without_effect": WITHOUT_EFFECT}
     return load_pretrained(cls, name, what=what, **options).to(device).eval()
 
@@ -80,23 +80,23 @@ def _describe(name: str) -> dict[str, Any]:
 
 
 def pauses() -> Measure:
-    """Return the measure of a clip's length in seconds, and of its fraction in silences of `PAUSE_SECONDS` or more."""
+    """Return a measure: a clip's length in seconds, and its fraction in silences of at least `MIN_PAUSE_SECONDS`."""
 
     def value(clip: Clip) -> Value:
         waveform = clip.read(RATE_HZ)
-        silent = sum(length for _, length in silences(waveform, PAUSE_SECONDS))
+        silent = sum(length for _, length in silences(waveform, MIN_PAUSE_SECONDS))
         return {"seconds": waveform.seconds, "silent": min(silent / max(waveform.seconds, 1e-9), 1.0)}
 
-    return Measure("pauses", ("seconds", "silent"), {"pause_seconds": PAUSE_SECONDS}, partial(starmap, value))
+    return Measure("pauses", ("seconds", "silent"), {"pause_seconds": MIN_PAUSE_SECONDS}, partial(starmap, value))
 
 
 def speaker_encoder(model_name: str, device: torch.device) -> Callable[[Clip], torch.Tensor]:
-    """Load a `WavLMForXVector`; return the function from a clip to its x-vector (D,)."""
+    """Load a `WavLMForXVector`; return a function from a clip to its x-vector (D,)."""
     model = load_evaluator(transformers.WavLMForXVector, model_name, device, what="speaker model")
     extract = load_pretrained(transformers.AutoFeatureExtractor, model_name, what="speaker model")
 
     @torch.inference_mode()
-    def embed(clip: Clip) -> torch.Tensor:  # one clip at a time, as WavLM's group normalisation would include padding
+    def embed(clip: Clip) -> torch.Tensor:  # one clip at a time: padding would change WavLM's group norm
         samples_S = clip.read(RATE_HZ).samples_S.numpy()
         features = extract(samples_S, sampling_rate=RATE_HZ, return_tensors="pt").input_values
         return model(features.to(device)).embeddings[0].cpu()
@@ -105,7 +105,7 @@ def speaker_encoder(model_name: str, device: torch.device) -> Callable[[Clip], t
 
 
 def speaker_similarity(model_name: str, device: torch.device) -> Measure:
-    """Return the measure of the cosine, in [-1, 1], of the x-vectors of a prompt and its continuation."""
+    """Return a measure: the cosine similarity of the x-vectors of a prompt and its continuation."""
     embed = cache(speaker_encoder(model_name, device))
 
     def value(prompt: Clip, continuation: Clip) -> Value:
@@ -115,9 +115,9 @@ def speaker_similarity(model_name: str, device: torch.device) -> Measure:
 
 
 def distillmos(device: torch.device) -> Measure:
-    """Return the measure of a mean opinion score, 1 to 5, by DistillMOS (arXiv 2502.05356)."""
+    """Return a measure: the mean opinion score, 1 to 5, that DistillMOS predicts (arXiv 2502.05356)."""
     package = import_extra("distillmos", "--quality distillmos", INSTALL)
-    with redirect_stdout(None):  # it prints the path of its weights
+    with redirect_stdout(None):  # the package prints a path
         model = package.ConvTransformerSQAModel().to(device).eval()
 
     @torch.inference_mode()
@@ -129,7 +129,7 @@ def distillmos(device: torch.device) -> Measure:
 
 
 def aesthetics(batch_size: int) -> Measure:
-    """Return the measure of the four axes of Audiobox-Aesthetics (arXiv 2502.05139), 1 to 10."""
+    """Return a measure: the four axes of Audiobox-Aesthetics (arXiv 2502.05139), 1 to 10."""
     remedy = "install audiobox-aesthetics (CC BY 4.0)"
     package = import_extra("audiobox_aesthetics.infer", "--quality aesthetics", remedy)
     predictor = package.initialize_predictor()  # facebook/audiobox-aesthetics, safetensors
@@ -144,15 +144,15 @@ def aesthetics(batch_size: int) -> Measure:
 
 
 def transcripts(model_name: str, language: str | None, device: torch.device, batch_size: int) -> Measure:
-    """Return the measure of a clip's greedy transcript; without a ``language``, models such as Whisper guess it."""
+    """Return a measure: a clip's greedy transcript. Without a ``language``, models such as Whisper detect it."""
     config = load_pretrained(transformers.AutoConfig, model_name, what="ASR model")
     is_seq2seq = config.model_type in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
     model_class = transformers.AutoModelForSpeechSeq2Seq if is_seq2seq else transformers.AutoModelForCTC
     model = load_evaluator(model_class, model_name, device, what="ASR model")
     languages = getattr(getattr(model, "generation_config", None), "lang_to_id", None) or {}
     if language is not None and f"<|{language}|>" not in languages:
-        raise UserError(f"--language is '{language}', which '{model_name}' does not know; leave it out or change it")
-    # Without timestamps Whisper transcribes only 30 s.
+        raise UserError(f"'{model_name}' does not support --language '{language}'; remove or change the flag")
+    # Without timestamps, Whisper transcribes only the first 30 s.
     options: dict[str, Any] = {"return_timestamps": True} if config.model_type == "whisper" else {}
     if is_seq2seq:
         chosen = {} if language is None else {"language": language, "task": "transcribe"}
@@ -163,7 +163,7 @@ def transcripts(model_name: str, language: str | None, device: torch.device, bat
         tokenizer=load_pretrained(transformers.AutoTokenizer, model_name, what="ASR model"),
         feature_extractor=load_pretrained(transformers.AutoFeatureExtractor, model_name, what="ASR model"),
         device=device,
-        batch_size=batch_size if is_seq2seq else 1,  # of CTC models the pipeline also transcribes the padding
+        batch_size=batch_size if is_seq2seq else 1,  # CTC models would transcribe the padding
     )
 
     def values(batch: Sequence[Input]) -> Iterable[Value]:
@@ -175,12 +175,10 @@ def transcripts(model_name: str, language: str | None, device: torch.device, bat
 
 
 def log_perplexity(model_name: str, device: torch.device) -> Measure:
-    """Return the measure of the mean loss, in nats per token, of a continuation's transcript given the prompt's."""
+    """Return a measure: the mean loss, in nats per token, of a continuation's transcript after the prompt's."""
     model = load_evaluator(transformers.AutoModelForCausalLM, model_name, device, what="language model")
     tokenizer = load_pretrained(transformers.AutoTokenizer, model_name, what="language model")
     first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    if first is None:
-        raise UserError(f"'{model_name}' has neither a BOS nor an EOS token; choose another --text_model")
 
     @torch.inference_mode()
     def value(prompt: str, continuation: str) -> Value:

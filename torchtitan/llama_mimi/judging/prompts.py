@@ -1,13 +1,13 @@
-"""Prompts that all systems continue: the beginnings of recordings of a corpus."""
+"""Prompts for all systems: the first seconds of recordings from a corpus."""
 
 import bisect
-import hashlib
 import json
 import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 
 from tqdm import tqdm
@@ -22,38 +22,36 @@ from llama_mimi.corpora.source import Row, Source
 
 MANIFEST, FORMAT = "prompts.json", 2
 PROMPTS, RECORDINGS = "prompts", "recordings"
-MAX_UNREADABLE = 0.1  # of the recordings that were read
-MAX_RECORDING_SECONDS = 60.0  # longer recordings are cut
-FRAME_SECONDS = 0.08  # a prompt of whole frames of Mimi needs no padding
-SEARCH_FRACTION = 1 / 6  # of the prompt's length: 3 s are cut between 2.5 and 3.5 s
-CUT_SECONDS = 0.04  # audio around a frame border whose power is compared
+MAX_UNREADABLE = 0.1  # maximum fraction of unreadable recordings
+MAX_RECORDING_SECONDS = 60.0  # longer recordings are cut to this length
+FRAME_SECONDS = 0.08  # length of a Mimi frame; prompts have whole frames and need no padding
+SEARCH_FRACTION = 1 / 6  # prompts of about 3 s end between 2.5 and 3.5 s
+CUT_SECONDS = 0.04  # length of the audio around a frame border in which power is measured
 NEW_FOLDER = "choose another --output_dir"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptOptions:
-    """Choice of the recordings and of the length of prompts."""
+    """Recordings to use, and the length of prompts."""
 
-    corpus: str  # name, folder, or Parquet path or glob of recordings that the model was not trained on
-    dataset_path: str | None = None  # local download of a named corpus
-    split: str | None = None  # split of a folder that contains several
-    audio_column: str = "audio"  # column of the recordings
-    speaker_column: str = "speaker"  # column of speakers; with it, shuffled pairs have two speakers
-    prompt_seconds: float = 3.0  # approximate length of a prompt, in seconds
+    corpus: str  # name, folder, Parquet path or glob of held-out recordings
+    dataset_path: str | None = None  # folder with a download of a named corpus
+    split: str | None = None  # split, if the folder contains several
+    audio_column: str = "audio"  # column with the recordings
+    speaker_column: str = "speaker"  # column with speakers, for shuffled pairs of two speakers
+    prompt_seconds: float = 3.0  # approximate length of a prompt, in seconds (at least 0.5)
     recording_seconds: float | None = None  # minimum length of a recording, in seconds; default: twice --prompt_seconds
-    limit: int | None = None  # maximum number of recordings, drawn by the hash of their names; default: all
+    limit: int | None = None  # maximum number of recordings, chosen by the hash of their names; default: all
 
     def __post_init__(self) -> None:
-        if not self.prompt_seconds >= 0.5:
-            raise UserError(f"--prompt_seconds is {self.prompt_seconds}; it must be 0.5 or more")
-        low, high = 1.25 * self.prompt_seconds, MAX_RECORDING_SECONDS
-        if not low <= self.min_seconds <= high:
-            needed = f"for prompts of {self.prompt_seconds:g} s it must be {low:g} to {high:g}"
-            raise UserError(f"--recording_seconds is {self.min_seconds:g}; {needed}")
+        low, high = 1.25 * max(self.prompt_seconds, 0.5), MAX_RECORDING_SECONDS
+        if not (self.prompt_seconds >= 0.5 and low <= self.min_seconds <= high):
+            problem = f"--prompt_seconds is {self.prompt_seconds:g} and --recording_seconds {self.min_seconds:g}"
+            raise UserError(f"{problem}; set at least 0.5 s, and {low:g} to {high:g} s")
 
     @property
     def min_seconds(self) -> float:
-        """Minimum length of a recording."""
+        """Minimum length of a recording, in seconds."""
         return 2 * self.prompt_seconds if self.recording_seconds is None else self.recording_seconds
 
 
@@ -68,34 +66,34 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """All prompts of a folder, and one hash of the files ``prompts/<name>.wav`` and ``recordings/<name>.wav``."""
+    """Prompts of a folder, with a hash of all files ``prompts/<name>.wav`` and ``recordings/<name>.wav``."""
 
     folder: Path
     sha256: str
     prompts: tuple[Prompt, ...]
 
     def file(self, part: str, prompt: Prompt) -> Path:
-        """Return the file of a prompt in `PROMPTS`, or of its whole recording in `RECORDINGS`."""
+        """Return the path of a prompt (part `PROMPTS`) or its whole recording (part `RECORDINGS`)."""
         return self.folder / part / f"{prompt.name}.wav"
 
 
 def make_prompts(folder: Path, options: PromptOptions) -> PromptSet:
-    """Cut the prompts of a corpus, or return those of the folder; other options or files are a `UserError`."""
+    """Return the prompts of a folder, cut from the corpus if new; raise a `UserError` if options or files changed."""
     settings = asdict(options)
     manifest = read_json(str(folder), MANIFEST)
     if manifest is None:
-        prompts, skipped, sha256 = _cut_prompts(folder, options)
-        manifest = {"format": FORMAT, "settings": settings, "skipped": skipped, "sha256": sha256}
+        prompts, skipped, hash_of_files = _cut_prompts(folder, options)
+        manifest = {"format": FORMAT, "settings": settings, "skipped": skipped, "sha256": hash_of_files}
         manifest["prompts"] = [asdict(prompt) for prompt in prompts]
         write_atomically(str(folder), MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
     require_same({"format": 1, **manifest}, {"format": FORMAT, "settings": settings}, f"'{folder}'", NEW_FOLDER)
     if _files_sha256(folder) != manifest["sha256"]:
-        raise UserError(f"the files in '{folder}' are not the prompts and recordings of {MANIFEST}; {NEW_FOLDER}")
+        raise UserError(f"prompts or recordings in '{folder}' differ from those in {MANIFEST}; {NEW_FOLDER}")
     return PromptSet(folder, manifest["sha256"], tuple(Prompt(**prompt) for prompt in manifest["prompts"]))
 
 
 def cut_seconds(waveform: Waveform, wanted_seconds: float) -> float:
-    """Return the quietest frame border within a sixth of a wanted length; of equally quiet ones, the nearest."""
+    """Return the time, in seconds, of the quietest frame border near the wanted length; ties go to the nearest one."""
     rate_hz, half = waveform.sample_rate_hz, round(CUT_SECONDS / 2 * waveform.sample_rate_hz)
 
     def power(border: int) -> float:
@@ -108,37 +106,29 @@ def cut_seconds(waveform: Waveform, wanted_seconds: float) -> float:
     return round(quietest * FRAME_SECONDS, 2)
 
 
-def file_sha256(path: Path) -> str:
-    """Return the hash of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _files_sha256(folder: Path) -> str:
     files = [path for part in (PROMPTS, RECORDINGS) for path in visible_files(folder, f"{part}/**/*") if path.is_file()]
-    return digest({path.relative_to(folder).as_posix(): file_sha256(path) for path in files})
+    return digest({path.relative_to(folder).as_posix(): sha256(path.read_bytes()).hexdigest() for path in files})
 
 
 def _cut_prompts(folder: Path, options: PromptOptions) -> tuple[list[Prompt], Counter[str], str]:
-    """Write prompts and recordings; return the prompts in the corpus's order, why rows were skipped, and the hash."""
+    """Write prompts and recordings; return prompts in corpus order, counts of skipped rows, and a hash of the files."""
     for part in (PROMPTS, RECORDINGS):
         if (folder / part).exists():
-            raise UserError(f"'{folder / part}' has no {MANIFEST} beside it; remove it, or {NEW_FOLDER}")
+            raise UserError(f"'{folder / part}' exists without {MANIFEST}; remove it, or {NEW_FOLDER}")
     partial = PromptSet(folder / f"{PROMPTS}.partial", "", ())
-    shutil.rmtree(partial.folder, ignore_errors=True)  # from a run that was killed
+    shutil.rmtree(partial.folder, ignore_errors=True)  # left by a killed run
     columns = {"speaker": options.speaker_column}
     source = open_source(options.corpus, options.dataset_path, options.audio_column, None, columns, options.split)
     skipped: Counter[str] = Counter()
     num_read = num_unreadable = 0
-    drawn: list[tuple[bytes, int, Prompt]] = []  # the first rows by hash
+    drawn: list[tuple[bytes, int, Prompt]] = []  # (hash, row number, prompt), sorted by hash
     names: set[str] = set()
-    sizes = [unit.num_rows for unit in source.units]
-    total = None if None in sizes else sum(size or 0 for size in sizes)  # rows of tars are not known
-    for number, (name, row) in enumerate(tqdm(_rows(source), "prompts", total, unit="recording")):
+    for number, (name, row) in enumerate(tqdm(_rows(source), "prompts", unit=" recordings")):
         if name in names:
-            raise UserError(f"'{source.name}' has two rows with the id '{row['id']}'; give each its own")
+            raise UserError(f"'{source.name}' has two rows with the id '{row['id']}'; make ids unique")
         names.add(name)
-        rank = hashlib.sha256(name.encode()).digest()
+        rank = sha256(name.encode()).digest()
         if len(drawn) == options.limit and rank > drawn[-1][0]:
             skipped["beyond --limit"] += 1
             continue
@@ -168,23 +158,23 @@ def _cut_prompts(folder: Path, options: PromptOptions) -> tuple[list[Prompt], Co
     print(f"{len(drawn):,} prompts; skipped recordings: {reasons or 'none'}", flush=True)
     if num_unreadable > MAX_UNREADABLE * num_read:
         problem = f"{num_unreadable:,} of {num_read:,} recordings of '{options.corpus}' cannot be read"
-        raise UserError(f"{problem}, more than {100 * MAX_UNREADABLE:g} %; fix those that are named above")
+        raise UserError(f"{problem}, more than {100 * MAX_UNREADABLE:g} %; fix the files named above")
     if not drawn:
-        problem = f"no recording of '{options.corpus}' is {options.min_seconds:g} s long and readable"
+        problem = f"no readable recording of '{options.corpus}' has {options.min_seconds:g} s"
         raise UserError(f"{problem}; lower --recording_seconds and --prompt_seconds, or fix the corpus")
-    sha256 = _files_sha256(partial.folder)  # before the folders have their names, as it takes a while
+    hash_of_files = _files_sha256(partial.folder)  # before the rename, because it is slow
     for part in (RECORDINGS, PROMPTS):
         (partial.folder / part).rename(folder / part)
     partial.folder.rmdir()
-    return [prompt for _, _, prompt in sorted(drawn, key=lambda one: one[1])], skipped, sha256
+    return [prompt for _, _, prompt in sorted(drawn, key=lambda one: one[1])], skipped, hash_of_files
 
 
 def _rows(source: Source) -> Iterator[tuple[str, Row]]:
-    """Yield file name and content of each row."""
+    """Yield the file name and content of each row."""
     rows = (row for unit in range(len(source.units)) for row in source.rows(unit))
     for number, row in enumerate(rows):
         name = row.get("id") or f"row-{number:06d}"
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]{0,99}", name):  # not a file name on every system
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]{0,99}", name):  # is not a file name on all systems
             cleaned = re.sub(r"[^A-Za-z0-9.-]+", "-", name)[:60].strip("-.")
-            name = f"{cleaned}-{hashlib.sha256(name.encode()).hexdigest()[:8]}".lstrip("-")
+            name = f"{cleaned}-{sha256(name.encode()).hexdigest()[:8]}".lstrip("-")
         yield name, row

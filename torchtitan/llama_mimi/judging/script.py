@@ -1,4 +1,4 @@
-"""eval/generation.py: from prompts to results."""
+"""Implementation of eval/generation.py: continue prompts, compute all measures, write results."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from typing import Any, Literal
 from llama_mimi.audio.mimi import MimiCodec
 from llama_mimi.common.distributed import DistributedContext, broadcast_from_rank0, distributed_context
 from llama_mimi.common.errors import UserError
-from llama_mimi.common.files import LOCK, digest, is_synthetic, locked, read_json, write_atomically
+from llama_mimi.common.files import LOCK, digest, is_synthetic, locked, read_json, visible_files, write_atomically
 from llama_mimi.common.resume import require_same
 from llama_mimi.common.versions import versions
 from llama_mimi.evaluation.results import FORMAT, model_folder
@@ -24,31 +24,32 @@ from llama_mimi.judging import metrics, systems
 from llama_mimi.judging.judge import judge, read_criteria
 from llama_mimi.judging.prompts import PROMPTS, RECORDINGS, PromptOptions, PromptSet, make_prompts
 from llama_mimi.judging.systems import Clip, Sample
-from llama_mimi.report.comparisons import generations_markdown
-from llama_mimi.report.results import KIND
+from llama_mimi.report.comparisons import comparable_sets, summary
+from llama_mimi.report.document import to_markdown
+from llama_mimi.report.results import KIND, read_results
 
 OFFICIAL_CORPUS = "librispeech_clean_test"
-# Without and with a GPU; Whisper large needs 0.5 GB for a clip in float32.
+# On a CPU, on a GPU. Whisper large needs 0.5 GB per clip in float32.
 BATCH_SIZES, LISTENING_BATCH_SIZES = (8, 64), (8, 16)
-MEASURED = "measured"  # folder of the values of all systems
-MIN_SECONDS = 0.4  # a shorter clip has no voice, and ASR models transcribe words from anything
+MEASURED = "measured"  # folder of cached values of all systems
+MIN_SECONDS = 0.4  # shorter clips are not measured: voice and transcript would be meaningless
 RESERVED = (systems.RECORDING, systems.SHUFFLED, PROMPTS, RECORDINGS, MEASURED)
 Record = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureOptions:
-    """Choice of measures."""
+    """Measures to compute."""
 
-    speaker_model: str | None = None  # hub id or folder of a WavLM x-vector model; default: no speaker similarity
-    quality: Literal["distillmos", "aesthetics", "none"] = "distillmos"  # aesthetics: Audiobox-Aesthetics, if installed
-    asr_model: str | None = None  # hub id or folder, such as openai/whisper-large-v3; default: no transcripts
-    language: str | None = None  # spoken language, for ASR models that know several, such as en
-    text_model: str | None = None  # hub id or folder of a causal language model, for the perplexity of transcripts
-    judge_model: str | None = None  # name of a model that --judge_url serves; default: no judge
-    judge_url: str | None = None  # server with OpenAI's protocol, such as http://localhost:8000/v1; default: OpenAI's
-    judge_criteria: Path = Path("eval/judge.toml")  # file of the judge's questions
-    listening_batch_size: int | None = None  # number of clips in a batch; default: 8, on GPUs 16
+    speaker_model: str | None = None  # hub id or folder of a WavLM x-vector model; default: no similarity
+    quality: Literal["distillmos", "aesthetics", "none"] = "distillmos"  # sound quality model; aesthetics: Audiobox
+    asr_model: str | None = None  # hub id or folder of an ASR model; default: no transcripts
+    language: str | None = None  # language code for multilingual ASR models, such as en; default: detect it
+    text_model: str | None = None  # hub id or folder of a language model; default: no perplexity
+    judge_model: str | None = None  # name of the model at --judge_url; default: no judge
+    judge_url: str | None = None  # URL of a server, such as http://localhost:8000/v1; default: OpenAI
+    judge_criteria: Path = Path("eval/judge.toml")  # TOML file with the judge's questions
+    listening_batch_size: int | None = None  # number of clips per batch of a measure; default: 8 (GPU: 16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,44 +57,44 @@ class GenerationOptions:
     """Flags of eval/generation.py."""
 
     prompts: PromptOptions
-    model_name: str | None = None  # hub id or folder of a model of this project
-    wavs: Path | None = None  # or folder of another system's continuations: <prompt>.wav or <prompt>_<number>.wav
-    wavs_contain_prompt: bool = False  # the files of --wavs begin with their prompt
-    name: str | None = None  # name of the system; default: the model's or folder's
-    # options of sampling; --seconds also limits WAVs and recordings
+    model_name: str | None = None  # hub id or folder of a model
+    wavs: Path | None = None  # folder with another system's files <prompt>.wav or <prompt>_<number>.wav
+    wavs_contain_prompt: bool = False  # the files in --wavs begin with their prompt
+    name: str | None = None  # name of the system; default: name of the model or folder
+    # sampling options; --seconds also limits WAVs and recordings
     sampling: SamplingOptions = field(default_factory=lambda: SamplingOptions(num_samples=5))
-    output_dir: Path = Path("results/generation")  # folder of one set of prompts and of all systems that continue them
+    output_dir: Path = Path("results/generation")  # folder for the prompts and all systems
     measures: MeasureOptions = field(default_factory=MeasureOptions)
-    codec: str | None = None  # hub id or folder; default: the model's
-    codec_sliding_window: bool | None = None  # sliding window of the codec; default: as for the training codes
-    batch_size: int | None = None  # number of samples in a batch; default: 8, on GPUs 64
-    device: str | None = None  # default: the accelerator, if there is one
+    codec: str | None = None  # hub id or folder of the codec; default: the model's codec
+    codec_sliding_window: bool | None = None  # sliding window of the codec; default: as in training
+    batch_size: int | None = None  # number of samples per batch; default: 8 (GPU: 64)
+    device: str | None = None  # torch device; default: the GPU, if available
     dtype: DecoderPrecision = "float32"  # precision of the decoder
 
     def __post_init__(self) -> None:
         if (self.model_name is None) == (self.wavs is None):
-            raise UserError("give either a --model_name or a folder of --wavs")
+            raise UserError("set either --model_name or --wavs")
         needed = dict.fromkeys(("language", "text_model", "judge_model"), "asr_model")
         for flag, other in {**needed, "judge_url": "judge_model"}.items():
             if getattr(self.measures, flag) and getattr(self.measures, other) is None:
-                raise UserError(f"--{flag} needs --{other}; set it, or leave --{flag} out")
+                raise UserError(f"--{flag} needs --{other}; set --{other}, or remove --{flag}")
         if self.measures.judge_model is not None:
             read_criteria(self.measures.judge_criteria)
         for options, flag in ((self, "batch_size"), (self.measures, "listening_batch_size"), (self.prompts, "limit")):
             if (value := getattr(options, flag)) is not None and value < 1:
-                raise UserError(f"--{flag} is {value}; it must be 1 or more")
+                raise UserError(f"--{flag} is {value}; set it to 1 or more")
         is_file_name = re.fullmatch(rf"(?!{systems.RECONSTRUCTION})[A-Za-z0-9][A-Za-z0-9._-]*", self.system)
         if not is_file_name or self.system in RESERVED:
-            raise UserError(f"--name is '{self.system}', which is reserved or not a file name; choose another")
+            raise UserError(f"--name is '{self.system}', which is reserved or not a file name; choose another name")
 
     @property
     def system(self) -> str:
-        """Name of the system and of its result file."""
+        """Name of the system and its result file."""
         return self.name if self.name is not None else model_folder(str(self.model_name or self.wavs))
 
 
 def judge_generations(options: GenerationOptions) -> None:
-    """Continue prompts, measure the continuations, write results, and print a table."""
+    """Continue prompts, measure the continuations, write results and print a table."""
     with distributed_context(options.device) as ranks, ExitStack() as locks:
 
         def lock_and_cut() -> PromptSet:
@@ -109,11 +110,9 @@ def _judge(options: GenerationOptions, prompts: PromptSet, ranks: DistributedCon
     folder, corpus = options.output_dir, options.prompts.corpus
     is_official = corpus == OFFICIAL_CORPUS and options.prompts.limit is None
     path = folder / f"{options.system}.json"
-    if earlier := read_json(str(folder), path.name):  # must not be of another system with the same name
+    if earlier := read_json(str(folder), path.name):  # refuse another system with the same name
         origin: Record = {key: made_by[key] for key in ("wavs", "model_sha256") if key in made_by}
         require_same(earlier.get("made_by") or {}, origin, f"'{path}'", "choose another --name")
-    if ranks.rank == 0 and not any(prompt.speaker for prompt in prompts.prompts):
-        print("the corpus has no speakers, so that shuffled pairs may have one voice", flush=True)
     samples = {options.system: own, **systems.references(prompts, codec, options.sampling.seconds, ranks)}
     everything = [sample for of_system in samples.values() for sample in of_system]
     records, descriptions = measure_samples(everything, prompts, options.measures, ranks)
@@ -137,14 +136,15 @@ def _judge(options: GenerationOptions, prompts: PromptSet, ranks: DistributedCon
         }
         content = json.dumps(result, indent=1, allow_nan=False) + "\n"
         write_atomically(str(folder), f"{system}.json", content.encode())
-    print(generations_markdown(folder))
+    items = read_results(visible_files(folder, "*.json")).items
+    print(to_markdown([summary(some, title) for title, some in comparable_sets(items)]))
     print(f"written: '{path}' and the results of the references")
 
 
 def _own_samples(
     options: GenerationOptions, prompts: PromptSet, ranks: DistributedContext
 ) -> tuple[list[Sample], Record, MimiCodec | None]:
-    """Return the samples of the system, their origin, and the codec of a model."""
+    """Return the system's samples, their origin, and the codec (None for --wavs)."""
     if (wavs := options.wavs) is not None:
         arguments = prompts, wavs, options.wavs_contain_prompt, options.sampling.seconds
         return broadcast_from_rank0(lambda: systems.wavs(*arguments)), {"wavs": str(wavs)}, None
@@ -163,9 +163,9 @@ def _own_samples(
 def measure_samples(
     samples: Sequence[Sample], prompts: PromptSet, options: MeasureOptions, ranks: DistributedContext
 ) -> tuple[list[Record], Record]:
-    """Return a record of each sample, and the description of each measure; values are saved in the prompts' folder.
+    """Return a record for each sample, and a description of each measure; cache values in the prompts' folder.
 
-    A record has prompt, number, file, measures and texts, and by measure the reason why one is ``missing``.
+    A record has prompt, sample, file, measures and texts. Its key ``missing`` has the reasons for missing measures.
     """
     device, descriptions = ranks.device, Record()
     batch_size = options.listening_batch_size or LISTENING_BATCH_SIZES[device.type == "cuda"]
@@ -181,7 +181,7 @@ def measure_samples(
         return metrics.compute(measure, inputs, prompts.folder / MEASURED, ranks)
 
     def enter(measure: metrics.Measure, some: Sequence[Record], inputs: Sequence[metrics.Input]) -> None:
-        """Enter a measure into some records; the others get None."""
+        """Add a measure to some records; the other records get None."""
         for record in records:
             record |= dict.fromkeys(measure.keys)
         for record, value in zip(some, values_of(measure, inputs), strict=True):

@@ -1,4 +1,4 @@
-"""Systems that are compared: a model, audio files of another system, and references."""
+"""Systems to compare: a model, audio files of another system, and references."""
 
 import json
 import random
@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +21,21 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import find_files, read_json, write_atomically
 from llama_mimi.common.resume import require_same
 from llama_mimi.generation.prompt_folder import SETTINGS
-from llama_mimi.judging.prompts import NEW_FOLDER, PROMPTS, RECORDINGS, Prompt, PromptSet, file_sha256
+from llama_mimi.judging.prompts import NEW_FOLDER, PROMPTS, RECORDINGS, Prompt, PromptSet
 
 RECORDING, SHUFFLED, RECONSTRUCTION = "recording", "shuffled", "reconstruction"
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A part of an audio file, in seconds; without an end, up to the end of the file."""
+    """A part of an audio file; its end is the end of the file by default."""
 
     path: Path
     start_seconds: float = 0.0
     end_seconds: float | None = None
 
     def read(self, sample_rate_hz: int) -> Waveform:
-        """Read the part, which may have no samples; raise an `AudioError` if the file cannot be read."""
+        """Read the part, which may be empty; raise an `AudioError` for an unreadable file."""
         try:
             samples_S = read_audio(self.path, sample_rate_hz, max_seconds=self.end_seconds).samples_S
         except AudioError as error:
@@ -45,8 +46,8 @@ class Clip:
 
     @cached_property
     def key(self) -> str:
-        """Hash of the file, and the part."""
-        return f"{file_sha256(self.path)}@{self.start_seconds:.4f}-{self.end_seconds or 0:.4f}"
+        """Hash of the file, with start and end of the part."""
+        return f"{sha256(self.path.read_bytes()).hexdigest()}@{self.start_seconds:.4f}-{self.end_seconds or 0:.4f}"
 
 
 @dataclass(frozen=True)
@@ -54,21 +55,20 @@ class Sample:
     """One continuation of a prompt."""
 
     prompt: Prompt
-    number: int | None  # index among the samples of the prompt; None for a reference, which has one
+    number: int | None  # sample number of the prompt; None for a reference
     clip: Clip  # the continuation without its prompt
-    known: Mapping[str, float | None] = field(default_factory=dict)  # measures from generation
+    known: Mapping[str, float | None] = field(default_factory=dict)  # measures that generation has recorded
 
 
 def references(
     prompts: PromptSet, codec: MimiCodec | None, max_seconds: float, ranks: DistributedContext
 ) -> dict[str, list[Sample]]:
-    """Return the samples that a system is compared with, by name.
+    """Return the references by name: the rest of each recording, and of another speaker's recording (shuffled).
 
-    These are the rest of each recording; the rest of another recording, of another speaker if the corpus has speakers;
-    and, with a codec, the rest of the recording after encoding and decoding.
+    With a codec, a third reference is the reconstruction of the recording's rest.
     """
     if len(prompts.prompts) < 2:
-        raise UserError("one prompt cannot be shuffled; raise --limit")
+        raise UserError("one prompt cannot be shuffled; increase --limit")
 
     def rest(prompt: Prompt, folder: str, begins_with: Prompt) -> Sample:
         start = begins_with.seconds
@@ -78,7 +78,8 @@ def references(
     for prompt in prompts.prompts:
         others = [other for other in prompts.prompts if other.name != prompt.name]
         strangers = [other for other in others if other.speaker != prompt.speaker]
-        other = random.Random(file_sha256(prompts.file(PROMPTS, prompt))).choice(strangers or others)
+        seed = sha256(prompts.file(PROMPTS, prompt).read_bytes()).hexdigest()
+        other = random.Random(seed).choice(strangers or others)
         systems[SHUFFLED].append(rest(prompt, RECORDINGS, other))
     if codec is not None:
         name = f"{RECONSTRUCTION}_q{codec.num_quantizers}"
@@ -88,7 +89,7 @@ def references(
 
 
 def _reconstruct(prompts: PromptSet, codec: MimiCodec, name: str, ranks: DistributedContext) -> None:
-    """Encode and decode the recordings into a folder beside the prompts; existing files are not written again."""
+    """Write reconstructions of the recordings into the folder ``name``; existing files are not written again."""
     folder = str(prompts.folder / name)
     settings = {"codec_sha256": codec_hash(codec.name), "codec_sliding_window": codec.sliding_window}
 
@@ -109,9 +110,9 @@ def _reconstruct(prompts: PromptSet, codec: MimiCodec, name: str, ranks: Distrib
 def continuations(
     prompts: PromptSet, folder: Path, records: Sequence[Mapping[str, Any]], frame_rate_hz: float
 ) -> list[Sample]:
-    """Return a model's samples from the records of `continue_folder`; raise a `UserError` if one has an error."""
+    """Convert the records of `continue_folder` to samples; raise a `UserError` if a record has an error."""
     if failed := [record["error"] for record in records if "error" in record]:
-        raise UserError(f"{len(failed):,} prompts could not be continued; the first: {failed[0]}")
+        raise UserError(f"{len(failed):,} prompts could not be continued, for example: {failed[0]}")
     by_name = {prompt.name: prompt for prompt in prompts.prompts}
     samples = []
     for record in records:
@@ -127,23 +128,20 @@ def continuations(
 
 
 def wavs(prompts: PromptSet, folder: Path, contain_prompt: bool, max_seconds: float) -> list[Sample]:
-    """Return continuations by another system: ``<prompt>.wav``, or ``<prompt>_0.wav``, ``<prompt>_1.wav`` and so on.
-
-    With ``contain_prompt`` each file begins with its prompt.
-    """
+    """Return samples of another system from files ``<prompt>.wav`` or ``<prompt>_<number>.wav``."""
     by_name = {prompt.name: prompt for prompt in prompts.prompts}
     found: dict[tuple[str, int], Path] = {}
     for path in map(Path, find_files(str(folder), AUDIO_ENDINGS)):
         numbered = re.fullmatch(r"(.+)_(\d+)", path.stem)
         name, number = (numbered[1], int(numbered[2])) if numbered and path.stem not in by_name else (path.stem, 0)
         if name not in by_name:
-            raise UserError(f"'{path}' has no prompt; name it <prompt>.wav or <prompt>_<number>.wav, or remove it")
+            raise UserError(f"'{path}' has no prompt; rename it to <prompt>.wav or <prompt>_<number>.wav, or remove it")
         if (name, number) in found:
             raise UserError(f"'{found[name, number]}' and '{path}' are both sample {number} of '{name}'; remove one")
         found[name, number] = path
     if missing := by_name.keys() - {name for name, _ in found}:
-        problem = f"'{folder}' has no continuation of {len(missing):,} of {len(by_name):,} prompts"
-        raise UserError(f"{problem}, such as '{min(missing)}'; add a file, empty if the system says nothing")
+        problem = f"'{folder}' has no file for {len(missing):,} of {len(by_name):,} prompts"
+        raise UserError(f"{problem}, such as '{min(missing)}'; add it (an empty file if the system generated nothing)")
     samples = []
     for (name, number), path in sorted(found.items()):
         start = by_name[name].seconds if contain_prompt else 0.0

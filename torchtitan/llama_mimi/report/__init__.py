@@ -1,1 +1,1 @@
-"""Result files as one table, comparisons with pictures, Markdown and HTML."""
+"""Reports: result files as one table, comparisons, plots, Markdown and HTML."""

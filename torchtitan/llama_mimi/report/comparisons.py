@@ -1,50 +1,44 @@
-"""Systems side by side: means with intervals, differences between them, and tests."""
+"""Comparison of systems: means with intervals, differences and tests."""
 
 import itertools
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 import pandas as pd
 
-from llama_mimi.common.errors import UserError, first_line
-from llama_mimi.common.files import visible_files
+from llama_mimi.common.versions import ROOT
 from llama_mimi.evaluation.statistics import sign_test
-from llama_mimi.report.document import Picture, Section, Table, to_markdown
+from llama_mimi.report.document import Picture, Section, Table
 from llama_mimi.report.estimates import COMPARABLE, SYNTHETIC, Estimate, by_measure, estimate, same_items
 from llama_mimi.report.plots import forest, tradeoff
-from llama_mimi.report.results import DAMAGE, SALMON, SALMON_MEAN, measure_of, read_results
+from llama_mimi.report.results import SALMON, SALMON_MEAN, measure_of
 
-NOT_COMPARED = ("real_time_factor", "seconds")  # they depend on the machine, or higher is not better
-NUM_COLUMNS = 5  # of systems, beside the names of measures
+NOT_COMPARED = ("real_time_factor", "seconds")  # the first depends on the machine; for the second, more is not better
+PUBLISHED = ROOT / "eval" / "published.toml"
 LEGEND = (
-    "Accuracies are in percent. A cell begins with the mean over seeds. Brackets: 95 % bootstrap interval over the n "
-    "pairs, groups of pairs or prompts that every model of the row has a value for. ±: half of the 95 % interval over "
-    "seeds (Student's t).",
-    "The number with a sign is the difference from the first model. It is the mean over pairs and seeds; perplexities "
-    "have a ratio instead. A star marks a difference where both intervals exclude zero (for a ratio: one). There is no "
-    "star with one seed, or where all seeds or pairs have the same difference. Some of many differences have a star by "
-    "chance.",
+    "Accuracies are in percent. Each cell begins with the mean over seeds. Brackets: 95 % bootstrap interval over n "
+    "pairs, groups of pairs or prompts. A row uses only those for which all of its models have a value. ±: half of the "
+    "95 % interval over seeds (Student's t).",
+    "A number with a sign is the mean difference from the first model, over pairs and seeds. Perplexities "
+    "have a ratio instead. A star marks a difference for which both intervals exclude zero (for a ratio: one). There "
+    "is no star if there is one seed, or if all seeds or pairs have the same difference. Among many differences, some "
+    "have a star by chance.",
 )
 SUMMARY = (
-    "Brackets are 95 % intervals: Wilson's of n words, sentences or pairs for accuracies (in percent), and bootstrap "
-    "over n prompts for other measures. The preset original counts pairs; voices of one word count as independent."
+    "Accuracies are in percent, with Wilson's 95 % interval over n words, sentences or pairs in brackets. Other "
+    "measures have a 95 % bootstrap interval over n prompts. The preset original counts each voice of a word as a pair."
 )
 
 
-def tables(corner: str, cells: Mapping[str, Mapping[str, str]], columns: Sequence[str]) -> list[Table]:
-    """Return tables of measures (rows) by systems, as many as are needed for their widths."""
-    found = []
-    for start in range(0, len(columns), NUM_COLUMNS):
-        some = columns[start : start + NUM_COLUMNS]
-        rows = [[name, *(of.get(column, "") for column in some)] for name, of in cells.items()]
-        if rows := [row for row in rows if any(row[1:])]:
-            found.append(_table([corner, *some], rows))
-    return found
+def _by_system(corner: str, cells: Mapping[str, Mapping[str, str]], columns: Sequence[str]) -> list[Table]:
+    """Return a table of measures (rows) by systems (columns) without empty rows, or no table if all rows are empty."""
+    rows = [[name, *(of.get(column, "") for column in columns)] for name, of in cells.items()]
+    rows = [row for row in rows if any(row[1:])]
+    return [_table([corner, *columns], rows)] if rows else []
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Return a table of measures; the mark of synthetic data moves to the header if all measures have it."""
+    """Return a table of measures. If all of them are from synthetic data, only the header says so."""
     if all(SYNTHETIC in row[0] for row in rows):
         header = [f"{header[0]} (synthetic data)", *header[1:]]
         rows = [[row[0].replace(SYNTHETIC, ""), *row[1:]] for row in rows]
@@ -52,9 +46,9 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
 
 
 def comparison(items: pd.DataFrame, title: str, groups: Mapping[str, Sequence[str]], picture: str | None) -> Section:
-    """Return how model variants differ from the first one: a table, and a forest plot if its file is named.
+    """Return a table of differences from the first model variant, and a forest plot if its file is named.
 
-    ``groups`` are the systems of each variant by its label, one for each seed in the same order; one may be missing.
+    ``groups`` maps the label of each variant to its systems, one per seed in the same order. Systems may be missing.
     """
     places = {system: (label, seed) for label, systems in groups.items() for seed, system in enumerate(systems)}
     baseline = next(iter(groups))
@@ -73,7 +67,7 @@ def comparison(items: pd.DataFrame, title: str, groups: Mapping[str, Sequence[st
         texts = {label: mean.text() for label, mean in means.items()}
         differences = {}
         for label in [label for label in means if label != baseline and baseline in means]:
-            difference = (values[label] - values[baseline]).dropna(axis="columns")  # of the seeds that both have
+            difference = (values[label] - values[baseline]).dropna(axis="columns")  # seeds of both variants
             if not difference.empty:
                 differences[label] = estimate(difference, measure)
                 mean_alone = texts[label].split()[0]
@@ -85,16 +79,16 @@ def comparison(items: pd.DataFrame, title: str, groups: Mapping[str, Sequence[st
         references[heading] = {str(system): measure.text(mean) for system, mean in means_of_references}
     alt = f"{title}: difference from {baseline}"
     pictures = [Picture(f"{picture}.png", forest(panels, alt, is_difference=True), alt)] if picture and panels else []
-    notes = [f"No pair or prompt has a value of every model for: {', '.join(empty)}."] if empty else []
+    notes = [f"No pair or prompt has values for all models in: {', '.join(empty)}."] if empty else []
     names = sorted({name for of in references.values() for name in of})
-    of_references = tables("references on the same prompts", references, names)
-    return Section(title, notes, pictures, tables("measure", cells, list(groups)) + of_references)
+    of_references = _by_system("references on the same prompts", references, names)
+    return Section(title, notes, pictures, _by_system("measure", cells, list(groups)) + of_references)
 
 
 def summary(items: pd.DataFrame, title: str, picture: str | None = None) -> Section:
-    """Return means of all systems: a table with notes, and a forest plot if its file is named.
+    """Return a table of the means of all systems with notes, and a forest plot if its file is named.
 
-    Accuracies are over each system's own pairs, other measures over the samples that every system has a value for.
+    Accuracies use all pairs of a system. Other measures use only the samples for which all systems have a value.
     """
     cells: dict[str, dict[str, str]] = {}
     panels: dict[str, dict[str, Estimate]] = {}
@@ -108,7 +102,7 @@ def summary(items: pd.DataFrame, title: str, picture: str | None = None) -> Sect
         else:
             values, left_out = same_items(rows)
             found = {system: estimate(values[[system]], measure) for system in values} if len(values) else {}
-            notes += [f"{heading}: {left_out:,} samples left out, as a system has no value there."] if left_out else []
+            notes += [f"{heading}: {left_out:,} samples are excluded (a system has no value)."] if left_out else []
             empty = [system for system in systems if system not in values]
             notes += [f"{heading}: no value for {', '.join(empty)}."] if empty else []
         if found:
@@ -117,11 +111,11 @@ def summary(items: pd.DataFrame, title: str, picture: str | None = None) -> Sect
             panels[heading] = found
     columns = items.sort_values("is_reference", kind="stable")["system"].unique()
     pictures = [Picture(f"{picture}.png", forest(panels, title), title)] if picture and panels else []
-    return Section(title, [SUMMARY], pictures, tables("measure", cells, columns), notes)
+    return Section(title, [SUMMARY], pictures, _by_system("measure", cells, columns), notes)
 
 
 def sign_tests(items: pd.DataFrame, title: str) -> list[Section]:
-    """Return a table of McNemar's exact test for every two systems on the same pairs, or on groups of pairs."""
+    """Return a table of McNemar's exact test for all pairs of systems on the same data."""
     lines = []
     for heading, measure, rows in by_measure(items, COMPARABLE):
         if measure.is_accuracy and rows["measure"].iloc[0] != SALMON_MEAN:
@@ -129,13 +123,13 @@ def sign_tests(items: pd.DataFrame, title: str) -> list[Section]:
                 values, _ = same_items(rows[rows["system"].isin([a, b])])
                 better, worse = int((values[a] > values[b]).sum()), int((values[a] < values[b]).sum())
                 lines.append([heading, a, b, f"{better:,}", f"{worse:,}", f"{sign_test(better, worse):.2g}"])
-    text = "Pairs, or groups of pairs, that one model decides better. p: McNemar's exact test, one for each row."
+    text = "A better, B better: number of pairs (or groups) on which one model is better. p: McNemar's exact test."
     header = ["measure", "A", "B", "A better", "B better", "p"]
     return [Section(title, [text], tables=[_table(header, lines)])] if lines else []
 
 
 def comparable_sets(items: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield title and rows of results with the same settings; those of continuations are of the same prompts, too."""
+    """Yield title and rows of results that can be compared: same settings and, for continuations, same prompts."""
     is_benchmark = items["measure"].map(lambda name: measure_of(name).is_accuracy).astype(bool)
     for conditions, some in items[is_benchmark].groupby("conditions", sort=False):
         yield f"Accuracy, preset {conditions}", some
@@ -143,32 +137,23 @@ def comparable_sets(items: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
         yield f"Continuations, {conditions}", some
 
 
-def generations_markdown(folder: Path) -> str:
-    """Return tables of all systems that eval/generation.py has judged in a folder, as Markdown."""
-    items = read_results(visible_files(folder, "*.json")).items
-    return to_markdown([summary(some, title) for title, some in comparable_sets(items)])
-
-
-def published_numbers(items: pd.DataFrame, path: Path) -> list[Section]:
-    """Return the published numbers, from eval/published.toml, of the measures that the table has on official data."""
-    try:
-        rows = tomllib.loads(path.read_text())["rows"]
-        scores = {row["model"]: {name: float(score) for name, score in row["scores"].items()} for row in rows}
-        sources = {row["model"]: f"{row['model']}: {row['source']}" for row in rows}
-    except (OSError, *DAMAGE) as error:
-        raise UserError(f"'{path}' is not a list of published numbers ({first_line(error)}); fix the file") from error
+def published_numbers(items: pd.DataFrame) -> list[Section]:
+    """Return the published numbers for all measures that the table has on official data."""
+    rows = tomllib.loads(PUBLISHED.read_text())["rows"]
+    scores = {row["model"]: row["scores"] for row in rows}
+    sources = {row["model"]: f"{row['model']}: {row['source']}" for row in rows}
     cells: dict[str, dict[str, str]] = {}
     for heading, measure, rows in by_measure(items[items["data_kind"] == "official"], ["measure"]):
         name = rows["measure"].iloc[0]
         cells[heading] = {model: f"{of[name]:.{measure.digits}f}" for model, of in scores.items() if name in of}
     models = [model for model in scores if any(model in of for of in cells.values())]
-    text = "These numbers are the authors' own, by their own scoring."
-    found = tables("measure", cells, models)
+    text = "The authors of each source have computed these numbers with their own scoring."
+    found = _by_system("measure", cells, models)
     return [Section("Published by others", [text], (), found, [sources[model] for model in models])] if found else []
 
 
 def tradeoffs(items: pd.DataFrame, title: str, groups: Mapping[str, Sequence[str]], name: str) -> list[Picture]:
-    """Return a picture of fidelity (SALMon, speaker similarity) against linguistic scores; groups as `comparison`."""
+    """Return a plot of fidelity (SALMon, speaker similarity) against linguistic scores; see `comparison` for groups."""
     means: dict[str, pd.Series] = {}
     own = items[items["system"].isin([system for some in groups.values() for system in some])]
     for _, measure, rows in by_measure(own, COMPARABLE):

@@ -1,4 +1,4 @@
-"""Training curves from the TensorBoard logs of a run."""
+"""Training curves from TensorBoard logs."""
 
 from pathlib import Path
 
@@ -8,14 +8,13 @@ Series = dict[int, float]  # step -> value
 
 
 def read_curves(folder: Path) -> dict[str, Series]:
-    """Return series by tag from a dump folder. Where a resumed run has logged a step twice, the later start counts."""
+    """Return the series by tag from a dump folder. If a resumed run has logged a step again, use the later value."""
     curves: dict[str, Series] = {}
-    # Names of files begin with the time in seconds, names of folders with the time in minutes.
+    # File names begin with the time in seconds. Folder names have only minutes.
     for file in sorted((folder / "tb").rglob("events.out.tfevents.*"), key=lambda file: file.name):
-        events = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()  # all values, not a sample
+        events = EventAccumulator(str(file), size_guidance={"scalars": 0}).Reload()  # load all values, not a sample
         logged = {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
-        start = min((step for values in logged.values() for step in values), default=None)
-        if start is not None:
-            kept = {tag: {step: v for step, v in values.items() if step < start} for tag, values in curves.items()}
-            curves = {tag: kept.get(tag, {}) | logged.get(tag, {}) for tag in kept | logged}
+        start = min((step for values in logged.values() for step in values), default=float("inf"))
+        kept = {tag: {step: v for step, v in values.items() if step < start} for tag, values in curves.items()}
+        curves = {tag: kept.get(tag, {}) | logged.get(tag, {}) for tag in kept | logged}
     return {tag: values for tag, values in curves.items() if values}

@@ -1,6 +1,6 @@
-"""Documents: sections of text, audio, pictures and tables, written as Markdown or as one HTML file.
+"""Documents with text, audio, pictures and tables, written as Markdown or as one HTML file.
 
-Text between backticks is code. Nothing else in a text is markup, so that an error message can stand anywhere.
+Text between backticks is code. No other text is markup, so any error message can be shown.
 """
 
 import base64
@@ -20,16 +20,16 @@ from llama_mimi.common.files import write_atomically
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture of a section."""
+    """A picture in a section."""
 
-    name: str  # of the file beside a Markdown file
+    name: str  # file name, in the folder of the Markdown file
     png: bytes
-    alt: str  # description for readers who do not see it
+    alt: str  # description for screen readers
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text, at most six columns so that a page of 1,280 pixels shows all of them."""
+    """A table of text."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -37,29 +37,29 @@ class Table:
 
 @dataclass(frozen=True)
 class Clip:
-    """Audio with its spectrogram, for HTML only; without audio, `mp3` and `webp` are empty."""
+    """Audio with its spectrogram, for HTML only. Without audio, `mp3` and `webp` are empty."""
 
     title: str
-    seconds: float = 0.0  # the clips of a section share one time axis
+    seconds: float = 0.0  # length; the clips of a section have the same time axis
     mp3: bytes = b""
     webp: bytes = b""
-    lines: Sequence[str] = ()  # below, such as a transcript
+    lines: Sequence[str] = ()  # text below the audio, such as a transcript
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a document, in the order of its fields; the first one's title is that of a Markdown document."""
+    """A section of a document, shown in the order of its fields. The first title is that of a Markdown document."""
 
     title: str
     texts: Sequence[str] = ()
     pictures: Sequence[Picture] = ()
     tables: Sequence[Table] = ()
-    items: Sequence[str] = ()  # a list
-    clips: Sequence[Clip] = ()  # side by side
+    items: Sequence[str] = ()  # list items
+    clips: Sequence[Clip] = ()  # shown side by side
 
 
 def to_markdown(sections: Sequence[Section]) -> str:
-    """Return a document as Markdown, with links to its pictures."""
+    """Return a document as Markdown with links to its pictures."""
     blocks = []
     for number, section in enumerate(sections):
         blocks += [f"{'##' if number else '#'} {_inert(section.title)}", *map(_inert, section.texts)]
@@ -73,46 +73,41 @@ def to_markdown(sections: Sequence[Section]) -> str:
 
 
 def write_markdown(sections: Sequence[Section], path: Path) -> None:
-    """Write a document as Markdown and its pictures beside it; raise a `UserError` if a file cannot be written."""
+    """Write a document as Markdown, and its pictures into the same folder."""
     for picture in (picture for section in sections for picture in section.pictures):
         write_atomically(str(path.parent), picture.name, picture.png)
     write_atomically(str(path.parent), path.name, to_markdown(sections).encode())
 
 
 def _inert(text: str) -> str:
-    """Return a text on one line, with code between backticks and without other markup."""
-    parts = re.split(r"(`[^`]+`)", " ".join(text.split()))  # every second part is code
+    """Return a text on one line with all markup escaped, except code between backticks."""
+    parts = re.split(r"(`[^`]+`)", " ".join(text.split()))  # odd parts are code
     parts[::2] = [re.sub(r"[\\`*_|<>\[\]~&#]", r"\\\g<0>", part) for part in parts[::2]]
     parts[1::2] = [part.replace("|", r"\|") for part in parts[1::2]]
     return "".join(parts)
 
 
-def to_html(title: str, sections: Sequence[Section]) -> str:
-    """Return a document as a page in one file, without scripts and without links to other files."""
+def write_html(title: str, sections: Sequence[Section], path: Path) -> None:
+    """Write a document as one HTML file without scripts and external files, and print its size."""
     folder = Path(__file__).parent / "templates"
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(folder), autoescape=True, trim_blocks=True)
     environment.filters["data"] = lambda content, kind: f"data:{kind};base64,{base64.b64encode(content).decode()}"
-    environment.filters["parts"] = re.compile("(`[^`]+`)").split  # every second part is code
+    environment.filters["parts"] = re.compile("(`[^`]+`)").split  # odd parts are code
     environment.tests["number"] = re.compile(r"[-+]?[\d.,]+ ?%?").fullmatch
     template = environment.get_template("page.html.jinja")
-    return template.render(title=title, sections=sections, ticks=_ticks)
-
-
-def write_html(title: str, sections: Sequence[Section], path: Path) -> None:
-    """Write a document as a page and print its size; raise a `UserError` if it cannot be written."""
-    content = to_html(title, sections).encode()
+    content = template.render(title=title, sections=sections, ticks=_ticks).encode()
     write_atomically(str(path.parent), path.name, content)
     print(f"{path}: {len(content) / 1e6:.1f} MB")
 
 
 def _ticks(seconds: float) -> list[float]:
-    """Return at most six round times, from 0 to at most `seconds`."""
+    """Return up to six round times between 0 and `seconds`."""
     step = next(step for step in (0.2, 0.5, 1, 2, 5, 10, 30, 60, 300, 3600, seconds) if seconds / step < 6)
     return [step * number for number in range(int(seconds / step) + 1)]
 
 
 def import_extra(module: str, user: str = "a picture", remedy: str = "install it with `uv sync --extra plots`") -> Any:
-    """Return an optional module; raise a `UserError` if it is not installed."""
+    """Import an optional module; raise a `UserError` if it is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -120,13 +115,13 @@ def import_extra(module: str, user: str = "a picture", remedy: str = "install it
 
 
 def pyplot() -> Any:
-    """Return `matplotlib.pyplot`, set to draw without a display; raise a `UserError` if it is not installed."""
+    """Return `matplotlib.pyplot` with a backend that needs no display."""
     import_extra("matplotlib").use("Agg")
     return import_extra("matplotlib.pyplot")
 
 
 def save_picture(figure: Any, kind: str = "png", dpi: int = 200) -> bytes:
-    """Return a figure as the content of a file of this kind ("png", "pdf"), and close it."""
+    """Return a figure as the content of a "png" or "pdf" file, and close it."""
     content = io.BytesIO()
     figure.savefig(content, dpi=dpi, format=kind, bbox_inches="tight")
     pyplot().close(figure)

@@ -1,4 +1,4 @@
-"""Means of systems on the same pairs or prompts, with their uncertainty."""
+"""Means of systems on the same pairs or prompts, with uncertainty."""
 
 import statistics
 from collections.abc import Iterator
@@ -8,21 +8,21 @@ import numpy as np
 import pandas as pd
 
 from llama_mimi.evaluation.statistics import bootstrap_interval, seed_half_width, wilson_interval
-from llama_mimi.report.results import NO_SAMPLE, SALMON, SALMON_MEAN, Measure, in_order, measure_of
+from llama_mimi.report.results import NO_SAMPLE, SALMON, SALMON_MEAN, MeasureFormat, in_order, measure_of
 
 COMPARABLE = ["measure", "conditions", "data", "data_kind"]
-SYNTHETIC = ", synthetic"  # in headings
-ROUNDING = 1e-9  # seeds whose relative difference is smaller are equal
+SYNTHETIC = ", synthetic"  # ending of headings
+ROUNDING = 1e-9  # seeds with smaller relative differences count as equal
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds with two kinds of uncertainty, on the scale of differences: percent, or log perplexity."""
+    """A mean over seeds with two kinds of uncertainty, in shown units (for perplexities: as logarithms)."""
 
-    measure: Measure
+    measure: MeasureFormat
     seeds: tuple[float, ...]  # mean of each seed
-    interval: tuple[float, float] | None  # 95 % interval over items; None for fewer than two
-    count: int  # of items; 0 for a measure that has none, such as bits/s
+    interval: tuple[float, float] | None  # 95 % interval over items; None if there are fewer than two
+    count: int  # number of items; 0 for measures without items, such as bits/s
 
     @property
     def mean(self) -> float:
@@ -30,7 +30,7 @@ class Estimate:
 
     @property
     def is_significant(self) -> bool:
-        """True for a difference whose intervals over items and over seeds exclude zero and have a width."""
+        """True for a difference if both intervals exclude zero and have a positive width."""
         half, mean = seed_half_width(self.seeds), abs(self.mean)
         if half is None or not ROUNDING * mean < half < mean:
             return False
@@ -38,7 +38,7 @@ class Estimate:
         return low < high and not low <= 0 <= high if self.interval else self.count == 0
 
     def text(self, *, is_difference: bool = False) -> str:
-        """Return the mean with both intervals; a difference has a sign or is a ratio, with a star if significant."""
+        """Return the mean with both intervals. A difference has a sign or is a ratio, and has a star if significant."""
         is_log = self.measure.is_log
         sign = "+" if is_difference and not is_log else ""
         form = f"z.{self.measure.digits + (is_difference and is_log)}f"
@@ -52,11 +52,10 @@ class Estimate:
         return text + " *" * (is_difference and self.is_significant)
 
 
-def estimate(values: pd.DataFrame, measure: Measure, *, is_wilson: bool = False) -> Estimate:
-    """Return the mean of the means of parts, over seeds.
+def estimate(values: pd.DataFrame, measure: MeasureFormat, *, is_wilson: bool = False) -> Estimate:
+    """Return the mean of ``values``, which have rows (part, item) and a column for each seed.
 
-    ``values`` are by part and item (rows) and seed (columns), as `same_items` returns them. With ``is_wilson`` the
-    interval is Wilson's of a proportion; a mean of k parts has k^2 / sum(1 / n_i) values.
+    With ``is_wilson`` the interval is Wilson's, as in `mean_of_parts`; otherwise it is bootstrapped.
     """
     scaled = values * measure.factor
     seeds = tuple(map(float, scaled.groupby(level="part").mean().mean()))
@@ -73,31 +72,26 @@ def estimate(values: pd.DataFrame, measure: Measure, *, is_wilson: bool = False)
 
 
 def same_items(rows: pd.DataFrame) -> tuple[pd.DataFrame, int]:
-    """Return values by part and item (rows) and system (columns), and how many samples were left out.
+    """Return values with rows (part, item) and columns (system), and the number of excluded samples.
 
-    A sample counts where every system has a value. The only sample of a reference stands beside all samples of an item.
-    Systems without any value take no part.
+    A sample is excluded if a system has no value for it. Systems without any value are ignored. The single sample of a
+    reference is compared with all samples of its item.
     """
     systems = list(rows.dropna(subset="value")["system"].unique())
     if not systems:
         return pd.DataFrame(), 0
-    wide = rows.pivot_table("value", ["part", "item", "sample"], "system", sort=False)[systems]
-    own = wide[wide.index.get_level_values("sample") != NO_SAMPLE]
-    if own.empty:
-        own = wide
-    elif len(own) < len(wide):
-        single = wide.xs(NO_SAMPLE, level="sample").reindex(own.index.droplevel("sample")).set_axis(own.index)
-        own = own.fillna(single.loc[:, own.isna().all()])
-    kept = own.dropna()
-    is_single = rows["sample"] == NO_SAMPLE
-    samples = rows.loc[~is_single | is_single.all(), ["part", "item", "sample"]].drop_duplicates()
-    return kept.groupby(level=["part", "item"], sort=False).mean(), len(samples) - len(kept)
+    keys, is_single = ["part", "item", "sample"], rows["sample"] == NO_SAMPLE
+    if not is_single.all():
+        samples = rows.loc[~is_single, keys].drop_duplicates()
+        rows = pd.concat([rows[~is_single], rows[is_single].drop(columns="sample").merge(samples)])
+    kept = rows.pivot_table("value", keys, "system", sort=False)[systems].dropna()
+    return kept.groupby(level=["part", "item"], sort=False).mean(), len(rows[keys].drop_duplicates()) - len(kept)
 
 
-def by_measure(items: pd.DataFrame, keys: list[str]) -> Iterator[tuple[str, Measure, pd.DataFrame]]:
-    """Yield heading, measure and rows of each combination of keys; `part` of a row is its measure, or part of SALMon.
+def by_measure(items: pd.DataFrame, keys: list[str]) -> Iterator[tuple[str, MeasureFormat, pd.DataFrame]]:
+    """Yield heading, format and rows for each measure and combination of keys, and for the mean of SALMon's parts.
 
-    The heading marks synthetic data, and names conditions and data where the measure has several.
+    The heading names synthetic data. It names conditions and data if the measure has several of them.
     """
     items = items.assign(part=items["measure"])
     salmon = items[items["measure"].isin(SALMON)]

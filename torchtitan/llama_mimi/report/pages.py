@@ -1,4 +1,4 @@
-"""Clips of audio for pages, and the continuations that systems made of the same prompts."""
+"""Audio clips for pages, and sections with the continuations of several systems."""
 
 import hashlib
 import io
@@ -18,14 +18,18 @@ from llama_mimi.report.document import Clip, Section, import_extra
 from llama_mimi.report.results import DAMAGE, KIND, in_order, measure_of, system_label
 
 RATE_HZ, ROUNDING_SECONDS = 24_000, 0.1
-WINDOW, HOP = 1024, 240  # 43 ms every 10 ms at 24 kHz
-TOP_DB, RANGE_DB = 40.0, 80.0  # full scale is about 48 dB; -40 dB and less is black
+WINDOW, HOP = 1024, 240  # 43 ms and 10 ms at 24 kHz
+TOP_DB, RANGE_DB = 40.0, 80.0  # white is 40 dB and more (full scale is about 48 dB); black is -40 dB and less
 SPECTROGRAM_ROWS, MAX_COLUMNS = 96, 480
 MARK_COLUMNS, MARK_COLOR = 2, (90, 220, 255)
-# The colour map magma in nine equal steps, so that the demo needs no matplotlib.
+# The colour map magma in nine equal steps; the demo does not need matplotlib.
 MAGMA = np.array([*bytes.fromhex("0000041c10444f127b812581b5367ae55064fb8761fec287fcfdbf")]).reshape(9, 3)
-MP3_QUALITY = 0.6  # of soundfile, 0 is the best; 5 kB for a second at 24 kHz
-SHOWN = ("similarity", "distillmos", "words_per_minute")  # of one continuation; criteria of a judge follow
+MP3_QUALITY = 0.6  # compression level of soundfile, 0 to 1; 5 kB per second at 24 kHz
+ABOUT = (
+    "Each clip begins with its prompt; a blue line in the spectrogram shows the end of the prompt. An ASR model has "
+    "transcribed the speech after it. If a system has several continuations, the first is shown."
+)
+SHOWN = ("similarity", "distillmos", "words_per_minute")  # measures below a clip, followed by the judge's
 
 
 def make_clip(
@@ -35,7 +39,7 @@ def make_clip(
     lines: Sequence[str] = (),
     mark_seconds: float | None = None,
 ) -> Clip:
-    """Return a clip with MP3 audio, which every browser plays, and its spectrogram; arguments as of `spectrogram`."""
+    """Return a clip with MP3 audio and a spectrogram; see `spectrogram` for the arguments."""
     mp3, webp = io.BytesIO(), io.BytesIO()
     samples = samples_S.clamp(-1, 1).numpy()
     soundfile.write(mp3, samples, sample_rate_hz, format="MP3", subtype="MPEG_LAYER_III", compression_level=MP3_QUALITY)
@@ -45,9 +49,9 @@ def make_clip(
 
 
 def spectrogram(samples_S: torch.Tensor, sample_rate_hz: int, mark_seconds: float | None = None) -> np.ndarray:
-    """Return a spectrogram up to half the sample rate as uint8 colours (rows, columns, 3), on one scale for all clips.
+    """Return a spectrogram up to half the sample rate, as uint8 colours (rows, columns, 3).
 
-    ``samples_S`` are mono in [-1, 1]; ``mark_seconds`` is the time of a line, such as the end of a prompt.
+    ``samples_S`` is mono audio in [-1, 1]; ``mark_seconds`` is the time of a vertical line, such as a prompt's end.
     """
     padded_S = torch.nn.functional.pad(samples_S, (0, max(0, WINDOW - len(samples_S))))
     magnitude_FT = torchaudio.transforms.Spectrogram(WINDOW, hop_length=HOP, power=1.0)(padded_S)
@@ -64,46 +68,33 @@ def spectrogram(samples_S: torch.Tensor, sample_rate_hz: int, mark_seconds: floa
 
 
 def continuations(folder: Path, num_prompts: int, labels: Mapping[str, str] | None = None) -> list[Section]:
-    """Return a section for each of a few prompts: the recording, its reconstructions, and the systems' continuations.
+    """Return a section for each of some prompts: the recording, its reconstructions, and all continuations.
 
-    ``folder`` is the --output_dir of eval/generation.py. Prompts are chosen by the hash of their names. ``labels`` are
-    names for readers, by system; other systems are not shown. Without it all systems are shown. A missing or damaged
-    file, and a system without a result, are a `UserError`.
+    ``folder`` is the --output_dir of eval/generation.py. Prompts are chosen by the hash of their names. ``labels`` maps
+    systems to the names to show; the default is all systems. A missing or damaged file raises a `UserError`.
     """
-    path = folder / "prompts.json"
-    if (manifest := read_json(str(folder), path.name)) is None:
-        raise UserError(f"'{folder}' has no prompts.json; name the --output_dir of eval/generation.py")
+    if (manifest := read_json(str(folder), "prompts.json")) is None:
+        raise UserError(f"'{folder}' has no prompts.json; choose the --output_dir of eval/generation.py")
     found = [read_json(str(folder), file.name) or {} for file in visible_files(folder, "*.json")]
     results = {str(result.get("system")): result for result in found if result.get("kind") == KIND}
     reconstructions = {name: label for name in sorted(results) if (label := system_label(name)) != name}
     models = sorted(results.keys() - reconstructions.keys() - {"recording", "shuffled"})
     shown = {"recording": "recording"} | reconstructions | dict(labels or {name: name for name in models})
-    if missing := [name for name in shown if name not in results]:
-        raise UserError(f"'{folder}' has no result of '{missing[0]}', only of {', '.join(results) or 'none'}")
     try:
-        prompts = [(str(one["name"]), str(one["speaker"]), float(one["seconds"])) for one in manifest["prompts"]]
-        prompts.sort(key=lambda prompt: hashlib.sha256(prompt[0].encode()).digest())
-        clips: dict[str, list[Clip]] = {name: [] for name, *_ in prompts[:num_prompts]}
-        texts: dict[str, str] = {}
-        for system, label in shown.items():
-            path = folder / f"{system}.json"
-            samples = sorted(results[system]["samples"], key=lambda sample: sample["sample"] or 0, reverse=True)
-            first = {sample["prompt"]: sample for sample in samples}
-            for name, _, seconds in prompts[:num_prompts]:
-                if sample := first.get(name):
-                    clips[name].append(_clip(label, folder, sample, seconds))
-                    texts |= {name: sample["prompt_text"]} if sample.get("prompt_text") else {}
+        prompts = sorted(manifest["prompts"], key=lambda prompt: hashlib.sha256(prompt["name"].encode()).digest())
+        kind = " of synthetic speech" if results["recording"]["data_kind"] == "synthetic" else ""
+        sections = [Section(f"{min(num_prompts, len(prompts))} of {len(prompts)} prompts{kind}", [ABOUT])]
+        for prompt in prompts[:num_prompts]:
+            clips, texts = [], []
+            for system, label in shown.items():
+                samples = [sample for sample in results[system]["samples"] if sample["prompt"] == prompt["name"]]
+                for sample in sorted(samples, key=lambda sample: sample["sample"] or 0)[:1]:
+                    clips.append(_clip(label, folder, sample, prompt["seconds"]))
+                    texts += [f"Prompt, transcribed: {text}"] if (text := sample.get("prompt_text")) else []
+            speaker = f", speaker {prompt['speaker']}" if prompt["speaker"] else ""
+            sections.append(Section(prompt["name"] + speaker, texts[:1], clips=clips))
     except DAMAGE as error:
-        raise UserError(f"'{path}' is damaged ({error!r}); move it, and run eval/generation.py again") from error
-    kind = " of synthetic speech" if results["recording"].get("data_kind") == "synthetic" else ""
-    about = (
-        "Each clip begins with its prompt, up to the blue line in the spectrogram. The transcript, by an ASR model, is "
-        "of the speech after it. A system with several continuations is shown with the first."
-    )
-    sections = [Section(f"{len(clips)} of {len(prompts)} prompts{kind}", [about])]
-    for name, speaker, _ in prompts[:num_prompts]:
-        prompt_text = [f"Prompt, transcribed: {texts[name]}"] if name in texts else []
-        sections.append(Section(name + (f", speaker {speaker}" if speaker else ""), prompt_text, clips=clips[name]))
+        raise UserError(f"a file in '{folder}' is missing or damaged ({error!r}); run eval/ again") from error
     return sections
 
 
@@ -119,6 +110,6 @@ def _clip(label: str, folder: Path, sample: Mapping[str, Any], prompt_seconds: f
         if error.reason == "empty":
             return Clip(label, lines=["no audio"])
         raise UserError(f"a continuation of '{label}' cannot be played: {error}") from error
-    mark_seconds = prompt_seconds if audio.seconds > end - ROUNDING_SECONDS else None  # a continuation alone has none
+    mark_seconds = prompt_seconds if audio.seconds > end - ROUNDING_SECONDS else None  # the clip may lack its prompt
     lines = [line for line in (sample.get("text"), values) if line]
     return make_clip(label, audio.samples_S, RATE_HZ, lines, mark_seconds)

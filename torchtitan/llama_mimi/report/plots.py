@@ -1,4 +1,4 @@
-"""Pictures of a report, drawn for a phone: 390 pixels wide, a text has 8 points, the caption 6."""
+"""Plots of a report, readable on a phone that is 390 pixels wide."""
 
 import math
 import textwrap
@@ -11,14 +11,12 @@ WIDTH_INCHES = 5.2
 FONT_SIZE = 10.5
 DPI = 120
 MARKERS = "osD^vPX"
-CAPTION = "line: 95 % interval over pairs or prompts; tick: mean"
 
 
 def forest(panels: Mapping[str, Mapping[str, Estimate]], title: str, *, is_difference: bool = False) -> bytes:
-    """Return a PNG with a panel for each measure and a line for each system: interval, mean, and a dot for each seed.
+    """Return a PNG with a panel for each measure. A system has a line (interval), a tick (mean) and dots (seeds).
 
-    ``panels`` are by the heading of the measure and by system. With ``is_difference`` zero is a line in the middle of
-    each panel, and significant differences have a star.
+    With ``is_difference``, zero is in the middle of each panel, and significant differences have a star.
     """
     plt = pyplot()
     systems = list(dict.fromkeys(system for lines in panels.values() for system in lines))
@@ -31,7 +29,8 @@ def forest(panels: Mapping[str, Mapping[str, Estimate]], title: str, *, is_diffe
         figure, grid = plt.subplots(len(panels), height_ratios=heights, **options)
         figure.suptitle(textwrap.fill(title, 50), fontsize=FONT_SIZE)
         has_seeds = any(len(one.seeds) > 1 for lines in panels.values() for one in lines.values())
-        figure.supxlabel(CAPTION + "; dots: seeds" * has_seeds, fontsize=FONT_SIZE - 2)
+        caption = "line: 95 % interval over pairs or prompts; tick: mean" + "; dots: seeds" * has_seeds
+        figure.supxlabel(caption, fontsize=FONT_SIZE - 2)
         for axes, (heading, lines) in zip(grid[:, 0], panels.items(), strict=True):
             for place, (system, one) in enumerate(lines.items()):
                 color = f"C{systems.index(system) % 10}"
@@ -60,9 +59,9 @@ def forest(panels: Mapping[str, Mapping[str, Estimate]], title: str, *, is_diffe
 
 
 def tradeoff(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], vertical: str, title: str) -> bytes:
-    """Return a PNG with a scatter plot for each measure of fidelity: a large mark for a mean, small ones for seeds.
+    """Return a PNG with a scatter plot for each measure of fidelity. Small marks are seeds, large ones their mean.
 
-    ``panels`` are the points (x, y) of the seeds, by the label of the horizontal axis and by system.
+    ``panels`` maps the label of the horizontal axis, then the system, to the points (x, y) of the seeds.
     """
     plt = pyplot()
     size = (WIDTH_INCHES, 3.4 * len(panels) + 1)

@@ -1,4 +1,4 @@
-"""FLOPs of training, computed before it without a model, a GPU or data."""
+"""FLOPs of training, computed without weights, data or a GPU."""
 
 import tempfile
 from collections.abc import Mapping
@@ -18,29 +18,22 @@ _parsed = cache(lambda words: parse_config(list(words)))
 
 
 def resolved(flags: Mapping[str, Any]) -> Any:
-    """Return the job config of training flags; it is cached: do not change it. Raises `UserError` if one is refused."""
+    """Return the checked job config for training flags. It is cached: do not change it."""
     return _parsed(tuple(to_cli_args(flags)))
 
 
 def step_flops(flags: Mapping[str, Any], num_ranks: int) -> float:
-    """Return the FLOPs of a training step: 6 for each weight that a position is multiplied with, and attention.
+    """Return the FLOPs of a training step: 6 per position and weight, plus attention.
 
-    Rows count in full, with padding, and attention is over the whole row. The number of ranks counts if the flags do
-    not set the global batch.
+    Padding counts in full. ``num_ranks`` is used only if the flags do not set the global batch size.
     """
-    training = resolved(flags).training
-    rows = training.global_batch_size if training.global_batch_size > 0 else training.local_batch_size * num_ranks
-    return rows * _row_flops(tuple(to_cli_args(flags)))
-
-
-@cache
-def _row_flops(words: tuple[str, ...]) -> float:
-    config = parse_config(list(words))  # write_missing changes it
+    config = parse_config(to_cli_args(flags))  # not cached: write_missing changes it
     with tempfile.TemporaryDirectory() as folder:
         write_missing(config, Path(folder))
         args = LlamaMimiArgs(**vars(FLAVORS[config.model.flavor]))
         args.update_from_config(config)
     with torch.device("meta"):
         _, flops_per_target = args.get_nparams_and_flops(build_model(args), config.training.seq_len)
-    is_flattened = config.model.architecture == "flattened"
-    return config.training.seq_len * flops_per_target * (1 if is_flattened else args.targets_per_frame)
+    training, is_flattened = config.training, config.model.architecture == "flattened"
+    rows = training.global_batch_size if training.global_batch_size > 0 else training.local_batch_size * num_ranks
+    return rows * training.seq_len * flops_per_target * (1 if is_flattened else args.targets_per_frame)

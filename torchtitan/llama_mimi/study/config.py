@@ -1,4 +1,4 @@
-"""A study as its TOML file describes it: tables of variants; each variant is trained with every seed."""
+"""Study files: tables of model variants, each of which is trained with every seed."""
 
 import itertools
 import re
@@ -17,17 +17,17 @@ from llama_mimi.tokens.vocabulary import Architecture
 from llama_mimi.training.config_file import fits
 
 Flags = dict[str, Any]
-AXES = {"architecture": "{}", "flavor": "{}", "num_quantizers": "Q = {}", "level_weights": "weights {}"}  # for readers
+AXES = {"architecture": "{}", "flavor": "{}", "num_quantizers": "Q = {}", "level_weights": "weights {}"}  # labels
 AXES |= {"steps": "{:,} steps"}
-LISTS: Flags = {"architecture": list[Architecture], "flavor": list[str], "num_quantizers": list[int]}  # types of keys
+LISTS: Flags = {"architecture": list[Architecture], "flavor": list[str], "num_quantizers": list[int]}  # types of axes
 LISTS |= {"level_weights": list[str]}
-# Settings of training, and flags of the scripts in eval/, that an axis or the study itself sets.
+# Training settings and flags of eval/ that a study file must not set, because axes or the study set them.
 OWN = {"model.architecture", "model.flavor", "codec.num_quantizers", "loss.level_weights", "job.config_file"}
 OWN |= {"job.dump_folder", "checkpoint.folder", "debug.seed", "model_name", "output_dir", "codes_dir", "name"}
 
 
 class Variant(NamedTuple):
-    """A model that is trained with every seed; its fields are the axes of a study."""
+    """A model to train. Its fields are the axes of a study."""
 
     architecture: Architecture
     flavor: str
@@ -51,49 +51,49 @@ class Run(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Variants that are compared; the first one is the baseline."""
+    """Variants to compare. The first one is the baseline."""
 
     title: str
     variants: tuple[Variant, ...]
 
     def label(self, variant: Variant) -> str:
-        """Return the axes in which the variants differ, such as "hierarchical, Q = 4"."""
+        """Return the values of the axes in which the variants differ, such as "hierarchical, Q = 4"."""
         axes = [axis for axis in AXES if len({getattr(other, axis) for other in self.variants}) > 1]
         return ", ".join(AXES[axis].format(getattr(variant, axis)) for axis in axes) or variant.name
 
 
 @dataclass(frozen=True)
 class Launch:
-    """The section [launch]: how commands are started."""
+    """The section [launch], which says how to start commands."""
 
-    parallel: int = 1  # runs at the same time
-    nproc_per_node: int = 1  # ranks of training, scoring and judging, on this machine
-    threads: int | None = None  # CPU threads of each process; None leaves the number to PyTorch
-    train: list[str] = field(default_factory=list)  # command that starts training, in place of torchrun
-    slurm: list[str] = field(default_factory=list)  # options of sbatch
+    parallel: int = 1  # number of parallel runs
+    nproc_per_node: int = 1  # number of ranks on this machine, for all commands
+    threads: int | None = None  # CPU threads per process; default: PyTorch's choice
+    train: list[str] = field(default_factory=list)  # training command, instead of torchrun
+    slurm: list[str] = field(default_factory=list)  # options for sbatch
 
 
 @dataclass(frozen=True)
 class Study:
-    """All runs of a study, and the folder of their models, results and report."""
+    """A study, and the output folder for its models, results and report."""
 
     path: Path
     name: str
     output_dir: Path
-    config: dict[Architecture, str]  # config file of training
-    note: str = ""  # text that the report begins with
+    config: dict[Architecture, str]  # training config files
+    note: str = ""  # introduction of the report
     seeds: list[int] = field(default_factory=lambda: [0])
-    settings: Flags = field(default_factory=dict)  # of training; texts may contain the name of an axis in braces
-    override: list[Flags] = field(default_factory=list)  # sections of axes and settings
+    settings: Flags = field(default_factory=dict)  # training settings; texts may contain axes in braces
+    override: list[Flags] = field(default_factory=list)  # axes, and settings for variants with these axes
     launch: Launch = Launch()
     benchmarks: dict[Literal["salmon", "sLM21", "sStoryCloze"], Flags] = field(default_factory=dict)
-    generation: Flags = field(default_factory=dict)  # flags of eval/generation.py; empty: nothing is judged
+    generation: Flags = field(default_factory=dict)  # flags of eval/generation.py; default: do not judge
     tables: tuple[Table, ...] = ()
-    result_files: dict[str, str] = field(default_factory=dict)  # their names, of each benchmark
+    result_files: dict[str, str] = field(default_factory=dict)  # file name by benchmark
 
     @property
     def variants(self) -> list[Variant]:
-        """Variants in the order of the tables, each once."""
+        """Unique variants in the order of the tables."""
         return list(dict.fromkeys(variant for table in self.tables for variant in table.variants))
 
     @property
@@ -101,10 +101,10 @@ class Study:
         return [Run(variant, seed) for variant in self.variants for seed in self.seeds]
 
     def flags(self, variant: Variant) -> Flags:
-        """Return the training settings of a variant, except its steps and seed."""
+        """Return the training settings of a variant, without steps and seed."""
         flags: Flags = {"job.config_file": self.config[variant.architecture], "model.flavor": variant.flavor}
         flags |= {"codec.num_quantizers": variant.num_quantizers, "loss.level_weights": variant.level_weights}
-        if variant.architecture == "flattened":  # a row has the same audio for every Q
+        if variant.architecture == "flattened":  # sequences have the same audio for every Q
             base = resolved({"job.config_file": flags["job.config_file"]})
             for section in ("training", "validation"):
                 length = getattr(base, section).seq_len
@@ -115,16 +115,16 @@ class Study:
         try:
             return {k: v.format_map(variant._asdict()) if isinstance(v, str) else v for k, v in flags.items()}
         except (AttributeError, LookupError, ValueError) as error:
-            raise UserError(f"settings use {error} in braces; the axes are {', '.join(AXES)}") from error
+            raise UserError(f"settings use {error} in braces; use one of {', '.join(AXES)}") from error
 
 
 def applies(override: Flags, variant: Variant) -> bool:
-    """Return True if a variant has one of the values of each axis of an [[override]]."""
+    """Return True if an [[override]] lists the variant's value for each of its axes."""
     return all(getattr(variant, axis) in values for axis, values in override.items() if axis in AXES)
 
 
 def read_study(path: Path) -> Study:
-    """Read a study's file; a `UserError` refuses unknown keys, and runs that training or eval/ would refuse."""
+    """Read a study file; raise a `UserError` for unknown keys, and for settings that training or eval/ refuse."""
     try:
         values = tomllib.loads(path.read_text())
         values["launch"] = Launch(**_checked(values.get("launch", {}), get_type_hints(Launch), "[launch]"))
@@ -147,25 +147,25 @@ def read_study(path: Path) -> Study:
 
 
 def _checked(values: Any, types: Mapping[str, Any], name: str, *required: str) -> Flags:
-    """Return a section whose keys have the given types."""
+    """Check the keys and types of a section, and return it."""
     if not isinstance(values, dict):
-        raise UserError(f"{name} is {values!r}; write a section")
+        raise UserError(f"{name} is {values!r}; expected a section")
     for key, value in values.items():
         if key not in types:
-            raise UserError(f"{name} has the unknown key '{key}'; the known ones are {', '.join(types)}")
+            raise UserError(f"{name} has the unknown key '{key}'; use one of {', '.join(types)}")
         if not fits(value, types[key]):
-            raise UserError(f"{name} sets {key} to {value!r}; it takes {types[key]}")
+            raise UserError(f"{name} sets {key} to {value!r}; expected {types[key]}")
     if missing := set(required) - values.keys():
-        raise UserError(f"{name} has no {min(missing)}; add it")
+        raise UserError(f"{name} has no key '{min(missing)}'; add it")
     return values
 
 
 def _variants(study: Study, grid: Flags) -> tuple[Variant, ...]:
-    """Return the product of the axes of a table; an axis without values has that of the config."""
+    """Return the product of a table's axes. The config provides the value of a missing axis."""
     found: list[Variant] = []
     for architecture in grid.get("architecture") or [*study.config][:1]:
         if architecture not in study.config:
-            raise UserError(f"[config] has no file for the architecture '{architecture}' of '{grid['title']}'")
+            raise UserError(f"[config] has no file for the architecture '{architecture}' of '{grid['title']}'; add it")
         base = resolved({"job.config_file": study.config[architecture]})
         for values in itertools.product(
             grid.get("flavor") or [base.model.flavor],
@@ -181,7 +181,7 @@ def _variants(study: Study, grid: Flags) -> tuple[Variant, ...]:
 
 
 def _check(study: Study) -> None:
-    """Refuse values that have the right type and cannot be run, before anything is trained."""
+    """Raise a `UserError` for values that have the right type but cannot work."""
     launch, sections = study.launch, [study.settings, study.generation, *study.benchmarks.values()]
     own = OWN & set().union(*sections, *(some["settings"] for some in study.override))
     values = [{**some, axis: [value]} for some in study.override for axis in some.keys() & AXES for value in some[axis]]
@@ -189,12 +189,12 @@ def _check(study: Study) -> None:
     configs = [resolved(study.flags(v) | {"training.steps": v.steps}) for v in study.variants]
     is_unknown_batch = launch.train and any(config.training.global_batch_size < 1 for config in configs)
     for is_wrong, message in (
-        (not study.runs, "it has no [[tables]] or no seeds"),
-        (len({*study.seeds}) < len(study.seeds), f"seeds is {study.seeds}; list different numbers"),
-        (min(launch.parallel, launch.nproc_per_node) < 1, "launch.parallel and launch.nproc_per_node are 1 or more"),
-        (own, f"it sets {', '.join(sorted(own))}, which an axis or the study itself sets; remove that"),
-        (unused, f"the [[override]] {unused[:1]} applies to no variant; correct its axes"),
-        (is_unknown_batch, "launch.train starts an unknown number of ranks; set training.global_batch_size"),
+        (not study.runs, "it has no [[tables]] or no seeds; add them"),
+        (len({*study.seeds}) < len(study.seeds), f"seeds is {study.seeds}; use different numbers"),
+        (min(launch.parallel, launch.nproc_per_node) < 1, "launch.parallel and launch.nproc_per_node must be positive"),
+        (own, f"it sets {', '.join(sorted(own))}, which only an axis or the study may set; remove that"),
+        (unused, f"the [[override]] {unused[:1]} applies to no variant; fix its axes"),
+        (is_unknown_batch, "launch.train has an unknown number of ranks; set training.global_batch_size"),
     ):
         if is_wrong:
             raise UserError(message)

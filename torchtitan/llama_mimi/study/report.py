@@ -1,4 +1,4 @@
-"""The report of a study: a comparison for each of its tables, from the results of its runs."""
+"""Report of a study: a comparison for each of its tables."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,26 +15,25 @@ from llama_mimi.study.config import Run, Study
 from llama_mimi.training.metrics import BITS as BITS_KEY
 
 REPORT, RESULTS = "report.md", "results.parquet"
-PUBLISHED = Path("eval/published.toml")
 ABOUT_BITS = (
-    "Bits are over the tokens that can stand at a position: the codes of its level and, between frames, `</audio>`. "
-    "Bits of models with different numbers of levels do not compare."
+    "Bits are computed over the tokens that are possible at a position: the codes of its level and, between frames, "
+    "`</audio>`. Bits of models with different numbers of levels are not comparable."
 )
-Lines = Sequence[Mapping[str, Any]]  # of the index
+Lines = Sequence[Mapping[str, Any]]  # lines of the index
 
 
 def write_report(study: Study, lines: Lines) -> Path:
-    """Write the report and its pictures into the study's folder, and return its path."""
+    """Write the report and its pictures into the study's folder; return the report's path."""
     write_markdown(sections(study, lines), study.output_dir / REPORT)
     return study.output_dir / REPORT
 
 
 def sections(study: Study, lines: Lines) -> list[Section]:
-    """Return the sections of the report; raise a `UserError` if a result cannot be read."""
+    """Return the sections of the report."""
     items = _collect_results(study)
     same = {"item": "", "sample": 0, "conditions": "", "weights": "", "data": "", "is_reference": False}
     same["data_kind"] = items["data_kind"].iloc[0] if items["data_kind"].nunique() == 1 else "other"
-    bits = [  # a measure without items for each number of levels
+    bits = [  # a measure without items, for each number of levels
         same | {"system": line["run"], "measure": f"{BITS}{line['num_quantizers']}", "value": line[BITS_KEY]["all"]}
         for line in lines
         if line.get(BITS_KEY)
@@ -57,20 +56,18 @@ def sections(study: Study, lines: Lines) -> list[Section]:
         found.append(comparison(items, table.title, groups, f"forest-{number}"))
         if pictures := tradeoffs(items, table.title, groups, f"tradeoff-{number}"):
             found.append(Section(f"{table.title}: trade-off", pictures=pictures))
-    return found + published_numbers(items, PUBLISHED)
+    return found + published_numbers(items)
 
 
 def _collect_results(study: Study) -> pd.DataFrame:
-    """Return all values of the result files and write them to `RESULTS`; without such files, read `RESULTS`."""
+    """Read all values from the result files and save them as `RESULTS`. Without result files, read `RESULTS`."""
     folders = [folder for name in ("results", "generations") if (folder := study.output_dir / name).is_dir()]
     found = read_results(folders).items
     if (path := study.output_dir / RESULTS).is_file():
         saved = pd.read_parquet(path)
         if found.empty:
             return saved
-        there = set(zip(found["system"], found["measure"], strict=True))
-        if lost := set(zip(saved["system"], saved["measure"], strict=True)) - there:
-            problem = "'{}' has values of {} ({}) that no result file has".format(path, *min(lost))
-            raise UserError(f"{problem}; restore the files, or remove it")
+        if lost := set(saved["system"] + ", " + saved["measure"]) - set(found["system"] + ", " + found["measure"]):
+            raise UserError(f"'{path}' has values ({min(lost)}) without a result file; restore the file, or remove it")
     write_atomically(str(study.output_dir), RESULTS, found.to_parquet(None, compression="zstd", index=False))
     return found

@@ -1,4 +1,4 @@
-"""The commands of a study: each run is trained, converted, scored and judged, and has a line in the index."""
+"""Run the commands of a study (train, convert, score, judge) and write its index."""
 
 import json
 import os
@@ -25,27 +25,27 @@ from llama_mimi.training.metrics import BITS
 
 INDEX, RECORD = "index.jsonl", "record.json"
 TRAIN, GENERATION = "train", "generation"
-_stopping = threading.Event()  # set by an interrupt
+_stopping = threading.Event()  # set after an interrupt
 
 
 class Step(NamedTuple):
-    """A command of a run: training, conversion, a benchmark, or judging."""
+    """A command of a run: training, conversion, a benchmark or judging."""
 
     name: str
     program: list[str]
     flags: Flags
-    output: Path  # file or folder that it writes
+    output: Path  # file or folder that the command writes
 
 
 def steps(study: Study, run: Run) -> list[Step]:
-    """Return the commands of a run in their order."""
+    """Return the commands of a run, in order."""
     python, num_ranks, out = [sys.executable], study.launch.nproc_per_node, study.output_dir
     torchrun = [*python, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
     ranks, trainer = torchrun if num_ranks > 1 else python, study.launch.train or [*torchrun, "-m", "llama_mimi.train"]
     folder, model = f"{run_folder(study, run)}/run", f"{out}/models/{run.name}"
     num_steps, flags = run.variant.steps, study.flags(run.variant)
     checkpoint = f"{folder}/checkpoint/step-{num_steps}"
-    # A run ends with a validation: the frequency divides its number of steps.
+    # The validation frequency divides the number of steps, so that a run ends with a validation.
     frequencies = range(min(resolved(flags).validation.freq, num_steps), num_steps + 1)
     training = flags | {"debug.seed": run.seed, "training.steps": num_steps, "job.dump_folder": folder}
     training["validation.freq"] = next(freq for freq in frequencies if num_steps % freq == 0)
@@ -65,32 +65,30 @@ def steps(study: Study, run: Run) -> list[Step]:
 
 
 def run_folder(study: Study, run: Run) -> Path:
-    """Return the folder of a run's training, logs and record."""
+    """Return the folder for a run's training, logs and record."""
     return study.output_dir / "runs" / run.name
 
 
 def read_record(study: Study, run: Run) -> dict[str, Any]:
-    """Return the settings of the started steps of a run, the seconds of the finished ones, and the step that failed."""
+    """Return a run's record: settings of started steps, seconds of finished steps, and the failed step."""
     return {"settings": {}, "seconds": {}, "failed": None} | (read_json(str(run_folder(study, run)), RECORD) or {})
 
 
 def _settings(study: Study, run: Run, step: Step) -> Flags:
-    """Return everything that must not change after a step was started."""
+    """Return the settings that must not change after the start of a step."""
     config = Path(study.config[run.variant.architecture]).read_bytes()
     return step.flags | {"SHA-256 of the config": sha256(config).hexdigest()}
 
 
 def check_unchanged(study: Study) -> None:
-    """Refuse with a `UserError` to continue runs whose flags or config file have changed."""
+    """Raise a `UserError` if flags or config files have changed since a run was started."""
     for run in study.runs:
         record = read_record(study, run)
-        if "flags" in record:
-            raise UserError(f"'{run_folder(study, run)}' is of an earlier version; choose another output_dir")
         for step in steps(study, run):
             if saved := record["settings"].get(step.name):
-                current = dict.fromkeys(saved) | _settings(study, run, step)  # a removed flag is None
+                current = dict.fromkeys(saved) | _settings(study, run, step)  # removed flags become None
                 what = f"the step '{step.name}' of {run.name}"
-                require_same(saved, current, what, "restore that, or choose another output_dir")
+                require_same(saved, current, what, "restore this value, or choose another output_dir")
 
 
 def train_and_score(study: Study, runs: Sequence[Run]) -> None:
@@ -103,13 +101,13 @@ def train_and_score(study: Study, runs: Sequence[Run]) -> None:
     with ThreadPoolExecutor(study.launch.parallel) as pool:
         try:
             list(pool.map(work, runs))
-        except BaseException:  # such as an interrupt, which also ends the commands: no other one is started
+        except BaseException:  # for example an interrupt, which also ends the running commands
             _stopping.set()
             raise
 
 
 def judge(study: Study) -> None:
-    """Judge the continuations of all scored runs one after the other, as they share the prompts."""
+    """Judge the continuations of all scored runs, one run at a time because they share prompts."""
     with locked(study.output_dir / f".generations{LOCK}", "output_dir", wait=True):
         for run in study.runs:
             if study.generation and read_record(study, run)["failed"] is None:
@@ -117,7 +115,7 @@ def judge(study: Study) -> None:
 
 
 def _run(study: Study, run: Run, todo: Sequence[Step]) -> None:
-    """Run commands. A finished command is not repeated; a failed one is recorded, and the last."""
+    """Run commands. Finished commands are not repeated. The first failure is recorded and ends the run."""
     failed, record, folder = None, read_record(study, run), run_folder(study, run)
 
     def save() -> None:
@@ -128,7 +126,7 @@ def _run(study: Study, run: Run, todo: Sequence[Step]) -> None:
             continue
         if _stopping.is_set():
             return
-        if step.name == TRAIN:  # a run that was killed behind its last checkpoint lacks the validation of that step
+        if step.name == TRAIN:  # a killed run may lack its last validation
             shutil.rmtree(step.output, ignore_errors=True)
         record["settings"][step.name] = _settings(study, run, step)
         save()
@@ -149,8 +147,8 @@ def _run(study: Study, run: Run, todo: Sequence[Step]) -> None:
 
 
 def start(launch: Launch, name: str, log: Path, command: list[str]) -> None:
-    """Run a command, which ends with this process at the latest; raise a `UserError` if it fails."""
-    # Runs are judged one after the other, so that the judge has the threads of all parallel runs.
+    """Run a command that cannot outlive this process; raise a `UserError` if it fails."""
+    # Only one run is judged at a time, so judging may use the threads of all parallel runs.
     threads = launch.threads and launch.threads * (launch.parallel if name == GENERATION else 1)
     env = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -159,11 +157,11 @@ def start(launch: Launch, name: str, log: Path, command: list[str]) -> None:
     if done.returncode:
         lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("error: ")] or lines[-5:]
-        raise UserError(" / ".join(errors)[-600:] or f"the command ended with code {done.returncode}")
+        raise UserError(" / ".join(errors)[-600:] or f"the command ended with exit code {done.returncode}")
 
 
 def write_index(study: Study) -> list[dict[str, Any]]:
-    """Write a line of JSON for each run into `INDEX`, and return the lines."""
+    """Write a JSON line for each run into `INDEX`; return the lines."""
     lines, tag = [], f"validation_{BITS}/"
     for run in study.runs:
         record, (_, _, *scoring) = read_record(study, run), steps(study, run)
@@ -174,7 +172,7 @@ def write_index(study: Study) -> list[dict[str, Any]]:
         line = {
             "study": study.name,
             "run": run.name,
-            "label": f"{Table('', tuple(study.variants)).label(run.variant)}, seed {run.seed}",  # for readers
+            "label": f"{Table('', tuple(study.variants)).label(run.variant)}, seed {run.seed}",  # name in reports
             **run.variant._asdict(),
             "seed": run.seed,
             "state": "failed" if record["failed"] else "done" if is_done else "unfinished",
@@ -183,7 +181,7 @@ def write_index(study: Study) -> list[dict[str, Any]]:
             "commit": scored.get("versions", {}).get("commit"),
             "flops": num_steps * step_flops(study.flags(run.variant), study.launch.nproc_per_node),
             "seconds": record["seconds"],
-            # Of the last step, by level and of all levels.
+            # Values of the last step, by level and for all levels.
             BITS: {
                 t.removeprefix(tag): c[num_steps] for t, c in curves.items() if t.startswith(tag) and num_steps in c
             },
