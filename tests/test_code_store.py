@@ -21,11 +21,13 @@ import tyro
 from conftest import ROOT, TINY, checked_config
 from datasets import load_dataset
 from forked_ranks import ForkedRanks
+from layouts import add
+from simulated import random_clips, write_codes
 
-from llama_mimi.audio.mimi import MimiCodec, codec_hash
+from llama_mimi.audio.mimi import MimiCodec, codec_hash, load_codec_config
 from llama_mimi.audio.reading import OPPOSITE, read_audio
 from llama_mimi.common.errors import UserError
-from llama_mimi.corpora.code_shards import CodeCorpus, CodedClip, is_store, shard_bytes
+from llama_mimi.corpora.code_shards import CodeCorpus, is_store
 from llama_mimi.corpora.source import Unit
 from llama_mimi.corpora.tokenize import TokenizationOptions, make_jobs, tokenize_corpus
 from llama_mimi.data.build import build_dataloader
@@ -57,11 +59,8 @@ def speech(rows, tmp_path_factory):
 def write_tar(path, rows):
     with tarfile.open(path, "w") as tar:
         for number, row in enumerate(rows):
-            values = json.dumps({key: row[key] for key in ("id", "text", "speaker")}).encode()
-            for ending, content in (("flac", row["audio"]["bytes"]), ("json", values)):
-                member = tarfile.TarInfo(f"{number:03d}.{ending}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+            add(tar, f"{number:03d}.flac", row["audio"]["bytes"])
+            add(tar, f"{number:03d}.json", json.dumps({key: row[key] for key in ("id", "text", "speaker")}).encode())
 
 
 def tokenize(corpus, output_dir, *flags, nproc=1, timeout=240):
@@ -310,7 +309,7 @@ def test_shards_give_the_batches_that_audio_gives(packing, num_quantizers, task,
 
 
 def test_a_mixture_has_the_shares_of_audio_asked_for(store, tmp_path, tokenizer, world_of_one):
-    short = write_store(tmp_path / "short", lengths=[12] * 40, like=store)
+    short = write_store(tmp_path / "short", [12] * 40)
     flags = ["--validation.no-enable", "--data.weights", 1.0, 3.0, "--data.packing", "pack"]
     loader = build_dataloader(1, 0, tokenizer, config(f"{store}, {short}", *flags))
     seconds = Counter()
@@ -322,22 +321,9 @@ def test_a_mixture_has_the_shares_of_audio_asked_for(store, tmp_path, tokenizer,
     assert seconds[1] / sum(seconds.values()) == pytest.approx(0.75, abs=0.03)
 
 
-def write_store(folder, lengths, like, **changes):
-    """Write a folder of random codes; ``changes`` replace values of the codec in its manifest."""
-    generator = np.random.default_rng(0)
-    clips = [
-        CodedClip(f"clip-{i}", generator.integers(0, 256, (length, 8)).astype(np.uint16), length / 12.5, False)
-        for i, length in enumerate(lengths)
-    ]
-    columns = ["id", "codes", "duration", "is_cut"]
-    content = shard_bytes(clips, 8, {"columns": columns})
-    folder.mkdir()
-    (folder / "shard-000000.parquet").write_bytes(content)
-    made = manifest(like) | {"columns": columns, "clips": len(clips), "by_second": [[len(clips), sum(lengths) / 12.5]]}
-    made["codec"] |= changes
-    made["shards"] = [{"file": "shard-000000.parquet", "clips": len(clips), "bytes": len(content)}]
-    (folder / "manifest.json").write_text(json.dumps(made))
-    return folder
+def write_store(folder, lengths):
+    """Write a folder of random codes."""
+    return Path(write_codes(folder, CODEC, [random_clips(np.array(lengths), load_codec_config(CODEC, 8))]))
 
 
 def edit(in_codec=False, **changes):
@@ -386,9 +372,9 @@ def test_a_store_is_a_folder_by_tokenisation_and_has_no_splits(store, tmp_path, 
         config(store, "--data.split", "train")
 
 
-def test_a_flipped_bit_is_found(store, tmp_path, tokenizer, world_of_one):
+def test_a_flipped_bit_is_found(tmp_path, tokenizer, world_of_one):
     """Checksums of the pages find the damage; size and footer are unchanged."""
-    folder = write_store(tmp_path / "store", [50] * 20, like=store)
+    folder = write_store(tmp_path / "store", [50] * 20)
     path = folder / "shard-000000.parquet"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0x10  # in the codes
