@@ -53,7 +53,7 @@ def overview(manifest: dict[str, Any]) -> Section:
         ("shards", f"{len(manifest['shards']):,}, {sum(s['bytes'] for s in manifest['shards']) / 1e6:,.1f} MB"),
         ("codec", f"{codec['name']}, weights {codec['sha256'][:12]}, {codec['num_quantizers']} levels"),
     ]
-    for key, title in {"skipped": "could not be used", "filtered": "filtered", "audio_warnings": "used, but"}.items():
+    for key, title in {"skipped": "could not be used", "filtered": "filtered", "audio_warnings": "warning"}.items():
         rows += [(f"{title}: {reason}", f"{number:,} clips") for reason, number in manifest[key].items()]
     print("\n".join(map(": ".join, rows)))
     lengths = [seconds / 3600 for _, seconds in manifest["by_second"]]
@@ -76,7 +76,7 @@ def code_use(corpus: CodeCorpus) -> Section:
         used, top, fraction = np.count_nonzero(counts_K), counts_K.argmax(), counts_K.max() / counts_K.sum()
         bits = f"{entropy(counts_K, base=2):.2f} of {np.log2(size):.2f} bits"
         rows.append((str(level), f"{used:,} of {size:,}", bits, str(top), f"{fraction:.1%}"))
-    about = f"Counted on {corpus.rows_per_unit[units].sum():,} of {corpus.manifest['clips']:,} clips."
+    about = f"Counted in {corpus.rows_per_unit[units].sum():,} of {corpus.manifest['clips']:,} clips."
     table = Table(("level", "codes used", "entropy", "most frequent code", "its fraction"), rows)
     return Section("Use of codes", [about], tables=[table])
 

@@ -200,7 +200,7 @@ def test_output_on_another_file_system(speech, store):
         (["--max_audio_seconds", "inf"], "must be a positive number"),
         (["--max_skip_fraction", 2], "a fraction between 0 and 1"),
         (["--min_seconds", 500], "--min_seconds is 500; it must be between 0 and --max_audio_seconds 4"),
-        (["--where", "score > 3"], "has no column 'score'"),
+        (["--where", "score > 3"], "names a column 'score', but"),
         (["--output_dir", "CORPUS/codes"], "is inside the corpus"),
     ],
     ids=str,

@@ -61,7 +61,7 @@ def test_a_checkpoint_says_how_its_codes_were_made():
 def test_a_config_with_the_old_name_of_the_window_is_refused():
     config = LlamaConfig(num_quantizers=4, codec="kyutai/mimi", codec_attention="whole")
     assert not is_released(config)
-    with pytest.raises(UserError, match="codec_attention = 'whole'; replace it by codec_sliding_window"):
+    with pytest.raises(UserError, match="codec_attention = 'whole'; replace it with codec_sliding_window"):
         has_sliding_window(config)
 
 

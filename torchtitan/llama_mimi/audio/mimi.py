@@ -61,7 +61,7 @@ def whole_frames(seconds: float, config: MimiConfig, setting: str = "data.max_au
 
 
 def is_released(config: PreTrainedConfig) -> bool:
-    """Return True for a checkpoint of the first release, whose config does not contain the codec's window."""
+    """Return True for a checkpoint of the first release, whose config has no entry for the sliding window."""
     return not (hasattr(config, "codec_sliding_window") or hasattr(config, "codec_attention"))
 
 
@@ -69,7 +69,7 @@ def has_sliding_window(config: PreTrainedConfig) -> bool:
     """Return True if a model was trained on codes with the sliding window; False for the first release."""
     if hasattr(config, "codec_attention"):
         problem = f"the config of '{config.name_or_path}' has codec_attention = '{config.codec_attention}'"
-        raise UserError(f"{problem}; replace it by codec_sliding_window: true for 'windowed', or false for 'whole'")
+        raise UserError(f"{problem}; replace it with codec_sliding_window: true for 'windowed', or false for 'whole'")
     return not is_released(config) and config.codec_sliding_window
 
 

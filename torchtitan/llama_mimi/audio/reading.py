@@ -33,7 +33,7 @@ SHORTER = "shorter than its manifest says"
 MAX_CANCELLED = 0.1  # fraction of the energy; if the mean of the channels cancels more, the loudest channel is used
 FAULTS = {
     "breaks off": "ends before the length in its header; copy it again",
-    "chained Ogg": "is several Ogg files one after another; split it, or convert it to one WAV or FLAC file",
+    "chained Ogg": "contains several Ogg files one after another; split it, or convert it to one WAV or FLAC file",
 }
 BLOCK_SAMPLES = 2**16  # samples to decode at once, over all channels: 0.25 MB in float32
 UNKNOWN_LENGTH = 2**63 - 1  # libsndfile's length for a file that was written through a pipe
@@ -55,7 +55,7 @@ Recording = tuple[int, int, int | None, Iterator[np.ndarray]]
 
 
 class AudioError(UserError):
-    """A clip cannot be used; ``reason`` is a category for counts, such as "unreadable" or "non-finite"."""
+    """Error for a clip that cannot be used; ``reason`` is a category for counts, such as "unreadable"."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(reason, message)  # both, so that an error can be pickled
@@ -99,13 +99,13 @@ def read_audio(
         sample_rate_hz: None keeps the file's rate.
         start_seconds: start of the part to read; in WAV, AIFF and FLAC earlier samples are not decoded.
         name: the clip's name in messages; default: its path.
-        min_samples: minimum length in samples of ``sample_rate_hz``, such as one codec frame.
+        min_samples: minimum number of samples (at ``sample_rate_hz``), such as one codec frame.
     """
     name = name or ("audio bytes" if isinstance(source, bytes) else str(source))
     try:
         with BytesIO(source) if isinstance(source, bytes) else open(source, "rb", buffering=0) as stream:
             if not stream.seek(0, SEEK_END):
-                raise AudioError("empty", f"'{name}' is empty (0 bytes); give a WAV, FLAC, MP3 or OGG file")
+                raise AudioError("empty", f"'{name}' is empty (0 bytes); choose a WAV, FLAC, MP3 or OGG file")
             waveform = _read(stream, name, sample_rate_hz, start_seconds, max_seconds)
     except AudioError:
         raise
@@ -116,11 +116,11 @@ def read_audio(
         raise AudioError("needs FFmpeg", f"only FFmpeg reads '{name}'; {remedy}") from error
     except Exception as error:  # decoders raise various errors for damaged files
         problem = f"is not readable audio ({first_line(error).split(': ', 1)[-1].rstrip('.')})"
-        raise AudioError("unreadable", f"'{name}' {problem}; give a WAV, FLAC, MP3 or OGG file") from error
+        raise AudioError("unreadable", f"'{name}' {problem}; choose a WAV, FLAC, MP3 or OGG file") from error
     if len(waveform.samples_S) < min_samples:
         milliseconds, frame = 1000 * waveform.seconds, 1000 * min_samples / waveform.sample_rate_hz
         problem = f"is {milliseconds:.1f} ms long, less than one codec frame ({frame:.0f} ms)"
-        raise AudioError("too short", f"'{name}' {problem}; give a longer clip")
+        raise AudioError("too short", f"'{name}' {problem}; choose a longer clip")
     return waveform
 
 
@@ -158,8 +158,8 @@ def _read(
     num_read, is_cut, cancelled = 0, False, 0.0
     with _opened(stream, start_s) as (rate_hz, C, num_samples, blocks):
         if not RATES_HZ[0] <= rate_hz <= RATES_HZ[1]:
-            problem = f"the sample rate of '{name}' is {rate_hz:,} Hz, not 1 kHz to 1 MHz"
-            raise AudioError("sample rate", f"{problem}; fix its header")
+            problem = f"the sample rate of '{name}' is {rate_hz:,} Hz, outside 1 kHz to 1 MHz"
+            raise AudioError("sample rate", f"{problem}; fix the file's header")
         wanted_hz = wanted_hz or rate_hz
         resampler = soxr.ResampleStream(rate_hz, wanted_hz, 1) if wanted_hz != rate_hz else None
         limit = None if max_s is None else math.ceil(max_s * rate_hz)
@@ -194,7 +194,7 @@ def _read(
     if not len(samples_S) and start_s:
         raise AudioError("past the end", f"'{name}' ends before its start of {start_s:g} s; fix the start")
     if not len(samples_S):
-        raise AudioError("empty", f"'{name}' has no audio samples; give a clip with sound in it")
+        raise AudioError("empty", f"'{name}' has no audio samples; choose another clip")
     return Waveform(torch.from_numpy(samples_S), wanted_hz, is_cut, () if channel is None else (OPPOSITE,))
 
 

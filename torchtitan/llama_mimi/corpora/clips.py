@@ -43,14 +43,14 @@ class AudioClip:
     """One usable clip; ``audio_warnings`` are those of its `Waveform`."""
 
     name: str  # id, path or position
-    # Mono float32 at the codec's rate. A tensor would travel between processes through /dev/shm. Docker limits it to
-    # 64 MB, and a worker without space would hang. An array travels through a pipe.
+    # Mono float32 at the codec's rate. PyTorch would send a tensor to another process through /dev/shm, which Docker
+    # limits to 64 MB. Without space, a worker would hang. An array is sent through a pipe.
     samples_S: np.ndarray
     is_cut: bool  # the recording is longer
     text: str | None
     speaker: str | None = None
     audio_warnings: tuple[str, ...] = ()
-    audio_hash: bytes | None = None  # of the samples
+    audio_hash: bytes | None = None  # hash of the samples
 
 
 @dataclass
@@ -59,8 +59,8 @@ class AudioReader:
 
     source: Source
     _: KW_ONLY
-    sample_rate_hz: int  # of the codec
-    frame_size: int  # of the codec; shorter clips are skipped
+    sample_rate_hz: int  # rate of the codec
+    frame_size: int  # samples in one codec frame; shorter clips are skipped
     max_frames: int  # longer clips are cut, or split
     with_text: bool = False  # skip rows without a transcript
     row_filter: RowFilter = field(default_factory=RowFilter)
@@ -121,7 +121,7 @@ class AudioReader:
             return SkippedClip(reason, name, is_filtered=True)
         samples_S = waveform.samples_S.numpy()
         if len(samples_S) < self.frame_size:
-            return SkippedClip("too short", f"'{name}' is {waveform.seconds:.3f} s, less than a frame of the codec")
+            return SkippedClip("too short", f"'{name}' is {waveform.seconds:.3f} s, less than one codec frame")
         labels = row.get("text"), row.get("speaker"), waveform.audio_warnings
         audio_hash = hashlib.blake2b(memoryview(samples_S), digest_size=HASH_BYTES).digest()
         return AudioClip(name, samples_S, waveform.is_cut, *labels, audio_hash)

@@ -69,9 +69,9 @@ class CodeCorpus:
     """Reader of a tokenised corpus; a unit is a row group of a shard."""
 
     name: str  # folder
-    codec: str  # hub id or folder; its weights must be those that encoded the corpus
+    codec: str  # hub id or folder; must have the weights that encoded the corpus
     num_quantizers: int  # Q to read, at most the stored number
-    sliding_window: bool = True  # setting of the codec, which must be the stored one
+    sliding_window: bool = True  # setting of the codec; must equal the stored setting
     _: KW_ONLY
     with_text: bool = False  # skip rows without a transcript
     max_frames: int | None = None  # longer clips are cut

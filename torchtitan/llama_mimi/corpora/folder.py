@@ -17,7 +17,7 @@ TABLES, TRANSCRIPTS = ("metadata.csv", "metadata.jsonl"), ".trans.txt"
 
 
 class FolderSource(Source):
-    """Source whose rows are the audio files at any depth. It reads the values of a row, in this order, from:
+    """Source whose rows are the audio files at any depth. Values of a row come from these files, by priority:
 
     - a table in the file's folder or in a parent folder: ``metadata.csv`` or ``metadata.jsonl`` with a column
       ``file_name`` (audiofolder of `datasets`), ``metadata.csv`` with lines ``id|text|normalized_text`` next to the
@@ -104,7 +104,7 @@ def _read_tables(folder: str, names: Sequence[str]) -> dict[str, Values]:
             except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
                 problem = f"{type(error).__name__}: {first_line(error)}"
                 needed = "in UTF-8" if name.endswith(TRANSCRIPTS) else "with the column file_name"
-                raise UserError(f"'{path}' is not a table {needed} ({problem}); fix it") from error
+                raise UserError(f"'{path}' is not a table {needed} ({problem}); fix the table") from error
     return found
 
 

@@ -10,9 +10,9 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import digest, file_system
 from llama_mimi.corpora.source import Columns, Row, Source, Unit, reading
 
-FOOTER_THREADS = 16  # threads that read footers; a remote read is mostly waiting
-# Maximum size of a unit by the file's footer. A larger row group is divided into units of a quarter of this size. In
-# memory a unit may take twice this size.
+FOOTER_THREADS = 16  # number of threads that read footers; a remote read is mostly waiting
+# Maximum size of a unit in bytes, according to the file's footer. A larger row group is divided into units of a quarter
+# of this size. In memory, a unit may take twice this size.
 MAX_GROUP_BYTES = 2**31
 ROWS_AT_ONCE = 16
 

@@ -65,7 +65,7 @@ class Source(ABC):
 
     def __init__(self, name: str, wanted: Columns) -> None:
         self.name, self._wanted = name, wanted
-        self._columns: dict[str, str] = {}  # by role
+        self._columns: dict[str, str] = {}  # column of each role
 
     @property
     def columns(self) -> list[str]:

@@ -62,7 +62,8 @@ class TarSource(Source):
                 parts: dict[str, bytes] = {}
                 for _, part, member in members:
                     if part in parts:
-                        raise UserError(f"'{file}' has '{member.name}' twice, or two audio files with that name")
+                        problem = "twice, or two audio files with that name"
+                        raise UserError(f"'{file}' has '{member.name}' {problem}; rename one of them")
                     is_wanted = number >= start and part in wanted
                     # extractfile follows links and restores sparse members.
                     content = tar.extractfile(member) if is_wanted else None

@@ -37,7 +37,7 @@ READER = 3  # version of the rules that skip and filter clips; a folder must be 
 CLIPS_PER_SHARD, MIN_SHARDS = 2048, 64  # defaults: 3 MB per shard for clips of 14 s, and enough shards for many ranks
 ROWS_PER_CHUNK = 100  # rows that a worker reads, and the codec encodes, at once
 SECONDS_PER_REPORT = 10.0
-SHARD_READERS = 16  # threads; a remote read is mostly waiting
+SHARD_READERS = 16  # number of threads; a remote read is mostly waiting
 # Options that do not change the shards.
 FREE = "corpus dataset_path split output_dir codec num_workers max_skip_fraction".split()
 
@@ -104,7 +104,7 @@ def tokenize_corpus(options: TokenizationOptions) -> None:
         columns = {"text": options.text_column, "speaker": options.speaker_column, **row_filter.columns}
         source = open_source(options.corpus, options.dataset_path, options.audio_column, None, columns, options.split)
         if missing := [column for role, column in row_filter.columns.items() if role not in source.columns]:
-            raise UserError(f"--where is {options.where!r}, but '{options.corpus}' has no column '{missing[0]}'")
+            raise UserError(f"--where names a column '{missing[0]}', but '{options.corpus}' has none; fix the name")
         codec = MimiCodec(
             options.codec, options.num_quantizers, ranks.device, DTYPES[options.dtype], options.codec_sliding_window
         )

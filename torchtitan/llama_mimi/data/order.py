@@ -16,7 +16,7 @@ from llama_mimi.corpora.code_shards import CodeCorpus
 ClipReader = AudioReader | CodeCorpus
 
 # An additive recurrence with the golden ratio spreads the draws of each corpus evenly: after any number of draws, the
-# number from each corpus is right to within a few (Kuipers and Niederreiter, Uniform Distribution of Sequences, 1974).
+# number from each corpus is exact to a few clips (Kuipers and Niederreiter, Uniform Distribution of Sequences, 1974).
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 MIN_WINDOWS = 64  # minimum number of windows in an epoch, if the corpus has that many units
@@ -140,7 +140,7 @@ class ShuffledOrder:
         self._upcoming()[1][0].frames_used = num_frames
 
     def _upcoming(self) -> tuple[int, list[BegunWindow]]:
-        """Return the corpus of the next clip and its partly used windows, of which the first is next."""
+        """Return the corpus of the next clip and its partly used windows (one or more; the first is next)."""
         corpus = bisect(self._bounds, (self.position.drawn * _GOLDEN) % 1.0)
         cursor = self.position.cursors[corpus]
         if not cursor.begun:
