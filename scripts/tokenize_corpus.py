@@ -1,10 +1,10 @@
-"""Tokenise a corpus once: audio -> shards of Mimi codes that training reads.
+"""Tokenise a corpus: encode audio to shards of Mimi codes for training.
 
     uv run torchrun --standalone --nproc_per_node=2 scripts/tokenize_corpus.py \\
         --corpus "assets/tiny/corpus/train-*.parquet" \\
         --codec assets/tiny/mimi --output_dir data/codes/tiny
 
-Ranks share the work. A killed run is started again, on any number of ranks, and writes the missing shards.
+Ranks share the work. If a run is killed, re-run the command on any number of ranks to write the missing shards.
 """
 
 from llama_mimi.common.command_line import run_command

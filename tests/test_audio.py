@@ -1,4 +1,4 @@
-"""Any audio becomes mono float32 at one rate; audio as other programs write, truncate and damage it has a reason."""
+"""Reading audio: formats, channels, resampling, and a reason for each file that cannot be used."""
 
 import io
 import struct
@@ -31,12 +31,12 @@ def wav(samples, rate_hz=RATE, subtype="FLOAT") -> bytes:
 
 
 def with_rate(content: bytes, rate_hz: int) -> bytes:
-    """A WAV file whose header says another rate: bytes 24 to 27."""
+    """Change the sample rate in a WAV header, bytes 24 to 27."""
     return content[:24] + struct.pack("<I", rate_hz) + content[28:]
 
 
 def flac_of_length(num_samples: int) -> bytes:
-    """A FLAC file whose header says another length: the last 36 bits before the MD5 sum (RFC 9639, 8.2)."""
+    """Write a FLAC file with this length in its header: the last 36 bits before the MD5 sum (RFC 9639, 8.2)."""
     content = bytearray(written(format="FLAC"))
     field = int.from_bytes(content[18:26], "big") >> 36 << 36 | num_samples
     content[18:26] = field.to_bytes(8, "big")
@@ -44,13 +44,13 @@ def flac_of_length(num_samples: int) -> bytes:
 
 
 def with_size(content: bytes, num_bytes: int) -> bytes:
-    """A WAV file whose header says that so many bytes of samples follow."""
+    """Change the number of bytes of samples in a WAV header."""
     at = content.index(b"data") + 4
     return content[:at] + struct.pack("<I", num_bytes) + content[at + 4 :]
 
 
 def with_damage(content: bytes) -> bytes:
-    """A tenth of the bytes from the middle on are noise."""
+    """Replace a tenth of the bytes, beginning in the middle, by noise."""
     middle, rng = len(content) // 2, np.random.default_rng(0)
     return content[:middle] + rng.bytes(len(content) // 10) + content[middle + len(content) // 10 :]
 
@@ -63,7 +63,7 @@ def mp3(*, has_xing: bool, **options: str) -> bytes:
     stream = io.BytesIO()
     with av.open(stream, "w", format="mp3", options={"write_xing": str(int(has_xing))}) as container:
         audio = container.add_stream("libmp3lame", rate=RATE, layout="mono", options=options)
-        samples = np.concatenate([0.01 * SPEECH] * 4 + [SPEECH] * 4)  # of other bit rates, where they vary
+        samples = np.concatenate([0.01 * SPEECH] * 4 + [SPEECH] * 4)  # parts with different bit rates
         frame = av.AudioFrame.from_ndarray(samples[None], format="fltp", layout="mono")
         frame.sample_rate = RATE
         for packet in [*audio.encode(frame), *audio.encode(None)]:
@@ -72,9 +72,10 @@ def mp3(*, has_xing: bool, **options: str) -> bytes:
 
 
 FLAC = written(format="FLAC")
-OPUS, VORBIS = (written(format="OGG", subtype=subtype) for subtype in ("OPUS", "VORBIS"))
+OPUS = written(format="OGG", subtype="OPUS")
+PAGES = written(np.tile(SPEECH, 8), format="OGG", subtype="VORBIS").split(b"OggS")
 QUIET = np.zeros(RATE, np.float32)
-# Name -> the file, seconds that are wanted of it, and warnings.
+# Name -> file, its length in seconds, and warnings.
 READ = {
     "flac through a pipe": (flac_of_length(0), 1.5, ()),
     "flac before an ID3 tag": (FLAC + b"TAG" + bytes(125), 1.5, ()),
@@ -98,7 +99,7 @@ READ = {
     "webm": (by_ffmpeg("webm", "libopus"), 1.5, ()),
     "wma": (by_ffmpeg("asf", "wmav2"), 1.5, ()),
 }
-# Name -> the file, the reason why it is refused, and words of the sentence.
+# Name -> file, reason, and words of the error.
 REFUSED = {
     "flac that says twice its length": (flac_of_length(2 * len(SPEECH)), "breaks off", "before the length"),
     "flac without its last bytes": (FLAC[:-10], "unreadable", "not readable audio"),
@@ -106,10 +107,11 @@ REFUSED = {
     "wav cut in half": (wav(SPEECH)[: 2 * len(SPEECH)], "breaks off", "copy it again"),
     "aiff cut in half": (written(format="AIFF")[: len(SPEECH)], "breaks off", "copy it again"),
     "opus, noise, opus": (OPUS + b"x" * 100 + OPUS, "breaks off", "copy it again"),
+    "vorbis without a page": (b"OggS".join(PAGES[:6] + PAGES[7:]), "breaks off", "before the length"),
     "chained opus": (OPUS + OPUS, "chained Ogg", "one after another"),
     "16-bit integers as floats": (wav(SPEECH * 32768), "out of range", "divide them by their full scale"),
     "peaks of 17": (wav(SPEECH / np.abs(SPEECH).max() * 17), "out of range", "samples up to 17"),
-    "1 Hz": (with_rate(wav(SPEECH), 1), "sample rate", "is 1 Hz, not 1 kHz to 1 MHz"),
+    "1 Hz": (with_rate(wav(SPEECH), 1), "sample rate", "is 1 Hz, outside 1 kHz to 1 MHz"),
     "nothing": (b"", "empty", "0 bytes"),
     "no samples": (wav(SPEECH[:0]), "empty", "no audio samples"),
     "NaN": (wav(np.full(4000, np.nan, np.float32)), "non-finite", "NaN or infinite"),
@@ -151,8 +153,8 @@ def test_odd_audio_is_read(name, tmp_path):
         waveform = read_audio(source, RATE, name=name)
         assert waveform.samples_S.is_contiguous() and bool(torch.isfinite(waveform.samples_S).all())
         assert waveform.audio_warnings == audio_warnings and not waveform.is_cut
-        assert waveform.seconds == pytest.approx(seconds, abs=0.1)  # lossy formats pad
-    if "silence" not in name:  # it is the speech, not something of its length; some formats delay it
+        assert waveform.seconds == pytest.approx(seconds, abs=0.1)  # lossy formats add padding
+    if "silence" not in name:  # the content is the speech; some formats delay it
         heard = waveform.samples_S.numpy()[-len(SPEECH) :]
         spoken = SPEECH[: len(heard)]
         match = scipy.signal.correlate(heard, spoken).max() / np.linalg.norm(heard) / np.linalg.norm(spoken)
@@ -172,7 +174,7 @@ def test_odd_audio_is_refused(name, tmp_path):
         read_audio(wav(SPEECH[:1919]), RATE, min_samples=1920, name="clip")
     with pytest.raises(AudioError, match="does not exist"):
         read_audio(tmp_path / "nothing.wav", RATE)
-    with pytest.raises(AudioError, match="is a directory"):
+    with pytest.raises(AudioError, match="or is a folder"):
         read_audio(tmp_path, RATE)
 
 
@@ -183,7 +185,7 @@ def test_ogg_that_breaks_off_is_refused(subtype, share):
     with pytest.raises(AudioError) as error:
         read_audio(whole[: int(share * len(whole))], RATE)
     assert error.value.reason == "breaks off"
-    assert read_audio(whole[: int(share * len(whole))], RATE, max_seconds=1.0).is_cut  # only what is read is judged
+    assert read_audio(whole[: int(share * len(whole))], RATE, max_seconds=1.0).is_cut  # the end is not read
 
 
 @pytest.mark.parametrize("kind", ["mp4", "adts aac", "webm", "wma"])
@@ -195,7 +197,7 @@ def test_without_ffmpeg_the_sentence_names_the_extra(kind, monkeypatch):
 
 
 def test_raw_is_not_guessed(tmp_path):
-    """soundfile would take its format from the name, and ask for the rest."""
+    """soundfile would take the format from the name, and ask for the sample rate."""
     path = tmp_path / "clip.raw"
     path.write_bytes(np.arange(9000, dtype=np.int16).tobytes())
     with pytest.raises(AudioError, match="not readable audio"):
@@ -206,7 +208,7 @@ def test_raw_is_not_guessed(tmp_path):
 
 @pytest.mark.parametrize("rate_hz", [8_000, 11_025, 16_000, 22_050, 44_100, 44_101, 48_000, 96_000])
 def test_resampling_in_blocks_is_resampling_at_once(rate_hz):
-    """And a tone stays what it is, to -100 dB."""
+    """A tone is preserved to -100 dB."""
     times = np.arange(rate_hz * 10) / rate_hz
     tone = 0.5 * np.sin(2 * np.pi * 1000 * times).astype(np.float32)
     heard = read_audio(wav(tone, rate_hz), RATE).samples_S.numpy()
@@ -221,11 +223,11 @@ def test_peaks_are_judged_in_every_channel_and_block():
     samples[-1, 1] = MAX_PEAK * 1.01
     with pytest.raises(AudioError, match="outside .-1, 1."):
         read_audio(wav(samples), RATE)
-    assert read_audio(wav(samples), RATE, max_seconds=1.0).is_cut  # what is not read is not judged
+    assert read_audio(wav(samples), RATE, max_seconds=1.0).is_cut  # the peak is not read
 
 
 def test_mutated_files_are_clips_or_have_a_reason():
-    """500 of the files of scripts/benchmarks/fuzz_audio.py, read in processes that are watched."""
+    """Read 500 files of scripts/benchmarks/fuzz_audio.py in a monitored process."""
     fuzzer = fuzz_audio.Fuzzer(TINY / "prompt.wav", seed=0)
     outcomes = dict(fuzz_audio.read_all(fuzzer, range(500), max_seconds=10.0, num_processes=1))
     assert sorted(outcomes) == list(range(500))

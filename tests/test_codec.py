@@ -1,4 +1,4 @@
-"""The codec: batches, padding, the sliding window, and levels."""
+"""Codec: batches, padding, sliding window, and levels."""
 
 import pytest
 import torch
@@ -39,11 +39,11 @@ def test_many_clips_come_back_in_their_order(codec, speech, batch_seconds):
 
 
 def test_without_its_window_the_codec_attends_to_all_that_came_before(codec, speech):
-    """The tiny codec's window is 24 positions at 25 Hz; each of its layers looks back by so many."""
+    """The tiny codec's window is 24 positions at 25 Hz, in each of its layers."""
     whole = MimiCodec(codec.name, 4, sliding_window=False)
     (windowed_TQ,), (whole_TQ,) = codec.encode([speech]), whole.encode([speech])
     assert torch.equal(windowed_TQ[:12], whole_TQ[:12]) and not torch.equal(windowed_TQ, whole_TQ)
-    # the first frames change no codes beyond the reach of all windows, but those of whole attention
+    # The first frames change later codes only without the window.
     reach = 1 + codec.config.num_hidden_layers * codec.config.sliding_window // 2
     long = torch.cat([speech] * (reach * 1920 // len(speech) + 2))
     other = torch.cat([torch.zeros(4 * 1920), long[4 * 1920 :]])
@@ -53,7 +53,7 @@ def test_without_its_window_the_codec_attends_to_all_that_came_before(codec, spe
 
 
 def test_a_checkpoint_says_how_its_codes_were_made():
-    assert not has_sliding_window(LlamaConfig(num_quantizers=4))  # a released checkpoint
+    assert not has_sliding_window(LlamaConfig(num_quantizers=4))  # a checkpoint of the first release
     for window in (True, False):
         assert has_sliding_window(LlamaConfig(num_quantizers=4, codec_sliding_window=window)) == window
 
@@ -61,7 +61,7 @@ def test_a_checkpoint_says_how_its_codes_were_made():
 def test_a_config_with_the_old_name_of_the_window_is_refused():
     config = LlamaConfig(num_quantizers=4, codec="kyutai/mimi", codec_attention="whole")
     assert not is_released(config)
-    with pytest.raises(UserError, match="codec_attention = 'whole'; replace it by codec_sliding_window"):
+    with pytest.raises(UserError, match="codec_attention = 'whole'; replace it with codec_sliding_window"):
         has_sliding_window(config)
 
 

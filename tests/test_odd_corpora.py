@@ -1,4 +1,4 @@
-"""Parquet corpora as other programs write them: which files, columns and audio are read."""
+"""Parquet corpora of other programs: files, columns and audio."""
 
 import base64
 from pathlib import Path
@@ -7,7 +7,6 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import soundfile
 from conftest import TINY
 from test_formats import clips_of, rows_of
 
@@ -22,7 +21,7 @@ AUDIO = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 
 
 def write(path: Path, audio=None, kind=AUDIO, **columns) -> str:
-    """One Parquet file of rows with ``audio``, by default a clip; returns its folder."""
+    """Write a Parquet file with ``audio`` (default: one clip) and return its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     audio = [{"bytes": PROMPT, "path": None}] if audio is None else audio
     arrays = {"audio": pa.array(audio, kind)}
@@ -39,7 +38,7 @@ def names_of(dataset, split: str | None = None) -> list[str]:
     return [Path(file).name for file in corpus_files(str(dataset), None, split)[1]]
 
 
-# Which files
+# Files
 
 HUB = ("train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-00001", "test-00000-of-00001")
 
@@ -55,7 +54,7 @@ HUB = ("train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-0000
         (["Train-0.parquet", "Test-0.parquet"], "test, train"),
         (["data/train.100-00000-of-00001.parquet", "data/train.360-00000-of-00001.parquet"], "train.100, train.360"),
         (["part-0.parquet", "part-1.parquet"], None),
-        (["constraint.parquet", "latest.parquet"], None),  # words within words
+        (["constraint.parquet", "latest.parquet"], None),  # a split's name inside other words
         (["data/train-00000-of-00001.parquet", "data/extra.parquet"], None),
     ],
 )
@@ -69,23 +68,23 @@ def test_splits_of_a_folder(tmp_path, files, splits):
         opened(tmp_path)
     for split in splits.split(", "):
         assert 0 < len(names_of(tmp_path, split)) < len(files) and opened(tmp_path, split=split).units
-    with pytest.raises(UserError, match=f"the split 'dreams' was asked for, but .* contains {splits}"):
+    with pytest.raises(UserError, match=f"the split 'dreams' does not exist: .* contains {splits}"):
         names_of(tmp_path, "dreams")
-    assert len(names_of(f"{tmp_path}/**/*.parquet")) == len(files)  # a glob names the files
+    assert len(names_of(f"{tmp_path}/**/*.parquet")) == len(files)  # a glob ignores splits
 
 
 def test_other_names_of_a_split_choose_it(tmp_path):
     write(tmp_path / "train.parquet")
     write(tmp_path / "validation.parquet")
     assert names_of(tmp_path, "dev") == ["validation.parquet"]
-    with pytest.raises(UserError, match="contains no splits; choose another, or leave it out"):
+    with pytest.raises(UserError, match="contains no splits; choose another, or set none"):
         names_of(f"{tmp_path}/*.parquet", "train")
-    with pytest.raises(UserError, match="'test' was asked for, but 'peoples_speech' contains train"):
+    with pytest.raises(UserError, match="'test' does not exist: 'peoples_speech' contains train"):
         opened("peoples_speech", split="test")
 
 
 def test_hidden_files_and_links(tmp_path):
-    folder = write(tmp_path / ".cache" / "a" / "train-0.parquet")  # a hidden folder that is named is read
+    folder = write(tmp_path / ".cache" / "a" / "train-0.parquet")  # a hidden folder is read if it is named
     for other in ("._train-0.parquet", ".cache/huggingface/part.parquet", "__MACOSX/train-0.parquet", ".hidden.pq"):
         (tmp_path / ".cache/a" / other).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / ".cache/a" / other).write_bytes(b"not Parquet")
@@ -112,7 +111,7 @@ def test_names_that_look_like_globs_and_other_endings(tmp_path, folder):
     assert names_of(path) == ["__0.parquet", "b.PARQUET", "c.pq", "d.PQ", "train-0.parquet"]
 
 
-# Which columns
+# Columns
 
 
 def test_a_large_row_group_is_read_in_parts(tmp_path, monkeypatch):
@@ -129,20 +128,14 @@ def test_a_large_row_group_is_read_in_parts(tmp_path, monkeypatch):
 
 
 def test_a_row_group_that_grows_in_memory_is_refused(tmp_path, monkeypatch):
-    """Equal values are stored once in a file, so that a small file may take any memory."""
+    """A Parquet file stores equal values once, so a small file may need any amount of memory."""
     folder = write(tmp_path / "x.parquet", [{"bytes": PROMPT, "path": None}] * 50)
     monkeypatch.setattr(parquet, "MAX_GROUP_BYTES", 10 * len(PROMPT))
     with pytest.raises(UserError, match="row group 0 of .* takes more than .* bytes of memory"):
         rows_of(opened(folder))
 
 
-def test_columns_twice_and_in_two_roles(tmp_path):
-    column = pa.array([{"bytes": PROMPT, "path": None}], AUDIO)
-    table = pa.Table.from_arrays([column, pa.array(["a"]), pa.array(["b"])], names=["audio", "text", "text"])
-    pq.write_table(table, tmp_path / "train-0.parquet")
-    assert len(rows_of(opened(tmp_path))) == 1  # nobody asks for it
-    with pytest.raises(UserError, match='not a readable Parquet file .*Field "text" exists 2 times in schema'):
-        rows_of(opened(tmp_path, "text"))
+def test_a_column_in_two_roles(tmp_path):
     folder = write(tmp_path / "b" / "train-0.parquet", id=["some words"], speaker=["x"])
     (clip,) = clips_of(opened(folder, "id"), with_text=True)
     assert (clip.name, clip.text) == ("some words", "some words")
@@ -161,7 +154,7 @@ def test_transcripts_are_text(tmp_path):
         folder = write(tmp_path / f"no {number}" / "train-0.parquet", text=values)
         (clip,) = clips_of(opened(folder, "text"), with_text=True)
         assert clip.reason == "damaged row" and "its text cannot be stored (it is a " in clip.message
-        assert isinstance(clips_of(opened(folder))[0], AudioClip)  # nobody asks for it
+        assert isinstance(clips_of(opened(folder))[0], AudioClip)  # the text is not read
     audio = [{"bytes": PROMPT, "path": None}] * 2
     folder = write(tmp_path / "odd" / "train-0.parquet", audio, text=[b"\xff\xfe", b"good"], id=[b"\xff1", b"two"])
     bad, good = clips_of(opened(folder, "text"), with_text=True)
@@ -169,7 +162,7 @@ def test_transcripts_are_text(tmp_path):
     assert (good.name, good.text) == ("two", "good")
 
 
-# Which audio
+# Audio
 
 
 def clip_of(folder, row, kind=AUDIO, **options):
@@ -189,7 +182,7 @@ def clip_of(folder, row, kind=AUDIO, **options):
         ({"bytes": None, "path": "x" * 5000}, AUDIO, "unreadable"),
         ({"bytes": None, "path": "memory://nowhere.wav"}, AUDIO, "missing"),
         ({"bytes": None, "path": "nothing://a.wav"}, AUDIO, "unexpected"),
-        ({"bytes": None, "path": "."}, AUDIO, "unreadable"),
+        ({"bytes": None, "path": "."}, AUDIO, "missing"),
         ({"bytes": None, "path": ""}, AUDIO, "no audio"),
         ({"bytes": None, "path": 7}, pa.struct({"bytes": pa.binary(), "path": pa.int64()}), "damaged row"),
         ([0.5, 0.25], pa.list_(pa.float32()), "damaged row"),
@@ -210,21 +203,12 @@ def test_paths_lie_beside_the_parquet_file(tmp_path, content, monkeypatch):
     monkeypatch.chdir(tmp_path / "elsewhere")
     for path in ("clips/a.wav", "../elsewhere/a.wav", str(tmp_path / "elsewhere" / "a.wav")):
         assert isinstance(clip_of(tmp_path, {"bytes": content, "path": path}), AudioClip)
-    assert clip_of(tmp_path, {"bytes": None, "path": "a.wav"}).reason == "missing"  # not the working directory
+    assert (
+        clip_of(tmp_path, {"bytes": None, "path": "a.wav"}).reason == "missing"
+    )  # the working directory is not searched
     memory = fsspec.filesystem("memory")
     write(tmp_path / "train-0.parquet", [{"bytes": content, "path": "clips/a.wav"}])
     memory.pipe_file("/odd/train-0.parquet", (tmp_path / "train-0.parquet").read_bytes())
     memory.pipe_file("/odd/clips/a.wav", PROMPT)
     (clip,) = clips_of(opened("memory://odd"))
     assert isinstance(clip, AudioClip)
-
-
-def test_a_fault_of_audio_reaches_the_clip(tmp_path):
-    flac = tmp_path / "a.flac"
-    soundfile.write(flac, *soundfile.read(TINY / "prompt.wav", dtype="float32"))
-    content = bytearray(flac.read_bytes())
-    content[24] |= 0xF0  # the length
-    clip = clip_of(tmp_path, {"bytes": bytes(content), "path": None})
-    assert isinstance(clip, AudioClip) and clip.is_cut  # only the wanted part was read
-    clip = clip_of(tmp_path, {"bytes": bytes(content), "path": None}, max_frames=99)
-    assert isinstance(clip, SkippedClip) and clip.reason == "breaks off"

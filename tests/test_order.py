@@ -1,11 +1,10 @@
-"""Every frame once an epoch, whatever the ranks, workers and kill points; the same order on the same ranks.
+"""Order of clips: each frame once per epoch on any ranks, workers and kills; the same order on the same ranks.
 
-Codes say which clip and frame they are, so that what was trained on is read back from the tokens of the batches.
+The codes of each clip contain its number and frame numbers, so that tests can read them from the tokens of the batches.
 """
 
 import itertools
 import json
-import pickle
 from collections import Counter
 from types import SimpleNamespace
 
@@ -17,7 +16,7 @@ from hypothesis import strategies as st
 
 from llama_mimi.common.errors import UserError
 from llama_mimi.corpora.code_shards import CodedClip
-from llama_mimi.data.dataloader import ClipStream, SpeechDataLoader
+from llama_mimi.data.dataloader import SpeechDataLoader
 from llama_mimi.data.order import CorpusOrder, ShuffledOrder
 from llama_mimi.data.packing import BatchPacker
 from llama_mimi.tokens.tokenizer import IGNORE_INDEX
@@ -26,7 +25,7 @@ WINDOW = 6
 
 
 class MadeUpReader:
-    """Clips of 1 to 40 frames in units of 1 to 5; the codes of a frame are its corpus, clip, and number."""
+    """Reader of clips with 1 to 40 frames, in units of 1 to 5 clips; codes are corpus, clip and frame number."""
 
     def __init__(self, number: int, num_units: int) -> None:
         generator = np.random.default_rng(number)
@@ -54,7 +53,7 @@ def make_loaders(readers, tokenizer, dp_world_size, num_workers, *, is_packed=Tr
 
 
 def world_state(loaders):
-    """What `state_dict` gives on every rank, where there are no ranks to gather from."""
+    """Return the `state_dict` of a run with these loaders as ranks."""
     states = [json.loads(loader.state_dict()["position"]) for loader in loaders]
     counts = sum((Counter(state["counts"]) for state in states), Counter())
     sums = {"ranks": [state["ranks"][0] for state in states], "counts": counts, "frames": 0}
@@ -62,7 +61,7 @@ def world_state(loaders):
 
 
 def frames_in(batch, tokenizer):
-    """(corpus, clip, frame) of everything that a batch trains on."""
+    """Return (corpus, clip, frame) of each target of a batch."""
     labels_L = batch[1].flatten()
     audio_L = labels_L[(labels_L != IGNORE_INDEX) & tokenizer.vocabulary.is_audio(labels_L)]
     codes_TQ = tokenizer.vocabulary.entries(audio_L).view(-1, tokenizer.vocabulary.num_quantizers)
@@ -71,7 +70,7 @@ def frames_in(batch, tokenizer):
 
 
 def frames_of_windows(readers, state, seed=3):
-    """What a run must have read by a state: all windows that any rank has begun, but for what is left of them."""
+    """Return the frames that a run must have read at a state: the used parts of all windows."""
     positions = json.loads(state["position"])["ranks"]
     expected = Counter()
     for number, reader in enumerate(readers):
@@ -97,7 +96,7 @@ segments = st.lists(
 @costly(max_examples=40)
 @given(segments=segments, num_corpora=st.integers(1, 2), is_packed=st.booleans(), num_units=st.integers(1, 30))
 def test_every_frame_once_over_changing_ranks(tokenizer, segments, num_corpora, is_packed, num_units):
-    """Segments of (ranks, workers, steps), each killed after its steps: what workers read ahead is lost with them."""
+    """Each segment (ranks, workers, steps) is killed after its steps; clips that workers read ahead are lost."""
     readers = [MadeUpReader(number, num_units) for number in range(num_corpora)]
     state, seen = None, Counter()
     for dp_world_size, num_workers, steps in segments:
@@ -119,7 +118,7 @@ def test_every_frame_once_over_changing_ranks(tokenizer, segments, num_corpora, 
     is_packed=st.booleans(),
 )
 def test_the_same_ranks_go_on_as_if_never_killed(tokenizer, dp_world_size, workers, kill_after, is_packed):
-    """Also with another number of loader workers."""
+    """The number of loader workers may also change."""
     readers = [MadeUpReader(0, 20), MadeUpReader(1, 7)]
     whole = make_loaders(readers, tokenizer, dp_world_size, workers[0], is_packed=is_packed)
     streams = [iter(loader) for loader in whole]
@@ -151,7 +150,7 @@ def corpus(*sizes):
 
 
 def test_the_order_of_a_run_stays():
-    """The clips of a mixture in an order that was written down; runs that were begun must continue in it."""
+    """The order of clips equals a recorded one, so that runs of earlier versions can resume."""
     order = ShuffledOrder([corpus(*[3, 5] * 70), corpus(*[2] * 40)], [0.7, 0.3], 1, 2, shuffle_window=9, seed=5)
     refs = [tuple(ref) for ref in itertools.islice(order, 1000)]
     assert refs[:4] == [(0, 1, 99, 3, 0), (0, 1, 99, 0, 0), (0, 1, 100, 0, 0), (1, 1, 33, 0, 0)]
@@ -159,7 +158,7 @@ def test_the_order_of_a_run_stays():
 
 
 def test_windows_are_of_one_size():
-    """So that ranks, which read windows in turn, stay side by side."""
+    """Ranks read windows in turn, so equal windows keep their epochs aligned."""
     order = CorpusOrder(np.full(1000, 10), 100, 0)
     assert {len(order.rows(window)) for window in range(order.windows_per_epoch)} == {100}
     assert CorpusOrder(np.full(16, 32), 256, 0).windows_per_epoch == 16, "as many as a small corpus has units"
@@ -172,10 +171,10 @@ def test_fractions_are_met_at_once():
 
 
 def test_a_shorter_longest_clip_may_be_set_on_resuming(tokenizer):
-    """The clip that a packed row was in the middle of may end before the place reached in it."""
+    """A clip may now be shorter than its used frames at the checkpoint."""
     (whole,) = make_loaders([MadeUpReader(0, 9)], tokenizer, 1, 0)
     batches = iter(whole)
-    while not any(begun.frames_used for begun in whole._order.position.cursors[0].begun):
+    while not any(begun.frames_used for begun in whole.order.position.cursors[0].begun):
         next(batches)
     reader = MadeUpReader(0, 9)
     reader.lengths = np.ones_like(reader.lengths)
@@ -191,17 +190,3 @@ def test_a_position_in_other_data_is_refused(tokenizer):
     (reseeded,) = make_loaders([MadeUpReader(0, 9)], tokenizer, 1, 0, seed=4)
     with pytest.raises(UserError, match="with seed = 3, but it is 4 now"):
         reseeded.load_state_dict(loader.state_dict())
-
-
-def test_workers_divide_the_reading(tokenizer, monkeypatch):
-    """Each chunk is read by one worker, which may be spawned: what is sent to it can be pickled."""
-    reader = MadeUpReader(0, 20)
-    order = make_loaders([reader], tokenizer, 1, 0)[0]._order
-    order.next_clip()
-    stream, parts = pickle.loads(pickle.dumps(ClipStream([reader], order, 3))), []
-    for number in range(3):
-        info = SimpleNamespace(id=number, num_workers=3)
-        monkeypatch.setattr("llama_mimi.data.dataloader.get_worker_info", lambda info=info: info)
-        parts.append(list(itertools.islice(stream, 4)))
-    refs = [ref for chunks in zip(*parts, strict=True) for chunk in chunks for ref, _ in chunk]
-    assert refs == [order.next_clip() for _ in range(36)]

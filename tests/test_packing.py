@@ -1,4 +1,4 @@
-"""Rows of a batch: nothing lost, nothing twice, and labels that are the next targets."""
+"""Packing: each frame once, and correct labels."""
 
 import itertools
 
@@ -20,7 +20,7 @@ def packer(tokenizer, batch_size, seq_len, is_packed=True):
 
 
 def fill(packer, clips):
-    """All batches that clips of (codes, is_cut, text) make."""
+    """Return all batches of the clips (codes, is_cut, text)."""
     batches = []
     for codes_TQ, is_cut, text in clips:
         taken = 0
@@ -32,7 +32,7 @@ def fill(packer, clips):
 
 
 def pieces(batches):
-    """The sequences that rows hold, read back by their positions: ids and the labels under them."""
+    """Yield ids and labels of each sequence in the rows, which are separated by their positions."""
     for _, inputs, labels_BL in batches:
         for ids_L, positions_L, labels_L in zip(inputs["input"], inputs["positions"], labels_BL, strict=True):
             starts = [*(positions_L == 0).nonzero().flatten().tolist(), len(ids_L)]
@@ -96,7 +96,7 @@ def test_a_row_has_room_for_a_frame_behind_a_text(tokenizer, is_packed):
 
 @pytest.mark.parametrize("text", [None, "the doctor"])
 def test_padded_rows_hold_one_clip(tokenizer, text):
-    """And labels are the next ids, but for those that are given."""
+    """The labels are the next ids, except for the prefix."""
     lengths, num_given = (3, 9, 1), len(tokenizer.prefix_ids(text)) - 1
     clips = [(codes(length), False, text) for length in lengths]
     ((_, inputs, labels_BL),) = fill(packer(tokenizer, 3, 32, is_packed=False), clips)

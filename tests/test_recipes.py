@@ -1,4 +1,4 @@
-"""The recipes of config/CORPORA.md, run on a few clips that lie as each corpus is published."""
+"""The commands of config/CORPORA.md, run on a few clips in the layout of each published corpus."""
 
 import io
 import json
@@ -36,7 +36,7 @@ def written(samples_S, rate_hz, kind):
 
 
 def session(rows, rate_hz):
-    """All clips, one after the other, with pauses, so that it is longer than a clip of training."""
+    """Return a long recording: all clips, separated by pauses."""
     parts = [np.append(read_audio(row["bytes"], rate_hz).samples_S.numpy(), np.zeros(rate_hz // 2)) for row in rows]
     return np.concatenate(parts)[: round(SECONDS_OF_A_SESSION * rate_hz)]
 
@@ -51,7 +51,7 @@ def libri_light(folder, rows):
 
 
 def peoples_speech(folder, rows):
-    for config, chosen in {"clean": rows[:4], "dirty_sa": rows[3:7]}.items():  # one is in both
+    for config, chosen in {"clean": rows[:4], "dirty_sa": rows[3:7]}.items():  # one clip is in both
         names = [f"gov_DOT_item/gov_DOT_item_DOT_mp3_0000{number}.flac" for number in range(4)]
         table = [
             {"id": name, "audio": {"bytes": row["bytes"], "path": name}, "duration_ms": 3000, "text": row["text"]}
@@ -84,7 +84,7 @@ def emilia(folder, rows):
                 add(tar, f"{key}.json", json.dumps(said).encode())
 
 
-# What each recipe must say in its manifest, and of its rows.
+# Writer of each corpus, filtered clips in the manifest, and a check of a row.
 PUBLISHED = {
     "libri_light": (libri_light, {}, lambda row: row["speaker"] == "100" and "text" not in row),
     "peoples_speech_all": (peoples_speech, {"duplicate": 1}, lambda row: bool(row["text"])),
@@ -98,7 +98,7 @@ PUBLISHED = {
 
 
 def recipes():
-    """Words of each tokenising command of the page, by the folder of its codes."""
+    """Return the words of each tokenising command of the page, by the name of its output folder."""
     text = PAGE.read_text().replace("\\\n", " ")
     commands = [shlex.split(line) for line in re.findall(r"^uv run torchrun .*$", text, re.M)]
     return {

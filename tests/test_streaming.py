@@ -1,4 +1,4 @@
-"""Audio that is decoded as codes arrive is the audio of the whole."""
+"""Chunked decoding gives the same audio as decoding all codes at once."""
 
 from itertools import pairwise
 
@@ -23,7 +23,7 @@ def streamed(codec, codes_TQ, chunks):
 
 
 def test_any_chunks_give_the_audio_of_the_whole(codec, monkeypatch):
-    """On real codes, past the window of the codec's attention (12 frames); other users of the codec are left alone."""
+    """Real codes, longer than the attention window (12 frames); `codec.decode` is unchanged afterwards."""
     samples = torch.from_numpy(soundfile.read(TINY / "prompt.wav", dtype="float32")[0])
     (codes_TQ,) = codec.encode([samples.repeat(3)[: 40 * codec.frame_size]])
     whole_S = codec.decode(codes_TQ)
@@ -44,7 +44,7 @@ def test_any_chunks_give_the_audio_of_the_whole(codec, monkeypatch):
 
 @pytest.mark.parametrize("window", [True, False])
 def test_the_shape_of_mimi_itself(tmp_path, window):
-    """Random weights in kyutai/mimi's own shape, 8 levels, but for a window that is short enough to be met."""
+    """Random weights in the shape of kyutai/mimi with 8 levels and a short window."""
     torch.manual_seed(0)
     MimiModel(MimiConfig(sliding_window=10)).save_pretrained(tmp_path)
     codec = MimiCodec(str(tmp_path), 8, sliding_window=window)

@@ -163,7 +163,7 @@ def print_rates(flags: DataFlags, folder: Path) -> None:
 
 
 def encode(codec: MimiCodec, clips: list[AudioClip], batch_size: int) -> float:
-    samples = sorted((clip.samples_S for clip in clips), key=len)
+    samples = sorted((torch.from_numpy(clip.samples_S) for clip in clips), key=len)
     batches = [samples[i : i + batch_size] for i in range(0, len(samples), batch_size)]
     return rate_of(partial(map, codec.encode, batches), sum(map(len, samples)) / codec.sample_rate_hz)
 
@@ -178,7 +178,7 @@ def token_rate(batches: Iterable[Any], codec: MimiCodec, limit: int) -> float:
 def baseline(flags: DataFlags, codec: MimiCodec, reader: AudioReader) -> Iterator[torch.Tensor]:
     tokenizer = flags.speech_tokenizer().text_tokenizer
     for clip in read_clips(reader, flags.clips):
-        text = tokenizer.bos_token + text_from_codes(codec.encode([clip.samples_S])[0])
+        text = tokenizer.bos_token + text_from_codes(codec.encode([torch.from_numpy(clip.samples_S)])[0])
         padding = {"max_length": flags.seq_len + 1, "padding": "max_length", "truncation": True}
         yield tokenizer(text, add_special_tokens=False, return_tensors="pt", **padding).input_ids
 

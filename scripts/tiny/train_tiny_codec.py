@@ -221,7 +221,7 @@ def usable(chunk: list[tuple[ClipRef, Clip]]) -> list[torch.Tensor]:
     for clip in clips:
         if isinstance(clip, SkippedClip):
             print(f"skipped: {clip.message}", flush=True)
-    return [clip.samples_S for clip in clips if isinstance(clip, AudioClip)]
+    return [torch.from_numpy(clip.samples_S) for clip in clips if isinstance(clip, AudioClip)]
 
 
 def train_tiny_codec(flags: CodecFlags) -> None:

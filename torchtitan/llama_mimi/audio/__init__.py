@@ -1,1 +1,1 @@
-"""From any recording to mono samples, and between samples and Mimi's codes."""
+"""Audio: read recordings as mono samples, and encode and decode them with Mimi."""

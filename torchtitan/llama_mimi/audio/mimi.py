@@ -1,4 +1,4 @@
-"""Mimi behind a small interface: waveforms <-> codes (T, Q)."""
+"""Mimi codec: waveforms <-> codes (T, Q)."""
 
 import hashlib
 import math
@@ -22,9 +22,9 @@ from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.hub import load_pretrained
 
 DEFAULT_CODEC = "kyutai/mimi"
-BATCH_SECONDS = (32.0, 160.0)  # of audio encoded at once without and with a GPU (scripts/benchmarks/bench_data.py)
-# Encoding of a partial last frame: "pad" fills it with zeros, as in our training; "codec" leaves it to the padding of
-# each convolution, as in the first release.
+BATCH_SECONDS = (32.0, 160.0)  # seconds of audio in a batch on CPU and GPU (scripts/benchmarks/bench_data.py)
+# Encoding of a partial last frame: "pad" fills it with zeros, as in training; "codec" lets each convolution pad it, as
+# in the first release.
 LastFrame = Literal["codec", "pad"]
 Precision = Literal["float32", "bfloat16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -41,9 +41,9 @@ def load_codec_config(name: str, num_quantizers: int) -> MimiConfig:
 
 
 def local_codec(name: str, folder: str | Path) -> str | None:
-    """Return the path of the codec that a model's config names, or None if no folder of that name exists.
+    """Return the path of the codec in a model's config, or None if no such folder exists.
 
-    A relative path is looked up from the model's folder and each folder above it, not from the working directory.
+    A relative path is searched from the model's folder and each of its parents, not from the working directory.
     """
     folder = Path(folder).absolute()
     for place in (folder, *folder.parents):
@@ -53,39 +53,35 @@ def local_codec(name: str, folder: str | Path) -> str | None:
 
 
 def whole_frames(seconds: float, config: MimiConfig, setting: str = "data.max_audio_seconds") -> int:
-    """Return the number of whole frames in ``seconds``; raise a `UserError` that names ``setting`` if there is none."""
+    """Return the number of whole frames in ``seconds``, the value of ``setting``; raise a `UserError` if it is 0."""
     frames = int(seconds * config.sampling_rate / config.frame_size + 1e-6)
     if not frames:
-        raise UserError(f"{setting} is {seconds}, less than a frame of the codec; raise it")
+        raise UserError(f"{setting} is {seconds}, less than one codec frame; set a larger value")
     return frames
 
 
 def is_released(config: PreTrainedConfig) -> bool:
-    """Return True for a checkpoint of the first release, whose config does not say if the codec has its window."""
+    """Return True for a checkpoint of the first release, whose config has no entry for the sliding window."""
     return not (hasattr(config, "codec_sliding_window") or hasattr(config, "codec_attention"))
 
 
 def has_sliding_window(config: PreTrainedConfig) -> bool:
-    """Return True if the codec of a model's training codes had its sliding window; released models are older than it.
-
-    Raises:
-        UserError: the config was written before `codec_sliding_window` had its name.
-    """
+    """Return True if a model was trained on codes with the sliding window; False for the first release."""
     if hasattr(config, "codec_attention"):
         problem = f"the config of '{config.name_or_path}' has codec_attention = '{config.codec_attention}'"
-        raise UserError(f"{problem}; replace it by codec_sliding_window: true for 'windowed', or false for 'whole'")
+        raise UserError(f"{problem}; replace it with codec_sliding_window: true for 'windowed', or false for 'whole'")
     return not is_released(config) and config.codec_sliding_window
 
 
 class MimiCodec:
-    """Mimi at a fixed depth.
+    """Mimi with a fixed number of levels.
 
     Args:
         name: hub id or folder.
-        num_quantizers: Q, levels to encode and decode.
-        dtype: of weights and activations; bfloat16 changes about 2 % of the codes.
-        sliding_window: Mimi's Transformers attend to the last 250 positions (10 s), as Mimi was trained. False: to all
-            earlier positions, as transformers did before February 2026 (pull request 43971).
+        num_quantizers: Q, number of levels to encode and decode.
+        dtype: type of weights and activations; bfloat16 changes about 2 % of the codes.
+        sliding_window: True: attend to the last 250 positions (10 s), as Mimi was trained. False: attend to all earlier
+            positions, as transformers did before February 2026 (pull request 43971).
     """
 
     def __init__(
@@ -105,41 +101,41 @@ class MimiCodec:
         self.frame_rate_hz: float = config.sampling_rate / config.frame_size
         if self.device.type == "cpu":
             keep_freed_memory()
-        # By default convolutions on a GPU round float32 to TF32. Nothing else here has convolutions.
+        # By default, convolutions on a GPU round float32 to TF32. Only the codec has convolutions.
         torch.backends.cudnn.allow_tf32 = False
         extra: dict[str, Any] = {} if sliding_window else {"sliding_window": 10**9}  # wider than any clip
         if self.device.type == "cuda":
-            # TorchTitan switches the kernels of scaled_dot_product_attention for the whole process while it trains, so
-            # codes made during a step would depend on the moment.
+            # TorchTitan changes the attention kernels of the whole process during training, so codes would depend on
+            # the time of encoding.
             extra["attn_implementation"] = "eager"
         self.model = load_pretrained(MimiModel, name, what="codec", dtype=dtype, **extra).to(self.device).eval()
 
     def at_depth(self, num_quantizers: int) -> "MimiCodec":
-        """Return the codec at another depth, with the same weights in memory."""
+        """Return a codec with another number of levels that shares these weights."""
         other = copy(self)
         other.num_quantizers = num_quantizers
         return other
 
     def num_frames(self, num_samples: int) -> int:
-        """Return T of a clip of ``num_samples`` samples; a partial last frame counts as one."""
+        """Return the number of frames of a clip, including a partial last frame."""
         return math.ceil(num_samples / self.frame_size)
 
     def encode(self, waveforms: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Encode mono float32 clips (S,) at ``sample_rate_hz`` in one batch, to codes_TQ of each, int64 on the CPU.
+        """Encode mono float32 clips (S,) at ``sample_rate_hz`` in one batch; return codes (T, Q) of each, int64 on CPU.
 
-        Each clip is padded with zeros to whole frames, then to the longest clip; Mimi is causal, so a clip has the
-        same codes alone and in a batch.
+        Each clip is padded with zeros to whole frames, then to the longest clip. Mimi is causal, so a clip has the same
+        codes alone and in a batch.
         """
         if not waveforms:
             return []
         frames = [self.num_frames(len(samples_S)) for samples_S in waveforms]
         audio_BS = pad_sequence(list(waveforms), batch_first=True)
         audio_BS = torch.nn.functional.pad(audio_BS, (0, max(frames) * self.frame_size - audio_BS.shape[1]))
-        # clone() frees the memory of the padding, and is not an inference tensor
+        # clone() frees the padding, and returns a normal tensor instead of an inference tensor.
         return [codes_TQ[:T].clone() for codes_TQ, T in zip(self._encode(audio_BS), frames, strict=True)]
 
     def encode_as_released(self, samples_S: torch.Tensor) -> torch.Tensor:
-        """Encode one clip (S,) to codes_TQ as the first release does: each convolution pads a partial last frame."""
+        """Encode one clip (S,) to codes (T, Q) as in the first release: each convolution pads a partial last frame."""
         return self._encode(samples_S[None])[0].clone()
 
     @torch.inference_mode()
@@ -149,7 +145,7 @@ class MimiCodec:
         return codes_BQT.transpose(1, 2).cpu()
 
     def encode_many(self, waveforms: Sequence[torch.Tensor], batch_seconds: float | None = None) -> list[torch.Tensor]:
-        """Encode any number of clips as `encode` does, in batches of similar length, `BATCH_SECONDS` with padding."""
+        """Encode any number of clips as `encode` does, in length-bucketed batches of up to ``batch_seconds``."""
         batch_seconds = batch_seconds or BATCH_SECONDS[self.device.type == "cuda"]
         sizes = [len(samples_S) for samples_S in waveforms]
         batches = bucket_by_length(sizes, batch_seconds * self.sample_rate_hz)
@@ -158,13 +154,13 @@ class MimiCodec:
         return [codes[index] for index in range(len(waveforms))]
 
     def _encode_each(self, batches: Sequence[Sequence[torch.Tensor]]) -> list[list[torch.Tensor]]:
-        """Encode each batch; on CPUs one core each, which is faster than to share every convolution."""
+        """Encode each batch; on CPU, one thread per batch, which is faster than many threads per convolution."""
         num_threads = torch.get_num_threads()
         if self.device.type != "cpu" or num_threads == 1 or len(batches) == 1:
             return list(map(self.encode, batches))
         with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             encoded = list(pool.map(self.encode, batches))
-        torch.set_num_threads(num_threads)  # the pool's setting would hold for later threads, too
+        torch.set_num_threads(num_threads)  # the pool's setting applies to later threads, too
         return encoded
 
     @torch.inference_mode()
@@ -177,11 +173,11 @@ class MimiCodec:
 
 @lru_cache(maxsize=4)
 def codec_hash(name: str) -> str:
-    """Return the SHA-256 of a codec's weights (hub id or folder); codecs with the same hash have the same codes."""
+    """Return the SHA-256 of the weights of a codec (hub id or folder)."""
     try:
         path = cached_file(name, "model.safetensors")
     except OSError as error:
         problem = f"the weights of the codec '{name}' could not be read ({first_line(error)})"
-        raise UserError(f"{problem}; download them, as codes are compared by their hash") from error
+        raise UserError(f"{problem}; download the codec, because codes are identified by its hash") from error
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

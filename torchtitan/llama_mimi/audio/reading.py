@@ -1,4 +1,4 @@
-"""Read audio bytes or files of any format as mono float32 at the codec's rate, and write WAV files."""
+"""Read audio of any format as mono float32 at the codec's rate, and write WAV files."""
 
 import math
 import os
@@ -21,58 +21,57 @@ import torch
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import write_atomically
 
-# Larger samples are integers stored as floats. 16 is 24 dB over full scale, exceeded by mixes and lossy codecs by a few
-# dB; speech of 16-bit integers that stays below 16 is quieter than -66 dB.
+# Larger samples are integers that were stored as floats. The limit is 24 dB over full scale; mixes and lossy codecs
+# exceed full scale by a few dB only.
 MAX_PEAK = 16.0
-AUDIO_ENDINGS = (".wav", ".flac", ".ogg", ".mp3")  # of files in a folder; files given by name may have others
-RATES_HZ = (1_000, 1_000_000)  # headers with other sample rates are damaged, and would stretch a clip
-RESAMPLER = "soxr HQ"  # codes depend on it
-# Warnings on clips that are used all the same; each is counted.
+AUDIO_ENDINGS = (".wav", ".flac", ".ogg", ".mp3")  # audio files in a folder; a single file may have another ending
+RATES_HZ = (1_000, 1_000_000)  # other sample rates mean that the header is damaged
+RESAMPLER = "soxr HQ"  # recorded with the codes, which depend on it
+# Warnings about clips that are used; each is counted.
 OPPOSITE = "in opposite phases, the loudest channel taken"
 SHORTER = "shorter than its manifest says"
-MAX_CANCELLED = 0.1  # fraction of the energy; where the mean of the channels would cancel more, the loudest is used
+MAX_CANCELLED = 0.1  # fraction of the energy; if the mean of the channels cancels more, the loudest channel is used
 FAULTS = {
     "breaks off": "ends before the length in its header; copy it again",
-    "chained Ogg": "is several Ogg files one after another; split it, or convert it to one WAV or FLAC file",
+    "chained Ogg": "contains several Ogg files one after another; split it, or convert it to one WAV or FLAC file",
 }
-BLOCK_SAMPLES = 2**16  # of all channels that are decoded at once, 0.25 MB in float32
-UNKNOWN_LENGTH = 2**63 - 1  # libsndfile's length of a file written through a pipe
-# libsndfile seeks to the exact sample in these encodings of these formats.
+BLOCK_SAMPLES = 2**16  # samples to decode at once, over all channels: 0.25 MB in float32
+UNKNOWN_LENGTH = 2**63 - 1  # libsndfile's length for a file that was written through a pipe
+# Encodings and formats in which libsndfile seeks to the exact sample.
 UNCODED = ("PCM", "FLOAT", "DOUBLE", "ULAW", "ALAW")
 SEEKABLE = ("WAV", "WAVEX", "AIFF", "FLAC", "W64", "RF64")
-# FFmpeg's formats that libsndfile does not read (MP4, WebM, AAC, WMA), by the first bytes of a file. FFmpeg may not try
-# others: some are lists of addresses, and bytes that claim to be audio must not cause a download.
+# Formats that only FFmpeg reads (MP4, WebM, AAC, WMA), by the first bytes of a file. FFmpeg must not guess the format:
+# some formats are lists of addresses, and reading a file must not cause a download.
 FFMPEG_FORMATS = {
     "mov": rb".{4}ftyp",
     "matroska": rb"\x1aE\xdf\xa3",
-    "aac": rb"\xff[\xf0\xf1\xf8\xf9]",  # ADTS: layer 0, which no MP3 frame has
+    "aac": rb"\xff[\xf0\xf1\xf8\xf9]",  # ADTS has layer 0, MP3 has layers 1 to 3
     "asf": rb"\x30\x26\xb2\x75\x8e\x66\xcf\x11\xa6\xd9\x00\xaa\x00\x62\xce\x6c",
 }
-MISCOUNTED_BYTES = 256  # that a whole WAV or AIFF file may lack: some programs count the header, too
-UNKNOWN_SIZE = 0x7FFF_F000  # larger sizes mean that the size was not known when the header was written
-# Sample rate in Hz, C, samples per channel by the header (None where it gives none, or an estimate), and blocks (S, C).
+MISCOUNTED_BYTES = 256  # tolerance for the size in a WAV or AIFF header, as some programs include the header
+UNKNOWN_SIZE = 0x7FFF_F000  # larger sizes mean that the size was unknown when the header was written
+# Sample rate in Hz, C, samples per channel by the header (None if unknown or an estimate), and blocks (S, C).
 Recording = tuple[int, int, int | None, Iterator[np.ndarray]]
 
 
 class AudioError(UserError):
-    """A clip that cannot be used; skipped clips are counted by ``reason``, such as "unreadable" or "non-finite"."""
+    """Error for a clip that cannot be used; ``reason`` is a category for counts, such as "unreadable"."""
 
     def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
+        super().__init__(reason, message)  # both, so that an error can be pickled
         self.reason = reason
 
-    def __reduce__(self) -> tuple[type, tuple[str, str]]:
-        """Keep the reason when ranks exchange errors."""
-        return type(self), (self.reason, str(self))
+    def __str__(self) -> str:
+        return str(self.args[1])
 
 
 @dataclass(frozen=True)
 class Waveform:
-    """One clip in mono float32, with `OPPOSITE` or `SHORTER` where they apply."""
+    """One clip in mono float32; ``audio_warnings`` may contain `OPPOSITE` and `SHORTER`."""
 
     samples_S: torch.Tensor
     sample_rate_hz: int
-    is_cut: bool = False  # the source is longer than what was asked for
+    is_cut: bool = False  # the source is longer than the requested part
     audio_warnings: tuple[str, ...] = ()
 
     @property
@@ -89,44 +88,44 @@ def read_audio(
     name: str | None = None,
     min_samples: int = 1,
 ) -> Waveform:
-    """Read the formats of libsndfile (WAV, FLAC, MP3, OGG), with PyAV also M4A, AAC, WebM and WMA, as mono float32.
+    """Read audio as mono float32: WAV, FLAC, MP3 and OGG by libsndfile; M4A, AAC, WebM and WMA by PyAV.
 
-    Channels are averaged, but where they cancel each other the loudest is used. Only the first ``max_seconds`` are
-    decoded, in blocks.
+    Channels are averaged; if they cancel each other, the loudest is used. Audio is decoded in blocks, up to
+    ``max_seconds``. A file that is missing, not audio, damaged or too short, or has non-finite or very large samples,
+    raises an `AudioError`.
 
     Args:
         source: a path, or the bytes of a file.
-        sample_rate_hz: None keeps the rate of the file.
-        start_seconds: start of the wanted part; in WAV, AIFF and FLAC earlier samples are not decoded.
-        name: the clip's name in messages; by default its path.
-        min_samples: minimum length at ``sample_rate_hz``, such as a codec's frame.
-
-    Raises:
-        AudioError: missing, not audio, damaged, too short, or with samples that are not finite or far outside [-1, 1].
+        sample_rate_hz: None keeps the file's rate.
+        start_seconds: start of the part to read; in WAV, AIFF and FLAC earlier samples are not decoded.
+        name: the clip's name in messages; default: its path.
+        min_samples: minimum number of samples (at ``sample_rate_hz``), such as one codec frame.
     """
     name = name or ("audio bytes" if isinstance(source, bytes) else str(source))
     try:
-        with _open(source, name) as stream:
+        with BytesIO(source) if isinstance(source, bytes) else open(source, "rb", buffering=0) as stream:
             if not stream.seek(0, SEEK_END):
-                raise AudioError("empty", f"'{name}' is empty (0 bytes); give a WAV, FLAC, MP3 or OGG file")
+                raise AudioError("empty", f"'{name}' is empty (0 bytes); choose a WAV, FLAC, MP3 or OGG file")
             waveform = _read(stream, name, sample_rate_hz, start_seconds, max_seconds)
     except AudioError:
         raise
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise AudioError("missing", f"'{name}' does not exist, or is a folder; check the path") from error
     except ImportError as error:
         remedy = "install it with `uv sync --extra ffmpeg`, or convert the file to WAV, FLAC, MP3 or OGG"
         raise AudioError("needs FFmpeg", f"only FFmpeg reads '{name}'; {remedy}") from error
     except Exception as error:  # decoders raise various errors for damaged files
         problem = f"is not readable audio ({first_line(error).split(': ', 1)[-1].rstrip('.')})"
-        raise AudioError("unreadable", f"'{name}' {problem}; give a WAV, FLAC, MP3 or OGG file") from error
+        raise AudioError("unreadable", f"'{name}' {problem}; choose a WAV, FLAC, MP3 or OGG file") from error
     if len(waveform.samples_S) < min_samples:
         milliseconds, frame = 1000 * waveform.seconds, 1000 * min_samples / waveform.sample_rate_hz
         problem = f"is {milliseconds:.1f} ms long, less than one codec frame ({frame:.0f} ms)"
-        raise AudioError("too short", f"'{name}' {problem}; give a longer clip")
+        raise AudioError("too short", f"'{name}' {problem}; choose a longer clip")
     return waveform
 
 
 def write_wav(path: str | Path, waveform: Waveform) -> None:
-    """Write a 16-bit PCM WAV file, clipped to [-1, 1], as a whole or not at all; raise a `UserError` if it fails."""
+    """Write a 16-bit PCM WAV file atomically, with samples clipped to [-1, 1]; raise a `UserError` if it fails."""
     stream, path = BytesIO(), Path(path)
     samples_S = waveform.samples_S.clamp(-1, 1).numpy()
     soundfile.write(stream, samples_S, waveform.sample_rate_hz, format="WAV", subtype="PCM_16")
@@ -135,15 +134,12 @@ def write_wav(path: str | Path, waveform: Waveform) -> None:
 
 @contextmanager
 def wav_writer(path: str | Path, sample_rate_hz: int) -> Iterator[soundfile.SoundFile]:
-    """Open a mono 16-bit PCM WAV file that can be played while it grows.
-
-    If writing fails, remove the incomplete file and raise a `UserError`.
-    """
+    """Open a mono 16-bit PCM WAV file for streaming; if writing fails, remove it and raise a `UserError`."""
     path = Path(path)
     is_ours = not path.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        name = os.fsencode(path)  # soundfile encodes a str as strict UTF-8
+        name = os.fsencode(path)  # soundfile fails for a str that is not valid UTF-8
         with soundfile.SoundFile(name, "w", sample_rate_hz, 1, format="WAV", subtype="PCM_16") as file:
             is_ours = True
             yield file
@@ -154,35 +150,19 @@ def wav_writer(path: str | Path, sample_rate_hz: int) -> Iterator[soundfile.Soun
         raise UserError(f"{problem}; free disk space, or choose another folder") from error
 
 
-def _open(source: str | Path | bytes, name: str) -> BinaryIO:
-    if isinstance(source, bytes):
-        return BytesIO(source)
-    path = Path(source)
-    if not path.exists():
-        raise AudioError("missing", f"'{name}' does not exist; check the path")
-    if path.is_dir():
-        raise AudioError("unreadable", f"'{name}' is a directory; name one audio file")
-    return path.open("rb", buffering=0)
-
-
 def _read(
-    stream: BinaryIO,
-    name: str,
-    wanted_hz: int | None,
-    start_seconds: float,
-    max_seconds: float | None,
-    channel: int | None = None,
+    stream: BinaryIO, name: str, wanted_hz: int | None, start_s: float, max_s: float | None, channel: int | None = None
 ) -> Waveform:
-    """Read the mean of the channels, or ``channel``; read again where the channels cancel each other."""
+    """Read the mean of the channels, or ``channel``; read again if the channels cancel each other."""
     parts: list[np.ndarray] = []
     num_read, is_cut, cancelled = 0, False, 0.0
-    with _opened(stream, start_seconds) as (rate_hz, C, num_samples, blocks):
+    with _opened(stream, start_s) as (rate_hz, C, num_samples, blocks):
         if not RATES_HZ[0] <= rate_hz <= RATES_HZ[1]:
-            problem = f"the sample rate of '{name}' is {rate_hz:,} Hz, not 1 kHz to 1 MHz"
-            raise AudioError("sample rate", f"{problem}; fix its header")
+            problem = f"the sample rate of '{name}' is {rate_hz:,} Hz, outside 1 kHz to 1 MHz"
+            raise AudioError("sample rate", f"{problem}; fix the file's header")
         wanted_hz = wanted_hz or rate_hz
         resampler = soxr.ResampleStream(rate_hz, wanted_hz, 1) if wanted_hz != rate_hz else None
-        limit = None if max_seconds is None else math.ceil(max_seconds * rate_hz)
+        limit = None if max_s is None else math.ceil(max_s * rate_hz)
         energy_C = np.zeros(C)
         for block_SC in blocks:
             if limit is not None and num_read + len(block_SC) > limit:
@@ -192,12 +172,12 @@ def _read(
             if C == 1:
                 mono_S = block_SC[:, 0]
             elif channel is not None:
-                mono_S = block_SC[:, channel].copy()  # frees the other channels
+                mono_S = block_SC[:, channel].copy()  # a view would keep the other channels in memory
             else:
                 mono_S = block_SC.mean(axis=1)
                 of_block_C = np.square(block_SC, dtype=np.float64).sum(axis=0)
                 energy_C += of_block_C
-                # Channels that do not cancel leave at least a C-th of the loudest in the mean; a half of it is 6 dB.
+                # The mean of uncorrelated channels has 1 / C of the loudest amplitude or more; the limit is 6 dB lower.
                 if np.square(mono_S, dtype=np.float64).sum() < 0.25 * of_block_C.max() / C**2:
                     cancelled += of_block_C.max()
             parts.append(resampler.resample_chunk(mono_S) if resampler else mono_S)
@@ -208,20 +188,20 @@ def _read(
     if not is_cut and (fault := "breaks off" if num_read < (num_samples or 0) else _fault_at_end(stream)):
         raise AudioError(fault, f"'{name}' {FAULTS[fault]}")
     if cancelled > MAX_CANCELLED * energy_C.max():
-        return _read(stream, name, wanted_hz, start_seconds, max_seconds, int(energy_C.argmax()))
+        return _read(stream, name, wanted_hz, start_s, max_s, int(energy_C.argmax()))
     samples_S = np.concatenate([*parts, np.empty(0, np.float32)])
-    samples_S = samples_S if max_seconds is None else samples_S[: round(max_seconds * wanted_hz)]
-    if not len(samples_S) and start_seconds:
-        raise AudioError("past the end", f"'{name}' ends before its start of {start_seconds:g} s; fix the start")
+    samples_S = samples_S if max_s is None else samples_S[: round(max_s * wanted_hz)]
+    if not len(samples_S) and start_s:
+        raise AudioError("past the end", f"'{name}' ends before its start of {start_s:g} s; fix the start")
     if not len(samples_S):
-        raise AudioError("empty", f"'{name}' has no audio samples; give a clip with sound in it")
+        raise AudioError("empty", f"'{name}' has no audio samples; choose another clip")
     return Waveform(torch.from_numpy(samples_S), wanted_hz, is_cut, () if channel is None else (OPPOSITE,))
 
 
 def _check_samples(block_SC: np.ndarray, name: str) -> None:
     peak = float(np.abs(block_SC).max(initial=0.0))
     if not math.isfinite(peak):
-        raise AudioError("non-finite", f"'{name}' has NaN or infinite samples; repair or remove the file")
+        raise AudioError("non-finite", f"'{name}' has NaN or infinite samples; fix or remove the file")
     if peak > MAX_PEAK:
         problem = f"'{name}' has samples up to {peak:,.0f}, outside [-1, 1]; they may be integers stored as floats"
         raise AudioError("out of range", f"{problem}: divide them by their full scale")
@@ -229,10 +209,10 @@ def _check_samples(block_SC: np.ndarray, name: str) -> None:
 
 @contextmanager
 def _opened(stream: BinaryIO, start_seconds: float = 0.0) -> Iterator[Recording]:
-    """Open bytes, or a file without a buffer, for decoding from ``start_seconds`` on.
+    """Open bytes or an unbuffered file for decoding from ``start_seconds``.
 
-    Decoders raise various errors for damaged files, here and while blocks are read. An ImportError means that only
-    FFmpeg reads the file, and PyAV is not installed.
+    Decoders raise many types of errors for damaged files, here and while blocks are read. An ImportError means that the
+    file needs PyAV, which is not installed.
     """
     stream.seek(0)
     head = stream.read(16)
@@ -244,18 +224,18 @@ def _opened(stream: BinaryIO, start_seconds: float = 0.0) -> Iterator[Recording]
             with closing(av.open(stream, format=form, options={"protocol_whitelist": ""})) as container:
                 yield _ffmpeg_recording(container, start_seconds)
             return
-    # libsndfile itself reads from a file on disk; bytes are read through Python.
+    # libsndfile reads a file by its descriptor, and bytes through Python.
     with _Forward(stream if isinstance(stream, BytesIO) else stream.fileno(), closefd=False) as file:
         if file.format != "MP3":
             yield _recording(file, start_seconds)
             return
-    # Without a Xing frame the length of an MP3 is a guess, at which libsndfile ends, unless it cannot seek.
+    # If an MP3 has no Xing frame, its length is a guess. libsndfile reads past the guess only if it cannot seek.
     with _piped(stream) as source, _Forward(source, closefd=False) as file:
         yield _recording(file, start_seconds)
 
 
 def _fault_at_end(stream: BinaryIO) -> str | None:
-    """Return "breaks off" (WAV, AIFF, Ogg) or "chained Ogg" where it applies; libsndfile does not report them."""
+    """Return "breaks off" (WAV, AIFF, Ogg), "chained Ogg" or None; libsndfile does not report these faults."""
     size = stream.seek(0, SEEK_END)
     stream.seek(0)
     head = stream.read(12)
@@ -279,7 +259,7 @@ def _chunk_fault(stream: BinaryIO, size: int, order: Literal["little", "big"], s
 
 
 def _page_fault(stream: BinaryIO, size: int) -> str | None:
-    """A chain is Ogg files one after another, each with a first page that says so (RFC 3533, section 6)."""
+    """Check that pages are complete, and that no first page follows other pages (RFC 3533, section 6)."""
     offset, has_begun = 0, False
     while offset <= size:
         stream.seek(offset)
@@ -289,13 +269,13 @@ def _page_fault(stream: BinaryIO, size: int) -> str | None:
         is_first = bool(header[5] & 2)
         if is_first and has_begun:
             return "chained Ogg"
-        has_begun |= not is_first  # multiplexed streams all begin at the start
+        has_begun |= not is_first  # all streams of one Ogg file begin at its start
         offset += 27 + header[26] + sum(stream.read(header[26]))
     return "breaks off"
 
 
 class _Forward(soundfile.SoundFile):
-    """A file read from beginning to end. soundfile seeks after each block, which pipes and some encodings forbid."""
+    """File that is read without seeking. soundfile seeks after each block, but pipes and some encodings cannot seek."""
 
     def seekable(self) -> bool:
         return False
@@ -303,12 +283,12 @@ class _Forward(soundfile.SoundFile):
 
 @contextmanager
 def _piped(stream: BinaryIO) -> Iterator[int]:
-    """A file descriptor from which the bytes of ``stream`` are read, and which cannot seek."""
+    """Yield the descriptor of a pipe with the bytes of ``stream``."""
     stream.seek(0)
     reader, writer = os.pipe()
 
     def feed() -> None:
-        with suppress(BrokenPipeError), open(writer, "wb") as file:  # the reader may stop early
+        with suppress(BrokenPipeError), open(writer, "wb") as file:  # raised if the reader stops early
             shutil.copyfileobj(stream, file)
 
     with ThreadPoolExecutor(1) as pool:
@@ -331,7 +311,7 @@ def _recording(file: soundfile.SoundFile, start_seconds: float) -> Recording:
 
 
 def _blocks(file: soundfile.SoundFile, length: int | None) -> Iterator[np.ndarray]:
-    """Blocks of up to ``length`` samples per channel: other data may follow the last frame of a sound FLAC file."""
+    """Yield blocks up to ``length`` samples per channel; a valid FLAC file may have other data after its last frame."""
     at_once, left = max(1, BLOCK_SAMPLES // file.channels), float("inf") if length is None else length
     while left and len(block_SC := file.read(int(min(at_once, left)), "float32", always_2d=True)):
         left -= len(block_SC)
@@ -339,7 +319,7 @@ def _blocks(file: soundfile.SoundFile, length: int | None) -> Iterator[np.ndarra
 
 
 def _without(first: int, blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    """Drop the first samples."""
+    """Drop the first samples of the blocks."""
     for block_SC in blocks:
         if len(block_SC) > first:
             yield block_SC[first:]
@@ -353,16 +333,16 @@ def _ffmpeg_recording(container: Any, start_seconds: float) -> Recording:
         raise ValueError("it has no audio stream")
     stream = container.streams.audio[0]
     frames = container.decode(stream)
-    first = next(frames, None)  # decoded audio may have another rate than the header says (HE-AAC)
+    first = next(frames, None)  # the header may have another sample rate (HE-AAC)
     if first is None:
-        raise ValueError("nothing of it can be decoded")
+        raise ValueError("no frame can be decoded")
     C, rate_hz = first.layout.nb_channels, first.sample_rate
-    to_float = av.AudioResampler(format="flt")  # interleaved; rate and channels stay
+    to_float = av.AudioResampler(format="flt")  # interleaved, with the same rate and channels
 
     def blocks() -> Iterator[np.ndarray]:
         for frame in chain([first], frames):
-            if (frame.layout.nb_channels, frame.sample_rate) != (C, rate_hz):  # PyAV 18.1 then reads foreign memory
-                raise ValueError("its channels or its sample rate change within the file")
+            if (frame.layout.nb_channels, frame.sample_rate) != (C, rate_hz):  # PyAV 18.1 would read out of bounds
+                raise ValueError("its channels or sample rate change within the file")
             for part in to_float.resample(frame):
                 if part.samples:
                     yield part.to_ndarray().reshape(-1, C)

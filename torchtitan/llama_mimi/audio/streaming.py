@@ -1,4 +1,4 @@
-"""Decoding in chunks, with the samples of decoding the whole."""
+"""Chunked decoding with the same result as decoding all codes at once."""
 
 from contextlib import ExitStack
 from typing import Any
@@ -13,29 +13,28 @@ CHUNK_FRAMES = 250  # 20 s, the longest clip of the paper's training
 
 
 def decode_long(codec: MimiCodec, codes_TQ: torch.Tensor) -> torch.Tensor:
-    """Decode as `MimiCodec.decode`, in memory that does not grow with the square of the length."""
+    """Decode codes (T, Q) as `MimiCodec.decode` does, but in chunks, with less memory for long audio."""
     stream = DecodingStream(codec)
     return torch.cat([stream.decode(chunk_TQ) for chunk_TQ in codes_TQ.split(CHUNK_FRAMES)])
 
 
 class DecodingStream:
-    """Decodes one clip chunk by chunk; any chunks give the samples of `MimiCodec.decode` up to rounding.
+    """Decoder of one clip, chunk by chunk; the result equals `MimiCodec.decode` up to rounding.
 
-    Mimi's decoder is causal. Its Transformer has a cache of transformers. A convolution has none: each convolution is
-    re-fed its receptive field; that part of the output is discarded. With the codec's sliding window memory does
-    not grow.
+    Mimi's decoder is causal. Its Transformer has a key-value cache. Each convolution is re-fed its receptive field, and
+    that part of the output is discarded. With the codec's sliding window, memory does not grow.
     """
 
     def __init__(self, codec: MimiCodec) -> None:
         self._codec = codec
         self._cache = DynamicCache(config=codec.model.config)
-        self._inputs: dict[torch.nn.Module, torch.Tensor] = {}  # the last inputs of each convolution
+        self._inputs: dict[torch.nn.Module, torch.Tensor] = {}  # last inputs of each convolution
         decoder = [module for name, module in codec.model.named_modules() if not name.startswith(("encoder", "down"))]
         self._convolutions = [module for module in decoder if isinstance(module, MimiConv1d | MimiConvTranspose1d)]
 
     def decode(self, codes_TQ: torch.Tensor) -> torch.Tensor:
-        """Decode the next codes (T, Q), T of 1 or more, to mono float32 samples (T * frame_size,) on the CPU."""
-        with ExitStack() as hooks:  # for this call only, as others may use the codec between two calls
+        """Decode the next codes (T, Q), T >= 1, to mono float32 samples (T * frame_size,) on the CPU."""
+        with ExitStack() as hooks:  # for this call only, because other code may use the codec between two calls
             for module in self._convolutions:
                 hooks.callback(module.register_forward_pre_hook(self._prepend).remove)
                 hooks.callback(module.register_forward_hook(self._drop).remove)
@@ -47,7 +46,7 @@ class DecodingStream:
 
     def _drop(self, module: Any, args: tuple[torch.Tensor], outputs_1CT: torch.Tensor) -> torch.Tensor:
         conv, (inputs_1CT,) = module.conv, args
-        if isinstance(module, MimiConv1d):  # of stride 1 in Mimi's decoder
+        if isinstance(module, MimiConv1d):  # has stride 1 in Mimi's decoder
             reach, made = conv.dilation[0] * (conv.kernel_size[0] - 1), 1
         else:
             reach, made = -(-conv.kernel_size[0] // conv.stride[0]) - 1, conv.stride[0]

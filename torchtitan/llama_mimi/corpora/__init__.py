@@ -1,1 +1,1 @@
-"""Corpora of recordings: open, read, filter, tokenise, and store as codes."""
+"""Corpora of recordings: open, read, filter and tokenise them, and store codes."""

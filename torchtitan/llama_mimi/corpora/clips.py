@@ -1,4 +1,4 @@
-"""From a row of a source to clips: whole, cut, or split at pauses; reading in workers; the limit on skipped clips."""
+"""Turn rows of a source into clips, read them in worker processes, and limit the fraction of skipped clips."""
 
 import dataclasses
 import hashlib
@@ -6,7 +6,7 @@ import itertools
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -22,71 +22,57 @@ from llama_mimi.common.files import file_system
 from llama_mimi.corpora.source import Row, Source
 from llama_mimi.corpora.where import RowFilter
 
-SECONDS_AT_ONCE = 3600.0  # of a long recording that is split: 345 MB at 24 kHz
-ROUNDED_SECONDS = 0.1  # by which manifests may be wrong
+MAX_RECORDING_SECONDS = 86_400.0  # maximum length of a recording to split; an hour takes up to 690 MB of memory
+ROUNDED_SECONDS = 0.1  # tolerance for durations in manifests
 HASH_BYTES = 16
-MIN_JUDGED_CLIPS = 100  # clips that are read before the fraction of skipped ones is judged
-MAX_NAMED_CLIPS = 20  # skipped clips that are named one by one; all are counted
+MIN_JUDGED_CLIPS = 100  # clips to read before the fraction of skipped clips is checked
+MAX_NAMED_CLIPS = 20  # skipped clips that are printed; all are counted
 
 
 @dataclass(frozen=True)
 class SkippedClip:
-    """A row that is not used, with a short category and a sentence that names it."""
+    """A row that is not used."""
 
-    reason: str
-    message: str
-    is_filtered: bool = False  # it could be used, but was not wanted
+    reason: str  # category for the counts
+    message: str  # sentence with the row's name
+    is_filtered: bool = False  # the row is usable, but a filter excludes it
 
 
 @dataclass(frozen=True)
 class AudioClip:
-    """One usable clip; ``audio_warnings`` as `llama_mimi.audio.reading.Waveform`."""
+    """One usable clip; ``audio_warnings`` are those of its `Waveform`."""
 
-    name: str  # id, path or place
-    samples_S: torch.Tensor  # mono float32 at the codec's rate
+    name: str  # id, path or position
+    # Mono float32 at the codec's rate. PyTorch would send a tensor to another process through /dev/shm, which Docker
+    # limits to 64 MB. Without space, a worker would hang. An array is sent through a pipe.
+    samples_S: np.ndarray
     is_cut: bool  # the recording is longer
     text: str | None
     speaker: str | None = None
     audio_warnings: tuple[str, ...] = ()
-    audio_hash: bytes | None = None  # of the samples
-
-    # PyTorch sends a tensor to another process through /dev/shm, which Docker limits to 64 MB. Without space there,
-    # training would wait for ever. A NumPy array goes through the pipe between the processes.
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"samples_S": self.samples_S.numpy()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, samples_S=torch.from_numpy(state["samples_S"]))
+    audio_hash: bytes | None = None  # hash of the samples
 
 
+@dataclass
 class AudioReader:
-    """Reader of the rows of a source as waveforms.
+    """Reader that turns the rows of a source into clips."""
 
-    Args:
-        sample_rate_hz, frame_size: of the codec; clips shorter than a frame are skipped.
-        max_frames: longer clips are cut, or with ``splits`` split at pauses into several clips without texts.
-        with_text: skip rows without a transcript.
-    """
+    source: Source
+    _: KW_ONLY
+    sample_rate_hz: int  # rate of the codec
+    frame_size: int  # samples in one codec frame; shorter clips are skipped
+    max_frames: int  # longer clips are cut, or split
+    with_text: bool = False  # skip rows without a transcript
+    row_filter: RowFilter = field(default_factory=RowFilter)
+    splits: bool = False  # split long recordings at pauses into several clips without texts
 
-    def __init__(
-        self,
-        source: Source,
-        *,
-        sample_rate_hz: int,
-        frame_size: int,
-        max_frames: int,
-        with_text: bool = False,
-        row_filter: RowFilter | None = None,
-        splits: bool = False,
-    ) -> None:
-        self.source, self.name, self.fingerprint = source, source.name, source.fingerprint
-        self._filter, self._splits = row_filter or RowFilter(), splits
-        self._sample_rate_hz, self._frame_size, self._with_text = sample_rate_hz, frame_size, with_text
-        self._max_seconds = max_frames * frame_size / sample_rate_hz
+    def __post_init__(self) -> None:
+        self.name, self.fingerprint = self.source.name, self.source.fingerprint
+        self._max_seconds = self.max_frames * self.frame_size / self.sample_rate_hz
 
     @property
     def rows_per_unit(self) -> np.ndarray:
-        """Rows of each unit; a `UserError` if they are not known before reading, as of tars."""
+        """Number of rows of each unit (U,); tars raise a `UserError`, as their rows are not known before reading."""
         rows = [unit.num_rows for unit in self.source.units]
         if None in rows:
             raise UserError(f"training cannot read the tars of '{self.name}'; tokenise it first")
@@ -97,68 +83,54 @@ class AudioReader:
         return list(self.source.rows(unit))
 
     def clips(self, row: Row) -> list[AudioClip | SkippedClip]:
-        """Return the clips of a row, or one skipped clip with the reason why it cannot be used."""
+        """Return the clips of a row, or one skipped clip with a reason."""
         name = row["name"]
         try:
             if not row.get("problem"):
-                if (reason := self._filter.of_values(row)) is not None:
-                    return [_filtered(name, reason)]
-                if self._with_text and not row.get("text"):
+                if (reason := self.row_filter.of_values(row)) is not None:
+                    return [SkippedClip(reason, name, is_filtered=True)]
+                if self.with_text and not row.get("text"):
                     return [SkippedClip("no text", f"'{name}' has no text")]
-            if self._splits:
+            if self.splits:
                 return self._split(row)
-            return [self._clip(name, read_row(row, self._sample_rate_hz, max_seconds=self._max_seconds), row)]
+            return [self._clip(name, read_row(row, self.sample_rate_hz, max_seconds=self._max_seconds), row)]
         except AudioError as error:
             return [SkippedClip(error.reason, str(error))]
-        except Exception as error:  # one odd row in a million must not end the run
+        except Exception as error:  # a single bad row must not stop the run
             problem = f"{type(error).__name__}: {first_line(error)[:200]}"
             return [SkippedClip("unexpected", f"'{name}' cannot be read ({problem})")]
 
     def _split(self, row: Row) -> list[AudioClip | SkippedClip]:
-        """Split a recording, an hour at a time, so that memory has a limit."""
-        parts: list[Waveform] = []
-        begin, left, rate_hz = row.get("offset") or 0.0, row.get("duration"), self._sample_rate_hz
-        goes_on = True
-        while goes_on:
-            at_once = max(SECONDS_AT_ONCE, 2 * self._max_seconds)
-            waveform = read_row(row | {"offset": begin, "duration": left}, rate_hz, max_seconds=at_once)
-            goes_on = waveform.is_cut and SHORTER not in waveform.audio_warnings
-            ends = split_at_pauses(waveform.samples_S, rate_hz, self._max_seconds)
-            ends = ends[:-1] if goes_on else ends  # where it goes on, the last has no pause at its end
-            for start, end in itertools.pairwise([0, *ends]):
-                part: dict[str, Any] = {"samples_S": waveform.samples_S[start:end].clone()}
-                if goes_on or end != ends[-1]:
-                    part |= {"is_cut": True, "audio_warnings": tuple({*waveform.audio_warnings} - {SHORTER})}
-                parts.append(dataclasses.replace(waveform, **part))
-            begin += ends[-1] / rate_hz
-            left = None if left is None else left - ends[-1] / rate_hz
-        if len(parts) == 1:
-            return [self._clip(row["name"], parts[0], row)]
-        without_text = row | {"text": None}
-        return [self._clip(f"{row['name']}_{number:05d}", part, without_text) for number, part in enumerate(parts)]
+        """Split a long recording at pauses into clips without text; a short recording is one clip with its text."""
+        waveform = read_row(row, self.sample_rate_hz, max_seconds=MAX_RECORDING_SECONDS)
+        ends = split_at_pauses(waveform.samples_S, self.sample_rate_hz, self._max_seconds)
+        if len(ends) == 1:
+            return [self._clip(row["name"], waveform, row)]
+        warnings = tuple(warning for warning in waveform.audio_warnings if warning != SHORTER)
+        clips = []
+        for number, (start, end) in enumerate(itertools.pairwise([0, *ends])):
+            part = dataclasses.replace(waveform, samples_S=waveform.samples_S[start:end])
+            if end != ends[-1]:
+                part = dataclasses.replace(part, is_cut=True, audio_warnings=warnings)
+            clips.append(self._clip(f"{row['name']}_{number:05d}", part, row | {"text": None}))
+        return clips
 
     def _clip(self, name: str, waveform: Waveform, row: Row) -> AudioClip | SkippedClip:
-        is_longer = waveform.is_cut and SHORTER not in waveform.audio_warnings
-        if (reason := self._filter.of_length(waveform.seconds, is_cut=is_longer)) is not None:
-            return _filtered(name, reason)
-        if len(waveform.samples_S) < self._frame_size:
-            return SkippedClip("too short", f"'{name}' is {waveform.seconds:.3f} s, less than a frame of the codec")
-        audio_hash = hashlib.blake2b(memoryview(waveform.samples_S.numpy()), digest_size=HASH_BYTES).digest()
-        of_row = row.get("text"), row.get("speaker"), waveform.audio_warnings, audio_hash
-        return AudioClip(name, waveform.samples_S, waveform.is_cut, *of_row)
-
-
-def _filtered(name: str, reason: str) -> SkippedClip:
-    return SkippedClip(reason, f"'{name}' was left out: {reason}", is_filtered=True)
+        is_longer = waveform.is_cut and not self.splits and SHORTER not in waveform.audio_warnings
+        if (reason := self.row_filter.of_length(waveform.seconds, is_cut=is_longer)) is not None:
+            return SkippedClip(reason, name, is_filtered=True)
+        samples_S = waveform.samples_S.numpy()
+        if len(samples_S) < self.frame_size:
+            return SkippedClip("too short", f"'{name}' is {waveform.seconds:.3f} s, less than one codec frame")
+        labels = row.get("text"), row.get("speaker"), waveform.audio_warnings
+        audio_hash = hashlib.blake2b(memoryview(samples_S), digest_size=HASH_BYTES).digest()
+        return AudioClip(name, samples_S, waveform.is_cut, *labels, audio_hash)
 
 
 def read_row(row: Row, sample_rate_hz: int | None, *, max_seconds: float) -> Waveform:
-    """Read the audio of a row, or its part of a recording; arguments as `llama_mimi.audio.reading.read_audio`.
+    """Read the audio of a row, or its part of a recording; arguments and errors as in `read_audio`.
 
-    A part that ends with its row is not cut, although the recording goes on; one that ends before its row is cut.
-
-    Raises:
-        AudioError: it cannot be used.
+    A part of a recording is cut if it is shorter than the duration in its row, not if the recording is longer.
     """
     name, audio, duration = row["name"], row.get("audio"), row.get("duration")
     if row.get("problem"):
@@ -185,7 +157,7 @@ def read_row(row: Row, sample_rate_hz: int | None, *, max_seconds: float) -> Wav
 
 
 class _WithErrors(IterableDataset):
-    """A dataset whose `UserError` is its last item: an exception of a worker would arrive with its traceback."""
+    """Dataset that yields a `UserError` instead of raising it, as PyTorch adds a traceback to a worker's exception."""
 
     def __init__(self, dataset: Iterable[Any]) -> None:
         self._dataset = dataset
@@ -198,14 +170,15 @@ class _WithErrors(IterableDataset):
 
 
 def read_in_workers(dataset: Iterable[Any], **workers: Any) -> Iterator[Any]:
-    """Yield the items of a dataset, read in worker processes; ``workers`` are arguments of PyTorch's DataLoader.
-
-    Raises:
-        UserError: the dataset raised it, in whichever process.
-    """
-    # PyTorch draws a seed for the workers, which must not advance the generator of training.
+    """Yield the items of a dataset, read in worker processes; ``workers`` are arguments of PyTorch's DataLoader."""
+    # PyTorch draws a seed for the workers; it must not change the random state of training.
     options: dict[str, Any] = {"batch_size": None, "collate_fn": _unchanged, "generator": torch.Generator(), **workers}
-    for item in DataLoader(_WithErrors(dataset), worker_init_fn=partial(_end_with, os.getpid()), **options):
+    try:
+        loader = DataLoader(_WithErrors(dataset), worker_init_fn=partial(_end_with, os.getpid()), **options)
+    except ValueError as error:
+        problem = f"the dataloader settings do not fit together ({first_line(error)})"
+        raise UserError(f"{problem}; set num_workers to 1 or more") from error
+    for item in loader:
         if isinstance(item, UserError):
             raise item
         yield item
@@ -216,22 +189,18 @@ def _unchanged(item: Any) -> Any:
 
 
 def _end_with(parent: int, worker: int) -> None:
-    """End a worker with the process that reads from it, even if that is killed; it would wait for ever to send."""
+    """End this worker when its parent process ends, even by a kill; otherwise it would wait for ever."""
     end_with_parent()
-    if os.getppid() != parent:  # the parent was killed before
+    if os.getppid() != parent:  # the parent has already ended
         os._exit(1)
 
 
 def is_too_many(num_skipped: int, num_read: int, max_skip_fraction: float, *, is_whole: bool, is_end: bool) -> bool:
     """Return True if more than the allowed fraction of the clips was skipped.
 
-    Clips before the end, or of one rank of several, are a sample of the corpus: they may exceed the allowed number by
-    three standard deviations and one. Fewer than `MIN_JUDGED_CLIPS` clips are judged only at the end, where they
-    count as that many, or if no clip may be skipped.
-
-    Args:
-        is_whole: this process reads the whole corpus.
-        is_end: there are no more clips.
+    Before the end (not ``is_end``), and if other ranks read other clips (not ``is_whole``), the clips are a sample. The
+    limit is then three standard deviations and one clip higher. Fewer than `MIN_JUDGED_CLIPS` clips are checked at the
+    end only, and count as that many. A limit of 0 is checked at once.
     """
     allowed = max_skip_fraction * max(num_read, MIN_JUDGED_CLIPS)
     if not (is_end and is_whole) and max_skip_fraction:

@@ -1,4 +1,4 @@
-"""Datasets that the library `datasets` reads: folders of ``save_to_disk``, and any id on the hub."""
+"""Corpora that the library `datasets` loads: folders of ``save_to_disk``, and any id on the hub."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +11,7 @@ from llama_mimi.corpora.source import HUB, ROWS_PER_UNIT, Columns, Row, Source, 
 
 
 class DatasetSource(Source):
-    """A unit is 100 rows of a `datasets.Dataset`, whose Arrow files are mapped into memory."""
+    """Source whose units are 100 rows of a memory-mapped `datasets.Dataset`."""
 
     def __init__(self, name: str, wanted: Columns, split: str | None) -> None:
         super().__init__(name, wanted)
@@ -47,7 +47,7 @@ def _load(name: str, split: str | None) -> Dataset:
             split = None
         else:
             found = load_from_disk(name)
-    except Exception as error:  # datasets and the hub's client raise the errors of their readers
+    except Exception as error:  # datasets and the hub's client raise many types of errors
         raise UserError(f"the dataset '{name}' could not be loaded ({first_line(error)}); check its name") from error
     splits = found if isinstance(found, DatasetDict) else {}
     chosen = choose_split(name, splits, split)

@@ -1,4 +1,4 @@
-"""Folders of audio files, with the texts beside them: ``metadata.csv``, LibriSpeech's transcripts, or JSON files."""
+"""Folders of audio files whose texts are in ``metadata.csv``, LibriSpeech's transcripts, or JSON files."""
 
 import csv
 import io
@@ -17,12 +17,12 @@ TABLES, TRANSCRIPTS = ("metadata.csv", "metadata.jsonl"), ".trans.txt"
 
 
 class FolderSource(Source):
-    """A row is an audio file, at any depth. Its values come from these places, the first of which wins:
+    """Source whose rows are the audio files at any depth. Values of a row come from these files, by priority:
 
-    - in its folder, else in one above: ``metadata.csv`` or ``metadata.jsonl`` with the column ``file_name``, as
-      `datasets`' audiofolder has it; ``metadata.csv`` with lines ``id|text|normalized_text`` beside the folder
-      ``wavs``, as LJSpeech has it; ``*.trans.txt`` with lines ``name TEXT``, as LibriSpeech has it;
-    - a JSON file of its name, as Libri-Light and Emilia have it.
+    - a table in the file's folder or in a parent folder: ``metadata.csv`` or ``metadata.jsonl`` with a column
+      ``file_name`` (audiofolder of `datasets`), ``metadata.csv`` with lines ``id|text|normalized_text`` next to the
+      folder ``wavs`` (LJSpeech), or ``*.trans.txt`` with lines ``name TEXT`` (LibriSpeech);
+    - a JSON file with the audio file's name (Libri-Light, Emilia).
     """
 
     def __init__(self, name: str, files: Sequence[str], wanted: Columns) -> None:
@@ -34,8 +34,8 @@ class FolderSource(Source):
         stems = [name.rsplit(".", 1)[0] for name in names]
         count = Counter(stems)
         self._ids = [as_utf8(name if count[stem] > 1 else stem) for name, stem in zip(names, stems, strict=True)]
-        sizes: dict[str, int] = {}  # of all files, by their names below the root
-        tables: dict[str, Values] = {}  # by the name of an audio file, or its name without ending
+        sizes: dict[str, int] = {}  # bytes of every file, by its path below the root
+        tables: dict[str, Values] = {}  # entries by the path of an audio file, with or without its ending
         folders = {posixpath.dirname(name) for name in names} - {""}
         above = {path for folder in folders for path in accumulate(folder.split("/"), "{}/{}".format)}
         for folder in ["", *sorted(above)]:
@@ -70,17 +70,17 @@ class FolderSource(Source):
         return values if isinstance(values, str) else values | self._entries[index]
 
     def _match(self, names: Sequence[str], tables: dict[str, Values]) -> list[Values]:
-        """Return the entry of each file; print the numbers of files and entries that do not match."""
+        """Return the table entry of each file; print the number of files and entries without a counterpart."""
         keys = [(key.rsplit(".", 1)[0], key) for key in map(_key, names)]
         found = [tables.get(stem, {}) | tables.get(key, {}) for stem, key in keys]
-        lonely = [as_utf8(name) for name, entry in zip(names, found, strict=True) if not entry]
+        missing = [as_utf8(name) for name, entry in zip(names, found, strict=True) if not entry]
         unused = sorted(tables.keys() - {key for pair in keys for key in pair})
-        if tables and (lonely or unused):
-            examples = ", ".join(lonely[:1] + unused[:1])
+        if tables and (missing or unused):
+            examples = ", ".join(missing[:1] + unused[:1])
             if len(unused) == len(tables):
-                raise UserError(f"no table of '{self.name}' names one of its audio files ({examples}); fix the names")
+                raise UserError(f"no table of '{self.name}' names any of its audio files ({examples}); fix the names")
             if not int(os.environ.get("RANK", 0)):
-                counts = f"{len(lonely):,} audio files have no entry and {len(unused):,} entries have no audio file"
+                counts = f"{len(missing):,} audio files have no entry and {len(unused):,} entries have no audio file"
                 print(f"tables of '{self.name}': {counts} ({examples})", flush=True)
         return found
 
@@ -90,7 +90,7 @@ def _key(name: str) -> str:
 
 
 def _read_tables(folder: str, names: Sequence[str]) -> dict[str, Values]:
-    """Return the entries of a folder's tables, by the name of a file or its name without ending."""
+    """Return the entries of a folder's tables, by file name with or without its ending."""
     found: dict[str, Values] = {}
     for name in names:
         if name in TABLES or (name.endswith(TRANSCRIPTS) and not name.startswith(".")):
@@ -104,7 +104,7 @@ def _read_tables(folder: str, names: Sequence[str]) -> dict[str, Values]:
             except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
                 problem = f"{type(error).__name__}: {first_line(error)}"
                 needed = "in UTF-8" if name.endswith(TRANSCRIPTS) else "with the column file_name"
-                raise UserError(f"'{path}' is not a table {needed} ({problem}); fix it") from error
+                raise UserError(f"'{path}' is not a table {needed} ({problem}); fix the table") from error
     return found
 
 
@@ -122,5 +122,5 @@ def _read_table(name: str, text: str) -> Iterator[tuple[str, Values]]:
         for row in csv.DictReader(io.StringIO(text), strict=True) if name.endswith("csv") else map(parse_json, lines):
             file = row.pop("file_name")
             if any(row.pop(None, ())):
-                raise ValueError(f"the line of '{file}' has more fields than the header")
+                raise ValueError(f"the line for '{file}' has more fields than the header")
             yield file, {key: value for key, value in row.items() if value != ""}

@@ -1,4 +1,4 @@
-"""Open a corpus: from a name, folder, path, glob or hub id to its format and files, on any fsspec file system."""
+"""Open a corpus by its name, folder, path, glob or hub id, on any fsspec file system."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -13,8 +13,8 @@ from llama_mimi.corpora.tar import TarSource
 
 PARQUET_ENDINGS = (".parquet", ".pq")
 SAVED = ("state.json", "dataset_dict.json")  # files of `Dataset.save_to_disk` and `DatasetDict.save_to_disk`
-# Formats by the endings of their files. A folder has the first format of which it contains a file: audio may lie beside
-# Parquet files that name it, and JSON lines beside audio are about it. TarSource refuses compressed tars.
+# Formats by file ending. The first format with a file in the folder is used: a folder of Parquet files may also contain
+# the audio files that they name, and a folder of audio may contain JSON lines. TarSource refuses compressed tars.
 FORMATS: dict[tuple[str, ...], Callable[..., Source]] = {
     PARQUET_ENDINGS: ParquetSource,
     (".tar",): TarSource,
@@ -22,8 +22,8 @@ FORMATS: dict[tuple[str, ...], Callable[..., Source]] = {
     (".jsonl",): ManifestSource,
     (".tar.gz", ".tgz"): TarSource,
 }
-# Hub id, config and split of published corpora: files <config>/<split>-*.parquet, or <config>/<split>/*.parquet, with
-# the columns audio and text, on the hub and in a local download.
+# Hub id, config and split of named corpora. On the hub and in a local download their files are
+# <config>/<split>-*.parquet or <config>/<split>/*.parquet, with the columns audio and text.
 CORPORA = {
     "peoples_speech": ("MLCommons/peoples_speech", "clean", "train"),
     "peoples_speech_validation": ("MLCommons/peoples_speech", "validation", "validation"),
@@ -33,12 +33,12 @@ CORPORA = {
         for split in (*train, "validation", "test")
     },
 }
-# Names in the first release's config files, and what to set here.
+# Dataset names in the first release's config files, and their replacements.
 RELEASED_NAMES = {
     "librispeech_asr_train": "'librispeech_other_train.500'",
     "librispeech_asr_test": "'librispeech_clean_test'",
     "librispeech_asr": "'librispeech_clean_test'",
-    "all": "folders of codes, divided by commas; config/CORPORA.md says how to make them",
+    "all": "folders of codes, separated by commas (see config/CORPORA.md)",
 }
 
 
@@ -53,12 +53,11 @@ def open_source(
     """Open a corpus of audio; raise a `UserError` if it does not exist, has several splits, or lacks a column.
 
     Args:
-        dataset: a name in `CORPORA`, a folder, a path or glob, a folder of `Dataset.save_to_disk`, or a hub id as
-            ``hf:owner/name`` or ``hf:owner/name:config``.
-        dataset_path: local download of a named corpus; None reads it from the hub.
-        text_column: column of transcripts; None means that rows have no text.
-        extra_columns: columns by role (speaker, ...) that are read where the corpus has them.
-        split: split of a folder or a hub id that contains several.
+        dataset: a name in `CORPORA`, a folder, path or glob, or ``hf:owner/name`` or ``hf:owner/name:config``.
+        dataset_path: local download of a named corpus; None streams it from the hub.
+        text_column: column of transcripts; None: rows have no text.
+        extra_columns: optional columns by role, such as "speaker".
+        split: one of several splits of a folder or hub id.
     """
     columns = Columns(audio_column, text_column, extra_columns)
     if is_dataset(dataset):
@@ -70,7 +69,7 @@ def open_source(
 
 
 def is_dataset(dataset: str) -> bool:
-    """Return True for a hub id, or a folder that the library `datasets` has saved."""
+    """Return True for a hub id and for a folder that the library `datasets` has saved."""
     if dataset.startswith(HUB) and "://" not in dataset:
         return True
     if dataset in CORPORA:
@@ -78,26 +77,26 @@ def is_dataset(dataset: str) -> bool:
     fs, bare = file_system(dataset)
     try:
         return fs.isdir(bare) and any(fs.isfile(f"{bare.rstrip('/')}/{name}") for name in SAVED)
-    except Exception:  # remote file systems raise the errors of their transports; listing the files reports them
+    except Exception:  # remote file systems raise many types of errors; listing the files will report them
         return False
 
 
 def check_corpus(dataset: str, dataset_path: str | None, split: str | None) -> None:
-    """Raise a `UserError` early, without opening a file, if a local corpus is missing."""
+    """Raise a `UserError` if a local corpus is missing; no file is opened."""
     if not is_dataset(dataset) and (dataset not in CORPORA or dataset_path is not None):
         corpus_files(dataset, dataset_path, split)
 
 
 def corpus_files(dataset: str, dataset_path: str | None, split: str | None) -> tuple[Callable[..., Source], list[str]]:
-    """Return the format and files of a corpus, in order, as fsspec paths; arguments and errors as `open_source`."""
+    """Return the format and the sorted files (fsspec paths) of a corpus; arguments and errors as in `open_source`."""
     if dataset in CORPORA:
         choose_split(dataset, CORPORA[dataset][2:], split)
         return ParquetSource, _named_files(dataset, dataset_path)
     if dataset_path is not None:
         problem = f"dataset_path is '{dataset_path}', but dataset '{dataset}' is not a named corpus"
-        raise UserError(f"{problem}; name the folder itself as dataset, or one of: {', '.join(CORPORA)}")
+        raise UserError(f"{problem}; set dataset to the folder itself, or to one of: {', '.join(CORPORA)}")
     found, (fs, bare) = find_files(dataset, sum(FORMATS, ())), file_system(dataset)
-    # A file that is named may have another ending.
+    # A single file may have any ending.
     for endings, source in (FORMATS | {(".json",): ManifestSource, ("",): ParquetSource}).items():
         if files := [file for file in found if file.lower().endswith(endings)]:
             below = [file_system(file)[1] for file in files]
@@ -106,11 +105,9 @@ def corpus_files(dataset: str, dataset_path: str | None, split: str | None) -> t
             return source, [file for file, own in zip(files, splits, strict=True) if chosen in (None, own)]
     if dataset in RELEASED_NAMES:
         raise UserError(f"'{dataset}' is a dataset name of the first release; set {RELEASED_NAMES[dataset]}")
-    raise UserError(
-        f"no Parquet, tar or audio file and no JSONL manifest matches the dataset '{dataset}'; name a folder, a path, "
-        f"a glob, {HUB} and the id of a dataset, a folder of codes by scripts/tokenize_corpus.py, or one of: "
-        f"{', '.join(CORPORA)}"
-    )
+    problem = f"no Parquet, tar or audio file and no JSONL manifest matches the dataset '{dataset}'"
+    remedy = f"choose a folder, path or glob, {HUB}owner/name, a folder of codes, or one of: {', '.join(CORPORA)}"
+    raise UserError(f"{problem}; {remedy}")
 
 
 def _named_files(name: str, dataset_path: str | None) -> list[str]:
@@ -120,9 +117,8 @@ def _named_files(name: str, dataset_path: str | None) -> list[str]:
         for pattern in (f"{config}/{split}-*.parquet", f"{config}/{split}/*.parquet"):
             if files := find_files(f"{root}/{pattern}", PARQUET_ENDINGS):
                 return files
-    except Exception as error:  # the hub's client raises the errors of its transports
+    except Exception as error:  # the hub's client raises many types of errors
         reason = first_line(error)
-    raise UserError(
-        f"'{root}' contains no {config}/{split}-*.parquet of the corpus '{name}' ({reason}); download it with `hf "
-        f"download {hub_id} --repo-type dataset --local-dir FOLDER` and set dataset_path to FOLDER"
-    )
+    problem = f"'{root}' contains no {config}/{split}-*.parquet of the corpus '{name}' ({reason})"
+    command = f"hf download {hub_id} --repo-type dataset --local-dir FOLDER"
+    raise UserError(f"{problem}; download it with `{command}` and set dataset_path to FOLDER")

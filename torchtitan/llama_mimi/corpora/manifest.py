@@ -1,4 +1,4 @@
-"""JSONL manifests, as NeMo has them: lines with ``audio_filepath``, ``offset``, ``duration``, ``text``."""
+"""JSONL manifests in NeMo's format: lines with ``audio_filepath``, ``offset``, ``duration`` and ``text``."""
 
 import hashlib
 import math
@@ -14,16 +14,15 @@ AUDIO_KEY = "audio_filepath"
 
 
 class ManifestSource(Source):
-    """A unit is 100 lines of JSON that name audio files, or parts of them, relative to the manifest.
+    """Source whose units are 100 JSON lines; each line names an audio file, or a part of one.
 
-    Audio is looked for under ``audio_filepath`` if there is no audio column; it may also be an object with a path, as
-    `datasets` writes it. Blank lines do not count.
+    Paths are relative to the manifest. The path is in the audio column, else in ``audio_filepath``; it may be an object
+    with a path, as `datasets` writes it. Blank lines are ignored.
     """
 
     def __init__(self, name: str, files: Sequence[str], wanted: Columns) -> None:
         super().__init__(name, wanted)
-        self.units: list[Unit] = []
-        self._places: list[tuple[str, int, int]] = []  # of each unit: its file, its first line, and its offset
+        self.units: list[Unit] = []  # place: file, first line, offset in bytes
         self.fingerprint = digest([self._scan(file) for file in files])
         if not self.units:
             raise UserError(f"the dataset '{name}' has no rows; choose another")
@@ -33,7 +32,7 @@ class ManifestSource(Source):
         self._choose_columns(keys, ("text",) if self._audio_key in keys else ("audio", "text"))
 
     def rows(self, unit: int, start: int = 0) -> Iterator[Row]:
-        file, first, _ = self._places[unit]
+        file, first, _ = self.units[unit].place
         for number, line in enumerate(self._lines(unit)[start:], first + start):
             values, part, audio, row_id = parse_object(line), {}, None, None
             if isinstance(values, dict):
@@ -41,13 +40,13 @@ class ManifestSource(Source):
                 try:
                     part = {key: _seconds(values.get(key)) for key in ("offset", "duration")}
                     if row_id is None and isinstance(audio, str) and (part["offset"] or part["duration"] is not None):
-                        row_id = f"{audio}@{part['offset'] or 0:g}"  # one of the parts of a recording
+                        row_id = f"{audio}@{part['offset'] or 0:g}"  # a part of a recording
                 except (ValueError, TypeError, OverflowError) as error:
                     values = f"its offset or duration is wrong ({first_line(error)})"
             yield self._row(f"row {number} of {file}", values, audio, row_id, file.rsplit("/", 1)[0], **part)
 
     def _scan(self, file: str) -> str:
-        """Find the units of a manifest; return its hash."""
+        """Append the units of a manifest; return its hash."""
         starts, num_rows, offset, sha256 = [], 0, 0, hashlib.sha256()
         fs, bare = file_system(file)
         with reading(file, "manifest"), fs.open(bare, "rb") as stream:
@@ -59,12 +58,11 @@ class ManifestSource(Source):
                 offset += len(line)
                 sha256.update(line)
         for (first, last), (start, end) in zip(slices(num_rows), pairwise([*starts, offset]), strict=True):
-            self.units.append(Unit(end - start, last - first))
-            self._places.append((file, first, start))
+            self.units.append(Unit(end - start, last - first, (file, first, start)))
         return sha256.hexdigest()
 
     def _lines(self, unit: int) -> list[bytes]:
-        file, _, start = self._places[unit]
+        file, _, start = self.units[unit].place
         fs, bare = file_system(file)
         with reading(file, "manifest"):
             content = fs.read_block(bare, start, self.units[unit].num_bytes)
@@ -72,7 +70,7 @@ class ManifestSource(Source):
 
 
 def _seconds(value: Any) -> float | None:
-    if value is None or value != value:  # NaN, as pandas writes missing values
+    if value is None or value != value:  # pandas writes NaN for missing values
         return None
     if not 0 <= (seconds := float(value)) < math.inf:
         raise ValueError(f"{value} is not a number of seconds")

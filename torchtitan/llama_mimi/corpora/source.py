@@ -1,4 +1,4 @@
-"""What formats of corpora share: rows, whose audio stays undecoded, and splits."""
+"""Interface of all corpus formats: rows with undecoded audio, their columns, and splits."""
 
 import json
 import os
@@ -17,39 +17,40 @@ from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import parse_json
 from llama_mimi.corpora.where import ROLE
 
-ROWS_PER_UNIT = 100  # of formats without row groups, as `datasets` writes audio to Parquet
+ROWS_PER_UNIT = 100  # in formats without row groups; `datasets` also writes 100 rows of audio to a row group
 # Endings of audio in corpora; the last four need FFmpeg.
 CORPUS_ENDINGS = (*AUDIO_ENDINGS, ".oga", ".opus", ".aiff", ".aif", ".au", ".m4a", ".aac", ".webm", ".wma")
 
-# Words that name a split, by the hub's rules (huggingface.co/docs/hub/datasets-file-names-and-splits).
+# Words in file names that name a split on the hub (huggingface.co/docs/hub/datasets-file-names-and-splits).
 SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "dev", "val"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-# Beyond these rules capitals do not matter, and "=" stands between words, too: split=train is a folder of Hive.
+# Unlike the hub, this pattern ignores case and accepts "=" before a word, for Hive's folders (split=train).
 _SPLIT_WORD = re.compile(rf"(?:^|[-._= 0-9])({'|'.join(SPLIT_WORDS)})(?=[-._= 0-9]|$)")
 _SPLIT_OF_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\S*\.\w+")
 
-# A row has "name" (its id, else its path, else its place), and "audio": the bytes of an audio file, its path (absolute,
-# or a URL of fsspec), or None. It may have "id", "text", "speaker", "offset" and "duration" (of a part of a recording,
-# in seconds), "problem" (why it cannot be used), and the columns that a filter names.
+# Keys of a row: "name" (id, path or position) and "audio" (bytes of a file, an absolute path, an fsspec URL, or None).
+# Optional keys: "id", "text", "speaker", "offset" and "duration" (in seconds, if the row is a part of a recording),
+# "problem" (the reason why the row cannot be used), and one key for each column in a filter expression.
 Row = dict[str, Any]
 Values = dict[str, Any]
-HUB = "hf:"  # before an id of any dataset on the hub
+HUB = "hf:"  # prefix of a dataset id on the hub
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Rows that are read together and in order: a tar file, a Parquet row group, or a slice of files, lines or rows."""
+    """Consecutive rows that are read together: a tar file, a Parquet row group, or 100 files, lines or rows."""
 
     num_bytes: int
-    num_rows: int | None  # None: known only after reading, as of a tar file
+    num_rows: int | None  # None for a tar file, whose rows are counted while it is read
+    place: tuple[Any, ...] = ()  # position of the rows in the source's files
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns of audio and text (None: rows have no text), and of other roles where they exist."""
+    """Column names for audio, for text (None: rows have no text), and for optional roles such as "speaker"."""
 
     audio: str
     text: str | None
@@ -57,26 +58,26 @@ class Columns:
 
 
 class Source(ABC):
-    """A corpus in one of the formats."""
+    """Base class of the corpus formats."""
 
     units: Sequence[Unit]
-    fingerprint: str  # equal for corpora of equal content
+    fingerprint: str  # hash of the content, compared on resume
 
     def __init__(self, name: str, wanted: Columns) -> None:
         self.name, self._wanted = name, wanted
-        self._columns: dict[str, str] = {}  # by role
+        self._columns: dict[str, str] = {}  # column of each role
 
     @property
     def columns(self) -> list[str]:
-        """Keys of all rows, except "name" and "problem"."""
+        """Keys that all rows have, except "name" and "problem"."""
         return ["audio", *(role for role in self._columns if role not in ("audio", "id"))]
 
     @abstractmethod
     def rows(self, unit: int, start: int = 0) -> Iterator[Row]:
-        """Yield the rows of a unit in order, from number ``start`` on; raise a `UserError` if a file is damaged."""
+        """Yield the rows of a unit in order, beginning with row ``start``; raise a `UserError` for a damaged file."""
 
     def _choose_columns(self, found: Iterable[str], required: Sequence[str] = ("text",), place: str = "") -> None:
-        """Set the column of each role; raise a `UserError` if a required one is missing."""
+        """Choose the column of each role from the found ones; raise a `UserError` if a required column is missing."""
         columns, extra = list(dict.fromkeys(found)), {"id": "id", **self._wanted.extra}
         self._columns = {role: column for role, column in extra.items() if column in columns}
         for role in required:
@@ -85,14 +86,15 @@ class Source(ABC):
             elif column is not None:
                 where, others = place or f"the dataset '{self.name}'", ", ".join(columns) or "none"
                 problem = f"{where} has no column '{column}' for the {role}, only {others}"
-                raise UserError(f"{problem}; set another (data.{role}_column, or --{role}_column of a script)")
+                raise UserError(f"{problem}; choose another (data.{role}_column, or --{role}_column of a script)")
 
     def _row(self, place: str, values: Values | str, audio: Any, row_id: Any, folder: str = "", **part: Any) -> Row:
-        """Return a row of values by column, or of the sentence why they cannot be read.
+        """Return a row.
 
         Args:
-            place: name of a row that has neither an id nor a path.
-            audio: bytes, a path, an object with both, or None; relative paths start in ``folder``.
+            place: name of the row if it has neither an id nor a path.
+            values: values by column, or a sentence that says why they cannot be read.
+            audio: bytes, a path, an object with both, or None; a path is relative to ``folder``.
             part: offset, duration or problem.
         """
         if not isinstance(audio, Mapping):
@@ -109,7 +111,7 @@ class Source(ABC):
         try:
             for role in self.columns[1:]:
                 value = values.get(self._columns[role])
-                value = None if value != value else value  # NaN, as pandas writes missing values
+                value = None if value != value else value  # pandas writes NaN for missing values
                 row[role] = value if value is None or role.startswith(ROLE) else _text(value, role)
         except (ValueError, TypeError) as error:
             row["problem"] = f"its {role} cannot be stored ({first_line(error)})"
@@ -118,21 +120,21 @@ class Source(ABC):
 
 @contextmanager
 def reading(path: str, kind: str) -> Iterator[None]:
-    """Raise a `UserError` that names the file if it is damaged; ``kind`` is what it should be."""
+    """Turn errors of the block into a `UserError` that names the file and its expected ``kind``."""
     try:
         yield
     except (OSError, ValueError, KeyError, tarfile.TarError, pa.ArrowException) as error:
         problem = f"'{path}' is not a readable {kind} ({first_line(error)})"
-        raise UserError(f"{problem}; fix the cause, or copy it again") from error
+        raise UserError(f"{problem}; fix the file, or copy it again") from error
 
 
 def slices(count: int) -> list[tuple[int, int]]:
-    """Return start and end of each unit of so many files or rows."""
+    """Divide ``count`` files or rows into units; return the start and the end of each."""
     return [(start, min(start + ROWS_PER_UNIT, count)) for start in range(0, count, ROWS_PER_UNIT)]
 
 
 def parse_object(content: bytes) -> Values | str:
-    """Return a JSON object, or the sentence why it is not one."""
+    """Parse a JSON object; return a sentence with the reason if that fails."""
     try:
         values = parse_json(content)
     except ValueError as error:
@@ -141,7 +143,7 @@ def parse_object(content: bytes) -> Values | str:
 
 
 def _text(value: Any, role: str) -> str:
-    """Return a value as text; raise an error for bytes that are not UTF-8, half a character, and a text of parts."""
+    """Return a value as text; raise an error for invalid UTF-8, a lone surrogate, and a list or object as a text."""
     if role == "text" and isinstance(value, list | dict):
         raise TypeError(f"it is a {type(value).__name__}")
     text = value if isinstance(value, str | bytes) else json.dumps(value, ensure_ascii=False, default=str)
@@ -156,23 +158,23 @@ def _label(value: Any) -> str | None:
 
 
 def choose_split(name: str, splits: Iterable[str | None], split: str | None) -> str | None:
-    """Return the split to read, or None for all files; raise a `UserError` if it does not exist or is not named."""
+    """Return the split to read, or None for all files; raise a `UserError` if it is unknown, or must be chosen."""
     found = list(dict.fromkeys(filter(None, splits)))
     if split is None and len(found) > 1:
         remedy = "choose one (data.split, data.validation_split, or --split of a script), or name its files by a glob"
         raise UserError(f"'{name}' contains the splits {', '.join(found)}; {remedy}")
     chosen = split if split is None or split in found else SPLIT_WORDS.get(split, split)
     if chosen is not None and chosen not in found:
-        contained = f"'{name}' contains {', '.join(found) or 'no splits'}"
-        raise UserError(f"the split '{split}' was asked for, but {contained}; choose another, or leave it out")
+        problem = f"the split '{split}' does not exist: '{name}' contains {', '.join(found) or 'no splits'}"
+        raise UserError(f"{problem}; choose another, or set none")
     return chosen
 
 
 def splits_in(folder: str, files: Sequence[str]) -> list[str | None]:
-    """Return the split of each file, by the hub's rules; None if its path names none.
+    """Return the split that each file's path names by the hub's rules, or None.
 
-    Files are called ``data/<split>-00000-of-00001.parquet``, or have one of `SPLIT_WORDS` between other characters than
-    letters in the name of a folder below ``folder``, or in their own; the first rule that a file meets applies to all.
+    The rules are: a file ``data/<split>-00000-of-00001.parquet``; one of `SPLIT_WORDS` in the name of a subfolder; such
+    a word in the file name. The first rule that applies to any file is used for all files.
     """
     below = [file[len(folder.rstrip("/")) + 1 :].split("/") for file in files]
     shards = [_SPLIT_OF_SHARD.fullmatch(parts[-1]) if parts[:-1] == ["data"] else None for parts in below]

@@ -1,22 +1,24 @@
-"""WebDataset: uncompressed tar files whose members of one name are a row, such as ``a.mp3`` and ``a.json``."""
+"""WebDataset: uncompressed tar files; members with the same name, such as ``a.mp3`` and ``a.json``, are one row."""
 
+import os
 import tarfile
 from collections.abc import Collection, Iterator, Sequence
 from itertools import groupby, islice
 from operator import itemgetter
+from typing import BinaryIO
 
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import digest, file_system
 from llama_mimi.corpora import source
 from llama_mimi.corpora.source import Columns, Row, Source, Unit, Values
 
-KIND = "tar file, or is a compressed one"
-TEXTS = ("json", "txt")  # members beside the audio; others are ignored
-NO_AUDIO = "it has no audio file; members of a row must have one name and differ only in the last ending"
+KIND = "tar file, or is compressed"
+TEXTS = ("json", "txt")  # endings of members with labels; members with other endings are ignored
+NO_AUDIO = "it has no audio file; members of a row must have the same name and differ only in the last ending"
 
 
 class TarSource(Source):
-    """A unit is a tar, which is read from its beginning, without an index; a ``.txt`` member has the key "text"."""
+    """Source whose units are whole tars, which are read from their beginning; a ``.txt`` member is the text."""
 
     def __init__(self, name: str, files: Sequence[str], wanted: Columns) -> None:
         super().__init__(name, wanted)
@@ -26,9 +28,8 @@ class TarSource(Source):
             info = fs.info(bare)
             changed = str(info.get("mtime") or info.get("ETag") or info.get("LastModified") or "")
             with source.reading(file, KIND), fs.open(bare, "rb") as stream:
-                stream.seek(max(0, info["size"] - tarfile.BLOCKSIZE))
-                if stream.read().strip(b"\0"):  # such as a download that broke off
-                    raise tarfile.ReadError("it ends without an end-of-archive mark")
+                # Finds most incomplete downloads before work begins.
+                _check_end(stream, max(0, info["size"] - tarfile.BLOCKSIZE))
             self.units.append(Unit(info["size"], None))
             contents.append([file.rsplit("/", 1)[-1], info["size"], changed])
         self.fingerprint = digest(contents)
@@ -45,13 +46,13 @@ class TarSource(Source):
             yield self._row(key, values, parts.get("audio"), key if row_id is None else row_id, **problem)
 
     def _members(self, unit: int, start: int, wanted: Collection[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
-        """Yield key and wanted members of each row from ``start`` on; earlier rows are not read."""
+        """Yield the key and the wanted members of each row, beginning with row ``start``; earlier rows are skipped."""
         file, seen = self._files[unit], set()
         fs, bare = file_system(file)
         with (
             source.reading(file, KIND),
             fs.open(bare, "rb") as stream,
-            # Names that are not UTF-8 are escaped.
+            # Bytes that are not UTF-8 are escaped in names.
             tarfile.open(fileobj=stream, mode="r:", encoding="utf-8", errors="backslashreplace") as tar,
         ):
             for number, (key, members) in enumerate(groupby(filter(None, map(_part, tar)), itemgetter(0))):
@@ -61,23 +62,26 @@ class TarSource(Source):
                 parts: dict[str, bytes] = {}
                 for _, part, member in members:
                     if part in parts:
-                        raise UserError(f"'{file}' has '{member.name}' twice, or two audio files of that name")
+                        problem = "twice, or two audio files with that name"
+                        raise UserError(f"'{file}' has '{member.name}' {problem}; rename one of them")
                     is_wanted = number >= start and part in wanted
-                    # extractfile follows links and fills the holes of sparse members.
+                    # extractfile follows links and restores sparse members.
                     content = tar.extractfile(member) if is_wanted else None
                     parts[part] = content.read() if content else b""
                 if number >= start:
                     yield key, parts
-            # tarfile takes damage behind the first header for the end, which is zeros to the last byte.
-            stream.seek(tar.offset)
-            blocks = iter(lambda: stream.read(2**20), b"")
-            rest = next(blocks, b"")
-            if len(rest) < tarfile.BLOCKSIZE or rest.strip(b"\0") or any(block.strip(b"\0") for block in blocks):
-                raise tarfile.ReadError("it ends without an end-of-archive mark")
+            _check_end(stream, tar.offset)  # tarfile treats a damaged header, except the first, as the end
+
+
+def _check_end(stream: BinaryIO, start: int) -> None:
+    """Raise an error unless the rest of the file is an end-of-archive mark: one or more blocks of zeros."""
+    size = stream.seek(0, os.SEEK_END) - stream.seek(start)
+    if size < tarfile.BLOCKSIZE or any(block.strip(b"\0") for block in iter(lambda: stream.read(2**20), b"")):
+        raise tarfile.ReadError("it has no end-of-archive mark")
 
 
 def _part(member: tarfile.TarInfo) -> tuple[str, str, tarfile.TarInfo] | None:
-    """Return key, part and member; None for directories, hidden files (as macOS adds them) and other endings."""
+    """Return key, part and member, or None for directories, hidden files (macOS adds them) and other endings."""
     stem, _, ending = member.name.rpartition(".")
     part = "audio" if f".{ending.lower()}" in source.CORPUS_ENDINGS else ending.lower()
     is_file = member.isfile() or member.islnk() or member.issym()

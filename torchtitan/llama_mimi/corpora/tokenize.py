@@ -1,4 +1,4 @@
-"""Tokenise a corpus into shards of codes, on any number of ranks; a later start writes the shards that are missing."""
+"""Tokenise a corpus into shards of codes, on any number of ranks; a re-run writes the missing shards."""
 
 import itertools
 import json
@@ -28,75 +28,67 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.common.resume import require_same
 from llama_mimi.common.versions import versions
 from llama_mimi.corpora import code_shards as shards
-from llama_mimi.corpora.clips import (
-    HASH_BYTES,
-    MAX_NAMED_CLIPS,
-    AudioClip,
-    AudioReader,
-    SkippedClip,
-    is_too_many,
-    read_in_workers,
-)
+from llama_mimi.corpora.clips import MAX_NAMED_CLIPS, AudioClip, AudioReader, SkippedClip, is_too_many, read_in_workers
 from llama_mimi.corpora.formats import CORPORA, open_source
 from llama_mimi.corpora.source import Source, Unit
 from llama_mimi.corpora.where import RowFilter
 
-READER = 3  # raise it when other clips are skipped or filtered, so that a folder is not continued by other rules
-CLIPS_PER_SHARD, MIN_SHARDS = 2048, 64  # by default: 3 MB for clips of 14 s, and work for many ranks
-ROWS_PER_CHUNK = 100  # rows that a worker reads at once, and whose clips are sorted by length for batches
+READER = 3  # version of the rules that skip and filter clips; a folder must be finished with the version that began it
+CLIPS_PER_SHARD, MIN_SHARDS = 2048, 64  # defaults: 3 MB per shard for clips of 14 s, and enough shards for many ranks
+ROWS_PER_CHUNK = 100  # rows that a worker reads, and the codec encodes, at once
 SECONDS_PER_REPORT = 10.0
-SHARD_READERS = 16  # threads; reading a remote shard is mostly waiting
-# Options that codes do not depend on.
+SHARD_READERS = 16  # number of threads; a remote read is mostly waiting
+# Options that do not change the shards.
 FREE = "corpus dataset_path split output_dir codec num_workers max_skip_fraction".split()
 
 
 @dataclass
 class TokenizationOptions:
-    """Options of tokenising."""
+    """Options of scripts/tokenize_corpus.py."""
 
     corpus: str  # named corpus; folder, path or glob of Parquet, tar, audio or JSONL files; or hf:owner/name
-    output_dir: str  # folder of the shards, local or any fsspec path
+    output_dir: str  # folder for the shards, local or any fsspec path
     dataset_path: str | None = None  # local download of a named corpus
-    split: str | None = None  # split to tokenise, where a folder has several (train-*, test-*)
+    split: str | None = None  # split to tokenise, if the corpus has several
     codec: str = DEFAULT_CODEC  # Hub id or folder
-    num_quantizers: int = 8  # levels to store; training uses the first of them
-    dtype: Precision = "float32"  # bfloat16 changes about 2 % of the codes
-    codec_sliding_window: bool = True  # see codec.sliding_window in the training settings
-    audio_column: str = "audio"
-    text_column: str = "text"  # stored where the corpus has it
-    speaker_column: str = "speaker"  # stored where the corpus has it
-    max_audio_seconds: float = 120.0  # longer clips are cut, and counted
-    # Cut longer recordings at --max_audio_seconds, or split them at pauses into clips within it, without text
+    num_quantizers: int = 8  # levels to store; training may use fewer
+    dtype: Precision = "float32"  # precision of the codec; bfloat16 changes about 2 % of the codes
+    codec_sliding_window: bool = True  # limit the codec's attention to its sliding window
+    audio_column: str = "audio"  # column of the audio
+    text_column: str = "text"  # column of transcripts, stored if the corpus has it
+    speaker_column: str = "speaker"  # column of speakers, stored if the corpus has it
+    max_audio_seconds: float = 120.0  # maximum length of a clip, in seconds
+    # Cut recordings at --max_audio_seconds, or split them at pauses into clips up to that length, without text
     long_recordings: Literal["cut", "split"] = "cut"
-    min_seconds: float = 0.0  # shorter clips are filtered, and counted
-    max_seconds: float | None = None  # longer clips are filtered, and counted
-    where: str | None = None  # rows to keep, such as 'language == "en" and dnsmos >= 3'; others are counted
-    # Rows of a shard: a minimum; for a tar, of all but its last. Default: 2,048; without tars fewer, to have 64 shards
+    min_seconds: float = 0.0  # filter shorter clips, in seconds
+    max_seconds: float | None = None  # filter longer clips, in seconds
+    where: str | None = None  # condition on the rows to tokenise, such as 'language == "en" and dnsmos >= 3'
+    # Minimum number of rows in a shard (of a tar: exact number). Default: 2,048, or fewer to have 64 shards
     clips_per_shard: int | None = None
-    num_workers: int = 2  # processes of each rank that read and resample
-    duplicates: Literal["keep", "drop"] = "keep"  # clips with the samples of an earlier clip; they are counted
-    max_skip_fraction: float = 0.01  # stop when a larger fraction of the clips cannot be used
+    num_workers: int = 2  # number of processes that read and resample audio, for each rank
+    duplicates: Literal["keep", "drop"] = "keep"  # count or also drop clips with the samples of an earlier clip
+    max_skip_fraction: float = 0.01  # stop if more than this fraction of the clips is unusable
 
 
 @dataclass(frozen=True)
 class Job:
-    """Consecutive units that make one shard, or one unit of unknown length, such as a tar, that makes several.
+    """Consecutive units that are written to one shard, or one tar that is written to several.
 
-    A job depends only on the corpus and on --clips_per_shard, and a shard appears when it is whole. So the names of the
-    shards tell a later start, on any number of ranks, which rows are missing.
+    Jobs depend only on the corpus and on --clips_per_shard, and shards are written atomically. So a re-run on any
+    number of ranks finds the missing rows by the names of the shards.
     """
 
     number: int
     units: range
     num_bytes: int
-    rows_per_part: int | None  # of all shards but the last, if there are several
-    first_part: int = 0  # earlier shards exist
+    rows_per_part: int | None  # rows in each shard of a tar, except the last
+    first_part: int = 0  # first missing shard of a tar
 
     def shard(self, part: int, *, is_end: bool) -> str:
         return f"shard-{self.number:06d}-{part:04d}{'-end' * is_end}.parquet"
 
     def shards_in(self, names: Container[str]) -> tuple[list[str], bool]:
-        """Return the shards that exist, up to the first missing one, and True if none is missing."""
+        """Return the existing shards before the first missing one, and True if none is missing."""
         found: list[str] = []
         while (name := self.shard(len(found), is_end=False)) in names:
             found.append(name)
@@ -105,19 +97,14 @@ class Job:
 
 
 def tokenize_corpus(options: TokenizationOptions) -> None:
-    """Tokenise a corpus, or the shards that are missing.
-
-    Raises:
-        UserError: an option, the corpus or earlier output cannot be used, or too many clips cannot be used.
-    """
+    """Tokenise a corpus, or write the shards that are missing."""
     _check(options)
     with distributed_context() as ranks, ExitStack() as resources:
         row_filter = RowFilter(options.min_seconds, options.max_seconds, options.where)
         columns = {"text": options.text_column, "speaker": options.speaker_column, **row_filter.columns}
-        place = options.corpus, options.dataset_path, options.audio_column, None
-        source = open_source(*place, extra_columns=columns, split=options.split)
+        source = open_source(options.corpus, options.dataset_path, options.audio_column, None, columns, options.split)
         if missing := [column for role, column in row_filter.columns.items() if role not in source.columns]:
-            raise UserError(f"--where is {options.where!r}, but '{options.corpus}' has no column '{missing[0]}'")
+            raise UserError(f"--where names a column '{missing[0]}', but '{options.corpus}' has none; fix the name")
         codec = MimiCodec(
             options.codec, options.num_quantizers, ranks.device, DTYPES[options.dtype], options.codec_sliding_window
         )
@@ -133,7 +120,7 @@ def tokenize_corpus(options: TokenizationOptions) -> None:
 
         def resume() -> list[Job]:
             fs, folder = files.file_system(options.output_dir)
-            if files.is_local(fs):  # elsewhere two runs would repeat work, but every shard would still be whole
+            if files.is_local(fs):  # two runs on a remote folder would repeat work, but not damage shards
                 resources.enter_context(files.locked(Path(folder) / files.LOCK, "--output_dir"))
             todo = unfinished(options.output_dir, plan, jobs)
             done = f"finished: {len(jobs) - len(todo)} of {len(jobs)} jobs"
@@ -153,20 +140,18 @@ def _check(options: TokenizationOptions) -> None:
     for name in ("max_audio_seconds", "clips_per_shard"):
         if getattr(options, name) is not None and not 0 < getattr(options, name) < math.inf:
             raise UserError(f"--{name} is {getattr(options, name)}; it must be a positive number")
-    if options.num_workers < 0 or not 0 <= options.max_skip_fraction <= 1:
-        raise UserError("--num_workers must be 0 or more, and --max_skip_fraction a fraction between 0 and 1")
+    if not 0 <= options.max_skip_fraction <= 1:
+        raise UserError(f"--max_skip_fraction is {options.max_skip_fraction}; it must be a fraction between 0 and 1")
     for name, value, lowest in (("min_seconds", shortest, 0), ("max_seconds", longest, shortest)):
         if value is not None and not lowest <= value <= limit:
             raise UserError(f"--{name} is {value:g}; it must be between {lowest:g} and --max_audio_seconds {limit:g}")
-    if longest is not None and options.long_recordings == "split":
-        raise UserError("--max_seconds filters long recordings, and --long_recordings split keeps them; choose one")
     corpus, output = os.path.abspath(options.corpus.partition("**")[0]), os.path.abspath(options.output_dir)
     if options.corpus not in CORPORA and os.path.join(output, "").startswith(os.path.join(corpus, "")):
         raise UserError(f"--output_dir '{options.output_dir}' is inside the corpus '{options.corpus}'; choose another")
 
 
 def _plan(options: TokenizationOptions, source: Source, codec: MimiCodec) -> dict[str, Any]:
-    """Return everything that shards depend on."""
+    """Return all settings that change the shards."""
     optional = [name for name in shards.OPTIONAL_COLUMNS if name in source.columns or name.startswith("audio_")]
     return {
         "format": shards.FORMAT,
@@ -186,7 +171,7 @@ def _plan(options: TokenizationOptions, source: Source, codec: MimiCodec) -> dic
 
 
 def make_jobs(units: Sequence[Unit], clips_per_shard: int | None) -> list[Job]:
-    """Divide the units of a corpus into jobs of at least ``clips_per_shard`` rows; a unit of unknown length is one."""
+    """Divide the units of a corpus into jobs of at least ``clips_per_shard`` rows; a tar is one job."""
     sizes = [unit.num_rows for unit in units]
     total = sum(size or 0 for size in sizes)
     wanted = clips_per_shard or (CLIPS_PER_SHARD if None in sizes else min(CLIPS_PER_SHARD, -(-total // MIN_SHARDS)))
@@ -202,26 +187,22 @@ def make_jobs(units: Sequence[Unit], clips_per_shard: int | None) -> list[Job]:
 
 
 def unfinished(output_dir: str, plan: dict[str, Any], jobs: Sequence[Job]) -> list[Job]:
-    """Write or compare the plan, remove files of killed runs, and return the jobs with missing shards."""
+    """Write the plan, or compare it with the earlier one, and return the jobs with missing shards."""
     earlier = files.read_json(output_dir, shards.PLAN)
     if earlier is None:
         files.write_atomically(output_dir, shards.PLAN, json.dumps(plan, indent=1).encode())
     else:
-        remedy = "start again with the earlier options, or choose another --output_dir"
+        remedy = "re-run with the earlier options, or choose another --output_dir"
         require_same(earlier, plan, f"'{output_dir}'", remedy)
-    fs, folder = files.file_system(output_dir)
     names = files.sizes_in(output_dir)
-    for name in names:
-        if name.endswith(files.PARTIAL):
-            fs.rm_file(f"{folder}/{name}")
     existing = [(job, *job.shards_in(names)) for job in jobs]
     return [replace(job, first_part=len(found)) for job, found, is_done in existing if not is_done]
 
 
 class Chunks(IterableDataset):
-    """The rows of jobs in order, as chunks (shard, number of rows, bytes, clips); each of n workers yields every n-th.
+    """Dataset of chunks (shard, number of rows, bytes, clips) in order; each of n workers yields every n-th chunk.
 
-    The last chunk of a shard has the shard's name, others have None; the last chunk of a job is empty.
+    ``shard`` is the shard's name in its last chunk, else None. The last chunk of a job is empty.
     """
 
     def __init__(self, reader: AudioReader, jobs: Sequence[Job], rows_per_chunk: int) -> None:
@@ -240,10 +221,10 @@ class Chunks(IterableDataset):
                     bytes_left -= unit.num_bytes
                     turns_of_unit = [next(turns) for _ in range(0, unit.num_rows, size)]
                     if not any(turns_of_unit):
-                        continue  # without reading the unit
+                        continue  # other workers read the unit
                     own = iter(turns_of_unit)
                 rows = source.rows(number, row if unit.num_rows is None else 0)
-                num_bytes = unit.num_bytes  # are counted with the first chunk; of a tar each chunk has its own
+                num_bytes = unit.num_bytes  # counted with the unit's first chunk; in a tar, each chunk is counted
                 while chunk := list(itertools.islice(rows, min(size, rows_per_part - row % rows_per_part))):
                     row += len(chunk)
                     if unit.num_rows is None:
@@ -266,19 +247,19 @@ def write_shards(
     codec: MimiCodec,
     columns: Sequence[str],
 ) -> None:
-    """Encode this rank's share of the jobs, and report the progress of all ranks."""
-    splits = options.long_recordings == "split"  # a row may be an hour of audio
+    """Encode this rank's jobs; rank 0 prints the progress of all ranks."""
+    splits = options.long_recordings == "split"  # a row may be hours of audio
     own = sorted(todo, key=lambda job: -job.num_bytes)[ranks.rank :: ranks.world_size]
     chunks = Chunks(reader, own, 1 if splits else ROWS_PER_CHUNK)
     workers = {"num_workers": options.num_workers} | ({"prefetch_factor": 1} if splits and options.num_workers else {})
     total_bytes = sum(job.num_bytes for job in todo)
     start, last_report = time.monotonic(), 0.0
-    stored: list[shards.CodedClip] = []  # in a shard, which has ``shard_rows`` rows so far
+    stored: list[shards.CodedClip] = []  # clips of the current shard, from ``shard_rows`` rows
     bad: list[SkippedClip] = []
     filtered: Counter[str] = Counter()
     shard_rows = num_read = num_skipped = 0
     for shard, num_rows, num_bytes, audio in read_in_workers(chunks, **workers):
-        clips, _ = shards.encode_clips(codec, audio)
+        clips = shards.encode_clips(codec, audio)
         skipped = [clip for clip in clips if isinstance(clip, SkippedClip)]
         stored += (coded := [clip for clip in clips if isinstance(clip, shards.CodedClip)])
         filtered.update(clip.reason for clip in skipped if clip.is_filtered)
@@ -305,31 +286,25 @@ def write_shards(
 def _judge(num_skipped: int, num_read: int, limit: float, last: str, *, is_end: bool) -> None:
     if is_too_many(num_skipped, num_read, limit, is_end=is_end, is_whole=is_end):
         problem = f"{num_skipped} of {num_read} clips could not be used, more than --max_skip_fraction {limit:g}"
-        raise UserError(f"{problem} (the last: {last}); repair the corpus or raise --max_skip_fraction")
+        raise UserError(f"{problem} (the last: {last}); fix the corpus or raise --max_skip_fraction")
 
 
 def write_manifest(
     options: TokenizationOptions, plan: Mapping[str, Any], units: Sequence[Unit], jobs: Sequence[Job]
 ) -> None:
-    """Count or drop duplicates, and write the manifest from the content of the shards.
-
-    Raises:
-        UserError: a shard is damaged or contains other rows, or too many clips cannot be used.
-    """
+    """Count or drop duplicates, and write the manifest from the shards."""
     output_dir, found = options.output_dir, files.sizes_in(options.output_dir)
     names = [name for job in jobs for name in job.shards_in(found)[0]]
     tables, notes = _read_shards(output_dir, names)
     rows = {name: note["rows"] for name, note in zip(names, notes, strict=True)}
     for job in jobs:
         of_job, is_done = job.shards_in(found)
-        if not is_done:
-            raise UserError(f"'{output_dir}' lacks shards of job {job.number}; start again")
-        *full, last = [rows[name] for name in of_job]
+        *full, last = [rows[name] for name in of_job] or [0]
         num_rows = sum(units[unit].num_rows or 0 for unit in job.units)
-        if set(full) - {job.rows_per_part} or (last != num_rows and not job.rows_per_part):
-            raise UserError(f"'{of_job[0]}' to '{of_job[-1]}' lack rows of the corpus; delete them and start again")
+        if not is_done or set(full) - {job.rows_per_part} or (last != num_rows and not job.rows_per_part):
+            raise UserError(f"the shards of job {job.number} {of_job} lack rows of the corpus; delete them and re-run")
     duplicates = _duplicates(tables)
-    if options.duplicates == "drop":  # the notes count them, so a run that is killed here continues
+    if options.duplicates == "drop":  # the notes count them, so this step can be repeated after a kill
         for name, note, is_dropped_N in zip(names, notes, duplicates, strict=True):
             if is_dropped_N.any():
                 note["filtered"] = Counter(note["filtered"]) + Counter(duplicate=int(is_dropped_N.sum()))
@@ -363,15 +338,12 @@ def write_manifest(
         "versions": versions(),
     }
     files.write_atomically(output_dir, shards.MANIFEST, json.dumps(manifest, indent=1).encode())
-    counts = {"clips": len(clips), "shards": len(names), "cut": manifest["cut"], "skipped": len(skipped)}
-    counts |= {f"filtered: {reason}": number for reason, number in filtered.items()}
-    counts |= {"duplicates kept": manifest["duplicates_kept"], **manifest["audio_warnings"]}
-    summary = ", ".join(f"{number:,} {what}" for what, number in counts.items())
-    print(f"{output_dir}: {manifest['hours']:.2f} h, {summary}")
+    counts = {key: manifest[key] for key in ("cut", "skipped", "filtered", "audio_warnings", "duplicates_kept")}
+    print(f"{output_dir}: {manifest['hours']:.2f} h, {len(clips):,} clips, {len(names):,} shards; {json.dumps(counts)}")
 
 
 def _read_shards(output_dir: str, names: Sequence[str]) -> tuple[list[pa.Table], list[dict[str, Any]]]:
-    """Return of each shard a table of its clips, without their codes, and its notes."""
+    """Return a table of clips without codes, and the notes, for each shard."""
     columns = ["duration", "is_cut", "audio_hash", "audio_warnings"]
     with ThreadPoolExecutor(SHARD_READERS) as pool:
         tables = list(pool.map(lambda name: shards.read_shard(f"{output_dir}/{name}", columns), names))
@@ -379,9 +351,6 @@ def _read_shards(output_dir: str, names: Sequence[str]) -> tuple[list[pa.Table],
 
 
 def _duplicates(tables: Sequence[pa.Table]) -> list[np.ndarray]:
-    """Return, for each shard, which of its clips have the samples of an earlier clip."""
-    hashes = [np.array(table["audio_hash"].to_pylist(), dtype=f"S{HASH_BYTES}") for table in tables]
-    hashes_N = np.concatenate(hashes)
-    is_duplicate_N = np.ones(len(hashes_N), dtype=bool)
-    is_duplicate_N[np.unique(hashes_N, return_index=True)[1]] = False  # the first of each
+    """Return for each shard a mask (N,) of the clips with the same samples as an earlier clip."""
+    is_duplicate_N = pa.concat_tables(tables)["audio_hash"].to_pandas().duplicated().to_numpy()
     return np.split(is_duplicate_N, np.cumsum([len(table) for table in tables])[:-1])

@@ -1,4 +1,4 @@
-"""Filter clips by their length and by a small expression over the columns of their rows."""
+"""Filter clips by their length and by an expression over the columns of their rows."""
 
 import ast
 from collections.abc import Callable, Mapping
@@ -9,7 +9,7 @@ from typing import Any
 
 from llama_mimi.common.errors import UserError
 
-ROLE = "filter/"  # before the name of a column that only an expression names
+ROLE = "filter/"  # prefix of the role of a column that an expression names
 OPERATORS: dict[type, Callable] = {ast.Eq: eq, ast.NotEq: ne, ast.Lt: lt, ast.LtE: le, ast.Gt: gt, ast.GtE: ge}
 OPERATORS[ast.In] = lambda value, values: any(_compare(eq, value, other) for other in values)
 OPERATORS[ast.NotIn] = lambda value, values: not OPERATORS[ast.In](value, values)
@@ -19,7 +19,7 @@ class RowFilter:
     """Limits on the length of a clip, and an expression such as ``language == "en" and dnsmos >= 3``.
 
     Attributes:
-        columns: those that the expression names, by the role under which a source reads them.
+        columns: names of the columns in the expression, by their role in a source.
     """
 
     def __init__(self, min_seconds: float = 0.0, max_seconds: float | None = None, where: str | None = None) -> None:
@@ -31,20 +31,20 @@ class RowFilter:
             self._tree = ast.parse(where.strip(), mode="eval").body
             names = [node.id for node in ast.walk(self._tree) if isinstance(node, ast.Name)]
             self.columns = {ROLE + name: name for name in names}
-            _is_true(self._tree, dict.fromkeys(names, 0))  # checks every part
+            _is_true(self._tree, dict.fromkeys(names, 0))  # checks every part of the expression
         except (SyntaxError, ValueError, TypeError, RecursionError) as error:
-            problem = f"--where is {where!r}; it compares columns with numbers and texts"
-            raise UserError(f'{problem}, such as language == "en" and dnsmos >= 3') from error
+            problem = f"--where is {where!r}, which is not a comparison of columns with numbers or strings"
+            raise UserError(f'{problem}; write for example language == "en" and dnsmos >= 3') from error
 
     def of_values(self, values: Mapping[str, Any]) -> str | None:
-        """Return why a row is left out before its audio is read, such as a column without a value; None keeps it."""
+        """Return the reason to filter a row before its audio is read (such as a missing value), or None."""
         row = {name: values.get(role) for role, name in self.columns.items()}
         if missing := [name for name, value in row.items() if value in (None, "")]:
             return f"no {missing[0]}"
         return None if self._where is None or _is_true(self._tree, row) else f"not {self._where}"
 
     def of_length(self, seconds: float, *, is_cut: bool) -> str | None:
-        """Return why a clip of ``seconds``, or more if it is cut, is left out; None keeps it."""
+        """Return the reason to filter a clip by its length, or None; a cut clip is longer than ``seconds``."""
         if seconds < self._min_seconds:
             return f"under {self._min_seconds:g} s"
         is_long = self._max_seconds is not None and (is_cut or seconds > self._max_seconds)
@@ -70,12 +70,12 @@ def _side(node: ast.expr, is_list: bool, row: Mapping[str, Any]) -> Any:
         return row[node.id]
     constant = ast.literal_eval(node)
     if not isinstance(constant, tuple | list if is_list else str | int | float):
-        raise ValueError("neither a text nor a number")
+        raise ValueError("neither a string nor a number")
     return constant
 
 
 def _compare(operator: Callable, left: Any, right: Any) -> bool:
-    """Compare two values; a text is read as a number beside a number, as CSV tables contain only texts."""
+    """Compare two values; a string is converted if the other value is a number, as CSV tables contain only strings."""
     with suppress(ValueError, TypeError):
         if isinstance(left, str) and isinstance(right, int | float):
             left = float(left)

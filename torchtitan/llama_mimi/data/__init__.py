@@ -1,1 +1,1 @@
-"""From corpora to batches: the order of clips, packing, and the loader."""
+"""Training data: order of clips, packing, and dataloader."""

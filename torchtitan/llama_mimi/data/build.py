@@ -1,4 +1,4 @@
-"""Build the dataloaders of training and validation from the settings."""
+"""Build the dataloaders for training and validation from the settings."""
 
 import dataclasses
 from typing import Any
@@ -10,7 +10,7 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.corpora.clips import AudioReader
 from llama_mimi.corpora.code_shards import CodeCorpus, is_store
 from llama_mimi.corpora.formats import open_source
-from llama_mimi.data.dataloader import DataMeter, SpeechDataLoader
+from llama_mimi.data.dataloader import ClipOrder, DataMeter, SpeechDataLoader
 from llama_mimi.data.order import ClipReader, RowsInOrder, ShuffledOrder
 from llama_mimi.data.packing import BatchPacker
 from llama_mimi.tokens.tokenizer import SpeechTokenizer
@@ -24,22 +24,20 @@ def build_dataloader(
     meter: DataMeter | None = None,
     is_validation: bool = False,
 ) -> SpeechDataLoader:
-    """Build the dataloader of training, or of validation.
+    """Build the dataloader for training or validation.
 
-    Training is endless and shuffled by ``debug.seed`` (0 if unset). Validation reads its corpus, or the first
-    ``data.validation_clips``, once and in order; rows contain one clip, so that its loss does not depend on packing.
+    The training loader is endless and shuffled with ``debug.seed`` (default 0). The validation loader reads the first
+    ``data.validation_clips`` clips once, in order, and one per sequence, so that its loss does not depend on packing.
     """
     data, section = job_config.data, job_config.validation if is_validation else job_config.training
     readers = open_readers(job_config, section)
+    ranks = dp_rank, dp_world_size
+    order: ClipOrder
     if is_validation:
-        order: RowsInOrder | ShuffledOrder = RowsInOrder(
-            readers[0].rows_per_unit, dp_rank, dp_world_size, data.validation_clips
-        )
+        order = RowsInOrder(readers[0].rows_per_unit, *ranks, data.validation_clips)
     else:
         fractions = _clip_fractions(readers, data.weights, data.max_audio_seconds)
-        order = ShuffledOrder(
-            readers, fractions, dp_rank, dp_world_size, data.shuffle_window, job_config.debug.seed or 0
-        )
+        order = ShuffledOrder(readers, fractions, *ranks, data.shuffle_window, job_config.debug.seed or 0)
     is_packed, shape = data.packing == "pack", (section.local_batch_size, section.seq_len)
     packer = BatchPacker(tokenizer, *shape, is_packed=is_packed and not is_validation, has_positions=is_packed)
     codec, own = None, job_config.codec
@@ -50,21 +48,21 @@ def build_dataloader(
         "max_skip_fraction": data.max_skip_fraction,
         "depth_train_fraction": 1.0 if is_validation else job_config.model.depth_train_fraction,
     }
-    return SpeechDataLoader(readers, order, packer, codec, meter=meter, **options)
+    return SpeechDataLoader(readers, order, packer, codec, meter=meter or DataMeter(), **options)
 
 
 def dataset_names(section: Any) -> list[str]:
-    """Return the corpora of ``[training]`` or ``[validation]``: names divided by commas."""
+    """Return the corpus names in ``[training]`` or ``[validation]``, which are separated by commas."""
     return [name.strip() for name in section.dataset.split(",") if name.strip()]
 
 
 def chosen_split(job_config: Any, section: Any) -> str | None:
-    """Return the split that ``[training]`` or ``[validation]`` reads of a corpus of several."""
+    """Return the split to read for ``[training]`` or ``[validation]``, or None."""
     return job_config.data.split if section is job_config.training else job_config.data.validation_split
 
 
 def open_readers(job_config: Any, section: Any) -> list[ClipReader]:
-    """Open the corpora of ``[training]`` or ``[validation]``, each as audio or as codes, or raise a `UserError`."""
+    """Open the corpora of ``[training]`` or ``[validation]``, each as audio or as codes."""
     data, codec = job_config.data, job_config.codec
     config = load_codec_config(codec.name, codec.num_quantizers)
     max_frames, with_text = whole_frames(data.max_audio_seconds, config), data.task == "tts"
@@ -82,12 +80,12 @@ def open_readers(job_config: Any, section: Any) -> list[ClipReader]:
 
 
 def _clip_fractions(readers: list[ClipReader], weights: list[float], max_audio_seconds: float) -> list[float]:
-    """Return the fraction of clips from each corpus; without ``weights``, fractions of audio, epochs end together."""
+    """Return the relative number of clips from each corpus; ``weights`` are fractions of audio time."""
     if not weights or len(readers) == 1:
         return [float(reader.rows_per_unit.sum()) for reader in readers]
     fractions = []
     for weight, reader in zip(weights, readers, strict=True):
         if not isinstance(reader, CodeCorpus):
-            raise UserError(f"data.weights needs tokenised corpora, but '{reader.name}' is audio; tokenise it")
+            raise UserError(f"data.weights needs tokenised corpora, but '{reader.name}' is audio; tokenise it first")
         fractions.append(weight / reader.mean_seconds(max_audio_seconds))
     return fractions

@@ -1,10 +1,11 @@
-"""Training dataloader: workers read clips, the training process encodes audio and packs tokens into batches."""
+"""Dataloader: workers read clips; the training process encodes audio and packs tokens into batches."""
 
 import dataclasses
 import json
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -17,32 +18,24 @@ from llama_mimi.audio.mimi import MimiCodec
 from llama_mimi.common.distributed import gather
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.resume import require_same
-from llama_mimi.corpora.clips import (
-    MAX_NAMED_CLIPS,
-    MIN_JUDGED_CLIPS,
-    AudioClip,
-    SkippedClip,
-    is_too_many,
-    read_in_workers,
-)
-from llama_mimi.corpora.code_shards import CodedClip, encode_clips
+from llama_mimi.corpora.clips import MAX_NAMED_CLIPS, MIN_JUDGED_CLIPS, SkippedClip, is_too_many, read_in_workers
+from llama_mimi.corpora.code_shards import Clip, CodedClip, encode_clips
 from llama_mimi.data.order import ClipReader, ClipRef, Position, RowsInOrder, ShuffledOrder, reshard
 from llama_mimi.data.packing import BatchPacker
 from llama_mimi.tokens.tokenizer import Batch
 
 CLIPS_PER_REPORT = 1000
-MIN_CHUNK = 8  # clips that a worker reads, and the codec encodes, at once; or those of a batch if it is larger
+MIN_CHUNK = 8  # minimum number of clips that a worker reads, and the codec encodes, at once
 
-Clip = AudioClip | CodedClip | SkippedClip
 ClipOrder = ShuffledOrder | RowsInOrder
 
 
 @dataclass
 class ClipStream:
-    """Chunks of consecutive clips with their places, for `read_in_workers`: worker w of n reads every n-th chunk.
+    """Dataset of chunks of consecutive clips with their positions; each of n workers reads every n-th chunk.
 
-    Each worker reads the units that its chunks have rows of, in a shuffled window mostly all: decoding is divided
-    among the workers, fetching is not.
+    Each worker reads all units with rows in its chunks, often all units of a window. So workers share the decoding of
+    audio, but not the reading of files.
     """
 
     readers: Sequence[ClipReader]
@@ -68,50 +61,40 @@ class ClipStream:
 
 @dataclass
 class DataMeter:
-    """Counts of a loader for the metrics; after a resume rank 0 continues from the sum of all ranks."""
+    """Counts for the metrics; after a resume, rank 0 continues from the sum over all ranks."""
 
-    codec_seconds: float = 0.0  # spent encoding since it was last reset
-    num_clips: int = 0  # in the batches so far
-    num_frames: int = 0
+    codec_seconds: float = 0.0  # time spent encoding since the last reset
+    num_clips: int = 0  # clips in the batches so far
+    num_frames: int = 0  # frames in the batches so far
 
 
+@dataclass(eq=False)
 class SpeechDataLoader(BaseDataLoader):
-    """Batches of token ids, without end in a `ShuffledOrder`, or of the rows once.
+    """Dataloader of token ids: endless with a `ShuffledOrder`, one pass with `RowsInOrder`."""
 
-    Args:
-        codec: None if all corpora are codes.
-        workers: keyword arguments of PyTorch's DataLoader.
-        max_skip_fraction: a larger fraction of clips that cannot be used is an error.
-        depth_train_fraction: fraction of the frames that train the depth decoder of the hierarchical architecture.
-    """
+    readers: Sequence[ClipReader]
+    order: ClipOrder
+    packer: BatchPacker
+    codec: MimiCodec | None = None  # None if all corpora are codes
+    _: KW_ONLY
+    workers: Mapping[str, Any]  # arguments of PyTorch's DataLoader
+    max_skip_fraction: float = 0.0  # allowed fraction of unusable clips
+    depth_train_fraction: float = 1.0  # fraction of frames that train the depth decoder (hierarchical model)
+    meter: DataMeter = field(default_factory=DataMeter)
 
-    def __init__(
-        self,
-        readers: Sequence[ClipReader],
-        order: ClipOrder,
-        packer: BatchPacker,
-        codec: MimiCodec | None = None,
-        *,
-        workers: Mapping[str, Any],
-        max_skip_fraction: float = 0.0,
-        depth_train_fraction: float = 1.0,
-        meter: DataMeter | None = None,
-    ) -> None:
-        self._readers, self._order, self._packer, self._codec = readers, order, packer, codec
-        self._workers, self._max_skip_fraction = workers, max_skip_fraction
-        self._depth_train_fraction, self._meter = depth_train_fraction, meter or DataMeter()
-        self._counts: Counter[str] = Counter()  # clips read, cut, and skipped by reason
-        self._num_clips = sum(int(reader.rows_per_unit.sum()) for reader in readers)
-        self._meter.num_clips = self._meter.num_frames = 0
-        self.dataset = ", ".join(reader.name for reader in readers)
+    def __post_init__(self) -> None:
+        self.counts: Counter[str] = Counter()  # clips read, cut, and skipped by reason
+        self.num_clips = sum(int(reader.rows_per_unit.sum()) for reader in self.readers)
+        self.meter.num_clips = self.meter.num_frames = 0
+        self.dataset = ", ".join(reader.name for reader in self.readers)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield batches, the last filled up with padding; raise a `UserError` if too many clips cannot be used."""
-        packer = self._packer
+        """Yield batches, the last one padded; raise a `UserError` if too many clips are unusable."""
+        packer = self.packer
         for ref, clip in self._clips():
             if isinstance(clip, CodedClip) and clip.text is not None and (why := packer.no_room(clip.text)):
                 clip = SkippedClip("text too long", f"'{clip.name}' cannot be used: {why}")
-            if not ref.frame:  # else it was counted when its beginning was read
+            if not ref.frame:  # a clip is counted once, with its first frame
                 self._count(clip)
             if isinstance(clip, SkippedClip) or ref.frame >= len(clip.codes_TQ):  # max_audio_seconds was lowered
                 self._advance(ref)
@@ -129,67 +112,68 @@ class SpeechDataLoader(BaseDataLoader):
             yield self._next_batch()
 
     def empty_batch(self) -> Batch:
-        """Return a batch of padding, for a rank that has run out of clips while others have not."""
-        assert self._packer.is_empty
-        return self._packer.pop()
+        """Return a batch of padding, for a rank without clips while other ranks still have some."""
+        assert self.packer.is_empty
+        return self.packer.pop()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the positions of all ranks after their last batches, the same on every rank: a collective."""
-        assert isinstance(self._order, ShuffledOrder)
-        own = dataclasses.asdict(self._order.position), self._counts, self._meter.num_frames
-        of_ranks = dict(gather((self._order.dp_rank, own)))  # tensor-parallel ranks share a position
+        """Return the positions of all ranks after their last batches (a collective with one result for all ranks)."""
+        assert isinstance(self.order, ShuffledOrder)
+        own = dataclasses.asdict(self.order.position), self.counts, self.meter.num_frames
+        of_ranks = dict(gather((self.order.dp_rank, own)))  # tensor-parallel ranks share a position
         ranks, counts, frames = zip(*(of_ranks[rank] for rank in sorted(of_ranks)), strict=True)
-        state = {"ranks": ranks, "counts": sum(counts, Counter()), "frames": sum(frames), "of": self._order.fingerprint}
-        # One JSON string, because a checkpoint loads only keys that exist beforehand.
+        state = {"ranks": ranks, "counts": sum(counts, Counter()), "frames": sum(frames), "of": self.order.fingerprint}
+        # One JSON string, because DCP loads only keys that exist in the state before loading.
         return {"position": json.dumps(state)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a position that any number of ranks saved; raise a `UserError` if it is one in other data."""
+        """Continue from a position that any number of ranks saved; raise a `UserError` if the data differ."""
         if not state_dict:
             return
-        assert isinstance(self._order, ShuffledOrder)
+        assert isinstance(self.order, ShuffledOrder)
         state = json.loads(state_dict["position"])
         remedy = "set it as before, or restart the data with --checkpoint.exclude_from_loading dataloader"
-        require_same(state["of"], self._order.fingerprint, f"the checkpoint's position in '{self.dataset}'", remedy)
-        positions = reshard([Position.from_json(position) for position in state["ranks"]], self._order.dp_world_size)
-        self._order.position = positions[self._order.dp_rank]
-        if self._order.dp_rank == 0:
-            self._counts, self._meter.num_frames = Counter(state["counts"]), state["frames"]
+        require_same(state["of"], self.order.fingerprint, f"the checkpoint's position in '{self.dataset}'", remedy)
+        positions = reshard([Position.from_json(position) for position in state["ranks"]], self.order.dp_world_size)
+        self.order.position = positions[self.order.dp_rank]
+        if self.order.dp_rank == 0:
+            self.counts, self.meter.num_frames = Counter(state["counts"]), state["frames"]
 
     def _clips(self) -> Iterator[tuple[ClipRef, CodedClip | SkippedClip]]:
-        """Yield the clips as codes, with their places."""
-        stream = ClipStream(self._readers, self._order, max(self._packer.batch_size, MIN_CHUNK))
-        for chunk in read_in_workers(stream, **self._workers):
+        """Yield the clips as codes, with their positions."""
+        stream = ClipStream(self.readers, self.order, max(self.packer.batch_size, MIN_CHUNK))
+        for chunk in read_in_workers(stream, **self.workers):
             refs, clips = [ref for ref, _ in chunk], [clip for _, clip in chunk]
-            if self._codec is not None:
-                clips, seconds = encode_clips(self._codec, clips)
-                self._meter.codec_seconds += seconds
+            if self.codec is not None:
+                start = time.perf_counter()
+                clips = encode_clips(self.codec, clips)
+                self.meter.codec_seconds += time.perf_counter() - start
             yield from zip(refs, clips, strict=True)
 
     def _deep_frames(self, ref: ClipRef, num_frames: int) -> np.ndarray | None:
-        """Return the frames, and the end, that train the depth decoder: others in each epoch, the same on any ranks."""
-        if self._depth_train_fraction == 1:
+        """Return a mask (T + 1,) of the frames, and the end, that train the depth decoder; it differs in each epoch."""
+        if self.depth_train_fraction == 1:
             return None
-        assert isinstance(self._order, ShuffledOrder)
-        generator = np.random.default_rng((self._order.seed, *ref[:4]))
-        return generator.random(num_frames + 1) < self._depth_train_fraction
+        assert isinstance(self.order, ShuffledOrder)
+        generator = np.random.default_rng((self.order.seed, *ref[:4]))
+        return generator.random(num_frames + 1) < self.depth_train_fraction
 
     def _advance(self, ref: ClipRef, frame: int | None = None) -> None:
-        """Move the position to a frame of this clip, or after the clip."""
-        if isinstance(self._order, ShuffledOrder):
+        """Move the position to a frame of this clip, or behind the clip."""
+        if isinstance(self.order, ShuffledOrder):
             if frame is not None:
-                self._order.use_frames(frame)
+                self.order.use_frames(frame)
             else:
-                assert self._order.next_clip()[:4] == ref[:4], "the clips left their order"
+                assert self.order.next_clip()[:4] == ref[:4], "the clips left their order"
 
     def _next_batch(self) -> Batch:
-        self._meter.num_clips = self._counts["read"] - self._counts["skipped"]
-        self._meter.num_frames += self._packer.num_frames
-        return self._packer.pop()
+        self.meter.num_clips = self.counts["read"] - self.counts["skipped"]
+        self.meter.num_frames += self.packer.num_frames
+        return self.packer.pop()
 
     def _count(self, clip: CodedClip | SkippedClip) -> None:
-        """Count a clip, and name it if it is skipped or has warnings."""
-        counts = self._counts
+        """Count a clip, and log its name if it is skipped or has warnings."""
+        counts = self.counts
         counts["read"] += 1
         if isinstance(clip, SkippedClip):
             counts["skipped"] += 1
@@ -202,20 +186,19 @@ class SpeechDataLoader(BaseDataLoader):
             if counts[note] <= MAX_NAMED_CLIPS:
                 logger.warning(f"clip {counts['read']} {note}: {message}")
         if counts["read"] % CLIPS_PER_REPORT == 0:
-            numbers = {**counts, "cut at seq_len": self._packer.num_cut}
+            numbers = {**counts, "cut at seq_len": self.packer.num_cut}
             logger.info("clips: " + ", ".join(f"{number:,} {what}" for what, number in numbers.items()))
-        is_end = counts["read"] % self._num_clips == 0  # of an epoch, if one rank reads all clips
+        is_end = counts["read"] % self.num_clips == 0  # end of an epoch, if one rank reads all clips
         if is_end or isinstance(clip, SkippedClip):
             self._judge(is_end=is_end)
 
     def _judge(self, *, is_end: bool) -> None:
-        """Raise a `UserError` if more than the allowed fraction of the clips cannot be used, or none can."""
-        read, skipped = self._counts["read"], self._counts["skipped"]
-        is_none = skipped == read >= min(MIN_JUDGED_CLIPS, self._num_clips)
-        is_whole, limit = self._order.dp_world_size == 1, self._max_skip_fraction
+        """Raise a `UserError` if too large a fraction of the clips is unusable, or all are."""
+        read, skipped = self.counts["read"], self.counts["skipped"]
+        is_none = skipped == read >= min(MIN_JUDGED_CLIPS, self.num_clips)
+        is_whole, limit = self.order.dp_world_size == 1, self.max_skip_fraction
         if is_none or is_too_many(skipped, read, limit, is_end=is_end, is_whole=is_whole):
-            reasons = ", ".join(f"{n} {key[9:]}" for key, n in self._counts.items() if key.startswith("skipped: "))
-            raise UserError(
-                f"{skipped} of {read} clips of '{self.dataset}' could not be used ({reasons}), and "
-                f"data.max_skip_fraction is {limit:g}; repair the corpus or raise data.max_skip_fraction"
-            )
+            reasons = ", ".join(f"{n} {key[9:]}" for key, n in self.counts.items() if key.startswith("skipped: "))
+            problem = f"{skipped} of {read} clips of '{self.dataset}' could not be used ({reasons})"
+            remedy = "fix the corpus" + " or raise data.max_skip_fraction" * (limit < 1)
+            raise UserError(f"{problem}, and data.max_skip_fraction is {limit:g}; {remedy}")

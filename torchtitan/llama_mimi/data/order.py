@@ -1,4 +1,4 @@
-"""The order of training clips: a position in an endless sequence, not a buffer."""
+"""Order of training clips, an endless sequence in which a rank's position is a few numbers."""
 
 import copy
 import itertools
@@ -15,46 +15,46 @@ from llama_mimi.corpora.code_shards import CodeCorpus
 
 ClipReader = AudioReader | CodeCorpus
 
-# The additive recurrence with the golden ratio spreads draws most evenly: after n draws every fraction is met to within
-# a few of n clips (Kuipers and Niederreiter, Uniform Distribution of Sequences, 1974, ch. 2, sec. 3).
+# An additive recurrence with the golden ratio spreads the draws of each corpus evenly: after any number of draws, the
+# number from each corpus is exact to a few clips (Kuipers and Niederreiter, Uniform Distribution of Sequences, 1974).
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
-MIN_WINDOWS = 64  # of an epoch, if the corpus has that many units
-CACHED_WINDOWS = 4  # the loader reads ahead of training
+MIN_WINDOWS = 64  # minimum number of windows in an epoch, if the corpus has that many units
+CACHED_WINDOWS = 4  # enough for a loader that reads ahead of training
 
 
 class ClipRef(NamedTuple):
-    """Place of a row in the order and in its corpus."""
+    """Position of a row in the order and in its corpus."""
 
     corpus: int
     window: int
     unit: int
     row: int
-    frame: int = 0  # the first that is not used
+    frame: int = 0  # first unused frame
 
 
 @dataclass(order=True)
 class BegunWindow:
-    """A window that is not finished."""
+    """A partly used window."""
 
     window: int
     rows_used: int = 0
-    frames_used: int = 0  # of the next row
+    frames_used: int = 0  # frames used of the next row
 
 
 @dataclass
 class Cursor:
-    """One rank's place in one corpus."""
+    """Position of one rank in one corpus."""
 
     begun: list[BegunWindow] = field(default_factory=list)  # windows to finish first
-    next_window: int = 0  # the first window of this rank that is not begun
+    next_window: int = 0  # this rank's first unused window
 
 
 @dataclass
 class Position:
-    """One rank's place in a mixture of corpora."""
+    """Position of one rank in a mixture of corpora."""
 
-    drawn: int  # clips so far
+    drawn: int  # number of clips so far
     cursors: list[Cursor]
 
     @staticmethod
@@ -64,14 +64,14 @@ class Position:
 
 
 class CorpusOrder:
-    """The windows of one corpus, of at most ``shuffle_window`` rows and at least one unit.
+    """Windows of one corpus, each of one or more units and about ``shuffle_window`` rows.
 
-    In each epoch units are permuted as a whole; consecutive units form a window, and rows are permuted inside it.
+    In each epoch the units are permuted. Consecutive units form a window, whose rows are permuted.
     """
 
     def __init__(self, rows_per_unit: np.ndarray, shuffle_window: int, seed: int) -> None:
         self._rows_per_unit, self._seed = rows_per_unit, seed
-        # A small corpus has small windows, so that ranks read in the same epoch. Equal windows keep ranks side by side.
+        # A small corpus has small windows, so that all ranks are in the same epoch. Windows have almost equal sizes.
         num_units = len(rows_per_unit)
         units_per_window = max(1, min(round(shuffle_window / float(rows_per_unit.mean())), num_units // MIN_WINDOWS))
         self.windows_per_epoch = math.ceil(num_units / units_per_window)
@@ -79,7 +79,7 @@ class CorpusOrder:
         self._cache: dict[int, np.ndarray] = {}
 
     def rows(self, window: int) -> np.ndarray:
-        """Return the rows of a window in order: unit and row, an array (N, 2)."""
+        """Return unit and row of each row of a window in order, (N, 2)."""
         if window not in self._cache:
             epoch, number = divmod(window, self.windows_per_epoch)
             order = np.random.default_rng((self._seed, epoch)).permutation(len(self._rows_per_unit))
@@ -92,39 +92,38 @@ class CorpusOrder:
         return self._cache[window]
 
 
+@dataclass
 class ShuffledOrder:
-    """One rank's endless sequence of clips; ``fractions`` of them, which need not sum to one, come from each corpus.
+    """Endless sequence of clips for one rank; ``fractions`` are the relative numbers of clips from each corpus.
 
-    Windows are numbered without end, across epochs, and rank k of W reads windows k, k + W, k + 2 W. A permutation is
-    a function of the seed and a number, so a position is a few numbers: the windows that the rank has begun, and the
-    first that it has not. On another number of ranks the remaining windows are shared out again (`reshard`).
+    Windows are numbered across epochs, and rank k of W reads windows k, k + W, k + 2 W. A permutation is a function of
+    the seed and a number. So a position is a few numbers: the partly used windows of the rank, and its next window.
+    `reshard` divides the remaining windows among another number of ranks.
     """
 
-    def __init__(
-        self,
-        readers: Sequence[ClipReader],
-        fractions: Sequence[float],
-        dp_rank: int,
-        dp_world_size: int,
-        shuffle_window: int,
-        seed: int,
-    ) -> None:
-        self.dp_rank, self.dp_world_size, self.seed = dp_rank, dp_world_size, seed
-        corpora = [reader.fingerprint for reader in readers]
-        self.fingerprint = {"corpora": corpora, "shuffle_window": shuffle_window, "seed": seed}
-        self._orders = [CorpusOrder(reader.rows_per_unit, shuffle_window, seed + k) for k, reader in enumerate(readers)]
-        self._bounds = (np.cumsum(fractions)[:-1] / np.sum(fractions)).tolist()
-        self.position = Position(0, [Cursor(next_window=dp_rank) for _ in readers])
+    readers: Sequence[ClipReader]
+    fractions: Sequence[float]
+    dp_rank: int
+    dp_world_size: int
+    shuffle_window: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        corpora, window, seed = [reader.fingerprint for reader in self.readers], self.shuffle_window, self.seed
+        self.fingerprint = {"corpora": corpora, "shuffle_window": window, "seed": seed}
+        self._orders = [CorpusOrder(reader.rows_per_unit, window, seed + k) for k, reader in enumerate(self.readers)]
+        self._bounds = (np.cumsum(self.fractions)[:-1] / np.sum(self.fractions)).tolist()
+        self.position = Position(0, [Cursor(next_window=self.dp_rank) for _ in self.readers])
 
     def __iter__(self) -> Iterator[ClipRef]:
-        """Yield the clips from here on, without moving the position."""
+        """Yield the next clips without moving the position."""
         ahead = copy.copy(self)
         ahead.position = copy.deepcopy(self.position)
         while True:
             yield ahead.next_clip()
 
     def next_clip(self) -> ClipRef:
-        """Return the next clip and move the position behind it."""
+        """Return the next clip and move the position past it."""
         corpus, begun = self._upcoming()
         place = begun[0]
         rows_N2 = self._orders[corpus].rows(place.window)
@@ -137,11 +136,11 @@ class ShuffledOrder:
         return ref
 
     def use_frames(self, num_frames: int) -> None:
-        """Record that the first frames of the next clip are used."""
+        """Record that ``num_frames`` frames of the next clip are used."""
         self._upcoming()[1][0].frames_used = num_frames
 
     def _upcoming(self) -> tuple[int, list[BegunWindow]]:
-        """Return the corpus of the next clip, and its begun windows, at least one."""
+        """Return the corpus of the next clip and its partly used windows (one or more; the first is next)."""
         corpus = bisect(self._bounds, (self.position.drawn * _GOLDEN) % 1.0)
         cursor = self.position.cursors[corpus]
         if not cursor.begun:
@@ -152,7 +151,7 @@ class ShuffledOrder:
 
 @dataclass(frozen=True)
 class RowsInOrder:
-    """The rows of a corpus once, in its order, dealt to the ranks one by one; ``limit`` of all ranks, or -1 for all."""
+    """Rows of a corpus in order; each of W ranks reads every W-th row. ``limit``: maximum over all ranks, or -1."""
 
     rows_per_unit: np.ndarray
     dp_rank: int = 0
@@ -165,10 +164,10 @@ class RowsInOrder:
 
 
 def reshard(positions: Sequence[Position], dp_world_size: int) -> list[Position]:
-    """Return the positions with which ``dp_world_size`` ranks continue those of all ranks before.
+    """Convert the positions of all ranks to positions of ``dp_world_size`` ranks.
 
-    The same number of ranks continues unchanged. Another number first shares out the unfinished windows and those
-    between them, so that every remaining clip of the epoch is read once.
+    The same number of ranks continues unchanged. Another number first divides the partly used windows and the unused
+    windows between them, so that every remaining clip of the epoch is read once.
     """
     if len(positions) == dp_world_size:
         return list(positions)

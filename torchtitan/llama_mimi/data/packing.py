@@ -1,4 +1,4 @@
-"""Batches of token ids: one clip in each row (``pad``), or clips end to end (``pack``)."""
+"""Batches of token ids: one clip per sequence (``pad``), or several (``pack``)."""
 
 import numpy as np
 import torch
@@ -7,16 +7,15 @@ from llama_mimi.tokens.tokenizer import IGNORE_INDEX, NO_TOKEN, Batch, SpeechTok
 
 
 class BatchPacker:
-    """Write clips into the rows of a batch, one after the other.
+    """Packer that writes clips into the rows (sequences) of a batch.
 
-    In a packed row positions restart at every clip, which also tells attention where a clip begins. A clip that does
-    not fit is cut after a whole frame, without ``</audio>`` as the speech goes on; the rest begins the next row with
-    its own ``BOS <audio>``. With a text (task "tts") the rest would lack it, so such a clip moves to the next row as a
-    whole and is cut only if it is longer than a row.
+    In a packed row, positions restart at every clip; attention uses them to separate the clips. If a clip does not fit,
+    it is cut after a whole frame, without ``</audio>``, and continues in the next row after ``BOS <audio>``. But a clip
+    with a text (task "tts") moves to the next row, and is cut only if it is longer than a row.
 
     Args:
-        is_packed: several clips in each row; otherwise one.
-        has_positions: batches contain positions. Rows of one clip need them only if training rows are packed.
+        is_packed: write several clips to a row; otherwise one.
+        has_positions: add positions to the batches. Rows of one clip need them only if training rows are packed.
     """
 
     def __init__(
@@ -25,8 +24,8 @@ class BatchPacker:
         assert has_positions or not is_packed
         self._tokenizer, self.batch_size, self._seq_len = tokenizer, batch_size, seq_len
         self._is_packed, self._has_positions = is_packed, has_positions
-        self.num_cut = 0  # clips so far that were cut at seq_len
-        self._ids_QK = tokenizer.vocabulary.admissible_ids(torch.device("cpu")).numpy()[:, :-1]  # of all codes
+        self.num_cut = 0  # number of clips that were cut at seq_len
+        self._ids_QK = tokenizer.vocabulary.admissible_ids(torch.device("cpu")).numpy()[:, :-1]  # token of each code
         self._clear()
 
     def _clear(self) -> None:
@@ -35,8 +34,8 @@ class BatchPacker:
         self._inputs_BLW[..., 0] = 0
         self._labels_BLW = np.full((B, L, W), IGNORE_INDEX)
         self._positions_BL = np.tile(np.arange(L), (B, 1))
-        self._row = self._used = 0  # the row to write to, and the number of its positions that are used
-        self.num_frames = 0  # in the batch, without those that were cut off
+        self._row = self._used = 0  # current row, and number of its used positions
+        self.num_frames = 0  # number of frames in the batch
 
     @property
     def is_empty(self) -> bool:
@@ -47,31 +46,31 @@ class BatchPacker:
         return self._row == self.batch_size
 
     def no_room(self, text: str) -> str | None:
-        """Return why a row has no room for a frame after this text, or None if it has."""
+        """Return None if a row has room for a frame after this text, else a reason."""
         length = len(self._tokenizer.prefix_ids(text))
         if length + self._tokenizer.positions_per_frame <= self._seq_len + 1:
             return None
-        return f"its text, {length} tokens with BOS and <audio>, leaves no room for audio in a row of {self._seq_len}"
+        return f"its text of {length} tokens with BOS and <audio> leaves no room for audio in {self._seq_len} tokens"
 
     def add(
         self, codes_TQ: np.ndarray, *, is_cut: bool, text: str | None = None, is_deep_T: np.ndarray | None = None
     ) -> int:
-        """Write as many frames of a clip as the current row has room for.
+        """Write as many frames of a clip as fit into the current row.
 
         Args:
-            is_cut: the speech goes on after the last frame.
-            is_deep_T: (T + 1,) frames, and end, that train the depth decoder of the hierarchical model; None for all.
+            is_cut: the speech continues after the last frame.
+            is_deep_T: mask (T + 1,) of frames, and end, that train the depth decoder of the hierarchical model.
 
         Returns:
-            Number of frames written, possibly 0; the others belong in the next row, or in the next batch if this one is
-            full. A clip that must stay in one row (rows of one clip, or a text) is cut there and counts as written.
+            Number of written frames, possibly 0. Pass the other frames to the next call, after `pop` if the batch is
+            full. A clip that must stay in one row (unpacked, or with a text) is cut, and all of its frames are counted.
         """
         P, L, vocabulary = self._tokenizer.positions_per_frame, self._seq_len, self._tokenizer.vocabulary
         prefix, num_frames, room = self._tokenizer.prefix_ids(text), len(codes_TQ), L - self._used
-        # A sequence takes a position for each token but the last, which is predicted and not read.
+        # A sequence has one position less than tokens: the last token is predicted, but not read.
         if len(prefix) + num_frames * P - is_cut > room:
             if self._is_packed and text is None:
-                # One frame stays for the next row, as </audio> must follow a frame.
+                # Keep at least one frame for the next row, because </audio> must follow a frame.
                 num_frames = min((room + 1 - len(prefix)) // P, num_frames - 1)
             elif self._used:
                 num_frames = 0
@@ -90,9 +89,9 @@ class BatchPacker:
         if is_deep_T is not None:
             frames_NW = ids_NW[first:]
             frames_NW[~is_deep_T[: len(frames_NW)], 1:] = IGNORE_INDEX
-        # Text and <audio> are given, so the first target is the first audio token.
+        # Text and <audio> are inputs only, so the first target is the first audio token.
         self._labels_BLW[row, start + first - 1 : end] = ids_NW[first : end - start + 1]
-        self._positions_BL[row, end:] = np.arange(L - end)  # the next clip, or padding, begins at 0
+        self._positions_BL[row, end:] = np.arange(L - end)  # positions of the next clip, or of padding, begin at 0
         self.num_frames += min(num_frames, max(0, room + 1 - first) // P)
         self.num_cut += len(ids_NW) - 1 > room
         self._used = end
@@ -101,7 +100,7 @@ class BatchPacker:
         return num_frames
 
     def pop(self) -> Batch:
-        """Return the batch, filled up with padding, and begin another."""
+        """Return the batch, padded to full size, and begin a new one."""
         inputs, labels = self._tokenizer.batch(torch.from_numpy(self._inputs_BLW), torch.from_numpy(self._labels_BLW))
         if self._has_positions:
             inputs["positions"] = torch.from_numpy(self._positions_BL)

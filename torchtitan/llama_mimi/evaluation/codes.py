@@ -19,7 +19,7 @@ from llama_mimi.audio.reading import AudioError, Waveform, read_audio
 from llama_mimi.common.distributed import DistributedContext, gather
 from llama_mimi.common.files import digest, find_files, write_atomically
 from llama_mimi.common.versions import versions
-from llama_mimi.corpora.code_shards import CodedClip, CodedRows, read_shard, shard_bytes
+from llama_mimi.corpora.code_shards import CodedClip, coded_rows, read_shard, shard_bytes
 from llama_mimi.evaluation.benchmarks import Clip
 
 STORED_LEVELS = 8  # quantizer levels in the cache; models with fewer levels use the first ones
@@ -59,7 +59,7 @@ def encode_clips(
     folder = f"{codes_dir.rstrip('/')}/{digest(settings)[:16]}"
     known: dict[str, CodedClip] = {}
     for path in find_files(folder, (".parquet",)):
-        for row in CodedRows(read_shard(path, ["id", "codes", "is_cut"])):
+        for row in coded_rows(read_shard(path, ["id", "codes", "is_cut"])):
             known[row["id"]] = CodedClip(row["id"], row["codes"], 0.0, row["is_cut"])
 
     def read(clip: Clip) -> tuple[str, Waveform | None]:
