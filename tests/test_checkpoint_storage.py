@@ -1,4 +1,4 @@
-"""Checkpoints with damaged files, on a full disk, and with code in their pickles."""
+"""Checkpoints with damaged files, on a full disk, and with code in a pickle."""
 
 import errno
 import os
@@ -26,7 +26,7 @@ STATE = {
 
 
 class Attack:
-    """Code that a pickle runs when it is read."""
+    """Object whose pickle runs code when it is loaded."""
 
     def __init__(self, target):
         self.target = target
@@ -106,7 +106,7 @@ def test_an_index_runs_no_code(tmp_path):
 
 def test_an_entry_runs_no_code(tmp_path):
     save(tmp_path / "step", attack=Attack(tmp_path / "attacked"))
-    with pytest.raises(UserError, match="the entry 'attack' contains more than"):
+    with pytest.raises(UserError, match="the entry 'attack' contains objects other than numbers"):
         load_step({"attack": None}, tmp_path / "step", verify=True)
     assert not (tmp_path / "attacked").exists()
 
@@ -126,7 +126,7 @@ def test_another_process_writes_checksums_and_reports_a_full_disk(tmp_path, monk
         with pytest.raises(CheckpointException, match="Not a directory: '.*/file/step'"):
             dcp.async_save(STATE, storage_writer=CheckedWriter(tmp_path / "file" / "step"), **settings).result()
     finally:
-        process_executor._CHECKPOINT_PROCESS = None  # which ends it
+        process_executor._CHECKPOINT_PROCESS = None  # ends the process
         dist.destroy_process_group()
 
 

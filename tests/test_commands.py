@@ -1,4 +1,4 @@
-"""Every command explains its flags, and reports errors in one sentence."""
+"""Every command explains its flags and reports errors in one sentence."""
 
 import ast
 import errno
@@ -19,7 +19,6 @@ from llama_mimi.audio.reading import Waveform, wav_writer, write_wav
 from llama_mimi.common.command_line import run_cli
 from llama_mimi.common.errors import UserError
 from llama_mimi.report.document import Picture, Section, write_html, write_markdown
-from llama_mimi.train_spec import report_uncaught
 
 INTERNAL = {"audited_training", "measuring"}  # started by other commands, with their own arguments
 COMMANDS = [
@@ -45,7 +44,7 @@ def test_help(path, monkeypatch, capsys):
 
 
 def test_an_error_stands_once_and_last_in_what_torchrun_prints(tmp_path, monkeypatch, capsys):
-    """Rank 1 fails, and torchrun ends rank 0 because of that."""
+    """Rank 1 fails, and torchrun then ends rank 0."""
 
     def command():
         raise UserError("x is 1; set 2")
@@ -84,16 +83,21 @@ def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch, capsys):
     write_html("a", [], tmp_path / "link.html")
     assert (tmp_path / "link.html").is_symlink() and len(list(tmp_path.iterdir())) == 2
 
-    for error, said in (
-        (OSError(errno.EROFS, "Read-only file system", "from", None, "to"), "'to' cannot be used (Read-only file syst"),
-        (
-            Exception("I/O error: No space left on device (os error 28)"),
-            "a file cannot be used (No space left on device)",
-        ),
-    ):
-        with pytest.raises(SystemExit):
-            report_uncaught(type(error), error, None)
-        assert capsys.readouterr().err.startswith(f"error: {said}")
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (OSError(errno.EROFS, "Read-only", "from", None, "to"), "error: 'to' cannot be used (Read-only file system)"),
+        (Exception("I/O: full (os error 28)"), "error: a file cannot be used (No space left on device)"),
+    ],
+)
+def test_an_unusable_file_is_one_sentence(error, sentence, capsys):
+    def command():
+        raise error
+
+    with pytest.raises(SystemExit):
+        run_cli(command)
+    assert capsys.readouterr().err.startswith(sentence)
 
 
 def test_the_demo_names_a_taken_port_and_no_paths(monkeypatch):

@@ -1,4 +1,4 @@
-"""The loss that is computed in chunks equals PyTorch's cross-entropy of all logits, in value and gradient."""
+"""The loss that is computed in chunks, and its gradient, equal PyTorch's cross-entropy of all logits."""
 
 import pytest
 import torch
@@ -52,21 +52,6 @@ def test_value_and_gradients_are_those_of_the_full_logits(B, L, rows, seed):
     torch.testing.assert_close(found, torch.autograd.grad(wanted / 7, (hidden_BLD, weight_VD)))
 
 
-def test_products_are_of_sizes_that_tensor_cores_divide_well(monkeypatch):
-    hidden_BLD, weight_VD, labels_BL = case(2, 300)
-    sizes = []
-
-    def step(hidden_ND, weight_VD, *rest):
-        sizes.append((len(hidden_ND), len(weight_VD)))
-        return module.chunk_losses(hidden_ND, weight_VD, *rest)
-
-    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * V * 300)
-    targets = audio_targets(labels_BL, VOCABULARY)
-    N = len(targets.entries_N)
-    cross_entropy(pending_logits(hidden_BLD, weight_VD), targets, torch.ones(N), step)
-    assert sizes == [(256, 64), (N - 256, 64)]
-
-
 def test_gradients_of_long_sums_are_kept_in_float32(monkeypatch):
     hidden_BLD, weight_VD, labels_BL = case(16, 256, dtype=torch.bfloat16)
     exact = torch.autograd.grad(
@@ -78,7 +63,7 @@ def test_gradients_of_long_sums_are_kept_in_float32(monkeypatch):
         assert float((a.double() - b.double()).norm() / b.double().norm()) < 4e-3  # half a step of bfloat16
 
 
-@pytest.mark.parametrize("excess", [0.0, 200.0])  # nats by which text is likelier: exp(-200) is 0 in float32
+@pytest.mark.parametrize("excess", [0.0, 200.0])  # additional logit of text tokens; exp(-200) is 0 in float32
 def test_losses_over_admissible_entries_are_those_of_a_plain_loop(excess, monkeypatch):
     hidden_BLD, weight_VD, labels_BL = case(3, 20)
     with torch.no_grad():

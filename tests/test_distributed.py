@@ -1,4 +1,4 @@
-"""Processes of torchrun end with it."""
+"""Ranks end when their torchrun ends."""
 
 import subprocess
 import sys
@@ -6,7 +6,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-# The process group is never formed, as when a rank waits for one that has gone.
+# The process group is never created, as if one rank waits for a rank that has ended.
 WAITING = """
 import sys, time
 from llama_mimi.{module} import {name}
@@ -35,4 +35,4 @@ def test_a_rank_ends_with_its_torchrun_while_others_are_awaited(tmp_path, module
         assert line, "it ended before"
         waiting += line.count(b"waiting")
     process.kill()
-    process.communicate(timeout=20)  # the output ends when the last of its holders does
+    process.communicate(timeout=20)  # the output ends when the last rank ends

@@ -1,4 +1,4 @@
-"""The hierarchical architecture against `CsmForConditionalGeneration`: logits, losses, scores, generation."""
+"""Logits, losses, scores and generation of the hierarchical architecture equal `CsmForConditionalGeneration`."""
 
 import itertools
 import json
@@ -39,27 +39,19 @@ def tokenizer():
     return load_speech_tokenizer(str(TINY / "llama"), str(TINY / "mimi"), Q, "llama", "hierarchical")
 
 
-@pytest.fixture(scope="module")
-def args(tokenizer):
-    return replace(
-        FLAVORS["tiny"],
-        architecture="hierarchical",
-        enable_weight_tying=False,
-        vocab_size=tokenizer.vocabulary.size,
-        num_quantizers=Q,
-        codebook_size=K,
-        max_seq_len=256,
-    )
-
-
-def built(args, seed=0):
+def built(architecture, seed=0, **settings):
+    """Return a small model with random weights, and its tokenizer."""
+    tokenizer = load_speech_tokenizer(str(TINY / "llama"), str(TINY / "mimi"), Q, "llama", architecture)
+    own = {"architecture": architecture, "enable_weight_tying": architecture == "flattened", "max_seq_len": 256}
+    own |= {"vocab_size": tokenizer.vocabulary.size, "num_quantizers": Q, "codebook_size": K}
     torch.manual_seed(seed)
-    model = build_model(args)
+    model = build_model(replace(FLAVORS["tiny"], **own | settings))
     with torch.no_grad():
         model.init_weights()
-        for head in (model.output, model.depth.heads):  # so that nothing is nearly uniform
-            head.weight.mul_(4)
-    return model
+        if architecture == "hierarchical":
+            for head in (model.output, model.depth.heads):  # makes the distributions less uniform
+                head.weight.mul_(4)
+    return model, tokenizer
 
 
 def in_transformers(model):
@@ -72,8 +64,8 @@ def in_transformers(model):
 
 
 @pytest.fixture(scope="module")
-def pair(args):
-    model = built(args)
+def pair():
+    model, _ = built("hierarchical")
     return model, in_transformers(model)
 
 
@@ -98,7 +90,7 @@ def run(model, inputs):
 
 
 def loss_of(model, tokenizer, clips, seq_len, weights=(1.0,) * Q, is_packed=False, depth=None, pad_id=0):
-    """Return the loss and the sums by level of a batch of either architecture; the gradients are left in the model."""
+    """Return loss and sums by level for a batch of either architecture; compute the gradients of the model."""
     inputs, labels_BLQ = batch(tokenizer, clips, seq_len, is_packed, depth)
     has_target_BL = labels_BLQ.view(len(labels_BLQ), seq_len, -1)[..., 0] != IGNORE_INDEX
     is_padding_BL = has_target_BL.int().flip(1).cummax(dim=1).values.flip(1) == 0
@@ -112,13 +104,13 @@ def loss_of(model, tokenizer, clips, seq_len, weights=(1.0,) * Q, is_packed=Fals
 
 
 def csm_inputs(csm, tokenizer, codes_TQ):
-    """Embeddings (1, L, D) of ``BOS <audio>`` and all frames of a clip, without the end."""
+    """Return the embeddings (1, L, D) of ``BOS <audio>`` and all frames of a clip, without the end."""
     prefix_1LD = csm.embed_text_tokens(torch.tensor([tokenizer.prefix_ids()]))
     return torch.cat([prefix_1LD, csm.backbone_model.embed_tokens(codes_TQ[None])], dim=1)
 
 
 def test_logits_and_loss_are_those_of_transformers(pair, tokenizer):
-    """There the loss is the sum of two means, and the end is a frame like others, whose every level is K."""
+    """In CSM, the loss is a sum of two means, and the end is a frame with K at every level."""
     model, csm = pair
     codes_TQ = clip(9)
     frames_TQ = torch.cat([codes_TQ, torch.full((1, Q), K)])
@@ -139,7 +131,7 @@ def test_logits_and_loss_are_those_of_transformers(pair, tokenizer):
 
 
 def test_frames_that_do_not_train_the_depth_decoder(pair, tokenizer):
-    """Their level 0 counts, their other levels do not, and the others' losses are as before."""
+    """Only level 0 of these frames counts. The losses of other frames do not change."""
     model, _ = pair
     codes_TQ, is_deep_T = clip(8), np.array([True, False, False, True, False, False, False, False, False])
     _, sums = loss_of(model, tokenizer, [codes_TQ], 16, depth=is_deep_T)
@@ -150,18 +142,6 @@ def test_frames_that_do_not_train_the_depth_decoder(pair, tokenizer):
     assert labels_BLQ[0, 9].tolist() == [tokenizer.vocabulary.audio_end_id, *[IGNORE_INDEX] * 3]
     SpeechLoss(tokenizer.vocabulary, meter, [1.0] * Q)(run(model, inputs | {"targets": labels_BLQ}), labels_BLQ)
     torch.testing.assert_close(meter.pop(), sums)
-
-
-def test_a_batch_without_targets_has_gradients(pair, tokenizer):
-    """Every rank of a sharded model needs one of every weight."""
-    model, _ = pair
-    packer = BatchPacker(tokenizer, 2, 16, is_packed=False, has_positions=False)
-    inputs, labels_BLQ = packer.pop()
-    loss = SpeechLoss(tokenizer.vocabulary, LevelMeter(), [1.0] * Q)(run(model, inputs), labels_BLQ)
-    model.zero_grad()
-    loss.backward()
-    assert loss == 0
-    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
 
 
 def test_weighted_gradients_are_those_of_the_plain_formula(pair, tokenizer):
@@ -199,11 +179,11 @@ def speech_model(pair, tokenizer):
 )
 @torch.no_grad()
 def test_a_score_is_that_of_the_plainest_loop(speech_model, tokenizer, scoring, is_cut):
-    """In a batch with a longer clip, against one clip, one frame and one level after the other."""
+    """A score in a batch with a longer clip equals a loop over single frames and levels."""
     csm, codes_TQ = speech_model.decoder, clip(6, 5)
     found, _ = batch_scores(speech_model, [(codes_TQ, is_cut), (clip(11, 6), False)], scoring)
     states_LD = csm.backbone_model(inputs_embeds=csm_inputs(csm, tokenizer, codes_TQ)).last_hidden_state[0]
-    num_entries, values = K if scoring.likelihood == "grammar" else K + 1, []  # the end is valid at level 0 alone
+    num_entries, values = K if scoring.likelihood == "grammar" else K + 1, []  # the end is valid only at level 0
     for state_D, entries_Q in zip(states_LD[1:-1], codes_TQ, strict=True):
         for level in range(Q) if scoring.levels is None else scoring.levels:
             if level:
@@ -218,11 +198,11 @@ def test_a_score_is_that_of_the_plainest_loop(speech_model, tokenizer, scoring, 
     assert found == pytest.approx(sum(values) / len(values), abs=1e-5)
 
 
-def test_a_checkpoint_becomes_a_stock_folder(args, tokenizer, tmp_path, monkeypatch, caplog):
-    """Stock transformers loads the folder and generates audio; here the folder scores and continues speech."""
+def test_a_checkpoint_becomes_a_stock_folder(tmp_path, monkeypatch, caplog):
+    """Stock transformers and this project load the folder, and both generate the same codes."""
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    model = built(args, seed=1)
-    save_run_record(str(tmp_path / "run"), speech_config(args, tokenizer, str(TINY / "mimi")), tokenizer)
+    model, tokenizer = built("hierarchical", seed=1)
+    save_run_record(str(tmp_path / "run"), speech_config(model.model_args, tokenizer, str(TINY / "mimi")), tokenizer)
     dcp.save(model.state_dict(), checkpoint_id=tmp_path / "run" / "checkpoint" / "step-1", no_dist=True)
     convert_checkpoint(tmp_path / "run" / "checkpoint", tmp_path / "folder")
     csm = CsmForConditionalGeneration.from_pretrained(tmp_path / "folder").eval()
@@ -230,7 +210,7 @@ def test_a_checkpoint_becomes_a_stock_folder(args, tokenizer, tmp_path, monkeypa
     wanted = in_transformers(model).state_dict()
     codec = MimiModel.from_pretrained(TINY / "mimi").state_dict()
     config = json.loads((tmp_path / "folder" / "config.json").read_text())
-    # Its codec has the levels of the model: stock code encodes a spoken prompt at the full depth.
+    # Its codec has as many levels as the model, because stock code encodes prompts with all levels.
     assert csm.config.codec_config.num_quantizers == Q and not config["tie_word_embeddings"]
     for name, weight in csm.state_dict().items():
         torch.testing.assert_close(weight, codec.get(name.removeprefix("codec_model."), wanted[name]), rtol=0, atol=0)
@@ -239,7 +219,7 @@ def test_a_checkpoint_becomes_a_stock_folder(args, tokenizer, tmp_path, monkeypa
     assert ids_1L[0].tolist() == tokenizer.prefix_ids()
     sampling = csm.depth_decoder.generation_config
     assert sampling.do_sample and (sampling.temperature, sampling.top_k) == (0.8, 30), "levels are drawn, too"
-    for network in (config, config["depth_decoder_config"]):  # as transformers 4.x reads them
+    for network in (config, config["depth_decoder_config"]):  # for transformers 4.x
         assert network["rope_theta"] == network["rope_parameters"]["rope_theta"] == 500_000
     assert config["rope_scaling"]["factor"] == 32 and config["depth_decoder_config"]["rope_scaling"] is None
     speech = load_speech_model(str(tmp_path / "folder"), device="cpu")
@@ -247,7 +227,7 @@ def test_a_checkpoint_becomes_a_stock_folder(args, tokenizer, tmp_path, monkeypa
     clips = [(clip(6), False), (clip(4, 1), True)]
     assert batch_scores(speech, clips, Scoring(None)) == pytest.approx(batch_scores(reference, clips, Scoring(None)))
 
-    # Greedy, after a spoken prompt of whole frames.
+    # Greedy decoding after a spoken prompt of whole frames.
     (samples_S,) = torch.rand(1, 10 * 1920, generator=torch.Generator().manual_seed(0)) - 0.5
     ids_1L = text_tokenizer("<audio>" + "<0_0>" * 10, return_tensors="pt").input_ids
     spoken = {"input_values": samples_S[None, None], "input_values_cutoffs": torch.tensor([[len(samples_S)]])}
@@ -257,7 +237,7 @@ def test_a_checkpoint_becomes_a_stock_folder(args, tokenizer, tmp_path, monkeypa
     (ours_TQ,) = continue_codes(speech, prompt_TQ, SamplingOptions(seconds=0.4, temperature=0))
     assert torch.equal(ours_TQ[10:], theirs_TQ)
 
-    # Greedy, with the codec inside: the same codes, up to where the class draws an end in a deep level alone.
+    # Greedy decoding with the codec of the folder. Codes are equal until stock code draws the end in a deep level only.
     ids_1L = text_tokenizer("<audio>", return_tensors="pt").input_ids
     theirs_TQ = csm.generate(ids_1L, max_new_tokens=25, **greedy)[0]
     none_TQ = torch.empty(0, Q, dtype=torch.long)
@@ -272,7 +252,7 @@ def test_a_checkpoint_becomes_a_stock_folder(args, tokenizer, tmp_path, monkeypa
 
 @pytest.mark.parametrize("share", [0.0625, 0.5])
 def test_frames_are_drawn_anew_in_each_epoch_and_alike_on_any_ranks(share):
-    """By the place of a clip in the order, not by who reads it."""
+    """The frames depend on the position of a clip in the order, and not on the rank that reads it."""
     corpora = [SimpleNamespace(rows_per_unit=np.array([50, 50]), fingerprint="a")]
     drawn = {}
     for dp_world_size in (1, 2):
@@ -294,7 +274,7 @@ def test_frames_are_drawn_anew_in_each_epoch_and_alike_on_any_ranks(share):
         ("semantic:100", [1.0] * 4, [400 / 103, 4 / 103, 4 / 103, 4 / 103]),
         ("geometric:8", [1.0] * 4, [32 / 15, 16 / 15, 8 / 15, 4 / 15]),
         ("3, 2, 2, 1", [1.0] * 4, [1.5, 1.0, 1.0, 0.5]),
-        # A quarter of the frames stands for all of them; the mean over the targets that are there is one.
+        # A quarter of the frames has the weight of all frames; the mean over existing targets is one.
         ("uniform", [1.0, 0.25, 0.25, 0.25], [7 / 16, 7 / 4, 7 / 4, 7 / 4]),
     ],
 )
@@ -304,7 +284,7 @@ def test_level_weights(recipe, shares, wanted):
     assert sum(w * s for w, s in zip(found, shares, strict=True)) / sum(shares) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("recipe", ["semantic", "semantic:0", "geometric:x", "1,1,1", "1,1,1,-1", "linear", ""])
+@pytest.mark.parametrize("recipe", ["semantic:0", "geometric:x", "1,1,1", "linear"])
 def test_impossible_level_weights_are_refused(recipe):
     with pytest.raises(UserError, match=r"loss.level_weights is '.*'; set uniform"):
         level_weights(recipe, [1.0] * 4)

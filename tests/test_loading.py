@@ -1,4 +1,4 @@
-"""Model folders that are damaged, incomplete, misnamed or hostile end in one sentence, and never in other weights."""
+"""Damaged, incomplete, misnamed or malicious model folders end in one sentence, and never in wrong weights."""
 
 import builtins
 import json
@@ -62,11 +62,11 @@ WRONG_WEIGHTS = {
 
 @pytest.mark.parametrize("kind", WRONG_WEIGHTS)
 def test_wrong_weights_are_refused(kind, folder, capfd):
-    """By generation, and by training before TorchTitan reads them."""
+    """Generation refuses them, and so does training before TorchTitan reads them."""
     damage, message = WRONG_WEIGHTS[kind]
     args = model_args(AutoConfig.from_pretrained(folder))
     damage(folder)
-    if "layers" in kind:  # training has the shape of its flavour, which must be that of the config
+    if "layers" in kind:  # in training, the flavour has the shape of the config
         args = model_args(AutoConfig.from_pretrained(folder))
     capfd.readouterr()
     for load in (
@@ -95,7 +95,7 @@ def test_damaged_json_is_one_sentence(name, content, message, folder):
 
 
 def test_weights_of_other_kinds_are_refused(folder, tmp_path):
-    """A codec with a layer more than its weights, and a base model without a tensor."""
+    """A codec whose config has one layer too many, and a base model with a missing tensor."""
     codec = Path(shutil.copytree(TINY / "mimi", tmp_path / "codec"))
     change_config(codec, num_hidden_layers=3)
     with pytest.raises(UserError, match="is not a whole codec: .* the MimiModel in its config.json .*24 missing"):
@@ -110,7 +110,7 @@ def test_weights_of_other_kinds_are_refused(folder, tmp_path):
 
 
 def test_harmless_differences_are_accepted(folder, tmp_path):
-    """Tied matrices, and buffers and constants that old versions of transformers saved."""
+    """Tied matrices, and buffers and constants from old versions of transformers."""
 
     def add(weights):
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
@@ -175,7 +175,7 @@ def test_a_model_finds_its_codec_from_any_working_directory(folder, tmp_path, mo
     assert load_speech_model("models/tiny", device="cpu").codec.name == "assets/mimi", "as results name it"
     assert local_codec("kyutai/mimi", moved) is None and local_codec(str(codec), folder) == str(codec)
 
-    # Conversion keeps that name, or writes an absolute path where it would not be found.
+    # Conversion keeps the relative path if it is valid in the new folder, and else writes an absolute path.
     tokenizer = load_speech_tokenizer(str(TINY / "llama"), "assets/mimi", 4)
     args = model_args(AutoConfig.from_pretrained(moved))
     save_run_record("run", speech_config(args, tokenizer, "assets/mimi"), tokenizer)
@@ -186,5 +186,5 @@ def test_a_model_finds_its_codec_from_any_working_directory(folder, tmp_path, mo
         convert_checkpoint(run, output_dir)
         assert json.loads((output_dir / "config.json").read_text())["codec"] == wanted
     monkeypatch.chdir(tmp_path / "repository")
-    alone = moved.rename(tmp_path / "alone")  # older folders: from the working directory
+    alone = moved.rename(tmp_path / "alone")  # older folders: relative to the working directory
     assert load_speech_model(str(alone), device="cpu").codec.name == "assets/mimi"

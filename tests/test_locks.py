@@ -1,4 +1,4 @@
-"""Two processes on one folder."""
+"""Locks of folders that two processes use."""
 
 import errno
 import fcntl
@@ -45,7 +45,7 @@ def test_a_lock_is_waited_for(tmp_path, monkeypatch, capsys):
     def lockf(file, flags):
         calls.append(flags)
         if flags & fcntl.LOCK_NB:
-            raise OSError(errno.EACCES, os.strerror(errno.EACCES))  # some systems' word for a lock that is held
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))  # error of some systems for a file that is locked
 
     monkeypatch.setattr(fcntl, "lockf", lockf)
     with locked(tmp_path / LOCK, "output_dir", wait=True):

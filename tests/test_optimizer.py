@@ -1,4 +1,4 @@
-"""Steps that must change nothing, and an optimizer whose settings are those of the config."""
+"""Steps that must not change weights, and an optimizer that keeps the settings of its config."""
 
 import itertools
 from contextlib import nullcontext
@@ -18,7 +18,7 @@ from llama_mimi.training.optimizer import SpeechSchedulers, StepGuard, build_spe
 
 
 def spoil_steps() -> None:
-    """Step 2 has no targets, and in step 4 one gradient of rank 1 alone is infinite, behind the clipping."""
+    """Remove the targets of step 2. In step 4, make one gradient on rank 1 infinite after clipping."""
     from torchtitan.distributed import utils
 
     from llama_mimi.data.packing import BatchPacker
@@ -42,7 +42,7 @@ def spoil_steps() -> None:
 
 
 def saved(step):
-    """Weights and moments of a checkpoint."""
+    """Return the weights and moments in a checkpoint."""
     entries = FileSystemReader(step).read_metadata().state_dict_metadata.items()
     state = {name: torch.empty(entry.size) for name, entry in entries if hasattr(entry, "size")}
     dcp.load(state, checkpoint_id=step, no_dist=True)

@@ -1,4 +1,4 @@
-"""Ten steps under every parallelism that CPUs can run are those of one process, in losses and gradient norms."""
+"""Ten steps under every parallelism that CPUs support give the losses and gradient norms of one process."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +10,11 @@ import torch.distributed.checkpoint as dcp
 from conftest import ROOT, TINY
 from forked_ranks import run_ranks
 from simulated import write_codes
+from test_hierarchical import built
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama_mimi.corpora.code_shards import CodedClip
 from llama_mimi.model import cross_entropy
-from llama_mimi.model.architectures import build_model
 from llama_mimi.model.llama import FLAVORS
 from llama_mimi.report.curves import read_curves
 from llama_mimi.tokens.tokenizer import load_speech_tokenizer
@@ -28,10 +28,10 @@ FSDP = "--parallelism.data_parallel_shard_degree"
 HSDP = "--parallelism.data_parallel_replicate_degree"
 TP = "--parallelism.tensor_parallel_degree"
 COMPILED = "--activation_checkpoint.mode selective --compile.enable --compile.backend aot_eager"
-FLOAT8 = "FSDP, float8 emulated"
+FLOAT8, CONVERTER = "FSDP, float8 emulated", "quantize.linear.float8"
 BFLOAT16 = "FSDP, bfloat16"
 LOOSE = {FLOAT8: ({"rel": 5e-3}, {"rel": 0.3}), BFLOAT16: ({"rel": 1e-3}, {"rel": 0.05})}  # losses, gradient norms
-# Flags of each model; the runs of a model are compared with its first one.
+# Flags of each model; all runs of a model are compared with its first run.
 MODELS = {
     "tied": "",
     "without text": "--model.vocabulary audio",
@@ -43,10 +43,7 @@ RUNS = {
     ("tied", "one process"): (1, f"{BATCH} 8"),
     ("tied", "gradient accumulation"): (1, f"{BATCH} 2 {GLOBAL_BATCH} 8"),
     ("tied", "selective checkpointing, compiled blocks"): (1, f"{BATCH} 8 {COMPILED}"),
-    ("tied", FLOAT8): (
-        2,
-        f"{BATCH} 4 --model.converters quantize.linear.float8 --quantize.linear.float8.emulate",
-    ),
+    ("tied", FLOAT8): (2, f"{BATCH} 4 --model.converters {CONVERTER} --{CONVERTER}.emulate"),
     ("tied", BFLOAT16): (2, f"{BATCH} 4 --training.mixed_precision_param bfloat16"),
     ("tied", "FSDP"): (2, f"{BATCH} 4"),
     ("tied", "FSDP, gradient accumulation"): (2, f"{BATCH} 2 {GLOBAL_BATCH} 8"),
@@ -64,13 +61,13 @@ RUNS = {
     ("hierarchical", "FSDP"): (2, f"{BATCH} 4"),
     ("hierarchical", "HSDP"): (4, f"{BATCH} 2 {HSDP} 2 {FSDP} 2"),
 }
-# Runs that are compared by default; the others belong to the full test run.
+# Runs that are compared by default; the nightly tests compare all.
 QUICK = {("tied", "FSDP, gradient accumulation"), ("tied", "TP"), ("hierarchical", "FSDP")}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, request):
-    """The runs, each in a folder of its own, on eight clips that are one global batch."""
+    """All runs, on eight clips that are one global batch."""
     folder = tmp_path_factory.mktemp("parallelism")
     write_eight_clips(folder / "codes")
     for base, vocabulary in (("tied", "llama"), ("untied", "llama"), ("without text", "audio")):
@@ -91,7 +88,7 @@ def folder(tmp_path_factory, request):
         "--lr_scheduler.warmup_steps": 0,
         "--optimizer.lr": 2e-4,  # Adam turns rounding of small gradients into steps of this size
         "--metrics.log_freq": 1,
-        # Of two ranks one has a batch more than the other.
+        # With two ranks, one rank has one batch more.
         "--validation.dataset": folder / "codes",
         "--data.validation_clips": 7,
         "--validation.local_batch_size": 1,
@@ -104,7 +101,7 @@ def folder(tmp_path_factory, request):
         own = {"--job.dump_folder": folder / model / name, "--model.hf_assets_path": folder / "base" / base}
         words = [str(word) for item in (common | own).items() for word in item]
         initial = ["--checkpoint.initial_load_in_hf"]
-        if model == "hierarchical":  # a Llama's folder has no depth decoder
+        if model == "hierarchical":  # a Llama has no depth decoder
             initial = ["--checkpoint.initial_load_path", str(folder / "seed" / "step-0")]
         command = ["-m", "llama_mimi.train", *words, *initial, *MODELS[model].split(), *flags.split()]
         run_ranks(num_ranks, command, folder / model / name / "log.txt", set_up)
@@ -112,7 +109,7 @@ def folder(tmp_path_factory, request):
 
 
 def runs_of(items):
-    """Return the runs that the selected tests compare, and those in one process."""
+    """Return the runs that the selected tests compare, with their runs in one process."""
     here = [item for item in items if item.path == Path(__file__) and "run" in item.fixturenames]
     runs = [item.callspec.params["run"] for item in here]
     return list(dict.fromkeys(one for model, name in runs for one in ((model, "one process"), (model, name))))
@@ -120,24 +117,18 @@ def runs_of(items):
 
 def set_up():
     FLAVORS["tiny_untied"] = replace(FLAVORS["tiny"], enable_weight_tying=False)
-    # Several chunks a step; by the 515 rows that the first of two ranks has of 1,029 and by the second's 514 they would
-    # be of other sizes.
+    # Each step has several chunks. Of 1,029 rows, two ranks have 515 and 514, which would give other chunk sizes.
     cross_entropy.CHUNK_BYTES, cross_entropy.CHUNK_MULTIPLE = 4 * 514 * 127, 1
 
 
 def save_hierarchical(step):
-    """First weights, which every run of that architecture loads."""
-    torch.manual_seed(0)
-    own = {"architecture": "hierarchical", "enable_weight_tying": False, "vocab_size": 1538, "max_seq_len": 64}
-    args = replace(FLAVORS["tiny"], num_quantizers=4, codebook_size=256, **own)
-    model = build_model(args)
-    with torch.no_grad():
-        model.init_weights()
+    """Save the initial weights of all hierarchical runs."""
+    model, _ = built("hierarchical", max_seq_len=64)
     dcp.save(model.state_dict(), checkpoint_id=step, no_dist=True)
 
 
 def write_eight_clips(folder):
-    """Of random codes in four shards, so that four ranks have row groups of their own."""
+    """Write random codes in four shards, so that each of four ranks has a row group."""
     generator = np.random.default_rng(0)
     shards = []
     for name in ("a", "b", "c", "d"):
@@ -146,14 +137,10 @@ def write_eight_clips(folder):
     write_codes(folder, str(TINY / "mimi"), shards)
 
 
-@pytest.mark.parametrize(
-    "run",
-    [
-        pytest.param(run, marks=[] if run in QUICK else pytest.mark.slow, id=": ".join(run))
-        for run in RUNS
-        if run[1] != "one process"
-    ],
-)
+PARAMS = [pytest.param(run, marks=[] if run in QUICK else pytest.mark.slow, id=": ".join(run)) for run in RUNS]
+
+
+@pytest.mark.parametrize("run", [param for param in PARAMS if "one process" not in param.id])
 def test_ten_steps_equal_one_process(folder, run):
     model, name = run
     one, found = (read_curves(folder / model / name) for name in ("one process", name))

@@ -1,4 +1,4 @@
-"""Folders that this project writes are the same model, with the same tokens, in transformers 4.x as in 5.x."""
+"""Folders of this project give the same model and the same tokens in transformers 4.x and 5.x."""
 
 import json
 import logging
@@ -103,7 +103,7 @@ def test_a_written_folder_is_read_alike(write, scaling, tmp_path, monkeypatch, c
 
 @pytest.mark.parametrize("flags", [{}, {"random_weights": True}], ids=["weights", "no weights"])
 def test_a_base_model_written_by_4_gives_the_same_folder(flags, tmp_path):
-    """The form of Llama 3's own repositories; <|eot_id|> is also named as a special token without a role."""
+    """The repositories of Llama 3 have this format. <|eot_id|> is an additional special token."""
     config, words = json_files(prepare(tmp_path, "factor 8", **flags)).values()
     ids = AutoTokenizer.from_pretrained(tmp_path / "prepared")("old <|eot_id|><audio><3_0>").input_ids
 
@@ -139,13 +139,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 found = []
 for folder in words:
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
-    text = "The old doctor, 12_3 <b> " if len(tokenizer) > 1100 else ""  # "audio" has none
+    text = "The old doctor, 12_3 <b> " if len(tokenizer) > 1100 else ""  # the vocabulary "audio" has no text
     ids = [tokenizer(t).input_ids for t in ("", f"{text}<audio><3_0><5_1><7_2><255_3></audio>{text}")]
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
     tokens = torch.randint(len(tokenizer), (1, 200), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         for weight in model.parameters():
-            weight.mul_(3)  # at a start all tokens are about as likely, whatever the positions
+            weight.mul_(3)  # initial models ignore positions almost completely
         found.append((ids, special, tokenizer.decode(ids[1]), str(model.dtype), model(tokens).logits))
 torch.save(found, output)
 """
@@ -159,7 +159,7 @@ assert transformers.__version__.startswith(version), transformers.__version__
 
 
 def run_in_both(script, tmp_path, *words):
-    """What a script saves to `output` in transformers 4.56.2 and in ours; it is given `words`."""
+    """Run a script in transformers 4.56.2 and 5.x with arguments `words`; return what each run saved to `output`."""
     for version, python in (("4.56.2", ALONE), ("5.", [sys.executable])):
         command = [*python, "-c", CHECK + script, version, tmp_path / version, *words]
         result = subprocess.run(list(map(str, command)), text=True, capture_output=True, timeout=1200)
@@ -214,7 +214,7 @@ torch.save((frames[0], codec.decode(frames.transpose(1, 2))[0][0, 0]), output)
 
 @pytest.mark.slow
 def test_the_calls_of_the_released_card_run_in_both(tmp_path):
-    """As people copy them: they need a feature extractor beside the codec, and a tokenizer that names the inputs."""
+    """The code of the card needs a feature extractor for the codec, and a tokenizer with the right input names."""
     folder = convert(tmp_path, "factor 32")
     samples_S = read_audio(TINY / "prompt.wav", 24_000).samples_S[: 10 * 1920]
     np.save(tmp_path / "prompt.npy", samples_S.numpy())
@@ -265,8 +265,10 @@ torch.save((codes, audio), output)
 
 @pytest.mark.slow
 def test_transformers_4_has_no_window(tmp_path):
-    """Without the sliding window: the codes and the audio of transformers from before February 2026."""
-    samples_S = read_audio(TINY / "prompt.wav", 24_000).samples_S[: 20 * 1920]  # more than the codec's window of 1 s
+    """Without the sliding window, codes and audio equal those of transformers before February 2026."""
+    samples_S = read_audio(TINY / "prompt.wav", 24_000).samples_S[
+        : 20 * 1920
+    ]  # longer than the window of this codec, 1 s
     windowed, whole = (MimiCodec(str(TINY / "mimi"), 8, sliding_window=window) for window in (True, False))
     codes_TQ = windowed.encode_as_released(samples_S)
     torch.save((samples_S, codes_TQ), tmp_path / "inputs")

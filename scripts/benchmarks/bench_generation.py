@@ -38,7 +38,7 @@ from llama_mimi.tokens.vocabulary import text_from_codes
 
 Q, PROMPT_FRAMES, TEMPERATURE, TOP_K = 4, 38, 0.8, 30
 TINY_CODEC = str(Path(__file__).parents[2] / "assets" / "tiny" / "mimi")
-LAYERS: dict[str, Any] = {"dim": 768, "n_layers": 12, "n_heads": 12, "n_kv_heads": 4, "multiple_of": 256}
+LAYERS: dict[str, Any] = {"dim": 768, "n_layers": 12, "n_heads": 12, "n_kv_heads": 4, "ffn_dim": 2048}
 SHAPES = {"180M": LlamaMimiArgs(**LAYERS, rope_theta=500000, enable_weight_tying=True)}
 SHAPES |= {name: FLAVORS[name] for name in ("tiny", "1B")}
 Shape = Literal["tiny", "180M", "1B"]

@@ -56,7 +56,7 @@ class Shape(NamedTuple):
     steps: int
 
 
-LAYERS: dict[str, Any] = {"dim": 512, "n_layers": 8, "n_heads": 8, "n_kv_heads": 4, "multiple_of": 64}
+LAYERS: dict[str, Any] = {"dim": 512, "n_layers": 8, "n_heads": 8, "n_kv_heads": 4, "ffn_dim": 1408}
 ROPE: dict[str, Any] = {"rope_theta": 500000, "rope_scaling_args": LLAMA_3_2_ROPE}
 DEPTH = depth_args(dim=256, n_layers=2, n_heads=4, n_kv_heads=1, ffn_dim=2048)
 MID = LlamaMimiArgs(**LAYERS, **ROPE, enable_weight_tying=True, depth=DEPTH)

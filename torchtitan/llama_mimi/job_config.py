@@ -1,4 +1,4 @@
-"""Settings and defaults beside TorchTitan's; ``[job] custom_config_module = "llama_mimi.job_config"`` merges them."""
+"""Settings and defaults of this project. ``custom_config_module`` in ``[job]`` merges them into TorchTitan's."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +11,7 @@ from llama_mimi.tokens.vocabulary import Architecture, VocabularyKind
 @dataclass
 class Job:
     save_config_file: str | None = "job_config.json"
-    """file in dump_folder for the resolved config"""
+    """File in dump_folder for the resolved config"""
 
 
 @dataclass
@@ -28,82 +28,82 @@ class Checkpoint:
 
 @dataclass
 class Comm:
-    # All ranks wait for the slowest one, such as on a shared file system. TorchTitan's limits are 300 s and 100 s.
+    # TorchTitan's defaults are 300 s and 100 s. A rank can take longer on a slow shared file system.
     init_timeout_seconds: int = 1800
-    """Timeout of collectives until the first step; in a resumed run, of all collectives"""
+    """Timeout of collectives before the first step, and of all collectives in a resumed run, in seconds"""
 
     train_timeout_seconds: int = 1800
-    """Timeout of collectives after the first step"""
+    """Timeout of collectives after the first step, in seconds"""
 
 
 @dataclass
 class Model:
     vocabulary: VocabularyKind = "llama"
-    """llama: the tokenizer in hf_assets_path with audio tokens added; audio: its special tokens and audio tokens"""
+    """llama: text tokens of the tokenizer in hf_assets_path, and audio tokens; audio: special and audio tokens only"""
 
     architecture: Architecture = "flattened"
     """flattened: one decoder over audio tokens; hierarchical: a backbone over frames, a depth decoder over levels"""
 
     depth_train_fraction: float = 1.0
-    """Fraction of the frames that train the depth decoder (hierarchical architecture), drawn again in each epoch"""
+    """Fraction of frames that train the depth decoder (hierarchical architecture), sampled again in each epoch"""
 
 
 @dataclass
 class Loss:
     level_weights: str = "uniform"
-    """Weights of the levels' losses, scaled to a mean of one: uniform; semantic:100, level 0 weighs 100 times as much
-    as each other level; geometric:100, falling from 100 at level 0 to 1 at the last; or Q numbers divided by commas"""
+    """Weights of the levels in the loss, scaled to a mean of 1: uniform; semantic:100 (100 for level 0, 1 for others);
+    geometric:100 (decays geometrically from 100 at level 0 to 1 at the last); or Q numbers separated by commas"""
 
 
 @dataclass
 class Codec:
     name: str = "kyutai/mimi"
-    """Mimi codec: hub id or folder"""
+    """Mimi codec, hub id or folder"""
 
     num_quantizers: int = 4
-    """Q, quantizer levels per frame; each adds 12.5 tokens per second of audio"""
+    """Number of quantizer levels per frame (Q); each level adds 12.5 tokens per second of audio"""
 
     dtype: Precision = "float32"
     """Precision of the codec; bfloat16 changes about 2 % of the codes"""
 
     sliding_window: bool = True
-    """Attend to the last 10 s, as in Mimi's training; false: to all earlier audio, as released checkpoints"""
+    """Limit attention of the codec to 10 s, as in its training; false: no limit, as in released checkpoints"""
 
 
 @dataclass
 class Data:
     task: Literal["a2a", "tts"] = "a2a"
-    """a2a: audio alone; tts: the transcript, then the audio"""
+    """a2a: audio only; tts: transcript, then audio"""
 
     max_audio_seconds: float = 20.0
-    """Longer clips are cut here, after a whole frame, and get no </audio>"""
+    """Maximum length of a clip in seconds; longer clips are cut after a whole frame and get no </audio>"""
 
     packing: Literal["pad", "pack"] = "pad"
-    """Rows of a training batch: one clip and padding, or clips end to end with attention within each clip only"""
+    """pad: one clip and padding per sequence; pack: several clips per sequence, with attention inside each clip only"""
 
     weights: list[float] = field(default_factory=list)
-    """Fractions of audio of the corpora in training.dataset; empty for each in proportion to its size"""
+    """Fractions of audio from the corpora in training.dataset; empty: in proportion to their sizes"""
 
     split: str | None = None
-    """Split of training.dataset, if it is a folder with several, such as train-*, test-*"""
+    """Split of training.dataset, if the folder has several, such as train-* and test-*"""
 
     validation_split: str | None = None
-    """Split of validation.dataset, if it is a folder with several"""
+    """Split of validation.dataset, if the folder has several"""
 
     validation_clips: int = -1
-    """Number of clips of validation.dataset, from its beginning and over all ranks; -1 for all"""
+    """Number of clips from the start of validation.dataset, over all ranks; -1 for all clips"""
 
     audio_column: str = "audio"
-    """Column of audio{bytes,path} structs"""
+    """Column with audio, as structs of bytes and path"""
 
     text_column: str = "text"
-    """Column of transcripts, read by the task tts only"""
+    """Column with transcripts, for the task tts only"""
 
     shuffle_window: int = 4096
-    """Clips shuffled together, at least one row group; each worker has them in memory (4,096 of 14 s: 1 GB of FLAC)"""
+    """Number of clips shuffled together, at least a row group; each worker keeps them in memory (1 GB by default)"""
 
     max_skip_fraction: float = 0.01
-    """Training stops if a larger fraction of the clips cannot be used, checked after 100 clips and after each epoch"""
+    """Maximum fraction of unusable clips, checked after 100 clips and after each epoch; above it, training stops"""
 
 
 @dataclass

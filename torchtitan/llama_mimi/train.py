@@ -1,4 +1,4 @@
-"""TorchTitan's trainer, on GPUs or without one.
+"""TorchTitan's trainer, on GPUs or on CPUs.
 
 uv run torchrun --standalone --nproc_per_node=2 -m llama_mimi.train --job.config_file config/tiny.toml
 """
@@ -25,23 +25,23 @@ from llama_mimi.training.config_file import parse_config  # noqa: E402
 
 
 def main() -> None:
-    """Train, and close checkpoints and metrics however the training ends."""
+    """Train a model; close checkpoints and metrics also after an error."""
     end_with_torchrun()
     init_logger()
     if int(os.environ.get("RANK", 0)) > 0:
-        logger.setLevel(logging.WARNING)  # rank 0 alone logs what all ranks would
+        logger.setLevel(logging.WARNING)  # all ranks log the same lines
     with report_error_once():
         job_config = parse_config(sys.argv[1:])
         if "LOCAL_RANK" not in os.environ:
             command = "torchrun --standalone --nproc_per_node=1 -m llama_mimi.train"
-            raise UserError(f"LOCAL_RANK is not set, as this is not started by torchrun; start it as `{command} ...`")
+            raise UserError(f"LOCAL_RANK is not set, because torchrun is missing; start training by `{command} ...`")
         trainer = Trainer(job_config)
         try:
             trainer.train()
         except BaseException as error:
-            if isinstance(error, OSError) and error.filename is None:  # TensorBoard does not name its file
+            if isinstance(error, OSError) and error.filename is None:  # TensorBoard does not set it
                 error.filename = job_config.job.dump_folder
-            with suppress(OSError):  # on a full disk the metrics cannot be closed; the first error says why
+            with suppress(OSError):  # on a full disk, closing fails, too; report the first error
                 trainer.close()
             raise
         trainer.close()

@@ -1,4 +1,4 @@
-"""Registers the train spec "llama_mimi" with TorchTitan: ``[experimental] custom_import = "llama_mimi.train_spec"``."""
+"""Train spec "llama_mimi" for TorchTitan. ``custom_import`` in ``[experimental]`` registers it."""
 
 import sys
 from functools import partial
@@ -13,62 +13,43 @@ from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 from llama_mimi.audio.mimi import load_codec_config
 from llama_mimi.checkpoint.architectures import save_run_record, speech_config
 from llama_mimi.checkpoint.huggingface import LlamaMimiStateDictAdapter
-from llama_mimi.common.command_line import run_cli
-from llama_mimi.common.distributed import end_with_torchrun, report_error_once
+from llama_mimi.common.distributed import end_with_torchrun
+from llama_mimi.common.errors import UserError, report
 from llama_mimi.data.build import build_dataloader
 from llama_mimi.data.dataloader import DataMeter
 from llama_mimi.model.architectures import build_model, parallelize
 from llama_mimi.model.cross_entropy import chunk_losses
 from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs
-from llama_mimi.tokens.tokenizer import SpeechTokenizer, load_speech_tokenizer
+from llama_mimi.tokens.tokenizer import SpeechTokenizer, build_speech_tokenizer
 from llama_mimi.training.checkpoints import use_checksums
 from llama_mimi.training.checks import prepare_run
 from llama_mimi.training.loss import LevelMeter, SpeechLoss, level_fractions, level_weights
 from llama_mimi.training.metrics import SpeechMetrics, SpeechValidator
 from llama_mimi.training.optimizer import SpeechSchedulers, StepGuard, build_speech_optimizers
 
-# TorchTitan builds metrics apart from losses and loader; these meters connect them.
+# TorchTitan builds metrics, losses and loader independently; they share these meters.
 _guard, _validation_meter, _data_meter = StepGuard(), LevelMeter(), DataMeter()
-JobConfig.maybe_log = lambda job_config: None  # it would save the config before the run is checked; `prepare_run` does
+JobConfig.maybe_log = lambda job_config: None  # `prepare_run` saves the config after the checks
 
 
 def build_tokenizer(job_config: Any) -> SpeechTokenizer:
-    """Check and prepare a run, as TorchTitan asks for the tokenizer before all else, and return the tokenizer.
-
-    TorchTitan's own entry point knows neither `UserError` nor that ranks should end with torchrun.
-    """
-    end_with_torchrun()
-    sys.excepthook = report_uncaught
+    """Check and prepare a run, and return the tokenizer, which TorchTitan builds first."""
+    end_with_torchrun()  # this and the hook: for TorchTitan's own entry point
+    sys.excepthook = report_user_error
     prepare_run(job_config)
     use_checksums(job_config.checkpoint.verify)
-    job_config.quantize.linear.float8.filter_fqns.append("output")  # the loss needs the output matrix in full precision
+    job_config.quantize.linear.float8.filter_fqns.append("output")  # the loss reads the unconverted output matrix
     return build_speech_tokenizer(job_config)
 
 
-def report_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Report an uncaught error as `llama_mimi.train` does."""
-
-    def raise_again() -> None:
-        with report_error_once():
-            raise error
-
-    try:
-        run_cli(raise_again)
-    except kind:
-        sys.__excepthook__(kind, error, trace)
-
-
-def build_speech_tokenizer(job_config: Any) -> SpeechTokenizer:
-    codec, model = job_config.codec, job_config.model
-    return load_speech_tokenizer(
-        model.hf_assets_path, codec.name, codec.num_quantizers, model.vocabulary, model.architecture
-    )
+def report_user_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    report(error) if isinstance(error, UserError) else sys.__excepthook__(kind, error, trace)
 
 
 def build_loss(
     job_config: Any, meter: LevelMeter = _guard.meter, weights: list[float] | None = None, **kwargs: Any
 ) -> SpeechLoss:
-    """Build the loss of training; validation has its own meter and weights."""
+    """Build the training loss; validation passes its own meter and weights."""
     weights = weights or level_weights(job_config.loss.level_weights, level_fractions(job_config))
     settings = job_config.compile
     is_compiled = settings.enable and "loss" in settings.components
@@ -82,7 +63,7 @@ def build_validator(job_config: Any, **kwargs: Any) -> SpeechValidator:
 
 
 def build_metrics(job_config: Any, parallel_dims: ParallelDims, model_args: LlamaMimiArgs) -> SpeechMetrics:
-    """Build the metrics of a run, and write the record of its model."""
+    """Build the metrics of a run, and save its model configuration and tokenizer."""
     codec = job_config.codec
     tokenizer = build_speech_tokenizer(job_config)
     codec_config = load_codec_config(codec.name, codec.num_quantizers)

@@ -1,1 +1,1 @@
-"""Distributed checkpoints, and models in Hugging Face's format."""
+"""Distributed checkpoints, and models in the format of Hugging Face."""

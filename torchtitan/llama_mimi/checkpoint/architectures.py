@@ -1,4 +1,4 @@
-"""The two architectures as Hugging Face folders: a flattened model is a Llama, a hierarchical one a CSM."""
+"""Hugging Face folders of both architectures: a flattened model is a Llama, a hierarchical model is a CSM."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,64 +17,38 @@ from llama_mimi.model.llama import LlamaMimiArgs
 from llama_mimi.tokens.tokenizer import SpeechTokenizer
 from llama_mimi.tokens.vocabulary import Architecture
 
-# Folder in dump_folder, without weights, with which a run's checkpoints are converted: the extended tokenizer, and the
-# configuration with num_quantizers, codec and codec_sliding_window.
+# Folder in dump_folder that conversion reads: the extended tokenizer and the configuration of the model, no weights.
 ASSETS_FOLDER = "hf_assets"
 
 
 class FolderKind(NamedTuple):
-    """The Hugging Face folder of one architecture."""
+    """Hugging Face format of one architecture."""
 
     stock_class: Any
-    config: Callable[..., PreTrainedConfig]  # of our arguments, with further entries
+    config: Callable[..., PreTrainedConfig]  # from our arguments and extra entries
     args: Callable[[Any], LlamaMimiArgs]  # inverse of `config`
-    state: Callable[[dict[str, torch.Tensor], LlamaMimiArgs], dict[str, torch.Tensor]]  # for the stock class
-    description: str  # for the model card, as `usage`
-    usage: str
+    state: Callable[[dict[str, torch.Tensor], LlamaMimiArgs], dict[str, torch.Tensor]]  # weights of the stock class
 
 
 KINDS: dict[Architecture, FolderKind] = {
-    "flattened": FolderKind(
-        *(LlamaForCausalLM, hf_config, model_args, llama_state),
-        "a plain Llama decoder over flattened Mimi codec tokens (arXiv 2509.14882)",
-        """\
-A clip is `<|begin_of_text|><audio><c_0>...<c_{last_level}>...</audio>`, frame by frame. Load it with
-`AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`; continue speech with `inference.py` of
-Llama-Mimi.""",
-    ),
-    "hierarchical": FolderKind(
-        *(CsmForConditionalGeneration, csm_config, csm_args, csm_state),
-        "a Llama over frames of Mimi codec tokens, and a small decoder over the levels of a frame, as CSM",
-        """\
-A position is a frame of {num_quantizers} codes, behind `<|begin_of_text|><audio>`; the end is a frame of
-{codebook_size}s. Without a prompt (12.5 positions are a second):
-
-    model = CsmForConditionalGeneration.from_pretrained(folder)
-    ids = AutoTokenizer.from_pretrained(folder)("<audio>", return_tensors="pt").input_ids
-    audio = model.generate(ids, output_audio=True, max_new_tokens=125)
-
-To continue speech, write `<0_0>` behind `<audio>` for each frame of the prompt. Give its samples as `input_values`
-(1, 1, S) and their number as `input_values_cutoffs` (1, 1).
-
-The class may draw an end in a few levels alone, which its codec cannot decode; `inference.py` of Llama-Mimi cannot.""",
-    ),
+    "flattened": FolderKind(LlamaForCausalLM, hf_config, model_args, llama_state),
+    "hierarchical": FolderKind(CsmForConditionalGeneration, csm_config, csm_args, csm_state),
 }
 
 
 def check_initial_weights(folder: str, args: LlamaMimiArgs) -> None:
-    """Raise a `UserError` if safetensors are damaged, or do not have the names and shapes that training loads.
-
-    TorchTitan ends in a traceback if a tensor is missing, and ignores layers that the model does not have.
-    """
+    """Raise a `UserError` if safetensors are damaged, or if their names or shapes differ from the model."""
     with torch.device("meta"):
         model = build_model(args)
     adapter = LlamaMimiStateDictAdapter(args, None)
     wanted = adapter.to_hf(model.state_dict())
     try:
         found = adapter.get_hf_storage_reader(folder).read_metadata().state_dict_metadata
-    except Exception as error:  # damaged files raise whatever their parser does
-        raise UserError(f"the weights in '{folder}' are damaged ({first_line(error)}); prepare them again") from error
-    # An output matrix of its own is not read where embeddings are tied, or where the output is that of frames.
+    except Exception as error:  # the error for a damaged file depends on its parser
+        raise UserError(
+            f"the weights in '{folder}' are damaged ({first_line(error)}); copy the folder again"
+        ) from error
+    # Training does not load `lm_head` into models with tied embeddings or with the hierarchical architecture.
     unexpected = {key for key in found.keys() - wanted.keys() - {"lm_head.weight"} if "rotary_emb" not in key}
     reshaped = {key for key in found.keys() & wanted.keys() if found[key].size != wanted[key].shape}
     wrong = {"missing": wanted.keys() - found.keys(), "unexpected": unexpected, "of another shape": reshaped}
@@ -82,18 +56,18 @@ def check_initial_weights(folder: str, args: LlamaMimiArgs) -> None:
 
 
 def load_config(folder: str, what: str) -> tuple[PreTrainedConfig, FolderKind]:
-    """Return the configuration of a model, and the kind of its folder; a `UserError` if it is of another kind."""
+    """Return the configuration of a model and its format; raise a `UserError` for other types of models."""
     config = load_pretrained(AutoConfig, folder, what=what)
     kinds = {kind.stock_class.config_class.model_type: kind for kind in KINDS.values()}
     if config.model_type not in kinds:
-        raise UserError(f"'{folder}' is a '{config.model_type}', not one of: {', '.join(kinds)}; name another {what}")
+        raise UserError(f"'{folder}' is a '{config.model_type}', not one of: {', '.join(kinds)}; choose another {what}")
     return config, kinds[config.model_type]
 
 
 def speech_config(
     args: LlamaMimiArgs, tokenizer: SpeechTokenizer, codec_name: str, sliding_window: bool = True, **training: Any
 ) -> PreTrainedConfig:
-    """Return the configuration of a speech model; ``training`` are entries that generation needs, such as ``task``."""
+    """Return the configuration of a speech model. ``training`` has extra entries for generation, such as ``task``."""
     return KINDS[args.architecture].config(
         args,
         bos_token_id=tokenizer.text_tokenizer.bos_token_id,
@@ -107,14 +81,14 @@ def speech_config(
 
 
 def save_run_record(dump_folder: str, config: PreTrainedConfig, tokenizer: SpeechTokenizer) -> None:
-    """Write `ASSETS_FOLDER` on rank 0."""
+    """Write configuration and tokenizer to `ASSETS_FOLDER`, on rank 0."""
     if not dist.is_initialized() or dist.get_rank() == 0:
         save_folder(Path(dump_folder) / ASSETS_FOLDER, config, tokenizer.text_tokenizer)
 
 
 def find_run_record(checkpoint: Path) -> Path:
-    """Return `ASSETS_FOLDER` of the run of ``checkpoint``, a checkpoint folder or one step in it."""
+    """Return `ASSETS_FOLDER` of a run. ``checkpoint`` is the checkpoint folder of the run, or one step in it."""
     for folder in (checkpoint, *checkpoint.resolve().parents[:2]):
         if (folder / ASSETS_FOLDER / "config.json").is_file():
             return folder / ASSETS_FOLDER
-    raise UserError(f"there is no {ASSETS_FOLDER}/config.json beside '{checkpoint}'; keep the two together")
+    raise UserError(f"'{checkpoint}' has no {ASSETS_FOLDER}/config.json in its dump_folder; copy that folder, too")

@@ -1,9 +1,10 @@
-"""Prepare a Hugging Face Llama for training, and convert a training checkpoint to a Hugging Face model."""
+"""Preparation of a Hugging Face Llama for training, and conversion of a checkpoint to a Hugging Face model."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
@@ -17,41 +18,19 @@ from llama_mimi.common.files import read_json, write_atomically
 from llama_mimi.common.hub import load_pretrained
 from llama_mimi.tokens.vocabulary import SPECIAL_ROLES, VocabularyKind, audio_tokenizer, extend_tokenizer
 
-MODEL_CARD = """\
----
-library_name: transformers
-pipeline_tag: audio-to-audio
-tags: [speech-language-model, mimi]
----
-
-# {output_dir.name}
-
-A speech language model: {kind.description}.
-
-| | |
-|---|---|
-| parameters | {num_parameters:,} |
-| codec | `{config.codec}` |
-| quantizer levels | {config.num_quantizers} |
-| vocabulary | {args.vocab_size:,} |
-| converted from | `{step}` |
-| precision | {dtype} |
-
-{usage}
-"""
-
+MODEL_CARD = Path(__file__).parent / "templates" / "model_card.md.jinja"
 SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_k": 30}
-JOB_CONFIG, TRAINING_CONFIG = "job_config.json", "training_config.json"  # of a run, and of a converted model
-# Sections without effect on the model.
+JOB_CONFIG, TRAINING_CONFIG = "job_config.json", "training_config.json"  # in dump_folder, and in a converted folder
+# Sections that have no effect on the model.
 NOT_OF_THE_MODEL = ("job", "checkpoint", "metrics", "comm", "profiling", "memory_estimation", "fault_tolerance")
 
 
 def convert_checkpoint(checkpoint: Path, output_dir: Path, dtype: Precision = "float32", verify: bool = True) -> None:
-    """Turn a training checkpoint into an ordinary Hugging Face model.
+    """Convert a training checkpoint to a standard Hugging Face model.
 
     Args:
-        checkpoint: checkpoint folder (newest step) or one step
-        output_dir: folder of the Hugging Face model
+        checkpoint: checkpoint folder of a run (its newest step is converted), or one step
+        output_dir: new folder for the Hugging Face model
         dtype: precision of the saved weights
         verify: compare the checksums of the checkpoint
     """
@@ -61,7 +40,7 @@ def convert_checkpoint(checkpoint: Path, output_dir: Path, dtype: Precision = "f
     codec = local_codec(config.codec, record) or config.codec
     near = local_codec(config.codec, output_dir)
     if Path(codec).is_dir() and not (near and Path(near).samefile(codec)):
-        config.codec = str(Path(codec).resolve())  # the name does not lead to the codec from the new folder
+        config.codec = str(Path(codec).resolve())  # the relative path is not valid in the new folder
 
     args = kind.args(config)
     state = kind.state(load_model_state(step, args, verify), args)
@@ -78,10 +57,10 @@ def convert_checkpoint(checkpoint: Path, output_dir: Path, dtype: Precision = "f
         model.depth_decoder.generation_config = GenerationConfig(**SAMPLING)
     save_folder(output_dir, model, load_pretrained(AutoTokenizer, str(record), what="tokenizer"))
 
-    Q, num_parameters = config.num_quantizers, model.num_parameters()
-    usage = kind.usage.format(num_quantizers=Q, last_level=Q - 1, codebook_size=args.codebook_size)
+    num_parameters = model.num_parameters()
     facts = {"config": config, "args": args, "num_parameters": num_parameters, "step": step, "dtype": dtype}
-    (output_dir / "README.md").write_text(MODEL_CARD.format(output_dir=output_dir, kind=kind, usage=usage, **facts))
+    card = jinja2.Template(MODEL_CARD.read_text(), trim_blocks=True).render(name=output_dir.name, **facts)
+    (output_dir / "README.md").write_text(card + "\n")
     if training := read_json(str(record.parent), JOB_CONFIG):
         own = {section: values for section, values in training.items() if section not in NOT_OF_THE_MODEL}
         write_atomically(str(output_dir), TRAINING_CONFIG, (json.dumps(own, indent=1) + "\n").encode())
@@ -98,24 +77,24 @@ def prepare_base_model(
     seed: int = 0,
     random_weights: bool = False,
 ) -> None:
-    """Extend a Hugging Face Llama by the audio tokens of a codec: tokenizer, embeddings, configuration.
+    """Add the audio tokens of a codec to a Hugging Face Llama: tokenizer, embeddings and configuration.
 
     Args:
-        base_model: Hugging Face Llama: hub id or folder
-        output_dir: new folder, for model.hf_assets_path
-        codec: Mimi codec: hub id or folder
-        num_quantizers: quantizer levels a frame
-        vocabulary: llama keeps the text tokens, audio drops them
+        base_model: Hugging Face Llama, hub id or folder
+        output_dir: new folder; set model.hf_assets_path to it
+        codec: Mimi codec, hub id or folder
+        num_quantizers: number of quantizer levels per frame
+        vocabulary: llama keeps the text tokens; audio removes them
         dtype: precision of the saved weights
-        seed: seed of the new embedding rows
-        random_weights: write tokenizer and config only
+        seed: random seed for the new embedding rows
+        random_weights: write only tokenizer and configuration; training then starts from random weights
     """
     codebook_size = load_codec_config(codec, num_quantizers).codebook_size
     config = load_pretrained(LlamaConfig, base_model, what="base model")
     tokenizer = load_pretrained(AutoTokenizer, base_model, what="tokenizer")
     if config.vocab_size != len(tokenizer):
         found = f"'{base_model}' has {config.vocab_size} embedding rows but {len(tokenizer)} tokens"
-        raise UserError(f"{found}; use the unmodified base model")
+        raise UserError(f"{found}; use an unmodified base model")
     whole, extended = extend_tokenizer(tokenizer, codebook_size, num_quantizers)
     num_drawn, kept, special_ids = extended.size, whole, {}
     if vocabulary == "audio":
@@ -128,7 +107,7 @@ def prepare_base_model(
     else:
         model = load_pretrained(LlamaForCausalLM, base_model, what="base model", dtype=DTYPES[dtype])
         torch.manual_seed(seed)
-        # new rows are drawn around the mean of the old ones, with their covariance
+        # New rows are drawn from a normal distribution with mean and covariance of the old rows.
         model.resize_token_embeddings(num_drawn, mean_resizing=True)
         if kept is not whole:
             ids = whole.convert_tokens_to_ids(kept.convert_ids_to_tokens(range(extended.size)))
@@ -138,5 +117,5 @@ def prepare_base_model(
         model.config.update(extra)
         model.generation_config.update(**special_ids)
     save_folder(output_dir, model, kept)
-    num_audio, size = extended.size - extended.base, extended.size
-    print(f"{base_model} + {num_audio:,} audio tokens -> {output_dir} ({size:,} vocabulary entries)")
+    audio = f"{extended.size - extended.base:,} audio tokens"
+    print(f"{base_model} + {audio} -> {output_dir} ({extended.size:,} vocabulary entries)")

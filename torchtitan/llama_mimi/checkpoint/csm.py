@@ -1,8 +1,8 @@
-"""The hierarchical architecture as a Hugging Face `CsmForConditionalGeneration`, with its codec inside.
+"""Conversion of the hierarchical architecture to a Hugging Face `CsmForConditionalGeneration` with its codec.
 
-``embed_text_tokens`` is the whole embedding table, so the ids are those of a flattened model. In the text that stock
-code reads, ``<0_0>`` is a frame and ``<0_1>`` the end: transformers 5.x warns about the id of ``</audio>``. Codes of a
-frame are numbers below K; K is the end, at every level, and the padding.
+``embed_text_tokens`` is the whole embedding table, so ids are the same as in a flattened model. In text for stock code,
+``<0_0>`` is a frame and ``<0_1>`` is the end, because transformers 5.x warns about the id of ``</audio>``. Codes are
+below K; a frame with code K at every level is the end of the speech, and K is also the padding.
 """
 
 from typing import Any
@@ -16,16 +16,16 @@ from llama_mimi.checkpoint.huggingface import NETWORK_KEYS, hf_config, model_arg
 from llama_mimi.common.hub import load_pretrained
 from llama_mimi.model.llama import LlamaMimiArgs
 
-# Where CSM has the layers and the norm of its two networks.
+# Names of the two networks in CSM.
 BACKBONE, DEPTH = "backbone_model", "depth_decoder.model"
 
 
 def csm_config(args: LlamaMimiArgs, **extra: Any) -> CsmConfig:
-    """Return the configuration of the CSM that computes the same logits; ``extra`` are more entries, with ``codec``."""
-    extra["eos_token_id"] = None  # its networks draw entries of a level, and no id ends them
+    """Return the configuration of a CSM with the same logits. ``extra`` has more entries; it must have ``codec``."""
+    extra["eos_token_id"] = None  # its networks draw codes of one level, and no id ends a sequence
     assert args.depth is not None
     codec = load_codec_config(extra["codec"], args.num_quantizers)
-    codec.num_quantizers = args.num_quantizers  # stock code encodes a spoken prompt at the full depth of this codec
+    codec.num_quantizers = args.num_quantizers  # stock code encodes prompts with all levels of this codec
     vocabulary = args.vocabulary
     network, depth = hf_config(args), hf_config(args.depth)
     levels = {"num_codebooks": args.num_quantizers, "vocab_size": args.codebook_size + 1}
@@ -52,7 +52,7 @@ def csm_config(args: LlamaMimiArgs, **extra: Any) -> CsmConfig:
 
 
 def csm_args(config: CsmConfig) -> LlamaMimiArgs:
-    """Inverse of `csm_config`; raises as `llama_mimi.checkpoint.huggingface.model_args`."""
+    """Return the arguments of the model; the inverse of `csm_config`."""
     args = model_args(config)
     args.vocab_size, args.enable_weight_tying = config.text_vocab_size, False
     args.architecture, args.depth = "hierarchical", model_args(config.depth_decoder_config)
@@ -61,7 +61,7 @@ def csm_args(config: CsmConfig) -> LlamaMimiArgs:
 
 
 def csm_state(state: dict[str, torch.Tensor], args: LlamaMimiArgs) -> dict[str, torch.Tensor]:
-    """Return our weights under the names and in the shapes of `CsmForConditionalGeneration`, without the codec."""
+    """Return our weights with the names and shapes of `CsmForConditionalGeneration`, without the codec."""
     theirs: dict[str, torch.Tensor] = {}
     for prefix, name, network in (("", BACKBONE, args), ("depth.", DEPTH, args.depth)):
         parts = (f"{prefix}layers.", f"{prefix}norm.")
@@ -69,7 +69,7 @@ def csm_state(state: dict[str, torch.Tensor], args: LlamaMimiArgs) -> dict[str, 
         for key, weight in Llama3StateDictAdapter(network, None).to_hf(own).items():
             theirs[key.replace("model", name, 1)] = weight
     K, Q, vocabulary = args.codebook_size, args.num_quantizers, args.vocabulary
-    # The codes and the end of level 0, then of level 1, and so on; each end is `</audio>`.
+    # Rows are sorted by level. Each level has its K codes, then the end, which is `</audio>` at every level.
     ids_KQ = vocabulary.ids_from_codes(torch.arange(K)[:, None].expand(K, Q)).view(K, Q)
     rows = torch.cat([ids_KQ, torch.full((1, Q), vocabulary.audio_end_id)]).T.flatten()
     table_VD = state["tok_embeddings.weight"]
@@ -86,7 +86,7 @@ def csm_state(state: dict[str, torch.Tensor], args: LlamaMimiArgs) -> dict[str, 
 
 
 def codec_state(config: CsmConfig, codec: str) -> dict[str, torch.Tensor]:
-    """Return the weights of the codec that goes into the folder, without levels that the model lacks."""
+    """Return the weights of the codec, without quantizer levels that the model does not use."""
     weights = load_pretrained(MimiModel, codec, what="codec", dtype="auto").state_dict()
     with torch.device("meta"):
         names = MimiModel(config.codec_config).state_dict()

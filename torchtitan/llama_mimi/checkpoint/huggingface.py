@@ -1,4 +1,4 @@
-"""A Llama of TorchTitan as a Hugging Face folder, and back: configuration, files and names of the weights."""
+"""Conversion between TorchTitan's Llama and a Hugging Face folder: configuration, files and names of weights."""
 
 import json
 from dataclasses import astuple
@@ -15,17 +15,17 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import is_hidden, share_weights
 from llama_mimi.model.llama import LlamaMimiArgs
 
-# Entries of the configuration that give the shape of a network: a Llama, or one of the two of a CSM.
+# Entries of a configuration that define the shape of a network: a Llama, or one of the two networks of a CSM.
 NETWORK_KEYS = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("head_dim", "rms_norm_eps", "rope_parameters"),
 )
-# Entries of rope_parameters in the order of TorchTitan's `RoPEScalingArgs`.
+# Entries of rope_parameters, in the order of the fields of TorchTitan's `RoPEScalingArgs`.
 SCALING_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def hf_config(args: LlamaMimiArgs, **extra: Any) -> LlamaConfig:
-    """Return the configuration of the Hugging Face Llama that computes the same logits; ``extra`` are more entries."""
+    """Return the configuration of a Hugging Face Llama with the same logits. ``extra`` has more entries."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(args.rope_theta)}
     if args.rope_scaling_args.scaling_factor != 1:
         rope |= dict(zip(SCALING_KEYS, astuple(args.rope_scaling_args), strict=True), rope_type="llama3")
@@ -40,17 +40,17 @@ def hf_config(args: LlamaMimiArgs, **extra: Any) -> LlamaConfig:
         head_dim=args.dim // args.n_heads,
         rms_norm_eps=args.norm_eps,
         rope_parameters=rope,
-        max_position_embeddings=131072,  # of Llama 3.1 and 3.2
+        max_position_embeddings=131072,  # value of Llama 3.1 and 3.2
         tie_word_embeddings=args.enable_weight_tying,
         **extra,
     )
 
 
 def model_args(config: LlamaConfig) -> LlamaMimiArgs:
-    """Inverse of `hf_config`; a `UserError` refuses rotary embeddings that TorchTitan's Llama 3 cannot compute."""
+    """Return the arguments of a model, as the inverse of `hf_config`; raise a `UserError` for other types of RoPE."""
     rope = config.rope_parameters
     if rope["rope_type"] not in ("default", "llama3"):
-        raise UserError(f"rope_type is '{rope['rope_type']}'; name a model with 'default' or 'llama3'")
+        raise UserError(f"rope_type is '{rope['rope_type']}'; choose a model with 'default' or 'llama3'")
     scaling = [rope[key] for key in SCALING_KEYS] if rope["rope_type"] == "llama3" else [1.0]
     return LlamaMimiArgs(
         dim=config.hidden_size,
@@ -58,29 +58,26 @@ def model_args(config: LlamaConfig) -> LlamaMimiArgs:
         n_heads=config.num_attention_heads,
         n_kv_heads=config.num_key_value_heads,
         vocab_size=config.vocab_size,
-        # TorchTitan rounds a derived width up to multiple_of: this pair gives intermediate_size itself
-        multiple_of=config.intermediate_size,
-        ffn_dim_multiplier=config.intermediate_size / int(8 * config.hidden_size / 3),
+        ffn_dim=config.intermediate_size,
         norm_eps=config.rms_norm_eps,
         rope_theta=rope["rope_theta"],
         rope_scaling_args=RoPEScalingArgs(*scaling),
-        enable_weight_tying=getattr(config, "tie_word_embeddings", False),  # the depth decoder of CSM has no such entry
+        enable_weight_tying=getattr(config, "tie_word_embeddings", False),  # not in a depth decoder of CSM
     )
 
 
 def llama_state(state: dict[str, torch.Tensor], args: LlamaMimiArgs) -> dict[str, torch.Tensor]:
-    """Return our weights under the names of `LlamaForCausalLM`; a tied ``lm_head`` is the embedding's."""
+    """Return our weights with the names of `LlamaForCausalLM`; a tied ``lm_head`` is the embedding matrix."""
     theirs = Llama3StateDictAdapter(args, None).to_hf(state)
     return {"lm_head.weight": theirs["model.embed_tokens.weight"]} | theirs
 
 
 def save_folder(folder: Path, model: PreTrainedModel | PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write a model, or its configuration alone, and its tokenizer, for transformers 4.x as well as 5.x.
+    """Write a model or a configuration, and its tokenizer, so that transformers 4.x and 5.x can load them.
 
-    4.x takes ``rope_theta`` and ``rope_scaling`` (10,000 and no scaling where they lack) and, before 4.56,
-    ``torch_dtype``. Its CSM refuses ``tie_word_embeddings``, which 5.x derives from ``tie_codebooks_embeddings``.
-    It has no ``TokenizersBackend``, wants a dict of ``extra_special_tokens``, and without ``model_input_names`` a
-    tokenizer returns ``token_type_ids``, which Llama refuses.
+    transformers 4.x reads ``rope_theta``, ``rope_scaling`` and, before 4.56, ``torch_dtype``. Its CSM needs
+    ``tie_word_embeddings`` to be false. It has no ``TokenizersBackend``, reads ``extra_special_tokens`` as a dict, and
+    needs ``model_input_names``: otherwise a tokenizer returns ``token_type_ids``, which Llama does not accept.
     """
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -99,7 +96,7 @@ def save_folder(folder: Path, model: PreTrainedModel | PreTrainedConfig, tokeniz
 
     tokens = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     if tokens["tokenizer_class"] == "TokenizersBackend":
-        tokens["tokenizer_class"] = "PreTrainedTokenizerFast"  # its name in 4.x, and an alias in 5.x
+        tokens["tokenizer_class"] = "PreTrainedTokenizerFast"  # name in 4.x, alias in 5.x
     tokens["model_input_names"] = ["input_ids", "attention_mask"]
     if isinstance(tokens.get("extra_special_tokens"), list):
         tokens["additional_special_tokens"] = tokens.pop("extra_special_tokens")
@@ -111,21 +108,21 @@ def save_folder(folder: Path, model: PreTrainedModel | PreTrainedConfig, tokeniz
 
 
 class LlamaMimiStateDictAdapter(Llama3StateDictAdapter):
-    """TorchTitan's adapter for initial weights, for any number of ranks.
+    """TorchTitan's adapter for initial weights, extended to any number of ranks.
 
-    The two implementations of rotary embeddings order the rows of a head differently. TorchTitan reorders each rank's
-    part of a matrix, which fails when ranks have parts of heads: with more ranks than key heads, and with FSDP x TP.
+    TorchTitan and Hugging Face order the rows of an attention head differently. TorchTitan reorders the shard of each
+    rank, which fails if a shard has only a part of a head: with more ranks than key heads, and with FSDP x TP.
     """
 
     def get_hf_storage_reader(self, path: str, from_quantized: bool = False) -> Any:
-        """Return PyTorch's reader of safetensors files, without hidden files (`._*`, as macOS adds them)."""
+        """Return PyTorch's reader of safetensors, which skips hidden files here (macOS adds `._*`)."""
         reader = super().get_hf_storage_reader(path, from_quantized)
         list_all = reader.fs.ls
         reader.fs.ls = lambda folder: [file for file in list_all(folder) if not is_hidden(Path(file).name)]
         return reader
 
     def to_hf(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        if self.model_args.architecture == "hierarchical":  # a Llama has its backbone and the embeddings
+        if self.model_args.architecture == "hierarchical":  # a Llama has only backbone and embeddings
             parts = ("layers.", "norm.", "tok_embeddings.")
             state_dict = {key: weight for key, weight in state_dict.items() if key.startswith(parts)}
         return super().to_hf(state_dict)
@@ -138,7 +135,7 @@ class LlamaMimiStateDictAdapter(Llama3StateDictAdapter):
 
 
 def _as_one(reorder: Any, weight: torch.Tensor, *shape: int) -> torch.Tensor:
-    """Gather a matrix, reorder it, and keep this rank's part as before; one matrix at a time is little memory."""
+    """Gather a matrix from all ranks, reorder its rows, and return the shard of this rank."""
     if not isinstance(weight, DTensor):
         return reorder(weight, *shape)
     mesh = weight.device_mesh

@@ -1,6 +1,6 @@
-"""Distributed checkpoints (DCP) with checksums, read without running code; other DCP readers read them, too.
+"""Distributed checkpoints (DCP) with checksums, which are read without running code. Stock DCP can read them, too.
 
-The CRC-32 of each entry stands in DCP's index. That of the index follows its pickle, where pickle stops reading.
+The index of DCP contains the CRC-32 of each entry. The CRC-32 of the index follows its pickle, where pickle ignores it.
 """
 
 import io
@@ -25,7 +25,7 @@ METADATA = ".metadata"
 _SEAL = b"crc32:%08x"
 _BLOCK_BYTES = 1 << 20
 _DCP = "torch.distributed.checkpoint"
-# What DCP writes into its index, besides dtypes.
+# Classes and functions in an index of DCP, besides dtypes.
 _RECORDS = {"torch.Size", "pathlib.PosixPath", "torch.serialization._get_layout", f"{_DCP}.filesystem._StorageInfo"}
 _RECORDS |= {f"{_DCP}.metadata.{name}" for name in ("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties")}
 _RECORDS |= {f"{_DCP}.metadata.{kind}StorageMetadata" for kind in ("Bytes", "Chunk", "Tensor")}
@@ -33,7 +33,7 @@ _RECORDS.add(f"{_DCP}.metadata._MEM_FORMAT_ENCODING")
 
 
 class CheckedWriter(_FileSystemWriter):
-    """DCP's file writer, which adds checksums."""
+    """DCP's file writer, with checksums."""
 
     def __init__(self, path: str | os.PathLike) -> None:
         super().__init__(path)
@@ -41,13 +41,13 @@ class CheckedWriter(_FileSystemWriter):
         self.transforms: _ChecksumStreams = _ChecksumStreams()
 
     def prepare_global_plan(self, plans: list[Any]) -> list[Any]:
-        (self.path / METADATA).unlink(missing_ok=True)  # a step that is saved again is incomplete until its end
+        (self.path / METADATA).unlink(missing_ok=True)  # while a step is saved again, it is incomplete
         return super().prepare_global_plan(plans)
 
     def write_data(self, plan: Any, planner: Any) -> Any:
         try:
             written = super().write_data(plan, planner)
-        except RuntimeError as error:  # on a full disk torch.save fails once more on leaving
+        except RuntimeError as error:  # on a full disk torch.save raises a second error
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
         for result in written.value():
             result.storage_data.crc32 = self.transforms.of_entry[result.index].crc32
@@ -65,7 +65,7 @@ class _ChecksumStreams(_StorageWriterTransforms):
 
 
 class _ChecksumStream:
-    """Stream between an entry and its file."""
+    """Stream that writes an entry to its file and updates the checksum."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream, self.flush, self.crc32 = stream, stream.flush, 0
@@ -76,7 +76,7 @@ class _ChecksumStream:
 
 
 class _SealingFileSystem(FileSystem):
-    """DCP renames one file, the index, once it is written: its checksum is appended before."""
+    """File system that appends a checksum to the index before DCP renames it. DCP renames no other file."""
 
     def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
         with Path(path).open("rb+", buffering=0) as file:
@@ -86,14 +86,14 @@ class _SealingFileSystem(FileSystem):
 
 
 class CheckedReader(FileSystemReader):
-    """DCP's file reader, which reads an index without running code; ``verify`` compares the checksums of entries."""
+    """DCP's file reader, which runs no code from the index. ``verify``: compare the checksums of entries."""
 
     def __init__(self, path: str | os.PathLike, verify: bool = True) -> None:
         super().__init__(path)
         self._verify = verify
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Return the index; a `UserError` refuses one that is damaged, or contains more than DCP writes."""
+        """Return the index; raise a `UserError` if it is damaged or contains objects that DCP does not write."""
         path = Path(self._get_metadata_path(kwargs.get("rank")))
         try:
             content = path.read_bytes()
@@ -104,7 +104,7 @@ class CheckedReader(FileSystemReader):
                 raise ValueError("its checksum does not match")
             metadata.storage_meta = metadata.storage_meta or StorageMeta()
             metadata.storage_meta.load_id = self.load_id
-        except Exception as error:  # a damaged pickle raises whatever its bytes spell
+        except Exception as error:  # a damaged pickle can raise any error
             raise UserError(f"'{path}' is missing or damaged ({first_line(error)})") from error
         return metadata
 
@@ -116,27 +116,27 @@ class CheckedReader(FileSystemReader):
 
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        module = "pathlib" if module == "pathlib._local" else module  # as Python 3.13 calls it
+        module = "pathlib" if module == "pathlib._local" else module  # name in Python 3.13
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or f"{module}.{name}" in _RECORDS:
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no DCP index contains")
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}, which is not part of a DCP index")
 
 
 class PlainLoadPlanner(DefaultLoadPlanner):
-    """DCP's load planner, which reads entries that are not tensors without running code."""
+    """DCP's load planner, which runs no code from entries that are not tensors."""
 
     def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
         name = read_item.dest_index.fqn
         try:
             loaded = torch.load(value, weights_only=True)
         except pickle.UnpicklingError as error:
-            raise UserError(f"the entry '{name}' contains more than numbers, text and tensors") from error
+            raise UserError(f"the entry '{name}' contains objects other than numbers, text and tensors") from error
         set_element(self.original_state_dict, self.mappings[name], loaded)
 
 
 def check_step(step: Path, verify: bool) -> Metadata:
-    """Return the index of a step; a `UserError` names a missing, truncated or (with ``verify``) damaged file."""
+    """Return the index of a step; raise a `UserError` for a missing, truncated or (with ``verify``) damaged file."""
     metadata = CheckedReader(step).read_metadata()
     entries = defaultdict(list)
     for info in (metadata.storage_data or {}).values():
@@ -156,7 +156,7 @@ def check_step(step: Path, verify: bool) -> Metadata:
 
 
 def first_failure(error: CheckpointException) -> BaseException:
-    """Return the first `UserError` of all ranks, or else their first error."""
+    """Return the first `UserError` of any rank, else the first error."""
     failures = [failure for failure, _ in error.failures.values()]
     return next((failure for failure in failures if isinstance(failure, UserError)), failures[0])
 

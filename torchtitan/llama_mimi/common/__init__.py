@@ -1,1 +1,1 @@
-"""Shared helpers: errors, files, the Hugging Face Hub, processes, command lines."""
+"""Helpers for errors, files, the Hugging Face Hub, processes and command lines."""

@@ -4,11 +4,7 @@ from collections.abc import Sequence
 
 
 def bucket_by_length(sizes: Sequence[int], limit: float) -> list[list[int]]:
-    """Divide items into batches of indices, from small to large; the result depends on the sizes only.
-
-    Args:
-        limit: maximum size of a batch including padding; a single item always fits.
-    """
+    """Return batches of indices, sorted by size. ``limit``: maximum size with padding, for more than one item."""
     batches: list[list[int]] = []
     for index in sorted(range(len(sizes)), key=lambda i: sizes[i]):  # the last item is the longest of its batch
         if batches and (len(batches[-1]) + 1) * sizes[index] <= limit:

@@ -1,4 +1,4 @@
-"""Command lines: ``--snake_case`` flags; user errors become one sentence on stderr and exit code 1."""
+"""Command lines with ``--snake_case`` flags. A user error is printed as one sentence; the exit code is then 1."""
 
 import contextlib
 import errno
@@ -19,26 +19,26 @@ DISK_ERRORS = "ENOSPC EDQUOT EFBIG EROFS EACCES ENOTDIR EEXIST".split()
 
 
 def run_command(command: Callable[..., None], doc: str | None) -> None:
-    """Call a function with its parameters, or the fields of dataclasses among them, from the command line."""
+    """Run a function as a command. Its parameters, and the fields of its dataclass parameters, are the flags."""
     run_cli(lambda: tyro.cli(command, description=doc, **TYRO))
 
 
 def parse_options(kind: type, words: Sequence[str]) -> Any:
-    """Parse command-line arguments into an options object; raise tyro's reason as a `UserError`."""
+    """Parse command-line arguments into an options object; raise tyro's errors as `UserError`."""
     output = io.StringIO()
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             return tyro.cli(kind, args=words, **TYRO)
     except SystemExit as error:
-        # tyro prints a title, the reason and help, separated by lines of dashes.
+        # tyro prints a title, the reason and the help text, separated by lines of dashes.
         reason = re.split(r"^\s*-{20,}\s*$", output.getvalue(), flags=re.MULTILINE)[1:2] or [output.getvalue()]
         raise UserError(" ".join(reason[0].split())) from error
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Run a script's ``main``; report a `UserError`, full memory or an unusable disk in one sentence, exit code 1."""
+    """Run ``main``. For a `UserError`, full memory or an unusable disk, print one sentence and exit with code 1."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr by default, for file names that are not UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may not be UTF-8
     try:
         return main()
     except UserError as error:
@@ -46,11 +46,11 @@ def run_cli(main: Callable[[], None]) -> None:
     except torch.OutOfMemoryError as error:
         report(UserError(f"the memory of the device is full ({first_line(error)}); lower the batch size"))
     except Exception as error:
-        in_text = re.search(r"\(os error (\d+)\)", str(error))  # of tokenizers and safetensors, which raise no OSError
+        in_text = re.search(r"\(os error (\d+)\)", str(error))  # tokenizers, safetensors
         number = int(in_text[1]) if in_text else getattr(error, "errno", None) or 0
         if errno.errorcode.get(number) not in DISK_ERRORS:
             raise
-        name = getattr(error, "filename2", None) or getattr(error, "filename", None)  # filename2: a copy's target
+        name = getattr(error, "filename2", None) or getattr(error, "filename", None)  # filename2: target of a copy
         file = f"'{name}'" if name else "a file"
         problem = f"{file} cannot be used ({os.strerror(number)})"
         report(UserError(f"{problem}; free disk space, set its permissions, or choose another folder"))
@@ -58,7 +58,7 @@ def run_cli(main: Callable[[], None]) -> None:
 
 
 def to_cli_args(settings: Mapping[str, Any]) -> list[str]:
-    """Convert settings to command-line arguments for tyro."""
+    """Return settings as command-line arguments for tyro."""
     words: list[str] = []
     for name, value in settings.items():
         if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""Machines without an accelerator."""
+"""Support for machines without an accelerator."""
 
 import ctypes
 import os
@@ -14,16 +14,16 @@ from llama_mimi.common.errors import UserError
 
 
 def use_cpu_without_gpu() -> None:
-    """Let TorchTitan see the CPU as its device; call before the first ``torchtitan`` import.
+    """Make TorchTitan use the CPU if there is no accelerator. Call this before the first ``torchtitan`` import.
 
-    Without an accelerator TorchTitan assumes "cuda" and expects memory statistics that ``torch.cpu`` lacks.
+    Otherwise TorchTitan selects "cuda" and reads memory statistics that ``torch.cpu`` does not have.
     """
-    if torch.cuda.is_available() or torch._utils._get_available_device_type() == "cpu":  # set before
+    if torch.cuda.is_available() or torch._utils._get_available_device_type() == "cpu":  # called before
         return
-    assert "torchtitan.tools.utils" not in sys.modules, "TorchTitan was imported before"
+    assert "torchtitan.tools.utils" not in sys.modules, "TorchTitan is already imported"
     torch._utils._get_available_device_type = lambda: "cpu"
     total_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes on macOS, KiB on Linux
+    unit = 1 if sys.platform == "darwin" else 1024  # unit of ru_maxrss: bytes on macOS, KiB on Linux
 
     def memory_stats(device: Any = None) -> dict[str, int]:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
@@ -35,21 +35,21 @@ def use_cpu_without_gpu() -> None:
         memory_stats=memory_stats,
         reset_peak_memory_stats=lambda device=None: None,
         empty_cache=lambda: None,
-        current_device=lambda: 0,  # torch.cpu returns "cpu"; a barrier needs an index
+        current_device=lambda: 0,  # torch.cpu returns "cpu", but a barrier needs an index
     )
 
 
 def keep_freed_memory() -> None:
-    """Reuse freed memory (glibc only): the kernel fills new blocks with zeros, half the time of a convolution."""
+    """Make glibc reuse freed memory. The kernel zeroes new memory, which takes half the time of a convolution."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: do not map single blocks
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep free memory
-        libc.mallopt(-8, 1)  # M_ARENA_MAX: one heap; those of threads are small and returned when empty
+        libc.mallopt(-8, 1)  # M_ARENA_MAX: one heap for all threads; heaps of threads are freed when empty
 
 
 def available_device(name: str) -> torch.device:
-    """Return a device by its name, or raise a `UserError` if this machine does not have it."""
+    """Return a device by name; raise a `UserError` if this machine does not have it."""
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:

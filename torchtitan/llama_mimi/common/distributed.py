@@ -1,4 +1,4 @@
-"""The ranks of torchrun: objects that they share, and how they end."""
+"""Communication between the ranks of torchrun, and the end of a rank."""
 
 import ctypes
 import os
@@ -17,27 +17,27 @@ import torch.distributed as dist
 from llama_mimi.common.cpu import available_device
 from llama_mimi.common.errors import RANK_ERROR_FILE, UserError, first_line
 
-TIMEOUT = timedelta(days=7)  # at the end all ranks wait for the slowest
+TIMEOUT = timedelta(days=7)  # all ranks wait for the slowest one at the end
 SECONDS_BEFORE_OTHERS_REPORT = 10
 
 
 def end_with_parent() -> None:
-    """Let the kernel kill this process when its parent ends, even if that is killed (Linux only)."""
+    """Let the kernel kill this process when its parent process ends (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def end_with_torchrun() -> None:
-    """End this rank with its torchrun (Linux only); it would wait for other ranks until its timeout."""
+    """End this rank when its torchrun ends (Linux only). Otherwise it waits for other ranks until a timeout."""
     if sys.platform == "linux" and dist.is_torchelastic_launched():
         end_with_parent()
-        # An orphan, whose torchrun was killed during the imports, belongs to process 1, as a container's torchrun is.
+        # Process 1 is the parent if torchrun was killed during the imports. In a container, torchrun may be process 1.
         if os.getppid() == 1 and b"python" not in Path("/proc/1/cmdline").read_bytes():
             os._exit(1)
 
 
 class DistributedContext:
-    """The ranks of torchrun, or this process alone; without a device or with "cuda" each rank has its own GPU."""
+    """Ranks of torchrun, or a single process. With "cuda" or without ``device``, each rank uses its own GPU."""
 
     def __init__(self, device: str | None = None) -> None:
         end_with_torchrun()
@@ -48,8 +48,6 @@ class DistributedContext:
             self._store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
             world = {"rank": self.rank, "world_size": self.world_size}
             dist.init_process_group("gloo", store=self._store, timeout=TIMEOUT, **world)
-            if device is not None and device.startswith("cuda:"):
-                raise UserError(f"--device {device} is one GPU for {self.world_size} ranks; leave the number out")
         if device in (None, "cuda") and torch.cuda.is_available():
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         self.device = available_device(device or "cpu")
@@ -57,7 +55,7 @@ class DistributedContext:
             torch.cuda.set_device(self.device)
 
     def add(self, counter: str, number: int) -> int:
-        """Add to a shared counter and return its value."""
+        """Add a number to a counter that all ranks share, and return the sum."""
         return self._store.add(counter, number)
 
     def wait(self) -> None:
@@ -65,20 +63,20 @@ class DistributedContext:
 
 
 def gather(value: Any) -> list[Any]:
-    """Return ``value`` of every rank, on every rank."""
+    """Return the ``value`` of every rank, in the order of ranks."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
     try:
         dist.all_gather_object(values, value)
     except RuntimeError as error:
-        print(f"another rank has ended, so this one ends, too ({first_line(error)})", file=sys.stderr)
+        print(f"this rank stops because another rank has stopped ({first_line(error)})", file=sys.stderr)
         sys.exit(1)
     return values
 
 
 def broadcast_from_rank0(make: Callable[[], Any]) -> Any:
-    """Call ``make`` on rank 0 and return its result, or raise its `UserError` or OSError, on every rank."""
+    """Call ``make`` on rank 0. Return its result, or raise its `UserError` or OSError, on every rank."""
     outcome: Any = None
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
@@ -93,12 +91,12 @@ def broadcast_from_rank0(make: Callable[[], Any]) -> Any:
 
 @contextmanager
 def report_error_once() -> Iterator[None]:
-    """Delay an error that `run_cli` reports: if all ranks raise it, rank 0 reports it, and torchrun ends the others."""
+    """Delay user errors on all ranks but 0: if all ranks raise one, rank 0 reports it and torchrun ends the others."""
     try:
         yield
     except (UserError, OSError):
         if int(os.environ.get("RANK", 0)):
-            if path := os.environ.get(RANK_ERROR_FILE):  # TorchTitan may have written a traceback there
+            if path := os.environ.get(RANK_ERROR_FILE):  # it may contain a traceback that TorchTitan wrote
                 Path(path).unlink(missing_ok=True)
             time.sleep(SECONDS_BEFORE_OTHERS_REPORT)
         raise
@@ -106,7 +104,7 @@ def report_error_once() -> Iterator[None]:
 
 @contextmanager
 def distributed_context(device: str | None = None) -> Iterator[DistributedContext]:
-    """Yield `DistributedContext` and end their process group; a user error that all ranks raise is reported once."""
+    """Yield a `DistributedContext`, then close the process group. An error that all ranks raise is reported once."""
     with report_error_once():
         yield DistributedContext(device)
         if dist.is_initialized():

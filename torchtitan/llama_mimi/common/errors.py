@@ -1,4 +1,4 @@
-"""User errors: one sentence, never a traceback."""
+"""User errors, which are printed as one sentence without a traceback."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-RANK_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun names a file for each rank and prints its content at the end
+RANK_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun prints the content of this file of each rank
 
 
 class UserError(Exception):
@@ -15,19 +15,19 @@ class UserError(Exception):
 
 
 def report(error: UserError) -> None:
-    """Print an error's sentence; under torchrun, let torchrun print it after its own lines."""
+    """Print an error as one sentence. Under torchrun, torchrun prints it after its own lines."""
     sentence = f"error: {error}"
     if path := os.environ.get(RANK_ERROR_FILE):
-        # Torchrun prints the earliest failure last; the ranks that it ends fail within the same second.
+        # Torchrun prints the earliest failure last. Ranks that it ends fail within the same second.
         extra = {"py_callstack": f"\n{sentence}", "timestamp": str(int(time.time()) - 1)}
-        with suppress(OSError):  # such as a full disk
+        with suppress(OSError):  # the disk may be full
             Path(path).write_text(json.dumps({"message": {"message": sentence, "extraInfo": extra}}))
             return
-        Path(path).unlink(missing_ok=True)  # torchrun cannot read half a file
+        Path(path).unlink(missing_ok=True)  # torchrun cannot read a truncated file
     print(sentence, file=sys.stderr)
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of another library's error (two if it ends with a colon), or its type if it is empty."""
+    """Return the first line of an error (two lines if the first ends with a colon), or its type if it is empty."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return " ".join(line.strip() for line in lines[: 1 + lines[0].endswith(":")]).rstrip(".")

@@ -1,4 +1,4 @@
-"""Find, read, write and lock files; most functions take any fsspec path."""
+"""Functions that find, read, write and lock files. Most of them accept any fsspec path."""
 
 import contextlib
 import errno
@@ -16,17 +16,17 @@ import fsspec
 
 from llama_mimi.common.errors import UserError, first_line
 
-PARTIAL = ".partial"  # ending of hidden files that are still being written
-LOCK = ".lock"  # lock file of a folder that one process may write to
-SYNTHETIC = "SYNTHETIC"  # file that marks a folder of synthesised speech
+PARTIAL = ".partial"  # ending of a hidden file that is being written
+LOCK = ".lock"  # lock file of a folder that only one process may write to
+SYNTHETIC = "SYNTHETIC"  # a file of this name marks a folder of synthesised speech
 
 
 def file_system(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """Return the file system of a path and the path on it; raise a `UserError` if its protocol is not available."""
+    """Return the file system of a path, and the path on it; raise a `UserError` if the protocol is not available."""
     try:
         return fsspec.url_to_fs(path)
     except (ImportError, ValueError) as error:
-        raise UserError(f"'{path}' cannot be opened ({error}); install its protocol's package, or copy it") from error
+        raise UserError(f"'{path}' cannot be opened ({error}); install the package of its protocol") from error
 
 
 def is_local(fs: fsspec.AbstractFileSystem) -> bool:
@@ -34,10 +34,10 @@ def is_local(fs: fsspec.AbstractFileSystem) -> bool:
 
 
 def find_files(path: str, endings: tuple[str, ...]) -> list[str]:
-    """Return sorted fsspec paths: a file, a glob's visible matches, or a folder's visible files with these endings."""
+    """Return the sorted paths of a file, a glob, or a folder's files with these endings; ignore hidden files."""
     fs, bare = file_system(path)
     try:
-        start = bare  # the beginning that exists is not a pattern, such as a folder with brackets in its name
+        start = bare  # an existing folder is not a pattern, even with brackets in its name
         while start.strip("/") and not fs.exists(start):
             start = os.path.dirname(start)
         if fs.isdir(bare):
@@ -45,17 +45,17 @@ def find_files(path: str, endings: tuple[str, ...]) -> list[str]:
             found = [file for file in below if file.lower().endswith(endings)]
         elif start == bare:
             found = [bare]
-        else:  # fsspec's own glob does not follow links to folders
+        else:  # fsspec's own glob does not follow links
             pattern = escape(start) + bare[len(start) :]
             found = glob(pattern, recursive=True) if is_local(fs) else fs.glob(pattern)
         found = sorted(file for file in found if not is_hidden(file[len(start) :].lstrip("/")))
-    except Exception as error:  # remote file systems raise what their transports raise
+    except Exception as error:  # the error depends on the remote file system
         raise UserError(f"'{path}' cannot be listed ({first_line(error)}); check the path and the network") from error
     return found if is_local(fs) else [fs.unstrip_protocol(file) for file in found]
 
 
 def _walk(folder: str) -> Iterator[str]:
-    """Yield the files below a local folder, each folder once; follow links to folders, unlike fsspec."""
+    """Yield all files below a local folder. Unlike fsspec, follow links to folders, but visit each folder once."""
     seen: set[str] = set()
     for path, folders, names in os.walk(folder, followlinks=True):
         if (real := os.path.realpath(path)) in seen:
@@ -66,7 +66,7 @@ def _walk(folder: str) -> Iterator[str]:
 
 
 def visible_files(folder: Path, pattern: str) -> list[Path]:
-    """Return the files below a folder that match a glob and are not hidden, sorted."""
+    """Return the sorted paths below a folder that match a glob and are not hidden."""
     return sorted(path for path in folder.glob(pattern) if not is_hidden(path.relative_to(folder).as_posix()))
 
 
@@ -77,12 +77,12 @@ def is_hidden(relative: str) -> bool:
 
 
 def is_synthetic(path: str) -> bool:
-    """Return True for a local path, or a glob, below a folder of synthesised speech."""
+    """Return True if a local path or glob is below a folder of synthesised speech."""
     return any((folder / SYNTHETIC).is_file() for folder in (Path(path).absolute() / "_").parents)
 
 
 def as_utf8(name: str) -> str:
-    r"""Return a file name, or a message about one, with bytes that are not UTF-8 written as ``\xe9``."""
+    r"""Return a file name or a message with bytes that are not UTF-8 written as ``\xe9``."""
     return os.fsencode(name).decode(errors="backslashreplace")
 
 
@@ -92,14 +92,14 @@ def digest(content: Any) -> str:
 
 
 def sizes_in(folder: str) -> dict[str, int]:
-    """Return the sizes in bytes of a folder's files, by name; empty if the folder does not exist."""
+    """Return the sizes of a folder's files in bytes, by name; empty if the folder does not exist."""
     fs, bare = file_system(folder)
     found = fs.find(bare, maxdepth=1, detail=True)
     return {path.rsplit("/", 1)[-1]: info["size"] for path, info in found.items()}
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parse JSON; damaged or too deeply nested JSON raises a ValueError."""
+    """Parse JSON; raise a ValueError if it is damaged or nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -107,13 +107,13 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_json(folder: str, name: str) -> dict[str, Any] | None:
-    """Return a file's JSON object, or None if there is no such file; raise a `UserError` for any other content."""
+    """Return the JSON object in a file, or None if the file does not exist; raise a `UserError` for other content."""
     fs, bare = file_system(folder)
     try:
         values = parse_json(fs.cat_file(f"{bare.rstrip('/')}/{name}"))
         if isinstance(values, dict):
             return values
-        reason = "it is not a JSON object"
+        reason = "not a JSON object"
     except FileNotFoundError:
         return None
     except (ValueError, OSError) as error:
@@ -122,11 +122,11 @@ def read_json(folder: str, name: str) -> dict[str, Any] | None:
 
 
 def write_atomically(folder: str, name: str, content: bytes) -> None:
-    """Write a file, or the target of a link, under a temporary name and rename it; upload a remote one at once."""
+    """Write a local file under a temporary name and rename it, or upload a remote file in one call."""
     fs, bare = file_system(folder)
     path = f"{bare.rstrip('/')}/{name}"
     path = os.path.realpath(path) if is_local(fs) else path
-    aside = f"{os.path.dirname(path)}/.{uuid4().hex}{PARTIAL}"  # short, as the target's name may be the longest allowed
+    aside = f"{os.path.dirname(path)}/.{uuid4().hex}{PARTIAL}"  # short: a name may be 255 bytes
     try:
         fs.makedirs(bare, exist_ok=True)
         fs.pipe_file(aside if is_local(fs) else path, content)
@@ -140,27 +140,27 @@ def write_atomically(folder: str, name: str, content: bytes) -> None:
 
 
 def share_weights(folder: Path) -> None:
-    """Give a folder's weights the mode of its ``config.json``; safetensors lets only their owner read them."""
+    """Give weights the file mode of ``config.json``; safetensors writes files that only their owner can read."""
     for path in folder.glob("*.safetensors"):
         path.chmod((folder / "config.json").stat().st_mode)
 
 
 @contextlib.contextmanager
 def locked(path: Path, setting: str, wait: bool = False) -> Iterator[None]:
-    """Lock a file until the block or the process ends; warn on a file system without locks (some NFS and Lustre).
+    """Lock a file until the block or the process ends. Warn on a file system without locks (some NFS and Lustre).
 
     Args:
-        setting: flag or key of the file's folder, which is created.
+        setting: flag or key that sets the folder of the file; the folder is created.
         wait: wait for another process instead of raising a `UserError`.
     """
     folder = path.parent
     folder.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        try:  # unlike flock, lockf is not inherited by loader workers
+        try:  # loader workers inherit a flock, but not a lockf
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
-                print(f"'{folder}' cannot be locked ({error.strerror}): start one process only on it", flush=True)
+                print(f"'{folder}' cannot be locked ({error.strerror}); use it in one process only", flush=True)
             elif wait:
                 print(f"waiting for another process, which has locked '{path}'", flush=True)
                 fcntl.lockf(file, fcntl.LOCK_EX)

@@ -1,4 +1,4 @@
-"""Load configurations, tokenizers and weights from a folder or the Hugging Face Hub."""
+"""Functions that load configurations, tokenizers and weights from a folder or the Hugging Face Hub."""
 
 import hashlib
 import logging
@@ -16,28 +16,28 @@ from llama_mimi.common.files import visible_files
 def load_pretrained(
     cls: Any, name: str, *, what: str, allow_torch_weights: bool = False, without_effect: str = "(?!)", **kwargs: Any
 ) -> Any:
-    """Load ``cls.from_pretrained(name)`` without pickled weights and without code from the folder.
+    """Return ``cls.from_pretrained(name)``, without reading pickled weights or running code of the folder.
 
-    A model (``dtype`` is given) must have exactly the tensors of its class, in their shapes: transformers only warns
-    when it initialises missing ones at random. Exempt are tied weights, keys that the class exempts, and buffers.
+    If ``dtype`` is given, ``cls`` is a model, and the folder must have exactly its tensors, except for tied weights and
+    buffers. transformers itself initialises missing tensors at random and only warns.
 
     Args:
-        allow_torch_weights: read ``.bin`` files if there are no safetensors (PyTorch loads weights only).
-        without_effect: regular expression of further tensors that may be wrong.
+        allow_torch_weights: read ``.bin`` files if there are no safetensors. PyTorch runs no code from them.
+        without_effect: regular expression for the names of other tensors that may be missing or unexpected.
     """
     path = Path(name)
     if not path.is_dir() and (path.parent.is_dir() or not re.fullmatch(r"\w+([.-]\w+)*/\w+([.-]\w+)*", name)):
-        remedy = f"check the path, name a hub id (owner/name), or fetch it with `hf download {name} --local-dir {name}`"
+        remedy = f"check the path, use a hub id (owner/name), or fetch it with `hf download {name} --local-dir {name}`"
         raise UserError(f"the {what} folder '{name}' does not exist; {remedy}")
     if is_model := "dtype" in kwargs:
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         kwargs["use_safetensors"] = None if allow_torch_weights else True
-    load_report = logging.getLogger("transformers.modeling_utils")  # a table of tensors, which are checked here
+    load_report = logging.getLogger("transformers.modeling_utils")  # prints a table; the tensors are checked below
     load_report.disabled = True
     try:
         loaded = cls.from_pretrained(name, trust_remote_code=False, **kwargs)
-    except Exception as error:  # damaged files raise whatever their parser does
-        remedy = f"copy the folder again, or name another {what}"
+    except Exception as error:  # the error for a damaged file depends on its parser
+        remedy = f"copy the folder again, or choose another {what}"
         if not path.is_dir():
             licence = "if the model is gated, accept its licence on its page and run `hf auth login`"
             remedy = f"there is no such folder: check the path; {licence}; or fetch it with `hf download {name}`"
@@ -59,14 +59,14 @@ def load_pretrained(
 
 
 def require_no_difference(wrong: Mapping[str, Collection[str]], problem: str, model: str) -> None:
-    """Raise a `UserError` with ``problem`` if there are wrong tensors; ``wrong`` maps the kind of a fault to names."""
+    """Raise a `UserError` that begins with ``problem`` if ``wrong`` is not empty (names of tensors by fault)."""
     if parts := "; ".join(f"{len(keys)} {kind}, first '{min(keys)}'" for kind, keys in wrong.items() if keys):
-        problem += f": its tensors are not those of the {model} in its config.json ({parts})"
-        raise UserError(f"{problem}; copy or convert the folder again, or name another")
+        problem += f": its tensors differ from the {model} in its config.json ({parts})"
+        raise UserError(f"{problem}; copy or convert the folder again, or choose another")
 
 
 def weights_sha256(name: str) -> str:
-    """Return the SHA-256 of the safetensors (or else ``.bin``) files of a folder, or of a cached hub id."""
+    """Return the SHA-256 of the weights in a folder or a cached hub id: safetensors, or else ``.bin`` files."""
     folder = Path(name)
     if not folder.is_dir():
         folder = Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.bin"], local_files_only=True))

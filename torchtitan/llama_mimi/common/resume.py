@@ -1,4 +1,4 @@
-"""Long work that a killed run continues: the settings that must not change, and the log of finished items."""
+"""Tools to resume long work: a check that settings did not change, and a log of finished items."""
 
 import json
 import shutil
@@ -19,10 +19,7 @@ Result = TypeVar("Result")
 
 
 def require_same(saved: Mapping[str, Any], current: Mapping[str, Any], what: str, remedy: str) -> None:
-    """Raise a `UserError` if one of the current settings, by dotted name, differs from that of the saved work.
-
-    In the error ``what`` is the subject, and ``remedy`` an imperative clause.
-    """
+    """Raise a `UserError` about ``what`` if a current setting differs from the saved one; nested names have dots."""
     for name, value in current.items():
         before = saved.get(name)
         if isinstance(value, Mapping) and isinstance(before or {}, Mapping):
@@ -34,10 +31,7 @@ def require_same(saved: Mapping[str, Any], current: Mapping[str, Any], what: str
 
 
 class ProgressLog:
-    """Append-only log of finished items: JSON Lines, a file for each process; its folder is named by ``header``'s hash.
-
-    ``header`` is everything that results depend on besides the items.
-    """
+    """Append-only log of finished items. ``header`` has all facts that change the results, except for the items."""
 
     def __init__(self, folder: Path, header: Mapping[str, Any]) -> None:
         self._folder = folder / digest(header)[:16]
@@ -47,7 +41,7 @@ class ProgressLog:
         """Return the results by item."""
         done: dict[str, Any] = {}
         for path in visible_files(self._folder, "*.jsonl"):
-            for line in path.read_text().split("\n")[:-1]:  # text after the last line end was cut off by a kill
+            for line in path.read_text().split("\n")[:-1]:  # a kill can truncate the last line
                 done |= json.loads(line)
         return done
 
@@ -57,7 +51,7 @@ class ProgressLog:
             file.write(json.dumps(results) + "\n")
 
     def close(self) -> None:
-        """Delete this log, and the folder of logs if it is empty."""
+        """Delete this log, and its parent folder if that is empty."""
         shutil.rmtree(self._folder, ignore_errors=True)
         with suppress(OSError):
             self._folder.parent.rmdir()
@@ -72,17 +66,15 @@ def map_resumable(
     unit: str,
     is_done: Callable[[str, Result], bool] = lambda key, result: True,
 ) -> dict[str, Result]:
-    """Compute a result for every item; ranks share the batches, and results in the log are not computed again.
+    """Return a result for every item, by key and in the order of ``batches``, on every rank.
+
+    Ranks share the batches. A batch whose results are all in the log is not computed again.
 
     Args:
-        batches: items by key. A batch is computed again unless all of its items are done, so that an item always has
-            the same neighbours.
-        work: yields key and result for each item of a batch, in any order.
+        batches: items by key; batches stay the same after a restart, because results may depend on the batch.
+        work: function that yields key and result for each item of a batch, in any order.
         unit: noun for the progress bar.
-        is_done: returns False for a result that must not be logged, or that must be computed again.
-
-    Returns:
-        Results by key, in the order of ``batches``, on every rank.
+        is_done: function that returns False if a result must not be logged and must be computed again.
     """
     done = broadcast_from_rank0(lambda: {key: result for key, result in log.load().items() if is_done(key, result)})
     todo = [batch for batch in batches if not batch.keys() <= done.keys()]

@@ -1,1 +1,1 @@
-"""The Llama decoder as TorchTitan trains it, the hierarchical model made of two, and their cross-entropy."""
+"""The Llama decoder, the hierarchical model of two decoders, and their cross-entropy."""

@@ -1,8 +1,7 @@
-"""Cross-entropy from hidden states, in chunks: all logits of 32 x 1,024 positions of Llama 3 would take 18 GB.
+"""Cross-entropy from hidden states, in chunks. All logits of 32 x 1,024 positions of Llama 3 would take 18 GB.
 
-Only positions with a target are multiplied with the output matrix. The gradient of a sum of losses follows from a
-chunk's logits, so it is computed with them: nothing is computed twice.
-N targets, V entries (on this rank, of a vocabulary that tensor parallelism splits), D the model's width.
+Logits are computed only at positions with a target. The gradient of the loss is computed from the logits of a chunk
+in the same pass. N: targets. V: vocabulary entries; with tensor parallelism, those of this rank. D: width of the model.
 """
 
 from collections.abc import Callable
@@ -20,31 +19,28 @@ from torch.utils import _pytree as pytree
 from llama_mimi.tokens.tokenizer import IGNORE_INDEX
 from llama_mimi.tokens.vocabulary import AudioVocabulary
 
-# float32 logits computed at once, in bytes: 1,920 rows of Llama 3 with 4 levels. Every chunk adds a gradient of the
-# output matrix's size, so small chunks are slow.
+# Size of the float32 logits of a chunk, in bytes: 1,920 rows for Llama 3 with 4 levels. Small chunks are slow, because
+# each chunk adds a gradient of the size of the output matrix.
 CHUNK_BYTES = 2**30
-# Multiples for tensor cores: rows of 136,450 bfloat16 logits would begin at multiples of 4 bytes instead of 16.
+# Multiples for tensor cores. Without padding, rows of 136,450 bfloat16 logits are aligned to 4 bytes instead of 16.
 CHUNK_MULTIPLE = 128
 VOCABULARY_MULTIPLE = 64
 
 
 @dataclass
 class LazyLogits:
-    """Hidden states and output matrix; the loss computes the logits in chunks.
-
-    A pytree, as FSDP looks for tensors in a model's output.
-    """
+    """Hidden states and output matrix; the loss computes the logits in chunks."""
 
     hidden_BLD: torch.Tensor  # a replicated DTensor under tensor parallelism
-    weight_VD: torch.Tensor  # there a DTensor that is split by rows
+    weight_VD: torch.Tensor  # a DTensor sharded by rows under tensor parallelism
 
     def heads(self, labels_BL: torch.Tensor, vocabulary: AudioVocabulary) -> list[tuple["LazyLogits", "Targets"]]:
-        """Return each output matrix with its targets in a batch; labels are ids or `IGNORE_INDEX`."""
+        """Return each output matrix with its targets in a batch. Labels are ids or `IGNORE_INDEX`."""
         return [(self, audio_targets(labels_BL, vocabulary))]
 
     @property
     def placements(self) -> tuple[Shard]:
-        """Placement that TorchTitan's tensor-parallel plan reads: the logits will be split by the vocabulary."""
+        """Placement of the logits for TorchTitan's tensor parallelism: sharded by vocabulary."""
         return (Shard(-1),)
 
     def compute(self) -> torch.Tensor:
@@ -52,22 +48,22 @@ class LazyLogits:
         return F.linear(self.hidden_BLD, self.weight_VD)
 
 
-pytree.register_dataclass(LazyLogits)
+pytree.register_dataclass(LazyLogits)  # FSDP searches the output of a model for tensors
 
 
 @dataclass(frozen=True)
 class Targets:
-    """Targets of one output matrix, whose rows are the entries."""
+    """Targets of one output matrix; each row of the matrix is an entry."""
 
     positions_N: torch.Tensor  # in the flattened batch
     entries_N: torch.Tensor
-    levels_N: torch.Tensor  # quantizer levels; the end of the speech counts as level 0
-    rows_N: torch.Tensor  # row of the recorded losses: the level, Q for the end, or Q + 1 to record nothing
+    levels_N: torch.Tensor  # quantizer level; 0 for the end of the speech
+    rows_N: torch.Tensor  # row in `LevelMeter`: the level, Q for the end, or Q + 1 to record nothing
     admissible_QC: torch.Tensor  # entries that are valid at each level; -1 fills shorter levels
 
 
 def audio_targets(labels_BL: torch.Tensor, vocabulary: AudioVocabulary) -> Targets:
-    """Return the targets of a matrix with an entry for every id; labels are ids or `IGNORE_INDEX`."""
+    """Return the targets of an output matrix over the whole vocabulary. Labels are ids or `IGNORE_INDEX`."""
     labels_N = labels_BL.flatten()
     positions_N = (labels_N != IGNORE_INDEX).nonzero()[:, 0]
     ids_N = labels_N[positions_N]
@@ -77,36 +73,36 @@ def audio_targets(labels_BL: torch.Tensor, vocabulary: AudioVocabulary) -> Targe
 
 
 class PendingOutput(nn.Linear):
-    """An output layer that leaves the product to the loss."""
+    """Output layer that returns `LazyLogits`."""
 
     def forward(self, hidden_BLD: torch.Tensor) -> LazyLogits:
         return pending_logits(hidden_BLD, self.weight)
 
 
 def pending_logits(hidden_BLD: torch.Tensor, weight_VD: torch.Tensor) -> LazyLogits:
-    """Return hidden states and output matrix as a model's output."""
-    # A view: FSDP adds a hook to every tensor of the output at every step, and hooks of a parameter would pile up.
+    """Return hidden states and output matrix as the output of a model."""
+    # FSDP adds a hook to each tensor of the output at every step. Hooks on the parameter itself would accumulate.
     return LazyLogits(hidden_BLD, weight_VD.view_as(weight_VD))
 
 
 def cross_entropy(
     logits: LazyLogits, targets: Targets, weights_N: torch.Tensor, chunk_step: Callable | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Compute the cross-entropy at some positions of a batch.
+    """Compute the cross-entropy at the positions of the targets.
 
     Args:
-        weights_N: weights of the losses in the sum, float32.
-        chunk_step: `chunk_losses`, compiled.
+        weights_N: weights of the losses in the sum, in float32.
+        chunk_step: compiled `chunk_losses`.
 
     Returns:
-        The weighted sum of the losses, which has a gradient; the losses (N,) in float32, without weights and
-        gradient; and the losses (N,) under a softmax over the admissible entries alone.
+        The weighted sum of the losses, with a gradient; the unweighted losses (N,) in float32; and the losses (N,) of a
+        softmax over only the admissible entries.
     """
     hidden_BLD, weight_VD, first_row, group = _local(logits)
-    # The same chunk size on every rank, though shards may differ by a row: each chunk runs collectives.
+    # All ranks need the same chunk size, because each chunk runs collectives. Shards can differ by one row.
     largest_shard = -(-len(logits.weight_VD) // (group.size() if group is not None else 1))
     chunk_size = max(CHUNK_MULTIPLE, CHUNK_BYTES // (4 * largest_shard) // CHUNK_MULTIPLE * CHUNK_MULTIPLE)
-    if torch.is_autocast_enabled(hidden_BLD.device.type):  # one GPU without FSDP: the weights are float32
+    if torch.is_autocast_enabled(hidden_BLD.device.type):  # without FSDP the weights are float32
         dtype = torch.get_autocast_dtype(hidden_BLD.device.type)
         hidden_BLD, weight_VD = hidden_BLD.to(dtype), weight_VD.to(dtype)
     with_gradient = torch.is_grad_enabled() and (hidden_BLD.requires_grad or weight_VD.requires_grad)
@@ -121,7 +117,7 @@ def cross_entropy(
             padded_VD = F.pad(weight_VD, (0, 0, 0, missing))
         if with_gradient:
             grad_ND = torch.empty_like(hidden_ND)
-            grad_VD = torch.zeros_like(padded_VD, dtype=torch.float32)  # bfloat16 would lose most of a long sum
+            grad_VD = torch.zeros_like(padded_VD, dtype=torch.float32)  # long sums are inaccurate in bfloat16
         for start in range(0, len(hidden_ND), chunk_size):
             chunk = slice(start, start + chunk_size)
             losses_N[chunk], admissible_N[chunk], grad_NV = step(
@@ -140,7 +136,7 @@ def cross_entropy(
                     grad_VD.addmm_(grad_NV.T, hidden_ND[chunk])
                 else:
                     grad_VD += grad_NV.T @ hidden_ND[chunk]
-            del grad_NV  # before the next chunk has its own
+            del grad_NV  # free it before the next chunk
         loss_sum = (losses_N * weights_N).sum()
     if with_gradient:
         loss_sum = _WithGradients.apply(loss_sum, hidden_ND, weight_VD, grad_ND, grad_VD[:num_entries])
@@ -157,14 +153,14 @@ def chunk_losses(
     group: dist.ProcessGroup | None,
     with_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Return losses (N,) in float32, losses over the admissible entries, and the gradient (N, V) of the weighted sum.
+    """Return losses (N,) in float32, losses over admissible entries, and the gradient (N, V) of the weighted sum.
 
-    The gradient is the softmax minus one at the target, times the weight; None without ``with_gradient``.
+    The gradient is the softmax, minus one at the target, times the weight; None without ``with_gradient``.
 
     Args:
-        weight_VD: output matrix; rows from ``num_entries`` on are padding, with logits of -inf and no gradient.
-        targets_N: entries; out of range if another rank of ``group`` has the target.
-        admissible_NC: valid entries; out of range if another rank has the entry, or there are fewer than C.
+        weight_VD: output matrix. Rows after ``num_entries`` are padding; their logits are -inf.
+        targets_N: entries; out of range if another rank has the target.
+        admissible_NC: valid entries; out of range if another rank has the entry, or as padding to C.
         group: ranks that share the vocabulary; None without tensor parallelism.
     """
     scores_NV = F.linear(hidden_ND, weight_VD).float()
@@ -174,7 +170,7 @@ def chunk_losses(
     row_N1 = targets_N.clamp(0, num_entries - 1)[:, None]
     scores_NV.sub_(largest_N[:, None])
     target_N = _reduced(scores_NV.gather(1, row_N1)[:, 0] * is_here_N, dist.ReduceOp.SUM, group)
-    # With their own maximum: below the maximum of all entries their exponentials may be zeros.
+    # Subtract the maximum of the admissible entries. With the maximum of all entries, the exponentials could be zero.
     some_NC = scores_NV.gather(1, admissible_NC.clamp(0, num_entries - 1))
     some_NC.masked_fill_((admissible_NC < 0) | (admissible_NC >= num_entries), -torch.inf)
     largest_some_N = _reduced(some_NC.amax(dim=1), dist.ReduceOp.MAX, group)
@@ -190,7 +186,7 @@ def chunk_losses(
 
 
 class _WithGradients(torch.autograd.Function):
-    """Returns a sum whose gradients by hidden states and output matrix are known."""
+    """Autograd function for a sum whose gradients are already computed."""
 
     @staticmethod
     def forward(ctx: Any, loss_sum: Any, hidden_ND: Any, weight_VD: Any, *gradients: torch.Tensor) -> torch.Tensor:
@@ -206,14 +202,14 @@ class _WithGradients(torch.autograd.Function):
 
 
 def _local(logits: LazyLogits) -> tuple[torch.Tensor, torch.Tensor, int, dist.ProcessGroup | None]:
-    """Return hidden states, this rank's rows of the output matrix, its first row, and the ranks that share it."""
+    """Return hidden states, this rank's rows of the output matrix, the first row, and the tensor-parallel group."""
     hidden_BLD, weight_VD = logits.hidden_BLD, logits.weight_VD
     if not isinstance(weight_VD, DTensor):
         return hidden_BLD, weight_VD, 0, None
     assert isinstance(hidden_BLD, DTensor) and hidden_BLD.placements[0].is_replicate()
     mesh = weight_VD.device_mesh
     _, first_row = Shard.local_shard_size_and_offset(len(weight_VD), mesh.size(), mesh.get_local_rank())
-    # Each rank's gradient of the hidden states is that through its own rows.
+    # The gradient of the hidden states on a rank is a partial sum, from its own rows.
     return hidden_BLD.to_local(grad_placements=[Partial()]), weight_VD.to_local(), first_row, mesh.get_group()
 
 

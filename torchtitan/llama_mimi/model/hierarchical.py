@@ -1,9 +1,9 @@
-"""The hierarchical architecture: a Llama over frames, and a small decoder over the levels of each frame, as in CSM.
+"""The hierarchical architecture, as in CSM: a Llama over frames, and a small depth decoder over the levels of a frame.
 
-A position of the backbone is a frame, the sum of the embeddings of its Q audio tokens, or one token of text. The
-backbone predicts level 0 of the next frame, or the end of the speech; the depth decoder predicts levels 1 to Q - 1 from
-the backbone's state and the codes of lower levels. The logits are those of transformers' `CsmForConditionalGeneration`;
-as there, the end of speech is a frame with code K at every level. N frames train the depth decoder.
+A position of the backbone is a frame (the sum of the embeddings of its Q audio tokens) or one text token. The backbone
+predicts level 0 of the next frame, or the end of the speech. The depth decoder predicts levels 1 to Q - 1 from the
+hidden state of the backbone and the codes of lower levels. The logits equal those of `CsmForConditionalGeneration` in
+transformers. The end of speech is a frame with code K at every level, as CSM expects. N: frames that train the decoder.
 """
 
 from dataclasses import dataclass
@@ -26,16 +26,16 @@ from llama_mimi.tokens.vocabulary import AudioVocabulary
 class HierarchicalOutput:
     """Hidden states and output matrices of all levels; see `LazyLogits`."""
 
-    level_0: LazyLogits  # the backbone's, at all positions
-    depth_N: torch.Tensor  # positions of the flattened batch (B * L) that train the depth decoder; at least one
-    levels: list[LazyLogits]  # the depth decoder's for levels 1 to Q - 1, with hidden states (1, N, D) each
+    level_0: LazyLogits  # of the backbone, at all positions
+    depth_N: torch.Tensor  # positions in the flattened batch (B * L) that train the depth decoder; never empty
+    levels: list[LazyLogits]  # of the depth decoder: levels 1 to Q - 1, with hidden states (1, N, D)
 
     def heads(self, labels_BLQ: torch.Tensor, vocabulary: AudioVocabulary) -> list[tuple[LazyLogits, Targets]]:
         """See `LazyLogits.heads`."""
         labels_NQ = labels_BLQ.flatten(0, 1)
         frames_NQ = labels_NQ[self.depth_N]
         is_target_N, is_deep_N = labels_NQ[:, 0] != IGNORE_INDEX, frames_NQ[:, 1] != IGNORE_INDEX
-        places = [is_target_N.nonzero()[:, 0], is_deep_N.nonzero()[:, 0]]  # levels 1 to Q - 1 share theirs
+        places = [is_target_N.nonzero()[:, 0], is_deep_N.nonzero()[:, 0]]  # levels 1 to Q - 1 share positions
         ids_QC = vocabulary.admissible_ids(labels_NQ.device)
         admissible_QC = torch.where(ids_QC < 0, -1, vocabulary.entries(ids_QC))
         heads = []
@@ -44,7 +44,7 @@ class HierarchicalOutput:
             ids_N = (frames_NQ if level else labels_NQ)[positions_N, level]
             entries_N = vocabulary.entries(ids_N)
             is_end_N = entries_N == vocabulary.codebook_size
-            # The end is one event: its levels above 0 train the decoder, and their losses are not recorded.
+            # The end counts as one target. Its levels above 0 train the decoder, but their losses are not recorded.
             rows_N = torch.where(is_end_N, vocabulary.num_quantizers + (level > 0), level)
             levels_N = torch.full_like(rows_N, level)
             heads.append((logits, Targets(positions_N, entries_N, levels_N, rows_N, admissible_QC)))
@@ -55,7 +55,7 @@ pytree.register_dataclass(HierarchicalOutput)
 
 
 class DepthDecoder(nn.Module):
-    """A small Llama of shape ``args.depth`` over the levels of one frame, with an output matrix for each level."""
+    """Small Llama over the levels of a frame, with shape ``args.depth`` and an output matrix for each level."""
 
     def __init__(self, args: LlamaMimiArgs) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class DepthDecoder(nn.Module):
         self.register_buffer("freqs_cis", self._freqs_cis(), persistent=False)
         self.layers = nn.ModuleDict({str(index): TransformerBlock(index, depth) for index in range(depth.n_layers)})
         self.norm = nn.RMSNorm(depth.dim, eps=depth.norm_eps)
-        # rows of level 1, then of level 2, and so on
+        # Rows are sorted by level.
         self.heads = nn.Linear(depth.dim, self.num_levels * self.num_entries, bias=False)
 
     def init_weights(self, buffer_device: torch.device | None) -> None:
@@ -80,7 +80,7 @@ class DepthDecoder(nn.Module):
             nn.init.trunc_normal_(linear.weight, std=linear.in_features**-0.5)
 
     def forward(self, hidden_ND: torch.Tensor, codes_NqD: torch.Tensor) -> list[LazyLogits]:
-        """Predict levels 1 to Q - 1 from the backbone's states and the embeddings of levels 0 to Q - 2."""
+        """Predict levels 1 to Q - 1 from hidden states (N, D) and embeddings (N, Q - 1, D) of levels 0 to Q - 2."""
         states_NQD = self.projection(torch.cat([hidden_ND[:, None], codes_NqD], dim=1))
         for layer in self.layers.values():
             states_NQD = layer(states_NQD, self.freqs_cis, None)
@@ -94,7 +94,7 @@ class DepthDecoder(nn.Module):
 
 
 class HierarchicalLlamaMimi(LlamaMimi):
-    """A Llama over frames and its `DepthDecoder`. Text and audio tokens share one table of embeddings."""
+    """Llama over frames with a `DepthDecoder`. Text and audio tokens share one embedding table."""
 
     def __init__(self, model_args: LlamaMimiArgs) -> None:
         super().__init__(model_args)
@@ -104,11 +104,11 @@ class HierarchicalLlamaMimi(LlamaMimi):
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
         super().init_weights(buffer_device)
-        nn.init.normal_(self.tok_embeddings.weight, std=0.02)  # as with tied embeddings
+        nn.init.normal_(self.tok_embeddings.weight, std=0.02)  # as for tied embeddings
         self.depth.init_weights(buffer_device)
 
     def flops_per_target(self, seq_len: int) -> int:
-        """Return the mean over the targets of a frame: one, and Q - 1 more in `depth_train_fraction` of the frames."""
+        """Return the training FLOPs of a frame, divided by its mean number of targets."""
         args, depth, Q = self.model_args, self.depth, self.model_args.num_quantizers
         backbone = training_flops(num_weights(self.layers, self.norm, self.output), args, seq_len)
         levels = training_flops(num_weights(depth.layers, depth.norm, depth.projection), depth.args, Q)
@@ -116,23 +116,23 @@ class HierarchicalLlamaMimi(LlamaMimi):
         return round(frame / args.targets_per_frame)
 
     def deep_frames(self, targets_NQ: torch.Tensor) -> torch.Tensor:
-        """Return the positions that train the depth decoder: at least one, as every rank needs all gradients."""
+        """Return the positions that train the depth decoder. At least one, because every rank needs all gradients."""
         depth_N = (targets_NQ[:, 1:] != IGNORE_INDEX).any(dim=1).nonzero()[:, 0]
         return depth_N if len(depth_N) else depth_N.new_zeros(1)
 
     def forward(  # type: ignore[override]
         self, tokens: torch.Tensor, attention_masks: Any = None, positions: Any = None, *, targets: torch.Tensor
     ) -> HierarchicalOutput:
-        """Return the lazy logits of positions with ids (B, L, Q); ids below 0 have no embedding.
+        """Return the lazy logits for ids (B, L, Q); negative ids have no embedding.
 
         Args:
-            targets: ids (B, L, Q) of the frames that the positions predict; the depth decoder reads their codes.
+            targets: ids (B, L, Q) of the next frames, whose codes the depth decoder reads.
         """
         B, L, Q = tokens.shape
         targets_NQ = targets.flatten(0, 1)
         depth_N = self.deep_frames(targets_NQ)
         codes_Nq = targets_NQ[depth_N, :-1]
-        # One call, as a sharded table is gathered at each.
+        # One call, because each call gathers a sharded table.
         embeddings_ND = self.tok_embeddings(torch.cat([tokens.flatten(), codes_Nq.flatten()]).clamp(min=0))
         frames_ND, codes_ND = embeddings_ND.split([tokens.numel(), codes_Nq.numel()])
         h_BLD = (frames_ND.view(B, L, Q, -1) * (tokens >= 0)[..., None]).sum(dim=2)
@@ -145,14 +145,13 @@ class HierarchicalLlamaMimi(LlamaMimi):
 
 
 def prepare_depth_decoder(depth: DepthDecoder, job_config: Any) -> None:
-    """Apply activation checkpointing and compilation; the root's FSDP shards the weights, a tenth of all."""
+    """Apply activation checkpointing and compilation. FSDP shards the decoder with the root module."""
     compilation, checkpointing = job_config.compile, job_config.activation_checkpoint
     is_compiled = compilation.enable and "model" in compilation.components
     if checkpointing.mode != "none":
         options: Any = {"op_sac_save_list": _op_sac_save_list, "base_folder": job_config.job.dump_folder}
         apply_ac(depth, checkpointing, model_compile_enabled=is_compiled, **options)
     if is_compiled:
-        # Blocks of both networks share their code, for training and validation, packed rows, and one frame alone; the
-        # number of frames that train the depth decoder varies.
+        # Blocks of both networks share compiled code. It is compiled again for validation and for other shapes.
         torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
         apply_compile(depth, compilation)

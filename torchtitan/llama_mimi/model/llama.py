@@ -1,4 +1,4 @@
-"""TorchTitan's Llama 3, extended by tied weights (Llama-3.2-1B) and attention within a clip (packed rows)."""
+"""TorchTitan's Llama 3 with tied embeddings (Llama-3.2-1B) and attention within a clip (packed rows)."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,40 +12,35 @@ from torchtitan.models.llama3 import Transformer, TransformerModelArgs
 from torchtitan.models.llama3.model.args import RoPEScalingArgs
 
 from llama_mimi.model.cross_entropy import LazyLogits, PendingOutput, pending_logits
-from llama_mimi.tokens.tokenizer import load_speech_tokenizer
+from llama_mimi.tokens.tokenizer import build_speech_tokenizer
 from llama_mimi.tokens.vocabulary import Architecture, AudioVocabulary
 
 
 @dataclass
 class LlamaMimiArgs(TransformerModelArgs):
-    """Llama 3 hyperparameters; a flavour leaves ``vocab_size`` and the fields after ``depth`` to a run's settings."""
+    """Hyperparameters of Llama 3. The settings of a run define ``vocab_size`` and the fields after ``depth``."""
 
+    ffn_dim: int = 14336  # width of the feed-forward layers
     rope_theta: float = 500000
     enable_weight_tying: bool = False
-    depth: "LlamaMimiArgs | None" = None  # shape of the hierarchical architecture's depth decoder
+    depth: "LlamaMimiArgs | None" = None  # depth decoder of the hierarchical architecture
     architecture: Architecture = "flattened"
     num_quantizers: int = 0
     codebook_size: int = 0
     depth_train_fraction: float = 1.0  # fraction of the frames that train the depth decoder
 
-    @property
-    def ffn_dim(self) -> int:
-        """Width of the feed-forward layer, as TorchTitan derives it."""
-        width = int(2 * 4 * self.dim / 3)
-        if self.ffn_dim_multiplier is not None:
-            width = int(self.ffn_dim_multiplier * width)
-        return -(-width // self.multiple_of) * self.multiple_of
+    def __post_init__(self) -> None:
+        # TorchTitan derives the width from `dim` and rounds it up; these values give `ffn_dim`.
+        self.multiple_of, self.ffn_dim_multiplier = self.ffn_dim, self.ffn_dim / int(8 * self.dim / 3)
 
     def update_from_config(self, job_config: Any, **kwargs: Any) -> None:
         super().update_from_config(job_config, **kwargs)
-        codec, model = job_config.codec, job_config.model
-        assets, architecture = model.hf_assets_path, model.architecture
-        tokenizer = load_speech_tokenizer(assets, codec.name, codec.num_quantizers, model.vocabulary, architecture)
-        self.vocab_size = tokenizer.vocabulary.size
-        self.num_quantizers, self.codebook_size = codec.num_quantizers, tokenizer.vocabulary.codebook_size
-        self.architecture, self.depth_train_fraction = architecture, model.depth_train_fraction
-        if architecture == "hierarchical":
-            self.enable_weight_tying = False  # level 0 has an output matrix
+        vocabulary, model = build_speech_tokenizer(job_config).vocabulary, job_config.model
+        self.vocab_size = vocabulary.size
+        self.num_quantizers, self.codebook_size = vocabulary.num_quantizers, vocabulary.codebook_size
+        self.architecture, self.depth_train_fraction = model.architecture, model.depth_train_fraction
+        if self.architecture == "hierarchical":
+            self.enable_weight_tying = False  # level 0 has its own output matrix
         if job_config.data.packing == "pack":
             self.attn_type, self.attn_mask_type = "varlen", "block_causal"
 
@@ -56,18 +51,18 @@ class LlamaMimiArgs(TransformerModelArgs):
 
     @property
     def targets_per_frame(self) -> float:
-        """Mean number of codes of a frame that the loss predicts."""
+        """Mean number of targets per frame."""
         fraction = self.depth_train_fraction if self.architecture == "hierarchical" else 1.0
         return 1 + fraction * (self.num_quantizers - 1)
 
     def get_nparams_and_flops(self, model: nn.Module, seq_len: int) -> tuple[int, int]:
-        """Return the number of parameters, and training FLOPs per target (`LlamaMimi.flops_per_target`)."""
+        """Return the number of parameters and the training FLOPs per target."""
         assert isinstance(model, LlamaMimi)
         return sum(p.numel() for p in model.parameters()), model.flops_per_target(seq_len)
 
 
 def training_flops(num_weights: int, args: TransformerModelArgs, seq_len: int) -> int:
-    """Return the FLOPs of a position, forward and backward: 6 for each weight in a product, plus attention."""
+    """Return the FLOPs per position, forward and backward: 6 for each weight in a product, plus attention."""
     return 6 * num_weights + 6 * args.n_layers * args.n_heads * 2 * (args.dim // args.n_heads) * seq_len
 
 
@@ -76,20 +71,20 @@ def num_weights(*modules: nn.Module | None) -> int:
 
 
 class PackedAttention(VarlenAttentionWrapper):
-    """Causal attention within each sequence of a packed row: TorchTitan's kernel where it runs, else clip by clip.
+    """Causal attention within each clip of a packed row: TorchTitan's kernel on GPUs, else one clip after another.
 
-    On CPUs the second is 1 to 2.8 times as fast as a mask over the rows (scripts/benchmarks/LEDGER.md).
+    On CPUs a loop over clips is 1 to 2.8 times as fast as a mask over the rows (scripts/benchmarks/LEDGER.md).
     """
 
     def forward(
         self, q_BHLD: torch.Tensor, k_BGLD: torch.Tensor, v_BGLD: torch.Tensor, bounds: VarlenMetadata
     ) -> torch.Tensor:
-        """Return (B, L, H, D), or (B * L, H, D) from the kernel; H query heads share G key heads."""
+        """Return the outputs (B, L, H, D), or (B * L, H, D) from the kernel. H query heads share G key heads."""
         if q_BHLD.is_cuda and q_BHLD.dtype in (torch.bfloat16, torch.float16):
             return super().forward(q_BHLD, k_BGLD, v_BGLD, bounds)
         B, H, L, D = q_BHLD.shape
         lengths = bounds.cu_seq_q.diff().tolist()
-        # All rows end to end, heads first: the gradient of a clip's slice then needs no zeros around it.
+        # All rows end to end, heads first. Splitting here is cheaper in the backward pass than slicing.
         clips = zip(*(x.transpose(0, 1).flatten(1, 2).split(lengths, 1) for x in (q_BHLD, k_BGLD, v_BGLD)), strict=True)
         outputs = [
             F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=len(q) != len(k))
@@ -99,10 +94,7 @@ class PackedAttention(VarlenAttentionWrapper):
 
 
 class LlamaMimi(Transformer):
-    """A Llama 3 decoder up to the logits, which the loss computes in chunks.
-
-    With ``attn_type`` "varlen" rows hold several sequences, each of which begins where ``positions`` are 0.
-    """
+    """Llama 3 decoder that returns `LazyLogits`. In a packed row, a clip begins where ``positions`` is 0."""
 
     def __init__(self, model_args: LlamaMimiArgs) -> None:
         super().__init__(model_args)
@@ -113,26 +105,26 @@ class LlamaMimi(Transformer):
                 layer.attention.inner_attention = PackedAttention()
 
     def flops_per_target(self, seq_len: int) -> int:
-        """Return the training FLOPs per target; looking up an embedding is not a product."""
+        """Return the training FLOPs per target; an embedding lookup has none."""
         matrix = self.tok_embeddings if self.is_tied else self.output
         return training_flops(num_weights(self.layers, self.norm, matrix), self.model_args, seq_len)
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
         super().init_weights(buffer_device)
-        if self.is_tied:  # as Hugging Face draws embeddings: of unit variance, each token would predict itself
+        if self.is_tied:  # as in Hugging Face; with unit variance, each token predicts itself
             nn.init.normal_(self.tok_embeddings.weight, std=0.02)
 
     def get_attention_masks(
         self, input_batch: torch.Tensor, tokenizer: Any, extra_inputs: dict[str, torch.Tensor] | None = None
     ) -> VarlenMetadata:
-        """Return the bounds of the sequences of a batch, from ``positions`` (B, L) among its extra inputs."""
+        """Return the bounds of the sequences in a batch, from ``positions`` (B, L) in ``extra_inputs``."""
         if self.model_args.attn_type != "varlen":
-            raise TypeError("rows of one sequence need no mask")  # TorchTitan's validator expects this type
+            raise TypeError("a row of one clip needs no mask")  # TorchTitan's validator expects this type
         assert extra_inputs is not None
         positions_BL = extra_inputs["positions"]
         starts_N = (positions_BL.flatten() == 0).nonzero().flatten().to(torch.int32)
         bounds = F.pad(starts_N, (0, 1), value=positions_BL.numel())
-        # An upper bound for every sequence; for the maximum itself the host would wait for the GPU.
+        # An upper bound for all lengths. To compute the maximum, the host would wait for the GPU.
         longest = positions_BL.shape[1]
         return VarlenMetadata(cu_seq_q=bounds, cu_seq_k=bounds, max_q=longest, max_k=longest)
 
@@ -141,23 +133,14 @@ class LlamaMimi(Transformer):
         output = super().forward(tokens, attention_masks, positions)
         if not self.is_tied:
             return output
-        if isinstance(output, DTensor):  # tensor parallel: positions are split
+        if isinstance(output, DTensor):  # with tensor parallelism, positions are sharded
             output = output.redistribute(placements=[Replicate()])
         return pending_logits(output, self.tok_embeddings.weight)
 
 
-def depth_args(*, dim: int, n_layers: int, n_heads: int, n_kv_heads: int, ffn_dim: int) -> LlamaMimiArgs:
-    """Return the shape of a depth decoder, whose positions are the levels of a frame: too few to scale RoPE."""
-    return LlamaMimiArgs(
-        dim=dim,
-        n_layers=n_layers,
-        n_heads=n_heads,
-        n_kv_heads=n_kv_heads,
-        # TorchTitan rounds a derived width up to multiple_of: this pair gives ffn_dim itself
-        multiple_of=ffn_dim,
-        ffn_dim_multiplier=ffn_dim / int(8 * dim / 3),
-        rope_scaling_args=RoPEScalingArgs(scaling_factor=1.0),
-    )
+def depth_args(**shape: Any) -> LlamaMimiArgs:
+    """Return the arguments of a depth decoder, whose positions are the levels of a frame: too few to scale RoPE."""
+    return LlamaMimiArgs(**shape, rope_scaling_args=RoPEScalingArgs(scaling_factor=1.0))
 
 
 LLAMA_3_2_ROPE = RoPEScalingArgs(32.0, 1.0, 4.0, 8192)
@@ -169,7 +152,7 @@ FLAVORS = {
         n_layers=4,
         n_heads=6,
         n_kv_heads=2,
-        multiple_of=64,
+        ffn_dim=512,
         rope_scaling_args=LLAMA_3_2_ROPE,
         enable_weight_tying=True,
         depth=depth_args(dim=96, n_layers=1, n_heads=3, n_kv_heads=1, ffn_dim=768),
@@ -179,8 +162,7 @@ FLAVORS = {
         n_layers=16,
         n_heads=32,
         n_kv_heads=8,
-        ffn_dim_multiplier=1.5,
-        multiple_of=256,
+        ffn_dim=8192,
         rope_scaling_args=LLAMA_3_2_ROPE,
         enable_weight_tying=True,
         depth=depth_args(dim=1024, n_layers=4, n_heads=8, n_kv_heads=2, ffn_dim=8192),  # as CSM-1B
@@ -190,8 +172,7 @@ FLAVORS = {
         n_layers=32,
         n_heads=32,
         n_kv_heads=8,
-        ffn_dim_multiplier=1.3,
-        multiple_of=1024,
+        ffn_dim=14336,
         rope_scaling_args=LLAMA_3_1_ROPE,
         depth=depth_args(dim=2048, n_layers=8, n_heads=16, n_kv_heads=4, ffn_dim=16384),
     ),

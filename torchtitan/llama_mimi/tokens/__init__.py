@@ -1,1 +1,1 @@
-"""Between codes and token ids: the vocabulary, and a clip as a sequence."""
+"""Conversion of codes to token ids and sequences."""

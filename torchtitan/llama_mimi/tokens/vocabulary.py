@@ -1,8 +1,8 @@
-"""Codec codes as tokens: codes <-> token ids, and their ``<code_level>`` text.
+"""Conversion of codec codes to token ids and to text such as ``<5_0>`` (code 5 at level 0), and back.
 
-A clip's codes_TQ are flattened frame by frame. The audio token of code ``c`` at level ``q`` has the id
-``base + c * Q + q``, where ``base`` is the size of the text vocabulary; ``<audio>`` and ``</audio>`` follow the
-last one. Released Llama-Mimi checkpoints use exactly this order, so it never changes.
+The codes of a clip are flattened frame by frame. The audio token of code ``c`` at level ``q`` has the id
+``base + c * Q + q``, where ``base`` is the size of the text vocabulary. ``<audio>`` and ``</audio>`` are the last
+ids. Do not change this order, because released Llama-Mimi checkpoints depend on it.
 """
 
 from dataclasses import dataclass
@@ -15,16 +15,16 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from llama_mimi.common.errors import UserError
 
 AUDIO_START, AUDIO_END = "<audio>", "</audio>"
-SPECIAL_ROLES = ("bos_token", "eos_token", "pad_token")  # the order of their ids in a tokenizer without text
+SPECIAL_ROLES = ("bos_token", "eos_token", "pad_token")  # in the order of their ids in a tokenizer without text
 VocabularyKind = Literal["llama", "audio"]
 Architecture = Literal["flattened", "hierarchical"]
 
 
 @dataclass(frozen=True)
 class AudioVocabulary:
-    """Arithmetic between codes and token ids, without a tokenizer."""
+    """Mapping between codes and token ids, computed without a tokenizer."""
 
-    base: int  # number of entries before the audio tokens: the text vocabulary (128,256 for Llama 3) or special tokens
+    base: int  # number of entries before the audio tokens: text (128,256 for Llama 3), or special tokens only
     codebook_size: int  # K, codes per quantizer level (2,048 for Mimi)
     num_quantizers: int  # Q, levels per frame
 
@@ -38,49 +38,47 @@ class AudioVocabulary:
 
     @property
     def size(self) -> int:
-        """Entries of the whole vocabulary: text, audio tokens, ``<audio>``, ``</audio>``."""
+        """Number of entries: text, audio tokens, ``<audio>`` and ``</audio>``."""
         return self.audio_end_id + 1
 
     def ids_from_codes(self, codes_TQ: torch.Tensor) -> torch.Tensor:
-        """Flatten codes_TQ (T, Q), each in ``[0, K)``, frame by frame into ids (T * Q,), int64."""
-        if codes_TQ.ndim != 2 or codes_TQ.shape[1] != self.num_quantizers:
-            raise ValueError(f"expected codes of shape (T, {self.num_quantizers}), got {tuple(codes_TQ.shape)}")
+        """Return the ids (T * Q,) of codes (T, Q), frame by frame, as int64."""
         codes_TQ = codes_TQ.long()
         if codes_TQ.numel() and not (0 <= codes_TQ.min() and codes_TQ.max() < self.codebook_size):
             found = f"{int(codes_TQ.min())} to {int(codes_TQ.max())}"
-            raise ValueError(f"codes must lie in [0, {self.codebook_size}), got {found}")
+            raise ValueError(f"expected codes in [0, {self.codebook_size}), got {found}")
         level_Q = torch.arange(self.num_quantizers, device=codes_TQ.device)
         return (self.base + codes_TQ * self.num_quantizers + level_Q).flatten()
 
     def is_audio(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return True where an id is an audio token; any shape."""
+        """Return True for each id of an audio token."""
         return (ids >= self.base) & (ids < self.audio_start_id)
 
     def level(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return the quantizer level of each id; meaningful only for audio tokens."""
+        """Return the quantizer level of each id; valid only for audio tokens."""
         return (ids - self.base) % self.num_quantizers
 
     def entries(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return the entry of each id within its level: its code, or K for ``</audio>``; any shape."""
+        """Return the entry of each id in its level: the code, or K for ``</audio>``."""
         return torch.where(self.is_audio(ids), (ids - self.base) // self.num_quantizers, self.codebook_size)
 
     def admissible_ids(self, device: torch.device) -> torch.Tensor:
-        """Return the ids (Q, K + 1) that are valid at each level: its codes, then ``</audio>`` or (not at 0) -1."""
+        """Return the valid ids (Q, K + 1) of each level: its codes, then ``</audio>`` at level 0, and -1 at others."""
         level_Q1 = torch.arange(self.num_quantizers, device=device)[:, None]
         ids_QK = self.base + torch.arange(self.codebook_size, device=device) * self.num_quantizers + level_Q1
         return torch.cat([ids_QK, torch.where(level_Q1 == 0, self.audio_end_id, -1)], dim=1)
 
 
 def text_from_codes(codes_TQ: torch.Tensor) -> str:
-    """Return the form that people read and tokenizers parse: ``<audio><c_0><c_1>...</audio>``."""
+    """Return codes as text that a tokenizer can parse: ``<audio><c_0><c_1>...</audio>``."""
     tokens = "".join(f"<{code}_{level}>" for frame in codes_TQ.tolist() for level, code in enumerate(frame))
     return f"{AUDIO_START}{tokens}{AUDIO_END}"
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Tokenise a text as plain text: strings such as ``<audio>`` or ``<5_0>`` in it become ordinary text tokens.
+    """Tokenise plain text. Strings such as ``<audio>`` or ``<5_0>`` become ordinary text tokens.
 
-    ``split_special_tokens=True`` would still match the audio tokens, which are added tokens but not special ones.
+    ``split_special_tokens=True`` is not enough, because audio tokens are added tokens, but not special tokens.
     """
     backend = tokenizer.backend_tokenizer
     if backend.normalizer is not None:
@@ -91,15 +89,12 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def has_text(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return True if a tokenizer has more than special and audio tokens."""
+    """Return True if a tokenizer has text tokens."""
     return tokenizer.get_vocab().get("<0_0>", len(tokenizer)) > len(set(_special_tokens(tokenizer).values()))
 
 
 def audio_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Return a tokenizer with only BOS, EOS and PAD of the given one; audio tokens are added later.
-
-    It adds BOS to a text if the given tokenizer does. A tokenizer without text is returned unchanged.
-    """
+    """Return a tokenizer with only BOS, EOS and PAD. A tokenizer without text tokens is returned unchanged."""
     if not has_text(tokenizer):
         return tokenizer
     roles = _special_tokens(tokenizer)
@@ -122,22 +117,18 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
 def extend_tokenizer(
     tokenizer: PreTrainedTokenizerBase, codebook_size: int, num_quantizers: int
 ) -> tuple[PreTrainedTokenizerBase, AudioVocabulary]:
-    """Append the audio tokens to a tokenizer (in place), unless it has them already; return it and its vocabulary.
-
-    Raises:
-        UserError: the tokenizer has the audio tokens of another depth or codebook size.
-    """
+    """Add audio tokens to a tokenizer, in place; raise a `UserError` if it has audio tokens of another codec."""
     K, Q, ids = codebook_size, num_quantizers, tokenizer.get_vocab()
     if AUDIO_START not in ids:
         vocabulary = AudioVocabulary(len(tokenizer), K, Q)
         tokens = [*(f"<{code}_{level}>" for code in range(K) for level in range(Q)), AUDIO_START, AUDIO_END]
-        # Not normalised and not split, so that the text form of a clip tokenizes to the arithmetic ids.
+        # Not normalised, so that the text of a clip has the ids that `AudioVocabulary` computes.
         tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in tokens])
         return tokenizer, vocabulary
     vocabulary = AudioVocabulary(ids[AUDIO_START] - K * Q, K, Q)
     found = len(tokenizer), ids.get("<0_0>"), ids.get(f"<{K - 1}_{Q - 1}>")
     if found != (vocabulary.size, vocabulary.base, vocabulary.audio_start_id - 1):
-        problem = f"the tokenizer '{tokenizer.name_or_path}' has audio tokens, but not of {Q} quantizers with {K} codes"
-        remedy = "choose its codec and num_quantizers, or extend the base tokenizer with scripts/prepare_base_model.py"
+        problem = f"'{tokenizer.name_or_path}' has audio tokens, but not for {Q} quantizers with {K} codes"
+        remedy = "set its codec and num_quantizers, or extend the base tokenizer with scripts/prepare_base_model.py"
         raise UserError(f"{problem}; {remedy}")
     return tokenizer, vocabulary

@@ -1,1 +1,1 @@
-"""TorchTitan's hooks: settings and their checks, loss, metrics, validation."""
+"""Extensions of TorchTitan: checks of settings, loss, optimizer, metrics and validation."""

@@ -1,4 +1,4 @@
-"""TorchTitan's checkpoint manager with checksums, and with one sentence for a full disk or a damaged file."""
+"""TorchTitan's checkpoint manager, with checksums and with one-sentence errors for full disks and damaged files."""
 
 import shutil
 from collections.abc import Callable
@@ -20,9 +20,9 @@ _save_of_engine = engine.CheckpointManager.save
 
 
 def use_checksums(verify: bool) -> None:
-    """Let TorchTitan's checkpoint manager write checksums, and compare them on loading if ``verify`` is set."""
+    """Make TorchTitan's checkpoint manager write checksums and, with ``verify``, compare them when it loads."""
 
-    # The manager passes a path, or None and a writer or reader of Hugging Face's format.
+    # The manager passes a path, or None with a writer or reader of the format of Hugging Face.
     def save(of_dcp: Callable, state: Any, *, storage_writer: Any, checkpoint_id: str | None, **settings: Any) -> Any:
         writer = CheckedWriter(checkpoint_id) if checkpoint_id else storage_writer
         return of_dcp(state, storage_writer=writer, **settings)
@@ -34,18 +34,18 @@ def use_checksums(verify: bool) -> None:
             load_step(state, Path(checkpoint_id), verify)
 
     engine.dcp = SimpleNamespace(save=partial(save, dcp.save), async_save=partial(save, dcp.async_save), load=load)
-    engine.CheckpointManager.save = _save_and_purge
+    engine.CheckpointManager.save = _save
 
 
-def _save_and_purge(manager: Any, curr_step: int, last_step: bool = False) -> None:
+def _save(manager: Any, curr_step: int, last_step: bool = False) -> None:
     try:
         _save_of_engine(manager, curr_step, last_step)
     except CheckpointException as error:
         folder = Path(manager.folder)
-        if dist.get_rank() == 0:  # nothing can be read from a step that could not be written, and it fills the disk
+        if dist.get_rank() == 0:  # remove the incomplete step, because it fills the disk
             for path in set(folder.glob("step-*")) - set(complete_steps(folder).values()):
                 shutil.rmtree(path, ignore_errors=True)
         failure = first_failure(error)
         raise (failure if isinstance(failure, UserError | OSError) else error) from None
     if last_step and manager._should_save(curr_step, last_step):
-        manager._purge_stale_checkpoints()  # TorchTitan does not after the last save
+        manager._purge_stale_checkpoints()  # TorchTitan does not do this after the last save

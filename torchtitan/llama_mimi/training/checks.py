@@ -1,4 +1,4 @@
-"""Checks before a run: one table of rules for settings, then the files and earlier runs that they name."""
+"""Checks before a run: a table of rules for settings, then checks of files and of earlier runs."""
 
 import copy
 import json
@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from functools import reduce
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,21 +32,21 @@ from llama_mimi.corpora.formats import check_corpus
 from llama_mimi.data.build import chosen_split, dataset_names
 from llama_mimi.job_config import checkpoint_folder
 from llama_mimi.model.llama import FLAVORS
-from llama_mimi.tokens.tokenizer import load_speech_tokenizer
+from llama_mimi.tokens.tokenizer import build_speech_tokenizer
 from llama_mimi.tokens.vocabulary import has_text
 from llama_mimi.training.loss import level_fractions, level_weights
 
-FLOAT8 = "quantize.linear.float8"  # TorchTitan's name of the converter
-# Entries that must agree between a flavor, a Hugging Face folder and an earlier run in the same dump_folder.
+FLOAT8 = "quantize.linear.float8"  # name of the converter in TorchTitan
+# Entries that must be equal in a flavor, a Hugging Face folder and an earlier run in the same dump_folder.
 MODEL_KEYS = ("model_type", *NETWORK_KEYS, "tie_word_embeddings")
 RECORD_KEYS = (*MODEL_KEYS, "num_quantizers", "codec", "codec_sliding_window", "vocab_size", "text_vocab_size")
-# Other nodes may see a change on a network file system a minute later (acdirmax of NFS).
+# On a network file system, other nodes can see a change a minute later (acdirmax of NFS).
 SECONDS_FOR_NODES_TO_AGREE = 90
-_locks = ExitStack()  # of rank 0, until the process ends
+_locks = ExitStack()  # on rank 0, until the process ends
 
-_FLATTENED_ONLY = "leave it out: model.architecture 'hierarchical' runs with FSDP and HSDP only"
-# Settings, divided by spaces; a condition on the value and the config with the entries of `check_settings`; and the
-# second half of the error.
+_FLATTENED_ONLY = "remove it: model.architecture 'hierarchical' supports FSDP and HSDP only"
+# Settings, separated by spaces; a condition on the value and the config, with the extra entries of `check_settings`;
+# and the second half of the error message.
 RULES: list[tuple[str, Callable[[Any, Any], Any], str]] = [
     ("model.name", lambda v, c: v == "llama_mimi", "set it to 'llama_mimi', the size as model.flavor"),
     ("model.flavor", lambda v, c: v in FLAVORS, f"choose one of: {', '.join(FLAVORS)}"),
@@ -66,20 +67,20 @@ RULES: list[tuple[str, Callable[[Any, Any], Any], str]] = [
         "set a finite number of at least 0",
     ),
     ("lr_scheduler.total_steps", lambda v, c: v is None or v >= c.training.steps, "set at least {training.steps}"),
-    ("optimizer.early_step_in_backward", lambda v, c: not v, "leave it out: gradients are checked before a step"),
+    ("optimizer.early_step_in_backward", lambda v, c: not v, "remove it: gradients are checked before a step"),
     ("data.task", lambda v, c: v != "tts" or c.model.vocabulary != "audio", "set model.vocabulary to 'llama'"),
     ("data.weights", lambda v, c: len(v) in (0, len(dataset_names(c.training))), "set one number for each corpus"),
     ("data.weights", lambda v, c: all(0 < w < math.inf for w in v), "set positive, finite numbers"),
-    ("validation.steps", lambda v, c: v == -1, "set data.validation_clips instead, which all ranks share"),
+    ("validation.steps", lambda v, c: v == -1, "set data.validation_clips instead, a number for all ranks together"),
     ("training.seq_len validation.seq_len", lambda v, c: v >= c.codec.num_quantizers + 2, "a frame needs more tokens"),
     ("training.seq_len validation.seq_len", lambda v, c: v % c.divisor == 0, "set a multiple of {divisor}"),
     ("validation.seq_len", lambda v, c: v <= c.training.seq_len, "set at most training.seq_len, {training.seq_len}"),
     ("training.global_batch_size", lambda v, c: v < 0 or (v and v % c.pass_size == 0), "set a multiple of {pass_size}"),
-    ("checkpoint.initial_load_in_hf", lambda v, c: not v or c.checkpoint.enable, "set checkpoint.enable, too"),
-    ("checkpoint.initial_load_path", lambda v, c: not v or c.checkpoint.enable, "set checkpoint.enable, too"),
-    ("checkpoint.folder", lambda v, c: not re.search(r"^\.{0,2}$|/", v), "name a folder of its own in job.dump_folder"),
-    # TorchTitan ignores initial weights if the folder exists when it loads, as these do.
-    ("checkpoint.folder", lambda v, c: v not in (c.metrics.save_tb_folder, ASSETS_FOLDER), "name a folder of its own"),
+    ("checkpoint.initial_load_in_hf", lambda v, c: not v or c.checkpoint.enable, "set checkpoint.enable to true"),
+    ("checkpoint.initial_load_path", lambda v, c: not v or c.checkpoint.enable, "set checkpoint.enable to true"),
+    ("checkpoint.folder", lambda v, c: not re.search(r"^\.{0,2}$|/", v), "choose a folder inside job.dump_folder"),
+    # These folders exist when TorchTitan loads a checkpoint, so it would ignore initial weights.
+    ("checkpoint.folder", lambda v, c: v not in (c.metrics.save_tb_folder, ASSETS_FOLDER), "choose another folder"),
     ("checkpoint.keep_latest_k", lambda v, c: v != 1, "set at least 2, or 0 for all"),
     ("optimizer.beta1 optimizer.beta2", lambda v, c: 0 <= v < 1, "set a number of at least 0 and below 1"),
     ("model.depth_train_fraction", lambda v, c: 0 < v <= 1, "set 1, or a smaller positive fraction"),
@@ -88,16 +89,17 @@ RULES: list[tuple[str, Callable[[Any, Any], Any], str]] = [
     ("model.converters checkpoint.last_save_in_hf", lambda v, c: not v or c.is_flattened, _FLATTENED_ONLY),
     ("parallelism.tensor_parallel_degree", lambda v, c: v == 1 or c.is_flattened, _FLATTENED_ONLY),
     ("parallelism.context_parallel_degree", lambda v, c: v == 1 or c.is_flattened, _FLATTENED_ONLY),
-    ("model.converters", lambda v, c: v in ([], [FLOAT8]), f"the one converter for this model is '{FLOAT8}'"),
+    ("model.converters", lambda v, c: v in ([], [FLOAT8]), f"the only converter for this model is '{FLOAT8}'"),
+    ("model.converters", lambda v, c: not v or find_spec("torchao"), "install torchao by `uv sync --extra float8`"),
     ("parallelism.pipeline_parallel_degree", lambda v, c: v == 1, "set 1: pipeline parallelism is not supported"),
     ("parallelism.data_parallel_replicate_degree", lambda v, c: v == 1 or c.dims.dp_shard > 1, "use FSDP or HSDP"),
-    ("parallelism.disable_loss_parallel", lambda v, c: not v, "leave it out: the loss needs it"),
-    ("parallelism.context_parallel_degree", lambda v, c: v == 1 or c.data.packing == "pad", "packed rows need 1"),
+    ("parallelism.disable_loss_parallel", lambda v, c: not v, "remove it: the loss needs loss parallelism"),
+    ("parallelism.context_parallel_degree", lambda v, c: v == 1 or c.data.packing == "pad", "set 1 for packed rows"),
 ]
 
 
 def prepare_run(job_config: Any) -> None:
-    """On rank 0 check a run, lock its folder, save its config and move steps aside; all ranks raise its `UserError`."""
+    """On rank 0, check a run, lock its folder, save its config and move old steps. All ranks raise its `UserError`."""
     checkpoint, settings = checkpoint_folder(job_config), job_config.checkpoint
 
     def steps() -> list[int] | None:
@@ -119,17 +121,17 @@ def prepare_run(job_config: Any) -> None:
         return steps()
 
     of_first = broadcast_from_rank0(prepare)
-    # Each node looks for steps itself, and TorchTitan would start from random weights if the folder has none.
+    # Each node searches for steps itself. If it finds none, TorchTitan starts from random weights on that node.
     for _ in range(SECONDS_FOR_NODES_TO_AGREE):
         if steps() == of_first:
             return
         time.sleep(1)
     found = f"the steps in '{checkpoint}' are {steps()} on this node, but {of_first} on the first node"
-    raise UserError(f"{found}; let all nodes see the same job.dump_folder")
+    raise UserError(f"{found}; choose a job.dump_folder that all nodes share")
 
 
 def check_settings(job_config: Any, world_size: int) -> None:
-    """Refuse settings that cannot run on any machine; a `UserError` names the first rule that is broken."""
+    """Raise a `UserError` for the first setting that breaks a rule."""
     names = "data_parallel_replicate data_parallel_shard context_parallel tensor_parallel pipeline_parallel"
     degrees = [getattr(job_config.parallelism, f"{name}_degree") for name in names.split()]
     try:
@@ -154,15 +156,15 @@ def check_settings(job_config: Any, world_size: int) -> None:
 
 
 def check_files(job_config: Any) -> None:
-    """Refuse corpora, a model folder, an earlier run or a machine that do not fit the settings."""
+    """Raise a `UserError` if a corpus, the model folder, an earlier run or the machine does not fit the settings."""
     if job_config.parallelism.context_parallel_degree > 1 and not torch.cuda.is_available():
-        raise UserError("parallelism.context_parallel_degree is more than 1, which needs GPUs; set it to 1")
+        raise UserError("parallelism.context_parallel_degree is more than 1 and needs GPUs; set it to 1")
     data, codec = job_config.data, job_config.codec
     for section in ("training", *["validation"] * job_config.validation.enable):
         values = getattr(job_config, section)
         names, split = dataset_names(values), chosen_split(job_config, values)
         if len(names) != 1 and (not names or section == "validation" or not all(map(is_store, names))):
-            remedy = "name one corpus, or for training several tokenised ones (scripts/tokenize_corpus.py)"
+            remedy = "set one corpus, or for training several tokenised corpora (scripts/tokenize_corpus.py)"
             raise UserError(f"{section}.dataset is '{values.dataset}'; {remedy}")
         for name in names:
             if not is_store(name):
@@ -177,16 +179,16 @@ def check_files(job_config: Any) -> None:
 
 
 def _check_model(job_config: Any) -> None:
-    """Refuse a model folder that does not fit the settings, and the folder of a run of another model."""
+    """Raise a `UserError` if the model folder, or an earlier run in job.dump_folder, does not fit the settings."""
     model, codec, settings = job_config.model, job_config.codec, job_config.checkpoint
     flags = f"--codec {codec.name} --num_quantizers {codec.num_quantizers} --vocabulary {model.vocabulary}"
     prepare = f"`scripts/prepare_base_model.py {flags}`"
     assets = f"model.hf_assets_path '{model.hf_assets_path}'"
     if not Path(model.hf_assets_path).is_dir():
         raise UserError(f"{assets} is not a folder; create one with {prepare}")
-    tokenizer = load_speech_tokenizer(model.hf_assets_path, codec.name, codec.num_quantizers, model.vocabulary)
+    tokenizer = build_speech_tokenizer(job_config)
     if model.vocabulary == "llama" and not has_text(tokenizer.text_tokenizer):
-        raise UserError(f"{assets} has no text; set model.vocabulary to 'audio', or name a folder by {prepare}")
+        raise UserError(f"{assets} has no text tokens; set model.vocabulary to 'audio', or create one with {prepare}")
 
     def entries(config: PreTrainedConfig, keys: tuple[str, ...]) -> dict[str, Any]:
         return {key: getattr(config, key, None) for key in keys}
@@ -197,7 +199,7 @@ def _check_model(job_config: Any) -> None:
     args.update_from_config(job_config)
     if settings.initial_load_in_hf:
         wanted["vocab_size"], found["vocab_size"] = tokenizer.vocabulary.size, base.vocab_size
-        # The output of prepare_base_model names its codec, but was trained on no codes.
+        # A folder from prepare_base_model names a codec, but its model was not trained on codes.
         is_trained = hasattr(base, "codec_sliding_window") or hasattr(base, "codec_attention")
         if is_trained or (hasattr(base, "num_quantizers") and not hasattr(base, "codec")):
             wanted["codec.sliding_window"] = codec.sliding_window
@@ -211,12 +213,12 @@ def _check_model(job_config: Any) -> None:
         earlier, _ = load_config(str(record), "run record")
         own = speech_config(args, tokenizer, codec.name, codec.sliding_window)
         run = f"the run in job.dump_folder '{record.parent}'"
-        remedy = "set it as before, or choose another job.dump_folder"
+        remedy = "set the old value, or choose another job.dump_folder"
         require_same(entries(earlier, RECORD_KEYS), entries(own, RECORD_KEYS), run, remedy)
 
 
 def _check_resume(job_config: Any) -> None:
-    """Refuse a step that cannot be resumed, and log settings that changed. The loader checks the saved position."""
+    """Raise a `UserError` if a step cannot be resumed; log changed settings. The loader checks the saved position."""
     settings, folder = job_config.checkpoint, checkpoint_folder(job_config)
     steps = complete_steps(folder)
     number = max(steps, default=-1) if settings.load_step == -1 else settings.load_step
@@ -226,15 +228,15 @@ def _check_resume(job_config: Any) -> None:
         return
     if number not in steps:
         raise UserError(f"checkpoint.load_step is {number}, but the complete steps in '{folder}' are {sorted(steps)}")
-    # From step 0, a seed checkpoint, TorchTitan loads the weights alone, so that no position is needed.
+    # From step 0, a seed checkpoint, TorchTitan loads weights only, and no position is needed.
     needs_position = number > 0 and "dataloader" not in settings.exclude_from_loading
     entries = read_index(steps[number]).state_dict_metadata if is_distributed(steps[number]) else None
     if entries is None or (needs_position and "dataloader.position" not in entries):
         problem = f"'{steps[number]}' contains weights only, without a position in the data, and cannot be resumed"
-        remedy = "use it as checkpoint.initial_load_path (and initial_load_in_hf for safetensors) of another run"
+        remedy = "set it as checkpoint.initial_load_path (with initial_load_in_hf for safetensors) of another run"
         raise UserError(f"{problem}; {remedy}")
     earlier = now = job_config.to_dict()
-    with suppress(UserError):  # a config that cannot be read is written again
+    with suppress(UserError):  # a damaged file is replaced
         earlier = read_json(job_config.job.dump_folder, str(job_config.job.save_config_file)) or now
     changes = [
         f"{section}.{key} {before} -> {value}"
@@ -245,4 +247,4 @@ def _check_resume(job_config: Any) -> None:
     if changes and number:
         logger.warning(f"settings changed since the last start: {', '.join(changes)}")
     if number >= job_config.training.steps:
-        logger.warning(f"the run has reached step {number} already; set a higher --training.steps to continue")
+        logger.warning(f"the run has already reached step {number}; set a higher --training.steps to continue")

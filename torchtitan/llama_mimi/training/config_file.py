@@ -1,4 +1,4 @@
-"""Reading a job config: a TOML file and what the command line overrides."""
+"""Parser for job configs: a TOML file, and command-line flags that override it."""
 
 import dataclasses
 import difflib
@@ -7,16 +7,17 @@ import tomllib
 from argparse import ArgumentParser
 from inspect import formatannotation
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+from pydantic_core import to_json
 from torchtitan.config import ConfigManager, JobConfig
 
 import llama_mimi.job_config
 from llama_mimi.common.errors import UserError
 from llama_mimi.training.checks import check_settings
 
-# Keys and sections of earlier config files, the first release's among them, and what replaced them.
+# Keys and sections of earlier versions and of the first release, and their replacements.
 OLD_KEYS = {
     "model.num_quantizers": "codec.num_quantizers",
     "model.pretrained": "checkpoint.initial_load_in_hf",
@@ -32,12 +33,12 @@ OLD_KEYS = {
     "data.max_bad_share": "data.max_skip_fraction",
     "data.shuffle_block": "data.shuffle_window",
     "model.depth_share": "model.depth_train_fraction",
-    "evaluation": "eval/, whose scripts are run after training",
+    "evaluation": "the scripts in eval/ after training",
 }
 
 
 def parse_config(args: list[str]) -> Any:
-    """Parse the arguments of the command line; a `UserError` refuses unknown keys, and settings that cannot run."""
+    """Parse command-line arguments; raise a `UserError` for unknown keys and for invalid settings."""
     config_class = ConfigManager._merge_configs(JobConfig, llama_mimi.job_config.JobConfig)
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--job.config_file", "--job.config-file", dest="paths", action="append", default=[])
@@ -45,18 +46,18 @@ def parse_config(args: list[str]) -> Any:
         try:
             values = tomllib.loads(Path(path).read_text())
         except (OSError, ValueError) as error:
-            raise UserError(f"the config file '{path}' cannot be read ({error}); name a TOML file") from error
+            raise UserError(f"the config file '{path}' cannot be read ({error}); choose a TOML file") from error
         _check_section(config_class, values, path)
     try:
         job_config = ConfigManager(config_class).parse_args(args)
-    except AssertionError as error:  # some of TorchTitan's settings check themselves
-        raise UserError(f"TorchTitan refuses a setting ({error}); change it") from error
+    except AssertionError as error:  # TorchTitan checks some settings itself
+        raise UserError(f"TorchTitan does not accept a setting ({error}); change it") from error
     check_settings(job_config, world_size=int(os.environ.get("WORLD_SIZE", 1)))
     return job_config
 
 
 def _check_section(section: Any, values: dict[str, Any], path: str, prefix: str = "") -> None:
-    """Refuse keys of a TOML file that the dataclass of a section does not have, and values of another type."""
+    """Raise a `UserError` for an unknown key in a TOML file, or a value of a wrong type; ``section`` is a dataclass."""
     types = {field.name: field.type for field in dataclasses.fields(section)}
     for key, value in values.items():
         name = prefix + key
@@ -66,23 +67,16 @@ def _check_section(section: Any, values: dict[str, Any], path: str, prefix: str 
             raise UserError(f"'{path}' sets the unknown key '{name}'; use {hint}")
         if dataclasses.is_dataclass(types[key]):
             if not isinstance(value, dict):
-                raise UserError(f"'{path}' sets '{name}' to {value!r}; it is a section, written [{name}]")
+                raise UserError(f"'{path}' sets '{name}' to {value!r}; expected a section [{name}]")
             _check_section(types[key], value, path, f"{name}.")
         elif not fits(value, types[key]):
-            raise UserError(f"'{path}' sets '{name}' to {value!r}; it takes {formatannotation(types[key])}")
+            raise UserError(f"'{path}' sets '{name}' to {value!r}; expected {formatannotation(types[key])}")
 
 
 def fits(value: Any, annotation: Any) -> bool:
-    """Return True if a TOML value has the annotated type; TorchTitan checks other types."""
-    origin, args = get_origin(annotation), get_args(annotation)
-    if origin is Literal:
-        return value in args
-    if origin in (Union, UnionType):
-        return any(fits(value, arg) for arg in args)
-    if origin is list:
-        return isinstance(value, list) and all(fits(item, args[0]) for item in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(fits(k, args[0]) and fits(v, args[1]) for k, v in value.items())
-    if annotation is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return type(value) is annotation if annotation in (int, str, bool) else annotation is not type(None)
+    """Return True if a TOML value has the type of an annotation."""
+    try:
+        TypeAdapter(annotation).validate_json(to_json(value), strict=True)
+    except ValidationError:
+        return False
+    return True

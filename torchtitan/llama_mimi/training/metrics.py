@@ -1,4 +1,4 @@
-"""TorchTitan's metrics and validator: useful tokens, losses per level, seconds of audio per second and time left."""
+"""TorchTitan's metrics and validator, extended by losses per level, useful tokens and seconds of audio."""
 
 import math
 import re
@@ -22,8 +22,8 @@ from llama_mimi.data.packing import Batch
 from llama_mimi.training.loss import LevelMeter, level_fractions
 from llama_mimi.training.optimizer import StepGuard
 
-# Dense bfloat16 FLOP/s of GPUs from NVIDIA's and AMD's data sheets, by a part of the name; the first match counts.
-# TorchTitan's `get_peak_flops` takes unknown GPUs for an A100, and an H800 for an H100.
+# Dense bfloat16 FLOP/s of GPUs from data sheets, by a part of the name; the first match is used.
+# TorchTitan's `get_peak_flops` returns values of the A100 for unknown GPUs, and of the H100 for the H800.
 PEAK_FLOPS = {
     "A100": 312e12,
     "H100 NVL": 835e12,
@@ -34,29 +34,26 @@ PEAK_FLOPS = {
     "B200": 2250e12,
     "MI300X": 1307e12,
 }
-# Group of metrics; "validation_" precedes those of validation.
+# Group of metrics in the log; the prefix for validation is "validation_".
 BITS = "admissible_bits_per_audio_second"
 
 
 def peak_flops(card: str) -> float | None:
-    """Return the FLOP/s of a GPU by `PEAK_FLOPS`; None for unknown GPUs, and for parts of a GPU (MIG)."""
+    """Return the FLOP/s of a GPU; None for unknown GPUs and for partitions of a GPU (MIG)."""
     if "MIG" in card:
         return None
     return next((flops for name, flops in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", card)), None)
 
 
 class SpeechMetrics(MetricsProcessor):
-    """Metrics of a speech run. TorchTitan counts every position as a token; here only targets of the loss are tokens.
-
-    The losses and the dataloader fill the meters; that of the training loss is the guard's.
-    """
+    """Metrics of a run. Only targets of the loss count as tokens; in TorchTitan, every position counts."""
 
     time_last_log: float
 
     def __init__(self, *args: Any, guard: StepGuard, validation: LevelMeter, data: DataMeter, frame_rate_hz: float):
         super().__init__(*args)
         self._guard, self._validation_meter, self._data_meter = guard, validation, data
-        self._frame_rate_hz, self._num_steps = frame_rate_hz, 0  # steps since the last line
+        self._frame_rate_hz, self._num_steps = frame_rate_hz, 0  # steps since the last log line
 
     def should_log(self, step: int) -> bool:
         self._num_steps += 1
@@ -66,9 +63,9 @@ class SpeechMetrics(MetricsProcessor):
     def log(self, step: int, avg_loss: float, max_loss: float, grad_norm: float, extra_metrics: Any = None) -> None:
         seconds = time.perf_counter() - self.time_last_log
         sums = self._sum(self._guard.meter.pop(), "loss")
-        if not sums[1].any():  # the next line is of these steps, too
+        if not sums[1].any():  # the next log line includes these steps
             return
-        # Over all targets since the last line, as the levels are; TorchTitan's own is that of the last step alone.
+        # The mean over all targets since the last log line. TorchTitan logs the loss of the last step only.
         loss, by_level, levels = self._losses(sums, level_fractions(self.job_config))
         tokens_per_s = float(sums[1].sum()) / seconds
         audio_per_s = float(sums[1, 0]) / self._frame_rate_hz / seconds
@@ -76,7 +73,7 @@ class SpeechMetrics(MetricsProcessor):
         seen = torch.tensor([meter.num_clips, meter.num_frames], device=device_type)
         num_clips, num_frames = self._sum(seen, "batch").tolist()
         step_seconds, hours = seconds / self._num_steps, num_frames / self._frame_rate_hz / 3600
-        # The loader's share of the time includes the codec's.
+        # The time of the loader includes the codec.
         data, codec = (100 * part / seconds for part in (sum(self.data_loading_times), meter.codec_seconds))
         memory_gib = self.device_memory_monitor.get_peak_stats().max_reserved_gib
         metrics: dict[str, Any] = {
@@ -91,7 +88,7 @@ class SpeechMetrics(MetricsProcessor):
             "data/clips_seen": num_clips,
             "data/hours_seen": hours,
             "memory/max_reserved(GiB)": memory_gib,
-            # TorchTitan's own count of tokens seen includes padding
+            # TorchTitan's n_tokens_seen includes padding.
             **{key: value for key, value in (extra_metrics or {}).items() if key != "n_tokens_seen"},
         }
         mfu = ""
@@ -114,12 +111,12 @@ class SpeechMetrics(MetricsProcessor):
         self.device_memory_monitor.reset_peak_stats()
 
     def log_validation(self, step: int, start: float) -> None:
-        """Log the validation since the time ``start``, which does not count as training time."""
-        sums = self._validation_meter.pop()  # without dimensions if no rank had a batch
+        """Log a validation that began at time ``start``, and exclude it from the training time."""
+        sums = self._validation_meter.pop()  # a scalar if no rank had a batch
         if not sums.ndim or not self._sum(sums, "loss").any():  # summed in place
             name = self.job_config.validation.dataset
-            raise UserError(f"no clip of validation.dataset '{name}' can be used; name another")
-        self.time_last_log += time.perf_counter() - start  # the device has finished, as the sums were read
+            raise UserError(f"no clip of validation.dataset '{name}' can be used; set another corpus")
+        self.time_last_log += time.perf_counter() - start  # reading the sums waited for the device
         loss, by_level, levels = self._losses(sums, [1.0] * self.job_config.codec.num_quantizers)
         by_level = {f"validation_{key.removeprefix('loss_')}": value for key, value in by_level.items()}
         self.logger.log({"validation_metrics/loss": loss, **by_level}, step)
@@ -127,16 +124,16 @@ class SpeechMetrics(MetricsProcessor):
         logger.info(f"validate step: {step}  loss: {loss:.5f}  levels: {levels}  ({audio_seconds:,.0f} s of audio)")
 
     def _sum(self, values: torch.Tensor, mesh_name: str) -> torch.Tensor:
-        """Return the sum over the ranks of a mesh."""
+        """Return the sum over the ranks of a mesh, computed in place."""
         if (mesh := self.parallel_dims.get_optional_mesh(mesh_name)) is not None:
             dist.all_reduce(values, group=mesh.get_group())
         return values
 
     def _losses(self, sums: torch.Tensor, fractions: Sequence[float]) -> tuple[float, dict[str, float], str]:
-        """Return the mean loss over codes and ends, the metrics of the levels that had targets, and their log text.
+        """Return the mean loss over codes and ends, the metrics of all levels with targets, and text for the log.
 
-        In the mean loss a level is divided by its fraction of frames with a target. Bits are the cost of a second of
-        audio, where each code is predicted among the admissible entries of its position, as in generation.
+        In the mean, each level is divided by its fraction of frames with a target. Bits per second of audio use the
+        softmax over the admissible entries of a position, as in generation.
         """
         weights = torch.tensor([*(1 / part for part in fractions), 1.0], dtype=torch.float64, device=sums.device)
         loss = float((weights * sums[0]).sum() / (weights * sums[1]).sum())
@@ -153,13 +150,11 @@ class SpeechMetrics(MetricsProcessor):
 
 
 class SpeechValidator(Validator):
-    """Validation on the same tokens each time: the corpus is encoded once, and its ids stay in memory.
-
-    The loss is the mean over all targets, not over batches.
-    """
+    """Validation whose loss is the mean over all targets, not over batches. The token ids stay in memory."""
 
     def __init__(self, *, job_config: Any, dp_world_size: int, dp_rank: int, tokenizer: Any, **parts: Any) -> None:
-        self.__dict__.update(parts, job_config=job_config, tokenizer=tokenizer)  # Validator's own opens a text corpus
+        # Validator.__init__ would open a text corpus.
+        self.__dict__.update(parts, job_config=job_config, tokenizer=tokenizer)
         self._loader = build_dataloader(dp_world_size, dp_rank, tokenizer, job_config, is_validation=True)
         self._batches: list[Batch] | None = None
 
@@ -178,7 +173,7 @@ class SpeechValidator(Validator):
         model.train()
 
     def _padded_batches(self) -> Iterator[Batch]:
-        """Yield this rank's batches, then padding until the last rank is done, as a sharded model needs all ranks."""
+        """Yield this rank's batches, then empty batches until all ranks are done: a sharded model needs all ranks."""
         if self._batches is None:
             self._batches = list(self._loader)
         num_batches = torch.tensor(len(self._batches), device=device_type)

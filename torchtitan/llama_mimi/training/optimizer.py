@@ -1,4 +1,4 @@
-"""TorchTitan's optimizer and schedule: a resumed run has the settings of its config, and no step makes weights NaN."""
+"""TorchTitan's optimizer and schedule. A resumed run uses its current config, and no step makes weights NaN."""
 
 import math
 from collections.abc import Iterable
@@ -22,7 +22,7 @@ from llama_mimi.training.loss import LevelMeter
 
 
 def build_speech_optimizers(*args: Any, guard: "StepGuard", **kwargs: Any) -> OptimizersContainer:
-    """Build TorchTitan's optimizers with checked steps; from a checkpoint they load moments, but no settings."""
+    """Build TorchTitan's optimizers. The guard checks their steps; a checkpoint restores moments, but no settings."""
     optimizers = build_optimizers(*args, **kwargs)
     for optimizer in optimizers:
         optimizer.register_load_state_dict_pre_hook(_with_own_settings)
@@ -31,17 +31,17 @@ def build_speech_optimizers(*args: Any, guard: "StepGuard", **kwargs: Any) -> Op
 
 
 def _with_own_settings(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """Return the saved state with the settings of this run; a `UserError` refuses moments of another optimizer."""
+    """Return the saved state with the settings of this run; raise a `UserError` for a different optimizer."""
     own, saved = optimizer.param_groups[0], optimizer.param_groups[0] | state["param_groups"][0]
     before, now = ({"optimizer.name": "AdamW" if g["decoupled_weight_decay"] else "Adam"} for g in (saved, own))
-    remedy = "set it as before, or start with new moments by --checkpoint.exclude_from_loading optimizer"
+    remedy = "set the old value, or reset the moments by --checkpoint.exclude_from_loading optimizer"
     require_same(before, now, "the checkpoint", remedy)
     groups = zip(optimizer.param_groups, state["param_groups"], strict=True)
     return {**state, "param_groups": [own | {"params": saved["params"]} for own, saved in groups]}
 
 
 class SpeechSchedulers(LRSchedulersContainer):
-    """TorchTitan's schedulers; from a checkpoint they load the number of steps, but no learning rate."""
+    """TorchTitan's schedulers. A checkpoint restores the number of steps, but not the learning rate."""
 
     def __init__(self, *args: Any) -> None:
         self.schedulers = build_lr_schedulers(*args).schedulers
@@ -50,14 +50,13 @@ class SpeechSchedulers(LRSchedulersContainer):
         counts = {key: state_dict[key] - 1 for key in ("last_epoch", "_step_count")}
         for scheduler in self.schedulers:
             scheduler.load_state_dict(state_dict | counts | {"base_lrs": scheduler.base_lrs})
-            scheduler.step()  # to the saved step, with the learning rate of this run's config
+            scheduler.step()  # advances to the saved step with the learning rate of the current config
 
 
 class StepGuard:
-    """Stops a run at a step whose loss, gradients or weights are not finite, before that step is saved.
+    """Guard that ends a run if loss, gradients or weights are not finite, before TorchTitan saves the step.
 
-    A step without targets changes nothing, and the run continues. `SpeechMetrics.should_log` calls `check`, because
-    TorchTitan saves after it. Each step waits for one reduction of three numbers, whose cost on a GPU was not measured.
+    A step without targets changes no weights, and the run continues. `SpeechMetrics.should_log` calls `check`.
     """
 
     def __init__(self) -> None:
@@ -65,7 +64,7 @@ class StepGuard:
         self._problem, self._is_empty = "", False
 
     def before_step(self, optimizers: OptimizersContainer, args: Any, kwargs: Any) -> None:
-        """Drop the gradients of a step that must change nothing; TorchTitan's optimizers skip such weights."""
+        """Set gradients to None if a step must not change weights; TorchTitan's optimizers skip such weights."""
         parameters = [p for group in optimizers.param_groups for p in group["params"]]
         norm = _norm(p.grad for p in parameters if p.grad is not None)
         loss_sum, num_targets, norms = _over_ranks(torch.cat([self.meter.pop_step(), norm]))
@@ -77,7 +76,7 @@ class StepGuard:
             optimizers.zero_grad()
 
     def check(self, job_config: Any, step: int, model_parts: list[nn.Module]) -> None:
-        """Raise a `UserError` if the step was not finite, or if the weights are not where a checkpoint is due."""
+        """Raise a `UserError` if the step was not finite, or if a checkpoint is due and the weights are not finite."""
         if self._is_empty:
             logger.info(f"step {step} has no targets and changes no weights")
         if not self._problem and (step % job_config.checkpoint.interval == 0 or step in (1, job_config.training.steps)):
@@ -89,12 +88,12 @@ class StepGuard:
         last = f"the last good checkpoint is '{steps[max(steps)]}'" if steps else "there is no good checkpoint"
         raise UserError(
             f"at step {step} {self._problem}, so the run stops and saves nothing; {last}; lower optimizer.lr or "
-            "training.max_norm and start again, from an earlier step with --checkpoint.load_step"
+            "training.max_norm and start again, or from an earlier step with --checkpoint.load_step"
         )
 
 
 def _norm(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Return the norm (1,) of this rank's parts of tensors."""
+    """Return the norm (1,) of the local shards of tensors."""
     parts = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
     return torch.nn.utils.get_total_norm([part.detach() for part in parts]).to(device_type, torch.float64).reshape(1)
 
