@@ -55,7 +55,6 @@ from llama_mimi.model.hierarchical import HierarchicalLlamaMimi  # noqa: E402
 from llama_mimi.training.config_file import parse_config  # noqa: E402
 
 DEVICE = torch.device("cpu")  # not cuda: FSDP's streams and the autograd engine would need a driver
-POSITIONS_PER_CLIP = 700  # 14 s at Q = 4, as in The People's Speech; sets the few bytes of the bounds alone
 compute_shape = ShardingPropagator._propagate_tensor_meta_non_cached
 
 
@@ -157,7 +156,7 @@ def make_batch(job_config: Any) -> tuple[torch.Tensor, torch.Tensor, dict[str, A
     inputs, labels = tokenizer.batch(ids_BLW, torch.zeros_like(ids_BLW))
     tokens = inputs.pop("input")
     if job_config.data.packing == "pack":
-        bounds = torch.zeros(B * -(-L // POSITIONS_PER_CLIP) + 1, dtype=torch.int32, device=DEVICE)
+        bounds = torch.zeros(B + 1, dtype=torch.int32, device=DEVICE)  # of clips; a few bytes
         inputs["attention_masks"] = VarlenMetadata(cu_seq_q=bounds, cu_seq_k=bounds, max_q=L, max_k=L)
         inputs["positions"] = torch.zeros(B, L, dtype=torch.long, device=DEVICE)
     return tokens, labels, inputs
@@ -171,12 +170,12 @@ def build_states(job_config: Any, parallel_dims: ParallelDims, model: nn.Module)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizers.step()
-    parameters, states = list(model.parameters()), [state for some in optimizers for state in some.state.values()]
-    tensors = {"parameters": parameters, "gradients": [parameter.grad for parameter in parameters]}
-    tensors["optimizer states"] = [tensor for state in states for tensor in state.values()]
-    shards = {name: [t.to_local() if isinstance(t, DTensor) else t for t in found] for name, found in tensors.items()}
+    states = [tensor for own in optimizers for state in own.state.values() for tensor in state.values()]
+    tensors = {"parameters": list(model.parameters()), "optimizer states": states}
+    tensors["gradients"] = [parameter.grad for parameter in model.parameters()]
     optimizers.zero_grad()
-    return optimizers, {name: sum(shard.nbytes for shard in found) for name, found in shards.items()}
+    local = {name: [t.to_local() if isinstance(t, DTensor) else t for t in own] for name, own in tensors.items()}
+    return optimizers, {name: sum(shard.nbytes for shard in shards) for name, shards in local.items()}
 
 
 def measure(job_config: Any, parallel_dims: ParallelDims, model: nn.Module) -> dict[str, int]:

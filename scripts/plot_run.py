@@ -64,9 +64,9 @@ def draw(runs: Mapping[str, Mapping[str, Series]]) -> Any:
             title += f", {label}" if label else ""
         else:
             (run,) = runs.values()
-            names = zip(PANELS[title].items(), ("black", "tab:orange"), strict=False)
             curves = levels_of(run, total) if label == "mean" else []
-            curves += [(name, run.get(tag, {}), color) for (tag, name), color in names]
+            named = zip(PANELS[title].items(), ("black", "tab:orange"), strict=False)
+            curves += [(name, run.get(tag, {}), color) for (tag, name), color in named]
         for name, series, color in curves:
             if series:
                 axis.plot(list(series), list(series.values()), ".-", color=color, label=name, markersize=3, linewidth=1)

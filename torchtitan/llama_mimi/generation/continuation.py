@@ -29,31 +29,21 @@ RANGES = {
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """How tokens are drawn.
+    """How tokens are drawn."""
 
-    Args:
-        seconds: maximum length of the continuation, in seconds; generation stops earlier at </audio>
-        min_seconds: minimum length of the continuation, in seconds; the model cannot end the speech before
-        temperature: 0 takes the most likely token
-        top_k: sample from the k most likely tokens (among those valid at this position)
-        top_p: sample from the fewest of these whose probabilities sum to p; default: top_p of the model's generation
-            config, or 1
-        window_seconds: maximum length of prompt and new audio that the model sees at once; default: length of the
-            longest training clip. When it is full, keep the start of the prompt and the last half of the window
-        seed: same seed, same samples
-        num_samples: continuations of the same prompt
-        last_frame: encoding of a partial last frame of a prompt: pad fills it with zeros, codec leaves it to the codec,
-            as the first release does; default: codec for released checkpoints, else pad
-    """
-
-    seconds: float = 10.0
-    min_seconds: float = 0.0
-    temperature: float = 0.8
-    top_k: int = 30
+    seconds: float = 10.0  # maximum length of the continuation, in seconds; generation stops earlier at </audio>
+    min_seconds: float = 0.0  # minimum length of the continuation, in seconds; the model cannot end the speech before
+    temperature: float = 0.8  # temperature of sampling; 0 takes the most likely token
+    top_k: int = 30  # sample from the k most likely tokens (among those valid at this position)
+    # Sample from the fewest of these whose probabilities sum to p; default: the model's generation config, or 1
     top_p: float | None = None
+    # Maximum length of prompt and new audio that the model sees at once, in seconds; default: longest training clip.
+    # When the window is full, keep the start of the prompt and the last half of the window
     window_seconds: float | None = None
-    seed: int = 0
-    num_samples: int = 1
+    seed: int = 0  # the same seed gives the same samples
+    num_samples: int = 1  # continuations of the same prompt
+    # Encoding of a partial last frame of a prompt: pad fills it with zeros, codec leaves it to the codec, as the first
+    # release does; default: codec for released checkpoints, else pad
     last_frame: LastFrame | None = None
 
     def __post_init__(self) -> None:
@@ -66,15 +56,15 @@ class SamplingOptions:
 
     def for_model(self, model: SpeechModel) -> Sampling:
         """Return the options in frames, with the model's defaults; raise a `UserError` if they do not fit the model."""
-        top_p, codec = model.top_p if self.top_p is None else self.top_p, model.codec
+        top_p, rate_hz = model.top_p if self.top_p is None else self.top_p, model.codec.frame_rate_hz
         if not isinstance(top_p, int | float) or not 0 < top_p <= 1:
             problem = f"top_p is {top_p!r} in the model's generation config; expected a number above 0, up to 1"
             raise UserError(f"{problem}. Fix its generation_config.json, or set --top_p")
-        # 20 s is the paper's limit, which released checkpoints do not name
+        # 20 s is the paper's limit; the config of a released checkpoint has no limit.
         window_seconds = self.window_seconds or float(getattr(model.decoder.config, "max_audio_seconds", 20.0))
-        window_frames = max(int(window_seconds * codec.frame_rate_hz + 1e-6), 4)
-        min_frames = math.ceil(self.min_seconds * codec.frame_rate_hz - 1e-6)
-        max_frames = max(round(self.seconds * codec.frame_rate_hz), min_frames)
+        window_frames = max(int(window_seconds * rate_hz + 1e-6), 4)
+        min_frames = math.ceil(self.min_seconds * rate_hz - 1e-6)
+        max_frames = max(round(self.seconds * rate_hz), min_frames)
         return Sampling(max_frames, min_frames, window_frames, self.temperature, self.top_k, top_p)
 
 

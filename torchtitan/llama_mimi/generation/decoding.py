@@ -51,9 +51,11 @@ class _Row:
 
     number: int
     request: Request
-    generator: torch.Generator
-    context: list[torch.Tensor]  # the frames (Q,) that the model sees
     num_new: int = 0
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(self.request.seed)
+        self.context = list(self.request.prompt_TQ)  # the frames (Q,) that the model sees
 
 
 def decode(model: SpeechModel, requests: Sequence[Request], sampling: Sampling, num_rows: int) -> Drawn:
@@ -94,7 +96,7 @@ def _decode(model: SpeechModel, requests: Sequence[Request], sampling: Sampling,
     contexts, Q, window = caches[0], model.codec.num_quantizers, sampling.window_frames
     rows: list[_Row | None] = [None] * size[0]
     waiting = deque(enumerate(requests))
-    is_finite = torch.tensor(True)  # the logits of level 0
+    is_finite = torch.tensor(True)  # set by `draw` at level 0
 
     def draw(logits_BK: torch.Tensor, level: int) -> torch.Tensor:
         nonlocal is_finite
@@ -108,11 +110,8 @@ def _decode(model: SpeechModel, requests: Sequence[Request], sampling: Sampling,
         contexts.reset(place)
     while waiting or any(rows):
         for place, row in enumerate(rows):
-            is_new = row is None and len(waiting) > 0
-            if is_new:
-                number, request = waiting.popleft()
-                generator = torch.Generator().manual_seed(request.seed)
-                rows[place] = row = _Row(number, request, generator, list(request.prompt_TQ))
+            if is_new := row is None and bool(waiting):
+                rows[place] = row = _Row(*waiting.popleft())
             if row is not None and (is_new or len(row.context) == window):
                 prompt_TQ = row.request.prompt_TQ
                 if len(row.context) >= window:

@@ -32,8 +32,7 @@ class BatchedKVCache:
         shape = (num_rows, config.num_key_value_heads, capacity, config.head_dim)
         self._keys = [torch.zeros(shape, **like) for _ in backbone.layers]
         self._values = [torch.zeros_like(keys) for keys in self._keys]
-        self._lengths, self._growth = [0] * num_rows, [1] * num_rows  # unused rows do not grow
-        # The same on the device, where a CUDA graph reads them: changed in place.
+        # A CUDA graph reads these, so they are changed in place. Unused rows do not grow.
         self._lengths_B = torch.zeros(num_rows, dtype=torch.long, device=backbone.device)
         self._growth_B = torch.ones_like(self._lengths_B)
         self._rows_B = torch.arange(num_rows, device=backbone.device)
@@ -53,26 +52,23 @@ class BatchedKVCache:
         for keys, values, layer in zip(self._keys, self._values, cache.layers, strict=True):
             keys[row, :, :length], values[row, :, :length] = layer.keys[0], layer.values[0]
         self.hidden_BD[row] = output.last_hidden_state[0, -1]
-        self._lengths[row] = self._lengths_B[row] = length
-        self._growth[row] = self._growth_B[row] = 1
+        self._lengths_B[row], self._growth_B[row] = length, 1
 
     def reset(self, row: int) -> None:
         """Leave a row unused until `prefill`."""
-        self._lengths[row] = self._lengths_B[row] = self._growth[row] = self._growth_B[row] = 0
+        self._lengths_B[row] = self._growth_B[row] = 0
 
     def restart(self) -> None:
         """Empty all contexts; all rows are used."""
-        self._lengths = [0] * len(self._lengths)
         self._lengths_B.zero_()
 
     def step(self, inputs_BD: torch.Tensor) -> None:
         """Append an embedded position (B, D) to every context."""
-        assert max(self._lengths) < self._capacity
-        # A graph has one shape, so it attends to all positions under a mask.
-        visible = self._capacity if self._is_graph else max(self._lengths) + 1
+        # A graph has one shape, so it attends to all positions under a mask. It does not wait for the lengths.
+        visible = self._capacity if self._is_graph else int(self._lengths_B.max()) + 1
+        assert visible <= self._capacity
         hidden_BD = self._forward(inputs_BD, visible)
         self.hidden_BD = hidden_BD.clone() if self._is_graph else hidden_BD  # a graph writes to the same place again
-        self._lengths = [length + growth for length, growth in zip(self._lengths, self._growth, strict=True)]
         self._lengths_B.add_(self._growth_B)
 
     def _grow(self, hidden_BD: torch.Tensor, visible: int) -> torch.Tensor:
