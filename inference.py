@@ -1,4 +1,4 @@
-"""Continue speech: one prompt, or all in a folder.
+"""Continue speech: one prompt, or all prompts in a folder.
 
 uv run python inference.py --model_name models/tiny --prompt assets/tiny/prompt.wav --output_file continuation.wav
 """
@@ -56,18 +56,18 @@ def continue_speech(options: Options, sampling: SamplingOptions) -> None:
         "set --prompt, --text or both, or else --prompts": is_folder == bool(options.prompt or text),
         "--prompts and --output_dir go together; set both or none": is_folder != (options.output_dir is not None),
         f"--batch_size is {num_rows}; it needs --prompts and a value of at least 1": is_batch_wrong,
-        "--stream writes one sample of one prompt; remove it": options.stream and (is_folder or num_samples > 1),
+        "--stream writes one sample of one prompt; remove --stream": options.stream and (is_folder or num_samples > 1),
         f"--text '{as_utf8(text)}' is not UTF-8; type it in a UTF-8 terminal": as_utf8(text) != text,
         f"--output_file is '{file}'; choose a name that ends in .wav": file.suffix.lower() != ".wav",
     }
     if wrong := [problem for problem, is_wrong in problems.items() if is_wrong]:
         raise UserError(wrong[0])
     files = [file.with_stem(f"{file.stem}_{number}") for number in range(num_samples)] if num_samples > 1 else [file]
-    if options.prompt is not None:  # a bad prompt is refused before the model is loaded
+    if options.prompt is not None:  # check the prompt before the model is loaded
         for warning in read_prompt(options.prompt).audio_warnings:
             print(f"note: '{options.prompt}' is {warning}")
         if any(path.exists() and path.samefile(options.prompt) for path in files):
-            raise UserError(f"--output_file would replace the --prompt '{options.prompt}'; name another file")
+            raise UserError(f"--output_file would replace the --prompt '{options.prompt}'; choose another file")
 
     with distributed_context(options.device) as ranks:
         name, device, dtype, window = options.model_name, str(ranks.device), options.dtype, options.codec_sliding_window
@@ -85,7 +85,7 @@ def continue_speech(options: Options, sampling: SamplingOptions) -> None:
         failed = [record["error"] for record in records if "error" in record]
         print(f"{len(records) - len(failed):,} samples in {options.output_dir}; see {options.output_dir / RESULTS}")
         if failed:
-            raise UserError(f"{len(failed):,} samples could not be made; the first: {failed[0]}")
+            raise UserError(f"{len(failed):,} samples failed; the first: {failed[0]}")
 
 
 def _continue_prompt(model: SpeechModel, options: Options, sampling: SamplingOptions, files: list[Path]) -> None:
