@@ -1,4 +1,4 @@
-"""Serve a page in the browser on which a model continues recorded speech; the audio plays while it is generated.
+"""Serve a web page on which a model continues recorded speech; audio plays while it is generated.
 
     uv run --extra demo python scripts/demo.py --model_name models/tiny
 
@@ -25,7 +25,7 @@ from llama_mimi.generation.decoding import FinishReason, Request, decode
 from llama_mimi.generation.loading import load_speech_model
 from llama_mimi.generation.speech_model import DecoderPrecision, SpeechModel
 
-CHUNK_SECONDS = 0.4  # new audio that is sent at once
+CHUNK_SECONDS = 0.4  # minimum length of a chunk of new audio
 
 
 def demo(
@@ -41,7 +41,7 @@ def demo(
         model_name: hub id or folder
         host: address to listen at; 0.0.0.0 means all addresses of this machine
         port: port of the page
-        device: torch device; by default the accelerator if there is one
+        device: torch device; default: the accelerator if there is one
         dtype: precision of the decoder
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # nothing is sent anywhere
@@ -91,11 +91,11 @@ def build_app(gradio: Any, model: SpeechModel) -> Any:
 
 
 def continued(model: SpeechModel, prompt: str, options: SamplingOptions) -> Iterator[tuple[Any, ...]]:
-    """Yield new audio as WAV, and the state, after each chunk of new audio."""
+    """Yield the new audio as WAV, and a text about the state, after each chunk."""
     codec, began, first_spent = model.codec, time.perf_counter(), 0.0
     (prompt_TQ,) = encode_prompts(model, [read_prompt(prompt, codec)], options)
     decoding = DecodingStream(codec)
-    audio, num_sent = [decoding.decode(prompt_TQ)], 0  # of the prompt, then of each new frame
+    audio, num_sent = [decoding.decode(prompt_TQ)], 0  # audio of the prompt, then of each new frame
     for _, new in decode(model, [Request(prompt_TQ, options.seed)], options.for_model(model), 1):
         if not isinstance(new, FinishReason):
             audio.append(decoding.decode(new[None]))
@@ -116,7 +116,7 @@ def continued(model: SpeechModel, prompt: str, options: SamplingOptions) -> Iter
 
 
 def without_folders(message: str) -> str:
-    """Return an error in which each absolute path is only its last part: visitors see no folders of this machine."""
+    """Shorten each absolute path in a message to its last part, to hide this machine's folders from visitors."""
     quoted = r"""(?<![^\s(\[])(['"])/(?:(?!\1).)*?([^/'"]*)/*\1"""  # a path in quotes may have spaces
     message = re.sub(quoted, r"\1\2\1", message)
     return re.sub(r"""(?<![^\s(\[=])/[^\s'"]*?([^\s/'",;:)\]]+)/*(?=[\s,;:)\]]|$)""", r"\1", message)
