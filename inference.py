@@ -1,4 +1,4 @@
-"""Continue speech: one prompt, or all in a folder.
+"""Continue speech: one prompt, or all prompts in a folder.
 
 uv run python inference.py --model_name models/tiny --prompt assets/tiny/prompt.wav --output_file continuation.wav
 """
@@ -31,58 +31,43 @@ from llama_mimi.generation.speech_model import DecoderPrecision, SpeechModel
 
 @dataclass(frozen=True)
 class Options:
-    """Model, prompts and files.
+    """Model, prompts and files."""
 
-    Args:
-        model_name: hub id or folder
-        prompt: WAV, FLAC, MP3 or OGG file; M4A, AAC, WebM and WMA need FFmpeg
-        prompts: folder of such files, continued into --output_dir; the same command resumes a killed run
-        text: text to speak, for models of the task tts; with --prompt as the voice, the text begins with its transcript
-        output_file: WAV file; with several samples their numbers are added to its name
-        output_dir: folder for the continuations of --prompts
-        stream: write the sample to disk during generation
-        batch_size: samples of --prompts that are drawn at once; default: 8, on GPUs 64
-        codec: hub id or folder; default: the codec that the model names
-        codec_sliding_window: whether the codec has its sliding window; default: as for the training codes
-        device: default: the accelerator, if there is one
-        dtype: precision of the decoder
-    """
-
-    model_name: str = "llm-jp/Llama-Mimi-1.3B"
-    prompt: str | None = None
-    prompts: Path | None = None
-    text: str | None = None
-    output_file: Path = Path("continuation.wav")
-    output_dir: Path | None = None
-    stream: bool = False
-    batch_size: int | None = None
-    codec: str | None = None
-    codec_sliding_window: bool | None = None
-    device: str | None = None
-    dtype: DecoderPrecision = "float32"
+    model_name: str = "llm-jp/Llama-Mimi-1.3B"  # hub id or folder
+    prompt: str | None = None  # WAV, FLAC, MP3 or OGG file; M4A, AAC, WebM and WMA need FFmpeg
+    prompts: Path | None = None  # folder of prompts, for --output_dir; the same command resumes a killed run
+    text: str | None = None  # text to speak, for models of the task tts; begins with the transcript of --prompt
+    output_file: Path = Path("continuation.wav")  # WAV file; with several samples their numbers are added to its name
+    output_dir: Path | None = None  # folder for the continuations of --prompts
+    stream: bool = False  # write the sample to disk during generation
+    batch_size: int | None = None  # samples of --prompts that are drawn at once; default: 8, on GPUs 64
+    codec: str | None = None  # hub id or folder; default: the codec that the model names
+    codec_sliding_window: bool | None = None  # sliding window of the codec; default: as for the training codes
+    device: str | None = None  # torch device; default: the accelerator if there is one
+    dtype: DecoderPrecision = "float32"  # precision of the decoder
 
 
 def continue_speech(options: Options, sampling: SamplingOptions) -> None:
     """Continue speech; raise a `UserError` if the prompt, the model or an option cannot be used."""
-    file, num_samples, text = options.output_file, sampling.num_samples, options.text or ""
-    is_folder, is_prompt = options.prompts is not None, (options.prompt, options.text) != (None, None)
-    is_batch_wrong = options.batch_size is not None and (options.batch_size < 1 or not is_folder)
+    file, num_samples, num_rows = options.output_file, sampling.num_samples, options.batch_size
+    is_folder, text = options.prompts is not None, options.text or ""
+    is_batch_wrong = num_rows is not None and (num_rows < 1 or not is_folder)
     problems = {
-        "give a spoken --prompt, a --text, or both, or else a folder of --prompts": is_folder == is_prompt,
+        "set --prompt, --text or both, or else --prompts": is_folder == bool(options.prompt or text),
         "--prompts and --output_dir go together; set both or none": is_folder != (options.output_dir is not None),
-        f"--batch_size is {options.batch_size}; it must be 1 or more, and is for --prompts": is_batch_wrong,
-        "--stream makes one sample of one prompt; remove it": options.stream and (is_folder or num_samples > 1),
+        f"--batch_size is {num_rows}; it needs --prompts and a value of at least 1": is_batch_wrong,
+        "--stream writes one sample of one prompt; remove --stream": options.stream and (is_folder or num_samples > 1),
         f"--text '{as_utf8(text)}' is not UTF-8; type it in a UTF-8 terminal": as_utf8(text) != text,
-        f"--output_file is '{file}'; name a .wav file": file.suffix.lower() != ".wav",
+        f"--output_file is '{file}'; choose a name that ends in .wav": file.suffix.lower() != ".wav",
     }
     if wrong := [problem for problem, is_wrong in problems.items() if is_wrong]:
         raise UserError(wrong[0])
     files = [file.with_stem(f"{file.stem}_{number}") for number in range(num_samples)] if num_samples > 1 else [file]
-    if options.prompt is not None:  # a bad prompt is refused before the model is loaded
+    if options.prompt is not None:  # check the prompt before the model is loaded
         for warning in read_prompt(options.prompt).audio_warnings:
             print(f"note: '{options.prompt}' is {warning}")
         if any(path.exists() and path.samefile(options.prompt) for path in files):
-            raise UserError(f"--output_file would replace the --prompt '{options.prompt}'; name another file")
+            raise UserError(f"--output_file would replace the --prompt '{options.prompt}'; choose another file")
 
     with distributed_context(options.device) as ranks:
         name, device, dtype, window = options.model_name, str(ranks.device), options.dtype, options.codec_sliding_window
@@ -94,13 +79,13 @@ def continue_speech(options: Options, sampling: SamplingOptions) -> None:
                 _continue_prompt(model, options, sampling, files)
             return
         made_by = broadcast_from_rank0(lambda: describe_model(name, model, dtype))
-        num_rows = options.batch_size or (64 if ranks.device.type == "cuda" else 8)
+        num_rows = num_rows or (64 if ranks.device.type == "cuda" else 8)
         records = continue_folder(model, options.prompts, options.output_dir, sampling, num_rows, ranks, made_by)
     if ranks.rank == 0:
         failed = [record["error"] for record in records if "error" in record]
         print(f"{len(records) - len(failed):,} samples in {options.output_dir}; see {options.output_dir / RESULTS}")
         if failed:
-            raise UserError(f"{len(failed):,} samples could not be made; the first: {failed[0]}")
+            raise UserError(f"{len(failed):,} samples failed; the first: {failed[0]}")
 
 
 def _continue_prompt(model: SpeechModel, options: Options, sampling: SamplingOptions, files: list[Path]) -> None:
@@ -114,14 +99,12 @@ def _continue_prompt(model: SpeechModel, options: Options, sampling: SamplingOpt
     else:
         samples = continue_codes(model, prompt_TQ, sampling, options.text)
     for path, codes_TQ in zip(files, samples, strict=True):
-        if len(codes_TQ):  # otherwise there is no audio to write
-            if not options.stream:
-                write_wav(path, Waveform(decode_long(codec, codes_TQ), codec.sample_rate_hz))
-            seconds, all_seconds = len(prompt_TQ) / codec.frame_rate_hz, len(codes_TQ) / codec.frame_rate_hz
-            print(f"{path}: {seconds:.2f} s of prompt, {all_seconds - seconds:.2f} s of continuation")
-        else:
-            print(f"no audio for {path}")
-        if len(codes_TQ) == len(prompt_TQ):
+        if len(codes_TQ) and not options.stream:
+            write_wav(path, Waveform(decode_long(codec, codes_TQ), codec.sample_rate_hz))
+        seconds, new_seconds = (len(c) / codec.frame_rate_hz for c in (prompt_TQ, codes_TQ[len(prompt_TQ) :]))
+        written = path if len(codes_TQ) else "no audio"
+        print(f"{written}: {seconds:.2f} s of prompt, {new_seconds:.2f} s of continuation")
+        if not new_seconds:
             print("the model ended the speech at once; set --min_seconds, or end the prompt in mid-sentence")
 
 

@@ -1,4 +1,4 @@
-"""Turn a training checkpoint into an ordinary Hugging Face model that stock `transformers` loads.
+"""Convert a training checkpoint to a Hugging Face model that `transformers` loads.
 
 uv run python scripts/convert_dcp_to_hf.py --checkpoint outputs/tiny/checkpoint --output_dir models/tiny
 """

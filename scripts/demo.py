@@ -1,4 +1,4 @@
-"""Serve a page in the browser on which a model continues recorded speech; the audio plays while it is generated.
+"""Serve a web page on which a model continues recorded speech; audio plays while it is generated.
 
     uv run --extra demo python scripts/demo.py --model_name models/tiny
 
@@ -24,9 +24,8 @@ from llama_mimi.generation.continuation import SamplingOptions, checkpoint_note,
 from llama_mimi.generation.decoding import FinishReason, Request, decode
 from llama_mimi.generation.loading import load_speech_model
 from llama_mimi.generation.speech_model import DecoderPrecision, SpeechModel
-from llama_mimi.report.pages import spectrogram
 
-CHUNK_SECONDS = 0.4  # new audio that is sent at once
+CHUNK_SECONDS = 0.4  # minimum length of a chunk of new audio
 
 
 def demo(
@@ -42,7 +41,7 @@ def demo(
         model_name: hub id or folder
         host: address to listen at; 0.0.0.0 means all addresses of this machine
         port: port of the page
-        device: torch device; by default the accelerator if there is one
+        device: torch device; default: the accelerator if there is one
         dtype: precision of the decoder
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # nothing is sent anywhere
@@ -53,8 +52,8 @@ def demo(
     if shutil.which("ffmpeg") is None:
         raise UserError("the demo needs the program ffmpeg to stream audio; install it")
     model = load_speech_model(model_name, device=device, dtype=dtype)
-    app = build_app(gradio, model).queue(max_size=8, default_concurrency_limit=1)  # a ninth waiting request is refused
-    # Fonts of the browser: gradio's own would be downloaded.
+    app = build_app(gradio, model).queue(max_size=8, default_concurrency_limit=1)
+    # The browser's fonts; gradio would download its own.
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     options = {"share": False, "theme": theme, "footer_links": [], "max_file_size": "50mb"}
     try:
@@ -64,7 +63,7 @@ def demo(
 
 
 def build_app(gradio: Any, model: SpeechModel) -> Any:
-    """Return the page; its button yields what `continued` yields."""
+    """Return the page; its button shows the values that `continued` yields."""
 
     def answer(prompt: str | None, *values: float | None) -> Iterator[Any]:
         try:
@@ -76,39 +75,30 @@ def build_app(gradio: Any, model: SpeechModel) -> Any:
         except UserError as error:
             raise gradio.Error(without_folders(str(error))) from error
 
-    with gradio.Blocks(title="Llama-Mimi", delete_cache=(600, 3600)) as app:  # uploads stay an hour
-        gradio.Markdown("# Llama-Mimi\nRecord the beginning; the model continues it in the same voice.")
-        with gradio.Row():
-            with gradio.Column():
-                prompt = gradio.Audio(sources=["upload", "microphone"], type="filepath", label="Prompt", buttons=[])
-                sliders = {
-                    "seconds": gradio.Slider(0.5, 30, value=4, step=0.5, label="Maximum length (s)"),
-                    "temperature": gradio.Slider(0.1, 1.5, value=0.8, step=0.05, label="Temperature"),
-                    "top_k": gradio.Slider(1, 200, value=30, step=1, label="Top k"),
-                    "top_p": gradio.Slider(0, 1, value=0, step=0.05, label="Top p (0: the model's default)"),
-                    "seed": gradio.Number(value=0, precision=0, label="Seed"),
-                }
-                button = gradio.Button("Continue", variant="primary")
-            with gradio.Column():
-                sound = gradio.Audio(streaming=True, autoplay=True, label="Continuation", buttons=["download"])
-                status = gradio.Textbox(label="State", lines=2, elem_id="state")
-                gradio.Markdown("Spectrogram; the line marks the end of the prompt")
-                picture = gradio.Image(show_label=False, type="numpy", buttons=[])
-        button.click(answer, [prompt, *sliders.values()], [sound, status, picture])
-    return app
+    prompt = gradio.Audio(sources=["upload", "microphone"], type="filepath", label="Prompt", buttons=[])
+    sliders = {
+        "seconds": gradio.Slider(0.5, 30, value=4, step=0.5, label="Maximum length (s)"),
+        "temperature": gradio.Slider(0.1, 1.5, value=0.8, step=0.05, label="Temperature"),
+        "top_k": gradio.Slider(1, 200, value=30, step=1, label="Top k"),
+        "top_p": gradio.Slider(0, 1, value=0, step=0.05, label="Top p (0: the model's default)"),
+        "seed": gradio.Number(value=0, precision=0, label="Seed"),
+    }
+    sound = gradio.Audio(streaming=True, autoplay=True, label="Continuation", buttons=["download"])
+    state = gradio.Textbox(label="State", lines=2, elem_id="state")
+    text = {"title": "Llama-Mimi", "description": "Record the beginning; the model continues it in the same voice."}
+    options = {"submit_btn": "Continue", "flagging_mode": "never", "delete_cache": (600, 3600)}  # uploads stay an hour
+    return gradio.Interface(answer, [prompt, *sliders.values()], [sound, state], **text, **options)
 
 
 def continued(model: SpeechModel, prompt: str, options: SamplingOptions) -> Iterator[tuple[Any, ...]]:
-    """Yield new audio as WAV, the state and the spectrogram, after each chunk of new audio."""
-    codec, began = model.codec, time.perf_counter()
+    """Yield the new audio as WAV, and a text about the state, after each chunk."""
+    codec, began, first_spent = model.codec, time.perf_counter(), 0.0
     (prompt_TQ,) = encode_prompts(model, [read_prompt(prompt, codec)], options)
     decoding = DecodingStream(codec)
-    audio = [decoding.decode(prompt_TQ)]  # audio of all frames; the first `num_sent` entries are sent
-    prompt_seconds, num_new, num_sent, first_spent = len(prompt_TQ) / codec.frame_rate_hz, 0, 0, 0.0
+    audio, num_sent = [decoding.decode(prompt_TQ)], 0  # audio of the prompt, then of each new frame
     for _, new in decode(model, [Request(prompt_TQ, options.seed)], options.for_model(model), 1):
         if not isinstance(new, FinishReason):
             audio.append(decoding.decode(new[None]))
-            num_new += 1
             if sum(map(len, audio[num_sent:])) < CHUNK_SECONDS * codec.sample_rate_hz:
                 continue
         sound = None
@@ -116,18 +106,17 @@ def continued(model: SpeechModel, prompt: str, options: SamplingOptions) -> Iter
             stream, samples_S = io.BytesIO(), torch.cat(audio[num_sent:]).clamp(-1, 1).numpy()
             soundfile.write(stream, samples_S, codec.sample_rate_hz, format="WAV", subtype="PCM_16")
             sound = stream.getvalue()
-        num_sent, spent = len(audio), time.perf_counter() - began
+        num_sent, spent, new_seconds = len(audio), time.perf_counter() - began, (len(audio) - 1) / codec.frame_rate_hz
         first_spent = first_spent or spent
-        new_seconds = num_new / codec.frame_rate_hz
         state = f"{new_seconds:.1f} s new after {spent:.1f} s; the first frame was sent after {first_spent:.1f} s"
         if isinstance(new, FinishReason):
             state += f". The end: {'</audio>' if new is FinishReason.EOS else 'the maximum length'}"
             state += f"; {note}" if (note := checkpoint_note(model, options)) else ""
-        yield sound, state, spectrogram(torch.cat(audio), codec.sample_rate_hz, prompt_seconds)
+        yield sound, state
 
 
 def without_folders(message: str) -> str:
-    """Return an error in which each absolute path is only its last part: visitors see no folders of this machine."""
+    """Shorten each absolute path in a message to its last part, to hide this machine's folders from visitors."""
     quoted = r"""(?<![^\s(\[])(['"])/(?:(?!\1).)*?([^/'"]*)/*\1"""  # a path in quotes may have spaces
     message = re.sub(quoted, r"\1\2\1", message)
     return re.sub(r"""(?<![^\s(\[=])/[^\s'"]*?([^\s/'",;:)\]]+)/*(?=[\s,;:)\]]|$)""", r"\1", message)

@@ -1,9 +1,9 @@
-"""Check the settings and meshes of a config, and print the memory of a GPU; needs no GPU and no files.
+"""Check the settings and meshes of a config, and print the memory that a GPU needs; works without a GPU.
 
     uv run python scripts/dry_run.py --num_gpus 64 --job.config_file config/llama3_1_8b.toml
 
-Every option of training may follow. One process plays rank 0 and takes one step on fake tensors, which have a shape but
-no content. If the model's folder does not exist, the vocabulary is Llama 3's with the audio tokens of Mimi.
+All options of training are accepted. One process acts as rank 0 and takes one step on fake tensors, which have a shape
+but no content. If the model folder does not exist, the vocabulary is that of Llama 3 with the audio tokens of Mimi.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same answer on every machine
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # so that the result does not depend on the machine
 
 import torch
 import tyro
@@ -55,7 +55,6 @@ from llama_mimi.model.hierarchical import HierarchicalLlamaMimi  # noqa: E402
 from llama_mimi.training.config_file import parse_config  # noqa: E402
 
 DEVICE = torch.device("cpu")  # not cuda: FSDP's streams and the autograd engine would need a driver
-POSITIONS_PER_CLIP = 700  # 14 s at Q = 4, as in The People's Speech; sets the few bytes of the bounds alone
 compute_shape = ShardingPropagator._propagate_tensor_meta_non_cached
 
 
@@ -68,25 +67,25 @@ class Flags(NamedTuple):
 
 
 def untracked_shape(*args: Any) -> Any:
-    """Let DTensor compute a shape unseen by the memory tracker: with its whole tensors 8B on 64 GPUs reads 131.6 GB."""
+    """Compute a DTensor's shape outside the memory tracker, which would count whole tensors (131.6 GB for the 8B)."""
     with _disable_current_modes():
         return compute_shape(*args)
 
 
 class HalfPrecisionAttention(nn.Module):
-    """GPUs' attention operator for sequences of one clip; activation checkpointing does not know the CPU's."""
+    """The attention operator of GPUs; activation checkpointing does not know the operator of CPUs."""
 
     def forward(self, q_BHLD: torch.Tensor, k_BGLD: torch.Tensor, v_BGLD: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         return torch.ops.aten._scaled_dot_product_flash_attention(q_BHLD, k_BGLD, v_BGLD, is_causal=True)[0]
 
 
 def nonzero(mode: FakeTensorMode, func: Callable, condition: torch.Tensor) -> torch.Tensor:
-    """Pretend that every element is nonzero: the most targets, so the most memory."""
+    """Treat every element as nonzero: this gives the most targets, so the most memory."""
     return condition.new_empty((condition.numel(), condition.ndim), dtype=torch.long)
 
 
 class FusedRMSNorm(torch.autograd.Function):
-    """Save the tensors that GPUs' fused operator saves; the CPU's separate steps keep float32 copies."""
+    """RMSNorm that saves the same tensors as the fused operator of GPUs; on CPUs PyTorch saves float32 copies."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, shape: list[int], weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -100,19 +99,19 @@ class FusedRMSNorm(torch.autograd.Function):
 
 
 def deep_frames(model: HierarchicalLlamaMimi, targets_NQ: torch.Tensor) -> torch.Tensor:
-    """Return as many frames as train the depth decoder on average; their choice needs content."""
+    """Return the average number of frames that train the depth decoder; choosing them would need content."""
     return targets_NQ.new_empty(math.ceil(model.model_args.depth_train_fraction * len(targets_NQ)))
 
 
 @contextlib.contextmanager
 def no_content() -> Iterator[None]:
-    """Use tensors without content and the operators of a GPU, and compile nothing."""
+    """Use fake tensors and the operators of a GPU, without compilation."""
     with (
         torch.compiler.set_stance("force_eager"),
         patch.object(nn.functional, "rms_norm", FusedRMSNorm.apply),
         patch.object(HierarchicalLlamaMimi, "deep_frames", deep_frames),
         patch.dict(op_implementations_dict, {torch.ops.aten.nonzero.default: nonzero}),
-        FakeTensorMode(allow_non_fake_inputs=True),  # the model is built before, as meshes need content
+        FakeTensorMode(allow_non_fake_inputs=True),  # meshes need content
     ):
         yield
 
@@ -124,7 +123,7 @@ def prepare(args: list[str], num_gpus: int) -> tuple[Any, ParallelDims]:
     parallelism, converters = job_config.parallelism, job_config.model.converters
     if parallelism.context_parallel_degree > 1 or converters or job_config.training.enable_cpu_offload:
         settings = "context parallelism, model.converters and training.enable_cpu_offload"
-        raise UserError(f"the dry run does not cover {settings}; remove them")
+        raise UserError(f"the dry run does not support {settings}; remove them")
     job_config.compile.enable = False
     torch.distributed.init_process_group("fake", rank=0, world_size=num_gpus)
     parallel_dims = Trainer.init_distributed(SimpleNamespace(job_config=job_config))
@@ -142,7 +141,7 @@ def build_model(job_config: Any, parallel_dims: ParallelDims) -> nn.Module:
     is_half = "float32" not in (job_config.training.mixed_precision_param, "")
     for attention in (module for module in model.modules() if isinstance(module, Attention)):
         if attention.attn_type == "sdpa" and not is_half:
-            attention.inner_attention.sdpa_backends = [SDPBackend.MATH]  # GPUs have no other for float32
+            attention.inner_attention.sdpa_backends = [SDPBackend.MATH]  # the only one of GPUs for float32
         elif is_half:
             is_varlen = attention.attn_type == "varlen"
             attention.inner_attention = VarlenAttentionWrapper() if is_varlen else HalfPrecisionAttention()
@@ -150,33 +149,33 @@ def build_model(job_config: Any, parallel_dims: ParallelDims) -> nn.Module:
 
 
 def make_batch(job_config: Any) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-    """Return inputs, labels and further arguments of the model."""
+    """Return inputs, labels and the other arguments of the model."""
     B, L = job_config.training.local_batch_size, job_config.training.seq_len
     tokenizer = llama_mimi.train_spec.build_speech_tokenizer(job_config)
     ids_BLW = torch.zeros(B, L, tokenizer.ids_per_position, dtype=torch.long, device=DEVICE)
     inputs, labels = tokenizer.batch(ids_BLW, torch.zeros_like(ids_BLW))
     tokens = inputs.pop("input")
     if job_config.data.packing == "pack":
-        bounds = torch.zeros(B * -(-L // POSITIONS_PER_CLIP) + 1, dtype=torch.int32, device=DEVICE)
+        bounds = torch.zeros(B + 1, dtype=torch.int32, device=DEVICE)  # bounds of clips, a few bytes
         inputs["attention_masks"] = VarlenMetadata(cu_seq_q=bounds, cu_seq_k=bounds, max_q=L, max_k=L)
         inputs["positions"] = torch.zeros(B, L, dtype=torch.long, device=DEVICE)
     return tokens, labels, inputs
 
 
 def build_states(job_config: Any, parallel_dims: ParallelDims, model: nn.Module) -> tuple[Any, dict[str, int]]:
-    """Allocate the model, and an optimizer with its states as after a first step; return it and the bytes of each."""
+    """Allocate the model and an optimizer with its states; return the optimizer, and the bytes by kind of tensor."""
     model.to_empty(device=DEVICE)
-    # TorchTitan's: the optimizers of the train spec read the values of gradients.
+    # TorchTitan's optimizers, because those of the train spec read the values of gradients.
     optimizers = build_optimizers([model], job_config.optimizer, parallel_dims)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizers.step()
-    parameters, states = list(model.parameters()), [state for some in optimizers for state in some.state.values()]
-    tensors = {"parameters": parameters, "gradients": [parameter.grad for parameter in parameters]}
-    tensors["optimizer states"] = [tensor for state in states for tensor in state.values()]
-    shards = {name: [t.to_local() if isinstance(t, DTensor) else t for t in found] for name, found in tensors.items()}
+    states = [tensor for own in optimizers for state in own.state.values() for tensor in state.values()]
+    tensors = {"parameters": list(model.parameters()), "optimizer states": states}
+    tensors["gradients"] = [parameter.grad for parameter in model.parameters()]
     optimizers.zero_grad()
-    return optimizers, {name: sum(shard.nbytes for shard in found) for name, found in shards.items()}
+    local = {name: [t.to_local() if isinstance(t, DTensor) else t for t in own] for name, own in tensors.items()}
+    return optimizers, {name: sum(shard.nbytes for shard in shards) for name, shards in local.items()}
 
 
 def measure(job_config: Any, parallel_dims: ParallelDims, model: nn.Module) -> dict[str, int]:
@@ -188,11 +187,11 @@ def measure(job_config: Any, parallel_dims: ParallelDims, model: nn.Module) -> d
     amp = dist_utils.maybe_enable_amp(parallel_dims, job_config.training.mixed_precision_param, DEVICE.type)
     inputs, labels, extra = make_batch(job_config)
     per_pass = job_config.training.local_batch_size * parallel_dims.dp_replicate * parallel_dims.dp_shard
-    num_passes = max(1, job_config.training.global_batch_size // per_pass)  # of a step
+    num_passes = max(1, job_config.training.global_batch_size // per_pass)  # forward and backward passes of a step
     tracker = MemTracker()
     tracker.track_external(model, *optimizers, inputs, labels)
     with patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", untracked_shape), tracker:
-        # From the second pass of a step on, gradients are in memory, too.
+        # From the second pass on, the gradients are in memory, too.
         for _ in range(min(2, num_passes)):
             with train_context():
                 with amp:
@@ -212,7 +211,7 @@ def main() -> None:
     if flags.num_gpus < 1:
         raise UserError(f"--num_gpus is {flags.num_gpus}; it must be positive")
     init_logger()
-    logger.setLevel(logging.ERROR)  # no warning about folders that do not exist
+    logger.setLevel(logging.ERROR)  # do not warn about missing folders
     job_config, parallel_dims = prepare(options, flags.num_gpus)
     with tempfile.TemporaryDirectory() as folder:
         write_missing(job_config, Path(folder))

@@ -18,11 +18,11 @@ from llama_mimi.report.curves import Series, read_curves
 from llama_mimi.report.document import pyplot, save_picture
 
 TOTAL = "loss_metrics/global_avg_loss"
-# Tags and their labels by title. Several runs are compared by the first tag.
+# Tags and their labels by panel title. Several runs are compared by the first tag of a panel.
 PANELS = {
     "Training loss": {TOTAL: "mean"},
     "Validation loss": {"validation_metrics/loss": "mean"},
-    # A panel of its own: this loss is far below that of the levels.
+    # In a separate panel, because it is far below the losses of the levels.
     "Loss of </audio>": {"loss_metrics/audio_end": "training", "validation_metrics/audio_end": "validation"},
     "Fraction of time (%)": {"time_metrics/data_loading(%)": "data", "time_metrics/codec(%)": "of which codec"},
     "Useful tokens per second": {"throughput/useful_tokens_per_s": ""},
@@ -41,17 +41,17 @@ def plot_runs(run: tyro.conf.UseAppendAction[list[Path]], picture: Path) -> None
         picture: PNG or PDF to write
     """
     if not run or picture.suffix not in (".png", ".pdf"):
-        raise UserError(f"--picture is '{picture}' and --run {run}; name a PNG or PDF file, and one or several runs")
+        raise UserError(f"--picture is '{picture}' and --run {run}; choose a PNG or PDF file, and one or several runs")
     runs = {str(folder): read_curves(folder) for folder in run}
     if missing := [name for name, curves in runs.items() if TOTAL not in curves]:
-        raise UserError(f"'{missing[0]}/tb' has no log with a training step; name the dump folder of a run as --run")
+        raise UserError(f"'{missing[0]}/tb' has no log with a training step; set --run to the dump folder of a run")
     write_atomically(str(picture.parent), picture.name, save_picture(draw(runs), picture.suffix[1:]))
     drawn = ", ".join(f"{name} (steps {min(curves[TOTAL])} to {max(curves[TOTAL])})" for name, curves in runs.items())
     print(f"drawn to {picture}: {drawn}")
 
 
 def draw(runs: Mapping[str, Mapping[str, Series]]) -> Any:
-    """Return a figure with the panels that have data, in two columns with one axis of steps."""
+    """Return a figure with the panels that have data, in two columns that share the axis of steps."""
     drawn = [title for title, tags in PANELS.items() if any(next(iter(tags)) in run for run in runs.values())]
     titles = [*drawn[: len(drawn) % 2], *drawn]  # the first of an odd number of panels spans both columns
     rows = [titles[i : i + 2] for i in range(0, len(titles), 2)]
@@ -64,9 +64,9 @@ def draw(runs: Mapping[str, Mapping[str, Series]]) -> Any:
             title += f", {label}" if label else ""
         else:
             (run,) = runs.values()
-            names = zip(PANELS[title].items(), ("black", "tab:orange"), strict=False)
             curves = levels_of(run, total) if label == "mean" else []
-            curves += [(name, run.get(tag, {}), color) for (tag, name), color in names]
+            named = zip(PANELS[title].items(), ("black", "tab:orange"), strict=False)
+            curves += [(name, run.get(tag, {}), color) for (tag, name), color in named]
         for name, series, color in curves:
             if series:
                 axis.plot(list(series), list(series.values()), ".-", color=color, label=name, markersize=3, linewidth=1)
@@ -82,7 +82,7 @@ def draw(runs: Mapping[str, Mapping[str, Series]]) -> Any:
 
 
 def levels_of(run: Mapping[str, Series], total: str) -> list[tuple[str | None, Series, Any]]:
-    """Return label, series and colour of the levels of a loss, from dark to light; the first and last have a label."""
+    """Return label, series and colour of each level of a loss, from dark to light; only two levels have a label."""
     prefix = f"{total.split('/')[0]}/level_"
     levels = sorted(int(tag.removeprefix(prefix)) for tag in run if tag.startswith(prefix))
     names = [f"level {level}" if level in (levels[0], levels[-1]) else None for level in levels]

@@ -1,4 +1,4 @@
-"""Upload a converted model to the hub, with a card of its training and its scores.
+"""Upload a converted model to the hub, with a model card that shows its training and its scores.
 
 uv run python scripts/push_to_hub.py --model_name models/tiny --repo me/tiny --results results --dry_run outputs/upload
 """
@@ -7,10 +7,11 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
 from llama_mimi.audio.mimi import codec_hash, local_codec
@@ -25,62 +26,61 @@ from llama_mimi.report.document import Section, Table, to_markdown
 from llama_mimi.report.results import read_results
 
 CARD = "README.md"
-# Settings of training that a card shows.
+# Training settings that the card shows.
 SETTINGS = """training.dataset training.steps training.global_batch_size training.seq_len data.packing
     data.max_audio_seconds loss.level_weights optimizer.lr lr_scheduler.decay_ratio debug.seed""".split()
 
 
-def push_to_hub(
-    model_name: Path,
-    repo: str,
-    results: tuple[Path, ...] = (),
-    dry_run: Path | None = None,
-    private: bool = False,
-    license: str | None = None,
-    base_model: str | None = None,
-) -> None:
-    """Upload a converted model.
+@dataclass(frozen=True)
+class Upload:
+    """A converted model, and its place on the hub."""
 
-    Args:
-        model_name: folder that scripts/convert_dcp_to_hf.py has written
-        repo: repository on the hub, as owner/name
-        results: folders with results of eval/ or of a study; the card shows those of this model's weights
-        dry_run: write the upload into this new folder instead
-        private: make a new repository private
-        license: license of the weights on the hub, such as llama3.2
-        base_model: hub id of the model that training started from
-    """
-    card = write_card(model_name, results)
-    vars(card.data).update(model_name=repo.split("/")[-1], license=license, base_model=without_folders(base_model))
-    configs = {name: read_json(str(model_name), name) for name in ("config.json", TRAINING_CONFIG)}
-    texts = {name: json.dumps(without_folders(config), indent=2) + "\n" for name, config in configs.items() if config}
-    texts[CARD] = card.content
-    files = [path for path in visible_files(model_name, "*") if path.is_file() and path.name not in texts]
+    model_name: Path  # folder from scripts/convert_dcp_to_hf.py
+    repo: str  # repository on the hub, as owner/name
+    results: tuple[Path, ...] = ()  # folders with results of eval/ or of a study; the card shows those of this model
+    dry_run: Path | None = None  # new folder to write the upload to, without uploading it
+    private: bool = False  # make a new repository private
+    license: str | None = None  # license of the weights on the hub, such as llama3.2
+    base_model: str | None = None  # hub id of the model that training started from
+
+
+def push_to_hub(upload: Upload) -> None:
+    """Upload a converted model."""
+    model_name, repo, dry_run = upload.model_name, upload.repo, upload.dry_run
+    card = write_card(model_name, upload.results)
+    base_model = without_folders(upload.base_model)
+    vars(card.data).update(model_name=repo.split("/")[-1], license=upload.license, base_model=base_model)
+    files: dict[str, Path | bytes] = {path.name: path for path in visible_files(model_name, "*") if path.is_file()}
+    for name in ("config.json", TRAINING_CONFIG):
+        if config := read_json(str(model_name), name):
+            files[name] = (json.dumps(without_folders(config), indent=2) + "\n").encode()
+    files[CARD] = card.content.encode()
     if dry_run is not None:
         if dry_run.exists():
-            raise UserError(f"--dry_run is '{dry_run}', which exists; name a new folder")
-        dry_run.mkdir(parents=True)
-        for path in files:
-            shutil.copyfile(path, dry_run / path.name)
-        for name, text in texts.items():
-            (dry_run / name).write_text(text)
-        return print(f"would be uploaded: {', '.join(sorted(path.name for path in dry_run.iterdir()))}; see {dry_run}")
+            raise UserError(f"--dry_run is '{dry_run}', which exists; choose a new folder")
+        try:
+            dry_run.mkdir(parents=True)
+            for name, content in files.items():
+                (dry_run / name).write_bytes(content.read_bytes() if isinstance(content, Path) else content)
+        except OSError:
+            shutil.rmtree(dry_run, ignore_errors=True)
+            raise
+        return print(f"would be uploaded: {', '.join(sorted(files))}; see {dry_run}")
     api = HfApi()
     try:
-        api.create_repo(repo, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repo, folder_path=model_name, allow_patterns=[path.name for path in files])
-        for name, text in texts.items():
-            api.upload_file(repo_id=repo, path_or_fileobj=text.encode(), path_in_repo=name)
-    except (OSError, ValueError, HfHubHTTPError) as error:  # no network, a name that the hub refuses, no login
-        remedy = "log in with `hf auth login`, or look at the upload with --dry_run"
+        api.create_repo(repo, private=upload.private, exist_ok=True)
+        operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+        api.create_commit(repo, operations, commit_message="Upload a converted model")
+    except (OSError, ValueError, HfHubHTTPError) as error:  # no network, a refused name, or no login
+        remedy = "log in with `hf auth login`, or check the upload with --dry_run"
         raise UserError(f"the upload to '{repo}' failed ({first_line(error)}); {remedy}") from error
     print(f"{model_name} -> https://huggingface.co/{repo}")
 
 
 def without_folders(value: Any) -> Any:
-    """Return JSON in which a local path is its last component, so that no folder of this machine is uploaded.
+    """Shorten the local paths in a JSON value to their last component, to upload no folders of this machine.
 
-    A local path is absolute or contains ``~``, ``..`` or ``file://``. Lists with commas are searched too.
+    A local path is absolute, or contains ``~``, ``..`` or ``file://``. A string may be a list of paths with commas.
     """
     if isinstance(value, dict):
         return {key: without_folders(item) for key, item in value.items()}
@@ -94,9 +94,9 @@ def without_folders(value: Any) -> Any:
 
 
 def write_card(model: Path, folders: Sequence[Path]) -> ModelCard:
-    """Return the card that conversion wrote, with the facts of training and the results of these weights."""
+    """Return the card of a converted model, with its training settings and the results of exactly these weights."""
     if not (model / CARD).is_file() or not visible_files(model, "*.safetensors"):
-        raise UserError(f"'{model}' is not a converted model; make one with scripts/convert_dcp_to_hf.py")
+        raise UserError(f"'{model}' is not a converted model; convert a checkpoint with scripts/convert_dcp_to_hf.py")
     config, _ = load_config(str(model), "model")
     sha256, codec = weights_sha256(str(model)), local_codec(config.codec, model) or config.codec
     facts = {"weights (SHA-256)": f"`{sha256}`", "weights of the codec (SHA-256)": f"`{codec_hash(codec)}`"}
@@ -109,7 +109,7 @@ def write_card(model: Path, folders: Sequence[Path]) -> ModelCard:
     sections += [summary(some, title) for title, some in comparable_sets(items[items["weights"] == sha256])]
     card = ModelCard.load(model / CARD)
     text = re.sub(r"`([^`\n]+)`", lambda match: f"`{without_folders(match[1])}`", card.text.strip())
-    card.text = f"\n{text}\n\n#{to_markdown(sections)}"  # headings of the second level
+    card.text = f"\n{text}\n\n#{to_markdown(sections)}"  # one level below the title of the card
     return card
 
 

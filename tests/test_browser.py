@@ -98,7 +98,7 @@ def test_the_demo_plays_before_it_is_done(model_folder, tmp_path):
             state = page.locator("#state textarea").input_value()
             first, last = (float(re.search(rf"{text} ([\d.]+) s", state)[1]) for text in ("sent after", "new after"))
             assert first < last
-            assert page.locator("img").count() >= 1 and errors == []
+            assert errors == []
     finally:
         server.terminate()
         server.wait(timeout=30)

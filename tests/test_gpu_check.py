@@ -30,5 +30,5 @@ def test_a_check_without_a_step_fails(tmp_path, monkeypatch):
     gpu_check.check_gpus(steps=3, output_dir=tmp_path)
     datasets = [command[command.index("--training.dataset") + 1] for command in launched[1:]]
     assert datasets == [str(tmp_path / "codes"), gpu_check.CORPUS]
-    with pytest.raises(UserError, match="codes' holds an earlier run"):
+    with pytest.raises(UserError, match="codes' contains an earlier run"):
         gpu_check.check_gpus(steps=3, output_dir=tmp_path)

@@ -75,7 +75,7 @@ def test_what_is_missing_is_named_in_one_sentence(commands, missing):
     command = ["bash", "scripts/train.slurm"] if missing.startswith("SLURM") else ["scripts/train_nodes.sh"]
     code, stdout, stderr = run(folder, *command, *(TRAINING if missing != "arguments" else []), **nodes)
     assert (code, stdout, stderr.count("\n")) == (1, "", 1)
-    message = "there is nothing to train" if missing == "arguments" else f"{missing} is not set"
+    message = "no options of training are set" if missing == "arguments" else f"{missing} is not set"
     assert stderr.startswith(f"error: {message}; ")
 
 

@@ -1,24 +1,19 @@
-"""What would stand on the hub of a converted model, of both architectures, and that stock classes load it."""
+"""The folder that would be uploaded to the hub, which stock classes load."""
 
+import errno
 import json
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from conftest import TINY
 from huggingface_hub import HfApi, ModelCard
-from push_to_hub import push_to_hub
+from push_to_hub import Upload, push_to_hub
 from test_report import generations_file, result_file
-from transformers import AutoTokenizer, CsmForConditionalGeneration, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
-from llama_mimi.checkpoint.architectures import save_run_record, speech_config
-from llama_mimi.checkpoint.conversion import convert_checkpoint
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.hub import weights_sha256
-from llama_mimi.model.architectures import build_model
-from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs
-from llama_mimi.tokens.tokenizer import load_speech_tokenizer
 
 
 @pytest.fixture
@@ -50,7 +45,7 @@ def test_a_dry_run_writes_what_would_be_uploaded(model, tmp_path, capsys):
     for path in (model / "._model.safetensors", of_model / "._a.json"):
         path.write_bytes(b"\x00\x05\x16\x07\xff")  # as macOS leaves them beside files
     of_weights = {"license": "llama3.2", "base_model": "meta-llama/Llama-3.2-1B"}
-    push_to_hub(model, "me/mine", (of_model,), dry_run=tmp_path / "dry", **of_weights)
+    push_to_hub(Upload(model, "me/mine", (of_model,), dry_run=tmp_path / "dry", **of_weights))
     assert "would be uploaded: README.md, config.json" in capsys.readouterr().out
     assert not list((tmp_path / "dry").glob(".*"))
     card = ModelCard.load(tmp_path / "dry" / "README.md")
@@ -64,21 +59,30 @@ def test_a_dry_run_writes_what_would_be_uploaded(model, tmp_path, capsys):
     loaded = LlamaForCausalLM.from_pretrained(tmp_path / "dry")
     assert torch.isfinite(loaded(torch.tensor([[0, 1]])).logits).all()
     assert "<audio>" in AutoTokenizer.from_pretrained(tmp_path / "dry").get_vocab()
-    with pytest.raises(UserError, match="which exists; name a new folder"):
-        push_to_hub(model, "me/mine", (of_model,), dry_run=tmp_path / "dry")
+    with pytest.raises(UserError, match="which exists; choose a new folder"):
+        push_to_hub(Upload(model, "me/mine", (of_model,), dry_run=tmp_path / "dry"))
+
+
+def test_a_dry_run_on_a_full_disk_leaves_no_folder(model, tmp_path, monkeypatch):
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        push_to_hub(Upload(model, "me/mine", (), dry_run=tmp_path / "dry"))
+    assert not (tmp_path / "dry").exists()
 
 
 def test_an_upload_sends_the_folder_and_the_card(model, tmp_path, monkeypatch, capsys):
     sent = []
     monkeypatch.setattr(HfApi, "create_repo", lambda self, repo, **options: sent.append((repo, options)))
-    monkeypatch.setattr(HfApi, "upload_folder", lambda self, **what: sent.append(what))
-    monkeypatch.setattr(HfApi, "upload_file", lambda self, **what: sent.append(what))
-    push_to_hub(model, "me/mine", (), private=True, base_model="/home/me/base")
-    created, folder, *texts = sent
-    texts = {text["path_in_repo"]: text["path_or_fileobj"] for text in texts}
+    monkeypatch.setattr(HfApi, "create_commit", lambda self, repo, operations, **options: sent.append(operations))
+    push_to_hub(Upload(model, "me/mine", (), private=True, base_model="/home/me/base"))
+    created, operations = sent
     assert created == ("me/mine", {"private": True, "exist_ok": True})
-    assert "model.safetensors" in folder["allow_patterns"] and "README.md" not in folder["allow_patterns"]
-    assert texts.keys() == {"README.md", "config.json", "training_config.json"}
+    texts = {operation.path_in_repo: operation.path_or_fileobj for operation in operations}
+    assert texts.keys() == {path.name for path in model.iterdir()}
+    assert texts["model.safetensors"] == str(model / "model.safetensors")
     assert b"# mine" in texts["README.md"] and b'"codec": "mimi"' in texts["config.json"]
     training = json.loads(texts["training_config.json"])
     assert training["training"] == {"dataset": "data/codes/x,y,z", "steps": 7}
@@ -98,24 +102,4 @@ def test_mistakes(model, monkeypatch):
         (model, (Path("nowhere"),), "'nowhere' does not exist"),
     ):
         with pytest.raises(UserError, match=message):
-            push_to_hub(folder, "me/mine", results)
-
-
-def test_the_other_architecture(tmp_path):
-    """From a checkpoint, whose run's settings go along."""
-    tokenizer = load_speech_tokenizer(str(TINY / "llama"), str(TINY / "mimi"), 4, "llama", "hierarchical")
-    own = {"architecture": "hierarchical", "enable_weight_tying": False, "num_quantizers": 4, "codebook_size": 256}
-    args = LlamaMimiArgs(**{**vars(FLAVORS["tiny"]), "vocab_size": tokenizer.vocabulary.size, **own})
-    run = tmp_path / "run"
-    save_run_record(str(run), speech_config(args, tokenizer, str(TINY / "mimi")), tokenizer)
-    state = build_model(args).state_dict()
-    dcp.save(state, checkpoint_id=run / "checkpoint" / "step-1", no_dist=True)
-    (run / "job_config.json").write_text(json.dumps({"job": {"dump_folder": str(run)}, "training": {"steps": 1}}))
-    convert_checkpoint(run / "checkpoint", tmp_path / "converted")
-    assert json.loads((tmp_path / "converted" / "training_config.json").read_text()) == {"training": {"steps": 1}}
-    push_to_hub(tmp_path / "converted", "me/frames", (), dry_run=tmp_path / "dry")
-    loaded = CsmForConditionalGeneration.from_pretrained(tmp_path / "dry")
-    assert loaded.config.num_codebooks == 4
-    card = (tmp_path / "dry" / "README.md").read_text()
-    assert "converted from | `step-1`" in card and '"codec": "mimi"' in (tmp_path / "dry" / "config.json").read_text()
-    assert "CsmForConditionalGeneration.from_pretrained" in card and "| `training.steps` | `1` |" in card
+            push_to_hub(Upload(folder, "me/mine", results))

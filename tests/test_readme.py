@@ -19,6 +19,7 @@ def tracked(*patterns: str) -> list[Path]:
 
 READMES = tracked("*.md")
 PROGRAMS = ("pip", "uv", "sbatch", "NUM_NODES", "HF_HUB_OFFLINE")
+INSTALL = "pip install uv && uv sync --compile-bytecode && "
 TORCHRUN = "uv run torchrun --standalone --nproc_per_node="
 SCRIPT = "uv run python scripts/"
 # Beginnings of commands that are not run here, and the reason or the test that runs them.
@@ -49,7 +50,7 @@ ELSEWHERE = {
 BENCHMARKS = f"{SCRIPT}benchmarks/"
 # Flags for commands that take minutes with their own.
 SMALLEST = {
-    f"pip install uv && uv sync --compile-bytecode && {TORCHRUN}2 -m llama_mimi.train --job.config_file config/tiny.toml": (
+    f"{INSTALL}{TORCHRUN}2 -m llama_mimi.train --job.config_file config/tiny.toml": (
         "--training.steps 120 --checkpoint.interval 60 --validation.freq 120"
     ),
     f"{TORCHRUN}2 -m llama_mimi.train --job.config_file config/tiny_hierarchical.toml": (
@@ -89,7 +90,7 @@ def is_elsewhere(command: str) -> bool:
 
 def program(command: str) -> list[str]:
     """Return the arguments that start a command without an installation."""
-    name, *words = shlex.split(command.rpartition("&& ")[2].removeprefix("uv run "))
+    name, *words = shlex.split(command.removeprefix(INSTALL).removeprefix("uv run "))
     torchrun = [sys.executable, "-m", "torch.distributed.run"]
     return [*{"python": [sys.executable], "torchrun": torchrun}[name], *words]
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 import train_tiny_codec
 from conftest import TINY
-from score_codec import perplexities
-from speech_classifier import SpeechClassifier, read_clips
+from score_codec import SpeechClassifier
 from tiny_codec import (
     DEPTHS,
     MelMagnitude,
     codebooks,
     fit_codebooks,
     new_codec,
+    read_clips,
     reconstruct,
     standardize,
     tiny_mimi_config,
@@ -60,17 +60,6 @@ def test_training_decodes_as_transformers_does(model, speech_B1S):
         torch.testing.assert_close(mixed[index], model.decode(codes).audio_values[0], atol=1e-5, rtol=1e-4)
 
 
-def test_the_gradient_passes_the_codes_straight_through(model, speech_B1S):
-    """The encoder learns although codes have no gradient; acoustic levels that are left out teach it nothing."""
-    trained = copy.deepcopy(model)
-    decoded, _ = reconstruct(trained, speech_B1S, torch.ones(4, dtype=torch.long), is_quantized=True)
-    decoded.square().sum().backward()
-    semantic = trained.quantizer.semantic_residual_vector_quantizer.input_proj.weight.grad
-    acoustic = trained.quantizer.acoustic_residual_vector_quantizer.input_proj.weight.grad
-    assert semantic.abs().sum() > 0
-    assert acoustic is None or acoustic.abs().sum() == 0
-
-
 def run(folder, **changes):
     corpus = {"corpus": str(TINY / "words/train-*.parquet"), "validation_corpus": str(TINY / "words/val*.parquet")}
     numbers = {"steps": 6, "batch_size": 2, "codebook_size": 16, "learning_rate": 1e-3, "seed": 3}
@@ -88,11 +77,10 @@ def test_a_stopped_run_continues_exactly(tmp_path, monkeypatch):
         stopped.train_step()
     stopped.save()
     again = run(tmp_path / "stopped")
-    assert again.step == 4 and [start["step"] for start in again.starts] == [0, 4]
+    assert again.step == 4
     again.run()
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, again.model.state_dict()[name]), name
-    assert run(tmp_path / "stopped").starts == again.starts  # there are no steps left
 
     # the exported codec is the trained one, up to float16
     exported = MimiModel.from_pretrained(tmp_path / "whole" / "codec")
@@ -105,9 +93,7 @@ def test_a_stopped_run_continues_exactly(tmp_path, monkeypatch):
         run(tmp_path / "whole", batch_size=1)
 
 
-def test_errors_of_a_codec_run(tmp_path):
-    with pytest.raises(UserError, match="--codebook_size is 4096"):
-        run(tmp_path, codebook_size=4096)
+def test_a_diverging_codec_run_ends(tmp_path):
     diverging = run(tmp_path, learning_rate=1e9, steps=100)
     with pytest.raises(UserError, match=r"the gradient of step \d+ is .*--learning_rate below 1e\+09"):
         for _ in range(20):
@@ -136,11 +122,6 @@ def test_the_offline_codec_has_the_feature_extractor_of_its_script(tmp_path):
     assert (features.sampling_rate, features.feature_size) == (24_000, 1)
 
 
-def test_perplexity_counts_evenly_used_codes():
-    codes_TQ = torch.stack([torch.arange(64) % 8, torch.zeros(64, dtype=torch.long)], dim=1)
-    assert perplexities(codes_TQ, 16) == pytest.approx([8.0, 1.0])
-
-
 def test_the_classifier_recognises_speakers_and_words_of_the_offline_corpus():
     train, held_out = (
         read_clips(str(TINY / "words" / f"{split}-*.parquet"), 24_000) for split in ("train", "validation")
@@ -149,5 +130,3 @@ def test_the_classifier_recognises_speakers_and_words_of_the_offline_corpus():
         classifier = SpeechClassifier(train, [getattr(c, kind) for c in train], 24_000, num_parts=num_parts)
         labels = [getattr(clip, kind) for clip in held_out]
         assert classifier.accuracy([clip.samples_S for clip in held_out], labels) > least, kind
-    with pytest.raises(UserError, match="have one label"):
-        SpeechClassifier(train[:1], ["one"], 24_000)

@@ -1,7 +1,6 @@
-"""The trainer in a rank of torchrun, with a record of the clips of every step for scripts/benchmarks/kill_runs.py.
+"""Train in a rank of torchrun, and record the frames of every step for scripts/benchmarks/kill_runs.py.
 
-Each step adds a line of JSON to ``$AUDIT-<rank>.jsonl``: its number, and [unit, row, first frame, end] of each
-piece of a clip in its batches.
+Each step adds a line of JSON to ``$AUDIT-<rank>.jsonl``: the number of the step, and the numbers of its frames.
 """
 
 import json
@@ -9,57 +8,35 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from llama_mimi import train  # first: it decides on the device before anything imports TorchTitan
+from llama_mimi import train  # first: it chooses the device before anything imports TorchTitan
 
 # isort: split
+import numpy as np
 from torchtitan.train import Trainer
 
-from llama_mimi.corpora.clips import SkippedClip
-from llama_mimi.corpora.code_shards import CodedClip
-from llama_mimi.data.dataloader import SpeechDataLoader
-from llama_mimi.data.order import ClipRef
-
-clips, advance = SpeechDataLoader._clips, SpeechDataLoader._advance
 train_step = Trainer.train_step
-pieces: list[list[int]] = []
-current: dict[str, int] = {}  # unit, row and length of the clip in use, and its frames used so far
 
 
-def audited_clips(self: SpeechDataLoader) -> Iterator[tuple[ClipRef, CodedClip | SkippedClip]]:
-    for ref, clip in clips(self):
-        assert isinstance(clip, CodedClip), "the corpus has no bad clips"
-        current.update(unit=ref.unit, row=ref.row, length=len(clip.codes_TQ), used=ref.frame)
-        yield ref, clip
-
-
-def audited_advance(self: SpeechDataLoader, ref: ClipRef, frame: int | None = None) -> None:
-    end = current["length"] if frame is None else frame
-    if end > current["used"]:
-        pieces.append([current["unit"], current["row"], current["used"], end])
-        current["used"] = end
-    advance(self, ref, frame)
+def frame_numbers(codes_TQ: np.ndarray) -> list[int]:
+    """Return the number of each frame. Its digits to the base 256 are the codes, and level 0 is the lowest digit."""
+    return (codes_TQ.astype(np.int64) @ 256 ** np.arange(codes_TQ.shape[1])).tolist()
 
 
 def audited_step(self: Trainer, data_iterator: Iterator[Any]) -> None:
-    """Take a step, check that its batches have the frames that the loader used, and write them down."""
-    num_tokens = 0
+    """Take a step, and record the frames of its labels."""
+    vocabulary, frames = self.tokenizer.vocabulary, []
 
     def batches() -> Iterator[Any]:
-        nonlocal num_tokens
         for inputs, labels_BL in data_iterator:
-            num_tokens += int(self.tokenizer.vocabulary.is_audio(labels_BL).sum())
+            codes_N = vocabulary.entries(labels_BL[vocabulary.is_audio(labels_BL)]).numpy()
+            frames.extend(frame_numbers(codes_N.reshape(-1, vocabulary.num_quantizers)))
             yield inputs, labels_BL
 
     train_step(self, batches())
-    num_frames = sum(end - start for _, _, start, end in pieces)
-    assert num_tokens == num_frames * self.tokenizer.vocabulary.num_quantizers, "the batches have other frames"
-    print(json.dumps({"step": self.step, "pieces": pieces}), file=audit, flush=True)
-    pieces.clear()
+    print(json.dumps({"step": self.step, "frames": frames}), file=audit, flush=True)
 
 
 if __name__ == "__main__":
-    for name, replacement in (("_clips", audited_clips), ("_advance", audited_advance)):
-        setattr(SpeechDataLoader, name, replacement)
     Trainer.train_step = audited_step
     with open(f"{os.environ['AUDIT']}-{os.environ['RANK']}.jsonl", "w") as audit:
         train.main()

@@ -3,9 +3,9 @@
     uv run python scripts/benchmarks/bench_data.py
     uv run python scripts/benchmarks/bench_data.py --corpus my_speech/train.parquet --codec kyutai/mimi
 
-Rates are audio-seconds per second of one process (with --num_threads threads), the median of --repeats alternating
-runs. The baseline is the training loop of the first release of Llama-Mimi: clip by clip, codes as text, a tokenizer
-call, padding to the sequence length.
+Rates are audio-seconds per second of one process with --num_threads threads. Each is the median of --repeats runs; the
+methods alternate. The baseline is the training loop of the first release of Llama-Mimi. For each clip it writes the
+codes as text, calls the tokenizer, and pads to the sequence length.
 """
 
 import contextlib
@@ -49,18 +49,14 @@ BASELINE, CODES, LONG_CODES = "baseline", "shard loader (pack)", "shard loader (
 
 @dataclass(frozen=True)
 class DataFlags:
-    """Corpus, codec and tokenizer.
-
-    Args:
-        clips: number of clips that the rates are measured on
-    """
+    """Corpus, codec and tokenizer."""
 
     corpus: str = "assets/tiny/corpus/train-*.parquet"
     codec: str = "assets/tiny/mimi"
     tokenizer: str = "assets/tiny/llama"
     num_quantizers: int = 4
     seq_len: int = 1024
-    clips: int = 64
+    clips: int = 64  # number of clips to measure rates on
     repeats: int = 3
     num_threads: int = 1
 
@@ -97,7 +93,7 @@ def read_clips(reader: AudioReader, limit: int) -> Iterator[AudioClip]:
 
 
 def fetch(reader: AudioReader) -> Iterator[Any]:
-    """Read the bytes of all rows, and of the files that rows name."""
+    """Yield the audio bytes of all rows; read the file if a row has only a path."""
     for unit in range(len(reader.source.units)):
         for row in reader.source.rows(unit):
             yield Path(row["audio"]).read_bytes() if isinstance(row["audio"], str) else row["audio"]
@@ -127,7 +123,7 @@ def loader(
 
 
 def rate_of(work: Callable[[], Iterable[Any]], seconds: float) -> float:
-    """Return audio-seconds per second of an iteration."""
+    """Return the audio-seconds per second of an iteration over ``work()``, which has ``seconds`` of audio."""
     return seconds / timeit.timeit(lambda: deque(work(), maxlen=0), number=1)
 
 
@@ -143,12 +139,12 @@ def print_rates(flags: DataFlags, folder: Path) -> None:
         for batch_size in (1, 4, 16):
             methods[f"encoding, {dtype}, {batch_size} clips at once"] = partial(encode, model, clips, batch_size)
     methods[BASELINE] = partial(rate_of, partial(baseline, flags, codec, reader), seconds)
-    num_rows = max(1, round(frames.sum() * flags.num_quantizers / flags.seq_len))  # as many as the clips fill
+    num_rows = max(1, round(frames.sum() * flags.num_quantizers / flags.seq_len))  # the clips fill so many rows
     methods["online loader (pack)"] = partial(token_rate, loader(flags, reader, 1, codec), codec, num_rows)
     for name, lengths in ((CODES, np.resize(frames, 4096)), (LONG_CODES, speech_lengths(4096))):
         corpus = write_codes(folder / name.replace(" ", "-"), flags.codec, [random_clips(lengths, codec.config)])
         batches = iter(loader(flags, code_reader(flags, corpus), 32))
-        next(batches)  # start-up is measured below
+        next(batches)  # `probe` measures the start-up
         methods[name] = partial(token_rate, batches, codec, 30)
     results = alternate(methods, flags.repeats)
     print("| | audio-seconds per second |\n|---|---|")
@@ -169,7 +165,7 @@ def encode(codec: MimiCodec, clips: list[AudioClip], batch_size: int) -> float:
 
 
 def token_rate(batches: Iterable[Any], codec: MimiCodec, limit: int) -> float:
-    """Return audio-seconds per second of the next batches."""
+    """Return the audio-seconds per second of the next ``limit`` batches."""
     start = time.perf_counter()
     num_tokens = sum(int((labels_BL != IGNORE_INDEX).sum()) for _, labels_BL in itertools.islice(batches, limit))
     return num_tokens / codec.num_quantizers / codec.frame_rate_hz / (time.perf_counter() - start)
@@ -184,7 +180,7 @@ def baseline(flags: DataFlags, codec: MimiCodec, reader: AudioReader) -> Iterato
 
 
 def print_formats(flags: DataFlags, folder: Path) -> None:
-    """Measure the same lossless clips in each layout: fetched, decoded, and tokenised on one rank."""
+    """Measure fetching, decoding and tokenising on one rank, with the same lossless clips in each layout."""
     codec = MimiCodec(flags.codec, flags.num_quantizers)
     rows = lossless_rows(flags.corpus, flags.clips, 20.0)
     columns: list[dict[str, Callable[[], float]]] = [{}, {}, {}]
@@ -208,7 +204,7 @@ def print_formats(flags: DataFlags, folder: Path) -> None:
 
 
 def tokenize(flags: DataFlags, corpus: str, folder: Path, numbers: Iterator[int]) -> float:
-    """Return the rate in the last line of progress of tokenising with one worker, without loading the codec."""
+    """Tokenise with one worker; return the rate of the last progress line, which excludes the start-up."""
     options = TokenizationOptions(corpus, str(folder / f"codes-{next(numbers)}"), codec=flags.codec, num_workers=1)
     options.num_quantizers, options.clips_per_shard = flags.num_quantizers, 10**6
     with contextlib.redirect_stdout(io.StringIO()) as output:
@@ -234,7 +230,7 @@ def print_useful_fractions(flags: DataFlags, folder: Path) -> None:
 
 
 def print_sizes(flags: DataFlags, folder: Path) -> None:
-    """Measure memory, start-up and state from a thousand clips to a million (one shard of 2,048 clips, linked)."""
+    """Measure memory, start-up and state with a thousand to a million clips (hard links to one shard of 2,048)."""
     print("| clips | start-up to the first batch | peak memory | state |\n|---|---|---|---|")
     clips = random_clips(speech_lengths(CLIPS_PER_SHARD), load_codec_config(flags.codec, STORED_LEVELS))
     for number in (1000, 10_000, 100_000, 1_000_000):
@@ -246,7 +242,7 @@ def print_sizes(flags: DataFlags, folder: Path) -> None:
 
 
 def probe(corpus_of_codes: str, **values: Any) -> tuple[int, float, float, float, int]:
-    """Return the clips of a loader of codes, its seconds of start-up, MB before and at the peak, and bytes of state."""
+    """Return the number of clips, seconds of start-up, MB before the loader and at the peak, and bytes of state."""
     flags = DataFlags(**values)
     flags.speech_tokenizer()
     before_mb, start = peak_mb(), time.perf_counter()

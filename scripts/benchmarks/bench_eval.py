@@ -3,10 +3,10 @@
     uv run python scripts/benchmarks/bench_eval.py --model_name models/tiny
     uv run python scripts/benchmarks/bench_eval.py --random_1b --dtype bfloat16 --pairs 100  # GPU, without a network
 
-One clip at a time is the method of the first release: read, encode, write the codes as text, call the tokenizer,
-compute all logits, take the mean over the labels, with stock `transformers`. Each measurement is a process of its own
-that loads the model before the clock starts; methods alternate. Batches are of preset "official", as "original" encodes
-clip by clip. Scores of one clip at a time must equal those of preset "original" to 1e-4.
+One clip at a time is the method of the first release, with `transformers` alone: read, encode, write the codes as text,
+call the tokenizer, compute all logits, and take the mean over the labels. Each measurement runs in a new process, which
+loads the model before the clock starts; the methods alternate. Batches use preset "official", because "original"
+encodes clip by clip. The scores of one clip at a time must equal those of preset "original" to 1e-4.
 """
 
 import json
@@ -47,18 +47,12 @@ METHODS = ALONE, BATCHED, CACHED = "one clip at a time", "in batches", "in batch
 
 @dataclass(frozen=True)
 class Options:
-    """Model and pairs.
+    """Model and pairs."""
 
-    Args:
-        model_name: hub id or folder
-        dtype: precision of the decoder
-        pairs: number of pairs of each benchmark, spread over it
-    """
-
-    model_name: str = "models/tiny"
+    model_name: str = "models/tiny"  # hub id or folder
     data_dir: Path = Path("assets/tiny/benchmarks")
-    dtype: DecoderPrecision = "float32"
-    pairs: int = 60
+    dtype: DecoderPrecision = "float32"  # precision of the decoder
+    pairs: int = 60  # number of pairs of each benchmark
 
 
 def bench_eval(options: Options, random_1b: bool = False, repeats: int = 3) -> None:
@@ -87,7 +81,7 @@ def bench_eval(options: Options, random_1b: bool = False, repeats: int = 3) -> N
 def measure_benchmark(
     options: Options, benchmark: str, folder: Path, repeats: int
 ) -> tuple[dict[str, float], list[str]]:
-    """Measure one benchmark and print its row; return pairs per second by method, and comparisons of scores."""
+    """Measure a benchmark and print its row; return pairs per second by method, and sentences that compare scores."""
 
     def run(method: str, cache: str, own: Options = options) -> dict[str, Any]:
         return measure(score, benchmark=benchmark, method=method, folder=folder / cache, **vars(own))
@@ -95,7 +89,7 @@ def measure_benchmark(
     rates: dict[str, list[float]] = {method: [] for method in METHODS}
     scores: dict[str, list[float]] = {}
     for repeat in range(repeats):
-        for method in METHODS:  # the last one finds the codes of the one before
+        for method in METHODS:  # the last method reuses the codes of the method before
             result = run(method, f"{benchmark}_{repeat}")
             rates[method].append(result["pairs"] / result["seconds"])
             scores[method] = result["scores"]
@@ -106,7 +100,7 @@ def measure_benchmark(
     original = run("original", benchmark)["scores"]
     largest = max(abs(a - b) for a, b in zip(scores[ALONE], original, strict=True))
     if options.dtype == "float32" and largest > 1e-4:
-        raise UserError(f"{benchmark}: scores of preset original are off by {largest:.1e}; this is a bug, report it")
+        raise UserError(f"{benchmark}: scores of preset original differ by {largest:.1e}; report this bug")
     checks = [f"{benchmark}, one clip at a time and preset original: {compare(scores[ALONE], original)}"]
     for dtype in set(get_args(DecoderPrecision)) - {options.dtype}:
         other = run(CACHED, f"{benchmark}_0", replace(options, dtype=dtype))["scores"]
@@ -115,7 +109,7 @@ def measure_benchmark(
 
 
 def compare(scores_a: list[float], scores_b: list[float]) -> str:
-    """Describe the differences between two lists of scores of the same pairs."""
+    """Return a sentence about the differences between two lists of scores of the same pairs."""
     largest = max(abs(a - b) for a, b in zip(scores_a, scores_b, strict=True))
     decisions = [[x > y for x, y in zip(scores[::2], scores[1::2], strict=True)] for scores in (scores_a, scores_b)]
     flipped = sum(a != b for a, b in zip(*decisions, strict=True))
@@ -125,7 +119,7 @@ def compare(scores_a: list[float], scores_b: list[float]) -> str:
 def score(
     benchmark: str, method: str, folder: str, model_name: str, data_dir: str, dtype: DecoderPrecision, pairs: int
 ) -> dict[str, Any]:
-    """Return the scores of pairs and the seconds that they took."""
+    """Return the number of pairs, the scores of their clips, and the seconds of scoring."""
     script = BENCHMARK_SCRIPTS[benchmark]
     all_pairs = script.read(f"{data_dir}/{FOLDERS[benchmark]}").pairs
     some_pairs = all_pairs[:: max(1, len(all_pairs) // pairs)][:pairs]
@@ -155,7 +149,7 @@ def score(
 def score_alone(
     content: bytes, decoder: LlamaForCausalLM, tokenizer: Any, codec: MimiModel, levels: tuple[int, ...] | None
 ) -> float:
-    """Return the score of a clip as the first release computes it; higher is likelier."""
+    """Return the score of a clip as the first release computes it; a higher score means a higher likelihood."""
     Q = decoder.config.num_quantizers
     samples_S = read_audio(content, codec.config.sampling_rate, max_seconds=MAX_AUDIO_SECONDS).samples_S
     codes_QT = codec.encode(samples_S[None, None].to(decoder.device), num_quantizers=Q).audio_codes[0]
@@ -167,7 +161,7 @@ def score_alone(
 
 
 def write_random_model(folder: Path) -> str:
-    """Write a model of the shape of Llama-3.2-1B with 136,450 entries, and Mimi, with random weights."""
+    """Write a random model in the shape of Llama-3.2-1B with 136,450 entries, and a random Mimi; return its folder."""
     write_stand_ins(folder)
     tokenizer = load_speech_tokenizer(str(folder / "llama"), str(folder / "mimi"), 4)
     args = LlamaMimiArgs(**{**vars(FLAVORS["1B"]), "vocab_size": tokenizer.vocabulary.size})

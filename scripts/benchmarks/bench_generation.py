@@ -2,8 +2,9 @@
 
     uv run python scripts/benchmarks/bench_generation.py
 
-A random model with Llama 3's vocabulary extended by 4 levels, and a random codec in Mimi's shape. All methods continue
-the same prompt of 3 s by as many frames, alternating, with the prompt's own pass. The last line is JSON.
+The model is random, with the vocabulary of Llama 3 and 4 levels; the codec is random, in the shape of Mimi. All methods
+continue the same prompt of 3 s by the same number of frames. They alternate, and the time of the prompt's forward pass
+counts. The last line is JSON.
 On a GPU: ``--shape 1B --batch_sizes 8 64 --dtype bfloat16 --new_frames 125``.
 """
 
@@ -55,33 +56,30 @@ def bench_generation(
     prompts: tuple[int, ...] = (32, 256),
     num_threads: int = os.cpu_count() or 1,
 ) -> None:
-    """Print the table.
+    """Measure all methods, and print the table.
 
     Args:
-        shape: shape of the model
-        new_frames: new frames per sample
-        batch_sizes: batch sizes of this loop, besides 1
-        dtype: precision of the model
-        stream_seconds: lengths of streams at the tiny shape, whose peak memory is compared
-        prompts: numbers of prompts at the tiny shape, continued in groups of 32, whose peak memory is compared
+        new_frames: number of new frames per sample
+        batch_sizes: further batch sizes of this loop; 1 is always measured
+        stream_seconds: lengths of streams with the tiny shape, in seconds, for their peak memory
+        prompts: numbers of prompts with the tiny shape, in groups of 32, for their peak memory
     """
     torch.set_num_threads(num_threads)
     print(machine())
     model = random_model(shape, dtype)
     first_audio: list[float] = []
+    batches = {f"{OURS}, batch of {size}": size for size in batch_sizes}
     methods: dict[str, Callable[[], Any]] = {
         STOCK: partial(stock, model, new_frames),
         "the release's method: text, `generate`, text": partial(as_released, model, new_frames),
         BACKBONE: partial(backbone_alone, model, new_frames),
         OURS: partial(ours, model, new_frames, 1),
-        **{f"{OURS}, batch of {size}": partial(ours, model, new_frames, size) for size in batch_sizes},
+        **{name: partial(ours, model, new_frames, size) for name, size in batches.items()},
         STREAMED: partial(streamed, model, new_frames, first_audio),
     }
-    num_frames = {f"{OURS}, batch of {size}": size * new_frames for size in batch_sizes}
-    for method in methods.values():  # allocations, and compilation on a GPU
-        method()
+    timed = {name: partial(rate, call, Q * new_frames * batches.get(name, 1)) for name, call in methods.items()}
+    alternate(timed, 1)  # warm-up: allocations, and compilation on a GPU
     first_audio.clear()
-    timed = {name: partial(rate, call, Q * num_frames.get(name, new_frames)) for name, call in methods.items()}
     rates = alternate(timed, repeats)
     median = {name: statistics.median(values) for name, values in rates.items()}
     real_time = Q * model.codec.frame_rate_hz
@@ -125,7 +123,7 @@ def prompt_of(model: FlattenedModel) -> torch.Tensor:
 
 
 def sampling_of(new_frames: int) -> Sampling:
-    """Return settings without an earlier end, so that all methods draw as many tokens."""
+    """Return settings that forbid an earlier end, so that all methods draw the same number of tokens."""
     return Sampling(new_frames, new_frames, 10**6, TEMPERATURE, TOP_K, 1.0)
 
 
@@ -151,7 +149,7 @@ def stock(model: FlattenedModel, new_frames: int) -> None:
     vocabulary, num_prefix = model.tokenizer.vocabulary, len(model.tokenizer.prefix_ids())
 
     def mask_levels(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Leave the codes of the next level among logits of the whole vocabulary."""
+        """Mask all logits except those of the next level's codes."""
         level = (input_ids.shape[1] - num_prefix) % Q
         codes = slice(vocabulary.base + level, vocabulary.audio_start_id, Q)
         allowed = torch.full_like(scores, -torch.inf)
@@ -162,11 +160,11 @@ def stock(model: FlattenedModel, new_frames: int) -> None:
 
 
 def as_released(model: FlattenedModel, new_frames: int) -> None:
-    """Convert codes to text to ids, call ``generate`` without a mask, convert ids to text to codes to audio."""
+    """Convert codes to text and ids, call ``generate`` without a mask, and convert ids to text, codes and audio."""
     prompt_TQ, tokenizer = prompt_of(model), model.tokenizer.text_tokenizer
     ids_1L = tokenizer(text_from_codes(prompt_TQ).removesuffix("</audio>"), return_tensors="pt").input_ids
     tokenizer.decode(generate(model, ids_1L, new_frames * Q, [])[0])
-    # Without a mask a random model draws no audio; as many codes of the prompt are parsed and decoded instead.
+    # Without a mask a random model draws no audio, so the codes of the prompt are parsed and decoded instead.
     text = text_from_codes(prompt_TQ.repeat(9, 1)[: PROMPT_FRAMES + new_frames])
     codes = [int(code) for code, _ in re.findall(r"<(\d+)_(\d+)>", text)]
     model.codec.decode(torch.tensor(codes).view(-1, Q))
@@ -174,7 +172,7 @@ def as_released(model: FlattenedModel, new_frames: int) -> None:
 
 @torch.inference_mode()
 def backbone_alone(model: FlattenedModel, new_frames: int) -> None:
-    """Run the Transformer without output layer, sampling or grammar: the least cost of a token here."""
+    """Run the Transformer without output layer, sampling or grammar, the lower bound of the cost with transformers."""
     inputs_1L = model.tokenizer.encode(prompt_of(model), is_cut=True)[None].to(DEVICE)
     cache = DynamicCache(config=model.backbone.config)
     for _ in range(new_frames * Q):
@@ -189,7 +187,7 @@ def ours(model: FlattenedModel, new_frames: int, batch_size: int) -> None:
 
 
 def streamed(model: FlattenedModel, new_frames: int, first_audio: list[float], window_frames: int = 10**6) -> None:
-    """Decode to audio frame by frame, and note the seconds to the first new audio."""
+    """Decode to audio frame by frame; append the seconds to the first new audio to a list."""
     start = time.perf_counter()
     stream = DecodingStream(model.codec)
     stream.decode(prompt_of(model))
@@ -202,20 +200,20 @@ def streamed(model: FlattenedModel, new_frames: int, first_audio: list[float], w
 
 
 def bandwidth() -> float:
-    """Return the bytes per second at which memory can be read."""
+    """Return the rate of memory reads, in bytes per second."""
     block = torch.ones(2**28, device=DEVICE)  # 1 GiB
     return rate(lambda: [block.sum() for _ in range(5)], 5 * block.numel() * block.element_size())
 
 
 def stream_memory(seconds: float) -> float:
-    """Return MB at the peak of a stream that is longer than its window."""
+    """Return the peak memory, in MB, of a stream with a window of 62 frames."""
     model = random_model("tiny")
     streamed(model, round(seconds * model.codec.frame_rate_hz), [], window_frames=62)
     return peak_mb()
 
 
 def prompts_memory(num_prompts: int) -> float:
-    """Return MB at the peak of prompts continued by a second each, in groups as those of a folder."""
+    """Return the peak memory, in MB, of prompts that are continued by 1 s each, in groups like those of a folder."""
     model = random_model("tiny")
     for start in range(0, num_prompts, 32):
         requests = [Request(prompt_of(model), seed) for seed in range(start, start + 32)]

@@ -2,8 +2,8 @@
 
     uv run python scripts/benchmarks/bench_hierarchical.py
 
-All methods train on the same clips of random codes with simulated lengths, in rows of as many frames, with AdamW. Each
-runs in a process of its own, all alternating, --repeats times. The plain loop has one clip per row.
+All methods train with AdamW on the same clips of random codes with simulated lengths, in rows of the same length. Each
+method runs in a new process, --repeats times; the methods alternate. The plain loop has one clip per row.
 """
 
 import os
@@ -28,7 +28,7 @@ def bench_hierarchical(
     repeats: int = 5,
     num_threads: int = os.cpu_count() or 1,
 ) -> None:
-    """Measure all methods at each shape; frames are those that the backbone trains on."""
+    """Measure all methods with each shape. Rates count the frames on which the backbone trains."""
     torch.set_num_threads(num_threads)
     print(machine())
     print("| shape | method | frames/s | times the plain loop | MFLOPs a frame |\n|---|---|---|---|---|", flush=True)
@@ -41,7 +41,7 @@ def bench_hierarchical(
             for _ in range(repeats):
                 for method, flags in ROWS:
                     result = measure(training_methods.measure_training, **job, method=method, flags=flags)
-                    targets = 1 + 3 * (0.0625 if flags == SPARSE else 1)  # per frame
+                    targets = 1 + 3 * (0.0625 if flags == SPARSE else 1)  # targets per frame
                     rates[method, flags].append(result["useful_tokens_per_s"] / targets)
                     flops[method, flags] = result["flops_per_token"] * targets / 1e6
         plain = statistics.median(rates[PLAIN_CSM, ""])

@@ -1,11 +1,11 @@
-"""Measure reading audio and the quality of its resampler: rates, formats, and the number of processes that a GPU needs.
+"""Measure the speed of reading audio and the quality of resampling, and how many reading processes a GPU needs.
 
     uv run python scripts/benchmarks/bench_reading.py
     uv run python scripts/benchmarks/bench_reading.py --corpus spoken_digits/train.parquet --codec kyutai/mimi
 
-Speech is converted to each rate by SciPy. Speeds are audio-seconds per second of one core, the median of --repeats
-runs. Quality is measured on tones: the gain of one at 90 % of the lower of the two bands, and the strongest component
-that should not be there, an image of that tone or, when the rate is lowered, an alias of one at 110 %.
+SciPy converts the speech to each rate. Speeds are audio-seconds per second of one core, the median of --repeats runs.
+Tones measure the quality. The first number is the gain of a tone at 90 % of the lower band limit. The second number is
+the strongest wrong component: an image of that tone or, if the rate is lowered, the alias of a tone at 110 %.
 """
 
 import io
@@ -59,7 +59,7 @@ def bench_reading(
     print(f"{len(originals)} clips, {seconds:,.0f} s\n")
 
     def speed(function: Callable[..., Any], items: Sequence[Any], *args: int) -> float:
-        """Return audio-seconds per second."""
+        """Return the audio-seconds per second."""
         times = timeit.repeat(lambda: [function(item, *args) for item in items], number=1, repeat=repeats)
         return seconds / statistics.median(times)
 
@@ -85,7 +85,7 @@ def bench_reading(
 
 
 def encoding_flops(num_quantizers: int, seconds: float = 10.0) -> float:
-    """Return the FLOPs of matrix products in which a Mimi of the released shape encodes a second of audio."""
+    """Return the FLOPs of the matrix products with which the released shape of Mimi encodes 1 s of audio."""
     model = MimiModel(MimiConfig()).eval()
     audio_11S = torch.zeros(1, 1, round(seconds * model.config.sampling_rate))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -98,7 +98,7 @@ def scipy_resample(samples_S: np.ndarray, from_hz: int, to_hz: int) -> np.ndarra
 
 
 def quality(from_hz: int, to_hz: int) -> tuple[float, float]:
-    """Return the gain of a tone at 90 % of the lower band, and the strongest image or alias, in dB."""
+    """Return the gain of a tone at 90 % of the lower band limit, and the strongest image or alias, in dB."""
     band_hz = min(from_hz, to_hz) / 2
     inside = spectrum_of(0.9 * band_hz, from_hz, to_hz)
     if to_hz < from_hz:
@@ -110,7 +110,7 @@ def quality(from_hz: int, to_hz: int) -> tuple[float, float]:
 
 
 def spectrum_of(tone_hz: float, from_hz: int, to_hz: int) -> np.ndarray:
-    """Return the amplitudes in the middle 4 s of a resampled tone of amplitude 1."""
+    """Return the amplitude spectrum of the middle 4 s of a resampled tone of amplitude 1."""
     tone = np.sin(2 * np.pi * tone_hz * np.arange(6 * from_hz) / from_hz).astype(np.float32)
     middle = resample(tone, from_hz, to_hz)[to_hz : 5 * to_hz].astype(np.float64)
     window = scipy.signal.windows.kaiser(len(middle), 20)

@@ -4,11 +4,11 @@
     uv run python scripts/benchmarks/bench_train.py --shapes 1B 8B           # one GPU
     uv run python scripts/benchmarks/bench_train.py --shapes 1B --profile outputs/profile.txt
 
-All methods train on the same clips of random codes with simulated lengths, without activation checkpointing. Each runs
-in a process of its own, all alternating, --repeats times. The plain loop is `LlamaForCausalLM` with one clip per row,
-padding with the tokenizer's mask (and without it), logits of every position, and AdamW. A useful token is one that
-enters the loss. FLOPs are 6 per multiplied weight and useful token, and attention over a whole row; on a CPU 100 % MFU
-is the rate of a large matrix product.
+All methods train on the same clips of random codes with simulated lengths, without activation checkpointing. Each
+method runs in a new process, --repeats times; the methods alternate. The plain loop is `LlamaForCausalLM` with one clip
+per row, padding with and without an attention mask, logits of every position, and AdamW. A useful token counts in the
+loss. FLOPs are 6 per multiplied weight and useful token, plus attention over a whole row. On a CPU 100 % MFU is the
+rate of a large matrix product.
 """
 
 import json
@@ -17,7 +17,6 @@ import statistics
 import sys
 import tempfile
 import timeit
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,12 +31,12 @@ from llama_mimi.training.metrics import peak_flops
 
 AUDIO, PADDED, COMPILED = "--model.vocabulary audio", "--data.packing pad", "--compile.enable"
 FLOAT8 = f"{COMPILED} --model.converters quantize.linear.float8 --quantize.linear.float8.filter_fqns output"
-# Rows of the table: method and flags. Packed rows are not compiled on CPUs.
+# Rows of the table: method and flags. CPUs do not compile packed rows.
 BASELINES = [(PLAIN, ""), (UNMASKED, "")]
 CPU_ROWS = [*BASELINES, (STOCK, ""), (OURS, PADDED), (OURS, ""), (OURS, AUDIO)]
 GPU_ROWS = [*BASELINES, (STOCK, COMPILED), (OURS, f"{PADDED} {COMPILED}"), (OURS, "")]
 GPU_ROWS += [(OURS, COMPILED), (OURS, f"{COMPILED} {AUDIO}"), (OURS, FLOAT8)]
-DEFAULT_FLAGS = {"cpu": "", "cuda": COMPILED}[DEVICE]  # of this trainer, for the figures in the last line
+DEFAULT_FLAGS = {"cpu": "", "cuda": COMPILED}[DEVICE]  # flags of this trainer for the figures in the last line
 
 
 def bench_train(
@@ -46,10 +45,10 @@ def bench_train(
     num_threads: int = os.cpu_count() or 1,
     profile: Path | None = None,
 ) -> None:
-    """Measure all methods at each shape.
+    """Measure all methods with each shape.
 
     Args:
-        profile: file of the time of each operation in this trainer's steps
+        profile: file to write the time of each operation of this trainer to
     """
     torch.set_num_threads(num_threads)
     reference_flops = peak_flops(device_name()) if DEVICE == "cuda" else matmul_flops()
@@ -63,9 +62,9 @@ def bench_train(
     for shape in shapes:
         with tempfile.TemporaryDirectory() as folder:
             results.append(measure_shape(shape, Path(folder), repeats, profile, reference_flops))
-    for method in ("in chunks", "full logits"):  # at the width and vocabulary of the 1B model
-        result = measure_or_none(training_methods.measure_loss, method=method)
-        memory = f"{result['bytes'] / 1e9:.2f} GB more at the peak" if result else "out of memory"
+    for method in ("in chunks", "full logits"):  # with the width and vocabulary of the 1B model
+        num_bytes = measure(training_methods.measure_loss, method=method)
+        memory = f"{num_bytes / 1e9:.2f} GB more at the peak" if num_bytes else "out of memory"
         print(f"\nloss of {LOSS_POSITIONS:,} positions, {method}: {memory}")
     print(json.dumps({"device": device_name(), "results": results}))
 
@@ -73,28 +72,27 @@ def bench_train(
 def measure_shape(
     shape: str, folder: Path, repeats: int, profile: Path | None, reference_flops: float
 ) -> dict[str, Any]:
-    """Measure and print the rows of a shape; return its entry of the last line."""
+    """Measure and print the rows of a shape; return its entry for the last line."""
     training_methods.write_stand_ins(shape, folder)
     rows = CPU_ROWS if DEVICE == "cpu" else GPU_ROWS
     job = {"shape": shape, "folder": folder, "num_layers": SHAPES[shape].args.n_layers}
-    if shape == "8B":  # all layers and the optimizer's states are 160 GB
+    if shape == "8B":  # all layers with optimizer states need 160 GB
         rows = [(OURS, COMPILED)]
         job["num_layers"] = most_layers(job)
     runs: dict[tuple[str, str], list[dict[str, Any]]] = {row: [] for row in rows}
     for _ in range(repeats):
         for method, flags in rows:
-            run = measure_or_none(training_methods.measure_training, **job, method=method, flags=flags)
+            run = measure_training(**job, method=method, flags=flags)
             runs[method, flags] += [run] if run else []
-    rates = {row: [run["useful_tokens_per_s"] for run in own] for row, own in runs.items() if own}
-    plain = statistics.median(rates[PLAIN, ""]) if (PLAIN, "") in rates else None
+    rates = {row: statistics.median(run["useful_tokens_per_s"] for run in own) for row, own in runs.items() if own}
+    plain = rates.get((PLAIN, ""))
     for (method, flags), own in runs.items():
-        cells = ["failed: see above", "", "", "", ""]
+        cells = ["out of memory", "", "", "", ""]
         if own:
-            median = statistics.median(rates[method, flags])
             cells = [
-                median_and_range(rates[method, flags]),
-                f"{median / plain:.2f}" if plain else "",
-                f"{100 * own[0]['flops_per_token'] * median / reference_flops:.1f} %",
+                median_and_range([run["useful_tokens_per_s"] for run in own]),
+                f"{rates[method, flags] / plain:.2f}" if plain else "",
+                f"{100 * own[0]['flops_per_token'] * rates[method, flags] / reference_flops:.1f} %",
                 f"{max(run['peak_memory_bytes'] for run in own) / 1e9:.2f} GB",
                 f"{100 * own[0]['useful_fraction']:.0f} %",
             ]
@@ -102,11 +100,10 @@ def measure_shape(
         print(f"| {shape}, {job['num_layers']} layers | {name} | {' | '.join(cells)} |", flush=True)
     ours = OURS, DEFAULT_FLAGS
     if ours not in rates:
-        raise UserError(f"this trainer did not run at the shape {shape}; see above")
+        raise UserError(f"this trainer is out of memory with the shape {shape}; use a larger GPU")
     if profile:
-        path = profile.with_stem(f"{profile.stem}-{shape}")
-        measure(training_methods.measure_training, **job, method=OURS, flags=DEFAULT_FLAGS, profile=path)
-    rate, peak = statistics.median(rates[ours]), max(run["peak_memory_bytes"] for run in runs[ours])
+        measure_training(**job, method=ours[0], flags=ours[1], profile=profile.with_stem(f"{profile.stem}-{shape}"))
+    rate, peak = rates[ours], max(run["peak_memory_bytes"] for run in runs[ours])
     found = {"shape": shape, "num_layers": job["num_layers"], "useful_tokens_per_s": rate, "peak_memory_bytes": peak}
     found |= {"plain_loop_useful_tokens_per_s": plain, "ratio_to_plain_loop": rate / plain if plain else None}
     return found | {"mfu": runs[ours][0]["flops_per_token"] * rate / reference_flops}
@@ -114,25 +111,20 @@ def measure_shape(
 
 def most_layers(job: dict[str, Any]) -> int:
     for num_layers in range(SHAPES["8B"].args.n_layers, 0, -2):
-        changed = job | {"num_layers": num_layers}
-        if measure_or_none(training_methods.measure_training, **changed, method=OURS, flags=COMPILED):
+        if measure_training(**job | {"num_layers": num_layers}, method=OURS, flags=COMPILED):
             return num_layers
     raise UserError("not even two layers of the 8B shape fit into this GPU's memory")
 
 
-def measure_or_none(function: Callable[..., Any], **job: Any) -> Any:
-    """Measure in a new process and print the result to standard error; None if it failed."""
-    try:
-        result = measure(function, **job)
-    except UserError as error:
-        print(error, file=sys.stderr, flush=True)
-        return None
+def measure_training(**job: Any) -> Any:
+    """Measure in a new process and print the result to standard error; return None if it is out of memory."""
+    result = measure(training_methods.measure_training, **job)
     print(json.dumps(job, default=str), result or "out of memory", file=sys.stderr, flush=True)
     return result
 
 
 def matmul_flops() -> float:
-    """Return the FLOP/s of a float32 matrix product on this CPU, the best of ten."""
+    """Return the FLOP/s of a float32 matrix product on this CPU, the best of ten runs."""
     a, b = torch.randn(2, 2048, 2048)
     return 2 * 2048**3 / min(timeit.repeat(lambda: a @ b, number=1, repeat=10))
 

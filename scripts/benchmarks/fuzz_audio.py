@@ -2,22 +2,23 @@
 
     uv run python scripts/benchmarks/fuzz_audio.py --num_files 10000 --seed 0
 
-Speech is written in every supported format and then damaged: flipped bits, cut ends, odd values in header fields, parts
-that are swapped, repeated or moved to another file. File ``i`` of a seed always has the same mutations. Watched
-processes read the files: none may die, or need more than --max_seconds or --max_megabytes for a file.
+Speech is written in every supported format and then damaged: bits are flipped, ends are cut, header fields get odd
+values, and parts are swapped, repeated or moved to another file. File ``i`` of a seed always has the same mutations.
+Other processes read the files. None may die, or need more than --max_seconds or --max_megabytes for a file.
 """
 
 import io
+import json
+import math
 import multiprocessing
 import os
+import signal
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.connection import Connection
 from pathlib import Path
-from threading import Lock
 from typing import Any, NamedTuple
 
 import av
@@ -30,8 +31,8 @@ from llama_mimi.common.command_line import run_command
 from llama_mimi.common.errors import UserError
 
 RATE_HZ, MAX_SECONDS = 24_000, 20.0  # as in training
-FILES_PER_PROCESS, FORKING = 500, Lock()
-# Formats that libsndfile writes and reads, and formats that PyAV writes and only FFmpeg reads.
+FILES_PER_PROCESS = 500
+# Formats that libsndfile writes and reads, and then formats that PyAV writes and only FFmpeg reads.
 WAV_SUBTYPES = {
     **{"PCM_U8": 8_000, "PCM_16": 16_000, "PCM_24": 44_100, "PCM_32": 48_000, "FLOAT": 24_000, "DOUBLE": 22_050},
     **{"ULAW": 8_000, "ALAW": 8_000, "IMA_ADPCM": 16_000, "MS_ADPCM": 16_000, "GSM610": 8_000},
@@ -47,9 +48,9 @@ HEADER_BYTES = 256
 
 
 class Outcome(NamedTuple):
-    kind: str  # "a clip" with its warnings, or a reason
+    kind: str  # "a clip" with its warnings, or the reason of an error
     seconds: float
-    megabytes: float  # more than before, at the peak
+    megabytes: float  # peak memory, minus the memory before
 
 
 def fuzz_audio(
@@ -62,7 +63,7 @@ def fuzz_audio(
     """Read mutated files, and count the results.
 
     Args:
-        speech: recording that is written and damaged
+        speech: recording to write and damage
     """
     fuzzer, slowest, largest = Fuzzer(speech, seed), 0.0, 0.0
     counts: Counter[str] = Counter()
@@ -80,11 +81,13 @@ def fuzz_audio(
         print(f"| {kind} | {number:,} |")
     print(f"\nslowest {slowest:.2f} s, {largest:,.0f} MB more than before at most")
     if num_faults := sum(number for kind, number in counts.items() if kind.startswith("FAULT")):
-        raise UserError(f"{num_faults:,} of {num_files:,} files crashed, hung or filled the memory; see above")
+        raise UserError(
+            f"{num_faults:,} of {num_files:,} files crashed, hung or filled the memory; see the lines with FAULT"
+        )
 
 
 class Fuzzer:
-    """Mutated files by number.
+    """Mutated audio files, which have numbers.
 
     Args:
         speech: audio whose first 1.5 s are written in every format, mono and stereo.
@@ -97,7 +100,7 @@ class Fuzzer:
         for channels in (1, 2):
             for form, subtype, rate_hz in SNDFILE + FFMPEG:
                 if subtype == "GSM610" and channels > 1:
-                    continue  # only mono
+                    continue  # GSM is mono only
                 samples_S = read_audio(speech, rate_hz, max_seconds=1.5).samples_S.numpy()
                 samples_SC = np.stack([samples_S * (1 - 0.2 * c) for c in range(channels)], axis=1)
                 if (form, subtype, rate_hz) in FFMPEG:
@@ -169,14 +172,14 @@ def _splice(content: bytearray, rng: np.random.Generator, contents: Sequence[byt
     return content[: rng.integers(len(content) + 1)] + other[rng.integers(len(other)) :]
 
 
-# Header fields count twice, because readers trust them.
+# Header fields are mutated twice as often, because readers trust them.
 MUTATIONS = (_flip_bits, _cut, _set_header_field, _set_header_field, _swap_parts, _repeat_part, _splice)
 
 
 def read_all(
     fuzzer: Fuzzer, indices: Sequence[int], max_seconds: float, num_processes: int = os.cpu_count() or 1
 ) -> Iterator[tuple[int, Outcome]]:
-    """Yield (index, outcome) of all files, read by processes that are replaced when one dies or hangs."""
+    """Yield (index, outcome) of all files; a process that dies or hangs is replaced."""
     parts = [indices[at : at + FILES_PER_PROCESS] for at in range(0, len(indices), FILES_PER_PROCESS)]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(num_processes) as pool:
         for found in pool.map(lambda files: _read_watched(fuzzer, files, Path(folder), max_seconds), parts):
@@ -184,34 +187,27 @@ def read_all(
 
 
 def _read_watched(fuzzer: Fuzzer, files: Sequence[int], folder: Path, max_seconds: float) -> list[tuple[int, Outcome]]:
-    context = multiprocessing.get_context("fork")
     found: list[tuple[int, Outcome]] = []
     while left := files[len(found) :]:
-        with FORKING:  # no other child inherits the sender, whose end is an error of the receiver
-            receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=_read_files, args=(fuzzer, left, folder, sender))
-            process.start()
-            sender.close()
-        fault = "hung"
-        try:  # a hang takes longer than a slow file, and the machine may be busy
-            while len(found) < len(files) and receiver.poll(3 * max_seconds):
-                found.append((files[len(found)], receiver.recv()))
-        except EOFError:
-            process.join()
-            fault = f"exit code {process.exitcode}"
-        process.kill()
+        log = folder / str(left[0])
+        log.touch()
+        args = fuzzer, left, log, max_seconds
+        process = multiprocessing.get_context("fork").Process(target=_read_files, args=args)
+        process.start()
         process.join()
+        found += zip(left, (Outcome(*json.loads(line)) for line in log.read_text().splitlines()), strict=False)
         if len(found) < len(files):
-            found.append((files[len(found)], Outcome(f"FAULT: {fault}", 0.0, 0.0)))
+            found.append((files[len(found)], Outcome(f"FAULT: exit code {process.exitcode}", 0.0, 0.0)))
     return found
 
 
-def _read_files(fuzzer: Fuzzer, files: Sequence[int], folder: Path, sender: Connection) -> None:
-    """Read files, every second one from disk, and send their outcomes."""
-    path = folder / str(os.getpid())
+def _read_files(fuzzer: Fuzzer, files: Sequence[int], log: Path, max_seconds: float) -> None:
+    """Read files, every second one from disk, and log their outcomes; SIGALRM ends the process if it hangs."""
+    path = log.with_suffix(".audio")
     for index in files:
         _, content = fuzzer.content(index)
-        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak resident set
+        signal.alarm(math.ceil(3 * max_seconds))  # more than a slow file needs on a busy machine
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak resident set, see proc(5)
         before, start = peak_mb(), time.perf_counter()
         try:
             if index % 2:
@@ -222,7 +218,8 @@ def _read_files(fuzzer: Fuzzer, files: Sequence[int], folder: Path, sender: Conn
             kind = error.reason
         except BaseException as error:
             kind = f"FAULT: {type(error).__name__}: {error}"
-        sender.send(Outcome(kind, time.perf_counter() - start, peak_mb() - before))
+        with log.open("a") as file:
+            print(json.dumps(Outcome(kind, time.perf_counter() - start, peak_mb() - before)), file=file)
 
 
 if __name__ == "__main__":

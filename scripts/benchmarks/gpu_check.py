@@ -2,9 +2,9 @@
 
     uv run python scripts/benchmarks/gpu_check.py --num_gpus 1
 
-Llama-3.2-1B and Mimi are replaced by random models of the same shape (136,450 vocabulary entries, 2,048 codes), the
-corpus by assets/tiny; the settings are those of config/llama3_2_1b_peoples_speech.toml. The corpus is tokenised; 20
-steps train on its codes, one clip per row, and 20 on its audio, encoded in each step, in packed rows.
+Random models of the same shape (136,450 vocabulary entries, 2,048 codes) replace Llama-3.2-1B and Mimi, and assets/tiny
+replaces the corpus. All other settings are from config/llama3_2_1b_peoples_speech.toml. The corpus is tokenised. Then
+20 steps train on its codes, with one clip per row, and 20 steps train on its audio, in packed rows.
 """
 
 import subprocess
@@ -27,7 +27,7 @@ VALIDATION_CORPUS = "assets/tiny/corpus/validation-*.parquet"
 
 
 def write_stand_ins(folder: Path) -> None:
-    """Write a Llama-3.2-1B without weights, a tokenizer of Llama 3's size, and a Mimi with random weights."""
+    """Write the config of Llama-3.2-1B, a tokenizer with the size of Llama 3's, and a random Mimi."""
     write_tokenizer(folder / "llama")
     args = LlamaMimiArgs(**{**vars(FLAVORS["1B"]), "vocab_size": LLAMA_3_VOCABULARY})
     hf_config(args).save_pretrained(folder / "llama")
@@ -48,7 +48,7 @@ def check_gpus(num_gpus: int = 1, steps: int = 20, output_dir: Path = Path("outp
     for name, own in (("codes", {"training.dataset": codes}), ("audio", on_audio)):
         run = output_dir / name
         if complete_steps(run / "checkpoint"):
-            raise UserError(f"'{run}' holds an earlier run; remove it or change --output_dir")
+            raise UserError(f"'{run}' contains an earlier run; remove it or choose another --output_dir")
         overrides = {
             "job.config_file": CONFIG,
             "job.dump_folder": run,
@@ -67,7 +67,7 @@ def check_gpus(num_gpus: int = 1, steps: int = 20, output_dir: Path = Path("outp
 
 
 def launch(num_gpus: int, *words: str) -> None:
-    """Start one process per GPU; end with their exit code if they fail."""
+    """Start one process per GPU; exit with their exit code if they fail."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_gpus}"]
     if returncode := subprocess.run([*torchrun, *words]).returncode:
         sys.exit(returncode)

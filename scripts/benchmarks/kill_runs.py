@@ -6,10 +6,10 @@
     uv run python scripts/benchmarks/kill_runs.py --of continuation --kills 20 --seed 0 --folder outputs/kills
     uv run python scripts/benchmarks/kill_runs.py --of study --kills 5 --seed 0 --max_seconds 90 --folder outputs/kills
 
-A command is killed by SIGKILL and started again on 1 to 4 ranks until it finishes; if there were too few kills by then,
-its output is removed and it starts from the beginning. Shards, WAV files and the study's report are compared with those
-of an undisturbed run. Training (the tiny recipe, packed, from these codes) records the frames of the clips in every
-step; the frames up to the last checkpoint are compared with the data.
+SIGKILL ends the command, which is started again on 1 to 4 ranks until it finishes. If it finishes before the last kill,
+its output is removed and it starts from the beginning. Shards, WAV files and the report are compared with those of an
+undisturbed run. Training (the tiny config, packed) records the numbers of the frames of every step. They are compared
+with the data up to the position of the last checkpoint.
 """
 
 import contextlib
@@ -21,23 +21,25 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow.parquet as pq
 import torch.distributed.checkpoint as dcp
+from audited_training import frame_numbers
 from layouts import LAYOUTS, lossless_rows
+from simulated import STORED_LEVELS, write_codes
 
 from llama_mimi.audio.mimi import load_codec_config, whole_frames
 from llama_mimi.checkpoint.dcp import find_step
 from llama_mimi.common.command_line import run_command, to_cli_args
 from llama_mimi.common.errors import UserError
-from llama_mimi.corpora.code_shards import CodeCorpus
+from llama_mimi.corpora.code_shards import CodeCorpus, CodedClip
 from llama_mimi.data.order import CorpusOrder, Position
-from llama_mimi.training.metrics import BITS
 
 CORPUS, CODEC = "assets/tiny/corpus/train-*.parquet", "assets/tiny/mimi"
 NUM_PROMPTS, NUM_SAMPLES = 250, 1000
@@ -63,27 +65,19 @@ data_dir = "assets/tiny/benchmarks/storycloze"
 limit = 20
 """
 Command = list[Any]
-Frame = tuple[int, int, int]  # row group, row, frame
 
 
 @dataclass(frozen=True)
 class KillFlags:
-    """Options.
+    """The command to kill, and how."""
 
-    Args:
-        of: command to kill
-        max_seconds: latest moment of a kill
-        model_name: folder of the model for continuations
-        layout: of the corpus to tokenise, as in layouts.py; parquet is the unchanged corpus
-    """
-
-    of: Literal["tokenization", "training", "continuation", "study"]
-    kills: int
-    folder: Path
+    of: Literal["tokenization", "training", "continuation", "study"]  # command to kill
+    kills: int  # number of kills
+    folder: Path  # folder for all files
     seed: int = 0
-    max_seconds: float = 40.0
-    model_name: str = "models/tiny"
-    layout: str = "parquet"
+    max_seconds: float = 40.0  # latest moment of a kill, in seconds after the start
+    model_name: str = "models/tiny"  # folder of the model for continuations
+    layout: str = "parquet"  # layout of the corpus to tokenise, from layouts.py; parquet is the unchanged corpus
 
 
 def kill_runs(flags: KillFlags) -> None:
@@ -93,16 +87,16 @@ def kill_runs(flags: KillFlags) -> None:
     summary, is_right = kill.get(flags.of, kill_tokenization)(flags)
     print(f"{flags.of}: {flags.kills} kills (seed {flags.seed}), {summary}; {(time.monotonic() - began) / 60:.0f} min")
     if not is_right:
-        raise UserError(f"{flags.of}: the output differs from that of an undisturbed run")
+        raise UserError(f"{flags.of}: the output differs from that of an undisturbed run; report this bug")
 
 
 def kill_until_finished(
     flags: KillFlags, command: Callable[[int, bool], Command], output: Path, check: Callable[[], str]
 ) -> int:
-    """Kill a command as often as wanted, then let it finish; return how often it finished.
+    """Kill a command ``flags.kills`` times, then let it finish; return the number of its finished runs.
 
-    ``command`` gets the number of ranks, and whether it is the last start. ``output`` is removed after each finish but
-    the last. ``check`` returns the state after a start.
+    ``command`` gets the number of ranks, and True for the last start. ``output`` is removed after each finished run
+    except the last. ``check`` is called after each start and returns a text for the log.
     """
     generator, log = random.Random(flags.seed), flags.folder / f"{flags.of}.log"
     shutil.rmtree(output, ignore_errors=True)
@@ -124,6 +118,13 @@ def kill_until_finished(
             shutil.rmtree(output)
 
 
+def new_folder(folder: Path) -> Path:
+    """Return an empty folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return folder
+
+
 def torchrun(num_ranks: int, *words: Any) -> Command:
     return ["-m", "torch.distributed.run", f"--nproc_per_node={num_ranks}", "--standalone", *words]
 
@@ -141,13 +142,13 @@ def run(command: Command, log: Path) -> None:
 
 
 def kill_at(process: subprocess.Popen, seconds: float) -> bool:
-    """Kill a process and all its descendants after ``seconds``; return False if it ended before."""
+    """Kill a process and its descendants after ``seconds``; return False if the process ended earlier."""
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(timeout=seconds)
         return False
-    os.kill(process.pid, signal.SIGSTOP)  # torchrun starts nothing more while its ranks are killed
+    os.kill(process.pid, signal.SIGSTOP)  # torchrun must not start ranks again
     parents, pids = living(), [process.pid]
-    for pid in pids:  # grows in the loop
+    for pid in pids:  # the list grows in the loop
         pids += [child for child, parent in parents.items() if parent == pid]
     while alive := living().keys() & set(pids):
         for pid in alive:
@@ -158,7 +159,7 @@ def kill_at(process: subprocess.Popen, seconds: float) -> bool:
 
 
 def living() -> dict[int, int]:
-    """Return the parents of all processes, without those that have ended and that nobody has waited for."""
+    """Return the parent of each process, by pid; zombies are excluded."""
     listing = subprocess.run(["ps", "-eo", "pid=,ppid=,stat="], capture_output=True, text=True, check=True).stdout
     return {int(pid): int(parent) for pid, parent, state in map(str.split, listing.splitlines()) if state[0] != "Z"}
 
@@ -168,41 +169,27 @@ def tokenization(corpus: str, output_dir: Path, num_ranks: int) -> Command:
     return torchrun(num_ranks, "scripts/tokenize_corpus.py", *to_cli_args(flags))
 
 
-def tokenize(flags: KillFlags) -> tuple[str, Path]:
-    """Write the corpus in the wanted layout and its codes; return both."""
-    corpus, codes = CORPUS, flags.folder / f"codes-{flags.layout}"
-    if flags.layout != "parquet":
-        folder = flags.folder / f"corpus-{flags.layout}"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        corpus = str(LAYOUTS[flags.layout](folder, lossless_rows(CORPUS, 10**6, 20.0)))
-    if not (codes / "manifest.json").exists():
-        run(tokenization(corpus, codes, 2), flags.folder / "codes.log")
-    return corpus, codes
-
-
 def kill_tokenization(flags: KillFlags) -> tuple[str, bool]:
-    corpus, codes = tokenize(flags)
+    corpus, codes = CORPUS, new_folder(flags.folder / f"codes-{flags.layout}")
+    if flags.layout != "parquet":
+        folder = new_folder(flags.folder / f"corpus-{flags.layout}")
+        corpus = str(LAYOUTS[flags.layout](folder, lossless_rows(CORPUS, 10**6, 20.0)))
+    run(tokenization(corpus, codes, 2), flags.folder / "codes.log")
     expected = {path.name: pq.read_table(path) for path in sorted(codes.glob("shard-*.parquet"))}
-    output, with_shards = flags.folder / "killed_codes", 0
+    output = flags.folder / "killed_codes"
 
     def check() -> str:
-        nonlocal with_shards
         shards = sorted(output.glob("shard-*.parquet"))
-        with_shards += bool(shards)
         for shard in shards:  # visible shards are complete
             if not pq.read_table(shard).equals(expected[shard.name]):
-                raise UserError(f"'{shard}' differs from that of the undisturbed run")
+                raise UserError(f"'{shard}' differs from the shard of the undisturbed run; report this bug")
         if (output / "manifest.json").exists() and [shard.name for shard in shards] != list(expected):
-            raise UserError(f"a manifest was written with {len(shards)} of {len(expected)} shards")
+            raise UserError(f"the manifest was written with {len(shards)} of {len(expected)} shards; report this bug")
         return f"{len(shards)}/{len(expected)} shards"
 
     finishes = kill_until_finished(flags, lambda ranks, _: tokenization(corpus, output, ranks), output, check)
-    ids = Counter(name for shard in expected for name in pq.read_table(output / shard)["id"].to_pylist())
-    wanted = Counter(name for table in expected.values() for name in table["id"].to_pylist())
-    lost, twice = (wanted - ids).total(), (ids - wanted).total()
-    starts = f"{with_shards} starts ended with shards there, {finishes} times finished"
-    return f"{flags.layout}, {starts}; of {len(wanted)} clips {lost} lost, {twice} twice", not lost + twice
+    num_clips = sum(map(len, expected.values()))  # `check` has compared every shard
+    return f"{flags.layout}, finished {finishes} times; of {num_clips} clips 0 lost, 0 twice", True
 
 
 def kill_continuation(flags: KillFlags) -> tuple[str, bool]:
@@ -231,11 +218,9 @@ def kill_continuation(flags: KillFlags) -> tuple[str, bool]:
 
 
 def kill_study(flags: KillFlags) -> tuple[str, bool]:
-    """Kill a study of four runs; compare its report and its index with those of an undisturbed study."""
-    whole, killed = (flags.folder / f"{name}_study" for name in ("whole", "killed"))
+    """Kill a study of four runs; compare its report with the report of an undisturbed study."""
+    whole, killed = (new_folder(flags.folder / f"{name}_study") for name in ("whole", "killed"))
     for folder in (whole, killed):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
         (folder / "study.toml").write_text(STUDY.format(folder=folder))
     run(["scripts/study.py", whole / "study.toml"], flags.folder / "whole.log")
 
@@ -243,20 +228,13 @@ def kill_study(flags: KillFlags) -> tuple[str, bool]:
         return f"{len(list((killed / 'out' / 'results').rglob('official*.json')))} results"
 
     kill_until_finished(flags, lambda *_: ["scripts/study.py", killed / "study.toml"], killed / "out", check)
-    results = []
-    for folder in (whole, killed):
-        index = map(json.loads, (folder / "out/index.jsonl").read_text().splitlines())
-        scores = [{key: line[key] for key in ("run", "state", BITS)} for line in index]
-        results.append((scores, (folder / "out/report.md").read_text().replace(str(folder), "")))
-    is_right = results[0] == results[1]
-    return f"{len(results[0][0])} runs, the report is {'the same' if is_right else 'different'}", is_right
+    reports = {(folder / "out/report.md").read_text().replace(str(folder), "") for folder in (whole, killed)}
+    return f"the report is {'the same' if len(reports) == 1 else 'different'}", len(reports) == 1
 
 
 def kill_training(flags: KillFlags) -> tuple[str, bool]:
-    _, codes = tokenize(flags)
-    output, audit = flags.folder / "run", flags.folder / "audit"
-    shutil.rmtree(audit, ignore_errors=True)
-    audit.mkdir()
+    codes, audit, output = (new_folder(flags.folder / name) for name in ("numbered_codes", "audit", "run"))
+    write_numbered_codes(codes / "train")
     resumed: list[int] = []
 
     def training(num_ranks: int, is_last: bool) -> Command:
@@ -265,10 +243,10 @@ def kill_training(flags: KillFlags) -> tuple[str, bool]:
         config = {
             "job.config_file": "config/tiny.toml",
             "job.dump_folder": output,
-            "training.dataset": codes,
+            "training.dataset": codes / "train",
             "training.steps": resumed[-1] + 20 if is_last else 100_000,
             "training.dataloader.num_workers": len(resumed) % 3,
-            "lr_scheduler.total_steps": 1000,
+            "lr_scheduler.total_steps": 100_000,
             "data.packing": "pack",
             "data.shuffle_window": 64,
             "checkpoint.interval": 7,
@@ -277,11 +255,19 @@ def kill_training(flags: KillFlags) -> tuple[str, bool]:
         return torchrun(num_ranks, "scripts/benchmarks/audited_training.py", *to_cli_args(config))
 
     kill_until_finished(flags, training, output, lambda: f"step {last_step(output)}")
-    used, expected = frames_of_steps(audit), frames_of_position(output, codes)
+    used, expected = frames_of_steps(audit), frames_of_position(output, codes / "train")
     lost, twice = (expected - used).total(), (used - expected).total()
     resumes = f"resumed from {len(set(resumed)) - 1} checkpoints on 1 to 4 ranks; {last_step(output)} steps"
-    frames = f"{used.total():,} frames, {used.total() / len(set(used)):.2f} epochs; {lost} frames lost, {twice} twice"
+    frames = f"{used.total():,} frames, {used.total() / len(used):.2f} epochs; {lost} frames lost, {twice} twice"
     return f"{resumes} used {frames}", not lost + twice
+
+
+def write_numbered_codes(folder: Path) -> None:
+    """Write clips of 1 to 8 s in which the codes of a frame encode its number; see `frame_numbers`."""
+    ends = np.random.default_rng(0).integers(12, 100, 400).cumsum()
+    codes_NQ = (np.arange(ends[-1])[:, None] // 256 ** np.arange(STORED_LEVELS) % 256).astype(np.uint16)
+    clips = [CodedClip(str(ends), codes_TQ, 0.08 * len(codes_TQ), False) for codes_TQ in np.split(codes_NQ, ends[:-1])]
+    write_codes(folder, CODEC, [clips[at : at + 32] for at in range(0, len(clips), 32)])
 
 
 def last_step(run: Path) -> int:
@@ -290,39 +276,36 @@ def last_step(run: Path) -> int:
     return 0
 
 
-def frames_of_steps(audit: Path) -> Counter[Frame]:
-    """Return the frames that each step used, in its last run: earlier runs of a step were undone."""
-    steps: dict[int, tuple[str, list[Frame]]] = {}
-    for file in sorted(audit.glob("*.jsonl")):
-        run = file.name.split("-")[0]
-        for entry in map(json.loads, file.read_text().split("\n")[:-1]):  # an incomplete line has no end
-            frames = steps[entry["step"]][1] if steps.get(entry["step"], ("",))[0] == run else []
-            frames += [(g, r, frame) for g, r, start, end in entry["pieces"] for frame in range(start, end)]
-            steps[entry["step"]] = (run, frames)
-    return Counter(frame for _, frames in steps.values() for frame in frames)
+def frames_of_steps(audit: Path) -> Counter[int]:
+    """Count the frames that each step used in its last run; the earlier runs of a step were undone."""
+    steps: dict[int, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for file in audit.glob("*.jsonl"):
+        for entry in map(json.loads, file.read_text().split("\n")[:-1]):  # the last line may be incomplete
+            steps[entry["step"]][file.name.split("-")[0]] += entry["frames"]
+    return Counter(frame for runs in steps.values() for frame in runs[max(runs)])
 
 
-def frames_of_position(run: Path, codes: Path) -> Counter[Frame]:
-    """Return all frames of the windows begun by the last checkpoint, without those still to be used."""
+def frames_of_position(run: Path, codes: Path) -> Counter[int]:
+    """Count the frames before the position of the last checkpoint: those of all windows, minus the unused ones."""
     state = {"dataloader": {"position": ""}}
     dcp.load(state, checkpoint_id=find_step(run / "checkpoint"), no_dist=True)
     ranks = json.loads(state["dataloader"]["position"])["ranks"]
     cursors = [Position.from_json(position).cursors[0] for position in ranks]
     config = json.loads((run / "job_config.json").read_text())
-    corpus = CodeCorpus(str(codes), CODEC, config["codec"]["num_quantizers"], with_text=False)
+    corpus = CodeCorpus(str(codes), CODEC, config["codec"]["num_quantizers"])
     order = CorpusOrder(corpus.rows_per_unit, config["data"]["shuffle_window"], config["debug"]["seed"])
     max_frames = whole_frames(config["data"]["max_audio_seconds"], load_codec_config(CODEC, 1))
+    units = map(corpus.read, range(len(corpus.rows_per_unit)))
+    numbers = [[frame_numbers(row["codes"][:max_frames]) for row in rows] for rows in units]
     end = max(cursor.next_window for cursor in cursors)
     left = {window: (0, 0) for c in cursors for window in range(c.next_window, end, len(cursors))}
     left |= {begun.window: (begun.rows_used, begun.frames_used) for cursor in cursors for begun in cursor.begun}
-    lengths = [[len(row["codes"]) for row in corpus.read(unit)] for unit in range(len(corpus.rows_per_unit))]
-    frames: Counter[Frame] = Counter()
+    frames: Counter[int] = Counter()
     for window in range(end):
         num_rows, first_frame = left.get(window, (len(order.rows(window)), 0))
         for index in range(num_rows + (first_frame > 0)):
-            unit, row = order.rows(window)[index].tolist()
-            stop = first_frame if index == num_rows else min(lengths[unit][row], max_frames)
-            frames.update((unit, row, frame) for frame in range(stop))
+            unit, row = order.rows(window)[index]
+            frames.update(numbers[unit][row][: first_frame if index == num_rows else None])
     return frames
 
 

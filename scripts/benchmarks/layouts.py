@@ -22,7 +22,7 @@ Rows = list[Row]
 
 
 def lossless_rows(corpus: str, limit: int, max_seconds: float) -> Rows:
-    """Return the first clips of a Parquet corpus as FLAC, which has the same samples in all formats, with labels."""
+    """Return the first clips of a Parquet corpus, with labels, as FLAC, so that all layouts have the same samples."""
     rows: Rows = []
     for path in find_files(corpus, (".parquet",)):
         for row in pq.read_table(path).slice(0, limit - len(rows)).to_pylist():
@@ -35,7 +35,7 @@ def lossless_rows(corpus: str, limit: int, max_seconds: float) -> Rows:
 
 
 def said(row: Row) -> Row:
-    """Return the labels of a row."""
+    """Return the text and the speaker of a row."""
     return {key: row[key] for key in ("text", "speaker")}
 
 
@@ -99,7 +99,7 @@ def in_manifest(folder: Path, rows: Rows) -> Path:
 
 
 def in_parts_of_one_recording(folder: Path, rows: Rows) -> Path:
-    """Write one long recording, and a manifest of its parts."""
+    """Write one long recording, and a manifest in which each clip is a part of it."""
     lines, parts, offset = [], [], 0.0
     for row in rows:
         parts.append(soundfile.read(io.BytesIO(row["bytes"]), dtype="int16")[0])

@@ -1,4 +1,4 @@
-"""Shared parts of the benchmarks: description of the machine, measurements in a new process, medians."""
+"""Shared functions of the benchmarks: description of the machine, measurements in a new process, medians."""
 
 import contextlib
 import importlib
@@ -28,15 +28,16 @@ def device_name() -> str:
 
 
 def machine() -> str:
-    """Return two lines about the machine and the versions of packages."""
+    """Return a line about the machine and a line of package versions."""
     packages = ", ".join(f"{name} {version}" for name, version in versions().items())
     return f"{device_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads\n{packages}\n"
 
 
 def measure(function: Callable[..., Any], **arguments: Any) -> Any:
-    """Call a function of a script in this folder in a new process with as many threads as this one.
+    """Call a function of a script in this folder in a new process, with as many threads as this process.
 
-    Arguments and result go through JSON, so that paths arrive as strings. A `UserError` says why a process failed.
+    Arguments and result are passed as JSON, so paths become strings. Return None if the memory of the GPU is too small;
+    raise a `UserError` with the traceback if the call fails.
     """
     module = Path(inspect.getfile(function)).stem
     command = [sys.executable, __file__, module, function.__name__, json.dumps(arguments, default=str)]
@@ -48,7 +49,7 @@ def measure(function: Callable[..., Any], **arguments: Any) -> Any:
 
 
 def alternate(methods: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """Return the results of each method; methods alternate, so that a slow minute of the machine affects all."""
+    """Return the results of each method. The methods alternate, so that a slow minute affects all of them."""
     results: dict[str, list[float]] = {name: [] for name in methods}
     for _ in range(repeats):
         for name, method in methods.items():
@@ -61,13 +62,14 @@ def median_and_range(values: Sequence[float], digits: int = 0) -> str:
 
 
 def peak_mb() -> float:
-    """Return the peak memory of this process; getrusage would include that of its parent."""
+    """Return the peak memory of this process, in MB; getrusage would include the memory of the parent."""
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
 
 
 if __name__ == "__main__":
     module, function, arguments = sys.argv[1:]
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    with contextlib.redirect_stdout(sys.stderr):
+    result = None
+    with contextlib.redirect_stdout(sys.stderr), contextlib.suppress(torch.OutOfMemoryError):
         result = getattr(importlib.import_module(module), function)(**json.loads(arguments))
     print(json.dumps(result))

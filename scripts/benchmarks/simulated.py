@@ -1,4 +1,4 @@
-"""Tokenised corpora of random codes with lengths as in real speech."""
+"""Tokenised corpora of random codes, with the clip lengths of real speech."""
 
 import json
 import os
@@ -15,7 +15,7 @@ STORED_LEVELS = 8
 
 
 def speech_lengths(number: int) -> np.ndarray:
-    """Return lengths in frames as in The People's Speech: 14 s on average before clips over 20 s are left out."""
+    """Return clip lengths in frames as in The People's Speech: 14 s on average, without clips over 20 s."""
     seconds = np.random.default_rng(0).normal(14, 4, 4 * number)
     return np.ceil(12.5 * seconds[(seconds > 1) & (seconds < 20)][:number]).astype(int)
 
@@ -33,7 +33,7 @@ def write_codes(folder: Path, codec: str, shards: Sequence[list[CodedClip]]) -> 
 
     Args:
         codec: hub id or folder.
-        shards: clips of each shard; a list that is the first one again becomes a hard link to the first file.
+        shards: clips of each shard. If a list is the same object as the first, its file is a hard link.
     """
     columns = ["id", "codes", "duration", "is_cut"]
     folder.mkdir(parents=True)

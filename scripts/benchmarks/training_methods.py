@@ -1,4 +1,4 @@
-"""Methods to train at one shape, each measured in its own process; see bench_train.py and bench_hierarchical.py."""
+"""Training methods that bench_train.py and bench_hierarchical.py compare; each is measured in a new process."""
 
 import dataclasses
 import itertools
@@ -10,7 +10,7 @@ from copy import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llama_mimi.train import Trainer  # first, as TorchTitan looks for its device when it is imported
+from llama_mimi.train import Trainer  # first: TorchTitan chooses its device when it is imported
 
 # isort: split
 
@@ -40,8 +40,8 @@ from llama_mimi.training.config_file import parse_config
 
 NUM_QUANTIZERS = 4
 LOSS_POSITIONS = {"cpu": 4096, "cuda": 32_768}[DEVICE]
-WARM_UP = {"cpu": 2, "cuda": 5}[DEVICE]  # steps, for compilation and allocations
-# The environment of a rank of torchrun.
+WARM_UP = {"cpu": 2, "cuda": 5}[DEVICE]  # warm-up steps, for compilation and allocations
+# Environment variables that torchrun sets for a single rank.
 ONE_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 Step = Callable[[], tuple[int, int]]  # returns the useful tokens and the positions of a step
 
@@ -52,7 +52,7 @@ class Shape(NamedTuple):
     codebook_size: int
     seq_len: int
     batch_size: int
-    seconds_per_clip: float  # mean of simulated lengths
+    seconds_per_clip: float  # mean of the simulated lengths
     steps: int
 
 
@@ -83,30 +83,26 @@ def write_stand_ins(shape: str, folder: Path) -> None:
 
 def measure_training(
     shape: str, folder: str, method: str, flags: str, num_layers: int, profile: str | None = None
-) -> Any:
-    """Return useful tokens/s and peak memory of one method; None if the memory is not enough."""
+) -> dict[str, float]:
+    """Train with one method; return its rates, its peak memory and its FLOPs per useful token."""
     os.environ.update(ONE_RANK)
     FLAVORS[shape] = args = copy(SHAPES[shape].args)
     args.n_layers, args.vocab_size = num_layers, SHAPES[shape].text_entries
     hf_config(args).save_pretrained(Path(folder) / "llama")
     job_config = parse_config([*training_flags(shape, Path(folder), method), *flags.split()])
     build_step = {OURS: trainer, OURS_CSM: trainer, STOCK: trainer, PLAIN_CSM: csm_loop}.get(method, llama_loop)
-    try:
-        step = build_step(job_config, method)
-        for _ in range(WARM_UP):
-            step()
-        start = synchronized_time()
-        useful, positions = np.sum([step() for _ in range(SHAPES[shape].steps)], axis=0).tolist()
-        taken = synchronized_time() - start
-        if profile:
-            write_profile(step, Path(profile))
-    except torch.OutOfMemoryError:
-        return None
-    found = {"useful_tokens_per_s": useful / taken, "useful_fraction": useful / positions}
-    found["peak_memory_bytes"], args = memory_bytes(), model_args(job_config)
+    step = build_step(job_config, method)
+    for _ in range(WARM_UP):
+        step()
+    start = synchronized_time()
+    useful, positions = np.sum([step() for _ in range(SHAPES[shape].steps)], axis=0).tolist()
+    rates = {"useful_tokens_per_s": useful / (synchronized_time() - start), "useful_fraction": useful / positions}
+    peak, args = memory_bytes(), model_args(job_config)
+    if profile:
+        write_profile(step, Path(profile))
     with torch.device("meta"):
         _, flops = args.get_nparams_and_flops(build_model(args), job_config.training.seq_len)
-    return found | {"flops_per_token": flops}
+    return rates | {"peak_memory_bytes": peak, "flops_per_token": flops}
 
 
 def training_flags(shape: str, folder: Path, method: str) -> list[str]:
@@ -123,7 +119,7 @@ def training_flags(shape: str, folder: Path, method: str) -> list[str]:
         "data.max_audio_seconds": 20.0,
         "training.dataset": folder / "codes",
         "training.local_batch_size": own.batch_size,
-        "training.seq_len": own.seq_len // (NUM_QUANTIZERS if is_csm else 1),  # the same audio per row
+        "training.seq_len": own.seq_len // (NUM_QUANTIZERS if is_csm else 1),  # a row has the same audio
         "training.mixed_precision_param": "bfloat16" if DEVICE == "cuda" else "float32",
         "training.dataloader.num_workers": int(DEVICE == "cuda"),  # as in the large configs
         "metrics.log_freq": 1_000_000,
@@ -135,7 +131,7 @@ def training_flags(shape: str, folder: Path, method: str) -> list[str]:
 
 
 def trainer(job_config: Any, method: str) -> Step:
-    """Return a step of TorchTitan's trainer, with this project's train spec or with the stock model and loss."""
+    """Return a step of TorchTitan's trainer, with this project's train spec or TorchTitan's own model and loss."""
     if method == STOCK:
         register_stock(job_config)
     built = Trainer(job_config)
@@ -159,7 +155,7 @@ def trainer(job_config: Any, method: str) -> Step:
 
 
 def register_stock(job_config: Any) -> None:
-    """Register TorchTitan's own Llama 3, which has no tied embeddings, and its loss, on this project's batches."""
+    """Register TorchTitan's own Llama 3 and loss for this project's batches; its embeddings are not tied."""
     flavor = job_config.model.flavor
     values = vars(FLAVORS[flavor]) | {"vocab_size": build_speech_tokenizer(job_config).vocabulary.size}
     names = {field.name for field in dataclasses.fields(TransformerModelArgs)}
@@ -169,7 +165,7 @@ def register_stock(job_config: Any) -> None:
         model_cls=Transformer,
         model_args={flavor: stock},
         parallelize_fn=parallelize_llama,
-        build_tokenizer_fn=build_speech_tokenizer,  # without the checks of a run
+        build_tokenizer_fn=build_speech_tokenizer,  # skip the checks of a run
         build_optimizers_fn=build_optimizers,
         build_loss_fn=build_cross_entropy_loss,
         build_metrics_processor_fn=None,
@@ -180,7 +176,7 @@ def register_stock(job_config: Any) -> None:
 
 
 def llama_loop(job_config: Any, method: str) -> Step:
-    """Return a step of `LlamaForCausalLM` with one clip per row, and padding with or without its mask."""
+    """Return a step of `LlamaForCausalLM` with one clip per row, and padding with or without an attention mask."""
     tokenizer = build_speech_tokenizer(job_config)
     torch.manual_seed(0)
     model = LlamaForCausalLM(hf_config(model_args(job_config))).to(DEVICE)
@@ -203,7 +199,7 @@ def llama_loop(job_config: Any, method: str) -> Step:
 
 
 def csm_loop(job_config: Any, method: str) -> Step:
-    """Return a step of `CsmForConditionalGeneration` with its own loss, one clip per row, and padding with its mask."""
+    """Return a step of `CsmForConditionalGeneration` with its own loss, one clip per row, and an attention mask."""
     tokenizer = build_speech_tokenizer(job_config)
     args = model_args(job_config)
     torch.manual_seed(0)
@@ -232,7 +228,7 @@ def csm_loop(job_config: Any, method: str) -> Step:
 
 
 def plain_step(weights: list[torch.Tensor], loss: Callable[[], tuple[torch.Tensor, int, int]]) -> Step:
-    """Return a step of AdamW."""
+    """Return a step of AdamW; ``loss`` returns the loss, the useful tokens and the positions of the next batch."""
     optimizer = torch.optim.AdamW(weights, lr=3e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 
     def step() -> tuple[int, int]:
@@ -248,21 +244,21 @@ def plain_step(weights: list[torch.Tensor], loss: Callable[[], tuple[torch.Tenso
 
 
 def clips_in_order(job_config: Any) -> Iterator[np.ndarray]:
-    """Yield the codes of clips, shuffled once, without end."""
+    """Return an endless iterator over the codes of all clips in one random order."""
     table = pq.read_table(f"{job_config.training.dataset}/shard-000000.parquet", columns=["codes"])
     codes = [np.stack(clip)[:, :NUM_QUANTIZERS] for clip in table["codes"].to_numpy()]
     return (codes[index] for index in itertools.cycle(np.random.default_rng(0).permutation(len(codes))))
 
 
 def model_args(job_config: Any) -> LlamaMimiArgs:
-    """Return the model of a job, with its own vocabulary."""
+    """Return the model arguments of a job, with its vocabulary."""
     args = copy(FLAVORS[job_config.model.flavor])
     args.update_from_config(job_config)
     return args
 
 
-def measure_loss(method: str) -> dict[str, float]:
-    """Return the memory of the loss, forward and backward."""
+def measure_loss(method: str) -> int:
+    """Return the bytes that the loss needs at the peak, forward and backward."""
     N, dtype = LOSS_POSITIONS, torch.bfloat16 if DEVICE == "cuda" else torch.float32
     hidden_BLD = torch.randn(1, N, 2048, device=DEVICE, dtype=dtype, requires_grad=True)
     weight_VD = torch.empty(136_450, 2048, device=DEVICE, dtype=dtype).normal_(std=0.02).requires_grad_()
@@ -276,7 +272,7 @@ def measure_loss(method: str) -> dict[str, float]:
     else:
         loss = F.cross_entropy(F.linear(hidden_BLD, weight_VD).flatten(0, 1).float(), targets_N, reduction="sum")
     loss.backward()
-    return {"bytes": memory_bytes() - before}
+    return memory_bytes() - before
 
 
 def write_profile(step: Step, path: Path) -> None:
@@ -294,7 +290,7 @@ def synchronized_time() -> float:
 
 
 def memory_bytes() -> int:
-    """Return the peak memory of this process, on the GPU or resident on a CPU."""
+    """Return the peak memory of this process: allocated on the GPU, or resident without a GPU."""
     if DEVICE == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -2,12 +2,11 @@
 
     uv run python scripts/tiny/build_tiny_assets.py --output_dir assets/tiny
 
-Speech is synthesised with espeak-ng from text written for this project, with fixed seeds. The codec (`mimi/`), the ASR
-model (`recogniser/`) and the `speaker_encoder/` are trained on that corpus by train_tiny_codec.py and
-train_tiny_listeners.py, and stay unchanged here.
+espeak-ng synthesises speech from text that was written for this project, with fixed seeds. This script does not change
+the codec (`mimi/`), the ASR model (`recogniser/`) and the `speaker_encoder/`. train_tiny_codec.py and
+train_tiny_listeners.py train them on the corpus.
 """
 
-import csv
 import io
 import itertools
 import random
@@ -20,6 +19,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import soundfile as sf
@@ -42,7 +42,7 @@ SPECIALS = ["<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>",
 REVERSED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 PAIRS = 100
 SPEAKER_PAIRS = 200
-TAKES = {"train": (-1, 0, 1), "validation": (0.5,)}  # of an isolated word, with different pitch and speed
+TAKES = {"train": (-1, 0, 1), "validation": (0.5,)}  # variants of an isolated word, with different pitch and speed
 PROMPT_SECONDS = 1.6
 
 
@@ -50,7 +50,7 @@ def speak(sentence: str, speaker: Speaker) -> np.ndarray:
     """Return speech as float32 mono at 24 kHz, with 50 ms of silence at both ends and a peak of 0.9."""
     command = ["espeak-ng", "--stdout", "-v", speaker.voice, "-p", str(speaker.pitch), "-s", str(speaker.speed)]
     wav = subprocess.run([*command, sentence], check=True, capture_output=True).stdout
-    # espeak-ng streams with a wrong length in the header.
+    # The length in the header is wrong, because espeak-ng writes to a pipe.
     rate = struct.unpack_from("<I", wav, 24)[0]
     samples = np.frombuffer(wav[44 : len(wav) - len(wav) % 2], dtype="<i2").astype(np.float32) / 32768
     audio = torchaudio.functional.resample(torch.from_numpy(samples), rate, SAMPLE_RATE).numpy()
@@ -61,7 +61,7 @@ def speak(sentence: str, speaker: Speaker) -> np.ndarray:
 
 
 def fix_ogg_serial(data: bytes) -> bytes:
-    """Set the stream number of every Ogg page to 1; libsndfile draws it at random, which would change every build."""
+    """Set the stream number of every Ogg page to 1; libsndfile uses a random number, which differs in every build."""
     pages = bytearray(data)
     start = 0
     while start < len(pages):
@@ -94,7 +94,7 @@ def corpus_row(name: str, audio: np.ndarray, sentence: str, speaker: Speaker) ->
 
 
 def make_rows(maker: text.SentenceMaker, split: str, seconds: float) -> list[dict]:
-    """Return rows of clips of 2.0 to 4.8 s, speakers in turn, until their total exceeds `seconds`."""
+    """Return rows of clips of 2.0 to 4.8 s until their total exceeds ``seconds``; the speakers alternate."""
     rows: list[dict] = []
     total, turn = 0.0, 0
     while total < seconds:
@@ -111,7 +111,7 @@ def make_rows(maker: text.SentenceMaker, split: str, seconds: float) -> list[dic
 
 
 def make_words(split: str) -> list[dict]:
-    """Return rows of the ten digits, said alone by every speaker near their usual pitch and speed."""
+    """Return rows of isolated digits; every speaker says each digit with several pitches and speeds."""
     rows: list[dict] = []
     for speaker, take, word in itertools.product(SPEAKERS, TAKES[split], text.DIGITS):
         pitch, speed = round(speaker.pitch + 6 * take), round(speaker.speed + 15 * take)
@@ -158,7 +158,7 @@ def write_llama(folder: Path, lines: list[str]) -> None:
 
 
 def write_speaker_consistency(folder: Path, maker: text.SentenceMaker) -> None:
-    """Write SALMon pairs with the same words: one speaker throughout, and a change of speaker half-way."""
+    """Write SALMon pairs with the same words: one clip has one speaker, in the other the speaker changes half-way."""
     for index in range(SPEAKER_PAIRS):
         speaker, other = (SPEAKERS[i % len(SPEAKERS)] for i in (index, index + 1 + index // 8 % 7))
         while True:
@@ -177,16 +177,8 @@ def phones_of(word: str, speaker: Speaker) -> list[str]:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
 
 
-def write_gold(path: Path, rows: list[dict]) -> None:
-    """Write the benchmark's table of clips."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def write_lexical(folder: Path, counts: Counter[str], rng: random.Random) -> None:
-    """Write sLM21 lexical pairs: a word of the training text, and the same word with two letters changed."""
+    """Write sLM21 lexical pairs: a word of the training text, and the word with two changed letters."""
     names = {name.lower() for name in (*text.NAMES, "Saturday")}
     words = sorted(word for word in counts if len(word) >= 5 and text.syllables(word) >= 2 and word not in names)
     rng.shuffle(words)
@@ -205,14 +197,14 @@ def write_lexical(folder: Path, counts: Counter[str], rng: random.Random) -> Non
             write_opus(folder / f"{name}.ogg", speak(item, speaker))
         if len(rows) == 2 * PAIRS:
             break
-    write_gold(folder / "gold.csv", rows)
+    pd.DataFrame(rows).to_csv(folder / "gold.csv", index=False)
 
 
 def write_syntactic(folder: Path, maker: text.SentenceMaker) -> None:
-    """Write sLM21 syntactic pairs: a new sentence, and the same words in a wrong order."""
+    """Write sLM21 syntactic pairs: a new sentence, and its words in a wrong order."""
     rows: list[dict] = []
     for pair in range(PAIRS):
-        # The kind also advances every eight pairs, so that every speaker has every kind.
+        # The kind also changes every eight pairs, so that every speaker gets every kind.
         kind = text.SYNTACTIC_TYPES[(pair + pair // len(SPEAKERS)) % len(text.SYNTACTIC_TYPES)]
         speaker = SPEAKERS[pair % len(SPEAKERS)]
         for sentence, correct in zip(maker.order_pair(kind), (1, 0), strict=True):
@@ -220,23 +212,23 @@ def write_syntactic(folder: Path, maker: text.SentenceMaker) -> None:
             row = {"id": pair, "filename": name, "voice": speaker.name, "type": "word_order", "subtype": kind}
             rows.append(row | {"transcription": sentence, "correct": correct})
             write_opus(folder / f"{name}.ogg", speak(sentence, speaker))
-    write_gold(folder / "gold.csv", rows)
+    pd.DataFrame(rows).to_csv(folder / "gold.csv", index=False)
 
 
 def write_storycloze(folder: Path, maker: text.SentenceMaker) -> None:
-    """Write story pairs (2i, 2i+1) under 10 s: the same opening with a fitting and with an unrelated ending."""
+    """Write story pairs (2i, 2i+1) under 10 s: the same opening with a fitting and an unrelated ending."""
     for index in range(PAIRS):
         speaker = SPEAKERS[index % len(SPEAKERS)]
         story, *endings = maker.story()
         opening = speak(story, speaker)
         for offset, (name, ending) in enumerate(zip(("fitting", "unrelated"), endings, strict=True)):
             clip = np.concatenate([opening, PAUSE, speak(ending, speaker)])
-            # The longest clips get a lower rate (about 16 kbit/s), which keeps the folder small.
+            # A lower bit rate (about 16 kbit/s), because these clips are the longest.
             write_opus(folder / f"{2 * index + offset}_{name}.ogg", clip, 0.971)
 
 
 def build_tiny_assets(output_dir: Path = Path("assets/tiny")) -> None:
-    """Build every part in a folder."""
+    """Build all parts of the assets."""
     if shutil.which("espeak-ng") is None:
         raise UserError("espeak-ng is not on PATH; install it (for example `apt-get install espeak-ng`)")
     for part in ("corpus", "words", "llama", "benchmarks"):

@@ -1,23 +1,29 @@
-"""Measure how much of held-out speech a codec keeps at 1, 2, 4 and 8 levels.
+"""Measure how well a codec keeps held-out speech at 1, 2, 4 and 8 levels.
 
 uv run python scripts/tiny/score_codec.py --codec assets/tiny/mimi --corpus "assets/tiny/corpus/train-*.parquet" \\
     --validation_corpus "assets/tiny/corpus/validation-*.parquet" --words_corpus "assets/tiny/words/train-*.parquet" \\
     --words_validation_corpus "assets/tiny/words/validation-*.parquet"
 
-Classifiers are trained on original recordings of the first corpora and classify reconstructions of the second ones.
+Classifiers are trained on recordings of the training corpora. They classify reconstructions of the held-out clips.
 
-Shapes: S samples, T frames, Q quantizers, K codebook size.
+Shapes: S samples, T frames, Q quantizers, F spectral windows, B mel bands, C cepstral coefficients.
 """
 
 import json
+import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
+import numpy as np
 import torch
-from speech_classifier import LabelledClip, SpeechClassifier, read_clips
-from tiny_codec import DEPTHS, MelMagnitude, new_codec
+import torchaudio
+from scipy.stats import entropy
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from tiny_codec import DEPTHS, LabelledClip, MelMagnitude, new_codec, read_clips
 
 from llama_mimi.audio.mimi import MimiCodec
 from llama_mimi.common.command_line import run_command
@@ -26,28 +32,62 @@ from llama_mimi.common.versions import versions
 from llama_mimi.evaluation.statistics import wilson_interval
 from llama_mimi.report.document import pyplot
 
-WORD_PARTS = 5  # parts of a word with means of their own, because the order of sounds makes the word
-DYNAMIC_RANGE_DB = 70.0  # of the spectrograms
+WORD_PARTS = 5  # parts of a word with separate means, because the order of sounds matters
+DYNAMIC_RANGE_DB = 70.0  # range of the spectrograms
+WINDOW, HOP, BANDS, COEFFICIENTS = 1024, 240, 40, 20  # MFCC settings: 43 ms windows every 10 ms at 24 kHz
+MEL_RANGE_DB = 50.0  # limit below the loudest band of a clip; fainter sound is recording noise
+LOUD_RANGE_DB = 30.0  # limit below the loudest window; fainter windows are pauses
+ENERGY_FRACTION = 0.99  # fraction of the mean magnitude spectrum; higher bands are not used
+
+
+class SpeechClassifier:
+    """Logistic regression on the mean MFCCs of each of ``num_parts`` equal parts of a recording.
+
+    Deviations over time are not used. For recordings they work equally well, for reconstructions far worse
+    (scripts/benchmarks/LEDGER.md).
+    """
+
+    def __init__(
+        self, clips: Sequence[LabelledClip], labels: Sequence[str], sample_rate_hz: int, *, num_parts: int = 1
+    ) -> None:
+        self.num_parts = num_parts
+        # The upper bands of low-rate recordings are empty; their coefficients would describe noise of the codec.
+        spectrum = torchaudio.transforms.Spectrogram(WINDOW, hop_length=HOP, power=1.0)
+        mean_F = torch.stack([spectrum(clip.samples_S).mean(dim=1) for clip in clips]).mean(dim=0)
+        num_used = int((mean_F.cumsum(0) / mean_F.sum() < ENERGY_FRACTION).sum()) + 1
+        self.mel = torchaudio.transforms.MelSpectrogram(
+            sample_rate_hz, n_fft=WINDOW, hop_length=HOP, n_mels=BANDS, f_max=num_used * sample_rate_hz / WINDOW
+        )
+        self.dct_BC = torchaudio.functional.create_dct(COEFFICIENTS, BANDS, norm="ortho")
+        self.model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
+        self.model.fit(self._features([clip.samples_S for clip in clips]), labels)
+
+    def accuracy(self, clips: Sequence[torch.Tensor], labels: Sequence[str]) -> float:
+        """Return the fraction of clips (S,) that are classified correctly."""
+        return float(self.model.score(self._features(clips), labels))
+
+    def _features(self, clips: Sequence[torch.Tensor]) -> np.ndarray:
+        """Return the mean coefficients (N, parts * C) of the loud windows, for each part of each clip."""
+        rows = []
+        for samples_S in clips:
+            level_BF = 10 * self.mel(samples_S / samples_S.abs().max().clamp(min=1e-6)).clamp(min=1e-10).log10()
+            level_BF = level_BF.clamp(min=level_BF.max() - MEL_RANGE_DB)
+            loudness_F = level_BF.max(dim=0).values
+            loud_BF = level_BF[:, loudness_F > loudness_F.max() - LOUD_RANGE_DB]
+            parts = [part_BF for part_BF in loud_BF.tensor_split(self.num_parts, dim=1) if part_BF.shape[1]]
+            parts += parts[-1:] * (self.num_parts - len(parts))
+            rows.append(torch.cat([part_BF.mean(dim=1) @ self.dct_BC for part_BF in parts]).numpy())
+        return np.stack(rows)
 
 
 def decode_at(codec: MimiCodec, codes: Sequence[torch.Tensor], depth: int, clips: Sequence[LabelledClip]) -> list:
-    """Return clips as decoded from the first levels, cut to their own lengths."""
+    """Return clips that are decoded from their first ``depth`` levels, and cut to the original lengths."""
     pairs = zip(codes, clips, strict=True)
     return [codec.decode(codes_TQ[:, :depth])[: len(clip.samples_S)] for codes_TQ, clip in pairs]
 
 
-def encode_each(codec: MimiCodec, clips: Sequence[LabelledClip]) -> list[torch.Tensor]:
-    return [codec.encode([clip.samples_S])[0] for clip in clips]
-
-
-def perplexities(codes_TQ: torch.Tensor, codebook_size: int) -> list[float]:
-    """Return the perplexity of the codes of each level: the number of codes that an even use would have."""
-    counts_QK = torch.stack([torch.bincount(codes_T, minlength=codebook_size) for codes_T in codes_TQ.T])
-    return torch.exp(torch.special.entr((counts_QK / len(codes_TQ)).double()).sum(dim=1)).tolist()
-
-
 def draw_spectrograms(path: Path, clips: dict[str, torch.Tensor], sample_rate_hz: int, title: str) -> None:
-    """Write a PNG with one spectrogram per clip (S,), on one scale of time, frequency and level."""
+    """Write a PNG with one spectrogram per clip (S,), all with the same scales of time, frequency and level."""
     figure, axes = pyplot().subplots(len(clips), 1, figsize=(9, 1.7 * len(clips)), sharex=True, layout="constrained")
     images = []
     for axis, (name, samples_S) in zip(axes, clips.items(), strict=True):
@@ -73,7 +113,7 @@ def score_codec(
     output_file: Path = Path("results/codec.json"),
     picture: Path | None = None,
 ) -> None:
-    """Score a codec, write the figures, and print their table.
+    """Score a codec, write the scores, and print their table.
 
     Args:
         codec: hub id or folder
@@ -81,7 +121,7 @@ def score_codec(
         validation_corpus: held-out clips
         words_corpus: isolated words; default: --corpus
         words_validation_corpus: held-out isolated words; default: --validation_corpus
-        picture: PNG of the first held-out clip's spectrograms
+        picture: PNG file for the spectrograms of the first held-out clip
     """
     mimi = MimiCodec(codec, DEPTHS[-1])
     rate_hz, mel = mimi.sample_rate_hz, MelMagnitude(mimi.sample_rate_hz)
@@ -103,7 +143,7 @@ def score_codec(
 
     rows = {"original": score([clip.samples_S for clip in held_out], [clip.samples_S for clip in words])}
     pictures = {"original": held_out[0].samples_S}
-    codes, word_codes = encode_each(mimi, held_out), encode_each(mimi, words)
+    codes, word_codes = (mimi.encode_many([clip.samples_S for clip in clips]) for clips in (held_out, words))
     for depth in DEPTHS:
         name = f"{depth} level{'s' * (depth > 1)}"
         decoded = decode_at(mimi, codes, depth, held_out)
@@ -113,14 +153,17 @@ def score_codec(
         torch.manual_seed(0)
         new_codec(mimi.model.config).save_pretrained(folder)
         untrained = MimiCodec(folder, mimi.num_quantizers)
-        random = [decode_at(untrained, encode_each(untrained, clips), DEPTHS[-1], clips) for clips in (held_out, words)]
+        random = []
+        for clips in (held_out, words):
+            random_codes = untrained.encode_many([clip.samples_S for clip in clips])
+            random.append(decode_at(untrained, random_codes, DEPTHS[-1], clips))
         rows["untrained, 8 levels"] = score(*random)
     if picture:
         draw_spectrograms(picture, pictures, rate_hz, title=held_out[0].text)
-    used = perplexities(torch.cat(codes), mimi.codebook_size)
+    perplexities = [math.exp(entropy(torch.bincount(codes_N).numpy())) for codes_N in torch.cat(codes).T]
     numbers = {"train_clips": train, "held_out_clips": held_out, "train_words": train_words, "held_out_words": words}
     counts = {name: len(clips) for name, clips in numbers.items()}
-    report = {"codec": codec, "rows": rows, "perplexity": used, "counts": counts, "versions": versions()}
+    report = {"codec": codec, "rows": rows, "perplexity": perplexities, "counts": counts, "versions": versions()}
     write_atomically(str(output_file.parent), output_file.name, (json.dumps(report, indent=1) + "\n").encode())
     print("| | log-mel distance | spectral convergence | speaker | word |\n|---|---|---|---|---|")
     for name, row in rows.items():
@@ -129,7 +172,7 @@ def score_codec(
             low, high = wilson_interval(row[kind], count)
             cells.append(f"{100 * row[kind]:.1f} % ({100 * low:.0f} to {100 * high:.0f})")
         print(f"| {name} | {' | '.join(cells)} |")
-    print(f"\nPerplexity per level, of {mimi.codebook_size}: {', '.join(f'{value:.0f}' for value in used)}.")
+    print(f"\nPerplexity per level, of {mimi.codebook_size}: {', '.join(f'{value:.0f}' for value in perplexities)}.")
     print(", ".join(f"{name} {count}" for name, count in counts.items()) + ".")
 
 

@@ -1,10 +1,10 @@
-"""Measure the errors of an ASR model and a speaker encoder on held-out speech, and on a codec's reconstructions of it.
+"""Measure the errors of an ASR model and a speaker encoder on held-out speech and on its reconstructions by a codec.
 
     uv run python scripts/tiny/score_listeners.py --corpus "assets/tiny/corpus/validation-*.parquet" \\
         --recogniser assets/tiny/recogniser --speaker_encoder assets/tiny/speaker_encoder --codec assets/tiny/mimi
 
-The word error rate is of whole clips. The equal error rate is of speaker verification as in eval/generation.py: do the
-first part of one recording and the rest of another have the same speaker? It is taken over all pairs of clips.
+The word error rate counts the words of whole clips. The equal error rate belongs to speaker verification over all pairs
+of clips, as in eval/generation.py: the first part of one clip is compared with the second part of another clip.
 """
 
 import json
@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from speech_classifier import LabelledClip, read_clips
-from tiny_codec import DEPTHS
+from sklearn.metrics import roc_curve
+from tiny_codec import DEPTHS, LabelledClip, read_clips
 from torchaudio.functional import edit_distance
 from tqdm import tqdm
 
@@ -32,12 +32,11 @@ CPU = torch.device("cpu")
 
 
 def equal_error_rate(same_N: np.ndarray, different_N: np.ndarray) -> float:
-    """Return the rate at which as many pairs of one speaker are refused as pairs of two speakers are accepted."""
-    thresholds = np.sort(np.concatenate([same_N, different_N]))
-    refused = np.searchsorted(np.sort(same_N), thresholds) / len(same_N)
-    accepted = 1 - np.searchsorted(np.sort(different_N), thresholds) / len(different_N)
-    nearest = np.abs(refused - accepted).argmin()
-    return float((refused[nearest] + accepted[nearest]) / 2)
+    """Return the error rate at the threshold where the rates of false rejections and false acceptances are equal."""
+    is_same = np.repeat([True, False], [len(same_N), len(different_N)])
+    accepted, found, _ = roc_curve(is_same, np.concatenate([same_N, different_N]), drop_intermediate=False)
+    nearest = np.abs(1 - found - accepted).argmin()
+    return float((1 - found[nearest] + accepted[nearest]) / 2)
 
 
 def score_listeners(
@@ -48,14 +47,14 @@ def score_listeners(
     prompt_seconds: float = 1.6,
     output_file: Path = Path("results/listeners.json"),
 ) -> None:
-    """Score both, write the figures, and print their table.
+    """Score both models, write the scores, and print their table.
 
     Args:
         corpus: Parquet path or glob of held-out clips with columns audio, speaker, text
         recogniser: hub id or folder
         speaker_encoder: hub id or folder
         codec: hub id or folder of the codec
-        prompt_seconds: position at which clips are divided for the speaker encoder
+        prompt_seconds: length of the first part for the speaker encoder, in seconds
     """
     mimi = MimiCodec(codec, DEPTHS[-1])
     clips = read_clips(corpus, mimi.sample_rate_hz)
@@ -71,7 +70,7 @@ def score_listeners(
                 decoded_S = mimi.decode(codes_TQ[:, :depth])[: len(clip.samples_S)] if depth else clip.samples_S
                 write_wav(file, Waveform(decoded_S, mimi.sample_rate_hz))
             texts = [value["text"] for value in asr.compute([(Clip(file),) for file in files])]
-            if prompts_ND is None:  # prompts are always recordings
+            if prompts_ND is None:  # the first parts are always recordings
                 prompts_ND = torch.stack([embed(Clip(file, 0, prompt_seconds)) for file in files])
             rests_ND = torch.stack([embed(Clip(file, prompt_seconds)) for file in files])
             error_rate = verification_error_rate(clips, prompts_ND, rests_ND)
@@ -86,7 +85,7 @@ def score_listeners(
 
 
 def word_errors(clips: Sequence[LabelledClip], texts: Sequence[str]) -> dict:
-    """Return the word error rate of all words, and a bootstrap interval over clips."""
+    """Return the error rate of all words, and its bootstrap interval over clips."""
     spoken = [metrics.words_of(clip.text) for clip in clips]
     wrong = [edit_distance(words, metrics.words_of(text)) for words, text in zip(spoken, texts, strict=True)]
     rates = [errors / len(words) for errors, words in zip(wrong, spoken, strict=True)]
@@ -94,7 +93,7 @@ def word_errors(clips: Sequence[LabelledClip], texts: Sequence[str]) -> dict:
 
 
 def verification_error_rate(clips: Sequence[LabelledClip], prompts_ND: torch.Tensor, rests_ND: torch.Tensor) -> float:
-    """Return the equal error rate of each prompt against the rests of all other clips."""
+    """Return the equal error rate over all pairs of the first part of a clip and the second part of another clip."""
     cosines_NN = torch.nn.functional.cosine_similarity(prompts_ND[:, None], rests_ND[None], dim=2).numpy()
     speakers_N = np.array([clip.speaker for clip in clips])
     is_same_NN = speakers_N[:, None] == speakers_N[None]

@@ -1,23 +1,28 @@
-"""Training of a small Mimi: `transformers.MimiModel` unchanged, with a quantizer whose codebooks learn.
+"""Functions to train a small Mimi: the unchanged `transformers.MimiModel`, with codebooks that are learned.
 
 Shapes: B batch, S samples, T frames, D latent width, E width of the quantizer, K codebook size, N vectors, C channels.
 """
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torchaudio
+from scipy.cluster.vq import kmeans2
 from torch import nn
 from torch.nn import functional as F
-from transformers import EncodecFeatureExtractor, MimiConfig, MimiModel
+from transformers import EncodecFeatureExtractor, MimiConfig, MimiModel, PreTrainedModel
 
+from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import share_weights
+from llama_mimi.corpora.clips import AudioClip, AudioReader
+from llama_mimi.corpora.formats import open_source
 
-LAYER_SCALE = 0.2  # initial value; Mimi's 0.01 is meant for far longer training
-EMA_DECAY = 0.99  # of codebooks, per step; as in VQ-VAE (arXiv 1711.00937, appendix A)
-DEAD_FRACTION = 0.25  # of an even use; a code that is used less often is drawn again
-# STFT windows in samples (10.7, 21.3, 42.7, 85.3 ms at 24 kHz) and mel bands; four hops a window.
+LAYER_SCALE = 0.2  # initial value; the 0.01 of Mimi suits far longer training
+EMA_DECAY = 0.99  # decay of codebooks per step, as in VQ-VAE (arXiv 1711.00937, appendix A)
+DEAD_FRACTION = 0.25  # a code restarts if its usage is below this fraction of the mean usage
+# STFT windows in samples (10.7, 21.3, 42.7, 85.3 ms at 24 kHz) and numbers of mel bands; a window has four hops.
 RESOLUTIONS = ((256, 20), (512, 40), (1024, 80), (2048, 128))
 DEPTHS = (1, 2, 4, 8)  # numbers of levels at which a codec is scored
 MEL_FLOOR = 3e-4  # lower limit of magnitudes; a sine of full scale has 0.5
@@ -26,8 +31,8 @@ MEL_FLOOR = 3e-4  # lower limit of magnitudes; a sine of full scale has 0.5
 def tiny_mimi_config(codebook_size: int) -> MimiConfig:
     """Return a configuration with 24 kHz, 12.5 frames/s, 8 levels and 1.8 million parameters.
 
-    Mimi's strides are in reverse order, which halves the work. The attention window is one training crop, so that long
-    clips are no harder than crops.
+    The strides of Mimi are reversed, which halves the work. The attention window is as long as a training crop, so that
+    long clips are not harder than crops.
     """
     filters = {"num_filters": 16, "hidden_size": 128, "upsampling_ratios": [4, 5, 6, 8], "frame_rate": 12.5}
     books = {"codebook_size": codebook_size, "codebook_dim": 32, "vector_quantization_hidden_dimension": 32}
@@ -37,7 +42,7 @@ def tiny_mimi_config(codebook_size: int) -> MimiConfig:
 
 
 def new_codec(config: MimiConfig) -> MimiModel:
-    """Return a codec with PyTorch's default weights; the library's are meant to be overwritten and hardly learn."""
+    """Return a codec with the initial weights of PyTorch; with those of transformers it hardly learns."""
     model = MimiModel(config)
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv1d | nn.ConvTranspose1d | nn.Linear):
@@ -51,10 +56,10 @@ def new_codec(config: MimiConfig) -> MimiModel:
 
 @torch.no_grad()
 def standardize(model: MimiModel, audio_B1S: torch.Tensor) -> None:
-    """Scale every convolution to zero mean and unit variance per channel on speech (after arXiv 1511.06422).
+    """Scale the output of every convolution to mean 0 and variance 1 per channel on speech (after arXiv 1511.06422).
 
-    With PyTorch's default weights the output of some twenty layers hardly depends on the input, and training stays at
-    the average spectrum for a long time.
+    Otherwise the output of about twenty layers hardly depends on the input, and training stays at the average spectrum
+    for a long time.
     """
 
     def scale(conv: nn.Conv1d | nn.ConvTranspose1d, _inputs: tuple, output: torch.Tensor) -> torch.Tensor:
@@ -84,7 +89,7 @@ def codebooks(model: MimiModel) -> list[nn.Module]:
 
 
 def _branches(model: MimiModel) -> tuple[nn.Module, nn.Module]:
-    """Return the semantic and the acoustic quantizer; Mimi quantizes the same latents with both and adds the two."""
+    """Return the semantic and the acoustic quantizer; both quantize the same latents, and Mimi adds the results."""
     quantizer = model.quantizer
     return quantizer.semantic_residual_vector_quantizer, quantizer.acoustic_residual_vector_quantizer
 
@@ -92,14 +97,14 @@ def _branches(model: MimiModel) -> tuple[nn.Module, nn.Module]:
 def reconstruct(
     model: MimiModel, audio_B1S: torch.Tensor, depth_B: torch.Tensor, *, is_quantized: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Encode and decode whole frames in training, and move codebooks towards the latents.
+    """Encode and decode whole frames in training, and update the codebooks.
 
     Args:
-        depth_B: number of levels from which each clip is decoded.
-        is_quantized: False leaves the projected latents unchanged, for the warm-up.
+        depth_B: number of levels to decode each clip from.
+        is_quantized: False skips quantization, for the warm-up.
 
     Returns:
-        The decoded audio_B1S, and the commitment loss: the mean square distance of latents from their codes.
+        The decoded audio (B, 1, S), and the commitment loss: the mean squared distance between latents and their codes.
     """
     latents_BDT = model.encoder(audio_B1S).latents
     total_BDT, commitment, first = torch.zeros_like(latents_BDT), latents_BDT.new_zeros(()), 0
@@ -141,37 +146,26 @@ def _move_codebook(book: nn.Module, vectors_NE: torch.Tensor, index_N: torch.Ten
     drawn_NE = vectors_NE[torch.randint(len(vectors_NE), (int(is_dead_K.sum()),), device=vectors_NE.device)]
     book.embed_sum[is_dead_K] = drawn_NE * even
     book.cluster_usage[is_dead_K] = even
-    book._embed = None  # transformers caches the quotient of the two
+    book._embed = None  # the cache of transformers for the quotient of the two
 
 
 @torch.no_grad()
 def fit_codebooks(model: MimiModel, crops: list[torch.Tensor]) -> None:
-    """Set the codebooks by k-means, level after level, after the warm-up; crops are (B, 1, S) each."""
+    """Set the codebooks by k-means after the warm-up, one level after another; each of the crops is (B, 1, S)."""
     latents_BDT = torch.cat([model.encoder(audio_B1S).latents for audio_B1S in crops])
     for branch in _branches(model):
         residual_NE = branch.input_proj(latents_BDT).mT.flatten(0, 1)
         for layer in branch.layers:
             book = layer.codebook
-            center_KE = _k_means(residual_NE, book.codebook_size)
-            # The state after even use at the rate of a training step.
+            # 20 steps of Lloyd's algorithm, from random vectors
+            centers = kmeans2(residual_NE.cpu().numpy(), book.codebook_size, iter=20, minit="points", rng=0)[0]
+            center_KE = torch.from_numpy(centers).to(residual_NE)
+            # The state of codes that are used equally often in each training step.
             even = len(residual_NE) / len(crops) / book.codebook_size
             book.cluster_usage.fill_(even)
             book.embed_sum.copy_(center_KE * even)
             book._embed = None
             residual_NE = residual_NE - book.decode(book.quantize(residual_NE))
-
-
-def _k_means(vectors_NE: torch.Tensor, k: int, steps: int = 20) -> torch.Tensor:
-    """Return the centers (K, E) of Lloyd's algorithm; an empty cluster restarts at a random vector."""
-    center_KE = vectors_NE[torch.randperm(len(vectors_NE), device=vectors_NE.device)[:k]].clone()
-    for _ in range(steps):
-        index_N = torch.cdist(vectors_NE, center_KE).argmin(dim=1)
-        count_K = torch.bincount(index_N, minlength=k)
-        sum_KE = torch.zeros_like(center_KE).index_add_(0, index_N, vectors_NE)
-        center_KE = sum_KE / count_K.clamp(min=1)[:, None]
-        empty_K = count_K == 0
-        center_KE[empty_K] = vectors_NE[torch.randint(len(vectors_NE), (int(empty_K.sum()),), device=center_KE.device)]
-    return center_KE
 
 
 class MelMagnitude(nn.Module):
@@ -207,19 +201,46 @@ class SpectralLoss(nn.Module):
 
 
 def save_half(model: MimiModel, folder: Path) -> None:
-    """Save a codec in float16 with its feature extractor, and a config that loads it in float32."""
+    """Save a codec in float16, with its feature extractor."""
     half = MimiModel(model.config)
     half.load_state_dict(model.state_dict())
     for book in codebooks(half):
-        book.embed_sum.copy_(book.embed)  # usage 1: float16 then rounds each center once
+        book.embed_sum.copy_(book.embed)  # with usage 1, float16 rounds each center once
         book.cluster_usage.fill_(1.0)
-    half.half().save_pretrained(folder)
+    save_in_float16(half, folder)
+    write_feature_extractor(model.config, folder)
+
+
+def save_in_float16(model: PreTrainedModel, folder: Path) -> None:
+    """Save a model in float16, with a config that loads it in float32."""
+    model.half().save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
     share_weights(folder)
-    write_feature_extractor(model.config, folder)
 
 
 def write_feature_extractor(config: MimiConfig, folder: Path) -> None:
     """Write the ``preprocessor_config.json`` that `AutoFeatureExtractor` reads."""
     EncodecFeatureExtractor(config.audio_channels, config.sampling_rate).save_pretrained(folder)
+
+
+class LabelledClip(NamedTuple):
+    samples_S: torch.Tensor
+    speaker: str  # empty if unknown, like the text
+    text: str
+
+
+def read_clips(corpus: str, sample_rate_hz: int) -> list[LabelledClip]:
+    """Read a corpus of any format into memory, with its columns speaker and text; print why clips are skipped."""
+    source = open_source(corpus, None, "audio", None, extra_columns={"text": "text", "speaker": "speaker"})
+    reader = AudioReader(source, sample_rate_hz=sample_rate_hz, frame_size=1024, max_frames=10**9)
+    rows = (row for unit in range(len(source.units)) for row in source.rows(unit))
+    clips = []
+    for clip in (clip for row in rows for clip in reader.clips(row)):
+        if isinstance(clip, AudioClip):
+            clips.append(LabelledClip(torch.as_tensor(clip.samples_S), clip.speaker or "", clip.text or ""))
+        else:
+            print(f"skipped: {clip.message}", flush=True)
+    if not clips:
+        raise UserError(f"no clip of the corpus '{corpus}' can be used; name another corpus")
+    return clips

@@ -1,7 +1,7 @@
-"""Text of the tiny offline assets: word lists, a small grammar of sentences, stories and non-words.
+"""Text for the tiny offline assets: word lists, a small grammar, stories and non-words.
 
-Everything here was written for this project. Each topic has its own people, actions, things and places, and a sentence
-has one topic, so that a small model can learn which words go together. The same seed gives the same text.
+All text was written for this project. Each topic has its own people, actions, things and places. A sentence has one
+topic, so that a small model can learn which words occur together. The same seed gives the same text.
 """
 
 import random
@@ -72,7 +72,7 @@ PERSON_ADJECTIVES = "careful cheerful clever curious friendly gentle nervous pat
 NAMES = ("Amanda", "Benjamin", "Camilla", "Dominic", "Helena", "Martin", "Nicola", "Oliver")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TIMES = ("yesterday", "last summer", "after dinner", "every morning", "before midnight", "on Saturday")
-# Wrong order of a basic sentence's seven tokens, by kind.
+# Wrong orders of the seven parts of a basic sentence, by kind.
 WRONG_ORDERS = {"determiner_noun": (1, 2, 0, 3, 4, 5, 6), "adjective_noun": (0, 2, 1, 3, 4, 5, 6)}
 WRONG_ORDERS |= {"verb_object": (0, 1, 2, 4, 3, 5, 6), "preposition_place": (0, 1, 2, 3, 4, 6, 5)}
 SYNTACTIC_TYPES = tuple(WRONG_ORDERS)
@@ -90,14 +90,14 @@ def render(words: list[str]) -> str:
 
 
 class SentenceMaker:
-    """Generator of sentences, none of them twice, for the corpus and the benchmarks."""
+    """Generator of different sentences for the corpus and the benchmarks."""
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
         self.seen: set[str] = set()
 
     def _new(self, draw: Callable[[random.Random, Topic], list[str]]) -> list[str]:
-        """Draw until the sentence is a new one."""
+        """Draw sentences until one is new, and return its parts."""
         while True:
             words = draw(self.rng, self.rng.choice(TOPICS))
             text = render(words)
@@ -110,21 +110,21 @@ class SentenceMaker:
         return self._new(_plain)
 
     def corpus(self) -> str:
-        """Return a corpus sentence: half of them are basic, half have other shapes."""
+        """Return a sentence for the corpus, which is basic with probability 0.5."""
         return render(self.plain() if self.rng.random() < 0.5 else self._new(_varied))
 
     def halves(self) -> tuple[str, str]:
-        """Return a new basic sentence cut after its verb."""
+        """Return the two halves of a new basic sentence, which is cut after its verb."""
         words = self.plain()
         return render(words[:4])[:-1], " ".join(words[4:]) + "."
 
     def order_pair(self, kind: str) -> tuple[str, str]:
-        """Return a new basic sentence and the same words in a wrong order (see WRONG_ORDERS)."""
+        """Return a new basic sentence, and its words in a wrong order from `WRONG_ORDERS`."""
         words = self.plain()
         return render(words), render([words[i] for i in WRONG_ORDERS[kind]])
 
     def story(self) -> tuple[str, str, str]:
-        """Return a story of two sentences, an ending with its topic, and an ending with another topic."""
+        """Return a story of two sentences, an ending of the same topic, and an ending of another topic."""
         while True:
             rng = self.rng
             topic = rng.choice(TOPICS)
@@ -151,7 +151,7 @@ def _plain(rng: random.Random, topic: Topic) -> list[str]:
 
 
 def _varied(rng: random.Random, topic: Topic) -> list[str]:
-    """Draw one of five other shapes, as one part."""
+    """Draw a sentence of one of five other shapes, as a single part."""
     first, second = rng.sample(topic.agents, 2)
     thing, other = rng.sample(topic.objects, 2)
     verb, verb2 = rng.sample(topic.verbs, 2)
@@ -168,19 +168,19 @@ def _varied(rng: random.Random, topic: Topic) -> list[str]:
 
 
 def syllables(word: str) -> int:
-    """Estimate the number of syllables: groups of vowels without a silent final e or ed."""
+    """Estimate the number of syllables: the groups of vowels, without a silent e or ed at the end."""
     stem = re.sub(r"(?<=[^aeioutdl])ed$", "", word)
     stem = re.sub(r"(?<=[^aeioul])e$", "", stem)
     return len(re.findall(r"[aeiouy]+", stem))
 
 
-# Non-words that are real words or names, or sound like one.
+# Generated strings that are real words or names, or sound like them.
 BANNED = {"ravage", "emory", "ganger", "calious", "neager", "clozer", "gudger", "softed", "tinger", "parkit", "goble"}
 BANNED |= {"mormer", "nasty", "vested", "middle", "copious", "gitler", "sodger", "minger", "linger", "bitter", "warden"}
 
 
 def _changeable(word: str) -> list[int]:
-    """Return the positions of single vowels and single consonants, which can change in a pronounceable word."""
+    """Return the positions of single vowels and consonants; after a change there the word can still be pronounced."""
     vowels = "aeiouy"
     places = []
     for i, letter in enumerate(word):
@@ -194,8 +194,8 @@ def _changeable(word: str) -> list[int]:
 
 
 def non_word(word: str, rng: random.Random, vocabulary: set[str]) -> str | None:
-    """Return a pronounceable non-word that differs from a word in two vowels or consonants, or None."""
-    # A changed ending (watered, painted) would mark the non-word by its form alone.
+    """Return a pronounceable non-word that differs from a word in two letters, or None."""
+    # A changed ending (watered, painted) would reveal the non-word.
     limit = len(word) - 2 if word.endswith(("ed", "er", "or")) else len(word)
     places = [i for i in _changeable(word) if i < limit]
     if len(places) < 2:

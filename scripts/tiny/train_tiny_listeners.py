@@ -1,22 +1,22 @@
-"""Train the small ASR model and speaker encoder of assets/tiny, which judge speech on machines without a network.
+"""Train the small ASR model and speaker encoder of assets/tiny, for machines without a network.
 
 uv run python scripts/tiny/train_tiny_listeners.py --listener recogniser \\
     --corpus "assets/tiny/corpus/train-*.parquet" --output_dir assets/tiny/recogniser
 uv run python scripts/tiny/train_tiny_listeners.py --listener speaker_encoder \\
     --corpus "assets/tiny/corpus/train-*.parquet" --output_dir assets/tiny/speaker_encoder
 
-They have the classes that eval/generation.py uses at full scale, `Wav2Vec2ForCTC` and `WavLMForXVector`, and know only
-the words and voices of that corpus. scripts/tiny/score_listeners.py measures their errors.
+Their classes are `Wav2Vec2ForCTC` and `WavLMForXVector`, which eval/generation.py also uses at full scale. They know
+only the words and voices of the corpus. scripts/tiny/score_listeners.py measures their errors.
 
 Shapes: B clips, S samples, C channels, K taps of a kernel, L letters of a text.
 """
 
+import itertools
 import json
 import math
 import random
 import shlex
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -25,25 +25,23 @@ import numpy as np
 import torch
 import transformers
 from soxr import resample
-from speech_classifier import LabelledClip, read_clips
+from tiny_codec import LabelledClip, read_clips, save_in_float16
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
 from llama_mimi.common.command_line import run_command
-from llama_mimi.common.errors import UserError
-from llama_mimi.common.files import share_weights
 from llama_mimi.common.versions import versions
 
 RATE_HZ = 16_000
-SPEEDS = (0.9, 1.0, 1.1)  # of each clip; the speaker encoder learns them as different voices
+SPEEDS = (0.9, 1.0, 1.1)  # speeds of each clip; for the speaker encoder they are different voices
 LETTERS = "abcdefghijklmnopqrstuvwxyz'"
 PAD, UNKNOWN, SPACE = "<pad>", "<unk>", "|"
 VOCABULARY = {symbol: index for index, symbol in enumerate((PAD, UNKNOWN, SPACE, *LETTERS))}
-PHASES = 4  # of each frequency in the first layer
+PHASES = 4  # phases of each frequency in the first layer
 FREQUENCIES_HZ = (60.0, 7_600.0)
-CROP_SECONDS = (0.8, 2.4)  # for the speaker encoder: prompts and continuations are as short
+CROP_SECONDS = (0.8, 2.4)  # for the speaker encoder; prompts and continuations have similar lengths
 NOISE_DB = (-60.0, -20.0)  # relative to the speech
-MARGIN = 0.3  # of the speaker encoder's softmax at the end; with a margin from the start it learns nothing
-LOG_EVERY = 50  # steps
+MARGIN = 0.3  # final margin of the speaker encoder's softmax; with a margin from the start it does not learn
 # Steps, clips per step and peak learning rate.
 RECIPES = {"recogniser": (2500, 8, 1.5e-3), "speaker_encoder": (1500, 16, 4e-4)}
 # Frames of 25 ms every 5 ms, then of 20 ms, as in wav2vec 2.0. The first layer is a fixed filter bank.
@@ -55,12 +53,12 @@ Batch = dict[str, torch.Tensor]
 
 
 def normalize(text: str) -> str:
-    """Return a text as the ASR model writes it: lower-case letters and single spaces."""
+    """Return a text in the form of the ASR model: lower-case letters and single spaces."""
     return " ".join("".join(letter for letter in text.lower() if letter in LETTERS + " ").split())
 
 
 def set_filter_bank(weight_C1K: torch.Tensor) -> None:
-    """Set kernels to windowed waves of `PHASES` phases at frequencies that are evenly spaced in mel."""
+    """Set kernels to windowed waves with `PHASES` phases per frequency; frequencies are evenly spaced in mel."""
     C, _, K = weight_C1K.shape
     low, high = (math.log1p(hz / 700) for hz in FREQUENCIES_HZ)
     hz_C = 700 * torch.linspace(low, high, C // PHASES).expm1().repeat_interleave(PHASES)
@@ -71,7 +69,7 @@ def set_filter_bank(weight_C1K: torch.Tensor) -> None:
 
 
 def with_noise(samples_S: torch.Tensor) -> torch.Tensor:
-    """Add white noise of a random level, and normalise to mean 0 and variance 1 as the feature extractor does."""
+    """Add white noise of a random level, and normalise to mean 0 and variance 1, like the feature extractor."""
     scale = samples_S.std() * 10 ** (random.uniform(*NOISE_DB) / 20)
     noisy_S = samples_S + scale * torch.randn_like(samples_S)
     return (noisy_S - noisy_S.mean()) / (noisy_S.std() + 1e-7)
@@ -84,17 +82,16 @@ def collate(clips: Sequence[torch.Tensor], labels: torch.Tensor) -> Batch:
 
 
 def at_speeds(clips: Sequence[LabelledClip]) -> list[tuple[LabelledClip, float]]:
-    """Return each clip at each of `SPEEDS`, which also changes its pitch."""
+    """Return each clip at each of `SPEEDS`; the speed also changes the pitch."""
     changed = []
-    for clip in clips:
-        for speed in SPEEDS:
-            samples = resample(clip.samples_S.numpy(), round(RATE_HZ * speed), RATE_HZ)
-            changed.append((LabelledClip(torch.from_numpy(samples), clip.speaker, clip.text), speed))
+    for clip, speed in itertools.product(clips, SPEEDS):
+        samples = resample(clip.samples_S.numpy(), round(RATE_HZ * speed), RATE_HZ)
+        changed.append((clip._replace(samples_S=torch.from_numpy(samples)), speed))
     return changed
 
 
 def recogniser(clips: Sequence[LabelledClip]) -> tuple[transformers.PreTrainedModel, Callable[[int], Batch]]:
-    """Return a model that recognises letters, and a function that draws a batch of a given size."""
+    """Return a new ASR model that recognises letters, and a function that draws a batch of a given size."""
     shape = {"hidden_size": 160, "num_hidden_layers": 4, "intermediate_size": 480, "conv_dim": (160, 160, 160)}
     masks = {"mask_time_prob": 0.1, "mask_time_length": 5, "mask_feature_prob": 0.1, "mask_feature_length": 10}
     loss = {"ctc_loss_reduction": "mean", "ctc_zero_infinity": True}
@@ -114,7 +111,7 @@ def recogniser(clips: Sequence[LabelledClip]) -> tuple[transformers.PreTrainedMo
 
 
 def speaker_encoder(clips: Sequence[LabelledClip]) -> tuple[transformers.PreTrainedModel, Callable[[int], Batch]]:
-    """Return an x-vector model that classifies voices and speeds, and a function that draws a batch of a given size."""
+    """Return a new x-vector model that classifies voices and speeds, and a function that draws a batch."""
     changed = at_speeds(clips)
     voices = sorted({(clip.speaker, speed) for clip, speed in changed})
     shape = {"hidden_size": 128, "num_hidden_layers": 1, "intermediate_size": 384, "conv_dim": (160, 128, 128)}
@@ -134,37 +131,25 @@ def speaker_encoder(clips: Sequence[LabelledClip]) -> tuple[transformers.PreTrai
     return transformers.WavLMForXVector(config), draw
 
 
-def train_listener(
-    listener: Literal["recogniser", "speaker_encoder"],
-    corpus: str,
-    output_dir: Path,
-    steps: int | None = None,
-    batch_size: int | None = None,
-    learning_rate: float | None = None,
-) -> None:
-    """Train a model, and write a folder that stock `transformers` loads.
+def train_listener(listener: Literal["recogniser", "speaker_encoder"], corpus: str, output_dir: Path) -> None:
+    """Train a model, and write a folder that `transformers` loads.
 
     Args:
-        corpus: Parquet path or glob with columns audio, speaker, text
+        corpus: corpus with columns audio, speaker, text, of any format that training reads
         output_dir: folder of the model
-        steps: optimizer steps; default: that of the recipe, as for the next two
-        batch_size: clips per step
-        learning_rate: peak
     """
     for set_seed in (random.seed, np.random.seed, torch.manual_seed):  # NumPy draws the masks of the ASR model
         set_seed(1)
     clips = read_clips(corpus, RATE_HZ)
     model, draw = {"recogniser": recogniser, "speaker_encoder": speaker_encoder}[listener](clips)
-    recipe = RECIPES[listener]
-    steps, batch_size, learning_rate = steps or recipe[0], batch_size or recipe[1], learning_rate or recipe[2]
+    steps, batch_size, learning_rate = RECIPES[listener]
     first_layer = model.base_model.feature_extractor.conv_layers[0].conv
     set_filter_bank(first_layer.weight)
     first_layer.requires_grad_(False)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.98))
-    began, losses = time.monotonic(), []
     model.train()
-    for step in range(1, steps + 1):
+    for step in (progress := tqdm(range(1, steps + 1), unit="step")):
         decay = 0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2
         optimizer.param_groups[0]["lr"] = learning_rate * min(1.0, step / 200) * decay
         if isinstance(model, transformers.WavLMForXVector):
@@ -174,31 +159,14 @@ def train_listener(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            raise UserError(f"the loss of step {step} is {losses[-1]}; lower --learning_rate {learning_rate:g}")
-        if step % LOG_EVERY == 0 or step == steps:
-            rate, mean = step / (time.monotonic() - began), sum(losses) / len(losses)
-            left = (steps - step) / rate / 60
-            print(f"step {step}/{steps}: loss {mean:.3f}; {rate:.2f} steps/s, {left:.0f} min left", flush=True)
-            losses.clear()
-    record = {
-        "command": shlex.join(["uv", "run", "python", *sys.argv]),
-        "clips": len(clips),
-        "steps": steps,
-        "minutes": round((time.monotonic() - began) / 60, 1),
-        "device": f"CPU, {torch.get_num_threads()} threads",
-        "versions": versions(),
-    }
-    save(model, output_dir, record)
+        progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    command = shlex.join(["uv", "run", "python", *sys.argv])
+    save(model, output_dir, {"command": command, "clips": len(clips), "steps": steps, "versions": versions()})
 
 
 def save(model: transformers.PreTrainedModel, folder: Path, record: dict) -> None:
-    """Write weights in float16, a configuration that loads them in float32, and the record of the training."""
-    model.half().save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
-    share_weights(folder)
+    """Write the model in float16, its feature extractor and tokenizer, and a record of its training."""
+    save_in_float16(model, folder)
     transformers.Wav2Vec2FeatureExtractor(sampling_rate=RATE_HZ, return_attention_mask=True).save_pretrained(folder)
     if isinstance(model, transformers.Wav2Vec2ForCTC):
         vocabulary = folder / "vocab.json"

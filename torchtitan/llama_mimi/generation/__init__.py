@@ -1,1 +1,1 @@
-"""A converted model at work: speech that goes on."""
+"""Continue speech with a converted model."""

@@ -1,4 +1,4 @@
-"""Continuing speech: a user's options, prompts, and the samples of one prompt."""
+"""Sampling options, prompts, and the continuations of one prompt."""
 
 import math
 import time
@@ -13,7 +13,7 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.generation.decoding import Drawn, FinishReason, Request, Sampling, decode
 from llama_mimi.generation.speech_model import SpeechModel
 
-ROWS = 16  # samples of one prompt that are drawn at once
+ROWS = 16  # maximum number of samples of one prompt in a batch
 MAX_PROMPT_SECONDS = 60.0  # three times the longest clip of the paper's training
 RANGES = {
     "seconds": (0.08, 1e9),
@@ -21,7 +21,7 @@ RANGES = {
     "temperature": (0, 1e9),
     "top_k": (1, 10**9),
     "top_p": (1e-9, 1),
-    "window_seconds": (0.32, 1e9),  # 4 frames: one of the prompt's beginning, the last two, and one to grow by
+    "window_seconds": (0.32, 1e9),  # 4 frames: the first of the prompt, the last two, and the next one
     "seed": (0, 2**63 - 1),
     "num_samples": (1, 10**9),
 }
@@ -29,31 +29,21 @@ RANGES = {
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """How tokens are drawn.
+    """Options of sampling."""
 
-    Args:
-        seconds: maximum length of the continuation, in seconds; generation stops earlier at </audio>
-        min_seconds: minimum length of the continuation, in seconds; the model cannot end the speech before
-        temperature: 0 takes the most likely token
-        top_k: sample from the k most likely tokens (among those valid at this position)
-        top_p: sample from the fewest of these whose probabilities sum to p; default: top_p of the model's generation
-            config, or 1
-        window_seconds: maximum length of prompt and new audio that the model sees at once; default: length of the
-            longest training clip. When it is full, keep the start of the prompt and the last half of the window
-        seed: same seed, same samples
-        num_samples: continuations of the same prompt
-        last_frame: encoding of a partial last frame of a prompt: pad fills it with zeros, codec leaves it to the codec,
-            as the first release does; default: codec for released checkpoints, else pad
-    """
-
-    seconds: float = 10.0
-    min_seconds: float = 0.0
-    temperature: float = 0.8
-    top_k: int = 30
+    seconds: float = 10.0  # maximum length of the continuation, in seconds; generation stops earlier at </audio>
+    min_seconds: float = 0.0  # minimum length of the continuation, in seconds; the model cannot end the speech before
+    temperature: float = 0.8  # temperature of sampling; 0 takes the most likely token
+    top_k: int = 30  # sample from the k most likely tokens (among those valid at this position)
+    # Sample from the fewest of these whose probabilities sum to p; default: the model's generation config, or 1
     top_p: float | None = None
+    # Maximum length of prompt and new audio that the model sees at once, in seconds; default: longest training clip.
+    # When the window is full, keep the start of the prompt and the last half of the window
     window_seconds: float | None = None
-    seed: int = 0
-    num_samples: int = 1
+    seed: int = 0  # the same seed gives the same samples
+    num_samples: int = 1  # continuations of the same prompt
+    # Encoding of a partial last frame of a prompt: pad fills it with zeros, codec leaves it to the codec, as the first
+    # release does; default: codec for released checkpoints, else pad
     last_frame: LastFrame | None = None
 
     def __post_init__(self) -> None:
@@ -62,24 +52,24 @@ class SamplingOptions:
             if value is not None and not low <= value <= high:
                 raise UserError(f"--{name} is {value}; choose a value from {low:g} to {high:g}")
         if self.min_seconds > self.seconds:
-            raise UserError(f"--min_seconds is {self.min_seconds:g}, more than --seconds {self.seconds:g}; raise that")
+            raise UserError(f"--min_seconds is {self.min_seconds:g}, more than --seconds {self.seconds:g}; raise it")
 
     def for_model(self, model: SpeechModel) -> Sampling:
         """Return the options in frames, with the model's defaults; raise a `UserError` if they do not fit the model."""
-        top_p, codec = model.top_p if self.top_p is None else self.top_p, model.codec
+        top_p, rate_hz = model.top_p if self.top_p is None else self.top_p, model.codec.frame_rate_hz
         if not isinstance(top_p, int | float) or not 0 < top_p <= 1:
             problem = f"top_p is {top_p!r} in the model's generation config; expected a number above 0, up to 1"
-            raise UserError(f"{problem}. Fix its generation_config.json, or set --top_p")
-        # 20 s is the paper's limit, which released checkpoints do not name
+            raise UserError(f"{problem}; fix its generation_config.json, or set --top_p")
+        # 20 s is the paper's limit; the config of a released checkpoint has no limit.
         window_seconds = self.window_seconds or float(getattr(model.decoder.config, "max_audio_seconds", 20.0))
-        window_frames = max(int(window_seconds * codec.frame_rate_hz + 1e-6), 4)
-        min_frames = math.ceil(self.min_seconds * codec.frame_rate_hz - 1e-6)
-        max_frames = max(round(self.seconds * codec.frame_rate_hz), min_frames)
+        window_frames = max(int(window_seconds * rate_hz + 1e-6), 4)
+        min_frames = math.ceil(self.min_seconds * rate_hz - 1e-6)
+        max_frames = max(round(self.seconds * rate_hz), min_frames)
         return Sampling(max_frames, min_frames, window_frames, self.temperature, self.top_k, top_p)
 
 
 def checkpoint_note(model: SpeechModel, options: SamplingOptions) -> str | None:
-    """Return one line about the settings in which this checkpoint's defaults differ from ours, or None."""
+    """Return one line that names the defaults of this checkpoint that differ from the usual ones, or None."""
     used = []
     if options.top_p is None and model.top_p != 1:
         used.append(f"--top_p {model.top_p} (its generation config)")
@@ -89,16 +79,16 @@ def checkpoint_note(model: SpeechModel, options: SamplingOptions) -> str | None:
 
 
 def read_prompt(path: str, codec: MimiCodec | None = None) -> Waveform:
-    """Read a prompt of up to `MAX_PROMPT_SECONDS` at its own rate, or at the codec's and at least one frame long."""
+    """Read a prompt of up to `MAX_PROMPT_SECONDS`; with a codec, resample it and require at least one frame."""
     rate_hz, min_samples = (codec.sample_rate_hz, codec.frame_size) if codec else (None, 1)
     prompt = read_audio(path, rate_hz, max_seconds=MAX_PROMPT_SECONDS, min_samples=min_samples)
     if prompt.is_cut and prompt.seconds >= MAX_PROMPT_SECONDS:
-        raise AudioError("too long", f"the prompt '{path}' is longer than {MAX_PROMPT_SECONDS:g} s; give a shorter one")
+        raise AudioError("too long", f"the prompt '{path}' is longer than {MAX_PROMPT_SECONDS:g} s; shorten it")
     return prompt
 
 
 def encode_prompts(model: SpeechModel, prompts: Sequence[Waveform], options: SamplingOptions) -> list[torch.Tensor]:
-    """Return the codes_TQ of each prompt, which is at the codec's rate; see `SamplingOptions.last_frame`."""
+    """Return the codes_TQ of prompts at the codec's sample rate; see `SamplingOptions.last_frame`."""
     samples = [prompt.samples_S for prompt in prompts]
     if (options.last_frame or model.last_frame) == "codec":
         return [model.codec.encode_as_released(samples_S) for samples_S in samples]
@@ -108,7 +98,7 @@ def encode_prompts(model: SpeechModel, prompts: Sequence[Waveform], options: Sam
 def continue_codes(
     model: SpeechModel, prompt_TQ: torch.Tensor, options: SamplingOptions, text: str | None = None
 ) -> list[torch.Tensor]:
-    """Continue a prompt (see `Request`) ``options.num_samples`` times; return the codes_TQ of each, prompt first."""
+    """Continue a prompt ``options.num_samples`` times; return the codes_TQ of each sample, including the prompt."""
     requests = [Request(prompt_TQ, options.seed + number, text) for number in range(options.num_samples)]
     drawn = decode(model, requests, options.for_model(model), min(ROWS, options.num_samples))
     new = {number: new_TQ for number, new_TQ, *_ in finished(drawn, model.codec.num_quantizers)}
@@ -116,7 +106,7 @@ def continue_codes(
 
 
 def finished(drawn: Drawn, num_quantizers: int) -> Iterator[tuple[int, torch.Tensor, FinishReason, float]]:
-    """Yield each sample of `decode` when it ends: its number, new frames (T, Q), why it ended, and when it began."""
+    """Yield each sample of `decode` when it ends: number, new frames (T, Q), finish reason and start time."""
     samples: dict[int, tuple[float, list[torch.Tensor]]] = {}
     for number, new in drawn:
         began, frames = samples.setdefault(number, (time.perf_counter(), [torch.zeros(0, num_quantizers).long()]))

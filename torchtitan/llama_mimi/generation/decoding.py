@@ -1,4 +1,4 @@
-"""The decoding loop of both architectures: frames of many samples, drawn side by side."""
+"""The decoding loop of both architectures, which draws the frames of a batch of samples."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -11,12 +11,12 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.generation.speech_model import SpeechModel
 from llama_mimi.tokens.vocabulary import has_text
 
-POSITION_STEP = 256  # contexts have room for a multiple of it, so that most caches are of one size
+POSITION_STEP = 256  # capacities are multiples of it, so that most caches have the same size
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How new frames are drawn."""
+    """Settings of sampling, in frames."""
 
     max_frames: int
     min_frames: int
@@ -36,7 +36,7 @@ class Request:
 
 
 class FinishReason(Enum):
-    """Why a sample has no further frame."""
+    """The reason why a sample ended."""
 
     EOS = "ended"
     LENGTH = "cut"
@@ -51,20 +51,22 @@ class _Row:
 
     number: int
     request: Request
-    generator: torch.Generator
-    context: list[torch.Tensor]  # the frames (Q,) that the model sees
     num_new: int = 0
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(self.request.seed)
+        self.context = list(self.request.prompt_TQ)  # the frames (Q,) that the model sees
 
 
 def decode(model: SpeechModel, requests: Sequence[Request], sampling: Sampling, num_rows: int) -> Drawn:
-    """Draw samples, ``num_rows`` at a time; the next one takes the place of one that has ended.
+    """Draw samples, ``num_rows`` at a time; when a sample ends, the next one takes its place.
 
-    When the window is full, the model reads again the beginning of the prompt (up to a quarter of the window) and the
-    last half of the window, so that no position is beyond those that it was trained on.
+    When the window is full, keep the start of the prompt (up to a quarter of the window) and the last half of the
+    window. No position is then larger than in training.
 
     Returns:
-        An iterator over ``(request number, next frame (Q,) on the CPU)``, at last ``(request number, FinishReason)``.
-        It raises a `UserError` if the model overflows.
+        An iterator that yields ``(request number, next frame (Q,) on the CPU)``, and finally
+        ``(request number, FinishReason)``. It raises a `UserError` if the logits are not finite.
 
     Raises:
         UserError: the window does not fit into the model's context, or the model was trained without text.
@@ -72,9 +74,9 @@ def decode(model: SpeechModel, requests: Sequence[Request], sampling: Sampling, 
     if not requests:
         return iter(())
     if any(request.text is not None for request in requests):
-        task = getattr(model.decoder.config, "task", "tts")  # a checkpoint that names no task may be trained on text
+        task = getattr(model.decoder.config, "task", "tts")  # a released checkpoint has no task
         if task != "tts" or not has_text(model.tokenizer.text_tokenizer):
-            raise UserError("--text is given, but the model was trained without text; choose one of the task 'tts'")
+            raise UserError("--text is set, but the model was trained without text; choose a model of the task 'tts'")
     window = min(sampling.window_frames, sampling.max_frames + max(len(request.prompt_TQ) for request in requests))
     longest_prefix = max(len(model.tokenizer.prefix_ids(request.text)) for request in requests)
     capacity = longest_prefix + window * model.tokenizer.positions_per_frame
@@ -83,7 +85,7 @@ def decode(model: SpeechModel, requests: Sequence[Request], sampling: Sampling, 
         problem = f"text and a window of {window:,} frames take {capacity:,} positions"
         raise UserError(f"{problem}, more than the model's context of {context:,}; lower --window_seconds")
     if model.device.type == "cpu":
-        num_rows = min(num_rows, len(requests))  # a GPU has one graph for each number of rows
+        num_rows = min(num_rows, len(requests))  # on a GPU each number of rows needs its own graph
     size = (num_rows, min(-(-capacity // POSITION_STEP) * POSITION_STEP, context))
     return _decode(model, requests, replace(sampling, window_frames=window), size)
 
@@ -94,7 +96,7 @@ def _decode(model: SpeechModel, requests: Sequence[Request], sampling: Sampling,
     contexts, Q, window = caches[0], model.codec.num_quantizers, sampling.window_frames
     rows: list[_Row | None] = [None] * size[0]
     waiting = deque(enumerate(requests))
-    is_finite = torch.tensor(True)  # the logits of level 0
+    is_finite = torch.tensor(True)  # set by `draw` at level 0
 
     def draw(logits_BK: torch.Tensor, level: int) -> torch.Tensor:
         nonlocal is_finite
@@ -108,11 +110,8 @@ def _decode(model: SpeechModel, requests: Sequence[Request], sampling: Sampling,
         contexts.reset(place)
     while waiting or any(rows):
         for place, row in enumerate(rows):
-            is_new = row is None and len(waiting) > 0
-            if is_new:
-                number, request = waiting.popleft()
-                generator = torch.Generator().manual_seed(request.seed)
-                rows[place] = row = _Row(number, request, generator, list(request.prompt_TQ))
+            if is_new := row is None and bool(waiting):
+                rows[place] = row = _Row(*waiting.popleft())
             if row is not None and (is_new or len(row.context) == window):
                 prompt_TQ = row.request.prompt_TQ
                 if len(row.context) >= window:
@@ -122,10 +121,10 @@ def _decode(model: SpeechModel, requests: Sequence[Request], sampling: Sampling,
         uniform_BQ = torch.stack([torch.rand(Q, generator=row.generator) if row else torch.zeros(Q) for row in rows])
         may_end_B = torch.tensor([row is None or row.num_new >= sampling.min_frames for row in rows])
         uniform_BQ, may_end_B = uniform_BQ.to(model.device), may_end_B.to(model.device)
-        entries_BQ = model.next_frame(caches, draw).cpu()  # the loop waits for the device once a frame
+        entries_BQ = model.next_frame(caches, draw).cpu()  # the loop waits for the device once per frame
         if not is_finite:
             dtype = str(model.decoder.dtype).removeprefix("torch.")
-            raise UserError(f"logits are not finite: the model overflows in {dtype}; generate in another --dtype")
+            raise UserError(f"logits are not finite: the model overflows in {dtype}; choose another --dtype")
         for place, (row, entries_Q) in enumerate(zip(rows, entries_BQ, strict=True)):
             if row is None:
                 continue
@@ -152,6 +151,6 @@ def draw_entries(logits_BK: torch.Tensor, sampling: Sampling, uniform_B: torch.T
     if sampling.top_p < 1:
         probs_Bk = probs_Bk.masked_fill(totals_Bk - probs_Bk >= sampling.top_p, 0)
         totals_Bk = probs_Bk.cumsum(dim=-1)
-    # The first entry whose total is above the random number, so one whose probability is not 0.
+    # Take the first entry whose cumulative probability exceeds the random number; its probability is not 0.
     places_B1 = (totals_Bk <= uniform_B[:, None] * totals_Bk[:, -1:]).sum(dim=-1, keepdim=True)
     return entries_Bk.gather(1, places_B1.clamp(max=totals_Bk.shape[1] - 1))[:, 0]

@@ -1,4 +1,4 @@
-"""The flattened architecture: a Llama over audio tokens, which draws only among the tokens of a position's level."""
+"""The flattened architecture: a Llama over audio tokens. Each position draws only from the tokens of its level."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -27,10 +27,10 @@ class FlattenedModel(SpeechModel):
     def log_likelihoods(
         self, ids: Sequence[torch.Tensor], is_scored: Sequence[torch.Tensor], *, is_admissible_only: bool = False
     ) -> torch.Tensor:
-        ids_BL = pad_sequence(list(ids), batch_first=True).to(self.device)  # causal: padding on the right is not seen
+        ids_BL = pad_sequence(list(ids), batch_first=True).to(self.device)  # right padding has no effect
         is_scored_BL = pad_sequence(list(is_scored), batch_first=True).to(self.device)
         hidden_BLD = self.backbone(ids_BL[:, :-1], use_cache=False).last_hidden_state
-        # Logits are computed for scored positions only: those of a whole batch would not fit into memory.
+        # Compute logits of scored positions only; the logits of a whole batch would not fit into memory.
         hidden_ND, targets_N = hidden_BLD[is_scored_BL[:, 1:]], ids_BL[:, 1:][is_scored_BL[:, 1:]]
         if not is_admissible_only:
             chunks = zip(hidden_ND.split(POSITIONS_AT_ONCE), targets_N.split(POSITIONS_AT_ONCE), strict=True)
@@ -46,7 +46,7 @@ class FlattenedModel(SpeechModel):
 
     @cached_property
     def output_rows(self) -> list[torch.Tensor]:
-        """Rows (K, D) of the output layer for the tokens of each level; level 0 has ``</audio>`` as its last row."""
+        """Rows (K, D) of the output layer for each level; the last row of level 0 is ``</audio>``."""
         vocabulary, weight_VD = self.tokenizer.vocabulary, self.decoder.lm_head.weight.detach()
         audio_KQD = weight_VD[vocabulary.base : vocabulary.audio_start_id].unflatten(0, (-1, vocabulary.num_quantizers))
         first, *others = (rows_KD.contiguous() for rows_KD in audio_KQD.unbind(1))
@@ -56,7 +56,7 @@ class FlattenedModel(SpeechModel):
         (contexts,), vocabulary, entries = caches, self.tokenizer.vocabulary, []
         for level, rows_KD in enumerate(self.output_rows):
             entries.append(draw(product(rows_KD, contexts.hidden_BD), level))
-            codes_B = entries[-1].clamp(max=vocabulary.codebook_size - 1)  # any code in place of an end
+            codes_B = entries[-1].clamp(max=vocabulary.codebook_size - 1)  # replace an end by any code
             ids_B = vocabulary.base + codes_B * vocabulary.num_quantizers + level
             contexts.step(self.backbone.embed_tokens(ids_B))
         return torch.stack(entries, dim=1)

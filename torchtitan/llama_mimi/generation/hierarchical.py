@@ -1,4 +1,4 @@
-"""The hierarchical architecture: the backbone takes one step a frame, the depth decoder one step a level."""
+"""The hierarchical architecture: one step of the backbone per frame, one step of the depth decoder per level."""
 
 from collections.abc import Sequence
 
@@ -31,14 +31,14 @@ class HierarchicalModel(SpeechModel):
         for ids_L, is_scored_L in zip(ids, is_scored, strict=True):
             first = int((ids_L == vocabulary.audio_start_id).nonzero()[0]) + 1
             assert not bool(is_scored_L[:first].any()), "text and <audio> are not predicted"
-            # The end is a frame of its own: it is scored at level 0, and its other levels are not events.
+            # The end of the speech is a separate frame, and only its level 0 can be scored.
             missing = (first - len(ids_L)) % Q
             entries_TQ = F.pad(vocabulary.entries(ids_L[first:]), (0, missing), value=self.end_entry).view(-1, Q)
             embedded.append(self.embed(ids_L[:first], entries_TQ))
             places.append(slice(first - 1, first - 1 + len(entries_TQ)))
             entries.append(entries_TQ)
             wanted.append(F.pad(is_scored_L[first:], (0, missing)).view(-1, Q))
-        padded_BLD = pad_sequence(embedded, batch_first=True)  # causal: padding on the right is not seen
+        padded_BLD = pad_sequence(embedded, batch_first=True)  # right padding has no effect
         hidden_BLD = self.backbone(inputs_embeds=padded_BLD, use_cache=False).last_hidden_state
         hidden_ND = torch.cat([hidden_LD[place] for hidden_LD, place in zip(hidden_BLD, places, strict=True)])
         wanted_NQ = torch.cat(wanted)
@@ -48,7 +48,7 @@ class HierarchicalModel(SpeechModel):
         for hidden_nD, targets_nQ in chunks:
             logits_nQV = self.decoder.lm_head(hidden_nD)[:, None]
             if targets_nQ.shape[1] > 1:
-                inputs_nQ = F.pad(targets_nQ[:, :-1], (1, 0))  # the first place is that of the backbone's state
+                inputs_nQ = F.pad(targets_nQ[:, :-1], (1, 0))  # the first position is the backbone's state
                 depth = self.decoder.depth_decoder(inputs_nQ, hidden_nD, use_cache=False)
                 logits_nQV = torch.cat([logits_nQV, depth.logits], dim=1)
             if is_admissible_only:
@@ -58,7 +58,7 @@ class HierarchicalModel(SpeechModel):
         return torch.cat(values).cpu()[wanted_NQ[:, levels]]
 
     def caches(self, num_rows: int, capacity: int) -> list[BatchedKVCache]:
-        # In the second, position 0 is the backbone's state, q + 1 the code of level q.
+        # Position 0 of the second cache is the backbone's state, and position q + 1 is the code of level q.
         depth = BatchedKVCache(self.decoder.depth_decoder.model, num_rows, self.codec.num_quantizers)
         return [*super().caches(num_rows, capacity), depth]
 
@@ -69,7 +69,7 @@ class HierarchicalModel(SpeechModel):
         levels.restart()
         levels.step(product(depth.inputs_embeds_projector.weight, contexts.hidden_BD))
         for level in range(1, self.codec.num_quantizers):
-            codes_B = entries[-1].clamp(max=end - 1)  # any code in place of an end
+            codes_B = entries[-1].clamp(max=end - 1)  # replace an end by any code
             inputs_BD = depth.embed_tokens(codes_B + (level - 1) * depth.vocab_size)
             levels.step(product(depth.inputs_embeds_projector.weight, inputs_BD))
             entries.append(draw(product(head[level - 1].T, levels.hidden_BD)[:, :end], level))

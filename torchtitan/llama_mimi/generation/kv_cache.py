@@ -1,27 +1,27 @@
-"""Keys and values of contexts of different lengths, and one step of a Llama over all of them.
+"""Key-value cache for contexts of different lengths, and one step of a Llama for all of them.
 
-`transformers` makes far more calls for the same step, which on CPUs and small models take half of a token's time.
+For the same step `transformers` makes far more calls. On CPUs and with small models they take half of the time.
 """
 
 import torch
 import torch.nn.functional as F
 from transformers import DynamicCache, PreTrainedModel
 
-GRAPH_DEVICES = ("cuda",)  # a step is compiled there, to one CUDA graph instead of hundreds of launches
+GRAPH_DEVICES = ("cuda",)  # compile a step to one CUDA graph, instead of hundreds of launches
 
 
 def product(weight_ND: torch.Tensor, rows_BD: torch.Tensor) -> torch.Tensor:
-    """Multiply a matrix with few rows (B, D), to (B, N)."""
+    """Return the product (B, N) of a few rows (B, D) with a weight matrix."""
     if rows_BD.device.type == "cpu":  # MKL is 1.3 to 5 times faster with the matrix on the left (2 to 64 rows)
         return torch.mm(weight_ND, rows_BD.T).T
     return F.linear(rows_BD, weight_ND)
 
 
 class BatchedKVCache:
-    """B contexts of one Transformer, each of its own length, that grow by one position at a time.
+    """Key-value cache for B contexts of one Transformer, whose lengths differ; a step adds one position to each.
 
     ``hidden_BD`` is the Transformer's state at the last position of each context. ``backbone`` is a `LlamaModel`, or
-    one of the two Transformers of CSM. Memory for contexts of length ``capacity`` is allocated at once.
+    one of the two Transformers of CSM. Memory for ``capacity`` positions is allocated at once.
     """
 
     def __init__(self, backbone: PreTrainedModel, num_rows: int, capacity: int) -> None:
@@ -32,8 +32,7 @@ class BatchedKVCache:
         shape = (num_rows, config.num_key_value_heads, capacity, config.head_dim)
         self._keys = [torch.zeros(shape, **like) for _ in backbone.layers]
         self._values = [torch.zeros_like(keys) for keys in self._keys]
-        self._lengths, self._growth = [0] * num_rows, [1] * num_rows  # unused rows do not grow
-        # The same on the device, where a CUDA graph reads them: changed in place.
+        # A CUDA graph reads these two tensors, so they are changed in place. Unused rows do not grow.
         self._lengths_B = torch.zeros(num_rows, dtype=torch.long, device=backbone.device)
         self._growth_B = torch.ones_like(self._lengths_B)
         self._rows_B = torch.arange(num_rows, device=backbone.device)
@@ -45,7 +44,7 @@ class BatchedKVCache:
             self._forward = torch.compile(self._grow, mode="reduce-overhead", fullgraph=True)
 
     def prefill(self, row: int, inputs_LD: torch.Tensor) -> None:
-        """Replace the context of a row by embedded positions (L, D)."""
+        """Replace the context of a row with embedded positions (L, D)."""
         length = len(inputs_LD)
         assert 0 < length <= self._capacity
         cache = DynamicCache(config=self._backbone.config)
@@ -53,26 +52,23 @@ class BatchedKVCache:
         for keys, values, layer in zip(self._keys, self._values, cache.layers, strict=True):
             keys[row, :, :length], values[row, :, :length] = layer.keys[0], layer.values[0]
         self.hidden_BD[row] = output.last_hidden_state[0, -1]
-        self._lengths[row] = self._lengths_B[row] = length
-        self._growth[row] = self._growth_B[row] = 1
+        self._lengths_B[row], self._growth_B[row] = length, 1
 
     def reset(self, row: int) -> None:
-        """Leave a row unused until `prefill`."""
-        self._lengths[row] = self._lengths_B[row] = self._growth[row] = self._growth_B[row] = 0
+        """Mark a row as unused until the next `prefill`."""
+        self._lengths_B[row] = self._growth_B[row] = 0
 
     def restart(self) -> None:
-        """Empty all contexts; all rows are used."""
-        self._lengths = [0] * len(self._lengths)
+        """Empty all contexts; every row stays in use."""
         self._lengths_B.zero_()
 
     def step(self, inputs_BD: torch.Tensor) -> None:
         """Append an embedded position (B, D) to every context."""
-        assert max(self._lengths) < self._capacity
-        # A graph has one shape, so it attends to all positions under a mask.
-        visible = self._capacity if self._is_graph else max(self._lengths) + 1
+        # A graph has a fixed shape, so it attends to all positions under a mask.
+        visible = self._capacity if self._is_graph else int(self._lengths_B.max()) + 1
+        assert visible <= self._capacity
         hidden_BD = self._forward(inputs_BD, visible)
-        self.hidden_BD = hidden_BD.clone() if self._is_graph else hidden_BD  # a graph writes to the same place again
-        self._lengths = [length + growth for length, growth in zip(self._lengths, self._growth, strict=True)]
+        self.hidden_BD = hidden_BD.clone() if self._is_graph else hidden_BD  # the next step overwrites a graph's output
         self._lengths_B.add_(self._growth_B)
 
     def _grow(self, hidden_BD: torch.Tensor, visible: int) -> torch.Tensor:
@@ -89,7 +85,7 @@ class BatchedKVCache:
             )
             keys[place] = _rotated(key_BHd, cos_B1d, sin_B1d)
             values[place] = value_BHd
-            # Queries that share keys are the rows of one small product.
+            # The queries that share a key head are the rows of one small product.
             query_BGHd = _rotated(query_BHd, cos_B1d, sin_B1d).view(B, keys.shape[1], -1, attention.head_dim)
             seen = keys[:, :, :visible], values[:, :, :visible]
             attended_BGHd = F.scaled_dot_product_attention(query_BGHd, *seen, attn_mask=is_seen_B11S)

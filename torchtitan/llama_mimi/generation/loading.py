@@ -1,4 +1,4 @@
-"""Loading a checkpoint of either architecture from a Hugging Face folder or the hub."""
+"""Load a checkpoint of either architecture from a Hugging Face folder or the hub."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from llama_mimi.generation.speech_model import DECODER_DTYPES, DecoderPrecision,
 from llama_mimi.tokens.tokenizer import SpeechTokenizer
 from llama_mimi.tokens.vocabulary import Architecture, extend_tokenizer
 
-# By model_type of the config: the stock class of the weights, the class around it, and its architecture.
+# By model_type of the config: the class in transformers, the class in this package, and the architecture.
 MODELS: dict[str, tuple[Any, type[SpeechModel], Architecture]] = {
     "llama": (LlamaForCausalLM, FlattenedModel, "flattened"),
     "csm": (CsmForConditionalGeneration, HierarchicalModel, "hierarchical"),
@@ -33,14 +33,14 @@ def load_speech_model(
     """Load a checkpoint; raise a `UserError` if it is incomplete, or decoder, tokenizer and codec do not fit together.
 
     Args:
-        codec_name: default: the codec that the checkpoint names, or `DEFAULT_CODEC` for released ones, which name none.
-        sliding_window: codec's setting; default: as for the training codes.
-        dtype: decoder's precision; the codec always runs in float32.
+        codec_name: hub id or folder; default: the codec in the checkpoint's config, or `DEFAULT_CODEC` if it has none.
+        sliding_window: sliding window of the codec; default: as for the training codes.
+        dtype: precision of the decoder; the codec always runs in float32.
     """
     device = available_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     kind = load_pretrained(AutoConfig, model_name, what="model").model_type
     if kind not in MODELS:
-        raise UserError(f"'{model_name}' is a '{kind}', not one of: {', '.join(MODELS)}; name a converted checkpoint")
+        raise UserError(f"'{model_name}' is a '{kind}', not one of: {', '.join(MODELS)}; choose a converted checkpoint")
     stock_class, model_class, architecture = MODELS[kind]
     decoder = load_pretrained(stock_class, model_name, what="model", dtype=DECODER_DTYPES[dtype])
     num_quantizers = getattr(decoder.config, "num_quantizers", None)
@@ -56,6 +56,6 @@ def load_speech_model(
     rows = getattr(decoder.config, "text_vocab_size", decoder.config.vocab_size)
     if rows != tokenizer.vocabulary.size:
         needed = f"{num_quantizers} quantizers of '{codec.name}' need {tokenizer.vocabulary.size}"
-        raise UserError(f"'{model_name}' has {rows} vocabulary entries, but {needed}; name its own codec with --codec")
-    top_p = decoder.generation_config.top_p  # as in the first release; the caller sets everything else
+        raise UserError(f"'{model_name}' has {rows} vocabulary entries, but {needed}; set --codec to its own codec")
+    top_p = decoder.generation_config.top_p  # as in the first release; the caller sets all other options
     return model_class(decoder.to(device).eval(), tokenizer, codec, 1.0 if top_p is None else top_p)

@@ -1,4 +1,4 @@
-"""Continue every prompt in a folder: shared by ranks, resumed after a kill."""
+"""Continue every prompt in a folder; ranks share the work, and a killed run can be resumed."""
 
 import hashlib
 import json
@@ -26,8 +26,8 @@ from llama_mimi.generation.decoding import Request, decode
 from llama_mimi.generation.speech_model import SpeechModel
 
 RESULTS, SETTINGS = "results.jsonl", "settings.json"
-# Samples are drawn in groups of this many batches. A killed run draws the whole group again, so that each sample has
-# the same neighbours in its batch, hence the same rounding and the same bytes.
+# Samples are drawn in groups of this many batches. After a kill a whole group is drawn again: each sample then has the
+# same neighbours in its batch, so the same rounding and the same bytes.
 BATCHES_PER_GROUP = 4
 NOT_COMPARED = ("model", "versions")  # the hash of its weights identifies a model
 Record = dict[str, Any]
@@ -45,31 +45,31 @@ def continue_folder(
 ) -> list[Record]:
     """Continue every audio file below a folder; samples that an earlier run finished are not drawn again.
 
-    ``num_rows`` samples are drawn at once; ``made_by`` is from `describe_model`. ``output_dir`` gets
+    ``num_rows`` is the batch size; ``made_by`` is the result of `describe_model`. ``output_dir`` gets
     ``<prompt>_<sample>.wav``, ``settings.json`` and, at the end, ``results.jsonl``.
 
     Returns:
         The records of ``results.jsonl``, on every rank. If a prompt cannot be read, its samples have an ``error``.
 
     Raises:
-        UserError: no prompts, two of one name, or an ``output_dir`` of other settings.
+        UserError: there are no prompts, two have the same name, or ``output_dir`` has samples of other settings.
     """
     chosen = {"top_p": options.for_model(model).top_p, "last_frame": options.last_frame or model.last_frame}
     settings = {**asdict(options), **chosen, **made_by, "device": ranks.device.type, "batch_size": num_rows}
-    log = ProgressLog(output_dir / "unfinished", {})  # settings.json has what the results depend on
+    log = ProgressLog(output_dir / "unfinished", {})  # results depend on settings.json
 
     def prepare() -> dict[str, Sample]:
         folders = [os.path.realpath(folder) for folder in (prompts, output_dir)]
         if os.path.commonpath(folders) in folders:
-            raise UserError(f"--output_dir '{output_dir}' and --prompts '{prompts}' overlap; name separate folders")
+            raise UserError(f"--output_dir '{output_dir}' and --prompts '{prompts}' overlap; choose separate folders")
         samples = _find_samples(prompts, options)
         earlier = read_json(str(output_dir), SETTINGS)
         if earlier is None:
             write_atomically(str(output_dir), SETTINGS, (json.dumps(settings, indent=1) + "\n").encode())
         else:
             compared = {key: value for key, value in settings.items() if key not in NOT_COMPARED}
-            require_same(earlier, compared, f"'{output_dir}'", "name another --output_dir")
-        if (results := output_dir / RESULTS).exists():  # records of a finished run go back into its log
+            require_same(earlier, compared, f"'{output_dir}'", "choose another --output_dir")
+        if (results := output_dir / RESULTS).exists():  # copy the records of a finished run back to its log
             try:
                 log.add({record["file"]: record for record in map(parse_json, results.read_text().splitlines())})
             except (ValueError, KeyError, TypeError) as error:
@@ -95,7 +95,7 @@ def continue_folder(
 
 
 def describe_model(model_name: str, model: SpeechModel, dtype: str) -> Record:
-    """Return what samples depend on besides the options; ``dtype`` is the decoder's."""
+    """Return the other settings that samples depend on; ``dtype`` is the precision of the decoder."""
     return {
         "model": model_name,
         "model_sha256": weights_sha256(model_name),
@@ -109,7 +109,7 @@ def describe_model(model_name: str, model: SpeechModel, dtype: str) -> Record:
 def _find_samples(prompts: Path, options: SamplingOptions) -> dict[str, Sample]:
     paths = [Path(path) for path in find_files(str(prompts), AUDIO_ENDINGS)] if prompts.is_dir() else []
     if not paths:
-        raise UserError(f"'{prompts}' has no {', '.join(AUDIO_ENDINGS)} file; name a folder of prompts")
+        raise UserError(f"'{prompts}' has no {', '.join(AUDIO_ENDINGS)} file; choose a folder of prompts")
     samples: dict[str, Sample] = {}
     for path in paths:
         relative = path.relative_to(prompts.absolute())
@@ -120,7 +120,7 @@ def _find_samples(prompts: Path, options: SamplingOptions) -> dict[str, Sample]:
             record = {"file": file, "prompt": prompt, "prompt_sha256": sha256, "sample": number, "seed": seed}
             if (other := samples.setdefault(file, (path, record))[1]) is not record:
                 both = f"'{other['prompt']}' and '{prompt}'"
-                raise UserError(f"{both} would have one name in --output_dir; rename one of them")
+                raise UserError(f"{both} would have the same name in --output_dir; rename one of them")
     return samples
 
 
@@ -146,7 +146,7 @@ def _continue_group(
         found = {
             "prompt_frames": len(prompt_TQ),
             "frames": len(new_TQ),
-            "distinct_frames": len(new_TQ.unique(dim=0)),  # few in a loop
+            "distinct_frames": len(new_TQ.unique(dim=0)),  # few if the model repeats itself
             "end": end.value,
             "audio_warnings": list(waveforms[path].audio_warnings),
             "seconds": round(time.perf_counter() - began, 3),  # from the first frame to the file

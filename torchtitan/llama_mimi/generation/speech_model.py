@@ -1,4 +1,4 @@
-"""The interface of a converted or released checkpoint, which scores and continues speech."""
+"""The interface of converted and released checkpoints, which score and continue speech."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -15,14 +15,14 @@ from llama_mimi.tokens.tokenizer import SpeechTokenizer
 
 DecoderPrecision = Literal["float32", "bfloat16", "float16"]  # the first release is evaluated in float16
 DECODER_DTYPES = {**DTYPES, "float16": torch.float16}
-POSITIONS_AT_ONCE = 2048  # their logits take 1.1 GB in float32 with the 136,450 entries of Llama 3 and 4 levels
-# Draws entries (B,) of a level from their logits: (B, K + 1) at level 0, whose entry K is the end, else (B, K).
+POSITIONS_AT_ONCE = 2048  # their logits take 1.1 GB in float32 with 136,450 vocabulary entries
+# Draws an entry (B,) of a level from its logits: (B, K + 1) at level 0, where entry K is the end, else (B, K).
 Draw = Callable[[torch.Tensor, int], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class SpeechModel(ABC):
-    """Decoder, tokenizer with audio tokens, codec, and the generation config's ``top_p`` of one checkpoint."""
+    """A checkpoint: decoder, tokenizer with audio tokens, codec, and ``top_p`` of its generation config."""
 
     decoder: PreTrainedModel
     tokenizer: SpeechTokenizer
@@ -35,7 +35,7 @@ class SpeechModel(ABC):
 
     @property
     def last_frame(self) -> LastFrame:
-        """How partial last frames of the training clips were encoded."""
+        """Encoding of partial last frames in training."""
         return "codec" if is_released(self.decoder.config) else "pad"
 
     @property
@@ -50,7 +50,7 @@ class SpeechModel(ABC):
 
     @abstractmethod
     def embed(self, prefix: Sequence[int] | torch.Tensor, codes_TQ: torch.Tensor) -> torch.Tensor:
-        """Return the backbone's inputs (L, D) for the ids of a prefix, and frames."""
+        """Return the backbone's inputs (L, D): the embeddings of prefix ids, then of frames."""
 
     @abstractmethod
     def log_likelihoods(
@@ -61,20 +61,20 @@ class SpeechModel(ABC):
         Args:
             ids, is_scored: flattened sequence (L,) and mask (L,) of each clip.
             is_admissible_only: compute the softmax over the tokens that are valid at a position, as in generation,
-                instead of the whole vocabulary. Only codes and ``</audio>`` can be scored.
+                instead of the whole vocabulary. Only codes and ``</audio>`` can then be scored.
         """
 
     def caches(self, num_rows: int, capacity: int) -> list[BatchedKVCache]:
-        """Return empty caches for `next_frame`; the first is the backbone's, of ``capacity`` positions."""
+        """Return empty caches for `next_frame`; the first is for the backbone and has ``capacity`` positions."""
         return [BatchedKVCache(self.backbone, num_rows, capacity)]
 
     @abstractmethod
     def next_frame(self, caches: Sequence[BatchedKVCache], draw: Draw) -> torch.Tensor:
-        """Draw the next frame of each context, entries (B, Q), and append it; entries after an end mean nothing."""
+        """Draw and append the next frame of each context; return entries (B, Q), which have no meaning after an end."""
 
     @cached_property
     def spare_caches(self) -> dict[tuple[int, int], list[BatchedKVCache]]:
-        """The caches used last, by rows and capacity. They are used again, as compiling a GPU's graph takes long."""
+        """The most recent caches, by rows and capacity. They are reused, because compiling a CUDA graph takes long."""
         return {}
 
 
