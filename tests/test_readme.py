@@ -80,7 +80,7 @@ def commands(readme: Path) -> list[str]:
     blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)
     found = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     found += re.findall(r"`((?:uv|pip) [^`]+)`", text) + re.findall(r"^    (uv run .*)$", text, re.M)
-    found = [re.sub(r"^uv run --(extra|group) \w+", "uv run", " ".join(line.split())) for line in found]
+    found = [re.sub(r"^uv run( --(extra|group) \w+)+", "uv run", " ".join(line.split())) for line in found]
     return list(dict.fromkeys(line for line in found if line.startswith(PROGRAMS)))
 
 
