@@ -149,7 +149,7 @@ def test_workers_need_no_shared_memory(corpus, monkeypatch):
 
 @pytest.mark.parametrize("settings", [{"prefetch_factor": 2}, {"persistent_workers": True}, {"num_workers": -1}])
 def test_worker_settings_that_do_not_fit_are_one_sentence(settings):
-    with pytest.raises(UserError, match="the dataloader settings do not fit together"):
+    with pytest.raises(UserError, match="the dataloader settings .* do not fit together"):
         next(read_in_workers([], **settings))
 
 

@@ -56,10 +56,7 @@ def test_a_checkpoint_says_how_its_codes_were_made():
     assert not has_sliding_window(LlamaConfig(num_quantizers=4))  # a checkpoint of the first release
     for window in (True, False):
         assert has_sliding_window(LlamaConfig(num_quantizers=4, codec_sliding_window=window)) == window
-
-
-def test_a_config_with_the_old_name_of_the_window_is_refused():
-    config = LlamaConfig(num_quantizers=4, codec="kyutai/mimi", codec_attention="whole")
+    config = LlamaConfig(num_quantizers=4, codec_attention="whole")  # old name of the setting
     assert not is_released(config)
     with pytest.raises(UserError, match="codec_attention = 'whole'; replace it with codec_sliding_window"):
         has_sliding_window(config)

@@ -324,7 +324,7 @@ def test_slm21_writes_the_official_submission(model_folder, tmp_path):
 
 def test_mistakes_get_one_sentence(model_folder, some_pairs, tmp_path):
     for flags, message in (
-        (("--max_audio_seconds", "0.01"), "less than a frame of the codec"),
+        (("--max_audio_seconds", "0.01"), "less than one codec frame"),
         (("--levels", "9"), "level 9, but the model has levels 0 to 3"),
         (("--output_dir", "README.md"), "'README.md"),
     ):

@@ -176,8 +176,7 @@ def read_in_workers(dataset: Iterable[Any], **workers: Any) -> Iterator[Any]:
     try:
         loader = DataLoader(_WithErrors(dataset), worker_init_fn=partial(_end_with, os.getpid()), **options)
     except ValueError as error:
-        problem = f"the dataloader settings do not fit together ({first_line(error)})"
-        raise UserError(f"{problem}; set num_workers to 1 or more") from error
+        raise UserError(f"the dataloader settings {workers} do not fit together; set num_workers to 1") from error
     for item in loader:
         if isinstance(item, UserError):
             raise item

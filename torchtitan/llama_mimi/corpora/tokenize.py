@@ -50,23 +50,23 @@ class TokenizationOptions:
     output_dir: str  # folder for the shards, local or any fsspec path
     dataset_path: str | None = None  # local download of a named corpus
     split: str | None = None  # split to tokenise, if the corpus has several
-    codec: str = DEFAULT_CODEC  # Hub id or folder
-    num_quantizers: int = 8  # levels to store; training may use fewer
+    codec: str = DEFAULT_CODEC  # Hub id or folder of the codec
+    num_quantizers: int = 8  # number of levels to store; training may use fewer
     dtype: Precision = "float32"  # precision of the codec; bfloat16 changes about 2 % of the codes
     codec_sliding_window: bool = True  # limit the codec's attention to its sliding window
     audio_column: str = "audio"  # column of the audio
     text_column: str = "text"  # column of transcripts, stored if the corpus has it
     speaker_column: str = "speaker"  # column of speakers, stored if the corpus has it
     max_audio_seconds: float = 120.0  # maximum length of a clip, in seconds
-    # Cut recordings at --max_audio_seconds, or split them at pauses into clips up to that length, without text
+    # cut recordings at --max_audio_seconds, or split them at pauses into clips up to that length, without text
     long_recordings: Literal["cut", "split"] = "cut"
     min_seconds: float = 0.0  # filter shorter clips, in seconds
     max_seconds: float | None = None  # filter longer clips, in seconds
     where: str | None = None  # condition on the rows to tokenise, such as 'language == "en" and dnsmos >= 3'
-    # Minimum number of rows in a shard (of a tar: exact number). Default: 2,048, or fewer to have 64 shards
+    # minimum number of rows in a shard (exact number for a tar); by default 2,048, or fewer to have 64 shards
     clips_per_shard: int | None = None
     num_workers: int = 2  # number of processes that read and resample audio, for each rank
-    duplicates: Literal["keep", "drop"] = "keep"  # count or also drop clips with the samples of an earlier clip
+    duplicates: Literal["keep", "drop"] = "keep"  # treatment of clips with the samples of an earlier clip
     max_skip_fraction: float = 0.01  # stop if more than this fraction of the clips is unusable
 
 

@@ -7,15 +7,15 @@ from llama_mimi.tokens.tokenizer import IGNORE_INDEX, NO_TOKEN, Batch, SpeechTok
 
 
 class BatchPacker:
-    """Packer that writes clips into the rows (sequences) of a batch.
+    """Packer that writes clips into the sequences of a batch.
 
-    In a packed row, positions restart at every clip; attention uses them to separate the clips. If a clip does not fit,
-    it is cut after a whole frame, without ``</audio>``, and continues in the next row after ``BOS <audio>``. But a clip
-    with a text (task "tts") moves to the next row, and is cut only if it is longer than a row.
+    In a packed sequence, positions restart at every clip; attention uses them to separate the clips. If a clip does not
+    fit, it is cut after a whole frame, without ``</audio>``, and continues in the next sequence after ``BOS <audio>``.
+    But a clip with a text (task "tts") moves to the next sequence, and is cut only if it is longer than a sequence.
 
     Args:
-        is_packed: write several clips to a row; otherwise one.
-        has_positions: add positions to the batches. Rows of one clip need them only if training rows are packed.
+        is_packed: write several clips to a sequence; otherwise one.
+        has_positions: add positions to the batches. Validation needs them only if training is packed.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class BatchPacker:
         self._inputs_BLW[..., 0] = 0
         self._labels_BLW = np.full((B, L, W), IGNORE_INDEX)
         self._positions_BL = np.tile(np.arange(L), (B, 1))
-        self._row = self._used = 0  # current row, and number of its used positions
+        self._row = self._used = 0  # current sequence, and number of its used positions
         self.num_frames = 0  # number of frames in the batch
 
     @property
@@ -46,7 +46,7 @@ class BatchPacker:
         return self._row == self.batch_size
 
     def no_room(self, text: str) -> str | None:
-        """Return None if a row has room for a frame after this text, else a reason."""
+        """Return None if a sequence has room for a frame after this text, else a reason."""
         length = len(self._tokenizer.prefix_ids(text))
         if length + self._tokenizer.positions_per_frame <= self._seq_len + 1:
             return None
@@ -55,7 +55,7 @@ class BatchPacker:
     def add(
         self, codes_TQ: np.ndarray, *, is_cut: bool, text: str | None = None, is_deep_T: np.ndarray | None = None
     ) -> int:
-        """Write as many frames of a clip as fit into the current row.
+        """Write as many frames of a clip as fit into the current sequence.
 
         Args:
             is_cut: the speech continues after the last frame.
@@ -63,14 +63,14 @@ class BatchPacker:
 
         Returns:
             Number of written frames, possibly 0. Pass the other frames to the next call, after `pop` if the batch is
-            full. A clip that must stay in one row (unpacked, or with a text) is cut, and all of its frames are counted.
+            full. A clip that must stay in one sequence (unpacked, or with a text) is cut; all its frames are counted.
         """
         P, L, vocabulary = self._tokenizer.positions_per_frame, self._seq_len, self._tokenizer.vocabulary
         prefix, num_frames, room = self._tokenizer.prefix_ids(text), len(codes_TQ), L - self._used
-        # A sequence has one position less than tokens: the last token is predicted, but not read.
+        # The last token of a clip needs no position: it is predicted, but not read.
         if len(prefix) + num_frames * P - is_cut > room:
             if self._is_packed and text is None:
-                # Keep at least one frame for the next row, because </audio> must follow a frame.
+                # Keep at least one frame for the next sequence, because </audio> must follow a frame.
                 num_frames = min((room + 1 - len(prefix)) // P, num_frames - 1)
             elif self._used:
                 num_frames = 0
