@@ -156,7 +156,7 @@ def test_mistakes_in_a_file_are_refused(toml, message, tmp_path):
 
 
 def test_configs_of_the_first_release_are_told_what_keys_and_datasets_are_called_here():
-    with pytest.raises(UserError, match="set it to 'llama_mimi', the size as model.flavor"):
+    with pytest.raises(UserError, match="set it to 'llama_mimi', and set the size by model.flavor"):
         parse_config([])
     job_config = parse_config(tiny_with())
     for old, new in OLD_KEYS.items():
