@@ -250,3 +250,29 @@ def test_a_hierarchical_model_continues_speech_in_both(tmp_path):
     (logits_4, frames_4_TQ), (logits_5, frames_5_TQ) = run_in_both(FRAMES, tmp_path, folder, tmp_path / "prompt.npy")
     torch.testing.assert_close(logits_4, logits_5, atol=1e-5, rtol=0)
     assert torch.equal(frames_4_TQ, frames_5_TQ)
+
+
+ENCODE = """
+from transformers import MimiModel
+samples_S, codes_TQ = torch.load(words[1])
+codec = MimiModel.from_pretrained(words[0]).eval()
+with torch.no_grad():
+    codes = codec.encode(samples_S[None, None], num_quantizers=8).audio_codes[0].T
+    audio = codec.decode(codes_TQ.T[None]).audio_values[0, 0]
+torch.save((codes, audio), output)
+"""
+
+
+@pytest.mark.slow
+def test_transformers_4_has_no_window(tmp_path):
+    """Without the sliding window, codes and audio equal those of transformers before February 2026."""
+    samples_S = read_audio(TINY / "prompt.wav", 24_000).samples_S[
+        : 20 * 1920
+    ]  # longer than the window of this codec, 1 s
+    windowed, whole = (MimiCodec(str(TINY / "mimi"), 8, sliding_window=window) for window in (True, False))
+    codes_TQ = windowed.encode_as_released(samples_S)
+    torch.save((samples_S, codes_TQ), tmp_path / "inputs")
+    (codes_4_TQ, audio_4_S), _ = run_in_both(ENCODE, tmp_path, TINY / "mimi", tmp_path / "inputs")
+    assert torch.equal(whole.encode_as_released(samples_S), codes_4_TQ) and not torch.equal(codes_TQ, codes_4_TQ)
+    torch.testing.assert_close(whole.decode(codes_TQ), audio_4_S, atol=1e-6, rtol=0)
+    assert not torch.allclose(windowed.decode(codes_TQ), audio_4_S, atol=1e-3)
