@@ -1,4 +1,4 @@
-"""Every shipped config is valid and builds its model. Every mistake ends in one sentence."""
+"""Every shipped config is valid, and every mistake ends in one sentence."""
 
 import copy
 import json
@@ -23,7 +23,6 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.corpora.code_shards import CodedClip
 from llama_mimi.corpora.formats import CORPORA, RELEASED_NAMES
 from llama_mimi.data.build import chosen_split
-from llama_mimi.model.architectures import build_model
 from llama_mimi.model.llama import FLAVORS
 from llama_mimi.tokens.tokenizer import load_speech_tokenizer
 from llama_mimi.training.checks import prepare_run
@@ -61,13 +60,12 @@ def downloads(tmp_path_factory):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_shipped_config_builds_with_its_real_vocabulary(path, downloads, monkeypatch):
+def test_shipped_configs_are_valid(path, downloads, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2" if path.stem.startswith("tiny") else "8")
     text = path.read_text()
     assert f"--job.config_file config/{path.name}" in text.split("[job]")[0], "opens with its launch command"
     flags = ["--job.config_file", str(path), "--job.dump_folder", str(downloads / "run")]
-    is_tiny = path.stem.startswith("tiny")
-    if not is_tiny:
+    if not path.stem.startswith("tiny"):
         flavor = tomllib.loads(text)["model"]["flavor"]
         flags += ["--model.hf_assets_path", str(downloads / flavor), "--codec.name", str(downloads / "mimi")]
         # The corpora of the config, in a user's working directory.
@@ -75,13 +73,6 @@ def test_shipped_config_builds_with_its_real_vocabulary(path, downloads, monkeyp
         flags += ["--training.dataset", dataset.replace("data/", f"{downloads}/data/")]
         flags += ["--validation.dataset_path", str(downloads / "peoples_speech"), "--checkpoint.no-initial_load_in_hf"]
     job_config = checked_config(flags)
-    args = copy.copy(FLAVORS[job_config.model.flavor])
-    args.update_from_config(job_config)
-    assert args.attn_type == ("sdpa" if job_config.data.packing == "pad" else "varlen")
-    assert args.vocab_size == (1538 if is_tiny else 136_450)
-    with torch.device("meta"):
-        model = build_model(args)
-    assert model.tok_embeddings.weight.shape == (args.vocab_size, args.dim)  # tests/test_dry_run.py runs a step
     assert job_config.job.save_config_file and job_config.metrics.enable_tensorboard
 
 
@@ -156,7 +147,7 @@ def test_mistakes_in_a_file_are_refused(toml, message, tmp_path):
 
 
 def test_configs_of_the_first_release_are_told_what_keys_and_datasets_are_called_here():
-    with pytest.raises(UserError, match="set it to 'llama_mimi', the size as model.flavor"):
+    with pytest.raises(UserError, match="set it to 'llama_mimi', and set the size by model.flavor"):
         parse_config([])
     job_config = parse_config(tiny_with())
     for old, new in OLD_KEYS.items():
@@ -226,7 +217,7 @@ def test_a_checkpoint_whose_files_are_not_all_there_is_not_resumed(tmp_path):
         checked_config([*flags, "--checkpoint.initial_load_path", str(tmp_path / "elsewhere" / "step-7")])
 
 
-def test_the_step_that_is_resumed_is_the_one_that_is_looked_at(tmp_path):
+def test_the_resumed_step_is_checked(tmp_path):
     flags = tiny_with("--job.dump_folder", str(tmp_path))
     save_loader_position(tmp_path, checked_config(flags))
     newest = tmp_path / "checkpoint" / "step-10"
@@ -245,7 +236,7 @@ def test_the_step_that_is_resumed_is_the_one_that_is_looked_at(tmp_path):
     checked_config([*flags, "--checkpoint.exclude_from_loading", "dataloader"])
 
 
-def test_a_save_cut_off_is_set_aside_and_other_files_are_not_moved(tmp_path):
+def test_an_interrupted_save_is_set_aside_and_other_files_are_not_moved(tmp_path):
     checkpoint = tmp_path / "checkpoint"
     (checkpoint / "step-5").mkdir(parents=True)
     set_aside_incomplete(checkpoint)
@@ -283,7 +274,7 @@ def test_no_run_starts_from_random_weights_in_place_of_a_checkpoint(tmp_path):
     job_config = checked_config(tiny_with("--job.dump_folder", str(tmp_path)))
     (tmp_path / "checkpoint").mkdir()
     prepare_run(job_config)
-    assert (tmp_path / "checkpoint").is_dir(), "random weights are what was asked for"
+    assert (tmp_path / "checkpoint").is_dir(), "no initial weights were requested"
     dcp.save({"model": torch.zeros(1)}, checkpoint_id=tmp_path / "step-5", no_dist=True)
     job_config.checkpoint.initial_load_path = str(tmp_path / "step-5")
     prepare_run(job_config)
@@ -292,7 +283,7 @@ def test_no_run_starts_from_random_weights_in_place_of_a_checkpoint(tmp_path):
     (tmp_path / "checkpoint").mkdir()
     with pytest.raises(UserError, match="no Parquet, tar or audio file"):
         prepare_run(job_config)
-    assert (tmp_path / "checkpoint").is_dir(), "nothing is moved for a run that does not start"
+    assert (tmp_path / "checkpoint").is_dir(), "a run that does not start moves nothing"
 
 
 @pytest.mark.parametrize("of_first", [None, [5]], ids=["removed", "written"])

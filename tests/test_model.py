@@ -56,12 +56,6 @@ def test_torchtitan_and_hugging_face_have_the_same_logits(tied, rope, intermedia
     assert replace(model_args(hf_config(args)), max_seq_len=256) == args
 
 
-def test_a_scaling_of_positions_that_is_unknown_here_is_refused():
-    rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
-    with pytest.raises(UserError, match="rope_type is 'linear'"):
-        model_args(LlamaConfig(rope_parameters=rope))
-
-
 CARDS = [("1B", 1_235_814_400, 8192), ("8B", 8_030_261_248, 14_336)]  # published sizes of Llama 3.2 and 3.1
 
 

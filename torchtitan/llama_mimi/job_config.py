@@ -39,10 +39,10 @@ class Comm:
 @dataclass
 class Model:
     vocabulary: VocabularyKind = "llama"
-    """llama: text tokens of the tokenizer in hf_assets_path, and audio tokens; audio: special and audio tokens only"""
+    """Vocabulary; llama: text tokens of the tokenizer in hf_assets_path, and audio tokens; audio: no text tokens"""
 
     architecture: Architecture = "flattened"
-    """flattened: one decoder over audio tokens; hierarchical: a backbone over frames, a depth decoder over levels"""
+    """Architecture; flattened: a decoder over audio tokens; hierarchical: decoders over frames and over levels"""
 
     depth_train_fraction: float = 1.0
     """Fraction of frames that train the depth decoder (hierarchical architecture), sampled again in each epoch"""
@@ -73,13 +73,13 @@ class Codec:
 @dataclass
 class Data:
     task: Literal["a2a", "tts"] = "a2a"
-    """a2a: audio only; tts: transcript, then audio"""
+    """Task; a2a: audio only; tts: transcript, then audio"""
 
     max_audio_seconds: float = 20.0
     """Maximum length of a clip in seconds; longer clips are cut after a whole frame and get no </audio>"""
 
     packing: Literal["pad", "pack"] = "pad"
-    """pad: one clip and padding per sequence; pack: several clips per sequence, with attention inside each clip only"""
+    """Content of a training sequence; pad: a clip and padding; pack: several clips, with attention inside each clip"""
 
     weights: list[float] = field(default_factory=list)
     """Fractions of audio from the corpora in training.dataset; empty: in proportion to their sizes"""

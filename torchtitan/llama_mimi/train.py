@@ -34,7 +34,7 @@ def main() -> None:
         job_config = parse_config(sys.argv[1:])
         if "LOCAL_RANK" not in os.environ:
             command = "torchrun --standalone --nproc_per_node=1 -m llama_mimi.train"
-            raise UserError(f"LOCAL_RANK is not set, because torchrun is missing; start training by `{command} ...`")
+            raise UserError(f"LOCAL_RANK is not set, because torchrun did not start training; run `{command} ...`")
         trainer = Trainer(job_config)
         try:
             trainer.train()

@@ -34,7 +34,7 @@ JobConfig.maybe_log = lambda job_config: None  # `prepare_run` saves the config 
 
 def build_tokenizer(job_config: Any) -> SpeechTokenizer:
     """Check and prepare a run, and return the tokenizer, which TorchTitan builds first."""
-    end_with_torchrun()  # this and the hook: for TorchTitan's own entry point
+    end_with_torchrun()  # TorchTitan's own entry point needs this line and the next
     sys.excepthook = report_user_error
     prepare_run(job_config)
     use_checksums(job_config.checkpoint.verify)

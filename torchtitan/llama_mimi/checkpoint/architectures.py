@@ -17,7 +17,7 @@ from llama_mimi.model.llama import LlamaMimiArgs
 from llama_mimi.tokens.tokenizer import SpeechTokenizer
 from llama_mimi.tokens.vocabulary import Architecture
 
-# Folder in dump_folder that conversion reads: the extended tokenizer and the configuration of the model, no weights.
+# Folder in dump_folder with the tokenizer and the configuration of the model, but no weights. Conversion reads it.
 ASSETS_FOLDER = "hf_assets"
 
 
@@ -44,7 +44,7 @@ def check_initial_weights(folder: str, args: LlamaMimiArgs) -> None:
     wanted = adapter.to_hf(model.state_dict())
     try:
         found = adapter.get_hf_storage_reader(folder).read_metadata().state_dict_metadata
-    except Exception as error:  # the error for a damaged file depends on its parser
+    except Exception as error:  # the type of the error depends on the parser
         raise UserError(
             f"the weights in '{folder}' are damaged ({first_line(error)}); copy the folder again"
         ) from error

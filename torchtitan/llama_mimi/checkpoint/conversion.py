@@ -60,7 +60,7 @@ def convert_checkpoint(checkpoint: Path, output_dir: Path, dtype: Precision = "f
     num_parameters = model.num_parameters()
     facts = {"config": config, "args": args, "num_parameters": num_parameters, "step": step, "dtype": dtype}
     card = jinja2.Template(MODEL_CARD.read_text(), trim_blocks=True).render(name=output_dir.name, **facts)
-    (output_dir / "README.md").write_text(card + "\n")
+    (output_dir / "README.md").write_text(card)
     if training := read_json(str(record.parent), JOB_CONFIG):
         own = {section: values for section, values in training.items() if section not in NOT_OF_THE_MODEL}
         write_atomically(str(output_dir), TRAINING_CONFIG, (json.dumps(own, indent=1) + "\n").encode())
@@ -107,7 +107,7 @@ def prepare_base_model(
     else:
         model = load_pretrained(LlamaForCausalLM, base_model, what="base model", dtype=DTYPES[dtype])
         torch.manual_seed(seed)
-        # New rows are drawn from a normal distribution with mean and covariance of the old rows.
+        # New rows are drawn from a normal distribution with the mean and covariance of the old rows.
         model.resize_token_embeddings(num_drawn, mean_resizing=True)
         if kept is not whole:
             ids = whole.convert_tokens_to_ids(kept.convert_ids_to_tokens(range(extended.size)))

@@ -22,7 +22,7 @@ BACKBONE, DEPTH = "backbone_model", "depth_decoder.model"
 
 def csm_config(args: LlamaMimiArgs, **extra: Any) -> CsmConfig:
     """Return the configuration of a CSM with the same logits. ``extra`` has more entries; it must have ``codec``."""
-    extra["eos_token_id"] = None  # its networks draw codes of one level, and no id ends a sequence
+    extra["eos_token_id"] = None  # ids are codes of one level, and none of them ends a sequence
     assert args.depth is not None
     codec = load_codec_config(extra["codec"], args.num_quantizers)
     codec.num_quantizers = args.num_quantizers  # stock code encodes prompts with all levels of this codec

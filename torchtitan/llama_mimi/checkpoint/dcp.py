@@ -40,12 +40,12 @@ def find_step(checkpoint: Path) -> Path:
 
 
 def set_aside_incomplete(checkpoint: Path) -> None:
-    """If no step is complete, move the folder away. TorchTitan loads initial weights only if it does not exist."""
+    """Move a folder without complete steps. TorchTitan loads initial weights only if no checkpoint folder exists."""
     if not checkpoint.is_dir() or complete_steps(checkpoint):
         return
     paths = list(checkpoint.iterdir())
     if checkpoint.is_symlink() or not all(re.fullmatch(_STEP, path.name) for path in paths):
-        problem = f"'{checkpoint}' has no complete step, but TorchTitan loads initial weights only if it does not exist"
+        problem = f"'{checkpoint}' has no complete step, and TorchTitan loads initial weights only if it does not exist"
         raise UserError(f"{problem}; it is a link or contains other files, so move it yourself")
     _move(paths, f"{checkpoint}.incomplete")
     checkpoint.rmdir()
@@ -92,7 +92,7 @@ def read_index(step: Path) -> Metadata:
 
 
 def name_last_good(error: UserError, step: Path) -> UserError:
-    """Return the error of a damaged step with the newest other step that has no missing or damaged file."""
+    """Return the error of a damaged step, extended by the newest other step without missing or damaged files."""
     for _, other in sorted(complete_steps(step.parent).items(), reverse=True):
         if other.name != step.name and is_distributed(other):
             with suppress(UserError, OSError):

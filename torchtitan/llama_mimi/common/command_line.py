@@ -46,7 +46,7 @@ def run_cli(main: Callable[[], None]) -> None:
     except torch.OutOfMemoryError as error:
         report(UserError(f"the memory of the device is full ({first_line(error)}); lower the batch size"))
     except Exception as error:
-        in_text = re.search(r"\(os error (\d+)\)", str(error))  # tokenizers, safetensors
+        in_text = re.search(r"\(os error (\d+)\)", str(error))  # as in errors of tokenizers and safetensors
         number = int(in_text[1]) if in_text else getattr(error, "errno", None) or 0
         if errno.errorcode.get(number) not in DISK_ERRORS:
             raise

@@ -7,7 +7,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-RANK_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # torchrun prints the content of this file of each rank
+RANK_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # each rank has such a file, and torchrun prints it
 
 
 class UserError(Exception):

@@ -49,7 +49,7 @@ def find_files(path: str, endings: tuple[str, ...]) -> list[str]:
             pattern = escape(start) + bare[len(start) :]
             found = glob(pattern, recursive=True) if is_local(fs) else fs.glob(pattern)
         found = sorted(file for file in found if not is_hidden(file[len(start) :].lstrip("/")))
-    except Exception as error:  # the error depends on the remote file system
+    except Exception as error:  # the type of the error depends on the file system
         raise UserError(f"'{path}' cannot be listed ({first_line(error)}); check the path and the network") from error
     return found if is_local(fs) else [fs.unstrip_protocol(file) for file in found]
 

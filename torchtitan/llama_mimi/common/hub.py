@@ -36,7 +36,7 @@ def load_pretrained(
     load_report.disabled = True
     try:
         loaded = cls.from_pretrained(name, trust_remote_code=False, **kwargs)
-    except Exception as error:  # the error for a damaged file depends on its parser
+    except Exception as error:  # the type of the error depends on the parser
         remedy = f"copy the folder again, or choose another {what}"
         if not path.is_dir():
             licence = "if the model is gated, accept its licence on its page and run `hf auth login`"

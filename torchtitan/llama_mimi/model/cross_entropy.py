@@ -160,7 +160,7 @@ def chunk_losses(
     Args:
         weight_VD: output matrix. Rows after ``num_entries`` are padding; their logits are -inf.
         targets_N: entries; out of range if another rank has the target.
-        admissible_NC: valid entries; out of range if another rank has the entry, or as padding to C.
+        admissible_NC: valid entries; out of range if another rank has the entry, or to fill C columns.
         group: ranks that share the vocabulary; None without tensor parallelism.
     """
     scores_NV = F.linear(hidden_ND, weight_VD).float()

@@ -139,7 +139,7 @@ class LlamaMimi(Transformer):
 
 
 def depth_args(**shape: Any) -> LlamaMimiArgs:
-    """Return the arguments of a depth decoder, whose positions are the levels of a frame: too few to scale RoPE."""
+    """Return the arguments of a depth decoder. RoPE is not scaled, because a frame has only Q positions."""
     return LlamaMimiArgs(**shape, rope_scaling_args=RoPEScalingArgs(scaling_factor=1.0))
 
 

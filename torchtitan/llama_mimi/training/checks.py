@@ -45,10 +45,10 @@ SECONDS_FOR_NODES_TO_AGREE = 90
 _locks = ExitStack()  # on rank 0, until the process ends
 
 _FLATTENED_ONLY = "remove it: model.architecture 'hierarchical' supports FSDP and HSDP only"
-# Settings, separated by spaces; a condition on the value and the config, with the extra entries of `check_settings`;
-# and the second half of the error message.
+# Each rule: settings (separated by spaces), a condition on the value and the config, and the second half of the error.
+# The config has the extra entries of `check_settings`.
 RULES: list[tuple[str, Callable[[Any, Any], Any], str]] = [
-    ("model.name", lambda v, c: v == "llama_mimi", "set it to 'llama_mimi', the size as model.flavor"),
+    ("model.name", lambda v, c: v == "llama_mimi", "set it to 'llama_mimi', and set the size by model.flavor"),
     ("model.flavor", lambda v, c: v in FLAVORS, f"choose one of: {', '.join(FLAVORS)}"),
     (
         "training.steps training.local_batch_size data.max_audio_seconds data.shuffle_window codec.num_quantizers "

@@ -116,7 +116,7 @@ class SpeechMetrics(MetricsProcessor):
         if not sums.ndim or not self._sum(sums, "loss").any():  # summed in place
             name = self.job_config.validation.dataset
             raise UserError(f"no clip of validation.dataset '{name}' can be used; set another corpus")
-        self.time_last_log += time.perf_counter() - start  # reading the sums waited for the device
+        self.time_last_log += time.perf_counter() - start  # the device has finished, because the sums were read
         loss, by_level, levels = self._losses(sums, [1.0] * self.job_config.codec.num_quantizers)
         by_level = {f"validation_{key.removeprefix('loss_')}": value for key, value in by_level.items()}
         self.logger.log({"validation_metrics/loss": loss, **by_level}, step)
