@@ -53,7 +53,7 @@ def bench_reading(
     torch.set_num_threads(1)
     mimi = MimiCodec(codec, num_quantizers)
     rate_hz = mimi.sample_rate_hz
-    originals = [np.asarray(clip.samples_S) for clip in read_clips(audio_reader(corpus, mimi), clips)]
+    originals = [clip.samples_S.numpy() for clip in read_clips(audio_reader(corpus, mimi), clips)]
     seconds = sum(map(len, originals)) / rate_hz
     print(machine())
     print(f"{len(originals)} clips, {seconds:,.0f} s\n")
