@@ -33,15 +33,15 @@ from llama_mimi.generation.speech_model import DecoderPrecision, SpeechModel
 class Options:
     """Model, prompts and files."""
 
-    model_name: str = "llm-jp/Llama-Mimi-1.3B"  # hub id or folder
+    model_name: str = "llm-jp/Llama-Mimi-1.3B"  # hub id or folder of the model
     prompt: str | None = None  # WAV, FLAC, MP3 or OGG file; M4A, AAC, WebM and WMA need FFmpeg
     prompts: Path | None = None  # folder of prompts, for --output_dir; the same command resumes a killed run
     text: str | None = None  # text to speak, for models of the task tts; begins with the transcript of --prompt
-    output_file: Path = Path("continuation.wav")  # WAV file; with several samples their numbers are added to its name
+    output_file: Path = Path("continuation.wav")  # WAV file; several samples get numbers in their names
     output_dir: Path | None = None  # folder for the continuations of --prompts
     stream: bool = False  # write the sample to disk during generation
-    batch_size: int | None = None  # samples of --prompts that are drawn at once; default: 8, on GPUs 64
-    codec: str | None = None  # hub id or folder; default: the codec that the model names
+    batch_size: int | None = None  # number of samples of --prompts that are drawn at once; default: 8, on GPUs 64
+    codec: str | None = None  # hub id or folder of the codec; default: the codec in the config of the model
     codec_sliding_window: bool | None = None  # sliding window of the codec; default: as for the training codes
     device: str | None = None  # torch device; default: the accelerator if there is one
     dtype: DecoderPrecision = "float32"  # precision of the decoder

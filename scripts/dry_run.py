@@ -54,7 +54,7 @@ from llama_mimi.checkpoint.stand_ins import write_missing  # noqa: E402
 from llama_mimi.model.hierarchical import HierarchicalLlamaMimi  # noqa: E402
 from llama_mimi.training.config_file import parse_config  # noqa: E402
 
-DEVICE = torch.device("cpu")  # not cuda: FSDP's streams and the autograd engine would need a driver
+DEVICE = torch.device("cpu")  # cuda would need a driver, for FSDP's streams and the autograd engine
 compute_shape = ShardingPropagator._propagate_tensor_meta_non_cached
 
 
@@ -99,7 +99,7 @@ class FusedRMSNorm(torch.autograd.Function):
 
 
 def deep_frames(model: HierarchicalLlamaMimi, targets_NQ: torch.Tensor) -> torch.Tensor:
-    """Return the average number of frames that train the depth decoder; choosing them would need content."""
+    """Return as many frames as train the depth decoder on average; choosing them would need content."""
     return targets_NQ.new_empty(math.ceil(model.model_args.depth_train_fraction * len(targets_NQ)))
 
 
@@ -111,7 +111,7 @@ def no_content() -> Iterator[None]:
         patch.object(nn.functional, "rms_norm", FusedRMSNorm.apply),
         patch.object(HierarchicalLlamaMimi, "deep_frames", deep_frames),
         patch.dict(op_implementations_dict, {torch.ops.aten.nonzero.default: nonzero}),
-        FakeTensorMode(allow_non_fake_inputs=True),  # meshes need content
+        FakeTensorMode(allow_non_fake_inputs=True),  # real tensors are allowed, because meshes need content
     ):
         yield
 
@@ -141,7 +141,7 @@ def build_model(job_config: Any, parallel_dims: ParallelDims) -> nn.Module:
     is_half = "float32" not in (job_config.training.mixed_precision_param, "")
     for attention in (module for module in model.modules() if isinstance(module, Attention)):
         if attention.attn_type == "sdpa" and not is_half:
-            attention.inner_attention.sdpa_backends = [SDPBackend.MATH]  # the only one of GPUs for float32
+            attention.inner_attention.sdpa_backends = [SDPBackend.MATH]  # GPUs have no other backend for float32
         elif is_half:
             is_varlen = attention.attn_type == "varlen"
             attention.inner_attention = VarlenAttentionWrapper() if is_varlen else HalfPrecisionAttention()

@@ -78,7 +78,7 @@ def push_to_hub(upload: Upload) -> None:
 
 
 def without_folders(value: Any) -> Any:
-    """Shorten the local paths in a JSON value to their last component, to upload no folders of this machine.
+    """Shorten the local paths in a JSON value to their last component, to hide the folders of this machine.
 
     A local path is absolute, or contains ``~``, ``..`` or ``file://``. A string may be a list of paths with commas.
     """

@@ -1,4 +1,4 @@
-"""Shared fixtures. Tests run offline, on ``assets/tiny`` and on files that they write."""
+"""Shared fixtures. Tests run offline, with ``assets/tiny`` and with files that they write."""
 
 import contextlib
 import io
@@ -7,7 +7,7 @@ import os
 import runpy
 import sys
 
-# Before any import of transformers or datasets: a test that needs the network fails at once.
+# Set before transformers and datasets are imported. A test that needs the network then fails at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -36,20 +36,20 @@ TINY = ROOT / "assets" / "tiny"
 torch.set_num_threads(1)
 # The longest test modules run first.
 LONG = ["readme", "training", "evaluation", "parallelism", "scripts", "judging", "study", "order", "code_store"]
-# The same examples in every run, so that a failure can be repeated.
+# Use the same examples in every run, so that failures can be reproduced.
 hypothesis.settings.register_profile("repeatable", derandomize=True)
 hypothesis.settings.load_profile("repeatable")
 
 
 def costly(max_examples: int) -> hypothesis.settings:
-    """Return settings of a slow property: all examples with THOROUGH set, as in .ci/nightly, else a sixth."""
+    """Return settings for a slow property: all examples if THOROUGH is set (as in .ci/nightly), otherwise a sixth."""
     return hypothesis.settings(max_examples=max_examples // (1 if os.environ.get("THOROUGH") else 6), deadline=None)
 
 
 def run_here(path: str, *words: object) -> tuple[int, str]:
-    """Run a command in this process, without new imports; return its exit code and standard error."""
+    """Run a command in this process, which saves imports; return its exit code and standard error."""
     stderr = io.StringIO()
-    level = logging.getLogger().level  # some commands raise it
+    level = logging.getLogger().level  # some commands change it
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(stderr):
         patch.chdir(ROOT)
         patch.setattr("sys.argv", [path, *map(str, words)])

@@ -1,6 +1,6 @@
-"""Ranks forked from a server that has imported the trainer once, in place of torchrun, whose imports take longer.
+"""Ranks without torchrun: they are forked from a server that has imported the trainer, which saves time.
 
-Tests of the README, of launching and of TorchTitan's entry point use torchrun itself.
+Tests of the README, of launching and of TorchTitan's entry point use torchrun.
 """
 
 import multiprocessing
@@ -19,12 +19,12 @@ _server.set_forkserver_preload(["llama_mimi.train"])
 
 
 class ForkedRanks:
-    """Ranks of one run, in the folder of the repository.
+    """The ranks of one run; their working directory is the repository.
 
     Args:
         command: ``-m llama_mimi.train`` or a script, and its arguments.
-        log: file of their output.
-        set_up: function of a module that each rank calls first.
+        log: file for their output.
+        set_up: function that each rank calls first; it must belong to a module.
     """
 
     def __init__(
@@ -50,14 +50,14 @@ class ForkedRanks:
         return all(rank.is_alive() for rank in self._ranks)
 
     def kill(self) -> None:
-        """Kill all ranks by SIGKILL."""
+        """Kill all ranks with SIGKILL."""
         for rank in self._ranks:
             rank.kill()
         for rank in self._ranks:
             rank.join()
 
     def wait(self, timeout: float = 300) -> int:
-        """Return the exit code, 0 if all ranks succeed; if one fails, the others are killed."""
+        """Return the exit code, which is 0 if all ranks succeed. If one fails, kill the others."""
         deadline = time.monotonic() + timeout
         try:
             while any(rank.is_alive() for rank in self._ranks) and not any(rank.exitcode for rank in self._ranks):
@@ -70,7 +70,7 @@ class ForkedRanks:
 
 
 def run_ranks(num_ranks: int, command: Sequence[object], log: Path, set_up: Callable[[], None] | None = None) -> str:
-    """Return the output of a run that must succeed."""
+    """Run a command that must succeed, and return its output."""
     ranks = ForkedRanks(num_ranks, command, log, set_up)
     assert ranks.wait() == 0, ranks.output[-4000:]
     return ranks.output
@@ -82,15 +82,15 @@ def _be_rank(environment: dict[str, str], command: list[str], log: str, set_up: 
         os.dup2(output, stream)
     os.environ |= environment
     os.chdir(ROOT)
-    multiprocessing.set_start_method("fork", force=True)  # of loader workers, as without a server
+    multiprocessing.set_start_method("fork", force=True)  # the start method of loader workers is the usual one
     import torchtitan.train
 
     from llama_mimi import train
     from llama_mimi.common.command_line import run_cli
     from llama_mimi.common.distributed import end_with_parent
 
-    end_with_parent()  # the server, which ends with the tests
-    # TorchTitan waits two seconds at the end of every run.
+    end_with_parent()  # the parent is the server, which ends with the tests
+    # Skip the two seconds that TorchTitan waits at the end of every run.
     torchtitan.train.time = SimpleNamespace(perf_counter=time.perf_counter, sleep=lambda seconds: None)
     if set_up is not None:
         set_up()

@@ -1,4 +1,4 @@
-"""Pages and the demo in a browser without a screen: everything loads without errors, and audio plays."""
+"""Pages and the demo in a headless browser: everything loads without errors, and audio plays."""
 
 import re
 import shutil
@@ -23,7 +23,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 @contextmanager
 def opened(width):
-    """A page of a browser, and its errors."""
+    """Yield a browser page and the list of its errors."""
     assert CHROMIUM, "these tests need Chromium: apt-get install chromium"
     errors, failures = [], []
     with sync_playwright() as playwright:
@@ -35,14 +35,14 @@ def opened(width):
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("requestfailed", lambda request: failures.append(f"{request.url}: {request.failure}"))
         yield page, errors
-        # A request that the page itself ends, such as a stream that was played, is "aborted".
+        # If the page ends a request itself, for example after a stream, it is "aborted".
         assert all("ERR_ABORTED" in failure for failure in failures)
         browser.close()
 
 
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_page_opens_from_a_disk(tmp_path, width):
-    """Audio is in the first screen and plays; nothing is cut off; names of metrics stay visible."""
+    """Audio is on the first screen and plays. Nothing is cut off, and names of metrics stay visible."""
     samples_S = read_audio(TINY / "prompt.wav", 24_000).samples_S
     clips = [make_clip(f"clip {number}", samples_S, 24_000, ["text"], 0.5) for number in range(5)]
     figure, axes = pyplot().subplots()
@@ -54,7 +54,7 @@ def test_a_page_opens_from_a_disk(tmp_path, width):
         page.goto(f"file://{tmp_path}/a.html")
         page.wait_for_function("[...document.images].every(i => i.complete && i.naturalWidth)")
         lengths = page.evaluate("[...document.querySelectorAll('audio')].map(a => a.duration)")
-        assert lengths == pytest.approx([len(samples_S) / 24_000] * 5, abs=0.1)  # frames of MP3
+        assert lengths == pytest.approx([len(samples_S) / 24_000] * 5, abs=0.1)  # MP3 frames
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         columns = page.evaluate("new Set([...document.querySelectorAll('.card')].map(c => c.offsetLeft)).size")
         assert columns == (1 if width == 390 else 4)
@@ -66,7 +66,7 @@ def test_a_page_opens_from_a_disk(tmp_path, width):
         page.keyboard.press("Enter")
         assert page.evaluate("scrollY") > 0
         page.locator("audio").first.focus()
-        page.keyboard.press("Space")  # plays by the keyboard alone
+        page.keyboard.press("Space")  # play with the keyboard only
         page.wait_for_function("document.querySelector('audio').currentTime > 0.3")
         assert errors == []
 
@@ -87,7 +87,7 @@ def test_the_demo_plays_before_it_is_done(model_folder, tmp_path):
         with opened(1280) as (page, errors):
             page.goto(f"http://127.0.0.1:{port}")
             page.set_input_files("input[type=file]", TINY / "prompt.wav")
-            page.get_by_label("Trim audio to selection").wait_for()  # of a prompt that has arrived
+            page.get_by_label("Trim audio to selection").wait_for()  # the prompt was uploaded
             page.get_by_role("button", name="Continue").click()
             is_playing = "[...document.querySelectorAll('audio')].some(audio => audio.currentTime > 0.2)"
             page.wait_for_function(is_playing, timeout=90_000)

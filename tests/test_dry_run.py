@@ -1,4 +1,4 @@
-"""The dry run, in a process of its own with a process group that does nothing."""
+"""The dry run, in a new process whose process group does nothing."""
 
 import json
 import os
@@ -37,7 +37,7 @@ for name, (num_gpus, takes_step, flags) in json.loads(sys.argv[1]).items():
     model = dry_run.build_model(job_config, parallel_dims)
     has_content = name.endswith("content")
     with contextlib.ExitStack() as stack:
-        if not has_content:  # the CPU's norm, as in the run with content
+        if not has_content:  # use the norm of the CPU, as in the run with content
             stack.enter_context(patch.object(dry_run.FusedRMSNorm, "apply", torch.nn.functional.rms_norm))
             stack.enter_context(dry_run.no_content())
         if takes_step:
@@ -64,7 +64,7 @@ def found(tmp_path_factory):
 
 
 def shard_numel(flavor, vocab_size, num_shards):
-    """Entries of a rank's shards, the rows of each matrix divided and rounded up, as FSDP pads them."""
+    """Return the number of weights of a rank; FSDP divides the rows of each matrix and rounds up."""
     args = FLAVORS[flavor]
     args.vocab_size = vocab_size
     with torch.device("meta"):
@@ -81,7 +81,7 @@ def test_states_are_those_of_the_shards(found, name, flavor, num_shards):
 
 
 def test_a_step_takes_the_memory_that_it_takes_with_content(found):
-    """Only counters and the like differ."""
+    """Only small tensors such as counters differ."""
     own, real = found["tiny"], found["tiny, content"]
     assert all(own[key] == pytest.approx(real[key], abs=1024) for key in own.keys() - {"meshes"})
     assert own["peak"] > sum(own[key] for key in ("parameters", "gradients", "optimizer states"))
@@ -95,7 +95,7 @@ def test_meshes_are_as_configured(found):
     meshes = found["tiny, hsdp and tp"]["meshes"]
     wanted = {"dp_replicate": 2, "fsdp": 2, "tp": 2, "batch": 4, "loss": 4}
     assert {name: meshes[name] for name in wanted} == wanted
-    part = 4 * shard_numel("tiny", 1538, num_shards=4)  # two replicas; the few norms are split by FSDP alone
+    part = 4 * shard_numel("tiny", 1538, num_shards=4)  # two replicas; tensor parallelism does not split norms
     assert 0.99 * part < found["tiny, hsdp and tp"]["parameters"] < 1.01 * part
 
 

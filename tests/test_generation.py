@@ -1,4 +1,4 @@
-"""The decoding loop: whole frames, the greedy choice of stock `transformers`, the window, and the sampling."""
+"""The decoding loop: whole frames, greedy decoding as in `transformers`, the window, and sampling."""
 
 import os
 from dataclasses import replace
@@ -44,7 +44,7 @@ ARCHITECTURES = {"flattened": flattened, "hierarchical": hierarchical}
 
 
 def built(codec, architecture, Q=4, **shape):
-    """A random model, whose unconstrained samples would be malformed at once."""
+    """Return a random model; without constraints, its samples would be malformed."""
     torch.manual_seed(Q)
     model = ARCHITECTURES[architecture](codec, Q, **shape)
     with torch.no_grad():
@@ -67,7 +67,7 @@ PROMPT = clip(6)
 
 
 def stock_logits(model, codes_TQ, frame):
-    """Logits of the next entry of a frame by stock `transformers`, without a cache: its level's codes, then the end."""
+    """Return logits from `transformers`, without a cache, for the next entry of a frame: the codes, then the end."""
     decoder, head, level = model.decoder, model.tokenizer.prefix_ids(), len(frame)
     if model.tokenizer.architecture == "flattened":
         vocabulary = model.tokenizer.vocabulary
@@ -103,7 +103,7 @@ def all_samples(model, requests, sampling, num_rows):
 
 
 class Ending:
-    """A model whose end is more likely by so many nats: ``Ending(model, 6.0)``."""
+    """A model that adds a number of nats to the logit of the end."""
 
     def __init__(self, model, added):
         self.model, self.added = model, added
@@ -126,7 +126,7 @@ CASES = [("flattened", 1), ("flattened", 4), ("flattened", 8), ("hierarchical", 
 
 @pytest.mark.parametrize(("architecture", "Q"), CASES)
 def test_greedy_is_that_of_stock_transformers(codec, architecture, Q):
-    """Prompts of unequal lengths in one batch, more of them than rows, against one prompt alone."""
+    """Compare a batch of prompts with different lengths, which has fewer rows than prompts, with single prompts."""
     model = built(codec, architecture, Q)
     prompts = [clip(length, Q, seed=length) for length in (1, 9, 4, 17, 2)]
     found = all_samples(model, [Request(prompt_TQ, seed=0) for prompt_TQ in prompts], GREEDY, num_rows=3)
@@ -143,7 +143,7 @@ def test_greedy_is_that_of_stock_transformers(codec, architecture, Q):
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_compiled_step_draws_the_same(codec, architecture, monkeypatch):
-    """The step that a GPU runs as one graph, compiled for the CPU: attention to all positions under a mask."""
+    """Compile for the CPU the step that a GPU runs as one graph, which attends to all positions under a mask."""
     model = built(codec, architecture, n_layers=1)
     wanted = all_samples(model, [Request(clip(n), 0) for n in (3, 8)], GREEDY, num_rows=2)
     model.spare_caches.clear()
@@ -153,7 +153,7 @@ def test_a_compiled_step_draws_the_same(codec, architecture, monkeypatch):
 
 
 def test_caches_of_the_same_size_are_used_again(model):
-    """On a GPU it has a graph. While one is in use, another draw gets its own."""
+    """A new cache would need a new graph on a GPU. While a cache is in use, another call gets its own cache."""
     requests = [Request(clip(3, seed=seed), seed) for seed in range(3)]
     first, _ = zip(*all_samples(model, requests, GREEDY, num_rows=2).values(), strict=True)
     (kept,) = model.spare_caches.values()
@@ -166,7 +166,7 @@ def test_caches_of_the_same_size_are_used_again(model):
 
 
 def test_a_sample_depends_on_prompt_and_seed_alone(model):
-    """A sample alone, and as one of ten that share three rows."""
+    """Compare a sample alone with the same sample among ten, which share three rows."""
     options, model = SamplingOptions(seconds=1.2, temperature=1.0), Ending(model, 2.0)
     requests = [Request(clip(2 + number % 5, seed=number), seed=number) for number in range(10)]
     together = all_samples(model, requests, options.for_model(model), num_rows=3)
@@ -183,7 +183,7 @@ def test_a_sample_depends_on_prompt_and_seed_alone(model):
 @settings(max_examples=30, deadline=None)
 @given(st.integers(2, 12), st.integers(1, 12), st.floats(0.05, 1.0), st.floats(0.3, 3.0), st.integers(0, 2**30))
 def test_sampling_is_that_of_a_plain_loop(num_entries, top_k, top_p, temperature, seed):
-    """The fewest of the ``top_k`` likeliest entries that have ``top_p``, each as often as its probability."""
+    """Draw from the fewest of the ``top_k`` most likely entries whose sum is ``top_p``, by their probabilities."""
     generator = torch.Generator().manual_seed(seed)
     logits_V = torch.randn(num_entries, generator=generator) * 2
     order = logits_V.argsort(descending=True).tolist()[:top_k]
@@ -196,7 +196,7 @@ def test_sampling_is_that_of_a_plain_loop(num_entries, top_k, top_p, temperature
         total += share
     wanted = np.zeros(num_entries)
     wanted[[entry for entry, _ in kept]] = np.array([share for _, share in kept]) / total
-    n = 4000  # at even steps, so that each share is met to a step
+    n = 4000  # at even steps, so that frequencies are exact to one step
     sampling = Sampling(1, 0, 10, temperature, top_k, top_p)
     drawn_N = draw_entries(logits_V.expand(n, -1), sampling, (torch.arange(n) + 0.5) / n)
     found = torch.bincount(drawn_N, minlength=num_entries).numpy() / n
@@ -216,7 +216,7 @@ def test_speech_does_not_end_before_min_seconds(model):
     for min_seconds, seconds, num_frames in ((0.0, 2.0, 0), (0.08, 2.0, 1), (0.6, 2.0, 8), (1.0, 1.0, 13)):
         (codes_TQ,) = continue_codes(ends_at_once, PROMPT, SamplingOptions(seconds=seconds, min_seconds=min_seconds))
         assert len(codes_TQ) == 6 + num_frames
-    # Rows that started at different times.
+    # Rows that start at different times.
     eager, sampling = Ending(model, 7.0), replace(GREEDY, temperature=1.0, min_frames=3)
     rows = all_samples(eager, [Request(clip(2 + seed), seed) for seed in range(9)], sampling, num_rows=2)
     lengths = {len(new_TQ) for new_TQ, _ in rows.values()}
@@ -237,9 +237,9 @@ def test_options_out_of_range_are_refused(model, options, message):
         continue_codes(model, PROMPT, SamplingOptions(**options))
 
 
-@pytest.mark.parametrize("num_frames", [6, 40])  # a prompt that grows to the window, and one that is longer
+@pytest.mark.parametrize("num_frames", [6, 40])  # a prompt within the window, and a longer one
 def test_past_the_window_the_start_of_the_prompt_and_the_last_frames_are_read(model, num_frames):
-    """Each new context is one that a fresh prompt of the same frames would have; none is longer than the window."""
+    """Each new context equals the context of a new prompt with the same frames, and is not longer than the window."""
     window, max_frames, prompt_TQ = 16, 60, clip(num_frames)
     sampling = replace(GREEDY, window_frames=window, max_frames=max_frames, min_frames=max_frames)
     ((new_TQ, end),) = all_samples(model, [Request(prompt_TQ, 0)], sampling, num_rows=1).values()
@@ -256,7 +256,7 @@ def test_past_the_window_the_start_of_the_prompt_and_the_last_frames_are_read(mo
 
 
 def test_text_comes_before_the_speech(codec):
-    """As in training (task "tts"): BOS, text, <audio>; with or without a voice."""
+    """The order is that of training (task "tts"): BOS, text, <audio>. A spoken prompt is optional."""
     model = built(codec, "flattened")
     options = SamplingOptions(seconds=1.0, min_seconds=1.0, temperature=0)
     for prompt_TQ in (torch.zeros(0, 4, dtype=torch.long), PROMPT):

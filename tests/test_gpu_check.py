@@ -1,4 +1,4 @@
-"""The check on GPUs fails if nothing was trained; the commands are stand-ins."""
+"""The GPU check fails if training writes no checkpoint. Its commands are replaced here."""
 
 import subprocess
 from pathlib import Path

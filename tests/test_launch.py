@@ -1,4 +1,4 @@
-"""Launching on several nodes, which here are processes of this machine: SLURM and uv are played by small scripts."""
+"""Launching on several nodes. Here nodes are processes of one machine, and small scripts replace SLURM and uv."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ from llama_mimi.report.curves import read_curves
 NODES = {"NUM_NODES": "2", "GPUS_PER_NODE": "8", "RDZV_ENDPOINT": "node0:29500"}
 JOB = {"SLURM_JOB_NODELIST": "node[0-1]", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "1", "SLURM_JOB_ID": "17"}
 TRAINING = ["--job.config_file", "config/tiny.toml"]
-# Drops its options, starts what follows as both nodes, and ends as badly as the worse of them.
+# Drops its options, runs the command for both nodes, and returns an exit code that is not 0 if one fails.
 SRUN = """
 while [[ $1 == -* ]]; do shift; done
 "$@" & first=$!
@@ -30,7 +30,7 @@ exit $code
 
 @pytest.fixture
 def commands(tmp_path):
-    """Puts commands of these names and contents in front of the path; returns the folder."""
+    """A function that writes commands with these names and contents, and returns their folder for PATH."""
 
     def put(**scripts):
         for name, script in {"scontrol": "echo 127.0.0.1; echo other", **scripts}.items():
@@ -43,7 +43,7 @@ def commands(tmp_path):
 
 @contextmanager
 def started(folder, *command, **variables):
-    """Start a command with no variables of a cluster but these; its processes all end with the block."""
+    """Start a command with only these cluster variables; at the end of the block, end all of its processes."""
     ours = {*NODES, "HF_HUB_OFFLINE", "WANDB_MODE"}
     kept = {key: v for key, v in os.environ.items() if key not in ours and not key.startswith("SLURM_")}
     environment = {**kept, "PATH": f"{folder}:{os.environ['PATH']}", **variables}
@@ -51,13 +51,13 @@ def started(folder, *command, **variables):
     process = subprocess.Popen([*map(str, command)], cwd=ROOT, env=environment, start_new_session=True, **pipes)
     try:
         yield process
-    finally:  # first so that torchrun ends its ranks, which are groups of their own
+    finally:  # SIGTERM first: torchrun then ends its ranks, which have process groups of their own
         for number, seconds in ((signal.SIGTERM, 40), (signal.SIGKILL, 10)):
             deadline = time.monotonic() + seconds
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, number)
                 while time.monotonic() < deadline:
-                    process.poll()  # a process that nobody has waited for is still in the group
+                    process.poll()  # removes the process from the group if it has ended
                     os.killpg(process.pid, 0)
                     time.sleep(0.05)
 
@@ -91,7 +91,7 @@ def test_arguments_and_variables_reach_the_training(commands):
 
 
 def test_a_node_that_fails_fails_the_job(commands):
-    folder = commands(srun=SRUN, uv=f"mkdir {commands()}/one || exit 7")  # the first gets the folder, the second fails
+    folder = commands(srun=SRUN, uv=f"mkdir {commands()}/one || exit 7")  # only one can create it
     assert run(folder, "bash", "scripts/train.slurm", *TRAINING, **JOB)[0] == 7
 
 
@@ -126,9 +126,9 @@ def test_a_job_of_two_nodes_trains_on_two_ranks(commands, tmp_path):
     dump_folder = tmp_path / "run"
     overrides = {"--training.steps": 2, "--metrics.log_freq": 1, "--job.dump_folder": dump_folder}
     flags = [*TRAINING, "--validation.no-enable", *(word for flag in overrides.items() for word in flag)]
-    job = {**JOB, "SLURM_JOB_ID": str(os.getpid() % 5000)}  # the port is 20000 more
+    job = {**JOB, "SLURM_JOB_ID": str(os.getpid() % 5000)}  # the port is this number plus 20000
     code, stdout, stderr = run(folder, "bash", "scripts/train.slurm", *flags, **job, timeout=300)
     assert code == 0, stdout[-4000:] + stderr[-4000:]
     assert read_curves(dump_folder)[TOTAL].keys() == {1, 2}
     shards = sorted(file.name for file in (dump_folder / "checkpoint" / "step-2").glob("*.distcp"))
-    assert shards == ["__0_0.distcp", "__1_0.distcp"]  # of ranks 0 and 1
+    assert shards == ["__0_0.distcp", "__1_0.distcp"]  # one file from each rank

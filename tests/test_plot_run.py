@@ -1,4 +1,4 @@
-"""Training curves: logs of several starts, panels, and errors."""
+"""Training curves: logs of several starts, panels and errors."""
 
 import math
 
@@ -13,7 +13,7 @@ LOSS = plot_run.TOTAL
 
 
 def write_log(run, metrics, *, time=1, folder="20261121-1200"):
-    """Write the event file of one start of a run, with the time of the start in its name as TorchTitan has it."""
+    """Write the event file of one start of a run; its name has the time of the start, as in TorchTitan."""
     with SummaryWriter(run / "tb" / folder) as writer:
         for tag, series in metrics.items():
             for step, value in series.items():
@@ -24,16 +24,16 @@ def write_log(run, metrics, *, time=1, folder="20261121-1200"):
 
 
 def test_a_later_start_takes_over_where_it_begins(tmp_path):
-    """Clocks were set back: the names of folders do not say which start came first."""
+    """Clocks were set back, so the names of folders do not show which start was first."""
     first = {LOSS: dict.fromkeys(range(1, 11), 1.0), "validation_metrics/loss": {1: 1.0, 5: 1.0, 9: 1.0}}
     write_log(tmp_path, first, time=100, folder="20261025-0259")
     write_log(tmp_path, {LOSS: {6: 2.0, 7: 2.0}}, time=200, folder="20261025-0201")
-    write_log(tmp_path, {}, time=300)  # ended before its first line
+    write_log(tmp_path, {}, time=300)  # this start ended before its first value
     read = read_curves(tmp_path)
     assert read[LOSS] == {1: 1, 2: 1, 3: 1, 4: 1, 5: 1, 6: 2, 7: 2}
     assert read["validation_metrics/loss"] == {1: 1, 5: 1}
-    steps = range(1, 10_100)  # more than TensorBoard keeps by default
-    write_log(tmp_path, {LOSS: {step: step / 4 for step in steps}}, time=400)  # from step 1, without validation
+    steps = range(1, 10_100)  # more than TensorBoard loads by default
+    write_log(tmp_path, {LOSS: {step: step / 4 for step in steps}}, time=400)  # starts again at step 1
     assert read_curves(tmp_path) == {LOSS: {step: step / 4 for step in steps}}
 
 
@@ -45,7 +45,7 @@ def test_one_run_is_drawn_with_its_levels(tmp_path, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out == f"drawn to {picture}: {run} (steps 1 to 2)\n"
     axes = {axis.get_title(loc="left"): axis for axis in plot_run.draw({"": read_curves(run)}).axes}
-    assert list(axes) == ["Training loss", "Fraction of time (%)", "Learning rate"]  # the rest was not logged
+    assert list(axes) == ["Training loss", "Fraction of time (%)", "Learning rate"]  # other metrics were not logged
     values = [list(line.get_ydata()) for line in axes["Training loss"].get_lines()]
     assert values[:-1] == [[level, level] for level in range(11)]
     assert axes["Training loss"].get_legend_handles_labels()[1] == ["level 0", "level 10", "mean"]

@@ -1,4 +1,4 @@
-"""Continuations of a folder of prompts: each once, the same bytes, however often the run is killed."""
+"""Continuations of a folder of prompts: each is written once, with the same bytes after any number of kills."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def model(codec):
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory):
-    """Eleven prompts of several lengths, one of them in stereo in a folder of its own."""
+    """Eleven prompts of several lengths; one is stereo and in a subfolder."""
     folder = tmp_path_factory.mktemp("prompts")
     samples, rate = soundfile.read(TINY / "prompt.wav", dtype="float32")
     for number in range(10):
@@ -68,7 +68,7 @@ def test_each_prompt_is_continued(whole):
 
 
 def test_killed_and_started_again_is_the_same_bytes(model, prompts, whole, tmp_path, monkeypatch, capsys):
-    """Interrupted after each number of written files in turn, which leaves unfinished groups."""
+    """Each run is interrupted after another number of files, in the middle of a group."""
     write_wav, left = prompt_folder.write_wav, 0
 
     def failing(path, waveform):
@@ -91,13 +91,13 @@ def test_killed_and_started_again_is_the_same_bytes(model, prompts, whole, tmp_p
     assert kills == 5 and content(tmp_path) == content(whole[0])
     timeless = [[{**record, "seconds": 0} for record in each] for each in (records, json.loads(json.dumps(whole[1])))]
     assert json.loads(json.dumps(timeless[0])) == timeless[1]
-    monkeypatch.setattr(prompt_folder, "decode", None)  # a finished folder draws nothing
+    monkeypatch.setattr(prompt_folder, "decode", None)  # a finished folder needs no decoding
     assert run(model, prompts, tmp_path) == json.loads(json.dumps(records))
     assert "22 of 22 samples were finished before" in capsys.readouterr().out
 
 
 def test_a_prompt_that_was_replaced_is_continued_again(model, prompts, whole, tmp_path, monkeypatch):
-    """The folder of prompts is named by a relative path, and is a link."""
+    """The folder of prompts is a relative path and a link."""
     shutil.copytree(whole[0], tmp_path / "out")
     shutil.copytree(prompts, tmp_path / "in")
     shutil.copy(prompts / "9.flac", tmp_path / "in" / "3.flac")
@@ -130,7 +130,7 @@ def test_a_bad_prompt_is_named_and_the_others_go_on(model, prompts, tmp_path):
     (folder / "broken.wav").write_bytes(b"RIFF")
     soundfile.write(folder / "long.wav", np.ones(61 * 8000, dtype="float32") / 10, 8000)
     (folder / ".hidden.wav").write_bytes(b"")
-    longest = "x" * 249  # a sample's file adds "_0"
+    longest = "x" * 249  # the file of a sample adds "_0"
     shutil.copy(prompts / "speaker" / "0.wav", folder / f"{longest}.wav")
     records = run(model, folder, output_dir)
     errors = {record["prompt"]: record["error"] for record in records if "error" in record}
@@ -148,7 +148,7 @@ def test_a_bad_prompt_is_named_and_the_others_go_on(model, prompts, tmp_path):
 
 
 def test_a_name_that_is_not_utf_8_is_written_as_utf_8(model, prompts, tmp_path):
-    """A prompt that is continued, and one that cannot be read; the results are UTF-8, and the run resumes."""
+    """One prompt is continued, another cannot be read. The results are UTF-8, and the run can be resumed."""
     (tmp_path / "in").mkdir()
     for name, content in ((b"caf\xe9.flac", (prompts / "0.flac").read_bytes()), (b"\xff.wav", b"RIFF")):
         (tmp_path / "in" / os.fsdecode(name)).write_bytes(content)

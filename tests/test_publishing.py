@@ -1,4 +1,4 @@
-"""The folder that would be uploaded to the hub, which stock classes load."""
+"""The upload of a converted model to the hub, which `transformers` loads."""
 
 import errno
 import json
@@ -18,7 +18,7 @@ from llama_mimi.common.hub import weights_sha256
 
 @pytest.fixture
 def model(model_folder, tmp_path):
-    """A converted model with what conversion writes beside its weights."""
+    """A converted model with all files that conversion writes."""
     folder = tmp_path / "mine"
     folder.mkdir()
     for path in model_folder.iterdir():
@@ -41,9 +41,9 @@ def test_a_dry_run_writes_what_would_be_uploaded(model, tmp_path, capsys):
     result_file(of_model, "mine", part, "sLM21", model_sha256=sha256, data_kind="synthetic")
     result_file(of_model, "other", part, "sLM21")
     generations_file(of_model, "mine", {"a": [0.4], "b": [0.6]}, made_by={"model_sha256": sha256})
-    (of_model / "other.json").write_text(json.dumps({"made_by": "tool 1.0"}))  # of another program
+    (of_model / "other.json").write_text(json.dumps({"made_by": "tool 1.0"}))  # from another program
     for path in (model / "._model.safetensors", of_model / "._a.json"):
-        path.write_bytes(b"\x00\x05\x16\x07\xff")  # as macOS leaves them beside files
+        path.write_bytes(b"\x00\x05\x16\x07\xff")  # macOS writes such files
     of_weights = {"license": "llama3.2", "base_model": "meta-llama/Llama-3.2-1B"}
     push_to_hub(Upload(model, "me/mine", (of_model,), dry_run=tmp_path / "dry", **of_weights))
     assert "would be uploaded: README.md, config.json" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Commands of all READMEs: run as written in a copy of the repository, or listed with the test that runs them."""
+"""The commands of all READMEs run in a copy of the repository, or are listed with the test that runs them."""
 
 import os
 import re
@@ -22,7 +22,7 @@ PROGRAMS = ("pip", "uv", "sbatch", "NUM_NODES", "HF_HUB_OFFLINE")
 INSTALL = "pip install uv && uv sync --compile-bytecode && "
 TORCHRUN = "uv run torchrun --standalone --nproc_per_node="
 SCRIPT = "uv run python scripts/"
-# Beginnings of commands that are not run here, and the reason or the test that runs them.
+# Prefixes of commands that are not run here, with the reason or the test that runs them.
 ELSEWHERE = {
     "uv run pytest": "the tests themselves",
     "uv sync": ".ci/run",
@@ -48,7 +48,7 @@ ELSEWHERE = {
 }
 
 BENCHMARKS = f"{SCRIPT}benchmarks/"
-# Flags for commands that take minutes with their own.
+# Flags that replace those of slow commands.
 SMALLEST = {
     f"{INSTALL}{TORCHRUN}2 -m llama_mimi.train --job.config_file config/tiny.toml": (
         "--training.steps 120 --checkpoint.interval 60 --validation.freq 120"
@@ -75,7 +75,7 @@ def smallest(command: str) -> str:
 
 
 def commands(readme: Path) -> list[str]:
-    """Lines of code blocks and commands between backticks, each once."""
+    """Return the commands in code blocks and between backticks, each once."""
     text = readme.read_text()
     blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)
     found = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
@@ -89,7 +89,7 @@ def is_elsewhere(command: str) -> bool:
 
 
 def program(command: str) -> list[str]:
-    """Return the arguments that start a command without an installation."""
+    """Return the arguments that start a command without uv."""
     name, *words = shlex.split(command.removeprefix(INSTALL).removeprefix("uv run "))
     torchrun = [sys.executable, "-m", "torch.distributed.run"]
     return [*{"python": [sys.executable], "torchrun": torchrun}[name], *words]
@@ -114,7 +114,7 @@ def test_files_and_links_exist(readme):
 
 
 def test_commands_of_one_machine_do_not_share_a_port():
-    """Without --standalone all torchruns of a machine want port 29500."""
+    """Without --standalone all torchruns of a machine use port 29500."""
     for path in tracked("*.md", "*.toml", "scripts", "eval", "torchtitan", "inference.py"):
         assert not re.search(r"uv run torchrun (?!--standalone )", path.read_text(errors="replace")), path
 
@@ -135,7 +135,7 @@ def copy(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["commands", "benchmarks"])
 def test_it_runs(copy, kind):
-    """The benchmarks, which .ci/run leaves to .ci/nightly, need the model of the other commands."""
+    """Benchmarks, which run only in .ci/nightly, need the model of the other commands."""
     first = [ROOT / "README.md", *(readme for readme in READMES if readme != ROOT / "README.md")]  # trains the model
     done = dict.fromkeys(smallest(c) for readme in first for c in commands(readme) if not is_elsewhere(c))
     for command in done:

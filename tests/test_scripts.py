@@ -1,4 +1,4 @@
-"""The chain behind training, as commands: convert, load with stock transformers, continue, evaluate."""
+"""The commands after training: convert, load with `transformers`, continue."""
 
 import json
 import os
@@ -27,7 +27,7 @@ from llama_mimi.tokens.vocabulary import text_from_codes
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, tokenizer):
-    """A run's folder as training leaves it, with random weights: two weights-only steps, the newer one cut off."""
+    """The folder of a run with random weights and two steps, of which the newer one is incomplete."""
     folder = tmp_path_factory.mktemp("run")
     torch.manual_seed(0)
     args = LlamaMimiArgs(**{**vars(FLAVORS["tiny"]), "vocab_size": tokenizer.vocabulary.size, "max_seq_len": 256})
@@ -106,7 +106,7 @@ def test_a_checkpoint_of_another_shape_is_refused(trained):
 
 
 def test_continuation(converted, tmp_path, capsys):
-    """A seed gives the same audio, also as a stream; a text needs no prompt."""
+    """A seed gives the same audio, also in a stream. A text needs no prompt."""
 
     def run_inference(name, *words):
         path = tmp_path / f"{name}.wav"
@@ -127,7 +127,7 @@ def test_continuation(converted, tmp_path, capsys):
 
 
 def test_ranks_share_a_folder_of_prompts(converted, tmp_path):
-    """In groups that are the same for any number of ranks, so that the files are, too."""
+    """Groups do not depend on the number of ranks, so files do not depend on it either."""
     (tmp_path / "in").mkdir()
     for path in sorted((TINY / "benchmarks" / "storycloze").glob("*.ogg"))[:6]:
         shutil.copy(path, tmp_path / "in")
@@ -141,11 +141,11 @@ def test_ranks_share_a_folder_of_prompts(converted, tmp_path):
 
 
 def test_released_layout_works(tokenizer, tmp_path):
-    """As llm-jp/Llama-Mimi-*: num_quantizers in the config and no codec, which is then named on the command line."""
+    """As in llm-jp/Llama-Mimi-*, the config has num_quantizers but no codec, which is set by --codec."""
     config = LlamaConfig.from_pretrained(TINY / "llama")
     config.update({"vocab_size": tokenizer.vocabulary.size, "num_quantizers": 4})
     decoder = LlamaForCausalLM(config)
-    decoder.generation_config = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.9)  # Llama 3.2's
+    decoder.generation_config = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.9)  # as Llama 3.2
     decoder.save_pretrained(tmp_path)
     tokenizer.text_tokenizer.save_pretrained(tmp_path)
     assert "codec" not in json.loads((tmp_path / "config.json").read_text())
@@ -158,7 +158,7 @@ def test_released_layout_works(tokenizer, tmp_path):
 
 
 def test_a_released_checkpoint_continues_as_the_release_does_unless_flags_say_otherwise(converted, tmp_path, codec):
-    """The last frame of a prompt and top_p; other sampling settings of the generation config are not used."""
+    """This is the last frame of a prompt and top_p; other settings of the generation config are not used."""
     shutil.copytree(converted, tmp_path / "released")
     for name, changes in (("config.json", {}), ("generation_config.json", {"top_p": 0.9, "temperature": 0.6})):
         content = json.loads((converted / name).read_text()) | changes
@@ -179,14 +179,14 @@ def test_a_released_checkpoint_continues_as_the_release_does_unless_flags_say_ot
         assert (sampling.top_p, sampling.temperature) == (top_p, 0.8)
         assert (checkpoint_note(model, options) is not None) == has_note
     (tmp_path / "released" / "generation_config.json").write_text('{"top_p": 5}')
-    model = load_speech_model(str(tmp_path / "released"))  # scoring does not sample
+    model = load_speech_model(str(tmp_path / "released"))  # loading for scores does not need sampling
     assert SamplingOptions(top_p=0.5).for_model(model).top_p == 0.5
     with pytest.raises(UserError, match="top_p is 5 in the model's generation config"):
         SamplingOptions().for_model(model)
 
 
 def test_a_prompt_is_never_replaced(tmp_path):
-    """Neither by its own name nor through a link or the number of a sample; refused before a model is loaded."""
+    """The file name, a link and the number of a sample are checked before the model is loaded."""
     shutil.copy(TINY / "prompt.wav", tmp_path / "a_1.wav")
     (tmp_path / "link.wav").symlink_to("a_1.wav")
     for prompt, words in (

@@ -37,13 +37,13 @@ def held_out_clips(count):
 
 @pytest.fixture(scope="module")
 def speech_B1S():
-    """Half a second of four held-out clips."""
+    """The first 0.48 s of four held-out clips."""
     return torch.stack([samples_S[: 6 * FRAME] for samples_S in held_out_clips(4)])[:, None]
 
 
 @pytest.fixture(scope="module")
 def model(speech_B1S):
-    """A small codec after the codebooks were fitted."""
+    """A small codec with fitted codebooks."""
     torch.manual_seed(0)
     model = new_codec(tiny_mimi_config(codebook_size=16))
     standardize(model, speech_B1S)
@@ -71,7 +71,7 @@ def run(folder, **changes):
 def test_a_stopped_run_continues_exactly(tmp_path, monkeypatch):
     monkeypatch.setattr(train_tiny_codec, "FIT_BATCHES", 2)
     whole = run(tmp_path / "whole")
-    whole.run()  # warms up for two steps, fits, and quantizes for four
+    whole.run()  # two steps of warm-up, then k-means, then four steps with quantization
     stopped = run(tmp_path / "stopped")
     for _ in range(4):
         stopped.train_step()
@@ -82,7 +82,7 @@ def test_a_stopped_run_continues_exactly(tmp_path, monkeypatch):
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, again.model.state_dict()[name]), name
 
-    # the exported codec is the trained one, up to float16
+    # the exported codec equals the trained codec, rounded to float16
     exported = MimiModel.from_pretrained(tmp_path / "whole" / "codec")
     assert exported.dtype == torch.float32
     for ours, theirs in zip(codebooks(whole.model), codebooks(exported), strict=True):
@@ -110,7 +110,7 @@ def test_the_offline_codec_reconstructs_speech_the_better_the_deeper():
             decoded_S = codec.decode(codes_TQ[:, :depth])[: len(samples_S)]
             distances[depth] += float(mel.distances(decoded_S, samples_S)[0]) / 8
     assert distances[1] > distances[2] > distances[4] > distances[8]
-    assert distances[8] < 0.45  # 0.39 over all held-out clips; an untrained codec has 1.8
+    assert distances[8] < 0.45  # the mean over all held-out clips is 0.39; an untrained codec has 1.8
     assert sum(path.stat().st_size for path in (TINY / "mimi").iterdir()) < 8e6
 
 

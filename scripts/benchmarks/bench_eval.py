@@ -49,7 +49,7 @@ METHODS = ALONE, BATCHED, CACHED = "one clip at a time", "in batches", "in batch
 class Options:
     """Model and pairs."""
 
-    model_name: str = "models/tiny"  # hub id or folder
+    model_name: str = "models/tiny"  # hub id or folder of the model
     data_dir: Path = Path("assets/tiny/benchmarks")
     dtype: DecoderPrecision = "float32"  # precision of the decoder
     pairs: int = 60  # number of pairs of each benchmark

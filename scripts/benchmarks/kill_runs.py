@@ -180,7 +180,7 @@ def kill_tokenization(flags: KillFlags) -> tuple[str, bool]:
 
     def check() -> str:
         shards = sorted(output.glob("shard-*.parquet"))
-        for shard in shards:  # visible shards are complete
+        for shard in shards:  # a shard becomes visible when it is complete
             if not pq.read_table(shard).equals(expected[shard.name]):
                 raise UserError(f"'{shard}' differs from the shard of the undisturbed run; report this bug")
         if (output / "manifest.json").exists() and [shard.name for shard in shards] != list(expected):
@@ -286,7 +286,7 @@ def frames_of_steps(audit: Path) -> Counter[int]:
 
 
 def frames_of_position(run: Path, codes: Path) -> Counter[int]:
-    """Count the frames before the position of the last checkpoint: those of all windows, minus the unused ones."""
+    """Count the frames before the position of the last checkpoint: all of its windows, without unused frames."""
     state = {"dataloader": {"position": ""}}
     dcp.load(state, checkpoint_id=find_step(run / "checkpoint"), no_dist=True)
     ranks = json.loads(state["dataloader"]["position"])["ranks"]

@@ -30,17 +30,17 @@ def lossless_rows(corpus: str, limit: int, max_seconds: float) -> Rows:
             stream = io.BytesIO()
             soundfile.write(stream, (samples_S * 32767).astype(np.int16), RATE_HZ, format="FLAC")
             name = f"{len(rows)}-{len(rows)}-{len(rows):04d}"
-            rows.append({"name": name, "bytes": stream.getvalue(), **said(row)})
+            rows.append({"name": name, "bytes": stream.getvalue(), **labels_of(row)})
     return rows
 
 
-def said(row: Row) -> Row:
+def labels_of(row: Row) -> Row:
     """Return the text and the speaker of a row."""
     return {key: row[key] for key in ("text", "speaker")}
 
 
 def in_parquet(folder: Path, rows: Rows) -> Path:
-    table = [{"id": r["name"], "audio": {"bytes": r["bytes"], "path": None}, **said(r)} for r in rows]
+    table = [{"id": r["name"], "audio": {"bytes": r["bytes"], "path": None}, **labels_of(r)} for r in rows]
     pq.write_table(pa.Table.from_pylist(table), folder / "train.parquet")
     return folder
 
@@ -50,7 +50,7 @@ def in_tar(folder: Path, rows: Rows, shards: int = 2) -> Path:
         with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
             for row in rows[shard * len(rows) // shards : (shard + 1) * len(rows) // shards]:
                 add(tar, f"{row['name']}.flac", row["bytes"])
-                add(tar, f"{row['name']}.json", json.dumps({"id": row["name"], **said(row)}).encode())
+                add(tar, f"{row['name']}.json", json.dumps({"id": row["name"], **labels_of(row)}).encode())
     return folder
 
 
@@ -66,7 +66,7 @@ def in_metadata(folder: Path, rows: Rows) -> Path:
         name = f"{row['speaker']}/{row['name']}.flac"
         (folder / row["speaker"]).mkdir(exist_ok=True)
         (folder / name).write_bytes(row["bytes"])
-        lines.append(json.dumps({"file_name": name, **said(row)}))
+        lines.append(json.dumps({"file_name": name, **labels_of(row)}))
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     return folder
 
@@ -85,7 +85,7 @@ def in_librispeech(folder: Path, rows: Rows) -> Path:
 def in_json_files(folder: Path, rows: Rows) -> Path:
     for row in rows:
         (folder / f"{row['name']}.flac").write_bytes(row["bytes"])
-        (folder / f"{row['name']}.json").write_text(json.dumps(said(row)))
+        (folder / f"{row['name']}.json").write_text(json.dumps(labels_of(row)))
     return folder
 
 
@@ -93,7 +93,7 @@ def in_manifest(folder: Path, rows: Rows) -> Path:
     lines = []
     for row in rows:
         (folder / f"{row['name']}.flac").write_bytes(row["bytes"])
-        lines.append(json.dumps({"audio_filepath": f"{row['name']}.flac", "id": row["name"], **said(row)}))
+        lines.append(json.dumps({"audio_filepath": f"{row['name']}.flac", "id": row["name"], **labels_of(row)}))
     (folder / "train.jsonl").write_text("\n\n".join(lines) + "\n")
     return folder / "train.jsonl"
 
@@ -105,7 +105,7 @@ def in_parts_of_one_recording(folder: Path, rows: Rows) -> Path:
         parts.append(soundfile.read(io.BytesIO(row["bytes"]), dtype="int16")[0])
         seconds = len(parts[-1]) / RATE_HZ
         values = {"audio_filepath": "long.wav", "offset": offset, "duration": seconds, "id": row["name"]}
-        lines.append(json.dumps(values | said(row)))
+        lines.append(json.dumps(values | labels_of(row)))
         offset += seconds
     soundfile.write(folder / "long.wav", np.concatenate(parts), RATE_HZ)
     (folder / "train.jsonl").write_text("\n".join(lines))
@@ -118,7 +118,7 @@ def in_arrow(folder: Path, rows: Rows) -> Path:
 
 
 def dataset(rows: Rows) -> Dataset:
-    table = [{"id": r["name"], "audio": {"bytes": r["bytes"], "path": None}, **said(r)} for r in rows]
+    table = [{"id": r["name"], "audio": {"bytes": r["bytes"], "path": None}, **labels_of(r)} for r in rows]
     return Dataset.from_list(table).cast_column("audio", Audio(decode=False)).cast_column("audio", Audio())
 
 

@@ -117,7 +117,7 @@ def score_codec(
 
     Args:
         codec: hub id or folder
-        corpus: Parquet path or glob with columns audio, speaker, text
+        corpus: corpus with columns audio, speaker, text
         validation_corpus: held-out clips
         words_corpus: isolated words; default: --corpus
         words_validation_corpus: held-out isolated words; default: --validation_corpus

@@ -50,8 +50,8 @@ def score_listeners(
     """Score both models, write the scores, and print their table.
 
     Args:
-        corpus: Parquet path or glob of held-out clips with columns audio, speaker, text
-        recogniser: hub id or folder
+        corpus: held-out clips with columns audio, speaker, text
+        recogniser: hub id or folder of the ASR model
         speaker_encoder: hub id or folder
         codec: hub id or folder of the codec
         prompt_seconds: length of the first part for the speaker encoder, in seconds

@@ -32,18 +32,18 @@ class SamplingOptions:
     """Options of sampling."""
 
     seconds: float = 10.0  # maximum length of the continuation, in seconds; generation stops earlier at </audio>
-    min_seconds: float = 0.0  # minimum length of the continuation, in seconds; the model cannot end the speech before
-    temperature: float = 0.8  # temperature of sampling; 0 takes the most likely token
+    min_seconds: float = 0.0  # minimum length of the continuation, in seconds; the model cannot end the speech earlier
+    temperature: float = 0.8  # temperature of sampling; 0 means the most likely token
     top_k: int = 30  # sample from the k most likely tokens (among those valid at this position)
-    # Sample from the fewest of these whose probabilities sum to p; default: the model's generation config, or 1
+    # Sample from the fewest of the top_k tokens whose probabilities sum to p; default: the generation config, or 1
     top_p: float | None = None
     # Maximum length of prompt and new audio that the model sees at once, in seconds; default: longest training clip.
     # When the window is full, keep the start of the prompt and the last half of the window
     window_seconds: float | None = None
-    seed: int = 0  # the same seed gives the same samples
-    num_samples: int = 1  # continuations of the same prompt
-    # Encoding of a partial last frame of a prompt: pad fills it with zeros, codec leaves it to the codec, as the first
-    # release does; default: codec for released checkpoints, else pad
+    seed: int = 0  # seed of the first sample; the same seed gives the same samples
+    num_samples: int = 1  # number of continuations of each prompt
+    # Encoding of a partial last frame of a prompt: pad fills it with zeros, codec passes it to the codec unchanged, as
+    # in the first release; default: codec for released checkpoints, else pad
     last_frame: LastFrame | None = None
 
     def __post_init__(self) -> None:

@@ -21,7 +21,7 @@ class Sampling:
     max_frames: int
     min_frames: int
     window_frames: int  # maximum length of prompt and new audio that the model sees at once
-    temperature: float  # 0 takes the most likely entry
+    temperature: float  # 0 means the most likely entry
     top_k: int  # draw from the k most likely entries
     top_p: float  # draw from the fewest of these whose probabilities sum to p
 

@@ -56,7 +56,7 @@ class FlattenedModel(SpeechModel):
         (contexts,), vocabulary, entries = caches, self.tokenizer.vocabulary, []
         for level, rows_KD in enumerate(self.output_rows):
             entries.append(draw(product(rows_KD, contexts.hidden_BD), level))
-            codes_B = entries[-1].clamp(max=vocabulary.codebook_size - 1)  # replace an end by any code
+            codes_B = entries[-1].clamp(max=vocabulary.codebook_size - 1)  # an end has no code; its frame is not used
             ids_B = vocabulary.base + codes_B * vocabulary.num_quantizers + level
             contexts.step(self.backbone.embed_tokens(ids_B))
         return torch.stack(entries, dim=1)

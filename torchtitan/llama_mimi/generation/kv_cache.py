@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache, PreTrainedModel
 
-GRAPH_DEVICES = ("cuda",)  # compile a step to one CUDA graph, instead of hundreds of launches
+GRAPH_DEVICES = ("cuda",)  # where a step is one CUDA graph, instead of hundreds of kernel launches
 
 
 def product(weight_ND: torch.Tensor, rows_BD: torch.Tensor) -> torch.Tensor:

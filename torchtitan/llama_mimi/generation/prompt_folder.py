@@ -56,7 +56,7 @@ def continue_folder(
     """
     chosen = {"top_p": options.for_model(model).top_p, "last_frame": options.last_frame or model.last_frame}
     settings = {**asdict(options), **chosen, **made_by, "device": ranks.device.type, "batch_size": num_rows}
-    log = ProgressLog(output_dir / "unfinished", {})  # results depend on settings.json
+    log = ProgressLog(output_dir / "unfinished", {})  # settings.json contains the settings
 
     def prepare() -> dict[str, Sample]:
         folders = [os.path.realpath(folder) for folder in (prompts, output_dir)]
