@@ -24,6 +24,7 @@ from llama_mimi.generation.continuation import SamplingOptions, checkpoint_note,
 from llama_mimi.generation.decoding import FinishReason, Request, decode
 from llama_mimi.generation.loading import load_speech_model
 from llama_mimi.generation.speech_model import DecoderPrecision, SpeechModel
+from llama_mimi.report.document import import_extra
 
 CHUNK_SECONDS = 0.4  # minimum length of a chunk of new audio
 
@@ -45,10 +46,7 @@ def demo(
         dtype: precision of the decoder
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # nothing is sent anywhere
-    try:
-        import gradio
-    except ImportError as error:
-        raise UserError("the demo needs gradio; install it with `uv sync --extra demo`") from error
+    gradio = import_extra("gradio", "the demo", "install it with `uv sync --extra demo`")
     if shutil.which("ffmpeg") is None:
         raise UserError("the demo needs the program ffmpeg to stream audio; install it")
     model = load_speech_model(model_name, device=device, dtype=dtype)

@@ -16,8 +16,8 @@ from llama_mimi.audio.mimi import codec_hash
 from llama_mimi.audio.reading import AUDIO_ENDINGS, AudioError, Waveform, write_wav
 from llama_mimi.audio.streaming import decode_long
 from llama_mimi.common.distributed import DistributedContext, broadcast_from_rank0
-from llama_mimi.common.errors import UserError, first_line
-from llama_mimi.common.files import as_utf8, find_files, parse_json, read_json, write_atomically
+from llama_mimi.common.errors import UserError
+from llama_mimi.common.files import as_utf8, find_files, read_json, write_atomically
 from llama_mimi.common.hub import weights_sha256
 from llama_mimi.common.resume import ProgressLog, map_resumable, require_same
 from llama_mimi.common.versions import versions
@@ -52,7 +52,7 @@ def continue_folder(
         The records of ``results.jsonl``, on every rank. If a prompt cannot be read, its samples have an ``error``.
 
     Raises:
-        UserError: there are no prompts, two have the same name, or ``output_dir`` has samples of other settings.
+        UserError: no prompts, two prompts with the same name, or an ``output_dir`` with samples of other settings.
     """
     chosen = {"top_p": options.for_model(model).top_p, "last_frame": options.last_frame or model.last_frame}
     settings = {**asdict(options), **chosen, **made_by, "device": ranks.device.type, "batch_size": num_rows}
@@ -70,10 +70,7 @@ def continue_folder(
             compared = {key: value for key, value in settings.items() if key not in NOT_COMPARED}
             require_same(earlier, compared, f"'{output_dir}'", "choose another --output_dir")
         if (results := output_dir / RESULTS).exists():  # copy the records of a finished run back to its log
-            try:
-                log.add({record["file"]: record for record in map(parse_json, results.read_text().splitlines())})
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"'{results}' is not a list of results ({first_line(error)}); remove it") from error
+            log.add({record["file"]: record for record in map(json.loads, results.read_text().splitlines())})
             results.unlink()
         return samples
 
