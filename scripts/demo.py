@@ -46,7 +46,7 @@ def demo(
         dtype: precision of the decoder
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # nothing is sent anywhere
-    gradio = import_extra("gradio", "the demo", "install it with `uv sync --inexact --extra demo`")
+    gradio = import_extra("gradio", "the demo", "run `uv sync --inexact --extra demo`")
     if shutil.which("ffmpeg") is None:
         raise UserError("the demo needs the program ffmpeg to stream audio; install it")
     model = load_speech_model(model_name, device=device, dtype=dtype)
