@@ -270,7 +270,7 @@ def test_text_comes_before_the_speech(codec):
         assert spoken[0][len(prompt_TQ), 0] == first
     model.decoder.config.update({"task": "a2a"})
     for without_text in (model, flattened(codec, 4, "audio")):
-        with pytest.raises(UserError, match="was trained without text; choose a model of the task 'tts'"):
+        with pytest.raises(UserError, match="was trained without text; train a model with --data.task tts"):
             continue_codes(without_text, PROMPT, options, "one")
     code, stderr = run_here("inference.py", "--text", os.fsdecode(b"caf\xe9"))
     assert code == 1 and r"--text 'caf\xe9' is not UTF-8" in stderr
