@@ -40,7 +40,7 @@ def repository(monkeypatch):
 
 @pytest.fixture(scope="module")
 def downloads(tmp_path_factory):
-    """Folders that the commands at the top of a large config create, without weights."""
+    """Write the folders that the commands at the top of a large config create, without weights."""
     folder = tmp_path_factory.mktemp("downloads")
     MimiConfig(num_quantizers=32).save_pretrained(folder / "mimi")
     for flavor in ("1B", "8B"):

@@ -68,7 +68,7 @@ def test_each_prompt_is_continued(whole):
 
 
 def test_killed_and_started_again_is_the_same_bytes(model, prompts, whole, tmp_path, monkeypatch, capsys):
-    """Each run is interrupted after another number of files, in the middle of a group."""
+    """Each run is interrupted in the middle of a group, after a different number of files."""
     write_wav, left = prompt_folder.write_wav, 0
 
     def failing(path, waveform):

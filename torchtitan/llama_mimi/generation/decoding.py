@@ -151,6 +151,6 @@ def draw_entries(logits_BK: torch.Tensor, sampling: Sampling, uniform_B: torch.T
     if sampling.top_p < 1:
         probs_Bk = probs_Bk.masked_fill(totals_Bk - probs_Bk >= sampling.top_p, 0)
         totals_Bk = probs_Bk.cumsum(dim=-1)
-    # Take the first entry whose cumulative probability exceeds the random number. Its own probability is above 0.
+    # Take the first entry whose cumulative probability exceeds the random number. Its probability is above 0.
     places_B1 = (totals_Bk <= uniform_B[:, None] * totals_Bk[:, -1:]).sum(dim=-1, keepdim=True)
     return entries_Bk.gather(1, places_B1.clamp(max=totals_Bk.shape[1] - 1))[:, 0]

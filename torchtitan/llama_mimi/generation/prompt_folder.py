@@ -69,7 +69,7 @@ def continue_folder(
         else:
             compared = {key: value for key, value in settings.items() if key not in NOT_COMPARED}
             require_same(earlier, compared, f"'{output_dir}'", "choose another --output_dir")
-        if (results := output_dir / RESULTS).exists():  # copy the records of a finished run back to its log
+        if (results := output_dir / RESULTS).exists():  # copy the records of a finished run back to the log
             log.add({record["file"]: record for record in map(json.loads, results.read_text().splitlines())})
             results.unlink()
         return samples

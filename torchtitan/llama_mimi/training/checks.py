@@ -100,7 +100,7 @@ RULES: list[tuple[str, Callable[[Any, Any], Any], str]] = [
 
 
 def prepare_run(job_config: Any) -> None:
-    """On rank 0, check a run, lock its folder, save its config and move old steps. All ranks raise a `UserError`."""
+    """On rank 0, check a run, lock its folder, save its config and move old steps. An error is raised on all ranks."""
     checkpoint, settings = checkpoint_folder(job_config), job_config.checkpoint
 
     def steps() -> list[int] | None:
@@ -235,7 +235,7 @@ def _check_resume(job_config: Any) -> None:
     entries = read_index(steps[number]).state_dict_metadata if is_distributed(steps[number]) else None
     if entries is None or (needs_position and "dataloader.position" not in entries):
         problem = f"'{steps[number]}' contains only weights and no position in the data, so a run cannot resume from it"
-        remedy = "start another run with checkpoint.initial_load_path (for safetensors, also initial_load_in_hf)"
+        remedy = "start another run with this checkpoint.initial_load_path (for safetensors, also initial_load_in_hf)"
         raise UserError(f"{problem}; {remedy}")
     earlier = now = job_config.to_dict()
     with suppress(UserError):  # a damaged file is replaced

@@ -132,7 +132,7 @@ class SpeechMetrics(MetricsProcessor):
     def _losses(self, sums: torch.Tensor, fractions: Sequence[float]) -> tuple[float, dict[str, float], str]:
         """Return the mean loss over codes and ends, the metrics of all levels with targets, and text for the log.
 
-        In the mean, the sums of a level are divided by its fraction of frames with a target. Bits per second of audio
+        In the mean, the sums of a level are divided by the level's fraction of frames with a target. Bits per second
         use the softmax over the admissible entries of a position, as in generation.
         """
         weights = torch.tensor([*(1 / part for part in fractions), 1.0], dtype=torch.float64, device=sums.device)
