@@ -187,7 +187,7 @@ def test_files_of_another_system_are_continuations(prompts, others):
     [
         ("missing", "has no file for 1 of 6 prompts, such as '{}'; add files"),
         ("{}_0.wav", "are both sample 0 of '{}'; remove one"),
-        ("notes_7.wav", "notes_7.wav'; rename the file"),
+        ("notes_7.wav", "notes_7.wav' belongs to no prompt; rename"),
         ("1/{}.wav", "{}.wav' is not readable audio"),
     ],
 )

@@ -135,7 +135,7 @@ def wavs(prompts: PromptSet, folder: Path, contain_prompt: bool, max_seconds: fl
         numbered = re.fullmatch(r"(.+)_(\d+)", path.stem)
         name, number = (numbered[1], int(numbered[2])) if numbered and path.stem not in by_name else (path.stem, 0)
         if name not in by_name:
-            raise UserError(f"no prompt has the name of '{path}'; rename it to <prompt>.wav or <prompt>_<number>.wav")
+            raise UserError(f"'{path}' belongs to no prompt; rename the file to <prompt>.wav or <prompt>_<number>.wav")
         if (name, number) in found:
             raise UserError(f"'{found[name, number]}' and '{path}' are both sample {number} of '{name}'; remove one")
         found[name, number] = path
