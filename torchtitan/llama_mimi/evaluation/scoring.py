@@ -26,10 +26,11 @@ class Scoring:
 
     Args:
         levels: quantizer levels to score; None means all. ``</audio>`` is also scored, if present.
-        as_released: score as the first release does: BOS only if the tokenizer adds it, and ``</audio>`` also after a
-            cut clip. If ``levels`` is None, all tokens after the first are scored, including ``<audio>``. If it is
-            ``(0,)``, every Q-th token from position 2 is scored: with BOS level 0 and ``</audio>``, else level 1.
-        likelihood: softmax over the vocabulary, or "grammar": over the level's codes and, at level 0, ``</audio>``.
+        as_released: score as the first release does. A sequence has BOS only if the tokenizer adds BOS, and it has
+            ``</audio>`` even if the clip is cut. If ``levels`` is None, all tokens after the first are scored,
+            including ``<audio>``. If ``levels`` is ``(0,)``, every Q-th token from position 2 is scored. These tokens
+            are level 0 and ``</audio>`` in a sequence with BOS, or level 1 in a sequence without BOS.
+        likelihood: "softmax" over the vocabulary, or "grammar" over the codes of a level (level 0: also ``</audio>``).
     """
 
     levels: tuple[int, ...] | None
@@ -57,7 +58,7 @@ def score_clips(
 ) -> dict[str, float]:
     """Return scores by clip. Clips with equal codes have equal scores; scores in ``log`` are not computed again.
 
-    ``batch_tokens`` is the maximum size of a batch including padding. A score that is not finite raises a `UserError`.
+    ``batch_tokens``: maximum number of tokens in a batch, including padding. Scores that are not finite raise an error.
     """
 
     def content_hash(clip: CodedClip) -> str:
@@ -66,7 +67,7 @@ def score_clips(
 
     keys = {name: content_hash(clip) for name, clip in codes.items()}
     unique = {keys[name]: clip for name, clip in codes.items()}
-    order = sorted(unique)  # batches depend only on the codes, so a resumed run has the same ones
+    order = sorted(unique)  # batches depend only on the codes, so a resumed run has the same batches
     plan = bucket_by_length([unique[key].codes_TQ.size for key in order], batch_tokens)
     plan.reverse()  # if memory is too small, the first batch fails
     batches = [{order[i]: unique[order[i]] for i in batch} for batch in plan]
