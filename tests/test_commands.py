@@ -16,8 +16,9 @@ from conftest import ROOT
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from llama_mimi.audio.reading import Waveform, wav_writer, write_wav
-from llama_mimi.common.command_line import run_cli
+from llama_mimi.common.command_line import report_errors
 from llama_mimi.common.errors import UserError
+from llama_mimi.generation import loading
 from llama_mimi.report.document import Picture, Section, write_html, write_markdown
 
 INTERNAL = {"audited_training", "measuring"}  # started by other commands, with their own arguments
@@ -45,13 +46,9 @@ def test_help(path, monkeypatch, capsys):
 
 def test_an_error_stands_once_and_last_in_what_torchrun_prints(tmp_path, monkeypatch, capsys):
     """Rank 1 fails, and torchrun then ends rank 0."""
-
-    def command():
-        raise UserError("x is 1; set 2")
-
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
-    with pytest.raises(SystemExit) as end:
-        run_cli(command)
+    with pytest.raises(SystemExit) as end, report_errors():
+        raise UserError("x is 1; set 2")
     ended = ProcessFailure(local_rank=0, pid=1, exitcode=-15, error_file="")
     failed = ProcessFailure(local_rank=1, pid=2, exitcode=end.value.code, error_file=str(tmp_path / "error.json"))
     printed = str(ChildFailedError("command", {0: ended, 1: failed}))
@@ -92,17 +89,14 @@ def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_an_unusable_file_is_one_sentence(error, sentence, capsys):
-    def command():
+    with pytest.raises(SystemExit), report_errors():
         raise error
-
-    with pytest.raises(SystemExit):
-        run_cli(command)
     assert capsys.readouterr().err.startswith(sentence)
 
 
 def test_the_demo_names_a_taken_port_and_no_paths(monkeypatch):
     pytest.importorskip("gradio")
-    monkeypatch.setattr(demo, "load_speech_model", lambda *args, **options: None)
+    monkeypatch.setattr(loading, "load_speech_model", lambda *args, **options: None)
     monkeypatch.setattr(demo.shutil, "which", lambda name: name)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
