@@ -5,6 +5,7 @@ import errno
 import os
 import runpy
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -42,6 +43,32 @@ def test_help(path, monkeypatch, capsys):
     assert end.value.code in (0, None)
     first_sentence = ast.get_docstring(ast.parse(path.read_text())).split("\n")[0]
     assert first_sentence[:30] in shown and shown.count("--") > 2
+
+
+SHOW_HELP = """
+import runpy, sys
+for command in sys.argv[1:]:
+    sys.argv = [command, "--help"]
+    try:
+        if command.endswith(".py"):
+            runpy.run_path(command, run_name="__main__")
+        else:
+            runpy.run_module(command, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        assert not end.code, command
+    heavy = "torch transformers datasets pandas scipy pyarrow soundfile matplotlib gradio torchtitan.train".split()
+    assert not {*heavy} & {*sys.modules}, (command, {*heavy} & {*sys.modules})
+"""
+
+
+def test_help_imports_no_large_package():
+    """Each command must therefore answer `--help` and a wrong flag within a second or two."""
+    users = [path for path in COMMANDS if path.parent in (ROOT, ROOT / "scripts", ROOT / "eval")]
+    assert len(users) > 10
+    words = [sys.executable, "-c", SHOW_HELP, "llama_mimi.train", *map(str, users)]
+    shown = subprocess.run(words, cwd=ROOT, text=True, capture_output=True)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.count("usage:") == len(users) + 1 and "options options" not in shown.stdout
 
 
 def test_an_error_stands_once_and_last_in_what_torchrun_prints(tmp_path, monkeypatch, capsys):
