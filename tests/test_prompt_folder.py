@@ -16,7 +16,7 @@ from test_generation import Ending, flattened
 from llama_mimi.common.distributed import DistributedContext
 from llama_mimi.common.errors import UserError
 from llama_mimi.generation import prompt_folder
-from llama_mimi.generation.continuation import SamplingOptions
+from llama_mimi.generation.options import SamplingOptions
 from llama_mimi.generation.prompt_folder import continue_folder
 
 OPTIONS = SamplingOptions(seconds=0.8, temperature=1.0, num_samples=2)

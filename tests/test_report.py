@@ -12,16 +12,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import report
-import tyro
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llama_mimi.common.command_line import parse_options
 from llama_mimi.common.errors import UserError
 from llama_mimi.evaluation.benchmarks import SALMON_PARTS
 from llama_mimi.evaluation.results import FORMAT
 from llama_mimi.report import comparisons
-from llama_mimi.report.comparisons import comparable_sets, comparison, summary
+from llama_mimi.report.comparisons import comparable_sets, comparison, report_results, summary
 from llama_mimi.report.document import to_markdown
 from llama_mimi.report.estimates import Estimate, estimate, same_items
 from llama_mimi.report.results import measure_of, read_results
@@ -82,7 +82,7 @@ def make(monkeypatch, capsys):
 
     def run(*flags):
         monkeypatch.chdir(ROOT)
-        tyro.cli(report.report, args=[*map(str, flags)])
+        report_results(**vars(parse_options(report.Options, [*map(str, flags)])))
         return capsys.readouterr().out
 
     return run

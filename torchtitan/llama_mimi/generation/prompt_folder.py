@@ -21,8 +21,9 @@ from llama_mimi.common.files import as_utf8, find_files, read_json, write_atomic
 from llama_mimi.common.hub import weights_sha256
 from llama_mimi.common.resume import ProgressLog, map_resumable, require_same
 from llama_mimi.common.versions import versions
-from llama_mimi.generation.continuation import SamplingOptions, encode_prompts, finished, read_prompt
+from llama_mimi.generation.continuation import encode_prompts, finished, for_model, read_prompt
 from llama_mimi.generation.decoding import Request, decode
+from llama_mimi.generation.options import SamplingOptions
 from llama_mimi.generation.speech_model import SpeechModel
 
 RESULTS, SETTINGS = "results.jsonl", "settings.json"
@@ -54,7 +55,7 @@ def continue_folder(
     Raises:
         UserError: there is no prompt, two prompts have the same name, or ``output_dir`` has samples of other settings.
     """
-    chosen = {"top_p": options.for_model(model).top_p, "last_frame": options.last_frame or model.last_frame}
+    chosen = {"top_p": for_model(options, model).top_p, "last_frame": options.last_frame or model.last_frame}
     settings = {**asdict(options), **chosen, **made_by, "device": ranks.device.type, "batch_size": num_rows}
     log = ProgressLog(output_dir / "unfinished", {})  # settings.json contains the settings
 
@@ -135,7 +136,7 @@ def _continue_group(
     codes = dict(zip(waveforms, encode_prompts(model, list(waveforms.values()), options), strict=True))
     usable = [(file, path, record) for file, (path, record) in group.items() if path in codes]
     requests = [Request(codes[path], record["seed"]) for _, path, record in usable]
-    drawn = decode(model, requests, options.for_model(model), num_rows)
+    drawn = decode(model, requests, for_model(options, model), num_rows)
     for number, new_TQ, end, began in finished(drawn, codec.num_quantizers):
         (file, path, record), prompt_TQ = usable[number], requests[number].prompt_TQ
         waveform = Waveform(decode_long(codec, torch.cat([prompt_TQ, new_TQ])), codec.sample_rate_hz)
