@@ -12,20 +12,21 @@ import torch
 from llama_mimi.audio.mimi import MimiCodec
 from llama_mimi.audio.reading import Waveform, wav_writer, write_wav
 from llama_mimi.audio.streaming import DecodingStream, decode_long
-from llama_mimi.common.command_line import run_command
+from llama_mimi.common.command_line import print_next, run_command
 from llama_mimi.common.distributed import broadcast_from_rank0, distributed_context
 from llama_mimi.common.errors import UserError
-from llama_mimi.common.files import as_utf8
+from llama_mimi.common.files import as_utf8, is_synthetic
 from llama_mimi.generation.continuation import (
     SamplingOptions,
     checkpoint_note,
     continue_codes,
     encode_prompts,
     read_prompt,
+    with_progress,
 )
 from llama_mimi.generation.decoding import Drawn, Request, decode
 from llama_mimi.generation.loading import load_speech_model
-from llama_mimi.generation.prompt_folder import RESULTS, continue_folder, describe_model
+from llama_mimi.generation.prompt_folder import RESULTS, continue_folder, describe_model, without_new_audio
 from llama_mimi.generation.speech_model import DecoderPrecision, SpeechModel
 
 
@@ -77,13 +78,17 @@ def continue_speech(options: Options, sampling: SamplingOptions) -> None:
         if options.prompts is None or options.output_dir is None:
             if ranks.rank == 0:
                 _continue_prompt(model, options, sampling, files)
+                data_dir = "assets/tiny/benchmarks/salmon" if is_synthetic(model.codec.name) else None
+                flags = {"codec": options.codec, "dtype": dtype if dtype != "float32" else None}
+                print_next("python eval/salmon.py", model_name=name, data_dir=data_dir, **flags)
             return
         made_by = broadcast_from_rank0(lambda: describe_model(name, model, dtype))
         num_rows = num_rows or (64 if ranks.device.type == "cuda" else 8)
         records = continue_folder(model, options.prompts, options.output_dir, sampling, num_rows, ranks, made_by)
     if ranks.rank == 0:
         failed = [record["error"] for record in records if "error" in record]
-        print(f"{len(records) - len(failed):,} samples in {options.output_dir}; see {options.output_dir / RESULTS}")
+        samples = f"{len(records) - len(failed):,} samples in {options.output_dir}{without_new_audio(records)}"
+        print(f"{samples}; see {options.output_dir / RESULTS}")
         if failed:
             raise UserError(f"{len(failed):,} samples failed; the first: {failed[0]}")
 
@@ -94,7 +99,9 @@ def _continue_prompt(model: SpeechModel, options: Options, sampling: SamplingOpt
     if options.prompt is not None:
         (prompt_TQ,) = encode_prompts(model, [read_prompt(options.prompt, codec)], sampling)
     if options.stream:
-        drawn = decode(model, [Request(prompt_TQ, sampling.seed, options.text)], sampling.for_model(model), 1)
+        own = sampling.for_model(model)
+        drawn = decode(model, [Request(prompt_TQ, sampling.seed, options.text)], own, 1)
+        drawn = with_progress(drawn, 1, own.max_frames, codec.frame_rate_hz)
         samples = [_stream(codec, prompt_TQ, drawn, files[0])]
     else:
         samples = continue_codes(model, prompt_TQ, sampling, options.text)

@@ -7,10 +7,11 @@ import logging
 import os
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 import torch
 
-from llama_mimi.common.command_line import run_cli
+from llama_mimi.common.command_line import print_next, run_cli
 from llama_mimi.common.cpu import use_cpu_without_gpu
 from llama_mimi.common.errors import UserError
 
@@ -21,13 +22,16 @@ from torchtitan.train import Trainer  # noqa: E402
 
 import llama_mimi.train_spec  # noqa: E402, F401  (registers the model, also for a config without custom_import)
 from llama_mimi.common.distributed import end_with_torchrun, report_error_once  # noqa: E402
+from llama_mimi.job_config import checkpoint_folder  # noqa: E402
 from llama_mimi.training.config_file import parse_config  # noqa: E402
+from llama_mimi.training.log import hide_noise  # noqa: E402
 
 
 def main() -> None:
     """Train a model; close checkpoints and metrics also after an error."""
     end_with_torchrun()
     init_logger()
+    hide_noise()
     if int(os.environ.get("RANK", 0)) > 0:
         logger.setLevel(logging.WARNING)  # all ranks log the same lines
     with report_error_once():
@@ -46,6 +50,11 @@ def main() -> None:
             raise
         trainer.close()
     torch.distributed.destroy_process_group()
+    if int(os.environ["RANK"]) == 0 and job_config.checkpoint.enable and not job_config.checkpoint.last_save_in_hf:
+        checkpoint = checkpoint_folder(job_config)
+        print(f"written to {checkpoint}")
+        output = Path("models", checkpoint.parent.resolve().name)
+        print_next("python scripts/convert_dcp_to_hf.py", checkpoint=checkpoint, output_dir=output)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from llama_mimi.checkpoint.architectures import find_run_record, load_config
 from llama_mimi.checkpoint.csm import codec_state
 from llama_mimi.checkpoint.dcp import find_step, load_model_state
 from llama_mimi.checkpoint.huggingface import save_folder
+from llama_mimi.common.command_line import print_next
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import read_json, write_atomically
 from llama_mimi.common.hub import load_pretrained
@@ -65,6 +66,7 @@ def convert_checkpoint(checkpoint: Path, output_dir: Path, dtype: Precision = "f
         own = {section: values for section, values in training.items() if section not in NOT_OF_THE_MODEL}
         write_atomically(str(output_dir), TRAINING_CONFIG, (json.dumps(own, indent=1) + "\n").encode())
     print(f"{step} -> {output_dir} ({num_parameters:,} parameters, {dtype})")
+    print_next("python inference.py", model_name=output_dir, prompt="assets/tiny/prompt.wav")
 
 
 def prepare_base_model(
@@ -119,3 +121,4 @@ def prepare_base_model(
     save_folder(output_dir, model, kept)
     audio = f"{extended.size - extended.base:,} audio tokens"
     print(f"{base_model} + {audio} -> {output_dir} ({extended.size:,} vocabulary entries)")
+    print(f"next: set model.hf_assets_path = {json.dumps(str(output_dir))} in a config")

@@ -5,6 +5,7 @@ import errno
 import io
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ import tyro
 from llama_mimi.common.errors import UserError, first_line, report
 
 TYRO: dict[str, Any] = {"use_underscores": True, "config": (tyro.conf.OmitArgPrefixes,)}
+REPORT = "--extra plots python scripts/report.py"
 DISK_ERRORS = "ENOSPC EDQUOT EFBIG EROFS EACCES ENOTDIR EEXIST".split()
 
 
@@ -55,6 +57,12 @@ def run_cli(main: Callable[[], None]) -> None:
         problem = f"{file} cannot be used ({os.strerror(number)})"
         report(UserError(f"{problem}; free disk space, set its permissions, or choose another folder"))
     sys.exit(1)
+
+
+def print_next(program: str, **settings: Any) -> None:
+    """Print the command that usually follows. A setting with the value None becomes no flag."""
+    flags = to_cli_args({name: value for name, value in settings.items() if value is not None})
+    print(f"next: uv run {program} {shlex.join(flags)}", flush=True)
 
 
 def to_cli_args(settings: Mapping[str, Any]) -> list[str]:

@@ -1,11 +1,14 @@
 """Sampling options, prompts, and the continuations of one prompt."""
 
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from llama_mimi.audio.mimi import LastFrame, MimiCodec
 from llama_mimi.audio.reading import AudioError, Waveform, read_audio
@@ -100,9 +103,32 @@ def continue_codes(
 ) -> list[torch.Tensor]:
     """Continue a prompt ``options.num_samples`` times; return the codes_TQ of each sample, including the prompt."""
     requests = [Request(prompt_TQ, options.seed + number, text) for number in range(options.num_samples)]
-    drawn = decode(model, requests, options.for_model(model), min(ROWS, options.num_samples))
+    sampling = options.for_model(model)
+    drawn = decode(model, requests, sampling, min(ROWS, options.num_samples))
+    drawn = with_progress(drawn, len(requests), sampling.max_frames, model.codec.frame_rate_hz)
     new = {number: new_TQ for number, new_TQ, *_ in finished(drawn, model.codec.num_quantizers)}
     return [torch.cat([prompt_TQ, new[number]]) for number in range(options.num_samples)]
+
+
+def with_progress(drawn: Drawn, num_samples: int, max_frames: int, frame_rate_hz: float) -> Drawn:
+    """Yield from `decode`, and show the seconds of new audio, the time left and the real-time factor.
+
+    The time left is for samples of the maximum length; a sample that ends earlier lowers the total.
+    """
+    num_new, total = [0] * num_samples, num_samples * max_frames / frame_rate_hz
+    bar = "{desc}: {n:.1f} of {total:.1f} s [{elapsed}, left: {remaining}{postfix}]"
+    is_hidden = int(os.environ.get("RANK", 0)) > 0
+    times: dict[str, Any] = {"mininterval": 1, "miniters": 0, "delay": 1, "leave": None}
+    with tqdm(desc="new audio", total=total, bar_format=bar, disable=is_hidden, **times) as progress:
+        for number, new in drawn:
+            if isinstance(new, FinishReason):
+                progress.total -= (max_frames - num_new[number]) / frame_rate_hz
+            else:
+                num_new[number] += 1
+                factor = progress.format_dict["elapsed"] * frame_rate_hz / sum(num_new)
+                progress.set_postfix_str(f"real-time factor {factor:.2f}", refresh=False)
+                progress.update(1 / frame_rate_hz)
+            yield number, new
 
 
 def finished(drawn: Drawn, num_quantizers: int) -> Iterator[tuple[int, torch.Tensor, FinishReason, float]]:
