@@ -24,6 +24,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # so that the result does not depend on
 import torch
 import tyro
 from torch import nn
+from tqdm import tqdm
 
 from llama_mimi.common.command_line import run_cli
 from llama_mimi.common.cpu import use_cpu_without_gpu
@@ -43,7 +44,7 @@ from torchtitan.config import TORCH_DTYPE_MAP  # noqa: E402
 from torchtitan.distributed import ParallelDims  # noqa: E402
 from torchtitan.distributed import utils as dist_utils  # noqa: E402
 from torchtitan.models.attention import VarlenAttentionWrapper, VarlenMetadata  # noqa: E402
-from torchtitan.models.llama3.model.model import Attention  # noqa: E402
+from torchtitan.models.llama3.model.model import Attention, TransformerBlock  # noqa: E402
 from torchtitan.protocols.train_spec import get_train_spec  # noqa: E402
 from torchtitan.tools.logging import init_logger, logger  # noqa: E402
 from torchtitan.tools.utils import set_default_dtype  # noqa: E402
@@ -188,11 +189,24 @@ def measure(job_config: Any, parallel_dims: ParallelDims, model: nn.Module) -> d
     inputs, labels, extra = make_batch(job_config)
     per_pass = job_config.training.local_batch_size * parallel_dims.dp_replicate * parallel_dims.dp_shard
     num_passes = max(1, job_config.training.global_batch_size // per_pass)  # forward and backward passes of a step
+    num_passes = min(2, num_passes)  # from the second pass on, the gradients are in memory, too
+    blocks = [module for module in model.modules() if isinstance(module, TransformerBlock)]
+    progress = tqdm(total=2 * len(blocks) * num_passes, desc="forward and backward", unit="block", delay=2)
+
+    def count_block(*args: Any) -> None:
+        progress.update()
+
+    def count_both(block: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        if torch._C._current_graph_task_id() == -1:  # not recomputed in a backward pass
+            count_block()
+            output.register_hook(count_block)
+
+    for block in blocks:
+        block.register_forward_hook(count_both)
     tracker = MemTracker()
     tracker.track_external(model, *optimizers, inputs, labels)
     with patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", untracked_shape), tracker:
-        # From the second pass on, the gradients are in memory, too.
-        for _ in range(min(2, num_passes)):
+        for _ in range(num_passes):
             with train_context():
                 with amp:
                     pred = model(inputs, **extra)
@@ -202,6 +216,7 @@ def measure(job_config: Any, parallel_dims: ParallelDims, model: nn.Module) -> d
             tracker.reset_mod_stats()
         dist_utils.clip_grad_norm_(list(model.parameters()), job_config.training.max_norm, foreach=True)
         optimizers.step()
+    progress.close()
     peak = tracker.get_tracker_snapshot("peak")[DEVICE]["Total"]
     return {**sizes, "activations, gathered weights, loss": peak - sum(sizes.values()), "peak": peak}
 

@@ -1,6 +1,7 @@
 """Preparation of a Hugging Face Llama for training, and conversion of a checkpoint to a Hugging Face model."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +110,11 @@ def prepare_base_model(
     else:
         model = load_pretrained(LlamaForCausalLM, base_model, what="base model", dtype=DTYPES[dtype])
         torch.manual_seed(seed)
+        notes = logging.getLogger("transformers.modeling_utils")
+        notes.disabled = True  # transformers prints a paragraph about the new rows
         # New rows are drawn from a normal distribution with the mean and covariance of the old rows.
         model.resize_token_embeddings(num_drawn, mean_resizing=True)
+        notes.disabled = False
         if kept is not whole:
             ids = whole.convert_tokens_to_ids(kept.convert_ids_to_tokens(range(extended.size)))
             for weight in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:  # one if tied

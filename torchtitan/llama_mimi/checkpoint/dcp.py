@@ -1,6 +1,7 @@
 """Saved steps of a run: find complete steps, move other steps to a new folder, and load weights from a step."""
 
 import re
+import warnings
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -104,6 +105,7 @@ def name_last_good(error: UserError, step: Path) -> UserError:
 def load_step(state: dict[str, Any], step: Path, verify: bool) -> None:
     """Load the entries of ``state`` from a step, on all ranks. ``verify``: compare checksums."""
     try:
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # conversion is one process
         dcp.load(state, storage_reader=CheckedReader(step, verify), planner=PlainLoadPlanner())
     except CheckpointException as error:
         failure = first_failure(error)

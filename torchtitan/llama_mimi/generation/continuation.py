@@ -115,19 +115,19 @@ def with_progress(drawn: Drawn, num_samples: int, max_frames: int, frame_rate_hz
 
     The time left is for samples of the maximum length; a sample that ends earlier lowers the total.
     """
-    num_new, total = [0] * num_samples, num_samples * max_frames / frame_rate_hz
+    num_new, is_hidden = [0] * num_samples, int(os.environ.get("RANK", 0)) > 0
     bar = "{desc}: {n:.1f} of {total:.1f} s [{elapsed}, left: {remaining}{postfix}]"
-    is_hidden = int(os.environ.get("RANK", 0)) > 0
-    times: dict[str, Any] = {"mininterval": 1, "miniters": 0, "delay": 1, "leave": None}
-    with tqdm(desc="new audio", total=total, bar_format=bar, disable=is_hidden, **times) as progress:
+    options: dict[str, Any] = {"unit_scale": 1 / frame_rate_hz, "bar_format": bar, "leave": None, "disable": is_hidden}
+    times: dict[str, Any] = {"mininterval": 1, "miniters": 0, "delay": 1}
+    with tqdm(desc="new audio", total=num_samples * max_frames, **options, **times) as progress:
         for number, new in drawn:
             if isinstance(new, FinishReason):
-                progress.total -= (max_frames - num_new[number]) / frame_rate_hz
+                progress.total -= max_frames - num_new[number]
             else:
                 num_new[number] += 1
                 factor = progress.format_dict["elapsed"] * frame_rate_hz / sum(num_new)
                 progress.set_postfix_str(f"real-time factor {factor:.2f}", refresh=False)
-                progress.update(1 / frame_rate_hz)
+                progress.update()
             yield number, new
 
 
