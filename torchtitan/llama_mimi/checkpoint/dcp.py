@@ -104,8 +104,8 @@ def name_last_good(error: UserError, step: Path) -> UserError:
 
 def load_step(state: dict[str, Any], step: Path, verify: bool) -> None:
     """Load the entries of ``state`` from a step, on all ranks. ``verify``: compare checksums."""
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # conversion needs only one process
     try:
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # conversion is one process
         dcp.load(state, storage_reader=CheckedReader(step, verify), planner=PlainLoadPlanner())
     except CheckpointException as error:
         failure = first_failure(error)

@@ -60,7 +60,7 @@ def run_cli(main: Callable[[], None]) -> None:
 
 
 def print_next(program: str, **settings: Any) -> None:
-    """Print the command that usually follows. A setting with the value None becomes no flag."""
+    """Print the command that usually follows. A setting with the value None is skipped."""
     flags = to_cli_args({name: value for name, value in settings.items() if value is not None})
     print(f"next: uv run {program} {shlex.join(flags)}", flush=True)
 

@@ -95,7 +95,7 @@ def continue_folder(
 
 
 def without_new_audio(records: Sequence[Mapping[str, Any]]) -> str:
-    """Return the end of a sentence about samples: how many have no new audio; empty if all have some."""
+    """Return a clause with the number of samples without new audio, or an empty string if there are none."""
     number = sum(record.get("frames") == 0 for record in records)
     have = "has" if number == 1 else "have"
     return f"; {number:,} {have} no new audio, because the model ended the speech at once" if number else ""

@@ -15,7 +15,8 @@ LINES = {
     "model.safetensors.index.json not found": "every model with a single file of weights lacks this index",
     "Mixed precision training is handled by": "the method follows from the parallelism",
     "Successfully created meshes": "repeats the line about the degrees of parallelism",
-    "[GC]": "the time is part of the step time",
+    "[GC] Initial GC collection": "it takes no time before the first step",
+    "[GC] GC collection invoked by": "the time of the checkpoint includes it",
     "Sleeping": "a fixed wait of two seconds at the end of a run",
     "Destroying the purge thread": "the end of the thread that deletes old checkpoints",
 }
@@ -31,7 +32,7 @@ WARNINGS = {
 
 
 def hide_noise() -> None:
-    """Hide these lines and warnings, and TorchTitan's warnings on ranks above 0; shorten the prefix of a line."""
+    """Hide these lines and warnings, and TorchTitan's warnings on ranks above 0. Shorten the prefix of each line."""
     is_first = int(os.environ.get("RANK", 0)) == 0
 
     def is_shown(record: logging.LogRecord) -> bool:
