@@ -69,7 +69,7 @@ def main(
         else:
             return
     lines = write_index(study)
-    print(write_report(study, lines))
+    print(f"written to {write_report(study, lines)}")
     missing = [line["run"] for line in lines if line["state"] != "done"]
     if missing:
         raise UserError(f"not done: {', '.join(missing)}; see the report for the reasons, and re-run the command")

@@ -1,10 +1,13 @@
 """Shared fixtures. Tests run offline, with ``assets/tiny`` and with files that they write."""
 
 import contextlib
+import functools
 import io
 import logging
 import os
+import re
 import runpy
+import shlex
 import sys
 
 # Set before transformers and datasets are imported. A test that needs the network then fails at once.
@@ -15,16 +18,19 @@ from llama_mimi.common.cpu import use_cpu_without_gpu
 
 use_cpu_without_gpu()
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import hypothesis
 import pytest
 import torch
+import tyro
 from transformers import LlamaForCausalLM
 
 from llama_mimi.audio.mimi import MimiCodec
 from llama_mimi.checkpoint.huggingface import hf_config
+from llama_mimi.common.command_line import TYRO
 from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs
 from llama_mimi.tokens.tokenizer import SpeechTokenizer, load_speech_tokenizer
 from llama_mimi.training.checks import check_files
@@ -58,6 +64,26 @@ def run_here(path: str, *words: object) -> tuple[int, str]:
             sys.exit(0)
     logging.getLogger().setLevel(level)
     return end.value.code or 0, stderr.getvalue()
+
+
+def next_command(printed: str) -> str:
+    """Return the command that an output names as the next one; its parser must accept the flags."""
+    (command,) = re.findall("^next: uv run (.*)$", printed, re.M)
+    words = shlex.split(command)
+    place = next(place for place, word in enumerate(words) if word.endswith((".py", "llama_mimi.train")))
+    path, flags = words[place], words[place + 1 :]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        if path == "llama_mimi.train":
+            parse_config(flags)
+        else:
+
+            def parse(main: Callable[..., None], doc: str | None) -> None:
+                tyro.cli(functools.wraps(main)(lambda *args, **options: None), args=flags, **TYRO)
+
+            patch.setattr("llama_mimi.common.command_line.run_command", parse)
+            runpy.run_path(path, run_name="__main__")
+    return command
 
 
 def pytest_collection_modifyitems(items):

@@ -1,6 +1,7 @@
 """The decoding loop: whole frames, greedy decoding as in `transformers`, the window, and sampling."""
 
 import os
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +16,7 @@ from llama_mimi.checkpoint.csm import csm_config
 from llama_mimi.checkpoint.huggingface import hf_config
 from llama_mimi.common.errors import UserError
 from llama_mimi.generation import kv_cache
-from llama_mimi.generation.continuation import continue_codes, finished, for_model
+from llama_mimi.generation.continuation import continue_codes, finished, for_model, with_progress
 from llama_mimi.generation.decoding import FinishReason, Request, Sampling, decode, draw_entries
 from llama_mimi.generation.flattened import FlattenedModel
 from llama_mimi.generation.hierarchical import HierarchicalModel
@@ -236,6 +237,20 @@ def test_speech_does_not_end_before_min_seconds(model):
 def test_options_out_of_range_are_refused(model, options, message):
     with pytest.raises(UserError, match=message):
         continue_codes(model, PROMPT, SamplingOptions(**options))
+
+
+def test_progress_shows_the_seconds_of_new_audio(capsys):
+    """A sample that ends before its maximum length lowers the total."""
+
+    def drawn():
+        yield 0, PROMPT[0]
+        time.sleep(1.1)
+        yield 0, FinishReason.EOS
+        yield from ((1, frame_Q) for frame_Q in clip(10))
+        yield 1, FinishReason.LENGTH
+
+    assert len(list(with_progress(drawn(), 2, 10, 12.5))) == 13
+    assert "new audio: 0.9 of 0.9 s [00:01, left: 00:00, real-time factor 1." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("num_frames", [6, 40])  # a prompt within the window, and a longer one

@@ -17,7 +17,7 @@ import pytest
 import soundfile
 import torch
 import transformers
-from conftest import ROOT, TINY, run_here
+from conftest import ROOT, TINY, next_command, run_here
 from forked_ranks import run_ranks
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -355,7 +355,7 @@ def generated(model_folder, tmp_path_factory):
     return folder
 
 
-def test_one_command_from_prompts_to_results(generated, model_folder, tmp_path):
+def test_one_command_from_prompts_to_results(generated, model_folder, tmp_path, capsys):
     results = result_files(generated)
     own = model_folder.name
     counts = {name.removesuffix(".json"): len(result["samples"]) for name, result in results.items()}
@@ -369,6 +369,7 @@ def test_one_command_from_prompts_to_results(generated, model_folder, tmp_path):
     assert {"prompt", "sample", "missing", "text", "prompt_text", "seconds", "ended"} <= sample.keys()
     before = {path: path.read_bytes() for path in generated.rglob("*.json*")}
     assert run_here(*command(model_folder, generated))[0] == 0  # a repeated command computes nothing
+    assert next_command(capsys.readouterr().out).endswith(f"--results {generated} --output_file {generated}/report.md")
     assert {path: path.read_bytes() for path in generated.rglob("*.json*")} == before
 
     folder = Path(shutil.copytree(generated, tmp_path / "more"))

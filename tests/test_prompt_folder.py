@@ -17,7 +17,7 @@ from llama_mimi.common.distributed import DistributedContext
 from llama_mimi.common.errors import UserError
 from llama_mimi.generation import prompt_folder
 from llama_mimi.generation.options import SamplingOptions
-from llama_mimi.generation.prompt_folder import continue_folder
+from llama_mimi.generation.prompt_folder import continue_folder, without_new_audio
 
 OPTIONS = SamplingOptions(seconds=0.8, temperature=1.0, num_samples=2)
 
@@ -65,6 +65,12 @@ def test_each_prompt_is_continued(whole):
         assert (record["end"] == "cut") == (record["frames"] == 10)
     assert len({record["seed"] for record in records}) == 22
     assert {record["end"] for record in records} == {"cut", "ended"}
+
+
+def test_samples_without_new_audio_are_counted():
+    records = [{"frames": 0}, {"frames": 2}, {"error": "x"}]
+    assert without_new_audio(records) == "; 1 has no new audio, because the model ended the speech at once"
+    assert without_new_audio(records[1:]) == ""
 
 
 def test_killed_and_started_again_is_the_same_bytes(model, prompts, whole, tmp_path, monkeypatch, capsys):

@@ -138,10 +138,16 @@ def test_it_runs(copy, kind):
     """Benchmarks, which run only in .ci/nightly, need the model of the other commands."""
     first = [ROOT / "README.md", *(readme for readme in READMES if readme != ROOT / "README.md")]  # trains the model
     done = dict.fromkeys(smallest(c) for readme in first for c in commands(readme) if not is_elsewhere(c))
+    printed = ""
     for command in done:
         if command.startswith(BENCHMARKS) != (kind == "benchmarks"):
             continue
         env = os.environ | {"PYTHONPATH": str(copy / "torchtitan")}
         result = subprocess.run(program(command), cwd=copy, env=env, text=True, capture_output=True, timeout=1200)
         assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
+        printed += result.stdout
+    following = set(re.findall(r"^next: uv run (?:--extra plots )?(.*)$", printed, re.M))
+    known = [path for path in following if any(c.startswith(f"uv run {path}") for c in commands(first[0]))]
+    # From training to conversion, a continuation, three benchmarks and their report.
+    assert kind == "benchmarks" or len(known) == 6, following
     assert (copy / "continuation.wav").stat().st_size > 40_000

@@ -9,7 +9,7 @@ import pytest
 import soundfile
 import torch
 import torch.distributed.checkpoint as dcp
-from conftest import TINY, run_here
+from conftest import TINY, next_command, run_here
 from forked_ranks import run_ranks
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
@@ -49,6 +49,7 @@ def converted(trained, tmp_path_factory):
     command = ["scripts/convert_dcp_to_hf.py", "--checkpoint", trained[0] / "checkpoint", "--output_dir", output]
     said = run_ranks(1, command, output.with_name("log"))
     assert "step-30' is incomplete" in said and "step-20" in said
+    assert next_command(said) == f"python inference.py --model_name {output} --prompt assets/tiny/prompt.wav"
     return output
 
 
@@ -125,6 +126,8 @@ def test_continuation(converted, tmp_path, capsys):
     assert soundfile.info(TINY / "prompt.wav").frames + 10 * 1920 <= len(first_S)
     text_S, said = run_inference("said", "--text", "one two")
     assert len(text_S) == 10 * 1920 and "0.00 s of prompt, 0.80 s of continuation" in said
+    salmon = "assets/tiny/benchmarks/salmon"
+    assert next_command(said) == f"python eval/salmon.py --model_name {converted} --data_dir {salmon}"
 
 
 def test_ranks_share_a_folder_of_prompts(converted, tmp_path):
@@ -136,7 +139,7 @@ def test_ranks_share_a_folder_of_prompts(converted, tmp_path):
         words = ["--model_name", converted, "--prompts", tmp_path / "in", "--output_dir", tmp_path / f"{num_ranks}"]
         words += ["--seconds", 0.8, "--batch_size", 1]
         said = run_ranks(num_ranks, ["inference.py", *words], tmp_path / "log")
-        assert "6 samples in" in said
+        assert f"6 samples in {tmp_path / str(num_ranks)}; see " in said
     one, two = ({path.name: path.read_bytes() for path in (tmp_path / n).glob("*.wav")} for n in ("1", "2"))
     assert one == two and len(one) == 6
 
@@ -237,7 +240,9 @@ def test_prepare_base_model(tmp_path, capsys):
     assert new.shape == (512 + 8 * 256 + 2, 192) and torch.equal(new[:512], old)
     assert new[512:].mean().item() == pytest.approx(old.mean().item(), abs=2e-3)
     prepare_base_model(str(tmp_path / "extended"), tmp_path / "twice", **common)
-    assert "2,562 vocabulary entries" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "2,562 vocabulary entries" in printed
+    assert printed.endswith(f'next: set model.hf_assets_path = "{tmp_path}/twice" in a config\n')
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -21,7 +21,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, next_command
 from forked_ranks import ForkedRanks
 from torch.optim import AdamW
 from transformers import (
@@ -81,6 +81,17 @@ def golden_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("golden")
     train(2, folder, {**SCHEDULE, "training.steps": 20, "checkpoint.interval": 10})
     return folder
+
+
+def test_the_log_of_a_run(golden_run):
+    """Its start fits a screen of 24 lines with 100 columns, and its end names the next command."""
+    log = (golden_run / "log.txt").read_text()
+    start, step, _ = log.partition("step: 1/20")
+    assert step and sum(-(-len(line) // 100) for line in start.splitlines()) <= 24
+    assert "WARNING" not in log and "Warning" not in log
+    folders = f"--checkpoint {golden_run}/checkpoint --output_dir models/{golden_run.name}"
+    assert log.splitlines()[-1].startswith("next: ")
+    assert next_command(log) == f"python scripts/convert_dcp_to_hf.py {folders}"
 
 
 def test_golden_loss_curve(golden_run, pytestconfig):

@@ -30,10 +30,11 @@ from torchtitan.config import TORCH_DTYPE_MAP
 from torchtitan.distributed import ParallelDims
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.models.attention import VarlenAttentionWrapper, VarlenMetadata
-from torchtitan.models.llama3.model.model import Attention
+from torchtitan.models.llama3.model.model import Attention, TransformerBlock
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.logging import init_logger, logger
 from torchtitan.tools.utils import set_default_dtype
+from tqdm import tqdm
 
 import llama_mimi.train_spec  # registers the model
 from llama_mimi.checkpoint.stand_ins import write_missing
@@ -167,11 +168,24 @@ def measure(job_config: Any, parallel_dims: ParallelDims, model: nn.Module) -> d
     inputs, labels, extra = make_batch(job_config)
     per_pass = job_config.training.local_batch_size * parallel_dims.dp_replicate * parallel_dims.dp_shard
     num_passes = max(1, job_config.training.global_batch_size // per_pass)  # forward and backward passes of a step
+    num_passes = min(2, num_passes)  # from the second pass on, the gradients are in memory, too
+    blocks = [module for module in model.modules() if isinstance(module, TransformerBlock)]
+    progress = tqdm(total=2 * len(blocks) * num_passes, desc="forward and backward", unit="block", delay=2)
+
+    def count_block(*args: Any) -> None:
+        progress.update()
+
+    def count_both(block: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        if torch._C._current_graph_task_id() == -1:  # not recomputed in a backward pass
+            count_block()
+            output.register_hook(count_block)
+
+    for block in blocks:
+        block.register_forward_hook(count_both)
     tracker = MemTracker()
     tracker.track_external(model, *optimizers, inputs, labels)
     with patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", untracked_shape), tracker:
-        # From the second pass on, the gradients are in memory, too.
-        for _ in range(min(2, num_passes)):
+        for _ in range(num_passes):
             with train_context():
                 with amp:
                     pred = model(inputs, **extra)
@@ -181,6 +195,7 @@ def measure(job_config: Any, parallel_dims: ParallelDims, model: nn.Module) -> d
             tracker.reset_mod_stats()
         dist_utils.clip_grad_norm_(list(model.parameters()), job_config.training.max_norm, foreach=True)
         optimizers.step()
+    progress.close()
     peak = tracker.get_tracker_snapshot("peak")[DEVICE]["Total"]
     return {**sizes, "activations, gathered weights, loss": peak - sum(sizes.values()), "peak": peak}
 

@@ -7,12 +7,13 @@ import logging
 import os
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 import tyro
 
-from llama_mimi.common.command_line import print_loading, report_errors
+from llama_mimi.common.command_line import print_loading, print_next, report_errors
 from llama_mimi.common.errors import UserError
-from llama_mimi.job_config import JobConfig
+from llama_mimi.job_config import JobConfig, checkpoint_folder
 
 HELP = f"""{__doc__}
 These are the settings of this project, and settings of TorchTitan whose defaults this project changes. A config file
@@ -34,9 +35,11 @@ def main() -> None:
 
     from llama_mimi.common.distributed import end_with_torchrun, report_error_once
     from llama_mimi.training.config_file import parse_config
+    from llama_mimi.training.log import hide_noise
 
     end_with_torchrun()
     init_logger()
+    hide_noise()
     if int(os.environ.get("RANK", 0)) > 0:
         logger.setLevel(logging.WARNING)  # all ranks log the same lines
     with report_error_once():
@@ -55,6 +58,11 @@ def main() -> None:
             raise
         trainer.close()
     torch.distributed.destroy_process_group()
+    if int(os.environ["RANK"]) == 0 and job_config.checkpoint.enable and not job_config.checkpoint.last_save_in_hf:
+        checkpoint = checkpoint_folder(job_config)
+        print(f"written to {checkpoint}")
+        output = Path("models", checkpoint.parent.resolve().name)
+        print_next("python scripts/convert_dcp_to_hf.py", checkpoint=checkpoint, output_dir=output)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Preparation of a Hugging Face Llama for training, and conversion of a checkpoint to a Hugging Face model."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from llama_mimi.checkpoint.csm import codec_state
 from llama_mimi.checkpoint.dcp import find_step, load_model_state
 from llama_mimi.checkpoint.huggingface import save_folder
 from llama_mimi.common.choices import DEFAULT_CODEC, Precision, VocabularyKind
+from llama_mimi.common.command_line import print_next
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import read_json, write_atomically
 from llama_mimi.common.hub import load_pretrained
@@ -59,6 +61,7 @@ def convert_checkpoint(checkpoint: Path, output_dir: Path, dtype: Precision = "f
         own = {section: values for section, values in training.items() if section not in NOT_OF_THE_MODEL}
         write_atomically(str(output_dir), TRAINING_CONFIG, (json.dumps(own, indent=1) + "\n").encode())
     print(f"{step} -> {output_dir} ({num_parameters:,} parameters, {dtype})")
+    print_next("python inference.py", model_name=output_dir, prompt="assets/tiny/prompt.wav")
 
 
 def prepare_base_model(
@@ -90,8 +93,11 @@ def prepare_base_model(
     else:
         model = load_pretrained(LlamaForCausalLM, base_model, what="base model", dtype=DTYPES[dtype])
         torch.manual_seed(seed)
+        notes = logging.getLogger("transformers.modeling_utils")
+        notes.disabled = True  # transformers prints a paragraph about the new rows
         # New rows are drawn from a normal distribution with the mean and covariance of the old rows.
         model.resize_token_embeddings(num_drawn, mean_resizing=True)
+        notes.disabled = False
         if kept is not whole:
             ids = whole.convert_tokens_to_ids(kept.convert_ids_to_tokens(range(extended.size)))
             for weight in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:  # one if tied
@@ -102,3 +108,4 @@ def prepare_base_model(
     save_folder(output_dir, model, kept)
     audio = f"{extended.size - extended.base:,} audio tokens"
     print(f"{base_model} + {audio} -> {output_dir} ({extended.size:,} vocabulary entries)")
+    print(f"next: set model.hf_assets_path = {json.dumps(str(output_dir))} in a config")

@@ -1,6 +1,7 @@
 """Saved steps of a run: find complete steps, move other steps to a new folder, and load weights from a step."""
 
 import re
+import warnings
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -103,6 +104,7 @@ def name_last_good(error: UserError, step: Path) -> UserError:
 
 def load_step(state: dict[str, Any], step: Path, verify: bool) -> None:
     """Load the entries of ``state`` from a step, on all ranks. ``verify``: compare checksums."""
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # conversion needs only one process
     try:
         dcp.load(state, storage_reader=CheckedReader(step, verify), planner=PlainLoadPlanner())
     except CheckpointException as error:

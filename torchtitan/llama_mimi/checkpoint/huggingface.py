@@ -79,6 +79,8 @@ def save_folder(folder: Path, model: PreTrainedModel | PreTrainedConfig, tokeniz
     ``tie_word_embeddings`` to be false. It has no ``TokenizersBackend``, reads ``extra_special_tokens`` as a dict, and
     needs ``model_input_names``: otherwise a tokenizer returns ``token_type_ids``, which Llama does not accept.
     """
+    if isinstance(model, PreTrainedModel):
+        print(f"writing {model.num_parameters():,} parameters to {folder}", flush=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

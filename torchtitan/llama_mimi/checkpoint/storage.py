@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystem, _FileSystemWriter, _StorageWriterTransforms
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from tqdm import tqdm
 
 from llama_mimi.common.errors import UserError, first_line
 
@@ -108,9 +109,16 @@ class CheckedReader(FileSystemReader):
             raise UserError(f"'{path}' is missing or damaged ({first_line(error)})") from error
         return metadata
 
+    def read_data(self, plan: Any, planner: Any) -> Any:
+        num_bytes = sum(self.storage_data[item.storage_index].length for item in plan.items)
+        options: dict[str, Any] = {"unit": "B", "unit_scale": True, "delay": 2, "desc": f"reading {self.path}"}
+        with tqdm(total=num_bytes, disable=int(os.environ.get("RANK", 0)) > 0, **options) as self._progress:
+            return super().read_data(plan, planner)
+
     def _slice_file(self, file: Any, sinfo: Any) -> IO[bytes]:
         if self._verify:
             _check_entry(file, sinfo)
+        self._progress.update(sinfo.length)
         return super()._slice_file(file, sinfo)
 
 

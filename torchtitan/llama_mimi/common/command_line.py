@@ -6,6 +6,7 @@ import functools
 import io
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ import tyro
 from llama_mimi.common.errors import UserError, first_line, report
 
 TYRO: dict[str, Any] = {"use_underscores": True, "config": (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)}
+REPORT = "--extra plots python scripts/report.py"
 DISK_ERRORS = "ENOSPC EDQUOT EFBIG EROFS EACCES ENOTDIR EEXIST".split()
 
 
@@ -75,6 +77,12 @@ def report_errors() -> Iterator[None]:
         else:
             raise
     sys.exit(1)
+
+
+def print_next(program: str, **settings: Any) -> None:
+    """Print the command that usually follows. A setting with the value None is skipped."""
+    flags = to_cli_args({name: value for name, value in settings.items() if value is not None})
+    print(f"next: uv run {program} {shlex.join(flags)}", flush=True)
 
 
 def to_cli_args(settings: Mapping[str, Any]) -> list[str]:

@@ -2,12 +2,14 @@
 
 import hashlib
 import logging
+import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
+from transformers.utils.logging import set_tqdm_hook
 
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import visible_files
@@ -32,6 +34,7 @@ def load_pretrained(
     if is_model := "dtype" in kwargs:
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         kwargs["use_safetensors"] = None if allow_torch_weights else True
+    set_tqdm_hook(_progress_bar)
     load_report = logging.getLogger("transformers.modeling_utils")  # prints a table; the tensors are checked below
     load_report.disabled = True
     try:
@@ -56,6 +59,11 @@ def load_pretrained(
     wrong = {kind: [key for key in keys if not re.search(without_effect, key)] for kind, keys in wrong.items()}
     require_no_difference(wrong, f"'{name}' is not a whole {what}", type(model).__name__)
     return model
+
+
+def _progress_bar(create: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any]) -> Any:
+    """Create a progress bar of transformers that is shown on rank 0, after two seconds of work."""
+    return create(*args, **options, delay=2, disable=int(os.environ.get("RANK", 0)) > 0)
 
 
 def require_no_difference(wrong: Mapping[str, Collection[str]], problem: str, model: str) -> None:

@@ -18,10 +18,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from torch.utils.data import IterableDataset, get_worker_info
+from tqdm import tqdm
 
 from llama_mimi.audio.mimi import DTYPES, MimiCodec, codec_hash, whole_frames
 from llama_mimi.audio.reading import RESAMPLER
 from llama_mimi.common import files
+from llama_mimi.common.command_line import print_next
 from llama_mimi.common.distributed import DistributedContext, broadcast_from_rank0, distributed_context
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.resume import require_same
@@ -107,6 +109,21 @@ def tokenize_corpus(options: TokenizationOptions) -> None:
         ranks.wait()
         if ranks.rank == 0:
             write_manifest(options, plan, source.units, jobs)
+            _print_next(options, ranks.world_size)
+
+
+def _print_next(options: TokenizationOptions, num_ranks: int) -> None:
+    """Print a command that trains on the shards."""
+    is_real = not files.is_synthetic(options.codec)
+    print_next(
+        f"torchrun --standalone --nproc_per_node={num_ranks} -m llama_mimi.train",
+        **{
+            "job.config_file": f"config/{'llama3_2_1b_peoples_speech' if is_real else 'tiny'}.toml",
+            "job.dump_folder": f"outputs/{os.path.basename(options.output_dir.rstrip('/'))}",
+            "training.dataset": options.output_dir,
+            "validation.enable": False if is_real else None,  # the config names another corpus
+        },
+    )
 
 
 def _plan(options: TokenizationOptions, source: Source, codec: MimiCodec) -> dict[str, Any]:
@@ -305,7 +322,8 @@ def _read_shards(output_dir: str, names: Sequence[str]) -> tuple[list[pa.Table],
     """Return a table of clips without codes, and the notes, for each shard."""
     columns = ["duration", "is_cut", "audio_hash", "audio_warnings"]
     with ThreadPoolExecutor(SHARD_READERS) as pool:
-        tables = list(pool.map(lambda name: shards.read_shard(f"{output_dir}/{name}", columns), names))
+        read = pool.map(lambda name: shards.read_shard(f"{output_dir}/{name}", columns), names)
+        tables = list(tqdm(read, "reading shards", len(names), unit="shard", delay=2))
     return tables, [json.loads(table.schema.metadata[shards.NOTES]) for table in tables]
 
 

@@ -5,8 +5,10 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llama_mimi.audio.mimi import codec_hash, whole_frames
+from llama_mimi.common.command_line import REPORT, print_next
 from llama_mimi.common.distributed import DistributedContext, broadcast_from_rank0, distributed_context
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import write_atomically
@@ -31,6 +33,7 @@ class BenchmarkScript:
     read: Callable[[str], benchmarks.Benchmark]
     levels: tuple[int, ...] | None  # quantizer levels that both presets score; None means all
     mean_of: Sequence[str] = ()  # parts whose mean is reported
+    following: tuple[str, str] | None = None  # the next benchmark, and the usual name of its folder
 
     def result_path(self, options: EvaluationOptions) -> Path:
         """Return the path of the result file for these flags."""
@@ -101,9 +104,25 @@ class BenchmarkScript:
         results.write_submissions(path.with_name(f"{name}_submission"), clips, [scores[one] for one in audio_ids])
         log.close()
         print("\n".join([*results.summary(report), *replaced, f"written to {path}"]))
+        self.print_next(options)
+
+    def print_next(self, options: EvaluationOptions) -> None:
+        """Print the command of the next benchmark with the same flags; after the last one, the command of the report."""
+        if self.following is None:
+            folder = options.output_dir
+            return print_next(REPORT, results=folder, output_file=folder / "report.md")
+        name, data_folder = self.following
+        default = vars(EvaluationOptions())
+        flags: dict[str, Any] = {key: str(value) for key, value in vars(options).items() if value != default[key]}
+        if options.data_dir is not None:
+            data_dir = Path(options.data_dir).parent / data_folder
+            flags["data_dir"] = data_dir if data_dir.is_dir() else None
+        print_next(f"python eval/{name}.py", **{"model_name": options.model_name} | flags)
 
 
-SALMON = BenchmarkScript("salmon", "slprl/SALMon", benchmarks.read_salmon, None, mean_of=benchmarks.SALMON_PARTS)
-SLM21 = BenchmarkScript("sLM21", "speed", benchmarks.read_slm21, levels=(0,))
+SALMON = BenchmarkScript(
+    "salmon", "slprl/SALMon", benchmarks.read_salmon, None, benchmarks.SALMON_PARTS, following=("sLM21", "sLM21")
+)
+SLM21 = BenchmarkScript("sLM21", "speed", benchmarks.read_slm21, levels=(0,), following=("sStoryCloze", "storycloze"))
 STORYCLOZE = BenchmarkScript("sStoryCloze", "speed", benchmarks.read_storycloze, levels=(0,))
 BENCHMARK_SCRIPTS = {script.name: script for script in (SALMON, SLM21, STORYCLOZE)}

@@ -1,10 +1,13 @@
 """Prompts, sampling in frames, and the continuations of one prompt."""
 
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from llama_mimi.audio.mimi import MimiCodec
 from llama_mimi.audio.reading import AudioError, Waveform, read_audio
@@ -63,9 +66,32 @@ def continue_codes(
 ) -> list[torch.Tensor]:
     """Continue a prompt ``options.num_samples`` times; return the codes_TQ of each sample, including the prompt."""
     requests = [Request(prompt_TQ, options.seed + number, text) for number in range(options.num_samples)]
-    drawn = decode(model, requests, for_model(options, model), min(ROWS, options.num_samples))
+    sampling = for_model(options, model)
+    drawn = decode(model, requests, sampling, min(ROWS, options.num_samples))
+    drawn = with_progress(drawn, len(requests), sampling.max_frames, model.codec.frame_rate_hz)
     new = {number: new_TQ for number, new_TQ, *_ in finished(drawn, model.codec.num_quantizers)}
     return [torch.cat([prompt_TQ, new[number]]) for number in range(options.num_samples)]
+
+
+def with_progress(drawn: Drawn, num_samples: int, max_frames: int, frame_rate_hz: float) -> Drawn:
+    """Yield from `decode`, and show the seconds of new audio, the time left and the real-time factor.
+
+    The time left is for samples of the maximum length; a sample that ends earlier lowers the total.
+    """
+    num_new, is_hidden = [0] * num_samples, int(os.environ.get("RANK", 0)) > 0
+    bar = "{desc}: {n:.1f} of {total:.1f} s [{elapsed}, left: {remaining}{postfix}]"
+    options: dict[str, Any] = {"unit_scale": 1 / frame_rate_hz, "bar_format": bar, "leave": None, "disable": is_hidden}
+    times: dict[str, Any] = {"mininterval": 1, "miniters": 0, "delay": 1}
+    with tqdm(desc="new audio", total=num_samples * max_frames, **options, **times) as progress:
+        for number, new in drawn:
+            if isinstance(new, FinishReason):
+                progress.total -= max_frames - num_new[number]
+            else:
+                num_new[number] += 1
+                factor = progress.format_dict["elapsed"] * frame_rate_hz / sum(num_new)
+                progress.set_postfix_str(f"real-time factor {factor:.2f}", refresh=False)
+                progress.update()
+            yield number, new
 
 
 def finished(drawn: Drawn, num_quantizers: int) -> Iterator[tuple[int, torch.Tensor, FinishReason, float]]:

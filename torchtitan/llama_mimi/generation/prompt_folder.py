@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from llama_mimi.common.files import as_utf8, find_files, read_json, write_atomic
 from llama_mimi.common.hub import weights_sha256
 from llama_mimi.common.resume import ProgressLog, map_resumable, require_same
 from llama_mimi.common.versions import versions
-from llama_mimi.generation.continuation import encode_prompts, finished, for_model, read_prompt
+from llama_mimi.generation.continuation import encode_prompts, finished, for_model, read_prompt, with_progress
 from llama_mimi.generation.decoding import Request, decode
 from llama_mimi.generation.options import SamplingOptions
 from llama_mimi.generation.speech_model import SpeechModel
@@ -92,6 +92,13 @@ def continue_folder(
     return records
 
 
+def without_new_audio(records: Sequence[Mapping[str, Any]]) -> str:
+    """Return a clause with the number of samples without new audio, or an empty string if there are none."""
+    number = sum(record.get("frames") == 0 for record in records)
+    have = "has" if number == 1 else "have"
+    return f"; {number:,} {have} no new audio, because the model ended the speech at once" if number else ""
+
+
 def describe_model(model_name: str, model: SpeechModel, dtype: str) -> Record:
     """Return the settings of a model that samples depend on; ``dtype`` is the precision of the decoder."""
     return {
@@ -136,7 +143,9 @@ def _continue_group(
     codes = dict(zip(waveforms, encode_prompts(model, list(waveforms.values()), options), strict=True))
     usable = [(file, path, record) for file, (path, record) in group.items() if path in codes]
     requests = [Request(codes[path], record["seed"]) for _, path, record in usable]
-    drawn = decode(model, requests, for_model(options, model), num_rows)
+    sampling = for_model(options, model)
+    drawn = decode(model, requests, sampling, num_rows)
+    drawn = with_progress(drawn, len(requests), sampling.max_frames, codec.frame_rate_hz)
     for number, new_TQ, end, began in finished(drawn, codec.num_quantizers):
         (file, path, record), prompt_TQ = usable[number], requests[number].prompt_TQ
         waveform = Waveform(decode_long(codec, torch.cat([prompt_TQ, new_TQ])), codec.sample_rate_hz)

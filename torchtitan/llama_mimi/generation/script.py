@@ -8,13 +8,22 @@ import torch
 from llama_mimi.audio.mimi import MimiCodec
 from llama_mimi.audio.reading import Waveform, wav_writer, write_wav
 from llama_mimi.audio.streaming import DecodingStream, decode_long
+from llama_mimi.common.command_line import print_next
 from llama_mimi.common.distributed import broadcast_from_rank0, distributed_context
 from llama_mimi.common.errors import UserError
-from llama_mimi.generation.continuation import checkpoint_note, continue_codes, encode_prompts, for_model, read_prompt
+from llama_mimi.common.files import is_synthetic
+from llama_mimi.generation.continuation import (
+    checkpoint_note,
+    continue_codes,
+    encode_prompts,
+    for_model,
+    read_prompt,
+    with_progress,
+)
 from llama_mimi.generation.decoding import Drawn, Request, decode
 from llama_mimi.generation.loading import load_speech_model
 from llama_mimi.generation.options import ContinuationOptions
-from llama_mimi.generation.prompt_folder import RESULTS, continue_folder, describe_model
+from llama_mimi.generation.prompt_folder import RESULTS, continue_folder, describe_model, without_new_audio
 from llama_mimi.generation.speech_model import SpeechModel
 
 
@@ -36,13 +45,17 @@ def continue_speech(options: ContinuationOptions) -> None:
         if options.prompts is None or options.output_dir is None:
             if ranks.rank == 0:
                 _continue_prompt(model, options, files)
+                data_dir = "assets/tiny/benchmarks/salmon" if is_synthetic(model.codec.name) else None
+                flags = {"codec": options.codec, "dtype": dtype if dtype != "float32" else None}
+                print_next("python eval/salmon.py", model_name=name, data_dir=data_dir, **flags)
             return
         made_by = broadcast_from_rank0(lambda: describe_model(name, model, dtype))
         num_rows = options.batch_size or (64 if ranks.device.type == "cuda" else 8)
         records = continue_folder(model, options.prompts, options.output_dir, sampling, num_rows, ranks, made_by)
     if ranks.rank == 0:
         failed = [record["error"] for record in records if "error" in record]
-        print(f"{len(records) - len(failed):,} samples in {options.output_dir}; see {options.output_dir / RESULTS}")
+        samples = f"{len(records) - len(failed):,} samples in {options.output_dir}{without_new_audio(records)}"
+        print(f"{samples}; see {options.output_dir / RESULTS}")
         if failed:
             raise UserError(f"{len(failed):,} samples failed; the first: {failed[0]}")
 
@@ -53,7 +66,9 @@ def _continue_prompt(model: SpeechModel, options: ContinuationOptions, files: li
     if options.prompt is not None:
         (prompt_TQ,) = encode_prompts(model, [read_prompt(options.prompt, codec)], sampling)
     if options.stream:
-        drawn = decode(model, [Request(prompt_TQ, sampling.seed, options.text)], for_model(sampling, model), 1)
+        own = for_model(sampling, model)
+        drawn = decode(model, [Request(prompt_TQ, sampling.seed, options.text)], own, 1)
+        drawn = with_progress(drawn, 1, own.max_frames, codec.frame_rate_hz)
         samples = [_stream(codec, prompt_TQ, drawn, files[0])]
     else:
         samples = continue_codes(model, prompt_TQ, sampling, options.text)

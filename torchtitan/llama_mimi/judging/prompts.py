@@ -98,7 +98,9 @@ def _cut_prompts(folder: Path, options: PromptOptions) -> tuple[list[Prompt], Co
     num_read = num_unreadable = 0
     drawn: list[tuple[bytes, int, Prompt]] = []  # (hash, row number, prompt), sorted by hash
     names: set[str] = set()
-    for number, (name, row) in enumerate(tqdm(_rows(source), "prompts", unit=" recordings")):
+    sizes = [unit.num_rows or 0 for unit in source.units]  # 0 if unknown, for a tar
+    total = sum(sizes) if all(sizes) else None
+    for number, (name, row) in enumerate(tqdm(_rows(source), "prompts", total, unit="recording")):
         if name in names:
             raise UserError(f"'{source.name}' has two rows with the id '{row['id']}'; make ids unique")
         names.add(name)

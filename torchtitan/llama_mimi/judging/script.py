@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from llama_mimi.audio.mimi import MimiCodec
+from llama_mimi.common.command_line import REPORT, print_next
 from llama_mimi.common.distributed import DistributedContext, broadcast_from_rank0, distributed_context
 from llama_mimi.common.files import LOCK, digest, is_synthetic, locked, read_json, visible_files, write_atomically
 from llama_mimi.common.resume import require_same
@@ -14,7 +15,7 @@ from llama_mimi.common.versions import versions
 from llama_mimi.evaluation.results import FORMAT
 from llama_mimi.generation.continuation import checkpoint_note
 from llama_mimi.generation.loading import load_speech_model
-from llama_mimi.generation.prompt_folder import SETTINGS, continue_folder, describe_model
+from llama_mimi.generation.prompt_folder import SETTINGS, continue_folder, describe_model, without_new_audio
 from llama_mimi.judging import metrics, systems
 from llama_mimi.judging.judge import judge
 from llama_mimi.judging.options import MEASURED, PROMPTS, GenerationOptions, MeasureOptions, read_criteria
@@ -79,6 +80,7 @@ def _judge(options: GenerationOptions, prompts: PromptSet, ranks: DistributedCon
     items = read_results(visible_files(folder, "*.json")).items
     print(to_markdown([summary(some, title) for title, some in comparable_sets(items)]))
     print(f"written: '{path}' and the results of the references")
+    print_next(REPORT, results=folder, output_file=folder / "report.md")
 
 
 def _own_samples(
@@ -97,6 +99,8 @@ def _own_samples(
     num_rows = options.batch_size or BATCH_SIZES[ranks.device.type == "cuda"]
     records = continue_folder(model, options.output_dir / PROMPTS, folder, options.sampling, num_rows, ranks, made_by)
     samples = systems.continuations(prompts, folder, records, model.codec.frame_rate_hz)
+    if ranks.rank == 0 and (counted := without_new_audio(records)):
+        print(f"{len(records):,} samples in {folder}{counted}", flush=True)
     return samples, read_json(str(folder), SETTINGS) or {}, model.codec
 
 

@@ -97,7 +97,7 @@ def write_html(title: str, sections: Sequence[Section], path: Path) -> None:
     template = environment.get_template("page.html.jinja")
     content = template.render(title=title, sections=sections, ticks=_ticks).encode()
     write_atomically(str(path.parent), path.name, content)
-    print(f"{path}: {len(content) / 1e6:.1f} MB")
+    print(f"written to {path} ({len(content) / 1e6:.1f} MB)")
 
 
 def _ticks(seconds: float) -> list[float]:

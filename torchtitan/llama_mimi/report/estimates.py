@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from tqdm import tqdm
 
 from llama_mimi.evaluation.statistics import bootstrap_interval, seed_half_width, wilson_interval
 from llama_mimi.report.results import NO_SAMPLE, SALMON, SALMON_MEAN, MeasureFormat, in_order, measure_of
@@ -97,7 +98,7 @@ def by_measure(items: pd.DataFrame, keys: list[str]) -> Iterator[tuple[str, Meas
     salmon = items[items["measure"].isin(SALMON)]
     is_whole = salmon.groupby(["system", "conditions", "data"])["measure"].transform("nunique") == len(SALMON)
     items = pd.concat([items, salmon[is_whole].assign(measure=SALMON_MEAN)])
-    for name in in_order(items["measure"]):
+    for name in tqdm(in_order(items["measure"]), "intervals", unit="measure", delay=2, leave=False):
         of_measure = items[items["measure"] == name]
         for _, rows in of_measure.groupby(keys, sort=False):
             heading = measure_of(name).heading

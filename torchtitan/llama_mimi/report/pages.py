@@ -11,6 +11,7 @@ import soundfile
 import torch
 import torchaudio
 from scipy.stats import entropy
+from tqdm import tqdm
 
 from llama_mimi.audio.mimi import MimiCodec
 from llama_mimi.audio.reading import AudioError, read_audio
@@ -159,7 +160,7 @@ def code_use(corpus: CodeCorpus) -> Section:
     Q, size = (corpus.manifest["codec"][name] for name in ("num_quantizers", "codebook_size"))
     units = np.unique(np.linspace(0, len(corpus.rows_per_unit) - 1, MAX_GROUPS).round().astype(int))
     counts_QK = np.zeros((Q, size), dtype=np.int64)
-    for unit in units.tolist():
+    for unit in tqdm(units.tolist(), "counting codes", unit="row group", delay=2):
         frames_NQ = np.concatenate([row["codes"] for row in corpus.read(unit)])
         counts_QK += [np.bincount(level_N, minlength=size) for level_N in frames_NQ.T]
     rows = []

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from tqdm import tqdm
 
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import write_atomically
@@ -51,7 +52,7 @@ def sections(study: Study, lines: Lines) -> list[Section]:
         failed = {line["label"]: line["failed"] for line in missing}
         why = [f"{run}: {f['step']} failed: {f['why']}" if f else f"{run}: not finished" for run, f in failed.items()]
         found.append(Section("Runs without results", items=why))
-    for number, table in enumerate(study.tables, 1):
+    for number, table in enumerate(tqdm(study.tables, "report", unit="table", delay=2), 1):
         groups = {table.label(v): [Run(v, seed).name for seed in study.seeds] for v in table.variants}
         found.append(comparison(items, table.title, groups, f"forest-{number}"))
         if pictures := tradeoffs(items, table.title, groups, f"tradeoff-{number}"):

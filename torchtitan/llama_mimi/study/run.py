@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -130,9 +131,10 @@ def _run(study: Study, run: Run, todo: Sequence[Step]) -> None:
             shutil.rmtree(step.output, ignore_errors=True)
         record["settings"][step.name] = _settings(study, run, step)
         save()
-        began = time.monotonic()
+        began, log = time.monotonic(), folder / f"logs/{step.name}.log"
+        print(f"{run.name}: {step.name} has started; its log is '{log}'", flush=True)
         try:
-            start(study.launch, step.name, folder / f"logs/{step.name}.log", [*step.program, *to_cli_args(step.flags)])
+            start(study.launch, step.name, log, [*step.program, *to_cli_args(step.flags)])
         except (UserError, OSError) as error:
             if _stopping.is_set():
                 return
@@ -141,9 +143,19 @@ def _run(study: Study, run: Run, todo: Sequence[Step]) -> None:
             break
         record["seconds"][step.name] = round(time.monotonic() - began, 1)
         save()
-        print(f"{run.name}: {step.name} is done", flush=True)
+        print(f"{run.name}: {step.name} is done; {_progress(study)}", flush=True)
     record["failed"] = failed
     save()
+
+
+def _progress(study: Study) -> str:
+    """Return the number of finished steps, and the time left if each step takes the mean time of its name."""
+    names = [TRAIN, "convert", *study.benchmarks, *[GENERATION] * bool(study.generation)]
+    records = [read_record(study, run)["seconds"] for run in study.runs]
+    seconds = {name: [record[name] for record in records if name in record] for name in names}
+    left = sum(sum(some) / len(some) * (len(records) - len(some)) for some in seconds.values() if some)
+    time_left = timedelta(seconds=round(left / study.launch.parallel))
+    return f"{sum(map(len, seconds.values()))} of {len(names) * len(records)} steps, left: about {time_left}"
 
 
 def start(launch: Launch, name: str, log: Path, command: list[str]) -> None:
@@ -163,6 +175,7 @@ def start(launch: Launch, name: str, log: Path, command: list[str]) -> None:
 def write_index(study: Study) -> list[dict[str, Any]]:
     """Write a JSON line for each run into `INDEX`; return the lines."""
     lines, tag = [], f"validation_{BITS}/"
+    flops = {variant: step_flops(study.flags(variant), study.launch.nproc_per_node) for variant in study.variants}
     for run in study.runs:
         record, (_, _, *scoring) = read_record(study, run), steps(study, run)
         found = [result for step in scoring if (result := read_json(str(step.output.parent), step.output.name))]
@@ -179,7 +192,7 @@ def write_index(study: Study) -> list[dict[str, Any]]:
             "failed": record["failed"],
             "model_sha256": scored.get("model_sha256"),
             "commit": scored.get("versions", {}).get("commit"),
-            "flops": num_steps * step_flops(study.flags(run.variant), study.launch.nproc_per_node),
+            "flops": num_steps * flops[run.variant],
             "seconds": record["seconds"],
             # Values of the last step, by level and for all levels.
             BITS: {

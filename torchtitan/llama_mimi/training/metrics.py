@@ -14,6 +14,7 @@ from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.components.validate import Validator
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_type
+from tqdm import tqdm
 
 from llama_mimi.common.errors import UserError
 from llama_mimi.data.build import build_dataloader
@@ -174,10 +175,11 @@ class SpeechValidator(Validator):
 
     def _padded_batches(self) -> Iterator[Batch]:
         """Yield this rank's batches, then empty batches until all ranks are done: a sharded model needs all ranks."""
+        bar: dict[str, Any] = {"unit": "batch", "delay": 10, "mininterval": 10, "disable": dist.get_rank() > 0}
         if self._batches is None:
-            self._batches = list(self._loader)
+            self._batches = list(tqdm(self._loader, "reading validation clips", **bar))
         num_batches = torch.tensor(len(self._batches), device=device_type)
         dist.all_reduce(num_batches, op=dist.ReduceOp.MAX)
-        yield from self._batches
+        yield from tqdm(self._batches, "validation", **bar)
         for _ in range(int(num_batches) - len(self._batches)):
             yield self._loader.empty_batch()
