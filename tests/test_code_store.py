@@ -194,9 +194,9 @@ def test_output_on_another_file_system(speech, store):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--num_quantizers", 4], "made with codec.num_quantizers = 8, but it is 4 now"),
+        (["--num_quantizers", 4], "made with codec.num_quantizers = 8, but the current value is 4"),
         (["--corpus", TINY / "words" / "train-*.parquet"], "made with corpus_sha256 = "),
-        (["--no_codec_sliding_window"], "made with codec.sliding_window = True, but it is False now"),
+        (["--no_codec_sliding_window"], "made with codec.sliding_window = True, but the current value is False"),
         (["--max_audio_seconds", "inf"], "must be a positive number"),
         (["--max_skip_fraction", 2], "a fraction between 0 and 1"),
         (["--min_seconds", 500], "--min_seconds is 500; it must be between 0 and --max_audio_seconds 4"),
@@ -257,7 +257,7 @@ def test_duplicates_are_counted_and_dropped(rows, tmp_path):
         (tmp_path / "dropped" / "manifest.json").unlink()
         (tmp_path / "dropped" / f"shard-{job:06d}-0000-end.parquet").unlink()
         assert made("dropped", "--duplicates", "drop") == (dropped, stored)
-    with pytest.raises(UserError, match="made with duplicates = 'drop', but it is 'keep' now"):
+    with pytest.raises(UserError, match="made with duplicates = 'drop', but the current value is 'keep'"):
         made("dropped")
 
 
@@ -352,7 +352,7 @@ def truncate(folder):
         (edit(format=1), "has format 1, not 2; tokenise the corpus again"),
         (edit(in_codec=True, sha256="0" * 64), "codec.sha256 = '000000000000"),
         (edit(in_codec=True, num_quantizers=2), "has 2 levels, fewer than codec.num_quantizers = 4"),
-        (edit(in_codec=True, sliding_window=False), "made with codec.sliding_window = False, but it is True now"),
+        (edit(in_codec=True, sliding_window=False), "sliding_window = False, but the current value is True"),
         (edit(columns=["id", "codes"]), "has no text"),
     ],
     ids="truncated missing unfinished json format codec levels attention text".split(),

@@ -98,14 +98,14 @@ def test_weights_of_other_kinds_are_refused(folder, tmp_path):
     """A codec whose config has one layer too many, and a base model with a missing tensor."""
     codec = Path(shutil.copytree(TINY / "mimi", tmp_path / "codec"))
     change_config(codec, num_hidden_layers=3)
-    with pytest.raises(UserError, match="is not a whole codec: .* the MimiModel in its config.json .*24 missing"):
+    with pytest.raises(UserError, match="is not a complete codec: .* the MimiModel in its config.json .*24 missing"):
         MimiCodec(str(codec), 4)
     base = tmp_path / "base"
     LlamaForCausalLM(AutoConfig.from_pretrained(TINY / "llama")).save_pretrained(base)
     for path in (TINY / "llama").glob("tokenizer*"):
         shutil.copy(path, base)
     change_weights(base, lambda weights: weights.pop(LAST_LAYER))
-    with pytest.raises(UserError, match=f"is not a whole base model: .*1 missing, first '{LAST_LAYER}'"):
+    with pytest.raises(UserError, match=f"is not a complete base model: .*1 missing, first '{LAST_LAYER}'"):
         prepare_base_model(str(base), tmp_path / "prepared", str(TINY / "mimi"))
 
 

@@ -188,5 +188,5 @@ def test_a_position_in_other_data_is_refused(tokenizer):
     with pytest.raises(UserError, match="exclude_from_loading dataloader"):
         other.load_state_dict(loader.state_dict())
     (reseeded,) = make_loaders([MadeUpReader(0, 9)], tokenizer, 1, 0, seed=4)
-    with pytest.raises(UserError, match="with seed = 3, but it is 4 now"):
+    with pytest.raises(UserError, match="with seed = 3, but the current value is 4"):
         reseeded.load_state_dict(loader.state_dict())
