@@ -29,10 +29,10 @@ def convert_checkpoint(checkpoint: Path, output_dir: Path, dtype: Precision = "f
     """Convert a training checkpoint to a standard Hugging Face model.
 
     Args:
-        checkpoint: checkpoint folder of a run (its newest step is converted), or one step
+        checkpoint: folder of one step, or checkpoint folder of a run, to convert its newest step
         output_dir: new folder for the Hugging Face model
         dtype: precision of the saved weights
-        verify: compare the checksums of the checkpoint
+        verify: verify the checksums of the checkpoint
     """
     step = find_step(checkpoint)
     record = find_run_record(checkpoint)
@@ -77,17 +77,17 @@ def prepare_base_model(
     seed: int = 0,
     random_weights: bool = False,
 ) -> None:
-    """Add the audio tokens of a codec to a Hugging Face Llama: tokenizer, embeddings and configuration.
+    """Add the audio tokens of a codec to the tokenizer, embeddings and configuration of a Hugging Face Llama.
 
     Args:
-        base_model: Hugging Face Llama, hub id or folder
-        output_dir: new folder; set model.hf_assets_path to it
-        codec: Mimi codec, hub id or folder
+        base_model: Hugging Face Llama: hub id or folder
+        output_dir: new folder for the model; for training, set model.hf_assets_path to this folder
+        codec: Mimi codec: hub id or folder
         num_quantizers: number of quantizer levels per frame
-        vocabulary: llama keeps the text tokens; audio removes them
+        vocabulary: 'llama' keeps the text tokens; 'audio' removes the text tokens
         dtype: precision of the saved weights
         seed: random seed for the new embedding rows
-        random_weights: write only tokenizer and configuration; training then starts from random weights
+        random_weights: write only the tokenizer and the configuration, to start training from random weights
     """
     codebook_size = load_codec_config(codec, num_quantizers).codebook_size
     config = load_pretrained(LlamaConfig, base_model, what="base model")
