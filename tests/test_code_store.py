@@ -149,7 +149,7 @@ def test_a_tar_makes_several_shards_and_continues_at_the_first_missing_one(rows,
     write_tar(tmp_path / "in" / "1.tar", rows[16:])
     flags = ["--max_audio_seconds", 4, "--max_skip_fraction", 0.1]
     done = tokenize(tmp_path / "in", tmp_path / "out", *flags, "--num_workers", 2, nproc=3)
-    assert done.returncode == 0 and "there are 3 ranks for 2 jobs" in done.output, done.output[-3000:]
+    assert done.returncode == 0 and "3 ranks, but only 2 jobs" in done.output, done.output[-3000:]
     expected = contents(tmp_path / "out")
     sizes = {"000000-0000": 8, "000000-0001": 7, "000000-0002-end": 0, "000001-0000": 8, "000001-0001-end": 0}
     assert {name: len(table) for name, table in expected.items()} == {f"shard-{k}.parquet": n for k, n in sizes.items()}
@@ -200,7 +200,7 @@ def test_output_on_another_file_system(speech, store):
         (["--max_audio_seconds", "inf"], "must be a positive number"),
         (["--max_skip_fraction", 2], "a fraction between 0 and 1"),
         (["--min_seconds", 500], "--min_seconds is 500; it must be between 0 and --max_audio_seconds 4"),
-        (["--where", "score > 3"], "names a column 'score', but"),
+        (["--where", "score > 3"], "'score' in --where is not a column of"),
         (["--output_dir", "CORPUS/codes"], "is inside the corpus"),
     ],
     ids=str,
@@ -227,7 +227,7 @@ def test_a_shard_of_other_rows_stops_before_the_manifest(store, speech, tmp_path
     shard = pq.read_table(path)
     notes = json.loads(shard.schema.metadata[b"llama_mimi"]) | {"rows": 7}
     pq.write_table(shard.replace_schema_metadata({"llama_mimi": json.dumps(notes)}), path)
-    with pytest.raises(UserError, match="job 1 .'shard-000001-0000-end.parquet'. lack rows of the corpus; delete"):
+    with pytest.raises(UserError, match="the shards .'shard-000001-0000-end.parquet'. of job 1 lack rows; delete"):
         run_alone("--corpus", speech, "--max_audio_seconds", 4, "--output_dir", again)
 
 

@@ -79,10 +79,10 @@ def test_the_same_clips_in_every_layout(rows, layout, tmp_path):
     assert again.fingerprint == source.fingerprint and again.units == source.units
     with_text = open_source(str(place), None, "audio", "text")
     assert all(isinstance(clip, AudioClip) and clip.text for clip in clips_of(with_text, with_text=True))
-    with pytest.raises(UserError, match="has no column 'said' for the text, only .*text"):
+    with pytest.raises(UserError, match="has no column 'said' for the text .columns: .*text"):
         open_source(str(place), None, "audio", "said")
     if layout == "tar":
-        with pytest.raises(UserError, match="training cannot read the tars of .*; tokenise it first"):
+        with pytest.raises(UserError, match="training cannot read the tar files of .*; tokenise this corpus first"):
             _ = AudioReader(source, sample_rate_hz=RATE, frame_size=1920, max_frames=12).rows_per_unit
 
 
@@ -148,7 +148,7 @@ FOLDERS = {
         [("c.flac", None), *["damaged row"] * 3, "past the end", "damaged row", "missing", "no audio", "damaged row"],
     ),
     "empty manifest": ({"m.jsonl": "\n"}, "has no rows"),
-    "manifest of a list": ({"m.jsonl": "[]"}, "has no column 'audio' for the audio, only none"),
+    "manifest of a list": ({"m.jsonl": "[]"}, "has no column 'audio' for the audio .columns: none"),
 }
 
 
@@ -334,7 +334,7 @@ def test_a_part_of_a_recording_is_a_part_of_its_samples(rows, tmp_path, kind):
         assert part.samples_S.equal(whole[start : start + 12_000])
     last = read_audio(content, RATE, start_seconds=9.5)
     assert last.samples_S.equal(whole[228_000:]) and not last.is_cut
-    with pytest.raises(AudioError, match="before its start of 11 s"):
+    with pytest.raises(AudioError, match="before the start of its part, 11 s"):
         read_audio(content, RATE, start_seconds=11)
 
 
