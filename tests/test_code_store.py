@@ -38,7 +38,7 @@ CODEC = str(TINY / "mimi")
 
 @pytest.fixture(scope="module")
 def rows():
-    """Return 24 rows of real codec speech, one without audio and one whose channels cancel."""
+    """Return 24 rows of real codec speech. One row has no audio, and one has channels that cancel each other."""
     rows = pq.read_table(TINY / "corpus" / "validation-00000-of-00001.parquet").slice(0, 24).to_pylist()
     samples_S, rate_hz = soundfile.read(io.BytesIO(rows[14]["audio"]["bytes"]))
     opposite = io.BytesIO()
@@ -49,7 +49,7 @@ def rows():
 
 @pytest.fixture(scope="module")
 def speech(rows, tmp_path_factory):
-    """Return a folder with the rows as Parquet, in three row groups."""
+    """Return a folder with the rows in a Parquet file of three row groups."""
     folder = tmp_path_factory.mktemp("speech")
     schema = pq.read_schema(TINY / "corpus" / "validation-00000-of-00001.parquet")
     pq.write_table(pa.Table.from_pylist(rows, schema), folder / "clips.parquet", row_group_size=8)
@@ -87,7 +87,7 @@ def contents(folder):
 
 @pytest.fixture(scope="module")
 def store(speech, tmp_path_factory):
-    """Return the folder of the corpus, tokenised on two ranks."""
+    """Return the folder of codes that two ranks wrote for the corpus."""
     folder = tmp_path_factory.mktemp("codes") / "store"
     done = tokenize(speech, folder, "--max_audio_seconds", 4, "--max_skip_fraction", 0.1, nproc=2)
     assert done.returncode == 0, done.output[-3000:]
@@ -129,7 +129,7 @@ def test_the_manifest_counts_what_is_there(store):
 
 
 def test_a_run_that_was_killed_finishes_on_other_ranks(store, speech, tmp_path):
-    """After a kill, one shard is missing, one has a temporary name, and the manifest is missing."""
+    """After a kill, one shard and the manifest are missing, and one shard has a temporary name."""
     again = shutil.copytree(store, tmp_path / "store")
     (again / "manifest.json").unlink()
     (again / "shard-000001-0000-end.parquet").rename(again / ".0123.partial")
@@ -232,7 +232,7 @@ def test_a_shard_of_other_rows_stops_before_the_manifest(store, speech, tmp_path
 
 
 def test_duplicates_are_counted_and_dropped(rows, tmp_path):
-    """A duplicate may have another file format, name and shard; the first clip is kept."""
+    """The first of two duplicates is kept, also if they differ in file format, name and shard."""
     wav, samples = io.BytesIO(), soundfile.read(io.BytesIO(rows[1]["audio"]["bytes"]), dtype="float32")
     soundfile.write(wav, *samples, format="WAV", subtype="FLOAT")
     again = [{**rows[1], "id": "b1", "audio": {"bytes": wav.getvalue()}}, {**rows[14], "id": "b0"}]
@@ -295,7 +295,7 @@ def world_of_one(monkeypatch):
 @pytest.mark.parametrize("task", ["a2a", "tts"])
 @pytest.mark.parametrize(("packing", "num_quantizers"), [("pad", 1), ("pad", 8), ("pack", 4)])
 def test_shards_give_the_batches_that_audio_gives(packing, num_quantizers, task, store, speech, world_of_one):
-    """Codes and audio give equal batches at any depth; the limit of 3.2 s is whole frames and cuts most clips."""
+    """Codes and audio give equal batches for any number of levels. The limit of 3.2 s cuts most clips."""
     flags = ["--codec.num_quantizers", num_quantizers, "--data.packing", packing, "--data.task", task]
     loaders = []
     for dataset in (store, speech):
@@ -327,7 +327,7 @@ def write_store(folder, lengths):
 
 
 def edit(in_codec=False, **changes):
-    """Return a function that changes values in a folder's manifest, or in its entry "codec"."""
+    """Return a function that changes values in the manifest of a folder, or in the entry "codec" of the manifest."""
 
     def change(folder):
         found = manifest(folder)
@@ -373,7 +373,7 @@ def test_a_store_is_a_folder_by_tokenisation_and_has_no_splits(store, tmp_path, 
 
 
 def test_a_flipped_bit_is_found(tmp_path, tokenizer, world_of_one):
-    """Checksums of the pages find the damage; size and footer are unchanged."""
+    """The checksums of the Parquet pages find the damage, although the file's size and footer are unchanged."""
     folder = write_store(tmp_path / "store", [50] * 20)
     path = folder / "shard-000000.parquet"
     content = bytearray(path.read_bytes())

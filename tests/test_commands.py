@@ -44,7 +44,7 @@ def test_help(path, monkeypatch, capsys):
 
 
 def test_an_error_stands_once_and_last_in_what_torchrun_prints(tmp_path, monkeypatch, capsys):
-    """Rank 1 fails, and torchrun then ends rank 0."""
+    """Rank 1 fails. Then torchrun stops rank 0."""
 
     def command():
         raise UserError("x is 1; set 2")

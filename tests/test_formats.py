@@ -61,7 +61,7 @@ def encoded(samples, kind="FLAC", subtype=None):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_same_clips_in_every_layout(rows, layout, tmp_path):
-    """All layouts give equal samples, texts, speakers, names and cuts, also from the middle of a unit."""
+    """All layouts give equal samples, texts, speakers, names and cuts, also if reading begins inside a unit."""
     place = LAYOUTS[layout](tmp_path, rows)
     source = opened(place)
     assert {"audio", "text", "speaker"} <= set(source.columns)
@@ -97,8 +97,8 @@ def test_splits_of_saved_datasets(rows, tmp_path):
         opened("hf:nobody/nothing")
 
 
-# Small corpora of other programs. Each case has the files, and the expected clips (name and text, or the reason for
-# skipping) or the expected error.
+# Small corpora of other programs. Each case has the files, and either the expected clips (name, and text or the reason
+# for skipping) or the expected error.
 
 CLIP = encoded(np.sin(np.arange(4800) / 10) / 2)
 NFD = unicodedata.normalize("NFD", "café")
@@ -293,7 +293,7 @@ def test_folders_with_links_and_odd_files(rows, tmp_path, capsys):
     "layout", ["folder with metadata", "LibriSpeech", "folder with JSON", "tar", "manifest", "Arrow"]
 )
 def test_other_texts_are_another_corpus(rows, layout, tmp_path):
-    """A changed text changes the fingerprint, so that a run with other texts is not resumed."""
+    """A changed text changes the fingerprint of the corpus, so a run cannot be resumed with other texts."""
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
     text = "{} more" if layout == "folder with JSON" else "{:.3}x"  # JSON files are compared by size only
