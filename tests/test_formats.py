@@ -334,7 +334,7 @@ def test_a_part_of_a_recording_is_a_part_of_its_samples(rows, tmp_path, kind):
         assert part.samples_S.equal(whole[start : start + 12_000])
     last = read_audio(content, RATE, start_seconds=9.5)
     assert last.samples_S.equal(whole[228_000:]) and not last.is_cut
-    with pytest.raises(AudioError, match="before the start of its part, 11 s"):
+    with pytest.raises(AudioError, match="starts at 11 s, after the end"):
         read_audio(content, RATE, start_seconds=11)
 
 

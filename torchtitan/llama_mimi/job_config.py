@@ -42,7 +42,7 @@ class Model:
     """Vocabulary; 'llama': audio tokens, and the text tokens in model.hf_assets_path; 'audio': no text tokens"""
 
     architecture: Architecture = "flattened"
-    """Architecture; 'flattened': one decoder over audio tokens; 'hierarchical': one over frames and one over levels"""
+    """Architecture; 'flattened': a decoder over audio tokens; 'hierarchical': decoders over frames and over levels"""
 
     depth_train_fraction: float = 1.0
     """Fraction of frames that train the depth decoder (hierarchical architecture); each epoch samples new frames"""
@@ -79,7 +79,7 @@ class Data:
     """Maximum length of a clip, in seconds; longer clips are cut after a whole frame and end without </audio>"""
 
     packing: Literal["pad", "pack"] = "pad"
-    """Content of a training sequence; 'pad': one clip and padding; 'pack': several clips, attention within one clip"""
+    """Content of a training sequence; 'pad': one clip and padding; 'pack': several clips with separate attention"""
 
     weights: list[float] = field(default_factory=list)
     """Fraction of audio time from each corpus in training.dataset; empty: each corpus in proportion to its size"""

@@ -66,10 +66,10 @@ def is_released(config: PreTrainedConfig) -> bool:
 
 
 def has_sliding_window(config: PreTrainedConfig) -> bool:
-    """Return True if the codes that trained a model were encoded with the sliding window. False: the first release."""
+    """Return True if a model was trained on codes from a codec with a sliding window; False for the first release."""
     if hasattr(config, "codec_attention"):
         problem = f"the config of '{config.name_or_path}' has codec_attention = '{config.codec_attention}'"
-        raise UserError(f"{problem}; replace this entry with codec_sliding_window = true (for 'windowed') or false")
+        raise UserError(f"{problem}; replace this by codec_sliding_window: true (for 'windowed') or false ('whole')")
     return not is_released(config) and config.codec_sliding_window
 
 

@@ -192,7 +192,7 @@ def _read(
     samples_S = np.concatenate([*parts, np.empty(0, np.float32)])
     samples_S = samples_S if max_s is None else samples_S[: round(max_s * wanted_hz)]
     if not len(samples_S) and start_s:
-        raise AudioError("past the end", f"'{name}' ends before the start of its part, {start_s:g} s; fix the start")
+        raise AudioError("past the end", f"'{name}' starts at {start_s:g} s, after the end of the audio; fix the start")
     if not len(samples_S):
         raise AudioError("empty", f"'{name}' has no audio samples; choose another clip")
     return Waveform(torch.from_numpy(samples_S), wanted_hz, is_cut, () if channel is None else (OPPOSITE,))

@@ -27,7 +27,7 @@ class FolderKind(NamedTuple):
     stock_class: Any
     config: Callable[..., PreTrainedConfig]  # from our arguments and extra entries
     args: Callable[[Any], LlamaMimiArgs]  # inverse of `config`
-    state: Callable[[dict[str, torch.Tensor], LlamaMimiArgs], dict[str, torch.Tensor]]  # weights of the stock class
+    state: Callable[[dict[str, torch.Tensor], LlamaMimiArgs], dict[str, torch.Tensor]]  # weights of `stock_class`
 
 
 KINDS: dict[Architecture, FolderKind] = {

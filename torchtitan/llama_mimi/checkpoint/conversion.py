@@ -29,7 +29,7 @@ def convert_checkpoint(checkpoint: Path, output_dir: Path, dtype: Precision = "f
     """Convert a training checkpoint to a standard Hugging Face model.
 
     Args:
-        checkpoint: folder of one step, or checkpoint folder of a run, to convert its newest step
+        checkpoint: folder of a step, or checkpoint folder of a run (its newest step is converted)
         output_dir: new folder for the Hugging Face model
         dtype: precision of the saved weights
         verify: verify the checksums of the checkpoint

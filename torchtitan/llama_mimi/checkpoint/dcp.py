@@ -40,7 +40,7 @@ def find_step(checkpoint: Path) -> Path:
 
 
 def set_aside_incomplete(checkpoint: Path) -> None:
-    """Move incomplete steps to a new folder if no step is complete; else TorchTitan would not load initial weights."""
+    """Move all steps away if none is complete: TorchTitan loads initial weights only if no checkpoint folder exists."""
     if not checkpoint.is_dir() or complete_steps(checkpoint):
         return
     paths = list(checkpoint.iterdir())
@@ -84,7 +84,7 @@ def is_distributed(step: Path) -> bool:
 
 
 def read_index(step: Path) -> Metadata:
-    """Return the index of a step. If a file is missing or truncated, raise a `UserError` with the last good step."""
+    """Return the index of a step. If a file is missing or truncated, name the last good step in a `UserError`."""
     try:
         return check_step(step, verify=False)
     except UserError as error:

@@ -91,7 +91,7 @@ def broadcast_from_rank0(make: Callable[[], Any]) -> Any:
 
 @contextmanager
 def report_error_once() -> Iterator[None]:
-    """Delay user errors on ranks above 0: rank 0 then reports an error of all ranks, and torchrun stops the ranks."""
+    """Delay user errors on ranks above 0. If all ranks raise the same error, only rank 0 then reports it."""
     try:
         yield
     except (UserError, OSError):

@@ -34,7 +34,7 @@ def is_local(fs: fsspec.AbstractFileSystem) -> bool:
 
 
 def find_files(path: str, endings: tuple[str, ...]) -> list[str]:
-    """Return the sorted paths for a file, a glob or a folder. Ignore hidden files, and a folder's other endings."""
+    """Return sorted paths for a file, a glob or a folder, without hidden files. ``endings``: filter for a folder."""
     fs, bare = file_system(path)
     try:
         start = bare  # an existing folder is not a pattern, even with brackets in its name

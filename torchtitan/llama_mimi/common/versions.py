@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of packages, and the git commit ("unknown" for an installed package)."""
+    """Return the versions of packages, and the git commit ("unknown" outside the repository)."""
     commit = ""
     if (ROOT / ".git").exists():  # else git finds any repository around an installed package
         with suppress(OSError):  # git is not installed

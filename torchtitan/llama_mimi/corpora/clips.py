@@ -72,7 +72,7 @@ class AudioReader:
 
     @property
     def rows_per_unit(self) -> np.ndarray:
-        """Number of rows of each unit (U,); raise a `UserError` for tar files, because their rows are not known."""
+        """Number of rows of each unit (U,); raise a `UserError` for tar files, as their rows are not counted."""
         rows = [unit.num_rows for unit in self.source.units]
         if None in rows:
             raise UserError(f"training cannot read the tar files of '{self.name}'; tokenise this corpus first")

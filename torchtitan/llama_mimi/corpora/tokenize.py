@@ -147,7 +147,7 @@ def _check(options: TokenizationOptions) -> None:
             raise UserError(f"--{name} is {value:g}; it must be between {lowest:g} and --max_audio_seconds {limit:g}")
     corpus, output = os.path.abspath(options.corpus.partition("**")[0]), os.path.abspath(options.output_dir)
     if options.corpus not in CORPORA and os.path.join(output, "").startswith(os.path.join(corpus, "")):
-        raise UserError(f"--output_dir '{options.output_dir}' is inside the corpus '{options.corpus}'; choose another")
+        raise UserError(f"'{options.output_dir}' is inside the corpus '{options.corpus}'; choose another --output_dir")
 
 
 def _plan(options: TokenizationOptions, source: Source, codec: MimiCodec) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class RowFilter:
         return None if self._where is None or _is_true(self._tree, row) else f"not {self._where}"
 
     def of_length(self, seconds: float, *, is_cut: bool) -> str | None:
-        """Return the reason to filter a clip by its length, or None. ``is_cut``: it is longer than ``seconds``."""
+        """Return the reason to filter a clip by length, or None. ``is_cut``: the audio is longer than ``seconds``."""
         if seconds < self._min_seconds:
             return f"under {self._min_seconds:g} s"
         is_long = self._max_seconds is not None and (is_cut or seconds > self._max_seconds)

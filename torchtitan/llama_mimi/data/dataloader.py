@@ -117,7 +117,7 @@ class SpeechDataLoader(BaseDataLoader):
         return self.packer.pop()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the positions of all ranks after their last batches. All ranks must call this and get one result."""
+        """Return the positions of all ranks after their last batches. This collective has one result on all ranks."""
         assert isinstance(self.order, ShuffledOrder)
         own = dataclasses.asdict(self.order.position), self.counts, self.meter.num_frames
         of_ranks = dict(gather((self.order.dp_rank, own)))  # tensor-parallel ranks share a position
@@ -132,7 +132,7 @@ class SpeechDataLoader(BaseDataLoader):
             return
         assert isinstance(self.order, ShuffledOrder)
         state = json.loads(state_dict["position"])
-        remedy = "restore the earlier data, or begin the data again: --checkpoint.exclude_from_loading dataloader"
+        remedy = "restore the earlier data, or start a new epoch with --checkpoint.exclude_from_loading dataloader"
         require_same(state["of"], self.order.fingerprint, f"the checkpoint's position in '{self.dataset}'", remedy)
         positions = reshard([Position.from_json(position) for position in state["ranks"]], self.order.dp_world_size)
         self.order.position = positions[self.order.dp_rank]
@@ -151,7 +151,7 @@ class SpeechDataLoader(BaseDataLoader):
             yield from zip(refs, clips, strict=True)
 
     def _deep_frames(self, ref: ClipRef, num_frames: int) -> np.ndarray | None:
-        """Return a mask (T + 1,) of the frames and the end, True for those that train the depth decoder in an epoch."""
+        """Return a mask (T + 1,) of the frames and the end; True for those that train the depth decoder."""
         if self.depth_train_fraction == 1:
             return None
         assert isinstance(self.order, ShuffledOrder)

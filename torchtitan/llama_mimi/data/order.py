@@ -97,8 +97,8 @@ class ShuffledOrder:
     """Endless sequence of clips for one rank; ``fractions`` are the relative numbers of clips from each corpus.
 
     Windows are numbered across epochs, and rank k of W reads windows k, k + W, k + 2 W. A permutation depends
-    only on the seed and a number. So a position has only the partly used windows of the rank and its next window.
-    `reshard` divides the remaining windows among another number of ranks.
+    only on the seed and on the number of the epoch or window. So a position has only the partly used windows of the
+    rank and its next window. `reshard` divides the remaining windows among another number of ranks.
     """
 
     readers: Sequence[ClipReader]
@@ -140,7 +140,7 @@ class ShuffledOrder:
         self._upcoming()[1][0].frames_used = num_frames
 
     def _upcoming(self) -> tuple[int, list[BegunWindow]]:
-        """Return the corpus of the next clip, and the partly used windows of this corpus. The clip is in the first."""
+        """Return the corpus of the next clip, and the partly used windows of this corpus. The first one is next."""
         corpus = bisect(self._bounds, (self.position.drawn * _GOLDEN) % 1.0)
         cursor = self.position.cursors[corpus]
         if not cursor.begun:

@@ -155,7 +155,7 @@ def chunk_losses(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Return losses (N,) in float32, losses over admissible entries, and the gradient (N, V) of the weighted sum.
 
-    The gradient of a logit is (probability - 1 at the target) * weight. Without ``with_gradient``, return None for it.
+    The gradient is (softmax - one_hot(target)) * weight. Without ``with_gradient``, it is None.
 
     Args:
         weight_VD: output matrix. Rows after ``num_entries`` are padding; their logits are -inf.

@@ -62,7 +62,7 @@ class LlamaMimiArgs(TransformerModelArgs):
 
 
 def training_flops(num_weights: int, args: TransformerModelArgs, seq_len: int) -> int:
-    """Return the FLOPs per position in both passes: 6 for each weight of a matrix product, plus those of attention."""
+    """Return the FLOPs per position, forward and backward: 6 for each weight of a matrix product, plus attention."""
     return 6 * num_weights + 6 * args.n_layers * args.n_heads * 2 * (args.dim // args.n_heads) * seq_len
 
 
