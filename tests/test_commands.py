@@ -94,7 +94,7 @@ def test_a_benchmark_names_the_next_one_and_the_last_one_the_report(tmp_path, ca
 
 
 def test_an_error_stands_once_and_last_in_what_torchrun_prints(tmp_path, monkeypatch, capsys):
-    """Rank 1 fails, and torchrun then ends rank 0."""
+    """Rank 1 fails. Then torchrun stops rank 0."""
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     with pytest.raises(SystemExit) as end, report_errors():
         raise UserError("x is 1; set 2")
