@@ -170,7 +170,7 @@ class _WithErrors(IterableDataset):
 
 
 def read_in_workers(dataset: Iterable[Any], **workers: Any) -> Iterator[Any]:
-    """Yield the items of a dataset, read in worker processes; ``workers`` are arguments of PyTorch's DataLoader."""
+    """Yield the items of a dataset, read in worker processes; ``workers``: arguments of a `DataLoader`."""
     # PyTorch draws a seed for the workers; it must not change the random state of training.
     options: dict[str, Any] = {"batch_size": None, "collate_fn": _unchanged, "generator": torch.Generator(), **workers}
     try:

@@ -22,7 +22,7 @@ class FolderSource(Source):
     - a table in the file's folder or in a parent folder: ``metadata.csv`` or ``metadata.jsonl`` with a column
       ``file_name`` (audiofolder of `datasets`), ``metadata.csv`` with lines ``id|text|normalized_text`` next to the
       folder ``wavs`` (LJSpeech), or ``*.trans.txt`` with lines ``name TEXT`` (LibriSpeech);
-    - a JSON file with the audio file's name (Libri-Light, Emilia).
+    - a JSON file named like the audio file, ``clip.json`` for ``clip.flac`` (Libri-Light, Emilia).
     """
 
     def __init__(self, name: str, files: Sequence[str], wanted: Columns) -> None:

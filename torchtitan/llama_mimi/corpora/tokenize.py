@@ -256,7 +256,7 @@ def write_shards(
             last_report = elapsed
             left = timedelta(seconds=round(elapsed / max(1, bytes_done) * (total_bytes - bytes_done)))
             size, rate = f"{bytes_done / 1e6:,.1f} of {total_bytes / 1e6:,.1f} MB", 3600 * hours / elapsed
-            print(f"{rows_done:,} rows  {size}  {hours:.2f} h  {rate:,.1f} audio-s/s  left: {left}", flush=True)
+            print(f"{rows_done:,} rows, {size}, {hours:.2f} h, {rate:,.1f} audio-s/s, time left: {left}", flush=True)
 
 
 def _judge(num_skipped: int, num_read: int, limit: float, last: str, *, is_end: bool) -> None:

@@ -160,7 +160,7 @@ def chunk_losses(
     Args:
         weight_VD: output matrix. Rows after ``num_entries`` are padding; their logits are -inf.
         targets_N: entries of the targets; out of range if the target is on another rank.
-        admissible_NC: valid entries; out of range for an entry on another rank and for padding.
+        admissible_NC: indices of the valid entries; padding and entries on another rank have an index out of range.
         group: ranks that share the vocabulary; None without tensor parallelism.
     """
     scores_NV = F.linear(hidden_ND, weight_VD).float()

@@ -235,7 +235,7 @@ def _check_resume(job_config: Any) -> None:
     entries = read_index(steps[number]).state_dict_metadata if is_distributed(steps[number]) else None
     if entries is None or (needs_position and "dataloader.position" not in entries):
         problem = f"'{steps[number]}' contains only weights and no position in the data, so a run cannot resume from it"
-        remedy = "start another run with this checkpoint.initial_load_path (for safetensors, also initial_load_in_hf)"
+        remedy = "start a new run and set its checkpoint.initial_load_path (for safetensors, also initial_load_in_hf)"
         raise UserError(f"{problem}; {remedy}")
     earlier = now = job_config.to_dict()
     with suppress(UserError):  # a damaged file is replaced
