@@ -7,8 +7,11 @@
 Ranks of torchrun share the work. To continue a killed run, run the command again.
 """
 
-from llama_mimi.common.command_line import run_command
-from llama_mimi.judging.script import judge_generations
+from llama_mimi.common.command_line import command
+from llama_mimi.judging.options import GenerationOptions
 
 if __name__ == "__main__":
-    run_command(judge_generations, __doc__)
+    with command(GenerationOptions, __doc__) as options:
+        from llama_mimi.judging.script import judge_generations
+
+        judge_generations(options)

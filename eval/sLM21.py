@@ -3,8 +3,11 @@
 uv run python eval/sLM21.py --model_name models/tiny --data_dir assets/tiny/benchmarks/sLM21
 """
 
-from llama_mimi.common.command_line import run_command
-from llama_mimi.evaluation.script import SLM21
+from llama_mimi.common.command_line import command
+from llama_mimi.evaluation.options import EvaluationOptions
 
 if __name__ == "__main__":
-    run_command(SLM21.run, __doc__)
+    with command(EvaluationOptions, __doc__) as options:
+        from llama_mimi.evaluation.script import SLM21
+
+        SLM21.run(options)

@@ -3,8 +3,11 @@
 uv run python eval/sStoryCloze.py --model_name models/tiny --data_dir assets/tiny/benchmarks/storycloze
 """
 
-from llama_mimi.common.command_line import run_command
-from llama_mimi.evaluation.script import STORYCLOZE
+from llama_mimi.common.command_line import command
+from llama_mimi.evaluation.options import EvaluationOptions
 
 if __name__ == "__main__":
-    run_command(STORYCLOZE.run, __doc__)
+    with command(EvaluationOptions, __doc__) as options:
+        from llama_mimi.evaluation.script import STORYCLOZE
+
+        STORYCLOZE.run(options)

@@ -1,17 +1,17 @@
 """Build a page with audio: recordings, the continuations of each model, and the report of a study.
 
-uv run python scripts/build_page.py --generations results/generation --page results/generation.html
-uv run python scripts/build_page.py --study config/studies/tiny.toml --page outputs/studies/tiny/page.html
+    uv run python scripts/build_page.py --generations results/generation --page results/generation.html
+    uv run python scripts/build_page.py --study config/studies/tiny.toml --page outputs/studies/tiny/page.html
+
+The page is one file that contains its audio and pictures.
 """
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from llama_mimi.common.command_line import run_command
-from llama_mimi.common.cpu import use_cpu_without_gpu
 from llama_mimi.common.errors import UserError
-from llama_mimi.report.document import Section, write_html
-from llama_mimi.report.pages import continuations
 
 
 def build_page(page: Path, generations: Path | None = None, study: Path | None = None, num_prompts: int = 4) -> None:
@@ -25,15 +25,21 @@ def build_page(page: Path, generations: Path | None = None, study: Path | None =
     """
     if (study is None) == (generations is None) or num_prompts < 1:
         raise UserError("set either --study or --generations, and --num_prompts to 1 or more")
+    from llama_mimi.report.document import write_html
+    from llama_mimi.report.pages import continuations
+
     if generations is not None:
         write_html(f"Continuations in {generations}", continuations(generations, num_prompts), page)
     if study is not None:
         write_html(f"Study {study.stem}", study_sections(study, num_prompts), page)
 
 
-def study_sections(path: Path, num_prompts: int) -> list[Section]:
+def study_sections(path: Path, num_prompts: int) -> list[Any]:
     """Return sections with the audio of a study's runs, and with its report."""
+    from llama_mimi.common.cpu import use_cpu_without_gpu
+
     use_cpu_without_gpu()  # before any import of TorchTitan
+    from llama_mimi.report.pages import continuations
     from llama_mimi.study.config import read_study
     from llama_mimi.study.report import sections
     from llama_mimi.study.run import write_index

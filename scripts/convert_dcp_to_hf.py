@@ -3,8 +3,23 @@
 uv run python scripts/convert_dcp_to_hf.py --checkpoint outputs/tiny/checkpoint --output_dir models/tiny
 """
 
-from llama_mimi.checkpoint.conversion import convert_checkpoint
-from llama_mimi.common.command_line import run_command
+from dataclasses import dataclass
+from pathlib import Path
+
+from llama_mimi.common.choices import Precision
+from llama_mimi.common.command_line import command
+
+
+@dataclass
+class Options:
+    checkpoint: Path  # checkpoint folder of a run (its newest step is converted), or one step
+    output_dir: Path  # new folder for the Hugging Face model
+    dtype: Precision = "float32"  # precision of the saved weights
+    verify: bool = True  # compare the checksums of the checkpoint
+
 
 if __name__ == "__main__":
-    run_command(convert_checkpoint, __doc__)
+    with command(Options, __doc__) as options:
+        from llama_mimi.checkpoint.conversion import convert_checkpoint
+
+        convert_checkpoint(**vars(options))

@@ -14,16 +14,11 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import soundfile
-import torch
-
-from llama_mimi.audio.streaming import DecodingStream
+from llama_mimi.common.choices import DecoderPrecision
 from llama_mimi.common.command_line import run_command
 from llama_mimi.common.errors import UserError
-from llama_mimi.generation.continuation import SamplingOptions, checkpoint_note, encode_prompts, read_prompt
-from llama_mimi.generation.decoding import FinishReason, Request, decode
-from llama_mimi.generation.loading import load_speech_model
-from llama_mimi.generation.speech_model import DecoderPrecision, SpeechModel
+from llama_mimi.generation.options import SamplingOptions
+from llama_mimi.report.document import import_extra
 
 CHUNK_SECONDS = 0.4  # minimum length of a chunk of new audio
 
@@ -41,16 +36,15 @@ def demo(
         model_name: hub id or folder
         host: address to listen at; 0.0.0.0 means all addresses of this machine
         port: port of the page
-        device: torch device; default: the accelerator if there is one
+        device: torch device; default: the GPU if there is one, else the CPU
         dtype: precision of the decoder
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # nothing is sent anywhere
-    try:
-        import gradio
-    except ImportError as error:
-        raise UserError("the demo needs gradio; install it with `uv sync --extra demo`") from error
+    gradio = import_extra("gradio", "the demo", "run `uv sync --inexact --extra demo`")
     if shutil.which("ffmpeg") is None:
         raise UserError("the demo needs the program ffmpeg to stream audio; install it")
+    from llama_mimi.generation.loading import load_speech_model
+
     model = load_speech_model(model_name, device=device, dtype=dtype)
     app = build_app(gradio, model).queue(max_size=8, default_concurrency_limit=1)
     # The browser's fonts; gradio would download its own.
@@ -62,7 +56,7 @@ def demo(
         raise UserError(f"port {port} of {host} is taken or cannot be used; choose another --port") from error
 
 
-def build_app(gradio: Any, model: SpeechModel) -> Any:
+def build_app(gradio: Any, model: Any) -> Any:
     """Return the page; its button shows the values that `continued` yields."""
 
     def answer(prompt: str | None, *values: float | None) -> Iterator[Any]:
@@ -90,13 +84,20 @@ def build_app(gradio: Any, model: SpeechModel) -> Any:
     return gradio.Interface(answer, [prompt, *sliders.values()], [sound, state], **text, **options)
 
 
-def continued(model: SpeechModel, prompt: str, options: SamplingOptions) -> Iterator[tuple[Any, ...]]:
+def continued(model: Any, prompt: str, options: SamplingOptions) -> Iterator[tuple[Any, ...]]:
     """Yield the new audio as WAV, and a text about the state, after each chunk."""
+    import soundfile
+    import torch
+
+    from llama_mimi.audio.streaming import DecodingStream
+    from llama_mimi.generation.continuation import checkpoint_note, encode_prompts, for_model, read_prompt
+    from llama_mimi.generation.decoding import FinishReason, Request, decode
+
     codec, began, first_spent = model.codec, time.perf_counter(), 0.0
     (prompt_TQ,) = encode_prompts(model, [read_prompt(prompt, codec)], options)
     decoding = DecodingStream(codec)
     audio, num_sent = [decoding.decode(prompt_TQ)], 0  # audio of the prompt, then of each new frame
-    for _, new in decode(model, [Request(prompt_TQ, options.seed)], options.for_model(model), 1):
+    for _, new in decode(model, [Request(prompt_TQ, options.seed)], for_model(options, model), 1):
         if not isinstance(new, FinishReason):
             audio.append(decoding.decode(new[None]))
             if sum(map(len, audio[num_sent:])) < CHUNK_SECONDS * codec.sample_rate_hz:

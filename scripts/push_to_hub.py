@@ -11,19 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
-from huggingface_hub.errors import HfHubHTTPError
-
-from llama_mimi.audio.mimi import codec_hash, local_codec
-from llama_mimi.checkpoint.architectures import load_config
-from llama_mimi.checkpoint.conversion import TRAINING_CONFIG
-from llama_mimi.common.command_line import run_command
+from llama_mimi.common.command_line import command
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import read_json, visible_files
-from llama_mimi.common.hub import weights_sha256
-from llama_mimi.report.comparisons import comparable_sets, summary
-from llama_mimi.report.document import Section, Table, to_markdown
-from llama_mimi.report.results import read_results
 
 CARD = "README.md"
 # Training settings that the card shows.
@@ -46,6 +36,11 @@ class Upload:
 
 def push_to_hub(upload: Upload) -> None:
     """Upload a converted model."""
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    from llama_mimi.checkpoint.conversion import TRAINING_CONFIG
+
     model_name, repo, dry_run = upload.model_name, upload.repo, upload.dry_run
     card = write_card(model_name, upload.results)
     base_model = without_folders(upload.base_model)
@@ -93,8 +88,18 @@ def without_folders(value: Any) -> Any:
     return Path(path).name or path if is_local else value
 
 
-def write_card(model: Path, folders: Sequence[Path]) -> ModelCard:
+def write_card(model: Path, folders: Sequence[Path]) -> Any:
     """Return the card of a converted model, with its training settings and the results of exactly these weights."""
+    from huggingface_hub import ModelCard
+
+    from llama_mimi.audio.mimi import codec_hash, local_codec
+    from llama_mimi.checkpoint.architectures import load_config
+    from llama_mimi.checkpoint.conversion import TRAINING_CONFIG
+    from llama_mimi.common.hub import weights_sha256
+    from llama_mimi.report.comparisons import comparable_sets, summary
+    from llama_mimi.report.document import Section, Table, to_markdown
+    from llama_mimi.report.results import read_results
+
     if not (model / CARD).is_file() or not visible_files(model, "*.safetensors"):
         raise UserError(f"'{model}' is not a converted model; convert a checkpoint with scripts/convert_dcp_to_hf.py")
     config, _ = load_config(str(model), "model")
@@ -114,4 +119,5 @@ def write_card(model: Path, folders: Sequence[Path]) -> ModelCard:
 
 
 if __name__ == "__main__":
-    run_command(push_to_hub, __doc__)
+    with command(Upload, __doc__) as options:
+        push_to_hub(options)

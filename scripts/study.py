@@ -13,16 +13,8 @@ from typing import Annotated
 
 import tyro
 
-from llama_mimi.common.cpu import use_cpu_without_gpu
-
-use_cpu_without_gpu()  # before anything imports TorchTitan
-
-from llama_mimi.common.command_line import run_command  # noqa: E402
-from llama_mimi.common.errors import UserError  # noqa: E402
-from llama_mimi.study.budget import step_flops  # noqa: E402
-from llama_mimi.study.config import read_study  # noqa: E402
-from llama_mimi.study.report import write_report  # noqa: E402
-from llama_mimi.study.run import check_unchanged, judge, read_record, train_and_score, write_index  # noqa: E402
+from llama_mimi.common.command_line import run_command
+from llama_mimi.common.errors import UserError
 
 
 def main(
@@ -43,6 +35,14 @@ def main(
         report_only: only write the report of the finished runs
         tflops: TFLOP/s of a GPU for --plan; the default is 40 % of an H100's peak in bfloat16
     """
+    from llama_mimi.common.cpu import use_cpu_without_gpu
+
+    use_cpu_without_gpu()  # before anything imports TorchTitan
+    from llama_mimi.study.budget import step_flops
+    from llama_mimi.study.config import read_study
+    from llama_mimi.study.report import write_report
+    from llama_mimi.study.run import check_unchanged, judge, read_record, train_and_score, write_index
+
     logging.getLogger().setLevel(logging.ERROR)  # no warnings of TorchTitan about missing base models
     study = read_study(file)
     runs = study.runs

@@ -7,8 +7,11 @@
 Ranks share the work. If a run is killed, re-run the command on any number of ranks to write the missing shards.
 """
 
-from llama_mimi.common.command_line import run_command
-from llama_mimi.corpora.tokenize import tokenize_corpus
+from llama_mimi.common.command_line import command
+from llama_mimi.corpora.options import TokenizationOptions
 
 if __name__ == "__main__":
-    run_command(tokenize_corpus, __doc__)
+    with command(TokenizationOptions, __doc__) as options:
+        from llama_mimi.corpora.tokenize import tokenize_corpus
+
+        tokenize_corpus(options)

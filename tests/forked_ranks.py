@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 ROOT = Path(__file__).parent.parent
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["llama_mimi.train"])
+_server.set_forkserver_preload(["llama_mimi.trainer"])
 
 
 class ForkedRanks:
@@ -86,7 +86,6 @@ def _be_rank(environment: dict[str, str], command: list[str], log: str, set_up: 
     import torchtitan.train
 
     from llama_mimi import train
-    from llama_mimi.common.command_line import run_cli
     from llama_mimi.common.distributed import end_with_parent
 
     end_with_parent()  # the parent is the server, which ends with the tests
@@ -96,7 +95,7 @@ def _be_rank(environment: dict[str, str], command: list[str], log: str, set_up: 
         set_up()
     if command[:2] == ["-m", "llama_mimi.train"]:
         sys.argv = command[1:]
-        run_cli(train.main)
+        train.main()
     else:
         sys.argv = command
         sys.path.insert(0, str(Path(command[0]).parent))

@@ -191,7 +191,7 @@ def test_ogg_that_breaks_off_is_refused(subtype, share):
 @pytest.mark.parametrize("kind", ["mp4", "adts aac", "webm", "wma"])
 def test_without_ffmpeg_the_sentence_names_the_extra(kind, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(AudioError, match="uv sync --extra ffmpeg") as error:
+    with pytest.raises(AudioError, match="uv sync --inexact --extra ffmpeg") as error:
         read_audio(READ[kind][0], RATE, name="clip")
     assert error.value.reason == "needs FFmpeg"
 

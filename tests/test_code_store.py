@@ -28,8 +28,9 @@ from llama_mimi.audio.mimi import MimiCodec, codec_hash, load_codec_config
 from llama_mimi.audio.reading import OPPOSITE, read_audio
 from llama_mimi.common.errors import UserError
 from llama_mimi.corpora.code_shards import CodeCorpus, is_store
+from llama_mimi.corpora.options import TokenizationOptions
 from llama_mimi.corpora.source import Unit
-from llama_mimi.corpora.tokenize import TokenizationOptions, make_jobs, tokenize_corpus
+from llama_mimi.corpora.tokenize import make_jobs, tokenize_corpus
 from llama_mimi.data.build import build_dataloader
 from llama_mimi.train_spec import build_speech_tokenizer
 

@@ -5,6 +5,7 @@ import errno
 import os
 import runpy
 import socket
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +18,11 @@ from conftest import ROOT, next_command
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from llama_mimi.audio.reading import Waveform, wav_writer, write_wav
-from llama_mimi.common.command_line import REPORT, run_cli
+from llama_mimi.common.command_line import REPORT, report_errors
 from llama_mimi.common.errors import UserError
-from llama_mimi.evaluation.script import SALMON, SLM21, STORYCLOZE, EvaluationOptions
+from llama_mimi.evaluation.options import EvaluationOptions
+from llama_mimi.evaluation.script import SALMON, SLM21, STORYCLOZE
+from llama_mimi.generation import loading
 from llama_mimi.report.document import Picture, Section, write_html, write_markdown
 
 INTERNAL = {"audited_training", "measuring"}  # started by other commands, with their own arguments
@@ -48,8 +51,8 @@ def test_help(path, monkeypatch, capsys):
 def test_a_benchmark_names_the_next_one_and_the_last_one_the_report(tmp_path, capsys, monkeypatch):
     data = "assets/tiny/benchmarks/"
     monkeypatch.chdir(ROOT)
-    options = EvaluationOptions("my model", data_dir=f"{data}salmon", codec_sliding_window=True, output_dir=tmp_path)
-    flags = f"--output_dir {tmp_path} --codec_sliding_window True"
+    options = EvaluationOptions("my model", data_dir=f"{data}salmon", codec_sliding_window=False, output_dir=tmp_path)
+    flags = f"--output_dir {tmp_path} --no-codec_sliding_window"
     for script, data_dir, shown in (
         (SALMON, f"{data}salmon", f"python eval/sLM21.py --model_name 'my model' --data_dir {data}sLM21 {flags}"),
         (
@@ -64,15 +67,37 @@ def test_a_benchmark_names_the_next_one_and_the_last_one_the_report(tmp_path, ca
         assert next_command(capsys.readouterr().out) == shown
 
 
+SHOW_HELP = """
+import runpy, sys
+for command in sys.argv[1:]:
+    sys.argv = [command, "--help"]
+    try:
+        if command.endswith(".py"):
+            runpy.run_path(command, run_name="__main__")
+        else:
+            runpy.run_module(command, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        assert not end.code, command
+    heavy = "torch transformers datasets pandas scipy pyarrow soundfile matplotlib gradio torchtitan.train".split()
+    assert not {*heavy} & {*sys.modules}, (command, {*heavy} & {*sys.modules})
+"""
+
+
+def test_help_imports_no_large_package():
+    """Each command must therefore answer `--help` and a wrong flag within a second or two."""
+    users = [path for path in COMMANDS if path.parent in (ROOT, ROOT / "scripts", ROOT / "eval")]
+    assert len(users) > 10
+    words = [sys.executable, "-c", SHOW_HELP, "llama_mimi.train", *map(str, users)]
+    shown = subprocess.run(words, cwd=ROOT, text=True, capture_output=True)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.count("usage:") == len(users) + 1 and "options options" not in shown.stdout
+
+
 def test_an_error_stands_once_and_last_in_what_torchrun_prints(tmp_path, monkeypatch, capsys):
     """Rank 1 fails, and torchrun then ends rank 0."""
-
-    def command():
-        raise UserError("x is 1; set 2")
-
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
-    with pytest.raises(SystemExit) as end:
-        run_cli(command)
+    with pytest.raises(SystemExit) as end, report_errors():
+        raise UserError("x is 1; set 2")
     ended = ProcessFailure(local_rank=0, pid=1, exitcode=-15, error_file="")
     failed = ProcessFailure(local_rank=1, pid=2, exitcode=end.value.code, error_file=str(tmp_path / "error.json"))
     printed = str(ChildFailedError("command", {0: ended, 1: failed}))
@@ -113,17 +138,14 @@ def test_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_an_unusable_file_is_one_sentence(error, sentence, capsys):
-    def command():
+    with pytest.raises(SystemExit), report_errors():
         raise error
-
-    with pytest.raises(SystemExit):
-        run_cli(command)
     assert capsys.readouterr().err.startswith(sentence)
 
 
 def test_the_demo_names_a_taken_port_and_no_paths(monkeypatch):
     pytest.importorskip("gradio")
-    monkeypatch.setattr(demo, "load_speech_model", lambda *args, **options: None)
+    monkeypatch.setattr(loading, "load_speech_model", lambda *args, **options: None)
     monkeypatch.setattr(demo.shutil, "which", lambda name: name)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

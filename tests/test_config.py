@@ -93,7 +93,7 @@ def tiny_with(*flags):
         ("--checkpoint.folder /elsewhere/checkpoints", "choose a folder inside job.dump_folder"),
         ("--loss.level_weights 1,2", "4 positive numbers"),
         (f"{HIERARCHICAL} --parallelism.tensor_parallel_degree 2", "supports FSDP and HSDP only"),
-        ("--model.converters quantize.linear.float8", "install torchao by `uv sync --extra float8`"),
+        ("--model.converters quantize.linear.float8", "run `uv sync --inexact --extra float8`"),
         ("--parallelism.tensor_parallel_degree 4", "the degrees in [parallelism] do not fit 2 ranks"),
         ("--parallelism.data_parallel_replicate_degree 2", "use FSDP or HSDP"),
         ("--parallelism.tensor_parallel_degree 2 --training.seq_len 257", "training.seq_len is 257; set a multiple"),

@@ -25,8 +25,9 @@ from llama_mimi.common.resume import ProgressLog
 from llama_mimi.corpora.code_shards import CodedClip
 from llama_mimi.evaluation.benchmarks import SALMON_PARTS, Benchmark, Clip, Pair, limited, read_salmon
 from llama_mimi.evaluation.codes import encode_clips
+from llama_mimi.evaluation.options import Scoring
 from llama_mimi.evaluation.results import FORMAT, check_earlier, results
-from llama_mimi.evaluation.scoring import Scoring, batch_scores, score_clips
+from llama_mimi.evaluation.scoring import batch_scores, score_clips
 from llama_mimi.generation.flattened import FlattenedModel
 from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs
 

@@ -16,10 +16,11 @@ from llama_mimi.checkpoint.csm import csm_config
 from llama_mimi.checkpoint.huggingface import hf_config
 from llama_mimi.common.errors import UserError
 from llama_mimi.generation import kv_cache
-from llama_mimi.generation.continuation import SamplingOptions, continue_codes, finished, with_progress
+from llama_mimi.generation.continuation import continue_codes, finished, for_model, with_progress
 from llama_mimi.generation.decoding import FinishReason, Request, Sampling, decode, draw_entries
 from llama_mimi.generation.flattened import FlattenedModel
 from llama_mimi.generation.hierarchical import HierarchicalModel
+from llama_mimi.generation.options import SamplingOptions
 from llama_mimi.model.llama import FLAVORS
 from llama_mimi.tokens.tokenizer import load_speech_tokenizer
 
@@ -170,7 +171,7 @@ def test_a_sample_depends_on_prompt_and_seed_alone(model):
     """Compare a sample alone with the same sample among ten, which share three rows."""
     options, model = SamplingOptions(seconds=1.2, temperature=1.0), Ending(model, 2.0)
     requests = [Request(clip(2 + number % 5, seed=number), seed=number) for number in range(10)]
-    together = all_samples(model, requests, options.for_model(model), num_rows=3)
+    together = all_samples(model, requests, for_model(options, model), num_rows=3)
     assert sorted(together) == list(range(10)) and len({len(new_TQ) for new_TQ, _ in together.values()}) > 2
     for number, request in enumerate(requests):
         (alone_TQ,) = continue_codes(model, request.prompt_TQ, replace(options, seed=number))

@@ -22,10 +22,12 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.data.dataloader import SpeechDataLoader
 from llama_mimi.data.order import ShuffledOrder
 from llama_mimi.data.packing import BatchPacker
-from llama_mimi.evaluation.scoring import Scoring, batch_scores
-from llama_mimi.generation.continuation import SamplingOptions, continue_codes
+from llama_mimi.evaluation.options import Scoring
+from llama_mimi.evaluation.scoring import batch_scores
+from llama_mimi.generation.continuation import continue_codes
 from llama_mimi.generation.hierarchical import HierarchicalModel
 from llama_mimi.generation.loading import load_speech_model
+from llama_mimi.generation.options import SamplingOptions
 from llama_mimi.model.architectures import build_model
 from llama_mimi.model.llama import FLAVORS
 from llama_mimi.tokens.tokenizer import IGNORE_INDEX, load_speech_tokenizer

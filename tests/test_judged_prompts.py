@@ -14,7 +14,8 @@ from conftest import TINY
 from llama_mimi.audio.reading import Waveform, read_audio
 from llama_mimi.common.distributed import DistributedContext
 from llama_mimi.common.errors import UserError
-from llama_mimi.judging.prompts import PROMPTS, RECORDINGS, PromptOptions, cut_seconds, make_prompts
+from llama_mimi.judging.options import PROMPTS, RECORDINGS, PromptOptions
+from llama_mimi.judging.prompts import cut_seconds, make_prompts
 from llama_mimi.judging.systems import RECORDING, SHUFFLED, references, wavs
 
 VALIDATION = str(TINY / "corpus" / "validation-*.parquet")

@@ -27,10 +27,11 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.evaluation.results import FORMAT
 from llama_mimi.judging import judge as judge_module
 from llama_mimi.judging import metrics
-from llama_mimi.judging.judge import judge, read_criteria
+from llama_mimi.judging.judge import judge
 from llama_mimi.judging.metrics import Measure, compute
-from llama_mimi.judging.prompts import PROMPTS, RECORDINGS, PromptOptions, make_prompts
-from llama_mimi.judging.script import MeasureOptions, measure_samples
+from llama_mimi.judging.options import PROMPTS, RECORDINGS, MeasureOptions, PromptOptions, read_criteria
+from llama_mimi.judging.prompts import make_prompts
+from llama_mimi.judging.script import measure_samples
 from llama_mimi.judging.systems import Clip, wavs
 
 CPU = torch.device("cpu")

@@ -18,7 +18,8 @@ FLOORS = (
     "report checkpoint",
     "training judging",
     "study train_spec",
-    "train",
+    "trainer",
+    "train dry_run",
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 

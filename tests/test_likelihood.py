@@ -11,8 +11,8 @@ from transformers import LlamaForCausalLM
 from llama_mimi.audio.mimi import MimiCodec
 from llama_mimi.checkpoint.huggingface import hf_config
 from llama_mimi.common.errors import UserError
-from llama_mimi.evaluation.scoring import Scoring, batch_scores
-from llama_mimi.evaluation.script import EvaluationOptions
+from llama_mimi.evaluation.options import EvaluationOptions, Scoring
+from llama_mimi.evaluation.scoring import batch_scores
 from llama_mimi.generation.flattened import FlattenedModel
 from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs
 from llama_mimi.tokens.tokenizer import SpeechTokenizer, load_speech_tokenizer

@@ -12,7 +12,7 @@ from conftest import ROOT
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import LOCK, locked
 from llama_mimi.judging import script
-from llama_mimi.judging.prompts import PromptOptions
+from llama_mimi.judging.options import GenerationOptions, PromptOptions
 from llama_mimi.training.checks import prepare_run
 from llama_mimi.training.config_file import parse_config
 
@@ -72,8 +72,6 @@ def test_prompts_are_cut_by_one_process_at_a_time(tmp_path, monkeypatch):
         raise UserError("seen")
 
     monkeypatch.setattr(script, "make_prompts", make_prompts)
-    options = script.GenerationOptions(
-        prompts=PromptOptions(corpus="x"), model_name="m", name="mine", output_dir=tmp_path
-    )
+    options = GenerationOptions(prompts=PromptOptions(corpus="x"), model_name="m", name="mine", output_dir=tmp_path)
     with pytest.raises(UserError, match="seen"):
         script.judge_generations(options)

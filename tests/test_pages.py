@@ -13,14 +13,13 @@ import pytest
 import torch
 from build_page import build_page
 from conftest import TINY
-from inspect_codes import inspect_codes
 from layouts import in_json_files, lossless_rows
 from test_code_store import tokenize
 
 from llama_mimi.audio.reading import Waveform, read_audio, write_wav
 from llama_mimi.common.errors import UserError
 from llama_mimi.report.document import Clip, Picture, Section, Table, to_markdown, write_html, write_markdown
-from llama_mimi.report.pages import MARK_COLOR, continuations, make_clip, spectrogram
+from llama_mimi.report.pages import MARK_COLOR, continuations, make_clip, spectrogram, write_codes_page
 
 VOID = {"meta", "link", "img", "br"}
 ODD = '<script>alert("x")</script> & "quotes" | `a|<b>` *c* `d'
@@ -93,7 +92,7 @@ def test_a_tokenised_corpus(tmp_path, capsys):
     (tmp_path / "in" / "empty.wav").write_bytes(b"")
     done = tokenize(tmp_path / "in", tmp_path / "codes", "--max_skip_fraction", 0.5, "--max_audio_seconds", 1.6)
     assert done.returncode == 0, done.output[-2000:]
-    inspect_codes(page=tmp_path / "a.html", codes=str(tmp_path / "codes"), num_clips=4)
+    write_codes_page(page=tmp_path / "a.html", codes=str(tmp_path / "codes"), num_clips=4)
     printed = capsys.readouterr().out
     assert "clips: 7, 1.6 s on average" in printed and "could not be used: empty: 1 clips" in printed
     assert "cut off at: 1.6 s: 7 clips" in printed and "duplicates: 1 kept" in printed
@@ -109,7 +108,7 @@ def test_a_tokenised_corpus(tmp_path, capsys):
         assert others == [str(level), f"{len(counts)} of 256", f"{entropy:.2f} of 8.00 bits"]
         assert counts[int(top)] == max(counts.values()) and fraction == f"{counts[int(top)] / len(frames_NQ):.1%}"
     with pytest.raises(UserError, match="--num_clips is -1"):
-        inspect_codes(codes="x", page=tmp_path / "a.html", num_clips=-1)
+        write_codes_page(codes="x", page=tmp_path / "a.html", num_clips=-1)
 
 
 @pytest.fixture

@@ -19,8 +19,9 @@ from llama_mimi.checkpoint.conversion import convert_checkpoint, prepare_base_mo
 from llama_mimi.checkpoint.dcp import find_step, load_model_state
 from llama_mimi.checkpoint.huggingface import model_args
 from llama_mimi.common.errors import UserError
-from llama_mimi.generation.continuation import SamplingOptions, checkpoint_note, encode_prompts
+from llama_mimi.generation.continuation import checkpoint_note, encode_prompts, for_model
 from llama_mimi.generation.loading import load_speech_model
+from llama_mimi.generation.options import SamplingOptions
 from llama_mimi.model.llama import FLAVORS, LlamaMimi, LlamaMimiArgs
 from llama_mimi.tokens.vocabulary import text_from_codes
 
@@ -178,14 +179,14 @@ def test_a_released_checkpoint_continues_as_the_release_does_unless_flags_say_ot
         (models[1], SamplingOptions(last_frame="pad", top_p=1.0), padded_TQ, 1.0, False),
     ):
         assert torch.equal(encode_prompts(model, [prompt], options)[0], wanted_TQ)
-        sampling = options.for_model(model)
+        sampling = for_model(options, model)
         assert (sampling.top_p, sampling.temperature) == (top_p, 0.8)
         assert (checkpoint_note(model, options) is not None) == has_note
     (tmp_path / "released" / "generation_config.json").write_text('{"top_p": 5}')
     model = load_speech_model(str(tmp_path / "released"))  # loading for scores does not need sampling
-    assert SamplingOptions(top_p=0.5).for_model(model).top_p == 0.5
+    assert for_model(SamplingOptions(top_p=0.5), model).top_p == 0.5
     with pytest.raises(UserError, match="top_p is 5 in the model's generation config"):
-        SamplingOptions().for_model(model)
+        for_model(SamplingOptions(), model)
 
 
 def test_a_prompt_is_never_replaced(tmp_path):

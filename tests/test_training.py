@@ -39,8 +39,9 @@ from llama_mimi.checkpoint.dcp import load_model_state
 from llama_mimi.checkpoint.storage import check_step
 from llama_mimi.common.command_line import to_cli_args
 from llama_mimi.data.build import build_dataloader
-from llama_mimi.generation.continuation import SamplingOptions, continue_codes
+from llama_mimi.generation.continuation import continue_codes
 from llama_mimi.generation.loading import load_speech_model
+from llama_mimi.generation.options import SamplingOptions
 from llama_mimi.model.architectures import build_model
 from llama_mimi.model.llama import FLAVORS
 from llama_mimi.report.curves import read_curves

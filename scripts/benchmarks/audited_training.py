@@ -8,11 +8,12 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from llama_mimi import train  # first: it chooses the device before anything imports TorchTitan
+from llama_mimi.trainer import Trainer  # first: it chooses the device before anything imports TorchTitan
 
 # isort: split
 import numpy as np
-from torchtitan.train import Trainer
+
+from llama_mimi import train
 
 train_step = Trainer.train_step
 

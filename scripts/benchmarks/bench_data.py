@@ -35,7 +35,8 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.corpora.clips import AudioClip, AudioReader
 from llama_mimi.corpora.code_shards import CodeCorpus
 from llama_mimi.corpora.formats import open_source
-from llama_mimi.corpora.tokenize import TokenizationOptions, tokenize_corpus
+from llama_mimi.corpora.options import TokenizationOptions
+from llama_mimi.corpora.tokenize import tokenize_corpus
 from llama_mimi.data.dataloader import SpeechDataLoader
 from llama_mimi.data.order import ShuffledOrder
 from llama_mimi.data.packing import BatchPacker

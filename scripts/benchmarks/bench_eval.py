@@ -22,9 +22,10 @@ from gpu_check import write_stand_ins
 from measuring import DEVICE, device_name, machine, measure, median_and_range
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, MimiModel
 
-from llama_mimi.audio.mimi import DEFAULT_CODEC, MimiCodec
+from llama_mimi.audio.mimi import MimiCodec
 from llama_mimi.audio.reading import read_audio
 from llama_mimi.checkpoint.huggingface import hf_config
+from llama_mimi.common.choices import DEFAULT_CODEC, DecoderPrecision
 from llama_mimi.common.command_line import run_command
 from llama_mimi.common.distributed import DistributedContext
 from llama_mimi.common.errors import UserError
@@ -32,11 +33,11 @@ from llama_mimi.common.hub import load_pretrained
 from llama_mimi.common.resume import ProgressLog
 from llama_mimi.evaluation.benchmarks import Benchmark
 from llama_mimi.evaluation.codes import encode_clips
-from llama_mimi.evaluation.results import MAX_AUDIO_SECONDS
-from llama_mimi.evaluation.scoring import Scoring, score_clips
+from llama_mimi.evaluation.options import MAX_AUDIO_SECONDS, Scoring
+from llama_mimi.evaluation.scoring import score_clips
 from llama_mimi.evaluation.script import BATCH_TOKENS, BENCHMARK_SCRIPTS
 from llama_mimi.generation.flattened import FlattenedModel
-from llama_mimi.generation.speech_model import DECODER_DTYPES, DecoderPrecision
+from llama_mimi.generation.speech_model import DECODER_DTYPES
 from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs
 from llama_mimi.tokens.tokenizer import load_speech_tokenizer
 from llama_mimi.tokens.vocabulary import text_from_codes

@@ -29,10 +29,11 @@ from llama_mimi.audio.mimi import MimiCodec
 from llama_mimi.audio.streaming import DecodingStream
 from llama_mimi.checkpoint.huggingface import hf_config
 from llama_mimi.checkpoint.stand_ins import LLAMA_3_VOCABULARY, write_tokenizer
+from llama_mimi.common.choices import DecoderPrecision
 from llama_mimi.common.command_line import run_command
 from llama_mimi.generation.decoding import FinishReason, Request, Sampling, decode
 from llama_mimi.generation.flattened import FlattenedModel
-from llama_mimi.generation.speech_model import DECODER_DTYPES, DecoderPrecision
+from llama_mimi.generation.speech_model import DECODER_DTYPES
 from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs
 from llama_mimi.tokens.tokenizer import load_speech_tokenizer
 from llama_mimi.tokens.vocabulary import text_from_codes

@@ -188,8 +188,9 @@ def kill_tokenization(flags: KillFlags) -> tuple[str, bool]:
         return f"{len(shards)}/{len(expected)} shards"
 
     finishes = kill_until_finished(flags, lambda ranks, _: tokenization(corpus, output, ranks), output, check)
-    num_clips = sum(map(len, expected.values()))  # `check` has compared every shard
-    return f"{flags.layout}, finished {finishes} times; of {num_clips} clips 0 lost, 0 twice", True
+    found = {path.name for path in output.glob("shard-*.parquet")}  # `check` has compared them
+    lost, total = (sum(len(expected[name]) for name in names) for names in (expected.keys() - found, expected))
+    return f"{flags.layout}, finished {finishes} times; of {total} clips {lost} lost, 0 twice", found == expected.keys()
 
 
 def kill_continuation(flags: KillFlags) -> tuple[str, bool]:
@@ -266,7 +267,8 @@ def write_numbered_codes(folder: Path) -> None:
     """Write clips of 1 to 8 s in which the codes of a frame encode its number; see `frame_numbers`."""
     ends = np.random.default_rng(0).integers(12, 100, 400).cumsum()
     codes_NQ = (np.arange(ends[-1])[:, None] // 256 ** np.arange(STORED_LEVELS) % 256).astype(np.uint16)
-    clips = [CodedClip(str(ends), codes_TQ, 0.08 * len(codes_TQ), False) for codes_TQ in np.split(codes_NQ, ends[:-1])]
+    parts = enumerate(np.split(codes_NQ, ends[:-1]))
+    clips = [CodedClip(f"clip-{number}", codes_TQ, 0.08 * len(codes_TQ), False) for number, codes_TQ in parts]
     write_codes(folder, CODEC, [clips[at : at + 32] for at in range(0, len(clips), 32)])
 
 

@@ -10,7 +10,7 @@ from copy import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llama_mimi.train import Trainer  # first: TorchTitan chooses its device when it is imported
+from llama_mimi.trainer import Trainer  # first: TorchTitan chooses its device when it is imported
 
 # isort: split
 

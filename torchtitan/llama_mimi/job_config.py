@@ -4,8 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from llama_mimi.audio.mimi import Precision
-from llama_mimi.tokens.vocabulary import Architecture, VocabularyKind
+from llama_mimi.common.choices import Architecture, Precision, VocabularyKind
 
 
 @dataclass

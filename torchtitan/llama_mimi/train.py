@@ -9,26 +9,34 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-import torch
+import tyro
 
-from llama_mimi.common.command_line import print_next, run_cli
-from llama_mimi.common.cpu import use_cpu_without_gpu
+from llama_mimi.common.command_line import print_loading, print_next, report_errors
 from llama_mimi.common.errors import UserError
+from llama_mimi.job_config import JobConfig, checkpoint_folder
 
-use_cpu_without_gpu()  # before anything imports TorchTitan
+HELP = f"""{__doc__}
+These are the settings of this project, and settings of TorchTitan whose defaults this project changes. A config file
+(--job.config_file) has the same settings, in sections. To list the other settings of TorchTitan (10 s):
 
-from torchtitan.tools.logging import init_logger, logger  # noqa: E402
-from torchtitan.train import Trainer  # noqa: E402
-
-import llama_mimi.train_spec  # noqa: E402, F401  (registers the model, also for a config without custom_import)
-from llama_mimi.common.distributed import end_with_torchrun, report_error_once  # noqa: E402
-from llama_mimi.job_config import checkpoint_folder  # noqa: E402
-from llama_mimi.training.config_file import parse_config  # noqa: E402
-from llama_mimi.training.log import hide_noise  # noqa: E402
+    uv run python -m torchtitan.train --help
+"""
 
 
+@report_errors()
 def main() -> None:
     """Train a model; close checkpoints and metrics also after an error."""
+    if {"-h", "--help"} & {*sys.argv[1:]}:
+        tyro.cli(JobConfig, prog="llama_mimi.train", description=HELP, args=["--help"], use_underscores=True)
+    print_loading("PyTorch and TorchTitan")
+    from llama_mimi.trainer import Trainer  # isort: skip  (first: it chooses the device)
+    import torch
+    from torchtitan.tools.logging import init_logger, logger
+
+    from llama_mimi.common.distributed import end_with_torchrun, report_error_once
+    from llama_mimi.training.config_file import parse_config
+    from llama_mimi.training.log import hide_noise
+
     end_with_torchrun()
     init_logger()
     hide_noise()
@@ -58,4 +66,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    main()

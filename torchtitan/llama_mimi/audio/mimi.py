@@ -9,7 +9,7 @@ from copy import copy
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -21,12 +21,7 @@ from llama_mimi.common.cpu import keep_freed_memory
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.hub import load_pretrained
 
-DEFAULT_CODEC = "kyutai/mimi"
 BATCH_SECONDS = (32.0, 160.0)  # seconds of audio in a batch on CPU and GPU (scripts/benchmarks/bench_data.py)
-# Encoding of a partial last frame: "pad" fills it with zeros, as in training; "codec" lets each convolution pad it, as
-# in the first release.
-LastFrame = Literal["codec", "pad"]
-Precision = Literal["float32", "bfloat16"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 

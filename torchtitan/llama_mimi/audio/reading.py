@@ -112,7 +112,7 @@ def read_audio(
     except (FileNotFoundError, IsADirectoryError) as error:
         raise AudioError("missing", f"'{name}' does not exist, or is a folder; check the path") from error
     except ImportError as error:
-        remedy = "install it with `uv sync --extra ffmpeg`, or convert the file to WAV, FLAC, MP3 or OGG"
+        remedy = "run `uv sync --inexact --extra ffmpeg`, or convert the file to WAV, FLAC, MP3 or OGG"
         raise AudioError("needs FFmpeg", f"only FFmpeg reads '{name}'; {remedy}") from error
     except Exception as error:  # decoders raise various errors for damaged files
         problem = f"is not readable audio ({first_line(error).split(': ', 1)[-1].rstrip('.')})"

@@ -10,12 +10,12 @@ from transformers import AutoConfig, CsmForConditionalGeneration, LlamaForCausal
 
 from llama_mimi.checkpoint.csm import csm_args, csm_config, csm_state
 from llama_mimi.checkpoint.huggingface import LlamaMimiStateDictAdapter, hf_config, llama_state, model_args, save_folder
+from llama_mimi.common.choices import Architecture
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.hub import load_pretrained, require_no_difference
 from llama_mimi.model.architectures import build_model
 from llama_mimi.model.llama import LlamaMimiArgs
 from llama_mimi.tokens.tokenizer import SpeechTokenizer
-from llama_mimi.tokens.vocabulary import Architecture
 
 # Folder in dump_folder with the tokenizer and the configuration of the model, but no weights. Conversion reads it.
 ASSETS_FOLDER = "hf_assets"

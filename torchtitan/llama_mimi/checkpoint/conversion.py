@@ -9,16 +9,17 @@ import jinja2
 import torch
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from llama_mimi.audio.mimi import DEFAULT_CODEC, DTYPES, Precision, load_codec_config, local_codec
+from llama_mimi.audio.mimi import DTYPES, load_codec_config, local_codec
 from llama_mimi.checkpoint.architectures import find_run_record, load_config
 from llama_mimi.checkpoint.csm import codec_state
 from llama_mimi.checkpoint.dcp import find_step, load_model_state
 from llama_mimi.checkpoint.huggingface import save_folder
+from llama_mimi.common.choices import DEFAULT_CODEC, Precision, VocabularyKind
 from llama_mimi.common.command_line import print_next
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import read_json, write_atomically
 from llama_mimi.common.hub import load_pretrained
-from llama_mimi.tokens.vocabulary import SPECIAL_ROLES, VocabularyKind, audio_tokenizer, extend_tokenizer
+from llama_mimi.tokens.vocabulary import SPECIAL_ROLES, audio_tokenizer, extend_tokenizer
 
 MODEL_CARD = Path(__file__).parent / "templates" / "model_card.md.jinja"
 SAMPLING: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_k": 30}
@@ -28,14 +29,7 @@ NOT_OF_THE_MODEL = ("job", "checkpoint", "metrics", "comm", "profiling", "memory
 
 
 def convert_checkpoint(checkpoint: Path, output_dir: Path, dtype: Precision = "float32", verify: bool = True) -> None:
-    """Convert a training checkpoint to a standard Hugging Face model.
-
-    Args:
-        checkpoint: checkpoint folder of a run (its newest step is converted), or one step
-        output_dir: new folder for the Hugging Face model
-        dtype: precision of the saved weights
-        verify: compare the checksums of the checkpoint
-    """
+    """Convert a training checkpoint to a standard Hugging Face model; see scripts/convert_dcp_to_hf.py."""
     step = find_step(checkpoint)
     record = find_run_record(checkpoint)
     config, kind = load_config(str(record), "run record")
@@ -80,18 +74,7 @@ def prepare_base_model(
     seed: int = 0,
     random_weights: bool = False,
 ) -> None:
-    """Add the audio tokens of a codec to a Hugging Face Llama: tokenizer, embeddings and configuration.
-
-    Args:
-        base_model: Hugging Face Llama, hub id or folder
-        output_dir: new folder; set model.hf_assets_path to it
-        codec: Mimi codec, hub id or folder
-        num_quantizers: number of quantizer levels per frame
-        vocabulary: llama keeps the text tokens; audio removes them
-        dtype: precision of the saved weights
-        seed: random seed for the new embedding rows
-        random_weights: write only tokenizer and configuration; training then starts from random weights
-    """
+    """Add the audio tokens of a codec to a Hugging Face Llama; see scripts/prepare_base_model.py."""
     codebook_size = load_codec_config(codec, num_quantizers).codebook_size
     config = load_pretrained(LlamaConfig, base_model, what="base model")
     tokenizer = load_pretrained(AutoTokenizer, base_model, what="tokenizer")

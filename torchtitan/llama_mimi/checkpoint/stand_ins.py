@@ -6,7 +6,7 @@ from typing import Any
 from tokenizers import Tokenizer, models
 from transformers import MimiConfig, PreTrainedTokenizerFast
 
-from llama_mimi.audio.mimi import DEFAULT_CODEC
+from llama_mimi.common.choices import DEFAULT_CODEC
 
 LLAMA_3_VOCABULARY = 128_256
 

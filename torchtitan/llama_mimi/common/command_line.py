@@ -2,27 +2,44 @@
 
 import contextlib
 import errno
+import functools
 import io
 import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 import tyro
 
 from llama_mimi.common.errors import UserError, first_line, report
 
-TYRO: dict[str, Any] = {"use_underscores": True, "config": (tyro.conf.OmitArgPrefixes,)}
+TYRO: dict[str, Any] = {"use_underscores": True, "config": (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)}
 REPORT = "--extra plots python scripts/report.py"
 DISK_ERRORS = "ENOSPC EDQUOT EFBIG EROFS EACCES ENOTDIR EEXIST".split()
 
 
-def run_command(command: Callable[..., None], doc: str | None) -> None:
+def run_command(function: Callable[..., None], doc: str | None) -> None:
     """Run a function as a command. Its parameters, and the fields of its dataclass parameters, are the flags."""
-    run_cli(lambda: tyro.cli(command, description=doc, **TYRO))
+    bind = functools.wraps(function)(lambda *args, **kwargs: functools.partial(function, *args, **kwargs))
+    with command(bind, doc) as call:
+        call()
+
+
+@contextlib.contextmanager
+def command(kind: Callable[..., Any], doc: str | None, **settings: Any) -> Iterator[Any]:
+    """Parse flags, and yield an options object to a block that imports PyTorch, which takes seconds."""
+    with report_errors():
+        options = tyro.cli(kind, description=doc, **TYRO, **settings)
+        print_loading("libraries")
+        yield options
+
+
+def print_loading(what: str) -> None:
+    """Print that imports begin, on rank 0."""
+    if "torch" not in sys.modules and os.environ.get("RANK", "0") == "0":
+        print(f"loading {what} ...", file=sys.stderr, flush=True)
 
 
 def parse_options(kind: type, words: Sequence[str]) -> Any:
@@ -37,25 +54,28 @@ def parse_options(kind: type, words: Sequence[str]) -> Any:
         raise UserError(" ".join(reason[0].split())) from error
 
 
-def run_cli(main: Callable[[], None]) -> None:
-    """Run ``main``. For a `UserError`, full memory or an unusable disk, print one sentence and exit with code 1."""
+@contextlib.contextmanager
+def report_errors() -> Iterator[None]:
+    """For a `UserError`, full memory or an unusable disk, print one sentence and exit with code 1."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may not be UTF-8
     try:
-        return main()
+        yield
+        return
     except UserError as error:
         report(error)
-    except torch.OutOfMemoryError as error:
-        report(UserError(f"the memory of the device is full ({first_line(error)}); lower the batch size"))
     except Exception as error:
         in_text = re.search(r"\(os error (\d+)\)", str(error))  # as in errors of tokenizers and safetensors
         number = int(in_text[1]) if in_text else getattr(error, "errno", None) or 0
-        if errno.errorcode.get(number) not in DISK_ERRORS:
+        if type(error).__name__ == "OutOfMemoryError":  # PyTorch's class; this module does not import PyTorch
+            report(UserError(f"the memory of the device is full ({first_line(error)}); lower the batch size"))
+        elif errno.errorcode.get(number) in DISK_ERRORS:
+            name = getattr(error, "filename2", None) or getattr(error, "filename", None)  # target of a copy
+            file = f"'{name}'" if name else "a file"
+            problem = f"{file} cannot be used ({os.strerror(number)})"
+            report(UserError(f"{problem}; free disk space, set its permissions, or choose another folder"))
+        else:
             raise
-        name = getattr(error, "filename2", None) or getattr(error, "filename", None)  # filename2: target of a copy
-        file = f"'{name}'" if name else "a file"
-        problem = f"{file} cannot be used ({os.strerror(number)})"
-        report(UserError(f"{problem}; free disk space, set its permissions, or choose another folder"))
     sys.exit(1)
 
 

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import math
 import os
 import sys
 import time
@@ -13,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +20,7 @@ import pyarrow.compute as pc
 from torch.utils.data import IterableDataset, get_worker_info
 from tqdm import tqdm
 
-from llama_mimi.audio.mimi import DEFAULT_CODEC, DTYPES, MimiCodec, Precision, codec_hash, whole_frames
+from llama_mimi.audio.mimi import DTYPES, MimiCodec, codec_hash, whole_frames
 from llama_mimi.audio.reading import RESAMPLER
 from llama_mimi.common import files
 from llama_mimi.common.command_line import print_next
@@ -32,6 +31,7 @@ from llama_mimi.common.versions import versions
 from llama_mimi.corpora import code_shards as shards
 from llama_mimi.corpora.clips import MAX_NAMED_CLIPS, AudioClip, AudioReader, SkippedClip, is_too_many, read_in_workers
 from llama_mimi.corpora.formats import CORPORA, open_source
+from llama_mimi.corpora.options import TokenizationOptions
 from llama_mimi.corpora.source import Source, Unit
 from llama_mimi.corpora.where import RowFilter
 
@@ -42,34 +42,6 @@ SECONDS_PER_REPORT = 10.0
 SHARD_READERS = 16  # number of threads; a remote read is mostly waiting
 # Options that do not change the shards.
 FREE = "corpus dataset_path split output_dir codec num_workers max_skip_fraction".split()
-
-
-@dataclass
-class TokenizationOptions:
-    """Options of scripts/tokenize_corpus.py."""
-
-    corpus: str  # named corpus; folder, path or glob of Parquet, tar, audio or JSONL files; or hf:owner/name
-    output_dir: str  # folder for the shards, local or any fsspec path
-    dataset_path: str | None = None  # local download of a named corpus
-    split: str | None = None  # split to tokenise, if the corpus has several
-    codec: str = DEFAULT_CODEC  # Hub id or folder of the codec
-    num_quantizers: int = 8  # number of levels to store; training may use fewer
-    dtype: Precision = "float32"  # precision of the codec; bfloat16 changes about 2 % of the codes
-    codec_sliding_window: bool = True  # limit the codec's attention to its sliding window
-    audio_column: str = "audio"  # column of the audio
-    text_column: str = "text"  # column of transcripts, stored if the corpus has it
-    speaker_column: str = "speaker"  # column of speakers, stored if the corpus has it
-    max_audio_seconds: float = 120.0  # maximum length of a clip, in seconds
-    # cut recordings at --max_audio_seconds, or split them at pauses into clips up to that length, without text
-    long_recordings: Literal["cut", "split"] = "cut"
-    min_seconds: float = 0.0  # filter shorter clips, in seconds
-    max_seconds: float | None = None  # filter longer clips, in seconds
-    where: str | None = None  # condition on the rows to tokenise, such as 'language == "en" and dnsmos >= 3'
-    # minimum number of rows in a shard (exact number for a tar); by default 2,048, or fewer to have 64 shards
-    clips_per_shard: int | None = None
-    num_workers: int = 2  # number of processes that read and resample audio, for each rank
-    duplicates: Literal["keep", "drop"] = "keep"  # treatment of clips with the samples of an earlier clip
-    max_skip_fraction: float = 0.01  # stop if more than this fraction of the clips is unusable
 
 
 @dataclass(frozen=True)
@@ -100,7 +72,9 @@ class Job:
 
 def tokenize_corpus(options: TokenizationOptions) -> None:
     """Tokenise a corpus, or write the shards that are missing."""
-    _check(options)
+    corpus, output = os.path.abspath(options.corpus.partition("**")[0]), os.path.abspath(options.output_dir)
+    if options.corpus not in CORPORA and os.path.join(output, "").startswith(os.path.join(corpus, "")):
+        raise UserError(f"--output_dir '{options.output_dir}' is inside the corpus '{options.corpus}'; choose another")
     with distributed_context() as ranks, ExitStack() as resources:
         row_filter = RowFilter(options.min_seconds, options.max_seconds, options.where)
         columns = {"text": options.text_column, "speaker": options.speaker_column, **row_filter.columns}
@@ -150,21 +124,6 @@ def _print_next(options: TokenizationOptions, num_ranks: int) -> None:
             "validation.enable": False if is_real else None,  # the config names another corpus
         },
     )
-
-
-def _check(options: TokenizationOptions) -> None:
-    shortest, longest, limit = options.min_seconds, options.max_seconds, options.max_audio_seconds
-    for name in ("max_audio_seconds", "clips_per_shard"):
-        if getattr(options, name) is not None and not 0 < getattr(options, name) < math.inf:
-            raise UserError(f"--{name} is {getattr(options, name)}; it must be a positive number")
-    if not 0 <= options.max_skip_fraction <= 1:
-        raise UserError(f"--max_skip_fraction is {options.max_skip_fraction}; it must be a fraction between 0 and 1")
-    for name, value, lowest in (("min_seconds", shortest, 0), ("max_seconds", longest, shortest)):
-        if value is not None and not lowest <= value <= limit:
-            raise UserError(f"--{name} is {value:g}; it must be between {lowest:g} and --max_audio_seconds {limit:g}")
-    corpus, output = os.path.abspath(options.corpus.partition("**")[0]), os.path.abspath(options.output_dir)
-    if options.corpus not in CORPORA and os.path.join(output, "").startswith(os.path.join(corpus, "")):
-        raise UserError(f"--output_dir '{options.output_dir}' is inside the corpus '{options.corpus}'; choose another")
 
 
 def _plan(options: TokenizationOptions, source: Source, codec: MimiCodec) -> dict[str, Any]:

@@ -9,18 +9,11 @@ from llama_mimi.common.files import read_json, write_atomically
 from llama_mimi.common.resume import require_same
 from llama_mimi.corpora.code_shards import CodedClip
 from llama_mimi.evaluation.benchmarks import FREQUENCY_BANDS, Benchmark, Clip
-from llama_mimi.evaluation.scoring import Scoring
+from llama_mimi.evaluation.options import Scoring
 from llama_mimi.evaluation.statistics import wilson_interval
 
 FORMAT = 3  # format number of all results of eval/
-MAX_AUDIO_SECONDS = 20.0  # maximum length of a clip in the paper's training
 Result = dict[str, Any]
-
-
-def model_folder(model_name: str) -> str:
-    """Return the name of a model's result folder: the last part of its path or hub id."""
-    path = Path(model_name)
-    return path.resolve().name if path.is_dir() else path.name
 
 
 def check_earlier(path: Path, header: Mapping[str, Any]) -> list[str]:

@@ -3,8 +3,6 @@
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -14,37 +12,9 @@ from llama_mimi.common.distributed import DistributedContext
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.resume import ProgressLog, map_resumable
 from llama_mimi.corpora.code_shards import CodedClip
+from llama_mimi.evaluation.options import Scoring
 from llama_mimi.generation.speech_model import SpeechModel
 from llama_mimi.tokens.tokenizer import SpeechTokenizer
-
-Likelihood = Literal["softmax", "grammar"]
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """Scoring rule of a preset.
-
-    Args:
-        levels: quantizer levels to score; None means all. ``</audio>`` is also scored, if present.
-        as_released: score as the first release does: BOS only if the tokenizer adds it, and ``</audio>`` also after a
-            cut clip. If ``levels`` is None, all tokens after the first are scored, including ``<audio>``. If it is
-            ``(0,)``, every Q-th token from position 2 is scored: with BOS level 0 and ``</audio>``, else level 1.
-        likelihood: softmax over the vocabulary, or "grammar": over the level's codes and, at level 0, ``</audio>``.
-    """
-
-    levels: tuple[int, ...] | None
-    as_released: bool = False
-    likelihood: Likelihood = "softmax"
-
-    @property
-    def tie(self) -> float:
-        """Credit of a pair with equal scores."""
-        return 0.0 if self.as_released else 0.5
-
-    @property
-    def by_group(self) -> bool:
-        """True if the pairs of a group, such as the voices of a word, are averaged first."""
-        return not self.as_released
 
 
 def score_clips(

@@ -1,13 +1,11 @@
-"""The three benchmark scripts: flags, and the evaluation that writes a result file."""
+"""Implementation of the three benchmark scripts: the evaluation that writes a result file."""
 
 import hashlib
 import json
-import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from llama_mimi.audio.mimi import codec_hash, whole_frames
 from llama_mimi.common.command_line import REPORT, print_next
@@ -19,53 +17,11 @@ from llama_mimi.common.resume import ProgressLog
 from llama_mimi.common.versions import versions
 from llama_mimi.evaluation import benchmarks, results
 from llama_mimi.evaluation.codes import encode_clips
-from llama_mimi.evaluation.results import MAX_AUDIO_SECONDS
-from llama_mimi.evaluation.scoring import Likelihood, Scoring, score_clips
+from llama_mimi.evaluation.options import EvaluationOptions, model_folder
+from llama_mimi.evaluation.scoring import score_clips
 from llama_mimi.generation.loading import load_speech_model
-from llama_mimi.generation.speech_model import DecoderPrecision
 
 BATCH_TOKENS = (4096, 32768)  # on a CPU, on a GPU
-
-
-@dataclass(frozen=True)
-class EvaluationOptions:
-    """Flags of the scripts in eval/."""
-
-    model_name: str = "llm-jp/Llama-Mimi-1.3B"  # hub id or folder of the model
-    data_dir: str | None = None  # folder (official layout or Parquet) or hub id; default: the benchmark's hub id
-    output_dir: Path = Path("results")  # folder for results
-    codes_dir: str | None = None  # folder of cached codes, for all models; default: <output_dir>/codes
-    codec: str | None = None  # hub id or folder of the codec; default: the model's codec
-    codec_sliding_window: bool | None = None  # sliding window of the codec; default: as in training
-    device: str | None = None  # torch device; default: the GPU, if available
-    dtype: DecoderPrecision = "float32"  # precision of the decoder (the first release evaluates in float16)
-    batch_tokens: int | None = None  # maximum number of tokens in a batch; default: 4096 (GPU: 32768)
-    max_audio_seconds: float = MAX_AUDIO_SECONDS  # maximum length of a clip, in seconds; longer clips are cut
-    preset: Literal["official", "original"] = "official"  # scoring rule: the benchmark's own, or the first release's
-    levels: str | None = None  # quantizer levels to score: "all" or a list such as 0,1; default: by benchmark
-    likelihood: Likelihood = "softmax"  # softmax over the vocabulary, or (grammar) over possible tokens
-    limit: int | None = None  # maximum number of pairs (words, sentences) in each part; default: all
-
-    def scoring(self, levels: tuple[int, ...] | None) -> tuple[str, Scoring]:
-        """Return the name of the result file and the scoring rule; ``levels`` is the default of the benchmark."""
-        for flag in ("max_audio_seconds", "batch_tokens", "limit"):
-            if (value := getattr(self, flag)) is not None and not 0 < value < math.inf:
-                raise UserError(f"--{flag} is {value}; set a positive number")
-        name, chosen = str(self.preset), levels
-        if self.levels is not None:
-            if not re.fullmatch(r"all|\d+(,\d+)*", self.levels):
-                raise UserError(f"--levels is '{self.levels}'; set 'all' or a list of levels, such as 0,1")
-            chosen = None if self.levels == "all" else tuple(sorted({int(level) for level in self.levels.split(",")}))
-        if chosen != levels:
-            name += "-all_levels" if chosen is None else f"-levels_{'_'.join(map(str, chosen))}"
-        if self.likelihood != "softmax":
-            name += f"-{self.likelihood}"
-        is_changed = name != self.preset or self.max_audio_seconds != MAX_AUDIO_SECONDS
-        if self.preset == "original" and (is_changed or self.codec_sliding_window):
-            raise UserError("--preset original forbids other scoring flags; remove them, or set --preset official")
-        if self.limit is not None:
-            name += f"-limit_{self.limit}"
-        return name, Scoring(chosen, self.preset == "original", self.likelihood)
 
 
 @dataclass(frozen=True)
@@ -82,7 +38,7 @@ class BenchmarkScript:
     def result_path(self, options: EvaluationOptions) -> Path:
         """Return the path of the result file for these flags."""
         name, _ = options.scoring(self.levels)
-        return options.output_dir / self.name / results.model_folder(options.model_name) / f"{name}.json"
+        return options.output_dir / self.name / model_folder(options.model_name) / f"{name}.json"
 
     def run(self, options: EvaluationOptions) -> None:
         """Score the benchmark and write the result file."""
@@ -157,7 +113,7 @@ class BenchmarkScript:
             return print_next(REPORT, results=folder, output_file=folder / "report.md")
         name, data_folder = self.following
         default = vars(EvaluationOptions())
-        flags: dict[str, Any] = {key: str(value) for key, value in vars(options).items() if value != default[key]}
+        flags: dict[str, Any] = {key: value for key, value in vars(options).items() if value != default[key]}
         if options.data_dir is not None:
             data_dir = Path(options.data_dir).parent / data_folder
             flags["data_dir"] = data_dir if data_dir.is_dir() else None

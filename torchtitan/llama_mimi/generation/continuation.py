@@ -1,74 +1,37 @@
-"""Sampling options, prompts, and the continuations of one prompt."""
+"""Prompts, sampling in frames, and the continuations of one prompt."""
 
 import math
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from llama_mimi.audio.mimi import LastFrame, MimiCodec
+from llama_mimi.audio.mimi import MimiCodec
 from llama_mimi.audio.reading import AudioError, Waveform, read_audio
 from llama_mimi.common.errors import UserError
 from llama_mimi.generation.decoding import Drawn, FinishReason, Request, Sampling, decode
+from llama_mimi.generation.options import SamplingOptions
 from llama_mimi.generation.speech_model import SpeechModel
 
 ROWS = 16  # maximum number of samples of one prompt in a batch
 MAX_PROMPT_SECONDS = 60.0  # three times the longest clip of the paper's training
-RANGES = {
-    "seconds": (0.08, 1e9),
-    "min_seconds": (0, 1e9),
-    "temperature": (0, 1e9),
-    "top_k": (1, 10**9),
-    "top_p": (1e-9, 1),
-    "window_seconds": (0.32, 1e9),  # 4 frames: the first of the prompt, the last two, and the next one
-    "seed": (0, 2**63 - 1),
-    "num_samples": (1, 10**9),
-}
 
 
-@dataclass(frozen=True, kw_only=True)
-class SamplingOptions:
-    """Options of sampling."""
-
-    seconds: float = 10.0  # maximum length of the continuation, in seconds; generation stops earlier at </audio>
-    min_seconds: float = 0.0  # minimum length of the continuation, in seconds; the model cannot end the speech earlier
-    temperature: float = 0.8  # temperature of sampling; 0 means the most likely token
-    top_k: int = 30  # sample from the k most likely tokens (among those valid at this position)
-    # Sample from the fewest of the top_k tokens whose probabilities sum to p; default: the generation config, or 1
-    top_p: float | None = None
-    # Maximum length of prompt and new audio that the model sees at once, in seconds; default: longest training clip.
-    # When the window is full, keep the start of the prompt and the last half of the window
-    window_seconds: float | None = None
-    seed: int = 0  # seed of the first sample; the same seed gives the same samples
-    num_samples: int = 1  # number of continuations of each prompt
-    # Encoding of a partial last frame of a prompt: pad fills it with zeros, codec passes it to the codec unchanged, as
-    # in the first release; default: codec for released checkpoints, else pad
-    last_frame: LastFrame | None = None
-
-    def __post_init__(self) -> None:
-        for name, (low, high) in RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise UserError(f"--{name} is {value}; choose a value from {low:g} to {high:g}")
-        if self.min_seconds > self.seconds:
-            raise UserError(f"--min_seconds is {self.min_seconds:g}, more than --seconds {self.seconds:g}; raise it")
-
-    def for_model(self, model: SpeechModel) -> Sampling:
-        """Return the options in frames, with the model's defaults; raise a `UserError` if they do not fit the model."""
-        top_p, rate_hz = model.top_p if self.top_p is None else self.top_p, model.codec.frame_rate_hz
-        if not isinstance(top_p, int | float) or not 0 < top_p <= 1:
-            problem = f"top_p is {top_p!r} in the model's generation config; expected a number above 0, up to 1"
-            raise UserError(f"{problem}; fix its generation_config.json, or set --top_p")
-        # 20 s is the paper's limit; the config of a released checkpoint has no limit.
-        window_seconds = self.window_seconds or float(getattr(model.decoder.config, "max_audio_seconds", 20.0))
-        window_frames = max(int(window_seconds * rate_hz + 1e-6), 4)
-        min_frames = math.ceil(self.min_seconds * rate_hz - 1e-6)
-        max_frames = max(round(self.seconds * rate_hz), min_frames)
-        return Sampling(max_frames, min_frames, window_frames, self.temperature, self.top_k, top_p)
+def for_model(options: SamplingOptions, model: SpeechModel) -> Sampling:
+    """Return the options in frames, with the model's defaults; raise a `UserError` if they do not fit the model."""
+    top_p, rate_hz = model.top_p if options.top_p is None else options.top_p, model.codec.frame_rate_hz
+    if not isinstance(top_p, int | float) or not 0 < top_p <= 1:
+        problem = f"top_p is {top_p!r} in the model's generation config; expected a number above 0, up to 1"
+        raise UserError(f"{problem}; fix its generation_config.json, or set --top_p")
+    # 20 s is the paper's limit; the config of a released checkpoint has no limit.
+    window_seconds = options.window_seconds or float(getattr(model.decoder.config, "max_audio_seconds", 20.0))
+    window_frames = max(int(window_seconds * rate_hz + 1e-6), 4)
+    min_frames = math.ceil(options.min_seconds * rate_hz - 1e-6)
+    max_frames = max(round(options.seconds * rate_hz), min_frames)
+    return Sampling(max_frames, min_frames, window_frames, options.temperature, options.top_k, top_p)
 
 
 def checkpoint_note(model: SpeechModel, options: SamplingOptions) -> str | None:
@@ -103,7 +66,7 @@ def continue_codes(
 ) -> list[torch.Tensor]:
     """Continue a prompt ``options.num_samples`` times; return the codes_TQ of each sample, including the prompt."""
     requests = [Request(prompt_TQ, options.seed + number, text) for number in range(options.num_samples)]
-    sampling = options.for_model(model)
+    sampling = for_model(options, model)
     drawn = decode(model, requests, sampling, min(ROWS, options.num_samples))
     drawn = with_progress(drawn, len(requests), sampling.max_frames, model.codec.frame_rate_hz)
     new = {number: new_TQ for number, new_TQ, *_ in finished(drawn, model.codec.num_quantizers)}

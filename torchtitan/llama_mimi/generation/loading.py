@@ -5,15 +5,16 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, CsmForConditionalGeneration, LlamaForCausalLM
 
-from llama_mimi.audio.mimi import DEFAULT_CODEC, MimiCodec, has_sliding_window, local_codec
+from llama_mimi.audio.mimi import MimiCodec, has_sliding_window, local_codec
+from llama_mimi.common.choices import DEFAULT_CODEC, Architecture, DecoderPrecision
 from llama_mimi.common.cpu import available_device
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.hub import load_pretrained
 from llama_mimi.generation.flattened import FlattenedModel
 from llama_mimi.generation.hierarchical import HierarchicalModel
-from llama_mimi.generation.speech_model import DECODER_DTYPES, DecoderPrecision, SpeechModel
+from llama_mimi.generation.speech_model import DECODER_DTYPES, SpeechModel
 from llama_mimi.tokens.tokenizer import SpeechTokenizer
-from llama_mimi.tokens.vocabulary import Architecture, extend_tokenizer
+from llama_mimi.tokens.vocabulary import extend_tokenizer
 
 # By model_type of the config: the class in transformers, the class in this package, and the architecture.
 MODELS: dict[str, tuple[Any, type[SpeechModel], Architecture]] = {

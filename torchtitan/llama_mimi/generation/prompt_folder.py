@@ -16,13 +16,14 @@ from llama_mimi.audio.mimi import codec_hash
 from llama_mimi.audio.reading import AUDIO_ENDINGS, AudioError, Waveform, write_wav
 from llama_mimi.audio.streaming import decode_long
 from llama_mimi.common.distributed import DistributedContext, broadcast_from_rank0
-from llama_mimi.common.errors import UserError, first_line
-from llama_mimi.common.files import as_utf8, find_files, parse_json, read_json, write_atomically
+from llama_mimi.common.errors import UserError
+from llama_mimi.common.files import as_utf8, find_files, read_json, write_atomically
 from llama_mimi.common.hub import weights_sha256
 from llama_mimi.common.resume import ProgressLog, map_resumable, require_same
 from llama_mimi.common.versions import versions
-from llama_mimi.generation.continuation import SamplingOptions, encode_prompts, finished, read_prompt, with_progress
+from llama_mimi.generation.continuation import encode_prompts, finished, for_model, read_prompt, with_progress
 from llama_mimi.generation.decoding import Request, decode
+from llama_mimi.generation.options import SamplingOptions
 from llama_mimi.generation.speech_model import SpeechModel
 
 RESULTS, SETTINGS = "results.jsonl", "settings.json"
@@ -52,9 +53,9 @@ def continue_folder(
         The records of ``results.jsonl``, on every rank. If a prompt cannot be read, its samples have an ``error``.
 
     Raises:
-        UserError: there are no prompts, two have the same name, or ``output_dir`` has samples of other settings.
+        UserError: no prompts, two prompts with the same name, or an ``output_dir`` with samples of other settings.
     """
-    chosen = {"top_p": options.for_model(model).top_p, "last_frame": options.last_frame or model.last_frame}
+    chosen = {"top_p": for_model(options, model).top_p, "last_frame": options.last_frame or model.last_frame}
     settings = {**asdict(options), **chosen, **made_by, "device": ranks.device.type, "batch_size": num_rows}
     log = ProgressLog(output_dir / "unfinished", {})  # settings.json contains the settings
 
@@ -70,10 +71,7 @@ def continue_folder(
             compared = {key: value for key, value in settings.items() if key not in NOT_COMPARED}
             require_same(earlier, compared, f"'{output_dir}'", "choose another --output_dir")
         if (results := output_dir / RESULTS).exists():  # copy the records of a finished run back to its log
-            try:
-                log.add({record["file"]: record for record in map(parse_json, results.read_text().splitlines())})
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"'{results}' is not a list of results ({first_line(error)}); remove it") from error
+            log.add({record["file"]: record for record in map(json.loads, results.read_text().splitlines())})
             results.unlink()
         return samples
 
@@ -145,7 +143,7 @@ def _continue_group(
     codes = dict(zip(waveforms, encode_prompts(model, list(waveforms.values()), options), strict=True))
     usable = [(file, path, record) for file, (path, record) in group.items() if path in codes]
     requests = [Request(codes[path], record["seed"]) for _, path, record in usable]
-    sampling = options.for_model(model)
+    sampling = for_model(options, model)
     drawn = decode(model, requests, sampling, num_rows)
     drawn = with_progress(drawn, len(requests), sampling.max_frames, codec.frame_rate_hz)
     for number, new_TQ, end, began in finished(drawn, codec.num_quantizers):

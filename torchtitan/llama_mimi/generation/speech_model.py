@@ -4,16 +4,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
 
-from llama_mimi.audio.mimi import DTYPES, LastFrame, MimiCodec, is_released
+from llama_mimi.audio.mimi import DTYPES, MimiCodec, is_released
+from llama_mimi.common.choices import LastFrame
 from llama_mimi.generation.kv_cache import BatchedKVCache
 from llama_mimi.tokens.tokenizer import SpeechTokenizer
 
-DecoderPrecision = Literal["float32", "bfloat16", "float16"]  # the first release is evaluated in float16
 DECODER_DTYPES = {**DTYPES, "float16": torch.float16}
 POSITIONS_AT_ONCE = 2048  # their logits take 1.1 GB in float32 with 136,450 vocabulary entries
 # Draws an entry (B,) of a level from its logits: (B, K + 1) at level 0, where entry K is the end, else (B, K).

@@ -1,17 +1,14 @@
 """Judge of transcripts: a language model on a server with OpenAI's protocol."""
 
-import hashlib
 import os
 import re
-import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
 
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import parse_json
 from llama_mimi.judging.metrics import INSTALL, Input, Measure, Value
+from llama_mimi.judging.options import Criteria
 from llama_mimi.report.document import import_extra
 
 ATTEMPTS = 3  # maximum number of requests for a reply that can be parsed
@@ -20,33 +17,6 @@ SCALE = range(1, 6)
 PARALLEL_CALLS = 8  # per rank
 TIMEOUT_SECONDS = 120.0  # per call
 Messages = list[dict[str, str]]
-
-
-@dataclass(frozen=True)
-class Criteria:
-    """Content of a criteria file such as eval/judge.toml."""
-
-    names: list[str]
-    system: str  # system message: role of the judge, and a question for each criterion
-    request: str  # user message with the fields {prompt} and {continuation}
-    sha256: str
-
-
-def read_criteria(path: Path) -> Criteria:
-    """Read a criteria file; raise a `UserError` if it cannot be used."""
-    try:
-        data = path.read_bytes()
-        content = tomllib.loads(data.decode())
-        names, request = list(content["criteria"]), content["request"]
-        questions = "\n".join(f"- {name}: {question}" for name, question in content["criteria"].items())
-        system = f"{content['system']}\n\n{questions}"
-        filled = request.format(prompt="<prompt>", continuation="<continuation>")
-        if not names or "<prompt>" not in filled or "<continuation>" not in filled:
-            raise ValueError("there is no criterion, or the request lacks {prompt} or {continuation}")
-    except (OSError, ValueError, KeyError, AttributeError, IndexError) as error:
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"'{path}' is not a criteria file ({reason}); fix it, following eval/judge.toml") from error
-    return Criteria(names, system, request, hashlib.sha256(data).hexdigest())
 
 
 def read_reply(text: str, names: Sequence[str]) -> dict[str, int]:

@@ -19,40 +19,14 @@ from llama_mimi.common.resume import require_same
 from llama_mimi.corpora.clips import read_row
 from llama_mimi.corpora.formats import open_source
 from llama_mimi.corpora.source import Row, Source
+from llama_mimi.judging.options import MAX_RECORDING_SECONDS, PROMPTS, RECORDINGS, PromptOptions
 
 MANIFEST, FORMAT = "prompts.json", 2
-PROMPTS, RECORDINGS = "prompts", "recordings"
 MAX_UNREADABLE = 0.1  # maximum fraction of unreadable recordings
-MAX_RECORDING_SECONDS = 60.0  # longer recordings are cut to this length
 FRAME_SECONDS = 0.08  # length of a Mimi frame; prompts have whole frames and need no padding
 SEARCH_FRACTION = 1 / 6  # prompts of about 3 s end between 2.5 and 3.5 s
 CUT_SECONDS = 0.04  # length of the audio around a frame border in which power is measured
 NEW_FOLDER = "choose another --output_dir"
-
-
-@dataclass(frozen=True, kw_only=True)
-class PromptOptions:
-    """Recordings to use, and the length of prompts."""
-
-    corpus: str  # name, folder, Parquet path or glob of held-out recordings
-    dataset_path: str | None = None  # folder with a download of a named corpus
-    split: str | None = None  # split, if the folder contains several
-    audio_column: str = "audio"  # column with the recordings
-    speaker_column: str = "speaker"  # column with speakers, for shuffled pairs of two speakers
-    prompt_seconds: float = 3.0  # approximate length of a prompt, in seconds (at least 0.5)
-    recording_seconds: float | None = None  # minimum length of a recording, in seconds; default: twice --prompt_seconds
-    limit: int | None = None  # maximum number of recordings, chosen by the hash of their names; default: all
-
-    def __post_init__(self) -> None:
-        low, high = 1.25 * max(self.prompt_seconds, 0.5), MAX_RECORDING_SECONDS
-        if not (self.prompt_seconds >= 0.5 and low <= self.min_seconds <= high):
-            problem = f"--prompt_seconds is {self.prompt_seconds:g} and --recording_seconds {self.min_seconds:g}"
-            raise UserError(f"{problem}; set at least 0.5 s, and {low:g} to {high:g} s")
-
-    @property
-    def min_seconds(self) -> float:
-        """Minimum length of a recording, in seconds."""
-        return 2 * self.prompt_seconds if self.recording_seconds is None else self.recording_seconds
 
 
 @dataclass(frozen=True)

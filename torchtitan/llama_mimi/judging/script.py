@@ -1,29 +1,25 @@
 """Implementation of eval/generation.py: continue prompts, compute all measures, write results."""
 
 import json
-import re
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from llama_mimi.audio.mimi import MimiCodec
 from llama_mimi.common.command_line import REPORT, print_next
 from llama_mimi.common.distributed import DistributedContext, broadcast_from_rank0, distributed_context
-from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import LOCK, digest, is_synthetic, locked, read_json, visible_files, write_atomically
 from llama_mimi.common.resume import require_same
 from llama_mimi.common.versions import versions
-from llama_mimi.evaluation.results import FORMAT, model_folder
-from llama_mimi.generation.continuation import SamplingOptions, checkpoint_note
+from llama_mimi.evaluation.results import FORMAT
+from llama_mimi.generation.continuation import checkpoint_note
 from llama_mimi.generation.loading import load_speech_model
 from llama_mimi.generation.prompt_folder import SETTINGS, continue_folder, describe_model, without_new_audio
-from llama_mimi.generation.speech_model import DecoderPrecision
 from llama_mimi.judging import metrics, systems
-from llama_mimi.judging.judge import judge, read_criteria
-from llama_mimi.judging.prompts import PROMPTS, RECORDINGS, PromptOptions, PromptSet, make_prompts
+from llama_mimi.judging.judge import judge
+from llama_mimi.judging.options import MEASURED, PROMPTS, GenerationOptions, MeasureOptions, read_criteria
+from llama_mimi.judging.prompts import PromptSet, make_prompts
 from llama_mimi.judging.systems import Clip, Sample
 from llama_mimi.report.comparisons import comparable_sets, summary
 from llama_mimi.report.document import to_markdown
@@ -32,66 +28,8 @@ from llama_mimi.report.results import KIND, read_results
 OFFICIAL_CORPUS = "librispeech_clean_test"
 # On a CPU, on a GPU. Whisper large needs 0.5 GB per clip in float32.
 BATCH_SIZES, LISTENING_BATCH_SIZES = (8, 64), (8, 16)
-MEASURED = "measured"  # folder of cached values of all systems
 MIN_SECONDS = 0.4  # shorter clips are not measured: voice and transcript would be meaningless
-RESERVED = (systems.RECORDING, systems.SHUFFLED, PROMPTS, RECORDINGS, MEASURED)
 Record = dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class MeasureOptions:
-    """Measures to compute."""
-
-    speaker_model: str | None = None  # hub id or folder of a WavLM x-vector model; default: no similarity
-    quality: Literal["distillmos", "aesthetics", "none"] = "distillmos"  # sound quality model; aesthetics: Audiobox
-    asr_model: str | None = None  # hub id or folder of an ASR model; default: no transcripts
-    language: str | None = None  # language code for multilingual ASR models, such as en; default: detect it
-    text_model: str | None = None  # hub id or folder of a language model; default: no perplexity
-    judge_model: str | None = None  # name of the model at --judge_url; default: no judge
-    judge_url: str | None = None  # URL of a server, such as http://localhost:8000/v1; default: OpenAI
-    judge_criteria: Path = Path("eval/judge.toml")  # TOML file with the judge's questions
-    listening_batch_size: int | None = None  # number of clips per batch of a measure; default: 8 (GPU: 16)
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationOptions:
-    """Flags of eval/generation.py."""
-
-    prompts: PromptOptions
-    model_name: str | None = None  # hub id or folder of a model
-    wavs: Path | None = None  # folder with another system's files <prompt>.wav or <prompt>_<number>.wav
-    wavs_contain_prompt: bool = False  # the files in --wavs begin with their prompt
-    name: str | None = None  # name of the system; default: name of the model or folder
-    # sampling options; --seconds also limits WAVs and recordings
-    sampling: SamplingOptions = field(default_factory=lambda: SamplingOptions(num_samples=5))
-    output_dir: Path = Path("results/generation")  # folder for the prompts and all systems
-    measures: MeasureOptions = field(default_factory=MeasureOptions)
-    codec: str | None = None  # hub id or folder of the codec; default: the model's codec
-    codec_sliding_window: bool | None = None  # sliding window of the codec; default: as in training
-    batch_size: int | None = None  # number of samples per batch; default: 8 (GPU: 64)
-    device: str | None = None  # torch device; default: the GPU, if available
-    dtype: DecoderPrecision = "float32"  # precision of the decoder
-
-    def __post_init__(self) -> None:
-        if (self.model_name is None) == (self.wavs is None):
-            raise UserError("set either --model_name or --wavs")
-        needed = dict.fromkeys(("language", "text_model", "judge_model"), "asr_model")
-        for flag, other in {**needed, "judge_url": "judge_model"}.items():
-            if getattr(self.measures, flag) and getattr(self.measures, other) is None:
-                raise UserError(f"--{flag} needs --{other}; set --{other}, or remove --{flag}")
-        if self.measures.judge_model is not None:
-            read_criteria(self.measures.judge_criteria)
-        for options, flag in ((self, "batch_size"), (self.measures, "listening_batch_size"), (self.prompts, "limit")):
-            if (value := getattr(options, flag)) is not None and value < 1:
-                raise UserError(f"--{flag} is {value}; set it to 1 or more")
-        is_file_name = re.fullmatch(rf"(?!{systems.RECONSTRUCTION})[A-Za-z0-9][A-Za-z0-9._-]*", self.system)
-        if not is_file_name or self.system in RESERVED:
-            raise UserError(f"--name is '{self.system}', which is reserved or not a file name; choose another name")
-
-    @property
-    def system(self) -> str:
-        """Name of the system and its result file."""
-        return self.name if self.name is not None else model_folder(str(self.model_name or self.wavs))
 
 
 def judge_generations(options: GenerationOptions) -> None:
@@ -114,6 +52,8 @@ def _judge(options: GenerationOptions, prompts: PromptSet, ranks: DistributedCon
     if earlier := read_json(str(folder), path.name):  # refuse another system with the same name
         origin: Record = {key: made_by[key] for key in ("wavs", "model_sha256") if key in made_by}
         require_same(earlier.get("made_by") or {}, origin, f"'{path}'", "choose another --name")
+    if ranks.rank == 0 and not any(prompt.speaker for prompt in prompts.prompts):
+        print("the corpus has no speakers; shuffled pairs can have the same voice", flush=True)
     samples = {options.system: own, **systems.references(prompts, codec, options.sampling.seconds, ranks)}
     everything = [sample for of_system in samples.values() for sample in of_system]
     records, descriptions = measure_samples(everything, prompts, options.measures, ranks)

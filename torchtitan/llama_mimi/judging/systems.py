@@ -21,9 +21,8 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import find_files, read_json, write_atomically
 from llama_mimi.common.resume import require_same
 from llama_mimi.generation.prompt_folder import SETTINGS
-from llama_mimi.judging.prompts import NEW_FOLDER, PROMPTS, RECORDINGS, Prompt, PromptSet
-
-RECORDING, SHUFFLED, RECONSTRUCTION = "recording", "shuffled", "reconstruction"
+from llama_mimi.judging.options import PROMPTS, RECONSTRUCTION, RECORDING, RECORDINGS, SHUFFLED
+from llama_mimi.judging.prompts import NEW_FOLDER, Prompt, PromptSet
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ from torchtitan.models.attention import VarlenAttentionWrapper, VarlenMetadata
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs
 from torchtitan.models.llama3.model.args import RoPEScalingArgs
 
+from llama_mimi.common.choices import Architecture
 from llama_mimi.model.cross_entropy import LazyLogits, PendingOutput, pending_logits
 from llama_mimi.tokens.tokenizer import build_speech_tokenizer
-from llama_mimi.tokens.vocabulary import Architecture, AudioVocabulary
+from llama_mimi.tokens.vocabulary import AudioVocabulary
 
 
 @dataclass

@@ -3,15 +3,17 @@
 import itertools
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import pandas as pd
 
+from llama_mimi.common.errors import UserError
 from llama_mimi.common.versions import ROOT
 from llama_mimi.evaluation.statistics import sign_test
-from llama_mimi.report.document import Picture, Section, Table
+from llama_mimi.report.document import Picture, Section, Table, to_markdown, write_markdown
 from llama_mimi.report.estimates import COMPARABLE, SYNTHETIC, Estimate, by_measure, estimate, same_items
 from llama_mimi.report.plots import forest, tradeoff
-from llama_mimi.report.results import SALMON, SALMON_MEAN, measure_of
+from llama_mimi.report.results import SALMON, SALMON_MEAN, measure_of, read_results
 
 NOT_COMPARED = ("real_time_factor", "seconds")  # the first depends on the machine; for the second, more is not better
 PUBLISHED = ROOT / "eval" / "published.toml"
@@ -176,3 +178,24 @@ def tradeoffs(items: pd.DataFrame, title: str, groups: Mapping[str, Sequence[str
 
 def _mean_of(names: Sequence[str]) -> str:
     return ("mean of " if len(names) > 1 else "") + ", ".join(measure_of(name).heading for name in names)
+
+
+def report_results(results: Sequence[Path], output_file: Path | None) -> None:
+    """Write the report of scripts/report.py, or print it without an output file."""
+    found = read_results(results)
+    if found.items.empty:
+        raise UserError(f"there is no result file in {', '.join(map(str, results))}; run the scripts in eval/ first")
+    sections: list[Section] = []
+    for number, (title, items) in enumerate(comparable_sets(found.items), 1):
+        picture = f"{output_file.stem}-{number}" if output_file else None
+        sections.append(summary(items, title, picture))
+        groups = {system: [system] for system in items["system"][~items["is_reference"]].unique()}
+        if len(groups) > 1:
+            sections.append(comparison(items, f"Differences, {title}", groups, picture and f"{picture}-differences"))
+            sections += sign_tests(items, f"Tests, {title}")
+    legend = LEGEND if any(section.title.startswith("Differences") for section in sections) else ()
+    sections = [Section("Results", legend, items=found.notes), *sections, *published_numbers(found.items)]
+    if output_file is None:
+        return print(to_markdown(sections))
+    write_markdown(sections, output_file)
+    print(f"written to {output_file}")

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
 Series = dict[int, float]  # step -> value
 
 
 def read_curves(folder: Path) -> dict[str, Series]:
     """Return the series by tag from a dump folder. If a resumed run has logged a step again, use the later value."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     curves: dict[str, Series] = {}
     # File names begin with the time in seconds. Folder names have only minutes.
     for file in sorted((folder / "tb").rglob("events.out.tfevents.*"), key=lambda file: file.name):

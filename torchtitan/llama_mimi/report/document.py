@@ -106,7 +106,7 @@ def _ticks(seconds: float) -> list[float]:
     return [step * number for number in range(int(seconds / step) + 1)]
 
 
-def import_extra(module: str, user: str = "a picture", remedy: str = "install it with `uv sync --extra plots`") -> Any:
+def import_extra(module: str, user: str = "a picture", remedy: str = "run `uv sync --inexact --extra plots`") -> Any:
     """Import an optional module; raise a `UserError` if it is not installed."""
     try:
         return importlib.import_module(module)

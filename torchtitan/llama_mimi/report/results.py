@@ -13,7 +13,8 @@ import pandas as pd
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import digest, parse_json, visible_files
 from llama_mimi.evaluation.benchmarks import SALMON_PARTS
-from llama_mimi.evaluation.results import FORMAT, MAX_AUDIO_SECONDS
+from llama_mimi.evaluation.options import MAX_AUDIO_SECONDS
+from llama_mimi.evaluation.results import FORMAT
 
 KIND = "generations"  # value of the key "kind" in results of eval/generation.py
 DAMAGE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)

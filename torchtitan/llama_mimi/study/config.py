@@ -8,12 +8,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_type_hints
 
+from llama_mimi.common.choices import Architecture
 from llama_mimi.common.command_line import parse_options, to_cli_args
 from llama_mimi.common.errors import UserError
-from llama_mimi.evaluation.script import BENCHMARK_SCRIPTS, EvaluationOptions
-from llama_mimi.judging.script import GenerationOptions
+from llama_mimi.evaluation.options import EvaluationOptions
+from llama_mimi.evaluation.script import BENCHMARK_SCRIPTS
+from llama_mimi.judging.options import GenerationOptions
 from llama_mimi.study.budget import resolved, step_flops
-from llama_mimi.tokens.vocabulary import Architecture
 from llama_mimi.training.config_file import fits
 
 Flags = dict[str, Any]

@@ -11,16 +11,9 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llama_mimi.audio.mimi import load_codec_config
+from llama_mimi.common.choices import Architecture, VocabularyKind
 from llama_mimi.common.hub import load_pretrained
-from llama_mimi.tokens.vocabulary import (
-    AUDIO_START,
-    Architecture,
-    AudioVocabulary,
-    VocabularyKind,
-    audio_tokenizer,
-    extend_tokenizer,
-    text_ids,
-)
+from llama_mimi.tokens.vocabulary import AUDIO_START, AudioVocabulary, audio_tokenizer, extend_tokenizer, text_ids
 
 IGNORE_INDEX = -100  # default of PyTorch and TorchTitan
 NO_TOKEN = -1  # fills levels 1 to Q - 1 at text positions

@@ -6,7 +6,6 @@ ids. Do not change this order, because released Llama-Mimi checkpoints depend on
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, processors
@@ -16,8 +15,6 @@ from llama_mimi.common.errors import UserError
 
 AUDIO_START, AUDIO_END = "<audio>", "</audio>"
 SPECIAL_ROLES = ("bos_token", "eos_token", "pad_token")  # in the order of their ids in a tokenizer without text
-VocabularyKind = Literal["llama", "audio"]
-Architecture = Literal["flattened", "hierarchical"]
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ RULES: list[tuple[str, Callable[[Any, Any], Any], str]] = [
     ("parallelism.tensor_parallel_degree", lambda v, c: v == 1 or c.is_flattened, _FLATTENED_ONLY),
     ("parallelism.context_parallel_degree", lambda v, c: v == 1 or c.is_flattened, _FLATTENED_ONLY),
     ("model.converters", lambda v, c: v in ([], [FLOAT8]), f"the only converter for this model is '{FLOAT8}'"),
-    ("model.converters", lambda v, c: not v or find_spec("torchao"), "install torchao by `uv sync --extra float8`"),
+    ("model.converters", lambda v, c: not v or find_spec("torchao"), "run `uv sync --inexact --extra float8`"),
     ("parallelism.pipeline_parallel_degree", lambda v, c: v == 1, "set 1: pipeline parallelism is not supported"),
     ("parallelism.data_parallel_replicate_degree", lambda v, c: v == 1 or c.dims.dp_shard > 1, "use FSDP or HSDP"),
     ("parallelism.disable_loss_parallel", lambda v, c: not v, "remove it: the loss needs loss parallelism"),

@@ -1,0 +1,12 @@
+"""Defaults and choices of several settings, without an import of PyTorch."""
+
+from typing import Literal
+
+DEFAULT_CODEC = "kyutai/mimi"
+# Encoding of a partial last frame: "pad" fills it with zeros, as in training; "codec" lets each convolution pad it, as
+# in the first release.
+LastFrame = Literal["codec", "pad"]
+Precision = Literal["float32", "bfloat16"]
+DecoderPrecision = Literal["float32", "bfloat16", "float16"]  # the first release is evaluated in float16
+VocabularyKind = Literal["llama", "audio"]
+Architecture = Literal["flattened", "hierarchical"]

@@ -1,0 +1,48 @@
+"""Options of scripts/tokenize_corpus.py, without an import of PyTorch."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from llama_mimi.common.choices import DEFAULT_CODEC, Precision
+from llama_mimi.common.errors import UserError
+
+
+@dataclass
+class TokenizationOptions:
+    """Options of scripts/tokenize_corpus.py."""
+
+    corpus: str  # named corpus; folder, path or glob of Parquet, tar, audio or JSONL files; or hf:owner/name
+    output_dir: str  # folder for the shards, local or any fsspec path
+    dataset_path: str | None = None  # local download of a named corpus
+    split: str | None = None  # split to tokenise, if the corpus has several
+    codec: str = DEFAULT_CODEC  # hub id or folder of the codec
+    num_quantizers: int = 8  # number of levels to store; training may use fewer
+    dtype: Precision = "float32"  # precision of the codec; bfloat16 changes about 2 % of the codes
+    codec_sliding_window: bool = True  # limit the codec's attention to its sliding window
+    audio_column: str = "audio"  # column of the audio
+    text_column: str = "text"  # column of transcripts, stored if the corpus has it
+    speaker_column: str = "speaker"  # column of speakers, stored if the corpus has it
+    max_audio_seconds: float = 120.0  # maximum length of a clip, in seconds
+    # cut recordings at --max_audio_seconds, or split them at pauses into clips up to that length, without text
+    long_recordings: Literal["cut", "split"] = "cut"
+    min_seconds: float = 0.0  # filter shorter clips, in seconds
+    max_seconds: float | None = None  # filter longer clips, in seconds; default: no limit
+    where: str | None = None  # condition on the rows to tokenise, such as 'language == "en" and dnsmos >= 3'
+    # minimum number of rows in a shard (exact number for a tar); default: 2048, or fewer to have 64 shards
+    clips_per_shard: int | None = None
+    num_workers: int = 2  # number of processes that read and resample audio, for each rank
+    duplicates: Literal["keep", "drop"] = "keep"  # treatment of clips with the samples of an earlier clip
+    max_skip_fraction: float = 0.01  # stop if more than this fraction of the clips is unusable
+
+    def __post_init__(self) -> None:
+        shortest, longest, limit = self.min_seconds, self.max_seconds, self.max_audio_seconds
+        for name in ("max_audio_seconds", "clips_per_shard"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"--{name} is {getattr(self, name)}; it must be a positive number")
+        if not 0 <= self.max_skip_fraction <= 1:
+            raise UserError(f"--max_skip_fraction is {self.max_skip_fraction}; it must be a fraction between 0 and 1")
+        for name, value, lowest in (("min_seconds", shortest, 0), ("max_seconds", longest, shortest)):
+            if value is not None and not lowest <= value <= limit:
+                needed = f"between {lowest:g} and --max_audio_seconds {limit:g}"
+                raise UserError(f"--{name} is {value:g}; it must be {needed}")

@@ -1,0 +1,89 @@
+"""Options of the benchmark scripts in eval/, without an import of PyTorch."""
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from llama_mimi.common.choices import DecoderPrecision
+from llama_mimi.common.errors import UserError
+
+Likelihood = Literal["softmax", "grammar"]
+MAX_AUDIO_SECONDS = 20.0  # maximum length of a clip in the paper's training
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Scoring rule of a preset.
+
+    Args:
+        levels: quantizer levels to score; None means all. ``</audio>`` is also scored, if present.
+        as_released: score as the first release does: BOS only if the tokenizer adds it, and ``</audio>`` also after a
+            cut clip. If ``levels`` is None, all tokens after the first are scored, including ``<audio>``. If it is
+            ``(0,)``, every Q-th token from position 2 is scored: with BOS level 0 and ``</audio>``, else level 1.
+        likelihood: softmax over the vocabulary, or "grammar": over the level's codes and, at level 0, ``</audio>``.
+    """
+
+    levels: tuple[int, ...] | None
+    as_released: bool = False
+    likelihood: Likelihood = "softmax"
+
+    @property
+    def tie(self) -> float:
+        """Credit of a pair with equal scores."""
+        return 0.0 if self.as_released else 0.5
+
+    @property
+    def by_group(self) -> bool:
+        """True if the pairs of a group, such as the voices of a word, are averaged first."""
+        return not self.as_released
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """Flags of the benchmark scripts in eval/."""
+
+    model_name: str = "llm-jp/Llama-Mimi-1.3B"  # hub id or folder of the model
+    data_dir: str | None = None  # folder (official layout or Parquet) or hub id; default: the data set on the hub
+    output_dir: Path = Path("results")  # folder for results
+    codes_dir: str | None = None  # folder of cached codes, for all models; default: <output_dir>/codes
+    codec: str | None = None  # hub id or folder of the codec; default: the model's codec
+    codec_sliding_window: bool | None = None  # sliding window of the codec; default: as for the training codes
+    device: str | None = None  # torch device; default: the GPU if there is one, else the CPU
+    dtype: DecoderPrecision = "float32"  # precision of the decoder (the first release evaluates in float16)
+    batch_tokens: int | None = None  # maximum number of tokens in a batch; default: 4096, on GPUs 32768
+    max_audio_seconds: float = MAX_AUDIO_SECONDS  # maximum length of a clip, in seconds; longer clips are cut
+    preset: Literal["official", "original"] = "official"  # scoring rule: the benchmark's own, or the first release's
+    levels: str | None = None  # quantizer levels to score: "all" or a list such as 0,1; default: all for SALMon, else 0
+    likelihood: Likelihood = "softmax"  # softmax over the vocabulary, or (grammar) over possible tokens
+    limit: int | None = None  # maximum number of pairs (words, sentences) in each part; default: all
+
+    def __post_init__(self) -> None:
+        for flag in ("max_audio_seconds", "batch_tokens", "limit"):
+            if (value := getattr(self, flag)) is not None and not 0 < value < math.inf:
+                raise UserError(f"--{flag} is {value}; set a positive number")
+        if self.levels is not None and not re.fullmatch(r"all|\d+(,\d+)*", self.levels):
+            raise UserError(f"--levels is '{self.levels}'; set 'all' or a list of levels, such as 0,1")
+
+    def scoring(self, levels: tuple[int, ...] | None) -> tuple[str, Scoring]:
+        """Return the name of the result file and the scoring rule; ``levels`` is the default of the benchmark."""
+        name, chosen = str(self.preset), levels
+        if self.levels is not None:
+            chosen = None if self.levels == "all" else tuple(sorted({int(level) for level in self.levels.split(",")}))
+        if chosen != levels:
+            name += "-all_levels" if chosen is None else f"-levels_{'_'.join(map(str, chosen))}"
+        if self.likelihood != "softmax":
+            name += f"-{self.likelihood}"
+        is_changed = name != self.preset or self.max_audio_seconds != MAX_AUDIO_SECONDS
+        if self.preset == "original" and (is_changed or self.codec_sliding_window):
+            raise UserError("--preset original forbids other scoring flags; remove them, or set --preset official")
+        if self.limit is not None:
+            name += f"-limit_{self.limit}"
+        return name, Scoring(chosen, self.preset == "original", self.likelihood)
+
+
+def model_folder(model_name: str) -> str:
+    """Return the name of a model's result folder: the last part of its path or hub id."""
+    path = Path(model_name)
+    return path.resolve().name if path.is_dir() else path.name

@@ -1,0 +1,82 @@
+"""Options of inference.py and of sampling, without an import of PyTorch."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llama_mimi.common.choices import DecoderPrecision, LastFrame
+from llama_mimi.common.errors import UserError
+from llama_mimi.common.files import as_utf8
+
+RANGES = {
+    "seconds": (0.08, 1e9),
+    "min_seconds": (0, 1e9),
+    "temperature": (0, 1e9),
+    "top_k": (1, 10**9),
+    "top_p": (1e-9, 1),
+    "window_seconds": (0.32, 1e9),  # 4 frames: the first of the prompt, the last two, and the next one
+    "seed": (0, 2**63 - 1),
+    "num_samples": (1, 10**9),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """Length and randomness of continuations."""
+
+    seconds: float = 10.0  # maximum length of the continuation, in seconds; generation stops earlier at </audio>
+    min_seconds: float = 0.0  # minimum length of the continuation, in seconds; the model cannot end the speech earlier
+    temperature: float = 0.8  # temperature of sampling; 0 means the most likely token
+    top_k: int = 30  # sample from the k most likely tokens (among those valid at this position)
+    # sample from the fewest of the top_k tokens whose probabilities sum to p; default: the generation config, or 1
+    top_p: float | None = None
+    # maximum length of prompt and new audio that the model sees at once, in seconds; default: longest training clip.
+    # When the window is full, keep the start of the prompt and the last half of the window
+    window_seconds: float | None = None
+    seed: int = 0  # seed of the first sample; the same seed gives the same samples
+    num_samples: int = 1  # number of continuations of each prompt
+    # encoding of a partial last frame of a prompt: pad fills it with zeros, codec passes it to the codec unchanged, as
+    # in the first release; default: codec for released checkpoints, else pad
+    last_frame: LastFrame | None = None
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise UserError(f"--{name} is {value}; choose a value from {low:g} to {high:g}")
+        if self.min_seconds > self.seconds:
+            raise UserError(f"--min_seconds is {self.min_seconds:g}, more than --seconds {self.seconds:g}; raise it")
+
+
+@dataclass(frozen=True)
+class ContinuationOptions:
+    """Flags of inference.py."""
+
+    model_name: str = "llm-jp/Llama-Mimi-1.3B"  # hub id or folder of the model
+    prompt: str | None = None  # WAV, FLAC, MP3 or OGG file; M4A, AAC, WebM and WMA need FFmpeg
+    prompts: Path | None = None  # folder of prompts, for --output_dir; the same command resumes a killed run
+    text: str | None = None  # text to speak, for models of the task tts; begins with the transcript of --prompt
+    output_file: Path = Path("continuation.wav")  # WAV file; several samples get numbers in their names
+    output_dir: Path | None = None  # folder for the continuations of --prompts
+    stream: bool = False  # write the sample to disk during generation
+    batch_size: int | None = None  # number of samples of --prompts that are drawn at once; default: 8, on GPUs 64
+    codec: str | None = None  # hub id or folder of the codec; default: the codec in the config of the model
+    codec_sliding_window: bool | None = None  # sliding window of the codec; default: as for the training codes
+    device: str | None = None  # torch device; default: the GPU if there is one, else the CPU
+    dtype: DecoderPrecision = "float32"  # precision of the decoder
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+
+    def __post_init__(self) -> None:
+        file, num_rows = self.output_file, self.batch_size
+        is_folder, text = self.prompts is not None, self.text or ""
+        is_batch_wrong = num_rows is not None and (num_rows < 1 or not is_folder)
+        is_stream_wrong = self.stream and (is_folder or self.sampling.num_samples > 1)
+        problems = {
+            "set --prompt, --text or both, or else --prompts": is_folder == bool(self.prompt or text),
+            "--prompts and --output_dir go together; set both or none": is_folder != (self.output_dir is not None),
+            f"--batch_size is {num_rows}; it needs --prompts and a value of at least 1": is_batch_wrong,
+            "--stream writes one sample of one prompt; remove --stream": is_stream_wrong,
+            f"--text '{as_utf8(text)}' is not UTF-8; type it in a UTF-8 terminal": as_utf8(text) != text,
+            f"--output_file is '{file}'; choose a name that ends in .wav": file.suffix.lower() != ".wav",
+        }
+        if wrong := [problem for problem, is_wrong in problems.items() if is_wrong]:
+            raise UserError(wrong[0])

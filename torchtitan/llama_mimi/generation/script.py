@@ -1,0 +1,94 @@
+"""Implementation of inference.py: continue one prompt, or all prompts in a folder."""
+
+from itertools import chain
+from pathlib import Path
+
+import torch
+
+from llama_mimi.audio.mimi import MimiCodec
+from llama_mimi.audio.reading import Waveform, wav_writer, write_wav
+from llama_mimi.audio.streaming import DecodingStream, decode_long
+from llama_mimi.common.command_line import print_next
+from llama_mimi.common.distributed import broadcast_from_rank0, distributed_context
+from llama_mimi.common.errors import UserError
+from llama_mimi.common.files import is_synthetic
+from llama_mimi.generation.continuation import (
+    checkpoint_note,
+    continue_codes,
+    encode_prompts,
+    for_model,
+    read_prompt,
+    with_progress,
+)
+from llama_mimi.generation.decoding import Drawn, Request, decode
+from llama_mimi.generation.loading import load_speech_model
+from llama_mimi.generation.options import ContinuationOptions
+from llama_mimi.generation.prompt_folder import RESULTS, continue_folder, describe_model, without_new_audio
+from llama_mimi.generation.speech_model import SpeechModel
+
+
+def continue_speech(options: ContinuationOptions) -> None:
+    """Continue speech; raise a `UserError` if the prompt or the model cannot be used."""
+    file, num_samples, sampling = options.output_file, options.sampling.num_samples, options.sampling
+    files = [file.with_stem(f"{file.stem}_{number}") for number in range(num_samples)] if num_samples > 1 else [file]
+    if options.prompt is not None:  # check the prompt before the model is loaded
+        for warning in read_prompt(options.prompt).audio_warnings:
+            print(f"note: '{options.prompt}' is {warning}")
+        if any(path.exists() and path.samefile(options.prompt) for path in files):
+            raise UserError(f"--output_file would replace the --prompt '{options.prompt}'; choose another file")
+
+    with distributed_context(options.device) as ranks:
+        name, device, dtype, window = options.model_name, str(ranks.device), options.dtype, options.codec_sliding_window
+        model = load_speech_model(name, codec_name=options.codec, sliding_window=window, device=device, dtype=dtype)
+        if ranks.rank == 0 and (note := checkpoint_note(model, sampling)):
+            print(note, flush=True)
+        if options.prompts is None or options.output_dir is None:
+            if ranks.rank == 0:
+                _continue_prompt(model, options, files)
+                data_dir = "assets/tiny/benchmarks/salmon" if is_synthetic(model.codec.name) else None
+                flags = {"codec": options.codec, "dtype": dtype if dtype != "float32" else None}
+                print_next("python eval/salmon.py", model_name=name, data_dir=data_dir, **flags)
+            return
+        made_by = broadcast_from_rank0(lambda: describe_model(name, model, dtype))
+        num_rows = options.batch_size or (64 if ranks.device.type == "cuda" else 8)
+        records = continue_folder(model, options.prompts, options.output_dir, sampling, num_rows, ranks, made_by)
+    if ranks.rank == 0:
+        failed = [record["error"] for record in records if "error" in record]
+        samples = f"{len(records) - len(failed):,} samples in {options.output_dir}{without_new_audio(records)}"
+        print(f"{samples}; see {options.output_dir / RESULTS}")
+        if failed:
+            raise UserError(f"{len(failed):,} samples failed; the first: {failed[0]}")
+
+
+def _continue_prompt(model: SpeechModel, options: ContinuationOptions, files: list[Path]) -> None:
+    codec, sampling = model.codec, options.sampling
+    prompt_TQ = torch.zeros(0, codec.num_quantizers, dtype=torch.long)
+    if options.prompt is not None:
+        (prompt_TQ,) = encode_prompts(model, [read_prompt(options.prompt, codec)], sampling)
+    if options.stream:
+        own = for_model(sampling, model)
+        drawn = decode(model, [Request(prompt_TQ, sampling.seed, options.text)], own, 1)
+        drawn = with_progress(drawn, 1, own.max_frames, codec.frame_rate_hz)
+        samples = [_stream(codec, prompt_TQ, drawn, files[0])]
+    else:
+        samples = continue_codes(model, prompt_TQ, sampling, options.text)
+    for path, codes_TQ in zip(files, samples, strict=True):
+        if len(codes_TQ) and not options.stream:
+            write_wav(path, Waveform(decode_long(codec, codes_TQ), codec.sample_rate_hz))
+        seconds, new_seconds = (len(c) / codec.frame_rate_hz for c in (prompt_TQ, codes_TQ[len(prompt_TQ) :]))
+        written = path if len(codes_TQ) else "no audio"
+        print(f"{written}: {seconds:.2f} s of prompt, {new_seconds:.2f} s of continuation")
+        if not new_seconds:
+            print("the model ended the speech at once; set --min_seconds, or end the prompt in mid-sentence")
+
+
+def _stream(codec: MimiCodec, prompt_TQ: torch.Tensor, drawn: Drawn, path: Path) -> torch.Tensor:
+    """Write a sample frame by frame, so that the file can be played while it grows; return its codes_TQ."""
+    decoding, written = DecodingStream(codec), []
+    with wav_writer(path, codec.sample_rate_hz) as file:
+        for codes_TQ in chain([prompt_TQ], (new[None] for _, new in drawn if isinstance(new, torch.Tensor))):
+            if len(codes_TQ):
+                file.write(decoding.decode(codes_TQ).clamp(-1, 1).numpy())
+                file.flush()
+            written.append(codes_TQ)
+    return torch.cat(written)

@@ -1,0 +1,127 @@
+"""Options of eval/generation.py, and criteria of its judge, without an import of PyTorch."""
+
+import hashlib
+import re
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from llama_mimi.common.choices import DecoderPrecision
+from llama_mimi.common.errors import UserError, first_line
+from llama_mimi.evaluation.options import model_folder
+from llama_mimi.generation.options import SamplingOptions
+
+MAX_RECORDING_SECONDS = 60.0  # longer recordings are cut to this length
+# Folders of --output_dir: prompts, their recordings, and cached values of all systems.
+PROMPTS, RECORDINGS, MEASURED = "prompts", "recordings", "measured"
+RECORDING, SHUFFLED, RECONSTRUCTION = "recording", "shuffled", "reconstruction"  # references
+RESERVED = (RECORDING, SHUFFLED, PROMPTS, RECORDINGS, MEASURED)
+
+
+@dataclass(frozen=True)
+class Criteria:
+    """Content of a criteria file such as eval/judge.toml."""
+
+    names: list[str]
+    system: str  # system message: role of the judge, and a question for each criterion
+    request: str  # user message with the fields {prompt} and {continuation}
+    sha256: str
+
+
+def read_criteria(path: Path) -> Criteria:
+    """Read a criteria file; raise a `UserError` if it cannot be used."""
+    try:
+        data = path.read_bytes()
+        content = tomllib.loads(data.decode())
+        names, request = list(content["criteria"]), content["request"]
+        questions = "\n".join(f"- {name}: {question}" for name, question in content["criteria"].items())
+        system = f"{content['system']}\n\n{questions}"
+        filled = request.format(prompt="<prompt>", continuation="<continuation>")
+        if not names or "<prompt>" not in filled or "<continuation>" not in filled:
+            raise ValueError("there is no criterion, or the request lacks {prompt} or {continuation}")
+    except (OSError, ValueError, KeyError, AttributeError, IndexError) as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"'{path}' is not a criteria file ({reason}); fix it, following eval/judge.toml") from error
+    return Criteria(names, system, request, hashlib.sha256(data).hexdigest())
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptOptions:
+    """Recordings, and the length of prompts."""
+
+    corpus: str  # name, folder, Parquet path or glob of held-out recordings
+    dataset_path: str | None = None  # folder with a download of a named corpus
+    split: str | None = None  # split, if the folder contains several
+    audio_column: str = "audio"  # column with the recordings
+    speaker_column: str = "speaker"  # column with speakers, for shuffled pairs of two speakers
+    prompt_seconds: float = 3.0  # approximate length of a prompt, in seconds (at least 0.5)
+    recording_seconds: float | None = None  # minimum length of a recording, in seconds; default: twice --prompt_seconds
+    limit: int | None = None  # maximum number of recordings, chosen by the hash of their names; default: all
+
+    def __post_init__(self) -> None:
+        low, high = 1.25 * max(self.prompt_seconds, 0.5), MAX_RECORDING_SECONDS
+        if not (self.prompt_seconds >= 0.5 and low <= self.min_seconds <= high):
+            problem = f"--prompt_seconds is {self.prompt_seconds:g} and --recording_seconds {self.min_seconds:g}"
+            raise UserError(f"{problem}; set at least 0.5 s, and {low:g} to {high:g} s")
+
+    @property
+    def min_seconds(self) -> float:
+        """Minimum length of a recording, in seconds."""
+        return 2 * self.prompt_seconds if self.recording_seconds is None else self.recording_seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureOptions:
+    """Measures to compute."""
+
+    speaker_model: str | None = None  # hub id or folder of a WavLM x-vector model; default: no similarity
+    quality: Literal["distillmos", "aesthetics", "none"] = "distillmos"  # sound quality model; aesthetics: Audiobox
+    asr_model: str | None = None  # hub id or folder of an ASR model; default: no transcripts
+    language: str | None = None  # language code for multilingual ASR models, such as en; default: detect it
+    text_model: str | None = None  # hub id or folder of a language model; default: no perplexity
+    judge_model: str | None = None  # name of the model at --judge_url; default: no judge
+    judge_url: str | None = None  # URL of a server, such as http://localhost:8000/v1; default: OpenAI
+    judge_criteria: Path = Path("eval/judge.toml")  # TOML file with the judge's questions
+    listening_batch_size: int | None = None  # number of clips per batch of a measure; default: 8, on GPUs 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions:
+    """Flags of eval/generation.py."""
+
+    prompts: PromptOptions
+    model_name: str | None = None  # hub id or folder of a model; required without --wavs
+    wavs: Path | None = None  # folder with another system's files <prompt>.wav or <prompt>_<number>.wav
+    wavs_contain_prompt: bool = False  # the files in --wavs begin with their prompt
+    name: str | None = None  # name of the system; default: name of the model or folder
+    # Length and randomness of continuations. --seconds also limits WAVs and recordings.
+    sampling: SamplingOptions = field(default_factory=lambda: SamplingOptions(num_samples=5))
+    output_dir: Path = Path("results/generation")  # folder for the prompts and all systems
+    measures: MeasureOptions = field(default_factory=MeasureOptions)
+    codec: str | None = None  # hub id or folder of the codec; default: the model's codec
+    codec_sliding_window: bool | None = None  # sliding window of the codec; default: as for the training codes
+    batch_size: int | None = None  # number of samples per batch; default: 8, on GPUs 64
+    device: str | None = None  # torch device; default: the GPU if there is one, else the CPU
+    dtype: DecoderPrecision = "float32"  # precision of the decoder
+
+    def __post_init__(self) -> None:
+        if (self.model_name is None) == (self.wavs is None):
+            raise UserError("set either --model_name or --wavs")
+        needed = dict.fromkeys(("language", "text_model", "judge_model"), "asr_model")
+        for flag, other in {**needed, "judge_url": "judge_model"}.items():
+            if getattr(self.measures, flag) and getattr(self.measures, other) is None:
+                raise UserError(f"--{flag} needs --{other}; set --{other}, or remove --{flag}")
+        if self.measures.judge_model is not None:
+            read_criteria(self.measures.judge_criteria)
+        for options, flag in ((self, "batch_size"), (self.measures, "listening_batch_size"), (self.prompts, "limit")):
+            if (value := getattr(options, flag)) is not None and value < 1:
+                raise UserError(f"--{flag} is {value}; set it to 1 or more")
+        is_file_name = re.fullmatch(rf"(?!{RECONSTRUCTION})[A-Za-z0-9][A-Za-z0-9._-]*", self.system)
+        if not is_file_name or self.system in RESERVED:
+            raise UserError(f"--name is '{self.system}', which is reserved or not a file name; choose another name")
+
+    @property
+    def system(self) -> str:
+        """Name of the system and its result file."""
+        return self.name if self.name is not None else model_folder(str(self.model_name or self.wavs))
