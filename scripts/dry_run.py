@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass
 
 from llama_mimi.common.command_line import command
+from llama_mimi.common.errors import UserError
 
 
 @dataclass
@@ -17,6 +18,10 @@ class Options:
     num_gpus: int  # number of GPUs, over all nodes
     # memory of a GPU, in GB; a card of "80 GB" has 85, and CUDA, NCCL and fragmentation take the difference
     gpu_gb: float = 80.0
+
+    def __post_init__(self) -> None:
+        if self.num_gpus < 1:
+            raise UserError(f"--num_gpus is {self.num_gpus}; it must be positive")
 
 
 if __name__ == "__main__":

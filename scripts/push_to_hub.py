@@ -27,7 +27,8 @@ class Upload:
 
     model_name: Path  # folder from scripts/convert_dcp_to_hf.py
     repo: str  # repository on the hub, as owner/name
-    results: tuple[Path, ...] = ()  # folders with results of eval/ or of a study; the card shows those of this model
+    # folders with results of eval/ or of a study, of which the card shows those of this model; default: no results
+    results: tuple[Path, ...] = ()
     dry_run: Path | None = None  # new folder to write the upload to, without uploading it
     private: bool = False  # make a new repository private
     license: str | None = None  # license of the weights on the hub, such as llama3.2

@@ -202,8 +202,6 @@ def measure(job_config: Any, parallel_dims: ParallelDims, model: nn.Module) -> d
 
 def dry_run(num_gpus: int, gpu_gb: float, args: list[str]) -> None:
     """Print the model, its meshes and the memory of a GPU; exit with code 1 if it does not fit into ``gpu_gb``."""
-    if num_gpus < 1:
-        raise UserError(f"--num_gpus is {num_gpus}; it must be positive")
     init_logger()
     logger.setLevel(logging.ERROR)  # do not warn about missing folders
     job_config, parallel_dims = prepare(args, num_gpus)

@@ -27,7 +27,8 @@ These are the settings of this project, and settings of TorchTitan whose default
 def main() -> None:
     """Train a model; close checkpoints and metrics also after an error."""
     if {"-h", "--help"} & {*sys.argv[1:]}:
-        tyro.cli(JobConfig, prog="llama_mimi.train", description=HELP, args=["--help"], use_underscores=True)
+        settings = tyro.conf.DisallowNone[JobConfig]
+        tyro.cli(settings, prog="llama_mimi.train", description=HELP, args=["--help"], use_underscores=True)
     print_loading("PyTorch and TorchTitan")
     from llama_mimi.trainer import Trainer  # isort: skip  (first: it chooses the device)
     import torch
