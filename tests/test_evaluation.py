@@ -1,4 +1,4 @@
-"""From a benchmark to its result file: encoding, scoring, kills, ranks and result files."""
+"""Evaluation of a benchmark: encoding, scoring, kills, ranks and result files."""
 
 import copy
 import itertools
@@ -58,7 +58,7 @@ def some_clips(pattern="sample_1?_0.ogg"):
 
 
 def speech(tmp_path, name, seconds):
-    """Write a clip of a given length that repeats the prompt; return its path."""
+    """Repeat the prompt up to a given length and write this clip; return the clip's path."""
     samples_S = read_audio(TINY / "prompt.wav", 24_000).samples_S.numpy()
     path = tmp_path / name
     soundfile.write(path, np.resize(samples_S, round(seconds * 24_000)), 24_000)
@@ -108,7 +108,7 @@ def test_a_clip_that_cannot_be_used_stops_the_run(tmp_path, codec):
 
 
 def test_pairs_touched_by_the_cut_and_ties_are_counted(tmp_path, codec, model):
-    """Two recordings that are equal up to 20 s are a tie, also in a batch with other clips."""
+    """Two recordings that are equal up to 20 s are a tie, even in a batch with other clips."""
     long, exact, other = (speech(tmp_path, f"{s}.wav", s) for s in (22.0, 20.0, 19.5))
     samples = read_audio(long, 24_000).samples_S.numpy()
     samples[20 * 24_000 + 100 :] *= 0.5
@@ -151,7 +151,7 @@ def test_batches_score_as_clips_alone_do(tmp_path, encoded, model, as_released, 
 
 @pytest.mark.parametrize("levels", [None, (0,)])
 def test_preset_original_is_the_release_from_file_to_score(tmp_path, model, levels):
-    """Compare with a plain loop in stock `transformers`: one clip, codes as text, full logits, labels."""
+    """Compare with a plain loop in stock `transformers`: single clips, codes as text, full logits, labels."""
     codec = MimiCodec(str(TINY / "mimi"), 4, sliding_window=False)
     clips = some_clips()[:4]
     ids, codes = encode(codec, clips, tmp_path, as_released=True)
@@ -165,7 +165,7 @@ def test_preset_original_is_the_release_from_file_to_score(tmp_path, model, leve
 
 
 def test_other_audio_never_gets_the_scores_of_a_run_that_was_killed(tmp_path, codec, model):
-    """Scores belong to content: other files may have the same codes, and a clip may be cut."""
+    """A score depends on the codes and on whether the clip is cut, and not on the clip's name."""
     codes_TQ = codec.encode([read_audio(TINY / "prompt.wav", 24_000).samples_S])[0].numpy()
     clip, *others = (CodedClip("", np.roll(codes_TQ, shift, axis=0), 0.0, False) for shift in range(4))
     before = {"a": clip, **{f"x{i}": other for i, other in enumerate(others)}}
@@ -279,7 +279,7 @@ def test_result_files_explain_themselves(model_folder, some_pairs, tmp_path):
     run_ranks(1, command(model_folder, tmp_path, some_pairs, *flags, "--limit", "7"), tmp_path / "log")
     quick = report_of(tmp_path, "official-levels_0_1-grammar-limit_7")
     assert quick["notes"] == ["--limit 7: 7 of 40 pairs were scored"] and len(quick["pairs"]) == 7
-    whole = {pair["name"]: pair["positive_score"] for pair in report["pairs"]}  # from other batches
+    whole = {pair["name"]: pair["positive_score"] for pair in report["pairs"]}  # computed in other batches
     assert all(pair["positive_score"] == pytest.approx(whole[pair["name"]], abs=1e-5) for pair in quick["pairs"])
 
     run_ranks(1, command(model_folder, tmp_path, some_pairs, "--preset", "original"), tmp_path / "log")

@@ -69,7 +69,7 @@ PROMPT = clip(6)
 
 
 def stock_logits(model, codes_TQ, frame):
-    """Return logits from `transformers`, without a cache, for the next entry of a frame: the codes, then the end."""
+    """Return logits from `transformers`, without a cache, for the next entry of a frame: codes, then the end."""
     decoder, head, level = model.decoder, model.tokenizer.prefix_ids(), len(frame)
     if model.tokenizer.architecture == "flattened":
         vocabulary = model.tokenizer.vocabulary
@@ -128,7 +128,7 @@ CASES = [("flattened", 1), ("flattened", 4), ("flattened", 8), ("hierarchical", 
 
 @pytest.mark.parametrize(("architecture", "Q"), CASES)
 def test_greedy_is_that_of_stock_transformers(codec, architecture, Q):
-    """Compare a batch of prompts with different lengths, which has fewer rows than prompts, with single prompts."""
+    """Compare single prompts with a batch: prompts of different lengths, and fewer rows than prompts."""
     model = built(codec, architecture, Q)
     prompts = [clip(length, Q, seed=length) for length in (1, 9, 4, 17, 2)]
     found = all_samples(model, [Request(prompt_TQ, seed=0) for prompt_TQ in prompts], GREEDY, num_rows=3)
@@ -145,7 +145,7 @@ def test_greedy_is_that_of_stock_transformers(codec, architecture, Q):
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_compiled_step_draws_the_same(codec, architecture, monkeypatch):
-    """Compile for the CPU the step that a GPU runs as one graph, which attends to all positions under a mask."""
+    """Compile a GPU's step for the CPU. The step attends to all positions and masks the unused ones."""
     model = built(codec, architecture, n_layers=1)
     wanted = all_samples(model, [Request(clip(n), 0) for n in (3, 8)], GREEDY, num_rows=2)
     model.spare_caches.clear()
@@ -185,7 +185,7 @@ def test_a_sample_depends_on_prompt_and_seed_alone(model):
 @settings(max_examples=30, deadline=None)
 @given(st.integers(2, 12), st.integers(1, 12), st.floats(0.05, 1.0), st.floats(0.3, 3.0), st.integers(0, 2**30))
 def test_sampling_is_that_of_a_plain_loop(num_entries, top_k, top_p, temperature, seed):
-    """Draw from the fewest of the ``top_k`` most likely entries whose sum is ``top_p``, by their probabilities."""
+    """Draw from the fewest of the ``top_k`` most likely entries whose total probability is at least ``top_p``."""
     generator = torch.Generator().manual_seed(seed)
     logits_V = torch.randn(num_entries, generator=generator) * 2
     order = logits_V.argsort(descending=True).tolist()[:top_k]
@@ -198,7 +198,7 @@ def test_sampling_is_that_of_a_plain_loop(num_entries, top_k, top_p, temperature
         total += share
     wanted = np.zeros(num_entries)
     wanted[[entry for entry, _ in kept]] = np.array([share for _, share in kept]) / total
-    n = 4000  # at even steps, so that frequencies are exact to one step
+    n = 4000  # evenly spaced numbers, so that frequencies are exact to 1 / n
     sampling = Sampling(1, 0, 10, temperature, top_k, top_p)
     drawn_N = draw_entries(logits_V.expand(n, -1), sampling, (torch.arange(n) + 0.5) / n)
     found = torch.bincount(drawn_N, minlength=num_entries).numpy() / n
@@ -286,7 +286,7 @@ def test_text_comes_before_the_speech(codec):
         assert spoken[0][len(prompt_TQ), 0] == first
     model.decoder.config.update({"task": "a2a"})
     for without_text in (model, flattened(codec, 4, "audio")):
-        with pytest.raises(UserError, match="was trained without text; choose a model of the task 'tts'"):
+        with pytest.raises(UserError, match="was trained without text; train a model with --data.task tts"):
             continue_codes(without_text, PROMPT, options, "one")
     code, stderr = run_here("inference.py", "--text", os.fsdecode(b"caf\xe9"))
     assert code == 1 and r"--text 'caf\xe9' is not UTF-8" in stderr

@@ -1,4 +1,4 @@
-"""Measures compared with plain computations, replies of judges, and the whole command."""
+"""Measures (compared with plain computations), replies of judges, and the whole command."""
 
 import itertools
 import json
@@ -276,12 +276,12 @@ def test_replies_of_a_judge(tmp_path, serve, answer, expected, calls):
     found = judged(server, tmp_path)
     assert found == [expected if isinstance(expected, str) else {"judge/content": expected}] * 4
     assert len(server.requests) == calls
-    assert judged(server, tmp_path) == found  # only failures are asked again
+    assert judged(server, tmp_path) == found  # only failed requests are repeated
     assert len(server.requests) == calls + (calls if isinstance(expected, str) else 0)
 
 
 def test_each_reply_stays_with_its_question_and_is_kept(tmp_path, serve, monkeypatch):
-    """Replies arrive in another order than requests. The server fails at the last one, and works again later."""
+    """Replies arrive in another order than requests. The server fails at the last request, and works again later."""
     monkeypatch.setattr(judge_module, "RETRIES", 0)
 
     def by_number(request, number):

@@ -21,7 +21,7 @@ from llama_mimi.tokens.vocabulary import text_from_codes
 
 @pytest.fixture(scope="module")
 def models():
-    """Return random models with 4 and 8 levels, with tokenizers that do or do not add BOS."""
+    """Return random models by number of levels (4, 8) and by whether the tokenizer adds BOS."""
     made = {}
     for Q in (4, 8):
         tokenizer = load_speech_tokenizer(str(TINY / "llama"), str(TINY / "mimi"), Q)
@@ -43,7 +43,7 @@ def random_codes(num_frames, Q=4):
 def plain_mean(model, ids, scored_positions, *, is_grammar=False):
     """Return the mean log-likelihood of the tokens at some positions, from full logits.
 
-    With ``is_grammar`` the softmax is over the codes of a level and, at level 0, ``</audio>``.
+    With ``is_grammar``, the softmax is over the codes of a level and, at level 0, ``</audio>``.
     """
     vocabulary, Q = model.tokenizer.vocabulary, model.tokenizer.vocabulary.num_quantizers
     with torch.no_grad():
@@ -63,7 +63,7 @@ def plain_mean(model, ids, scored_positions, *, is_grammar=False):
 @pytest.mark.parametrize("Q", [4, 8])
 @pytest.mark.parametrize("levels", [None, (0,)])
 def test_preset_original_is_the_first_release(models, levels, Q, adds_bos, is_cut):
-    """The tokenizer reads text and may add BOS; cut clips also have ``</audio>``; positions determine the labels."""
+    """The tokenizer may add BOS. Cut clips also end with ``</audio>``. Positions determine the scored tokens."""
     model = models[Q, adds_bos]
     codes_TQ = random_codes(7, Q)
     ids = model.tokenizer.text_tokenizer(text_from_codes(codes_TQ)).input_ids

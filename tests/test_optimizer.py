@@ -1,4 +1,4 @@
-"""Steps that must not change weights, and an optimizer that keeps the settings of its config."""
+"""Steps that must not change weights, and an optimizer that keeps the settings of the current config."""
 
 import itertools
 from contextlib import nullcontext

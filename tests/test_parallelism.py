@@ -109,7 +109,7 @@ def folder(tmp_path_factory, request):
 
 
 def runs_of(items):
-    """Return the runs that the selected tests compare, with their runs in one process."""
+    """Return the runs that the selected tests compare, including the runs in one process."""
     here = [item for item in items if item.path == Path(__file__) and "run" in item.fixturenames]
     runs = [item.callspec.params["run"] for item in here]
     return list(dict.fromkeys(one for model, name in runs for one in ((model, "one process"), (model, name))))
@@ -117,7 +117,7 @@ def runs_of(items):
 
 def set_up():
     FLAVORS["tiny_untied"] = replace(FLAVORS["tiny"], enable_weight_tying=False)
-    # Each step has several chunks. Of 1,029 rows, two ranks have 515 and 514, which would give other chunk sizes.
+    # Each step has several chunks. Two ranks have 515 and 514 of 1,029 rows, so their chunk sizes would differ.
     cross_entropy.CHUNK_BYTES, cross_entropy.CHUNK_MULTIPLE = 4 * 514 * 127, 1
 
 

@@ -74,7 +74,7 @@ def test_samples_without_new_audio_are_counted():
 
 
 def test_killed_and_started_again_is_the_same_bytes(model, prompts, whole, tmp_path, monkeypatch, capsys):
-    """Each run is interrupted after another number of files, in the middle of a group."""
+    """Each run is interrupted in the middle of a group, after a different number of files."""
     write_wav, left = prompt_folder.write_wav, 0
 
     def failing(path, waveform):
@@ -141,7 +141,7 @@ def test_a_bad_prompt_is_named_and_the_others_go_on(model, prompts, tmp_path):
     assert content(output_dir).keys() == {f"{name}_{number}.wav" for name in ("0", longest) for number in (0, 1)}
     shutil.copy(prompts / "1.flac", folder / "0.flac")
     for bad_prompts, bad_output, message in (
-        (folder, output_dir, "'0.flac' and '0.wav' would have the same name"),
+        (folder, output_dir, "'0.flac' and '0.wav' would have the same file name"),
         (folder, folder / "out", "overlap; choose separate"),
         (folder, tmp_path, "overlap; choose separate"),
         (tmp_path / "none", output_dir, "has no .wav"),

@@ -32,7 +32,7 @@ TINY_STUDY = ROOT / "config" / "studies" / "tiny"
 
 
 def result_file(folder, model, corrects, benchmark="salmon", preset="official", voices=1, **changed):
-    """Write a result with the credits of each part, with `voices` pairs per group; return its path."""
+    """Write a result file with the credits of each part and `voices` pairs per group; return the file's path."""
     content = {
         "format": FORMAT,
         "benchmark": benchmark,
@@ -154,7 +154,7 @@ def test_mistakes_get_one_sentence(tmp_path, make):
     for folder, number in (("a", 3), ("b", 3), ("old", 2)):
         result_file(tmp_path / folder, "m", {"rir_consistency": [1]}, format=number)
     for folders, message in (
-        (["old"], "has format 2; expected 3. Remove it and re-run eval/"),
+        (["old"], "has format 2; expected 3. Remove the file and score again"),
         (["a", "b"], "repeats a result of m on salmon"),
         (["typo"], "typo' does not exist"),
     ):
@@ -195,7 +195,7 @@ of_samples = st.dictionaries(st.sampled_from("abcde"), st.lists(some_values, min
 @settings(max_examples=30, deadline=None)
 @given(of_samples, of_samples, st.lists(some_values, min_size=5, max_size=5))
 def test_systems_are_compared_on_the_same_samples(a, b, reference):
-    """Compare with a plain loop: a sample counts if each system that has any values has one for it."""
+    """Compare with a plain loop: a sample counts if it has a value of each system that has any values."""
     of_prompts = dict(zip("abcde", reference, strict=True))
     systems = {"a": a, "b": b, "r": of_prompts}
     rows = pd.concat([pd.DataFrame(samples(of)).assign(system=name, part="x") for name, of in systems.items()])
@@ -307,7 +307,7 @@ def test_measures_without_a_common_item_are_named_and_conditions_are_not_mixed(t
     for preset in ("official", "official-levels_0"):
         result_file(tmp_path, "a", {"rir_consistency": [1, 0]}, preset=preset)
     section = comparison(read_results([tmp_path]).items, "t", {"A": ["a"], "B": ["b"]}, None)
-    assert section.texts == ["No pair or prompt has values for all models in: speaker similarity."]
+    assert section.texts == ["No item has values of all models, so there is no row for: speaker similarity."]
     names = [row[0] for row in section.tables[0].rows]
     assert names == [f"SALMon rir consistency, {preset} (n = 2)" for preset in ("official-levels_0", "official")]
 
@@ -330,7 +330,7 @@ def tiny_study(tmp_path, monkeypatch):
 
 
 def test_the_committed_study_says_what_its_results_do(tmp_path, tiny_study):
-    """The values give the report, and the page on studies counts its differences."""
+    """The saved values reproduce the report. The page on studies counts the report's differences."""
     study, lines = tiny_study
     shutil.copy(TINY_STUDY / "results.parquet", tmp_path)
     text = write_report(study, lines).read_text()

@@ -115,12 +115,12 @@ def test_a_run_ends_with_a_validation(tmp_path):
         ("steps = [40, 20]", "stepz = [40]", r"\[\[tables\]\] has the unknown key 'stepz'; .* steps"),
         ("num_quantizers = [4, 8]", 'num_quantizers = ["4"]', r"sets num_quantizers to \['4'\]; expected list\[int\]"),
         ("[[override]]", "[override]", "is 'num_quantizers'; expected a section"),
-        ('hierarchical = "config/tiny_hierarchical.toml"\n', "", "has no file for the architecture 'hierarchical'"),
+        ('hierarchical = "config/tiny_hierarchical.toml"\n', "", "has no file for 'hierarchical'"),
         ("steps = [40, 20]", "steps = [0]", "training.steps is 0; set a positive"),
         ("assets/tiny/llama", "base-q{num_quantisers}", "settings use 'num_quantisers' in braces; use one of archit"),
-        ("seeds = [3, 5]", "seeds = [3, 3]", r"seeds is \[3, 3\]; use different numbers"),
+        ("seeds = [3, 5]", "seeds = [3, 3]", r"seeds is \[3, 3\]; use each number only once"),
         ("[generation]", '[launch]\ntrain = ["bash", "x"]\n[generation]', "set training.global_batch_size"),
-        (SALMON, SALMON + 'output_dir = "x"\n', "it sets output_dir, which only an axis"),
+        (SALMON, SALMON + 'output_dir = "x"\n', "it sets output_dir, which only axes"),
         ("num_quantizers = [8]", "num_quantizers = [8, 6]", r"'num_quantizers': \[6\].* applies to no variant"),
         (SALMON, SALMON + "limmit = 3\n", "Unrecognized options: --limmit, 3"),
         ('corpus = "x.parquet"', "seconds = 3", "Missing from"),
@@ -151,7 +151,7 @@ def test_steps_of_a_budget(tmp_path):
     ("architecture", "share"), [("flattened", 1.0), ("hierarchical", 1.0), ("hierarchical", 1 / 16)]
 )
 def test_a_step_costs_what_pytorch_counts_of_the_stock_model(tmp_path, architecture, share):
-    """Count forward and backward of a sequence of 64 frames; a fraction of them trains the depth decoder."""
+    """Count the FLOPs of forward and backward for 64 frames. A fraction of the frames trains the depth decoder."""
     study = read_study(written(tmp_path))
     flags = study.flags(next(variant for variant in study.variants if variant.architecture == architecture))
     flops = step_flops({**flags, "model.depth_train_fraction": share, "training.local_batch_size": 1}, 1)
@@ -165,7 +165,7 @@ def test_a_step_costs_what_pytorch_counts_of_the_stock_model(tmp_path, architect
             model = CsmForConditionalGeneration(csm_config(args, codec=str(TINY / "mimi"), num_quantizers=Q))
             inputs = {"inputs_embeds": torch.zeros(1, T, args.dim, requires_grad=True)}
             codes_NQ = torch.zeros(round(share * T), Q, dtype=torch.long)
-        model.set_attn_implementation("eager")  # its backward recomputes nothing
+        model.set_attn_implementation("eager")  # the backward pass of this attention recomputes nothing
         with FlopCounterMode(display=False) as counter:
             if architecture == "flattened":
                 total = model(**inputs).logits.sum()
@@ -193,7 +193,7 @@ def test_the_shipped_studies_can_be_planned(capsys):
 
 
 class Played:
-    """A study with stand-in commands, which write files like the real ones and are recorded."""
+    """A study with stand-in commands. They are recorded, and they write files like the real commands."""
 
     def __init__(self, study, breaks=()):
         self.study, self.done, self.breaks = study, [], breaks  # (script, part of a path) of failing commands
@@ -229,7 +229,7 @@ class Played:
 
 
 def whole(played):
-    """Run the whole study; return the lines of its index, and its report."""
+    """Run the whole study; return the lines of the index, and the report."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("llama_mimi.study.run.start", played.start)
         train_and_score(played.study, played.study.runs)
@@ -241,7 +241,7 @@ def whole(played):
 
 
 def test_a_study_is_done_once(tmp_path, capsys):
-    """Finished commands are not repeated, but an interrupted training is, to get the bits of its last step."""
+    """Finished commands are not repeated. An interrupted training is repeated, so that its last step has bits."""
     played = Played(read_study(written(tmp_path)))
     lines, report = whole(played)
     assert "generation is done; 50 of 50 steps, left: about 0:00:00" in capsys.readouterr().out

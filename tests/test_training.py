@@ -108,7 +108,7 @@ def test_golden_loss_curve(golden_run, pytestconfig):
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", [{}, HIERARCHICAL], ids=["flattened", "hierarchical"])
 def test_a_killed_run_continues_as_if_it_had_not_been(tmp_path, variant):
-    """With gradient accumulation, two loader workers and asynchronous checkpoints."""
+    """The run has gradient accumulation, two loader workers and asynchronous checkpoints."""
     settings = {"training.steps": 4, "checkpoint.interval": 2, "checkpoint.async_mode": "async", **variant}
     settings |= {"training.local_batch_size": 2, "training.global_batch_size": 8, "training.dataloader.num_workers": 2}
     whole = train(2, tmp_path / "whole", settings)
@@ -244,7 +244,7 @@ def test_a_run_equals_a_plain_loop_over_hugging_face(base_model, tmp_path, setti
 
 @pytest.mark.slow
 def test_torchtitans_entry_point_is_the_same_trainer(base_model, tmp_path):
-    """It also prepares runs: an empty checkpoint folder does not prevent that initial weights are loaded."""
+    """TorchTitan's entry point also prepares runs: it loads initial weights despite an empty checkpoint folder."""
     program = tmp_path / "torchtitan_train.py"  # on a GPU `-m torchtitan.train`
     program.write_text(
         "import runpy\nfrom llama_mimi.common.cpu import use_cpu_without_gpu\n"
@@ -311,7 +311,7 @@ def test_packed_ranks_equal_hugging_face_clip_by_clip(base_model, tmp_path, tp):
 def test_hierarchical_ranks_equal_transformers(tmp_path):
     """8 steps of FSDP equal a plain loop over `CsmForConditionalGeneration` with the same initial weights.
 
-    Clips are cut, because the end has one embedding here and one per level in CSM, so that Adam's updates differ.
+    Clips are cut, so that they have no end: the end has one embedding here, but one embedding per level in CSM.
     """
     settings = {"model.architecture": "hierarchical", "data.max_audio_seconds": 0.8, "optimizer.lr": 5e-4}
     settings |= {"lr_scheduler.warmup_steps": 0, "lr_scheduler.decay_ratio": 0.0, "training.steps": 8}

@@ -21,7 +21,7 @@ SALMON_PARTS = (
     "bg_alignment bg_all_consistency bg_domain_consistency gender_consistency "
     "rir_consistency sentiment_alignment sentiment_consistency speaker_consistency"
 ).split()
-# Data sets on the hub and their parts. sWUGGY and sBLIMP are dev splits, because the test answers are secret.
+# Data sets on the hub, and names of their parts. sWUGGY and sBLIMP are dev splits: the test answers are secret.
 SLM21_TABLES = {"sWUGGY": "lexical_dev", "sBLIMP": "syntactic_dev"}
 STORYCLOZE_TABLES = ("sStoryCloze", "tStoryCloze")
 # Numbers of pairs in the published data sets.
@@ -31,8 +31,8 @@ OFFICIAL_PAIRS = {
     "syntactic_dev": 25_200,  # 6,300 sentences in 4 voices, arXiv 2011.11588 and the hub's table
     **dict.fromkeys(STORYCLOZE_TABLES, 1_871),  # arXiv 2305.13009
 }
-# (lowest count in LibriSpeech, label) for each band, copied from sLM21's own tool. Its labels are off by one: the band
-# "6-20" includes words with a count of 5.
+# (lowest count in LibriSpeech, label) for each band, copied from sLM21's tool. The tool's labels are off by one: the
+# band "6-20" includes words with a count of 5.
 FREQUENCY_BANDS = ((0, "oov"), (1, "1-5"), (5, "6-20"), (20, "21-100"), (100, ">100"))
 
 
@@ -66,7 +66,7 @@ class Pair:
 
     part: str
     name: str
-    group: str  # for example a word; the preset "official" first averages its pairs (voices)
+    group: str  # such as a word; the preset "official" first averages the pairs (voices) of a group
     positive: Clip
     negative: Clip
     labels: Mapping[str, str] = field(default_factory=dict)  # more categories, such as {"type": "agreement"}
@@ -87,7 +87,7 @@ class Benchmark:
 
 
 def limited(benchmark: Benchmark, limit: int) -> Benchmark:
-    """Return a benchmark with ``limit`` groups from each part, chosen by the hash of their names."""
+    """Return a benchmark with at most ``limit`` groups of each part, chosen by a hash of part and group name."""
     drawn: dict[str, set[str]] = defaultdict(set)
     groups = {(pair.part, pair.group) for pair in benchmark.pairs}
     for part, group in sorted(groups, key=lambda names: hashlib.sha256("/".join(names).encode()).digest()):
@@ -109,7 +109,7 @@ def data_kind(source: str, pairs: list[Pair]) -> str:
 def read_salmon(source: str) -> Benchmark:
     """Read SALMon: files ``<part>/sample_<index>_<k>.wav``, or a table for each part.
 
-    The first file of an index is positive, the others are negative. The parts ``all`` and ``all_*`` are not read.
+    The first file of an index is positive; its other files are negative. The parts ``all`` and ``all_*`` are not read.
     """
     benchmark = _read_tables(source, ("positive_audio", "negative_audio"))
     for folder in (folder for folder in _folders(Path(source)) if folder.name.split("_")[0] != "all"):
@@ -118,7 +118,7 @@ def read_salmon(source: str) -> Benchmark:
             samples[index].append(Clip(path.name, path))
         for index, (positive, *negatives) in samples.items():
             if not negatives:
-                raise UserError(f"'{positive.source}' is the only file with its index; add the other one, or remove it")
+                raise UserError(f"no other file has the index of '{positive.source}'; add one, or remove this file")
             benchmark.pairs.extend(Pair(folder.name, str(index), clip.name, positive, clip) for clip in negatives)
     return _not_empty(benchmark, source, "<part>/sample_<index>_<k>.wav")
 
@@ -126,13 +126,13 @@ def read_salmon(source: str) -> Benchmark:
 def read_slm21(source: str) -> Benchmark:
     """Read sLM21: folders ``{lexical,syntactic}/{dev,test}`` (sWUGGY, sBLIMP) with audio and ``gold.csv``, or tables.
 
-    The two rows of a lexical pair have the same id and voice; the id is the group. A syntactic pair is two consecutive
+    The two rows of a lexical pair have the same id and voice; the group is the id. A syntactic pair is two consecutive
     rows; the group is type, subtype and id. A test split without ``gold.csv`` is scored for the submission only.
     """
     benchmark = _read_tables(source, ("positive", "negative"), SLM21_TABLES)
     names = {folder.name for folder in _folders(Path(source))}
     if names & {"lexical", "syntactic"} and (odd := names - {"lexical", "syntactic", "phonetic", "semantic"}):
-        raise UserError(f"'{Path(source, min(odd))}' is not a folder of sLM21; rename it or move it elsewhere")
+        raise UserError(f"'{Path(source, min(odd))}' is not a folder of sLM21; rename it, or move it out of --data_dir")
     for folder in (folder for task in ("lexical", "syntactic") for folder in _folders(Path(source, task))):
         split = f"{folder.parent.name}/{folder.name}"
         files = {stem: Clip(path.name, path, split) for (stem,), path in _files_by(folder, ".*").items()}
@@ -142,7 +142,7 @@ def read_slm21(source: str) -> Benchmark:
             benchmark.unpaired.extend(files.values())
             benchmark.notes.append(f"'{folder}' has no gold.csv: {len(files):,} clips are for the submission only")
         else:
-            raise UserError(f"'{folder}' has no gold.csv with the answers; add the file, or move the folder elsewhere")
+            raise UserError(f"'{folder}' has no gold.csv with the answers; add the file, or remove the folder")
     return _not_empty(benchmark, source, "{lexical,syntactic}/{dev,test}/gold.csv")
 
 
@@ -160,12 +160,12 @@ def _gold_pairs(gold: Path, part: str, files: Mapping[str, Clip]) -> Iterator[Pa
         found[(row["id"], row["voice"]) if is_lexical else index // 2].append(row)
     listed, present = Counter(row["filename"] for row in rows), Counter(files.keys())
     if odd := (listed - present) | (present - listed):
-        raise UserError(f"'{min(odd)}' must occur once in '{gold}' and once in its folder; copy both again")
+        raise UserError(f"'{min(odd)}' must occur once in '{gold}' and once in that folder; copy the folder again")
     for pair in found.values():
         places = {(row["id"], row["voice"]) for row in pair}
         if len(places) > 1 or sorted(row["correct"] for row in pair) != ["0", "1"]:
             names = "', '".join(row["filename"] for row in pair)
-            raise UserError(f"'{gold}': '{names}' must have one id, one voice and one correct row; copy the file again")
+            raise UserError(f"'{gold}': '{names}' must have one id and voice, and one correct row; copy the file again")
         wrong, right = sorted(pair, key=lambda row: row["correct"])
         group = right["id"] if is_lexical else "_".join(right.get(key, "") for key in ("type", "subtype", "id"))
         clips = files[right["filename"]], files[wrong["filename"]]
@@ -181,7 +181,7 @@ def _labels(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def read_storycloze(source: str) -> Benchmark:
-    """Read StoryCloze: pairs (positive, negative) of consecutive numbered files, or tables.
+    """Read StoryCloze: tables, or numbered files. Two consecutive files are a pair (positive, negative).
 
     If the files are in subfolders, such as sStoryCloze and tStoryCloze, each subfolder is a part.
     """
@@ -189,11 +189,11 @@ def read_storycloze(source: str) -> Benchmark:
     root = Path(source)
     folders = [folder for folder in _folders(root) if _audio_files(folder)]
     if folders and (odd := _audio_files(root)):
-        raise UserError(f"'{odd[0]}' is outside the subfolders with stories; move it, or choose one subfolder")
+        raise UserError(f"'{odd[0]}' is outside the subfolders; move it into one, or set --data_dir to a subfolder")
     for folder in folders or [root]:
         files = sorted(_files_by(folder, r"(\d+).*").items())
         if len(files) % 2:
-            raise UserError(f"'{folder}' has an odd number of files, up to '{files[-1][1].name}'; copy it again")
+            raise UserError(f"'{folder}' has an odd number of files, up to '{files[-1][1].name}'; copy all files again")
         gaps = []
         for ((i,), a), ((j,), b) in zip(files[::2], files[1::2], strict=True):
             benchmark.pairs.append(Pair(folder.resolve().name, a.stem, a.stem, Clip(a.name, a), Clip(b.name, b)))
@@ -213,11 +213,11 @@ def _audio_files(folder: Path) -> list[Path]:
 
 
 def _files_by(folder: Path, pattern: str) -> dict[tuple[Any, ...], Path]:
-    """Return the audio files of a folder, by the numbers that a pattern finds in their stems, or else by stem."""
+    """Return the audio files of a folder. A key has the numbers that a pattern finds in the stem, or else the stem."""
     files: dict[tuple[Any, ...], Path] = {}
     for path in _audio_files(folder):
         if (match := re.fullmatch(pattern, path.stem)) is None:
-            raise UserError(f"the name of '{path}' does not match '{pattern}'; rename the file or move it elsewhere")
+            raise UserError(f"the name of '{path}' does not match '{pattern}'; rename the file, or move it elsewhere")
         key = tuple(map(int, match.groups())) or (path.stem,)
         if key in files:
             raise UserError(f"'{path}' and '{files[key]}' have the same number or name; remove one of them")
@@ -232,10 +232,10 @@ def _not_empty(benchmark: Benchmark, source: str, layout: str) -> Benchmark:
 
 
 def _read_tables(source: str, columns: tuple[str, str], names: Collection[str] | None = None) -> Benchmark:
-    """Read a benchmark that is stored as tables with a pair in each row; return no pairs for a folder with audio files.
+    """Read a benchmark from tables with one pair in each row. The result has no pairs if the folder has audio files.
 
-    ``source`` is a hub id, of the owner or of one data set, or a downloaded folder with the same name. ``names`` are
-    the benchmark's data sets; if None, each configuration of ``source`` is a part.
+    ``source`` is an owner or one data set on the hub, or a downloaded folder with that name. ``names`` are the data
+    sets of the benchmark; if None, each configuration of ``source`` is a part.
     """
     benchmark, root = Benchmark([]), Path(source)
     if (is_folder := root.is_dir()) and find_files(source, ENDINGS):
@@ -254,7 +254,7 @@ def _read_tables(source: str, columns: tuple[str, str], names: Collection[str] |
     except Exception as error:  # `datasets` passes on any error of its readers and of the network
         raise UserError(
             f"'{source}' is neither a folder in the official layout nor a data set of the hub ({first_line(error)}); "
-            f"download it again and set --data_dir to its folder"
+            f"download the data again, and set --data_dir to the new folder"
         ) from error
     for name, dataset in loaded.items():
         _add_table(benchmark, name, dataset, columns)
@@ -264,7 +264,7 @@ def _read_tables(source: str, columns: tuple[str, str], names: Collection[str] |
 def _add_table(benchmark: Benchmark, name: str, dataset: Dataset, columns: tuple[str, str]) -> None:
     if not set(columns) <= set(dataset.column_names):
         found = ", ".join(dataset.column_names)
-        raise UserError(f"'{name}' has the columns {found}; choose a data set with {' and '.join(columns)}")
+        raise UserError(f"'{name}' has the columns {found}; choose a data set with the columns {' and '.join(columns)}")
     audio = {column: dataset.select_columns([column]).cast_column(column, Audio(decode=False)) for column in columns}
     others = dataset.remove_columns(list(columns))
     rows = list(others) if others.column_names else [{}] * len(dataset)

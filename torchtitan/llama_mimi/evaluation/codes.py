@@ -1,4 +1,4 @@
-"""Cache of codes of benchmark clips: Parquet shards that a second model or preset reads again.
+"""Cache for the codes of benchmark clips, in Parquet shards. A second model with the same codec reads these codes.
 
 The ``id`` of a row is the SHA-256 of the audio file. The folder's name is a hash of the codec and all settings.
 """
@@ -25,7 +25,7 @@ from llama_mimi.evaluation.benchmarks import Clip
 STORED_LEVELS = 8  # quantizer levels in the cache; models with fewer levels use the first ones
 CLIPS_PER_CHUNK = 64  # number of clips that are encoded and written together
 READERS = 4  # threads that read and resample audio
-ENCODING = 2  # increase it after a change in how clips are read, resampled, cut or encoded
+ENCODING = 2  # increase this number after a change in how clips are read, resampled, cut or encoded
 
 
 def encode_clips(
@@ -42,7 +42,7 @@ def encode_clips(
     Args:
         codes_dir: parent folder of the caches, a local or fsspec path.
         max_seconds: maximum length of a clip; longer clips are cut.
-        as_released: encode single clips and let the codec handle a partial last frame, as the first release does.
+        as_released: encode clips one by one and let the codec handle a partial last frame, as the first release does.
     """
     deep = codec.at_depth(max(codec.num_quantizers, min(STORED_LEVELS, codec.config.num_quantizers)))
     settings = {
@@ -63,7 +63,7 @@ def encode_clips(
             known[row["id"]] = CodedClip(row["id"], row["codes"], 0.0, row["is_cut"])
 
     def read(clip: Clip) -> tuple[str, Waveform | None]:
-        """Return the SHA-256 of a clip's file, and the waveform if its codes are not in the cache."""
+        """Return the SHA-256 of a clip's file, and the waveform if the clip's codes are not in the cache."""
         content = clip.source.read_bytes()
         if (audio_id := hashlib.sha256(content).hexdigest()) in known:
             return audio_id, None
@@ -79,7 +79,7 @@ def encode_clips(
     audio_ids: list[str] = []
     with ThreadPoolExecutor(READERS) as pool:
         read_chunks = (pool.map(read, chunk) for chunk in chunks)
-        ahead = pairwise(chain(read_chunks, [None]))  # the next chunk is read while this one is encoded
+        ahead = pairwise(chain(read_chunks, [None]))  # the next chunk is read while a chunk is encoded
         for chunk, _ in tqdm(ahead, total=len(chunks), desc="codes", unit="chunk", disable=ranks.rank > 0):
             chunk = list(chunk)
             audio_ids += [audio_id for audio_id, _ in chunk]

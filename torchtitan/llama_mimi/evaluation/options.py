@@ -19,10 +19,11 @@ class Scoring:
 
     Args:
         levels: quantizer levels to score; None means all. ``</audio>`` is also scored, if present.
-        as_released: score as the first release does: BOS only if the tokenizer adds it, and ``</audio>`` also after a
-            cut clip. If ``levels`` is None, all tokens after the first are scored, including ``<audio>``. If it is
-            ``(0,)``, every Q-th token from position 2 is scored: with BOS level 0 and ``</audio>``, else level 1.
-        likelihood: softmax over the vocabulary, or "grammar": over the level's codes and, at level 0, ``</audio>``.
+        as_released: score as the first release does. A sequence has BOS only if the tokenizer adds BOS, and it has
+            ``</audio>`` even if the clip is cut. If ``levels`` is None, all tokens after the first are scored,
+            including ``<audio>``. If ``levels`` is ``(0,)``, every Q-th token from position 2 is scored. These tokens
+            are level 0 and ``</audio>`` in a sequence with BOS, or level 1 in a sequence without BOS.
+        likelihood: "softmax" over the vocabulary, or "grammar" over the codes of a level (level 0: also ``</audio>``).
     """
 
     levels: tuple[int, ...] | None
@@ -56,7 +57,7 @@ class EvaluationOptions:
     max_audio_seconds: float = MAX_AUDIO_SECONDS  # maximum length of a clip, in seconds; longer clips are cut
     preset: Literal["official", "original"] = "official"  # scoring rule: the benchmark's own, or the first release's
     levels: str | None = None  # quantizer levels to score: "all" or a list such as 0,1; default: all for SALMon, else 0
-    likelihood: Likelihood = "softmax"  # softmax over the vocabulary, or (grammar) over possible tokens
+    likelihood: Likelihood = "softmax"  # softmax: over the vocabulary; grammar: over the tokens valid at a position
     limit: int | None = None  # maximum number of pairs (words, sentences) in each part; default: all
 
     def __post_init__(self) -> None:
@@ -84,6 +85,6 @@ class EvaluationOptions:
 
 
 def model_folder(model_name: str) -> str:
-    """Return the name of a model's result folder: the last part of its path or hub id."""
+    """Return the name of a model's result folder: the last part of the model's path or hub id."""
     path = Path(model_name)
     return path.resolve().name if path.is_dir() else path.name

@@ -17,16 +17,16 @@ Result = dict[str, Any]
 
 
 def check_earlier(path: Path, header: Mapping[str, Any]) -> list[str]:
-    """Return a notice if the earlier result has other weights; raise a `UserError` for other data or settings."""
+    """Return a notice if the earlier result is from other weights; raise a `UserError` if data or settings differ."""
     earlier = read_json(str(path.parent), path.name)
     if earlier is None:
         return []
     current = {key: header[key] for key in ("format", "model", "data")}
     current["codec"] = {key: header["codec"][key] for key in ("sha256", "sliding_window")}
     current["settings"] = {key: header["settings"][key] for key in ("dtype", "max_audio_seconds")}
-    require_same(earlier, current, f"'{path}'", "choose another --output_dir, or move the file")
+    require_same(earlier, current, f"'{path}'", "choose another --output_dir, or move the file to another folder")
     weights = str(earlier.get("model_sha256"))
-    return [] if weights == header["model_sha256"] else [f"replaced '{path}' from other weights ({weights[:12]})"]
+    return [] if weights == header["model_sha256"] else [f"replaced '{path}', made from other weights ({weights[:12]})"]
 
 
 def results(
@@ -37,7 +37,7 @@ def results(
     scoring: Scoring,
     mean_of: Sequence[str],
 ) -> Result:
-    """Return accuracies by part, the mean over ``mean_of``, and all pairs. ``audio_ids`` has the order of the clips."""
+    """Return accuracies of parts, the mean over ``mean_of``, and all pairs. ``audio_ids`` have the clips' order."""
     pairs = []
     for pair, *ids in zip(benchmark.pairs, audio_ids[::2], audio_ids[1::2], strict=False):
         positive, negative = (scores[audio_id] for audio_id in ids)
@@ -54,9 +54,9 @@ def results(
 
 
 def part_results(pairs: Sequence[Mapping[str, Any]], *, by_group: bool) -> dict[str, Result]:
-    """Return accuracy, 95 % interval and counts for each part, and the same for each value of each label ("by").
+    """Return accuracy, 95 % interval and counts of each part. The entry "by" has these for each value of each label.
 
-    With ``by_group``, the pairs of a group, such as the voices of a word, are averaged first; "count" counts groups.
+    With ``by_group``, the pairs of a group (such as the voices of a word) are averaged first; "count" counts groups.
     """
     members: dict[tuple[str, ...], list[Mapping[str, Any]]] = defaultdict(list)
     for pair in pairs:
@@ -89,7 +89,7 @@ def part_results(pairs: Sequence[Mapping[str, Any]], *, by_group: bool) -> dict[
 def mean_of_parts(results: Mapping[str, Result], parts: Sequence[str]) -> Result | None:
     """Return the unweighted mean accuracy of k parts, or None if one is missing.
 
-    The interval is Wilson's for k^2 / sum(1/n_i) pairs. If all parts have the same size, this is the number of pairs.
+    The interval is Wilson's for k^2 / sum(1/n_i) pairs, which is the number of pairs if all parts have the same size.
     """
     if any(part not in results for part in parts):
         return None
@@ -117,7 +117,7 @@ def summary(report: Result) -> list[str]:
     if (mean := report.get("mean_of_parts")) is not None:
         lines.append(f"mean over parts: {shown(mean)}")
     elif "mean_of_parts" in report:
-        lines.append(f"no mean over parts, because these are missing: {', '.join(report['missing_parts'])}")
+        lines.append(f"no mean over parts, because these parts are missing: {', '.join(report['missing_parts'])}")
     return lines
 
 

@@ -27,7 +27,7 @@ def score_clips(
 ) -> dict[str, float]:
     """Return scores by clip. Clips with equal codes have equal scores; scores in ``log`` are not computed again.
 
-    ``batch_tokens`` is the maximum size of a batch including padding. A score that is not finite raises a `UserError`.
+    ``batch_tokens``: maximum number of tokens in a batch, including padding. Scores that are not finite raise an error.
     """
 
     def content_hash(clip: CodedClip) -> str:
@@ -36,7 +36,7 @@ def score_clips(
 
     keys = {name: content_hash(clip) for name, clip in codes.items()}
     unique = {keys[name]: clip for name, clip in codes.items()}
-    order = sorted(unique)  # batches depend only on the codes, so a resumed run has the same ones
+    order = sorted(unique)  # batches depend only on the codes, so a resumed run has the same batches
     plan = bucket_by_length([unique[key].codes_TQ.size for key in order], batch_tokens)
     plan.reverse()  # if memory is too small, the first batch fails
     batches = [{order[i]: unique[order[i]] for i in batch} for batch in plan]

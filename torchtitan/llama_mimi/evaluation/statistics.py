@@ -20,18 +20,18 @@ def wilson_interval(accuracy: float, count: float) -> tuple[float, float]:
     center = accuracy + z**2 / (2 * count)
     half = z * math.sqrt(accuracy * (1 - accuracy) / count + z**2 / (4 * count**2))
     scale = 1 + z**2 / count
-    # The interval must include the accuracy, also after rounding at 0 and 1.
+    # The interval must include the accuracy, even after rounding at 0 and 1.
     return max(0.0, min(accuracy, (center - half) / scale)), min(1.0, max(accuracy, (center + half) / scale))
 
 
 def bootstrap_interval(*parts: Sequence[float]) -> tuple[float, float]:
-    """Return the percentile bootstrap interval of the mean over parts, which are resampled separately.
+    """Return the percentile bootstrap interval of the mean over parts. Each part is resampled separately.
 
     Most measures have one part; the mean of SALMon has eight. The same values give the same interval. A part needs at
     least two values. (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3.)
     """
     if not parts or min(map(len, parts)) < 2:
-        raise ValueError("fewer than two values have no interval; give at least two for each part")
+        raise ValueError("fewer than two values have no interval; give at least two values for each part")
     found = stats.bootstrap(
         [np.asarray(part, dtype=np.float64) for part in parts],
         lambda *some, axis: np.mean([part.mean(axis=axis) for part in some], axis=0),
@@ -51,5 +51,5 @@ def seed_half_width(values_S: Sequence[float]) -> float | None:
 
 
 def sign_test(num_better: int, num_worse: int) -> float:
-    """Return the p-value of the exact sign test, which for pairs is McNemar's exact test (McNemar 1947)."""
+    """Return the p-value of the exact sign test. For pairs, this is McNemar's exact test (McNemar 1947)."""
     return float(stats.binomtest(num_better, num_better + num_worse).pvalue) if num_better + num_worse else 1.0

@@ -17,7 +17,7 @@ from llama_mimi.generation.options import SamplingOptions
 from llama_mimi.generation.speech_model import SpeechModel
 
 ROWS = 16  # maximum number of samples of one prompt in a batch
-MAX_PROMPT_SECONDS = 60.0  # three times the longest clip of the paper's training
+MAX_PROMPT_SECONDS = 60.0  # three times the longest training clip of the paper
 
 
 def for_model(options: SamplingOptions, model: SpeechModel) -> Sampling:
@@ -35,7 +35,7 @@ def for_model(options: SamplingOptions, model: SpeechModel) -> Sampling:
 
 
 def checkpoint_note(model: SpeechModel, options: SamplingOptions) -> str | None:
-    """Return one line that names the defaults of this checkpoint that differ from the usual ones, or None."""
+    """Return a line with the unusual defaults of a checkpoint, or None if it has none."""
     used = []
     if options.top_p is None and model.top_p != 1:
         used.append(f"--top_p {model.top_p} (its generation config)")
@@ -45,16 +45,16 @@ def checkpoint_note(model: SpeechModel, options: SamplingOptions) -> str | None:
 
 
 def read_prompt(path: str, codec: MimiCodec | None = None) -> Waveform:
-    """Read a prompt of up to `MAX_PROMPT_SECONDS`; with a codec, resample it and require at least one frame."""
+    """Read a prompt of up to `MAX_PROMPT_SECONDS`; with a codec, resample the prompt and require at least one frame."""
     rate_hz, min_samples = (codec.sample_rate_hz, codec.frame_size) if codec else (None, 1)
     prompt = read_audio(path, rate_hz, max_seconds=MAX_PROMPT_SECONDS, min_samples=min_samples)
     if prompt.is_cut and prompt.seconds >= MAX_PROMPT_SECONDS:
-        raise AudioError("too long", f"the prompt '{path}' is longer than {MAX_PROMPT_SECONDS:g} s; shorten it")
+        raise AudioError("too long", f"the prompt '{path}' is longer than {MAX_PROMPT_SECONDS:g} s; shorten the file")
     return prompt
 
 
 def encode_prompts(model: SpeechModel, prompts: Sequence[Waveform], options: SamplingOptions) -> list[torch.Tensor]:
-    """Return the codes_TQ of prompts at the codec's sample rate; see `SamplingOptions.last_frame`."""
+    """Encode prompts that have the codec's sample rate; return their codes_TQ. See `SamplingOptions.last_frame`."""
     samples = [prompt.samples_S for prompt in prompts]
     if (options.last_frame or model.last_frame) == "codec":
         return [model.codec.encode_as_released(samples_S) for samples_S in samples]
@@ -95,7 +95,7 @@ def with_progress(drawn: Drawn, num_samples: int, max_frames: int, frame_rate_hz
 
 
 def finished(drawn: Drawn, num_quantizers: int) -> Iterator[tuple[int, torch.Tensor, FinishReason, float]]:
-    """Yield each sample of `decode` when it ends: number, new frames (T, Q), finish reason and start time."""
+    """Yield a tuple when a sample of `decode` ends: number, new frames (T, Q), finish reason and start time."""
     samples: dict[int, tuple[float, list[torch.Tensor]]] = {}
     for number, new in drawn:
         began, frames = samples.setdefault(number, (time.perf_counter(), [torch.zeros(0, num_quantizers).long()]))

@@ -1,4 +1,4 @@
-"""The decoding loop of both architectures, which draws the frames of a batch of samples."""
+"""Decoding loop that draws the frames of a batch of samples, for both architectures."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,7 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.generation.speech_model import SpeechModel
 from llama_mimi.tokens.vocabulary import has_text
 
-POSITION_STEP = 256  # capacities are multiples of it, so that most caches have the same size
+POSITION_STEP = 256  # capacities are multiples of this number, so that most caches have the same size
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Sampling:
     window_frames: int  # maximum length of prompt and new audio that the model sees at once
     temperature: float  # 0 means the most likely entry
     top_k: int  # draw from the k most likely entries
-    top_p: float  # draw from the fewest of these whose probabilities sum to p
+    top_p: float  # draw from the fewest of these k entries whose total probability is at least p
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,11 @@ def decode(model: SpeechModel, requests: Sequence[Request], sampling: Sampling, 
     """Draw samples, ``num_rows`` at a time; when a sample ends, the next one takes its place.
 
     When the window is full, keep the start of the prompt (up to a quarter of the window) and the last half of the
-    window. No position is then larger than in training.
+    window. Positions are therefore never larger than in training.
 
     Returns:
-        An iterator that yields ``(request number, next frame (Q,) on the CPU)``, and finally
-        ``(request number, FinishReason)``. It raises a `UserError` if the logits are not finite.
+        An iterator that yields ``(request number, next frame (Q,) on the CPU)`` and, at the end of a sample,
+        ``(request number, FinishReason)``. The iterator raises a `UserError` if the logits are not finite.
 
     Raises:
         UserError: the window does not fit into the model's context, or the model was trained without text.
@@ -76,7 +76,7 @@ def decode(model: SpeechModel, requests: Sequence[Request], sampling: Sampling, 
     if any(request.text is not None for request in requests):
         task = getattr(model.decoder.config, "task", "tts")  # a released checkpoint has no task
         if task != "tts" or not has_text(model.tokenizer.text_tokenizer):
-            raise UserError("--text is set, but the model was trained without text; choose a model of the task 'tts'")
+            raise UserError("--text is set, but the model was trained without text; train a model with --data.task tts")
     window = min(sampling.window_frames, sampling.max_frames + max(len(request.prompt_TQ) for request in requests))
     longest_prefix = max(len(model.tokenizer.prefix_ids(request.text)) for request in requests)
     capacity = longest_prefix + window * model.tokenizer.positions_per_frame
@@ -85,7 +85,7 @@ def decode(model: SpeechModel, requests: Sequence[Request], sampling: Sampling, 
         problem = f"text and a window of {window:,} frames take {capacity:,} positions"
         raise UserError(f"{problem}, more than the model's context of {context:,}; lower --window_seconds")
     if model.device.type == "cpu":
-        num_rows = min(num_rows, len(requests))  # on a GPU each number of rows needs its own graph
+        num_rows = min(num_rows, len(requests))  # on a GPU, each number of rows needs a separate CUDA graph
     size = (num_rows, min(-(-capacity // POSITION_STEP) * POSITION_STEP, context))
     return _decode(model, requests, replace(sampling, window_frames=window), size)
 
@@ -142,7 +142,7 @@ def _decode(model: SpeechModel, requests: Sequence[Request], sampling: Sampling,
 
 
 def draw_entries(logits_BK: torch.Tensor, sampling: Sampling, uniform_B: torch.Tensor) -> torch.Tensor:
-    """Draw one entry (B,) from each row of logits, with random numbers in [0, 1)."""
+    """Draw one entry from each row of logits. ``uniform_B`` has random numbers in [0, 1)."""
     if sampling.temperature == 0:
         return logits_BK.argmax(dim=-1)
     values_Bk, entries_Bk = logits_BK.topk(min(sampling.top_k, logits_BK.shape[1]))  # most likely first
@@ -151,6 +151,6 @@ def draw_entries(logits_BK: torch.Tensor, sampling: Sampling, uniform_B: torch.T
     if sampling.top_p < 1:
         probs_Bk = probs_Bk.masked_fill(totals_Bk - probs_Bk >= sampling.top_p, 0)
         totals_Bk = probs_Bk.cumsum(dim=-1)
-    # Take the first entry whose cumulative probability exceeds the random number; its probability is not 0.
+    # Take the first entry whose cumulative probability exceeds the random number. Its probability is above 0.
     places_B1 = (totals_Bk <= uniform_B[:, None] * totals_Bk[:, -1:]).sum(dim=-1, keepdim=True)
     return entries_Bk.gather(1, places_B1.clamp(max=totals_Bk.shape[1] - 1))[:, 0]

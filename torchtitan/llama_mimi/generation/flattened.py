@@ -1,4 +1,4 @@
-"""The flattened architecture: a Llama over audio tokens. Each position draws only from the tokens of its level."""
+"""The flattened architecture: a Llama over audio tokens. Only tokens of a position's level are drawn."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -46,7 +46,7 @@ class FlattenedModel(SpeechModel):
 
     @cached_property
     def output_rows(self) -> list[torch.Tensor]:
-        """Rows (K, D) of the output layer for each level; the last row of level 0 is ``</audio>``."""
+        """Rows (K, D) of the output layer for each level. The last row of level 0 belongs to ``</audio>``."""
         vocabulary, weight_VD = self.tokenizer.vocabulary, self.decoder.lm_head.weight.detach()
         audio_KQD = weight_VD[vocabulary.base : vocabulary.audio_start_id].unflatten(0, (-1, vocabulary.num_quantizers))
         first, *others = (rows_KD.contiguous() for rows_KD in audio_KQD.unbind(1))
@@ -56,7 +56,7 @@ class FlattenedModel(SpeechModel):
         (contexts,), vocabulary, entries = caches, self.tokenizer.vocabulary, []
         for level, rows_KD in enumerate(self.output_rows):
             entries.append(draw(product(rows_KD, contexts.hidden_BD), level))
-            codes_B = entries[-1].clamp(max=vocabulary.codebook_size - 1)  # an end has no code; its frame is not used
+            codes_B = entries[-1].clamp(max=vocabulary.codebook_size - 1)  # the end has no code; the frame is not used
             ids_B = vocabulary.base + codes_B * vocabulary.num_quantizers + level
             contexts.step(self.backbone.embed_tokens(ids_B))
         return torch.stack(entries, dim=1)

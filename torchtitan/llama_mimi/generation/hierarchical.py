@@ -69,7 +69,7 @@ class HierarchicalModel(SpeechModel):
         levels.restart()
         levels.step(product(depth.inputs_embeds_projector.weight, contexts.hidden_BD))
         for level in range(1, self.codec.num_quantizers):
-            codes_B = entries[-1].clamp(max=end - 1)  # an end has no code; its frame is not used
+            codes_B = entries[-1].clamp(max=end - 1)  # the end has no code; the frame is not used
             inputs_BD = depth.embed_tokens(codes_B + (level - 1) * depth.vocab_size)
             levels.step(product(depth.inputs_embeds_projector.weight, inputs_BD))
             entries.append(draw(product(head[level - 1].T, levels.hidden_BD)[:, :end], level))

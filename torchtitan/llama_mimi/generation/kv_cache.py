@@ -1,24 +1,24 @@
-"""Key-value cache for contexts of different lengths, and one step of a Llama for all of them.
+"""Key-value cache for contexts of different lengths. A step adds one position to all contexts.
 
-For the same step `transformers` makes far more calls. On CPUs and with small models they take half of the time.
+`transformers` makes far more calls for such a step. On CPUs and with small models, these calls take half of the time.
 """
 
 import torch
 import torch.nn.functional as F
 from transformers import DynamicCache, PreTrainedModel
 
-GRAPH_DEVICES = ("cuda",)  # where a step is one CUDA graph, instead of hundreds of kernel launches
+GRAPH_DEVICES = ("cuda",)  # on these devices, a step is one CUDA graph instead of hundreds of kernel launches
 
 
 def product(weight_ND: torch.Tensor, rows_BD: torch.Tensor) -> torch.Tensor:
-    """Return the product (B, N) of a few rows (B, D) with a weight matrix."""
+    """Multiply a few rows (B, D) by a weight matrix (N, D); return (B, N)."""
     if rows_BD.device.type == "cpu":  # MKL is 1.3 to 5 times faster with the matrix on the left (2 to 64 rows)
         return torch.mm(weight_ND, rows_BD.T).T
     return F.linear(rows_BD, weight_ND)
 
 
 class BatchedKVCache:
-    """Key-value cache for B contexts of one Transformer, whose lengths differ; a step adds one position to each.
+    """Key-value cache of one Transformer for B contexts of different lengths. A step adds one position to each context.
 
     ``hidden_BD`` is the Transformer's state at the last position of each context. ``backbone`` is a `LlamaModel`, or
     one of the two Transformers of CSM. Memory for ``capacity`` positions is allocated at once.
@@ -26,7 +26,7 @@ class BatchedKVCache:
 
     def __init__(self, backbone: PreTrainedModel, num_rows: int, capacity: int) -> None:
         config, like = backbone.config, {"dtype": backbone.dtype, "device": backbone.device}
-        assert not (config.attention_bias or config.mlp_bias), "no Llama has them"
+        assert not (config.attention_bias or config.mlp_bias), "biases are not supported"
         self._backbone, self._capacity = backbone, capacity
         self.hidden_BD = torch.zeros(num_rows, config.hidden_size, **like)
         shape = (num_rows, config.num_key_value_heads, capacity, config.head_dim)
@@ -64,7 +64,7 @@ class BatchedKVCache:
 
     def step(self, inputs_BD: torch.Tensor) -> None:
         """Append an embedded position (B, D) to every context."""
-        # A graph has a fixed shape, so it attends to all positions under a mask.
+        # A CUDA graph has fixed shapes, so it attends to all positions and masks the unused ones.
         visible = self._capacity if self._is_graph else int(self._lengths_B.max()) + 1
         assert visible <= self._capacity
         hidden_BD = self._forward(inputs_BD, visible)
@@ -85,7 +85,7 @@ class BatchedKVCache:
             )
             keys[place] = _rotated(key_BHd, cos_B1d, sin_B1d)
             values[place] = value_BHd
-            # The queries that share a key head are the rows of one small product.
+            # The queries that share a key head are computed as one small matrix product.
             query_BGHd = _rotated(query_BHd, cos_B1d, sin_B1d).view(B, keys.shape[1], -1, attention.head_dim)
             seen = keys[:, :, :visible], values[:, :, :visible]
             attended_BGHd = F.scaled_dot_product_attention(query_BGHd, *seen, attn_mask=is_seen_B11S)
@@ -101,6 +101,6 @@ def _norm(norm: torch.nn.Module, hidden_BD: torch.Tensor) -> torch.Tensor:
 
 
 def _rotated(heads_BHd: torch.Tensor, cos_B1d: torch.Tensor, sin_B1d: torch.Tensor) -> torch.Tensor:
-    """Apply RoPE in the layout of `transformers`, which rotates the two halves of a head."""
+    """Apply RoPE to the two halves of each head, as `transformers` does."""
     first, second = heads_BHd.chunk(2, dim=-1)
     return heads_BHd * cos_B1d + torch.cat([-second, first], dim=-1) * sin_B1d

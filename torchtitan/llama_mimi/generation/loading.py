@@ -16,7 +16,7 @@ from llama_mimi.generation.speech_model import DECODER_DTYPES, SpeechModel
 from llama_mimi.tokens.tokenizer import SpeechTokenizer
 from llama_mimi.tokens.vocabulary import extend_tokenizer
 
-# By model_type of the config: the class in transformers, the class in this package, and the architecture.
+# For each model_type of a config: the class in transformers, the class in this package, and the architecture.
 MODELS: dict[str, tuple[Any, type[SpeechModel], Architecture]] = {
     "llama": (LlamaForCausalLM, FlattenedModel, "flattened"),
     "csm": (CsmForConditionalGeneration, HierarchicalModel, "hierarchical"),
@@ -31,22 +31,22 @@ def load_speech_model(
     device: str | None = None,
     dtype: DecoderPrecision = "float32",
 ) -> SpeechModel:
-    """Load a checkpoint; raise a `UserError` if it is incomplete, or decoder, tokenizer and codec do not fit together.
+    """Load a checkpoint; raise a `UserError` if files are missing, or if decoder, tokenizer and codec do not match.
 
     Args:
-        codec_name: hub id or folder; default: the codec in the checkpoint's config, or `DEFAULT_CODEC` if it has none.
-        sliding_window: sliding window of the codec; default: as for the training codes.
+        codec_name: hub id or folder; default: the codec in the checkpoint's config, or else `DEFAULT_CODEC`.
+        sliding_window: True for a codec with sliding window; default: the setting of the training codes.
         dtype: precision of the decoder; the codec always runs in float32.
     """
     device = available_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     kind = load_pretrained(AutoConfig, model_name, what="model").model_type
     if kind not in MODELS:
-        raise UserError(f"'{model_name}' is a '{kind}', not one of: {', '.join(MODELS)}; choose a converted checkpoint")
+        raise UserError(f"'{model_name}' has the type '{kind}', not one of: {', '.join(MODELS)}; choose another model")
     stock_class, model_class, architecture = MODELS[kind]
     decoder = load_pretrained(stock_class, model_name, what="model", dtype=DECODER_DTYPES[dtype])
     num_quantizers = getattr(decoder.config, "num_quantizers", None)
     if num_quantizers is None:
-        problem = f"the config of '{model_name}' has no num_quantizers, so it is not a speech language model"
+        problem = f"the config of '{model_name}' has no num_quantizers, so the model is not a speech language model"
         raise UserError(f"{problem}; convert a training checkpoint with scripts/convert_dcp_to_hf.py")
     named = getattr(decoder.config, "codec", None) or DEFAULT_CODEC
     window = has_sliding_window(decoder.config) if sliding_window is None else sliding_window
@@ -57,6 +57,6 @@ def load_speech_model(
     rows = getattr(decoder.config, "text_vocab_size", decoder.config.vocab_size)
     if rows != tokenizer.vocabulary.size:
         needed = f"{num_quantizers} quantizers of '{codec.name}' need {tokenizer.vocabulary.size}"
-        raise UserError(f"'{model_name}' has {rows} vocabulary entries, but {needed}; set --codec to its own codec")
+        raise UserError(f"'{model_name}' has {rows} vocabulary entries, but {needed}; set --codec to the model's codec")
     top_p = decoder.generation_config.top_p  # as in the first release; the caller sets all other options
     return model_class(decoder.to(device).eval(), tokenizer, codec, 1.0 if top_p is None else top_p)

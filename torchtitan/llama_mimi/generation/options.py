@@ -13,7 +13,7 @@ RANGES = {
     "temperature": (0, 1e9),
     "top_k": (1, 10**9),
     "top_p": (1e-9, 1),
-    "window_seconds": (0.32, 1e9),  # 4 frames: the first of the prompt, the last two, and the next one
+    "window_seconds": (0.32, 1e9),  # 4 frames: the prompt's first frame, the last two frames, and the next frame
     "seed": (0, 2**63 - 1),
     "num_samples": (1, 10**9),
 }
@@ -53,8 +53,8 @@ class ContinuationOptions:
 
     model_name: str = "llm-jp/Llama-Mimi-1.3B"  # hub id or folder of the model
     prompt: str | None = None  # WAV, FLAC, MP3 or OGG file; M4A, AAC, WebM and WMA need FFmpeg
-    prompts: Path | None = None  # folder of prompts, for --output_dir; the same command resumes a killed run
-    text: str | None = None  # text to speak, for models of the task tts; begins with the transcript of --prompt
+    prompts: Path | None = None  # folder of prompts, requires --output_dir; to resume a killed run, run it again
+    text: str | None = None  # text to speak, beginning with the transcript of --prompt; for models of the task tts
     output_file: Path = Path("continuation.wav")  # WAV file; several samples get numbers in their names
     output_dir: Path | None = None  # folder for the continuations of --prompts
     stream: bool = False  # write the sample to disk during generation

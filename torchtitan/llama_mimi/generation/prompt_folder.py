@@ -27,12 +27,12 @@ from llama_mimi.generation.options import SamplingOptions
 from llama_mimi.generation.speech_model import SpeechModel
 
 RESULTS, SETTINGS = "results.jsonl", "settings.json"
-# Samples are drawn in groups of this many batches. After a kill a whole group is drawn again: each sample then has the
-# same neighbours in its batch, so the same rounding and the same bytes.
+# Samples are drawn in groups of this many batches. After a kill, a whole group is drawn again. Each sample then has the
+# same neighbours in its batch, so that rounding and bytes are the same.
 BATCHES_PER_GROUP = 4
-NOT_COMPARED = ("model", "versions")  # the hash of its weights identifies a model
+NOT_COMPARED = ("model", "versions")  # the hash of the weights identifies a model
 Record = dict[str, Any]
-Sample = tuple[Path, Record]  # the prompt's path; file, prompt, prompt_sha256, sample (its number) and seed
+Sample = tuple[Path, Record]  # path of the prompt; record with file, prompt, prompt_sha256, sample (number) and seed
 
 
 def continue_folder(
@@ -53,7 +53,7 @@ def continue_folder(
         The records of ``results.jsonl``, on every rank. If a prompt cannot be read, its samples have an ``error``.
 
     Raises:
-        UserError: no prompts, two prompts with the same name, or an ``output_dir`` with samples of other settings.
+        UserError: there is no prompt, two prompts have the same name, or ``output_dir`` has samples of other settings.
     """
     chosen = {"top_p": for_model(options, model).top_p, "last_frame": options.last_frame or model.last_frame}
     settings = {**asdict(options), **chosen, **made_by, "device": ranks.device.type, "batch_size": num_rows}
@@ -70,7 +70,7 @@ def continue_folder(
         else:
             compared = {key: value for key, value in settings.items() if key not in NOT_COMPARED}
             require_same(earlier, compared, f"'{output_dir}'", "choose another --output_dir")
-        if (results := output_dir / RESULTS).exists():  # copy the records of a finished run back to its log
+        if (results := output_dir / RESULTS).exists():  # copy the records of a finished run back to the log
             log.add({record["file"]: record for record in map(json.loads, results.read_text().splitlines())})
             results.unlink()
         return samples
@@ -100,7 +100,7 @@ def without_new_audio(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def describe_model(model_name: str, model: SpeechModel, dtype: str) -> Record:
-    """Return the other settings that samples depend on; ``dtype`` is the precision of the decoder."""
+    """Return the settings of a model that samples depend on; ``dtype`` is the precision of the decoder."""
     return {
         "model": model_name,
         "model_sha256": weights_sha256(model_name),
@@ -125,7 +125,7 @@ def _find_samples(prompts: Path, options: SamplingOptions) -> dict[str, Sample]:
             record = {"file": file, "prompt": prompt, "prompt_sha256": sha256, "sample": number, "seed": seed}
             if (other := samples.setdefault(file, (path, record))[1]) is not record:
                 both = f"'{other['prompt']}' and '{prompt}'"
-                raise UserError(f"{both} would have the same name in --output_dir; rename one of them")
+                raise UserError(f"samples of {both} would have the same file name; rename one of the prompts")
     return samples
 
 

@@ -1,4 +1,4 @@
-"""The interface of converted and released checkpoints, which score and continue speech."""
+"""Interface to a converted or released checkpoint, to score and to continue speech."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -14,8 +14,8 @@ from llama_mimi.generation.kv_cache import BatchedKVCache
 from llama_mimi.tokens.tokenizer import SpeechTokenizer
 
 DECODER_DTYPES = {**DTYPES, "float16": torch.float16}
-POSITIONS_AT_ONCE = 2048  # their logits take 1.1 GB in float32 with 136,450 vocabulary entries
-# Draws an entry (B,) of a level from its logits: (B, K + 1) at level 0, where entry K is the end, else (B, K).
+POSITIONS_AT_ONCE = 2048  # the logits of 2048 positions take 1.1 GB in float32 with 136,450 vocabulary entries
+# Function (logits, level) that draws entries (B,). Logits are (B, K + 1) at level 0 (entry K is the end), else (B, K).
 Draw = Callable[[torch.Tensor, int], torch.Tensor]
 
 
@@ -55,12 +55,12 @@ class SpeechModel(ABC):
     def log_likelihoods(
         self, ids: Sequence[torch.Tensor], is_scored: Sequence[torch.Tensor], *, is_admissible_only: bool = False
     ) -> torch.Tensor:
-        """Return log-likelihoods (N,) in nats, float64 on the CPU, of the N scored tokens of a batch of clips.
+        """Return the log-likelihoods (N,) of the N scored tokens of a batch, in nats (float64, on the CPU).
 
         Args:
             ids, is_scored: flattened sequence (L,) and mask (L,) of each clip.
             is_admissible_only: compute the softmax over the tokens that are valid at a position, as in generation,
-                instead of the whole vocabulary. Only codes and ``</audio>`` can then be scored.
+                instead of over the whole vocabulary. Only codes and ``</audio>`` can then be scored.
         """
 
     def caches(self, num_rows: int, capacity: int) -> list[BatchedKVCache]:
@@ -69,7 +69,7 @@ class SpeechModel(ABC):
 
     @abstractmethod
     def next_frame(self, caches: Sequence[BatchedKVCache], draw: Draw) -> torch.Tensor:
-        """Draw and append the next frame of each context; return entries (B, Q), which have no meaning after an end."""
+        """Draw and append the next frame of each context; return entries (B, Q). Entries after an end are arbitrary."""
 
     @cached_property
     def spare_caches(self) -> dict[tuple[int, int], list[BatchedKVCache]]:
@@ -78,7 +78,7 @@ class SpeechModel(ABC):
 
 
 def log_likelihoods(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-    """Return log-likelihoods (N,) in nats, float64, of targets under logits of any precision."""
+    """Return the log-likelihoods (N,) of targets, in nats (float64). The logits can have any precision."""
     logits_NV = logits_NV.float()
     target_N = logits_NV.gather(1, targets_N[:, None])[:, 0]
     return target_N.double() - logits_NV.logsumexp(dim=1).double()

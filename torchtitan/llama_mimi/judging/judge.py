@@ -11,8 +11,8 @@ from llama_mimi.judging.metrics import INSTALL, Input, Measure, Value
 from llama_mimi.judging.options import Criteria
 from llama_mimi.report.document import import_extra
 
-ATTEMPTS = 3  # maximum number of requests for a reply that can be parsed
-RETRIES = 6  # maximum number of retries of a failed call, by the client
+ATTEMPTS = 3  # maximum number of requests until a reply can be parsed
+RETRIES = 6  # maximum number of times that the client repeats a failed call
 SCALE = range(1, 6)
 PARALLEL_CALLS = 8  # per rank
 TIMEOUT_SECONDS = 120.0  # per call
@@ -21,7 +21,7 @@ Messages = list[dict[str, str]]
 
 def read_reply(text: str, names: Sequence[str]) -> dict[str, int]:
     """Return the scores in the last JSON object of a reply; raise a `ValueError` if there are no valid scores."""
-    for found in reversed(re.findall(r"{[^{}]*}", text)):  # reasoning may contain braces, too
+    for found in reversed(re.findall(r"{[^{}]*}", text)):  # text before the scores may contain braces, too
         try:
             scores = parse_json(found)
         except ValueError:
@@ -35,7 +35,7 @@ def read_reply(text: str, names: Sequence[str]) -> dict[str, int]:
 
 
 def judge(url: str | None, model_name: str, criteria: Criteria) -> Measure:
-    """Return a measure: scores by criterion, 1 to 5, for two texts. A failed call raises a `UserError`."""
+    """Return a measure of two texts: a score from 1 to 5 for each criterion. A failed call raises a `UserError`."""
     openai = import_extra("openai", "--judge_model", INSTALL)
     key = os.environ.get("OPENAI_API_KEY") or "none"
     client = openai.OpenAI(base_url=url, api_key=key, max_retries=RETRIES, timeout=TIMEOUT_SECONDS)
@@ -43,7 +43,7 @@ def judge(url: str | None, model_name: str, criteria: Criteria) -> Measure:
     names = criteria.names
     properties = {"properties": dict.fromkeys(names, score), "required": names, "additionalProperties": False}
     schema = {"name": "scores", "schema": {"type": "object", **properties}, "strict": True}
-    form = {"type": "json_schema", "json_schema": schema}  # servers without support for schemas ignore it
+    form = {"type": "json_schema", "json_schema": schema}  # a server that does not support schemas ignores this
     create = client.chat.completions.create
 
     def call(messages: Messages) -> str:
@@ -67,7 +67,7 @@ def judge(url: str | None, model_name: str, criteria: Criteria) -> Measure:
 
 
 def _ask(call: Callable[[Messages], str], criteria: Criteria, prompt: str, continuation: str) -> Value:
-    """Return scores, or the reason why `ATTEMPTS` replies have none."""
+    """Return scores, or the reason why `ATTEMPTS` replies have no valid scores."""
     request = criteria.request.format(prompt=prompt, continuation=continuation)
     messages = [{"role": "system", "content": criteria.system}, {"role": "user", "content": request}]
     for _ in range(ATTEMPTS):
@@ -76,7 +76,7 @@ def _ask(call: Callable[[Messages], str], criteria: Criteria, prompt: str, conti
             return {f"judge/{name}": score for name, score in read_reply(text, criteria.names).items()}
         except ValueError as error:
             reason = str(error)
-        # A repeated question would get the same answer at temperature 0, so the error is added.
+        # At temperature 0, a repeated question gets the same answer, so the next question names the error.
         keys = ", ".join(criteria.names)
         again = f"That could not be read ({reason}). Reply with one JSON object with only the keys {keys}."
         messages = [*messages[:2], {"role": "assistant", "content": text}, {"role": "user", "content": again}]

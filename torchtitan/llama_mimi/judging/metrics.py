@@ -26,10 +26,10 @@ from llama_mimi.judging.systems import Clip
 from llama_mimi.report.document import import_extra
 
 INSTALL = "install llama-mimi[judging]"
-RATE_HZ = 16_000  # sample rate of all audio models here
+RATE_HZ = 16_000  # sample rate of all audio models in this module
 MIN_PAUSE_SECONDS = 0.3  # shorter silences count as speech
 WORD = re.compile(r"[^\W_]+(?:['\u2019.][^\W_]+)*")  # "don't" and "10.5" are single words
-# Tensors that only training uses. Published models may lack them or have additional ones.
+# Tensors that only training uses. Published models may lack some of these tensors, or have unknown ones.
 WITHOUT_EFFECT = r"(masked_spec_embed|objective\.weight|\.masked_bias)$|^(quantizer|project_q|project_hid)\."
 Input = tuple[Any, ...]  # clips or texts
 Value = Any  # dict of numbers or texts, or the reason why there is no value (str)
@@ -37,9 +37,9 @@ Value = Any  # dict of numbers or texts, or the reason why there is no value (st
 
 @dataclass(frozen=True)
 class Measure:
-    """A function from inputs to values, with a description of everything else that the values depend on."""
+    """A function from inputs to values, and a description of everything else that the values depend on."""
 
-    name: str  # name in results and of the folder of cached values
+    name: str  # name in results, and name of the folder of cached values
     keys: Sequence[str]  # keys of a value
     description: dict[str, Any]  # models, hashes and settings
     compute: Callable[[Sequence[Input]], Iterable[Value]]  # returns the values of a batch, in order
@@ -70,7 +70,7 @@ def words_of(text: str) -> list[str]:
 
 
 def load_evaluator(cls: Any, name: str, device: torch.device, *, what: str) -> transformers.PreTrainedModel:
-    """Load a model in float32; raise a `UserError` if its weights do not belong to its class."""
+    """Load a model in float32; raise a `UserError` if the weights do not fit the class ``cls``."""
     options = {"dtype": torch.float32, "allow_torch_weights": True, "without_effect": WITHOUT_EFFECT}
     return load_pretrained(cls, name, what=what, **options).to(device).eval()
 
@@ -80,7 +80,7 @@ def _describe(name: str) -> dict[str, Any]:
 
 
 def pauses() -> Measure:
-    """Return a measure: a clip's length in seconds, and its fraction in silences of at least `MIN_PAUSE_SECONDS`."""
+    """Return a measure: length of a clip in seconds, and its fraction of silences of at least `MIN_PAUSE_SECONDS`."""
 
     def value(clip: Clip) -> Value:
         waveform = clip.read(RATE_HZ)
@@ -115,7 +115,7 @@ def speaker_similarity(model_name: str, device: torch.device) -> Measure:
 
 
 def distillmos(device: torch.device) -> Measure:
-    """Return a measure: the mean opinion score, 1 to 5, that DistillMOS predicts (arXiv 2502.05356)."""
+    """Return a measure: the mean opinion score, from 1 to 5, that DistillMOS predicts (arXiv 2502.05356)."""
     package = import_extra("distillmos", "--quality distillmos", INSTALL)
     with redirect_stdout(None):  # the package prints a path
         model = package.ConvTransformerSQAModel().to(device).eval()
@@ -129,7 +129,7 @@ def distillmos(device: torch.device) -> Measure:
 
 
 def aesthetics(batch_size: int) -> Measure:
-    """Return a measure: the four axes of Audiobox-Aesthetics (arXiv 2502.05139), 1 to 10."""
+    """Return a measure: the four scores of Audiobox-Aesthetics (arXiv 2502.05139), from 1 to 10."""
     remedy = "install audiobox-aesthetics (CC BY 4.0)"
     package = import_extra("audiobox_aesthetics.infer", "--quality aesthetics", remedy)
     predictor = package.initialize_predictor()  # facebook/audiobox-aesthetics, safetensors
@@ -144,7 +144,7 @@ def aesthetics(batch_size: int) -> Measure:
 
 
 def transcripts(model_name: str, language: str | None, device: torch.device, batch_size: int) -> Measure:
-    """Return a measure: a clip's greedy transcript. Without a ``language``, models such as Whisper detect it."""
+    """Return a measure: a clip's greedy transcript. Without ``language``, Whisper and similar models detect it."""
     config = load_pretrained(transformers.AutoConfig, model_name, what="ASR model")
     is_seq2seq = config.model_type in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
     model_class = transformers.AutoModelForSpeechSeq2Seq if is_seq2seq else transformers.AutoModelForCTC
@@ -175,7 +175,7 @@ def transcripts(model_name: str, language: str | None, device: torch.device, bat
 
 
 def log_perplexity(model_name: str, device: torch.device) -> Measure:
-    """Return a measure: the mean loss, in nats per token, of a continuation's transcript after the prompt's."""
+    """Return a measure: the loss, in nats per token, of a continuation's transcript given the prompt's transcript."""
     model = load_evaluator(transformers.AutoModelForCausalLM, model_name, device, what="language model")
     tokenizer = load_pretrained(transformers.AutoTokenizer, model_name, what="language model")
     first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id

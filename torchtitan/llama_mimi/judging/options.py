@@ -42,7 +42,7 @@ def read_criteria(path: Path) -> Criteria:
             raise ValueError("there is no criterion, or the request lacks {prompt} or {continuation}")
     except (OSError, ValueError, KeyError, AttributeError, IndexError) as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"'{path}' is not a criteria file ({reason}); fix it, following eval/judge.toml") from error
+        raise UserError(f"'{path}' is not a criteria file ({reason}); fix the file as in eval/judge.toml") from error
     return Criteria(names, system, request, hashlib.sha256(data).hexdigest())
 
 

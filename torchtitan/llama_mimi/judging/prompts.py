@@ -25,7 +25,7 @@ MANIFEST, FORMAT = "prompts.json", 2
 MAX_UNREADABLE = 0.1  # maximum fraction of unreadable recordings
 FRAME_SECONDS = 0.08  # length of a Mimi frame; prompts have whole frames and need no padding
 SEARCH_FRACTION = 1 / 6  # prompts of about 3 s end between 2.5 and 3.5 s
-CUT_SECONDS = 0.04  # length of the audio around a frame border in which power is measured
+CUT_SECONDS = 0.04  # power is measured in this length of audio around a frame border
 NEW_FOLDER = "choose another --output_dir"
 
 
@@ -40,7 +40,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts of a folder, with a hash of all files ``prompts/<name>.wav`` and ``recordings/<name>.wav``."""
+    """Prompts in a folder, and a hash of all files ``prompts/<name>.wav`` and ``recordings/<name>.wav``."""
 
     folder: Path
     sha256: str
@@ -52,7 +52,7 @@ class PromptSet:
 
 
 def make_prompts(folder: Path, options: PromptOptions) -> PromptSet:
-    """Return the prompts of a folder, cut from the corpus if new; raise a `UserError` if options or files changed."""
+    """Return the prompts of a folder; cut them if the folder is new. Changed options or files raise a `UserError`."""
     settings = asdict(options)
     manifest = read_json(str(folder), MANIFEST)
     if manifest is None:
@@ -62,12 +62,12 @@ def make_prompts(folder: Path, options: PromptOptions) -> PromptSet:
         write_atomically(str(folder), MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
     require_same({"format": 1, **manifest}, {"format": FORMAT, "settings": settings}, f"'{folder}'", NEW_FOLDER)
     if _files_sha256(folder) != manifest["sha256"]:
-        raise UserError(f"prompts or recordings in '{folder}' differ from those in {MANIFEST}; {NEW_FOLDER}")
+        raise UserError(f"files in '{folder}' do not match the hash in {MANIFEST}; {NEW_FOLDER}")
     return PromptSet(folder, manifest["sha256"], tuple(Prompt(**prompt) for prompt in manifest["prompts"]))
 
 
 def cut_seconds(waveform: Waveform, wanted_seconds: float) -> float:
-    """Return the time, in seconds, of the quietest frame border near the wanted length; ties go to the nearest one."""
+    """Return the time (in seconds) of the quietest frame border near the wanted length. Ties go to the nearest."""
     rate_hz, half = waveform.sample_rate_hz, round(CUT_SECONDS / 2 * waveform.sample_rate_hz)
 
     def power(border: int) -> float:
@@ -89,7 +89,7 @@ def _cut_prompts(folder: Path, options: PromptOptions) -> tuple[list[Prompt], Co
     """Write prompts and recordings; return prompts in corpus order, counts of skipped rows, and a hash of the files."""
     for part in (PROMPTS, RECORDINGS):
         if (folder / part).exists():
-            raise UserError(f"'{folder / part}' exists without {MANIFEST}; remove it, or {NEW_FOLDER}")
+            raise UserError(f"'{folder / part}' exists without {MANIFEST}; remove the folder, or {NEW_FOLDER}")
     partial = PromptSet(folder / f"{PROMPTS}.partial", "", ())
     shutil.rmtree(partial.folder, ignore_errors=True)  # left by a killed run
     columns = {"speaker": options.speaker_column}
@@ -136,9 +136,9 @@ def _cut_prompts(folder: Path, options: PromptOptions) -> tuple[list[Prompt], Co
         problem = f"{num_unreadable:,} of {num_read:,} recordings of '{options.corpus}' cannot be read"
         raise UserError(f"{problem}, more than {100 * MAX_UNREADABLE:g} %; fix the files named above")
     if not drawn:
-        problem = f"no readable recording of '{options.corpus}' has {options.min_seconds:g} s"
+        problem = f"'{options.corpus}' has no readable recording of at least {options.min_seconds:g} s"
         raise UserError(f"{problem}; lower --recording_seconds and --prompt_seconds, or fix the corpus")
-    hash_of_files = _files_sha256(partial.folder)  # before the rename, because it is slow
+    hash_of_files = _files_sha256(partial.folder)  # before the rename, because hashing is slow
     for part in (RECORDINGS, PROMPTS):
         (partial.folder / part).rename(folder / part)
     partial.folder.rmdir()
@@ -150,7 +150,7 @@ def _rows(source: Source) -> Iterator[tuple[str, Row]]:
     rows = (row for unit in range(len(source.units)) for row in source.rows(unit))
     for number, row in enumerate(rows):
         name = row.get("id") or f"row-{number:06d}"
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]{0,99}", name):  # is not a file name on all systems
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]{0,99}", name):  # not a valid file name on all systems
             cleaned = re.sub(r"[^A-Za-z0-9.-]+", "-", name)[:60].strip("-.")
             name = f"{cleaned}-{sha256(name.encode()).hexdigest()[:8]}".lstrip("-")
         yield name, row

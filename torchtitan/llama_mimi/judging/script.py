@@ -26,7 +26,7 @@ from llama_mimi.report.document import to_markdown
 from llama_mimi.report.results import KIND, read_results
 
 OFFICIAL_CORPUS = "librispeech_clean_test"
-# On a CPU, on a GPU. Whisper large needs 0.5 GB per clip in float32.
+# Batch sizes on a CPU and on a GPU. Whisper large needs 0.5 GB per clip in float32.
 BATCH_SIZES, LISTENING_BATCH_SIZES = (8, 64), (8, 16)
 MIN_SECONDS = 0.4  # shorter clips are not measured: voice and transcript would be meaningless
 Record = dict[str, Any]

@@ -27,7 +27,7 @@ from llama_mimi.judging.prompts import NEW_FOLDER, Prompt, PromptSet
 
 @dataclass(frozen=True)
 class Clip:
-    """A part of an audio file; its end is the end of the file by default."""
+    """A part of an audio file. By default, the part ends at the end of the file."""
 
     path: Path
     start_seconds: float = 0.0
@@ -45,7 +45,7 @@ class Clip:
 
     @cached_property
     def key(self) -> str:
-        """Hash of the file, with start and end of the part."""
+        """Hash of the file and of the start and end of the part."""
         return f"{sha256(self.path.read_bytes()).hexdigest()}@{self.start_seconds:.4f}-{self.end_seconds or 0:.4f}"
 
 
@@ -54,7 +54,7 @@ class Sample:
     """One continuation of a prompt."""
 
     prompt: Prompt
-    number: int | None  # sample number of the prompt; None for a reference
+    number: int | None  # number of the sample, from 0 for each prompt; None for a reference
     clip: Clip  # the continuation without its prompt
     known: Mapping[str, float | None] = field(default_factory=dict)  # measures that generation has recorded
 
@@ -62,12 +62,12 @@ class Sample:
 def references(
     prompts: PromptSet, codec: MimiCodec | None, max_seconds: float, ranks: DistributedContext
 ) -> dict[str, list[Sample]]:
-    """Return the references by name: the rest of each recording, and of another speaker's recording (shuffled).
+    """Return the references by name: the rest of each recording, and the rest of another speaker's (shuffled).
 
     With a codec, a third reference is the reconstruction of the recording's rest.
     """
     if len(prompts.prompts) < 2:
-        raise UserError("one prompt cannot be shuffled; increase --limit")
+        raise UserError("there is only one prompt, so prompts cannot be shuffled; increase --limit")
 
     def rest(prompt: Prompt, folder: str, begins_with: Prompt) -> Sample:
         start = begins_with.seconds
@@ -111,7 +111,7 @@ def continuations(
 ) -> list[Sample]:
     """Convert the records of `continue_folder` to samples; raise a `UserError` if a record has an error."""
     if failed := [record["error"] for record in records if "error" in record]:
-        raise UserError(f"{len(failed):,} prompts could not be continued, for example: {failed[0]}")
+        raise UserError(f"{len(failed):,} samples could not be generated, for example: {failed[0]}")
     by_name = {prompt.name: prompt for prompt in prompts.prompts}
     samples = []
     for record in records:
@@ -134,13 +134,13 @@ def wavs(prompts: PromptSet, folder: Path, contain_prompt: bool, max_seconds: fl
         numbered = re.fullmatch(r"(.+)_(\d+)", path.stem)
         name, number = (numbered[1], int(numbered[2])) if numbered and path.stem not in by_name else (path.stem, 0)
         if name not in by_name:
-            raise UserError(f"'{path}' has no prompt; rename it to <prompt>.wav or <prompt>_<number>.wav, or remove it")
+            raise UserError(f"'{path}' belongs to no prompt; rename the file to <prompt>.wav or <prompt>_<number>.wav")
         if (name, number) in found:
             raise UserError(f"'{found[name, number]}' and '{path}' are both sample {number} of '{name}'; remove one")
         found[name, number] = path
     if missing := by_name.keys() - {name for name, _ in found}:
         problem = f"'{folder}' has no file for {len(missing):,} of {len(by_name):,} prompts"
-        raise UserError(f"{problem}, such as '{min(missing)}'; add it (an empty file if the system generated nothing)")
+        raise UserError(f"{problem}, such as '{min(missing)}'; add files (empty ones if the system generated nothing)")
     samples = []
     for (name, number), path in sorted(found.items()):
         start = by_name[name].seconds if contain_prompt else 0.0

@@ -19,28 +19,28 @@ NOT_COMPARED = ("real_time_factor", "seconds")  # the first depends on the machi
 PUBLISHED = ROOT / "eval" / "published.toml"
 LEGEND = (
     "Accuracies are in percent. Each cell begins with the mean over seeds. Brackets: 95 % bootstrap interval over n "
-    "pairs, groups of pairs or prompts. A row uses only those for which all of its models have a value. ±: half of the "
-    "95 % interval over seeds (Student's t).",
-    "A number with a sign is the mean difference from the first model, over pairs and seeds. Perplexities "
-    "have a ratio instead. A star marks a difference for which both intervals exclude zero (for a ratio: one). There "
-    "is no star if there is one seed, or if all seeds or pairs have the same difference. Among many differences, some "
-    "have a star by chance.",
+    "items (pairs, groups of pairs, or prompts). A row uses only the items for which all models in the row have a "
+    "value. ±: half of the 95 % interval over seeds (Student's t).",
+    "A number with a sign is the mean difference from the first model, over pairs and seeds. For perplexities, the "
+    "ratio is shown instead. A star marks a difference if both intervals exclude zero (for a ratio: one). There is no "
+    "star if there is only one seed, or if all seeds or all pairs have the same difference. Among many differences, "
+    "some have a star by chance.",
 )
 SUMMARY = (
-    "Accuracies are in percent, with Wilson's 95 % interval over n words, sentences or pairs in brackets. Other "
-    "measures have a 95 % bootstrap interval over n prompts. The preset original counts each voice of a word as a pair."
+    "Accuracies are in percent. Brackets: for accuracies, Wilson's 95 % interval over n words, sentences or pairs; for "
+    "other measures, a 95 % bootstrap interval over n prompts. The preset 'original' counts each voice as a pair."
 )
 
 
 def _by_system(corner: str, cells: Mapping[str, Mapping[str, str]], columns: Sequence[str]) -> list[Table]:
-    """Return a table of measures (rows) by systems (columns) without empty rows, or no table if all rows are empty."""
+    """Return a table with measures as rows and systems as columns. Empty rows are removed, and so is an empty table."""
     rows = [[name, *(of.get(column, "") for column in columns)] for name, of in cells.items()]
     rows = [row for row in rows if any(row[1:])]
     return [_table([corner, *columns], rows)] if rows else []
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Return a table of measures. If all of them are from synthetic data, only the header says so."""
+    """Return a table of measures. If all measures are from synthetic data, only the header says so."""
     if all(SYNTHETIC in row[0] for row in rows):
         header = [f"{header[0]} (synthetic data)", *header[1:]]
         rows = [[row[0].replace(SYNTHETIC, ""), *row[1:]] for row in rows]
@@ -48,9 +48,9 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
 
 
 def comparison(items: pd.DataFrame, title: str, groups: Mapping[str, Sequence[str]], picture: str | None) -> Section:
-    """Return a table of differences from the first model variant, and a forest plot if its file is named.
+    """Return a table of differences from the first variant and, if ``picture`` names a file, a forest plot.
 
-    ``groups`` maps the label of each variant to its systems, one per seed in the same order. Systems may be missing.
+    ``groups`` maps the label of a variant to its systems: one per seed, in the order of seeds. Systems may be missing.
     """
     places = {system: (label, seed) for label, systems in groups.items() for seed, system in enumerate(systems)}
     baseline = next(iter(groups))
@@ -69,7 +69,7 @@ def comparison(items: pd.DataFrame, title: str, groups: Mapping[str, Sequence[st
         texts = {label: mean.text() for label, mean in means.items()}
         differences = {}
         for label in [label for label in means if label != baseline and baseline in means]:
-            difference = (values[label] - values[baseline]).dropna(axis="columns")  # seeds of both variants
+            difference = (values[label] - values[baseline]).dropna(axis="columns")  # only seeds that both variants have
             if not difference.empty:
                 differences[label] = estimate(difference, measure)
                 mean_alone = texts[label].split()[0]
@@ -81,14 +81,14 @@ def comparison(items: pd.DataFrame, title: str, groups: Mapping[str, Sequence[st
         references[heading] = {str(system): measure.text(mean) for system, mean in means_of_references}
     alt = f"{title}: difference from {baseline}"
     pictures = [Picture(f"{picture}.png", forest(panels, alt, is_difference=True), alt)] if picture and panels else []
-    notes = [f"No pair or prompt has values for all models in: {', '.join(empty)}."] if empty else []
+    notes = [f"No item has values of all models, so there is no row for: {', '.join(empty)}."] if empty else []
     names = sorted({name for of in references.values() for name in of})
     of_references = _by_system("references on the same prompts", references, names)
     return Section(title, notes, pictures, _by_system("measure", cells, list(groups)) + of_references)
 
 
 def summary(items: pd.DataFrame, title: str, picture: str | None = None) -> Section:
-    """Return a table of the means of all systems with notes, and a forest plot if its file is named.
+    """Return a table of the means of all systems, notes and, if ``picture`` names a file, a forest plot.
 
     Accuracies use all pairs of a system. Other measures use only the samples for which all systems have a value.
     """
@@ -117,7 +117,7 @@ def summary(items: pd.DataFrame, title: str, picture: str | None = None) -> Sect
 
 
 def sign_tests(items: pd.DataFrame, title: str) -> list[Section]:
-    """Return a table of McNemar's exact test for all pairs of systems on the same data."""
+    """Return a table of McNemar's exact tests, one for each pair of systems on the same data."""
     lines = []
     for heading, measure, rows in by_measure(items, COMPARABLE):
         if measure.is_accuracy and rows["measure"].iloc[0] != SALMON_MEAN:
@@ -125,13 +125,13 @@ def sign_tests(items: pd.DataFrame, title: str) -> list[Section]:
                 values, _ = same_items(rows[rows["system"].isin([a, b])])
                 better, worse = int((values[a] > values[b]).sum()), int((values[a] < values[b]).sum())
                 lines.append([heading, a, b, f"{better:,}", f"{worse:,}", f"{sign_test(better, worse):.2g}"])
-    text = "A better, B better: number of pairs (or groups) on which one model is better. p: McNemar's exact test."
+    text = "A better (B better): number of pairs or groups on which A (B) is better. p: McNemar's exact test."
     header = ["measure", "A", "B", "A better", "B better", "p"]
     return [Section(title, [text], tables=[_table(header, lines)])] if lines else []
 
 
 def comparable_sets(items: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield title and rows of results that can be compared: same settings and, for continuations, same prompts."""
+    """Yield title and rows of each set of results with the same settings and, for continuations, the same prompts."""
     is_benchmark = items["measure"].map(lambda name: measure_of(name).is_accuracy).astype(bool)
     for conditions, some in items[is_benchmark].groupby("conditions", sort=False):
         yield f"Accuracy, preset {conditions}", some
@@ -140,7 +140,7 @@ def comparable_sets(items: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 
 
 def published_numbers(items: pd.DataFrame) -> list[Section]:
-    """Return the published numbers for all measures that the table has on official data."""
+    """Return the published numbers of all measures that ``items`` has on official data."""
     rows = tomllib.loads(PUBLISHED.read_text())["rows"]
     scores = {row["model"]: row["scores"] for row in rows}
     sources = {row["model"]: f"{row['model']}: {row['source']}" for row in rows}

@@ -48,7 +48,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Section:
-    """A section of a document, shown in the order of its fields. The first title is that of a Markdown document."""
+    """A section of a document, shown in the order of its fields. The first section's title is the document's title."""
 
     title: str
     texts: Sequence[str] = ()
@@ -80,7 +80,7 @@ def write_markdown(sections: Sequence[Section], path: Path) -> None:
 
 
 def _inert(text: str) -> str:
-    """Return a text on one line with all markup escaped, except code between backticks."""
+    """Return a text as one line. All markup is escaped, except code between backticks."""
     parts = re.split(r"(`[^`]+`)", " ".join(text.split()))  # odd parts are code
     parts[::2] = [re.sub(r"[\\`*_|<>\[\]~&#]", r"\\\g<0>", part) for part in parts[::2]]
     parts[1::2] = [part.replace("|", r"\|") for part in parts[1::2]]
@@ -88,7 +88,7 @@ def _inert(text: str) -> str:
 
 
 def write_html(title: str, sections: Sequence[Section], path: Path) -> None:
-    """Write a document as one HTML file without scripts and external files, and print its size."""
+    """Write a document as one HTML file that needs no scripts and no other files; print the size of the file."""
     folder = Path(__file__).parent / "templates"
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(folder), autoescape=True, trim_blocks=True)
     environment.filters["data"] = lambda content, kind: f"data:{kind};base64,{base64.b64encode(content).decode()}"
@@ -101,7 +101,7 @@ def write_html(title: str, sections: Sequence[Section], path: Path) -> None:
 
 
 def _ticks(seconds: float) -> list[float]:
-    """Return up to six round times between 0 and `seconds`."""
+    """Return up to six round times, in seconds, between 0 and ``seconds``."""
     step = next(step for step in (0.2, 0.5, 1, 2, 5, 10, 30, 60, 300, 3600, seconds) if seconds / step < 6)
     return [step * number for number in range(int(seconds / step) + 1)]
 

@@ -12,17 +12,17 @@ from llama_mimi.evaluation.statistics import bootstrap_interval, seed_half_width
 from llama_mimi.report.results import NO_SAMPLE, SALMON, SALMON_MEAN, MeasureFormat, in_order, measure_of
 
 COMPARABLE = ["measure", "conditions", "data", "data_kind"]
-SYNTHETIC = ", synthetic"  # ending of headings
+SYNTHETIC = ", synthetic"  # ending of a heading
 ROUNDING = 1e-9  # seeds with smaller relative differences count as equal
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds with two kinds of uncertainty, in shown units (for perplexities: as logarithms)."""
+    """A mean over seeds with two intervals, in the units of a report. Perplexities are logarithms."""
 
     measure: MeasureFormat
     seeds: tuple[float, ...]  # mean of each seed
-    interval: tuple[float, float] | None  # 95 % interval over items; None if there are fewer than two
+    interval: tuple[float, float] | None  # 95 % interval over items; None for fewer than two items
     count: int  # number of items; 0 for measures without items, such as bits/s
 
     @property
@@ -39,7 +39,7 @@ class Estimate:
         return low < high and not low <= 0 <= high if self.interval else self.count == 0
 
     def text(self, *, is_difference: bool = False) -> str:
-        """Return the mean with both intervals. A difference has a sign or is a ratio, and has a star if significant."""
+        """Return the mean with both intervals. A difference has a sign or is a ratio; a significant one has a star."""
         is_log = self.measure.is_log
         sign = "+" if is_difference and not is_log else ""
         form = f"z.{self.measure.digits + (is_difference and is_log)}f"
@@ -54,9 +54,9 @@ class Estimate:
 
 
 def estimate(values: pd.DataFrame, measure: MeasureFormat, *, is_wilson: bool = False) -> Estimate:
-    """Return the mean of ``values``, which have rows (part, item) and a column for each seed.
+    """Return the mean of ``values``, a table with rows (part, item) and a column for each seed.
 
-    With ``is_wilson`` the interval is Wilson's, as in `mean_of_parts`; otherwise it is bootstrapped.
+    With ``is_wilson``, the interval is Wilson's, as in `mean_of_parts`; otherwise, a bootstrap interval.
     """
     scaled = values * measure.factor
     seeds = tuple(map(float, scaled.groupby(level="part").mean().mean()))
@@ -73,7 +73,7 @@ def estimate(values: pd.DataFrame, measure: MeasureFormat, *, is_wilson: bool = 
 
 
 def same_items(rows: pd.DataFrame) -> tuple[pd.DataFrame, int]:
-    """Return values with rows (part, item) and columns (system), and the number of excluded samples.
+    """Return a table of values with rows (part, item) and columns (system), and the number of excluded samples.
 
     A sample is excluded if a system has no value for it. Systems without any value are ignored. The single sample of a
     reference is compared with all samples of its item.
@@ -92,7 +92,7 @@ def same_items(rows: pd.DataFrame) -> tuple[pd.DataFrame, int]:
 def by_measure(items: pd.DataFrame, keys: list[str]) -> Iterator[tuple[str, MeasureFormat, pd.DataFrame]]:
     """Yield heading, format and rows for each measure and combination of keys, and for the mean of SALMon's parts.
 
-    The heading names synthetic data. It names conditions and data if the measure has several of them.
+    A heading says if the data are synthetic. It names conditions or data if the measure has several of them.
     """
     items = items.assign(part=items["measure"])
     salmon = items[items["measure"].isin(SALMON)]

@@ -26,14 +26,14 @@ WINDOW, HOP = 1024, 240  # 43 ms and 10 ms at 24 kHz
 TOP_DB, RANGE_DB = 40.0, 80.0  # white is 40 dB and more (full scale is about 48 dB); black is -40 dB and less
 SPECTROGRAM_ROWS, MAX_COLUMNS = 96, 480
 MARK_COLUMNS, MARK_COLOR = 2, (90, 220, 255)
-# The colour map magma in nine equal steps; the demo does not need matplotlib.
+# The colour map magma in nine equal steps, so that the demo does not need matplotlib.
 MAGMA = np.array([*bytes.fromhex("0000041c10444f127b812581b5367ae55064fb8761fec287fcfdbf")]).reshape(9, 3)
 MP3_QUALITY = 0.6  # compression level of soundfile, 0 to 1; 5 kB per second at 24 kHz
 ABOUT = (
     "Each clip begins with its prompt; a blue line in the spectrogram shows the end of the prompt. An ASR model has "
-    "transcribed the speech after it. If a system has several continuations, the first is shown."
+    "transcribed the speech after the prompt. If a system has several continuations, the first is shown."
 )
-SHOWN = ("similarity", "distillmos", "words_per_minute")  # measures below a clip, followed by the judge's
+SHOWN = ("similarity", "distillmos", "words_per_minute")  # measures below a clip; the judge's scores follow
 MAX_GROUPS = 1000  # row groups (256,000 clips) in which codes are counted, spread over the corpus
 CLIP_SECONDS = 10.0
 
@@ -74,10 +74,10 @@ def spectrogram(samples_S: torch.Tensor, sample_rate_hz: int, mark_seconds: floa
 
 
 def continuations(folder: Path, num_prompts: int, labels: Mapping[str, str] | None = None) -> list[Section]:
-    """Return a section for each of some prompts: the recording, its reconstructions, and all continuations.
+    """Return an introduction, and for each of ``num_prompts`` prompts a section with one clip of each system.
 
     ``folder`` is the --output_dir of eval/generation.py. Prompts are chosen by the hash of their names. ``labels`` maps
-    systems to the names to show; the default is all systems. A missing or damaged file raises a `UserError`.
+    the systems to show to their displayed names; default: all systems. A missing or damaged file raises a `UserError`.
     """
     if (manifest := read_json(str(folder), "prompts.json")) is None:
         raise UserError(f"'{folder}' has no prompts.json; choose the --output_dir of eval/generation.py")
@@ -100,7 +100,7 @@ def continuations(folder: Path, num_prompts: int, labels: Mapping[str, str] | No
             speaker = f", speaker {prompt['speaker']}" if prompt["speaker"] else ""
             sections.append(Section(prompt["name"] + speaker, texts[:1], clips=clips))
     except DAMAGE as error:
-        raise UserError(f"a file in '{folder}' is missing or damaged ({error!r}); run eval/ again") from error
+        raise UserError(f"a file in '{folder}' is missing or damaged ({error!r}); re-run eval/generation.py") from error
     return sections
 
 

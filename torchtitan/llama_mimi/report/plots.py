@@ -59,9 +59,9 @@ def forest(panels: Mapping[str, Mapping[str, Estimate]], title: str, *, is_diffe
 
 
 def tradeoff(panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], vertical: str, title: str) -> bytes:
-    """Return a PNG with a scatter plot for each measure of fidelity. Small marks are seeds, large ones their mean.
+    """Return a PNG with a scatter plot for each measure of fidelity. Small marks are seeds; large marks are means.
 
-    ``panels`` maps the label of the horizontal axis, then the system, to the points (x, y) of the seeds.
+    ``panels`` maps the label of a horizontal axis to systems, and each system to points (x, y), one for each seed.
     """
     plt = pyplot()
     size = (WIDTH_INCHES, 3.4 * len(panels) + 1)

@@ -42,7 +42,7 @@ class MeasureFormat:
 
 
 _accuracy = partial(MeasureFormat, digits=1, factor=100, is_accuracy=True)
-# In the order of tables. Other parts of benchmarks and the judge's criteria follow.
+# Measures in the order of rows in a table. Other parts of benchmarks and the judge's criteria follow.
 MEASURES = {
     **{name: _accuracy(heading) for name, heading in SALMON.items()},
     SALMON_MEAN: _accuracy("SALMon mean"),
@@ -78,7 +78,7 @@ def measure_of(name: str) -> MeasureFormat:
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Return unique measures in the order of tables: bits, accuracies, measures of continuations."""
+    """Return unique measures in the order of rows in a table: bits, accuracies, measures of continuations."""
     places = {name: place for place, name in enumerate(MEASURES)}
     keys = {name: (not measure_of(name).is_accuracy, places.get(name, len(places)), name) for name in names}
     return sorted(keys, key=lambda name: (not name.startswith(BITS), keys[name]))
@@ -90,7 +90,7 @@ def system_label(system: str) -> str:
 
 
 class Results(NamedTuple):
-    """Values of result files, with a row for each pair or sample, and notes.
+    """Table of values from result files (a row for each pair or sample), and notes.
 
     Columns: system, measure, item (a group of pairs, or a prompt), sample (number within the item), value (NaN if
     missing), conditions (settings, equal in a comparison), weights (hash), data (hash of audio or prompts), data_kind
@@ -102,7 +102,7 @@ class Results(NamedTuple):
 
 
 def read_results(paths: Sequence[Path]) -> Results:
-    """Read result files, and those in folders; other JSON files and hidden files are ignored.
+    """Read result files, and all result files in folders. Other JSON files and hidden files are ignored.
 
     A missing path, a damaged file, another format and a repeated result raise a `UserError`.
     """
@@ -116,19 +116,19 @@ def read_results(paths: Sequence[Path]) -> Results:
         try:
             report = parse_json(file.read_bytes())
         except (OSError, ValueError) as error:
-            raise UserError(f"'{file}' is not readable as JSON ({first_line(error)}); remove it") from error
+            raise UserError(f"'{file}' is not readable as JSON ({first_line(error)}); remove the file") from error
         if not isinstance(report, dict) or not ("benchmark" in report or report.get("kind") == KIND):
             continue
         if report.get("pairs") == []:  # a test split without answers
             continue
         if (found := report.get("format")) != FORMAT:
-            raise UserError(f"'{file}' has format {found!r}; expected {FORMAT}. Remove it and re-run eval/")
+            raise UserError(f"'{file}' has format {found!r}; expected {FORMAT}. Remove the file and score again")
         try:
             items, of_file = _benchmark(report, file.parent.name) if "benchmark" in report else _generations(report)
             items = items.assign(data_kind=report["data_kind"])[COLUMNS]
         except DAMAGE as error:
             what = f"{type(error).__name__}: {first_line(error)}"
-            raise UserError(f"'{file}' is a damaged result ({what}); remove it, or re-run eval/") from error
+            raise UserError(f"'{file}' is a damaged result ({what}); remove the file, or score again") from error
         one = items.iloc[0]
         about = report.get("benchmark", "the same prompts")
         of_weights = (one["weights"], one["data_kind"]) if "benchmark" in report else (one["data"],)
@@ -139,9 +139,10 @@ def read_results(paths: Sequence[Path]) -> Results:
             frames.append(items)
             notes += of_file
         elif "benchmark" in report or seen[identity] != audio:  # the same references may be in several folders
-            raise UserError(f"'{file}' repeats a result of {one['system']} on {about} ({one['conditions']}); move it")
+            repeated = f"'{file}' repeats a result of {one['system']} on {about}"
+            raise UserError(f"{repeated} ({one['conditions']}); move '{file}' to another folder")
     table = pd.concat(frames[1:] or frames, ignore_index=True)
-    # If a system has several weights, their hash becomes part of its name.
+    # If a system has results from several weights, the hash of the weights becomes part of the system's name.
     known = table["weights"].where(table["weights"] != "")
     is_double = known.groupby(table["system"]).transform("nunique") > 1
     table["system"] = table["system"].where(~is_double, table["system"] + " " + table["weights"].str[:8])
@@ -158,7 +159,7 @@ def _benchmark(report: Mapping[str, Any], system: str) -> tuple[pd.DataFrame, li
         conditions.append(f"codec with{'' if window else 'out'} sliding window")
     pairs = pd.DataFrame(report["pairs"])
     parts = pairs.groupby("part")
-    # Groups are numbered, because a folder and a table may have different names for the same group.
+    # Groups are numbered, because a folder and a table can have different names for the same group.
     by_group = report["scoring"]["by_group"]
     item = parts["group"].transform(lambda names: pd.factorize(names)[0]) if by_group else parts.cumcount()
     items = pd.DataFrame(

@@ -18,7 +18,7 @@ _parsed = cache(lambda words: parse_config(list(words)))
 
 
 def resolved(flags: Mapping[str, Any]) -> Any:
-    """Return the checked job config for training flags. It is cached: do not change it."""
+    """Return the checked job config for training flags. The config is cached: do not change it."""
     return _parsed(tuple(to_cli_args(flags)))
 
 
@@ -27,7 +27,7 @@ def step_flops(flags: Mapping[str, Any], num_ranks: int) -> float:
 
     Padding counts in full. ``num_ranks`` is used only if the flags do not set the global batch size.
     """
-    config = parse_config(to_cli_args(flags))  # not cached: write_missing changes it
+    config = parse_config(to_cli_args(flags))  # not cached, because write_missing changes the config
     with tempfile.TemporaryDirectory() as folder:
         write_missing(config, Path(folder))
         args = LlamaMimiArgs(**vars(FLAVORS[config.model.flavor]))

@@ -1,4 +1,4 @@
-"""Study files: tables of model variants, each of which is trained with every seed."""
+"""Study files: tables of model variants, and the seeds for training every variant."""
 
 import itertools
 import re
@@ -58,14 +58,14 @@ class Table(NamedTuple):
     variants: tuple[Variant, ...]
 
     def label(self, variant: Variant) -> str:
-        """Return the values of the axes in which the variants differ, such as "hierarchical, Q = 4"."""
+        """Return a variant's values of the axes in which the table's variants differ, such as "hierarchical, Q = 4"."""
         axes = [axis for axis in AXES if len({getattr(other, axis) for other in self.variants}) > 1]
         return ", ".join(AXES[axis].format(getattr(variant, axis)) for axis in axes) or variant.name
 
 
 @dataclass(frozen=True)
 class Launch:
-    """The section [launch], which says how to start commands."""
+    """The section [launch]: settings for starting commands."""
 
     parallel: int = 1  # number of parallel runs
     nproc_per_node: int = 1  # number of ranks on this machine, for all commands
@@ -76,7 +76,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Study:
-    """A study, and the output folder for its models, results and report."""
+    """Content of a study file."""
 
     path: Path
     name: str
@@ -84,8 +84,8 @@ class Study:
     config: dict[Architecture, str]  # training config files
     note: str = ""  # introduction of the report
     seeds: list[int] = field(default_factory=lambda: [0])
-    settings: Flags = field(default_factory=dict)  # training settings; texts may contain axes in braces
-    override: list[Flags] = field(default_factory=list)  # axes, and settings for variants with these axes
+    settings: Flags = field(default_factory=dict)  # training settings; texts may contain axes, such as {steps}
+    override: list[Flags] = field(default_factory=list)  # values of axes, and settings for variants with these values
     launch: Launch = Launch()
     benchmarks: dict[Literal["salmon", "sLM21", "sStoryCloze"], Flags] = field(default_factory=dict)
     generation: Flags = field(default_factory=dict)  # flags of eval/generation.py; default: do not judge
@@ -105,7 +105,7 @@ class Study:
         """Return the training settings of a variant, without steps and seed."""
         flags: Flags = {"job.config_file": self.config[variant.architecture], "model.flavor": variant.flavor}
         flags |= {"codec.num_quantizers": variant.num_quantizers, "loss.level_weights": variant.level_weights}
-        if variant.architecture == "flattened":  # sequences have the same audio for every Q
+        if variant.architecture == "flattened":  # sequences have the same audio length for every Q
             base = resolved({"job.config_file": flags["job.config_file"]})
             for section in ("training", "validation"):
                 length = getattr(base, section).seq_len
@@ -120,12 +120,12 @@ class Study:
 
 
 def applies(override: Flags, variant: Variant) -> bool:
-    """Return True if an [[override]] lists the variant's value for each of its axes."""
+    """Return True if each list of an [[override]] contains the variant's value for that axis."""
     return all(getattr(variant, axis) in values for axis, values in override.items() if axis in AXES)
 
 
 def read_study(path: Path) -> Study:
-    """Read a study file; raise a `UserError` for unknown keys, and for settings that training or eval/ refuse."""
+    """Read a study file; raise a `UserError` for unknown keys, and for settings that training or eval/ refuses."""
     try:
         values = tomllib.loads(path.read_text())
         values["launch"] = Launch(**_checked(values.get("launch", {}), get_type_hints(Launch), "[launch]"))
@@ -148,7 +148,7 @@ def read_study(path: Path) -> Study:
 
 
 def _checked(values: Any, types: Mapping[str, Any], name: str, *required: str) -> Flags:
-    """Check the keys and types of a section, and return it."""
+    """Check the keys and types of a section; return the section."""
     if not isinstance(values, dict):
         raise UserError(f"{name} is {values!r}; expected a section")
     for key, value in values.items():
@@ -157,16 +157,16 @@ def _checked(values: Any, types: Mapping[str, Any], name: str, *required: str) -
         if not fits(value, types[key]):
             raise UserError(f"{name} sets {key} to {value!r}; expected {types[key]}")
     if missing := set(required) - values.keys():
-        raise UserError(f"{name} has no key '{min(missing)}'; add it")
+        raise UserError(f"{name} has no key '{min(missing)}'; add this key")
     return values
 
 
 def _variants(study: Study, grid: Flags) -> tuple[Variant, ...]:
-    """Return the product of a table's axes. The config provides the value of a missing axis."""
+    """Return all combinations of the values of a table's axes. The config provides the value of a missing axis."""
     found: list[Variant] = []
     for architecture in grid.get("architecture") or [*study.config][:1]:
         if architecture not in study.config:
-            raise UserError(f"[config] has no file for the architecture '{architecture}' of '{grid['title']}'; add it")
+            raise UserError(f"[config] has no file for '{architecture}' in the table '{grid['title']}'; add a file")
         base = resolved({"job.config_file": study.config[architecture]})
         for values in itertools.product(
             grid.get("flavor") or [base.model.flavor],
@@ -190,12 +190,12 @@ def _check(study: Study) -> None:
     configs = [resolved(study.flags(v) | {"training.steps": v.steps}) for v in study.variants]
     is_unknown_batch = launch.train and any(config.training.global_batch_size < 1 for config in configs)
     for is_wrong, message in (
-        (not study.runs, "it has no [[tables]] or no seeds; add them"),
-        (len({*study.seeds}) < len(study.seeds), f"seeds is {study.seeds}; use different numbers"),
+        (not study.runs, "there is no table or no seed; add [[tables]] or seeds"),
+        (len({*study.seeds}) < len(study.seeds), f"seeds is {study.seeds}; use each number only once"),
         (min(launch.parallel, launch.nproc_per_node) < 1, "launch.parallel and launch.nproc_per_node must be positive"),
-        (own, f"it sets {', '.join(sorted(own))}, which only an axis or the study may set; remove that"),
-        (unused, f"the [[override]] {unused[:1]} applies to no variant; fix its axes"),
-        (is_unknown_batch, "launch.train has an unknown number of ranks; set training.global_batch_size"),
+        (own, f"it sets {', '.join(sorted(own))}, which only axes or the study may set; remove these keys"),
+        (unused, f"the [[override]] {unused[:1]} applies to no variant; fix the values of its axes"),
+        (is_unknown_batch, "the number of ranks of launch.train is unknown; set training.global_batch_size"),
     ):
         if is_wrong:
             raise UserError(message)

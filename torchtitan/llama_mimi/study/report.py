@@ -17,8 +17,8 @@ from llama_mimi.training.metrics import BITS as BITS_KEY
 
 REPORT, RESULTS = "report.md", "results.parquet"
 ABOUT_BITS = (
-    "Bits are computed over the tokens that are possible at a position: the codes of its level and, between frames, "
-    "`</audio>`. Bits of models with different numbers of levels are not comparable."
+    "Bits are computed over the tokens that are possible at a position: the codes of the position's level and, between "
+    "frames, `</audio>`. Bits of models with different numbers of levels are not comparable."
 )
 Lines = Sequence[Mapping[str, Any]]  # lines of the index
 
@@ -34,7 +34,7 @@ def sections(study: Study, lines: Lines) -> list[Section]:
     items = _collect_results(study)
     same = {"item": "", "sample": 0, "conditions": "", "weights": "", "data": "", "is_reference": False}
     same["data_kind"] = items["data_kind"].iloc[0] if items["data_kind"].nunique() == 1 else "other"
-    bits = [  # a measure without items, for each number of levels
+    bits = [  # each number of levels is a measure without items
         same | {"system": line["run"], "measure": f"{BITS}{line['num_quantizers']}", "value": line[BITS_KEY]["all"]}
         for line in lines
         if line.get(BITS_KEY)
@@ -45,7 +45,7 @@ def sections(study: Study, lines: Lines) -> list[Section]:
     about = (
         f"`uv run python scripts/study.py {study.path}`: {len(lines) - len(missing)} of {len(lines)} runs are done, "
         f"{len(study.seeds)} for each of {len(study.variants)} variants; commit {', '.join(commits) or 'unknown'}. "
-        f"`index.jsonl` has the axes and the cost of each run, `{RESULTS}` its values."
+        f"`index.jsonl` has the axes and the cost of each run. `{RESULTS}` has the values of all measures."
     )
     found = [Section(f"Study {study.name}", [about, *filter(None, [study.note]), *LEGEND, ABOUT_BITS])]
     if missing:
@@ -69,6 +69,8 @@ def _collect_results(study: Study) -> pd.DataFrame:
         if found.empty:
             return saved
         if lost := set(saved["system"] + ", " + saved["measure"]) - set(found["system"] + ", " + found["measure"]):
-            raise UserError(f"'{path}' has values ({min(lost)}) without a result file; restore the file, or remove it")
+            raise UserError(
+                f"'{path}' has values without a result file ({min(lost)}); restore that file, or remove '{path}'"
+            )
     write_atomically(str(study.output_dir), RESULTS, found.to_parquet(None, compression="zstd", index=False))
     return found

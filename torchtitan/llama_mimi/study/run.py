@@ -108,7 +108,7 @@ def train_and_score(study: Study, runs: Sequence[Run]) -> None:
 
 
 def judge(study: Study) -> None:
-    """Judge the continuations of all scored runs, one run at a time because they share prompts."""
+    """Judge the continuations of all scored runs, one run at a time, because runs share prompts."""
     with locked(study.output_dir / f".generations{LOCK}", "output_dir", wait=True):
         for run in study.runs:
             if study.generation and read_record(study, run)["failed"] is None:
@@ -159,7 +159,7 @@ def _progress(study: Study) -> str:
 
 
 def start(launch: Launch, name: str, log: Path, command: list[str]) -> None:
-    """Run a command that cannot outlive this process; raise a `UserError` if it fails."""
+    """Run a command, and end it if this process ends. Raise a `UserError` if the command fails."""
     # Only one run is judged at a time, so judging may use the threads of all parallel runs.
     threads = launch.threads and launch.threads * (launch.parallel if name == GENERATION else 1)
     env = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})

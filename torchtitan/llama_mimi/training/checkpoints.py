@@ -1,4 +1,4 @@
-"""TorchTitan's checkpoint manager, with checksums and with one-sentence errors for full disks and damaged files."""
+"""Extension of TorchTitan's checkpoint manager: checksums, and short errors for full disks and damaged files."""
 
 import shutil
 from collections.abc import Callable
@@ -20,9 +20,9 @@ _save_of_engine = engine.CheckpointManager.save
 
 
 def use_checksums(verify: bool) -> None:
-    """Make TorchTitan's checkpoint manager write checksums and, with ``verify``, compare them when it loads."""
+    """Make TorchTitan's checkpoint manager write checksums. With ``verify``, check files before they are loaded."""
 
-    # The manager passes a path, or None with a writer or reader of the format of Hugging Face.
+    # For DCP, the manager passes a path. For the Hugging Face format, it passes a writer or a reader, and no path.
     def save(of_dcp: Callable, state: Any, *, storage_writer: Any, checkpoint_id: str | None, **settings: Any) -> Any:
         writer = CheckedWriter(checkpoint_id) if checkpoint_id else storage_writer
         return of_dcp(state, storage_writer=writer, **settings)
@@ -48,4 +48,4 @@ def _save(manager: Any, curr_step: int, last_step: bool = False) -> None:
         failure = first_failure(error)
         raise (failure if isinstance(failure, UserError | OSError) else error) from None
     if last_step and manager._should_save(curr_step, last_step):
-        manager._purge_stale_checkpoints()  # TorchTitan does not do this after the last save
+        manager._purge_stale_checkpoints()  # TorchTitan does not purge after the last save

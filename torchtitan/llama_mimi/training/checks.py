@@ -37,18 +37,19 @@ from llama_mimi.tokens.vocabulary import has_text
 from llama_mimi.training.loss import level_fractions, level_weights
 
 FLOAT8 = "quantize.linear.float8"  # name of the converter in TorchTitan
-# Entries that must be equal in a flavor, a Hugging Face folder and an earlier run in the same dump_folder.
+# Entries that must be equal in the configs of the flavor, a Hugging Face folder and an earlier run (dump_folder).
 MODEL_KEYS = ("model_type", *NETWORK_KEYS, "tie_word_embeddings")
 RECORD_KEYS = (*MODEL_KEYS, "num_quantizers", "codec", "codec_sliding_window", "vocab_size", "text_vocab_size")
-# On a network file system, other nodes can see a change a minute later (acdirmax of NFS).
+# On a network file system, another node may see a change a minute later (option acdirmax of NFS).
 SECONDS_FOR_NODES_TO_AGREE = 90
-_locks = ExitStack()  # on rank 0, until the process ends
+_locks = ExitStack()  # locks that rank 0 keeps until the process ends
 
-_FLATTENED_ONLY = "remove it: model.architecture 'hierarchical' supports FSDP and HSDP only"
+_FLATTENED_ONLY = "remove this setting: model.architecture 'hierarchical' supports only FSDP and HSDP"
+_TORCHAO = "install the package torchao with `uv sync --inexact --extra float8`"
 # Each rule: settings (separated by spaces), a condition on the value and the config, and the second half of the error.
-# The config has the extra entries of `check_settings`.
+# `check_settings` adds entries to the config, such as `divisor`.
 RULES: list[tuple[str, Callable[[Any, Any], Any], str]] = [
-    ("model.name", lambda v, c: v == "llama_mimi", "set it to 'llama_mimi', and set the size by model.flavor"),
+    ("model.name", lambda v, c: v == "llama_mimi", "set 'llama_mimi', and choose the size by model.flavor"),
     ("model.flavor", lambda v, c: v in FLAVORS, f"choose one of: {', '.join(FLAVORS)}"),
     (
         "training.steps training.local_batch_size data.max_audio_seconds data.shuffle_window codec.num_quantizers "
@@ -67,39 +68,39 @@ RULES: list[tuple[str, Callable[[Any, Any], Any], str]] = [
         "set a finite number of at least 0",
     ),
     ("lr_scheduler.total_steps", lambda v, c: v is None or v >= c.training.steps, "set at least {training.steps}"),
-    ("optimizer.early_step_in_backward", lambda v, c: not v, "remove it: gradients are checked before a step"),
+    ("optimizer.early_step_in_backward", lambda v, c: not v, "set false: gradients are checked before a step"),
     ("data.task", lambda v, c: v != "tts" or c.model.vocabulary != "audio", "set model.vocabulary to 'llama'"),
     ("data.weights", lambda v, c: len(v) in (0, len(dataset_names(c.training))), "set one number for each corpus"),
     ("data.weights", lambda v, c: all(0 < w < math.inf for w in v), "set positive, finite numbers"),
-    ("validation.steps", lambda v, c: v == -1, "set data.validation_clips instead, a number for all ranks together"),
-    ("training.seq_len validation.seq_len", lambda v, c: v >= c.codec.num_quantizers + 2, "a frame needs more tokens"),
+    ("validation.steps", lambda v, c: v == -1, "set -1, and limit the clips by data.validation_clips"),
+    ("training.seq_len validation.seq_len", lambda v, c: v >= c.min_length, "set at least {min_length}, for one frame"),
     ("training.seq_len validation.seq_len", lambda v, c: v % c.divisor == 0, "set a multiple of {divisor}"),
     ("validation.seq_len", lambda v, c: v <= c.training.seq_len, "set at most training.seq_len, {training.seq_len}"),
     ("training.global_batch_size", lambda v, c: v < 0 or (v and v % c.pass_size == 0), "set a multiple of {pass_size}"),
     ("checkpoint.initial_load_in_hf", lambda v, c: not v or c.checkpoint.enable, "set checkpoint.enable to true"),
     ("checkpoint.initial_load_path", lambda v, c: not v or c.checkpoint.enable, "set checkpoint.enable to true"),
     ("checkpoint.folder", lambda v, c: not re.search(r"^\.{0,2}$|/", v), "choose a folder inside job.dump_folder"),
-    # These folders exist when TorchTitan loads a checkpoint, so it would ignore initial weights.
+    # TorchTitan ignores initial weights if the checkpoint folder exists, and these two folders are created earlier.
     ("checkpoint.folder", lambda v, c: v not in (c.metrics.save_tb_folder, ASSETS_FOLDER), "choose another folder"),
-    ("checkpoint.keep_latest_k", lambda v, c: v != 1, "set at least 2, or 0 for all"),
+    ("checkpoint.keep_latest_k", lambda v, c: v != 1, "set at least 2, or 0 to keep all checkpoints"),
     ("optimizer.beta1 optimizer.beta2", lambda v, c: 0 <= v < 1, "set a number of at least 0 and below 1"),
     ("model.depth_train_fraction", lambda v, c: 0 < v <= 1, "set 1, or a smaller positive fraction"),
-    ("model.depth_train_fraction", lambda v, c: v == 1 or not c.is_flattened, "set 1, or use 'hierarchical'"),
-    ("codec.num_quantizers", lambda v, c: v >= 2 or c.is_flattened, "'hierarchical' needs at least 2 levels"),
+    ("model.depth_train_fraction", lambda v, c: v == 1 or not c.is_flattened, "set 1, or architecture 'hierarchical'"),
+    ("codec.num_quantizers", lambda v, c: v >= 2 or c.is_flattened, "set at least 2 for architecture 'hierarchical'"),
     ("model.converters checkpoint.last_save_in_hf", lambda v, c: not v or c.is_flattened, _FLATTENED_ONLY),
     ("parallelism.tensor_parallel_degree", lambda v, c: v == 1 or c.is_flattened, _FLATTENED_ONLY),
     ("parallelism.context_parallel_degree", lambda v, c: v == 1 or c.is_flattened, _FLATTENED_ONLY),
-    ("model.converters", lambda v, c: v in ([], [FLOAT8]), f"the only converter for this model is '{FLOAT8}'"),
-    ("model.converters", lambda v, c: not v or find_spec("torchao"), "run `uv sync --inexact --extra float8`"),
+    ("model.converters", lambda v, c: v in ([], [FLOAT8]), f"set ['{FLOAT8}'], the only supported converter"),
+    ("model.converters", lambda v, c: not v or find_spec("torchao"), _TORCHAO),
     ("parallelism.pipeline_parallel_degree", lambda v, c: v == 1, "set 1: pipeline parallelism is not supported"),
     ("parallelism.data_parallel_replicate_degree", lambda v, c: v == 1 or c.dims.dp_shard > 1, "use FSDP or HSDP"),
-    ("parallelism.disable_loss_parallel", lambda v, c: not v, "remove it: the loss needs loss parallelism"),
-    ("parallelism.context_parallel_degree", lambda v, c: v == 1 or c.data.packing == "pad", "set 1 for packed rows"),
+    ("parallelism.disable_loss_parallel", lambda v, c: not v, "set false: the loss needs loss parallelism"),
+    ("parallelism.context_parallel_degree", lambda v, c: v == 1 or c.data.packing == "pad", "set 1, or packing 'pad'"),
 ]
 
 
 def prepare_run(job_config: Any) -> None:
-    """On rank 0, check a run, lock its folder, save its config and move old steps. All ranks raise its `UserError`."""
+    """On rank 0, check a run, lock its folder, save its config and move old steps. An error is raised on all ranks."""
     checkpoint, settings = checkpoint_folder(job_config), job_config.checkpoint
 
     def steps() -> list[int] | None:
@@ -121,7 +122,7 @@ def prepare_run(job_config: Any) -> None:
         return steps()
 
     of_first = broadcast_from_rank0(prepare)
-    # Each node searches for steps itself. If it finds none, TorchTitan starts from random weights on that node.
+    # Each node searches for saved steps. On a node that finds none, TorchTitan would start from random weights.
     for _ in range(SECONDS_FOR_NODES_TO_AGREE):
         if steps() == of_first:
             return
@@ -138,11 +139,12 @@ def check_settings(job_config: Any, world_size: int) -> None:
         dims = ParallelDims(*degrees, ep=1, etp=1, world_size=world_size)
     except AssertionError as error:
         problem = f"the degrees in [parallelism] do not fit {world_size} ranks ({str(error) or 'too few'})"
-        raise UserError(f"{problem}; change them, or torchrun's --nproc_per_node") from error
+        raise UserError(f"{problem}; change the degrees, or change torchrun's --nproc_per_node") from error
     config = SimpleNamespace(
         **vars(job_config),
         dims=dims,
         is_flattened=job_config.model.architecture == "flattened",
+        min_length=job_config.codec.num_quantizers + 2,
         divisor=dims.seq_len_divisor if dims.cp > 1 else dims.tp,
         pass_size=job_config.training.local_batch_size * dims.dp_replicate * dims.dp_shard,
     )
@@ -158,19 +160,19 @@ def check_settings(job_config: Any, world_size: int) -> None:
 def check_files(job_config: Any) -> None:
     """Raise a `UserError` if a corpus, the model folder, an earlier run or the machine does not fit the settings."""
     if job_config.parallelism.context_parallel_degree > 1 and not torch.cuda.is_available():
-        raise UserError("parallelism.context_parallel_degree is more than 1 and needs GPUs; set it to 1")
+        raise UserError("parallelism.context_parallel_degree is more than 1, but there is no GPU; set it to 1")
     data, codec = job_config.data, job_config.codec
     for section in ("training", *["validation"] * job_config.validation.enable):
         values = getattr(job_config, section)
         names, split = dataset_names(values), chosen_split(job_config, values)
         if len(names) != 1 and (not names or section == "validation" or not all(map(is_store, names))):
-            remedy = "set one corpus, or for training several tokenised corpora (scripts/tokenize_corpus.py)"
+            remedy = "set one corpus, or (for training only) several corpora from scripts/tokenize_corpus.py"
             raise UserError(f"{section}.dataset is '{values.dataset}'; {remedy}")
         for name in names:
             if not is_store(name):
                 check_corpus(name, values.dataset_path, split)
             elif values.dataset_path is not None or split is not None:
-                raise UserError(f"'{name}' is a tokenised corpus without splits; leave dataset_path and the split out")
+                raise UserError(f"'{name}' is a tokenised corpus without splits; remove dataset_path and the split")
             else:
                 CodeCorpus(name, codec.name, codec.num_quantizers, codec.sliding_window, with_text=data.task == "tts")
     _check_model(job_config)
@@ -185,10 +187,10 @@ def _check_model(job_config: Any) -> None:
     prepare = f"`scripts/prepare_base_model.py {flags}`"
     assets = f"model.hf_assets_path '{model.hf_assets_path}'"
     if not Path(model.hf_assets_path).is_dir():
-        raise UserError(f"{assets} is not a folder; create one with {prepare}")
+        raise UserError(f"{assets} is not a folder; create the folder with {prepare}")
     tokenizer = build_speech_tokenizer(job_config)
     if model.vocabulary == "llama" and not has_text(tokenizer.text_tokenizer):
-        raise UserError(f"{assets} has no text tokens; set model.vocabulary to 'audio', or create one with {prepare}")
+        raise UserError(f"{assets} has no text tokens; set model.vocabulary 'audio', or create a folder with {prepare}")
 
     def entries(config: PreTrainedConfig, keys: tuple[str, ...]) -> dict[str, Any]:
         return {key: getattr(config, key, None) for key in keys}
@@ -218,7 +220,7 @@ def _check_model(job_config: Any) -> None:
 
 
 def _check_resume(job_config: Any) -> None:
-    """Raise a `UserError` if a step cannot be resumed; log changed settings. The loader checks the saved position."""
+    """Raise a `UserError` if the run cannot resume from its step; log changed settings. The loader checks positions."""
     settings, folder = job_config.checkpoint, checkpoint_folder(job_config)
     steps = complete_steps(folder)
     number = max(steps, default=-1) if settings.load_step == -1 else settings.load_step
@@ -228,12 +230,12 @@ def _check_resume(job_config: Any) -> None:
         return
     if number not in steps:
         raise UserError(f"checkpoint.load_step is {number}, but the complete steps in '{folder}' are {sorted(steps)}")
-    # From step 0, a seed checkpoint, TorchTitan loads weights only, and no position is needed.
+    # Step 0 is a seed checkpoint. TorchTitan loads only its weights and needs no position.
     needs_position = number > 0 and "dataloader" not in settings.exclude_from_loading
     entries = read_index(steps[number]).state_dict_metadata if is_distributed(steps[number]) else None
     if entries is None or (needs_position and "dataloader.position" not in entries):
-        problem = f"'{steps[number]}' contains weights only, without a position in the data, and cannot be resumed"
-        remedy = "set it as checkpoint.initial_load_path (with initial_load_in_hf for safetensors) of another run"
+        problem = f"'{steps[number]}' contains only weights and no position in the data, so a run cannot resume from it"
+        remedy = "start another run with this checkpoint.initial_load_path (for safetensors, also initial_load_in_hf)"
         raise UserError(f"{problem}; {remedy}")
     earlier = now = job_config.to_dict()
     with suppress(UserError):  # a damaged file is replaced

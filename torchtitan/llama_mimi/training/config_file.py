@@ -17,7 +17,7 @@ import llama_mimi.job_config
 from llama_mimi.common.errors import UserError
 from llama_mimi.training.checks import check_settings
 
-# Keys and sections of earlier versions and of the first release, and their replacements.
+# Replacements of keys and sections that earlier versions or the first release had.
 OLD_KEYS = {
     "model.num_quantizers": "codec.num_quantizers",
     "model.pretrained": "checkpoint.initial_load_in_hf",
@@ -51,13 +51,13 @@ def parse_config(args: list[str]) -> Any:
     try:
         job_config = ConfigManager(config_class).parse_args(args)
     except AssertionError as error:  # TorchTitan checks some settings itself
-        raise UserError(f"TorchTitan does not accept a setting ({error}); change it") from error
+        raise UserError(f"TorchTitan does not accept a setting ({error}); change the setting") from error
     check_settings(job_config, world_size=int(os.environ.get("WORLD_SIZE", 1)))
     return job_config
 
 
 def _check_section(section: Any, values: dict[str, Any], path: str, prefix: str = "") -> None:
-    """Raise a `UserError` for an unknown key in a TOML file, or a value of a wrong type; ``section`` is a dataclass."""
+    """Raise a `UserError` if a TOML file has an unknown key or a value of wrong type; ``section`` is a dataclass."""
     types = {field.name: field.type for field in dataclasses.fields(section)}
     for key, value in values.items():
         name = prefix + key

@@ -1,4 +1,4 @@
-"""Level-weighted cross-entropy over audio tokens. The recorded losses of the levels are not weighted."""
+"""Cross-entropy over audio tokens, weighted by level. The logged loss of each level is unweighted."""
 
 import math
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ from llama_mimi.tokens.vocabulary import AudioVocabulary
 
 
 class LevelMeter:
-    """Sums of losses and numbers of targets for each level, and for ``</audio>``."""
+    """Sum of losses and number of targets, for each level and for ``</audio>``."""
 
     def __init__(self) -> None:
         self._sums = self._step_sums = torch.zeros(())
 
     def add(self, losses_N: torch.Tensor, admissible_N: torch.Tensor, rows_N: torch.Tensor, num_rows: int) -> None:
-        """Add losses (over all entries, and over admissible ones) to their rows; row ``num_rows`` is ignored."""
+        """Add N losses (over all entries, over admissible entries) to sums of their rows; ignore row ``num_rows``."""
         sums = torch.zeros(3, num_rows + 1, device=losses_N.device, dtype=torch.float64)
         for row, values_N in zip(sums, (losses_N, torch.ones_like(losses_N), admissible_N), strict=True):
             row.index_add_(0, rows_N, values_N.double())
@@ -27,26 +27,26 @@ class LevelMeter:
         self._sums = self._sums + sums[:, :num_rows]
 
     def pop(self) -> torch.Tensor:
-        """Return sums (3, Q + 1) since the last call, for this rank: losses, targets, admissible losses."""
+        """Return this rank's sums (3, Q + 1) since the last call: losses, targets, losses over admissible entries."""
         sums, self._sums = self._sums, torch.zeros(())
         return sums
 
     def pop_step(self) -> torch.Tensor:
-        """Return the sum of losses and the number of targets (2,) since the last call, for this rank."""
+        """Return this rank's sum of losses and number of targets since the last call, as a tensor (2,)."""
         sums, self._step_sums = self._step_sums, torch.zeros(())
         return sums
 
 
 def level_fractions(job_config: Any) -> list[float]:
-    """Return, for each of the Q levels, the fraction of frames with a target."""
+    """Return the fraction of frames that have a target, for each of the Q levels."""
     return [1.0, *[job_config.model.depth_train_fraction] * (job_config.codec.num_quantizers - 1)]
 
 
 def level_weights(recipe: str, fractions: Sequence[float]) -> list[float]:
     """Return the weight of the loss of each level; raise a `UserError` for an invalid recipe.
 
-    The mean over all targets is one, so the learning rate needs no change. R of semantic:R is lambda in arXiv
-    2509.14882. The sum of the weights of a level does not depend on the fraction of its frames with a target.
+    The mean weight of all targets is one, so the learning rate needs no change. R in semantic:R is lambda in arXiv
+    2509.14882. The total weight of a level does not depend on its fraction of frames with a target.
     """
     Q = len(fractions)
     name, _, number = recipe.partition(":")
@@ -62,14 +62,14 @@ def level_weights(recipe: str, fractions: Sequence[float]) -> list[float]:
     except ValueError:
         weights = []
     if len(weights) != Q or not all(0 < weight < math.inf for weight in weights):
-        remedy = f"set uniform, semantic:100, geometric:100, or {Q} positive numbers separated by commas"
+        remedy = f"set 'uniform', 'semantic:100', 'geometric:100', or {Q} positive numbers separated by commas"
         raise UserError(f"loss.level_weights is '{recipe}'; {remedy}")
     mean = sum(weights) / sum(fractions)
     return [weight / fraction / mean for weight, fraction in zip(weights, fractions, strict=True)]
 
 
 class SpeechLoss:
-    """Sum of the cross-entropies of all targets, weighted by level. ``chunk_step`` is a compiled `chunk_losses`."""
+    """Level-weighted cross-entropy, summed over all targets. ``chunk_step`` is a compiled `chunk_losses`."""
 
     def __init__(
         self, vocabulary: AudioVocabulary, meter: LevelMeter, weights: Sequence[float], chunk_step: Any = None
@@ -78,7 +78,7 @@ class SpeechLoss:
         self._weights_Q = torch.tensor(weights)
 
     def __call__(self, logits: LazyLogits | HierarchicalOutput, labels: torch.Tensor) -> torch.Tensor:
-        """Return the sum over targets ``labels``: (B, L), or (B, L, Q) for the hierarchical architecture."""
+        """Return the sum over targets. ``labels`` is (B, L), or (B, L, Q) for the hierarchical architecture."""
         sums = []
         self._weights_Q = self._weights_Q.to(labels.device)
         for head, targets in logits.heads(labels, self._vocabulary):

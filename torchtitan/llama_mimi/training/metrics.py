@@ -23,8 +23,8 @@ from llama_mimi.data.packing import Batch
 from llama_mimi.training.loss import LevelMeter, level_fractions
 from llama_mimi.training.optimizer import StepGuard
 
-# Dense bfloat16 FLOP/s of GPUs from data sheets, by a part of the name; the first match is used.
-# TorchTitan's `get_peak_flops` returns values of the A100 for unknown GPUs, and of the H100 for the H800.
+# Dense bfloat16 FLOP/s of GPUs from data sheets. A key is a part of the GPU's name; the first match is used.
+# TorchTitan's `get_peak_flops` returns the A100's value for unknown GPUs, and the H100's value for the H800.
 PEAK_FLOPS = {
     "A100": 312e12,
     "H100 NVL": 835e12,
@@ -35,7 +35,7 @@ PEAK_FLOPS = {
     "B200": 2250e12,
     "MI300X": 1307e12,
 }
-# Group of metrics in the log; the prefix for validation is "validation_".
+# Name of a group of metrics in the log. For validation, the name begins with "validation_".
 BITS = "admissible_bits_per_audio_second"
 
 
@@ -74,7 +74,7 @@ class SpeechMetrics(MetricsProcessor):
         seen = torch.tensor([meter.num_clips, meter.num_frames], device=device_type)
         num_clips, num_frames = self._sum(seen, "batch").tolist()
         step_seconds, hours = seconds / self._num_steps, num_frames / self._frame_rate_hz / 3600
-        # The time of the loader includes the codec.
+        # The loader's time includes the codec's time.
         data, codec = (100 * part / seconds for part in (sum(self.data_loading_times), meter.codec_seconds))
         memory_gib = self.device_memory_monitor.get_peak_stats().max_reserved_gib
         metrics: dict[str, Any] = {
@@ -112,12 +112,12 @@ class SpeechMetrics(MetricsProcessor):
         self.device_memory_monitor.reset_peak_stats()
 
     def log_validation(self, step: int, start: float) -> None:
-        """Log a validation that began at time ``start``, and exclude it from the training time."""
+        """Log a validation that began at time ``start``, and exclude its duration from the training time."""
         sums = self._validation_meter.pop()  # a scalar if no rank had a batch
         if not sums.ndim or not self._sum(sums, "loss").any():  # summed in place
             name = self.job_config.validation.dataset
             raise UserError(f"no clip of validation.dataset '{name}' can be used; set another corpus")
-        self.time_last_log += time.perf_counter() - start  # the device has finished, because the sums were read
+        self.time_last_log += time.perf_counter() - start  # reading the sums waits for the device
         loss, by_level, levels = self._losses(sums, [1.0] * self.job_config.codec.num_quantizers)
         by_level = {f"validation_{key.removeprefix('loss_')}": value for key, value in by_level.items()}
         self.logger.log({"validation_metrics/loss": loss, **by_level}, step)
@@ -133,8 +133,8 @@ class SpeechMetrics(MetricsProcessor):
     def _losses(self, sums: torch.Tensor, fractions: Sequence[float]) -> tuple[float, dict[str, float], str]:
         """Return the mean loss over codes and ends, the metrics of all levels with targets, and text for the log.
 
-        In the mean, each level is divided by its fraction of frames with a target. Bits per second of audio use the
-        softmax over the admissible entries of a position, as in generation.
+        In the mean, the sums of a level are divided by the level's fraction of frames with a target. Bits per second
+        use the softmax over the admissible entries of a position, as in generation.
         """
         weights = torch.tensor([*(1 / part for part in fractions), 1.0], dtype=torch.float64, device=sums.device)
         loss = float((weights * sums[0]).sum() / (weights * sums[1]).sum())
@@ -169,7 +169,7 @@ class SpeechValidator(Validator):
             input_dict = {key: value.to(device_type) for key, value in input_dict.items()}
             inputs, labels, extra_inputs, extra_kwargs = self.post_dataloading_process(input_dict, labels, model_parts)
             with self.validation_context(), self.maybe_enable_amp:
-                self.loss_fn(model(inputs, **extra_inputs, **extra_kwargs), labels)  # `log_validation` reads its meter
+                self.loss_fn(model(inputs, **extra_inputs, **extra_kwargs), labels)  # adds to the validation meter
         self.metrics_processor.log_validation(step, start)
         model.train()
 

@@ -1,4 +1,4 @@
-"""TorchTitan's optimizer and schedule. A resumed run uses its current config, and no step makes weights NaN."""
+"""TorchTitan's optimizer and schedule. A resumed run uses the current config. No step makes weights NaN."""
 
 import math
 from collections.abc import Iterable
@@ -31,10 +31,10 @@ def build_speech_optimizers(*args: Any, guard: "StepGuard", **kwargs: Any) -> Op
 
 
 def _with_own_settings(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """Return the saved state with the settings of this run; raise a `UserError` for a different optimizer."""
+    """Return the saved state with the settings of this run; raise a `UserError` if the optimizer differs."""
     own, saved = optimizer.param_groups[0], optimizer.param_groups[0] | state["param_groups"][0]
     before, now = ({"optimizer.name": "AdamW" if g["decoupled_weight_decay"] else "Adam"} for g in (saved, own))
-    remedy = "set the old value, or reset the moments by --checkpoint.exclude_from_loading optimizer"
+    remedy = "set the old value, or reset the moments with --checkpoint.exclude_from_loading optimizer"
     require_same(before, now, "the checkpoint", remedy)
     groups = zip(optimizer.param_groups, state["param_groups"], strict=True)
     return {**state, "param_groups": [own | {"params": saved["params"]} for own, saved in groups]}
@@ -54,7 +54,7 @@ class SpeechSchedulers(LRSchedulersContainer):
 
 
 class StepGuard:
-    """Guard that ends a run if loss, gradients or weights are not finite, before TorchTitan saves the step.
+    """Guard that ends a run before TorchTitan saves a step with non-finite loss, gradients or weights.
 
     A step without targets changes no weights, and the run continues. `SpeechMetrics.should_log` calls `check`.
     """
@@ -64,7 +64,7 @@ class StepGuard:
         self._problem, self._is_empty = "", False
 
     def before_step(self, optimizers: OptimizersContainer, args: Any, kwargs: Any) -> None:
-        """Set gradients to None if a step must not change weights; TorchTitan's optimizers skip such weights."""
+        """Set gradients to None if a step must not change weights; optimizers skip weights without gradients."""
         parameters = [p for group in optimizers.param_groups for p in group["params"]]
         norm = _norm(p.grad for p in parameters if p.grad is not None)
         loss_sum, num_targets, norms = _over_ranks(torch.cat([self.meter.pop_step(), norm]))
@@ -76,7 +76,7 @@ class StepGuard:
             optimizers.zero_grad()
 
     def check(self, job_config: Any, step: int, model_parts: list[nn.Module]) -> None:
-        """Raise a `UserError` if the step was not finite, or if a checkpoint is due and the weights are not finite."""
+        """Raise a `UserError` if loss, gradients or (when a checkpoint is due) weights are not finite."""
         if self._is_empty:
             logger.info(f"step {step} has no targets and changes no weights")
         if not self._problem and (step % job_config.checkpoint.interval == 0 or step in (1, job_config.training.steps)):
@@ -88,7 +88,7 @@ class StepGuard:
         last = f"the last good checkpoint is '{steps[max(steps)]}'" if steps else "there is no good checkpoint"
         raise UserError(
             f"at step {step} {self._problem}, so the run stops and saves nothing; {last}; lower optimizer.lr or "
-            "training.max_norm and start again, or from an earlier step with --checkpoint.load_step"
+            "training.max_norm, and restart the run or resume an earlier step with --checkpoint.load_step"
         )
 
 
