@@ -31,12 +31,12 @@ def wav(samples, rate_hz=RATE, subtype="FLOAT") -> bytes:
 
 
 def with_rate(content: bytes, rate_hz: int) -> bytes:
-    """Change the sample rate in a WAV header, bytes 24 to 27."""
+    """Change the sample rate in the header (bytes 24 to 27) of a WAV file."""
     return content[:24] + struct.pack("<I", rate_hz) + content[28:]
 
 
 def flac_of_length(num_samples: int) -> bytes:
-    """Write a FLAC file with this length in its header: the last 36 bits before the MD5 sum (RFC 9639, 8.2)."""
+    """Write a FLAC file with the given length in the header: the last 36 bits before the MD5 sum (RFC 9639, 8.2)."""
     content = bytearray(written(format="FLAC"))
     field = int.from_bytes(content[18:26], "big") >> 36 << 36 | num_samples
     content[18:26] = field.to_bytes(8, "big")
@@ -44,7 +44,7 @@ def flac_of_length(num_samples: int) -> bytes:
 
 
 def with_size(content: bytes, num_bytes: int) -> bytes:
-    """Change the number of bytes of samples in a WAV header."""
+    """Change the size of the samples, in bytes, that a WAV header states."""
     at = content.index(b"data") + 4
     return content[:at] + struct.pack("<I", num_bytes) + content[at + 4 :]
 
@@ -104,9 +104,9 @@ REFUSED = {
     "flac that says twice its length": (flac_of_length(2 * len(SPEECH)), "breaks off", "before the length"),
     "flac without its last bytes": (FLAC[:-10], "unreadable", "not readable audio"),
     "flac with noise": (with_damage(written(np.tile(SPEECH, 40), format="FLAC")), "unreadable", "not readable audio"),
-    "wav cut in half": (wav(SPEECH)[: 2 * len(SPEECH)], "breaks off", "copy it again"),
-    "aiff cut in half": (written(format="AIFF")[: len(SPEECH)], "breaks off", "copy it again"),
-    "opus, noise, opus": (OPUS + b"x" * 100 + OPUS, "breaks off", "copy it again"),
+    "wav cut in half": (wav(SPEECH)[: 2 * len(SPEECH)], "breaks off", "copy the file again"),
+    "aiff cut in half": (written(format="AIFF")[: len(SPEECH)], "breaks off", "copy the file again"),
+    "opus, noise, opus": (OPUS + b"x" * 100 + OPUS, "breaks off", "copy the file again"),
     "vorbis without a page": (b"OggS".join(PAGES[:6] + PAGES[7:]), "breaks off", "before the length"),
     "chained opus": (OPUS + OPUS, "chained Ogg", "one after another"),
     "16-bit integers as floats": (wav(SPEECH * 32768), "out of range", "divide them by their full scale"),
@@ -197,7 +197,7 @@ def test_without_ffmpeg_the_sentence_names_the_extra(kind, monkeypatch):
 
 
 def test_raw_is_not_guessed(tmp_path):
-    """soundfile would take the format from the name, and ask for the sample rate."""
+    """For a file name with the ending .raw, soundfile would need the sample rate as an argument."""
     path = tmp_path / "clip.raw"
     path.write_bytes(np.arange(9000, dtype=np.int16).tobytes())
     with pytest.raises(AudioError, match="not readable audio"):
@@ -208,7 +208,7 @@ def test_raw_is_not_guessed(tmp_path):
 
 @pytest.mark.parametrize("rate_hz", [8_000, 11_025, 16_000, 22_050, 44_100, 44_101, 48_000, 96_000])
 def test_resampling_in_blocks_is_resampling_at_once(rate_hz):
-    """A tone is preserved to -100 dB."""
+    """The error of a resampled tone is below -100 dB."""
     times = np.arange(rate_hz * 10) / rate_hz
     tone = 0.5 * np.sin(2 * np.pi * 1000 * times).astype(np.float32)
     heard = read_audio(wav(tone, rate_hz), RATE).samples_S.numpy()

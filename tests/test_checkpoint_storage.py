@@ -1,4 +1,4 @@
-"""Checkpoints with damaged files, on a full disk, and with code in a pickle."""
+"""Checkpoints with damaged files, checkpoints on a full disk, and checkpoints with code in a pickle."""
 
 import errno
 import os
@@ -90,7 +90,7 @@ def test_an_error_names_the_last_good_step(tmp_path):
         read_index(tmp_path / "step-8")
     shutil.rmtree(tmp_path / "step-2")
     os.truncate(tmp_path / "step-4" / DATA, 100)
-    with pytest.raises(UserError, match=r"step-4/.*' is .*truncated: 100 of .*no other step in .* is good"):
+    with pytest.raises(UserError, match=r"step-4/.*' is .*truncated: 100 of .*contains no undamaged step"):
         read_index(tmp_path / "step-4")
 
 
@@ -112,7 +112,7 @@ def test_an_entry_runs_no_code(tmp_path):
 
 
 def test_another_process_writes_checksums_and_reports_a_full_disk(tmp_path, monkeypatch):
-    """TorchTitan's mode async_with_pinned_mem."""
+    """In TorchTitan's mode async_with_pinned_mem, another process writes the checkpoint."""
     store = dist.FileStore(str(tmp_path / "store"), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")

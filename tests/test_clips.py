@@ -1,4 +1,4 @@
-"""Reading audio corpora in workers, and counting of clips that are skipped."""
+"""Reading of audio corpora in workers, and counts of skipped clips."""
 
 import contextlib
 import itertools
@@ -29,7 +29,7 @@ GOOD = object()
 
 
 def write_corpus(folder, contents, num_files=3, texts=None):
-    """Write Parquet files of short clips clip-000, clip-001, ...; a content is GOOD, bytes, or None."""
+    """Write Parquet files of short clips clip-000, clip-001, ...; the content of a clip is GOOD, bytes or None."""
     soundfile.write(folder / "clip.wav", np.zeros(2000), RATE)
     good, texts = (folder / "clip.wav").read_bytes(), texts or [f"text {i}" for i in range(len(contents))]
     rows = [
@@ -51,7 +51,7 @@ def reader(corpus, text=None, max_frames=12, path=None):
 
 
 def read_all(reader, dp_rank=0, dp_world_size=1, num_workers=0):
-    """Return every clip of one rank once, in corpus order, read by the workers of training."""
+    """Let the workers of training read every clip of one rank once; return the clips in corpus order."""
     stream = ClipStream([reader], RowsInOrder(reader.rows_per_unit, dp_rank, dp_world_size), 3)
     return [clip for chunk in read_in_workers(stream, num_workers=num_workers) for _, clip in chunk]
 
@@ -95,12 +95,12 @@ def test_a_text_that_leaves_no_room_for_audio_is_skipped(tmp_path, caplog, monke
         loader = build_dataloader(1, 0, builder, job_config, is_validation=is_validation)
         _, labels = next(iter(loader))
         assert (labels != IGNORE_INDEX).flatten(1).any(dim=1).sum() == 2
-        assert "skipped: text too long: 'clip-00" in caplog.text and "tokens with BOS" in caplog.text
+        assert "skipped: text too long: 'clip-00" in caplog.text and "leave no room for audio" in caplog.text
 
 
 @pytest.mark.parametrize(("num_clips", "stops"), [(120, False), (40, True)])
 def test_the_share_is_judged_after_a_hundred_clips_and_at_the_end(tmp_path, codec, tokenizer, num_clips, stops):
-    """The first three clips are bad; 2.8 % are allowed: 3.4 of 120 clips, and 2.8 of 40, which count as 100."""
+    """The first three clips are bad. 2.8 % may be bad: 3.4 of 120 clips; 2.8 of 40 clips, as 40 count as 100."""
     loader = speech_loader(write_corpus(tmp_path, BAD + [GOOD] * (num_clips - 3), 1), codec, tokenizer, 0.028)
     loader.order = RowsInOrder(loader.readers[0].rows_per_unit)
     with pytest.raises(UserError, match="3 of 40 clips .* could not be used") if stops else contextlib.nullcontext():
@@ -149,7 +149,7 @@ def test_workers_need_no_shared_memory(corpus, monkeypatch):
 
 @pytest.mark.parametrize("settings", [{"prefetch_factor": 2}, {"persistent_workers": True}, {"num_workers": -1}])
 def test_worker_settings_that_do_not_fit_are_one_sentence(settings):
-    with pytest.raises(UserError, match="the dataloader settings .* do not fit together"):
+    with pytest.raises(UserError, match="the dataloader settings .* contradict each other"):
         next(read_in_workers([], **settings))
 
 
@@ -209,7 +209,7 @@ def test_named_corpora_read_a_local_download(tmp_path):
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_damage_behind_a_sound_footer_is_one_sentence(corpus, tmp_path, num_workers):
-    """Also if a loader worker finds the damage."""
+    """The error has one sentence, also if a loader worker finds the damage."""
     content = bytearray((Path(corpus) / "train-0.parquet").read_bytes())
     content[4:40] = bytes(36)
     (tmp_path / "damaged.parquet").write_bytes(content)

@@ -39,7 +39,7 @@ CODEC = str(TINY / "mimi")
 
 @pytest.fixture(scope="module")
 def rows():
-    """Return 24 rows of real codec speech, one without audio and one whose channels cancel."""
+    """Return 24 rows of real codec speech. One row has no audio, and one has channels that cancel each other."""
     rows = pq.read_table(TINY / "corpus" / "validation-00000-of-00001.parquet").slice(0, 24).to_pylist()
     samples_S, rate_hz = soundfile.read(io.BytesIO(rows[14]["audio"]["bytes"]))
     opposite = io.BytesIO()
@@ -50,7 +50,7 @@ def rows():
 
 @pytest.fixture(scope="module")
 def speech(rows, tmp_path_factory):
-    """Return a folder with the rows as Parquet, in three row groups."""
+    """Return a folder with the rows in a Parquet file of three row groups."""
     folder = tmp_path_factory.mktemp("speech")
     schema = pq.read_schema(TINY / "corpus" / "validation-00000-of-00001.parquet")
     pq.write_table(pa.Table.from_pylist(rows, schema), folder / "clips.parquet", row_group_size=8)
@@ -88,7 +88,7 @@ def contents(folder):
 
 @pytest.fixture(scope="module")
 def store(speech, tmp_path_factory):
-    """Return the folder of the corpus, tokenised on two ranks."""
+    """Return the folder of codes that two ranks wrote for the corpus."""
     folder = tmp_path_factory.mktemp("codes") / "store"
     done = tokenize(speech, folder, "--max_audio_seconds", 4, "--max_skip_fraction", 0.1, nproc=2)
     assert done.returncode == 0, done.output[-3000:]
@@ -132,7 +132,7 @@ def test_the_manifest_counts_what_is_there(store):
 
 
 def test_a_run_that_was_killed_finishes_on_other_ranks(store, speech, tmp_path):
-    """After a kill, one shard is missing, one has a temporary name, and the manifest is missing."""
+    """After a kill, one shard and the manifest are missing, and one shard has a temporary name."""
     again = shutil.copytree(store, tmp_path / "store")
     (again / "manifest.json").unlink()
     (again / "shard-000001-0000-end.parquet").rename(again / ".0123.partial")
@@ -152,7 +152,7 @@ def test_a_tar_makes_several_shards_and_continues_at_the_first_missing_one(rows,
     write_tar(tmp_path / "in" / "1.tar", rows[16:])
     flags = ["--max_audio_seconds", 4, "--max_skip_fraction", 0.1]
     done = tokenize(tmp_path / "in", tmp_path / "out", *flags, "--num_workers", 2, nproc=3)
-    assert done.returncode == 0 and "there are 3 ranks for 2 jobs" in done.output, done.output[-3000:]
+    assert done.returncode == 0 and "3 ranks, but only 2 jobs" in done.output, done.output[-3000:]
     expected = contents(tmp_path / "out")
     sizes = {"000000-0000": 8, "000000-0001": 7, "000000-0002-end": 0, "000001-0000": 8, "000001-0001-end": 0}
     assert {name: len(table) for name, table in expected.items()} == {f"shard-{k}.parquet": n for k, n in sizes.items()}
@@ -197,13 +197,13 @@ def test_output_on_another_file_system(speech, store):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--num_quantizers", 4], "made with codec.num_quantizers = 8, but it is 4 now"),
+        (["--num_quantizers", 4], "made with codec.num_quantizers = 8, but the current value is 4"),
         (["--corpus", TINY / "words" / "train-*.parquet"], "made with corpus_sha256 = "),
-        (["--no_codec_sliding_window"], "made with codec.sliding_window = True, but it is False now"),
+        (["--no_codec_sliding_window"], "made with codec.sliding_window = True, but the current value is False"),
         (["--max_audio_seconds", "inf"], "must be a positive number"),
         (["--max_skip_fraction", 2], "a fraction between 0 and 1"),
         (["--min_seconds", 500], "--min_seconds is 500; it must be between 0 and --max_audio_seconds 4"),
-        (["--where", "score > 3"], "names a column 'score', but"),
+        (["--where", "score > 3"], "'score' in --where is not a column of"),
         (["--output_dir", "CORPUS/codes"], "is inside the corpus"),
     ],
     ids=str,
@@ -230,12 +230,12 @@ def test_a_shard_of_other_rows_stops_before_the_manifest(store, speech, tmp_path
     shard = pq.read_table(path)
     notes = json.loads(shard.schema.metadata[b"llama_mimi"]) | {"rows": 7}
     pq.write_table(shard.replace_schema_metadata({"llama_mimi": json.dumps(notes)}), path)
-    with pytest.raises(UserError, match="job 1 .'shard-000001-0000-end.parquet'. lack rows of the corpus; delete"):
+    with pytest.raises(UserError, match="the shards .'shard-000001-0000-end.parquet'. of job 1 lack rows; delete"):
         run_alone("--corpus", speech, "--max_audio_seconds", 4, "--output_dir", again)
 
 
 def test_duplicates_are_counted_and_dropped(rows, tmp_path):
-    """A duplicate may have another file format, name and shard; the first clip is kept."""
+    """The first of two duplicates is kept, also if they differ in file format, name and shard."""
     wav, samples = io.BytesIO(), soundfile.read(io.BytesIO(rows[1]["audio"]["bytes"]), dtype="float32")
     soundfile.write(wav, *samples, format="WAV", subtype="FLOAT")
     again = [{**rows[1], "id": "b1", "audio": {"bytes": wav.getvalue()}}, {**rows[14], "id": "b0"}]
@@ -260,7 +260,7 @@ def test_duplicates_are_counted_and_dropped(rows, tmp_path):
         (tmp_path / "dropped" / "manifest.json").unlink()
         (tmp_path / "dropped" / f"shard-{job:06d}-0000-end.parquet").unlink()
         assert made("dropped", "--duplicates", "drop") == (dropped, stored)
-    with pytest.raises(UserError, match="made with duplicates = 'drop', but it is 'keep' now"):
+    with pytest.raises(UserError, match="made with duplicates = 'drop', but the current value is 'keep'"):
         made("dropped")
 
 
@@ -298,7 +298,7 @@ def world_of_one(monkeypatch):
 @pytest.mark.parametrize("task", ["a2a", "tts"])
 @pytest.mark.parametrize(("packing", "num_quantizers"), [("pad", 1), ("pad", 8), ("pack", 4)])
 def test_shards_give_the_batches_that_audio_gives(packing, num_quantizers, task, store, speech, world_of_one):
-    """Codes and audio give equal batches at any depth; the limit of 3.2 s is whole frames and cuts most clips."""
+    """Codes and audio give equal batches for any number of levels. The limit of 3.2 s cuts most clips."""
     flags = ["--codec.num_quantizers", num_quantizers, "--data.packing", packing, "--data.task", task]
     loaders = []
     for dataset in (store, speech):
@@ -330,7 +330,7 @@ def write_store(folder, lengths):
 
 
 def edit(in_codec=False, **changes):
-    """Return a function that changes values in a folder's manifest, or in its entry "codec"."""
+    """Return a function that changes values in the manifest of a folder, or in the entry "codec" of the manifest."""
 
     def change(folder):
         found = manifest(folder)
@@ -355,7 +355,7 @@ def truncate(folder):
         (edit(format=1), "has format 1, not 2; tokenise the corpus again"),
         (edit(in_codec=True, sha256="0" * 64), "codec.sha256 = '000000000000"),
         (edit(in_codec=True, num_quantizers=2), "has 2 levels, fewer than codec.num_quantizers = 4"),
-        (edit(in_codec=True, sliding_window=False), "made with codec.sliding_window = False, but it is True now"),
+        (edit(in_codec=True, sliding_window=False), "sliding_window = False, but the current value is True"),
         (edit(columns=["id", "codes"]), "has no text"),
     ],
     ids="truncated missing unfinished json format codec levels attention text".split(),
@@ -376,7 +376,7 @@ def test_a_store_is_a_folder_by_tokenisation_and_has_no_splits(store, tmp_path, 
 
 
 def test_a_flipped_bit_is_found(tmp_path, tokenizer, world_of_one):
-    """Checksums of the pages find the damage; size and footer are unchanged."""
+    """The checksums of the Parquet pages find the damage, although the file's size and footer are unchanged."""
     folder = write_store(tmp_path / "store", [50] * 20)
     path = folder / "shard-000000.parquet"
     content = bytearray(path.read_bytes())

@@ -39,7 +39,7 @@ def test_many_clips_come_back_in_their_order(codec, speech, batch_seconds):
 
 
 def test_without_its_window_the_codec_attends_to_all_that_came_before(codec, speech):
-    """The tiny codec's window is 24 positions at 25 Hz, in each of its layers."""
+    """In each layer of the tiny codec, the window has 24 positions at 25 Hz."""
     whole = MimiCodec(codec.name, 4, sliding_window=False)
     (windowed_TQ,), (whole_TQ,) = codec.encode([speech]), whole.encode([speech])
     assert torch.equal(windowed_TQ[:12], whole_TQ[:12]) and not torch.equal(windowed_TQ, whole_TQ)
@@ -58,7 +58,7 @@ def test_a_checkpoint_says_how_its_codes_were_made():
         assert has_sliding_window(LlamaConfig(num_quantizers=4, codec_sliding_window=window)) == window
     config = LlamaConfig(num_quantizers=4, codec_attention="whole")  # old name of the setting
     assert not is_released(config)
-    with pytest.raises(UserError, match="codec_attention = 'whole'; replace it with codec_sliding_window"):
+    with pytest.raises(UserError, match="codec_attention = 'whole'; replace this by codec_sliding_window"):
         has_sliding_window(config)
 
 

@@ -1,4 +1,4 @@
-"""The loss that is computed in chunks, and its gradient, equal PyTorch's cross-entropy of all logits."""
+"""The chunked loss and its gradient equal PyTorch's cross-entropy over all logits."""
 
 import pytest
 import torch

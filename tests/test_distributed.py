@@ -6,7 +6,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-# The process group is never created, as if one rank waits for a rank that has ended.
+# The process group is never created. Each rank waits, as if another rank had ended.
 WAITING = """
 import sys, time
 from llama_mimi.{module} import {name}

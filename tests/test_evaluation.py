@@ -227,7 +227,7 @@ def test_ranks_and_kills_give_the_same_file(model_folder, some_pairs, tmp_path):
     logs = partial.rglob
     kill_when(words, lambda: sum(log.read_text().count("\n") for log in logs("*.jsonl")) > 25, tmp_path / "log")
     assert partial.exists() and not partial.with_name("official.json").exists()
-    assert "clips were finished before" in run_ranks(2, words, tmp_path / "log")
+    assert "clips were already finished" in run_ranks(2, words, tmp_path / "log")
     assert partial.with_name("official.json").read_bytes() == expected and not partial.exists()
 
 
@@ -252,7 +252,7 @@ def test_another_run_does_not_replace_a_result(tmp_path):
     path.write_text(json.dumps(header))
     assert check_earlier(path, header) == []
     for change, message in (
-        ({"data": "two"}, "was made with data = 'one', but it is 'two' now; choose another --output_dir"),
+        ({"data": "two"}, "was made with data = 'one', but the current value is 'two'; choose another --output_dir"),
         ({"codec": codec | {"sliding_window": False}}, "codec.sliding_window = True"),
     ):
         with pytest.raises(UserError, match=message):

@@ -61,7 +61,7 @@ def encoded(samples, kind="FLAC", subtype=None):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_same_clips_in_every_layout(rows, layout, tmp_path):
-    """All layouts give equal samples, texts, speakers, names and cuts, also from the middle of a unit."""
+    """All layouts give equal samples, texts, speakers, names and cuts, also if reading begins inside a unit."""
     place = LAYOUTS[layout](tmp_path, rows)
     source = opened(place)
     assert {"audio", "text", "speaker"} <= set(source.columns)
@@ -79,10 +79,10 @@ def test_the_same_clips_in_every_layout(rows, layout, tmp_path):
     assert again.fingerprint == source.fingerprint and again.units == source.units
     with_text = open_source(str(place), None, "audio", "text")
     assert all(isinstance(clip, AudioClip) and clip.text for clip in clips_of(with_text, with_text=True))
-    with pytest.raises(UserError, match="has no column 'said' for the text, only .*text"):
+    with pytest.raises(UserError, match="has no column 'said' for the text .columns: .*text"):
         open_source(str(place), None, "audio", "said")
     if layout == "tar":
-        with pytest.raises(UserError, match="training cannot read the tars of .*; tokenise it first"):
+        with pytest.raises(UserError, match="training cannot read the tar files of .*; tokenise this corpus first"):
             _ = AudioReader(source, sample_rate_hz=RATE, frame_size=1920, max_frames=12).rows_per_unit
 
 
@@ -97,8 +97,8 @@ def test_splits_of_saved_datasets(rows, tmp_path):
         opened("hf:nobody/nothing")
 
 
-# Small corpora of other programs. Each case has the files, and the expected clips (name and text, or the reason for
-# skipping) or the expected error.
+# Small corpora of other programs. Each case has the files, and either the expected clips (name, and text or the reason
+# for skipping) or the expected error.
 
 CLIP = encoded(np.sin(np.arange(4800) / 10) / 2)
 NFD = unicodedata.normalize("NFD", "café")
@@ -148,7 +148,7 @@ FOLDERS = {
         [("c.flac", None), *["damaged row"] * 3, "past the end", "damaged row", "missing", "no audio", "damaged row"],
     ),
     "empty manifest": ({"m.jsonl": "\n"}, "has no rows"),
-    "manifest of a list": ({"m.jsonl": "[]"}, "has no column 'audio' for the audio, only none"),
+    "manifest of a list": ({"m.jsonl": "[]"}, "has no column 'audio' for the audio .columns: none"),
 }
 
 
@@ -293,7 +293,7 @@ def test_folders_with_links_and_odd_files(rows, tmp_path, capsys):
     "layout", ["folder with metadata", "LibriSpeech", "folder with JSON", "tar", "manifest", "Arrow"]
 )
 def test_other_texts_are_another_corpus(rows, layout, tmp_path):
-    """A changed text changes the fingerprint, so that a run with other texts is not resumed."""
+    """A changed text changes the fingerprint of the corpus, so a run cannot be resumed with other texts."""
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
     text = "{} more" if layout == "folder with JSON" else "{:.3}x"  # JSON files are compared by size only
@@ -334,7 +334,7 @@ def test_a_part_of_a_recording_is_a_part_of_its_samples(rows, tmp_path, kind):
         assert part.samples_S.equal(whole[start : start + 12_000])
     last = read_audio(content, RATE, start_seconds=9.5)
     assert last.samples_S.equal(whole[228_000:]) and not last.is_cut
-    with pytest.raises(AudioError, match="before its start of 11 s"):
+    with pytest.raises(AudioError, match="starts at 11 s, after the end"):
         read_audio(content, RATE, start_seconds=11)
 
 

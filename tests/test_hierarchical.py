@@ -92,7 +92,7 @@ def run(model, inputs):
 
 
 def loss_of(model, tokenizer, clips, seq_len, weights=(1.0,) * Q, is_packed=False, depth=None, pad_id=0):
-    """Return loss and sums by level for a batch of either architecture; compute the gradients of the model."""
+    """Return the loss and the sums by level for a batch, and compute the gradients. Works for both architectures."""
     inputs, labels_BLQ = batch(tokenizer, clips, seq_len, is_packed, depth)
     has_target_BL = labels_BLQ.view(len(labels_BLQ), seq_len, -1)[..., 0] != IGNORE_INDEX
     is_padding_BL = has_target_BL.int().flip(1).cummax(dim=1).values.flip(1) == 0
@@ -133,7 +133,7 @@ def test_logits_and_loss_are_those_of_transformers(pair, tokenizer):
 
 
 def test_frames_that_do_not_train_the_depth_decoder(pair, tokenizer):
-    """Only level 0 of these frames counts. The losses of other frames do not change."""
+    """If a frame does not train the depth decoder, only its level 0 counts. Losses of other frames do not change."""
     model, _ = pair
     codes_TQ, is_deep_T = clip(8), np.array([True, False, False, True, False, False, False, False, False])
     _, sums = loss_of(model, tokenizer, [codes_TQ], 16, depth=is_deep_T)
@@ -181,7 +181,7 @@ def speech_model(pair, tokenizer):
 )
 @torch.no_grad()
 def test_a_score_is_that_of_the_plainest_loop(speech_model, tokenizer, scoring, is_cut):
-    """A score in a batch with a longer clip equals a loop over single frames and levels."""
+    """A score from a batch with a longer clip equals the result of a loop over single frames and levels."""
     csm, codes_TQ = speech_model.decoder, clip(6, 5)
     found, _ = batch_scores(speech_model, [(codes_TQ, is_cut), (clip(11, 6), False)], scoring)
     states_LD = csm.backbone_model(inputs_embeds=csm_inputs(csm, tokenizer, codes_TQ)).last_hidden_state[0]
@@ -201,7 +201,7 @@ def test_a_score_is_that_of_the_plainest_loop(speech_model, tokenizer, scoring, 
 
 
 def test_a_checkpoint_becomes_a_stock_folder(tmp_path, monkeypatch, caplog):
-    """Stock transformers and this project load the folder, and both generate the same codes."""
+    """Unmodified transformers and this project generate the same codes from a converted folder."""
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     model, tokenizer = built("hierarchical", seed=1)
     save_run_record(str(tmp_path / "run"), speech_config(model.model_args, tokenizer, str(TINY / "mimi")), tokenizer)
@@ -212,7 +212,7 @@ def test_a_checkpoint_becomes_a_stock_folder(tmp_path, monkeypatch, caplog):
     wanted = in_transformers(model).state_dict()
     codec = MimiModel.from_pretrained(TINY / "mimi").state_dict()
     config = json.loads((tmp_path / "folder" / "config.json").read_text())
-    # Its codec has as many levels as the model, because stock code encodes prompts with all levels.
+    # The codec has as many levels as the model, because transformers encodes prompts with all levels.
     assert csm.config.codec_config.num_quantizers == Q and not config["tie_word_embeddings"]
     for name, weight in csm.state_dict().items():
         torch.testing.assert_close(weight, codec.get(name.removeprefix("codec_model."), wanted[name]), rtol=0, atol=0)
@@ -239,7 +239,7 @@ def test_a_checkpoint_becomes_a_stock_folder(tmp_path, monkeypatch, caplog):
     (ours_TQ,) = continue_codes(speech, prompt_TQ, SamplingOptions(seconds=0.4, temperature=0))
     assert torch.equal(ours_TQ[10:], theirs_TQ)
 
-    # Greedy decoding with the codec of the folder. Codes are equal until stock code draws the end in a deep level only.
+    # Greedy decoding with the folder's codec. Codes are equal until transformers draws the end in a deep level only.
     ids_1L = text_tokenizer("<audio>", return_tensors="pt").input_ids
     theirs_TQ = csm.generate(ids_1L, max_new_tokens=25, **greedy)[0]
     none_TQ = torch.empty(0, Q, dtype=torch.long)
@@ -276,7 +276,7 @@ def test_frames_are_drawn_anew_in_each_epoch_and_alike_on_any_ranks(share):
         ("semantic:100", [1.0] * 4, [400 / 103, 4 / 103, 4 / 103, 4 / 103]),
         ("geometric:8", [1.0] * 4, [32 / 15, 16 / 15, 8 / 15, 4 / 15]),
         ("3, 2, 2, 1", [1.0] * 4, [1.5, 1.0, 1.0, 0.5]),
-        # A quarter of the frames has the weight of all frames; the mean over existing targets is one.
+        # A quarter of the frames has the weight of all frames. The mean weight of existing targets is one.
         ("uniform", [1.0, 0.25, 0.25, 0.25], [7 / 16, 7 / 4, 7 / 4, 7 / 4]),
     ],
 )

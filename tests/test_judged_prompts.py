@@ -65,7 +65,7 @@ def test_equal_options_give_equal_prompts(prompts, tmp_path):
     assert again.prompts == prompts.prompts and again.sha256 == prompts.sha256
     fewer = make_prompts(tmp_path / "fewer", options(limit=3))
     assert set(fewer.prompts) < set(prompts.prompts) and len(list(fewer.folder.glob("*/*.wav"))) == 6
-    with pytest.raises(UserError, match="with settings.limit = 6, but it is 7 now; choose another --output_dir"):
+    with pytest.raises(UserError, match="limit = 6, but the current value is 7; choose another --output_dir"):
         make_prompts(prompts.folder, options(limit=7))
 
 
@@ -76,7 +76,7 @@ def test_a_folder_with_other_files_is_refused(prompts, tmp_path, change):
     if change == "missing":
         file.unlink()
     elif change == "format":
-        manifest, message = folder / "prompts.json", "was made with format = 1, but it is 2 now"
+        manifest, message = folder / "prompts.json", "was made with format = 1, but the current value is 2"
         manifest.write_text(manifest.read_text().replace('"format": 2,', ""))
     else:
         file.with_stem(file.stem if change == "changed" else "mine").write_bytes(b"other")

@@ -1,4 +1,4 @@
-"""Damaged, incomplete, misnamed or malicious model folders end in one sentence, and never in wrong weights."""
+"""Damaged, incomplete, misnamed or malicious model folders cause an error of one sentence, and never wrong weights."""
 
 import builtins
 import json
@@ -62,7 +62,7 @@ WRONG_WEIGHTS = {
 
 @pytest.mark.parametrize("kind", WRONG_WEIGHTS)
 def test_wrong_weights_are_refused(kind, folder, capfd):
-    """Generation refuses them, and so does training before TorchTitan reads them."""
+    """Generation refuses wrong weights. Training refuses them before TorchTitan reads them."""
     damage, message = WRONG_WEIGHTS[kind]
     args = model_args(AutoConfig.from_pretrained(folder))
     damage(folder)
@@ -95,22 +95,22 @@ def test_damaged_json_is_one_sentence(name, content, message, folder):
 
 
 def test_weights_of_other_kinds_are_refused(folder, tmp_path):
-    """A codec whose config has one layer too many, and a base model with a missing tensor."""
+    """A codec with one layer too many in the config, and a base model with a missing tensor, are refused."""
     codec = Path(shutil.copytree(TINY / "mimi", tmp_path / "codec"))
     change_config(codec, num_hidden_layers=3)
-    with pytest.raises(UserError, match="is not a whole codec: .* the MimiModel in its config.json .*24 missing"):
+    with pytest.raises(UserError, match="is not a complete codec: .* the MimiModel in its config.json .*24 missing"):
         MimiCodec(str(codec), 4)
     base = tmp_path / "base"
     LlamaForCausalLM(AutoConfig.from_pretrained(TINY / "llama")).save_pretrained(base)
     for path in (TINY / "llama").glob("tokenizer*"):
         shutil.copy(path, base)
     change_weights(base, lambda weights: weights.pop(LAST_LAYER))
-    with pytest.raises(UserError, match=f"is not a whole base model: .*1 missing, first '{LAST_LAYER}'"):
+    with pytest.raises(UserError, match=f"is not a complete base model: .*1 missing, first '{LAST_LAYER}'"):
         prepare_base_model(str(base), tmp_path / "prepared", str(TINY / "mimi"))
 
 
 def test_harmless_differences_are_accepted(folder, tmp_path):
-    """Tied matrices, and buffers and constants from old versions of transformers."""
+    """Tied matrices are accepted, and so are buffers and constants from old versions of transformers."""
 
     def add(weights):
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()

@@ -1,4 +1,4 @@
-"""Models of TorchTitan and Hugging Face are equal, and packing does not change a loss."""
+"""TorchTitan and Hugging Face models give equal results, and packing does not change the loss."""
 
 from dataclasses import replace
 

@@ -77,7 +77,7 @@ def test_other_names_of_a_split_choose_it(tmp_path):
     write(tmp_path / "train.parquet")
     write(tmp_path / "validation.parquet")
     assert names_of(tmp_path, "dev") == ["validation.parquet"]
-    with pytest.raises(UserError, match="contains no splits; choose another, or set none"):
+    with pytest.raises(UserError, match="contains no splits; choose another split, or set no split"):
         names_of(f"{tmp_path}/*.parquet", "train")
     with pytest.raises(UserError, match="'test' does not exist: 'peoples_speech' contains train"):
         opened("peoples_speech", split="test")

@@ -97,7 +97,7 @@ def test_an_optimizer_keeps_its_own_settings_and_loads_moments(name):
     for optimizers, schedulers in (same, other):  # in the order in which DCP loads
         schedulers.load_state_dict(first[1].state_dict())
         optimizers.load_state_dict(first[0].state_dict())
-    with pytest.raises(UserError, match="was made with optimizer.name = 'AdamW', but it is 'Adam' now"):
+    with pytest.raises(UserError, match="was made with optimizer.name = 'AdamW', but the current value is 'Adam'"):
         build(lr=1.0, name="Adam")[0].load_state_dict(first[0].state_dict())
     (a,), (b,), (c,) = (pair[0] for pair in (first, same, other))
     assert a.state_dict()["param_groups"] == b.state_dict()["param_groups"]

@@ -1,6 +1,6 @@
-"""Order of clips: each frame once per epoch on any ranks, workers and kills; the same order on the same ranks.
+"""Order of clips: after kills and on any ranks and workers, each frame is read once per epoch.
 
-The codes of each clip contain its number and frame numbers, so that tests can read them from the tokens of the batches.
+The codes of a clip are its number and its frame numbers, so that tests can read these numbers from a batch.
 """
 
 import itertools
@@ -25,7 +25,7 @@ WINDOW = 6
 
 
 class MadeUpReader:
-    """Reader of clips with 1 to 40 frames, in units of 1 to 5 clips; codes are corpus, clip and frame number."""
+    """Reader of clips with 1 to 40 frames, in units of 1 to 5 clips. Codes are numbers of corpus, clip and frame."""
 
     def __init__(self, number: int, num_units: int) -> None:
         generator = np.random.default_rng(number)
@@ -53,7 +53,7 @@ def make_loaders(readers, tokenizer, dp_world_size, num_workers, *, is_packed=Tr
 
 
 def world_state(loaders):
-    """Return the `state_dict` of a run with these loaders as ranks."""
+    """Return the `state_dict` of a run in which each loader is a rank."""
     states = [json.loads(loader.state_dict()["position"]) for loader in loaders]
     counts = sum((Counter(state["counts"]) for state in states), Counter())
     sums = {"ranks": [state["ranks"][0] for state in states], "counts": counts, "frames": 0}
@@ -96,7 +96,7 @@ segments = st.lists(
 @costly(max_examples=40)
 @given(segments=segments, num_corpora=st.integers(1, 2), is_packed=st.booleans(), num_units=st.integers(1, 30))
 def test_every_frame_once_over_changing_ranks(tokenizer, segments, num_corpora, is_packed, num_units):
-    """Each segment (ranks, workers, steps) is killed after its steps; clips that workers read ahead are lost."""
+    """Each segment (ranks, workers, steps) is killed after its steps. Clips that workers have read ahead are lost."""
     readers = [MadeUpReader(number, num_units) for number in range(num_corpora)]
     state, seen = None, Counter()
     for dp_world_size, num_workers, steps in segments:
@@ -118,7 +118,7 @@ def test_every_frame_once_over_changing_ranks(tokenizer, segments, num_corpora, 
     is_packed=st.booleans(),
 )
 def test_the_same_ranks_go_on_as_if_never_killed(tokenizer, dp_world_size, workers, kill_after, is_packed):
-    """The number of loader workers may also change."""
+    """A run with the same ranks, but another number of loader workers, continues as if it had not been killed."""
     readers = [MadeUpReader(0, 20), MadeUpReader(1, 7)]
     whole = make_loaders(readers, tokenizer, dp_world_size, workers[0], is_packed=is_packed)
     streams = [iter(loader) for loader in whole]
@@ -150,7 +150,7 @@ def corpus(*sizes):
 
 
 def test_the_order_of_a_run_stays():
-    """The order of clips equals a recorded one, so that runs of earlier versions can resume."""
+    """The order of clips equals a recorded order, so that runs of earlier versions can be resumed."""
     order = ShuffledOrder([corpus(*[3, 5] * 70), corpus(*[2] * 40)], [0.7, 0.3], 1, 2, shuffle_window=9, seed=5)
     refs = [tuple(ref) for ref in itertools.islice(order, 1000)]
     assert refs[:4] == [(0, 1, 99, 3, 0), (0, 1, 99, 0, 0), (0, 1, 100, 0, 0), (1, 1, 33, 0, 0)]
@@ -171,7 +171,7 @@ def test_fractions_are_met_at_once():
 
 
 def test_a_shorter_longest_clip_may_be_set_on_resuming(tokenizer):
-    """A clip may now be shorter than its used frames at the checkpoint."""
+    """With a new limit, a clip may have fewer frames than were used before the checkpoint."""
     (whole,) = make_loaders([MadeUpReader(0, 9)], tokenizer, 1, 0)
     batches = iter(whole)
     while not any(begun.frames_used for begun in whole.order.position.cursors[0].begun):
@@ -188,5 +188,5 @@ def test_a_position_in_other_data_is_refused(tokenizer):
     with pytest.raises(UserError, match="exclude_from_loading dataloader"):
         other.load_state_dict(loader.state_dict())
     (reseeded,) = make_loaders([MadeUpReader(0, 9)], tokenizer, 1, 0, seed=4)
-    with pytest.raises(UserError, match="with seed = 3, but it is 4 now"):
+    with pytest.raises(UserError, match="with seed = 3, but the current value is 4"):
         reseeded.load_state_dict(loader.state_dict())

@@ -1,4 +1,4 @@
-"""Packing: each frame once, and correct labels."""
+"""Packing: each frame is used once, and the labels are correct."""
 
 import itertools
 
@@ -32,7 +32,7 @@ def fill(packer, clips):
 
 
 def pieces(batches):
-    """Yield ids and labels of each sequence in the rows, which are separated by their positions."""
+    """Yield ids and labels of each clip in the packed sequences. Positions show where a clip begins."""
     for _, inputs, labels_BL in batches:
         for ids_L, positions_L, labels_L in zip(inputs["input"], inputs["positions"], labels_BL, strict=True):
             starts = [*(positions_L == 0).nonzero().flatten().tolist(), len(ids_L)]
@@ -96,7 +96,7 @@ def test_a_row_has_room_for_a_frame_behind_a_text(tokenizer, is_packed):
 
 @pytest.mark.parametrize("text", [None, "the doctor"])
 def test_padded_rows_hold_one_clip(tokenizer, text):
-    """The labels are the next ids, except for the prefix."""
+    """The label at a position is the next id; positions of the prefix have no label."""
     lengths, num_given = (3, 9, 1), len(tokenizer.prefix_ids(text)) - 1
     clips = [(codes(length), False, text) for length in lengths]
     ((_, inputs, labels_BL),) = fill(packer(tokenizer, 3, 32, is_packed=False), clips)

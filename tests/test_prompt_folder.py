@@ -99,7 +99,7 @@ def test_killed_and_started_again_is_the_same_bytes(model, prompts, whole, tmp_p
     assert json.loads(json.dumps(timeless[0])) == timeless[1]
     monkeypatch.setattr(prompt_folder, "decode", None)  # a finished folder needs no decoding
     assert run(model, prompts, tmp_path) == json.loads(json.dumps(records))
-    assert "22 of 22 samples were finished before" in capsys.readouterr().out
+    assert "22 of 22 samples were already finished" in capsys.readouterr().out
 
 
 def test_a_prompt_that_was_replaced_is_continued_again(model, prompts, whole, tmp_path, monkeypatch):
@@ -117,11 +117,11 @@ def test_a_prompt_that_was_replaced_is_continued_again(model, prompts, whole, tm
 
 def test_other_settings_are_refused(model, prompts, whole):
     for changed, message in (
-        ({"options": replace(OPTIONS, temperature=0.9)}, "temperature = 1.0, but it is 0.9"),
-        ({"options": replace(OPTIONS, top_p=0.9)}, "top_p = 1.0, but it is 0.9"),
-        ({"options": replace(OPTIONS, last_frame="pad")}, "last_frame = 'codec', but it is 'pad'"),
-        ({"num_rows": 3}, "batch_size = 2, but it is 3"),
-        ({"model_sha256": "a"}, "model_sha256 = not set, but it is 'a'"),
+        ({"options": replace(OPTIONS, temperature=0.9)}, "temperature = 1.0, but the current value is 0.9"),
+        ({"options": replace(OPTIONS, top_p=0.9)}, "top_p = 1.0, but the current value is 0.9"),
+        ({"options": replace(OPTIONS, last_frame="pad")}, "last_frame = 'codec', but the current value is 'pad'"),
+        ({"num_rows": 3}, "batch_size = 2, but the current value is 3"),
+        ({"model_sha256": "a"}, "model_sha256 = not set, but the current value is 'a'"),
     ):
         with pytest.raises(UserError, match=message):
             run(model, prompts, whole[0], **changed)

@@ -84,7 +84,7 @@ def emilia(folder, rows):
                 add(tar, f"{key}.json", json.dumps(said).encode())
 
 
-# Writer of each corpus, filtered clips in the manifest, and a check of a row.
+# For each corpus: a writer, the filtered clips in the manifest, and a check of a row.
 PUBLISHED = {
     "libri_light": (libri_light, {}, lambda row: row["speaker"] == "100" and "text" not in row),
     "peoples_speech_all": (peoples_speech, {"duplicate": 1}, lambda row: bool(row["text"])),
@@ -98,7 +98,7 @@ PUBLISHED = {
 
 
 def recipes():
-    """Return the words of each tokenising command of the page, by the name of its output folder."""
+    """Return the tokenising commands of the page as lists of words, by the name of the output folder."""
     text = PAGE.read_text().replace("\\\n", " ")
     commands = [shlex.split(line) for line in re.findall(r"^uv run torchrun .*$", text, re.M)]
     return {

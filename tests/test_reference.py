@@ -11,7 +11,7 @@ HEADER = "| key | default | meaning |\n|---|---|---|\n"
 
 
 def render() -> str:
-    """Return the page: its text before the table, and a row for each setting."""
+    """Return the page: the text before the table, and a table with a row for each setting."""
     classes = {node.name: node.body for node in ast.parse(SOURCE.read_text()).body if isinstance(node, ast.ClassDef)}
     sections = {field.target.id: classes[field.annotation.id] for field in classes["JobConfig"]}
     rows = [
@@ -24,7 +24,7 @@ def render() -> str:
 
 
 def default(value: ast.expr) -> str:
-    """Return a default as in a TOML file."""
+    """Return a default value as TOML writes it."""
     if isinstance(value, ast.Call):  # field(default_factory=list)
         return "[]"
     constant = ast.literal_eval(value)

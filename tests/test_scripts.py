@@ -83,7 +83,7 @@ def test_bfloat16_and_a_single_step(trained, tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (shutil.rmtree, "is not a complete step and contains none"),
+        (shutil.rmtree, "is not a complete step and contains no complete step"),
         (lambda step: (step / ".metadata").write_bytes(b"not a pickle"), "is missing or damaged"),
         (lambda step: next(step.glob("*.distcp")).unlink(), "is missing or truncated: 0 of"),
         (lambda step: os.truncate(next(step.glob("*.distcp")), 1000), "is missing or truncated: 1,000 of"),
@@ -103,7 +103,7 @@ def test_a_checkpoint_of_another_shape_is_refused(trained):
     for key, message in (("vocab_size", "Size mismatch"), ("n_layers", "Missing key")):
         args = model_args(LlamaConfig.from_pretrained(trained[0] / "hf_assets"))
         setattr(args, key, getattr(args, key) + 4)
-        with pytest.raises(UserError, match=f"step-20' does not fit this run .*{message}"):
+        with pytest.raises(UserError, match=f"step-20' does not fit the config of this run .*{message}"):
             load_model_state(step, args)
 
 

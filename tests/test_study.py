@@ -285,10 +285,10 @@ def test_other_flags_and_an_edited_config_are_refused(tmp_path):
     whole(Played(study))
     check_unchanged(study)
     for old, new, message in (
-        (SALMON, 'data_dir = "elsewhere"\n', "made with data_dir = 'assets/.*/salmon', but it is 'elsewhere' now"),
-        ('"training.steps" = 40', '"training.steps" = 40\n"optimizer.lr" = 0.5', "optimizer.lr = not set, .* 0.5 now"),
-        ('"training.local_batch_size" = 1', "", "training.local_batch_size = 1, but it is None now"),
-        ('corpus = "x.parquet"', 'corpus = "x.parquet"\nseconds = 3', "seconds = not set, but it is 3 now; restore"),
+        (SALMON, 'data_dir = "elsewhere"\n', "data_dir = 'assets/.*/salmon', but the current value is 'elsewhere'"),
+        ('"training.steps" = 40', '"training.steps" = 40\n"optimizer.lr" = 0.5', "optimizer.lr = not set, .* 0.5;"),
+        ('"training.local_batch_size" = 1', "", "training.local_batch_size = 1, but the current value is None"),
+        ('corpus = "x.parquet"', 'corpus = "x.parquet"\nseconds = 3', "not set, but the current value is 3; restore"),
     ):
         with pytest.raises(UserError, match=message):
             check_unchanged(read_study(written(tmp_path, a=mine, b=(old, new))))

@@ -103,7 +103,7 @@ def test_a_written_folder_is_read_alike(write, scaling, tmp_path, monkeypatch, c
 
 @pytest.mark.parametrize("flags", [{}, {"random_weights": True}], ids=["weights", "no weights"])
 def test_a_base_model_written_by_4_gives_the_same_folder(flags, tmp_path):
-    """The repositories of Llama 3 have this format. <|eot_id|> is an additional special token."""
+    """The repositories of Llama 3 have the format of transformers 4. <|eot_id|> is an additional special token."""
     config, words = json_files(prepare(tmp_path, "factor 8", **flags)).values()
     ids = AutoTokenizer.from_pretrained(tmp_path / "prepared")("old <|eot_id|><audio><3_0>").input_ids
 
@@ -214,7 +214,7 @@ torch.save((frames[0], codec.decode(frames.transpose(1, 2))[0][0, 0]), output)
 
 @pytest.mark.slow
 def test_the_calls_of_the_released_card_run_in_both(tmp_path):
-    """The code of the card needs a feature extractor for the codec, and a tokenizer with the right input names."""
+    """The code in the model card needs a feature extractor for the codec, and correct input names of the tokenizer."""
     folder = convert(tmp_path, "factor 32")
     samples_S = read_audio(TINY / "prompt.wav", 24_000).samples_S[: 10 * 1920]
     np.save(tmp_path / "prompt.npy", samples_S.numpy())

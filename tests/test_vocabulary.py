@@ -1,4 +1,4 @@
-"""Codes, ids and text for any Q and K, tokenizers with and without text, and sequences of clips."""
+"""Codes, ids and texts for any Q and K; tokenizers with and without text; sequences of clips."""
 
 import json
 import string
@@ -67,7 +67,7 @@ FRAGMENTS = [*SPECIAL, "<audio>", "</audio>", "<5_0>", "<255_3>", "<", "_0>", "|
 
 @given(st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=3), max_size=8).map("".join))
 def test_a_transcript_is_plain_text(tokenizer, text):
-    """A tokenizer without special and audio tokens gives the same ids."""
+    """A transcript has the same ids in a tokenizer without special tokens and audio tokens."""
     plain = json.loads((TINY / "llama" / "tokenizer.json").read_text()) | {"added_tokens": [], "post_processor": None}
     bos, *ids, start = tokenizer.prefix_ids(text)
     assert ids == Tokenizer.from_str(json.dumps(plain)).encode(text).ids
@@ -77,7 +77,7 @@ def test_a_transcript_is_plain_text(tokenizer, text):
 
 @st.composite
 def text_tokenizers(draw):
-    """Draw tokenizers with BOS and optional other special tokens, at any position among the words."""
+    """Draw tokenizers with BOS and optional other special tokens. Special tokens have any positions among the words."""
     words = draw(st.permutations(["<s>", "</s>", "<pad>", *string.ascii_letters]))
     others = st.dictionaries(st.sampled_from(["eos_token", "pad_token"]), st.sampled_from(["<s>", "</s>", "<pad>"]))
     roles = {"bos_token": "<s>"} | dict(sorted(draw(others).items()))

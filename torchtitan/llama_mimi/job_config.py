@@ -1,4 +1,4 @@
-"""Settings and defaults of this project. ``custom_config_module`` in ``[job]`` merges them into TorchTitan's."""
+"""Settings and defaults of this project. ``custom_config_module`` in ``[job]`` adds them to TorchTitan's settings."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +10,7 @@ from llama_mimi.common.choices import Architecture, Precision, VocabularyKind
 @dataclass
 class Job:
     save_config_file: str | None = "job_config.json"
-    """File in dump_folder for the resolved config"""
+    """Name of the file in dump_folder that records all settings of the run"""
 
 
 @dataclass
@@ -22,14 +22,14 @@ class Metrics:
 @dataclass
 class Checkpoint:
     verify: bool = True
-    """Compare the checksums of a checkpoint when it is loaded"""
+    """Verify the checksums of a checkpoint when it is loaded"""
 
 
 @dataclass
 class Comm:
     # TorchTitan's defaults are 300 s and 100 s. A rank can take longer on a slow shared file system.
     init_timeout_seconds: int = 1800
-    """Timeout of collectives before the first step, and of all collectives in a resumed run, in seconds"""
+    """Timeout of collectives until the first step ends, in seconds; a resumed run keeps this timeout for all steps"""
 
     train_timeout_seconds: int = 1800
     """Timeout of collectives after the first step, in seconds"""
@@ -38,26 +38,26 @@ class Comm:
 @dataclass
 class Model:
     vocabulary: VocabularyKind = "llama"
-    """Vocabulary; llama: text tokens of the tokenizer in hf_assets_path, and audio tokens; audio: no text tokens"""
+    """Vocabulary; 'llama': audio tokens, and the text tokens in model.hf_assets_path; 'audio': no text tokens"""
 
     architecture: Architecture = "flattened"
-    """Architecture; flattened: a decoder over audio tokens; hierarchical: decoders over frames and over levels"""
+    """Architecture; 'flattened': a decoder over audio tokens; 'hierarchical': decoders over frames and over levels"""
 
     depth_train_fraction: float = 1.0
-    """Fraction of frames that train the depth decoder (hierarchical architecture), sampled again in each epoch"""
+    """Fraction of frames that train the depth decoder (hierarchical architecture); each epoch samples new frames"""
 
 
 @dataclass
 class Loss:
     level_weights: str = "uniform"
-    """Weights of the levels in the loss, scaled to a mean of 1: uniform; semantic:100 (100 for level 0, 1 for others);
-    geometric:100 (decays geometrically from 100 at level 0 to 1 at the last); or Q numbers separated by commas"""
+    """Weights of levels in the loss, scaled to a mean of 1; 'uniform'; 'semantic:100': 100 (level 0) and 1 (others);
+    'geometric:100': geometric decay from 100 at level 0 to 1 at the last level; or Q numbers separated by commas"""
 
 
 @dataclass
 class Codec:
     name: str = "kyutai/mimi"
-    """Mimi codec, hub id or folder"""
+    """Mimi codec: hub id or folder"""
 
     num_quantizers: int = 4
     """Number of quantizer levels per frame (Q); each level adds 12.5 tokens per second of audio"""
@@ -66,43 +66,43 @@ class Codec:
     """Precision of the codec; bfloat16 changes about 2 % of the codes"""
 
     sliding_window: bool = True
-    """Limit attention of the codec to 10 s, as in its training; false: no limit, as in released checkpoints"""
+    """Limit the codec's attention to 10 s, as in Mimi's training; false: no limit, as in the first release"""
 
 
 @dataclass
 class Data:
     task: Literal["a2a", "tts"] = "a2a"
-    """Task; a2a: audio only; tts: transcript, then audio"""
+    """Task; 'a2a': audio only; 'tts': transcript, then audio"""
 
     max_audio_seconds: float = 20.0
-    """Maximum length of a clip in seconds; longer clips are cut after a whole frame and get no </audio>"""
+    """Maximum length of a clip, in seconds; longer clips are cut after a whole frame and end without </audio>"""
 
     packing: Literal["pad", "pack"] = "pad"
-    """Content of a training sequence; pad: a clip and padding; pack: several clips, with attention inside each clip"""
+    """Content of a training sequence; 'pad': one clip and padding; 'pack': several clips with separate attention"""
 
     weights: list[float] = field(default_factory=list)
-    """Fractions of audio from the corpora in training.dataset; empty: in proportion to their sizes"""
+    """Fraction of audio time from each corpus in training.dataset; empty: each corpus in proportion to its size"""
 
     split: str | None = None
-    """Split of training.dataset, if the folder has several, such as train-* and test-*"""
+    """Split to read from training.dataset, such as 'train'; needed only if the dataset has several splits"""
 
     validation_split: str | None = None
-    """Split of validation.dataset, if the folder has several"""
+    """Split to read from validation.dataset; needed only if the dataset has several splits"""
 
     validation_clips: int = -1
-    """Number of clips from the start of validation.dataset, over all ranks; -1 for all clips"""
+    """Number of validation clips over all ranks, from the start of validation.dataset; -1: all clips"""
 
     audio_column: str = "audio"
-    """Column with audio, as structs of bytes and path"""
+    """Column with audio; each value is a struct with the fields bytes and path"""
 
     text_column: str = "text"
-    """Column with transcripts, for the task tts only"""
+    """Column with transcripts; used only for the task 'tts'"""
 
     shuffle_window: int = 4096
     """Number of clips shuffled together, at least a row group; each worker keeps them in memory (1 GB by default)"""
 
     max_skip_fraction: float = 0.01
-    """Maximum fraction of unusable clips, checked after 100 clips and after each epoch; above it, training stops"""
+    """Maximum fraction of unusable clips; above it, training stops (checked after 100 clips and after each epoch)"""
 
 
 @dataclass

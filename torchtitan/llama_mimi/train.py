@@ -1,4 +1,4 @@
-"""TorchTitan's trainer, on GPUs or on CPUs.
+"""Train a model with TorchTitan's trainer, on GPUs or CPUs.
 
 uv run torchrun --standalone --nproc_per_node=2 -m llama_mimi.train --job.config_file config/tiny.toml
 """
@@ -25,7 +25,7 @@ These are the settings of this project, and settings of TorchTitan whose default
 
 @report_errors()
 def main() -> None:
-    """Train a model; close checkpoints and metrics also after an error."""
+    """Train a model. Close checkpoints and metrics even if training fails."""
     if {"-h", "--help"} & {*sys.argv[1:]}:
         settings = tyro.conf.DisallowNone[JobConfig]
         tyro.cli(settings, prog="llama_mimi.train", description=HELP, args=["--help"], use_underscores=True)
@@ -47,7 +47,7 @@ def main() -> None:
         job_config = parse_config(sys.argv[1:])
         if "LOCAL_RANK" not in os.environ:
             command = "torchrun --standalone --nproc_per_node=1 -m llama_mimi.train"
-            raise UserError(f"LOCAL_RANK is not set, because torchrun did not start training; run `{command} ...`")
+            raise UserError(f"LOCAL_RANK is not set: only torchrun can start training; run `{command} ...`")
         trainer = Trainer(job_config)
         try:
             trainer.train()

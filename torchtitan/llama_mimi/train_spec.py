@@ -33,7 +33,7 @@ JobConfig.maybe_log = lambda job_config: None  # `prepare_run` saves the config 
 
 
 def build_tokenizer(job_config: Any) -> SpeechTokenizer:
-    """Check and prepare a run, and return the tokenizer, which TorchTitan builds first."""
+    """Check and prepare a run, and return its tokenizer. TorchTitan calls this function before all other builders."""
     end_with_torchrun()  # TorchTitan's own entry point needs this line and the next
     sys.excepthook = report_user_error
     prepare_run(job_config)
@@ -49,7 +49,7 @@ def report_user_error(kind: type[BaseException], error: BaseException, trace: Tr
 def build_loss(
     job_config: Any, meter: LevelMeter = _guard.meter, weights: list[float] | None = None, **kwargs: Any
 ) -> SpeechLoss:
-    """Build the training loss; validation passes its own meter and weights."""
+    """Build the training loss. For validation, pass another meter and other weights."""
     weights = weights or level_weights(job_config.loss.level_weights, level_fractions(job_config))
     settings = job_config.compile
     is_compiled = settings.enable and "loss" in settings.components
@@ -63,7 +63,7 @@ def build_validator(job_config: Any, **kwargs: Any) -> SpeechValidator:
 
 
 def build_metrics(job_config: Any, parallel_dims: ParallelDims, model_args: LlamaMimiArgs) -> SpeechMetrics:
-    """Build the metrics of a run, and save its model configuration and tokenizer."""
+    """Build the metrics of a run, and save the model configuration and the tokenizer of the run."""
     codec = job_config.codec
     tokenizer = build_speech_tokenizer(job_config)
     codec_config = load_codec_config(codec.name, codec.num_quantizers)

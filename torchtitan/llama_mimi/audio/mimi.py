@@ -26,19 +26,19 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def load_codec_config(name: str, num_quantizers: int) -> MimiConfig:
-    """Load the configuration of a codec; raise a `UserError` if it is missing or lacks ``num_quantizers`` levels."""
+    """Load the configuration of a codec; raise a `UserError` if the codec or some levels are missing."""
     config = load_pretrained(MimiConfig, name, what="codec")
     if not config.num_semantic_quantizers <= num_quantizers <= config.num_quantizers:
         levels = f"{config.num_semantic_quantizers} to {config.num_quantizers} levels"
-        problem = f"num_quantizers is {num_quantizers}, but the codec '{name}' has {levels}"
-        raise UserError(f"{problem}; choose a number in that range or another codec")
+        problem = f"num_quantizers is {num_quantizers}, but the codec '{name}' supports {levels}"
+        raise UserError(f"{problem}; choose a number in that range, or choose another codec")
     return config
 
 
 def local_codec(name: str, folder: str | Path) -> str | None:
-    """Return the path of the codec in a model's config, or None if no such folder exists.
+    """Return the path of the codec folder that a model's config names, or None if the folder does not exist.
 
-    A relative path is searched from the model's folder and each of its parents, not from the working directory.
+    A relative path is looked up in the model's folder and in all parent folders, but not in the working directory.
     """
     folder = Path(folder).absolute()
     for place in (folder, *folder.parents):
@@ -48,7 +48,7 @@ def local_codec(name: str, folder: str | Path) -> str | None:
 
 
 def whole_frames(seconds: float, config: MimiConfig, setting: str = "data.max_audio_seconds") -> int:
-    """Return the number of whole frames in ``seconds``, the value of ``setting``; raise a `UserError` if it is 0."""
+    """Return the number of whole frames in ``seconds``; if it is 0, raise a `UserError` that names ``setting``."""
     frames = int(seconds * config.sampling_rate / config.frame_size + 1e-6)
     if not frames:
         raise UserError(f"{setting} is {seconds}, less than one codec frame; set a larger value")
@@ -56,27 +56,27 @@ def whole_frames(seconds: float, config: MimiConfig, setting: str = "data.max_au
 
 
 def is_released(config: PreTrainedConfig) -> bool:
-    """Return True for a checkpoint of the first release, whose config has no entry for the sliding window."""
+    """Return True for a checkpoint of the first release: its config has no entry for the sliding window."""
     return not (hasattr(config, "codec_sliding_window") or hasattr(config, "codec_attention"))
 
 
 def has_sliding_window(config: PreTrainedConfig) -> bool:
-    """Return True if a model was trained on codes with the sliding window; False for the first release."""
+    """Return True if a model was trained on codes from a codec with a sliding window; False for the first release."""
     if hasattr(config, "codec_attention"):
         problem = f"the config of '{config.name_or_path}' has codec_attention = '{config.codec_attention}'"
-        raise UserError(f"{problem}; replace it with codec_sliding_window: true for 'windowed', or false for 'whole'")
+        raise UserError(f"{problem}; replace this by codec_sliding_window: true (for 'windowed') or false ('whole')")
     return not is_released(config) and config.codec_sliding_window
 
 
 class MimiCodec:
-    """Mimi with a fixed number of levels.
+    """Mimi codec with a fixed number of quantizer levels.
 
     Args:
         name: hub id or folder.
         num_quantizers: Q, number of levels to encode and decode.
         dtype: type of weights and activations; bfloat16 changes about 2 % of the codes.
-        sliding_window: True: attend to the last 250 positions (10 s), as Mimi was trained. False: attend to all earlier
-            positions, as transformers did before February 2026 (pull request 43971).
+        sliding_window: True: attend to the last 250 positions (10 s), as in Mimi's training. False: attend to all
+            earlier positions, as transformers did before February 2026 (pull request 43971).
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class MimiCodec:
         self.model = load_pretrained(MimiModel, name, what="codec", dtype=dtype, **extra).to(self.device).eval()
 
     def at_depth(self, num_quantizers: int) -> "MimiCodec":
-        """Return a codec with another number of levels that shares these weights."""
+        """Return a codec with the same weights, but with another number of levels."""
         other = copy(self)
         other.num_quantizers = num_quantizers
         return other
@@ -116,7 +116,7 @@ class MimiCodec:
         return math.ceil(num_samples / self.frame_size)
 
     def encode(self, waveforms: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Encode mono float32 clips (S,) at ``sample_rate_hz`` in one batch; return codes (T, Q) of each, int64 on CPU.
+        """Encode mono float32 clips (S,) at ``sample_rate_hz`` in one batch. Return int64 codes (T, Q) on the CPU.
 
         Each clip is padded with zeros to whole frames, then to the longest clip. Mimi is causal, so a clip has the same
         codes alone and in a batch.
@@ -149,7 +149,7 @@ class MimiCodec:
         return [codes[index] for index in range(len(waveforms))]
 
     def _encode_each(self, batches: Sequence[Sequence[torch.Tensor]]) -> list[list[torch.Tensor]]:
-        """Encode each batch; on CPU, one thread per batch, which is faster than many threads per convolution."""
+        """Encode each batch. On CPUs, one thread per batch is faster than many threads per convolution."""
         num_threads = torch.get_num_threads()
         if self.device.type != "cpu" or num_threads == 1 or len(batches) == 1:
             return list(map(self.encode, batches))
@@ -160,7 +160,7 @@ class MimiCodec:
 
     @torch.inference_mode()
     def decode(self, codes_TQ: torch.Tensor, **state: Any) -> torch.Tensor:
-        """Decode codes (T, Q) to mono float32 samples (T * frame_size,) on the CPU; ``state`` goes to the model."""
+        """Decode codes (T, Q) to mono float32 samples (T * frame_size,) on the CPU. Pass ``state`` to the model."""
         codes_1QT = codes_TQ.to(self.device).T[None]
         samples_11S = self.model.decode(codes_1QT, return_dict=True, **state).audio_values
         return samples_11S[0, 0].float().cpu().clone()
@@ -173,6 +173,6 @@ def codec_hash(name: str) -> str:
         path = cached_file(name, "model.safetensors")
     except OSError as error:
         problem = f"the weights of the codec '{name}' could not be read ({first_line(error)})"
-        raise UserError(f"{problem}; download the codec, because codes are identified by its hash") from error
+        raise UserError(f"{problem}; download the codec, because a hash of the weights is needed") from error
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -32,8 +32,8 @@ OPPOSITE = "in opposite phases, the loudest channel taken"
 SHORTER = "shorter than its manifest says"
 MAX_CANCELLED = 0.1  # fraction of the energy; if the mean of the channels cancels more, the loudest channel is used
 FAULTS = {
-    "breaks off": "ends before the length in its header; copy it again",
-    "chained Ogg": "contains several Ogg files one after another; split it, or convert it to one WAV or FLAC file",
+    "breaks off": "ends before the length in its header; copy the file again",
+    "chained Ogg": "contains several Ogg files one after another; split the file, or convert it to WAV or FLAC",
 }
 BLOCK_SAMPLES = 2**16  # samples to decode at once, over all channels: 0.25 MB in float32
 UNKNOWN_LENGTH = 2**63 - 1  # libsndfile's length for a file that was written through a pipe
@@ -50,7 +50,7 @@ FFMPEG_FORMATS = {
 }
 MISCOUNTED_BYTES = 256  # tolerance for the size in a WAV or AIFF header, as some programs include the header
 UNKNOWN_SIZE = 0x7FFF_F000  # larger sizes mean that the size was unknown when the header was written
-# Sample rate in Hz, C, samples per channel by the header (None if unknown or an estimate), and blocks (S, C).
+# Sample rate in Hz; C; samples per channel according to the header (None if unknown or estimated); blocks (S, C).
 Recording = tuple[int, int, int | None, Iterator[np.ndarray]]
 
 
@@ -90,13 +90,13 @@ def read_audio(
 ) -> Waveform:
     """Read audio as mono float32: WAV, FLAC, MP3 and OGG by libsndfile; M4A, AAC, WebM and WMA by PyAV.
 
-    Channels are averaged; if they cancel each other, the loudest is used. Audio is decoded in blocks, up to
-    ``max_seconds``. A file that is missing, not audio, damaged or too short, or has non-finite or very large samples,
-    raises an `AudioError`.
+    Channels are averaged; if they cancel each other, the loudest channel is used. Audio is decoded in blocks, up to
+    ``max_seconds``. An `AudioError` is raised for a file that is missing, damaged, not audio or too short, and for
+    non-finite or very large samples.
 
     Args:
         source: a path, or the bytes of a file.
-        sample_rate_hz: None keeps the file's rate.
+        sample_rate_hz: sample rate of the result; None: the file's rate.
         start_seconds: start of the part to read; in WAV, AIFF and FLAC earlier samples are not decoded.
         name: the clip's name in messages; default: its path.
         min_samples: minimum number of samples (at ``sample_rate_hz``), such as one codec frame.
@@ -134,7 +134,7 @@ def write_wav(path: str | Path, waveform: Waveform) -> None:
 
 @contextmanager
 def wav_writer(path: str | Path, sample_rate_hz: int) -> Iterator[soundfile.SoundFile]:
-    """Open a mono 16-bit PCM WAV file for streaming; if writing fails, remove it and raise a `UserError`."""
+    """Open a mono 16-bit PCM WAV file for streaming. If writing fails, remove the file and raise a `UserError`."""
     path = Path(path)
     is_ours = not path.exists()
     try:
@@ -192,7 +192,7 @@ def _read(
     samples_S = np.concatenate([*parts, np.empty(0, np.float32)])
     samples_S = samples_S if max_s is None else samples_S[: round(max_s * wanted_hz)]
     if not len(samples_S) and start_s:
-        raise AudioError("past the end", f"'{name}' ends before its start of {start_s:g} s; fix the start")
+        raise AudioError("past the end", f"'{name}' starts at {start_s:g} s, after the end of the audio; fix the start")
     if not len(samples_S):
         raise AudioError("empty", f"'{name}' has no audio samples; choose another clip")
     return Waveform(torch.from_numpy(samples_S), wanted_hz, is_cut, () if channel is None else (OPPOSITE,))
@@ -259,7 +259,7 @@ def _chunk_fault(stream: BinaryIO, size: int, order: Literal["little", "big"], s
 
 
 def _page_fault(stream: BinaryIO, size: int) -> str | None:
-    """Check that pages are complete, and that no first page follows other pages (RFC 3533, section 6)."""
+    """Return a fault if a page is incomplete, or if a stream begins after other streams (RFC 3533, section 6)."""
     offset, has_begun = 0, False
     while offset <= size:
         stream.seek(offset)
@@ -283,7 +283,7 @@ class _Forward(soundfile.SoundFile):
 
 @contextmanager
 def _piped(stream: BinaryIO) -> Iterator[int]:
-    """Yield the descriptor of a pipe with the bytes of ``stream``."""
+    """Yield the descriptor of a pipe that delivers the bytes of ``stream``."""
     stream.seek(0)
     reader, writer = os.pipe()
 
@@ -311,7 +311,7 @@ def _recording(file: soundfile.SoundFile, start_seconds: float) -> Recording:
 
 
 def _blocks(file: soundfile.SoundFile, length: int | None) -> Iterator[np.ndarray]:
-    """Yield blocks up to ``length`` samples per channel; a valid FLAC file may have other data after its last frame."""
+    """Yield blocks, up to ``length`` samples per channel in total. A valid FLAC file may have data after the audio."""
     at_once, left = max(1, BLOCK_SAMPLES // file.channels), float("inf") if length is None else length
     while left and len(block_SC := file.read(int(min(at_once, left)), "float32", always_2d=True)):
         left -= len(block_SC)

@@ -5,12 +5,12 @@ import torch
 from llama_mimi.audio.reading import Waveform
 
 HOP_SECONDS = 0.02
-BELOW_LOUDEST_DB = 45.0  # level of silence below the loudest hop of the clip; speech spans about 40 dB
+BELOW_LOUDEST_DB = 45.0  # silence is so many dB below the loudest hop of the clip; speech spans about 40 dB
 PAUSE_SECONDS = 0.2  # most pauses between phrases are longer, and most stop closures within words are shorter
 
 
 def silences(waveform: Waveform, min_seconds: float) -> list[tuple[float, float]]:
-    """Return start and length, in seconds, of the silences of ``min_seconds`` or more."""
+    """Return the start and the length of each silence of at least ``min_seconds``, in seconds."""
     energy_N = _squares(waveform.samples_S, waveform.sample_rate_hz).mean(dim=1)
     if not len(energy_N):
         return []
@@ -22,10 +22,10 @@ def silences(waveform: Waveform, min_seconds: float) -> list[tuple[float, float]
 
 
 def split_at_pauses(samples_S: torch.Tensor, sample_rate_hz: int, max_seconds: float) -> list[int]:
-    """Split a mono recording (S,) into clips of up to ``max_seconds``; return the end of each, in samples.
+    """Split a mono recording (S,) into clips of up to ``max_seconds``. Return the end of each clip, in samples.
 
-    Each cut is in the middle of the quietest `PAUSE_SECONDS` in the second half of the longest possible clip, or of the
-    last of several equally quiet ones.
+    Each cut is in the middle of the quietest `PAUSE_SECONDS` in the second half of the longest possible clip. If
+    several places are equally quiet, the last place is used.
     """
     hop, longest = max(round(HOP_SECONDS * sample_rate_hz), 1), int(max_seconds * sample_rate_hz)
     ends, start = [], 0
@@ -41,6 +41,6 @@ def split_at_pauses(samples_S: torch.Tensor, sample_rate_hz: int, max_seconds: f
 
 
 def _squares(samples_S: torch.Tensor, sample_rate_hz: int) -> torch.Tensor:
-    """Return the squared samples of all whole hops, (number of hops, samples per hop)."""
+    """Return the squared samples of all whole hops; shape (number of hops, samples per hop)."""
     hop = max(round(HOP_SECONDS * sample_rate_hz), 1)
     return samples_S[: len(samples_S) // hop * hop].double().view(-1, hop).square()

@@ -27,7 +27,7 @@ class FolderKind(NamedTuple):
     stock_class: Any
     config: Callable[..., PreTrainedConfig]  # from our arguments and extra entries
     args: Callable[[Any], LlamaMimiArgs]  # inverse of `config`
-    state: Callable[[dict[str, torch.Tensor], LlamaMimiArgs], dict[str, torch.Tensor]]  # weights of the stock class
+    state: Callable[[dict[str, torch.Tensor], LlamaMimiArgs], dict[str, torch.Tensor]]  # weights of `stock_class`
 
 
 KINDS: dict[Architecture, FolderKind] = {
@@ -37,7 +37,7 @@ KINDS: dict[Architecture, FolderKind] = {
 
 
 def check_initial_weights(folder: str, args: LlamaMimiArgs) -> None:
-    """Raise a `UserError` if safetensors are damaged, or if their names or shapes differ from the model."""
+    """Raise a `UserError` if safetensors are damaged, or if the names or shapes of tensors differ from the model's."""
     with torch.device("meta"):
         model = build_model(args)
     adapter = LlamaMimiStateDictAdapter(args, None)
@@ -56,18 +56,19 @@ def check_initial_weights(folder: str, args: LlamaMimiArgs) -> None:
 
 
 def load_config(folder: str, what: str) -> tuple[PreTrainedConfig, FolderKind]:
-    """Return the configuration of a model and its format; raise a `UserError` for other types of models."""
+    """Return the configuration and the format of a model; raise a `UserError` if its type is not supported."""
     config = load_pretrained(AutoConfig, folder, what=what)
     kinds = {kind.stock_class.config_class.model_type: kind for kind in KINDS.values()}
     if config.model_type not in kinds:
-        raise UserError(f"'{folder}' is a '{config.model_type}', not one of: {', '.join(kinds)}; choose another {what}")
+        problem = f"'{folder}' is a model of type '{config.model_type}', not one of: {', '.join(kinds)}"
+        raise UserError(f"{problem}; choose another {what}")
     return config, kinds[config.model_type]
 
 
 def speech_config(
     args: LlamaMimiArgs, tokenizer: SpeechTokenizer, codec_name: str, sliding_window: bool = True, **training: Any
 ) -> PreTrainedConfig:
-    """Return the configuration of a speech model. ``training`` has extra entries for generation, such as ``task``."""
+    """Return the configuration of a speech model. ``training``: more entries for generation, such as ``task``."""
     return KINDS[args.architecture].config(
         args,
         bos_token_id=tokenizer.text_tokenizer.bos_token_id,
@@ -81,7 +82,7 @@ def speech_config(
 
 
 def save_run_record(dump_folder: str, config: PreTrainedConfig, tokenizer: SpeechTokenizer) -> None:
-    """Write configuration and tokenizer to `ASSETS_FOLDER`, on rank 0."""
+    """Write the configuration and the tokenizer to `ASSETS_FOLDER`; only rank 0 writes."""
     if not dist.is_initialized() or dist.get_rank() == 0:
         save_folder(Path(dump_folder) / ASSETS_FOLDER, config, tokenizer.text_tokenizer)
 
@@ -91,4 +92,5 @@ def find_run_record(checkpoint: Path) -> Path:
     for folder in (checkpoint, *checkpoint.resolve().parents[:2]):
         if (folder / ASSETS_FOLDER / "config.json").is_file():
             return folder / ASSETS_FOLDER
-    raise UserError(f"'{checkpoint}' has no {ASSETS_FOLDER}/config.json in its dump_folder; copy that folder, too")
+    problem = f"the dump_folder of '{checkpoint}' has no {ASSETS_FOLDER}/config.json"
+    raise UserError(f"{problem}; copy the folder {ASSETS_FOLDER} from the original dump_folder")

@@ -1,8 +1,8 @@
 """Conversion of the hierarchical architecture to a Hugging Face `CsmForConditionalGeneration` with its codec.
 
-``embed_text_tokens`` is the whole embedding table, so ids are the same as in a flattened model. In text for stock code,
-``<0_0>`` is a frame and ``<0_1>`` is the end, because transformers 5.x warns about the id of ``</audio>``. Codes are
-below K; a frame with code K at every level is the end of the speech, and K is also the padding.
+``embed_text_tokens`` is the whole embedding table, so ids are the same as in a flattened model. In a text for the CSM
+of transformers, ``<0_0>`` is a frame and ``<0_1>`` is the end, because transformers 5.x warns about the id of
+``</audio>``. Codes are below K. A frame with K at every level is the end of the speech. K is also the padding.
 """
 
 from typing import Any
@@ -21,11 +21,11 @@ BACKBONE, DEPTH = "backbone_model", "depth_decoder.model"
 
 
 def csm_config(args: LlamaMimiArgs, **extra: Any) -> CsmConfig:
-    """Return the configuration of a CSM with the same logits. ``extra`` has more entries; it must have ``codec``."""
+    """Return the configuration of a CSM with the same logits. ``extra``: more entries, including ``codec``."""
     extra["eos_token_id"] = None  # ids are codes of one level, and none of them ends a sequence
     assert args.depth is not None
     codec = load_codec_config(extra["codec"], args.num_quantizers)
-    codec.num_quantizers = args.num_quantizers  # stock code encodes prompts with all levels of this codec
+    codec.num_quantizers = args.num_quantizers  # transformers encodes prompts with all levels of this codec
     vocabulary = args.vocabulary
     network, depth = hf_config(args), hf_config(args.depth)
     levels = {"num_codebooks": args.num_quantizers, "vocab_size": args.codebook_size + 1}
@@ -86,7 +86,7 @@ def csm_state(state: dict[str, torch.Tensor], args: LlamaMimiArgs) -> dict[str, 
 
 
 def codec_state(config: CsmConfig, codec: str) -> dict[str, torch.Tensor]:
-    """Return the weights of the codec, without quantizer levels that the model does not use."""
+    """Return the weights of the codec, without the quantizer levels that the model does not use."""
     weights = load_pretrained(MimiModel, codec, what="codec", dtype="auto").state_dict()
     with torch.device("meta"):
         names = MimiModel(config.codec_config).state_dict()

@@ -29,7 +29,7 @@ def find_step(checkpoint: Path) -> Path:
         return checkpoint
     steps = complete_steps(checkpoint)
     if not steps:
-        problem = f"'{checkpoint}' is not a complete step and contains none (step-N with a file {METADATA})"
+        problem = f"'{checkpoint}' is not a complete step and contains no complete step (step-N with a file {METADATA})"
         raise UserError(f"{problem}; choose <dump_folder>/checkpoint or one step in it")
     number = max(steps)
     for path in checkpoint.iterdir():
@@ -41,19 +41,19 @@ def find_step(checkpoint: Path) -> Path:
 
 
 def set_aside_incomplete(checkpoint: Path) -> None:
-    """Move a folder without complete steps. TorchTitan loads initial weights only if no checkpoint folder exists."""
+    """Move all steps away if none is complete: TorchTitan loads initial weights only if no checkpoint folder exists."""
     if not checkpoint.is_dir() or complete_steps(checkpoint):
         return
     paths = list(checkpoint.iterdir())
     if checkpoint.is_symlink() or not all(re.fullmatch(_STEP, path.name) for path in paths):
-        problem = f"'{checkpoint}' has no complete step, and TorchTitan loads initial weights only if it does not exist"
-        raise UserError(f"{problem}; it is a link or contains other files, so move it yourself")
+        problem = f"'{checkpoint}' has no complete step, and initial weights are loaded only if this folder is missing"
+        raise UserError(f"{problem}; move the folder to another place (it is a link or contains other files)")
     _move(paths, f"{checkpoint}.incomplete")
     checkpoint.rmdir()
 
 
 def set_aside_later(checkpoint: Path, step: int) -> None:
-    """Move complete steps after ``step`` to a new folder, because TorchTitan would load them when it starts again."""
+    """Move complete steps after ``step`` to a new folder; otherwise TorchTitan would load them at its next start."""
     if later := [path for number, path in complete_steps(checkpoint).items() if number > step]:
         _move(later, f"{checkpoint}.after-step-{step}")
 
@@ -85,7 +85,7 @@ def is_distributed(step: Path) -> bool:
 
 
 def read_index(step: Path) -> Metadata:
-    """Return the index of a step; if a file is missing or truncated, raise a `UserError` with the last good step."""
+    """Return the index of a step. If a file is missing or truncated, name the last good step in a `UserError`."""
     try:
         return check_step(step, verify=False)
     except UserError as error:
@@ -93,13 +93,14 @@ def read_index(step: Path) -> Metadata:
 
 
 def name_last_good(error: UserError, step: Path) -> UserError:
-    """Return the error of a damaged step, extended by the newest other step without missing or damaged files."""
+    """Return the error of a damaged step, with the newest undamaged step in the message."""
     for _, other in sorted(complete_steps(step.parent).items(), reverse=True):
         if other.name != step.name and is_distributed(other):
             with suppress(UserError, OSError):
                 check_step(other, verify=True)
-                return UserError(f"{error}; copy it again, or move '{step}' away and use the last good step '{other}'")
-    return UserError(f"{error}; copy it again: no other step in '{step.parent}' is good")
+                remedy = f"copy the file again, or move '{step}' to another folder and use the last good step '{other}'"
+                return UserError(f"{error}; {remedy}")
+    return UserError(f"{error}; copy the file again, because '{step.parent}' contains no undamaged step")
 
 
 def load_step(state: dict[str, Any], step: Path, verify: bool) -> None:
@@ -111,13 +112,14 @@ def load_step(state: dict[str, Any], step: Path, verify: bool) -> None:
         failure = first_failure(error)
         if not isinstance(failure, UserError):
             if error.args[0] == "plan":
-                raise UserError(f"'{step}' does not fit this run ({first_line(failure)}); change the config") from error
+                problem = f"'{step}' does not fit the config of this run ({first_line(failure)})"
+                raise UserError(f"{problem}; change the config, or choose another step") from error
             failure = UserError(f"'{step}' is damaged and cannot be read ({first_line(failure)})")
         raise broadcast_from_rank0(lambda: name_last_good(failure, step)) from error
 
 
 def load_model_state(step: Path, args: LlamaMimiArgs, verify: bool = True) -> dict[str, torch.Tensor]:
-    """Return the weights of a model of shape ``args`` from a step, in float32."""
+    """Load the float32 weights of a model with the shape ``args`` from a step."""
     read_index(step)
     with torch.device("meta"):
         wanted = build_model(args).state_dict()

@@ -20,7 +20,7 @@ def write_tokenizer(folder: Path, num_entries: int = LLAMA_3_VOCABULARY) -> None
 
 
 def write_missing(job_config: Any, folder: Path) -> None:
-    """Replace a missing model folder, and the default codec, in a config by stand-ins with the same shapes."""
+    """In a config, replace a missing model folder and the default codec by stand-ins with the same shapes."""
     if not Path(job_config.model.hf_assets_path).is_dir():
         job_config.model.hf_assets_path = str(folder / "llama")
         write_tokenizer(folder / "llama")

@@ -1,6 +1,7 @@
-"""Distributed checkpoints (DCP) with checksums, which are read without running code. Stock DCP can read them, too.
+"""Distributed checkpoints (DCP) with checksums. Reading a checkpoint runs no code from it.
 
-The index of DCP contains the CRC-32 of each entry. The CRC-32 of the index follows its pickle, where pickle ignores it.
+The index of DCP contains the CRC-32 of each entry. The CRC-32 of the index is appended to the index file; pickle
+ignores appended bytes, so unmodified DCP can read these checkpoints.
 """
 
 import io
@@ -87,7 +88,7 @@ class _SealingFileSystem(FileSystem):
 
 
 class CheckedReader(FileSystemReader):
-    """DCP's file reader, which runs no code from the index. ``verify``: compare the checksums of entries."""
+    """DCP's file reader, changed to run no code from the index. ``verify``: verify the checksums of entries."""
 
     def __init__(self, path: str | os.PathLike, verify: bool = True) -> None:
         super().__init__(path)
@@ -132,7 +133,7 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 class PlainLoadPlanner(DefaultLoadPlanner):
-    """DCP's load planner, which runs no code from entries that are not tensors."""
+    """DCP's load planner, changed to run no code from entries that are not tensors."""
 
     def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
         name = read_item.dest_index.fqn

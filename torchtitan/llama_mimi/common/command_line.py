@@ -1,4 +1,4 @@
-"""Command lines with ``--snake_case`` flags. A user error is printed as one sentence; the exit code is then 1."""
+"""Command lines with ``--snake_case`` flags. After a user error, they print one sentence and exit with code 1."""
 
 import contextlib
 import errno
@@ -73,7 +73,7 @@ def report_errors() -> Iterator[None]:
             name = getattr(error, "filename2", None) or getattr(error, "filename", None)  # target of a copy
             file = f"'{name}'" if name else "a file"
             problem = f"{file} cannot be used ({os.strerror(number)})"
-            report(UserError(f"{problem}; free disk space, set its permissions, or choose another folder"))
+            report(UserError(f"{problem}; free disk space, change the file's permissions, or choose another folder"))
         else:
             raise
     sys.exit(1)

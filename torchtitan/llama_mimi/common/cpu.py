@@ -40,7 +40,7 @@ def use_cpu_without_gpu() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Make glibc reuse freed memory. The kernel zeroes new memory, which takes half the time of a convolution."""
+    """Make glibc reuse freed memory. The kernel zeroes new memory; this takes half of the time of a convolution."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: do not map single blocks
@@ -53,4 +53,4 @@ def available_device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"the device '{name}' is not available; use --device cpu, or fewer ranks") from error
+        raise UserError(f"the device '{name}' is not available; use --device cpu, or start fewer ranks") from error

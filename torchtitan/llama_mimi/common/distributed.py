@@ -1,4 +1,4 @@
-"""Communication between the ranks of torchrun, and the end of a rank."""
+"""Communication between the ranks of torchrun, and termination of ranks."""
 
 import ctypes
 import os
@@ -28,7 +28,7 @@ def end_with_parent() -> None:
 
 
 def end_with_torchrun() -> None:
-    """End this rank when its torchrun ends (Linux only). Otherwise it waits for other ranks until a timeout."""
+    """End this rank when its torchrun ends (Linux only). Otherwise the rank waits for other ranks until a timeout."""
     if sys.platform == "linux" and dist.is_torchelastic_launched():
         end_with_parent()
         # Process 1 is the parent if torchrun was killed during the imports. In a container, torchrun may be process 1.
@@ -37,7 +37,7 @@ def end_with_torchrun() -> None:
 
 
 class DistributedContext:
-    """Ranks of torchrun, or a single process. With "cuda" or without ``device``, each rank uses its own GPU."""
+    """Ranks of torchrun, or a single process. If ``device`` is None or "cuda", each rank uses its own GPU."""
 
     def __init__(self, device: str | None = None) -> None:
         end_with_torchrun()
@@ -91,7 +91,7 @@ def broadcast_from_rank0(make: Callable[[], Any]) -> Any:
 
 @contextmanager
 def report_error_once() -> Iterator[None]:
-    """Delay user errors on all ranks but 0: if all ranks raise one, rank 0 reports it and torchrun ends the others."""
+    """Delay user errors on ranks above 0. If all ranks raise the same error, only rank 0 then reports it."""
     try:
         yield
     except (UserError, OSError):

@@ -15,10 +15,10 @@ class UserError(Exception):
 
 
 def report(error: UserError) -> None:
-    """Print an error as one sentence. Under torchrun, torchrun prints it after its own lines."""
+    """Print an error as one sentence. In ranks of torchrun, torchrun prints this sentence after its own lines."""
     sentence = f"error: {error}"
     if path := os.environ.get(RANK_ERROR_FILE):
-        # Torchrun prints the earliest failure last. Ranks that it ends fail within the same second.
+        # Torchrun prints the earliest failure last. Ranks that torchrun stops fail within the same second.
         extra = {"py_callstack": f"\n{sentence}", "timestamp": str(int(time.time()) - 1)}
         with suppress(OSError):  # the disk may be full
             Path(path).write_text(json.dumps({"message": {"message": sentence, "extraInfo": extra}}))
@@ -28,6 +28,6 @@ def report(error: UserError) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error (two lines if the first ends with a colon), or its type if it is empty."""
+    """Return the first line of an error (two lines if the first ends with a colon), or the type of an empty error."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return " ".join(line.strip() for line in lines[: 1 + lines[0].endswith(":")]).rstrip(".")

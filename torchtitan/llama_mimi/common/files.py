@@ -26,7 +26,7 @@ def file_system(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     try:
         return fsspec.url_to_fs(path)
     except (ImportError, ValueError) as error:
-        raise UserError(f"'{path}' cannot be opened ({error}); install the package of its protocol") from error
+        raise UserError(f"'{path}' cannot be opened ({error}); install the Python package for its protocol") from error
 
 
 def is_local(fs: fsspec.AbstractFileSystem) -> bool:
@@ -34,7 +34,7 @@ def is_local(fs: fsspec.AbstractFileSystem) -> bool:
 
 
 def find_files(path: str, endings: tuple[str, ...]) -> list[str]:
-    """Return the sorted paths of a file, a glob, or a folder's files with these endings; ignore hidden files."""
+    """Return sorted paths for a file, a glob or a folder, without hidden files. ``endings``: filter for a folder."""
     fs, bare = file_system(path)
     try:
         start = bare  # an existing folder is not a pattern, even with brackets in its name
@@ -82,7 +82,7 @@ def is_synthetic(path: str) -> bool:
 
 
 def as_utf8(name: str) -> str:
-    r"""Return a file name or a message with bytes that are not UTF-8 written as ``\xe9``."""
+    r"""Return a file name or a message as valid UTF-8. Invalid bytes are replaced by escapes such as ``\xe9``."""
     return os.fsencode(name).decode(errors="backslashreplace")
 
 
@@ -92,7 +92,7 @@ def digest(content: Any) -> str:
 
 
 def sizes_in(folder: str) -> dict[str, int]:
-    """Return the sizes of a folder's files in bytes, by name; empty if the folder does not exist."""
+    """Return the size in bytes of each file in a folder, by name; return no sizes if the folder does not exist."""
     fs, bare = file_system(folder)
     found = fs.find(bare, maxdepth=1, detail=True)
     return {path.rsplit("/", 1)[-1]: info["size"] for path, info in found.items()}
@@ -140,7 +140,7 @@ def write_atomically(folder: str, name: str, content: bytes) -> None:
 
 
 def share_weights(folder: Path) -> None:
-    """Give weights the file mode of ``config.json``; safetensors writes files that only their owner can read."""
+    """Give weight files the mode of ``config.json``. safetensors writes files that only their owner can read."""
     for path in folder.glob("*.safetensors"):
         path.chmod((folder / "config.json").stat().st_mode)
 
@@ -150,7 +150,7 @@ def locked(path: Path, setting: str, wait: bool = False) -> Iterator[None]:
     """Lock a file until the block or the process ends. Warn on a file system without locks (some NFS and Lustre).
 
     Args:
-        setting: flag or key that sets the folder of the file; the folder is created.
+        setting: flag or key that sets the folder of the file. A missing folder is created.
         wait: wait for another process instead of raising a `UserError`.
     """
     folder = path.parent
@@ -160,11 +160,11 @@ def locked(path: Path, setting: str, wait: bool = False) -> Iterator[None]:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
-                print(f"'{folder}' cannot be locked ({error.strerror}); use it in one process only", flush=True)
+                print(f"'{folder}' cannot be locked ({error.strerror}); use it only in one process", flush=True)
             elif wait:
                 print(f"waiting for another process, which has locked '{path}'", flush=True)
                 fcntl.lockf(file, fcntl.LOCK_EX)
             else:
-                remedy = f"wait for it, stop it, or choose another {setting}"
+                remedy = f"wait until that process ends, stop it, or choose another {setting}"
                 raise UserError(f"another process writes to '{folder}'; {remedy}") from error
         yield

@@ -18,18 +18,18 @@ from llama_mimi.common.files import visible_files
 def load_pretrained(
     cls: Any, name: str, *, what: str, allow_torch_weights: bool = False, without_effect: str = "(?!)", **kwargs: Any
 ) -> Any:
-    """Return ``cls.from_pretrained(name)``, without reading pickled weights or running code of the folder.
+    """Return ``cls.from_pretrained(name)``, without reading pickled weights or running code from the folder.
 
-    If ``dtype`` is given, ``cls`` is a model, and the folder must have exactly its tensors, except for tied weights and
-    buffers. transformers itself initialises missing tensors at random and only warns.
+    If ``dtype`` is given, ``cls`` is a model, and the folder must contain exactly the tensors of this model, except for
+    tied weights and buffers. transformers itself only warns of missing tensors and initialises them at random.
 
     Args:
-        allow_torch_weights: read ``.bin`` files if there are no safetensors. PyTorch runs no code from them.
+        allow_torch_weights: read ``.bin`` files if there are no safetensors. PyTorch runs no code from ``.bin`` files.
         without_effect: regular expression for the names of other tensors that may be missing or unexpected.
     """
     path = Path(name)
     if not path.is_dir() and (path.parent.is_dir() or not re.fullmatch(r"\w+([.-]\w+)*/\w+([.-]\w+)*", name)):
-        remedy = f"check the path, use a hub id (owner/name), or fetch it with `hf download {name} --local-dir {name}`"
+        remedy = f"check the path, use a hub id (owner/name), or run `hf download {name} --local-dir {name}`"
         raise UserError(f"the {what} folder '{name}' does not exist; {remedy}")
     if is_model := "dtype" in kwargs:
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -42,8 +42,8 @@ def load_pretrained(
     except Exception as error:  # the type of the error depends on the parser
         remedy = f"copy the folder again, or choose another {what}"
         if not path.is_dir():
-            licence = "if the model is gated, accept its licence on its page and run `hf auth login`"
-            remedy = f"there is no such folder: check the path; {licence}; or fetch it with `hf download {name}`"
+            licence = "for a gated model, accept the licence on its page and run `hf auth login`"
+            remedy = f"there is no such folder: check the path, or run `hf download {name}`; {licence}"
         problem = f"the {what} in '{name}' could not be loaded ({first_line(error)})"
         raise UserError(f"{problem}; {remedy}") from error
     finally:
@@ -57,7 +57,7 @@ def load_pretrained(
         "of another shape": [key for key, *_ in info["mismatched_keys"]],
     }
     wrong = {kind: [key for key in keys if not re.search(without_effect, key)] for kind, keys in wrong.items()}
-    require_no_difference(wrong, f"'{name}' is not a whole {what}", type(model).__name__)
+    require_no_difference(wrong, f"'{name}' is not a complete {what}", type(model).__name__)
     return model
 
 
@@ -67,14 +67,14 @@ def _progress_bar(create: Callable[..., Any], args: Sequence[Any], options: Mapp
 
 
 def require_no_difference(wrong: Mapping[str, Collection[str]], problem: str, model: str) -> None:
-    """Raise a `UserError` that begins with ``problem`` if ``wrong`` is not empty (names of tensors by fault)."""
+    """Raise a `UserError` that begins with ``problem`` if ``wrong`` (names of tensors by fault) contains any name."""
     if parts := "; ".join(f"{len(keys)} {kind}, first '{min(keys)}'" for kind, keys in wrong.items() if keys):
-        problem += f": its tensors differ from the {model} in its config.json ({parts})"
-        raise UserError(f"{problem}; copy or convert the folder again, or choose another")
+        problem += f": its tensors differ from those of the {model} in its config.json ({parts})"
+        raise UserError(f"{problem}; copy or convert the folder again, or choose another folder")
 
 
 def weights_sha256(name: str) -> str:
-    """Return the SHA-256 of the weights in a folder or a cached hub id: safetensors, or else ``.bin`` files."""
+    """Return the SHA-256 of the weights (safetensors, or else ``.bin`` files) in a folder or a cached hub id."""
     folder = Path(name)
     if not folder.is_dir():
         folder = Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.bin"], local_files_only=True))

@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 
 
 def require_same(saved: Mapping[str, Any], current: Mapping[str, Any], what: str, remedy: str) -> None:
-    """Raise a `UserError` about ``what`` if a current setting differs from the saved one; nested names have dots."""
+    """Raise a `UserError` about ``what`` if a current setting differs from the saved setting of this name."""
     for name, value in current.items():
         before = saved.get(name)
         if isinstance(value, Mapping) and isinstance(before or {}, Mapping):
@@ -27,11 +27,11 @@ def require_same(saved: Mapping[str, Any], current: Mapping[str, Any], what: str
             require_same(nested[0], nested[1], what, remedy)
         elif before != value:
             was = repr(before) if name in saved else "not set"
-            raise UserError(f"{what} was made with {name} = {was}, but it is {value!r} now; {remedy}")
+            raise UserError(f"{what} was made with {name} = {was}, but the current value is {value!r}; {remedy}")
 
 
 class ProgressLog:
-    """Append-only log of finished items. ``header`` has all facts that change the results, except for the items."""
+    """Append-only log of finished items. ``header`` contains all settings that change the results of the items."""
 
     def __init__(self, folder: Path, header: Mapping[str, Any]) -> None:
         self._folder = folder / digest(header)[:16]
@@ -66,21 +66,21 @@ def map_resumable(
     unit: str,
     is_done: Callable[[str, Result], bool] = lambda key, result: True,
 ) -> dict[str, Result]:
-    """Return a result for every item, by key and in the order of ``batches``, on every rank.
+    """Return the results of all items by key, in the order of ``batches``. Every rank gets all results.
 
-    Ranks share the batches. A batch whose results are all in the log is not computed again.
+    The batches are divided among the ranks. A batch is skipped if all its results are in the log.
 
     Args:
         batches: items by key; batches stay the same after a restart, because results may depend on the batch.
         work: function that yields key and result for each item of a batch, in any order.
         unit: noun for the progress bar.
-        is_done: function that returns False if a result must not be logged and must be computed again.
+        is_done: function that returns False for a result that must not be logged; a restart computes it again.
     """
     done = broadcast_from_rank0(lambda: {key: result for key, result in log.load().items() if is_done(key, result)})
     todo = [batch for batch in batches if not batch.keys() <= done.keys()]
     num_items, num_todo = sum(map(len, batches)), sum(map(len, todo))
     if ranks.rank == 0 and num_todo < num_items:
-        print(f"{num_items - num_todo:,} of {num_items:,} {unit}s were finished before", flush=True)
+        print(f"{num_items - num_todo:,} of {num_items:,} {unit}s were already finished", flush=True)
     mine = todo[ranks.rank :: ranks.world_size]
     new: dict[str, Result] = {}
     with tqdm(total=sum(map(len, mine)), unit=unit, desc=f"{unit}s", disable=ranks.rank > 0 or not mine) as progress:

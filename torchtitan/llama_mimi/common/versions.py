@@ -1,4 +1,4 @@
-"""Versions of packages, and the commit."""
+"""Versions of packages, and the git commit."""
 
 import subprocess
 from contextlib import suppress
@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of packages, and the commit if the package is in its repository."""
+    """Return the versions of packages, and the git commit ("unknown" outside the repository)."""
     commit = ""
     if (ROOT / ".git").exists():  # else git finds any repository around an installed package
         with suppress(OSError):  # git is not installed

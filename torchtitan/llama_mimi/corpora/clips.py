@@ -40,7 +40,7 @@ class SkippedClip:
 
 @dataclass(frozen=True)
 class AudioClip:
-    """One usable clip; ``audio_warnings`` are those of its `Waveform`."""
+    """One usable clip, with the ``audio_warnings`` of its `Waveform`."""
 
     name: str  # id, path or position
     # Mono float32 at the codec's rate. PyTorch would send a tensor to another process through /dev/shm, which Docker
@@ -72,10 +72,10 @@ class AudioReader:
 
     @property
     def rows_per_unit(self) -> np.ndarray:
-        """Number of rows of each unit (U,); tars raise a `UserError`, as their rows are not known before reading."""
+        """Number of rows of each unit (U,); raise a `UserError` for tar files, as their rows are not counted."""
         rows = [unit.num_rows for unit in self.source.units]
         if None in rows:
-            raise UserError(f"training cannot read the tars of '{self.name}'; tokenise it first")
+            raise UserError(f"training cannot read the tar files of '{self.name}'; tokenise this corpus first")
         return np.array(rows, dtype=np.int64)
 
     def read(self, unit: int) -> Sequence[Row]:
@@ -128,9 +128,9 @@ class AudioReader:
 
 
 def read_row(row: Row, sample_rate_hz: int | None, *, max_seconds: float) -> Waveform:
-    """Read the audio of a row, or its part of a recording; arguments and errors as in `read_audio`.
+    """Read the audio of a row: a file, or a part of a recording. Arguments and errors are as in `read_audio`.
 
-    A part of a recording is cut if it is shorter than the duration in its row, not if the recording is longer.
+    If the row's duration is at most ``max_seconds``, ``is_cut`` means that the audio is shorter than this duration.
     """
     name, audio, duration = row["name"], row.get("audio"), row.get("duration")
     if row.get("problem"):
@@ -157,7 +157,7 @@ def read_row(row: Row, sample_rate_hz: int | None, *, max_seconds: float) -> Wav
 
 
 class _WithErrors(IterableDataset):
-    """Dataset that yields a `UserError` instead of raising it, as PyTorch adds a traceback to a worker's exception."""
+    """Dataset that yields a `UserError` instead of raising it: PyTorch would add a traceback to an exception."""
 
     def __init__(self, dataset: Iterable[Any]) -> None:
         self._dataset = dataset
@@ -176,7 +176,7 @@ def read_in_workers(dataset: Iterable[Any], **workers: Any) -> Iterator[Any]:
     try:
         loader = DataLoader(_WithErrors(dataset), worker_init_fn=partial(_end_with, os.getpid()), **options)
     except ValueError as error:
-        raise UserError(f"the dataloader settings {workers} do not fit together; set num_workers to 1") from error
+        raise UserError(f"the dataloader settings {workers} contradict each other; set num_workers to 1") from error
     for item in loader:
         if isinstance(item, UserError):
             raise item
@@ -188,7 +188,7 @@ def _unchanged(item: Any) -> Any:
 
 
 def _end_with(parent: int, worker: int) -> None:
-    """End this worker when its parent process ends, even by a kill; otherwise it would wait for ever."""
+    """End this worker when its parent process ends or is killed. Otherwise the worker would wait for ever."""
     end_with_parent()
     if os.getppid() != parent:  # the parent has already ended
         os._exit(1)
@@ -197,9 +197,9 @@ def _end_with(parent: int, worker: int) -> None:
 def is_too_many(num_skipped: int, num_read: int, max_skip_fraction: float, *, is_whole: bool, is_end: bool) -> bool:
     """Return True if more than the allowed fraction of the clips was skipped.
 
-    Before the end (not ``is_end``), and if other ranks read other clips (not ``is_whole``), the clips are a sample. The
-    limit is then three standard deviations and one clip higher. Fewer than `MIN_JUDGED_CLIPS` clips are checked at the
-    end only, and count as that many. A limit of 0 is checked at once.
+    Before the end (not ``is_end``), or if other ranks read other clips (not ``is_whole``), the clips are a sample. The
+    limit for a sample is three standard deviations and one clip higher. Fewer than `MIN_JUDGED_CLIPS` clips are checked
+    only at the end; their limit is the limit for `MIN_JUDGED_CLIPS` clips. A limit of 0 is checked after each clip.
     """
     allowed = max_skip_fraction * max(num_read, MIN_JUDGED_CLIPS)
     if not (is_end and is_whole) and max_skip_fraction:

@@ -35,7 +35,7 @@ OPTIONAL_COLUMNS = {
 
 @dataclass(frozen=True)
 class CodedClip:
-    """A clip as codes: one row of a shard; ``audio_warnings`` are those of its `Waveform`."""
+    """One clip as codes (a row of a shard), with the ``audio_warnings`` of its `Waveform`."""
 
     name: str  # id or path
     codes_TQ: np.ndarray  # uint16
@@ -93,7 +93,7 @@ class CodeCorpus:
         self._shard_U, self._group_U, self.rows_per_unit = np.array(units, dtype=np.int64).T
 
     def mean_seconds(self, max_audio_seconds: float) -> float:
-        """Return the mean length of the clips, cut at ``max_audio_seconds`` (exact for whole seconds)."""
+        """Return the mean length of the clips after a cut at ``max_audio_seconds`` (exact for whole seconds)."""
         total = sum(n * min(seconds / n, max_audio_seconds) for n, seconds in self.manifest["by_second"] if n)
         return total / self.manifest["clips"]
 
@@ -115,17 +115,17 @@ class CodeCorpus:
         made_by, what = self.manifest["codec"], f"the tokenised corpus '{self.name}'"
         if made_by["num_quantizers"] < self.num_quantizers:
             problem = f"{what} has {made_by['num_quantizers']} levels, fewer than codec.num_quantizers"
-            raise UserError(f"{problem} = {self.num_quantizers}; set fewer levels, or tokenise with more")
-        remedy = f"set codec.name to '{made_by['name']}' and codec.sliding_window as before, or tokenise again"
+            raise UserError(f"{problem} = {self.num_quantizers}; lower codec.num_quantizers, or tokenise again")
+        remedy = f"use the codec '{made_by['name']}' and the earlier codec.sliding_window, or tokenise the corpus again"
         own = {"sha256": codec_hash(self.codec), "sliding_window": self.sliding_window}
         require_same({"codec": made_by}, {"codec": own}, what, remedy)
         if self.with_text and "text" not in self.manifest["columns"]:
-            raise UserError(f"{what} has no text, but data.task is 'tts'; set it to 'a2a'")
+            raise UserError(f"{what} has no text, but data.task is 'tts'; set data.task to 'a2a'")
         sizes = sizes_in(self.name)
         for shard in self.manifest["shards"]:
             if (size := sizes.get(shard["file"])) != shard["bytes"]:
                 problem = "is missing" if size is None else f"has {size:,} bytes, not {shard['bytes']:,}"
-                remedy = "copy it again, or delete it and re-run scripts/tokenize_corpus.py"
+                remedy = "copy the shard again, or delete the shard and re-run scripts/tokenize_corpus.py"
                 raise UserError(f"the shard '{shard['file']}' of '{self.name}' {problem}; {remedy}")
 
 
@@ -148,11 +148,11 @@ def read_shard(path: str, columns: Sequence[str] | None = None, group: int | Non
         return table if columns is None else table.select(columns)
     except (OSError, pa.ArrowException, KeyError) as error:
         problem = f"'{path}' is not a readable Parquet file ({first_line(error)})"
-        raise UserError(f"{problem}; copy it again, or delete it and tokenise again") from error
+        raise UserError(f"{problem}; copy the file again, or delete the file and tokenise again") from error
 
 
 def is_store(path: str) -> bool:
-    """Return True for a folder of finished or unfinished codes."""
+    """Return True for the folder of a tokenised corpus, finished or unfinished."""
     fs, folder = file_system(path)
     if fs.exists(f"{folder.rstrip('/')}/{PLAN}"):
         return True
@@ -199,6 +199,6 @@ def table_bytes(table: pa.Table, notes: dict[str, Any]) -> bytes:
 
 
 def by_second(seconds_N: np.ndarray) -> list[list[float]]:
-    """Return the number and the total seconds of the clips of 0 to 1 s, 1 to 2 s, and so on."""
+    """Return the number and the total length of clips of 0 to 1 s, of clips of 1 to 2 s, and so on."""
     whole_N = seconds_N.astype(np.int64)
     return np.stack([np.bincount(whole_N), np.bincount(whole_N, seconds_N)], axis=1).tolist()

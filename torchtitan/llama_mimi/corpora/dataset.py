@@ -11,14 +11,14 @@ from llama_mimi.corpora.source import HUB, ROWS_PER_UNIT, Columns, Row, Source, 
 
 
 class DatasetSource(Source):
-    """Source whose units are 100 rows of a memory-mapped `datasets.Dataset`."""
+    """Source for a memory-mapped `datasets.Dataset`. A unit has 100 rows."""
 
     def __init__(self, name: str, wanted: Columns, split: str | None) -> None:
         super().__init__(name, wanted)
         dataset = _load(name, split)
         self._choose_columns(dataset.column_names, ("audio", "text"))
         if not len(dataset):
-            raise UserError(f"the dataset '{name}' has no rows; choose another")
+            raise UserError(f"the dataset '{name}' has no rows; choose another dataset")
         if isinstance(dataset.features[wanted.audio], Audio):
             dataset = dataset.cast_column(wanted.audio, Audio(decode=False))
         self._rows, size = dataset.with_format("arrow"), dataset.data.nbytes // len(dataset)

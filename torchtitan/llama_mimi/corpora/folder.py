@@ -1,4 +1,4 @@
-"""Folders of audio files whose texts are in ``metadata.csv``, LibriSpeech's transcripts, or JSON files."""
+"""Folders of audio files, with texts in ``metadata.csv``, in LibriSpeech's transcripts or in JSON files."""
 
 import csv
 import io
@@ -17,7 +17,7 @@ TABLES, TRANSCRIPTS = ("metadata.csv", "metadata.jsonl"), ".trans.txt"
 
 
 class FolderSource(Source):
-    """Source whose rows are the audio files at any depth. Values of a row come from these files, by priority:
+    """Source for a folder. Each audio file, at any depth, is a row. Its values come from these files, by priority:
 
     - a table in the file's folder or in a parent folder: ``metadata.csv`` or ``metadata.jsonl`` with a column
       ``file_name`` (audiofolder of `datasets`), ``metadata.csv`` with lines ``id|text|normalized_text`` next to the
@@ -70,7 +70,7 @@ class FolderSource(Source):
         return values if isinstance(values, str) else values | self._entries[index]
 
     def _match(self, names: Sequence[str], tables: dict[str, Values]) -> list[Values]:
-        """Return the table entry of each file; print the number of files and entries without a counterpart."""
+        """Return the table entry of each file. Print the number of files without entry and of entries without file."""
         keys = [(key.rsplit(".", 1)[0], key) for key in map(_key, names)]
         found = [tables.get(stem, {}) | tables.get(key, {}) for stem, key in keys]
         missing = [as_utf8(name) for name, entry in zip(names, found, strict=True) if not entry]
@@ -78,7 +78,7 @@ class FolderSource(Source):
         if tables and (missing or unused):
             examples = ", ".join(missing[:1] + unused[:1])
             if len(unused) == len(tables):
-                raise UserError(f"no table of '{self.name}' names any of its audio files ({examples}); fix the names")
+                raise UserError(f"no table of '{self.name}' names any of its audio files ({examples}); fix the tables")
             if not int(os.environ.get("RANK", 0)):
                 counts = f"{len(missing):,} audio files have no entry and {len(unused):,} entries have no audio file"
                 print(f"tables of '{self.name}': {counts} ({examples})", flush=True)

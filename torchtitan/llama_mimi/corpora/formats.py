@@ -104,7 +104,7 @@ def corpus_files(dataset: str, dataset_path: str | None, split: str | None) -> t
             chosen = choose_split(dataset, splits, split)
             return source, [file for file, own in zip(files, splits, strict=True) if chosen in (None, own)]
     if dataset in RELEASED_NAMES:
-        raise UserError(f"'{dataset}' is a dataset name of the first release; set {RELEASED_NAMES[dataset]}")
+        raise UserError(f"'{dataset}' is a dataset name of the first release; set dataset to {RELEASED_NAMES[dataset]}")
     problem = f"no Parquet, tar or audio file and no JSONL manifest matches the dataset '{dataset}'"
     remedy = f"choose a folder, path or glob, {HUB}owner/name, a folder of codes, or one of: {', '.join(CORPORA)}"
     raise UserError(f"{problem}; {remedy}")
@@ -121,4 +121,4 @@ def _named_files(name: str, dataset_path: str | None) -> list[str]:
         reason = first_line(error)
     problem = f"'{root}' contains no {config}/{split}-*.parquet of the corpus '{name}' ({reason})"
     command = f"hf download {hub_id} --repo-type dataset --local-dir FOLDER"
-    raise UserError(f"{problem}; download it with `{command}` and set dataset_path to FOLDER")
+    raise UserError(f"{problem}; run `{command}`, and set dataset_path to FOLDER")

@@ -14,10 +14,10 @@ AUDIO_KEY = "audio_filepath"
 
 
 class ManifestSource(Source):
-    """Source whose units are 100 JSON lines; each line names an audio file, or a part of one.
+    """Source for JSON lines. A unit has 100 lines. Each line names an audio file, or a part of an audio file.
 
-    Paths are relative to the manifest. The path is in the audio column, else in ``audio_filepath``; it may be an object
-    with a path, as `datasets` writes it. Blank lines are ignored.
+    Paths are relative to the manifest. The key of a path is the audio column, else ``audio_filepath``. The value may be
+    an object with a path, as `datasets` writes it. Blank lines are ignored.
     """
 
     def __init__(self, name: str, files: Sequence[str], wanted: Columns) -> None:
@@ -25,7 +25,7 @@ class ManifestSource(Source):
         self.units: list[Unit] = []  # place: file, first line, offset in bytes
         self.fingerprint = digest([self._scan(file) for file in files])
         if not self.units:
-            raise UserError(f"the dataset '{name}' has no rows; choose another")
+            raise UserError(f"the dataset '{name}' has no rows; choose another dataset")
         found = map(parse_object, self._lines(0))
         keys = dict.fromkeys(str(key) for values in found if isinstance(values, dict) for key in values)
         self._audio_key = wanted.audio if wanted.audio in keys else AUDIO_KEY
@@ -46,7 +46,7 @@ class ManifestSource(Source):
             yield self._row(f"row {number} of {file}", values, audio, row_id, file.rsplit("/", 1)[0], **part)
 
     def _scan(self, file: str) -> str:
-        """Append the units of a manifest; return its hash."""
+        """Append the units of a manifest to ``units``, and return the hash of the manifest."""
         starts, num_rows, offset, sha256 = [], 0, 0, hashlib.sha256()
         fs, bare = file_system(file)
         with reading(file, "manifest"), fs.open(bare, "rb") as stream:

@@ -17,23 +17,23 @@ class TokenizationOptions:
     dataset_path: str | None = None  # local download of a named corpus
     split: str | None = None  # split to tokenise, if the corpus has several
     codec: str = DEFAULT_CODEC  # hub id or folder of the codec
-    num_quantizers: int = 8  # number of levels to store; training may use fewer
+    num_quantizers: int = 8  # number of quantizer levels to store; training may use fewer levels
     dtype: Precision = "float32"  # precision of the codec; bfloat16 changes about 2 % of the codes
     codec_sliding_window: bool = True  # limit the codec's attention to its sliding window
     audio_column: str = "audio"  # column of the audio
     text_column: str = "text"  # column of transcripts, stored if the corpus has it
     speaker_column: str = "speaker"  # column of speakers, stored if the corpus has it
-    max_audio_seconds: float = 120.0  # maximum length of a clip, in seconds
-    # cut recordings at --max_audio_seconds, or split them at pauses into clips up to that length, without text
+    max_audio_seconds: float = 120.0  # maximum length of a clip, in seconds; longer clips are cut, or split
+    # cut: drop the audio after --max_audio_seconds; split: split recordings at pauses into clips without text
     long_recordings: Literal["cut", "split"] = "cut"
-    min_seconds: float = 0.0  # filter shorter clips, in seconds
-    max_seconds: float | None = None  # filter longer clips, in seconds; default: no limit
+    min_seconds: float = 0.0  # minimum length of a clip, in seconds; shorter clips are skipped
+    max_seconds: float | None = None  # maximum length of a clip, in seconds; longer clips are skipped
     where: str | None = None  # condition on the rows to tokenise, such as 'language == "en" and dnsmos >= 3'
-    # minimum number of rows in a shard (exact number for a tar); default: 2048, or fewer to have 64 shards
+    # minimum number of rows in a shard (for a tar file: the exact number); default: 2048, or fewer to get 64 shards
     clips_per_shard: int | None = None
     num_workers: int = 2  # number of processes that read and resample audio, for each rank
-    duplicates: Literal["keep", "drop"] = "keep"  # treatment of clips with the samples of an earlier clip
-    max_skip_fraction: float = 0.01  # stop if more than this fraction of the clips is unusable
+    duplicates: Literal["keep", "drop"] = "keep"  # keep or drop clips whose samples equal those of an earlier clip
+    max_skip_fraction: float = 0.01  # maximum fraction of unusable clips; the command stops above it
 
     def __post_init__(self) -> None:
         shortest, longest, limit = self.min_seconds, self.max_seconds, self.max_audio_seconds

@@ -18,7 +18,7 @@ ROWS_AT_ONCE = 16
 
 
 class ParquetSource(Source):
-    """Source whose units are row groups, or parts of large ones; rows are ``{"audio": {"bytes", "path"}, ...}``."""
+    """Source for Parquet files. A unit is a row group, or a part of a large row group. ``audio`` has bytes and path."""
 
     def __init__(self, name: str, files: Sequence[str], wanted: Columns) -> None:
         super().__init__(name, wanted)
@@ -35,7 +35,7 @@ class ParquetSource(Source):
                     rows = min(starts.step, num_rows - first)
                     self.units.append(Unit(num_bytes * rows // num_rows, rows, (file, number, first)))
         if not self.units:
-            raise UserError(f"the dataset '{name}' has no rows; choose another")
+            raise UserError(f"the dataset '{name}' has no rows; choose another dataset")
         names = [file.rsplit("/", 1)[-1] for file in files]
         self.fingerprint = digest([names, [groups for _, (_, groups) in contents]])
 

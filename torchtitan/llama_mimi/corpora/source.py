@@ -21,7 +21,7 @@ ROWS_PER_UNIT = 100  # in formats without row groups; `datasets` also writes 100
 # Endings of audio in corpora; the last four need FFmpeg.
 CORPUS_ENDINGS = (*AUDIO_ENDINGS, ".oga", ".opus", ".aiff", ".aif", ".au", ".m4a", ".aac", ".webm", ".wma")
 
-# Words in file names that name a split on the hub (huggingface.co/docs/hub/datasets-file-names-and-splits).
+# Words in file names that mark a split on the hub (huggingface.co/docs/hub/datasets-file-names-and-splits).
 SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "dev", "val"), "validation"),
@@ -77,7 +77,7 @@ class Source(ABC):
         """Yield the rows of a unit in order, beginning with row ``start``; raise a `UserError` for a damaged file."""
 
     def _choose_columns(self, found: Iterable[str], required: Sequence[str] = ("text",), place: str = "") -> None:
-        """Choose the column of each role from the found ones; raise a `UserError` if a required column is missing."""
+        """Choose a column of ``found`` for each role; raise a `UserError` if a required column is missing."""
         columns, extra = list(dict.fromkeys(found)), {"id": "id", **self._wanted.extra}
         self._columns = {role: column for role, column in extra.items() if column in columns}
         for role in required:
@@ -85,8 +85,8 @@ class Source(ABC):
                 self._columns[role] = column
             elif column is not None:
                 where, others = place or f"the dataset '{self.name}'", ", ".join(columns) or "none"
-                problem = f"{where} has no column '{column}' for the {role}, only {others}"
-                raise UserError(f"{problem}; choose another (data.{role}_column, or --{role}_column of a script)")
+                problem = f"{where} has no column '{column}' for the {role} (columns: {others})"
+                raise UserError(f"{problem}; choose another data.{role}_column (--{role}_column of a script)")
 
     def _row(self, place: str, values: Values | str, audio: Any, row_id: Any, folder: str = "", **part: Any) -> Row:
         """Return a row.
@@ -129,7 +129,7 @@ def reading(path: str, kind: str) -> Iterator[None]:
 
 
 def slices(count: int) -> list[tuple[int, int]]:
-    """Divide ``count`` files or rows into units; return the start and the end of each."""
+    """Divide ``count`` files or rows into units; return the start and the end of each unit."""
     return [(start, min(start + ROWS_PER_UNIT, count)) for start in range(0, count, ROWS_PER_UNIT)]
 
 
@@ -143,7 +143,7 @@ def parse_object(content: bytes) -> Values | str:
 
 
 def _text(value: Any, role: str) -> str:
-    """Return a value as text; raise an error for invalid UTF-8, a lone surrogate, and a list or object as a text."""
+    """Return a value as text; raise an error for invalid UTF-8, and for a list or an object if the role is "text"."""
     if role == "text" and isinstance(value, list | dict):
         raise TypeError(f"it is a {type(value).__name__}")
     text = value if isinstance(value, str | bytes) else json.dumps(value, ensure_ascii=False, default=str)
@@ -158,23 +158,23 @@ def _label(value: Any) -> str | None:
 
 
 def choose_split(name: str, splits: Iterable[str | None], split: str | None) -> str | None:
-    """Return the split to read, or None for all files; raise a `UserError` if it is unknown, or must be chosen."""
+    """Return the split to read, or None for all files; raise a `UserError` if the user must choose another split."""
     found = list(dict.fromkeys(filter(None, splits)))
     if split is None and len(found) > 1:
-        remedy = "choose one (data.split, data.validation_split, or --split of a script), or name its files by a glob"
+        remedy = "choose one (data.split, data.validation_split, or --split of a script), or use a glob of file names"
         raise UserError(f"'{name}' contains the splits {', '.join(found)}; {remedy}")
     chosen = split if split is None or split in found else SPLIT_WORDS.get(split, split)
     if chosen is not None and chosen not in found:
         problem = f"the split '{split}' does not exist: '{name}' contains {', '.join(found) or 'no splits'}"
-        raise UserError(f"{problem}; choose another, or set none")
+        raise UserError(f"{problem}; choose another split, or set no split")
     return chosen
 
 
 def splits_in(folder: str, files: Sequence[str]) -> list[str | None]:
-    """Return the split that each file's path names by the hub's rules, or None.
+    """Return the split of each file according to the hub's rules, or None for a file without a split.
 
-    The rules are: a file ``data/<split>-00000-of-00001.parquet``; one of `SPLIT_WORDS` in the name of a subfolder; such
-    a word in the file name. The first rule that applies to any file is used for all files.
+    The rules are: a file ``data/<split>-00000-of-00001.parquet``; one of `SPLIT_WORDS` in the name of a subfolder; one
+    of `SPLIT_WORDS` in the file name. The first rule that applies to any file is used for all files.
     """
     below = [file[len(folder.rstrip("/")) + 1 :].split("/") for file in files]
     shards = [_SPLIT_OF_SHARD.fullmatch(parts[-1]) if parts[:-1] == ["data"] else None for parts in below]

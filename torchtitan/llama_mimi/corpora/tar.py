@@ -1,4 +1,4 @@
-"""WebDataset: uncompressed tar files; members with the same name, such as ``a.mp3`` and ``a.json``, are one row."""
+"""WebDataset: uncompressed tar files. Members that differ only in their endings (``a.mp3``, ``a.json``) are one row."""
 
 import os
 import tarfile
@@ -18,7 +18,7 @@ NO_AUDIO = "it has no audio file; members of a row must have the same name and d
 
 
 class TarSource(Source):
-    """Source whose units are whole tars, which are read from their beginning; a ``.txt`` member is the text."""
+    """Source for tar files. A unit is a whole tar file, read from its beginning. A ``.txt`` member is the text."""
 
     def __init__(self, name: str, files: Sequence[str], wanted: Columns) -> None:
         super().__init__(name, wanted)
@@ -35,7 +35,7 @@ class TarSource(Source):
         self.fingerprint = digest(contents)
         rows = (_values(parts) for unit in range(len(files)) for _, parts in self._members(unit, 0, TEXTS))
         if not (first := list(islice(rows, source.ROWS_PER_UNIT))):
-            raise UserError(f"the dataset '{name}' has no rows; choose another")
+            raise UserError(f"the dataset '{name}' has no rows; choose another dataset")
         self._choose_columns(key for values in first if isinstance(values, dict) for key in values)
 
     def rows(self, unit: int, start: int = 0) -> Iterator[Row]:
@@ -57,13 +57,13 @@ class TarSource(Source):
         ):
             for number, (key, members) in enumerate(groupby(filter(None, map(_part, tar)), itemgetter(0))):
                 if key in seen:
-                    raise UserError(f"'{file}' has other members between those of '{key}'; sort its members by name")
+                    raise UserError(f"'{file}' has other members between those of '{key}'; sort all members by name")
                 seen.add(key)
                 parts: dict[str, bytes] = {}
                 for _, part, member in members:
                     if part in parts:
                         problem = "twice, or two audio files with that name"
-                        raise UserError(f"'{file}' has '{member.name}' {problem}; rename one of them")
+                        raise UserError(f"'{file}' has '{member.name}' {problem}; rename one member")
                     is_wanted = number >= start and part in wanted
                     # extractfile follows links and restores sparse members.
                     content = tar.extractfile(member) if is_wanted else None

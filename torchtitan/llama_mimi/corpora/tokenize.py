@@ -46,7 +46,7 @@ FREE = "corpus dataset_path split output_dir codec num_workers max_skip_fraction
 
 @dataclass(frozen=True)
 class Job:
-    """Consecutive units that are written to one shard, or one tar that is written to several.
+    """Consecutive units that are written to one shard, or one tar file that is written to several shards.
 
     Jobs depend only on the corpus and on --clips_per_shard, and shards are written atomically. So a re-run on any
     number of ranks finds the missing rows by the names of the shards.
@@ -80,7 +80,7 @@ def tokenize_corpus(options: TokenizationOptions) -> None:
         columns = {"text": options.text_column, "speaker": options.speaker_column, **row_filter.columns}
         source = open_source(options.corpus, options.dataset_path, options.audio_column, None, columns, options.split)
         if missing := [column for role, column in row_filter.columns.items() if role not in source.columns]:
-            raise UserError(f"--where names a column '{missing[0]}', but '{options.corpus}' has none; fix the name")
+            raise UserError(f"'{missing[0]}' in --where is not a column of '{options.corpus}'; fix the name")
         codec = MimiCodec(
             options.codec, options.num_quantizers, ranks.device, DTYPES[options.dtype], options.codec_sliding_window
         )
@@ -102,7 +102,7 @@ def tokenize_corpus(options: TokenizationOptions) -> None:
             done = f"finished: {len(jobs) - len(todo)} of {len(jobs)} jobs"
             print(f"{done}; columns: {', '.join(plan['columns'])}", flush=True)
             if 0 < len(todo) < ranks.world_size:
-                print(f"there are {ranks.world_size} ranks for {len(todo)} jobs; the other ranks wait", flush=True)
+                print(f"{ranks.world_size} ranks, but only {len(todo)} jobs: some ranks have no work", flush=True)
             return todo
 
         write_shards(options, ranks, broadcast_from_rank0(resume), reader, codec, plan["columns"])
@@ -163,7 +163,7 @@ def make_jobs(units: Sequence[Unit], clips_per_shard: int | None) -> list[Job]:
 
 
 def unfinished(output_dir: str, plan: dict[str, Any], jobs: Sequence[Job]) -> list[Job]:
-    """Write the plan, or compare it with the earlier one, and return the jobs with missing shards."""
+    """Write the plan, or compare it with the earlier plan. Return the jobs with missing shards."""
     earlier = files.read_json(output_dir, shards.PLAN)
     if earlier is None:
         files.write_atomically(output_dir, shards.PLAN, json.dumps(plan, indent=1).encode())
@@ -176,9 +176,9 @@ def unfinished(output_dir: str, plan: dict[str, Any], jobs: Sequence[Job]) -> li
 
 
 class Chunks(IterableDataset):
-    """Dataset of chunks (shard, number of rows, bytes, clips) in order; each of n workers yields every n-th chunk.
+    """Dataset of chunks (shard, number of rows, bytes, clips) in order. Each of n workers yields every n-th chunk.
 
-    ``shard`` is the shard's name in its last chunk, else None. The last chunk of a job is empty.
+    ``shard`` is the name of a shard in the last chunk of this shard, else None. The last chunk of a job has no clips.
     """
 
     def __init__(self, reader: AudioReader, jobs: Sequence[Job], rows_per_chunk: int) -> None:
@@ -223,7 +223,7 @@ def write_shards(
     codec: MimiCodec,
     columns: Sequence[str],
 ) -> None:
-    """Encode this rank's jobs; rank 0 prints the progress of all ranks."""
+    """Encode the clips of this rank's jobs and write the shards. Rank 0 prints the progress of all ranks."""
     splits = options.long_recordings == "split"  # a row may be hours of audio
     own = sorted(todo, key=lambda job: -job.num_bytes)[ranks.rank :: ranks.world_size]
     chunks = Chunks(reader, own, 1 if splits else ROWS_PER_CHUNK)
@@ -262,7 +262,7 @@ def write_shards(
 def _judge(num_skipped: int, num_read: int, limit: float, last: str, *, is_end: bool) -> None:
     if is_too_many(num_skipped, num_read, limit, is_end=is_end, is_whole=is_end):
         problem = f"{num_skipped} of {num_read} clips could not be used, more than --max_skip_fraction {limit:g}"
-        raise UserError(f"{problem} (the last: {last}); fix the corpus or raise --max_skip_fraction")
+        raise UserError(f"{problem} (the last clip: {last}); fix the corpus or raise --max_skip_fraction")
 
 
 def write_manifest(
@@ -278,7 +278,7 @@ def write_manifest(
         *full, last = [rows[name] for name in of_job] or [0]
         num_rows = sum(units[unit].num_rows or 0 for unit in job.units)
         if not is_done or set(full) - {job.rows_per_part} or (last != num_rows and not job.rows_per_part):
-            raise UserError(f"the shards of job {job.number} {of_job} lack rows of the corpus; delete them and re-run")
+            raise UserError(f"the shards {of_job} of job {job.number} lack rows; delete these shards and re-run")
     duplicates = _duplicates(tables)
     if options.duplicates == "drop":  # the notes count them, so this step can be repeated after a kill
         for name, note, is_dropped_N in zip(names, notes, duplicates, strict=True):
@@ -319,7 +319,7 @@ def write_manifest(
 
 
 def _read_shards(output_dir: str, names: Sequence[str]) -> tuple[list[pa.Table], list[dict[str, Any]]]:
-    """Return a table of clips without codes, and the notes, for each shard."""
+    """Return the clips (tables without codes) of the shards, and the notes of the shards."""
     columns = ["duration", "is_cut", "audio_hash", "audio_warnings"]
     with ThreadPoolExecutor(SHARD_READERS) as pool:
         read = pool.map(lambda name: shards.read_shard(f"{output_dir}/{name}", columns), names)
@@ -328,6 +328,6 @@ def _read_shards(output_dir: str, names: Sequence[str]) -> tuple[list[pa.Table],
 
 
 def _duplicates(tables: Sequence[pa.Table]) -> list[np.ndarray]:
-    """Return for each shard a mask (N,) of the clips with the same samples as an earlier clip."""
+    """Return for each shard a mask (N,) of its clips; True for a clip with the same samples as an earlier clip."""
     is_duplicate_N = pa.concat_tables(tables)["audio_hash"].to_pandas().duplicated().to_numpy()
     return np.split(is_duplicate_N, np.cumsum([len(table) for table in tables])[:-1])

@@ -44,7 +44,7 @@ class RowFilter:
         return None if self._where is None or _is_true(self._tree, row) else f"not {self._where}"
 
     def of_length(self, seconds: float, *, is_cut: bool) -> str | None:
-        """Return the reason to filter a clip by its length, or None; a cut clip is longer than ``seconds``."""
+        """Return the reason to filter a clip by length, or None. ``is_cut``: the audio is longer than ``seconds``."""
         if seconds < self._min_seconds:
             return f"under {self._min_seconds:g} s"
         is_long = self._max_seconds is not None and (is_cut or seconds > self._max_seconds)
@@ -75,7 +75,7 @@ def _side(node: ast.expr, is_list: bool, row: Mapping[str, Any]) -> Any:
 
 
 def _compare(operator: Callable, left: Any, right: Any) -> bool:
-    """Compare two values; a string is converted if the other value is a number, as CSV tables contain only strings."""
+    """Compare two values. To compare a number with a string, convert the string: CSV tables contain only strings."""
     with suppress(ValueError, TypeError):
         if isinstance(left, str) and isinstance(right, int | float):
             left = float(left)

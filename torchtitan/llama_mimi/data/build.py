@@ -27,7 +27,7 @@ def build_dataloader(
     """Build the dataloader for training or validation.
 
     The training loader is endless and shuffled with ``debug.seed`` (default 0). The validation loader reads the first
-    ``data.validation_clips`` clips once, in order, and one per sequence, so that its loss does not depend on packing.
+    ``data.validation_clips`` clips once, in order. It never packs clips, so that validation losses are comparable.
     """
     data, section = job_config.data, job_config.validation if is_validation else job_config.training
     readers = open_readers(job_config, section)
@@ -52,7 +52,7 @@ def build_dataloader(
 
 
 def dataset_names(section: Any) -> list[str]:
-    """Return the corpus names in ``[training]`` or ``[validation]``, which are separated by commas."""
+    """Return the list of corpora in ``[training]`` or ``[validation]``. In ``dataset``, commas separate the names."""
     return [name.strip() for name in section.dataset.split(",") if name.strip()]
 
 
@@ -86,6 +86,6 @@ def _clip_fractions(readers: list[ClipReader], weights: list[float], max_audio_s
     fractions = []
     for weight, reader in zip(weights, readers, strict=True):
         if not isinstance(reader, CodeCorpus):
-            raise UserError(f"data.weights needs tokenised corpora, but '{reader.name}' is audio; tokenise it first")
+            raise UserError(f"data.weights needs tokenised corpora, but '{reader.name}' is audio; tokenise this corpus")
         fractions.append(weight / reader.mean_seconds(max_audio_seconds))
     return fractions

@@ -32,10 +32,10 @@ ClipOrder = ShuffledOrder | RowsInOrder
 
 @dataclass
 class ClipStream:
-    """Dataset of chunks of consecutive clips with their positions; each of n workers reads every n-th chunk.
+    """Dataset of chunks of consecutive clips with their positions. Each of n workers reads every n-th chunk.
 
-    Each worker reads all units with rows in its chunks, often all units of a window. So workers share the decoding of
-    audio, but not the reading of files.
+    Each worker reads all units that have rows in its chunks; these are often all units of a window. So the workers
+    divide the decoding of audio, but each of them reads most of the files.
     """
 
     readers: Sequence[ClipReader]
@@ -61,7 +61,7 @@ class ClipStream:
 
 @dataclass
 class DataMeter:
-    """Counts for the metrics; after a resume, rank 0 continues from the sum over all ranks."""
+    """Counts for the metrics. After a resume, rank 0 begins with the sums over all ranks."""
 
     codec_seconds: float = 0.0  # time spent encoding since the last reset
     num_clips: int = 0  # clips in the batches so far
@@ -112,12 +112,12 @@ class SpeechDataLoader(BaseDataLoader):
             yield self._next_batch()
 
     def empty_batch(self) -> Batch:
-        """Return a batch of padding, for a rank without clips while other ranks still have some."""
+        """Return a batch of padding, for a rank that has no clips left while other ranks still have clips."""
         assert self.packer.is_empty
         return self.packer.pop()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the positions of all ranks after their last batches (a collective with one result for all ranks)."""
+        """Return the positions of all ranks after their last batches. This collective has one result on all ranks."""
         assert isinstance(self.order, ShuffledOrder)
         own = dataclasses.asdict(self.order.position), self.counts, self.meter.num_frames
         of_ranks = dict(gather((self.order.dp_rank, own)))  # tensor-parallel ranks share a position
@@ -127,12 +127,12 @@ class SpeechDataLoader(BaseDataLoader):
         return {"position": json.dumps(state)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a position that any number of ranks saved; raise a `UserError` if the data differ."""
+        """Continue from the positions that any number of ranks saved; raise a `UserError` if the data differ."""
         if not state_dict:
             return
         assert isinstance(self.order, ShuffledOrder)
         state = json.loads(state_dict["position"])
-        remedy = "set it as before, or restart the data with --checkpoint.exclude_from_loading dataloader"
+        remedy = "restore the earlier data, or start a new epoch with --checkpoint.exclude_from_loading dataloader"
         require_same(state["of"], self.order.fingerprint, f"the checkpoint's position in '{self.dataset}'", remedy)
         positions = reshard([Position.from_json(position) for position in state["ranks"]], self.order.dp_world_size)
         self.order.position = positions[self.order.dp_rank]
@@ -151,7 +151,7 @@ class SpeechDataLoader(BaseDataLoader):
             yield from zip(refs, clips, strict=True)
 
     def _deep_frames(self, ref: ClipRef, num_frames: int) -> np.ndarray | None:
-        """Return a mask (T + 1,) of the frames, and the end, that train the depth decoder; it differs in each epoch."""
+        """Return a mask (T + 1,) of the frames and the end; True for those that train the depth decoder."""
         if self.depth_train_fraction == 1:
             return None
         assert isinstance(self.order, ShuffledOrder)
@@ -159,12 +159,12 @@ class SpeechDataLoader(BaseDataLoader):
         return generator.random(num_frames + 1) < self.depth_train_fraction
 
     def _advance(self, ref: ClipRef, frame: int | None = None) -> None:
-        """Move the position to a frame of this clip, or behind the clip."""
+        """Move the position to a frame of this clip, or to the next clip."""
         if isinstance(self.order, ShuffledOrder):
             if frame is not None:
                 self.order.use_frames(frame)
             else:
-                assert self.order.next_clip()[:4] == ref[:4], "the clips left their order"
+                assert self.order.next_clip()[:4] == ref[:4], "the clips are not in order"
 
     def _next_batch(self) -> Batch:
         self.meter.num_clips = self.counts["read"] - self.counts["skipped"]
@@ -193,7 +193,7 @@ class SpeechDataLoader(BaseDataLoader):
             self._judge(is_end=is_end)
 
     def _judge(self, *, is_end: bool) -> None:
-        """Raise a `UserError` if too large a fraction of the clips is unusable, or all are."""
+        """Raise a `UserError` if all clips, or too many of them, are unusable."""
         read, skipped = self.counts["read"], self.counts["skipped"]
         is_none = skipped == read >= min(MIN_JUDGED_CLIPS, self.num_clips)
         is_whole, limit = self.order.dp_world_size == 1, self.max_skip_fraction

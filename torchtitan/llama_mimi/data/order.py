@@ -1,4 +1,4 @@
-"""Order of training clips, an endless sequence in which a rank's position is a few numbers."""
+"""Order of training clips: an endless sequence. The position of a rank in the sequence is saved as a few numbers."""
 
 import copy
 import itertools
@@ -39,7 +39,7 @@ class BegunWindow:
 
     window: int
     rows_used: int = 0
-    frames_used: int = 0  # frames used of the next row
+    frames_used: int = 0  # used frames of the next row
 
 
 @dataclass
@@ -64,9 +64,9 @@ class Position:
 
 
 class CorpusOrder:
-    """Windows of one corpus, each of one or more units and about ``shuffle_window`` rows.
+    """Windows of one corpus. A window has one or more units, and about ``shuffle_window`` rows.
 
-    In each epoch the units are permuted. Consecutive units form a window, whose rows are permuted.
+    In each epoch the units are permuted. Consecutive units form a window. The rows of each window are permuted.
     """
 
     def __init__(self, rows_per_unit: np.ndarray, shuffle_window: int, seed: int) -> None:
@@ -79,7 +79,7 @@ class CorpusOrder:
         self._cache: dict[int, np.ndarray] = {}
 
     def rows(self, window: int) -> np.ndarray:
-        """Return unit and row of each row of a window in order, (N, 2)."""
+        """Return the rows of a window in order, as pairs (N, 2) of a unit and the number of a row in this unit."""
         if window not in self._cache:
             epoch, number = divmod(window, self.windows_per_epoch)
             order = np.random.default_rng((self._seed, epoch)).permutation(len(self._rows_per_unit))
@@ -96,9 +96,9 @@ class CorpusOrder:
 class ShuffledOrder:
     """Endless sequence of clips for one rank; ``fractions`` are the relative numbers of clips from each corpus.
 
-    Windows are numbered across epochs, and rank k of W reads windows k, k + W, k + 2 W. A permutation is a function of
-    the seed and a number. So a position is a few numbers: the partly used windows of the rank, and its next window.
-    `reshard` divides the remaining windows among another number of ranks.
+    Windows are numbered across epochs, and rank k of W reads windows k, k + W, k + 2 W. A permutation depends
+    only on the seed and on the number of the epoch or window. So a position has only the partly used windows of the
+    rank and its next window. `reshard` divides the remaining windows among another number of ranks.
     """
 
     readers: Sequence[ClipReader]
@@ -140,7 +140,7 @@ class ShuffledOrder:
         self._upcoming()[1][0].frames_used = num_frames
 
     def _upcoming(self) -> tuple[int, list[BegunWindow]]:
-        """Return the corpus of the next clip and its partly used windows (one or more; the first is next)."""
+        """Return the corpus of the next clip, and the partly used windows of this corpus. The first one is next."""
         corpus = bisect(self._bounds, (self.position.drawn * _GOLDEN) % 1.0)
         cursor = self.position.cursors[corpus]
         if not cursor.begun:
@@ -151,7 +151,7 @@ class ShuffledOrder:
 
 @dataclass(frozen=True)
 class RowsInOrder:
-    """Rows of a corpus in order; each of W ranks reads every W-th row. ``limit``: maximum over all ranks, or -1."""
+    """Rows of a corpus in order. Each of W ranks reads every W-th row of the first ``limit`` rows (-1: all rows)."""
 
     rows_per_unit: np.ndarray
     dp_rank: int = 0
@@ -166,8 +166,8 @@ class RowsInOrder:
 def reshard(positions: Sequence[Position], dp_world_size: int) -> list[Position]:
     """Convert the positions of all ranks to positions of ``dp_world_size`` ranks.
 
-    The same number of ranks continues unchanged. Another number first divides the partly used windows and the unused
-    windows between them, so that every remaining clip of the epoch is read once.
+    If the number of ranks is the same, the positions do not change. Otherwise the partly used windows, and the unused
+    windows between them, are divided among the ranks. Then every remaining clip of the epoch is read once.
     """
     if len(positions) == dp_world_size:
         return list(positions)

@@ -9,7 +9,7 @@ from llama_mimi.tokens.tokenizer import IGNORE_INDEX, NO_TOKEN, Batch, SpeechTok
 class BatchPacker:
     """Packer that writes clips into the sequences of a batch.
 
-    In a packed sequence, positions restart at every clip; attention uses them to separate the clips. If a clip does not
+    In a packed sequence, positions begin at 0 in each clip; attention uses this to separate clips. If a clip does not
     fit, it is cut after a whole frame, without ``</audio>``, and continues in the next sequence after ``BOS <audio>``.
     But a clip with a text (task "tts") moves to the next sequence, and is cut only if it is longer than a sequence.
 
@@ -50,7 +50,7 @@ class BatchPacker:
         length = len(self._tokenizer.prefix_ids(text))
         if length + self._tokenizer.positions_per_frame <= self._seq_len + 1:
             return None
-        return f"its text of {length} tokens with BOS and <audio> leaves no room for audio in {self._seq_len} tokens"
+        return f"text, BOS and <audio> take {length} tokens and leave no room for audio in {self._seq_len} tokens"
 
     def add(
         self, codes_TQ: np.ndarray, *, is_cut: bool, text: str | None = None, is_deep_T: np.ndarray | None = None
@@ -59,11 +59,11 @@ class BatchPacker:
 
         Args:
             is_cut: the speech continues after the last frame.
-            is_deep_T: mask (T + 1,) of frames, and end, that train the depth decoder of the hierarchical model.
+            is_deep_T: mask (T + 1,) of the frames and the end; True for those that train the depth decoder.
 
         Returns:
-            Number of written frames, possibly 0. Pass the other frames to the next call, after `pop` if the batch is
-            full. A clip that must stay in one sequence (unpacked, or with a text) is cut; all its frames are counted.
+            Number of finished frames, possibly 0. Pass the other frames to the next call; if the batch is full, call
+            `pop` first. If a clip must stay in one sequence (unpacked, or with a text), frames that are cut also count.
         """
         P, L, vocabulary = self._tokenizer.positions_per_frame, self._seq_len, self._tokenizer.vocabulary
         prefix, num_frames, room = self._tokenizer.prefix_ids(text), len(codes_TQ), L - self._used

@@ -46,16 +46,18 @@ class EvaluationOptions:
     """Flags of the benchmark scripts in eval/."""
 
     model_name: str = "llm-jp/Llama-Mimi-1.3B"  # hub id or folder of the model
-    data_dir: str | None = None  # folder (official layout or Parquet) or hub id; default: the data set on the hub
+    data_dir: str | None = None  # folder (official layout or Parquet) or hub id; default: hub id of the benchmark
     output_dir: Path = Path("results")  # folder for results
     codes_dir: str | None = None  # folder of cached codes, for all models; default: <output_dir>/codes
     codec: str | None = None  # hub id or folder of the codec; default: the model's codec
-    codec_sliding_window: bool | None = None  # sliding window of the codec; default: as for the training codes
+    codec_sliding_window: bool | None = None  # limit the codec's attention to its window; default: as in training
     device: str | None = None  # torch device; default: the GPU if there is one, else the CPU
     dtype: DecoderPrecision = "float32"  # precision of the decoder (the first release evaluates in float16)
     batch_tokens: int | None = None  # maximum number of tokens in a batch; default: 4096, on GPUs 32768
     max_audio_seconds: float = MAX_AUDIO_SECONDS  # maximum length of a clip, in seconds; longer clips are cut
-    preset: Literal["official", "original"] = "official"  # scoring rule: the benchmark's own, or the first release's
+    preset: Literal["official", "original"] = (
+        "official"  # scoring rule; official: the benchmark's rule; original: the rule of the first release
+    )
     levels: str | None = None  # quantizer levels to score: "all" or a list such as 0,1; default: all for SALMon, else 0
     likelihood: Likelihood = "softmax"  # softmax: over the vocabulary; grammar: over the tokens valid at a position
     limit: int | None = None  # maximum number of pairs (words, sentences) in each part; default: all
@@ -78,7 +80,9 @@ class EvaluationOptions:
             name += f"-{self.likelihood}"
         is_changed = name != self.preset or self.max_audio_seconds != MAX_AUDIO_SECONDS
         if self.preset == "original" and (is_changed or self.codec_sliding_window):
-            raise UserError("--preset original forbids other scoring flags; remove them, or set --preset official")
+            raise UserError(
+                "--preset original does not allow other scoring flags; remove these flags, or set --preset official"
+            )
         if self.limit is not None:
             name += f"-limit_{self.limit}"
         return name, Scoring(chosen, self.preset == "original", self.likelihood)

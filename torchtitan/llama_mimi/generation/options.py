@@ -44,7 +44,9 @@ class SamplingOptions:
             if value is not None and not low <= value <= high:
                 raise UserError(f"--{name} is {value}; choose a value from {low:g} to {high:g}")
         if self.min_seconds > self.seconds:
-            raise UserError(f"--min_seconds is {self.min_seconds:g}, more than --seconds {self.seconds:g}; raise it")
+            raise UserError(
+                f"--min_seconds is {self.min_seconds:g}, more than --seconds {self.seconds:g}; raise --seconds"
+            )
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class ContinuationOptions:
     stream: bool = False  # write the sample to disk during generation
     batch_size: int | None = None  # number of samples of --prompts that are drawn at once; default: 8, on GPUs 64
     codec: str | None = None  # hub id or folder of the codec; default: the codec in the config of the model
-    codec_sliding_window: bool | None = None  # sliding window of the codec; default: as for the training codes
+    codec_sliding_window: bool | None = None  # limit the codec's attention to its window; default: as in training
     device: str | None = None  # torch device; default: the GPU if there is one, else the CPU
     dtype: DecoderPrecision = "float32"  # precision of the decoder
     sampling: SamplingOptions = field(default_factory=SamplingOptions)

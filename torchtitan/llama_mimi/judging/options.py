@@ -97,10 +97,10 @@ class GenerationOptions:
     name: str | None = None  # name of the system; default: name of the model or folder
     # Length and randomness of continuations. --seconds also limits WAVs and recordings.
     sampling: SamplingOptions = field(default_factory=lambda: SamplingOptions(num_samples=5))
-    output_dir: Path = Path("results/generation")  # folder for the prompts and all systems
+    output_dir: Path = Path("results/generation")  # folder for the prompts and the results of all systems
     measures: MeasureOptions = field(default_factory=MeasureOptions)
     codec: str | None = None  # hub id or folder of the codec; default: the model's codec
-    codec_sliding_window: bool | None = None  # sliding window of the codec; default: as for the training codes
+    codec_sliding_window: bool | None = None  # limit the codec's attention to its window; default: as in training
     batch_size: int | None = None  # number of samples per batch; default: 8, on GPUs 64
     device: str | None = None  # torch device; default: the GPU if there is one, else the CPU
     dtype: DecoderPrecision = "float32"  # precision of the decoder

@@ -18,13 +18,13 @@ def build_model(args: LlamaMimiArgs) -> LlamaMimi:
 
 
 def parallelize(model: LlamaMimi, parallel_dims: ParallelDims, job_config: Any) -> nn.Module:
-    """Apply TorchTitan's parallelism for a Llama; raise a `UserError` if packed rows cannot be compiled."""
+    """Apply TorchTitan's parallelism for Llama 3; raise a `UserError` if packed sequences cannot be compiled."""
     is_compiled = job_config.compile.enable and "model" in job_config.compile.components
     has_kernel = torch.cuda.is_available() and job_config.training.mixed_precision_param != "float32"
     if model.model_args.attn_type == "varlen" and is_compiled and not has_kernel:
         raise UserError(
-            "compile.enable is true, but attention over packed rows can be compiled only on a GPU and in bfloat16; "
-            "set --compile.components loss, or data.packing to 'pad'"
+            "compile.enable is true, but attention over packed sequences can be compiled only on a GPU in bfloat16; "
+            "use --compile.components loss, or set data.packing to 'pad'"
         )
     if isinstance(model, HierarchicalLlamaMimi):
         prepare_depth_decoder(model.depth, job_config)

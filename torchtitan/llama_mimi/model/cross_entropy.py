@@ -1,7 +1,7 @@
 """Cross-entropy from hidden states, in chunks. All logits of 32 x 1,024 positions of Llama 3 would take 18 GB.
 
 Logits are computed only at positions with a target. The gradient of the loss is computed from the logits of a chunk
-in the same pass. N: targets. V: vocabulary entries; with tensor parallelism, those of this rank. D: width of the model.
+in the same pass. N: number of targets. V: number of vocabulary entries on this rank. D: width of the model.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ class LazyLogits:
     weight_VD: torch.Tensor  # a DTensor sharded by rows under tensor parallelism
 
     def heads(self, labels_BL: torch.Tensor, vocabulary: AudioVocabulary) -> list[tuple["LazyLogits", "Targets"]]:
-        """Return each output matrix with its targets in a batch. Labels are ids or `IGNORE_INDEX`."""
+        """Return the lazy logits and the targets of each output matrix. Labels are ids or `IGNORE_INDEX`."""
         return [(self, audio_targets(labels_BL, vocabulary))]
 
     @property
@@ -53,13 +53,13 @@ pytree.register_dataclass(LazyLogits)  # FSDP searches the output of a model for
 
 @dataclass(frozen=True)
 class Targets:
-    """Targets of one output matrix; each row of the matrix is an entry."""
+    """Targets of one output matrix. An entry is the number of a row of this matrix."""
 
     positions_N: torch.Tensor  # in the flattened batch
     entries_N: torch.Tensor
     levels_N: torch.Tensor  # quantizer level; 0 for the end of the speech
     rows_N: torch.Tensor  # row in `LevelMeter`: the level, Q for the end, or Q + 1 to record nothing
-    admissible_QC: torch.Tensor  # entries that are valid at each level; -1 fills shorter levels
+    admissible_QC: torch.Tensor  # valid entries of each level; -1 fills the rows of levels with fewer entries
 
 
 def audio_targets(labels_BL: torch.Tensor, vocabulary: AudioVocabulary) -> Targets:
@@ -91,12 +91,12 @@ def cross_entropy(
     """Compute the cross-entropy at the positions of the targets.
 
     Args:
-        weights_N: weights of the losses in the sum, in float32.
+        weights_N: float32 weights of the losses in the sum.
         chunk_step: compiled `chunk_losses`.
 
     Returns:
-        The weighted sum of the losses, with a gradient; the unweighted losses (N,) in float32; and the losses (N,) of a
-        softmax over only the admissible entries.
+        The weighted sum of the losses, with a gradient; the unweighted losses (N,) in float32; and the losses (N,) if
+        the softmax is computed over the admissible entries only.
     """
     hidden_BLD, weight_VD, first_row, group = _local(logits)
     # All ranks need the same chunk size, because each chunk runs collectives. Shards can differ by one row.
@@ -155,12 +155,12 @@ def chunk_losses(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Return losses (N,) in float32, losses over admissible entries, and the gradient (N, V) of the weighted sum.
 
-    The gradient is the softmax, minus one at the target, times the weight; None without ``with_gradient``.
+    The gradient is (softmax - one_hot(target)) * weight. Without ``with_gradient``, it is None.
 
     Args:
         weight_VD: output matrix. Rows after ``num_entries`` are padding; their logits are -inf.
-        targets_N: entries; out of range if another rank has the target.
-        admissible_NC: valid entries; out of range if another rank has the entry, or to fill C columns.
+        targets_N: entries of the targets; out of range if the target is on another rank.
+        admissible_NC: valid entries; out of range for an entry on another rank and for padding.
         group: ranks that share the vocabulary; None without tensor parallelism.
     """
     scores_NV = F.linear(hidden_ND, weight_VD).float()
@@ -186,7 +186,7 @@ def chunk_losses(
 
 
 class _WithGradients(torch.autograd.Function):
-    """Autograd function for a sum whose gradients are already computed."""
+    """Autograd function that returns gradients which the forward pass has already computed."""
 
     @staticmethod
     def forward(ctx: Any, loss_sum: Any, hidden_ND: Any, weight_VD: Any, *gradients: torch.Tensor) -> torch.Tensor:
@@ -202,7 +202,7 @@ class _WithGradients(torch.autograd.Function):
 
 
 def _local(logits: LazyLogits) -> tuple[torch.Tensor, torch.Tensor, int, dist.ProcessGroup | None]:
-    """Return hidden states, this rank's rows of the output matrix, the first row, and the tensor-parallel group."""
+    """Return hidden states, this rank's rows of the output matrix, the first row's index, and the rank's group."""
     hidden_BLD, weight_VD = logits.hidden_BLD, logits.weight_VD
     if not isinstance(weight_VD, DTensor):
         return hidden_BLD, weight_VD, 0, None

@@ -1,4 +1,4 @@
-"""TorchTitan's Llama 3 with tied embeddings (Llama-3.2-1B) and attention within a clip (packed rows)."""
+"""TorchTitan's Llama 3 with two additions: tied embeddings, and attention within each clip of a packed sequence."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +63,7 @@ class LlamaMimiArgs(TransformerModelArgs):
 
 
 def training_flops(num_weights: int, args: TransformerModelArgs, seq_len: int) -> int:
-    """Return the FLOPs per position, forward and backward: 6 for each weight in a product, plus attention."""
+    """Return the FLOPs per position, forward and backward: 6 for each weight of a matrix product, plus attention."""
     return 6 * num_weights + 6 * args.n_layers * args.n_heads * 2 * (args.dim // args.n_heads) * seq_len
 
 
@@ -72,9 +72,9 @@ def num_weights(*modules: nn.Module | None) -> int:
 
 
 class PackedAttention(VarlenAttentionWrapper):
-    """Causal attention within each clip of a packed row: TorchTitan's kernel on GPUs, else one clip after another.
+    """Causal attention within each clip of a packed sequence: TorchTitan's kernel on GPUs, else a loop over clips.
 
-    On CPUs a loop over clips is 1 to 2.8 times as fast as a mask over the rows (scripts/benchmarks/LEDGER.md).
+    On CPUs the loop is 1 to 2.8 times as fast as attention with a mask (scripts/benchmarks/LEDGER.md).
     """
 
     def forward(
@@ -85,7 +85,7 @@ class PackedAttention(VarlenAttentionWrapper):
             return super().forward(q_BHLD, k_BGLD, v_BGLD, bounds)
         B, H, L, D = q_BHLD.shape
         lengths = bounds.cu_seq_q.diff().tolist()
-        # All rows end to end, heads first. Splitting here is cheaper in the backward pass than slicing.
+        # Concatenate all sequences, with heads first. Splits have a cheaper backward pass than slices.
         clips = zip(*(x.transpose(0, 1).flatten(1, 2).split(lengths, 1) for x in (q_BHLD, k_BGLD, v_BGLD)), strict=True)
         outputs = [
             F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=len(q) != len(k))
@@ -95,7 +95,7 @@ class PackedAttention(VarlenAttentionWrapper):
 
 
 class LlamaMimi(Transformer):
-    """Llama 3 decoder that returns `LazyLogits`. In a packed row, a clip begins where ``positions`` is 0."""
+    """Llama 3 decoder that returns `LazyLogits`. In a packed sequence, a clip begins where ``positions`` is 0."""
 
     def __init__(self, model_args: LlamaMimiArgs) -> None:
         super().__init__(model_args)
@@ -106,7 +106,7 @@ class LlamaMimi(Transformer):
                 layer.attention.inner_attention = PackedAttention()
 
     def flops_per_target(self, seq_len: int) -> int:
-        """Return the training FLOPs per target; an embedding lookup has none."""
+        """Return the training FLOPs per target. Embedding lookups are not counted."""
         matrix = self.tok_embeddings if self.is_tied else self.output
         return training_flops(num_weights(self.layers, self.norm, matrix), self.model_args, seq_len)
 
@@ -118,9 +118,9 @@ class LlamaMimi(Transformer):
     def get_attention_masks(
         self, input_batch: torch.Tensor, tokenizer: Any, extra_inputs: dict[str, torch.Tensor] | None = None
     ) -> VarlenMetadata:
-        """Return the bounds of the sequences in a batch, from ``positions`` (B, L) in ``extra_inputs``."""
+        """Return the bounds of the clips in a batch, computed from ``positions`` (B, L) in ``extra_inputs``."""
         if self.model_args.attn_type != "varlen":
-            raise TypeError("a row of one clip needs no mask")  # TorchTitan's validator expects this type
+            raise TypeError("a sequence of one clip needs no mask")  # TorchTitan's validator expects this type
         assert extra_inputs is not None
         positions_BL = extra_inputs["positions"]
         starts_N = (positions_BL.flatten() == 0).nonzero().flatten().to(torch.int32)

@@ -22,7 +22,7 @@ Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class SpeechTokenizer:
-    """Tokenizer for clips. A position is one id, or Q ids (hierarchical): a frame, or a text token and `NO_TOKEN`."""
+    """Tokenizer for clips. A position has one id; in the hierarchical architecture it has Q ids, one for each level."""
 
     text_tokenizer: PreTrainedTokenizerBase
     vocabulary: AudioVocabulary
@@ -49,7 +49,7 @@ class SpeechTokenizer:
         return [self.text_tokenizer.bos_token_id, *transcript, self.vocabulary.audio_start_id]
 
     def encode(self, codes_TQ: torch.Tensor, *, is_cut: bool, text: str | None = None) -> torch.Tensor:
-        """Return the ids (L,) of a clip, without ``</audio>`` if it was cut. ``text``: transcript."""
+        """Return the ids (L,) of a clip. A cut clip has no ``</audio>``. ``text``: transcript."""
         tail = torch.tensor([] if is_cut else [self.vocabulary.audio_end_id], dtype=torch.long)
         return torch.cat([torch.tensor(self.prefix_ids(text)), self.vocabulary.ids_from_codes(codes_TQ), tail])
 

@@ -56,11 +56,11 @@ class AudioVocabulary:
         return (ids - self.base) % self.num_quantizers
 
     def entries(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return the entry of each id in its level: the code, or K for ``</audio>``."""
+        """Return the entry (index within a level) of each id: the code of an audio token, or K for ``</audio>``."""
         return torch.where(self.is_audio(ids), (ids - self.base) // self.num_quantizers, self.codebook_size)
 
     def admissible_ids(self, device: torch.device) -> torch.Tensor:
-        """Return the valid ids (Q, K + 1) of each level: its codes, then ``</audio>`` at level 0, and -1 at others."""
+        """Return the valid ids (Q, K + 1) of each level: K codes, then ``</audio>`` (level 0) or -1 (other levels)."""
         level_Q1 = torch.arange(self.num_quantizers, device=device)[:, None]
         ids_QK = self.base + torch.arange(self.codebook_size, device=device) * self.num_quantizers + level_Q1
         return torch.cat([ids_QK, torch.where(level_Q1 == 0, self.audio_end_id, -1)], dim=1)
@@ -114,7 +114,7 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
 def extend_tokenizer(
     tokenizer: PreTrainedTokenizerBase, codebook_size: int, num_quantizers: int
 ) -> tuple[PreTrainedTokenizerBase, AudioVocabulary]:
-    """Add audio tokens to a tokenizer, in place; raise a `UserError` if it has audio tokens of another codec."""
+    """Add audio tokens to a tokenizer in place; raise a `UserError` if it already has those of another codec."""
     K, Q, ids = codebook_size, num_quantizers, tokenizer.get_vocab()
     if AUDIO_START not in ids:
         vocabulary = AudioVocabulary(len(tokenizer), K, Q)
@@ -126,6 +126,6 @@ def extend_tokenizer(
     found = len(tokenizer), ids.get("<0_0>"), ids.get(f"<{K - 1}_{Q - 1}>")
     if found != (vocabulary.size, vocabulary.base, vocabulary.audio_start_id - 1):
         problem = f"'{tokenizer.name_or_path}' has audio tokens, but not for {Q} quantizers with {K} codes"
-        remedy = "set its codec and num_quantizers, or extend the base tokenizer with scripts/prepare_base_model.py"
+        remedy = "set the codec and num_quantizers of this tokenizer, or run scripts/prepare_base_model.py again"
         raise UserError(f"{problem}; {remedy}")
     return tokenizer, vocabulary
