@@ -48,25 +48,6 @@ def test_help(path, monkeypatch, capsys):
     assert first_sentence[:30] in shown and shown.count("--") > 2
 
 
-def test_a_benchmark_names_the_next_one_and_the_last_one_the_report(tmp_path, capsys, monkeypatch):
-    data = "assets/tiny/benchmarks/"
-    monkeypatch.chdir(ROOT)
-    options = EvaluationOptions("my model", data_dir=f"{data}salmon", codec_sliding_window=False, output_dir=tmp_path)
-    flags = f"--output_dir {tmp_path} --no-codec_sliding_window"
-    for script, data_dir, shown in (
-        (SALMON, f"{data}salmon", f"python eval/sLM21.py --model_name 'my model' --data_dir {data}sLM21 {flags}"),
-        (
-            SLM21,
-            f"{data}sLM21",
-            f"python eval/sStoryCloze.py --model_name 'my model' --data_dir {data}storycloze {flags}",
-        ),
-        (SLM21, "slprl/x", f"python eval/sStoryCloze.py --model_name 'my model' {flags}"),
-        (STORYCLOZE, None, f"{REPORT} --results {tmp_path} --output_file {tmp_path}/report.md"),
-    ):
-        script.print_next(replace(options, data_dir=data_dir))
-        assert next_command(capsys.readouterr().out) == shown
-
-
 SHOW_HELP = """
 import runpy, sys
 for command in sys.argv[1:]:
@@ -93,8 +74,27 @@ def test_help_imports_no_large_package():
     assert shown.stdout.count("usage:") == len(users) + 1 and "options options" not in shown.stdout
 
 
+def test_a_benchmark_names_the_next_one_and_the_last_one_the_report(tmp_path, capsys, monkeypatch):
+    data = "assets/tiny/benchmarks/"
+    monkeypatch.chdir(ROOT)
+    options = EvaluationOptions("my model", data_dir=f"{data}salmon", codec_sliding_window=False, output_dir=tmp_path)
+    flags = f"--output_dir {tmp_path} --no-codec_sliding_window"
+    for script, data_dir, shown in (
+        (SALMON, f"{data}salmon", f"python eval/sLM21.py --model_name 'my model' --data_dir {data}sLM21 {flags}"),
+        (
+            SLM21,
+            f"{data}sLM21",
+            f"python eval/sStoryCloze.py --model_name 'my model' --data_dir {data}storycloze {flags}",
+        ),
+        (SLM21, "slprl/x", f"python eval/sStoryCloze.py --model_name 'my model' {flags}"),
+        (STORYCLOZE, None, f"{REPORT} --results {tmp_path} --output_file {tmp_path}/report.md"),
+    ):
+        script.print_next(replace(options, data_dir=data_dir))
+        assert next_command(capsys.readouterr().out) == shown
+
+
 def test_an_error_stands_once_and_last_in_what_torchrun_prints(tmp_path, monkeypatch, capsys):
-    """Rank 1 fails, and torchrun then ends rank 0."""
+    """Rank 1 fails. Then torchrun stops rank 0."""
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     with pytest.raises(SystemExit) as end, report_errors():
         raise UserError("x is 1; set 2")
