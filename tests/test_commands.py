@@ -77,8 +77,8 @@ def test_help_imports_no_large_package():
 def test_a_benchmark_names_the_next_one_and_the_last_one_the_report(tmp_path, capsys, monkeypatch):
     data = "assets/tiny/benchmarks/"
     monkeypatch.chdir(ROOT)
-    options = EvaluationOptions("my model", data_dir=f"{data}salmon", codec_sliding_window=True, output_dir=tmp_path)
-    flags = f"--output_dir {tmp_path} --codec_sliding_window True"
+    options = EvaluationOptions("my model", data_dir=f"{data}salmon", codec_sliding_window=False, output_dir=tmp_path)
+    flags = f"--output_dir {tmp_path} --no-codec_sliding_window"
     for script, data_dir, shown in (
         (SALMON, f"{data}salmon", f"python eval/sLM21.py --model_name 'my model' --data_dir {data}sLM21 {flags}"),
         (

@@ -113,7 +113,7 @@ class BenchmarkScript:
             return print_next(REPORT, results=folder, output_file=folder / "report.md")
         name, data_folder = self.following
         default = vars(EvaluationOptions())
-        flags: dict[str, Any] = {key: str(value) for key, value in vars(options).items() if value != default[key]}
+        flags: dict[str, Any] = {key: value for key, value in vars(options).items() if value != default[key]}
         if options.data_dir is not None:
             data_dir = Path(options.data_dir).parent / data_folder
             flags["data_dir"] = data_dir if data_dir.is_dir() else None
