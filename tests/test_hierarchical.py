@@ -288,5 +288,5 @@ def test_level_weights(recipe, shares, wanted):
 
 @pytest.mark.parametrize("recipe", ["semantic:0", "geometric:x", "1,1,1", "linear"])
 def test_impossible_level_weights_are_refused(recipe):
-    with pytest.raises(UserError, match=r"loss.level_weights is '.*'; set uniform"):
+    with pytest.raises(UserError, match=r"loss.level_weights is '.*'; set 'uniform'"):
         level_weights(recipe, [1.0] * 4)

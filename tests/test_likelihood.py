@@ -124,9 +124,9 @@ def test_scores_do_not_depend_on_how_many_logits_are_made_at_once(models, monkey
         # Wrong flags.
         (None, {"levels": "0,-1"}, "--levels is '0,-1'"),
         (None, {"max_audio_seconds": -1.0}, "--max_audio_seconds is -1"),
-        (None, {"preset": "original", "likelihood": "grammar"}, "--preset original forbids"),
-        (None, {"preset": "original", "max_audio_seconds": 5.0}, "--preset original forbids"),
-        (None, {"preset": "original", "codec_sliding_window": True}, "--preset original forbids"),
+        (None, {"preset": "original", "likelihood": "grammar"}, "--preset original does not allow"),
+        (None, {"preset": "original", "max_audio_seconds": 5.0}, "--preset original does not allow"),
+        (None, {"preset": "original", "codec_sliding_window": True}, "--preset original does not allow"),
     ],
 )
 def test_results_are_named_by_what_differs_from_the_preset(levels, flags, name):
