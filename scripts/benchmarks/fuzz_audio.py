@@ -203,6 +203,7 @@ def _read_watched(fuzzer: Fuzzer, files: Sequence[int], folder: Path, max_second
 
 def _read_files(fuzzer: Fuzzer, files: Sequence[int], log: Path, max_seconds: float) -> None:
     """Read files, every second one from disk, and log their outcomes; SIGALRM ends the process if it hangs."""
+    signal.alarm(60)  # for a deadlock before the first file
     path = log.with_suffix(".audio")
     for index in files:
         _, content = fuzzer.content(index)

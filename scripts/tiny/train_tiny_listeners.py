@@ -156,6 +156,8 @@ def train_listener(listener: Literal["recogniser", "speaker_encoder"], corpus: s
             model.objective.margin = MARGIN * step / steps
         loss = model(**draw(batch_size)).loss
         optimizer.zero_grad()
+        if not loss.isfinite():
+            raise UserError(f"the loss is {loss.item()}; training has diverged")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()

@@ -45,6 +45,8 @@ class DistributedContext:
         self.rank = int(os.environ.get("RANK", 0))
         self._store: dist.Store = dist.HashStore()
         if self.world_size > 1:
+            if device is not None and device.startswith("cuda:"):
+                raise UserError(f"--device {device} is one GPU for {self.world_size} ranks; remove the number")
             self._store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
             world = {"rank": self.rank, "world_size": self.world_size}
             dist.init_process_group("gloo", store=self._store, timeout=TIMEOUT, **world)

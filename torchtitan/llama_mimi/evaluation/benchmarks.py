@@ -175,7 +175,12 @@ def _gold_pairs(gold: Path, part: str, files: Mapping[str, Clip]) -> Iterator[Pa
 def _labels(row: Mapping[str, Any]) -> dict[str, str]:
     """Return the labels of a pair from the row of its positive clip. A word without a frequency has no band."""
     labels = {key: str(row[key]) for key in ("type", "subtype") if row.get(key) not in (None, "")}
-    frequency = pd.to_numeric(row.get("frequency"), errors="coerce")
+    try:
+        frequency = float(row.get("frequency") or "nan")
+        if frequency < 0:
+            raise ValueError
+    except ValueError as error:
+        raise UserError(f"the frequency of '{row['id']}' is '{row['frequency']}', not a count; fix the table") from error
     bands = [band for lowest, band in FREQUENCY_BANDS if frequency >= lowest]
     return labels | ({"frequency": bands[-1]} if bands else {})
 

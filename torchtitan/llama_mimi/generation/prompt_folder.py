@@ -16,7 +16,7 @@ from llama_mimi.audio.mimi import codec_hash
 from llama_mimi.audio.reading import AUDIO_ENDINGS, AudioError, Waveform, write_wav
 from llama_mimi.audio.streaming import decode_long
 from llama_mimi.common.distributed import DistributedContext, broadcast_from_rank0
-from llama_mimi.common.errors import UserError
+from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import as_utf8, find_files, read_json, write_atomically
 from llama_mimi.common.hub import weights_sha256
 from llama_mimi.common.resume import ProgressLog, map_resumable, require_same
@@ -71,7 +71,10 @@ def continue_folder(
             compared = {key: value for key, value in settings.items() if key not in NOT_COMPARED}
             require_same(earlier, compared, f"'{output_dir}'", "choose another --output_dir")
         if (results := output_dir / RESULTS).exists():  # copy the records of a finished run back to the log
-            log.add({record["file"]: record for record in map(json.loads, results.read_text().splitlines())})
+            try:
+                log.add({record["file"]: record for record in map(json.loads, results.read_text().splitlines())})
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"'{results}' is not a list of results ({first_line(error)}); remove it") from error
             results.unlink()
         return samples
 

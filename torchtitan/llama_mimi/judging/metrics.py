@@ -25,7 +25,7 @@ from llama_mimi.common.versions import versions
 from llama_mimi.judging.systems import Clip
 from llama_mimi.report.document import import_extra
 
-INSTALL = "install llama-mimi[judging]"
+INSTALL = "run `uv sync --inexact --extra judging`"
 RATE_HZ = 16_000  # sample rate of all audio models in this module
 MIN_PAUSE_SECONDS = 0.3  # shorter silences count as speech
 WORD = re.compile(r"[^\W_]+(?:['\u2019.][^\W_]+)*")  # "don't" and "10.5" are single words
@@ -179,6 +179,8 @@ def log_perplexity(model_name: str, device: torch.device) -> Measure:
     model = load_evaluator(transformers.AutoModelForCausalLM, model_name, device, what="language model")
     tokenizer = load_pretrained(transformers.AutoTokenizer, model_name, what="language model")
     first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if first is None:
+        raise UserError(f"'{model_name}' has neither a BOS nor an EOS token; choose another --text_model")
 
     @torch.inference_mode()
     def value(prompt: str, continuation: str) -> Value:

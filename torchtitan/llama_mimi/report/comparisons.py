@@ -141,6 +141,8 @@ def comparable_sets(items: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 
 def published_numbers(items: pd.DataFrame) -> list[Section]:
     """Return the published numbers of all measures that ``items`` has on official data."""
+    if not (items["data_kind"] == "official").any():
+        return []
     rows = tomllib.loads(PUBLISHED.read_text())["rows"]
     scores = {row["model"]: row["scores"] for row in rows}
     sources = {row["model"]: f"{row['model']}: {row['source']}" for row in rows}

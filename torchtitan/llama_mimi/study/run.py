@@ -85,6 +85,8 @@ def check_unchanged(study: Study) -> None:
     """Raise a `UserError` if flags or config files have changed since a run was started."""
     for run in study.runs:
         record = read_record(study, run)
+        if "flags" in record:
+            raise UserError(f"'{run_folder(study, run)}' is from an earlier version; choose another output_dir")
         for step in steps(study, run):
             if saved := record["settings"].get(step.name):
                 current = dict.fromkeys(saved) | _settings(study, run, step)  # removed flags become None
