@@ -19,12 +19,12 @@ def build_page(page: Path, generations: Path | None = None, study: Path | None =
 
     Args:
         page: HTML file to write
-        generations: --output_dir of eval/generation.py; all of its systems are shown
-        study: TOML file of a study; its runs with the first seed are shown
+        generations: --output_dir of eval/generation.py; the page shows all systems in this folder
+        study: TOML file of a study; the page shows the runs with the first seed
         num_prompts: number of prompts to play, chosen by the hash of their names
     """
     if (study is None) == (generations is None) or num_prompts < 1:
-        raise UserError("set either --study or --generations, and --num_prompts to 1 or more")
+        raise UserError("set either --study or --generations, and set --num_prompts to 1 or more")
     from llama_mimi.report.document import write_html
     from llama_mimi.report.pages import continuations
 
@@ -35,7 +35,7 @@ def build_page(page: Path, generations: Path | None = None, study: Path | None =
 
 
 def study_sections(path: Path, num_prompts: int) -> list[Any]:
-    """Return sections with the audio of a study's runs, and with its report."""
+    """Return the sections of a page: the audio of a study's runs, and the study's report."""
     from llama_mimi.common.cpu import use_cpu_without_gpu
 
     use_cpu_without_gpu()  # before any import of TorchTitan

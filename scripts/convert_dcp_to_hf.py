@@ -12,10 +12,10 @@ from llama_mimi.common.command_line import command
 
 @dataclass
 class Options:
-    checkpoint: Path  # checkpoint folder of a run (its newest step is converted), or one step
+    checkpoint: Path  # checkpoint folder of a run (the newest step is converted), or folder of one step
     output_dir: Path  # new folder for the Hugging Face model
     dtype: Precision = "float32"  # precision of the saved weights
-    verify: bool = True  # compare the checksums of the checkpoint
+    verify: bool = True  # check the checksums of the checkpoint before the conversion
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     uv run --extra demo python scripts/demo.py --model_name models/tiny
 
-gradio needs the program ffmpeg to stream audio. Everyone who can reach --host can use the page; by default only this
-machine can.
+gradio needs the program ffmpeg to stream audio. Everyone who can reach --host can use the page. By default, only
+this machine can reach it.
 """
 
 import io
@@ -33,7 +33,7 @@ def demo(
     """Serve the page until it is stopped.
 
     Args:
-        model_name: hub id or folder
+        model_name: hub id or folder of the model
         host: address to listen at; 0.0.0.0 means all addresses of this machine
         port: port of the page
         device: torch device; default: the GPU if there is one, else the CPU
@@ -42,12 +42,12 @@ def demo(
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # nothing is sent anywhere
     gradio = import_extra("gradio", "the demo", "run `uv sync --inexact --extra demo`")
     if shutil.which("ffmpeg") is None:
-        raise UserError("the demo needs the program ffmpeg to stream audio; install it")
+        raise UserError("the demo needs the program ffmpeg to stream audio; install ffmpeg")
     from llama_mimi.generation.loading import load_speech_model
 
     model = load_speech_model(model_name, device=device, dtype=dtype)
     app = build_app(gradio, model).queue(max_size=8, default_concurrency_limit=1)
-    # The browser's fonts; gradio would download its own.
+    # Use the browser's fonts, because gradio would download fonts.
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     options = {"share": False, "theme": theme, "footer_links": [], "max_file_size": "50mb"}
     try:
@@ -57,7 +57,7 @@ def demo(
 
 
 def build_app(gradio: Any, model: Any) -> Any:
-    """Return the page; its button shows the values that `continued` yields."""
+    """Return the page. After a click on its button, it shows the values that `continued` yields."""
 
     def answer(prompt: str | None, *values: float | None) -> Iterator[Any]:
         try:
@@ -80,12 +80,12 @@ def build_app(gradio: Any, model: Any) -> Any:
     sound = gradio.Audio(streaming=True, autoplay=True, label="Continuation", buttons=["download"])
     state = gradio.Textbox(label="State", lines=2, elem_id="state")
     text = {"title": "Llama-Mimi", "description": "Record the beginning; the model continues it in the same voice."}
-    options = {"submit_btn": "Continue", "flagging_mode": "never", "delete_cache": (600, 3600)}  # uploads stay an hour
+    options = {"submit_btn": "Continue", "flagging_mode": "never", "delete_cache": (600, 3600)}  # in seconds
     return gradio.Interface(answer, [prompt, *sliders.values()], [sound, state], **text, **options)
 
 
 def continued(model: Any, prompt: str, options: SamplingOptions) -> Iterator[tuple[Any, ...]]:
-    """Yield the new audio as WAV, and a text about the state, after each chunk."""
+    """After each chunk of new audio, yield the chunk as WAV, and a text about the progress."""
     import soundfile
     import torch
 
@@ -109,9 +109,9 @@ def continued(model: Any, prompt: str, options: SamplingOptions) -> Iterator[tup
             sound = stream.getvalue()
         num_sent, spent, new_seconds = len(audio), time.perf_counter() - began, (len(audio) - 1) / codec.frame_rate_hz
         first_spent = first_spent or spent
-        state = f"{new_seconds:.1f} s new after {spent:.1f} s; the first frame was sent after {first_spent:.1f} s"
+        state = f"{new_seconds:.1f} s of new audio after {spent:.1f} s; first audio after {first_spent:.1f} s"
         if isinstance(new, FinishReason):
-            state += f". The end: {'</audio>' if new is FinishReason.EOS else 'the maximum length'}"
+            state += f". Generation stopped at {'</audio>' if new is FinishReason.EOS else 'the maximum length'}"
             state += f"; {note}" if (note := checkpoint_note(model, options)) else ""
         yield sound, state
 

@@ -3,7 +3,7 @@
     uv run python scripts/dry_run.py --num_gpus 64 --job.config_file config/llama3_1_8b.toml
 
 All options of training are accepted. One process acts as rank 0 and takes one step on fake tensors, which have a shape
-but no content. If the model folder does not exist, the vocabulary is that of Llama 3 with the audio tokens of Mimi.
+but no content. If the model folder does not exist, a vocabulary of Llama 3 and Mimi is used.
 """
 
 import os
@@ -15,8 +15,8 @@ from llama_mimi.common.errors import UserError
 
 @dataclass
 class Options:
-    num_gpus: int  # number of GPUs, over all nodes
-    # memory of a GPU, in GB; a card of "80 GB" has 85, and CUDA, NCCL and fragmentation take the difference
+    num_gpus: int  # total number of GPUs, over all nodes
+    # memory limit of a GPU, in GB; a card of "80 GB" has 85 GB, and CUDA, NCCL and fragmentation need about 5 GB
     gpu_gb: float = 80.0
 
     def __post_init__(self) -> None:

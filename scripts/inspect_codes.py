@@ -13,7 +13,7 @@ from llama_mimi.common.command_line import command
 class Options:
     codes: str  # output folder of scripts/tokenize_corpus.py
     page: Path  # HTML file to write
-    codec: str | None = None  # hub id or folder of the codec; default: the name in the manifest
+    codec: str | None = None  # hub id or folder of the codec; default: the codec named in the manifest
     num_clips: int = 10  # number of clips to decode
     seed: int = 0  # random seed for the choice of clips
 

@@ -1,4 +1,4 @@
-"""Plot the training curves of one run, with its quantizer levels, or compare several runs.
+"""Plot the training curves of one run, including each quantizer level, or compare several runs.
 
     uv run python scripts/plot_run.py --run outputs/tiny --picture outputs/tiny/run.png
 
@@ -18,11 +18,11 @@ from llama_mimi.report.curves import Series, read_curves
 from llama_mimi.report.document import pyplot, save_picture
 
 TOTAL = "loss_metrics/global_avg_loss"
-# Tags and their labels by panel title. Several runs are compared by the first tag of a panel.
+# Tags and labels of each panel. A panel that compares several runs shows only its first tag.
 PANELS = {
     "Training loss": {TOTAL: "mean"},
     "Validation loss": {"validation_metrics/loss": "mean"},
-    # In a separate panel, because it is far below the losses of the levels.
+    # In a separate panel, because this loss is far below the losses of the levels.
     "Loss of </audio>": {"loss_metrics/audio_end": "training", "validation_metrics/audio_end": "validation"},
     "Fraction of time (%)": {"time_metrics/data_loading(%)": "data", "time_metrics/codec(%)": "of which codec"},
     "Useful tokens per second": {"throughput/useful_tokens_per_s": ""},
@@ -34,26 +34,26 @@ PANELS = {
 
 
 def plot_runs(run: tyro.conf.UseAppendAction[list[Path]], picture: Path) -> None:
-    """Draw one run, or compare several.
+    """Draw one run, or compare several runs.
 
     Args:
         run: dump folder of a run; repeat the flag to compare runs
         picture: PNG or PDF to write
     """
     if not run or picture.suffix not in (".png", ".pdf"):
-        raise UserError(f"--picture is '{picture}' and --run {run}; choose a PNG or PDF file, and one or several runs")
+        raise UserError(f"--picture is '{picture}'; choose a PNG or PDF file, and set --run to a dump folder")
     runs = {str(folder): read_curves(folder) for folder in run}
     if missing := [name for name, curves in runs.items() if TOTAL not in curves]:
-        raise UserError(f"'{missing[0]}/tb' has no log with a training step; set --run to the dump folder of a run")
+        raise UserError(f"'{missing[0]}/tb' has no log of a training step; set --run to the dump folder of a run")
     write_atomically(str(picture.parent), picture.name, save_picture(draw(runs), picture.suffix[1:]))
     drawn = ", ".join(f"{name} (steps {min(curves[TOTAL])} to {max(curves[TOTAL])})" for name, curves in runs.items())
     print(f"drawn to {picture}: {drawn}")
 
 
 def draw(runs: Mapping[str, Mapping[str, Series]]) -> Any:
-    """Return a figure with the panels that have data, in two columns that share the axis of steps."""
+    """Return a figure of all panels that have data, in two columns with the same axis of steps."""
     drawn = [title for title, tags in PANELS.items() if any(next(iter(tags)) in run for run in runs.values())]
-    titles = [*drawn[: len(drawn) % 2], *drawn]  # the first of an odd number of panels spans both columns
+    titles = [*drawn[: len(drawn) % 2], *drawn]  # if the number of panels is odd, the first panel spans both columns
     rows = [titles[i : i + 2] for i in range(0, len(titles), 2)]
     figure, axes = pyplot().subplot_mosaic(rows, figsize=(9, 2 * len(rows)), sharex=True, layout="constrained")
     for title in drawn:
@@ -82,7 +82,7 @@ def draw(runs: Mapping[str, Mapping[str, Series]]) -> Any:
 
 
 def levels_of(run: Mapping[str, Series], total: str) -> list[tuple[str | None, Series, Any]]:
-    """Return label, series and colour of each level of a loss, from dark to light; only two levels have a label."""
+    """Return the label, series and colour of each level of a loss. Only the first and the last level have a label."""
     prefix = f"{total.split('/')[0]}/level_"
     levels = sorted(int(tag.removeprefix(prefix)) for tag in run if tag.startswith(prefix))
     names = [f"level {level}" if level in (levels[0], levels[-1]) else None for level in levels]

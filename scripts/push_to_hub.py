@@ -27,9 +27,9 @@ class Upload:
 
     model_name: Path  # folder from scripts/convert_dcp_to_hf.py
     repo: str  # repository on the hub, as owner/name
-    # folders with results of eval/ or of a study, of which the card shows those of this model; default: no results
+    # folders with results of eval/ or of a study; the card shows only results of this model; default: no results
     results: tuple[Path, ...] = ()
-    dry_run: Path | None = None  # new folder to write the upload to, without uploading it
+    dry_run: Path | None = None  # write all files to this new folder instead of the hub
     private: bool = False  # make a new repository private
     license: str | None = None  # license of the weights on the hub, such as llama3.2
     base_model: str | None = None  # hub id of the model that training started from
@@ -76,7 +76,7 @@ def push_to_hub(upload: Upload) -> None:
 def without_folders(value: Any) -> Any:
     """Shorten the local paths in a JSON value to their last component, to hide the folders of this machine.
 
-    A local path is absolute, or contains ``~``, ``..`` or ``file://``. A string may be a list of paths with commas.
+    A local path is absolute, or contains ``~``, ``..`` or ``file://``. A string can contain several paths and commas.
     """
     if isinstance(value, dict):
         return {key: without_folders(item) for key, item in value.items()}
@@ -90,7 +90,7 @@ def without_folders(value: Any) -> Any:
 
 
 def write_card(model: Path, folders: Sequence[Path]) -> Any:
-    """Return the card of a converted model, with its training settings and the results of exactly these weights."""
+    """Return a model card that shows the training settings and the results of exactly these weights."""
     from huggingface_hub import ModelCard
 
     from llama_mimi.audio.mimi import codec_hash, local_codec

@@ -1,8 +1,8 @@
-"""Report results of eval/: means, differences between models and published numbers.
+"""Report results of eval/: means, differences between models, and published numbers.
 
     uv run python scripts/report.py --results results --output_file results/report.md
 
-Models are compared if they were scored with the same settings on the same audio, or have continued the same prompts.
+Two models are compared if both were scored with the same settings on the same audio, or continued the same prompts.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from llama_mimi.common.command_line import command
 @dataclass
 class Options:
     results: tuple[Path, ...] = (Path("results"),)  # folders of result files
-    output_file: Path | None = None  # Markdown file, with pictures in the same folder; default: print the text
+    output_file: Path | None = None  # Markdown file to write, next to its pictures; default: print the text
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     uv run python scripts/study.py config/studies/tiny.toml
 
-To continue a stopped or killed study, run the command again. A failed run does not stop the other runs; the report
-names it, and the next start tries it again.
+To continue a stopped or killed study, run the command again. A failed run does not stop the other runs. The report
+names the failed run, and the next start repeats it.
 """
 
 import logging
@@ -31,13 +31,14 @@ def main(
         file: TOML file of the study
         plan: only print the variants with their FLOPs and GPU hours
         slurm: only print two sbatch commands that run the study as an array of jobs
-        part: number of the only run to train and score (for a job of the array)
+        part: train and score only the run with this number (for a job of the array)
         report_only: only write the report of the finished runs
-        tflops: TFLOP/s of a GPU for --plan; the default is 40 % of an H100's peak in bfloat16
+        tflops: speed of a GPU in TFLOP/s, for --plan; the default is 40 % of an H100's peak in bfloat16
     """
     from llama_mimi.common.cpu import use_cpu_without_gpu
 
     use_cpu_without_gpu()  # before anything imports TorchTitan
+    from llama_mimi.report.document import import_extra
     from llama_mimi.study.budget import step_flops
     from llama_mimi.study.config import read_study
     from llama_mimi.study.report import write_report
@@ -47,7 +48,8 @@ def main(
     study = read_study(file)
     runs = study.runs
     if tflops <= 0 or part not in (None, *range(len(runs))):
-        raise UserError(f"--tflops is {tflops} and --part is {part}; set a positive number, and 0 to {len(runs) - 1}")
+        remedy = f"set --tflops to a positive number, and --part to a number from 0 to {len(runs) - 1}"
+        raise UserError(f"--tflops is {tflops} and --part is {part}; {remedy}")
     if plan:
         print("| variant | FLOPs a step | steps | GPU hours |\n|---|---|---|---|")
         flops = {v: step_flops(study.flags(v), study.launch.nproc_per_node) for v in study.variants}
@@ -59,20 +61,21 @@ def main(
         job = shlex.join([*study.launch.slurm, "scripts/study.slurm", str(file)])
         print(f"job=$(sbatch --parsable --array=0-{len(runs) - 1} {job})")
         return print(f"sbatch --dependency=afterany:$job {job}")
+    import_extra("matplotlib", "the report")  # before runs that take hours
     if not report_only:
         check_unchanged(study)
         train_and_score(study, runs if part is None else [runs[part]])
         if part is None:
             judge(study)
         elif failed := read_record(study, runs[part])["failed"]:
-            raise UserError(f"{failed['step']} failed: {failed['why']}; fix that and re-run --part {part}")
+            raise UserError(f"{failed['step']} failed: {failed['why']}; fix the cause and re-run the command")
         else:
             return
     lines = write_index(study)
     print(f"written to {write_report(study, lines)}")
     missing = [line["run"] for line in lines if line["state"] != "done"]
     if missing:
-        raise UserError(f"not done: {', '.join(missing)}; see the report for the reasons, and re-run the command")
+        raise UserError(f"not done: runs {', '.join(missing)}; see the reasons in the report, and re-run the command")
 
 
 if __name__ == "__main__":

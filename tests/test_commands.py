@@ -65,7 +65,7 @@ for command in sys.argv[1:]:
 
 
 def test_help_imports_no_large_package():
-    """Each command must therefore answer `--help` and a wrong flag within a second or two."""
+    """Without large packages, each command answers `--help` and a wrong flag within a second or two."""
     users = [path for path in COMMANDS if path.parent in (ROOT, ROOT / "scripts", ROOT / "eval")]
     assert len(users) > 10
     words = [sys.executable, "-c", SHOW_HELP, "llama_mimi.train", *map(str, users)]

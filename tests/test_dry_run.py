@@ -1,4 +1,4 @@
-"""The dry run, in a new process whose process group does nothing."""
+"""The dry run, in a new process with a fake process group."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 SCRIPT = ROOT / "scripts" / "dry_run.py"
 TINY_FLAGS = ["--job.config_file", "config/tiny.toml"]
 HSDP_TP = ["--parallelism.data_parallel_replicate_degree", "2", "--parallelism.tensor_parallel_degree", "2"]
-CASES = {  # name: GPUs, whether a step is taken, flags
+CASES = {  # name: number of GPUs, True if a step is taken, flags
     "tiny": (8, True, TINY_FLAGS),
     "tiny, content": (8, True, TINY_FLAGS),
     "tiny, hierarchical": (8, True, [*TINY_FLAGS, "--model.architecture", "hierarchical"]),

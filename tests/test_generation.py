@@ -229,7 +229,7 @@ def test_speech_does_not_end_before_min_seconds(model):
     ("options", "message"),
     [
         ({"min_seconds": float("nan")}, "--min_seconds is nan; choose a value from 0 to 1e\\+09"),
-        ({"min_seconds": 10.1}, "--min_seconds is 10.1, more than --seconds 10"),
+        ({"min_seconds": 10.1}, "--min_seconds is 10.1, but --seconds is 10"),
         ({"top_p": 1.5}, "--top_p is 1.5; choose a value from 1e-09 to 1"),
         ({"window_seconds": 20_000.0, "seconds": 20_000.0}, "positions, more than the model's context of 131,072"),
     ],

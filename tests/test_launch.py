@@ -16,7 +16,7 @@ from llama_mimi.report.curves import read_curves
 NODES = {"NUM_NODES": "2", "GPUS_PER_NODE": "8", "RDZV_ENDPOINT": "node0:29500"}
 JOB = {"SLURM_JOB_NODELIST": "node[0-1]", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "1", "SLURM_JOB_ID": "17"}
 TRAINING = ["--job.config_file", "config/tiny.toml"]
-# Drops its options, runs the command for both nodes, and returns an exit code that is not 0 if one fails.
+# Stand-in for srun: it runs a command for both nodes, and returns an exit code other than 0 if one node fails.
 SRUN = """
 while [[ $1 == -* ]]; do shift; done
 "$@" & first=$!
@@ -30,7 +30,7 @@ exit $code
 
 @pytest.fixture
 def commands(tmp_path):
-    """A function that writes commands with these names and contents, and returns their folder for PATH."""
+    """A function that writes commands with the given names and contents, and returns the folder of the commands."""
 
     def put(**scripts):
         for name, script in {"scontrol": "echo 127.0.0.1; echo other", **scripts}.items():
@@ -43,7 +43,7 @@ def commands(tmp_path):
 
 @contextmanager
 def started(folder, *command, **variables):
-    """Start a command with only these cluster variables; at the end of the block, end all of its processes."""
+    """Start a command with only these cluster variables; after the block, end all processes of the command."""
     ours = {*NODES, "HF_HUB_OFFLINE", "WANDB_MODE"}
     kept = {key: v for key, v in os.environ.items() if key not in ours and not key.startswith("SLURM_")}
     environment = {**kept, "PATH": f"{folder}:{os.environ['PATH']}", **variables}
@@ -91,7 +91,7 @@ def test_arguments_and_variables_reach_the_training(commands):
 
 
 def test_a_node_that_fails_fails_the_job(commands):
-    folder = commands(srun=SRUN, uv=f"mkdir {commands()}/one || exit 7")  # only one can create it
+    folder = commands(srun=SRUN, uv=f"mkdir {commands()}/one || exit 7")  # only one process can create this folder
     assert run(folder, "bash", "scripts/train.slurm", *TRAINING, **JOB)[0] == 7
 
 

@@ -13,7 +13,7 @@ LOSS = plot_run.TOTAL
 
 
 def write_log(run, metrics, *, time=1, folder="20261121-1200"):
-    """Write the event file of one start of a run; its name has the time of the start, as in TorchTitan."""
+    """Write the event file of one start of a run; the file's name contains the start time, as in TorchTitan."""
     with SummaryWriter(run / "tb" / folder) as writer:
         for tag, series in metrics.items():
             for step, value in series.items():
@@ -70,8 +70,8 @@ def test_mistakes_get_one_sentence(tmp_path):
     no_step = write_log(tmp_path / "no_step", {"validation_metrics/loss": {1: 1.0}})
     run = write_log(tmp_path / "run", {LOSS: {1: 1.0}})
     for folder, picture, message in (
-        (no_step, "a.png", "has no log with a training step"),
-        (run, "a.odd", "a.odd' .*; choose a PNG or PDF file"),
+        (no_step, "a.png", "has no log of a training step"),
+        (run, "a.odd", "a.odd'; choose a PNG or PDF file"),
     ):
         with pytest.raises(UserError, match=message):
             plot_run.plot_runs([folder], tmp_path / picture)

@@ -1,4 +1,4 @@
-"""The upload of a converted model to the hub, which `transformers` loads."""
+"""The upload of a converted model to the hub. `transformers` loads the uploaded files."""
 
 import errno
 import json

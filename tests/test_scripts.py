@@ -28,7 +28,7 @@ from llama_mimi.tokens.vocabulary import text_from_codes
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, tokenizer):
-    """The folder of a run with random weights and two steps, of which the newer one is incomplete."""
+    """The folder of a run with random weights and two steps; the newer step is incomplete."""
     folder = tmp_path_factory.mktemp("run")
     torch.manual_seed(0)
     args = LlamaMimiArgs(**{**vars(FLAVORS["tiny"]), "vocab_size": tokenizer.vocabulary.size, "max_seq_len": 256})
@@ -145,7 +145,7 @@ def test_ranks_share_a_folder_of_prompts(converted, tmp_path):
 
 
 def test_released_layout_works(tokenizer, tmp_path):
-    """As in llm-jp/Llama-Mimi-*, the config has num_quantizers but no codec, which is set by --codec."""
+    """As in llm-jp/Llama-Mimi-*, the config has num_quantizers but no codec. The flag --codec sets the codec."""
     config = LlamaConfig.from_pretrained(TINY / "llama")
     config.update({"vocab_size": tokenizer.vocabulary.size, "num_quantizers": 4})
     decoder = LlamaForCausalLM(config)
@@ -162,7 +162,7 @@ def test_released_layout_works(tokenizer, tmp_path):
 
 
 def test_a_released_checkpoint_continues_as_the_release_does_unless_flags_say_otherwise(converted, tmp_path, codec):
-    """This is the last frame of a prompt and top_p; other settings of the generation config are not used."""
+    """The checkpoint sets only ``last_frame`` and ``top_p``; other settings of its generation config are not used."""
     shutil.copytree(converted, tmp_path / "released")
     for name, changes in (("config.json", {}), ("generation_config.json", {"top_p": 0.9, "temperature": 0.6})):
         content = json.loads((converted / name).read_text()) | changes
@@ -183,7 +183,7 @@ def test_a_released_checkpoint_continues_as_the_release_does_unless_flags_say_ot
         assert (sampling.top_p, sampling.temperature) == (top_p, 0.8)
         assert (checkpoint_note(model, options) is not None) == has_note
     (tmp_path / "released" / "generation_config.json").write_text('{"top_p": 5}')
-    model = load_speech_model(str(tmp_path / "released"))  # loading for scores does not need sampling
+    model = load_speech_model(str(tmp_path / "released"))  # a model that only computes scores needs no sampling
     assert for_model(SamplingOptions(top_p=0.5), model).top_p == 0.5
     with pytest.raises(UserError, match="top_p is 5 in the model's generation config"):
         for_model(SamplingOptions(), model)
@@ -208,9 +208,9 @@ def test_a_prompt_is_never_replaced(tmp_path):
     ("flags", "message"),
     [
         (("--prompt", "nothing.wav"), "'nothing.wav' does not exist"),
-        (("--prompts", "assets/tiny"), "or else --prompts"),
-        (("--batch_size", "4"), "--batch_size is 4; it needs --prompts"),
-        (("--stream", "--num_samples", "2"), "--stream writes one sample of one prompt; remove"),
+        (("--prompts", "assets/tiny"), "or set only --prompts"),
+        (("--batch_size", "4"), "--batch_size is 4; set it to 1 or more, and set --prompts"),
+        (("--stream", "--num_samples", "2"), "--stream supports only one sample of one prompt; remove"),
         (("--model_name", "models/no/such"), "model folder 'models/no/such' does not exist"),
         (("--model_name", "assets/tiny/mimi"), "has the type 'mimi', not one of: llama, csm"),
         (("--device", "nothing"), "device 'nothing' is not available"),

@@ -41,7 +41,7 @@ def test_equal_error_rate(same, different, expected):
 
 @pytest.mark.slow
 def test_the_committed_listeners_hear_held_out_speech(tmp_path, capsys):
-    """The expected table is in assets/tiny/recogniser/README.md. The bounds make the models useful."""
+    """The expected table is in assets/tiny/recogniser/README.md. Models within these bounds are useful."""
     folders = [str(TINY / name) for name in ("recogniser", "speaker_encoder", "mimi")]
     score_listeners(HELD_OUT, *folders, output_file=tmp_path / "listeners.json")
     rows = json.loads((tmp_path / "listeners.json").read_text())["rows"]

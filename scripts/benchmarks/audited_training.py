@@ -1,4 +1,4 @@
-"""Train in a rank of torchrun, and record the frames of every step for scripts/benchmarks/kill_runs.py.
+"""Train as one rank of torchrun, and record the frames of every step for scripts/benchmarks/kill_runs.py.
 
 Each step adds a line of JSON to ``$AUDIT-<rank>.jsonl``: the number of the step, and the numbers of its frames.
 """
@@ -19,7 +19,7 @@ train_step = Trainer.train_step
 
 
 def frame_numbers(codes_TQ: np.ndarray) -> list[int]:
-    """Return the number of each frame. Its digits to the base 256 are the codes, and level 0 is the lowest digit."""
+    """Return the number of each frame. In base 256, its digits are the codes, and level 0 is the lowest digit."""
     return (codes_TQ.astype(np.int64) @ 256 ** np.arange(codes_TQ.shape[1])).tolist()
 
 

@@ -3,9 +3,9 @@
     uv run python scripts/benchmarks/bench_data.py
     uv run python scripts/benchmarks/bench_data.py --corpus my_speech/train.parquet --codec kyutai/mimi
 
-Rates are audio-seconds per second of one process with --num_threads threads. Each is the median of --repeats runs; the
-methods alternate. The baseline is the training loop of the first release of Llama-Mimi. For each clip it writes the
-codes as text, calls the tokenizer, and pads to the sequence length.
+A rate is the number of audio-seconds that one process with --num_threads threads processes per second. It is the
+median of --repeats runs; the methods alternate. The baseline is the training loop of the first release of Llama-Mimi.
+For each clip, the baseline writes the codes as text, calls the tokenizer, and pads to the sequence length.
 """
 
 import contextlib
@@ -124,7 +124,7 @@ def loader(
 
 
 def rate_of(work: Callable[[], Iterable[Any]], seconds: float) -> float:
-    """Return the audio-seconds per second of an iteration over ``work()``, which has ``seconds`` of audio."""
+    """Iterate over ``work()`` and return its audio-seconds per second; ``seconds`` is the length of the audio."""
     return seconds / timeit.timeit(lambda: deque(work(), maxlen=0), number=1)
 
 
@@ -140,7 +140,7 @@ def print_rates(flags: DataFlags, folder: Path) -> None:
         for batch_size in (1, 4, 16):
             methods[f"encoding, {dtype}, {batch_size} clips at once"] = partial(encode, model, clips, batch_size)
     methods[BASELINE] = partial(rate_of, partial(baseline, flags, codec, reader), seconds)
-    num_rows = max(1, round(frames.sum() * flags.num_quantizers / flags.seq_len))  # the clips fill so many rows
+    num_rows = max(1, round(frames.sum() * flags.num_quantizers / flags.seq_len))  # number of rows that the clips fill
     methods["online loader (pack)"] = partial(token_rate, loader(flags, reader, 1, codec), codec, num_rows)
     for name, lengths in ((CODES, np.resize(frames, 4096)), (LONG_CODES, speech_lengths(4096))):
         corpus = write_codes(folder / name.replace(" ", "-"), flags.codec, [random_clips(lengths, codec.config)])
@@ -155,7 +155,7 @@ def print_rates(flags: DataFlags, folder: Path) -> None:
     needed = GPU_TOKENS_PER_S / (codec.frame_rate_hz * flags.num_quantizers)
     print(f"\nshard loader / baseline: {rate[CODES] / rate[BASELINE]:,.0f} times (the corpus is encoded once)")
     percents = [f"{100 * needed / rate[name]:.2f} %" for name in (LONG_CODES, CODES)]
-    print(f"fraction of a step of {GPU_TOKENS_PER_S:,} tokens/s that the shard loader takes: {percents[0]}")
+    print(f"at {GPU_TOKENS_PER_S:,} tokens/s, the shard loader takes {percents[0]} of the time of a step")
     print(f"({percents[1]} with the clips of the corpus)\n")
 
 
@@ -205,7 +205,7 @@ def print_formats(flags: DataFlags, folder: Path) -> None:
 
 
 def tokenize(flags: DataFlags, corpus: str, folder: Path, numbers: Iterator[int]) -> float:
-    """Tokenise with one worker; return the rate of the last progress line, which excludes the start-up."""
+    """Tokenise with one worker; return the rate of the last progress line, without the start-up."""
     options = TokenizationOptions(corpus, str(folder / f"codes-{next(numbers)}"), codec=flags.codec, num_workers=1)
     options.num_quantizers, options.clips_per_shard = flags.num_quantizers, 10**6
     with contextlib.redirect_stdout(io.StringIO()) as output:
@@ -231,7 +231,7 @@ def print_useful_fractions(flags: DataFlags, folder: Path) -> None:
 
 
 def print_sizes(flags: DataFlags, folder: Path) -> None:
-    """Measure memory, start-up and state with a thousand to a million clips (hard links to one shard of 2,048)."""
+    """Measure memory, start-up and state with 1,000 to 1,000,000 clips. All shards are links to one shard of 2,048."""
     print("| clips | start-up to the first batch | peak memory | state |\n|---|---|---|---|")
     clips = random_clips(speech_lengths(CLIPS_PER_SHARD), load_codec_config(flags.codec, STORED_LEVELS))
     for number in (1000, 10_000, 100_000, 1_000_000):
@@ -243,7 +243,7 @@ def print_sizes(flags: DataFlags, folder: Path) -> None:
 
 
 def probe(corpus_of_codes: str, **values: Any) -> tuple[int, float, float, float, int]:
-    """Return the number of clips, seconds of start-up, MB before the loader and at the peak, and bytes of state."""
+    """Return the number of clips, start-up in s, memory before the loader in MB, peak in MB, and state in bytes."""
     flags = DataFlags(**values)
     flags.speech_tokenizer()
     before_mb, start = peak_mb(), time.perf_counter()

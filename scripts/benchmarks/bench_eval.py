@@ -1,12 +1,12 @@
-"""Measure the rate of scoring benchmarks: one clip at a time, in batches, and with cached codes.
+"""Measure how fast benchmarks are scored: one clip at a time, in batches, and with cached codes.
 
     uv run python scripts/benchmarks/bench_eval.py --model_name models/tiny
     uv run python scripts/benchmarks/bench_eval.py --random_1b --dtype bfloat16 --pairs 100  # GPU, without a network
 
-One clip at a time is the method of the first release, with `transformers` alone: read, encode, write the codes as text,
-call the tokenizer, compute all logits, and take the mean over the labels. Each measurement runs in a new process, which
-loads the model before the clock starts; the methods alternate. Batches use preset "official", because "original"
-encodes clip by clip. The scores of one clip at a time must equal those of preset "original" to 1e-4.
+"One clip at a time" is the method of the first release. It uses only `transformers`: read, encode, write the codes as
+text, call the tokenizer, compute all logits, and take the mean over the labels. Each measurement runs in a new process.
+The process loads the model before the clock starts. The methods alternate. Batches use preset "official", because
+"original" encodes clip by clip. "One clip at a time" and preset "original" must give the same scores within 1e-4.
 """
 
 import json
@@ -82,7 +82,7 @@ def bench_eval(options: Options, random_1b: bool = False, repeats: int = 3) -> N
 def measure_benchmark(
     options: Options, benchmark: str, folder: Path, repeats: int
 ) -> tuple[dict[str, float], list[str]]:
-    """Measure a benchmark and print its row; return pairs per second by method, and sentences that compare scores."""
+    """Measure a benchmark and print its row; return pairs per second by method, and comparisons of scores."""
 
     def run(method: str, cache: str, own: Options = options) -> dict[str, Any]:
         return measure(score, benchmark=benchmark, method=method, folder=folder / cache, **vars(own))
@@ -90,7 +90,7 @@ def measure_benchmark(
     rates: dict[str, list[float]] = {method: [] for method in METHODS}
     scores: dict[str, list[float]] = {}
     for repeat in range(repeats):
-        for method in METHODS:  # the last method reuses the codes of the method before
+        for method in METHODS:  # the last method reuses the codes of the second method
             result = run(method, f"{benchmark}_{repeat}")
             rates[method].append(result["pairs"] / result["seconds"])
             scores[method] = result["scores"]
@@ -101,8 +101,9 @@ def measure_benchmark(
     original = run("original", benchmark)["scores"]
     largest = max(abs(a - b) for a, b in zip(scores[ALONE], original, strict=True))
     if options.dtype == "float32" and largest > 1e-4:
-        raise UserError(f"{benchmark}: scores of preset original differ by {largest:.1e}; report this bug")
-    checks = [f"{benchmark}, one clip at a time and preset original: {compare(scores[ALONE], original)}"]
+        problem = f"{benchmark}: the two computations of the preset 'original'"
+        raise UserError(f"{problem} differ by {largest:.1e}; report this bug")
+    checks = [f"{benchmark}, one clip at a time and preset 'original': {compare(scores[ALONE], original)}"]
     for dtype in set(get_args(DecoderPrecision)) - {options.dtype}:
         other = run(CACHED, f"{benchmark}_0", replace(options, dtype=dtype))["scores"]
         checks.append(f"{benchmark}, {options.dtype} and {dtype}: {compare(scores[CACHED], other)}")
@@ -114,7 +115,7 @@ def compare(scores_a: list[float], scores_b: list[float]) -> str:
     largest = max(abs(a - b) for a, b in zip(scores_a, scores_b, strict=True))
     decisions = [[x > y for x, y in zip(scores[::2], scores[1::2], strict=True)] for scores in (scores_a, scores_b)]
     flipped = sum(a != b for a, b in zip(*decisions, strict=True))
-    return f"scores differ by {largest:.1e} at most, {flipped} of {len(decisions[0])} decisions differ"
+    return f"scores differ by at most {largest:.1e}; {flipped} of {len(decisions[0])} decisions differ"
 
 
 def score(
@@ -162,7 +163,7 @@ def score_alone(
 
 
 def write_random_model(folder: Path) -> str:
-    """Write a random model in the shape of Llama-3.2-1B with 136,450 entries, and a random Mimi; return its folder."""
+    """Write a random Mimi, and a random Llama-3.2-1B with 136,450 vocabulary entries; return the Llama's folder."""
     write_stand_ins(folder)
     tokenizer = load_speech_tokenizer(str(folder / "llama"), str(folder / "mimi"), 4)
     args = LlamaMimiArgs(**{**vars(FLAVORS["1B"]), "vocab_size": tokenizer.vocabulary.size})

@@ -2,9 +2,9 @@
 
     uv run python scripts/benchmarks/bench_generation.py
 
-The model is random, with the vocabulary of Llama 3 and 4 levels; the codec is random, in the shape of Mimi. All methods
-continue the same prompt of 3 s by the same number of frames. They alternate, and the time of the prompt's forward pass
-counts. The last line is JSON.
+The model has random weights, the vocabulary of Llama 3, and 4 levels. The codec has random weights and the shape of
+Mimi. All methods continue the same prompt of 3 s by the same number of frames. The methods alternate. The measured time
+includes the forward pass of the prompt. The last line is JSON.
 On a GPU: ``--shape 1B --batch_sizes 8 64 --dtype bfloat16 --new_frames 125``.
 """
 
@@ -62,8 +62,8 @@ def bench_generation(
     Args:
         new_frames: number of new frames per sample
         batch_sizes: further batch sizes of this loop; 1 is always measured
-        stream_seconds: lengths of streams with the tiny shape, in seconds, for their peak memory
-        prompts: numbers of prompts with the tiny shape, in groups of 32, for their peak memory
+        stream_seconds: lengths of streams, in seconds; their peak memory is measured with the tiny shape
+        prompts: numbers of prompts (in groups of 32); their peak memory is measured with the tiny shape
     """
     torch.set_num_threads(num_threads)
     print(machine())
@@ -91,7 +91,7 @@ def bench_generation(
     num_bytes = sum(p.numel() * p.element_size() for p in model.backbone.layers.parameters())
     used, possible = num_bytes * median[OURS], bandwidth()
     of_memory = f"{used / 1e9:,.1f} of {possible / 1e9:,.0f} GB/s ({100 * used / possible:.0f} %)"
-    print(f"\nA token reads {num_bytes / 1e9:.2f} GB of layers: {of_memory}")
+    print(f"\nEach token reads {num_bytes / 1e9:.2f} GB of layer weights, at {of_memory}")
     for seconds in stream_seconds:
         print(f"peak memory of a stream of {seconds:g} s, tiny: {measure(stream_memory, seconds=seconds):,.0f} MB")
     for number in prompts:
@@ -173,7 +173,7 @@ def as_released(model: FlattenedModel, new_frames: int) -> None:
 
 @torch.inference_mode()
 def backbone_alone(model: FlattenedModel, new_frames: int) -> None:
-    """Run the Transformer without output layer, sampling or grammar, the lower bound of the cost with transformers."""
+    """Run only the Transformer, without output layer, sampling and grammar; `transformers` cannot be faster."""
     inputs_1L = model.tokenizer.encode(prompt_of(model), is_cut=True)[None].to(DEVICE)
     cache = DynamicCache(config=model.backbone.config)
     for _ in range(new_frames * Q):
@@ -188,7 +188,7 @@ def ours(model: FlattenedModel, new_frames: int, batch_size: int) -> None:
 
 
 def streamed(model: FlattenedModel, new_frames: int, first_audio: list[float], window_frames: int = 10**6) -> None:
-    """Decode to audio frame by frame; append the seconds to the first new audio to a list."""
+    """Decode frame by frame to audio; append the time to the first new audio, in seconds, to ``first_audio``."""
     start = time.perf_counter()
     stream = DecodingStream(model.codec)
     stream.decode(prompt_of(model))
@@ -214,7 +214,7 @@ def stream_memory(seconds: float) -> float:
 
 
 def prompts_memory(num_prompts: int) -> float:
-    """Return the peak memory, in MB, of prompts that are continued by 1 s each, in groups like those of a folder."""
+    """Continue each prompt by 1 s, in groups as for a folder of prompts; return the peak memory in MB."""
     model = random_model("tiny")
     for start in range(0, num_prompts, 32):
         requests = [Request(prompt_of(model), seed) for seed in range(start, start + 32)]

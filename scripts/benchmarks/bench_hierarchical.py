@@ -1,9 +1,9 @@
-"""Measure a training step of the hierarchical architecture against a plain loop over `CsmForConditionalGeneration`.
+"""Compare a training step of the hierarchical architecture with a plain loop over `CsmForConditionalGeneration`.
 
     uv run python scripts/benchmarks/bench_hierarchical.py
 
-All methods train with AdamW on the same clips of random codes with simulated lengths, in rows of the same length. Each
-method runs in a new process, --repeats times; the methods alternate. The plain loop has one clip per row.
+All methods train with AdamW on the same clips, in rows of the same length. Clips have random codes and simulated
+lengths. Each method runs in a new process, --repeats times; the methods alternate. The plain loop has one clip per row.
 """
 
 import os

@@ -1,9 +1,10 @@
-"""Measure the speed of reading audio and the quality of resampling, and how many reading processes a GPU needs.
+"""Measure the speed of reading, the quality of resampling, and the number of reading processes that a GPU needs.
 
     uv run python scripts/benchmarks/bench_reading.py
     uv run python scripts/benchmarks/bench_reading.py --corpus spoken_digits/train.parquet --codec kyutai/mimi
 
-SciPy converts the speech to each rate. Speeds are audio-seconds per second of one core, the median of --repeats runs.
+SciPy converts the speech to each sample rate. A speed is in audio-seconds per second on one core, and is the median of
+--repeats runs.
 Tones measure the quality. The first number is the gain of a tone at 90 % of the lower band limit. The second number is
 the strongest wrong component: an image of that tone or, if the rate is lowered, the alias of a tone at 110 %.
 """
@@ -85,7 +86,7 @@ def bench_reading(
 
 
 def encoding_flops(num_quantizers: int, seconds: float = 10.0) -> float:
-    """Return the FLOPs of the matrix products with which the released shape of Mimi encodes 1 s of audio."""
+    """Return the FLOPs that the released shape of Mimi needs to encode 1 s of audio; only matrix products count."""
     model = MimiModel(MimiConfig()).eval()
     audio_11S = torch.zeros(1, 1, round(seconds * model.config.sampling_rate))
     with FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -4,11 +4,11 @@
     uv run python scripts/benchmarks/bench_train.py --shapes 1B 8B           # one GPU
     uv run python scripts/benchmarks/bench_train.py --shapes 1B --profile outputs/profile.txt
 
-All methods train on the same clips of random codes with simulated lengths, without activation checkpointing. Each
-method runs in a new process, --repeats times; the methods alternate. The plain loop is `LlamaForCausalLM` with one clip
-per row, padding with and without an attention mask, logits of every position, and AdamW. A useful token counts in the
-loss. FLOPs are 6 per multiplied weight and useful token, plus attention over a whole row. On a CPU 100 % MFU is the
-rate of a large matrix product.
+All methods train on the same clips, without activation checkpointing. Clips have random codes and simulated lengths.
+Each method runs in a new process, --repeats times; the methods alternate. The plain loop trains `LlamaForCausalLM` with
+AdamW. Each of its rows has one clip and padding, with or without an attention mask, and it computes the logits of every
+position. A token is useful if it counts in the loss. FLOPs are 6 per multiplied weight and useful token, plus attention
+over a whole row. On a CPU, 100 % MFU is the speed of a large matrix product.
 """
 
 import json
@@ -31,12 +31,12 @@ from llama_mimi.training.metrics import peak_flops
 
 AUDIO, PADDED, COMPILED = "--model.vocabulary audio", "--data.packing pad", "--compile.enable"
 FLOAT8 = f"{COMPILED} --model.converters quantize.linear.float8 --quantize.linear.float8.filter_fqns output"
-# Rows of the table: method and flags. CPUs do not compile packed rows.
+# Rows of the table: method and flags. On CPUs, packed rows are not compiled.
 BASELINES = [(PLAIN, ""), (UNMASKED, "")]
 CPU_ROWS = [*BASELINES, (STOCK, ""), (OURS, PADDED), (OURS, ""), (OURS, AUDIO)]
 GPU_ROWS = [*BASELINES, (STOCK, COMPILED), (OURS, f"{PADDED} {COMPILED}"), (OURS, "")]
 GPU_ROWS += [(OURS, COMPILED), (OURS, f"{COMPILED} {AUDIO}"), (OURS, FLOAT8)]
-DEFAULT_FLAGS = {"cpu": "", "cuda": COMPILED}[DEVICE]  # flags of this trainer for the figures in the last line
+DEFAULT_FLAGS = {"cpu": "", "cuda": COMPILED}[DEVICE]  # flags of this trainer in the last line
 
 
 def bench_train(
@@ -48,12 +48,12 @@ def bench_train(
     """Measure all methods with each shape.
 
     Args:
-        profile: file to write the time of each operation of this trainer to
+        profile: text file for the time of each operation of this trainer
     """
     torch.set_num_threads(num_threads)
     reference_flops = peak_flops(device_name()) if DEVICE == "cuda" else matmul_flops()
     if reference_flops is None:
-        raise UserError(f"the peak of '{device_name()}' is unknown; add it to PEAK_FLOPS in training/metrics.py")
+        raise UserError(f"the FLOP/s of '{device_name()}' are unknown; add them to PEAK_FLOPS in training/metrics.py")
     print(machine())
     print(f"100 % MFU is {reference_flops / 1e12:.3f} TFLOP/s\n")
     print("| shape | method | useful tokens/s | times the plain loop | MFU | peak memory | useful tokens |")
@@ -65,14 +65,14 @@ def bench_train(
     for method in ("in chunks", "full logits"):  # with the width and vocabulary of the 1B model
         num_bytes = measure(training_methods.measure_loss, method=method)
         memory = f"{num_bytes / 1e9:.2f} GB more at the peak" if num_bytes else "out of memory"
-        print(f"\nloss of {LOSS_POSITIONS:,} positions, {method}: {memory}")
+        print(f"\nmemory of the loss over {LOSS_POSITIONS:,} positions, {method}: {memory}")
     print(json.dumps({"device": device_name(), "results": results}))
 
 
 def measure_shape(
     shape: str, folder: Path, repeats: int, profile: Path | None, reference_flops: float
 ) -> dict[str, Any]:
-    """Measure and print the rows of a shape; return its entry for the last line."""
+    """Measure and print the rows of a shape; return the shape's entry for the last line."""
     training_methods.write_stand_ins(shape, folder)
     rows = CPU_ROWS if DEVICE == "cpu" else GPU_ROWS
     job = {"shape": shape, "folder": folder, "num_layers": SHAPES[shape].args.n_layers}
@@ -113,11 +113,11 @@ def most_layers(job: dict[str, Any]) -> int:
     for num_layers in range(SHAPES["8B"].args.n_layers, 0, -2):
         if measure_training(**job | {"num_layers": num_layers}, method=OURS, flags=COMPILED):
             return num_layers
-    raise UserError("not even two layers of the 8B shape fit into this GPU's memory")
+    raise UserError("two layers of the 8B shape do not fit into this GPU's memory; use a larger GPU")
 
 
 def measure_training(**job: Any) -> Any:
-    """Measure in a new process and print the result to standard error; return None if it is out of memory."""
+    """Measure in a new process and print the result to standard error; return None if the memory is full."""
     result = measure(training_methods.measure_training, **job)
     print(json.dumps(job, default=str), result or "out of memory", file=sys.stderr, flush=True)
     return result

@@ -1,10 +1,10 @@
-"""Read mutated audio files: each must become a clip or a named reason, without a crash, a hang or full memory.
+"""Read mutated audio files. Each must give a clip or an error with a reason, without a crash, hang or full memory.
 
     uv run python scripts/benchmarks/fuzz_audio.py --num_files 10000 --seed 0
 
 Speech is written in every supported format and then damaged: bits are flipped, ends are cut, header fields get odd
 values, and parts are swapped, repeated or moved to another file. File ``i`` of a seed always has the same mutations.
-Other processes read the files. None may die, or need more than --max_seconds or --max_megabytes for a file.
+Child processes read the files. No process may die or exceed --max_seconds or --max_megabytes for a file.
 """
 
 import io
@@ -50,7 +50,7 @@ HEADER_BYTES = 256
 class Outcome(NamedTuple):
     kind: str  # "a clip" with its warnings, or the reason of an error
     seconds: float
-    megabytes: float  # peak memory, minus the memory before
+    megabytes: float  # peak memory minus the memory before the read, in MB
 
 
 def fuzz_audio(
@@ -79,7 +79,7 @@ def fuzz_audio(
     print(f"\n| {num_files:,} files, seed {seed} | |\n|---|---|")
     for kind, number in counts.most_common():
         print(f"| {kind} | {number:,} |")
-    print(f"\nslowest {slowest:.2f} s, {largest:,.0f} MB more than before at most")
+    print(f"\nslowest file: {slowest:.2f} s; largest increase of memory: {largest:,.0f} MB")
     if num_faults := sum(number for kind, number in counts.items() if kind.startswith("FAULT")):
         raise UserError(
             f"{num_faults:,} of {num_files:,} files crashed, hung or filled the memory; see the lines with FAULT"
@@ -87,10 +87,10 @@ def fuzz_audio(
 
 
 class Fuzzer:
-    """Mutated audio files, which have numbers.
+    """Mutated audio files with numbers.
 
     Args:
-        speech: audio whose first 1.5 s are written in every format, mono and stereo.
+        speech: recording; its first 1.5 s are written in every format, in mono and stereo.
         seed: seed of all mutations.
     """
 
@@ -202,7 +202,7 @@ def _read_watched(fuzzer: Fuzzer, files: Sequence[int], folder: Path, max_second
 
 
 def _read_files(fuzzer: Fuzzer, files: Sequence[int], log: Path, max_seconds: float) -> None:
-    """Read files, every second one from disk, and log their outcomes; SIGALRM ends the process if it hangs."""
+    """Read files, every second file from disk, and log their outcomes; SIGALRM ends a process that hangs."""
     signal.alarm(60)  # for a deadlock before the first file
     path = log.with_suffix(".audio")
     for index in files:

@@ -4,7 +4,7 @@
 
 Random models of the same shape (136,450 vocabulary entries, 2,048 codes) replace Llama-3.2-1B and Mimi, and assets/tiny
 replaces the corpus. All other settings are from config/llama3_2_1b_peoples_speech.toml. The corpus is tokenised. Then
-20 steps train on its codes, with one clip per row, and 20 steps train on its audio, in packed rows.
+20 steps train on its codes, with one clip per row. Another 20 steps train on its audio, in packed rows.
 """
 
 import subprocess
@@ -27,7 +27,7 @@ VALIDATION_CORPUS = "assets/tiny/corpus/validation-*.parquet"
 
 
 def write_stand_ins(folder: Path) -> None:
-    """Write the config of Llama-3.2-1B, a tokenizer with the size of Llama 3's, and a random Mimi."""
+    """Write the config of Llama-3.2-1B, a tokenizer as large as Llama 3's tokenizer, and a random Mimi."""
     write_tokenizer(folder / "llama")
     args = LlamaMimiArgs(**{**vars(FLAVORS["1B"]), "vocab_size": LLAMA_3_VOCABULARY})
     hf_config(args).save_pretrained(folder / "llama")
@@ -38,7 +38,7 @@ def write_stand_ins(folder: Path) -> None:
 def check_gpus(num_gpus: int = 1, steps: int = 20, output_dir: Path = Path("outputs/gpu_check")) -> None:
     """Tokenise the corpus, then train on its codes and on its audio."""
     if torch.cuda.device_count() < num_gpus:
-        raise UserError(f"--num_gpus is {num_gpus}, but {torch.cuda.device_count()} GPUs are visible here")
+        raise UserError(f"--num_gpus is {num_gpus}, but {torch.cuda.device_count()} GPUs are visible; lower --num_gpus")
 
     stand_ins, codes = output_dir / "stand_ins", output_dir / "codes"
     write_stand_ins(stand_ins)
@@ -48,7 +48,7 @@ def check_gpus(num_gpus: int = 1, steps: int = 20, output_dir: Path = Path("outp
     for name, own in (("codes", {"training.dataset": codes}), ("audio", on_audio)):
         run = output_dir / name
         if complete_steps(run / "checkpoint"):
-            raise UserError(f"'{run}' contains an earlier run; remove it or choose another --output_dir")
+            raise UserError(f"'{run}' contains an earlier run; remove this folder or choose another --output_dir")
         overrides = {
             "job.config_file": CONFIG,
             "job.dump_folder": run,
@@ -67,7 +67,7 @@ def check_gpus(num_gpus: int = 1, steps: int = 20, output_dir: Path = Path("outp
 
 
 def launch(num_gpus: int, *words: str) -> None:
-    """Start one process per GPU; exit with their exit code if they fail."""
+    """Start one process per GPU. If a process fails, exit with its exit code."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_gpus}"]
     if returncode := subprocess.run([*torchrun, *words]).returncode:
         sys.exit(returncode)

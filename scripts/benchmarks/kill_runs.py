@@ -6,10 +6,10 @@
     uv run python scripts/benchmarks/kill_runs.py --of continuation --kills 20 --seed 0 --folder outputs/kills
     uv run python scripts/benchmarks/kill_runs.py --of study --kills 5 --seed 0 --max_seconds 90 --folder outputs/kills
 
-SIGKILL ends the command, which is started again on 1 to 4 ranks until it finishes. If it finishes before the last kill,
-its output is removed and it starts from the beginning. Shards, WAV files and the report are compared with those of an
-undisturbed run. Training (the tiny config, packed) records the numbers of the frames of every step. They are compared
-with the data up to the position of the last checkpoint.
+SIGKILL ends the command. The command is started again on 1 to 4 ranks until it finishes. If it finishes before the last
+kill, its output is removed and the command starts from the beginning. Shards, WAV files and the report are compared
+with those of an undisturbed run. Training (the tiny config, packed) records the frame numbers of every step. These
+numbers are compared with the frames before the data position of the last checkpoint.
 """
 
 import contextlib
@@ -69,7 +69,7 @@ Command = list[Any]
 
 @dataclass(frozen=True)
 class KillFlags:
-    """The command to kill, and how."""
+    """The command to kill, and the settings of the kills."""
 
     of: Literal["tokenization", "training", "continuation", "study"]  # command to kill
     kills: int  # number of kills
@@ -77,7 +77,7 @@ class KillFlags:
     seed: int = 0
     max_seconds: float = 40.0  # latest moment of a kill, in seconds after the start
     model_name: str = "models/tiny"  # folder of the model for continuations
-    layout: str = "parquet"  # layout of the corpus to tokenise, from layouts.py; parquet is the unchanged corpus
+    layout: str = "parquet"  # layout in layouts.py of the corpus to tokenise; 'parquet': unchanged corpus
 
 
 def kill_runs(flags: KillFlags) -> None:
@@ -87,13 +87,13 @@ def kill_runs(flags: KillFlags) -> None:
     summary, is_right = kill.get(flags.of, kill_tokenization)(flags)
     print(f"{flags.of}: {flags.kills} kills (seed {flags.seed}), {summary}; {(time.monotonic() - began) / 60:.0f} min")
     if not is_right:
-        raise UserError(f"{flags.of}: the output differs from that of an undisturbed run; report this bug")
+        raise UserError(f"{flags.of}: the output differs from the output of an undisturbed run; report this bug")
 
 
 def kill_until_finished(
     flags: KillFlags, command: Callable[[int, bool], Command], output: Path, check: Callable[[], str]
 ) -> int:
-    """Kill a command ``flags.kills`` times, then let it finish; return the number of its finished runs.
+    """Kill a command ``flags.kills`` times, then let the command finish; return the number of its finished runs.
 
     ``command`` gets the number of ranks, and True for the last start. ``output`` is removed after each finished run
     except the last. ``check`` is called after each start and returns a text for the log.
@@ -108,7 +108,7 @@ def kill_until_finished(
         if kill_at(process, seconds):
             kills += 1
         elif process.returncode:
-            raise UserError(f"{flags.of} ended with {process.returncode}; see {log}")
+            raise UserError(f"{flags.of} ended with exit code {process.returncode}; see {log}")
         else:
             finishes += 1
         print(f"kill {kills}: {num_ranks} ranks, {seconds:.1f} s, {check()}", flush=True)
@@ -180,17 +180,17 @@ def kill_tokenization(flags: KillFlags) -> tuple[str, bool]:
 
     def check() -> str:
         shards = sorted(output.glob("shard-*.parquet"))
-        for shard in shards:  # a shard becomes visible when it is complete
+        for shard in shards:  # every visible shard must be complete
             if not pq.read_table(shard).equals(expected[shard.name]):
                 raise UserError(f"'{shard}' differs from the shard of the undisturbed run; report this bug")
         if (output / "manifest.json").exists() and [shard.name for shard in shards] != list(expected):
-            raise UserError(f"the manifest was written with {len(shards)} of {len(expected)} shards; report this bug")
+            raise UserError(f"the manifest exists with {len(shards)} of {len(expected)} shards; report this bug")
         return f"{len(shards)}/{len(expected)} shards"
 
     finishes = kill_until_finished(flags, lambda ranks, _: tokenization(corpus, output, ranks), output, check)
     found = {path.name for path in output.glob("shard-*.parquet")}  # `check` has compared them
     lost, total = (sum(len(expected[name]) for name in names) for names in (expected.keys() - found, expected))
-    return f"{flags.layout}, finished {finishes} times; of {total} clips {lost} lost, 0 twice", found == expected.keys()
+    return f"{flags.layout}, finished {finishes} times; {lost} of {total} clips lost, 0 twice", found == expected.keys()
 
 
 def kill_continuation(flags: KillFlags) -> tuple[str, bool]:
@@ -214,8 +214,8 @@ def kill_continuation(flags: KillFlags) -> tuple[str, bool]:
     lines = Counter(json.loads(line)["file"] for line in (killed / "results.jsonl").read_text().splitlines())
     lost, twice = len(expected.keys() - lines.keys()), lines.total() - len(lines)
     others = sum(found.get(name) != content for name, content in expected.items())
-    samples = f"of {len(expected)} samples {lost} lost, {twice} twice, {others} with other bytes"
-    return f"{finishes} times finished; {samples}", found == expected and not lost + twice
+    samples = f"{lost} of {len(expected)} samples lost, {twice} twice, {others} with other bytes"
+    return f"finished {finishes} times; {samples}", found == expected and not lost + twice
 
 
 def kill_study(flags: KillFlags) -> tuple[str, bool]:
@@ -264,7 +264,7 @@ def kill_training(flags: KillFlags) -> tuple[str, bool]:
 
 
 def write_numbered_codes(folder: Path) -> None:
-    """Write clips of 1 to 8 s in which the codes of a frame encode its number; see `frame_numbers`."""
+    """Write clips of 1 to 8 s in which the codes of a frame encode the frame number; see `frame_numbers`."""
     ends = np.random.default_rng(0).integers(12, 100, 400).cumsum()
     codes_NQ = (np.arange(ends[-1])[:, None] // 256 ** np.arange(STORED_LEVELS) % 256).astype(np.uint16)
     parts = enumerate(np.split(codes_NQ, ends[:-1]))
@@ -288,7 +288,7 @@ def frames_of_steps(audit: Path) -> Counter[int]:
 
 
 def frames_of_position(run: Path, codes: Path) -> Counter[int]:
-    """Count the frames before the position of the last checkpoint: all of its windows, without unused frames."""
+    """Count the frames before the data position of the last checkpoint, without the unused frames of its windows."""
     state = {"dataloader": {"position": ""}}
     dcp.load(state, checkpoint_id=find_step(run / "checkpoint"), no_dist=True)
     ranks = json.loads(state["dataloader"]["position"])["ranks"]

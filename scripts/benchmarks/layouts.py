@@ -22,7 +22,7 @@ Rows = list[Row]
 
 
 def lossless_rows(corpus: str, limit: int, max_seconds: float) -> Rows:
-    """Return the first clips of a Parquet corpus, with labels, as FLAC, so that all layouts have the same samples."""
+    """Return labels and FLAC audio of the first clips of a Parquet corpus; all layouts get the same samples."""
     rows: Rows = []
     for path in find_files(corpus, (".parquet",)):
         for row in pq.read_table(path).slice(0, limit - len(rows)).to_pylist():
@@ -99,7 +99,7 @@ def in_manifest(folder: Path, rows: Rows) -> Path:
 
 
 def in_parts_of_one_recording(folder: Path, rows: Rows) -> Path:
-    """Write one long recording, and a manifest in which each clip is a part of it."""
+    """Write one long recording, and a manifest in which each clip is a part of the recording."""
     lines, parts, offset = [], [], 0.0
     for row in rows:
         parts.append(soundfile.read(io.BytesIO(row["bytes"]), dtype="int16")[0])

@@ -34,7 +34,7 @@ def machine() -> str:
 
 
 def measure(function: Callable[..., Any], **arguments: Any) -> Any:
-    """Call a function of a script in this folder in a new process, with as many threads as this process.
+    """Call a function in a new process that has as many threads as this process; a script in this folder defines it.
 
     Arguments and result are passed as JSON, so paths become strings. Return None if the memory of the GPU is too small;
     raise a `UserError` with the traceback if the call fails.

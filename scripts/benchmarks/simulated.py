@@ -15,7 +15,7 @@ STORED_LEVELS = 8
 
 
 def speech_lengths(number: int) -> np.ndarray:
-    """Return clip lengths in frames as in The People's Speech: 14 s on average, without clips over 20 s."""
+    """Return clip lengths, in frames, like those of The People's Speech: 14 s on average, and at most 20 s."""
     seconds = np.random.default_rng(0).normal(14, 4, 4 * number)
     return np.ceil(12.5 * seconds[(seconds > 1) & (seconds < 20)][:number]).astype(int)
 
@@ -32,8 +32,8 @@ def write_codes(folder: Path, codec: str, shards: Sequence[list[CodedClip]]) -> 
     """Write a finished tokenised corpus, and return its folder.
 
     Args:
-        codec: hub id or folder.
-        shards: clips of each shard. If a list is the same object as the first, its file is a hard link.
+        codec: hub id or folder of the codec.
+        shards: clips of each shard. If a list is the same object as the first list, its file is a hard link.
     """
     columns = ["id", "codes", "duration", "is_cut"]
     folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Training methods that bench_train.py and bench_hierarchical.py compare; each is measured in a new process."""
+"""Training methods that bench_train.py and bench_hierarchical.py compare. Each method is measured in a new process."""
 
 import dataclasses
 import itertools
@@ -43,7 +43,7 @@ LOSS_POSITIONS = {"cpu": 4096, "cuda": 32_768}[DEVICE]
 WARM_UP = {"cpu": 2, "cuda": 5}[DEVICE]  # warm-up steps, for compilation and allocations
 # Environment variables that torchrun sets for a single rank.
 ONE_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-Step = Callable[[], tuple[int, int]]  # returns the useful tokens and the positions of a step
+Step = Callable[[], tuple[int, int]]  # returns the numbers of useful tokens and of positions in a step
 
 
 class Shape(NamedTuple):
@@ -119,7 +119,7 @@ def training_flags(shape: str, folder: Path, method: str) -> list[str]:
         "data.max_audio_seconds": 20.0,
         "training.dataset": folder / "codes",
         "training.local_batch_size": own.batch_size,
-        "training.seq_len": own.seq_len // (NUM_QUANTIZERS if is_csm else 1),  # a row has the same audio
+        "training.seq_len": own.seq_len // (NUM_QUANTIZERS if is_csm else 1),  # equal audio per row
         "training.mixed_precision_param": "bfloat16" if DEVICE == "cuda" else "float32",
         "training.dataloader.num_workers": int(DEVICE == "cuda"),  # as in the large configs
         "metrics.log_freq": 1_000_000,
@@ -155,7 +155,7 @@ def trainer(job_config: Any, method: str) -> Step:
 
 
 def register_stock(job_config: Any) -> None:
-    """Register TorchTitan's own Llama 3 and loss for this project's batches; its embeddings are not tied."""
+    """Register TorchTitan's own Llama 3 and loss for this project's batches. The embeddings are not tied."""
     flavor = job_config.model.flavor
     values = vars(FLAVORS[flavor]) | {"vocab_size": build_speech_tokenizer(job_config).vocabulary.size}
     names = {field.name for field in dataclasses.fields(TransformerModelArgs)}
@@ -176,7 +176,7 @@ def register_stock(job_config: Any) -> None:
 
 
 def llama_loop(job_config: Any, method: str) -> Step:
-    """Return a step of `LlamaForCausalLM` with one clip per row, and padding with or without an attention mask."""
+    """Return a step of `LlamaForCausalLM`. A row has one clip and padding, with or without an attention mask."""
     tokenizer = build_speech_tokenizer(job_config)
     torch.manual_seed(0)
     model = LlamaForCausalLM(hf_config(model_args(job_config))).to(DEVICE)
@@ -199,7 +199,7 @@ def llama_loop(job_config: Any, method: str) -> Step:
 
 
 def csm_loop(job_config: Any, method: str) -> Step:
-    """Return a step of `CsmForConditionalGeneration` with its own loss, one clip per row, and an attention mask."""
+    """Return a step of `CsmForConditionalGeneration` with its own loss. A row has one clip and masked padding."""
     tokenizer = build_speech_tokenizer(job_config)
     args = model_args(job_config)
     torch.manual_seed(0)
@@ -228,7 +228,7 @@ def csm_loop(job_config: Any, method: str) -> Step:
 
 
 def plain_step(weights: list[torch.Tensor], loss: Callable[[], tuple[torch.Tensor, int, int]]) -> Step:
-    """Return a step of AdamW; ``loss`` returns the loss, the useful tokens and the positions of the next batch."""
+    """Return a step of AdamW; ``loss`` returns the next batch's loss and its numbers of useful tokens and positions."""
     optimizer = torch.optim.AdamW(weights, lr=3e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 
     def step() -> tuple[int, int]:
@@ -258,7 +258,7 @@ def model_args(job_config: Any) -> LlamaMimiArgs:
 
 
 def measure_loss(method: str) -> int:
-    """Return the bytes that the loss needs at the peak, forward and backward."""
+    """Return the peak memory of the loss, forward and backward, in bytes."""
     N, dtype = LOSS_POSITIONS, torch.bfloat16 if DEVICE == "cuda" else torch.float32
     hidden_BLD = torch.randn(1, N, 2048, device=DEVICE, dtype=dtype, requires_grad=True)
     weight_VD = torch.empty(136_450, 2048, device=DEVICE, dtype=dtype).normal_(std=0.02).requires_grad_()
@@ -290,7 +290,7 @@ def synchronized_time() -> float:
 
 
 def memory_bytes() -> int:
-    """Return the peak memory of this process: allocated on the GPU, or resident without a GPU."""
+    """Return the peak memory of this process, in bytes: on a GPU its allocated memory, else the resident memory."""
     if DEVICE == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

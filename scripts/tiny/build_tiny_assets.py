@@ -2,9 +2,9 @@
 
     uv run python scripts/tiny/build_tiny_assets.py --output_dir assets/tiny
 
-espeak-ng synthesises speech from text that was written for this project, with fixed seeds. This script does not change
-the codec (`mimi/`), the ASR model (`recogniser/`) and the `speaker_encoder/`. train_tiny_codec.py and
-train_tiny_listeners.py train them on the corpus.
+espeak-ng synthesises text that was written for this project; all seeds are fixed. This script does not change the codec
+(`mimi/`), the ASR model (`recogniser/`) or the speaker encoder (`speaker_encoder/`). train_tiny_codec.py and
+train_tiny_listeners.py train these models on the corpus.
 """
 
 import io
@@ -37,7 +37,7 @@ from llama_mimi.common.errors import UserError
 
 SAMPLE_RATE = 24_000  # Hz
 OPUS_LEVEL = 0.95  # libsndfile's compression level; about 22 kbit/s for mono speech
-PAUSE = np.zeros(SAMPLE_RATE // 8, dtype=np.float32)  # 0.125 s between parts of a clip
+PAUSE = np.zeros(SAMPLE_RATE // 8, dtype=np.float32)  # 0.125 s of silence between parts of a clip
 SPECIALS = ["<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>", "<|eot_id|>"]
 REVERSED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 PAIRS = 100
@@ -94,7 +94,7 @@ def corpus_row(name: str, audio: np.ndarray, sentence: str, speaker: Speaker) ->
 
 
 def make_rows(maker: text.SentenceMaker, split: str, seconds: float) -> list[dict]:
-    """Return rows of clips of 2.0 to 4.8 s until their total exceeds ``seconds``; the speakers alternate."""
+    """Return rows with clips of 2.0 to 4.8 s, with a total of at least ``seconds``; the speakers alternate."""
     rows: list[dict] = []
     total, turn = 0.0, 0
     while total < seconds:
@@ -121,7 +121,7 @@ def make_words(split: str) -> list[dict]:
 
 
 def write_corpus(folder: Path, split: str, rows: list[dict], shards: int) -> None:
-    """Write Parquet shards with row groups of 32 and the schema metadata that `datasets` reads."""
+    """Write Parquet shards with row groups of 32 rows and the schema metadata that `datasets` reads."""
     string = Value("string")
     names = {"id": string, "audio": Audio(), "text": string, "speaker": string, "duration": Value("float64")}
     schema = Features(names).arrow_schema
@@ -158,7 +158,7 @@ def write_llama(folder: Path, lines: list[str]) -> None:
 
 
 def write_speaker_consistency(folder: Path, maker: text.SentenceMaker) -> None:
-    """Write SALMon pairs with the same words: one clip has one speaker, in the other the speaker changes half-way."""
+    """Write SALMon pairs. Both clips have the same words; in the second clip, the speaker changes halfway."""
     for index in range(SPEAKER_PAIRS):
         speaker, other = (SPEAKERS[i % len(SPEAKERS)] for i in (index, index + 1 + index // 8 % 7))
         while True:
@@ -178,7 +178,7 @@ def phones_of(word: str, speaker: Speaker) -> list[str]:
 
 
 def write_lexical(folder: Path, counts: Counter[str], rng: random.Random) -> None:
-    """Write sLM21 lexical pairs: a word of the training text, and the word with two changed letters."""
+    """Write sLM21 lexical pairs: a word of the training text, and a non-word with two changed letters."""
     names = {name.lower() for name in (*text.NAMES, "Saturday")}
     words = sorted(word for word in counts if len(word) >= 5 and text.syllables(word) >= 2 and word not in names)
     rng.shuffle(words)
@@ -230,7 +230,7 @@ def write_storycloze(folder: Path, maker: text.SentenceMaker) -> None:
 def build_tiny_assets(output_dir: Path = Path("assets/tiny")) -> None:
     """Build all parts of the assets."""
     if shutil.which("espeak-ng") is None:
-        raise UserError("espeak-ng is not on PATH; install it (for example `apt-get install espeak-ng`)")
+        raise UserError("espeak-ng is not on PATH; install espeak-ng (for example `apt-get install espeak-ng`)")
     for part in ("corpus", "words", "llama", "benchmarks"):
         shutil.rmtree(output_dir / part, ignore_errors=True)
     maker = text.SentenceMaker(random.Random(2024))

@@ -1,4 +1,4 @@
-"""Measure how well a codec keeps held-out speech at 1, 2, 4 and 8 levels.
+"""Measure how well a codec reconstructs held-out speech at 1, 2, 4 and 8 levels.
 
 uv run python scripts/tiny/score_codec.py --codec assets/tiny/mimi --corpus "assets/tiny/corpus/train-*.parquet" \\
     --validation_corpus "assets/tiny/corpus/validation-*.parquet" --words_corpus "assets/tiny/words/train-*.parquet" \\
@@ -32,7 +32,7 @@ from llama_mimi.common.versions import versions
 from llama_mimi.evaluation.statistics import wilson_interval
 from llama_mimi.report.document import pyplot
 
-WORD_PARTS = 5  # parts of a word with separate means, because the order of sounds matters
+WORD_PARTS = 5  # parts of a word; each part has its own mean, because the order of sounds matters
 DYNAMIC_RANGE_DB = 70.0  # range of the spectrograms
 WINDOW, HOP, BANDS, COEFFICIENTS = 1024, 240, 40, 20  # MFCC settings: 43 ms windows every 10 ms at 24 kHz
 MEL_RANGE_DB = 50.0  # limit below the loudest band of a clip; fainter sound is recording noise
@@ -43,8 +43,8 @@ ENERGY_FRACTION = 0.99  # fraction of the mean magnitude spectrum; higher bands 
 class SpeechClassifier:
     """Logistic regression on the mean MFCCs of each of ``num_parts`` equal parts of a recording.
 
-    Deviations over time are not used. For recordings they work equally well, for reconstructions far worse
-    (scripts/benchmarks/LEDGER.md).
+    Standard deviations over time are not used. With them, the accuracy is equal for recordings, and far lower for
+    reconstructions (scripts/benchmarks/LEDGER.md).
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class SpeechClassifier:
         return float(self.model.score(self._features(clips), labels))
 
     def _features(self, clips: Sequence[torch.Tensor]) -> np.ndarray:
-        """Return the mean coefficients (N, parts * C) of the loud windows, for each part of each clip."""
+        """Return the mean coefficients (N, parts * C) of the loud windows in each part of each clip."""
         rows = []
         for samples_S in clips:
             level_BF = 10 * self.mel(samples_S / samples_S.abs().max().clamp(min=1e-6)).clamp(min=1e-10).log10()
@@ -87,7 +87,7 @@ def decode_at(codec: MimiCodec, codes: Sequence[torch.Tensor], depth: int, clips
 
 
 def draw_spectrograms(path: Path, clips: dict[str, torch.Tensor], sample_rate_hz: int, title: str) -> None:
-    """Write a PNG with one spectrogram per clip (S,), all with the same scales of time, frequency and level."""
+    """Write a PNG with one spectrogram per clip (S,). Their scales of time, frequency and level are equal."""
     figure, axes = pyplot().subplots(len(clips), 1, figsize=(9, 1.7 * len(clips)), sharex=True, layout="constrained")
     images = []
     for axis, (name, samples_S) in zip(axes, clips.items(), strict=True):
@@ -116,8 +116,8 @@ def score_codec(
     """Score a codec, write the scores, and print their table.
 
     Args:
-        codec: hub id or folder
-        corpus: corpus with columns audio, speaker, text
+        codec: hub id or folder of the codec
+        corpus: training corpus with the columns audio, speaker and text
         validation_corpus: held-out clips
         words_corpus: isolated words; default: --corpus
         words_validation_corpus: held-out isolated words; default: --validation_corpus
@@ -172,7 +172,7 @@ def score_codec(
             low, high = wilson_interval(row[kind], count)
             cells.append(f"{100 * row[kind]:.1f} % ({100 * low:.0f} to {100 * high:.0f})")
         print(f"| {name} | {' | '.join(cells)} |")
-    print(f"\nPerplexity per level, of {mimi.codebook_size}: {', '.join(f'{value:.0f}' for value in perplexities)}.")
+    print(f"\nPerplexity by level ({mimi.codebook_size} codes): {', '.join(f'{value:.0f}' for value in perplexities)}.")
     print(", ".join(f"{name} {count}" for name, count in counts.items()) + ".")
 
 

@@ -1,10 +1,10 @@
-"""Measure the errors of an ASR model and a speaker encoder on held-out speech and on its reconstructions by a codec.
+"""Measure the errors of an ASR model and a speaker encoder on held-out speech, and on this speech after a codec.
 
     uv run python scripts/tiny/score_listeners.py --corpus "assets/tiny/corpus/validation-*.parquet" \\
         --recogniser assets/tiny/recogniser --speaker_encoder assets/tiny/speaker_encoder --codec assets/tiny/mimi
 
-The word error rate counts the words of whole clips. The equal error rate belongs to speaker verification over all pairs
-of clips, as in eval/generation.py: the first part of one clip is compared with the second part of another clip.
+The word error rate counts the words of whole clips. The equal error rate is that of speaker verification: for all pairs
+of clips, the first part of one clip is compared with the second part of the other clip, as in eval/generation.py.
 """
 
 import json
@@ -50,11 +50,11 @@ def score_listeners(
     """Score both models, write the scores, and print their table.
 
     Args:
-        corpus: held-out clips with columns audio, speaker, text
+        corpus: held-out clips with the columns audio, speaker and text
         recogniser: hub id or folder of the ASR model
-        speaker_encoder: hub id or folder
+        speaker_encoder: hub id or folder of the speaker encoder
         codec: hub id or folder of the codec
-        prompt_seconds: length of the first part for the speaker encoder, in seconds
+        prompt_seconds: length of the first part of each clip, for the speaker encoder, in seconds
     """
     mimi = MimiCodec(codec, DEPTHS[-1])
     clips = read_clips(corpus, mimi.sample_rate_hz)

@@ -1,4 +1,4 @@
-"""Functions to train a small Mimi: the unchanged `transformers.MimiModel`, with codebooks that are learned.
+"""Functions that train a small Mimi: the unchanged `transformers.MimiModel` with learned codebooks.
 
 Shapes: B batch, S samples, T frames, D latent width, E width of the quantizer, K codebook size, N vectors, C channels.
 """
@@ -19,7 +19,7 @@ from llama_mimi.common.files import share_weights
 from llama_mimi.corpora.clips import AudioClip, AudioReader
 from llama_mimi.corpora.formats import open_source
 
-LAYER_SCALE = 0.2  # initial value; the 0.01 of Mimi suits far longer training
+LAYER_SCALE = 0.2  # initial value; Mimi's value of 0.01 suits far longer training
 EMA_DECAY = 0.99  # decay of codebooks per step, as in VQ-VAE (arXiv 1711.00937, appendix A)
 DEAD_FRACTION = 0.25  # a code restarts if its usage is below this fraction of the mean usage
 # STFT windows in samples (10.7, 21.3, 42.7, 85.3 ms at 24 kHz) and numbers of mel bands; a window has four hops.
@@ -31,7 +31,7 @@ MEL_FLOOR = 3e-4  # lower limit of magnitudes; a sine of full scale has 0.5
 def tiny_mimi_config(codebook_size: int) -> MimiConfig:
     """Return a configuration with 24 kHz, 12.5 frames/s, 8 levels and 1.8 million parameters.
 
-    The strides of Mimi are reversed, which halves the work. The attention window is as long as a training crop, so that
+    The strides of Mimi are reversed; this halves the work. The attention window is as long as a training crop, so that
     long clips are not harder than crops.
     """
     filters = {"num_filters": 16, "hidden_size": 128, "upsampling_ratios": [4, 5, 6, 8], "frame_rate": 12.5}
@@ -42,7 +42,7 @@ def tiny_mimi_config(codebook_size: int) -> MimiConfig:
 
 
 def new_codec(config: MimiConfig) -> MimiModel:
-    """Return a codec with the initial weights of PyTorch; with those of transformers it hardly learns."""
+    """Return a codec with PyTorch's initial weights; with the initial weights of transformers, it hardly learns."""
     model = MimiModel(config)
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv1d | nn.ConvTranspose1d | nn.Linear):
@@ -58,8 +58,8 @@ def new_codec(config: MimiConfig) -> MimiModel:
 def standardize(model: MimiModel, audio_B1S: torch.Tensor) -> None:
     """Scale the output of every convolution to mean 0 and variance 1 per channel on speech (after arXiv 1511.06422).
 
-    Otherwise the output of about twenty layers hardly depends on the input, and training stays at the average spectrum
-    for a long time.
+    Without this, the output of about twenty layers hardly depends on the input, and training stays at the average
+    spectrum for a long time.
     """
 
     def scale(conv: nn.Conv1d | nn.ConvTranspose1d, _inputs: tuple, output: torch.Tensor) -> torch.Tensor:
@@ -119,7 +119,7 @@ def reconstruct(
 
 
 def quantize(branch: nn.Module, vectors_BTE: torch.Tensor, depth_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the sum of the first ``depth_B`` codes with the gradient of ``vectors_BTE``, and the commitment loss."""
+    """Return the sum of the first ``depth_B`` codes, with a straight-through gradient, and the commitment loss."""
     residual_BTE, kept_BTE = vectors_BTE, torch.zeros_like(vectors_BTE)
     commitment = vectors_BTE.new_zeros(())
     for level, layer in enumerate(branch.layers):
@@ -146,12 +146,12 @@ def _move_codebook(book: nn.Module, vectors_NE: torch.Tensor, index_N: torch.Ten
     drawn_NE = vectors_NE[torch.randint(len(vectors_NE), (int(is_dead_K.sum()),), device=vectors_NE.device)]
     book.embed_sum[is_dead_K] = drawn_NE * even
     book.cluster_usage[is_dead_K] = even
-    book._embed = None  # the cache of transformers for the quotient of the two
+    book._embed = None  # transformers caches embed_sum / cluster_usage here
 
 
 @torch.no_grad()
 def fit_codebooks(model: MimiModel, crops: list[torch.Tensor]) -> None:
-    """Set the codebooks by k-means after the warm-up, one level after another; each of the crops is (B, 1, S)."""
+    """Set the codebooks by k-means after the warm-up, one level after another. ``crops`` has tensors (B, 1, S)."""
     latents_BDT = torch.cat([model.encoder(audio_B1S).latents for audio_B1S in crops])
     for branch in _branches(model):
         residual_NE = branch.input_proj(latents_BDT).mT.flatten(0, 1)
@@ -160,7 +160,7 @@ def fit_codebooks(model: MimiModel, crops: list[torch.Tensor]) -> None:
             # 20 steps of Lloyd's algorithm, from random vectors
             centers = kmeans2(residual_NE.cpu().numpy(), book.codebook_size, iter=20, minit="points", rng=0)[0]
             center_KE = torch.from_numpy(centers).to(residual_NE)
-            # The state of codes that are used equally often in each training step.
+            # The state as if every training step used all codes equally often.
             even = len(residual_NE) / len(crops) / book.codebook_size
             book.cluster_usage.fill_(even)
             book.embed_sum.copy_(center_KE * even)
@@ -169,7 +169,7 @@ def fit_codebooks(model: MimiModel, crops: list[torch.Tensor]) -> None:
 
 
 class MelMagnitude(nn.Module):
-    """Mel magnitudes of one resolution, relative to full scale; audio (..., S) to (..., bands, windows)."""
+    """Mel magnitudes of one resolution, relative to full scale; maps audio (..., S) to (..., bands, windows)."""
 
     def __init__(self, sample_rate_hz: int, window: int = 1024, num_bands: int = 80) -> None:
         super().__init__()
@@ -201,7 +201,7 @@ class SpectralLoss(nn.Module):
 
 
 def save_half(model: MimiModel, folder: Path) -> None:
-    """Save a codec in float16, with its feature extractor."""
+    """Save a codec in float16, and its feature extractor."""
     half = MimiModel(model.config)
     half.load_state_dict(model.state_dict())
     for book in codebooks(half):
@@ -226,12 +226,12 @@ def write_feature_extractor(config: MimiConfig, folder: Path) -> None:
 
 class LabelledClip(NamedTuple):
     samples_S: torch.Tensor
-    speaker: str  # empty if unknown, like the text
-    text: str
+    speaker: str  # empty if unknown
+    text: str  # empty if unknown
 
 
 def read_clips(corpus: str, sample_rate_hz: int) -> list[LabelledClip]:
-    """Read a corpus of any format into memory, with its columns speaker and text; print why clips are skipped."""
+    """Read the clips of a corpus into memory, with their speakers and texts; print why clips are skipped."""
     source = open_source(corpus, None, "audio", None, extra_columns={"text": "text", "speaker": "speaker"})
     reader = AudioReader(source, sample_rate_hz=sample_rate_hz, frame_size=1024, max_frames=10**9)
     rows = (row for unit in range(len(source.units)) for row in source.rows(unit))
@@ -242,5 +242,5 @@ def read_clips(corpus: str, sample_rate_hz: int) -> list[LabelledClip]:
         else:
             print(f"skipped: {clip.message}", flush=True)
     if not clips:
-        raise UserError(f"no clip of the corpus '{corpus}' can be used; name another corpus")
+        raise UserError(f"no clip of the corpus '{corpus}' can be used; choose another corpus")
     return clips

@@ -110,11 +110,11 @@ class SentenceMaker:
         return self._new(_plain)
 
     def corpus(self) -> str:
-        """Return a sentence for the corpus, which is basic with probability 0.5."""
+        """Return a sentence for the corpus: with probability 0.5, a basic sentence."""
         return render(self.plain() if self.rng.random() < 0.5 else self._new(_varied))
 
     def halves(self) -> tuple[str, str]:
-        """Return the two halves of a new basic sentence, which is cut after its verb."""
+        """Return the two halves of a new basic sentence, cut after the verb."""
         words = self.plain()
         return render(words[:4])[:-1], " ".join(words[4:]) + "."
 
@@ -151,7 +151,7 @@ def _plain(rng: random.Random, topic: Topic) -> list[str]:
 
 
 def _varied(rng: random.Random, topic: Topic) -> list[str]:
-    """Draw a sentence of one of five other shapes, as a single part."""
+    """Draw a sentence of one of five other forms, and return it as a single part."""
     first, second = rng.sample(topic.agents, 2)
     thing, other = rng.sample(topic.objects, 2)
     verb, verb2 = rng.sample(topic.verbs, 2)
@@ -174,13 +174,13 @@ def syllables(word: str) -> int:
     return len(re.findall(r"[aeiouy]+", stem))
 
 
-# Generated strings that are real words or names, or sound like them.
+# Generated strings that are real words or names, or that sound like a real word or name.
 BANNED = {"ravage", "emory", "ganger", "calious", "neager", "clozer", "gudger", "softed", "tinger", "parkit", "goble"}
 BANNED |= {"mormer", "nasty", "vested", "middle", "copious", "gitler", "sodger", "minger", "linger", "bitter", "warden"}
 
 
 def _changeable(word: str) -> list[int]:
-    """Return the positions of single vowels and consonants; after a change there the word can still be pronounced."""
+    """Return the positions of single vowels and consonants that can change in a pronounceable way."""
     vowels = "aeiouy"
     places = []
     for i, letter in enumerate(word):

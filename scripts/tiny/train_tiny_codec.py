@@ -3,8 +3,8 @@
 uv run python scripts/tiny/train_tiny_codec.py --corpus "assets/tiny/corpus/train-*.parquet" \\
     --validation_corpus "assets/tiny/corpus/validation-*.parquet" --output_dir outputs/tiny_codec
 
-The same command resumes a stopped run. The corpus is read into memory, 346 MB per hour of audio. `--output_dir` gets
-`codec/` (for `MimiModel.from_pretrained`, in float16) and `checkpoint.pt` (the state of the run).
+To resume a stopped run, repeat the command. The corpus is read into memory: 346 MB per hour of audio. The run writes
+`codec/` (for `MimiModel.from_pretrained`, in float16) and `checkpoint.pt` (the state of the run) to `--output_dir`.
 """
 
 import json
@@ -37,18 +37,18 @@ HELD_OUT_CLIPS, HELD_OUT_FRAMES = 16, 37  # 2.96 s
 class CodecFlags:
     """Options of a training run."""
 
-    corpus: str  # corpus to train on, of any format that training reads
+    corpus: str  # training corpus, in any format that llama_mimi.train reads
     validation_corpus: str  # held-out clips
     output_dir: Path  # folder of the run
     steps: int = 6000
-    batch_size: int = 8  # crops of 0.96 s per step
-    codebook_size: int = 256  # codes of a level
+    batch_size: int = 8  # number of crops of 0.96 s per step
+    codebook_size: int = 256  # number of codes per level
     learning_rate: float = 1e-3  # peak learning rate
     seed: int = 1
 
 
 class CodecRun:
-    """A training run, which resumes from the checkpoint in its folder."""
+    """Training run that resumes from the checkpoint in its folder."""
 
     def __init__(self, flags: CodecFlags) -> None:
         self.flags, self.path = flags, flags.output_dir / "checkpoint.pt"
@@ -58,6 +58,9 @@ class CodecRun:
         torch.manual_seed(flags.seed)
         self.config = config = tiny.tiny_mimi_config(flags.codebook_size)
         self.crop_size, held_out_size = CROP_FRAMES * config.frame_size, HELD_OUT_FRAMES * config.frame_size
+        limit = FIT_BATCHES * flags.batch_size * CROP_FRAMES
+        if flags.codebook_size > limit:
+            raise UserError(f"--codebook_size is {flags.codebook_size}; set at most {limit}, or a larger --batch_size")
         self.clips = [clip.samples_S for clip in tiny.read_clips(flags.corpus, config.sampling_rate)]
         held_out = tiny.read_clips(flags.validation_corpus, config.sampling_rate)[:HELD_OUT_CLIPS]
         self.held_out = [clip.samples_S[:held_out_size] for clip in held_out]
@@ -95,7 +98,7 @@ class CodecRun:
             self.model, audio_B1S, depth_B, is_quantized=self.step >= self.fit_step
         )
         spectral, waveform = self.loss(decoded_B1S, audio_B1S), l1_loss(decoded_B1S, audio_B1S)
-        # Linear warm-up over 100 steps, then a cosine from the peak to 2 % of it.
+        # Linear warm-up over 100 steps, then a cosine from the peak to 2 % of the peak.
         decay = 0.02 + 0.98 * (1 + math.cos(math.pi * self.step / self.flags.steps)) / 2
         rate = self.flags.learning_rate * min(1.0, (self.step + 1) / 100) * decay
         self.optimizer.param_groups[0]["lr"] = rate
@@ -112,7 +115,7 @@ class CodecRun:
 
     @torch.no_grad()
     def held_out_distances(self) -> dict[int, float]:
-        """Return the mean log-mel distance of the held-out clips, by depth."""
+        """Return the mean log-mel distance of the held-out clips for each depth."""
         distances = dict.fromkeys(tiny.DEPTHS, 0.0)
         self.model.eval()
         for samples_S in self.held_out:
@@ -140,7 +143,7 @@ class CodecRun:
         if self.path.exists():
             state = torch.load(self.path, map_location=self.device, weights_only=True)
             if state["settings"] != self.settings:
-                problem = f"'{self.path}' was made with other settings ({state['settings']})"
+                problem = f"'{self.path}' was written with other settings ({state['settings']})"
                 raise UserError(f"{problem}; use the same options or choose another --output_dir")
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])

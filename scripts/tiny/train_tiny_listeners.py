@@ -5,8 +5,9 @@ uv run python scripts/tiny/train_tiny_listeners.py --listener recogniser \\
 uv run python scripts/tiny/train_tiny_listeners.py --listener speaker_encoder \\
     --corpus "assets/tiny/corpus/train-*.parquet" --output_dir assets/tiny/speaker_encoder
 
-Their classes are `Wav2Vec2ForCTC` and `WavLMForXVector`, which eval/generation.py also uses at full scale. They know
-only the words and voices of the corpus. scripts/tiny/score_listeners.py measures their errors.
+The classes of the two models are `Wav2Vec2ForCTC` and `WavLMForXVector`. eval/generation.py loads large models of these
+classes, too. The small models know only the words and voices of the corpus. scripts/tiny/score_listeners.py measures
+their errors.
 
 Shapes: B clips, S samples, C channels, K taps of a kernel, L letters of a text.
 """
@@ -30,10 +31,11 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from llama_mimi.common.command_line import run_command
+from llama_mimi.common.errors import UserError
 from llama_mimi.common.versions import versions
 
 RATE_HZ = 16_000
-SPEEDS = (0.9, 1.0, 1.1)  # speeds of each clip; for the speaker encoder they are different voices
+SPEEDS = (0.9, 1.0, 1.1)  # speeds of each clip; for the speaker encoder, each speed is another voice
 LETTERS = "abcdefghijklmnopqrstuvwxyz'"
 PAD, UNKNOWN, SPACE = "<pad>", "<unk>", "|"
 VOCABULARY = {symbol: index for index, symbol in enumerate((PAD, UNKNOWN, SPACE, *LETTERS))}
@@ -41,10 +43,10 @@ PHASES = 4  # phases of each frequency in the first layer
 FREQUENCIES_HZ = (60.0, 7_600.0)
 CROP_SECONDS = (0.8, 2.4)  # for the speaker encoder; prompts and continuations have similar lengths
 NOISE_DB = (-60.0, -20.0)  # relative to the speech
-MARGIN = 0.3  # final margin of the speaker encoder's softmax; with a margin from the start it does not learn
+MARGIN = 0.3  # final margin of the speaker encoder's softmax; with it from the start, the encoder learns nothing
 # Steps, clips per step and peak learning rate.
 RECIPES = {"recogniser": (2500, 8, 1.5e-3), "speaker_encoder": (1500, 16, 4e-4)}
-# Frames of 25 ms every 5 ms, then of 20 ms, as in wav2vec 2.0. The first layer is a fixed filter bank.
+# The first layer is a fixed filter bank with 25 ms windows every 5 ms. The output has frames of 20 ms (wav2vec 2.0).
 FRONT_END = {"conv_kernel": (400, 3, 3), "conv_stride": (80, 2, 2), "feat_extract_norm": "layer", "conv_bias": True}
 FRONT_END |= {"do_stable_layer_norm": True, "num_conv_pos_embeddings": 32, "num_conv_pos_embedding_groups": 8}
 FRONT_END |= {"num_attention_heads": 4, "hidden_dropout": 0.1, "attention_dropout": 0.0, "activation_dropout": 0.0}
@@ -53,7 +55,7 @@ Batch = dict[str, torch.Tensor]
 
 
 def normalize(text: str) -> str:
-    """Return a text in the form of the ASR model: lower-case letters and single spaces."""
+    """Return a text in the format of the ASR model: lower-case letters and single spaces."""
     return " ".join("".join(letter for letter in text.lower() if letter in LETTERS + " ").split())
 
 
@@ -69,7 +71,7 @@ def set_filter_bank(weight_C1K: torch.Tensor) -> None:
 
 
 def with_noise(samples_S: torch.Tensor) -> torch.Tensor:
-    """Add white noise of a random level, and normalise to mean 0 and variance 1, like the feature extractor."""
+    """Add white noise of a random level, and normalise to mean 0 and variance 1, as the feature extractor does."""
     scale = samples_S.std() * 10 ** (random.uniform(*NOISE_DB) / 20)
     noisy_S = samples_S + scale * torch.randn_like(samples_S)
     return (noisy_S - noisy_S.mean()) / (noisy_S.std() + 1e-7)
@@ -135,7 +137,7 @@ def train_listener(listener: Literal["recogniser", "speaker_encoder"], corpus: s
     """Train a model, and write a folder that `transformers` loads.
 
     Args:
-        corpus: corpus with columns audio, speaker, text, of any format that training reads
+        corpus: corpus with the columns audio, speaker and text, in any format that llama_mimi.train reads
         output_dir: folder of the model
     """
     for set_seed in (random.seed, np.random.seed, torch.manual_seed):  # NumPy draws the masks of the ASR model

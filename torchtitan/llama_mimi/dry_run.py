@@ -1,4 +1,4 @@
-"""Implementation of scripts/dry_run.py: one step of training on fake tensors, as rank 0 of many GPUs."""
+"""Implementation of scripts/dry_run.py: rank 0 of many GPUs takes one training step on fake tensors."""
 
 import contextlib
 import copy
@@ -47,20 +47,20 @@ compute_shape = ShardingPropagator._propagate_tensor_meta_non_cached
 
 
 def untracked_shape(*args: Any) -> Any:
-    """Compute a DTensor's shape outside the memory tracker, which would count whole tensors (131.6 GB for the 8B)."""
+    """Compute a DTensor's shape outside the memory tracker. The tracker would count whole tensors (8B: 131.6 GB)."""
     with _disable_current_modes():
         return compute_shape(*args)
 
 
 class HalfPrecisionAttention(nn.Module):
-    """The attention operator of GPUs; activation checkpointing does not know the operator of CPUs."""
+    """Attention operator of GPUs, because activation checkpointing does not know the operator of CPUs."""
 
     def forward(self, q_BHLD: torch.Tensor, k_BGLD: torch.Tensor, v_BGLD: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         return torch.ops.aten._scaled_dot_product_flash_attention(q_BHLD, k_BGLD, v_BGLD, is_causal=True)[0]
 
 
 def nonzero(mode: FakeTensorMode, func: Callable, condition: torch.Tensor) -> torch.Tensor:
-    """Treat every element as nonzero: this gives the most targets, so the most memory."""
+    """Treat every element as nonzero. The numbers of targets and of bytes are then the largest possible."""
     return condition.new_empty((condition.numel(), condition.ndim), dtype=torch.long)
 
 
@@ -79,7 +79,7 @@ class FusedRMSNorm(torch.autograd.Function):
 
 
 def deep_frames(model: HierarchicalLlamaMimi, targets_NQ: torch.Tensor) -> torch.Tensor:
-    """Return as many frames as train the depth decoder on average; choosing them would need content."""
+    """Return as many frames as train the depth decoder on average. Fake tensors have no content to choose from."""
     return targets_NQ.new_empty(math.ceil(model.model_args.depth_train_fraction * len(targets_NQ)))
 
 
@@ -97,13 +97,13 @@ def no_content() -> Iterator[None]:
 
 
 def prepare(args: list[str], num_gpus: int) -> tuple[Any, ParallelDims]:
-    """Check a config, and build its meshes as rank 0 of a process group whose collectives do nothing."""
+    """Check a config, and build its meshes as rank 0 of a fake process group."""
     os.environ["WORLD_SIZE"] = str(num_gpus)
     job_config = parse_config(args)
     parallelism, converters = job_config.parallelism, job_config.model.converters
     if parallelism.context_parallel_degree > 1 or converters or job_config.training.enable_cpu_offload:
         settings = "context parallelism, model.converters and training.enable_cpu_offload"
-        raise UserError(f"the dry run does not support {settings}; remove them")
+        raise UserError(f"the dry run does not support {settings}; remove these settings")
     job_config.compile.enable = False
     torch.distributed.init_process_group("fake", rank=0, world_size=num_gpus)
     parallel_dims = Trainer.init_distributed(SimpleNamespace(job_config=job_config))
@@ -136,16 +136,16 @@ def make_batch(job_config: Any) -> tuple[torch.Tensor, torch.Tensor, dict[str, A
     inputs, labels = tokenizer.batch(ids_BLW, torch.zeros_like(ids_BLW))
     tokens = inputs.pop("input")
     if job_config.data.packing == "pack":
-        bounds = torch.zeros(B + 1, dtype=torch.int32, device=DEVICE)  # bounds of clips, a few bytes
+        bounds = torch.zeros(B + 1, dtype=torch.int32, device=DEVICE)  # bounds of clips; they need only a few bytes
         inputs["attention_masks"] = VarlenMetadata(cu_seq_q=bounds, cu_seq_k=bounds, max_q=L, max_k=L)
         inputs["positions"] = torch.zeros(B, L, dtype=torch.long, device=DEVICE)
     return tokens, labels, inputs
 
 
 def build_states(job_config: Any, parallel_dims: ParallelDims, model: nn.Module) -> tuple[Any, dict[str, int]]:
-    """Allocate the model and an optimizer with its states; return the optimizer, and the bytes by kind of tensor."""
+    """Allocate the model, an optimizer and its states; return the optimizer, and the bytes of each kind of tensor."""
     model.to_empty(device=DEVICE)
-    # TorchTitan's optimizers, because those of the train spec read the values of gradients.
+    # TorchTitan's optimizers, because the optimizers of the train spec read the values of gradients.
     optimizers = build_optimizers([model], job_config.optimizer, parallel_dims)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -159,7 +159,7 @@ def build_states(job_config: Any, parallel_dims: ParallelDims, model: nn.Module)
 
 
 def measure(job_config: Any, parallel_dims: ParallelDims, model: nn.Module) -> dict[str, int]:
-    """Take one step as TorchTitan's trainer does, without compilation; return bytes by use, and the peak."""
+    """Take one step like TorchTitan's trainer, without compilation; return the bytes of each use, and the peak."""
     optimizers, sizes = build_states(job_config, parallel_dims, model)
     loss_fn = get_train_spec(job_config.model.name).build_loss_fn(job_config, parallel_dims=parallel_dims)
     has_loss_parallel = parallel_dims.tp_enabled and not job_config.parallelism.disable_loss_parallel
@@ -201,7 +201,7 @@ def measure(job_config: Any, parallel_dims: ParallelDims, model: nn.Module) -> d
 
 
 def dry_run(num_gpus: int, gpu_gb: float, args: list[str]) -> None:
-    """Print the model, its meshes and the memory of a GPU; exit with code 1 if it does not fit into ``gpu_gb``."""
+    """Print the model, its meshes and the memory of a GPU; exit with code 1 if a GPU needs more than ``gpu_gb``."""
     init_logger()
     logger.setLevel(logging.ERROR)  # do not warn about missing folders
     job_config, parallel_dims = prepare(args, num_gpus)

@@ -16,8 +16,8 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.job_config import JobConfig, checkpoint_folder
 
 HELP = f"""{__doc__}
-These are the settings of this project, and settings of TorchTitan whose defaults this project changes. A config file
-(--job.config_file) has the same settings, in sections. To list the other settings of TorchTitan (10 s):
+These are the settings of this project, and the settings of TorchTitan that have other defaults here. A config file
+(--job.config_file) has the same settings, in sections. To list the other settings of TorchTitan (this takes 10 s):
 
     uv run python -m torchtitan.train --help
 """
@@ -52,7 +52,7 @@ def main() -> None:
         try:
             trainer.train()
         except BaseException as error:
-            if isinstance(error, OSError) and error.filename is None:  # TensorBoard does not set it
+            if isinstance(error, OSError) and error.filename is None:  # TensorBoard does not set the file name
                 error.filename = job_config.job.dump_folder
             with suppress(OSError):  # on a full disk, closing fails, too; report the first error
                 trainer.close()

@@ -13,8 +13,8 @@ from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 from llama_mimi.audio.mimi import load_codec_config
 from llama_mimi.checkpoint.architectures import save_run_record, speech_config
 from llama_mimi.checkpoint.huggingface import LlamaMimiStateDictAdapter
-from llama_mimi.common.distributed import end_with_torchrun
-from llama_mimi.common.errors import UserError, report
+from llama_mimi.common.command_line import report_errors
+from llama_mimi.common.distributed import end_with_torchrun, report_error_once
 from llama_mimi.data.build import build_dataloader
 from llama_mimi.data.dataloader import DataMeter
 from llama_mimi.model.architectures import build_model, parallelize
@@ -35,15 +35,20 @@ JobConfig.maybe_log = lambda job_config: None  # `prepare_run` saves the config 
 def build_tokenizer(job_config: Any) -> SpeechTokenizer:
     """Check and prepare a run, and return its tokenizer. TorchTitan calls this function before all other builders."""
     end_with_torchrun()  # TorchTitan's own entry point needs this line and the next
-    sys.excepthook = report_user_error
+    sys.excepthook = report_uncaught
     prepare_run(job_config)
     use_checksums(job_config.checkpoint.verify)
     job_config.quantize.linear.float8.filter_fqns.append("output")  # the loss reads the unconverted output matrix
     return build_speech_tokenizer(job_config)
 
 
-def report_user_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    report(error) if isinstance(error, UserError) else sys.__excepthook__(kind, error, trace)
+def report_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Report an uncaught error as `llama_mimi.train` does."""
+    try:
+        with report_errors(), report_error_once():
+            raise error
+    except kind:
+        sys.__excepthook__(kind, error, trace)
 
 
 def build_loss(

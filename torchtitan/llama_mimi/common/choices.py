@@ -1,10 +1,10 @@
-"""Defaults and choices of several settings, without an import of PyTorch."""
+"""Defaults and choices of several settings. This module does not import PyTorch."""
 
 from typing import Literal
 
 DEFAULT_CODEC = "kyutai/mimi"
-# Encoding of a partial last frame: "pad" fills it with zeros, as in training; "codec" lets each convolution pad it, as
-# in the first release.
+# Encoding of a partial last frame: "pad" fills the frame with zeros, as in training; "codec" lets each convolution pad
+# the frame, as in the first release.
 LastFrame = Literal["codec", "pad"]
 Precision = Literal["float32", "bfloat16"]
 DecoderPrecision = Literal["float32", "bfloat16", "float16"]  # the first release is evaluated in float16

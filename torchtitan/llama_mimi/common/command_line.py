@@ -21,7 +21,7 @@ DISK_ERRORS = "ENOSPC EDQUOT EFBIG EROFS EACCES ENOTDIR EEXIST".split()
 
 
 def run_command(function: Callable[..., None], doc: str | None) -> None:
-    """Run a function as a command. Its parameters, and the fields of its dataclass parameters, are the flags."""
+    """Run a function as a command. The flags are its parameters and the fields of its dataclass parameters."""
     bind = functools.wraps(function)(lambda *args, **kwargs: functools.partial(function, *args, **kwargs))
     with command(bind, doc) as call:
         call()
@@ -29,7 +29,7 @@ def run_command(function: Callable[..., None], doc: str | None) -> None:
 
 @contextlib.contextmanager
 def command(kind: Callable[..., Any], doc: str | None, **settings: Any) -> Iterator[Any]:
-    """Parse flags, and yield an options object to a block that imports PyTorch, which takes seconds."""
+    """Parse flags, and yield an options object. Import PyTorch in the block, because this import takes seconds."""
     with report_errors():
         options = tyro.cli(kind, description=doc, **TYRO, **settings)
         print_loading("libraries")
@@ -37,7 +37,7 @@ def command(kind: Callable[..., Any], doc: str | None, **settings: Any) -> Itera
 
 
 def print_loading(what: str) -> None:
-    """Print that imports begin, on rank 0."""
+    """On rank 0, print that imports begin."""
     if "torch" not in sys.modules and os.environ.get("RANK", "0") == "0":
         print(f"loading {what} ...", file=sys.stderr, flush=True)
 
@@ -56,7 +56,7 @@ def parse_options(kind: type, words: Sequence[str]) -> Any:
 
 @contextlib.contextmanager
 def report_errors() -> Iterator[None]:
-    """For a `UserError`, full memory or an unusable disk, print one sentence and exit with code 1."""
+    """Report a `UserError`, full memory or an unusable disk in one sentence, and exit with code 1."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may not be UTF-8
     try:

@@ -103,6 +103,9 @@ class AudioReader:
     def _split(self, row: Row) -> list[AudioClip | SkippedClip]:
         """Split a long recording at pauses into clips without text; a short recording is one clip with its text."""
         waveform = read_row(row, self.sample_rate_hz, max_seconds=MAX_RECORDING_SECONDS)
+        if waveform.is_cut and SHORTER not in waveform.audio_warnings:
+            hours = MAX_RECORDING_SECONDS / 3600
+            raise AudioError("too long", f"'{row['name']}' is longer than {hours:g} hours; divide the recording")
         ends = split_at_pauses(waveform.samples_S, self.sample_rate_hz, self._max_seconds)
         if len(ends) == 1:
             return [self._clip(row["name"], waveform, row)]

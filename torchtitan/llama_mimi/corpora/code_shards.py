@@ -100,7 +100,12 @@ class CodeCorpus:
     def read(self, unit: int) -> list[Row]:
         """Return the rows of a unit; raise a `UserError` if its shard is damaged."""
         path = f"{self.name.rstrip('/')}/{self.manifest['shards'][self._shard_U[unit]]['file']}"
-        return coded_rows(read_shard(path, self._columns, int(self._group_U[unit])), self.num_quantizers)
+        rows = coded_rows(read_shard(path, self._columns, int(self._group_U[unit])), self.num_quantizers)
+        size = self.manifest["codec"]["codebook_size"]
+        if (highest := max((row["codes"].max(initial=0) for row in rows), default=0)) >= size:
+            problem = f"'{path}' contains the code {highest}, outside the codebook of {size} codes"
+            raise UserError(f"{problem}; the shard is damaged: tokenise the corpus again")
+        return rows
 
     def clips(self, row: Row) -> list[CodedClip | SkippedClip]:
         """Return the clip of a row from `read`."""

@@ -4,9 +4,10 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llama_mimi.common.errors import UserError
+from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import digest, file_system
 from llama_mimi.corpora.source import Columns, Row, Source, Unit, reading
 
@@ -58,10 +59,16 @@ class ParquetSource(Source):
                     raise UserError(f"row group {number} of '{path}' {problem}; {remedy}")
                 for index in range(batch.num_rows):
                     if at >= first + start:
-                        values = {column: batch.column(column)[index].as_py() for column in self._columns.values()}
-                        place, audio = f"row {at} of row group {number} of {path}", values[self._wanted.audio]
-                        yield self._row(place, values, audio, values.get("id"), path.rsplit("/", 1)[0])
+                        place = f"row {at} of row group {number} of {path}"
+                        yield self._of_batch(batch, index, place, path.rsplit("/", 1)[0])
                     at += 1
+
+    def _of_batch(self, batch: pa.RecordBatch, index: int, place: str, folder: str) -> Row:
+        try:
+            values = {column: batch.column(column)[index].as_py() for column in self._columns.values()}
+        except ValueError as error:
+            return {"name": place, "problem": f"its text is not UTF-8 ({first_line(error)})"}
+        return self._row(place, values, values[self._wanted.audio], values.get("id"), folder)
 
 
 def _contents(path: str) -> tuple[list[str], list[tuple[int, int]]]:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from llama_mimi.audio.mimi import DTYPES, MimiCodec, codec_hash, whole_frames
 from llama_mimi.audio.reading import RESAMPLER
 from llama_mimi.common import files
+from llama_mimi.common.choices import DEFAULT_CODEC
 from llama_mimi.common.command_line import print_next
 from llama_mimi.common.distributed import DistributedContext, broadcast_from_rank0, distributed_context
 from llama_mimi.common.errors import UserError
@@ -102,7 +103,7 @@ def tokenize_corpus(options: TokenizationOptions) -> None:
             done = f"finished: {len(jobs) - len(todo)} of {len(jobs)} jobs"
             print(f"{done}; columns: {', '.join(plan['columns'])}", flush=True)
             if 0 < len(todo) < ranks.world_size:
-                print(f"{ranks.world_size} ranks, but only {len(todo)} jobs: some ranks have no work", flush=True)
+                print(f"{ranks.world_size} ranks share {len(todo)} jobs: some ranks have no work", flush=True)
             return todo
 
         write_shards(options, ranks, broadcast_from_rank0(resume), reader, codec, plan["columns"])
@@ -121,6 +122,9 @@ def _print_next(options: TokenizationOptions, num_ranks: int) -> None:
             "job.config_file": f"config/{'llama3_2_1b_peoples_speech' if is_real else 'tiny'}.toml",
             "job.dump_folder": f"outputs/{os.path.basename(options.output_dir.rstrip('/'))}",
             "training.dataset": options.output_dir,
+            "codec.num_quantizers": options.num_quantizers if options.num_quantizers < 4 else None,
+            "codec.name": options.codec if options.codec not in (DEFAULT_CODEC, "assets/tiny/mimi") else None,
+            "codec.sliding_window": None if options.codec_sliding_window else False,
             "validation.enable": False if is_real else None,  # the config names another corpus
         },
     )
@@ -170,7 +174,11 @@ def unfinished(output_dir: str, plan: dict[str, Any], jobs: Sequence[Job]) -> li
     else:
         remedy = "re-run with the earlier options, or choose another --output_dir"
         require_same(earlier, plan, f"'{output_dir}'", remedy)
+    fs, folder = files.file_system(output_dir)
     names = files.sizes_in(output_dir)
+    for name in names:
+        if name.endswith(files.PARTIAL):  # of a killed run
+            fs.rm_file(f"{folder}/{name}")
     existing = [(job, *job.shards_in(names)) for job in jobs]
     return [replace(job, first_part=len(found)) for job, found, is_done in existing if not is_done]
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from datasets import Audio, Dataset, get_dataset_config_names, load_dataset
 
 from llama_mimi.audio.reading import AUDIO_ENDINGS
@@ -180,7 +179,7 @@ def _labels(row: Mapping[str, Any]) -> dict[str, str]:
         if frequency < 0:
             raise ValueError
     except ValueError as error:
-        raise UserError(f"the frequency of '{row['id']}' is '{row['frequency']}', not a count; fix the table") from error
+        raise UserError(f"the table has the frequency '{row['frequency']}', not a count; fix the table") from error
     bands = [band for lowest, band in FREQUENCY_BANDS if frequency >= lowest]
     return labels | ({"frequency": bands[-1]} if bands else {})
 

@@ -1,4 +1,4 @@
-"""Options of the benchmark scripts in eval/, without an import of PyTorch."""
+"""Options of the benchmark scripts in eval/. This module does not import PyTorch."""
 
 import math
 import re
@@ -10,7 +10,7 @@ from llama_mimi.common.choices import DecoderPrecision
 from llama_mimi.common.errors import UserError
 
 Likelihood = Literal["softmax", "grammar"]
-MAX_AUDIO_SECONDS = 20.0  # maximum length of a clip in the paper's training
+MAX_AUDIO_SECONDS = 20.0  # maximum length of the paper's training clips
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,12 @@ class Scoring:
 
     Args:
         levels: quantizer levels to score; None means all. ``</audio>`` is also scored, if present.
-        as_released: score as the first release does. A sequence has BOS only if the tokenizer adds BOS, and it has
-            ``</audio>`` even if the clip is cut. If ``levels`` is None, all tokens after the first are scored,
-            including ``<audio>``. If ``levels`` is ``(0,)``, every Q-th token from position 2 is scored. These tokens
-            are level 0 and ``</audio>`` in a sequence with BOS, or level 1 in a sequence without BOS.
-        likelihood: "softmax" over the vocabulary, or "grammar" over the codes of a level (level 0: also ``</audio>``).
+        as_released: score as the first release does. A sequence begins with BOS only if the tokenizer adds BOS. A
+            sequence ends with ``</audio>`` even if the clip is cut. If ``levels`` is None, all tokens after the first
+            are scored, including ``<audio>``. If ``levels`` is ``(0,)``, every Q-th token from position 2 is scored:
+            with BOS, the codes of level 0 and ``</audio>``; without BOS, the codes of level 1.
+        likelihood: "softmax" normalises over the vocabulary. "grammar" normalises over the codes of a level; at level
+            0, ``</audio>`` is included.
     """
 
     levels: tuple[int, ...] | None
@@ -32,12 +33,12 @@ class Scoring:
 
     @property
     def tie(self) -> float:
-        """Credit of a pair with equal scores."""
+        """Credit for a pair with equal scores."""
         return 0.0 if self.as_released else 0.5
 
     @property
     def by_group(self) -> bool:
-        """True if the pairs of a group, such as the voices of a word, are averaged first."""
+        """True if the accuracy is first averaged within each group of pairs, such as the voices of a word."""
         return not self.as_released
 
 
@@ -46,21 +47,20 @@ class EvaluationOptions:
     """Flags of the benchmark scripts in eval/."""
 
     model_name: str = "llm-jp/Llama-Mimi-1.3B"  # hub id or folder of the model
-    data_dir: str | None = None  # folder (official layout or Parquet) or hub id; default: hub id of the benchmark
+    data_dir: str | None = None  # data: folder (official layout or Parquet) or hub id; default: hub id of the benchmark
     output_dir: Path = Path("results")  # folder for results
-    codes_dir: str | None = None  # folder of cached codes, for all models; default: <output_dir>/codes
+    codes_dir: str | None = None  # folder of cached codes, shared by all models; default: <output_dir>/codes
     codec: str | None = None  # hub id or folder of the codec; default: the model's codec
-    codec_sliding_window: bool | None = None  # limit the codec's attention to its window; default: as in training
+    codec_sliding_window: bool | None = None  # limit the codec's attention to its window; default: same as in training
     device: str | None = None  # torch device; default: the GPU if there is one, else the CPU
     dtype: DecoderPrecision = "float32"  # precision of the decoder (the first release evaluates in float16)
-    batch_tokens: int | None = None  # maximum number of tokens in a batch; default: 4096, on GPUs 32768
+    batch_tokens: int | None = None  # maximum number of tokens in a batch; default: 32768 on a GPU, else 4096
     max_audio_seconds: float = MAX_AUDIO_SECONDS  # maximum length of a clip, in seconds; longer clips are cut
-    preset: Literal["official", "original"] = (
-        "official"  # scoring rule; official: the benchmark's rule; original: the rule of the first release
-    )
+    # scoring rule: 'official' is the benchmark's rule, 'original' is the rule of the first release
+    preset: Literal["official", "original"] = "official"
     levels: str | None = None  # quantizer levels to score: "all" or a list such as 0,1; default: all for SALMon, else 0
-    likelihood: Likelihood = "softmax"  # softmax: over the vocabulary; grammar: over the tokens valid at a position
-    limit: int | None = None  # maximum number of pairs (words, sentences) in each part; default: all
+    likelihood: Likelihood = "softmax"  # 'softmax' normalises over the vocabulary, 'grammar' over the valid tokens
+    limit: int | None = None  # maximum number of pairs (sLM21: words or sentences) in each part; default: all
 
     def __post_init__(self) -> None:
         for flag in ("max_audio_seconds", "batch_tokens", "limit"):
@@ -70,7 +70,7 @@ class EvaluationOptions:
             raise UserError(f"--levels is '{self.levels}'; set 'all' or a list of levels, such as 0,1")
 
     def scoring(self, levels: tuple[int, ...] | None) -> tuple[str, Scoring]:
-        """Return the name of the result file and the scoring rule; ``levels`` is the default of the benchmark."""
+        """Return the result file's name and the scoring rule. ``levels`` are the benchmark's default levels."""
         name, chosen = str(self.preset), levels
         if self.levels is not None:
             chosen = None if self.levels == "all" else tuple(sorted({int(level) for level in self.levels.split(",")}))
@@ -81,7 +81,7 @@ class EvaluationOptions:
         is_changed = name != self.preset or self.max_audio_seconds != MAX_AUDIO_SECONDS
         if self.preset == "original" and (is_changed or self.codec_sliding_window):
             raise UserError(
-                "--preset original does not allow other scoring flags; remove these flags, or set --preset official"
+                "--preset original does not allow other scoring flags; remove the other flags, or set --preset official"
             )
         if self.limit is not None:
             name += f"-limit_{self.limit}"

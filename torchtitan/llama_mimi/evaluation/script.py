@@ -114,9 +114,13 @@ class BenchmarkScript:
         name, data_folder = self.following
         default = vars(EvaluationOptions())
         flags: dict[str, Any] = {key: value for key, value in vars(options).items() if value != default[key]}
-        if options.data_dir is not None:
-            data_dir = Path(options.data_dir).parent / data_folder
-            flags["data_dir"] = data_dir if data_dir.is_dir() else None
+        if options.data_dir is not None and Path(options.data_dir).is_dir():
+            folders = [Path(options.data_dir).parent / folder for folder in (data_folder, "speed")]
+            if not (found := [folder for folder in folders if folder.is_dir()]):
+                return
+            flags["data_dir"] = found[0]
+        else:
+            flags.pop("data_dir", None)
         print_next(f"python eval/{name}.py", **{"model_name": options.model_name} | flags)
 
 

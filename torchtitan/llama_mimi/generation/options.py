@@ -1,4 +1,4 @@
-"""Options of inference.py and of sampling, without an import of PyTorch."""
+"""Options of inference.py and of sampling. This module does not import PyTorch."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,17 +25,18 @@ class SamplingOptions:
 
     seconds: float = 10.0  # maximum length of the continuation, in seconds; generation stops earlier at </audio>
     min_seconds: float = 0.0  # minimum length of the continuation, in seconds; the model cannot end the speech earlier
-    temperature: float = 0.8  # temperature of sampling; 0 means the most likely token
+    temperature: float = 0.8  # sampling temperature; at 0, the most likely token is chosen
     top_k: int = 30  # sample from the k most likely tokens (among those valid at this position)
-    # sample from the fewest of the top_k tokens whose probabilities sum to p; default: the generation config, or 1
+    # sample from the most likely tokens with a total probability of p, among the top_k tokens; default: the value in
+    # the generation config of the model, else 1
     top_p: float | None = None
-    # maximum length of prompt and new audio that the model sees at once, in seconds; default: longest training clip.
-    # When the window is full, keep the start of the prompt and the last half of the window
+    # length of the model's context (prompt and new audio), in seconds; default: maximum length of a training clip. If
+    # the context is full, only the start of the prompt and the last half of the context are kept
     window_seconds: float | None = None
     seed: int = 0  # seed of the first sample; the same seed gives the same samples
     num_samples: int = 1  # number of continuations of each prompt
-    # encoding of a partial last frame of a prompt: pad fills it with zeros, codec passes it to the codec unchanged, as
-    # in the first release; default: codec for released checkpoints, else pad
+    # encoding of a partial last frame of a prompt: 'pad' fills the frame with zeros; 'codec' passes the frame to the
+    # codec unchanged, as the first release does; default: 'codec' for released checkpoints, else 'pad'
     last_frame: LastFrame | None = None
 
     def __post_init__(self) -> None:
@@ -45,7 +46,7 @@ class SamplingOptions:
                 raise UserError(f"--{name} is {value}; choose a value from {low:g} to {high:g}")
         if self.min_seconds > self.seconds:
             raise UserError(
-                f"--min_seconds is {self.min_seconds:g}, more than --seconds {self.seconds:g}; raise --seconds"
+                f"--min_seconds is {self.min_seconds:g}, but --seconds is {self.seconds:g}; increase --seconds"
             )
 
 
@@ -54,15 +55,15 @@ class ContinuationOptions:
     """Flags of inference.py."""
 
     model_name: str = "llm-jp/Llama-Mimi-1.3B"  # hub id or folder of the model
-    prompt: str | None = None  # WAV, FLAC, MP3 or OGG file; M4A, AAC, WebM and WMA need FFmpeg
-    prompts: Path | None = None  # folder of prompts, requires --output_dir; to resume a killed run, run it again
-    text: str | None = None  # text to speak, beginning with the transcript of --prompt; for models of the task tts
-    output_file: Path = Path("continuation.wav")  # WAV file; several samples get numbers in their names
+    prompt: str | None = None  # file with the prompt: WAV, FLAC, MP3 or OGG; M4A, AAC, WebM and WMA need FFmpeg
+    prompts: Path | None = None  # folder of prompts; requires --output_dir. To resume a killed run, repeat the command
+    text: str | None = None  # text to speak, for models of the task 'tts'; begin the text with the prompt's transcript
+    output_file: Path = Path("continuation.wav")  # WAV file to write; a number is added if --num_samples is above 1
     output_dir: Path | None = None  # folder for the continuations of --prompts
     stream: bool = False  # write the sample to disk during generation
-    batch_size: int | None = None  # number of samples of --prompts that are drawn at once; default: 8, on GPUs 64
+    batch_size: int | None = None  # number of samples to generate at once, with --prompts; default: 64 on a GPU, else 8
     codec: str | None = None  # hub id or folder of the codec; default: the codec in the config of the model
-    codec_sliding_window: bool | None = None  # limit the codec's attention to its window; default: as in training
+    codec_sliding_window: bool | None = None  # limit the codec's attention to its window; default: same as in training
     device: str | None = None  # torch device; default: the GPU if there is one, else the CPU
     dtype: DecoderPrecision = "float32"  # precision of the decoder
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
@@ -73,11 +74,11 @@ class ContinuationOptions:
         is_batch_wrong = num_rows is not None and (num_rows < 1 or not is_folder)
         is_stream_wrong = self.stream and (is_folder or self.sampling.num_samples > 1)
         problems = {
-            "set --prompt, --text or both, or else --prompts": is_folder == bool(self.prompt or text),
-            "--prompts and --output_dir go together; set both or none": is_folder != (self.output_dir is not None),
-            f"--batch_size is {num_rows}; it needs --prompts and a value of at least 1": is_batch_wrong,
-            "--stream writes one sample of one prompt; remove --stream": is_stream_wrong,
-            f"--text '{as_utf8(text)}' is not UTF-8; type it in a UTF-8 terminal": as_utf8(text) != text,
+            "set --prompt, --text or both; or set only --prompts": is_folder == bool(self.prompt or text),
+            "--prompts and --output_dir need each other; set both flags": is_folder != (self.output_dir is not None),
+            f"--batch_size is {num_rows}; set it to 1 or more, and set --prompts": is_batch_wrong,
+            "--stream supports only one sample of one prompt; remove --stream": is_stream_wrong,
+            f"--text '{as_utf8(text)}' is not UTF-8; type the text in a UTF-8 terminal": as_utf8(text) != text,
             f"--output_file is '{file}'; choose a name that ends in .wav": file.suffix.lower() != ".wav",
         }
         if wrong := [problem for problem, is_wrong in problems.items() if is_wrong]:

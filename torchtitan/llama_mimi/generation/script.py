@@ -35,7 +35,7 @@ def continue_speech(options: ContinuationOptions) -> None:
         for warning in read_prompt(options.prompt).audio_warnings:
             print(f"note: '{options.prompt}' is {warning}")
         if any(path.exists() and path.samefile(options.prompt) for path in files):
-            raise UserError(f"--output_file would replace the --prompt '{options.prompt}'; choose another file")
+            raise UserError(f"--output_file would replace the --prompt '{options.prompt}'; choose another name")
 
     with distributed_context(options.device) as ranks:
         name, device, dtype, window = options.model_name, str(ranks.device), options.dtype, options.codec_sliding_window
@@ -57,7 +57,7 @@ def continue_speech(options: ContinuationOptions) -> None:
         samples = f"{len(records) - len(failed):,} samples in {options.output_dir}{without_new_audio(records)}"
         print(f"{samples}; see {options.output_dir / RESULTS}")
         if failed:
-            raise UserError(f"{len(failed):,} samples failed; the first: {failed[0]}")
+            raise UserError(f"{len(failed):,} samples failed; the first error: {failed[0]}")
 
 
 def _continue_prompt(model: SpeechModel, options: ContinuationOptions, files: list[Path]) -> None:
@@ -83,7 +83,7 @@ def _continue_prompt(model: SpeechModel, options: ContinuationOptions, files: li
 
 
 def _stream(codec: MimiCodec, prompt_TQ: torch.Tensor, drawn: Drawn, path: Path) -> torch.Tensor:
-    """Write a sample frame by frame, so that the file can be played while it grows; return its codes_TQ."""
+    """Write a sample frame by frame, so that a player can play the growing file; return the codes_TQ of the sample."""
     decoding, written = DecodingStream(codec), []
     with wav_writer(path, codec.sample_rate_hz) as file:
         for codes_TQ in chain([prompt_TQ], (new[None] for _, new in drawn if isinstance(new, torch.Tensor))):

@@ -1,9 +1,10 @@
-"""Options of eval/generation.py, and criteria of its judge, without an import of PyTorch."""
+"""Options of eval/generation.py, and criteria of its judge. This module does not import PyTorch."""
 
 import hashlib
 import re
 import tomllib
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +14,7 @@ from llama_mimi.evaluation.options import model_folder
 from llama_mimi.generation.options import SamplingOptions
 
 MAX_RECORDING_SECONDS = 60.0  # longer recordings are cut to this length
-# Folders of --output_dir: prompts, their recordings, and cached values of all systems.
+# Subfolders of --output_dir: prompts, recordings, and cached values of all systems.
 PROMPTS, RECORDINGS, MEASURED = "prompts", "recordings", "measured"
 RECORDING, SHUFFLED, RECONSTRUCTION = "recording", "shuffled", "reconstruction"  # references
 RESERVED = (RECORDING, SHUFFLED, PROMPTS, RECORDINGS, MEASURED)
@@ -30,7 +31,7 @@ class Criteria:
 
 
 def read_criteria(path: Path) -> Criteria:
-    """Read a criteria file; raise a `UserError` if it cannot be used."""
+    """Read a criteria file; raise a `UserError` if the file cannot be used."""
     try:
         data = path.read_bytes()
         content = tomllib.loads(data.decode())
@@ -42,7 +43,7 @@ def read_criteria(path: Path) -> Criteria:
             raise ValueError("there is no criterion, or the request lacks {prompt} or {continuation}")
     except (OSError, ValueError, KeyError, AttributeError, IndexError) as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"'{path}' is not a criteria file ({reason}); fix the file as in eval/judge.toml") from error
+        raise UserError(f"'{path}' is not a criteria file ({reason}); write the file like eval/judge.toml") from error
     return Criteria(names, system, request, hashlib.sha256(data).hexdigest())
 
 
@@ -50,20 +51,21 @@ def read_criteria(path: Path) -> Criteria:
 class PromptOptions:
     """Recordings, and the length of prompts."""
 
-    corpus: str  # name, folder, Parquet path or glob of held-out recordings
-    dataset_path: str | None = None  # folder with a download of a named corpus
-    split: str | None = None  # split, if the folder contains several
+    corpus: str  # corpus of held-out recordings: name, folder, Parquet path or glob
+    dataset_path: str | None = None  # folder of the downloaded corpus, if --corpus is a name
+    split: str | None = None  # name of the split, if the corpus has several splits
     audio_column: str = "audio"  # column with the recordings
-    speaker_column: str = "speaker"  # column with speakers, for shuffled pairs of two speakers
+    speaker_column: str = "speaker"  # column with speakers; a shuffled pair has two different speakers
     prompt_seconds: float = 3.0  # approximate length of a prompt, in seconds (at least 0.5)
     recording_seconds: float | None = None  # minimum length of a recording, in seconds; default: twice --prompt_seconds
-    limit: int | None = None  # maximum number of recordings, chosen by the hash of their names; default: all
+    limit: int | None = None  # maximum number of recordings; the choice depends on their names; default: all
 
     def __post_init__(self) -> None:
         low, high = 1.25 * max(self.prompt_seconds, 0.5), MAX_RECORDING_SECONDS
         if not (self.prompt_seconds >= 0.5 and low <= self.min_seconds <= high):
-            problem = f"--prompt_seconds is {self.prompt_seconds:g} and --recording_seconds {self.min_seconds:g}"
-            raise UserError(f"{problem}; set at least 0.5 s, and {low:g} to {high:g} s")
+            problem = f"--prompt_seconds is {self.prompt_seconds:g}, --recording_seconds is {self.min_seconds:g}"
+            remedy = f"set --prompt_seconds to at least 0.5, and --recording_seconds to {low:g} to {high:g}"
+            raise UserError(f"{problem}; {remedy}")
 
     @property
     def min_seconds(self) -> float:
@@ -75,15 +77,15 @@ class PromptOptions:
 class MeasureOptions:
     """Measures to compute."""
 
-    speaker_model: str | None = None  # hub id or folder of a WavLM x-vector model; default: no similarity
-    quality: Literal["distillmos", "aesthetics", "none"] = "distillmos"  # sound quality model; aesthetics: Audiobox
+    speaker_model: str | None = None  # hub id or folder of a WavLM x-vector model; default: no speaker similarity
+    quality: Literal["distillmos", "aesthetics", "none"] = "distillmos"  # quality model; 'aesthetics': Audiobox
     asr_model: str | None = None  # hub id or folder of an ASR model; default: no transcripts
-    language: str | None = None  # language code for multilingual ASR models, such as en; default: detect it
+    language: str | None = None  # language code for multilingual ASR models, such as en; default: detected
     text_model: str | None = None  # hub id or folder of a language model; default: no perplexity
-    judge_model: str | None = None  # name of the model at --judge_url; default: no judge
-    judge_url: str | None = None  # URL of a server, such as http://localhost:8000/v1; default: OpenAI
+    judge_model: str | None = None  # name of the judge model on the server; default: no judge
+    judge_url: str | None = None  # URL of the judge's server, such as http://localhost:8000/v1; default: OpenAI
     judge_criteria: Path = Path("eval/judge.toml")  # TOML file with the judge's questions
-    listening_batch_size: int | None = None  # number of clips per batch of a measure; default: 8, on GPUs 16
+    listening_batch_size: int | None = None  # number of clips in a batch to measure; default: 16 on a GPU, else 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,16 +94,16 @@ class GenerationOptions:
 
     prompts: PromptOptions
     model_name: str | None = None  # hub id or folder of a model; required without --wavs
-    wavs: Path | None = None  # folder with another system's files <prompt>.wav or <prompt>_<number>.wav
-    wavs_contain_prompt: bool = False  # the files in --wavs begin with their prompt
+    wavs: Path | None = None  # folder of another system; names of files: <prompt>.wav or <prompt>_<number>.wav
+    wavs_contain_prompt: bool = False  # each file in --wavs begins with its prompt
     name: str | None = None  # name of the system; default: name of the model or folder
-    # Length and randomness of continuations. --seconds also limits WAVs and recordings.
+    # Length and randomness of continuations. --seconds also limits the length of WAVs and recordings.
     sampling: SamplingOptions = field(default_factory=lambda: SamplingOptions(num_samples=5))
     output_dir: Path = Path("results/generation")  # folder for the prompts and the results of all systems
     measures: MeasureOptions = field(default_factory=MeasureOptions)
     codec: str | None = None  # hub id or folder of the codec; default: the model's codec
-    codec_sliding_window: bool | None = None  # limit the codec's attention to its window; default: as in training
-    batch_size: int | None = None  # number of samples per batch; default: 8, on GPUs 64
+    codec_sliding_window: bool | None = None  # limit the codec's attention to its window; default: same as in training
+    batch_size: int | None = None  # number of samples per batch; default: 64 on a GPU, else 8
     device: str | None = None  # torch device; default: the GPU if there is one, else the CPU
     dtype: DecoderPrecision = "float32"  # precision of the decoder
 
@@ -114,6 +116,9 @@ class GenerationOptions:
                 raise UserError(f"--{flag} needs --{other}; set --{other}, or remove --{flag}")
         if self.measures.judge_model is not None:
             read_criteria(self.measures.judge_criteria)
+        used = {"distillmos": self.measures.quality == "distillmos", "openai": self.measures.judge_model is not None}
+        if missing := [package for package, is_used in used.items() if is_used and not find_spec(package)]:
+            raise UserError(f"the package '{missing[0]}' is missing; run `uv sync --inexact --extra judging`")
         for options, flag in ((self, "batch_size"), (self.measures, "listening_batch_size"), (self.prompts, "limit")):
             if (value := getattr(options, flag)) is not None and value < 1:
                 raise UserError(f"--{flag} is {value}; set it to 1 or more")
@@ -123,5 +128,5 @@ class GenerationOptions:
 
     @property
     def system(self) -> str:
-        """Name of the system and its result file."""
+        """Name of the system and of its result file."""
         return self.name if self.name is not None else model_folder(str(self.model_name or self.wavs))

@@ -20,7 +20,9 @@ def build_model(args: LlamaMimiArgs) -> LlamaMimi:
 def parallelize(model: LlamaMimi, parallel_dims: ParallelDims, job_config: Any) -> nn.Module:
     """Apply TorchTitan's parallelism for Llama 3; raise a `UserError` if packed sequences cannot be compiled."""
     is_compiled = job_config.compile.enable and "model" in job_config.compile.components
-    has_kernel = torch.cuda.is_available() and job_config.training.mixed_precision_param != "float32"
+    # TorchTitan computes in lower precision only under FSDP or on a single device.
+    is_mixed = parallel_dims.fsdp_enabled or parallel_dims.world_size == 1
+    has_kernel = torch.cuda.is_available() and is_mixed and job_config.training.mixed_precision_param != "float32"
     if model.model_args.attn_type == "varlen" and is_compiled and not has_kernel:
         raise UserError(
             "compile.enable is true, but attention over packed sequences can be compiled only on a GPU in bfloat16; "

@@ -40,6 +40,8 @@ class AudioVocabulary:
 
     def ids_from_codes(self, codes_TQ: torch.Tensor) -> torch.Tensor:
         """Return the ids (T * Q,) of codes (T, Q), frame by frame, as int64."""
+        if codes_TQ.ndim != 2 or codes_TQ.shape[1] != self.num_quantizers:
+            raise ValueError(f"expected codes of shape (T, {self.num_quantizers}), got {tuple(codes_TQ.shape)}")
         codes_TQ = codes_TQ.long()
         if codes_TQ.numel() and not (0 <= codes_TQ.min() and codes_TQ.max() < self.codebook_size):
             found = f"{int(codes_TQ.min())} to {int(codes_TQ.max())}"
