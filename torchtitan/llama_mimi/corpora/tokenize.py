@@ -123,7 +123,7 @@ def _print_next(options: TokenizationOptions, num_ranks: int) -> None:
             "job.dump_folder": f"outputs/{os.path.basename(options.output_dir.rstrip('/'))}",
             "training.dataset": options.output_dir,
             "codec.num_quantizers": options.num_quantizers if options.num_quantizers < 4 else None,
-            "codec.name": options.codec if options.codec not in (DEFAULT_CODEC, "assets/tiny/mimi") else None,
+            "codec.name": options.codec if is_real and options.codec != DEFAULT_CODEC else None,
             "codec.sliding_window": None if options.codec_sliding_window else False,
             "validation.enable": False if is_real else None,  # the config names another corpus
         },
