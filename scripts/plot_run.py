@@ -41,7 +41,7 @@ def plot_runs(run: tyro.conf.UseAppendAction[list[Path]], picture: Path) -> None
         picture: PNG or PDF to write
     """
     if not run or picture.suffix not in (".png", ".pdf"):
-        raise UserError(f"--picture is '{picture}'; choose a PNG or PDF file, and set --run to a dump folder")
+        raise UserError(f"--picture is '{picture}'; set --picture to a PNG or PDF file, and --run to a dump folder")
     runs = {str(folder): read_curves(folder) for folder in run}
     if missing := [name for name, curves in runs.items() if TOTAL not in curves]:
         raise UserError(f"'{missing[0]}/tb' has no log of a training step; set --run to the dump folder of a run")

@@ -203,7 +203,7 @@ TARS = {
     "hard link": ([*TWO[:2], link("c.flac", "a.flac"), ("c.txt", b"same")], [("a", "one"), ("c", "same")]),
     "link to nothing": ([*TWO, link("c.flac", "gone.flac")], NOT_WHOLE),
     "members of a row apart": ([TWO[0], *TWO[2:], TWO[1]], "has other members between those of 'a'; sort"),
-    "member twice": ([TWO[0], *TWO], "has 'a.flac' twice, or two audio files with that name"),
+    "member twice": ([TWO[0], *TWO], "has 'a.flac' twice, or two audio files that differ"),
     "cut at a header": (TWO, NOT_WHOLE, cut_at_a_header),
     "cut in a header": (TWO, NOT_WHOLE, lambda content: content[: len(cut_at_a_header(content)) + 300]),
     "cut in a member": (TWO, NOT_WHOLE, lambda content: content[:700]),

@@ -71,7 +71,7 @@ def test_mistakes_get_one_sentence(tmp_path):
     run = write_log(tmp_path / "run", {LOSS: {1: 1.0}})
     for folder, picture, message in (
         (no_step, "a.png", "has no log of a training step"),
-        (run, "a.odd", "a.odd'; choose a PNG or PDF file"),
+        (run, "a.odd", "a.odd'; set --picture to a PNG or PDF file"),
     ):
         with pytest.raises(UserError, match=message):
             plot_run.plot_runs([folder], tmp_path / picture)

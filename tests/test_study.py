@@ -117,7 +117,7 @@ def test_a_run_ends_with_a_validation(tmp_path):
         ("[[override]]", "[override]", "is 'num_quantizers'; expected a section"),
         ('hierarchical = "config/tiny_hierarchical.toml"\n', "", "has no file for 'hierarchical'"),
         ("steps = [40, 20]", "steps = [0]", "training.steps is 0; set a positive"),
-        ("assets/tiny/llama", "base-q{num_quantisers}", "settings use 'num_quantisers' in braces; use one of archit"),
+        ("assets/tiny/llama", "base-q{num_quantisers}", "unknown name 'num_quantisers' in braces; use archit"),
         ("seeds = [3, 5]", "seeds = [3, 3]", r"seeds is \[3, 3\]; use each number only once"),
         ("[generation]", '[launch]\ntrain = ["bash", "x"]\n[generation]', "set training.global_batch_size"),
         (SALMON, SALMON + 'output_dir = "x"\n', "it sets output_dir, which only axes"),

@@ -1,6 +1,6 @@
 """Train as one rank of torchrun, and record the frames of every step for scripts/benchmarks/kill_runs.py.
 
-Each step adds a line of JSON to ``$AUDIT-<rank>.jsonl``: the number of the step, and the numbers of its frames.
+Each step adds a line of JSON to ``$AUDIT-<rank>.jsonl``: the index of the step, and the indices of its frames.
 """
 
 import json

@@ -6,8 +6,8 @@
 
 All methods train on the same clips, without activation checkpointing. Clips have random codes and simulated lengths.
 Each method runs in a new process, --repeats times; the methods alternate. The plain loop trains `LlamaForCausalLM` with
-AdamW. Each of its rows has one clip and padding, with or without an attention mask, and it computes the logits of every
-position. A token is useful if it counts in the loss. FLOPs are 6 per multiplied weight and useful token, plus attention
+AdamW. A row has one clip and padding. The loop computes the logits of every position, with or without an attention
+mask. A token is useful if it counts in the loss. FLOPs are 6 per multiplied weight and useful token, plus attention
 over a whole row. On a CPU, 100 % MFU is the speed of a large matrix product.
 """
 

@@ -63,7 +63,7 @@ def fuzz_audio(
     """Read mutated files, and count the results.
 
     Args:
-        speech: recording to write and damage
+        speech: recording from which the damaged files are made
     """
     fuzzer, slowest, largest = Fuzzer(speech, seed), 0.0, 0.0
     counts: Counter[str] = Counter()

@@ -29,7 +29,7 @@ class TokenizationOptions:
     min_seconds: float = 0.0  # minimum length of a clip, in seconds; shorter clips are skipped
     max_seconds: float | None = None  # maximum length of a clip, in seconds; longer clips are skipped
     where: str | None = None  # condition on the rows to tokenise, such as 'language == "en" and dnsmos >= 3'
-    # minimum number of rows in a shard (for tar files: exact number); default: 2048, or fewer to get 64 shards
+    # minimum number of rows in a shard (exact for tar files); default: 2048, or fewer if that gives under 64 shards
     clips_per_shard: int | None = None
     num_workers: int = 2  # number of processes per rank that read and resample audio
     duplicates: Literal["keep", "drop"] = "keep"  # 'drop' skips a clip if an earlier clip has the same samples

@@ -62,7 +62,7 @@ class TarSource(Source):
                 parts: dict[str, bytes] = {}
                 for _, part, member in members:
                     if part in parts:
-                        problem = "twice, or two audio files with that name"
+                        problem = "twice, or two audio files that differ only in their ending"
                         raise UserError(f"'{file}' has '{member.name}' {problem}; rename one member")
                     is_wanted = number >= start and part in wanted
                     # extractfile follows links and restores sparse members.

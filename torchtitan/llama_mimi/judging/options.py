@@ -97,7 +97,7 @@ class GenerationOptions:
     wavs: Path | None = None  # folder of another system; names of files: <prompt>.wav or <prompt>_<number>.wav
     wavs_contain_prompt: bool = False  # each file in --wavs begins with its prompt
     name: str | None = None  # name of the system; default: name of the model or folder
-    # Length and randomness of continuations. --seconds also limits the length of WAVs and recordings.
+    # Length and randomness of continuations. --seconds also limits files of --wavs and references.
     sampling: SamplingOptions = field(default_factory=lambda: SamplingOptions(num_samples=5))
     output_dir: Path = Path("results/generation")  # folder for the prompts and the results of all systems
     measures: MeasureOptions = field(default_factory=MeasureOptions)

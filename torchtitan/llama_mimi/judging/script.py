@@ -79,7 +79,7 @@ def _judge(options: GenerationOptions, prompts: PromptSet, ranks: DistributedCon
         write_atomically(str(folder), f"{system}.json", content.encode())
     items = read_results(visible_files(folder, "*.json")).items
     print(to_markdown([summary(some, title) for title, some in comparable_sets(items)]))
-    print(f"written: '{path}' and the results of the references")
+    print(f"written to {path}; the results of the references are in the same folder")
     print_next(REPORT, results=folder, output_file=folder / "report.md")
 
 

@@ -116,7 +116,7 @@ class Study:
         try:
             return {k: v.format_map(variant._asdict()) if isinstance(v, str) else v for k, v in flags.items()}
         except (AttributeError, LookupError, ValueError) as error:
-            raise UserError(f"settings use {error} in braces; use one of {', '.join(AXES)}") from error
+            raise UserError(f"settings contain the unknown name {error} in braces; use {', '.join(AXES)}") from error
 
 
 def applies(override: Flags, variant: Variant) -> bool:
