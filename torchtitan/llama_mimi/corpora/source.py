@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -39,8 +39,7 @@ Values = dict[str, Any]
 HUB = "hf:"  # prefix of a dataset id on the hub
 
 
-@dataclass(frozen=True)
-class Unit:
+class Unit(NamedTuple):
     """Consecutive rows that are read together: a tar file, a Parquet row group, or 100 files, lines or rows."""
 
     num_bytes: int
