@@ -151,6 +151,8 @@ def test_a_damaged_gold_file_is_named(tmp_path):
     folder = tmp_path / "lexical" / "dev"
     touch(folder, "a.wav", "b.wav")
     for lines, message in (
+        ("a,0,A,many,1\nb,0,A,,0", "has the frequency 'many'"),
+        ("a,0,A,-3,1\nb,0,A,,0", "has the frequency '-3'"),
         ("a,0,A,1,1\nb,0", "must have rows with the columns correct, filename"),
         ("a,0,A,1,1", "'b' must occur once in"),
     ):

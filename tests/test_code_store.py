@@ -139,7 +139,7 @@ def test_a_run_that_was_killed_finishes_on_other_ranks(store, speech, tmp_path):
     kept = {path.name: path.stat().st_mtime_ns for path in again.glob("shard-*.parquet")}
     done = tokenize(speech, again, "--max_audio_seconds", 4, "--max_skip_fraction", 0.1)
     assert done.returncode == 0, done.output[-3000:]
-    assert manifest(again)["shards"] == manifest(store)["shards"]
+    assert not list(again.glob("*.partial")) and manifest(again)["shards"] == manifest(store)["shards"]
     for name, time_ns in kept.items():
         assert (again / name).stat().st_mtime_ns == time_ns, "a finished shard is not written again"
     assert contents(again) == contents(store)
@@ -203,6 +203,8 @@ def test_output_on_another_file_system(speech, store):
         (["--max_audio_seconds", "inf"], "must be a positive number"),
         (["--max_skip_fraction", 2], "a fraction between 0 and 1"),
         (["--min_seconds", 500], "--min_seconds is 500; it must be between 0 and --max_audio_seconds 4"),
+        (["--max_seconds", 2, "--long_recordings", "split"], "remove one flag"),
+        (["--num_workers", -1], "set 0 or more"),
         (["--where", "score > 3"], "'score' in --where is not a column of"),
         (["--output_dir", "CORPUS/codes"], "is inside the corpus"),
     ],
@@ -387,3 +389,12 @@ def test_a_flipped_bit_is_found(tmp_path, tokenizer, world_of_one):
         with pytest.raises(UserError, match="not a readable Parquet file") as error:
             next(iter(loader))
         assert "Traceback" not in str(error.value)
+
+
+def test_codes_outside_the_codebook_are_refused(tmp_path):
+    folder = write_store(tmp_path / "store", [10, 20])
+    content = manifest(folder)
+    content["codec"]["codebook_size"] = 200
+    (folder / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"contains the code 2\d\d, outside the codebook of 200"):
+        CodeCorpus(str(folder), CODEC, 4).read(0)

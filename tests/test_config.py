@@ -240,7 +240,7 @@ def test_an_interrupted_save_is_set_aside_and_other_files_are_not_moved(tmp_path
     checkpoint = tmp_path / "checkpoint"
     (checkpoint / "step-5").mkdir(parents=True)
     set_aside_incomplete(checkpoint)
-    set_aside_incomplete(checkpoint)  # does nothing if there is no folder
+    set_aside_incomplete(checkpoint)  # does nothing without a folder
     assert not checkpoint.exists() and (tmp_path / "checkpoint.incomplete-0" / "step-5").is_dir()
     (checkpoint / "step-10").mkdir(parents=True)
     for name in (".metadata", "model.safetensors.index.json"):

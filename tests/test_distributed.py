@@ -6,6 +6,9 @@ import sys
 import pytest
 from conftest import ROOT
 
+from llama_mimi.common.distributed import DistributedContext
+from llama_mimi.common.errors import UserError
+
 # The process group is never created. Each rank waits, as if another rank had ended.
 WAITING = """
 import sys, time
@@ -20,6 +23,12 @@ dist.rendezvous = dist.init_process_group = wait
 sys.argv[1:] = ["--job.config_file", "config/tiny.toml"]
 {name}()
 """
+
+
+def test_one_gpu_for_several_ranks_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(UserError, match="--device cuda:0 is one GPU for 8 ranks; remove the number"):
+        DistributedContext("cuda:0")
 
 
 @pytest.mark.slow

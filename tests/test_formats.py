@@ -365,7 +365,7 @@ def test_cuts_lie_in_pauses_and_lose_nothing(seconds, max_seconds, pauses):
     assert ends[-1] - starts[-1] <= longest
 
 
-def test_long_recordings_are_split_and_nothing_is_lost(rows, tmp_path):
+def test_long_recordings_are_split_and_nothing_is_lost(rows, tmp_path, monkeypatch):
     """The clips of a recording, concatenated, are the recording."""
     pause = np.zeros(RATE // 2, np.int16)
     samples = np.concatenate([part for row in rows for part in (row["samples"], pause)])
@@ -386,6 +386,9 @@ def test_long_recordings_are_split_and_nothing_is_lost(rows, tmp_path):
     *read, _ = clips_of(opened(tmp_path / "in"), max_frames=37, splits=True)
     assert np.array_equal(np.concatenate([clip.samples_S for clip in read]), samples.astype(np.float32) / 32768)
     assert all(clip.samples_S[-1] == 0 for clip in read[:-1])  # the cut is in a pause
+    monkeypatch.setattr("llama_mimi.corpora.clips.MAX_RECORDING_SECONDS", 5.0)
+    too_long, _ = clips_of(opened(tmp_path / "in"), max_frames=37, splits=True)
+    assert too_long.reason == "too long"
 
 
 def test_filtered_clips_are_counted_by_reason(rows, tmp_path):

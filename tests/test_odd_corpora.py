@@ -135,6 +135,13 @@ def test_a_row_group_that_grows_in_memory_is_refused(tmp_path, monkeypatch):
         rows_of(opened(folder))
 
 
+def test_a_text_that_is_not_utf_8_is_a_bad_row(tmp_path):
+    text = pa.array([b"first", b"\xff", b"third"]).view(pa.string())
+    folder = write(tmp_path / "x.parquet", [{"bytes": PROMPT, "path": None}] * 3, text=text)
+    first, bad, third = clips_of(opened(folder, "text"), with_text=True)
+    assert (first.text, bad.reason, third.text) == ("first", "damaged row", "third")
+
+
 def test_a_column_in_two_roles(tmp_path):
     folder = write(tmp_path / "b" / "train-0.parquet", id=["some words"], speaker=["x"])
     (clip,) = clips_of(opened(folder, "id"), with_text=True)

@@ -113,6 +113,9 @@ def test_a_prompt_that_was_replaced_is_continued_again(model, prompts, whole, tm
     assert all(new["file"] == old["file"] for new, old in pairs)
     other = {(new["prompt"], new["sample"]) for new, old in pairs if new["prompt_frames"] != old["prompt_frames"]}
     assert other == {("3.flac", 0), ("3.flac", 1)}
+    (tmp_path / "out" / "results.jsonl").write_text("{")
+    with pytest.raises(UserError, match="is not a list of results"):
+        run(model, Path("link"), Path("out"))
 
 
 def test_other_settings_are_refused(model, prompts, whole):

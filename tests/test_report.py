@@ -307,7 +307,7 @@ def test_measures_without_a_common_item_are_named_and_conditions_are_not_mixed(t
     for preset in ("official", "official-levels_0"):
         result_file(tmp_path, "a", {"rir_consistency": [1, 0]}, preset=preset)
     section = comparison(read_results([tmp_path]).items, "t", {"A": ["a"], "B": ["b"]}, None)
-    assert section.texts == ["No item has values of all models, so there is no row for: speaker similarity."]
+    assert section.texts == ["Measures without a row, because no item has values of all models: speaker similarity."]
     names = [row[0] for row in section.tables[0].rows]
     assert names == [f"SALMon rir consistency, {preset} (n = 2)" for preset in ("official-levels_0", "official")]
 

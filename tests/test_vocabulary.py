@@ -123,6 +123,12 @@ def test_codes_outside_the_codebook_are_refused(code):
         AudioVocabulary(base=10, codebook_size=5, num_quantizers=2).ids_from_codes(torch.tensor([[0, code]]))
 
 
+def test_codes_of_another_number_of_levels_are_refused():
+    """Broadcasting would return wrong ids."""
+    with pytest.raises(ValueError, match=r"expected codes of shape \(T, 1\), got \(1, 4\)"):
+        AudioVocabulary(base=10, codebook_size=5, num_quantizers=1).ids_from_codes(torch.zeros(1, 4))
+
+
 CODES_TQ = torch.randint(256, (5, 4), generator=torch.Generator().manual_seed(5))
 
 

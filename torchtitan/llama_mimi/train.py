@@ -11,7 +11,7 @@ from pathlib import Path
 
 import tyro
 
-from llama_mimi.common.command_line import print_loading, print_next, report_errors
+from llama_mimi.common.command_line import is_first_rank, print_loading, print_next, report_errors
 from llama_mimi.common.errors import UserError
 from llama_mimi.job_config import JobConfig, checkpoint_folder
 
@@ -41,7 +41,7 @@ def main() -> None:
     end_with_torchrun()
     init_logger()
     hide_noise()
-    if int(os.environ.get("RANK", 0)) > 0:
+    if not is_first_rank():
         logger.setLevel(logging.WARNING)  # all ranks log the same lines
     with report_error_once():
         job_config = parse_config(sys.argv[1:])
@@ -59,7 +59,7 @@ def main() -> None:
             raise
         trainer.close()
     torch.distributed.destroy_process_group()
-    if int(os.environ["RANK"]) == 0 and job_config.checkpoint.enable and not job_config.checkpoint.last_save_in_hf:
+    if is_first_rank() and job_config.checkpoint.enable and not job_config.checkpoint.last_save_in_hf:
         checkpoint = checkpoint_folder(job_config)
         print(f"written to {checkpoint}")
         output = Path("models", checkpoint.parent.resolve().name)

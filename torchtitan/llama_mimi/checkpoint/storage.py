@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem, _FileSystemWrite
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from tqdm import tqdm
 
+from llama_mimi.common.command_line import is_first_rank
 from llama_mimi.common.errors import UserError, first_line
 
 METADATA = ".metadata"
@@ -113,7 +114,7 @@ class CheckedReader(FileSystemReader):
     def read_data(self, plan: Any, planner: Any) -> Any:
         num_bytes = sum(self.storage_data[item.storage_index].length for item in plan.items)
         options: dict[str, Any] = {"unit": "B", "unit_scale": True, "delay": 2, "desc": f"reading {self.path}"}
-        with tqdm(total=num_bytes, disable=int(os.environ.get("RANK", 0)) > 0, **options) as self._progress:
+        with tqdm(total=num_bytes, disable=not is_first_rank(), **options) as self._progress:
             return super().read_data(plan, planner)
 
     def _slice_file(self, file: Any, sinfo: Any) -> IO[bytes]:

@@ -36,9 +36,14 @@ def command(kind: Callable[..., Any], doc: str | None, **settings: Any) -> Itera
         yield options
 
 
+def is_first_rank() -> bool:
+    """Return True on rank 0 of torchrun and in a single process."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 def print_loading(what: str) -> None:
     """On rank 0, print that imports begin."""
-    if "torch" not in sys.modules and os.environ.get("RANK", "0") == "0":
+    if "torch" not in sys.modules and is_first_rank():
         print(f"loading {what} ...", file=sys.stderr, flush=True)
 
 

@@ -14,7 +14,7 @@ from llama_mimi.common.errors import UserError
 
 
 def use_cpu_without_gpu() -> None:
-    """Make TorchTitan use the CPU if there is no accelerator. Call this before the first ``torchtitan`` import.
+    """Make TorchTitan use the CPU on a machine without accelerator. Call this before the first ``torchtitan`` import.
 
     Otherwise TorchTitan selects "cuda" and reads memory statistics that ``torch.cpu`` does not have.
     """

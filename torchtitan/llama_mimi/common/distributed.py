@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from llama_mimi.common.command_line import is_first_rank
 from llama_mimi.common.cpu import available_device
 from llama_mimi.common.errors import RANK_ERROR_FILE, UserError, first_line
 
@@ -97,7 +98,7 @@ def report_error_once() -> Iterator[None]:
     try:
         yield
     except (UserError, OSError):
-        if int(os.environ.get("RANK", 0)):
+        if not is_first_rank():
             if path := os.environ.get(RANK_ERROR_FILE):  # it may contain a traceback that TorchTitan wrote
                 Path(path).unlink(missing_ok=True)
             time.sleep(SECONDS_BEFORE_OTHERS_REPORT)

@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from transformers.utils.logging import set_tqdm_hook
 
+from llama_mimi.common.command_line import is_first_rank
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import visible_files
 
@@ -65,7 +65,7 @@ def load_pretrained(
 
 def _progress_bar(create: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any]) -> Any:
     """Create a progress bar of transformers that is shown on rank 0, after two seconds of work."""
-    return create(*args, **options, delay=2, disable=int(os.environ.get("RANK", 0)) > 0)
+    return create(*args, **options, delay=2, disable=not is_first_rank())
 
 
 def require_no_difference(wrong: Mapping[str, Collection[str]], problem: str, model: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
@@ -100,12 +101,11 @@ class CodeCorpus:
     def read(self, unit: int) -> list[Row]:
         """Return the rows of a unit; raise a `UserError` if its shard is damaged."""
         path = f"{self.name.rstrip('/')}/{self.manifest['shards'][self._shard_U[unit]]['file']}"
-        rows = coded_rows(read_shard(path, self._columns, int(self._group_U[unit])), self.num_quantizers)
-        size = self.manifest["codec"]["codebook_size"]
-        if (highest := max((row["codes"].max(initial=0) for row in rows), default=0)) >= size:
+        table, size = read_shard(path, self._columns, int(self._group_U[unit])), self.manifest["codec"]["codebook_size"]
+        if (highest := pc.max(pc.list_flatten(pc.list_flatten(table["codes"]))).as_py() or 0) >= size:
             problem = f"'{path}' contains the code {highest}, outside the codebook of {size} codes"
             raise UserError(f"{problem}; the shard is damaged: tokenise the corpus again")
-        return rows
+        return coded_rows(table, self.num_quantizers)
 
     def clips(self, row: Row) -> list[CodedClip | SkippedClip]:
         """Return the clip of a row from `read`."""

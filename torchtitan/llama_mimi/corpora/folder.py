@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
+from llama_mimi.common.command_line import is_first_rank
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import as_utf8, digest, file_system, is_local, parse_json
 from llama_mimi.corpora.source import ROWS_PER_UNIT, Columns, Row, Source, Unit, Values, parse_object, slices
@@ -79,7 +80,7 @@ class FolderSource(Source):
             examples = ", ".join(missing[:1] + unused[:1])
             if len(unused) == len(tables):
                 raise UserError(f"no table of '{self.name}' names any of its audio files ({examples}); fix the tables")
-            if not int(os.environ.get("RANK", 0)):
+            if is_first_rank():
                 counts = f"{len(missing):,} audio files have no entry and {len(unused):,} entries have no audio file"
                 print(f"tables of '{self.name}': {counts} ({examples})", flush=True)
         return found

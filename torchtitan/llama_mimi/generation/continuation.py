@@ -1,7 +1,6 @@
 """Prompts, sampling in frames, and the continuations of one prompt."""
 
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ from tqdm import tqdm
 
 from llama_mimi.audio.mimi import MimiCodec
 from llama_mimi.audio.reading import AudioError, Waveform, read_audio
+from llama_mimi.common.command_line import is_first_rank
 from llama_mimi.common.errors import UserError
 from llama_mimi.generation.decoding import Drawn, FinishReason, Request, Sampling, decode
 from llama_mimi.generation.options import SamplingOptions
@@ -78,7 +78,7 @@ def with_progress(drawn: Drawn, num_samples: int, max_frames: int, frame_rate_hz
 
     The time left is for samples of the maximum length; a sample that ends earlier lowers the total.
     """
-    num_new, is_hidden = [0] * num_samples, int(os.environ.get("RANK", 0)) > 0
+    num_new, is_hidden = [0] * num_samples, not is_first_rank()
     bar = "{desc}: {n:.1f} of {total:.1f} s [{elapsed}, left: {remaining}{postfix}]"
     options: dict[str, Any] = {"unit_scale": 1 / frame_rate_hz, "bar_format": bar, "leave": None, "disable": is_hidden}
     times: dict[str, Any] = {"mininterval": 1, "miniters": 0, "delay": 1}

@@ -53,7 +53,7 @@ def continue_folder(
         The records of ``results.jsonl``, on every rank. If a prompt cannot be read, its samples have an ``error``.
 
     Raises:
-        UserError: there is no prompt, two prompts have the same name, or ``output_dir`` has samples of other settings.
+        UserError: the folder is empty, two prompts have the same name, or ``output_dir`` has samples of other settings.
     """
     chosen = {"top_p": for_model(options, model).top_p, "last_frame": options.last_frame or model.last_frame}
     settings = {**asdict(options), **chosen, **made_by, "device": ranks.device.type, "batch_size": num_rows}
@@ -96,7 +96,7 @@ def continue_folder(
 
 
 def without_new_audio(records: Sequence[Mapping[str, Any]]) -> str:
-    """Return a clause with the number of samples without new audio, or an empty string if there are none."""
+    """Return a clause with the number of samples without new audio, or "" if every sample has new audio."""
     number = sum(record.get("frames") == 0 for record in records)
     have = "has" if number == 1 else "have"
     return f"; {number:,} {have} no new audio, because the model ended the speech at once" if number else ""

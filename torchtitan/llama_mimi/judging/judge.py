@@ -20,7 +20,7 @@ Messages = list[dict[str, str]]
 
 
 def read_reply(text: str, names: Sequence[str]) -> dict[str, int]:
-    """Return the scores in the last JSON object of a reply; raise a `ValueError` if there are no valid scores."""
+    """Return the scores in the last JSON object of a reply; raise a `ValueError` if the reply has no valid scores."""
     for found in reversed(re.findall(r"{[^{}]*}", text)):  # text before the scores may contain braces, too
         try:
             scores = parse_json(found)

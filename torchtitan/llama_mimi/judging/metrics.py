@@ -32,7 +32,7 @@ WORD = re.compile(r"[^\W_]+(?:['\u2019.][^\W_]+)*")  # "don't" and "10.5" are si
 # Tensors that only training uses. Published models may lack some of these tensors, or have unknown ones.
 WITHOUT_EFFECT = r"(masked_spec_embed|objective\.weight|\.masked_bias)$|^(quantizer|project_q|project_hid)\."
 Input = tuple[Any, ...]  # clips or texts
-Value = Any  # dict of numbers or texts, or the reason why there is no value (str)
+Value = Any  # dict of numbers or texts, or the reason for a missing value (str)
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def read_criteria(path: Path) -> Criteria:
         system = f"{content['system']}\n\n{questions}"
         filled = request.format(prompt="<prompt>", continuation="<continuation>")
         if not names or "<prompt>" not in filled or "<continuation>" not in filled:
-            raise ValueError("there is no criterion, or the request lacks {prompt} or {continuation}")
+            raise ValueError("the file has no criterion, or the request lacks {prompt} or {continuation}")
     except (OSError, ValueError, KeyError, AttributeError, IndexError) as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"'{path}' is not a criteria file ({reason}); write the file like eval/judge.toml") from error

@@ -22,9 +22,9 @@ LEGEND = (
     "items (pairs, groups of pairs, or prompts). A row uses only the items for which all models in the row have a "
     "value. ±: half of the 95 % interval over seeds (Student's t).",
     "A number with a sign is the mean difference from the first model, over pairs and seeds. For perplexities, the "
-    "ratio is shown instead. A star marks a difference if both intervals exclude zero (for a ratio: one). There is no "
-    "star if there is only one seed, or if all seeds or all pairs have the same difference. Among many differences, "
-    "some have a star by chance.",
+    "ratio is shown instead. A star marks a difference if both intervals exclude zero (for a ratio: one). A difference "
+    "has no star if it has only one seed, or the same value for all seeds or pairs. Among many differences, some have "
+    "a star by chance.",
 )
 SUMMARY = (
     "Accuracies are in percent. Brackets: for accuracies, Wilson's 95 % interval over n words, sentences or pairs; for "
@@ -81,7 +81,7 @@ def comparison(items: pd.DataFrame, title: str, groups: Mapping[str, Sequence[st
         references[heading] = {str(system): measure.text(mean) for system, mean in means_of_references}
     alt = f"{title}: difference from {baseline}"
     pictures = [Picture(f"{picture}.png", forest(panels, alt, is_difference=True), alt)] if picture and panels else []
-    notes = [f"No item has values of all models, so there is no row for: {', '.join(empty)}."] if empty else []
+    notes = [f"Measures without a row, because no item has values of all models: {', '.join(empty)}."] if empty else []
     names = sorted({name for of in references.values() for name in of})
     of_references = _by_system("references on the same prompts", references, names)
     return Section(title, notes, pictures, _by_system("measure", cells, list(groups)) + of_references)

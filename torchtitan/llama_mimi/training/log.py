@@ -1,9 +1,10 @@
 """Training log without the lines and warnings that a user cannot act on."""
 
 import logging
-import os
 import re
 import warnings
+
+from llama_mimi.common.command_line import is_first_rank
 
 # Beginnings of TorchTitan's log lines, with the reason to hide them.
 LINES = {
@@ -33,7 +34,7 @@ WARNINGS = {
 
 def hide_noise() -> None:
     """Hide `LINES`, `WARNINGS`, and TorchTitan's warnings on ranks above 0; shorten the prefix of each line."""
-    is_first = int(os.environ.get("RANK", 0)) == 0
+    is_first = is_first_rank()
 
     def is_shown(record: logging.LogRecord) -> bool:
         is_own = "llama_mimi" in record.pathname or record.levelno >= logging.ERROR
