@@ -18,10 +18,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
-from measuring import DEVICE
+from measuring import DEVICE, peak_mb
 from simulated import random_clips, speech_lengths, write_codes
 from torchtitan.components.loss import build_cross_entropy_loss
 from torchtitan.components.optimizer import build_optimizers
+from torchtitan.distributed import ParallelDims
 from torchtitan.models.llama3 import Transformer, TransformerModelArgs, parallelize_llama
 from torchtitan.protocols.train_spec import get_train_spec, register_train_spec
 from transformers import CsmForConditionalGeneration, LlamaForCausalLM, MimiConfig
@@ -43,6 +44,7 @@ LOSS_POSITIONS = {"cpu": 4096, "cuda": 32_768}[DEVICE]
 WARM_UP = {"cpu": 2, "cuda": 5}[DEVICE]  # warm-up steps, for compilation and allocations
 # Environment variables that torchrun sets for a single rank.
 ONE_RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+IS_SHARDED = DEVICE == "cuda"  # shard the trainer's model, as in a run of several ranks
 Step = Callable[[], tuple[int, int]]  # returns the numbers of useful tokens and of positions in a step
 
 
@@ -82,27 +84,49 @@ def write_stand_ins(shape: str, folder: Path) -> None:
 
 
 def measure_training(
-    shape: str, folder: str, method: str, flags: str, num_layers: int, profile: str | None = None
-) -> dict[str, float]:
-    """Train with one method; return its rates, its peak memory and its FLOPs per useful token."""
-    os.environ.update(ONE_RANK)
-    FLAVORS[shape] = args = copy(SHAPES[shape].args)
-    args.n_layers, args.vocab_size = num_layers, SHAPES[shape].text_entries
-    hf_config(args).save_pretrained(Path(folder) / "llama")
-    job_config = parse_config([*training_flags(shape, Path(folder), method), *flags.split()])
+    shape: str,
+    folder: str,
+    method: str,
+    flags: str,
+    num_layers: int,
+    profile: str | None = None,
+    steps: int | None = None,
+) -> dict[str, Any]:
+    """Train with one method; return its rates, times of steps, memory, new graphs, and FLOPs per useful token."""
+    job_config = job_config_of(shape, Path(folder), method, flags, num_layers)
     build_step = {OURS: trainer, OURS_CSM: trainer, STOCK: trainer, PLAIN_CSM: csm_loop}.get(method, llama_loop)
     step = build_step(job_config, method)
     for _ in range(WARM_UP):
         step()
-    start = synchronized_time()
-    useful, positions = np.sum([step() for _ in range(SHAPES[shape].steps)], axis=0).tolist()
-    rates = {"useful_tokens_per_s": useful / (synchronized_time() - start), "useful_fraction": useful / positions}
-    peak, args = memory_bytes(), model_args(job_config)
+    compiled = torch._dynamo.utils.counters["stats"]
+    num_graphs, counts, times = compiled["unique_graphs"], [], [synchronized_time()]
+    for _ in range(steps or SHAPES[shape].steps):
+        counts.append(step())
+        times.append(synchronized_time())
+    useful, positions = np.sum(counts, axis=0).tolist()
+    result = {
+        "useful_tokens_per_s": useful / (times[-1] - times[0]),
+        "useful_fraction": useful / positions,
+        "step_seconds": np.diff(times).round(4).tolist(),
+        "new_graphs": compiled["unique_graphs"] - num_graphs,  # graphs that were compiled after the warm-up
+        "peak_memory_bytes": memory_bytes(),
+        "peak_host_memory_mb": peak_mb(),
+    }
     if profile:
         write_profile(step, Path(profile))
+    args = model_args(job_config)
     with torch.device("meta"):
         _, flops = args.get_nparams_and_flops(build_model(args), job_config.training.seq_len)
-    return rates | {"peak_memory_bytes": peak, "flops_per_token": flops}
+    return result | {"flops_per_token": flops}
+
+
+def job_config_of(shape: str, folder: Path, method: str, flags: str, num_layers: int) -> Any:
+    """Return the config of a run on the stand-ins in ``folder``, and prepare this process to be its only rank."""
+    os.environ.update(ONE_RANK)
+    FLAVORS[shape] = args = copy(SHAPES[shape].args)
+    args.n_layers, args.vocab_size = num_layers, SHAPES[shape].text_entries
+    hf_config(args).save_pretrained(folder / "llama")
+    return parse_config([*training_flags(shape, folder, method), *flags.split()])
 
 
 def training_flags(shape: str, folder: Path, method: str) -> list[str]:
@@ -130,11 +154,37 @@ def training_flags(shape: str, folder: Path, method: str) -> list[str]:
     return to_cli_args(flags)
 
 
-def trainer(job_config: Any, method: str) -> Step:
-    """Return a step of TorchTitan's trainer, with this project's train spec or TorchTitan's own model and loss."""
+class OneRankFSDP(ParallelDims):
+    """Degrees of parallelism of one rank, with FSDP2.
+
+    Without FSDP2, TorchTitan uses autocast, which keeps the residual stream and the norms in float32.
+    """
+
+    @property
+    def fsdp_enabled(self) -> bool:
+        return True
+
+    def _mesh_exist(self, name: str, degree: int) -> bool:
+        return name == "fsdp" or super()._mesh_exist(name, degree)
+
+
+class ShardedTrainer(Trainer):
+    """Trainer on one rank that computes in the types of a run on several ranks."""
+
+    def init_distributed(self) -> ParallelDims:
+        return OneRankFSDP(**vars(super().init_distributed()))
+
+
+def build_trainer(job_config: Any, method: str) -> Trainer:
+    """Build TorchTitan's trainer, with this project's train spec or TorchTitan's own model and loss."""
     if method == STOCK:
         register_stock(job_config)
-    built = Trainer(job_config)
+    return (ShardedTrainer if IS_SHARDED else Trainer)(job_config)
+
+
+def trainer(job_config: Any, method: str) -> Step:
+    """Return a step of `build_trainer`."""
+    built = build_trainer(job_config, method)
     counts = [0, 0]
 
     def counted() -> Iterator[Any]:
@@ -259,20 +309,31 @@ def model_args(job_config: Any) -> LlamaMimiArgs:
 
 def measure_loss(method: str) -> int:
     """Return the peak memory of the loss, forward and backward, in bytes."""
-    N, dtype = LOSS_POSITIONS, torch.bfloat16 if DEVICE == "cuda" else torch.float32
-    hidden_BLD = torch.randn(1, N, 2048, device=DEVICE, dtype=dtype, requires_grad=True)
-    weight_VD = torch.empty(136_450, 2048, device=DEVICE, dtype=dtype).normal_(std=0.02).requires_grad_()
-    targets_N = torch.randint(128_256, 128_256 + 4 * 2048, (N,), device=DEVICE)
+    N, vocabulary = LOSS_POSITIONS, AudioVocabulary(LLAMA_3_VOCABULARY, 2048, 4)
+    hidden_ND, weight_VD = loss_inputs(N, 2048, vocabulary, torch.bfloat16 if DEVICE == "cuda" else torch.float32)
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
     before = memory_bytes()
-    if method == "in chunks":
-        targets = audio_targets(targets_N, AudioVocabulary(128_256, 2048, 4))
-        loss, *_ = cross_entropy(pending_logits(hidden_BLD, weight_VD), targets, torch.ones(N, device=DEVICE))
-    else:
-        loss = F.cross_entropy(F.linear(hidden_BLD, weight_VD).flatten(0, 1).float(), targets_N, reduction="sum")
-    loss.backward()
+    loss_of(method, hidden_ND, weight_VD, vocabulary).backward()
     return memory_bytes() - before
+
+
+def loss_inputs(N: int, D: int, vocabulary: AudioVocabulary, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return random hidden states (N, D) and a random output matrix (V, D), which require gradients."""
+    hidden_ND = torch.randn(N, D, device=DEVICE, dtype=dtype, requires_grad=True)
+    return hidden_ND, torch.empty(vocabulary.size, D, device=DEVICE, dtype=dtype).normal_(std=0.02).requires_grad_()
+
+
+def loss_of(method: str, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, vocabulary: AudioVocabulary) -> torch.Tensor:
+    """Return the loss, summed over positions. Method "in chunks" is the loss of this trainer."""
+    generator = torch.Generator().manual_seed(0)
+    targets_N = torch.randint(vocabulary.base, vocabulary.audio_start_id, (len(hidden_ND),), generator=generator)
+    targets_N = targets_N.to(DEVICE)
+    if method == "in chunks":
+        ones_N = torch.ones(len(hidden_ND), device=DEVICE)
+        logits = pending_logits(hidden_ND[None], weight_VD)
+        return cross_entropy(logits, audio_targets(targets_N, vocabulary), ones_N)[0]
+    return F.cross_entropy(F.linear(hidden_ND, weight_VD).float(), targets_N, reduction="sum")
 
 
 def write_profile(step: Step, path: Path) -> None:
