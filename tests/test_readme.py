@@ -33,11 +33,7 @@ ELSEWHERE = {
     "sbatch": "tests/test_launch.py",
     "NUM_NODES": "tests/test_launch.py",
     f"{SCRIPT}prepare_base_model.py --base_model meta-llama/": "needs the hub; tests/test_scripts.py",
-    f"{SCRIPT}benchmarks/gpu_check.py": "needs a GPU; tests/test_gpu_check.py",
-    f"{SCRIPT}benchmarks/bench_train.py": "minutes and 7 GB at its smallest; tests/test_commands.py",
-    f"{SCRIPT}benchmarks/bench_hierarchical.py": "minutes at its smallest; tests/test_commands.py",
-    f"{SCRIPT}benchmarks/kill_runs.py": "minutes at its smallest; tests/test_training.py kills a run",
-    f"{SCRIPT}benchmarks/bench_eval.py": "minutes at its smallest; tests/test_evaluation.py",
+    f"{SCRIPT}benchmarks/gpu_session.py": "needs a GPU; tests/test_gpu_session.py",
     f"{SCRIPT}study.py config/studies/tiny.toml": "an hour or more; tests/test_study.py",
     f"{SCRIPT}build_page.py --study": "needs the study; tests/test_pages.py",
     f"{SCRIPT}demo.py": "serves until it is stopped; tests/test_browser.py",
@@ -61,12 +57,16 @@ SMALLEST = {
         "--recording_seconds 2.6 --limit 3 --num_samples 1 --speaker_model assets/tiny/speaker_encoder"
     ),
     "uv run python scripts/dry_run.py": "--num_gpus 8 --job.config_file config/tiny.toml",  # the 8B takes three minutes
+    f"{BENCHMARKS}bench_train.py": "--shapes tiny --repeats 1",
+    f"{BENCHMARKS}bench_hierarchical.py": "--shapes tiny --repeats 1",
+    f"{BENCHMARKS}bench_eval.py": "--pairs 2 --repeats 1",
     f"{BENCHMARKS}bench_data.py": "--clips 4 --repeats 1",
     f"{BENCHMARKS}bench_reading.py": "--clips 4 --repeats 1",
     f"{BENCHMARKS}bench_generation.py": (
         "--shape tiny --new_frames 2 --repeats 1 --batch_sizes 2 --stream_seconds 1 --prompts 32"
     ),
     f"{BENCHMARKS}fuzz_audio.py": "--num_files 30",
+    f"{BENCHMARKS}kill_runs.py": "--of tokenization --kills 1 --max_seconds 20 --folder outputs/kills",
 }
 
 

@@ -204,9 +204,10 @@ def print_formats(flags: DataFlags, folder: Path) -> None:
     print()
 
 
-def tokenize(flags: DataFlags, corpus: str, folder: Path, numbers: Iterator[int]) -> float:
-    """Tokenise with one worker; return the rate of the last progress line, without the start-up."""
-    options = TokenizationOptions(corpus, str(folder / f"codes-{next(numbers)}"), codec=flags.codec, num_workers=1)
+def tokenize(flags: DataFlags, corpus: str, folder: Path, numbers: Iterator[int], num_workers: int = 1) -> float:
+    """Tokenise a corpus; return the rate of the last progress line, without the start-up."""
+    options = TokenizationOptions(corpus, str(folder / f"codes-{next(numbers)}"), codec=flags.codec)
+    options.num_workers = num_workers
     options.num_quantizers, options.clips_per_shard = flags.num_quantizers, 10**6
     with contextlib.redirect_stdout(io.StringIO()) as output:
         tokenize_corpus(options)

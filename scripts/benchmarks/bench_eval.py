@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from gpu_check import write_stand_ins
+from bench_generation import Q, Shape, random_model
 from measuring import DEVICE, device_name, machine, measure, median_and_range
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, MimiModel
 
 from llama_mimi.audio.mimi import MimiCodec
 from llama_mimi.audio.reading import read_audio
-from llama_mimi.checkpoint.huggingface import hf_config
 from llama_mimi.common.choices import DEFAULT_CODEC, DecoderPrecision
 from llama_mimi.common.command_line import run_command
 from llama_mimi.common.distributed import DistributedContext
@@ -38,7 +37,6 @@ from llama_mimi.evaluation.scoring import score_clips
 from llama_mimi.evaluation.script import BATCH_TOKENS, BENCHMARK_SCRIPTS
 from llama_mimi.generation.flattened import FlattenedModel
 from llama_mimi.generation.speech_model import DECODER_DTYPES
-from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs
 from llama_mimi.tokens.tokenizer import load_speech_tokenizer
 from llama_mimi.tokens.vocabulary import text_from_codes
 
@@ -67,7 +65,7 @@ def bench_eval(options: Options, random_1b: bool = False, repeats: int = 3) -> N
     medians, checks = {}, []
     with tempfile.TemporaryDirectory() as folder:
         if random_1b:
-            options = replace(options, model_name=write_random_model(Path(folder) / "random"))
+            options = replace(options, model_name=write_random_model(Path(folder) / "random", "1B"))
         for benchmark in FOLDERS:
             medians[benchmark], found = measure_benchmark(options, benchmark, Path(folder), repeats)
             checks += found
@@ -162,16 +160,14 @@ def score_alone(
     return -decoder(input_ids=ids_1L.to(decoder.device), labels=labels_1L.to(decoder.device)).loss.item()
 
 
-def write_random_model(folder: Path) -> str:
-    """Write a random Mimi, and a random Llama-3.2-1B with 136,450 vocabulary entries; return the Llama's folder."""
-    write_stand_ins(folder)
-    tokenizer = load_speech_tokenizer(str(folder / "llama"), str(folder / "mimi"), 4)
-    args = LlamaMimiArgs(**{**vars(FLAVORS["1B"]), "vocab_size": tokenizer.vocabulary.size})
-    torch.manual_seed(0)
-    decoder = LlamaForCausalLM(hf_config(args, num_quantizers=4, codec=str(folder / "mimi"))).bfloat16()
-    decoder.save_pretrained(folder / "1b")
-    tokenizer.text_tokenizer.save_pretrained(folder / "1b")
-    return str(folder / "1b")
+def write_random_model(folder: Path, shape: Shape) -> str:
+    """Write a random model and its codec; return the model's folder."""
+    model = random_model(shape, "bfloat16")
+    model.codec.model.save_pretrained(folder / "mimi")
+    model.decoder.config.update({"num_quantizers": Q, "codec": str(folder / "mimi")})
+    for part in (model.decoder, model.tokenizer.text_tokenizer):
+        part.save_pretrained(folder / "model")
+    return str(folder / "model")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import re
 import statistics
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
@@ -23,17 +24,27 @@ from typing import Any, Literal
 
 import torch
 from measuring import DEVICE, alternate, device_name, machine, measure, median_and_range, peak_mb
-from transformers import DynamicCache, GenerationConfig, LlamaForCausalLM, MimiConfig, MimiModel
+from transformers import (
+    CsmForConditionalGeneration,
+    DynamicCache,
+    GenerationConfig,
+    LlamaForCausalLM,
+    MimiConfig,
+    MimiModel,
+    PreTrainedModel,
+)
 
 from llama_mimi.audio.mimi import MimiCodec
 from llama_mimi.audio.streaming import DecodingStream
+from llama_mimi.checkpoint.csm import csm_config
 from llama_mimi.checkpoint.huggingface import hf_config
 from llama_mimi.checkpoint.stand_ins import LLAMA_3_VOCABULARY, write_tokenizer
-from llama_mimi.common.choices import DecoderPrecision
+from llama_mimi.common.choices import Architecture, DecoderPrecision
 from llama_mimi.common.command_line import run_command
 from llama_mimi.generation.decoding import FinishReason, Request, Sampling, decode
 from llama_mimi.generation.flattened import FlattenedModel
-from llama_mimi.generation.speech_model import DECODER_DTYPES
+from llama_mimi.generation.hierarchical import HierarchicalModel
+from llama_mimi.generation.speech_model import DECODER_DTYPES, SpeechModel
 from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs
 from llama_mimi.tokens.tokenizer import load_speech_tokenizer
 from llama_mimi.tokens.vocabulary import text_from_codes
@@ -88,7 +99,7 @@ def bench_generation(
     for name, values in rates.items():
         ratios = f"{median[name] / median[STOCK]:.2f} | {100 * median[name] / median[BACKBONE]:.0f} %"
         print(f"| {name} | {median_and_range(values, 1)} | {ratios} | {median[name] / real_time:.2f} |")
-    num_bytes = sum(p.numel() * p.element_size() for p in model.backbone.layers.parameters())
+    num_bytes = layer_bytes(model)
     used, possible = num_bytes * median[OURS], bandwidth()
     of_memory = f"{used / 1e9:,.1f} of {possible / 1e9:,.0f} GB/s ({100 * used / possible:.0f} %)"
     print(f"\nEach token reads {num_bytes / 1e9:.2f} GB of layer weights, at {of_memory}")
@@ -102,24 +113,43 @@ def bench_generation(
     print(json.dumps(report | {"seconds_to_first_audio": statistics.median(first_audio)}))
 
 
-def random_model(shape: Shape, dtype: DecoderPrecision = "float32") -> FlattenedModel:
+def random_model(
+    shape: Shape,
+    dtype: DecoderPrecision = "float32",
+    architecture: Architecture = "flattened",
+    num_layers: int | None = None,
+) -> SpeechModel:
+    """Return a model with random weights and the vocabulary of Llama 3; ``num_layers`` replaces that of the shape."""
     torch.manual_seed(0)
+    args = copy(SHAPES[shape])
+    args.n_layers = num_layers or args.n_layers
     with tempfile.TemporaryDirectory() as folder:
         codec_name = TINY_CODEC
         if shape != "tiny":
             codec_name = f"{folder}/codec"
             MimiModel(MimiConfig()).save_pretrained(codec_name)
         write_tokenizer(Path(folder) / "tokenizer", LLAMA_3_VOCABULARY)
-        tokenizer = load_speech_tokenizer(f"{folder}/tokenizer", codec_name, Q)
+        tokenizer = load_speech_tokenizer(f"{folder}/tokenizer", codec_name, Q, architecture=architecture)
         codec = MimiCodec(codec_name, Q, DEVICE)
-    args = copy(SHAPES[shape])
-    args.vocab_size = tokenizer.vocabulary.size
-    decoder = LlamaForCausalLM(hf_config(args)).to(DEVICE, DECODER_DTYPES[dtype]).eval()
+        args.vocab_size, args.num_quantizers = tokenizer.vocabulary.size, Q
+        args.codebook_size = codec.codebook_size
+        decoder: PreTrainedModel
+        if architecture == "flattened":
+            decoder = LlamaForCausalLM(hf_config(args))
+        else:
+            decoder = CsmForConditionalGeneration(csm_config(args, codec=codec_name))
+    decoder = decoder.to(DEVICE, DECODER_DTYPES[dtype]).eval()
     decoder.generation_config = GenerationConfig()
-    return FlattenedModel(decoder, tokenizer, codec)
+    kind = FlattenedModel if architecture == "flattened" else HierarchicalModel
+    return kind(decoder, tokenizer, codec)
 
 
-def prompt_of(model: FlattenedModel) -> torch.Tensor:
+def layer_bytes(model: SpeechModel) -> int:
+    """Return the size of the backbone's layers, which each step of the backbone reads."""
+    return sum(p.numel() * p.element_size() for p in model.backbone.layers.parameters())
+
+
+def prompt_of(model: SpeechModel) -> torch.Tensor:
     return torch.randint(model.codec.codebook_size, (PROMPT_FRAMES, Q), generator=torch.Generator().manual_seed(0))
 
 
@@ -137,7 +167,7 @@ def rate(call: Callable[[], Any], num_tokens: int) -> float:
     return num_tokens / (time.perf_counter() - start)
 
 
-def generate(model: FlattenedModel, ids_1L: torch.Tensor, num_new: int, processors: list[Any]) -> torch.Tensor:
+def generate(model: SpeechModel, ids_1L: torch.Tensor, num_new: int, processors: list[Any]) -> torch.Tensor:
     length = {"max_new_tokens": num_new, "min_new_tokens": num_new, "pad_token_id": 0}
     config = GenerationConfig(**length, do_sample=True, temperature=TEMPERATURE, top_k=TOP_K)
     mask_1L = torch.ones_like(ids_1L, device=DEVICE)
@@ -145,7 +175,7 @@ def generate(model: FlattenedModel, ids_1L: torch.Tensor, num_new: int, processo
     return model.decoder.generate(ids_1L.to(DEVICE), **inputs)
 
 
-def stock(model: FlattenedModel, new_frames: int) -> None:
+def stock(model: SpeechModel, new_frames: int) -> None:
     ids_1L = model.tokenizer.encode(prompt_of(model), is_cut=True)[None]
     vocabulary, num_prefix = model.tokenizer.vocabulary, len(model.tokenizer.prefix_ids())
 
@@ -160,7 +190,7 @@ def stock(model: FlattenedModel, new_frames: int) -> None:
     generate(model, ids_1L, new_frames * Q, [mask_levels])
 
 
-def as_released(model: FlattenedModel, new_frames: int) -> None:
+def as_released(model: SpeechModel, new_frames: int) -> None:
     """Convert codes to text and ids, call ``generate`` without a mask, and convert ids to text, codes and audio."""
     prompt_TQ, tokenizer = prompt_of(model), model.tokenizer.text_tokenizer
     ids_1L = tokenizer(text_from_codes(prompt_TQ).removesuffix("</audio>"), return_tensors="pt").input_ids
@@ -172,7 +202,7 @@ def as_released(model: FlattenedModel, new_frames: int) -> None:
 
 
 @torch.inference_mode()
-def backbone_alone(model: FlattenedModel, new_frames: int) -> None:
+def backbone_alone(model: SpeechModel, new_frames: int) -> None:
     """Run only the Transformer, without output layer, sampling and grammar; `transformers` cannot be faster."""
     inputs_1L = model.tokenizer.encode(prompt_of(model), is_cut=True)[None].to(DEVICE)
     cache = DynamicCache(config=model.backbone.config)
@@ -181,13 +211,18 @@ def backbone_alone(model: FlattenedModel, new_frames: int) -> None:
         inputs_1L = inputs_1L[:, -1:]
 
 
-def ours(model: FlattenedModel, new_frames: int, batch_size: int) -> None:
+def ours(model: SpeechModel, new_frames: int, batch_size: int) -> tuple[float, float]:
+    """Return the seconds until all samples of a batch have their first frame, and until they have all frames."""
     requests = [Request(prompt_of(model), seed) for seed in range(batch_size)]
-    for _ in decode(model, requests, sampling_of(new_frames), batch_size):
-        pass
+    start = time.perf_counter()
+    drawn = decode(model, requests, sampling_of(new_frames), batch_size)
+    next(drawn)  # the loop draws a frame of all samples at once
+    first_s = time.perf_counter() - start
+    deque(drawn, maxlen=0)
+    return first_s, time.perf_counter() - start
 
 
-def streamed(model: FlattenedModel, new_frames: int, first_audio: list[float], window_frames: int = 10**6) -> None:
+def streamed(model: SpeechModel, new_frames: int, first_audio: list[float], window_frames: int = 10**6) -> None:
     """Decode frame by frame to audio; append the time to the first new audio, in seconds, to ``first_audio``."""
     start = time.perf_counter()
     stream = DecodingStream(model.codec)
@@ -203,7 +238,8 @@ def streamed(model: FlattenedModel, new_frames: int, first_audio: list[float], w
 def bandwidth() -> float:
     """Return the rate of memory reads, in bytes per second."""
     block = torch.ones(2**28, device=DEVICE)  # 1 GiB
-    return rate(lambda: [block.sum() for _ in range(5)], 5 * block.numel() * block.element_size())
+    # The first run loads kernels.
+    return [rate(lambda: [block.sum() for _ in range(5)], 5 * block.nbytes) for _ in range(2)][1]
 
 
 def stream_memory(seconds: float) -> float:

@@ -33,16 +33,19 @@ def machine() -> str:
     return f"{device_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads\n{packages}\n"
 
 
-def measure(function: Callable[..., Any], **arguments: Any) -> Any:
+def measure(function: Callable[..., Any], timeout_s: float | None = None, **arguments: Any) -> Any:
     """Call a function in a new process that has as many threads as this process; a script in this folder defines it.
 
     Arguments and result are passed as JSON, so paths become strings. Return None if the memory of the GPU is too small;
-    raise a `UserError` with the traceback if the call fails.
+    raise a `UserError` with the traceback if the call fails or takes longer than ``timeout_s``.
     """
     module = Path(inspect.getfile(function)).stem
     command = [sys.executable, __file__, module, function.__name__, json.dumps(arguments, default=str)]
     env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout_s)
+    except subprocess.TimeoutExpired as error:
+        raise UserError(f"{function.__name__} of {module}.py was stopped after {timeout_s:.0f} s") from error
     if done.returncode:
         raise UserError(f"{function.__name__} of {module}.py failed with {arguments}: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])

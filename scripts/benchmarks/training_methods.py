@@ -108,7 +108,7 @@ def measure_training(
         "useful_tokens_per_s": useful / (times[-1] - times[0]),
         "useful_fraction": useful / positions,
         "step_seconds": np.diff(times).round(4).tolist(),
-        "new_graphs": compiled["unique_graphs"] - num_graphs,  # graphs that were compiled after the warm-up
+        "graphs": [num_graphs, compiled["unique_graphs"]],  # compiled before and after the timed steps
         "peak_memory_bytes": memory_bytes(),
         "peak_host_memory_mb": peak_mb(),
     }
