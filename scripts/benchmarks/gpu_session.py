@@ -133,7 +133,7 @@ def attention_error(shape: Shape) -> float:
     parts = [torch.randn(2, H, 256, args.dim // args.n_heads, device=DEVICE, dtype=torch.bfloat16) for H in heads]
     upstream_BLHD, results = torch.randn_like(parts[0].transpose(1, 2)), []
     for dtype in (torch.bfloat16, torch.float32):
-        inputs = [part.to(dtype).requires_grad_() for part in parts]
+        inputs = [part.detach().to(dtype).requires_grad_() for part in parts]
         output_BLHD = PackedAttention()(*inputs, clips).reshape(upstream_BLHD.shape)
         results.append([output_BLHD, *torch.autograd.grad(output_BLHD, inputs, upstream_BLHD.to(dtype))])
     return max(map(relative_error, *results))

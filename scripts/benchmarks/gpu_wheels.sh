@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Download the wheels that gpu_session.py needs on a GPU machine without a network, and check that they are complete.
 #
-#     scripts/benchmarks/gpu_wheels.sh [folder]     # default: outputs/wheels
+#     scripts/benchmarks/gpu_wheels.sh [folder]     # in the repository; default: outputs/wheels
 #
 # The machine has Python 3.12 and the packages in `has`. This script installs these packages in a local environment,
 # adds the wheels, and imports every module. It needs uv, Python 3.12 and 8 GB of disk space. It prints the size of the
 # wheels and of the repository, and the command for the machine.
 set -euo pipefail
-wheels=$(realpath -m "${1:-outputs/wheels}")
 cd "$(dirname "$0")/../.."
+wheels=$(realpath -m "${1:-outputs/wheels}")
 has="torch==2.11.0 torchaudio==2.11.0 triton==3.6.0 transformers==5.17.0 tokenizers==0.23.2 huggingface_hub==1.33.0
     safetensors==0.8.0 numpy==2.5.2 pyarrow pandas scipy jinja2 tensorboard tqdm xxhash psutil pyyaml fsspec regex pip"
 # Packages that the machine lacks. It has transformers, but not the version of pyproject.toml.
