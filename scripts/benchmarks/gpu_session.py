@@ -116,9 +116,9 @@ def checks(shape: Shape) -> Iterator[tuple[str, Callable[[], float], float]]:
         yield f"generation, {architecture}: GPU, CPU", partial(different_tokens, shape, architecture), 0
         yield f"generation, {architecture}: bfloat16, float32", partial(likelihood_loss, shape, architecture), 0.1
     for architecture, method in METHODS.items():  # last, because TorchTitan changes settings of the process
-        training = partial(training_error, shape, method)
-        yield f"training, {architecture}: bfloat16, float32", partial(training, "", FLOAT32), 0.05
-        yield f"training, {architecture}: compiled, eager", partial(training, COMPILED, ""), 0.02
+        error = partial(training_error, shape, method)
+        yield f"training, {architecture}: bfloat16, float32", partial(error, "", FLOAT32), 0.05
+        yield f"training, {architecture}: compiled, eager", partial(error, COMPILED, ""), 0.02
 
 
 def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -235,6 +235,7 @@ def generation(scale: Scale, architecture: Architecture) -> Figures:
         figures["real_time_streams"] = size * frames_per_s / frame_rate_hz
         yield figures | {"layers_gb_per_s": num_bytes * frames_per_s * model.tokenizer.positions_per_frame / 1e9}
         if size == 1:  # a stream uses the graphs of this batch size
+            bench_generation.streamed(model, scale.new_frames, [])  # the codec loads its kernels
             begin = time.perf_counter()
             bench_generation.streamed(model, scale.new_frames, first_audio)
             rate = scale.new_frames / frame_rate_hz / (time.perf_counter() - begin)
@@ -272,7 +273,7 @@ def evaluation(scale: Scale) -> Figures:
 
 # Functions and expected times in seconds, on an H200 with an empty compilation cache (estimates).
 PHASES: dict[PhaseName, tuple[Callable[[Scale], Figures], int]] = {
-    "start": (start, 25),
+    "start": (start, 40),  # the first imports on a machine are slow
     "correctness": (correctness, 140),
     "training": (partial(training, method=OURS), 75),
     "training_hierarchical": (partial(training, method=OURS_CSM), 75),
@@ -293,8 +294,9 @@ def run_phase(phase: PhaseName, output: str, tiny: bool) -> bool:
 
 
 def record(output: Path, phase: PhaseName, figures: dict[str, Any]) -> None:
+    rounded = {name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in figures.items()}
     with output.open("a") as file:
-        file.write(json.dumps({"phase": phase, **figures}) + "\n")
+        file.write(json.dumps({"phase": phase, **rounded}) + "\n")
 
 
 def gpu_session(
