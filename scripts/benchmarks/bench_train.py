@@ -8,7 +8,8 @@ All methods train on the same clips, without activation checkpointing. Clips hav
 Each method runs in a new process, --repeats times; the methods alternate. The plain loop trains `LlamaForCausalLM` with
 AdamW. A row has one clip and padding. The loop computes the logits of every position, with or without an attention
 mask. A token is useful if it counts in the loss. FLOPs are 6 per multiplied weight and useful token, plus attention
-over a whole row. On a CPU, 100 % MFU is the speed of a large matrix product.
+over a whole row. On a CPU, 100 % MFU is the speed of a large matrix product. On one GPU, this trainer and TorchTitan's
+Llama 3 use FSDP2 on one rank, so that types are those of a run on several GPUs. The plain loop uses autocast.
 """
 
 import json
