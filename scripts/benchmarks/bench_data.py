@@ -243,7 +243,7 @@ def print_sizes(flags: DataFlags, folder: Path) -> None:
 
 
 def probe(corpus_of_codes: str, **values: Any) -> tuple[int, float, float, float, int]:
-    """Return the number of clips, start-up time (s), memory before loading (MB), peak memory (MB), and state size (B)."""
+    """Return the number of clips, start-up time (s), memory before loading (MB), peak memory (MB), and state (B)."""
     flags = DataFlags(**values)
     flags.speech_tokenizer()
     before_mb, start = peak_mb(), time.perf_counter()
