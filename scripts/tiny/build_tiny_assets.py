@@ -230,9 +230,7 @@ def write_storycloze(folder: Path, maker: text.SentenceMaker) -> None:
 def build_tiny_assets(output_dir: Path = Path("assets/tiny")) -> None:
     """Build all parts of the assets."""
     if shutil.which("espeak-ng") is None:
-        raise UserError(
-            "the program espeak-ng is not on PATH; install it, for example with `apt-get install espeak-ng`"
-        )
+        raise UserError("espeak-ng is not on PATH; install this program, for example with `apt-get install espeak-ng`")
     for part in ("corpus", "words", "llama", "benchmarks"):
         shutil.rmtree(output_dir / part, ignore_errors=True)
     maker = text.SentenceMaker(random.Random(2024))
