@@ -15,9 +15,7 @@ from llama_mimi.common.command_line import command
 @dataclass
 class Options:
     results: tuple[Path, ...] = (Path("results"),)  # folders of result files
-    output_file: Path | None = (
-        None  # Markdown file to write, in the same folder as the pictures; default: print the text
-    )
+    output_file: Path | None = None  # Markdown file to write; pictures go to its folder; default: print the text
 
 
 if __name__ == "__main__":

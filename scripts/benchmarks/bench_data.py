@@ -3,8 +3,8 @@
     uv run python scripts/benchmarks/bench_data.py
     uv run python scripts/benchmarks/bench_data.py --corpus my_speech/train.parquet --codec kyutai/mimi
 
-A rate is the speed of one process with --num_threads threads, in audio-seconds per second. It is the median of
---repeats runs. The methods alternate. The baseline is the training loop of the first release of Llama-Mimi. For each
+Each rate is the speed of one process with --num_threads threads, in audio-seconds per second. Each rate is the median
+of --repeats runs. The methods alternate. The baseline is the training loop of the first release of Llama-Mimi. For each
 clip, the baseline writes the codes as text, calls the tokenizer, and pads to the sequence length.
 """
 
@@ -205,7 +205,7 @@ def print_formats(flags: DataFlags, folder: Path) -> None:
 
 
 def tokenize(flags: DataFlags, corpus: str, folder: Path, numbers: Iterator[int]) -> float:
-    """Tokenise with one worker; return the speed that the last progress line reports. It excludes the start-up."""
+    """Tokenise with one worker; return the speed from the last progress line, which excludes the start-up."""
     options = TokenizationOptions(corpus, str(folder / f"codes-{next(numbers)}"), codec=flags.codec, num_workers=1)
     options.num_quantizers, options.clips_per_shard = flags.num_quantizers, 10**6
     with contextlib.redirect_stdout(io.StringIO()) as output:

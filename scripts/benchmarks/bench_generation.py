@@ -1,4 +1,4 @@
-"""Measure the speed of generation: this loop, stock ``generate``, the backbone alone, and the first release's method.
+"""Compare the generation speed of this project, stock ``generate``, the backbone alone, and the first release.
 
     uv run python scripts/benchmarks/bench_generation.py
 
@@ -61,7 +61,7 @@ def bench_generation(
 
     Args:
         new_frames: number of new frames per sample
-        batch_sizes: batch sizes of this loop to measure, in addition to 1
+        batch_sizes: batch sizes to measure with this project's loop, in addition to 1
         stream_seconds: lengths of streams, in seconds; the peak memory of each stream is measured with the tiny shape
         prompts: numbers of prompts, multiples of 32; the peak memory for each number is measured with the tiny shape
     """
@@ -90,8 +90,8 @@ def bench_generation(
         print(f"| {name} | {median_and_range(values, 1)} | {ratios} | {median[name] / real_time:.2f} |")
     num_bytes = sum(p.numel() * p.element_size() for p in model.backbone.layers.parameters())
     used, possible = num_bytes * median[OURS], bandwidth()
-    print(f"\nFor each token, this loop reads {num_bytes / 1e9:.2f} GB of layer weights.")
-    print(f"It reads {used / 1e9:,.1f} GB/s, {100 * used / possible:.0f} % of the possible {possible / 1e9:,.0f} GB/s.")
+    print(f"\nThis loop reads {num_bytes / 1e9:.2f} GB of layer weights for each token, {used / 1e9:,.1f} GB/s.")
+    print(f"This speed is {100 * used / possible:.0f} % of the memory bandwidth, {possible / 1e9:,.0f} GB/s.")
     for seconds in stream_seconds:
         print(f"peak memory, tiny shape, stream of {seconds:g} s: {measure(stream_memory, seconds=seconds):,.0f} MB")
     for number in prompts:

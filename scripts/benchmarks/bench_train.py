@@ -6,9 +6,9 @@
 
 All methods train on the same clips, without activation checkpointing. Clips have random codes and simulated lengths.
 Each method runs in a new process, --repeats times. The methods alternate. The plain loop trains `LlamaForCausalLM` with
-AdamW. It pads each clip to a sequence, and computes the logits of every position, with or without an attention mask. A
-token is useful if it counts in the loss. The FLOPs per useful token are 6 for each weight of a matrix product, plus the
-FLOPs of attention over a whole sequence. On a CPU, 100 % MFU is the speed of a large matrix product.
+AdamW. It pads each clip to the same length, and computes the logits of every position, with or without an attention
+mask. A token is useful if it counts in the loss. The FLOPs per useful token are 6 for each weight of a matrix product,
+plus the FLOPs of attention over a whole sequence. On a CPU, 100 % MFU is the speed of a large matrix product.
 """
 
 import json

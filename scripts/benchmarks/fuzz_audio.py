@@ -4,8 +4,8 @@
 
 Speech is written in every supported format and then damaged: bits are flipped, ends are cut, header fields get odd
 values, and parts are swapped, repeated or moved to another file. With the same seed, file ``i`` always has the same
-mutations. Child processes read the files. A file is a fault if its process crashes, or if reading it takes more than
---max_seconds or --max_megabytes.
+mutations. Child processes read the files. A fault is a crash, or a read that takes more than --max_seconds or
+--max_megabytes.
 """
 
 import io
@@ -83,7 +83,7 @@ def fuzz_audio(
     print(f"\nslowest file: {slowest:.2f} s; largest increase of memory: {largest:,.0f} MB")
     if num_faults := sum(number for kind, number in counts.items() if kind.startswith("FAULT")):
         raise UserError(
-            f"{num_faults:,} of {num_files:,} files are faults; see the output lines with FAULT, and fix the reader"
+            f"{num_faults:,} of {num_files:,} files caused a fault; see the output lines with FAULT, and fix the reader"
         )
 
 

@@ -95,8 +95,9 @@ def kill_until_finished(
 ) -> int:
     """Kill a command ``flags.kills`` times, then let the command finish; return the number of its finished runs.
 
-    ``command(num_ranks, is_last)`` returns the command; ``is_last`` is True for the last start. Each finished run
-    before the last start loses its ``output``. ``check()`` is called after each start and returns a text for the log.
+    ``command(num_ranks, is_last)`` returns the command; ``is_last`` is True for the last start. The folder
+    ``output`` is removed after each finished run except the last run. ``check()`` is called after each start and
+    returns a text for the log.
     """
     generator, log = random.Random(flags.seed), flags.folder / f"{flags.of}.log"
     shutil.rmtree(output, ignore_errors=True)
@@ -159,7 +160,7 @@ def kill_at(process: subprocess.Popen, seconds: float) -> bool:
 
 
 def living() -> dict[int, int]:
-    """Return the pid of each process with the pid of its parent; zombies are excluded."""
+    """Return a dictionary from the pid of each process to the pid of its parent; zombies are excluded."""
     listing = subprocess.run(["ps", "-eo", "pid=,ppid=,stat="], capture_output=True, text=True, check=True).stdout
     return {int(pid): int(parent) for pid, parent, state in map(str.split, listing.splitlines()) if state[0] != "Z"}
 

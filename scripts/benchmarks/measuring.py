@@ -34,7 +34,7 @@ def machine() -> str:
 
 
 def measure(function: Callable[..., Any], **arguments: Any) -> Any:
-    """Call a function of a script in this folder, in a new process with the same number of threads.
+    """Call a function of a script in this folder, in a new process with as many threads as this process.
 
     Arguments and result are passed as JSON, so paths become strings. Return None if the memory of the GPU is too small;
     raise a `UserError` with the traceback if the call fails.
@@ -50,7 +50,7 @@ def measure(function: Callable[..., Any], **arguments: Any) -> Any:
 
 
 def alternate(methods: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """Call each method ``repeats`` times; return the results. The methods alternate, so a slow minute affects all."""
+    """Call the methods in turn, ``repeats`` times, so that a slow minute affects all methods; return the results."""
     results: dict[str, list[float]] = {name: [] for name in methods}
     for _ in range(repeats):
         for name, method in methods.items():

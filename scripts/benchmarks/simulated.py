@@ -33,7 +33,7 @@ def write_codes(folder: Path, codec: str, shards: Sequence[list[CodedClip]]) -> 
 
     Args:
         codec: hub id or folder of the codec.
-        shards: list of clips for each shard. If a list is the first list again, its shard is a link to the first shard.
+        shards: list of clips for each shard. If the first list occurs again, its shard is a link to the first shard.
     """
     columns = ["id", "codes", "duration", "is_cut"]
     folder.mkdir(parents=True)

@@ -244,7 +244,7 @@ def plain_step(weights: list[torch.Tensor], loss: Callable[[], tuple[torch.Tenso
 
 
 def clips_in_order(job_config: Any) -> Iterator[np.ndarray]:
-    """Yield the codes of all clips again and again, always in the same random order."""
+    """Return an endless iterator over the codes of all clips, always in the same random order."""
     table = pq.read_table(f"{job_config.training.dataset}/shard-000000.parquet", columns=["codes"])
     codes = [np.stack(clip)[:, :NUM_QUANTIZERS] for clip in table["codes"].to_numpy()]
     return (codes[index] for index in itertools.cycle(np.random.default_rng(0).permutation(len(codes))))

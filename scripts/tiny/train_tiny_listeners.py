@@ -60,7 +60,7 @@ def normalize(text: str) -> str:
 
 
 def set_filter_bank(weight_C1K: torch.Tensor) -> None:
-    """Set the kernels to windowed cosines, `PHASES` for each frequency. The mel scale spaces the frequencies evenly."""
+    """Set kernels to windowed cosines, `PHASES` for each frequency. Frequencies are evenly spaced on the mel scale."""
     C, _, K = weight_C1K.shape
     low, high = (math.log1p(hz / 700) for hz in FREQUENCIES_HZ)
     hz_C = 700 * torch.linspace(low, high, C // PHASES).expm1().repeat_interleave(PHASES)
