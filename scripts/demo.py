@@ -34,7 +34,7 @@ def demo(
 
     Args:
         model_name: hub id or folder of the model
-        host: address to listen at; 0.0.0.0 means all addresses of this machine
+        host: address to listen on; 0.0.0.0 means all addresses of this machine
         port: port of the page
         device: torch device; default: the GPU, or the CPU of a machine without a GPU
         dtype: precision of the decoder

@@ -53,7 +53,7 @@ def push_to_hub(upload: Upload) -> None:
     files[CARD] = card.content.encode()
     if dry_run is not None:
         if dry_run.exists():
-            raise UserError(f"--dry_run is '{dry_run}', which exists; choose a new folder")
+            raise UserError(f"the --dry_run folder '{dry_run}' already exists; choose a new folder")
         try:
             dry_run.mkdir(parents=True)
             for name, content in files.items():
@@ -61,7 +61,7 @@ def push_to_hub(upload: Upload) -> None:
         except OSError:
             shutil.rmtree(dry_run, ignore_errors=True)
             raise
-        return print(f"would be uploaded: {', '.join(sorted(files))}; see {dry_run}")
+        return print(f"these files would be uploaded: {', '.join(sorted(files))}; see {dry_run}")
     api = HfApi()
     try:
         api.create_repo(repo, private=upload.private, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Train as one rank of torchrun, and record the frames of every step for scripts/benchmarks/kill_runs.py.
+"""Train on one rank of torchrun, and record the frame numbers of every step for scripts/benchmarks/kill_runs.py.
 
 Each step appends a line of JSON to ``$AUDIT-<rank>.jsonl``: the number of the step, and the numbers of its frames.
 """

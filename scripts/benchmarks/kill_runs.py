@@ -6,8 +6,8 @@
     uv run python scripts/benchmarks/kill_runs.py --of continuation --kills 20 --seed 0 --folder outputs/kills
     uv run python scripts/benchmarks/kill_runs.py --of study --kills 5 --seed 0 --max_seconds 90 --folder outputs/kills
 
-SIGKILL ends the command. The command is started again on 1 to 4 ranks until it finishes. If it finishes before the last
-kill, its output is removed and the command starts from the beginning. Shards, WAV files or the report are compared with
+SIGKILL ends the command. The command is started again on 1 to 4 ranks until it finishes. If the command finishes before
+the last kill, its output is removed and it starts from the beginning. Shards, WAV files or the report are compared with
 the output of a run without kills. Training (tiny config, packed sequences) records the frame numbers of every step.
 The recorded numbers are compared with the frames before the data position of the last checkpoint.
 """

@@ -158,7 +158,7 @@ def write_llama(folder: Path, lines: list[str]) -> None:
 
 
 def write_speaker_consistency(folder: Path, maker: text.SentenceMaker) -> None:
-    """Write SALMon pairs. Both clips have the same words; in the second clip, the speaker changes halfway."""
+    """Write SALMon pairs. The clips of a pair have the same words. In the second clip, the speaker changes halfway."""
     for index in range(SPEAKER_PAIRS):
         speaker, other = (SPEAKERS[i % len(SPEAKERS)] for i in (index, index + 1 + index // 8 % 7))
         while True:

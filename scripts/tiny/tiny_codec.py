@@ -56,7 +56,7 @@ def new_codec(config: MimiConfig) -> MimiModel:
 
 @torch.no_grad()
 def standardize(model: MimiModel, audio_B1S: torch.Tensor) -> None:
-    """Scale the output of every convolution to mean 0 and variance 1 per channel on speech (after arXiv 1511.06422).
+    """Scale the weights so that convolutions map speech to mean 0 and variance 1 per channel (as in arXiv 1511.06422).
 
     Without this scaling, the output of about twenty layers hardly depends on the input, and the codec outputs only the
     average spectrum for many training steps.
@@ -231,7 +231,7 @@ class LabelledClip(NamedTuple):
 
 
 def read_clips(corpus: str, sample_rate_hz: int) -> list[LabelledClip]:
-    """Read the clips of a corpus into memory, with their speakers and texts; print why clips are skipped."""
+    """Read the clips of a corpus into memory, with their speakers and texts; print a reason for each skipped clip."""
     source = open_source(corpus, None, "audio", None, extra_columns={"text": "text", "speaker": "speaker"})
     reader = AudioReader(source, sample_rate_hz=sample_rate_hz, frame_size=1024, max_frames=10**9)
     rows = (row for unit in range(len(source.units)) for row in source.rows(unit))
