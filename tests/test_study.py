@@ -314,7 +314,7 @@ def test_a_real_command_has_its_threads_and_its_own_sentence(tmp_path):
 def test_a_study_that_is_not_done_says_so_in_the_end(tmp_path):
     path = written(tmp_path, a=('hf_assets_path" = "assets/tiny/llama', 'hf_assets_path" = "nowhere'))
     for flags, message in (
-        (["--report_only"], "not done: runs flattened-tiny-q4-uniform-40-seed3, .*; see the reasons in the report"),
+        (["--report_only"], "these runs are not done: flattened-tiny-q4-uniform-40-seed3, .*; fix the causes"),
         (["--part", 99], "--part is 99; set --tflops to a positive number, and --part to a number from 0 to 9"),
     ):
         code, stderr = run_here("scripts/study.py", path, *flags)
