@@ -79,7 +79,7 @@ class FusedRMSNorm(torch.autograd.Function):
 
 
 def deep_frames(model: HierarchicalLlamaMimi, targets_NQ: torch.Tensor) -> torch.Tensor:
-    """Return placeholders for the frames that train the depth decoder; their number is the average of training."""
+    """Return fake frames for the depth decoder: as many frames as one training step uses on average."""
     return targets_NQ.new_empty(math.ceil(model.model_args.depth_train_fraction * len(targets_NQ)))
 
 
@@ -159,7 +159,7 @@ def build_states(job_config: Any, parallel_dims: ParallelDims, model: nn.Module)
 
 
 def measure(job_config: Any, parallel_dims: ParallelDims, model: nn.Module) -> dict[str, int]:
-    """Take one step like TorchTitan's trainer, without compilation; return the bytes by purpose, and the peak."""
+    """Take one training step without compilation; return the bytes of each kind of tensor, and the peak in bytes."""
     optimizers, sizes = build_states(job_config, parallel_dims, model)
     loss_fn = get_train_spec(job_config.model.name).build_loss_fn(job_config, parallel_dims=parallel_dims)
     has_loss_parallel = parallel_dims.tp_enabled and not job_config.parallelism.disable_loss_parallel

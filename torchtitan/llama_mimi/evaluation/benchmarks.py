@@ -73,7 +73,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Pairs, unpaired clips (those of sLM21's test split, because the answers are secret), and notes for the user."""
+    """Pairs, unpaired clips and notes for the user. sLM21's test split is unpaired, because its answers are secret."""
 
     pairs: list[Pair]
     unpaired: list[Clip] = field(default_factory=list)
@@ -108,8 +108,7 @@ def data_kind(source: str, pairs: list[Pair]) -> str:
 def read_salmon(source: str) -> Benchmark:
     """Read SALMon: files ``<part>/sample_<index>_<k>.wav``, or a table for each part.
 
-    Of the files with the same index, the first is positive and the others are negative. The parts ``all`` and ``all_*``
-    are not read.
+    The first file of each index is positive; the other files are negative. The parts ``all`` and ``all_*`` are skipped.
     """
     benchmark = _read_tables(source, ("positive_audio", "negative_audio"))
     for folder in (folder for folder in _folders(Path(source)) if folder.name.split("_")[0] != "all"):
@@ -175,7 +174,7 @@ def _gold_pairs(gold: Path, part: str, files: Mapping[str, Clip]) -> Iterator[Pa
 
 
 def _labels(row: Mapping[str, Any]) -> dict[str, str]:
-    """Return the labels of a pair from the row of its positive clip. Words without a frequency get no band."""
+    """Return the labels of a pair from the row of its positive clip. Words without a frequency do not get a band."""
     labels = {key: str(row[key]) for key in ("type", "subtype") if row.get(key) not in (None, "")}
     try:
         frequency = float(row.get("frequency") or "nan")

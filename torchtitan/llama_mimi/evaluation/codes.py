@@ -1,6 +1,6 @@
 """Cache for the codes of benchmark clips, in Parquet shards. Models with the same codec share the cached codes.
 
-The ``id`` of a row is the SHA-256 of the audio file. The cache folder's name is a hash of codec and settings.
+The ``id`` of a row is the SHA-256 of the audio file. The folder's name is a hash of the codec and all settings.
 """
 
 import hashlib

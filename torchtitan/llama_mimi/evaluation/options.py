@@ -47,7 +47,8 @@ class EvaluationOptions:
     """Flags of the benchmark scripts in eval/."""
 
     model_name: str = "llm-jp/Llama-Mimi-1.3B"  # hub id or folder of the model
-    data_dir: str | None = None  # folder of the data (official layout or Parquet) or hub id; default: on the hub
+    # folder of the data (official layout or Parquet) or hub id; default: hub id of the benchmark
+    data_dir: str | None = None
     output_dir: Path = Path("results")  # folder for results
     codes_dir: str | None = None  # folder for cached codes, which all models share; default: <output_dir>/codes
     codec: str | None = None  # hub id or folder of the codec; default: the model's codec

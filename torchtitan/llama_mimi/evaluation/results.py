@@ -54,7 +54,7 @@ def results(
 
 
 def part_results(pairs: Sequence[Mapping[str, Any]], *, by_group: bool) -> dict[str, Result]:
-    """Return accuracy, 95 % interval and counts of each part. The entry "by" has these numbers for each label.
+    """Return accuracy, 95 % interval and counts of each part. The entry "by" has these for each label value.
 
     With ``by_group``, the pairs of a group (such as the voices of a word) are averaged first; "count" counts groups.
     """

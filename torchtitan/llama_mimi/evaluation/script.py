@@ -107,7 +107,7 @@ class BenchmarkScript:
         self.print_next(options)
 
     def print_next(self, options: EvaluationOptions) -> None:
-        """Print the command of the next benchmark with the same flags, or of the report after the last benchmark."""
+        """Print the next command: a benchmark with the same flags or, after the last benchmark, the report."""
         if self.following is None:
             folder = options.output_dir
             return print_next(REPORT, results=folder, output_file=folder / "report.md")

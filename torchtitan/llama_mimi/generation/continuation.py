@@ -54,7 +54,7 @@ def read_prompt(path: str, codec: MimiCodec | None = None) -> Waveform:
 
 
 def encode_prompts(model: SpeechModel, prompts: Sequence[Waveform], options: SamplingOptions) -> list[torch.Tensor]:
-    """Encode prompts of the codec's sample rate; return a list of codes_TQ. See `SamplingOptions.last_frame`."""
+    """Encode prompts with the codec's sample rate; return a list of codes_TQ. See `SamplingOptions.last_frame`."""
     samples = [prompt.samples_S for prompt in prompts]
     if (options.last_frame or model.last_frame) == "codec":
         return [model.codec.encode_as_released(samples_S) for samples_S in samples]

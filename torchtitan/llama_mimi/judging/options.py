@@ -94,7 +94,7 @@ class GenerationOptions:
 
     prompts: PromptOptions
     model_name: str | None = None  # hub id or folder of a model; required without --wavs
-    wavs: Path | None = None  # folder of another system, with files <prompt>.wav or <prompt>_<number>.wav
+    wavs: Path | None = None  # folder with files of another system: <prompt>.wav or <prompt>_<number>.wav
     wavs_contain_prompt: bool = False  # set this flag if each file in --wavs begins with its prompt
     name: str | None = None  # name of the system; default: name of the model or folder
     # Length and randomness of continuations. --seconds also limits the references and the files in --wavs.

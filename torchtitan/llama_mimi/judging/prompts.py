@@ -67,7 +67,7 @@ def make_prompts(folder: Path, options: PromptOptions) -> PromptSet:
 
 
 def cut_seconds(waveform: Waveform, wanted_seconds: float) -> float:
-    """Return the time, in seconds, of the quietest frame border near ``wanted_seconds``. The nearest wins a tie."""
+    """Return the time, in seconds, of the quietest frame border near ``wanted_seconds``. On a tie, take the nearest."""
     rate_hz, half = waveform.sample_rate_hz, round(CUT_SECONDS / 2 * waveform.sample_rate_hz)
 
     def power(border: int) -> float:

@@ -100,7 +100,7 @@ RULES: list[tuple[str, Callable[[Any, Any], Any], str]] = [
 
 
 def prepare_run(job_config: Any) -> None:
-    """On rank 0, check a run, lock its folder, save its config and move old checkpoints. Errors reach all ranks."""
+    """Check a run, lock its folder, save its config and move old checkpoints on rank 0. All ranks raise its errors."""
     checkpoint, settings = checkpoint_folder(job_config), job_config.checkpoint
 
     def steps() -> list[int] | None:
@@ -235,8 +235,8 @@ def _check_resume(job_config: Any) -> None:
     entries = read_index(steps[number]).state_dict_metadata if is_distributed(steps[number]) else None
     if entries is None or (needs_position and "dataloader.position" not in entries):
         problem = f"'{steps[number]}' contains weights but not the position in the data, so the run cannot resume"
-        remedy = "start a new run with this checkpoint.initial_load_path (for safetensors, also set initial_load_in_hf)"
-        raise UserError(f"{problem}; {remedy}")
+        remedy = "set checkpoint.initial_load_path to this step (for safetensors, also set initial_load_in_hf)"
+        raise UserError(f"{problem}; start a new run, and {remedy}")
     earlier = now = job_config.to_dict()
     with suppress(UserError):  # a damaged file is replaced
         earlier = read_json(job_config.job.dump_folder, str(job_config.job.save_config_file)) or now

@@ -1,4 +1,4 @@
-"""Parser of job configs. A job config is a TOML file, with command-line flags that override the file."""
+"""Parser of job configs. A job config consists of a TOML file and of command-line flags that override the file."""
 
 import dataclasses
 import difflib

@@ -45,8 +45,8 @@ def level_fractions(job_config: Any) -> list[float]:
 def level_weights(recipe: str, fractions: Sequence[float]) -> list[float]:
     """Return the loss weight of each level; raise a `UserError` for an invalid recipe.
 
-    The mean weight of all targets is one, so the learning rate needs no change. The number R in the recipe
-    'semantic:R' is lambda in arXiv 2509.14882. Fewer frames with a target do not change a level's total weight.
+    The mean weight of all targets is one, so the learning rate needs no change. The number R in 'semantic:R' is lambda
+    in arXiv 2509.14882. The total weight of a level does not depend on the level's fraction of frames with a target.
     """
     Q = len(fractions)
     name, _, number = recipe.partition(":")
