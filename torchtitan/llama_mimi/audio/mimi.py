@@ -160,7 +160,7 @@ class MimiCodec:
 
     @torch.inference_mode()
     def decode(self, codes_TQ: torch.Tensor, **state: Any) -> torch.Tensor:
-        """Decode codes (T, Q) to mono float32 samples (T * frame_size,) on the CPU. ``state``: more inputs."""
+        """Decode codes (T, Q) to mono float32 samples (T * frame_size,) on the CPU. ``state``: model cache."""
         codes_1QT = codes_TQ.to(self.device).T[None]
         samples_11S = self.model.decode(codes_1QT, return_dict=True, **state).audio_values
         return samples_11S[0, 0].float().cpu().clone()

@@ -47,7 +47,7 @@ def set_aside_incomplete(checkpoint: Path) -> None:
     paths = list(checkpoint.iterdir())
     if checkpoint.is_symlink() or not all(re.fullmatch(_STEP, path.name) for path in paths):
         problem = f"'{checkpoint}' lacks a complete step, but is a link or contains files other than steps"
-        raise UserError(f"{problem}; move it away, so that training can start from the initial weights")
+        raise UserError(f"{problem}; move this folder, so that training can start from the initial weights")
     _move(paths, f"{checkpoint}.incomplete")
     checkpoint.rmdir()
 
@@ -85,7 +85,7 @@ def is_distributed(step: Path) -> bool:
 
 
 def read_index(step: Path) -> Metadata:
-    """Return the index of a step. If a file is missing or truncated, raise an error with the last good step."""
+    """Return the index of a step. If a file is missing or truncated, raise an error that names the last good step."""
     try:
         return check_step(step, verify=False)
     except UserError as error:

@@ -29,7 +29,7 @@ def run_command(function: Callable[..., None], doc: str | None) -> None:
 
 @contextlib.contextmanager
 def command(kind: Callable[..., Any], doc: str | None, **settings: Any) -> Iterator[Any]:
-    """Parse flags, and yield an options object. Import PyTorch inside the ``with`` block, as this takes seconds."""
+    """Parse flags, and yield an options object. Import PyTorch in the ``with`` block: this import takes seconds."""
     with report_errors():
         options = tyro.cli(kind, description=doc, **TYRO, **settings)
         print_loading("libraries")
@@ -61,7 +61,7 @@ def parse_options(kind: type, words: Sequence[str]) -> Any:
 
 @contextlib.contextmanager
 def report_errors() -> Iterator[None]:
-    """After a `UserError`, or if memory or disk are full or unusable, print one sentence and exit with code 1."""
+    """After a `UserError`, an out-of-memory error or a disk error, print one sentence and exit with code 1."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may not be UTF-8
     try:
@@ -85,7 +85,7 @@ def report_errors() -> Iterator[None]:
 
 
 def print_next(program: str, **settings: Any) -> None:
-    """Print the command that usually follows. A setting with the value None is skipped."""
+    """Print the command that a user usually runs next. A setting with the value None is skipped."""
     flags = to_cli_args({name: value for name, value in settings.items() if value is not None})
     print(f"next: uv run {program} {shlex.join(flags)}", flush=True)
 

@@ -18,7 +18,7 @@ from llama_mimi.common.command_line import is_first_rank
 from llama_mimi.common.cpu import available_device
 from llama_mimi.common.errors import RANK_ERROR_FILE, UserError, first_line
 
-TIMEOUT = timedelta(days=7)  # all ranks wait for the slowest one at the end
+TIMEOUT = timedelta(days=7)  # at the end, all ranks wait for the slowest rank
 SECONDS_BEFORE_OTHERS_REPORT = 10
 
 

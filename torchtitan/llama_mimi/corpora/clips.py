@@ -46,7 +46,7 @@ class AudioClip:
     # Mono float32 at the codec's rate. PyTorch would send a tensor to another process through /dev/shm, which Docker
     # limits to 64 MB. Without space, a worker would hang. An array is sent through a pipe.
     samples_S: np.ndarray
-    is_cut: bool  # the recording is longer
+    is_cut: bool  # True if the recording is longer than the clip
     text: str | None
     speaker: str | None = None
     audio_warnings: tuple[str, ...] = ()

@@ -41,7 +41,7 @@ class CodedClip:
     name: str  # id or path
     codes_TQ: np.ndarray  # uint16
     seconds: float  # length of the audio; 0 if the clip was read from a shard
-    is_cut: bool  # the recording is longer
+    is_cut: bool  # True if the recording is longer than the clip
     text: str | None = None
     speaker: str | None = None
     audio_warnings: tuple[str, ...] = ()
@@ -71,7 +71,7 @@ class CodeCorpus:
 
     name: str  # folder
     codec: str  # hub id or folder; must have the weights that encoded the corpus
-    num_quantizers: int  # Q to read, at most the stored number
+    num_quantizers: int  # number of levels to read (Q), at most the stored number
     sliding_window: bool = True  # setting of the codec; must equal the stored setting
     _: KW_ONLY
     with_text: bool = False  # skip rows without a transcript

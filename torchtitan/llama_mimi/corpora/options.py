@@ -21,8 +21,8 @@ class TokenizationOptions:
     dtype: Precision = "float32"  # precision of the codec; bfloat16 changes about 2 % of the codes
     codec_sliding_window: bool = True  # limit the codec's attention to its sliding window
     audio_column: str = "audio"  # name of the column with audio
-    text_column: str = "text"  # name of the column with transcripts, which are stored if it exists
-    speaker_column: str = "speaker"  # name of the column with speakers, which are stored if it exists
+    text_column: str = "text"  # name of the column with transcripts (stored if the column exists)
+    speaker_column: str = "speaker"  # name of the column with speakers (stored if the column exists)
     max_audio_seconds: float = 120.0  # maximum length of a clip, in seconds; longer clips are cut or split
     # 'cut' drops the audio after --max_audio_seconds; 'split' splits recordings at pauses into clips without text
     long_recordings: Literal["cut", "split"] = "cut"

@@ -160,7 +160,7 @@ def choose_split(name: str, splits: Iterable[str | None], split: str | None) -> 
     """Return the split to read, or None for all files; raise a `UserError` if the user must choose another split."""
     found = list(dict.fromkeys(filter(None, splits)))
     if split is None and len(found) > 1:
-        remedy = "set data.split, data.validation_split or a script's --split to one of them, or use a file glob"
+        remedy = "set data.split, data.validation_split or a script's --split to one split, or use a file glob"
         raise UserError(f"'{name}' contains the splits {', '.join(found)}; {remedy}")
     chosen = split if split is None or split in found else SPLIT_WORDS.get(split, split)
     if chosen is not None and chosen not in found:

@@ -177,7 +177,7 @@ def unfinished(output_dir: str, plan: dict[str, Any], jobs: Sequence[Job]) -> li
     fs, folder = files.file_system(output_dir)
     names = files.sizes_in(output_dir)
     for name in names:
-        if name.endswith(files.PARTIAL):  # of a killed run
+        if name.endswith(files.PARTIAL):  # left by a killed run
             fs.rm_file(f"{folder}/{name}")
     existing = [(job, *job.shards_in(names)) for job in jobs]
     return [replace(job, first_part=len(found)) for job, found, is_done in existing if not is_done]

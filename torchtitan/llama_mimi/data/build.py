@@ -27,7 +27,7 @@ def build_dataloader(
     """Build the dataloader for training or validation.
 
     The training loader is endless and shuffled with ``debug.seed`` (default 0). The validation loader reads the first
-    ``data.validation_clips`` clips once, in order. Clips are not packed, so that validation losses are comparable.
+    ``data.validation_clips`` clips once, in order. Validation clips are not packed, so that losses are comparable.
     """
     data, section = job_config.data, job_config.validation if is_validation else job_config.training
     readers = open_readers(job_config, section)

@@ -51,7 +51,7 @@ class BatchPacker:
         length = len(self._tokenizer.prefix_ids(text))
         if length + self._tokenizer.positions_per_frame <= self._seq_len + 1:
             return None
-        return f"text, BOS and <audio> take {length} tokens, so audio does not fit into {self._seq_len} tokens"
+        return f"text, BOS and <audio> take {length} tokens, so audio does not fit into a sequence of {self._seq_len}"
 
     def add(
         self, codes_TQ: np.ndarray, *, is_cut: bool, text: str | None = None, is_deep_T: np.ndarray | None = None
