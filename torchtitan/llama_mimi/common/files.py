@@ -118,7 +118,7 @@ def read_json(folder: str, name: str) -> dict[str, Any] | None:
         return None
     except (ValueError, OSError) as error:
         reason = str(error)
-    raise UserError(f"'{folder}/{name}' is not readable as JSON ({reason}); fix or remove the file")
+    raise UserError(f"'{folder}/{name}' is not readable as JSON ({reason}); correct the JSON, or remove the file")
 
 
 def write_atomically(folder: str, name: str, content: bytes) -> None:
