@@ -25,7 +25,7 @@ SCALING_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_p
 
 
 def hf_config(args: LlamaMimiArgs, **extra: Any) -> LlamaConfig:
-    """Return the configuration of a Hugging Face Llama that computes the same logits. ``extra``: more entries."""
+    """Return the configuration of an equivalent Hugging Face Llama (equal logits). ``extra``: additional entries."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(args.rope_theta)}
     if args.rope_scaling_args.scaling_factor != 1:
         rope |= dict(zip(SCALING_KEYS, astuple(args.rope_scaling_args), strict=True), rope_type="llama3")

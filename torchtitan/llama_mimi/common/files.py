@@ -147,7 +147,7 @@ def share_weights(folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path, setting: str, wait: bool = False) -> Iterator[None]:
-    """Lock a file until the block or the process ends. Warn if the file system lacks locks (some NFS and Lustre).
+    """Lock a file until the ``with`` block or the process ends. Warn if the file system lacks locks (NFS, Lustre).
 
     Args:
         setting: flag or key that sets the folder of the file. A missing folder is created.

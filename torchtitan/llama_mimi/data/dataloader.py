@@ -112,7 +112,7 @@ class SpeechDataLoader(BaseDataLoader):
             yield self._next_batch()
 
     def empty_batch(self) -> Batch:
-        """Return a batch of padding, for a rank that has used its clips while other ranks still have clips."""
+        """Return a batch of padding, for a rank that has used all its clips while other ranks still have clips."""
         assert self.packer.is_empty
         return self.packer.pop()
 
