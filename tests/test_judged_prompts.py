@@ -113,7 +113,7 @@ def test_skipped_recordings_are_counted_and_few_may_be_unreadable(tmp_path, caps
     assert [prompt.name for prompt in prompts.prompts] == [f"row-{number:06d}" for number in (0, *range(3, 10))]
     assert "8 prompts; skipped recordings: too short 1, unreadable 1" in capsys.readouterr().out
     path = corpus(tmp_path / "odd.parquet", [*rows, damaged])
-    with pytest.raises(UserError, match=r"2 of 11 recordings of .* cannot be read, more than 10 %; replace or"):
+    with pytest.raises(UserError, match=r"2 of 11 recordings of .* cannot be read, more than 10 %; replace or remove"):
         make_prompts(tmp_path / "odd", PromptOptions(corpus=path))
 
 

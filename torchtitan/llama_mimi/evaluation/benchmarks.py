@@ -241,7 +241,7 @@ def _not_empty(benchmark: Benchmark, source: str, layout: str) -> Benchmark:
 def _read_tables(source: str, columns: tuple[str, str], names: Collection[str] | None = None) -> Benchmark:
     """Read a benchmark from tables with one pair in each row. If the folder contains audio files, the result is empty.
 
-    ``source`` is a data set on the hub, an owner of data sets on the hub, or a download in a folder of that name.
+    ``source`` is a data set on the hub, an owner of data sets on the hub, or a downloaded folder with its hub name.
     ``names`` are the data sets of the benchmark; if None, each configuration of ``source`` is a part.
     """
     benchmark, root = Benchmark([]), Path(source)

@@ -42,7 +42,7 @@ def encode_clips(
     Args:
         codes_dir: parent folder of the caches, a local or fsspec path.
         max_seconds: maximum length of a clip, in seconds; longer clips are cut.
-        as_released: encode clips one by one, and let the codec pad a partial last frame, as in the first release.
+        as_released: encode clips one by one, and let the codec pad a partial last frame, as in Llama-Mimi's release.
     """
     deep = codec.at_depth(max(codec.num_quantizers, min(STORED_LEVELS, codec.config.num_quantizers)))
     settings = {

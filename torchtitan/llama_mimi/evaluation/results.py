@@ -26,7 +26,7 @@ def check_earlier(path: Path, header: Mapping[str, Any]) -> list[str]:
     current["settings"] = {key: header["settings"][key] for key in ("dtype", "max_audio_seconds")}
     require_same(earlier, current, f"'{path}'", "choose another --output_dir, or move the file to another folder")
     weights = str(earlier.get("model_sha256"))
-    return [] if weights == header["model_sha256"] else [f"replaced '{path}', a result of weights ({weights[:12]})"]
+    return [] if weights == header["model_sha256"] else [f"replaced '{path}', made from other weights ({weights[:12]})"]
 
 
 def results(

@@ -35,7 +35,7 @@ def continue_speech(options: ContinuationOptions) -> None:
         for warning in read_prompt(options.prompt).audio_warnings:
             print(f"note: '{options.prompt}' is {warning}")
         if any(path.exists() and path.samefile(options.prompt) for path in files):
-            raise UserError(f"--output_file would replace --prompt '{options.prompt}'; choose another file")
+            raise UserError(f"--output_file would replace --prompt '{options.prompt}'; set another --output_file")
 
     with distributed_context(options.device) as ranks:
         name, device, dtype, window = options.model_name, str(ranks.device), options.dtype, options.codec_sliding_window

@@ -134,7 +134,7 @@ def _cut_prompts(folder: Path, options: PromptOptions) -> tuple[list[Prompt], Co
     print(f"{len(drawn):,} prompts; skipped recordings: {reasons or 'none'}", flush=True)
     if num_unreadable > MAX_UNREADABLE * num_read:
         problem = f"{num_unreadable:,} of {num_read:,} recordings of '{options.corpus}' cannot be read"
-        raise UserError(f"{problem}, more than {100 * MAX_UNREADABLE:g} %; replace or remove unreadable files")
+        raise UserError(f"{problem}, more than {100 * MAX_UNREADABLE:g} %; replace or remove the unreadable files")
     if not drawn:
         problem = f"'{options.corpus}' lacks a readable recording of at least {options.min_seconds:g} s"
         raise UserError(f"{problem}; reduce --recording_seconds and --prompt_seconds, or add longer recordings")
