@@ -1,6 +1,7 @@
 """Key-value cache for contexts of different lengths. A step adds one position to all contexts.
 
-The cache of `transformers` needs far more calls per step. On a CPU with a small model, the calls take half of the time.
+The cache of `transformers` needs far more function calls per step. For a small model on a CPU, these calls take half of
+the generation time.
 """
 
 import torch
@@ -44,7 +45,7 @@ class BatchedKVCache:
             self._forward = torch.compile(self._grow, mode="reduce-overhead", fullgraph=True)
 
     def prefill(self, row: int, inputs_LD: torch.Tensor) -> None:
-        """Replace the context of a row with L positions; ``inputs_LD`` contains their embeddings."""
+        """Replace the context of a row by L new positions; ``inputs_LD`` contains the embeddings of these positions."""
         length = len(inputs_LD)
         assert 0 < length <= self._capacity
         cache = DynamicCache(config=self._backbone.config)

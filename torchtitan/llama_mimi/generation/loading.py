@@ -41,7 +41,7 @@ def load_speech_model(
     device = available_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     kind = load_pretrained(AutoConfig, model_name, what="model").model_type
     if kind not in MODELS:
-        raise UserError(f"'{model_name}' is of type '{kind}', not one of: {', '.join(MODELS)}; choose another model")
+        raise UserError(f"'{model_name}' is of type '{kind}'; choose a model of one of the types {', '.join(MODELS)}")
     stock_class, model_class, architecture = MODELS[kind]
     decoder = load_pretrained(stock_class, model_name, what="model", dtype=DECODER_DTYPES[dtype])
     num_quantizers = getattr(decoder.config, "num_quantizers", None)
@@ -58,5 +58,5 @@ def load_speech_model(
     if rows != tokenizer.vocabulary.size:
         needed = f"{num_quantizers} quantizers of '{codec.name}' need {tokenizer.vocabulary.size}"
         raise UserError(f"'{model_name}' has {rows} vocabulary entries, but {needed}; set --codec to the model's codec")
-    top_p = decoder.generation_config.top_p  # as in the first release; the caller sets all other options
+    top_p = decoder.generation_config.top_p  # as in Llama-Mimi's first release; the caller sets all other options
     return model_class(decoder.to(device).eval(), tokenizer, codec, 1.0 if top_p is None else top_p)
