@@ -1,9 +1,9 @@
-"""Serve a web page on which a model continues recorded speech; audio plays while it is generated.
+"""Serve a web page on which a model continues recorded speech. The audio plays during generation.
 
     uv run --extra demo python scripts/demo.py --model_name models/tiny
 
-gradio needs the program ffmpeg to stream audio. Everyone who can reach --host can use the page. By default, only
-this machine can reach it.
+gradio needs the program ffmpeg to stream audio. Everyone who can reach the address --host can use the page. By
+default, only this machine can reach the page.
 """
 
 import io
@@ -34,9 +34,9 @@ def demo(
 
     Args:
         model_name: hub id or folder of the model
-        host: address to listen at; 0.0.0.0 means all addresses of this machine
+        host: address to listen on; 0.0.0.0 means all addresses of this machine
         port: port of the page
-        device: torch device; default: the GPU if there is one, else the CPU
+        device: torch device; default: the GPU, or the CPU of a machine without a GPU
         dtype: precision of the decoder
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # nothing is sent anywhere
@@ -57,7 +57,7 @@ def demo(
 
 
 def build_app(gradio: Any, model: Any) -> Any:
-    """Return the page. After a click on its button, it shows the values that `continued` yields."""
+    """Return the gradio page. After a click on its button, the page shows the values that `continued` yields."""
 
     def answer(prompt: str | None, *values: float | None) -> Iterator[Any]:
         try:
@@ -79,13 +79,13 @@ def build_app(gradio: Any, model: Any) -> Any:
     }
     sound = gradio.Audio(streaming=True, autoplay=True, label="Continuation", buttons=["download"])
     state = gradio.Textbox(label="State", lines=2, elem_id="state")
-    text = {"title": "Llama-Mimi", "description": "Record the beginning; the model continues it in the same voice."}
+    text = {"title": "Llama-Mimi", "description": "Record a prompt; the model continues it in the same voice."}
     options = {"submit_btn": "Continue", "flagging_mode": "never", "delete_cache": (600, 3600)}  # in seconds
     return gradio.Interface(answer, [prompt, *sliders.values()], [sound, state], **text, **options)
 
 
 def continued(model: Any, prompt: str, options: SamplingOptions) -> Iterator[tuple[Any, ...]]:
-    """After each chunk of new audio, yield the chunk as WAV, and a text about the progress."""
+    """Continue a prompt. After each chunk of new audio, yield the chunk as WAV, and a progress message."""
     import soundfile
     import torch
 

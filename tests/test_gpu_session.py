@@ -106,9 +106,9 @@ def test_all_checks_report_before_the_session_fails(monkeypatch):
 
 def test_a_measurement_that_fails_ends_its_benchmark():
     assert measure(measuring.median_and_range, values=[1, 2]) == "2 (1 to 2)"
-    with pytest.raises(UserError, match=r"(?s)median_and_range of measuring.py failed with .*no median for empty data"):
+    with pytest.raises(UserError, match=r"(?s)median_and_range in measuring.py failed with .*no median for empty data"):
         measure(measuring.median_and_range, values=[])
-    with pytest.raises(UserError, match=r"median_and_range of measuring.py was stopped after 0 s"):
+    with pytest.raises(UserError, match=r"median_and_range in measuring.py was stopped after 0 s"):
         measure(measuring.median_and_range, timeout_s=0.01, values=[1])
 
 
