@@ -35,7 +35,9 @@ def continue_speech(options: ContinuationOptions) -> None:
         for warning in read_prompt(options.prompt).audio_warnings:
             print(f"note: '{options.prompt}' is {warning}")
         if any(path.exists() and path.samefile(options.prompt) for path in files):
-            raise UserError(f"--output_file would replace --prompt '{options.prompt}'; set another --output_file")
+            raise UserError(
+                f"--output_file and --prompt are the same file '{options.prompt}'; set another --output_file"
+            )
 
     with distributed_context(options.device) as ranks:
         name, device, dtype, window = options.model_name, str(ranks.device), options.dtype, options.codec_sliding_window
