@@ -12,6 +12,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from llama_mimi.common.choices import DecoderPrecision
@@ -59,13 +60,18 @@ def demo(
 def build_app(gradio: Any, model: Any) -> Any:
     """Return the page. After a click on its button, it shows the values that `continued` yields."""
 
-    def answer(prompt: str | None, *values: float | None) -> Iterator[Any]:
+    worker = ThreadPoolExecutor(1)
+
+    def answer(prompt: str | None, *settings: float | None) -> Iterator[Any]:
         try:
-            if prompt is None or None in values:
+            if prompt is None or None in settings:
                 raise UserError("record or upload a prompt, and type a seed")
-            options: dict[str, Any] = dict(zip(sliders, values, strict=True))
+            options: dict[str, Any] = dict(zip(sliders, settings, strict=True))
             options |= {"top_k": int(options["top_k"]), "seed": int(options["seed"]), "top_p": options["top_p"] or None}
-            yield from continued(model, prompt, SamplingOptions(**options))
+            values = continued(model, prompt, SamplingOptions(**options))
+            # gradio calls `answer` in changing threads, but a model has to be compiled and run in one thread.
+            while shown := worker.submit(next, values, None).result():
+                yield shown
         except UserError as error:
             raise gradio.Error(without_folders(str(error))) from error
 

@@ -2,7 +2,9 @@
 
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 from conftest import TINY, run_here
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
 from transformers import CsmForConditionalGeneration, LlamaForCausalLM
 
 from llama_mimi.checkpoint.csm import csm_config
@@ -25,6 +28,7 @@ from llama_mimi.model.llama import FLAVORS
 from llama_mimi.tokens.tokenizer import load_speech_tokenizer
 
 K = 256
+WORKER = ThreadPoolExecutor(1)  # without a GPU, PyTorch 2.11 can compile in only one thread besides the main thread
 GREEDY = Sampling(max_frames=12, min_frames=0, window_frames=100, temperature=0, top_k=30, top_p=1.0)
 
 
@@ -142,16 +146,32 @@ def test_greedy_is_that_of_stock_transformers(codec, architecture, Q):
     assert sum(lengths) > 20, "the comparison has frames"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_compiled_step_draws_the_same(codec, architecture, monkeypatch):
-    """Compile a GPU's step for the CPU. The step attends to all positions and masks the unused ones."""
-    model = built(codec, architecture, n_layers=1)
-    wanted = all_samples(model, [Request(clip(n), 0) for n in (3, 8)], GREEDY, num_rows=2)
-    model.spare_caches.clear()
+def test_the_step_of_a_gpu_draws_the_same(codec, architecture, monkeypatch):
+    """Run the compiled step of a GPU on the CPU, without CUDA graphs, in a worker thread as in the demo.
+
+    Each batch size and each number of visible positions is compiled once, for all layers.
+    """
+
+    def record(function):
+        recorded.append(function.args[0])
+        function()  # as before a recording
+        return function
+
+    model, requests = built(codec, architecture), [Request(clip(n), 0) for n in (3, 8, 5)]
+    wanted = all_samples(model, requests, GREEDY, num_rows=3)
+    recorded, compilations = [], CompileCounter()
     monkeypatch.setattr(kv_cache, "GRAPH_DEVICES", ("cpu",))
-    found = all_samples(model, [Request(clip(n), 0) for n in (3, 8)], GREEDY, num_rows=2)
-    assert all(torch.equal(found[number][0], wanted[number][0]) for number in (0, 1))
+    monkeypatch.setattr(kv_cache, "SHORTEST_GRAPH", 16)
+    monkeypatch.setattr(kv_cache, "record_graph", record)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=compilations))
+    torch._dynamo.reset()
+    for num_rows in (2, 3):
+        model.spare_caches.clear()
+        found = WORKER.submit(all_samples, model, requests, GREEDY, num_rows).result()
+        assert all(torch.equal(found[number][0], wanted[number][0]) for number in range(3))
+    depth = [4] * (architecture == "hierarchical")
+    assert recorded == 2 * [*depth, 16, 32, 64, 128, 256] and compilations.frame_count == len(recorded)
 
 
 def test_caches_of_the_same_size_are_used_again(model):
