@@ -1,4 +1,4 @@
-"""Continue speech: one prompt, or all prompts in a folder.
+"""Continue one speech prompt, or all speech prompts in a folder.
 
 uv run python inference.py --model_name models/tiny --prompt assets/tiny/prompt.wav --output_file continuation.wav
 """

@@ -4,7 +4,7 @@
         --prompt_seconds 1.6 --recording_seconds 2.6 --seconds 2 --speaker_model assets/tiny/speaker_encoder \\
         --asr_model assets/tiny/recogniser
 
-Ranks of torchrun share the work. To continue a killed run, run the command again.
+Under torchrun, the ranks share the work. To continue a killed run, run the command again.
 """
 
 from llama_mimi.common.command_line import command

@@ -1,4 +1,4 @@
-"""sLM21: sWUGGY (lexical) and sBLIMP (syntactic).
+"""Score a model on sLM21: sWUGGY (lexical pairs) and sBLIMP (syntactic pairs).
 
 uv run python eval/sLM21.py --model_name models/tiny --data_dir assets/tiny/benchmarks/sLM21
 """

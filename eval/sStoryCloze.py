@@ -1,4 +1,4 @@
-"""StoryCloze: correct story endings against wrong endings (sStoryCloze) or random endings (tStoryCloze).
+"""Score a model on StoryCloze: correct story endings against wrong (sStoryCloze) or random endings (tStoryCloze).
 
 uv run python eval/sStoryCloze.py --model_name models/tiny --data_dir assets/tiny/benchmarks/storycloze
 """

@@ -1,4 +1,4 @@
-"""SALMon: acoustic consistency and alignment.
+"""Score a model on SALMon: acoustic consistency and alignment.
 
 uv run python eval/salmon.py --model_name models/tiny --data_dir assets/tiny/benchmarks/salmon
 """

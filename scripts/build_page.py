@@ -15,13 +15,13 @@ from llama_mimi.common.errors import UserError
 
 
 def build_page(page: Path, generations: Path | None = None, study: Path | None = None, num_prompts: int = 4) -> None:
-    """Write the page.
+    """Write an HTML page with audio.
 
     Args:
         page: HTML file to write
         generations: --output_dir of eval/generation.py; the page shows all systems in this folder
         study: TOML file of a study; the page shows the runs with the first seed
-        num_prompts: number of prompts to play, chosen by the hash of their names
+        num_prompts: number of prompts to show, selected by the hashes of their names
     """
     if (study is None) == (generations is None) or num_prompts < 1:
         raise UserError("set either --study or --generations, and set --num_prompts to 1 or more")

@@ -1,9 +1,9 @@
-"""Serve a web page on which a model continues recorded speech; audio plays while it is generated.
+"""Serve a web page on which a model continues recorded speech. The audio plays during generation.
 
     uv run --extra demo python scripts/demo.py --model_name models/tiny
 
-gradio needs the program ffmpeg to stream audio. Everyone who can reach --host can use the page. By default, only
-this machine can reach it.
+gradio needs the program ffmpeg to stream audio. Everyone who can reach the address --host can use the page. By
+default, only this machine can reach the page.
 """
 
 import io
@@ -35,9 +35,9 @@ def demo(
 
     Args:
         model_name: hub id or folder of the model
-        host: address to listen at; 0.0.0.0 means all addresses of this machine
+        host: address to listen on; 0.0.0.0 means all addresses of this machine
         port: port of the page
-        device: torch device; default: the GPU if there is one, else the CPU
+        device: torch device; default: the GPU, or the CPU of a machine without a GPU
         dtype: precision of the decoder
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # nothing is sent anywhere
@@ -58,7 +58,7 @@ def demo(
 
 
 def build_app(gradio: Any, model: Any) -> Any:
-    """Return the page. After a click on its button, it shows the values that `continued` yields."""
+    """Return the gradio page. After a click on its button, the page shows the values that `continued` yields."""
 
     worker = ThreadPoolExecutor(1)
 
@@ -91,7 +91,7 @@ def build_app(gradio: Any, model: Any) -> Any:
 
 
 def continued(model: Any, prompt: str, options: SamplingOptions) -> Iterator[tuple[Any, ...]]:
-    """After each chunk of new audio, yield the chunk as WAV, and a text about the progress."""
+    """Continue a prompt. After each chunk of new audio, yield the chunk as WAV, and a progress message."""
     import soundfile
     import torch
 

@@ -1,9 +1,9 @@
-"""Check the settings and meshes of a config, and print the memory that a GPU needs; works without a GPU.
+"""Check the settings and meshes of a config without a GPU, and print the memory that each GPU would need.
 
     uv run python scripts/dry_run.py --num_gpus 64 --job.config_file config/llama3_1_8b.toml
 
-All options of training are accepted. One process acts as rank 0 and takes one step on fake tensors, which have a shape
-but no content. If the model folder does not exist, a vocabulary of Llama 3 and Mimi is used.
+All options of training are accepted. One process acts as rank 0 and trains one step on PyTorch's fake tensors. If the
+model folder does not exist, the script uses the vocabulary of Llama 3 and Mimi.
 """
 
 import os
@@ -21,7 +21,7 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.num_gpus < 1:
-            raise UserError(f"--num_gpus is {self.num_gpus}; it must be positive")
+            raise UserError(f"--num_gpus is {self.num_gpus}; set --num_gpus to 1 or more")
 
 
 if __name__ == "__main__":

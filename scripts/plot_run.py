@@ -1,8 +1,8 @@
-"""Plot the training curves of one run, including each quantizer level, or compare several runs.
+"""Plot the training curves of one run with the loss of each quantizer level, or compare several runs.
 
     uv run python scripts/plot_run.py --run outputs/tiny --picture outputs/tiny/run.png
 
-The curves are read from TensorBoard logs. A metric that was not logged (validation, MFU) has no panel.
+The curves are read from TensorBoard logs. Metrics that were not logged, such as validation or MFU, are left out.
 """
 
 from collections.abc import Mapping
@@ -34,24 +34,25 @@ PANELS = {
 
 
 def plot_runs(run: tyro.conf.UseAppendAction[list[Path]], picture: Path) -> None:
-    """Draw one run, or compare several runs.
+    """Plot one run, or compare several runs.
 
     Args:
         run: dump folder of a run; repeat the flag to compare runs
-        picture: PNG or PDF to write
+        picture: PNG or PDF file to write
     """
     if not run or picture.suffix not in (".png", ".pdf"):
         raise UserError(f"--picture is '{picture}'; set --picture to a PNG or PDF file, and --run to a dump folder")
     runs = {str(folder): read_curves(folder) for folder in run}
     if missing := [name for name, curves in runs.items() if TOTAL not in curves]:
-        raise UserError(f"'{missing[0]}/tb' has no log of a training step; set --run to the dump folder of a run")
+        problem = f"'{missing[0]}/tb' does not contain the log of a training step"
+        raise UserError(f"{problem}; set --run to the dump folder of a run")
     write_atomically(str(picture.parent), picture.name, save_picture(draw(runs), picture.suffix[1:]))
     drawn = ", ".join(f"{name} (steps {min(curves[TOTAL])} to {max(curves[TOTAL])})" for name, curves in runs.items())
     print(f"drawn to {picture}: {drawn}")
 
 
 def draw(runs: Mapping[str, Mapping[str, Series]]) -> Any:
-    """Return a figure of all panels that have data, in two columns with the same axis of steps."""
+    """Return a figure with one panel for each logged metric. The panels share the axis of steps."""
     drawn = [title for title, tags in PANELS.items() if any(next(iter(tags)) in run for run in runs.values())]
     titles = [*drawn[: len(drawn) % 2], *drawn]  # if the number of panels is odd, the first panel spans both columns
     rows = [titles[i : i + 2] for i in range(0, len(titles), 2)]

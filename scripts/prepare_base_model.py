@@ -4,8 +4,8 @@
         --output_dir models/Llama-3.2-1B-mimi-q4
 
 The large configs read the result from `model.hf_assets_path`. With `--random_weights`, the base model needs only a
-config.json and a tokenizer. No weights are then written, and training starts from random weights. `--vocabulary audio`
-removes the text tokens, for `model.vocabulary = "audio"`. The other embeddings do not change.
+config.json and a tokenizer. The script then does not write weights, and training starts from random weights.
+`--vocabulary audio` removes the text tokens, for `model.vocabulary = "audio"`. Embeddings of kept tokens do not change.
 """
 
 from dataclasses import dataclass
@@ -17,13 +17,13 @@ from llama_mimi.common.command_line import command
 
 @dataclass
 class Options:
-    base_model: str  # Hugging Face Llama, hub id or folder
+    base_model: str  # hub id or folder of a Hugging Face Llama
     output_dir: Path  # new folder for the model; set model.hf_assets_path to this folder
-    codec: str = DEFAULT_CODEC  # Mimi codec, hub id or folder
+    codec: str = DEFAULT_CODEC  # hub id or folder of a Mimi codec
     num_quantizers: int = 4  # number of quantizer levels per frame
     vocabulary: VocabularyKind = "llama"  # 'llama' keeps the text tokens; 'audio' removes the text tokens
     dtype: Precision = "float32"  # precision of the saved weights
-    seed: int = 0  # random seed for the new embedding rows
+    seed: int = 0  # random seed for the embeddings of new tokens
     random_weights: bool = False  # write only tokenizer and configuration; training then starts from random weights
 
 

@@ -1,4 +1,4 @@
-"""Upload a converted model to the hub, with a model card that shows its training and its scores.
+"""Upload a converted model to the hub, with a model card that shows the training settings and the scores.
 
 uv run python scripts/push_to_hub.py --model_name models/tiny --repo me/tiny --results results --dry_run outputs/upload
 """
@@ -23,15 +23,15 @@ SETTINGS = """training.dataset training.steps training.global_batch_size trainin
 
 @dataclass(frozen=True)
 class Upload:
-    """A converted model, and its place on the hub."""
+    """A converted model, and its repository on the hub."""
 
-    model_name: Path  # folder from scripts/convert_dcp_to_hf.py
+    model_name: Path  # output folder of scripts/convert_dcp_to_hf.py
     repo: str  # repository on the hub, as owner/name
     # folders with results of eval/ or of a study; the card shows only results of this model; default: no results
     results: tuple[Path, ...] = ()
-    dry_run: Path | None = None  # write all files to this new folder instead of the hub
+    dry_run: Path | None = None  # new folder; all files are written to this folder instead of the hub
     private: bool = False  # make a new repository private
-    license: str | None = None  # license of the weights on the hub, such as llama3.2
+    license: str | None = None  # license of the weights in the model card, such as 'llama3.2'
     base_model: str | None = None  # hub id of the model that training started from
 
 
@@ -53,7 +53,7 @@ def push_to_hub(upload: Upload) -> None:
     files[CARD] = card.content.encode()
     if dry_run is not None:
         if dry_run.exists():
-            raise UserError(f"--dry_run is '{dry_run}', which exists; choose a new folder")
+            raise UserError(f"the --dry_run folder '{dry_run}' already exists; choose a new folder")
         try:
             dry_run.mkdir(parents=True)
             for name, content in files.items():
@@ -61,7 +61,7 @@ def push_to_hub(upload: Upload) -> None:
         except OSError:
             shutil.rmtree(dry_run, ignore_errors=True)
             raise
-        return print(f"would be uploaded: {', '.join(sorted(files))}; see {dry_run}")
+        return print(f"these files would be uploaded: {', '.join(sorted(files))}; see {dry_run}")
     api = HfApi()
     try:
         api.create_repo(repo, private=upload.private, exist_ok=True)
@@ -76,7 +76,7 @@ def push_to_hub(upload: Upload) -> None:
 def without_folders(value: Any) -> Any:
     """Shorten the local paths in a JSON value to their last component, to hide the folders of this machine.
 
-    A local path is absolute, or contains ``~``, ``..`` or ``file://``. A string can contain several paths and commas.
+    A local path is absolute, begins with ``~``, or contains ``..`` or ``file://``. Commas separate paths in a string.
     """
     if isinstance(value, dict):
         return {key: without_folders(item) for key, item in value.items()}
@@ -90,7 +90,7 @@ def without_folders(value: Any) -> Any:
 
 
 def write_card(model: Path, folders: Sequence[Path]) -> Any:
-    """Return a model card that shows the training settings and the results of exactly these weights."""
+    """Return a model card with the training settings and the results. Results of other weights are left out."""
     from huggingface_hub import ModelCard
 
     from llama_mimi.audio.mimi import codec_hash, local_codec

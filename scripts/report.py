@@ -2,7 +2,8 @@
 
     uv run python scripts/report.py --results results --output_file results/report.md
 
-Two models are compared if both were scored with the same settings on the same audio, or continued the same prompts.
+The report compares models that were scored with the same settings on the same audio, or that continued the same
+prompts.
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from llama_mimi.common.command_line import command
 @dataclass
 class Options:
     results: tuple[Path, ...] = (Path("results"),)  # folders of result files
-    output_file: Path | None = None  # Markdown file to write, next to its pictures; default: print the text
+    output_file: Path | None = None  # Markdown file to write; pictures go to its folder; default: print the text
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     uv run python scripts/study.py config/studies/tiny.toml
 
 To continue a stopped or killed study, run the command again. A failed run does not stop the other runs. The report
-names the failed run, and the next start repeats it.
+names the failed runs, and the next start of the study repeats the failed runs.
 """
 
 import logging
@@ -29,11 +29,11 @@ def main(
 
     Args:
         file: TOML file of the study
-        plan: only print the variants with their FLOPs and GPU hours
-        slurm: only print two sbatch commands that run the study as an array of jobs
-        part: train and score only the run with this number (for a job of the array)
-        report_only: only write the report of the finished runs
-        tflops: speed of a GPU in TFLOP/s, for --plan; the default is 40 % of an H100's peak in bfloat16
+        plan: print the variants with their FLOPs and GPU hours, and exit
+        slurm: print two sbatch commands that run the study as an array of jobs, and exit
+        part: number of a run; train and score only this run (for a job of the array)
+        report_only: write the report of the finished runs, and exit
+        tflops: assumed speed of a GPU for --plan, in TFLOP/s; default: 40 % of an H100's peak in bfloat16
     """
     from llama_mimi.common.cpu import use_cpu_without_gpu
 
@@ -75,7 +75,8 @@ def main(
     print(f"written to {write_report(study, lines)}")
     missing = [line["run"] for line in lines if line["state"] != "done"]
     if missing:
-        raise UserError(f"not done: runs {', '.join(missing)}; see the reasons in the report, and re-run the command")
+        problem = f"these runs are not done: {', '.join(missing)}"
+        raise UserError(f"{problem}; fix the causes that the report names, and re-run the command")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
         --corpus "assets/tiny/corpus/train-*.parquet" \\
         --codec assets/tiny/mimi --output_dir data/codes/tiny
 
-Ranks share the work. If a run is killed, re-run the command on any number of ranks to write the missing shards.
+The ranks share the work. If a run is killed, re-run the command on any number of ranks to write the missing shards.
 """
 
 from llama_mimi.common.command_line import command

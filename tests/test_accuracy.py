@@ -58,8 +58,8 @@ def test_wilson_interval():
 
 
 def test_no_values_have_no_interval():
-    with pytest.raises(ValueError, match="proportion of 0 values"):
+    with pytest.raises(ValueError, match="needs at least one value, not 0"):
         wilson_interval(0.5, 0)
     for parts in ([], [[]], [[1.0, 0.0], [1.0]]):
-        with pytest.raises(ValueError, match="fewer than two values have no interval"):
+        with pytest.raises(ValueError, match="needs at least two values for each part"):
             bootstrap_interval(*parts)

@@ -90,8 +90,8 @@ def test_a_salmon_index_may_have_several_negatives_and_an_aggregate_part_is_left
 
 def test_an_odd_file_out_is_named(copied):
     for folder, odd, message in (
-        ("salmon", "speaker_consistency/sample_200_0.ogg", "no other file has the index of '.*sample_200_0.ogg'"),
-        ("sLM21", "lexical/dev/other.ogg", "'other' must occur once in"),
+        ("salmon", "speaker_consistency/sample_200_0.ogg", "sample_200_0.ogg' is the only file with its index"),
+        ("sLM21", "lexical/dev/other.ogg", "'other' must name one row of"),
         ("storycloze", "200_fitting.ogg", "odd number of files, up to '200_fitting.ogg'"),
     ):
         root = copied(folder)
@@ -108,7 +108,7 @@ def test_an_odd_file_out_is_named(copied):
 
 def test_an_empty_or_missing_folder_is_refused(tmp_path):
     for reader in READERS.values():
-        with pytest.raises(UserError, match="contains no pairs"):
+        with pytest.raises(UserError, match="does not contain pairs"):
             reader(str(tmp_path))
         with pytest.raises(UserError, match="set --data_dir to the new folder"):
             reader(str(tmp_path / "nothing"))
@@ -139,8 +139,8 @@ def test_syntactic_groups_are_types_subtypes_and_ids(tmp_path):
     groups = Counter(pair.group for pair in read_slm21(str(tmp_path)).pairs)
     assert groups == {"agreement__0": 2, "binding__0": 2, "agreement__1": 2}
     for changed, message in (
-        ([*rows, *rows[:2]], "'s0A0' must occur once in"),
-        ([rows[0], *rows[2:4], rows[1], *rows[4:]], "must have one id and voice, and one correct row"),
+        ([*rows, *rows[:2]], "'s0A0' must name one row of"),
+        ([rows[0], *rows[2:4], rows[1], *rows[4:]], "must have the same id and voice, and one must be correct"),
     ):
         write_gold(folder / "gold.csv", header, changed)
         with pytest.raises(UserError, match=message):
@@ -151,16 +151,16 @@ def test_a_damaged_gold_file_is_named(tmp_path):
     folder = tmp_path / "lexical" / "dev"
     touch(folder, "a.wav", "b.wav")
     for lines, message in (
-        ("a,0,A,many,1\nb,0,A,,0", "has the frequency 'many'"),
-        ("a,0,A,-3,1\nb,0,A,,0", "has the frequency '-3'"),
+        ("a,0,A,many,1\nb,0,A,,0", "the frequency 'many' is not a count"),
+        ("a,0,A,-3,1\nb,0,A,,0", "the frequency '-3' is not a count"),
         ("a,0,A,1,1\nb,0", "must have rows with the columns correct, filename"),
-        ("a,0,A,1,1", "'b' must occur once in"),
+        ("a,0,A,1,1", "'b' must name one row of"),
     ):
         (folder / "gold.csv").write_text(f"filename,id,voice,frequency,correct\n{lines}\n")
         with pytest.raises(UserError, match=message):
             read_slm21(str(tmp_path))
     (folder / "gold.csv").unlink()
-    with pytest.raises(UserError, match="lexical/dev' has no gold.csv"):
+    with pytest.raises(UserError, match="lexical/dev' lacks gold.csv"):
         read_slm21(str(tmp_path))
 
 
@@ -253,7 +253,7 @@ def test_a_row_without_audio_is_named(tmp_path, write_table):
     features = Features({column: {"bytes": Value("binary"), "path": Value("string")} for column in rows})
     write_table(Dataset.from_dict(rows, features=features), "sStoryCloze")
     for clip in read_storycloze(str(tmp_path)).clips:
-        with pytest.raises(UserError, match="row 0 has no audio bytes"):
+        with pytest.raises(UserError, match="row 0 lacks audio bytes"):
             clip.source.read_bytes()
 
 

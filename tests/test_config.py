@@ -99,7 +99,7 @@ def tiny_with(*flags):
         ("--parallelism.tensor_parallel_degree 2 --training.seq_len 257", "training.seq_len is 257; set a multiple"),
         ("--training.global_batch_size 6", "set a multiple of 4"),
         # Files
-        ("--parallelism.context_parallel_degree 2", "there is no GPU"),
+        ("--parallelism.context_parallel_degree 2", "more than 1 on a CPU; set it to 1, or use GPUs"),
         ("--model.flavor 1B", "assets/tiny/llama' was made with hidden_size = 192, but the current value is 2048"),
         ("--codec.name models/nothing/here", "codec folder 'models/nothing/here' does not exist"),
         ("--model.hf_assets_path models/nothing", "prepare_base_model.py"),
@@ -147,7 +147,7 @@ def test_mistakes_in_a_file_are_refused(toml, message, tmp_path):
 
 
 def test_configs_of_the_first_release_are_told_what_keys_and_datasets_are_called_here():
-    with pytest.raises(UserError, match="set 'llama_mimi', and choose the size by model.flavor"):
+    with pytest.raises(UserError, match="set 'llama_mimi', and choose the size with model.flavor"):
         parse_config([])
     job_config = parse_config(tiny_with())
     for old, new in OLD_KEYS.items():
@@ -178,7 +178,7 @@ def test_a_folder_without_text_needs_a_vocabulary_of_audio(tmp_path):
     tokenizer = load_speech_tokenizer(str(TINY / "llama"), str(TINY / "mimi"), 4, "audio")
     tokenizer.text_tokenizer.save_pretrained(tmp_path)
     flags = tiny_with("--model.hf_assets_path", str(tmp_path))
-    with pytest.raises(UserError, match="has no text tokens; set model.vocabulary 'audio', .* --vocabulary llama"):
+    with pytest.raises(UserError, match="lacks text tokens; set model.vocabulary to 'audio', .* --vocabulary llama"):
         checked_config(flags)
     checked_config([*flags, "--model.vocabulary", "audio"])
 
@@ -224,14 +224,14 @@ def test_the_resumed_step_is_checked(tmp_path):
     newest.mkdir()
     (newest / "model.safetensors.index.json").touch()  # a step in the format of Hugging Face
     for extra in ([], ["--checkpoint.exclude_from_loading", "dataloader"]):
-        with pytest.raises(UserError, match=r"step-10' contains only weights"):
+        with pytest.raises(UserError, match=r"step-10' contains weights but not the position"):
             checked_config([*flags, *extra])
     checked_config([*flags, "--checkpoint.load_step", "5"])
     with pytest.raises(UserError, match=r"load_step is 6, but the complete steps in '.*' are \[5, 10\]"):
         checked_config([*flags, "--checkpoint.load_step", "6"])
     shutil.rmtree(tmp_path / "checkpoint")
     save_loader_position(tmp_path, checked_config(flags), has_position=False)
-    with pytest.raises(UserError, match="step-5' contains only weights"):
+    with pytest.raises(UserError, match="step-5' contains weights but not the position"):
         checked_config(flags)
     checked_config([*flags, "--checkpoint.exclude_from_loading", "dataloader"])
 

@@ -118,9 +118,9 @@ def test_skipped_recordings_are_counted_and_few_may_be_unreadable(tmp_path, caps
 
 
 def test_wrong_options_of_prompts_are_refused(tmp_path):
-    with pytest.raises(UserError, match="--recording_seconds is 70; set .* and --recording_seconds to 2 to 60"):
+    with pytest.raises(UserError, match="--recording_seconds is 70; set .* to 2 or more, up to 60"):
         options(recording_seconds=70)
-    with pytest.raises(UserError, match="has no readable recording of at least 50 s; lower"):
+    with pytest.raises(UserError, match="lacks a readable recording of at least 50 s; reduce"):
         make_prompts(tmp_path, options(recording_seconds=50))
 
 
@@ -132,7 +132,7 @@ def test_any_id_has_a_file_name_of_its_own(tmp_path):
     assert names[0] == "a-b" and names[-1] == "1089-134686-0000" and names[1].startswith("a-b-")
     assert all(name[0].isalnum() and name.isascii() and len(name) < 101 for name in names)
     same = corpus(tmp_path / "same.parquet", [audio_row(number, 7, id="a") for number in range(2)])
-    with pytest.raises(UserError, match="has two rows with the id 'a'; make ids unique"):
+    with pytest.raises(UserError, match="has two rows with the id 'a'; change the id of one row"):
         make_prompts(tmp_path / "two", PromptOptions(corpus=same))
 
 
@@ -186,9 +186,9 @@ def test_files_of_another_system_are_continuations(prompts, others):
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
-        ("missing", "has no file for 1 of 6 prompts, such as '{}'; add files"),
-        ("{}_0.wav", "are both sample 0 of '{}'; remove one"),
-        ("notes_7.wav", "notes_7.wav' belongs to no prompt; rename"),
+        ("missing", "lacks files for 1 of 6 prompts, such as '{}'; add the files"),
+        ("{}_0.wav", "are sample 0 of '{}'; remove one file"),
+        ("notes_7.wav", "notes_7.wav' does not have the name of a prompt; rename"),
         ("1/{}.wav", "{}.wav' is not readable audio"),
     ],
 )

@@ -75,5 +75,5 @@ def test_a_line_of_the_log(card, monkeypatch, tmp_path):
         "lr": 1e-3,
     }
     assert data.codec_seconds == 0
-    with pytest.raises(UserError, match="no clip of validation.dataset 'assets/tiny/corpus/validation-.*' can be used"):
+    with pytest.raises(UserError, match="'assets/tiny/corpus/validation-.*' does not contain a usable clip"):
         metrics.log_validation(1, start=0.0)

@@ -62,8 +62,8 @@ def test_spoilt_steps_change_nothing_and_a_gradient_that_is_not_finite_ends_the_
     assert len(before) > 100 and all(torch.equal(before[name], empty[name]) for name in before)
     assert not torch.equal(before["layers.0.feed_forward.w1.weight"], after["layers.0.feed_forward.w1.weight"])
 
-    assert ranks.output.count("error: at step 4 the training loss is ") == ranks.output.count("error: ") == 1
-    assert "and the gradients are not finite, so the run stops and saves nothing" in ranks.output
+    assert ranks.output.count("error: at step 4, the training loss is ") == ranks.output.count("error: ") == 1
+    assert "and the gradients are not finite, so the run stops without saving" in ranks.output
     assert f"the last good checkpoint is '{checkpoint}/step-3'" in ranks.output
     assert sorted(path.name for path in checkpoint.iterdir()) == ["step-1", "step-2", "step-3"], "none is purged"
 
@@ -74,7 +74,7 @@ def test_weights_are_checked_where_they_are_saved(tmp_path, step, value, stops):
     job_config = parse_config(["--model.name", "llama_mimi", "--model.flavor", "tiny", *flags])
     model = nn.Linear(2, 2)
     nn.init.constant_(model.bias, value)
-    with pytest.raises(UserError, match=f"at step {step} the norm .*; there is no good") if stops else nullcontext():
+    with pytest.raises(UserError, match=f"at step {step}, the norm .*; a good check") if stops else nullcontext():
         StepGuard().check(job_config, step, [model])
 
 

@@ -157,7 +157,7 @@ def test_a_page_that_cannot_be_made(tmp_path, generations):
     (generations / "mine" / "p1_0.wav").unlink()
     for mistake, message in (
         ({"generations": generations}, "a continuation of 'mine' cannot be played: .*does not exist"),
-        ({"generations": tmp_path}, "has no prompts.json"),
+        ({"generations": tmp_path}, "does not contain prompts.json"),
         ({}, "set either --study or --generations"),
         ({"generations": generations, "num_prompts": -1}, "--num_prompts to 1 or more"),
     ):

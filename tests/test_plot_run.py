@@ -70,7 +70,7 @@ def test_mistakes_get_one_sentence(tmp_path):
     no_step = write_log(tmp_path / "no_step", {"validation_metrics/loss": {1: 1.0}})
     run = write_log(tmp_path / "run", {LOSS: {1: 1.0}})
     for folder, picture, message in (
-        (no_step, "a.png", "has no log of a training step"),
+        (no_step, "a.png", "does not contain the log of a training step"),
         (run, "a.odd", "a.odd'; set --picture to a PNG or PDF file"),
     ):
         with pytest.raises(UserError, match=message):

@@ -114,7 +114,7 @@ def test_a_prompt_that_was_replaced_is_continued_again(model, prompts, whole, tm
     other = {(new["prompt"], new["sample"]) for new, old in pairs if new["prompt_frames"] != old["prompt_frames"]}
     assert other == {("3.flac", 0), ("3.flac", 1)}
     (tmp_path / "out" / "results.jsonl").write_text("{")
-    with pytest.raises(UserError, match="is not a list of results"):
+    with pytest.raises(UserError, match="is not a results file"):
         run(model, Path("link"), Path("out"))
 
 
@@ -147,7 +147,7 @@ def test_a_bad_prompt_is_named_and_the_others_go_on(model, prompts, tmp_path):
         (folder, output_dir, "'0.flac' and '0.wav' would have the same file name"),
         (folder, folder / "out", "overlap; choose separate"),
         (folder, tmp_path, "overlap; choose separate"),
-        (tmp_path / "none", output_dir, "has no .wav"),
+        (tmp_path / "none", output_dir, "does not contain .wav"),
     ):
         with pytest.raises(UserError, match=message):
             run(model, bad_prompts, bad_output)

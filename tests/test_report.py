@@ -154,7 +154,7 @@ def test_mistakes_get_one_sentence(tmp_path, make):
     for folder, number in (("a", 3), ("b", 3), ("old", 2)):
         result_file(tmp_path / folder, "m", {"rir_consistency": [1]}, format=number)
     for folders, message in (
-        (["old"], "has format 2; expected 3. Remove the file and score again"),
+        (["old"], "has format 2, not 3; remove the file and re-run the evaluation"),
         (["a", "b"], "repeats a result of m on salmon"),
         (["typo"], "typo' does not exist"),
     ):
@@ -175,7 +175,7 @@ def test_damaged_results_end_in_one_sentence_that_names_them(tmp_path):
 
 
 def test_other_json_and_hidden_files_are_left_out(tmp_path, make):
-    with pytest.raises(UserError, match="there is no result file"):
+    with pytest.raises(UserError, match="result files are missing in"):
         make("--results", tmp_path)
     path = result_file(tmp_path, "m", {"rir_consistency": [1, 0]})
     expected = make("--results", tmp_path)

@@ -185,7 +185,7 @@ def test_a_released_checkpoint_continues_as_the_release_does_unless_flags_say_ot
     (tmp_path / "released" / "generation_config.json").write_text('{"top_p": 5}')
     model = load_speech_model(str(tmp_path / "released"))  # a model that only computes scores needs no sampling
     assert for_model(SamplingOptions(top_p=0.5), model).top_p == 0.5
-    with pytest.raises(UserError, match="top_p is 5 in the model's generation config"):
+    with pytest.raises(UserError, match="top_p in the model's generation_config.json is 5"):
         for_model(SamplingOptions(), model)
 
 
@@ -200,7 +200,7 @@ def test_a_prompt_is_never_replaced(tmp_path):
         ("a_1.wav", ("--output_file", tmp_path / "a.wav", "--num_samples", 2)),
     ):
         rc, said = run_here("inference.py", "--model_name", "models/none", "--prompt", tmp_path / prompt, *words)
-        assert rc == 1 and "would replace the --prompt" in said
+        assert rc == 1 and "would replace --prompt" in said
     assert (tmp_path / "a_1.wav").read_bytes() == (TINY / "prompt.wav").read_bytes()
 
 
@@ -212,7 +212,7 @@ def test_a_prompt_is_never_replaced(tmp_path):
         (("--batch_size", "4"), "--batch_size is 4; set it to 1 or more, and set --prompts"),
         (("--stream", "--num_samples", "2"), "--stream supports only one sample of one prompt; remove"),
         (("--model_name", "models/no/such"), "model folder 'models/no/such' does not exist"),
-        (("--model_name", "assets/tiny/mimi"), "has the type 'mimi', not one of: llama, csm"),
+        (("--model_name", "assets/tiny/mimi"), "is of type 'mimi', not one of: llama, csm"),
         (("--device", "nothing"), "device 'nothing' is not available"),
     ],
 )

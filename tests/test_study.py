@@ -111,17 +111,17 @@ def test_a_run_ends_with_a_validation(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('name = "mini"\n', "", "the file has no key 'name'"),
+        ('name = "mini"\n', "", "the file lacks the key 'name'"),
         ("steps = [40, 20]", "stepz = [40]", r"\[\[tables\]\] has the unknown key 'stepz'; .* steps"),
         ("num_quantizers = [4, 8]", 'num_quantizers = ["4"]', r"sets num_quantizers to \['4'\]; expected list\[int\]"),
         ("[[override]]", "[override]", "is 'num_quantizers'; expected a section"),
-        ('hierarchical = "config/tiny_hierarchical.toml"\n', "", "has no file for 'hierarchical'"),
+        ('hierarchical = "config/tiny_hierarchical.toml"\n', "", "lacks a file for 'hierarchical'"),
         ("steps = [40, 20]", "steps = [0]", "training.steps is 0; set a positive"),
         ("assets/tiny/llama", "base-q{num_quantisers}", "unknown name 'num_quantisers' in braces; use archit"),
-        ("seeds = [3, 5]", "seeds = [3, 3]", r"seeds is \[3, 3\]; use each number only once"),
+        ("seeds = [3, 5]", "seeds = [3, 3]", r"seeds is \[3, 3\]; set each seed only once"),
         ("[generation]", '[launch]\ntrain = ["bash", "x"]\n[generation]', "set training.global_batch_size"),
-        (SALMON, SALMON + 'output_dir = "x"\n', "it sets output_dir, which only axes"),
-        ("num_quantizers = [8]", "num_quantizers = [8, 6]", r"'num_quantizers': \[6\].* applies to no variant"),
+        (SALMON, SALMON + 'output_dir = "x"\n', "only axes or the study itself may set output_dir"),
+        ("num_quantizers = [8]", "num_quantizers = [8, 6]", r"'num_quantizers': \[6\].* does not apply to any variant"),
         (SALMON, SALMON + "limmit = 3\n", "Unrecognized options: --limmit, 3"),
         ('corpus = "x.parquet"', "seconds = 3", "Missing from"),
     ],
@@ -314,7 +314,7 @@ def test_a_real_command_has_its_threads_and_its_own_sentence(tmp_path):
 def test_a_study_that_is_not_done_says_so_in_the_end(tmp_path):
     path = written(tmp_path, a=('hf_assets_path" = "assets/tiny/llama', 'hf_assets_path" = "nowhere'))
     for flags, message in (
-        (["--report_only"], "not done: runs flattened-tiny-q4-uniform-40-seed3, .*; see the reasons in the report"),
+        (["--report_only"], "these runs are not done: flattened-tiny-q4-uniform-40-seed3, .*; fix the causes"),
         (["--part", 99], "--part is 99; set --tflops to a positive number, and --part to a number from 0 to 9"),
     ):
         code, stderr = run_here("scripts/study.py", path, *flags)

@@ -95,7 +95,7 @@ def test_a_stopped_run_continues_exactly(tmp_path, monkeypatch):
 
 def test_a_diverging_codec_run_ends(tmp_path):
     diverging = run(tmp_path, learning_rate=1e9, steps=100)
-    with pytest.raises(UserError, match=r"the gradient of step \d+ is .*--learning_rate below 1e\+09"):
+    with pytest.raises(UserError, match=r"the gradient norm of step \d+ is .*--learning_rate below 1e\+09"):
         for _ in range(20):
             diverging.train_step()
 

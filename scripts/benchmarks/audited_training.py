@@ -1,6 +1,6 @@
-"""Train as one rank of torchrun, and record the frames of every step for scripts/benchmarks/kill_runs.py.
+"""Train on one rank of torchrun, and record the frame numbers of every step for scripts/benchmarks/kill_runs.py.
 
-Each step adds a line of JSON to ``$AUDIT-<rank>.jsonl``: the index of the step, and the indices of its frames.
+Each step appends a line of JSON to ``$AUDIT-<rank>.jsonl``: the number of the step, and the numbers of its frames.
 """
 
 import json
@@ -19,12 +19,12 @@ train_step = Trainer.train_step
 
 
 def frame_numbers(codes_TQ: np.ndarray) -> list[int]:
-    """Return the number of each frame. In base 256, its digits are the codes, and level 0 is the lowest digit."""
+    """Return frame numbers. The codes of a frame are the base-256 digits of its number, and level 0 is the lowest."""
     return (codes_TQ.astype(np.int64) @ 256 ** np.arange(codes_TQ.shape[1])).tolist()
 
 
 def audited_step(self: Trainer, data_iterator: Iterator[Any]) -> None:
-    """Take a step, and record the frames of its labels."""
+    """Train one step, and record the numbers of the frames in its labels."""
     vocabulary, frames = self.tokenizer.vocabulary, []
 
     def batches() -> Iterator[Any]:

@@ -1,11 +1,11 @@
-"""Measure the data path: reading, encoding, the baseline, both loaders, each format, padding, and start-up.
+"""Measure the data pipeline: reading, encoding, loading, a baseline, the audio formats, padding and start-up.
 
     uv run python scripts/benchmarks/bench_data.py
     uv run python scripts/benchmarks/bench_data.py --corpus my_speech/train.parquet --codec kyutai/mimi
 
-A rate is the number of audio-seconds that one process with --num_threads threads processes per second. It is the
-median of --repeats runs; the methods alternate. The baseline is the training loop of the first release of Llama-Mimi.
-For each clip, the baseline writes the codes as text, calls the tokenizer, and pads to the sequence length.
+Each rate is the speed of one process with --num_threads threads, in audio-seconds per second. Each rate is the median
+of --repeats runs. The methods alternate. The baseline is the training loop of the first release of Llama-Mimi. For each
+clip, the baseline writes the codes as text, calls the tokenizer, and pads to the sequence length.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ BASELINE, CODES, LONG_CODES = "baseline", "shard loader (pack)", "shard loader (
 
 @dataclass(frozen=True)
 class DataFlags:
-    """Corpus, codec and tokenizer."""
+    """Corpus, codec and tokenizer to measure."""
 
     corpus: str = "assets/tiny/corpus/train-*.parquet"
     codec: str = "assets/tiny/mimi"
@@ -84,7 +84,7 @@ def audio_reader(corpus: str, codec: MimiCodec) -> AudioReader:
 
 
 def read_clips(reader: AudioReader, limit: int) -> Iterator[AudioClip]:
-    """Yield the first clips of a corpus."""
+    """Yield the first ``limit`` clips of a corpus."""
     rows = (row for unit in range(len(reader.source.units)) for row in reader.source.rows(unit))
     for row in itertools.islice(rows, limit):
         (clip,) = reader.clips(row)
@@ -94,7 +94,7 @@ def read_clips(reader: AudioReader, limit: int) -> Iterator[AudioClip]:
 
 
 def fetch(reader: AudioReader) -> Iterator[Any]:
-    """Yield the audio bytes of all rows; read the file if a row has only a path."""
+    """Yield the audio bytes of every row of a corpus. If a row contains only a path, read the file at that path."""
     for unit in range(len(reader.source.units)):
         for row in reader.source.rows(unit):
             yield Path(row["audio"]).read_bytes() if isinstance(row["audio"], str) else row["audio"]
@@ -124,7 +124,7 @@ def loader(
 
 
 def rate_of(work: Callable[[], Iterable[Any]], seconds: float) -> float:
-    """Iterate over ``work()`` and return its audio-seconds per second; ``seconds`` is the length of the audio."""
+    """Process ``seconds`` of audio by iterating over ``work()``; return the speed in audio-seconds per second."""
     return seconds / timeit.timeit(lambda: deque(work(), maxlen=0), number=1)
 
 
@@ -153,10 +153,10 @@ def print_rates(flags: DataFlags, folder: Path) -> None:
         print(f"| {name} | {median_and_range(values)} |")
     rate = {name: statistics.median(values) for name, values in results.items()}
     needed = GPU_TOKENS_PER_S / (codec.frame_rate_hz * flags.num_quantizers)
-    print(f"\nshard loader / baseline: {rate[CODES] / rate[BASELINE]:,.0f} times (the corpus is encoded once)")
+    print(f"\nThe shard loader is {rate[CODES] / rate[BASELINE]:,.0f} times as fast as the baseline.")
+    print(f"A training step at {GPU_TOKENS_PER_S:,} tokens/s spends a fraction of its time in the shard loader:")
     percents = [f"{100 * needed / rate[name]:.2f} %" for name in (LONG_CODES, CODES)]
-    print(f"at {GPU_TOKENS_PER_S:,} tokens/s, the shard loader takes {percents[0]} of the time of a step")
-    print(f"({percents[1]} with the clips of the corpus)\n")
+    print(f"{percents[0]} with simulated lengths, {percents[1]} with the lengths of the corpus\n")
 
 
 def encode(codec: MimiCodec, clips: list[AudioClip], batch_size: int) -> float:
@@ -166,7 +166,7 @@ def encode(codec: MimiCodec, clips: list[AudioClip], batch_size: int) -> float:
 
 
 def token_rate(batches: Iterable[Any], codec: MimiCodec, limit: int) -> float:
-    """Return the audio-seconds per second of the next ``limit`` batches."""
+    """Load the next ``limit`` batches; return the speed in audio-seconds per second."""
     start = time.perf_counter()
     num_tokens = sum(int((labels_BL != IGNORE_INDEX).sum()) for _, labels_BL in itertools.islice(batches, limit))
     return num_tokens / codec.num_quantizers / codec.frame_rate_hz / (time.perf_counter() - start)
@@ -181,7 +181,7 @@ def baseline(flags: DataFlags, codec: MimiCodec, reader: AudioReader) -> Iterato
 
 
 def print_formats(flags: DataFlags, folder: Path) -> None:
-    """Measure fetching, decoding and tokenising on one rank, with the same lossless clips in each layout."""
+    """Measure the speed of fetching, decoding and tokenising the same clips in each layout, on one rank."""
     codec = MimiCodec(flags.codec, flags.num_quantizers)
     rows = lossless_rows(flags.corpus, flags.clips, 20.0)
     columns: list[dict[str, Callable[[], float]]] = [{}, {}, {}]
@@ -205,7 +205,7 @@ def print_formats(flags: DataFlags, folder: Path) -> None:
 
 
 def tokenize(flags: DataFlags, corpus: str, folder: Path, numbers: Iterator[int]) -> float:
-    """Tokenise with one worker; return the rate of the last progress line, without the start-up."""
+    """Tokenise with one worker; return the speed from the last progress line, which excludes the start-up."""
     options = TokenizationOptions(corpus, str(folder / f"codes-{next(numbers)}"), codec=flags.codec, num_workers=1)
     options.num_quantizers, options.clips_per_shard = flags.num_quantizers, 10**6
     with contextlib.redirect_stdout(io.StringIO()) as output:
@@ -231,7 +231,7 @@ def print_useful_fractions(flags: DataFlags, folder: Path) -> None:
 
 
 def print_sizes(flags: DataFlags, folder: Path) -> None:
-    """Measure memory, start-up and state with 1,000 to 1,000,000 clips. All shards are links to one shard of 2,048."""
+    """Measure memory, start-up and state with 1,000 to 1,000,000 clips. All shards are links to the first shard."""
     print("| clips | start-up to the first batch | peak memory | state |\n|---|---|---|---|")
     clips = random_clips(speech_lengths(CLIPS_PER_SHARD), load_codec_config(flags.codec, STORED_LEVELS))
     for number in (1000, 10_000, 100_000, 1_000_000):
@@ -243,7 +243,7 @@ def print_sizes(flags: DataFlags, folder: Path) -> None:
 
 
 def probe(corpus_of_codes: str, **values: Any) -> tuple[int, float, float, float, int]:
-    """Return the number of clips, start-up in s, memory before the loader in MB, peak in MB, and state in bytes."""
+    """Return the number of clips, start-up time (s), memory before loading (MB), peak memory (MB), and state (B)."""
     flags = DataFlags(**values)
     flags.speech_tokenizer()
     before_mb, start = peak_mb(), time.perf_counter()

@@ -1,12 +1,13 @@
-"""Measure how fast benchmarks are scored: one clip at a time, in batches, and with cached codes.
+"""Measure the speed of benchmark scoring: one clip at a time, in batches, and with cached codes.
 
     uv run python scripts/benchmarks/bench_eval.py --model_name models/tiny
     uv run python scripts/benchmarks/bench_eval.py --random_1b --dtype bfloat16 --pairs 100  # GPU, without a network
 
-"One clip at a time" is the method of the first release. It uses only `transformers`: read, encode, write the codes as
-text, call the tokenizer, compute all logits, and take the mean over the labels. Each measurement runs in a new process.
-The process loads the model before the clock starts. The methods alternate. Batches use preset "official", because
-"original" encodes clip by clip. "One clip at a time" and preset "original" must give the same scores within 1e-4.
+"One clip at a time" is the method of the first release. It uses only `transformers`: it reads and encodes a clip,
+writes the codes as text, calls the tokenizer, computes all logits, and averages the loss over the labels. Each
+measurement runs in a new process. The process loads the model before the clock starts. The methods alternate. Batches
+use the preset "official", because the preset "original" encodes one clip at a time. The scores of "one clip at a time"
+and the scores of the preset "original" must differ by at most 1e-4.
 """
 
 import json
@@ -48,19 +49,19 @@ METHODS = ALONE, BATCHED, CACHED = "one clip at a time", "in batches", "in batch
 
 @dataclass(frozen=True)
 class Options:
-    """Model and pairs."""
+    """Model and benchmark pairs to measure."""
 
     model_name: str = "models/tiny"  # hub id or folder of the model
     data_dir: Path = Path("assets/tiny/benchmarks")
     dtype: DecoderPrecision = "float32"  # precision of the decoder
-    pairs: int = 60  # number of pairs of each benchmark
+    pairs: int = 60  # number of pairs per benchmark
 
 
 def bench_eval(options: Options, random_1b: bool = False, repeats: int = 3) -> None:
     """Measure all benchmarks.
 
     Args:
-        random_1b: measure a model of the 1B shape with random weights
+        random_1b: measure a model with random weights and the 1B shape, and ignore --model_name
     """
     print(machine())
     print(f"| pairs per second | {' | '.join(METHODS)} | times as fast |\n|---|---|---|---|---|")
@@ -82,7 +83,7 @@ def bench_eval(options: Options, random_1b: bool = False, repeats: int = 3) -> N
 def measure_benchmark(
     options: Options, benchmark: str, folder: Path, repeats: int
 ) -> tuple[dict[str, float], list[str]]:
-    """Measure a benchmark and print its row; return pairs per second by method, and comparisons of scores."""
+    """Measure one benchmark and print its table row; return each method's pairs per second, and score comparisons."""
 
     def run(method: str, cache: str, own: Options = options) -> dict[str, Any]:
         return measure(score, benchmark=benchmark, method=method, folder=folder / cache, **vars(own))
@@ -101,8 +102,8 @@ def measure_benchmark(
     original = run("original", benchmark)["scores"]
     largest = max(abs(a - b) for a, b in zip(scores[ALONE], original, strict=True))
     if options.dtype == "float32" and largest > 1e-4:
-        problem = f"{benchmark}: the two computations of the preset 'original'"
-        raise UserError(f"{problem} differ by {largest:.1e}; report this bug")
+        problem = f"{benchmark}: scores of one clip at a time and scores of the preset 'original'"
+        raise UserError(f"{problem} differ by {largest:.1e}, more than 1e-4; report this bug")
     checks = [f"{benchmark}, one clip at a time and preset 'original': {compare(scores[ALONE], original)}"]
     for dtype in set(get_args(DecoderPrecision)) - {options.dtype}:
         other = run(CACHED, f"{benchmark}_0", replace(options, dtype=dtype))["scores"]
@@ -111,7 +112,7 @@ def measure_benchmark(
 
 
 def compare(scores_a: list[float], scores_b: list[float]) -> str:
-    """Return a sentence about the differences between two lists of scores of the same pairs."""
+    """Return a sentence that compares two lists of scores for the same pairs."""
     largest = max(abs(a - b) for a, b in zip(scores_a, scores_b, strict=True))
     decisions = [[x > y for x, y in zip(scores[::2], scores[1::2], strict=True)] for scores in (scores_a, scores_b)]
     flipped = sum(a != b for a, b in zip(*decisions, strict=True))
@@ -121,7 +122,7 @@ def compare(scores_a: list[float], scores_b: list[float]) -> str:
 def score(
     benchmark: str, method: str, folder: str, model_name: str, data_dir: str, dtype: DecoderPrecision, pairs: int
 ) -> dict[str, Any]:
-    """Return the number of pairs, the scores of their clips, and the seconds of scoring."""
+    """Return the number of pairs, the scores of their clips, and the scoring time in seconds."""
     script = BENCHMARK_SCRIPTS[benchmark]
     all_pairs = script.read(f"{data_dir}/{FOLDERS[benchmark]}").pairs
     some_pairs = all_pairs[:: max(1, len(all_pairs) // pairs)][:pairs]
@@ -151,7 +152,7 @@ def score(
 def score_alone(
     content: bytes, decoder: LlamaForCausalLM, tokenizer: Any, codec: MimiModel, levels: tuple[int, ...] | None
 ) -> float:
-    """Return the score of a clip as the first release computes it; a higher score means a higher likelihood."""
+    """Score a clip with the method of the first release; a higher score means a higher likelihood."""
     Q = decoder.config.num_quantizers
     samples_S = read_audio(content, codec.config.sampling_rate, max_seconds=MAX_AUDIO_SECONDS).samples_S
     codes_QT = codec.encode(samples_S[None, None].to(decoder.device), num_quantizers=Q).audio_codes[0]
@@ -163,7 +164,7 @@ def score_alone(
 
 
 def write_random_model(folder: Path) -> str:
-    """Write a random Mimi, and a random Llama-3.2-1B with 136,450 vocabulary entries; return the Llama's folder."""
+    """Write a Mimi and a Llama-3.2-1B (136,450 vocabulary entries) with random weights; return the Llama's folder."""
     write_stand_ins(folder)
     tokenizer = load_speech_tokenizer(str(folder / "llama"), str(folder / "mimi"), 4)
     args = LlamaMimiArgs(**{**vars(FLAVORS["1B"]), "vocab_size": tokenizer.vocabulary.size})

@@ -1,11 +1,11 @@
-"""Measure the cost of a new token: this loop, stock ``generate``, the backbone alone, and the first release's method.
+"""Compare the generation speed of this project, stock ``generate``, the backbone alone, and the first release.
 
     uv run python scripts/benchmarks/bench_generation.py
 
 The model has random weights, the vocabulary of Llama 3, and 4 levels. The codec has random weights and the shape of
 Mimi. All methods continue the same prompt of 3 s by the same number of frames. The methods alternate. The measured time
-includes the forward pass of the prompt. The last line is JSON.
-On a GPU: ``--shape 1B --batch_sizes 8 64 --dtype bfloat16 --new_frames 125``.
+includes the forward pass of the prompt. The last line of the output is JSON.
+On a GPU, use ``--shape 1B --batch_sizes 8 64 --dtype bfloat16 --new_frames 125``.
 """
 
 import json
@@ -57,13 +57,13 @@ def bench_generation(
     prompts: tuple[int, ...] = (32, 256),
     num_threads: int = os.cpu_count() or 1,
 ) -> None:
-    """Measure all methods, and print the table.
+    """Measure all methods, and print a table.
 
     Args:
         new_frames: number of new frames per sample
-        batch_sizes: further batch sizes of this loop; 1 is always measured
-        stream_seconds: lengths of streams, in seconds; their peak memory is measured with the tiny shape
-        prompts: numbers of prompts (in groups of 32); their peak memory is measured with the tiny shape
+        batch_sizes: batch sizes to measure with this project's loop, in addition to 1
+        stream_seconds: lengths of streams, in seconds; the peak memory of each stream is measured with the tiny shape
+        prompts: numbers of prompts, multiples of 32; the peak memory for each number is measured with the tiny shape
     """
     torch.set_num_threads(num_threads)
     print(machine())
@@ -90,12 +90,12 @@ def bench_generation(
         print(f"| {name} | {median_and_range(values, 1)} | {ratios} | {median[name] / real_time:.2f} |")
     num_bytes = sum(p.numel() * p.element_size() for p in model.backbone.layers.parameters())
     used, possible = num_bytes * median[OURS], bandwidth()
-    of_memory = f"{used / 1e9:,.1f} of {possible / 1e9:,.0f} GB/s ({100 * used / possible:.0f} %)"
-    print(f"\nEach token reads {num_bytes / 1e9:.2f} GB of layer weights, at {of_memory}")
+    print(f"\nThis loop reads {num_bytes / 1e9:.2f} GB of layer weights for each token, {used / 1e9:,.1f} GB/s.")
+    print(f"This speed is {100 * used / possible:.0f} % of the memory bandwidth, {possible / 1e9:,.0f} GB/s.")
     for seconds in stream_seconds:
-        print(f"peak memory of a stream of {seconds:g} s, tiny: {measure(stream_memory, seconds=seconds):,.0f} MB")
+        print(f"peak memory, tiny shape, stream of {seconds:g} s: {measure(stream_memory, seconds=seconds):,.0f} MB")
     for number in prompts:
-        print(f"peak memory of {number} prompts, tiny: {measure(prompts_memory, num_prompts=number):,.0f} MB")
+        print(f"peak memory, tiny shape, {number} prompts: {measure(prompts_memory, num_prompts=number):,.0f} MB")
     report = {"device": device_name(), "shape": shape, "dtype": dtype, "tokens_per_s": median[OURS]}
     report |= {"hf_generate_tokens_per_s": median[STOCK], "ratio": median[OURS] / median[STOCK]}
     report["real_time_factor"] = median[STREAMED] / real_time
@@ -124,12 +124,12 @@ def prompt_of(model: FlattenedModel) -> torch.Tensor:
 
 
 def sampling_of(new_frames: int) -> Sampling:
-    """Return settings that forbid an earlier end, so that all methods draw the same number of tokens."""
+    """Return sampling settings with a fixed number of new frames, so that all methods draw equally many tokens."""
     return Sampling(new_frames, new_frames, 10**6, TEMPERATURE, TOP_K, 1.0)
 
 
 def rate(call: Callable[[], Any], num_tokens: int) -> float:
-    """Return tokens per second."""
+    """Return the speed of ``call()``, in tokens per second."""
     start = time.perf_counter()
     call()
     if DEVICE == "cuda":
@@ -150,7 +150,7 @@ def stock(model: FlattenedModel, new_frames: int) -> None:
     vocabulary, num_prefix = model.tokenizer.vocabulary, len(model.tokenizer.prefix_ids())
 
     def mask_levels(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Mask all logits except those of the next level's codes."""
+        """Mask the logits of all tokens that are not codes of the next level."""
         level = (input_ids.shape[1] - num_prefix) % Q
         codes = slice(vocabulary.base + level, vocabulary.audio_start_id, Q)
         allowed = torch.full_like(scores, -torch.inf)
@@ -173,7 +173,7 @@ def as_released(model: FlattenedModel, new_frames: int) -> None:
 
 @torch.inference_mode()
 def backbone_alone(model: FlattenedModel, new_frames: int) -> None:
-    """Run only the Transformer, without output layer, sampling and grammar; `transformers` cannot be faster."""
+    """Run the Transformer without the output layer, sampling and grammar: the maximum speed of `transformers`."""
     inputs_1L = model.tokenizer.encode(prompt_of(model), is_cut=True)[None].to(DEVICE)
     cache = DynamicCache(config=model.backbone.config)
     for _ in range(new_frames * Q):
@@ -188,7 +188,7 @@ def ours(model: FlattenedModel, new_frames: int, batch_size: int) -> None:
 
 
 def streamed(model: FlattenedModel, new_frames: int, first_audio: list[float], window_frames: int = 10**6) -> None:
-    """Decode frame by frame to audio; append the time to the first new audio, in seconds, to ``first_audio``."""
+    """Generate and decode frame by frame; append the seconds until the first new audio to ``first_audio``."""
     start = time.perf_counter()
     stream = DecodingStream(model.codec)
     stream.decode(prompt_of(model))
@@ -201,20 +201,20 @@ def streamed(model: FlattenedModel, new_frames: int, first_audio: list[float], w
 
 
 def bandwidth() -> float:
-    """Return the rate of memory reads, in bytes per second."""
+    """Return the memory bandwidth of reads, in bytes per second."""
     block = torch.ones(2**28, device=DEVICE)  # 1 GiB
     return rate(lambda: [block.sum() for _ in range(5)], 5 * block.numel() * block.element_size())
 
 
 def stream_memory(seconds: float) -> float:
-    """Return the peak memory, in MB, of a stream with a window of 62 frames."""
+    """Generate a stream with a window of 62 frames; return the peak memory in MB."""
     model = random_model("tiny")
     streamed(model, round(seconds * model.codec.frame_rate_hz), [], window_frames=62)
     return peak_mb()
 
 
 def prompts_memory(num_prompts: int) -> float:
-    """Continue each prompt by 1 s, in groups as for a folder of prompts; return the peak memory in MB."""
+    """Continue each prompt by 1 s, in groups of 32 prompts; return the peak memory in MB."""
     model = random_model("tiny")
     for start in range(0, num_prompts, 32):
         requests = [Request(prompt_of(model), seed) for seed in range(start, start + 32)]

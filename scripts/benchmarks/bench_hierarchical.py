@@ -2,8 +2,9 @@
 
     uv run python scripts/benchmarks/bench_hierarchical.py
 
-All methods train with AdamW on the same clips, in rows of the same length. Clips have random codes and simulated
-lengths. Each method runs in a new process, --repeats times; the methods alternate. The plain loop has one clip per row.
+All methods train with AdamW on the same clips, in sequences of the same length. Clips have random codes and simulated
+lengths. Each method runs in a new process, --repeats times. The methods alternate. In the plain loop, each sequence
+contains one clip.
 """
 
 import os
@@ -28,7 +29,7 @@ def bench_hierarchical(
     repeats: int = 5,
     num_threads: int = os.cpu_count() or 1,
 ) -> None:
-    """Measure all methods with each shape. Rates count the frames on which the backbone trains."""
+    """Measure all methods with each shape. Rates count the frames that train the backbone."""
     torch.set_num_threads(num_threads)
     print(machine())
     print("| shape | method | frames/s | times the plain loop | MFLOPs a frame |\n|---|---|---|---|---|", flush=True)

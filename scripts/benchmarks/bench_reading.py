@@ -1,12 +1,13 @@
-"""Measure the speed of reading, the quality of resampling, and the number of reading processes that a GPU needs.
+"""Measure the speed of reading audio, the quality of resampling, and the number of reading processes that a GPU needs.
 
     uv run python scripts/benchmarks/bench_reading.py
     uv run python scripts/benchmarks/bench_reading.py --corpus spoken_digits/train.parquet --codec kyutai/mimi
 
-SciPy converts the speech to each sample rate. A speed is in audio-seconds per second on one core, and is the median of
---repeats runs.
-Tones measure the quality. The first number is the gain of a tone at 90 % of the lower band limit. The second number is
-the strongest wrong component: an image of that tone or, if the rate is lowered, the alias of a tone at 110 %.
+SciPy resamples the speech to each source rate. A speed is the median of --repeats runs on one core, in audio-seconds
+per second.
+Tones measure the quality of resampling. The first number is the gain of a tone at 90 % of the lower Nyquist frequency.
+The second number is the level of the strongest wrong component. In upsampling, this component is an image of the same
+tone. In downsampling, it is the alias of a tone at 110 % of the lower Nyquist frequency.
 """
 
 import io
@@ -60,7 +61,7 @@ def bench_reading(
     print(f"{len(originals)} clips, {seconds:,.0f} s\n")
 
     def speed(function: Callable[..., Any], items: Sequence[Any], *args: int) -> float:
-        """Return the audio-seconds per second."""
+        """Return the median speed of ``function``, in audio-seconds per second."""
         times = timeit.repeat(lambda: [function(item, *args) for item in items], number=1, repeat=repeats)
         return seconds / statistics.median(times)
 
@@ -73,10 +74,9 @@ def bench_reading(
 
     needed, gflops = GPU_TOKENS_PER_S / (4 * mimi.frame_rate_hz), encoding_flops(num_quantizers) / 1e9
     encoded = 1000 * GPU_TFLOPS / gflops / 2
-    print(
-        f"\nMimi encodes a second of audio in {gflops:.1f} GFLOPs ({num_quantizers} levels): {encoded:,.0f} audio-s/s"
-    )
-    print(f"if a GPU reaches half of an H100's {GPU_TFLOPS:g} TFLOP/s in float32\n")
+    print(f"\nMimi needs {gflops:.1f} GFLOPs to encode a second of audio to {num_quantizers} levels.")
+    speed_of_gpu = f"half of an H100's {GPU_TFLOPS:g} TFLOP/s in float32"
+    print(f"A GPU that reaches {speed_of_gpu} would encode {encoded:,.0f} audio-s/s.\n")
     processes = f"processes for training at {needed:,.0f} audio-s/s | for tokenising at {encoded:,.0f}"
     print(f"| file | read and resampled, audio-s/s | {processes} |\n|---|---|---|---|")
     for name, (form, subtype, source_hz) in FORMATS.items():
@@ -86,7 +86,7 @@ def bench_reading(
 
 
 def encoding_flops(num_quantizers: int, seconds: float = 10.0) -> float:
-    """Return the FLOPs that the released shape of Mimi needs to encode 1 s of audio; only matrix products count."""
+    """Return the FLOPs that Mimi (released shape) needs to encode 1 s of audio; only matrix products count."""
     model = MimiModel(MimiConfig()).eval()
     audio_11S = torch.zeros(1, 1, round(seconds * model.config.sampling_rate))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -99,7 +99,7 @@ def scipy_resample(samples_S: np.ndarray, from_hz: int, to_hz: int) -> np.ndarra
 
 
 def quality(from_hz: int, to_hz: int) -> tuple[float, float]:
-    """Return the gain of a tone at 90 % of the lower band limit, and the strongest image or alias, in dB."""
+    """Return two levels in dB: a tone at 90 % of the lower Nyquist frequency, and the strongest image or alias."""
     band_hz = min(from_hz, to_hz) / 2
     inside = spectrum_of(0.9 * band_hz, from_hz, to_hz)
     if to_hz < from_hz:
@@ -111,7 +111,7 @@ def quality(from_hz: int, to_hz: int) -> tuple[float, float]:
 
 
 def spectrum_of(tone_hz: float, from_hz: int, to_hz: int) -> np.ndarray:
-    """Return the amplitude spectrum of the middle 4 s of a resampled tone of amplitude 1."""
+    """Resample a tone of amplitude 1; return the amplitude spectrum of the middle 4 s."""
     tone = np.sin(2 * np.pi * tone_hz * np.arange(6 * from_hz) / from_hz).astype(np.float32)
     middle = resample(tone, from_hz, to_hz)[to_hz : 5 * to_hz].astype(np.float64)
     window = scipy.signal.windows.kaiser(len(middle), 20)

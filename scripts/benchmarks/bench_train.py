@@ -1,14 +1,14 @@
-"""Measure a training step: this trainer, a plain loop, and TorchTitan's own Llama 3 of the same size.
+"""Measure the training steps of this trainer, of a plain loop, and of TorchTitan's own Llama 3 with the same size.
 
     uv run python scripts/benchmarks/bench_train.py                          # CPU: tiny and mid
     uv run python scripts/benchmarks/bench_train.py --shapes 1B 8B           # one GPU
     uv run python scripts/benchmarks/bench_train.py --shapes 1B --profile outputs/profile.txt
 
 All methods train on the same clips, without activation checkpointing. Clips have random codes and simulated lengths.
-Each method runs in a new process, --repeats times; the methods alternate. The plain loop trains `LlamaForCausalLM` with
-AdamW. A row has one clip and padding. The loop computes the logits of every position, with or without an attention
-mask. A token is useful if it counts in the loss. FLOPs are 6 per multiplied weight and useful token, plus attention
-over a whole row. On a CPU, 100 % MFU is the speed of a large matrix product.
+Each method runs in a new process, --repeats times. The methods alternate. The plain loop trains `LlamaForCausalLM` with
+AdamW. It pads each clip to the same length, and computes the logits of every position, with or without an attention
+mask. A token is useful if it counts in the loss. The FLOPs per useful token are 6 for each weight of a matrix product,
+plus the FLOPs of attention over a whole sequence. On a CPU, 100 % MFU is the speed of a large matrix product.
 """
 
 import json
@@ -48,7 +48,7 @@ def bench_train(
     """Measure all methods with each shape.
 
     Args:
-        profile: text file for the time of each operation of this trainer
+        profile: text file for a profile of this trainer, with the time of each operation
     """
     torch.set_num_threads(num_threads)
     reference_flops = peak_flops(device_name()) if DEVICE == "cuda" else matmul_flops()
@@ -72,7 +72,7 @@ def bench_train(
 def measure_shape(
     shape: str, folder: Path, repeats: int, profile: Path | None, reference_flops: float
 ) -> dict[str, Any]:
-    """Measure and print the rows of a shape; return the shape's entry for the last line."""
+    """Measure one shape and print its table rows; return the entry of this shape in the JSON line."""
     training_methods.write_stand_ins(shape, folder)
     rows = CPU_ROWS if DEVICE == "cpu" else GPU_ROWS
     job = {"shape": shape, "folder": folder, "num_layers": SHAPES[shape].args.n_layers}
@@ -100,7 +100,7 @@ def measure_shape(
         print(f"| {shape}, {job['num_layers']} layers | {name} | {' | '.join(cells)} |", flush=True)
     ours = OURS, DEFAULT_FLAGS
     if ours not in rates:
-        raise UserError(f"this trainer is out of memory with the shape {shape}; use a larger GPU")
+        raise UserError(f"the GPU's memory is too small for this trainer with the shape '{shape}'; use a larger GPU")
     if profile:
         measure_training(**job, method=ours[0], flags=ours[1], profile=profile.with_stem(f"{profile.stem}-{shape}"))
     rate, peak = rates[ours], max(run["peak_memory_bytes"] for run in runs[ours])
@@ -117,14 +117,14 @@ def most_layers(job: dict[str, Any]) -> int:
 
 
 def measure_training(**job: Any) -> Any:
-    """Measure in a new process and print the result to standard error; return None if the memory is full."""
+    """Train in a new process, print the result to standard error, and return it; None means out of memory."""
     result = measure(training_methods.measure_training, **job)
     print(json.dumps(job, default=str), result or "out of memory", file=sys.stderr, flush=True)
     return result
 
 
 def matmul_flops() -> float:
-    """Return the FLOP/s of a float32 matrix product on this CPU, the best of ten runs."""
+    """Return the FLOP/s of a float32 matrix product on this CPU, in the fastest of ten runs."""
     a, b = torch.randn(2, 2048, 2048)
     return 2 * 2048**3 / min(timeit.repeat(lambda: a @ b, number=1, repeat=10))
 

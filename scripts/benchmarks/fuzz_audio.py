@@ -1,10 +1,11 @@
-"""Read mutated audio files. Each must give a clip or an error with a reason, without a crash, hang or full memory.
+"""Read mutated audio files. Each file must give a clip, or an error with a reason.
 
     uv run python scripts/benchmarks/fuzz_audio.py --num_files 10000 --seed 0
 
 Speech is written in every supported format and then damaged: bits are flipped, ends are cut, header fields get odd
-values, and parts are swapped, repeated or moved to another file. File ``i`` of a seed always has the same mutations.
-Child processes read the files. No process may die or exceed --max_seconds or --max_megabytes for a file.
+values, and parts are swapped, repeated or moved to another file. With the same seed, file ``i`` always has the same
+mutations. Child processes read the files. A fault is a crash, or a read that takes more than --max_seconds or
+--max_megabytes.
 """
 
 import io
@@ -63,7 +64,7 @@ def fuzz_audio(
     """Read mutated files, and count the results.
 
     Args:
-        speech: recording from which the damaged files are made
+        speech: recording to write in every format and then damage
     """
     fuzzer, slowest, largest = Fuzzer(speech, seed), 0.0, 0.0
     counts: Counter[str] = Counter()
@@ -82,12 +83,12 @@ def fuzz_audio(
     print(f"\nslowest file: {slowest:.2f} s; largest increase of memory: {largest:,.0f} MB")
     if num_faults := sum(number for kind, number in counts.items() if kind.startswith("FAULT")):
         raise UserError(
-            f"{num_faults:,} of {num_files:,} files crashed, hung or filled the memory; see the lines with FAULT"
+            f"{num_faults:,} of {num_files:,} files caused a fault; see the output lines with FAULT, and fix the reader"
         )
 
 
 class Fuzzer:
-    """Mutated audio files with numbers.
+    """Numbered audio files with random mutations.
 
     Args:
         speech: recording; its first 1.5 s are written in every format, in mono and stereo.
@@ -179,7 +180,7 @@ MUTATIONS = (_flip_bits, _cut, _set_header_field, _set_header_field, _swap_parts
 def read_all(
     fuzzer: Fuzzer, indices: Sequence[int], max_seconds: float, num_processes: int = os.cpu_count() or 1
 ) -> Iterator[tuple[int, Outcome]]:
-    """Yield (index, outcome) of all files; a process that dies or hangs is replaced."""
+    """Read all files and yield (index, outcome); replace each process that dies or hangs."""
     parts = [indices[at : at + FILES_PER_PROCESS] for at in range(0, len(indices), FILES_PER_PROCESS)]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(num_processes) as pool:
         for found in pool.map(lambda files: _read_watched(fuzzer, files, Path(folder), max_seconds), parts):
@@ -202,7 +203,7 @@ def _read_watched(fuzzer: Fuzzer, files: Sequence[int], folder: Path, max_second
 
 
 def _read_files(fuzzer: Fuzzer, files: Sequence[int], log: Path, max_seconds: float) -> None:
-    """Read files, every second file from disk, and log their outcomes; SIGALRM ends a process that hangs."""
+    """Read files and log their outcomes. Every second file is read from disk. SIGALRM ends a process that hangs."""
     signal.alarm(60)  # for a deadlock before the first file
     path = log.with_suffix(".audio")
     for index in files:

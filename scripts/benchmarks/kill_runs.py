@@ -6,10 +6,10 @@
     uv run python scripts/benchmarks/kill_runs.py --of continuation --kills 20 --seed 0 --folder outputs/kills
     uv run python scripts/benchmarks/kill_runs.py --of study --kills 5 --seed 0 --max_seconds 90 --folder outputs/kills
 
-SIGKILL ends the command. The command is started again on 1 to 4 ranks until it finishes. If it finishes before the last
-kill, its output is removed and the command starts from the beginning. Shards, WAV files and the report are compared
-with those of an undisturbed run. Training (the tiny config, packed) records the frame numbers of every step. These
-numbers are compared with the frames before the data position of the last checkpoint.
+SIGKILL ends the command. The command is started again on 1 to 4 ranks until it finishes. If the command finishes before
+the last kill, its output is removed and it starts from the beginning. Shards, WAV files or the report are compared with
+the output of a run without kills. Training (tiny config, packed sequences) records the frame numbers of every step.
+The recorded numbers are compared with the frames before the data position of the last checkpoint.
 """
 
 import contextlib
@@ -69,15 +69,15 @@ Command = list[Any]
 
 @dataclass(frozen=True)
 class KillFlags:
-    """The command to kill, and the settings of the kills."""
+    """The command to kill, and the number and times of the kills."""
 
     of: Literal["tokenization", "training", "continuation", "study"]  # command to kill
     kills: int  # number of kills
     folder: Path  # folder for all files
     seed: int = 0
-    max_seconds: float = 40.0  # latest moment of a kill, in seconds after the start
+    max_seconds: float = 40.0  # maximum time between a start and its kill, in seconds
     model_name: str = "models/tiny"  # folder of the model for continuations
-    layout: str = "parquet"  # layout in layouts.py of the corpus to tokenise; 'parquet': unchanged corpus
+    layout: str = "parquet"  # layout of the corpus to tokenise, as named in layouts.py; 'parquet': unchanged corpus
 
 
 def kill_runs(flags: KillFlags) -> None:
@@ -87,7 +87,7 @@ def kill_runs(flags: KillFlags) -> None:
     summary, is_right = kill.get(flags.of, kill_tokenization)(flags)
     print(f"{flags.of}: {flags.kills} kills (seed {flags.seed}), {summary}; {(time.monotonic() - began) / 60:.0f} min")
     if not is_right:
-        raise UserError(f"{flags.of}: the output differs from the output of an undisturbed run; report this bug")
+        raise UserError(f"{flags.of}: the output differs from the output of a run without kills; report this bug")
 
 
 def kill_until_finished(
@@ -95,8 +95,9 @@ def kill_until_finished(
 ) -> int:
     """Kill a command ``flags.kills`` times, then let the command finish; return the number of its finished runs.
 
-    ``command`` gets the number of ranks, and True for the last start. ``output`` is removed after each finished run
-    except the last. ``check`` is called after each start and returns a text for the log.
+    ``command(num_ranks, is_last)`` returns the command; ``is_last`` is True for the last start. The folder
+    ``output`` is removed after each finished run except the last run. ``check()`` is called after each start and
+    returns a text for the log.
     """
     generator, log = random.Random(flags.seed), flags.folder / f"{flags.of}.log"
     shutil.rmtree(output, ignore_errors=True)
@@ -108,10 +109,10 @@ def kill_until_finished(
         if kill_at(process, seconds):
             kills += 1
         elif process.returncode:
-            raise UserError(f"{flags.of} ended with exit code {process.returncode}; see {log}")
+            raise UserError(f"{flags.of} failed with exit code {process.returncode}; see the error in '{log}'")
         else:
             finishes += 1
-        print(f"kill {kills}: {num_ranks} ranks, {seconds:.1f} s, {check()}", flush=True)
+        print(f"{kills} kills; last start: {num_ranks} ranks, {seconds:.1f} s; {check()}", flush=True)
         if process.returncode == 0:
             if is_last:
                 return finishes
@@ -119,7 +120,7 @@ def kill_until_finished(
 
 
 def new_folder(folder: Path) -> Path:
-    """Return an empty folder."""
+    """Create an empty folder in place of any old folder, and return its path."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     return folder
@@ -136,9 +137,9 @@ def start(command: Command, log: Path) -> subprocess.Popen:
 
 
 def run(command: Command, log: Path) -> None:
-    """Run a command without kills."""
+    """Run a command to its end, without kills."""
     if start(command, log).wait():
-        raise UserError(f"the undisturbed run failed; see {log}")
+        raise UserError(f"the run without kills failed; see the error in '{log}'")
 
 
 def kill_at(process: subprocess.Popen, seconds: float) -> bool:
@@ -159,7 +160,7 @@ def kill_at(process: subprocess.Popen, seconds: float) -> bool:
 
 
 def living() -> dict[int, int]:
-    """Return the parent of each process, by pid; zombies are excluded."""
+    """Return a dictionary from the pid of each process to the pid of its parent; zombies are excluded."""
     listing = subprocess.run(["ps", "-eo", "pid=,ppid=,stat="], capture_output=True, text=True, check=True).stdout
     return {int(pid): int(parent) for pid, parent, state in map(str.split, listing.splitlines()) if state[0] != "Z"}
 
@@ -182,9 +183,10 @@ def kill_tokenization(flags: KillFlags) -> tuple[str, bool]:
         shards = sorted(output.glob("shard-*.parquet"))
         for shard in shards:  # every visible shard must be complete
             if not pq.read_table(shard).equals(expected[shard.name]):
-                raise UserError(f"'{shard}' differs from the shard of the undisturbed run; report this bug")
+                raise UserError(f"'{shard}' differs from the shard of the run without kills; report this bug")
         if (output / "manifest.json").exists() and [shard.name for shard in shards] != list(expected):
-            raise UserError(f"the manifest exists with {len(shards)} of {len(expected)} shards; report this bug")
+            problem = f"the manifest exists, but only {len(shards)} of {len(expected)} shards exist"
+            raise UserError(f"{problem}; report this bug")
         return f"{len(shards)}/{len(expected)} shards"
 
     finishes = kill_until_finished(flags, lambda ranks, _: tokenization(corpus, output, ranks), output, check)
@@ -219,7 +221,7 @@ def kill_continuation(flags: KillFlags) -> tuple[str, bool]:
 
 
 def kill_study(flags: KillFlags) -> tuple[str, bool]:
-    """Kill a study of four runs; compare its report with the report of an undisturbed study."""
+    """Kill a study of four runs; compare its report with the report of a study without kills."""
     whole, killed = (new_folder(flags.folder / f"{name}_study") for name in ("whole", "killed"))
     for folder in (whole, killed):
         (folder / "study.toml").write_text(STUDY.format(folder=folder))
@@ -264,7 +266,7 @@ def kill_training(flags: KillFlags) -> tuple[str, bool]:
 
 
 def write_numbered_codes(folder: Path) -> None:
-    """Write clips of 1 to 8 s in which the codes of a frame encode the frame number; see `frame_numbers`."""
+    """Write clips of 1 to 8 s. The codes of each frame encode the number of the frame; see `frame_numbers`."""
     ends = np.random.default_rng(0).integers(12, 100, 400).cumsum()
     codes_NQ = (np.arange(ends[-1])[:, None] // 256 ** np.arange(STORED_LEVELS) % 256).astype(np.uint16)
     parts = enumerate(np.split(codes_NQ, ends[:-1]))
@@ -279,7 +281,7 @@ def last_step(run: Path) -> int:
 
 
 def frames_of_steps(audit: Path) -> Counter[int]:
-    """Count the frames that each step used in its last run; the earlier runs of a step were undone."""
+    """Count the frames of all steps. If a step was repeated after a kill, only its last run counts."""
     steps: dict[int, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for file in audit.glob("*.jsonl"):
         for entry in map(json.loads, file.read_text().split("\n")[:-1]):  # the last line may be incomplete
@@ -288,7 +290,7 @@ def frames_of_steps(audit: Path) -> Counter[int]:
 
 
 def frames_of_position(run: Path, codes: Path) -> Counter[int]:
-    """Count the frames before the data position of the last checkpoint, without the unused frames of its windows."""
+    """Count the used frames before the data position of the last checkpoint. A window can be partly used."""
     state = {"dataloader": {"position": ""}}
     dcp.load(state, checkpoint_id=find_step(run / "checkpoint"), no_dist=True)
     ranks = json.loads(state["dataloader"]["position"])["ranks"]

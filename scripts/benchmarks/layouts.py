@@ -1,4 +1,4 @@
-"""Write a few clips as a corpus in each supported format and published layout."""
+"""Write the same clips as several corpora, one in each supported format and published layout."""
 
 import io
 import json
@@ -22,7 +22,7 @@ Rows = list[Row]
 
 
 def lossless_rows(corpus: str, limit: int, max_seconds: float) -> Rows:
-    """Return labels and FLAC audio of the first clips of a Parquet corpus; all layouts get the same samples."""
+    """Return the labels and FLAC audio of the first clips of a Parquet corpus. All layouts use the same FLAC audio."""
     rows: Rows = []
     for path in find_files(corpus, (".parquet",)):
         for row in pq.read_table(path).slice(0, limit - len(rows)).to_pylist():

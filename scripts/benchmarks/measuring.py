@@ -28,13 +28,13 @@ def device_name() -> str:
 
 
 def machine() -> str:
-    """Return a line about the machine and a line of package versions."""
+    """Return a line that describes the machine, and a line with package versions."""
     packages = ", ".join(f"{name} {version}" for name, version in versions().items())
     return f"{device_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads\n{packages}\n"
 
 
 def measure(function: Callable[..., Any], **arguments: Any) -> Any:
-    """Call a function in a new process that has as many threads as this process; a script in this folder defines it.
+    """Call a function of a script in this folder, in a new process with as many threads as this process.
 
     Arguments and result are passed as JSON, so paths become strings. Return None if the memory of the GPU is too small;
     raise a `UserError` with the traceback if the call fails.
@@ -44,12 +44,13 @@ def measure(function: Callable[..., Any], **arguments: Any) -> Any:
     env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"{function.__name__} of {module}.py failed with {arguments}: {done.stderr[-2000:]}")
+        problem = f"{function.__name__} in {module}.py failed with the arguments {arguments}"
+        raise UserError(f"{problem}; fix this error: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def alternate(methods: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """Return the results of each method. The methods alternate, so that a slow minute affects all of them."""
+    """Call the methods in turn, ``repeats`` times, so that a slow minute affects all methods; return the results."""
     results: dict[str, list[float]] = {name: [] for name in methods}
     for _ in range(repeats):
         for name, method in methods.items():
@@ -62,7 +63,7 @@ def median_and_range(values: Sequence[float], digits: int = 0) -> str:
 
 
 def peak_mb() -> float:
-    """Return the peak memory of this process, in MB; getrusage would include the memory of the parent."""
+    """Return the peak memory of this process, in MB; getrusage would include the memory of the parent process."""
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
 
 

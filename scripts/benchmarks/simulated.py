@@ -15,13 +15,13 @@ STORED_LEVELS = 8
 
 
 def speech_lengths(number: int) -> np.ndarray:
-    """Return clip lengths, in frames, like those of The People's Speech: 14 s on average, and at most 20 s."""
+    """Return clip lengths in frames that imitate The People's Speech: 14 s on average, and at most 20 s."""
     seconds = np.random.default_rng(0).normal(14, 4, 4 * number)
     return np.ceil(12.5 * seconds[(seconds > 1) & (seconds < 20)][:number]).astype(int)
 
 
 def random_clips(frames: np.ndarray, config: MimiConfig) -> list[CodedClip]:
-    """Return clips of random codes with the given numbers of frames."""
+    """Return clips of random codes with the given lengths in frames."""
     generator = np.random.default_rng(0)
     codes = [generator.integers(0, config.codebook_size, (T, STORED_LEVELS)).astype(np.uint16) for T in frames]
     frame_s = config.frame_size / config.sampling_rate
@@ -29,11 +29,11 @@ def random_clips(frames: np.ndarray, config: MimiConfig) -> list[CodedClip]:
 
 
 def write_codes(folder: Path, codec: str, shards: Sequence[list[CodedClip]]) -> str:
-    """Write a finished tokenised corpus, and return its folder.
+    """Write a complete tokenised corpus, and return its folder.
 
     Args:
         codec: hub id or folder of the codec.
-        shards: clips of each shard. If a list is the same object as the first list, its file is a hard link.
+        shards: list of clips for each shard. If the first list occurs again, its shard is a link to the first shard.
     """
     columns = ["id", "codes", "duration", "is_cut"]
     folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Training methods that bench_train.py and bench_hierarchical.py compare. Each method is measured in a new process."""
+"""Training methods for bench_train.py and bench_hierarchical.py. Each method is measured in a new process."""
 
 import dataclasses
 import itertools
@@ -71,7 +71,7 @@ PLAIN_CSM, OURS_CSM = "plain loop over CSM", "this trainer, hierarchical"
 
 
 def write_stand_ins(shape: str, folder: Path) -> None:
-    """Write a tokenizer, a codec without weights, and codes of simulated lengths."""
+    """Write a tokenizer, a codec without weights, and clips of random codes with simulated lengths."""
     own = SHAPES[shape]
     write_tokenizer(folder / "llama", own.text_entries)
     codec = MimiConfig(codebook_size=own.codebook_size)
@@ -131,7 +131,7 @@ def training_flags(shape: str, folder: Path, method: str) -> list[str]:
 
 
 def trainer(job_config: Any, method: str) -> Step:
-    """Return a step of TorchTitan's trainer, with this project's train spec or TorchTitan's own model and loss."""
+    """Return a training step of this project, or (method `STOCK`) of TorchTitan's own model and loss."""
     if method == STOCK:
         register_stock(job_config)
     built = Trainer(job_config)
@@ -155,7 +155,7 @@ def trainer(job_config: Any, method: str) -> Step:
 
 
 def register_stock(job_config: Any) -> None:
-    """Register TorchTitan's own Llama 3 and loss for this project's batches. The embeddings are not tied."""
+    """Register TorchTitan's own Llama 3 and loss for this project's batches. Its embeddings are not tied."""
     flavor = job_config.model.flavor
     values = vars(FLAVORS[flavor]) | {"vocab_size": build_speech_tokenizer(job_config).vocabulary.size}
     names = {field.name for field in dataclasses.fields(TransformerModelArgs)}
@@ -176,7 +176,7 @@ def register_stock(job_config: Any) -> None:
 
 
 def llama_loop(job_config: Any, method: str) -> Step:
-    """Return a step of `LlamaForCausalLM`. A row has one clip and padding, with or without an attention mask."""
+    """Return a training step of `LlamaForCausalLM`. A sequence is one padded clip, with or without attention mask."""
     tokenizer = build_speech_tokenizer(job_config)
     torch.manual_seed(0)
     model = LlamaForCausalLM(hf_config(model_args(job_config))).to(DEVICE)
@@ -199,7 +199,7 @@ def llama_loop(job_config: Any, method: str) -> Step:
 
 
 def csm_loop(job_config: Any, method: str) -> Step:
-    """Return a step of `CsmForConditionalGeneration` with its own loss. A row has one clip and masked padding."""
+    """Return a training step of `CsmForConditionalGeneration` with its own loss. A sequence is one padded clip."""
     tokenizer = build_speech_tokenizer(job_config)
     args = model_args(job_config)
     torch.manual_seed(0)
@@ -228,7 +228,7 @@ def csm_loop(job_config: Any, method: str) -> Step:
 
 
 def plain_step(weights: list[torch.Tensor], loss: Callable[[], tuple[torch.Tensor, int, int]]) -> Step:
-    """Return a step of AdamW; ``loss`` returns the next batch's loss and its numbers of useful tokens and positions."""
+    """Return a step of AdamW. ``loss()`` returns a batch's loss, number of useful tokens, and number of positions."""
     optimizer = torch.optim.AdamW(weights, lr=3e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 
     def step() -> tuple[int, int]:
@@ -244,14 +244,14 @@ def plain_step(weights: list[torch.Tensor], loss: Callable[[], tuple[torch.Tenso
 
 
 def clips_in_order(job_config: Any) -> Iterator[np.ndarray]:
-    """Return an endless iterator over the codes of all clips in one random order."""
+    """Return an endless iterator over the codes of all clips, always in the same random order."""
     table = pq.read_table(f"{job_config.training.dataset}/shard-000000.parquet", columns=["codes"])
     codes = [np.stack(clip)[:, :NUM_QUANTIZERS] for clip in table["codes"].to_numpy()]
     return (codes[index] for index in itertools.cycle(np.random.default_rng(0).permutation(len(codes))))
 
 
 def model_args(job_config: Any) -> LlamaMimiArgs:
-    """Return the model arguments of a job, with its vocabulary."""
+    """Return the model arguments of a job, including its vocabulary size."""
     args = copy(FLAVORS[job_config.model.flavor])
     args.update_from_config(job_config)
     return args
@@ -290,7 +290,7 @@ def synchronized_time() -> float:
 
 
 def memory_bytes() -> int:
-    """Return the peak memory of this process, in bytes: on a GPU its allocated memory, else the resident memory."""
+    """Return the peak memory of this process, in bytes: allocated memory on a GPU, resident memory on a CPU."""
     if DEVICE == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

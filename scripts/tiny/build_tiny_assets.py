@@ -1,10 +1,10 @@
-"""Build assets/tiny: a spoken corpus, isolated words, a Llama base without weights, and benchmark folders.
+"""Build assets/tiny: a spoken corpus, isolated words, a base Llama without weights, and benchmark folders.
 
     uv run python scripts/tiny/build_tiny_assets.py --output_dir assets/tiny
 
-espeak-ng synthesises text that was written for this project; all seeds are fixed. This script does not change the codec
-(`mimi/`), the ASR model (`recogniser/`) or the speaker encoder (`speaker_encoder/`). train_tiny_codec.py and
-train_tiny_listeners.py train these models on the corpus.
+espeak-ng synthesises the speech from text that was written for this project. All seeds are fixed. This script does not
+change the codec (`mimi/`), the ASR model (`recogniser/`) or the speaker encoder (`speaker_encoder/`).
+train_tiny_codec.py and train_tiny_listeners.py train these models on the corpus.
 """
 
 import io
@@ -47,7 +47,7 @@ PROMPT_SECONDS = 1.6
 
 
 def speak(sentence: str, speaker: Speaker) -> np.ndarray:
-    """Return speech as float32 mono at 24 kHz, with 50 ms of silence at both ends and a peak of 0.9."""
+    """Synthesise a sentence as 24 kHz mono float32 audio with a peak of 0.9, and with 50 ms of silence at both ends."""
     command = ["espeak-ng", "--stdout", "-v", speaker.voice, "-p", str(speaker.pitch), "-s", str(speaker.speed)]
     wav = subprocess.run([*command, sentence], check=True, capture_output=True).stdout
     # The length in the header is wrong, because espeak-ng writes to a pipe.
@@ -61,7 +61,7 @@ def speak(sentence: str, speaker: Speaker) -> np.ndarray:
 
 
 def fix_ogg_serial(data: bytes) -> bytes:
-    """Set the stream number of every Ogg page to 1; libsndfile uses a random number, which differs in every build."""
+    """Set the stream number of every Ogg page to 1. libsndfile would write a different random number in every build."""
     pages = bytearray(data)
     start = 0
     while start < len(pages):
@@ -76,7 +76,7 @@ def fix_ogg_serial(data: bytes) -> bytes:
 
 
 def to_opus(audio: np.ndarray, level: float = OPUS_LEVEL) -> bytes:
-    """Return a 24 kHz mono clip as Ogg Opus."""
+    """Encode a 24 kHz mono clip as Ogg Opus, and return the bytes."""
     buffer = io.BytesIO()
     sf.write(buffer, audio, SAMPLE_RATE, format="OGG", subtype="OPUS", compression_level=level)
     return fix_ogg_serial(buffer.getvalue())
@@ -94,7 +94,7 @@ def corpus_row(name: str, audio: np.ndarray, sentence: str, speaker: Speaker) ->
 
 
 def make_rows(maker: text.SentenceMaker, split: str, seconds: float) -> list[dict]:
-    """Return rows with clips of 2.0 to 4.8 s, with a total of at least ``seconds``; the speakers alternate."""
+    """Return corpus rows: clips of 2.0 to 4.8 s that last at least ``seconds`` in total. The speakers alternate."""
     rows: list[dict] = []
     total, turn = 0.0, 0
     while total < seconds:
@@ -111,7 +111,7 @@ def make_rows(maker: text.SentenceMaker, split: str, seconds: float) -> list[dic
 
 
 def make_words(split: str) -> list[dict]:
-    """Return rows of isolated digits; every speaker says each digit with several pitches and speeds."""
+    """Return corpus rows of isolated digits. Every speaker says every digit once for each variant in `TAKES`."""
     rows: list[dict] = []
     for speaker, take, word in itertools.product(SPEAKERS, TAKES[split], text.DIGITS):
         pitch, speed = round(speaker.pitch + 6 * take), round(speaker.speed + 15 * take)
@@ -133,7 +133,7 @@ def write_corpus(folder: Path, split: str, rows: list[dict], shards: int) -> Non
 
 
 def write_llama(folder: Path, lines: list[str]) -> None:
-    """Write the base Llama folder: a config without weights and a byte-level BPE tokenizer of 512 entries."""
+    """Write the folder of the base Llama: a config and a byte-level BPE tokenizer of 512 entries, without weights."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -158,7 +158,7 @@ def write_llama(folder: Path, lines: list[str]) -> None:
 
 
 def write_speaker_consistency(folder: Path, maker: text.SentenceMaker) -> None:
-    """Write SALMon pairs. Both clips have the same words; in the second clip, the speaker changes halfway."""
+    """Write SALMon pairs. The clips of a pair have the same words. In the second clip, the speaker changes halfway."""
     for index in range(SPEAKER_PAIRS):
         speaker, other = (SPEAKERS[i % len(SPEAKERS)] for i in (index, index + 1 + index // 8 % 7))
         while True:
@@ -172,13 +172,13 @@ def write_speaker_consistency(folder: Path, maker: text.SentenceMaker) -> None:
 
 
 def phones_of(word: str, speaker: Speaker) -> list[str]:
-    """Return the phones of a word in a speaker's accent, in espeak-ng's IPA."""
+    """Return the phones of a word in a speaker's accent, as IPA symbols from espeak-ng."""
     command = ["espeak-ng", "-q", "--ipa", "--sep= ", "-v", speaker.voice, word]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
 
 
 def write_lexical(folder: Path, counts: Counter[str], rng: random.Random) -> None:
-    """Write sLM21 lexical pairs: a word of the training text, and a non-word with two changed letters."""
+    """Write sLM21 lexical pairs: a word of the training text, and a non-word that differs in two letters."""
     names = {name.lower() for name in (*text.NAMES, "Saturday")}
     words = sorted(word for word in counts if len(word) >= 5 and text.syllables(word) >= 2 and word not in names)
     rng.shuffle(words)
@@ -201,7 +201,7 @@ def write_lexical(folder: Path, counts: Counter[str], rng: random.Random) -> Non
 
 
 def write_syntactic(folder: Path, maker: text.SentenceMaker) -> None:
-    """Write sLM21 syntactic pairs: a new sentence, and its words in a wrong order."""
+    """Write sLM21 syntactic pairs: a new sentence, and the same words in a wrong order."""
     rows: list[dict] = []
     for pair in range(PAIRS):
         # The kind also changes every eight pairs, so that every speaker gets every kind.
@@ -216,7 +216,7 @@ def write_syntactic(folder: Path, maker: text.SentenceMaker) -> None:
 
 
 def write_storycloze(folder: Path, maker: text.SentenceMaker) -> None:
-    """Write story pairs (2i, 2i+1) under 10 s: the same opening with a fitting and an unrelated ending."""
+    """Write pairs of stories under 10 s (files 2i and 2i + 1): one opening with a fitting or an unrelated ending."""
     for index in range(PAIRS):
         speaker = SPEAKERS[index % len(SPEAKERS)]
         story, *endings = maker.story()
@@ -230,7 +230,7 @@ def write_storycloze(folder: Path, maker: text.SentenceMaker) -> None:
 def build_tiny_assets(output_dir: Path = Path("assets/tiny")) -> None:
     """Build all parts of the assets."""
     if shutil.which("espeak-ng") is None:
-        raise UserError("espeak-ng is not on PATH; install espeak-ng (for example `apt-get install espeak-ng`)")
+        raise UserError("espeak-ng is not on PATH; install this program, for example with `apt-get install espeak-ng`")
     for part in ("corpus", "words", "llama", "benchmarks"):
         shutil.rmtree(output_dir / part, ignore_errors=True)
     maker = text.SentenceMaker(random.Random(2024))

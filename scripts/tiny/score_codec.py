@@ -4,7 +4,8 @@ uv run python scripts/tiny/score_codec.py --codec assets/tiny/mimi --corpus "ass
     --validation_corpus "assets/tiny/corpus/validation-*.parquet" --words_corpus "assets/tiny/words/train-*.parquet" \\
     --words_validation_corpus "assets/tiny/words/validation-*.parquet"
 
-Classifiers are trained on recordings of the training corpora. They classify reconstructions of the held-out clips.
+Speaker and word classifiers are trained on recordings of the training corpora. The classifiers are then applied to
+reconstructions of the held-out clips.
 
 Shapes: S samples, T frames, Q quantizers, F spectral windows, B mel bands, C cepstral coefficients.
 """
@@ -41,10 +42,10 @@ ENERGY_FRACTION = 0.99  # fraction of the mean magnitude spectrum; higher bands 
 
 
 class SpeechClassifier:
-    """Logistic regression on the mean MFCCs of each of ``num_parts`` equal parts of a recording.
+    """Logistic regression on MFCCs that are averaged over each of ``num_parts`` equal parts of a recording.
 
-    Standard deviations over time are not used. With them, the accuracy is equal for recordings, and far lower for
-    reconstructions (scripts/benchmarks/LEDGER.md).
+    Standard deviations over time are not used, because they make the accuracy on reconstructions far lower and do not
+    change the accuracy on recordings (scripts/benchmarks/LEDGER.md).
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class SpeechClassifier:
         return float(self.model.score(self._features(clips), labels))
 
     def _features(self, clips: Sequence[torch.Tensor]) -> np.ndarray:
-        """Return the mean coefficients (N, parts * C) of the loud windows in each part of each clip."""
+        """Return features (N, parts * C): for each part of a clip, the mean coefficients of its loud windows."""
         rows = []
         for samples_S in clips:
             level_BF = 10 * self.mel(samples_S / samples_S.abs().max().clamp(min=1e-6)).clamp(min=1e-10).log10()
@@ -81,13 +82,13 @@ class SpeechClassifier:
 
 
 def decode_at(codec: MimiCodec, codes: Sequence[torch.Tensor], depth: int, clips: Sequence[LabelledClip]) -> list:
-    """Return clips that are decoded from their first ``depth`` levels, and cut to the original lengths."""
+    """Decode clips from their first ``depth`` levels, and cut the decoded clips to the original lengths."""
     pairs = zip(codes, clips, strict=True)
     return [codec.decode(codes_TQ[:, :depth])[: len(clip.samples_S)] for codes_TQ, clip in pairs]
 
 
 def draw_spectrograms(path: Path, clips: dict[str, torch.Tensor], sample_rate_hz: int, title: str) -> None:
-    """Write a PNG with one spectrogram per clip (S,). Their scales of time, frequency and level are equal."""
+    """Write a PNG with one spectrogram per clip (S,). All spectrograms share the time, frequency and level scales."""
     figure, axes = pyplot().subplots(len(clips), 1, figsize=(9, 1.7 * len(clips)), sharex=True, layout="constrained")
     images = []
     for axis, (name, samples_S) in zip(axes, clips.items(), strict=True):
@@ -113,15 +114,15 @@ def score_codec(
     output_file: Path = Path("results/codec.json"),
     picture: Path | None = None,
 ) -> None:
-    """Score a codec, write the scores, and print their table.
+    """Score a codec, write the scores, and print a table.
 
     Args:
         codec: hub id or folder of the codec
         corpus: training corpus with the columns audio, speaker and text
         validation_corpus: held-out clips
-        words_corpus: isolated words; default: --corpus
+        words_corpus: training corpus of isolated words; default: --corpus
         words_validation_corpus: held-out isolated words; default: --validation_corpus
-        picture: PNG file for the spectrograms of the first held-out clip
+        picture: PNG file to write, with spectrograms of the first held-out clip
     """
     mimi = MimiCodec(codec, DEPTHS[-1])
     rate_hz, mel = mimi.sample_rate_hz, MelMagnitude(mimi.sample_rate_hz)

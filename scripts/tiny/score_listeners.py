@@ -1,10 +1,10 @@
-"""Measure the errors of an ASR model and a speaker encoder on held-out speech, and on this speech after a codec.
+"""Measure the errors of an ASR model and a speaker encoder on held-out speech and on its codec reconstructions.
 
     uv run python scripts/tiny/score_listeners.py --corpus "assets/tiny/corpus/validation-*.parquet" \\
         --recogniser assets/tiny/recogniser --speaker_encoder assets/tiny/speaker_encoder --codec assets/tiny/mimi
 
-The word error rate counts the words of whole clips. The equal error rate is that of speaker verification: for all pairs
-of clips, the first part of one clip is compared with the second part of the other clip, as in eval/generation.py.
+The word error rate covers all words of the clips. The equal error rate measures speaker verification: for all pairs of
+clips, the speaker encoder compares the first part of one clip with the second part of the other clip.
 """
 
 import json
@@ -47,14 +47,14 @@ def score_listeners(
     prompt_seconds: float = 1.6,
     output_file: Path = Path("results/listeners.json"),
 ) -> None:
-    """Score both models, write the scores, and print their table.
+    """Score the ASR model and the speaker encoder, write the scores, and print a table.
 
     Args:
         corpus: held-out clips with the columns audio, speaker and text
         recogniser: hub id or folder of the ASR model
         speaker_encoder: hub id or folder of the speaker encoder
         codec: hub id or folder of the codec
-        prompt_seconds: length of the first part of each clip, for the speaker encoder, in seconds
+        prompt_seconds: length of the first part of a clip in speaker verification, in seconds
     """
     mimi = MimiCodec(codec, DEPTHS[-1])
     clips = read_clips(corpus, mimi.sample_rate_hz)
@@ -85,7 +85,7 @@ def score_listeners(
 
 
 def word_errors(clips: Sequence[LabelledClip], texts: Sequence[str]) -> dict:
-    """Return the error rate of all words, and its bootstrap interval over clips."""
+    """Return the word error rate of all clips together, and a bootstrap interval over clips."""
     spoken = [metrics.words_of(clip.text) for clip in clips]
     wrong = [edit_distance(words, metrics.words_of(text)) for words, text in zip(spoken, texts, strict=True)]
     rates = [errors / len(words) for errors, words in zip(wrong, spoken, strict=True)]
@@ -93,7 +93,7 @@ def word_errors(clips: Sequence[LabelledClip], texts: Sequence[str]) -> dict:
 
 
 def verification_error_rate(clips: Sequence[LabelledClip], prompts_ND: torch.Tensor, rests_ND: torch.Tensor) -> float:
-    """Return the equal error rate over all pairs of the first part of a clip and the second part of another clip."""
+    """Compare the first part of each clip with the second part of every other clip; return the equal error rate."""
     cosines_NN = torch.nn.functional.cosine_similarity(prompts_ND[:, None], rests_ND[None], dim=2).numpy()
     speakers_N = np.array([clip.speaker for clip in clips])
     is_same_NN = speakers_N[:, None] == speakers_N[None]

@@ -1,4 +1,4 @@
-"""Functions that train a small Mimi: the unchanged `transformers.MimiModel` with learned codebooks.
+"""Functions for training a small Mimi. The model is an unchanged `transformers.MimiModel` with learned codebooks.
 
 Shapes: B batch, S samples, T frames, D latent width, E width of the quantizer, K codebook size, N vectors, C channels.
 """
@@ -25,14 +25,14 @@ DEAD_FRACTION = 0.25  # a code restarts if its usage is below this fraction of t
 # STFT windows in samples (10.7, 21.3, 42.7, 85.3 ms at 24 kHz) and numbers of mel bands; a window has four hops.
 RESOLUTIONS = ((256, 20), (512, 40), (1024, 80), (2048, 128))
 DEPTHS = (1, 2, 4, 8)  # numbers of levels at which a codec is scored
-MEL_FLOOR = 3e-4  # lower limit of magnitudes; a sine of full scale has 0.5
+MEL_FLOOR = 3e-4  # lower limit of magnitudes; a full-scale sine has a magnitude of 0.5
 
 
 def tiny_mimi_config(codebook_size: int) -> MimiConfig:
-    """Return a configuration with 24 kHz, 12.5 frames/s, 8 levels and 1.8 million parameters.
+    """Return the configuration of a codec with 24 kHz, 12.5 frames/s, 8 levels and 1.8 million parameters.
 
-    The strides of Mimi are reversed; this halves the work. The attention window is as long as a training crop, so that
-    long clips are not harder than crops.
+    The strides are in the reverse order of Mimi's strides. This order halves the computation. The attention window is
+    as long as a training crop, so that long clips are not harder than crops.
     """
     filters = {"num_filters": 16, "hidden_size": 128, "upsampling_ratios": [4, 5, 6, 8], "frame_rate": 12.5}
     books = {"codebook_size": codebook_size, "codebook_dim": 32, "vector_quantization_hidden_dimension": 32}
@@ -42,7 +42,7 @@ def tiny_mimi_config(codebook_size: int) -> MimiConfig:
 
 
 def new_codec(config: MimiConfig) -> MimiModel:
-    """Return a codec with PyTorch's initial weights; with the initial weights of transformers, it hardly learns."""
+    """Return a codec with PyTorch's initial weights. A codec with the initial weights of transformers hardly learns."""
     model = MimiModel(config)
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv1d | nn.ConvTranspose1d | nn.Linear):
@@ -56,10 +56,10 @@ def new_codec(config: MimiConfig) -> MimiModel:
 
 @torch.no_grad()
 def standardize(model: MimiModel, audio_B1S: torch.Tensor) -> None:
-    """Scale the output of every convolution to mean 0 and variance 1 per channel on speech (after arXiv 1511.06422).
+    """Scale the weights so that convolutions map speech to mean 0 and variance 1 per channel (as in arXiv 1511.06422).
 
-    Without this, the output of about twenty layers hardly depends on the input, and training stays at the average
-    spectrum for a long time.
+    Without this scaling, the output of about twenty layers hardly depends on the input, and the codec outputs only the
+    average spectrum for many training steps.
     """
 
     def scale(conv: nn.Conv1d | nn.ConvTranspose1d, _inputs: tuple, output: torch.Tensor) -> torch.Tensor:
@@ -97,11 +97,11 @@ def _branches(model: MimiModel) -> tuple[nn.Module, nn.Module]:
 def reconstruct(
     model: MimiModel, audio_B1S: torch.Tensor, depth_B: torch.Tensor, *, is_quantized: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Encode and decode whole frames in training, and update the codebooks.
+    """Encode and decode whole frames in training. Quantization also updates the codebooks.
 
     Args:
-        depth_B: number of levels to decode each clip from.
-        is_quantized: False skips quantization, for the warm-up.
+        depth_B: number of levels from which each clip is decoded.
+        is_quantized: whether latents are quantized; False in the warm-up.
 
     Returns:
         The decoded audio (B, 1, S), and the commitment loss: the mean squared distance between latents and their codes.
@@ -119,7 +119,7 @@ def reconstruct(
 
 
 def quantize(branch: nn.Module, vectors_BTE: torch.Tensor, depth_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the sum of the first ``depth_B`` codes, with a straight-through gradient, and the commitment loss."""
+    """Quantize vectors to ``depth_B`` levels (straight-through gradient); return the result and the commitment loss."""
     residual_BTE, kept_BTE = vectors_BTE, torch.zeros_like(vectors_BTE)
     commitment = vectors_BTE.new_zeros(())
     for level, layer in enumerate(branch.layers):
@@ -151,7 +151,7 @@ def _move_codebook(book: nn.Module, vectors_NE: torch.Tensor, index_N: torch.Ten
 
 @torch.no_grad()
 def fit_codebooks(model: MimiModel, crops: list[torch.Tensor]) -> None:
-    """Set the codebooks by k-means after the warm-up, one level after another. ``crops`` has tensors (B, 1, S)."""
+    """Fit the codebooks by k-means after the warm-up, level by level. ``crops`` is a list of tensors (B, 1, S)."""
     latents_BDT = torch.cat([model.encoder(audio_B1S).latents for audio_B1S in crops])
     for branch in _branches(model):
         residual_NE = branch.input_proj(latents_BDT).mT.flatten(0, 1)
@@ -169,7 +169,7 @@ def fit_codebooks(model: MimiModel, crops: list[torch.Tensor]) -> None:
 
 
 class MelMagnitude(nn.Module):
-    """Mel magnitudes of one resolution, relative to full scale; maps audio (..., S) to (..., bands, windows)."""
+    """Mel magnitudes (..., bands, windows) of audio (..., S) at one resolution, relative to full scale."""
 
     def __init__(self, sample_rate_hz: int, window: int = 1024, num_bands: int = 80) -> None:
         super().__init__()
@@ -182,14 +182,14 @@ class MelMagnitude(nn.Module):
         return (self.mel(audio) * self.scale).clamp(min=MEL_FLOOR)
 
     def distances(self, decoded: torch.Tensor, original: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the log-mel distance (mean, natural logarithm) and the spectral convergence of signals (..., S)."""
+        """Return the mean log-mel distance (natural logarithm) and the spectral convergence of two signals (..., S)."""
         ours, theirs = self(decoded), self(original)
         convergence = torch.linalg.vector_norm(ours - theirs) / torch.linalg.vector_norm(theirs)
         return F.l1_loss(ours.log(), theirs.log()), convergence
 
 
 class SpectralLoss(nn.Module):
-    """Log-mel distance plus spectral convergence of signals (B, 1, S) at several resolutions (arXiv 1910.11480)."""
+    """Log-mel distance plus spectral convergence, averaged over several resolutions (arXiv 1910.11480)."""
 
     def __init__(self, sample_rate_hz: int) -> None:
         super().__init__()
@@ -201,7 +201,7 @@ class SpectralLoss(nn.Module):
 
 
 def save_half(model: MimiModel, folder: Path) -> None:
-    """Save a codec in float16, and its feature extractor."""
+    """Save a codec in float16, together with its feature extractor."""
     half = MimiModel(model.config)
     half.load_state_dict(model.state_dict())
     for book in codebooks(half):
@@ -212,7 +212,7 @@ def save_half(model: MimiModel, folder: Path) -> None:
 
 
 def save_in_float16(model: PreTrainedModel, folder: Path) -> None:
-    """Save a model in float16, with a config that loads it in float32."""
+    """Save a model in float16. With its config, `transformers` loads the model in float32."""
     model.half().save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
@@ -231,7 +231,7 @@ class LabelledClip(NamedTuple):
 
 
 def read_clips(corpus: str, sample_rate_hz: int) -> list[LabelledClip]:
-    """Read the clips of a corpus into memory, with their speakers and texts; print why clips are skipped."""
+    """Read the clips of a corpus into memory, with their speakers and texts; print a reason for each skipped clip."""
     source = open_source(corpus, None, "audio", None, extra_columns={"text": "text", "speaker": "speaker"})
     reader = AudioReader(source, sample_rate_hz=sample_rate_hz, frame_size=1024, max_frames=10**9)
     rows = (row for unit in range(len(source.units)) for row in source.rows(unit))
@@ -242,5 +242,5 @@ def read_clips(corpus: str, sample_rate_hz: int) -> list[LabelledClip]:
         else:
             print(f"skipped: {clip.message}", flush=True)
     if not clips:
-        raise UserError(f"no clip of the corpus '{corpus}' can be used; choose another corpus")
+        raise UserError(f"all clips of the corpus '{corpus}' were skipped; choose another corpus")
     return clips

@@ -90,14 +90,14 @@ def render(words: list[str]) -> str:
 
 
 class SentenceMaker:
-    """Generator of different sentences for the corpus and the benchmarks."""
+    """Generator of sentences for the corpus and the benchmarks. A sentence is never repeated."""
 
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
         self.seen: set[str] = set()
 
     def _new(self, draw: Callable[[random.Random, Topic], list[str]]) -> list[str]:
-        """Draw sentences until one is new, and return its parts."""
+        """Draw sentences until a sentence is new; return the parts of this sentence."""
         while True:
             words = draw(self.rng, self.rng.choice(TOPICS))
             text = render(words)
@@ -106,25 +106,25 @@ class SentenceMaker:
                 return words
 
     def plain(self) -> list[str]:
-        """Return the seven parts of a basic sentence: the ADJ AGENT VERB the-ADJ-OBJECT PREP the-PLACE."""
+        """Return the seven parts of a basic sentence: "the", ADJ, AGENT, VERB, "the ADJ OBJECT", PREP, "the PLACE"."""
         return self._new(_plain)
 
     def corpus(self) -> str:
-        """Return a sentence for the corpus: with probability 0.5, a basic sentence."""
+        """Return a sentence for the corpus. With a probability of 0.5, it is a basic sentence."""
         return render(self.plain() if self.rng.random() < 0.5 else self._new(_varied))
 
     def halves(self) -> tuple[str, str]:
-        """Return the two halves of a new basic sentence, cut after the verb."""
+        """Cut a new basic sentence after the verb, and return the two halves."""
         words = self.plain()
         return render(words[:4])[:-1], " ".join(words[4:]) + "."
 
     def order_pair(self, kind: str) -> tuple[str, str]:
-        """Return a new basic sentence, and its words in a wrong order from `WRONG_ORDERS`."""
+        """Return a new basic sentence, and the same words in the wrong order ``WRONG_ORDERS[kind]``."""
         words = self.plain()
         return render(words), render([words[i] for i in WRONG_ORDERS[kind]])
 
     def story(self) -> tuple[str, str, str]:
-        """Return a story of two sentences, an ending of the same topic, and an ending of another topic."""
+        """Return a story of two sentences, an ending with the same topic, and an ending with another topic."""
         while True:
             rng = self.rng
             topic = rng.choice(TOPICS)
@@ -151,7 +151,7 @@ def _plain(rng: random.Random, topic: Topic) -> list[str]:
 
 
 def _varied(rng: random.Random, topic: Topic) -> list[str]:
-    """Draw a sentence of one of five other forms, and return it as a single part."""
+    """Draw a sentence in one of five forms that differ from a basic sentence; return the sentence as a single part."""
     first, second = rng.sample(topic.agents, 2)
     thing, other = rng.sample(topic.objects, 2)
     verb, verb2 = rng.sample(topic.verbs, 2)
@@ -168,7 +168,7 @@ def _varied(rng: random.Random, topic: Topic) -> list[str]:
 
 
 def syllables(word: str) -> int:
-    """Estimate the number of syllables: the groups of vowels, without a silent e or ed at the end."""
+    """Estimate the number of syllables: count the groups of vowels, and ignore a silent "e" or "ed" at the end."""
     stem = re.sub(r"(?<=[^aeioutdl])ed$", "", word)
     stem = re.sub(r"(?<=[^aeioul])e$", "", stem)
     return len(re.findall(r"[aeiouy]+", stem))
@@ -180,7 +180,7 @@ BANNED |= {"mormer", "nasty", "vested", "middle", "copious", "gitler", "sodger",
 
 
 def _changeable(word: str) -> list[int]:
-    """Return the positions of single vowels and consonants that can change in a pronounceable way."""
+    """Return the positions at which another vowel or consonant would leave the word pronounceable."""
     vowels = "aeiouy"
     places = []
     for i, letter in enumerate(word):
@@ -194,7 +194,7 @@ def _changeable(word: str) -> list[int]:
 
 
 def non_word(word: str, rng: random.Random, vocabulary: set[str]) -> str | None:
-    """Return a pronounceable non-word that differs from a word in two letters, or None."""
+    """Change two letters of a word; return the pronounceable non-word, or None if all attempts fail."""
     # A changed ending (watered, painted) would reveal the non-word.
     limit = len(word) - 2 if word.endswith(("ed", "er", "or")) else len(word)
     places = [i for i in _changeable(word) if i < limit]

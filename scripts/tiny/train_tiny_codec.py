@@ -60,7 +60,8 @@ class CodecRun:
         self.crop_size, held_out_size = CROP_FRAMES * config.frame_size, HELD_OUT_FRAMES * config.frame_size
         limit = FIT_BATCHES * flags.batch_size * CROP_FRAMES
         if flags.codebook_size > limit:
-            raise UserError(f"--codebook_size is {flags.codebook_size}; set at most {limit}, or a larger --batch_size")
+            problem = f"--codebook_size is {flags.codebook_size}, more than the {limit} frames for k-means"
+            raise UserError(f"{problem}; lower --codebook_size or raise --batch_size")
         self.clips = [clip.samples_S for clip in tiny.read_clips(flags.corpus, config.sampling_rate)]
         held_out = tiny.read_clips(flags.validation_corpus, config.sampling_rate)[:HELD_OUT_CLIPS]
         self.held_out = [clip.samples_S[:held_out_size] for clip in held_out]
@@ -73,7 +74,7 @@ class CodecRun:
         self._resume()
 
     def crops(self) -> torch.Tensor:
-        """Return a batch of random crops (B, 1, S); shorter clips are padded with silence."""
+        """Return a batch of random crops (B, 1, S). Clips that are shorter than a crop are padded with silence."""
         crops = []
         for index in torch.randint(len(self.clips), (self.flags.batch_size,)).tolist():
             samples_S = self.clips[index]
@@ -107,15 +108,16 @@ class CodecRun:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_NORM)
         self.step += 1
         if not torch.isfinite(norm):
-            problem = f"the gradient of step {self.step} is {norm.item()}"
-            raise UserError(f"{problem}; start again with a --learning_rate below {self.flags.learning_rate:g}")
+            problem = f"the gradient norm of step {self.step} is {norm.item()}"
+            remedy = f"set --learning_rate below {self.flags.learning_rate:g}, and choose another --output_dir"
+            raise UserError(f"{problem}; {remedy}")
         self.optimizer.step()
         values = {"spectral": spectral, "waveform": waveform, "commitment": commitment, "gradient_norm": norm}
         return {name: value.detach().item() for name, value in values.items()}
 
     @torch.no_grad()
     def held_out_distances(self) -> dict[int, float]:
-        """Return the mean log-mel distance of the held-out clips for each depth."""
+        """Return the mean log-mel distance of the held-out clips for each number of levels."""
         distances = dict.fromkeys(tiny.DEPTHS, 0.0)
         self.model.eval()
         for samples_S in self.held_out:
@@ -144,7 +146,7 @@ class CodecRun:
             state = torch.load(self.path, map_location=self.device, weights_only=True)
             if state["settings"] != self.settings:
                 problem = f"'{self.path}' was written with other settings ({state['settings']})"
-                raise UserError(f"{problem}; use the same options or choose another --output_dir")
+                raise UserError(f"{problem}; repeat these settings or choose another --output_dir")
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.step = state["step"]

@@ -1,13 +1,13 @@
-"""Train the small ASR model and speaker encoder of assets/tiny, for machines without a network.
+"""Train the small ASR model or the small speaker encoder of assets/tiny, for evaluation without a network.
 
 uv run python scripts/tiny/train_tiny_listeners.py --listener recogniser \\
     --corpus "assets/tiny/corpus/train-*.parquet" --output_dir assets/tiny/recogniser
 uv run python scripts/tiny/train_tiny_listeners.py --listener speaker_encoder \\
     --corpus "assets/tiny/corpus/train-*.parquet" --output_dir assets/tiny/speaker_encoder
 
-The classes of the two models are `Wav2Vec2ForCTC` and `WavLMForXVector`. eval/generation.py loads large models of these
-classes, too. The small models know only the words and voices of the corpus. scripts/tiny/score_listeners.py measures
-their errors.
+The classes of the two models are `Wav2Vec2ForCTC` and `WavLMForXVector`. eval/generation.py can also load large models
+of these classes. The small models know only the words and voices of the corpus. scripts/tiny/score_listeners.py
+measures the errors of the small models.
 
 Shapes: B clips, S samples, C channels, K taps of a kernel, L letters of a text.
 """
@@ -43,7 +43,7 @@ PHASES = 4  # phases of each frequency in the first layer
 FREQUENCIES_HZ = (60.0, 7_600.0)
 CROP_SECONDS = (0.8, 2.4)  # for the speaker encoder; prompts and continuations have similar lengths
 NOISE_DB = (-60.0, -20.0)  # relative to the speech
-MARGIN = 0.3  # final margin of the speaker encoder's softmax; with it from the start, the encoder learns nothing
+MARGIN = 0.3  # final margin of the speaker encoder's softmax; a full margin from the start would prevent learning
 # Steps, clips per step and peak learning rate.
 RECIPES = {"recogniser": (2500, 8, 1.5e-3), "speaker_encoder": (1500, 16, 4e-4)}
 # The first layer is a fixed filter bank with 25 ms windows every 5 ms. The output has frames of 20 ms (wav2vec 2.0).
@@ -55,12 +55,12 @@ Batch = dict[str, torch.Tensor]
 
 
 def normalize(text: str) -> str:
-    """Return a text in the format of the ASR model: lower-case letters and single spaces."""
+    """Convert a text to the format of the ASR model: lower-case letters and single spaces."""
     return " ".join("".join(letter for letter in text.lower() if letter in LETTERS + " ").split())
 
 
 def set_filter_bank(weight_C1K: torch.Tensor) -> None:
-    """Set kernels to windowed waves with `PHASES` phases per frequency; frequencies are evenly spaced in mel."""
+    """Set kernels to windowed cosines, `PHASES` for each frequency. Frequencies are evenly spaced on the mel scale."""
     C, _, K = weight_C1K.shape
     low, high = (math.log1p(hz / 700) for hz in FREQUENCIES_HZ)
     hz_C = 700 * torch.linspace(low, high, C // PHASES).expm1().repeat_interleave(PHASES)
@@ -71,20 +71,20 @@ def set_filter_bank(weight_C1K: torch.Tensor) -> None:
 
 
 def with_noise(samples_S: torch.Tensor) -> torch.Tensor:
-    """Add white noise of a random level, and normalise to mean 0 and variance 1, as the feature extractor does."""
+    """Add white noise of a random level. Like the feature extractor, normalise the result to mean 0 and variance 1."""
     scale = samples_S.std() * 10 ** (random.uniform(*NOISE_DB) / 20)
     noisy_S = samples_S + scale * torch.randn_like(samples_S)
     return (noisy_S - noisy_S.mean()) / (noisy_S.std() + 1e-7)
 
 
 def collate(clips: Sequence[torch.Tensor], labels: torch.Tensor) -> Batch:
-    """Return padded clips (B, S), their mask, and labels."""
+    """Return a batch of padded clips (B, S), with their attention mask and their labels."""
     mask_BS = pad_sequence([torch.ones(len(clip_S), dtype=torch.long) for clip_S in clips], batch_first=True)
     return {"input_values": pad_sequence(list(clips), batch_first=True), "attention_mask": mask_BS, "labels": labels}
 
 
 def at_speeds(clips: Sequence[LabelledClip]) -> list[tuple[LabelledClip, float]]:
-    """Return each clip at each of `SPEEDS`; the speed also changes the pitch."""
+    """Return every clip at every speed in `SPEEDS`. A change of speed also changes the pitch."""
     changed = []
     for clip, speed in itertools.product(clips, SPEEDS):
         samples = resample(clip.samples_S.numpy(), round(RATE_HZ * speed), RATE_HZ)
@@ -138,7 +138,7 @@ def train_listener(listener: Literal["recogniser", "speaker_encoder"], corpus: s
 
     Args:
         corpus: corpus with the columns audio, speaker and text, in any format that llama_mimi.train reads
-        output_dir: folder of the model
+        output_dir: folder to write the model to
     """
     for set_seed in (random.seed, np.random.seed, torch.manual_seed):  # NumPy draws the masks of the ASR model
         set_seed(1)
@@ -159,7 +159,7 @@ def train_listener(listener: Literal["recogniser", "speaker_encoder"], corpus: s
         loss = model(**draw(batch_size)).loss
         optimizer.zero_grad()
         if not loss.isfinite():
-            raise UserError(f"the loss is {loss.item()}; training has diverged")
+            raise UserError(f"the loss of step {step} is {loss.item()}; lower the learning rate in RECIPES")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()

@@ -47,25 +47,25 @@ compute_shape = ShardingPropagator._propagate_tensor_meta_non_cached
 
 
 def untracked_shape(*args: Any) -> Any:
-    """Compute a DTensor's shape outside the memory tracker. The tracker would count whole tensors (8B: 131.6 GB)."""
+    """Compute a DTensor's shape outside the memory tracker. The tracker would count unsharded tensors."""
     with _disable_current_modes():
         return compute_shape(*args)
 
 
 class HalfPrecisionAttention(nn.Module):
-    """Attention operator of GPUs, because activation checkpointing does not know the operator of CPUs."""
+    """Attention with the operator of GPUs. Activation checkpointing does not support the operator of CPUs."""
 
     def forward(self, q_BHLD: torch.Tensor, k_BGLD: torch.Tensor, v_BGLD: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         return torch.ops.aten._scaled_dot_product_flash_attention(q_BHLD, k_BGLD, v_BGLD, is_causal=True)[0]
 
 
 def nonzero(mode: FakeTensorMode, func: Callable, condition: torch.Tensor) -> torch.Tensor:
-    """Treat every element as nonzero. The numbers of targets and of bytes are then the largest possible."""
+    """Treat every element as nonzero. The dry run then uses the maximum number of targets."""
     return condition.new_empty((condition.numel(), condition.ndim), dtype=torch.long)
 
 
 class FusedRMSNorm(torch.autograd.Function):
-    """RMSNorm that saves the same tensors as the fused operator of GPUs; on CPUs PyTorch saves float32 copies."""
+    """RMSNorm that saves the same tensors as the fused operator of GPUs. On CPUs, PyTorch saves float32 copies."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, shape: list[int], weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -79,7 +79,7 @@ class FusedRMSNorm(torch.autograd.Function):
 
 
 def deep_frames(model: HierarchicalLlamaMimi, targets_NQ: torch.Tensor) -> torch.Tensor:
-    """Return as many frames as train the depth decoder on average. Fake tensors have no content to choose from."""
+    """Return fake frames for the depth decoder: as many frames as one training step uses on average."""
     return targets_NQ.new_empty(math.ceil(model.model_args.depth_train_fraction * len(targets_NQ)))
 
 
@@ -159,7 +159,7 @@ def build_states(job_config: Any, parallel_dims: ParallelDims, model: nn.Module)
 
 
 def measure(job_config: Any, parallel_dims: ParallelDims, model: nn.Module) -> dict[str, int]:
-    """Take one step like TorchTitan's trainer, without compilation; return the bytes of each use, and the peak."""
+    """Take one training step without compilation; return the bytes of each kind of tensor, and the peak in bytes."""
     optimizers, sizes = build_states(job_config, parallel_dims, model)
     loss_fn = get_train_spec(job_config.model.name).build_loss_fn(job_config, parallel_dims=parallel_dims)
     has_loss_parallel = parallel_dims.tp_enabled and not job_config.parallelism.disable_loss_parallel

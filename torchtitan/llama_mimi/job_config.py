@@ -1,4 +1,4 @@
-"""Settings and defaults of this project. ``custom_config_module`` in ``[job]`` adds them to TorchTitan's settings."""
+"""Settings and defaults of this project, which ``[job] custom_config_module`` adds to those of TorchTitan."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,10 +38,10 @@ class Comm:
 @dataclass
 class Model:
     vocabulary: VocabularyKind = "llama"
-    """Vocabulary; 'llama': audio tokens, and the text tokens in model.hf_assets_path; 'audio': no text tokens"""
+    """Vocabulary; 'llama': audio tokens and the text tokens in model.hf_assets_path; 'audio': only audio tokens"""
 
     architecture: Architecture = "flattened"
-    """Architecture; 'flattened': a decoder over audio tokens; 'hierarchical': decoders over frames and over levels"""
+    """Architecture; 'flattened': a decoder over tokens; 'hierarchical': a decoder over frames and one over levels"""
 
     depth_train_fraction: float = 1.0
     """Fraction of frames that train the depth decoder (hierarchical architecture); each epoch samples new frames"""
@@ -50,8 +50,9 @@ class Model:
 @dataclass
 class Loss:
     level_weights: str = "uniform"
-    """Weights of levels in the loss, scaled to a mean of 1; 'uniform'; 'semantic:100': 100 (level 0) and 1 (others);
-    'geometric:100': geometric decay from 100 at level 0 to 1 at the last level; or Q numbers separated by commas"""
+    """Weights of levels in the loss, scaled to a mean of 1; 'uniform': equal weights; 'semantic:100': 100 for level 0
+    and 1 for other levels; 'geometric:100': geometric decay from 100 at level 0 to 1 at the last level; or Q numbers
+    separated by commas"""
 
 
 @dataclass
@@ -66,13 +67,13 @@ class Codec:
     """Precision of the codec; bfloat16 changes about 2 % of the codes"""
 
     sliding_window: bool = True
-    """Limit the codec's attention to 10 s, as in Mimi's training; false: no limit, as in the first release"""
+    """Limit the codec's attention to 10 s, as in Mimi's training; false: unlimited, as in the first release"""
 
 
 @dataclass
 class Data:
     task: Literal["a2a", "tts"] = "a2a"
-    """Task; 'a2a': audio only; 'tts': transcript, then audio"""
+    """Training task; 'a2a': audio only; 'tts': a transcript, followed by its audio"""
 
     max_audio_seconds: float = 20.0
     """Maximum length of a clip, in seconds; longer clips are cut after a whole frame and end without </audio>"""
@@ -90,7 +91,7 @@ class Data:
     """Split to read from validation.dataset; needed only if the dataset has several splits"""
 
     validation_clips: int = -1
-    """Number of validation clips over all ranks, from the start of validation.dataset; -1: all clips"""
+    """Total number of validation clips on all ranks, from the start of validation.dataset; -1: all clips"""
 
     audio_column: str = "audio"
     """Column with audio; each value is a struct with the fields bytes and path"""
@@ -99,10 +100,12 @@ class Data:
     """Column with transcripts; used only for the task 'tts'"""
 
     shuffle_window: int = 4096
-    """Number of clips shuffled together, at least a row group; each worker keeps them in memory (1 GB by default)"""
+    """Number of clips that are shuffled together, at least one row group; each worker keeps this number of clips in
+    memory (1 GB by default)"""
 
     max_skip_fraction: float = 0.01
-    """Maximum fraction of unusable clips; above it, training stops (checked after 100 clips and after each epoch)"""
+    """Maximum fraction of unusable clips; training stops if the fraction is higher. The fraction is checked after 100
+    clips and after each epoch"""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Train spec "llama_mimi" for TorchTitan. ``custom_import`` in ``[experimental]`` registers it."""
+"""Train spec "llama_mimi" for TorchTitan. ``custom_import`` in ``[experimental]`` registers the train spec."""
 
 import sys
 from functools import partial
@@ -43,7 +43,7 @@ def build_tokenizer(job_config: Any) -> SpeechTokenizer:
 
 
 def report_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Report an uncaught error as `llama_mimi.train` does."""
+    """Report an uncaught error in the same format as `llama_mimi.train`."""
     try:
         with report_errors(), report_error_once():
             raise error

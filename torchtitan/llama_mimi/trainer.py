@@ -1,4 +1,4 @@
-"""TorchTitan's `Trainer` for the models of this package. Without a GPU it uses the CPU."""
+"""TorchTitan's `Trainer` for the models of this package. Without a GPU, the trainer uses the CPU."""
 
 from llama_mimi.common.cpu import use_cpu_without_gpu
 

@@ -1,1 +1,1 @@
-"""Benchmarks: pairs of clips, their likelihood under a model, accuracies and result files."""
+"""Benchmarks: read pairs of clips, score the clips with a model, compute accuracies and write result files."""

@@ -37,7 +37,7 @@ FREQUENCY_BANDS = ((0, "oov"), (1, "1-5"), (5, "6-20"), (20, "21-100"), (100, ">
 
 @dataclass(frozen=True)
 class Cell:
-    """Audio in one row and column of a table."""
+    """Audio in one cell (row and column) of a table."""
 
     dataset: Dataset
     index: int
@@ -46,13 +46,13 @@ class Cell:
     def read_bytes(self) -> bytes:
         audio = self.dataset[self.index][self.column]
         if audio is None or audio["bytes"] is None:
-            raise UserError(f"row {self.index} has no audio bytes in the column '{self.column}'; add the audio")
+            raise UserError(f"row {self.index} lacks audio bytes in the column '{self.column}'; add the audio")
         return audio["bytes"]
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A clip to score. ``split`` names its submission file in sLM21, such as "lexical/dev"."""
+    """A clip to score. For sLM21, ``split`` is the name of the submission file, such as "lexical/dev"."""
 
     name: str
     source: Path | Cell
@@ -61,7 +61,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two clips. A model is correct if ``positive`` is more likely."""
+    """Two clips. A model is correct if it gives ``positive`` the higher score."""
 
     part: str
     name: str
@@ -73,7 +73,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Pairs, unpaired clips (sLM21's test split, whose answers are secret), and notes for the user."""
+    """Pairs, unpaired clips and notes for the user. sLM21's test split is unpaired, because its answers are secret."""
 
     pairs: list[Pair]
     unpaired: list[Clip] = field(default_factory=list)
@@ -86,7 +86,7 @@ class Benchmark:
 
 
 def limited(benchmark: Benchmark, limit: int) -> Benchmark:
-    """Return a benchmark with at most ``limit`` groups of each part, chosen by a hash of part and group name."""
+    """Return a benchmark with at most ``limit`` groups of each part; the choice depends on a hash of the names."""
     drawn: dict[str, set[str]] = defaultdict(set)
     groups = {(pair.part, pair.group) for pair in benchmark.pairs}
     for part, group in sorted(groups, key=lambda names: hashlib.sha256("/".join(names).encode()).digest()):
@@ -98,7 +98,7 @@ def limited(benchmark: Benchmark, limit: int) -> Benchmark:
 
 
 def data_kind(source: str, pairs: list[Pair]) -> str:
-    """Return "synthetic" for synthesised speech, "official" if all parts have the published sizes, or else "other"."""
+    """Return "synthetic" for synthesised speech, "official" if all parts have the published sizes, else "other"."""
     if is_synthetic(source):
         return "synthetic"
     counts = Counter(pair.part for pair in pairs)
@@ -108,7 +108,7 @@ def data_kind(source: str, pairs: list[Pair]) -> str:
 def read_salmon(source: str) -> Benchmark:
     """Read SALMon: files ``<part>/sample_<index>_<k>.wav``, or a table for each part.
 
-    The first file of an index is positive; its other files are negative. The parts ``all`` and ``all_*`` are not read.
+    The first file of each index is positive; the other files are negative. The parts ``all`` and ``all_*`` are skipped.
     """
     benchmark = _read_tables(source, ("positive_audio", "negative_audio"))
     for folder in (folder for folder in _folders(Path(source)) if folder.name.split("_")[0] != "all"):
@@ -117,7 +117,7 @@ def read_salmon(source: str) -> Benchmark:
             samples[index].append(Clip(path.name, path))
         for index, (positive, *negatives) in samples.items():
             if not negatives:
-                raise UserError(f"no other file has the index of '{positive.source}'; add one, or remove this file")
+                raise UserError(f"'{positive.source}' is the only file with its index; add a file, or remove this file")
             benchmark.pairs.extend(Pair(folder.name, str(index), clip.name, positive, clip) for clip in negatives)
     return _not_empty(benchmark, source, "<part>/sample_<index>_<k>.wav")
 
@@ -125,8 +125,9 @@ def read_salmon(source: str) -> Benchmark:
 def read_slm21(source: str) -> Benchmark:
     """Read sLM21: folders ``{lexical,syntactic}/{dev,test}`` (sWUGGY, sBLIMP) with audio and ``gold.csv``, or tables.
 
-    The two rows of a lexical pair have the same id and voice; the group is the id. A syntactic pair is two consecutive
-    rows; the group is type, subtype and id. A test split without ``gold.csv`` is scored for the submission only.
+    The two rows of a lexical pair have the same id and voice; the group's name is the id. Two consecutive rows are a
+    syntactic pair; the group's name consists of type, subtype and id. A test split without ``gold.csv`` is scored for
+    the submission only.
     """
     benchmark = _read_tables(source, ("positive", "negative"), SLM21_TABLES)
     names = {folder.name for folder in _folders(Path(source))}
@@ -141,7 +142,7 @@ def read_slm21(source: str) -> Benchmark:
             benchmark.unpaired.extend(files.values())
             benchmark.notes.append(f"'{folder}' has no gold.csv: {len(files):,} clips are for the submission only")
         else:
-            raise UserError(f"'{folder}' has no gold.csv with the answers; add the file, or remove the folder")
+            raise UserError(f"'{folder}' lacks gold.csv with the answers; add gold.csv, or remove the folder")
     return _not_empty(benchmark, source, "{lexical,syntactic}/{dev,test}/gold.csv")
 
 
@@ -159,12 +160,13 @@ def _gold_pairs(gold: Path, part: str, files: Mapping[str, Clip]) -> Iterator[Pa
         found[(row["id"], row["voice"]) if is_lexical else index // 2].append(row)
     listed, present = Counter(row["filename"] for row in rows), Counter(files.keys())
     if odd := (listed - present) | (present - listed):
-        raise UserError(f"'{min(odd)}' must occur once in '{gold}' and once in that folder; copy the folder again")
+        raise UserError(f"'{min(odd)}' must name one row of '{gold}' and one file in its folder; copy the folder again")
     for pair in found.values():
         places = {(row["id"], row["voice"]) for row in pair}
         if len(places) > 1 or sorted(row["correct"] for row in pair) != ["0", "1"]:
             names = "', '".join(row["filename"] for row in pair)
-            raise UserError(f"'{gold}': '{names}' must have one id and voice, and one correct row; copy the file again")
+            problem = f"in '{gold}', the rows '{names}' must have the same id and voice, and one must be correct"
+            raise UserError(f"{problem}; copy the file again")
         wrong, right = sorted(pair, key=lambda row: row["correct"])
         group = right["id"] if is_lexical else "_".join(right.get(key, "") for key in ("type", "subtype", "id"))
         clips = files[right["filename"]], files[wrong["filename"]]
@@ -172,14 +174,14 @@ def _gold_pairs(gold: Path, part: str, files: Mapping[str, Clip]) -> Iterator[Pa
 
 
 def _labels(row: Mapping[str, Any]) -> dict[str, str]:
-    """Return the labels of a pair from the row of its positive clip. A word without a frequency has no band."""
+    """Return the labels of a pair from the row of its positive clip. Words without a frequency do not get a band."""
     labels = {key: str(row[key]) for key in ("type", "subtype") if row.get(key) not in (None, "")}
     try:
         frequency = float(row.get("frequency") or "nan")
         if frequency < 0:
             raise ValueError
     except ValueError as error:
-        raise UserError(f"the table has the frequency '{row['frequency']}', not a count; fix the table") from error
+        raise UserError(f"the frequency '{row['frequency']}' is not a count; fix the table of the benchmark") from error
     bands = [band for lowest, band in FREQUENCY_BANDS if frequency >= lowest]
     return labels | ({"frequency": bands[-1]} if bands else {})
 
@@ -193,7 +195,7 @@ def read_storycloze(source: str) -> Benchmark:
     root = Path(source)
     folders = [folder for folder in _folders(root) if _audio_files(folder)]
     if folders and (odd := _audio_files(root)):
-        raise UserError(f"'{odd[0]}' is outside the subfolders; move it into one, or set --data_dir to a subfolder")
+        raise UserError(f"'{odd[0]}' is outside the subfolders; move it to a subfolder, or set --data_dir to one")
     for folder in folders or [root]:
         files = sorted(_files_by(folder, r"(\d+).*").items())
         if len(files) % 2:
@@ -217,29 +219,29 @@ def _audio_files(folder: Path) -> list[Path]:
 
 
 def _files_by(folder: Path, pattern: str) -> dict[tuple[Any, ...], Path]:
-    """Return the audio files of a folder. A key has the numbers that a pattern finds in the stem, or else the stem."""
+    """Return a dict of audio files in a folder. A key is the numbers that ``pattern`` captures, or else the stem."""
     files: dict[tuple[Any, ...], Path] = {}
     for path in _audio_files(folder):
         if (match := re.fullmatch(pattern, path.stem)) is None:
-            raise UserError(f"the name of '{path}' does not match '{pattern}'; rename the file, or move it elsewhere")
+            raise UserError(f"the name of '{path}' does not match '{pattern}'; rename or remove the file")
         key = tuple(map(int, match.groups())) or (path.stem,)
         if key in files:
-            raise UserError(f"'{path}' and '{files[key]}' have the same number or name; remove one of them")
+            raise UserError(f"'{path}' and '{files[key]}' have the same number or name; remove one of the files")
         files[key] = path
     return files
 
 
 def _not_empty(benchmark: Benchmark, source: str, layout: str) -> Benchmark:
     if not benchmark.clips:
-        raise UserError(f"'{source}' contains no pairs; choose a folder with files {layout}, or with Parquet files")
+        raise UserError(f"'{source}' does not contain pairs; choose a folder with Parquet files or files {layout}")
     return benchmark
 
 
 def _read_tables(source: str, columns: tuple[str, str], names: Collection[str] | None = None) -> Benchmark:
-    """Read a benchmark from tables with one pair in each row. The result has no pairs if the folder has audio files.
+    """Read a benchmark from tables with one pair in each row. If the folder contains audio files, the result is empty.
 
-    ``source`` is an owner or one data set on the hub, or a downloaded folder with that name. ``names`` are the data
-    sets of the benchmark; if None, each configuration of ``source`` is a part.
+    ``source`` is a data set on the hub, an owner of data sets on the hub, or a downloaded folder with the same name.
+    ``names`` are the data sets of the benchmark; if None, each configuration of ``source`` is a part.
     """
     benchmark, root = Benchmark([]), Path(source)
     if (is_folder := root.is_dir()) and find_files(source, ENDINGS):
@@ -257,7 +259,7 @@ def _read_tables(source: str, columns: tuple[str, str], names: Collection[str] |
         loaded = {name: load_dataset(*arguments, split="train") for name, arguments in tables.items()}
     except Exception as error:  # `datasets` passes on any error of its readers and of the network
         raise UserError(
-            f"'{source}' is neither a folder in the official layout nor a data set of the hub ({first_line(error)}); "
+            f"'{source}' is neither a folder in the official layout nor a data set on the hub ({first_line(error)}); "
             f"download the data again, and set --data_dir to the new folder"
         ) from error
     for name, dataset in loaded.items():

@@ -1,4 +1,4 @@
-"""Cache for the codes of benchmark clips, in Parquet shards. A second model with the same codec reads these codes.
+"""Cache for the codes of benchmark clips, in Parquet shards. Models with the same codec share the cached codes.
 
 The ``id`` of a row is the SHA-256 of the audio file. The folder's name is a hash of the codec and all settings.
 """
@@ -22,10 +22,10 @@ from llama_mimi.common.versions import versions
 from llama_mimi.corpora.code_shards import CodedClip, coded_rows, read_shard, shard_bytes
 from llama_mimi.evaluation.benchmarks import Clip
 
-STORED_LEVELS = 8  # quantizer levels in the cache; models with fewer levels use the first ones
+STORED_LEVELS = 8  # quantizer levels in the cache; models with fewer levels ignore the rest
 CLIPS_PER_CHUNK = 64  # number of clips that are encoded and written together
 READERS = 4  # threads that read and resample audio
-ENCODING = 2  # increase this number after a change in how clips are read, resampled, cut or encoded
+ENCODING = 2  # increase this number after a change of reading, resampling, cutting or encoding
 
 
 def encode_clips(
@@ -37,11 +37,11 @@ def encode_clips(
     *,
     as_released: bool = False,
 ) -> tuple[list[str], dict[str, CodedClip]]:
-    """Return the SHA-256 of each clip's audio, and codes by SHA-256. An unusable clip raises an `AudioError`.
+    """Return the SHA-256 of each clip's audio, and a dict from SHA-256 to codes. Unusable clips raise an `AudioError`.
 
     Args:
         codes_dir: parent folder of the caches, a local or fsspec path.
-        max_seconds: maximum length of a clip; longer clips are cut.
+        max_seconds: maximum length of a clip, in seconds; longer clips are cut.
         as_released: encode clips one by one and let the codec handle a partial last frame, as the first release does.
     """
     deep = codec.at_depth(max(codec.num_quantizers, min(STORED_LEVELS, codec.config.num_quantizers)))

@@ -47,19 +47,21 @@ class EvaluationOptions:
     """Flags of the benchmark scripts in eval/."""
 
     model_name: str = "llm-jp/Llama-Mimi-1.3B"  # hub id or folder of the model
-    data_dir: str | None = None  # data: folder (official layout or Parquet) or hub id; default: hub id of the benchmark
+    # folder of the data (official layout or Parquet) or hub id; default: hub id of the benchmark
+    data_dir: str | None = None
     output_dir: Path = Path("results")  # folder for results
-    codes_dir: str | None = None  # folder of cached codes, shared by all models; default: <output_dir>/codes
+    codes_dir: str | None = None  # folder for cached codes, which all models share; default: <output_dir>/codes
     codec: str | None = None  # hub id or folder of the codec; default: the model's codec
-    codec_sliding_window: bool | None = None  # limit the codec's attention to its window; default: same as in training
+    codec_sliding_window: bool | None = None  # run the codec with sliding-window attention; default: as in training
     device: str | None = None  # torch device; default: the GPU if there is one, else the CPU
     dtype: DecoderPrecision = "float32"  # precision of the decoder (the first release evaluates in float16)
     batch_tokens: int | None = None  # maximum number of tokens in a batch; default: 32768 on a GPU, else 4096
     max_audio_seconds: float = MAX_AUDIO_SECONDS  # maximum length of a clip, in seconds; longer clips are cut
     # scoring rule: 'official' is the benchmark's rule, 'original' is the rule of the first release
     preset: Literal["official", "original"] = "official"
-    levels: str | None = None  # quantizer levels to score: "all" or a list such as 0,1; default: all for SALMon, else 0
-    likelihood: Likelihood = "softmax"  # 'softmax' normalises over the vocabulary, 'grammar' over the valid tokens
+    levels: str | None = None  # quantizer levels to score: 'all' or a list such as 0,1; default: all for SALMon, else 0
+    # normalisation of likelihoods: 'softmax' is over the whole vocabulary, 'grammar' is over the valid tokens
+    likelihood: Likelihood = "softmax"
     limit: int | None = None  # maximum number of pairs (sLM21: words or sentences) in each part; default: all
 
     def __post_init__(self) -> None:

@@ -37,7 +37,7 @@ def results(
     scoring: Scoring,
     mean_of: Sequence[str],
 ) -> Result:
-    """Return accuracies of parts, the mean over ``mean_of``, and all pairs. ``audio_ids`` have the clips' order."""
+    """Return the entries of a result file that depend on scores. ``audio_ids`` are in the order of the clips."""
     pairs = []
     for pair, *ids in zip(benchmark.pairs, audio_ids[::2], audio_ids[1::2], strict=False):
         positive, negative = (scores[audio_id] for audio_id in ids)
@@ -54,7 +54,7 @@ def results(
 
 
 def part_results(pairs: Sequence[Mapping[str, Any]], *, by_group: bool) -> dict[str, Result]:
-    """Return accuracy, 95 % interval and counts of each part. The entry "by" has these for each value of each label.
+    """Return accuracy, 95 % interval and counts of each part. The entry "by" has these for each label value.
 
     With ``by_group``, the pairs of a group (such as the voices of a word) are averaged first; "count" counts groups.
     """
@@ -87,9 +87,10 @@ def part_results(pairs: Sequence[Mapping[str, Any]], *, by_group: bool) -> dict[
 
 
 def mean_of_parts(results: Mapping[str, Result], parts: Sequence[str]) -> Result | None:
-    """Return the unweighted mean accuracy of k parts, or None if one is missing.
+    """Return the unweighted mean accuracy of k parts, or None if a part is missing.
 
-    The interval is Wilson's for k^2 / sum(1/n_i) pairs, which is the number of pairs if all parts have the same size.
+    The interval is Wilson's interval for k^2 / sum(1/n_i) pairs. For parts of the same size, this expression is the
+    total number of pairs.
     """
     if any(part not in results for part in parts):
         return None

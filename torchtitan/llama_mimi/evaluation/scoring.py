@@ -1,4 +1,4 @@
-"""Scores of clips: the mean log-likelihood of chosen tokens. A higher score means more likely."""
+"""Scores of clips. A score is the mean log-likelihood of the scored tokens; a likelier clip has a higher score."""
 
 import hashlib
 import math
@@ -25,7 +25,7 @@ def score_clips(
     log: ProgressLog,
     ranks: DistributedContext,
 ) -> dict[str, float]:
-    """Return scores by clip. Clips with equal codes have equal scores; scores in ``log`` are not computed again.
+    """Return the score of each clip. Clips with equal codes have equal scores; scores in ``log`` are reused.
 
     ``batch_tokens``: maximum number of tokens in a batch, including padding. Scores that are not finite raise an error.
     """
@@ -53,7 +53,7 @@ def score_clips(
 
 
 def batch_scores(model: SpeechModel, clips: Sequence[tuple[torch.Tensor, bool]], scoring: Scoring) -> list[float]:
-    """Return the scores, in nats per token, of one batch of clips (codes_TQ, is_cut)."""
+    """Return the scores of a batch of clips (codes_TQ, is_cut), in nats per token."""
     sequences = [scored_sequence(model.tokenizer, codes_TQ, is_cut, scoring) for codes_TQ, is_cut in clips]
     ids, is_scored = zip(*sequences, strict=True)
     log_probs_N = model.log_likelihoods(ids, is_scored, is_admissible_only=scoring.likelihood == "grammar")

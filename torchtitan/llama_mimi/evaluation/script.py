@@ -1,4 +1,4 @@
-"""Implementation of the three benchmark scripts: the evaluation that writes a result file."""
+"""Implementation of the three benchmark scripts, which score a benchmark and write a result file."""
 
 import hashlib
 import json
@@ -36,7 +36,7 @@ class BenchmarkScript:
     following: tuple[str, str] | None = None  # the next benchmark, and the usual name of its folder
 
     def result_path(self, options: EvaluationOptions) -> Path:
-        """Return the path of the result file for these flags."""
+        """Return the path of the result file for ``options``."""
         name, _ = options.scoring(self.levels)
         return options.output_dir / self.name / model_folder(options.model_name) / f"{name}.json"
 
@@ -62,9 +62,9 @@ class BenchmarkScript:
         codec, max_seconds = model.codec, options.max_audio_seconds
         whole_frames(max_seconds, codec.config, "--max_audio_seconds")
         if scoring.as_released and model.tokenizer.architecture == "hierarchical":
-            raise UserError("--preset original is for flattened models; set --preset official")
+            raise UserError("--preset original supports only flattened models; set --preset official")
         if (level := max(scoring.levels or (0,))) > (last := codec.num_quantizers - 1):
-            raise UserError(f"--levels has level {level}, but the model has levels 0 to {last}; choose some of these")
+            raise UserError(f"--levels has level {level}, but the model has levels 0 to {last}; choose among them")
         batch_tokens = options.batch_tokens or BATCH_TOKENS[ranks.device.type == "cuda"]
         settings = {"dtype": options.dtype, "device": ranks.device.type, "batch_tokens": batch_tokens}
         header = {
@@ -107,7 +107,7 @@ class BenchmarkScript:
         self.print_next(options)
 
     def print_next(self, options: EvaluationOptions) -> None:
-        """Print the command of the next benchmark with the same flags; for the last benchmark, that of the report."""
+        """Print the next command: a benchmark with the same flags or, after the last benchmark, the report."""
         if self.following is None:
             folder = options.output_dir
             return print_next(REPORT, results=folder, output_file=folder / "report.md")

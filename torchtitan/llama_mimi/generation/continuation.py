@@ -1,4 +1,4 @@
-"""Prompts, sampling in frames, and the continuations of one prompt."""
+"""Read and encode prompts, convert sampling options from seconds to frames, and continue one prompt."""
 
 import math
 import time
@@ -21,11 +21,11 @@ MAX_PROMPT_SECONDS = 60.0  # three times the longest training clip of the paper
 
 
 def for_model(options: SamplingOptions, model: SpeechModel) -> Sampling:
-    """Return the options in frames, with the model's defaults; raise a `UserError` if they do not fit the model."""
+    """Convert options from seconds to frames and add the model's defaults; raise a `UserError` for an invalid top_p."""
     top_p, rate_hz = model.top_p if options.top_p is None else options.top_p, model.codec.frame_rate_hz
     if not isinstance(top_p, int | float) or not 0 < top_p <= 1:
-        problem = f"top_p is {top_p!r} in the model's generation config; expected a number above 0, up to 1"
-        raise UserError(f"{problem}; fix its generation_config.json, or set --top_p")
+        problem = f"top_p in the model's generation_config.json is {top_p!r}, not a number above 0 and at most 1"
+        raise UserError(f"{problem}; fix the value in this file, or set --top_p")
     # 20 s is the paper's limit; the config of a released checkpoint has no limit.
     window_seconds = options.window_seconds or float(getattr(model.decoder.config, "max_audio_seconds", 20.0))
     window_frames = max(int(window_seconds * rate_hz + 1e-6), 4)
@@ -35,7 +35,7 @@ def for_model(options: SamplingOptions, model: SpeechModel) -> Sampling:
 
 
 def checkpoint_note(model: SpeechModel, options: SamplingOptions) -> str | None:
-    """Return a line with the unusual defaults of a checkpoint, or None if it has none."""
+    """Return a line that lists the unusual defaults of a checkpoint, or None if every default is usual."""
     used = []
     if options.top_p is None and model.top_p != 1:
         used.append(f"--top_p {model.top_p} (its generation config)")
@@ -54,7 +54,7 @@ def read_prompt(path: str, codec: MimiCodec | None = None) -> Waveform:
 
 
 def encode_prompts(model: SpeechModel, prompts: Sequence[Waveform], options: SamplingOptions) -> list[torch.Tensor]:
-    """Encode prompts that have the codec's sample rate; return their codes_TQ. See `SamplingOptions.last_frame`."""
+    """Encode prompts with the codec's sample rate; return a list of codes_TQ. See `SamplingOptions.last_frame`."""
     samples = [prompt.samples_S for prompt in prompts]
     if (options.last_frame or model.last_frame) == "codec":
         return [model.codec.encode_as_released(samples_S) for samples_S in samples]
@@ -74,9 +74,9 @@ def continue_codes(
 
 
 def with_progress(drawn: Drawn, num_samples: int, max_frames: int, frame_rate_hz: float) -> Drawn:
-    """Yield from `decode`, and show the seconds of new audio, the time left and the real-time factor.
+    """Yield the items of `decode`, and show the seconds of new audio, the time left and the real-time factor.
 
-    The time left is for samples of the maximum length; a sample that ends earlier lowers the total.
+    The time left assumes the maximum length for every sample. When a sample ends earlier, the total decreases.
     """
     num_new, is_hidden = [0] * num_samples, not is_first_rank()
     bar = "{desc}: {n:.1f} of {total:.1f} s [{elapsed}, left: {remaining}{postfix}]"
@@ -95,7 +95,7 @@ def with_progress(drawn: Drawn, num_samples: int, max_frames: int, frame_rate_hz
 
 
 def finished(drawn: Drawn, num_quantizers: int) -> Iterator[tuple[int, torch.Tensor, FinishReason, float]]:
-    """Yield a tuple when a sample of `decode` ends: number, new frames (T, Q), finish reason and start time."""
+    """When a sample of `decode` ends, yield its number, new frames (T, Q), finish reason and start time."""
     samples: dict[int, tuple[float, list[torch.Tensor]]] = {}
     for number, new in drawn:
         began, frames = samples.setdefault(number, (time.perf_counter(), [torch.zeros(0, num_quantizers).long()]))

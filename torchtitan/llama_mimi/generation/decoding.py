@@ -16,12 +16,12 @@ POSITION_STEP = 256  # capacities are multiples of this number, so that most cac
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of sampling, in frames."""
+    """Sampling settings, with lengths in frames."""
 
     max_frames: int
     min_frames: int
-    window_frames: int  # maximum length of prompt and new audio that the model sees at once
-    temperature: float  # 0 means the most likely entry
+    window_frames: int  # maximum length of the context (prompt and new audio)
+    temperature: float  # at 0, the most likely entry is chosen
     top_k: int  # draw from the k most likely entries
     top_p: float  # draw from the fewest of these k entries whose total probability is at least p
 
@@ -59,17 +59,17 @@ class _Row:
 
 
 def decode(model: SpeechModel, requests: Sequence[Request], sampling: Sampling, num_rows: int) -> Drawn:
-    """Draw samples, ``num_rows`` at a time; when a sample ends, the next one takes its place.
+    """Draw samples in batches of ``num_rows``; when a sample ends, the next request takes its place in the batch.
 
-    When the window is full, keep the start of the prompt (up to a quarter of the window) and the last half of the
-    window. Positions are therefore never larger than in training.
+    When the window is full, only the start of the prompt (up to a quarter of the window) and the last half of the
+    window are kept. Position indices are therefore never larger than in training.
 
     Returns:
         An iterator that yields ``(request number, next frame (Q,) on the CPU)`` and, at the end of a sample,
         ``(request number, FinishReason)``. The iterator raises a `UserError` if the logits are not finite.
 
     Raises:
-        UserError: the window does not fit into the model's context, or the model was trained without text.
+        UserError: the window does not fit into the model's context, or the model does not support a request's text.
     """
     if not requests:
         return iter(())
@@ -82,8 +82,8 @@ def decode(model: SpeechModel, requests: Sequence[Request], sampling: Sampling, 
     capacity = longest_prefix + window * model.tokenizer.positions_per_frame
     context = model.backbone.config.max_position_embeddings
     if capacity > context:
-        problem = f"text and a window of {window:,} frames take {capacity:,} positions"
-        raise UserError(f"{problem}, more than the model's context of {context:,}; lower --window_seconds")
+        problem = f"the text and a window of {window:,} frames need {capacity:,} positions"
+        raise UserError(f"{problem}, more than the model's context of {context:,}; reduce --window_seconds")
     if model.device.type == "cpu":
         num_rows = min(num_rows, len(requests))  # on a GPU, each number of rows needs a separate CUDA graph
     size = (num_rows, min(-(-capacity // POSITION_STEP) * POSITION_STEP, context))
@@ -144,7 +144,7 @@ def _decode(model: SpeechModel, requests: Sequence[Request], sampling: Sampling,
 
 
 def draw_entries(logits_BK: torch.Tensor, sampling: Sampling, uniform_B: torch.Tensor) -> torch.Tensor:
-    """Draw one entry from each row of logits. ``uniform_B`` has random numbers in [0, 1)."""
+    """Draw one entry from each row of logits. ``uniform_B`` contains random numbers in [0, 1)."""
     if sampling.temperature == 0:
         return logits_BK.argmax(dim=-1)
     values_Bk, entries_Bk = logits_BK.topk(min(sampling.top_k, logits_BK.shape[1]))  # most likely first

@@ -1,4 +1,4 @@
-"""The flattened architecture: a Llama over audio tokens. Only tokens of a position's level are drawn."""
+"""The flattened architecture: a Llama over audio tokens. Only tokens of a position's level can be drawn."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -46,7 +46,7 @@ class FlattenedModel(SpeechModel):
 
     @cached_property
     def output_rows(self) -> list[torch.Tensor]:
-        """Rows (K, D) of the output layer for each level. The last row of level 0 belongs to ``</audio>``."""
+        """For each level, rows (K, D) of the output matrix. The last row of level 0 belongs to ``</audio>``."""
         vocabulary, weight_VD = self.tokenizer.vocabulary, self.decoder.lm_head.weight.detach()
         audio_KQD = weight_VD[vocabulary.base : vocabulary.audio_start_id].unflatten(0, (-1, vocabulary.num_quantizers))
         first, *others = (rows_KD.contiguous() for rows_KD in audio_KQD.unbind(1))

@@ -1,6 +1,6 @@
 """Key-value cache for contexts of different lengths. A step adds one position to all contexts.
 
-`transformers` makes far more calls for such a step. On CPUs and with small models, these calls take half of the time.
+The cache of `transformers` needs far more calls per step. On a CPU with a small model, the calls take half of the time.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ PREFILL_POSITIONS = 16_384  # maximum number of positions that are prefilled at 
 
 
 def product(weight_ND: torch.Tensor, rows_BD: torch.Tensor) -> torch.Tensor:
-    """Multiply a few rows (B, D) by a weight matrix (N, D); return (B, N)."""
+    """Multiply a small batch of vectors (B, D) by a weight matrix (N, D); return the products (B, N)."""
     if rows_BD.device.type == "cpu":  # MKL is 1.3 to 5 times faster with the matrix on the left (2 to 64 rows)
         return torch.mm(weight_ND, rows_BD.T).T
     return F.linear(rows_BD, weight_ND)
@@ -29,7 +29,7 @@ class BatchedKVCache:
     """Key-value cache of one Transformer for B contexts of different lengths. A step adds one position to each context.
 
     ``hidden_BD`` is the Transformer's state at the last position of each context. ``backbone`` is a `LlamaModel`, or
-    one of the two Transformers of CSM. Memory for ``capacity`` positions is allocated at once.
+    one of the two Transformers of CSM. The constructor allocates ``capacity`` positions.
     """
 
     def __init__(self, backbone: PreTrainedModel, num_rows: int, capacity: int) -> None:
@@ -56,7 +56,7 @@ class BatchedKVCache:
                 visible = min(2 * visible, capacity)
 
     def prefill(self, inputs: Mapping[int, torch.Tensor]) -> None:
-        """Replace the contexts of some rows; ``inputs`` has the embedded positions (L, D) of each row."""
+        """Replace the contexts of some rows; ``inputs`` contains the embeddings (L, D) of each new context."""
         rows = list(inputs)
         for batch in bucket_by_length([len(inputs[row]) for row in rows], PREFILL_POSITIONS):
             self._prefill({rows[index]: inputs[rows[index]] for index in batch})
@@ -85,7 +85,7 @@ class BatchedKVCache:
         self._lengths = dict.fromkeys(self._lengths, 0)
 
     def step(self, inputs_BD: torch.Tensor) -> None:
-        """Append an embedded position (B, D) to every context."""
+        """Append one position to every context; ``inputs_BD`` contains the embeddings."""
         self._lengths = {row: length + 1 for row, length in self._lengths.items()}
         visible = max(self._lengths.values(), default=1)
         assert visible <= self._capacity

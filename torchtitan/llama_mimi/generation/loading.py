@@ -34,19 +34,19 @@ def load_speech_model(
     """Load a checkpoint; raise a `UserError` if files are missing, or if decoder, tokenizer and codec do not match.
 
     Args:
-        codec_name: hub id or folder; default: the codec in the checkpoint's config, or else `DEFAULT_CODEC`.
-        sliding_window: True for a codec with sliding window; default: the setting of the training codes.
+        codec_name: hub id or folder of the codec; default: the codec in the checkpoint's config, else `DEFAULT_CODEC`.
+        sliding_window: True to run the codec with sliding-window attention; default: the setting used in training.
         dtype: precision of the decoder; the codec always runs in float32.
     """
     device = available_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     kind = load_pretrained(AutoConfig, model_name, what="model").model_type
     if kind not in MODELS:
-        raise UserError(f"'{model_name}' has the type '{kind}', not one of: {', '.join(MODELS)}; choose another model")
+        raise UserError(f"'{model_name}' is of type '{kind}', not one of: {', '.join(MODELS)}; choose another model")
     stock_class, model_class, architecture = MODELS[kind]
     decoder = load_pretrained(stock_class, model_name, what="model", dtype=DECODER_DTYPES[dtype])
     num_quantizers = getattr(decoder.config, "num_quantizers", None)
     if num_quantizers is None:
-        problem = f"the config of '{model_name}' has no num_quantizers, so the model is not a speech language model"
+        problem = f"the config of '{model_name}' lacks num_quantizers, so the model is not a speech language model"
         raise UserError(f"{problem}; convert a training checkpoint with scripts/convert_dcp_to_hf.py")
     named = getattr(decoder.config, "codec", None) or DEFAULT_CODEC
     window = has_sliding_window(decoder.config) if sliding_window is None else sliding_window

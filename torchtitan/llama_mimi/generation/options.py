@@ -1,4 +1,4 @@
-"""Options of inference.py and of sampling. This module does not import PyTorch."""
+"""Flags of inference.py, including the sampling options. This module does not import PyTorch."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,11 +27,11 @@ class SamplingOptions:
     min_seconds: float = 0.0  # minimum length of the continuation, in seconds; the model cannot end the speech earlier
     temperature: float = 0.8  # sampling temperature; at 0, the most likely token is chosen
     top_k: int = 30  # sample from the k most likely tokens (among those valid at this position)
-    # sample from the most likely tokens with a total probability of p, among the top_k tokens; default: the value in
+    # sample from the smallest set of the top_k tokens with a total probability of at least p; default: the value in
     # the generation config of the model, else 1
     top_p: float | None = None
-    # length of the model's context (prompt and new audio), in seconds; default: maximum length of a training clip. If
-    # the context is full, only the start of the prompt and the last half of the context are kept
+    # length of the model's context (prompt and new audio), in seconds; when the context is full, only the start of the
+    # prompt and the last half of the context are kept; default: maximum length of a training clip
     window_seconds: float | None = None
     seed: int = 0  # seed of the first sample; the same seed gives the same samples
     num_samples: int = 1  # number of continuations of each prompt
@@ -58,12 +58,12 @@ class ContinuationOptions:
     prompt: str | None = None  # file with the prompt: WAV, FLAC, MP3 or OGG; M4A, AAC, WebM and WMA need FFmpeg
     prompts: Path | None = None  # folder of prompts; requires --output_dir. To resume a killed run, repeat the command
     text: str | None = None  # text to speak, for models of the task 'tts'; begin the text with the prompt's transcript
-    output_file: Path = Path("continuation.wav")  # WAV file to write; a number is added if --num_samples is above 1
+    output_file: Path = Path("continuation.wav")  # WAV file to write; names get a number if --num_samples is above 1
     output_dir: Path | None = None  # folder for the continuations of --prompts
     stream: bool = False  # write the sample to disk during generation
     batch_size: int | None = None  # number of samples to generate at once, with --prompts; default: 64 on a GPU, else 8
     codec: str | None = None  # hub id or folder of the codec; default: the codec in the config of the model
-    codec_sliding_window: bool | None = None  # limit the codec's attention to its window; default: same as in training
+    codec_sliding_window: bool | None = None  # run the codec with sliding-window attention; default: as in training
     device: str | None = None  # torch device; default: the GPU if there is one, else the CPU
     dtype: DecoderPrecision = "float32"  # precision of the decoder
     sampling: SamplingOptions = field(default_factory=SamplingOptions)

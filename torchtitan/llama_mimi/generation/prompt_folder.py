@@ -27,8 +27,8 @@ from llama_mimi.generation.options import SamplingOptions
 from llama_mimi.generation.speech_model import SpeechModel
 
 RESULTS, SETTINGS = "results.jsonl", "settings.json"
-# Samples are drawn in groups of this many batches. After a kill, a whole group is drawn again. Each sample then has the
-# same neighbours in its batch, so that rounding and bytes are the same.
+# Samples are drawn in groups of this many batches. After a kill, a whole group is drawn again, so that each sample is
+# in a batch with the same other samples. Rounding, and therefore the bytes of a file, are then the same.
 BATCHES_PER_GROUP = 4
 NOT_COMPARED = ("model", "versions")  # the hash of the weights identifies a model
 Record = dict[str, Any]
@@ -44,16 +44,17 @@ def continue_folder(
     ranks: DistributedContext,
     made_by: Mapping[str, Any],
 ) -> list[Record]:
-    """Continue every audio file below a folder; samples that an earlier run finished are not drawn again.
+    """Continue all audio files in a folder and its subfolders; samples that an earlier run finished are kept.
 
-    ``num_rows`` is the batch size; ``made_by`` is the result of `describe_model`. ``output_dir`` gets
-    ``<prompt>_<sample>.wav``, ``settings.json`` and, at the end, ``results.jsonl``.
+    ``num_rows`` is the batch size; ``made_by`` is the result of `describe_model`. The function writes
+    ``<prompt>_<sample>.wav``, ``settings.json`` and, at the end, ``results.jsonl`` to ``output_dir``.
 
     Returns:
-        The records of ``results.jsonl``, on every rank. If a prompt cannot be read, its samples have an ``error``.
+        The records of ``results.jsonl``, on every rank. If a prompt cannot be read, the records of its samples contain
+        an ``error``.
 
     Raises:
-        UserError: the folder is empty, two prompts have the same name, or ``output_dir`` has samples of other settings.
+        UserError: the folder is empty, two prompts have the same name, or ``settings.json`` contains other settings.
     """
     chosen = {"top_p": for_model(options, model).top_p, "last_frame": options.last_frame or model.last_frame}
     settings = {**asdict(options), **chosen, **made_by, "device": ranks.device.type, "batch_size": num_rows}
@@ -74,7 +75,7 @@ def continue_folder(
             try:
                 log.add({record["file"]: record for record in map(json.loads, results.read_text().splitlines())})
             except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"'{results}' is not a list of results ({first_line(error)}); remove it") from error
+                raise UserError(f"'{results}' is not a results file ({first_line(error)}); remove the file") from error
             results.unlink()
         return samples
 
@@ -103,7 +104,7 @@ def without_new_audio(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def describe_model(model_name: str, model: SpeechModel, dtype: str) -> Record:
-    """Return the settings of a model that samples depend on; ``dtype`` is the precision of the decoder."""
+    """Return the entries of ``settings.json`` that describe a model; ``dtype`` is the precision of the decoder."""
     return {
         "model": model_name,
         "model_sha256": weights_sha256(model_name),
@@ -117,7 +118,7 @@ def describe_model(model_name: str, model: SpeechModel, dtype: str) -> Record:
 def _find_samples(prompts: Path, options: SamplingOptions) -> dict[str, Sample]:
     paths = [Path(path) for path in find_files(str(prompts), AUDIO_ENDINGS)] if prompts.is_dir() else []
     if not paths:
-        raise UserError(f"'{prompts}' has no {', '.join(AUDIO_ENDINGS)} file; choose a folder of prompts")
+        raise UserError(f"'{prompts}' does not contain {', '.join(AUDIO_ENDINGS)} files; choose a folder of prompts")
     samples: dict[str, Sample] = {}
     for path in paths:
         relative = path.relative_to(prompts.absolute())

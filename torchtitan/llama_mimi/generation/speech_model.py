@@ -21,7 +21,7 @@ Draw = Callable[[torch.Tensor, int], torch.Tensor]
 
 @dataclass(frozen=True)
 class SpeechModel(ABC):
-    """A checkpoint: decoder, tokenizer with audio tokens, codec, and ``top_p`` of its generation config."""
+    """A checkpoint: decoder, tokenizer with audio tokens, codec, and ``top_p`` of the generation config."""
 
     decoder: PreTrainedModel
     tokenizer: SpeechTokenizer
@@ -34,7 +34,7 @@ class SpeechModel(ABC):
 
     @property
     def last_frame(self) -> LastFrame:
-        """Encoding of partial last frames in training."""
+        """Method that encoded partial last frames of training clips, 'codec' or 'pad'."""
         return "codec" if is_released(self.decoder.config) else "pad"
 
     @property
@@ -49,7 +49,7 @@ class SpeechModel(ABC):
 
     @abstractmethod
     def embed(self, prefix: Sequence[int] | torch.Tensor, codes_TQ: torch.Tensor) -> torch.Tensor:
-        """Return the backbone's inputs (L, D): the embeddings of prefix ids, then of frames."""
+        """Return the backbone's inputs (L, D): embeddings of the prefix ids, followed by embeddings of the frames."""
 
     @abstractmethod
     def log_likelihoods(
@@ -58,27 +58,30 @@ class SpeechModel(ABC):
         """Return the log-likelihoods (N,) of the N scored tokens of a batch, in nats (float64, on the CPU).
 
         Args:
-            ids, is_scored: flattened sequence (L,) and mask (L,) of each clip.
+            ids, is_scored: flattened sequence (L,) of each clip, and mask (L,) of its scored tokens.
             is_admissible_only: compute the softmax over the tokens that are valid at a position, as in generation,
                 instead of over the whole vocabulary. Only codes and ``</audio>`` can then be scored.
         """
 
     def caches(self, num_rows: int, capacity: int) -> list[BatchedKVCache]:
-        """Return empty caches for `next_frame`; the first is for the backbone and has ``capacity`` positions."""
+        """Return empty caches for `next_frame`; the first cache is for the backbone and has ``capacity`` positions."""
         return [BatchedKVCache(self.backbone, num_rows, capacity)]
 
     @abstractmethod
     def next_frame(self, caches: Sequence[BatchedKVCache], draw: Draw) -> torch.Tensor:
-        """Draw and append the next frame of each context; return entries (B, Q). Entries after an end are arbitrary."""
+        """Draw and append the next frame of each context; return entries (B, Q).
+
+        If the entry of level 0 is the end, the other entries of the frame are arbitrary.
+        """
 
     @cached_property
     def spare_caches(self) -> dict[tuple[int, int], list[BatchedKVCache]]:
-        """The most recent caches, by rows and capacity. They are reused, because compiling a CUDA graph takes long."""
+        """Caches for reuse, by number of rows and capacity. Compiling a CUDA graph for a new cache takes long."""
         return {}
 
 
 def log_likelihoods(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-    """Return the log-likelihoods (N,) of targets, in nats (float64). The logits can have any precision."""
+    """Return the log-likelihoods of N targets, in nats (float64). The logits can have any precision."""
     logits_NV = logits_NV.float()
     target_N = logits_NV.gather(1, targets_N[:, None])[:, 0]
     return target_N.double() - logits_NV.logsumexp(dim=1).double()

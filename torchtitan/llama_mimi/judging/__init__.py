@@ -1,1 +1,1 @@
-"""Evaluation of continued prompts: prompts, systems, measures and results."""
+"""Evaluation of continuations: prompts, systems, measures and results."""

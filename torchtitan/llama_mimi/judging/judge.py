@@ -1,4 +1,4 @@
-"""Judge of transcripts: a language model on a server with OpenAI's protocol."""
+"""Judge of transcripts: a language model on a server that supports OpenAI's protocol."""
 
 import os
 import re
@@ -20,7 +20,7 @@ Messages = list[dict[str, str]]
 
 
 def read_reply(text: str, names: Sequence[str]) -> dict[str, int]:
-    """Return the scores in the last JSON object of a reply; raise a `ValueError` if the reply has no valid scores."""
+    """Return the scores in the last JSON object of a reply; raise a `ValueError` if scores are missing or invalid."""
     for found in reversed(re.findall(r"{[^{}]*}", text)):  # text before the scores may contain braces, too
         try:
             scores = parse_json(found)
@@ -35,7 +35,7 @@ def read_reply(text: str, names: Sequence[str]) -> dict[str, int]:
 
 
 def judge(url: str | None, model_name: str, criteria: Criteria) -> Measure:
-    """Return a measure of two texts: a score from 1 to 5 for each criterion. A failed call raises a `UserError`."""
+    """Return a measure: the judge's scores, from 1 to 5, of a continuation. A failed call raises a `UserError`."""
     openai = import_extra("openai", "--judge_model", INSTALL)
     key = os.environ.get("OPENAI_API_KEY") or "none"
     client = openai.OpenAI(base_url=url, api_key=key, max_retries=RETRIES, timeout=TIMEOUT_SECONDS)
@@ -47,7 +47,7 @@ def judge(url: str | None, model_name: str, criteria: Criteria) -> Measure:
     create = client.chat.completions.create
 
     def call(messages: Messages) -> str:
-        """Return the text of a reply, or an empty text for a malformed reply."""
+        """Return the text of a reply, or an empty string for a malformed reply."""
         try:
             reply = create(model=model_name, messages=messages, temperature=0, response_format=form)
             return reply.choices[0].message.content or ""
@@ -67,7 +67,7 @@ def judge(url: str | None, model_name: str, criteria: Criteria) -> Measure:
 
 
 def _ask(call: Callable[[Messages], str], criteria: Criteria, prompt: str, continuation: str) -> Value:
-    """Return scores, or the reason why `ATTEMPTS` replies have no valid scores."""
+    """Return the scores of the judge, or the problem of the last reply after `ATTEMPTS` invalid replies."""
     request = criteria.request.format(prompt=prompt, continuation=continuation)
     messages = [{"role": "system", "content": criteria.system}, {"role": "user", "content": request}]
     for _ in range(ATTEMPTS):

@@ -29,7 +29,7 @@ INSTALL = "run `uv sync --inexact --extra judging`"
 RATE_HZ = 16_000  # sample rate of all audio models in this module
 MIN_PAUSE_SECONDS = 0.3  # shorter silences count as speech
 WORD = re.compile(r"[^\W_]+(?:['\u2019.][^\W_]+)*")  # "don't" and "10.5" are single words
-# Tensors that only training uses. Published models may lack some of these tensors, or have unknown ones.
+# Tensors that only training uses. A published model may lack some of these tensors, or contain unknown ones.
 WITHOUT_EFFECT = r"(masked_spec_embed|objective\.weight|\.masked_bias)$|^(quantizer|project_q|project_hid)\."
 Input = tuple[Any, ...]  # clips or texts
 Value = Any  # dict of numbers or texts, or the reason for a missing value (str)
@@ -37,7 +37,7 @@ Value = Any  # dict of numbers or texts, or the reason for a missing value (str)
 
 @dataclass(frozen=True)
 class Measure:
-    """A function from inputs to values, and a description of everything else that the values depend on."""
+    """A function that computes values of inputs, and a description of the models and settings that it uses."""
 
     name: str  # name in results, and name of the folder of cached values
     keys: Sequence[str]  # keys of a value
@@ -80,7 +80,7 @@ def _describe(name: str) -> dict[str, Any]:
 
 
 def pauses() -> Measure:
-    """Return a measure: length of a clip in seconds, and its fraction of silences of at least `MIN_PAUSE_SECONDS`."""
+    """Return a measure: a clip's seconds, and its fraction of silence (pauses of `MIN_PAUSE_SECONDS` or longer)."""
 
     def value(clip: Clip) -> Value:
         waveform = clip.read(RATE_HZ)
@@ -144,14 +144,14 @@ def aesthetics(batch_size: int) -> Measure:
 
 
 def transcripts(model_name: str, language: str | None, device: torch.device, batch_size: int) -> Measure:
-    """Return a measure: a clip's greedy transcript. Without ``language``, Whisper and similar models detect it."""
+    """Return a measure: a clip's greedy transcript. Without ``language``, models like Whisper detect the language."""
     config = load_pretrained(transformers.AutoConfig, model_name, what="ASR model")
     is_seq2seq = config.model_type in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
     model_class = transformers.AutoModelForSpeechSeq2Seq if is_seq2seq else transformers.AutoModelForCTC
     model = load_evaluator(model_class, model_name, device, what="ASR model")
     languages = getattr(getattr(model, "generation_config", None), "lang_to_id", None) or {}
     if language is not None and f"<|{language}|>" not in languages:
-        raise UserError(f"'{model_name}' does not support --language '{language}'; remove or change the flag")
+        raise UserError(f"'{model_name}' does not support --language '{language}'; change or remove --language")
     # Without timestamps, Whisper transcribes only the first 30 s.
     options: dict[str, Any] = {"return_timestamps": True} if config.model_type == "whisper" else {}
     if is_seq2seq:

@@ -31,7 +31,7 @@ class Criteria:
 
 
 def read_criteria(path: Path) -> Criteria:
-    """Read a criteria file; raise a `UserError` if the file cannot be used."""
+    """Read a criteria file; raise a `UserError` if the file is not valid."""
     try:
         data = path.read_bytes()
         content = tomllib.loads(data.decode())
@@ -43,15 +43,15 @@ def read_criteria(path: Path) -> Criteria:
             raise ValueError("the file has no criterion, or the request lacks {prompt} or {continuation}")
     except (OSError, ValueError, KeyError, AttributeError, IndexError) as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"'{path}' is not a criteria file ({reason}); write the file like eval/judge.toml") from error
+        raise UserError(f"'{path}' is not a criteria file ({reason}); use the format of eval/judge.toml") from error
     return Criteria(names, system, request, hashlib.sha256(data).hexdigest())
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptOptions:
-    """Recordings, and the length of prompts."""
+    """Options for the recordings and for the length of prompts."""
 
-    corpus: str  # corpus of held-out recordings: name, folder, Parquet path or glob
+    corpus: str  # name, folder, Parquet path or glob of a corpus of held-out recordings
     dataset_path: str | None = None  # folder of the downloaded corpus, if --corpus is a name
     split: str | None = None  # name of the split, if the corpus has several splits
     audio_column: str = "audio"  # column with the recordings
@@ -64,7 +64,7 @@ class PromptOptions:
         low, high = 1.25 * max(self.prompt_seconds, 0.5), MAX_RECORDING_SECONDS
         if not (self.prompt_seconds >= 0.5 and low <= self.min_seconds <= high):
             problem = f"--prompt_seconds is {self.prompt_seconds:g}, --recording_seconds is {self.min_seconds:g}"
-            remedy = f"set --prompt_seconds to at least 0.5, and --recording_seconds to {low:g} to {high:g}"
+            remedy = f"set --prompt_seconds to at least 0.5, and --recording_seconds to {low:g} or more, up to {high:g}"
             raise UserError(f"{problem}; {remedy}")
 
     @property
@@ -78,14 +78,14 @@ class MeasureOptions:
     """Measures to compute."""
 
     speaker_model: str | None = None  # hub id or folder of a WavLM x-vector model; default: no speaker similarity
-    quality: Literal["distillmos", "aesthetics", "none"] = "distillmos"  # quality model; 'aesthetics': Audiobox
+    quality: Literal["distillmos", "aesthetics", "none"] = "distillmos"  # predictor of sound quality, or 'none'
     asr_model: str | None = None  # hub id or folder of an ASR model; default: no transcripts
-    language: str | None = None  # language code for multilingual ASR models, such as en; default: detected
+    language: str | None = None  # language of the speech for multilingual ASR, such as 'en'; default: detected
     text_model: str | None = None  # hub id or folder of a language model; default: no perplexity
     judge_model: str | None = None  # name of the judge model on the server; default: no judge
     judge_url: str | None = None  # URL of the judge's server, such as http://localhost:8000/v1; default: OpenAI
     judge_criteria: Path = Path("eval/judge.toml")  # TOML file with the judge's questions
-    listening_batch_size: int | None = None  # number of clips in a batch to measure; default: 16 on a GPU, else 8
+    listening_batch_size: int | None = None  # number of clips that are measured at once; default: 16 on a GPU, else 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,15 +94,15 @@ class GenerationOptions:
 
     prompts: PromptOptions
     model_name: str | None = None  # hub id or folder of a model; required without --wavs
-    wavs: Path | None = None  # folder of another system; names of files: <prompt>.wav or <prompt>_<number>.wav
-    wavs_contain_prompt: bool = False  # each file in --wavs begins with its prompt
+    wavs: Path | None = None  # folder with files of another system: <prompt>.wav or <prompt>_<number>.wav
+    wavs_contain_prompt: bool = False  # set this flag if each file in --wavs begins with its prompt
     name: str | None = None  # name of the system; default: name of the model or folder
-    # Length and randomness of continuations. --seconds also limits files of --wavs and references.
+    # Length and randomness of continuations. --seconds also limits the references and the files in --wavs.
     sampling: SamplingOptions = field(default_factory=lambda: SamplingOptions(num_samples=5))
     output_dir: Path = Path("results/generation")  # folder for the prompts and the results of all systems
     measures: MeasureOptions = field(default_factory=MeasureOptions)
     codec: str | None = None  # hub id or folder of the codec; default: the model's codec
-    codec_sliding_window: bool | None = None  # limit the codec's attention to its window; default: same as in training
+    codec_sliding_window: bool | None = None  # run the codec with sliding-window attention; default: as in training
     batch_size: int | None = None  # number of samples per batch; default: 64 on a GPU, else 8
     device: str | None = None  # torch device; default: the GPU if there is one, else the CPU
     dtype: DecoderPrecision = "float32"  # precision of the decoder

@@ -52,7 +52,7 @@ class PromptSet:
 
 
 def make_prompts(folder: Path, options: PromptOptions) -> PromptSet:
-    """Return the prompts of a folder; cut them if the folder is new. Changed options or files raise a `UserError`."""
+    """Return the prompts of a folder; a new folder gets new prompts. Changed options or files raise a `UserError`."""
     settings = asdict(options)
     manifest = read_json(str(folder), MANIFEST)
     if manifest is None:
@@ -67,7 +67,7 @@ def make_prompts(folder: Path, options: PromptOptions) -> PromptSet:
 
 
 def cut_seconds(waveform: Waveform, wanted_seconds: float) -> float:
-    """Return the time (in seconds) of the quietest frame border near the wanted length. Ties go to the nearest."""
+    """Return the time, in seconds, of the quietest frame border near ``wanted_seconds``. On a tie, take the nearest."""
     rate_hz, half = waveform.sample_rate_hz, round(CUT_SECONDS / 2 * waveform.sample_rate_hz)
 
     def power(border: int) -> float:
@@ -102,7 +102,7 @@ def _cut_prompts(folder: Path, options: PromptOptions) -> tuple[list[Prompt], Co
     total = sum(sizes) if all(sizes) else None
     for number, (name, row) in enumerate(tqdm(_rows(source), "prompts", total, unit="recording")):
         if name in names:
-            raise UserError(f"'{source.name}' has two rows with the id '{row['id']}'; make ids unique")
+            raise UserError(f"'{source.name}' has two rows with the id '{row['id']}'; change the id of one row")
         names.add(name)
         rank = sha256(name.encode()).digest()
         if len(drawn) == options.limit and rank > drawn[-1][0]:
@@ -136,8 +136,8 @@ def _cut_prompts(folder: Path, options: PromptOptions) -> tuple[list[Prompt], Co
         problem = f"{num_unreadable:,} of {num_read:,} recordings of '{options.corpus}' cannot be read"
         raise UserError(f"{problem}, more than {100 * MAX_UNREADABLE:g} %; fix the files named above")
     if not drawn:
-        problem = f"'{options.corpus}' has no readable recording of at least {options.min_seconds:g} s"
-        raise UserError(f"{problem}; lower --recording_seconds and --prompt_seconds, or fix the corpus")
+        problem = f"'{options.corpus}' lacks a readable recording of at least {options.min_seconds:g} s"
+        raise UserError(f"{problem}; reduce --recording_seconds and --prompt_seconds, or fix the corpus")
     hash_of_files = _files_sha256(partial.folder)  # before the rename, because hashing is slow
     for part in (RECORDINGS, PROMPTS):
         (partial.folder / part).rename(folder / part)
@@ -146,7 +146,7 @@ def _cut_prompts(folder: Path, options: PromptOptions) -> tuple[list[Prompt], Co
 
 
 def _rows(source: Source) -> Iterator[tuple[str, Row]]:
-    """Yield the file name and content of each row."""
+    """Yield a file name and the content of each row of a corpus."""
     rows = (row for unit in range(len(source.units)) for row in source.rows(unit))
     for number, row in enumerate(rows):
         name = row.get("id") or f"row-{number:06d}"

@@ -53,7 +53,7 @@ def _judge(options: GenerationOptions, prompts: PromptSet, ranks: DistributedCon
         origin: Record = {key: made_by[key] for key in ("wavs", "model_sha256") if key in made_by}
         require_same(earlier.get("made_by") or {}, origin, f"'{path}'", "choose another --name")
     if ranks.rank == 0 and not any(prompt.speaker for prompt in prompts.prompts):
-        print("the corpus has no speakers; shuffled pairs can have the same voice", flush=True)
+        print("the corpus does not name speakers, so a shuffled pair can have the same voice twice", flush=True)
     samples = {options.system: own, **systems.references(prompts, codec, options.sampling.seconds, ranks)}
     everything = [sample for of_system in samples.values() for sample in of_system]
     records, descriptions = measure_samples(everything, prompts, options.measures, ranks)
@@ -109,7 +109,7 @@ def measure_samples(
 ) -> tuple[list[Record], Record]:
     """Return a record for each sample, and a description of each measure; cache values in the prompts' folder.
 
-    A record has prompt, sample, file, measures and texts. Its key ``missing`` has the reasons for missing measures.
+    A record contains prompt, sample, file, measures and texts. The key ``missing`` gives reasons for missing measures.
     """
     device, descriptions = ranks.device, Record()
     batch_size = options.listening_batch_size or LISTENING_BATCH_SIZES[device.type == "cuda"]
@@ -125,7 +125,7 @@ def measure_samples(
         return metrics.compute(measure, inputs, prompts.folder / MEASURED, ranks)
 
     def enter(measure: metrics.Measure, some: Sequence[Record], inputs: Sequence[metrics.Input]) -> None:
-        """Add a measure to some records; the other records get None."""
+        """Add a measure to the records ``some``; in all other records, set the measure to None."""
         for record in records:
             record |= dict.fromkeys(measure.keys)
         for record, value in zip(some, values_of(measure, inputs), strict=True):

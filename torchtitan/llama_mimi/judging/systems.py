@@ -62,9 +62,9 @@ class Sample:
 def references(
     prompts: PromptSet, codec: MimiCodec | None, max_seconds: float, ranks: DistributedContext
 ) -> dict[str, list[Sample]]:
-    """Return the references by name: the rest of each recording, and the rest of another speaker's (shuffled).
+    """Return the references by name: the rest of each recording, and the rest of another speaker's recording.
 
-    With a codec, a third reference is the reconstruction of the recording's rest.
+    With a codec, a third reference is the reconstruction of the rest of each recording.
     """
     if len(prompts.prompts) < 2:
         raise UserError("there is only one prompt, so prompts cannot be shuffled; increase --limit")
@@ -127,20 +127,21 @@ def continuations(
 
 
 def wavs(prompts: PromptSet, folder: Path, contain_prompt: bool, max_seconds: float) -> list[Sample]:
-    """Return samples of another system from files ``<prompt>.wav`` or ``<prompt>_<number>.wav``."""
+    """Return the samples of another system, read from files ``<prompt>.wav`` or ``<prompt>_<number>.wav``."""
     by_name = {prompt.name: prompt for prompt in prompts.prompts}
     found: dict[tuple[str, int], Path] = {}
     for path in map(Path, find_files(str(folder), AUDIO_ENDINGS)):
         numbered = re.fullmatch(r"(.+)_(\d+)", path.stem)
         name, number = (numbered[1], int(numbered[2])) if numbered and path.stem not in by_name else (path.stem, 0)
         if name not in by_name:
-            raise UserError(f"'{path}' belongs to no prompt; rename the file to <prompt>.wav or <prompt>_<number>.wav")
+            problem = f"'{path}' does not have the name of a prompt"
+            raise UserError(f"{problem}; rename the file to <prompt>.wav or <prompt>_<number>.wav")
         if (name, number) in found:
-            raise UserError(f"'{found[name, number]}' and '{path}' are both sample {number} of '{name}'; remove one")
+            raise UserError(f"'{found[name, number]}' and '{path}' are sample {number} of '{name}'; remove one file")
         found[name, number] = path
     if missing := by_name.keys() - {name for name, _ in found}:
-        problem = f"'{folder}' has no file for {len(missing):,} of {len(by_name):,} prompts"
-        raise UserError(f"{problem}, such as '{min(missing)}'; add files (empty ones if the system generated nothing)")
+        problem = f"'{folder}' lacks files for {len(missing):,} of {len(by_name):,} prompts, such as '{min(missing)}'"
+        raise UserError(f"{problem}; add the files (an empty file if the system generated nothing)")
     samples = []
     for (name, number), path in sorted(found.items()):
         start = by_name[name].seconds if contain_prompt else 0.0

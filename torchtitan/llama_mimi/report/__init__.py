@@ -1,1 +1,1 @@
-"""Reports: result files as one table, comparisons, plots, Markdown and HTML."""
+"""Reports: read result files, compare systems, draw plots, and write Markdown and HTML."""

@@ -33,14 +33,14 @@ SUMMARY = (
 
 
 def _by_system(corner: str, cells: Mapping[str, Mapping[str, str]], columns: Sequence[str]) -> list[Table]:
-    """Return a table with measures as rows and systems as columns. Empty rows are removed, and so is an empty table."""
+    """Return a table with measures as rows and systems as columns. Empty rows and an empty table are removed."""
     rows = [[name, *(of.get(column, "") for column in columns)] for name, of in cells.items()]
     rows = [row for row in rows if any(row[1:])]
     return [_table([corner, *columns], rows)] if rows else []
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Return a table of measures. If all measures are from synthetic data, only the header says so."""
+    """Return a table of measures. If all data are synthetic, only the header is marked as synthetic."""
     if all(SYNTHETIC in row[0] for row in rows):
         header = [f"{header[0]} (synthetic data)", *header[1:]]
         rows = [[row[0].replace(SYNTHETIC, ""), *row[1:]] for row in rows]
@@ -50,7 +50,8 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
 def comparison(items: pd.DataFrame, title: str, groups: Mapping[str, Sequence[str]], picture: str | None) -> Section:
     """Return a table of differences from the first variant and, if ``picture`` names a file, a forest plot.
 
-    ``groups`` maps the label of a variant to its systems: one per seed, in the order of seeds. Systems may be missing.
+    ``groups`` maps the label of a variant to its systems: one system per seed, in the order of seeds. Systems may be
+    missing in ``items``.
     """
     places = {system: (label, seed) for label, systems in groups.items() for seed, system in enumerate(systems)}
     baseline = next(iter(groups))
@@ -140,7 +141,7 @@ def comparable_sets(items: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 
 
 def published_numbers(items: pd.DataFrame) -> list[Section]:
-    """Return the published numbers of all measures that ``items`` has on official data."""
+    """Return a table of published numbers, for all measures that ``items`` contains on official data."""
     if not (items["data_kind"] == "official").any():
         return []
     rows = tomllib.loads(PUBLISHED.read_text())["rows"]
@@ -183,10 +184,10 @@ def _mean_of(names: Sequence[str]) -> str:
 
 
 def report_results(results: Sequence[Path], output_file: Path | None) -> None:
-    """Write the report of scripts/report.py, or print it without an output file."""
+    """Write the report of scripts/report.py to a file; if ``output_file`` is None, print the report."""
     found = read_results(results)
     if found.items.empty:
-        raise UserError(f"there is no result file in {', '.join(map(str, results))}; run the scripts in eval/ first")
+        raise UserError(f"result files are missing in {', '.join(map(str, results))}; run the scripts in eval/ first")
     sections: list[Section] = []
     for number, (title, items) in enumerate(comparable_sets(found.items), 1):
         picture = f"{output_file.stem}-{number}" if output_file else None

@@ -6,7 +6,7 @@ Series = dict[int, float]  # step -> value
 
 
 def read_curves(folder: Path) -> dict[str, Series]:
-    """Return the series of a dump folder, by tag. If a resumed run has logged a step again, use the later value."""
+    """Return the curves in a dump folder, by tag. If a resumed run has logged a step again, use the later value."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     curves: dict[str, Series] = {}

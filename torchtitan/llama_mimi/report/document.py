@@ -1,6 +1,6 @@
 """Documents with text, audio, pictures and tables, written as Markdown or as one HTML file.
 
-Text between backticks is code. No other text is markup, so any error message can be shown.
+Text between backticks is code. All other text is shown literally, so a document can show any error message.
 """
 
 import base64
@@ -48,7 +48,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Section:
-    """A section of a document, shown in the order of its fields. The first section's title is the document's title."""
+    """A section of a document, with fields in the order of display. The first section has the document's title."""
 
     title: str
     texts: Sequence[str] = ()
@@ -88,7 +88,7 @@ def _inert(text: str) -> str:
 
 
 def write_html(title: str, sections: Sequence[Section], path: Path) -> None:
-    """Write a document as one HTML file that needs no scripts and no other files; print the size of the file."""
+    """Write a document as a self-contained HTML file without scripts; print the size of the file."""
     folder = Path(__file__).parent / "templates"
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(folder), autoescape=True, trim_blocks=True)
     environment.filters["data"] = lambda content, kind: f"data:{kind};base64,{base64.b64encode(content).decode()}"
@@ -107,7 +107,7 @@ def _ticks(seconds: float) -> list[float]:
 
 
 def import_extra(module: str, user: str = "a picture", remedy: str = "run `uv sync --inexact --extra plots`") -> Any:
-    """Import an optional module; raise a `UserError` if it is not installed."""
+    """Import an optional module; raise a `UserError` if the module is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -115,13 +115,13 @@ def import_extra(module: str, user: str = "a picture", remedy: str = "run `uv sy
 
 
 def pyplot() -> Any:
-    """Return `matplotlib.pyplot` with a backend that needs no display."""
+    """Return `matplotlib.pyplot` with a backend that works without a display."""
     import_extra("matplotlib").use("Agg")
     return import_extra("matplotlib.pyplot")
 
 
 def save_picture(figure: Any, kind: str = "png", dpi: int = 200) -> bytes:
-    """Return a figure as the content of a "png" or "pdf" file, and close it."""
+    """Return a figure as the bytes of a "png" or "pdf" file, and close the figure."""
     content = io.BytesIO()
     figure.savefig(content, dpi=dpi, format=kind, bbox_inches="tight")
     pyplot().close(figure)

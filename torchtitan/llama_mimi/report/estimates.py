@@ -18,7 +18,7 @@ ROUNDING = 1e-9  # seeds with smaller relative differences count as equal
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds with two intervals, in the units of a report. Perplexities are logarithms."""
+    """A mean over seeds and its two intervals, in the units of a report. Perplexities are stored as logarithms."""
 
     measure: MeasureFormat
     seeds: tuple[float, ...]  # mean of each seed
@@ -39,7 +39,7 @@ class Estimate:
         return low < high and not low <= 0 <= high if self.interval else self.count == 0
 
     def text(self, *, is_difference: bool = False) -> str:
-        """Return the mean with both intervals. A difference has a sign or is a ratio; a significant one has a star."""
+        """Return the mean with both intervals. A difference has a sign, or is a ratio; a star marks significance."""
         is_log = self.measure.is_log
         sign = "+" if is_difference and not is_log else ""
         form = f"z.{self.measure.digits + (is_difference and is_log)}f"
@@ -56,7 +56,7 @@ class Estimate:
 def estimate(values: pd.DataFrame, measure: MeasureFormat, *, is_wilson: bool = False) -> Estimate:
     """Return the mean of ``values``, a table with rows (part, item) and a column for each seed.
 
-    With ``is_wilson``, the interval is Wilson's, as in `mean_of_parts`; otherwise, a bootstrap interval.
+    With ``is_wilson``, Wilson's interval is computed, as in `mean_of_parts`; otherwise, a bootstrap interval.
     """
     scaled = values * measure.factor
     seeds = tuple(map(float, scaled.groupby(level="part").mean().mean()))
@@ -75,8 +75,8 @@ def estimate(values: pd.DataFrame, measure: MeasureFormat, *, is_wilson: bool = 
 def same_items(rows: pd.DataFrame) -> tuple[pd.DataFrame, int]:
     """Return a table of values with rows (part, item) and columns (system), and the number of excluded samples.
 
-    A sample is excluded if a system has no value for it. Systems without any value are ignored. The single sample of a
-    reference is compared with all samples of its item.
+    A sample is excluded if the value of a system is missing. Systems without any value are ignored. The single sample
+    of a reference is compared with all samples of the same item.
     """
     systems = list(rows.dropna(subset="value")["system"].unique())
     if not systems:
@@ -92,7 +92,7 @@ def same_items(rows: pd.DataFrame) -> tuple[pd.DataFrame, int]:
 def by_measure(items: pd.DataFrame, keys: list[str]) -> Iterator[tuple[str, MeasureFormat, pd.DataFrame]]:
     """Yield heading, format and rows for each measure and combination of keys, and for the mean of SALMon's parts.
 
-    A heading says if the data are synthetic. It names conditions or data if the measure has several of them.
+    A heading marks synthetic data. If a measure has several conditions or data sets, the heading names them.
     """
     items = items.assign(part=items["measure"])
     salmon = items[items["measure"].isin(SALMON)]

@@ -1,4 +1,4 @@
-"""Audio clips for pages, the continuations of several systems, and a page about a tokenised corpus."""
+"""Contents of pages: audio clips, continuations of several systems, and an overview of a tokenised corpus."""
 
 import hashlib
 import io
@@ -74,13 +74,13 @@ def spectrogram(samples_S: torch.Tensor, sample_rate_hz: int, mark_seconds: floa
 
 
 def continuations(folder: Path, num_prompts: int, labels: Mapping[str, str] | None = None) -> list[Section]:
-    """Return an introduction, and for each of ``num_prompts`` prompts a section with one clip of each system.
+    """Return an introduction and ``num_prompts`` sections. A section contains one clip of each system for one prompt.
 
     ``folder`` is the --output_dir of eval/generation.py. Prompts are chosen by the hash of their names. ``labels`` maps
-    the systems to show to their displayed names; default: all systems. A missing or damaged file raises a `UserError`.
+    each system that is shown to its displayed name; default: all systems. Missing or damaged files raise a `UserError`.
     """
     if (manifest := read_json(str(folder), "prompts.json")) is None:
-        raise UserError(f"'{folder}' has no prompts.json; choose the --output_dir of eval/generation.py")
+        raise UserError(f"'{folder}' does not contain prompts.json; choose the --output_dir of eval/generation.py")
     found = [read_json(str(folder), file.name) or {} for file in visible_files(folder, "*.json")]
     results = {str(result.get("system")): result for result in found if result.get("kind") == KIND}
     reconstructions = {name: label for name in sorted(results) if (label := system_label(name)) != name}
@@ -124,7 +124,7 @@ def _clip(label: str, folder: Path, sample: Mapping[str, Any], prompt_seconds: f
 def write_codes_page(codes: str, page: Path, codec: str | None = None, num_clips: int = 10, seed: int = 0) -> None:
     """Write a page about a tokenised corpus; see scripts/inspect_codes.py."""
     if num_clips < 0:
-        raise UserError(f"--num_clips is {num_clips}; set 0 or more")
+        raise UserError(f"--num_clips is {num_clips}; set it to 0 or more")
     manifest = read_manifest(codes)
     made_by = manifest["codec"]
     name, levels, sliding_window = codec or made_by["name"], made_by["num_quantizers"], made_by["sliding_window"]

@@ -28,7 +28,7 @@ COLUMNS = "system measure item sample value conditions weights data data_kind is
 
 @dataclass(frozen=True)
 class MeasureFormat:
-    """Format in which a measure is shown."""
+    """Display format of a measure."""
 
     heading: str  # name with unit
     digits: int = 3  # number of decimals
@@ -67,7 +67,7 @@ MEASURES = {
 
 
 def measure_of(name: str) -> MeasureFormat:
-    """Return the format of a measure, by its name in a result file."""
+    """Return the display format of a measure, given its name in a result file."""
     if name in MEASURES:
         return MEASURES[name]
     if name.split("/")[0] in BENCHMARKS:
@@ -85,7 +85,7 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def system_label(system: str) -> str:
-    """Return the name of a system for reports."""
+    """Return the name that reports show for a system."""
     return re.sub(r"^reconstruction_q(\d+)$", r"codec, Q = \1", system)
 
 
@@ -93,8 +93,8 @@ class Results(NamedTuple):
     """Table of values from result files (a row for each pair or sample), and notes.
 
     Columns: system, measure, item (a group of pairs, or a prompt), sample (number within the item), value (NaN if
-    missing), conditions (settings, equal in a comparison), weights (hash), data (hash of audio or prompts), data_kind
-    ("official", "synthetic" or "other"), and is_reference (True for recordings, for example).
+    missing), conditions (settings that must be equal in a comparison), weights (hash), data (hash of audio or prompts),
+    data_kind ("official", "synthetic" or "other"), and is_reference (True for recordings, for example).
     """
 
     items: pd.DataFrame
@@ -122,13 +122,13 @@ def read_results(paths: Sequence[Path]) -> Results:
         if report.get("pairs") == []:  # a test split without answers
             continue
         if (found := report.get("format")) != FORMAT:
-            raise UserError(f"'{file}' has format {found!r}; expected {FORMAT}. Remove the file and score again")
+            raise UserError(f"'{file}' has format {found!r}, not {FORMAT}; remove the file and re-run the evaluation")
         try:
             items, of_file = _benchmark(report, file.parent.name) if "benchmark" in report else _generations(report)
             items = items.assign(data_kind=report["data_kind"])[COLUMNS]
         except DAMAGE as error:
             what = f"{type(error).__name__}: {first_line(error)}"
-            raise UserError(f"'{file}' is a damaged result ({what}); remove the file, or score again") from error
+            raise UserError(f"'{file}' is a damaged result ({what}); remove the file, or re-run eval/") from error
         one = items.iloc[0]
         about = report.get("benchmark", "the same prompts")
         of_weights = (one["weights"], one["data_kind"]) if "benchmark" in report else (one["data"],)

@@ -23,9 +23,9 @@ def resolved(flags: Mapping[str, Any]) -> Any:
 
 
 def step_flops(flags: Mapping[str, Any], num_ranks: int) -> float:
-    """Return the FLOPs of a training step: 6 per position and weight, plus attention.
+    """Return the FLOPs of a training step: 6 FLOPs per position and weight, plus the FLOPs of attention.
 
-    Padding counts in full. ``num_ranks`` is used only if the flags do not set the global batch size.
+    Padded positions are included. ``num_ranks`` is used only if the flags do not set the global batch size.
     """
     config = parse_config(to_cli_args(flags))  # not cached, because write_missing changes the config
     with tempfile.TemporaryDirectory() as folder:

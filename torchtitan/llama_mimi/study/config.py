@@ -1,4 +1,4 @@
-"""Study files: tables of model variants, and the seeds for training every variant."""
+"""Study files: tables of model variants, and the seeds of each variant."""
 
 import itertools
 import re
@@ -52,13 +52,13 @@ class Run(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Variants to compare. The first one is the baseline."""
+    """Variants to compare. The first variant is the baseline."""
 
     title: str
     variants: tuple[Variant, ...]
 
     def label(self, variant: Variant) -> str:
-        """Return a variant's values of the axes in which the table's variants differ, such as "hierarchical, Q = 4"."""
+        """Return a variant's values on the axes that differ within the table, such as "hierarchical, Q = 4"."""
         axes = [axis for axis in AXES if len({getattr(other, axis) for other in self.variants}) > 1]
         return ", ".join(AXES[axis].format(getattr(variant, axis)) for axis in axes) or variant.name
 
@@ -120,12 +120,12 @@ class Study:
 
 
 def applies(override: Flags, variant: Variant) -> bool:
-    """Return True if each list of an [[override]] contains the variant's value for that axis."""
+    """Return True if every axis in an [[override]] lists the value of the variant."""
     return all(getattr(variant, axis) in values for axis, values in override.items() if axis in AXES)
 
 
 def read_study(path: Path) -> Study:
-    """Read a study file; raise a `UserError` for unknown keys, and for settings that training or eval/ refuses."""
+    """Read a study file; raise a `UserError` for unknown keys, and for invalid settings of training or eval/."""
     try:
         values = tomllib.loads(path.read_text())
         values["launch"] = Launch(**_checked(values.get("launch", {}), get_type_hints(Launch), "[launch]"))
@@ -157,7 +157,7 @@ def _checked(values: Any, types: Mapping[str, Any], name: str, *required: str) -
         if not fits(value, types[key]):
             raise UserError(f"{name} sets {key} to {value!r}; expected {types[key]}")
     if missing := set(required) - values.keys():
-        raise UserError(f"{name} has no key '{min(missing)}'; add this key")
+        raise UserError(f"{name} lacks the key '{min(missing)}'; add the key")
     return values
 
 
@@ -166,7 +166,7 @@ def _variants(study: Study, grid: Flags) -> tuple[Variant, ...]:
     found: list[Variant] = []
     for architecture in grid.get("architecture") or [*study.config][:1]:
         if architecture not in study.config:
-            raise UserError(f"[config] has no file for '{architecture}' in the table '{grid['title']}'; add a file")
+            raise UserError(f"[config] lacks a file for '{architecture}', used in '{grid['title']}'; add a file")
         base = resolved({"job.config_file": study.config[architecture]})
         for values in itertools.product(
             grid.get("flavor") or [base.model.flavor],
@@ -182,7 +182,7 @@ def _variants(study: Study, grid: Flags) -> tuple[Variant, ...]:
 
 
 def _check(study: Study) -> None:
-    """Raise a `UserError` for values that have the right type but cannot work."""
+    """Raise a `UserError` for values that have the right type but are invalid."""
     launch, sections = study.launch, [study.settings, study.generation, *study.benchmarks.values()]
     own = OWN & set().union(*sections, *(some["settings"] for some in study.override))
     values = [{**some, axis: [value]} for some in study.override for axis in some.keys() & AXES for value in some[axis]]
@@ -190,11 +190,11 @@ def _check(study: Study) -> None:
     configs = [resolved(study.flags(v) | {"training.steps": v.steps}) for v in study.variants]
     is_unknown_batch = launch.train and any(config.training.global_batch_size < 1 for config in configs)
     for is_wrong, message in (
-        (not study.runs, "there is no table or no seed; add [[tables]] or seeds"),
-        (len({*study.seeds}) < len(study.seeds), f"seeds is {study.seeds}; use each number only once"),
+        (not study.runs, "tables or seeds are missing; add [[tables]] or seeds"),
+        (len({*study.seeds}) < len(study.seeds), f"seeds is {study.seeds}; set each seed only once"),
         (min(launch.parallel, launch.nproc_per_node) < 1, "launch.parallel and launch.nproc_per_node must be positive"),
-        (own, f"it sets {', '.join(sorted(own))}, which only axes or the study may set; remove these keys"),
-        (unused, f"the [[override]] {unused[:1]} applies to no variant; fix the values of its axes"),
+        (own, f"only axes or the study itself may set {', '.join(sorted(own))}; remove these keys"),
+        (unused, f"the [[override]] {unused[:1]} does not apply to any variant; fix the values of its axes"),
         (is_unknown_batch, "the number of ranks of launch.train is unknown; set training.global_batch_size"),
     ):
         if is_wrong:

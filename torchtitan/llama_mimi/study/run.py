@@ -86,7 +86,7 @@ def check_unchanged(study: Study) -> None:
     for run in study.runs:
         record = read_record(study, run)
         if "flags" in record:
-            raise UserError(f"'{run_folder(study, run)}' is from an earlier version; choose another output_dir")
+            raise UserError(f"'{run_folder(study, run)}' contains a run of an old version; choose another output_dir")
         for step in steps(study, run):
             if saved := record["settings"].get(step.name):
                 current = dict.fromkeys(saved) | _settings(study, run, step)  # removed flags become None
@@ -95,7 +95,7 @@ def check_unchanged(study: Study) -> None:
 
 
 def train_and_score(study: Study, runs: Sequence[Run]) -> None:
-    """Train, convert and score runs, ``launch.parallel`` at a time."""
+    """Train, convert and score runs, with ``launch.parallel`` runs at a time."""
 
     def work(run: Run) -> None:
         with locked(study.output_dir / "runs" / f".{run.name}{LOCK}", "output_dir", wait=True):
@@ -151,7 +151,7 @@ def _run(study: Study, run: Run, todo: Sequence[Step]) -> None:
 
 
 def _progress(study: Study) -> str:
-    """Return the number of finished steps, and the time left if each step takes the mean time of its name."""
+    """Return the number of finished steps, and the time left, estimated from the mean time of each command."""
     names = [TRAIN, "convert", *study.benchmarks, *[GENERATION] * bool(study.generation)]
     records = [read_record(study, run)["seconds"] for run in study.runs]
     seconds = {name: [record[name] for record in records if name in record] for name in names}
@@ -161,7 +161,7 @@ def _progress(study: Study) -> str:
 
 
 def start(launch: Launch, name: str, log: Path, command: list[str]) -> None:
-    """Run a command, and end it if this process ends. Raise a `UserError` if the command fails."""
+    """Run a command; end the command if this process ends. Raise a `UserError` if the command fails."""
     # Only one run is judged at a time, so judging may use the threads of all parallel runs.
     threads = launch.threads and launch.threads * (launch.parallel if name == GENERATION else 1)
     env = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})

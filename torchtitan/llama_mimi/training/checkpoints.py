@@ -1,4 +1,4 @@
-"""Extension of TorchTitan's checkpoint manager: checksums, and short errors for full disks and damaged files."""
+"""Extension of TorchTitan's checkpoint manager: checksums, and short messages about full disks and damaged files."""
 
 import shutil
 from collections.abc import Callable

@@ -49,7 +49,7 @@ _TORCHAO = "install the package torchao with `uv sync --inexact --extra float8`"
 # Each rule: settings (separated by spaces), a condition on the value and the config, and the second half of the error.
 # `check_settings` adds entries to the config, such as `divisor`.
 RULES: list[tuple[str, Callable[[Any, Any], Any], str]] = [
-    ("model.name", lambda v, c: v == "llama_mimi", "set 'llama_mimi', and choose the size by model.flavor"),
+    ("model.name", lambda v, c: v == "llama_mimi", "set 'llama_mimi', and choose the size with model.flavor"),
     ("model.flavor", lambda v, c: v in FLAVORS, f"choose one of: {', '.join(FLAVORS)}"),
     (
         "training.steps training.local_batch_size data.max_audio_seconds data.shuffle_window codec.num_quantizers "
@@ -72,8 +72,8 @@ RULES: list[tuple[str, Callable[[Any, Any], Any], str]] = [
     ("data.task", lambda v, c: v != "tts" or c.model.vocabulary != "audio", "set model.vocabulary to 'llama'"),
     ("data.weights", lambda v, c: len(v) in (0, len(dataset_names(c.training))), "set one number for each corpus"),
     ("data.weights", lambda v, c: all(0 < w < math.inf for w in v), "set positive, finite numbers"),
-    ("validation.steps", lambda v, c: v == -1, "set -1, and limit the clips by data.validation_clips"),
-    ("training.seq_len validation.seq_len", lambda v, c: v >= c.min_length, "set at least {min_length}, for one frame"),
+    ("validation.steps", lambda v, c: v == -1, "set -1, and limit the clips with data.validation_clips"),
+    ("training.seq_len validation.seq_len", lambda v, c: v >= c.min_length, "set at least {min_length} to fit a frame"),
     ("training.seq_len validation.seq_len", lambda v, c: v % c.divisor == 0, "set a multiple of {divisor}"),
     ("validation.seq_len", lambda v, c: v <= c.training.seq_len, "set at most training.seq_len, {training.seq_len}"),
     ("training.global_batch_size", lambda v, c: v < 0 or (v and v % c.pass_size == 0), "set a multiple of {pass_size}"),
@@ -85,7 +85,7 @@ RULES: list[tuple[str, Callable[[Any, Any], Any], str]] = [
     ("checkpoint.keep_latest_k", lambda v, c: v != 1, "set at least 2, or 0 to keep all checkpoints"),
     ("optimizer.beta1 optimizer.beta2", lambda v, c: 0 <= v < 1, "set a number of at least 0 and below 1"),
     ("model.depth_train_fraction", lambda v, c: 0 < v <= 1, "set 1, or a smaller positive fraction"),
-    ("model.depth_train_fraction", lambda v, c: v == 1 or not c.is_flattened, "set 1, or architecture 'hierarchical'"),
+    ("model.depth_train_fraction", lambda v, c: v == 1 or not c.is_flattened, "set 1 for architecture 'flattened'"),
     ("codec.num_quantizers", lambda v, c: v >= 2 or c.is_flattened, "set at least 2 for architecture 'hierarchical'"),
     ("model.converters checkpoint.last_save_in_hf", lambda v, c: not v or c.is_flattened, _FLATTENED_ONLY),
     ("parallelism.tensor_parallel_degree", lambda v, c: v == 1 or c.is_flattened, _FLATTENED_ONLY),
@@ -95,12 +95,12 @@ RULES: list[tuple[str, Callable[[Any, Any], Any], str]] = [
     ("parallelism.pipeline_parallel_degree", lambda v, c: v == 1, "set 1: pipeline parallelism is not supported"),
     ("parallelism.data_parallel_replicate_degree", lambda v, c: v == 1 or c.dims.dp_shard > 1, "use FSDP or HSDP"),
     ("parallelism.disable_loss_parallel", lambda v, c: not v, "set false: the loss needs loss parallelism"),
-    ("parallelism.context_parallel_degree", lambda v, c: v == 1 or c.data.packing == "pad", "set 1, or packing 'pad'"),
+    ("parallelism.context_parallel_degree", lambda v, c: v == 1 or c.data.packing == "pad", "set data.packing 'pad'"),
 ]
 
 
 def prepare_run(job_config: Any) -> None:
-    """On rank 0, check a run, lock its folder, save its config and move old steps. An error is raised on all ranks."""
+    """Check a run, lock its folder, save its config and move old checkpoints on rank 0. All ranks raise its errors."""
     checkpoint, settings = checkpoint_folder(job_config), job_config.checkpoint
 
     def steps() -> list[int] | None:
@@ -160,7 +160,7 @@ def check_settings(job_config: Any, world_size: int) -> None:
 def check_files(job_config: Any) -> None:
     """Raise a `UserError` if a corpus, the model folder, an earlier run or the machine does not fit the settings."""
     if job_config.parallelism.context_parallel_degree > 1 and not torch.cuda.is_available():
-        raise UserError("parallelism.context_parallel_degree is more than 1, but there is no GPU; set it to 1")
+        raise UserError("parallelism.context_parallel_degree is more than 1 on a CPU; set it to 1, or use GPUs")
     data, codec = job_config.data, job_config.codec
     for section in ("training", *["validation"] * job_config.validation.enable):
         values = getattr(job_config, section)
@@ -172,7 +172,7 @@ def check_files(job_config: Any) -> None:
             if not is_store(name):
                 check_corpus(name, values.dataset_path, split)
             elif values.dataset_path is not None or split is not None:
-                raise UserError(f"'{name}' is a tokenised corpus without splits; remove dataset_path and the split")
+                raise UserError(f"'{name}' is a tokenised corpus without splits; unset dataset_path and the split")
             else:
                 CodeCorpus(name, codec.name, codec.num_quantizers, codec.sliding_window, with_text=data.task == "tts")
     _check_model(job_config)
@@ -190,7 +190,7 @@ def _check_model(job_config: Any) -> None:
         raise UserError(f"{assets} is not a folder; create the folder with {prepare}")
     tokenizer = build_speech_tokenizer(job_config)
     if model.vocabulary == "llama" and not has_text(tokenizer.text_tokenizer):
-        raise UserError(f"{assets} has no text tokens; set model.vocabulary 'audio', or create a folder with {prepare}")
+        raise UserError(f"{assets} lacks text tokens; set model.vocabulary to 'audio', or use a folder from {prepare}")
 
     def entries(config: PreTrainedConfig, keys: tuple[str, ...]) -> dict[str, Any]:
         return {key: getattr(config, key, None) for key in keys}
@@ -220,7 +220,7 @@ def _check_model(job_config: Any) -> None:
 
 
 def _check_resume(job_config: Any) -> None:
-    """Raise a `UserError` if the run cannot resume from its step; log changed settings. The loader checks positions."""
+    """Raise a `UserError` if a run cannot resume; log changed settings. The dataloader checks the data position."""
     settings, folder = job_config.checkpoint, checkpoint_folder(job_config)
     steps = complete_steps(folder)
     number = max(steps, default=-1) if settings.load_step == -1 else settings.load_step
@@ -234,9 +234,9 @@ def _check_resume(job_config: Any) -> None:
     needs_position = number > 0 and "dataloader" not in settings.exclude_from_loading
     entries = read_index(steps[number]).state_dict_metadata if is_distributed(steps[number]) else None
     if entries is None or (needs_position and "dataloader.position" not in entries):
-        problem = f"'{steps[number]}' contains only weights and no position in the data, so a run cannot resume from it"
-        remedy = "start a new run and set its checkpoint.initial_load_path (for safetensors, also initial_load_in_hf)"
-        raise UserError(f"{problem}; {remedy}")
+        problem = f"'{steps[number]}' contains weights but not the position in the data, so the run cannot resume"
+        remedy = "set checkpoint.initial_load_path to this step (for safetensors, also set initial_load_in_hf)"
+        raise UserError(f"{problem}; start a new run, and {remedy}")
     earlier = now = job_config.to_dict()
     with suppress(UserError):  # a damaged file is replaced
         earlier = read_json(job_config.job.dump_folder, str(job_config.job.save_config_file)) or now

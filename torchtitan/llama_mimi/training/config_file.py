@@ -1,4 +1,4 @@
-"""Parser for job configs: a TOML file, and command-line flags that override it."""
+"""Parser of job configs. A job config consists of a TOML file and of command-line flags that override the file."""
 
 import dataclasses
 import difflib
@@ -47,7 +47,7 @@ def parse_config(args: list[str]) -> Any:
         try:
             values = tomllib.loads(Path(path).read_text())
         except (OSError, ValueError) as error:
-            raise UserError(f"the config file '{path}' cannot be read ({error}); choose a TOML file") from error
+            raise UserError(f"the config file '{path}' cannot be read ({error}); fix the file or its path") from error
         _check_section(config_class, values, path)
     try:
         job_config = ConfigManager(config_class).parse_args(args)
@@ -58,7 +58,7 @@ def parse_config(args: list[str]) -> Any:
 
 
 def _check_section(section: Any, values: dict[str, Any], path: str, prefix: str = "") -> None:
-    """Raise a `UserError` if a TOML file has an unknown key or a value of wrong type; ``section`` is a dataclass."""
+    """Raise a `UserError` for an unknown key or a value of the wrong type in a file; ``section`` is a dataclass."""
     types = {field.name: field.type for field in dataclasses.fields(section)}
     for key, value in values.items():
         name = prefix + key
@@ -75,7 +75,7 @@ def _check_section(section: Any, values: dict[str, Any], path: str, prefix: str 
 
 
 def fits(value: Any, annotation: Any) -> bool:
-    """Return True if a TOML value has the type of an annotation."""
+    """Return True if a TOML value fits a type annotation."""
     if isinstance(value, date | time):  # JSON has no such type
         return False
     try:

@@ -19,7 +19,7 @@ class LevelMeter:
         self._sums = self._step_sums = torch.zeros(())
 
     def add(self, losses_N: torch.Tensor, admissible_N: torch.Tensor, rows_N: torch.Tensor, num_rows: int) -> None:
-        """Add N losses (over all entries, over admissible entries) to sums of their rows; ignore row ``num_rows``."""
+        """Add N losses, over all and over admissible entries, to sums of their rows. Row ``num_rows`` is ignored."""
         sums = torch.zeros(3, num_rows + 1, device=losses_N.device, dtype=torch.float64)
         for row, values_N in zip(sums, (losses_N, torch.ones_like(losses_N), admissible_N), strict=True):
             row.index_add_(0, rows_N, values_N.double())
@@ -38,15 +38,15 @@ class LevelMeter:
 
 
 def level_fractions(job_config: Any) -> list[float]:
-    """Return the fraction of frames that have a target, for each of the Q levels."""
+    """Return, for each of the Q levels, the fraction of frames that have a target."""
     return [1.0, *[job_config.model.depth_train_fraction] * (job_config.codec.num_quantizers - 1)]
 
 
 def level_weights(recipe: str, fractions: Sequence[float]) -> list[float]:
-    """Return the weight of the loss of each level; raise a `UserError` for an invalid recipe.
+    """Return the loss weight of each level; raise a `UserError` for an invalid recipe.
 
-    The mean weight of all targets is one, so the learning rate needs no change. R in semantic:R is lambda in arXiv
-    2509.14882. The total weight of a level does not depend on its fraction of frames with a target.
+    The mean weight of all targets is one, so the learning rate needs no change. The number R in 'semantic:R' is lambda
+    in arXiv 2509.14882. The total weight of a level does not depend on the level's fraction of frames with a target.
     """
     Q = len(fractions)
     name, _, number = recipe.partition(":")
@@ -78,7 +78,7 @@ class SpeechLoss:
         self._weights_Q = torch.tensor(weights)
 
     def __call__(self, logits: LazyLogits | HierarchicalOutput, labels: torch.Tensor) -> torch.Tensor:
-        """Return the sum over targets. ``labels`` is (B, L), or (B, L, Q) for the hierarchical architecture."""
+        """Return the weighted loss. ``labels`` is (B, L), or (B, L, Q) for the hierarchical architecture."""
         sums = []
         self._weights_Q = self._weights_Q.to(labels.device)
         for head, targets in logits.heads(labels, self._vocabulary):

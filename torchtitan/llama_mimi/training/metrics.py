@@ -1,4 +1,4 @@
-"""TorchTitan's metrics and validator, extended by losses per level, useful tokens and seconds of audio."""
+"""TorchTitan's metrics and validator, with additional losses per level, useful tokens and seconds of audio."""
 
 import math
 import re
@@ -40,7 +40,7 @@ BITS = "admissible_bits_per_audio_second"
 
 
 def peak_flops(card: str) -> float | None:
-    """Return the FLOP/s of a GPU; None for unknown GPUs and for partitions of a GPU (MIG)."""
+    """Return the peak FLOP/s of a GPU, or None for an unknown GPU or a partition of a GPU (MIG)."""
     if "MIG" in card:
         return None
     return next((flops for name, flops in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", card)), None)
@@ -116,7 +116,7 @@ class SpeechMetrics(MetricsProcessor):
         sums = self._validation_meter.pop()  # a scalar if no rank had a batch
         if not sums.ndim or not self._sum(sums, "loss").any():  # summed in place
             name = self.job_config.validation.dataset
-            raise UserError(f"no clip of validation.dataset '{name}' can be used; set another corpus")
+            raise UserError(f"validation.dataset '{name}' does not contain a usable clip; set another corpus")
         self.time_last_log += time.perf_counter() - start  # reading the sums waits for the device
         loss, by_level, levels = self._losses(sums, [1.0] * self.job_config.codec.num_quantizers)
         by_level = {f"validation_{key.removeprefix('loss_')}": value for key, value in by_level.items()}
@@ -125,13 +125,13 @@ class SpeechMetrics(MetricsProcessor):
         logger.info(f"validate step: {step}  loss: {loss:.5f}  levels: {levels}  ({audio_seconds:,.0f} s of audio)")
 
     def _sum(self, values: torch.Tensor, mesh_name: str) -> torch.Tensor:
-        """Return the sum over the ranks of a mesh, computed in place."""
+        """Return the sum of ``values`` over the ranks of a mesh; ``values`` is overwritten."""
         if (mesh := self.parallel_dims.get_optional_mesh(mesh_name)) is not None:
             dist.all_reduce(values, group=mesh.get_group())
         return values
 
     def _losses(self, sums: torch.Tensor, fractions: Sequence[float]) -> tuple[float, dict[str, float], str]:
-        """Return the mean loss over codes and ends, the metrics of all levels with targets, and text for the log.
+        """Return the mean loss over codes and ``</audio>``, metrics of all levels with targets, and text for the log.
 
         In the mean, the sums of a level are divided by the level's fraction of frames with a target. Bits per second
         use the softmax over the admissible entries of a position, as in generation.

@@ -1,4 +1,4 @@
-"""TorchTitan's optimizer and schedule. A resumed run uses the current config. No step makes weights NaN."""
+"""TorchTitan's optimizer and schedule. A resumed run uses the current config. A run stops if weights become NaN."""
 
 import math
 from collections.abc import Iterable
@@ -22,7 +22,7 @@ from llama_mimi.training.loss import LevelMeter
 
 
 def build_speech_optimizers(*args: Any, guard: "StepGuard", **kwargs: Any) -> OptimizersContainer:
-    """Build TorchTitan's optimizers. The guard checks their steps; a checkpoint restores moments, but no settings."""
+    """Build TorchTitan's optimizers. ``guard`` checks each step. Resuming restores the moments, not the settings."""
     optimizers = build_optimizers(*args, **kwargs)
     for optimizer in optimizers:
         optimizer.register_load_state_dict_pre_hook(_with_own_settings)
@@ -31,7 +31,7 @@ def build_speech_optimizers(*args: Any, guard: "StepGuard", **kwargs: Any) -> Op
 
 
 def _with_own_settings(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """Return the saved state with the settings of this run; raise a `UserError` if the optimizer differs."""
+    """Return the saved state with the settings of this run; raise a `UserError` if optimizer.name differs."""
     own, saved = optimizer.param_groups[0], optimizer.param_groups[0] | state["param_groups"][0]
     before, now = ({"optimizer.name": "AdamW" if g["decoupled_weight_decay"] else "Adam"} for g in (saved, own))
     remedy = "set the old value, or reset the moments with --checkpoint.exclude_from_loading optimizer"
@@ -41,7 +41,7 @@ def _with_own_settings(optimizer: Optimizer, state: dict[str, Any]) -> dict[str,
 
 
 class SpeechSchedulers(LRSchedulersContainer):
-    """TorchTitan's schedulers. A checkpoint restores the number of steps, but not the learning rate."""
+    """TorchTitan's schedulers. Resuming restores the number of steps, but not the learning rate."""
 
     def __init__(self, *args: Any) -> None:
         self.schedulers = build_lr_schedulers(*args).schedulers
@@ -85,10 +85,10 @@ class StepGuard:
         if not self._problem:
             return
         steps = complete_steps(checkpoint_folder(job_config))
-        last = f"the last good checkpoint is '{steps[max(steps)]}'" if steps else "there is no good checkpoint"
+        last = f"the last good checkpoint is '{steps[max(steps)]}'" if steps else "a good checkpoint does not exist"
         raise UserError(
-            f"at step {step} {self._problem}, so the run stops and saves nothing; {last}; lower optimizer.lr or "
-            "training.max_norm, and restart the run or resume an earlier step with --checkpoint.load_step"
+            f"at step {step}, {self._problem}, so the run stops without saving; {last}; reduce optimizer.lr or "
+            "training.max_norm, then restart the run, or resume an earlier step with --checkpoint.load_step"
         )
 
 
