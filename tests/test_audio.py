@@ -101,19 +101,19 @@ READ = {
 }
 # Name -> file, reason, and words of the error.
 REFUSED = {
-    "flac that says twice its length": (flac_of_length(2 * len(SPEECH)), "breaks off", "before the length"),
+    "flac that says twice its length": (flac_of_length(2 * len(SPEECH)), "breaks off", "shorter than its header"),
     "flac without its last bytes": (FLAC[:-10], "unreadable", "not readable audio"),
     "flac with noise": (with_damage(written(np.tile(SPEECH, 40), format="FLAC")), "unreadable", "not readable audio"),
     "wav cut in half": (wav(SPEECH)[: 2 * len(SPEECH)], "breaks off", "copy the file again"),
     "aiff cut in half": (written(format="AIFF")[: len(SPEECH)], "breaks off", "copy the file again"),
     "opus, noise, opus": (OPUS + b"x" * 100 + OPUS, "breaks off", "copy the file again"),
-    "vorbis without a page": (b"OggS".join(PAGES[:6] + PAGES[7:]), "breaks off", "before the length"),
+    "vorbis without a page": (b"OggS".join(PAGES[:6] + PAGES[7:]), "breaks off", "shorter than its header"),
     "chained opus": (OPUS + OPUS, "chained Ogg", "one after another"),
     "16-bit integers as floats": (wav(SPEECH * 32768), "out of range", "divide them by their full scale"),
     "peaks of 17": (wav(SPEECH / np.abs(SPEECH).max() * 17), "out of range", "samples up to 17"),
     "1 Hz": (with_rate(wav(SPEECH), 1), "sample rate", "is 1 Hz, outside 1 kHz to 1 MHz"),
     "nothing": (b"", "empty", "0 bytes"),
-    "no samples": (wav(SPEECH[:0]), "empty", "no audio samples"),
+    "no samples": (wav(SPEECH[:0]), "empty", "contains 0 audio samples"),
     "NaN": (wav(np.full(4000, np.nan, np.float32)), "non-finite", "NaN or infinite"),
     "half a header": (wav(SPEECH)[:40], "unreadable", "not readable audio"),
     "a playlist": (b"#EXTM3U\n#EXTINF:9,\nhttp://127.0.0.1:9/a.aac\n", "unreadable", "not readable audio"),

@@ -104,7 +104,7 @@ def tiny_with(*flags):
         ("--codec.name models/nothing/here", "codec folder 'models/nothing/here' does not exist"),
         ("--model.hf_assets_path models/nothing", "prepare_base_model.py"),
         ("--training.dataset assets/tiny/corpus,assets/tiny/words", "set one corpus, or (for training only) several"),
-        ("--training.dataset assets/tiny/corpus", "contains the splits train, validation; choose one (data.split"),
+        ("--training.dataset assets/tiny/corpus", "contains the splits train, validation; set data.split"),
         ("--checkpoint.initial_load_in_hf", "vocab_size = 512, but the current value is 1538"),
         ("--checkpoint.initial_load_path models/nothing", "models/nothing/.metadata' is missing"),
     ],
@@ -252,7 +252,7 @@ def test_an_interrupted_save_is_set_aside_and_other_files_are_not_moved(tmp_path
     (checkpoint / "pretrained").mkdir()
     (tmp_path / "link").symlink_to("checkpoint")
     for name in ("checkpoint", "link"):
-        with pytest.raises(UserError, match="is a link or contains other files"):
+        with pytest.raises(UserError, match="is a link or contains files other than steps"):
             set_aside_incomplete(tmp_path / name)
 
 
@@ -281,7 +281,7 @@ def test_no_run_starts_from_random_weights_in_place_of_a_checkpoint(tmp_path):
     assert not (tmp_path / "checkpoint").exists()
     job_config.training.dataset = "nothing.parquet"
     (tmp_path / "checkpoint").mkdir()
-    with pytest.raises(UserError, match="no Parquet, tar or audio file"):
+    with pytest.raises(UserError, match="does not match any Parquet, tar, audio or JSONL file"):
         prepare_run(job_config)
     assert (tmp_path / "checkpoint").is_dir(), "a run that does not start moves nothing"
 

@@ -79,7 +79,7 @@ def test_the_same_clips_in_every_layout(rows, layout, tmp_path):
     assert again.fingerprint == source.fingerprint and again.units == source.units
     with_text = open_source(str(place), None, "audio", "text")
     assert all(isinstance(clip, AudioClip) and clip.text for clip in clips_of(with_text, with_text=True))
-    with pytest.raises(UserError, match="has no column 'said' for the text .columns: .*text"):
+    with pytest.raises(UserError, match="lacks the column 'said' for the text .columns: .*text"):
         open_source(str(place), None, "audio", "said")
     if layout == "tar":
         with pytest.raises(UserError, match="training cannot read the tar files of .*; tokenise this corpus first"):
@@ -88,7 +88,7 @@ def test_the_same_clips_in_every_layout(rows, layout, tmp_path):
 
 def test_splits_of_saved_datasets(rows, tmp_path):
     DatasetDict(train=dataset(rows), test=dataset(rows[:2])).save_to_disk(str(tmp_path))
-    with pytest.raises(UserError, match="contains the splits train, test; choose one"):
+    with pytest.raises(UserError, match="contains the splits train, test; set data.split"):
         opened(tmp_path)
     assert len(rows_of(opened(tmp_path, split="test"))) == 2
     with pytest.raises(UserError, match="the split 'dev' does not exist: .* contains train, test; choose another"):
@@ -111,7 +111,7 @@ FOLDERS = {
     "LJSpeech": ({"wavs/L.flac": CLIP, "metadata.csv": 'L|Say "a|say a\n'}, [("wavs/L", 'Say "a')]),
     "other files": (
         {"c.flac": CLIP, "metadata.csv": "file_name,text\nd.flac,words\n"},
-        r"no table of .* names any of its audio files \(c.flac, .*d.flac\)",
+        r"the tables of .* do not name its audio files \(c.flac, .*d.flac\)",
     ),
     "file twice": (
         {"c.flac": CLIP, "metadata.csv": "file_name,text\nc.flac,a\n./c.flac,b\n"},
@@ -148,7 +148,7 @@ FOLDERS = {
         [("c.flac", None), *["damaged row"] * 3, "past the end", "damaged row", "missing", "no audio", "damaged row"],
     ),
     "empty manifest": ({"m.jsonl": "\n"}, "has no rows"),
-    "manifest of a list": ({"m.jsonl": "[]"}, "has no column 'audio' for the audio .columns: none"),
+    "manifest of a list": ({"m.jsonl": "[]"}, "lacks the column 'audio' for the audio .columns: none"),
 }
 
 
@@ -202,8 +202,8 @@ TARS = {
     ),
     "hard link": ([*TWO[:2], link("c.flac", "a.flac"), ("c.txt", b"same")], [("a", "one"), ("c", "same")]),
     "link to nothing": ([*TWO, link("c.flac", "gone.flac")], NOT_WHOLE),
-    "members of a row apart": ([TWO[0], *TWO[2:], TWO[1]], "has other members between those of 'a'; sort"),
-    "member twice": ([TWO[0], *TWO], "has 'a.flac' twice, or two audio files that differ"),
+    "members of a row apart": ([TWO[0], *TWO[2:], TWO[1]], "the members of 'a' are not adjacent; sort"),
+    "member twice": ([TWO[0], *TWO], "has 'a.flac' twice, or two audio files whose names differ"),
     "cut at a header": (TWO, NOT_WHOLE, cut_at_a_header),
     "cut in a header": (TWO, NOT_WHOLE, lambda content: content[: len(cut_at_a_header(content)) + 300]),
     "cut in a member": (TWO, NOT_WHOLE, lambda content: content[:700]),
@@ -285,7 +285,7 @@ def test_folders_with_links_and_odd_files(rows, tmp_path, capsys):
     assert not capsys.readouterr().out
     (tmp_path / "metadata.csv").write_text("file_name,text\nempty.wav,a\nother.wav,b\n")
     opened(tmp_path)
-    message = "4 audio files have no entry and 1 entries have no audio file"
+    message = "4 audio files lack an entry, and 1 entries lack an audio file"
     assert message in (line := capsys.readouterr().out) and "gone" not in line and "other.wav" in line
 
 

@@ -64,7 +64,7 @@ def test_splits_of_a_folder(tmp_path, files, splits):
     if splits is None:
         assert len(opened(tmp_path).units) == len(files)
         return
-    with pytest.raises(UserError, match=f"contains the splits {splits}; choose one .data.split"):
+    with pytest.raises(UserError, match=f"contains the splits {splits}; set data.split"):
         opened(tmp_path)
     for split in splits.split(", "):
         assert 0 < len(names_of(tmp_path, split)) < len(files) and opened(tmp_path, split=split).units
@@ -77,7 +77,7 @@ def test_other_names_of_a_split_choose_it(tmp_path):
     write(tmp_path / "train.parquet")
     write(tmp_path / "validation.parquet")
     assert names_of(tmp_path, "dev") == ["validation.parquet"]
-    with pytest.raises(UserError, match="contains no splits; choose another split, or set no split"):
+    with pytest.raises(UserError, match="contains 0 splits; choose another split, or remove the setting"):
         names_of(f"{tmp_path}/*.parquet", "train")
     with pytest.raises(UserError, match="'test' does not exist: 'peoples_speech' contains train"):
         opened("peoples_speech", split="test")

@@ -83,7 +83,7 @@ def test_bfloat16_and_a_single_step(trained, tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (shutil.rmtree, "is not a complete step and contains no complete step"),
+        (shutil.rmtree, "nor a folder in it is a complete step"),
         (lambda step: (step / ".metadata").write_bytes(b"not a pickle"), "is missing or damaged"),
         (lambda step: next(step.glob("*.distcp")).unlink(), "is missing or truncated: 0 of"),
         (lambda step: os.truncate(next(step.glob("*.distcp")), 1000), "is missing or truncated: 1,000 of"),

@@ -1,1 +1,1 @@
-"""Audio: read recordings as mono samples, and encode and decode them with Mimi."""
+"""Audio: read recordings as mono samples; encode and decode audio with Mimi."""

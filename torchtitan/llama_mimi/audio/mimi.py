@@ -26,7 +26,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def load_codec_config(name: str, num_quantizers: int) -> MimiConfig:
-    """Load the configuration of a codec; raise a `UserError` if the codec or some levels are missing."""
+    """Load the configuration of a codec; raise a `UserError` if the codec is missing or lacks these levels."""
     config = load_pretrained(MimiConfig, name, what="codec")
     if not config.num_semantic_quantizers <= num_quantizers <= config.num_quantizers:
         levels = f"{config.num_semantic_quantizers} to {config.num_quantizers} levels"
@@ -38,7 +38,7 @@ def load_codec_config(name: str, num_quantizers: int) -> MimiConfig:
 def local_codec(name: str, folder: str | Path) -> str | None:
     """Return the path of the codec folder that a model's config names, or None if the folder does not exist.
 
-    A relative path is looked up in the model's folder and in all parent folders, but not in the working directory.
+    A relative path is looked up in the model's folder and its parent folders, but not in the working directory.
     """
     folder = Path(folder).absolute()
     for place in (folder, *folder.parents):
@@ -51,12 +51,12 @@ def whole_frames(seconds: float, config: MimiConfig, setting: str = "data.max_au
     """Return the number of whole frames in ``seconds``; if it is 0, raise a `UserError` that names ``setting``."""
     frames = int(seconds * config.sampling_rate / config.frame_size + 1e-6)
     if not frames:
-        raise UserError(f"{setting} is {seconds}, less than one codec frame; set a larger value")
+        raise UserError(f"{setting} is {seconds}, less than one codec frame; set {setting} to a larger value")
     return frames
 
 
 def is_released(config: PreTrainedConfig) -> bool:
-    """Return True for a checkpoint of the first release: its config has no entry for the sliding window."""
+    """Return True if a config lacks an entry for the sliding window, as in checkpoints of the first release."""
     return not (hasattr(config, "codec_sliding_window") or hasattr(config, "codec_attention"))
 
 
@@ -64,7 +64,7 @@ def has_sliding_window(config: PreTrainedConfig) -> bool:
     """Return True if a model was trained on codes from a codec with a sliding window; False for the first release."""
     if hasattr(config, "codec_attention"):
         problem = f"the config of '{config.name_or_path}' has codec_attention = '{config.codec_attention}'"
-        raise UserError(f"{problem}; replace this by codec_sliding_window: true (for 'windowed') or false ('whole')")
+        raise UserError(f"{problem}; replace this by codec_sliding_window: true for 'windowed', or false for 'whole'")
     return not is_released(config) and config.codec_sliding_window
 
 
@@ -75,7 +75,7 @@ class MimiCodec:
         name: hub id or folder.
         num_quantizers: Q, number of levels to encode and decode.
         dtype: type of weights and activations; bfloat16 changes about 2 % of the codes.
-        sliding_window: True: attend to the last 250 positions (10 s), as in Mimi's training. False: attend to all
+        sliding_window: if True, attend to the last 250 positions (10 s), as in Mimi's training; if False, attend to all
             earlier positions, as transformers did before February 2026 (pull request 43971).
     """
 
@@ -101,7 +101,7 @@ class MimiCodec:
         extra: dict[str, Any] = {} if sliding_window else {"sliding_window": 10**9}  # wider than any clip
         if self.device.type == "cuda":
             # TorchTitan changes the attention kernels of the whole process during training, so codes would depend on
-            # the time of encoding.
+            # the time at which audio is encoded.
             extra["attn_implementation"] = "eager"
         self.model = load_pretrained(MimiModel, name, what="codec", dtype=dtype, **extra).to(self.device).eval()
 
@@ -160,7 +160,7 @@ class MimiCodec:
 
     @torch.inference_mode()
     def decode(self, codes_TQ: torch.Tensor, **state: Any) -> torch.Tensor:
-        """Decode codes (T, Q) to mono float32 samples (T * frame_size,) on the CPU. Pass ``state`` to the model."""
+        """Decode codes (T, Q) to mono float32 samples (T * frame_size,) on the CPU. ``state``: model cache."""
         codes_1QT = codes_TQ.to(self.device).T[None]
         samples_11S = self.model.decode(codes_1QT, return_dict=True, **state).audio_values
         return samples_11S[0, 0].float().cpu().clone()
@@ -173,6 +173,6 @@ def codec_hash(name: str) -> str:
         path = cached_file(name, "model.safetensors")
     except OSError as error:
         problem = f"the weights of the codec '{name}' could not be read ({first_line(error)})"
-        raise UserError(f"{problem}; download the codec, because a hash of the weights is needed") from error
+        raise UserError(f"{problem}; download the codec, so that its weights can be hashed") from error
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

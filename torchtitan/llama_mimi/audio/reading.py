@@ -22,7 +22,7 @@ from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import write_atomically
 
 # Larger samples are integers that were stored as floats. The limit is 24 dB over full scale; mixes and lossy codecs
-# exceed full scale by a few dB only.
+# exceed full scale by only a few dB.
 MAX_PEAK = 16.0
 AUDIO_ENDINGS = (".wav", ".flac", ".ogg", ".mp3")  # audio files in a folder; a single file may have another ending
 RATES_HZ = (1_000, 1_000_000)  # other sample rates mean that the header is damaged
@@ -32,7 +32,7 @@ OPPOSITE = "in opposite phases, the loudest channel taken"
 SHORTER = "shorter than its manifest says"
 MAX_CANCELLED = 0.1  # fraction of the energy; if the mean of the channels cancels more, the loudest channel is used
 FAULTS = {
-    "breaks off": "ends before the length in its header; copy the file again",
+    "breaks off": "is shorter than its header says; copy the file again",
     "chained Ogg": "contains several Ogg files one after another; split the file, or convert it to WAV or FLAC",
 }
 BLOCK_SAMPLES = 2**16  # samples to decode at once, over all channels: 0.25 MB in float32
@@ -55,7 +55,7 @@ Recording = tuple[int, int, int | None, Iterator[np.ndarray]]
 
 
 class AudioError(UserError):
-    """Error for a clip that cannot be used; ``reason`` is a category for counts, such as "unreadable"."""
+    """Error for an unusable clip. Such clips are counted by ``reason``, a category such as "unreadable"."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(reason, message)  # both, so that an error can be pickled
@@ -91,14 +91,14 @@ def read_audio(
     """Read audio as mono float32: WAV, FLAC, MP3 and OGG by libsndfile; M4A, AAC, WebM and WMA by PyAV.
 
     Channels are averaged; if they cancel each other, the loudest channel is used. Audio is decoded in blocks, up to
-    ``max_seconds``. An `AudioError` is raised for a file that is missing, damaged, not audio or too short, and for
-    non-finite or very large samples.
+    ``max_seconds``. An `AudioError` is raised if the file is missing, damaged, not audio or too short, or if samples
+    are non-finite or very large.
 
     Args:
         source: a path, or the bytes of a file.
         sample_rate_hz: sample rate of the result; None: the file's rate.
-        start_seconds: start of the part to read; in WAV, AIFF and FLAC earlier samples are not decoded.
-        name: the clip's name in messages; default: its path.
+        start_seconds: start of the part to read; in WAV, AIFF and FLAC files, earlier samples are not decoded.
+        name: name of the clip in messages; default: path of the file.
         min_samples: minimum number of samples (at ``sample_rate_hz``), such as one codec frame.
     """
     name = name or ("audio bytes" if isinstance(source, bytes) else str(source))
@@ -112,8 +112,8 @@ def read_audio(
     except (FileNotFoundError, IsADirectoryError) as error:
         raise AudioError("missing", f"'{name}' does not exist, or is a folder; check the path") from error
     except ImportError as error:
-        remedy = "run `uv sync --inexact --extra ffmpeg`, or convert the file to WAV, FLAC, MP3 or OGG"
-        raise AudioError("needs FFmpeg", f"only FFmpeg reads '{name}'; {remedy}") from error
+        remedy = "install it with `uv sync --inexact --extra ffmpeg`, or convert the file to WAV, FLAC, MP3 or OGG"
+        raise AudioError("needs FFmpeg", f"reading '{name}' needs FFmpeg; {remedy}") from error
     except Exception as error:  # decoders raise various errors for damaged files
         problem = f"is not readable audio ({first_line(error).split(': ', 1)[-1].rstrip('.')})"
         raise AudioError("unreadable", f"'{name}' {problem}; choose a WAV, FLAC, MP3 or OGG file") from error
@@ -125,7 +125,7 @@ def read_audio(
 
 
 def write_wav(path: str | Path, waveform: Waveform) -> None:
-    """Write a 16-bit PCM WAV file atomically, with samples clipped to [-1, 1]; raise a `UserError` if it fails."""
+    """Clip samples to [-1, 1] and write a 16-bit PCM WAV file atomically; raise a `UserError` if this fails."""
     stream, path = BytesIO(), Path(path)
     samples_S = waveform.samples_S.clamp(-1, 1).numpy()
     soundfile.write(stream, samples_S, waveform.sample_rate_hz, format="WAV", subtype="PCM_16")
@@ -153,7 +153,7 @@ def wav_writer(path: str | Path, sample_rate_hz: int) -> Iterator[soundfile.Soun
 def _read(
     stream: BinaryIO, name: str, wanted_hz: int | None, start_s: float, max_s: float | None, channel: int | None = None
 ) -> Waveform:
-    """Read the mean of the channels, or ``channel``; read again if the channels cancel each other."""
+    """Read the mean of the channels, or only ``channel``. If the channels cancel each other, read the loudest."""
     parts: list[np.ndarray] = []
     num_read, is_cut, cancelled = 0, False, 0.0
     with _opened(stream, start_s) as (rate_hz, C, num_samples, blocks):
@@ -177,7 +177,7 @@ def _read(
                 mono_S = block_SC.mean(axis=1)
                 of_block_C = np.square(block_SC, dtype=np.float64).sum(axis=0)
                 energy_C += of_block_C
-                # The mean of uncorrelated channels has 1 / C of the loudest amplitude or more; the limit is 6 dB lower.
+                # The mean of uncorrelated channels has at least 1 / C of the largest amplitude; the limit is 6 dB less.
                 if np.square(mono_S, dtype=np.float64).sum() < 0.25 * of_block_C.max() / C**2:
                     cancelled += of_block_C.max()
             parts.append(resampler.resample_chunk(mono_S) if resampler else mono_S)
@@ -192,9 +192,9 @@ def _read(
     samples_S = np.concatenate([*parts, np.empty(0, np.float32)])
     samples_S = samples_S if max_s is None else samples_S[: round(max_s * wanted_hz)]
     if not len(samples_S) and start_s:
-        raise AudioError("past the end", f"'{name}' starts at {start_s:g} s, after the end of the audio; fix the start")
+        raise AudioError("past the end", f"'{name}' starts at {start_s:g} s, after the end of the file; fix the start")
     if not len(samples_S):
-        raise AudioError("empty", f"'{name}' has no audio samples; choose another clip")
+        raise AudioError("empty", f"'{name}' contains 0 audio samples; choose another clip")
     return Waveform(torch.from_numpy(samples_S), wanted_hz, is_cut, () if channel is None else (OPPOSITE,))
 
 
@@ -203,16 +203,16 @@ def _check_samples(block_SC: np.ndarray, name: str) -> None:
     if not math.isfinite(peak):
         raise AudioError("non-finite", f"'{name}' has NaN or infinite samples; fix or remove the file")
     if peak > MAX_PEAK:
-        problem = f"'{name}' has samples up to {peak:,.0f}, outside [-1, 1]; they may be integers stored as floats"
-        raise AudioError("out of range", f"{problem}: divide them by their full scale")
+        problem = f"'{name}' has samples up to {peak:,.0f}, outside [-1, 1]; if they are integers stored as floats"
+        raise AudioError("out of range", f"{problem}, divide them by their full scale")
 
 
 @contextmanager
 def _opened(stream: BinaryIO, start_seconds: float = 0.0) -> Iterator[Recording]:
-    """Open bytes or an unbuffered file for decoding from ``start_seconds``.
+    """Open bytes or an unbuffered file, to decode the audio after ``start_seconds``.
 
-    Decoders raise many types of errors for damaged files, here and while blocks are read. An ImportError means that the
-    file needs PyAV, which is not installed.
+    For damaged files, decoders raise many types of errors, here and while blocks are read. An ImportError means that
+    the file can be read only with PyAV, and that PyAV is not installed.
     """
     stream.seek(0)
     head = stream.read(16)
@@ -235,7 +235,7 @@ def _opened(stream: BinaryIO, start_seconds: float = 0.0) -> Iterator[Recording]
 
 
 def _fault_at_end(stream: BinaryIO) -> str | None:
-    """Return "breaks off" (WAV, AIFF, Ogg), "chained Ogg" or None; libsndfile does not report these faults."""
+    """Return "breaks off" or "chained Ogg" for a fault that libsndfile does not report, else None."""
     size = stream.seek(0, SEEK_END)
     stream.seek(0)
     head = stream.read(12)
@@ -259,7 +259,7 @@ def _chunk_fault(stream: BinaryIO, size: int, order: Literal["little", "big"], s
 
 
 def _page_fault(stream: BinaryIO, size: int) -> str | None:
-    """Return a fault if a page is incomplete, or if a stream begins after other streams (RFC 3533, section 6)."""
+    """Return a fault if an Ogg page is incomplete or a stream begins after other streams (RFC 3533, section 6)."""
     offset, has_begun = 0, False
     while offset <= size:
         stream.seek(offset)
@@ -275,7 +275,7 @@ def _page_fault(stream: BinaryIO, size: int) -> str | None:
 
 
 class _Forward(soundfile.SoundFile):
-    """File that is read without seeking. soundfile seeks after each block, but pipes and some encodings cannot seek."""
+    """File that is read without seeking. soundfile seeks after each block, but pipes and some codecs cannot seek."""
 
     def seekable(self) -> bool:
         return False
@@ -311,7 +311,7 @@ def _recording(file: soundfile.SoundFile, start_seconds: float) -> Recording:
 
 
 def _blocks(file: soundfile.SoundFile, length: int | None) -> Iterator[np.ndarray]:
-    """Yield blocks, up to ``length`` samples per channel in total. A valid FLAC file may have data after the audio."""
+    """Yield blocks, in total up to ``length`` samples per channel. A valid FLAC file may have data after the audio."""
     at_once, left = max(1, BLOCK_SAMPLES // file.channels), float("inf") if length is None else length
     while left and len(block_SC := file.read(int(min(at_once, left)), "float32", always_2d=True)):
         left -= len(block_SC)
@@ -319,7 +319,7 @@ def _blocks(file: soundfile.SoundFile, length: int | None) -> Iterator[np.ndarra
 
 
 def _without(first: int, blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    """Drop the first samples of the blocks."""
+    """Yield the blocks without their first samples; ``first``: number of samples to drop."""
     for block_SC in blocks:
         if len(block_SC) > first:
             yield block_SC[first:]
@@ -330,12 +330,12 @@ def _ffmpeg_recording(container: Any, start_seconds: float) -> Recording:
     import av
 
     if not container.streams.audio:
-        raise ValueError("it has no audio stream")
+        raise ValueError("it does not contain an audio stream")
     stream = container.streams.audio[0]
     frames = container.decode(stream)
     first = next(frames, None)  # the header may have another sample rate (HE-AAC)
     if first is None:
-        raise ValueError("no frame can be decoded")
+        raise ValueError("its audio cannot be decoded")
     C, rate_hz = first.layout.nb_channels, first.sample_rate
     to_float = av.AudioResampler(format="flt")  # interleaved, with the same rate and channels
 

@@ -1,16 +1,16 @@
-"""Find silences in a waveform by energy, and split long recordings at them."""
+"""Find silences in a waveform by their energy, and split long recordings at pauses."""
 
 import torch
 
 from llama_mimi.audio.reading import Waveform
 
 HOP_SECONDS = 0.02
-BELOW_LOUDEST_DB = 45.0  # silence is so many dB below the loudest hop of the clip; speech spans about 40 dB
+BELOW_LOUDEST_DB = 45.0  # silence is at least this far below the loudest hop of the clip; speech spans 40 dB
 PAUSE_SECONDS = 0.2  # most pauses between phrases are longer, and most stop closures within words are shorter
 
 
 def silences(waveform: Waveform, min_seconds: float) -> list[tuple[float, float]]:
-    """Return the start and the length of each silence of at least ``min_seconds``, in seconds."""
+    """Return the start and the length, in seconds, of each silence that lasts at least ``min_seconds``."""
     energy_N = _squares(waveform.samples_S, waveform.sample_rate_hz).mean(dim=1)
     if not len(energy_N):
         return []
@@ -24,8 +24,8 @@ def silences(waveform: Waveform, min_seconds: float) -> list[tuple[float, float]
 def split_at_pauses(samples_S: torch.Tensor, sample_rate_hz: int, max_seconds: float) -> list[int]:
     """Split a mono recording (S,) into clips of up to ``max_seconds``. Return the end of each clip, in samples.
 
-    Each cut is in the middle of the quietest `PAUSE_SECONDS` in the second half of the longest possible clip. If
-    several places are equally quiet, the last place is used.
+    Each cut is in the middle of the quietest interval of `PAUSE_SECONDS` in the second half of the longest possible
+    clip. If several intervals are equally quiet, the last interval is used.
     """
     hop, longest = max(round(HOP_SECONDS * sample_rate_hz), 1), int(max_seconds * sample_rate_hz)
     ends, start = [], 0

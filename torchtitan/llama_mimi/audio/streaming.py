@@ -13,7 +13,7 @@ CHUNK_FRAMES = 250  # 20 s, the longest clip of the paper's training
 
 
 def decode_long(codec: MimiCodec, codes_TQ: torch.Tensor) -> torch.Tensor:
-    """Decode codes (T, Q) as `MimiCodec.decode` does, but in chunks: long audio then needs less memory."""
+    """Decode codes (T, Q) as `MimiCodec.decode` does, but in chunks, so that long audio needs less memory."""
     stream = DecodingStream(codec)
     return torch.cat([stream.decode(chunk_TQ) for chunk_TQ in codes_TQ.split(CHUNK_FRAMES)])
 
@@ -22,7 +22,7 @@ class DecodingStream:
     """Decoder that decodes a clip chunk by chunk. The audio equals that of `MimiCodec.decode` up to rounding.
 
     Mimi's decoder is causal. Its Transformer has a key-value cache. Each convolution reads its last inputs again, and
-    the output for these inputs is discarded. With the codec's sliding window, memory does not grow over time.
+    the output for these inputs is discarded. With the codec's sliding window, the memory does not grow over time.
     """
 
     def __init__(self, codec: MimiCodec) -> None:

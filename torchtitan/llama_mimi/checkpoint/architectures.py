@@ -1,4 +1,4 @@
-"""Hugging Face folders of both architectures: a flattened model is a Llama, a hierarchical model is a CSM."""
+"""Hugging Face folders: a flattened model is saved as a Llama, a hierarchical model as a CSM."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -52,11 +52,11 @@ def check_initial_weights(folder: str, args: LlamaMimiArgs) -> None:
     unexpected = {key for key in found.keys() - wanted.keys() - {"lm_head.weight"} if "rotary_emb" not in key}
     reshaped = {key for key in found.keys() & wanted.keys() if found[key].size != wanted[key].shape}
     wrong = {"missing": wanted.keys() - found.keys(), "unexpected": unexpected, "of another shape": reshaped}
-    require_no_difference(wrong, f"'{folder}' does not have the initial weights of this run", "model")
+    require_no_difference(wrong, f"'{folder}' does not contain the initial weights of this run", "model")
 
 
 def load_config(folder: str, what: str) -> tuple[PreTrainedConfig, FolderKind]:
-    """Return the configuration and the format of a model; raise a `UserError` if its type is not supported."""
+    """Return the configuration and the format of a model; raise a `UserError` if the model type is not supported."""
     config = load_pretrained(AutoConfig, folder, what=what)
     kinds = {kind.stock_class.config_class.model_type: kind for kind in KINDS.values()}
     if config.model_type not in kinds:
@@ -88,9 +88,9 @@ def save_run_record(dump_folder: str, config: PreTrainedConfig, tokenizer: Speec
 
 
 def find_run_record(checkpoint: Path) -> Path:
-    """Return `ASSETS_FOLDER` of a run. ``checkpoint`` is the checkpoint folder of the run, or one step in it."""
+    """Return a run's `ASSETS_FOLDER`. ``checkpoint``: checkpoint folder of the run, or one step in this folder."""
     for folder in (checkpoint, *checkpoint.resolve().parents[:2]):
         if (folder / ASSETS_FOLDER / "config.json").is_file():
             return folder / ASSETS_FOLDER
-    problem = f"the dump_folder of '{checkpoint}' has no {ASSETS_FOLDER}/config.json"
+    problem = f"{ASSETS_FOLDER}/config.json is missing in the dump_folder of '{checkpoint}'"
     raise UserError(f"{problem}; copy the folder {ASSETS_FOLDER} from the original dump_folder")

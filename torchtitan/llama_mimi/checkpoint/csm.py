@@ -1,8 +1,9 @@
 """Conversion of the hierarchical architecture to a Hugging Face `CsmForConditionalGeneration` with its codec.
 
-``embed_text_tokens`` is the whole embedding table, so ids are the same as in a flattened model. In a text for the CSM
-of transformers, ``<0_0>`` is a frame and ``<0_1>`` is the end, because transformers 5.x warns about the id of
-``</audio>``. Codes are below K. A frame with K at every level is the end of the speech. K is also the padding.
+``embed_text_tokens`` is the whole embedding table, so token ids are the same as in a flattened model. In texts for the
+CSM of transformers, ``<0_0>`` stands for a frame and ``<0_1>`` for the end of the speech. The end is not ``</audio>``,
+because transformers 5.x warns about this id. Codes are less than K. A frame with K at every level is the end of the
+speech. K is also the padding code.
 """
 
 from typing import Any
@@ -21,7 +22,7 @@ BACKBONE, DEPTH = "backbone_model", "depth_decoder.model"
 
 
 def csm_config(args: LlamaMimiArgs, **extra: Any) -> CsmConfig:
-    """Return the configuration of a CSM with the same logits. ``extra``: more entries, including ``codec``."""
+    """Return the configuration of a CSM that computes the same logits. ``extra``: more entries, including ``codec``."""
     extra["eos_token_id"] = None  # ids are codes of one level, and none of them ends a sequence
     assert args.depth is not None
     codec = load_codec_config(extra["codec"], args.num_quantizers)
@@ -52,7 +53,7 @@ def csm_config(args: LlamaMimiArgs, **extra: Any) -> CsmConfig:
 
 
 def csm_args(config: CsmConfig) -> LlamaMimiArgs:
-    """Return the arguments of the model; the inverse of `csm_config`."""
+    """Return the model arguments for a configuration (inverse of `csm_config`)."""
     args = model_args(config)
     args.vocab_size, args.enable_weight_tying = config.text_vocab_size, False
     args.architecture, args.depth = "hierarchical", model_args(config.depth_decoder_config)
@@ -61,7 +62,7 @@ def csm_args(config: CsmConfig) -> LlamaMimiArgs:
 
 
 def csm_state(state: dict[str, torch.Tensor], args: LlamaMimiArgs) -> dict[str, torch.Tensor]:
-    """Return our weights with the names and shapes of `CsmForConditionalGeneration`, without the codec."""
+    """Return our weights with the names and shapes of `CsmForConditionalGeneration`, but without codec weights."""
     theirs: dict[str, torch.Tensor] = {}
     for prefix, name, network in (("", BACKBONE, args), ("depth.", DEPTH, args.depth)):
         parts = (f"{prefix}layers.", f"{prefix}norm.")

@@ -1,4 +1,4 @@
-"""Saved steps of a run: find complete steps, move other steps to a new folder, and load weights from a step."""
+"""Saved steps of a run: find complete steps, move incomplete or later steps away, and load weights."""
 
 import re
 import warnings
@@ -24,12 +24,12 @@ _HF_INDEX = "model.safetensors.index.json"  # in a step that was saved in the fo
 
 
 def find_step(checkpoint: Path) -> Path:
-    """Return ``checkpoint`` if it is a step, else the newest complete step in it; print newer incomplete steps."""
+    """Return ``checkpoint`` if it is a step, else its newest complete step; print the newer, incomplete steps."""
     if is_distributed(checkpoint):
         return checkpoint
     steps = complete_steps(checkpoint)
     if not steps:
-        problem = f"'{checkpoint}' is not a complete step and contains no complete step (step-N with a file {METADATA})"
+        problem = f"neither '{checkpoint}' nor a folder in it is a complete step (step-N with a file {METADATA})"
         raise UserError(f"{problem}; choose <dump_folder>/checkpoint or one step in it")
     number = max(steps)
     for path in checkpoint.iterdir():
@@ -41,13 +41,13 @@ def find_step(checkpoint: Path) -> Path:
 
 
 def set_aside_incomplete(checkpoint: Path) -> None:
-    """Move all steps away if none is complete: TorchTitan loads initial weights only if no checkpoint folder exists."""
+    """If all steps are incomplete, move them: TorchTitan loads initial weights only without a checkpoint folder."""
     if not checkpoint.is_dir() or complete_steps(checkpoint):
         return
     paths = list(checkpoint.iterdir())
     if checkpoint.is_symlink() or not all(re.fullmatch(_STEP, path.name) for path in paths):
-        problem = f"'{checkpoint}' has no complete step, and initial weights are loaded only if this folder is missing"
-        raise UserError(f"{problem}; move the folder to another place (it is a link or contains other files)")
+        problem = f"'{checkpoint}' lacks a complete step, but is a link or contains files other than steps"
+        raise UserError(f"{problem}; move this folder, so that training can start from the initial weights")
     _move(paths, f"{checkpoint}.incomplete")
     checkpoint.rmdir()
 
@@ -80,12 +80,12 @@ def complete_steps(checkpoint: Path) -> dict[int, Path]:
 
 
 def is_distributed(step: Path) -> bool:
-    """Return True if a complete step is a distributed checkpoint, and not in the format of Hugging Face."""
+    """Return True if a complete step is in DCP's format, and False if it is in the format of Hugging Face."""
     return (step / METADATA).is_file()
 
 
 def read_index(step: Path) -> Metadata:
-    """Return the index of a step. If a file is missing or truncated, name the last good step in a `UserError`."""
+    """Return the index of a step. If a file is missing or truncated, raise an error that names the last good step."""
     try:
         return check_step(step, verify=False)
     except UserError as error:
@@ -100,7 +100,7 @@ def name_last_good(error: UserError, step: Path) -> UserError:
                 check_step(other, verify=True)
                 remedy = f"copy the file again, or move '{step}' to another folder and use the last good step '{other}'"
                 return UserError(f"{error}; {remedy}")
-    return UserError(f"{error}; copy the file again, because '{step.parent}' contains no undamaged step")
+    return UserError(f"{error}; copy the file again, because '{step.parent}' lacks an undamaged step")
 
 
 def load_step(state: dict[str, Any], step: Path, verify: bool) -> None:
@@ -119,7 +119,7 @@ def load_step(state: dict[str, Any], step: Path, verify: bool) -> None:
 
 
 def load_model_state(step: Path, args: LlamaMimiArgs, verify: bool = True) -> dict[str, torch.Tensor]:
-    """Load the float32 weights of a model with the shape ``args`` from a step."""
+    """From a step, load the float32 weights of a model with the arguments ``args``."""
     read_index(step)
     with torch.device("meta"):
         wanted = build_model(args).state_dict()

@@ -25,7 +25,7 @@ SCALING_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_p
 
 
 def hf_config(args: LlamaMimiArgs, **extra: Any) -> LlamaConfig:
-    """Return the configuration of a Hugging Face Llama with the same logits. ``extra``: more entries."""
+    """Return the configuration of a Hugging Face Llama that computes the same logits. ``extra``: more entries."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(args.rope_theta)}
     if args.rope_scaling_args.scaling_factor != 1:
         rope |= dict(zip(SCALING_KEYS, astuple(args.rope_scaling_args), strict=True), rope_type="llama3")
@@ -47,7 +47,7 @@ def hf_config(args: LlamaMimiArgs, **extra: Any) -> LlamaConfig:
 
 
 def model_args(config: LlamaConfig) -> LlamaMimiArgs:
-    """Return the arguments of a model; the inverse of `hf_config`. Raise a `UserError` for other types of RoPE."""
+    """Return the model arguments for a configuration (inverse of `hf_config`); raise a `UserError` for unknown RoPE."""
     rope = config.rope_parameters
     if rope["rope_type"] not in ("default", "llama3"):
         raise UserError(f"rope_type is '{rope['rope_type']}'; choose a model with 'default' or 'llama3'")
@@ -67,17 +67,17 @@ def model_args(config: LlamaConfig) -> LlamaMimiArgs:
 
 
 def llama_state(state: dict[str, torch.Tensor], args: LlamaMimiArgs) -> dict[str, torch.Tensor]:
-    """Return our weights with the names of `LlamaForCausalLM`; a tied ``lm_head`` is the embedding matrix."""
+    """Return our weights with the names of `LlamaForCausalLM`. If ``lm_head`` is tied, it is the embedding matrix."""
     theirs = Llama3StateDictAdapter(args, None).to_hf(state)
     return {"lm_head.weight": theirs["model.embed_tokens.weight"]} | theirs
 
 
 def save_folder(folder: Path, model: PreTrainedModel | PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write a model or a configuration, and its tokenizer, so that transformers 4.x and 5.x can load them.
+    """Write a tokenizer and a model (or its configuration) for both transformers 4.x and transformers 5.x.
 
     transformers 4.x reads ``rope_theta``, ``rope_scaling`` and, before 4.56, ``torch_dtype``. The CSM of 4.x needs
-    ``tie_word_embeddings`` to be false. 4.x has no ``TokenizersBackend`` and reads ``extra_special_tokens`` as a dict.
-    Without ``model_input_names``, its tokenizers return ``token_type_ids``, which Llama does not accept.
+    ``tie_word_embeddings`` to be false. 4.x lacks ``TokenizersBackend`` and reads ``extra_special_tokens`` as a dict.
+    Without ``model_input_names``, tokenizers of 4.x return ``token_type_ids``, which Llama does not accept.
     """
     if isinstance(model, PreTrainedModel):
         print(f"writing {model.num_parameters():,} parameters to {folder}", flush=True)
@@ -117,7 +117,7 @@ class LlamaMimiStateDictAdapter(Llama3StateDictAdapter):
     """
 
     def get_hf_storage_reader(self, path: str, from_quantized: bool = False) -> Any:
-        """Return PyTorch's reader of safetensors, changed to skip hidden files (macOS adds `._*`)."""
+        """Return PyTorch's reader of safetensors, which is changed to skip hidden files (macOS adds `._*`)."""
         reader = super().get_hf_storage_reader(path, from_quantized)
         list_all = reader.fs.ls
         reader.fs.ls = lambda folder: [file for file in list_all(folder) if not is_hidden(Path(file).name)]

@@ -1,4 +1,4 @@
-"""Model and codec folders with real shapes but without weights, for benchmarks and dry runs without downloads."""
+"""Model and codec folders with real shapes but without weights: benchmarks and dry runs can then work offline."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ LLAMA_3_VOCABULARY = 128_256
 
 
 def write_tokenizer(folder: Path, num_entries: int = LLAMA_3_VOCABULARY) -> None:
-    """Write a tokenizer with artificial words. Its BOS and padding have the ids of Llama 3."""
+    """Write a tokenizer with artificial words. The BOS and padding tokens have the ids of Llama 3."""
     words = {f"w{i}": i for i in range(num_entries)}
     bos, pad = f"w{num_entries - 256}", f"w{num_entries - 252}"
     tokenizer = Tokenizer(models.WordLevel(words, "w0"))
@@ -20,7 +20,7 @@ def write_tokenizer(folder: Path, num_entries: int = LLAMA_3_VOCABULARY) -> None
 
 
 def write_missing(job_config: Any, folder: Path) -> None:
-    """In a config, replace a missing model folder and the default codec by stand-ins with the same shapes."""
+    """In a config, replace a missing model folder and the default codec by folders without weights."""
     if not Path(job_config.model.hf_assets_path).is_dir():
         job_config.model.hf_assets_path = str(folder / "llama")
         write_tokenizer(folder / "llama")

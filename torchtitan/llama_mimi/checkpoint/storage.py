@@ -1,4 +1,4 @@
-"""Distributed checkpoints (DCP) with checksums. Reading a checkpoint runs no code from it.
+"""Distributed checkpoints (DCP) with checksums. Code in a checkpoint is never executed.
 
 The index of DCP contains the CRC-32 of each entry. The CRC-32 of the index is appended to the index file; pickle
 ignores appended bytes, so unmodified DCP can read these checkpoints.
@@ -79,7 +79,7 @@ class _ChecksumStream:
 
 
 class _SealingFileSystem(FileSystem):
-    """File system that appends a checksum to the index before DCP renames it. DCP renames no other file."""
+    """File system that appends a checksum to the index before DCP renames the index. DCP renames only this file."""
 
     def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
         with Path(path).open("rb+", buffering=0) as file:
@@ -89,14 +89,14 @@ class _SealingFileSystem(FileSystem):
 
 
 class CheckedReader(FileSystemReader):
-    """DCP's file reader, changed to run no code from the index. ``verify``: verify the checksums of entries."""
+    """DCP's file reader, changed to not execute code in the index. ``verify``: verify the checksums of entries."""
 
     def __init__(self, path: str | os.PathLike, verify: bool = True) -> None:
         super().__init__(path)
         self._verify = verify
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Return the index; raise a `UserError` if it is damaged or contains objects that DCP does not write."""
+        """Return the index; raise a `UserError` if the index is damaged or has objects that DCP does not write."""
         path = Path(self._get_metadata_path(kwargs.get("rank")))
         try:
             content = path.read_bytes()
@@ -134,7 +134,7 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 class PlainLoadPlanner(DefaultLoadPlanner):
-    """DCP's load planner, changed to run no code from entries that are not tensors."""
+    """DCP's load planner, changed to not execute code in entries that are not tensors."""
 
     def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
         name = read_item.dest_index.fqn
@@ -166,7 +166,7 @@ def check_step(step: Path, verify: bool) -> Metadata:
 
 
 def first_failure(error: CheckpointException) -> BaseException:
-    """Return the first `UserError` of any rank, else the first error."""
+    """Return the first `UserError` among the errors of all ranks, else the first error."""
     failures = [failure for failure, _ in error.failures.values()]
     return next((failure for failure in failures if isinstance(failure, UserError)), failures[0])
 

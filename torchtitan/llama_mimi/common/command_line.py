@@ -1,4 +1,4 @@
-"""Command lines with ``--snake_case`` flags. After a user error, they print one sentence and exit with code 1."""
+"""Command lines with ``--snake_case`` flags. A command with a user error prints a sentence and exits with code 1."""
 
 import contextlib
 import errno
@@ -21,7 +21,7 @@ DISK_ERRORS = "ENOSPC EDQUOT EFBIG EROFS EACCES ENOTDIR EEXIST".split()
 
 
 def run_command(function: Callable[..., None], doc: str | None) -> None:
-    """Run a function as a command. The flags are its parameters and the fields of its dataclass parameters."""
+    """Run a function as a command. The function's parameters, and the fields of dataclass parameters, become flags."""
     bind = functools.wraps(function)(lambda *args, **kwargs: functools.partial(function, *args, **kwargs))
     with command(bind, doc) as call:
         call()
@@ -29,7 +29,7 @@ def run_command(function: Callable[..., None], doc: str | None) -> None:
 
 @contextlib.contextmanager
 def command(kind: Callable[..., Any], doc: str | None, **settings: Any) -> Iterator[Any]:
-    """Parse flags, and yield an options object. Import PyTorch in the block, because this import takes seconds."""
+    """Parse flags, and yield an options object. Import PyTorch in the ``with`` block: this import takes seconds."""
     with report_errors():
         options = tyro.cli(kind, description=doc, **TYRO, **settings)
         print_loading("libraries")
@@ -42,7 +42,7 @@ def is_first_rank() -> bool:
 
 
 def print_loading(what: str) -> None:
-    """On rank 0, print that imports begin."""
+    """On rank 0, print that ``what`` will be loaded, if PyTorch is not imported yet."""
     if "torch" not in sys.modules and is_first_rank():
         print(f"loading {what} ...", file=sys.stderr, flush=True)
 
@@ -61,7 +61,7 @@ def parse_options(kind: type, words: Sequence[str]) -> Any:
 
 @contextlib.contextmanager
 def report_errors() -> Iterator[None]:
-    """Report a `UserError`, full memory or an unusable disk in one sentence, and exit with code 1."""
+    """After a `UserError`, an out-of-memory error or a disk error, print one sentence and exit with code 1."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may not be UTF-8
     try:
@@ -85,7 +85,7 @@ def report_errors() -> Iterator[None]:
 
 
 def print_next(program: str, **settings: Any) -> None:
-    """Print the command that usually follows. A setting with the value None is skipped."""
+    """Print the command that a user usually runs next. A setting with the value None is skipped."""
     flags = to_cli_args({name: value for name, value in settings.items() if value is not None})
     print(f"next: uv run {program} {shlex.join(flags)}", flush=True)
 

@@ -14,9 +14,9 @@ from llama_mimi.common.errors import UserError
 
 
 def use_cpu_without_gpu() -> None:
-    """Make TorchTitan use the CPU on a machine without accelerator. Call this before the first ``torchtitan`` import.
+    """Make TorchTitan use the CPU if the machine lacks a GPU. Call this before the first ``torchtitan`` import.
 
-    Otherwise TorchTitan selects "cuda" and reads memory statistics that ``torch.cpu`` does not have.
+    Otherwise TorchTitan selects "cuda" and reads memory statistics that ``torch.cpu`` does not provide.
     """
     if torch.cuda.is_available() or torch._utils._get_available_device_type() == "cpu":  # called before
         return
@@ -40,7 +40,7 @@ def use_cpu_without_gpu() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Make glibc reuse freed memory. The kernel zeroes new memory; this takes half of the time of a convolution."""
+    """Make glibc reuse freed memory. Otherwise, half of a convolution's time is spent on zeroing new memory."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: do not map single blocks
@@ -49,7 +49,7 @@ def keep_freed_memory() -> None:
 
 
 def available_device(name: str) -> torch.device:
-    """Return a device by name; raise a `UserError` if this machine does not have it."""
+    """Return a device by name; raise a `UserError` if this machine lacks the device."""
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:

@@ -18,7 +18,7 @@ from llama_mimi.common.command_line import is_first_rank
 from llama_mimi.common.cpu import available_device
 from llama_mimi.common.errors import RANK_ERROR_FILE, UserError, first_line
 
-TIMEOUT = timedelta(days=7)  # all ranks wait for the slowest one at the end
+TIMEOUT = timedelta(days=7)  # at the end, all ranks wait for the slowest rank
 SECONDS_BEFORE_OTHERS_REPORT = 10
 
 
@@ -47,7 +47,7 @@ class DistributedContext:
         self._store: dist.Store = dist.HashStore()
         if self.world_size > 1:
             if device is not None and device.startswith("cuda:"):
-                raise UserError(f"--device {device} is one GPU for {self.world_size} ranks; remove the number")
+                raise UserError(f"--device {device} is one GPU for {self.world_size} ranks; use --device cuda")
             self._store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
             world = {"rank": self.rank, "world_size": self.world_size}
             dist.init_process_group("gloo", store=self._store, timeout=TIMEOUT, **world)
@@ -79,7 +79,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def broadcast_from_rank0(make: Callable[[], Any]) -> Any:
-    """Call ``make`` on rank 0. Return its result, or raise its `UserError` or OSError, on every rank."""
+    """Call ``make`` on rank 0. On every rank, return the result, or raise the `UserError` or OSError of ``make``."""
     outcome: Any = None
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
@@ -94,7 +94,7 @@ def broadcast_from_rank0(make: Callable[[], Any]) -> Any:
 
 @contextmanager
 def report_error_once() -> Iterator[None]:
-    """Delay user errors on ranks above 0. If all ranks raise the same error, only rank 0 then reports it."""
+    """Delay user errors on ranks above 0, so that only rank 0 reports an error that all ranks raise."""
     try:
         yield
     except (UserError, OSError):

@@ -15,7 +15,7 @@ class UserError(Exception):
 
 
 def report(error: UserError) -> None:
-    """Print an error as one sentence. In ranks of torchrun, torchrun prints this sentence after its own lines."""
+    """Print an error as one sentence. Under torchrun, the sentence is printed after torchrun's own lines."""
     sentence = f"error: {error}"
     if path := os.environ.get(RANK_ERROR_FILE):
         # Torchrun prints the earliest failure last. Ranks that torchrun stops fail within the same second.
@@ -28,6 +28,6 @@ def report(error: UserError) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error (two lines if the first ends with a colon), or the type of an empty error."""
+    """Return an error's first line (two lines if the first ends with a colon), or its type if the message is empty."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return " ".join(line.strip() for line in lines[: 1 + lines[0].endswith(":")]).rstrip(".")

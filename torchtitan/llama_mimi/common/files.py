@@ -1,4 +1,4 @@
-"""Functions that find, read, write and lock files. Most of them accept any fsspec path."""
+"""Functions that find, read, write and lock files. Most functions accept any fsspec path."""
 
 import contextlib
 import errno
@@ -22,7 +22,7 @@ SYNTHETIC = "SYNTHETIC"  # a file of this name marks a folder of synthesised spe
 
 
 def file_system(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """Return the file system of a path, and the path on it; raise a `UserError` if the protocol is not available."""
+    """Split a path into its file system and a bare path; raise a `UserError` if the protocol is not available."""
     try:
         return fsspec.url_to_fs(path)
     except (ImportError, ValueError) as error:
@@ -34,7 +34,7 @@ def is_local(fs: fsspec.AbstractFileSystem) -> bool:
 
 
 def find_files(path: str, endings: tuple[str, ...]) -> list[str]:
-    """Return sorted paths for a file, a glob or a folder, without hidden files. ``endings``: filter for a folder."""
+    """Return the sorted visible files of a path, glob or folder. ``endings``: endings of files to find in a folder."""
     fs, bare = file_system(path)
     try:
         start = bare  # an existing folder is not a pattern, even with brackets in its name
@@ -66,12 +66,12 @@ def _walk(folder: str) -> Iterator[str]:
 
 
 def visible_files(folder: Path, pattern: str) -> list[Path]:
-    """Return the sorted paths below a folder that match a glob and are not hidden."""
+    """Return the visible paths that match a glob below a folder, sorted."""
     return sorted(path for path in folder.glob(pattern) if not is_hidden(path.relative_to(folder).as_posix()))
 
 
 def is_hidden(relative: str) -> bool:
-    """Return True for hidden and system files (``.cache/x``, ``a/._b``, ``__MACOSX/c``), as `datasets` does."""
+    """Return True for hidden and system files (``.cache/x``, ``a/._b``, ``__MACOSX/c``), as in `datasets`."""
     *folders, name = relative.split("/")
     return name.startswith(".") or any(folder.startswith((".", "__")) for folder in folders)
 
@@ -92,14 +92,14 @@ def digest(content: Any) -> str:
 
 
 def sizes_in(folder: str) -> dict[str, int]:
-    """Return the size in bytes of each file in a folder, by name; return no sizes if the folder does not exist."""
+    """Return the sizes in bytes of the files in a folder, by name; empty if the folder does not exist."""
     fs, bare = file_system(folder)
     found = fs.find(bare, maxdepth=1, detail=True)
     return {path.rsplit("/", 1)[-1]: info["size"] for path, info in found.items()}
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Parse JSON; raise a ValueError if it is damaged or nested too deeply."""
+    """Parse JSON; raise a ValueError if the text is damaged or nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -140,18 +140,18 @@ def write_atomically(folder: str, name: str, content: bytes) -> None:
 
 
 def share_weights(folder: Path) -> None:
-    """Give weight files the mode of ``config.json``. safetensors writes files that only their owner can read."""
+    """Give weight files the permissions of ``config.json``; by default, only their owner can read them."""
     for path in folder.glob("*.safetensors"):
         path.chmod((folder / "config.json").stat().st_mode)
 
 
 @contextlib.contextmanager
 def locked(path: Path, setting: str, wait: bool = False) -> Iterator[None]:
-    """Lock a file until the block or the process ends. Warn on a file system without locks (some NFS and Lustre).
+    """Lock a file until the block or the process ends. Warn if the file system lacks locks (some NFS and Lustre).
 
     Args:
         setting: flag or key that sets the folder of the file. A missing folder is created.
-        wait: wait for another process instead of raising a `UserError`.
+        wait: wait until another process releases its lock, instead of raising a `UserError`.
     """
     folder = path.parent
     folder.mkdir(parents=True, exist_ok=True)
@@ -160,7 +160,7 @@ def locked(path: Path, setting: str, wait: bool = False) -> Iterator[None]:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
-                print(f"'{folder}' cannot be locked ({error.strerror}); use it only in one process", flush=True)
+                print(f"'{folder}' cannot be locked ({error.strerror}); use the folder in one process only", flush=True)
             elif wait:
                 print(f"waiting for another process, which has locked '{path}'", flush=True)
                 fcntl.lockf(file, fcntl.LOCK_EX)

@@ -20,12 +20,12 @@ def load_pretrained(
 ) -> Any:
     """Return ``cls.from_pretrained(name)``, without reading pickled weights or running code from the folder.
 
-    If ``dtype`` is given, ``cls`` is a model, and the folder must contain exactly the tensors of this model, except for
-    tied weights and buffers. transformers itself only warns of missing tensors and initialises them at random.
+    ``dtype`` is given if ``cls`` is a model. The folder must then contain exactly the tensors of this model, except for
+    tied weights and buffers. transformers itself only warns of missing tensors, and initialises them at random.
 
     Args:
-        allow_torch_weights: read ``.bin`` files if there are no safetensors. PyTorch runs no code from ``.bin`` files.
-        without_effect: regular expression for the names of other tensors that may be missing or unexpected.
+        allow_torch_weights: read ``.bin`` files if safetensors are missing. PyTorch does not run code from these files.
+        without_effect: regular expression; tensors with a matching name may also be missing or unexpected.
     """
     path = Path(name)
     if not path.is_dir() and (path.parent.is_dir() or not re.fullmatch(r"\w+([.-]\w+)*/\w+([.-]\w+)*", name)):
@@ -64,19 +64,19 @@ def load_pretrained(
 
 
 def _progress_bar(create: Callable[..., Any], args: Sequence[Any], options: Mapping[str, Any]) -> Any:
-    """Create a progress bar of transformers that is shown on rank 0, after two seconds of work."""
+    """Create a progress bar for transformers. Only rank 0 shows the bar, after two seconds of work."""
     return create(*args, **options, delay=2, disable=not is_first_rank())
 
 
 def require_no_difference(wrong: Mapping[str, Collection[str]], problem: str, model: str) -> None:
-    """Raise a `UserError` that begins with ``problem`` if ``wrong`` (names of tensors by fault) contains any name."""
+    """If ``wrong`` (tensor names by fault) contains any name, raise a `UserError` that begins with ``problem``."""
     if parts := "; ".join(f"{len(keys)} {kind}, first '{min(keys)}'" for kind, keys in wrong.items() if keys):
-        problem += f": its tensors differ from those of the {model} in its config.json ({parts})"
+        problem += f": the tensors differ from those of the {model} in config.json ({parts})"
         raise UserError(f"{problem}; copy or convert the folder again, or choose another folder")
 
 
 def weights_sha256(name: str) -> str:
-    """Return the SHA-256 of the weights (safetensors, or else ``.bin`` files) in a folder or a cached hub id."""
+    """Return the SHA-256 of the weights (safetensors, else ``.bin`` files) in a folder, or in the cache of a hub id."""
     folder = Path(name)
     if not folder.is_dir():
         folder = Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.bin"], local_files_only=True))

@@ -1,4 +1,4 @@
-"""Tools to resume long work: a check that settings did not change, and a log of finished items."""
+"""Tools to resume long work: a check for changed settings, and a log of finished items."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 
 
 def require_same(saved: Mapping[str, Any], current: Mapping[str, Any], what: str, remedy: str) -> None:
-    """Raise a `UserError` about ``what`` if a current setting differs from the saved setting of this name."""
+    """Raise a `UserError` about ``what`` if a current setting differs from the saved setting of the same name."""
     for name, value in current.items():
         before = saved.get(name)
         if isinstance(value, Mapping) and isinstance(before or {}, Mapping):
@@ -38,7 +38,7 @@ class ProgressLog:
         self._path = self._folder / f"{uuid4().hex}.jsonl"
 
     def load(self) -> dict[str, Any]:
-        """Return the results by item."""
+        """Return the logged results by item."""
         done: dict[str, Any] = {}
         for path in visible_files(self._folder, "*.jsonl"):
             for line in path.read_text().split("\n")[:-1]:  # a kill can truncate the last line
@@ -51,7 +51,7 @@ class ProgressLog:
             file.write(json.dumps(results) + "\n")
 
     def close(self) -> None:
-        """Delete this log, and its parent folder if that is empty."""
+        """Delete this log; if its parent folder is then empty, delete the folder, too."""
         shutil.rmtree(self._folder, ignore_errors=True)
         with suppress(OSError):
             self._folder.parent.rmdir()
@@ -71,10 +71,10 @@ def map_resumable(
     The batches are divided among the ranks. A batch is skipped if all its results are in the log.
 
     Args:
-        batches: items by key; batches stay the same after a restart, because results may depend on the batch.
-        work: function that yields key and result for each item of a batch, in any order.
+        batches: items by key; must be the same after a restart, because a result may depend on the whole batch.
+        work: function that yields the key and the result of each item of a batch, in any order.
         unit: noun for the progress bar.
-        is_done: function that returns False for a result that must not be logged; a restart computes it again.
+        is_done: function that returns False for a result that must not be logged; a restart computes this item again.
     """
     done = broadcast_from_rank0(lambda: {key: result for key, result in log.load().items() if is_done(key, result)})
     todo = [batch for batch in batches if not batch.keys() <= done.keys()]

@@ -31,7 +31,7 @@ MAX_NAMED_CLIPS = 20  # skipped clips that are printed; all are counted
 
 @dataclass(frozen=True)
 class SkippedClip:
-    """A row that is not used."""
+    """Row that was skipped or filtered."""
 
     reason: str  # category for the counts
     message: str  # sentence with the row's name
@@ -46,7 +46,7 @@ class AudioClip:
     # Mono float32 at the codec's rate. PyTorch would send a tensor to another process through /dev/shm, which Docker
     # limits to 64 MB. Without space, a worker would hang. An array is sent through a pipe.
     samples_S: np.ndarray
-    is_cut: bool  # the recording is longer
+    is_cut: bool  # True if the recording is longer than the clip
     text: str | None
     speaker: str | None = None
     audio_warnings: tuple[str, ...] = ()
@@ -72,7 +72,7 @@ class AudioReader:
 
     @property
     def rows_per_unit(self) -> np.ndarray:
-        """Number of rows of each unit (U,); raise a `UserError` for tar files, as their rows are not counted."""
+        """Number of rows in each unit (U,). Tar files raise a `UserError`, because their rows are not counted."""
         rows = [unit.num_rows for unit in self.source.units]
         if None in rows:
             raise UserError(f"training cannot read the tar files of '{self.name}'; tokenise this corpus first")
@@ -101,11 +101,11 @@ class AudioReader:
             return [SkippedClip("unexpected", f"'{name}' cannot be read ({problem})")]
 
     def _split(self, row: Row) -> list[AudioClip | SkippedClip]:
-        """Split a long recording at pauses into clips without text; a short recording is one clip with its text."""
+        """Split a long recording at pauses into clips without text; a short recording is a clip with its text."""
         waveform = read_row(row, self.sample_rate_hz, max_seconds=MAX_RECORDING_SECONDS)
         if waveform.is_cut and SHORTER not in waveform.audio_warnings:
             hours = MAX_RECORDING_SECONDS / 3600
-            raise AudioError("too long", f"'{row['name']}' is longer than {hours:g} hours; divide the recording")
+            raise AudioError("too long", f"'{row['name']}' is longer than {hours:g} hours; divide the file")
         ends = split_at_pauses(waveform.samples_S, self.sample_rate_hz, self._max_seconds)
         if len(ends) == 1:
             return [self._clip(row["name"], waveform, row)]
@@ -124,14 +124,14 @@ class AudioReader:
             return SkippedClip(reason, name, is_filtered=True)
         samples_S = waveform.samples_S.numpy()
         if len(samples_S) < self.frame_size:
-            return SkippedClip("too short", f"'{name}' is {waveform.seconds:.3f} s, less than one codec frame")
+            return SkippedClip("too short", f"'{name}' is {waveform.seconds:.3f} s long, less than a codec frame")
         labels = row.get("text"), row.get("speaker"), waveform.audio_warnings
         audio_hash = hashlib.blake2b(memoryview(samples_S), digest_size=HASH_BYTES).digest()
         return AudioClip(name, samples_S, waveform.is_cut, *labels, audio_hash)
 
 
 def read_row(row: Row, sample_rate_hz: int | None, *, max_seconds: float) -> Waveform:
-    """Read the audio of a row: a file, or a part of a recording. Arguments and errors are as in `read_audio`.
+    """Read the audio of a row: a file, or a part of a recording. For arguments and errors, see `read_audio`.
 
     If the row's duration is at most ``max_seconds``, ``is_cut`` means that the audio is shorter than this duration.
     """
@@ -147,7 +147,7 @@ def read_row(row: Row, sample_rate_hz: int | None, *, max_seconds: float) -> Wav
         try:
             audio = fs.cat_file(bare)
         except OSError as error:
-            raise AudioError("missing", f"'{name}' cannot be opened ({error}); check its path") from error
+            raise AudioError("missing", f"'{name}' cannot be opened ({error}); check the path") from error
     seconds, start = math.inf if duration is None else duration, row.get("offset") or 0.0
     limit = min(seconds, max_seconds)
     waveform = read_audio(audio, sample_rate_hz, start_seconds=start, max_seconds=limit, name=name)
@@ -173,7 +173,7 @@ class _WithErrors(IterableDataset):
 
 
 def read_in_workers(dataset: Iterable[Any], **workers: Any) -> Iterator[Any]:
-    """Yield the items of a dataset, read in worker processes; ``workers``: arguments of a `DataLoader`."""
+    """Read a dataset in worker processes, and yield its items. ``workers``: arguments of a `DataLoader`."""
     # PyTorch draws a seed for the workers; it must not change the random state of training.
     options: dict[str, Any] = {"batch_size": None, "collate_fn": _unchanged, "generator": torch.Generator(), **workers}
     try:
@@ -200,9 +200,10 @@ def _end_with(parent: int, worker: int) -> None:
 def is_too_many(num_skipped: int, num_read: int, max_skip_fraction: float, *, is_whole: bool, is_end: bool) -> bool:
     """Return True if more than the allowed fraction of the clips was skipped.
 
-    Before the end (not ``is_end``), or if other ranks read other clips (not ``is_whole``), the clips are a sample. The
-    limit for a sample is three standard deviations and one clip higher. Fewer than `MIN_JUDGED_CLIPS` clips are checked
-    only at the end; their limit is the limit for `MIN_JUDGED_CLIPS` clips. A limit of 0 is checked after each clip.
+    The clips read so far are a sample if more clips follow (``is_end`` is False) or if other ranks read other clips
+    (``is_whole`` is False). The limit for a sample is three standard deviations and one clip higher. Fewer than
+    `MIN_JUDGED_CLIPS` clips are checked only at the end, with the limit for `MIN_JUDGED_CLIPS` clips. A limit of 0 is
+    checked after each clip.
     """
     allowed = max_skip_fraction * max(num_read, MIN_JUDGED_CLIPS)
     if not (is_end and is_whole) and max_skip_fraction:

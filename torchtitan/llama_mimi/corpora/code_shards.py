@@ -41,7 +41,7 @@ class CodedClip:
     name: str  # id or path
     codes_TQ: np.ndarray  # uint16
     seconds: float  # length of the audio; 0 if the clip was read from a shard
-    is_cut: bool  # the recording is longer
+    is_cut: bool  # True if the recording is longer than the clip
     text: str | None = None
     speaker: str | None = None
     audio_warnings: tuple[str, ...] = ()
@@ -71,7 +71,7 @@ class CodeCorpus:
 
     name: str  # folder
     codec: str  # hub id or folder; must have the weights that encoded the corpus
-    num_quantizers: int  # Q to read, at most the stored number
+    num_quantizers: int  # number of levels to read (Q), at most the stored number
     sliding_window: bool = True  # setting of the codec; must equal the stored setting
     _: KW_ONLY
     with_text: bool = False  # skip rows without a transcript
@@ -88,18 +88,18 @@ class CodeCorpus:
             for first in range(0, shard["clips"], size)
         ]
         if not units:
-            raise UserError(f"the tokenised corpus '{self.name}' has no clips; tokenise another corpus")
+            raise UserError(f"the tokenised corpus '{self.name}' contains 0 clips; tokenise another corpus")
         self.fingerprint = digest([[shard["file"], shard["clips"], shard["bytes"]] for shard in shards])
         # Shard, row group and number of rows of each unit, each (U,).
         self._shard_U, self._group_U, self.rows_per_unit = np.array(units, dtype=np.int64).T
 
     def mean_seconds(self, max_audio_seconds: float) -> float:
-        """Return the mean length of the clips after a cut at ``max_audio_seconds`` (exact for whole seconds)."""
+        """Return the mean length of the clips if they are cut at ``max_audio_seconds`` (exact for whole seconds)."""
         total = sum(n * min(seconds / n, max_audio_seconds) for n, seconds in self.manifest["by_second"] if n)
         return total / self.manifest["clips"]
 
     def read(self, unit: int) -> list[Row]:
-        """Return the rows of a unit; raise a `UserError` if its shard is damaged."""
+        """Return the rows of a unit; raise a `UserError` if the shard is damaged."""
         path = f"{self.name.rstrip('/')}/{self.manifest['shards'][self._shard_U[unit]]['file']}"
         table, size = read_shard(path, self._columns, int(self._group_U[unit])), self.manifest["codec"]["codebook_size"]
         if (highest := pc.max(pc.list_flatten(pc.list_flatten(table["codes"]))).as_py() or 0) >= size:
@@ -108,7 +108,7 @@ class CodeCorpus:
         return coded_rows(table, self.num_quantizers)
 
     def clips(self, row: Row) -> list[CodedClip | SkippedClip]:
-        """Return the clip of a row from `read`."""
+        """Return the clip in a row that `read` has returned."""
         text = row.get("text")
         if self.with_text and not text:
             return [SkippedClip("no text", f"'{row['id']}' has no text")]
@@ -125,7 +125,7 @@ class CodeCorpus:
         own = {"sha256": codec_hash(self.codec), "sliding_window": self.sliding_window}
         require_same({"codec": made_by}, {"codec": own}, what, remedy)
         if self.with_text and "text" not in self.manifest["columns"]:
-            raise UserError(f"{what} has no text, but data.task is 'tts'; set data.task to 'a2a'")
+            raise UserError(f"{what} does not contain text, but data.task is 'tts'; set data.task to 'a2a'")
         sizes = sizes_in(self.name)
         for shard in self.manifest["shards"]:
             if (size := sizes.get(shard["file"])) != shard["bytes"]:
@@ -144,7 +144,7 @@ def coded_rows(table: pa.Table, num_quantizers: int | None = None) -> list[Row]:
 
 
 def read_shard(path: str, columns: Sequence[str] | None = None, group: int | None = None) -> pa.Table:
-    """Read one or all row groups of a shard and verify their checksums; the table's metadata contains the notes."""
+    """Read a shard, or one row group of it, and verify checksums; the table's metadata contains the notes."""
     try:
         fs, bare = file_system(path)
         with fs.open(bare) as stream:
@@ -157,7 +157,7 @@ def read_shard(path: str, columns: Sequence[str] | None = None, group: int | Non
 
 
 def is_store(path: str) -> bool:
-    """Return True for the folder of a tokenised corpus, finished or unfinished."""
+    """Return True for the folder of a tokenised corpus, even if the tokenisation is unfinished."""
     fs, folder = file_system(path)
     if fs.exists(f"{folder.rstrip('/')}/{PLAN}"):
         return True
@@ -168,10 +168,10 @@ def is_store(path: str) -> bool:
 
 
 def read_manifest(path: str) -> dict[str, Any]:
-    """Return the manifest of a tokenised corpus; raise a `UserError` if it is missing or has another format."""
+    """Return the manifest of a tokenised corpus; raise a `UserError` if the file is missing or has another format."""
     manifest = read_json(path, MANIFEST)
     if manifest is None:
-        problem = f"'{path}' has no {MANIFEST}: its tokenisation is not finished"
+        problem = f"'{path}/{MANIFEST}' is missing, because the tokenisation is not finished"
         raise UserError(f"{problem}; re-run scripts/tokenize_corpus.py")
     if (found := manifest.get("format")) != FORMAT:
         raise UserError(f"'{path}/{MANIFEST}' has format {found!r}, not {FORMAT}; tokenise the corpus again")
@@ -179,7 +179,7 @@ def read_manifest(path: str) -> dict[str, Any]:
 
 
 def shard_bytes(clips: Sequence[CodedClip], num_quantizers: int, notes: dict[str, Any]) -> bytes:
-    """Return a shard as the bytes of a Parquet file; ``notes["columns"]`` names its columns."""
+    """Return a shard as the bytes of a Parquet file; ``notes["columns"]`` names the columns."""
     codes = np.concatenate([clip.codes_TQ for clip in clips] or [np.empty((0, num_quantizers), np.uint16)])
     offsets = np.cumsum([0, *(len(clip.codes_TQ) for clip in clips)], dtype=np.int32)
     frames = pa.FixedSizeListArray.from_arrays(pa.array(codes.astype(np.uint16).reshape(-1)), num_quantizers)
@@ -204,6 +204,6 @@ def table_bytes(table: pa.Table, notes: dict[str, Any]) -> bytes:
 
 
 def by_second(seconds_N: np.ndarray) -> list[list[float]]:
-    """Return the number and the total length of clips of 0 to 1 s, of clips of 1 to 2 s, and so on."""
+    """For each range of clip lengths (0 to 1 s, 1 to 2 s, ...), return the number and total length of the clips."""
     whole_N = seconds_N.astype(np.int64)
     return np.stack([np.bincount(whole_N), np.bincount(whole_N, seconds_N)], axis=1).tolist()

@@ -18,12 +18,12 @@ TABLES, TRANSCRIPTS = ("metadata.csv", "metadata.jsonl"), ".trans.txt"
 
 
 class FolderSource(Source):
-    """Source for a folder. Each audio file, at any depth, is a row. Its values come from these files, by priority:
+    """Source for a folder. Each audio file, at any depth, is a row. A row's values come from these files, by priority:
 
     - a table in the file's folder or in a parent folder: ``metadata.csv`` or ``metadata.jsonl`` with a column
       ``file_name`` (audiofolder of `datasets`), ``metadata.csv`` with lines ``id|text|normalized_text`` next to the
       folder ``wavs`` (LJSpeech), or ``*.trans.txt`` with lines ``name TEXT`` (LibriSpeech);
-    - a JSON file named like the audio file, ``clip.json`` for ``clip.flac`` (Libri-Light, Emilia).
+    - a JSON file with the name of the audio file, such as ``clip.json`` for ``clip.flac`` (Libri-Light, Emilia).
     """
 
     def __init__(self, name: str, files: Sequence[str], wanted: Columns) -> None:
@@ -71,7 +71,7 @@ class FolderSource(Source):
         return values if isinstance(values, str) else values | self._entries[index]
 
     def _match(self, names: Sequence[str], tables: dict[str, Values]) -> list[Values]:
-        """Return the table entry of each file. Print the number of files without entry and of entries without file."""
+        """Return the table entry of each file. Print how many files lack an entry, and how many entries lack a file."""
         keys = [(key.rsplit(".", 1)[0], key) for key in map(_key, names)]
         found = [tables.get(stem, {}) | tables.get(key, {}) for stem, key in keys]
         missing = [as_utf8(name) for name, entry in zip(names, found, strict=True) if not entry]
@@ -79,9 +79,9 @@ class FolderSource(Source):
         if tables and (missing or unused):
             examples = ", ".join(missing[:1] + unused[:1])
             if len(unused) == len(tables):
-                raise UserError(f"no table of '{self.name}' names any of its audio files ({examples}); fix the tables")
+                raise UserError(f"the tables of '{self.name}' do not name its audio files ({examples}); fix the tables")
             if is_first_rank():
-                counts = f"{len(missing):,} audio files have no entry and {len(unused):,} entries have no audio file"
+                counts = f"{len(missing):,} audio files lack an entry, and {len(unused):,} entries lack an audio file"
                 print(f"tables of '{self.name}': {counts} ({examples})", flush=True)
         return found
 
@@ -91,7 +91,7 @@ def _key(name: str) -> str:
 
 
 def _read_tables(folder: str, names: Sequence[str]) -> dict[str, Values]:
-    """Return the entries of a folder's tables, by file name with or without its ending."""
+    """Return the entries of a folder's tables, by the name of the audio file, with or without its ending."""
     found: dict[str, Values] = {}
     for name in names:
         if name in TABLES or (name.endswith(TRANSCRIPTS) and not name.startswith(".")):

@@ -54,10 +54,10 @@ def open_source(
 
     Args:
         dataset: a name in `CORPORA`, a folder, path or glob, or ``hf:owner/name`` or ``hf:owner/name:config``.
-        dataset_path: local download of a named corpus; None streams it from the hub.
-        text_column: column of transcripts; None: rows have no text.
+        dataset_path: local download of a named corpus; if None, the corpus is streamed from the hub.
+        text_column: column of transcripts; if None, texts are not read.
         extra_columns: optional columns by role, such as "speaker".
-        split: one of several splits of a folder or hub id.
+        split: split to read, if the folder or hub id has several splits.
     """
     columns = Columns(audio_column, text_column, extra_columns)
     if is_dataset(dataset):
@@ -69,7 +69,7 @@ def open_source(
 
 
 def is_dataset(dataset: str) -> bool:
-    """Return True for a hub id and for a folder that the library `datasets` has saved."""
+    """Return True for a hub id, or for a folder that the library `datasets` has saved."""
     if dataset.startswith(HUB) and "://" not in dataset:
         return True
     if dataset in CORPORA:
@@ -82,7 +82,7 @@ def is_dataset(dataset: str) -> bool:
 
 
 def check_corpus(dataset: str, dataset_path: str | None, split: str | None) -> None:
-    """Raise a `UserError` if a local corpus is missing; no file is opened."""
+    """Raise a `UserError` if a local corpus is missing; files are not opened."""
     if not is_dataset(dataset) and (dataset not in CORPORA or dataset_path is not None):
         corpus_files(dataset, dataset_path, split)
 
@@ -105,7 +105,7 @@ def corpus_files(dataset: str, dataset_path: str | None, split: str | None) -> t
             return source, [file for file, own in zip(files, splits, strict=True) if chosen in (None, own)]
     if dataset in RELEASED_NAMES:
         raise UserError(f"'{dataset}' is a dataset name of the first release; set dataset to {RELEASED_NAMES[dataset]}")
-    problem = f"no Parquet, tar or audio file and no JSONL manifest matches the dataset '{dataset}'"
+    problem = f"the dataset '{dataset}' does not match any Parquet, tar, audio or JSONL file"
     remedy = f"choose a folder, path or glob, {HUB}owner/name, a folder of codes, or one of: {', '.join(CORPORA)}"
     raise UserError(f"{problem}; {remedy}")
 
@@ -119,6 +119,6 @@ def _named_files(name: str, dataset_path: str | None) -> list[str]:
                 return files
     except Exception as error:  # the hub's client raises many types of errors
         reason = first_line(error)
-    problem = f"'{root}' contains no {config}/{split}-*.parquet of the corpus '{name}' ({reason})"
+    problem = f"'{root}' lacks the files {config}/{split}-*.parquet of the corpus '{name}' ({reason})"
     command = f"hf download {hub_id} --repo-type dataset --local-dir FOLDER"
     raise UserError(f"{problem}; run `{command}`, and set dataset_path to FOLDER")

@@ -12,7 +12,7 @@ from llama_mimi.common.errors import UserError
 class TokenizationOptions:
     """Options of scripts/tokenize_corpus.py."""
 
-    corpus: str  # name of a corpus; hf:owner/name; or folder, path or glob of Parquet, tar, audio or JSONL files
+    corpus: str  # name of a corpus, hf:owner/name, or a folder, path or glob of Parquet, tar, audio or JSONL files
     output_dir: str  # folder for the shards: a local path, or a URL that fsspec supports
     dataset_path: str | None = None  # folder of the downloaded corpus, if --corpus is a name
     split: str | None = None  # split to tokenise, if the corpus has several splits
@@ -20,16 +20,16 @@ class TokenizationOptions:
     num_quantizers: int = 8  # number of quantizer levels to store; training may use fewer levels
     dtype: Precision = "float32"  # precision of the codec; bfloat16 changes about 2 % of the codes
     codec_sliding_window: bool = True  # limit the codec's attention to its sliding window
-    audio_column: str = "audio"  # column of the audio
-    text_column: str = "text"  # column of transcripts; stored if the corpus has this column
-    speaker_column: str = "speaker"  # column of speakers; stored if the corpus has this column
+    audio_column: str = "audio"  # name of the column with audio
+    text_column: str = "text"  # name of the column with transcripts (stored if the column exists)
+    speaker_column: str = "speaker"  # name of the column with speakers (stored if the column exists)
     max_audio_seconds: float = 120.0  # maximum length of a clip, in seconds; longer clips are cut or split
     # 'cut' drops the audio after --max_audio_seconds; 'split' splits recordings at pauses into clips without text
     long_recordings: Literal["cut", "split"] = "cut"
     min_seconds: float = 0.0  # minimum length of a clip, in seconds; shorter clips are skipped
     max_seconds: float | None = None  # maximum length of a clip, in seconds; longer clips are skipped
     where: str | None = None  # condition on the rows to tokenise, such as 'language == "en" and dnsmos >= 3'
-    # minimum number of rows in a shard (exact for tar files); default: 2048, or fewer if that gives under 64 shards
+    # minimum number of rows in a shard (exact for tar files); default: 2048, or 1/64 of all rows if this is less
     clips_per_shard: int | None = None
     num_workers: int = 2  # number of processes per rank that read and resample audio
     duplicates: Literal["keep", "drop"] = "keep"  # 'drop' skips a clip if an earlier clip has the same samples
@@ -41,12 +41,12 @@ class TokenizationOptions:
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be a positive number")
         if self.num_workers < 0:
-            raise UserError(f"--num_workers is {self.num_workers}; set 0 or more")
+            raise UserError(f"--num_workers is {self.num_workers}; set --num_workers to 0 or more")
         if longest is not None and self.long_recordings == "split":
-            raise UserError("--max_seconds skips long recordings, --long_recordings split keeps them; remove one flag")
+            raise UserError("--max_seconds skips recordings that --long_recordings 'split' splits; remove one flag")
         if not 0 <= self.max_skip_fraction <= 1:
             raise UserError(f"--max_skip_fraction is {self.max_skip_fraction}; it must be a fraction between 0 and 1")
         for name, value, lowest in (("min_seconds", shortest, 0), ("max_seconds", longest, shortest)):
             if value is not None and not lowest <= value <= limit:
-                needed = f"between {lowest:g} and --max_audio_seconds {limit:g}"
+                needed = f"between {lowest:g} and {limit:g} (--max_audio_seconds)"
                 raise UserError(f"--{name} is {value:g}; it must be {needed}")

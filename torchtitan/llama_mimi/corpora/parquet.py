@@ -19,7 +19,7 @@ ROWS_AT_ONCE = 16
 
 
 class ParquetSource(Source):
-    """Source for Parquet files. A unit is a row group, or a part of a large row group. ``audio`` has bytes and path."""
+    """Source for Parquet files. A unit is a row group, or a part of one. The audio column has bytes and paths."""
 
     def __init__(self, name: str, files: Sequence[str], wanted: Columns) -> None:
         super().__init__(name, wanted)
@@ -54,7 +54,7 @@ class ParquetSource(Source):
             for batch in islice(batches, first, first + int(self.units[unit].num_rows or 0)):
                 num_bytes += batch.nbytes
                 if num_bytes > 2 * MAX_GROUP_BYTES:
-                    problem = f"takes more than {2 * MAX_GROUP_BYTES:,} bytes of memory, more than its footer says"
+                    problem = f"takes more than {2 * MAX_GROUP_BYTES:,} bytes of memory, more than the footer says"
                     remedy = "write the file again with fewer rows in each row group"
                     raise UserError(f"row group {number} of '{path}' {problem}; {remedy}")
                 for index in range(batch.num_rows):

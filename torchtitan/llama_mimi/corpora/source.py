@@ -49,7 +49,7 @@ class Unit(NamedTuple):
 
 @dataclass(frozen=True)
 class Columns:
-    """Column names for audio, for text (None: rows have no text), and for optional roles such as "speaker"."""
+    """Column names for audio, for text (None: text is not read), and for optional roles such as "speaker"."""
 
     audio: str
     text: str | None
@@ -68,7 +68,7 @@ class Source(ABC):
 
     @property
     def columns(self) -> list[str]:
-        """Keys that all rows have, except "name" and "problem"."""
+        """Keys of every row, except "name" and "problem"."""
         return ["audio", *(role for role in self._columns if role not in ("audio", "id"))]
 
     @abstractmethod
@@ -84,17 +84,17 @@ class Source(ABC):
                 self._columns[role] = column
             elif column is not None:
                 where, others = place or f"the dataset '{self.name}'", ", ".join(columns) or "none"
-                problem = f"{where} has no column '{column}' for the {role} (columns: {others})"
+                problem = f"{where} lacks the column '{column}' for the {role} (columns: {others})"
                 raise UserError(f"{problem}; choose another data.{role}_column (--{role}_column of a script)")
 
     def _row(self, place: str, values: Values | str, audio: Any, row_id: Any, folder: str = "", **part: Any) -> Row:
         """Return a row.
 
         Args:
-            place: name of the row if it has neither an id nor a path.
-            values: values by column, or a sentence that says why they cannot be read.
-            audio: bytes, a path, an object with both, or None; a path is relative to ``folder``.
-            part: offset, duration or problem.
+            place: name for the row if the row has neither an id nor a path.
+            values: values by column, or a sentence with the reason why the values cannot be read.
+            audio: bytes, a path, an object with bytes and a path, or None; a path is relative to ``folder``.
+            part: values for the keys "offset", "duration" or "problem".
         """
         if not isinstance(audio, Mapping):
             audio = {"bytes" if isinstance(audio, bytes) else "path": audio}
@@ -119,7 +119,7 @@ class Source(ABC):
 
 @contextmanager
 def reading(path: str, kind: str) -> Iterator[None]:
-    """Turn errors of the block into a `UserError` that names the file and its expected ``kind``."""
+    """Turn an error in the ``with`` block into a `UserError` that names the file and the expected ``kind``."""
     try:
         yield
     except (OSError, ValueError, KeyError, tarfile.TarError, pa.ArrowException) as error:
@@ -133,7 +133,7 @@ def slices(count: int) -> list[tuple[int, int]]:
 
 
 def parse_object(content: bytes) -> Values | str:
-    """Parse a JSON object; return a sentence with the reason if that fails."""
+    """Parse a JSON object; if parsing fails, return the reason as a sentence."""
     try:
         values = parse_json(content)
     except ValueError as error:
@@ -160,12 +160,12 @@ def choose_split(name: str, splits: Iterable[str | None], split: str | None) -> 
     """Return the split to read, or None for all files; raise a `UserError` if the user must choose another split."""
     found = list(dict.fromkeys(filter(None, splits)))
     if split is None and len(found) > 1:
-        remedy = "choose one (data.split, data.validation_split, or --split of a script), or use a glob of file names"
+        remedy = "set data.split, data.validation_split or a script's --split to one split, or use a file glob"
         raise UserError(f"'{name}' contains the splits {', '.join(found)}; {remedy}")
     chosen = split if split is None or split in found else SPLIT_WORDS.get(split, split)
     if chosen is not None and chosen not in found:
-        problem = f"the split '{split}' does not exist: '{name}' contains {', '.join(found) or 'no splits'}"
-        raise UserError(f"{problem}; choose another split, or set no split")
+        problem = f"the split '{split}' does not exist: '{name}' contains {', '.join(found) or '0 splits'}"
+        raise UserError(f"{problem}; choose another split, or remove the setting")
     return chosen
 
 

@@ -1,4 +1,4 @@
-"""WebDataset: uncompressed tar files. Members that differ only in their endings (``a.mp3``, ``a.json``) are one row."""
+"""WebDataset: uncompressed tar files. Members that differ only in their endings (``a.mp3``, ``a.json``) form a row."""
 
 import os
 import tarfile
@@ -14,11 +14,11 @@ from llama_mimi.corpora.source import Columns, Row, Source, Unit, Values
 
 KIND = "tar file, or is compressed"
 TEXTS = ("json", "txt")  # endings of members with labels; members with other endings are ignored
-NO_AUDIO = "it has no audio file; members of a row must have the same name and differ only in the last ending"
+NO_AUDIO = "its audio file is missing; members of a row must have the same name, except for the last ending"
 
 
 class TarSource(Source):
-    """Source for tar files. A unit is a whole tar file, read from its beginning. A ``.txt`` member is the text."""
+    """Source for tar files. A unit is a whole tar file, read from its beginning. A ``.txt`` member has the text."""
 
     def __init__(self, name: str, files: Sequence[str], wanted: Columns) -> None:
         super().__init__(name, wanted)
@@ -57,12 +57,12 @@ class TarSource(Source):
         ):
             for number, (key, members) in enumerate(groupby(filter(None, map(_part, tar)), itemgetter(0))):
                 if key in seen:
-                    raise UserError(f"'{file}' has other members between those of '{key}'; sort all members by name")
+                    raise UserError(f"in '{file}', the members of '{key}' are not adjacent; sort all members by name")
                 seen.add(key)
                 parts: dict[str, bytes] = {}
                 for _, part, member in members:
                     if part in parts:
-                        problem = "twice, or two audio files that differ only in their ending"
+                        problem = "twice, or two audio files whose names differ only in the ending"
                         raise UserError(f"'{file}' has '{member.name}' {problem}; rename one member")
                     is_wanted = number >= start and part in wanted
                     # extractfile follows links and restores sparse members.
@@ -77,11 +77,11 @@ def _check_end(stream: BinaryIO, start: int) -> None:
     """Raise an error unless the rest of the file is an end-of-archive mark: one or more blocks of zeros."""
     size = stream.seek(0, os.SEEK_END) - stream.seek(start)
     if size < tarfile.BLOCKSIZE or any(block.strip(b"\0") for block in iter(lambda: stream.read(2**20), b"")):
-        raise tarfile.ReadError("it has no end-of-archive mark")
+        raise tarfile.ReadError("its end-of-archive mark is missing")
 
 
 def _part(member: tarfile.TarInfo) -> tuple[str, str, tarfile.TarInfo] | None:
-    """Return key, part and member, or None for directories, hidden files (macOS adds them) and other endings."""
+    """Return (key, part, member), or None for folders, hidden files (as on macOS) and files with other endings."""
     stem, _, ending = member.name.rpartition(".")
     part = "audio" if f".{ending.lower()}" in source.CORPUS_ENDINGS else ending.lower()
     is_file = member.isfile() or member.islnk() or member.issym()

@@ -36,7 +36,7 @@ from llama_mimi.corpora.options import TokenizationOptions
 from llama_mimi.corpora.source import Source, Unit
 from llama_mimi.corpora.where import RowFilter
 
-READER = 3  # version of the rules that skip and filter clips; a folder must be finished with the version that began it
+READER = 3  # version of the rules that skip and filter clips; all shards of a folder must have the same version
 CLIPS_PER_SHARD, MIN_SHARDS = 2048, 64  # defaults: 3 MB per shard for clips of 14 s, and enough shards for many ranks
 ROWS_PER_CHUNK = 100  # rows that a worker reads, and the codec encodes, at once
 SECONDS_PER_REPORT = 10.0
@@ -63,7 +63,7 @@ class Job:
         return f"shard-{self.number:06d}-{part:04d}{'-end' * is_end}.parquet"
 
     def shards_in(self, names: Container[str]) -> tuple[list[str], bool]:
-        """Return the existing shards before the first missing one, and True if none is missing."""
+        """Return the shards that exist before the first missing shard, and True if the job is complete."""
         found: list[str] = []
         while (name := self.shard(len(found), is_end=False)) in names:
             found.append(name)
@@ -75,7 +75,7 @@ def tokenize_corpus(options: TokenizationOptions) -> None:
     """Tokenise a corpus, or write the shards that are missing."""
     corpus, output = os.path.abspath(options.corpus.partition("**")[0]), os.path.abspath(options.output_dir)
     if options.corpus not in CORPORA and os.path.join(output, "").startswith(os.path.join(corpus, "")):
-        raise UserError(f"--output_dir '{options.output_dir}' is inside the corpus '{options.corpus}'; choose another")
+        raise UserError(f"--output_dir '{options.output_dir}' is inside the corpus; choose a folder outside it")
     with distributed_context() as ranks, ExitStack() as resources:
         row_filter = RowFilter(options.min_seconds, options.max_seconds, options.where)
         columns = {"text": options.text_column, "speaker": options.speaker_column, **row_filter.columns}
@@ -103,7 +103,7 @@ def tokenize_corpus(options: TokenizationOptions) -> None:
             done = f"finished: {len(jobs) - len(todo)} of {len(jobs)} jobs"
             print(f"{done}; columns: {', '.join(plan['columns'])}", flush=True)
             if 0 < len(todo) < ranks.world_size:
-                print(f"{ranks.world_size} ranks share {len(todo)} jobs: some ranks have no work", flush=True)
+                print(f"{ranks.world_size} ranks share {len(todo)} jobs, so some ranks are idle", flush=True)
             return todo
 
         write_shards(options, ranks, broadcast_from_rank0(resume), reader, codec, plan["columns"])
@@ -177,16 +177,17 @@ def unfinished(output_dir: str, plan: dict[str, Any], jobs: Sequence[Job]) -> li
     fs, folder = files.file_system(output_dir)
     names = files.sizes_in(output_dir)
     for name in names:
-        if name.endswith(files.PARTIAL):  # of a killed run
+        if name.endswith(files.PARTIAL):  # left by a killed run
             fs.rm_file(f"{folder}/{name}")
     existing = [(job, *job.shards_in(names)) for job in jobs]
     return [replace(job, first_part=len(found)) for job, found, is_done in existing if not is_done]
 
 
 class Chunks(IterableDataset):
-    """Dataset of chunks (shard, number of rows, bytes, clips) in order. Each of n workers yields every n-th chunk.
+    """Dataset of chunks in order: (shard, number of rows, bytes, clips). Each of n workers yields every n-th chunk.
 
-    ``shard`` is the name of a shard in the last chunk of this shard, else None. The last chunk of a job has no clips.
+    In the last chunk of a shard, ``shard`` is the name of the shard; in other chunks it is None. In the last chunk of a
+    job, ``clips`` is empty.
     """
 
     def __init__(self, reader: AudioReader, jobs: Sequence[Job], rows_per_chunk: int) -> None:
@@ -276,7 +277,7 @@ def _judge(num_skipped: int, num_read: int, limit: float, last: str, *, is_end: 
 def write_manifest(
     options: TokenizationOptions, plan: Mapping[str, Any], units: Sequence[Unit], jobs: Sequence[Job]
 ) -> None:
-    """Count or drop duplicates, and write the manifest from the shards."""
+    """Count or drop duplicates, and write the manifest of the shards."""
     output_dir, found = options.output_dir, files.sizes_in(options.output_dir)
     names = [name for job in jobs for name in job.shards_in(found)[0]]
     tables, notes = _read_shards(output_dir, names)
@@ -286,7 +287,7 @@ def write_manifest(
         *full, last = [rows[name] for name in of_job] or [0]
         num_rows = sum(units[unit].num_rows or 0 for unit in job.units)
         if not is_done or set(full) - {job.rows_per_part} or (last != num_rows and not job.rows_per_part):
-            raise UserError(f"the shards {of_job} of job {job.number} lack rows; delete these shards and re-run")
+            raise UserError(f"the shards {of_job} of job {job.number} lack rows; delete these shards, then re-run")
     duplicates = _duplicates(tables)
     if options.duplicates == "drop":  # the notes count them, so this step can be repeated after a kill
         for name, note, is_dropped_N in zip(names, notes, duplicates, strict=True):
@@ -327,7 +328,7 @@ def write_manifest(
 
 
 def _read_shards(output_dir: str, names: Sequence[str]) -> tuple[list[pa.Table], list[dict[str, Any]]]:
-    """Return the clips (tables without codes) of the shards, and the notes of the shards."""
+    """Return a table of the clips (without codes) for each shard, and the notes of each shard."""
     columns = ["duration", "is_cut", "audio_hash", "audio_warnings"]
     with ThreadPoolExecutor(SHARD_READERS) as pool:
         read = pool.map(lambda name: shards.read_shard(f"{output_dir}/{name}", columns), names)
@@ -336,6 +337,6 @@ def _read_shards(output_dir: str, names: Sequence[str]) -> tuple[list[pa.Table],
 
 
 def _duplicates(tables: Sequence[pa.Table]) -> list[np.ndarray]:
-    """Return for each shard a mask (N,) of its clips; True for a clip with the same samples as an earlier clip."""
+    """For each shard, return a mask (N,) of the clips; True if an earlier clip has the same samples."""
     is_duplicate_N = pa.concat_tables(tables)["audio_hash"].to_pandas().duplicated().to_numpy()
     return np.split(is_duplicate_N, np.cumsum([len(table) for table in tables])[:-1])

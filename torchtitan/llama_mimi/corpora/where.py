@@ -34,10 +34,10 @@ class RowFilter:
             _is_true(self._tree, dict.fromkeys(names, 0))  # checks every part of the expression
         except (SyntaxError, ValueError, TypeError, RecursionError) as error:
             problem = f"--where is {where!r}, which is not a comparison of columns with numbers or strings"
-            raise UserError(f'{problem}; write for example language == "en" and dnsmos >= 3') from error
+            raise UserError(f'{problem}; write an expression such as language == "en" and dnsmos >= 3') from error
 
     def of_values(self, values: Mapping[str, Any]) -> str | None:
-        """Return the reason to filter a row before its audio is read (such as a missing value), or None."""
+        """Before audio is read, return the reason to filter a row (such as a missing value), or None."""
         row = {name: values.get(role) for role, name in self.columns.items()}
         if missing := [name for name, value in row.items() if value in (None, "")]:
             return f"no {missing[0]}"

@@ -27,7 +27,7 @@ def build_dataloader(
     """Build the dataloader for training or validation.
 
     The training loader is endless and shuffled with ``debug.seed`` (default 0). The validation loader reads the first
-    ``data.validation_clips`` clips once, in order. It never packs clips, so that validation losses are comparable.
+    ``data.validation_clips`` clips once, in order. Validation clips are not packed, so that losses are comparable.
     """
     data, section = job_config.data, job_config.validation if is_validation else job_config.training
     readers = open_readers(job_config, section)
@@ -80,7 +80,7 @@ def open_readers(job_config: Any, section: Any) -> list[ClipReader]:
 
 
 def _clip_fractions(readers: list[ClipReader], weights: list[float], max_audio_seconds: float) -> list[float]:
-    """Return the relative number of clips from each corpus; ``weights`` are fractions of audio time."""
+    """Return the relative number of clips to draw from each corpus. ``weights``: fractions of audio time."""
     if not weights or len(readers) == 1:
         return [float(reader.rows_per_unit.sum()) for reader in readers]
     fractions = []

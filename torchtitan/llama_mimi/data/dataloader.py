@@ -32,10 +32,10 @@ ClipOrder = ShuffledOrder | RowsInOrder
 
 @dataclass
 class ClipStream:
-    """Dataset of chunks of consecutive clips with their positions. Each of n workers reads every n-th chunk.
+    """Dataset of chunks: lists of consecutive pairs (position, clip). Each of n workers reads every n-th chunk.
 
-    Each worker reads all units that have rows in its chunks; these are often all units of a window. So the workers
-    divide the decoding of audio, but each of them reads most of the files.
+    A worker reads all units with rows in its chunks. Often, these are all units of a window. So the decoding of audio
+    is divided among the workers, but each worker reads most of the files.
     """
 
     readers: Sequence[ClipReader]
@@ -89,7 +89,7 @@ class SpeechDataLoader(BaseDataLoader):
         self.dataset = ", ".join(reader.name for reader in self.readers)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield batches, the last one padded; raise a `UserError` if too many clips are unusable."""
+        """Yield batches; the last batch is padded. Raise a `UserError` if too many clips are unusable."""
         packer = self.packer
         for ref, clip in self._clips():
             if isinstance(clip, CodedClip) and clip.text is not None and (why := packer.no_room(clip.text)):
@@ -112,12 +112,12 @@ class SpeechDataLoader(BaseDataLoader):
             yield self._next_batch()
 
     def empty_batch(self) -> Batch:
-        """Return a batch of padding, for a rank that has no clips left while other ranks still have clips."""
+        """Return a batch of padding, for a rank that has used its clips while other ranks still have clips."""
         assert self.packer.is_empty
         return self.packer.pop()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the positions of all ranks after their last batches. This collective has one result on all ranks."""
+        """Return the positions of all ranks after their last batches. All ranks must call this collective operation."""
         assert isinstance(self.order, ShuffledOrder)
         own = dataclasses.asdict(self.order.position), self.counts, self.meter.num_frames
         of_ranks = dict(gather((self.order.dp_rank, own)))  # tensor-parallel ranks share a position
@@ -127,7 +127,7 @@ class SpeechDataLoader(BaseDataLoader):
         return {"position": json.dumps(state)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from the positions that any number of ranks saved; raise a `UserError` if the data differ."""
+        """Continue from the positions that any number of ranks saved; raise a `UserError` if the data have changed."""
         if not state_dict:
             return
         assert isinstance(self.order, ShuffledOrder)
@@ -159,7 +159,7 @@ class SpeechDataLoader(BaseDataLoader):
         return generator.random(num_frames + 1) < self.depth_train_fraction
 
     def _advance(self, ref: ClipRef, frame: int | None = None) -> None:
-        """Move the position to a frame of this clip, or to the next clip."""
+        """Move the position to ``frame`` of this clip, or to the next clip if ``frame`` is None."""
         if isinstance(self.order, ShuffledOrder):
             if frame is not None:
                 self.order.use_frames(frame)
@@ -193,7 +193,7 @@ class SpeechDataLoader(BaseDataLoader):
             self._judge(is_end=is_end)
 
     def _judge(self, *, is_end: bool) -> None:
-        """Raise a `UserError` if all clips, or too many of them, are unusable."""
+        """Raise a `UserError` if all clips are unusable, or more clips than allowed."""
         read, skipped = self.counts["read"], self.counts["skipped"]
         is_none = skipped == read >= min(MIN_JUDGED_CLIPS, self.num_clips)
         is_whole, limit = self.order.dp_world_size == 1, self.max_skip_fraction

@@ -79,7 +79,7 @@ class CorpusOrder:
         self._cache: dict[int, np.ndarray] = {}
 
     def rows(self, window: int) -> np.ndarray:
-        """Return the rows of a window in order, as pairs (N, 2) of a unit and the number of a row in this unit."""
+        """Return the rows of a window in order, as pairs (N, 2): a unit, and the index of a row in this unit."""
         if window not in self._cache:
             epoch, number = divmod(window, self.windows_per_epoch)
             order = np.random.default_rng((self._seed, epoch)).permutation(len(self._rows_per_unit))
@@ -97,8 +97,8 @@ class ShuffledOrder:
     """Endless sequence of clips for one rank; ``fractions`` are the relative numbers of clips from each corpus.
 
     Windows are numbered across epochs, and rank k of W reads windows k, k + W, k + 2 W. A permutation depends
-    only on the seed and on the number of the epoch or window. So a position has only the partly used windows of the
-    rank and its next window. `reshard` divides the remaining windows among another number of ranks.
+    only on the seed and on the number of the epoch or window. So a position consists only of the rank's partly
+    used windows and its next window. `reshard` divides the remaining windows among another number of ranks.
     """
 
     readers: Sequence[ClipReader]
@@ -136,11 +136,11 @@ class ShuffledOrder:
         return ref
 
     def use_frames(self, num_frames: int) -> None:
-        """Record that ``num_frames`` frames of the next clip are used."""
+        """Record that ``num_frames`` frames of the next clip have been used."""
         self._upcoming()[1][0].frames_used = num_frames
 
     def _upcoming(self) -> tuple[int, list[BegunWindow]]:
-        """Return the corpus of the next clip, and the partly used windows of this corpus. The first one is next."""
+        """Return the corpus of the next clip, and the partly used windows of this corpus, the next window first."""
         corpus = bisect(self._bounds, (self.position.drawn * _GOLDEN) % 1.0)
         cursor = self.position.cursors[corpus]
         if not cursor.begun:

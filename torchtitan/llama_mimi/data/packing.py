@@ -1,4 +1,4 @@
-"""Batches of token ids: one clip per sequence (``pad``), or several (``pack``)."""
+"""Batches of token ids: one clip per sequence (``pad``) or several clips (``pack``)."""
 
 import numpy as np
 import torch
@@ -9,13 +9,14 @@ from llama_mimi.tokens.tokenizer import IGNORE_INDEX, NO_TOKEN, Batch, SpeechTok
 class BatchPacker:
     """Packer that writes clips into the sequences of a batch.
 
-    In a packed sequence, positions begin at 0 in each clip; attention uses this to separate clips. If a clip does not
-    fit, it is cut after a whole frame, without ``</audio>``, and continues in the next sequence after ``BOS <audio>``.
-    But a clip with a text (task "tts") moves to the next sequence, and is cut only if it is longer than a sequence.
+    In a packed sequence, the positions of each clip begin at 0, and attention uses them to separate clips. If a clip
+    does not fit, it is cut after a whole frame, without ``</audio>``, and continues in the next sequence after
+    ``BOS <audio>``. But a clip with a text (task "tts") is moved to the next sequence as a whole, and is cut only if it
+    is longer than a sequence.
 
     Args:
-        is_packed: write several clips to a sequence; otherwise one.
-        has_positions: add positions to the batches. Validation needs them only if training is packed.
+        is_packed: if True, write several clips to a sequence, else one clip.
+        has_positions: add positions to the batches. Validation needs positions only if training is packed.
     """
 
     def __init__(
@@ -46,11 +47,11 @@ class BatchPacker:
         return self._row == self.batch_size
 
     def no_room(self, text: str) -> str | None:
-        """Return None if a sequence has room for a frame after this text, else a reason."""
+        """Return None if at least one frame fits into a sequence after this text, else the reason."""
         length = len(self._tokenizer.prefix_ids(text))
         if length + self._tokenizer.positions_per_frame <= self._seq_len + 1:
             return None
-        return f"text, BOS and <audio> take {length} tokens and leave no room for audio in {self._seq_len} tokens"
+        return f"text, BOS and <audio> take {length} tokens, so audio does not fit into a sequence of {self._seq_len}"
 
     def add(
         self, codes_TQ: np.ndarray, *, is_cut: bool, text: str | None = None, is_deep_T: np.ndarray | None = None
@@ -58,7 +59,7 @@ class BatchPacker:
         """Write as many frames of a clip as fit into the current sequence.
 
         Args:
-            is_cut: the speech continues after the last frame.
+            is_cut: True if the speech continues after the last frame.
             is_deep_T: mask (T + 1,) of the frames and the end; True for those that train the depth decoder.
 
         Returns:
@@ -100,7 +101,7 @@ class BatchPacker:
         return num_frames
 
     def pop(self) -> Batch:
-        """Return the batch, padded to full size, and begin a new one."""
+        """Return the batch, padded to full size, and begin a new batch."""
         inputs, labels = self._tokenizer.batch(torch.from_numpy(self._inputs_BLW), torch.from_numpy(self._labels_BLW))
         if self._has_positions:
             inputs["positions"] = torch.from_numpy(self._positions_BL)

@@ -1,1 +1,1 @@
-"""The Llama decoder, the hierarchical model of two decoders, and their cross-entropy."""
+"""Llama decoder, hierarchical model (backbone and depth decoder), and cross-entropy."""

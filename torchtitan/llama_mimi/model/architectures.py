@@ -1,4 +1,4 @@
-"""Functions that build a model of either architecture and distribute it over devices."""
+"""Functions that build a flattened or hierarchical model and distribute the model over devices."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ def build_model(args: LlamaMimiArgs) -> LlamaMimi:
 
 
 def parallelize(model: LlamaMimi, parallel_dims: ParallelDims, job_config: Any) -> nn.Module:
-    """Apply TorchTitan's parallelism for Llama 3; raise a `UserError` if packed sequences cannot be compiled."""
+    """Apply TorchTitan's parallelism for Llama 3; raise a `UserError` if packed attention cannot be compiled."""
     is_compiled = job_config.compile.enable and "model" in job_config.compile.components
     # TorchTitan computes in lower precision only under FSDP or on a single device.
     is_mixed = parallel_dims.fsdp_enabled or parallel_dims.world_size == 1
@@ -36,6 +36,6 @@ def parallelize(model: LlamaMimi, parallel_dims: ParallelDims, job_config: Any) 
         output.set_reshard_after_forward(False)
     if not torch.cuda.is_available():
         for module in model.modules():
-            if isinstance(module, FSDPModule):  # FSDP2 needs an operation that gloo does not have
+            if isinstance(module, FSDPModule):  # by default, FSDP2 needs an operation that gloo does not support
                 module.set_force_sum_reduction_for_comms(True)
     return model

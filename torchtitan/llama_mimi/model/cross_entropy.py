@@ -1,7 +1,7 @@
-"""Cross-entropy from hidden states, in chunks. All logits of 32 x 1,024 positions of Llama 3 would take 18 GB.
+"""Cross-entropy, computed from hidden states in chunks. For 32 x 1,024 positions, Llama 3's logits take 18 GB.
 
-Logits are computed only at positions with a target. The gradient of the loss is computed from the logits of a chunk
-in the same pass. N: number of targets. V: number of vocabulary entries on this rank. D: width of the model.
+Logits are computed only at positions with a target. The gradient of each chunk is computed in the forward pass.
+N: number of targets. V: number of vocabulary entries on this rank. D: width of the model.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from llama_mimi.tokens.tokenizer import IGNORE_INDEX
 from llama_mimi.tokens.vocabulary import AudioVocabulary
 
 # Size of the float32 logits of a chunk, in bytes: 1,920 rows for Llama 3 with 4 levels. Small chunks are slow, because
-# each chunk adds a gradient of the size of the output matrix.
+# each chunk adds a gradient as large as the output matrix.
 CHUNK_BYTES = 2**30
 # Multiples for tensor cores. Without padding, rows of 136,450 bfloat16 logits are aligned to 4 bytes instead of 16.
 CHUNK_MULTIPLE = 128
@@ -53,17 +53,17 @@ pytree.register_dataclass(LazyLogits)  # FSDP searches the output of a model for
 
 @dataclass(frozen=True)
 class Targets:
-    """Targets of one output matrix. An entry is the number of a row of this matrix."""
+    """Targets of one output matrix. An entry is the index of a row in this matrix."""
 
     positions_N: torch.Tensor  # in the flattened batch
     entries_N: torch.Tensor
     levels_N: torch.Tensor  # quantizer level; 0 for the end of the speech
     rows_N: torch.Tensor  # row in `LevelMeter`: the level, Q for the end, or Q + 1 to record nothing
-    admissible_QC: torch.Tensor  # valid entries of each level; -1 fills the rows of levels with fewer entries
+    admissible_QC: torch.Tensor  # valid entries of each level, filled with -1 to the same length
 
 
 def audio_targets(labels_BL: torch.Tensor, vocabulary: AudioVocabulary) -> Targets:
-    """Return the targets of an output matrix over the whole vocabulary. Labels are ids or `IGNORE_INDEX`."""
+    """Return the targets of an output matrix that covers the whole vocabulary. Labels are ids or `IGNORE_INDEX`."""
     labels_N = labels_BL.flatten()
     positions_N = (labels_N != IGNORE_INDEX).nonzero()[:, 0]
     ids_N = labels_N[positions_N]
@@ -80,7 +80,7 @@ class PendingOutput(nn.Linear):
 
 
 def pending_logits(hidden_BLD: torch.Tensor, weight_VD: torch.Tensor) -> LazyLogits:
-    """Return hidden states and output matrix as the output of a model."""
+    """Return the hidden states and the output matrix as `LazyLogits`, the output of a model."""
     # FSDP adds a hook to each tensor of the output at every step. Hooks on the parameter itself would accumulate.
     return LazyLogits(hidden_BLD, weight_VD.view_as(weight_VD))
 
@@ -91,7 +91,7 @@ def cross_entropy(
     """Compute the cross-entropy at the positions of the targets.
 
     Args:
-        weights_N: float32 weights of the losses in the sum.
+        weights_N: float32 weight of each target's loss in the sum.
         chunk_step: compiled `chunk_losses`.
 
     Returns:
@@ -153,13 +153,13 @@ def chunk_losses(
     group: dist.ProcessGroup | None,
     with_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Return losses (N,) in float32, losses over admissible entries, and the gradient (N, V) of the weighted sum.
+    """Return losses (N,), losses (N,) over the valid entries only, and the gradient (N, V) of the weighted sum.
 
-    The gradient is (softmax - one_hot(target)) * weight. Without ``with_gradient``, it is None.
+    The gradient is (softmax - one_hot(target)) * weight, or None if ``with_gradient`` is False.
 
     Args:
-        weight_VD: output matrix. Rows after ``num_entries`` are padding; their logits are -inf.
-        targets_N: entries of the targets; out of range if the target is on another rank.
+        weight_VD: output matrix. Rows from ``num_entries`` on are padding; their logits are -inf.
+        targets_N: entry of each target; out of range if the entry is on another rank.
         admissible_NC: indices of the valid entries; padding and entries on another rank have an index out of range.
         group: ranks that share the vocabulary; None without tensor parallelism.
     """
@@ -202,14 +202,14 @@ class _WithGradients(torch.autograd.Function):
 
 
 def _local(logits: LazyLogits) -> tuple[torch.Tensor, torch.Tensor, int, dist.ProcessGroup | None]:
-    """Return hidden states, this rank's rows of the output matrix, the first row's index, and the rank's group."""
+    """Return hidden states, this rank's rows of the output matrix, the first row's index, and the process group."""
     hidden_BLD, weight_VD = logits.hidden_BLD, logits.weight_VD
     if not isinstance(weight_VD, DTensor):
         return hidden_BLD, weight_VD, 0, None
     assert isinstance(hidden_BLD, DTensor) and hidden_BLD.placements[0].is_replicate()
     mesh = weight_VD.device_mesh
     _, first_row = Shard.local_shard_size_and_offset(len(weight_VD), mesh.size(), mesh.get_local_rank())
-    # The gradient of the hidden states on a rank is a partial sum, from its own rows.
+    # On each rank, the gradient of the hidden states is a partial sum over the rank's rows.
     return hidden_BLD.to_local(grad_placements=[Partial()]), weight_VD.to_local(), first_row, mesh.get_group()
 
 

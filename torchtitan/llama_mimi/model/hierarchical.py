@@ -1,10 +1,10 @@
 """The hierarchical architecture, as in CSM: a Llama over frames, and a small depth decoder over the levels of a frame.
 
-A position of the backbone is a frame (the sum of the embeddings of its Q audio tokens) or one text token. The backbone
-predicts level 0 of the next frame, or the end of the speech. The depth decoder predicts levels 1 to Q - 1 from the
-hidden state of the backbone and the codes of lower levels. The logits equal those of `CsmForConditionalGeneration` in
-transformers. The end of speech is a frame with code K at every level, as CSM expects. N: number of frames that train
-the depth decoder.
+At each position, the backbone reads one text token or one frame (the sum of the embeddings of Q audio tokens). The
+backbone predicts level 0 of the next frame, or the end of the speech. The depth decoder predicts levels 1 to Q - 1
+from the backbone's hidden state and the codes of lower levels. The logits equal those of CsmForConditionalGeneration
+in transformers. The end of speech is a frame with code K at every level, as CSM expects. N: number of frames that
+train the depth decoder.
 """
 
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ class HierarchicalOutput:
             ids_N = (frames_NQ if level else labels_NQ)[positions_N, level]
             entries_N = vocabulary.entries(ids_N)
             is_end_N = entries_N == vocabulary.codebook_size
-            # The end counts as one target. Its levels above 0 train the decoder, but their losses are not recorded.
+            # The end counts as one target. Losses of its levels above 0 train the decoder, but are not recorded.
             rows_N = torch.where(is_end_N, vocabulary.num_quantizers + (level > 0), level)
             levels_N = torch.full_like(rows_N, level)
             heads.append((logits, Targets(positions_N, entries_N, levels_N, rows_N, admissible_QC)))
@@ -56,7 +56,7 @@ pytree.register_dataclass(HierarchicalOutput)
 
 
 class DepthDecoder(nn.Module):
-    """Small Llama over the levels of a frame. It has the shape ``args.depth``, and an output matrix for each level."""
+    """Small Llama over the levels of a frame. ``args.depth`` sets its size. Each level has an output matrix."""
 
     def __init__(self, args: LlamaMimiArgs) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class HierarchicalLlamaMimi(LlamaMimi):
         self.depth.init_weights(buffer_device)
 
     def flops_per_target(self, seq_len: int) -> int:
-        """Return the training FLOPs per frame, divided by the mean number of targets per frame."""
+        """Return the training FLOPs per target: FLOPs per frame, divided by the mean number of targets per frame."""
         args, depth, Q = self.model_args, self.depth, self.model_args.num_quantizers
         backbone = training_flops(num_weights(self.layers, self.norm, self.output), args, seq_len)
         levels = training_flops(num_weights(depth.layers, depth.norm, depth.projection), depth.args, Q)
@@ -117,17 +117,17 @@ class HierarchicalLlamaMimi(LlamaMimi):
         return round(frame / args.targets_per_frame)
 
     def deep_frames(self, targets_NQ: torch.Tensor) -> torch.Tensor:
-        """Return the positions that train the depth decoder: at least one, because every rank needs all gradients."""
+        """Return the positions that train the depth decoder, or else position 0: every rank needs all gradients."""
         depth_N = (targets_NQ[:, 1:] != IGNORE_INDEX).any(dim=1).nonzero()[:, 0]
         return depth_N if len(depth_N) else depth_N.new_zeros(1)
 
     def forward(  # type: ignore[override]
         self, tokens: torch.Tensor, attention_masks: Any = None, positions: Any = None, *, targets: torch.Tensor
     ) -> HierarchicalOutput:
-        """Return the lazy logits for ids (B, L, Q); negative ids have no embedding.
+        """Return the lazy logits for ids (B, L, Q). Negative ids are skipped when embeddings are summed.
 
         Args:
-            targets: ids (B, L, Q) of the next frames. The depth decoder reads their codes.
+            targets: ids (B, L, Q) of the next frames; the depth decoder reads the codes of these frames.
         """
         B, L, Q = tokens.shape
         targets_NQ = targets.flatten(0, 1)
@@ -146,7 +146,7 @@ class HierarchicalLlamaMimi(LlamaMimi):
 
 
 def prepare_depth_decoder(depth: DepthDecoder, job_config: Any) -> None:
-    """Apply activation checkpointing and compilation to the depth decoder. FSDP shards it with the root module."""
+    """Apply activation checkpointing and compilation to the depth decoder; FSDP shards it with the root module."""
     compilation, checkpointing = job_config.compile, job_config.activation_checkpoint
     is_compiled = compilation.enable and "model" in compilation.components
     if checkpointing.mode != "none":

@@ -19,7 +19,7 @@ from llama_mimi.tokens.vocabulary import AudioVocabulary
 
 @dataclass
 class LlamaMimiArgs(TransformerModelArgs):
-    """Hyperparameters of Llama 3. The settings of a run define ``vocab_size`` and the fields after ``depth``."""
+    """Hyperparameters of Llama 3. `update_from_config` sets ``vocab_size`` and the fields below ``depth``."""
 
     ffn_dim: int = 14336  # width of the feed-forward layers
     rope_theta: float = 500000
@@ -63,7 +63,7 @@ class LlamaMimiArgs(TransformerModelArgs):
 
 
 def training_flops(num_weights: int, args: TransformerModelArgs, seq_len: int) -> int:
-    """Return the FLOPs per position, forward and backward: 6 for each weight of a matrix product, plus attention."""
+    """Return the training FLOPs per position: 6 for each weight of a matrix product, plus the FLOPs of attention."""
     return 6 * num_weights + 6 * args.n_layers * args.n_heads * 2 * (args.dim // args.n_heads) * seq_len
 
 
@@ -74,13 +74,13 @@ def num_weights(*modules: nn.Module | None) -> int:
 class PackedAttention(VarlenAttentionWrapper):
     """Causal attention within each clip of a packed sequence: TorchTitan's kernel on GPUs, else a loop over clips.
 
-    On CPUs the loop is 1 to 2.8 times as fast as attention with a mask (scripts/benchmarks/LEDGER.md).
+    On CPUs, attention with a mask takes 1 to 2.8 times as long as the loop (scripts/benchmarks/LEDGER.md).
     """
 
     def forward(
         self, q_BHLD: torch.Tensor, k_BGLD: torch.Tensor, v_BGLD: torch.Tensor, bounds: VarlenMetadata
     ) -> torch.Tensor:
-        """Return the outputs (B, L, H, D), or (B * L, H, D) from the kernel. H query heads share G key heads."""
+        """Return the outputs: (B, L, H, D) from the loop, (B * L, H, D) from the kernel. G: number of key heads."""
         if q_BHLD.is_cuda and q_BHLD.dtype in (torch.bfloat16, torch.float16):
             return super().forward(q_BHLD, k_BGLD, v_BGLD, bounds)
         B, H, L, D = q_BHLD.shape
@@ -95,7 +95,7 @@ class PackedAttention(VarlenAttentionWrapper):
 
 
 class LlamaMimi(Transformer):
-    """Llama 3 decoder that returns `LazyLogits`. In a packed sequence, a clip begins where ``positions`` is 0."""
+    """Llama 3 decoder that returns `LazyLogits`. In a packed sequence, each clip begins where ``positions`` is 0."""
 
     def __init__(self, model_args: LlamaMimiArgs) -> None:
         super().__init__(model_args)
@@ -120,12 +120,12 @@ class LlamaMimi(Transformer):
     ) -> VarlenMetadata:
         """Return the bounds of the clips in a batch, computed from ``positions`` (B, L) in ``extra_inputs``."""
         if self.model_args.attn_type != "varlen":
-            raise TypeError("a sequence of one clip needs no mask")  # TorchTitan's validator expects this type
+            raise TypeError("a sequence of one clip does not need a mask")  # TorchTitan's validator expects this type
         assert extra_inputs is not None
         positions_BL = extra_inputs["positions"]
         starts_N = (positions_BL.flatten() == 0).nonzero().flatten().to(torch.int32)
         bounds = F.pad(starts_N, (0, 1), value=positions_BL.numel())
-        # An upper bound for all lengths. To compute the maximum, the host would wait for the GPU.
+        # An upper bound for all lengths. To compute the exact maximum, the host would have to wait for the GPU.
         longest = positions_BL.shape[1]
         return VarlenMetadata(cu_seq_q=bounds, cu_seq_k=bounds, max_q=longest, max_k=longest)
 

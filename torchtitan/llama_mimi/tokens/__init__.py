@@ -1,1 +1,1 @@
-"""Conversion of codes to token ids and sequences."""
+"""Conversion of codes to token ids and token sequences."""

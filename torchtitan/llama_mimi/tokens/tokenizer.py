@@ -22,7 +22,7 @@ Batch = tuple[dict[str, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class SpeechTokenizer:
-    """Tokenizer for clips. A position has one id; in the hierarchical architecture it has Q ids, one for each level."""
+    """Tokenizer for clips. A position has one id (flattened) or Q ids, one for each level (hierarchical)."""
 
     text_tokenizer: PreTrainedTokenizerBase
     vocabulary: AudioVocabulary
@@ -30,7 +30,7 @@ class SpeechTokenizer:
 
     @property
     def ids_per_position(self) -> int:
-        """W: number of ids that the model reads and predicts at a position."""
+        """W: number of ids that the model reads and predicts at each position."""
         return 1 if self.architecture == "flattened" else self.vocabulary.num_quantizers
 
     @property
@@ -38,7 +38,7 @@ class SpeechTokenizer:
         return self.vocabulary.num_quantizers // self.ids_per_position
 
     def batch(self, inputs_BLW: torch.Tensor, labels_BLW: torch.Tensor) -> Batch:
-        """Return the inputs of the model by name, and the labels, for a training step."""
+        """For a training step, return the inputs of the model by name, and the labels."""
         if self.architecture == "flattened":
             return {"input": inputs_BLW[..., 0]}, labels_BLW[..., 0]
         return {"input": inputs_BLW, "targets": labels_BLW}, labels_BLW  # the depth decoder also reads the labels
@@ -49,7 +49,7 @@ class SpeechTokenizer:
         return [self.text_tokenizer.bos_token_id, *transcript, self.vocabulary.audio_start_id]
 
     def encode(self, codes_TQ: torch.Tensor, *, is_cut: bool, text: str | None = None) -> torch.Tensor:
-        """Return the ids (L,) of a clip. A cut clip has no ``</audio>``. ``text``: transcript."""
+        """Return the ids (L,) of a clip. A cut clip does not end with ``</audio>``. ``text``: transcript."""
         tail = torch.tensor([] if is_cut else [self.vocabulary.audio_end_id], dtype=torch.long)
         return torch.cat([torch.tensor(self.prefix_ids(text)), self.vocabulary.ids_from_codes(codes_TQ), tail])
 
@@ -67,7 +67,7 @@ def load_speech_tokenizer(
     vocabulary: VocabularyKind = "llama",
     architecture: Architecture = "flattened",
 ) -> SpeechTokenizer:
-    """Load a tokenizer (hub id or folder), and add the audio tokens of a codec if they are missing."""
+    """Load a tokenizer (hub id or folder), and add a codec's audio tokens if these tokens are missing."""
     codebook_size = load_codec_config(codec_name, num_quantizers).codebook_size
     tokenizer = load_pretrained(AutoTokenizer, tokenizer_name, what="tokenizer")
     if vocabulary == "audio":

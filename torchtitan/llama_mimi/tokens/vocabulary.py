@@ -1,8 +1,8 @@
 """Conversion of codec codes to token ids and to text such as ``<5_0>`` (code 5 at level 0), and back.
 
 The codes of a clip are flattened frame by frame. The audio token of code ``c`` at level ``q`` has the id
-``base + c * Q + q``, where ``base`` is the size of the text vocabulary. ``<audio>`` and ``</audio>`` are the last
-ids. Do not change this order, because released Llama-Mimi checkpoints depend on it.
+``base + c * Q + q``, where ``base`` is the size of the text vocabulary. ``<audio>`` and ``</audio>`` have the
+last two ids. Do not change this numbering, because released Llama-Mimi checkpoints depend on it.
 """
 
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ class AudioVocabulary:
         return (self.base + codes_TQ * self.num_quantizers + level_Q).flatten()
 
     def is_audio(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return True for each id of an audio token."""
+        """Return a mask of ids; True for audio tokens."""
         return (ids >= self.base) & (ids < self.audio_start_id)
 
     def level(self, ids: torch.Tensor) -> torch.Tensor:
@@ -77,7 +77,7 @@ def text_from_codes(codes_TQ: torch.Tensor) -> str:
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Tokenise plain text. Strings such as ``<audio>`` or ``<5_0>`` become ordinary text tokens.
 
-    ``split_special_tokens=True`` is not enough, because audio tokens are added tokens, but not special tokens.
+    ``split_special_tokens=True`` is not enough: audio tokens are added to the tokenizer, but not as special tokens.
     """
     backend = tokenizer.backend_tokenizer
     if backend.normalizer is not None:
@@ -116,7 +116,7 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
 def extend_tokenizer(
     tokenizer: PreTrainedTokenizerBase, codebook_size: int, num_quantizers: int
 ) -> tuple[PreTrainedTokenizerBase, AudioVocabulary]:
-    """Add audio tokens to a tokenizer in place; raise a `UserError` if it already has those of another codec."""
+    """Add audio tokens to a tokenizer in place; raise a `UserError` if it has tokens of another codec."""
     K, Q, ids = codebook_size, num_quantizers, tokenizer.get_vocab()
     if AUDIO_START not in ids:
         vocabulary = AudioVocabulary(len(tokenizer), K, Q)
@@ -127,7 +127,7 @@ def extend_tokenizer(
     vocabulary = AudioVocabulary(ids[AUDIO_START] - K * Q, K, Q)
     found = len(tokenizer), ids.get("<0_0>"), ids.get(f"<{K - 1}_{Q - 1}>")
     if found != (vocabulary.size, vocabulary.base, vocabulary.audio_start_id - 1):
-        problem = f"'{tokenizer.name_or_path}' has audio tokens, but not for {Q} quantizers with {K} codes"
-        remedy = "set the codec and num_quantizers of this tokenizer, or run scripts/prepare_base_model.py again"
+        problem = f"the audio tokens of '{tokenizer.name_or_path}' do not fit {Q} quantizers with {K} codes"
+        remedy = "choose the codec and num_quantizers of this tokenizer, or run scripts/prepare_base_model.py again"
         raise UserError(f"{problem}; {remedy}")
     return tokenizer, vocabulary
