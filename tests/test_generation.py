@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import TINY, run_here
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -172,6 +173,23 @@ def test_the_step_of_a_gpu_draws_the_same(codec, architecture, monkeypatch):
         assert all(torch.equal(found[number][0], wanted[number][0]) for number in range(3))
     depth = [4] * (architecture == "hierarchical")
     assert recorded == 2 * [*depth, 16, 32, 64, 128, 256] and compilations.frame_count == len(recorded)
+
+
+def test_int8_weights_change_the_probabilities_little(codec):
+    model = built(codec, "flattened")
+    model.decoder.bfloat16()
+    first, others_LBD = torch.randn(9, 192).bfloat16(), torch.randn(9, 2, 192).bfloat16()
+    log_probs = []
+    with torch.inference_mode():
+        for _ in range(2):
+            (cache,) = model.caches(2, 18)
+            cache.prefill({0: first[:4], 1: first})
+            for inputs_BD in others_LBD:
+                cache.step(inputs_BD)
+            log_probs.append(F.linear(cache.hidden_BD, model.output_rows[0]).float().log_softmax(dim=-1))
+            kv_cache.quantize_layers(model.backbone)
+    divergence = F.kl_div(log_probs[1], log_probs[0], log_target=True, reduction="batchmean")
+    assert 0 < divergence < 0.01, "in nats"
 
 
 def test_caches_of_the_same_size_are_used_again(model):

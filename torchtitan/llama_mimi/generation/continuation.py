@@ -34,14 +34,15 @@ def for_model(options: SamplingOptions, model: SpeechModel) -> Sampling:
     return Sampling(max_frames, min_frames, window_frames, options.temperature, options.top_k, top_p)
 
 
-def checkpoint_note(model: SpeechModel, options: SamplingOptions) -> str | None:
-    """Return a line that lists the unusual defaults of a checkpoint, or None if every default is usual."""
+def settings_note(model: SpeechModel, options: SamplingOptions) -> str:
+    """Return a line with the precision and the device of the decoder, and with unusual defaults of the checkpoint."""
     used = []
     if options.top_p is None and model.top_p != 1:
         used.append(f"--top_p {model.top_p} (its generation config)")
     if options.last_frame is None and model.last_frame != "pad":
         used.append(f"--last_frame {model.last_frame} (a released checkpoint)")
-    return f"defaults of this checkpoint: {', '.join(used)}" if used else None
+    defaults = f"; defaults of this checkpoint: {', '.join(used)}" if used else ""
+    return f"the decoder runs in {model.dtype} on {model.device}{defaults}"
 
 
 def read_prompt(path: str, codec: MimiCodec | None = None) -> Waveform:

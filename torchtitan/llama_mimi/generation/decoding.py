@@ -125,8 +125,7 @@ def _decode(model: SpeechModel, requests: Sequence[Request], sampling: Sampling,
         uniform_BQ, may_end_B = uniform_BQ.to(model.device), may_end_B.to(model.device)
         entries_BQ = model.next_frame(caches, draw).cpu()  # the loop waits for the device once per frame
         if not is_finite:
-            dtype = str(model.decoder.dtype).removeprefix("torch.")
-            raise UserError(f"logits are not finite: the model overflows in {dtype}; choose another --dtype")
+            raise UserError(f"logits are not finite: the model overflows in {model.dtype}; choose another --dtype")
         for place, (row, entries_Q) in enumerate(zip(rows, entries_BQ, strict=True)):
             if row is None:
                 continue

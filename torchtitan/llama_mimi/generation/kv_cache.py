@@ -25,6 +25,24 @@ def product(weight_ND: torch.Tensor, rows_BD: torch.Tensor) -> torch.Tensor:
     return F.linear(rows_BD, weight_ND)
 
 
+def quantize_layers(backbone: PreTrainedModel) -> None:
+    """Add int8 weights to the linear layers. On a CPU, a step uses the int8 weights; `BatchedKVCache.prefill` does not.
+
+    An int8 weight is a rounded float weight divided by the scale of its output.
+    """
+    for linear in backbone.layers.modules():
+        if isinstance(linear, nn.Linear):
+            weight_ND = linear.weight.detach().float()
+            scale_N1 = weight_ND.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
+            linear.int8 = (weight_ND / scale_N1).round().to(torch.int8), scale_N1[:, 0].to(linear.weight.dtype)
+
+
+def _linear(linear: nn.Module, rows_BD: torch.Tensor) -> torch.Tensor:
+    if hasattr(linear, "int8"):
+        return torch._weight_int8pack_mm(rows_BD, *linear.int8)
+    return product(linear.weight, rows_BD)
+
+
 class BatchedKVCache:
     """Key-value cache of one Transformer for B contexts of different lengths. A step adds one position to each context.
 
@@ -45,7 +63,8 @@ class BatchedKVCache:
         self._growth_B = torch.ones_like(self._lengths_B)
         self._rows_B = torch.arange(num_rows, device=backbone.device)
         self._lengths = dict.fromkeys(range(num_rows), 0)  # lengths of the used rows, without waiting for the device
-        self._layer, self._graphs = _layer_step, {}
+        self._layer: Callable[..., torch.Tensor] = _layer_step
+        self._graphs: dict[int, Callable[[], None]] = {}  # by number of visible positions
         if backbone.device.type in GRAPH_DEVICES:
             # One compilation serves all layers of the same shape. Other shapes are compiled separately.
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
@@ -136,7 +155,7 @@ def _layer_step(
     attention, mlp, (B, visible) = layer.self_attn, layer.mlp, (len(hidden_BD), is_seen_B11S.shape[-1])
     normed_BD = _norm(layer.input_layernorm, hidden_BD)
     query_BHd, key_BHd, value_BHd = (
-        product(linear.weight, normed_BD).view(B, -1, attention.head_dim)
+        _linear(linear, normed_BD).view(B, -1, attention.head_dim)
         for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
     keys_BGCd[place] = _rotated(key_BHd, *rotation)
@@ -148,10 +167,10 @@ def _layer_step(
         attended_BGHd = explicit_attention(query_BGHd, *seen, is_seen_B11S)
     else:
         attended_BGHd = F.scaled_dot_product_attention(query_BGHd, *seen, attn_mask=is_seen_B11S)
-    hidden_BD = hidden_BD + product(attention.o_proj.weight, attended_BGHd.reshape(B, -1))
+    hidden_BD = hidden_BD + _linear(attention.o_proj, attended_BGHd.reshape(B, -1))
     normed_BD = _norm(layer.post_attention_layernorm, hidden_BD)
-    gate_BF = mlp.act_fn(product(mlp.gate_proj.weight, normed_BD))
-    return hidden_BD + product(mlp.down_proj.weight, gate_BF * product(mlp.up_proj.weight, normed_BD))
+    gate_BF = mlp.act_fn(_linear(mlp.gate_proj, normed_BD))
+    return hidden_BD + _linear(mlp.down_proj, gate_BF * _linear(mlp.up_proj, normed_BD))
 
 
 def explicit_attention(

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llama_mimi.common.choices import DecoderPrecision, LastFrame
+from llama_mimi.common.choices import GenerationPrecision, LastFrame
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import as_utf8
 
@@ -65,7 +65,8 @@ class ContinuationOptions:
     codec: str | None = None  # hub id or folder of the codec; default: the codec in the config of the model
     codec_sliding_window: bool | None = None  # run the codec with sliding-window attention; default: as in training
     device: str | None = None  # torch device; default: the GPU if there is one, else the CPU
-    dtype: DecoderPrecision = "float32"  # precision of the decoder
+    # precision of the decoder; 'int8' is for CPUs; default: bfloat16 on a GPU, float32 on a CPU
+    dtype: GenerationPrecision | None = None
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
 
     def __post_init__(self) -> None:

@@ -13,11 +13,11 @@ from llama_mimi.common.distributed import broadcast_from_rank0, distributed_cont
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import is_synthetic
 from llama_mimi.generation.continuation import (
-    checkpoint_note,
     continue_codes,
     encode_prompts,
     for_model,
     read_prompt,
+    settings_note,
     with_progress,
 )
 from llama_mimi.generation.decoding import Drawn, Request, decode
@@ -38,18 +38,19 @@ def continue_speech(options: ContinuationOptions) -> None:
             raise UserError(f"--output_file would replace --prompt '{options.prompt}'; choose another name")
 
     with distributed_context(options.device) as ranks:
-        name, device, dtype, window = options.model_name, str(ranks.device), options.dtype, options.codec_sliding_window
-        model = load_speech_model(name, codec_name=options.codec, sliding_window=window, device=device, dtype=dtype)
-        if ranks.rank == 0 and (note := checkpoint_note(model, sampling)):
-            print(note, flush=True)
+        name, codec, window = options.model_name, options.codec, options.codec_sliding_window
+        device, dtype = str(ranks.device), options.dtype
+        model = load_speech_model(name, codec_name=codec, sliding_window=window, device=device, dtype=dtype)
+        if ranks.rank == 0:
+            print(settings_note(model, sampling), flush=True)
         if options.prompts is None or options.output_dir is None:
             if ranks.rank == 0:
                 _continue_prompt(model, options, files)
                 data_dir = "assets/tiny/benchmarks/salmon" if is_synthetic(model.codec.name) else None
-                flags = {"codec": options.codec, "dtype": dtype if dtype != "float32" else None}
+                flags = {"codec": options.codec, "dtype": "bfloat16" if dtype == "int8" else dtype}
                 print_next("python eval/salmon.py", model_name=name, data_dir=data_dir, **flags)
             return
-        made_by = broadcast_from_rank0(lambda: describe_model(name, model, dtype))
+        made_by = broadcast_from_rank0(lambda: describe_model(name, model))
         num_rows = options.batch_size or (64 if ranks.device.type == "cuda" else 8)
         records = continue_folder(model, options.prompts, options.output_dir, sampling, num_rows, ranks, made_by)
     if ranks.rank == 0:
