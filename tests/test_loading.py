@@ -105,7 +105,7 @@ def test_weights_of_other_kinds_are_refused(folder, tmp_path):
     """A codec with one layer too many in the config, and a base model with a missing tensor, are refused."""
     codec = Path(shutil.copytree(TINY / "mimi", tmp_path / "codec"))
     change_config(codec, num_hidden_layers=3)
-    with pytest.raises(UserError, match="is not a complete codec: .* the MimiModel in its config.json .*24 missing"):
+    with pytest.raises(UserError, match="is not a complete codec: .* the MimiModel in config.json .*24 missing"):
         MimiCodec(str(codec), 4)
     base = tmp_path / "base"
     LlamaForCausalLM(AutoConfig.from_pretrained(TINY / "llama")).save_pretrained(base)
