@@ -49,6 +49,7 @@ def test_help(path, monkeypatch, capsys):
     assert end.value.code in (0, None)
     first_sentence = ast.get_docstring(ast.parse(path.read_text())).split("\n")[0]
     assert first_sentence[:30] in shown and shown.count("--") > 2
+    assert "(default: None)" not in " ".join(shown.replace("│", " ").split()), "the text of a flag names its default"
 
 
 SHOW_HELP = """
