@@ -20,7 +20,7 @@ from llama_mimi.checkpoint.csm import csm_config
 from llama_mimi.checkpoint.huggingface import hf_config
 from llama_mimi.common.errors import UserError
 from llama_mimi.generation import kv_cache
-from llama_mimi.generation.continuation import continue_codes, finished, for_model, with_progress
+from llama_mimi.generation.continuation import continue_codes, finished, for_model, print_cut_prompts, with_progress
 from llama_mimi.generation.decoding import FinishReason, Request, Sampling, decode, draw_entries
 from llama_mimi.generation.flattened import FlattenedModel
 from llama_mimi.generation.hierarchical import HierarchicalModel
@@ -307,6 +307,12 @@ def test_past_the_window_the_start_of_the_prompt_and_the_last_frames_are_read(mo
         ((part_TQ, _),) = all_samples(model, [Request(context_TQ, 0)], step, num_rows=1).values()
         codes_TQ, context_TQ = torch.cat([codes_TQ, part_TQ]), torch.cat([context_TQ, part_TQ])
     assert torch.equal(torch.cat([prompt_TQ, new_TQ]), codes_TQ)
+
+
+def test_prompts_that_are_longer_than_the_window_are_counted(model, capsys):
+    print_cut_prompts(model, SamplingOptions(window_seconds=1.28), [16, 17, 40])
+    said = "2 prompts longer than the model's context of 1.3 s: the model sees only the first 0.3 s and the last 0.6 s"
+    assert capsys.readouterr().out == f"{said} of such a prompt\n"
 
 
 def test_text_comes_before_the_speech(codec):

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,15 @@ def settings_note(model: SpeechModel, options: SamplingOptions) -> str:
         used.append(f"--last_frame {model.last_frame} (a released checkpoint)")
     defaults = f"; defaults of this checkpoint: {', '.join(used)}" if used else ""
     return f"the decoder runs in {model.dtype} on {model.device}{defaults}"
+
+
+def print_cut_prompts(model: SpeechModel, options: SamplingOptions, num_frames: Iterable[int]) -> None:
+    """Print how many prompts are longer than the model's context; ``num_frames`` has the frames of each prompt."""
+    window, rate_hz = for_model(options, model).window_frames, model.codec.frame_rate_hz
+    if number := sum(frames > window for frames in num_frames):
+        seen = f"the first {window // 4 / rate_hz:.1f} s and the last {window // 2 / rate_hz:.1f} s"
+        problem = f"prompts longer than the model's context of {window / rate_hz:.1f} s"
+        print(f"{number:,} {problem}: the model sees only {seen} of such a prompt", flush=True)
 
 
 def read_prompt(path: str, codec: MimiCodec | None = None) -> Waveform:

@@ -16,6 +16,7 @@ from llama_mimi.generation.continuation import (
     continue_codes,
     encode_prompts,
     for_model,
+    print_cut_prompts,
     read_prompt,
     settings_note,
     with_progress,
@@ -55,6 +56,9 @@ def continue_speech(options: ContinuationOptions) -> None:
         records = continue_folder(model, options.prompts, options.output_dir, sampling, num_rows, ranks, made_by)
     if ranks.rank == 0:
         failed = [record["error"] for record in records if "error" in record]
+        print_cut_prompts(
+            model, sampling, {record["prompt"]: record.get("prompt_frames", 0) for record in records}.values()
+        )
         samples = f"{len(records) - len(failed):,} samples in {options.output_dir}{without_new_audio(records)}"
         print(f"{samples}; see {options.output_dir / RESULTS}")
         if failed:
@@ -66,6 +70,7 @@ def _continue_prompt(model: SpeechModel, options: ContinuationOptions, files: li
     prompt_TQ = torch.zeros(0, codec.num_quantizers, dtype=torch.long)
     if options.prompt is not None:
         (prompt_TQ,) = encode_prompts(model, [read_prompt(options.prompt, codec)], sampling)
+    print_cut_prompts(model, sampling, [len(prompt_TQ)])
     if options.stream:
         own = for_model(sampling, model)
         drawn = decode(model, [Request(prompt_TQ, sampling.seed, options.text)], own, 1)
@@ -79,8 +84,8 @@ def _continue_prompt(model: SpeechModel, options: ContinuationOptions, files: li
         seconds, new_seconds = (len(c) / codec.frame_rate_hz for c in (prompt_TQ, codes_TQ[len(prompt_TQ) :]))
         written = path if len(codes_TQ) else "no audio"
         print(f"{written}: {seconds:.2f} s of prompt, {new_seconds:.2f} s of continuation")
-        if not new_seconds:
-            print("the model ended the speech at once; set --min_seconds, or cut the prompt within a sentence")
+        if new_seconds < 0.5 <= sampling.seconds:
+            print("the model ended the speech early; set --min_seconds, or cut the prompt within a sentence")
 
 
 def _stream(codec: MimiCodec, prompt_TQ: torch.Tensor, drawn: Drawn, path: Path) -> torch.Tensor:
