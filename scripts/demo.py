@@ -85,7 +85,7 @@ def build_app(gradio: Any, model: Any) -> Any:
     }
     sound = gradio.Audio(streaming=True, autoplay=True, label="Continuation", buttons=["download"])
     state = gradio.Textbox(label="State", lines=2, elem_id="state")
-    text = {"title": "Llama-Mimi", "description": "Record the beginning; the model continues it in the same voice."}
+    text = {"title": "Llama-Mimi", "description": "Record a prompt; the model continues it in the same voice."}
     options = {"submit_btn": "Continue", "flagging_mode": "never", "delete_cache": (600, 3600)}  # in seconds
     return gradio.Interface(answer, [prompt, *sliders.values()], [sound, state], **text, **options)
 

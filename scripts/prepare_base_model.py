@@ -3,9 +3,10 @@
     uv run python scripts/prepare_base_model.py --base_model meta-llama/Llama-3.2-1B --num_quantizers 4 \\
         --output_dir models/Llama-3.2-1B-mimi-q4
 
-The large configs read the result from `model.hf_assets_path`. With `--random_weights`, the base model needs only a
-config.json and a tokenizer. The script then does not write weights, and training starts from random weights.
-`--vocabulary audio` removes the text tokens, for `model.vocabulary = "audio"`. Embeddings of kept tokens do not change.
+The large configs load the prepared model from the folder `model.hf_assets_path`. With `--random_weights`, the base
+model needs only a config.json and a tokenizer. The script then does not write weights, and training starts from random
+weights. `--vocabulary audio` removes the text tokens, for `model.vocabulary = "audio"`. Embeddings of kept tokens do
+not change.
 """
 
 from dataclasses import dataclass

@@ -53,7 +53,7 @@ def push_to_hub(upload: Upload) -> None:
     files[CARD] = card.content.encode()
     if dry_run is not None:
         if dry_run.exists():
-            raise UserError(f"the --dry_run folder '{dry_run}' already exists; choose a new folder")
+            raise UserError(f"the --dry_run folder '{dry_run}' already exists; set --dry_run to a new folder")
         try:
             dry_run.mkdir(parents=True)
             for name, content in files.items():
@@ -76,7 +76,8 @@ def push_to_hub(upload: Upload) -> None:
 def without_folders(value: Any) -> Any:
     """Shorten the local paths in a JSON value to their last component, to hide the folders of this machine.
 
-    A local path is absolute, begins with ``~``, or contains ``..`` or ``file://``. Commas separate paths in a string.
+    A local path is absolute, begins with ``~``, or contains ``..`` or ``file://``. A string can contain several paths,
+    separated by commas.
     """
     if isinstance(value, dict):
         return {key: without_folders(item) for key, item in value.items()}
@@ -90,7 +91,7 @@ def without_folders(value: Any) -> Any:
 
 
 def write_card(model: Path, folders: Sequence[Path]) -> Any:
-    """Return a model card with the training settings and the results. Results of other weights are left out."""
+    """Return a model card with the training settings and the results. Results of other models are left out."""
     from huggingface_hub import ModelCard
 
     from llama_mimi.audio.mimi import codec_hash, local_codec

@@ -30,8 +30,8 @@ def main(
     Args:
         file: TOML file of the study
         plan: print the variants with their FLOPs and GPU hours, and exit
-        slurm: print two sbatch commands that run the study as an array of jobs, and exit
-        part: number of a run; train and score only this run (for a job of the array)
+        slurm: print two sbatch commands that run the study as a SLURM job array, and exit
+        part: index of a run, from 0; train and score only this run, as a job of the array does
         report_only: write the report of the finished runs, and exit
         tflops: assumed speed of a GPU for --plan, in TFLOP/s; default: 40 % of an H100's peak in bfloat16
     """
@@ -68,7 +68,7 @@ def main(
         if part is None:
             judge(study)
         elif failed := read_record(study, runs[part])["failed"]:
-            raise UserError(f"{failed['step']} failed: {failed['why']}; fix the cause and re-run the command")
+            raise UserError(f"{failed['step']} failed: {failed['why']}; fix this error and re-run the command")
         else:
             return
     lines = write_index(study)

@@ -91,8 +91,8 @@ def test_a_salmon_index_may_have_several_negatives_and_an_aggregate_part_is_left
 def test_an_odd_file_out_is_named(copied):
     for folder, odd, message in (
         ("salmon", "speaker_consistency/sample_200_0.ogg", "sample_200_0.ogg' is the only file with its index"),
-        ("sLM21", "lexical/dev/other.ogg", "'other' must name one row of"),
-        ("storycloze", "200_fitting.ogg", "odd number of files, up to '200_fitting.ogg'"),
+        ("sLM21", "lexical/dev/other.ogg", "must each contain 'other' once"),
+        ("storycloze", "200_fitting.ogg", r"odd number of files \(last: '200_fitting.ogg'\)"),
     ):
         root = copied(folder)
         shutil.copy(TINY / "prompt.wav", root / odd)
@@ -139,7 +139,7 @@ def test_syntactic_groups_are_types_subtypes_and_ids(tmp_path):
     groups = Counter(pair.group for pair in read_slm21(str(tmp_path)).pairs)
     assert groups == {"agreement__0": 2, "binding__0": 2, "agreement__1": 2}
     for changed, message in (
-        ([*rows, *rows[:2]], "'s0A0' must name one row of"),
+        ([*rows, *rows[:2]], "must each contain 's0A0' once"),
         ([rows[0], *rows[2:4], rows[1], *rows[4:]], "must have the same id and voice, and one must be correct"),
     ):
         write_gold(folder / "gold.csv", header, changed)
@@ -154,7 +154,7 @@ def test_a_damaged_gold_file_is_named(tmp_path):
         ("a,0,A,many,1\nb,0,A,,0", "the frequency 'many' is not a count"),
         ("a,0,A,-3,1\nb,0,A,,0", "the frequency '-3' is not a count"),
         ("a,0,A,1,1\nb,0", "must have rows with the columns correct, filename"),
-        ("a,0,A,1,1", "'b' must name one row of"),
+        ("a,0,A,1,1", "must each contain 'b' once"),
     ):
         (folder / "gold.csv").write_text(f"filename,id,voice,frequency,correct\n{lines}\n")
         with pytest.raises(UserError, match=message):

@@ -117,7 +117,7 @@ def test_a_sample_with_bad_clips_by_chance_is_accepted(fraction, num_ended):
 
 
 def test_a_corpus_without_a_usable_clip_ends(tmp_path, codec, tokenizer):
-    with pytest.raises(UserError, match="6 of 6 clips .* could not be used .* fix the corpus$"):
+    with pytest.raises(UserError, match="6 of 6 clips .* could not be used .* repair or remove these clips$"):
         next(iter(speech_loader(write_corpus(tmp_path, [b"no audio"] * 6), codec, tokenizer, 1.0)))
 
 

@@ -373,7 +373,7 @@ def test_damaged_stores_are_refused_at_the_start(damage, message, store, tmp_pat
 def test_a_store_is_a_folder_by_tokenisation_and_has_no_splits(store, tmp_path, world_of_one):
     (tmp_path / "manifest.json").write_text('{"audio_filepath": "a.wav"}\n{"audio_filepath": "b.wav"}\n')
     assert not is_store(str(tmp_path)) and not is_store("peoples_speech")
-    with pytest.raises(UserError, match="is a tokenised corpus without splits; unset dataset_path and the split"):
+    with pytest.raises(UserError, match="is a tokenised corpus without splits; remove dataset_path and the split"):
         config(store, "--data.split", "train")
 
 

@@ -155,7 +155,7 @@ def test_configs_of_the_first_release_are_told_what_keys_and_datasets_are_called
         with pytest.raises(AttributeError):
             reduce(getattr, old.split("."), job_config)
     for section in ("training", "validation"):
-        with pytest.raises(UserError, match="of the first release; set dataset to 'librispeech_clean_test'"):
+        with pytest.raises(UserError, match="first release of Llama-Mimi; set dataset to 'librispeech_clean_test'"):
             checked_config(tiny_with(f"--{section}.dataset", "librispeech_asr_test"))
     assert {name for name in RELEASED_NAMES.values() if name.startswith("'")} <= {f"'{name}'" for name in CORPORA}
 

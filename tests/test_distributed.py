@@ -27,7 +27,7 @@ sys.argv[1:] = ["--job.config_file", "config/tiny.toml"]
 
 def test_one_gpu_for_several_ranks_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
-    with pytest.raises(UserError, match="--device cuda:0 is one GPU for 8 ranks; use --device cuda"):
+    with pytest.raises(UserError, match="--device cuda:0 names one GPU for all 8 ranks; use --device cuda"):
         DistributedContext("cuda:0")
 
 

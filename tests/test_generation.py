@@ -247,7 +247,7 @@ def test_a_model_that_overflows_says_so(codec):
     model = built(codec, "flattened", n_layers=1)
     with torch.no_grad():
         model.backbone.norm.weight.fill_(torch.inf)
-    with pytest.raises(UserError, match="overflows in float32; choose another --dtype"):
+    with pytest.raises(UserError, match="overflows in float32; set --dtype float32, or use another checkpoint"):
         continue_codes(model, PROMPT, SamplingOptions())
 
 

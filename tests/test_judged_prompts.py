@@ -113,12 +113,12 @@ def test_skipped_recordings_are_counted_and_few_may_be_unreadable(tmp_path, caps
     assert [prompt.name for prompt in prompts.prompts] == [f"row-{number:06d}" for number in (0, *range(3, 10))]
     assert "8 prompts; skipped recordings: too short 1, unreadable 1" in capsys.readouterr().out
     path = corpus(tmp_path / "odd.parquet", [*rows, damaged])
-    with pytest.raises(UserError, match=r"2 of 11 recordings of .* cannot be read, more than 10 %; fix the files"):
+    with pytest.raises(UserError, match=r"2 of 11 recordings of .* cannot be read, more than 10 %; replace or remove"):
         make_prompts(tmp_path / "odd", PromptOptions(corpus=path))
 
 
 def test_wrong_options_of_prompts_are_refused(tmp_path):
-    with pytest.raises(UserError, match="--recording_seconds is 70; set .* to 2 or more, up to 60"):
+    with pytest.raises(UserError, match="--recording_seconds is 70; set .* from 2 to 60"):
         options(recording_seconds=70)
     with pytest.raises(UserError, match="lacks a readable recording of at least 50 s; reduce"):
         make_prompts(tmp_path, options(recording_seconds=50))
@@ -187,7 +187,7 @@ def test_files_of_another_system_are_continuations(prompts, others):
     ("mistake", "message"),
     [
         ("missing", "lacks files for 1 of 6 prompts, such as '{}'; add the files"),
-        ("{}_0.wav", "are sample 0 of '{}'; remove one file"),
+        ("{}_0.wav", "are both sample 0 of '{}'; remove one of the two files"),
         ("notes_7.wav", "notes_7.wav' does not have the name of a prompt; rename"),
         ("1/{}.wav", "{}.wav' is not readable audio"),
     ],

@@ -59,7 +59,7 @@ def test_a_dry_run_writes_what_would_be_uploaded(model, tmp_path, capsys):
     loaded = LlamaForCausalLM.from_pretrained(tmp_path / "dry")
     assert torch.isfinite(loaded(torch.tensor([[0, 1]])).logits).all()
     assert "<audio>" in AutoTokenizer.from_pretrained(tmp_path / "dry").get_vocab()
-    with pytest.raises(UserError, match="already exists; choose a new folder"):
+    with pytest.raises(UserError, match="already exists; set --dry_run to a new folder"):
         push_to_hub(Upload(model, "me/mine", (of_model,), dry_run=tmp_path / "dry"))
 
 

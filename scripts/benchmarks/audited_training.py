@@ -19,7 +19,7 @@ train_step = Trainer.train_step
 
 
 def frame_numbers(codes_TQ: np.ndarray) -> list[int]:
-    """Return frame numbers. The codes of a frame are the base-256 digits of its number, and level 0 is the lowest."""
+    """Return frame numbers. The codes of a frame are the base-256 digits of its number; level 0 is the last digit."""
     return (codes_TQ.astype(np.int64) @ 256 ** np.arange(codes_TQ.shape[1])).tolist()
 
 

@@ -89,7 +89,7 @@ def read_clips(reader: AudioReader, limit: int) -> Iterator[AudioClip]:
     for row in itertools.islice(rows, limit):
         (clip,) = reader.clips(row)
         if not isinstance(clip, AudioClip):
-            raise UserError(f"{clip.message}; choose another corpus")
+            raise UserError(f"{clip.message}; set --corpus to a corpus of valid clips")
         yield clip
 
 
@@ -154,7 +154,7 @@ def print_rates(flags: DataFlags, folder: Path) -> None:
     rate = {name: statistics.median(values) for name, values in results.items()}
     needed = GPU_TOKENS_PER_S / (codec.frame_rate_hz * flags.num_quantizers)
     print(f"\nThe shard loader is {rate[CODES] / rate[BASELINE]:,.0f} times as fast as the baseline.")
-    print(f"A training step at {GPU_TOKENS_PER_S:,} tokens/s spends a fraction of its time in the shard loader:")
+    print(f"At {GPU_TOKENS_PER_S:,} tokens/s, the shard loader takes this fraction of the time of a training step:")
     percents = [f"{100 * needed / rate[name]:.2f} %" for name in (LONG_CODES, CODES)]
     print(f"{percents[0]} with simulated lengths, {percents[1]} with the lengths of the corpus\n")
 
@@ -231,7 +231,7 @@ def print_useful_fractions(flags: DataFlags, folder: Path) -> None:
 
 
 def print_sizes(flags: DataFlags, folder: Path) -> None:
-    """Measure memory, start-up and state with 1,000 to 1,000,000 clips. All shards are links to the first shard."""
+    """Measure memory, start-up time and state size with 1,000 to 1,000,000 clips. All shards link to the first."""
     print("| clips | start-up to the first batch | peak memory | state |\n|---|---|---|---|")
     clips = random_clips(speech_lengths(CLIPS_PER_SHARD), load_codec_config(flags.codec, STORED_LEVELS))
     for number in (1000, 10_000, 100_000, 1_000_000):
@@ -243,7 +243,7 @@ def print_sizes(flags: DataFlags, folder: Path) -> None:
 
 
 def probe(corpus_of_codes: str, **values: Any) -> tuple[int, float, float, float, int]:
-    """Return the number of clips, start-up time (s), memory before loading (MB), peak memory (MB), and state (B)."""
+    """Return the number of clips, start-up time (s), memory before loading (MB), peak memory (MB), state size (B)."""
     flags = DataFlags(**values)
     flags.speech_tokenizer()
     before_mb, start = peak_mb(), time.perf_counter()

@@ -1,10 +1,10 @@
 """Measure the speed of benchmark scoring: one clip at a time, in batches, and with cached codes.
 
     uv run python scripts/benchmarks/bench_eval.py --model_name models/tiny
-    uv run python scripts/benchmarks/bench_eval.py --random_1b --dtype bfloat16 --pairs 100  # GPU, without a network
+    uv run python scripts/benchmarks/bench_eval.py --random_1b --dtype bfloat16 --pairs 100  # GPU, no internet
 
-"One clip at a time" is the method of the first release. It uses only `transformers`: it reads and encodes a clip,
-writes the codes as text, calls the tokenizer, computes all logits, and averages the loss over the labels. Each
+"One clip at a time" is the method of the first release of Llama-Mimi. It uses only `transformers`: it reads and encodes
+a clip, writes the codes as text, calls the tokenizer, computes all logits, and averages the loss over the labels. Each
 measurement runs in a new process. The process loads the model before the clock starts. The methods alternate. Batches
 use the preset "official", because the preset "original" encodes one clip at a time. The scores of "one clip at a time"
 and the scores of the preset "original" must differ by at most 1e-4.
@@ -83,7 +83,7 @@ def bench_eval(options: Options, random_1b: bool = False, repeats: int = 3) -> N
 def measure_benchmark(
     options: Options, benchmark: str, folder: Path, repeats: int
 ) -> tuple[dict[str, float], list[str]]:
-    """Measure one benchmark and print its table row; return each method's pairs per second, and score comparisons."""
+    """Measure a benchmark and print its table row; return each method's speed (pairs/s), and comparisons of scores."""
 
     def run(method: str, cache: str, own: Options = options) -> dict[str, Any]:
         return measure(score, benchmark=benchmark, method=method, folder=folder / cache, **vars(own))
@@ -102,7 +102,7 @@ def measure_benchmark(
     original = run("original", benchmark)["scores"]
     largest = max(abs(a - b) for a, b in zip(scores[ALONE], original, strict=True))
     if options.dtype == "float32" and largest > 1e-4:
-        problem = f"{benchmark}: scores of one clip at a time and scores of the preset 'original'"
+        problem = f"{benchmark}: the scores of the method '{ALONE}' and of the preset 'original'"
         raise UserError(f"{problem} differ by {largest:.1e}, more than 1e-4; report this bug")
     checks = [f"{benchmark}, one clip at a time and preset 'original': {compare(scores[ALONE], original)}"]
     for dtype in set(get_args(DecoderPrecision)) - {options.dtype}:
@@ -152,7 +152,7 @@ def score(
 def score_alone(
     content: bytes, decoder: LlamaForCausalLM, tokenizer: Any, codec: MimiModel, levels: tuple[int, ...] | None
 ) -> float:
-    """Score a clip with the method of the first release; a higher score means a higher likelihood."""
+    """Score a clip with the method of the first release of Llama-Mimi; a higher score means a higher likelihood."""
     Q = decoder.config.num_quantizers
     samples_S = read_audio(content, codec.config.sampling_rate, max_seconds=MAX_AUDIO_SECONDS).samples_S
     codes_QT = codec.encode(samples_S[None, None].to(decoder.device), num_quantizers=Q).audio_codes[0]

@@ -1,4 +1,4 @@
-"""Compare the generation speed of this project, stock ``generate``, the backbone alone, and the first release.
+"""Compare the generation speed of this project, ``generate``, the backbone alone, and Llama-Mimi's first release.
 
     uv run python scripts/benchmarks/bench_generation.py
 
@@ -90,8 +90,8 @@ def bench_generation(
         print(f"| {name} | {median_and_range(values, 1)} | {ratios} | {median[name] / real_time:.2f} |")
     num_bytes = sum(p.numel() * p.element_size() for p in model.backbone.layers.parameters())
     used, possible = num_bytes * median[OURS], bandwidth()
-    print(f"\nThis loop reads {num_bytes / 1e9:.2f} GB of layer weights for each token, {used / 1e9:,.1f} GB/s.")
-    print(f"This speed is {100 * used / possible:.0f} % of the memory bandwidth, {possible / 1e9:,.0f} GB/s.")
+    print(f"\nThis loop reads {num_bytes / 1e9:.2f} GB of layer weights for each token ({used / 1e9:,.1f} GB/s).")
+    print(f"This speed is {100 * used / possible:.0f} % of the memory bandwidth ({possible / 1e9:,.0f} GB/s).")
     for seconds in stream_seconds:
         print(f"peak memory, tiny shape, stream of {seconds:g} s: {measure(stream_memory, seconds=seconds):,.0f} MB")
     for number in prompts:
@@ -188,7 +188,7 @@ def ours(model: FlattenedModel, new_frames: int, batch_size: int) -> None:
 
 
 def streamed(model: FlattenedModel, new_frames: int, first_audio: list[float], window_frames: int = 10**6) -> None:
-    """Generate and decode frame by frame; append the seconds until the first new audio to ``first_audio``."""
+    """Generate and decode frame by frame; append the time to the first new audio (s) to ``first_audio``."""
     start = time.perf_counter()
     stream = DecodingStream(model.codec)
     stream.decode(prompt_of(model))

@@ -5,9 +5,9 @@
 
 SciPy resamples the speech to each source rate. A speed is the median of --repeats runs on one core, in audio-seconds
 per second.
-Tones measure the quality of resampling. The first number is the gain of a tone at 90 % of the lower Nyquist frequency.
-The second number is the level of the strongest wrong component. In upsampling, this component is an image of the same
-tone. In downsampling, it is the alias of a tone at 110 % of the lower Nyquist frequency.
+Tones measure the quality of resampling. The first number in dB is the gain of a tone at 90 % of the lower Nyquist
+frequency. The second number in dB is the level of the strongest unwanted component. In upsampling, this component is an
+image of the same tone. In downsampling, it is the alias of a tone at 110 % of the lower Nyquist frequency.
 """
 
 import io

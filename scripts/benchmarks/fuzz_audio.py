@@ -1,11 +1,11 @@
-"""Read mutated audio files. Each file must give a clip, or an error with a reason.
+"""Read mutated audio files. For each file, the reader must return a clip or raise an error with a reason.
 
     uv run python scripts/benchmarks/fuzz_audio.py --num_files 10000 --seed 0
 
-Speech is written in every supported format and then damaged: bits are flipped, ends are cut, header fields get odd
-values, and parts are swapped, repeated or moved to another file. With the same seed, file ``i`` always has the same
-mutations. Child processes read the files. A fault is a crash, or a read that takes more than --max_seconds or
---max_megabytes.
+Speech is written in every supported format and then damaged: bits are flipped, the start or the end is cut off,
+header fields get odd values, and parts are swapped, repeated or moved to another file. With the same seed, file ``i``
+always has the same mutations. Child processes read the files. A fault is a crash, or a read that takes more time than
+--max_seconds or more memory than --max_megabytes.
 """
 
 import io
@@ -83,7 +83,7 @@ def fuzz_audio(
     print(f"\nslowest file: {slowest:.2f} s; largest increase of memory: {largest:,.0f} MB")
     if num_faults := sum(number for kind, number in counts.items() if kind.startswith("FAULT")):
         raise UserError(
-            f"{num_faults:,} of {num_files:,} files caused a fault; see the output lines with FAULT, and fix the reader"
+            f"{num_faults:,} of {num_files:,} files caused a fault (see FAULT above); fix llama_mimi/audio/reading.py"
         )
 
 

@@ -7,9 +7,9 @@
     uv run python scripts/benchmarks/kill_runs.py --of study --kills 5 --seed 0 --max_seconds 90 --folder outputs/kills
 
 SIGKILL ends the command. The command is started again on 1 to 4 ranks until it finishes. If the command finishes before
-the last kill, its output is removed and it starts from the beginning. Shards, WAV files or the report are compared with
-the output of a run without kills. Training (tiny config, packed sequences) records the frame numbers of every step.
-The recorded numbers are compared with the frames before the data position of the last checkpoint.
+the last kill, its output is removed and the command starts from the beginning. The shards, WAV files or report are
+compared with the output of a run without kills. Training (tiny config, packed sequences) records the frame numbers of
+every step. The recorded numbers are compared with the frames before the data position of the last checkpoint.
 """
 
 import contextlib
@@ -192,7 +192,7 @@ def kill_tokenization(flags: KillFlags) -> tuple[str, bool]:
     finishes = kill_until_finished(flags, lambda ranks, _: tokenization(corpus, output, ranks), output, check)
     found = {path.name for path in output.glob("shard-*.parquet")}  # `check` has compared them
     lost, total = (sum(len(expected[name]) for name in names) for names in (expected.keys() - found, expected))
-    return f"{flags.layout}, finished {finishes} times; {lost} of {total} clips lost, 0 twice", found == expected.keys()
+    return f"{flags.layout}, finished {finishes} times; {lost}/{total} clips lost, 0 repeated", found == expected.keys()
 
 
 def kill_continuation(flags: KillFlags) -> tuple[str, bool]:
@@ -216,7 +216,7 @@ def kill_continuation(flags: KillFlags) -> tuple[str, bool]:
     lines = Counter(json.loads(line)["file"] for line in (killed / "results.jsonl").read_text().splitlines())
     lost, twice = len(expected.keys() - lines.keys()), lines.total() - len(lines)
     others = sum(found.get(name) != content for name, content in expected.items())
-    samples = f"{lost} of {len(expected)} samples lost, {twice} twice, {others} with other bytes"
+    samples = f"{lost} of {len(expected)} samples lost, {twice} repeated, {others} with other bytes"
     return f"finished {finishes} times; {samples}", found == expected and not lost + twice
 
 
@@ -261,7 +261,7 @@ def kill_training(flags: KillFlags) -> tuple[str, bool]:
     used, expected = frames_of_steps(audit), frames_of_position(output, codes / "train")
     lost, twice = (expected - used).total(), (used - expected).total()
     resumes = f"resumed from {len(set(resumed)) - 1} checkpoints on 1 to 4 ranks; {last_step(output)} steps"
-    frames = f"{used.total():,} frames, {used.total() / len(used):.2f} epochs; {lost} frames lost, {twice} twice"
+    frames = f"{used.total():,} frames, {used.total() / len(used):.2f} epochs; {lost} frames lost, {twice} repeated"
     return f"{resumes} used {frames}", not lost + twice
 
 

@@ -155,7 +155,7 @@ def trainer(job_config: Any, method: str) -> Step:
 
 
 def register_stock(job_config: Any) -> None:
-    """Register TorchTitan's own Llama 3 and loss for this project's batches. Its embeddings are not tied."""
+    """Register TorchTitan's own Llama 3 and loss for this project's batches. The model's embeddings are not tied."""
     flavor = job_config.model.flavor
     values = vars(FLAVORS[flavor]) | {"vocab_size": build_speech_tokenizer(job_config).vocabulary.size}
     names = {field.name for field in dataclasses.fields(TransformerModelArgs)}

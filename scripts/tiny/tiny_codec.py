@@ -32,7 +32,7 @@ def tiny_mimi_config(codebook_size: int) -> MimiConfig:
     """Return the configuration of a codec with 24 kHz, 12.5 frames/s, 8 levels and 1.8 million parameters.
 
     The strides are in the reverse order of Mimi's strides. This order halves the computation. The attention window is
-    as long as a training crop, so that long clips are not harder than crops.
+    as long as a training crop, so that the codec reconstructs long clips as well as crops.
     """
     filters = {"num_filters": 16, "hidden_size": 128, "upsampling_ratios": [4, 5, 6, 8], "frame_rate": 12.5}
     books = {"codebook_size": codebook_size, "codebook_dim": 32, "vector_quantization_hidden_dimension": 32}
@@ -212,7 +212,7 @@ def save_half(model: MimiModel, folder: Path) -> None:
 
 
 def save_in_float16(model: PreTrainedModel, folder: Path) -> None:
-    """Save a model in float16. With its config, `transformers` loads the model in float32."""
+    """Save a model in float16, with a config that makes `transformers` load the model in float32."""
     model.half().save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=2) + "\n")
@@ -242,5 +242,5 @@ def read_clips(corpus: str, sample_rate_hz: int) -> list[LabelledClip]:
         else:
             print(f"skipped: {clip.message}", flush=True)
     if not clips:
-        raise UserError(f"all clips of the corpus '{corpus}' were skipped; choose another corpus")
+        raise UserError(f"all clips of '{corpus}' were skipped (see the lines above); choose a corpus of valid clips")
     return clips

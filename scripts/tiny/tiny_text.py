@@ -180,7 +180,7 @@ BANNED |= {"mormer", "nasty", "vested", "middle", "copious", "gitler", "sodger",
 
 
 def _changeable(word: str) -> list[int]:
-    """Return the positions at which another vowel or consonant would leave the word pronounceable."""
+    """Return the positions of vowels and consonants that can be replaced while the word stays pronounceable."""
     vowels = "aeiouy"
     places = []
     for i, letter in enumerate(word):

@@ -109,7 +109,7 @@ class CodecRun:
         self.step += 1
         if not torch.isfinite(norm):
             problem = f"the gradient norm of step {self.step} is {norm.item()}"
-            remedy = f"set --learning_rate below {self.flags.learning_rate:g}, and choose another --output_dir"
+            remedy = f"set --learning_rate below {self.flags.learning_rate:g}, and --output_dir to a new folder"
             raise UserError(f"{problem}; {remedy}")
         self.optimizer.step()
         values = {"spectral": spectral, "waveform": waveform, "commitment": commitment, "gradient_norm": norm}
@@ -146,7 +146,7 @@ class CodecRun:
             state = torch.load(self.path, map_location=self.device, weights_only=True)
             if state["settings"] != self.settings:
                 problem = f"'{self.path}' was written with other settings ({state['settings']})"
-                raise UserError(f"{problem}; repeat these settings or choose another --output_dir")
+                raise UserError(f"{problem}; run again with the saved settings, or set --output_dir to a new folder")
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.step = state["step"]

@@ -1,4 +1,4 @@
-"""Train the small ASR model or the small speaker encoder of assets/tiny, for evaluation without a network.
+"""Train the small ASR model or the small speaker encoder of assets/tiny, for evaluation without internet.
 
 uv run python scripts/tiny/train_tiny_listeners.py --listener recogniser \\
     --corpus "assets/tiny/corpus/train-*.parquet" --output_dir assets/tiny/recogniser
@@ -60,7 +60,7 @@ def normalize(text: str) -> str:
 
 
 def set_filter_bank(weight_C1K: torch.Tensor) -> None:
-    """Set kernels to windowed cosines, `PHASES` for each frequency. Frequencies are evenly spaced on the mel scale."""
+    """Set kernels to windowed cosines: `PHASES` phases per frequency, frequencies evenly spaced on the mel scale."""
     C, _, K = weight_C1K.shape
     low, high = (math.log1p(hz / 700) for hz in FREQUENCIES_HZ)
     hz_C = 700 * torch.linspace(low, high, C // PHASES).expm1().repeat_interleave(PHASES)
@@ -159,7 +159,9 @@ def train_listener(listener: Literal["recogniser", "speaker_encoder"], corpus: s
         loss = model(**draw(batch_size)).loss
         optimizer.zero_grad()
         if not loss.isfinite():
-            raise UserError(f"the loss of step {step} is {loss.item()}; lower the learning rate in RECIPES")
+            raise UserError(
+                f"the loss of step {step} is {loss.item()}; lower the learning rate in RECIPES in this script"
+            )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()

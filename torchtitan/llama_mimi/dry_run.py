@@ -1,4 +1,4 @@
-"""Implementation of scripts/dry_run.py: rank 0 of many GPUs takes one training step on fake tensors."""
+"""Implementation of scripts/dry_run.py: one training step of rank 0 among many GPUs, on fake tensors."""
 
 import contextlib
 import copy
@@ -47,25 +47,25 @@ compute_shape = ShardingPropagator._propagate_tensor_meta_non_cached
 
 
 def untracked_shape(*args: Any) -> Any:
-    """Compute a DTensor's shape outside the memory tracker. The tracker would count unsharded tensors."""
+    """Compute a DTensor's shape outside the memory tracker, because the tracker would count unsharded tensors."""
     with _disable_current_modes():
         return compute_shape(*args)
 
 
 class HalfPrecisionAttention(nn.Module):
-    """Attention with the operator of GPUs. Activation checkpointing does not support the operator of CPUs."""
+    """Attention that uses the GPU operator. Activation checkpointing does not support the CPU operator."""
 
     def forward(self, q_BHLD: torch.Tensor, k_BGLD: torch.Tensor, v_BGLD: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         return torch.ops.aten._scaled_dot_product_flash_attention(q_BHLD, k_BGLD, v_BGLD, is_causal=True)[0]
 
 
 def nonzero(mode: FakeTensorMode, func: Callable, condition: torch.Tensor) -> torch.Tensor:
-    """Treat every element as nonzero. The dry run then uses the maximum number of targets."""
+    """Treat every element as nonzero, so that the dry run uses the maximum number of targets."""
     return condition.new_empty((condition.numel(), condition.ndim), dtype=torch.long)
 
 
 class FusedRMSNorm(torch.autograd.Function):
-    """RMSNorm that saves the same tensors as the fused operator of GPUs. On CPUs, PyTorch saves float32 copies."""
+    """RMSNorm that saves the same tensors as the fused GPU operator. On CPUs, PyTorch saves float32 copies."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, shape: list[int], weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -97,7 +97,7 @@ def no_content() -> Iterator[None]:
 
 
 def prepare(args: list[str], num_gpus: int) -> tuple[Any, ParallelDims]:
-    """Check a config, and build its meshes as rank 0 of a fake process group."""
+    """Check a config, and build the device meshes as rank 0 of a fake process group."""
     os.environ["WORLD_SIZE"] = str(num_gpus)
     job_config = parse_config(args)
     parallelism, converters = job_config.parallelism, job_config.model.converters

@@ -44,7 +44,7 @@ class Model:
     """Architecture; 'flattened': a decoder over tokens; 'hierarchical': a decoder over frames and one over levels"""
 
     depth_train_fraction: float = 1.0
-    """Fraction of frames that train the depth decoder (hierarchical architecture); each epoch samples new frames"""
+    """Fraction of frames that train the depth decoder (hierarchical architecture), drawn again in each epoch"""
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Codec:
     """Precision of the codec; bfloat16 changes about 2 % of the codes"""
 
     sliding_window: bool = True
-    """Limit the codec's attention to 10 s, as in Mimi's training; false: unlimited, as in the first release"""
+    """Limit the codec's attention to 10 s, as in Mimi's training; false: unlimited, as in Llama-Mimi's first release"""
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Data:
     """Maximum length of a clip, in seconds; longer clips are cut after a whole frame and end without </audio>"""
 
     packing: Literal["pad", "pack"] = "pad"
-    """Content of a training sequence; 'pad': one clip and padding; 'pack': several clips with separate attention"""
+    """Content of a training sequence; 'pad': one clip and padding; 'pack': clips that do not attend to each other"""
 
     weights: list[float] = field(default_factory=list)
     """Fraction of audio time from each corpus in training.dataset; empty: each corpus in proportion to its size"""
@@ -100,8 +100,8 @@ class Data:
     """Column with transcripts; used only for the task 'tts'"""
 
     shuffle_window: int = 4096
-    """Number of clips that are shuffled together, at least one row group; each worker keeps this number of clips in
-    memory (1 GB by default)"""
+    """Number of clips to shuffle together (at least one row group); each worker keeps these clips in memory
+    (1 GB by default)"""
 
     max_skip_fraction: float = 0.01
     """Maximum fraction of unusable clips; training stops if the fraction is higher. The fraction is checked after 100

@@ -26,7 +26,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def load_codec_config(name: str, num_quantizers: int) -> MimiConfig:
-    """Load the configuration of a codec; raise a `UserError` if the codec is missing or lacks these levels."""
+    """Load a codec's configuration; raise a `UserError` if the codec is missing or lacks ``num_quantizers`` levels."""
     config = load_pretrained(MimiConfig, name, what="codec")
     if not config.num_semantic_quantizers <= num_quantizers <= config.num_quantizers:
         levels = f"{config.num_semantic_quantizers} to {config.num_quantizers} levels"
@@ -56,15 +56,15 @@ def whole_frames(seconds: float, config: MimiConfig, setting: str = "data.max_au
 
 
 def is_released(config: PreTrainedConfig) -> bool:
-    """Return True if a config lacks an entry for the sliding window, as in checkpoints of the first release."""
+    """Return True if a config lacks an entry for the sliding window, as in the first release of Llama-Mimi."""
     return not (hasattr(config, "codec_sliding_window") or hasattr(config, "codec_attention"))
 
 
 def has_sliding_window(config: PreTrainedConfig) -> bool:
-    """Return True if a model was trained on codes from a codec with a sliding window; False for the first release."""
+    """Return True if a model was trained with a sliding window in the codec; False for Llama-Mimi's first release."""
     if hasattr(config, "codec_attention"):
         problem = f"the config of '{config.name_or_path}' has codec_attention = '{config.codec_attention}'"
-        raise UserError(f"{problem}; replace this by codec_sliding_window: true for 'windowed', or false for 'whole'")
+        raise UserError(f"{problem}; replace this entry by codec_sliding_window: true ('windowed') or false ('whole')")
     return not is_released(config) and config.codec_sliding_window
 
 
@@ -130,7 +130,7 @@ class MimiCodec:
         return [codes_TQ[:T].clone() for codes_TQ, T in zip(self._encode(audio_BS), frames, strict=True)]
 
     def encode_as_released(self, samples_S: torch.Tensor) -> torch.Tensor:
-        """Encode one clip (S,) to codes (T, Q) as in the first release: each convolution pads a partial last frame."""
+        """Encode a clip (S,) to codes (T, Q) like Llama-Mimi's first release: convolutions pad a partial last frame."""
         return self._encode(samples_S[None])[0].clone()
 
     @torch.inference_mode()

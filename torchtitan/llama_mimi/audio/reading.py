@@ -55,7 +55,7 @@ Recording = tuple[int, int, int | None, Iterator[np.ndarray]]
 
 
 class AudioError(UserError):
-    """Error for an unusable clip. Such clips are counted by ``reason``, a category such as "unreadable"."""
+    """Error for an unusable clip. Unusable clips are counted by ``reason``, a category such as "unreadable"."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(reason, message)  # both, so that an error can be pickled
@@ -99,7 +99,7 @@ def read_audio(
         sample_rate_hz: sample rate of the result; None: the file's rate.
         start_seconds: start of the part to read; in WAV, AIFF and FLAC files, earlier samples are not decoded.
         name: name of the clip in messages; default: path of the file.
-        min_samples: minimum number of samples (at ``sample_rate_hz``), such as one codec frame.
+        min_samples: minimum number of samples (at ``sample_rate_hz``), such as the length of one codec frame.
     """
     name = name or ("audio bytes" if isinstance(source, bytes) else str(source))
     try:
@@ -153,13 +153,13 @@ def wav_writer(path: str | Path, sample_rate_hz: int) -> Iterator[soundfile.Soun
 def _read(
     stream: BinaryIO, name: str, wanted_hz: int | None, start_s: float, max_s: float | None, channel: int | None = None
 ) -> Waveform:
-    """Read the mean of the channels, or only ``channel``. If the channels cancel each other, read the loudest."""
+    """Read the mean of the channels, or only ``channel``. If the channels cancel each other, read the loudest one."""
     parts: list[np.ndarray] = []
     num_read, is_cut, cancelled = 0, False, 0.0
     with _opened(stream, start_s) as (rate_hz, C, num_samples, blocks):
         if not RATES_HZ[0] <= rate_hz <= RATES_HZ[1]:
             problem = f"the sample rate of '{name}' is {rate_hz:,} Hz, outside 1 kHz to 1 MHz"
-            raise AudioError("sample rate", f"{problem}; fix the file's header")
+            raise AudioError("sample rate", f"{problem}; set the correct sample rate in the file's header")
         wanted_hz = wanted_hz or rate_hz
         resampler = soxr.ResampleStream(rate_hz, wanted_hz, 1) if wanted_hz != rate_hz else None
         limit = None if max_s is None else math.ceil(max_s * rate_hz)
@@ -192,7 +192,8 @@ def _read(
     samples_S = np.concatenate([*parts, np.empty(0, np.float32)])
     samples_S = samples_S if max_s is None else samples_S[: round(max_s * wanted_hz)]
     if not len(samples_S) and start_s:
-        raise AudioError("past the end", f"'{name}' starts at {start_s:g} s, after the end of the file; fix the start")
+        problem = f"'{name}' starts at {start_s:g} s, after the end of the file"
+        raise AudioError("past the end", f"{problem}; set an earlier start")
     if not len(samples_S):
         raise AudioError("empty", f"'{name}' contains 0 audio samples; choose another clip")
     return Waveform(torch.from_numpy(samples_S), wanted_hz, is_cut, () if channel is None else (OPPOSITE,))
@@ -201,7 +202,7 @@ def _read(
 def _check_samples(block_SC: np.ndarray, name: str) -> None:
     peak = float(np.abs(block_SC).max(initial=0.0))
     if not math.isfinite(peak):
-        raise AudioError("non-finite", f"'{name}' has NaN or infinite samples; fix or remove the file")
+        raise AudioError("non-finite", f"'{name}' has NaN or infinite samples; replace them, or remove the file")
     if peak > MAX_PEAK:
         problem = f"'{name}' has samples up to {peak:,.0f}, outside [-1, 1]; if they are integers stored as floats"
         raise AudioError("out of range", f"{problem}, divide them by their full scale")
@@ -211,8 +212,8 @@ def _check_samples(block_SC: np.ndarray, name: str) -> None:
 def _opened(stream: BinaryIO, start_seconds: float = 0.0) -> Iterator[Recording]:
     """Open bytes or an unbuffered file, to decode the audio after ``start_seconds``.
 
-    For damaged files, decoders raise many types of errors, here and while blocks are read. An ImportError means that
-    the file can be read only with PyAV, and that PyAV is not installed.
+    For damaged files, decoders raise many types of errors, both when the file is opened and while blocks are read.
+    An ImportError means that the file can be read only with PyAV, and that PyAV is not installed.
     """
     stream.seek(0)
     head = stream.read(16)

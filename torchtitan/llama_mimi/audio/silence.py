@@ -24,8 +24,8 @@ def silences(waveform: Waveform, min_seconds: float) -> list[tuple[float, float]
 def split_at_pauses(samples_S: torch.Tensor, sample_rate_hz: int, max_seconds: float) -> list[int]:
     """Split a mono recording (S,) into clips of up to ``max_seconds``. Return the end of each clip, in samples.
 
-    Each cut is in the middle of the quietest interval of `PAUSE_SECONDS` in the second half of the longest possible
-    clip. If several intervals are equally quiet, the last interval is used.
+    Each cut is in the middle of an interval of `PAUSE_SECONDS`: the quietest interval in the second half of the longest
+    possible clip. If several intervals are equally quiet, the last interval is used.
     """
     hop, longest = max(round(HOP_SECONDS * sample_rate_hz), 1), int(max_seconds * sample_rate_hz)
     ends, start = [], 0

@@ -60,15 +60,15 @@ def load_config(folder: str, what: str) -> tuple[PreTrainedConfig, FolderKind]:
     config = load_pretrained(AutoConfig, folder, what=what)
     kinds = {kind.stock_class.config_class.model_type: kind for kind in KINDS.values()}
     if config.model_type not in kinds:
-        problem = f"'{folder}' is a model of type '{config.model_type}', not one of: {', '.join(kinds)}"
-        raise UserError(f"{problem}; choose another {what}")
+        problem = f"'{folder}' is a model of type '{config.model_type}'"
+        raise UserError(f"{problem}; choose a {what} of one of these types: {', '.join(kinds)}")
     return config, kinds[config.model_type]
 
 
 def speech_config(
     args: LlamaMimiArgs, tokenizer: SpeechTokenizer, codec_name: str, sliding_window: bool = True, **training: Any
 ) -> PreTrainedConfig:
-    """Return the configuration of a speech model. ``training``: more entries for generation, such as ``task``."""
+    """Return the configuration of a speech model. ``training``: additional entries for generation, such as ``task``."""
     return KINDS[args.architecture].config(
         args,
         bos_token_id=tokenizer.text_tokenizer.bos_token_id,

@@ -1,9 +1,9 @@
 """Conversion of the hierarchical architecture to a Hugging Face `CsmForConditionalGeneration` with its codec.
 
 ``embed_text_tokens`` is the whole embedding table, so token ids are the same as in a flattened model. In texts for the
-CSM of transformers, ``<0_0>`` stands for a frame and ``<0_1>`` for the end of the speech. The end is not ``</audio>``,
-because transformers 5.x warns about this id. Codes are less than K. A frame with K at every level is the end of the
-speech. K is also the padding code.
+CSM of transformers, ``<0_0>`` stands for a frame and ``<0_1>`` for the end of the speech. ``</audio>`` does not stand
+for the end, because transformers 5.x warns about the id of ``</audio>``. Codes are less than K. A frame with K at every
+level is the end of the speech. K is also the padding code.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ BACKBONE, DEPTH = "backbone_model", "depth_decoder.model"
 
 
 def csm_config(args: LlamaMimiArgs, **extra: Any) -> CsmConfig:
-    """Return the configuration of a CSM that computes the same logits. ``extra``: more entries, including ``codec``."""
+    """Return the configuration of an equivalent CSM (equal logits). ``extra``: more entries, including ``codec``."""
     extra["eos_token_id"] = None  # ids are codes of one level, and none of them ends a sequence
     assert args.depth is not None
     codec = load_codec_config(extra["codec"], args.num_quantizers)
@@ -62,7 +62,7 @@ def csm_args(config: CsmConfig) -> LlamaMimiArgs:
 
 
 def csm_state(state: dict[str, torch.Tensor], args: LlamaMimiArgs) -> dict[str, torch.Tensor]:
-    """Return our weights with the names and shapes of `CsmForConditionalGeneration`, but without codec weights."""
+    """Convert a model's weights to the names and shapes of `CsmForConditionalGeneration`; omit the codec's weights."""
     theirs: dict[str, torch.Tensor] = {}
     for prefix, name, network in (("", BACKBONE, args), ("depth.", DEPTH, args.depth)):
         parts = (f"{prefix}layers.", f"{prefix}norm.")

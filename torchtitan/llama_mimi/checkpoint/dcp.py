@@ -24,7 +24,7 @@ _HF_INDEX = "model.safetensors.index.json"  # in a step that was saved in the fo
 
 
 def find_step(checkpoint: Path) -> Path:
-    """Return ``checkpoint`` if it is a step, else its newest complete step; print the newer, incomplete steps."""
+    """Return ``checkpoint`` if it is a step, else the newest complete step in it; print newer, incomplete steps."""
     if is_distributed(checkpoint):
         return checkpoint
     steps = complete_steps(checkpoint)
@@ -36,12 +36,12 @@ def find_step(checkpoint: Path) -> Path:
         if (match := re.fullmatch(_STEP, path.name)) and int(match[1]) > number:
             print(f"note: '{path}' is incomplete (the save was interrupted); reading the older step '{steps[number]}'")
     if not is_distributed(steps[number]):
-        raise UserError(f"'{steps[number]}' is already in the format of Hugging Face; choose another step")
+        raise UserError(f"'{steps[number]}' is already in the format of Hugging Face; choose a step in DCP's format")
     return steps[number]
 
 
 def set_aside_incomplete(checkpoint: Path) -> None:
-    """If all steps are incomplete, move them: TorchTitan loads initial weights only without a checkpoint folder."""
+    """If all steps are incomplete, move them: TorchTitan loads initial weights only if ``checkpoint`` is missing."""
     if not checkpoint.is_dir() or complete_steps(checkpoint):
         return
     paths = list(checkpoint.iterdir())
@@ -113,13 +113,14 @@ def load_step(state: dict[str, Any], step: Path, verify: bool) -> None:
         if not isinstance(failure, UserError):
             if error.args[0] == "plan":
                 problem = f"'{step}' does not fit the config of this run ({first_line(failure)})"
-                raise UserError(f"{problem}; change the config, or choose another step") from error
+                remedy = "use the config of the run that saved this step, or choose another step"
+                raise UserError(f"{problem}; {remedy}") from error
             failure = UserError(f"'{step}' is damaged and cannot be read ({first_line(failure)})")
         raise broadcast_from_rank0(lambda: name_last_good(failure, step)) from error
 
 
 def load_model_state(step: Path, args: LlamaMimiArgs, verify: bool = True) -> dict[str, torch.Tensor]:
-    """From a step, load the float32 weights of a model with the arguments ``args``."""
+    """Load the float32 weights of a model from a step. ``args``: arguments of the model."""
     read_index(step)
     with torch.device("meta"):
         wanted = build_model(args).state_dict()

@@ -25,7 +25,7 @@ SCALING_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_p
 
 
 def hf_config(args: LlamaMimiArgs, **extra: Any) -> LlamaConfig:
-    """Return the configuration of a Hugging Face Llama that computes the same logits. ``extra``: more entries."""
+    """Return the configuration of an equivalent Hugging Face Llama (equal logits). ``extra``: additional entries."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(args.rope_theta)}
     if args.rope_scaling_args.scaling_factor != 1:
         rope |= dict(zip(SCALING_KEYS, astuple(args.rope_scaling_args), strict=True), rope_type="llama3")
@@ -50,7 +50,7 @@ def model_args(config: LlamaConfig) -> LlamaMimiArgs:
     """Return the model arguments for a configuration (inverse of `hf_config`); raise a `UserError` for unknown RoPE."""
     rope = config.rope_parameters
     if rope["rope_type"] not in ("default", "llama3"):
-        raise UserError(f"rope_type is '{rope['rope_type']}'; choose a model with 'default' or 'llama3'")
+        raise UserError(f"rope_type is '{rope['rope_type']}'; choose a model whose rope_type is 'default' or 'llama3'")
     scaling = [rope[key] for key in SCALING_KEYS] if rope["rope_type"] == "llama3" else [1.0]
     return LlamaMimiArgs(
         dim=config.hidden_size,
@@ -67,7 +67,7 @@ def model_args(config: LlamaConfig) -> LlamaMimiArgs:
 
 
 def llama_state(state: dict[str, torch.Tensor], args: LlamaMimiArgs) -> dict[str, torch.Tensor]:
-    """Return our weights with the names of `LlamaForCausalLM`. If ``lm_head`` is tied, it is the embedding matrix."""
+    """Convert a model's weights to the names of `LlamaForCausalLM`. A tied ``lm_head`` is the embedding matrix."""
     theirs = Llama3StateDictAdapter(args, None).to_hf(state)
     return {"lm_head.weight": theirs["model.embed_tokens.weight"]} | theirs
 
@@ -75,9 +75,10 @@ def llama_state(state: dict[str, torch.Tensor], args: LlamaMimiArgs) -> dict[str
 def save_folder(folder: Path, model: PreTrainedModel | PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write a tokenizer and a model (or its configuration) for both transformers 4.x and transformers 5.x.
 
-    transformers 4.x reads ``rope_theta``, ``rope_scaling`` and, before 4.56, ``torch_dtype``. The CSM of 4.x needs
-    ``tie_word_embeddings`` to be false. 4.x lacks ``TokenizersBackend`` and reads ``extra_special_tokens`` as a dict.
-    Without ``model_input_names``, tokenizers of 4.x return ``token_type_ids``, which Llama does not accept.
+    transformers 4.x reads ``rope_theta``, ``rope_scaling`` and, before 4.56, ``torch_dtype``. The CSM of transformers
+    4.x needs ``tie_word_embeddings`` to be false. transformers 4.x lacks ``TokenizersBackend``, and reads
+    ``extra_special_tokens`` as a dict. Without ``model_input_names``, tokenizers of transformers 4.x return
+    ``token_type_ids``, which Llama does not accept.
     """
     if isinstance(model, PreTrainedModel):
         print(f"writing {model.num_parameters():,} parameters to {folder}", flush=True)
@@ -113,11 +114,11 @@ class LlamaMimiStateDictAdapter(Llama3StateDictAdapter):
     """TorchTitan's adapter for initial weights, extended to any number of ranks.
 
     TorchTitan and Hugging Face order the rows of an attention head differently. TorchTitan reorders the shard of each
-    rank. This fails if a shard contains only a part of a head (more ranks than key heads, or FSDP x TP).
+    rank, but this reordering fails if a shard contains only a part of a head (more ranks than key heads, or FSDP x TP).
     """
 
     def get_hf_storage_reader(self, path: str, from_quantized: bool = False) -> Any:
-        """Return PyTorch's reader of safetensors, which is changed to skip hidden files (macOS adds `._*`)."""
+        """Return PyTorch's reader of safetensors, changed to skip hidden files such as `._*` (added by macOS)."""
         reader = super().get_hf_storage_reader(path, from_quantized)
         list_all = reader.fs.ls
         reader.fs.ls = lambda folder: [file for file in list_all(folder) if not is_hidden(Path(file).name)]

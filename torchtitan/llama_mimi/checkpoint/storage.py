@@ -79,7 +79,7 @@ class _ChecksumStream:
 
 
 class _SealingFileSystem(FileSystem):
-    """File system that appends a checksum to the index before DCP renames the index. DCP renames only this file."""
+    """File system that appends a checksum to a file before DCP renames the file. DCP renames only the index."""
 
     def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
         with Path(path).open("rb+", buffering=0) as file:

@@ -4,10 +4,10 @@ from typing import Literal
 
 DEFAULT_CODEC = "kyutai/mimi"
 # Encoding of a partial last frame: "pad" fills the frame with zeros, as in training; "codec" lets each convolution pad
-# the frame, as in the first release.
+# the frame, as in the first release of Llama-Mimi.
 LastFrame = Literal["codec", "pad"]
 Precision = Literal["float32", "bfloat16"]
-DecoderPrecision = Literal["float32", "bfloat16", "float16"]  # the first release is evaluated in float16
+DecoderPrecision = Literal["float32", "bfloat16", "float16"]  # Llama-Mimi's first release is evaluated in float16
 GenerationPrecision = DecoderPrecision | Literal["int8"]
 VocabularyKind = Literal["llama", "audio"]
 Architecture = Literal["flattened", "hierarchical"]

@@ -1,4 +1,4 @@
-"""Command lines with ``--snake_case`` flags. A command with a user error prints a sentence and exits with code 1."""
+"""Command lines with ``--snake_case`` flags. After a user error, a command prints a sentence and exits with code 1."""
 
 import contextlib
 import dataclasses

@@ -47,7 +47,7 @@ class DistributedContext:
         self._store: dist.Store = dist.HashStore()
         if self.world_size > 1:
             if device is not None and device.startswith("cuda:"):
-                raise UserError(f"--device {device} is one GPU for {self.world_size} ranks; use --device cuda")
+                raise UserError(f"--device {device} names one GPU for all {self.world_size} ranks; use --device cuda")
             self._store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
             world = {"rank": self.rank, "world_size": self.world_size}
             dist.init_process_group("gloo", store=self._store, timeout=TIMEOUT, **world)

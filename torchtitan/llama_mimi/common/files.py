@@ -118,7 +118,7 @@ def read_json(folder: str, name: str) -> dict[str, Any] | None:
         return None
     except (ValueError, OSError) as error:
         reason = str(error)
-    raise UserError(f"'{folder}/{name}' is not readable as JSON ({reason}); fix or remove the file")
+    raise UserError(f"'{folder}/{name}' is not readable as JSON ({reason}); correct the JSON, or remove the file")
 
 
 def write_atomically(folder: str, name: str, content: bytes) -> None:
@@ -147,7 +147,7 @@ def share_weights(folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path, setting: str, wait: bool = False) -> Iterator[None]:
-    """Lock a file until the block or the process ends. Warn if the file system lacks locks (some NFS and Lustre).
+    """Lock a file until the ``with`` block or the process ends. Warn if the file system lacks locks (NFS, Lustre).
 
     Args:
         setting: flag or key that sets the folder of the file. A missing folder is created.

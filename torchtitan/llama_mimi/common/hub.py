@@ -69,9 +69,9 @@ def _progress_bar(create: Callable[..., Any], args: Sequence[Any], options: Mapp
 
 
 def require_no_difference(wrong: Mapping[str, Collection[str]], problem: str, model: str) -> None:
-    """If ``wrong`` (tensor names by fault) contains any name, raise a `UserError` that begins with ``problem``."""
+    """Raise a `UserError` that begins with ``problem`` if ``wrong`` (tensor names, grouped by fault) contains names."""
     if parts := "; ".join(f"{len(keys)} {kind}, first '{min(keys)}'" for kind, keys in wrong.items() if keys):
-        problem += f": the tensors differ from those of the {model} in config.json ({parts})"
+        problem += f": the tensors do not match the {model} in config.json ({parts})"
         raise UserError(f"{problem}; copy or convert the folder again, or choose another folder")
 
 

@@ -71,9 +71,9 @@ def map_resumable(
     The batches are divided among the ranks. A batch is skipped if all its results are in the log.
 
     Args:
-        batches: items by key; must be the same after a restart, because a result may depend on the whole batch.
+        batches: items by key; a restart needs the same batches, because a result may depend on the whole batch.
         work: function that yields the key and the result of each item of a batch, in any order.
-        unit: noun for the progress bar.
+        unit: noun for one item, printed in the progress bar.
         is_done: function that returns False for a result that must not be logged; a restart computes this item again.
     """
     done = broadcast_from_rank0(lambda: {key: result for key, result in log.load().items() if is_done(key, result)})

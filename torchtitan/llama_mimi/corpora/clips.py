@@ -44,7 +44,7 @@ class AudioClip:
 
     name: str  # id, path or position
     # Mono float32 at the codec's rate. PyTorch would send a tensor to another process through /dev/shm, which Docker
-    # limits to 64 MB. Without space, a worker would hang. An array is sent through a pipe.
+    # limits to 64 MB. If /dev/shm is full, a worker hangs. An array is sent through a pipe.
     samples_S: np.ndarray
     is_cut: bool  # True if the recording is longer than the clip
     text: str | None
@@ -72,7 +72,7 @@ class AudioReader:
 
     @property
     def rows_per_unit(self) -> np.ndarray:
-        """Number of rows in each unit (U,). Tar files raise a `UserError`, because their rows are not counted."""
+        """Number of rows in each unit (U,). Raise a `UserError` for tar files, because their rows are not counted."""
         rows = [unit.num_rows for unit in self.source.units]
         if None in rows:
             raise UserError(f"training cannot read the tar files of '{self.name}'; tokenise this corpus first")
@@ -101,11 +101,11 @@ class AudioReader:
             return [SkippedClip("unexpected", f"'{name}' cannot be read ({problem})")]
 
     def _split(self, row: Row) -> list[AudioClip | SkippedClip]:
-        """Split a long recording at pauses into clips without text; a short recording is a clip with its text."""
+        """Split a long recording at pauses into clips without text; return a short one as a clip with its text."""
         waveform = read_row(row, self.sample_rate_hz, max_seconds=MAX_RECORDING_SECONDS)
         if waveform.is_cut and SHORTER not in waveform.audio_warnings:
             hours = MAX_RECORDING_SECONDS / 3600
-            raise AudioError("too long", f"'{row['name']}' is longer than {hours:g} hours; divide the file")
+            raise AudioError("too long", f"'{row['name']}' is longer than {hours:g} hours; split it into shorter files")
         ends = split_at_pauses(waveform.samples_S, self.sample_rate_hz, self._max_seconds)
         if len(ends) == 1:
             return [self._clip(row["name"], waveform, row)]
@@ -174,7 +174,7 @@ class _WithErrors(IterableDataset):
 
 def read_in_workers(dataset: Iterable[Any], **workers: Any) -> Iterator[Any]:
     """Read a dataset in worker processes, and yield its items. ``workers``: arguments of a `DataLoader`."""
-    # PyTorch draws a seed for the workers; it must not change the random state of training.
+    # PyTorch draws a seed for the workers; this draw must not change the random state of training.
     options: dict[str, Any] = {"batch_size": None, "collate_fn": _unchanged, "generator": torch.Generator(), **workers}
     try:
         loader = DataLoader(_WithErrors(dataset), worker_init_fn=partial(_end_with, os.getpid()), **options)
@@ -201,9 +201,9 @@ def is_too_many(num_skipped: int, num_read: int, max_skip_fraction: float, *, is
     """Return True if more than the allowed fraction of the clips was skipped.
 
     The clips read so far are a sample if more clips follow (``is_end`` is False) or if other ranks read other clips
-    (``is_whole`` is False). The limit for a sample is three standard deviations and one clip higher. Fewer than
-    `MIN_JUDGED_CLIPS` clips are checked only at the end, with the limit for `MIN_JUDGED_CLIPS` clips. A limit of 0 is
-    checked after each clip.
+    (``is_whole`` is False). For a sample, the allowed number is raised by three standard deviations plus one clip. If
+    fewer than `MIN_JUDGED_CLIPS` clips were read, they are checked only at the end, against the number allowed for
+    `MIN_JUDGED_CLIPS` clips. If ``max_skip_fraction`` is 0, the check runs after every clip.
     """
     allowed = max_skip_fraction * max(num_read, MIN_JUDGED_CLIPS)
     if not (is_end and is_whole) and max_skip_fraction:

@@ -52,7 +52,7 @@ Clip = AudioClip | CodedClip | SkippedClip
 
 
 def encode_clips(codec: MimiCodec, clips: Sequence[Clip]) -> list[CodedClip | SkippedClip]:
-    """Encode audio clips; coded and skipped clips are returned unchanged."""
+    """Encode audio clips; clips that are already encoded or skipped are returned unchanged."""
     codes = iter(codec.encode_many([torch.from_numpy(clip.samples_S) for clip in clips if isinstance(clip, AudioClip)]))
     encoded: list[CodedClip | SkippedClip] = []
     for clip in clips:
@@ -120,7 +120,7 @@ class CodeCorpus:
         made_by, what = self.manifest["codec"], f"the tokenised corpus '{self.name}'"
         if made_by["num_quantizers"] < self.num_quantizers:
             problem = f"{what} has {made_by['num_quantizers']} levels, fewer than codec.num_quantizers"
-            raise UserError(f"{problem} = {self.num_quantizers}; lower codec.num_quantizers, or tokenise again")
+            raise UserError(f"{problem} = {self.num_quantizers}; lower codec.num_quantizers, or tokenise more levels")
         remedy = f"use the codec '{made_by['name']}' and the earlier codec.sliding_window, or tokenise the corpus again"
         own = {"sha256": codec_hash(self.codec), "sliding_window": self.sliding_window}
         require_same({"codec": made_by}, {"codec": own}, what, remedy)

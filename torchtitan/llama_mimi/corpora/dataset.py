@@ -39,7 +39,7 @@ class DatasetSource(Source):
 
 
 def _load(name: str, split: str | None) -> Dataset:
-    """Load a folder of ``save_to_disk``, or ``hf:owner/name`` or ``hf:owner/name:config``."""
+    """Load a folder of ``save_to_disk``, or a dataset on the hub (``hf:owner/name`` or ``hf:owner/name:config``)."""
     try:
         if name.startswith(HUB):
             hub_id, _, config = name.removeprefix(HUB).partition(":")

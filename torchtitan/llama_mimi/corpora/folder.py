@@ -1,4 +1,4 @@
-"""Folders of audio files, with texts in ``metadata.csv``, in LibriSpeech's transcripts or in JSON files."""
+"""Folders of audio files. Texts are in tables, in transcript files in LibriSpeech's format, or in JSON files."""
 
 import csv
 import io
@@ -79,7 +79,8 @@ class FolderSource(Source):
         if tables and (missing or unused):
             examples = ", ".join(missing[:1] + unused[:1])
             if len(unused) == len(tables):
-                raise UserError(f"the tables of '{self.name}' do not name its audio files ({examples}); fix the tables")
+                problem = f"the tables of '{self.name}' do not name its audio files ({examples})"
+                raise UserError(f"{problem}; correct the file names in the tables")
             if is_first_rank():
                 counts = f"{len(missing):,} audio files lack an entry, and {len(unused):,} entries lack an audio file"
                 print(f"tables of '{self.name}': {counts} ({examples})", flush=True)
@@ -91,7 +92,7 @@ def _key(name: str) -> str:
 
 
 def _read_tables(folder: str, names: Sequence[str]) -> dict[str, Values]:
-    """Return the entries of a folder's tables, by the name of the audio file, with or without its ending."""
+    """Return the entries of a folder's tables. Each key is the name of an audio file, with or without its ending."""
     found: dict[str, Values] = {}
     for name in names:
         if name in TABLES or (name.endswith(TRANSCRIPTS) and not name.startswith(".")):

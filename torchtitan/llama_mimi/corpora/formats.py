@@ -104,7 +104,8 @@ def corpus_files(dataset: str, dataset_path: str | None, split: str | None) -> t
             chosen = choose_split(dataset, splits, split)
             return source, [file for file, own in zip(files, splits, strict=True) if chosen in (None, own)]
     if dataset in RELEASED_NAMES:
-        raise UserError(f"'{dataset}' is a dataset name of the first release; set dataset to {RELEASED_NAMES[dataset]}")
+        problem = f"'{dataset}' is a dataset name of the first release of Llama-Mimi"
+        raise UserError(f"{problem}; set dataset to {RELEASED_NAMES[dataset]}")
     problem = f"the dataset '{dataset}' does not match any Parquet, tar, audio or JSONL file"
     remedy = f"choose a folder, path or glob, {HUB}owner/name, a folder of codes, or one of: {', '.join(CORPORA)}"
     raise UserError(f"{problem}; {remedy}")

@@ -33,7 +33,7 @@ class TokenizationOptions:
     clips_per_shard: int | None = None
     num_workers: int = 2  # number of processes per rank that read and resample audio
     duplicates: Literal["keep", "drop"] = "keep"  # 'drop' skips a clip if an earlier clip has the same samples
-    max_skip_fraction: float = 0.01  # maximum fraction of unusable clips; the command stops if more are unusable
+    max_skip_fraction: float = 0.01  # maximum fraction of unusable clips; the command stops if more clips are unusable
 
     def __post_init__(self) -> None:
         shortest, longest, limit = self.min_seconds, self.max_seconds, self.max_audio_seconds
@@ -43,7 +43,7 @@ class TokenizationOptions:
         if self.num_workers < 0:
             raise UserError(f"--num_workers is {self.num_workers}; set --num_workers to 0 or more")
         if longest is not None and self.long_recordings == "split":
-            raise UserError("--max_seconds skips recordings that --long_recordings 'split' splits; remove one flag")
+            raise UserError("--max_seconds skips long recordings, but --long_recordings is 'split'; remove one flag")
         if not 0 <= self.max_skip_fraction <= 1:
             raise UserError(f"--max_skip_fraction is {self.max_skip_fraction}; it must be a fraction between 0 and 1")
         for name, value, lowest in (("min_seconds", shortest, 0), ("max_seconds", longest, shortest)):

@@ -85,7 +85,7 @@ class Source(ABC):
             elif column is not None:
                 where, others = place or f"the dataset '{self.name}'", ", ".join(columns) or "none"
                 problem = f"{where} lacks the column '{column}' for the {role} (columns: {others})"
-                raise UserError(f"{problem}; choose another data.{role}_column (--{role}_column of a script)")
+                raise UserError(f"{problem}; set data.{role}_column (or a script's --{role}_column) to another column")
 
     def _row(self, place: str, values: Values | str, audio: Any, row_id: Any, folder: str = "", **part: Any) -> Row:
         """Return a row.
@@ -124,7 +124,7 @@ def reading(path: str, kind: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError, tarfile.TarError, pa.ArrowException) as error:
         problem = f"'{path}' is not a readable {kind} ({first_line(error)})"
-        raise UserError(f"{problem}; fix the file, or copy it again") from error
+        raise UserError(f"{problem}; write or copy the file again") from error
 
 
 def slices(count: int) -> list[tuple[int, int]]:

@@ -28,7 +28,7 @@ class TarSource(Source):
             info = fs.info(bare)
             changed = str(info.get("mtime") or info.get("ETag") or info.get("LastModified") or "")
             with source.reading(file, KIND), fs.open(bare, "rb") as stream:
-                # Finds most incomplete downloads before work begins.
+                # This check finds most incomplete downloads before work begins.
                 _check_end(stream, max(0, info["size"] - tarfile.BLOCKSIZE))
             self.units.append(Unit(info["size"], None))
             contents.append([file.rsplit("/", 1)[-1], info["size"], changed])

@@ -81,7 +81,7 @@ def tokenize_corpus(options: TokenizationOptions) -> None:
         columns = {"text": options.text_column, "speaker": options.speaker_column, **row_filter.columns}
         source = open_source(options.corpus, options.dataset_path, options.audio_column, None, columns, options.split)
         if missing := [column for role, column in row_filter.columns.items() if role not in source.columns]:
-            raise UserError(f"'{missing[0]}' in --where is not a column of '{options.corpus}'; fix the name")
+            raise UserError(f"'{missing[0]}' in --where is not a column of '{options.corpus}'; correct the name")
         codec = MimiCodec(
             options.codec, options.num_quantizers, ranks.device, DTYPES[options.dtype], options.codec_sliding_window
         )
@@ -271,7 +271,7 @@ def write_shards(
 def _judge(num_skipped: int, num_read: int, limit: float, last: str, *, is_end: bool) -> None:
     if is_too_many(num_skipped, num_read, limit, is_end=is_end, is_whole=is_end):
         problem = f"{num_skipped} of {num_read} clips could not be used, more than --max_skip_fraction {limit:g}"
-        raise UserError(f"{problem} (the last clip: {last}); fix the corpus or raise --max_skip_fraction")
+        raise UserError(f"{problem} (last clip: {last}); repair or remove these clips, or raise --max_skip_fraction")
 
 
 def write_manifest(
@@ -289,7 +289,7 @@ def write_manifest(
         if not is_done or set(full) - {job.rows_per_part} or (last != num_rows and not job.rows_per_part):
             raise UserError(f"the shards {of_job} of job {job.number} lack rows; delete these shards, then re-run")
     duplicates = _duplicates(tables)
-    if options.duplicates == "drop":  # the notes count them, so this step can be repeated after a kill
+    if options.duplicates == "drop":  # the notes count dropped clips, so this step can be repeated after a kill
         for name, note, is_dropped_N in zip(names, notes, duplicates, strict=True):
             if is_dropped_N.any():
                 note["filtered"] = Counter(note["filtered"]) + Counter(duplicate=int(is_dropped_N.sum()))

@@ -19,7 +19,7 @@ class RowFilter:
     """Limits on the length of a clip, and an expression such as ``language == "en" and dnsmos >= 3``.
 
     Attributes:
-        columns: names of the columns in the expression, by their role in a source.
+        columns: names of the columns in the expression; each key is the role of a column in a source.
     """
 
     def __init__(self, min_seconds: float = 0.0, max_seconds: float | None = None, where: str | None = None) -> None:
@@ -75,7 +75,7 @@ def _side(node: ast.expr, is_list: bool, row: Mapping[str, Any]) -> Any:
 
 
 def _compare(operator: Callable, left: Any, right: Any) -> bool:
-    """Compare two values. To compare a number with a string, convert the string: CSV tables contain only strings."""
+    """Compare two values. Convert a string that is compared with a number, because CSV tables contain only strings."""
     with suppress(ValueError, TypeError):
         if isinstance(left, str) and isinstance(right, int | float):
             left = float(left)

@@ -86,6 +86,6 @@ def _clip_fractions(readers: list[ClipReader], weights: list[float], max_audio_s
     fractions = []
     for weight, reader in zip(weights, readers, strict=True):
         if not isinstance(reader, CodeCorpus):
-            raise UserError(f"data.weights needs tokenised corpora, but '{reader.name}' is audio; tokenise this corpus")
+            raise UserError(f"data.weights is set, but the corpus '{reader.name}' is not tokenised; tokenise it first")
         fractions.append(weight / reader.mean_seconds(max_audio_seconds))
     return fractions

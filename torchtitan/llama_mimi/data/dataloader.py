@@ -34,7 +34,7 @@ ClipOrder = ShuffledOrder | RowsInOrder
 class ClipStream:
     """Dataset of chunks: lists of consecutive pairs (position, clip). Each of n workers reads every n-th chunk.
 
-    A worker reads all units with rows in its chunks. Often, these are all units of a window. So the decoding of audio
+    A worker reads all units that contain rows of its chunks, often all units of a window. So the decoding of audio
     is divided among the workers, but each worker reads most of the files.
     """
 
@@ -75,7 +75,7 @@ class SpeechDataLoader(BaseDataLoader):
     readers: Sequence[ClipReader]
     order: ClipOrder
     packer: BatchPacker
-    codec: MimiCodec | None = None  # None if all corpora are codes
+    codec: MimiCodec | None = None  # None if all corpora are tokenised
     _: KW_ONLY
     workers: Mapping[str, Any]  # arguments of PyTorch's DataLoader
     max_skip_fraction: float = 0.0  # allowed fraction of unusable clips
@@ -112,7 +112,7 @@ class SpeechDataLoader(BaseDataLoader):
             yield self._next_batch()
 
     def empty_batch(self) -> Batch:
-        """Return a batch of padding, for a rank that has used its clips while other ranks still have clips."""
+        """Return a batch of padding, for a rank that has used all its clips while other ranks still have clips."""
         assert self.packer.is_empty
         return self.packer.pop()
 
@@ -200,5 +200,5 @@ class SpeechDataLoader(BaseDataLoader):
         if is_none or is_too_many(skipped, read, limit, is_end=is_end, is_whole=is_whole):
             reasons = ", ".join(f"{n} {key[9:]}" for key, n in self.counts.items() if key.startswith("skipped: "))
             problem = f"{skipped} of {read} clips of '{self.dataset}' could not be used ({reasons})"
-            remedy = "fix the corpus" + " or raise data.max_skip_fraction" * (limit < 1)
+            remedy = "repair or remove these clips" + ", or raise data.max_skip_fraction" * (limit < 1)
             raise UserError(f"{problem}, and data.max_skip_fraction is {limit:g}; {remedy}")

@@ -140,7 +140,7 @@ class ShuffledOrder:
         self._upcoming()[1][0].frames_used = num_frames
 
     def _upcoming(self) -> tuple[int, list[BegunWindow]]:
-        """Return the corpus of the next clip, and the partly used windows of this corpus, the next window first."""
+        """Return the corpus of the next clip, and the partly used windows of this corpus in reading order."""
         corpus = bisect(self._bounds, (self.position.drawn * _GOLDEN) % 1.0)
         cursor = self.position.cursors[corpus]
         if not cursor.begun:

@@ -16,7 +16,7 @@ class BatchPacker:
 
     Args:
         is_packed: if True, write several clips to a sequence, else one clip.
-        has_positions: add positions to the batches. Validation needs positions only if training is packed.
+        has_positions: add positions to the batches. Validation needs positions if training sequences are packed.
     """
 
     def __init__(
@@ -63,8 +63,9 @@ class BatchPacker:
             is_deep_T: mask (T + 1,) of the frames and the end; True for those that train the depth decoder.
 
         Returns:
-            Number of finished frames, possibly 0. Pass the other frames to the next call; if the batch is full, call
-            `pop` first. If a clip must stay in one sequence (unpacked, or with a text), frames that are cut also count.
+            Number of finished frames, possibly 0. Pass the remaining frames to the next call; if the batch is full,
+            call `pop` first. If a clip must stay in one sequence (unpacked, or with a text), frames that do not fit are
+            dropped, and count as finished.
         """
         P, L, vocabulary = self._tokenizer.positions_per_frame, self._seq_len, self._tokenizer.vocabulary
         prefix, num_frames, room = self._tokenizer.prefix_ids(text), len(codes_TQ), L - self._used

@@ -46,7 +46,7 @@ class Cell:
     def read_bytes(self) -> bytes:
         audio = self.dataset[self.index][self.column]
         if audio is None or audio["bytes"] is None:
-            raise UserError(f"row {self.index} lacks audio bytes in the column '{self.column}'; add the audio")
+            raise UserError(f"row {self.index} lacks audio bytes in the column '{self.column}'; add the audio bytes")
         return audio["bytes"]
 
 
@@ -117,17 +117,18 @@ def read_salmon(source: str) -> Benchmark:
             samples[index].append(Clip(path.name, path))
         for index, (positive, *negatives) in samples.items():
             if not negatives:
-                raise UserError(f"'{positive.source}' is the only file with its index; add a file, or remove this file")
+                problem = f"'{positive.source}' is the only file with its index"
+                raise UserError(f"{problem}; add another file with this index, or remove the file")
             benchmark.pairs.extend(Pair(folder.name, str(index), clip.name, positive, clip) for clip in negatives)
     return _not_empty(benchmark, source, "<part>/sample_<index>_<k>.wav")
 
 
 def read_slm21(source: str) -> Benchmark:
-    """Read sLM21: folders ``{lexical,syntactic}/{dev,test}`` (sWUGGY, sBLIMP) with audio and ``gold.csv``, or tables.
+    """Read sLM21 from tables, or from folders ``{lexical,syntactic}/{dev,test}`` with audio and ``gold.csv``.
 
     The two rows of a lexical pair have the same id and voice; the group's name is the id. Two consecutive rows are a
-    syntactic pair; the group's name consists of type, subtype and id. A test split without ``gold.csv`` is scored for
-    the submission only.
+    syntactic pair; the group's name consists of type, subtype and id. A test split without ``gold.csv`` is scored only
+    for the submission.
     """
     benchmark = _read_tables(source, ("positive", "negative"), SLM21_TABLES)
     names = {folder.name for folder in _folders(Path(source))}
@@ -160,7 +161,7 @@ def _gold_pairs(gold: Path, part: str, files: Mapping[str, Clip]) -> Iterator[Pa
         found[(row["id"], row["voice"]) if is_lexical else index // 2].append(row)
     listed, present = Counter(row["filename"] for row in rows), Counter(files.keys())
     if odd := (listed - present) | (present - listed):
-        raise UserError(f"'{min(odd)}' must name one row of '{gold}' and one file in its folder; copy the folder again")
+        raise UserError(f"'{gold}' and its folder must each contain '{min(odd)}' once; copy the folder again")
     for pair in found.values():
         places = {(row["id"], row["voice"]) for row in pair}
         if len(places) > 1 or sorted(row["correct"] for row in pair) != ["0", "1"]:
@@ -195,11 +196,11 @@ def read_storycloze(source: str) -> Benchmark:
     root = Path(source)
     folders = [folder for folder in _folders(root) if _audio_files(folder)]
     if folders and (odd := _audio_files(root)):
-        raise UserError(f"'{odd[0]}' is outside the subfolders; move it to a subfolder, or set --data_dir to one")
+        raise UserError(f"'{odd[0]}' is outside the subfolders; move it into one, or set --data_dir to a subfolder")
     for folder in folders or [root]:
         files = sorted(_files_by(folder, r"(\d+).*").items())
         if len(files) % 2:
-            raise UserError(f"'{folder}' has an odd number of files, up to '{files[-1][1].name}'; copy all files again")
+            raise UserError(f"'{folder}' has an odd number of files (last: '{files[-1][1].name}'); copy the data again")
         gaps = []
         for ((i,), a), ((j,), b) in zip(files[::2], files[1::2], strict=True):
             benchmark.pairs.append(Pair(folder.resolve().name, a.stem, a.stem, Clip(a.name, a), Clip(b.name, b)))
@@ -219,7 +220,7 @@ def _audio_files(folder: Path) -> list[Path]:
 
 
 def _files_by(folder: Path, pattern: str) -> dict[tuple[Any, ...], Path]:
-    """Return a dict of audio files in a folder. A key is the numbers that ``pattern`` captures, or else the stem."""
+    """Return a dict of audio files in a folder; keys are the numbers captured by ``pattern``, or else the stems."""
     files: dict[tuple[Any, ...], Path] = {}
     for path in _audio_files(folder):
         if (match := re.fullmatch(pattern, path.stem)) is None:
@@ -233,14 +234,14 @@ def _files_by(folder: Path, pattern: str) -> dict[tuple[Any, ...], Path]:
 
 def _not_empty(benchmark: Benchmark, source: str, layout: str) -> Benchmark:
     if not benchmark.clips:
-        raise UserError(f"'{source}' does not contain pairs; choose a folder with Parquet files or files {layout}")
+        raise UserError(f"'{source}' does not contain pairs; choose a folder with Parquet files or with files {layout}")
     return benchmark
 
 
 def _read_tables(source: str, columns: tuple[str, str], names: Collection[str] | None = None) -> Benchmark:
     """Read a benchmark from tables with one pair in each row. If the folder contains audio files, the result is empty.
 
-    ``source`` is a data set on the hub, an owner of data sets on the hub, or a downloaded folder with the same name.
+    ``source`` is a data set on the hub, an owner of data sets on the hub, or a downloaded folder with its hub name.
     ``names`` are the data sets of the benchmark; if None, each configuration of ``source`` is a part.
     """
     benchmark, root = Benchmark([]), Path(source)

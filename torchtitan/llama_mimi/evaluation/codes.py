@@ -42,7 +42,7 @@ def encode_clips(
     Args:
         codes_dir: parent folder of the caches, a local or fsspec path.
         max_seconds: maximum length of a clip, in seconds; longer clips are cut.
-        as_released: encode clips one by one and let the codec handle a partial last frame, as the first release does.
+        as_released: encode clips one by one, and let the codec pad a partial last frame, as in Llama-Mimi's release.
     """
     deep = codec.at_depth(max(codec.num_quantizers, min(STORED_LEVELS, codec.config.num_quantizers)))
     settings = {
@@ -71,7 +71,7 @@ def encode_clips(
         rate_hz, frame_size = deep.sample_rate_hz, deep.frame_size
         waveform = read_audio(content, rate_hz, max_seconds=max_seconds, name=name, min_samples=frame_size)
         if waveform.audio_warnings:  # the score of a damaged clip would be wrong
-            raise AudioError("damaged", f"'{name}' is {waveform.audio_warnings[0]}; fix the file or copy it again")
+            raise AudioError("damaged", f"'{name}' is {waveform.audio_warnings[0]}; replace it with an intact file")
         return audio_id, waveform
 
     mine = clips[ranks.rank :: ranks.world_size]

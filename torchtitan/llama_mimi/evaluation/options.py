@@ -19,10 +19,10 @@ class Scoring:
 
     Args:
         levels: quantizer levels to score; None means all. ``</audio>`` is also scored, if present.
-        as_released: score as the first release does. A sequence begins with BOS only if the tokenizer adds BOS. A
-            sequence ends with ``</audio>`` even if the clip is cut. If ``levels`` is None, all tokens after the first
-            are scored, including ``<audio>``. If ``levels`` is ``(0,)``, every Q-th token from position 2 is scored:
-            with BOS, the codes of level 0 and ``</audio>``; without BOS, the codes of level 1.
+        as_released: score as in the first release of Llama-Mimi. A sequence begins with BOS only if the tokenizer adds
+            BOS. A sequence ends with ``</audio>`` even if the clip is cut. If ``levels`` is None, all tokens after the
+            first are scored, including ``<audio>``. If ``levels`` is ``(0,)``, every Q-th token from position 2 is
+            scored: with BOS, the codes of level 0 and ``</audio>``; without BOS, the codes of level 1.
         likelihood: "softmax" normalises over the vocabulary. "grammar" normalises over the codes of a level; at level
             0, ``</audio>`` is included.
     """
@@ -33,7 +33,7 @@ class Scoring:
 
     @property
     def tie(self) -> float:
-        """Credit for a pair with equal scores."""
+        """Accuracy, from 0 to 1, of a pair whose two clips have equal scores."""
         return 0.0 if self.as_released else 0.5
 
     @property
@@ -47,17 +47,18 @@ class EvaluationOptions:
     """Flags of the benchmark scripts in eval/."""
 
     model_name: str = "llm-jp/Llama-Mimi-1.3B"  # hub id or folder of the model
-    # folder of the data (official layout or Parquet) or hub id; default: hub id of the benchmark
+    # folder (official layout or Parquet files) or hub id of the data; default: hub id of the benchmark
     data_dir: str | None = None
     output_dir: Path = Path("results")  # folder for results
     codes_dir: str | None = None  # folder for cached codes, which all models share; default: <output_dir>/codes
     codec: str | None = None  # hub id or folder of the codec; default: the model's codec
-    codec_sliding_window: bool | None = None  # run the codec with sliding-window attention; default: as in training
+    # run the codec with sliding-window attention; default: the setting used in training
+    codec_sliding_window: bool | None = None
     device: str | None = None  # torch device; default: the GPU if there is one, else the CPU
-    dtype: DecoderPrecision = "float32"  # precision of the decoder (the first release evaluates in float16)
+    dtype: DecoderPrecision = "float32"  # precision of the decoder (first release of Llama-Mimi: float16)
     batch_tokens: int | None = None  # maximum number of tokens in a batch; default: 32768 on a GPU, else 4096
     max_audio_seconds: float = MAX_AUDIO_SECONDS  # maximum length of a clip, in seconds; longer clips are cut
-    # scoring rule: 'official' is the benchmark's rule, 'original' is the rule of the first release
+    # scoring rule: 'official' is the benchmark's rule, 'original' is the rule of the first release of Llama-Mimi
     preset: Literal["official", "original"] = "official"
     levels: str | None = None  # quantizer levels to score: 'all' or a list such as 0,1; default: all for SALMon, else 0
     # normalisation of likelihoods: 'softmax' is over the whole vocabulary, 'grammar' is over the valid tokens

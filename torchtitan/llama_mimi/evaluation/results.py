@@ -37,7 +37,7 @@ def results(
     scoring: Scoring,
     mean_of: Sequence[str],
 ) -> Result:
-    """Return the entries of a result file that depend on scores. ``audio_ids`` are in the order of the clips."""
+    """Return the score-dependent entries of a result file. ``audio_ids`` are in the order of the clips."""
     pairs = []
     for pair, *ids in zip(benchmark.pairs, audio_ids[::2], audio_ids[1::2], strict=False):
         positive, negative = (scores[audio_id] for audio_id in ids)
@@ -54,7 +54,7 @@ def results(
 
 
 def part_results(pairs: Sequence[Mapping[str, Any]], *, by_group: bool) -> dict[str, Result]:
-    """Return accuracy, 95 % interval and counts of each part. The entry "by" has these for each label value.
+    """Return accuracy, 95 % interval and counts of each part and, in the entry "by", of each label value.
 
     With ``by_group``, the pairs of a group (such as the voices of a word) are averaged first; "count" counts groups.
     """

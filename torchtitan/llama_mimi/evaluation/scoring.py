@@ -45,7 +45,8 @@ def score_clips(
         clips = [(torch.from_numpy(clip.codes_TQ.astype(np.int64)), clip.is_cut) for clip in batch.values()]
         scores = batch_scores(model, clips, scoring)
         if not all(map(math.isfinite, scores)):
-            raise UserError(f"a score is not finite: the model overflows in {model.decoder.dtype}; set another --dtype")
+            problem = f"a score is not finite: the model overflows in {model.decoder.dtype}"
+            raise UserError(f"{problem}; set --dtype float32, or use another checkpoint")
         yield from zip(batch, scores, strict=True)
 
     done = map_resumable(batches, work, log, ranks, unit="clip")

@@ -64,7 +64,7 @@ def read_prompt(path: str, codec: MimiCodec | None = None) -> Waveform:
 
 
 def encode_prompts(model: SpeechModel, prompts: Sequence[Waveform], options: SamplingOptions) -> list[torch.Tensor]:
-    """Encode prompts with the codec's sample rate; return a list of codes_TQ. See `SamplingOptions.last_frame`."""
+    """Return the codes_TQ of prompts that have the codec's sample rate. See `SamplingOptions.last_frame`."""
     samples = [prompt.samples_S for prompt in prompts]
     if (options.last_frame or model.last_frame) == "codec":
         return [model.codec.encode_as_released(samples_S) for samples_S in samples]
@@ -105,7 +105,7 @@ def with_progress(drawn: Drawn, num_samples: int, max_frames: int, frame_rate_hz
 
 
 def finished(drawn: Drawn, num_quantizers: int) -> Iterator[tuple[int, torch.Tensor, FinishReason, float]]:
-    """When a sample of `decode` ends, yield its number, new frames (T, Q), finish reason and start time."""
+    """When a sample of `decode` ends, yield its index, its new frames (T, Q), its finish reason and its start time."""
     samples: dict[int, tuple[float, list[torch.Tensor]]] = {}
     for number, new in drawn:
         began, frames = samples.setdefault(number, (time.perf_counter(), [torch.zeros(0, num_quantizers).long()]))

@@ -65,8 +65,8 @@ def decode(model: SpeechModel, requests: Sequence[Request], sampling: Sampling, 
     window are kept. Position indices are therefore never larger than in training.
 
     Returns:
-        An iterator that yields ``(request number, next frame (Q,) on the CPU)`` and, at the end of a sample,
-        ``(request number, FinishReason)``. The iterator raises a `UserError` if the logits are not finite.
+        An iterator that yields ``(request index, next frame (Q,) on the CPU)`` and, at the end of a sample,
+        ``(request index, FinishReason)``. The iterator raises a `UserError` if the logits are not finite.
 
     Raises:
         UserError: the window does not fit into the model's context, or the model does not support a request's text.
@@ -125,7 +125,8 @@ def _decode(model: SpeechModel, requests: Sequence[Request], sampling: Sampling,
         uniform_BQ, may_end_B = uniform_BQ.to(model.device), may_end_B.to(model.device)
         entries_BQ = model.next_frame(caches, draw).cpu()  # the loop waits for the device once per frame
         if not is_finite:
-            raise UserError(f"logits are not finite: the model overflows in {model.dtype}; choose another --dtype")
+            remedy = "set --dtype float32, or use another checkpoint"
+            raise UserError(f"logits are not finite: the model overflows in {model.dtype}; {remedy}")
         for place, (row, entries_Q) in enumerate(zip(rows, entries_BQ, strict=True)):
             if row is None:
                 continue

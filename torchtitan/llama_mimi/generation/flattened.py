@@ -1,4 +1,4 @@
-"""The flattened architecture: a Llama over audio tokens. Only tokens of a position's level can be drawn."""
+"""The flattened architecture: a Llama over audio tokens. At each position, only tokens of one level can be drawn."""
 
 from collections.abc import Sequence
 from functools import cached_property

@@ -1,6 +1,7 @@
 """Key-value cache for contexts of different lengths. A step adds one position to all contexts.
 
-The cache of `transformers` needs far more calls per step. On a CPU with a small model, the calls take half of the time.
+The cache of `transformers` needs far more function calls per step. For a small model on a CPU, these calls take half of
+the generation time.
 """
 
 from collections.abc import Callable, Mapping

@@ -43,7 +43,7 @@ def load_speech_model(
     place = available_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     kind = load_pretrained(AutoConfig, model_name, what="model").model_type
     if kind not in MODELS:
-        raise UserError(f"'{model_name}' is of type '{kind}', not one of: {', '.join(MODELS)}; choose another model")
+        raise UserError(f"'{model_name}' is of type '{kind}'; choose a model of one of the types {', '.join(MODELS)}")
     stock_class, model_class, architecture = MODELS[kind]
     dtype = dtype or ("bfloat16" if place.type == "cuda" else "float32")
     if (is_int8 := dtype == "int8") and place.type != "cpu":
@@ -63,7 +63,7 @@ def load_speech_model(
     if rows != tokenizer.vocabulary.size:
         needed = f"{num_quantizers} quantizers of '{codec.name}' need {tokenizer.vocabulary.size}"
         raise UserError(f"'{model_name}' has {rows} vocabulary entries, but {needed}; set --codec to the model's codec")
-    top_p = decoder.generation_config.top_p  # as in the first release; the caller sets all other options
+    top_p = decoder.generation_config.top_p  # as in Llama-Mimi's first release; the caller sets all other options
     # On Hopper, PyTorch would choose cuDNN's attention, which builds a plan for each length of a prompt (about 60 ms).
     torch.backends.cuda.enable_cudnn_sdp(False)
     model = model_class(decoder.to(place).eval(), tokenizer, codec, 1.0 if top_p is None else top_p, is_int8)

@@ -27,8 +27,8 @@ class SamplingOptions:
     min_seconds: float = 0.0  # minimum length of the continuation, in seconds; the model cannot end the speech earlier
     temperature: float = 0.8  # sampling temperature; at 0, the most likely token is chosen
     top_k: int = 30  # sample from the k most likely tokens (among those valid at this position)
-    # sample from the smallest set of the top_k tokens with a total probability of at least p; default: the value in
-    # the generation config of the model, else 1
+    # sample from the most likely of the top_k tokens, up to a total probability of p; default: the value in the
+    # generation config of the model, else 1
     top_p: float | None = None
     # length of the model's context (prompt and new audio), in seconds; when the context is full, only the start of the
     # prompt and the last half of the context are kept; default: maximum length of a training clip
@@ -36,7 +36,7 @@ class SamplingOptions:
     seed: int = 0  # seed of the first sample; the same seed gives the same samples
     num_samples: int = 1  # number of continuations of each prompt
     # encoding of a partial last frame of a prompt: 'pad' fills the frame with zeros; 'codec' passes the frame to the
-    # codec unchanged, as the first release does; default: 'codec' for released checkpoints, else 'pad'
+    # codec unchanged, as in Llama-Mimi's first release; default: 'codec' for released checkpoints, else 'pad'
     last_frame: LastFrame | None = None
 
     def __post_init__(self) -> None:
@@ -58,12 +58,14 @@ class ContinuationOptions:
     prompt: str | None = None  # file with the prompt: WAV, FLAC, MP3 or OGG; M4A, AAC, WebM and WMA need FFmpeg
     prompts: Path | None = None  # folder of prompts; requires --output_dir. To resume a killed run, repeat the command
     text: str | None = None  # text to speak, for models of the task 'tts'; begin the text with the prompt's transcript
-    output_file: Path = Path("continuation.wav")  # WAV file to write; names get a number if --num_samples is above 1
+    # WAV file to write; if --num_samples is above 1, a number is added to the name of each file
+    output_file: Path = Path("continuation.wav")
     output_dir: Path | None = None  # folder for the continuations of --prompts
     stream: bool = False  # write the sample to disk during generation
     batch_size: int | None = None  # number of samples to generate at once, with --prompts; default: 64 on a GPU, else 8
     codec: str | None = None  # hub id or folder of the codec; default: the codec in the config of the model
-    codec_sliding_window: bool | None = None  # run the codec with sliding-window attention; default: as in training
+    # run the codec with sliding-window attention; default: the setting used in training
+    codec_sliding_window: bool | None = None
     device: str | None = None  # torch device; default: the GPU if there is one, else the CPU
     # precision of the decoder; 'int8' is for CPUs; default: bfloat16 on a GPU, float32 on a CPU
     dtype: GenerationPrecision | None = None

@@ -36,7 +36,7 @@ def continue_speech(options: ContinuationOptions) -> None:
         for warning in read_prompt(options.prompt).audio_warnings:
             print(f"note: '{options.prompt}' is {warning}")
         if any(path.exists() and path.samefile(options.prompt) for path in files):
-            raise UserError(f"--output_file would replace --prompt '{options.prompt}'; choose another name")
+            raise UserError(f"--output_file would replace --prompt '{options.prompt}'; set another --output_file")
 
     with distributed_context(options.device) as ranks:
         name, codec, window = options.model_name, options.codec, options.codec_sliding_window
@@ -85,7 +85,7 @@ def _continue_prompt(model: SpeechModel, options: ContinuationOptions, files: li
         written = path if len(codes_TQ) else "no audio"
         print(f"{written}: {seconds:.2f} s of prompt, {new_seconds:.2f} s of continuation")
         if new_seconds < 0.5 <= sampling.seconds:
-            print("the model ended the speech early; set --min_seconds, or cut the prompt within a sentence")
+            print("the model ended the speech early; set --min_seconds, or use a prompt that ends within a sentence")
 
 
 def _stream(codec: MimiCodec, prompt_TQ: torch.Tensor, drawn: Drawn, path: Path) -> torch.Tensor:

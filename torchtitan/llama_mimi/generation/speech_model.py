@@ -40,7 +40,7 @@ class SpeechModel(ABC):
 
     @property
     def last_frame(self) -> LastFrame:
-        """Method that encoded partial last frames of training clips, 'codec' or 'pad'."""
+        """Encoding of partial last frames of training clips: 'codec' or 'pad'."""
         return "codec" if is_released(self.decoder.config) else "pad"
 
     @property

@@ -53,7 +53,7 @@ def judge(url: str | None, model_name: str, criteria: Criteria) -> Measure:
             return reply.choices[0].message.content or ""
         except (openai.APIConnectionError, openai.APIStatusError) as error:  # includes timeouts
             problem = f"the judge '{model_name}' at {url or 'OpenAI'} does not answer ({first_line(error)})"
-            raise UserError(f"{problem}; fix the server and re-run the command: earlier replies are saved") from error
+            raise UserError(f"{problem}; check the server and re-run the command: earlier replies are saved") from error
         except (openai.OpenAIError, ValueError, RecursionError, AttributeError, IndexError, TypeError):
             return ""
 
@@ -67,7 +67,7 @@ def judge(url: str | None, model_name: str, criteria: Criteria) -> Measure:
 
 
 def _ask(call: Callable[[Messages], str], criteria: Criteria, prompt: str, continuation: str) -> Value:
-    """Return the scores of the judge, or the problem of the last reply after `ATTEMPTS` invalid replies."""
+    """Return the scores of the judge or, after `ATTEMPTS` invalid replies, the problem of the last reply."""
     request = criteria.request.format(prompt=prompt, continuation=continuation)
     messages = [{"role": "system", "content": criteria.system}, {"role": "user", "content": request}]
     for _ in range(ATTEMPTS):

@@ -180,7 +180,7 @@ def log_perplexity(model_name: str, device: torch.device) -> Measure:
     tokenizer = load_pretrained(transformers.AutoTokenizer, model_name, what="language model")
     first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if first is None:
-        raise UserError(f"'{model_name}' has neither a BOS nor an EOS token; choose another --text_model")
+        raise UserError(f"'{model_name}' has neither a BOS nor an EOS token; choose a --text_model with such a token")
 
     @torch.inference_mode()
     def value(prompt: str, continuation: str) -> Value:

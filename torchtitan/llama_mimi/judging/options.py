@@ -58,13 +58,13 @@ class PromptOptions:
     speaker_column: str = "speaker"  # column with speakers; a shuffled pair has two different speakers
     prompt_seconds: float = 3.0  # approximate length of a prompt, in seconds (at least 0.5)
     recording_seconds: float | None = None  # minimum length of a recording, in seconds; default: twice --prompt_seconds
-    limit: int | None = None  # maximum number of recordings; the choice depends on their names; default: all
+    limit: int | None = None  # maximum number of recordings, chosen by a hash of their names; default: all
 
     def __post_init__(self) -> None:
         low, high = 1.25 * max(self.prompt_seconds, 0.5), MAX_RECORDING_SECONDS
         if not (self.prompt_seconds >= 0.5 and low <= self.min_seconds <= high):
             problem = f"--prompt_seconds is {self.prompt_seconds:g}, --recording_seconds is {self.min_seconds:g}"
-            remedy = f"set --prompt_seconds to at least 0.5, and --recording_seconds to {low:g} or more, up to {high:g}"
+            remedy = f"set --prompt_seconds to at least 0.5, and --recording_seconds from {low:g} to {high:g}"
             raise UserError(f"{problem}; {remedy}")
 
     @property
@@ -102,7 +102,8 @@ class GenerationOptions:
     output_dir: Path = Path("results/generation")  # folder for the prompts and the results of all systems
     measures: MeasureOptions = field(default_factory=MeasureOptions)
     codec: str | None = None  # hub id or folder of the codec; default: the model's codec
-    codec_sliding_window: bool | None = None  # run the codec with sliding-window attention; default: as in training
+    # run the codec with sliding-window attention; default: the setting used in training
+    codec_sliding_window: bool | None = None
     batch_size: int | None = None  # number of samples per batch; default: 64 on a GPU, else 8
     device: str | None = None  # torch device; default: the GPU if there is one, else the CPU
     dtype: DecoderPrecision | None = None  # precision of the decoder; default: bfloat16 on a GPU, float32 on a CPU
@@ -124,7 +125,7 @@ class GenerationOptions:
                 raise UserError(f"--{flag} is {value}; set it to 1 or more")
         is_file_name = re.fullmatch(rf"(?!{RECONSTRUCTION})[A-Za-z0-9][A-Za-z0-9._-]*", self.system)
         if not is_file_name or self.system in RESERVED:
-            raise UserError(f"--name is '{self.system}', which is reserved or not a file name; choose another name")
+            raise UserError(f"--name is '{self.system}', which is reserved or not a file name; choose another --name")
 
     @property
     def system(self) -> str:

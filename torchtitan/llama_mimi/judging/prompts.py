@@ -67,7 +67,7 @@ def make_prompts(folder: Path, options: PromptOptions) -> PromptSet:
 
 
 def cut_seconds(waveform: Waveform, wanted_seconds: float) -> float:
-    """Return the time, in seconds, of the quietest frame border near ``wanted_seconds``. On a tie, take the nearest."""
+    """Return the time (s) of the quietest frame border near ``wanted_seconds``; on a tie, of the nearest border."""
     rate_hz, half = waveform.sample_rate_hz, round(CUT_SECONDS / 2 * waveform.sample_rate_hz)
 
     def power(border: int) -> float:
@@ -134,10 +134,10 @@ def _cut_prompts(folder: Path, options: PromptOptions) -> tuple[list[Prompt], Co
     print(f"{len(drawn):,} prompts; skipped recordings: {reasons or 'none'}", flush=True)
     if num_unreadable > MAX_UNREADABLE * num_read:
         problem = f"{num_unreadable:,} of {num_read:,} recordings of '{options.corpus}' cannot be read"
-        raise UserError(f"{problem}, more than {100 * MAX_UNREADABLE:g} %; fix the files named above")
+        raise UserError(f"{problem}, more than {100 * MAX_UNREADABLE:g} %; replace or remove the unreadable files")
     if not drawn:
         problem = f"'{options.corpus}' lacks a readable recording of at least {options.min_seconds:g} s"
-        raise UserError(f"{problem}; reduce --recording_seconds and --prompt_seconds, or fix the corpus")
+        raise UserError(f"{problem}; reduce --recording_seconds and --prompt_seconds, or add longer recordings")
     hash_of_files = _files_sha256(partial.folder)  # before the rename, because hashing is slow
     for part in (RECORDINGS, PROMPTS):
         (partial.folder / part).rename(folder / part)
@@ -146,7 +146,7 @@ def _cut_prompts(folder: Path, options: PromptOptions) -> tuple[list[Prompt], Co
 
 
 def _rows(source: Source) -> Iterator[tuple[str, Row]]:
-    """Yield a file name and the content of each row of a corpus."""
+    """For each row of a corpus, yield a file name and the row."""
     rows = (row for unit in range(len(source.units)) for row in source.rows(unit))
     for number, row in enumerate(rows):
         name = row.get("id") or f"row-{number:06d}"

@@ -137,7 +137,8 @@ def wavs(prompts: PromptSet, folder: Path, contain_prompt: bool, max_seconds: fl
             problem = f"'{path}' does not have the name of a prompt"
             raise UserError(f"{problem}; rename the file to <prompt>.wav or <prompt>_<number>.wav")
         if (name, number) in found:
-            raise UserError(f"'{found[name, number]}' and '{path}' are sample {number} of '{name}'; remove one file")
+            problem = f"'{found[name, number]}' and '{path}' are both sample {number} of '{name}'"
+            raise UserError(f"{problem}; remove one of the two files")
         found[name, number] = path
     if missing := by_name.keys() - {name for name, _ in found}:
         problem = f"'{folder}' lacks files for {len(missing):,} of {len(by_name):,} prompts, such as '{min(missing)}'"

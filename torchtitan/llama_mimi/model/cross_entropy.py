@@ -153,7 +153,7 @@ def chunk_losses(
     group: dist.ProcessGroup | None,
     with_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Return losses (N,), losses (N,) over the valid entries only, and the gradient (N, V) of the weighted sum.
+    """Return losses (N,) over all entries, losses (N,) over valid entries, and the gradient (N, V) of the weighted sum.
 
     The gradient is (softmax - one_hot(target)) * weight, or None if ``with_gradient`` is False.
 

@@ -95,7 +95,7 @@ class DepthDecoder(nn.Module):
 
 
 class HierarchicalLlamaMimi(LlamaMimi):
-    """Llama over frames with a `DepthDecoder`. Text and audio tokens share one embedding table."""
+    """Llama over frames, and `DepthDecoder` over levels. Text and audio tokens share one embedding table."""
 
     def __init__(self, model_args: LlamaMimiArgs) -> None:
         super().__init__(model_args)
@@ -117,7 +117,7 @@ class HierarchicalLlamaMimi(LlamaMimi):
         return round(frame / args.targets_per_frame)
 
     def deep_frames(self, targets_NQ: torch.Tensor) -> torch.Tensor:
-        """Return the positions that train the depth decoder, or else position 0: every rank needs all gradients."""
+        """Return the positions that train the depth decoder, or position 0 if none does: every rank needs gradients."""
         depth_N = (targets_NQ[:, 1:] != IGNORE_INDEX).any(dim=1).nonzero()[:, 0]
         return depth_N if len(depth_N) else depth_N.new_zeros(1)
 

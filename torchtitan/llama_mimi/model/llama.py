@@ -19,7 +19,7 @@ from llama_mimi.tokens.vocabulary import AudioVocabulary
 
 @dataclass
 class LlamaMimiArgs(TransformerModelArgs):
-    """Hyperparameters of Llama 3. `update_from_config` sets ``vocab_size`` and the fields below ``depth``."""
+    """Hyperparameters of Llama 3. `update_from_config` sets ``vocab_size`` and the fields after ``depth``."""
 
     ffn_dim: int = 14336  # width of the feed-forward layers
     rope_theta: float = 500000

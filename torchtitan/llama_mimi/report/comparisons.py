@@ -33,7 +33,7 @@ SUMMARY = (
 
 
 def _by_system(corner: str, cells: Mapping[str, Mapping[str, str]], columns: Sequence[str]) -> list[Table]:
-    """Return a table with measures as rows and systems as columns. Empty rows and an empty table are removed."""
+    """Return a table with measures as rows and systems as columns; omit empty rows, and the table if it is empty."""
     rows = [[name, *(of.get(column, "") for column in columns)] for name, of in cells.items()]
     rows = [row for row in rows if any(row[1:])]
     return [_table([corner, *columns], rows)] if rows else []
@@ -141,7 +141,7 @@ def comparable_sets(items: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 
 
 def published_numbers(items: pd.DataFrame) -> list[Section]:
-    """Return a table of published numbers, for all measures that ``items`` contains on official data."""
+    """Return a table of published numbers for the measures of ``items`` that were computed on official data."""
     if not (items["data_kind"] == "official").any():
         return []
     rows = tomllib.loads(PUBLISHED.read_text())["rows"]

@@ -39,7 +39,7 @@ class Estimate:
         return low < high and not low <= 0 <= high if self.interval else self.count == 0
 
     def text(self, *, is_difference: bool = False) -> str:
-        """Return the mean with both intervals. A difference has a sign, or is a ratio; a star marks significance."""
+        """Return mean and intervals as text. A difference has a sign or is a ratio; a star marks significance."""
         is_log = self.measure.is_log
         sign = "+" if is_difference and not is_log else ""
         form = f"z.{self.measure.digits + (is_difference and is_log)}f"
@@ -56,7 +56,7 @@ class Estimate:
 def estimate(values: pd.DataFrame, measure: MeasureFormat, *, is_wilson: bool = False) -> Estimate:
     """Return the mean of ``values``, a table with rows (part, item) and a column for each seed.
 
-    With ``is_wilson``, Wilson's interval is computed, as in `mean_of_parts`; otherwise, a bootstrap interval.
+    If ``is_wilson`` is True, compute Wilson's interval, as in `mean_of_parts`; otherwise, a bootstrap interval.
     """
     scaled = values * measure.factor
     seeds = tuple(map(float, scaled.groupby(level="part").mean().mean()))

@@ -76,8 +76,9 @@ def spectrogram(samples_S: torch.Tensor, sample_rate_hz: int, mark_seconds: floa
 def continuations(folder: Path, num_prompts: int, labels: Mapping[str, str] | None = None) -> list[Section]:
     """Return an introduction and ``num_prompts`` sections. A section contains one clip of each system for one prompt.
 
-    ``folder`` is the --output_dir of eval/generation.py. Prompts are chosen by the hash of their names. ``labels`` maps
-    each system that is shown to its displayed name; default: all systems. Missing or damaged files raise a `UserError`.
+    ``folder`` is the --output_dir of eval/generation.py. Prompts are chosen by the hash of their names. The keys
+    of ``labels`` are the systems to show, and the values are their displayed names; default: all systems. Missing or
+    damaged files raise a `UserError`.
     """
     if (manifest := read_json(str(folder), "prompts.json")) is None:
         raise UserError(f"'{folder}' does not contain prompts.json; choose the --output_dir of eval/generation.py")

@@ -128,7 +128,7 @@ def read_results(paths: Sequence[Path]) -> Results:
             items = items.assign(data_kind=report["data_kind"])[COLUMNS]
         except DAMAGE as error:
             what = f"{type(error).__name__}: {first_line(error)}"
-            raise UserError(f"'{file}' is a damaged result ({what}); remove the file, or re-run eval/") from error
+            raise UserError(f"'{file}' is a damaged result ({what}); remove the file, or evaluate again") from error
         one = items.iloc[0]
         about = report.get("benchmark", "the same prompts")
         of_weights = (one["weights"], one["data_kind"]) if "benchmark" in report else (one["data"],)

@@ -166,7 +166,7 @@ def _variants(study: Study, grid: Flags) -> tuple[Variant, ...]:
     found: list[Variant] = []
     for architecture in grid.get("architecture") or [*study.config][:1]:
         if architecture not in study.config:
-            raise UserError(f"[config] lacks a file for '{architecture}', used in '{grid['title']}'; add a file")
+            raise UserError(f"[config] lacks a file for '{architecture}', used in '{grid['title']}'; add this file")
         base = resolved({"job.config_file": study.config[architecture]})
         for values in itertools.product(
             grid.get("flavor") or [base.model.flavor],
@@ -190,11 +190,11 @@ def _check(study: Study) -> None:
     configs = [resolved(study.flags(v) | {"training.steps": v.steps}) for v in study.variants]
     is_unknown_batch = launch.train and any(config.training.global_batch_size < 1 for config in configs)
     for is_wrong, message in (
-        (not study.runs, "tables or seeds are missing; add [[tables]] or seeds"),
+        (not study.runs, "the study lacks tables or seeds; add [[tables]], and at least one seed"),
         (len({*study.seeds}) < len(study.seeds), f"seeds is {study.seeds}; set each seed only once"),
         (min(launch.parallel, launch.nproc_per_node) < 1, "launch.parallel and launch.nproc_per_node must be positive"),
         (own, f"only axes or the study itself may set {', '.join(sorted(own))}; remove these keys"),
-        (unused, f"the [[override]] {unused[:1]} does not apply to any variant; fix the values of its axes"),
+        (unused, f"the [[override]] {unused[:1]} does not apply to any variant; use values from [[tables]]"),
         (is_unknown_batch, "the number of ranks of launch.train is unknown; set training.global_batch_size"),
     ):
         if is_wrong:

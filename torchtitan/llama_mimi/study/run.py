@@ -86,7 +86,8 @@ def check_unchanged(study: Study) -> None:
     for run in study.runs:
         record = read_record(study, run)
         if "flags" in record:
-            raise UserError(f"'{run_folder(study, run)}' contains a run of an old version; choose another output_dir")
+            problem = f"'{run_folder(study, run)}' contains a run of an old version of this project"
+            raise UserError(f"{problem}; set another output_dir in the study file")
         for step in steps(study, run):
             if saved := record["settings"].get(step.name):
                 current = dict.fromkeys(saved) | _settings(study, run, step)  # removed flags become None

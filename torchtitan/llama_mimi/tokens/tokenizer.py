@@ -55,7 +55,7 @@ class SpeechTokenizer:
 
     @cached_property
     def adds_bos(self) -> bool:
-        """True if the tokenizer adds BOS to a text, as in released checkpoints."""
+        """True if the tokenizer adds BOS to a text, as the tokenizers of released checkpoints do."""
         return self.text_tokenizer(AUDIO_START).input_ids[0] == self.text_tokenizer.bos_token_id
 
 

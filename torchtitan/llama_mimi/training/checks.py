@@ -100,7 +100,7 @@ RULES: list[tuple[str, Callable[[Any, Any], Any], str]] = [
 
 
 def prepare_run(job_config: Any) -> None:
-    """Check a run, lock its folder, save its config and move old checkpoints on rank 0. All ranks raise its errors."""
+    """On rank 0, check a run, lock its folder, save its config and move old checkpoints; raise errors on all ranks."""
     checkpoint, settings = checkpoint_folder(job_config), job_config.checkpoint
 
     def steps() -> list[int] | None:
@@ -172,7 +172,7 @@ def check_files(job_config: Any) -> None:
             if not is_store(name):
                 check_corpus(name, values.dataset_path, split)
             elif values.dataset_path is not None or split is not None:
-                raise UserError(f"'{name}' is a tokenised corpus without splits; unset dataset_path and the split")
+                raise UserError(f"'{name}' is a tokenised corpus without splits; remove dataset_path and the split")
             else:
                 CodeCorpus(name, codec.name, codec.num_quantizers, codec.sliding_window, with_text=data.task == "tts")
     _check_model(job_config)
@@ -206,7 +206,7 @@ def _check_model(job_config: Any) -> None:
         if is_trained or (hasattr(base, "num_quantizers") and not hasattr(base, "codec")):
             wanted["codec.sliding_window"] = codec.sliding_window
             found["codec.sliding_window"] = has_sliding_window(base)
-    remedy = f"fix model.flavor or codec.sliding_window, or create another folder with {prepare}"
+    remedy = f"set model.flavor and codec.sliding_window to fit the folder, or create another folder with {prepare}"
     require_same(found, wanted, assets, remedy)
     if settings.initial_load_in_hf:
         check_initial_weights(settings.initial_load_path or model.hf_assets_path, args)
@@ -229,7 +229,8 @@ def _check_resume(job_config: Any) -> None:
             read_index(Path(settings.initial_load_path))
         return
     if number not in steps:
-        raise UserError(f"checkpoint.load_step is {number}, but the complete steps in '{folder}' are {sorted(steps)}")
+        problem = f"checkpoint.load_step is {number}, but the complete steps in '{folder}' are {sorted(steps)}"
+        raise UserError(f"{problem}; set one of these steps, or -1 for the last step")
     # Step 0 is a seed checkpoint. TorchTitan loads only its weights and needs no position.
     needs_position = number > 0 and "dataloader" not in settings.exclude_from_loading
     entries = read_index(steps[number]).state_dict_metadata if is_distributed(steps[number]) else None

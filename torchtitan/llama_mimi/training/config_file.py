@@ -18,7 +18,7 @@ import llama_mimi.job_config
 from llama_mimi.common.errors import UserError
 from llama_mimi.training.checks import check_settings
 
-# Replacements of keys and sections that earlier versions or the first release had.
+# Replacements of keys and sections of earlier versions and of Llama-Mimi's first release.
 OLD_KEYS = {
     "model.num_quantizers": "codec.num_quantizers",
     "model.pretrained": "checkpoint.initial_load_in_hf",
@@ -47,7 +47,7 @@ def parse_config(args: list[str]) -> Any:
         try:
             values = tomllib.loads(Path(path).read_text())
         except (OSError, ValueError) as error:
-            raise UserError(f"the config file '{path}' cannot be read ({error}); fix the file or its path") from error
+            raise UserError(f"the config file '{path}' cannot be read ({error}); fix its path or syntax") from error
         _check_section(config_class, values, path)
     try:
         job_config = ConfigManager(config_class).parse_args(args)

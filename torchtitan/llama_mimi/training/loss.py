@@ -19,7 +19,10 @@ class LevelMeter:
         self._sums = self._step_sums = torch.zeros(())
 
     def add(self, losses_N: torch.Tensor, admissible_N: torch.Tensor, rows_N: torch.Tensor, num_rows: int) -> None:
-        """Add N losses, over all and over admissible entries, to sums of their rows. Row ``num_rows`` is ignored."""
+        """Add N losses, over all and over admissible entries, to the sums with the indices ``rows_N``.
+
+        Index ``num_rows`` counts only in `pop_step`.
+        """
         sums = torch.zeros(3, num_rows + 1, device=losses_N.device, dtype=torch.float64)
         for row, values_N in zip(sums, (losses_N, torch.ones_like(losses_N), admissible_N), strict=True):
             row.index_add_(0, rows_N, values_N.double())

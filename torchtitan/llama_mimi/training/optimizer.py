@@ -56,7 +56,7 @@ class SpeechSchedulers(LRSchedulersContainer):
 class StepGuard:
     """Guard that ends a run before TorchTitan saves a step with non-finite loss, gradients or weights.
 
-    A step without targets changes no weights, and the run continues. `SpeechMetrics.should_log` calls `check`.
+    A step without targets does not change weights, and the run continues. `SpeechMetrics.should_log` calls `check`.
     """
 
     def __init__(self) -> None:
@@ -78,7 +78,7 @@ class StepGuard:
     def check(self, job_config: Any, step: int, model_parts: list[nn.Module]) -> None:
         """Raise a `UserError` if loss, gradients or (when a checkpoint is due) weights are not finite."""
         if self._is_empty:
-            logger.info(f"step {step} has no targets and changes no weights")
+            logger.info(f"step {step} does not contain targets, so the weights do not change")
         if not self._problem and (step % job_config.checkpoint.interval == 0 or step in (1, job_config.training.steps)):
             (norms,) = _over_ranks(_norm(p for part in model_parts for p in part.parameters()))
             self._problem = "" if math.isfinite(norms) else f"the norm of the new weights is {norms}"
