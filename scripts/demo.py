@@ -12,9 +12,10 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from llama_mimi.common.choices import DecoderPrecision
+from llama_mimi.common.choices import GenerationPrecision
 from llama_mimi.common.command_line import run_command
 from llama_mimi.common.errors import UserError
 from llama_mimi.generation.options import SamplingOptions
@@ -28,7 +29,7 @@ def demo(
     host: str = "127.0.0.1",
     port: int = 7860,
     device: str | None = None,
-    dtype: DecoderPrecision = "float32",
+    dtype: GenerationPrecision | None = None,
 ) -> None:
     """Serve the page until it is stopped.
 
@@ -37,7 +38,7 @@ def demo(
         host: address to listen on; 0.0.0.0 means all addresses of this machine
         port: port of the page
         device: torch device; default: the GPU, or the CPU of a machine without a GPU
-        dtype: precision of the decoder
+        dtype: precision of the decoder; 'int8' is for CPUs; default: bfloat16 on a GPU, float32 on a CPU
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # nothing is sent anywhere
     gradio = import_extra("gradio", "the demo", "run `uv sync --inexact --extra demo`")
@@ -59,13 +60,18 @@ def demo(
 def build_app(gradio: Any, model: Any) -> Any:
     """Return the gradio page. After a click on its button, the page shows the values that `continued` yields."""
 
-    def answer(prompt: str | None, *values: float | None) -> Iterator[Any]:
+    worker = ThreadPoolExecutor(1)
+
+    def answer(prompt: str | None, *settings: float | None) -> Iterator[Any]:
         try:
-            if prompt is None or None in values:
+            if prompt is None or None in settings:
                 raise UserError("record or upload a prompt, and type a seed")
-            options: dict[str, Any] = dict(zip(sliders, values, strict=True))
+            options: dict[str, Any] = dict(zip(sliders, settings, strict=True))
             options |= {"top_k": int(options["top_k"]), "seed": int(options["seed"]), "top_p": options["top_p"] or None}
-            yield from continued(model, prompt, SamplingOptions(**options))
+            values = continued(model, prompt, SamplingOptions(**options))
+            # gradio calls `answer` in changing threads, but a model has to be compiled and run in one thread.
+            while shown := worker.submit(next, values, None).result():
+                yield shown
         except UserError as error:
             raise gradio.Error(without_folders(str(error))) from error
 
@@ -90,7 +96,7 @@ def continued(model: Any, prompt: str, options: SamplingOptions) -> Iterator[tup
     import torch
 
     from llama_mimi.audio.streaming import DecodingStream
-    from llama_mimi.generation.continuation import checkpoint_note, encode_prompts, for_model, read_prompt
+    from llama_mimi.generation.continuation import encode_prompts, for_model, read_prompt, settings_note
     from llama_mimi.generation.decoding import FinishReason, Request, decode
 
     codec, began, first_spent = model.codec, time.perf_counter(), 0.0
@@ -112,7 +118,7 @@ def continued(model: Any, prompt: str, options: SamplingOptions) -> Iterator[tup
         state = f"{new_seconds:.1f} s of new audio after {spent:.1f} s; first audio after {first_spent:.1f} s"
         if isinstance(new, FinishReason):
             state += f". Generation stopped at {'</audio>' if new is FinishReason.EOS else 'the maximum length'}"
-            state += f"; {note}" if (note := checkpoint_note(model, options)) else ""
+            state += f"; {settings_note(model, options)}"
         yield sound, state
 
 

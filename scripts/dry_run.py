@@ -16,7 +16,8 @@ from llama_mimi.common.errors import UserError
 @dataclass
 class Options:
     num_gpus: int  # total number of GPUs, over all nodes
-    # memory limit of a GPU, in GB; a card of "80 GB" has 85 GB, and CUDA, NCCL and fragmentation need about 5 GB
+    # memory of a GPU that training may use, in GB; 80 is for a GPU with 85 GB (sold as "80 GB"), because CUDA, NCCL and
+    # fragmentation need about 5 GB
     gpu_gb: float = 80.0
 
     def __post_init__(self) -> None:

@@ -92,11 +92,11 @@ def test_the_demo_plays_before_it_is_done(model_folder, tmp_path):
             is_playing = "[...document.querySelectorAll('audio')].some(audio => audio.currentTime > 0.2)"
             page.wait_for_function(is_playing, timeout=90_000)
             before = page.locator("#state textarea").input_value()
-            assert "new after" in before and "The end" not in before, before
-            is_done = "document.querySelector('#state textarea').value.includes('The end')"
+            assert "of new audio after" in before and "stopped" not in before, before
+            is_done = "document.querySelector('#state textarea').value.includes('Generation stopped')"
             page.wait_for_function(is_done, timeout=120_000)
             state = page.locator("#state textarea").input_value()
-            first, last = (float(re.search(rf"{text} ([\d.]+) s", state)[1]) for text in ("sent after", "new after"))
+            first, last = (float(re.search(rf"{text} audio after ([\d.]+) s", state)[1]) for text in ("first", "new"))
             assert first < last
             assert errors == []
     finally:

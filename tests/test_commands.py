@@ -7,8 +7,11 @@ import runpy
 import socket
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import demo
 import fsspec
@@ -46,6 +49,7 @@ def test_help(path, monkeypatch, capsys):
     assert end.value.code in (0, None)
     first_sentence = ast.get_docstring(ast.parse(path.read_text())).split("\n")[0]
     assert first_sentence[:30] in shown and shown.count("--") > 2
+    assert "(default: None)" not in " ".join(shown.replace("│", " ").split()), "the text of a flag names its default"
 
 
 SHOW_HELP = """
@@ -141,6 +145,25 @@ def test_an_unusable_file_is_one_sentence(error, sentence, capsys):
     with pytest.raises(SystemExit), report_errors():
         raise error
     assert capsys.readouterr().err.startswith(sentence)
+
+
+def test_the_demo_runs_its_model_in_one_thread(monkeypatch):
+    """gradio calls the page's function in changing threads."""
+    apps, threads = [], set()
+
+    def continued(model, prompt, options):
+        for _ in range(3):
+            threads.add(threading.get_ident())
+            yield None, "state"
+
+    monkeypatch.setattr(demo, "continued", continued)
+    gradio = MagicMock()
+    gradio.Interface = lambda answer, *others, **options: apps.append(answer)
+    demo.build_app(gradio, None)
+    for _ in range(2):
+        with ThreadPoolExecutor(1) as pool:
+            assert len(pool.submit(list, apps[0]("prompt.wav", 4, 0.8, 30, 0, 0)).result()) == 3
+    assert len(threads) == 1
 
 
 def test_the_demo_names_a_taken_port_and_no_paths(monkeypatch):

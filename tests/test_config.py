@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 import tomllib
 from functools import reduce
@@ -74,6 +75,16 @@ def test_shipped_configs_are_valid(path, downloads, monkeypatch):
         flags += ["--validation.dataset_path", str(downloads / "peoples_speech"), "--checkpoint.no-initial_load_in_hf"]
     job_config = checked_config(flags)
     assert job_config.job.save_config_file and job_config.metrics.enable_tensorboard
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if "_1b" in path.stem], ids=lambda path: path.stem)
+def test_flags_for_64_gpus_are_valid(path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "64")
+    command = ["--job.config_file", str(path)]
+    with pytest.raises(UserError, match="training.global_batch_size"):
+        parse_config(command)
+    named = " ".join(re.findall("^#   (--.*)$", path.read_text(), re.M)).split()
+    assert parse_config([*command, *named]).parallelism.data_parallel_replicate_degree == 8
 
 
 def tiny_with(*flags):

@@ -2,21 +2,25 @@
 
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import TINY, run_here
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
 from transformers import CsmForConditionalGeneration, LlamaForCausalLM
 
 from llama_mimi.checkpoint.csm import csm_config
 from llama_mimi.checkpoint.huggingface import hf_config
 from llama_mimi.common.errors import UserError
 from llama_mimi.generation import kv_cache
-from llama_mimi.generation.continuation import continue_codes, finished, for_model, with_progress
+from llama_mimi.generation.continuation import continue_codes, finished, for_model, print_cut_prompts, with_progress
 from llama_mimi.generation.decoding import FinishReason, Request, Sampling, decode, draw_entries
 from llama_mimi.generation.flattened import FlattenedModel
 from llama_mimi.generation.hierarchical import HierarchicalModel
@@ -25,6 +29,7 @@ from llama_mimi.model.llama import FLAVORS
 from llama_mimi.tokens.tokenizer import load_speech_tokenizer
 
 K = 256
+WORKER = ThreadPoolExecutor(1)  # without a GPU, PyTorch 2.11 can compile in only one thread besides the main thread
 GREEDY = Sampling(max_frames=12, min_frames=0, window_frames=100, temperature=0, top_k=30, top_p=1.0)
 
 
@@ -142,16 +147,49 @@ def test_greedy_is_that_of_stock_transformers(codec, architecture, Q):
     assert sum(lengths) > 20, "the comparison has frames"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_compiled_step_draws_the_same(codec, architecture, monkeypatch):
-    """Compile a GPU's step for the CPU. The step attends to all positions and masks the unused ones."""
-    model = built(codec, architecture, n_layers=1)
-    wanted = all_samples(model, [Request(clip(n), 0) for n in (3, 8)], GREEDY, num_rows=2)
-    model.spare_caches.clear()
+def test_the_step_of_a_gpu_draws_the_same(codec, architecture, monkeypatch):
+    """Run the compiled step of a GPU on the CPU, without CUDA graphs, in a worker thread as in the demo.
+
+    Each batch size and each number of visible positions is compiled once, for all layers.
+    """
+
+    def record(function):
+        recorded.append(function.args[0])
+        function()  # as before a recording
+        return function
+
+    model, requests = built(codec, architecture), [Request(clip(n), 0) for n in (3, 8, 5)]
+    wanted = all_samples(model, requests, GREEDY, num_rows=3)
+    recorded, compilations = [], CompileCounter()
     monkeypatch.setattr(kv_cache, "GRAPH_DEVICES", ("cpu",))
-    found = all_samples(model, [Request(clip(n), 0) for n in (3, 8)], GREEDY, num_rows=2)
-    assert all(torch.equal(found[number][0], wanted[number][0]) for number in (0, 1))
+    monkeypatch.setattr(kv_cache, "SHORTEST_GRAPH", 16)
+    monkeypatch.setattr(kv_cache, "record_graph", record)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=compilations))
+    torch._dynamo.reset()
+    for num_rows in (2, 3):
+        model.spare_caches.clear()
+        found = WORKER.submit(all_samples, model, requests, GREEDY, num_rows).result()
+        assert all(torch.equal(found[number][0], wanted[number][0]) for number in range(3))
+    depth = [4] * (architecture == "hierarchical")
+    assert recorded == 2 * [*depth, 16, 32, 64, 128, 256] and compilations.frame_count == len(recorded)
+
+
+def test_int8_weights_change_the_probabilities_little(codec):
+    model = built(codec, "flattened")
+    model.decoder.bfloat16()
+    first, others_LBD = torch.randn(9, 192).bfloat16(), torch.randn(9, 2, 192).bfloat16()
+    log_probs = []
+    with torch.inference_mode():
+        for _ in range(2):
+            (cache,) = model.caches(2, 18)
+            cache.prefill({0: first[:4], 1: first})
+            for inputs_BD in others_LBD:
+                cache.step(inputs_BD)
+            log_probs.append(F.linear(cache.hidden_BD, model.output_rows[0]).float().log_softmax(dim=-1))
+            kv_cache.quantize_layers(model.backbone)
+    divergence = F.kl_div(log_probs[1], log_probs[0], log_target=True, reduction="batchmean")
+    assert 0 < divergence < 0.01, "in nats"
 
 
 def test_caches_of_the_same_size_are_used_again(model):
@@ -269,6 +307,12 @@ def test_past_the_window_the_start_of_the_prompt_and_the_last_frames_are_read(mo
         ((part_TQ, _),) = all_samples(model, [Request(context_TQ, 0)], step, num_rows=1).values()
         codes_TQ, context_TQ = torch.cat([codes_TQ, part_TQ]), torch.cat([context_TQ, part_TQ])
     assert torch.equal(torch.cat([prompt_TQ, new_TQ]), codes_TQ)
+
+
+def test_prompts_that_are_longer_than_the_window_are_counted(model, capsys):
+    print_cut_prompts(model, SamplingOptions(window_seconds=1.28), [16, 17, 40])
+    said = "2 prompts longer than the model's context of 1.3 s: the model sees only the first 0.3 s and the last 0.6 s"
+    assert capsys.readouterr().out == f"{said} of such a prompt\n"
 
 
 def test_text_comes_before_the_speech(codec):

@@ -4,6 +4,7 @@ import itertools
 import json
 import logging
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -29,6 +30,7 @@ from llama_mimi.generation.hierarchical import HierarchicalModel
 from llama_mimi.generation.loading import load_speech_model
 from llama_mimi.generation.options import SamplingOptions
 from llama_mimi.model.architectures import build_model
+from llama_mimi.model.hierarchical import FRAME_MULTIPLES, FrameAttention, frame_attention
 from llama_mimi.model.llama import FLAVORS
 from llama_mimi.tokens.tokenizer import IGNORE_INDEX, load_speech_tokenizer
 from llama_mimi.training.loss import LevelMeter, SpeechLoss, level_weights
@@ -91,14 +93,16 @@ def run(model, inputs):
     return model(inputs["input"], **extra)
 
 
-def loss_of(model, tokenizer, clips, seq_len, weights=(1.0,) * Q, is_packed=False, depth=None, pad_id=0):
+def loss_of(
+    model, tokenizer, clips, seq_len, weights=(1.0,) * Q, is_packed=False, depth=None, pad_id=0, chunk_step=None
+):
     """Return the loss and the sums by level for a batch, and compute the gradients. Works for both architectures."""
     inputs, labels_BLQ = batch(tokenizer, clips, seq_len, is_packed, depth)
     has_target_BL = labels_BLQ.view(len(labels_BLQ), seq_len, -1)[..., 0] != IGNORE_INDEX
     is_padding_BL = has_target_BL.int().flip(1).cummax(dim=1).values.flip(1) == 0
     inputs["input"][is_padding_BL] = pad_id
     meter = LevelMeter()
-    loss = SpeechLoss(tokenizer.vocabulary, meter, weights)(run(model, inputs), labels_BLQ)
+    loss = SpeechLoss(tokenizer.vocabulary, meter, weights, chunk_step)(run(model, inputs), labels_BLQ)
     loss = loss / (labels_BLQ != IGNORE_INDEX).sum()
     model.zero_grad()
     loss.backward()
@@ -111,9 +115,12 @@ def csm_inputs(csm, tokenizer, codes_TQ):
     return torch.cat([prefix_1LD, csm.backbone_model.embed_tokens(codes_TQ[None])], dim=1)
 
 
-def test_logits_and_loss_are_those_of_transformers(pair, tokenizer):
+@pytest.mark.parametrize("device", ["cpu", "like cuda"])
+def test_logits_and_loss_are_those_of_transformers(pair, tokenizer, device, monkeypatch):
     """In CSM, the loss is a sum of two means, and the end is a frame with K at every level."""
     model, csm = pair
+    if device != "cpu":
+        as_on_gpus(monkeypatch)
     codes_TQ = clip(9)
     frames_TQ = torch.cat([codes_TQ, torch.full((1, Q), K)])
     output = run(model, batch(tokenizer, [codes_TQ], 16)[0])
@@ -126,7 +133,7 @@ def test_logits_and_loss_are_those_of_transformers(pair, tokenizer):
         theirs = csm(inputs_embeds=csm_inputs(csm, tokenizer, frames_TQ), labels=labels_1LQ)
     torch.testing.assert_close(output.level_0.compute()[0, 1:11], level_0_TV, atol=1e-5, rtol=1e-5)
     for level, logits in enumerate(output.levels, start=1):
-        torch.testing.assert_close(logits.compute()[0], depth_TqV[:, level - 1], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(logits.compute()[0, :10], depth_TqV[:, level - 1], atol=1e-5, rtol=1e-5)
     ours, _ = loss_of(model, tokenizer, [codes_TQ], 32)
     wanted = (theirs.backbone_loss + (Q - 1) * theirs.depth_decoder_loss) / Q
     torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-5)
@@ -144,6 +151,61 @@ def test_frames_that_do_not_train_the_depth_decoder(pair, tokenizer):
     assert labels_BLQ[0, 9].tolist() == [tokenizer.vocabulary.audio_end_id, *[IGNORE_INDEX] * 3]
     SpeechLoss(tokenizer.vocabulary, meter, [1.0] * Q)(run(model, inputs | {"targets": labels_BLQ}), labels_BLQ)
     torch.testing.assert_close(meter.pop(), sums)
+
+
+@pytest.mark.parametrize(("H", "G", "D"), [(3, 1, 32), (4, 4, 16), (8, 2, 64)])
+def test_attention_over_levels_is_that_of_pytorch(H, G, D):
+    generator = torch.Generator().manual_seed(0)
+    results = []
+    for attend in (frame_attention, partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)):
+        generator.manual_seed(0)
+        # As in a block, the heads are transposed.
+        parts = [torch.randn(5, Q, heads, D, generator=generator, requires_grad=True) for heads in (H, G, G)]
+        output_NHQD = attend(*(x_NQHD.transpose(1, 2) for x_NQHD in parts))
+        output_NHQD.backward(torch.randn(5, H, Q, D, generator=generator))
+        results.append([output_NHQD, *(x_NQHD.grad for x_NQHD in parts)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-6)
+
+
+def as_on_gpus(monkeypatch):
+    """Use the attention of GPUs in the depth decoder, and pad the number of frames to a multiple of 8."""
+    monkeypatch.setattr(FrameAttention, "forward", lambda self, q, k, v, enable_gqa: frame_attention(q, k, v))
+    monkeypatch.setitem(FRAME_MULTIPLES, "cpu", 8)
+
+
+@pytest.mark.parametrize("num_deep", [0, 3, 7])
+def test_attention_and_padding_of_gpus_change_no_loss_and_no_gradient(pair, tokenizer, num_deep, monkeypatch):
+    model, results, shapes = pair[0], [], []
+    inputs, labels_1LQ = batch(tokenizer, [clip(9)], 16, depth=np.arange(10) < num_deep)
+    labels_1LQ[:, 0] = labels_1LQ[:, 1]  # a target at position 0, from which padding is copied
+    hook = model.depth.register_forward_hook(lambda depth, inputs, output: shapes.append(len(inputs[0])))
+    for _ in range(2):
+        meter = LevelMeter()
+        output = run(model, inputs | {"targets": labels_1LQ})
+        loss_sum = SpeechLoss(tokenizer.vocabulary, meter, (4.0, 2.0, 1.0, 1.0))(output, labels_1LQ)
+        loss = loss_sum / (labels_1LQ != IGNORE_INDEX).sum()
+        gradients = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
+        results.append([loss, meter.pop(), *gradients])
+        as_on_gpus(monkeypatch)
+    hook.remove()
+    assert shapes == [num_deep + 1 if num_deep else 1, 8]
+    for found, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_gpus_see_few_numbers_of_frames(monkeypatch):
+    """20 steps with random frames have at most two shapes."""
+    monkeypatch.setitem(FRAME_MULTIPLES, "cpu", FRAME_MULTIPLES["cuda"])
+    (model, _), shapes = built("hierarchical", n_layers=0), []
+    monkeypatch.setattr(model.depth, "forward", lambda hidden_ND, codes_NqD: shapes.append(len(hidden_ND)))
+    generator = torch.Generator().manual_seed(0)
+    tokens_BLQ = torch.zeros(4, 1024, Q, dtype=torch.long)
+    for _ in range(20):
+        targets_BLQ = tokens_BLQ.masked_fill(torch.rand(4, 1024, 1, generator=generator) > 0.25, IGNORE_INDEX)
+        with torch.no_grad():
+            model(tokens_BLQ, targets=targets_BLQ)
+    assert len(shapes) == 20 and set(shapes) == {1024, 1280}
 
 
 def test_weighted_gradients_are_those_of_the_plain_formula(pair, tokenizer):

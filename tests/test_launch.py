@@ -90,6 +90,31 @@ def test_arguments_and_variables_reach_the_training(commands):
     assert stdout.startswith("<0><online>")
 
 
+SHOW_ALLOCATOR = """
+import os, sys
+
+class Finder:
+    def find_spec(self, name, *args):
+        if name == "torch":
+            print({key: value for key, value in os.environ.items() if key.startswith("PYTORCH_")}, flush=True)
+            os._exit(0)
+
+sys.meta_path.insert(0, Finder())
+from llama_mimi.train import main
+main()
+"""
+
+
+@pytest.mark.parametrize("own", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_pytorch_is_imported_with_expandable_segments_unless_the_user_has_other_settings(own):
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTORCH_")}
+    environment |= {} if own is None else {own: "max_split_size_mb:512"}
+    command = [sys.executable, "-c", SHOW_ALLOCATOR, *TRAINING]
+    done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True)
+    wanted = {own or "PYTORCH_ALLOC_CONF": "max_split_size_mb:512" if own else "expandable_segments:True"}
+    assert done.stdout.splitlines()[-1] == str(wanted), done.stderr
+
+
 def test_a_node_that_fails_fails_the_job(commands):
     folder = commands(srun=SRUN, uv=f"mkdir {commands()}/one || exit 7")  # only one process can create this folder
     assert run(folder, "bash", "scripts/train.slurm", *TRAINING, **JOB)[0] == 7

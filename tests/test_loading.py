@@ -94,6 +94,13 @@ def test_damaged_json_is_one_sentence(name, content, message, folder):
     assert "\n" not in str(error.value)
 
 
+def test_int8_is_refused_on_other_devices_than_a_cpu(folder):
+    with pytest.raises(UserError, match="--dtype is 'int8', but --device is 'meta'; set --device cpu"):
+        load_speech_model(str(folder), device="meta", dtype="int8")
+    assert load_speech_model(str(folder), device="cpu", dtype="int8").dtype == "int8"
+    assert not torch.backends.cuda.cudnn_sdp_enabled(), "cuDNN would build a plan for each length of a prompt"
+
+
 def test_weights_of_other_kinds_are_refused(folder, tmp_path):
     """A codec with one layer too many in the config, and a base model with a missing tensor, are refused."""
     codec = Path(shutil.copytree(TINY / "mimi", tmp_path / "codec"))

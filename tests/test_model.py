@@ -4,7 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_hierarchical import built, clip, loss_of
+import torch.nn.functional as F
+from test_hierarchical import as_on_gpus, built, clip, loss_of
+from torch._dynamo.testing import CompileCounterWithBackend
 from torchtitan.config import JobConfig
 from torchtitan.distributed import ParallelDims
 from torchtitan.models.llama3.model.state_dict_adapter import Llama3StateDictAdapter
@@ -13,7 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llama_mimi.checkpoint.huggingface import hf_config, model_args
 from llama_mimi.common.errors import UserError
 from llama_mimi.model.architectures import parallelize
-from llama_mimi.model.llama import FLAVORS, LlamaMimi, LlamaMimiArgs
+from llama_mimi.model.cross_entropy import chunk_losses
+from llama_mimi.model.llama import FLAVORS, LlamaMimi, LlamaMimiArgs, PackedAttention
 
 VOCAB = 300
 
@@ -84,6 +87,47 @@ def test_packed_clips_are_as_if_alone(architecture, spare, pad_id):
     torch.testing.assert_close(sums, padded_sums, atol=1e-4, rtol=1e-6)
     for (name, parameter), other in zip(packed.named_parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, other.grad, atol=1e-5, rtol=1e-5, msg=name)
+
+
+def attend_with_mask(self, q_BHLD, k_BGLD, v_BGLD, bounds):
+    """Attention within clips that can be compiled on a CPU. Like the kernel of GPUs, it reads bounds as a tensor."""
+    B, _, L, _ = q_BHLD.shape
+    q, k, v = (x.transpose(0, 1).flatten(1, 2) for x in (q_BHLD, k_BGLD, v_BGLD))
+    positions_N = torch.arange(B * L)
+    clips_N = torch.bucketize(positions_N, bounds.cu_seq_q, right=True)
+    mask_NN = (clips_N[:, None] == clips_N) & (positions_N[:, None] >= positions_N)
+    return F.scaled_dot_product_attention(q[None], k[None], v[None], mask_NN, enable_gqa=True)[0].transpose(0, 1)
+
+
+@pytest.mark.parametrize("architecture", ["flattened", "hierarchical"])
+def test_only_the_first_step_compiles(architecture, monkeypatch):
+    """Blocks and loss are compiled for all numbers of clips, frames and targets, with the attention of GPUs."""
+    packing = {"attn_type": "varlen", "attn_mask_type": "block_causal"}
+    (plain, tokenizer), (model, _) = built(architecture, **packing), built(architecture, **packing)
+    batches = [[clip(3 + step, index) for index in range(3 + step)] for step in range(5)]
+    seq_len = tokenizer.positions_per_frame * 64
+    wanted = [loss_of(plain, tokenizer, clips, seq_len, is_packed=True)[0] for clips in batches]
+
+    as_on_gpus(monkeypatch)
+    monkeypatch.setattr(PackedAttention, "forward", attend_with_mask)
+    counter, job_config, counts = CompileCounterWithBackend("aot_eager"), JobConfig(), []
+    job_config.compile.enable, job_config.compile.backend = True, counter
+    job_config.activation_checkpoint.mode = "none"  # as in the configs of 1B
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=True, recompile_limit=8):  # restored after the test
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: True)
+            parallelize(model, ParallelDims(1, 1, 1, 1, 1, 1, 1, world_size=1), job_config)
+        chunk_step = torch.compile(chunk_losses, backend=counter)
+        for clips, loss in zip(batches, wanted, strict=True):
+            found, _ = loss_of(model, tokenizer, clips, seq_len, is_packed=True, chunk_step=chunk_step)
+            torch.testing.assert_close(found, loss, atol=1e-5, rtol=1e-5)
+            counts.append(counter.frame_count)
+    # The depth decoder has blocks and output matrices of another width.
+    assert counts == [2 if architecture == "flattened" else 4] * 5
+    for graph in counter.graphs:  # only one size is dynamic: the number of clips, frames or targets
+        inputs = [node.meta["example_value"] for node in graph.graph.find_nodes(op="placeholder")]
+        assert sum(isinstance(value, torch.SymInt) for value in inputs) == 1
 
 
 def test_level_losses_are_those_of_a_plain_loop():

@@ -65,7 +65,7 @@ def nonzero(mode: FakeTensorMode, func: Callable, condition: torch.Tensor) -> to
 
 
 class FusedRMSNorm(torch.autograd.Function):
-    """RMSNorm that saves the same tensors as the fused GPU operator. On CPUs, PyTorch saves float32 copies."""
+    """RMSNorm that keeps the same tensors for the backward pass as the GPU's fused operator. A CPU keeps more."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, shape: list[int], weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -8,5 +8,6 @@ DEFAULT_CODEC = "kyutai/mimi"
 LastFrame = Literal["codec", "pad"]
 Precision = Literal["float32", "bfloat16"]
 DecoderPrecision = Literal["float32", "bfloat16", "float16"]  # Llama-Mimi's first release is evaluated in float16
+GenerationPrecision = DecoderPrecision | Literal["int8"]
 VocabularyKind = Literal["llama", "audio"]
 Architecture = Literal["flattened", "hierarchical"]

@@ -1,15 +1,17 @@
 """Command lines with ``--snake_case`` flags. After a user error, a command prints a sentence and exits with code 1."""
 
 import contextlib
+import dataclasses
 import errno
 import functools
+import inspect
 import io
 import os
 import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, get_type_hints
 
 import tyro
 
@@ -30,10 +32,21 @@ def run_command(function: Callable[..., None], doc: str | None) -> None:
 @contextlib.contextmanager
 def command(kind: Callable[..., Any], doc: str | None, **settings: Any) -> Iterator[Any]:
     """Parse flags, and yield an options object. Import PyTorch in the ``with`` block: this import takes seconds."""
+    hide_none(kind)
     with report_errors():
         options = tyro.cli(kind, description=doc, **TYRO, **settings)
         print_loading("libraries")
         yield options
+
+
+def hide_none(kind: Any) -> None:
+    """Remove "(default: None)" from help texts, because each text names the default itself. tyro reads annotations."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(kind).parameters.items()}
+    for name, annotation in get_type_hints(kind, include_extras=True).items():
+        if defaults.get(name, inspect.Parameter.empty) is None:
+            kind.__annotations__[name] = Annotated[annotation, tyro.conf.arg(help_behavior_hint="")]
+        elif dataclasses.is_dataclass(annotation):
+            hide_none(annotation)
 
 
 def is_first_rank() -> bool:

@@ -107,7 +107,7 @@ def corpus_files(dataset: str, dataset_path: str | None, split: str | None) -> t
         problem = f"'{dataset}' is a dataset name of the first release of Llama-Mimi"
         raise UserError(f"{problem}; set dataset to {RELEASED_NAMES[dataset]}")
     problem = f"the dataset '{dataset}' does not match any Parquet, tar, audio or JSONL file"
-    remedy = f"choose a folder, path or glob, {HUB}owner/name, a folder of codes, or one of: {', '.join(CORPORA)}"
+    remedy = f"choose a path, a glob, {HUB}owner/name, or one of these corpora: {', '.join(CORPORA)}"
     raise UserError(f"{problem}; {remedy}")
 
 

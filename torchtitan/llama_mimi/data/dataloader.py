@@ -151,7 +151,7 @@ class SpeechDataLoader(BaseDataLoader):
             yield from zip(refs, clips, strict=True)
 
     def _deep_frames(self, ref: ClipRef, num_frames: int) -> np.ndarray | None:
-        """Return a mask (T + 1,) of the frames and the end; True for those that train the depth decoder."""
+        """Return a mask (T + 1,) of the T frames and the end of the clip; True where the depth decoder is trained."""
         if self.depth_train_fraction == 1:
             return None
         assert isinstance(self.order, ShuffledOrder)

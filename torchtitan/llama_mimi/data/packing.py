@@ -60,7 +60,7 @@ class BatchPacker:
 
         Args:
             is_cut: True if the speech continues after the last frame.
-            is_deep_T: mask (T + 1,) of the frames and the end; True for those that train the depth decoder.
+            is_deep_T: mask (T + 1,) of the T frames and the end of the clip; True where the depth decoder is trained.
 
         Returns:
             Number of finished frames, possibly 0. Pass the remaining frames to the next call; if the batch is full,

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -34,14 +34,24 @@ def for_model(options: SamplingOptions, model: SpeechModel) -> Sampling:
     return Sampling(max_frames, min_frames, window_frames, options.temperature, options.top_k, top_p)
 
 
-def checkpoint_note(model: SpeechModel, options: SamplingOptions) -> str | None:
-    """Return a line that lists the unusual defaults of a checkpoint, or None if every default is usual."""
+def settings_note(model: SpeechModel, options: SamplingOptions) -> str:
+    """Return a line with the precision and the device of the decoder, and with unusual defaults of the checkpoint."""
     used = []
     if options.top_p is None and model.top_p != 1:
         used.append(f"--top_p {model.top_p} (its generation config)")
     if options.last_frame is None and model.last_frame != "pad":
         used.append(f"--last_frame {model.last_frame} (a released checkpoint)")
-    return f"defaults of this checkpoint: {', '.join(used)}" if used else None
+    defaults = f"; defaults of this checkpoint: {', '.join(used)}" if used else ""
+    return f"the decoder runs in {model.dtype} on {model.device}{defaults}"
+
+
+def print_cut_prompts(model: SpeechModel, options: SamplingOptions, num_frames: Iterable[int]) -> None:
+    """Print how many prompts are longer than the model's context; ``num_frames`` has the frames of each prompt."""
+    window, rate_hz = for_model(options, model).window_frames, model.codec.frame_rate_hz
+    if number := sum(frames > window for frames in num_frames):
+        seen = f"the first {window // 4 / rate_hz:.1f} s and the last {window // 2 / rate_hz:.1f} s"
+        problem = f"prompts longer than the model's context of {window / rate_hz:.1f} s"
+        print(f"{number:,} {problem}: the model sees only {seen} of such a prompt", flush=True)
 
 
 def read_prompt(path: str, codec: MimiCodec | None = None) -> Waveform:

@@ -109,6 +109,7 @@ def _decode(model: SpeechModel, requests: Sequence[Request], sampling: Sampling,
     for place in range(len(rows)):
         contexts.reset(place)
     while waiting or any(rows):
+        inputs = {}
         for place, row in enumerate(rows):
             if is_new := row is None and bool(waiting):
                 rows[place] = row = _Row(*waiting.popleft())
@@ -117,15 +118,15 @@ def _decode(model: SpeechModel, requests: Sequence[Request], sampling: Sampling,
                 if len(row.context) >= window:
                     row.context = [*prompt_TQ[: window // 4], *row.context[-(window // 2) :]]
                 frames_TQ = torch.stack(row.context) if row.context else prompt_TQ
-                contexts.prefill(place, model.embed(model.tokenizer.prefix_ids(row.request.text), frames_TQ))
+                inputs[place] = model.embed(model.tokenizer.prefix_ids(row.request.text), frames_TQ)
+        contexts.prefill(inputs)
         uniform_BQ = torch.stack([torch.rand(Q, generator=row.generator) if row else torch.zeros(Q) for row in rows])
         may_end_B = torch.tensor([row is None or row.num_new >= sampling.min_frames for row in rows])
         uniform_BQ, may_end_B = uniform_BQ.to(model.device), may_end_B.to(model.device)
         entries_BQ = model.next_frame(caches, draw).cpu()  # the loop waits for the device once per frame
         if not is_finite:
-            dtype = str(model.decoder.dtype).removeprefix("torch.")
             remedy = "set --dtype float32, or use another checkpoint"
-            raise UserError(f"logits are not finite: the model overflows in {dtype}; {remedy}")
+            raise UserError(f"logits are not finite: the model overflows in {model.dtype}; {remedy}")
         for place, (row, entries_Q) in enumerate(zip(rows, entries_BQ, strict=True)):
             if row is None:
                 continue

@@ -4,11 +4,19 @@ The cache of `transformers` needs far more function calls per step. For a small 
 the generation time.
 """
 
+from collections.abc import Callable, Mapping
+from functools import partial
+
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
+from llama_mimi.common.batching import bucket_by_length
+
 GRAPH_DEVICES = ("cuda",)  # on these devices, a step is one CUDA graph instead of hundreds of kernel launches
+SHORTEST_GRAPH = 256  # number of positions that the smallest graph attends to; the next graphs attend to 512, 1024, ...
+PREFILL_POSITIONS = 16_384  # maximum number of positions that are prefilled at once
 
 
 def product(weight_ND: torch.Tensor, rows_BD: torch.Tensor) -> torch.Tensor:
@@ -16,6 +24,24 @@ def product(weight_ND: torch.Tensor, rows_BD: torch.Tensor) -> torch.Tensor:
     if rows_BD.device.type == "cpu":  # MKL is 1.3 to 5 times faster with the matrix on the left (2 to 64 rows)
         return torch.mm(weight_ND, rows_BD.T).T
     return F.linear(rows_BD, weight_ND)
+
+
+def quantize_layers(backbone: PreTrainedModel) -> None:
+    """Add int8 weights to the linear layers. On a CPU, a step uses the int8 weights; `BatchedKVCache.prefill` does not.
+
+    An int8 weight is a rounded float weight divided by the scale of its output.
+    """
+    for linear in backbone.layers.modules():
+        if isinstance(linear, nn.Linear):
+            weight_ND = linear.weight.detach().float()
+            scale_N1 = weight_ND.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
+            linear.int8 = (weight_ND / scale_N1).round().to(torch.int8), scale_N1[:, 0].to(linear.weight.dtype)
+
+
+def _linear(linear: nn.Module, rows_BD: torch.Tensor) -> torch.Tensor:
+    if hasattr(linear, "int8"):
+        return torch._weight_int8pack_mm(rows_BD, *linear.int8)
+    return product(linear.weight, rows_BD)
 
 
 class BatchedKVCache:
@@ -29,72 +55,132 @@ class BatchedKVCache:
         config, like = backbone.config, {"dtype": backbone.dtype, "device": backbone.device}
         assert not (config.attention_bias or config.mlp_bias), "biases are not supported"
         self._backbone, self._capacity = backbone, capacity
-        self.hidden_BD = torch.zeros(num_rows, config.hidden_size, **like)
+        # A CUDA graph reads and writes these tensors, so they are changed in place. Unused rows do not grow.
+        self.hidden_BD, self._inputs_BD = torch.zeros(2, num_rows, config.hidden_size, **like)
         shape = (num_rows, config.num_key_value_heads, capacity, config.head_dim)
         self._keys = [torch.zeros(shape, **like) for _ in backbone.layers]
         self._values = [torch.zeros_like(keys) for keys in self._keys]
-        # A CUDA graph reads these two tensors, so they are changed in place. Unused rows do not grow.
         self._lengths_B = torch.zeros(num_rows, dtype=torch.long, device=backbone.device)
         self._growth_B = torch.ones_like(self._lengths_B)
         self._rows_B = torch.arange(num_rows, device=backbone.device)
-        self._places_S = torch.arange(capacity, device=backbone.device)
-        self._forward, self._is_graph = self._grow, backbone.device.type in GRAPH_DEVICES
-        if self._is_graph:
-            for tensor in (*self._keys, *self._values, self._lengths_B):
-                torch._dynamo.mark_static_address(tensor)
-            self._forward = torch.compile(self._grow, mode="reduce-overhead", fullgraph=True)
+        self._lengths = dict.fromkeys(range(num_rows), 0)  # lengths of the used rows, without waiting for the device
+        self._layer: Callable[..., torch.Tensor] = _layer_step
+        self._graphs: dict[int, Callable[[], None]] = {}  # by number of visible positions
+        if backbone.device.type in GRAPH_DEVICES:
+            # One compilation serves all layers of the same shape. Other shapes are compiled separately.
+            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+            self._layer = torch.compile(partial(_layer_step, is_explicit=True), fullgraph=True, dynamic=False)
+            visible = min(SHORTEST_GRAPH, capacity)
+            while visible not in self._graphs:
+                self._graphs[visible] = record_graph(partial(self._advance, visible))
+                visible = min(2 * visible, capacity)
 
-    def prefill(self, row: int, inputs_LD: torch.Tensor) -> None:
-        """Replace the context of a row by L new positions; ``inputs_LD`` contains the embeddings of these positions."""
-        length = len(inputs_LD)
-        assert 0 < length <= self._capacity
-        cache = DynamicCache(config=self._backbone.config)
-        output = self._backbone(inputs_embeds=inputs_LD[None], past_key_values=cache, use_cache=True)
+    def prefill(self, inputs: Mapping[int, torch.Tensor]) -> None:
+        """Replace the contexts of some rows; ``inputs`` contains the embeddings (L, D) of each new context."""
+        rows = list(inputs)
+        for batch in bucket_by_length([len(inputs[row]) for row in rows], PREFILL_POSITIONS):
+            self._prefill({rows[index]: inputs[rows[index]] for index in batch})
+
+    def _prefill(self, inputs: Mapping[int, torch.Tensor]) -> None:
+        lengths = {row: len(inputs_LD) for row, inputs_LD in inputs.items()}
+        longest, cache = max(lengths.values()), DynamicCache(config=self._backbone.config)
+        assert 0 < min(lengths.values()) and longest <= self._capacity
+        padded_NLD = nn.utils.rnn.pad_sequence(list(inputs.values()), batch_first=True)  # right padding has no effect
+        hidden_NLD = self._backbone(inputs_embeds=padded_NLD, past_key_values=cache, use_cache=True).last_hidden_state
+        rows_N, lengths_N = torch.tensor([[*lengths], [*lengths.values()]], device=padded_NLD.device)
         for keys, values, layer in zip(self._keys, self._values, cache.layers, strict=True):
-            keys[row, :, :length], values[row, :, :length] = layer.keys[0], layer.values[0]
-        self.hidden_BD[row] = output.last_hidden_state[0, -1]
-        self._lengths_B[row], self._growth_B[row] = length, 1
+            keys[rows_N, :, :longest], values[rows_N, :, :longest] = layer.keys, layer.values
+        self.hidden_BD[rows_N] = hidden_NLD[torch.arange(len(inputs), device=padded_NLD.device), lengths_N - 1]
+        self._lengths_B[rows_N], self._growth_B[rows_N] = lengths_N, 1
+        self._lengths |= lengths
 
     def reset(self, row: int) -> None:
         """Mark a row as unused until the next `prefill`."""
         self._lengths_B[row] = self._growth_B[row] = 0
+        self._lengths.pop(row, None)
 
     def restart(self) -> None:
         """Empty all contexts; every row stays in use."""
         self._lengths_B.zero_()
+        self._lengths = dict.fromkeys(self._lengths, 0)
 
     def step(self, inputs_BD: torch.Tensor) -> None:
         """Append one position to every context; ``inputs_BD`` contains the embeddings."""
-        # A CUDA graph has fixed shapes, so it attends to all positions and masks the unused ones.
-        visible = self._capacity if self._is_graph else int(self._lengths_B.max()) + 1
+        self._lengths = {row: length + 1 for row, length in self._lengths.items()}
+        visible = max(self._lengths.values(), default=1)
         assert visible <= self._capacity
-        hidden_BD = self._forward(inputs_BD, visible)
-        self.hidden_BD = hidden_BD.clone() if self._is_graph else hidden_BD  # the next step overwrites a graph's output
+        self._inputs_BD.copy_(inputs_BD)
+        if self._graphs:
+            self._graphs[min(size for size in self._graphs if size >= visible)]()
+        else:
+            self._advance(visible)
         self._lengths_B.add_(self._growth_B)
 
-    def _grow(self, hidden_BD: torch.Tensor, visible: int) -> torch.Tensor:
-        B, lengths_B1 = len(hidden_BD), self._lengths_B[:, None]
-        is_seen_B11S = (self._places_S[:visible] <= lengths_B1)[:, None, None]
-        cos_B1d, sin_B1d = self._backbone.rotary_emb(hidden_BD[:, None], position_ids=lengths_B1)
+    def _advance(self, visible: int) -> None:
+        """Compute ``hidden_BD`` of the next position. Attend to the first ``visible`` positions of the cache."""
+        lengths_B1, hidden_BD = self._lengths_B[:, None], self._inputs_BD
+        is_seen_B11S = (torch.arange(visible, device=hidden_BD.device) <= lengths_B1)[:, None, None]
         place = (self._rows_B, slice(None), self._lengths_B)
+        rotation = self._backbone.rotary_emb(hidden_BD[:, None], position_ids=lengths_B1)
         for layer, keys, values in zip(self._backbone.layers, self._keys, self._values, strict=True):
-            attention, mlp = layer.self_attn, layer.mlp
-            normed_BD = _norm(layer.input_layernorm, hidden_BD)
-            query_BHd, key_BHd, value_BHd = (
-                product(linear.weight, normed_BD).view(B, -1, attention.head_dim)
-                for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
-            )
-            keys[place] = _rotated(key_BHd, cos_B1d, sin_B1d)
-            values[place] = value_BHd
-            # The queries that share a key head are computed as one small matrix product.
-            query_BGHd = _rotated(query_BHd, cos_B1d, sin_B1d).view(B, keys.shape[1], -1, attention.head_dim)
-            seen = keys[:, :, :visible], values[:, :, :visible]
-            attended_BGHd = F.scaled_dot_product_attention(query_BGHd, *seen, attn_mask=is_seen_B11S)
-            hidden_BD = hidden_BD + product(attention.o_proj.weight, attended_BGHd.reshape(B, -1))
-            normed_BD = _norm(layer.post_attention_layernorm, hidden_BD)
-            gate_BF = mlp.act_fn(product(mlp.gate_proj.weight, normed_BD))
-            hidden_BD = hidden_BD + product(mlp.down_proj.weight, gate_BF * product(mlp.up_proj.weight, normed_BD))
-        return _norm(self._backbone.norm, hidden_BD)
+            hidden_BD = self._layer(layer, hidden_BD, keys, values, place, is_seen_B11S, rotation)
+        self.hidden_BD.copy_(_norm(self._backbone.norm, hidden_BD))
+
+
+def record_graph(function: Callable[[], None]) -> Callable[[], None]:
+    """Return a function that repeats the kernels of a function as one CUDA graph, in any thread."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # compile, choose kernels and allocate their memory before the recording
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        function()
+    return graph.replay
+
+
+def _layer_step(
+    layer: nn.Module,
+    hidden_BD: torch.Tensor,
+    keys_BGCd: torch.Tensor,
+    values_BGCd: torch.Tensor,
+    place: tuple[torch.Tensor, slice, torch.Tensor],
+    is_seen_B11S: torch.Tensor,
+    rotation: tuple[torch.Tensor, torch.Tensor],
+    *,
+    is_explicit: bool = False,
+) -> torch.Tensor:
+    """Return the states (B, D) after a layer. Write their keys and values to a place in the cache of C positions."""
+    attention, mlp, (B, visible) = layer.self_attn, layer.mlp, (len(hidden_BD), is_seen_B11S.shape[-1])
+    normed_BD = _norm(layer.input_layernorm, hidden_BD)
+    query_BHd, key_BHd, value_BHd = (
+        _linear(linear, normed_BD).view(B, -1, attention.head_dim)
+        for linear in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    keys_BGCd[place] = _rotated(key_BHd, *rotation)
+    values_BGCd[place] = value_BHd
+    # The queries that share a key head are computed as one small matrix product.
+    query_BGHd = _rotated(query_BHd, *rotation).view(B, keys_BGCd.shape[1], -1, attention.head_dim)
+    seen = keys_BGCd[:, :, :visible], values_BGCd[:, :, :visible]
+    if is_explicit:
+        attended_BGHd = explicit_attention(query_BGHd, *seen, is_seen_B11S)
+    else:
+        attended_BGHd = F.scaled_dot_product_attention(query_BGHd, *seen, attn_mask=is_seen_B11S)
+    hidden_BD = hidden_BD + _linear(attention.o_proj, attended_BGHd.reshape(B, -1))
+    normed_BD = _norm(layer.post_attention_layernorm, hidden_BD)
+    gate_BF = mlp.act_fn(_linear(mlp.gate_proj, normed_BD))
+    return hidden_BD + _linear(mlp.down_proj, gate_BF * _linear(mlp.up_proj, normed_BD))
+
+
+def explicit_attention(
+    query_BGHd: torch.Tensor, keys_BGSd: torch.Tensor, values_BGSd: torch.Tensor, is_seen_B11S: torch.Tensor
+) -> torch.Tensor:
+    """Attend with two matrix products. On a GPU, the kernels of SDPA use few cores if a head has one query."""
+    scores_BGHS = query_BGHd @ keys_BGSd.transpose(2, 3) * query_BGHd.shape[-1] ** -0.5
+    weights_BGHS = scores_BGHS.float().masked_fill(~is_seen_B11S, -torch.inf).softmax(dim=-1)
+    return weights_BGHS.to(values_BGSd.dtype) @ values_BGSd
 
 
 def _norm(norm: torch.nn.Module, hidden_BD: torch.Tensor) -> torch.Tensor:

@@ -6,12 +6,13 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, CsmForConditionalGeneration, LlamaForCausalLM
 
 from llama_mimi.audio.mimi import MimiCodec, has_sliding_window, local_codec
-from llama_mimi.common.choices import DEFAULT_CODEC, Architecture, DecoderPrecision
+from llama_mimi.common.choices import DEFAULT_CODEC, Architecture, GenerationPrecision
 from llama_mimi.common.cpu import available_device
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.hub import load_pretrained
 from llama_mimi.generation.flattened import FlattenedModel
 from llama_mimi.generation.hierarchical import HierarchicalModel
+from llama_mimi.generation.kv_cache import quantize_layers
 from llama_mimi.generation.speech_model import DECODER_DTYPES, SpeechModel
 from llama_mimi.tokens.tokenizer import SpeechTokenizer
 from llama_mimi.tokens.vocabulary import extend_tokenizer
@@ -29,20 +30,24 @@ def load_speech_model(
     codec_name: str | None = None,
     sliding_window: bool | None = None,
     device: str | None = None,
-    dtype: DecoderPrecision = "float32",
+    dtype: GenerationPrecision | None = None,
 ) -> SpeechModel:
     """Load a checkpoint; raise a `UserError` if files are missing, or if decoder, tokenizer and codec do not match.
 
     Args:
         codec_name: hub id or folder of the codec; default: the codec in the checkpoint's config, else `DEFAULT_CODEC`.
         sliding_window: True to run the codec with sliding-window attention; default: the setting used in training.
-        dtype: precision of the decoder; the codec always runs in float32.
+        dtype: precision of the decoder; default: bfloat16 on a GPU, float32 on a CPU. With "int8", prompts are read in
+            bfloat16, and new tokens are computed with int8 weights. The codec always runs in float32.
     """
-    device = available_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = available_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     kind = load_pretrained(AutoConfig, model_name, what="model").model_type
     if kind not in MODELS:
         raise UserError(f"'{model_name}' is of type '{kind}'; choose a model of one of the types {', '.join(MODELS)}")
     stock_class, model_class, architecture = MODELS[kind]
+    dtype = dtype or ("bfloat16" if place.type == "cuda" else "float32")
+    if (is_int8 := dtype == "int8") and place.type != "cpu":
+        raise UserError(f"--dtype is 'int8', but --device is '{place}'; set --device cpu, or choose another --dtype")
     decoder = load_pretrained(stock_class, model_name, what="model", dtype=DECODER_DTYPES[dtype])
     num_quantizers = getattr(decoder.config, "num_quantizers", None)
     if num_quantizers is None:
@@ -51,7 +56,7 @@ def load_speech_model(
     named = getattr(decoder.config, "codec", None) or DEFAULT_CODEC
     window = has_sliding_window(decoder.config) if sliding_window is None else sliding_window
     codec_name = codec_name or local_codec(named, model_name) or named
-    codec = MimiCodec(codec_name, num_quantizers, device, sliding_window=window)
+    codec = MimiCodec(codec_name, num_quantizers, place, sliding_window=window)
     text_tokenizer = load_pretrained(AutoTokenizer, model_name, what="tokenizer")
     tokenizer = SpeechTokenizer(*extend_tokenizer(text_tokenizer, codec.codebook_size, num_quantizers), architecture)
     rows = getattr(decoder.config, "text_vocab_size", decoder.config.vocab_size)
@@ -59,4 +64,9 @@ def load_speech_model(
         needed = f"{num_quantizers} quantizers of '{codec.name}' need {tokenizer.vocabulary.size}"
         raise UserError(f"'{model_name}' has {rows} vocabulary entries, but {needed}; set --codec to the model's codec")
     top_p = decoder.generation_config.top_p  # as in Llama-Mimi's first release; the caller sets all other options
-    return model_class(decoder.to(device).eval(), tokenizer, codec, 1.0 if top_p is None else top_p)
+    # On Hopper, PyTorch would choose cuDNN's attention, which builds a plan for each length of a prompt (about 60 ms).
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    model = model_class(decoder.to(place).eval(), tokenizer, codec, 1.0 if top_p is None else top_p, is_int8)
+    if is_int8:
+        quantize_layers(model.backbone)
+    return model

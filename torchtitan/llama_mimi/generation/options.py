@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llama_mimi.common.choices import DecoderPrecision, LastFrame
+from llama_mimi.common.choices import GenerationPrecision, LastFrame
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import as_utf8
 
@@ -67,7 +67,8 @@ class ContinuationOptions:
     # run the codec with sliding-window attention; default: the setting used in training
     codec_sliding_window: bool | None = None
     device: str | None = None  # torch device; default: the GPU if there is one, else the CPU
-    dtype: DecoderPrecision = "float32"  # precision of the decoder
+    # precision of the decoder; 'int8' is for CPUs; default: bfloat16 on a GPU, float32 on a CPU
+    dtype: GenerationPrecision | None = None
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
 
     def __post_init__(self) -> None:

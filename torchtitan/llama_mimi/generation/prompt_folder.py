@@ -103,14 +103,14 @@ def without_new_audio(records: Sequence[Mapping[str, Any]]) -> str:
     return f"; {number:,} {have} no new audio, because the model ended the speech at once" if number else ""
 
 
-def describe_model(model_name: str, model: SpeechModel, dtype: str) -> Record:
-    """Return the entries of ``settings.json`` that describe a model; ``dtype`` is the precision of the decoder."""
+def describe_model(model_name: str, model: SpeechModel) -> Record:
+    """Return the entries of ``settings.json`` that describe a model."""
     return {
         "model": model_name,
         "model_sha256": weights_sha256(model_name),
         "codec_sha256": codec_hash(model.codec.name),
         "codec_sliding_window": model.codec.sliding_window,
-        "dtype": dtype,
+        "dtype": model.dtype,
         "versions": versions(),
     }
 

@@ -13,11 +13,12 @@ from llama_mimi.common.distributed import broadcast_from_rank0, distributed_cont
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import is_synthetic
 from llama_mimi.generation.continuation import (
-    checkpoint_note,
     continue_codes,
     encode_prompts,
     for_model,
+    print_cut_prompts,
     read_prompt,
+    settings_note,
     with_progress,
 )
 from llama_mimi.generation.decoding import Drawn, Request, decode
@@ -35,25 +36,31 @@ def continue_speech(options: ContinuationOptions) -> None:
         for warning in read_prompt(options.prompt).audio_warnings:
             print(f"note: '{options.prompt}' is {warning}")
         if any(path.exists() and path.samefile(options.prompt) for path in files):
-            raise UserError(f"--output_file would replace --prompt '{options.prompt}'; set another --output_file")
+            raise UserError(
+                f"--output_file and --prompt are the same file '{options.prompt}'; set another --output_file"
+            )
 
     with distributed_context(options.device) as ranks:
-        name, device, dtype, window = options.model_name, str(ranks.device), options.dtype, options.codec_sliding_window
-        model = load_speech_model(name, codec_name=options.codec, sliding_window=window, device=device, dtype=dtype)
-        if ranks.rank == 0 and (note := checkpoint_note(model, sampling)):
-            print(note, flush=True)
+        name, codec, window = options.model_name, options.codec, options.codec_sliding_window
+        device, dtype = str(ranks.device), options.dtype
+        model = load_speech_model(name, codec_name=codec, sliding_window=window, device=device, dtype=dtype)
+        if ranks.rank == 0:
+            print(settings_note(model, sampling), flush=True)
         if options.prompts is None or options.output_dir is None:
             if ranks.rank == 0:
                 _continue_prompt(model, options, files)
                 data_dir = "assets/tiny/benchmarks/salmon" if is_synthetic(model.codec.name) else None
-                flags = {"codec": options.codec, "dtype": dtype if dtype != "float32" else None}
+                flags = {"codec": options.codec, "dtype": "bfloat16" if dtype == "int8" else dtype}
                 print_next("python eval/salmon.py", model_name=name, data_dir=data_dir, **flags)
             return
-        made_by = broadcast_from_rank0(lambda: describe_model(name, model, dtype))
+        made_by = broadcast_from_rank0(lambda: describe_model(name, model))
         num_rows = options.batch_size or (64 if ranks.device.type == "cuda" else 8)
         records = continue_folder(model, options.prompts, options.output_dir, sampling, num_rows, ranks, made_by)
     if ranks.rank == 0:
         failed = [record["error"] for record in records if "error" in record]
+        print_cut_prompts(
+            model, sampling, {record["prompt"]: record.get("prompt_frames", 0) for record in records}.values()
+        )
         samples = f"{len(records) - len(failed):,} samples in {options.output_dir}{without_new_audio(records)}"
         print(f"{samples}; see {options.output_dir / RESULTS}")
         if failed:
@@ -65,6 +72,7 @@ def _continue_prompt(model: SpeechModel, options: ContinuationOptions, files: li
     prompt_TQ = torch.zeros(0, codec.num_quantizers, dtype=torch.long)
     if options.prompt is not None:
         (prompt_TQ,) = encode_prompts(model, [read_prompt(options.prompt, codec)], sampling)
+    print_cut_prompts(model, sampling, [len(prompt_TQ)])
     if options.stream:
         own = for_model(sampling, model)
         drawn = decode(model, [Request(prompt_TQ, sampling.seed, options.text)], own, 1)
@@ -78,8 +86,8 @@ def _continue_prompt(model: SpeechModel, options: ContinuationOptions, files: li
         seconds, new_seconds = (len(c) / codec.frame_rate_hz for c in (prompt_TQ, codes_TQ[len(prompt_TQ) :]))
         written = path if len(codes_TQ) else "no audio"
         print(f"{written}: {seconds:.2f} s of prompt, {new_seconds:.2f} s of continuation")
-        if not new_seconds:
-            print("the model ended the speech at once; set --min_seconds, or use a prompt that ends within a sentence")
+        if new_seconds < 0.5 <= sampling.seconds:
+            print("the model ended the speech early; set --min_seconds, or use a prompt that ends within a sentence")
 
 
 def _stream(codec: MimiCodec, prompt_TQ: torch.Tensor, drawn: Drawn, path: Path) -> torch.Tensor:

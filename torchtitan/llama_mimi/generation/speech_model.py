@@ -13,7 +13,7 @@ from llama_mimi.common.choices import LastFrame
 from llama_mimi.generation.kv_cache import BatchedKVCache
 from llama_mimi.tokens.tokenizer import SpeechTokenizer
 
-DECODER_DTYPES = {**DTYPES, "float16": torch.float16}
+DECODER_DTYPES = {**DTYPES, "float16": torch.float16, "int8": torch.bfloat16}
 POSITIONS_AT_ONCE = 2048  # the logits of 2048 positions take 1.1 GB in float32 with 136,450 vocabulary entries
 # Function (logits, level) that draws entries (B,). Logits are (B, K + 1) at level 0 (entry K is the end), else (B, K).
 Draw = Callable[[torch.Tensor, int], torch.Tensor]
@@ -27,10 +27,16 @@ class SpeechModel(ABC):
     tokenizer: SpeechTokenizer
     codec: MimiCodec
     top_p: float = 1.0
+    is_int8: bool = False
 
     @property
     def device(self) -> torch.device:
         return self.codec.device
+
+    @property
+    def dtype(self) -> str:
+        """Precision of the decoder."""
+        return "int8" if self.is_int8 else str(self.decoder.dtype).removeprefix("torch.")
 
     @property
     def last_frame(self) -> LastFrame:

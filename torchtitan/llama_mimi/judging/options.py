@@ -106,7 +106,7 @@ class GenerationOptions:
     codec_sliding_window: bool | None = None
     batch_size: int | None = None  # number of samples per batch; default: 64 on a GPU, else 8
     device: str | None = None  # torch device; default: the GPU if there is one, else the CPU
-    dtype: DecoderPrecision = "float32"  # precision of the decoder
+    dtype: DecoderPrecision | None = None  # precision of the decoder; default: bfloat16 on a GPU, float32 on a CPU
 
     def __post_init__(self) -> None:
         if (self.model_name is None) == (self.wavs is None):

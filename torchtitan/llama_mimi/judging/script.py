@@ -13,7 +13,7 @@ from llama_mimi.common.files import LOCK, digest, is_synthetic, locked, read_jso
 from llama_mimi.common.resume import require_same
 from llama_mimi.common.versions import versions
 from llama_mimi.evaluation.results import FORMAT
-from llama_mimi.generation.continuation import checkpoint_note
+from llama_mimi.generation.continuation import print_cut_prompts, settings_note
 from llama_mimi.generation.loading import load_speech_model
 from llama_mimi.generation.prompt_folder import SETTINGS, continue_folder, describe_model, without_new_audio
 from llama_mimi.judging import metrics, systems
@@ -92,15 +92,18 @@ def _own_samples(
         return broadcast_from_rank0(lambda: systems.wavs(*arguments)), {"wavs": str(wavs)}, None
     name, device, window = str(options.model_name), str(ranks.device), options.codec_sliding_window
     model = load_speech_model(name, codec_name=options.codec, sliding_window=window, device=device, dtype=options.dtype)
-    if ranks.rank == 0 and (note := checkpoint_note(model, options.sampling)):
-        print(note, flush=True)
-    made_by = broadcast_from_rank0(lambda: describe_model(name, model, options.dtype))
+    if ranks.rank == 0:
+        print(settings_note(model, options.sampling), flush=True)
+    made_by = broadcast_from_rank0(lambda: describe_model(name, model))
     folder = options.output_dir / options.system
     num_rows = options.batch_size or BATCH_SIZES[ranks.device.type == "cuda"]
     records = continue_folder(model, options.output_dir / PROMPTS, folder, options.sampling, num_rows, ranks, made_by)
     samples = systems.continuations(prompts, folder, records, model.codec.frame_rate_hz)
-    if ranks.rank == 0 and (counted := without_new_audio(records)):
-        print(f"{len(records):,} samples in {folder}{counted}", flush=True)
+    if ranks.rank == 0:
+        print_cut_prompts(
+            model, options.sampling, {record["prompt"]: record.get("prompt_frames", 0) for record in records}.values()
+        )
+        print(f"{len(records):,} samples in {folder}{without_new_audio(records)}", flush=True)
     return samples, read_json(str(folder), SETTINGS) or {}, model.codec
 
 

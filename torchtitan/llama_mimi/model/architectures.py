@@ -28,6 +28,10 @@ def parallelize(model: LlamaMimi, parallel_dims: ParallelDims, job_config: Any) 
             "compile.enable is true, but attention over packed sequences can be compiled only on a GPU in bfloat16; "
             "use --compile.components loss, or set data.packing to 'pad'"
         )
+    if is_compiled:
+        # Sizes that vary between steps are marked as dynamic. By default, other shapes in validation or in the depth
+        # decoder, whose blocks share code with the backbone, would make all sizes dynamic.
+        torch._dynamo.config.automatic_dynamic_shapes = False
     if isinstance(model, HierarchicalLlamaMimi):
         prepare_depth_decoder(model.depth, job_config)
     model = parallelize_llama(model, parallel_dims, job_config)

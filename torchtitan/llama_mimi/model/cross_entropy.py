@@ -120,16 +120,10 @@ def cross_entropy(
             grad_VD = torch.zeros_like(padded_VD, dtype=torch.float32)  # long sums are inaccurate in bfloat16
         for start in range(0, len(hidden_ND), chunk_size):
             chunk = slice(start, start + chunk_size)
-            losses_N[chunk], admissible_N[chunk], grad_NV = step(
-                hidden_ND[chunk],
-                padded_VD,
-                num_entries,
-                targets_N[chunk],
-                weights_N[chunk],
-                admissible_QC[targets.levels_N[chunk]],
-                group,
-                with_gradient,
-            )
+            rows = hidden_ND[chunk], targets_N[chunk], weights_N[chunk], admissible_QC[targets.levels_N[chunk]]
+            for tensor in rows:
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)  # one compilation for all sizes of the last chunk
+            losses_N[chunk], admissible_N[chunk], grad_NV = step(*rows, padded_VD, num_entries, group, with_gradient)
             if grad_NV is not None:
                 torch.mm(grad_NV, padded_VD, out=grad_ND[chunk])
                 if padded_VD.dtype == torch.float32:
@@ -145,11 +139,11 @@ def cross_entropy(
 
 def chunk_losses(
     hidden_ND: torch.Tensor,
-    weight_VD: torch.Tensor,
-    num_entries: int,
     targets_N: torch.Tensor,
     weights_N: torch.Tensor,
     admissible_NC: torch.Tensor,
+    weight_VD: torch.Tensor,
+    num_entries: int,
     group: dist.ProcessGroup | None,
     with_gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -158,9 +152,9 @@ def chunk_losses(
     The gradient is (softmax - one_hot(target)) * weight, or None if ``with_gradient`` is False.
 
     Args:
-        weight_VD: output matrix. Rows from ``num_entries`` on are padding; their logits are -inf.
         targets_N: entry of each target; out of range if the entry is on another rank.
         admissible_NC: indices of the valid entries; padding and entries on another rank have an index out of range.
+        weight_VD: output matrix. Rows from ``num_entries`` on are padding; their logits are -inf.
         group: ranks that share the vocabulary; None without tensor parallelism.
     """
     scores_NV = F.linear(hidden_ND, weight_VD).float()

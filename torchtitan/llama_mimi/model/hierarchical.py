@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils import _pytree as pytree
 from torchtitan.distributed.activation_checkpoint import apply_ac
+from torchtitan.models.attention import ScaledDotProductAttentionWrapper
 from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list, apply_compile
 from torchtitan.models.llama3.model.model import TransformerBlock, precompute_freqs_cis
 
@@ -22,6 +24,10 @@ from llama_mimi.model.llama import LlamaMimi, LlamaMimiArgs, num_weights, traini
 from llama_mimi.tokens.tokenizer import IGNORE_INDEX
 from llama_mimi.tokens.vocabulary import AudioVocabulary
 
+# Type of device to multiple: the number of frames in the depth decoder is padded, because it differs in each step. The
+# allocator of a GPU reuses the memory of equal shapes. The loss does not read the padding.
+FRAME_MULTIPLES = {"cuda": 256}
+
 
 @dataclass
 class HierarchicalOutput:
@@ -29,7 +35,7 @@ class HierarchicalOutput:
 
     level_0: LazyLogits  # of the backbone, at all positions
     depth_N: torch.Tensor  # positions in the flattened batch (B * L) that train the depth decoder; never empty
-    levels: list[LazyLogits]  # of the depth decoder: levels 1 to Q - 1, with hidden states (1, N, D)
+    levels: list[LazyLogits]  # of the depth decoder: levels 1 to Q - 1, with hidden states (1, N and padding, D)
 
     def heads(self, labels_BLQ: torch.Tensor, vocabulary: AudioVocabulary) -> list[tuple[LazyLogits, Targets]]:
         """See `LazyLogits.heads`."""
@@ -55,6 +61,31 @@ class HierarchicalOutput:
 pytree.register_dataclass(HierarchicalOutput)
 
 
+class FrameAttention(ScaledDotProductAttentionWrapper):
+    """Causal attention over the Q levels of each frame, computed by `frame_attention` on GPUs.
+
+    On GPUs, cuDNN would build a plan for each number of frames N, and flash attention would pad Q to 128. On CPUs
+    PyTorch's kernel is faster than matrix products (scripts/benchmarks/LEDGER.md).
+    """
+
+    def forward(self, q_NHQD: torch.Tensor, k_NGQD: torch.Tensor, v_NGQD: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        if q_NHQD.is_cuda:
+            return frame_attention(q_NHQD, k_NGQD, v_NGQD)
+        return super().forward(q_NHQD, k_NGQD, v_NGQD, **kwargs)
+
+
+def frame_attention(q_NHQD: torch.Tensor, k_NGQD: torch.Tensor, v_NGQD: torch.Tensor) -> torch.Tensor:
+    """Return causal attention (N, H, Q, D) as matrix products and a softmax. H query heads share G key heads."""
+    N, H, Q, D = q_NHQD.shape
+    G = k_NGQD.shape[1]
+    # R: all queries of a key head. They are rows of one matrix, so that keys and values are not repeated.
+    q_NGRD = q_NHQD.reshape(N, G, H // G * Q, D)
+    is_future_RQ = torch.ones(Q, Q, dtype=torch.bool, device=q_NHQD.device).triu(1).repeat(H // G, 1)
+    scores_NGRQ = (q_NGRD @ k_NGQD.mT * D**-0.5).masked_fill(is_future_RQ, -torch.inf)
+    weights_NGRQ = scores_NGRQ.softmax(-1, dtype=torch.float32).to(v_NGQD.dtype)
+    return (weights_NGRQ @ v_NGQD).view(N, H, Q, D)
+
+
 class DepthDecoder(nn.Module):
     """Small Llama over the levels of a frame. ``args.depth`` sets its size. Each level has an output matrix."""
 
@@ -67,6 +98,8 @@ class DepthDecoder(nn.Module):
         self.freqs_cis: torch.Tensor
         self.register_buffer("freqs_cis", self._freqs_cis(), persistent=False)
         self.layers = nn.ModuleDict({str(index): TransformerBlock(index, depth) for index in range(depth.n_layers)})
+        for layer in self.layers.values():
+            layer.attention.inner_attention = FrameAttention()
         self.norm = nn.RMSNorm(depth.dim, eps=depth.norm_eps)
         # Rows are sorted by level.
         self.heads = nn.Linear(depth.dim, self.num_levels * self.num_entries, bias=False)
@@ -83,6 +116,7 @@ class DepthDecoder(nn.Module):
     def forward(self, hidden_ND: torch.Tensor, codes_NqD: torch.Tensor) -> list[LazyLogits]:
         """Predict levels 1 to Q - 1 from hidden states (N, D) and embeddings (N, Q - 1, D) of levels 0 to Q - 2."""
         states_NQD = self.projection(torch.cat([hidden_ND[:, None], codes_NqD], dim=1))
+        torch._dynamo.maybe_mark_dynamic(states_NQD, 0)  # one compilation for all numbers of frames
         for layer in self.layers.values():
             states_NQD = layer(states_NQD, self.freqs_cis, None)
         states_NQD = self.norm(states_NQD)
@@ -132,7 +166,8 @@ class HierarchicalLlamaMimi(LlamaMimi):
         B, L, Q = tokens.shape
         targets_NQ = targets.flatten(0, 1)
         depth_N = self.deep_frames(targets_NQ)
-        codes_Nq = targets_NQ[depth_N, :-1]
+        padded_N = F.pad(depth_N, (0, -len(depth_N) % FRAME_MULTIPLES.get(tokens.device.type, 1)))
+        codes_Nq = targets_NQ[padded_N, :-1]
         # One call, because each call gathers a sharded table.
         embeddings_ND = self.tok_embeddings(torch.cat([tokens.flatten(), codes_Nq.flatten()]).clamp(min=0))
         frames_ND, codes_ND = embeddings_ND.split([tokens.numel(), codes_Nq.numel()])
@@ -141,7 +176,7 @@ class HierarchicalLlamaMimi(LlamaMimi):
             h_BLD = layer(h_BLD, self.freqs_cis, attention_masks, positions)
         assert self.norm is not None and self.output is not None
         h_BLD = self.norm(h_BLD)
-        levels = self.depth(h_BLD.flatten(0, 1)[depth_N], codes_ND.view(len(depth_N), Q - 1, -1))
+        levels = self.depth(h_BLD.flatten(0, 1)[padded_N], codes_ND.view(len(padded_N), Q - 1, -1))
         return HierarchicalOutput(self.output(h_BLD), depth_N, levels)
 
 

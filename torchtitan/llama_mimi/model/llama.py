@@ -125,6 +125,7 @@ class LlamaMimi(Transformer):
         positions_BL = extra_inputs["positions"]
         starts_N = (positions_BL.flatten() == 0).nonzero().flatten().to(torch.int32)
         bounds = F.pad(starts_N, (0, 1), value=positions_BL.numel())
+        torch._dynamo.mark_dynamic(bounds, 0)  # one compilation for all numbers of clips
         # An upper bound for all lengths. To compute the exact maximum, the host would have to wait for the GPU.
         longest = positions_BL.shape[1]
         return VarlenMetadata(cu_seq_q=bounds, cu_seq_k=bounds, max_q=longest, max_k=longest)

@@ -69,8 +69,7 @@ def _collect_results(study: Study) -> pd.DataFrame:
         if found.empty:
             return saved
         if lost := set(saved["system"] + ", " + saved["measure"]) - set(found["system"] + ", " + found["measure"]):
-            raise UserError(
-                f"'{path}' has values of a missing result file ({min(lost)}); restore this file, or remove '{path}'"
-            )
+            problem = f"'{path}' contains '{min(lost)}', but the result file is missing"
+            raise UserError(f"{problem}; restore the result file, or remove '{path}'")
     write_atomically(str(study.output_dir), RESULTS, found.to_parquet(None, compression="zstd", index=False))
     return found
