@@ -136,6 +136,7 @@ def score(
         text_tokenizer, contents = tokenizer.text_tokenizer, [clip.source.read_bytes() for clip in clips]
         scores = [score_alone(content, decoder, text_tokenizer, codec.model, script.levels) for content in contents]
     else:
+        torch.backends.cuda.enable_cudnn_sdp(False)  # as `load_speech_model` does
         context, as_released = DistributedContext(), scoring.as_released
         ids, codes = encode_clips(codec, clips, folder, context, MAX_AUDIO_SECONDS, as_released=as_released)
         model = FlattenedModel(decoder, tokenizer, codec)

@@ -138,6 +138,7 @@ def random_model(
             decoder = LlamaForCausalLM(hf_config(args))
         else:
             decoder = CsmForConditionalGeneration(csm_config(args, codec=codec_name))
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as `load_speech_model` does
     decoder = decoder.to(DEVICE, DECODER_DTYPES[dtype]).eval()
     decoder.generation_config = GenerationConfig()
     kind = FlattenedModel if architecture == "flattened" else HierarchicalModel
