@@ -24,15 +24,7 @@ from typing import Any, Literal
 
 import torch
 from measuring import DEVICE, alternate, device_name, machine, measure, median_and_range, peak_mb
-from transformers import (
-    CsmForConditionalGeneration,
-    DynamicCache,
-    GenerationConfig,
-    LlamaForCausalLM,
-    MimiConfig,
-    MimiModel,
-    PreTrainedModel,
-)
+from transformers import DynamicCache, GenerationConfig, MimiConfig, MimiModel
 
 from llama_mimi.audio.mimi import MimiCodec
 from llama_mimi.audio.streaming import DecodingStream
@@ -42,8 +34,7 @@ from llama_mimi.checkpoint.stand_ins import LLAMA_3_VOCABULARY, write_tokenizer
 from llama_mimi.common.choices import Architecture, DecoderPrecision
 from llama_mimi.common.command_line import run_command
 from llama_mimi.generation.decoding import FinishReason, Request, Sampling, decode
-from llama_mimi.generation.flattened import FlattenedModel
-from llama_mimi.generation.hierarchical import HierarchicalModel
+from llama_mimi.generation.loading import MODELS
 from llama_mimi.generation.speech_model import DECODER_DTYPES, SpeechModel
 from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs
 from llama_mimi.tokens.tokenizer import load_speech_tokenizer
@@ -114,10 +105,7 @@ def bench_generation(
 
 
 def random_model(
-    shape: Shape,
-    dtype: DecoderPrecision = "float32",
-    architecture: Architecture = "flattened",
-    num_layers: int | None = None,
+    shape: Shape, dtype: DecoderPrecision = "float32", architecture: Architecture = "flattened", num_layers: int = 0
 ) -> SpeechModel:
     """Return a model with random weights and the vocabulary of Llama 3; ``num_layers`` replaces that of the shape."""
     torch.manual_seed(0)
@@ -131,18 +119,13 @@ def random_model(
         write_tokenizer(Path(folder) / "tokenizer", LLAMA_3_VOCABULARY)
         tokenizer = load_speech_tokenizer(f"{folder}/tokenizer", codec_name, Q, architecture=architecture)
         codec = MimiCodec(codec_name, Q, DEVICE)
-        args.vocab_size, args.num_quantizers = tokenizer.vocabulary.size, Q
-        args.codebook_size = codec.codebook_size
-        decoder: PreTrainedModel
-        if architecture == "flattened":
-            decoder = LlamaForCausalLM(hf_config(args))
-        else:
-            decoder = CsmForConditionalGeneration(csm_config(args, codec=codec_name))
+        args.vocab_size, args.num_quantizers, args.codebook_size = tokenizer.vocabulary.size, Q, codec.codebook_size
+        config = hf_config(args) if architecture == "flattened" else csm_config(args, codec=codec_name)
+    stock_class, model_class, _ = MODELS[config.model_type]
     torch.backends.cuda.enable_cudnn_sdp(False)  # as `load_speech_model` does
-    decoder = decoder.to(DEVICE, DECODER_DTYPES[dtype]).eval()
+    decoder = stock_class(config).to(DEVICE, DECODER_DTYPES[dtype]).eval()
     decoder.generation_config = GenerationConfig()
-    kind = FlattenedModel if architecture == "flattened" else HierarchicalModel
-    return kind(decoder, tokenizer, codec)
+    return model_class(decoder, tokenizer, codec)
 
 
 def layer_bytes(model: SpeechModel) -> int:

@@ -72,7 +72,7 @@ class Scale(NamedTuple):
     """Sizes of the measurements."""
 
     shape: Shape
-    steps: int | None  # timed training steps; None: those of the shape
+    steps: int  # timed training steps; 0: those of the shape
     new_frames: int
     batch_sizes: tuple[int, ...]  # of generation
     clips: int  # of the tiny corpus, to tokenise
@@ -81,7 +81,7 @@ class Scale(NamedTuple):
     pairs: int
 
 
-FULL, TINY = Scale("1B", None, 125, (1, 8, 64), 64, 64, 14, 100), Scale("tiny", 2, 3, (1, 2), 4, 2, 1, 2)
+FULL, TINY = Scale("1B", 0, 125, (1, 8, 64), 64, 64, 14, 100), Scale("tiny", 2, 3, (1, 2), 4, 2, 1, 2)
 
 
 def start(scale: Scale) -> Figures:

@@ -84,13 +84,7 @@ def write_stand_ins(shape: str, folder: Path) -> None:
 
 
 def measure_training(
-    shape: str,
-    folder: str,
-    method: str,
-    flags: str,
-    num_layers: int,
-    profile: str | None = None,
-    steps: int | None = None,
+    shape: str, folder: str, method: str, flags: str, num_layers: int, profile: str = "", steps: int = 0
 ) -> dict[str, Any]:
     """Train with one method; return its rates, times of steps, memory, new graphs, and FLOPs per useful token."""
     job_config = job_config_of(shape, Path(folder), method, flags, num_layers)
