@@ -60,7 +60,7 @@ class CodecRun:
         self.crop_size, held_out_size = CROP_FRAMES * config.frame_size, HELD_OUT_FRAMES * config.frame_size
         limit = FIT_BATCHES * flags.batch_size * CROP_FRAMES
         if flags.codebook_size > limit:
-            problem = f"--codebook_size is {flags.codebook_size}, more than the {limit} frames for k-means"
+            problem = f"--codebook_size is {flags.codebook_size}, more than the {limit} frames that k-means uses"
             raise UserError(f"{problem}; lower --codebook_size or raise --batch_size")
         self.clips = [clip.samples_S for clip in tiny.read_clips(flags.corpus, config.sampling_rate)]
         held_out = tiny.read_clips(flags.validation_corpus, config.sampling_rate)[:HELD_OUT_CLIPS]
