@@ -83,7 +83,7 @@ def fuzz_audio(
     print(f"\nslowest file: {slowest:.2f} s; largest increase of memory: {largest:,.0f} MB")
     if num_faults := sum(number for kind, number in counts.items() if kind.startswith("FAULT")):
         raise UserError(
-            f"{num_faults:,} of {num_files:,} files caused a fault (see the FAULT lines above); fix llama_mimi/audio/reading.py"
+            f"{num_faults:,} of {num_files:,} files caused a fault (printed above); fix llama_mimi/audio/reading.py"
         )
 
 

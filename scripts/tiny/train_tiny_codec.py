@@ -84,7 +84,7 @@ class CodecRun:
         return torch.stack(crops)[:, None].to(self.device)
 
     def train_step(self) -> dict[str, float]:
-        """Take one optimizer step; its random numbers depend only on the seed and the step."""
+        """Take one optimizer step; its random numbers depend only on the seed and the step number."""
         torch.manual_seed(self.flags.seed * 1_000_003 + self.step)
         if self.step == 0:
             tiny.standardize(self.model, torch.cat([self.crops() for _ in range(8)]))
