@@ -263,7 +263,7 @@ def test_an_interrupted_save_is_set_aside_and_other_files_are_not_moved(tmp_path
     (checkpoint / "pretrained").mkdir()
     (tmp_path / "link").symlink_to("checkpoint")
     for name in ("checkpoint", "link"):
-        with pytest.raises(UserError, match="is a link or contains files other than steps"):
+        with pytest.raises(UserError, match="it is a link or contains other files"):
             set_aside_incomplete(tmp_path / name)
 
 

@@ -85,8 +85,8 @@ def test_bfloat16_and_a_single_step(trained, tmp_path):
     [
         (shutil.rmtree, "nor a folder in it is a complete step"),
         (lambda step: (step / ".metadata").write_bytes(b"not a pickle"), "is missing or damaged"),
-        (lambda step: next(step.glob("*.distcp")).unlink(), "is missing or truncated: 0 of"),
-        (lambda step: os.truncate(next(step.glob("*.distcp")), 1000), "is missing or truncated: 1,000 of"),
+        (lambda step: next(step.glob("*.distcp")).unlink(), "is missing or truncated: it has 0 of"),
+        (lambda step: os.truncate(next(step.glob("*.distcp")), 1000), "is missing or truncated: it has 1,000 of"),
     ],
 )
 def test_damaged_checkpoints_are_refused_by_name(trained, tmp_path, damage, message):
