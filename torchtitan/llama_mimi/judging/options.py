@@ -51,11 +51,11 @@ def read_criteria(path: Path) -> Criteria:
 class PromptOptions:
     """Options for the recordings and for the length of prompts."""
 
-    corpus: str  # name, folder, Parquet path or glob of a corpus of held-out recordings
+    corpus: str  # corpus of held-out recordings: a name, a folder, a Parquet file or a glob
     dataset_path: str | None = None  # folder of the downloaded corpus, if --corpus is a name
     split: str | None = None  # name of the split, if the corpus has several splits
     audio_column: str = "audio"  # column with the recordings
-    speaker_column: str = "speaker"  # column with speakers; a shuffled pair has two different speakers
+    speaker_column: str = "speaker"  # column with speakers; the clips of a shuffled pair differ in speaker
     prompt_seconds: float = 3.0  # approximate length of a prompt, in seconds (at least 0.5)
     recording_seconds: float | None = None  # minimum length of a recording, in seconds; default: twice --prompt_seconds
     limit: int | None = None  # maximum number of recordings, chosen by a hash of their names; default: all
@@ -125,7 +125,7 @@ class GenerationOptions:
                 raise UserError(f"--{flag} is {value}; set it to 1 or more")
         is_file_name = re.fullmatch(rf"(?!{RECONSTRUCTION})[A-Za-z0-9][A-Za-z0-9._-]*", self.system)
         if not is_file_name or self.system in RESERVED:
-            raise UserError(f"--name is '{self.system}', which is reserved or not a file name; choose another --name")
+            raise UserError(f"--name '{self.system}' is reserved or not a valid file name; set another --name")
 
     @property
     def system(self) -> str:
