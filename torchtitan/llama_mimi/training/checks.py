@@ -95,7 +95,7 @@ RULES: list[tuple[str, Callable[[Any, Any], Any], str]] = [
     ("parallelism.pipeline_parallel_degree", lambda v, c: v == 1, "set 1: pipeline parallelism is not supported"),
     ("parallelism.data_parallel_replicate_degree", lambda v, c: v == 1 or c.dims.dp_shard > 1, "use FSDP or HSDP"),
     ("parallelism.disable_loss_parallel", lambda v, c: not v, "set false: the loss needs loss parallelism"),
-    ("parallelism.context_parallel_degree", lambda v, c: v == 1 or c.data.packing == "pad", "set data.packing 'pad'"),
+    ("parallelism.context_parallel_degree", lambda v, c: v < 2 or c.data.packing == "pad", "set data.packing to 'pad'"),
 ]
 
 
@@ -127,7 +127,7 @@ def prepare_run(job_config: Any) -> None:
         if steps() == of_first:
             return
         time.sleep(1)
-    found = f"the steps in '{checkpoint}' are {steps()} on this node, but {of_first} on the first node"
+    found = f"the saved steps in '{checkpoint}' are {steps()} on this node, but {of_first} on the first node"
     raise UserError(f"{found}; choose a job.dump_folder that all nodes share")
 
 
@@ -139,7 +139,8 @@ def check_settings(job_config: Any, world_size: int) -> None:
         dims = ParallelDims(*degrees, ep=1, etp=1, world_size=world_size)
     except AssertionError as error:
         problem = f"the degrees in [parallelism] do not fit {world_size} ranks ({str(error) or 'too few'})"
-        raise UserError(f"{problem}; change the degrees, or change torchrun's --nproc_per_node") from error
+        remedy = f"set degrees whose product is {world_size}, or change torchrun's --nproc_per_node"
+        raise UserError(f"{problem}; {remedy}") from error
     config = SimpleNamespace(
         **vars(job_config),
         dims=dims,
