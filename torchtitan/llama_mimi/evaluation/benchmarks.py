@@ -108,7 +108,8 @@ def data_kind(source: str, pairs: list[Pair]) -> str:
 def read_salmon(source: str) -> Benchmark:
     """Read SALMon: files ``<part>/sample_<index>_<k>.wav``, or a table for each part.
 
-    The first file of each index is positive; the other files are negative. The parts ``all`` and ``all_*`` are skipped.
+    Among the files with the same index, the first is positive, and the others are negative. The parts ``all`` and
+    ``all_*`` are skipped.
     """
     benchmark = _read_tables(source, ("positive_audio", "negative_audio"))
     for folder in (folder for folder in _folders(Path(source)) if folder.name.split("_")[0] != "all"):

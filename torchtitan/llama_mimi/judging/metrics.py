@@ -144,7 +144,7 @@ def aesthetics(batch_size: int) -> Measure:
 
 
 def transcripts(model_name: str, language: str | None, device: torch.device, batch_size: int) -> Measure:
-    """Return a measure: a clip's greedy transcript. Without ``language``, models like Whisper detect the language."""
+    """Return a measure: a clip's transcript (greedy decoding). Without ``language``, Whisper detects the language."""
     config = load_pretrained(transformers.AutoConfig, model_name, what="ASR model")
     is_seq2seq = config.model_type in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
     model_class = transformers.AutoModelForSpeechSeq2Seq if is_seq2seq else transformers.AutoModelForCTC

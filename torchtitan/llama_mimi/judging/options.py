@@ -80,7 +80,7 @@ class MeasureOptions:
     speaker_model: str | None = None  # hub id or folder of a WavLM x-vector model; default: no speaker similarity
     quality: Literal["distillmos", "aesthetics", "none"] = "distillmos"  # predictor of sound quality, or 'none'
     asr_model: str | None = None  # hub id or folder of an ASR model; default: no transcripts
-    language: str | None = None  # language of the speech for multilingual ASR, such as 'en'; default: detected
+    language: str | None = None  # language of the speech, such as 'en', for multilingual ASR; default: detected
     text_model: str | None = None  # hub id or folder of a language model; default: no perplexity
     judge_model: str | None = None  # name of the judge model on the server; default: no judge
     judge_url: str | None = None  # URL of the judge's server, such as http://localhost:8000/v1; default: OpenAI

@@ -167,7 +167,7 @@ def check_files(job_config: Any) -> None:
         values = getattr(job_config, section)
         names, split = dataset_names(values), chosen_split(job_config, values)
         if len(names) != 1 and (not names or section == "validation" or not all(map(is_store, names))):
-            remedy = "set one corpus, or (for training only) several corpora from scripts/tokenize_corpus.py"
+            remedy = "set one corpus, or (for training only) several corpora tokenised by scripts/tokenize_corpus.py"
             raise UserError(f"{section}.dataset is '{values.dataset}'; {remedy}")
         for name in names:
             if not is_store(name):
@@ -191,7 +191,8 @@ def _check_model(job_config: Any) -> None:
         raise UserError(f"{assets} is not a folder; create the folder with {prepare}")
     tokenizer = build_speech_tokenizer(job_config)
     if model.vocabulary == "llama" and not has_text(tokenizer.text_tokenizer):
-        raise UserError(f"{assets} lacks text tokens; set model.vocabulary to 'audio', or use a folder from {prepare}")
+        remedy = f"set model.vocabulary to 'audio', or create a folder with {prepare}"
+        raise UserError(f"{assets} lacks text tokens; {remedy}")
 
     def entries(config: PreTrainedConfig, keys: tuple[str, ...]) -> dict[str, Any]:
         return {key: getattr(config, key, None) for key in keys}
