@@ -304,5 +304,5 @@ def test_nodes_wait_until_they_see_what_the_first_sees(of_first, tmp_path, monke
     monkeypatch.setattr("llama_mimi.training.checks.broadcast_from_rank0", lambda prepare: of_first)
     monkeypatch.setattr("llama_mimi.training.checks.SECONDS_FOR_NODES_TO_AGREE", 1)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    with pytest.raises(UserError, match=r"the steps in '.*' are \[\] on .*, but .* on the first node"):
+    with pytest.raises(UserError, match=r"the saved steps in '.*' are \[\] on .*, but .* on the first node"):
         prepare_run(job_config)

@@ -212,7 +212,7 @@ def test_a_prompt_is_never_replaced(tmp_path):
         (("--batch_size", "4"), "--batch_size is 4; set it to 1 or more, and set --prompts"),
         (("--stream", "--num_samples", "2"), "--stream supports only one sample of one prompt; remove"),
         (("--model_name", "models/no/such"), "model folder 'models/no/such' does not exist"),
-        (("--model_name", "assets/tiny/mimi"), "is of type 'mimi'; choose a model of one of the types llama, csm"),
+        (("--model_name", "assets/tiny/mimi"), "is of type 'mimi'; choose a model of type llama or csm"),
         (("--device", "nothing"), "device 'nothing' is not available"),
     ],
 )
