@@ -1,4 +1,4 @@
-"""Score a model on StoryCloze: correct endings against wrong (sStoryCloze) or random (tStoryCloze) story endings.
+"""Score a model on StoryCloze: correct story endings against wrong (sStoryCloze) or random (tStoryCloze) endings.
 
 uv run python eval/sStoryCloze.py --model_name models/tiny --data_dir assets/tiny/benchmarks/storycloze
 """

@@ -53,12 +53,12 @@ def demo(
     options = {"share": False, "theme": theme, "footer_links": [], "max_file_size": "50mb"}
     try:
         app.launch(server_name=host, server_port=port, **options)
-    except OSError as error:  # gradio raises it for every port that it cannot bind
-        raise UserError(f"port {port} of {host} is taken or cannot be used; choose another --port") from error
+    except OSError as error:  # gradio raises OSError for every port that it cannot bind
+        raise UserError(f"port {port} of {host} is in use or cannot be opened; choose another --port") from error
 
 
 def build_app(gradio: Any, model: Any) -> Any:
-    """Return the gradio page. After a click on its button, the page shows the values that `continued` yields."""
+    """Return the gradio page. After a click on the button, the page shows the values that `continued` yields."""
 
     worker = ThreadPoolExecutor(1)
 

@@ -2,8 +2,8 @@
 
     uv run python scripts/dry_run.py --num_gpus 64 --job.config_file config/llama3_1_8b.toml
 
-All options of training are accepted. One process acts as rank 0 and trains one step on PyTorch's fake tensors. If the
-model folder does not exist, the script uses the vocabulary of Llama 3 and Mimi.
+The script accepts all options of training. One process acts as rank 0 and trains one step on PyTorch's fake tensors.
+If the model folder does not exist, the script uses the vocabulary of Llama 3 and Mimi.
 """
 
 import os

@@ -52,7 +52,7 @@ def plot_runs(run: tyro.conf.UseAppendAction[list[Path]], picture: Path) -> None
 
 
 def draw(runs: Mapping[str, Mapping[str, Series]]) -> Any:
-    """Return a figure with one panel for each logged metric. The panels share the axis of steps."""
+    """Return a figure with one panel for each logged metric. All panels share one x axis: the training step."""
     drawn = [title for title, tags in PANELS.items() if any(next(iter(tags)) in run for run in runs.values())]
     titles = [*drawn[: len(drawn) % 2], *drawn]  # if the number of panels is odd, the first panel spans both columns
     rows = [titles[i : i + 2] for i in range(0, len(titles), 2)]

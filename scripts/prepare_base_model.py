@@ -5,8 +5,8 @@
 
 The large configs load the prepared model from the folder `model.hf_assets_path`. With `--random_weights`, the base
 model needs only a config.json and a tokenizer. The script then does not write weights, and training starts from random
-weights. `--vocabulary audio` removes the text tokens, for `model.vocabulary = "audio"`. Embeddings of kept tokens do
-not change.
+weights. If the config sets `model.vocabulary = "audio"`, set `--vocabulary audio`, which removes the text tokens. The
+embeddings of the other tokens do not change.
 """
 
 from dataclasses import dataclass

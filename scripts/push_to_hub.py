@@ -29,7 +29,7 @@ class Upload:
     repo: str  # repository on the hub, as owner/name
     # folders with results of eval/ or of a study; the card shows only results of this model; default: no results
     results: tuple[Path, ...] = ()
-    dry_run: Path | None = None  # new folder; all files are written to this folder instead of the hub
+    dry_run: Path | None = None  # new folder; the files are written to this folder and are not uploaded
     private: bool = False  # make a new repository private
     license: str | None = None  # license of the weights in the model card, such as 'llama3.2'
     base_model: str | None = None  # hub id of the model that training started from
@@ -61,7 +61,7 @@ def push_to_hub(upload: Upload) -> None:
         except OSError:
             shutil.rmtree(dry_run, ignore_errors=True)
             raise
-        return print(f"these files would be uploaded: {', '.join(sorted(files))}; see {dry_run}")
+        return print(f"these files in '{dry_run}' would be uploaded: {', '.join(sorted(files))}")
     api = HfApi()
     try:
         api.create_repo(repo, private=upload.private, exist_ok=True)

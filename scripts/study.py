@@ -31,7 +31,7 @@ def main(
         file: TOML file of the study
         plan: print the variants with their FLOPs and GPU hours, and exit
         slurm: print two sbatch commands that run the study as a SLURM job array, and exit
-        part: index of a run, from 0; train and score only this run, as a job of the array does
+        part: index of a run, from 0; train and score only this run (for a SLURM job array)
         report_only: write the report of the finished runs, and exit
         tflops: assumed speed of a GPU for --plan, in TFLOP/s; default: 40 % of an H100's peak in bfloat16
     """

@@ -111,7 +111,7 @@ REFUSED = {
     "chained opus": (OPUS + OPUS, "chained Ogg", "one after another"),
     "16-bit integers as floats": (wav(SPEECH * 32768), "out of range", "divide them by their full scale"),
     "peaks of 17": (wav(SPEECH / np.abs(SPEECH).max() * 17), "out of range", "samples up to 17"),
-    "1 Hz": (with_rate(wav(SPEECH), 1), "sample rate", "is 1 Hz, outside 1 kHz to 1 MHz"),
+    "1 Hz": (with_rate(wav(SPEECH), 1), "sample rate", "is 1 Hz, outside the range from 1 kHz to 1 MHz"),
     "nothing": (b"", "empty", "0 bytes"),
     "no samples": (wav(SPEECH[:0]), "empty", "contains 0 audio samples"),
     "NaN": (wav(np.full(4000, np.nan, np.float32)), "non-finite", "NaN or infinite"),

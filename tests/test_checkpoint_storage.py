@@ -90,7 +90,7 @@ def test_an_error_names_the_last_good_step(tmp_path):
         read_index(tmp_path / "step-8")
     shutil.rmtree(tmp_path / "step-2")
     os.truncate(tmp_path / "step-4" / DATA, 100)
-    with pytest.raises(UserError, match=r"step-4/.*' is .*truncated: 100 of .*lacks an undamaged step"):
+    with pytest.raises(UserError, match=r"step-4/.*' is .*truncated: it has 100 of .* contain another usable step"):
         read_index(tmp_path / "step-4")
 
 

@@ -263,7 +263,7 @@ def test_an_interrupted_save_is_set_aside_and_other_files_are_not_moved(tmp_path
     (checkpoint / "pretrained").mkdir()
     (tmp_path / "link").symlink_to("checkpoint")
     for name in ("checkpoint", "link"):
-        with pytest.raises(UserError, match="is a link or contains files other than steps"):
+        with pytest.raises(UserError, match="it is a link or contains other files"):
             set_aside_incomplete(tmp_path / name)
 
 
@@ -304,5 +304,5 @@ def test_nodes_wait_until_they_see_what_the_first_sees(of_first, tmp_path, monke
     monkeypatch.setattr("llama_mimi.training.checks.broadcast_from_rank0", lambda prepare: of_first)
     monkeypatch.setattr("llama_mimi.training.checks.SECONDS_FOR_NODES_TO_AGREE", 1)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    with pytest.raises(UserError, match=r"the steps in '.*' are \[\] on .*, but .* on the first node"):
+    with pytest.raises(UserError, match=r"the saved steps in '.*' are \[\] on .*, but .* on the first node"):
         prepare_run(job_config)

@@ -132,7 +132,7 @@ def test_any_id_has_a_file_name_of_its_own(tmp_path):
     assert names[0] == "a-b" and names[-1] == "1089-134686-0000" and names[1].startswith("a-b-")
     assert all(name[0].isalnum() and name.isascii() and len(name) < 101 for name in names)
     same = corpus(tmp_path / "same.parquet", [audio_row(number, 7, id="a") for number in range(2)])
-    with pytest.raises(UserError, match="has two rows with the id 'a'; change the id of one row"):
+    with pytest.raises(UserError, match="has two rows with the id 'a'; give one row another id"):
         make_prompts(tmp_path / "two", PromptOptions(corpus=same))
 
 

@@ -404,7 +404,7 @@ def test_two_ranks_and_a_kill_change_nothing(generated, model_folder, tmp_path):
 def test_mistakes_get_one_sentence(model_folder, generated):
     for flags, message in (
         (("--wavs", "x"), "set either --model_name or --wavs"),
-        (("--name", "recording"), "--name is 'recording', which is reserved"),
+        (("--name", "recording"), "--name 'recording' is reserved"),
         (("--judge_url", "x"), "--judge_url needs --judge_model; set --judge_model"),
         (("--listening_batch_size", 0), "--listening_batch_size is 0; set it to 1 or more"),
         (("--speaker_model", "nowhere"), "the speaker model folder 'nowhere' does not exist"),

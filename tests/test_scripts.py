@@ -85,8 +85,8 @@ def test_bfloat16_and_a_single_step(trained, tmp_path):
     [
         (shutil.rmtree, "nor a folder in it is a complete step"),
         (lambda step: (step / ".metadata").write_bytes(b"not a pickle"), "is missing or damaged"),
-        (lambda step: next(step.glob("*.distcp")).unlink(), "is missing or truncated: 0 of"),
-        (lambda step: os.truncate(next(step.glob("*.distcp")), 1000), "is missing or truncated: 1,000 of"),
+        (lambda step: next(step.glob("*.distcp")).unlink(), "is missing or truncated: it has 0 of"),
+        (lambda step: os.truncate(next(step.glob("*.distcp")), 1000), "is missing or truncated: it has 1,000 of"),
     ],
 )
 def test_damaged_checkpoints_are_refused_by_name(trained, tmp_path, damage, message):
@@ -212,7 +212,7 @@ def test_a_prompt_is_never_replaced(tmp_path):
         (("--batch_size", "4"), "--batch_size is 4; set it to 1 or more, and set --prompts"),
         (("--stream", "--num_samples", "2"), "--stream supports only one sample of one prompt; remove"),
         (("--model_name", "models/no/such"), "model folder 'models/no/such' does not exist"),
-        (("--model_name", "assets/tiny/mimi"), "is of type 'mimi'; choose a model of one of the types llama, csm"),
+        (("--model_name", "assets/tiny/mimi"), "is of type 'mimi'; choose a model of type llama or csm"),
         (("--device", "nothing"), "device 'nothing' is not available"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Train on one rank of torchrun, and record the frame numbers of every step for scripts/benchmarks/kill_runs.py.
+"""Train on one rank of torchrun, and record which frames each step uses. kill_runs.py reads this record.
 
 Each step appends a line of JSON to ``$AUDIT-<rank>.jsonl``: the number of the step, and the numbers of its frames.
 """

@@ -3,9 +3,9 @@
     uv run python scripts/benchmarks/fuzz_audio.py --num_files 10000 --seed 0
 
 Speech is written in every supported format and then damaged: bits are flipped, the start or the end is cut off,
-header fields get odd values, and parts are swapped, repeated or moved to another file. With the same seed, file ``i``
-always has the same mutations. Child processes read the files. A fault is a crash, or a read that takes more time than
---max_seconds or more memory than --max_megabytes.
+header fields get odd values, and parts are swapped, repeated, or replaced by parts of another file. With the same
+seed, file ``i`` always has the same mutations. Child processes read the files. A fault is a crash, a read that takes
+longer than --max_seconds, or a read that needs more memory than --max_megabytes.
 """
 
 import io
@@ -64,7 +64,7 @@ def fuzz_audio(
     """Read mutated files, and count the results.
 
     Args:
-        speech: recording to write in every format and then damage
+        speech: recording that is written in every format and then damaged
     """
     fuzzer, slowest, largest = Fuzzer(speech, seed), 0.0, 0.0
     counts: Counter[str] = Counter()
@@ -83,7 +83,7 @@ def fuzz_audio(
     print(f"\nslowest file: {slowest:.2f} s; largest increase of memory: {largest:,.0f} MB")
     if num_faults := sum(number for kind, number in counts.items() if kind.startswith("FAULT")):
         raise UserError(
-            f"{num_faults:,} of {num_files:,} files caused a fault (see FAULT above); fix llama_mimi/audio/reading.py"
+            f"{num_faults:,} of {num_files:,} files caused a fault (printed above); fix llama_mimi/audio/reading.py"
         )
 
 
@@ -203,7 +203,7 @@ def _read_watched(fuzzer: Fuzzer, files: Sequence[int], folder: Path, max_second
 
 
 def _read_files(fuzzer: Fuzzer, files: Sequence[int], log: Path, max_seconds: float) -> None:
-    """Read files and log their outcomes. Every second file is read from disk. SIGALRM ends a process that hangs."""
+    """Read files and log the outcomes. Files with odd indices are read from disk. SIGALRM ends a process that hangs."""
     signal.alarm(60)  # for a deadlock before the first file
     path = log.with_suffix(".audio")
     for index in files:

@@ -8,8 +8,8 @@
 
 SIGKILL ends the command. The command is started again on 1 to 4 ranks until it finishes. If the command finishes before
 the last kill, its output is removed and the command starts from the beginning. The shards, WAV files or report are
-compared with the output of a run without kills. Training (tiny config, packed sequences) records the frame numbers of
-every step. The recorded numbers are compared with the frames before the data position of the last checkpoint.
+compared with the output of a run without kills. Training (tiny config, packed sequences) records the frames that each
+step uses. The recorded frames must be the frames before the data position of the last checkpoint.
 """
 
 import contextlib
@@ -69,15 +69,15 @@ Command = list[Any]
 
 @dataclass(frozen=True)
 class KillFlags:
-    """The command to kill, and the number and times of the kills."""
+    """Options: the command to kill, the number of kills, and the times of the kills."""
 
     of: Literal["tokenization", "training", "continuation", "study"]  # command to kill
     kills: int  # number of kills
     folder: Path  # folder for all files
     seed: int = 0
-    max_seconds: float = 40.0  # maximum time between a start and its kill, in seconds
+    max_seconds: float = 40.0  # maximum time between a start of the command and the next kill, in seconds
     model_name: str = "models/tiny"  # folder of the model for continuations
-    layout: str = "parquet"  # layout of the corpus to tokenise, as named in layouts.py; 'parquet': unchanged corpus
+    layout: str = "parquet"  # layout of the corpus to tokenise: a name in layouts.py, or 'parquet' (unchanged corpus)
 
 
 def kill_runs(flags: KillFlags) -> None:
@@ -93,7 +93,7 @@ def kill_runs(flags: KillFlags) -> None:
 def kill_until_finished(
     flags: KillFlags, command: Callable[[int, bool], Command], output: Path, check: Callable[[], str]
 ) -> int:
-    """Kill a command ``flags.kills`` times, then let the command finish; return the number of its finished runs.
+    """Kill a command ``flags.kills`` times, then let the command finish; return how often it finished.
 
     ``command(num_ranks, is_last)`` returns the command; ``is_last`` is True for the last start. The folder
     ``output`` is removed after each finished run except the last run. ``check()`` is called after each start and
@@ -281,7 +281,7 @@ def last_step(run: Path) -> int:
 
 
 def frames_of_steps(audit: Path) -> Counter[int]:
-    """Count the frames of all steps. If a step was repeated after a kill, only its last run counts."""
+    """Return how often each frame was used. If a step was repeated after a kill, only its last run counts."""
     steps: dict[int, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for file in audit.glob("*.jsonl"):
         for entry in map(json.loads, file.read_text().split("\n")[:-1]):  # the last line may be incomplete
@@ -290,7 +290,7 @@ def frames_of_steps(audit: Path) -> Counter[int]:
 
 
 def frames_of_position(run: Path, codes: Path) -> Counter[int]:
-    """Count the used frames before the data position of the last checkpoint. A window can be partly used."""
+    """Return how often each frame was used before the last checkpoint. A window can be partly used."""
     state = {"dataloader": {"position": ""}}
     dcp.load(state, checkpoint_id=find_step(run / "checkpoint"), no_dist=True)
     ranks = json.loads(state["dataloader"]["position"])["ranks"]

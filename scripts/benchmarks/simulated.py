@@ -15,7 +15,7 @@ STORED_LEVELS = 8
 
 
 def speech_lengths(number: int) -> np.ndarray:
-    """Return clip lengths in frames that imitate The People's Speech: 14 s on average, and at most 20 s."""
+    """Return clip lengths, in frames, like the lengths in The People's Speech: 14 s on average, and at most 20 s."""
     seconds = np.random.default_rng(0).normal(14, 4, 4 * number)
     return np.ceil(12.5 * seconds[(seconds > 1) & (seconds < 20)][:number]).astype(int)
 
@@ -33,7 +33,7 @@ def write_codes(folder: Path, codec: str, shards: Sequence[list[CodedClip]]) -> 
 
     Args:
         codec: hub id or folder of the codec.
-        shards: list of clips for each shard. If the first list occurs again, its shard is a link to the first shard.
+        shards: list of clips for each shard. If the first list occurs again, the new shard is a link to the first.
     """
     columns = ["id", "codes", "duration", "is_cut"]
     folder.mkdir(parents=True)

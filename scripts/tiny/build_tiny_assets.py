@@ -216,7 +216,7 @@ def write_syntactic(folder: Path, maker: text.SentenceMaker) -> None:
 
 
 def write_storycloze(folder: Path, maker: text.SentenceMaker) -> None:
-    """Write pairs of stories under 10 s (files 2i and 2i + 1): same opening, then a fitting or an unrelated ending."""
+    """Write story pairs (files 2i and 2i + 1): the same opening, and a fitting or unrelated ending; each under 10 s."""
     for index in range(PAIRS):
         speaker = SPEAKERS[index % len(SPEAKERS)]
         story, *endings = maker.story()

@@ -68,7 +68,7 @@ class SpeechClassifier:
         return float(self.model.score(self._features(clips), labels))
 
     def _features(self, clips: Sequence[torch.Tensor]) -> np.ndarray:
-        """Return features (N, parts * C): for each part of a clip, the mean coefficients of its loud windows."""
+        """Return features (N, parts * C): for each part of a clip, the mean coefficients of the loud windows."""
         rows = []
         for samples_S in clips:
             level_BF = 10 * self.mel(samples_S / samples_S.abs().max().clamp(min=1e-6)).clamp(min=1e-10).log10()

@@ -31,7 +31,7 @@ MEL_FLOOR = 3e-4  # lower limit of magnitudes; a full-scale sine has a magnitude
 def tiny_mimi_config(codebook_size: int) -> MimiConfig:
     """Return the configuration of a codec with 24 kHz, 12.5 frames/s, 8 levels and 1.8 million parameters.
 
-    The strides are in the reverse order of Mimi's strides. This order halves the computation. The attention window is
+    Mimi's strides are used in reverse order, because the reverse order halves the computation. The attention window is
     as long as a training crop, so that the codec reconstructs long clips as well as crops.
     """
     filters = {"num_filters": 16, "hidden_size": 128, "upsampling_ratios": [4, 5, 6, 8], "frame_rate": 12.5}
@@ -160,7 +160,7 @@ def fit_codebooks(model: MimiModel, crops: list[torch.Tensor]) -> None:
             # 20 steps of Lloyd's algorithm, from random vectors
             centers = kmeans2(residual_NE.cpu().numpy(), book.codebook_size, iter=20, minit="points", rng=0)[0]
             center_KE = torch.from_numpy(centers).to(residual_NE)
-            # The state as if every training step used all codes equally often.
+            # Set the usage as if every training step had used all codes equally often.
             even = len(residual_NE) / len(crops) / book.codebook_size
             book.cluster_usage.fill_(even)
             book.embed_sum.copy_(center_KE * even)

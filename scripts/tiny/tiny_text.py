@@ -174,7 +174,7 @@ def syllables(word: str) -> int:
     return len(re.findall(r"[aeiouy]+", stem))
 
 
-# Generated strings that are real words or names, or that sound like a real word or name.
+# `non_word` must not return these strings, because they are, or sound like, real words or names.
 BANNED = {"ravage", "emory", "ganger", "calious", "neager", "clozer", "gudger", "softed", "tinger", "parkit", "goble"}
 BANNED |= {"mormer", "nasty", "vested", "middle", "copious", "gitler", "sodger", "minger", "linger", "bitter", "warden"}
 
@@ -195,7 +195,7 @@ def _changeable(word: str) -> list[int]:
 
 def non_word(word: str, rng: random.Random, vocabulary: set[str]) -> str | None:
     """Change two letters of a word; return the pronounceable non-word, or None if all attempts fail."""
-    # A changed ending (watered, painted) would reveal the non-word.
+    # Keep the ending of a word like "painted", because a changed ending would reveal the non-word.
     limit = len(word) - 2 if word.endswith(("ed", "er", "or")) else len(word)
     places = [i for i in _changeable(word) if i < limit]
     if len(places) < 2:

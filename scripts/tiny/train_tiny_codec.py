@@ -60,7 +60,7 @@ class CodecRun:
         self.crop_size, held_out_size = CROP_FRAMES * config.frame_size, HELD_OUT_FRAMES * config.frame_size
         limit = FIT_BATCHES * flags.batch_size * CROP_FRAMES
         if flags.codebook_size > limit:
-            problem = f"--codebook_size is {flags.codebook_size}, more than the {limit} frames for k-means"
+            problem = f"--codebook_size is {flags.codebook_size}, more than the {limit} frames that k-means uses"
             raise UserError(f"{problem}; lower --codebook_size or raise --batch_size")
         self.clips = [clip.samples_S for clip in tiny.read_clips(flags.corpus, config.sampling_rate)]
         held_out = tiny.read_clips(flags.validation_corpus, config.sampling_rate)[:HELD_OUT_CLIPS]
@@ -84,7 +84,7 @@ class CodecRun:
         return torch.stack(crops)[:, None].to(self.device)
 
     def train_step(self) -> dict[str, float]:
-        """Take one optimizer step; its random numbers depend only on the seed and the step."""
+        """Take one optimizer step; its random numbers depend only on the seed and the step number."""
         torch.manual_seed(self.flags.seed * 1_000_003 + self.step)
         if self.step == 0:
             tiny.standardize(self.model, torch.cat([self.crops() for _ in range(8)]))

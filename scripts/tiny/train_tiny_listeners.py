@@ -35,7 +35,7 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.common.versions import versions
 
 RATE_HZ = 16_000
-SPEEDS = (0.9, 1.0, 1.1)  # speeds of each clip; for the speaker encoder, each speed is another voice
+SPEEDS = (0.9, 1.0, 1.1)  # speeds of each clip; for the speaker encoder, each speed counts as another voice
 LETTERS = "abcdefghijklmnopqrstuvwxyz'"
 PAD, UNKNOWN, SPACE = "<pad>", "<unk>", "|"
 VOCABULARY = {symbol: index for index, symbol in enumerate((PAD, UNKNOWN, SPACE, *LETTERS))}
@@ -71,7 +71,7 @@ def set_filter_bank(weight_C1K: torch.Tensor) -> None:
 
 
 def with_noise(samples_S: torch.Tensor) -> torch.Tensor:
-    """Add white noise of a random level. Like the feature extractor, normalise the result to mean 0 and variance 1."""
+    """Add white noise of a random level. Then scale the audio to mean 0 and variance 1, like the feature extractor."""
     scale = samples_S.std() * 10 ** (random.uniform(*NOISE_DB) / 20)
     noisy_S = samples_S + scale * torch.randn_like(samples_S)
     return (noisy_S - noisy_S.mean()) / (noisy_S.std() + 1e-7)

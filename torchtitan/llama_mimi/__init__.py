@@ -1,1 +1,1 @@
-"""Speech language models on Mimi codec codes. README.md lists the packages and the shape suffixes."""
+"""Speech language models on Mimi codec codes. README.md lists the packages and the suffixes of tensor names."""

@@ -1,4 +1,4 @@
-"""Implementation of scripts/dry_run.py: one training step of rank 0 among many GPUs, on fake tensors."""
+"""Implementation of scripts/dry_run.py: simulate one GPU's part of a training step, with fake tensors."""
 
 import contextlib
 import copy
@@ -53,7 +53,7 @@ def untracked_shape(*args: Any) -> Any:
 
 
 class HalfPrecisionAttention(nn.Module):
-    """Attention that uses the GPU operator. Activation checkpointing does not support the CPU operator."""
+    """Attention with the GPU operator, because activation checkpointing does not support the CPU operator."""
 
     def forward(self, q_BHLD: torch.Tensor, k_BGLD: torch.Tensor, v_BGLD: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         return torch.ops.aten._scaled_dot_product_flash_attention(q_BHLD, k_BGLD, v_BGLD, is_causal=True)[0]
@@ -65,7 +65,7 @@ def nonzero(mode: FakeTensorMode, func: Callable, condition: torch.Tensor) -> to
 
 
 class FusedRMSNorm(torch.autograd.Function):
-    """RMSNorm that keeps the same tensors for the backward pass as the GPU's fused operator. A CPU keeps more."""
+    """RMSNorm that keeps the same tensors for the backward pass as on a GPU. The CPU operator keeps more tensors."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, shape: list[int], weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -91,7 +91,7 @@ def no_content() -> Iterator[None]:
         patch.object(nn.functional, "rms_norm", FusedRMSNorm.apply),
         patch.object(HierarchicalLlamaMimi, "deep_frames", deep_frames),
         patch.dict(op_implementations_dict, {torch.ops.aten.nonzero.default: nonzero}),
-        FakeTensorMode(allow_non_fake_inputs=True),  # real tensors are allowed, because meshes need content
+        FakeTensorMode(allow_non_fake_inputs=True),  # real tensors are allowed, because device meshes use them
     ):
         yield
 
@@ -201,7 +201,7 @@ def measure(job_config: Any, parallel_dims: ParallelDims, model: nn.Module) -> d
 
 
 def dry_run(num_gpus: int, gpu_gb: float, args: list[str]) -> None:
-    """Print the model, its meshes and the memory of a GPU; exit with code 1 if a GPU needs more than ``gpu_gb``."""
+    """Print the model, its meshes and the memory that a GPU needs; exit with code 1 if it exceeds ``gpu_gb`` GB."""
     init_logger()
     logger.setLevel(logging.ERROR)  # do not warn about missing folders
     job_config, parallel_dims = prepare(args, num_gpus)

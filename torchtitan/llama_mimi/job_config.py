@@ -1,4 +1,4 @@
-"""Settings and defaults of this project, which ``[job] custom_config_module`` adds to those of TorchTitan."""
+"""Settings and defaults of this project. ``[job] custom_config_module`` adds them to TorchTitan's settings."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,10 +41,10 @@ class Model:
     """Vocabulary; 'llama': audio tokens and the text tokens in model.hf_assets_path; 'audio': only audio tokens"""
 
     architecture: Architecture = "flattened"
-    """Architecture; 'flattened': a decoder over tokens; 'hierarchical': a decoder over frames and one over levels"""
+    """Architecture; 'flattened': a decoder over tokens; 'hierarchical': a decoder over frames, then one over levels"""
 
     depth_train_fraction: float = 1.0
-    """Fraction of frames that train the depth decoder (hierarchical architecture), drawn again in each epoch"""
+    """Fraction of frames on which the hierarchical model's depth decoder is trained; each epoch draws other frames"""
 
 
 @dataclass
@@ -100,12 +100,12 @@ class Data:
     """Column with transcripts; used only for the task 'tts'"""
 
     shuffle_window: int = 4096
-    """Number of clips to shuffle together (at least one row group); each worker keeps these clips in memory
-    (1 GB by default)"""
+    """Number of clips to shuffle together (at least one row group); each worker keeps these clips in memory.
+    The default number needs about 1 GB per worker"""
 
     max_skip_fraction: float = 0.01
-    """Maximum fraction of unusable clips; training stops if the fraction is higher. The fraction is checked after 100
-    clips and after each epoch"""
+    """Maximum fraction of unusable clips; training stops if the fraction is higher. The fraction is checked from the
+    100th clip on, and after each epoch"""
 
 
 @dataclass

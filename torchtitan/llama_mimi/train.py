@@ -16,8 +16,9 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.job_config import JobConfig, checkpoint_folder
 
 HELP = f"""{__doc__}
-These are the settings of this project, and those of TorchTitan with other defaults in this project. A config file
-(--job.config_file) contains the same settings, in sections. To list the other settings of TorchTitan (this takes 10 s):
+These are the settings of this project, and the settings of TorchTitan for which this project has other defaults. A
+config file (--job.config_file) contains the same settings, in sections. The next command lists TorchTitan's other
+settings. It takes 10 s.
 
     uv run python -m torchtitan.train --help
 """

@@ -56,7 +56,7 @@ def whole_frames(seconds: float, config: MimiConfig, setting: str = "data.max_au
 
 
 def is_released(config: PreTrainedConfig) -> bool:
-    """Return True if a config lacks an entry for the sliding window, as in the first release of Llama-Mimi."""
+    """Return True if the config is of Llama-Mimi's first release: the entry for the sliding window is missing."""
     return not (hasattr(config, "codec_sliding_window") or hasattr(config, "codec_attention"))
 
 
@@ -64,7 +64,8 @@ def has_sliding_window(config: PreTrainedConfig) -> bool:
     """Return True if a model was trained with a sliding window in the codec; False for Llama-Mimi's first release."""
     if hasattr(config, "codec_attention"):
         problem = f"the config of '{config.name_or_path}' has codec_attention = '{config.codec_attention}'"
-        raise UserError(f"{problem}; replace this entry by codec_sliding_window: true ('windowed') or false ('whole')")
+        entry = f"codec_sliding_window = {str(config.codec_attention == 'windowed').lower()}"
+        raise UserError(f"{problem}; replace this entry by {entry}")
     return not is_released(config) and config.codec_sliding_window
 
 
@@ -76,7 +77,7 @@ class MimiCodec:
         num_quantizers: Q, number of levels to encode and decode.
         dtype: type of weights and activations; bfloat16 changes about 2 % of the codes.
         sliding_window: if True, attend to the last 250 positions (10 s), as in Mimi's training; if False, attend to all
-            earlier positions, as transformers did before February 2026 (pull request 43971).
+            earlier positions, as the library transformers did before February 2026 (its pull request 43971).
     """
 
     def __init__(
@@ -118,8 +119,8 @@ class MimiCodec:
     def encode(self, waveforms: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Encode mono float32 clips (S,) at ``sample_rate_hz`` in one batch. Return int64 codes (T, Q) on the CPU.
 
-        Each clip is padded with zeros to whole frames, then to the longest clip. Mimi is causal, so a clip has the same
-        codes alone and in a batch.
+        Each clip is padded with zeros to whole frames, then to the length of the longest clip. Mimi is causal, so the
+        codes of a clip do not depend on the other clips.
         """
         if not waveforms:
             return []
@@ -130,7 +131,7 @@ class MimiCodec:
         return [codes_TQ[:T].clone() for codes_TQ, T in zip(self._encode(audio_BS), frames, strict=True)]
 
     def encode_as_released(self, samples_S: torch.Tensor) -> torch.Tensor:
-        """Encode a clip (S,) to codes (T, Q) like Llama-Mimi's first release: convolutions pad a partial last frame."""
+        """Encode a clip (S,) to codes (T, Q) as Llama-Mimi's first release did: convolutions pad a partial frame."""
         return self._encode(samples_S[None])[0].clone()
 
     @torch.inference_mode()

@@ -88,15 +88,15 @@ def read_audio(
     name: str | None = None,
     min_samples: int = 1,
 ) -> Waveform:
-    """Read audio as mono float32: WAV, FLAC, MP3 and OGG by libsndfile; M4A, AAC, WebM and WMA by PyAV.
+    """Read audio as mono float32. libsndfile reads WAV, FLAC, MP3 and OGG; PyAV reads M4A, AAC, WebM and WMA.
 
-    Channels are averaged; if they cancel each other, the loudest channel is used. Audio is decoded in blocks, up to
-    ``max_seconds``. An `AudioError` is raised if the file is missing, damaged, not audio or too short, or if samples
-    are non-finite or very large.
+    Channels are averaged; if they cancel each other, the loudest channel is used. Audio is decoded in blocks, until
+    ``max_seconds`` are read. An `AudioError` is raised if the file is missing, damaged, not audio or too short, or if
+    samples are non-finite or very large.
 
     Args:
         source: a path, or the bytes of a file.
-        sample_rate_hz: sample rate of the result; None: the file's rate.
+        sample_rate_hz: sample rate of the result; if None, the file's rate is used.
         start_seconds: start of the part to read; in WAV, AIFF and FLAC files, earlier samples are not decoded.
         name: name of the clip in messages; default: path of the file.
         min_samples: minimum number of samples (at ``sample_rate_hz``), such as the length of one codec frame.
@@ -158,7 +158,7 @@ def _read(
     num_read, is_cut, cancelled = 0, False, 0.0
     with _opened(stream, start_s) as (rate_hz, C, num_samples, blocks):
         if not RATES_HZ[0] <= rate_hz <= RATES_HZ[1]:
-            problem = f"the sample rate of '{name}' is {rate_hz:,} Hz, outside 1 kHz to 1 MHz"
+            problem = f"the sample rate of '{name}' is {rate_hz:,} Hz, outside the range from 1 kHz to 1 MHz"
             raise AudioError("sample rate", f"{problem}; set the correct sample rate in the file's header")
         wanted_hz = wanted_hz or rate_hz
         resampler = soxr.ResampleStream(rate_hz, wanted_hz, 1) if wanted_hz != rate_hz else None
@@ -193,7 +193,7 @@ def _read(
     samples_S = samples_S if max_s is None else samples_S[: round(max_s * wanted_hz)]
     if not len(samples_S) and start_s:
         problem = f"'{name}' starts at {start_s:g} s, after the end of the file"
-        raise AudioError("past the end", f"{problem}; set an earlier start")
+        raise AudioError("past the end", f"{problem}; correct its offset in the manifest")
     if not len(samples_S):
         raise AudioError("empty", f"'{name}' contains 0 audio samples; choose another clip")
     return Waveform(torch.from_numpy(samples_S), wanted_hz, is_cut, () if channel is None else (OPPOSITE,))
@@ -210,7 +210,7 @@ def _check_samples(block_SC: np.ndarray, name: str) -> None:
 
 @contextmanager
 def _opened(stream: BinaryIO, start_seconds: float = 0.0) -> Iterator[Recording]:
-    """Open bytes or an unbuffered file, to decode the audio after ``start_seconds``.
+    """Open the bytes of a file, or an unbuffered file; the audio blocks begin at ``start_seconds``.
 
     For damaged files, decoders raise many types of errors, both when the file is opened and while blocks are read.
     An ImportError means that the file can be read only with PyAV, and that PyAV is not installed.
@@ -236,7 +236,7 @@ def _opened(stream: BinaryIO, start_seconds: float = 0.0) -> Iterator[Recording]
 
 
 def _fault_at_end(stream: BinaryIO) -> str | None:
-    """Return "breaks off" or "chained Ogg" for a fault that libsndfile does not report, else None."""
+    """If the file has a fault that libsndfile does not report, return its key in `FAULTS`, else None."""
     size = stream.seek(0, SEEK_END)
     stream.seek(0)
     head = stream.read(12)
@@ -260,7 +260,7 @@ def _chunk_fault(stream: BinaryIO, size: int, order: Literal["little", "big"], s
 
 
 def _page_fault(stream: BinaryIO, size: int) -> str | None:
-    """Return a fault if an Ogg page is incomplete or a stream begins after other streams (RFC 3533, section 6)."""
+    """Return a key of `FAULTS` if an Ogg page is incomplete or a stream begins after others (RFC 3533, section 6)."""
     offset, has_begun = 0, False
     while offset <= size:
         stream.seek(offset)
@@ -320,7 +320,7 @@ def _blocks(file: soundfile.SoundFile, length: int | None) -> Iterator[np.ndarra
 
 
 def _without(first: int, blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    """Yield the blocks without their first samples; ``first``: number of samples to drop."""
+    """Yield the audio of the blocks without its first samples; ``first``: number of samples to drop."""
     for block_SC in blocks:
         if len(block_SC) > first:
             yield block_SC[first:]

@@ -19,7 +19,7 @@ def decode_long(codec: MimiCodec, codes_TQ: torch.Tensor) -> torch.Tensor:
 
 
 class DecodingStream:
-    """Decoder that decodes a clip chunk by chunk. The audio equals that of `MimiCodec.decode` up to rounding.
+    """Decoder that decodes a clip chunk by chunk. It returns the audio of `MimiCodec.decode`, up to rounding.
 
     Mimi's decoder is causal. Its Transformer has a key-value cache. Each convolution reads its last inputs again, and
     the output for these inputs is discarded. With the codec's sliding window, the memory does not grow over time.

@@ -79,7 +79,7 @@ def prepare_base_model(
     config = load_pretrained(LlamaConfig, base_model, what="base model")
     tokenizer = load_pretrained(AutoTokenizer, base_model, what="tokenizer")
     if config.vocab_size != len(tokenizer):
-        found = f"'{base_model}' has {config.vocab_size} embedding rows but {len(tokenizer)} tokens"
+        found = f"'{base_model}' has {config.vocab_size} embeddings, but its tokenizer has {len(tokenizer)} tokens"
         raise UserError(f"{found}; use an unmodified base model")
     whole, extended = extend_tokenizer(tokenizer, codebook_size, num_quantizers)
     num_drawn, kept, special_ids = extended.size, whole, {}

@@ -22,7 +22,7 @@ BACKBONE, DEPTH = "backbone_model", "depth_decoder.model"
 
 
 def csm_config(args: LlamaMimiArgs, **extra: Any) -> CsmConfig:
-    """Return the configuration of an equivalent CSM (equal logits). ``extra``: more entries, including ``codec``."""
+    """Return the configuration of an equivalent CSM (equal logits). ``extra``: other entries, including ``codec``."""
     extra["eos_token_id"] = None  # ids are codes of one level, and none of them ends a sequence
     assert args.depth is not None
     codec = load_codec_config(extra["codec"], args.num_quantizers)

@@ -1,4 +1,4 @@
-"""Saved steps of a run: find complete steps, move incomplete or later steps away, and load weights."""
+"""Saved steps of a run: find complete steps, move unwanted steps to another folder, and load weights."""
 
 import re
 import warnings
@@ -46,8 +46,8 @@ def set_aside_incomplete(checkpoint: Path) -> None:
         return
     paths = list(checkpoint.iterdir())
     if checkpoint.is_symlink() or not all(re.fullmatch(_STEP, path.name) for path in paths):
-        problem = f"'{checkpoint}' lacks a complete step, but is a link or contains files other than steps"
-        raise UserError(f"{problem}; move this folder, so that training can start from the initial weights")
+        problem = f"'{checkpoint}' does not contain a complete step, and it is a link or contains other files"
+        raise UserError(f"{problem}; rename this folder, so that training can start from the initial weights")
     _move(paths, f"{checkpoint}.incomplete")
     checkpoint.rmdir()
 
@@ -63,7 +63,7 @@ def _move(paths: list[Path], name: str) -> None:
     aside.mkdir()
     for path in paths:
         path.rename(aside / path.name)
-    logger.warning(f"{len(paths)} incomplete or later steps were moved to '{aside}'")
+    logger.warning(f"moved {len(paths)} steps to '{aside}', because they are incomplete or later than the loaded step")
 
 
 def complete_steps(checkpoint: Path) -> dict[int, Path]:
@@ -93,14 +93,14 @@ def read_index(step: Path) -> Metadata:
 
 
 def name_last_good(error: UserError, step: Path) -> UserError:
-    """Return the error of a damaged step, with the newest undamaged step in the message."""
+    """Return an error for a damaged step; its message names the newest undamaged step."""
     for _, other in sorted(complete_steps(step.parent).items(), reverse=True):
         if other.name != step.name and is_distributed(other):
             with suppress(UserError, OSError):
                 check_step(other, verify=True)
                 remedy = f"copy the file again, or move '{step}' to another folder and use the last good step '{other}'"
                 return UserError(f"{error}; {remedy}")
-    return UserError(f"{error}; copy the file again, because '{step.parent}' lacks an undamaged step")
+    return UserError(f"{error}; copy the file again, because '{step.parent}' does not contain another usable step")
 
 
 def load_step(state: dict[str, Any], step: Path, verify: bool) -> None:

@@ -47,7 +47,7 @@ def hf_config(args: LlamaMimiArgs, **extra: Any) -> LlamaConfig:
 
 
 def model_args(config: LlamaConfig) -> LlamaMimiArgs:
-    """Return the model arguments for a configuration (inverse of `hf_config`); raise a `UserError` for unknown RoPE."""
+    """Convert a config to model arguments (inverse of `hf_config`); raise a `UserError` for an unknown RoPE type."""
     rope = config.rope_parameters
     if rope["rope_type"] not in ("default", "llama3"):
         raise UserError(f"rope_type is '{rope['rope_type']}'; choose a model whose rope_type is 'default' or 'llama3'")

@@ -1,4 +1,4 @@
-"""Model and codec folders with real shapes but without weights: benchmarks and dry runs can then work offline."""
+"""Model and codec folders with real shapes but without weights, so that benchmarks and dry runs can work offline."""
 
 from pathlib import Path
 from typing import Any

@@ -146,7 +146,7 @@ class PlainLoadPlanner(DefaultLoadPlanner):
 
 
 def check_step(step: Path, verify: bool) -> Metadata:
-    """Return the index of a step; raise a `UserError` for a missing, truncated or (with ``verify``) damaged file."""
+    """Return the index of a step; raise a `UserError` if a file is missing, truncated or, with ``verify``, damaged."""
     metadata = CheckedReader(step).read_metadata()
     entries = defaultdict(list)
     for info in (metadata.storage_data or {}).values():
@@ -154,7 +154,7 @@ def check_step(step: Path, verify: bool) -> Metadata:
     for path, infos in entries.items():
         num_bytes = max(info.offset + info.length for info in infos)
         if (found := path.stat().st_size if path.is_file() else 0) < num_bytes:
-            raise UserError(f"'{path}' is missing or truncated: {found:,} of {num_bytes:,} bytes")
+            raise UserError(f"'{path}' is missing or truncated: it has {found:,} of {num_bytes:,} bytes")
         if verify:
             try:
                 with path.open("rb") as file:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 
 def bucket_by_length(sizes: Sequence[int], limit: float) -> list[list[int]]:
-    """Return batches of item indices, sorted by size. ``limit``: maximum padded size of a batch of several items."""
+    """Sort items by size, and return batches of indices. ``limit``: maximum padded size of a batch of several items."""
     batches: list[list[int]] = []
     for index in sorted(range(len(sizes)), key=lambda i: sizes[i]):  # the last item is the longest of its batch
         if batches and (len(batches[-1]) + 1) * sizes[index] <= limit:

@@ -1,4 +1,4 @@
-"""Defaults and choices of several settings. This module does not import PyTorch."""
+"""Default and allowed values of settings. This module does not import PyTorch."""
 
 from typing import Literal
 

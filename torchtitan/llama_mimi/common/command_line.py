@@ -40,7 +40,7 @@ def command(kind: Callable[..., Any], doc: str | None, **settings: Any) -> Itera
 
 
 def hide_none(kind: Any) -> None:
-    """Remove "(default: None)" from help texts, because each text names the default itself. tyro reads annotations."""
+    """In help texts, hide the default None, because each text names its default itself. tyro reads annotations."""
     defaults = {name: parameter.default for name, parameter in inspect.signature(kind).parameters.items()}
     for name, annotation in get_type_hints(kind, include_extras=True).items():
         if defaults.get(name, inspect.Parameter.empty) is None:
@@ -55,7 +55,7 @@ def is_first_rank() -> bool:
 
 
 def print_loading(what: str) -> None:
-    """On rank 0, print that ``what`` will be loaded, if PyTorch is not imported yet."""
+    """If PyTorch is not imported yet, print on rank 0 that ``what`` will be loaded."""
     if "torch" not in sys.modules and is_first_rank():
         print(f"loading {what} ...", file=sys.stderr, flush=True)
 

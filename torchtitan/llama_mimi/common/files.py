@@ -34,7 +34,7 @@ def is_local(fs: fsspec.AbstractFileSystem) -> bool:
 
 
 def find_files(path: str, endings: tuple[str, ...]) -> list[str]:
-    """Return the sorted visible files of a path, glob or folder. ``endings``: endings of files to find in a folder."""
+    """Return the sorted visible files of a path, glob or folder. ``endings``: file endings to find in a folder."""
     fs, bare = file_system(path)
     try:
         start = bare  # an existing folder is not a pattern, even with brackets in its name
@@ -66,12 +66,12 @@ def _walk(folder: str) -> Iterator[str]:
 
 
 def visible_files(folder: Path, pattern: str) -> list[Path]:
-    """Return the visible paths that match a glob below a folder, sorted."""
+    """Return the visible paths below ``folder`` that match the glob ``pattern``, in sorted order."""
     return sorted(path for path in folder.glob(pattern) if not is_hidden(path.relative_to(folder).as_posix()))
 
 
 def is_hidden(relative: str) -> bool:
-    """Return True for hidden and system files (``.cache/x``, ``a/._b``, ``__MACOSX/c``), as in `datasets`."""
+    """Return True for hidden and system files (``.cache/x``, ``a/._b``, ``__MACOSX/c``), as `datasets` does."""
     *folders, name = relative.split("/")
     return name.startswith(".") or any(folder.startswith((".", "__")) for folder in folders)
 
@@ -92,7 +92,7 @@ def digest(content: Any) -> str:
 
 
 def sizes_in(folder: str) -> dict[str, int]:
-    """Return the sizes in bytes of the files in a folder, by name; empty if the folder does not exist."""
+    """Return the size in bytes of each file in a folder, by name; the dict is empty if the folder does not exist."""
     fs, bare = file_system(folder)
     found = fs.find(bare, maxdepth=1, detail=True)
     return {path.rsplit("/", 1)[-1]: info["size"] for path, info in found.items()}
@@ -151,7 +151,7 @@ def locked(path: Path, setting: str, wait: bool = False) -> Iterator[None]:
 
     Args:
         setting: flag or key that sets the folder of the file. A missing folder is created.
-        wait: wait until another process releases its lock, instead of raising a `UserError`.
+        wait: if True, wait until another process releases its lock; if False, raise a `UserError`.
     """
     folder = path.parent
     folder.mkdir(parents=True, exist_ok=True)
@@ -165,6 +165,6 @@ def locked(path: Path, setting: str, wait: bool = False) -> Iterator[None]:
                 print(f"waiting for another process, which has locked '{path}'", flush=True)
                 fcntl.lockf(file, fcntl.LOCK_EX)
             else:
-                remedy = f"wait until that process ends, stop it, or choose another {setting}"
+                remedy = f"wait for that process or stop it, or choose another {setting}"
                 raise UserError(f"another process writes to '{folder}'; {remedy}") from error
         yield

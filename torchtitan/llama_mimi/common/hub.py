@@ -25,7 +25,7 @@ def load_pretrained(
 
     Args:
         allow_torch_weights: read ``.bin`` files if safetensors are missing. PyTorch does not run code from these files.
-        without_effect: regular expression; tensors with a matching name may also be missing or unexpected.
+        without_effect: regular expression; tensors with a matching name are not checked.
     """
     path = Path(name)
     if not path.is_dir() and (path.parent.is_dir() or not re.fullmatch(r"\w+([.-]\w+)*/\w+([.-]\w+)*", name)):
@@ -69,7 +69,7 @@ def _progress_bar(create: Callable[..., Any], args: Sequence[Any], options: Mapp
 
 
 def require_no_difference(wrong: Mapping[str, Collection[str]], problem: str, model: str) -> None:
-    """Raise a `UserError` that begins with ``problem`` if ``wrong`` (tensor names, grouped by fault) contains names."""
+    """If ``wrong`` contains tensor names (grouped by fault), raise a `UserError` that begins with ``problem``."""
     if parts := "; ".join(f"{len(keys)} {kind}, first '{min(keys)}'" for kind, keys in wrong.items() if keys):
         problem += f": the tensors do not match the {model} in config.json ({parts})"
         raise UserError(f"{problem}; copy or convert the folder again, or choose another folder")

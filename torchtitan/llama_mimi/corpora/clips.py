@@ -1,4 +1,4 @@
-"""Turn rows of a source into clips, read them in worker processes, and limit the fraction of skipped clips."""
+"""Read the rows of a source as clips, in worker processes, and limit the fraction of skipped clips."""
 
 import dataclasses
 import hashlib
@@ -31,7 +31,7 @@ MAX_NAMED_CLIPS = 20  # skipped clips that are printed; all are counted
 
 @dataclass(frozen=True)
 class SkippedClip:
-    """Row that was skipped or filtered."""
+    """Row that was skipped or filtered out."""
 
     reason: str  # category for the counts
     message: str  # sentence with the row's name
@@ -101,7 +101,7 @@ class AudioReader:
             return [SkippedClip("unexpected", f"'{name}' cannot be read ({problem})")]
 
     def _split(self, row: Row) -> list[AudioClip | SkippedClip]:
-        """Split a long recording at pauses into clips without text; return a short one as a clip with its text."""
+        """Split a long recording at pauses into clips without text; a short recording is one clip with its text."""
         waveform = read_row(row, self.sample_rate_hz, max_seconds=MAX_RECORDING_SECONDS)
         if waveform.is_cut and SHORTER not in waveform.audio_warnings:
             hours = MAX_RECORDING_SECONDS / 3600
@@ -133,7 +133,7 @@ class AudioReader:
 def read_row(row: Row, sample_rate_hz: int | None, *, max_seconds: float) -> Waveform:
     """Read the audio of a row: a file, or a part of a recording. For arguments and errors, see `read_audio`.
 
-    If the row's duration is at most ``max_seconds``, ``is_cut`` means that the audio is shorter than this duration.
+    For a row with a duration of at most ``max_seconds``, ``is_cut`` is True if the audio is shorter than the duration.
     """
     name, audio, duration = row["name"], row.get("audio"), row.get("duration")
     if row.get("problem"):
@@ -200,10 +200,10 @@ def _end_with(parent: int, worker: int) -> None:
 def is_too_many(num_skipped: int, num_read: int, max_skip_fraction: float, *, is_whole: bool, is_end: bool) -> bool:
     """Return True if more than the allowed fraction of the clips was skipped.
 
-    The clips read so far are a sample if more clips follow (``is_end`` is False) or if other ranks read other clips
-    (``is_whole`` is False). For a sample, the allowed number is raised by three standard deviations plus one clip. If
-    fewer than `MIN_JUDGED_CLIPS` clips were read, they are checked only at the end, against the number allowed for
-    `MIN_JUDGED_CLIPS` clips. If ``max_skip_fraction`` is 0, the check runs after every clip.
+    The ``num_read`` clips are only a sample if more clips follow (``is_end`` is False) or if other ranks read other
+    clips (``is_whole`` is False). For a sample, the allowed number of skipped clips is raised by three standard
+    deviations plus one clip. If fewer than `MIN_JUDGED_CLIPS` clips were read, the check runs only at the end, with the
+    number allowed for `MIN_JUDGED_CLIPS` clips. If ``max_skip_fraction`` is 0, the check runs after every clip.
     """
     allowed = max_skip_fraction * max(num_read, MIN_JUDGED_CLIPS)
     if not (is_end and is_whole) and max_skip_fraction:

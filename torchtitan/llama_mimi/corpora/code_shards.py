@@ -94,7 +94,7 @@ class CodeCorpus:
         self._shard_U, self._group_U, self.rows_per_unit = np.array(units, dtype=np.int64).T
 
     def mean_seconds(self, max_audio_seconds: float) -> float:
-        """Return the mean length of the clips if they are cut at ``max_audio_seconds`` (exact for whole seconds)."""
+        """Return the mean length of the clips if they are cut at ``max_audio_seconds`` (exact for a whole number)."""
         total = sum(n * min(seconds / n, max_audio_seconds) for n, seconds in self.manifest["by_second"] if n)
         return total / self.manifest["clips"]
 
@@ -108,7 +108,7 @@ class CodeCorpus:
         return coded_rows(table, self.num_quantizers)
 
     def clips(self, row: Row) -> list[CodedClip | SkippedClip]:
-        """Return the clip in a row that `read` has returned."""
+        """Convert a row, as returned by `read`, to a list of one clip."""
         text = row.get("text")
         if self.with_text and not text:
             return [SkippedClip("no text", f"'{row['id']}' has no text")]
@@ -120,7 +120,8 @@ class CodeCorpus:
         made_by, what = self.manifest["codec"], f"the tokenised corpus '{self.name}'"
         if made_by["num_quantizers"] < self.num_quantizers:
             problem = f"{what} has {made_by['num_quantizers']} levels, fewer than codec.num_quantizers"
-            raise UserError(f"{problem} = {self.num_quantizers}; lower codec.num_quantizers, or tokenise more levels")
+            remedy = "lower codec.num_quantizers, or tokenise the corpus again with more levels"
+            raise UserError(f"{problem} = {self.num_quantizers}; {remedy}")
         remedy = f"use the codec '{made_by['name']}' and the earlier codec.sliding_window, or tokenise the corpus again"
         own = {"sha256": codec_hash(self.codec), "sliding_window": self.sliding_window}
         require_same({"codec": made_by}, {"codec": own}, what, remedy)

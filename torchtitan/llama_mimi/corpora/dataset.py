@@ -1,4 +1,4 @@
-"""Corpora that the library `datasets` loads: folders of ``save_to_disk``, and any id on the hub."""
+"""Corpora that the library `datasets` loads: folders written by ``save_to_disk``, and datasets on the hub."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -39,7 +39,7 @@ class DatasetSource(Source):
 
 
 def _load(name: str, split: str | None) -> Dataset:
-    """Load a folder of ``save_to_disk``, or a dataset on the hub (``hf:owner/name`` or ``hf:owner/name:config``)."""
+    """Load a folder saved by `datasets`, or a dataset on the hub (``hf:owner/name`` or ``hf:owner/name:config``)."""
     try:
         if name.startswith(HUB):
             hub_id, _, config = name.removeprefix(HUB).partition(":")

@@ -106,7 +106,7 @@ def _read_tables(folder: str, names: Sequence[str]) -> dict[str, Values]:
             except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
                 problem = f"{type(error).__name__}: {first_line(error)}"
                 needed = "in UTF-8" if name.endswith(TRANSCRIPTS) else "with the column file_name"
-                raise UserError(f"'{path}' is not a table {needed} ({problem}); fix the table") from error
+                raise UserError(f"'{path}' is not a table {needed} ({problem}); correct this file") from error
     return found
 
 

@@ -53,7 +53,7 @@ def open_source(
     """Open a corpus of audio; raise a `UserError` if it does not exist, has several splits, or lacks a column.
 
     Args:
-        dataset: a name in `CORPORA`, a folder, path or glob, or ``hf:owner/name`` or ``hf:owner/name:config``.
+        dataset: a name in `CORPORA`, a path, a glob, ``hf:owner/name`` or ``hf:owner/name:config``.
         dataset_path: local download of a named corpus; if None, the corpus is streamed from the hub.
         text_column: column of transcripts; if None, texts are not read.
         extra_columns: optional columns by role, such as "speaker".
@@ -88,13 +88,14 @@ def check_corpus(dataset: str, dataset_path: str | None, split: str | None) -> N
 
 
 def corpus_files(dataset: str, dataset_path: str | None, split: str | None) -> tuple[Callable[..., Source], list[str]]:
-    """Return the format and the sorted files (fsspec paths) of a corpus; arguments and errors as in `open_source`."""
+    """Return the format and the sorted files (fsspec paths) of a corpus. Arguments and errors: see `open_source`."""
     if dataset in CORPORA:
         choose_split(dataset, CORPORA[dataset][2:], split)
         return ParquetSource, _named_files(dataset, dataset_path)
     if dataset_path is not None:
         problem = f"dataset_path is '{dataset_path}', but dataset '{dataset}' is not a named corpus"
-        raise UserError(f"{problem}; set dataset to the folder itself, or to one of: {', '.join(CORPORA)}")
+        remedy = f"remove dataset_path and set dataset to the folder, or set dataset to one of: {', '.join(CORPORA)}"
+        raise UserError(f"{problem}; {remedy}")
     found, (fs, bare) = find_files(dataset, sum(FORMATS, ())), file_system(dataset)
     # A single file may have any ending.
     for endings, source in (FORMATS | {(".json",): ManifestSource, ("",): ParquetSource}).items():

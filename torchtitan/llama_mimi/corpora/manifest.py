@@ -16,8 +16,8 @@ AUDIO_KEY = "audio_filepath"
 class ManifestSource(Source):
     """Source for JSON lines. A unit has 100 lines. Each line names an audio file, or a part of an audio file.
 
-    Paths are relative to the manifest. The key of the path is the audio column's name, or else
-    ``audio_filepath``. The value may be an object with a path, as `datasets` writes it. Blank lines are ignored.
+    Paths are relative to the manifest. The path is the value of the audio column, or else of ``audio_filepath``. This
+    value may also be an object with a path, as `datasets` writes it. Blank lines are ignored.
     """
 
     def __init__(self, name: str, files: Sequence[str], wanted: Columns) -> None:

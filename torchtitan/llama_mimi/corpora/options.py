@@ -12,8 +12,8 @@ from llama_mimi.common.errors import UserError
 class TokenizationOptions:
     """Options of scripts/tokenize_corpus.py."""
 
-    corpus: str  # name of a corpus, hf:owner/name, or a folder, path or glob of Parquet, tar, audio or JSONL files
-    output_dir: str  # folder for the shards: a local path, or a URL that fsspec supports
+    corpus: str  # name of a corpus, hf:owner/name, or path (file, folder or glob) of Parquet, tar, audio or JSONL files
+    output_dir: str  # folder for the shards; a local path or a URL that fsspec supports
     dataset_path: str | None = None  # folder of the downloaded corpus, if --corpus is a name
     split: str | None = None  # split to tokenise, if the corpus has several splits
     codec: str = DEFAULT_CODEC  # hub id or folder of the codec
@@ -29,7 +29,7 @@ class TokenizationOptions:
     min_seconds: float = 0.0  # minimum length of a clip, in seconds; shorter clips are skipped
     max_seconds: float | None = None  # maximum length of a clip, in seconds; longer clips are skipped
     where: str | None = None  # condition on the rows to tokenise, such as 'language == "en" and dnsmos >= 3'
-    # minimum number of rows in a shard (exact for tar files); default: 2048, or 1/64 of all rows if this is less
+    # minimum number of rows in a shard (exact number for tar files); default: 2048, but at most 1/64 of all rows
     clips_per_shard: int | None = None
     num_workers: int = 2  # number of processes per rank that read and resample audio
     duplicates: Literal["keep", "drop"] = "keep"  # 'drop' skips a clip if an earlier clip has the same samples

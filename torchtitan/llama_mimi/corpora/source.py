@@ -76,7 +76,7 @@ class Source(ABC):
         """Yield the rows of a unit in order, beginning with row ``start``; raise a `UserError` for a damaged file."""
 
     def _choose_columns(self, found: Iterable[str], required: Sequence[str] = ("text",), place: str = "") -> None:
-        """Choose a column of ``found`` for each role; raise a `UserError` if a required column is missing."""
+        """For each role, choose a column from ``found``; raise a `UserError` if a required column is missing."""
         columns, extra = list(dict.fromkeys(found)), {"id": "id", **self._wanted.extra}
         self._columns = {role: column for role, column in extra.items() if column in columns}
         for role in required:
@@ -160,7 +160,7 @@ def choose_split(name: str, splits: Iterable[str | None], split: str | None) -> 
     """Return the split to read, or None for all files; raise a `UserError` if the user must choose another split."""
     found = list(dict.fromkeys(filter(None, splits)))
     if split is None and len(found) > 1:
-        remedy = "set data.split, data.validation_split or a script's --split to one split, or use a file glob"
+        remedy = "set data.split, data.validation_split or a script's --split to one of them, or choose files by a glob"
         raise UserError(f"'{name}' contains the splits {', '.join(found)}; {remedy}")
     chosen = split if split is None or split in found else SPLIT_WORDS.get(split, split)
     if chosen is not None and chosen not in found:
@@ -172,8 +172,8 @@ def choose_split(name: str, splits: Iterable[str | None], split: str | None) -> 
 def splits_in(folder: str, files: Sequence[str]) -> list[str | None]:
     """Return the split of each file according to the hub's rules, or None for a file without a split.
 
-    The rules are: a file ``data/<split>-00000-of-00001.parquet``; one of `SPLIT_WORDS` in the name of a subfolder; one
-    of `SPLIT_WORDS` in the file name. The first rule that applies to any file is used for all files.
+    The name of a split is taken from a file ``data/<split>-00000-of-00001.parquet``, or from one of `SPLIT_WORDS` in
+    the name of a subfolder, or in the file name. The first rule that applies to any file is used for all files.
     """
     below = [file[len(folder.rstrip("/")) + 1 :].split("/") for file in files]
     shards = [_SPLIT_OF_SHARD.fullmatch(parts[-1]) if parts[:-1] == ["data"] else None for parts in below]

@@ -18,7 +18,7 @@ NO_AUDIO = "its audio file is missing; members of a row must have the same name,
 
 
 class TarSource(Source):
-    """Source for tar files. A unit is a whole tar file, read from its beginning. A ``.txt`` member has the text."""
+    """Source for tar files. A unit is a whole tar file, read from its beginning. A ``.txt`` member is the text."""
 
     def __init__(self, name: str, files: Sequence[str], wanted: Columns) -> None:
         super().__init__(name, wanted)
@@ -81,7 +81,7 @@ def _check_end(stream: BinaryIO, start: int) -> None:
 
 
 def _part(member: tarfile.TarInfo) -> tuple[str, str, tarfile.TarInfo] | None:
-    """Return (key, part, member), or None for folders, hidden files (as on macOS) and files with other endings."""
+    """Return (key, part, member), or None for folders, hidden files, and files that are neither audio nor `TEXTS`."""
     stem, _, ending = member.name.rpartition(".")
     part = "audio" if f".{ending.lower()}" in source.CORPUS_ENDINGS else ending.lower()
     is_file = member.isfile() or member.islnk() or member.issym()

@@ -151,7 +151,7 @@ def _plan(options: TokenizationOptions, source: Source, codec: MimiCodec) -> dic
 
 
 def make_jobs(units: Sequence[Unit], clips_per_shard: int | None) -> list[Job]:
-    """Divide the units of a corpus into jobs of at least ``clips_per_shard`` rows; a tar is one job."""
+    """Divide the units of a corpus into jobs of at least ``clips_per_shard`` rows; a tar file is one job."""
     sizes = [unit.num_rows for unit in units]
     total = sum(size or 0 for size in sizes)
     wanted = clips_per_shard or (CLIPS_PER_SHARD if None in sizes else min(CLIPS_PER_SHARD, -(-total // MIN_SHARDS)))

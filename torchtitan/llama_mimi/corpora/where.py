@@ -19,7 +19,7 @@ class RowFilter:
     """Limits on the length of a clip, and an expression such as ``language == "en" and dnsmos >= 3``.
 
     Attributes:
-        columns: names of the columns in the expression; each key is the role of a column in a source.
+        columns: columns in the expression, as a dict from the role in a source to the name of the column.
     """
 
     def __init__(self, min_seconds: float = 0.0, max_seconds: float | None = None, where: str | None = None) -> None:
@@ -37,14 +37,14 @@ class RowFilter:
             raise UserError(f'{problem}; write an expression such as language == "en" and dnsmos >= 3') from error
 
     def of_values(self, values: Mapping[str, Any]) -> str | None:
-        """Before audio is read, return the reason to filter a row (such as a missing value), or None."""
+        """Return why a row is filtered out before its audio is read (for example, a missing value), or None."""
         row = {name: values.get(role) for role, name in self.columns.items()}
         if missing := [name for name, value in row.items() if value in (None, "")]:
             return f"no {missing[0]}"
         return None if self._where is None or _is_true(self._tree, row) else f"not {self._where}"
 
     def of_length(self, seconds: float, *, is_cut: bool) -> str | None:
-        """Return the reason to filter a clip by length, or None. ``is_cut``: the audio is longer than ``seconds``."""
+        """Return why a clip is filtered out by length, or None. ``is_cut``: the audio is longer than ``seconds``."""
         if seconds < self._min_seconds:
             return f"under {self._min_seconds:g} s"
         is_long = self._max_seconds is not None and (is_cut or seconds > self._max_seconds)

@@ -27,7 +27,8 @@ def build_dataloader(
     """Build the dataloader for training or validation.
 
     The training loader is endless and shuffled with ``debug.seed`` (default 0). The validation loader reads the first
-    ``data.validation_clips`` clips once, in order. Validation clips are not packed, so that losses are comparable.
+    ``data.validation_clips`` clips once, in order. Validation clips are not packed, so that runs with and without
+    packing have comparable losses.
     """
     data, section = job_config.data, job_config.validation if is_validation else job_config.training
     readers = open_readers(job_config, section)
@@ -62,7 +63,7 @@ def chosen_split(job_config: Any, section: Any) -> str | None:
 
 
 def open_readers(job_config: Any, section: Any) -> list[ClipReader]:
-    """Open the corpora of ``[training]`` or ``[validation]``, each as audio or as codes."""
+    """Open each corpus of ``[training]`` or ``[validation]``, as audio or as codes."""
     data, codec = job_config.data, job_config.codec
     config = load_codec_config(codec.name, codec.num_quantizers)
     max_frames, with_text = whole_frames(data.max_audio_seconds, config), data.task == "tts"
@@ -80,7 +81,7 @@ def open_readers(job_config: Any, section: Any) -> list[ClipReader]:
 
 
 def _clip_fractions(readers: list[ClipReader], weights: list[float], max_audio_seconds: float) -> list[float]:
-    """Return the relative number of clips to draw from each corpus. ``weights``: fractions of audio time."""
+    """Return the relative number of clips to draw from each corpus. ``weights``: their fractions of the audio time."""
     if not weights or len(readers) == 1:
         return [float(reader.rows_per_unit.sum()) for reader in readers]
     fractions = []

@@ -34,8 +34,8 @@ ClipOrder = ShuffledOrder | RowsInOrder
 class ClipStream:
     """Dataset of chunks: lists of consecutive pairs (position, clip). Each of n workers reads every n-th chunk.
 
-    A worker reads all units that contain rows of its chunks, often all units of a window. So the decoding of audio
-    is divided among the workers, but each worker reads most of the files.
+    A worker reads all units that contain rows of its chunks; these are often all units of a window. So the decoding of
+    audio is divided among the workers, but each worker reads most of the files.
     """
 
     readers: Sequence[ClipReader]
@@ -193,7 +193,7 @@ class SpeechDataLoader(BaseDataLoader):
             self._judge(is_end=is_end)
 
     def _judge(self, *, is_end: bool) -> None:
-        """Raise a `UserError` if all clips are unusable, or more clips than allowed."""
+        """Raise a `UserError` if all clips are unusable, or if more clips are unusable than allowed."""
         read, skipped = self.counts["read"], self.counts["skipped"]
         is_none = skipped == read >= min(MIN_JUDGED_CLIPS, self.num_clips)
         is_whole, limit = self.order.dp_world_size == 1, self.max_skip_fraction

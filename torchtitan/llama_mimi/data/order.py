@@ -79,7 +79,7 @@ class CorpusOrder:
         self._cache: dict[int, np.ndarray] = {}
 
     def rows(self, window: int) -> np.ndarray:
-        """Return the rows of a window in order, as pairs (N, 2): a unit, and the index of a row in this unit."""
+        """Return the shuffled rows of a window as pairs (N, 2): a unit, and the index of a row in this unit."""
         if window not in self._cache:
             epoch, number = divmod(window, self.windows_per_epoch)
             order = np.random.default_rng((self._seed, epoch)).permutation(len(self._rows_per_unit))
@@ -167,7 +167,7 @@ def reshard(positions: Sequence[Position], dp_world_size: int) -> list[Position]
     """Convert the positions of all ranks to positions of ``dp_world_size`` ranks.
 
     If the number of ranks is the same, the positions do not change. Otherwise the partly used windows, and the unused
-    windows between them, are divided among the ranks. Then every remaining clip of the epoch is read once.
+    windows between them, are divided among the ranks. So every remaining clip of the epoch is read once.
     """
     if len(positions) == dp_world_size:
         return list(positions)

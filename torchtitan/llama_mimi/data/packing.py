@@ -47,7 +47,7 @@ class BatchPacker:
         return self._row == self.batch_size
 
     def no_room(self, text: str) -> str | None:
-        """Return None if at least one frame fits into a sequence after this text, else the reason."""
+        """Return the reason why a sequence is too short for this text and one frame, or None if it is not too short."""
         length = len(self._tokenizer.prefix_ids(text))
         if length + self._tokenizer.positions_per_frame <= self._seq_len + 1:
             return None

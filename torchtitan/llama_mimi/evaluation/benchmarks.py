@@ -86,7 +86,7 @@ class Benchmark:
 
 
 def limited(benchmark: Benchmark, limit: int) -> Benchmark:
-    """Return a benchmark with at most ``limit`` groups of each part; the choice depends on a hash of the names."""
+    """Return a benchmark with at most ``limit`` groups in each part, chosen by a hash of the groups' names."""
     drawn: dict[str, set[str]] = defaultdict(set)
     groups = {(pair.part, pair.group) for pair in benchmark.pairs}
     for part, group in sorted(groups, key=lambda names: hashlib.sha256("/".join(names).encode()).digest()):
@@ -108,7 +108,8 @@ def data_kind(source: str, pairs: list[Pair]) -> str:
 def read_salmon(source: str) -> Benchmark:
     """Read SALMon: files ``<part>/sample_<index>_<k>.wav``, or a table for each part.
 
-    The first file of each index is positive; the other files are negative. The parts ``all`` and ``all_*`` are skipped.
+    Among the files with the same index, the first is positive, and the others are negative. The parts ``all`` and
+    ``all_*`` are skipped.
     """
     benchmark = _read_tables(source, ("positive_audio", "negative_audio"))
     for folder in (folder for folder in _folders(Path(source)) if folder.name.split("_")[0] != "all"):
@@ -152,7 +153,7 @@ def _gold_pairs(gold: Path, part: str, files: Mapping[str, Clip]) -> Iterator[Pa
         rows = list(csv.DictReader(file))
     keys = {"filename", "id", "voice", "correct"}
     if not rows or not keys <= rows[0].keys() or any(None in row.values() for row in rows):
-        raise UserError(f"'{gold}' must have rows with the columns {', '.join(sorted(keys))}; copy the file again")
+        raise UserError(f"'{gold}' must have rows with the columns {', '.join(sorted(keys))}; download the file again")
     is_lexical = part.startswith("lexical_")
     found: dict[Any, list[dict[str, str]]] = defaultdict(list)
     for index, row in enumerate(rows):
@@ -161,13 +162,13 @@ def _gold_pairs(gold: Path, part: str, files: Mapping[str, Clip]) -> Iterator[Pa
         found[(row["id"], row["voice"]) if is_lexical else index // 2].append(row)
     listed, present = Counter(row["filename"] for row in rows), Counter(files.keys())
     if odd := (listed - present) | (present - listed):
-        raise UserError(f"'{gold}' and its folder must each contain '{min(odd)}' once; copy the folder again")
+        raise UserError(f"'{gold}' and its folder must each contain '{min(odd)}' once; download the benchmark again")
     for pair in found.values():
         places = {(row["id"], row["voice"]) for row in pair}
         if len(places) > 1 or sorted(row["correct"] for row in pair) != ["0", "1"]:
             names = "', '".join(row["filename"] for row in pair)
             problem = f"in '{gold}', the rows '{names}' must have the same id and voice, and one must be correct"
-            raise UserError(f"{problem}; copy the file again")
+            raise UserError(f"{problem}; download the file again")
         wrong, right = sorted(pair, key=lambda row: row["correct"])
         group = right["id"] if is_lexical else "_".join(right.get(key, "") for key in ("type", "subtype", "id"))
         clips = files[right["filename"]], files[wrong["filename"]]
@@ -175,14 +176,14 @@ def _gold_pairs(gold: Path, part: str, files: Mapping[str, Clip]) -> Iterator[Pa
 
 
 def _labels(row: Mapping[str, Any]) -> dict[str, str]:
-    """Return the labels of a pair from the row of its positive clip. Words without a frequency do not get a band."""
+    """Return a pair's labels; ``row`` belongs to the positive clip. Words without a frequency do not get a band."""
     labels = {key: str(row[key]) for key in ("type", "subtype") if row.get(key) not in (None, "")}
     try:
         frequency = float(row.get("frequency") or "nan")
         if frequency < 0:
             raise ValueError
     except ValueError as error:
-        raise UserError(f"the frequency '{row['frequency']}' is not a count; fix the table of the benchmark") from error
+        raise UserError(f"the frequency '{row['frequency']}' is not a count; download the benchmark again") from error
     bands = [band for lowest, band in FREQUENCY_BANDS if frequency >= lowest]
     return labels | ({"frequency": bands[-1]} if bands else {})
 
@@ -196,11 +197,13 @@ def read_storycloze(source: str) -> Benchmark:
     root = Path(source)
     folders = [folder for folder in _folders(root) if _audio_files(folder)]
     if folders and (odd := _audio_files(root)):
-        raise UserError(f"'{odd[0]}' is outside the subfolders; move it into one, or set --data_dir to a subfolder")
+        remedy = "move the file into a subfolder, or set --data_dir to a subfolder"
+        raise UserError(f"'{odd[0]}' is outside the subfolders; {remedy}")
     for folder in folders or [root]:
         files = sorted(_files_by(folder, r"(\d+).*").items())
         if len(files) % 2:
-            raise UserError(f"'{folder}' has an odd number of files (last: '{files[-1][1].name}'); copy the data again")
+            problem = f"'{folder}' has an odd number of files (last: '{files[-1][1].name}')"
+            raise UserError(f"{problem}; download the folder again")
         gaps = []
         for ((i,), a), ((j,), b) in zip(files[::2], files[1::2], strict=True):
             benchmark.pairs.append(Pair(folder.resolve().name, a.stem, a.stem, Clip(a.name, a), Clip(b.name, b)))
@@ -220,7 +223,7 @@ def _audio_files(folder: Path) -> list[Path]:
 
 
 def _files_by(folder: Path, pattern: str) -> dict[tuple[Any, ...], Path]:
-    """Return a dict of audio files in a folder; keys are the numbers captured by ``pattern``, or else the stems."""
+    """Return a dict of audio files in a folder. Keys are the numbers that ``pattern`` captures, or the file's stem."""
     files: dict[tuple[Any, ...], Path] = {}
     for path in _audio_files(folder):
         if (match := re.fullmatch(pattern, path.stem)) is None:
@@ -234,14 +237,14 @@ def _files_by(folder: Path, pattern: str) -> dict[tuple[Any, ...], Path]:
 
 def _not_empty(benchmark: Benchmark, source: str, layout: str) -> Benchmark:
     if not benchmark.clips:
-        raise UserError(f"'{source}' does not contain pairs; choose a folder with Parquet files or with files {layout}")
+        raise UserError(f"'{source}' does not contain pairs; choose a folder with Parquet files or {layout} files")
     return benchmark
 
 
 def _read_tables(source: str, columns: tuple[str, str], names: Collection[str] | None = None) -> Benchmark:
     """Read a benchmark from tables with one pair in each row. If the folder contains audio files, the result is empty.
 
-    ``source`` is a data set on the hub, an owner of data sets on the hub, or a downloaded folder with its hub name.
+    ``source`` is a data set on the hub, an owner of data sets on the hub, or a downloaded folder (not renamed).
     ``names`` are the data sets of the benchmark; if None, each configuration of ``source`` is a part.
     """
     benchmark, root = Benchmark([]), Path(source)

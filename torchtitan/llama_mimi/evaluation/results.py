@@ -17,7 +17,7 @@ Result = dict[str, Any]
 
 
 def check_earlier(path: Path, header: Mapping[str, Any]) -> list[str]:
-    """Return a notice if the earlier result is from other weights; raise a `UserError` if data or settings differ."""
+    """Compare with an earlier result. Return a notice if weights differ; raise a `UserError` if data or settings do."""
     earlier = read_json(str(path.parent), path.name)
     if earlier is None:
         return []
@@ -56,7 +56,8 @@ def results(
 def part_results(pairs: Sequence[Mapping[str, Any]], *, by_group: bool) -> dict[str, Result]:
     """Return accuracy, 95 % interval and counts of each part and, in the entry "by", of each label value.
 
-    With ``by_group``, the pairs of a group (such as the voices of a word) are averaged first; "count" counts groups.
+    With ``by_group``, accuracies are first averaged within each group (such as the voices of a word), and "count" is
+    the number of groups.
     """
     members: dict[tuple[str, ...], list[Mapping[str, Any]]] = defaultdict(list)
     for pair in pairs:
@@ -89,8 +90,8 @@ def part_results(pairs: Sequence[Mapping[str, Any]], *, by_group: bool) -> dict[
 def mean_of_parts(results: Mapping[str, Result], parts: Sequence[str]) -> Result | None:
     """Return the unweighted mean accuracy of k parts, or None if a part is missing.
 
-    The interval is Wilson's interval for k^2 / sum(1/n_i) pairs. For parts of the same size, this expression is the
-    total number of pairs.
+    The interval is Wilson's interval for k^2 / sum(1/n_i) pairs; part i has n_i pairs. If all parts have the same size,
+    this number is the total number of pairs.
     """
     if any(part not in results for part in parts):
         return None
@@ -123,7 +124,7 @@ def summary(report: Result) -> list[str]:
 
 
 def write_submissions(folder: Path, clips: Sequence[Clip], scores: Sequence[float]) -> None:
-    """Write sLM21's submission files ``<task>/<split>.txt`` with lines ``filename score``."""
+    """Write sLM21's submission files ``<task>/<split>.txt``. Each line is ``filename score``."""
     lines: dict[str, list[str]] = defaultdict(list)
     for clip, score in zip(clips, scores, strict=True):
         if clip.split is not None:

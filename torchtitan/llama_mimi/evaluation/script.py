@@ -64,7 +64,7 @@ class BenchmarkScript:
         if scoring.as_released and model.tokenizer.architecture == "hierarchical":
             raise UserError("--preset original supports only flattened models; set --preset official")
         if (level := max(scoring.levels or (0,))) > (last := codec.num_quantizers - 1):
-            raise UserError(f"--levels has level {level}, but the model has levels 0 to {last}; remove level {level}")
+            raise UserError(f"--levels includes level {level}, but the model has levels 0 to {last}; remove this level")
         batch_tokens = options.batch_tokens or BATCH_TOKENS[ranks.device.type == "cuda"]
         settings = {"dtype": options.dtype, "device": ranks.device.type, "batch_tokens": batch_tokens}
         header = {

@@ -27,8 +27,8 @@ def wilson_interval(accuracy: float, count: float) -> tuple[float, float]:
 def bootstrap_interval(*parts: Sequence[float]) -> tuple[float, float]:
     """Return the percentile bootstrap interval of the mean over parts. Each part is resampled separately.
 
-    Most measures have one part; the mean of SALMon has eight. The same values give the same interval. A part needs at
-    least two values. Method: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3.
+    Most measures have one part, but the SALMon mean has eight parts. The same values always give the same interval.
+    A part needs at least two values. Method: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, sec. 13.3.
     """
     if not parts or min(map(len, parts)) < 2:
         raise ValueError("a bootstrap interval needs at least two values for each part; add values")

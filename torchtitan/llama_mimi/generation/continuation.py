@@ -24,8 +24,8 @@ def for_model(options: SamplingOptions, model: SpeechModel) -> Sampling:
     """Convert options from seconds to frames and add the model's defaults; raise a `UserError` for an invalid top_p."""
     top_p, rate_hz = model.top_p if options.top_p is None else options.top_p, model.codec.frame_rate_hz
     if not isinstance(top_p, int | float) or not 0 < top_p <= 1:
-        problem = f"top_p in the model's generation_config.json is {top_p!r}, not a number above 0 and at most 1"
-        raise UserError(f"{problem}; fix the value in this file, or set --top_p")
+        problem = f"top_p in the model's generation_config.json is {top_p!r}; expected a number above 0 and at most 1"
+        raise UserError(f"{problem}. Edit this value in the file, or set --top_p")
     # 20 s is the paper's limit; the config of a released checkpoint has no limit.
     window_seconds = options.window_seconds or float(getattr(model.decoder.config, "max_audio_seconds", 20.0))
     window_frames = max(int(window_seconds * rate_hz + 1e-6), 4)
@@ -46,12 +46,12 @@ def settings_note(model: SpeechModel, options: SamplingOptions) -> str:
 
 
 def print_cut_prompts(model: SpeechModel, options: SamplingOptions, num_frames: Iterable[int]) -> None:
-    """Print how many prompts are longer than the model's context; ``num_frames`` has the frames of each prompt."""
+    """Print how many prompts are longer than the model's context; ``num_frames`` are the prompts' lengths."""
     window, rate_hz = for_model(options, model).window_frames, model.codec.frame_rate_hz
     if number := sum(frames > window for frames in num_frames):
         seen = f"the first {window // 4 / rate_hz:.1f} s and the last {window // 2 / rate_hz:.1f} s"
-        problem = f"prompts longer than the model's context of {window / rate_hz:.1f} s"
-        print(f"{number:,} {problem}: the model sees only {seen} of such a prompt", flush=True)
+        problem = f"prompts longer than the model's context of {window / rate_hz:.1f} s: {number:,}"
+        print(f"{problem}; the model sees only {seen} of such a prompt", flush=True)
 
 
 def read_prompt(path: str, codec: MimiCodec | None = None) -> Waveform:
@@ -86,7 +86,7 @@ def continue_codes(
 def with_progress(drawn: Drawn, num_samples: int, max_frames: int, frame_rate_hz: float) -> Drawn:
     """Yield the items of `decode`, and show the seconds of new audio, the time left and the real-time factor.
 
-    The time left assumes the maximum length for every sample. When a sample ends earlier, the total decreases.
+    The time left assumes the maximum length for every sample. When a sample ends earlier, the shown total decreases.
     """
     num_new, is_hidden = [0] * num_samples, not is_first_rank()
     bar = "{desc}: {n:.1f} of {total:.1f} s [{elapsed}, left: {remaining}{postfix}]"

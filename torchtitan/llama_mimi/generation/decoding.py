@@ -23,7 +23,7 @@ class Sampling:
     window_frames: int  # maximum length of the context (prompt and new audio)
     temperature: float  # at 0, the most likely entry is chosen
     top_k: int  # draw from the k most likely entries
-    top_p: float  # draw from the fewest of these k entries whose total probability is at least p
+    top_p: float  # draw from the smallest set of these k entries whose total probability is at least p
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def product(weight_ND: torch.Tensor, rows_BD: torch.Tensor) -> torch.Tensor:
 def quantize_layers(backbone: PreTrainedModel) -> None:
     """Add int8 weights to the linear layers. On a CPU, a step uses the int8 weights; `BatchedKVCache.prefill` does not.
 
-    An int8 weight is a rounded float weight divided by the scale of its output.
+    To get an int8 weight, divide the float weight by the scale of its output, and round the result.
     """
     for linear in backbone.layers.modules():
         if isinstance(linear, nn.Linear):
@@ -128,7 +128,7 @@ class BatchedKVCache:
 
 
 def record_graph(function: Callable[[], None]) -> Callable[[], None]:
-    """Return a function that repeats the kernels of a function as one CUDA graph, in any thread."""
+    """Record the kernels of a function as one CUDA graph; return a function that runs the graph, in any thread."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -152,7 +152,7 @@ def _layer_step(
     *,
     is_explicit: bool = False,
 ) -> torch.Tensor:
-    """Return the states (B, D) after a layer. Write their keys and values to a place in the cache of C positions."""
+    """Return the states (B, D) after a layer. Write the keys and values of the layer into its cache of C positions."""
     attention, mlp, (B, visible) = layer.self_attn, layer.mlp, (len(hidden_BD), is_seen_B11S.shape[-1])
     normed_BD = _norm(layer.input_layernorm, hidden_BD)
     query_BHd, key_BHd, value_BHd = (

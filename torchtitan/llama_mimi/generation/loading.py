@@ -37,13 +37,13 @@ def load_speech_model(
     Args:
         codec_name: hub id or folder of the codec; default: the codec in the checkpoint's config, else `DEFAULT_CODEC`.
         sliding_window: True to run the codec with sliding-window attention; default: the setting used in training.
-        dtype: precision of the decoder; default: bfloat16 on a GPU, float32 on a CPU. With "int8", prompts are read in
-            bfloat16, and new tokens are computed with int8 weights. The codec always runs in float32.
+        dtype: precision of the decoder; default: bfloat16 on a GPU, float32 on a CPU. With "int8", the model reads the
+            prompt in bfloat16, and generates with int8 weights. The codec always runs in float32.
     """
     place = available_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     kind = load_pretrained(AutoConfig, model_name, what="model").model_type
     if kind not in MODELS:
-        raise UserError(f"'{model_name}' is of type '{kind}'; choose a model of one of the types {', '.join(MODELS)}")
+        raise UserError(f"'{model_name}' is of type '{kind}'; choose a model of type {' or '.join(MODELS)}")
     stock_class, model_class, architecture = MODELS[kind]
     dtype = dtype or ("bfloat16" if place.type == "cuda" else "float32")
     if (is_int8 := dtype == "int8") and place.type != "cpu":
@@ -64,7 +64,7 @@ def load_speech_model(
         needed = f"{num_quantizers} quantizers of '{codec.name}' need {tokenizer.vocabulary.size}"
         raise UserError(f"'{model_name}' has {rows} vocabulary entries, but {needed}; set --codec to the model's codec")
     top_p = decoder.generation_config.top_p  # as in Llama-Mimi's first release; the caller sets all other options
-    # On Hopper, PyTorch would choose cuDNN's attention, which builds a plan for each length of a prompt (about 60 ms).
+    # On Hopper, PyTorch would choose cuDNN's attention, which needs 60 ms to build a plan for each prompt length.
     torch.backends.cuda.enable_cudnn_sdp(False)
     model = model_class(decoder.to(place).eval(), tokenizer, codec, 1.0 if top_p is None else top_p, is_int8)
     if is_int8:

@@ -27,8 +27,8 @@ class SamplingOptions:
     min_seconds: float = 0.0  # minimum length of the continuation, in seconds; the model cannot end the speech earlier
     temperature: float = 0.8  # sampling temperature; at 0, the most likely token is chosen
     top_k: int = 30  # sample from the k most likely tokens (among those valid at this position)
-    # sample from the most likely of the top_k tokens, up to a total probability of p; default: the value in the
-    # generation config of the model, else 1
+    # sample from the smallest set of likely tokens (among the top_k) whose total probability is at least p; default:
+    # the value in the generation config of the model, else 1
     top_p: float | None = None
     # length of the model's context (prompt and new audio), in seconds; when the context is full, only the start of the
     # prompt and the last half of the context are kept; default: maximum length of a training clip
@@ -62,7 +62,7 @@ class ContinuationOptions:
     output_file: Path = Path("continuation.wav")
     output_dir: Path | None = None  # folder for the continuations of --prompts
     stream: bool = False  # write the sample to disk during generation
-    batch_size: int | None = None  # number of samples to generate at once, with --prompts; default: 64 on a GPU, else 8
+    batch_size: int | None = None  # number of samples in a batch (only with --prompts); default: 64 on a GPU, else 8
     codec: str | None = None  # hub id or folder of the codec; default: the codec in the config of the model
     # run the codec with sliding-window attention; default: the setting used in training
     codec_sliding_window: bool | None = None

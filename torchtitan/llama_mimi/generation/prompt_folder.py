@@ -44,7 +44,7 @@ def continue_folder(
     ranks: DistributedContext,
     made_by: Mapping[str, Any],
 ) -> list[Record]:
-    """Continue all audio files in a folder and its subfolders; samples that an earlier run finished are kept.
+    """Continue all audio files in a folder and its subfolders. Samples of an earlier run are kept.
 
     ``num_rows`` is the batch size; ``made_by`` is the result of `describe_model`. The function writes
     ``<prompt>_<sample>.wav``, ``settings.json`` and, at the end, ``results.jsonl`` to ``output_dir``.

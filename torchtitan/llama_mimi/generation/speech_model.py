@@ -82,7 +82,7 @@ class SpeechModel(ABC):
 
     @cached_property
     def spare_caches(self) -> dict[tuple[int, int], list[BatchedKVCache]]:
-        """Caches for reuse, by number of rows and capacity. Compiling a CUDA graph for a new cache takes long."""
+        """Caches for reuse, by number of rows and capacity. Creating a cache is slow if CUDA graphs are compiled."""
         return {}
 
 

@@ -80,7 +80,7 @@ def _describe(name: str) -> dict[str, Any]:
 
 
 def pauses() -> Measure:
-    """Return a measure: a clip's seconds, and its fraction of silence (pauses of `MIN_PAUSE_SECONDS` or longer)."""
+    """Return a measure: a clip's length (s) and fraction of silence (pauses of at least `MIN_PAUSE_SECONDS`)."""
 
     def value(clip: Clip) -> Value:
         waveform = clip.read(RATE_HZ)
@@ -96,7 +96,7 @@ def speaker_encoder(model_name: str, device: torch.device) -> Callable[[Clip], t
     extract = load_pretrained(transformers.AutoFeatureExtractor, model_name, what="speaker model")
 
     @torch.inference_mode()
-    def embed(clip: Clip) -> torch.Tensor:  # one clip at a time: padding would change WavLM's group norm
+    def embed(clip: Clip) -> torch.Tensor:  # without a batch, because padding would change WavLM's group norm
         samples_S = clip.read(RATE_HZ).samples_S.numpy()
         features = extract(samples_S, sampling_rate=RATE_HZ, return_tensors="pt").input_values
         return model(features.to(device)).embeddings[0].cpu()
@@ -144,14 +144,14 @@ def aesthetics(batch_size: int) -> Measure:
 
 
 def transcripts(model_name: str, language: str | None, device: torch.device, batch_size: int) -> Measure:
-    """Return a measure: a clip's greedy transcript. Without ``language``, models like Whisper detect the language."""
+    """Return a measure: a clip's transcript (greedy decoding). Without ``language``, Whisper detects the language."""
     config = load_pretrained(transformers.AutoConfig, model_name, what="ASR model")
     is_seq2seq = config.model_type in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
     model_class = transformers.AutoModelForSpeechSeq2Seq if is_seq2seq else transformers.AutoModelForCTC
     model = load_evaluator(model_class, model_name, device, what="ASR model")
     languages = getattr(getattr(model, "generation_config", None), "lang_to_id", None) or {}
     if language is not None and f"<|{language}|>" not in languages:
-        raise UserError(f"'{model_name}' does not support --language '{language}'; change or remove --language")
+        raise UserError(f"'{model_name}' does not support --language '{language}'; set another, or remove --language")
     # Without timestamps, Whisper transcribes only the first 30 s.
     options: dict[str, Any] = {"return_timestamps": True} if config.model_type == "whisper" else {}
     if is_seq2seq:
@@ -180,7 +180,7 @@ def log_perplexity(model_name: str, device: torch.device) -> Measure:
     tokenizer = load_pretrained(transformers.AutoTokenizer, model_name, what="language model")
     first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if first is None:
-        raise UserError(f"'{model_name}' has neither a BOS nor an EOS token; choose a --text_model with such a token")
+        raise UserError(f"'{model_name}' has neither a BOS nor an EOS token; choose a --text_model with one of them")
 
     @torch.inference_mode()
     def value(prompt: str, continuation: str) -> Value:

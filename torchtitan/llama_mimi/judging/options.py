@@ -51,11 +51,11 @@ def read_criteria(path: Path) -> Criteria:
 class PromptOptions:
     """Options for the recordings and for the length of prompts."""
 
-    corpus: str  # name, folder, Parquet path or glob of a corpus of held-out recordings
+    corpus: str  # corpus of held-out recordings: a name, a folder, a Parquet file or a glob
     dataset_path: str | None = None  # folder of the downloaded corpus, if --corpus is a name
     split: str | None = None  # name of the split, if the corpus has several splits
     audio_column: str = "audio"  # column with the recordings
-    speaker_column: str = "speaker"  # column with speakers; a shuffled pair has two different speakers
+    speaker_column: str = "speaker"  # column with speakers; the clips of a shuffled pair differ in speaker
     prompt_seconds: float = 3.0  # approximate length of a prompt, in seconds (at least 0.5)
     recording_seconds: float | None = None  # minimum length of a recording, in seconds; default: twice --prompt_seconds
     limit: int | None = None  # maximum number of recordings, chosen by a hash of their names; default: all
@@ -80,7 +80,7 @@ class MeasureOptions:
     speaker_model: str | None = None  # hub id or folder of a WavLM x-vector model; default: no speaker similarity
     quality: Literal["distillmos", "aesthetics", "none"] = "distillmos"  # predictor of sound quality, or 'none'
     asr_model: str | None = None  # hub id or folder of an ASR model; default: no transcripts
-    language: str | None = None  # language of the speech for multilingual ASR, such as 'en'; default: detected
+    language: str | None = None  # language of the speech, such as 'en', for multilingual ASR; default: detected
     text_model: str | None = None  # hub id or folder of a language model; default: no perplexity
     judge_model: str | None = None  # name of the judge model on the server; default: no judge
     judge_url: str | None = None  # URL of the judge's server, such as http://localhost:8000/v1; default: OpenAI
@@ -125,7 +125,7 @@ class GenerationOptions:
                 raise UserError(f"--{flag} is {value}; set it to 1 or more")
         is_file_name = re.fullmatch(rf"(?!{RECONSTRUCTION})[A-Za-z0-9][A-Za-z0-9._-]*", self.system)
         if not is_file_name or self.system in RESERVED:
-            raise UserError(f"--name is '{self.system}', which is reserved or not a file name; choose another --name")
+            raise UserError(f"--name '{self.system}' is reserved or not a valid file name; set another --name")
 
     @property
     def system(self) -> str:

@@ -52,7 +52,7 @@ class PromptSet:
 
 
 def make_prompts(folder: Path, options: PromptOptions) -> PromptSet:
-    """Return the prompts of a folder; a new folder gets new prompts. Changed options or files raise a `UserError`."""
+    """Return the prompts of a folder, or make them in a new folder. Changed options or files raise a `UserError`."""
     settings = asdict(options)
     manifest = read_json(str(folder), MANIFEST)
     if manifest is None:
@@ -102,7 +102,7 @@ def _cut_prompts(folder: Path, options: PromptOptions) -> tuple[list[Prompt], Co
     total = sum(sizes) if all(sizes) else None
     for number, (name, row) in enumerate(tqdm(_rows(source), "prompts", total, unit="recording")):
         if name in names:
-            raise UserError(f"'{source.name}' has two rows with the id '{row['id']}'; change the id of one row")
+            raise UserError(f"'{source.name}' has two rows with the id '{row['id']}'; give one row another id")
         names.add(name)
         rank = sha256(name.encode()).digest()
         if len(drawn) == options.limit and rank > drawn[-1][0]:

@@ -53,7 +53,7 @@ def _judge(options: GenerationOptions, prompts: PromptSet, ranks: DistributedCon
         origin: Record = {key: made_by[key] for key in ("wavs", "model_sha256") if key in made_by}
         require_same(earlier.get("made_by") or {}, origin, f"'{path}'", "choose another --name")
     if ranks.rank == 0 and not any(prompt.speaker for prompt in prompts.prompts):
-        print("the corpus does not name speakers, so a shuffled pair can have the same voice twice", flush=True)
+        print("the corpus does not name speakers, so the two voices of a shuffled pair can be the same", flush=True)
     samples = {options.system: own, **systems.references(prompts, codec, options.sampling.seconds, ranks)}
     everything = [sample for of_system in samples.values() for sample in of_system]
     records, descriptions = measure_samples(everything, prompts, options.measures, ranks)

@@ -62,9 +62,9 @@ class Sample:
 def references(
     prompts: PromptSet, codec: MimiCodec | None, max_seconds: float, ranks: DistributedContext
 ) -> dict[str, list[Sample]]:
-    """Return the references by name: the rest of each recording, and the rest of another speaker's recording.
+    """Return the references by name: the rest of each prompt's recording, and the rest of another speaker's recording.
 
-    With a codec, a third reference is the reconstruction of the rest of each recording.
+    With a codec, a third reference is the codec's reconstruction of the rest of each prompt's recording.
     """
     if len(prompts.prompts) < 2:
         raise UserError("there is only one prompt, so prompts cannot be shuffled; increase --limit")
@@ -142,7 +142,7 @@ def wavs(prompts: PromptSet, folder: Path, contain_prompt: bool, max_seconds: fl
         found[name, number] = path
     if missing := by_name.keys() - {name for name, _ in found}:
         problem = f"'{folder}' lacks files for {len(missing):,} of {len(by_name):,} prompts, such as '{min(missing)}'"
-        raise UserError(f"{problem}; add the files (an empty file if the system generated nothing)")
+        raise UserError(f"{problem}; add the files; if the system generated nothing for a prompt, add an empty file")
     samples = []
     for (name, number), path in sorted(found.items()):
         start = by_name[name].seconds if contain_prompt else 0.0

@@ -2,8 +2,8 @@
 
 At each position, the backbone reads one text token or one frame (the sum of the embeddings of Q audio tokens). The
 backbone predicts level 0 of the next frame, or the end of the speech. The depth decoder predicts levels 1 to Q - 1
-from the backbone's hidden state and the codes of lower levels. The logits equal those of CsmForConditionalGeneration
-in transformers. The end of speech is a frame with code K at every level, as CSM expects. N: number of frames that
+from the backbone's hidden state and the codes of lower levels. CsmForConditionalGeneration of transformers computes
+the same logits. The end of speech is a frame with code K at every level, as CSM expects. N: number of frames that
 train the depth decoder.
 """
 
@@ -75,7 +75,7 @@ class FrameAttention(ScaledDotProductAttentionWrapper):
 
 
 def frame_attention(q_NHQD: torch.Tensor, k_NGQD: torch.Tensor, v_NGQD: torch.Tensor) -> torch.Tensor:
-    """Return causal attention (N, H, Q, D) as matrix products and a softmax. H query heads share G key heads."""
+    """Compute causal attention (N, H, Q, D) with matrix products and a softmax. H query heads share G key heads."""
     N, H, Q, D = q_NHQD.shape
     G = k_NGQD.shape[1]
     # R: all queries of a key head. They are rows of one matrix, so that keys and values are not repeated.
@@ -151,7 +151,7 @@ class HierarchicalLlamaMimi(LlamaMimi):
         return round(frame / args.targets_per_frame)
 
     def deep_frames(self, targets_NQ: torch.Tensor) -> torch.Tensor:
-        """Return the positions that train the depth decoder, or position 0 if none does: every rank needs gradients."""
+        """Return the positions that train the depth decoder, but at least one position: every rank needs gradients."""
         depth_N = (targets_NQ[:, 1:] != IGNORE_INDEX).any(dim=1).nonzero()[:, 0]
         return depth_N if len(depth_N) else depth_N.new_zeros(1)
 

@@ -80,7 +80,7 @@ class PackedAttention(VarlenAttentionWrapper):
     def forward(
         self, q_BHLD: torch.Tensor, k_BGLD: torch.Tensor, v_BGLD: torch.Tensor, bounds: VarlenMetadata
     ) -> torch.Tensor:
-        """Return the outputs: (B, L, H, D) from the loop, (B * L, H, D) from the kernel. G: number of key heads."""
+        """Return outputs of shape (B, L, H, D) (loop) or (B * L, H, D) (kernel). G: number of key heads."""
         if q_BHLD.is_cuda and q_BHLD.dtype in (torch.bfloat16, torch.float16):
             return super().forward(q_BHLD, k_BGLD, v_BGLD, bounds)
         B, H, L, D = q_BHLD.shape

@@ -15,25 +15,26 @@ from llama_mimi.report.estimates import COMPARABLE, SYNTHETIC, Estimate, by_meas
 from llama_mimi.report.plots import forest, tradeoff
 from llama_mimi.report.results import SALMON, SALMON_MEAN, measure_of, read_results
 
-NOT_COMPARED = ("real_time_factor", "seconds")  # the first depends on the machine; for the second, more is not better
+NOT_COMPARED = ("real_time_factor", "seconds")  # real-time factors depend on the machine; longer is not better
 PUBLISHED = ROOT / "eval" / "published.toml"
 LEGEND = (
-    "Accuracies are in percent. Each cell begins with the mean over seeds. Brackets: 95 % bootstrap interval over n "
-    "items (pairs, groups of pairs, or prompts). A row uses only the items for which all models in the row have a "
-    "value. ±: half of the 95 % interval over seeds (Student's t).",
+    "Accuracies are in percent. Each cell begins with the mean over seeds. The brackets contain a 95 % bootstrap "
+    "interval over n items (pairs, groups of pairs, or prompts). A row uses only the items for which all models in the "
+    "row have a value. The number after ± is half the width of the 95 % interval over seeds (Student's t).",
     "A number with a sign is the mean difference from the first model, over pairs and seeds. For perplexities, the "
-    "ratio is shown instead. A star marks a difference if both intervals exclude zero (for a ratio: one). A difference "
-    "has no star if it has only one seed, or the same value for all seeds or pairs. Among many differences, some have "
-    "a star by chance.",
+    "ratio is shown instead. A star marks a difference if both intervals exclude zero (or one, for a ratio). A "
+    "difference has no star if it has only one seed, or the same value for all seeds or pairs. Among many differences, "
+    "some have a star by chance.",
 )
 SUMMARY = (
-    "Accuracies are in percent. Brackets: for accuracies, Wilson's 95 % interval over n words, sentences or pairs; for "
-    "other measures, a 95 % bootstrap interval over n prompts. The preset 'original' counts each voice as a pair."
+    "Accuracies are in percent. The brackets contain a 95 % interval: for accuracies, Wilson's interval over n words, "
+    "sentences or pairs; for other measures, a bootstrap interval over n prompts. The preset 'original' counts each "
+    "voice as a pair."
 )
 
 
 def _by_system(corner: str, cells: Mapping[str, Mapping[str, str]], columns: Sequence[str]) -> list[Table]:
-    """Return a table with measures as rows and systems as columns; omit empty rows, and the table if it is empty."""
+    """Return a table with measures as rows and systems as columns; leave out empty rows and tables."""
     rows = [[name, *(of.get(column, "") for column in columns)] for name, of in cells.items()]
     rows = [row for row in rows if any(row[1:])]
     return [_table([corner, *columns], rows)] if rows else []
@@ -132,7 +133,7 @@ def sign_tests(items: pd.DataFrame, title: str) -> list[Section]:
 
 
 def comparable_sets(items: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield title and rows of each set of results with the same settings and, for continuations, the same prompts."""
+    """Group results by settings (continuations also by prompts); yield the title and the rows of each group."""
     is_benchmark = items["measure"].map(lambda name: measure_of(name).is_accuracy).astype(bool)
     for conditions, some in items[is_benchmark].groupby("conditions", sort=False):
         yield f"Accuracy, preset {conditions}", some
@@ -158,7 +159,7 @@ def published_numbers(items: pd.DataFrame) -> list[Section]:
 
 
 def tradeoffs(items: pd.DataFrame, title: str, groups: Mapping[str, Sequence[str]], name: str) -> list[Picture]:
-    """Return a plot of fidelity (SALMon, speaker similarity) against linguistic scores; see `comparison` for groups."""
+    """Return a plot of fidelity (SALMon, speaker similarity) against linguistic scores. See `comparison` for groups."""
     means: dict[str, pd.Series] = {}
     own = items[items["system"].isin([system for some in groups.values() for system in some])]
     for _, measure, rows in by_measure(own, COMPARABLE):

@@ -101,7 +101,7 @@ def write_html(title: str, sections: Sequence[Section], path: Path) -> None:
 
 
 def _ticks(seconds: float) -> list[float]:
-    """Return up to six round times, in seconds, between 0 and ``seconds``."""
+    """Return the positions of up to six labels, in seconds, on a time axis from 0 to ``seconds``."""
     step = next(step for step in (0.2, 0.5, 1, 2, 5, 10, 30, 60, 300, 3600, seconds) if seconds / step < 6)
     return [step * number for number in range(int(seconds / step) + 1)]
 

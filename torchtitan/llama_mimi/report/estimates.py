@@ -18,7 +18,7 @@ ROUNDING = 1e-9  # seeds with smaller relative differences count as equal
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds and its two intervals, in the units of a report. Perplexities are stored as logarithms."""
+    """A mean over seeds and its two intervals, in the units of a report. For perplexities, all are logarithms."""
 
     measure: MeasureFormat
     seeds: tuple[float, ...]  # mean of each seed
@@ -39,7 +39,7 @@ class Estimate:
         return low < high and not low <= 0 <= high if self.interval else self.count == 0
 
     def text(self, *, is_difference: bool = False) -> str:
-        """Return mean and intervals as text. A difference has a sign or is a ratio; a star marks significance."""
+        """Return mean and intervals as text. A difference has a sign or is a ratio. A star marks significance."""
         is_log = self.measure.is_log
         sign = "+" if is_difference and not is_log else ""
         form = f"z.{self.measure.digits + (is_difference and is_log)}f"
@@ -54,7 +54,7 @@ class Estimate:
 
 
 def estimate(values: pd.DataFrame, measure: MeasureFormat, *, is_wilson: bool = False) -> Estimate:
-    """Return the mean of ``values``, a table with rows (part, item) and a column for each seed.
+    """Return the mean of a table ``values`` that has rows (part, item) and a column for each seed.
 
     If ``is_wilson`` is True, compute Wilson's interval, as in `mean_of_parts`; otherwise, a bootstrap interval.
     """
@@ -75,8 +75,8 @@ def estimate(values: pd.DataFrame, measure: MeasureFormat, *, is_wilson: bool = 
 def same_items(rows: pd.DataFrame) -> tuple[pd.DataFrame, int]:
     """Return a table of values with rows (part, item) and columns (system), and the number of excluded samples.
 
-    A sample is excluded if the value of a system is missing. Systems without any value are ignored. The single sample
-    of a reference is compared with all samples of the same item.
+    A sample is excluded if a system lacks a value for it. Systems without any value are ignored. A reference has one
+    sample for each item; this sample is compared with each sample of a model.
     """
     systems = list(rows.dropna(subset="value")["system"].unique())
     if not systems:

@@ -78,7 +78,7 @@ def measure_of(name: str) -> MeasureFormat:
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Return unique measures in the order of rows in a table: bits, accuracies, measures of continuations."""
+    """Return the measures without duplicates, in the order of a table: bits, accuracies, continuations."""
     places = {name: place for place, name in enumerate(MEASURES)}
     keys = {name: (not measure_of(name).is_accuracy, places.get(name, len(places)), name) for name in names}
     return sorted(keys, key=lambda name: (not name.startswith(BITS), keys[name]))
@@ -128,7 +128,7 @@ def read_results(paths: Sequence[Path]) -> Results:
             items = items.assign(data_kind=report["data_kind"])[COLUMNS]
         except DAMAGE as error:
             what = f"{type(error).__name__}: {first_line(error)}"
-            raise UserError(f"'{file}' is a damaged result ({what}); remove the file, or evaluate again") from error
+            raise UserError(f"'{file}' is a damaged result ({what}); remove it, and re-run the evaluation") from error
         one = items.iloc[0]
         about = report.get("benchmark", "the same prompts")
         of_weights = (one["weights"], one["data_kind"]) if "benchmark" in report else (one["data"],)

@@ -58,7 +58,7 @@ class Table(NamedTuple):
     variants: tuple[Variant, ...]
 
     def label(self, variant: Variant) -> str:
-        """Return a variant's values on the axes that differ within the table, such as "hierarchical, Q = 4"."""
+        """Return a variant's values on the axes that vary within the table, such as "hierarchical, Q = 4"."""
         axes = [axis for axis in AXES if len({getattr(other, axis) for other in self.variants}) > 1]
         return ", ".join(AXES[axis].format(getattr(variant, axis)) for axis in axes) or variant.name
 
@@ -120,7 +120,7 @@ class Study:
 
 
 def applies(override: Flags, variant: Variant) -> bool:
-    """Return True if every axis in an [[override]] lists the value of the variant."""
+    """Return True if each axis in an [[override]] lists the variant's value on this axis."""
     return all(getattr(variant, axis) in values for axis, values in override.items() if axis in AXES)
 
 
@@ -162,7 +162,7 @@ def _checked(values: Any, types: Mapping[str, Any], name: str, *required: str) -
 
 
 def _variants(study: Study, grid: Flags) -> tuple[Variant, ...]:
-    """Return all combinations of the values of a table's axes. The config provides the value of a missing axis."""
+    """Return a variant for each combination of a table's axis values. If an axis is missing, use the config's value."""
     found: list[Variant] = []
     for architecture in grid.get("architecture") or [*study.config][:1]:
         if architecture not in study.config:

@@ -152,7 +152,7 @@ def _run(study: Study, run: Run, todo: Sequence[Step]) -> None:
 
 
 def _progress(study: Study) -> str:
-    """Return the number of finished steps, and the time left, estimated from the mean time of each command."""
+    """Return the number of finished steps, and estimate the time left from the mean time of each command."""
     names = [TRAIN, "convert", *study.benchmarks, *[GENERATION] * bool(study.generation)]
     records = [read_record(study, run)["seconds"] for run in study.runs]
     seconds = {name: [record[name] for record in records if name in record] for name in names}

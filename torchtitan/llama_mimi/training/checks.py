@@ -95,7 +95,7 @@ RULES: list[tuple[str, Callable[[Any, Any], Any], str]] = [
     ("parallelism.pipeline_parallel_degree", lambda v, c: v == 1, "set 1: pipeline parallelism is not supported"),
     ("parallelism.data_parallel_replicate_degree", lambda v, c: v == 1 or c.dims.dp_shard > 1, "use FSDP or HSDP"),
     ("parallelism.disable_loss_parallel", lambda v, c: not v, "set false: the loss needs loss parallelism"),
-    ("parallelism.context_parallel_degree", lambda v, c: v == 1 or c.data.packing == "pad", "set data.packing 'pad'"),
+    ("parallelism.context_parallel_degree", lambda v, c: v < 2 or c.data.packing == "pad", "set data.packing to 'pad'"),
 ]
 
 
@@ -127,7 +127,7 @@ def prepare_run(job_config: Any) -> None:
         if steps() == of_first:
             return
         time.sleep(1)
-    found = f"the steps in '{checkpoint}' are {steps()} on this node, but {of_first} on the first node"
+    found = f"the saved steps in '{checkpoint}' are {steps()} on this node, but {of_first} on the first node"
     raise UserError(f"{found}; choose a job.dump_folder that all nodes share")
 
 
@@ -139,7 +139,8 @@ def check_settings(job_config: Any, world_size: int) -> None:
         dims = ParallelDims(*degrees, ep=1, etp=1, world_size=world_size)
     except AssertionError as error:
         problem = f"the degrees in [parallelism] do not fit {world_size} ranks ({str(error) or 'too few'})"
-        raise UserError(f"{problem}; change the degrees, or change torchrun's --nproc_per_node") from error
+        remedy = f"set degrees whose product is {world_size}, or change torchrun's --nproc_per_node"
+        raise UserError(f"{problem}; {remedy}") from error
     config = SimpleNamespace(
         **vars(job_config),
         dims=dims,
@@ -166,7 +167,7 @@ def check_files(job_config: Any) -> None:
         values = getattr(job_config, section)
         names, split = dataset_names(values), chosen_split(job_config, values)
         if len(names) != 1 and (not names or section == "validation" or not all(map(is_store, names))):
-            remedy = "set one corpus, or (for training only) several corpora from scripts/tokenize_corpus.py"
+            remedy = "set one corpus, or (for training only) several corpora tokenised by scripts/tokenize_corpus.py"
             raise UserError(f"{section}.dataset is '{values.dataset}'; {remedy}")
         for name in names:
             if not is_store(name):
@@ -190,7 +191,8 @@ def _check_model(job_config: Any) -> None:
         raise UserError(f"{assets} is not a folder; create the folder with {prepare}")
     tokenizer = build_speech_tokenizer(job_config)
     if model.vocabulary == "llama" and not has_text(tokenizer.text_tokenizer):
-        raise UserError(f"{assets} lacks text tokens; set model.vocabulary to 'audio', or use a folder from {prepare}")
+        remedy = f"set model.vocabulary to 'audio', or create a folder with {prepare}"
+        raise UserError(f"{assets} lacks text tokens; {remedy}")
 
     def entries(config: PreTrainedConfig, keys: tuple[str, ...]) -> dict[str, Any]:
         return {key: getattr(config, key, None) for key in keys}

@@ -47,12 +47,12 @@ def parse_config(args: list[str]) -> Any:
         try:
             values = tomllib.loads(Path(path).read_text())
         except (OSError, ValueError) as error:
-            raise UserError(f"the config file '{path}' cannot be read ({error}); fix its path or syntax") from error
+            raise UserError(f"the config file '{path}' cannot be read ({error}); correct its path or syntax") from error
         _check_section(config_class, values, path)
     try:
         job_config = ConfigManager(config_class).parse_args(args)
     except AssertionError as error:  # TorchTitan checks some settings itself
-        raise UserError(f"TorchTitan does not accept a setting ({error}); change the setting") from error
+        raise UserError(f"TorchTitan does not accept a setting ({error}); change this setting") from error
     check_settings(job_config, world_size=int(os.environ.get("WORLD_SIZE", 1)))
     return job_config
 

@@ -33,7 +33,7 @@ WARNINGS = {
 
 
 def hide_noise() -> None:
-    """Hide `LINES`, `WARNINGS`, and TorchTitan's warnings on ranks above 0; shorten the prefix of each line."""
+    """Hide `LINES` and `WARNINGS`, and on ranks above 0 also TorchTitan's warnings; shorten the prefix of each line."""
     is_first = is_first_rank()
 
     def is_shown(record: logging.LogRecord) -> bool:

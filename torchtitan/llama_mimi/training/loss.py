@@ -19,9 +19,9 @@ class LevelMeter:
         self._sums = self._step_sums = torch.zeros(())
 
     def add(self, losses_N: torch.Tensor, admissible_N: torch.Tensor, rows_N: torch.Tensor, num_rows: int) -> None:
-        """Add N losses, over all and over admissible entries, to the sums with the indices ``rows_N``.
+        """Add N losses to the sums with the indices ``rows_N``. ``admissible_N`` are losses over admissible entries.
 
-        Index ``num_rows`` counts only in `pop_step`.
+        `pop` ignores losses with the index ``num_rows``; `pop_step` includes them.
         """
         sums = torch.zeros(3, num_rows + 1, device=losses_N.device, dtype=torch.float64)
         for row, values_N in zip(sums, (losses_N, torch.ones_like(losses_N), admissible_N), strict=True):

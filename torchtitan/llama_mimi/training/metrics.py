@@ -151,7 +151,7 @@ class SpeechMetrics(MetricsProcessor):
 
 
 class SpeechValidator(Validator):
-    """Validation whose loss is the mean over all targets, not over batches. The token ids stay in memory."""
+    """Validation whose loss is the mean over all targets, not over batches. The batches stay in memory."""
 
     def __init__(self, *, job_config: Any, dp_world_size: int, dp_rank: int, tokenizer: Any, **parts: Any) -> None:
         # Validator.__init__ would open a text corpus.

@@ -76,7 +76,7 @@ class StepGuard:
             optimizers.zero_grad()
 
     def check(self, job_config: Any, step: int, model_parts: list[nn.Module]) -> None:
-        """Raise a `UserError` if loss, gradients or (when a checkpoint is due) weights are not finite."""
+        """Raise a `UserError` if the loss, the gradients or, before a checkpoint, the weights are not finite."""
         if self._is_empty:
             logger.info(f"step {step} does not contain targets, so the weights do not change")
         if not self._problem and (step % job_config.checkpoint.interval == 0 or step in (1, job_config.training.steps)):
