@@ -91,7 +91,7 @@ def test_splits_of_saved_datasets(rows, tmp_path):
     with pytest.raises(UserError, match="contains the splits train, test; set data.split"):
         opened(tmp_path)
     assert len(rows_of(opened(tmp_path, split="test"))) == 2
-    with pytest.raises(UserError, match="the split 'dev' does not exist: .* contains train, test; choose another"):
+    with pytest.raises(UserError, match="the split 'dev' does not exist: .* contains the splits train, test; set one"):
         opened(tmp_path, split="dev")
     with pytest.raises(UserError, match="the dataset 'hf:nobody/nothing' could not be loaded"):
         opened("hf:nobody/nothing")

@@ -68,7 +68,7 @@ def test_splits_of_a_folder(tmp_path, files, splits):
         opened(tmp_path)
     for split in splits.split(", "):
         assert 0 < len(names_of(tmp_path, split)) < len(files) and opened(tmp_path, split=split).units
-    with pytest.raises(UserError, match=f"the split 'dreams' does not exist: .* contains {splits}"):
+    with pytest.raises(UserError, match=f"the split 'dreams' does not exist: .* contains the splits {splits}"):
         names_of(tmp_path, "dreams")
     assert len(names_of(f"{tmp_path}/**/*.parquet")) == len(files)  # a glob ignores splits
 
