@@ -23,8 +23,10 @@ def build_page(page: Path, generations: Path | None = None, study: Path | None =
         study: TOML file of a study; the page shows the runs with the first seed
         num_prompts: number of prompts to show, selected by the hashes of their names
     """
-    if (study is None) == (generations is None) or num_prompts < 1:
-        raise UserError("set either --study or --generations, and set --num_prompts to 1 or more")
+    if (study is None) == (generations is None):
+        raise UserError("set either --study or --generations")
+    if num_prompts < 1:
+        raise UserError(f"--num_prompts is {num_prompts}; set it to 1 or more")
     from llama_mimi.report.document import write_html
     from llama_mimi.report.pages import continuations
 

@@ -54,7 +54,7 @@ def demo(
     try:
         app.launch(server_name=host, server_port=port, **options)
     except OSError as error:  # gradio raises OSError for every port that it cannot bind
-        raise UserError(f"port {port} of {host} is in use or cannot be opened; choose another --port") from error
+        raise UserError(f"port {port} of {host} cannot be opened; choose another --port or --host") from error
 
 
 def build_app(gradio: Any, model: Any) -> Any:
@@ -65,7 +65,7 @@ def build_app(gradio: Any, model: Any) -> Any:
     def answer(prompt: str | None, *settings: float | None) -> Iterator[Any]:
         try:
             if prompt is None or None in settings:
-                raise UserError("record or upload a prompt, and type a seed")
+                raise UserError("record or upload a prompt, and enter a number for each setting")
             options: dict[str, Any] = dict(zip(sliders, settings, strict=True))
             options |= {"top_k": int(options["top_k"]), "seed": int(options["seed"]), "top_p": options["top_p"] or None}
             values = continued(model, prompt, SamplingOptions(**options))

@@ -16,8 +16,8 @@ from llama_mimi.common.errors import UserError
 @dataclass
 class Options:
     num_gpus: int  # total number of GPUs, over all nodes
-    # memory of a GPU that training may use, in GB; 80 is for a GPU with 85 GB (sold as "80 GB"), because CUDA, NCCL and
-    # fragmentation need about 5 GB
+    # memory that training may use on each GPU, in GB. CUDA, NCCL and fragmentation need about 5 GB more: for a GPU with
+    # 85 GB (sold as "80 GB"), set 80
     gpu_gb: float = 80.0
 
     def __post_init__(self) -> None:

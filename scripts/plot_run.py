@@ -40,8 +40,10 @@ def plot_runs(run: tyro.conf.UseAppendAction[list[Path]], picture: Path) -> None
         run: dump folder of a run; repeat the flag to compare runs
         picture: PNG or PDF file to write
     """
-    if not run or picture.suffix not in (".png", ".pdf"):
-        raise UserError(f"--picture is '{picture}'; set --picture to a PNG or PDF file, and --run to a dump folder")
+    if picture.suffix not in (".png", ".pdf"):
+        raise UserError(f"--picture is '{picture}'; set --picture to a PNG or PDF file")
+    if not run:
+        raise UserError("--run is missing; set --run to the dump folder of a run")
     runs = {str(folder): read_curves(folder) for folder in run}
     if missing := [name for name, curves in runs.items() if TOTAL not in curves]:
         problem = f"'{missing[0]}/tb' does not contain the log of a training step"

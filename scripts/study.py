@@ -47,9 +47,10 @@ def main(
     logging.getLogger().setLevel(logging.ERROR)  # no warnings of TorchTitan about missing base models
     study = read_study(file)
     runs = study.runs
-    if tflops <= 0 or part not in (None, *range(len(runs))):
-        remedy = f"set --tflops to a positive number, and --part to a number from 0 to {len(runs) - 1}"
-        raise UserError(f"--tflops is {tflops} and --part is {part}; {remedy}")
+    if tflops <= 0:
+        raise UserError(f"--tflops is {tflops}; set it to a positive number")
+    if part not in (None, *range(len(runs))):
+        raise UserError(f"--part is {part}; set it to a number from 0 to {len(runs) - 1}")
     if plan:
         print("| variant | FLOPs a step | steps | GPU hours |\n|---|---|---|---|")
         flops = {v: step_flops(study.flags(v), study.launch.nproc_per_node) for v in study.variants}

@@ -91,14 +91,14 @@ def test_a_salmon_index_may_have_several_negatives_and_an_aggregate_part_is_left
 def test_an_odd_file_out_is_named(copied):
     for folder, odd, message in (
         ("salmon", "speaker_consistency/sample_200_0.ogg", "sample_200_0.ogg' is the only file with its index"),
-        ("sLM21", "lexical/dev/other.ogg", "must each contain 'other' once"),
+        ("sLM21", "lexical/dev/other.ogg", "'other' must have one row in '.*gold.csv' and one audio file"),
         ("storycloze", "200_fitting.ogg", r"odd number of files \(last: '200_fitting.ogg'\)"),
     ):
         root = copied(folder)
         shutil.copy(TINY / "prompt.wav", root / odd)
         with pytest.raises(UserError, match=message):
             READERS[folder](str(root))
-    for name, message in (("07_x.ogg", "have the same number or name"), ("other.ogg", "'.*other.ogg' does not match")):
+    for name, message in (("07_x.ogg", "have the same number; remove"), ("other.ogg", "'.*other.ogg' does not match")):
         (root / odd).unlink(missing_ok=True)
         shutil.copy(TINY / "prompt.wav", root / name)
         with pytest.raises(UserError, match=message):
@@ -139,8 +139,8 @@ def test_syntactic_groups_are_types_subtypes_and_ids(tmp_path):
     groups = Counter(pair.group for pair in read_slm21(str(tmp_path)).pairs)
     assert groups == {"agreement__0": 2, "binding__0": 2, "agreement__1": 2}
     for changed, message in (
-        ([*rows, *rows[:2]], "must each contain 's0A0' once"),
-        ([rows[0], *rows[2:4], rows[1], *rows[4:]], "must have the same id and voice, and one must be correct"),
+        ([*rows, *rows[:2]], "'s0A0' must have one row"),
+        ([rows[0], *rows[2:4], rows[1], *rows[4:]], "must have the same id and voice, and exactly one"),
     ):
         write_gold(folder / "gold.csv", header, changed)
         with pytest.raises(UserError, match=message):
@@ -154,7 +154,7 @@ def test_a_damaged_gold_file_is_named(tmp_path):
         ("a,0,A,many,1\nb,0,A,,0", "the frequency 'many' is not a count"),
         ("a,0,A,-3,1\nb,0,A,,0", "the frequency '-3' is not a count"),
         ("a,0,A,1,1\nb,0", "must have rows with the columns correct, filename"),
-        ("a,0,A,1,1", "must each contain 'b' once"),
+        ("a,0,A,1,1", "'b' must have one row"),
     ):
         (folder / "gold.csv").write_text(f"filename,id,voice,frequency,correct\n{lines}\n")
         with pytest.raises(UserError, match=message):
@@ -176,7 +176,7 @@ def test_stories_may_lie_in_two_folders_and_gaps_in_their_numbers_are_reported(t
         read_storycloze(str(tmp_path))
     touch(tmp_path / "gaps", *(f"{number}.wav" for number in (1, 2, 3, 5, 6, 8)))
     (note,) = read_storycloze(str(tmp_path / "gaps")).notes
-    assert "2 of 3 pairs have numbers with a gap, such as '3.wav' and '5.wav'" in note
+    assert "2 of 3 pairs do not have consecutive numbers, such as '3.wav' and '5.wav'" in note
 
 
 def table(columns, **others):

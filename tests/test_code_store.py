@@ -232,7 +232,7 @@ def test_a_shard_of_other_rows_stops_before_the_manifest(store, speech, tmp_path
     shard = pq.read_table(path)
     notes = json.loads(shard.schema.metadata[b"llama_mimi"]) | {"rows": 7}
     pq.write_table(shard.replace_schema_metadata({"llama_mimi": json.dumps(notes)}), path)
-    with pytest.raises(UserError, match="the shards .'shard-000001-0000-end.parquet'. of job 1 lack rows; delete"):
+    with pytest.raises(UserError, match="the shards .'shard-000001-0000-end.parquet'. are incomplete; delete"):
         run_alone("--corpus", speech, "--max_audio_seconds", 4, "--output_dir", again)
 
 
@@ -373,7 +373,7 @@ def test_damaged_stores_are_refused_at_the_start(damage, message, store, tmp_pat
 def test_a_store_is_a_folder_by_tokenisation_and_has_no_splits(store, tmp_path, world_of_one):
     (tmp_path / "manifest.json").write_text('{"audio_filepath": "a.wav"}\n{"audio_filepath": "b.wav"}\n')
     assert not is_store(str(tmp_path)) and not is_store("peoples_speech")
-    with pytest.raises(UserError, match="is a tokenised corpus without splits; remove dataset_path and the split"):
+    with pytest.raises(UserError, match="tokenised corpus without splits; remove training.dataset_path and data.split"):
         config(store, "--data.split", "train")
 
 

@@ -262,8 +262,8 @@ def test_an_interrupted_save_is_set_aside_and_other_files_are_not_moved(tmp_path
         shutil.rmtree(checkpoint / "step-5")
     (checkpoint / "pretrained").mkdir()
     (tmp_path / "link").symlink_to("checkpoint")
-    for name in ("checkpoint", "link"):
-        with pytest.raises(UserError, match="it is a link or contains other files"):
+    for name, fault in (("checkpoint", "contains 'pretrained'"), ("link", "is a symbolic link")):
+        with pytest.raises(UserError, match=f"{fault} and does not contain a complete step; rename"):
             set_aside_incomplete(tmp_path / name)
 
 

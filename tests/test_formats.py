@@ -82,7 +82,7 @@ def test_the_same_clips_in_every_layout(rows, layout, tmp_path):
     with pytest.raises(UserError, match="lacks the column 'said' for the text .columns: .*text"):
         open_source(str(place), None, "audio", "said")
     if layout == "tar":
-        with pytest.raises(UserError, match="training cannot read the tar files of .*; tokenise this corpus first"):
+        with pytest.raises(UserError, match="training cannot read tar files; run scripts/tokenize_corpus.py for"):
             _ = AudioReader(source, sample_rate_hz=RATE, frame_size=1920, max_frames=12).rows_per_unit
 
 
@@ -91,7 +91,7 @@ def test_splits_of_saved_datasets(rows, tmp_path):
     with pytest.raises(UserError, match="contains the splits train, test; set data.split"):
         opened(tmp_path)
     assert len(rows_of(opened(tmp_path, split="test"))) == 2
-    with pytest.raises(UserError, match="the split 'dev' does not exist: .* contains train, test; choose another"):
+    with pytest.raises(UserError, match="the split 'dev' does not exist: .* contains the splits train, test; set one"):
         opened(tmp_path, split="dev")
     with pytest.raises(UserError, match="the dataset 'hf:nobody/nothing' could not be loaded"):
         opened("hf:nobody/nothing")
@@ -111,11 +111,11 @@ FOLDERS = {
     "LJSpeech": ({"wavs/L.flac": CLIP, "metadata.csv": 'L|Say "a|say a\n'}, [("wavs/L", 'Say "a')]),
     "other files": (
         {"c.flac": CLIP, "metadata.csv": "file_name,text\nd.flac,words\n"},
-        r"the tables of .* do not name its audio files \(c.flac, .*d.flac\)",
+        r"in the tables of .* do not match its audio files \(c.flac, .*d.flac\)",
     ),
     "file twice": (
         {"c.flac": CLIP, "metadata.csv": "file_name,text\nc.flac,a\n./c.flac,b\n"},
-        "it names './c.flac' twice",
+        "two rows are for './c.flac'",
     ),
     "open quote": (
         {"c.flac": CLIP, "d.flac": CLIP, "metadata.csv": 'file_name,text\nc.flac,"a\nd.flac,b\n'},
@@ -203,7 +203,7 @@ TARS = {
     "hard link": ([*TWO[:2], link("c.flac", "a.flac"), ("c.txt", b"same")], [("a", "one"), ("c", "same")]),
     "link to nothing": ([*TWO, link("c.flac", "gone.flac")], NOT_WHOLE),
     "members of a row apart": ([TWO[0], *TWO[2:], TWO[1]], "the members of 'a' are not adjacent; sort"),
-    "member twice": ([TWO[0], *TWO], "has 'a.flac' twice, or two audio files whose names differ"),
+    "member twice": ([TWO[0], *TWO], "contains two audio files with the name 'a'"),
     "cut at a header": (TWO, NOT_WHOLE, cut_at_a_header),
     "cut in a header": (TWO, NOT_WHOLE, lambda content: content[: len(cut_at_a_header(content)) + 300]),
     "cut in a member": (TWO, NOT_WHOLE, lambda content: content[:700]),
@@ -285,7 +285,7 @@ def test_folders_with_links_and_odd_files(rows, tmp_path, capsys):
     assert not capsys.readouterr().out
     (tmp_path / "metadata.csv").write_text("file_name,text\nempty.wav,a\nother.wav,b\n")
     opened(tmp_path)
-    message = "4 audio files lack an entry, and 1 entries lack an audio file"
+    message = "4 audio files lack a row, and 1 rows lack an audio file"
     assert message in (line := capsys.readouterr().out) and "gone" not in line and "other.wav" in line
 
 

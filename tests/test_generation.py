@@ -311,8 +311,8 @@ def test_past_the_window_the_start_of_the_prompt_and_the_last_frames_are_read(mo
 
 def test_prompts_that_are_longer_than_the_window_are_counted(model, capsys):
     print_cut_prompts(model, SamplingOptions(window_seconds=1.28), [16, 17, 40])
-    said = "prompts longer than the model's context of 1.3 s: 2; the model sees only the first 0.3 s and the last 0.6 s"
-    assert capsys.readouterr().out == f"{said} of such a prompt\n"
+    seen = "of such a prompt, the model sees only the first 0.3 s and the last 0.6 s"
+    assert capsys.readouterr().out == f"2 prompts are longer than the model's context of 1.3 s; {seen}\n"
 
 
 def test_text_comes_before_the_speech(codec):

@@ -159,7 +159,7 @@ def test_a_page_that_cannot_be_made(tmp_path, generations):
         ({"generations": generations}, "a continuation of 'mine' cannot be played: .*does not exist"),
         ({"generations": tmp_path}, "does not contain prompts.json"),
         ({}, "set either --study or --generations"),
-        ({"generations": generations, "num_prompts": -1}, "--num_prompts to 1 or more"),
+        ({"generations": generations, "num_prompts": -1}, "--num_prompts is -1; set it to 1 or more"),
     ):
         with pytest.raises(UserError, match=message):
             build_page(page=tmp_path / "d.html", **mistake)

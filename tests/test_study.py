@@ -115,7 +115,7 @@ def test_a_run_ends_with_a_validation(tmp_path):
         ("steps = [40, 20]", "stepz = [40]", r"\[\[tables\]\] has the unknown key 'stepz'; .* steps"),
         ("num_quantizers = [4, 8]", 'num_quantizers = ["4"]', r"sets num_quantizers to \['4'\]; expected list\[int\]"),
         ("[[override]]", "[override]", "is 'num_quantizers'; expected a section"),
-        ('hierarchical = "config/tiny_hierarchical.toml"\n', "", "lacks a file for 'hierarchical'"),
+        ('hierarchical = "config/tiny_hierarchical.toml"\n', "", "lacks the key 'hierarchical'"),
         ("steps = [40, 20]", "steps = [0]", "training.steps is 0; set a positive"),
         ("assets/tiny/llama", "base-q{num_quantisers}", "unknown name 'num_quantisers' in braces; use archit"),
         ("seeds = [3, 5]", "seeds = [3, 3]", r"seeds is \[3, 3\]; set each seed only once"),
@@ -315,7 +315,7 @@ def test_a_study_that_is_not_done_says_so_in_the_end(tmp_path):
     path = written(tmp_path, a=('hf_assets_path" = "assets/tiny/llama', 'hf_assets_path" = "nowhere'))
     for flags, message in (
         (["--report_only"], "these runs are not done: flattened-tiny-q4-uniform-40-seed3, .*; fix the causes"),
-        (["--part", 99], "--part is 99; set --tflops to a positive number, and --part to a number from 0 to 9"),
+        (["--part", 99], "--part is 99; set it to a number from 0 to 9"),
     ):
         code, stderr = run_here("scripts/study.py", path, *flags)
         assert code == 1 and re.search(message, stderr)

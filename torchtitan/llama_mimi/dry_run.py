@@ -102,8 +102,8 @@ def prepare(args: list[str], num_gpus: int) -> tuple[Any, ParallelDims]:
     job_config = parse_config(args)
     parallelism, converters = job_config.parallelism, job_config.model.converters
     if parallelism.context_parallel_degree > 1 or converters or job_config.training.enable_cpu_offload:
-        settings = "context parallelism, model.converters and training.enable_cpu_offload"
-        raise UserError(f"the dry run does not support {settings}; remove these settings")
+        settings = "parallelism.context_parallel_degree, model.converters, training.enable_cpu_offload"
+        raise UserError(f"the dry run supports none of these settings: {settings}; remove them")
     job_config.compile.enable = False
     torch.distributed.init_process_group("fake", rank=0, world_size=num_gpus)
     parallel_dims = Trainer.init_distributed(SimpleNamespace(job_config=job_config))
@@ -218,7 +218,7 @@ def dry_run(num_gpus: int, gpu_gb: float, args: list[str]) -> None:
     } | {name: f"{num_bytes / 1e9:,.3f} GB" for name, num_bytes in memory.items()}
     print("| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items()), sep="\n")
     torch.distributed.destroy_process_group()
-    needs = f"a GPU needs {memory['peak'] / 1e9:,.2f} of {gpu_gb:g} GB"
+    needs = f"a GPU needs {memory['peak'] / 1e9:,.2f} GB, and training may use {gpu_gb:g} GB"
     if memory["peak"] <= gpu_gb * 1e9:
         return print(f"fits: {needs}")
     remedy = "lower training.local_batch_size, set activation_checkpoint.mode to 'full', or use more GPUs"

@@ -41,10 +41,10 @@ class Model:
     """Vocabulary; 'llama': audio tokens and the text tokens in model.hf_assets_path; 'audio': only audio tokens"""
 
     architecture: Architecture = "flattened"
-    """Architecture; 'flattened': a decoder over tokens; 'hierarchical': a decoder over frames, then one over levels"""
+    """Architecture; 'flattened': a decoder over tokens; 'hierarchical': one decoder over frames and one over levels"""
 
     depth_train_fraction: float = 1.0
-    """Fraction of frames on which the hierarchical model's depth decoder is trained; each epoch draws other frames"""
+    """Fraction of frames on which the hierarchical model's depth decoder is trained; the frames change in each epoch"""
 
 
 @dataclass

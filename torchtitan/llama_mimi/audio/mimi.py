@@ -174,6 +174,6 @@ def codec_hash(name: str) -> str:
         path = cached_file(name, "model.safetensors")
     except OSError as error:
         problem = f"the weights of the codec '{name}' could not be read ({first_line(error)})"
-        raise UserError(f"{problem}; download the codec, so that its weights can be hashed") from error
+        raise UserError(f"{problem}; check the name and the network, or copy the codec's folder again") from error
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

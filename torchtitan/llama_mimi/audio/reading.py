@@ -110,7 +110,8 @@ def read_audio(
     except AudioError:
         raise
     except (FileNotFoundError, IsADirectoryError) as error:
-        raise AudioError("missing", f"'{name}' does not exist, or is a folder; check the path") from error
+        problem = "is a folder" if isinstance(error, IsADirectoryError) else "does not exist"
+        raise AudioError("missing", f"'{name}' {problem}; choose an existing audio file") from error
     except ImportError as error:
         remedy = "install it with `uv sync --inexact --extra ffmpeg`, or convert the file to WAV, FLAC, MP3 or OGG"
         raise AudioError("needs FFmpeg", f"reading '{name}' needs FFmpeg; {remedy}") from error
@@ -204,8 +205,8 @@ def _check_samples(block_SC: np.ndarray, name: str) -> None:
     if not math.isfinite(peak):
         raise AudioError("non-finite", f"'{name}' has NaN or infinite samples; replace them, or remove the file")
     if peak > MAX_PEAK:
-        problem = f"'{name}' has samples up to {peak:,.0f}, outside [-1, 1]; if they are integers stored as floats"
-        raise AudioError("out of range", f"{problem}, divide them by their full scale")
+        problem = f"'{name}' has samples up to {peak:,.0f}, outside [-1, 1]"
+        raise AudioError("out of range", f"{problem}; scale the samples of this file to [-1, 1]")
 
 
 @contextmanager

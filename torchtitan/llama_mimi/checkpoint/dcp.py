@@ -29,7 +29,7 @@ def find_step(checkpoint: Path) -> Path:
         return checkpoint
     steps = complete_steps(checkpoint)
     if not steps:
-        problem = f"neither '{checkpoint}' nor a folder in it is a complete step (step-N with a file {METADATA})"
+        problem = f"'{checkpoint}' is not a complete step (step-N with a file {METADATA}) and does not contain one"
         raise UserError(f"{problem}; choose <dump_folder>/checkpoint or one step in it")
     number = max(steps)
     for path in checkpoint.iterdir():
@@ -45,25 +45,27 @@ def set_aside_incomplete(checkpoint: Path) -> None:
     if not checkpoint.is_dir() or complete_steps(checkpoint):
         return
     paths = list(checkpoint.iterdir())
-    if checkpoint.is_symlink() or not all(re.fullmatch(_STEP, path.name) for path in paths):
-        problem = f"'{checkpoint}' does not contain a complete step, and it is a link or contains other files"
-        raise UserError(f"{problem}; rename this folder, so that training can start from the initial weights")
-    _move(paths, f"{checkpoint}.incomplete")
+    others = [path.name for path in paths if not re.fullmatch(_STEP, path.name)]
+    if checkpoint.is_symlink() or others:
+        fault = "is a symbolic link" if checkpoint.is_symlink() else f"contains '{min(others)}'"
+        problem = f"'{checkpoint}' {fault} and does not contain a complete step"
+        raise UserError(f"{problem}; rename '{checkpoint}', so that training can load the initial weights")
+    _move(paths, f"{checkpoint}.incomplete", "incomplete")
     checkpoint.rmdir()
 
 
 def set_aside_later(checkpoint: Path, step: int) -> None:
     """Move complete steps after ``step`` to a new folder; otherwise TorchTitan would load them at its next start."""
     if later := [path for number, path in complete_steps(checkpoint).items() if number > step]:
-        _move(later, f"{checkpoint}.after-step-{step}")
+        _move(later, f"{checkpoint}.after-step-{step}", f"saved after step {step}, which the run loads")
 
 
-def _move(paths: list[Path], name: str) -> None:
+def _move(paths: list[Path], name: str, reason: str) -> None:
     aside = next(path for number in count() if not (path := Path(f"{name}-{number}")).exists())
     aside.mkdir()
     for path in paths:
         path.rename(aside / path.name)
-    logger.warning(f"moved {len(paths)} steps to '{aside}', because they are incomplete or later than the loaded step")
+    logger.warning(f"moved {len(paths)} steps to '{aside}' ({reason})")
 
 
 def complete_steps(checkpoint: Path) -> dict[int, Path]:
@@ -75,7 +77,7 @@ def complete_steps(checkpoint: Path) -> dict[int, Path]:
         if match := re.fullmatch(_STEP, path.name):
             steps[int(match[1])] = path
         elif re.search(_STEP, path.name):  # TorchTitan would accept this name
-            raise UserError(f"TorchTitan would load '{path}' as a step; move it out of '{checkpoint}'")
+            raise UserError(f"TorchTitan would load '{path}' as a step; move this folder out of '{checkpoint}'")
     return steps
 
 
@@ -98,9 +100,9 @@ def name_last_good(error: UserError, step: Path) -> UserError:
         if other.name != step.name and is_distributed(other):
             with suppress(UserError, OSError):
                 check_step(other, verify=True)
-                remedy = f"copy the file again, or move '{step}' to another folder and use the last good step '{other}'"
+                remedy = f"copy '{step}' again, or move it to another folder and use the last good step '{other}'"
                 return UserError(f"{error}; {remedy}")
-    return UserError(f"{error}; copy the file again, because '{step.parent}' does not contain another usable step")
+    return UserError(f"{error}; copy '{step}' again: '{step.parent}' does not contain another usable step")
 
 
 def load_step(state: dict[str, Any], step: Path, verify: bool) -> None:

@@ -165,6 +165,6 @@ def locked(path: Path, setting: str, wait: bool = False) -> Iterator[None]:
                 print(f"waiting for another process, which has locked '{path}'", flush=True)
                 fcntl.lockf(file, fcntl.LOCK_EX)
             else:
-                remedy = f"wait for that process or stop it, or choose another {setting}"
+                remedy = f"wait until that process ends, stop it, or choose another {setting}"
                 raise UserError(f"another process writes to '{folder}'; {remedy}") from error
         yield

@@ -43,7 +43,7 @@ def load_pretrained(
         remedy = f"copy the folder again, or choose another {what}"
         if not path.is_dir():
             download = (
-                f"`uv run hf download {name} --local-dir FOLDER` (for a gated model, after `uv run hf auth login`)"
+                f"`uv run hf download {name} --local-dir FOLDER` (for a gated model, first run `uv run hf auth login`)"
             )
             remedy = f"check the name and the network, or run {download} and use the folder instead of the hub id"
         problem = f"the {what} in '{name}' could not be loaded ({first_line(error)})"

@@ -75,7 +75,7 @@ class AudioReader:
         """Number of rows in each unit (U,). Raise a `UserError` for tar files, because their rows are not counted."""
         rows = [unit.num_rows for unit in self.source.units]
         if None in rows:
-            raise UserError(f"training cannot read the tar files of '{self.name}'; tokenise this corpus first")
+            raise UserError(f"training cannot read tar files; run scripts/tokenize_corpus.py for '{self.name}'")
         return np.array(rows, dtype=np.int64)
 
     def read(self, unit: int) -> Sequence[Row]:

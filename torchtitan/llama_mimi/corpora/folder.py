@@ -79,11 +79,11 @@ class FolderSource(Source):
         if tables and (missing or unused):
             examples = ", ".join(missing[:1] + unused[:1])
             if len(unused) == len(tables):
-                problem = f"the tables of '{self.name}' do not name its audio files ({examples})"
+                problem = f"the file names in the tables of '{self.name}' do not match its audio files ({examples})"
                 raise UserError(f"{problem}; correct the file names in the tables")
             if is_first_rank():
-                counts = f"{len(missing):,} audio files lack an entry, and {len(unused):,} entries lack an audio file"
-                print(f"tables of '{self.name}': {counts} ({examples})", flush=True)
+                counts = f"{len(missing):,} audio files lack a row, and {len(unused):,} rows lack an audio file"
+                print(f"in the tables of '{self.name}', {counts} (such as {examples})", flush=True)
         return found
 
 
@@ -101,7 +101,7 @@ def _read_tables(folder: str, names: Sequence[str]) -> dict[str, Values]:
             try:
                 for file, values in _read_table(name, fs.cat_file(bare).decode("utf-8-sig")):
                     if (key := _key(file)) in found:
-                        raise ValueError(f"it names '{file}' twice")
+                        raise ValueError(f"two rows are for '{file}'")
                     found[key] = values
             except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
                 problem = f"{type(error).__name__}: {first_line(error)}"

@@ -23,15 +23,15 @@ class TokenizationOptions:
     audio_column: str = "audio"  # name of the column with audio
     text_column: str = "text"  # name of the column with transcripts (stored if the column exists)
     speaker_column: str = "speaker"  # name of the column with speakers (stored if the column exists)
-    max_audio_seconds: float = 120.0  # maximum length of a clip, in seconds; longer clips are cut or split
-    # 'cut' drops the audio after --max_audio_seconds; 'split' splits recordings at pauses into clips without text
+    max_audio_seconds: float = 120.0  # maximum length of a clip, in seconds; see --long_recordings
+    # 'cut' drops the audio after --max_audio_seconds; 'split' divides a recording at pauses, and drops its text
     long_recordings: Literal["cut", "split"] = "cut"
     min_seconds: float = 0.0  # minimum length of a clip, in seconds; shorter clips are skipped
     max_seconds: float | None = None  # maximum length of a clip, in seconds; longer clips are skipped
     where: str | None = None  # condition on the rows to tokenise, such as 'language == "en" and dnsmos >= 3'
     # minimum number of rows in a shard (exact number for tar files); default: 2048, but at most 1/64 of all rows
     clips_per_shard: int | None = None
-    num_workers: int = 2  # number of processes per rank that read and resample audio
+    num_workers: int = 2  # number of processes (on each rank) that read and resample audio
     duplicates: Literal["keep", "drop"] = "keep"  # 'drop' skips a clip if an earlier clip has the same samples
     max_skip_fraction: float = 0.01  # maximum fraction of unusable clips; the command stops if more clips are unusable
 

@@ -54,7 +54,7 @@ class ParquetSource(Source):
             for batch in islice(batches, first, first + int(self.units[unit].num_rows or 0)):
                 num_bytes += batch.nbytes
                 if num_bytes > 2 * MAX_GROUP_BYTES:
-                    problem = f"is larger in memory than its footer says (over {2 * MAX_GROUP_BYTES:,} bytes)"
+                    problem = f"needs over {2 * MAX_GROUP_BYTES:,} bytes of memory, more than the file's footer says"
                     remedy = "write the file again with fewer rows in each row group"
                     raise UserError(f"row group {number} of '{path}' {problem}; {remedy}")
                 for index in range(batch.num_rows):

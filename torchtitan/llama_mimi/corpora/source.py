@@ -164,8 +164,9 @@ def choose_split(name: str, splits: Iterable[str | None], split: str | None) -> 
         raise UserError(f"'{name}' contains the splits {', '.join(found)}; {remedy}")
     chosen = split if split is None or split in found else SPLIT_WORDS.get(split, split)
     if chosen is not None and chosen not in found:
-        problem = f"the split '{split}' does not exist: '{name}' contains {', '.join(found) or '0 splits'}"
-        raise UserError(f"{problem}; choose another split, or remove the setting")
+        has = f"the splits {', '.join(found)}" if found else "files without splits"
+        remedy = "set one of these splits" if found else "remove the setting, such as data.split"
+        raise UserError(f"the split '{split}' does not exist: '{name}' contains {has}; {remedy}")
     return chosen
 
 

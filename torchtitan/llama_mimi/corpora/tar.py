@@ -62,8 +62,8 @@ class TarSource(Source):
                 parts: dict[str, bytes] = {}
                 for _, part, member in members:
                     if part in parts:
-                        problem = "twice, or two audio files whose names differ only in the ending"
-                        raise UserError(f"'{file}' has '{member.name}' {problem}; rename one member")
+                        problem = f"'{file}' contains two {part} files with the name '{key}' (without the ending)"
+                        raise UserError(f"{problem}; rename one of the two files")
                     is_wanted = number >= start and part in wanted
                     # extractfile follows links and restores sparse members.
                     content = tar.extractfile(member) if is_wanted else None

@@ -81,7 +81,7 @@ def tokenize_corpus(options: TokenizationOptions) -> None:
         columns = {"text": options.text_column, "speaker": options.speaker_column, **row_filter.columns}
         source = open_source(options.corpus, options.dataset_path, options.audio_column, None, columns, options.split)
         if missing := [column for role, column in row_filter.columns.items() if role not in source.columns]:
-            raise UserError(f"'{missing[0]}' in --where is not a column of '{options.corpus}'; correct the name")
+            raise UserError(f"'{missing[0]}' in --where is not a column of '{options.corpus}'; correct this name")
         codec = MimiCodec(
             options.codec, options.num_quantizers, ranks.device, DTYPES[options.dtype], options.codec_sliding_window
         )
@@ -287,7 +287,7 @@ def write_manifest(
         *full, last = [rows[name] for name in of_job] or [0]
         num_rows = sum(units[unit].num_rows or 0 for unit in job.units)
         if not is_done or set(full) - {job.rows_per_part} or (last != num_rows and not job.rows_per_part):
-            raise UserError(f"the shards {of_job} of job {job.number} lack rows; delete these shards, then re-run")
+            raise UserError(f"the shards {of_job} are incomplete; delete these shards, and re-run the command")
     duplicates = _duplicates(tables)
     if options.duplicates == "drop":  # the notes count dropped clips, so this step can be repeated after a kill
         for name, note, is_dropped_N in zip(names, notes, duplicates, strict=True):

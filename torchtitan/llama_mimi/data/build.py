@@ -87,6 +87,6 @@ def _clip_fractions(readers: list[ClipReader], weights: list[float], max_audio_s
     fractions = []
     for weight, reader in zip(weights, readers, strict=True):
         if not isinstance(reader, CodeCorpus):
-            raise UserError(f"data.weights is set, but the corpus '{reader.name}' is not tokenised; tokenise it first")
+            raise UserError(f"data.weights needs tokenised corpora; tokenise '{reader.name}', or remove data.weights")
         fractions.append(weight / reader.mean_seconds(max_audio_seconds))
     return fractions

@@ -134,7 +134,8 @@ def read_slm21(source: str) -> Benchmark:
     benchmark = _read_tables(source, ("positive", "negative"), SLM21_TABLES)
     names = {folder.name for folder in _folders(Path(source))}
     if names & {"lexical", "syntactic"} and (odd := names - {"lexical", "syntactic", "phonetic", "semantic"}):
-        raise UserError(f"'{Path(source, min(odd))}' is not a folder of sLM21; rename it, or move it out of --data_dir")
+        remedy = "rename it to lexical, syntactic, phonetic or semantic, or move it out of --data_dir"
+        raise UserError(f"'{Path(source, min(odd))}' is not a folder of sLM21; {remedy}")
     for folder in (folder for task in ("lexical", "syntactic") for folder in _folders(Path(source, task))):
         split = f"{folder.parent.name}/{folder.name}"
         files = {stem: Clip(path.name, path, split) for (stem,), path in _files_by(folder, ".*").items()}
@@ -162,13 +163,13 @@ def _gold_pairs(gold: Path, part: str, files: Mapping[str, Clip]) -> Iterator[Pa
         found[(row["id"], row["voice"]) if is_lexical else index // 2].append(row)
     listed, present = Counter(row["filename"] for row in rows), Counter(files.keys())
     if odd := (listed - present) | (present - listed):
-        raise UserError(f"'{gold}' and its folder must each contain '{min(odd)}' once; download the benchmark again")
+        raise UserError(f"'{min(odd)}' must have one row in '{gold}' and one audio file; download the benchmark again")
     for pair in found.values():
         places = {(row["id"], row["voice"]) for row in pair}
         if len(places) > 1 or sorted(row["correct"] for row in pair) != ["0", "1"]:
             names = "', '".join(row["filename"] for row in pair)
-            problem = f"in '{gold}', the rows '{names}' must have the same id and voice, and one must be correct"
-            raise UserError(f"{problem}; download the file again")
+            problem = f"the rows '{names}' of '{gold}' must have the same id and voice"
+            raise UserError(f"{problem}, and exactly one row must have 'correct' = 1; download the file again")
         wrong, right = sorted(pair, key=lambda row: row["correct"])
         group = right["id"] if is_lexical else "_".join(right.get(key, "") for key in ("type", "subtype", "id"))
         clips = files[right["filename"]], files[wrong["filename"]]
@@ -209,7 +210,7 @@ def read_storycloze(source: str) -> Benchmark:
             benchmark.pairs.append(Pair(folder.resolve().name, a.stem, a.stem, Clip(a.name, a), Clip(b.name, b)))
             gaps += [f"'{a.name}' and '{b.name}'"] if j != i + 1 else []
         if gaps:
-            gap = f"{len(gaps):,} of {len(files) // 2:,} pairs have numbers with a gap, such as {gaps[0]}"
+            gap = f"{len(gaps):,} of {len(files) // 2:,} pairs do not have consecutive numbers, such as {gaps[0]}"
             benchmark.notes.append(f"'{folder}': {gap}; check that no file is missing")
     return _not_empty(benchmark, source, "<number>_*.wav")
 
@@ -230,7 +231,8 @@ def _files_by(folder: Path, pattern: str) -> dict[tuple[Any, ...], Path]:
             raise UserError(f"the name of '{path}' does not match '{pattern}'; rename or remove the file")
         key = tuple(map(int, match.groups())) or (path.stem,)
         if key in files:
-            raise UserError(f"'{path}' and '{files[key]}' have the same number or name; remove one of the files")
+            same = "number" if match.groups() else "name"
+            raise UserError(f"'{path}' and '{files[key]}' have the same {same}; remove one of the two files")
         files[key] = path
     return files
 

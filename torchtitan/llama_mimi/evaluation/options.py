@@ -57,11 +57,11 @@ class EvaluationOptions:
     device: str | None = None  # torch device; default: the GPU if there is one, else the CPU
     dtype: DecoderPrecision = "float32"  # precision of the decoder (first release of Llama-Mimi: float16)
     batch_tokens: int | None = None  # maximum number of tokens in a batch; default: 32768 on a GPU, else 4096
-    max_audio_seconds: float = MAX_AUDIO_SECONDS  # maximum length of a clip, in seconds; longer clips are cut
+    max_audio_seconds: float = MAX_AUDIO_SECONDS  # maximum length of a clip, in seconds; the rest of a clip is ignored
     # scoring rule: 'official' is the benchmark's rule, 'original' is the rule of the first release of Llama-Mimi
     preset: Literal["official", "original"] = "official"
     levels: str | None = None  # quantizer levels to score: 'all' or a list such as 0,1; default: all for SALMon, else 0
-    # normalisation of likelihoods: 'softmax' is over the whole vocabulary, 'grammar' is over the valid tokens
+    # tokens that normalise a likelihood: 'softmax' uses the whole vocabulary, 'grammar' uses only the valid tokens
     likelihood: Likelihood = "softmax"
     limit: int | None = None  # maximum number of pairs (sLM21: words or sentences) in each part; default: all
 
@@ -84,7 +84,8 @@ class EvaluationOptions:
         is_changed = name != self.preset or self.max_audio_seconds != MAX_AUDIO_SECONDS
         if self.preset == "original" and (is_changed or self.codec_sliding_window):
             raise UserError(
-                "--preset original does not allow other scoring flags; remove the other flags, or set --preset official"
+                "--preset original does not allow --levels, --likelihood, --max_audio_seconds or "
+                "--codec_sliding_window; remove these flags, or set --preset official"
             )
         if self.limit is not None:
             name += f"-limit_{self.limit}"

@@ -50,8 +50,9 @@ def print_cut_prompts(model: SpeechModel, options: SamplingOptions, num_frames: 
     window, rate_hz = for_model(options, model).window_frames, model.codec.frame_rate_hz
     if number := sum(frames > window for frames in num_frames):
         seen = f"the first {window // 4 / rate_hz:.1f} s and the last {window // 2 / rate_hz:.1f} s"
-        problem = f"prompts longer than the model's context of {window / rate_hz:.1f} s: {number:,}"
-        print(f"{problem}; the model sees only {seen} of such a prompt", flush=True)
+        are = "prompt is" if number == 1 else "prompts are"
+        problem = f"{number:,} {are} longer than the model's context of {window / rate_hz:.1f} s"
+        print(f"{problem}; of such a prompt, the model sees only {seen}", flush=True)
 
 
 def read_prompt(path: str, codec: MimiCodec | None = None) -> Waveform:

@@ -61,7 +61,7 @@ def continue_speech(options: ContinuationOptions) -> None:
         print_cut_prompts(
             model, sampling, {record["prompt"]: record.get("prompt_frames", 0) for record in records}.values()
         )
-        samples = f"{len(records) - len(failed):,} samples in {options.output_dir}{without_new_audio(records)}"
+        samples = f"{len(records) - len(failed):,} samples are in {options.output_dir}{without_new_audio(records)}"
         print(f"{samples}; see {options.output_dir / RESULTS}")
         if failed:
             raise UserError(f"{len(failed):,} samples failed; the first error: {failed[0]}")

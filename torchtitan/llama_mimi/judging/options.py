@@ -61,11 +61,11 @@ class PromptOptions:
     limit: int | None = None  # maximum number of recordings, chosen by a hash of their names; default: all
 
     def __post_init__(self) -> None:
-        low, high = 1.25 * max(self.prompt_seconds, 0.5), MAX_RECORDING_SECONDS
-        if not (self.prompt_seconds >= 0.5 and low <= self.min_seconds <= high):
-            problem = f"--prompt_seconds is {self.prompt_seconds:g}, --recording_seconds is {self.min_seconds:g}"
-            remedy = f"set --prompt_seconds to at least 0.5, and --recording_seconds from {low:g} to {high:g}"
-            raise UserError(f"{problem}; {remedy}")
+        low, high = 1.25 * self.prompt_seconds, MAX_RECORDING_SECONDS
+        if not 0.5 <= self.prompt_seconds <= high / 1.25:
+            raise UserError(f"--prompt_seconds is {self.prompt_seconds:g}; set a number from 0.5 to {high / 1.25:g}")
+        if not low <= self.min_seconds <= high:
+            raise UserError(f"--recording_seconds is {self.min_seconds:g}; set a number from {low:g} to {high:g}")
 
     @property
     def min_seconds(self) -> float:
@@ -80,7 +80,7 @@ class MeasureOptions:
     speaker_model: str | None = None  # hub id or folder of a WavLM x-vector model; default: no speaker similarity
     quality: Literal["distillmos", "aesthetics", "none"] = "distillmos"  # predictor of sound quality, or 'none'
     asr_model: str | None = None  # hub id or folder of an ASR model; default: no transcripts
-    language: str | None = None  # language of the speech, such as 'en', for multilingual ASR; default: detected
+    language: str | None = None  # language of the speech, such as 'en', for multilingual ASR; default: automatic
     text_model: str | None = None  # hub id or folder of a language model; default: no perplexity
     judge_model: str | None = None  # name of the judge model on the server; default: no judge
     judge_url: str | None = None  # URL of the judge's server, such as http://localhost:8000/v1; default: OpenAI
@@ -123,9 +123,10 @@ class GenerationOptions:
         for options, flag in ((self, "batch_size"), (self.measures, "listening_batch_size"), (self.prompts, "limit")):
             if (value := getattr(options, flag)) is not None and value < 1:
                 raise UserError(f"--{flag} is {value}; set it to 1 or more")
-        is_file_name = re.fullmatch(rf"(?!{RECONSTRUCTION})[A-Za-z0-9][A-Za-z0-9._-]*", self.system)
-        if not is_file_name or self.system in RESERVED:
-            raise UserError(f"--name '{self.system}' is reserved or not a valid file name; set another --name")
+        if self.system in RESERVED or self.system.startswith(RECONSTRUCTION):
+            raise UserError(f"--name '{self.system}' is reserved; set another --name")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.system):
+            raise UserError(f"--name '{self.system}' is not a valid file name; set another --name")
 
     @property
     def system(self) -> str:

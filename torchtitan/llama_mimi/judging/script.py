@@ -103,7 +103,7 @@ def _own_samples(
         print_cut_prompts(
             model, options.sampling, {record["prompt"]: record.get("prompt_frames", 0) for record in records}.values()
         )
-        print(f"{len(records):,} samples in {folder}{without_new_audio(records)}", flush=True)
+        print(f"{len(records):,} samples are in {folder}{without_new_audio(records)}", flush=True)
     return samples, read_json(str(folder), SETTINGS) or {}, model.codec
 
 

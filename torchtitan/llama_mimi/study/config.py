@@ -166,7 +166,7 @@ def _variants(study: Study, grid: Flags) -> tuple[Variant, ...]:
     found: list[Variant] = []
     for architecture in grid.get("architecture") or [*study.config][:1]:
         if architecture not in study.config:
-            raise UserError(f"[config] lacks a file for '{architecture}', used in '{grid['title']}'; add this file")
+            raise UserError(f"[config] lacks the key '{architecture}', used in '{grid['title']}'; add this key")
         base = resolved({"job.config_file": study.config[architecture]})
         for values in itertools.product(
             grid.get("flavor") or [base.model.flavor],

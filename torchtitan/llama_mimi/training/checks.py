@@ -75,7 +75,7 @@ RULES: list[tuple[str, Callable[[Any, Any], Any], str]] = [
     ("validation.steps", lambda v, c: v == -1, "set -1, and limit the clips with data.validation_clips"),
     ("training.seq_len validation.seq_len", lambda v, c: v >= c.min_length, "set at least {min_length} to fit a frame"),
     ("training.seq_len validation.seq_len", lambda v, c: v % c.divisor == 0, "set a multiple of {divisor}"),
-    ("validation.seq_len", lambda v, c: v <= c.training.seq_len, "set at most training.seq_len, {training.seq_len}"),
+    ("validation.seq_len", lambda v, c: v <= c.training.seq_len, "set at most {training.seq_len} (training.seq_len)"),
     ("training.global_batch_size", lambda v, c: v < 0 or (v and v % c.pass_size == 0), "set a multiple of {pass_size}"),
     ("checkpoint.initial_load_in_hf", lambda v, c: not v or c.checkpoint.enable, "set checkpoint.enable to true"),
     ("checkpoint.initial_load_path", lambda v, c: not v or c.checkpoint.enable, "set checkpoint.enable to true"),
@@ -138,7 +138,7 @@ def check_settings(job_config: Any, world_size: int) -> None:
     try:
         dims = ParallelDims(*degrees, ep=1, etp=1, world_size=world_size)
     except AssertionError as error:
-        problem = f"the degrees in [parallelism] do not fit {world_size} ranks ({str(error) or 'too few'})"
+        problem = f"the degrees in [parallelism] do not fit {world_size} ranks ({str(error) or 'too few ranks'})"
         remedy = f"set degrees whose product is {world_size}, or change torchrun's --nproc_per_node"
         raise UserError(f"{problem}; {remedy}") from error
     config = SimpleNamespace(
@@ -173,7 +173,8 @@ def check_files(job_config: Any) -> None:
             if not is_store(name):
                 check_corpus(name, values.dataset_path, split)
             elif values.dataset_path is not None or split is not None:
-                raise UserError(f"'{name}' is a tokenised corpus without splits; remove dataset_path and the split")
+                settings = f"{section}.dataset_path and data.{'split' if section == 'training' else 'validation_split'}"
+                raise UserError(f"'{name}' is a tokenised corpus without splits; remove {settings}")
             else:
                 CodeCorpus(name, codec.name, codec.num_quantizers, codec.sliding_window, with_text=data.task == "tts")
     _check_model(job_config)
