@@ -192,6 +192,14 @@ def test_int8_weights_change_the_probabilities_little(codec):
     assert 0 < divergence < 0.01, "in nats"
 
 
+def test_contexts_of_similar_length_are_prefilled_at_once(codec, monkeypatch):
+    """On a CPU, padding costs time."""
+    batches, (cache,) = [], flattened(codec, 4, n_layers=1).caches(5, 32)
+    monkeypatch.setattr(cache, "_prefill", lambda inputs: batches.append(sorted(inputs)))
+    cache.prefill({row: torch.zeros(length, 192) for row, length in enumerate((22, 10, 20, 11, 30))})
+    assert batches == [[1, 3], [0, 2], [4]]
+
+
 def test_caches_of_the_same_size_are_used_again(model):
     """A new cache would need a new graph on a GPU. While a cache is in use, another call gets its own cache."""
     requests = [Request(clip(3, seed=seed), seed) for seed in range(3)]

@@ -16,7 +16,8 @@ from llama_mimi.common.batching import bucket_by_length
 
 GRAPH_DEVICES = ("cuda",)  # on these devices, a step is one CUDA graph instead of hundreds of kernel launches
 SHORTEST_GRAPH = 256  # number of positions that the smallest graph attends to; the next graphs attend to 512, 1024, ...
-PREFILL_POSITIONS = 16_384  # maximum number of positions that are prefilled at once
+PREFILL_POSITIONS = 16_384  # maximum number of positions that are prefilled at once, with padding
+PREFILL_RATIO = 1.1  # of the longest to the shortest context of a batch; a CPU needs more time for more padding
 
 
 def product(weight_ND: torch.Tensor, rows_BD: torch.Tensor) -> torch.Tensor:
@@ -78,7 +79,7 @@ class BatchedKVCache:
     def prefill(self, inputs: Mapping[int, torch.Tensor]) -> None:
         """Replace the contexts of some rows; ``inputs`` contains the embeddings (L, D) of each new context."""
         rows = list(inputs)
-        for batch in bucket_by_length([len(inputs[row]) for row in rows], PREFILL_POSITIONS):
+        for batch in bucket_by_length([len(inputs[row]) for row in rows], PREFILL_POSITIONS, PREFILL_RATIO):
             self._prefill({rows[index]: inputs[rows[index]] for index in batch})
 
     def _prefill(self, inputs: Mapping[int, torch.Tensor]) -> None:
