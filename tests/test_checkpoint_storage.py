@@ -86,7 +86,7 @@ def test_an_error_names_the_last_good_step(tmp_path):
         save(tmp_path / f"step-{number}")
     flip(tmp_path / "step-6" / DATA, 1000)
     (tmp_path / "step-8" / DATA).unlink()
-    with pytest.raises(UserError, match=r"step-8/.*' is missing .* use the last good step '.*/step-4'"):
+    with pytest.raises(UserError, match=r"step-8/.*' is missing .* to use the last good step '.*/step-4'"):
         read_index(tmp_path / "step-8")
     shutil.rmtree(tmp_path / "step-2")
     os.truncate(tmp_path / "step-4" / DATA, 100)

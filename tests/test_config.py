@@ -221,7 +221,7 @@ def test_a_checkpoint_whose_files_are_not_all_there_is_not_resumed(tmp_path):
     save_loader_position(tmp_path, checked_config(flags))
     shutil.copytree(tmp_path / "checkpoint" / "step-5", tmp_path / "checkpoint" / "step-7")
     (tmp_path / "checkpoint" / "step-7" / "__0_0.distcp").write_bytes(b"cut off")
-    with pytest.raises(UserError, match=r"step-7/.*' is missing or truncated.* use the last good step '.*/step-5'"):
+    with pytest.raises(UserError, match=r"step-7/.*' is missing or truncated.* to use the last good step '.*/step-5'"):
         checked_config([*flags, "--checkpoint.exclude_from_loading", "dataloader"])
     (tmp_path / "checkpoint").rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=r"step-7/.*' is missing or truncated"):

@@ -154,25 +154,32 @@ def test_the_step_of_a_gpu_draws_the_same(codec, architecture, monkeypatch):
     Each batch size and each number of visible positions is compiled once, for all layers.
     """
 
-    def record(function):
+    def addresses(cache):
+        tensors = cache.hidden_BD, cache._inputs_BD, cache._lengths_B, cache._growth_B, *cache._keys, *cache._values
+        return [tensor.data_ptr() for tensor in tensors]
+
+    def record(function, device):
         recorded.append(function.args[0])
+        caches.append((cache := function.func.__self__, addresses(cache)))
         function()  # as before a recording
         return function
 
     model, requests = built(codec, architecture), [Request(clip(n), 0) for n in (3, 8, 5)]
     wanted = all_samples(model, requests, GREEDY, num_rows=3)
-    recorded, compilations = [], CompileCounter()
+    recorded, caches, compilations = [], [], CompileCounter()
     monkeypatch.setattr(kv_cache, "GRAPH_DEVICES", ("cpu",))
     monkeypatch.setattr(kv_cache, "SHORTEST_GRAPH", 16)
     monkeypatch.setattr(kv_cache, "record_graph", record)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=compilations))
     torch._dynamo.reset()
-    for num_rows in (2, 3):
+    for num_rows in (2, 3, 2):
         model.spare_caches.clear()
         found = WORKER.submit(all_samples, model, requests, GREEDY, num_rows).result()
         assert all(torch.equal(found[number][0], wanted[number][0]) for number in range(3))
     depth = [4] * (architecture == "hierarchical")
-    assert recorded == 2 * [*depth, 16, 32, 64, 128, 256] and compilations.frame_count == len(recorded)
+    sizes = [*depth, 16, 32, 64, 128, 256]
+    assert recorded == 3 * sizes and compilations.frame_count == 2 * len(sizes)
+    assert all(addresses(cache) == before for cache, before in caches), "a graph reads and writes the same memory"
 
 
 def test_int8_weights_change_the_probabilities_little(codec):
@@ -187,7 +194,7 @@ def test_int8_weights_change_the_probabilities_little(codec):
             for inputs_BD in others_LBD:
                 cache.step(inputs_BD)
             log_probs.append(F.linear(cache.hidden_BD, model.output_rows[0]).float().log_softmax(dim=-1))
-            kv_cache.quantize_layers(model.backbone)
+            kv_cache.quantize_layers(model.backbone)  # for the second run
     divergence = F.kl_div(log_probs[1], log_probs[0], log_target=True, reduction="batchmean")
     assert 0 < divergence < 0.01, "in nats"
 
@@ -319,7 +326,7 @@ def test_past_the_window_the_start_of_the_prompt_and_the_last_frames_are_read(mo
 
 def test_prompts_that_are_longer_than_the_window_are_counted(model, capsys):
     print_cut_prompts(model, SamplingOptions(window_seconds=1.28), [16, 17, 40])
-    seen = "of such a prompt, the model sees only the first 0.3 s and the last 0.6 s"
+    seen = "the model sees only the first 0.3 s and the last 0.6 s of each of these prompts"
     assert capsys.readouterr().out == f"2 prompts are longer than the model's context of 1.3 s; {seen}\n"
 
 

@@ -123,7 +123,7 @@ def test_every_phase_writes_its_figures(tmp_path):
     training = {"mfu", "useful_tokens_per_s", "step_seconds", "graphs", "peak_memory_bytes", "peak_host_memory_mb"}
     generation = {"prefill_and_first_frame_s", "tokens_per_s", "real_time_streams", "seconds_to_first_audio"}
     for phase, wanted in (
-        ("start", {"device", "torch", "commit", "sdpa_backend_of_a_prompt", "matmul_tflops"}),
+        ("start", {"device", "torch", "commit", "sdpa_in_training", "sdpa_in_generation", "matmul_tflops"}),
         ("correctness", {"difference", "limit"}),
         ("training", training),
         ("training_hierarchical", training),

@@ -122,6 +122,7 @@ def score(
 ) -> dict[str, Any]:
     """Return the number of pairs, the scores of their clips, and the scoring time in seconds."""
     script = BENCHMARK_SCRIPTS[benchmark]
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as `load_speech_model` does
     all_pairs = script.read(f"{data_dir}/{FOLDERS[benchmark]}").pairs
     some_pairs = all_pairs[:: max(1, len(all_pairs) // pairs)][:pairs]
     clips = Benchmark(some_pairs).clips

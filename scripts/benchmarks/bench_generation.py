@@ -34,7 +34,6 @@ from llama_mimi.checkpoint.stand_ins import LLAMA_3_VOCABULARY, write_tokenizer
 from llama_mimi.common.choices import Architecture, GenerationPrecision
 from llama_mimi.common.command_line import run_command
 from llama_mimi.generation.decoding import FinishReason, Request, Sampling, decode
-from llama_mimi.generation.kv_cache import quantize_layers
 from llama_mimi.generation.loading import MODELS
 from llama_mimi.generation.speech_model import DECODER_DTYPES, SpeechModel
 from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs
@@ -130,10 +129,7 @@ def random_model(
     torch.backends.cuda.enable_cudnn_sdp(False)  # as `load_speech_model` does
     decoder = stock_class(config).to(DEVICE, DECODER_DTYPES[dtype]).eval()
     decoder.generation_config = GenerationConfig()
-    model = model_class(decoder, tokenizer, codec, is_int8=dtype == "int8")
-    if model.is_int8:
-        quantize_layers(model.backbone)
-    return model
+    return model_class(decoder, tokenizer, codec, is_int8=dtype == "int8")
 
 
 def layer_bytes(model: SpeechModel) -> int:

@@ -87,9 +87,12 @@ FULL, TINY = Scale("1B", 0, 125, (1, 8, 64), 64, 64, 14, 100), Scale("tiny", 2, 
 def start(scale: Scale) -> Figures:
     yield {"device": device_name(), "cores": os.cpu_count(), **versions(), "cuda": torch.version.cuda}
     prompt = torch.empty(1, 32, 154, 64, device=DEVICE, dtype=torch.bfloat16)
-    choice = torch._fused_sdp_choice(prompt, prompt, prompt, is_causal=True)
+    choice = {}
+    for use, has_cudnn in (("training", True), ("generation", False)):
+        torch.backends.cuda.enable_cudnn_sdp(has_cudnn)  # `load_speech_model` disables cuDNN
+        choice[f"sdpa_in_{use}"] = SDPBackend(torch._fused_sdp_choice(prompt, prompt, prompt, is_causal=True)).name
     speeds = {"memory_gb_per_s": bench_generation.bandwidth() / 1e9, "matmul_tflops": matmul_flops() / 1e12}
-    yield {"sdpa_backend_of_a_prompt": SDPBackend(choice).name, **speeds}
+    yield choice | speeds
 
 
 def correctness(scale: Scale) -> Figures:
@@ -220,6 +223,9 @@ def training(scale: Scale, method: str) -> Figures:
         result = training_methods.measure_training(scale.shape, folder, method, COMPILED, num_layers, steps=scale.steps)
     mfu = result["flops_per_token"] * result["useful_tokens_per_s"] / (peak_flops(device_name()) or matmul_flops())
     yield {"method": method, "mfu": mfu, **result}
+    before, after = result["graphs"]
+    if before != after:
+        raise UserError(f"{after - before} graphs were compiled during the timed steps; find the size that varies")
 
 
 def generation(scale: Scale, architecture: Architecture) -> Figures:
@@ -276,9 +282,9 @@ PHASES: dict[PhaseName, tuple[Callable[[Scale], Figures], int]] = {
     "start": (start, 40),  # the first imports on a machine are slow
     "correctness": (correctness, 140),
     "training": (partial(training, method=OURS), 75),
-    "training_hierarchical": (partial(training, method=OURS_CSM), 75),
     "generation": (partial(generation, architecture="flattened"), 110),
     "tokenising": (tokenising, 45),
+    "training_hierarchical": (partial(training, method=OURS_CSM), 75),
     "evaluation": (evaluation, 45),
     "training_stock": (partial(training, method=STOCK), 60),
     "generation_hierarchical": (partial(generation, architecture="hierarchical"), 110),
@@ -322,6 +328,7 @@ def gpu_session(
         if left_s < expected_s:
             record(output, phase, {"skipped": f"the phase takes {expected_s} s, and {left_s:.0f} s are left"})
             continue
+        num_bytes = output.stat().st_size if output.exists() else 0  # before the phase
         try:
             limit_s = min(left_s, 2 * expected_s)
             if not measure(run_phase, limit_s, phase=phase, output=output.resolve(), tiny=tiny):
@@ -329,8 +336,8 @@ def gpu_session(
         except UserError as error:
             failed.append(phase)
             record(output, phase, {"error": str(error)})
+        print(output.read_bytes()[num_bytes:].decode(), end="")  # at once, in case the session is stopped
         print(f"{phase}: ended {budget_s - end + time.monotonic():.0f} s after the start", flush=True)
-    print(output.read_text())
     if failed:
         raise UserError(f"failed phases: {', '.join(failed)}; read the errors in '{output}'")
 

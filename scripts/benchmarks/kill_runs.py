@@ -87,7 +87,7 @@ def kill_runs(flags: KillFlags) -> None:
     summary, is_right = kill.get(flags.of, kill_tokenization)(flags)
     print(f"{flags.of}: {flags.kills} kills (seed {flags.seed}), {summary}; {(time.monotonic() - began) / 60:.0f} min")
     if not is_right:
-        raise UserError(f"{flags.of}: the output differs from the output of a run without kills; report this bug")
+        raise UserError(f"{flags.of}: the output differs from the output of an uninterrupted run; report this bug")
 
 
 def kill_until_finished(
@@ -183,7 +183,7 @@ def kill_tokenization(flags: KillFlags) -> tuple[str, bool]:
         shards = sorted(output.glob("shard-*.parquet"))
         for shard in shards:  # every visible shard must be complete
             if not pq.read_table(shard).equals(expected[shard.name]):
-                raise UserError(f"'{shard}' differs from the shard of the run without kills; report this bug")
+                raise UserError(f"'{shard}' differs from the same shard of an uninterrupted run; report this bug")
         if (output / "manifest.json").exists() and [shard.name for shard in shards] != list(expected):
             problem = f"the manifest exists, but only {len(shards)} of {len(expected)} shards exist"
             raise UserError(f"{problem}; report this bug")

@@ -33,7 +33,7 @@ def write_codes(folder: Path, codec: str, shards: Sequence[list[CodedClip]]) -> 
 
     Args:
         codec: hub id or folder of the codec.
-        shards: list of clips for each shard. If a later item is the first list object again, its shard is a hard link.
+        shards: list of clips for each shard; a list that is the same object as the first list becomes a hard link.
     """
     columns = ["id", "codes", "duration", "is_cut"]
     folder.mkdir(parents=True)

@@ -163,7 +163,7 @@ class OneRankFSDP(ParallelDims):
 
 
 class ShardedTrainer(Trainer):
-    """Trainer on one rank that computes in the types of a run on several ranks."""
+    """Trainer for one rank with the data types of a run on several ranks."""
 
     def init_distributed(self) -> ParallelDims:
         return OneRankFSDP(**vars(super().init_distributed()))

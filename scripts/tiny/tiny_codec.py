@@ -32,7 +32,7 @@ def tiny_mimi_config(codebook_size: int) -> MimiConfig:
     """Return the configuration of a codec with 24 kHz, 12.5 frames/s, 8 levels and 1.8 million parameters.
 
     Mimi's strides are used in reverse order, because the reverse order halves the computation. The attention window is
-    as long as a training crop, so that the codec reconstructs long clips as well as crops.
+    as long as a training crop, so that long clips are reconstructed with the same quality.
     """
     filters = {"num_filters": 16, "hidden_size": 128, "upsampling_ratios": [4, 5, 6, 8], "frame_rate": 12.5}
     books = {"codebook_size": codebook_size, "codebook_dim": 32, "vector_quantization_hidden_dimension": 32}
@@ -42,7 +42,7 @@ def tiny_mimi_config(codebook_size: int) -> MimiConfig:
 
 
 def new_codec(config: MimiConfig) -> MimiModel:
-    """Return a codec with PyTorch's initial weights. A codec with the initial weights of transformers hardly learns."""
+    """Return a codec with PyTorch's initial weights. With the initial weights of `transformers`, it hardly learns."""
     model = MimiModel(config)
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv1d | nn.ConvTranspose1d | nn.Linear):

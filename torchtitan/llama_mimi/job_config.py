@@ -100,7 +100,7 @@ class Data:
     """Column with transcripts; used only for the task 'tts'"""
 
     shuffle_window: int = 4096
-    """Number of clips to shuffle together (at least one row group); each worker keeps these clips in memory.
+    """Number of clips to shuffle together, rounded to whole row groups; each worker keeps these clips in memory.
     The default number needs about 1 GB per worker"""
 
     max_skip_fraction: float = 0.01

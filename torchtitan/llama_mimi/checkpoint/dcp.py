@@ -100,8 +100,8 @@ def name_last_good(error: UserError, step: Path) -> UserError:
         if other.name != step.name and is_distributed(other):
             with suppress(UserError, OSError):
                 check_step(other, verify=True)
-                remedy = f"copy '{step}' again, or move it to another folder and use the last good step '{other}'"
-                return UserError(f"{error}; {remedy}")
+                remedy = f"copy '{step}' from its source again, or move it to another folder"
+                return UserError(f"{error}; {remedy} to use the last good step '{other}'")
     return UserError(f"{error}; copy '{step}' again: '{step.parent}' does not contain another usable step")
 
 

@@ -52,7 +52,7 @@ def print_cut_prompts(model: SpeechModel, options: SamplingOptions, num_frames: 
         seen = f"the first {window // 4 / rate_hz:.1f} s and the last {window // 2 / rate_hz:.1f} s"
         are = "prompt is" if number == 1 else "prompts are"
         problem = f"{number:,} {are} longer than the model's context of {window / rate_hz:.1f} s"
-        print(f"{problem}; of such a prompt, the model sees only {seen}", flush=True)
+        print(f"{problem}; the model sees only {seen} of each of these prompts", flush=True)
 
 
 def read_prompt(path: str, codec: MimiCodec | None = None) -> Waveform:

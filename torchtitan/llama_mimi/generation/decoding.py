@@ -11,7 +11,7 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.generation.speech_model import SpeechModel
 from llama_mimi.tokens.vocabulary import has_text
 
-POSITION_STEP = 256  # capacities are multiples of this number, so that most caches have the same size
+MIN_CAPACITY = 256  # capacities are this number times a power of two, so that most caches have the same size
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def decode(model: SpeechModel, requests: Sequence[Request], sampling: Sampling, 
         raise UserError(f"{problem}, more than the model's context of {context:,}; reduce --window_seconds")
     if model.device.type == "cpu":
         num_rows = min(num_rows, len(requests))  # on a GPU, each number of rows needs a separate CUDA graph
-    size = (num_rows, min(-(-capacity // POSITION_STEP) * POSITION_STEP, context))
+    size = (num_rows, min(max(MIN_CAPACITY, 1 << (capacity - 1).bit_length()), context))
     return _decode(model, requests, replace(sampling, window_frames=window), size)
 
 

@@ -59,7 +59,7 @@ class HierarchicalModel(SpeechModel):
 
     def caches(self, num_rows: int, capacity: int) -> list[BatchedKVCache]:
         # Position 0 of the second cache is the backbone's state, and position q + 1 is the code of level q.
-        depth = BatchedKVCache(self.decoder.depth_decoder.model, num_rows, self.codec.num_quantizers)
+        depth = BatchedKVCache(self.decoder.depth_decoder.model, num_rows, self.codec.num_quantizers, self.is_int8)
         return [*super().caches(num_rows, capacity), depth]
 
     def next_frame(self, caches: Sequence[BatchedKVCache], draw: Draw) -> torch.Tensor:

@@ -4,6 +4,7 @@ The cache of `transformers` needs far more function calls per step. For a small 
 the generation time.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -17,7 +18,7 @@ from llama_mimi.common.batching import bucket_by_length
 GRAPH_DEVICES = ("cuda",)  # on these devices, a step is one CUDA graph instead of hundreds of kernel launches
 SHORTEST_GRAPH = 256  # number of positions that the smallest graph attends to; the next graphs attend to 512, 1024, ...
 PREFILL_POSITIONS = 16_384  # maximum number of positions that are prefilled at once, with padding
-PREFILL_RATIO = 1.1  # of the longest to the shortest context of a batch; a CPU needs more time for more padding
+PREFILL_RATIOS = {"cpu": 1.1}  # longest to shortest context that are prefilled at once; padding takes time on a CPU
 
 
 def product(weight_ND: torch.Tensor, rows_BD: torch.Tensor) -> torch.Tensor:
@@ -35,8 +36,8 @@ def quantize_layers(backbone: PreTrainedModel) -> None:
     for linear in backbone.layers.modules():
         if isinstance(linear, nn.Linear):
             weight_ND = linear.weight.detach().float()
-            scale_N1 = weight_ND.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
-            linear.int8 = (weight_ND / scale_N1).round().to(torch.int8), scale_N1[:, 0].to(linear.weight.dtype)
+            scale_N1 = (weight_ND.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127).to(linear.weight.dtype)
+            linear.int8 = (weight_ND / scale_N1).round().clamp(-127, 127).to(torch.int8), scale_N1[:, 0].contiguous()
 
 
 def _linear(linear: nn.Module, rows_BD: torch.Tensor) -> torch.Tensor:
@@ -52,10 +53,12 @@ class BatchedKVCache:
     one of the two Transformers of CSM. The constructor allocates ``capacity`` positions.
     """
 
-    def __init__(self, backbone: PreTrainedModel, num_rows: int, capacity: int) -> None:
+    def __init__(self, backbone: PreTrainedModel, num_rows: int, capacity: int, is_int8: bool = False) -> None:
         config, like = backbone.config, {"dtype": backbone.dtype, "device": backbone.device}
         assert not (config.attention_bias or config.mlp_bias), "biases are not supported"
         self._backbone, self._capacity = backbone, capacity
+        if is_int8 and not hasattr(backbone.layers[0].mlp.down_proj, "int8"):
+            quantize_layers(backbone)
         # A CUDA graph reads and writes these tensors, so they are changed in place. Unused rows do not grow.
         self.hidden_BD, self._inputs_BD = torch.zeros(2, num_rows, config.hidden_size, **like)
         shape = (num_rows, config.num_key_value_heads, capacity, config.head_dim)
@@ -69,17 +72,17 @@ class BatchedKVCache:
         self._graphs: dict[int, Callable[[], None]] = {}  # by number of visible positions
         if backbone.device.type in GRAPH_DEVICES:
             # One compilation serves all layers of the same shape. Other shapes are compiled separately.
-            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
             self._layer = torch.compile(partial(_layer_step, is_explicit=True), fullgraph=True, dynamic=False)
             visible = min(SHORTEST_GRAPH, capacity)
-            while visible not in self._graphs:
-                self._graphs[visible] = record_graph(partial(self._advance, visible))
-                visible = min(2 * visible, capacity)
+            with torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=1024):
+                while visible not in self._graphs:
+                    self._graphs[visible] = record_graph(partial(self._advance, visible), backbone.device)
+                    visible = min(2 * visible, capacity)
 
     def prefill(self, inputs: Mapping[int, torch.Tensor]) -> None:
         """Replace the contexts of some rows; ``inputs`` contains the embeddings (L, D) of each new context."""
-        rows = list(inputs)
-        for batch in bucket_by_length([len(inputs[row]) for row in rows], PREFILL_POSITIONS, PREFILL_RATIO):
+        rows, ratio = list(inputs), PREFILL_RATIOS.get(self._lengths_B.device.type, math.inf)
+        for batch in bucket_by_length([len(inputs[row]) for row in rows], PREFILL_POSITIONS, ratio):
             self._prefill({rows[index]: inputs[rows[index]] for index in batch})
 
     def _prefill(self, inputs: Mapping[int, torch.Tensor]) -> None:
@@ -128,17 +131,17 @@ class BatchedKVCache:
         self.hidden_BD.copy_(_norm(self._backbone.norm, hidden_BD))
 
 
-def record_graph(function: Callable[[], None]) -> Callable[[], None]:
+def record_graph(function: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """Record the kernels of a function as one CUDA graph; return a function that runs the graph, in any thread."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):  # compile, choose kernels and allocate their memory before the recording
+    with torch.cuda.device(device):
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # compile, choose kernels and allocate their memory before the recording
+                function()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        function()
     return graph.replay
 
 

@@ -12,7 +12,6 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.common.hub import load_pretrained
 from llama_mimi.generation.flattened import FlattenedModel
 from llama_mimi.generation.hierarchical import HierarchicalModel
-from llama_mimi.generation.kv_cache import quantize_layers
 from llama_mimi.generation.speech_model import DECODER_DTYPES, SpeechModel
 from llama_mimi.tokens.tokenizer import SpeechTokenizer
 from llama_mimi.tokens.vocabulary import extend_tokenizer
@@ -66,7 +65,4 @@ def load_speech_model(
     top_p = decoder.generation_config.top_p  # as in Llama-Mimi's first release; the caller sets all other options
     # On Hopper, PyTorch would choose cuDNN's attention, which needs 60 ms to build a plan for each prompt length.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    model = model_class(decoder.to(place).eval(), tokenizer, codec, 1.0 if top_p is None else top_p, is_int8)
-    if is_int8:
-        quantize_layers(model.backbone)
-    return model
+    return model_class(decoder.to(place).eval(), tokenizer, codec, 1.0 if top_p is None else top_p, is_int8)

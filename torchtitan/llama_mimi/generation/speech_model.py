@@ -71,7 +71,7 @@ class SpeechModel(ABC):
 
     def caches(self, num_rows: int, capacity: int) -> list[BatchedKVCache]:
         """Return empty caches for `next_frame`; the first cache is for the backbone and has ``capacity`` positions."""
-        return [BatchedKVCache(self.backbone, num_rows, capacity)]
+        return [BatchedKVCache(self.backbone, num_rows, capacity, self.is_int8)]
 
     @abstractmethod
     def next_frame(self, caches: Sequence[BatchedKVCache], draw: Draw) -> torch.Tensor:

@@ -35,7 +35,7 @@ def read_reply(text: str, names: Sequence[str]) -> dict[str, int]:
 
 
 def judge(url: str | None, model_name: str, criteria: Criteria) -> Measure:
-    """Return a measure: the judge's scores, from 1 to 5, of a continuation. A failed call raises a `UserError`."""
+    """Return a measure that asks the judge to score a continuation from 1 to 5. A failed call raises a `UserError`."""
     openai = import_extra("openai", "--judge_model", INSTALL)
     key = os.environ.get("OPENAI_API_KEY") or "none"
     client = openai.OpenAI(base_url=url, api_key=key, max_retries=RETRIES, timeout=TIMEOUT_SECONDS)

@@ -133,7 +133,7 @@ def sign_tests(items: pd.DataFrame, title: str) -> list[Section]:
 
 
 def comparable_sets(items: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Group results by settings (continuations also by prompts); yield the title and the rows of each group."""
+    """Group results by settings, and continuations also by prompts; yield the title and the rows of each group."""
     is_benchmark = items["measure"].map(lambda name: measure_of(name).is_accuracy).astype(bool)
     for conditions, some in items[is_benchmark].groupby("conditions", sort=False):
         yield f"Accuracy, preset {conditions}", some
