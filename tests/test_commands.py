@@ -174,7 +174,7 @@ def test_the_demo_names_a_taken_port_and_no_paths(monkeypatch):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=f"port {port} of 127.0.0.1 is in use"):
+        with pytest.raises(UserError, match=f"port {port} of 127.0.0.1 cannot be opened"):
             demo.demo(port=port)
     for message, shown in (
         ("'/tmp/gradio/0a1b/my voice.wav' is empty (0 bytes)", "'my voice.wav' is empty (0 bytes)"),
