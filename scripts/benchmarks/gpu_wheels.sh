@@ -44,6 +44,6 @@ tree=$(git ls-files -z | du --bytes --total --files0-from=- | tail -1 | cut -f1)
 size=$(du --bytes --summarize "$wheels" | cut -f1)
 echo "wheels: $((size >> 20)) MiB; repository: $((tree >> 20)) MiB. Command for the machine, in the repository:"
 # Without bytecode, the imports of each phase would take 20 s.
-echo "python3 -m pip install -q --no-index --no-deps --target /tmp/site ${1:-outputs/wheels}/*.whl &&" \
-    'PYTHONDONTWRITEBYTECODE= PYTHONPATH=$PWD/torchtitan:/tmp/site' \
+echo "python3 -m pip install -q --no-index --no-deps --target outputs/site ${1:-outputs/wheels}/*.whl &&" \
+    'PYTHONDONTWRITEBYTECODE= PYTHONPATH=$PWD/torchtitan:$PWD/outputs/site' \
     'python3 scripts/benchmarks/gpu_session.py --output gpu_session.jsonl'
