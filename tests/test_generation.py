@@ -324,10 +324,10 @@ def test_past_the_window_the_start_of_the_prompt_and_the_last_frames_are_read(mo
     assert torch.equal(torch.cat([prompt_TQ, new_TQ]), codes_TQ)
 
 
-def test_prompts_that_are_longer_than_the_window_are_counted(model, capsys):
-    print_cut_prompts(model, SamplingOptions(window_seconds=1.28), [16, 17, 40])
+def test_prompts_that_fill_the_window_are_counted(model, capsys):
+    print_cut_prompts(model, SamplingOptions(window_seconds=1.28), [15, 16, 40])
     seen = "the model sees only the first 0.3 s and the last 0.6 s of each of these prompts"
-    assert capsys.readouterr().out == f"2 prompts are longer than the model's context of 1.3 s; {seen}\n"
+    assert capsys.readouterr().out == f"2 prompts fill the model's context of 1.3 s; {seen}\n"
 
 
 def test_text_comes_before_the_speech(codec):

@@ -122,7 +122,6 @@ def score(
 ) -> dict[str, Any]:
     """Return the number of pairs, the scores of their clips, and the scoring time in seconds."""
     script = BENCHMARK_SCRIPTS[benchmark]
-    torch.backends.cuda.enable_cudnn_sdp(False)  # as `load_speech_model` does
     all_pairs = script.read(f"{data_dir}/{FOLDERS[benchmark]}").pairs
     some_pairs = all_pairs[:: max(1, len(all_pairs) // pairs)][:pairs]
     clips = Benchmark(some_pairs).clips
@@ -137,7 +136,6 @@ def score(
         text_tokenizer, contents = tokenizer.text_tokenizer, [clip.source.read_bytes() for clip in clips]
         scores = [score_alone(content, decoder, text_tokenizer, codec.model, script.levels) for content in contents]
     else:
-        torch.backends.cuda.enable_cudnn_sdp(False)  # as `load_speech_model` does
         context, as_released = DistributedContext(), scoring.as_released
         ids, codes = encode_clips(codec, clips, folder, context, MAX_AUDIO_SECONDS, as_released=as_released)
         model = FlattenedModel(decoder, tokenizer, codec)

@@ -126,7 +126,6 @@ def random_model(
         args.vocab_size, args.num_quantizers, args.codebook_size = tokenizer.vocabulary.size, Q, codec.codebook_size
         config = hf_config(args) if architecture == "flattened" else csm_config(args, codec=codec_name)
     stock_class, model_class, _ = MODELS[config.model_type]
-    torch.backends.cuda.enable_cudnn_sdp(False)  # as `load_speech_model` does
     decoder = stock_class(config).to(DEVICE, DECODER_DTYPES[dtype]).eval()
     decoder.generation_config = GenerationConfig()
     return model_class(decoder, tokenizer, codec, is_int8=dtype == "int8")

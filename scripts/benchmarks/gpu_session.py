@@ -89,7 +89,7 @@ def start(scale: Scale) -> Figures:
     prompt = torch.empty(1, 32, 154, 64, device=DEVICE, dtype=torch.bfloat16)
     choice = {}
     for use, has_cudnn in (("training", True), ("generation", False)):
-        torch.backends.cuda.enable_cudnn_sdp(has_cudnn)  # `load_speech_model` disables cuDNN
+        torch.backends.cuda.enable_cudnn_sdp(has_cudnn)  # `SpeechModel` disables cuDNN
         choice[f"sdpa_in_{use}"] = SDPBackend(torch._fused_sdp_choice(prompt, prompt, prompt, is_causal=True)).name
     speeds = {"memory_gb_per_s": bench_generation.bandwidth() / 1e9, "matmul_tflops": matmul_flops() / 1e12}
     yield choice | speeds

@@ -46,12 +46,12 @@ def settings_note(model: SpeechModel, options: SamplingOptions) -> str:
 
 
 def print_cut_prompts(model: SpeechModel, options: SamplingOptions, num_frames: Iterable[int]) -> None:
-    """Print how many prompts are longer than the model's context; ``num_frames`` are the prompts' lengths."""
+    """Print how many prompts leave no space in the model's context; ``num_frames`` are the prompts' lengths."""
     window, rate_hz = for_model(options, model).window_frames, model.codec.frame_rate_hz
-    if number := sum(frames > window for frames in num_frames):
+    if number := sum(frames >= window for frames in num_frames):
         seen = f"the first {window // 4 / rate_hz:.1f} s and the last {window // 2 / rate_hz:.1f} s"
-        are = "prompt is" if number == 1 else "prompts are"
-        problem = f"{number:,} {are} longer than the model's context of {window / rate_hz:.1f} s"
+        fill = "prompt fills" if number == 1 else "prompts fill"
+        problem = f"{number:,} {fill} the model's context of {window / rate_hz:.1f} s"
         print(f"{problem}; the model sees only {seen} of each of these prompts", flush=True)
 
 

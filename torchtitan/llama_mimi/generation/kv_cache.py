@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
+from llama_mimi.common.attention import explicit_attention
 from llama_mimi.common.batching import bucket_by_length
 
 GRAPH_DEVICES = ("cuda",)  # on these devices, a step is one CUDA graph instead of hundreds of kernel launches
@@ -168,7 +169,7 @@ def _layer_step(
     # The queries that share a key head are computed as one small matrix product.
     query_BGHd = _rotated(query_BHd, *rotation).view(B, keys_BGCd.shape[1], -1, attention.head_dim)
     seen = keys_BGCd[:, :, :visible], values_BGCd[:, :, :visible]
-    if is_explicit:
+    if is_explicit:  # on a GPU, the kernels of SDPA use few cores if a head has one query
         attended_BGHd = explicit_attention(query_BGHd, *seen, is_seen_B11S)
     else:
         attended_BGHd = F.scaled_dot_product_attention(query_BGHd, *seen, attn_mask=is_seen_B11S)
@@ -176,15 +177,6 @@ def _layer_step(
     normed_BD = _norm(layer.post_attention_layernorm, hidden_BD)
     gate_BF = mlp.act_fn(_linear(mlp.gate_proj, normed_BD))
     return hidden_BD + _linear(mlp.down_proj, gate_BF * _linear(mlp.up_proj, normed_BD))
-
-
-def explicit_attention(
-    query_BGHd: torch.Tensor, keys_BGSd: torch.Tensor, values_BGSd: torch.Tensor, is_seen_B11S: torch.Tensor
-) -> torch.Tensor:
-    """Attend with two matrix products. On a GPU, the kernels of SDPA use few cores if a head has one query."""
-    scores_BGHS = query_BGHd @ keys_BGSd.transpose(2, 3) * query_BGHd.shape[-1] ** -0.5
-    weights_BGHS = scores_BGHS.float().masked_fill(~is_seen_B11S, -torch.inf).softmax(dim=-1)
-    return weights_BGHS.to(values_BGSd.dtype) @ values_BGSd
 
 
 def _norm(norm: torch.nn.Module, hidden_BD: torch.Tensor) -> torch.Tensor:

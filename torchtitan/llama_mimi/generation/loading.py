@@ -63,6 +63,4 @@ def load_speech_model(
         needed = f"{num_quantizers} quantizers of '{codec.name}' need {tokenizer.vocabulary.size}"
         raise UserError(f"'{model_name}' has {rows} vocabulary entries, but {needed}; set --codec to the model's codec")
     top_p = decoder.generation_config.top_p  # as in Llama-Mimi's first release; the caller sets all other options
-    # On Hopper, PyTorch would choose cuDNN's attention, which needs 60 ms to build a plan for each prompt length.
-    torch.backends.cuda.enable_cudnn_sdp(False)
     return model_class(decoder.to(place).eval(), tokenizer, codec, 1.0 if top_p is None else top_p, is_int8)

@@ -21,7 +21,14 @@ from llama_mimi.common.files import as_utf8, find_files, read_json, write_atomic
 from llama_mimi.common.hub import weights_sha256
 from llama_mimi.common.resume import ProgressLog, map_resumable, require_same
 from llama_mimi.common.versions import versions
-from llama_mimi.generation.continuation import encode_prompts, finished, for_model, read_prompt, with_progress
+from llama_mimi.generation.continuation import (
+    encode_prompts,
+    finished,
+    for_model,
+    print_cut_prompts,
+    read_prompt,
+    with_progress,
+)
 from llama_mimi.generation.decoding import Request, decode
 from llama_mimi.generation.options import SamplingOptions
 from llama_mimi.generation.speech_model import SpeechModel
@@ -90,6 +97,8 @@ def continue_folder(
     work = partial(_continue_group, model, output_dir, options, num_rows)
     records = list(map_resumable(groups, work, log, ranks, unit="sample", is_done=is_done).values())
     if ranks.rank == 0:
+        num_frames = {record["prompt"]: record.get("prompt_frames", 0) for record in records}
+        print_cut_prompts(model, options, num_frames.values())
         write_atomically(str(output_dir), RESULTS, "".join(json.dumps(record) + "\n" for record in records).encode())
         log.close()
     ranks.wait()

@@ -58,9 +58,6 @@ def continue_speech(options: ContinuationOptions) -> None:
         records = continue_folder(model, options.prompts, options.output_dir, sampling, num_rows, ranks, made_by)
     if ranks.rank == 0:
         failed = [record["error"] for record in records if "error" in record]
-        print_cut_prompts(
-            model, sampling, {record["prompt"]: record.get("prompt_frames", 0) for record in records}.values()
-        )
         samples = f"{len(records) - len(failed):,} samples are in {options.output_dir}{without_new_audio(records)}"
         print(f"{samples}; see {options.output_dir / RESULTS}")
         if failed:

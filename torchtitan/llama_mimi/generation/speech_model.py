@@ -29,6 +29,10 @@ class SpeechModel(ABC):
     top_p: float = 1.0
     is_int8: bool = False
 
+    def __post_init__(self) -> None:
+        # On Hopper, PyTorch would choose cuDNN's attention, which needs 60 ms to build a plan for each prompt length.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
     @property
     def device(self) -> torch.device:
         return self.codec.device

@@ -13,7 +13,7 @@ from llama_mimi.common.files import LOCK, digest, is_synthetic, locked, read_jso
 from llama_mimi.common.resume import require_same
 from llama_mimi.common.versions import versions
 from llama_mimi.evaluation.results import FORMAT
-from llama_mimi.generation.continuation import print_cut_prompts, settings_note
+from llama_mimi.generation.continuation import settings_note
 from llama_mimi.generation.loading import load_speech_model
 from llama_mimi.generation.prompt_folder import SETTINGS, continue_folder, describe_model, without_new_audio
 from llama_mimi.judging import metrics, systems
@@ -100,9 +100,6 @@ def _own_samples(
     records = continue_folder(model, options.output_dir / PROMPTS, folder, options.sampling, num_rows, ranks, made_by)
     samples = systems.continuations(prompts, folder, records, model.codec.frame_rate_hz)
     if ranks.rank == 0:
-        print_cut_prompts(
-            model, options.sampling, {record["prompt"]: record.get("prompt_frames", 0) for record in records}.values()
-        )
         print(f"{len(records):,} samples are in {folder}{without_new_audio(records)}", flush=True)
     return samples, read_json(str(folder), SETTINGS) or {}, model.codec
 

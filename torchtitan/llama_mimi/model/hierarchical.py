@@ -19,6 +19,7 @@ from torchtitan.models.attention import ScaledDotProductAttentionWrapper
 from torchtitan.models.llama3.infra.parallelize import _op_sac_save_list, apply_compile
 from torchtitan.models.llama3.model.model import TransformerBlock, precompute_freqs_cis
 
+from llama_mimi.common.attention import explicit_attention
 from llama_mimi.model.cross_entropy import LazyLogits, PendingOutput, Targets, pending_logits
 from llama_mimi.model.llama import LlamaMimi, LlamaMimiArgs, num_weights, training_flops
 from llama_mimi.tokens.tokenizer import IGNORE_INDEX
@@ -80,10 +81,8 @@ def frame_attention(q_NHQD: torch.Tensor, k_NGQD: torch.Tensor, v_NGQD: torch.Te
     G = k_NGQD.shape[1]
     # R: all queries of a key head. They are rows of one matrix, so that keys and values are not repeated.
     q_NGRD = q_NHQD.reshape(N, G, H // G * Q, D)
-    is_future_RQ = torch.ones(Q, Q, dtype=torch.bool, device=q_NHQD.device).triu(1).repeat(H // G, 1)
-    scores_NGRQ = (q_NGRD @ k_NGQD.mT * D**-0.5).masked_fill(is_future_RQ, -torch.inf)
-    weights_NGRQ = scores_NGRQ.softmax(-1, dtype=torch.float32).to(v_NGQD.dtype)
-    return (weights_NGRQ @ v_NGQD).view(N, H, Q, D)
+    is_seen_RQ = torch.ones(Q, Q, dtype=torch.bool, device=q_NHQD.device).tril().repeat(H // G, 1)
+    return explicit_attention(q_NGRD, k_NGQD, v_NGQD, is_seen_RQ).view(N, H, Q, D)
 
 
 class DepthDecoder(nn.Module):
