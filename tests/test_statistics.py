@@ -1,0 +1,139 @@
+"""Intervals, p-values and power: agreement with scipy and with plain loops, and simulated error rates."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from llama_mimi.evaluation.statistics import (
+    RunVariance,
+    bootstrap_interval,
+    crossed_interval,
+    pooled_run_variance,
+    wilson_interval,
+)
+
+
+def test_wilson_interval():
+    # computed with statsmodels.stats.proportion.proportion_confint(method="wilson")
+    known = {(0.5, 200): (0.4313608, 0.5686392), (1.0, 200): (0.9811546, 1.0), (0.0, 10): (0.0, 0.2775328)}
+    for (accuracy, count), expected in known.items():
+        low, high = wilson_interval(accuracy, count)
+        assert 0 <= low <= accuracy <= high <= 1 and (low, high) == pytest.approx(expected, abs=1e-6)
+
+
+def test_no_values_have_no_interval():
+    with pytest.raises(ValueError, match="needs at least one value, not 0"):
+        wilson_interval(0.5, 0)
+    for parts in ([], [[]], [[1.0, 0.0], [1.0]]):
+        with pytest.raises(ValueError, match="needs at least two values for each part"):
+            bootstrap_interval(*parts)
+
+
+def test_pooled_run_variance_follows_levene():
+    alike, unlike = [[1.0, 2.0, 4.0], [5.0], [7.0, 6.0, 9.0, 8.0]], [[0.0, 0.1, 0.2, 0.1] * 3, [0.0, 50.0, 90.0] * 4]
+    assert stats.levene(alike[0], alike[2], center="median").pvalue > 0.05
+    pooled = (2 * np.var(alike[0], ddof=1) + 3 * np.var(alike[2], ddof=1)) / 5
+    assert pooled_run_variance(alike) == (pytest.approx(pooled), 5)
+    assert stats.levene(*unlike, center="median").pvalue < 0.05 and pooled_run_variance(unlike) is None
+    assert pooled_run_variance([[1.0], [2.0]]) is None and pooled_run_variance([[1.0], [2.0, 4.0]]) == (2, 1)
+    assert pooled_run_variance([[1.0, 1.0], [2.0, 2.0]]) == (0, 2)
+
+
+def t_test(found):
+    """Return an interval and its p-value from a result of scipy."""
+    return (*found.confidence_interval(), found.pvalue)
+
+
+@pytest.mark.parametrize("is_pooled", [False, True])
+def test_one_item_is_a_t_test_over_runs(is_pooled):
+    first, baseline = np.array([0.3, 0.9, 1.1]), np.array([0.2, 0.1, 0.4, 0.35])
+    pooled = pooled_run_variance([first, baseline]) if is_pooled else None
+    found = crossed_interval(first[:, None], baseline[:, None], run_variance=pooled)
+    assert found[1:] == pytest.approx(t_test(stats.ttest_ind(first, baseline, equal_var=is_pooled)))
+    assert found.mean == pytest.approx(first.mean() - baseline.mean())
+    assert crossed_interval(first[:, None])[1:] == pytest.approx(t_test(stats.ttest_1samp(first, 0)))
+
+
+def test_equal_runs_are_a_paired_t_test_over_items_and_one_run_has_no_p_value():
+    first, baseline = np.random.default_rng(0).normal(size=(2, 40))
+    expected = t_test(stats.ttest_rel(first, baseline))
+    assert crossed_interval([first] * 3, [baseline] * 2)[1:] == pytest.approx(expected)
+    one = crossed_interval([first], [baseline])
+    assert one[1:3] == pytest.approx(expected[:2]) and math.isnan(one.p_value)
+    # The variance between other variants' runs makes one run comparable, and the interval wider.
+    pooled = crossed_interval([first], [baseline], run_variance=RunVariance(0.01, 14))
+    assert pooled.p_value > expected[2] and pooled.low < expected[0]
+
+
+def test_values_that_are_all_equal_have_no_interval():
+    for values in ([[0.7]], [[0.7], [0.7], [0.7]], np.full((3, 9), 0.7)):
+        found = crossed_interval(values)
+        assert found.mean == pytest.approx(0.7) and np.isnan(found[1:]).all()
+    assert np.isnan(crossed_interval(np.eye(3), clusters_N=["a"] * 3)[1:]).all()  # one speaker
+    assert np.isnan(crossed_interval(np.eye(3), strata_N=[0, 0, 1])[1:]).all()  # a part with one item
+
+
+def plain_variances(first, baseline, strata, clusters):
+    """Return estimate, A, B and C of `crossed_interval` by loops over runs, parts, clusters and items."""
+
+    def weight(n):
+        return 1 / (len(set(strata)) * strata.count(strata[n]))
+
+    def over_items(values):
+        total = 0.0
+        for part in set(strata):
+            inside = [n for n in range(len(values)) if strata[n] == part]
+            mean = sum(values[n] for n in inside) / len(inside)
+            names = {clusters[n] for n in inside}
+            sums = [sum(weight(n) * (values[n] - mean) for n in inside if clusters[n] == name) for name in names]
+            total += len(names) / (len(names) - 1) * sum(s**2 for s in sums)
+        return total
+
+    items = range(len(strata))
+    means = [[sum(run[n] for run in runs) / len(runs) for n in items] for runs in (first, baseline)]
+    difference = [a - b for a, b in zip(*means, strict=True)]
+    of_runs = of_residuals = 0.0
+    for runs, item_means in zip((first, baseline), means, strict=True):
+        run_means = [sum(weight(n) * run[n] for n in items) for run in runs]
+        of_runs += np.var(run_means, ddof=1) / len(runs)
+        residuals = [over_items([run[n] - item_means[n] for n in items]) for run in runs]
+        of_residuals += sum(residuals) / (len(runs) - 1) / len(runs)
+    estimate = sum(weight(n) * difference[n] for n in items)
+    return estimate, of_runs, over_items(difference), of_residuals
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(2, 4), st.integers(2, 4), st.integers(1, 3), st.floats(0, 2))
+def test_crossed_interval_equals_plain_loops(seed, num_first, num_baseline, num_strata, run_sd):
+    random = np.random.default_rng(seed)
+    strata, clusters = [], []
+    for part in range(num_strata):  # at least two clusters in each part
+        chosen = [0, 1, *random.integers(0, 4, random.integers(0, 8))]
+        clusters += [f"speaker {c}" for c in chosen]
+        strata += [part] * len(chosen)
+    order = random.permutation(len(strata))
+    strata, clusters = [strata[i] for i in order], [clusters[i] for i in order]
+    first, baseline = (
+        random.normal(size=(S, len(strata))) + run_sd * random.normal(size=(S, 1)) for S in (num_first, num_baseline)
+    )
+    mean, of_runs, of_items, of_residuals = plain_variances(first, baseline, strata, clusters)
+    found = crossed_interval(first, baseline, strata_N=strata, clusters_N=clusters, run_variance=None)
+    assert found.mean == pytest.approx(mean, abs=1e-12)
+    # With pooled run variance, degrees of freedom and variance are known in closed form.
+    pooled = RunVariance(of_runs / (1 / num_first + 1 / num_baseline), 7)
+    variance = max(of_runs + of_items - of_residuals, of_runs, of_items)
+    df_items = len({*zip(strata, clusters, strict=True)}) - num_strata
+    df = variance**2 / (of_runs**2 / 7 + of_items**2 / df_items)
+    half = stats.t.ppf(0.975, df) * math.sqrt(variance)
+    with_pooled = crossed_interval(first, baseline, strata_N=strata, clusters_N=clusters, run_variance=pooled)
+    assert with_pooled[:3] == pytest.approx((mean, mean - half, mean + half), abs=1e-9)
+    assert with_pooled.p_value == pytest.approx(2 * stats.t.sf(abs(mean) / math.sqrt(variance), df))
+    # Without, only the degrees of freedom differ: each variant has its own.
+    parts = [np.var(runs.mean(1), ddof=1) / len(runs) for runs in (first, baseline)] if num_strata == 1 else []
+    if parts:
+        own = sum(a**2 / (len(runs) - 1) for a, runs in zip(parts, (first, baseline), strict=True))
+        df = variance**2 / (own + of_items**2 / df_items)
+        assert found.high - mean == pytest.approx(stats.t.ppf(0.975, df) * math.sqrt(variance))
