@@ -78,7 +78,7 @@ def test_values_that_are_all_equal_have_no_interval():
 
 
 def plain_variances(first, baseline, strata, clusters):
-    """Return estimate, A, B and C of `crossed_interval` by loops over runs, parts, clusters and items."""
+    """Return the mean, A of each variant, B and C of `crossed_interval`, computed by loops."""
 
     def weight(n):
         return 1 / (len(set(strata)) * strata.count(strata[n]))
@@ -96,10 +96,10 @@ def plain_variances(first, baseline, strata, clusters):
     items = range(len(strata))
     means = [[sum(run[n] for run in runs) / len(runs) for n in items] for runs in (first, baseline)]
     difference = [a - b for a, b in zip(*means, strict=True)]
-    of_runs = of_residuals = 0.0
+    of_runs, of_residuals = [], 0.0
     for runs, item_means in zip((first, baseline), means, strict=True):
         run_means = [sum(weight(n) * run[n] for n in items) for run in runs]
-        of_runs += np.var(run_means, ddof=1) / len(runs)
+        of_runs.append(np.var(run_means, ddof=1) / len(runs))
         residuals = [over_items([run[n] - item_means[n] for n in items]) for run in runs]
         of_residuals += sum(residuals) / (len(runs) - 1) / len(runs)
     estimate = sum(weight(n) * difference[n] for n in items)
@@ -119,21 +119,15 @@ def test_crossed_interval_equals_plain_loops(seed, num_first, num_baseline, num_
     first, baseline = (
         random.normal(size=(S, len(strata))) + run_sd * random.normal(size=(S, 1)) for S in (num_first, num_baseline)
     )
-    mean, of_runs, of_items, of_residuals = plain_variances(first, baseline, strata, clusters)
-    found = crossed_interval(first, baseline, strata_N=strata, clusters_N=clusters, run_variance=None)
-    assert found.mean == pytest.approx(mean, abs=1e-12)
-    # With pooled run variance, degrees of freedom and variance are known in closed form.
-    pooled = RunVariance(of_runs / (1 / num_first + 1 / num_baseline), 7)
-    variance = max(of_runs + of_items - of_residuals, of_runs, of_items)
+    mean, runs, items, residual = plain_variances(first, baseline, strata, clusters)
     df_items = len({*zip(strata, clusters, strict=True)}) - num_strata
-    df = variance**2 / (of_runs**2 / 7 + of_items**2 / df_items)
-    half = stats.t.ppf(0.975, df) * math.sqrt(variance)
-    with_pooled = crossed_interval(first, baseline, strata_N=strata, clusters_N=clusters, run_variance=pooled)
-    assert with_pooled[:3] == pytest.approx((mean, mean - half, mean + half), abs=1e-9)
-    assert with_pooled.p_value == pytest.approx(2 * stats.t.sf(abs(mean) / math.sqrt(variance), df))
-    # Without, only the degrees of freedom differ: each variant has its own.
-    parts = [np.var(runs.mean(1), ddof=1) / len(runs) for runs in (first, baseline)] if num_strata == 1 else []
-    if parts:
-        own = sum(a**2 / (len(runs) - 1) for a, runs in zip(parts, (first, baseline), strict=True))
-        df = variance**2 / (own + of_items**2 / df_items)
-        assert found.high - mean == pytest.approx(stats.t.ppf(0.975, df) * math.sqrt(variance))
+    over_items = max(items - residual, 0)
+    variance = sum(runs) + over_items
+    pooled = RunVariance(sum(runs) / (1 / num_first + 1 / num_baseline), 7)
+    for run_variance in (None, pooled):
+        terms = [(sum(runs), 7)] if run_variance else [(runs[0], num_first - 1), (runs[1], num_baseline - 1)]
+        df = variance**2 / (sum(term**2 / df for term, df in terms) + over_items**2 / df_items)
+        half = stats.t.ppf(0.975, df) * math.sqrt(variance)
+        found = crossed_interval(first, baseline, strata_N=strata, clusters_N=clusters, run_variance=run_variance)
+        assert found[:3] == pytest.approx((mean, mean - half, mean + half), abs=1e-9)
+        assert found.p_value == pytest.approx(2 * stats.t.sf(abs(mean) / math.sqrt(variance), df))

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import stats
+from scipy import optimize, stats
 
 RESAMPLES = 10_000
 ROUNDING = 1e-9  # values with smaller relative differences count as equal
@@ -105,9 +105,9 @@ def crossed_interval(
     """Return the mean of a variant, or its difference from a baseline, with uncertainty over runs and items together.
 
     Runs and items are random and crossed, as readers and cases in studies of diagnostic imaging (Dorfman, Berbaum and
-    Metz 1992; Obuchowski and Rockette 1995). The variance is A + B - C, but at least A and at least B: A is the
-    variance over runs, B is the variance over items, and C is the residual variance, which A and B both contain. The
-    degrees of freedom follow Satterthwaite (1946), applied to A and B. Hillis (2007) applies the same rule to A alone.
+    Metz 1992; Obuchowski and Rockette 1995). The variance is A + max(B - C, 0): A is the variance over runs, B is the
+    variance over items, and C is the residual variance, which A and B both contain. The degrees of freedom follow
+    Satterthwaite (1946), applied to both terms of this sum; Hillis (2007) counts those of A alone.
 
     Two runs are needed for A. If a variant has one run and ``run_variance`` is missing, the interval is over items
     only, and the p-value is NaN: one run cannot decide about other seeds.
@@ -126,16 +126,83 @@ def crossed_interval(
     if run_variance:
         runs = [(run_variance.variance * sum(1 / len(values_SN) for values_SN in variants), run_variance.df)]
     is_over_runs = all(df > 0 for _, df in runs)
-    components = [*runs * is_over_runs, (found.items, found.items_df)]  # variances and their degrees of freedom
-    of_runs = sum(variance for variance, _ in runs * is_over_runs)
-    variance = float(np.max([of_runs + found.items - found.residual, of_runs, found.items]))  # NaN if one is NaN
+    of_items = float(np.maximum(found.items - found.residual * is_over_runs, 0))  # NaN if B is NaN
+    terms = [*runs * is_over_runs, (of_items, found.items_df)]  # variances and their degrees of freedom
+    variance = sum(term for term, _ in terms)
     if not variance > (ROUNDING * max(np.abs(values_SN).max() for values_SN in variants)) ** 2:
         return Interval(found.mean, math.nan, math.nan, math.nan)
-    df = variance**2 / sum(part**2 / df for part, df in components if part > 0)
+    df = variance**2 / sum(term**2 / df for term, df in terms if term > 0)
     error = math.sqrt(variance)
     half = float(stats.t.ppf(0.975, df)) * error
     p_value = 2 * float(stats.t.sf(abs(found.mean) / error, df)) if is_over_runs else math.nan
     return Interval(found.mean, found.mean - half, found.mean + half, p_value)
+
+
+class Components(NamedTuple):
+    """Variances behind a difference between two variants."""
+
+    run: float  # between the runs of a variant, without the residual
+    item: float  # between items, of the difference
+    residual: float  # of a value of one run and item
+
+
+def variance_components(
+    first_SN: ArrayLike,
+    baseline_SN: ArrayLike,
+    *,
+    strata_N: ArrayLike | None = None,
+    clusters_N: ArrayLike | None = None,
+) -> Components:
+    """Return unbiased estimates of the components; an estimate of a small variance may be negative.
+
+    With clusters, the items of the result are clusters: `item` and `residual` are variances of means over a cluster.
+    Arguments are those of `crossed_interval`. Each variant needs two runs.
+    """
+    variants = [np.asarray(values_SN, dtype=np.float64) for values_SN in (first_SN, baseline_SN)]
+    found = _variances(variants, strata_N, clusters_N)
+    num_items = found.items_df + (1 if strata_N is None else len(np.unique(strata_N)))
+    per_run = sum(1 / len(values_SN) for values_SN in variants)
+    run = sum(found.runs) - found.residual
+    return Components(run / per_run, (found.items - found.residual) * num_items, found.residual * num_items / per_run)
+
+
+def contrast_power(
+    difference: float, components: Components, num_runs: int, num_items: int, num_variants: int = 2
+) -> float:
+    """Return the probability that `crossed_interval` finds a true difference between two variants (p <= 0.05).
+
+    The test statistic has a noncentral t distribution, with the expected values of its variances, as in the planning of
+    studies with readers and cases (Hillis, Obuchowski and Berbaum 2011).
+
+    Args:
+        difference: true difference, in the unit of the values.
+        num_runs: number of runs of each variant.
+        num_items: number of items (or clusters) that both variants share; 1 for a measure without items.
+        num_variants: number of variants over which the variance of runs is pooled.
+    """
+    return _power(difference, *_planned_error(components, num_runs, num_items, num_variants))
+
+
+def detectable_difference(components: Components, num_runs: int, num_items: int, num_variants: int = 2) -> float:
+    """Return the smallest true difference with a power of 80 %; the arguments are those of `contrast_power`."""
+    error, df = _planned_error(components, num_runs, num_items, num_variants)
+    limit = float(optimize.brentq(lambda shift: _power(shift, 1.0, df) - 0.8, 0, 3 * stats.t.ppf(0.975, df)))
+    return limit * error
+
+
+def _planned_error(components: Components, num_runs: int, num_items: int, num_variants: int) -> tuple[float, float]:
+    """Return the standard error of a difference and its degrees of freedom; for arguments, see `contrast_power`."""
+    of_runs = 2 * (components.run + components.residual / num_items) / num_runs
+    of_items = components.item / num_items
+    df_runs, df_items = num_variants * (num_runs - 1), max(1, num_items - 1)
+    variance = of_runs + of_items
+    return math.sqrt(variance), variance**2 / (of_runs**2 / df_runs + of_items**2 / df_items)
+
+
+def _power(difference: float, error: float, df: float) -> float:
+    """Return the power of a two-sided t-test at 5 %."""
+    limit, shift = stats.t.ppf(0.975, df), difference / error
+    return float(stats.nct.sf(limit, df, shift) + stats.nct.sf(limit, df, -shift))
 
 
 class _Variances(NamedTuple):
