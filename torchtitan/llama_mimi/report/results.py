@@ -52,6 +52,7 @@ MEASURES = {
     "sStoryCloze/sStoryCloze": _accuracy("sStoryCloze"),
     "sStoryCloze/tStoryCloze": _accuracy("tStoryCloze"),
     "similarity": MeasureFormat("speaker similarity"),
+    "seconds": MeasureFormat("seconds", 2),  # longer speech can be more similar, so both stand together
     "distillmos": MeasureFormat("DistillMOS (predicted)", 2),
     "aesthetics/CE": MeasureFormat("enjoyment", 2),
     "aesthetics/CU": MeasureFormat("usefulness", 2),
@@ -61,7 +62,6 @@ MEASURES = {
     "log_generative_perplexity": MeasureFormat("generative perplexity", 1, is_log=True),
     "auto_bleu": MeasureFormat("Auto-BLEU (%)", 1, 100),
     "words_per_minute": MeasureFormat("words/min", 0),
-    "seconds": MeasureFormat("seconds", 2),
     "silent": MeasureFormat("silent (%)", 1, 100),
     "ended": MeasureFormat("ended by the model (%)", 1, 100),
     "distinct_frames": MeasureFormat("distinct frames (%)", 1, 100),
