@@ -23,7 +23,6 @@ from llama_mimi.evaluation.statistics import (
     variance_components,
     wilson_interval,
 )
-from llama_mimi.report.estimates import same_items
 from llama_mimi.report.power import power_table
 from llama_mimi.report.results import COLUMNS
 from llama_mimi.study.report import power_report
@@ -188,12 +187,11 @@ def test_power_table_shows_components_in_percent_and_skips_measures_without_item
     ]
     bits = [same | {"system": name, "measure": "bits/4", "cluster": "", "value": 1.0} for name in systems[0]]
     (row,) = power_table(pd.DataFrame(rows + bits), [systems, systems], "title").tables[0].rows
-    speakers = np.arange(40) % 8 if "cluster" in same_items(pd.DataFrame(rows).assign(part=""))[0].index.names else None
+    speakers = np.arange(40) % 8
     components = Components(*np.maximum(variance_components(*values, clusters_N=speakers), 0))
     assert row[:4] == ["sWUGGY (n = 40)", *(f"{100 * np.sqrt(variance):.1f}" for variance in components)]
     for cell, items in zip(row[4:], (40, 200, 1000, 5000), strict=True):
-        clusters = items if speakers is None else items // 5
-        limits = [detectable_difference(components, runs, clusters, num_variants=2) for runs in (3, 5, 8, 16)]
+        limits = [detectable_difference(components, runs, items // 5, num_variants=2) for runs in (3, 5, 8, 16)]
         assert cell == ", ".join(f"{100 * limit:.1f}" for limit in limits)
     with pytest.raises(UserError, match="does not contain results; run the study first"):
         power_report(SimpleNamespace(output_dir=tmp_path))

@@ -65,13 +65,6 @@ def bootstrap_interval(*parts: Sequence[float]) -> tuple[float, float]:
     return float(found.low), float(found.high)
 
 
-def seed_half_width(values_S: Sequence[float]) -> float | None:
-    """Return half the width of the 95 % interval of a mean over seeds (Student's t); None for fewer than two seeds."""
-    if len(values_S) < 2:
-        return None
-    return float(stats.t.ppf(0.975, len(values_S) - 1) * stats.sem(values_S))
-
-
 def sign_test(num_better: int, num_worse: int) -> float:
     """Return the p-value of the exact sign test. For paired results, this test is McNemar's exact test (1947)."""
     return float(stats.binomtest(num_better, num_better + num_worse).pvalue) if num_better + num_worse else 1.0
@@ -84,11 +77,13 @@ def pooled_run_variance(runs_of_variants: Sequence[Sequence[float]]) -> RunVaria
     if no variant has two runs.
 
     Args:
-        runs_of_variants: means of the runs of each variant; variants with one run are ignored.
+        runs_of_variants: means of the runs of each variant; variants with one run are ignored. Variants with two runs
+            are pooled without a test, because both runs have the same distance from their median.
     """
     variants = [np.asarray(means_S, dtype=np.float64) for means_S in runs_of_variants if len(means_S) > 1]
-    is_spread = any(np.ptp(means_S) > 0 for means_S in variants)  # otherwise, Levene's test divides by zero
-    if not variants or (len(variants) > 1 and is_spread and stats.levene(*variants, center="median").pvalue < 0.05):
+    tested = [means_S for means_S in variants if len(means_S) > 2]
+    is_spread = any(np.ptp(means_S) > 0 for means_S in tested)  # otherwise, Levene's test divides by zero
+    if not variants or (len(tested) > 1 and is_spread and stats.levene(*tested, center="median").pvalue < 0.05):
         return None
     df = sum(len(means_S) - 1 for means_S in variants)
     return RunVariance(float(sum(len(means_S) * means_S.var() for means_S in variants)) / df, df)

@@ -44,7 +44,7 @@ def power_table(items: pd.DataFrame, tables: Sequence[Sequence[Sequence[str]]], 
             sides = [shared[shared.columns.intersection(systems)].to_numpy().T for systems in (first, baseline)]
             if min(map(len, sides)) > 1 and len(shared) > 1:
                 labels = shared.index.to_frame()
-                clusters = labels["part"] + "/" + labels["cluster" if "cluster" in labels else "item"]
+                clusters = labels["part"] + "/" + labels["cluster"]
                 parts = variance_components(*sides, strata_N=labels["part"], clusters_N=clusters)
                 found.append((*parts, len(shared), clusters.nunique()))
         if not found or np.isnan(found).any():

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import write_atomically
-from llama_mimi.report.comparisons import LEGEND, comparison, published_numbers, tradeoffs
+from llama_mimi.report.comparisons import LEGEND_OF_STUDIES, comparison, published_numbers, tradeoffs
 from llama_mimi.report.document import Section, to_markdown, write_markdown
 from llama_mimi.report.power import power_table
 from llama_mimi.report.results import BITS, read_results
@@ -21,6 +21,10 @@ ABOUT_BITS = (
     "Bits are computed over the tokens that are possible at a position: the codes of the position's level and, between "
     "frames, `</audio>`. Bits of models with different numbers of levels are not comparable."
 )
+COSTS = {  # rows of a table: key in the index, unit in FLOPs, name of the unit
+    "training": ("flops", 1, "FLOP"),
+    "generation of one second of audio": ("generation_flops_per_audio_second", 1e9, "GFLOP"),
+}
 Lines = Sequence[Mapping[str, Any]]  # lines of the index
 
 
@@ -33,7 +37,7 @@ def write_report(study: Study, lines: Lines) -> Path:
 def sections(study: Study, lines: Lines) -> list[Section]:
     """Return the sections of the report."""
     items = _collect_results(study)
-    same = {"item": "", "sample": 0, "conditions": "", "weights": "", "data": "", "is_reference": False}
+    same = {"item": "", "cluster": "", "sample": 0, "conditions": "", "weights": "", "data": "", "is_reference": False}
     same["data_kind"] = items["data_kind"].iloc[0] if items["data_kind"].nunique() == 1 else "other"
     bits = [  # each number of levels is a measure without items
         same | {"system": line["run"], "measure": f"{BITS}{line['num_quantizers']}", "value": line[BITS_KEY]["all"]}
@@ -48,14 +52,25 @@ def sections(study: Study, lines: Lines) -> list[Section]:
         f"{len(study.seeds)} for each of {len(study.variants)} variants; commit {', '.join(commits) or 'unknown'}. "
         f"`index.jsonl` has the axes and the cost of each run. `{RESULTS}` has the values of all measures."
     )
-    found = [Section(f"Study {study.name}", [about, *filter(None, [study.note]), *LEGEND, ABOUT_BITS])]
+    encoder = study.generation.get("speaker_model")
+    notes = [study.note, f"Speaker encoder of the speaker similarity: `{encoder}`." if encoder else None]
+    found = [Section(f"Study {study.name}", [about, *filter(None, notes), *LEGEND_OF_STUDIES, ABOUT_BITS])]
     if missing:
         failed = {line["label"]: line["failed"] for line in missing}
         why = [f"{run}: {f['step']} failed: {f['why']}" if f else f"{run}: not finished" for run, f in failed.items()]
         found.append(Section("Runs without results", items=why))
+    of_run = {line["run"]: line for line in lines}
+    systems = {variant: [Run(variant, seed).name for seed in study.seeds] for variant in study.variants}
     for number, table in enumerate(tqdm(study.tables, "report", unit="table", delay=2), 1):
-        groups = {table.label(v): [Run(v, seed).name for seed in study.seeds] for v in table.variants}
-        found.append(comparison(items, table.title, groups, f"forest-{number}"))
+        groups = {table.label(variant): systems[variant] for variant in table.variants}
+        primary = table.primary_measure, table.label(table.primary_variant)
+        of_groups = {label: of_run[run] for label, (run, *_) in groups.items()}
+        costs = {
+            row: {label: f"{line[key] / unit:.3g} {name}" for label, line in of_groups.items() if line.get(key)}
+            for row, (key, unit, name) in COSTS.items()
+        }
+        options = {"all_groups": systems.values(), "primary": primary, "costs": costs}
+        found.append(comparison(items, table.title, groups, f"forest-{number}", **options))
         if pictures := tradeoffs(items, table.title, groups, f"tradeoff-{number}"):
             found.append(Section(f"{table.title}: trade-off", pictures=pictures))
     return found + published_numbers(items)
