@@ -1,11 +1,13 @@
 """Intervals, p-values and power: agreement with scipy and with plain loops, and simulated error rates."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
@@ -25,6 +27,7 @@ from llama_mimi.evaluation.statistics import (
 )
 from llama_mimi.report.power import power_table
 from llama_mimi.report.results import COLUMNS
+from llama_mimi.study.config import read_study
 from llama_mimi.study.report import power_report
 
 
@@ -195,6 +198,14 @@ def test_power_table_shows_components_in_percent_and_skips_measures_without_item
         assert cell == ", ".join(f"{100 * limit:.1f}" for limit in limits)
     with pytest.raises(UserError, match="does not contain results; run the study first"):
         power_report(SimpleNamespace(output_dir=tmp_path))
+
+
+@pytest.mark.slow
+def test_the_page_on_studies_shows_the_power_of_the_committed_study():
+    study = replace(read_study(ROOT / "config/studies/tiny.toml"), output_dir=ROOT / "config/studies/tiny")
+    page = (ROOT / "config/studies/README.md").read_text().split("## Power")[1].split("\n## ")[0]
+    rows = [line for line in page.splitlines() if line.startswith("| ")]
+    assert len(rows) == 7 and set(rows) <= set(power_report(study).splitlines())
 
 
 @pytest.mark.slow
