@@ -26,6 +26,7 @@ def main(
     slurm: bool = False,
     part: int | None = None,
     report_only: bool = False,
+    power: bool = False,
     tflops: float = 0.4 * 989,
 ) -> None:
     """Run a study.
@@ -36,6 +37,7 @@ def main(
         slurm: print two sbatch commands that run the study as a SLURM job array, and exit
         part: index of a run, from 0; train and score only this run (for a SLURM job array)
         report_only: write the report of the finished runs, and exit
+        power: print the differences that more seeds or items would detect, from the results of the study, and exit
         tflops: assumed speed of a GPU for --plan, in TFLOP/s; default: 40 % of an H100's peak in bfloat16
     """
     from llama_mimi.common.cpu import use_cpu_without_gpu
@@ -43,7 +45,7 @@ def main(
     use_cpu_without_gpu()  # before anything imports TorchTitan
     from llama_mimi.report.document import import_extra
     from llama_mimi.study.config import read_study
-    from llama_mimi.study.report import write_report
+    from llama_mimi.study.report import power_report, write_report
     from llama_mimi.study.run import check_unchanged, judge, read_record, train_and_score, write_index
 
     logging.getLogger().setLevel(logging.ERROR)  # no warnings of TorchTitan about missing base models
@@ -59,6 +61,8 @@ def main(
         job = shlex.join([*study.launch.slurm, "scripts/study.slurm", str(file)])
         print(f"job=$(sbatch --parsable --array=0-{len(runs) - 1} {job})")
         return print(f"sbatch --dependency=afterany:$job {job}")
+    if power:
+        return print(power_report(study), end="")
     import_extra("matplotlib", "the report")  # before runs that take hours
     if not report_only:
         check_unchanged(study)

@@ -1,20 +1,34 @@
 """Intervals, p-values and power: agreement with scipy and with plain loops, and simulated error rates."""
 
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
+from simulate_intervals import NULL, coverage
 
+from llama_mimi.common.errors import UserError
 from llama_mimi.evaluation.statistics import (
+    Components,
     RunVariance,
     bootstrap_interval,
+    contrast_power,
     crossed_interval,
+    detectable_difference,
     pooled_run_variance,
+    variance_components,
     wilson_interval,
 )
+from llama_mimi.report.power import power_table
+from llama_mimi.report.results import COLUMNS
+from llama_mimi.study.config import read_study
+from llama_mimi.study.report import power_report
 
 
 def test_wilson_interval():
@@ -131,3 +145,71 @@ def test_crossed_interval_equals_plain_loops(seed, num_first, num_baseline, num_
         found = crossed_interval(first, baseline, strata_N=strata, clusters_N=clusters, run_variance=run_variance)
         assert found[:3] == pytest.approx((mean, mean - half, mean + half), abs=1e-9)
         assert found.p_value == pytest.approx(2 * stats.t.sf(abs(mean) / math.sqrt(variance), df))
+
+
+def contrasts(components, difference, num_runs, num_items, number):
+    """Yield values of two variants; all effects have normal distributions."""
+    random = np.random.default_rng(0)
+    run_sd, item_sd, residual_sd = np.sqrt(components)
+    for _ in range(number):
+        baseline_N = random.normal(size=num_items)
+        first_N = baseline_N + difference + item_sd * random.normal(size=num_items)
+        runs_VSN = run_sd * random.normal(size=(2, num_runs, 1))
+        runs_VSN = runs_VSN + residual_sd * random.normal(size=(2, num_runs, num_items))
+        yield first_N + runs_VSN[0], baseline_N + runs_VSN[1]
+
+
+def test_components_and_power_of_simulated_contrasts():
+    components, difference, S, N = Components(0.04, 1.0, 1.5), 0.8, 4, 30
+    pairs = contrasts(components, difference, S, N, 1000)
+    found = [(variance_components(*pair), crossed_interval(*pair).p_value) for pair in pairs]
+    estimates, p_values = (np.array(column) for column in zip(*found, strict=True))
+    assert estimates.mean(axis=0) == pytest.approx(components, rel=0.1)
+    power = contrast_power(difference, components, S, N)
+    assert 0.5 < power < 0.9 and np.mean(p_values < 0.05) == pytest.approx(power, abs=0.04)
+    limit = detectable_difference(components, S, N, num_variants=7)
+    assert contrast_power(limit, components, S, N, num_variants=7) == pytest.approx(0.8)
+    assert contrast_power(0.0, components, S, N) == pytest.approx(0.05)
+
+
+def test_power_without_items_is_that_of_a_t_test():
+    # statsmodels.stats.power.TTestIndPower().power(effect_size=0.5, nobs1=64, alpha=0.05)
+    assert contrast_power(0.5, Components(1.0, 0.0, 0.0), 64, 1) == pytest.approx(0.8014596, abs=1e-6)
+
+
+def test_power_table_shows_components_in_percent_and_skips_measures_without_items(tmp_path):
+    random = np.random.default_rng(0)
+    values = random.integers(0, 2, (2, 3, 40)).astype(float)
+    systems = [[f"{variant}-seed{seed}" for seed in range(3)] for variant in "ab"]
+    same = dict.fromkeys(COLUMNS, "") | {"sample": 0, "is_reference": False}
+    rows = [
+        same | {"system": system, "measure": "sLM21/lexical_dev", "item": str(n), "cluster": str(n % 8), "value": value}
+        for of_variant, values_SN in zip(systems, values, strict=True)
+        for system, values_N in zip(of_variant, values_SN, strict=True)
+        for n, value in enumerate(values_N)
+    ]
+    bits = [same | {"system": name, "measure": "bits/4", "cluster": "", "value": 1.0} for name in systems[0]]
+    (row,) = power_table(pd.DataFrame(rows + bits), [systems, systems], "title").tables[0].rows
+    speakers = np.arange(40) % 8
+    components = Components(*np.maximum(variance_components(*values, clusters_N=speakers), 0))
+    assert row[:4] == ["sWUGGY (n = 40)", *(f"{100 * np.sqrt(variance):.1f}" for variance in components)]
+    for cell, items in zip(row[4:], (40, 200, 1000, 5000), strict=True):
+        limits = [detectable_difference(components, runs, items // 5, num_variants=2) for runs in (3, 5, 8, 16)]
+        assert cell == ", ".join(f"{100 * limit:.1f}" for limit in limits)
+    with pytest.raises(UserError, match="does not contain results; run the study first"):
+        power_report(SimpleNamespace(output_dir=tmp_path))
+
+
+@pytest.mark.slow
+def test_the_page_on_studies_shows_the_power_of_the_committed_study():
+    study = replace(read_study(ROOT / "config/studies/tiny.toml"), output_dir=ROOT / "config/studies/tiny")
+    page = (ROOT / "config/studies/README.md").read_text().split("## Power")[1].split("\n## ")[0]
+    rows = [line for line in page.splitlines() if line.startswith("| ")]
+    assert len(rows) == 7 and set(rows) <= set(power_report(study).splitlines())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", NULL, ids=str)
+def test_simulated_null_rate(setting):
+    """The rate is between 3 and 7 %, for variances of each variant and for pooled variances."""
+    assert all(0.93 <= covered <= 0.97 for covered in coverage(setting, ["own", "pooled"], 2000))

@@ -10,7 +10,8 @@ from tqdm import tqdm
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import write_atomically
 from llama_mimi.report.comparisons import LEGEND_OF_STUDIES, comparison, published_numbers, tradeoffs
-from llama_mimi.report.document import Section, write_markdown
+from llama_mimi.report.document import Section, to_markdown, write_markdown
+from llama_mimi.report.power import power_table
 from llama_mimi.report.results import BITS, read_results
 from llama_mimi.study.config import Run, Study
 from llama_mimi.training.metrics import BITS as BITS_KEY
@@ -89,3 +90,11 @@ def _collect_results(study: Study) -> pd.DataFrame:
             raise UserError(f"{problem}; restore the result file, or remove '{path}'")
     write_atomically(str(study.output_dir), RESULTS, found.to_parquet(None, compression="zstd", index=False))
     return found
+
+
+def power_report(study: Study) -> str:
+    """Return the power of more seeds and items as Markdown, computed from the values of the finished runs."""
+    if (items := _collect_results(study)).empty:
+        raise UserError(f"'{study.output_dir}' does not contain results; run the study first")
+    tables = [[[Run(v, seed).name for seed in study.seeds] for v in table.variants] for table in study.tables]
+    return to_markdown([power_table(items, tables, f"Power of the study {study.name}")])
