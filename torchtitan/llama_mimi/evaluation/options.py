@@ -11,8 +11,8 @@ from llama_mimi.common.errors import UserError
 
 Likelihood = Literal["softmax", "grammar"]
 MAX_AUDIO_SECONDS = 20.0  # maximum length of the paper's training clips
-PRIMARY = "primary"  # name of the preset's rule, which decides the accuracy; the further rules are beside it
-PROMPT_RULES = ("after_prompt", "normalised")  # need a prompt that both clips of a pair share
+PRIMARY = "primary"  # name of the preset's scoring rule, which decides the accuracy of a benchmark
+PROMPT_RULES = ("after_prompt", "normalised")  # only for benchmarks in which both clips of a pair have the same prompt
 FURTHER_RULES = ("level_0", "all_levels", *PROMPT_RULES)
 
 

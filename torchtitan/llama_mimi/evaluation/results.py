@@ -52,17 +52,15 @@ def results(
         return {"parts": parts} | ({"mean_of_parts": mean_of_parts(parts, mean_of)} if mean_of else {})
 
     pairs: list[Result] = []
-    clip_pairs = zip(clips[::2], clips[1::2], strict=False)
-    score_pairs = zip(scores[::2], scores[1::2], strict=False)
-    for pair, both, prompt, (positive, negative) in zip(
-        benchmark.pairs, clip_pairs, prompts[::2], score_pairs, strict=False
-    ):
+    for index, pair in enumerate(benchmark.pairs):
+        both = slice(2 * index, 2 * index + 2)
+        positive, negative = scores[both]
         rules = {rule: decision(positive[rule], negative[rule]) for rule in positive}
         entry = vars(pair) | {"positive": pair.positive.name, "negative": pair.negative.name} | rules.pop(PRIMARY)
-        entry |= {"is_cut": any(clip.is_cut for clip in both), "rules": rules}
-        if prompt is not None:
-            rest = min(len(clip.codes_TQ) for clip in both) - prompt
-            entry |= {"prompt_frames": prompt, "rest_frames": rest}  # rest: of the shorter clip
+        entry |= {"is_cut": any(clip.is_cut for clip in clips[both]), "rules": rules}
+        if (prompt := prompts[2 * index]) is not None:
+            shortest = min(len(clip.codes_TQ) for clip in clips[both])
+            entry |= {"prompt_frames": prompt, "rest_frames": shortest - prompt}
         pairs.append(entry)
     report = accuracies(pairs)
     if mean_of:

@@ -1,4 +1,18 @@
-"""Scores of clips. A score is the mean log-likelihood of the scored tokens; a likelier clip has a higher score."""
+"""Scores of clips. A score is the mean log-likelihood of the scored tokens; a likelier clip has a higher score.
+
+With the preset "official", each clip has several scores. The primary rule decides the accuracy of the benchmark. The
+further rules are:
+
+- "level_0", "all_levels": the mean over these levels.
+- "after_prompt": the mean over the primary rule's tokens after the prompt. The prompt is the beginning that both clips
+  of a pair share. Without a shared prompt, the score is the primary score.
+- "normalised": "after_prompt" minus the mean over the same tokens in a sequence without the prompt. Without a shared
+  prompt, nothing is subtracted.
+
+The last two rules follow arXiv 2601.06329, which localises and normalises token perplexity. Summaries of the paper say
+that it scores the first 0.5 s after the common prefix (the paper's text was not available). Here, all later frames and
+``</audio>`` are scored.
+"""
 
 import hashlib
 import math
@@ -39,10 +53,12 @@ def score_clips(
 ) -> list[dict[str, float]]:
     """Return the scores of each clip by rule: `Scoring.by_levels`, and `PROMPT_RULES` for a clip with a prompt.
 
-    Clips with equal codes have equal scores; scores in ``log`` are reused. Scores that are not finite raise an error.
+    Clips with equal codes and equal prompts have equal scores. Scores in ``log`` are reused. Scores that are not finite
+    raise an error.
 
     Args:
-        clips: name in ``codes`` and number of prompt frames of each clip; None if the benchmark has no prompts.
+        clips: name in ``codes`` and number of prompt frames of each clip. Without a shared prompt, the number is 0. In
+            benchmarks without prompts, the number is None.
         batch_tokens: maximum number of tokens in a batch, including padding.
     """
 
@@ -87,11 +103,11 @@ def batch_scores(
     model: SpeechModel,
     clips: Sequence[tuple[torch.Tensor, bool]],
     scoring: Scoring,
-    prompts: Sequence[int] | None = None,
+    prompts: Sequence[int] = (),
 ) -> list[dict[str, float]]:
     """Return the scores of a batch of clips (codes_TQ, is_cut) by rule, in nats per token.
 
-    ``prompts``: number of prompt frames of each clip. Only clips with a prompt have a score "after_prompt".
+    ``prompts``: number of prompt frames of each clip; default: 0. Only clips with a prompt have a score "after_prompt".
     """
     tokenizer, Q = model.tokenizer, model.tokenizer.vocabulary.num_quantizers
     ids = [clip_ids(tokenizer, codes_TQ, is_cut, scoring) for codes_TQ, is_cut in clips]
