@@ -17,8 +17,8 @@ from llama_mimi.common.resume import ProgressLog
 from llama_mimi.common.versions import versions
 from llama_mimi.evaluation import benchmarks, results
 from llama_mimi.evaluation.codes import encode_clips
-from llama_mimi.evaluation.options import EvaluationOptions, model_folder
-from llama_mimi.evaluation.scoring import score_clips
+from llama_mimi.evaluation.options import PRIMARY, EvaluationOptions, model_folder
+from llama_mimi.evaluation.scoring import score_clips, shared_prompt
 from llama_mimi.generation.loading import load_speech_model
 
 BATCH_TOKENS = (4096, 32768)  # on a CPU, on a GPU
@@ -33,6 +33,7 @@ class BenchmarkScript:
     read: Callable[[str], benchmarks.Benchmark]
     levels: tuple[int, ...] | None  # quantizer levels that both presets score; None means all
     mean_of: Sequence[str] = ()  # parts whose mean is reported
+    has_prompts: bool = False  # True if the clips of a pair begin with the same speech; scores `PROMPT_RULES`
     following: tuple[str, str] | None = None  # the next benchmark, and the usual name of its folder
 
     def result_path(self, options: EvaluationOptions) -> Path:
@@ -86,22 +87,29 @@ class BenchmarkScript:
         clips = benchmark.clips
         codes_dir = options.codes_dir or str(options.output_dir / "codes")
         audio_ids, codes = encode_clips(codec, clips, codes_dir, ranks, max_seconds, as_released=scoring.as_released)
+        coded = [codes[audio_id] for audio_id in audio_ids]
+        prompts: list[int | None] = [None] * len(clips)
+        if self.has_prompts and not scoring.as_released:
+            both = zip(coded[::2], coded[1::2], strict=True)
+            prompts = [shared_prompt(one.codes_TQ, other.codes_TQ) for one, other in both for _ in range(2)]
         # The log stays valid after a new commit.
         log_key = {**header, "versions": versions() | {"commit": ""}, "adds_bos": model.tokenizer.adds_bos}
         log = ProgressLog(path.with_suffix(".partial"), log_key)
-        scores = score_clips(model, codes, scoring, batch_tokens, log, ranks)
+        names = list(zip(audio_ids, prompts, strict=True))
+        scores = score_clips(model, codes, names, scoring, batch_tokens, log, ranks)
         if ranks.rank > 0:
             return
-        codes_of_clips = (codes[audio_id].codes_TQ.astype("int32").tobytes() for audio_id in audio_ids)
+        codes_of_clips = (clip.codes_TQ.astype("int32").tobytes() for clip in coded)
         report = {
             **header,
             "audio_sha256": hashlib.sha256("".join(audio_ids).encode()).hexdigest(),
             "codes_sha256": hashlib.sha256(b"".join(codes_of_clips)).hexdigest(),
-            **results.results(benchmark, audio_ids, codes, scores, scoring, self.mean_of),
+            **results.results(benchmark, coded, prompts, scores, scoring, self.mean_of),
         }
         content = json.dumps(report, indent=1, allow_nan=False) + "\n"
         write_atomically(str(path.parent), path.name, content.encode())
-        results.write_submissions(path.with_name(f"{name}_submission"), clips, [scores[one] for one in audio_ids])
+        primary = [of_clip[PRIMARY] for of_clip in scores]
+        results.write_submissions(path.with_name(f"{name}_submission"), clips, primary)
         log.close()
         print("\n".join([*results.summary(report), *replaced, f"written to {path}"]))
         self.print_next(options)
@@ -125,7 +133,13 @@ class BenchmarkScript:
 
 
 SALMON = BenchmarkScript(
-    "salmon", "slprl/SALMon", benchmarks.read_salmon, None, benchmarks.SALMON_PARTS, following=("sLM21", "sLM21")
+    "salmon",
+    "slprl/SALMon",
+    benchmarks.read_salmon,
+    levels=None,
+    mean_of=benchmarks.SALMON_PARTS,
+    has_prompts=True,
+    following=("sLM21", "sLM21"),
 )
 SLM21 = BenchmarkScript("sLM21", "speed", benchmarks.read_slm21, levels=(0,), following=("sStoryCloze", "storycloze"))
 STORYCLOZE = BenchmarkScript("sStoryCloze", "speed", benchmarks.read_storycloze, levels=(0,))
