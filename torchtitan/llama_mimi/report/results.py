@@ -18,7 +18,7 @@ from llama_mimi.evaluation.results import FORMAT
 
 KIND = "generations"  # value of the key "kind" in results of eval/generation.py
 DAMAGE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-BENCHMARKS = ("salmon", "sLM21", "sStoryCloze")
+BENCHMARKS = ("salmon", "sLM21", "sStoryCloze", "prosaudit")
 SALMON = {f"salmon/{part}": f"SALMon {part}".replace("_", " ").replace("bg", "background") for part in SALMON_PARTS}
 SALMON_MEAN = "salmon/mean"
 BITS = "bits/"  # prefix of the measure "validation bits/s"; the number of levels follows
@@ -50,6 +50,8 @@ MEASURES = {
     "sLM21/syntactic_dev": _accuracy("sBLIMP"),
     "sStoryCloze/sStoryCloze": _accuracy("sStoryCloze"),
     "sStoryCloze/tStoryCloze": _accuracy("tStoryCloze"),
+    "prosaudit/english_dev_protosyntax": _accuracy("ProsAudit protosyntax"),
+    "prosaudit/english_dev_lexical": _accuracy("ProsAudit lexical"),
     "similarity": MeasureFormat("speaker similarity"),
     "distillmos": MeasureFormat("DistillMOS", 2),
     "aesthetics/CE": MeasureFormat("enjoyment", 2),
