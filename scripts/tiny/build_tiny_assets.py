@@ -248,7 +248,7 @@ def insert_pause(audio: np.ndarray, sample: int) -> np.ndarray:
 def protosyntax_pair(sentence: str, speaker: Speaker, rng: random.Random) -> list[np.ndarray]:
     """Speak a sentence with a comma; return it with a pause at the comma, and with a pause at a later word border.
 
-    As in ProsAudit, the pause of the original speech is removed from both clips.
+    The pause of the original speech is removed from both clips.
     """
     samples, rate_hz, phones = speak_phones(sentence, speaker)
     audio, first = trim(samples, rate_hz)

@@ -151,12 +151,14 @@ def read_slm21(source: str) -> Benchmark:
 def read_prosaudit(source: str) -> Benchmark:
     """Read ProsAudit (arXiv 2302.12057) from folders ``english/{dev,test}`` with audio and ``gold.csv``.
 
-    The two clips of a pair are one sentence with a pause at two places. Protosyntax: the positive has the pause at a
-    strong prosodic boundary, the negative at a weak one. Lexical: between two words, or within a word. A part is a
-    subtask of a split, such as ``english_dev_lexical``. The two rows of a pair have the same type, id and voice;
-    the group's name is the id. Layout, columns, averaging, ties and submission files follow ZeroSpeech's toolkit
-    (zerospeech-benchmarks 0.9.4), which forms pairs by the order of rows: the orders agree if positives and negatives
-    are sorted alike. The published ``gold.csv`` was not available to check this.
+    The two clips of a pair are the same sentence with a pause at different places. In protosyntax pairs, the positive
+    has its pause at a strong prosodic boundary, the negative at a weak boundary. In lexical pairs, the positive has its
+    pause between two words, the negative within a word. A part is a subtask of a split, such as
+    ``english_dev_lexical``. The two rows of a pair have the same type, id and voice; the group's name is the id.
+
+    Columns, averaging, ties and submission files follow ZeroSpeech's toolkit (zerospeech-benchmarks 0.9.4). The toolkit
+    forms pairs by the order of rows. Both methods agree if positives and negatives are listed in the same order; the
+    published ``gold.csv`` was not available to check this order. The folders are known from scripts that read them.
     """
     benchmark = Benchmark([])
     for folder in _folders(Path(source, "english")):
@@ -252,7 +254,11 @@ def read_storycloze(source: str) -> Benchmark:
             raise UserError(f"{problem}; download the folder again")
         part, labels, prefix = folder.resolve().name, {}, ""
         if (parent := folder.resolve().parent.name).startswith("ms_"):
-            part, labels, prefix = parent, {"speaker": part}, f"{part}/"  # stories of two speakers stay two groups
+            part, labels, prefix = (
+                parent,
+                {"speaker": part},
+                f"{part}/",
+            )  # slamkit averages over pairs, so each is a group
         gaps = []
         for ((i,), a), ((j,), b) in zip(files[::2], files[1::2], strict=True):
             name, clips = f"{prefix}{a.stem}", (Clip(a.name, a), Clip(b.name, b))
