@@ -152,7 +152,7 @@ def summary(report: Result) -> list[str]:
 
 
 def write_submissions(folder: Path, clips: Sequence[Clip], scores: Sequence[float]) -> None:
-    """Write sLM21's submission files ``<task>/<split>.txt``. Each line is ``filename score``."""
+    """Write a file ``<split>.txt`` for each split, as ZeroSpeech's toolkit expects. Each line is ``filename score``."""
     lines: dict[str, list[str]] = defaultdict(list)
     for clip, score in zip(clips, scores, strict=True):
         if clip.split is not None:

@@ -1,4 +1,4 @@
-"""Implementation of the three benchmark scripts, which score a benchmark and write a result file."""
+"""Implementation of the benchmark scripts, which score a benchmark and write a result file."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ class BenchmarkScript:
     """A benchmark script in eval/."""
 
     name: str  # name of the benchmark and of its result folder
-    hub_source: str  # default of --data_dir
+    hub_source: str | None  # default of --data_dir; None if the hub does not have the official data
     read: Callable[[str], benchmarks.Benchmark]
     levels: tuple[int, ...] | None  # quantizer levels that both presets score; None means all
     mean_of: Sequence[str] = ()  # parts whose mean is reported
@@ -49,7 +49,8 @@ class BenchmarkScript:
 
     def _evaluate(self, options: EvaluationOptions, path: Path, ranks: DistributedContext) -> None:
         name, scoring = options.scoring(self.levels)
-        source = options.data_dir or self.hub_source
+        if (source := options.data_dir or self.hub_source) is None:
+            raise UserError(f"--data_dir is missing; set --data_dir to a folder with {self.name} (eval/README.md)")
         benchmark = self.read(source)
         if options.limit is not None:
             benchmark = benchmarks.limited(benchmark, options.limit)
@@ -143,4 +144,6 @@ SALMON = BenchmarkScript(
 )
 SLM21 = BenchmarkScript("sLM21", "speed", benchmarks.read_slm21, levels=(0,), following=("sStoryCloze", "storycloze"))
 STORYCLOZE = BenchmarkScript("sStoryCloze", "speed", benchmarks.read_storycloze, levels=(0,))
-BENCHMARK_SCRIPTS = {script.name: script for script in (SALMON, SLM21, STORYCLOZE)}
+# The benchmark accepts any score. The entries of its leaderboard score semantic units only, such as level 0 here.
+PROSAUDIT = BenchmarkScript("prosaudit", None, benchmarks.read_prosaudit, levels=(0,))
+BENCHMARK_SCRIPTS = {script.name: script for script in (SALMON, SLM21, STORYCLOZE, PROSAUDIT)}

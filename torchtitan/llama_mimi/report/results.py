@@ -18,7 +18,7 @@ from llama_mimi.evaluation.results import FORMAT
 
 KIND = "generations"  # value of the key "kind" in results of eval/generation.py
 DAMAGE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-BENCHMARKS = ("salmon", "sLM21", "sStoryCloze")
+BENCHMARKS = ("salmon", "sLM21", "sStoryCloze", "prosaudit")
 SALMON = {f"salmon/{part}": f"SALMon {part}".replace("_", " ").replace("bg", "background") for part in SALMON_PARTS}
 SALMON_MEAN = "salmon/mean"
 FIXED_LENGTH = "similarity/"  # prefix of the speaker similarity at a fixed length; the number of seconds follows
@@ -51,6 +51,10 @@ MEASURES = {
     "sLM21/syntactic_dev": _accuracy("sBLIMP"),
     "sStoryCloze/sStoryCloze": _accuracy("sStoryCloze"),
     "sStoryCloze/tStoryCloze": _accuracy("tStoryCloze"),
+    "sStoryCloze/ms_sSC": _accuracy("multi-speaker sStoryCloze"),
+    "sStoryCloze/ms_tSC": _accuracy("multi-speaker tStoryCloze"),
+    "prosaudit/english_dev_protosyntax": _accuracy("ProsAudit protosyntax"),
+    "prosaudit/english_dev_lexical": _accuracy("ProsAudit lexical"),
     "similarity": MeasureFormat("speaker similarity"),
     "seconds": MeasureFormat("seconds", 2),  # longer speech can be more similar, so both stand together
     "distillmos": MeasureFormat("DistillMOS (predicted)", 2),
