@@ -27,11 +27,19 @@ from llama_mimi.audio.reading import read_audio
 from llama_mimi.common.distributed import DistributedContext
 from llama_mimi.common.errors import UserError
 from llama_mimi.evaluation.results import FORMAT
+from llama_mimi.generation.options import SamplingOptions
 from llama_mimi.judging import judge as judge_module
 from llama_mimi.judging import metrics
 from llama_mimi.judging.judge import judge
 from llama_mimi.judging.metrics import Measure, compute
-from llama_mimi.judging.options import PROMPTS, RECORDINGS, MeasureOptions, PromptOptions, read_criteria
+from llama_mimi.judging.options import (
+    PROMPTS,
+    RECORDINGS,
+    GenerationOptions,
+    MeasureOptions,
+    PromptOptions,
+    read_criteria,
+)
 from llama_mimi.judging.prompts import make_prompts
 from llama_mimi.judging.script import measure_samples
 from llama_mimi.judging.systems import Clip, wavs
@@ -94,6 +102,16 @@ def test_similarity_is_the_cosine_of_two_x_vectors(prompts, clips):
         else:
             assert found[measure.keys[1]] == pytest.approx(start, abs=1e-5)
     assert missing == 1
+
+
+def test_the_fixed_length_fits_prompts_recordings_and_continuations():
+    def fixed(seconds=10.0, **prompts):
+        sampling = SamplingOptions(seconds=seconds)
+        return GenerationOptions(prompts=PromptOptions(corpus="x", **prompts), model_name="m", sampling=sampling)
+
+    assert fixed().similarity_seconds == 3.0  # the length of a prompt
+    assert fixed(prompt_seconds=1.6, recording_seconds=2.6).similarity_seconds == 1.0  # the rest of a recording
+    assert fixed(seconds=0.8).similarity_seconds == 0.8
 
 
 @torch.inference_mode()

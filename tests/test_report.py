@@ -45,6 +45,7 @@ def result_file(folder, model, corrects, benchmark="salmon", preset="official", 
         "audio_sha256": "data",
         "data_kind": "other",
         "notes": ["a note"],
+        "rules": {},
         "pairs": [
             {"part": part, "group": f"g{i // voices}", "correct": float(correct), "is_cut": i == 0}
             for part, of_part in corrects.items()
@@ -153,10 +154,10 @@ def test_published_numbers_are_only_beside_official_data(tmp_path, make):
 
 
 def test_mistakes_get_one_sentence(tmp_path, make):
-    for folder, number in (("a", 3), ("b", 3), ("old", 2)):
+    for folder, number in (("a", FORMAT), ("b", FORMAT), ("old", 2)):
         result_file(tmp_path / folder, "m", {"rir_consistency": [1]}, format=number)
     for folders, message in (
-        (["old"], "has format 2, not 3; remove the file and re-run the evaluation"),
+        (["old"], f"has format 2, not {FORMAT}; remove the file and re-run the evaluation"),
         (["a", "b"], "repeats a result of m on salmon"),
         (["typo"], "typo' does not exist"),
     ):

@@ -251,9 +251,61 @@ def test_generation_costs_what_pytorch_counts_of_the_decoding_loop(tmp_path, arc
     assert flops == pytest.approx(12.5 * counter.get_total_flops(), rel=0.01)
 
 
+SMALLER = {  # replacements in the studies and configs of 80 million weights
+    '"config/': '"{folder}/',
+    '"outputs/': '"{folder}/',
+    '"models/audio-mimi-q{num_quantizers}"': '"assets/tiny/llama"',
+    "[0, 1, 2, 3, 4]": "[0]",
+    "768x8+256x1": "256x1+64x1",
+    "768x8+512x4": "256x1+64x2",
+    "768x8": "256x1",
+    "512x8": "256x2",
+    "1024x12": "256x3",
+    "[1e18]": "[1.2e11]",
+    '"training.steps" = 3000': '"training.steps" = 3',
+    "nproc_per_node = 8": "nproc_per_node = 1",
+    '"data/salmon"': '"assets/tiny/benchmarks/salmon"\nlimit = 2',
+    '"data/sLM21"': '"assets/tiny/benchmarks/sLM21"\nlimit = 2',
+    '"data/storycloze"': '"assets/tiny/benchmarks/storycloze"\nlimit = 2',
+    "kyutai/mimi": "assets/tiny/mimi",
+    '"data/codes/libri_light, data/codes/peoples_speech_all"': '"assets/tiny/corpus/train-*.parquet"',
+    '"peoples_speech_validation"\ndataset_path = "data/peoples_speech"': '"assets/tiny/corpus/validation-*.parquet"',
+    "weights = [60.0, 30.0]\n": "",
+    "validation_clips = 5120": "validation_clips = 4",
+    "local_batch_size = 32": "local_batch_size = 2",
+    "global_batch_size = 256": "global_batch_size = 2",
+    "[compile]\nenable = true": "[compile]\nenable = false",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "Q", "architectures"),
+    [("isoflop_1e18", 8, ["flattened", "hierarchical"]), ("isoframe", 4, ["hierarchical"])],
+)
+def test_the_studies_of_80_million_weights_run_at_a_small_size(tmp_path, name, Q, architectures):
+    """Train, convert and score one run of an architecture. Only sizes and data differ from the study."""
+    for file in (f"studies/{name}", "llama3_80m", "llama3_80m_hierarchical"):
+        text = Path(f"config/{file}.toml").read_text().split("\n[generation]\n")[0]
+        for old, new in SMALLER.items():
+            text = text.replace(old, new.replace("{folder}", str(tmp_path)))
+        (tmp_path / f"{Path(file).name}.toml").write_text(text)
+    study = read_study(tmp_path / f"{name}.toml")
+    of_q = [run for run in study.runs if run.variant.num_quantizers == Q]
+    runs = [next(run for run in of_q if run.variant.architecture == architecture) for architecture in architectures]
+    train_and_score(study, runs)
+    lines = {line["run"]: line for line in write_index(study)}
+    for run in runs:
+        line, one = lines[run.name], cost(study.flags(run.variant), num_ranks=1)
+        assert line["state"] == "done" and line["admissible_bits_per_audio_second"]["all"] > 0, line["failed"]
+        assert one.step_seconds == 2 * 20.48 and line["flops"] == run.variant.steps * one.step_flops
+        assert run.variant.steps == (round(1.2e11 / one.step_flops) if name == "isoflop_1e18" else 3)
+
+
 @pytest.mark.slow
 def test_the_shipped_studies_can_be_planned(capsys):
     hours = {"paper_1b": "5 runs: 2,806.9 GPU hours", "paper_8b": "1 runs: 3,448.8 GPU hours", "tiny": "21 runs: "}
+    hours |= {"isoflop_1e18": "85 runs: 59.7 GPU hours", "isoframe": "60 runs: 16.8 GPU hours"}
     for path in sorted((ROOT / "config" / "studies").glob("*.toml")):
         assert run_here("scripts/study.py", path, "--plan")[0] == 0
         assert hours[path.stem] in capsys.readouterr().out

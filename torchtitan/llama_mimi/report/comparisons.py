@@ -192,7 +192,7 @@ def _different_decisions(rows: pd.DataFrame, groups: Mapping[str, Sequence[str]]
         pairs = [pair for pair in pairs if decisions.columns.isin(pair).sum() == 2]
         return statistics.fmean((decisions[a] != decisions[b]).mean() for a, b in pairs) if pairs else math.nan
 
-    of_one = [found for systems in groups.values() if math.isfinite(found := fraction(systems, systems))]
+    of_one = [value for systems in groups.values() if math.isfinite(value := fraction(systems, systems))]
     found = {ONE_VARIANT: statistics.fmean(of_one or [math.nan])}
     baseline, *others = groups
     found |= {label: fraction(groups[label], groups[baseline]) for label in others}

@@ -96,7 +96,7 @@ class Study:
     settings: Flags = field(default_factory=dict)  # training settings; texts may contain axes, such as {steps}
     override: list[Flags] = field(default_factory=list)  # values of axes, and settings for variants with these values
     launch: Launch = Launch()
-    benchmarks: dict[Literal["salmon", "sLM21", "sStoryCloze"], Flags] = field(default_factory=dict)
+    benchmarks: dict[Literal["salmon", "sLM21", "sStoryCloze", "prosaudit"], Flags] = field(default_factory=dict)
     generation: Flags = field(default_factory=dict)  # flags of eval/generation.py; default: do not judge
     tables: tuple[Table, ...] = ()
     result_files: dict[str, str] = field(default_factory=dict)  # file name by benchmark

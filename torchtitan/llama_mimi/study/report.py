@@ -64,13 +64,14 @@ def sections(study: Study, lines: Lines) -> list[Section]:
     for number, table in enumerate(tqdm(study.tables, "report", unit="table", delay=2), 1):
         groups = {table.label(variant): systems[variant] for variant in table.variants}
         primary = table.primary_measure, table.label(table.primary_variant)
-        of_groups = {label: of_run[run] for label, (run, *_) in groups.items()}
+        first_runs = {label: of_run[run] for label, (run, *_) in groups.items()}
         costs = {
-            row: {label: f"{line[key] / unit:.3g} {name}" for label, line in of_groups.items() if line.get(key)}
+            row: {label: f"{line[key] / unit:.3g} {name}" for label, line in first_runs.items() if line.get(key)}
             for row, (key, unit, name) in COSTS.items()
         }
-        options = {"all_groups": systems.values(), "primary": primary, "costs": costs}
-        found.append(comparison(items, table.title, groups, f"forest-{number}", **options))
+        picture, all_groups = f"forest-{number}", systems.values()
+        section = comparison(items, table.title, groups, picture, all_groups=all_groups, primary=primary, costs=costs)
+        found.append(section)
         if pictures := tradeoffs(items, table.title, groups, f"tradeoff-{number}"):
             found.append(Section(f"{table.title}: trade-off", pictures=pictures))
     return found + published_numbers(items)
