@@ -4,7 +4,7 @@ import pytest
 
 from llama_mimi.evaluation.benchmarks import SALMON_PARTS
 from llama_mimi.evaluation.results import mean_of_parts, part_results
-from llama_mimi.evaluation.statistics import bootstrap_interval, wilson_interval
+from llama_mimi.evaluation.statistics import wilson_interval
 
 
 def pair(name="0", correct=1.0, group=None, part="a", is_tie=False, is_cut=False, **labels):
@@ -47,19 +47,3 @@ def test_the_mean_is_that_of_all_eight_parts_or_none():
     uneven = parts | {SALMON_PARTS[0]: {"accuracy": 0.0, "count": 20}}
     assert mean_of_parts(uneven, SALMON_PARTS)["count"] == round(64 / (7 / 200 + 1 / 20))
     assert mean_of_parts(parts, [*SALMON_PARTS, "another"]) is None
-
-
-def test_wilson_interval():
-    # computed with statsmodels.stats.proportion.proportion_confint(method="wilson")
-    known = {(0.5, 200): (0.4313608, 0.5686392), (1.0, 200): (0.9811546, 1.0), (0.0, 10): (0.0, 0.2775328)}
-    for (accuracy, count), expected in known.items():
-        low, high = wilson_interval(accuracy, count)
-        assert 0 <= low <= accuracy <= high <= 1 and (low, high) == pytest.approx(expected, abs=1e-6)
-
-
-def test_no_values_have_no_interval():
-    with pytest.raises(ValueError, match="needs at least one value, not 0"):
-        wilson_interval(0.5, 0)
-    for parts in ([], [[]], [[1.0, 0.0], [1.0]]):
-        with pytest.raises(ValueError, match="needs at least two values for each part"):
-            bootstrap_interval(*parts)

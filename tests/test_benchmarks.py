@@ -2,10 +2,14 @@
 
 import csv
 import itertools
+import random
 import shutil
 from collections import Counter
+from pathlib import Path
 
+import pandas as pd
 import pytest
+import soundfile
 from conftest import TINY
 from datasets import Audio, Dataset, Features, Value
 
@@ -16,13 +20,17 @@ from llama_mimi.evaluation.benchmarks import (
     Clip,
     Pair,
     data_kind,
+    read_prosaudit,
     read_salmon,
     read_slm21,
     read_storycloze,
 )
+from llama_mimi.evaluation.options import EvaluationOptions, Scoring
+from llama_mimi.evaluation.results import part_results, write_submissions
+from llama_mimi.evaluation.script import PROSAUDIT
 
 BENCHMARKS = TINY / "benchmarks"
-READERS = {"salmon": read_salmon, "sLM21": read_slm21, "storycloze": read_storycloze}
+READERS = {"salmon": read_salmon, "sLM21": read_slm21, "storycloze": read_storycloze, "prosaudit": read_prosaudit}
 
 
 @pytest.fixture
@@ -46,6 +54,7 @@ PARTS = {
     "salmon": {"speaker_consistency": 200},
     "sLM21": {"lexical_dev": 100, "syntactic_dev": 100},
     "storycloze": {"storycloze": 100},
+    "prosaudit": {"english_dev_lexical": 100, "english_dev_protosyntax": 100},
 }
 
 
@@ -63,8 +72,10 @@ def test_tiny_benchmarks_are_read_whole_and_positives_are_the_official_ones(fold
         positive, negative = pair.positive.name, pair.negative.name
         if folder == "salmon":
             assert (int(pair.name), positive) == (number, f"sample_{number}_0.ogg")
-        elif folder == "sLM21":
+        elif folder in ("sLM21", "prosaudit"):
             assert (correct[positive], correct[negative]) == ("1", "0")
+            lengths = {soundfile.info(clip.source).frames for clip in (pair.positive, pair.negative)}
+            assert folder == "sLM21" or len(lengths) == 1  # the same sentence and pause
         else:
             assert int(negative.split("_")[0]) == int(positive.split("_")[0]) + 1
 
@@ -110,7 +121,7 @@ def test_an_empty_or_missing_folder_is_refused(tmp_path):
     for reader in READERS.values():
         with pytest.raises(UserError, match="does not contain pairs"):
             reader(str(tmp_path))
-        with pytest.raises(UserError, match="set --data_dir to the new folder"):
+        with pytest.raises(UserError, match="set --data_dir to (the new|a) folder"):
             reader(str(tmp_path / "nothing"))
 
 
@@ -147,6 +158,81 @@ def test_syntactic_groups_are_types_subtypes_and_ids(tmp_path):
             read_slm21(str(tmp_path))
 
 
+def prosaudit_rows():
+    """Return rows of ProsAudit's ``gold.csv``: ids are repeated in both types, and one sentence has two voices."""
+    places = [("protosyntax", 0, "A"), ("protosyntax", 0, "B"), ("protosyntax", 1, "A"), ("lexical", 0, "A")]
+    return [
+        {
+            "id": i,
+            "filename": f"{kind[0]}{i}{voice}{right}",
+            "voice": voice,
+            "type": kind,
+            "subtype": "",
+            "correct": right,
+        }
+        for (kind, i, voice), right in itertools.product(places, (1, 0))
+    ]
+
+
+def write_prosaudit(root, rows, split="dev"):
+    folder = root / "english" / split
+    touch(folder, *(f"{row['filename']}.wav" for row in rows))
+    write_gold(folder / "gold.csv", [*rows[0], "transcription"], [[*row.values(), "a b"] for row in rows])
+    return folder
+
+
+def test_prosaudit_pairs_have_the_same_type_id_and_voice(tmp_path):
+    rows = prosaudit_rows()
+    folder = write_prosaudit(tmp_path, random.Random(0).sample(rows, len(rows)))
+    touch(tmp_path / "english" / "test", "a.wav", "b.wav")
+    benchmark = read_prosaudit(str(tmp_path))
+    found = {(pair.part, pair.group, pair.positive.name, pair.negative.name) for pair in benchmark.pairs}
+    assert found == {
+        ("english_dev_protosyntax", "0", "p0A1.wav", "p0A0.wav"),
+        ("english_dev_protosyntax", "0", "p0B1.wav", "p0B0.wav"),
+        ("english_dev_protosyntax", "1", "p1A1.wav", "p1A0.wav"),
+        ("english_dev_lexical", "0", "l0A1.wav", "l0A0.wav"),
+    }
+    assert all(pair.labels == {} for pair in benchmark.pairs)
+    assert [clip.split for clip in benchmark.clips] == ["english_dev"] * 8 + ["english_test"] * 2
+    assert len(benchmark.unpaired) == 2 and "for the submission only" in benchmark.notes[0]
+    write_prosaudit(tmp_path, [row | {"type": "lexical"} if row["filename"] == "p1A0" else row for row in rows])
+    with pytest.raises(UserError, match="exactly one row must have 'correct' = 1"):
+        read_prosaudit(str(tmp_path))
+    (folder / "gold.csv").unlink()
+    with pytest.raises(UserError, match="english/dev' lacks gold.csv"):
+        read_prosaudit(str(tmp_path))
+    with pytest.raises(UserError, match="--data_dir is missing"):  # the official data are not on the hub
+        PROSAUDIT.run(EvaluationOptions(device="cpu"))
+
+
+def test_prosaudit_accuracies_are_those_of_zerospeechs_toolkit(tmp_path):
+    """Ties count half; decisions are averaged over the voices of an id, then over the ids of a type."""
+    rows = prosaudit_rows()
+    write_prosaudit(tmp_path, rows)
+    scores = dict(zip((row["filename"] for row in rows), [-1, -2, -3, -3, -2, -1, -1, -2], strict=True))
+
+    # The toolkit's steps: pairs by the order of rows, decisions, mean by (type, id), mean by type.
+    table = pd.DataFrame(rows).assign(score=[scores[row["filename"]] for row in rows])
+    right, wrong = (table[table["correct"] == value].reset_index() for value in (1, 0))
+    decisions = (right["score"] > wrong["score"]) + 0.5 * (right["score"] == wrong["score"])
+    by_pair = decisions.groupby([right["type"], right["id"]]).mean()
+    expected = by_pair.groupby("type").mean().to_dict()
+
+    benchmark = read_prosaudit(str(tmp_path))
+    decided = []
+    for pair in benchmark.pairs:
+        positive, negative = (scores[Path(clip.name).stem] for clip in (pair.positive, pair.negative))
+        correct = Scoring(None).tie if positive == negative else float(positive > negative)
+        decided.append(vars(pair) | {"correct": correct, "is_tie": positive == negative, "is_cut": False})
+    parts = part_results(decided, by_group=Scoring(None).by_group)
+    assert {part.removeprefix("english_dev_"): parts[part]["accuracy"] for part in parts} == expected
+    assert expected == {"lexical": 1.0, "protosyntax": 0.375}
+    write_submissions(tmp_path / "out", benchmark.clips, [scores[Path(clip.name).stem] for clip in benchmark.clips])
+    lines = (tmp_path / "out" / "english_dev.txt").read_text().split("\n")
+    assert sorted(lines[:-1]) == sorted(f"{name} {score}" for name, score in scores.items())
+
+
 def test_a_damaged_gold_file_is_named(tmp_path):
     folder = tmp_path / "lexical" / "dev"
     touch(folder, "a.wav", "b.wav")
@@ -177,6 +263,22 @@ def test_stories_may_lie_in_two_folders_and_gaps_in_their_numbers_are_reported(t
     touch(tmp_path / "gaps", *(f"{number}.wav" for number in (1, 2, 3, 5, 6, 8)))
     (note,) = read_storycloze(str(tmp_path / "gaps")).notes
     assert "2 of 3 pairs do not have consecutive numbers, such as '3.wav' and '5.wav'" in note
+
+
+def test_multi_speaker_stories_are_one_part_with_a_folder_for_each_speaker(tmp_path):
+    for part, speaker in itertools.product(("ms_sSC", "ms_tSC"), ("bella", "adam")):
+        touch(tmp_path / part / speaker, "2_correct.wav", "3_wrong.wav", "10_correct.wav", "11_wrong.wav")
+    pairs = read_storycloze(str(tmp_path)).pairs
+    assert Counter(pair.part for pair in pairs) == {"ms_sSC": 4, "ms_tSC": 4}
+    alone = read_storycloze(str(tmp_path / "ms_tSC")).pairs
+    assert alone == [pair for pair in pairs if pair.part == "ms_tSC"] and len({pair.group for pair in alone}) == 4
+    # slamkit sorts the files of each speaker by number; a pair is two consecutive files.
+    clips = [(*pair.labels.values(), pair.positive.source, pair.negative.name) for pair in alone]
+    folder = tmp_path / "ms_tSC" / "adam"
+    assert clips[:2] == [
+        ("adam", folder / "2_correct.wav", "3_wrong.wav"),
+        ("adam", folder / "10_correct.wav", "11_wrong.wav"),
+    ]
 
 
 def table(columns, **others):
@@ -222,6 +324,12 @@ def test_tables_are_read_as_parquet(tmp_path, write_table):
     assert [clip.source.read_bytes() for clip in benchmark.clips] == contents * 2
     assert [pair.part for pair in read_slm21(str(tmp_path / "speed" / "sBLIMP")).pairs] == ["syntactic_dev"] * 2
     assert [pair.part for pair in read_storycloze(str(tmp_path / "speed")).pairs] == ["tStoryCloze"] * 2
+    stories, _ = table(("correct_audio", "negative_audio"), id=["5", "6"], correct_text=["a", "b"])
+    for speaker in ("bella", "adam"):
+        write_table(stories, "multispeaker-storycloze", "tSC", speaker)
+    benchmark = read_storycloze(str(tmp_path / "multispeaker-storycloze"))
+    assert [pair.part for pair in benchmark.pairs] == ["ms_tSC"] * 4
+    assert [clip.source.read_bytes() for clip in benchmark.clips] == contents * 2
     write_table(words.rename_column("negative", "other"), "speed", "tStoryCloze", "data")
     with pytest.raises(UserError, match="has the columns positive, other; choose a data set with the columns positive"):
         read_storycloze(str(tmp_path / "speed"))

@@ -24,7 +24,7 @@ from llama_mimi.audio.reading import Waveform, wav_writer, write_wav
 from llama_mimi.common.command_line import REPORT, report_errors
 from llama_mimi.common.errors import UserError
 from llama_mimi.evaluation.options import EvaluationOptions
-from llama_mimi.evaluation.script import SALMON, SLM21, STORYCLOZE
+from llama_mimi.evaluation.script import PROSAUDIT, SALMON, SLM21, STORYCLOZE
 from llama_mimi.generation import loading
 from llama_mimi.report.document import Picture, Section, write_html, write_markdown
 
@@ -91,6 +91,7 @@ def test_a_benchmark_names_the_next_one_and_the_last_one_the_report(tmp_path, ca
             f"python eval/sStoryCloze.py --model_name 'my model' --data_dir {data}storycloze {flags}",
         ),
         (SLM21, "slprl/x", f"python eval/sStoryCloze.py --model_name 'my model' {flags}"),
+        (PROSAUDIT, f"{data}prosaudit", f"{REPORT} --results {tmp_path} --output_file {tmp_path}/report.md"),
         (STORYCLOZE, None, f"{REPORT} --results {tmp_path} --output_file {tmp_path}/report.md"),
     ):
         script.print_next(replace(options, data_dir=data_dir))

@@ -44,7 +44,7 @@ def downloads(tmp_path_factory):
     """Write the folders that the commands at the top of a large config create, without weights."""
     folder = tmp_path_factory.mktemp("downloads")
     MimiConfig(num_quantizers=32).save_pretrained(folder / "mimi")
-    for flavor in ("1B", "8B"):
+    for flavor in ("1B", "8B", "768x8"):
         args = FLAVORS[flavor]
         args.vocab_size = 136_450
         hf_config(args).save_pretrained(folder / flavor)
@@ -97,7 +97,9 @@ def tiny_with(*flags):
     ("flags", "message"),
     [
         # Rules
-        ("--model.flavor 2B", "choose one of: tiny, 1B, 8B"),
+        ("--model.flavor 2B", "choose one of: tiny, 1B, 8B; or set width x layers, such as '768x12'"),
+        ("--model.flavor 700x12", "model.flavor is '700x12'; choose one of: "),  # not a multiple of 256
+        ("--model.flavor 768x12+100x2", "the second width is a multiple of 16"),
         ("--training.max_norm nan", "training.max_norm is nan; set a positive number, or inf"),
         ("--lr_scheduler.total_steps 419", "lr_scheduler.total_steps is 419; set at least 420"),
         ("--validation.steps 0", "TorchTitan does not accept a setting (validation steps must be positive or -1)"),
@@ -111,7 +113,10 @@ def tiny_with(*flags):
         ("--training.global_batch_size 6", "set a multiple of 4"),
         # Files
         ("--parallelism.context_parallel_degree 2", "more than 1 on a CPU; set it to 1, or use GPUs"),
-        ("--model.flavor 1B", "assets/tiny/llama' was made with hidden_size = 192, but the current value is 2048"),
+        (
+            "--model.flavor 1B --checkpoint.initial_load_in_hf",
+            "assets/tiny/llama' was made with hidden_size = 192, but the current value is 2048",
+        ),
         ("--codec.name models/nothing/here", "codec folder 'models/nothing/here' does not exist"),
         ("--model.hf_assets_path models/nothing", "prepare_base_model.py"),
         ("--training.dataset assets/tiny/corpus,assets/tiny/words", "set one corpus, or (for training only) several"),

@@ -30,6 +30,7 @@ from llama_mimi.evaluation.results import FORMAT, check_earlier, results
 from llama_mimi.evaluation.scoring import batch_scores, score_clips
 from llama_mimi.generation.flattened import FlattenedModel
 from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs
+from llama_mimi.report.results import in_order, measure_of, read_results
 
 SALMON = TINY / "benchmarks" / "salmon"
 
@@ -45,8 +46,11 @@ def encode(codec, clips, folder, max_seconds=20.0, **options):
     return encode_clips(codec, clips, str(folder), DistributedContext(), max_seconds, **options)
 
 
-def score(model, codes, scoring, folder, batch_tokens=4096, header=()):
-    return score_clips(model, codes, scoring, batch_tokens, ProgressLog(folder, dict(header)), DistributedContext())
+def score(model, codes, scoring, folder, batch_tokens=4096):
+    """Return the primary score of each clip."""
+    clips, log = [(name, None) for name in codes], ProgressLog(folder, {})
+    scores = score_clips(model, codes, clips, scoring, batch_tokens, log, DistributedContext())
+    return {name: of_clip["primary"] for name, of_clip in zip(codes, scores, strict=True)}
 
 
 def clips_of(*paths):
@@ -118,11 +122,13 @@ def test_pairs_touched_by_the_cut_and_ties_are_counted(tmp_path, codec, model):
     cut = [(codes[i].is_cut, len(codes[i].codes_TQ)) for i in ids]
     assert ids[2] != ids[3] and cut == [(True, 250), (False, 250), (True, 250), (True, 250), (False, 244)]
     pairs = [Pair("a", "0", "0", clips[0], clips[1]), Pair("a", "1", "1", clips[2], clips[3])]
-    scores = score(model, codes, Scoring(None), tmp_path / "log", 2100)
-    report = results(Benchmark(pairs), ids, codes, scores, Scoring(None), SALMON_PARTS)
+    by_id = score(model, codes, Scoring(None), tmp_path / "log", 2100)
+    coded, scores = [codes[i] for i in ids], [{"primary": by_id[i]} for i in ids]
+    nones = [None] * len(ids)
+    report = results(Benchmark(pairs), coded, nones, scores, Scoring(None), SALMON_PARTS)
     assert (report["parts"]["a"]["pairs_cut"], report["parts"]["a"]["ties"]) == (2, 1)
     assert report["pairs"][1]["correct"] == 0.5 and report["mean_of_parts"] is None
-    strict = results(Benchmark(pairs), ids, codes, scores, Scoring(None, as_released=True), ())
+    strict = results(Benchmark(pairs), coded, nones, scores, Scoring(None, as_released=True), ())
     assert strict["pairs"][1]["correct"] == 0.0 and strict["pairs"][1]["is_tie"]
 
 
@@ -143,7 +149,7 @@ def test_batches_score_as_clips_alone_do(tmp_path, encoded, model, as_released, 
     scoring = Scoring(levels, as_released)
     batched = score(model, codes, scoring, tmp_path / "log")
     clips = {i: (torch.from_numpy(clip.codes_TQ.astype("int64")), clip.is_cut) for i, clip in codes.items()}
-    alone = {i: batch_scores(model, [clip], scoring)[0] for i, clip in clips.items()}
+    alone = {i: batch_scores(model, [clip], scoring)[0]["primary"] for i, clip in clips.items()}
     assert batched == pytest.approx(alone, abs=1e-4)
     for positive, negative in zip(ids[::2], ids[1::2], strict=True):
         assert (batched[positive] > batched[negative]) == (alone[positive] > alone[negative])
@@ -275,6 +281,16 @@ def test_result_files_explain_themselves(model_folder, some_pairs, tmp_path):
     right = sum(pair["positive_score"] > pair["negative_score"] for pair in report["pairs"])
     assert part["accuracy"] == (right + part["ties"] / 2) / 40 and "no mean over parts" in said
     assert len(report["missing_parts"]) == 7 and report["mean_of_parts"] is None
+    assert list(report["rules"]) == ["level_0", "all_levels", "after_prompt", "normalised"]
+    assert all(pair["prompt_frames"] + pair["rest_frames"] > pair["prompt_frames"] > 10 for pair in report["pairs"])
+    table = read_results([tmp_path]).items
+    for rule, found in report["rules"].items():
+        some = [pair["rules"][rule] for pair in report["pairs"]]
+        right = sum(one["positive_score"] > one["negative_score"] for one in some)
+        accuracy = (right + sum(one["is_tie"] for one in some) / 2) / 40
+        assert found["parts"]["speaker_consistency"]["accuracy"] == accuracy
+        assert table["value"][table["measure"] == f"salmon/speaker_consistency:{rule}"].mean() == accuracy
+        assert f"rule {rule.replace('_', ' ')}: speaker_consistency: {100 * accuracy:.1f} %" in said
 
     run_ranks(1, command(model_folder, tmp_path, some_pairs, *flags, "--limit", "7"), tmp_path / "log")
     quick = report_of(tmp_path, "official-levels_0_1-grammar-limit_7")
@@ -285,6 +301,23 @@ def test_result_files_explain_themselves(model_folder, some_pairs, tmp_path):
     run_ranks(1, command(model_folder, tmp_path, some_pairs, "--preset", "original"), tmp_path / "log")
     original = report_of(tmp_path, "original")
     assert original["scoring"]["as_released"] and original["codes_sha256"] != report["codes_sha256"]
+    assert original["rules"] == {} and "prompt_frames" not in original["pairs"][0]
+
+
+def test_rules_have_headings_below_the_row_of_their_benchmark():
+    names = ["similarity", "salmon/mean:normalised", "sLM21/lexical_dev:all_levels", "salmon/mean:level_0"]
+    names += ["sLM21/lexical_dev", "salmon/mean", "salmon/mean:after_prompt", "bits/4"]
+    assert [measure_of(name).heading for name in in_order(names)] == [
+        "validation bits/s, Q = 4",
+        "SALMon mean",
+        "SALMon mean, level 0",
+        "SALMon mean, after prompt",
+        "SALMon mean, normalised",
+        "sWUGGY",
+        "sWUGGY, all levels",
+        "speaker similarity",
+    ]
+    assert measure_of("salmon/mean:level_0").text(0.5) == "50.0"
 
 
 def test_a_limit_draws_a_part_of_what_a_larger_one_draws():
@@ -320,7 +353,8 @@ def test_slm21_writes_the_official_submission(model_folder, tmp_path):
     for pair, side in itertools.product(report["pairs"], ("positive", "negative")):
         assert float(scores[pair[side].removesuffix(".ogg")]) == pair[f"{side}_score"]
     assert report["parts"]["syntactic_dev"]["by"]["type"]["word_order"]["count"] == 4
-    assert report["scoring"]["levels"] == [0]
+    assert report["scoring"]["levels"] == [0] and list(report["rules"]) == ["all_levels"]
+    assert report["rules"]["all_levels"]["parts"]["syntactic_dev"]["by"]["type"]["word_order"]["count"] == 4
 
 
 def test_mistakes_get_one_sentence(model_folder, some_pairs, tmp_path):

@@ -243,23 +243,31 @@ def speech_model(pair, tokenizer):
 )
 @torch.no_grad()
 def test_a_score_is_that_of_the_plainest_loop(speech_model, tokenizer, scoring, is_cut):
-    """A score from a batch with a longer clip equals the result of a loop over single frames and levels."""
+    """Scores from a batch with a longer clip equal the results of a loop over single frames and levels."""
     csm, codes_TQ = speech_model.decoder, clip(6, 5)
-    found, _ = batch_scores(speech_model, [(codes_TQ, is_cut), (clip(11, 6), False)], scoring)
+    found, _ = batch_scores(speech_model, [(codes_TQ, is_cut), (clip(11, 6), False)], scoring, [2, 0])
     states_LD = csm.backbone_model(inputs_embeds=csm_inputs(csm, tokenizer, codes_TQ)).last_hidden_state[0]
-    num_entries, values = K if scoring.likelihood == "grammar" else K + 1, []  # the end is valid only at level 0
-    for state_D, entries_Q in zip(states_LD[1:-1], codes_TQ, strict=True):
-        for level in range(Q) if scoring.levels is None else scoring.levels:
+    num_entries, values = K if scoring.likelihood == "grammar" else K + 1, {}  # the end is valid only at level 0
+    for frame, (state_D, entries_Q) in enumerate(zip(states_LD[1:-1], codes_TQ, strict=True)):
+        for level in range(Q):
             if level:
                 ids_1L = torch.tensor([[0, *entries_Q[:level].tolist()]])
                 depth = csm.depth_decoder(input_ids=ids_1L, backbone_last_hidden_state=state_D[None])
                 logits_V = depth.logits[0, level - 1, :num_entries]
             else:
                 logits_V = csm.lm_head(state_D)
-            values.append(float(logits_V.log_softmax(-1)[entries_Q[level]]))
-    if not is_cut:
-        values.append(float(csm.lm_head(states_LD[-1]).log_softmax(-1)[K]))
-    assert found == pytest.approx(sum(values) / len(values), abs=1e-5)
+            values[frame, level] = float(logits_V.log_softmax(-1)[entries_Q[level]])
+    end = [] if is_cut else [float(csm.lm_head(states_LD[-1]).log_softmax(-1)[K])]
+
+    def mean(levels, first=0):
+        some = [value for (frame, level), value in values.items() if frame >= first and level in levels] + end
+        return pytest.approx(sum(some) / len(some), abs=1e-5)
+
+    every = range(Q)
+    levels = every if scoring.levels is None else scoring.levels
+    expected = {"primary": mean(levels), "after_prompt": mean(levels, first=2)}
+    expected |= {name: mean(some) for name, some in (("level_0", [0]), ("all_levels", every)) if [*some] != [*levels]}
+    assert found == expected
 
 
 def test_a_checkpoint_becomes_a_stock_folder(tmp_path, monkeypatch, caplog):
@@ -289,7 +297,10 @@ def test_a_checkpoint_becomes_a_stock_folder(tmp_path, monkeypatch, caplog):
     speech = load_speech_model(str(tmp_path / "folder"), device="cpu")
     reference = HierarchicalModel(in_transformers(model), tokenizer, speech.codec)
     clips = [(clip(6), False), (clip(4, 1), True)]
-    assert batch_scores(speech, clips, Scoring(None)) == pytest.approx(batch_scores(reference, clips, Scoring(None)))
+    for found, wanted in zip(
+        *(batch_scores(model, clips, Scoring(None)) for model in (speech, reference)), strict=True
+    ):
+        assert found == pytest.approx(wanted)
 
     # Greedy decoding after a spoken prompt of whole frames.
     (samples_S,) = torch.rand(1, 10 * 1920, generator=torch.Generator().manual_seed(0)) - 0.5

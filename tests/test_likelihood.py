@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY
@@ -10,9 +11,12 @@ from transformers import LlamaForCausalLM
 
 from llama_mimi.audio.mimi import MimiCodec
 from llama_mimi.checkpoint.huggingface import hf_config
+from llama_mimi.common.distributed import DistributedContext
 from llama_mimi.common.errors import UserError
+from llama_mimi.common.resume import ProgressLog
+from llama_mimi.corpora.code_shards import CodedClip
 from llama_mimi.evaluation.options import EvaluationOptions, Scoring
-from llama_mimi.evaluation.scoring import batch_scores
+from llama_mimi.evaluation.scoring import batch_scores, score_clips, shared_prompt
 from llama_mimi.generation.flattened import FlattenedModel
 from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs
 from llama_mimi.tokens.tokenizer import SpeechTokenizer, load_speech_tokenizer
@@ -76,8 +80,8 @@ def test_preset_original_is_the_first_release(models, levels, Q, adds_bos, is_cu
         assert tokens == [f"<{code}_0>" for code in codes_TQ[:, 0].tolist()] + ["</audio>"]
     else:  # without BOS, level 1 is scored
         assert tokens == [f"<{code}_1>" for code in codes_TQ[:, 1].tolist()]
-    (score,) = batch_scores(model, [(codes_TQ, is_cut)], Scoring(levels, as_released=True))
-    assert score == pytest.approx(plain_mean(model, ids, positions), abs=1e-5)
+    (scores,) = batch_scores(model, [(codes_TQ, is_cut)], Scoring(levels, as_released=True))
+    assert scores == {"primary": pytest.approx(plain_mean(model, ids, positions), abs=1e-5)}
 
 
 @pytest.mark.parametrize("is_cut", [False, True])
@@ -99,18 +103,68 @@ def test_preset_official_scores_what_it_says(models, levels, Q, adds_bos, is_cut
     if not is_cut:
         positions.append(len(ids))
         ids.append(vocabulary.audio_end_id)
-    (score,) = batch_scores(model, [(codes_TQ, is_cut)], Scoring(levels))
-    assert score == pytest.approx(plain_mean(model, ids, positions), abs=1e-5)
+    (scores,) = batch_scores(model, [(codes_TQ, is_cut)], Scoring(levels))
+    assert scores["primary"] == pytest.approx(plain_mean(model, ids, positions), abs=1e-5)
     (grammar,) = batch_scores(model, [(codes_TQ, is_cut)], Scoring(levels, likelihood="grammar"))
-    assert grammar == pytest.approx(plain_mean(model, ids, positions, is_grammar=True), abs=1e-5)
-    assert grammar > score + 0.5
+    assert grammar["primary"] == pytest.approx(plain_mean(model, ids, positions, is_grammar=True), abs=1e-5)
+    assert grammar["primary"] > scores["primary"] + 0.5
+
+
+@pytest.mark.parametrize("levels", [None, (0,), (1, 3)])
+def test_further_rules_are_plain_means(models, levels, tmp_path):
+    """All rules of one command, for clips with several prompts, without a shared prompt, and cut clips."""
+    model, Q = models[4, True], 4
+    vocabulary = model.tokenizer.vocabulary
+    wanted = set(range(Q) if levels is None else levels)
+    codes = {"a": random_codes(7), "b": random_codes(9), "cut": random_codes(6)}
+    clips = [("a", 3), ("b", 3), ("a", 5), ("cut", 5), ("a", 0)]
+
+    def plain(name, levels, first=0):
+        """Return the mean over some levels of the frames from ``first`` on, which the model reads after <audio>."""
+        ids = [model.tokenizer.text_tokenizer.bos_token_id, vocabulary.audio_start_id]
+        ids += vocabulary.ids_from_codes(codes[name][first:]).tolist() + [vocabulary.audio_end_id] * (name != "cut")
+        return ids, [i for i in range(2, len(ids)) if (i - 2) % Q in levels or ids[i] == vocabulary.audio_end_id]
+
+    coded = {name: CodedClip(name, codes_TQ.numpy(), 0.0, name == "cut") for name, codes_TQ in codes.items()}
+    log = ProgressLog(tmp_path, {})
+    found = score_clips(model, coded, clips, Scoring(levels), 100, log, DistributedContext())
+    for (name, prompt), scores in zip(clips, found, strict=True):
+        ids, positions = plain(name, wanted)
+        rules = {"primary": plain_mean(model, ids, positions)}
+        rules |= {} if levels == (0,) else {"level_0": plain_mean(model, *plain(name, {0}))}
+        rules |= {} if levels is None else {"all_levels": plain_mean(model, *plain(name, set(range(Q))))}
+        rules["after_prompt"] = plain_mean(model, ids, [i for i in positions if i >= 2 + prompt * Q])
+        without = plain_mean(model, *plain(name, wanted, prompt)) if prompt else 0.0
+        rules["normalised"] = rules["after_prompt"] - without
+        assert scores == pytest.approx(rules, abs=1e-5)
+    assert len({scores["after_prompt"] for scores in found}) == len(clips)
+    again = score_clips(model, coded, clips, Scoring(levels), 100, log, DistributedContext())
+    assert again == found  # from the log
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "frames"),
+    [
+        ([[1, 2], [3, 4], [5, 6]], [[1, 2], [3, 4], [7, 6], [8, 8]], 2),
+        ([[1, 2], [3, 4], [5, 6]], [[1, 2], [3, 9], [5, 6]], 1),  # a frame is equal only if all its levels are
+        ([[1, 2], [3, 4]], [[9, 2], [3, 4]], 0),
+        ([[1, 2], [3, 4]], [[1, 2], [3, 4], [5, 6]], 1),  # a prefix of the other clip: one frame is left
+        ([[1, 2], [3, 4]], [[1, 2], [3, 4]], 1),
+        ([[1, 2]], [[1, 2], [3, 4]], 0),
+    ],
+)
+def test_a_prompt_is_the_common_prefix_in_whole_frames(first, second, frames):
+    assert (
+        shared_prompt(np.array(first), np.array(second)) == frames == shared_prompt(np.array(second), np.array(first))
+    )
 
 
 def test_scores_do_not_depend_on_how_many_logits_are_made_at_once(models, monkeypatch):
     clips = [(random_codes(frames), False) for frames in (3, 20)]
     expected = batch_scores(models[4, True], clips, Scoring(None))
     monkeypatch.setattr("llama_mimi.generation.flattened.POSITIONS_AT_ONCE", 7)
-    assert batch_scores(models[4, True], clips, Scoring(None)) == pytest.approx(expected, abs=1e-6)
+    for found, wanted in zip(batch_scores(models[4, True], clips, Scoring(None)), expected, strict=True):
+        assert found == pytest.approx(wanted, abs=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,20 @@ def test_flavours_have_the_size_of_their_model_cards(flavor, num_params, width):
     assert flops == 6 * multiplied + 12 * args.n_layers * args.dim * 1024
 
 
+def test_shapes_have_the_ratios_of_the_1b_model():
+    unlike = {"vocab_size": 0, "max_seq_len": 0}  # set by a config
+    for name in ("2048x16", "2048x16+1024x4"):
+        assert replace(FLAVORS[name], **unlike) == replace(FLAVORS["1B"], **unlike)
+    args = FLAVORS["768x8"]
+    assert (args.n_heads, args.n_kv_heads, args.ffn_dim) == (12, 3, 3072)
+    assert (args.depth.dim, args.depth.n_layers, args.depth.ffn_dim) == (384, 2, 3072)
+    assert model_args(hf_config(args)).ffn_dim == args.ffn_dim
+    for name in ("700x12", "768", "0x4", "768x0", "768x8+100x2", "2B"):
+        assert name not in FLAVORS
+        with pytest.raises(KeyError):
+            FLAVORS[name]
+
+
 @pytest.mark.parametrize("architecture", ["flattened", "hierarchical"])
 @pytest.mark.parametrize("spare", [0, 14])  # without and with padding at the end
 @pytest.mark.parametrize("pad_id", [0, 7])

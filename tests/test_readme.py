@@ -66,6 +66,7 @@ SMALLEST = {
         "--shape tiny --new_frames 2 --repeats 1 --batch_sizes 2 --stream_seconds 1 --prompts 32"
     ),
     f"{BENCHMARKS}fuzz_audio.py": "--num_files 30",
+    f"{BENCHMARKS}simulate_intervals.py": "--simulations 3",
     f"{BENCHMARKS}kill_runs.py": "--of tokenization --kills 1 --max_seconds 20 --folder outputs/kills",
 }
 

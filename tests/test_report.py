@@ -4,7 +4,6 @@ import json
 import math
 import re
 import shutil
-import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import report
+import scipy
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,11 +20,12 @@ from llama_mimi.common.command_line import parse_options
 from llama_mimi.common.errors import UserError
 from llama_mimi.evaluation.benchmarks import SALMON_PARTS
 from llama_mimi.evaluation.results import FORMAT
+from llama_mimi.evaluation.statistics import Interval, crossed_interval, pooled_run_variance
 from llama_mimi.report import comparisons
-from llama_mimi.report.comparisons import comparable_sets, comparison, report_results, summary
+from llama_mimi.report.comparisons import comparable_sets, comparison, report_results, summary, with_stars
 from llama_mimi.report.document import to_markdown
-from llama_mimi.report.estimates import Estimate, estimate, same_items
-from llama_mimi.report.results import measure_of, read_results
+from llama_mimi.report.estimates import Estimate, same_items
+from llama_mimi.report.results import COLUMNS, measure_of, read_results
 from llama_mimi.study.config import read_study
 from llama_mimi.study.report import write_report
 
@@ -44,6 +45,7 @@ def result_file(folder, model, corrects, benchmark="salmon", preset="official", 
         "audio_sha256": "data",
         "data_kind": "other",
         "notes": ["a note"],
+        "rules": {},
         "pairs": [
             {"part": part, "group": f"g{i // voices}", "correct": float(correct), "is_cut": i == 0}
             for part, of_part in corrects.items()
@@ -89,7 +91,7 @@ def make(monkeypatch, capsys):
 
 
 def cells(text, title):
-    """Return the cells in the tables of a section, by measure and column."""
+    """Return the cells in the tables of a section, by measure and column. The first of several tables counts."""
     (section,) = [part for part in re.split(r"^#+ ", text, flags=re.M) if part.splitlines()[:1] == [title]]
     found, header = {}, None
     for line in [*section.splitlines(), ""]:
@@ -98,7 +100,7 @@ def cells(text, title):
             header = row or None
         elif set(row) != {"---"}:
             measure = re.sub(r"(, synthetic)?( \(n = .*)?$", "", row[0])
-            found |= {(measure, column): cell for column, cell in zip(header[1:], row[1:], strict=True) if cell}
+            found = {(measure, column): cell for column, cell in zip(header[1:], row[1:], strict=True) if cell} | found
     return found
 
 
@@ -134,7 +136,8 @@ def test_two_models_on_the_same_pairs_are_compared(tmp_path, make):
     # p-value for 10 pairs against 1: 2 * (1 + 11) / 2**11
     assert "| SALMon rir consistency, data data | x | y | 10 | 1 | 0.012 |" in text and text.count("| 0.012 |") == 1
     difference = cells(text, "Differences, Accuracy, preset official")["SALMon rir consistency, data data", "y"]
-    assert difference.startswith("15.0, -45.0 (-70.0 to -20.0)") and "*" not in difference  # one seed
+    of_pairs = scipy.stats.ttest_rel([1] * 2 + [0] * 10 + [1] + [0] * 7, [1] * 12 + [0] * 8).confidence_interval()
+    assert difference == f"15.0, -45.0 ({100 * of_pairs.low:+.1f} to {100 * of_pairs.high:+.1f})"  # no star
 
 
 def test_published_numbers_are_only_beside_official_data(tmp_path, make):
@@ -151,10 +154,10 @@ def test_published_numbers_are_only_beside_official_data(tmp_path, make):
 
 
 def test_mistakes_get_one_sentence(tmp_path, make):
-    for folder, number in (("a", 3), ("b", 3), ("old", 2)):
+    for folder, number in (("a", FORMAT), ("b", FORMAT), ("old", 2)):
         result_file(tmp_path / folder, "m", {"rir_consistency": [1]}, format=number)
     for folders, message in (
-        (["old"], "has format 2, not 3; remove the file and re-run the evaluation"),
+        (["old"], f"has format 2, not {FORMAT}; remove the file and re-run the evaluation"),
         (["a", "b"], "repeats a result of m on salmon"),
         (["typo"], "typo' does not exist"),
     ):
@@ -200,7 +203,7 @@ def test_systems_are_compared_on_the_same_samples(a, b, reference):
     systems = {"a": a, "b": b, "r": of_prompts}
     rows = pd.concat([pd.DataFrame(samples(of)).assign(system=name, part="x") for name, of in systems.items()])
     rows = rows.rename(columns={"prompt": "item", "similarity": "value"}).astype({"value": float})
-    found, left_out = same_items(rows.assign(sample=rows["sample"].fillna(-1).astype(int)))
+    found, left_out = same_items(rows.assign(sample=rows["sample"].fillna(-1).astype(int), cluster=rows["item"]))
     value = {"a": lambda p, k: a[p][k], "b": lambda p, k: b[p][k], "r": lambda p, k: of_prompts[p]}
     value = {name: of for name, of in value.items() if any(of(p, k) is not None for p in "abcde" for k in range(3))}
     assert set(found) == set(value)
@@ -210,7 +213,7 @@ def test_systems_are_compared_on_the_same_samples(a, b, reference):
     kept = {p: numbers for p, numbers in kept.items() if numbers}
     for name, of in value.items():
         means = {p: pytest.approx(np.mean([of(p, k) for k in ks])) for p, ks in kept.items()}
-        assert found.droplevel("part")[name].to_dict() == means
+        assert found.droplevel(["part", "cluster"])[name].to_dict() == means
     assert left_out == 15 - sum(map(len, kept.values()))
 
 
@@ -223,7 +226,8 @@ def test_continuations_are_summarised_on_the_same_samples(tmp_path):
     ((title, items),) = comparable_sets(read_results([tmp_path]).items)
     text = to_markdown([summary(items, title)])
     found = [cells(text, title)["speaker similarity", name] for name in ("a", "b", "recording")]
-    assert found == ["2.000 (1.000 to 3.000)", "3.000 (2.000 to 4.000)", "5.500 (5.000 to 6.000)"]
+    # Student's t with one degree of freedom: 12.706 standard errors, which are half of the difference.
+    assert found == ["2.000 (-10.706 to 14.706)", "3.000 (-9.706 to 15.706)", "5.500 (-0.853 to 11.853)"]
     assert "(n = 2) |" in text and "4 samples are excluded" in text and "no value for silent" in text
 
 
@@ -246,84 +250,167 @@ def test_speakers_are_clusters_and_the_table_names_the_speaker_encoder(tmp_path)
 def test_an_unknown_measure_has_its_own_name(tmp_path):
     generations_file(tmp_path, "a", {"x": [1.0], "y": [3.0]}, "new_measure")
     rows = summary(read_results([tmp_path]).items, "t").tables[0].rows
-    assert rows == [["new_measure (n = 2)", "2.00 (1.00 to 3.00)"]]
+    assert rows == [["new_measure (n = 2)", "2.00 (-10.71 to 14.71)"]]
 
 
 def test_logarithms_are_shown_as_perplexities_and_ratios(tmp_path):
-    for name, low, high in (("a", 10.0, 1000.0), ("b", 5.0, 500.0)):
+    for name, low, high in (("a", 10.0, 11.0), ("b", 5.0, 5.6)):
         values = {"x": [math.log(low)], "y": [math.log(high)]}
         generations_file(tmp_path, name, values, "log_perplexity")
     items = read_results([tmp_path]).items
-    assert summary(items, "t").tables[0].rows[0][1:] == ["100.0 (10.0 to 1000.0)", "50.0 (5.0 to 500.0)"]
+    # The mean of log(10) and log(11), plus and minus 12.706 standard errors, which are log(11 / 10) / 2.
+    assert summary(items, "t").tables[0].rows[0][1] == "10.5 (5.7 to 19.2)"
     section = comparison(items, "t", {"A": ["a"], "B": ["b"]}, None)
-    assert section.tables[0].rows[0][2] == "50.0, ratio 0.50 (0.50 to 0.50)"
+    ratio = (10 * 11 / 5 / 5.6) ** -0.5
+    low, high = (ratio * (5.6 / 5 / 1.1) ** (sign * 12.7062 / 2) for sign in (-1, 1))
+    assert section.tables[0].rows[0][2] == f"5.3, ratio {ratio:.2f} ({low:.2f} to {high:.2f})"
 
 
-# Differences over seeds.
+# Differences over runs and items.
 
 
-def difference(*by_pair_of_seeds, measure="distillmos"):
-    index = pd.MultiIndex.from_tuples([("p", str(i)) for i in range(len(by_pair_of_seeds[0]))], names=["part", "item"])
-    return estimate(pd.DataFrame(dict(enumerate(by_pair_of_seeds)), index=index), measure_of(measure))
+@pytest.fixture
+def runs(tmp_path):
+    """Return the results of two variants A and B and a variant C with one failed run, and their values.
 
-
-def test_a_star_is_where_neither_interval_contains_zero():
-    text = {
-        ((0.2, 0.3), (0.22, 0.31)): "+0.26 (+0.21 to +0.30) ± 0.10 *",
-        ((0.2, 0.3), (0.2, 0.3)): "+0.25 (+0.20 to +0.30) ± 0.00",  # equal seeds
-        ((0.2, 0.3),): "+0.25 (+0.20 to +0.30)",  # one seed
-    }
-    assert {seeds: difference(*seeds).text(is_difference=True) for seeds in text} == text
-    for seeds in (
-        ((0.2, 0.3), (0.2, 0.9)),  # seeds differ
-        ((-1.0, 2.0), (-1.0, 2.0)),  # pairs differ
-        ((0.2,), (0.21,)),  # one pair
-        ((0.1, 0.2 + 0.1), (0.3 - 0.2, 0.3), (0.1, 0.3)),  # seeds differ by rounding
-        ((0.25, 0.25), (0.26, 0.26)),  # equal pairs
-    ):
-        assert not difference(*seeds).is_significant
-    ratio = difference((0.2, 0.21), (0.2, 0.22), measure="log_perplexity")
-    assert ratio.text(is_difference=True) == "ratio 1.23 (1.22 to 1.24) ± a factor of 1.03 *"
-    bits = measure_of("bits/4")
-    assert Estimate(bits, (1.0, 1.1), None, 0).is_significant  # no items
-    assert not Estimate(bits, (1.0, 1.0, 1.0), None, 0).is_significant
-
-
-def test_variants_are_compared_pair_by_pair_and_seed_by_seed(tmp_path):
-    """Compare with plain computations. One run has failed, and one run lacks the value of a prompt."""
+    Prompts have three speakers. In run b0, prompt p3 has no value.
+    """
     random = np.random.default_rng(0)
-    credits = {name: random.integers(0, 2, 20) for name in ("a0", "a1", "b0", "b1", "c1")}
+    credits = {name: random.integers(0, 2, 20) for name in ("a0", "a1", "a2", "b0", "b1", "b2", "c1")}
+    voices = {name: random.normal(size=6) for name in credits}
+    voices["b0"][3] = np.nan
     for name, of_run in credits.items():
         result_file(tmp_path, name, {"speaker_consistency": of_run.tolist()}, data_kind="synthetic")
-        voices = {f"p{i}": [None if (name, i) == ("b0", 3) else float(random.normal())] for i in range(6)}
-        generations_file(tmp_path, name, voices)
+        values = {f"p{i}": [None if np.isnan(value) else value] for i, value in enumerate(voices[name])}
+        generations_file(tmp_path, name, values)
     generations_file(tmp_path, "recording", {f"p{i}": 0.1 * i for i in range(7)}, made_by=None)
     items = read_results([tmp_path]).items
-    groups = {"A": ["a0", "a1"], "B": ["b0", "b1"], "C": ["c0", "c1"]}
-    section = comparison(items, "Title", groups, "forest")
-    table, references = section.tables
+    is_prompt = items["measure"] == "similarity"
+    items["cluster"] = items["item"].where(~is_prompt, "speaker" + (items["item"].str[-1:]))
+    items["cluster"] = items["cluster"].replace(
+        {"speaker3": "speaker0", "speaker4": "speaker1", "speaker5": "speaker2"}
+    )
+    return items, credits, voices
+
+
+GROUPS = {"A": ["a0", "a1", "a2"], "B": ["b0", "b1", "b2"], "C": ["c0", "c1"]}
+
+
+def shown(interval, digits, is_difference=True):
+    form = f"{'+' if is_difference else ''}z.{digits}f"
+    return f"{interval.mean:{form}} ({interval.low:{form}} to {interval.high:{form}})"
+
+
+def test_variants_are_compared_over_runs_and_items_together(runs):
+    """Compare with arrays made by hand. A mean uses its own prompts; a difference uses the prompts of both variants."""
+    items, credits, voices = runs
+    section = comparison(items, "Title", GROUPS, "forest")
+    table, references, decisions = section.tables
     assert table.header == ["measure", "A", "B", "C"] and section.pictures[0].name == "forest.png"
     speaker, similarity = table.rows
-    assert speaker[0] == "SALMon speaker consistency, synthetic (n = 20)" and similarity[0].endswith("(n = 5)")
-    percent = {name: 100 * of_run.mean() for name, of_run in credits.items()}
-    mean, low, high, half = map(float, re.fullmatch(r"(\S+) \((\S+) to (\S+)\) ± (\S+)", speaker[1]).groups())
-    assert mean == pytest.approx((percent["a0"] + percent["a1"]) / 2, abs=0.05) and low < mean < high
-    assert half == pytest.approx(12.7062 * statistics.stdev([percent["a0"], percent["a1"]]) / 2**0.5, abs=0.05)
-    changes = [percent[f"b{seed}"] - percent[f"a{seed}"] for seed in range(2)]
-    assert f", {statistics.mean(changes):+.1f} (" in speaker[2]
-    assert f", {percent['c1'] - percent['a1']:+.1f} (" in speaker[3] and "±" not in speaker[3]
-    assert references.rows == [["speaker similarity", "0.240"]]  # mean over the prompts 0, 1, 2, 4, 5
+    assert speaker[0] == "SALMon speaker consistency, synthetic (n = 20)"
+    assert similarity[0] == "speaker similarity (n = 6; 3 speakers)"
+    of = {
+        label: np.array([credits[run] for run in systems if run in credits]) * 100.0
+        for label, systems in GROUPS.items()
+    }
+    pooled = pooled_run_variance([of[label].mean(axis=1) for label in "ABC"])
+    assert pooled.df == 4  # C has one run
+    mean = crossed_interval(of["A"], run_variance=pooled)
+    assert speaker[1] == shown(mean._replace(low=max(mean.low, 0), high=min(mean.high, 100)), 1, is_difference=False)
+    for cell, label in zip(speaker[2:], "BC", strict=True):
+        assert cell == f"{of[label].mean():.1f}, {shown(crossed_interval(of[label], of['A'], run_variance=pooled), 1)}"
+    of = {label: np.array([voices[run] for run in systems if run in voices]) for label, systems in GROUPS.items()}
+    kept, speakers = np.array([0, 1, 2, 4, 5]), np.array([0, 1, 2, 0, 1, 2])
+    pooled = pooled_run_variance([of["A"].mean(axis=1), of["B"][:, kept].mean(axis=1)])
+    both = crossed_interval(of["B"][:, kept], of["A"][:, kept], clusters_N=speakers[kept], run_variance=pooled)
+    assert similarity[2] == f"{of['B'][:, kept].mean():.3f}, {shown(both, 3)}, n = 5"
+    assert similarity[3].split(", ")[1] == shown(
+        crossed_interval(of["C"], of["A"], clusters_N=speakers, run_variance=pooled), 3
+    )
+    assert references.rows == [["speaker similarity", "0.250"]]  # mean over the six prompts
     alone = comparison(items, "Title", {"A": ["a0"], "B": ["nobody"]}, None)
     assert [len(table.rows[0]) for table in alone.tables] == [3, 2] and not alone.pictures
+    # Runs with different seeds: of A and B, of A with B, and of A with C.
+    different = {(a, b): 100 * np.mean(credits[a] != credits[b]) for a in credits for b in credits}
+    of_one = [np.mean([different[f"{v}{i}", f"{v}{j}"] for i, j in ((0, 1), (0, 2), (1, 2))]) for v in "ab"]
+    of_two = [different[f"a{i}", f"b{j}"] for i in range(3) for j in range(3) if i != j]
+    expected = [np.mean(of_one), np.mean(of_two), np.mean([different["a0", "c1"], different["a2", "c1"]])]
+    assert decisions.rows == [["SALMon speaker consistency", *(f"{value:.1f}" for value in expected)]]
+
+
+def test_one_run_decides_nothing(runs):
+    """The interval of a difference between single runs is that of a paired t-test, without a star."""
+    items, credits, _ = runs
+    items["value"] = items["value"].where(items["system"] != "b1", 5.0 + items["value"])  # far above a1
+    section = comparison(items, "t", {"A": ["a1"], "B": ["b1"]}, None)
+    low, high = scipy.stats.ttest_rel(credits["b1"] + 5.0, credits["a1"]).confidence_interval()
+    assert f"({100 * low:+.1f} to {100 * high:+.1f})" in section.tables[0].rows[0][2] and low > 4
+    assert "*" not in str(section.tables[0].rows) and not section.texts and len(section.tables) == 2
+
+
+def test_unequal_variances_are_not_pooled(tmp_path):
+    """With †, the interval of bits is that of Welch's t-test; else, that of Student's t-test."""
+    values = pd.Series([1.0, 1.1, 0.9, 1.3, 1.35, 1.2, 20.0, 0.0, 20.0, 0.0], list("abcdefghij"))
+    rows = [dict.fromkeys(COLUMNS, "") | {"system": run, "value": value} for run, value in values.items()]
+    items = pd.DataFrame(rows).assign(measure="bits/4", is_reference=False, sample=0)
+    first = list("abc")
+    for second, mark, test in ((list("def"), "", {"equal_var": True}), (list("ghij"), " †", {"equal_var": False})):
+        (row,) = comparison(items, "t", {"A": first, "B": second}, None).tables[0].rows
+        low, high = scipy.stats.ttest_ind(values[second], values[first], **test).confidence_interval()
+        assert row[0] == f"validation bits/s, Q = 4{mark}" and f"({low:+.1f} to {high:+.1f})" in row[2]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(0, 0.2) | st.just(math.nan), min_size=1, max_size=12), st.integers(0, 11))
+def test_stars_keep_the_false_discovery_rate(p_values, primary):
+    """Compare with the rule of Benjamini and Hochberg: the largest k for which the k-th p-value is at most 0.05 k/m."""
+    measure = measure_of("bits/4")
+    found = {
+        f"m{i}": {"B": Estimate(measure, Interval(1.0, 0.0, 2.0, p), (1.0,), 0, 1, is_primary=i == primary)}
+        for i, p in enumerate(p_values)
+    }
+    exploratory = sorted(p for i, p in enumerate(p_values) if i != primary and p == p)
+    limits = [p for k, p in enumerate(exploratory, 1) if p <= 0.05 * k / len(exploratory)]
+    expected = [p <= (0.05 if i == primary else max(limits, default=-1)) for i, p in enumerate(p_values)]
+    assert [of["B"].has_star for of in with_stars(found).values()] == expected
+
+
+def test_the_primary_difference_is_named_first(runs):
+    items, *_ = runs
+    costs = {"training": {"A": "1e+12 FLOP", "B": "2e+12 FLOP"}}
+    section = comparison(items, "t", GROUPS, None, primary=("salmon/speaker_consistency", "B"), costs=costs)
+    first, second = section.texts
+    found = re.fullmatch(
+        r"Primary difference, chosen before the runs: SALMon speaker consistency, 'B' against 'A': (.*), p = (.*)\.",
+        first,
+    )
+    assert f"{found[1]}, primary" in section.tables[0].rows[1][2] and 0 < float(found[2].strip(" *")) <= 1
+    assert second == "3 exploratory differences; 0 have a star."
+    assert section.tables[0].rows[0] == ["training", "1e+12 FLOP", "2e+12 FLOP", ""]
+    assert "'B' against 'A': not available." in comparison(items, "t", GROUPS, None, primary=("bits/4", "B")).texts[0]
+    # Costs do not depend on data, so the header can still mark all data as synthetic.
+    table = comparison(items[items["data_kind"] == "synthetic"], "t", GROUPS, None, costs=costs).tables[0]
+    assert table.header[0] == "measure (synthetic data)" and len(table.rows) == 2
+
+
+def test_rules_of_salmon_have_one_row_if_all_parts_are_there(runs):
+    items, *_ = runs
+    part = items[items["measure"] == "salmon/speaker_consistency"]
+    whole = [part.assign(measure=f"salmon/{name}{rule}") for name in SALMON_PARTS for rule in ("", ":level_0")]
+    for parts, number in ((whole, 10), (whole[:6], 6)):
+        (table, *_) = comparison(pd.concat(parts, ignore_index=True), "t", GROUPS, None).tables
+        assert len(table.rows) == number
+        assert any(row[0].startswith(measure_of("salmon/mean:level_0").heading) for row in table.rows) == (number == 10)
 
 
 def test_measures_without_a_common_item_are_named_and_conditions_are_not_mixed(tmp_path):
-    generations_file(tmp_path, "a", {"x": [1.0], "y": [None]})
-    generations_file(tmp_path, "b", {"x": [None], "y": [1.0]})
+    generations_file(tmp_path, "a0", {"x": [1.0], "y": [None]})
+    generations_file(tmp_path, "a1", {"x": [None], "y": [1.0]})
     for preset in ("official", "official-levels_0"):
-        result_file(tmp_path, "a", {"rir_consistency": [1, 0]}, preset=preset)
-    section = comparison(read_results([tmp_path]).items, "t", {"A": ["a"], "B": ["b"]}, None)
-    assert section.texts == ["Measures without a row, because no item has values of all models: speaker similarity."]
+        result_file(tmp_path, "a0", {"rir_consistency": [1, 0]}, preset=preset)
+    section = comparison(read_results([tmp_path]).items, "t", {"A": ["a0", "a1"], "B": ["b"]}, None)
+    assert section.texts == ["Measures without a row, because no item has values of all seeds: speaker similarity."]
     names = [row[0] for row in section.tables[0].rows]
     assert names == [f"SALMon rir consistency, {preset} (n = 2)" for preset in ("official-levels_0", "official")]
 
@@ -371,6 +458,10 @@ def test_a_study_without_results_names_its_runs(tiny_study):
     assert f"- {label} 0: salmon failed: no \\<disk\\>\n- {label} 1: not finished\n" in text
     # Bits have no items. Bits of different numbers of levels are not compared.
     found = {key[1]: cell for key, cell in cells(text, "Quantizers").items()}
-    assert found == {"Q = 4": "288.3 ± 3.4", "Q = 2": "103.9 ± 1.3", "Q = 8": "680.5 ± 7.7"}
+    assert found == {
+        "Q = 4": "288.3 (285.3 to 291.4)",
+        "Q = 2": "103.9 (102.7 to 105.2)",
+        "Q = 8": "680.5 (672.8 to 688.1)",
+    }
     bits = cells(text, "Weight of level 0")["validation bits/s, Q = 4", "weights semantic:100"]
-    assert bits == "367.2, +78.9 ± 7.5 *"
+    assert bits == "367.2, +78.9 (+74.6 to +83.2) *"

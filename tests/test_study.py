@@ -6,8 +6,11 @@ import re
 import shlex
 import shutil
 import sys
+import tomllib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,15 +25,20 @@ from llama_mimi.checkpoint.huggingface import hf_config
 from llama_mimi.common.command_line import to_cli_args
 from llama_mimi.common.errors import UserError
 from llama_mimi.evaluation.results import FORMAT
+from llama_mimi.generation.flattened import FlattenedModel
+from llama_mimi.generation.hierarchical import HierarchicalModel
+from llama_mimi.generation.kv_cache import _layer_step
 from llama_mimi.judging.script import FORMAT as GENERATIONS_FORMAT
 from llama_mimi.model.llama import FLAVORS
 from llama_mimi.report import comparisons
-from llama_mimi.study.budget import step_flops
-from llama_mimi.study.config import Run, Table, read_study
+from llama_mimi.study.budget import cost
+from llama_mimi.study.config import Run, label, read_study
 from llama_mimi.study.report import write_report
 from llama_mimi.study.run import check_unchanged, judge, run_folder, start, steps, train_and_score, write_index
+from llama_mimi.tokens.tokenizer import load_speech_tokenizer
 from llama_mimi.training.config_file import parse_config
 
+K = 256  # codebook size of the codec in assets/tiny
 SALMON = 'data_dir = "assets/tiny/benchmarks/salmon"\n'
 STUDY = """
 name = "mini"
@@ -49,9 +57,11 @@ settings = {{ "training.local_batch_size" = 1 }}
 title = "Architectures"
 architecture = ["flattened", "hierarchical"]
 steps = [40, 20]
+primary = {{ measure = "bits/4", architecture = "hierarchical", steps = 40 }}
 [[tables]]
 title = "Quantizers"
 num_quantizers = [4, 8]
+primary = {{ measure = "similarity", num_quantizers = 8 }}
 [benchmarks.salmon]
 data_dir = "assets/tiny/benchmarks/salmon"
 [benchmarks.sLM21]
@@ -87,7 +97,9 @@ def test_variants_are_the_combinations_of_each_table(tmp_path):
     assert [second.label(variant) for variant in second.variants] == ["Q = 4", "Q = 8"]
     weights = study.variants[0]._replace(level_weights="geometric:100")
     assert weights.name == "flattened-tiny-q4-geometric_100-40"  # valid as a folder name
-    assert Table("", (weights,)).label(weights) == weights.name
+    assert label(weights, [weights]) == weights.name
+    assert (first.primary_measure, first.primary_variant) == ("bits/4", study.variants[2])
+    assert (second.primary_measure, second.primary_variant.num_quantizers) == ("similarity", 8)
 
 
 def test_settings_of_a_variant(tmp_path):
@@ -116,7 +128,7 @@ def test_a_run_ends_with_a_validation(tmp_path):
         ("num_quantizers = [4, 8]", 'num_quantizers = ["4"]', r"sets num_quantizers to \['4'\]; expected list\[int\]"),
         ("[[override]]", "[override]", "is 'num_quantizers'; expected a section"),
         ('hierarchical = "config/tiny_hierarchical.toml"\n', "", "lacks the key 'hierarchical'"),
-        ("steps = [40, 20]", "steps = [0]", "training.steps is 0; set a positive"),
+        ("steps = [40, 20]", "steps = [40, 0]", "training.steps is 0; set a positive"),
         ("assets/tiny/llama", "base-q{num_quantisers}", "unknown name 'num_quantisers' in braces; use archit"),
         ("seeds = [3, 5]", "seeds = [3, 3]", r"seeds is \[3, 3\]; set each seed only once"),
         ("[generation]", '[launch]\ntrain = ["bash", "x"]\n[generation]', "set training.global_batch_size"),
@@ -124,6 +136,18 @@ def test_a_run_ends_with_a_validation(tmp_path):
         ("num_quantizers = [8]", "num_quantizers = [8, 6]", r"'num_quantizers': \[6\].* does not apply to any variant"),
         (SALMON, SALMON + "limmit = 3\n", "Unrecognized options: --limmit, 3"),
         ('corpus = "x.parquet"', "seconds = 3", "Missing from"),
+        (
+            'primary = { measure = "similarity", num_quantizers = 8 }',
+            "",
+            "primary of 'Quantizers' lacks the key 'measure'",
+        ),
+        (
+            "num_quantizers = 8 }",
+            "num_quantizers = 4 }",
+            "primary of 'Quantizers' selects 0 variants besides the baseline",
+        ),
+        (', architecture = "hierarchical", steps = 40', "", "primary of 'Architectures' selects 3 variants besides"),
+        ("bits/4", "sStoryCloze/tStoryCloze", "measure 'sStoryCloze/tStoryCloze', which the study does not compute"),
     ],
 )
 def test_mistakes_in_a_study(tmp_path, old, new, message):
@@ -142,44 +166,146 @@ def test_results_are_found_under_the_names_that_the_scripts_give(tmp_path):
 def test_steps_of_a_budget(tmp_path):
     """A cheaper model gets more steps for the same FLOPs."""
     study = read_study(written(tmp_path))
-    flat, deep = (step_flops(study.flags(study.variants[i]), num_ranks=1) for i in (0, 2))
-    study = read_study(written(tmp_path, a=("steps = [40, 20]", f"flops = [{10 * flat!r}]")))
+    flat, deep = (cost(study.flags(study.variants[i]), num_ranks=1).step_flops for i in (0, 2))
+    budget = (", steps = 40", ""), ("steps = [40, 20]", f"flops = [{10 * flat!r}]")
+    study = read_study(written(tmp_path, **dict(zip("ab", budget, strict=True))))
     assert [variant.steps for variant in study.tables[0].variants] == [10, round(10 * flat / deep)] and deep < flat
 
 
-@pytest.mark.parametrize(
-    ("architecture", "share"), [("flattened", 1.0), ("hierarchical", 1.0), ("hierarchical", 1 / 16)]
-)
-def test_a_step_costs_what_pytorch_counts_of_the_stock_model(tmp_path, architecture, share):
-    """Count the FLOPs of forward and backward for 64 frames. A fraction of the frames trains the depth decoder."""
-    study = read_study(written(tmp_path))
-    flags = study.flags(next(variant for variant in study.variants if variant.architecture == architecture))
-    flops = step_flops({**flags, "model.depth_train_fraction": share, "training.local_batch_size": 1}, 1)
-    Q, K, T, V = 4, 256, 64, 1538
-    args = replace(FLAVORS["tiny"], architecture=architecture, vocab_size=V, num_quantizers=Q, codebook_size=K)
+def shapes(*names):
+    """Return the architectures, flavors and Q of shipped studies."""
+    tables = [
+        table
+        for name in names
+        for table in tomllib.loads(Path(ROOT, f"config/studies/{name}.toml").read_text())["tables"]
+    ]
+    axes = [
+        (table.get("architecture", ["flattened"]), table.get("flavor", ["768x8"]), table.get("num_quantizers", [8]))
+        for table in tables
+    ]
+    return sorted({shape for values in axes for shape in itertools.product(*values)})
+
+
+SHAPES = [("flattened", "tiny", 4), ("hierarchical", "tiny", 4), *shapes("isoflop_1e18", "isoframe")]
+
+
+def built(architecture, flavor, Q):
+    """Return a model of transformers without weights, with the tokenizer and the codec of assets/tiny."""
+    tokenizer = load_speech_tokenizer(str(TINY / "llama"), str(TINY / "mimi"), Q, "llama", architecture)
+    own = {
+        "architecture": architecture,
+        "num_quantizers": Q,
+        "codebook_size": K,
+        "vocab_size": tokenizer.vocabulary.size,
+    }
+    args = replace(FLAVORS[flavor], **own)
     with torch.device("meta"):
         if architecture == "flattened":
-            model = LlamaForCausalLM(hf_config(args))
-            inputs = {"input_ids": torch.zeros(1, Q * T, dtype=torch.long)}
+            return LlamaForCausalLM(hf_config(args)), tokenizer
+        return CsmForConditionalGeneration(csm_config(args, codec=str(TINY / "mimi"), num_quantizers=Q)), tokenizer
+
+
+def cost_of(folder, architecture, flavor, Q, **settings):
+    study = read_study(written(folder))
+    flags = study.flags(study.variants[0]._replace(architecture=architecture, flavor=flavor, num_quantizers=Q))
+    return cost(flags | settings, num_ranks=1)
+
+
+@pytest.mark.parametrize(("architecture", "flavor", "Q"), SHAPES)
+@pytest.mark.parametrize("fraction", [1.0, 1 / 16])
+def test_a_step_costs_what_pytorch_counts_of_the_stock_model(tmp_path, architecture, flavor, Q, fraction):
+    """Count the FLOPs of forward and backward for 64 frames. A fraction of the frames trains the depth decoder."""
+    if fraction < 1 and architecture == "flattened":
+        pytest.skip("only the depth decoder can be trained on a fraction")
+    settings = {"model.depth_train_fraction": fraction, "training.local_batch_size": 1}
+    flops = cost_of(tmp_path, architecture, flavor, Q, **settings).step_flops
+    model, _ = built(architecture, flavor, Q)
+    model.set_attn_implementation("eager")  # the backward pass of this attention recomputes nothing
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        if architecture == "flattened":
+            total = model(input_ids=torch.zeros(1, Q * 64, dtype=torch.long)).logits.sum()
         else:
-            model = CsmForConditionalGeneration(csm_config(args, codec=str(TINY / "mimi"), num_quantizers=Q))
-            inputs = {"inputs_embeds": torch.zeros(1, T, args.dim, requires_grad=True)}
-            codes_NQ = torch.zeros(round(share * T), Q, dtype=torch.long)
-        model.set_attn_implementation("eager")  # the backward pass of this attention recomputes nothing
-        with FlopCounterMode(display=False) as counter:
-            if architecture == "flattened":
-                total = model(**inputs).logits.sum()
-            else:
-                hidden_TD = model.backbone_model(**inputs).last_hidden_state[0]
-                depth = model.depth_decoder(input_ids=codes_NQ, backbone_last_hidden_state=hidden_TD[: len(codes_NQ)])
-                total = model.lm_head(hidden_TD).sum() + depth.logits.sum()
-            total.backward()
+            embeds_BTD = torch.zeros(1, 64, model.config.hidden_size, requires_grad=True)
+            hidden_TD = model.backbone_model(inputs_embeds=embeds_BTD).last_hidden_state[0]
+            codes_NQ = torch.zeros(round(fraction * 64), Q, dtype=torch.long)
+            depth = model.depth_decoder(input_ids=codes_NQ, backbone_last_hidden_state=hidden_TD[: len(codes_NQ)])
+            total = model.lm_head(hidden_TD).sum() + depth.logits.sum()
+        total.backward()
     assert flops == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+@pytest.mark.parametrize(("architecture", "flavor", "Q"), [*SHAPES, ("flattened", "1B", 4), ("hierarchical", "1B", 4)])
+def test_generation_costs_what_pytorch_counts_of_the_decoding_loop(tmp_path, architecture, flavor, Q):
+    """Decode one frame after 10 s of context, without weights."""
+    decoder, tokenizer = built(architecture, flavor, Q)
+    codec = SimpleNamespace(num_quantizers=Q, device=torch.device("meta"))
+    model = {"flattened": FlattenedModel, "hierarchical": HierarchicalModel}[architecture](decoder, tokenizer, codec)
+    with torch.device("meta"), torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        caches = model.caches(num_rows=1, capacity=126 * Q)
+        for cache in caches:  # its matrix products are counted, but not the kernel for CPUs
+            cache._layer = partial(_layer_step, is_explicit=True)
+        context = caches[0]
+        context._lengths[0] = 125 * (Q if architecture == "flattened" else 1)
+        model.next_frame(caches, lambda logits_BV, level: torch.zeros(1, dtype=torch.long))
+    flops = cost_of(tmp_path, architecture, flavor, Q).generation_flops
+    assert flops == pytest.approx(12.5 * counter.get_total_flops(), rel=0.01)
+
+
+SMALLER = {  # replacements in the studies and configs of 80 million weights
+    '"config/': '"{folder}/',
+    '"outputs/': '"{folder}/',
+    '"models/audio-mimi-q{num_quantizers}"': '"assets/tiny/llama"',
+    "[0, 1, 2, 3, 4]": "[0]",
+    "768x8+256x1": "256x1+64x1",
+    "768x8+512x4": "256x1+64x2",
+    "768x8": "256x1",
+    "512x8": "256x2",
+    "1024x12": "256x3",
+    "[1e18]": "[1.2e11]",
+    '"training.steps" = 3000': '"training.steps" = 3',
+    "nproc_per_node = 8": "nproc_per_node = 1",
+    '"data/salmon"': '"assets/tiny/benchmarks/salmon"\nlimit = 2',
+    '"data/sLM21"': '"assets/tiny/benchmarks/sLM21"\nlimit = 2',
+    '"data/storycloze"': '"assets/tiny/benchmarks/storycloze"\nlimit = 2',
+    "kyutai/mimi": "assets/tiny/mimi",
+    '"data/codes/libri_light, data/codes/peoples_speech_all"': '"assets/tiny/corpus/train-*.parquet"',
+    '"peoples_speech_validation"\ndataset_path = "data/peoples_speech"': '"assets/tiny/corpus/validation-*.parquet"',
+    "weights = [60.0, 30.0]\n": "",
+    "validation_clips = 5120": "validation_clips = 4",
+    "local_batch_size = 32": "local_batch_size = 2",
+    "global_batch_size = 256": "global_batch_size = 2",
+    "[compile]\nenable = true": "[compile]\nenable = false",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "Q", "architectures"),
+    [("isoflop_1e18", 8, ["flattened", "hierarchical"]), ("isoframe", 4, ["hierarchical"])],
+)
+def test_the_studies_of_80_million_weights_run_at_a_small_size(tmp_path, name, Q, architectures):
+    """Train, convert and score one run of an architecture. Only sizes and data differ from the study."""
+    for file in (f"studies/{name}", "llama3_80m", "llama3_80m_hierarchical"):
+        text = Path(f"config/{file}.toml").read_text().split("\n[generation]\n")[0]
+        for old, new in SMALLER.items():
+            text = text.replace(old, new.replace("{folder}", str(tmp_path)))
+        (tmp_path / f"{Path(file).name}.toml").write_text(text)
+    study = read_study(tmp_path / f"{name}.toml")
+    of_q = [run for run in study.runs if run.variant.num_quantizers == Q]
+    runs = [next(run for run in of_q if run.variant.architecture == architecture) for architecture in architectures]
+    train_and_score(study, runs)
+    lines = {line["run"]: line for line in write_index(study)}
+    for run in runs:
+        line, one = lines[run.name], cost(study.flags(run.variant), num_ranks=1)
+        assert line["state"] == "done" and line["admissible_bits_per_audio_second"]["all"] > 0, line["failed"]
+        assert one.step_seconds == 2 * 20.48 and line["flops"] == run.variant.steps * one.step_flops
+        assert run.variant.steps == (round(1.2e11 / one.step_flops) if name == "isoflop_1e18" else 3)
 
 
 @pytest.mark.slow
 def test_the_shipped_studies_can_be_planned(capsys):
     hours = {"paper_1b": "5 runs: 2,806.9 GPU hours", "paper_8b": "1 runs: 3,448.8 GPU hours", "tiny": "21 runs: "}
+    hours |= {"isoflop_1e18": "85 runs: 59.7 GPU hours", "isoframe": "60 runs: 16.8 GPU hours"}
     for path in sorted((ROOT / "config" / "studies").glob("*.toml")):
         assert run_here("scripts/study.py", path, "--plan")[0] == 0
         assert hours[path.stem] in capsys.readouterr().out

@@ -33,7 +33,7 @@ from llama_mimi.common.hub import load_pretrained
 from llama_mimi.common.resume import ProgressLog
 from llama_mimi.evaluation.benchmarks import Benchmark
 from llama_mimi.evaluation.codes import encode_clips
-from llama_mimi.evaluation.options import MAX_AUDIO_SECONDS, Scoring
+from llama_mimi.evaluation.options import MAX_AUDIO_SECONDS, PRIMARY, Scoring
 from llama_mimi.evaluation.scoring import score_clips
 from llama_mimi.evaluation.script import BATCH_TOKENS, BENCHMARK_SCRIPTS
 from llama_mimi.generation.flattened import FlattenedModel
@@ -141,8 +141,9 @@ def score(
         model = FlattenedModel(decoder, tokenizer, codec)
         with tempfile.TemporaryDirectory() as log:
             batch_tokens = BATCH_TOKENS[DEVICE == "cuda"]
-            by_id = score_clips(model, codes, scoring, batch_tokens, ProgressLog(Path(log), {}), context)
-        scores = [by_id[audio_id] for audio_id in ids]
+            names = [(audio_id, None) for audio_id in ids]
+            found = score_clips(model, codes, names, scoring, batch_tokens, ProgressLog(Path(log), {}), context)
+        scores = [of_clip[PRIMARY] for of_clip in found]
     return {"pairs": len(some_pairs), "seconds": time.perf_counter() - start, "scores": scores}
 
 

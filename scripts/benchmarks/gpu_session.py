@@ -180,7 +180,7 @@ def likelihood_loss(shape: Shape, architecture: Architecture) -> float:
         frames_RTQ = greedy(drawn_from, 8)
         ids = [model.tokenizer.encode(frames_TQ, is_cut=True) for frames_TQ in frames_RTQ]
         is_scored = [torch.arange(len(ids_L)) >= len(ids_L) - frames_RTQ[0].numel() for ids_L in ids]
-        means.append(model.log_likelihoods(ids, is_scored, is_admissible_only=True).mean())
+        means.append(torch.cat(model.log_likelihoods(ids, is_scored, is_admissible_only=True)).nanmean())
     return float(means[0] - means[1])
 
 

@@ -27,6 +27,7 @@ import tiny_text as text
 import torch
 import torchaudio
 from datasets import Audio, Features, Value
+from espeak_phones import Phone, speak_phones
 from tiny_text import SPEAKERS, Speaker
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
@@ -38,6 +39,9 @@ from llama_mimi.common.errors import UserError
 SAMPLE_RATE = 24_000  # Hz
 OPUS_LEVEL = 0.95  # libsndfile's compression level; about 22 kbit/s for mono speech
 PAUSE = np.zeros(SAMPLE_RATE // 8, dtype=np.float32)  # 0.125 s of silence between parts of a clip
+PROSODY_PAUSE = np.zeros(2 * SAMPLE_RATE // 5, dtype=np.float32)  # 0.4 s
+FADE = np.linspace(0, 1, SAMPLE_RATE // 100, dtype=np.float32)  # 10 ms before and after a pause
+VOWELS = "aeiouæɐɑɒɔəɚɛɜɪʉʊʌᵻ"  # noqa: RUF001  (first symbols of vowels in espeak-ng's English accents)
 SPECIALS = ["<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>", "<|eot_id|>"]
 REVERSED_BITS = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 PAIRS = 100
@@ -53,11 +57,17 @@ def speak(sentence: str, speaker: Speaker) -> np.ndarray:
     # The length in the header is wrong, because espeak-ng writes to a pipe.
     rate = struct.unpack_from("<I", wav, 24)[0]
     samples = np.frombuffer(wav[44 : len(wav) - len(wav) % 2], dtype="<i2").astype(np.float32) / 32768
-    audio = torchaudio.functional.resample(torch.from_numpy(samples), rate, SAMPLE_RATE).numpy()
+    return trim(samples, rate)[0]
+
+
+def trim(samples: np.ndarray, rate_hz: int) -> tuple[np.ndarray, int]:
+    """Resample to 24 kHz, scale to a peak of 0.9 and trim silence to 50 ms; return the audio and its first sample."""
+    audio = torchaudio.functional.resample(torch.from_numpy(samples), rate_hz, SAMPLE_RATE).numpy()
     loud = np.flatnonzero(np.abs(audio) > 0.01 * np.abs(audio).max())
     margin = SAMPLE_RATE // 20
-    audio = audio[max(0, loud[0] - margin) : loud[-1] + margin]
-    return (audio * (0.9 / np.abs(audio).max())).astype(np.float32)
+    start = max(0, loud[0] - margin)
+    audio = audio[start : loud[-1] + margin]
+    return (audio * (0.9 / np.abs(audio).max())).astype(np.float32), start
 
 
 def fix_ogg_serial(data: bytes) -> bytes:
@@ -227,6 +237,72 @@ def write_storycloze(folder: Path, maker: text.SentenceMaker) -> None:
             write_opus(folder / f"{2 * index + offset}_{name}.ogg", clip, 0.971)
 
 
+def insert_pause(audio: np.ndarray, sample: int) -> np.ndarray:
+    """Insert 0.4 s of silence before a sample."""
+    before, after = audio[:sample].copy(), audio[sample:].copy()
+    before[-len(FADE) :] *= FADE[::-1]
+    after[: len(FADE)] *= FADE
+    return np.concatenate([before, PROSODY_PAUSE, after])
+
+
+def protosyntax_pair(sentence: str, speaker: Speaker, rng: random.Random) -> list[np.ndarray]:
+    """Speak a sentence with a comma; return it with a pause at the comma, and with a pause at a later word border.
+
+    The pause of the original speech is removed from both clips.
+    """
+    samples, rate_hz, phones = speak_phones(sentence, speaker)
+    audio, first = trim(samples, rate_hz)
+    after_comma = sentence.index(",") + 3  # position of the first word after the comma
+    end = next(i for i, phone in enumerate(phones) if phone.word == after_comma and phone.symbol)
+    begin = end
+    while not phones[begin - 1].symbol:
+        begin -= 1
+    words = {phone.word: phone for phone in reversed(phones[end:]) if phone.symbol}  # the first phone of each word
+    border = rng.choice([words[position] for position in sorted(words)[2:]])
+    comma, clause, other = (
+        round(phone.start_s * SAMPLE_RATE) - first for phone in (phones[begin], phones[end], border)
+    )
+    audio = np.concatenate([audio[:comma], audio[clause:]])
+    return [insert_pause(audio, sample) for sample in (comma, other - (clause - comma))]
+
+
+def lexical_pair(sentence: str, speaker: Speaker, rng: random.Random) -> list[np.ndarray]:
+    """Speak a sentence; return it with a pause before or after a word, and with a pause within this word.
+
+    The pause within a word is before its second vowel, or before the consonant that precedes this vowel.
+    """
+    samples, rate_hz, phones = speak_phones(sentence, speaker)
+    audio, first = trim(samples, rate_hz)
+    spoken = [phone for phone in phones if phone.symbol]
+    words = [list(word) for _, word in itertools.groupby(spoken, key=lambda phone: phone.word)]
+    inner: list[tuple[int, Phone]] = []  # number of a word, and the phone after a pause within this word
+    for i, word in enumerate(words[1:-1], 1):
+        vowels = [k for k, phone in enumerate(word) if phone.symbol[0] in VOWELS]
+        if len(vowels) > 1:
+            inner.append((i, word[max(vowels[0] + 1, vowels[1] - 1)]))
+    i, phone = rng.choice(inner)
+    places = words[i + rng.randrange(2)][0], phone
+    return [insert_pause(audio, round(place.start_s * SAMPLE_RATE) - first) for place in places]
+
+
+def write_prosaudit(folder: Path, maker: text.SentenceMaker, rng: random.Random) -> None:
+    """Write ProsAudit pairs: a sentence with a pause of 0.4 s at a natural place, and at an unnatural place."""
+    rows: list[dict] = []
+    tasks = (
+        ("protosyntax", maker.fronted, protosyntax_pair),
+        ("lexical", lambda: text.render(maker.plain()), lexical_pair),
+    )
+    for task, new_sentence, make_pair in tasks:
+        for pair in range(PAIRS):
+            speaker, sentence = SPEAKERS[pair % len(SPEAKERS)], new_sentence()
+            for clip, correct in zip(make_pair(sentence, speaker, rng), (1, 0), strict=True):
+                name = f"{task}_{pair:03d}_{correct}"
+                row = {"id": len(rows) // 2, "filename": name, "voice": speaker.name, "type": task, "subtype": ""}
+                rows.append(row | {"correct": correct, "transcription": sentence})
+                write_opus(folder / f"{name}.ogg", clip, 0.971)
+    pd.DataFrame(rows).to_csv(folder / "gold.csv", index=False)
+
+
 def build_tiny_assets(output_dir: Path = Path("assets/tiny")) -> None:
     """Build all parts of the assets."""
     if shutil.which("espeak-ng") is None:
@@ -253,6 +329,7 @@ def build_tiny_assets(output_dir: Path = Path("assets/tiny")) -> None:
     write_lexical(benchmarks / "sLM21" / "lexical" / "dev", counts, random.Random(7))
     write_syntactic(benchmarks / "sLM21" / "syntactic" / "dev", maker)
     write_storycloze(benchmarks / "storycloze", maker)
+    write_prosaudit(benchmarks / "prosaudit" / "english" / "dev", maker, random.Random(8))
     print("benchmarks", flush=True)
 
 

@@ -118,6 +118,12 @@ class SentenceMaker:
         words = self.plain()
         return render(words[:4])[:-1], " ".join(words[4:]) + "."
 
+    def fronted(self) -> str:
+        """Return a new sentence that begins with a place and a comma, such as "In the meadow, the shepherd ..."."""
+        while "," not in (sentence := render(self._new(_varied))):
+            pass
+        return sentence
+
     def order_pair(self, kind: str) -> tuple[str, str]:
         """Return a new basic sentence, and the same words in the wrong order ``WRONG_ORDERS[kind]``."""
         words = self.plain()

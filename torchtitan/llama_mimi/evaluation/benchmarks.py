@@ -1,11 +1,11 @@
-"""Read the pairs of SALMon, sLM21 and StoryCloze from the official folders, Parquet files or the hub."""
+"""Read the pairs of SALMon, sLM21, StoryCloze and ProsAudit from the official folders, Parquet files or the hub."""
 
 import csv
 import hashlib
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,11 @@ OFFICIAL_PAIRS = {
     "lexical_dev": 20_000,  # 5,000 words in 4 voices, arXiv 2011.11588
     "syntactic_dev": 25_200,  # 6,300 sentences in 4 voices, arXiv 2011.11588 and the hub's table
     **dict.fromkeys(STORYCLOZE_TABLES, 1_871),  # arXiv 2305.13009
+    # ProsAudit: counts of the official leaderboard, https://github.com/bootphon/leaderboards
+    "english_dev_protosyntax": 262,
+    "english_dev_lexical": 259,
+    "english_test_protosyntax": 2_355,
+    "english_test_lexical": 2_330,
 }
 # (lowest count in LibriSpeech, label) for each band, copied from sLM21's tool. The tool's labels are off by one: the
 # band "6-20" includes words with a count of 5.
@@ -52,7 +57,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Clip:
-    """A clip to score. For sLM21, ``split`` is the name of the submission file, such as "lexical/dev"."""
+    """A clip to score. For sLM21 and ProsAudit, ``split`` is the submission file's name, such as "lexical/dev"."""
 
     name: str
     source: Path | Cell
@@ -73,7 +78,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Pairs, unpaired clips and notes for the user. sLM21's test split is unpaired, because its answers are secret."""
+    """Pairs, unpaired clips and notes for the user. Clips of a test split with secret answers are unpaired."""
 
     pairs: list[Pair]
     unpaired: list[Clip] = field(default_factory=list)
@@ -121,7 +126,7 @@ def read_salmon(source: str) -> Benchmark:
                 problem = f"'{positive.source}' is the only file with its index"
                 raise UserError(f"{problem}; add another file with this index, or remove the file")
             benchmark.pairs.extend(Pair(folder.name, str(index), clip.name, positive, clip) for clip in negatives)
-    return _not_empty(benchmark, source, "<part>/sample_<index>_<k>.wav")
+    return _not_empty(benchmark, source, "Parquet files or <part>/sample_<index>_<k>.wav files")
 
 
 def read_slm21(source: str) -> Benchmark:
@@ -137,30 +142,61 @@ def read_slm21(source: str) -> Benchmark:
         remedy = "rename it to lexical, syntactic, phonetic or semantic, or move it out of --data_dir"
         raise UserError(f"'{Path(source, min(odd))}' is not a folder of sLM21; {remedy}")
     for folder in (folder for task in ("lexical", "syntactic") for folder in _folders(Path(source, task))):
-        split = f"{folder.parent.name}/{folder.name}"
-        files = {stem: Clip(path.name, path, split) for (stem,), path in _files_by(folder, ".*").items()}
-        if (folder / "gold.csv").is_file():
-            benchmark.pairs.extend(_gold_pairs(folder / "gold.csv", split.replace("/", "_"), files))
-        elif folder.name == "test":
-            benchmark.unpaired.extend(files.values())
-            benchmark.notes.append(f"'{folder}' has no gold.csv: {len(files):,} clips are for the submission only")
-        else:
-            raise UserError(f"'{folder}' lacks gold.csv with the answers; add gold.csv, or remove the folder")
-    return _not_empty(benchmark, source, "{lexical,syntactic}/{dev,test}/gold.csv")
+        task = folder.parent.name
+        pair_columns = ("id", "voice") if task == "lexical" else ()
+        _add_gold(benchmark, folder, f"{task}/{folder.name}", f"{task}_{folder.name}", pair_columns)
+    return _not_empty(benchmark, source, "Parquet files or {lexical,syntactic}/{dev,test}/gold.csv")
 
 
-def _gold_pairs(gold: Path, part: str, files: Mapping[str, Clip]) -> Iterator[Pair]:
+def read_prosaudit(source: str) -> Benchmark:
+    """Read ProsAudit (arXiv 2302.12057) from folders ``english/{dev,test}`` with audio and ``gold.csv``.
+
+    The two clips of a pair are the same sentence with a pause at different places. In protosyntax pairs, the positive
+    has its pause at a strong prosodic boundary, the negative at a weak boundary. In lexical pairs, the positive has its
+    pause between two words, the negative within a word. A part is a subtask of a split, such as
+    ``english_dev_lexical``. The two rows of a pair have the same type, id and voice; the group's name is the id.
+
+    Columns, averaging, ties and submission files follow ZeroSpeech's toolkit (zerospeech-benchmarks 0.9.4). The toolkit
+    forms pairs by the order of rows. Both methods agree if positives and negatives are listed in the same order; the
+    published ``gold.csv`` was not available to check this order. The folders are known from scripts that read them.
+    """
+    benchmark = Benchmark([])
+    for folder in _folders(Path(source, "english")):
+        split = f"english_{folder.name}"
+        _add_gold(benchmark, folder, split, f"{split}_{{type}}", ("type", "id", "voice"))
+    return _not_empty(benchmark, source, "english/{dev,test}/gold.csv")
+
+
+def _add_gold(benchmark: Benchmark, folder: Path, split: str, part: str, pair_columns: Sequence[str]) -> None:
+    """Add the clips of a folder to a benchmark: as pairs if the folder has ``gold.csv``, otherwise for the submission.
+
+    Args:
+        split: name of the submission file.
+        part: name of the part; a column of ``gold.csv`` in braces is replaced by its value.
+        pair_columns: columns whose values are equal in the two rows of a pair, and in no other row; if empty, two
+            consecutive rows are a pair.
+    """
+    files = {stem: Clip(path.name, path, split) for (stem,), path in _files_by(folder, ".*").items()}
+    if (folder / "gold.csv").is_file():
+        benchmark.pairs.extend(_gold_pairs(folder / "gold.csv", part, pair_columns, files))
+    elif folder.name == "test":
+        benchmark.unpaired.extend(files.values())
+        benchmark.notes.append(f"'{folder}' has no gold.csv: {len(files):,} clips are for the submission only")
+    else:
+        raise UserError(f"'{folder}' lacks gold.csv with the answers; add gold.csv, or remove the folder")
+
+
+def _gold_pairs(gold: Path, part: str, pair_columns: Sequence[str], files: Mapping[str, Clip]) -> Iterator[Pair]:
     with gold.open(newline="", encoding="utf-8-sig", errors="backslashreplace") as file:
         rows = list(csv.DictReader(file))
-    keys = {"filename", "id", "voice", "correct"}
+    keys = {"filename", "id", "voice", "correct", *pair_columns}
     if not rows or not keys <= rows[0].keys() or any(None in row.values() for row in rows):
         raise UserError(f"'{gold}' must have rows with the columns {', '.join(sorted(keys))}; download the file again")
-    is_lexical = part.startswith("lexical_")
     found: dict[Any, list[dict[str, str]]] = defaultdict(list)
     for index, row in enumerate(rows):
         if row["filename"].lower().endswith(ENDINGS):
             row["filename"] = Path(row["filename"]).stem
-        found[(row["id"], row["voice"]) if is_lexical else index // 2].append(row)
+        found[tuple(row[column] for column in pair_columns) or index // 2].append(row)
     listed, present = Counter(row["filename"] for row in rows), Counter(files.keys())
     if odd := (listed - present) | (present - listed):
         raise UserError(f"'{min(odd)}' must have one row in '{gold}' and one audio file; download the benchmark again")
@@ -171,9 +207,10 @@ def _gold_pairs(gold: Path, part: str, files: Mapping[str, Clip]) -> Iterator[Pa
             problem = f"the rows '{names}' of '{gold}' must have the same id and voice"
             raise UserError(f"{problem}, and exactly one row must have 'correct' = 1; download the file again")
         wrong, right = sorted(pair, key=lambda row: row["correct"])
-        group = right["id"] if is_lexical else "_".join(right.get(key, "") for key in ("type", "subtype", "id"))
+        group = right["id"] if pair_columns else "_".join(right.get(key, "") for key in ("type", "subtype", "id"))
         clips = files[right["filename"]], files[wrong["filename"]]
-        yield Pair(part, f"{right['id']}_{right['voice']}", group, *clips, _labels(right))
+        labels = {key: label for key, label in _labels(right).items() if key not in pair_columns}
+        yield Pair(part.format_map(right), f"{right['id']}_{right['voice']}", group, *clips, labels)
 
 
 def _labels(row: Mapping[str, Any]) -> dict[str, str]:
@@ -192,11 +229,21 @@ def _labels(row: Mapping[str, Any]) -> dict[str, str]:
 def read_storycloze(source: str) -> Benchmark:
     """Read StoryCloze: tables, or numbered files. Two consecutive files are a pair (positive, negative).
 
-    If the files are in subfolders, such as sStoryCloze and tStoryCloze, each subfolder is a part.
+    If the files are in subfolders, such as sStoryCloze and tStoryCloze, each subfolder is a part. In multi-speaker
+    StoryCloze, both clips of a pair have the same speaker, but the pairs have several speakers. As in slamkit
+    (``ms_ssc.yaml``, ``ms_tsc.yaml``), the parts are folders ``ms_sSC`` and ``ms_tSC`` with a subfolder for each
+    speaker. The tables are folders ``{sSC,tSC}/<speaker>`` in a download of ``slprl/multispeaker-storycloze``; this
+    layout is known only from a script that reads it.
     """
-    benchmark = _read_tables(source, ("positive", "negative"), STORYCLOZE_TABLES)
     root = Path(source)
-    folders = [folder for folder in _folders(root) if _audio_files(folder)]
+    if root.name == "multispeaker-storycloze":
+        tables = _read_tables(source, ("correct_audio", "negative_audio"))
+        benchmark = Benchmark([replace(pair, part=f"ms_{pair.part}") for pair in tables.pairs])
+    else:
+        benchmark = _read_tables(source, ("positive", "negative"), STORYCLOZE_TABLES)
+    parts = _folders(root)
+    speakers = [folder for part in parts if part.name.startswith("ms_") for folder in _folders(part)]
+    folders = [folder for folder in (*parts, *speakers) if _audio_files(folder)]
     if folders and (odd := _audio_files(root)):
         remedy = "move the file into a subfolder, or set --data_dir to a subfolder"
         raise UserError(f"'{odd[0]}' is outside the subfolders; {remedy}")
@@ -205,14 +252,22 @@ def read_storycloze(source: str) -> Benchmark:
         if len(files) % 2:
             problem = f"'{folder}' has an odd number of files (last: '{files[-1][1].name}')"
             raise UserError(f"{problem}; download the folder again")
+        part, labels, prefix = folder.resolve().name, {}, ""
+        if (parent := folder.resolve().parent.name).startswith("ms_"):
+            part, labels, prefix = (
+                parent,
+                {"speaker": part},
+                f"{part}/",
+            )  # slamkit averages over pairs, so each is a group
         gaps = []
         for ((i,), a), ((j,), b) in zip(files[::2], files[1::2], strict=True):
-            benchmark.pairs.append(Pair(folder.resolve().name, a.stem, a.stem, Clip(a.name, a), Clip(b.name, b)))
+            name, clips = f"{prefix}{a.stem}", (Clip(a.name, a), Clip(b.name, b))
+            benchmark.pairs.append(Pair(part, name, name, *clips, labels))
             gaps += [f"'{a.name}' and '{b.name}'"] if j != i + 1 else []
         if gaps:
             gap = f"{len(gaps):,} of {len(files) // 2:,} pairs do not have consecutive numbers, such as {gaps[0]}"
             benchmark.notes.append(f"'{folder}': {gap}; check that no file is missing")
-    return _not_empty(benchmark, source, "<number>_*.wav")
+    return _not_empty(benchmark, source, "Parquet files or <number>_*.wav files")
 
 
 def _folders(root: Path) -> list[Path]:
@@ -239,7 +294,7 @@ def _files_by(folder: Path, pattern: str) -> dict[tuple[Any, ...], Path]:
 
 def _not_empty(benchmark: Benchmark, source: str, layout: str) -> Benchmark:
     if not benchmark.clips:
-        raise UserError(f"'{source}' does not contain pairs; choose a folder with Parquet files or {layout} files")
+        raise UserError(f"'{source}' does not contain pairs; set --data_dir to a folder with {layout}")
     return benchmark
 
 

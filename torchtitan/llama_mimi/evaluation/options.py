@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +11,9 @@ from llama_mimi.common.errors import UserError
 
 Likelihood = Literal["softmax", "grammar"]
 MAX_AUDIO_SECONDS = 20.0  # maximum length of the paper's training clips
+PRIMARY = "primary"  # name of the preset's scoring rule, which decides the accuracy of a benchmark
+PROMPT_RULES = ("after_prompt", "normalised")  # only for benchmarks in which both clips of a pair have the same prompt
+FURTHER_RULES = ("level_0", "all_levels", *PROMPT_RULES)
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,14 @@ class Scoring:
     levels: tuple[int, ...] | None
     as_released: bool = False
     likelihood: Likelihood = "softmax"
+
+    @property
+    def by_levels(self) -> dict[str, "Scoring"]:
+        """The rules that score whole clips, by name: this rule and, for the preset "official", two sets of levels."""
+        if self.as_released:
+            return {PRIMARY: self}
+        further = {"level_0": replace(self, levels=(0,)), "all_levels": replace(self, levels=None)}
+        return {PRIMARY: self} | {name: rule for name, rule in further.items() if rule != self}
 
     @property
     def tie(self) -> float:

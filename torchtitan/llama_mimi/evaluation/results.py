@@ -1,5 +1,6 @@
 """Compute accuracies from scores; build, check and print result files."""
 
+import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,10 +10,10 @@ from llama_mimi.common.files import read_json, write_atomically
 from llama_mimi.common.resume import require_same
 from llama_mimi.corpora.code_shards import CodedClip
 from llama_mimi.evaluation.benchmarks import FREQUENCY_BANDS, Benchmark, Clip
-from llama_mimi.evaluation.options import Scoring
+from llama_mimi.evaluation.options import PRIMARY, Scoring
 from llama_mimi.evaluation.statistics import wilson_interval
 
-FORMAT = 3  # format number of all results of eval/
+FORMAT = 4  # format number of all results of eval/
 Result = dict[str, Any]
 
 
@@ -31,25 +32,41 @@ def check_earlier(path: Path, header: Mapping[str, Any]) -> list[str]:
 
 def results(
     benchmark: Benchmark,
-    audio_ids: Sequence[str],
-    codes: Mapping[str, CodedClip],
-    scores: Mapping[str, float],
+    clips: Sequence[CodedClip],
+    prompts: Sequence[int | None],
+    scores: Sequence[Mapping[str, float]],
     scoring: Scoring,
     mean_of: Sequence[str],
 ) -> Result:
-    """Return the score-dependent entries of a result file. ``audio_ids`` are in the order of the clips."""
-    pairs = []
-    for pair, *ids in zip(benchmark.pairs, audio_ids[::2], audio_ids[1::2], strict=False):
-        positive, negative = (scores[audio_id] for audio_id in ids)
-        entry = vars(pair) | {"positive": pair.positive.name, "negative": pair.negative.name}
-        entry |= {"positive_score": positive, "negative_score": negative, "is_tie": positive == negative}
-        entry["correct"] = scoring.tie if positive == negative else float(positive > negative)
-        entry["is_cut"] = any(codes[audio_id].is_cut for audio_id in ids)
+    """Return the score-dependent entries of a result file: first of the primary rule, then of the further rules.
+
+    ``clips``, ``prompts`` (numbers of prompt frames) and ``scores`` (by rule) are in the order of `Benchmark.clips`.
+    """
+
+    def decision(positive: float, negative: float) -> Result:
+        scored = {"positive_score": positive, "negative_score": negative, "is_tie": positive == negative}
+        return scored | {"correct": scoring.tie if positive == negative else float(positive > negative)}
+
+    def accuracies(pairs: Sequence[Mapping[str, Any]]) -> Result:
+        parts = part_results(pairs, by_group=scoring.by_group)
+        return {"parts": parts} | ({"mean_of_parts": mean_of_parts(parts, mean_of)} if mean_of else {})
+
+    pairs: list[Result] = []
+    for index, pair in enumerate(benchmark.pairs):
+        both = slice(2 * index, 2 * index + 2)
+        positive, negative = scores[both]
+        rules = {rule: decision(positive[rule], negative[rule]) for rule in positive}
+        entry = vars(pair) | {"positive": pair.positive.name, "negative": pair.negative.name} | rules.pop(PRIMARY)
+        entry |= {"is_cut": any(clip.is_cut for clip in clips[both]), "rules": rules}
+        if (prompt := prompts[2 * index]) is not None:
+            shortest = min(len(clip.codes_TQ) for clip in clips[both])
+            entry |= {"prompt_frames": prompt, "rest_frames": shortest - prompt}
         pairs.append(entry)
-    report: Result = {"parts": part_results(pairs, by_group=scoring.by_group)}
+    report = accuracies(pairs)
     if mean_of:
-        report["mean_of_parts"] = mean_of_parts(report["parts"], mean_of)
         report["missing_parts"] = [part for part in mean_of if part not in report["parts"]]
+    rules = pairs[0]["rules"] if pairs else {}
+    report["rules"] = {rule: accuracies([pair | pair["rules"][rule] for pair in pairs]) for rule in rules}
     return report | {"unpaired_clips": len(benchmark.unpaired), "notes": benchmark.notes, "pairs": pairs}
 
 
@@ -120,11 +137,22 @@ def summary(report: Result) -> list[str]:
         lines.append(f"mean over parts: {shown(mean)}")
     elif "mean_of_parts" in report:
         lines.append(f"no mean over parts, because these parts are missing: {', '.join(report['missing_parts'])}")
+    for rule, found in report["rules"].items():
+        mean = found.get("mean_of_parts")
+        accuracies = {"mean over parts": mean} if mean else found["parts"]
+        shown_parts = "; ".join(f"{part}: {shown(result)}" for part, result in accuracies.items())
+        lines.append(f"rule {rule.replace('_', ' ')}: {shown_parts}")
+    if prompts := [pair["prompt_frames"] for pair in report["pairs"] if "prompt_frames" in pair]:
+        one_frame = sum(pair["rest_frames"] == 1 for pair in report["pairs"])
+        lines.append(
+            f"prompt of a pair: {statistics.median(prompts):g} frames (median); {prompts.count(0):,} pairs without a "
+            f"prompt are scored whole; in {one_frame:,} pairs, only one frame of a clip follows the prompt"
+        )
     return lines
 
 
 def write_submissions(folder: Path, clips: Sequence[Clip], scores: Sequence[float]) -> None:
-    """Write sLM21's submission files ``<task>/<split>.txt``. Each line is ``filename score``."""
+    """Write a file ``<split>.txt`` for each split, as ZeroSpeech's toolkit expects. Each line is ``filename score``."""
     lines: dict[str, list[str]] = defaultdict(list)
     for clip, score in zip(clips, scores, strict=True):
         if clip.split is not None:

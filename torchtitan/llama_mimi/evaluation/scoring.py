@@ -1,8 +1,23 @@
-"""Scores of clips. A score is the mean log-likelihood of the scored tokens; a likelier clip has a higher score."""
+"""Scores of clips. A score is the mean log-likelihood of the scored tokens; a likelier clip has a higher score.
+
+With the preset "official", each clip has several scores. The primary rule decides the accuracy of the benchmark. The
+further rules are:
+
+- "level_0", "all_levels": the mean over these levels.
+- "after_prompt": the mean over the primary rule's tokens after the prompt. The prompt is the beginning that both clips
+  of a pair share. Without a shared prompt, the score is the primary score.
+- "normalised": "after_prompt" minus the mean over the same tokens in a sequence without the prompt. Without a shared
+  prompt, nothing is subtracted.
+
+The last two rules follow arXiv 2601.06329, which localises and normalises token perplexity. Summaries of the paper say
+that it scores the first 0.5 s after the common prefix (the paper's text was not available). Here, all later frames and
+``</audio>`` are scored.
+"""
 
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,67 +27,118 @@ from llama_mimi.common.distributed import DistributedContext
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.resume import ProgressLog, map_resumable
 from llama_mimi.corpora.code_shards import CodedClip
-from llama_mimi.evaluation.options import Scoring
+from llama_mimi.evaluation.options import PRIMARY, PROMPT_RULES, Scoring
 from llama_mimi.generation.speech_model import SpeechModel
 from llama_mimi.tokens.tokenizer import SpeechTokenizer
+
+
+def shared_prompt(first_TQ: np.ndarray, second_TQ: np.ndarray) -> int:
+    """Return the number of frames in the longest common prefix of two clips' codes, in whole frames.
+
+    At least one frame of each clip follows the prompt, even if one clip is a prefix of the other.
+    """
+    limit = min(len(first_TQ), len(second_TQ)) - 1
+    differs_T = (first_TQ[:limit] != second_TQ[:limit]).any(axis=1)
+    return int(differs_T.argmax()) if differs_T.any() else limit
 
 
 def score_clips(
     model: SpeechModel,
     codes: Mapping[str, CodedClip],
+    clips: Sequence[tuple[str, int | None]],
     scoring: Scoring,
     batch_tokens: int,
     log: ProgressLog,
     ranks: DistributedContext,
-) -> dict[str, float]:
-    """Return the score of each clip. Clips with equal codes have equal scores; scores in ``log`` are reused.
+) -> list[dict[str, float]]:
+    """Return the scores of each clip by rule: `Scoring.by_levels`, and `PROMPT_RULES` for a clip with a prompt.
 
-    ``batch_tokens``: maximum number of tokens in a batch, including padding. Scores that are not finite raise an error.
+    Clips with equal codes and equal prompts have equal scores. Scores in ``log`` are reused. Scores that are not finite
+    raise an error.
+
+    Args:
+        clips: name in ``codes`` and number of prompt frames of each clip. Without a shared prompt, the number is 0. In
+            benchmarks without prompts, the number is None.
+        batch_tokens: maximum number of tokens in a batch, including padding.
     """
 
-    def content_hash(clip: CodedClip) -> str:
+    def key(clip: CodedClip, prompt: int) -> str:
         has_end = scoring.as_released or not clip.is_cut
-        return hashlib.sha256(clip.codes_TQ.astype(np.uint16).tobytes() + bytes([has_end])).hexdigest()
+        content = hashlib.sha256(clip.codes_TQ.astype(np.uint16).tobytes() + bytes([has_end])).hexdigest()
+        return f"{content} after {prompt}" if prompt else content
 
-    keys = {name: content_hash(clip) for name, clip in codes.items()}
-    unique = {keys[name]: clip for name, clip in codes.items()}
-    order = sorted(unique)  # batches depend only on the codes, so a resumed run has the same batches
-    plan = bucket_by_length([unique[key].codes_TQ.size for key in order], batch_tokens)
-    plan.reverse()  # if memory is too small, the first batch fails
-    batches = [{order[i]: unique[order[i]] for i in batch} for batch in plan]
+    def rest(clip: CodedClip, prompt: int) -> CodedClip:
+        return replace(clip, codes_TQ=clip.codes_TQ[prompt:])
 
-    def work(batch: Mapping[str, CodedClip]) -> Iterator[tuple[str, float]]:
-        clips = [(torch.from_numpy(clip.codes_TQ.astype(np.int64)), clip.is_cut) for clip in batch.values()]
-        scores = batch_scores(model, clips, scoring)
-        if not all(map(math.isfinite, scores)):
+    wholes = {key(codes[name], prompt or 0): (codes[name], prompt or 0) for name, prompt in clips}
+    rests = [(rest(clip, prompt), 0) for clip, prompt in wholes.values() if prompt]
+    batches = []
+    for unique in (wholes, {key(*item): item for item in rests if key(*item) not in wholes}):
+        order = sorted(unique)  # batches depend only on the codes, so a resumed run has the same batches
+        plan = bucket_by_length([unique[name][0].codes_TQ.size for name in order], batch_tokens)
+        plan.reverse()  # if memory is too small, the first batch fails
+        batches += [{order[i]: unique[order[i]] for i in batch} for batch in plan]
+
+    def work(batch: Mapping[str, tuple[CodedClip, int]]) -> Iterator[tuple[str, dict[str, float]]]:
+        some = [(torch.from_numpy(clip.codes_TQ.astype(np.int64)), clip.is_cut) for clip, _ in batch.values()]
+        scores = batch_scores(model, some, scoring, [prompt for _, prompt in batch.values()])
+        if not all(math.isfinite(score) for of_clip in scores for score in of_clip.values()):
             problem = f"a score is not finite: the model overflows in {model.decoder.dtype}"
             raise UserError(f"{problem}; set --dtype float32, or use another checkpoint")
         yield from zip(batch, scores, strict=True)
 
     done = map_resumable(batches, work, log, ranks, unit="clip")
-    return {name: done[key] for name, key in keys.items()}
+    found = []
+    for name, prompt in clips:
+        scores = done[key(codes[name], prompt or 0)]
+        if prompt is not None:
+            after = scores.get("after_prompt", scores[PRIMARY])
+            without_prompt = done[key(rest(codes[name], prompt), 0)][PRIMARY] if prompt else 0.0
+            scores = scores | dict(zip(PROMPT_RULES, (after, after - without_prompt), strict=True))
+        found.append(scores)
+    return found
 
 
-def batch_scores(model: SpeechModel, clips: Sequence[tuple[torch.Tensor, bool]], scoring: Scoring) -> list[float]:
-    """Return the scores of a batch of clips (codes_TQ, is_cut), in nats per token."""
-    sequences = [scored_sequence(model.tokenizer, codes_TQ, is_cut, scoring) for codes_TQ, is_cut in clips]
-    ids, is_scored = zip(*sequences, strict=True)
-    log_probs_N = model.log_likelihoods(ids, is_scored, is_admissible_only=scoring.likelihood == "grammar")
-    counts = [int(is_scored_L.sum()) for is_scored_L in is_scored]
-    return [float(log_probs_n.mean()) for log_probs_n in log_probs_N.split(counts)]
+def batch_scores(
+    model: SpeechModel,
+    clips: Sequence[tuple[torch.Tensor, bool]],
+    scoring: Scoring,
+    prompts: Sequence[int] = (),
+) -> list[dict[str, float]]:
+    """Return the scores of a batch of clips (codes_TQ, is_cut) by rule, in nats per token.
+
+    ``prompts``: number of prompt frames of each clip; default: 0. Only clips with a prompt have a score "after_prompt".
+    """
+    tokenizer, Q = model.tokenizer, model.tokenizer.vocabulary.num_quantizers
+    ids = [clip_ids(tokenizer, codes_TQ, is_cut, scoring) for codes_TQ, is_cut in clips]
+    masks = [{name: scored_tokens(tokenizer, ids_L, rule) for name, rule in scoring.by_levels.items()} for ids_L in ids]
+    primary = [of_clip[PRIMARY] for of_clip in masks]
+    others = [torch.stack([*of_clip.values()]).any(dim=0) & ~of_clip[PRIMARY] for of_clip in masks]
+    values = model.log_likelihoods(ids, primary, others, is_admissible_only=scoring.likelihood == "grammar")
+    for of_clip, prompt in zip(masks, prompts or [0] * len(masks), strict=True):
+        if prompt:
+            after = len(tokenizer.prefix_ids()) + prompt * Q
+            of_clip["after_prompt"] = of_clip[PRIMARY].index_fill(0, torch.arange(after), False)
+    return [
+        {name: float(values_L[mask_L].mean()) for name, mask_L in of_clip.items()}
+        for values_L, of_clip in zip(values, masks, strict=True)
+    ]
 
 
-def scored_sequence(
-    tokenizer: SpeechTokenizer, codes_TQ: torch.Tensor, is_cut: bool, scoring: Scoring
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the ids (L,) of a clip, and a mask (L,) of the scored positions."""
+def clip_ids(tokenizer: SpeechTokenizer, codes_TQ: torch.Tensor, is_cut: bool, scoring: Scoring) -> torch.Tensor:
+    """Return the ids (L,) of a clip."""
+    if scoring.as_released:
+        return tokenizer.encode(codes_TQ, is_cut=False)[0 if tokenizer.adds_bos else 1 :]
+    return tokenizer.encode(codes_TQ, is_cut=is_cut)
+
+
+def scored_tokens(tokenizer: SpeechTokenizer, ids_L: torch.Tensor, scoring: Scoring) -> torch.Tensor:
+    """Return a mask (L,) of the tokens of a clip that a rule scores."""
     vocabulary, Q = tokenizer.vocabulary, tokenizer.vocabulary.num_quantizers
     if scoring.as_released:
-        ids_L = tokenizer.encode(codes_TQ, is_cut=False)[0 if tokenizer.adds_bos else 1 :]
         is_scored_L = torch.zeros_like(ids_L, dtype=torch.bool)
         is_scored_L[slice(1, None) if scoring.levels is None else slice(2, None, Q)] = True
-        return ids_L, is_scored_L
-    ids_L = tokenizer.encode(codes_TQ, is_cut=is_cut)
+        return is_scored_L
     levels = torch.tensor(range(Q) if scoring.levels is None else scoring.levels)
     is_scored_L = vocabulary.is_audio(ids_L) & torch.isin(vocabulary.level(ids_L), levels)
-    return ids_L, is_scored_L | (ids_L == vocabulary.audio_end_id)
+    return is_scored_L | (ids_L == vocabulary.audio_end_id)

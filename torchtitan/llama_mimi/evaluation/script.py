@@ -1,4 +1,4 @@
-"""Implementation of the three benchmark scripts, which score a benchmark and write a result file."""
+"""Implementation of the benchmark scripts, which score a benchmark and write a result file."""
 
 import hashlib
 import json
@@ -17,8 +17,8 @@ from llama_mimi.common.resume import ProgressLog
 from llama_mimi.common.versions import versions
 from llama_mimi.evaluation import benchmarks, results
 from llama_mimi.evaluation.codes import encode_clips
-from llama_mimi.evaluation.options import EvaluationOptions, model_folder
-from llama_mimi.evaluation.scoring import score_clips
+from llama_mimi.evaluation.options import PRIMARY, EvaluationOptions, model_folder
+from llama_mimi.evaluation.scoring import score_clips, shared_prompt
 from llama_mimi.generation.loading import load_speech_model
 
 BATCH_TOKENS = (4096, 32768)  # on a CPU, on a GPU
@@ -29,10 +29,11 @@ class BenchmarkScript:
     """A benchmark script in eval/."""
 
     name: str  # name of the benchmark and of its result folder
-    hub_source: str  # default of --data_dir
+    hub_source: str | None  # default of --data_dir; None if the hub does not have the official data
     read: Callable[[str], benchmarks.Benchmark]
     levels: tuple[int, ...] | None  # quantizer levels that both presets score; None means all
     mean_of: Sequence[str] = ()  # parts whose mean is reported
+    has_prompts: bool = False  # True if the clips of a pair begin with the same speech; scores `PROMPT_RULES`
     following: tuple[str, str] | None = None  # the next benchmark, and the usual name of its folder
 
     def result_path(self, options: EvaluationOptions) -> Path:
@@ -48,7 +49,8 @@ class BenchmarkScript:
 
     def _evaluate(self, options: EvaluationOptions, path: Path, ranks: DistributedContext) -> None:
         name, scoring = options.scoring(self.levels)
-        source = options.data_dir or self.hub_source
+        if (source := options.data_dir or self.hub_source) is None:
+            raise UserError(f"--data_dir is missing; set --data_dir to a folder with {self.name} (eval/README.md)")
         benchmark = self.read(source)
         if options.limit is not None:
             benchmark = benchmarks.limited(benchmark, options.limit)
@@ -86,22 +88,29 @@ class BenchmarkScript:
         clips = benchmark.clips
         codes_dir = options.codes_dir or str(options.output_dir / "codes")
         audio_ids, codes = encode_clips(codec, clips, codes_dir, ranks, max_seconds, as_released=scoring.as_released)
+        coded = [codes[audio_id] for audio_id in audio_ids]
+        prompts: list[int | None] = [None] * len(clips)
+        if self.has_prompts and not scoring.as_released:
+            both = zip(coded[::2], coded[1::2], strict=True)
+            prompts = [shared_prompt(one.codes_TQ, other.codes_TQ) for one, other in both for _ in range(2)]
         # The log stays valid after a new commit.
         log_key = {**header, "versions": versions() | {"commit": ""}, "adds_bos": model.tokenizer.adds_bos}
         log = ProgressLog(path.with_suffix(".partial"), log_key)
-        scores = score_clips(model, codes, scoring, batch_tokens, log, ranks)
+        names = list(zip(audio_ids, prompts, strict=True))
+        scores = score_clips(model, codes, names, scoring, batch_tokens, log, ranks)
         if ranks.rank > 0:
             return
-        codes_of_clips = (codes[audio_id].codes_TQ.astype("int32").tobytes() for audio_id in audio_ids)
+        codes_of_clips = (clip.codes_TQ.astype("int32").tobytes() for clip in coded)
         report = {
             **header,
             "audio_sha256": hashlib.sha256("".join(audio_ids).encode()).hexdigest(),
             "codes_sha256": hashlib.sha256(b"".join(codes_of_clips)).hexdigest(),
-            **results.results(benchmark, audio_ids, codes, scores, scoring, self.mean_of),
+            **results.results(benchmark, coded, prompts, scores, scoring, self.mean_of),
         }
         content = json.dumps(report, indent=1, allow_nan=False) + "\n"
         write_atomically(str(path.parent), path.name, content.encode())
-        results.write_submissions(path.with_name(f"{name}_submission"), clips, [scores[one] for one in audio_ids])
+        primary = [of_clip[PRIMARY] for of_clip in scores]
+        results.write_submissions(path.with_name(f"{name}_submission"), clips, primary)
         log.close()
         print("\n".join([*results.summary(report), *replaced, f"written to {path}"]))
         self.print_next(options)
@@ -125,8 +134,16 @@ class BenchmarkScript:
 
 
 SALMON = BenchmarkScript(
-    "salmon", "slprl/SALMon", benchmarks.read_salmon, None, benchmarks.SALMON_PARTS, following=("sLM21", "sLM21")
+    "salmon",
+    "slprl/SALMon",
+    benchmarks.read_salmon,
+    levels=None,
+    mean_of=benchmarks.SALMON_PARTS,
+    has_prompts=True,
+    following=("sLM21", "sLM21"),
 )
 SLM21 = BenchmarkScript("sLM21", "speed", benchmarks.read_slm21, levels=(0,), following=("sStoryCloze", "storycloze"))
 STORYCLOZE = BenchmarkScript("sStoryCloze", "speed", benchmarks.read_storycloze, levels=(0,))
-BENCHMARK_SCRIPTS = {script.name: script for script in (SALMON, SLM21, STORYCLOZE)}
+# The benchmark accepts any score. The entries of its leaderboard score semantic units only, such as level 0 here.
+PROSAUDIT = BenchmarkScript("prosaudit", None, benchmarks.read_prosaudit, levels=(0,))
+BENCHMARK_SCRIPTS = {script.name: script for script in (SALMON, SLM21, STORYCLOZE, PROSAUDIT)}

@@ -25,16 +25,25 @@ class FlattenedModel(SpeechModel):
 
     @torch.inference_mode()
     def log_likelihoods(
-        self, ids: Sequence[torch.Tensor], is_scored: Sequence[torch.Tensor], *, is_admissible_only: bool = False
-    ) -> torch.Tensor:
+        self, ids: Sequence[torch.Tensor], *is_scored: Sequence[torch.Tensor], is_admissible_only: bool = False
+    ) -> list[torch.Tensor]:
         ids_BL = pad_sequence(list(ids), batch_first=True).to(self.device)  # right padding has no effect
-        is_scored_BL = pad_sequence(list(is_scored), batch_first=True).to(self.device)
         hidden_BLD = self.backbone(ids_BL[:, :-1], use_cache=False).last_hidden_state
-        # Compute logits of scored positions only; the logits of a whole batch would not fit into memory.
-        hidden_ND, targets_N = hidden_BLD[is_scored_BL[:, 1:]], ids_BL[:, 1:][is_scored_BL[:, 1:]]
-        if not is_admissible_only:
-            chunks = zip(hidden_ND.split(POSITIONS_AT_ONCE), targets_N.split(POSITIONS_AT_ONCE), strict=True)
-            return torch.cat([log_likelihoods(self.decoder.lm_head(h_ND), t_N) for h_ND, t_N in chunks]).cpu()
+        values_BL = torch.full(ids_BL.shape, torch.nan, dtype=torch.float64, device=self.device)
+        of_targets = self._admissible_log_likelihoods if is_admissible_only else self._log_likelihoods
+        for masks in is_scored:
+            # Compute logits of scored positions only; the logits of a whole batch would not fit into memory.
+            is_target_BL = pad_sequence(list(masks), batch_first=True).to(self.device)[:, 1:]
+            if is_target_BL.any():
+                targets_N = ids_BL[:, 1:][is_target_BL]
+                values_BL[:, 1:][is_target_BL] = of_targets(hidden_BLD[is_target_BL], targets_N)
+        return [values_L[: len(ids_L)] for values_L, ids_L in zip(values_BL.cpu(), ids, strict=True)]
+
+    def _log_likelihoods(self, hidden_ND: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+        chunks = zip(hidden_ND.split(POSITIONS_AT_ONCE), targets_N.split(POSITIONS_AT_ONCE), strict=True)
+        return torch.cat([log_likelihoods(self.decoder.lm_head(h_ND), t_N) for h_ND, t_N in chunks])
+
+    def _admissible_log_likelihoods(self, hidden_ND: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
         vocabulary = self.tokenizer.vocabulary
         level_N = vocabulary.level(targets_N) * vocabulary.is_audio(targets_N)
         values_N = torch.empty(len(targets_N), dtype=torch.float64, device=self.device)
@@ -42,7 +51,7 @@ class FlattenedModel(SpeechModel):
             of_level_N = level_N == level
             logits_NK = F.linear(hidden_ND[of_level_N], rows_KD)
             values_N[of_level_N] = log_likelihoods(logits_NK, vocabulary.entries(targets_N[of_level_N]))
-        return values_N.cpu()
+        return values_N
 
     @cached_property
     def output_rows(self) -> list[torch.Tensor]:

@@ -24,26 +24,41 @@ class HierarchicalModel(SpeechModel):
 
     @torch.inference_mode()
     def log_likelihoods(
-        self, ids: Sequence[torch.Tensor], is_scored: Sequence[torch.Tensor], *, is_admissible_only: bool = False
-    ) -> torch.Tensor:
+        self, ids: Sequence[torch.Tensor], *is_scored: Sequence[torch.Tensor], is_admissible_only: bool = False
+    ) -> list[torch.Tensor]:
         vocabulary, Q = self.tokenizer.vocabulary, self.codec.num_quantizers
-        embedded, places, entries, wanted = [], [], [], []
-        for ids_L, is_scored_L in zip(ids, is_scored, strict=True):
-            first = int((ids_L == vocabulary.audio_start_id).nonzero()[0]) + 1
-            assert not bool(is_scored_L[:first].any()), "text and <audio> are not predicted"
-            # The end of the speech is a separate frame, and only its level 0 can be scored.
-            missing = (first - len(ids_L)) % Q
-            entries_TQ = F.pad(vocabulary.entries(ids_L[first:]), (0, missing), value=self.end_entry).view(-1, Q)
-            embedded.append(self.embed(ids_L[:first], entries_TQ))
-            places.append(slice(first - 1, first - 1 + len(entries_TQ)))
-            entries.append(entries_TQ)
-            wanted.append(F.pad(is_scored_L[first:], (0, missing)).view(-1, Q))
+        firsts = [int((ids_L == vocabulary.audio_start_id).nonzero()[0]) + 1 for ids_L in ids]
+
+        def by_frame(values: Sequence[torch.Tensor], fill: int) -> list[torch.Tensor]:
+            """Return values (L,) as (T, Q). The end of the speech is a frame of which only level 0 can be scored."""
+            audio = [values_L[first:] for values_L, first in zip(values, firsts, strict=True)]
+            return [F.pad(audio_L, (0, -len(audio_L) % Q), value=fill).view(-1, Q) for audio_L in audio]
+
+        entries = by_frame([vocabulary.entries(ids_L) for ids_L in ids], self.end_entry)
+        clips = list(zip(ids, firsts, entries, strict=True))
+        embedded = [self.embed(ids_L[:first], entries_TQ) for ids_L, first, entries_TQ in clips]
         padded_BLD = pad_sequence(embedded, batch_first=True)  # right padding has no effect
         hidden_BLD = self.backbone(inputs_embeds=padded_BLD, use_cache=False).last_hidden_state
+        places = [slice(first - 1, first - 1 + len(entries_TQ)) for _, first, entries_TQ in clips]
         hidden_ND = torch.cat([hidden_LD[place] for hidden_LD, place in zip(hidden_BLD, places, strict=True)])
-        wanted_NQ = torch.cat(wanted)
-        levels = slice(None) if bool(wanted_NQ[:, 1:].any()) else slice(1)  # level 0 needs no depth decoder
-        targets_NQ, values = torch.cat(entries)[:, levels].to(self.device), []
+        targets_NQ = torch.cat(entries)
+        values_NQ = torch.full(targets_NQ.shape, torch.nan, dtype=torch.float64)
+        for masks in is_scored:
+            assert not any(mask_L[:first].any() for mask_L, first in zip(masks, firsts, strict=True)), "not predicted"
+            is_target_NQ = torch.cat(by_frame(masks, False))
+            if is_target_NQ.any():
+                num_levels = Q if is_target_NQ[:, 1:].any() else 1  # level 0 needs no depth decoder
+                found = self._frame_log_likelihoods(hidden_ND, targets_NQ[:, :num_levels], is_admissible_only)
+                values_NQ[is_target_NQ] = found[is_target_NQ[:, :num_levels]]
+        values = [of_clip.flatten() for of_clip in values_NQ.split([len(entries_TQ) for entries_TQ in entries])]
+        padded = [F.pad(values_L, (first, 0), value=torch.nan) for values_L, first in zip(values, firsts, strict=True)]
+        return [values_L[: len(ids_L)] for values_L, ids_L in zip(padded, ids, strict=True)]
+
+    def _frame_log_likelihoods(
+        self, hidden_ND: torch.Tensor, targets_NQ: torch.Tensor, is_admissible_only: bool
+    ) -> torch.Tensor:
+        """Return the log-likelihoods (N, Q) of N frames' entries. With one level, the depth decoder does not run."""
+        targets_NQ, values = targets_NQ.to(self.device), []
         chunks = zip(hidden_ND.split(POSITIONS_AT_ONCE), targets_NQ.split(POSITIONS_AT_ONCE), strict=True)
         for hidden_nD, targets_nQ in chunks:
             logits_nQV = self.decoder.lm_head(hidden_nD)[:, None]
@@ -55,7 +70,7 @@ class HierarchicalModel(SpeechModel):
                 logits_nQV[:, 0, self.end_entry + 1 :] = -torch.inf
                 logits_nQV[:, 1:, self.end_entry :] = -torch.inf
             values.append(log_likelihoods(logits_nQV.flatten(0, 1), targets_nQ.flatten()).view(targets_nQ.shape))
-        return torch.cat(values).cpu()[wanted_NQ[:, levels]]
+        return torch.cat(values).cpu()
 
     def caches(self, num_rows: int, capacity: int) -> list[BatchedKVCache]:
         # Position 0 of the second cache is the backbone's state, and position q + 1 is the code of level q.

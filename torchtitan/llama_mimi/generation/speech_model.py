@@ -63,12 +63,14 @@ class SpeechModel(ABC):
 
     @abstractmethod
     def log_likelihoods(
-        self, ids: Sequence[torch.Tensor], is_scored: Sequence[torch.Tensor], *, is_admissible_only: bool = False
-    ) -> torch.Tensor:
-        """Return the log-likelihoods (N,) of the N scored tokens of a batch, in nats (float64, on the CPU).
+        self, ids: Sequence[torch.Tensor], *is_scored: Sequence[torch.Tensor], is_admissible_only: bool = False
+    ) -> list[torch.Tensor]:
+        """Return the log-likelihoods (L,) of each clip's tokens, in nats (float64, on the CPU); NaN if not scored.
 
         Args:
-            ids, is_scored: flattened sequence (L,) of each clip, and mask (L,) of its scored tokens.
+            ids: flattened sequence (L,) of each clip.
+            is_scored: sets of tokens, as one mask (L,) for each clip. The backbone runs once. Each set has its own
+                matrix products in the output layer, so the values of a set do not depend on the other sets.
             is_admissible_only: compute the softmax over the tokens that are valid at a position, as in generation,
                 instead of over the whole vocabulary. Only codes and ``</audio>`` can then be scored.
         """

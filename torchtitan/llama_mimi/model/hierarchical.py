@@ -21,7 +21,7 @@ from torchtitan.models.llama3.model.model import TransformerBlock, precompute_fr
 
 from llama_mimi.common.attention import explicit_attention
 from llama_mimi.model.cross_entropy import LazyLogits, PendingOutput, Targets, pending_logits
-from llama_mimi.model.llama import LlamaMimi, LlamaMimiArgs, num_weights, training_flops
+from llama_mimi.model.llama import LlamaMimi, LlamaMimiArgs, forward_flops, num_weights
 from llama_mimi.tokens.tokenizer import IGNORE_INDEX
 from llama_mimi.tokens.vocabulary import AudioVocabulary
 
@@ -144,10 +144,18 @@ class HierarchicalLlamaMimi(LlamaMimi):
     def flops_per_target(self, seq_len: int) -> int:
         """Return the training FLOPs per target: FLOPs per frame, divided by the mean number of targets per frame."""
         args, depth, Q = self.model_args, self.depth, self.model_args.num_quantizers
-        backbone = training_flops(num_weights(self.layers, self.norm, self.output), args, seq_len)
-        levels = training_flops(num_weights(depth.layers, depth.norm, depth.projection), depth.args, Q)
-        frame = backbone + args.depth_train_fraction * (Q * levels + 6 * num_weights(depth.heads))
-        return round(frame / args.targets_per_frame)
+        backbone = forward_flops(num_weights(self.layers, self.norm, self.output), args, seq_len)
+        level = forward_flops(num_weights(depth.layers, depth.norm, depth.projection), depth.args, Q)
+        frame = backbone + args.depth_train_fraction * (Q * level + 2 * num_weights(depth.heads))
+        return round(3 * frame / args.targets_per_frame)
+
+    def decoding_flops(self, num_frames: int) -> int:
+        """See `LlamaMimi.decoding_flops`. The depth decoder's cache is empty before each frame."""
+        args, depth, Q = self.model_args, self.depth, self.model_args.num_quantizers
+        backbone = forward_flops(num_weights(self.layers, self.norm, self.output), args, num_frames + 1)
+        level = num_weights(depth.layers, depth.norm, depth.projection)
+        levels = sum(forward_flops(level, depth.args, num_keys) for num_keys in range(1, Q + 1))
+        return backbone + levels + 2 * num_weights(depth.heads)
 
     def deep_frames(self, targets_NQ: torch.Tensor) -> torch.Tensor:
         """Return the positions that train the depth decoder, but at least one position: every rank needs gradients."""

@@ -1,5 +1,6 @@
 """TorchTitan's Llama 3 with two additions: tied embeddings, and attention within each clip of a packed sequence."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,9 +63,12 @@ class LlamaMimiArgs(TransformerModelArgs):
         return sum(p.numel() for p in model.parameters()), model.flops_per_target(seq_len)
 
 
-def training_flops(num_weights: int, args: TransformerModelArgs, seq_len: int) -> int:
-    """Return the training FLOPs per position: 6 for each weight of a matrix product, plus the FLOPs of attention."""
-    return 6 * num_weights + 6 * args.n_layers * args.n_heads * 2 * (args.dim // args.n_heads) * seq_len
+def forward_flops(num_weights: int, args: TransformerModelArgs, num_keys: int) -> int:
+    """Return the forward FLOPs per position: 2 for each weight of a matrix product, plus attention to all keys.
+
+    The backward pass needs twice as many FLOPs (Kaplan et al. 2020, arXiv 2001.08361, section 2.1).
+    """
+    return 2 * num_weights + 4 * args.n_layers * args.dim * num_keys
 
 
 def num_weights(*modules: nn.Module | None) -> int:
@@ -108,7 +112,17 @@ class LlamaMimi(Transformer):
     def flops_per_target(self, seq_len: int) -> int:
         """Return the training FLOPs per target. Embedding lookups are not counted."""
         matrix = self.tok_embeddings if self.is_tied else self.output
-        return training_flops(num_weights(self.layers, self.norm, matrix), self.model_args, seq_len)
+        return 3 * forward_flops(num_weights(self.layers, self.norm, matrix), self.model_args, seq_len)
+
+    def decoding_flops(self, num_frames: int) -> int:
+        """Return the FLOPs of decoding a frame with a key-value cache, after ``num_frames`` frames of context.
+
+        At each level, only the logits of codes of this level (and, at level 0, of ``</audio>``) are computed.
+        """
+        args, Q = self.model_args, self.model_args.num_quantizers
+        layers, positions = num_weights(self.layers, self.norm), range(num_frames * Q + 1, (num_frames + 1) * Q + 1)
+        logits = 2 * args.dim * (Q * args.codebook_size + 1)
+        return logits + sum(forward_flops(layers, args, num_keys) for num_keys in positions)
 
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
         super().init_weights(buffer_device)
@@ -147,35 +161,75 @@ def depth_args(**shape: Any) -> LlamaMimiArgs:
 
 LLAMA_3_2_ROPE = RoPEScalingArgs(32.0, 1.0, 4.0, 8192)
 LLAMA_3_1_ROPE = RoPEScalingArgs(8.0, 1.0, 4.0, 8192)
+SHAPE = re.compile(r"(\d+)x(\d+)(?:\+(\d+)x(\d+))?")  # width x layers of the backbone + of the depth decoder
 
-FLAVORS = {
-    "tiny": LlamaMimiArgs(
-        dim=192,
-        n_layers=4,
-        n_heads=6,
-        n_kv_heads=2,
-        ffn_dim=512,
+
+def sized(width: int, num_layers: int, depth_width: int, num_depth_layers: int) -> LlamaMimiArgs:
+    """Return a shape with the ratios of Llama-3.2-1B (backbone) and of CSM-1B (depth decoder).
+
+    In the backbone, a head has 64 dimensions, 4 heads share a key head, and the feed-forward layers are 4 times as
+    wide. The depth decoder has 8 heads and 2 key heads, and its feed-forward layers are 8 times as wide.
+    """
+    return LlamaMimiArgs(
+        dim=width,
+        n_layers=num_layers,
+        n_heads=width // 64,
+        n_kv_heads=width // 256,
+        ffn_dim=4 * width,
         rope_scaling_args=LLAMA_3_2_ROPE,
         enable_weight_tying=True,
-        depth=depth_args(dim=96, n_layers=1, n_heads=3, n_kv_heads=1, ffn_dim=768),
-    ),
-    "1B": LlamaMimiArgs(  # Llama-3.2-1B
-        dim=2048,
-        n_layers=16,
-        n_heads=32,
-        n_kv_heads=8,
-        ffn_dim=8192,
-        rope_scaling_args=LLAMA_3_2_ROPE,
-        enable_weight_tying=True,
-        depth=depth_args(dim=1024, n_layers=4, n_heads=8, n_kv_heads=2, ffn_dim=8192),  # as CSM-1B
-    ),
-    "8B": LlamaMimiArgs(  # Llama-3.1-8B
-        dim=4096,
-        n_layers=32,
-        n_heads=32,
-        n_kv_heads=8,
-        ffn_dim=14336,
-        rope_scaling_args=LLAMA_3_1_ROPE,
-        depth=depth_args(dim=2048, n_layers=8, n_heads=16, n_kv_heads=4, ffn_dim=16384),
-    ),
-}
+        depth=depth_args(dim=depth_width, n_layers=num_depth_layers, n_heads=8, n_kv_heads=2, ffn_dim=8 * depth_width),
+    )
+
+
+class Flavors(dict[str, LlamaMimiArgs]):
+    """Shapes by name, and `sized` shapes: "768x12+384x3" has a depth decoder of width 384 with 3 layers.
+
+    By default, the depth decoder has half the width and a quarter of the layers of the backbone, as in CSM-1B. The
+    flattened and the hierarchical model of a shape have the same backbone. The flattened model has no depth decoder.
+    """
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or _sizes(str(name)) is not None
+
+    def __missing__(self, name: str) -> LlamaMimiArgs:
+        if (sizes := _sizes(name)) is None:
+            raise KeyError(name)
+        return sized(*sizes)
+
+
+def _sizes(name: str) -> tuple[int, int, int, int] | None:
+    """Return the arguments of `sized`, or None if ``name`` is not a valid shape."""
+    if (match := SHAPE.fullmatch(name)) is None:
+        return None
+    width, num_layers = int(match[1]), int(match[2])
+    depth_width, num_depth_layers = int(match[3] or width // 2), int(match[4] or max(1, num_layers // 4))
+    sizes = width, num_layers, depth_width, num_depth_layers
+    # A key head of the backbone has 256 query dimensions. In each of the 8 depth heads, RoPE rotates pairs.
+    return sizes if min(sizes) > 0 and width % 256 == 0 and depth_width % 16 == 0 else None
+
+
+FLAVORS = Flavors(
+    {
+        "tiny": LlamaMimiArgs(
+            dim=192,
+            n_layers=4,
+            n_heads=6,
+            n_kv_heads=2,
+            ffn_dim=512,
+            rope_scaling_args=LLAMA_3_2_ROPE,
+            enable_weight_tying=True,
+            depth=depth_args(dim=96, n_layers=1, n_heads=3, n_kv_heads=1, ffn_dim=768),
+        ),
+        "1B": sized(2048, 16, 1024, 4),  # Llama-3.2-1B, and CSM-1B's depth decoder
+        "8B": LlamaMimiArgs(  # Llama-3.1-8B
+            dim=4096,
+            n_layers=32,
+            n_heads=32,
+            n_kv_heads=8,
+            ffn_dim=14336,
+            rope_scaling_args=LLAMA_3_1_ROPE,
+            depth=depth_args(dim=2048, n_layers=8, n_heads=16, n_kv_heads=4, ffn_dim=16384),
+        ),
+    }
+)

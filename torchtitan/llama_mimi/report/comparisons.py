@@ -1,92 +1,202 @@
 """Comparison of systems: means with intervals, differences and tests."""
 
 import itertools
+import math
+import statistics
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
+from scipy import stats
 
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.versions import ROOT
 from llama_mimi.evaluation.statistics import sign_test
 from llama_mimi.report.document import Picture, Section, Table, to_markdown, write_markdown
-from llama_mimi.report.estimates import COMPARABLE, SYNTHETIC, Estimate, by_measure, estimate, same_items
+from llama_mimi.report.estimates import (
+    COMPARABLE,
+    SYNTHETIC,
+    Estimate,
+    by_measure,
+    compare,
+    estimate,
+    proportion,
+    same_items,
+)
 from llama_mimi.report.plots import forest, tradeoff
 from llama_mimi.report.results import SALMON, SALMON_MEAN, measure_of, read_results
 
-NOT_COMPARED = ("real_time_factor", "seconds")  # real-time factors depend on the machine; longer is not better
+NOT_COMPARED = ("real_time_factor",)  # depends on the machine
+SIGNIFICANCE = 0.05
+ONE_VARIANT = "one variant"
 PUBLISHED = ROOT / "eval" / "published.toml"
 LEGEND = (
-    "Accuracies are in percent. Each cell begins with the mean over seeds. The brackets contain a 95 % bootstrap "
-    "interval over n items (pairs, groups of pairs, or prompts). A row uses only the items for which all models in the "
-    "row have a value. The number after ± is half the width of the 95 % interval over seeds (Student's t).",
-    "A number with a sign is the mean difference from the first model, over pairs and seeds. For perplexities, the "
-    "ratio is shown instead. A star marks a difference if both intervals exclude zero (or one, for a ratio). A "
-    "difference has no star if it has only one seed, or the same value for all seeds or pairs. Among many differences, "
-    "some have a star by chance.",
+    "Accuracies are in percent. A cell begins with a mean over runs (seeds) and items. An item is a pair, a group of "
+    "pairs, or a prompt; n is the number of items. The brackets contain a 95 % confidence interval (Student's t), "
+    "which includes the variation between runs and the variation between items. If the speakers of prompts are known, "
+    "the prompts of one speaker form a cluster. One run cannot show the variation between runs: its interval includes "
+    "only the variation between items, and its differences do not have stars.",
+    "A number with a sign is the difference from the first model. For perplexities, the ratio is shown instead. A "
+    "difference uses the items for which both models have values. If the number of these items is not n, the cell "
+    "states the number, and the difference can deviate from the difference of the two means.",
+)
+LEGEND_OF_STUDIES = (
+    *LEGEND,
+    "The variance between runs is pooled over all variants of the study. In a row with †, Levene's test rejects equal "
+    "variances (5 %), and each variant has its own variance.",
+    "The primary difference of a table was chosen before the runs. All other differences are exploratory. A star marks "
+    "a primary difference with p ≤ 0.05, or an exploratory difference with p ≤ 0.05 after the adjustment of Benjamini "
+    "and Hochberg over the exploratory differences of the table.",
+    "The last table of a section compares the decisions of two runs with different seeds, pair by pair. In the column "
+    f"'{ONE_VARIANT}', both runs are of one variant (mean over the variants). In the other columns, one run is of the "
+    "first variant, and one run is of the named variant.",
 )
 SUMMARY = (
-    "Accuracies are in percent. The brackets contain a 95 % interval: for accuracies, Wilson's interval over n words, "
-    "sentences or pairs; for other measures, a bootstrap interval over n prompts. The preset 'original' counts each "
+    "Accuracies are in percent. The brackets contain a 95 % interval over n items: for accuracies, Wilson's interval "
+    "over words, sentences or pairs; for other measures, Student's t over prompts, or over speakers if they are known. "
+    "Each system is one run, and one run cannot show the variation between seeds. The preset 'original' counts each "
     "voice as a pair."
 )
 
 
-def _by_system(corner: str, cells: Mapping[str, Mapping[str, str]], columns: Sequence[str]) -> list[Table]:
-    """Return a table with measures as rows and systems as columns; leave out empty rows and tables."""
-    rows = [[name, *(of.get(column, "") for column in columns)] for name, of in cells.items()]
-    rows = [row for row in rows if any(row[1:])]
-    return [_table([corner, *columns], rows)] if rows else []
+def _by_system(
+    corner: str,
+    cells: Mapping[str, Mapping[str, str]],
+    columns: Sequence[str],
+    costs: Mapping[str, Mapping[str, str]] | None = None,
+) -> list[Table]:
+    """Return a table with measures as rows and systems as columns; leave out empty rows and tables.
+
+    ``costs`` are the first rows. They do not depend on data.
+    """
+    found, first = (
+        [row for name, of in some.items() if any((row := [name, *(of.get(column, "") for column in columns)])[1:])]
+        for some in (cells, costs or {})
+    )
+    table = _table([corner, *columns], found)
+    return [replace(table, rows=[*first, *table.rows])] if found or first else []
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """Return a table of measures. If all data are synthetic, only the header is marked as synthetic."""
-    if all(SYNTHETIC in row[0] for row in rows):
+    if rows and all(SYNTHETIC in row[0] for row in rows):
         header = [f"{header[0]} (synthetic data)", *header[1:]]
         rows = [[row[0].replace(SYNTHETIC, ""), *row[1:]] for row in rows]
     return Table(header, rows)
 
 
-def comparison(items: pd.DataFrame, title: str, groups: Mapping[str, Sequence[str]], picture: str | None) -> Section:
+def comparison(
+    items: pd.DataFrame,
+    title: str,
+    groups: Mapping[str, Sequence[str]],
+    picture: str | None,
+    *,
+    all_groups: Collection[Sequence[str]] = (),
+    primary: tuple[str, str] | None = None,
+    costs: Mapping[str, Mapping[str, str]] | None = None,
+) -> Section:
     """Return a table of differences from the first variant and, if ``picture`` names a file, a forest plot.
 
-    ``groups`` maps the label of a variant to its systems: one system per seed, in the order of seeds. Systems may be
-    missing in ``items``.
+    ``groups`` maps the label of a variant to its systems: one system per seed. Systems may be missing in ``items``.
+    The variance between runs is pooled over the variants in ``all_groups`` (default: ``groups``). ``primary`` is the
+    measure and the label of the primary difference. ``costs`` are rows without intervals: heading, label and text.
     """
-    places = {system: (label, seed) for label, systems in groups.items() for seed, system in enumerate(systems)}
-    baseline = next(iter(groups))
-    cells: dict[str, dict[str, str]] = {}
+    means: dict[str, dict[str, Estimate]] = {}
+    differences: dict[str, dict[str, Estimate]] = {}
     references: dict[str, dict[str, str]] = {}
-    panels: dict[str, dict[str, Estimate]] = {}
-    empty = []
+    decisions: dict[str, dict[str, str]] = {}
+    is_official: dict[str, bool] = {}  # False for accuracies under another rule, which are not in the plot
+    unpooled = set()
+    systems = list(itertools.chain(*groups.values()))
     for heading, measure, rows in by_measure(items[~items["measure"].isin(NOT_COMPARED)], COMPARABLE):
-        own = rows[rows["system"].isin(places)]
-        values, _ = same_items(own)
-        if values.empty:
-            empty += [heading] if len(own) else []
+        own, name = rows[rows["system"].isin(systems)].dropna(subset="value"), rows["measure"].iloc[0]
+        if own.empty:
             continue
-        values.columns = pd.MultiIndex.from_tuples([places[system] for system in values])
-        means = {label: estimate(values[label], measure) for label in groups if label in values}
-        texts = {label: mean.text() for label, mean in means.items()}
-        differences = {}
-        for label in [label for label in means if label != baseline and baseline in means]:
-            difference = (values[label] - values[baseline]).dropna(axis="columns")  # only seeds that both variants have
-            if not difference.empty:
-                differences[label] = estimate(difference, measure)
-                mean_alone = texts[label].split()[0]
-                texts[label] = f"{mean_alone}, {differences[label].text(is_difference=True)}"
-        cells[heading + (f" (n = {n:,})" if (n := next(iter(means.values())).count) else "")] = texts
-        panels |= {heading: differences} if differences else {}
-        beside = rows[rows["is_reference"] & rows["item"].isin(values.index.unique("item"))].dropna(subset="value")
+        means[heading], found, is_unpooled = compare(rows, measure, groups, all_groups or groups.values())
+        differences[heading] = {v: replace(one, is_primary=(name, v) == primary) for v, one in found.items()}
+        unpooled |= {heading} if is_unpooled else set()
+        is_official[heading] = not measure.is_accuracy or ":" not in name
+        if measure.is_accuracy and is_official[heading]:
+            decisions[heading] = _different_decisions(own, groups)
+        beside = rows[rows["is_reference"] & rows["item"].isin(own["item"])].dropna(subset="value")
         means_of_references = beside.groupby("system")["value"].mean().items()
         references[heading] = {str(system): measure.text(mean) for system, mean in means_of_references}
+    differences = with_stars(differences)
+    cells = {}
+    for heading, of_measure in means.items():
+        first = next(iter(of_measure.values()), None)
+        count, speakers = (first.count, first.clusters) if first else (0, 0)
+        about = f" (n = {count:,}{f'; {speakers} speakers' * (speakers < count)})" * (count > 0)
+        texts = {label: mean.text() for label, mean in of_measure.items()}
+        for label, one in differences[heading].items():
+            mean, number = texts[label].split()[0], f", n = {one.count:,}" * (one.count != count)
+            marks = ", primary" * one.is_primary + " *" * one.has_star
+            texts[label] = f"{mean}, {one.text(is_difference=True)}{number}{marks}"
+        cells[heading + about + " †" * (heading in unpooled)] = texts
+    baseline, *others = groups
     alt = f"{title}: difference from {baseline}"
+    panels = {heading: of for heading, of in differences.items() if of and is_official[heading]}
     pictures = [Picture(f"{picture}.png", forest(panels, alt, is_difference=True), alt)] if picture and panels else []
-    notes = [f"Measures without a row, because no item has values of all models: {', '.join(empty)}."] if empty else []
+    empty = [heading for heading, of in means.items() if not of]
+    notes = [f"Measures without a row, because no item has values of all seeds: {', '.join(empty)}."] if empty else []
+    tables = _by_system("measure", cells, list(groups), costs)
     names = sorted({name for of in references.values() for name in of})
-    of_references = _by_system("references on the same prompts", references, names)
-    return Section(title, notes, pictures, _by_system("measure", cells, list(groups)) + of_references)
+    tables += _by_system("references on the same prompts", references, names)
+    tables += _by_system("pairs decided differently, %", decisions, [ONE_VARIANT, *others])
+    return Section(title, [*_findings(differences, baseline, primary), *notes], pictures, tables)
+
+
+def with_stars(differences: Mapping[str, Mapping[str, Estimate]]) -> dict[str, dict[str, Estimate]]:
+    """Return the differences with their stars; see `LEGEND`. A difference without a p-value does not have a star."""
+    p_values = {(name, label): one.interval.p_value for name, of in differences.items() for label, one in of.items()}
+    tested = [key for key, p in p_values.items() if math.isfinite(p) and not differences[key[0]][key[1]].is_primary]
+    adjusted = stats.false_discovery_control([p_values[key] for key in tested]) if tested else []
+    p_values |= dict(zip(tested, map(float, adjusted), strict=True))
+    return {
+        name: {label: replace(one, has_star=p_values[name, label] <= SIGNIFICANCE) for label, one in of.items()}
+        for name, of in differences.items()
+    }
+
+
+def _findings(
+    differences: Mapping[str, Mapping[str, Estimate]], baseline: str, primary: tuple[str, str] | None
+) -> list[str]:
+    """Return a sentence with the primary difference, and the number of exploratory differences."""
+    texts = []
+    if primary:
+        (name, label), result = primary, "not available"
+        for one in [one for of in differences.values() for one in of.values() if one.is_primary]:
+            result = f"{one.text(is_difference=True)}, p = {one.interval.p_value:.2g}{' *' * one.has_star}"
+        about = f"{measure_of(name).heading}, '{label}' against '{baseline}'"
+        texts.append(f"Primary difference, chosen before the runs: {about}: {result}.")
+    exploratory = [one for of in differences.values() for one in of.values() if not one.is_primary]
+    tested = [one for one in exploratory if math.isfinite(one.interval.p_value)]
+    if tested:
+        stars = sum(one.has_star for one in tested)
+        texts.append(f"{len(tested)} exploratory differences; {stars} {'has' if stars == 1 else 'have'} a star.")
+    return texts
+
+
+def _different_decisions(rows: pd.DataFrame, groups: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Return how often two runs with different seeds decide a pair differently, in percent of the pairs.
+
+    `ONE_VARIANT` is the mean over pairs of runs of one variant and over the variants. Each other label is the mean over
+    pairs of a run of this variant and a run of the first variant.
+    """
+    decisions = rows.pivot_table("value", ["part", "item", "sample"], "system", sort=False).dropna()
+
+    def fraction(first: Sequence[str], second: Sequence[str]) -> float:
+        pairs = [(a, b) for i, a in enumerate(first) for j, b in enumerate(second) if i != j]
+        pairs = [pair for pair in pairs if decisions.columns.isin(pair).sum() == 2]
+        return statistics.fmean((decisions[a] != decisions[b]).mean() for a, b in pairs) if pairs else math.nan
+
+    of_one = [value for systems in groups.values() if math.isfinite(value := fraction(systems, systems))]
+    found = {ONE_VARIANT: statistics.fmean(of_one or [math.nan])}
+    baseline, *others = groups
+    found |= {label: fraction(groups[label], groups[baseline]) for label in others}
+    return {label: f"{100 * value:.1f}" for label, value in found.items() if math.isfinite(value)}
 
 
 def summary(items: pd.DataFrame, title: str, picture: str | None = None) -> Section:
@@ -101,7 +211,7 @@ def summary(items: pd.DataFrame, title: str, picture: str | None = None) -> Sect
         systems = list(rows["system"].unique())
         if measure.is_accuracy:
             of_each = {system: same_items(rows[rows["system"] == system])[0] for system in systems}
-            found = {system: estimate(values, measure, is_wilson=True) for system, values in of_each.items()}
+            found = {system: proportion(values, measure) for system, values in of_each.items()}
             notes += [f"{heading}: systems were scored on different audio."] if rows["data"].nunique() > 1 else []
         else:
             values, left_out = same_items(rows)
@@ -122,7 +232,7 @@ def sign_tests(items: pd.DataFrame, title: str) -> list[Section]:
     """Return a table of McNemar's exact tests, one for each pair of systems on the same data."""
     lines = []
     for heading, measure, rows in by_measure(items, COMPARABLE):
-        if measure.is_accuracy and rows["measure"].iloc[0] != SALMON_MEAN:
+        if measure.is_accuracy and not rows["measure"].iloc[0].startswith(SALMON_MEAN):
             for a, b in itertools.combinations(rows["system"].unique(), 2):
                 values, _ = same_items(rows[rows["system"].isin([a, b])])
                 better, worse = int((values[a] > values[b]).sum()), int((values[a] < values[b]).sum())
@@ -163,9 +273,9 @@ def tradeoffs(items: pd.DataFrame, title: str, groups: Mapping[str, Sequence[str
     means: dict[str, pd.Series] = {}
     own = items[items["system"].isin([system for some in groups.values() for system in some])]
     for _, measure, rows in by_measure(own, COMPARABLE):
-        values, _ = same_items(rows)
-        if len(values):
-            means.setdefault(rows["measure"].iloc[0], values.groupby(level="part").mean().mean() * measure.factor)
+        of_items = rows.dropna(subset="value").groupby(["system", "part", "item"])["value"].mean()
+        of_parts = of_items.groupby(level=["system", "part"]).mean()
+        means.setdefault(rows["measure"].iloc[0], of_parts.groupby(level="system").mean() * measure.factor)
     table = pd.DataFrame(means)
     vertical = [column for column in table if column.startswith(("sLM21/", "sStoryCloze/"))]
     salmon = [column for column in table if column == SALMON_MEAN] or [column for column in table if column in SALMON]

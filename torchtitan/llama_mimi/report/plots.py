@@ -16,7 +16,7 @@ MARKERS = "osD^vPX"
 def forest(panels: Mapping[str, Mapping[str, Estimate]], title: str, *, is_difference: bool = False) -> bytes:
     """Return a PNG with a panel for each measure. A system has a line (interval), a tick (mean) and dots (seeds).
 
-    With ``is_difference``, zero is in the middle of each panel, and significant differences have a star.
+    With ``is_difference``, zero is in the middle of each panel, and the primary difference has a diamond.
     """
     plt = pyplot()
     systems = list(dict.fromkeys(system for lines in panels.values() for system in lines))
@@ -29,15 +29,19 @@ def forest(panels: Mapping[str, Mapping[str, Estimate]], title: str, *, is_diffe
         figure, grid = plt.subplots(len(panels), height_ratios=heights, **options)
         figure.suptitle(textwrap.fill(title, 50), fontsize=FONT_SIZE)
         has_seeds = any(len(one.seeds) > 1 for lines in panels.values() for one in lines.values())
-        caption = "line: 95 % interval over pairs or prompts; tick: mean" + "; dots: seeds" * has_seeds
-        figure.supxlabel(caption, fontsize=FONT_SIZE - 2)
+        over = "seeds and items" if has_seeds else "items"
+        caption = f"line: 95 % interval over {over}; tick: mean" + "; dots: seeds" * has_seeds
+        if any(one.is_primary for lines in panels.values() for one in lines.values()):
+            caption += "; diamond: primary difference"
+        figure.supxlabel(textwrap.fill(caption, 70), fontsize=FONT_SIZE - 2)
         for axes, (heading, lines) in zip(grid[:, 0], panels.items(), strict=True):
             for place, (system, one) in enumerate(lines.items()):
                 color = f"C{systems.index(system) % 10}"
                 seeds = one.seeds if len(one.seeds) > 1 else ()
                 axes.plot(seeds, [place] * len(seeds), "o", color=color, markersize=4, alpha=0.5)
-                axes.plot(one.interval or (one.mean, one.mean), [place, place], color=color, linewidth=2.5)
-                axes.plot(one.mean, place, "|", color=color, markersize=11, markeredgewidth=2.5)
+                axes.plot(one.interval[1:3], [place, place], color=color, linewidth=2.5)
+                mark = {"marker": "D", "markersize": 7} if one.is_primary else {"marker": "|", "markersize": 11}
+                axes.plot(one.interval.mean, place, **mark, color=color, markeredgewidth=2.5)
             if is_difference:
                 axes.axvline(0, color="black", linewidth=0.8)
                 reach = max(map(abs, axes.get_xlim()))
@@ -45,8 +49,10 @@ def forest(panels: Mapping[str, Mapping[str, Estimate]], title: str, *, is_diffe
             elif next(iter(lines.values())).measure.is_accuracy:
                 axes.axvline(50, color="black", linewidth=0.8, linestyle=":")  # chance
                 axes.set_xlim(0, 100)
-            stars = {system: " *" * (is_difference and one.is_significant) for system, one in lines.items()}
-            axes.set_yticks(range(len(lines)), [labels[system] + star for system, star in stars.items()])
+            stars = [" *" * one.has_star for one in lines.values()]
+            axes.set_yticks(
+                range(len(lines)), [labels[system] + star for system, star in zip(lines, stars, strict=True)]
+            )
             axes.set_ylim(len(lines) - 0.4, -0.6)
             axes.set_title(textwrap.fill(heading, 36), loc="left", fontsize=FONT_SIZE, weight="bold", pad=3)
             axes.locator_params(axis="x", nbins=5)

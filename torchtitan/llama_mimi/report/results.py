@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,12 +13,12 @@ import pandas as pd
 from llama_mimi.common.errors import UserError, first_line
 from llama_mimi.common.files import digest, parse_json, visible_files
 from llama_mimi.evaluation.benchmarks import SALMON_PARTS
-from llama_mimi.evaluation.options import MAX_AUDIO_SECONDS
+from llama_mimi.evaluation.options import FURTHER_RULES, MAX_AUDIO_SECONDS
 from llama_mimi.evaluation.results import FORMAT
 
 KIND = "generations"  # value of the key "kind" in results of eval/generation.py
 DAMAGE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-BENCHMARKS = ("salmon", "sLM21", "sStoryCloze")
+BENCHMARKS = ("salmon", "sLM21", "sStoryCloze", "prosaudit")
 SALMON = {f"salmon/{part}": f"SALMon {part}".replace("_", " ").replace("bg", "background") for part in SALMON_PARTS}
 SALMON_MEAN = "salmon/mean"
 FIXED_LENGTH = "similarity/"  # prefix of the speaker similarity at a fixed length; the number of seconds follows
@@ -51,7 +51,12 @@ MEASURES = {
     "sLM21/syntactic_dev": _accuracy("sBLIMP"),
     "sStoryCloze/sStoryCloze": _accuracy("sStoryCloze"),
     "sStoryCloze/tStoryCloze": _accuracy("tStoryCloze"),
+    "sStoryCloze/ms_sSC": _accuracy("multi-speaker sStoryCloze"),
+    "sStoryCloze/ms_tSC": _accuracy("multi-speaker tStoryCloze"),
+    "prosaudit/english_dev_protosyntax": _accuracy("ProsAudit protosyntax"),
+    "prosaudit/english_dev_lexical": _accuracy("ProsAudit lexical"),
     "similarity": MeasureFormat("speaker similarity"),
+    "seconds": MeasureFormat("seconds", 2),  # longer speech can be more similar, so both stand together
     "distillmos": MeasureFormat("DistillMOS (predicted)", 2),
     "aesthetics/CE": MeasureFormat("enjoyment", 2),
     "aesthetics/CU": MeasureFormat("usefulness", 2),
@@ -61,7 +66,6 @@ MEASURES = {
     "log_generative_perplexity": MeasureFormat("generative perplexity", 1, is_log=True),
     "auto_bleu": MeasureFormat("Auto-BLEU (%)", 1, 100),
     "words_per_minute": MeasureFormat("words/min", 0),
-    "seconds": MeasureFormat("seconds", 2),
     "silent": MeasureFormat("silent (%)", 1, 100),
     "ended": MeasureFormat("ended by the model (%)", 1, 100),
     "distinct_frames": MeasureFormat("distinct frames (%)", 1, 100),
@@ -70,7 +74,11 @@ MEASURES = {
 
 
 def measure_of(name: str) -> MeasureFormat:
-    """Return the display format of a measure, given its name in a result file."""
+    """Return the display format of a measure, given its name in a result file, or ``<benchmark>/<part>:<rule>``."""
+    primary, _, rule = name.partition(":")
+    if rule in FURTHER_RULES:
+        measure = measure_of(primary)
+        return replace(measure, heading=f"{measure.heading}, {rule.replace('_', ' ')}")
     if name in MEASURES:
         return MEASURES[name]
     if name.split("/")[0] in BENCHMARKS:
@@ -83,12 +91,20 @@ def measure_of(name: str) -> MeasureFormat:
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Return the measures without duplicates, in the order of a table: bits, accuracies, continuations."""
+    """Return the measures without duplicates, in the order of a table: bits, accuracies, continuations.
+
+    The further rules of a benchmark follow its primary rule.
+    """
     places = {name: place for place, name in enumerate(MEASURES)}
-    # The speaker similarity at a fixed length follows the speaker similarity.
-    place = {name: places.get(name, places.get(name.split("/")[0], len(places))) for name in names}
-    keys = {name: (not measure_of(name).is_accuracy, place[name], name) for name in place}
-    return sorted(keys, key=lambda name: (not name.startswith(BITS), keys[name]))
+    rules = {name: place for place, name in enumerate(("", *FURTHER_RULES))}
+
+    def key(name: str) -> tuple[bool, bool, int, str, int]:
+        primary, _, rule = name.partition(":")
+        # The speaker similarity at a fixed length follows the speaker similarity.
+        place = places.get(primary, places.get(primary.split("/")[0], len(places)))
+        return not name.startswith(BITS), not measure_of(name).is_accuracy, place, primary, rules.get(rule, 0)
+
+    return sorted(set(names), key=key)
 
 
 def system_label(system: str) -> str:
@@ -171,13 +187,14 @@ def _benchmark(report: Mapping[str, Any], system: str) -> tuple[pd.DataFrame, li
     by_group = report["scoring"]["by_group"]
     number = parts["group"].transform(lambda names: pd.factorize(names)[0]) if by_group else parts.cumcount()
     item = number.astype(int).astype(str)
-    items = pd.DataFrame(
+    credits = {"": pairs["correct"]}  # accuracy of each pair by rule; the primary rule has no name
+    credits |= {f":{rule}": pairs["rules"].map(lambda of, rule=rule: of[rule]["correct"]) for rule in report["rules"]}
+    same = pd.DataFrame(
         {
             "system": system,
             "measure": f"{benchmark}/" + pairs["part"],
             "item": item,
             "sample": pairs.groupby(["part", item]).cumcount(),
-            "value": pairs["correct"].astype(float),
             "conditions": ", ".join(conditions),
             "weights": report["model_sha256"],
             "data": report["audio_sha256"],
@@ -185,9 +202,10 @@ def _benchmark(report: Mapping[str, Any], system: str) -> tuple[pd.DataFrame, li
             "cluster": item,
         }
     )
+    of_rules = [same.assign(measure=same["measure"] + rule, value=some.astype(float)) for rule, some in credits.items()]
     num_cut = int(sum(pairs["is_cut"]))
     cut = [f"{num_cut:,} of {len(pairs):,} pairs were cut at {seconds:g} s"] if num_cut else []
-    return items, [f"{system}, {benchmark}: {note}." for note in (*report["notes"], *cut)]
+    return pd.concat(of_rules), [f"{system}, {benchmark}: {note}." for note in (*report["notes"], *cut)]
 
 
 def _generations(report: Mapping[str, Any]) -> tuple[pd.DataFrame, list[str]]:

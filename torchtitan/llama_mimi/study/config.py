@@ -3,7 +3,7 @@
 import itertools
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_type_hints
@@ -14,7 +14,8 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.evaluation.options import EvaluationOptions
 from llama_mimi.evaluation.script import BENCHMARK_SCRIPTS
 from llama_mimi.judging.options import GenerationOptions
-from llama_mimi.study.budget import resolved, step_flops
+from llama_mimi.report.results import BENCHMARKS, BITS, MEASURES
+from llama_mimi.study.budget import cost, resolved
 from llama_mimi.training.config_file import fits
 
 Flags = dict[str, Any]
@@ -56,11 +57,19 @@ class Table(NamedTuple):
 
     title: str
     variants: tuple[Variant, ...]
+    # The contrast that the table is made for: the difference of this variant from the baseline in this measure. In a
+    # table of one variant, the measure is empty and the variant is the baseline.
+    primary_measure: str
+    primary_variant: Variant
 
     def label(self, variant: Variant) -> str:
-        """Return a variant's values on the axes that vary within the table, such as "hierarchical, Q = 4"."""
-        axes = [axis for axis in AXES if len({getattr(other, axis) for other in self.variants}) > 1]
-        return ", ".join(AXES[axis].format(getattr(variant, axis)) for axis in axes) or variant.name
+        return label(variant, self.variants)
+
+
+def label(variant: Variant, variants: Sequence[Variant]) -> str:
+    """Return a variant's values on the axes that vary among ``variants``, such as "hierarchical, Q = 4"."""
+    axes = [axis for axis in AXES if len({getattr(other, axis) for other in variants}) > 1]
+    return ", ".join(AXES[axis].format(getattr(variant, axis)) for axis in axes) or variant.name
 
 
 @dataclass(frozen=True)
@@ -87,7 +96,7 @@ class Study:
     settings: Flags = field(default_factory=dict)  # training settings; texts may contain axes, such as {steps}
     override: list[Flags] = field(default_factory=list)  # values of axes, and settings for variants with these values
     launch: Launch = Launch()
-    benchmarks: dict[Literal["salmon", "sLM21", "sStoryCloze"], Flags] = field(default_factory=dict)
+    benchmarks: dict[Literal["salmon", "sLM21", "sStoryCloze", "prosaudit"], Flags] = field(default_factory=dict)
     generation: Flags = field(default_factory=dict)  # flags of eval/generation.py; default: do not judge
     tables: tuple[Table, ...] = ()
     result_files: dict[str, str] = field(default_factory=dict)  # file name by benchmark
@@ -131,11 +140,11 @@ def read_study(path: Path) -> Study:
         values["launch"] = Launch(**_checked(values.get("launch", {}), get_type_hints(Launch), "[launch]"))
         for override in values.get("override", []):
             _checked(override, LISTS | {"settings": Flags}, "[[override]]", "settings")
-        types = LISTS | {"title": str, "steps": list[int], "flops": list[float]}
+        types = LISTS | {"title": str, "steps": list[int], "flops": list[float], "primary": Flags}
         grids = [_checked(some, types, "[[tables]]", "title") for some in values.pop("tables", [])]
         _checked(values, get_type_hints(Study), "the file", "name", "output_dir", "config")
         study = Study(path, **values | {"output_dir": Path(values["output_dir"])})
-        tables = tuple(Table(grid["title"], _variants(study, grid)) for grid in grids)
+        tables = tuple(_table(study, grid) for grid in grids)
         _check(study := replace(study, tables=tables))
         for name, flags in study.benchmarks.items():
             options = parse_options(EvaluationOptions, to_cli_args({**flags, "model_name": "model"}))
@@ -161,6 +170,26 @@ def _checked(values: Any, types: Mapping[str, Any], name: str, *required: str) -
     return values
 
 
+def _table(study: Study, grid: Flags) -> Table:
+    """Return a table; raise a `UserError` if its primary contrast is missing or does not select one variant."""
+    title, variants = grid["title"], _variants(study, grid)
+    if len(variants) == 1:
+        return Table(title, variants, "", variants[0])
+    name, types = f"primary of '{title}'", {"measure": str} | get_type_hints(Variant)
+    primary = _checked(grid.get("primary", {}), types, name, "measure")
+    measure = primary.pop("measure")
+    others = [v for v in variants[1:] if all(getattr(v, axis) == value for axis, value in primary.items())]
+    if len(others) != 1:
+        problem = f"{name} selects {len(others)} variants besides the baseline"
+        raise UserError(f"{problem}; set values of axes that select exactly one")
+    source = measure.split("/")[0]
+    is_judged = study.generation and measure in MEASURES and source not in BENCHMARKS
+    if not is_judged and source not in {BITS[:-1], *study.benchmarks}:
+        problem = f"{name} names the measure '{measure}', which the study does not compute"
+        raise UserError(f"{problem}; use a measure such as 'bits/4', '<benchmark>/<part>' or 'similarity'")
+    return Table(title, variants, measure, others[0])
+
+
 def _variants(study: Study, grid: Flags) -> tuple[Variant, ...]:
     """Return a variant for each combination of a table's axis values. If an axis is missing, use the config's value."""
     found: list[Variant] = []
@@ -175,7 +204,7 @@ def _variants(study: Study, grid: Flags) -> tuple[Variant, ...]:
         ):
             variant = Variant(architecture, *values, steps=0)
             flags = study.flags(variant)
-            budgets = [some / step_flops(flags, study.launch.nproc_per_node) for some in grid.get("flops", [])]
+            budgets = [some / cost(flags, study.launch.nproc_per_node).step_flops for some in grid.get("flops", [])]
             steps = [*grid.get("steps", []), *map(round, budgets)] or [resolved(flags).training.steps]
             found += [variant._replace(steps=number) for number in steps]
     return tuple(dict.fromkeys(found))

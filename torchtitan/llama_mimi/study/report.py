@@ -9,8 +9,9 @@ from tqdm import tqdm
 
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import write_atomically
-from llama_mimi.report.comparisons import LEGEND, comparison, published_numbers, tradeoffs
-from llama_mimi.report.document import Section, write_markdown
+from llama_mimi.report.comparisons import LEGEND_OF_STUDIES, comparison, published_numbers, tradeoffs
+from llama_mimi.report.document import Section, to_markdown, write_markdown
+from llama_mimi.report.power import power_table
 from llama_mimi.report.results import BITS, read_results
 from llama_mimi.study.config import Run, Study
 from llama_mimi.training.metrics import BITS as BITS_KEY
@@ -20,6 +21,10 @@ ABOUT_BITS = (
     "Bits are computed over the tokens that are possible at a position: the codes of the position's level and, between "
     "frames, `</audio>`. Bits of models with different numbers of levels are not comparable."
 )
+COSTS = {  # rows of a table: key in the index, unit in FLOPs, name of the unit
+    "training": ("flops", 1, "FLOP"),
+    "generation of one second of audio": ("generation_flops_per_audio_second", 1e9, "GFLOP"),
+}
 Lines = Sequence[Mapping[str, Any]]  # lines of the index
 
 
@@ -32,7 +37,7 @@ def write_report(study: Study, lines: Lines) -> Path:
 def sections(study: Study, lines: Lines) -> list[Section]:
     """Return the sections of the report."""
     items = _collect_results(study)
-    same = {"item": "", "sample": 0, "conditions": "", "weights": "", "data": "", "is_reference": False}
+    same = {"item": "", "cluster": "", "sample": 0, "conditions": "", "weights": "", "data": "", "is_reference": False}
     same["data_kind"] = items["data_kind"].iloc[0] if items["data_kind"].nunique() == 1 else "other"
     bits = [  # each number of levels is a measure without items
         same | {"system": line["run"], "measure": f"{BITS}{line['num_quantizers']}", "value": line[BITS_KEY]["all"]}
@@ -49,14 +54,24 @@ def sections(study: Study, lines: Lines) -> list[Section]:
     )
     encoder = study.generation.get("speaker_model")
     notes = [study.note, f"Speaker encoder of the speaker similarity: `{encoder}`." if encoder else None]
-    found = [Section(f"Study {study.name}", [about, *filter(None, notes), *LEGEND, ABOUT_BITS])]
+    found = [Section(f"Study {study.name}", [about, *filter(None, notes), *LEGEND_OF_STUDIES, ABOUT_BITS])]
     if missing:
         failed = {line["label"]: line["failed"] for line in missing}
         why = [f"{run}: {f['step']} failed: {f['why']}" if f else f"{run}: not finished" for run, f in failed.items()]
         found.append(Section("Runs without results", items=why))
+    of_run = {line["run"]: line for line in lines}
+    systems = {variant: [Run(variant, seed).name for seed in study.seeds] for variant in study.variants}
     for number, table in enumerate(tqdm(study.tables, "report", unit="table", delay=2), 1):
-        groups = {table.label(v): [Run(v, seed).name for seed in study.seeds] for v in table.variants}
-        found.append(comparison(items, table.title, groups, f"forest-{number}"))
+        groups = {table.label(variant): systems[variant] for variant in table.variants}
+        primary = table.primary_measure, table.label(table.primary_variant)
+        first_runs = {label: of_run[run] for label, (run, *_) in groups.items()}
+        costs = {
+            row: {label: f"{line[key] / unit:.3g} {name}" for label, line in first_runs.items() if line.get(key)}
+            for row, (key, unit, name) in COSTS.items()
+        }
+        picture, all_groups = f"forest-{number}", systems.values()
+        section = comparison(items, table.title, groups, picture, all_groups=all_groups, primary=primary, costs=costs)
+        found.append(section)
         if pictures := tradeoffs(items, table.title, groups, f"tradeoff-{number}"):
             found.append(Section(f"{table.title}: trade-off", pictures=pictures))
     return found + published_numbers(items)
@@ -75,3 +90,11 @@ def _collect_results(study: Study) -> pd.DataFrame:
             raise UserError(f"{problem}; restore the result file, or remove '{path}'")
     write_atomically(str(study.output_dir), RESULTS, found.to_parquet(None, compression="zstd", index=False))
     return found
+
+
+def power_report(study: Study) -> str:
+    """Return the power of more seeds and items as Markdown, computed from the values of the finished runs."""
+    if (items := _collect_results(study)).empty:
+        raise UserError(f"'{study.output_dir}' does not contain results; run the study first")
+    tables = [[[Run(v, seed).name for seed in study.seeds] for v in table.variants] for table in study.tables]
+    return to_markdown([power_table(items, tables, f"Power of the study {study.name}")])

@@ -20,8 +20,8 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import LOCK, locked, read_json, write_atomically
 from llama_mimi.common.resume import require_same
 from llama_mimi.report.curves import read_curves
-from llama_mimi.study.budget import resolved, step_flops
-from llama_mimi.study.config import Flags, Launch, Run, Study, Table
+from llama_mimi.study.budget import cost, resolved
+from llama_mimi.study.config import Flags, Launch, Run, Study, label
 from llama_mimi.training.metrics import BITS
 
 INDEX, RECORD = "index.jsonl", "record.json"
@@ -178,7 +178,7 @@ def start(launch: Launch, name: str, log: Path, command: list[str]) -> None:
 def write_index(study: Study) -> list[dict[str, Any]]:
     """Write a JSON line for each run into `INDEX`; return the lines."""
     lines, tag = [], f"validation_{BITS}/"
-    flops = {variant: step_flops(study.flags(variant), study.launch.nproc_per_node) for variant in study.variants}
+    costs = {variant: cost(study.flags(variant), study.launch.nproc_per_node) for variant in study.variants}
     for run in study.runs:
         record, (_, _, *scoring) = read_record(study, run), steps(study, run)
         found = [result for step in scoring if (result := read_json(str(step.output.parent), step.output.name))]
@@ -188,14 +188,15 @@ def write_index(study: Study) -> list[dict[str, Any]]:
         line = {
             "study": study.name,
             "run": run.name,
-            "label": f"{Table('', tuple(study.variants)).label(run.variant)}, seed {run.seed}",  # name in reports
+            "label": f"{label(run.variant, study.variants)}, seed {run.seed}",  # name in reports
             **run.variant._asdict(),
             "seed": run.seed,
             "state": "failed" if record["failed"] else "done" if is_done else "unfinished",
             "failed": record["failed"],
             "model_sha256": scored.get("model_sha256"),
             "commit": scored.get("versions", {}).get("commit"),
-            "flops": num_steps * flops[run.variant],
+            "flops": num_steps * costs[run.variant].step_flops,
+            "generation_flops_per_audio_second": costs[run.variant].generation_flops,
             "seconds": record["seconds"],
             # Values of the last step, by level and for all levels.
             BITS: {

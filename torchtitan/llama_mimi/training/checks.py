@@ -45,12 +45,16 @@ SECONDS_FOR_NODES_TO_AGREE = 90
 _locks = ExitStack()  # locks that rank 0 keeps until the process ends
 
 _FLATTENED_ONLY = "remove this setting: model.architecture 'hierarchical' supports only FSDP and HSDP"
+_FLAVORS = (
+    f"choose one of: {', '.join(FLAVORS)}; or set width x layers, such as '768x12' or (with a depth decoder) "
+    "'768x12+384x3', where the first width is a multiple of 256 and the second width is a multiple of 16"
+)
 _TORCHAO = "install the package torchao with `uv sync --inexact --extra float8`"
 # Each rule: settings (separated by spaces), a condition on the value and the config, and the second half of the error.
 # `check_settings` adds entries to the config, such as `divisor`.
 RULES: list[tuple[str, Callable[[Any, Any], Any], str]] = [
     ("model.name", lambda v, c: v == "llama_mimi", "set 'llama_mimi', and choose the size with model.flavor"),
-    ("model.flavor", lambda v, c: v in FLAVORS, f"choose one of: {', '.join(FLAVORS)}"),
+    ("model.flavor", lambda v, c: v in FLAVORS, _FLAVORS),
     (
         "training.steps training.local_batch_size data.max_audio_seconds data.shuffle_window codec.num_quantizers "
         "validation.local_batch_size validation.freq metrics.log_freq checkpoint.interval",
@@ -199,19 +203,19 @@ def _check_model(job_config: Any) -> None:
         return {key: getattr(config, key, None) for key in keys}
 
     args = copy.copy(FLAVORS[model.flavor])
-    base, _ = load_config(model.hf_assets_path, "model")
-    found, wanted = entries(base, MODEL_KEYS), entries(hf_config(args), MODEL_KEYS)
+    wanted = entries(hf_config(args), MODEL_KEYS)
     args.update_from_config(job_config)
-    if settings.initial_load_in_hf:
+    if settings.initial_load_in_hf:  # otherwise, training reads only the tokenizer in the folder
+        base, _ = load_config(model.hf_assets_path, "model")
+        found = entries(base, MODEL_KEYS)
         wanted["vocab_size"], found["vocab_size"] = tokenizer.vocabulary.size, base.vocab_size
         # A folder from prepare_base_model names a codec, but its model was not trained on codes.
         is_trained = hasattr(base, "codec_sliding_window") or hasattr(base, "codec_attention")
         if is_trained or (hasattr(base, "num_quantizers") and not hasattr(base, "codec")):
             wanted["codec.sliding_window"] = codec.sliding_window
             found["codec.sliding_window"] = has_sliding_window(base)
-    remedy = f"set model.flavor and codec.sliding_window to fit the folder, or create another folder with {prepare}"
-    require_same(found, wanted, assets, remedy)
-    if settings.initial_load_in_hf:
+        remedy = f"set model.flavor and codec.sliding_window to fit the folder, or create another folder with {prepare}"
+        require_same(found, wanted, assets, remedy)
         check_initial_weights(settings.initial_load_path or model.hf_assets_path, args)
     record = Path(job_config.job.dump_folder, ASSETS_FOLDER)
     if checkpoint_folder(job_config).is_dir() and record.is_dir():
