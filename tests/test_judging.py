@@ -19,20 +19,31 @@ import torch
 import transformers
 from conftest import ROOT, TINY, next_command, run_here
 from forked_ranks import run_ranks
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from llama_mimi.audio.reading import read_audio
 from llama_mimi.common.distributed import DistributedContext
 from llama_mimi.common.errors import UserError
 from llama_mimi.evaluation.results import FORMAT
+from llama_mimi.generation.options import SamplingOptions
 from llama_mimi.judging import judge as judge_module
 from llama_mimi.judging import metrics
 from llama_mimi.judging.judge import judge
 from llama_mimi.judging.metrics import Measure, compute
-from llama_mimi.judging.options import PROMPTS, RECORDINGS, MeasureOptions, PromptOptions, read_criteria
+from llama_mimi.judging.options import (
+    PROMPTS,
+    RECORDINGS,
+    GenerationOptions,
+    MeasureOptions,
+    PromptOptions,
+    read_criteria,
+)
 from llama_mimi.judging.prompts import make_prompts
 from llama_mimi.judging.script import measure_samples
 from llama_mimi.judging.systems import Clip, wavs
+from llama_mimi.report.results import read_results
 
 CPU = torch.device("cpu")
 SPEAKER, RECOGNISER = str(TINY / "speaker_encoder"), str(TINY / "recogniser")
@@ -77,9 +88,30 @@ def features(samples_S):
 def test_similarity_is_the_cosine_of_two_x_vectors(prompts, clips):
     model = transformers.WavLMForXVector.from_pretrained(SPEAKER).eval()
     pairs = [(Clip(prompts.file(PROMPTS, prompt)), clip) for prompt, clip in zip(prompts.prompts, clips, strict=True)]
-    for pair, found in zip(pairs, values(metrics.speaker_similarity(SPEAKER, CPU), pairs), strict=True):
-        vectors = [model(features(clip.read(16_000).samples_S)).embeddings[0] for clip in pair]
-        assert found["similarity"] == pytest.approx(float(torch.cosine_similarity(*vectors, dim=0)), abs=1e-5)
+    length = sorted(len(clip.read(16_000).samples_S) for clip in clips)[1]  # one of the three clips is shorter
+    measure = metrics.speaker_similarity(SPEAKER, length / 16_000, CPU)
+    assert measure.keys == ("similarity", f"similarity/{length / 16_000:g}")
+    missing = 0
+    for pair, found in zip(pairs, values(measure, pairs), strict=True):
+        prompt_S, whole_S = (clip.read(16_000).samples_S for clip in pair)
+        vectors = [model(features(some_S)).embeddings[0] for some_S in (prompt_S, whole_S, whole_S[:length])]
+        whole, start = (float(torch.cosine_similarity(vectors[0], vector, dim=0)) for vector in vectors[1:])
+        assert found["similarity"] == pytest.approx(whole, abs=1e-5)
+        if len(whole_S) < length:
+            missing += found[measure.keys[1]] is None
+        else:
+            assert found[measure.keys[1]] == pytest.approx(start, abs=1e-5)
+    assert missing == 1
+
+
+def test_the_fixed_length_fits_prompts_recordings_and_continuations():
+    def fixed(seconds=10.0, **prompts):
+        sampling = SamplingOptions(seconds=seconds)
+        return GenerationOptions(prompts=PromptOptions(corpus="x", **prompts), model_name="m", sampling=sampling)
+
+    assert fixed().similarity_seconds == 3.0  # the length of a prompt
+    assert fixed(prompt_seconds=1.6, recording_seconds=2.6).similarity_seconds == 1.0  # the rest of a recording
+    assert fixed(seconds=0.8).similarity_seconds == 0.8
 
 
 @torch.inference_mode()
@@ -140,18 +172,27 @@ def test_distillmos_is_the_packages(clips):
 
 
 @torch.inference_mode()
-def test_perplexity_is_that_of_the_continuation_given_the_prompt(language_model):
+def test_perplexity_of_the_continuation_given_the_prompt_and_of_both(language_model):
     pairs = [("the baker", "buttered a pudding"), ("", "a"), ("in the forest the camper", "sat")]
     model = transformers.LlamaForCausalLM.from_pretrained(language_model)
     tokenizer = transformers.AutoTokenizer.from_pretrained(language_model)
-    found = values(metrics.log_perplexity(language_model, CPU), pairs)
+    found = values(metrics.perplexity(language_model, CPU), pairs)
     for (prompt, continuation), value in zip(pairs, found, strict=True):
-        ids = [tokenizer.bos_token_id, *tokenizer.encode(prompt, add_special_tokens=False)]
-        losses = []
-        for token in tokenizer.encode(f" {continuation}", add_special_tokens=False):
+        context, new = (tokenizer.encode(text, add_special_tokens=False) for text in (prompt, f" {continuation}"))
+        ids, losses = [tokenizer.bos_token_id], []
+        for token in context + new:
             losses.append(-float(model(torch.tensor([ids])).logits[0, -1].log_softmax(0)[token]))
             ids.append(token)
-        assert value["log_perplexity"] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
+        assert value["log_perplexity"] == pytest.approx(np.mean(losses[len(context) :]), abs=1e-5)
+        assert value["log_generative_perplexity"] == pytest.approx(np.mean(losses), abs=1e-5)
+
+
+@given(st.lists(st.sampled_from("abc"), max_size=12))
+def test_auto_bleu_is_the_fraction_of_bigrams_that_occur_again(words):
+    """Compare with a plain loop: a bigram counts if it is among the other bigrams."""
+    bigrams = [" ".join(words[start : start + 2]) for start in range(len(words) - 1)]
+    repeated = [bigram in bigrams[:place] + bigrams[place + 1 :] for place, bigram in enumerate(bigrams)]
+    assert metrics.auto_bleu(words) == (sum(repeated) / len(bigrams) if bigrams else 0)
 
 
 def test_pauses_are_counted(tmp_path):
@@ -319,18 +360,23 @@ def test_every_measure_of_every_sample(prompts, tmp_path, language_model, serve)
     options = {"speaker_model": SPEAKER, "asr_model": RECOGNISER, "quality": "none", "text_model": language_model}
     server = serve(lambda r, n: (200, GOOD))
     chosen = MeasureOptions(**options, judge_model="m", judge_url=server.url)
-    found, descriptions = measure_samples(samples, prompts, chosen, DistributedContext())
+    fixed = 60.0  # longer than each sample
+    found, descriptions = measure_samples(samples, prompts, chosen, fixed, DistributedContext())
     assert len(server.requests) == 1
     by_prompt = {record["prompt"]: record for record in found}
     speech, nothing, silence = (by_prompt[prompt.name] for prompt in prompts.prompts)
-    assert speech["missing"] == {} and speech["judge/content"] == 4 and 0 < speech["log_perplexity"] < 20
+    assert speech["missing"] == {"similarity/60": "shorter than 60 s"} and speech["similarity/60"] is None
+    assert speech["auto_bleu"] == metrics.auto_bleu(metrics.words_of(speech["text"]))
+    assert speech["judge/content"] == 4 and 0 < speech["log_perplexity"] < 20
     assert speech["words_per_minute"] == 60 * len(metrics.words_of(speech["text"])) / speech["seconds"] > 30
     assert speech["prompt_text"] and speech["prompt_text"] != speech["text"]
     assert nothing["missing"] == {"sound": "too short"} and nothing["similarity"] is nothing["judge/content"] is None
-    assert nothing["words_per_minute"] is None
-    assert silence["missing"] == {"words": "no words"} and silence["judge/content"] is None
+    assert nothing["words_per_minute"] is nothing["auto_bleu"] is silence["auto_bleu"] is None
+    assert [by_prompt[prompt.name]["speaker"] for prompt in prompts.prompts] == [p.speaker for p in prompts.prompts]
+    assert silence["missing"] == {"words": "no words", "similarity/60": "shorter than 60 s"}
+    assert silence["judge/content"] is None
     assert silence["words_per_minute"] == 0 and silence["silent"] == 1.0
-    assert set(descriptions) == {"pauses", "similarity", "transcripts", "log_perplexity", "judge"}
+    assert set(descriptions) == {"pauses", "similarity", "transcripts", "perplexity", "judge"}
 
 
 # The command.
@@ -366,7 +412,13 @@ def test_one_command_from_prompts_to_results(generated, model_folder, tmp_path, 
     assert results[f"{own}.json"]["made_by"]["model_sha256"] and results["recording.json"]["made_by"] is None
     sample = results[f"{own}.json"]["samples"][1]
     assert (generated / sample["file"]).is_file() and -1 <= sample["similarity"] <= 1
-    assert {"prompt", "sample", "missing", "text", "prompt_text", "seconds", "ended"} <= sample.keys()
+    assert {"prompt", "sample", "missing", "text", "prompt_text", "seconds", "ended", "similarity/0.8"} <= sample.keys()
+    items = read_results([generated]).items
+    fixed = items[(items["system"] == own) & (items["measure"] == "similarity/0.8")]
+    listed = json.loads((generated / "prompts.json").read_text())["prompts"]
+    speakers = {prompt["name"]: prompt["speaker"] for prompt in listed}
+    assert fixed["value"].notna().all() and dict(zip(fixed["item"], fixed["cluster"], strict=True)) == speakers
+    assert set(items["conditions"].str.split(", measures").str[0]) == {"0.8 s, speaker encoder speaker_encoder"}
     before = {path: path.read_bytes() for path in generated.rglob("*.json*")}
     assert run_here(*command(model_folder, generated))[0] == 0  # a repeated command computes nothing
     assert next_command(capsys.readouterr().out).endswith(f"--results {generated} --output_file {generated}/report.md")

@@ -228,6 +228,22 @@ def test_continuations_are_summarised_on_the_same_samples(tmp_path):
     assert "(n = 2) |" in text and "4 samples are excluded" in text and "no value for silent" in text
 
 
+def test_speakers_are_clusters_and_the_table_names_the_speaker_encoder(tmp_path):
+    """Prompts without a speaker, and pairs of benchmarks, are clusters of one item."""
+    rows = samples({"x": [1.0], "y": [2.0], "z": [3.0]}, "similarity/1.5")
+    rows = [row | {"similarity": 0.0} | ({} if row["prompt"] == "y" else {"speaker": "17"}) for row in rows]
+    measures = {"similarity": {"model": "microsoft/wavlm-base-plus-sv"}}
+    generations_file(tmp_path, "a", {}, samples=rows, measures=measures)
+    result_file(tmp_path, "m", {"rir_consistency": [1, 0]})
+    items = read_results([tmp_path]).items
+    clusters = dict(zip(items["item"], items["cluster"], strict=True))
+    assert clusters == {"x": "17", "y": "y", "z": "17", "0": "0", "1": "1"}
+    _, (title, continuations) = comparable_sets(items)
+    assert title.startswith("Continuations, 2 s, speaker encoder wavlm-base-plus-sv, measures ")
+    headings = [row[0] for row in summary(continuations, title).tables[0].rows]
+    assert headings == ["speaker similarity (n = 3)", "speaker similarity, first 1.5 s (n = 3)"]
+
+
 def test_an_unknown_measure_has_its_own_name(tmp_path):
     generations_file(tmp_path, "a", {"x": [1.0], "y": [3.0]}, "new_measure")
     rows = summary(read_results([tmp_path]).items, "t").tables[0].rows

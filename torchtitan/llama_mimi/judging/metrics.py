@@ -2,12 +2,13 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib.metadata import version
-from itertools import starmap
+from itertools import pairwise, starmap
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,11 @@ from llama_mimi.common.resume import ProgressLog, map_resumable
 from llama_mimi.common.versions import versions
 from llama_mimi.judging.systems import Clip
 from llama_mimi.report.document import import_extra
+from llama_mimi.report.results import FIXED_LENGTH
 
 INSTALL = "run `uv sync --inexact --extra judging`"
 RATE_HZ = 16_000  # sample rate of all audio models in this module
+ROUNDING_SECONDS = 0.001  # resampling can make a clip shorter by one sample
 MIN_PAUSE_SECONDS = 0.3  # shorter silences count as speech
 WORD = re.compile(r"[^\W_]+(?:['\u2019.][^\W_]+)*")  # "don't" and "10.5" are single words
 # Tensors that only training uses. A published model may lack some of these tensors, or contain unknown ones.
@@ -69,6 +72,16 @@ def words_of(text: str) -> list[str]:
     return WORD.findall(text.lower())
 
 
+def auto_bleu(words: Sequence[str]) -> float:
+    """Return the fraction of bigrams that occur more than once in a text; 0 for a text without bigrams.
+
+    Auto-BLEU (Lakhotia et al. 2021, arXiv 2102.01192) with n = 2, computed as in `calc_auto_bleu` of slamkit (commit
+    f563e56). A high value means that a system repeats itself.
+    """
+    counts = Counter(pairwise(words))
+    return sum(count for count in counts.values() if count > 1) / max(counts.total(), 1)
+
+
 def load_evaluator(cls: Any, name: str, device: torch.device, *, what: str) -> transformers.PreTrainedModel:
     """Load a model in float32; raise a `UserError` if the weights do not fit the class ``cls``."""
     options = {"dtype": torch.float32, "allow_torch_weights": True, "without_effect": WITHOUT_EFFECT}
@@ -104,14 +117,24 @@ def speaker_encoder(model_name: str, device: torch.device) -> Callable[[Clip], t
     return embed
 
 
-def speaker_similarity(model_name: str, device: torch.device) -> Measure:
-    """Return a measure: the cosine similarity of the x-vectors of a prompt and its continuation."""
-    embed = cache(speaker_encoder(model_name, device))
+def speaker_similarity(model_name: str, seconds: float, device: torch.device) -> Measure:
+    """Return a measure: the cosine similarity of the x-vectors of a prompt and its continuation.
+
+    A second value, ``similarity/N``, uses only the first N = ``seconds`` of the continuation, because the similarity
+    depends on the length of a clip. If the continuation is shorter, this value is None.
+    """
+    embed, fixed = cache(speaker_encoder(model_name, device)), f"{FIXED_LENGTH}{seconds:g}"
+
+    def similarity(prompt: Clip, clip: Clip) -> float:
+        return float(torch.cosine_similarity(embed(prompt), embed(clip), dim=0))
 
     def value(prompt: Clip, continuation: Clip) -> Value:
-        return {"similarity": float(torch.cosine_similarity(embed(prompt), embed(continuation), dim=0))}
+        start = replace(continuation, end_seconds=continuation.start_seconds + seconds)
+        is_long = continuation.read(RATE_HZ).seconds > seconds - ROUNDING_SECONDS
+        return {"similarity": similarity(prompt, continuation), fixed: similarity(prompt, start) if is_long else None}
 
-    return Measure("similarity", ("similarity",), _describe(model_name), partial(starmap, value))
+    description = {**_describe(model_name), "similarity_seconds": seconds}
+    return Measure("similarity", ("similarity", fixed), description, partial(starmap, value))
 
 
 def distillmos(device: torch.device) -> Measure:
@@ -174,8 +197,12 @@ def transcripts(model_name: str, language: str | None, device: torch.device, bat
     return Measure("transcripts", ("text",), description, values, batch_size)
 
 
-def log_perplexity(model_name: str, device: torch.device) -> Measure:
-    """Return a measure: the loss, in nats per token, of a continuation's transcript given the prompt's transcript."""
+def perplexity(model_name: str, device: torch.device) -> Measure:
+    """Return a measure: two mean losses, in nats per token, of a language model on transcripts.
+
+    ``log_perplexity`` is the loss on the continuation given the prompt. ``log_generative_perplexity`` is the loss on
+    prompt and continuation together, as in `asr_perplexity` of slamkit (commit 1f85d5b).
+    """
     model = load_evaluator(transformers.AutoModelForCausalLM, model_name, device, what="language model")
     tokenizer = load_pretrained(transformers.AutoTokenizer, model_name, what="language model")
     first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
@@ -188,6 +215,8 @@ def log_perplexity(model_name: str, device: torch.device) -> Measure:
         given, new = [first, *encoded.input_ids[0]], encoded.input_ids[1]
         logits_LV = model(input_ids=torch.tensor([given + new], device=device)).logits[0].float().cpu()
         loss = torch.nn.functional.cross_entropy(logits_LV[len(given) - 1 : -1], torch.tensor(new))
-        return {"log_perplexity": float(loss)}
+        loss_of_all = torch.nn.functional.cross_entropy(logits_LV[:-1], torch.tensor(given[1:] + new))
+        return {"log_perplexity": float(loss), "log_generative_perplexity": float(loss_of_all)}
 
-    return Measure("log_perplexity", ("log_perplexity",), _describe(model_name), partial(starmap, value))
+    keys = ("log_perplexity", "log_generative_perplexity")
+    return Measure("perplexity", keys, _describe(model_name), partial(starmap, value))

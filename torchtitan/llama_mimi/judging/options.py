@@ -17,6 +17,7 @@ MAX_RECORDING_SECONDS = 60.0  # longer recordings are cut to this length
 # Subfolders of --output_dir: prompts, recordings, and cached values of all systems.
 PROMPTS, RECORDINGS, MEASURED = "prompts", "recordings", "measured"
 RECORDING, SHUFFLED, RECONSTRUCTION = "recording", "shuffled", "reconstruction"  # references
+MIN_SECONDS = 0.4  # shorter clips are not measured: voice and transcript would be meaningless
 RESERVED = (RECORDING, SHUFFLED, PROMPTS, RECORDINGS, MEASURED)
 
 
@@ -132,3 +133,14 @@ class GenerationOptions:
     def system(self) -> str:
         """Name of the system and of its result file."""
         return self.name if self.name is not None else model_folder(str(self.model_name or self.wavs))
+
+    @property
+    def similarity_seconds(self) -> float:
+        """Length of a continuation, in seconds, in the speaker similarity at a fixed length.
+
+        The length is that of a prompt. If the shortest recording leaves less after its prompt, or ``--seconds`` is
+        less, the length is smaller, so that nearly all references have a value.
+        """
+        prompt_seconds, recording_seconds = self.prompts.prompt_seconds, self.prompts.min_seconds
+        shortest = min(prompt_seconds, recording_seconds - prompt_seconds, self.sampling.seconds)
+        return round(max(shortest, MIN_SECONDS), 2)

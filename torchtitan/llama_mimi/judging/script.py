@@ -18,7 +18,7 @@ from llama_mimi.generation.loading import load_speech_model
 from llama_mimi.generation.prompt_folder import SETTINGS, continue_folder, describe_model, without_new_audio
 from llama_mimi.judging import metrics, systems
 from llama_mimi.judging.judge import judge
-from llama_mimi.judging.options import MEASURED, PROMPTS, GenerationOptions, MeasureOptions, read_criteria
+from llama_mimi.judging.options import MEASURED, MIN_SECONDS, PROMPTS, GenerationOptions, MeasureOptions, read_criteria
 from llama_mimi.judging.prompts import PromptSet, make_prompts
 from llama_mimi.judging.systems import Clip, Sample
 from llama_mimi.report.comparisons import comparable_sets, summary
@@ -28,7 +28,6 @@ from llama_mimi.report.results import KIND, read_results
 OFFICIAL_CORPUS = "librispeech_clean_test"
 # Batch sizes on a CPU and on a GPU. Whisper large needs 0.5 GB per clip in float32.
 BATCH_SIZES, LISTENING_BATCH_SIZES = (8, 64), (8, 16)
-MIN_SECONDS = 0.4  # shorter clips are not measured: voice and transcript would be meaningless
 Record = dict[str, Any]
 
 
@@ -56,7 +55,8 @@ def _judge(options: GenerationOptions, prompts: PromptSet, ranks: DistributedCon
         print("the corpus does not name speakers, so the two voices of a shuffled pair can be the same", flush=True)
     samples = {options.system: own, **systems.references(prompts, codec, options.sampling.seconds, ranks)}
     everything = [sample for of_system in samples.values() for sample in of_system]
-    records, descriptions = measure_samples(everything, prompts, options.measures, ranks)
+    seconds = options.similarity_seconds
+    records, descriptions = measure_samples(everything, prompts, options.measures, seconds, ranks)
     if ranks.rank > 0:
         return
     for system, some in samples.items():
@@ -105,11 +105,16 @@ def _own_samples(
 
 
 def measure_samples(
-    samples: Sequence[Sample], prompts: PromptSet, options: MeasureOptions, ranks: DistributedContext
+    samples: Sequence[Sample],
+    prompts: PromptSet,
+    options: MeasureOptions,
+    similarity_seconds: float,
+    ranks: DistributedContext,
 ) -> tuple[list[Record], Record]:
     """Return a record for each sample, and a description of each measure; cache values in the prompts' folder.
 
-    A record contains prompt, sample, file, measures and texts. The key ``missing`` gives reasons for missing measures.
+    A record contains prompt, speaker of the prompt (if the corpus names speakers), sample, file, measures and texts.
+    The key ``missing`` gives reasons for missing measures.
     """
     device, descriptions = ranks.device, Record()
     batch_size = options.listening_batch_size or LISTENING_BATCH_SIZES[device.type == "cuda"]
@@ -118,6 +123,7 @@ def measure_samples(
         path = sample.clip.path
         file = path.relative_to(prompts.folder) if path.is_relative_to(prompts.folder) else path
         names = {"prompt": sample.prompt.name, "sample": sample.number, "file": str(file)}
+        names |= {"speaker": sample.prompt.speaker} if sample.prompt.speaker else {}
         records.append({**names, "missing": {}, **sample.known})
 
     def values_of(measure: metrics.Measure, inputs: Sequence[metrics.Input]) -> list[metrics.Value]:
@@ -144,7 +150,12 @@ def measure_samples(
     prompt_clips = [(Clip(prompts.file(PROMPTS, sample.prompt)),) for sample, _ in usable]
     if options.speaker_model is not None:
         clip_pairs = [(*prompt, *clip) for prompt, clip in zip(prompt_clips, clips, strict=True)]
-        enter(metrics.speaker_similarity(options.speaker_model, device), audible, clip_pairs)
+        measure = metrics.speaker_similarity(options.speaker_model, similarity_seconds, device)
+        enter(measure, audible, clip_pairs)
+        whole, fixed = measure.keys
+        for record in audible:
+            if record[whole] is not None and record[fixed] is None:
+                record["missing"][fixed] = f"shorter than {similarity_seconds:g} s"
     if options.quality == "distillmos":
         enter(metrics.distillmos(device), audible, clips)
     if options.quality == "aesthetics":
@@ -154,16 +165,18 @@ def measure_samples(
     asr = metrics.transcripts(options.asr_model, options.language, device, batch_size)
     texts = [value["text"] for value in values_of(asr, clips + prompt_clips)]
     for record in records:
-        record["words_per_minute"] = None
+        record |= dict.fromkeys(("words_per_minute", "auto_bleu"))
     for record, text, prompt_text in zip(audible, texts, texts[len(audible) :], strict=False):
-        num_words = len(metrics.words_of(text))
-        record |= {"prompt_text": prompt_text, "text": text, "words_per_minute": 60 * num_words / record["seconds"]}
-        if not num_words:
+        words = metrics.words_of(text)
+        record |= {"prompt_text": prompt_text, "text": text, "words_per_minute": 60 * len(words) / record["seconds"]}
+        if words:
+            record["auto_bleu"] = metrics.auto_bleu(words)
+        else:
             record["missing"]["words"] = "no words"
     spoken = [record for record in audible if "words" not in record["missing"]]
     pairs = [(record["prompt_text"], record["text"]) for record in spoken]
     if options.text_model is not None:
-        enter(metrics.log_perplexity(options.text_model, device), spoken, pairs)
+        enter(metrics.perplexity(options.text_model, device), spoken, pairs)
     if options.judge_model is not None:
         criteria = read_criteria(options.judge_criteria)
         enter(judge(options.judge_url, options.judge_model, criteria), spoken, pairs)

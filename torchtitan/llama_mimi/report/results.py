@@ -21,9 +21,10 @@ DAMAGE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeErro
 BENCHMARKS = ("salmon", "sLM21", "sStoryCloze")
 SALMON = {f"salmon/{part}": f"SALMon {part}".replace("_", " ").replace("bg", "background") for part in SALMON_PARTS}
 SALMON_MEAN = "salmon/mean"
+FIXED_LENGTH = "similarity/"  # prefix of the speaker similarity at a fixed length; the number of seconds follows
 BITS = "bits/"  # prefix of the measure "validation bits/s"; the number of levels follows
 NO_SAMPLE = -1  # sample number of references, which have a single sample
-COLUMNS = "system measure item sample value conditions weights data data_kind is_reference".split()
+COLUMNS = "system measure item sample value conditions weights data data_kind is_reference cluster".split()
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,14 @@ MEASURES = {
     "sStoryCloze/sStoryCloze": _accuracy("sStoryCloze"),
     "sStoryCloze/tStoryCloze": _accuracy("tStoryCloze"),
     "similarity": MeasureFormat("speaker similarity"),
-    "distillmos": MeasureFormat("DistillMOS", 2),
+    "distillmos": MeasureFormat("DistillMOS (predicted)", 2),
     "aesthetics/CE": MeasureFormat("enjoyment", 2),
     "aesthetics/CU": MeasureFormat("usefulness", 2),
     "aesthetics/PC": MeasureFormat("complexity", 2),
     "aesthetics/PQ": MeasureFormat("quality", 2),
     "log_perplexity": MeasureFormat("perplexity", 1, is_log=True),
+    "log_generative_perplexity": MeasureFormat("generative perplexity", 1, is_log=True),
+    "auto_bleu": MeasureFormat("Auto-BLEU (%)", 1, 100),
     "words_per_minute": MeasureFormat("words/min", 0),
     "seconds": MeasureFormat("seconds", 2),
     "silent": MeasureFormat("silent (%)", 1, 100),
@@ -76,6 +79,8 @@ def measure_of(name: str) -> MeasureFormat:
         return MEASURES[name]
     if name.split("/")[0] in BENCHMARKS:
         return _accuracy(name)
+    if name.startswith(FIXED_LENGTH):
+        return MeasureFormat(f"speaker similarity, first {name.removeprefix(FIXED_LENGTH)} s")
     if name.startswith(BITS):
         return MeasureFormat(f"validation bits/s, Q = {name.removeprefix(BITS)}", 1)
     return MeasureFormat(name.replace("judge/", "judged "), 2)
@@ -91,7 +96,8 @@ def in_order(names: Iterable[str]) -> list[str]:
 
     def key(name: str) -> tuple[bool, bool, int, str, int]:
         primary, _, rule = name.partition(":")
-        place = places.get(primary, len(places))
+        # The speaker similarity at a fixed length follows the speaker similarity.
+        place = places.get(primary, places.get(primary.split("/")[0], len(places)))
         return not name.startswith(BITS), not measure_of(name).is_accuracy, place, primary, rules.get(rule, 0)
 
     return sorted(set(names), key=key)
@@ -107,7 +113,8 @@ class Results(NamedTuple):
 
     Columns: system, measure, item (a group of pairs, or a prompt), sample (number within the item), value (NaN if
     missing), conditions (settings that must be equal in a comparison), weights (hash), data (hash of audio or prompts),
-    data_kind ("official", "synthetic" or "other"), and is_reference (True for recordings, for example).
+    data_kind ("official", "synthetic" or "other"), is_reference (True for recordings, for example), and cluster
+    (items that are not independent: the speaker of a prompt if known, else the item).
     """
 
     items: pd.DataFrame
@@ -174,19 +181,21 @@ def _benchmark(report: Mapping[str, Any], system: str) -> tuple[pd.DataFrame, li
     parts = pairs.groupby("part")
     # Groups are numbered, because a folder and a table can have different names for the same group.
     by_group = report["scoring"]["by_group"]
-    item = parts["group"].transform(lambda names: pd.factorize(names)[0]) if by_group else parts.cumcount()
+    number = parts["group"].transform(lambda names: pd.factorize(names)[0]) if by_group else parts.cumcount()
+    item = number.astype(int).astype(str)
     credits = {"": pairs["correct"]}  # accuracy of each pair by rule; the primary rule has no name
     credits |= {f":{rule}": pairs["rules"].map(lambda of, rule=rule: of[rule]["correct"]) for rule in report["rules"]}
     same = pd.DataFrame(
         {
             "system": system,
             "measure": f"{benchmark}/" + pairs["part"],
-            "item": item.astype(int).astype(str),
+            "item": item,
             "sample": pairs.groupby(["part", item]).cumcount(),
             "conditions": ", ".join(conditions),
             "weights": report["model_sha256"],
             "data": report["audio_sha256"],
             "is_reference": False,
+            "cluster": item,
         }
     )
     of_rules = [same.assign(measure=same["measure"] + rule, value=some.astype(float)) for rule, some in credits.items()]
@@ -199,12 +208,15 @@ def _generations(report: Mapping[str, Any]) -> tuple[pd.DataFrame, list[str]]:
     samples = pd.DataFrame(report["samples"]).astype({"sample": float})
     numbers = set(samples.select_dtypes("number")) - {"sample"}  # includes new measures
     names = [name for name in samples if name in MEASURES or "/" in name or name in numbers]
-    items = samples.melt(["prompt", "sample"], names, "measure", "value").rename(columns={"prompt": "item"})
+    samples["cluster"] = samples.get("speaker", samples["prompt"]).fillna(samples["prompt"])
+    items = samples.melt(["prompt", "sample", "cluster"], names, "measure", "value").rename(columns={"prompt": "item"})
     items["value"] = items["value"].astype(float)
+    encoder = Path(report["measures"].get("similarity", {}).get("model", "")).name
+    conditions = [f"{report['seconds']:g} s", *([f"speaker encoder {encoder}"] if encoder else [])]
     return items.assign(
         system=system_label(report["system"]),
         sample=items["sample"].fillna(NO_SAMPLE).astype(int),
-        conditions=f"{report['seconds']:g} s, measures {digest(report['measures'])[:6]}",
+        conditions=", ".join([*conditions, f"measures {digest(report['measures'])[:6]}"]),
         weights=(report.get("made_by") or {}).get("model_sha256", ""),
         data=report["prompts_sha256"],
         is_reference=samples["sample"].isna().all(),

@@ -47,7 +47,9 @@ def sections(study: Study, lines: Lines) -> list[Section]:
         f"{len(study.seeds)} for each of {len(study.variants)} variants; commit {', '.join(commits) or 'unknown'}. "
         f"`index.jsonl` has the axes and the cost of each run. `{RESULTS}` has the values of all measures."
     )
-    found = [Section(f"Study {study.name}", [about, *filter(None, [study.note]), *LEGEND, ABOUT_BITS])]
+    encoder = study.generation.get("speaker_model")
+    notes = [study.note, f"Speaker encoder of the speaker similarity: `{encoder}`." if encoder else None]
+    found = [Section(f"Study {study.name}", [about, *filter(None, notes), *LEGEND, ABOUT_BITS])]
     if missing:
         failed = {line["label"]: line["failed"] for line in missing}
         why = [f"{run}: {f['step']} failed: {f['why']}" if f else f"{run}: not finished" for run, f in failed.items()]
