@@ -37,7 +37,10 @@ def _library() -> tuple[ctypes.CDLL, int]:
 
 
 def speak_phones(sentence: str, speaker: Speaker) -> tuple[np.ndarray, int, list[Phone]]:
-    """Return float32 samples in [-1, 1], the sample rate in Hz, and the phones of a sentence."""
+    """Return float32 samples in [-1, 1], the sample rate in Hz, and the phones of a sentence.
+
+    The samples also depend on the sentences that the process spoke before. The same sequence gives the same samples.
+    """
     library, rate_hz = _library()
     chunks: list[np.ndarray] = []
     phones: list[Phone] = []
