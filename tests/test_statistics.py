@@ -177,7 +177,7 @@ def test_power_without_items_is_that_of_a_t_test():
     assert contrast_power(0.5, Components(1.0, 0.0, 0.0), 64, 1) == pytest.approx(0.8014596, abs=1e-6)
 
 
-def test_power_table_shows_components_in_percent_and_skips_measures_without_items(tmp_path):
+def test_power_table_shows_components_in_percent_and_skips_measures_without_variance(tmp_path):
     random = np.random.default_rng(0)
     values = random.integers(0, 2, (2, 3, 40)).astype(float)
     systems = [[f"{variant}-seed{seed}" for seed in range(3)] for variant in "ab"]
@@ -188,6 +188,7 @@ def test_power_table_shows_components_in_percent_and_skips_measures_without_item
         for system, values_N in zip(of_variant, values_SN, strict=True)
         for n, value in enumerate(values_N)
     ]
+    rows += [row | {"measure": "seconds", "value": 2.0} for row in rows]
     bits = [same | {"system": name, "measure": "bits/4", "cluster": "", "value": 1.0} for name in systems[0]]
     (row,) = power_table(pd.DataFrame(rows + bits), [systems, systems], "title").tables[0].rows
     speakers = np.arange(40) % 8

@@ -47,10 +47,12 @@ def power_table(items: pd.DataFrame, tables: Sequence[Sequence[Sequence[str]]], 
                 clusters = labels["part"] + "/" + labels["cluster"]
                 parts = variance_components(*sides, strata_N=labels["part"], clusters_N=clusters)
                 found.append((*parts, len(shared), clusters.nunique()))
-        if not found or np.isnan(found).any():
+        if not found:
             continue
         *variances, num_items, num_clusters = np.mean(found, axis=0)
         components = Components(*np.maximum(variances, 0))
+        if not sum(components) > 0:  # all values are equal, or all items have the same speaker
+            continue
         sds = [f"{np.sqrt(variance) * measure.factor:.{measure.digits}f}" for variance in components]
         cells = []
         for number in (num_items, *ITEMS):
