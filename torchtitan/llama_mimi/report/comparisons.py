@@ -107,7 +107,7 @@ def comparison(
     differences: dict[str, dict[str, Estimate]] = {}
     references: dict[str, dict[str, str]] = {}
     decisions: dict[str, dict[str, str]] = {}
-    is_official: dict[str, bool] = {}  # False for accuracies under another rule, which are not in the plot
+    is_official: dict[str, bool] = {}  # False for further scoring rules, which are not in the plot
     unpooled = set()
     systems = list(itertools.chain(*groups.values()))
     for heading, measure, rows in by_measure(items[~items["measure"].isin(NOT_COMPARED)], COMPARABLE):
@@ -117,7 +117,7 @@ def comparison(
         means[heading], found, is_unpooled = compare(rows, measure, groups, all_groups or groups.values())
         differences[heading] = {v: replace(one, is_primary=(name, v) == primary) for v, one in found.items()}
         unpooled |= {heading} if is_unpooled else set()
-        is_official[heading] = not measure.is_accuracy or ":" not in name
+        is_official[heading] = ":" not in name
         if measure.is_accuracy and is_official[heading]:
             decisions[heading] = _different_decisions(own, groups)
         beside = rows[rows["is_reference"] & rows["item"].isin(own["item"])].dropna(subset="value")
@@ -222,7 +222,7 @@ def summary(items: pd.DataFrame, title: str, picture: str | None = None) -> Sect
         if found:
             counts = sorted({f"{mean.count:,}" for mean in found.values()})
             cells[f"{heading} (n = {' or '.join(counts)})"] = {system: mean.text() for system, mean in found.items()}
-            panels[heading] = found
+            panels |= {heading: found} if ":" not in rows["measure"].iloc[0] else {}  # without further scoring rules
     columns = items.sort_values("is_reference", kind="stable")["system"].unique()
     pictures = [Picture(f"{picture}.png", forest(panels, title), title)] if picture and panels else []
     return Section(title, [SUMMARY], pictures, _by_system("measure", cells, columns), notes)
@@ -272,6 +272,7 @@ def tradeoffs(items: pd.DataFrame, title: str, groups: Mapping[str, Sequence[str
     """Return a plot of fidelity (SALMon, speaker similarity) against linguistic scores. See `comparison` for groups."""
     means: dict[str, pd.Series] = {}
     own = items[items["system"].isin([system for some in groups.values() for system in some])]
+    own = own[~own["measure"].str.contains(":")]  # without further scoring rules
     for _, measure, rows in by_measure(own, COMPARABLE):
         of_items = rows.dropna(subset="value").groupby(["system", "part", "item"])["value"].mean()
         of_parts = of_items.groupby(level=["system", "part"]).mean()
