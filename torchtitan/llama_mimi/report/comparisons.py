@@ -32,6 +32,7 @@ NOT_COMPARED = ("real_time_factor",)  # depends on the machine
 SIGNIFICANCE = 0.05
 ONE_VARIANT = "one variant"
 PUBLISHED = ROOT / "eval" / "published.toml"
+RULES = "An accuracy with the name of a rule, such as 'level 0', has a further scoring rule (see `eval/README.md`)."
 LEGEND = (
     "Accuracies are in percent. A cell begins with a mean over runs (seeds) and items. An item is a pair, a group of "
     "pairs, or a prompt; n is the number of items. The brackets contain a 95 % confidence interval (Student's t), "
@@ -44,11 +45,11 @@ LEGEND = (
 )
 LEGEND_OF_STUDIES = (
     *LEGEND,
-    "The variance between runs is pooled over all variants of the study. In a row with †, Levene's test rejects equal "
-    "variances (5 %), and each variant has its own variance.",
+    f"{RULES} The variance between runs is pooled over all variants of the study. In a row with †, Levene's test "
+    "rejects equal variances (5 %), and each variant has its own variance.",
     "The primary difference of a table was chosen before the runs. All other differences are exploratory. A star marks "
     "a primary difference with p ≤ 0.05, or an exploratory difference with p ≤ 0.05 after the adjustment of Benjamini "
-    "and Hochberg over the exploratory differences of the table.",
+    "and Hochberg over the exploratory differences of the table. Intervals are not adjusted.",
     "The last table of a section compares the decisions of two runs with different seeds, pair by pair. In the column "
     f"'{ONE_VARIANT}', both runs are of one variant (mean over the variants). In the other columns, one run is of the "
     "first variant, and one run is of the named variant.",
@@ -57,7 +58,7 @@ SUMMARY = (
     "Accuracies are in percent. The brackets contain a 95 % interval over n items: for accuracies, Wilson's interval "
     "over words, sentences or pairs; for other measures, Student's t over prompts, or over speakers if they are known. "
     "Each system is one run, and one run cannot show the variation between seeds. The preset 'original' counts each "
-    "voice as a pair."
+    f"voice as a pair. {RULES}"
 )
 
 
