@@ -22,7 +22,7 @@ from llama_mimi.evaluation.benchmarks import SALMON_PARTS
 from llama_mimi.evaluation.results import FORMAT
 from llama_mimi.evaluation.statistics import Interval, crossed_interval, pooled_run_variance
 from llama_mimi.report import comparisons
-from llama_mimi.report.comparisons import comparable_sets, comparison, report_results, summary, with_stars
+from llama_mimi.report.comparisons import comparable_sets, comparison, report_results, summary, tradeoffs, with_stars
 from llama_mimi.report.document import to_markdown
 from llama_mimi.report.estimates import Estimate, same_items
 from llama_mimi.report.results import COLUMNS, measure_of, read_results
@@ -253,6 +253,17 @@ def test_an_unknown_measure_has_its_own_name(tmp_path):
     assert rows == [["new_measure (n = 2)", "2.00 (-10.71 to 14.71)"]]
 
 
+def test_limits_of_an_interval(tmp_path):
+    """A fraction stays between 0 and 100 %. One prompt does not show the variation between prompts."""
+    generations_file(tmp_path, "a", {"x": [1.0], "y": [1.0], "z": [0.0]}, "ended")
+    generations_file(tmp_path / "b", "a", {"x": [2.0]}, "seconds", prompts_sha256="q")
+    ended, seconds = (
+        summary(items, "t").tables[0].rows for _, items in comparable_sets(read_results([tmp_path]).items)
+    )
+    assert ended == [["ended by the model (%) (n = 3)", "66.7 (0.0 to 100.0)"]]
+    assert seconds == [["seconds (n = 1)", "2.00"]]
+
+
 def test_logarithms_are_shown_as_perplexities_and_ratios(tmp_path):
     for name, low, high in (("a", 10.0, 11.0), ("b", 5.0, 5.6)):
         values = {"x": [math.log(low)], "y": [math.log(high)]}
@@ -404,6 +415,21 @@ def test_rules_of_salmon_have_one_row_if_all_parts_are_there(runs):
         assert any(row[0].startswith(measure_of("salmon/mean:level_0").heading) for row in table.rows) == (number == 10)
 
 
+def test_plots_show_only_the_official_rules(runs, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(comparisons, "forest", lambda panels, *_, **__: drawn.append([*panels]) or b"")
+    monkeypatch.setattr(comparisons, "tradeoff", lambda panels, vertical, _: drawn.append([*panels, vertical]) or b"")
+    items, *_ = runs
+    words = items[items["measure"] == "salmon/speaker_consistency"].assign(measure="sLM21/syntactic_dev")
+    rules = [items, words, words.assign(measure="sLM21/syntactic_dev:all_levels", value=0.0)]
+    items = pd.concat(rules, ignore_index=True).assign(data_kind="other")
+    comparison(items, "t", GROUPS, "forest")
+    summary(items, "t", "forest")
+    tradeoffs(items, "t", GROUPS, "tradeoff")
+    names = ["SALMon speaker consistency", "sBLIMP", "speaker similarity"]
+    assert drawn == [names, names, [names[0], names[2], names[1]]]
+
+
 def test_measures_without_a_common_item_are_named_and_conditions_are_not_mixed(tmp_path):
     generations_file(tmp_path, "a0", {"x": [1.0], "y": [None]})
     generations_file(tmp_path, "a1", {"x": [None], "y": [1.0]})
@@ -457,7 +483,7 @@ def test_a_study_without_results_names_its_runs(tiny_study):
     label = "flattened, Q = 4, weights uniform, 420 steps, seed"
     assert f"- {label} 0: salmon failed: no \\<disk\\>\n- {label} 1: not finished\n" in text
     # Bits have no items. Bits of different numbers of levels are not compared.
-    found = {key[1]: cell for key, cell in cells(text, "Quantizers").items()}
+    found = {key[1]: cell for key, cell in cells(text, "Quantizers").items() if key[0].startswith("validation bits/s")}
     assert found == {
         "Q = 4": "288.3 (285.3 to 291.4)",
         "Q = 2": "103.9 (102.7 to 105.2)",

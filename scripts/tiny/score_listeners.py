@@ -24,7 +24,7 @@ from llama_mimi.audio.reading import Waveform, write_wav
 from llama_mimi.common.command_line import run_command
 from llama_mimi.common.files import write_atomically
 from llama_mimi.common.versions import versions
-from llama_mimi.evaluation.statistics import bootstrap_interval
+from llama_mimi.evaluation.statistics import crossed_interval
 from llama_mimi.judging import metrics
 from llama_mimi.judging.systems import Clip
 
@@ -85,11 +85,11 @@ def score_listeners(
 
 
 def word_errors(clips: Sequence[LabelledClip], texts: Sequence[str]) -> dict:
-    """Return the word error rate of all clips together, and a bootstrap interval over clips."""
+    """Return the word error rate of all clips together, and a 95 % interval over clips (Student's t)."""
     spoken = [metrics.words_of(clip.text) for clip in clips]
     wrong = [edit_distance(words, metrics.words_of(text)) for words, text in zip(spoken, texts, strict=True)]
     rates = [errors / len(words) for errors, words in zip(wrong, spoken, strict=True)]
-    return {"word_error_rate": sum(wrong) / sum(map(len, spoken)), "interval": bootstrap_interval(rates)}
+    return {"word_error_rate": sum(wrong) / sum(map(len, spoken)), "interval": crossed_interval([rates])[1:3]}
 
 
 def verification_error_rate(clips: Sequence[LabelledClip], prompts_ND: torch.Tensor, rests_ND: torch.Tensor) -> float:

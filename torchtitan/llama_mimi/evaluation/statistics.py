@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import optimize, stats
 
-RESAMPLES = 10_000
 ROUNDING = 1e-9  # values with smaller relative differences count as equal
 
 
@@ -44,25 +43,6 @@ def wilson_interval(accuracy: float, count: float) -> tuple[float, float]:
     scale = 1 + z**2 / count
     # The interval must include the accuracy, even after rounding at 0 and 1.
     return max(0.0, min(accuracy, (center - half) / scale)), min(1.0, max(accuracy, (center + half) / scale))
-
-
-def bootstrap_interval(*parts: Sequence[float]) -> tuple[float, float]:
-    """Return the percentile bootstrap interval of the mean over parts. Each part is resampled separately.
-
-    Most measures have one part, but the SALMon mean has eight parts. The same values always give the same interval.
-    A part needs at least two values. Method: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, sec. 13.3.
-    """
-    if not parts or min(map(len, parts)) < 2:
-        raise ValueError("a bootstrap interval needs at least two values for each part; add values")
-    found = stats.bootstrap(
-        [np.asarray(part, dtype=np.float64) for part in parts],
-        lambda *some, axis: np.mean([part.mean(axis=axis) for part in some], axis=0),
-        n_resamples=RESAMPLES,
-        batch=max(1, 4_000_000 // max(map(len, parts))),
-        method="percentile",
-        rng=0,
-    ).confidence_interval
-    return float(found.low), float(found.high)
 
 
 def sign_test(num_better: int, num_worse: int) -> float:

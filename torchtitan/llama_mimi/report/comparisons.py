@@ -32,6 +32,7 @@ NOT_COMPARED = ("real_time_factor",)  # depends on the machine
 SIGNIFICANCE = 0.05
 ONE_VARIANT = "one variant"
 PUBLISHED = ROOT / "eval" / "published.toml"
+RULES = "An accuracy with the name of a rule, such as 'level 0', has a further scoring rule (see `eval/README.md`)."
 LEGEND = (
     "Accuracies are in percent. A cell begins with a mean over runs (seeds) and items. An item is a pair, a group of "
     "pairs, or a prompt; n is the number of items. The brackets contain a 95 % confidence interval (Student's t), "
@@ -44,11 +45,11 @@ LEGEND = (
 )
 LEGEND_OF_STUDIES = (
     *LEGEND,
-    "The variance between runs is pooled over all variants of the study. In a row with †, Levene's test rejects equal "
-    "variances (5 %), and each variant has its own variance.",
+    f"{RULES} The variance between runs is pooled over all variants of the study. In a row with †, Levene's test "
+    "rejects equal variances (5 %), and each variant has its own variance.",
     "The primary difference of a table was chosen before the runs. All other differences are exploratory. A star marks "
     "a primary difference with p ≤ 0.05, or an exploratory difference with p ≤ 0.05 after the adjustment of Benjamini "
-    "and Hochberg over the exploratory differences of the table.",
+    "and Hochberg over the exploratory differences of the table. Intervals are not adjusted.",
     "The last table of a section compares the decisions of two runs with different seeds, pair by pair. In the column "
     f"'{ONE_VARIANT}', both runs are of one variant (mean over the variants). In the other columns, one run is of the "
     "first variant, and one run is of the named variant.",
@@ -57,7 +58,7 @@ SUMMARY = (
     "Accuracies are in percent. The brackets contain a 95 % interval over n items: for accuracies, Wilson's interval "
     "over words, sentences or pairs; for other measures, Student's t over prompts, or over speakers if they are known. "
     "Each system is one run, and one run cannot show the variation between seeds. The preset 'original' counts each "
-    "voice as a pair."
+    f"voice as a pair. {RULES}"
 )
 
 
@@ -107,7 +108,7 @@ def comparison(
     differences: dict[str, dict[str, Estimate]] = {}
     references: dict[str, dict[str, str]] = {}
     decisions: dict[str, dict[str, str]] = {}
-    is_official: dict[str, bool] = {}  # False for accuracies under another rule, which are not in the plot
+    is_official: dict[str, bool] = {}  # False for further scoring rules, which are not in the plot
     unpooled = set()
     systems = list(itertools.chain(*groups.values()))
     for heading, measure, rows in by_measure(items[~items["measure"].isin(NOT_COMPARED)], COMPARABLE):
@@ -117,7 +118,7 @@ def comparison(
         means[heading], found, is_unpooled = compare(rows, measure, groups, all_groups or groups.values())
         differences[heading] = {v: replace(one, is_primary=(name, v) == primary) for v, one in found.items()}
         unpooled |= {heading} if is_unpooled else set()
-        is_official[heading] = not measure.is_accuracy or ":" not in name
+        is_official[heading] = ":" not in name
         if measure.is_accuracy and is_official[heading]:
             decisions[heading] = _different_decisions(own, groups)
         beside = rows[rows["is_reference"] & rows["item"].isin(own["item"])].dropna(subset="value")
@@ -222,7 +223,7 @@ def summary(items: pd.DataFrame, title: str, picture: str | None = None) -> Sect
         if found:
             counts = sorted({f"{mean.count:,}" for mean in found.values()})
             cells[f"{heading} (n = {' or '.join(counts)})"] = {system: mean.text() for system, mean in found.items()}
-            panels[heading] = found
+            panels |= {heading: found} if ":" not in rows["measure"].iloc[0] else {}  # without further scoring rules
     columns = items.sort_values("is_reference", kind="stable")["system"].unique()
     pictures = [Picture(f"{picture}.png", forest(panels, title), title)] if picture and panels else []
     return Section(title, [SUMMARY], pictures, _by_system("measure", cells, columns), notes)
@@ -272,6 +273,7 @@ def tradeoffs(items: pd.DataFrame, title: str, groups: Mapping[str, Sequence[str
     """Return a plot of fidelity (SALMon, speaker similarity) against linguistic scores. See `comparison` for groups."""
     means: dict[str, pd.Series] = {}
     own = items[items["system"].isin([system for some in groups.values() for system in some])]
+    own = own[~own["measure"].str.contains(":")]  # without further scoring rules
     for _, measure, rows in by_measure(own, COMPARABLE):
         of_items = rows.dropna(subset="value").groupby(["system", "part", "item"])["value"].mean()
         of_parts = of_items.groupby(level=["system", "part"]).mean()

@@ -22,8 +22,8 @@ ABOUT_BITS = (
     "frames, `</audio>`. Bits of models with different numbers of levels are not comparable."
 )
 COSTS = {  # rows of a table: key in the index, unit in FLOPs, name of the unit
-    "training": ("flops", 1, "FLOP"),
-    "generation of one second of audio": ("generation_flops_per_audio_second", 1e9, "GFLOP"),
+    "cost of training": ("flops", 1, "FLOP"),
+    "cost of generating one second of audio": ("generation_flops_per_audio_second", 1e9, "GFLOP"),
 }
 Lines = Sequence[Mapping[str, Any]]  # lines of the index
 
