@@ -133,8 +133,6 @@ def test_two_models_on_the_same_pairs_are_compared(tmp_path, make):
     path.write_text(path.read_text().replace('"group": "g', '"group": "sample_'))
     result_file(tmp_path, "z", {"rir_consistency": [1] * 20}, audio_sha256="other")
     text = make("--results", tmp_path)
-    # p-value for 10 pairs against 1: 2 * (1 + 11) / 2**11
-    assert "| SALMon rir consistency, data data | x | y | 10 | 1 | 0.012 |" in text and text.count("| 0.012 |") == 1
     difference = cells(text, "Differences, Accuracy, preset official")["SALMon rir consistency, data data", "y"]
     of_pairs = scipy.stats.ttest_rel([1] * 2 + [0] * 10 + [1] + [0] * 7, [1] * 12 + [0] * 8).confidence_interval()
     assert difference == f"15.0, -45.0 ({100 * of_pairs.low:+.1f} to {100 * of_pairs.high:+.1f})"  # no star
@@ -335,11 +333,11 @@ def test_variants_are_compared_over_runs_and_items_together(runs):
     kept, speakers = np.array([0, 1, 2, 4, 5]), np.array([0, 1, 2, 0, 1, 2])
     pooled = pooled_run_variance([of["A"].mean(axis=1), of["B"][:, kept].mean(axis=1)])
     both = crossed_interval(of["B"][:, kept], of["A"][:, kept], clusters_N=speakers[kept], run_variance=pooled)
-    assert similarity[2] == f"{of['B'][:, kept].mean():.3f}, {shown(both, 3)}, n = 5"
+    assert similarity[2] == f"{of['B'][:, kept].mean():.3f} (n = 5), {shown(both, 3)}, n = 5"
     assert similarity[3].split(", ")[1] == shown(
         crossed_interval(of["C"], of["A"], clusters_N=speakers, run_variance=pooled), 3
     )
-    assert references.rows == [["speaker similarity", "0.250"]]  # mean over the six prompts
+    assert references.rows == [["speaker similarity", "0.250 (n = 6)"]]  # mean over the six prompts
     alone = comparison(items, "Title", {"A": ["a0"], "B": ["nobody"]}, None)
     assert [len(table.rows[0]) for table in alone.tables] == [3, 2] and not alone.pictures
     # Runs with different seeds: of A and B, of A with B, and of A with C.
@@ -358,6 +356,8 @@ def test_one_run_decides_nothing(runs):
     low, high = scipy.stats.ttest_rel(credits["b1"] + 5.0, credits["a1"]).confidence_interval()
     assert f"({100 * low:+.1f} to {100 * high:+.1f})" in section.tables[0].rows[0][2] and low > 4
     assert "*" not in str(section.tables[0].rows) and not section.texts and len(section.tables) == 2
+    named = comparison(items, "t", {"A": ["a1"], "B": ["b1"]}, None, primary=("salmon/speaker_consistency", "B"))
+    assert named.texts[0].endswith(", no p-value (too few runs).")
 
 
 def test_unequal_variances_are_not_pooled(tmp_path):
@@ -388,21 +388,20 @@ def test_stars_keep_the_false_discovery_rate(p_values, primary):
 
 
 def test_the_primary_difference_is_named_first(runs):
-    items, *_ = runs
+    items, credits, _ = runs
     costs = {"training": {"A": "1e+12 FLOP", "B": "2e+12 FLOP"}}
     section = comparison(items, "t", GROUPS, None, primary=("salmon/speaker_consistency", "B"), costs=costs)
     first, second = section.texts
     found = re.fullmatch(
-        r"Primary difference, chosen before the runs: SALMon speaker consistency, 'B' against 'A': (.*), p = (.*)\.",
+        r"Primary difference: SALMon speaker consistency, 'B' against 'A': (.*) \(p = (.*), without .* p = (.*)\)\.",
         first,
     )
-    assert f"{found[1]}, primary" in section.tables[0].rows[1][2] and 0 < float(found[2].strip(" *")) <= 1
+    assert f"{found[1]}, primary" in section.tables[1].rows[0][2] and 0 < float(found[2]) <= 1
+    values = [np.array([credits[f"{label}{seed}"] for seed in range(3)]) for label in "ba"]
+    assert float(found[3]) == pytest.approx(crossed_interval(*values).p_value, rel=0.05)
     assert second == "3 exploratory differences; 0 have a star."
-    assert section.tables[0].rows[0] == ["training", "1e+12 FLOP", "2e+12 FLOP", ""]
+    assert section.tables[0].rows == [["training", "1e+12 FLOP", "2e+12 FLOP", ""]]
     assert "'B' against 'A': not available." in comparison(items, "t", GROUPS, None, primary=("bits/4", "B")).texts[0]
-    # Costs do not depend on data, so the header can still mark all data as synthetic.
-    table = comparison(items[items["data_kind"] == "synthetic"], "t", GROUPS, None, costs=costs).tables[0]
-    assert table.header[0] == "measure (synthetic data)" and len(table.rows) == 2
 
 
 def test_rules_of_salmon_have_one_row_if_all_parts_are_there(runs):
@@ -472,7 +471,7 @@ def test_the_committed_study_says_what_its_results_do(tmp_path, tiny_study):
     differences = [cell for of_table in of_tables for cell in of_table.values() if ", " in cell]
     stars = sum(cell.endswith("*") for cell in differences)
     page = (ROOT / "config/studies/README.md").read_text()
-    assert f"{len(differences)} differences" in page and f"{stars} have a star" in page
+    assert f"The report shows {len(differences)} differences, and {stars} have a star" in page
 
 
 def test_a_study_without_results_names_its_runs(tiny_study):

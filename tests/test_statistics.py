@@ -1,5 +1,6 @@
 """Intervals, p-values and power: agreement with scipy and with plain loops, and simulated error rates."""
 
+import json
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -17,10 +18,11 @@ from llama_mimi.common.errors import UserError
 from llama_mimi.evaluation.statistics import (
     Components,
     RunVariance,
-    contrast_power,
     crossed_interval,
     detectable_difference,
+    planned_error,
     pooled_run_variance,
+    power,
     variance_components,
     wilson_interval,
 )
@@ -87,6 +89,11 @@ def test_values_that_are_all_equal_have_no_interval():
     assert np.isnan(crossed_interval(np.eye(3), strata_N=[0, 0, 1])[1:]).all()  # a part with one item
 
 
+def effective_clusters(names):
+    """Return the inverse of the chance that two items drawn with replacement are of one cluster."""
+    return len(names) ** 2 / sum(a == b for a in names for b in names)
+
+
 def plain_variances(first, baseline, strata, clusters):
     """Return the mean, A of each variant, B and C of `crossed_interval`, computed by loops."""
 
@@ -100,7 +107,8 @@ def plain_variances(first, baseline, strata, clusters):
             mean = sum(values[n] for n in inside) / len(inside)
             names = {clusters[n] for n in inside}
             sums = [sum(weight(n) * (values[n] - mean) for n in inside if clusters[n] == name) for name in names]
-            total += len(names) / (len(names) - 1) * sum(s**2 for s in sums)
+            effective = effective_clusters([clusters[n] for n in inside])
+            total += effective / (effective - 1) * sum(s**2 for s in sums)
         return total
 
     items = range(len(strata))
@@ -130,7 +138,8 @@ def test_crossed_interval_equals_plain_loops(seed, num_first, num_baseline, num_
         random.normal(size=(S, len(strata))) + run_sd * random.normal(size=(S, 1)) for S in (num_first, num_baseline)
     )
     mean, runs, items, residual = plain_variances(first, baseline, strata, clusters)
-    df_items = len({*zip(strata, clusters, strict=True)}) - num_strata
+    of_parts = [[c for c, s in zip(clusters, strata, strict=True) if s == part] for part in range(num_strata)]
+    df_items = sum(map(effective_clusters, of_parts)) - num_strata
     over_items = max(items - residual, 0)
     variance = sum(runs) + over_items
     pooled = RunVariance(sum(runs) / (1 / num_first + 1 / num_baseline), 7)
@@ -161,16 +170,18 @@ def test_components_and_power_of_simulated_contrasts():
     found = [(variance_components(*pair), crossed_interval(*pair).p_value) for pair in pairs]
     estimates, p_values = (np.array(column) for column in zip(*found, strict=True))
     assert estimates.mean(axis=0) == pytest.approx(components, rel=0.1)
-    power = contrast_power(difference, components, S, N)
-    assert 0.5 < power < 0.9 and np.mean(p_values < 0.05) == pytest.approx(power, abs=0.04)
-    limit = detectable_difference(components, S, N, num_variants=7)
-    assert contrast_power(limit, components, S, N, num_variants=7) == pytest.approx(0.8)
-    assert contrast_power(0.0, components, S, N) == pytest.approx(0.05)
+    error, df = planned_error(components, S, N)
+    expected = power(difference / error, df)
+    assert 0.5 < expected < 0.9 and np.mean(p_values < 0.05) == pytest.approx(expected, abs=0.04)
+    error, df = planned_error(components, S, N, num_variants=7)
+    assert power(detectable_difference(components, S, N, num_variants=7) / error, df) == pytest.approx(0.8)
+    assert power(0.0, df) == pytest.approx(0.05)
 
 
 def test_power_without_items_is_that_of_a_t_test():
     # statsmodels.stats.power.TTestIndPower().power(effect_size=0.5, nobs1=64, alpha=0.05)
-    assert contrast_power(0.5, Components(1.0, 0.0, 0.0), 64, 1) == pytest.approx(0.8014596, abs=1e-6)
+    error, df = planned_error(Components(1.0, 0.0, 0.0), 64, 1)
+    assert power(0.5 / error, df) == pytest.approx(0.8014596, abs=1e-6)
 
 
 def test_power_table_shows_components_in_percent_and_skips_measures_without_variance(tmp_path):
@@ -186,7 +197,13 @@ def test_power_table_shows_components_in_percent_and_skips_measures_without_vari
     ]
     rows += [row | {"measure": "seconds", "value": 2.0} for row in rows]
     bits = [same | {"system": name, "measure": "bits/4", "cluster": "", "value": 1.0} for name in systems[0]]
-    (row,) = power_table(pd.DataFrame(rows + bits), [systems, systems], "title").tables[0].rows
+    bits += [
+        row | {"system": name, "value": value} for row, name, value in zip(bits, systems[1], (1, 2, 4), strict=True)
+    ]
+    of_bits, row = power_table(pd.DataFrame(rows + bits), [systems, systems], "title").tables[0].rows
+    limits = [detectable_difference(Components(7 / 6, 0, 0), runs, 1) for runs in (3, 5, 8, 16)]  # variances 0 and 7/3
+    shown = ", ".join(f"{limit:.1f}" for limit in limits)
+    assert of_bits == ["validation bits/s, Q = 4", "1.1", "", "", shown, "", "", ""]
     speakers = np.arange(40) % 8
     components = Components(*np.maximum(variance_components(*values, clusters_N=speakers), 0))
     assert row[:4] == ["sWUGGY (n = 40)", *(f"{100 * np.sqrt(variance):.1f}" for variance in components)]
@@ -194,15 +211,18 @@ def test_power_table_shows_components_in_percent_and_skips_measures_without_vari
         limits = [detectable_difference(components, runs, items // 5, num_variants=2) for runs in (3, 5, 8, 16)]
         assert cell == ", ".join(f"{100 * limit:.1f}" for limit in limits)
     with pytest.raises(UserError, match="does not contain results; run the study first"):
-        power_report(SimpleNamespace(output_dir=tmp_path))
+        power_report(SimpleNamespace(output_dir=tmp_path), [])
+    with pytest.raises(UserError, match="needs two runs of at least two variants"):
+        power_table(pd.DataFrame(rows), [[[systems[0][0]], [systems[1][0]]]], "title")
 
 
 @pytest.mark.slow
 def test_the_page_on_studies_shows_the_power_of_the_committed_study():
     study = replace(read_study(ROOT / "config/studies/tiny.toml"), output_dir=ROOT / "config/studies/tiny")
+    lines = [json.loads(line) for line in (study.output_dir / "index.jsonl").read_text().splitlines()]
     page = (ROOT / "config/studies/README.md").read_text().split("## Power")[1].split("\n## ")[0]
     rows = [line for line in page.splitlines() if line.startswith("| ")]
-    assert len(rows) == 7 and set(rows) <= set(power_report(study).splitlines())
+    assert len(rows) == 7 and set(rows) <= set(power_report(study, lines).splitlines())
 
 
 @pytest.mark.slow

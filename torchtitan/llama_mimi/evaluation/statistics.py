@@ -45,11 +45,6 @@ def wilson_interval(accuracy: float, count: float) -> tuple[float, float]:
     return max(0.0, min(accuracy, (center - half) / scale)), min(1.0, max(accuracy, (center + half) / scale))
 
 
-def sign_test(num_better: int, num_worse: int) -> float:
-    """Return the p-value of the exact sign test. For paired results, this test is McNemar's exact test (1947)."""
-    return float(stats.binomtest(num_better, num_better + num_worse).pvalue) if num_better + num_worse else 1.0
-
-
 def pooled_run_variance(runs_of_variants: Sequence[Sequence[float]]) -> RunVariance | None:
     """Return the variance of the means of a variant's runs, pooled over variants.
 
@@ -83,8 +78,11 @@ def crossed_interval(
     Metz 1992; Obuchowski and Rockette 1995). The variance is A + max(B - C, 0), as in Hillis (2007): A is the variance
     over runs, B is the variance over items, and C is the residual variance, which A and B both contain. The degrees of
     freedom follow Satterthwaite (1946), applied to both terms of this sum; Hillis counts those of A alone. In
-    simulations, a test at 5 % rejects a true difference of zero in 3.8 to 6.0 % of the studies with 3, 5 or 8 runs
-    (scripts/benchmarks/MEASURED.md).
+    simulations with equal variances of runs, a test at 5 % rejects a true difference of zero in 3.8 to 6.0 % of the
+    studies with 3, 5 or 8 runs (scripts/benchmarks/MEASURED.md, with settings in which the rate is higher).
+
+    The runs of two variants count as independent. Runs with the same seed read the same data in the same order; if
+    this makes their results similar, the interval of a difference is too wide.
 
     Two runs are needed for A. If a variant has one run and ``run_variance`` is missing, the interval is over items
     only, and the p-value is NaN: one run cannot decide about other seeds.
@@ -130,7 +128,7 @@ def variance_components(
     strata_N: ArrayLike | None = None,
     clusters_N: ArrayLike | None = None,
 ) -> Components:
-    """Return unbiased estimates of the components; an estimate of a small variance may be negative.
+    """Return estimates of the components; an estimate of a small variance may be negative.
 
     With clusters, the items of the result are clusters: `item` and `residual` are variances of means over a cluster.
     Arguments are those of `crossed_interval`. Each variant needs two runs.
@@ -143,32 +141,26 @@ def variance_components(
     return Components(run / per_run, (found.items - found.residual) * num_items, found.residual * num_items / per_run)
 
 
-def contrast_power(
-    difference: float, components: Components, num_runs: int, num_items: int, num_variants: int = 2
-) -> float:
-    """Return the probability that `crossed_interval` finds a true difference between two variants (p <= 0.05).
+def detectable_difference(components: Components, num_runs: int, num_items: float, num_variants: int = 2) -> float:
+    """Return the true difference between two variants that `crossed_interval` finds (p <= 0.05) with a power of 80 %.
 
     The test statistic has a noncentral t distribution, with the expected values of its variances, as in the planning of
     studies with readers and cases (Hillis, Obuchowski and Berbaum 2011).
 
     Args:
-        difference: true difference, in the unit of the values.
         num_runs: number of runs of each variant.
-        num_items: number of items (or clusters) that both variants share; 1 for a measure without items.
+        num_items: number of items (or effective clusters) that both variants share; 1 for a measure without items.
         num_variants: number of variants over which the variance of runs is pooled.
     """
-    return _power(difference, *_planned_error(components, num_runs, num_items, num_variants))
-
-
-def detectable_difference(components: Components, num_runs: int, num_items: int, num_variants: int = 2) -> float:
-    """Return the smallest true difference with a power of 80 %; the arguments are those of `contrast_power`."""
-    error, df = _planned_error(components, num_runs, num_items, num_variants)
-    limit = float(optimize.brentq(lambda shift: _power(shift, 1.0, df) - 0.8, 0, 3 * stats.t.ppf(0.975, df)))
+    error, df = planned_error(components, num_runs, num_items, num_variants)
+    limit = float(optimize.brentq(lambda shift: power(shift, df) - 0.8, 0, 3 * stats.t.ppf(0.975, df)))
     return limit * error
 
 
-def _planned_error(components: Components, num_runs: int, num_items: int, num_variants: int) -> tuple[float, float]:
-    """Return the standard error of a difference and its degrees of freedom; for arguments, see `contrast_power`."""
+def planned_error(
+    components: Components, num_runs: int, num_items: float, num_variants: int = 2
+) -> tuple[float, float]:
+    """Return the standard error of a difference and its degrees of freedom; see `detectable_difference`."""
     of_runs = 2 * (components.run + components.residual / num_items) / num_runs
     of_items = components.item / num_items
     df_runs, df_items = num_variants * (num_runs - 1), max(1, num_items - 1)
@@ -176,9 +168,9 @@ def _planned_error(components: Components, num_runs: int, num_items: int, num_va
     return math.sqrt(variance), variance**2 / (of_runs**2 / df_runs + of_items**2 / df_items)
 
 
-def _power(difference: float, error: float, df: float) -> float:
-    """Return the power of a two-sided t-test at 5 %."""
-    limit, shift = stats.t.ppf(0.975, df), difference / error
+def power(shift: float, df: float) -> float:
+    """Return the power of a two-sided t-test at 5 % for a true difference of ``shift`` standard errors."""
+    limit = stats.t.ppf(0.975, df)
     return float(stats.nct.sf(limit, df, shift) + stats.nct.sf(limit, df, -shift))
 
 
@@ -188,7 +180,7 @@ class _Variances(NamedTuple):
     mean: float
     runs: list[float]  # A, for each variant; NaN for a variant with one run
     items: float  # B
-    items_df: int
+    items_df: float
     residual: float  # C; variants with one run add nothing
 
 
@@ -210,22 +202,25 @@ def _variances(variants: Sequence[np.ndarray], strata_N: ArrayLike | None, clust
 
 def _over_items(
     values_SN: np.ndarray, strata_N: np.ndarray, clusters_N: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, int]:
+) -> tuple[np.ndarray, np.ndarray, float]:
     """Return each run's mean over items, the variance of this mean over clusters of items, and degrees of freedom.
 
     With G clusters, the variance of a part is G / (G - 1) times the sum of the squared sums of a cluster's deviations
-    (Liang and Zeger 1986, with the factor for few clusters). The variance is NaN for several items in one cluster.
+    (Liang and Zeger 1986, with the factor for few clusters). G is the effective number of clusters, 1 / sum(p^2) for
+    clusters with the fractions p of the items (Kish 1965); equal clusters have their own number. The variance is NaN
+    for several items in one cluster.
     """
-    means_S, variances_S, df = np.zeros(len(values_SN)), np.zeros(len(values_SN)), 0
+    means_S, variances_S, df = np.zeros(len(values_SN)), np.zeros(len(values_SN)), 0.0
     strata = np.unique(strata_N)
     for stratum in strata:
         part_SN = values_SN[:, strata_N == stratum]
         part_SN = part_SN / (part_SN.shape[1] * len(strata))
         means_S += part_SN.sum(axis=1)
         _, cluster_N = np.unique(clusters_N[strata_N == stratum], return_inverse=True)
-        num_clusters = int(cluster_N.max()) + 1
-        sums_GS = np.zeros((num_clusters, len(values_SN)))
+        sizes_G = np.bincount(cluster_N)
+        sums_GS = np.zeros((len(sizes_G), len(values_SN)))
         np.add.at(sums_GS, cluster_N, (part_SN - part_SN.mean(axis=1, keepdims=True)).T)
-        variances_S += (sums_GS**2).sum(axis=0) * (num_clusters / (num_clusters - 1) if num_clusters > 1 else np.nan)
+        num_clusters = float(sizes_G.sum() ** 2 / (sizes_G**2).sum())
+        variances_S += (sums_GS**2).sum(axis=0) * (num_clusters / (num_clusters - 1) if len(sizes_G) > 1 else np.nan)
         df += num_clusters - 1
     return means_S, variances_S if len(strata_N) > 1 else np.zeros(len(values_SN)), df

@@ -13,7 +13,6 @@ from scipy import stats
 
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.versions import ROOT
-from llama_mimi.evaluation.statistics import sign_test
 from llama_mimi.report.document import Picture, Section, Table, to_markdown, write_markdown
 from llama_mimi.report.estimates import (
     COMPARABLE,
@@ -37,17 +36,21 @@ LEGEND = (
     "Accuracies are in percent. A cell begins with a mean over runs (seeds) and items. An item is a pair, a group of "
     "pairs, or a prompt; n is the number of items. The brackets contain a 95 % confidence interval (Student's t), "
     "which includes the variation between runs and the variation between items. If the speakers of prompts are known, "
-    "the prompts of one speaker form a cluster. One run cannot show the variation between runs: its interval includes "
-    "only the variation between items, and its differences do not have stars.",
+    "the prompts of one speaker form a cluster. A cell without brackets has equal values in all runs and items.",
     "A number with a sign is the difference from the first model. For perplexities, the ratio is shown instead. A "
-    "difference uses the items for which both models have values. If the number of these items is not n, the cell "
-    "states the number, and the difference can deviate from the difference of the two means.",
+    "difference uses the items for which both models have values, so it can deviate from the difference of the two "
+    "means. If the number of items of a mean or of a difference is not n, the cell states the number.",
+)
+ONE_RUN = (
+    "Each model is one run. One run cannot show the variation between seeds: the intervals include only the variation "
+    "between items, and differences do not have stars."
 )
 LEGEND_OF_STUDIES = (
     *LEGEND,
     f"{RULES} The variance between runs is pooled over all variants of the study. In a row with †, Levene's test "
-    "rejects equal variances (5 %), and each variant has its own variance.",
-    "The primary difference of a table was chosen before the runs. All other differences are exploratory. A star marks "
+    "rejects equal variances (5 %), and each variant has its own variance. With few seeds, the test detects only large "
+    "differences. So the p-value of a primary difference is also shown without pooling.",
+    "The study file names the primary difference of a table. All other differences are exploratory. A star marks "
     "a primary difference with p ≤ 0.05, or an exploratory difference with p ≤ 0.05 after the adjustment of Benjamini "
     "and Hochberg over the exploratory differences of the table. Intervals are not adjusted.",
     "The last table of a section compares the decisions of two runs with different seeds, pair by pair. In the column "
@@ -62,27 +65,16 @@ SUMMARY = (
 )
 
 
-def _by_system(
-    corner: str,
-    cells: Mapping[str, Mapping[str, str]],
-    columns: Sequence[str],
-    costs: Mapping[str, Mapping[str, str]] | None = None,
-) -> list[Table]:
-    """Return a table with measures as rows and systems as columns; leave out empty rows and tables.
-
-    ``costs`` are the first rows. They do not depend on data.
-    """
-    found, first = (
-        [row for name, of in some.items() if any((row := [name, *(of.get(column, "") for column in columns)])[1:])]
-        for some in (cells, costs or {})
-    )
-    table = _table([corner, *columns], found)
-    return [replace(table, rows=[*first, *table.rows])] if found or first else []
+def _by_system(corner: str, cells: Mapping[str, Mapping[str, str]], columns: Sequence[str]) -> list[Table]:
+    """Return a table with measures as rows and systems as columns; leave out empty rows and tables."""
+    rows = [[name, *(of.get(column, "") for column in columns)] for name, of in cells.items()]
+    rows = [row for row in rows if any(row[1:])]
+    return [_table([corner, *columns], rows)] if rows else []
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """Return a table of measures. If all data are synthetic, only the header is marked as synthetic."""
-    if rows and all(SYNTHETIC in row[0] for row in rows):
+    if all(SYNTHETIC in row[0] for row in rows):
         header = [f"{header[0]} (synthetic data)", *header[1:]]
         rows = [[row[0].replace(SYNTHETIC, ""), *row[1:]] for row in rows]
     return Table(header, rows)
@@ -122,8 +114,8 @@ def comparison(
         if measure.is_accuracy and is_official[heading]:
             decisions[heading] = _different_decisions(own, groups)
         beside = rows[rows["is_reference"] & rows["item"].isin(own["item"])].dropna(subset="value")
-        means_of_references = beside.groupby("system")["value"].mean().items()
-        references[heading] = {str(system): measure.text(mean) for system, mean in means_of_references}
+        of_references = {str(system): values for system, values in beside.groupby("system")["value"]}
+        references[heading] = {name: f"{measure.text(v.mean())} (n = {len(v):,})" for name, v in of_references.items()}
     differences = with_stars(differences)
     cells = {}
     for heading, of_measure in means.items():
@@ -132,9 +124,10 @@ def comparison(
         about = f" (n = {count:,}{f'; {speakers} speakers' * (speakers < count)})" * (count > 0)
         texts = {label: mean.text() for label, mean in of_measure.items()}
         for label, one in differences[heading].items():
-            mean, number = texts[label].split()[0], f", n = {one.count:,}" * (one.count != count)
-            marks = ", primary" * one.is_primary + " *" * one.has_star
-            texts[label] = f"{mean}, {one.text(is_difference=True)}{number}{marks}"
+            own = of_measure[label].count
+            mean = texts[label].split()[0] + f" (n = {own:,})" * (own != count)
+            marks = f", n = {one.count:,}" * (one.count != count) + ", primary" * one.is_primary + " *" * one.has_star
+            texts[label] = f"{mean}, {one.text(is_difference=True)}{marks}"
         cells[heading + about + " †" * (heading in unpooled)] = texts
     baseline, *others = groups
     alt = f"{title}: difference from {baseline}"
@@ -142,9 +135,14 @@ def comparison(
     pictures = [Picture(f"{picture}.png", forest(panels, alt, is_difference=True), alt)] if picture and panels else []
     empty = [heading for heading, of in means.items() if not of]
     notes = [f"Measures without a row, because no item has values of all seeds: {', '.join(empty)}."] if empty else []
-    tables = _by_system("measure", cells, list(groups), costs)
+    tables = (
+        [Table(["cost", *groups], [[row, *(of.get(label, "") for label in groups)] for row, of in costs.items()])]
+        if costs
+        else []
+    )
+    tables += _by_system("measure", cells, list(groups))
     names = sorted({name for of in references.values() for name in of})
-    tables += _by_system("references on the same prompts", references, names)
+    tables += _by_system("reference", references, names)
     tables += _by_system("pairs decided differently, %", decisions, [ONE_VARIANT, *others])
     return Section(title, [*_findings(differences, baseline, primary), *notes], pictures, tables)
 
@@ -169,9 +167,11 @@ def _findings(
     if primary:
         (name, label), result = primary, "not available"
         for one in [one for of in differences.values() for one in of.values() if one.is_primary]:
-            result = f"{one.text(is_difference=True)}, p = {one.interval.p_value:.2g}{' *' * one.has_star}"
+            result = one.text(is_difference=True) + " *" * one.has_star
+            p_values = f"p = {one.interval.p_value:.2g}, without pooling of variances p = {one.own_variance_p:.2g}"
+            result += f" ({p_values})" if math.isfinite(one.interval.p_value) else ", no p-value (too few runs)"
         about = f"{measure_of(name).heading}, '{label}' against '{baseline}'"
-        texts.append(f"Primary difference, chosen before the runs: {about}: {result}.")
+        texts.append(f"Primary difference: {about}: {result}.")
     exploratory = [one for of in differences.values() for one in of.values() if not one.is_primary]
     tested = [one for one in exploratory if math.isfinite(one.interval.p_value)]
     if tested:
@@ -227,20 +227,6 @@ def summary(items: pd.DataFrame, title: str, picture: str | None = None) -> Sect
     columns = items.sort_values("is_reference", kind="stable")["system"].unique()
     pictures = [Picture(f"{picture}.png", forest(panels, title), title)] if picture and panels else []
     return Section(title, [SUMMARY], pictures, _by_system("measure", cells, columns), notes)
-
-
-def sign_tests(items: pd.DataFrame, title: str) -> list[Section]:
-    """Return a table of McNemar's exact tests, one for each pair of systems on the same data."""
-    lines = []
-    for heading, measure, rows in by_measure(items, COMPARABLE):
-        if measure.is_accuracy and not rows["measure"].iloc[0].startswith(SALMON_MEAN):
-            for a, b in itertools.combinations(rows["system"].unique(), 2):
-                values, _ = same_items(rows[rows["system"].isin([a, b])])
-                better, worse = int((values[a] > values[b]).sum()), int((values[a] < values[b]).sum())
-                lines.append([heading, a, b, f"{better:,}", f"{worse:,}", f"{sign_test(better, worse):.2g}"])
-    text = "A better (B better): number of pairs or groups on which A (B) is better. p: McNemar's exact test."
-    header = ["measure", "A", "B", "A better", "B better", "p"]
-    return [Section(title, [text], tables=[_table(header, lines)])] if lines else []
 
 
 def comparable_sets(items: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
@@ -308,8 +294,7 @@ def report_results(results: Sequence[Path], output_file: Path | None) -> None:
         groups = {system: [system] for system in items["system"][~items["is_reference"]].unique()}
         if len(groups) > 1:
             sections.append(comparison(items, f"Differences, {title}", groups, picture and f"{picture}-differences"))
-            sections += sign_tests(items, f"Tests, {title}")
-    legend = LEGEND if any(section.title.startswith("Differences") for section in sections) else ()
+    legend = (*LEGEND, ONE_RUN) if any(section.title.startswith("Differences") for section in sections) else ()
     sections = [Section("Results", legend, items=found.notes), *sections, *published_numbers(found.items)]
     if output_file is None:
         return print(to_markdown(sections))

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -31,7 +31,8 @@ class Estimate:
     seeds: tuple[float, ...]  # mean of each run; for a difference, minus the mean of all runs of the baseline
     count: int  # number of items; 0 for measures without items, such as bits/s
     clusters: int  # number of speakers, or of items if the speakers are not known
-    is_primary: bool = False  # True for a difference that was chosen before the runs
+    is_primary: bool = False  # True for the difference that the study file names
+    own_variance_p: float = math.nan  # p-value of a difference without pooling of the variance between runs
     has_star: bool = False
 
     def text(self, *, is_difference: bool = False) -> str:
@@ -101,7 +102,10 @@ def compare(
         both = values_of(*groups[label], *groups[baseline])
         if len(both):
             first, second = (both[both.columns.intersection(groups[name])] for name in (label, baseline))
-            differences[label] = estimate(first, measure, second, pooled)
+            alone = estimate(first, measure, second)
+            differences[label] = replace(
+                estimate(first, measure, second, pooled), own_variance_p=alone.interval.p_value
+            )
     return means, differences, pooled is None and max(map(len, runs), default=0) > 1
 
 

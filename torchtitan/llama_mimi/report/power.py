@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from llama_mimi.common.errors import UserError
 from llama_mimi.evaluation.statistics import Components, detectable_difference, variance_components
 from llama_mimi.report.comparisons import NOT_COMPARED
 from llama_mimi.report.document import Section, Table
@@ -15,9 +16,9 @@ SEEDS = (3, 5, 8, 16)
 ITEMS = (200, 1000, 5000)
 LEGEND = (
     "Each cell contains the smallest true difference between two variants that is detected with a probability of 80 % "
-    f"(two-sided test at 5 %), with {', '.join(map(str, SEEDS[:-1]))} and {SEEDS[-1]} seeds for each variant. "
-    "Accuracies are in percentage points. For perplexities, the ratio is shown instead. n is the number of items: "
-    "pairs, groups of pairs, or prompts. If speakers are known, more items come from more speakers.",
+    f"with {', '.join(map(str, SEEDS[:-1]))} and {SEEDS[-1]} seeds for each variant (two-sided test at 5 %, as for a "
+    "primary difference). Accuracies are in percentage points. For perplexities, the ratio is shown instead. n is the "
+    "number of items: pairs, groups of pairs, or prompts. If speakers are known, more items come from more speakers.",
     "The standard deviations (SD) are computed from the values of this study. Seeds: mean of a run over infinitely "
     "many items. Items: difference between two variants on an item (or speaker), over infinitely many runs. Residual: "
     "value of a run on an item (or speaker). The test statistic is assumed to have a noncentral t distribution, and "
@@ -42,23 +43,27 @@ def power_table(items: pd.DataFrame, tables: Sequence[Sequence[Sequence[str]]], 
         for first, baseline in itertools.chain(*(itertools.combinations(variants, 2) for variants in tables)):
             shared, _ = same_items(values[values["system"].isin([*first, *baseline])])
             sides = [shared[shared.columns.intersection(systems)].to_numpy().T for systems in (first, baseline)]
-            if min(map(len, sides)) > 1 and len(shared) > 1:
+            if min(map(len, sides)) > 1:
                 labels = shared.index.to_frame()
                 clusters = labels["part"] + "/" + labels["cluster"]
                 parts = variance_components(*sides, strata_N=labels["part"], clusters_N=clusters)
                 found.append((*parts, len(shared), clusters.nunique()))
         if not found:
             continue
+        has_items = values["item"].iloc[0] != ""  # bits/s have no items
         *variances, num_items, num_clusters = np.mean(found, axis=0)
         components = Components(*np.maximum(variances, 0))
         if not sum(components) > 0:  # all values are equal, or all items have the same speaker
             continue
         sds = [f"{np.sqrt(variance) * measure.factor:.{measure.digits}f}" for variance in components]
         cells = []
-        for number in (num_items, *ITEMS):
+        for number in (num_items, *ITEMS * has_items):
             clusters_of_number = max(2, round(number * num_clusters / num_items))
             limits = [detectable_difference(components, S, clusters_of_number, num_variants) for S in SEEDS]
             cells.append(", ".join(measure.text(limit) for limit in limits))
-        rows.append([f"{heading} (n = {num_items:,.0f})", *sds, *cells])
+        sds, cells = (sds, cells) if has_items else ([sds[0], "", ""], [*cells, *[""] * len(ITEMS)])
+        rows.append([heading + f" (n = {num_items:,.0f})" * has_items, *sds, *cells])
+    if not rows:
+        raise UserError("the power needs two runs of at least two variants of a table; add seeds to the study")
     header = ["measure", "SD: seeds", "items", "residual", "this n", *(f"n = {number:,}" for number in ITEMS)]
     return Section(title, LEGEND, tables=[Table(header, rows)])

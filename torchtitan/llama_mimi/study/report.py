@@ -12,7 +12,7 @@ from llama_mimi.common.files import write_atomically
 from llama_mimi.report.comparisons import LEGEND_OF_STUDIES, comparison, published_numbers, tradeoffs
 from llama_mimi.report.document import Section, to_markdown, write_markdown
 from llama_mimi.report.power import power_table
-from llama_mimi.report.results import BITS, read_results
+from llama_mimi.report.results import BITS, COLUMNS, read_results
 from llama_mimi.study.config import Run, Study
 from llama_mimi.training.metrics import BITS as BITS_KEY
 
@@ -22,8 +22,8 @@ ABOUT_BITS = (
     "frames, `</audio>`. Bits of models with different numbers of levels are not comparable."
 )
 COSTS = {  # rows of a table: key in the index, unit in FLOPs, name of the unit
-    "cost of training": ("flops", 1, "FLOP"),
-    "cost of generating one second of audio": ("generation_flops_per_audio_second", 1e9, "GFLOP"),
+    "training": ("flops", 1, "FLOP"),
+    "generation of one second of audio": ("generation_flops_per_audio_second", 1e9, "GFLOP"),
 }
 Lines = Sequence[Mapping[str, Any]]  # lines of the index
 
@@ -36,15 +36,7 @@ def write_report(study: Study, lines: Lines) -> Path:
 
 def sections(study: Study, lines: Lines) -> list[Section]:
     """Return the sections of the report."""
-    items = _collect_results(study)
-    same = {"item": "", "cluster": "", "sample": 0, "conditions": "", "weights": "", "data": "", "is_reference": False}
-    same["data_kind"] = items["data_kind"].iloc[0] if items["data_kind"].nunique() == 1 else "other"
-    bits = [  # each number of levels is a measure without items
-        same | {"system": line["run"], "measure": f"{BITS}{line['num_quantizers']}", "value": line[BITS_KEY]["all"]}
-        for line in lines
-        if line.get(BITS_KEY)
-    ]
-    items = pd.concat([items, pd.DataFrame(bits)], ignore_index=True) if bits else items
+    items = _collect_results(study, lines)
     commits = sorted({line["commit"] for line in lines if line["commit"]})
     missing = [line for line in lines if line["state"] != "done"]
     about = (
@@ -77,12 +69,28 @@ def sections(study: Study, lines: Lines) -> list[Section]:
     return found + published_numbers(items)
 
 
-def _collect_results(study: Study) -> pd.DataFrame:
+def _collect_results(study: Study, lines: Lines) -> pd.DataFrame:
+    """Return the values of all measures: bits/s from the index ``lines``, and the others from `_saved_results`."""
+    items = _saved_results(study)
+    same = {"item": "", "cluster": "", "sample": 0, "conditions": "", "weights": "", "data": "", "is_reference": False}
+    same["data_kind"] = items["data_kind"].iloc[0] if items["data_kind"].nunique() == 1 else "other"
+    bits = [  # each number of levels is a measure without items
+        same | {"system": line["run"], "measure": f"{BITS}{line['num_quantizers']}", "value": line[BITS_KEY]["all"]}
+        for line in lines
+        if line.get(BITS_KEY)
+    ]
+    return pd.concat([items, pd.DataFrame(bits)], ignore_index=True) if bits else items
+
+
+def _saved_results(study: Study) -> pd.DataFrame:
     """Read all values from the result files and save them as `RESULTS`. Without result files, read `RESULTS`."""
     folders = [folder for name in ("results", "generations") if (folder := study.output_dir / name).is_dir()]
     found = read_results(folders).items
     if (path := study.output_dir / RESULTS).is_file():
         saved = pd.read_parquet(path)
+        if missing := {*COLUMNS} - {*saved}:
+            problem = f"'{path}' lacks the column '{min(missing)}', because an older version wrote the file"
+            raise UserError(f"{problem}; remove the file, and score the models again")
         if found.empty:
             return saved
         if lost := set(saved["system"] + ", " + saved["measure"]) - set(found["system"] + ", " + found["measure"]):
@@ -92,9 +100,9 @@ def _collect_results(study: Study) -> pd.DataFrame:
     return found
 
 
-def power_report(study: Study) -> str:
+def power_report(study: Study, lines: Lines) -> str:
     """Return the power of more seeds and items as Markdown, computed from the values of the finished runs."""
-    if (items := _collect_results(study)).empty:
+    if (items := _collect_results(study, lines)).empty:
         raise UserError(f"'{study.output_dir}' does not contain results; run the study first")
     tables = [[[Run(v, seed).name for seed in study.seeds] for v in table.variants] for table in study.tables]
     return to_markdown([power_table(items, tables, f"Power of the study {study.name}")])
