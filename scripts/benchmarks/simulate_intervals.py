@@ -39,7 +39,7 @@ class Setting(NamedTuple):
     item_sd: float = 1.0
     variant_item_sd: float = 0.7
     parts: int = 1
-    speakers: int = 0
+    speakers: tuple[int, ...] = ()  # number of items of each speaker
 
 
 # As in config/studies/tiny: the runs of a variant often disagree on sWUGGY, and seldom on SALMon.
@@ -53,7 +53,8 @@ NULL = [
 ]
 DIFFERENT = Setting(accuracies=(0.725, 0.65))
 PARTS = DIFFERENT._replace(parts=8)
-SPEAKERS = DIFFERENT._replace(items=96, speakers=8)
+SPEAKERS = DIFFERENT._replace(items=96, speakers=(12,) * 8)
+UNEVEN = DIFFERENT._replace(items=96, speakers=(44, 22, 10, 6, 6, 4, 2, 2))
 COVERAGE = [
     *[(f"difference, {S} seeds", DIFFERENT._replace(runs=S), "own") for S in (3, 5, 8)],
     *[(f"mean, {S} seeds", DIFFERENT._replace(runs=S), "mean") for S in (3, 5, 8)],
@@ -62,6 +63,7 @@ COVERAGE = [
     ("difference, 8 speakers with 12 prompts", SPEAKERS, "own"),
     ("mean, 8 speakers with 12 prompts", SPEAKERS, "mean"),
     ("difference, 8 speakers, but over prompts", SPEAKERS, "no speakers"),
+    ("difference, 8 speakers with 2 to 44 prompts", UNEVEN, "own"),
     ("mean of one run, equal seeds", DIFFERENT._replace(runs=1, seed_sds=(0.0,)), "mean"),
     ("mean of one run, seed SD of 4 points", DIFFERENT._replace(runs=1, seed_sds=(0.04,)), "mean"),
     ("Wilson, one run, equal seeds", DIFFERENT._replace(runs=1, seed_sds=(0.0,)), "Wilson"),
@@ -79,7 +81,7 @@ def _offset(accuracy: float, sd: float) -> float:
 @functools.cache
 def _effects(setting: Setting) -> tuple[np.ndarray, np.ndarray]:
     """Return the mean logit of each variant and part, and the standard deviation of each variant's run effects."""
-    fixed = math.hypot(setting.item_sd, setting.variant_item_sd, *[SPEAKER_SD] * (2 * (setting.speakers > 0)))
+    fixed = math.hypot(setting.item_sd, setting.variant_item_sd, *[SPEAKER_SD] * (2 * bool(setting.speakers)))
     # The accuracies of the parts of a benchmark differ, but their mean is the variant's accuracy.
     shifts_P = np.linspace(-0.15, 0.15, setting.parts) if setting.parts > 1 else np.zeros(1)
     p = expit(_offset(setting.accuracies[0], fixed) + fixed * NODES)
@@ -91,8 +93,8 @@ def _effects(setting: Setting) -> tuple[np.ndarray, np.ndarray]:
 
 def _labels(setting: Setting) -> tuple[np.ndarray, np.ndarray | None]:
     """Return the part and the speaker of each item."""
-    number_N = np.arange(setting.items)
-    return number_N % setting.parts, number_N // setting.parts % setting.speakers if setting.speakers else None
+    speaker_N = np.repeat(np.arange(len(setting.speakers)), setting.speakers) if setting.speakers else None
+    return np.arange(setting.items) % setting.parts, speaker_N
 
 
 def studies(setting: Setting, number: int, seed: int = 0) -> Iterator[np.ndarray]:
@@ -105,7 +107,7 @@ def studies(setting: Setting, number: int, seed: int = 0) -> Iterator[np.ndarray
         logits_VSN = offsets_VP[:, None, part_N] + random.normal(0, 1, (V, S, 1)) * run_sds_V[:, None, None]
         logits_VSN += random.normal(0, setting.item_sd, N) + random.normal(0, setting.variant_item_sd, (V, 1, N))
         if speaker_N is not None:
-            of_speakers = random.normal(0, SPEAKER_SD, (V + 1, 1, setting.speakers))
+            of_speakers = random.normal(0, SPEAKER_SD, (V + 1, 1, len(setting.speakers)))
             logits_VSN += (of_speakers[1:] + of_speakers[0])[:, :, speaker_N]
         yield (random.random((V, S, N)) < expit(logits_VSN)).astype(float)
 
