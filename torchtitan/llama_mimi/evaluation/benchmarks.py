@@ -74,6 +74,7 @@ class Pair:
     positive: Clip
     negative: Clip
     labels: Mapping[str, str] = field(default_factory=dict)  # more categories, such as {"type": "agreement"}
+    speaker: str = ""  # speaker of both clips' beginning, if known; pairs of one speaker are not independent
 
 
 @dataclass(frozen=True)
@@ -113,20 +114,36 @@ def data_kind(source: str, pairs: list[Pair]) -> str:
 def read_salmon(source: str) -> Benchmark:
     """Read SALMon: files ``<part>/sample_<index>_<k>.wav``, or a table for each part.
 
-    Among the files with the same index, the first is positive, and the others are negative. The parts ``all`` and
-    ``all_*`` are skipped.
+    Among the files with the same index, the first is positive, and the others are negative. A part's folder may contain
+    ``speakers.csv`` (columns index, speaker); the official folders do not. The parts ``all`` and ``all_*`` are skipped.
     """
     benchmark = _read_tables(source, ("positive_audio", "negative_audio"))
     for folder in (folder for folder in _folders(Path(source)) if folder.name.split("_")[0] != "all"):
         samples: dict[int, list[Clip]] = defaultdict(list)
         for (index, _), path in sorted(_files_by(folder, r"sample_(\d+)_(\d+)").items()):
             samples[index].append(Clip(path.name, path))
-        for index, (positive, *negatives) in samples.items():
+        for positive, *negatives in samples.values():
             if not negatives:
                 problem = f"'{positive.source}' is the only file with its index"
                 raise UserError(f"{problem}; add another file with this index, or remove the file")
-            benchmark.pairs.extend(Pair(folder.name, str(index), clip.name, positive, clip) for clip in negatives)
+        speakers = _speakers(folder / "speakers.csv", samples)
+        benchmark.pairs.extend(
+            Pair(folder.name, str(index), clip.name, positive, clip, speaker=speakers.get(str(index), ""))
+            for index, (positive, *negatives) in samples.items()
+            for clip in negatives
+        )
     return _not_empty(benchmark, source, "Parquet files or <part>/sample_<index>_<k>.wav files")
+
+
+def _speakers(path: Path, indices: Collection[int]) -> dict[str, str]:
+    """Return the speaker of each index of a SALMon part; the dict is empty if the file does not exist."""
+    rows = _csv_rows(path) if path.is_file() else []
+    listed = Counter(row.get("index") for row in rows if row.get("speaker") and None not in row)
+    expected = Counter(map(str, indices))
+    if path.is_file() and (odd := (listed - expected) | (expected - listed)):
+        problem = f"index '{min(odd, key=str)}' must have audio files, and one row with its speaker in '{path}'"
+        raise UserError(f"{problem}; correct the table, or remove the table")
+    return {row["index"]: row["speaker"] for row in rows}
 
 
 def read_slm21(source: str) -> Benchmark:
@@ -187,8 +204,7 @@ def _add_gold(benchmark: Benchmark, folder: Path, split: str, part: str, pair_co
 
 
 def _gold_pairs(gold: Path, part: str, pair_columns: Sequence[str], files: Mapping[str, Clip]) -> Iterator[Pair]:
-    with gold.open(newline="", encoding="utf-8-sig", errors="backslashreplace") as file:
-        rows = list(csv.DictReader(file))
+    rows = _csv_rows(gold)
     keys = {"filename", "id", "voice", "correct", *pair_columns}
     if not rows or not keys <= rows[0].keys() or any(None in row.values() for row in rows):
         raise UserError(f"'{gold}' must have rows with the columns {', '.join(sorted(keys))}; download the file again")
@@ -211,6 +227,11 @@ def _gold_pairs(gold: Path, part: str, pair_columns: Sequence[str], files: Mappi
         clips = files[right["filename"]], files[wrong["filename"]]
         labels = {key: label for key, label in _labels(right).items() if key not in pair_columns}
         yield Pair(part.format_map(right), f"{right['id']}_{right['voice']}", group, *clips, labels)
+
+
+def _csv_rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8-sig", errors="backslashreplace") as file:
+        return list(csv.DictReader(file))
 
 
 def _labels(row: Mapping[str, Any]) -> dict[str, str]:
