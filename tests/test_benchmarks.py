@@ -285,22 +285,6 @@ def test_stories_may_lie_in_two_folders_and_gaps_in_their_numbers_are_reported(t
     assert "2 of 3 pairs do not have consecutive numbers, such as '3.wav' and '5.wav'" in note
 
 
-def test_multi_speaker_stories_are_one_part_with_a_folder_for_each_speaker(tmp_path):
-    for part, speaker in itertools.product(("ms_sSC", "ms_tSC"), ("bella", "adam")):
-        touch(tmp_path / part / speaker, "2_correct.wav", "3_wrong.wav", "10_correct.wav", "11_wrong.wav")
-    pairs = read_storycloze(str(tmp_path)).pairs
-    assert Counter(pair.part for pair in pairs) == {"ms_sSC": 4, "ms_tSC": 4}
-    alone = read_storycloze(str(tmp_path / "ms_tSC")).pairs
-    assert alone == [pair for pair in pairs if pair.part == "ms_tSC"] and len({pair.group for pair in alone}) == 4
-    # slamkit sorts the files of each speaker by number; a pair is two consecutive files.
-    clips = [(*pair.labels.values(), pair.positive.source, pair.negative.name) for pair in alone]
-    folder = tmp_path / "ms_tSC" / "adam"
-    assert clips[:2] == [
-        ("adam", folder / "2_correct.wav", "3_wrong.wav"),
-        ("adam", folder / "10_correct.wav", "11_wrong.wav"),
-    ]
-
-
 def table(columns, **others):
     """Return two pairs as a `Dataset`, and the content of their audio files."""
     clips = sorted((BENCHMARKS / "salmon" / "speaker_consistency").glob("sample_[01]_*.ogg"))
@@ -344,12 +328,6 @@ def test_tables_are_read_as_parquet(tmp_path, write_table):
     assert [clip.source.read_bytes() for clip in benchmark.clips] == contents * 2
     assert [pair.part for pair in read_slm21(str(tmp_path / "speed" / "sBLIMP")).pairs] == ["syntactic_dev"] * 2
     assert [pair.part for pair in read_storycloze(str(tmp_path / "speed")).pairs] == ["tStoryCloze"] * 2
-    stories, _ = table(("correct_audio", "negative_audio"), id=["5", "6"], correct_text=["a", "b"])
-    for speaker in ("bella", "adam"):
-        write_table(stories, "multispeaker-storycloze", "tSC", speaker)
-    benchmark = read_storycloze(str(tmp_path / "multispeaker-storycloze"))
-    assert [pair.part for pair in benchmark.pairs] == ["ms_tSC"] * 4
-    assert [clip.source.read_bytes() for clip in benchmark.clips] == contents * 2
     write_table(words.rename_column("negative", "other"), "speed", "tStoryCloze", "data")
     with pytest.raises(UserError, match="has the columns positive, other; choose a data set with the columns positive"):
         read_storycloze(str(tmp_path / "speed"))

@@ -5,7 +5,7 @@ import hashlib
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -250,21 +250,11 @@ def _labels(row: Mapping[str, Any]) -> dict[str, str]:
 def read_storycloze(source: str) -> Benchmark:
     """Read StoryCloze: tables, or numbered files. Two consecutive files are a pair (positive, negative).
 
-    If the files are in subfolders, such as sStoryCloze and tStoryCloze, each subfolder is a part. In multi-speaker
-    StoryCloze, both clips of a pair have the same speaker, but the pairs have several speakers. As in slamkit
-    (``ms_ssc.yaml``, ``ms_tsc.yaml``), the parts are folders ``ms_sSC`` and ``ms_tSC`` with a subfolder for each
-    speaker. The tables are folders ``{sSC,tSC}/<speaker>`` in a download of ``slprl/multispeaker-storycloze``; this
-    layout is known only from a script that reads it.
+    If the files are in subfolders, such as sStoryCloze and tStoryCloze, each subfolder is a part.
     """
+    benchmark = _read_tables(source, ("positive", "negative"), STORYCLOZE_TABLES)
     root = Path(source)
-    if root.name == "multispeaker-storycloze":
-        tables = _read_tables(source, ("correct_audio", "negative_audio"))
-        benchmark = Benchmark([replace(pair, part=f"ms_{pair.part}") for pair in tables.pairs])
-    else:
-        benchmark = _read_tables(source, ("positive", "negative"), STORYCLOZE_TABLES)
-    parts = _folders(root)
-    speakers = [folder for part in parts if part.name.startswith("ms_") for folder in _folders(part)]
-    folders = [folder for folder in (*parts, *speakers) if _audio_files(folder)]
+    folders = [folder for folder in _folders(root) if _audio_files(folder)]
     if folders and (odd := _audio_files(root)):
         remedy = "move the file into a subfolder, or set --data_dir to a subfolder"
         raise UserError(f"'{odd[0]}' is outside the subfolders; {remedy}")
@@ -273,17 +263,9 @@ def read_storycloze(source: str) -> Benchmark:
         if len(files) % 2:
             problem = f"'{folder}' has an odd number of files (last: '{files[-1][1].name}')"
             raise UserError(f"{problem}; download the folder again")
-        part, labels, prefix = folder.resolve().name, {}, ""
-        if (parent := folder.resolve().parent.name).startswith("ms_"):
-            part, labels, prefix = (
-                parent,
-                {"speaker": part},
-                f"{part}/",
-            )  # slamkit averages over pairs, so each is a group
         gaps = []
         for ((i,), a), ((j,), b) in zip(files[::2], files[1::2], strict=True):
-            name, clips = f"{prefix}{a.stem}", (Clip(a.name, a), Clip(b.name, b))
-            benchmark.pairs.append(Pair(part, name, name, *clips, labels))
+            benchmark.pairs.append(Pair(folder.resolve().name, a.stem, a.stem, Clip(a.name, a), Clip(b.name, b)))
             gaps += [f"'{a.name}' and '{b.name}'"] if j != i + 1 else []
         if gaps:
             gap = f"{len(gaps):,} of {len(files) // 2:,} pairs do not have consecutive numbers, such as {gaps[0]}"

@@ -51,8 +51,6 @@ MEASURES = {
     "sLM21/syntactic_dev": _accuracy("sBLIMP"),
     "sStoryCloze/sStoryCloze": _accuracy("sStoryCloze"),
     "sStoryCloze/tStoryCloze": _accuracy("tStoryCloze"),
-    "sStoryCloze/ms_sSC": _accuracy("multi-speaker sStoryCloze"),
-    "sStoryCloze/ms_tSC": _accuracy("multi-speaker tStoryCloze"),
     "prosaudit/english_dev_protosyntax": _accuracy("ProsAudit protosyntax"),
     "prosaudit/english_dev_lexical": _accuracy("ProsAudit lexical"),
     "similarity": MeasureFormat("speaker similarity"),
