@@ -68,10 +68,13 @@ def test_tiny_benchmarks_are_read_whole_and_positives_are_the_official_ones(fold
     for gold in (BENCHMARKS / folder).rglob("gold.csv"):
         with gold.open() as file:
             correct |= {f"{row['filename']}.ogg": row["correct"] for row in csv.DictReader(file)}
+    with (BENCHMARKS / "sLM21" / "syntactic" / "dev" / "gold.csv").open() as file:
+        voices = [row["voice"] for row in csv.DictReader(file) if row["correct"] == "1"]  # the eight voices alternate
     for number, pair in enumerate(benchmark.pairs):
         positive, negative = pair.positive.name, pair.negative.name
         if folder == "salmon":
             assert (int(pair.name), positive) == (number, f"sample_{number}_0.ogg")
+            assert pair.speaker == voices[number % 8]
         elif folder in ("sLM21", "prosaudit"):
             assert (correct[positive], correct[negative]) == ("1", "0")
             lengths = {soundfile.info(clip.source).frames for clip in (pair.positive, pair.negative)}
@@ -97,6 +100,23 @@ def test_a_salmon_index_may_have_several_negatives_and_an_aggregate_part_is_left
         touch(tmp_path / name, "sample_0_0.wav", "sample_0_1.wav")
     found = [(pair.part, pair.positive.name, pair.negative.name) for pair in read_salmon(str(tmp_path)).pairs]
     assert found == [("rir_consistency", "sample_3_0.wav", f"sample_3_{number}.wav") for number in (2, 10)]
+
+
+def test_speakers_of_salmon_are_read_from_a_table_if_there_is_one(tmp_path):
+    folder = tmp_path / "speaker_consistency"
+    touch(folder, *(f"sample_{index}_{k}.wav" for index in (0, 2, 11) for k in range(2)))
+    touch(tmp_path / "rir_consistency", "sample_0_0.wav", "sample_0_1.wav")
+    assert {pair.speaker for pair in read_salmon(str(tmp_path)).pairs} == {""}
+    (folder / "speakers.csv").write_text("index,speaker\n11,ann\n0,bob\n2,ann\n")
+    speakers = {(pair.part[:3], pair.name): pair.speaker for pair in read_salmon(str(tmp_path)).pairs}
+    assert speakers == {("rir", "0"): "", ("spe", "0"): "bob", ("spe", "2"): "ann", ("spe", "11"): "ann"}
+    for rows, index in (("0,a\n2,b", 11), ("0,a\n2,\n11,c", 2), ("0,a\n2,b\n2,c\n11,d", 2), ("0,a\n2,b\n11,c,d", 11)):
+        (folder / "speakers.csv").write_text(f"index,speaker\n{rows}\n")
+        with pytest.raises(UserError, match=f"index '{index}' must have audio files, and one row with its speaker"):
+            read_salmon(str(tmp_path))
+    (folder / "speakers.csv").write_text("sample,speaker\n0,a\n")
+    with pytest.raises(UserError, match="index '0' must have audio files"):
+        read_salmon(str(tmp_path))
 
 
 def test_an_odd_file_out_is_named(copied):
@@ -265,22 +285,6 @@ def test_stories_may_lie_in_two_folders_and_gaps_in_their_numbers_are_reported(t
     assert "2 of 3 pairs do not have consecutive numbers, such as '3.wav' and '5.wav'" in note
 
 
-def test_multi_speaker_stories_are_one_part_with_a_folder_for_each_speaker(tmp_path):
-    for part, speaker in itertools.product(("ms_sSC", "ms_tSC"), ("bella", "adam")):
-        touch(tmp_path / part / speaker, "2_correct.wav", "3_wrong.wav", "10_correct.wav", "11_wrong.wav")
-    pairs = read_storycloze(str(tmp_path)).pairs
-    assert Counter(pair.part for pair in pairs) == {"ms_sSC": 4, "ms_tSC": 4}
-    alone = read_storycloze(str(tmp_path / "ms_tSC")).pairs
-    assert alone == [pair for pair in pairs if pair.part == "ms_tSC"] and len({pair.group for pair in alone}) == 4
-    # slamkit sorts the files of each speaker by number; a pair is two consecutive files.
-    clips = [(*pair.labels.values(), pair.positive.source, pair.negative.name) for pair in alone]
-    folder = tmp_path / "ms_tSC" / "adam"
-    assert clips[:2] == [
-        ("adam", folder / "2_correct.wav", "3_wrong.wav"),
-        ("adam", folder / "10_correct.wav", "11_wrong.wav"),
-    ]
-
-
 def table(columns, **others):
     """Return two pairs as a `Dataset`, and the content of their audio files."""
     clips = sorted((BENCHMARKS / "salmon" / "speaker_consistency").glob("sample_[01]_*.ogg"))
@@ -324,12 +328,6 @@ def test_tables_are_read_as_parquet(tmp_path, write_table):
     assert [clip.source.read_bytes() for clip in benchmark.clips] == contents * 2
     assert [pair.part for pair in read_slm21(str(tmp_path / "speed" / "sBLIMP")).pairs] == ["syntactic_dev"] * 2
     assert [pair.part for pair in read_storycloze(str(tmp_path / "speed")).pairs] == ["tStoryCloze"] * 2
-    stories, _ = table(("correct_audio", "negative_audio"), id=["5", "6"], correct_text=["a", "b"])
-    for speaker in ("bella", "adam"):
-        write_table(stories, "multispeaker-storycloze", "tSC", speaker)
-    benchmark = read_storycloze(str(tmp_path / "multispeaker-storycloze"))
-    assert [pair.part for pair in benchmark.pairs] == ["ms_tSC"] * 4
-    assert [clip.source.read_bytes() for clip in benchmark.clips] == contents * 2
     write_table(words.rename_column("negative", "other"), "speed", "tStoryCloze", "data")
     with pytest.raises(UserError, match="has the columns positive, other; choose a data set with the columns positive"):
         read_storycloze(str(tmp_path / "speed"))

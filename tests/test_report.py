@@ -230,15 +230,22 @@ def test_continuations_are_summarised_on_the_same_samples(tmp_path):
 
 
 def test_speakers_are_clusters_and_the_table_names_the_speaker_encoder(tmp_path):
-    """Prompts without a speaker, and pairs of benchmarks, are clusters of one item."""
+    """Prompts and pairs without a speaker are clusters of one item."""
     rows = samples({"x": [1.0], "y": [2.0], "z": [3.0]}, "similarity/1.5")
     rows = [row | {"similarity": 0.0} | ({} if row["prompt"] == "y" else {"speaker": "17"}) for row in rows]
     measures = {"similarity": {"model": "microsoft/wavlm-base-plus-sv"}}
     generations_file(tmp_path, "a", {}, samples=rows, measures=measures)
-    result_file(tmp_path, "m", {"rir_consistency": [1, 0]})
+    path = result_file(tmp_path, "m", {"rir_consistency": [1, 0], "speaker_consistency": [1, 0, 1]})
+    report = json.loads(path.read_text())
+    for pair, speaker in zip(report["pairs"], ("", "", "ann", "bob", "ann"), strict=True):
+        pair["speaker"] = speaker
+    written(path, report)
     items = read_results([tmp_path]).items
-    clusters = dict(zip(items["item"], items["cluster"], strict=True))
-    assert clusters == {"x": "17", "y": "y", "z": "17", "0": "0", "1": "1"}
+    clusters = dict(zip(items["measure"].str.split("/").str[-1] + items["item"], items["cluster"], strict=True))
+    of_prompts = {"1.5x": "17", "1.5y": "y", "1.5z": "17"}
+    of_rooms = {"rir_consistency0": "0", "rir_consistency1": "1"}
+    of_speakers = {f"speaker_consistency{item}": name for item, name in enumerate(("ann", "bob", "ann"))}
+    assert clusters.items() >= (of_prompts | of_rooms | of_speakers).items()
     _, (title, continuations) = comparable_sets(items)
     assert title.startswith("Continuations, 2 s, speaker encoder wavlm-base-plus-sv, measures ")
     headings = [row[0] for row in summary(continuations, title).tables[0].rows]

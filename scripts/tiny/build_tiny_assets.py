@@ -168,7 +168,11 @@ def write_llama(folder: Path, lines: list[str]) -> None:
 
 
 def write_speaker_consistency(folder: Path, maker: text.SentenceMaker) -> None:
-    """Write SALMon pairs. The clips of a pair have the same words. In the second clip, the speaker changes halfway."""
+    """Write SALMon pairs, and the speaker of each pair's beginning.
+
+    The clips of a pair have the same words. In the second clip, the speaker changes halfway.
+    """
+    rows: list[dict] = []
     for index in range(SPEAKER_PAIRS):
         speaker, other = (SPEAKERS[i % len(SPEAKERS)] for i in (index, index + 1 + index // 8 % 7))
         while True:
@@ -179,6 +183,8 @@ def write_speaker_consistency(folder: Path, maker: text.SentenceMaker) -> None:
                 break
         for k, clip in enumerate(clips):
             write_opus(folder / f"sample_{index}_{k}.ogg", clip)
+        rows.append({"index": index, "speaker": speaker.name})
+    pd.DataFrame(rows).to_csv(folder / "speakers.csv", index=False)
 
 
 def phones_of(word: str, speaker: Speaker) -> list[str]:

@@ -5,7 +5,7 @@ import hashlib
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,7 @@ class Pair:
     positive: Clip
     negative: Clip
     labels: Mapping[str, str] = field(default_factory=dict)  # more categories, such as {"type": "agreement"}
+    speaker: str = ""  # speaker of both clips' beginning, if known; pairs of one speaker are not independent
 
 
 @dataclass(frozen=True)
@@ -113,20 +114,36 @@ def data_kind(source: str, pairs: list[Pair]) -> str:
 def read_salmon(source: str) -> Benchmark:
     """Read SALMon: files ``<part>/sample_<index>_<k>.wav``, or a table for each part.
 
-    Among the files with the same index, the first is positive, and the others are negative. The parts ``all`` and
-    ``all_*`` are skipped.
+    Among the files with the same index, the first is positive, and the others are negative. A part's folder may contain
+    ``speakers.csv`` (columns index, speaker); the official folders do not. The parts ``all`` and ``all_*`` are skipped.
     """
     benchmark = _read_tables(source, ("positive_audio", "negative_audio"))
     for folder in (folder for folder in _folders(Path(source)) if folder.name.split("_")[0] != "all"):
         samples: dict[int, list[Clip]] = defaultdict(list)
         for (index, _), path in sorted(_files_by(folder, r"sample_(\d+)_(\d+)").items()):
             samples[index].append(Clip(path.name, path))
-        for index, (positive, *negatives) in samples.items():
+        for positive, *negatives in samples.values():
             if not negatives:
                 problem = f"'{positive.source}' is the only file with its index"
                 raise UserError(f"{problem}; add another file with this index, or remove the file")
-            benchmark.pairs.extend(Pair(folder.name, str(index), clip.name, positive, clip) for clip in negatives)
+        speakers = _speakers(folder / "speakers.csv", samples)
+        benchmark.pairs.extend(
+            Pair(folder.name, str(index), clip.name, positive, clip, speaker=speakers.get(str(index), ""))
+            for index, (positive, *negatives) in samples.items()
+            for clip in negatives
+        )
     return _not_empty(benchmark, source, "Parquet files or <part>/sample_<index>_<k>.wav files")
+
+
+def _speakers(path: Path, indices: Collection[int]) -> dict[str, str]:
+    """Return the speaker of each index of a SALMon part; the dict is empty if the file does not exist."""
+    rows = _csv_rows(path) if path.is_file() else []
+    listed = Counter(row.get("index") for row in rows if row.get("speaker") and None not in row)
+    expected = Counter(map(str, indices))
+    if path.is_file() and (odd := (listed - expected) | (expected - listed)):
+        problem = f"index '{min(odd, key=str)}' must have audio files, and one row with its speaker in '{path}'"
+        raise UserError(f"{problem}; correct the table, or remove the table")
+    return {row["index"]: row["speaker"] for row in rows}
 
 
 def read_slm21(source: str) -> Benchmark:
@@ -187,8 +204,7 @@ def _add_gold(benchmark: Benchmark, folder: Path, split: str, part: str, pair_co
 
 
 def _gold_pairs(gold: Path, part: str, pair_columns: Sequence[str], files: Mapping[str, Clip]) -> Iterator[Pair]:
-    with gold.open(newline="", encoding="utf-8-sig", errors="backslashreplace") as file:
-        rows = list(csv.DictReader(file))
+    rows = _csv_rows(gold)
     keys = {"filename", "id", "voice", "correct", *pair_columns}
     if not rows or not keys <= rows[0].keys() or any(None in row.values() for row in rows):
         raise UserError(f"'{gold}' must have rows with the columns {', '.join(sorted(keys))}; download the file again")
@@ -213,6 +229,11 @@ def _gold_pairs(gold: Path, part: str, pair_columns: Sequence[str], files: Mappi
         yield Pair(part.format_map(right), f"{right['id']}_{right['voice']}", group, *clips, labels)
 
 
+def _csv_rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8-sig", errors="backslashreplace") as file:
+        return list(csv.DictReader(file))
+
+
 def _labels(row: Mapping[str, Any]) -> dict[str, str]:
     """Return a pair's labels; ``row`` belongs to the positive clip. Words without a frequency do not get a band."""
     labels = {key: str(row[key]) for key in ("type", "subtype") if row.get(key) not in (None, "")}
@@ -229,21 +250,11 @@ def _labels(row: Mapping[str, Any]) -> dict[str, str]:
 def read_storycloze(source: str) -> Benchmark:
     """Read StoryCloze: tables, or numbered files. Two consecutive files are a pair (positive, negative).
 
-    If the files are in subfolders, such as sStoryCloze and tStoryCloze, each subfolder is a part. In multi-speaker
-    StoryCloze, both clips of a pair have the same speaker, but the pairs have several speakers. As in slamkit
-    (``ms_ssc.yaml``, ``ms_tsc.yaml``), the parts are folders ``ms_sSC`` and ``ms_tSC`` with a subfolder for each
-    speaker. The tables are folders ``{sSC,tSC}/<speaker>`` in a download of ``slprl/multispeaker-storycloze``; this
-    layout is known only from a script that reads it.
+    If the files are in subfolders, such as sStoryCloze and tStoryCloze, each subfolder is a part.
     """
+    benchmark = _read_tables(source, ("positive", "negative"), STORYCLOZE_TABLES)
     root = Path(source)
-    if root.name == "multispeaker-storycloze":
-        tables = _read_tables(source, ("correct_audio", "negative_audio"))
-        benchmark = Benchmark([replace(pair, part=f"ms_{pair.part}") for pair in tables.pairs])
-    else:
-        benchmark = _read_tables(source, ("positive", "negative"), STORYCLOZE_TABLES)
-    parts = _folders(root)
-    speakers = [folder for part in parts if part.name.startswith("ms_") for folder in _folders(part)]
-    folders = [folder for folder in (*parts, *speakers) if _audio_files(folder)]
+    folders = [folder for folder in _folders(root) if _audio_files(folder)]
     if folders and (odd := _audio_files(root)):
         remedy = "move the file into a subfolder, or set --data_dir to a subfolder"
         raise UserError(f"'{odd[0]}' is outside the subfolders; {remedy}")
@@ -252,17 +263,9 @@ def read_storycloze(source: str) -> Benchmark:
         if len(files) % 2:
             problem = f"'{folder}' has an odd number of files (last: '{files[-1][1].name}')"
             raise UserError(f"{problem}; download the folder again")
-        part, labels, prefix = folder.resolve().name, {}, ""
-        if (parent := folder.resolve().parent.name).startswith("ms_"):
-            part, labels, prefix = (
-                parent,
-                {"speaker": part},
-                f"{part}/",
-            )  # slamkit averages over pairs, so each is a group
         gaps = []
         for ((i,), a), ((j,), b) in zip(files[::2], files[1::2], strict=True):
-            name, clips = f"{prefix}{a.stem}", (Clip(a.name, a), Clip(b.name, b))
-            benchmark.pairs.append(Pair(part, name, name, *clips, labels))
+            benchmark.pairs.append(Pair(folder.resolve().name, a.stem, a.stem, Clip(a.name, a), Clip(b.name, b)))
             gaps += [f"'{a.name}' and '{b.name}'"] if j != i + 1 else []
         if gaps:
             gap = f"{len(gaps):,} of {len(files) // 2:,} pairs do not have consecutive numbers, such as {gaps[0]}"

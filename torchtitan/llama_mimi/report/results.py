@@ -51,8 +51,6 @@ MEASURES = {
     "sLM21/syntactic_dev": _accuracy("sBLIMP"),
     "sStoryCloze/sStoryCloze": _accuracy("sStoryCloze"),
     "sStoryCloze/tStoryCloze": _accuracy("tStoryCloze"),
-    "sStoryCloze/ms_sSC": _accuracy("multi-speaker sStoryCloze"),
-    "sStoryCloze/ms_tSC": _accuracy("multi-speaker tStoryCloze"),
     "prosaudit/english_dev_protosyntax": _accuracy("ProsAudit protosyntax"),
     "prosaudit/english_dev_lexical": _accuracy("ProsAudit lexical"),
     "similarity": MeasureFormat("speaker similarity"),
@@ -118,7 +116,7 @@ class Results(NamedTuple):
     Columns: system, measure, item (a group of pairs, or a prompt), sample (number within the item), value (NaN if
     missing), conditions (settings that must be equal in a comparison), weights (hash), data (hash of audio or prompts),
     data_kind ("official", "synthetic" or "other"), is_reference (True for recordings, for example), and cluster
-    (items that are not independent: the speaker of a prompt if known, else the item).
+    (items that are not independent: the speaker of a pair or prompt if known, else the item).
     """
 
     items: pd.DataFrame
@@ -187,6 +185,7 @@ def _benchmark(report: Mapping[str, Any], system: str) -> tuple[pd.DataFrame, li
     by_group = report["scoring"]["by_group"]
     number = parts["group"].transform(lambda names: pd.factorize(names)[0]) if by_group else parts.cumcount()
     item = number.astype(int).astype(str)
+    speaker = pairs.get("speaker", pd.Series("", pairs.index))  # results of earlier commits do not have this column
     credits = {"": pairs["correct"]}  # accuracy of each pair by rule; the primary rule has no name
     credits |= {f":{rule}": pairs["rules"].map(lambda of, rule=rule: of[rule]["correct"]) for rule in report["rules"]}
     same = pd.DataFrame(
@@ -199,7 +198,7 @@ def _benchmark(report: Mapping[str, Any], system: str) -> tuple[pd.DataFrame, li
             "weights": report["model_sha256"],
             "data": report["audio_sha256"],
             "is_reference": False,
-            "cluster": item,
+            "cluster": speaker.where(speaker != "", item),
         }
     )
     of_rules = [same.assign(measure=same["measure"] + rule, value=some.astype(float)) for rule, some in credits.items()]
