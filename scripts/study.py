@@ -64,8 +64,8 @@ def main(
     if power:
         return print(power_report(study, write_index(study)), end="")
     import_extra("matplotlib", "the report")  # before runs that take hours
+    check_unchanged(study)
     if not report_only:
-        check_unchanged(study)
         train_and_score(study, runs if part is None else [runs[part]])
         if part is None:
             judge(study)

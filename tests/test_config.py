@@ -109,12 +109,13 @@ def tiny_with(*flags):
         ("--model.converters quantize.linear.float8", "with `uv sync --inexact --extra float8`"),
         ("--parallelism.tensor_parallel_degree 4", "the degrees in [parallelism] do not fit 2 ranks"),
         ("--parallelism.data_parallel_replicate_degree 2", "use FSDP or HSDP"),
+        ("--model.flavor 768x8 --parallelism.tensor_parallel_degree 2", "is 2; set a divisor of 3 key heads"),
         ("--parallelism.tensor_parallel_degree 2 --training.seq_len 257", "training.seq_len is 257; set a multiple"),
         ("--training.global_batch_size 6", "set a multiple of 4"),
         # Files
         ("--parallelism.context_parallel_degree 2", "more than 1 on a CPU; set it to 1, or use GPUs"),
         (
-            "--model.flavor 1B --checkpoint.initial_load_in_hf",
+            "--model.flavor 1B",
             "assets/tiny/llama' was made with hidden_size = 192, but the current value is 2048",
         ),
         ("--codec.name models/nothing/here", "codec folder 'models/nothing/here' does not exist"),
@@ -174,6 +175,13 @@ def test_configs_of_the_first_release_are_told_what_keys_and_datasets_are_called
         with pytest.raises(UserError, match="first release of Llama-Mimi; set dataset to 'librispeech_clean_test'"):
             checked_config(tiny_with(f"--{section}.dataset", "librispeech_asr_test"))
     assert {name for name in RELEASED_NAMES.values() if name.startswith("'")} <= {f"'{name}'" for name in CORPORA}
+
+
+def test_a_shape_with_random_weights_needs_only_the_tokenizer(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    checked_config(tiny_with("--model.flavor", "256x2"))
+    with pytest.raises(UserError, match="was made with hidden_size = 192, but the current value is 256"):
+        checked_config(tiny_with("--model.flavor", "256x2", "--checkpoint.initial_load_in_hf"))
 
 
 def test_another_models_run_is_not_continued(tmp_path, tokenizer):

@@ -37,7 +37,9 @@ class BenchmarkScript:
     following: tuple[str, str] | None = None  # the next benchmark, and the usual name of its folder
 
     def result_path(self, options: EvaluationOptions) -> Path:
-        """Return the path of the result file for ``options``."""
+        """Return the path of the result file for ``options``; raise a `UserError` for invalid flags."""
+        if (options.data_dir or self.hub_source) is None:
+            raise UserError(f"--data_dir is missing; set --data_dir to a folder with {self.name} (eval/README.md)")
         name, _ = options.scoring(self.levels)
         return options.output_dir / self.name / model_folder(options.model_name) / f"{name}.json"
 
@@ -49,8 +51,7 @@ class BenchmarkScript:
 
     def _evaluate(self, options: EvaluationOptions, path: Path, ranks: DistributedContext) -> None:
         name, scoring = options.scoring(self.levels)
-        if (source := options.data_dir or self.hub_source) is None:
-            raise UserError(f"--data_dir is missing; set --data_dir to a folder with {self.name} (eval/README.md)")
+        source = str(options.data_dir or self.hub_source)
         benchmark = self.read(source)
         if options.limit is not None:
             benchmark = benchmarks.limited(benchmark, options.limit)

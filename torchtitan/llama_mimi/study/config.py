@@ -11,10 +11,10 @@ from typing import Any, Literal, NamedTuple, get_type_hints
 from llama_mimi.common.choices import Architecture
 from llama_mimi.common.command_line import parse_options, to_cli_args
 from llama_mimi.common.errors import UserError
-from llama_mimi.evaluation.options import EvaluationOptions
+from llama_mimi.evaluation.options import PRIMARY, PROMPT_RULES, EvaluationOptions
 from llama_mimi.evaluation.script import BENCHMARK_SCRIPTS
-from llama_mimi.judging.options import GenerationOptions
-from llama_mimi.report.results import BENCHMARKS, BITS, MEASURES
+from llama_mimi.judging.options import GenerationOptions, read_criteria
+from llama_mimi.report.results import BENCHMARKS, BITS, FIXED_LENGTH, MEASURES
 from llama_mimi.study.budget import cost, resolved
 from llama_mimi.training.config_file import fits
 
@@ -26,6 +26,10 @@ LISTS |= {"level_weights": list[str]}
 # Training settings and flags of eval/ that a study file must not set, because axes or the study set them.
 OWN = {"model.architecture", "model.flavor", "codec.num_quantizers", "loss.level_weights", "job.config_file"}
 OWN |= {"job.dump_folder", "checkpoint.folder", "debug.seed", "model_name", "output_dir", "codes_dir", "name"}
+# A flag of eval/generation.py, or a value of its flag --quality, without which a measure is not computed.
+NEEDS = {"similarity": "speaker_model", "words_per_minute": "asr_model", "auto_bleu": "asr_model"}
+NEEDS |= dict.fromkeys(("log_perplexity", "log_generative_perplexity"), "text_model")
+NEEDS |= {quality: quality for quality in ("distillmos", "aesthetics")}
 
 
 class Variant(NamedTuple):
@@ -57,10 +61,9 @@ class Table(NamedTuple):
 
     title: str
     variants: tuple[Variant, ...]
-    # The contrast that the table is made for: the difference of this variant from the baseline in this measure. In a
-    # table of one variant, the measure is empty and the variant is the baseline.
-    primary_measure: str
-    primary_variant: Variant
+    # The contrast that the table is made for: a measure, and the variant that is compared with the baseline in this
+    # measure. None for a table of one variant.
+    primary: tuple[str, Variant] | None
 
     def label(self, variant: Variant) -> str:
         return label(variant, self.variants)
@@ -144,13 +147,8 @@ def read_study(path: Path) -> Study:
         grids = [_checked(some, types, "[[tables]]", "title") for some in values.pop("tables", [])]
         _checked(values, get_type_hints(Study), "the file", "name", "output_dir", "config")
         study = Study(path, **values | {"output_dir": Path(values["output_dir"])})
-        tables = tuple(_table(study, grid) for grid in grids)
-        _check(study := replace(study, tables=tables))
-        for name, flags in study.benchmarks.items():
-            options = parse_options(EvaluationOptions, to_cli_args({**flags, "model_name": "model"}))
-            study.result_files[name] = BENCHMARK_SCRIPTS[name].result_path(options).name
-        if study.generation:
-            parse_options(GenerationOptions, to_cli_args({**study.generation, "model_name": "model"}))
+        computed = _computed_measures(study)
+        _check(study := replace(study, tables=tuple(_table(study, grid, computed) for grid in grids)))
     except (OSError, TypeError, ValueError, UserError) as error:
         raise UserError(f"the study '{path}' cannot be used: {error}") from error
     return study
@@ -170,24 +168,61 @@ def _checked(values: Any, types: Mapping[str, Any], name: str, *required: str) -
     return values
 
 
-def _table(study: Study, grid: Flags) -> Table:
-    """Return a table; raise a `UserError` if its primary contrast is missing or does not select one variant."""
+def _computed_measures(study: Study) -> set[str]:
+    """Check the flags of eval/, fill ``study.result_files``, and return the names of the measures without bits/s."""
+    found: set[str] = set()
+    for name, flags in study.benchmarks.items():
+        script, options = BENCHMARK_SCRIPTS[name], parse_options(EvaluationOptions, _with_model(flags))
+        study.result_files[name] = script.result_path(options).name
+        _, scoring = options.scoring(script.levels)
+        has_prompts = script.has_prompts and not scoring.as_released
+        rules = {*scoring.by_levels, *(PROMPT_RULES if has_prompts else ())} - {PRIMARY}
+        parts = {measure for measure in MEASURES if measure.startswith(f"{name}/")}
+        root = Path(options.data_dir or "")
+        if name in ("salmon", "sStoryCloze") and options.data_dir and root.is_dir():  # a part may be any folder
+            parts |= {f"{name}/{folder.resolve().name}" for folder in (root, *root.iterdir()) if folder.is_dir()}
+        found |= parts | {f"{part}:{rule}" for part in parts for rule in rules}
+    if study.generation:
+        judging = parse_options(GenerationOptions, _with_model(study.generation))
+        measures = judging.measures
+        used = {None, measures.quality} | {flag for flag, value in vars(measures).items() if value is not None}
+        criteria = read_criteria(measures.judge_criteria).names if measures.judge_model else []
+        judged = {*MEASURES, f"{FIXED_LENGTH}{judging.similarity_seconds:g}", *(f"judge/{one}" for one in criteria)}
+        sources = {measure: measure.split("/")[0] for measure in judged}
+        found |= {m for m, source in sources.items() if source not in BENCHMARKS and NEEDS.get(source) in used}
+    return found
+
+
+def _with_model(flags: Flags) -> list[str]:
+    """Return flags of a script in eval/ as command-line arguments, with the name of a model."""
+    return to_cli_args({**flags, "model_name": "model"})
+
+
+def _table(study: Study, grid: Flags, computed: set[str]) -> Table:
+    """Return a table; raise a `UserError` if its primary contrast is missing, or is not one contrast of the study.
+
+    ``computed`` are the names of the measures that the study computes, without bits/s.
+    """
     title, variants = grid["title"], _variants(study, grid)
-    if len(variants) == 1:
-        return Table(title, variants, "", variants[0])
     name, types = f"primary of '{title}'", {"measure": str} | get_type_hints(Variant)
+    if len(variants) == 1:
+        if "primary" in grid:
+            raise UserError(f"{name} is {grid['primary']}, but the table has one variant; remove primary")
+        return Table(title, variants, None)
     primary = _checked(grid.get("primary", {}), types, name, "measure")
     measure = primary.pop("measure")
     others = [v for v in variants[1:] if all(getattr(v, axis) == value for axis, value in primary.items())]
     if len(others) != 1:
         problem = f"{name} selects {len(others)} variants besides the baseline"
         raise UserError(f"{problem}; set values of axes that select exactly one")
-    source = measure.split("/")[0]
-    is_judged = study.generation and measure in MEASURES and source not in BENCHMARKS
-    if not is_judged and source not in {BITS[:-1], *study.benchmarks}:
-        problem = f"{name} names the measure '{measure}', which the study does not compute"
-        raise UserError(f"{problem}; use a measure such as 'bits/4', '<benchmark>/<part>' or 'similarity'")
-    return Table(title, variants, measure, others[0])
+    levels = {variant.num_quantizers for variant in (variants[0], others[0])}
+    bits = {f"{BITS}{number}" for number in levels if len(levels) == 1}  # bits of other numbers are not comparable
+    if measure not in computed | bits:
+        problem = f"{name} names the measure '{measure}', which the study does not compute for both variants"
+        rules = "" if not study.benchmarks else " (benchmarks: also with a further scoring rule, '<name>:<rule>')"
+        choices = ", ".join(sorted(one for one in computed | bits if ":" not in one))
+        raise UserError(f"{problem}; use one of {choices}{rules}")
+    return Table(title, variants, (measure, others[0]))
 
 
 def _variants(study: Study, grid: Flags) -> tuple[Variant, ...]:

@@ -55,7 +55,7 @@ def sections(study: Study, lines: Lines) -> list[Section]:
     systems = {variant: [Run(variant, seed).name for seed in study.seeds] for variant in study.variants}
     for number, table in enumerate(tqdm(study.tables, "report", unit="table", delay=2), 1):
         groups = {table.label(variant): systems[variant] for variant in table.variants}
-        primary = table.primary_measure, table.label(table.primary_variant)
+        primary = table.primary and (table.primary[0], table.label(table.primary[1]))
         first_runs = {label: of_run[run] for label, (run, *_) in groups.items()}
         costs = {
             row: {label: f"{line[key] / unit:.3g} {name}" for label, line in first_runs.items() if line.get(key)}

@@ -24,7 +24,7 @@ from llama_mimi.study.budget import cost, resolved
 from llama_mimi.study.config import Flags, Launch, Run, Study, label
 from llama_mimi.training.metrics import BITS
 
-INDEX, RECORD = "index.jsonl", "record.json"
+INDEX, RECORD, PRIMARIES = "index.jsonl", "record.json", "primary.json"
 TRAIN, GENERATION = "train", "generation"
 _stopping = threading.Event()  # set after an interrupt
 
@@ -82,7 +82,16 @@ def _settings(study: Study, run: Run, step: Step) -> Flags:
 
 
 def check_unchanged(study: Study) -> None:
-    """Raise a `UserError` if flags or config files have changed since a run was started."""
+    """Raise a `UserError` if flags, config files or primary contrasts have changed since the first start.
+
+    The first call saves the primary contrasts (title of the table, measure, name of the variant).
+    """
+    remedy, folder = "restore this value, or choose another output_dir", str(study.output_dir)
+    primaries = {table.title: [table.primary[0], table.primary[1].name] for table in study.tables if table.primary}
+    if (fixed := read_json(folder, PRIMARIES)) is None:
+        write_atomically(folder, PRIMARIES, json.dumps(primaries, indent=1).encode())
+    else:
+        require_same(fixed, dict.fromkeys(fixed) | primaries, f"'{study.output_dir / PRIMARIES}'", remedy)
     for run in study.runs:
         record = read_record(study, run)
         if "flags" in record:
@@ -92,7 +101,7 @@ def check_unchanged(study: Study) -> None:
             if saved := record["settings"].get(step.name):
                 current = dict.fromkeys(saved) | _settings(study, run, step)  # removed flags become None
                 what = f"the step '{step.name}' of {run.name}"
-                require_same(saved, current, what, "restore this value, or choose another output_dir")
+                require_same(saved, current, what, remedy)
 
 
 def train_and_score(study: Study, runs: Sequence[Run]) -> None:

@@ -31,7 +31,7 @@ from llama_mimi.corpora.code_shards import CodeCorpus, is_store
 from llama_mimi.corpora.formats import check_corpus
 from llama_mimi.data.build import chosen_split, dataset_names
 from llama_mimi.job_config import checkpoint_folder
-from llama_mimi.model.llama import FLAVORS
+from llama_mimi.model.llama import FLAVORS, SHAPE
 from llama_mimi.tokens.tokenizer import build_speech_tokenizer
 from llama_mimi.tokens.vocabulary import has_text
 from llama_mimi.training.loss import level_fractions, level_weights
@@ -93,6 +93,7 @@ RULES: list[tuple[str, Callable[[Any, Any], Any], str]] = [
     ("codec.num_quantizers", lambda v, c: v >= 2 or c.is_flattened, "set at least 2 for architecture 'hierarchical'"),
     ("model.converters checkpoint.last_save_in_hf", lambda v, c: not v or c.is_flattened, _FLATTENED_ONLY),
     ("parallelism.tensor_parallel_degree", lambda v, c: v == 1 or c.is_flattened, _FLATTENED_ONLY),
+    ("parallelism.tensor_parallel_degree", lambda v, c: c.key_heads % v == 0, "set a divisor of {key_heads} key heads"),
     ("parallelism.context_parallel_degree", lambda v, c: v == 1 or c.is_flattened, _FLATTENED_ONLY),
     ("model.converters", lambda v, c: v in ([], [FLOAT8]), f"set ['{FLOAT8}'], the only supported converter"),
     ("model.converters", lambda v, c: not v or find_spec("torchao"), _TORCHAO),
@@ -149,6 +150,7 @@ def check_settings(job_config: Any, world_size: int) -> None:
         **vars(job_config),
         dims=dims,
         is_flattened=job_config.model.architecture == "flattened",
+        key_heads=FLAVORS[flavor].n_kv_heads if (flavor := job_config.model.flavor) in FLAVORS else 0,
         min_length=job_config.codec.num_quantizers + 2,
         divisor=dims.seq_len_divisor if dims.cp > 1 else dims.tp,
         pass_size=job_config.training.local_batch_size * dims.dp_replicate * dims.dp_shard,
@@ -205,16 +207,19 @@ def _check_model(job_config: Any) -> None:
     args = copy.copy(FLAVORS[model.flavor])
     wanted = entries(hf_config(args), MODEL_KEYS)
     args.update_from_config(job_config)
-    if settings.initial_load_in_hf:  # otherwise, training reads only the tokenizer in the folder
+    # For a shape such as "768x8" with random weights, training reads only the tokenizer in the folder.
+    if settings.initial_load_in_hf or not SHAPE.fullmatch(model.flavor):
         base, _ = load_config(model.hf_assets_path, "model")
         found = entries(base, MODEL_KEYS)
-        wanted["vocab_size"], found["vocab_size"] = tokenizer.vocabulary.size, base.vocab_size
+        remedy = f"set model.flavor and codec.sliding_window to fit the folder, or create another folder with {prepare}"
+        require_same(found, wanted, assets, remedy)
+    if settings.initial_load_in_hf:
+        wanted, found = {"vocab_size": tokenizer.vocabulary.size}, {"vocab_size": base.vocab_size}
         # A folder from prepare_base_model names a codec, but its model was not trained on codes.
         is_trained = hasattr(base, "codec_sliding_window") or hasattr(base, "codec_attention")
         if is_trained or (hasattr(base, "num_quantizers") and not hasattr(base, "codec")):
             wanted["codec.sliding_window"] = codec.sliding_window
             found["codec.sliding_window"] = has_sliding_window(base)
-        remedy = f"set model.flavor and codec.sliding_window to fit the folder, or create another folder with {prepare}"
         require_same(found, wanted, assets, remedy)
         check_initial_weights(settings.initial_load_path or model.hf_assets_path, args)
     record = Path(job_config.job.dump_folder, ASSETS_FOLDER)
