@@ -77,7 +77,7 @@ def score_listeners(
             rows[name] = word_errors(clips, texts) | {"equal_error_rate": error_rate}
     report = {"rows": rows, "clips": len(clips), "prompt_seconds": prompt_seconds, "versions": versions()}
     write_atomically(str(output_file.parent), output_file.name, (json.dumps(report, indent=1) + "\n").encode())
-    print("| | words wrong (%) | speakers mistaken (%) |\n|---|---|---|")
+    print("| input | word error rate (%) | equal error rate (%) |\n|---|---|---|")
     for name, row in rows.items():
         low, high = row["interval"]
         wrong = f"{100 * row['word_error_rate']:.1f} ({100 * low:.1f} to {100 * high:.1f})"
