@@ -298,7 +298,7 @@ def test_a_checkpoint_becomes_a_stock_folder(tmp_path, monkeypatch, caplog):
     reference = HierarchicalModel(in_transformers(model), tokenizer, speech.codec)
     clips = [(clip(6), False), (clip(4, 1), True)]
     for found, wanted in zip(
-        *(batch_scores(model, clips, Scoring(None)) for model in (speech, reference)), strict=True
+        *(batch_scores(model, clips, Scoring(None), [0, 0]) for model in (speech, reference)), strict=True
     ):
         assert found == pytest.approx(wanted)
 

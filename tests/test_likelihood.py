@@ -80,7 +80,7 @@ def test_preset_original_is_the_first_release(models, levels, Q, adds_bos, is_cu
         assert tokens == [f"<{code}_0>" for code in codes_TQ[:, 0].tolist()] + ["</audio>"]
     else:  # without BOS, level 1 is scored
         assert tokens == [f"<{code}_1>" for code in codes_TQ[:, 1].tolist()]
-    (scores,) = batch_scores(model, [(codes_TQ, is_cut)], Scoring(levels, as_released=True))
+    (scores,) = batch_scores(model, [(codes_TQ, is_cut)], Scoring(levels, as_released=True), [0])
     assert scores == {"primary": pytest.approx(plain_mean(model, ids, positions), abs=1e-5)}
 
 
@@ -103,9 +103,9 @@ def test_preset_official_scores_what_it_says(models, levels, Q, adds_bos, is_cut
     if not is_cut:
         positions.append(len(ids))
         ids.append(vocabulary.audio_end_id)
-    (scores,) = batch_scores(model, [(codes_TQ, is_cut)], Scoring(levels))
+    (scores,) = batch_scores(model, [(codes_TQ, is_cut)], Scoring(levels), [0])
     assert scores["primary"] == pytest.approx(plain_mean(model, ids, positions), abs=1e-5)
-    (grammar,) = batch_scores(model, [(codes_TQ, is_cut)], Scoring(levels, likelihood="grammar"))
+    (grammar,) = batch_scores(model, [(codes_TQ, is_cut)], Scoring(levels, likelihood="grammar"), [0])
     assert grammar["primary"] == pytest.approx(plain_mean(model, ids, positions, is_grammar=True), abs=1e-5)
     assert grammar["primary"] > scores["primary"] + 0.5
 
@@ -161,9 +161,9 @@ def test_a_prompt_is_the_common_prefix_in_whole_frames(first, second, frames):
 
 def test_scores_do_not_depend_on_how_many_logits_are_made_at_once(models, monkeypatch):
     clips = [(random_codes(frames), False) for frames in (3, 20)]
-    expected = batch_scores(models[4, True], clips, Scoring(None))
+    expected = batch_scores(models[4, True], clips, Scoring(None), [0, 0])
     monkeypatch.setattr("llama_mimi.generation.flattened.POSITIONS_AT_ONCE", 7)
-    for found, wanted in zip(batch_scores(models[4, True], clips, Scoring(None)), expected, strict=True):
+    for found, wanted in zip(batch_scores(models[4, True], clips, Scoring(None), [0, 0]), expected, strict=True):
         assert found == pytest.approx(wanted, abs=1e-6)
 
 

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
-from score_listeners import equal_error_rate, score_listeners
+from scipy import stats
+from score_listeners import equal_error_rate, score_listeners, word_errors
+from tiny_codec import LabelledClip
 from train_tiny_listeners import RECIPES, train_listener
 
 from llama_mimi.judging.metrics import speaker_encoder, transcripts
@@ -37,6 +39,18 @@ def test_a_few_steps_make_what_transformers_loads(listener, tmp_path, monkeypatc
 )
 def test_equal_error_rate(same, different, expected):
     assert equal_error_rate(np.array(same), np.array(different)) == expected
+
+
+def test_the_interval_of_a_word_error_rate_belongs_to_this_rate():
+    """Compare with the variance of a ratio. The mean of the clips' rates is 19/36 instead of 5/9."""
+    spoken, found = ["one two", "three four five", "six seven eight nine"], ["one one", "three four six", "six six"]
+    clips = [LabelledClip(torch.zeros(1), "", text) for text in spoken]
+    errors_N, words_N = np.array([1, 1, 3]), np.array([2, 3, 4])
+    rate = 5 / 9
+    error = np.sqrt(np.sum((errors_N - rate * words_N) ** 2) / (3 * 2)) / 3
+    expected = stats.t.interval(0.95, 2, loc=rate, scale=error)
+    scores = word_errors(clips, found)
+    assert scores["word_error_rate"] == pytest.approx(rate) and scores["interval"] == pytest.approx(expected)
 
 
 @pytest.mark.slow

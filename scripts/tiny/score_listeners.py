@@ -77,7 +77,7 @@ def score_listeners(
             rows[name] = word_errors(clips, texts) | {"equal_error_rate": error_rate}
     report = {"rows": rows, "clips": len(clips), "prompt_seconds": prompt_seconds, "versions": versions()}
     write_atomically(str(output_file.parent), output_file.name, (json.dumps(report, indent=1) + "\n").encode())
-    print("| | words wrong (%) | speakers mistaken (%) |\n|---|---|---|")
+    print("| input | word error rate (%) | equal error rate (%) |\n|---|---|---|")
     for name, row in rows.items():
         low, high = row["interval"]
         wrong = f"{100 * row['word_error_rate']:.1f} ({100 * low:.1f} to {100 * high:.1f})"
@@ -85,11 +85,17 @@ def score_listeners(
 
 
 def word_errors(clips: Sequence[LabelledClip], texts: Sequence[str]) -> dict:
-    """Return the word error rate of all clips together, and a 95 % interval over clips (Student's t)."""
+    """Return the word error rate of all clips together, and a 95 % interval over clips (Student's t).
+
+    The rate is a ratio of two means, errors and words of a clip. So the interval uses the residuals of the ratio
+    estimator (Cochran 1977, Sampling Techniques, chapter 6).
+    """
     spoken = [metrics.words_of(clip.text) for clip in clips]
-    wrong = [edit_distance(words, metrics.words_of(text)) for words, text in zip(spoken, texts, strict=True)]
-    rates = [errors / len(words) for errors, words in zip(wrong, spoken, strict=True)]
-    return {"word_error_rate": sum(wrong) / sum(map(len, spoken)), "interval": crossed_interval([rates])[1:3]}
+    pairs = zip(spoken, map(metrics.words_of, texts), strict=True)
+    errors_N, words_N = np.array([(edit_distance(words, found), len(words)) for words, found in pairs]).T
+    rate = float(errors_N.sum() / words_N.sum())
+    residuals_N = (errors_N - rate * words_N) / words_N.mean()
+    return {"word_error_rate": rate, "interval": crossed_interval([rate + residuals_N])[1:3]}
 
 
 def verification_error_rate(clips: Sequence[LabelledClip], prompts_ND: torch.Tensor, rests_ND: torch.Tensor) -> float:

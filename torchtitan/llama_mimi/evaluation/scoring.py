@@ -103,11 +103,11 @@ def batch_scores(
     model: SpeechModel,
     clips: Sequence[tuple[torch.Tensor, bool]],
     scoring: Scoring,
-    prompts: Sequence[int] = (),
+    prompts: Sequence[int],
 ) -> list[dict[str, float]]:
     """Return the scores of a batch of clips (codes_TQ, is_cut) by rule, in nats per token.
 
-    ``prompts``: number of prompt frames of each clip; default: 0. Only clips with a prompt have a score "after_prompt".
+    ``prompts``: number of prompt frames of each clip. Only clips with a prompt have a score "after_prompt".
     """
     tokenizer, Q = model.tokenizer, model.tokenizer.vocabulary.num_quantizers
     ids = [clip_ids(tokenizer, codes_TQ, is_cut, scoring) for codes_TQ, is_cut in clips]
@@ -115,7 +115,7 @@ def batch_scores(
     primary = [of_clip[PRIMARY] for of_clip in masks]
     others = [torch.stack([*of_clip.values()]).any(dim=0) & ~of_clip[PRIMARY] for of_clip in masks]
     values = model.log_likelihoods(ids, primary, others, is_admissible_only=scoring.likelihood == "grammar")
-    for of_clip, prompt in zip(masks, prompts or [0] * len(masks), strict=True):
+    for of_clip, prompt in zip(masks, prompts, strict=True):
         if prompt:
             after = len(tokenizer.prefix_ids()) + prompt * Q
             of_clip["after_prompt"] = of_clip[PRIMARY].index_fill(0, torch.arange(after), False)

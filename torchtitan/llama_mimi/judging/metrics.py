@@ -76,7 +76,8 @@ def auto_bleu(words: Sequence[str]) -> float:
     """Return the fraction of bigrams that occur more than once in a text; 0 for a text without bigrams.
 
     Auto-BLEU (Lakhotia et al. 2021, arXiv 2102.01192) with n = 2, computed as in `calc_auto_bleu` of slamkit (commit
-    f563e56). A high value means that a system repeats itself.
+    f563e56). But slamkit counts punctuation as words, distinguishes upper and lower case, and transcribes the prompt
+    together with the continuation. A high value means that a system repeats itself.
     """
     counts = Counter(pairwise(words))
     return sum(count for count in counts.values() if count > 1) / max(counts.total(), 1)
