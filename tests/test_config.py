@@ -109,7 +109,7 @@ def tiny_with(*flags):
         ("--model.converters quantize.linear.float8", "with `uv sync --inexact --extra float8`"),
         ("--parallelism.tensor_parallel_degree 4", "the degrees in [parallelism] do not fit 2 ranks"),
         ("--parallelism.data_parallel_replicate_degree 2", "use FSDP or HSDP"),
-        ("--model.flavor 768x8 --parallelism.tensor_parallel_degree 2", "is 2; set a divisor of 3 key heads"),
+        ("--model.flavor 768x8 --parallelism.tensor_parallel_degree 2", "is 2; set a divisor of 3, the number"),
         ("--parallelism.tensor_parallel_degree 2 --training.seq_len 257", "training.seq_len is 257; set a multiple"),
         ("--training.global_batch_size 6", "set a multiple of 4"),
         # Files

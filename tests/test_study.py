@@ -495,6 +495,8 @@ def test_the_primary_contrasts_are_fixed_at_the_first_start(tmp_path):
     for old, new in (("bits/4", "salmon/mean"), ("steps = 40 }", "steps = 20 }"), ("Architectures", "Other")):
         with pytest.raises(UserError, match="primary.json' was made with .*; restore this value, or choose another"):
             check_unchanged(read_study(written(tmp_path, a=(old, new))))
+    code, stderr = run_here("scripts/study.py", tmp_path / "study.toml", "--report_only")
+    assert code == 1 and "primary.json' was made with Architectures = " in stderr
 
 
 def test_a_real_command_has_its_threads_and_its_own_sentence(tmp_path):

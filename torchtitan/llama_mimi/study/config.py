@@ -185,6 +185,7 @@ def _computed_measures(study: Study) -> set[str]:
     if study.generation:
         judging = parse_options(GenerationOptions, _with_model(study.generation))
         measures = judging.measures
+        # The names in `NEEDS` that are available; None stands for a measure that is always computed.
         used = {None, measures.quality} | {flag for flag, value in vars(measures).items() if value is not None}
         criteria = read_criteria(measures.judge_criteria).names if measures.judge_model else []
         judged = {*MEASURES, f"{FIXED_LENGTH}{judging.similarity_seconds:g}", *(f"judge/{one}" for one in criteria)}

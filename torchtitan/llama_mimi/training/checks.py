@@ -93,7 +93,11 @@ RULES: list[tuple[str, Callable[[Any, Any], Any], str]] = [
     ("codec.num_quantizers", lambda v, c: v >= 2 or c.is_flattened, "set at least 2 for architecture 'hierarchical'"),
     ("model.converters checkpoint.last_save_in_hf", lambda v, c: not v or c.is_flattened, _FLATTENED_ONLY),
     ("parallelism.tensor_parallel_degree", lambda v, c: v == 1 or c.is_flattened, _FLATTENED_ONLY),
-    ("parallelism.tensor_parallel_degree", lambda v, c: c.key_heads % v == 0, "set a divisor of {key_heads} key heads"),
+    (
+        "parallelism.tensor_parallel_degree",
+        lambda v, c: c.key_heads % v == 0,
+        "set a divisor of {key_heads}, the number of key heads",
+    ),
     ("parallelism.context_parallel_degree", lambda v, c: v == 1 or c.is_flattened, _FLATTENED_ONLY),
     ("model.converters", lambda v, c: v in ([], [FLOAT8]), f"set ['{FLOAT8}'], the only supported converter"),
     ("model.converters", lambda v, c: not v or find_spec("torchao"), _TORCHAO),
