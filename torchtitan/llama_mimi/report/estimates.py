@@ -146,9 +146,8 @@ def by_measure(items: pd.DataFrame, keys: list[str]) -> Iterator[tuple[str, Meas
     The parts of SALMon under a rule, such as `salmon/rir_consistency:level_0`, are yielded only if a part is missing.
     A heading marks synthetic data. If a measure has several conditions or data sets, the heading names them.
     """
-    names = items["measure"].str.partition(":")
-    items = items.assign(part=items["measure"], rule=names[1] + names[2])
-    salmon = items[names[0].isin(SALMON)]
+    items = items.assign(part=items["measure"], rule=items["measure"].str.replace("^[^:]*", "", regex=True))
+    salmon = items[items["measure"].str.replace(":.*", "", regex=True).isin(SALMON)]
     of_mean = ["system", "conditions", "data", "rule"]
     whole = salmon[salmon.groupby(of_mean)["measure"].transform("nunique") == len(SALMON)]
     items = items.drop(whole.index[whole["rule"] != ""])
