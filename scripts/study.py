@@ -37,7 +37,7 @@ def main(
         slurm: print two sbatch commands that run the study as a SLURM job array, and exit
         part: index of a run, from 0; train and score only this run (for a SLURM job array)
         report_only: write the report of the finished runs, and exit
-        power: print the differences that more seeds or items would detect, from the results of the study, and exit
+        power: print the smallest differences that a study with more seeds or items can detect, and exit
         tflops: assumed speed of a GPU for --plan, in TFLOP/s; default: 40 % of an H100's peak in bfloat16
     """
     from llama_mimi.common.cpu import use_cpu_without_gpu

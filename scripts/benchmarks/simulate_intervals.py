@@ -26,7 +26,7 @@ from llama_mimi.evaluation.statistics import (
 
 RESAMPLES = 1000
 NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(101)  # integrals over a normal distribution
-SPEAKER_SD = 0.7  # of the speaker, and of the speaker within a variant; in logits
+SPEAKER_SD = 0.7  # standard deviation of both speaker effects, in logits
 
 
 class Setting(NamedTuple):
@@ -165,7 +165,7 @@ def coverage(setting: Setting, names: Sequence[str], number: int, seed: int = 0)
 
 
 def main(simulations: int = 2000, seed: int = 0) -> None:
-    """Print the null rates and the coverage of intervals.
+    """Print how often tests reject a true difference of zero, and how often intervals contain the true value.
 
     Args:
         simulations: number of simulated studies for each setting

@@ -175,7 +175,7 @@ def read_prosaudit(source: str) -> Benchmark:
 
     Columns, averaging, ties and submission files follow ZeroSpeech's toolkit (zerospeech-benchmarks 0.9.4). The toolkit
     forms pairs by the order of rows. Both methods agree if positives and negatives are listed in the same order; the
-    published ``gold.csv`` was not available to check this order. The folders are known from scripts that read them.
+    published ``gold.csv`` was not available to check this order. The folder names are from other projects' scripts.
     """
     benchmark = Benchmark([])
     for folder in _folders(Path(source, "english")):
@@ -189,8 +189,8 @@ def _add_gold(benchmark: Benchmark, folder: Path, split: str, part: str, pair_co
 
     Args:
         split: name of the submission file.
-        part: name of the part; a column of ``gold.csv`` in braces is replaced by its value.
-        pair_columns: columns whose values are equal in the two rows of a pair, and in no other row; if empty, two
+        part: name of the part; a column name in braces, such as {type}, is replaced by the pair's value.
+        pair_columns: columns that identify a pair: only the two rows of a pair have the same values. If empty, two
             consecutive rows are a pair.
     """
     files = {stem: Clip(path.name, path, split) for (stem,), path in _files_by(folder, ".*").items()}

@@ -3,11 +3,11 @@
 With the preset "official", each clip has several scores. The primary rule decides the accuracy of the benchmark. The
 further rules are:
 
-- "level_0", "all_levels": the mean over these levels.
-- "after_prompt": the mean over the primary rule's tokens after the prompt. The prompt is the beginning that both clips
-  of a pair share. Without a shared prompt, the score is the primary score.
-- "normalised": "after_prompt" minus the mean over the same tokens in a sequence without the prompt. Without a shared
-  prompt, nothing is subtracted.
+- "level_0", "all_levels": the mean log-likelihood of the tokens of level 0 or of all levels, and of ``</audio>``.
+- "after_prompt": the mean log-likelihood of the tokens after the prompt that the primary rule scores. The prompt is the
+  beginning that both clips of a pair share. Without a shared prompt, the score is the primary score.
+- "normalised": "after_prompt" minus the mean log-likelihood of the same tokens in a sequence without the prompt.
+  Without a shared prompt, nothing is subtracted.
 
 The last two rules follow arXiv 2601.06329, which localises and normalises token perplexity. Summaries of the paper say
 that it scores the first 0.5 s after the common prefix (the paper's text was not available). Here, all later frames and

@@ -145,6 +145,6 @@ SALMON = BenchmarkScript(
 )
 SLM21 = BenchmarkScript("sLM21", "speed", benchmarks.read_slm21, levels=(0,), following=("sStoryCloze", "storycloze"))
 STORYCLOZE = BenchmarkScript("sStoryCloze", "speed", benchmarks.read_storycloze, levels=(0,))
-# The benchmark accepts any score. The entries of its leaderboard score semantic units only, such as level 0 here.
+# The benchmark accepts any score. The entries of its leaderboard score semantic tokens only, such as level 0 here.
 PROSAUDIT = BenchmarkScript("prosaudit", None, benchmarks.read_prosaudit, levels=(0,))
 BENCHMARK_SCRIPTS = {script.name: script for script in (SALMON, SLM21, STORYCLOZE, PROSAUDIT)}

@@ -74,18 +74,18 @@ def crossed_interval(
 ) -> Interval:
     """Return the mean of a variant, or its difference from a baseline, with uncertainty over runs and items together.
 
-    Runs and items are random and crossed, as readers and cases in studies of diagnostic imaging (Dorfman, Berbaum and
-    Metz 1992; Obuchowski and Rockette 1995). The variance is A + max(B - C, 0), as in Hillis (2007): A is the variance
-    over runs, B is the variance over items, and C is the residual variance, which A and B both contain. The degrees of
-    freedom follow Satterthwaite (1946), applied to both terms of this sum; Hillis counts those of A alone. In
-    simulations with equal variances of runs, a test at 5 % rejects a true difference of zero in 3.8 to 6.0 % of the
+    Runs and items are crossed random effects, like readers and cases in studies of diagnostic imaging (Dorfman, Berbaum
+    and Metz 1992; Obuchowski and Rockette 1995). The variance is A + max(B - C, 0), as in Hillis (2007): A is the
+    variance over runs, B is the variance over items, and C is the residual variance, which A and B both contain. The
+    degrees of freedom are computed from both terms of this sum (Satterthwaite 1946); Hillis computes them from A alone.
+    In simulations with equal variances of runs, a test at 5 % rejects a true difference of zero in 3.8 to 6.0 % of the
     studies with 3, 5 or 8 runs (scripts/benchmarks/MEASURED.md, with settings in which the rate is higher).
 
     The runs of two variants count as independent. Runs with the same seed read the same data in the same order; if
     this makes their results similar, the interval of a difference is too wide.
 
-    Two runs are needed for A. If a variant has one run and ``run_variance`` is missing, the interval is over items
-    only, and the p-value is NaN: one run cannot decide about other seeds.
+    A needs at least two runs of each variant. If a variant has one run and ``run_variance`` is missing, the interval
+    includes only the variation between items, and the p-value is NaN.
 
     Args:
         first_SN: values of each run and item; a single item stands for a measure without items, such as bits/s.
@@ -114,11 +114,11 @@ def crossed_interval(
 
 
 class Components(NamedTuple):
-    """Variances behind a difference between two variants."""
+    """Components of the variance of a difference between two variants."""
 
-    run: float  # between the runs of a variant, without the residual
-    item: float  # between items, of the difference
-    residual: float  # of a value of one run and item
+    run: float  # variance between the runs of a variant, without the residual variance
+    item: float  # variance, between items, of the difference between the variants
+    residual: float  # residual variance of one value (one run, one item)
 
 
 def variance_components(
@@ -130,8 +130,8 @@ def variance_components(
 ) -> Components:
     """Return estimates of the components; an estimate of a small variance may be negative.
 
-    With clusters, the items of the result are clusters: `item` and `residual` are variances of means over a cluster.
-    Arguments are those of `crossed_interval`. Each variant needs two runs.
+    With clusters, `item` and `residual` are variances of means over a cluster. Arguments are those of
+    `crossed_interval`. Each variant needs two runs.
     """
     variants = [np.asarray(values_SN, dtype=np.float64) for values_SN in (first_SN, baseline_SN)]
     found = _variances(variants, strata_N, clusters_N)
@@ -142,7 +142,7 @@ def variance_components(
 
 
 def detectable_difference(components: Components, num_runs: int, num_items: float, num_variants: int = 2) -> float:
-    """Return the true difference between two variants that `crossed_interval` finds (p <= 0.05) with a power of 80 %.
+    """Return the true difference between two variants that has p <= 0.05 in `crossed_interval` with a power of 80 %.
 
     The test statistic has a noncentral t distribution, with the expected values of its variances, as in the planning of
     studies with readers and cases (Hillis, Obuchowski and Berbaum 2011).
@@ -207,8 +207,8 @@ def _over_items(
 
     With G clusters, the variance of a part is G / (G - 1) times the sum of the squared sums of a cluster's deviations
     (Liang and Zeger 1986, with the factor for few clusters). G is the effective number of clusters, 1 / sum(p^2) for
-    clusters with the fractions p of the items (Kish 1965); equal clusters have their own number. The variance is NaN
-    for several items in one cluster.
+    clusters with the fractions p of the items (Kish 1965); for clusters of equal size, it is the number of clusters. If
+    all items of a part are in one cluster, the variance is NaN.
     """
     means_S, variances_S, df = np.zeros(len(values_SN)), np.zeros(len(values_SN)), 0.0
     strata = np.unique(strata_N)

@@ -69,8 +69,8 @@ class SpeechModel(ABC):
 
         Args:
             ids: flattened sequence (L,) of each clip.
-            is_scored: sets of tokens, as one mask (L,) for each clip. The backbone runs once. Each set has its own
-                matrix products in the output layer, so the values of a set do not depend on the other sets.
+            is_scored: sets of tokens to score. A set has a mask (L,) for each clip. The backbone runs once. Each set
+                has its own matrix products in the output layer, so the values of a set do not depend on the other sets.
             is_admissible_only: compute the softmax over the tokens that are valid at a position, as in generation,
                 instead of over the whole vocabulary. Only codes and ``</audio>`` can then be scored.
         """

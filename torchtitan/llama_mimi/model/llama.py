@@ -205,7 +205,7 @@ def _sizes(name: str) -> tuple[int, int, int, int] | None:
     width, num_layers = int(match[1]), int(match[2])
     depth_width, num_depth_layers = int(match[3] or width // 2), int(match[4] or max(1, num_layers // 4))
     sizes = width, num_layers, depth_width, num_depth_layers
-    # A key head of the backbone has 256 query dimensions. In each of the 8 depth heads, RoPE rotates pairs.
+    # 256: in the backbone, 4 heads of 64 share a key head. 16: RoPE needs an even width of each of the 8 depth heads.
     return sizes if min(sizes) > 0 and width % 256 == 0 and depth_width % 16 == 0 else None
 
 

@@ -31,12 +31,12 @@ NOT_COMPARED = ("real_time_factor",)  # depends on the machine
 SIGNIFICANCE = 0.05
 ONE_VARIANT = "one variant"
 PUBLISHED = ROOT / "eval" / "published.toml"
-RULES = "An accuracy with the name of a rule, such as 'level 0', has a further scoring rule (see `eval/README.md`)."
+RULES = "Accuracies with the name of a rule, such as 'level 0', use a further scoring rule (see `eval/README.md`)."
 LEGEND = (
     "Accuracies are in percent. A cell begins with a mean over runs (seeds) and items. An item is a pair, a group of "
     "pairs, or a prompt; n is the number of items. The brackets contain a 95 % confidence interval (Student's t), "
     "which includes the variation between runs and the variation between items. If speakers are known, the items of "
-    "one speaker form a cluster. A cell without brackets has equal values in all runs and items.",
+    "one speaker form a cluster. A cell without brackets has equal or too few values.",
     "A number with a sign is the difference from the first model. For perplexities, the ratio is shown instead. A "
     "difference uses the items for which both models have values, so it can deviate from the difference of the two "
     "means. If the number of items of a mean or of a difference is not n, the cell states the number.",

@@ -19,11 +19,12 @@ LEGEND = (
     f"with {', '.join(map(str, SEEDS[:-1]))} and {SEEDS[-1]} seeds for each variant (two-sided test at 5 %, as for a "
     "primary difference). Accuracies are in percentage points. For perplexities, the ratio is shown instead. n is the "
     "number of items: pairs, groups of pairs, or prompts. If speakers are known, more items come from more speakers.",
-    "The standard deviations (SD) are computed from the values of this study. Seeds: mean of a run over infinitely "
-    "many items. Items: difference between two variants on an item (or speaker), over infinitely many runs. Residual: "
-    "value of a run on an item (or speaker). The test statistic is assumed to have a noncentral t distribution, and "
-    "the variance of seeds to be pooled over all variants of the study. An SD of 0 means that this study cannot "
-    "measure the SD. Then, the differences for more items are too small.",
+    "The standard deviations (SD) are computed from the values of this study. The SD of seeds describes the means of "
+    "runs over infinitely many items. The SD of items describes the differences between two variants on single items "
+    "(or speakers), over infinitely many runs. The residual SD describes the value of one run on one item (or "
+    "speaker). The computation assumes that the test statistic has a noncentral t distribution, and that the variance "
+    "between seeds is pooled over all variants of the study. If an SD is 0, this study cannot measure it. Then, the "
+    "detectable differences for more items are too small.",
 )
 
 
@@ -64,6 +65,6 @@ def power_table(items: pd.DataFrame, tables: Sequence[Sequence[Sequence[str]]], 
         sds, cells = (sds, cells) if has_items else ([sds[0], "", ""], [*cells, *[""] * len(ITEMS)])
         rows.append([heading + f" (n = {num_items:,.0f})" * has_items, *sds, *cells])
     if not rows:
-        raise UserError("the power needs two runs of at least two variants of a table; add seeds to the study")
+        raise UserError("no table has two variants with at least two finished runs each; add seeds to the study")
     header = ["measure", "SD: seeds", "items", "residual", "this n", *(f"n = {number:,}" for number in ITEMS)]
     return Section(title, LEGEND, tables=[Table(header, rows)])

@@ -54,7 +54,7 @@ MEASURES = {
     "prosaudit/english_dev_protosyntax": _accuracy("ProsAudit protosyntax"),
     "prosaudit/english_dev_lexical": _accuracy("ProsAudit lexical"),
     "similarity": MeasureFormat("speaker similarity"),
-    "seconds": MeasureFormat("seconds", 2),  # longer speech can be more similar, so both stand together
+    "seconds": MeasureFormat("seconds", 2),  # next to the similarity, which depends on the length
     "distillmos": MeasureFormat("DistillMOS (predicted)", 2),
     "aesthetics/CE": MeasureFormat("enjoyment", 2),
     "aesthetics/CU": MeasureFormat("usefulness", 2),

@@ -16,7 +16,7 @@ from llama_mimi.model.llama import FLAVORS, LlamaMimiArgs
 from llama_mimi.tokens.tokenizer import build_speech_tokenizer
 from llama_mimi.training.config_file import parse_config
 
-CONTEXT_SECONDS = 10.0  # context in generation: the mean over a sample of 20 s
+CONTEXT_SECONDS = 10.0  # mean length of the context while 20 s are generated
 
 
 class Cost(NamedTuple):

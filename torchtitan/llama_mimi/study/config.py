@@ -26,7 +26,7 @@ LISTS |= {"level_weights": list[str]}
 # Training settings and flags of eval/ that a study file must not set, because axes or the study set them.
 OWN = {"model.architecture", "model.flavor", "codec.num_quantizers", "loss.level_weights", "job.config_file"}
 OWN |= {"job.dump_folder", "checkpoint.folder", "debug.seed", "model_name", "output_dir", "codes_dir", "name"}
-# A flag of eval/generation.py, or a value of its flag --quality, without which a measure is not computed.
+# Measures that need a flag of eval/generation.py, or a certain value of its flag --quality.
 NEEDS = {"similarity": "speaker_model", "words_per_minute": "asr_model", "auto_bleu": "asr_model"}
 NEEDS |= dict.fromkeys(("log_perplexity", "log_generative_perplexity"), "text_model")
 NEEDS |= {quality: quality for quality in ("distillmos", "aesthetics")}
