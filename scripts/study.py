@@ -62,7 +62,7 @@ def main(
         print(f"job=$(sbatch --parsable --array=0-{len(runs) - 1} {job})")
         return print(f"sbatch --dependency=afterany:$job {job}")
     if power:
-        return print(power_report(study, write_index(study)), end="")
+        return print(power_report(study), end="")
     import_extra("matplotlib", "the report")  # before runs that take hours
     check_unchanged(study)
     if not report_only:

@@ -1,6 +1,5 @@
 """Intervals, p-values and power: agreement with scipy and with plain loops, and simulated error rates."""
 
-import json
 import math
 from dataclasses import replace
 from types import SimpleNamespace
@@ -89,9 +88,9 @@ def test_values_that_are_all_equal_have_no_interval():
     assert np.isnan(crossed_interval(np.eye(3), strata_N=[0, 0, 1])[1:]).all()  # a part with one item
 
 
-def effective_clusters(names):
-    """Return the inverse of the chance that two items drawn with replacement are of one cluster."""
-    return len(names) ** 2 / sum(a == b for a in names for b in names)
+def moment(names, power):
+    """Return the chance that ``power`` items, drawn with replacement, are of one cluster."""
+    return sum((names.count(name) / len(names)) ** power for name in set(names))
 
 
 def plain_variances(first, baseline, strata, clusters):
@@ -107,8 +106,8 @@ def plain_variances(first, baseline, strata, clusters):
             mean = sum(values[n] for n in inside) / len(inside)
             names = {clusters[n] for n in inside}
             sums = [sum(weight(n) * (values[n] - mean) for n in inside if clusters[n] == name) for name in names]
-            effective = effective_clusters([clusters[n] for n in inside])
-            total += effective / (effective - 1) * sum(s**2 for s in sums)
+            s2, s3 = (moment([clusters[n] for n in inside], power) for power in (2, 3))
+            total += s2 / (s2 - 2 * s3 + s2**2) * sum(s**2 for s in sums)
         return total
 
     items = range(len(strata))
@@ -139,7 +138,7 @@ def test_crossed_interval_equals_plain_loops(seed, num_first, num_baseline, num_
     )
     mean, runs, items, residual = plain_variances(first, baseline, strata, clusters)
     of_parts = [[c for c, s in zip(clusters, strata, strict=True) if s == part] for part in range(num_strata)]
-    df_items = sum(map(effective_clusters, of_parts)) - num_strata
+    df_items = sum(max(1 / moment(part, 2) - 1, 1) for part in of_parts)
     over_items = max(items - residual, 0)
     variance = sum(runs) + over_items
     pooled = RunVariance(sum(runs) / (1 / num_first + 1 / num_baseline), 7)
@@ -167,7 +166,7 @@ def contrasts(components, difference, num_runs, num_items, number):
 def test_components_and_power_of_simulated_contrasts():
     components, difference, S, N = Components(0.04, 1.0, 1.5), 0.8, 4, 30
     pairs = contrasts(components, difference, S, N, 1000)
-    found = [(variance_components(*pair), crossed_interval(*pair).p_value) for pair in pairs]
+    found = [(variance_components(*pair)[0], crossed_interval(*pair).p_value) for pair in pairs]
     estimates, p_values = (np.array(column) for column in zip(*found, strict=True))
     assert estimates.mean(axis=0) == pytest.approx(components, rel=0.1)
     error, df = planned_error(components, S, N)
@@ -190,7 +189,14 @@ def test_power_table_shows_components_in_percent_and_skips_measures_without_vari
     systems = [[f"{variant}-seed{seed}" for seed in range(3)] for variant in "ab"]
     same = dict.fromkeys(COLUMNS, "") | {"sample": 0, "is_reference": False}
     rows = [
-        same | {"system": system, "measure": "sLM21/lexical_dev", "item": str(n), "cluster": str(n % 8), "value": value}
+        same
+        | {
+            "system": system,
+            "measure": "sLM21/lexical_dev",
+            "item": str(n),
+            "cluster": str(int(n**0.5)),
+            "value": value,
+        }
         for of_variant, values_SN in zip(systems, values, strict=True)
         for system, values_N in zip(of_variant, values_SN, strict=True)
         for n, value in enumerate(values_N)
@@ -204,14 +210,15 @@ def test_power_table_shows_components_in_percent_and_skips_measures_without_vari
     limits = [detectable_difference(Components(7 / 6, 0, 0), runs, 1) for runs in (3, 5, 8, 16)]  # variances 0 and 7/3
     shown = ", ".join(f"{limit:.1f}" for limit in limits)
     assert of_bits == ["validation bits/s, Q = 4", "1.1", "", "", shown, "", "", ""]
-    speakers = np.arange(40) % 8
-    components = Components(*np.maximum(variance_components(*values, clusters_N=speakers), 0))
+    components, num_speakers = variance_components(*values, clusters_N=[int(n**0.5) for n in range(40)])
+    assert num_speakers == pytest.approx(40**2 / sum(size**2 for size in (1, 3, 5, 7, 9, 11, 4)))
+    components = Components(*np.maximum(components, 0))
     assert row[:4] == ["sWUGGY (n = 40)", *(f"{100 * np.sqrt(variance):.1f}" for variance in components)]
     for cell, items in zip(row[4:], (40, 200, 1000, 5000), strict=True):
-        limits = [detectable_difference(components, runs, items // 5, num_variants=2) for runs in (3, 5, 8, 16)]
+        limits = [detectable_difference(components, runs, items * num_speakers / 40) for runs in (3, 5, 8, 16)]
         assert cell == ", ".join(f"{100 * limit:.1f}" for limit in limits)
     with pytest.raises(UserError, match="does not contain results; run the study first"):
-        power_report(SimpleNamespace(output_dir=tmp_path), [])
+        power_report(SimpleNamespace(output_dir=tmp_path))
     with pytest.raises(UserError, match="no table has two variants with at least two"):
         power_table(pd.DataFrame(rows), [[[systems[0][0]], [systems[1][0]]]], "title")
 
@@ -219,10 +226,9 @@ def test_power_table_shows_components_in_percent_and_skips_measures_without_vari
 @pytest.mark.slow
 def test_the_page_on_studies_shows_the_power_of_the_committed_study():
     study = replace(read_study(ROOT / "config/studies/tiny.toml"), output_dir=ROOT / "config/studies/tiny")
-    lines = [json.loads(line) for line in (study.output_dir / "index.jsonl").read_text().splitlines()]
     page = (ROOT / "config/studies/README.md").read_text().split("## Power")[1].split("\n## ")[0]
     rows = [line for line in page.splitlines() if line.startswith("| ")]
-    assert len(rows) == 7 and set(rows) <= set(power_report(study, lines).splitlines())
+    assert len(rows) == 7 and set(rows) <= set(power_report(study).splitlines())
 
 
 @pytest.mark.slow

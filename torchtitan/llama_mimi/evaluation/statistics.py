@@ -127,18 +127,19 @@ def variance_components(
     *,
     strata_N: ArrayLike | None = None,
     clusters_N: ArrayLike | None = None,
-) -> Components:
-    """Return estimates of the components; an estimate of a small variance may be negative.
+) -> tuple[Components, float]:
+    """Return estimates of the components, and the effective number of clusters (without clusters: of items).
 
-    With clusters, `item` and `residual` are variances of means over a cluster. Arguments are those of
-    `crossed_interval`. Each variant needs two runs.
+    An estimate of a small variance may be negative. With clusters, `item` and `residual` are variances of means over a
+    cluster. Arguments are those of `crossed_interval`. Each variant needs two runs.
     """
     variants = [np.asarray(values_SN, dtype=np.float64) for values_SN in (first_SN, baseline_SN)]
     found = _variances(variants, strata_N, clusters_N)
     num_items = found.items_df + (1 if strata_N is None else len(np.unique(strata_N)))
     per_run = sum(1 / len(values_SN) for values_SN in variants)
     run = sum(found.runs) - found.residual
-    return Components(run / per_run, (found.items - found.residual) * num_items, found.residual * num_items / per_run)
+    of_items, residual = (found.items - found.residual) * num_items, found.residual * num_items / per_run
+    return Components(run / per_run, of_items, residual), num_items
 
 
 def detectable_difference(components: Components, num_runs: int, num_items: float, num_variants: int = 2) -> float:
@@ -205,10 +206,11 @@ def _over_items(
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """Return each run's mean over items, the variance of this mean over clusters of items, and degrees of freedom.
 
-    With G clusters, the variance of a part is G / (G - 1) times the sum of the squared sums of a cluster's deviations
-    (Liang and Zeger 1986, with the factor for few clusters). G is the effective number of clusters, 1 / sum(p^2) for
-    clusters with the fractions p of the items (Kish 1965); for clusters of equal size, it is the number of clusters. If
-    all items of a part are in one cluster, the variance is NaN.
+    The variance of a part is a factor times the sum of the squared sums of a cluster's deviations (Liang and Zeger
+    1986). For clusters with fractions p of the items and S_k = sum(p^k), the factor is S_2 / (S_2 - 2 S_3 + S_2^2): the
+    variance is then unbiased if all items of a cluster have the same value. For G equal clusters, the factor is
+    G / (G - 1). The degrees of freedom are those of 1 / S_2 clusters (Kish 1965), but at least 1. If all items of a part
+    are in one cluster, the variance is NaN.
     """
     means_S, variances_S, df = np.zeros(len(values_SN)), np.zeros(len(values_SN)), 0.0
     strata = np.unique(strata_N)
@@ -220,7 +222,7 @@ def _over_items(
         sizes_G = np.bincount(cluster_N)
         sums_GS = np.zeros((len(sizes_G), len(values_SN)))
         np.add.at(sums_GS, cluster_N, (part_SN - part_SN.mean(axis=1, keepdims=True)).T)
-        num_clusters = float(sizes_G.sum() ** 2 / (sizes_G**2).sum())
-        variances_S += (sums_GS**2).sum(axis=0) * (num_clusters / (num_clusters - 1) if len(sizes_G) > 1 else np.nan)
-        df += num_clusters - 1
+        s2, s3 = (float(((sizes_G / sizes_G.sum()) ** k).sum()) for k in (2, 3))
+        variances_S += (sums_GS**2).sum(axis=0) * (s2 / (s2 - 2 * s3 + s2**2) if len(sizes_G) > 1 else np.nan)
+        df += max(1 / s2 - 1, 1) if len(sizes_G) > 1 else 0
     return means_S, variances_S if len(strata_N) > 1 else np.zeros(len(values_SN)), df

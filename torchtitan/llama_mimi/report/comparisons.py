@@ -36,7 +36,8 @@ LEGEND = (
     "Accuracies are in percent. A cell begins with a mean over runs (seeds) and items. An item is a pair, a group of "
     "pairs, or a prompt; n is the number of items. The brackets contain a 95 % confidence interval (Student's t), "
     "which includes the variation between runs and the variation between items. If speakers are known, the items of "
-    "one speaker form a cluster. A cell without brackets has equal or too few values.",
+    "one speaker form a cluster. A cell without brackets has equal values, "
+    "too few values, or values of one speaker.",
     "A number with a sign is the difference from the first model. For perplexities, the ratio is shown instead. A "
     "difference uses the items for which both models have values, so it can deviate from the difference of the two "
     "means. If the number of items of a mean or of a difference is not n, the cell states the number.",
@@ -49,10 +50,10 @@ LEGEND_OF_STUDIES = (
     *LEGEND,
     f"{RULES} The variance between runs is pooled over all variants of the study. In a row with †, Levene's test "
     "rejects equal variances (5 %), and each variant has its own variance. With few seeds, the test detects only large "
-    "differences. So the p-value of a primary difference is also shown without pooling.",
+    "differences. So a primary difference has a second p-value, without pooling.",
     "The study file names the primary difference of a table. All other differences are exploratory. A star marks "
-    "a primary difference with p ≤ 0.05, or an exploratory difference with p ≤ 0.05 after the adjustment of Benjamini "
-    "and Hochberg over the exploratory differences of the table. Intervals are not adjusted.",
+    "a primary difference whose first p-value is at most 0.05, or an exploratory difference with p ≤ 0.05 after the "
+    "adjustment of Benjamini and Hochberg over the exploratory differences of the table. Intervals are not adjusted.",
     "The last table of a section compares the decisions of two runs with different seeds, pair by pair. In the column "
     f"'{ONE_VARIANT}', both runs are of one variant (mean over the variants). In the other columns, one run is of the "
     "first variant, and one run is of the named variant.",
@@ -122,12 +123,14 @@ def comparison(
         first = next(iter(of_measure.values()), None)
         count, speakers = (first.count, first.clusters) if first else (0, 0)
         about = f" (n = {count:,}{f'; {speakers} speakers' * (speakers < count)})" * (count > 0)
-        texts = {label: mean.text() for label, mean in of_measure.items()}
-        for label, one in differences[heading].items():
-            own = of_measure[label].count
-            mean = texts[label].split()[0] + f" (n = {own:,})" * (own != count)
-            marks = f", n = {one.count:,}" * (one.count != count) + ", primary" * one.is_primary + " *" * one.has_star
-            texts[label] = f"{mean}, {one.text(is_difference=True)}{marks}"
+        texts = {}
+        for label, mean in of_measure.items():
+            number, one = f" (n = {mean.count:,})" * (mean.count != count), differences[heading].get(label)
+            texts[label] = mean.text() + number
+            if one:
+                marks = f", n = {one.count:,}" * (one.count != count) + ", primary" * one.is_primary
+                difference = one.text(is_difference=True) + marks + " *" * one.has_star
+                texts[label] = f"{mean.text().split()[0]}{number}, {difference}"
         cells[heading + about + " †" * (heading in unpooled)] = texts
     baseline, *others = groups
     alt = f"{title}: difference from {baseline}"
@@ -135,11 +138,7 @@ def comparison(
     pictures = [Picture(f"{picture}.png", forest(panels, alt, is_difference=True), alt)] if picture and panels else []
     empty = [heading for heading, of in means.items() if not of]
     notes = [f"Measures without a row, because no item has values of all seeds: {', '.join(empty)}."] if empty else []
-    tables = (
-        [Table(["cost", *groups], [[row, *(of.get(label, "") for label in groups)] for row, of in costs.items()])]
-        if costs
-        else []
-    )
+    tables = _by_system("cost", costs or {}, list(groups))
     tables += _by_system("measure", cells, list(groups))
     names = sorted({name for of in references.values() for name in of})
     tables += _by_system("reference", references, names)
@@ -168,8 +167,9 @@ def _findings(
         (name, label), result = primary, "not available"
         for one in [one for of in differences.values() for one in of.values() if one.is_primary]:
             result = one.text(is_difference=True) + " *" * one.has_star
-            p_values = f"p = {one.interval.p_value:.2g}, without pooling of variances p = {one.own_variance_p:.2g}"
-            result += f" ({p_values})" if math.isfinite(one.interval.p_value) else ", no p-value (too few runs)"
+            p_value, own = one.interval.p_value, one.own_variance_p
+            of_own = f", without pooling of variances p = {own:.2g}" * (math.isfinite(own) and own != p_value)
+            result += f" (p = {p_value:.2g}{of_own})" if math.isfinite(p_value) else ", no p-value (too few runs)"
         about = f"{measure_of(name).heading}, '{label}' against '{baseline}'"
         texts.append(f"Primary difference: {about}: {result}.")
     exploratory = [one for of in differences.values() for one in of.values() if not one.is_primary]

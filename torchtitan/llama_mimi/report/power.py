@@ -37,21 +37,21 @@ def power_table(items: pd.DataFrame, tables: Sequence[Sequence[Sequence[str]]], 
         items: values of the study; see `Results.items`.
         tables: the systems of each variant, for each table of the study; one system per seed.
     """
-    num_variants = len({tuple(systems) for variants in tables for systems in variants})
     rows = []
     for heading, measure, values in by_measure(items[~items["measure"].isin(NOT_COMPARED)], COMPARABLE):
-        found = []
+        found, has_items = [], values["item"].iloc[0] != ""  # bits/s have no items
         for first, baseline in itertools.chain(*(itertools.combinations(variants, 2) for variants in tables)):
             shared, _ = same_items(values[values["system"].isin([*first, *baseline])])
             sides = [shared[shared.columns.intersection(systems)].to_numpy().T for systems in (first, baseline)]
-            if min(map(len, sides)) > 1:
+            if min(map(len, sides)) > 1 and (len(shared) > 1 or not has_items):
                 labels = shared.index.to_frame()
                 clusters = labels["part"] + "/" + labels["cluster"]
-                parts = variance_components(*sides, strata_N=labels["part"], clusters_N=clusters)
-                found.append((*parts, len(shared), clusters.nunique()))
+                parts, num_clusters = variance_components(*sides, strata_N=labels["part"], clusters_N=clusters)
+                found.append((*parts, len(shared), num_clusters))
         if not found:
             continue
-        has_items = values["item"].iloc[0] != ""  # bits/s have no items
+        present = {*values["system"]}
+        num_variants = len({tuple(some) for variants in tables for some in variants if len({*some} & present) > 1})
         *variances, num_items, num_clusters = np.mean(found, axis=0)
         components = Components(*np.maximum(variances, 0))
         if not sum(components) > 0:  # all values are equal, or all items have the same speaker
@@ -59,7 +59,7 @@ def power_table(items: pd.DataFrame, tables: Sequence[Sequence[Sequence[str]]], 
         sds = [f"{np.sqrt(variance) * measure.factor:.{measure.digits}f}" for variance in components]
         cells = []
         for number in (num_items, *ITEMS * has_items):
-            clusters_of_number = max(2, round(number * num_clusters / num_items))
+            clusters_of_number = max(2.0, number * num_clusters / num_items) if has_items else 1
             limits = [detectable_difference(components, S, clusters_of_number, num_variants) for S in SEEDS]
             cells.append(", ".join(measure.text(limit) for limit in limits))
         sds, cells = (sds, cells) if has_items else ([sds[0], "", ""], [*cells, *[""] * len(ITEMS)])

@@ -256,6 +256,10 @@ def _check(study: Study) -> None:
     is_unknown_batch = launch.train and any(config.training.global_batch_size < 1 for config in configs)
     for is_wrong, message in (
         (not study.runs, "the study lacks tables or seeds; add [[tables]], and at least one seed"),
+        (
+            len({table.title for table in study.tables}) < len(study.tables),
+            "two tables have the same title; change one",
+        ),
         (len({*study.seeds}) < len(study.seeds), f"seeds is {study.seeds}; set each seed only once"),
         (min(launch.parallel, launch.nproc_per_node) < 1, "launch.parallel and launch.nproc_per_node must be positive"),
         (own, f"only axes or the study itself may set {', '.join(sorted(own))}; remove these keys"),

@@ -1,5 +1,6 @@
 """Report of a study: a comparison for each of its tables."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ from tqdm import tqdm
 
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import write_atomically
-from llama_mimi.report.comparisons import LEGEND_OF_STUDIES, comparison, published_numbers, tradeoffs
+from llama_mimi.report.comparisons import LEGEND_OF_STUDIES, ONE_RUN, comparison, published_numbers, tradeoffs
 from llama_mimi.report.document import Section, to_markdown, write_markdown
 from llama_mimi.report.power import power_table
 from llama_mimi.report.results import BITS, COLUMNS, read_results
 from llama_mimi.study.config import Run, Study
+from llama_mimi.study.run import INDEX
 from llama_mimi.training.metrics import BITS as BITS_KEY
 
 REPORT, RESULTS = "report.md", "results.parquet"
@@ -46,7 +48,8 @@ def sections(study: Study, lines: Lines) -> list[Section]:
     )
     encoder = study.generation.get("speaker_model")
     notes = [study.note, f"Speaker encoder of the speaker similarity: `{encoder}`." if encoder else None]
-    found = [Section(f"Study {study.name}", [about, *filter(None, notes), *LEGEND_OF_STUDIES, ABOUT_BITS])]
+    one_run = [ONE_RUN] if len(study.seeds) == 1 else []
+    found = [Section(f"Study {study.name}", [about, *filter(None, notes), *LEGEND_OF_STUDIES, *one_run, ABOUT_BITS])]
     if missing:
         failed = {line["label"]: line["failed"] for line in missing}
         why = [f"{run}: {f['step']} failed: {f['why']}" if f else f"{run}: not finished" for run, f in failed.items()]
@@ -100,8 +103,10 @@ def _saved_results(study: Study) -> pd.DataFrame:
     return found
 
 
-def power_report(study: Study, lines: Lines) -> str:
-    """Return the power of more seeds and items as Markdown, computed from the values of the finished runs."""
+def power_report(study: Study) -> str:
+    """Return the power of more seeds and items as Markdown, computed from the results and the index of the study."""
+    index = study.output_dir / INDEX
+    lines = [json.loads(line) for line in index.read_text().splitlines()] if index.is_file() else []
     if (items := _collect_results(study, lines)).empty:
         raise UserError(f"'{study.output_dir}' does not contain results; run the study first")
     tables = [[[Run(v, seed).name for seed in study.seeds] for v in table.variants] for table in study.tables]

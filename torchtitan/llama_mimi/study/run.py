@@ -84,10 +84,11 @@ def _settings(study: Study, run: Run, step: Step) -> Flags:
 def check_unchanged(study: Study) -> None:
     """Raise a `UserError` if flags, config files or primary contrasts have changed since the first start.
 
-    The first call saves the primary contrasts (title of the table, measure, name of the variant).
+    The first call saves the primary contrasts (title of the table, measure, names of the two variants).
     """
     remedy, folder = "restore this value, or choose another output_dir", str(study.output_dir)
-    primaries = {table.title: [table.primary[0], table.primary[1].name] for table in study.tables if table.primary}
+    contrasts = [(one.title, one.primary, one.variants[0]) for one in study.tables]
+    primaries = {title: [one[0], one[1].name, baseline.name] for title, one, baseline in contrasts if one}
     if (fixed := read_json(folder, PRIMARIES)) is None:
         write_atomically(folder, PRIMARIES, json.dumps(primaries, indent=1).encode())
     else:
