@@ -209,8 +209,8 @@ def _over_items(
     The variance of a part is a factor times the sum of the squared sums of a cluster's deviations (Liang and Zeger
     1986). For clusters with fractions p of the items and S_k = sum(p^k), the factor is S_2 / (S_2 - 2 S_3 + S_2^2): the
     variance is then unbiased if all items of a cluster have the same value. For G equal clusters, the factor is
-    G / (G - 1). The degrees of freedom are those of 1 / S_2 clusters (Kish 1965), but at least 1. If all items of a part
-    are in one cluster, the variance is NaN.
+    G / (G - 1). The degrees of freedom are those of 1 / S_2 clusters (Kish 1965), but at least 1. If all items of a
+    part are in one cluster, the variance is NaN.
     """
     means_S, variances_S, df = np.zeros(len(values_SN)), np.zeros(len(values_SN)), 0.0
     strata = np.unique(strata_N)
