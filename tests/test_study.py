@@ -488,11 +488,16 @@ def test_other_flags_and_an_edited_config_are_refused(tmp_path):
 
 def test_the_primary_contrasts_are_fixed_at_the_first_start(tmp_path):
     check_unchanged(read_study(written(tmp_path)))
-    name = "hierarchical-tiny-q4-uniform-40"
     saved = json.loads((tmp_path / "out" / "primary.json").read_text())
-    assert saved == {"Architectures": ["bits/4", name], "Quantizers": ["similarity", "flattened-tiny-q8-uniform-40"]}
+    deep, baseline, levels = (
+        f"{name}-uniform-40" for name in ("hierarchical-tiny-q4", "flattened-tiny-q4", "flattened-tiny-q8")
+    )
+    assert saved == {"Architectures": ["bits/4", deep, baseline], "Quantizers": ["similarity", levels, baseline]}
     check_unchanged(read_study(written(tmp_path)))
-    for old, new in (("bits/4", "salmon/mean"), ("steps = 40 }", "steps = 20 }"), ("Architectures", "Other")):
+    with pytest.raises(UserError, match="two tables have the same title"):
+        read_study(written(tmp_path, a=("Quantizers", "Architectures")))
+    changes = ("bits/4", "salmon/mean"), ("steps = 40 }", "steps = 20 }"), ("steps = [40, 20]", "steps = [20, 40]")
+    for old, new in (*changes, ("Architectures", "Other")):
         with pytest.raises(UserError, match="primary.json' was made with .*; restore this value, or choose another"):
             check_unchanged(read_study(written(tmp_path, a=(old, new))))
     code, stderr = run_here("scripts/study.py", tmp_path / "study.toml", "--report_only")
