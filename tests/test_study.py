@@ -34,7 +34,16 @@ from llama_mimi.report import comparisons
 from llama_mimi.study.budget import cost
 from llama_mimi.study.config import Run, label, read_study
 from llama_mimi.study.report import write_report
-from llama_mimi.study.run import check_unchanged, judge, run_folder, start, steps, train_and_score, write_index
+from llama_mimi.study.run import (
+    check_primaries,
+    check_unchanged,
+    judge,
+    run_folder,
+    start,
+    steps,
+    train_and_score,
+    write_index,
+)
 from llama_mimi.tokens.tokenizer import load_speech_tokenizer
 from llama_mimi.training.config_file import parse_config
 
@@ -93,9 +102,9 @@ def test_variants_are_the_combinations_of_each_table(tmp_path):
     assert [variant.name for variant in study.variants] == [*names, "flattened-tiny-q8-uniform-40"]
     assert len({run.name for run in study.runs}) == 10
     first, second = study.tables
-    labels = [first.label(variant) for variant in first.variants]
+    labels = [label(variant, first.variants) for variant in first.variants]
     assert labels[1:3] == ["flattened, 20 steps", "hierarchical, 40 steps"]
-    assert [second.label(variant) for variant in second.variants] == ["Q = 4", "Q = 8"]
+    assert [label(variant, second.variants) for variant in second.variants] == ["Q = 4", "Q = 8"]
     weights = study.variants[0]._replace(level_weights="geometric:100")
     assert weights.name == "flattened-tiny-q4-geometric_100-40"  # valid as a folder name
     assert label(weights, [weights]) == weights.name
@@ -487,19 +496,19 @@ def test_other_flags_and_an_edited_config_are_refused(tmp_path):
 
 
 def test_the_primary_contrasts_are_fixed_at_the_first_start(tmp_path):
-    check_unchanged(read_study(written(tmp_path)))
+    check_primaries(read_study(written(tmp_path)))
     saved = json.loads((tmp_path / "out" / "primary.json").read_text())
     deep, baseline, levels = (
         f"{name}-uniform-40" for name in ("hierarchical-tiny-q4", "flattened-tiny-q4", "flattened-tiny-q8")
     )
     assert saved == {"Architectures": ["bits/4", deep, baseline], "Quantizers": ["similarity", levels, baseline]}
-    check_unchanged(read_study(written(tmp_path)))
+    check_primaries(read_study(written(tmp_path)))
     with pytest.raises(UserError, match="two tables have the same title"):
         read_study(written(tmp_path, a=("Quantizers", "Architectures")))
     changes = ("bits/4", "salmon/mean"), ("steps = 40 }", "steps = 20 }"), ("steps = [40, 20]", "steps = [20, 40]")
     for old, new in (*changes, ("Architectures", "Other")):
         with pytest.raises(UserError, match="primary.json' was made with .*; restore this value, or choose another"):
-            check_unchanged(read_study(written(tmp_path, a=(old, new))))
+            check_primaries(read_study(written(tmp_path, a=(old, new))))
     code, stderr = run_here("scripts/study.py", tmp_path / "study.toml", "--report_only")
     assert code == 1 and "primary.json' was made with Architectures = " in stderr
 

@@ -137,10 +137,12 @@ def read_salmon(source: str) -> Benchmark:
 
 def _speakers(path: Path, indices: Collection[int]) -> dict[str, str]:
     """Return the speaker of each index of a SALMon part; the dict is empty if the file does not exist."""
-    rows = _csv_rows(path) if path.is_file() else []
+    if not path.is_file():
+        return {}
+    rows = _csv_rows(path)
     listed = Counter(row["index"] for row in rows if row.get("index") and row.get("speaker") and None not in row)
     expected = Counter(map(str, indices))
-    if path.is_file() and (odd := (listed - expected) | (expected - listed)):
+    if odd := (listed - expected) | (expected - listed):
         problem = f"index '{min(odd)}' must have audio files, and one row with its speaker in '{path}'"
         raise UserError(f"{problem}; correct the table, or remove the table")
     return {row["index"]: row["speaker"] for row in rows}

@@ -108,8 +108,9 @@ def comparison(
         own, name = rows[rows["system"].isin(systems)].dropna(subset="value"), rows["measure"].iloc[0]
         if own.empty:
             continue
-        means[heading], found, is_unpooled = compare(rows, measure, groups, all_groups or groups.values())
-        differences[heading] = {v: replace(one, is_primary=(name, v) == primary) for v, one in found.items()}
+        primary_label = primary[1] if primary and primary[0] == name else None
+        found = compare(rows, measure, groups, all_groups or groups.values(), primary_label)
+        means[heading], differences[heading], is_unpooled = found
         unpooled |= {heading} if is_unpooled else set()
         is_official[heading] = ":" not in name
         if measure.is_accuracy and is_official[heading]:

@@ -32,7 +32,7 @@ class Estimate:
     count: int  # number of items; 0 for measures without items, such as bits/s
     clusters: int  # number of speakers, or of items if the speakers are not known
     is_primary: bool = False  # True for the difference that the study file names
-    own_variance_p: float = math.nan  # p-value of a difference without pooling of the variance between runs
+    own_variance_p: float = math.nan  # p-value of the primary difference without pooling of the variance between runs
     has_star: bool = False
 
     def text(self, *, is_difference: bool = False) -> str:
@@ -80,12 +80,14 @@ def compare(
     measure: MeasureFormat,
     groups: Mapping[str, Sequence[str]],
     all_groups: Iterable[Sequence[str]],
+    primary: str | None,
 ) -> tuple[dict[str, Estimate], dict[str, Estimate], bool]:
     """Return the mean of each variant, its difference from the first variant, and True if the variance is not pooled.
 
     ``groups`` maps the label of a variant to its systems: one system per run. The variance between runs is pooled over
     the variants in ``all_groups``, if their variances do not differ. A mean uses the items for which all runs of the
-    variant have a value, and a difference uses the items for which all runs of both variants have a value.
+    variant have a value, and a difference uses the items for which all runs of both variants have a value. ``primary``
+    is the label of the variant with the primary difference, if this measure has the primary difference.
     """
 
     @cache
@@ -102,10 +104,10 @@ def compare(
         both = values_of(*groups[label], *groups[baseline])
         if len(both):
             first, second = (both[both.columns.intersection(groups[name])] for name in (label, baseline))
-            alone = estimate(first, measure, second)
-            differences[label] = replace(
-                estimate(first, measure, second, pooled), own_variance_p=alone.interval.p_value
-            )
+            differences[label] = estimate(first, measure, second, pooled)
+            if label == primary:
+                own = estimate(first, measure, second).interval.p_value
+                differences[label] = replace(differences[label], is_primary=True, own_variance_p=own)
     return means, differences, pooled is None and max(map(len, runs), default=0) > 1
 
 

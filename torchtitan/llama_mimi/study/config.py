@@ -65,9 +65,6 @@ class Table(NamedTuple):
     # measure. None for a table of one variant.
     primary: tuple[str, Variant] | None
 
-    def label(self, variant: Variant) -> str:
-        return label(variant, self.variants)
-
 
 def label(variant: Variant, variants: Sequence[Variant]) -> str:
     """Return a variant's values on the axes that vary among ``variants``, such as "hierarchical, Q = 4"."""

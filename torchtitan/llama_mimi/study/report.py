@@ -14,7 +14,7 @@ from llama_mimi.report.comparisons import LEGEND_OF_STUDIES, ONE_RUN, comparison
 from llama_mimi.report.document import Section, to_markdown, write_markdown
 from llama_mimi.report.power import power_table
 from llama_mimi.report.results import BITS, COLUMNS, read_results
-from llama_mimi.study.config import Run, Study
+from llama_mimi.study.config import Run, Study, label
 from llama_mimi.study.run import INDEX
 from llama_mimi.training.metrics import BITS as BITS_KEY
 
@@ -57,8 +57,8 @@ def sections(study: Study, lines: Lines) -> list[Section]:
     of_run = {line["run"]: line for line in lines}
     systems = {variant: [Run(variant, seed).name for seed in study.seeds] for variant in study.variants}
     for number, table in enumerate(tqdm(study.tables, "report", unit="table", delay=2), 1):
-        groups = {table.label(variant): systems[variant] for variant in table.variants}
-        primary = table.primary and (table.primary[0], table.label(table.primary[1]))
+        groups = {label(variant, table.variants): systems[variant] for variant in table.variants}
+        primary = table.primary and (table.primary[0], label(table.primary[1], table.variants))
         first_runs = {label: of_run[run] for label, (run, *_) in groups.items()}
         costs = {
             row: {label: f"{line[key] / unit:.3g} {name}" for label, line in first_runs.items() if line.get(key)}

@@ -25,6 +25,7 @@ from llama_mimi.study.config import Flags, Launch, Run, Study, label
 from llama_mimi.training.metrics import BITS
 
 INDEX, RECORD, PRIMARIES = "index.jsonl", "record.json", "primary.json"
+RESTORE = "restore this value, or choose another output_dir"
 TRAIN, GENERATION = "train", "generation"
 _stopping = threading.Event()  # set after an interrupt
 
@@ -81,18 +82,19 @@ def _settings(study: Study, run: Run, step: Step) -> Flags:
     return step.flags | {"SHA-256 of the config": sha256(config).hexdigest()}
 
 
-def check_unchanged(study: Study) -> None:
-    """Raise a `UserError` if flags, config files or primary contrasts have changed since the first start.
-
-    The first call saves the primary contrasts (title of the table, measure, names of the two variants).
-    """
-    remedy, folder = "restore this value, or choose another output_dir", str(study.output_dir)
+def check_primaries(study: Study) -> None:
+    """Raise a `UserError` if primary contrasts have changed since the first call, which saves these contrasts."""
+    folder = str(study.output_dir)
     contrasts = [(one.title, one.primary, one.variants[0]) for one in study.tables]
     primaries = {title: [one[0], one[1].name, baseline.name] for title, one, baseline in contrasts if one}
     if (fixed := read_json(folder, PRIMARIES)) is None:
         write_atomically(folder, PRIMARIES, json.dumps(primaries, indent=1).encode())
     else:
-        require_same(fixed, dict.fromkeys(fixed) | primaries, f"'{study.output_dir / PRIMARIES}'", remedy)
+        require_same(fixed, dict.fromkeys(fixed) | primaries, f"'{study.output_dir / PRIMARIES}'", RESTORE)
+
+
+def check_unchanged(study: Study) -> None:
+    """Raise a `UserError` if flags or config files have changed since a run was started."""
     for run in study.runs:
         record = read_record(study, run)
         if "flags" in record:
@@ -102,7 +104,7 @@ def check_unchanged(study: Study) -> None:
             if saved := record["settings"].get(step.name):
                 current = dict.fromkeys(saved) | _settings(study, run, step)  # removed flags become None
                 what = f"the step '{step.name}' of {run.name}"
-                require_same(saved, current, what, remedy)
+                require_same(saved, current, what, RESTORE)
 
 
 def train_and_score(study: Study, runs: Sequence[Run]) -> None:
