@@ -11,3 +11,6 @@ DecoderPrecision = Literal["float32", "bfloat16", "float16"]  # Llama-Mimi's fir
 GenerationPrecision = DecoderPrecision | Literal["int8"]
 VocabularyKind = Literal["llama", "audio"]
 Architecture = Literal["flattened", "hierarchical"]
+# Training tasks. A text is a target in the last three tasks (tokens/tokenizer.py shows the sequences).
+Task = Literal["audio", "tts", "asr", "interleaved", "text"]
+TEXT_TARGETS = ("asr", "interleaved", "text")

@@ -1,6 +1,11 @@
-"""Token sequences of clips: ``BOS <audio> c[0,0] c[0,1] ... c[T-1,Q-1] </audio>``.
+"""Token sequences of the training tasks. ``codes`` are ``c[0,0] c[0,1] ... c[T-1,Q-1]`` of a clip.
 
-With the task "tts", the text is between BOS and ``<audio>``.
+- "audio": ``BOS <audio> codes </audio>``
+- "tts": ``BOS text <audio> codes </audio>``
+- "asr": ``BOS <audio> codes </audio> text EOS``
+- "interleaved": ``BOS``, then consecutive utterances of a speaker, in turn as text and as ``<audio> codes </audio>``. A
+  newline follows each utterance. So the model can distinguish a transcript from the next utterance.
+- "text": ``BOS text EOS``
 """
 
 from dataclasses import dataclass
@@ -52,6 +57,17 @@ class SpeechTokenizer:
         """Return the ids (L,) of a clip. A cut clip does not end with ``</audio>``. ``text``: transcript."""
         tail = torch.tensor([] if is_cut else [self.vocabulary.audio_end_id], dtype=torch.long)
         return torch.cat([torch.tensor(self.prefix_ids(text)), self.vocabulary.ids_from_codes(codes_TQ), tail])
+
+    def ids(self, *parts: str | torch.Tensor) -> torch.Tensor:
+        """Return the flattened ids (L,) of a sequence: BOS, then texts and complete clips (codes (T, Q)) in order."""
+        vocabulary, ids = self.vocabulary, [torch.tensor([self.text_tokenizer.bos_token_id])]
+        for part in parts:
+            if isinstance(part, str):
+                ids.append(torch.tensor(text_ids(self.text_tokenizer, part), dtype=torch.long))
+            else:
+                start, end = torch.tensor([[vocabulary.audio_start_id], [vocabulary.audio_end_id]])
+                ids += [start, vocabulary.ids_from_codes(part), end]
+        return torch.cat(ids)
 
     @cached_property
     def adds_bos(self) -> bool:
