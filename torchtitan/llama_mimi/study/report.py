@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from llama_mimi.common.errors import UserError
 from llama_mimi.common.files import write_atomically
-from llama_mimi.report.comparisons import LEGEND_OF_STUDIES, ONE_RUN, comparison, published_numbers, tradeoffs
+from llama_mimi.report.comparisons import LEGEND_OF_STUDIES, ONE_RUN, comparison, published_numbers
 from llama_mimi.report.document import Section, to_markdown, write_markdown
 from llama_mimi.report.power import power_table
 from llama_mimi.report.results import BITS, COLUMNS, read_results
@@ -65,10 +65,9 @@ def sections(study: Study, lines: Lines) -> list[Section]:
             for row, (key, unit, name) in COSTS.items()
         }
         picture, all_groups = f"forest-{number}", systems.values()
-        section = comparison(items, table.title, groups, picture, all_groups=all_groups, primary=primary, costs=costs)
-        found.append(section)
-        if pictures := tradeoffs(items, table.title, groups, f"tradeoff-{number}"):
-            found.append(Section(f"{table.title}: trade-off", pictures=pictures))
+        found.append(
+            comparison(items, table.title, groups, picture, all_groups=all_groups, primary=primary, costs=costs)
+        )
     return found + published_numbers(items)
 
 
