@@ -36,6 +36,7 @@ ELSEWHERE = {
     f"{SCRIPT}benchmarks/gpu_session.py": "needs a GPU; tests/test_gpu_session.py",
     f"{SCRIPT}study.py config/studies/tiny.toml": "an hour or more; tests/test_study.py",
     f"{SCRIPT}build_page.py --study": "needs the study; tests/test_pages.py",
+    "uv run tensorboard": "serves until it is stopped",
     f"{SCRIPT}demo.py": "serves until it is stopped; tests/test_browser.py",
     f"{SCRIPT}tiny/train_tiny_listeners.py": "11 and 44 minutes; tests/test_tiny_listeners.py",
     f"{SCRIPT}tiny/score_listeners.py": "tests/test_tiny_listeners.py",
