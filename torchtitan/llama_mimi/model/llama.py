@@ -200,7 +200,7 @@ class Flavors(dict[str, LlamaMimiArgs]):
             raise KeyError(name)
         width, num_layers = int(match[1]), int(match[2])
         depth_width, num_depth_layers = int(match[3] or width // 2), int(match[4] or max(1, num_layers // 4))
-        # 256: 4 heads of 64 in the backbone share a key head. 16: RoPE needs an even width of each of the 8 depth heads.
+        # 256: 4 heads of 64 share a key head in the backbone. 16: RoPE needs an even width of the 8 depth heads.
         if min(width, num_layers, depth_width, num_depth_layers) < 1 or width % 256 or depth_width % 16:
             raise KeyError(name)
         return sized(width, num_layers, depth_width, num_depth_layers)
