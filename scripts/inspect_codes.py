@@ -1,4 +1,4 @@
-"""Write an HTML page about a tokenised corpus: decoded clips, clip lengths, and code usage.
+"""Write an HTML page about a tokenised corpus: decoded clips, and the use of codes at each level.
 
 uv run python scripts/inspect_codes.py --codes data/codes/tiny --page outputs/codes_tiny.html
 """
