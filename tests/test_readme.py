@@ -59,13 +59,9 @@ SMALLEST = {
     ),
     "uv run python scripts/dry_run.py": "--num_gpus 8 --job.config_file config/tiny.toml",  # the 8B takes three minutes
     f"{BENCHMARKS}bench_train.py": "--shapes tiny --repeats 1",
-    f"{BENCHMARKS}bench_hierarchical.py": "--shapes tiny --repeats 1",
     f"{BENCHMARKS}bench_eval.py": "--pairs 2 --repeats 1",
     f"{BENCHMARKS}bench_data.py": "--clips 4 --repeats 1",
-    f"{BENCHMARKS}bench_reading.py": "--clips 4 --repeats 1",
-    f"{BENCHMARKS}bench_generation.py": (
-        "--shape tiny --new_frames 2 --repeats 1 --batch_sizes 2 --stream_seconds 1 --prompts 32"
-    ),
+    f"{BENCHMARKS}bench_generation.py": "--shape tiny --new_frames 2 --repeats 1 --batch_sizes 2",
     f"{BENCHMARKS}fuzz_audio.py": "--num_files 30",
     f"{BENCHMARKS}simulate_intervals.py": "--simulations 3",
     f"{BENCHMARKS}kill_runs.py": "--of tokenization --kills 1 --max_seconds 20 --folder outputs/kills",
