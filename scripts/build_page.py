@@ -25,8 +25,6 @@ def build_page(page: Path, generations: Path | None = None, study: Path | None =
     """
     if (study is None) == (generations is None):
         raise UserError("set either --study or --generations")
-    if num_prompts < 1:
-        raise UserError(f"--num_prompts is {num_prompts}; set it to 1 or more")
     from llama_mimi.report.document import write_html
     from llama_mimi.report.pages import continuations
 

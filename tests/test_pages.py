@@ -104,8 +104,6 @@ def test_a_tokenised_corpus(tmp_path):
         *others, top, fraction = found.texts[first : first + 5]
         assert others == [str(level), f"{len(counts)} of 256", f"{entropy:.2f} of 8.00 bits"]
         assert counts[int(top)] == max(counts.values()) and fraction == f"{counts[int(top)] / len(frames_NQ):.1%}"
-    with pytest.raises(UserError, match="--num_clips is -1"):
-        write_codes_page(codes="x", page=tmp_path / "a.html", num_clips=-1)
 
 
 @pytest.fixture
@@ -156,7 +154,6 @@ def test_a_page_that_cannot_be_made(tmp_path, generations):
         ({"generations": generations}, "a continuation of 'mine' cannot be played: .*does not exist"),
         ({"generations": tmp_path}, "does not contain prompts.json"),
         ({}, "set either --study or --generations"),
-        ({"generations": generations, "num_prompts": -1}, "--num_prompts is -1; set it to 1 or more"),
     ):
         with pytest.raises(UserError, match=message):
             build_page(page=tmp_path / "d.html", **mistake)

@@ -267,7 +267,6 @@ def _check(study: Study) -> None:
             "two tables have the same title; change one",
         ),
         (len({*study.seeds}) < len(study.seeds), f"seeds is {study.seeds}; set each seed only once"),
-        (min(launch.parallel, launch.nproc_per_node) < 1, "launch.parallel and launch.nproc_per_node must be positive"),
         (own, f"only axes or the study itself may set {', '.join(sorted(own))}; remove these keys"),
         (unused, f"the [[override]] {unused[:1]} does not apply to any variant; use values from [[tables]]"),
         (is_unknown_batch, "the number of ranks of launch.train is unknown; set training.global_batch_size"),
